@@ -1,0 +1,23 @@
+"""Dynamic slimmable networks: supernets, gates, routing tables, grouped dynamic inference and bundles.
+
+`dsnet.load_bundle(path)` gives a classifier; everything else is imported from its own module. Importing this package imports no
+torch, so that a command line can answer `--help` at once.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dsnet.bundle import Bundle, load_bundle
+
+__all__ = ["Bundle", "load_bundle"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what needs torch only when it is asked for (PEP 562)."""
+    if name in __all__:
+        from dsnet import bundle
+
+        return getattr(bundle, name)
+    raise AttributeError(f"module 'dsnet' has no attribute {name!r}")

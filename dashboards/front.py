@@ -1,0 +1,387 @@
+"""Accuracy against cost: the dynamic front beside everything that would make it unimpressive.
+
+Accuracies are fractions in the info and percent in the figure; costs are millions of MAdds per image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from dashboards.theme import BLUE, GREEN, INK, MUTED, ORANGE, PURPLE, dressed, finite, note, percent, plain
+
+ParamValue = float | int | str | bool
+
+CONTROL_STRETCH: Final = 0.35
+"""How far the controls may stretch the vertical axis beyond the static sub-networks and the front, as a share of it."""
+MIN_TOP1_SPAN: Final = 0.02
+PARAM_PREFIX: Final = "param."
+
+
+@dataclass(frozen=True)
+class StaticPoint:
+    """One static sub-network."""
+
+    name: str
+    madds_m: float
+    top1: float
+    latency_ms: float | None = None
+
+
+@dataclass(frozen=True)
+class DynamicPoint:
+    """One trial's gate, scored with the routes it really takes."""
+
+    name: str
+    madds_m: float
+    """Mean over the split's images, millions."""
+    top1: float
+    is_front: bool
+    interval: tuple[float, float] | None = None
+    """95 % interval of `top1`, fractions (low, high)."""
+    latency_ms: float | None = None
+    params: tuple[tuple[str, ParamValue], ...] = ()
+    """The gate parameters that the trial was given, for the hover text."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Points of a control, in the order in which they are joined; empty means not available."""
+
+    madds_m: tuple[float, ...] = ()
+    top1: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if len(self.madds_m) != len(self.top1):
+            raise ValueError(f"a curve needs as many costs as accuracies, got {len(self.madds_m)} and {len(self.top1)}")
+
+
+@dataclass(frozen=True)
+class FrontPanel:
+    """What is drawn for one split."""
+
+    split: str
+    num_images: int
+    static: tuple[StaticPoint, ...]
+    static_line: Curve
+    """Upper concave envelope of the static sub-networks: vertices chosen on val, scored on this split."""
+    dynamic: tuple[DynamicPoint, ...]
+    random: Curve = Curve()
+    """Random routing with the histogram of each front point, one point per front point."""
+    cascade: Curve = Curve()
+    oracle: Curve = Curve()
+    """Best accuracy at a mean cost, choosing with the labels."""
+
+    @property
+    def front(self) -> tuple[DynamicPoint, ...]:
+        return tuple(sorted((p for p in self.dynamic if p.is_front), key=lambda p: p.madds_m))
+
+
+@dataclass(frozen=True)
+class FrontInfo:
+    """The split that chose the front and, once verified, the one that reports it."""
+
+    chosen: FrontPanel
+    reported: FrontPanel | None = None
+
+    @property
+    def panels(self) -> tuple[FrontPanel, ...]:
+        return (self.chosen,) if self.reported is None else (self.chosen, self.reported)
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Axis ranges shared by the panels (top-1 in percent), so that the eye can compare them."""
+
+    madds_m: tuple[float, float]
+    top1_percent: tuple[float, float]
+
+
+def static_points(rows: Iterable[Mapping[str, Any]], split: str) -> tuple[StaticPoint, ...]:
+    """The static sub-networks among rows of points.parquet, by rising cost.
+
+    Args:
+        rows: mappings with `kind`, `name`, `split`, `top1` (fraction), `madds_m` and optionally `latency_ms`.
+        split: rows of other splits are left out.
+    """
+    points = (
+        StaticPoint(str(r["name"]), float(r["madds_m"]), float(r["top1"]), finite(r.get("latency_ms")))
+        for r in rows
+        if r["kind"] == "subnet" and r["split"] == split
+    )
+    return tuple(sorted(points, key=lambda p: p.madds_m))
+
+
+def dynamic_points(
+    rows: Iterable[Mapping[str, Any]], split: str, intervals: Mapping[str, tuple[float, float]]
+) -> tuple[DynamicPoint, ...]:
+    """The gates among rows of points.parquet, by rising cost.
+
+    Args:
+        rows: as for `static_points`, with `is_front` and a `param.*` column per gate parameter (None or NaN: not set).
+        split: rows of other splits are left out.
+        intervals: 95 % interval of top-1 (fractions) by point name; names without one are drawn without a bar.
+    """
+    points = (
+        DynamicPoint(
+            name=str(r["name"]),
+            madds_m=float(r["madds_m"]),
+            top1=float(r["top1"]),
+            is_front=bool(r["is_front"]),
+            interval=intervals.get(str(r["name"])),
+            latency_ms=finite(r.get("latency_ms")),
+            params=_params(r),
+        )
+        for r in rows
+        if r["kind"] == "gate" and r["split"] == split and finite(r["top1"]) is not None
+    )
+    return tuple(sorted(points, key=lambda p: p.madds_m))
+
+
+def _params(row: Mapping[str, Any]) -> tuple[tuple[str, ParamValue], ...]:
+    """The parameters that the trial has: a NaN is a column that only other trials fill."""
+    named = ((k.removeprefix(PARAM_PREFIX), v) for k, v in row.items() if k.startswith(PARAM_PREFIX))
+    return tuple((name, value) for name, value in named if value is not None and value == value)
+
+
+def front_frame(info: FrontInfo) -> Frame:
+    """Axis ranges set by the static sub-networks and the fronts; the controls stretch them only a little."""
+    panels = info.panels
+    costs = [p.madds_m for panel in panels for p in _framing_points(panel)]
+    accuracies = [a for panel in panels for a in _framing_accuracies(panel)]
+    if not costs:
+        costs = [p.madds_m for panel in panels for p in panel.dynamic] or [0.0, 1.0]
+        accuracies = [p.top1 for panel in panels for p in panel.dynamic] or [0.0, 1.0]
+    low, high = min(accuracies), max(accuracies)
+    if high - low < MIN_TOP1_SPAN:
+        middle = (low + high) / 2
+        low, high = middle - MIN_TOP1_SPAN / 2, middle + MIN_TOP1_SPAN / 2
+    span = high - low
+    controls = [a for panel in panels for c in (panel.random, panel.cascade, panel.oracle) for a in c.top1]
+    low = max(min([low, *controls]), low - CONTROL_STRETCH * span)
+    high = min(max([high, *controls]), high + CONTROL_STRETCH * span)
+    pad = 0.06 * (high - low)
+    cost_pad = 0.05 * (max(costs) - min(costs)) or 0.1 * max(costs)
+    return Frame(
+        madds_m=(max(0.0, min(costs) - cost_pad), max(costs) + cost_pad),
+        top1_percent=(max(0.0, 100 * (low - pad)), min(100.6, 100 * (high + pad))),
+    )
+
+
+def _framing_points(panel: FrontPanel) -> list[StaticPoint | DynamicPoint]:
+    return [*panel.static, *panel.front]
+
+
+def _framing_accuracies(panel: FrontPanel) -> list[float]:
+    ends = [end for p in panel.front if p.interval for end in p.interval]
+    return [p.top1 for p in _framing_points(panel)] + ends
+
+
+def front_figure(info: FrontInfo) -> go.Figure:
+    """Top-1 (%) against mean MAdds (M): the split that chose on the left, the split that reports on the right."""
+    panels = info.panels
+    figure = make_subplots(
+        rows=1,
+        cols=len(panels),
+        shared_yaxes=True,
+        horizontal_spacing=0.04,
+        subplot_titles=[plain(_panel_title(panel, column)) for column, panel in enumerate(panels)],
+    )
+    figure.update_annotations(font={"size": 14, "color": INK})
+    frame = front_frame(info)
+    for column, panel in enumerate(panels, start=1):
+        ghosts = info.chosen if column == 2 else None
+        _draw_panel(figure, panel, column, ghosts)
+        _draw_outside(figure, panel, column, frame)
+    figure.update_xaxes(range=list(frame.madds_m), title_text="mean MAdds per image (M)")
+    figure.update_yaxes(range=list(frame.top1_percent))
+    figure.update_yaxes(title_text="top-1 accuracy (%)", col=1)
+    if not any(panel.static or panel.dynamic for panel in panels):
+        note(figure, "no point to draw yet")
+    return dressed(figure, "Accuracy against cost", _subtitle(info), height_px=600)
+
+
+def _panel_title(panel: FrontPanel, column: int) -> str:
+    role = "the front was chosen here" if column == 0 else "as reported"
+    return f"{panel.split} (n = {panel.num_images:,}): {role}"
+
+
+def _subtitle(info: FrontInfo) -> str:
+    chosen = f"chosen on {info.chosen.split} (n = {info.chosen.num_images:,})"
+    if info.reported is None:
+        return f"{chosen}, not verified yet; bars are 95 % intervals"
+    return f"{chosen}, reported on {info.reported.split} (n = {info.reported.num_images:,}); bars are 95 % intervals"
+
+
+def _draw_panel(figure: go.Figure, panel: FrontPanel, column: int, chosen: FrontPanel | None) -> None:
+    traces = [
+        _curve("oracle (knows the labels)", panel.oracle, {"color": PURPLE, "dash": "dot", "width": 2}),
+        _curve("confidence cascade", panel.cascade, {"color": GREEN, "dash": "dash", "width": 2}),
+        _curve("static line (mix of two)", panel.static_line, {"color": INK, "width": 1.5}),
+        _trials(panel),
+        _statics(panel),
+        _random(panel),
+        *([] if chosen is None else _ghosts(chosen, panel)),
+        _front(panel),
+    ]
+    seen = {trace.name for trace in figure.data if trace.showlegend is not False}
+    for trace in traces:
+        if trace.x:
+            is_new = trace.name not in seen and trace.showlegend is not False
+            trace.update(legendgroup=trace.name, showlegend=is_new)
+            figure.add_trace(trace, row=1, col=column)
+
+
+def _curve(name: str, curve: Curve, line: dict[str, Any]) -> go.Scatter:
+    return go.Scatter(
+        x=list(curve.madds_m),
+        y=[100 * a for a in curve.top1],
+        name=name,
+        mode="lines",
+        line=line,
+        hovertemplate="%{y:.1f} % at %{x:.3g} M MAdds",
+    )
+
+
+def _trials(panel: FrontPanel) -> go.Scatter:
+    others = [p for p in panel.dynamic if not p.is_front]
+    return go.Scatter(
+        x=[p.madds_m for p in others],
+        y=[100 * p.top1 for p in others],
+        name="other trials",
+        mode="markers",
+        marker={"color": BLUE, "opacity": 0.22, "size": 6},
+        text=[_hover(p, panel) for p in others],
+        hoverinfo="text",
+    )
+
+
+def _statics(panel: FrontPanel) -> go.Scatter:
+    return go.Scatter(
+        x=[p.madds_m for p in panel.static],
+        y=[100 * p.top1 for p in panel.static],
+        name="static sub-networks",
+        mode="markers",
+        marker={"color": INK, "symbol": "square", "size": 8},
+        text=[_hover(p, panel) for p in panel.static],
+        hoverinfo="text",
+    )
+
+
+def _random(panel: FrontPanel) -> go.Scatter:
+    return go.Scatter(
+        x=list(panel.random.madds_m),
+        y=[100 * a for a in panel.random.top1],
+        name="random routing, same histogram",
+        mode="markers",
+        marker={"color": ORANGE, "symbol": "x-thin", "size": 9, "line": {"width": 2.5, "color": ORANGE}},
+        hovertemplate="%{y:.1f} % at %{x:.3g} M MAdds",
+    )
+
+
+def _front(panel: FrontPanel) -> go.Scatter:
+    points = panel.front
+    ends = [p.interval or (p.top1, p.top1) for p in points]
+    return go.Scatter(
+        x=[p.madds_m for p in points],
+        y=[100 * p.top1 for p in points],
+        name="front (dynamic)",
+        mode="markers",
+        marker={"color": BLUE, "size": 10, "line": {"color": "white", "width": 1}},
+        error_y={
+            "type": "data",
+            "symmetric": False,
+            "array": [100 * (high - p.top1) for p, (_, high) in zip(points, ends, strict=True)],
+            "arrayminus": [100 * (p.top1 - low) for p, (low, _) in zip(points, ends, strict=True)],
+            "color": "rgba(0, 114, 178, 0.45)",
+            "thickness": 1.2,
+            "width": 3,
+        },
+        text=[_hover(p, panel) for p in points],
+        hoverinfo="text",
+    )
+
+
+def _ghosts(chosen: FrontPanel, reported: FrontPanel) -> tuple[go.Scatter, go.Scatter]:
+    """Where each reported front point stood when it was chosen, joined to where it stands: the winner's curse."""
+    now = {p.name: p for p in reported.front}
+    pairs = [(p, now[p.name]) for p in chosen.front if p.name in now]
+    joins = go.Scatter(
+        x=[x for then, after in pairs for x in (then.madds_m, after.madds_m, None)],
+        y=[y for then, after in pairs for y in (100 * then.top1, 100 * after.top1, None)],
+        name="change between splits",
+        mode="lines",
+        line={"color": BLUE, "width": 1, "dash": "dot"},
+        hoverinfo="skip",
+        showlegend=False,
+    )
+    marks = go.Scatter(
+        x=[then.madds_m for then, _ in pairs],
+        y=[100 * then.top1 for then, _ in pairs],
+        name=f"front as it looked on {plain(chosen.split)}",
+        mode="markers",
+        marker={"color": BLUE, "symbol": "circle-open", "size": 9},
+        text=[
+            f"{_hover(then, chosen)}<br>{plain(reported.split)} minus {plain(chosen.split)}: "
+            f"{100 * (after.top1 - then.top1):+.1f} points"
+            for then, after in pairs
+        ],
+        hoverinfo="text",
+    )
+    return joins, marks
+
+
+def _hover(point: StaticPoint | DynamicPoint, panel: FrontPanel) -> str:
+    interval = point.interval if isinstance(point, DynamicPoint) else None
+    lines = [f"<b>{plain(point.name)}</b> on {plain(panel.split)}", f"top-1 {percent(point.top1)}"]
+    if interval is not None:
+        lines[-1] += f" (95 %: {percent(interval[0])} to {percent(interval[1])})"
+    lines.append(f"{point.madds_m:.4g} M MAdds")
+    lines.append("latency not measured" if point.latency_ms is None else f"{point.latency_ms:.3g} ms")
+    if isinstance(point, DynamicPoint):
+        lines += [f"{plain(name)} = {_shown(value)}" for name, value in point.params]
+    return "<br>".join(lines)
+
+
+def _shown(value: ParamValue) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else plain(str(value))
+
+
+def _draw_outside(figure: go.Figure, panel: FrontPanel, column: int, frame: Frame) -> None:
+    """Say in the corner what the frame cuts off: a clipped oracle must not look like a low one."""
+    lines = _outside(panel, frame)
+    if lines:
+        figure.add_annotation(
+            text="<br>".join(lines),
+            x=0.985,
+            y=0.02,
+            xref="x domain",
+            yref="y domain",
+            xanchor="right",
+            yanchor="bottom",
+            align="right",
+            showarrow=False,
+            font={"size": 11, "color": MUTED},
+            bgcolor="rgba(255,255,255,0.8)",
+            row=1,
+            col=column,
+        )
+
+
+def _outside(panel: FrontPanel, frame: Frame) -> list[str]:
+    high = frame.top1_percent[1] / 100
+    curves: Sequence[tuple[str, Curve]] = (("oracle", panel.oracle), ("cascade", panel.cascade))
+    lines = [f"{name} goes up to {percent(max(c.top1))}" for name, c in curves if c.top1 and max(c.top1) > high]
+    hidden = sum(not _is_inside(p, frame) for p in panel.dynamic)
+    if hidden:
+        lines.append(f"{hidden} of {len(panel.dynamic)} trials outside the frame")
+    return lines
+
+
+def _is_inside(point: DynamicPoint, frame: Frame) -> bool:
+    (left, right), (low, high) = frame.madds_m, frame.top1_percent
+    return left <= point.madds_m <= right and low <= 100 * point.top1 <= high

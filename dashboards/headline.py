@@ -1,0 +1,277 @@
+"""The headline numbers of a report: cards for the knee and a table of the front, each number beside its control.
+
+Accuracies are fractions in the data and percent on the page, costs are millions of MAdds per image.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from html import escape
+from typing import Final
+
+from dashboards.theme import percent, signed, significant
+
+NOT_VERIFIED: Final = "not verified yet"
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value with its 95 % bootstrap interval over images; fractions."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Latency:
+    """A measured batch beside what it is compared with: same device, same batch size."""
+
+    batch_size: int
+    median_ms: float
+    widest_ms: float
+    """The widest static sub-network."""
+    cheapest_ms: float
+    """The cheapest static sub-network: widest_ms / cheapest_ms is the ceiling of any speed-up."""
+
+    @property
+    def speedup(self) -> float:
+        return self.widest_ms / self.median_ms
+
+    @property
+    def ceiling(self) -> float:
+        return self.widest_ms / self.cheapest_ms
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What one gate, or one static sub-network, reaches on one split."""
+
+    top1: Estimate
+    madds_m: float
+    """Mean per image, millions."""
+    gain: Estimate | None = None
+    """Top-1 minus the static line at the same mean MAdds, paired over images; None for the baseline."""
+    random_top1: float | None = None
+    """Random routing with the same histogram."""
+    cascade_top1: float | None = None
+    """A confidence cascade at the same mean MAdds; None where it cannot spend that."""
+    oracle_top1: float | None = None
+    """The oracle at the same mean MAdds."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the headline table."""
+
+    name: str
+    chosen: Scores
+    """On the split that chose (val)."""
+    reported: Scores | None = None
+    """On the sealed split (test); None before verification."""
+    latency: Latency | None = None
+    max_route_share: float | None = None
+    """Share of images on the most used route, 0..1."""
+    is_collapsed: bool = False
+    """The gate sends (nearly) every image to one route: it is a static sub-network in disguise."""
+
+    @property
+    def shown(self) -> Scores:
+        """The reported scores where there are any, else those of the split that chose."""
+        return self.reported or self.chosen
+
+
+@dataclass(frozen=True)
+class Headline:
+    """The numbers that a reader sees first."""
+
+    baseline: Row | None = None
+    """The widest routable static sub-network (chosen on val)."""
+    rows: tuple[Row, ...] = ()
+    """The gates of the front, cheapest first."""
+    knee: str | None = None
+    """Name of the front's knee, one of `rows`."""
+    chosen_split: str = "val"
+    reported_split: str = "test"
+
+    @property
+    def is_verified(self) -> bool:
+        return any(row.reported is not None for row in self.rows)
+
+
+def headline_section(headline: Headline) -> str:
+    """Cards and table as HTML; without a gate, the baseline alone."""
+    table = _table(headline) if headline.baseline or headline.rows else ""
+    if not headline.rows:
+        return f'<section><p class="empty">No gate on the front yet.</p>{table}</section>'
+    return f"<section>{_cards(headline)}{table}{_table_legend(headline)}</section>"
+
+
+def _cards(headline: Headline) -> str:
+    row = next((r for r in headline.rows if r.name == headline.knee), headline.rows[0])
+    role = "knee" if row.name == headline.knee else "cheapest gate"
+    split = headline.reported_split if row.reported else headline.chosen_split
+    top1 = row.shown.top1
+    cards = [
+        _card(f"Top-1 on {split}, {role}", percent(top1.value), [f"95 %: {_interval(top1)}", *_shrinkage(row)]),
+        _card("Gain over the static line", *_gain_lines(row.shown.gain)),
+        _card("Mean MAdds per image", f"{significant(row.shown.madds_m)} M", _saving_lines(row, headline.baseline)),
+        _card("Measured speed-up", *_latency_lines(row.latency)),
+    ]
+    return f'<div class="cards">{"".join(cards)}</div>'
+
+
+def _card(name: str, value: str, beside: list[str]) -> str:
+    lines = "<br>".join(escape(line) for line in beside)
+    return (
+        f'<div class="card"><div class="name">{escape(name)}</div><div class="value">{escape(value)}</div>'
+        f'<div class="beside">{lines}</div></div>'
+    )
+
+
+def _interval(estimate: Estimate) -> str:
+    return f"{100 * estimate.low:.1f} to {100 * estimate.high:.1f}"
+
+
+def _signed_interval(estimate: Estimate) -> str:
+    return f"{signed(100 * estimate.low)} to {signed(100 * estimate.high)}"
+
+
+def _shrinkage(row: Row) -> list[str]:
+    if row.reported is None:
+        return [NOT_VERIFIED]
+    change = 100 * (row.reported.top1.value - row.chosen.top1.value)
+    return [f"{percent(row.chosen.top1.value)} when it was chosen ({signed(change)} points)"]
+
+
+def _gain_lines(gain: Estimate | None) -> tuple[str, list[str]]:
+    if gain is None:
+        return "unknown", ["the static line does not reach this cost"]
+    return f"{signed(100 * gain.value)} points", [f"95 %: {_signed_interval(gain)}, paired", verdict(gain)]
+
+
+def verdict(gain: Estimate) -> str:
+    """What the paired interval allows one to say."""
+    if gain.low > 0:
+        return "better than the static line"
+    return "worse than the static line" if gain.high < 0 else "no difference shown"
+
+
+def _saving_lines(row: Row, baseline: Row | None) -> list[str]:
+    widest = _same_split(row, baseline)
+    if widest is None:
+        return ["no static baseline on this split"]
+    saved = 1 - row.shown.madds_m / widest.madds_m
+    change = 100 * (row.shown.top1.value - widest.top1.value)
+    return [
+        f"{percent(abs(saved), 0)} {'below' if saved >= 0 else 'above'} the widest static ({significant(widest.madds_m)} M),",
+        f"which has {percent(widest.top1.value)} top-1: {signed(change)} points for the gate",
+    ]
+
+
+def _same_split(row: Row, baseline: Row | None) -> Scores | None:
+    """The baseline on the split that `row.shown` comes from: numbers of two splits are never subtracted."""
+    if baseline is None:
+        return None
+    return baseline.chosen if row.reported is None else baseline.reported
+
+
+def _latency_lines(latency: Latency | None) -> tuple[str, list[str]]:
+    if latency is None:
+        return "not measured", ["latency is measured by the verify stage"]
+    return f"{latency.speedup:.2f}x", [
+        f"ceiling {latency.ceiling:.2f}x: the cheapest static alone",
+        f"{significant(latency.median_ms)} ms against {significant(latency.widest_ms)} ms, batch {latency.batch_size}",
+    ]
+
+
+def _table(headline: Headline) -> str:
+    heads = [
+        ("Gate", ""),
+        (f"Top-1 {headline.chosen_split} (%)", "number"),
+        (f"Top-1 {headline.reported_split} (%)", "number"),
+        ("Mean MAdds (M)", "number"),
+        ("Gain over static line (points)", "number"),
+        ("Controls at equal cost (%)", "number"),
+        ("Latency (ms)", "number"),
+    ]
+    head = "".join(f'<th class="{kind}" scope="col">{escape(name)}</th>' for name, kind in heads)
+    rows = [] if headline.baseline is None else [_table_row(headline.baseline, headline, is_baseline=True)]
+    rows += [_table_row(row, headline, is_baseline=False) for row in headline.rows]
+    body = f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody>"
+    return f'<div class="scroll"><table class="wide">{body}</table></div>'
+
+
+def _table_row(row: Row, headline: Headline, is_baseline: bool) -> str:
+    kind = "baseline" if is_baseline else "knee" if row.name == headline.knee else ""
+    cells = [
+        f'<td class="name-cell">{_name_cell(row, headline, is_baseline)}</td>',
+        _number(f"{100 * row.chosen.top1.value:.1f}", _interval(row.chosen.top1)),
+        _reported_cell(row),
+        _number(significant(row.shown.madds_m), _share_of(row, headline.baseline)),
+        _number("baseline", "widest static") if is_baseline else _gain_cell(row.shown.gain),
+        _number("") if is_baseline else _controls_cell(row.shown),
+        _latency_cell(row.latency),
+    ]
+    return f'<tr class="{kind}">{"".join(cells)}</tr>'
+
+
+def _number(value: str, *beside: str, kind: str = "") -> str:
+    value = f'<span class="{kind}">{escape(value)}</span>' if kind else escape(value)
+    return f'<td class="number">{value}{"".join(_sub(line) for line in beside)}</td>'
+
+
+def _sub(line: str) -> str:
+    return f'<span class="sub">{escape(line)}</span>'
+
+
+def _name_cell(row: Row, headline: Headline, is_baseline: bool) -> str:
+    badges = ""
+    if row.name == headline.knee and not is_baseline:
+        badges += '<span class="badge">knee</span>'
+    if row.is_collapsed:
+        badges += '<span class="badge bad">collapsed</span>'
+    sub = ""
+    if row.max_route_share is not None:
+        sub = f'<span class="sub">largest route {percent(row.max_route_share, 0)}</span>'
+    return f"{escape(row.name)}{badges}{sub}"
+
+
+def _reported_cell(row: Row) -> str:
+    if row.reported is None:
+        return _number("–", NOT_VERIFIED)
+    return _number(f"{100 * row.reported.top1.value:.1f}", _interval(row.reported.top1))
+
+
+def _share_of(row: Row, baseline: Row | None) -> str:
+    widest = _same_split(row, baseline)
+    return "" if widest is None else f"{percent(row.shown.madds_m / widest.madds_m, 0)} of widest"
+
+
+def _gain_cell(gain: Estimate | None) -> str:
+    if gain is None:
+        return _number("–", "outside the static line")
+    kind = "good" if gain.low > 0 else "bad" if gain.high < 0 else ""
+    return _number(signed(100 * gain.value), _signed_interval(gain), kind=kind)
+
+
+def _controls_cell(scores: Scores) -> str:
+    named = (("random", scores.random_top1), ("cascade", scores.cascade_top1), ("oracle", scores.oracle_top1))
+    return _number("", *(f"{name} {'–' if value is None else f'{100 * value:.1f}'}" for name, value in named))
+
+
+def _latency_cell(latency: Latency | None) -> str:
+    if latency is None:
+        return _number("–", "not measured")
+    bound = f"{latency.speedup:.2f}x of at most {latency.ceiling:.2f}x"
+    return _number(significant(latency.median_ms), bound, f"batch of {latency.batch_size}")
+
+
+def _table_legend(headline: Headline) -> str:
+    split = headline.reported_split if headline.is_verified else headline.chosen_split
+    text = (
+        f"Small figures are 95 % bootstrap intervals over images. Cost, gain and controls are those of {split}. "
+        "The gain is paired, over a random mix of two static sub-networks with the same mean MAdds; "
+        "green and red mark intervals that exclude 0. All of it is conditional on one trained supernet."
+    )
+    return f'<p class="sub">{escape(text)}</p>'

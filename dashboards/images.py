@@ -1,0 +1,75 @@
+"""Figures as files: HTML and JSON always; PNG and SVG where kaleido and a Chromium are installed."""
+
+from __future__ import annotations
+
+import html
+import importlib.util
+import os
+from pathlib import Path
+from typing import Final
+
+import plotly.graph_objects as go
+
+from dashboards.front import FrontInfo, front_figure
+from dashboards.page import figure_json, figure_page
+from dsnet.errors import ConfigError, PreflightError
+
+SUFFIXES: Final = (".html", ".json", ".png", ".svg")
+WAY_OUT: Final = (
+    "install the images extra (pip install 'dsnet-orch[images]') and Chromium or Chrome, or write .html or .json"
+)
+
+
+def write_figure(figure: go.Figure, path: str | Path, width_px: int = 1100) -> Path:
+    """Write `figure` in the format that the suffix of `path` names; the file appears whole or not at all.
+
+    Args:
+        figure: a Plotly figure.
+        path: ends in .html (offline, plotly.js inside), .json, .png (two pixels per unit) or .svg.
+        width_px: width of .png and .svg; the height is the figure's own.
+
+    Raises:
+        ConfigError: another suffix.
+        PreflightError: .png or .svg without kaleido or Chromium, or a folder that cannot be written.
+    """
+    path = Path(path)
+    content = _content(figure, path, width_px)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(content)
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise PreflightError(f"cannot write the figure {path}: {error.strerror}; choose a writable folder") from error
+    return path
+
+
+def front_svg(info: FrontInfo, width_px: int = 1100) -> str:
+    """The front as SVG text, for a README.
+
+    Raises:
+        PreflightError: kaleido or Chromium is missing.
+    """
+    return _image(front_figure(info), "svg", width_px).decode("utf-8")
+
+
+def _content(figure: go.Figure, path: Path, width_px: int) -> bytes:
+    suffix = path.suffix.lower()
+    if suffix == ".html":
+        return figure_page(figure, html.unescape(figure.layout.title.text or path.stem)).encode("utf-8")
+    if suffix == ".json":
+        return figure_json(figure).encode("utf-8")
+    if suffix in SUFFIXES:
+        return _image(figure, suffix.removeprefix("."), width_px)
+    raise ConfigError(f"cannot write a figure as {path.name!r}: the suffix must be one of {', '.join(SUFFIXES)}")
+
+
+def _image(figure: go.Figure, kind: str, width_px: int) -> bytes:
+    if importlib.util.find_spec("kaleido") is None:
+        raise PreflightError(f"a figure as .{kind} needs the package kaleido, which is not installed; {WAY_OUT}")
+    try:
+        return bytes(figure.to_image(format=kind, width=width_px, scale=2 if kind == "png" else 1))
+    except (RuntimeError, ValueError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise PreflightError(f"kaleido could not draw the figure as .{kind}: {reason}; {WAY_OUT}") from error

@@ -1,0 +1,161 @@
+"""The shell of an offline HTML page: styles, plotly.js once, the charts' data. Nothing in it knows about runs.
+
+The page's Content-Security-Policy forbids every connection: a part that needed the network would fail everywhere.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Mapping
+from typing import Final
+
+import plotly.graph_objects as go
+from plotly.offline import get_plotlyjs
+
+POLICY: Final = (
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; "
+    "base-uri 'none'; form-action 'none'"
+)
+
+STYLE: Final = """
+:root { --ink: #1f2933; --muted: #5f6b7a; --line: #e1e5eb; --accent: #0072b2; --soft: #f6f8fa;
+        --good: #00704f; --bad: #a84300; }
+* { box-sizing: border-box; }
+html { -webkit-text-size-adjust: 100%; }
+body { margin: 0; color: var(--ink); background: #fff; line-height: 1.5; font-size: 15px;
+       font-family: system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
+main, header, footer { max-width: 1180px; margin: 0 auto; padding: 0 28px; }
+header { padding-top: 36px; padding-bottom: 20px; }
+h1 { font-size: 28px; line-height: 1.2; margin: 0 0 6px; overflow-wrap: anywhere; }
+h2 { font-size: 19px; margin: 44px 0 6px; padding-top: 16px; border-top: 1px solid var(--line); }
+p { margin: 0 0 12px; max-width: 80ch; }
+.lead { color: var(--muted); margin: 0; }
+.muted, .sub { color: var(--muted); }
+.sub { display: block; font-size: 12.5px; line-height: 1.4; }
+.cards { display: grid; grid-template-columns: repeat(4, 1fr); gap: 14px; margin: 8px 0 24px; }
+.card { border: 1px solid var(--line); border-radius: 8px; padding: 14px 16px; background: var(--soft); }
+.card .name { font-size: 13px; color: var(--muted); }
+.card .value { font-size: 26px; font-weight: 650; line-height: 1.3; font-variant-numeric: tabular-nums; }
+.card .beside { font-size: 13px; line-height: 1.45; overflow-wrap: anywhere; }
+.notes { border-left: 4px solid #e69f00; background: #fff8e8; padding: 10px 16px; margin: 0 0 20px;
+         border-radius: 0 6px 6px 0; }
+.notes ul { margin: 0; padding-left: 18px; }
+.notes li { overflow-wrap: anywhere; }
+.scroll { overflow-x: auto; margin: 8px 0 20px; }
+table { border-collapse: collapse; width: 100%; font-size: 14px; font-variant-numeric: tabular-nums; }
+th { text-align: left; font-size: 12.5px; font-weight: 600; color: var(--muted); border-bottom: 2px solid var(--line);
+     padding: 6px 12px 6px 0; vertical-align: bottom; }
+td { border-bottom: 1px solid var(--line); padding: 8px 12px 8px 0; vertical-align: top; }
+th.number, td.number { text-align: right; }
+td.number, .name-cell { white-space: nowrap; }
+tr.baseline td { background: var(--soft); }
+tr.knee td:first-child { box-shadow: inset 3px 0 0 var(--accent); padding-left: 10px; }
+.badge { display: inline-block; font-size: 11.5px; line-height: 1.5; padding: 0 7px; border-radius: 9px;
+         margin-left: 5px; background: #e6f1f8; color: #00507e; white-space: nowrap; }
+.badge.bad { background: #fdeee4; color: var(--bad); }
+.good { color: var(--good); } .bad { color: var(--bad); }
+.chart { width: 100%; margin: 8px 0 4px; }
+.wide { min-width: 680px; }
+.empty { border: 1px dashed #b8c0cc; border-radius: 8px; padding: 22px; color: var(--muted); text-align: center;
+         max-width: none; }
+pre { background: var(--soft); border: 1px solid var(--line); border-radius: 6px; padding: 10px 14px; overflow-x: auto;
+      font-size: 13px; margin: 4px 0 14px; white-space: pre-wrap; overflow-wrap: anywhere; }
+footer { padding-top: 24px; padding-bottom: 48px; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: 2px 18px; font-size: 13px; margin: 0; }
+dt { color: var(--muted); } dd { margin: 0; overflow-wrap: anywhere; }
+@media (max-width: 1000px) { .cards { grid-template-columns: repeat(2, 1fr); } }
+@media (max-width: 600px) { main, header, footer { padding-left: 16px; padding-right: 16px; } }
+@media print {
+  @page { margin: 14mm; }
+  body { font-size: 11px; }
+  main, header, footer { max-width: none; padding-left: 0; padding-right: 0; }
+  h2 { break-after: avoid; margin-top: 24px; }
+  .card .value { font-size: 18px; }
+  .cards { grid-template-columns: repeat(4, 1fr); gap: 8px; }
+  table, th { font-size: 10px; } .sub { font-size: 9px; }
+  th, td { padding-right: 6px; }
+  .scroll { overflow: visible; } .wide { min-width: 0; }
+  .chart, .card, tr, pre, .notes { break-inside: avoid; }
+}
+"""
+
+# Plotly's own "share chart" button uploads the chart's data to a public service: it is switched off.
+# A printed page is narrower than the window and prints what was last drawn, so charts are redrawn for it and back.
+SCRIPT: Final = """
+(function () {
+  const slots = Array.from(document.querySelectorAll(".chart"));
+  for (const slot of slots) {
+    const figure = JSON.parse(document.getElementById(slot.id + "-data").textContent);
+    Plotly.newPlot(slot, figure.data, figure.layout, {
+      responsive: true, displaylogo: false, showSendToCloud: false, plotlyServerURL: "",
+      modeBarButtonsToRemove: ["select2d", "lasso2d"]
+    });
+  }
+  window.addEventListener("beforeprint", () => slots.forEach(s => Plotly.relayout(s, {width: 680})));
+  window.addEventListener("afterprint", () => slots.forEach(s => Plotly.relayout(s, {width: null, autosize: true})));
+})();
+"""
+
+
+def chart(key: str, figure: go.Figure, is_wide: bool = False) -> str:
+    """The place of one chart together with its data; `key` is unique in the page.
+
+    Args:
+        key: identifier of the chart, [a-z0-9-]+.
+        figure: what is drawn; its layout's height is kept, its width follows the page.
+        is_wide: two panels side by side, which a narrow screen scrolls instead of squeezing.
+    """
+    height_px = int(figure.layout.height or 460)
+    kind = "chart wide" if is_wide else "chart"
+    return (
+        f'<div class="scroll"><div class="{kind}" id="chart-{key}" style="height:{height_px}px"></div></div>\n'
+        f'<script type="application/json" id="chart-{key}-data">{_inert_json(figure)}</script>\n'
+    )
+
+
+def _inert_json(figure: go.Figure) -> str:
+    """JSON that cannot end its script element, whatever the names in it are."""
+    text = str(figure.to_json())
+    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+
+
+def page(title: str, header: str, body: str, footer: str = "") -> str:
+    """A whole offline page. `title` is escaped here; the other arguments are HTML already."""
+    plotly_js = get_plotlyjs().replace("</script", "<\\/script")
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{POLICY}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{html.escape(title)}</title>
+<style>{STYLE}</style>
+</head>
+<body>
+<header>{header}</header>
+<main>
+{body}
+</main>
+<footer>{footer}</footer>
+<script>{plotly_js}</script>
+<script>{SCRIPT}</script>
+</body>
+</html>
+"""
+
+
+def definition_list(entries: Mapping[str, str] | tuple[tuple[str, str], ...]) -> str:
+    """Escaped name-value pairs."""
+    pairs = entries.items() if isinstance(entries, Mapping) else entries
+    return "<dl>" + "".join(f"<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>" for k, v in pairs) + "</dl>"
+
+
+def figure_page(figure: go.Figure, title: str) -> str:
+    """One figure as an offline page of its own."""
+    return page(title, "", chart("figure", figure))
+
+
+def figure_json(figure: go.Figure) -> str:
+    """The figure as Plotly's JSON, keys sorted, so that equal figures are equal files."""
+    return json.dumps(json.loads(str(figure.to_json())), sort_keys=True, indent=1)

@@ -1,0 +1,198 @@
+"""One offline HTML report of a run: headline numbers beside their controls, then every figure.
+
+`ReportData` says what goes in, with units; each part may be missing, and the report then says so. Accuracies are
+fractions in the data and percent on the page, costs are millions of MAdds per image, latencies milliseconds per batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from html import escape
+from typing import Literal
+
+from dashboards.front import FrontInfo, front_figure
+from dashboards.headline import NOT_VERIFIED, Headline, headline_section
+from dashboards.hypervolume import HypervolumeInfo, hypervolume_figure
+from dashboards.page import chart, definition_list, page
+from dashboards.routes import RoutesInfo, class_routes_figure, routes_figure
+from dashboards.theme import count, significant
+from dashboards.training import TrainingInfo, training_figure
+from dashboards.widths import WidthsInfo, widths_figure
+
+
+@dataclass(frozen=True)
+class ReportData:
+    """Everything that the report shows."""
+
+    run_name: str
+    status: Literal["running", "stopped", "complete", "failed"]
+    created: str
+    """When the report was made, as displayed."""
+    data_name: str
+    model: str
+    headline: Headline = field(default_factory=Headline)
+    num_completed: int = 0
+    num_failed: int = 0
+    num_test_openings: int = 0
+    """How often the sealed split was read: more than once weakens its numbers."""
+    front: FrontInfo | None = None
+    hypervolume: HypervolumeInfo | None = None
+    routes: RoutesInfo | None = None
+    widths: WidthsInfo | None = None
+    training: TrainingInfo | None = None
+    notes: tuple[str, ...] = ()
+    """Warnings that qualify the numbers, e.g. 'smoke result: 270 images a split'; shown above everything else."""
+    commands: tuple[tuple[str, str], ...] = ()
+    """(what it does, command), e.g. ('Continue this run', 'dsnet-orch launch ...')."""
+    versions: tuple[tuple[str, str], ...] = ()
+    hardware: tuple[tuple[str, str], ...] = ()
+    seeds: tuple[tuple[str, str], ...] = ()
+    """Seeds and hashes that the numbers depend on."""
+
+
+def build_report(data: ReportData) -> str:
+    """The report as one HTML document that loads nothing from anywhere; about 5 MB, nearly all of it plotly.js."""
+    sections = [
+        _notes(data),
+        headline_section(data.headline),
+        _front_section(data),
+        _hypervolume_section(data),
+        _routes_section(data),
+        _widths_section(data),
+        _training_section(data),
+        _commands(data),
+    ]
+    return page(f"{data.run_name} · dsnet-orch", _header(data), "\n".join(filter(None, sections)), _footer(data))
+
+
+def _header(data: ReportData) -> str:
+    trials = count(data.num_completed, "completed trial")
+    failed = f", {data.num_failed:,} failed" if data.num_failed else ""
+    facts = f"{data.model} on {data.data_name} · {trials}{failed} · run {data.status} · {data.created}"
+    return f'<h1>{escape(data.run_name)}</h1>\n<p class="lead">{escape(facts)}</p>'
+
+
+def _notes(data: ReportData) -> str:
+    notes = [*data.notes, *_own_notes(data)]
+    if not notes:
+        return ""
+    return '<div class="notes" role="note"><ul>' + "".join(f"<li>{escape(n)}</li>" for n in notes) + "</ul></div>"
+
+
+def _own_notes(data: ReportData) -> list[str]:
+    """What the numbers themselves demand to be said."""
+    notes = []
+    headline = data.headline
+    if headline.rows and not headline.is_verified:
+        notes.append(
+            f"{NOT_VERIFIED.capitalize()}: every accuracy is from {headline.chosen_split}, which also chose the gates, "
+            "and is therefore optimistic."
+        )
+    if data.num_test_openings > 1:
+        notes.append(
+            f"{headline.reported_split} was read {data.num_test_openings} times: "
+            "numbers chosen after a first look at it are optimistic."
+        )
+    if not data.num_completed and data.num_failed:
+        notes.append(f"No trial completed; {count(data.num_failed, 'trial')} failed.")
+    num_collapsed = sum(row.is_collapsed for row in headline.rows)
+    if num_collapsed:
+        notes.append(
+            f"{num_collapsed} of {count(len(headline.rows), 'gate')} on the front collapsed: (nearly) all images take "
+            "one route, which is a static sub-network with a gate's extra cost."
+        )
+    return notes
+
+
+def _section(title: str, caption: str, content: str) -> str:
+    """`title` is ours; `caption` may quote names, so it is escaped; `content` is HTML already."""
+    return f"<section><h2>{title}</h2>\n<p class='muted'>{escape(caption)}</p>\n{content}</section>"
+
+
+def _empty(text: str) -> str:
+    return f'<p class="empty">{escape(text)}</p>'
+
+
+def _front_section(data: ReportData) -> str:
+    caption = (
+        "A gate earns its place above the black line, which any random mix of two static sub-networks reaches without "
+        "a gate. Random routing shows what its histogram alone gives, the cascade what confidence alone gives, "
+        "the oracle what is left to gain."
+    )
+    if data.front is None:
+        return _section("The front", caption, _empty("Nothing searched yet."))
+    is_paired = data.front.reported is not None
+    if is_paired:
+        caption += (
+            " Open circles on the right are where the same gates stood when they were chosen: "
+            "the distance is the winner's curse."
+        )
+    return _section("The front", caption, chart("front", front_figure(data.front), is_wide=is_paired))
+
+
+def _hypervolume_section(data: ReportData) -> str:
+    caption = "The area that the front dominates; a line that still rises at the end says that more trials would help."
+    info = data.hypervolume
+    content = _empty("No trial has finished yet.") if info is None else chart("hypervolume", hypervolume_figure(info))
+    return _section("Search progress", caption, content)
+
+
+def _routes_section(data: ReportData) -> str:
+    caption = "A bar of one colour is a gate that decides nothing."
+    info = data.routes
+    if info is None or not info.gates:
+        return _section("Routes", caption, _empty("No gate on the front yet."))
+    content = chart("routes", routes_figure(info))
+    if info.class_counts is not None:
+        gate = data.headline.knee if data.headline.knee in info.gates else info.gates[0]
+        content += chart("routes-by-class", class_routes_figure(info, gate))
+    return _section("Routes", caption, content)
+
+
+def _widths_section(data: ReportData) -> str:
+    info = data.widths
+    if info is None or not info.subnets:
+        return _section("Static sub-networks", "", _empty("No sub-network measured yet."))
+    caption = (
+        "MAdds are not milliseconds: no routing between these sub-networks can be faster than the cheapest of them. "
+        "The latency axis is logarithmic, so that equal heights are equal ratios; bars are the interquartile range."
+    )
+    return _section(
+        "Static sub-networks", caption, chart("widths", widths_figure(info), is_wide=True) + _widths_table(info)
+    )
+
+
+def _widths_table(info: WidthsInfo) -> str:
+    heads = ["Sub-network", "MAdds (M)", "Parameters (M)", "Top-1 (%)", "Top-5 (%)"]
+    heads += [f"Batch of {s.batch_size} (ms)" for s in info.latency]
+    columns = [
+        [significant(v) for v in info.madds_m],
+        [significant(v) for v in info.params_m],
+        [f"{100 * v:.1f}" for v in info.top1],
+        [f"{100 * v:.1f}" for v in info.top5],
+        *([significant(v) for v in s.median_ms] for s in info.latency),
+    ]
+    head = "".join(f'<th class="{"number" if k else ""}" scope="col">{escape(h)}</th>' for k, h in enumerate(heads))
+    body = "".join(
+        f"<tr><td>{escape(name)}</td>" + "".join(f'<td class="number">{column[k]}</td>' for column in columns) + "</tr>"
+        for k, name in enumerate(info.subnets)
+    )
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _training_section(data: ReportData) -> str:
+    info = data.training
+    content = _empty("No training curve recorded.") if info is None else chart("training", training_figure(info))
+    return _section("Supernet training", "The loss of each width, as it was trained.", content)
+
+
+def _commands(data: ReportData) -> str:
+    if not data.commands:
+        return ""
+    content = "".join(f"<p>{escape(what)}</p><pre>{escape(command)}</pre>" for what, command in data.commands)
+    return f"<section><h2>Go on from here</h2>{content}</section>"
+
+
+def _footer(data: ReportData) -> str:
+    entries = (*data.hardware, *data.seeds, *data.versions)
+    return f"<h2>How these numbers were made</h2>{definition_list(entries)}" if entries else ""

@@ -1,0 +1,44 @@
+"""BatchNorm recalibration: the statistics of every width, re-estimated after training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from dsnet.layers import BN_MOMENTUM
+from dsnet.supernet import Supernet
+
+
+@torch.no_grad()
+def recalibrate(supernet: Supernet, batches: Iterable[Tensor]) -> None:
+    """Replace all running statistics by cumulative averages over `batches` of clean, normalised images [B, C, H, W].
+
+    Every sub-network takes part, the teacher too, and each shared trunk runs once a batch, so that each set of statistics sees every
+    batch once. (Ours: the published recalibration skips the teacher and keeps a momentum of 0.1.)
+
+    Raises:
+        ValueError: there is no batch.
+    """
+    norms = supernet.batch_norms()
+    was_training = supernet.training
+    groups = supernet.by_trunk(supernet.subnets.all)
+    for norm in norms:
+        norm.reset_statistics()
+        norm.momentum = None
+    supernet.train()
+    num_batches = 0
+    try:
+        for images in batches:
+            num_batches += 1
+            for group in groups:
+                features = supernet.trunk(images, group[0]).features
+                for subnet in group:
+                    supernet.tail(features, subnet)
+    finally:
+        for norm in norms:
+            norm.momentum = BN_MOMENTUM
+        supernet.train(was_training)
+    if num_batches == 0:
+        raise ValueError("recalibration needs at least one batch of images")

@@ -1,0 +1,259 @@
+"""A bundle: one gate configuration that runs, checks itself, and needs neither YAML nor pickle (CONTRACTS, Bundle).
+
+A folder with `bundle.json` (what it is, what it claims, hashes), `weights.safetensors` (supernet cut to the routes in use, router),
+`examples.safetensors` (inputs with the routes and logits they must give) and `gate.yaml`, the same for people.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dsnet.checkpoint import load_exactly, load_tensors, save_tensors
+from dsnet.data.normalization import Normalization
+from dsnet.dynamic import DynamicNet
+from dsnet.errors import CheckpointError, DsnetError, VerificationError
+from dsnet.families import rebuild
+from dsnet.files import file_sha256, read_json, write_json
+from dsnet.routers import GateRouter, Router, router_from_arrays
+from dsnet.space import SubnetSet, SupernetSpec
+from dsnet.supernet import Supernet, restrict, state_for_saving
+
+SCHEMA_VERSION = 1
+NUM_EXAMPLES = 16
+LOGIT_TOLERANCE = 1e-4
+"""Largest accepted difference to a stored logit, relative to the largest stored one: other processors sum in another order."""
+ROUTE_TIE = 1e-5
+"""A gate's scores that are nearer to each other than this, relative to their size, are a numerical tie."""
+MANIFEST = "bundle.json"
+
+
+class Predictions(NamedTuple):
+    """What a bundle answers, in the batch's order."""
+
+    classes: Tensor
+    """int64 [B] index into `class_names`."""
+    probabilities: Tensor
+    """float32 [B, num_classes]."""
+    routes: Tensor
+    """int64 [B] index into `route_names`."""
+    madds: Tensor
+    """int64 [B] MAdds spent on each image."""
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A dynamic classifier read from a folder."""
+
+    path: Path
+    manifest: Mapping[str, Any]
+    net: DynamicNet
+    normalization: Normalization
+    class_names: tuple[str, ...]
+    route_names: tuple[str, ...]
+    image_shape: tuple[int, int, int]
+    """(channels, height, width) of the images it takes."""
+
+    def __call__(self, images: Tensor) -> Predictions:
+        """Classify a batch of images.
+
+        Args:
+            images: uint8 [B, C, H, W] pixels in 0..255, of `image_shape`; B may be 0.
+
+        Raises:
+            DsnetError: another type or shape.
+        """
+        if images.dtype != torch.uint8 or images.ndim != 4 or tuple(images.shape[1:]) != self.image_shape:
+            raise DsnetError(
+                f"the bundle takes uint8 images [B, {', '.join(map(str, self.image_shape))}], "
+                f"but met {str(images.dtype).removeprefix('torch.')} {list(images.shape)}"
+            )
+        output = self.net(self.normalization.apply(images))
+        probabilities = output.logits.softmax(1)
+        return Predictions(output.logits.argmax(1), probabilities, output.routes, output.madds)
+
+    @property
+    def claims(self) -> Mapping[str, Any]:
+        """The numbers it was exported with."""
+        return self.manifest["claims"]
+
+
+def local_router(router: Router, members: Sequence[int]) -> Router:
+    """The same gate over the restricted supernet's ids 0..len(members) - 1.
+
+    Raises:
+        ValueError: the router is no gate, or uses a route outside `members`.
+    """
+    if not isinstance(router, GateRouter):
+        raise ValueError(f"only gates are exported, not {type(router).__name__}")
+    position = {member: index for index, member in enumerate(members)}
+    return GateRouter(router.weight, router.offset, tuple(position[route] for route in router.routes))
+
+
+def save_bundle(
+    folder: Path,
+    supernet: Supernet,
+    router: GateRouter,
+    *,
+    normalization: Normalization,
+    class_names: Sequence[str],
+    examples: Tensor,
+    claims: Mapping[str, Any],
+    gate_yaml: str,
+) -> None:
+    """Write a bundle, whole or not at all: it is put together beside `folder` and renamed into place, replacing an older one.
+
+    Args:
+        folder: where the bundle will lie.
+        supernet: trained and recalibrated.
+        router: the gate; only the routes of its routing space are stored.
+        normalization: what the supernet was trained with.
+        class_names: in label order.
+        examples: uint8 [n, C, H, W], images whose routes and logits are stored for `verify`.
+        claims: JSON values: accuracies, MAdds, latency, and what they were measured on.
+        gate_yaml: the text of gate.yaml.
+    """
+    small = restrict(supernet, router.routes).cpu().eval()
+    local = local_router(router, router.routes)
+    size = int(examples.shape[-1])
+    output = DynamicNet(small, local, image_size=size)(normalization.apply(examples))
+    draft = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    tensors, values = local.to_arrays()
+    weights = {f"supernet.{name}": value for name, value in state_for_saving(small).items()}
+    weights |= {f"router.{name}": value.contiguous() for name, value in tensors.items()}
+    stored = {"images": examples.contiguous(), "routes": output.routes.clone(), "logits": output.logits.clone()}
+    files = {
+        "weights.safetensors": save_tensors(draft / "weights.safetensors", weights),
+        "examples.safetensors": save_tensors(draft / "examples.safetensors", stored),
+    }
+    (draft / "gate.yaml").write_text(gate_yaml, encoding="utf-8")
+    files["gate.yaml"] = file_sha256(draft / "gate.yaml")
+    manifest = {
+        "schema_version": SCHEMA_VERSION,
+        "kind": "dsnet-bundle",
+        "spec": small.spec.to_json(),
+        "subnets": small.subnets.to_json(),
+        "router": values,
+        "normalization": normalization.to_json(),
+        "class_names": list(class_names),
+        "image_shape": list(examples.shape[1:]),
+        "claims": dict(claims),
+        "files": files,
+    }
+    write_json(draft / MANIFEST, manifest)
+    _swap(draft, folder)
+
+
+def _swap(draft: Path, folder: Path) -> None:
+    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    if folder.exists():
+        folder.rename(old)
+    draft.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def load_bundle(path: str | Path, *, device: torch.device | str = "cpu", cut_weights: bool = True, fold_bn: bool = True) -> Bundle:
+    """Read a bundle; every file is checked against its hash, and nothing of it is executed or unpickled.
+
+    Args:
+        path: the bundle's folder.
+        device: where it will run; images must be there too.
+        cut_weights: keep contiguous weights per route (fastest); False slices shared weights on the fly (least memory).
+        fold_bn: with `cut_weights`, fold BatchNorm into the convolutions.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or the bundle is of another version.
+    """
+    path = Path(path)
+    if not (path / MANIFEST).is_file():
+        raise CheckpointError(f"{path}: no bundle here (no {MANIFEST}); make one with `dsnet-orch export RUN --pick knee`")
+    manifest = read_json(path / MANIFEST)
+    if manifest.get("kind") != "dsnet-bundle" or manifest.get("schema_version") != SCHEMA_VERSION:
+        raise CheckpointError(
+            f"{path / MANIFEST}: kind {manifest.get('kind')!r}, schema version {manifest.get('schema_version')!r}; "
+            f"this release reads 'dsnet-bundle' {SCHEMA_VERSION}"
+        )
+    try:
+        return _assemble(path, manifest, device, cut_weights, fold_bn)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path / MANIFEST}: incomplete or inconsistent ({type(error).__name__}: {error}); export it again") from error
+
+
+def _assemble(path: Path, manifest: Mapping[str, Any], device: torch.device | str, cut_weights: bool, fold_bn: bool) -> Bundle:
+    weights = load_tensors(path / "weights.safetensors", manifest["files"]["weights.safetensors"])
+    subnets = SubnetSet.from_json(SupernetSpec.from_json(manifest["spec"]), manifest["subnets"])
+    supernet = rebuild(subnets)
+    load_exactly(supernet, _below(weights, "supernet."), str(path))
+    router = router_from_arrays(_below(weights, "router."), manifest["router"])
+    channels, height, width = manifest["image_shape"]
+    net = DynamicNet(supernet.eval(), router, cut_weights=cut_weights, fold_bn=fold_bn, image_size=height)
+    return Bundle(
+        path=path,
+        manifest=manifest,
+        net=net.to(device),
+        normalization=Normalization.from_json(manifest["normalization"]),
+        class_names=tuple(manifest["class_names"]),
+        route_names=tuple(subnet.name for subnet in subnets),
+        image_shape=(channels, height, width),
+    )
+
+
+def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def check_bundle_files(bundle: Bundle) -> None:
+    """Compare every file with its recorded hash.
+
+    Raises:
+        VerificationError: a file is missing or differs.
+    """
+    for name, expected in bundle.manifest["files"].items():
+        file = bundle.path / name
+        if not file.is_file() or file_sha256(file) != expected:
+            raise VerificationError(f"{file}: missing, or not the file that was exported (its SHA-256 differs)")
+
+
+def check_bundle_examples(bundle: Bundle) -> int:
+    """Run the stored inputs and compare routes and logits with what was exported.
+
+    Returns:
+        the number of examples checked.
+
+    Raises:
+        VerificationError: a route or a logit differs.
+    """
+    stored = load_tensors(bundle.path / "examples.safetensors", bundle.manifest["files"]["examples.safetensors"])
+    output = bundle.net(bundle.normalization.apply(stored["images"]))
+    expected = stored["logits"]
+    scale = float(expected.abs().max()) or 1.0
+    for index in range(len(expected)):
+        route, wanted = int(output.routes[index]), int(stored["routes"][index])
+        if route != wanted:
+            names = bundle.route_names
+            raise VerificationError(f"{bundle.path}: example {index} took route {names[route]}, but {names[wanted]} was recorded")
+        difference = float((output.logits[index] - expected[index]).abs().max()) / scale
+        if not difference <= LOGIT_TOLERANCE:
+            raise VerificationError(
+                f"{bundle.path}: the logits of example {index} differ by {difference:.2e} (relative), more than {LOGIT_TOLERANCE:.0e}"
+            )
+    return len(expected)
+
+
+def score_bundle(bundle: Bundle, images: Tensor, labels: Tensor, batch_size: int = 256) -> dict[str, float]:
+    """top1 and mean madds_m of a bundle on labelled images (uint8 [N, C, H, W], int64 [N])."""
+    right, madds = 0, 0
+    for start in range(0, len(labels), batch_size):
+        answer = bundle(images[start : start + batch_size])
+        right += int((answer.classes == labels[start : start + batch_size]).sum())
+        madds += int(answer.madds.sum())
+    return {"top1": right / len(labels), "madds_m": madds / len(labels) / 1e6}

@@ -1,0 +1,98 @@
+"""Decoded images, kept between runs in the user's cache folder: decoding CIFAR-10's 60,000 JPEGs takes seconds.
+
+The cache is never trusted and never needed: what it holds is checked against its own fingerprint, a file that does not
+pass is made again, and a folder that cannot be written only costs the time of decoding.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from dsnet.data.images import ImageSet
+
+CACHE_VARIABLE = "DSNET_CACHE"
+
+_log = logging.getLogger(__name__)
+
+
+def default_cache_folder() -> Path:
+    """DSNET_CACHE, else XDG_CACHE_HOME/dsnet-orch, else ~/.cache/dsnet-orch."""
+    own = os.environ.get(CACHE_VARIABLE)
+    if own:
+        return Path(own).expanduser()
+    shared = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(shared) / "dsnet-orch"
+
+
+@dataclass(frozen=True)
+class ImageCache:
+    """One safetensors file per decoded data set.
+
+    A user may delete the folder at any time.
+    """
+
+    folder: Path
+
+    def load_or_make(self, name: str, key: str, make: Callable[[], ImageSet]) -> ImageSet:
+        """The cached set, or `make()`'s, which is then cached.
+
+        Args:
+            name: The data set's name; the start of the file's name.
+            key: Hex digest of everything that the decoded pixels depend on.
+            make: Decodes the set; its errors pass through, and nothing is cached then.
+        """
+        path = self.folder / "data" / f"{name}-{key[:24]}.safetensors"
+        image_set = _read(path)
+        if image_set is None:
+            image_set = make()
+            _write(path, image_set)
+        return image_set
+
+
+def _read(path: Path) -> ImageSet | None:
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = json.loads(file.metadata()["image_set"])
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (a safe_open is no mapping)
+        is_test = tensors["official_test"].numpy() if "official_test" in tensors else None
+        image_set = ImageSet.create(
+            metadata["name"], tensors["images"], tensors["labels"], metadata["class_names"], is_test
+        )
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AssertionError, RuntimeError) as error:
+        _log.info("the cached images in %s cannot be read and are decoded again: %s", path, error)
+        return None
+    if image_set.fingerprint != metadata.get("fingerprint"):
+        _log.info("the cached images in %s are damaged and are decoded again", path)
+        return None
+    return image_set
+
+
+def _write(path: Path, image_set: ImageSet) -> None:
+    tensors = {"images": image_set.images, "labels": image_set.labels}
+    if image_set.official_test is not None:
+        tensors["official_test"] = torch.from_numpy(image_set.official_test)
+    metadata = {
+        "name": image_set.name,
+        "class_names": list(image_set.class_names),
+        "fingerprint": image_set.fingerprint,
+    }
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-") as scratch:
+            unfinished = Path(scratch) / path.name
+            save_file(tensors, unfinished, metadata={"image_set": json.dumps(metadata)})
+            os.replace(unfinished, path)  # atomic: another process sees the old file, none, or the whole new one
+    except (OSError, SafetensorError) as error:
+        _log.warning("decoded images are not cached, the next start decodes them again: %s: %s", path, error)

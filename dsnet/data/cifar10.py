@@ -1,0 +1,101 @@
+"""CIFAR-10 (Krizhevsky, 2009) from where the user keeps it: the hub's parquet files or the official python batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dsnet.data.cache import ImageCache, default_cache_folder
+from dsnet.data.cifar10_batches import (
+    ARCHIVE_NAME,
+    FOLDER_NAME,
+    META,
+    TEST_BATCH,
+    TRAIN_BATCHES,
+    Split,
+    read_archive,
+    read_batch_folder,
+)
+from dsnet.data.cifar10_parquet import find_parquet_files, parquet_key, read_parquet_split
+from dsnet.data.images import ImageSet
+from dsnet.data.location import data_root
+from dsnet.errors import DataError
+
+CLASS_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+"""In label order."""
+
+IMAGE_SIZE = 32
+
+# Below the given folder: as unpacked, as cloned from the hub (`plain_text` or `data`), or in a folder of its own.
+_SUBFOLDERS = (
+    "",
+    "cifar10",
+    FOLDER_NAME,
+    "plain_text",
+    "data",
+    f"cifar10/{FOLDER_NAME}",
+    "cifar10/plain_text",
+    "cifar10/data",
+)
+
+
+def load_cifar10(path: str | Path | None = None, cache: ImageCache | None = None) -> ImageSet:
+    """Load CIFAR-10: uint8 [60000, 3, 32, 32], the official train part first, then the official test part.
+
+    Args:
+        path: The folder with the files, or one above it, or `cifar-10-python.tar.gz`; None: DSNET_DATA.
+        cache: Where decoded pixels are kept; None: the user's cache folder.
+
+    Raises:
+        DataError: Nothing is found, or a file is missing, truncated or mislabelled; names it.
+    """
+    root = data_root("cifar10", path)
+    if root.is_file():
+        if not root.name.endswith((".tar.gz", ".tgz")):
+            raise DataError(f"{root}: neither a folder nor {ARCHIVE_NAME}; set data.path to the folder with the files")
+        return _image_set(*read_archive(root, CLASS_NAMES, IMAGE_SIZE))
+    cache = cache or ImageCache(default_cache_folder())
+    for subfolder in _SUBFOLDERS:
+        read = _reader(root / subfolder, cache)
+        if read is not None:
+            return read()
+    raise DataError(
+        f"no CIFAR-10 in {root}: looked there and in {', '.join(_SUBFOLDERS[1:])} for train*.parquet "
+        f"and test*.parquet, for data_batch_1..5 and for {ARCHIVE_NAME}; set data.path or DSNET_DATA to the folder "
+        "that holds one of them"
+    )
+
+
+def _reader(folder: Path, cache: ImageCache) -> Callable[[], ImageSet] | None:
+    """What reads the files in the folder; None where it holds none of CIFAR-10's."""
+    train, test = find_parquet_files(folder, "train"), find_parquet_files(folder, "test")
+    if train and test:
+        return lambda: _load_parquet(train, test, cache)
+    if train or test:
+        missing, found = ("test", train) if train else ("train", test)
+        raise DataError(f"{folder}: {found[0].name} is there, but {missing}*.parquet is missing; fetch it again")
+    if any((folder / name).exists() for name in (*TRAIN_BATCHES, TEST_BATCH, META)):
+        return lambda: _image_set(*read_batch_folder(folder, CLASS_NAMES, IMAGE_SIZE))
+    archive = folder / ARCHIVE_NAME
+    if archive.exists():
+        return lambda: _image_set(*read_archive(archive, CLASS_NAMES, IMAGE_SIZE))
+    return None
+
+
+def _load_parquet(train: list[Path], test: list[Path], cache: ImageCache) -> ImageSet:
+    def decode() -> ImageSet:
+        return _image_set(
+            read_parquet_split(train, CLASS_NAMES, IMAGE_SIZE), read_parquet_split(test, CLASS_NAMES, IMAGE_SIZE)
+        )
+
+    return cache.load_or_make("cifar10", parquet_key({"train": train, "test": test}), decode)
+
+
+def _image_set(train: Split, test: Split) -> ImageSet:
+    pixels = np.concatenate([train[0], test[0]])
+    labels = np.concatenate([train[1], test[1]])
+    is_test = np.repeat([False, True], [len(train[1]), len(test[1])])
+    return ImageSet.create("cifar10", torch.from_numpy(pixels), torch.from_numpy(labels), CLASS_NAMES, is_test)

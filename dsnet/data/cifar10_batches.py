@@ -1,0 +1,199 @@
+"""CIFAR-10's official python batches: the folder `cifar-10-batches-py`, or `cifar-10-python.tar.gz` with it inside.
+
+The batches are pickles. A pickle is a program, and this one came from the internet: it is read without running anything
+but the stand-ins below for the names that an array needs. They keep what they are given as plain values, so that not
+even numpy's own unpickling code sees the file's contents before they are checked.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import tarfile
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from dsnet.data.labels import check_labels
+from dsnet.errors import DataError
+
+ARCHIVE_NAME = "cifar-10-python.tar.gz"
+FOLDER_NAME = "cifar-10-batches-py"
+TRAIN_BATCHES = tuple(f"data_batch_{number}" for number in range(1, 6))
+TEST_BATCH = "test_batch"
+META = "batches.meta"
+
+_CHANNELS = 3
+_BROKEN_PICKLE = (
+    pickle.UnpicklingError,
+    ArithmeticError,
+    AttributeError,
+    EOFError,
+    ImportError,
+    LookupError,
+    MemoryError,
+    TypeError,
+    ValueError,
+)
+
+Split = tuple[np.ndarray, np.ndarray]
+"""Pixels uint8 [N, 3, size, size] and labels int64 [N]."""
+
+
+def read_batch_folder(folder: Path, class_names: Sequence[str], image_size: int) -> tuple[Split, Split]:
+    """Read the official train and test part from a folder.
+
+    Args:
+        folder: Holds data_batch_1..5, test_batch and batches.meta.
+        class_names: In label order; batches.meta must say the same.
+        image_size: Height and width of the images.
+
+    Raises:
+        DataError: A file is missing, truncated, no CIFAR-10 batch, or mislabelled; names it.
+    """
+
+    files: dict[str, bytes] = {}
+    for name in (*TRAIN_BATCHES, TEST_BATCH, META):
+        try:
+            files[name] = (folder / name).read_bytes()
+        except FileNotFoundError as error:
+            raise DataError(f"{folder / name} is missing; unpack {ARCHIVE_NAME} again") from error
+        except OSError as error:
+            raise DataError(f"{folder / name}: cannot be read ({error.strerror}); check its permissions") from error
+    return _read_batches(files, lambda name: str(folder / name), class_names, image_size)
+
+
+def read_archive(archive: Path, class_names: Sequence[str], image_size: int) -> tuple[Split, Split]:
+    """Read the same from `cifar-10-python.tar.gz`, without unpacking it to disk.
+
+    Raises:
+        DataError: As `read_batch_folder`, and where the archive itself is truncated.
+    """
+    wanted = (*TRAIN_BATCHES, TEST_BATCH, META)
+    files: dict[str, bytes] = {}
+    try:
+        with tarfile.open(archive, "r:gz") as tar:
+            for member in tar:
+                name = PurePosixPath(member.name).name
+                content = tar.extractfile(member) if name in wanted and member.isfile() else None
+                if content is not None:
+                    files[name] = content.read()
+    except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
+        raise DataError(f"{archive}: not a whole tar.gz archive ({error}); fetch it again") from error
+    for name in wanted:
+        if name not in files:
+            raise DataError(f"{archive}: {FOLDER_NAME}/{name} is missing in it; fetch it again")
+    return _read_batches(files, lambda name: f"{archive}, {name}", class_names, image_size)
+
+
+def _read_batches(
+    files: Mapping[str, bytes], where: Callable[[str], str], class_names: Sequence[str], image_size: int
+) -> tuple[Split, Split]:
+    meta = _load(files[META], where(META))
+    if meta.get("label_names") != list(class_names):
+        raise DataError(
+            f"{where(META)}: label_names is {meta.get('label_names')!r}, must be {list(class_names)!r}: "
+            "not the official CIFAR-10; fetch it again"
+        )
+    parts = [
+        _read_batch(files[name], where(name), meta.get("num_cases_per_batch"), class_names, image_size)
+        for name in (*TRAIN_BATCHES, TEST_BATCH)
+    ]
+    train, test = parts[:-1], parts[-1]
+    return (np.concatenate([pixels for pixels, _ in train]), np.concatenate([labels for _, labels in train])), test
+
+
+def _read_batch(content: bytes, where: str, num_images: object, class_names: Sequence[str], image_size: int) -> Split:
+    batch = _load(content, where)
+    labels, data = batch.get("labels"), batch.get("data")
+    if not isinstance(labels, list) or not all(type(label) is int for label in labels):
+        raise DataError(f"{where}: 'labels' must be a list of integers; fetch it again")
+    if not isinstance(data, _PickledArray):
+        raise DataError(f"{where}: 'data' must be an array of pixels, is {type(data).__name__}; fetch it again")
+    num_values = _CHANNELS * image_size * image_size
+    pixels = data.to_uint8(where)
+    if pixels.ndim != 2 or pixels.shape[1] != num_values or not len(pixels):
+        raise DataError(f"{where}: 'data' has shape {pixels.shape}, must be (images, {num_values}); fetch it again")
+    if len(labels) != len(pixels) or (isinstance(num_images, int) and num_images != len(pixels)):
+        raise DataError(
+            f"{where}: {len(pixels)} images and {len(labels)} labels, but batches.meta says {num_images} a batch; "
+            "fetch it again"
+        )
+    values = np.asarray(labels, dtype=object)  # checked before the conversion: a huge integer would overflow
+    check_labels(values, class_names, where)
+    return pixels.reshape(-1, _CHANNELS, image_size, image_size), values.astype(np.int64)
+
+
+class _PickledType:
+    """Stands in for numpy.dtype: keeps the type's code, e.g. "u1"."""
+
+    def __init__(self, code: object = None, *_flags: object) -> None:
+        self.code = code
+
+    def __setstate__(self, _state: object) -> None:
+        """The byte order and flags mean nothing for one-byte values, the only ones accepted."""
+
+
+class _PickledArray:
+    """Stands in for numpy.ndarray: keeps its shape, type and bytes until they are checked."""
+
+    def __init__(self, *_initial: object) -> None:
+        self.state: Any = None
+
+    def __setstate__(self, state: object) -> None:
+        self.state = state
+
+    def to_uint8(self, where: str) -> np.ndarray:
+        """The array that was pickled, if it is one of uint8 in C order."""
+        match self.state:
+            case (_, tuple(shape), _PickledType(code="u1"), 0 | False, bytes() | str() as raw):
+                values = raw.encode("latin1") if isinstance(raw, str) else raw
+                try:
+                    return np.frombuffer(values, dtype=np.uint8).reshape(shape).copy()
+                except (ValueError, TypeError, OverflowError) as error:
+                    raise DataError(f"{where}: the pixels do not fill the shape {shape}; fetch it again") from error
+        raise DataError(f"{where}: 'data' must be a plain uint8 array; fetch it again")
+
+
+def _encode(text: str, codec: str) -> bytes:
+    """Stands in for _codecs.encode, with which Python 3 writes bytes in the batches' old pickle protocol."""
+    if codec != "latin1":
+        raise pickle.UnpicklingError(f"unexpected codec {codec!r}")
+    return text.encode("latin1")
+
+
+def _reconstruct(_kind: object, *_initial: object) -> _PickledArray:
+    """Stands in for numpy's array factory."""
+    return _PickledArray()
+
+
+_STAND_INS: Mapping[tuple[str, str], object] = {
+    ("numpy", "ndarray"): _PickledArray,
+    ("numpy", "dtype"): _PickledType,
+    ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
+    ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
+    ("_codecs", "encode"): _encode,
+}
+
+
+class _DataUnpickler(pickle.Unpickler):
+    """Builds containers, numbers, text and the stand-ins above; any other name in the file is refused."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _STAND_INS:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is not allowed in a data file")
+        return _STAND_INS[module, name]
+
+
+def _load(content: bytes, where: str) -> dict[str, Any]:
+    try:
+        # latin1: the official files were written by Python 2, whose strings are bytes.
+        batch = _DataUnpickler(io.BytesIO(content), encoding="latin1").load()
+    except _BROKEN_PICKLE as error:
+        raise DataError(f"{where}: not a whole CIFAR-10 batch ({error}); fetch it again") from error
+    if not isinstance(batch, dict):
+        raise DataError(f"{where}: must hold a dictionary, holds {type(batch).__name__}; fetch it again")
+    return batch

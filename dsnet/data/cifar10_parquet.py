@@ -1,0 +1,185 @@
+"""CIFAR-10 in the hub's parquet layout: `train*.parquet` and `test*.parquet`, whole or in shards.
+
+Columns: `img` (or `image`) = struct {bytes: a JPEG or PNG file, path: "class/file.jpg" or any name}, `label` = integer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
+
+import numpy as np
+import PIL
+
+from dsnet.data.decoding import decode_rgb
+from dsnet.data.labels import check_labels
+from dsnet.errors import DataError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+_IMAGE_COLUMNS = ("img", "image")
+_LABEL_COLUMN = "label"
+_SHARD = re.compile(r"-(\d+)-of-(\d+)")
+_KEY_VERSION = "1"  # raise it when the decoding below changes what it returns
+
+
+def find_parquet_files(folder: Path, split: str) -> list[Path]:
+    """The parquet files of one split in order: `split.parquet`, or all of `split-00000-of-0000N.parquet`.
+
+    Empty where the folder holds none.
+
+    Raises:
+        DataError: A shard is missing, or the same split is there twice.
+    """
+    files = sorted(folder.glob(f"{split}*.parquet"))
+    shards = [match for file in files if (match := _SHARD.search(file.name))]
+    if not shards:
+        if len(files) > 1:
+            raise DataError(f"{folder}: more than one {split} file ({_names(files)}); keep one of them")
+        return files
+    totals = {int(shard[2]) for shard in shards}
+    numbers = [int(shard[1]) for shard in shards]
+    if len(shards) < len(files) or len(totals) > 1 or len(set(numbers)) < len(numbers):
+        raise DataError(
+            f"{folder}: the {split} split is there more than once ({_names(files)}); keep one set of shards"
+        )
+    missing = sorted(set(range(totals.pop())) - set(numbers))
+    if missing:
+        raise DataError(
+            f"{folder}: of the {split} split, shard {missing[0]:05d} is missing (found {_names(files)}); fetch it again"
+        )
+    return files
+
+
+def parquet_key(splits: Mapping[str, Sequence[Path]]) -> str:
+    """sha256 over the content of each split's files and over what decodes them: the cache's key."""
+    digest = hashlib.sha256(f"{_KEY_VERSION} pillow {PIL.__version__}".encode())
+    for split, files in splits.items():
+        digest.update(split.encode())
+        for file in files:
+            digest.update(hashlib.sha256(_read_bytes(file)).digest())
+    return digest.hexdigest()
+
+
+def read_parquet_split(
+    files: Sequence[Path], class_names: Sequence[str], image_size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Read and decode one split.
+
+    Args:
+        files: Its parquet files, in order.
+        class_names: In label order. Where an image's path starts with a class name, its label must say the same.
+        image_size: Height and width that every image must have.
+
+    Returns:
+        Pixels uint8 [N, 3, image_size, image_size] and labels int64 [N].
+
+    Raises:
+        DataError: A file is truncated, lacks a column or has one of another type, an image does not decode or has
+            another size, a label is no class or contradicts the image's path. Names the file and the row (from 0).
+    """
+    parts = [_read_file(file, class_names, image_size) for file in files]
+    return np.concatenate([pixels for pixels, _ in parts]), np.concatenate([labels for _, labels in parts])
+
+
+def _read_file(file: Path, class_names: Sequence[str], image_size: int) -> tuple[np.ndarray, np.ndarray]:
+    table = _read_table(file)
+    image_column = _image_column(file, table)
+    labels = _read_labels(file, table)
+    check_labels(labels, class_names, str(file))
+    pixels = np.empty((len(labels), 3, image_size, image_size), dtype=np.uint8)
+    row = 0
+    for chunk in table.column(image_column).chunks:
+        contents, paths = chunk.field("bytes"), chunk.field("path")
+        for data, path in zip(contents, paths, strict=True):
+            where = f"{file}, row {row}"
+            _check_path(path.as_py(), class_names, int(labels[row]), where)
+            pixels[row] = _decode(data.as_py(), image_size, where)
+            row += 1
+    return pixels, labels
+
+
+def _read_table(file: Path) -> pa.Table:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.ParquetFile(file).read()
+    except (pa.ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise DataError(f"{file}: not a whole parquet file ({reason}); fetch it again") from error
+    if table.num_rows == 0:
+        raise DataError(f"{file}: holds no rows; fetch it again")
+    return table
+
+
+def _image_column(file: Path, table: pa.Table) -> str:
+    """The name of the column that holds the images, checked to be struct {bytes: binary, path: string}."""
+    import pyarrow as pa
+
+    found = [name for name in _IMAGE_COLUMNS if name in table.column_names]
+    if not found:
+        columns = ", ".join(table.column_names)
+        raise DataError(f"{file}: no column 'img' or 'image' (columns: {columns}); expected the hub's CIFAR-10 layout")
+    kind = table.schema.field(found[0]).type
+    fields = {field.name: field.type for field in kind} if pa.types.is_struct(kind) else {}
+    content = fields.get("bytes")
+    is_binary = content is not None and (pa.types.is_binary(content) or pa.types.is_large_binary(content))
+    if not is_binary or "path" not in fields:
+        raise DataError(
+            f"{file}: column {found[0]!r} is {kind}, must be struct<bytes: binary, path: string>; "
+            "expected the hub's CIFAR-10 layout"
+        )
+    return found[0]
+
+
+def _read_labels(file: Path, table: pa.Table) -> np.ndarray:
+    import pyarrow as pa
+
+    if _LABEL_COLUMN not in table.column_names:
+        columns = ", ".join(table.column_names)
+        raise DataError(f"{file}: no column 'label' (columns: {columns}); expected the hub's CIFAR-10 layout")
+    column = table.column(_LABEL_COLUMN)
+    if not pa.types.is_integer(column.type):
+        raise DataError(f"{file}: column 'label' is {column.type}, must be an integer type; expected 0..9")
+    if column.null_count:
+        row = column.is_null().to_pylist().index(True)
+        raise DataError(f"{file}, row {row}: the label is missing (null); correct or remove the row")
+    return column.to_numpy().astype(np.int64)
+
+
+def _check_path(path: str | None, class_names: Sequence[str], label: int, where: str) -> None:
+    """The folder in the stored path is a second witness for the label, where it names a class at all."""
+    folder = PurePosixPath(path or "").parent.name
+    if folder in class_names and folder != class_names[label]:
+        raise DataError(
+            f"{where}: mislabelled: the path {path!r} says {folder!r}, the label {label} says {class_names[label]!r}; "
+            "correct the row or fetch the file again"
+        )
+
+
+def _decode(data: bytes | None, image_size: int, where: str) -> np.ndarray:
+    if data is None:
+        raise DataError(f"{where}: the image's bytes are missing (null); correct or remove the row")
+    image = decode_rgb(data, where)
+    if image.size != (image_size, image_size):
+        width, height = image.size
+        raise DataError(f"{where}: the image is {width}x{height}, must be {image_size}x{image_size} pixels")
+    return np.asarray(image).transpose(2, 0, 1)
+
+
+def _read_bytes(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise DataError(
+            f"{file}: cannot be read ({error.strerror}); check its permissions or fetch it again"
+        ) from error
+
+
+def _names(files: Sequence[Path]) -> str:
+    return ", ".join(file.name for file in files)

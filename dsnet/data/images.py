@@ -1,0 +1,108 @@
+"""A labelled set of images in memory: what every data source returns and everything downstream reads."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_RESIZE_CHUNK = 1024  # images held as float32 at a time while resizing
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSet:
+    """All images of one data set; the index of an image is its id for good.
+
+    Build it with `ImageSet.create`, which computes the fingerprint.
+    """
+
+    name: str
+    images: Tensor
+    """uint8 [N, C, H, W], contiguous, 0..255."""
+    labels: Tensor
+    """int64 [N], each in 0..len(class_names) - 1."""
+    class_names: tuple[str, ...]
+    official_test: np.ndarray | None
+    """bool [N]: the images which the data's authors set aside for testing; None where they set none aside."""
+    fingerprint: str
+    """sha256 over pixels, labels, class names and the official test: stage keys depend on what the data *is*."""
+
+    def __post_init__(self) -> None:
+        assert self.images.dtype == torch.uint8, self.images.dtype
+        assert self.images.ndim == 4, tuple(self.images.shape)
+        assert self.images.is_contiguous()
+        assert self.labels.dtype == torch.int64, self.labels.dtype
+        assert self.labels.shape == (self.num_images,), (tuple(self.labels.shape), self.num_images)
+        assert self.official_test is None or self.official_test.shape == (self.num_images,)
+        assert int(self.labels.min()) >= 0
+        assert int(self.labels.max()) < self.num_classes
+
+    @classmethod
+    def create(
+        cls,
+        name: str,
+        images: Tensor,
+        labels: Tensor,
+        class_names: Sequence[str],
+        official_test: np.ndarray | None = None,
+    ) -> ImageSet:
+        """Build a set and its fingerprint.
+
+        Args:
+            name: The data set's registered name.
+            images: uint8 [N, C, H, W], N >= 1.
+            labels: int64 [N].
+            class_names: One name per class, in label order.
+            official_test: bool [N], or None where the data has no test split of its own.
+        """
+        images = images.contiguous()
+        fingerprint = _fingerprint(images, labels, class_names, official_test)
+        return cls(name, images, labels, tuple(class_names), official_test, fingerprint)
+
+    @property
+    def num_images(self) -> int:
+        return self.images.shape[0]
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width)."""
+        _, channels, height, width = self.images.shape
+        return channels, height, width
+
+    def resized(self, image_size: int) -> ImageSet:
+        """The same set at `image_size` x `image_size` pixels (antialiased bilinear); itself where nothing changes."""
+        if self.image_shape[1:] == (image_size, image_size):
+            return self
+        images = resize_images(self.images, image_size)
+        return ImageSet.create(self.name, images, self.labels, self.class_names, self.official_test)
+
+
+def resize_images(images: Tensor, image_size: int) -> Tensor:
+    """Resize uint8 [N, C, H, W] to uint8 [N, C, image_size, image_size], antialiased bilinear, rounded."""
+    channels = images.shape[1]
+    resized = torch.empty((len(images), channels, image_size, image_size), dtype=torch.uint8)
+    for start in range(0, len(images), _RESIZE_CHUNK):
+        chunk = images[start : start + _RESIZE_CHUNK].float()
+        pixels = F.interpolate(chunk, size=(image_size, image_size), mode="bilinear", antialias=True)
+        resized[start : start + _RESIZE_CHUNK] = pixels.round_().clamp_(0, 255).to(torch.uint8)
+    return resized
+
+
+def _fingerprint(images: Tensor, labels: Tensor, class_names: Sequence[str], official_test: np.ndarray | None) -> str:
+    digest = hashlib.sha256()
+    digest.update(json.dumps([list(images.shape), list(class_names), official_test is not None]).encode())
+    digest.update(images.numpy().data)
+    digest.update(labels.numpy().astype("<i8").data)
+    if official_test is not None:
+        digest.update(official_test.astype(np.uint8).data)
+    return digest.hexdigest()

@@ -1,0 +1,29 @@
+"""The one check that every source of labels passes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from dsnet.errors import DataError
+
+
+def check_labels(labels: np.ndarray, class_names: Sequence[str], where: str) -> None:
+    """Refuse a label that is no class.
+
+    Args:
+        labels: Integers [N].
+        class_names: Label k means class_names[k].
+        where: The file, for the message.
+
+    Raises:
+        DataError: A label lies outside 0..len(class_names) - 1; names the first such row, counted from 0.
+    """
+    outside = np.flatnonzero((labels < 0) | (labels >= len(class_names)))
+    if len(outside):
+        row = int(outside[0])
+        raise DataError(
+            f"{where}, row {row}: label {int(labels[row])} is outside 0..{len(class_names) - 1}; "
+            "correct or remove the row, or fetch the file again"
+        )

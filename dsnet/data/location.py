@@ -1,0 +1,33 @@
+"""Where the user's data lies: the configured path, or the environment variable DSNET_DATA."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from dsnet.errors import DataError
+
+DATA_VARIABLE = "DSNET_DATA"
+
+
+def data_root(name: str, path: str | Path | None) -> Path:
+    """The existing file or folder to look in.
+
+    Args:
+        name: The data set's name, for the message.
+        path: `data.path`; `~` and environment variables are expanded, a relative one starts at the working directory.
+            None: the environment variable DSNET_DATA.
+
+    Raises:
+        DataError: Neither is given, or nothing is there.
+    """
+    given = path if path is not None else os.environ.get(DATA_VARIABLE)
+    origin = "data.path" if path is not None else f"the environment variable {DATA_VARIABLE}"
+    if not given:
+        raise DataError(f"data set {name!r} needs a folder: set data.path or the environment variable {DATA_VARIABLE}")
+    root = Path(os.path.expandvars(given)).expanduser()
+    if not root.exists():
+        raise DataError(
+            f"data set {name!r}: {root} (from {origin}) does not exist; set data.path or {DATA_VARIABLE} to its folder"
+        )
+    return root

@@ -1,0 +1,91 @@
+"""Pixels to network inputs, exactly the same in training, in the table and in a bundle loaded years later."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsnet.errors import DataError
+
+_NUM_VALUES = 256
+
+
+@dataclass(frozen=True)
+class Normalization:
+    """Per channel (pixel - mean) / std, in units of pixel values (0..255).
+
+    Python floats pass through JSON unchanged, and applying is one subtraction and one division in float32, each rounded
+    correctly: the same bundle gives the same inputs to the bit.
+    """
+
+    mean: tuple[float, ...]
+    """One per channel, 0..255."""
+    std: tuple[float, ...]
+    """One per channel, > 0."""
+
+    def __post_init__(self) -> None:
+        is_valid = (
+            0 < len(self.mean) == len(self.std)
+            and all(math.isfinite(value) for value in self.mean)
+            and all(math.isfinite(value) and value > 0 for value in self.std)
+        )
+        if not is_valid:
+            raise DataError(
+                f"normalization needs one finite mean and one finite std > 0 per channel, "
+                f"has mean {self.mean!r} and std {self.std!r}"
+            )
+
+    @classmethod
+    def from_images(cls, images: Tensor) -> Normalization:
+        """Mean and standard deviation of the training split, uint8 [N, C, H, W].
+
+        Computed from integer histograms, so the result does not depend on the order of a floating-point sum. A channel
+        that is constant gets std 1.
+        """
+        moments = [_mean_and_std(channel) for channel in images.transpose(0, 1)]
+        return cls(tuple(mean for mean, _ in moments), tuple(std for _, std in moments))
+
+    def apply(self, images: Tensor) -> Tensor:
+        """Normalise uint8 [B, C, H, W] to float32 on the same device.
+
+        Raises:
+            DataError: The images are not uint8 or have another number of channels.
+        """
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != len(self.mean):
+            raise DataError(
+                f"images must be uint8 [batch, {len(self.mean)}, height, width], "
+                f"are {str(images.dtype).removeprefix('torch.')} {list(images.shape)}"
+            )
+        mean = torch.tensor(self.mean, dtype=torch.float32, device=images.device)[:, None, None]
+        std = torch.tensor(self.std, dtype=torch.float32, device=images.device)[:, None, None]
+        return (images.to(torch.float32) - mean) / std
+
+    def to_json(self) -> dict[str, list[float]]:
+        """A mapping for `json.dump`."""
+        return {"mean": list(self.mean), "std": list(self.std)}
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> Normalization:
+        """The inverse of `to_json`.
+
+        Raises:
+            DataError: `mean` or `std` is missing, no list of numbers, or out of range.
+        """
+        try:
+            return cls(tuple(map(float, record["mean"])), tuple(map(float, record["std"])))
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(f"normalization must be {{mean: [...], std: [...]}}, is {record!r}") from error
+
+
+def _mean_and_std(channel: Tensor) -> tuple[float, float]:
+    counts = torch.bincount(channel.flatten(), minlength=_NUM_VALUES).tolist()
+    num_pixels = sum(counts)
+    total = sum(value * count for value, count in enumerate(counts))
+    total_squares = sum(value * value * count for value, count in enumerate(counts))
+    variance = (num_pixels * total_squares - total * total) / (num_pixels * num_pixels)  # exact up to this division
+    return total / num_pixels, math.sqrt(variance) if variance > 0 else 1.0

@@ -1,0 +1,63 @@
+"""The data sets by name."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from pathlib import Path
+
+from dsnet.data.cifar10 import load_cifar10
+from dsnet.data.digits import load_digits
+from dsnet.data.image_folder import load_image_folder
+from dsnet.data.images import ImageSet
+from dsnet.errors import ConfigError
+
+Loader = Callable[[str | Path | None, int | None], ImageSet]
+"""(path, image_size) -> the set; a loader may leave the resizing to `load_images`."""
+
+MIN_IMAGE_SIZE, MAX_IMAGE_SIZE = 8, 512
+
+_LOADERS: dict[str, Loader] = {}
+
+
+def register_data_set(name: str, loader: Loader) -> None:
+    """Make a data set known as `data.name`; call it at import.
+
+    Raises:
+        ConfigError: The name is taken.
+    """
+    if name in _LOADERS:
+        raise ConfigError(f"data set {name!r} is registered already; choose another name")
+    _LOADERS[name] = loader
+
+
+def data_set_names() -> tuple[str, ...]:
+    """All registered names, sorted."""
+    return tuple(sorted(_LOADERS))
+
+
+def load_images(name: str, path: str | Path | None = None, image_size: int | None = None) -> ImageSet:
+    """Load a data set into memory, decoded.
+
+    Args:
+        name: A registered name: digits, cifar10, image_folder, ...
+        path: The folder that holds it; None: the environment variable DSNET_DATA (digits needs none).
+        image_size: Height and width in pixels, 8..512; None: as the data is. Resized once, here.
+
+    Raises:
+        ConfigError: The name is unknown, or the size is out of range.
+        DataError: A file is missing, truncated or mislabelled; the message names it.
+    """
+    if name not in _LOADERS:
+        close = difflib.get_close_matches(name, _LOADERS, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ";"
+        raise ConfigError(f"unknown data set {name!r}{hint} known: {', '.join(data_set_names())}")
+    if image_size is not None and not MIN_IMAGE_SIZE <= image_size <= MAX_IMAGE_SIZE:
+        raise ConfigError(f"data.image_size is {image_size}, must be {MIN_IMAGE_SIZE}..{MAX_IMAGE_SIZE}")
+    image_set = _LOADERS[name](path, image_size)
+    return image_set if image_size is None else image_set.resized(image_size)
+
+
+register_data_set("digits", lambda path, _image_size: load_digits(path))
+register_data_set("cifar10", lambda path, _image_size: load_cifar10(path))
+register_data_set("image_folder", load_image_folder)

@@ -1,0 +1,257 @@
+"""The four splits: `train` (the supernet), `gate` (gates learn), `val` (chooses), `test` (sealed).
+
+Which images a split gets depends on labels, sizes and seed alone, on every platform and with every version of numpy:
+the randomness is the raw 64-bit stream of PCG64, which numpy guarantees (its distributions it does not).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from dsnet.errors import ConfigError, DataError
+
+SPLIT_NAMES = ("train", "gate", "val", "test")
+
+_SHARES = {"train": 0.55, "gate": 0.15, "val": 0.15, "test": 0.15}
+_SHARES_BESIDE_OFFICIAL_TEST = {"train": 0.8, "gate": 0.1, "val": 0.1}  # CIFAR-10: 40,000 / 5,000 / 5,000
+
+Size = float | int | None
+
+
+def _check_size(name: str, size: Size) -> None:
+    if size is None:
+        return
+    is_count = isinstance(size, int) and not isinstance(size, bool) and size >= 1
+    is_fraction = isinstance(size, float) and 0 < size < 1
+    if not (is_count or is_fraction):
+        raise ConfigError(
+            f"data.splits.{name} is {size!r}, must be a number of images (integer >= 1) or a fraction (0 < x < 1)"
+        )
+
+
+@dataclass(frozen=True)
+class SplitSizes:
+    """How large each split is.
+
+    An integer is a number of images (>= 1), a float a fraction in (0, 1), None the default. Fractions are of all
+    images; where the data has an official test part, `train`, `gate` and `val` are of the rest, and `test` is of the
+    official test part (default: all of it). Defaults: 55/15/15/15 %, beside an official test part 80/10/10 %.
+    """
+
+    train: Size = None
+    gate: Size = None
+    val: Size = None
+    test: Size = None
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            _check_size(field.name, getattr(self, field.name))
+
+
+@dataclass(frozen=True, eq=False)
+class Splits:
+    """Four disjoint, sorted int64 arrays of image ids; compare two by their `hash`."""
+
+    train: np.ndarray
+    gate: np.ndarray
+    val: np.ndarray
+    test: np.ndarray
+
+    def __post_init__(self) -> None:
+        for name in SPLIT_NAMES:
+            self[name].setflags(write=False)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        """The image ids of the split called `name`, int64, ascending."""
+        if name not in SPLIT_NAMES:
+            raise ValueError(f"unknown split {name!r}; known: {', '.join(SPLIT_NAMES)}")
+        return getattr(self, name)
+
+    @cached_property
+    def hash(self) -> str:
+        """sha256 over the four arrays."""
+        digest = hashlib.sha256()
+        for name in SPLIT_NAMES:
+            digest.update(f"{name} {len(self[name])} ".encode())
+            digest.update(self[name].astype("<i8").data)
+        return digest.hexdigest()
+
+    def to_json(self) -> dict[str, Any]:
+        """A mapping for `json.dump`: the hash, the sizes and the ids."""
+        return {
+            "hash": self.hash,
+            "num_images": {name: len(self[name]) for name in SPLIT_NAMES},
+            "ids": {name: self[name].tolist() for name in SPLIT_NAMES},
+        }
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> Splits:
+        """The inverse of `to_json`.
+
+        Raises:
+            DataError: The record is incomplete or does not match its own hash.
+        """
+        try:
+            splits = cls(**{name: np.array(record["ids"][name], dtype=np.int64) for name in SPLIT_NAMES})
+            expected = record["hash"]
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise DataError(
+                f"the record of the splits is not complete ({error!r}); remove it and launch again"
+            ) from error
+        if splits.hash != expected:
+            raise DataError(
+                f"the record of the splits says hash {expected!r}, its ids have {splits.hash!r}: it was changed; "
+                "remove it and launch again"
+            )
+        return splits
+
+
+def make_splits(
+    labels: np.ndarray,
+    official_test: np.ndarray | None = None,
+    sizes: SplitSizes = SplitSizes(),
+    seed: int = 0,
+    limit: int | None = None,
+) -> Splits:
+    """Divide a labelled set into four stratified, disjoint splits.
+
+    Every split has exactly its size, and of every class the exact proportional number of images, rounded up or down.
+
+    Args:
+        labels: int64 [N].
+        official_test: bool [N]; None where the data has no test part of its own.
+        sizes: How large each split is.
+        seed: >= 0; decides which images, never how many.
+        limit: For smoke runs: each split is cut to at most so many images, stratified again. A limited split is a
+            subset of the same split without the limit.
+
+    Raises:
+        ConfigError: The sizes exceed the images there are, a split would be empty, a class has fewer images than there
+            are splits to fill, or the limit is smaller than the number of classes.
+    """
+    labels = np.asarray(labels, dtype=np.int64)
+    if seed < 0:
+        raise ConfigError(f"seed is {seed}, must be >= 0")
+    # One key per image: the order of the keys is the random order, within a class as well as within a split.
+    keys = np.random.PCG64(seed).random_raw(len(labels))
+    parts: dict[str, np.ndarray] = {}
+    for ids, shares, what in _pools(official_test, len(labels)):
+        counts = _counts({name: getattr(sizes, name) or share for name, share in shares.items()}, len(ids), what)
+        _check_classes(labels, ids, len(counts), what)
+        parts |= zip(counts, _stratified(ids, labels, keys, list(counts.values())), strict=True)
+    if limit is not None:
+        _check_limit(limit, len(np.unique(labels)))
+        parts = {name: _stratified(ids, labels, keys, [min(limit, len(ids))])[0] for name, ids in parts.items()}
+    return Splits(**parts)
+
+
+def _pools(official_test: np.ndarray | None, num_images: int) -> list[tuple[np.ndarray, Mapping[str, Size], str]]:
+    """What is divided: (image ids, default shares of the splits drawn from them, its name in messages)."""
+    if official_test is None:
+        return [(np.arange(num_images), _SHARES, "the data set")]
+    rest, test = np.flatnonzero(~official_test), np.flatnonzero(official_test)
+    return [
+        (rest, _SHARES_BESIDE_OFFICIAL_TEST, "the official train part"),
+        (test, {"test": len(test)}, "the official test part"),
+    ]
+
+
+def _counts(sizes: Mapping[str, Size], num_images: int, what: str) -> dict[str, int]:
+    """Sizes as numbers of images; fractions are rounded by largest remainder, so that fractions of sum 1 use all."""
+    exact = {name: float(size) * num_images for name, size in sizes.items() if isinstance(size, float)}
+    counts = {name: size if isinstance(size, int) else int(exact[name]) for name, size in sizes.items()}
+    num_left = round(sum(exact.values())) - sum(counts[name] for name in exact)
+    by_remainder = sorted(exact, key=lambda name: counts[name] - exact[name])
+    for name in by_remainder[:num_left]:
+        counts[name] += 1
+    asked = ", ".join(f"{name} {count}" for name, count in counts.items())
+    if sum(counts.values()) > num_images:
+        raise ConfigError(
+            f"data.splits asks for {sum(counts.values())} images ({asked}), {what} has {num_images}; "
+            "make one of them smaller (a split that is not given keeps its default)"
+        )
+    for name, count in counts.items():
+        if count == 0:
+            raise ConfigError(f"data.splits.{name} comes to 0 of the {num_images} images of {what}; make it larger")
+    return counts
+
+
+def _check_classes(labels: np.ndarray, ids: np.ndarray, num_splits: int, what: str) -> None:
+    classes = np.unique(labels)
+    num_members = np.array([np.count_nonzero(labels[ids] == label) for label in classes])
+    smallest = int(np.argmin(num_members))
+    if num_members[smallest] < num_splits:
+        raise ConfigError(
+            f"class {int(classes[smallest])} has {int(num_members[smallest])} image(s) in {what}, which fills "
+            f"{num_splits} split(s): each class needs at least {num_splits}; add images or remove the class"
+        )
+
+
+def _check_limit(limit: int, num_classes: int) -> None:
+    if limit < num_classes:
+        raise ConfigError(f"data.limit is {limit}, must be at least the number of classes ({num_classes})")
+
+
+def _stratified(ids: np.ndarray, labels: np.ndarray, keys: np.ndarray, counts: Sequence[int]) -> list[np.ndarray]:
+    """Draw `len(counts)` disjoint stratified subsets of `ids`, sorted."""
+    order = ids[np.argsort(keys[ids], kind="stable")]
+    members = [order[labels[order] == label] for label in np.unique(labels[ids])]
+    quotas = apportion([len(member) for member in members], counts)
+    drawn: list[list[np.ndarray]] = [[] for _ in counts]
+    for member, quota in zip(members, quotas, strict=True):
+        bounds = np.cumsum(quota)
+        for subset, first, last in zip(drawn, bounds - quota, bounds, strict=True):
+            subset.append(member[first:last])
+    return [np.sort(np.concatenate(subset)) for subset in drawn]
+
+
+def apportion(class_sizes: Sequence[int], split_sizes: Sequence[int]) -> np.ndarray:
+    """How many images of each class go to each split: int64 [classes, splits].
+
+    Columns sum to `split_sizes` exactly, rows to at most the class's size, and each entry is its exact proportion
+    class_size * split_size / total rounded up or down. Such a table always exists: the exact proportions are a feasible
+    flow, and a flow through integer capacities has an integer solution.
+
+    Args:
+        class_sizes: Images of each class.
+        split_sizes: Images of each split, at most as many as there are.
+    """
+    total = sum(class_sizes)
+    rows = np.array(class_sizes, dtype=np.int64)
+    columns = np.array([*split_sizes, total - sum(split_sizes)], dtype=np.int64)  # the last: images that no split takes
+    quotas, remainders = np.divmod(np.outer(rows, columns), total)
+    quotas += _round_up(remainders > 0, rows - quotas.sum(axis=1), columns - quotas.sum(axis=0))
+    return quotas[:, :-1]
+
+
+def _round_up(is_allowed: np.ndarray, row_sums: np.ndarray, column_sums: np.ndarray) -> np.ndarray:
+    """A 0/1 table with the given sums whose ones lie on allowed cells, by augmenting paths (Kuhn's algorithm)."""
+    is_up = np.zeros(is_allowed.shape, dtype=bool)
+    num_missing = column_sums.copy()
+
+    def place(row: int, visited: set[int]) -> bool:
+        """Put one more in the row, if need be by moving another row's out of the way."""
+        for column in np.flatnonzero(is_allowed[row] & ~is_up[row]).tolist():
+            if column in visited:
+                continue
+            visited.add(column)
+            if num_missing[column] > 0:
+                num_missing[column] -= 1
+                is_up[row, column] = True
+                return True
+            for other in np.flatnonzero(is_up[:, column]).tolist():
+                if place(other, visited):
+                    is_up[other, column], is_up[row, column] = False, True
+                    return True
+        return False
+
+    for row in np.repeat(np.arange(len(row_sums)), row_sums).tolist():
+        is_placed = place(row, set())
+        assert is_placed
+    return is_up

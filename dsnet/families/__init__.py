@@ -1,0 +1,107 @@
+"""Architecture families, registered by name. Adding one is one file in this folder: it calls `register` when it is imported."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dsnet.errors import ConfigError
+from dsnet.space import SubnetSet, SupernetSpec
+from dsnet.supernet import Supernet
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a network must fit: the task's classes and images."""
+
+    num_classes: int
+    in_channels: int
+    image_size: int
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture family."""
+
+    name: str
+    defaults: Mapping[str, Any]
+    """Every option with its default; an option not named here is refused."""
+    layout: Callable[[Task, Mapping[str, Any]], SubnetSet]
+    """(task, complete options) -> the spec's sub-networks; raises ValueError naming a bad option. Needs no weights."""
+    build: Callable[[SupernetSpec, SubnetSet, torch.Generator], Supernet]
+
+
+_FAMILIES: dict[str, Family] = {}
+
+
+def register(family: Family) -> None:
+    """Make a family known; two of one name are an error."""
+    if family.name in _FAMILIES:
+        raise ValueError(f"the family {family.name!r} is registered twice")
+    _FAMILIES[family.name] = family
+
+
+def family_names() -> tuple[str, ...]:
+    """The names of all registered families, sorted."""
+    return tuple(sorted(_FAMILIES))
+
+
+def get_family(name: str) -> Family:
+    """The family registered as `name`.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if name not in _FAMILIES:
+        close = difflib.get_close_matches(name, _FAMILIES, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ";"
+        raise ConfigError(f"unknown model {name!r}{hint} known: {', '.join(family_names())}")
+    return _FAMILIES[name]
+
+
+def layout(name: str, task: Task, options: Mapping[str, Any] | None = None) -> SubnetSet:
+    """The sub-networks (and with them the spec) of a family for a task, without building weights.
+
+    Raises:
+        ConfigError: unknown family or option, or an option out of its range.
+    """
+    family = get_family(name)
+    options = dict(options or {})
+    for key in options:
+        if key not in family.defaults:
+            close = difflib.get_close_matches(key, family.defaults, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ";"
+            raise ConfigError(f"supernet.options.{key}: unknown option of {name}{hint} known: {', '.join(family.defaults)}")
+    try:
+        return family.layout(task, {**family.defaults, **options})
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"supernet.options of {name}: {error}") from error
+
+
+def create(name: str, task: Task, options: Mapping[str, Any] | None = None, *, seed: int = 0) -> Supernet:
+    """A freshly initialised supernet; equal seeds give equal weights.
+
+    Raises:
+        ConfigError: as `layout`.
+    """
+    return rebuild(layout(name, task, options), torch.Generator().manual_seed(seed))
+
+
+def rebuild(subnets: SubnetSet, generator: torch.Generator | None = None) -> Supernet:
+    """The supernet that a (stored) set of sub-networks belongs to, with fresh weights.
+
+    Raises:
+        ConfigError: its family is not known here.
+    """
+    family = get_family(subnets.spec.family)
+    return family.build(subnets.spec, subnets, generator if generator is not None else torch.Generator().manual_seed(0))
+
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")

@@ -1,0 +1,222 @@
+"""MobileNetV1-style supernets of depthwise-separable blocks with one gated stage: DS-MBNet and its small sibling DS-Tiny.
+
+DS-MBNet is that of DS-Net (arXiv 2103.13258), laid out as METHODS 2 gives it; `ds_tiny` is ours, for images of 8 to 32 pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dsnet.blocks import BlockShape, ConvNormSwish, PlainBlock, SeparableBlock
+from dsnet.families import Family, Task, register
+from dsnet.layers import BatchNormBank, SlicedConv2d, SlicedLinear
+from dsnet.space import CLASSES, IMAGE, IMAGE_CHANNELS, ChannelGroup, GateSpec, Op, Subnet, SubnetSet, SupernetSpec
+from dsnet.supernet import Supernet, TrunkOutput
+
+ATTENTION_RATIO = 0.25
+"""Hidden channels of an attention, relative to the block's largest input (METHODS 2)."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Blocks that write one channel group; the first has the stride."""
+
+    num_blocks: int
+    stride: int
+    widths: tuple[int, ...]
+    """(small, largest) before the gate; one width per route from the gated stage on."""
+
+
+class SeparableSupernet(Supernet):
+    """Stem, stages of separable blocks, global average pool, classifier; the gate sits in the first block of the gated stage."""
+
+    def __init__(self, spec: SupernetSpec, subnets: SubnetSet, generator: torch.Generator | None = None) -> None:
+        super().__init__(spec, subnets)
+        generator = generator if generator is not None else torch.Generator().manual_seed(0)
+        widths = tuple(group.max_width for group in spec.groups)
+        self.stem = SlicedConv2d(spec.in_channels, widths[0], 3, spec.layout["stem_stride"], generator)
+        self.stem_norm = BatchNormBank(widths[0], [subnet.prefix(1) for subnet in subnets.all])
+        self.blocks = nn.ModuleList(
+            SeparableBlock(BlockShape(**shape), subnets.all, widths, generator) for shape in spec.layout["blocks"]
+        )
+        self.classifier = SlicedLinear(widths[-1], spec.num_classes, generator)
+        self.gated_block: int = spec.layout["gated_block"]
+        self.dropout: float = spec.layout["dropout"]
+
+    def trunk(self, images: Tensor, subnet: Subnet) -> TrunkOutput:
+        """Stem and blocks up to the gated block's attention."""
+        x = F.silu(self.stem_norm(self.stem(images, subnet.widths[0]), subnet.prefix(1)))
+        for block in self.blocks[: self.gated_block]:
+            x = block(x, subnet)
+        return TrunkOutput(*self.blocks[self.gated_block].before_gate(x, subnet))  # type: ignore[operator]
+
+    def tail(self, features: Tensor, subnet: Subnet) -> Tensor:
+        """The gated block's pointwise half, the rest, and the classifier (dropout for the largest only, METHODS 2)."""
+        x = self.blocks[self.gated_block].after_gate(features, subnet)  # type: ignore[operator]
+        for block in self.blocks[self.gated_block + 1 :]:
+            x = block(x, subnet)
+        x = x.mean((2, 3))
+        if self.dropout and self.training and subnet == self.subnets.largest:
+            x = F.dropout(x, self.dropout)
+        return self.classifier(x)
+
+    def cut_trunk(self, subnet: Subnet) -> nn.Module:
+        """Plain modules from the image to the gate."""
+        stem = ConvNormSwish(self.stem.cut(self.spec.in_channels, subnet.widths[0]), self.stem_norm.cut(subnet.prefix(1)))
+        blocks = [self._cut_block(block, subnet) for block in self.blocks[: self.gated_block]]
+        return _PlainTrunk(nn.Sequential(stem, *blocks), self.blocks[self.gated_block].cut_before(subnet))  # type: ignore[operator]
+
+    def cut_tail(self, subnet: Subnet) -> nn.Module:
+        """Plain modules from the gate to the logits."""
+        first = self.blocks[self.gated_block].cut_after(subnet)  # type: ignore[operator]
+        blocks = [self._cut_block(block, subnet) for block in self.blocks[self.gated_block + 1 :]]
+        head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), self.classifier.cut(subnet.widths[-1])]
+        return nn.Sequential(first, *blocks, *head)
+
+    @staticmethod
+    def _cut_block(block: nn.Module, subnet: Subnet) -> PlainBlock:
+        assert isinstance(block, SeparableBlock)
+        return PlainBlock(block.cut_before(subnet), block.cut_after(subnet))
+
+
+class _PlainTrunk(nn.Module):
+    def __init__(self, body: nn.Module, gated: nn.Module) -> None:
+        super().__init__()
+        self.body = body
+        self.gated = gated
+
+    def forward(self, images: Tensor) -> TrunkOutput:
+        return TrunkOutput(*self.gated(self.body(images)))
+
+
+def _layout(family: str, task: Task, stem: Stage, stages: Sequence[Stage], gated_stage: int, options: Mapping[str, Any]) -> SubnetSet:
+    groups = tuple(
+        ChannelGroup("stem" if index == 0 else f"stage{index - 1}", max(stage.widths)) for index, stage in enumerate((stem, *stages))
+    )
+    hidden = 0
+    gated_block = 0
+    ops = [Op("stem", "conv", IMAGE, IMAGE_CHANNELS, 0, kernel=3, stride=stem.stride, has_norm=True)]
+    blocks: list[dict[str, int]] = []
+    for index, stage in enumerate(stages):
+        for number in range(stage.num_blocks):
+            source = index if number == 0 else index + 1
+            shape = BlockShape(source, index + 1, stage.stride if number == 0 else 1, int(ATTENTION_RATIO * groups[source].max_width))
+            if index == gated_stage and number == 0:
+                hidden, gated_block = shape.hidden, len(blocks)
+            blocks.append({"in_group": shape.in_group, "out_group": shape.out_group, "stride": shape.stride, "hidden": shape.hidden})
+    for number, block in enumerate(blocks):
+        ops.extend(_block_ops(number, BlockShape(**block), ops[-1].name, gated_block))
+    last = len(groups) - 1
+    ops.append(Op("pool", "pool", ops[-1].name, last, last, segment=1))
+    ops.append(Op("classifier", "linear", "pool", last, CLASSES, segment=1))
+    spec = SupernetSpec(
+        family=family,
+        num_classes=task.num_classes,
+        in_channels=task.in_channels,
+        image_size=task.image_size,
+        groups=groups,
+        ops=tuple(ops),
+        gates=(GateSpec("gate0", f"blocks.{gated_block}.attention", hidden, gated_stage + 1),),
+        layout={"stem_stride": stem.stride, "blocks": blocks, "gated_block": gated_block, "dropout": float(options["dropout"])},
+    )
+    return _subnets(spec, (stem, *stages), gated_stage)
+
+
+def _block_ops(number: int, shape: BlockShape, reads: str, gated_block: int) -> list[Op]:
+    name = f"blocks.{number}"
+    before, after = int(number > gated_block), int(number >= gated_block)
+    source, target = shape.in_group, shape.out_group
+    depthwise, attention, pointwise = f"{name}.depthwise", f"{name}.attention", f"{name}.pointwise"
+    return [
+        Op(depthwise, "depthwise", reads, source, source, kernel=3, stride=shape.stride, has_norm=True, segment=before),
+        Op(attention, "attention", depthwise, source, source, hidden=shape.hidden, segment=before),
+        Op(pointwise, "conv", attention, source, target, has_norm=True, segment=after),
+    ]
+
+
+def _subnets(spec: SupernetSpec, stages: Sequence[Stage], gated_stage: int) -> SubnetSet:
+    """Route k: the small width before the gate, width k after it; the teacher: the largest width everywhere."""
+    num_routes = len(stages[gated_stage + 1].widths)
+    members = []
+    for k in range(num_routes):
+        widths = [stage.widths[0] if index <= gated_stage else stage.widths[k] for index, stage in enumerate(stages)]
+        members.append(Subnet(f"subnet-{k:02d}", tuple(widths)))
+    teacher = Subnet("largest", tuple(group.max_width for group in spec.groups))
+    return SubnetSet(spec, tuple(members), teacher if teacher.widths != members[-1].widths else None)
+
+
+def _scaled(widths: Sequence[int], factor: float) -> tuple[int, ...]:
+    """Widths times `factor`, to the nearest multiple of 4 (at least 4), strictly rising."""
+    scaled = [max(4, 4 * round(width * factor / 4)) for width in widths]
+    if any(right <= left for left, right in zip(scaled, scaled[1:], strict=False)):
+        raise ValueError(f"width {factor} makes neighbouring widths equal ({scaled}); use a larger width or fewer routes")
+    return tuple(scaled)
+
+
+def _spread(low: int, high: int, count: int) -> tuple[int, ...]:
+    """`count` widths from low to high, evenly spaced, multiples of 4."""
+    if count == 1:
+        return (high,)
+    return tuple(round((low + (high - low) * k / (count - 1)) / 4) * 4 for k in range(count))
+
+
+def _check(options: Mapping[str, Any], max_routes: int) -> None:
+    if isinstance(options["width"], bool) or not isinstance(options["width"], (int, float)) or not 0.1 <= options["width"] <= 8:
+        raise ValueError(f"width is {options['width']!r}, but must be a number in 0.1..8")
+    if options["stem_stride"] not in (1, 2):
+        raise ValueError(f"stem_stride is {options['stem_stride']!r}, but must be 1 or 2")
+    routes = options["num_routes"]
+    if isinstance(routes, bool) or not isinstance(routes, int) or not 2 <= routes <= max_routes:
+        raise ValueError(f"num_routes is {routes!r}, but must be an integer in 2..{max_routes}")
+    if isinstance(options["dropout"], bool) or not isinstance(options["dropout"], (int, float)) or not 0 <= options["dropout"] < 1:
+        raise ValueError(f"dropout is {options['dropout']!r}, but must lie in [0, 1)")
+
+
+def _ds_mbnet(task: Task, options: Mapping[str, Any]) -> SubnetSet:
+    _check(options, max_routes=14)
+    width, routes = options["width"], options["num_routes"]
+    # Fewer routes keep the extremes and the even spacing of the published fourteen.
+    picks = [round(k * 13 / (routes - 1)) for k in range(routes)]
+    stages = [
+        Stage(1, 1, _scaled((32, 88), width)),
+        Stage(2, 2, _scaled((48, 168), width)),
+        Stage(2, 2, _scaled((96, 264), width)),
+        Stage(6, 2, _scaled([224 + 32 * k for k in picks], width)),
+        Stage(2, 2, _scaled([736 + 32 * k for k in picks], width)),
+    ]
+    return _layout("ds_mbnet", task, Stage(1, options["stem_stride"], _scaled((16, 24), width)), stages, 3, options)
+
+
+def _ds_tiny(task: Task, options: Mapping[str, Any]) -> SubnetSet:
+    _check(options, max_routes=12)
+    width, routes = options["width"], options["num_routes"]
+    stages = [
+        Stage(1, 1, _scaled((16, 24), width)),
+        Stage(2, 2, _scaled(_spread(16, 96, routes), width)),
+        Stage(1, 2, _scaled(_spread(32, 192, routes), width)),
+    ]
+    return _layout("ds_tiny", task, Stage(1, options["stem_stride"], _scaled((8, 12), width)), stages, 1, options)
+
+
+register(
+    Family(
+        "ds_mbnet",
+        {"width": 1.0, "stem_stride": 2, "num_routes": 14, "dropout": 0.2},
+        _ds_mbnet,
+        SeparableSupernet,
+    )
+)
+register(
+    Family(
+        "ds_tiny",
+        {"width": 1.0, "stem_stride": 1, "num_routes": 6, "dropout": 0.0},
+        _ds_tiny,
+        SeparableSupernet,
+    )
+)

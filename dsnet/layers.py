@@ -1,0 +1,177 @@
+"""Width-sliced layers: parameters only, no modes; the width travels with the tensor.
+
+A layer takes its input width from the tensor; only a layer that changes the number of channels is told its output width.
+`cut` copies the slice that one sub-network uses into a plain torch module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+BN_EPS = 1e-5
+BN_MOMENTUM = 0.1
+
+
+class SlicedConv2d(nn.Module):
+    """Dense convolution without bias, sliced to the first `width` filters and the input's channels."""
+
+    def __init__(self, max_in: int, max_out: int, kernel: int, stride: int, generator: torch.Generator) -> None:
+        super().__init__()
+        self.stride = stride
+        self.weight = nn.Parameter(torch.empty(max_out, max_in, kernel, kernel))
+        nn.init.kaiming_normal_(self.weight, mode="fan_out", nonlinearity="relu", generator=generator)
+
+    def forward(self, x: Tensor, width: int) -> Tensor:
+        """[B, c, H, W] -> [B, width, ceil(H / stride), ceil(W / stride)]."""
+        weight = self.weight[:width, : x.shape[1]]
+        return F.conv2d(x, weight, stride=self.stride, padding=weight.shape[-1] // 2)
+
+    def cut(self, num_in: int, num_out: int) -> nn.Conv2d:
+        """The slice as a plain convolution with its own contiguous weight."""
+        return _plain_conv(self.weight[:num_out, :num_in], self.stride, groups=1)
+
+
+class SlicedDepthwiseConv2d(nn.Module):
+    """Depthwise convolution without bias, sliced to the input's channels."""
+
+    def __init__(self, max_channels: int, kernel: int, stride: int, generator: torch.Generator) -> None:
+        super().__init__()
+        self.stride = stride
+        self.weight = nn.Parameter(torch.empty(max_channels, 1, kernel, kernel))
+        nn.init.kaiming_normal_(self.weight, mode="fan_in", nonlinearity="relu", generator=generator)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, c, H, W] -> [B, c, ceil(H / stride), ceil(W / stride)]."""
+        num_channels = x.shape[1]
+        weight = self.weight[:num_channels]
+        return F.conv2d(x, weight, stride=self.stride, padding=weight.shape[-1] // 2, groups=num_channels)
+
+    def cut(self, num_channels: int) -> nn.Conv2d:
+        """The slice as a plain depthwise convolution."""
+        return _plain_conv(self.weight[:num_channels], self.stride, groups=num_channels)
+
+
+class SlicedLinear(nn.Module):
+    """Classifier, sliced along its input features."""
+
+    def __init__(self, max_in: int, num_out: int, generator: torch.Generator) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_out, max_in))
+        self.bias = nn.Parameter(torch.zeros(num_out))
+        nn.init.normal_(self.weight, std=0.01, generator=generator)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, c] -> [B, num_out]."""
+        return F.linear(x, self.weight[:, : x.shape[1]], self.bias)
+
+    def cut(self, num_in: int) -> nn.Linear:
+        """The slice as a plain linear layer."""
+        plain = nn.Linear(num_in, self.weight.shape[0])
+        with torch.no_grad():
+            plain.weight.copy_(self.weight[:, :num_in])
+            plain.bias.copy_(self.bias)
+        return plain
+
+
+class BatchNormBank(nn.Module):
+    """BatchNorm with one shared affine pair and private running statistics per prefix of widths.
+
+    The statistics of a layer depend on every width upstream of it, so they are keyed by that prefix (METHODS 3, CONTRACTS SubnetSet):
+    sub-networks that agree up to this layer share one set, which is what makes a shared trunk possible.
+    """
+
+    def __init__(self, max_features: int, prefixes: Iterable[tuple[int, ...]]) -> None:
+        super().__init__()
+        self.momentum: float | None = BN_MOMENTUM
+        """Weight of the newest batch; None is the cumulative average of recalibration, 0.0 leaves the statistics untouched."""
+        self.weight = nn.Parameter(torch.ones(max_features))
+        self.bias = nn.Parameter(torch.zeros(max_features))
+        for prefix in sorted(set(prefixes)):
+            suffix = _key(prefix)
+            self.register_buffer(f"mean_{suffix}", torch.zeros(prefix[-1]))
+            self.register_buffer(f"var_{suffix}", torch.ones(prefix[-1]))
+            self.register_buffer(f"updates_{suffix}", torch.zeros((), dtype=torch.int64))
+
+    def statistics(self, prefix: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+        """Running mean, running variance and the number of updates of one prefix.
+
+        Raises:
+            KeyError: no sub-network of the supernet's set has this prefix.
+        """
+        suffix = _key(prefix)
+        if f"mean_{suffix}" not in self._buffers:
+            raise KeyError(f"no BatchNorm statistics for the widths {prefix}; build the supernet with a set that holds this sub-network")
+        return self.get_buffer(f"mean_{suffix}"), self.get_buffer(f"var_{suffix}"), self.get_buffer(f"updates_{suffix}")
+
+    def forward(self, x: Tensor, prefix: tuple[int, ...]) -> Tensor:
+        """Normalise [B, c, H, W] with the statistics of `prefix` (batch statistics while training)."""
+        mean, var, updates = self.statistics(prefix)
+        num_channels = x.shape[1]
+        factor = 0.0
+        if self.training and self.momentum != 0.0:
+            updates += 1
+            factor = self.momentum if self.momentum is not None else 1.0 / float(updates)
+        return F.batch_norm(x, mean, var, self.weight[:num_channels], self.bias[:num_channels], self.training, factor, BN_EPS)
+
+    def reset_statistics(self) -> None:
+        """Forget every running statistic, as recalibration starts."""
+        for name, buffer in self._buffers.items():
+            if buffer is not None:
+                buffer.fill_(1.0) if name.startswith("var_") else buffer.zero_()
+
+    def cut(self, prefix: tuple[int, ...]) -> nn.BatchNorm2d:
+        """The statistics of one prefix as a plain BatchNorm2d in eval mode."""
+        mean, var, updates = self.statistics(prefix)
+        plain = nn.BatchNorm2d(prefix[-1], eps=BN_EPS, momentum=BN_MOMENTUM)
+        with torch.no_grad():
+            plain.weight.copy_(self.weight[: prefix[-1]])
+            plain.bias.copy_(self.bias[: prefix[-1]])
+        for target, source in ((plain.running_mean, mean), (plain.running_var, var), (plain.num_batches_tracked, updates)):
+            if target is not None:
+                target.copy_(source)
+        return plain.eval()
+
+
+class SlicedAttention(nn.Module):
+    """Squeeze-and-excitation whose hidden layer is never sliced; in a gated block its hidden vector also feeds the slimming head."""
+
+    def __init__(self, max_channels: int, hidden: int, generator: torch.Generator) -> None:
+        super().__init__()
+        self.reduce_weight = nn.Parameter(torch.empty(hidden, max_channels))
+        self.reduce_bias = nn.Parameter(torch.zeros(hidden))
+        self.expand_weight = nn.Parameter(torch.empty(max_channels, hidden))
+        self.expand_bias = nn.Parameter(torch.zeros(max_channels))
+        for weight in (self.reduce_weight, self.expand_weight):
+            nn.init.kaiming_normal_(weight, mode="fan_in", nonlinearity="relu", generator=generator)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, c, H, W] -> (attended [B, c, H, W], hidden vector [B, hidden])."""
+        num_channels = x.shape[1]
+        hidden = F.relu(F.linear(x.mean((2, 3)), self.reduce_weight[:, :num_channels], self.reduce_bias))
+        scale = torch.sigmoid(F.linear(hidden, self.expand_weight[:num_channels], self.expand_bias[:num_channels]))
+        return x * scale[:, :, None, None], hidden
+
+    def cut(self, num_channels: int) -> SlicedAttention:
+        """The slice with its own contiguous weights (the same class: cut to full width it is a plain module)."""
+        plain = SlicedAttention(num_channels, self.reduce_bias.shape[0], torch.Generator())
+        with torch.no_grad():
+            plain.reduce_weight.copy_(self.reduce_weight[:, :num_channels])
+            plain.reduce_bias.copy_(self.reduce_bias)
+            plain.expand_weight.copy_(self.expand_weight[:num_channels])
+            plain.expand_bias.copy_(self.expand_bias[:num_channels])
+        return plain
+
+
+def _key(prefix: tuple[int, ...]) -> str:
+    return "_".join(map(str, prefix))
+
+
+def _plain_conv(weight: Tensor, stride: int, groups: int) -> nn.Conv2d:
+    num_out, num_in, kernel, _ = weight.shape
+    plain = nn.Conv2d(num_in * groups, num_out, kernel, stride, padding=kernel // 2, groups=groups, bias=False)
+    plain.weight = nn.Parameter(weight.detach().clone(memory_format=torch.contiguous_format))
+    return plain

@@ -1,0 +1,42 @@
+"""Losses of Stage I and Stage II; logits in, never probabilities (the published code applies softmax twice in SGS)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def soft_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    """Mean over the batch of -sum_c target_c log softmax(logits)_c; both are [B, C], `target` is a distribution."""
+    return -(target * F.log_softmax(logits, dim=1)).sum(1).mean()
+
+
+def smoothed_one_hot(labels: Tensor, num_classes: int, smoothing: float) -> Tensor:
+    """Label-smoothed targets [B, C]: (1 - smoothing) on the label plus smoothing / C everywhere."""
+    return F.one_hot(labels, num_classes).float() * (1.0 - smoothing) + smoothing / num_classes
+
+
+def complexity(expected_madds: Tensor, target_madds: float, max_madds: float, form: str) -> Tensor:
+    """The complexity term of Stage II (CONTRACTS, "Target, losses, calibration").
+
+    Args:
+        expected_madds: mean expected MAdds of the batch, a scalar tensor.
+        target_madds: the target in MAdds.
+        max_madds: MAdds of the widest sub-network of the whole set.
+        form: `hinge` relu(r - 1)^2, `quadratic` (r - 1)^2 with r = E/target; `paper` (E / (1e9 max / 565.4e6))^2; `paper_raw` (E / 1e9)^2.
+
+    Raises:
+        ValueError: unknown form.
+    """
+    ratio = expected_madds / target_madds
+    match form:
+        case "hinge":
+            return torch.relu(ratio - 1.0) ** 2
+        case "quadratic":
+            return (ratio - 1.0) ** 2
+        case "paper":
+            return (expected_madds / (1e9 * max_madds / 565.4e6)) ** 2
+        case "paper_raw":
+            return (expected_madds / 1e9) ** 2
+    raise ValueError(f"unknown complexity form {form!r}; known: hinge, quadratic, paper, paper_raw")

@@ -1,0 +1,159 @@
+"""The routing table: what every route answers to every image, stored once, so that any gate is scored exactly in about a second.
+
+With one gate on a frozen supernet, an image's cross-entropy, correctness and confidence under each route and the gate's input are
+constants (METHODS 5). A table is plain numpy in a safetensors file, and never holds more than one split.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from dsnet.errors import CheckpointError
+from dsnet.files import replace_file
+
+SCHEMA_VERSION = 1
+MAX_FULL_CLASSES = 100
+NUM_TOP_LOGITS = 32
+
+
+@dataclass(frozen=True)
+class RoutingTable:
+    """N images of one split by K routes (members of the SubnetSet, in its order)."""
+
+    split: str
+    routes: tuple[str, ...]
+    """Names of the sub-networks."""
+    layout: Mapping[str, tuple[int, int]]
+    """Columns of `evidence`: mean, deviation and maximum of the gate's input, and the hidden vector."""
+    trunk_madds: int
+    """MAdds that every route pays before the gate decides."""
+    image_ids: NDArray[np.int64]
+    """[N] index in the data set."""
+    labels: NDArray[np.int64]
+    """[N]"""
+    madds: NDArray[np.int64]
+    """[K] whole sub-network, without the gate's own head."""
+    ce: NDArray[np.float32]
+    """[N, K] unsmoothed cross-entropy: p(y) = exp(-ce)."""
+    predicted: NDArray[np.int64]
+    """[N, K] class."""
+    correct1: NDArray[np.bool_]
+    """[N, K] the prediction is right."""
+    correct5: NDArray[np.bool_]
+    """[N, K] the label is among the five largest logits."""
+    confidence: NDArray[np.float32]
+    """[N, K] largest probability."""
+    margin: NDArray[np.float32]
+    """[N, K] largest minus second largest probability."""
+    entropy: NDArray[np.float32]
+    """[N, K] in nats."""
+    logits: NDArray[np.float16]
+    """[N, K, L]: all classes, or the 32 largest where there are more than 100."""
+    logit_classes: NDArray[np.int32]
+    """[N, K, L] the classes of `logits`, or an empty [N, K, 0] where they stand in class order."""
+    evidence: NDArray[np.float32]
+    """[N, G, D] for the G gates."""
+
+    def __post_init__(self) -> None:
+        shape = (len(self.labels), len(self.routes))
+        for name in ("ce", "predicted", "correct1", "correct5", "confidence", "margin", "entropy"):
+            met = getattr(self, name).shape
+            if met != shape:
+                raise ValueError(f"routing table {self.split}: {name} has shape {met}, expected {shape}")
+        if self.madds.shape != shape[1:] or self.evidence.shape[0] != shape[0] or self.image_ids.shape != shape[:1]:
+            raise ValueError(f"routing table {self.split}: madds, evidence or image_ids do not fit {shape[0]} images and {shape[1]} routes")
+
+    @property
+    def num_images(self) -> int:
+        """N."""
+        return len(self.labels)
+
+    @property
+    def num_routes(self) -> int:
+        """K."""
+        return len(self.routes)
+
+    def part(self, name: str, gate: int = 0) -> NDArray[np.float32]:
+        """One part of the evidence at a gate, [N, its length].
+
+        Raises:
+            KeyError: no such part.
+        """
+        start, stop = self.layout[name]
+        return self.evidence[:, gate, start:stop]
+
+    def top1(self) -> NDArray[np.float64]:
+        """[K] accuracy of every route alone."""
+        return self.correct1.mean(0, dtype=np.float64)
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """The arrays alone, for a shared object store."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in _META}
+
+    def meta(self) -> dict[str, Any]:
+        """Everything but the arrays, as JSON values."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "split": self.split,
+            "routes": list(self.routes),
+            "layout": {name: list(span) for name, span in self.layout.items()},
+            "trunk_madds": self.trunk_madds,
+        }
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, NDArray[Any]], meta: Mapping[str, Any]) -> RoutingTable:
+        """Put a table together from `arrays()` and `meta()`; the arrays are not copied.
+
+        Raises:
+            CheckpointError: another schema version, or arrays that do not belong together.
+        """
+        if meta.get("schema_version") != SCHEMA_VERSION:
+            raise CheckpointError(f"routing table of schema version {meta.get('schema_version')!r}; this release reads {SCHEMA_VERSION}")
+        try:
+            return cls(
+                split=meta["split"],
+                routes=tuple(meta["routes"]),
+                layout={name: (span[0], span[1]) for name, span in meta["layout"].items()},
+                trunk_madds=int(meta["trunk_madds"]),
+                **arrays,
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"the routing table's parts do not belong together: {error}") from error
+
+    def save(self, path: Path) -> None:
+        """Write the table as one safetensors file, atomically."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        arrays = {name: np.ascontiguousarray(value) for name, value in self.arrays().items()}
+        save_file(arrays, temporary, metadata={"routing_table": json.dumps(self.meta())})
+        replace_file(temporary, path)
+
+    @classmethod
+    def load(cls, path: Path) -> RoutingTable:
+        """Read a table.
+
+        Raises:
+            CheckpointError: the file is missing, damaged or of another version.
+        """
+        if not path.is_file():
+            raise CheckpointError(f"{path}: no such routing table")
+        try:
+            with safe_open(path, framework="numpy") as stored:
+                meta = json.loads((stored.metadata() or {})["routing_table"])
+                arrays = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - not a mapping
+        except (SafetensorError, OSError, ValueError, KeyError) as error:
+            raise CheckpointError(f"{path}: cannot be read as a routing table ({error}); delete its stage folder to have it made again") from error
+        return cls.from_arrays(arrays, meta)
+
+
+_META = ("split", "routes", "layout", "trunk_madds")

@@ -1,0 +1,754 @@
+"""The whole of sweep.yaml as frozen, strict, typed objects; config_loading.py reads files into them.
+
+Strict means: no unknown key, no silent conversion ("3" is not 3, 1 is not true), and every range checked when an object
+is built. Only a whole number where a real one is wanted is taken as it is meant.
+"""
+
+from __future__ import annotations
+
+import io
+import types
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    PlainSerializer,
+    PlainValidator,
+    StringConstraints,
+    TypeAdapter,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails, PydanticCustomError
+from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap, CommentedSeq
+from ruamel.yaml.nodes import ScalarNode
+from ruamel.yaml.representer import RoundTripRepresenter
+
+from dsnet.errors import ConfigError
+from orchestration.distribution import DISTRIBUTION_SCHEMA, REAL_KINDS, Distribution, Scalar
+from orchestration.wording import did_you_mean, shown
+
+Stage = Literal["supernet", "measure", "table", "search", "verify"]
+KeyPath = tuple[str | int, ...]
+
+NAME_PATTERN = r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}$"
+OBJECTIVE_GOALS: Mapping[str, str] = {
+    "top1": "maximize",
+    "top5": "maximize",
+    "madds_m": "minimize",
+    "p95_madds_m": "minimize",
+    "params_m": "minimize",
+    "latency_ms": "minimize",
+}
+"""Metrics that a sweep can optimise, with the only goal that makes sense for each."""
+
+
+@dataclass(frozen=True)
+class BrokenRule:
+    """A rule between settings that does not hold; `path` is relative to the section that checks it."""
+
+    path: KeyPath
+    message: str
+
+    def __str__(self) -> str:
+        return f"{'.'.join(map(str, self.path))}: {self.message}" if self.path else self.message
+
+
+def _refuse(*rules: BrokenRule) -> None:
+    """Report all broken rules of a section at once; config_loading finds the place in the file of each."""
+    if rules:
+        raise PydanticCustomError("broken_rules", "{text}", {"text": "; ".join(map(str, rules)), "rules": rules})
+
+
+def _printable(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError(f"{text!r} holds characters that cannot be printed")
+    return text
+
+
+Text = Annotated[str, StringConstraints(min_length=1), AfterValidator(_printable)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+# YAML and JSON know lists only; the list becomes a tuple, its items stay strict.
+IncreasingSizes = Annotated[tuple[PositiveInt, ...], Field(strict=False, min_length=1)]
+Names = Annotated[tuple[Text, ...], Field(strict=False, min_length=1)]
+Device = Literal["auto", "cpu", "cuda"]
+
+
+def _version(value: object) -> object:
+    if type(value) is not int or value != 1:
+        raise ValueError(f"this release reads version 1; got {shown(value)}")
+    return value
+
+
+def _split_size(value: object) -> object:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    is_share = isinstance(value, float) and 0 < value < 1
+    is_count = is_number and isinstance(value, int) and value >= 1
+    if value is None or is_share or is_count:
+        return value
+    raise ValueError(f"expected a fraction between 0 and 1, a whole number of images, or null; got {shown(value)}")
+
+
+SplitSize = Annotated[
+    Annotated[float, Field(gt=0, lt=1)] | PositiveInt | None,
+    BeforeValidator(_split_size),
+]
+
+
+SpaceEntry = Annotated[
+    Distribution,
+    PlainValidator(Distribution.parse),
+    PlainSerializer(Distribution.written),
+    WithJsonSchema(DISTRIBUTION_SCHEMA),
+]
+
+
+# --- Sections ---------------------------------------------------------------------------------------------------------
+
+
+class Section(BaseModel):
+    """Base of every section: frozen, strict, no unknown key, no NaN; docstrings under fields are their descriptions."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        validate_default=True,
+        use_attribute_docstrings=True,
+    )
+
+
+class AugmentConfig(Section):
+    """What training images go through; evaluation never does."""
+
+    crop_padding: NonNegativeInt | None = None
+    """Pixels of zero padding before a random crop back to size; null = image_size // 8."""
+    flip: bool | None = None
+    """Mirror half of the images left to right; null = yes, except for digits."""
+    cutout: NonNegativeInt = 0
+    """Side in pixels of one square set to zero; 0 = none."""
+
+
+class SplitsConfig(Section):
+    """Size of each split: a fraction of the images in (0, 1), a number of images, or null for the default.
+
+    Defaults: the data's own test split where it has one, else 55/15/15/15 %; CIFAR-10 40k/5k/5k/10k.
+    """
+
+    train: SplitSize = None
+    """Trains the supernet."""
+    gate: SplitSize = None
+    """Held out of the supernet's training; trains the gates."""
+    val: SplitSize = None
+    """Calibrates and chooses."""
+    test: SplitSize = None
+    """Sealed until the front is frozen."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> SplitsConfig:
+        shares = {name: size for name, size in self if isinstance(size, float)}
+        if sum(shares.values()) > 1 + 1e-9:
+            written = " + ".join(f"{name} {share:g}" for name, share in shares.items())
+            _refuse(BrokenRule((), f"fractions add up to more than 1: {written} = {sum(shares.values()):g}"))
+        return self
+
+
+class DataConfig(Section):
+    """The images."""
+
+    name: Literal["digits", "cifar10", "image_folder"]
+    """digits: inside scikit-learn | cifar10: parquet or official batches | image_folder: root/class/*.png or *.jpg."""
+    path: Text | None = None
+    """Folder of the images; `~` and $VARIABLES are expanded, relative to the working directory. null = $DSNET_DATA."""
+    image_size: Annotated[int, Field(ge=8, le=512)] | None = None
+    """Side in pixels, 8 to 512; null = as stored. An image folder needs it."""
+    augment: AugmentConfig = AugmentConfig()
+    splits: SplitsConfig = SplitsConfig()
+    limit: PositiveInt | None = None
+    """At most so many images per split, drawn evenly from the classes; null = all."""
+
+    @model_validator(mode="after")
+    def _suits_the_source(self) -> DataConfig:
+        if self.name == "image_folder" and self.image_size is None:
+            _refuse(BrokenRule(("image_size",), "an image folder needs it: the side in pixels, 8 to 512"))
+        if self.name == "digits" and self.path is not None:
+            message = f"digits comes with scikit-learn and takes no folder; remove {shown(self.path)}"
+            _refuse(BrokenRule(("path",), message))
+        return self
+
+
+class TrainConfig(Section):
+    """Stage I: how the supernet is trained."""
+
+    epochs: PositiveInt = 30
+    """Passes over `train`."""
+    batch_size: PositiveInt = 128
+    """Images per step, over all workers together."""
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    """sgd (Nesterov) | adamw."""
+    lr: PositiveFloat = 0.1
+    """Peak learning rate, > 0; a cosine takes it to 0."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """For sgd, [0, 1)."""
+    weight_decay: NonNegativeFloat = 1.0e-4
+    """Not on one-dimensional parameters."""
+    warmup_epochs: NonNegativeFloat = 1.0
+    """Epochs of linear warm-up, part of `epochs`."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """[0, 1); only the widest sub-network sees labels."""
+    grad_clip: PositiveFloat | None = None
+    """Largest norm of the gradient; null = no clipping."""
+    checkpoint_every: PositiveInt = 1
+    """Epochs between checkpoints."""
+
+    @model_validator(mode="after")
+    def _warm_up_ends(self) -> TrainConfig:
+        if self.warmup_epochs > self.epochs:
+            message = f"{self.warmup_epochs:g} epochs of warm-up do not fit into {self.epochs} epochs of training"
+            _refuse(BrokenRule(("warmup_epochs",), message))
+        return self
+
+
+class BootstrappingConfig(Section):
+    """Who teaches the narrower sub-networks (arXiv 2103.13258, section 3.3; arXiv 2109.10060)."""
+
+    mode: Literal["none", "inplace_distillation", "ib", "ieb"] = "ib"
+    """none: labels | inplace_distillation: the widest | ib: the EMA copy's widest | ieb: the EMA copy's ensemble."""
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.997
+    """Decay of the EMA copy per step, [0, 1)."""
+    ema_warmup: bool = True
+    """Raise the decay as min(ema_decay, (1 + t) / (10 + t)): a short run needs it; false is the paper's."""
+    soft_ramp_epochs: NonNegativeFloat = 0.0
+    """Epochs over which soft labels replace the true ones; 0 = from the start, as in the paper."""
+    num_random: NonNegativeInt = 2
+    """Random sub-networks per step, beside the widest and the narrowest."""
+    teacher_min_updates: NonNegativeInt = 100
+    """A teacher width with fewer updates of its statistics runs on those of the batch."""
+
+    @model_validator(mode="after")
+    def _has_an_ensemble(self) -> BootstrappingConfig:
+        if self.mode == "ieb" and self.num_random == 0:
+            message = "ieb averages the teacher with random sub-networks and needs at least 1; or write mode: ib"
+            _refuse(BrokenRule(("num_random",), message))
+        return self
+
+
+class RecalibrationConfig(Section):
+    """BatchNorm statistics, re-estimated for every width after training."""
+
+    images: PositiveInt | None = None
+    """Images of `train` to use; null = all."""
+    batch_size: PositiveInt = 256
+
+
+class SupernetConfig(Section):
+    """The network that holds all sub-networks, and its training."""
+
+    model: Text
+    """Architecture family, by its registered name."""
+    options: dict[str, JsonValue] = Field(default_factory=dict)
+    """Options of the family, which checks them: width, stem_stride, num_routes, ..."""
+    workers: PositiveInt = 1
+    """Ray Train workers."""
+    threads: PositiveInt | None = None
+    """Torch threads per worker; null = cores // workers."""
+    device: Device = "auto"
+    """auto = cuda where there is one."""
+    train: TrainConfig = TrainConfig()
+    bootstrapping: BootstrappingConfig = BootstrappingConfig()
+    weights: Literal["ema", "student"] = "ema"
+    """Which weights are measured, tabled and exported."""
+    recalibration: RecalibrationConfig = RecalibrationConfig()
+    keep_checkpoints: PositiveInt = 2
+    """Training checkpoints kept on disk."""
+
+
+class RoutingConfig(Section):
+    """Which sub-networks the gate may pick: members first, first + stride, ... up to last, in the set's order."""
+
+    first: NonNegativeInt = 0
+    last: int = -1
+    """Inclusive; negative counts from the end, -1 = the widest."""
+    stride: PositiveInt = 1
+
+
+class SgsConfig(Section):
+    """Sandwich gate sparsification: the labels that the gate learns from (arXiv 2103.13258, section 3.4)."""
+
+    t_easy: Fraction = 0.0
+    """Easy iff the smallest is right and p(y) >= t_easy; 0 = the paper's rule."""
+    t_hard: Fraction = 0.0
+    """Hard iff the largest is wrong or p(y) < t_hard; 0 = the paper's rule."""
+    strategy: Literal["try_best", "give_up"] = "try_best"
+    """Hard images go to the largest (try_best) or to the smallest (give_up)."""
+    target: Literal["extremes", "cheapest"] = "extremes"
+    """extremes: smallest or largest, as in the paper | cheapest: the cheapest sub-network that is right."""
+
+
+class LossesConfig(Section):
+    """Weights of the gate's loss terms; at least one is above 0."""
+
+    cls: NonNegativeFloat = 1.0
+    """Expected cross-entropy of the routed prediction."""
+    sgs: NonNegativeFloat = 1.0
+    """Cross-entropy to the SGS labels."""
+    complexity: NonNegativeFloat = 0.5
+    """Penalty on mean MAdds against the target."""
+    form: Literal["hinge", "quadratic", "paper", "paper_raw"] = "hinge"
+    """hinge: only above the target | quadratic: both sides | paper, paper_raw: as published, without a target."""
+
+
+class GateOptimizerConfig(Section):
+    """Stage II: how one gate is trained on the routing table."""
+
+    name: Literal["adam", "sgd"] = "adam"
+    lr: PositiveFloat = 0.05
+    """> 0."""
+    weight_decay: NonNegativeFloat = 0.0
+    steps: PositiveInt = 200
+    batch_size: PositiveInt = 512
+    """Images per step; no more than `gate` holds are taken."""
+
+
+class TemperatureConfig(Section):
+    """Softmax temperature of the gate, annealed over its steps."""
+
+    start: PositiveFloat = 1.0
+    end: PositiveFloat = 0.3
+
+
+class GateConfig(Section):
+    """The gate: fixed settings, and defaults of what `space` sweeps."""
+
+    target: Fraction = 0.5
+    """Target MAdds t in [0, 1]: MAdds_min + t * (MAdds_max - MAdds_min) over the whole set of sub-networks."""
+    routing: RoutingConfig = RoutingConfig()
+    sgs: SgsConfig = SgsConfig()
+    losses: LossesConfig = LossesConfig()
+    optimizer: GateOptimizerConfig = GateOptimizerConfig()
+    temperature: TemperatureConfig = TemperatureConfig()
+
+    @model_validator(mode="after")
+    def _can_route_and_learn(self) -> GateConfig:
+        problems = []
+        first, last = self.routing.first, self.routing.last
+        if 0 <= last < first:
+            problems.append(BrokenRule(("routing", "first"), f"{first} lies behind gate.routing.last {last}"))
+        if self.losses.cls == self.losses.sgs == self.losses.complexity == 0:
+            problems.append(BrokenRule(("losses",), "cls, sgs and complexity are all 0: the gate would learn nothing"))
+        _refuse(*problems)
+        return self
+
+    def with_params(self, params: Mapping[str, object]) -> GateConfig:
+        """The gate of one trial.
+
+        Args:
+            params: dotted names as in `space`, e.g. {"gate.target": 0.4, "gate.sgs.strategy": "give_up"}.
+
+        Raises:
+            ConfigError: a name or value is not allowed, or the values contradict each other.
+        """
+        settings = self.model_dump()
+        for name, value in params.items():
+            section = settings
+            *parents, leaf = name.removeprefix("gate.").split(".")
+            for parent in parents:
+                section = section.get(parent, {})
+            section[leaf] = value
+        try:
+            return GateConfig.model_validate(settings)
+        except ValidationError as error:
+            met = ", ".join(f"{name}={shown(value)}" for name, value in params.items())
+            reasons = "; ".join(_gate_reason(details) for details in error.errors(include_url=False))
+            raise ConfigError(f"gate settings {met} do not fit: {reasons}") from error
+
+
+def _gate_reason(details: ErrorDetails) -> str:
+    if details["type"] == "broken_rules":
+        return details["msg"]
+    key = ".".join(map(str, ("gate", *details["loc"])))
+    if details["type"] == "extra_forbidden":
+        return f"there is no {key}"
+    return f"{key} {requirement(details['type'], details.get('ctx', {}))}; got {shown(details['input'])}"
+
+
+class MetricConfig(Section):
+    """One objective of the sweep."""
+
+    name: Text
+    """One of top1, top5, madds_m, p95_madds_m, params_m, latency_ms."""
+    goal: Literal["maximize", "minimize"]
+    ref: float | None = None
+    """This coordinate of the hypervolume's reference point; null = 1.05 x the widest sub-network's."""
+
+    @model_validator(mode="after")
+    def _is_known(self) -> MetricConfig:
+        known = list(OBJECTIVE_GOALS)
+        if self.name not in OBJECTIVE_GOALS:
+            message = f"unknown metric '{self.name}'{did_you_mean(self.name, known)}; known: {', '.join(known)}"
+            _refuse(BrokenRule(("name",), message))
+        if self.goal != OBJECTIVE_GOALS[self.name]:
+            message = f"{self.name} is a metric to {OBJECTIVE_GOALS[self.name]}; got '{self.goal}'"
+            _refuse(BrokenRule(("goal",), message))
+        if self.goal == "maximize" and self.ref is not None and not 0 <= self.ref <= 1:
+            _refuse(BrokenRule(("ref",), f"{self.name} is a fraction from 0 to 1; got {shown(self.ref)}"))
+        return self
+
+
+class SamplerConfig(Section):
+    """Who suggests the trials."""
+
+    name: Literal["random", "tpe", "nsga2"] = "tpe"
+    cohort: PositiveInt = 8
+    """Trials asked for, run and told together; results depend on it, and not on the number of actors."""
+    startup: NonNegativeInt = 16
+    """Random trials before tpe starts to model."""
+
+
+class BudgetConfig(Section):
+    """When the sweep ends."""
+
+    trials: PositiveInt = 64
+    time_s: PositiveFloat | None = None
+    """Seconds of searching; null = no limit."""
+    max_failed: Fraction = 0.5
+    """Share of failed trials, [0, 1], above which the sweep counts as failed (exit code 4)."""
+
+
+class TrialConfig(Section):
+    """What one trial may cost."""
+
+    timeout_s: PositiveFloat = 120
+    """Seconds, after which the trial has failed."""
+    retries: NonNegativeInt = 2
+    """New attempts after a lost worker; an error of the trial itself is not repeated."""
+
+
+class MeasureConfig(Section):
+    """How every sub-network's latency is measured."""
+
+    device: Device = "cpu"
+    threads: PositiveInt = 1
+    """Torch threads while the clock runs."""
+    batch_sizes: IncreasingSizes = (1, 64)
+    """Images per call, increasing."""
+    group_sizes: IncreasingSizes = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+    """Group sizes at which trunk, decision and tails are timed, increasing from 1."""
+    repeats: PositiveInt = 15
+    """Timed repeats, interleaved over the sub-networks; the median counts."""
+    warmup: NonNegativeInt = 3
+    """Untimed repeats before them."""
+
+    @model_validator(mode="after")
+    def _sizes_increase(self) -> MeasureConfig:
+        problems = []
+        for name in ("batch_sizes", "group_sizes"):
+            sizes = getattr(self, name)
+            if list(sizes) != sorted(set(sizes)):
+                ordered = shown(sorted(set(sizes)))
+                problems.append(BrokenRule((name,), f"sizes must increase; got {shown(sizes)}, write {ordered}"))
+        if self.group_sizes[0] != 1:
+            problems.append(BrokenRule(("group_sizes",), f"must start at 1; got {shown(self.group_sizes)}"))
+        _refuse(*problems)
+        return self
+
+
+class RayConfig(Section):
+    """Where the work runs; never changes a result."""
+
+    address: Text = "local"
+    """local = a private cluster on 127.0.0.1 for this run; else the address of a running one."""
+    num_cpus: PositiveInt | None = None
+    """Cores of the local cluster; null = all."""
+    object_store_mib: Annotated[int, Field(ge=75)] = 200
+    """Shared memory in MiB, at least 75."""
+    trial_actors: PositiveInt | None = None
+    """Processes that run trials; null = one per core."""
+
+
+class StorageConfig(Section):
+    """Where runs are kept."""
+
+    runs: Text = "runs"
+    """Folder that holds one folder per run; `~` and $VARIABLES are expanded."""
+
+
+class TrackingConfig(Section):
+    """MLflow."""
+
+    mlflow: bool = True
+    uri: Text | None = None
+    """Tracking server or database; null = sqlite in the runs folder."""
+    experiment: Text | None = None
+    """null = the sweep's name."""
+
+
+class ExportConfig(Section):
+    """What is exported when a launch ends."""
+
+    picks: Names = ("knee",)
+
+
+def _default_space() -> dict[str, Distribution]:
+    return {
+        "gate.target": Distribution("uniform", (0.05, 0.9)),
+        "gate.sgs.t_easy": Distribution("uniform", (0.0, 0.9)),
+        "gate.sgs.t_hard": Distribution("uniform", (0.0, 0.5)),
+        "gate.sgs.strategy": Distribution("choice", ("try_best", "give_up")),
+        "gate.sgs.target": Distribution("choice", ("extremes", "cheapest")),
+        "gate.optimizer.lr": Distribution("loguniform", (1.0e-3, 0.3)),
+    }
+
+
+_DEFAULT_METRICS = (
+    MetricConfig(name="top1", goal="maximize", ref=0.0),
+    MetricConfig(name="madds_m", goal="minimize"),
+)
+
+
+class SweepConfig(Section):
+    """A whole sweep. Only version, name, data.name and supernet.model have no default."""
+
+    version: Annotated[Literal[1], BeforeValidator(_version)]
+    """Version of this file's format."""
+    name: Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
+    """Name of the run and of its folder: 1 to 64 letters, digits, '.', '_' or '-', not starting with '.'."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """All randomness derives from it, 0 to 2^32 - 1."""
+    data: DataConfig
+    supernet: SupernetConfig
+    gate: GateConfig = GateConfig()
+    space: dict[str, SpaceEntry] = Field(default_factory=_default_space, min_length=1)
+    """Dotted key below `gate.` -> distribution. A `space` in the file replaces the default one."""
+    metrics: Annotated[tuple[MetricConfig, ...], Field(strict=False, min_length=2, max_length=2)] = _DEFAULT_METRICS
+    """The two objectives: one to maximise, one to minimise."""
+    sampler: SamplerConfig = SamplerConfig()
+    budget: BudgetConfig = BudgetConfig()
+    trial: TrialConfig = TrialConfig()
+    measure: MeasureConfig = MeasureConfig()
+    ray: RayConfig = RayConfig()
+    storage: StorageConfig = StorageConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    export: ExportConfig = ExportConfig()
+    presets: dict[str, dict[str, JsonValue]] = Field(default_factory=dict)
+    """Name -> settings laid over the file by --preset NAME. Empty in a resolved file."""
+
+    @model_validator(mode="after")
+    def _objectives_and_space_fit(self) -> SweepConfig:
+        problems = [
+            BrokenRule(("space", key), message)
+            for key, distribution in self.space.items()
+            for message in _space_messages(key, distribution)
+        ]
+        if {metric.goal for metric in self.metrics} != {"maximize", "minimize"}:
+            met = " and ".join(metric.name for metric in self.metrics)
+            message = f"expected one metric to maximize and one to minimize; got {met}"
+            problems.append(BrokenRule(("metrics",), message))
+        if not problems:
+            problems.extend(_empty_routing_problems(self.gate.routing, self.space))
+        _refuse(*problems)
+        return self
+
+
+# --- Rules that need more than one section ---------------------------------------------------------------------------
+
+
+def section_class(annotation: object) -> type[Section] | None:
+    """The annotation itself where it is a section, else None."""
+    return annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None
+
+
+def _walk_fields(section: type[Section], prefix: str) -> Iterator[tuple[str, FieldInfo]]:
+    for name, field in section.model_fields.items():
+        yield f"{prefix}{name}", field
+        inner = section_class(field.annotation)
+        if inner is not None:
+            yield from _walk_fields(inner, f"{prefix}{name}.")
+
+
+@cache
+def known_fields() -> Mapping[str, FieldInfo]:
+    """Every dotted key of sweep.yaml, sections included, with its field."""
+    return types.MappingProxyType(dict(_walk_fields(SweepConfig, "")))
+
+
+@cache
+def sweepable_keys() -> tuple[str, ...]:
+    """The dotted keys that `space` may hold."""
+    fields = known_fields().items()
+    return tuple(key for key, field in fields if key.startswith("gate.") and not section_class(field.annotation))
+
+
+def is_nullable(field: FieldInfo) -> bool:
+    """Whether null is a value of the field."""
+    return get_origin(field.annotation) in (Union, types.UnionType) and type(None) in get_args(field.annotation)
+
+
+@cache
+def _leaf_adapter(key: str) -> TypeAdapter[Any]:
+    field = known_fields()[key]
+    annotation: Any = field.annotation
+    annotated = Annotated[annotation, *field.metadata] if field.metadata else annotation
+    return TypeAdapter(annotated, config=ConfigDict(strict=True, allow_inf_nan=False))
+
+
+def _space_messages(key: str, distribution: Distribution) -> Iterator[str]:
+    """What is wrong with one entry of `space`: the key is unknown, or values lie outside the field's own range."""
+    known = sweepable_keys()
+    if key not in known:
+        nested = [name for name in known if name.endswith(f".{key.rpartition('.')[2]}")]
+        hint = f"; did you mean '{nested[0]}'?" if nested else did_you_mean(key, known)
+        yield f"cannot be swept{hint}; keys that can: {', '.join(known)}"
+        return
+    for value in distribution.edge_values():
+        try:
+            _leaf_adapter(key).validate_python(value)
+        except ValidationError as error:
+            yield _edge_message(key, distribution, value, error)
+
+
+def _edge_message(key: str, distribution: Distribution, value: Scalar, error: ValidationError) -> str:
+    details = error.errors(include_url=False)[0]
+    if details["type"] in ("int_type", "int_from_float") and distribution.kind in REAL_KINDS:
+        return f"{key} takes whole numbers; write {{int: [low, high]}} in place of {distribution.kind}"
+    return f"{distribution.kind} holds {shown(value)}, but {key} {requirement(details['type'], details.get('ctx', {}))}"
+
+
+_REQUIREMENTS: Mapping[str, str] = {
+    "greater_than_equal": "must be at least {ge}",
+    "greater_than": "must be above {gt}",
+    "less_than_equal": "must be at most {le}",
+    "less_than": "must be below {lt}",
+    "literal_error": "must be one of {expected}",
+    "int_type": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "float_type": "must be a number",
+    "finite_number": "must be a finite number",
+    "string_type": "must be text",
+    "bool_type": "must be true or false",
+    "string_too_short": "must not be empty",
+}
+
+
+def requirement(error_type: str, context: Mapping[str, Any]) -> str:
+    """The rule that a pydantic error type stands for, in plain words."""
+    return _REQUIREMENTS.get(error_type, "does not take this value").format(**context)
+
+
+def _empty_routing_problems(routing: RoutingConfig, space: Mapping[str, Distribution]) -> Iterator[BrokenRule]:
+    """Refuse a space in which some trial's first route lies behind its last one."""
+    firsts = _possible_values("gate.routing.first", routing.first, space)
+    lasts = _possible_values("gate.routing.last", routing.last, space)
+    counted_from_start = [last for last in lasts if last >= 0]
+    if counted_from_start and max(firsts) > min(counted_from_start):
+        key = "gate.routing.first" if "gate.routing.first" in space else "gate.routing.last"
+        if key in space:
+            message = f"first may be {max(firsts)} while last is {min(counted_from_start)}: no route would be left"
+            yield BrokenRule(("space", key), message)
+
+
+def _possible_values(key: str, fixed: int, space: Mapping[str, Distribution]) -> list[int]:
+    values = space[key].edge_values() if key in space else (fixed,)
+    return [value for value in values if isinstance(value, int)]
+
+
+# --- What leaves this module ------------------------------------------------------------------------------------------
+
+
+def config_warnings(config: SweepConfig) -> list[str]:
+    """What is allowed, but is probably not meant."""
+    warnings = []
+    if config.sampler.name == "tpe" and config.sampler.startup >= config.budget.trials:
+        warnings.append(
+            f"sampler.startup {config.sampler.startup} is not below budget.trials {config.budget.trials}: "
+            "all trials will be random"
+        )
+    if all(distribution.kind == "fixed" for distribution in config.space.values()):
+        warnings.append("space holds fixed values only: all trials differ by their seed alone")
+    return warnings
+
+
+# Settings of the supernet that say where and how safely it is trained, not what is trained.
+_NOT_IN_SUPERNET_KEY: dict[str, Any] = {
+    "workers": True,
+    "threads": True,
+    "device": True,
+    "keep_checkpoints": True,
+    "train": {"checkpoint_every": True},
+}
+
+
+def stage_subset(config: SweepConfig, stage: Stage) -> dict[str, JsonValue]:
+    """The part of the configuration that a stage's result depends on and that enters its key, JSON-able.
+
+    Parents, the data's fingerprint (hence no `data.path`) and the stage's version are the pipeline's to add.
+    Ray, workers, device of training, budget, tracking and export never enter: the same sweep elsewhere, or longer, is the same.
+    """
+    if stage == "supernet":
+        return {
+            "seed": config.seed,
+            "data": config.data.model_dump(mode="json", exclude={"path"}),
+            "supernet": config.supernet.model_dump(mode="json", exclude=_NOT_IN_SUPERNET_KEY),
+        }
+    if stage == "measure":
+        return {"measure": config.measure.model_dump(mode="json")}
+    if stage == "search":
+        return config.model_dump(mode="json", include={"seed", "gate", "space", "metrics", "sampler"})
+    if stage == "verify":
+        return {"measure": config.measure.model_dump(mode="json", exclude={"group_sizes"})}
+    if stage == "table":
+        return {}
+    raise ValueError(f"unknown stage {stage!r}; known: {', '.join(get_args(Stage))}")
+
+
+def to_yaml(config: SweepConfig) -> str:
+    """The configuration as a complete sweep.yaml, in the order of the schema; reading it back gives an equal object."""
+    plain = config.model_dump(mode="json", exclude=set() if config.presets else {"presets"})
+    writer = YAML(typ="rt", pure=True)
+    writer.width = 120
+    writer.allow_unicode = True
+    writer.representer.add_representer(type(None), _null)
+    stream = io.StringIO()
+    writer.dump(_styled(plain), stream)
+    return "# Resolved by dsnet-orch: every setting of this sweep.\n" + stream.getvalue()
+
+
+def _null(representer: RoundTripRepresenter, value: None) -> ScalarNode:
+    return representer.represent_scalar("tag:yaml.org,2002:null", "null")
+
+
+def _styled(value: Any, *, is_top: bool = True) -> Any:
+    """Block style for sections, flow style for lists and for mappings that hold a list only, such as distributions."""
+    if isinstance(value, list):
+        sequence = CommentedSeq(_styled(item, is_top=False) for item in value)
+        if not any(isinstance(item, dict) for item in value):
+            sequence.fa.set_flow_style()
+        return sequence
+    if isinstance(value, dict):
+        mapping = CommentedMap((key, _styled(item, is_top=False)) for key, item in value.items())
+        if not value or (not is_top and len(value) == 1 and isinstance(next(iter(value.values())), list)):
+            mapping.fa.set_flow_style()
+        return mapping
+    return value
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema of sweep.yaml, for editors that complete and check while one types."""
+    schema = SweepConfig.model_json_schema()
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "dsnet-orch sweep"}

@@ -1,0 +1,31 @@
+"""How messages to users show values and guess what was meant."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+
+
+def shown(value: object) -> str:
+    """A value as a message shows it: text in quotes, YAML's spelling of the rest, long things cut short."""
+    if value is None:
+        return "nothing (null)"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str | int | float):
+        return _cut(repr(value))
+    if isinstance(value, Mapping):
+        return f"a mapping with {_cut(', '.join(map(str, value)))}" if value else "an empty mapping"
+    if isinstance(value, Sequence):
+        return _cut(f"[{', '.join(shown(item) for item in value)}]")
+    return _cut(repr(value))
+
+
+def _cut(text: str, limit: int = 80) -> str:
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def did_you_mean(word: str, known: Sequence[str]) -> str:
+    """The clause `; did you mean 'x'?` when a known word is near, else an empty string."""
+    near = get_close_matches(word, known, n=1, cutoff=0.6)
+    return f"; did you mean '{near[0]}'?" if near else ""

@@ -1,0 +1,287 @@
+"""Points: one row for every sub-network, gate and control that is drawn or listed, and the file that holds them.
+
+A row is a dict with the keys of `POINT_COLUMNS`, None where a value does not apply; a gate's row also has one
+`param.<dotted name>` key for each of the trial's parameters. Accuracies are fractions, `*_m` millions, `latency_ms`
+milliseconds an image.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import ArrayLike
+
+from dsnet.errors import DataError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+PointRow = dict[str, Any]
+
+_TYPES: dict[str, pa.DataType] = {
+    "kind": pa.string(),
+    "name": pa.string(),
+    "split": pa.string(),
+    "top1": pa.float64(),
+    "top5": pa.float64(),
+    "madds_m": pa.float64(),
+    "p95_madds_m": pa.float64(),
+    "params_m": pa.float64(),
+    "latency_ms": pa.float64(),
+    "slot": pa.int64(),
+    "is_front": pa.bool_(),
+}
+POINT_COLUMNS: tuple[str, ...] = tuple(_TYPES)
+PARAM_PREFIX = "param."
+KINDS = ("subnet", "gate", "control")
+SPLITS = ("val", "test")
+
+_REQUIRED = ("kind", "name", "split", "top1", "madds_m")
+_ACCURACIES = ("top1", "top5")
+_AMOUNTS = ("madds_m", "p95_madds_m", "params_m", "latency_ms")
+_SCHEMA_KEY, _SCHEMA_VERSION = b"dsnet.points", b"1"
+
+
+def trial_name(slot: int) -> str:
+    """The name of a trial's point, run and bundle."""
+    return f"trial-{slot:04d}"
+
+
+def subnet_points(
+    split: str,
+    names: Sequence[str],
+    top1: Sequence[float],
+    madds: Sequence[float],
+    *,
+    top5: Sequence[float] | None = None,
+    params: Sequence[float] | None = None,
+    latency_ms: Sequence[float] | None = None,
+) -> list[PointRow]:
+    """Rows of K static sub-networks.
+
+    Args:
+        split: "val" or "test".
+        names: K member names.
+        top1: fractions.
+        madds: absolute MAdds.
+        top5: fractions; columns that are left out become None.
+        params: absolute numbers of parameters.
+        latency_ms: milliseconds.
+    """
+    missing: list[None] = [None] * len(names)
+    columns = zip(names, top1, madds, top5 or missing, params or missing, latency_ms or missing, strict=True)
+    return [
+        _row(
+            kind="subnet",
+            name=name,
+            split=split,
+            top1=float(accuracy),
+            top5=_float_or_none(accuracy5),
+            madds_m=float(cost) / 1e6,
+            p95_madds_m=float(cost) / 1e6,  # every image costs the same
+            params_m=None if size is None else float(size) / 1e6,
+            latency_ms=_float_or_none(latency),
+        )
+        for name, accuracy, cost, accuracy5, size, latency in columns
+    ]
+
+
+def gate_points(
+    split: str,
+    slots: Sequence[int],
+    metrics: Sequence[Mapping[str, float]],
+    params: Sequence[Mapping[str, float | int | str | bool]],
+    is_front: Sequence[bool],
+) -> list[PointRow]:
+    """Rows of finished trials.
+
+    Args:
+        split: "val" or "test".
+        slots: of P trials; they give the names.
+        metrics: with at least `top1` and `madds_m`; the other measured columns are taken where they are there and not
+            NaN.
+        params: dotted names, e.g. "gate.target".
+        is_front: whether the trial is on the front of its study.
+    """
+    measured = [column for column in (*_ACCURACIES, *_AMOUNTS) if column not in _REQUIRED]
+    return [
+        _row(
+            kind="gate",
+            name=trial_name(slot),
+            split=split,
+            top1=float(values["top1"]),
+            madds_m=float(values["madds_m"]),
+            **{column: _float_or_none(values.get(column)) for column in measured},
+            slot=int(slot),
+            is_front=bool(front),
+        )
+        | {PARAM_PREFIX + key: value for key, value in settings.items()}
+        for slot, values, settings, front in zip(slots, metrics, params, is_front, strict=True)
+    ]
+
+
+def control_points(split: str, name: str, madds: ArrayLike, top1: ArrayLike) -> list[PointRow]:
+    """Rows along one control (e.g. "cascade"): absolute mean MAdds [B], top-1 [B]; none where top-1 is NaN."""
+    costs, accuracies = np.atleast_1d(np.asarray(madds, dtype=float)), np.atleast_1d(np.asarray(top1, dtype=float))
+    return [
+        _row(kind="control", name=name, split=split, top1=float(accuracy), madds_m=float(cost) / 1e6)
+        for cost, accuracy in zip(costs, accuracies, strict=True)
+        if math.isfinite(accuracy)
+    ]
+
+
+def _row(**values: Any) -> PointRow:
+    return dict.fromkeys(POINT_COLUMNS) | values
+
+
+def _float_or_none(value: float | None) -> float | None:
+    return None if value is None or math.isnan(value) else float(value)
+
+
+def validate_points(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Check rows against the schema above.
+
+    Raises:
+        ValueError: names the row, the column and the value.
+    """
+    for index, row in enumerate(rows):
+        problem = _problem(row)
+        if problem:
+            raise ValueError(f"Point {index} ({row.get('name')!r}): {problem}.")
+    seen = Counter((row["kind"], row["name"], row["split"]) for row in rows if row["kind"] != "control")
+    repeated = [key for key, count in seen.items() if count > 1]
+    if repeated:
+        kind, name, split = repeated[0]
+        raise ValueError(f"The {kind} {name!r} has {seen[repeated[0]]} points on {split}, but must have one.")
+
+
+def _problem(row: Mapping[str, Any]) -> str | None:
+    for column in _REQUIRED:
+        if row.get(column) is None:
+            return f"`{column}` is missing"
+    if row["kind"] not in KINDS:
+        return f"`kind` is {row['kind']!r}, but must be one of {', '.join(KINDS)}"
+    if row["split"] not in SPLITS:
+        return f"`split` is {row['split']!r}, but must be one of {', '.join(SPLITS)}"
+    return _column_problem(row) or _number_problem(row) or _gate_problem(row)
+
+
+def _column_problem(row: Mapping[str, Any]) -> str | None:
+    for column, value in row.items():
+        if column in _TYPES:
+            continue
+        if not column.startswith(PARAM_PREFIX):
+            return f"the column `{column}` is unknown; known: {', '.join(POINT_COLUMNS)}, {PARAM_PREFIX}*"
+        if row["kind"] != "gate":
+            return f"a {row['kind']} has no parameters, but has `{column}`"
+        if not isinstance(value, bool | int | float | str):
+            return f"`{column}` is {value!r}, but must be a number, a string or a boolean"
+    return None
+
+
+def _number_problem(row: Mapping[str, Any]) -> str | None:
+    for column in (*_ACCURACIES, *_AMOUNTS):
+        value = row.get(column)
+        if value is None:
+            continue
+        upper = 1.0 if column in _ACCURACIES else math.inf
+        if not (isinstance(value, int | float) and math.isfinite(value) and 0 <= value <= upper):
+            return f"`{column}` is {value!r}, but must be a finite number of 0 or more" + (
+                " and at most 1" if upper == 1 else ""
+            )
+    return None
+
+
+def _gate_problem(row: Mapping[str, Any]) -> str | None:
+    slot, is_front = row.get("slot"), row.get("is_front")
+    if row["kind"] != "gate":
+        return None if slot is None and is_front is None else f"a {row['kind']} has neither `slot` nor `is_front`"
+    if isinstance(slot, bool) or not isinstance(slot, int) or slot < 0:
+        return f"`slot` is {slot!r}, but must be a whole number of 0 or more"
+    return None if isinstance(is_front, bool) else f"`is_front` is {is_front!r}, but must be true or false"
+
+
+def points_frame(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """Rows as a DataFrame: `POINT_COLUMNS`, then the parameters sorted by name.
+
+    `slot`, `is_front` and whole-number parameters keep their type beside missing values (pandas' nullable types).
+    """
+    import pandas as pd
+
+    nullable = {pa.int64(): pd.Int64Dtype(), pa.bool_(): pd.BooleanDtype()}
+    return _arrow_table(rows).to_pandas(types_mapper=nullable.get)
+
+
+def save_points(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows as Parquet: the whole file or, whatever happens, none of it.
+
+    Raises:
+        ValueError: a row does not follow the schema; nothing is written.
+    """
+    validate_points(rows)
+    target = Path(path)
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    table = _arrow_table(rows).replace_schema_metadata({_SCHEMA_KEY: _SCHEMA_VERSION})
+    try:
+        with partial.open("wb") as file:
+            pq.write_table(table, file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load_points(path: str | Path) -> list[PointRow]:
+    """Read rows back, exactly as they were saved.
+
+    Raises:
+        DataError: the file is missing, damaged, of another version or breaks the schema.
+    """
+    try:
+        with pq.ParquetFile(path) as file:  # unlike read_table it takes no columns from a folder called "a=b"
+            table = file.read()
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: there is no such points file; run the search stage first") from error
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path}: not a readable points file ({error}); delete it and launch again") from error
+    version = (table.schema.metadata or {}).get(_SCHEMA_KEY)
+    if version != _SCHEMA_VERSION:
+        found = "none" if version is None else version.decode(errors="replace")
+        raise DataError(
+            f"{path}: points schema version {found}, but this release reads {_SCHEMA_VERSION.decode()}; launch again"
+        )
+    rows = [
+        {column: value for column, value in row.items() if column in _TYPES or value is not None}
+        for row in table.to_pylist()
+    ]
+    try:
+        validate_points(rows)
+    except ValueError as error:
+        raise DataError(f"{path}: {error} Delete the file and launch again") from error
+    return rows
+
+
+def _arrow_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
+    arrays = {column: pa.array([row.get(column) for row in rows], type=type_) for column, type_ in _TYPES.items()}
+    for column in sorted({column for row in rows for column in row if column not in _TYPES}):
+        arrays[column] = _param_array([row.get(column) for row in rows])
+    return pa.table(arrays)
+
+
+def _param_array(values: list[Any]) -> pa.Array:
+    """A parameter's column in the one type that fits all its values; text where a choice mixes types."""
+    types = {type(value) for value in values if value is not None}
+    if types == {int, float}:
+        return pa.array([None if value is None else float(value) for value in values], type=pa.float64())
+    if len(types) > 1:
+        return pa.array([None if value is None else str(value) for value in values], type=pa.string())
+    return pa.array(values)
