@@ -58,6 +58,8 @@ class Curve:
     def __post_init__(self) -> None:
         if len(self.madds_m) != len(self.top1):
             raise ValueError(f"a curve needs as many costs as accuracies, got {len(self.madds_m)} and {len(self.top1)}")
+        if self.top1 and not 0 <= min(self.top1) <= max(self.top1) <= 1:
+            raise ValueError(f"top-1 must be a fraction in 0..1, got {min(self.top1)}..{max(self.top1)}")
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,7 @@ def dynamic_points(
             name=str(r["name"]),
             madds_m=float(r["madds_m"]),
             top1=float(r["top1"]),
-            is_front=bool(r["is_front"]),
+            is_front=bool(r["is_front"] == 1),  # a missing value (NaN) is not on the front
             interval=intervals.get(str(r["name"])),
             latency_ms=finite(r.get("latency_ms")),
             params=_params(r),
@@ -202,7 +204,7 @@ def front_figure(info: FrontInfo) -> go.Figure:
     figure.update_yaxes(title_text="top-1 accuracy (%)", col=1)
     if not any(panel.static or panel.dynamic for panel in panels):
         note(figure, "no point to draw yet")
-    return dressed(figure, "Accuracy against cost", _subtitle(info), height_px=600)
+    return dressed(figure, "Accuracy against cost", _subtitle(info), height_px=620)
 
 
 def _panel_title(panel: FrontPanel, column: int) -> str:
@@ -213,8 +215,9 @@ def _panel_title(panel: FrontPanel, column: int) -> str:
 def _subtitle(info: FrontInfo) -> str:
     chosen = f"chosen on {info.chosen.split} (n = {info.chosen.num_images:,})"
     if info.reported is None:
-        return f"{chosen}, not verified yet; bars are 95 % intervals"
-    return f"{chosen}, reported on {info.reported.split} (n = {info.reported.num_images:,}); bars are 95 % intervals"
+        return f"{chosen}, not verified yet\nbars are 95 % intervals over images"
+    reported = f"reported on {info.reported.split} (n = {info.reported.num_images:,})"
+    return f"{chosen}, {reported}\nbars are 95 % intervals over images"
 
 
 def _draw_panel(figure: go.Figure, panel: FrontPanel, column: int, chosen: FrontPanel | None) -> None:

@@ -115,7 +115,7 @@ def _cards(headline: Headline) -> str:
     cards = [
         _card(f"Top-1 on {split}, {role}", percent(top1.value), [f"95 %: {_interval(top1)}", *_shrinkage(row)]),
         _card("Gain over the static line", *_gain_lines(row.shown.gain)),
-        _card("Mean MAdds per image", f"{significant(row.shown.madds_m)} M", _saving_lines(row, headline.baseline)),
+        _card("Mean MAdds per image", _millions(row.shown.madds_m), _saving_lines(row, headline.baseline)),
         _card("Measured speed-up", *_latency_lines(row.latency)),
     ]
     return f'<div class="cards">{"".join(cards)}</div>'
@@ -135,6 +135,10 @@ def _interval(estimate: Estimate) -> str:
 
 def _signed_interval(estimate: Estimate) -> str:
     return f"{signed(100 * estimate.low)} to {signed(100 * estimate.high)}"
+
+
+def _millions(madds_m: float) -> str:
+    return f"{significant(madds_m)}\N{NO-BREAK SPACE}M"
 
 
 def _shrinkage(row: Row) -> list[str]:
@@ -162,9 +166,10 @@ def _saving_lines(row: Row, baseline: Row | None) -> list[str]:
     if widest is None:
         return ["no static baseline on this split"]
     saved = 1 - row.shown.madds_m / widest.madds_m
+    side = "below" if saved >= 0 else "above"
     change = 100 * (row.shown.top1.value - widest.top1.value)
     return [
-        f"{percent(abs(saved), 0)} {'below' if saved >= 0 else 'above'} the widest static ({significant(widest.madds_m)} M),",
+        f"{percent(abs(saved), 0)} {side} the widest static ({_millions(widest.madds_m)}),",
         f"which has {percent(widest.top1.value)} top-1: {signed(change)} points for the gate",
     ]
 
@@ -193,7 +198,7 @@ def _table(headline: Headline) -> str:
         ("Mean MAdds (M)", "number"),
         ("Gain over static line (points)", "number"),
         ("Controls at equal cost (%)", "number"),
-        ("Latency (ms)", "number"),
+        ("Latency (ms), speed-up (ceiling)", "number"),
     ]
     head = "".join(f'<th class="{kind}" scope="col">{escape(name)}</th>' for name, kind in heads)
     rows = [] if headline.baseline is None else [_table_row(headline.baseline, headline, is_baseline=True)]
@@ -263,8 +268,8 @@ def _controls_cell(scores: Scores) -> str:
 def _latency_cell(latency: Latency | None) -> str:
     if latency is None:
         return _number("–", "not measured")
-    bound = f"{latency.speedup:.2f}x of at most {latency.ceiling:.2f}x"
-    return _number(significant(latency.median_ms), bound, f"batch of {latency.batch_size}")
+    bound = f"{latency.speedup:.2f}x ({latency.ceiling:.2f}x)"
+    return _number(significant(latency.median_ms), bound, f"batch {latency.batch_size}")
 
 
 def _table_legend(headline: Headline) -> str:

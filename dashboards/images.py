@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import html
-import importlib.util
 import os
+from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 from typing import Final
 
@@ -40,7 +41,8 @@ def write_figure(figure: go.Figure, path: str | Path, width_px: int = 1100) -> P
         partial.write_bytes(content)
         partial.replace(path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink()
         raise PreflightError(f"cannot write the figure {path}: {error.strerror}; choose a writable folder") from error
     return path
 
@@ -66,10 +68,12 @@ def _content(figure: go.Figure, path: Path, width_px: int) -> bytes:
 
 
 def _image(figure: go.Figure, kind: str, width_px: int) -> bytes:
-    if importlib.util.find_spec("kaleido") is None:
-        raise PreflightError(f"a figure as .{kind} needs the package kaleido, which is not installed; {WAY_OUT}")
+    try:
+        kaleido_error = import_module("kaleido.errors").KaleidoError
+    except (ImportError, AttributeError) as error:
+        raise PreflightError(f"a figure as .{kind} needs the package kaleido >= 1; {WAY_OUT}") from error
     try:
         return bytes(figure.to_image(format=kind, width=width_px, scale=2 if kind == "png" else 1))
-    except (RuntimeError, ValueError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except (RuntimeError, ValueError, OSError, kaleido_error) as error:
+        reason = next((line.strip(" .") for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise PreflightError(f"kaleido could not draw the figure as .{kind}: {reason}; {WAY_OUT}") from error

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import html
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable
 from typing import Final
 
 import plotly.graph_objects as go
@@ -64,13 +64,20 @@ pre { background: var(--soft); border: 1px solid var(--line); border-radius: 6px
 footer { padding-top: 24px; padding-bottom: 48px; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 2px 18px; font-size: 13px; margin: 0; }
 dt { color: var(--muted); } dd { margin: 0; overflow-wrap: anywhere; }
-@media (max-width: 1000px) { .cards { grid-template-columns: repeat(2, 1fr); } }
-@media (max-width: 600px) { main, header, footer { padding-left: 16px; padding-right: 16px; } }
+@media (max-width: 1000px) {
+  .cards { grid-template-columns: repeat(2, 1fr); }
+  table { font-size: 13.5px; } th, .sub { font-size: 12px; }
+}
+@media (max-width: 600px) {
+  main, header, footer { padding-left: 16px; padding-right: 16px; }
+  .card { padding: 10px 12px; } .card .value { font-size: 21px; }
+}
 @media print {
   @page { margin: 14mm; }
   body { font-size: 11px; }
   main, header, footer { max-width: none; padding-left: 0; padding-right: 0; }
-  h2 { break-after: avoid; margin-top: 24px; }
+  h2, h2 + p { break-after: avoid; } h2 { margin-top: 24px; }
+  .modebar-container { display: none; }
   .card .value { font-size: 18px; }
   .cards { grid-template-columns: repeat(4, 1fr); gap: 8px; }
   table, th { font-size: 10px; } .sub { font-size: 9px; }
@@ -145,9 +152,8 @@ def page(title: str, header: str, body: str, footer: str = "") -> str:
 """
 
 
-def definition_list(entries: Mapping[str, str] | tuple[tuple[str, str], ...]) -> str:
-    """Escaped name-value pairs."""
-    pairs = entries.items() if isinstance(entries, Mapping) else entries
+def definition_list(pairs: Iterable[tuple[str, str]]) -> str:
+    """Name-value pairs, escaped."""
     return "<dl>" + "".join(f"<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>" for k, v in pairs) + "</dl>"
 
 

@@ -68,7 +68,7 @@ def build_report(data: ReportData) -> str:
 def _header(data: ReportData) -> str:
     trials = count(data.num_completed, "completed trial")
     failed = f", {data.num_failed:,} failed" if data.num_failed else ""
-    facts = f"{data.model} on {data.data_name} · {trials}{failed} · run {data.status} · {data.created}"
+    facts = f"{data.model} on {data.data_name} · {trials}{failed} · status {data.status} · {data.created}"
     return f'<h1>{escape(data.run_name)}</h1>\n<p class="lead">{escape(facts)}</p>'
 
 
@@ -177,7 +177,16 @@ def _widths_table(info: WidthsInfo) -> str:
         f"<tr><td>{escape(name)}</td>" + "".join(f'<td class="number">{column[k]}</td>' for column in columns) + "</tr>"
         for k, name in enumerate(info.subnets)
     )
+    body += _ceiling_row(info)
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _ceiling_row(info: WidthsInfo) -> str:
+    """What the widest costs over the cheapest: in MAdds, in parameters, and in milliseconds, the real ceiling."""
+    ratios = [info.madds_m[-1] / info.madds_m[0], info.params_m[-1] / info.params_m[0]]
+    shown = [*(f"{r:.2f}x" for r in ratios), "", "", *(f"{s.ceiling:.2f}x" for s in info.latency)]
+    cells = "".join(f'<td class="number">{text}</td>' for text in shown)
+    return f'<tr class="baseline"><td>widest / cheapest</td>{cells}</tr>'
 
 
 def _training_section(data: ReportData) -> str:

@@ -12,6 +12,8 @@ import plotly.graph_objects as go
 from dashboards.theme import INK, cost_colours, count, dressed, note, plain
 
 ROW_HEIGHT_PX = 30
+MAX_ROWS_PX = 1000
+"""Beyond this, more classes make thinner rows and not a longer page."""
 
 
 @dataclass(frozen=True)
@@ -140,11 +142,19 @@ def class_routes_figure(info: RoutesInfo, gate: str) -> go.Figure:
             ygap=1,
             customdata=counts.tolist(),
             hovertemplate="class %{y}, %{x}<br>%{z:.1f} % (%{customdata} images)<extra></extra>",
-            colorbar={"title": {"text": "share of<br>the class (%)"}, "thickness": 12, "outlinewidth": 0},
+            colorbar={
+                "title": {"text": "share of<br>the class (%)", "font": {"size": 12}},
+                "thickness": 12,
+                "outlinewidth": 0,
+                "lenmode": "pixels",
+                "len": 240,
+                "y": 1,
+                "yanchor": "top",
+            },
         )
     )
     figure.update_xaxes(type="category", showgrid=False, tickfont={"color": INK})
     figure.update_yaxes(type="category", autorange="reversed", showgrid=False, title_text="class")
-    height_px = max(360, 220 + 24 * len(info.classes))
+    height_px = max(360, 180 + min(24 * len(info.classes), MAX_ROWS_PX))
     subtitle = f"{gate} on {info.split} (n = {info.num_images:,}); each row sums to 100 %"
     return dressed(figure, "Routes per class", subtitle, height_px)

@@ -31,6 +31,8 @@ FONT_FAMILY: Final = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica N
 MIN_HEIGHT_PX: Final = 460
 LEGEND_PX: Final = 112
 NO_LEGEND_PX: Final = 64
+TOP_LEFT: Final = {"xref": "container", "x": 0, "xanchor": "left", "yref": "container", "y": 1, "yanchor": "top"}
+LINE_PX: Final = 18
 
 
 def template() -> go.layout.Template:
@@ -53,7 +55,7 @@ def template() -> go.layout.Template:
         plot_bgcolor="white",
         xaxis=axis,
         yaxis=axis,
-        title={"font": {"size": 17}, "x": 0, "xref": "paper", "xanchor": "left", "yref": "container", "y": 0.97},
+        title={"font": {"size": 17}, **TOP_LEFT, "pad": {"t": 12}},
         legend={"orientation": "h", "x": 0, "xanchor": "left", "yref": "container", "y": 0.01, "yanchor": "bottom"},
         hoverlabel={"bgcolor": "white", "bordercolor": "#b8c0cc", "font": {"color": INK}, "align": "left"},
         margin={"l": 64, "r": 20},
@@ -62,16 +64,18 @@ def template() -> go.layout.Template:
 
 
 def dressed(figure: go.Figure, title: str, subtitle: str, height_px: int = MIN_HEIGHT_PX) -> go.Figure:
-    """Give `figure` the shared template, a title and a line below it; `title` and `subtitle` are escaped here.
+    """Give `figure` the shared template, a title and the lines of `subtitle` below it; both are escaped here.
 
     A figure without a legend (one trace, or none that asks for it) gives the legend's room back to the plot.
     """
     has_legend = sum(trace.showlegend is not False for trace in figure.data) > 1
+    lines = plain(subtitle).split("\n")
+    panel_titles_px = 20 if figure.layout.annotations else 0
     figure.update_layout(
         template=template(),
-        title={"text": plain(title), "subtitle": {"text": plain(subtitle), "font": {"size": 13, "color": MUTED}}},
+        title={"text": plain(title), "subtitle": {"text": "<br>".join(lines), "font": {"size": 13, "color": MUTED}}},
         height=height_px,
-        margin={"b": LEGEND_PX if has_legend else NO_LEGEND_PX, "t": 116 if figure.layout.annotations else 92},
+        margin={"b": LEGEND_PX if has_legend else NO_LEGEND_PX, "t": 66 + LINE_PX * len(lines) + panel_titles_px},
     )
     return figure
 
@@ -93,7 +97,7 @@ def signed(points: float, digits: int = 1) -> str:
 
 
 def significant(value: float) -> str:
-    """Three significant digits without an exponent at ordinary sizes: 0.6 -> '0.600', 565.4 -> '565', 1234 -> '1,234'."""
+    """Three significant digits, no exponent at ordinary sizes: 0.6 -> '0.600', 565.4 -> '565', 1234 -> '1,234'."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:#.3g}".rstrip(".")
 
 

@@ -85,5 +85,5 @@ def training_figure(info: TrainingInfo) -> go.Figure:
 
 def _subtitle(info: TrainingInfo) -> str:
     broken = sum(curve.num_not_finite for curve in info.curves)
-    text = f"{info.num_steps:,} steps; widths that learn from a teacher have other targets: compare shapes, not levels"
+    text = f"{info.num_steps:,} steps\nwidths that learn from a teacher have other targets: compare shapes, not levels"
     return f"{text}; {broken} losses were not finite" if broken else text

@@ -58,7 +58,7 @@ def widths_figure(info: WidthsInfo) -> go.Figure:
 
     The latency axis is logarithmic, so that equal heights are equal ratios and the ceilings of the batch sizes compare.
     """
-    titles = (f"accuracy on {info.split} (n = {info.num_images:,})", f"latency on {info.device}")
+    titles = (f"accuracy on {info.split} (n = {info.num_images:,})", "measured latency, median and IQR")
     figure = make_subplots(rows=1, cols=2, horizontal_spacing=0.12, subplot_titles=[plain(t) for t in titles])
     figure.update_annotations(font={"size": 14, "color": INK})
     for trace in _accuracy_traces(info):
@@ -74,7 +74,8 @@ def widths_figure(info: WidthsInfo) -> go.Figure:
     figure.update_xaxes(title_text="MAdds per image (M)", rangemode="tozero")
     figure.update_yaxes(title_text="accuracy (%)", row=1, col=1)
     figure.update_yaxes(title_text="latency of a batch (ms)", type="log", tickvals=_log_ticks(info), row=1, col=2)
-    return dressed(figure, "Static sub-networks", ceiling_text(info), height_px=500)
+    subtitle = f"latency on {info.device}\n{ceiling_text(info)}"
+    return dressed(figure, "Static sub-networks", subtitle, height_px=520)
 
 
 def _log_ticks(info: WidthsInfo) -> list[float]:
@@ -87,11 +88,16 @@ def _log_ticks(info: WidthsInfo) -> list[float]:
 
 
 def ceiling_text(info: WidthsInfo) -> str:
-    """One sentence: the most that routing could speed up, per batch size."""
+    """One line: the most that routing could speed up; the range of it for more than two batch sizes."""
     if not info.latency or not info.subnets:
         return "latency not measured yet"
-    ceilings = ", ".join(f"{s.ceiling:.2f}x at batch {s.batch_size}" for s in info.latency)
-    return f"ceiling of any speed-up, latency(widest) / latency(cheapest): {ceilings}"
+    if len(info.latency) > 2:
+        ceilings = [series.ceiling for series in info.latency]
+        sizes = [series.batch_size for series in info.latency]
+        extent = f"{min(ceilings):.2f}x to {max(ceilings):.2f}x for batches of {min(sizes)} to {max(sizes)}"
+        return f"speed-up ceiling, widest / cheapest: {extent}"
+    ceilings_text = ", ".join(f"{s.ceiling:.2f}x at batch {s.batch_size}" for s in info.latency)
+    return f"speed-up ceiling, widest / cheapest: {ceilings_text}"
 
 
 def _accuracy_traces(info: WidthsInfo) -> tuple[go.Scatter, go.Scatter]:

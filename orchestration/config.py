@@ -37,7 +37,7 @@ from ruamel.yaml.representer import RoundTripRepresenter
 
 from dsnet.errors import ConfigError
 from orchestration.distribution import DISTRIBUTION_SCHEMA, REAL_KINDS, Distribution, Scalar
-from orchestration.wording import did_you_mean, shown
+from orchestration.wording import shown, way_out
 
 Stage = Literal["supernet", "measure", "table", "search", "verify"]
 KeyPath = tuple[str | int, ...]
@@ -116,9 +116,6 @@ SpaceEntry = Annotated[
     PlainSerializer(Distribution.written),
     WithJsonSchema(DISTRIBUTION_SCHEMA),
 ]
-
-
-# --- Sections ---------------------------------------------------------------------------------------------------------
 
 
 class Section(BaseModel):
@@ -255,6 +252,7 @@ class RecalibrationConfig(Section):
     images: PositiveInt | None = None
     """Images of `train` to use; null = all."""
     batch_size: PositiveInt = 256
+    """Images per forward pass."""
 
 
 class SupernetConfig(Section):
@@ -283,9 +281,11 @@ class RoutingConfig(Section):
     """Which sub-networks the gate may pick: members first, first + stride, ... up to last, in the set's order."""
 
     first: NonNegativeInt = 0
+    """Index of the cheapest route."""
     last: int = -1
     """Inclusive; negative counts from the end, -1 = the widest."""
     stride: PositiveInt = 1
+    """1 = every sub-network from first to last."""
 
 
 class SgsConfig(Section):
@@ -318,10 +318,13 @@ class GateOptimizerConfig(Section):
     """Stage II: how one gate is trained on the routing table."""
 
     name: Literal["adam", "sgd"] = "adam"
+    """adam | sgd."""
     lr: PositiveFloat = 0.05
     """> 0."""
     weight_decay: NonNegativeFloat = 0.0
+    """>= 0."""
     steps: PositiveInt = 200
+    """Updates of the slimming head."""
     batch_size: PositiveInt = 512
     """Images per step; no more than `gate` holds are taken."""
 
@@ -330,7 +333,9 @@ class TemperatureConfig(Section):
     """Softmax temperature of the gate, annealed over its steps."""
 
     start: PositiveFloat = 1.0
+    """At the first step, > 0."""
     end: PositiveFloat = 0.3
+    """At the last step, > 0."""
 
 
 class GateConfig(Section):
@@ -394,14 +399,14 @@ class MetricConfig(Section):
     name: Text
     """One of top1, top5, madds_m, p95_madds_m, params_m, latency_ms."""
     goal: Literal["maximize", "minimize"]
+    """maximize (accuracies) | minimize (costs)."""
     ref: float | None = None
     """This coordinate of the hypervolume's reference point; null = 1.05 x the widest sub-network's."""
 
     @model_validator(mode="after")
     def _is_known(self) -> MetricConfig:
-        known = list(OBJECTIVE_GOALS)
         if self.name not in OBJECTIVE_GOALS:
-            message = f"unknown metric '{self.name}'{did_you_mean(self.name, known)}; known: {', '.join(known)}"
+            message = f"unknown metric '{self.name}'{way_out(self.name, list(OBJECTIVE_GOALS))}"
             _refuse(BrokenRule(("name",), message))
         if self.goal != OBJECTIVE_GOALS[self.name]:
             message = f"{self.name} is a metric to {OBJECTIVE_GOALS[self.name]}; got '{self.goal}'"
@@ -415,6 +420,7 @@ class SamplerConfig(Section):
     """Who suggests the trials."""
 
     name: Literal["random", "tpe", "nsga2"] = "tpe"
+    """random | tpe | nsga2."""
     cohort: PositiveInt = 8
     """Trials asked for, run and told together; results depend on it, and not on the number of actors."""
     startup: NonNegativeInt = 16
@@ -425,6 +431,7 @@ class BudgetConfig(Section):
     """When the sweep ends."""
 
     trials: PositiveInt = 64
+    """Number of trials, failed ones included."""
     time_s: PositiveFloat | None = None
     """Seconds of searching; null = no limit."""
     max_failed: Fraction = 0.5
@@ -444,6 +451,7 @@ class MeasureConfig(Section):
     """How every sub-network's latency is measured."""
 
     device: Device = "cpu"
+    """auto | cpu | cuda; auto = cuda where there is one."""
     threads: PositiveInt = 1
     """Torch threads while the clock runs."""
     batch_sizes: IncreasingSizes = (1, 64)
@@ -493,6 +501,7 @@ class TrackingConfig(Section):
     """MLflow."""
 
     mlflow: bool = True
+    """Record the sweep in MLflow while it runs; `sync` can do it later."""
     uri: Text | None = None
     """Tracking server or database; null = sqlite in the runs folder."""
     experiment: Text | None = None
@@ -503,6 +512,7 @@ class ExportConfig(Section):
     """What is exported when a launch ends."""
 
     picks: Names = ("knee",)
+    """Points of the front, as --pick of `dsnet-orch export` takes them."""
 
 
 def _default_space() -> dict[str, Distribution]:
@@ -566,9 +576,6 @@ class SweepConfig(Section):
         return self
 
 
-# --- Rules that need more than one section ---------------------------------------------------------------------------
-
-
 def section_class(annotation: object) -> type[Section] | None:
     """The annotation itself where it is a section, else None."""
     return annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None
@@ -603,8 +610,7 @@ def is_nullable(field: FieldInfo) -> bool:
 @cache
 def _leaf_adapter(key: str) -> TypeAdapter[Any]:
     field = known_fields()[key]
-    annotation: Any = field.annotation
-    annotated = Annotated[annotation, *field.metadata] if field.metadata else annotation
+    annotated: Any = Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
     return TypeAdapter(annotated, config=ConfigDict(strict=True, allow_inf_nan=False))
 
 
@@ -613,8 +619,8 @@ def _space_messages(key: str, distribution: Distribution) -> Iterator[str]:
     known = sweepable_keys()
     if key not in known:
         nested = [name for name in known if name.endswith(f".{key.rpartition('.')[2]}")]
-        hint = f"; did you mean '{nested[0]}'?" if nested else did_you_mean(key, known)
-        yield f"cannot be swept{hint}; keys that can: {', '.join(known)}"
+        hint = f"; did you mean '{nested[0]}'?" if nested else ""
+        yield f"cannot be swept{way_out(key, known, 'keys that can', hint=hint)}"
         return
     for value in distribution.edge_values():
         try:
@@ -648,7 +654,8 @@ _REQUIREMENTS: Mapping[str, str] = {
 
 def requirement(error_type: str, context: Mapping[str, Any]) -> str:
     """The rule that a pydantic error type stands for, in plain words."""
-    return _REQUIREMENTS.get(error_type, "does not take this value").format(**context)
+    limits = {name: f"{limit:g}" if isinstance(limit, float) else limit for name, limit in context.items()}
+    return _REQUIREMENTS.get(error_type, "does not take this value").format(**limits)
 
 
 def _empty_routing_problems(routing: RoutingConfig, space: Mapping[str, Distribution]) -> Iterator[BrokenRule]:
@@ -666,9 +673,6 @@ def _empty_routing_problems(routing: RoutingConfig, space: Mapping[str, Distribu
 def _possible_values(key: str, fixed: int, space: Mapping[str, Distribution]) -> list[int]:
     values = space[key].edge_values() if key in space else (fixed,)
     return [value for value in values if isinstance(value, int)]
-
-
-# --- What leaves this module ------------------------------------------------------------------------------------------
 
 
 def config_warnings(config: SweepConfig) -> list[str]:
@@ -698,7 +702,8 @@ def stage_subset(config: SweepConfig, stage: Stage) -> dict[str, JsonValue]:
     """The part of the configuration that a stage's result depends on and that enters its key, JSON-able.
 
     Parents, the data's fingerprint (hence no `data.path`) and the stage's version are the pipeline's to add.
-    Ray, workers, device of training, budget, tracking and export never enter: the same sweep elsewhere, or longer, is the same.
+    Ray, workers, the device of training, budget, tracking and export never enter: the same sweep done elsewhere, or
+    for longer, is the same sweep.
     """
     if stage == "supernet":
         return {

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import JsonValue
 
-from orchestration.wording import did_you_mean, shown
+from orchestration.wording import shown, way_out
 
 Scalar = bool | int | float | str
 Kind = Literal["uniform", "loguniform", "int", "step", "choice", "fixed"]
@@ -36,9 +36,9 @@ class Distribution:
     values: tuple[Scalar, ...]
 
     def __post_init__(self) -> None:
-        if self.kind in REAL_KINDS and all(_is_number(value) for value in self.values):
-            object.__setattr__(self, "values", tuple(float(value) for value in self.values))
         _check_distribution(self.kind, self.values)
+        if self.kind in REAL_KINDS:
+            object.__setattr__(self, "values", tuple(float(value) for value in self.values))
 
     @classmethod
     def parse(cls, written: object) -> Distribution:
@@ -56,8 +56,7 @@ class Distribution:
             raise ValueError(f"expected {form}; got {shown(written)}")
         kind, values = next(iter(written.items()))
         if kind not in _WRITTEN_KINDS:
-            hint = did_you_mean(str(kind), list(_WRITTEN_KINDS))
-            raise ValueError(f"unknown distribution '{kind}'{hint}; known: {', '.join(_WRITTEN_KINDS)}")
+            raise ValueError(f"unknown distribution '{kind}'{way_out(str(kind), list(_WRITTEN_KINDS))}")
         if not isinstance(values, list | tuple):
             raise ValueError(f"{kind} is written {kind}: {_WRITTEN_KINDS[kind]}; got {shown(values)}")
         return cls(kind, tuple(values))

@@ -1,7 +1,8 @@
 """MLflow as a projection of the run folder: written by the driver alone, in the background, and never in its way.
 
-Everything written carries our own timestamps and steps and a `uid`, so writing it again (`dsnet-orch sync`) changes nothing.
-A store that is dead, slow or broken costs one warning; what it missed is in the run folder and can be synced later.
+Everything written carries our own timestamps and steps and a `uid`, so writing it again (`dsnet-orch sync`) changes
+nothing. A store that is dead, slow or broken costs one warning; what it missed is in the run folder and can be synced
+later.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -133,8 +135,8 @@ class NullTracker:
 class MlflowTracker:
     """Feeds an `MlflowStore` from a queue in one background thread.
 
-    After three failures in a row it drops writes for 30 s instead of queueing behind time-outs. One warning is given, the
-    rest is counted.
+    After three failures in a row it drops writes for 30 s instead of queueing behind time-outs. One warning is given,
+    the rest is counted.
 
     Args:
         store_uri: `sqlite:///...` or the URI of a server.
@@ -261,9 +263,9 @@ class _KnownRun:
 class MlflowStore:
     """Writes rows to MLflow, one call after the other, each of them repeatable.
 
-    A run is found again by its tag `uid`; the tag `sweep` on parent and children makes that one search per sweep. A child
-    that is FINISHED or FAILED was written whole, since its status is set last, and is not written again. Points of curves
-    are, and MLflow drops those it has (same run, name, step, time and value).
+    A run is found again by its tag `uid`; the tag `sweep` on parent and children makes that one search per sweep. A
+    child that is FINISHED or FAILED was written whole, since its status is set last, and is not written again. Points
+    of curves are, and MLflow drops those it has (same run, name, step, time and value).
     """
 
     def __init__(self, store_uri: str, experiment: str, artifact_root: Path) -> None:
@@ -483,9 +485,8 @@ def _parse_point(line: bytes) -> CurvePoint | None:
 def _check_sqlite(store_uri: str) -> None:
     """Fail at once where MLflow would retry for 100 s: a database that cannot be opened."""
     if store_uri.startswith("sqlite:///"):
-        with sqlite3.connect(store_uri.removeprefix("sqlite:///"), timeout=5.0) as connection:
+        with closing(sqlite3.connect(store_uri.removeprefix("sqlite:///"), timeout=5.0)) as connection:
             connection.execute("PRAGMA schema_version")
-        connection.close()
 
 
 def _first_line(error: Exception) -> str:

@@ -29,3 +29,8 @@ def did_you_mean(word: str, known: Sequence[str]) -> str:
     """The clause `; did you mean 'x'?` when a known word is near, else an empty string."""
     near = get_close_matches(word, known, n=1, cutoff=0.6)
     return f"; did you mean '{near[0]}'?" if near else ""
+
+
+def way_out(word: str, known: Sequence[str], label: str = "known", *, hint: str = "") -> str:
+    """What follows an unknown word: a guess where there is one (or the `hint`), and all the words that are known."""
+    return f"{hint or did_you_mean(word, known) or ';'} {label}: {', '.join(known)}"

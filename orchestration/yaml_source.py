@@ -1,7 +1,7 @@
 """YAML 1.2 as plain data, with the line and column of every key and value.
 
-The node tree is walked here instead of letting the library construct objects: so no tag can build a Python object, duplicate
-keys are seen with both their places, and every later complaint about a value can point at it.
+The node tree is walked here instead of letting the library construct objects: so no tag can build a Python object,
+duplicate keys are seen with both their places, and every later complaint about a value can point at it.
 """
 
 from __future__ import annotations
@@ -200,7 +200,7 @@ class _Walk:
         except ValueError as error:
             raise self.fail(node, str(error)) from None
 
-    def sequence(self, node: SequenceNode, path: KeyPath) -> list[object]:
+    def sequence(self, node: Node, path: KeyPath) -> list[object]:
         if str(node.tag) != f"{_TAG}seq":
             raise self.fail(node, f"the tag '{_short(node)}' is not accepted on a list")
         items = []
@@ -222,6 +222,8 @@ class _Walk:
                 raise self.fail(key_node, f"the key '{key}' was given before, in line {first_seen[key].line}; keep one")
             first_seen[key] = self.keys[*path, key] = _position(key_node)
             found[key] = self.value(value_node, (*path, key))
+            if found[key] is None and value_node.value == "":  # nothing is written, and so has no place of its own
+                self.values[*path, key] = first_seen[key]
         for merged in self.merged_mappings(node):
             self.take_over(merged, path, found)
         return found

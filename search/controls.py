@@ -277,11 +277,11 @@ class OracleCurve(NamedTuple):
 
 
 def oracle_curve(correct: ArrayLike, madds: ArrayLike) -> OracleCurve:
-    """Greedy by gain per cost: images that the cheapest route gets wrong move to their cheapest right route, cheapest
-    move first.
+    """The oracle, greedy by gain per cost.
 
-    Every such move gains exactly one image, so that the greedy order is exact at each of the returned points; between
-    two of them the curve is a step (an optimum over fractions of images would be at most one image higher).
+    Images that the cheapest route gets wrong move to their cheapest right route, the cheapest move first. Every such
+    move gains exactly one image, so that the greedy order is exact at each of the returned points; between two of
+    them the curve is a step (an optimum over fractions of images would be at most one image higher).
 
     Args:
         correct: bool [N, K].

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import io
 import pickle
+import struct
 import tarfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -30,6 +31,7 @@ _CHANNELS = 3
 _BROKEN_PICKLE = (
     pickle.UnpicklingError,
     ArithmeticError,
+    AssertionError,
     AttributeError,
     EOFError,
     ImportError,
@@ -37,6 +39,7 @@ _BROKEN_PICKLE = (
     MemoryError,
     TypeError,
     ValueError,
+    struct.error,
 )
 
 Split = tuple[np.ndarray, np.ndarray]
@@ -54,7 +57,6 @@ def read_batch_folder(folder: Path, class_names: Sequence[str], image_size: int)
     Raises:
         DataError: A file is missing, truncated, no CIFAR-10 batch, or mislabelled; names it.
     """
-
     files: dict[str, bytes] = {}
     for name in (*TRAIN_BATCHES, TEST_BATCH, META):
         try:
@@ -93,9 +95,10 @@ def _read_batches(
     files: Mapping[str, bytes], where: Callable[[str], str], class_names: Sequence[str], image_size: int
 ) -> tuple[Split, Split]:
     meta = _load(files[META], where(META))
-    if meta.get("label_names") != list(class_names):
+    label_names = meta.get("label_names")
+    if not isinstance(label_names, list) or [_as_text(name) for name in label_names] != list(class_names):
         raise DataError(
-            f"{where(META)}: label_names is {meta.get('label_names')!r}, must be {list(class_names)!r}: "
+            f"{where(META)}: label_names is {label_names!r}, must be {list(class_names)!r}: "
             "not the official CIFAR-10; fetch it again"
         )
     parts = [
@@ -179,8 +182,19 @@ _STAND_INS: Mapping[tuple[str, str], object] = {
 }
 
 
-class _DataUnpickler(pickle.Unpickler):
-    """Builds containers, numbers, text and the stand-ins above; any other name in the file is refused."""
+class _DataUnpickler(pickle._Unpickler):
+    """Builds containers, numbers, text and the stand-ins above; any other name in the file is refused.
+
+    The interpreter's own Python implementation, not the one in C: there, a single damaged byte can ask for a memo table
+    of many gigabytes, and gets it. Left out are the opcode that allocates before it reads, and that for integers of
+    unlimited length.
+    """
+
+    dispatch: ClassVar[dict[int, Callable[..., None]]] = {
+        opcode: build
+        for opcode, build in pickle._Unpickler.dispatch.items()
+        if opcode not in (pickle.BYTEARRAY8[0], pickle.LONG4[0])
+    }
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _STAND_INS:
@@ -188,7 +202,7 @@ class _DataUnpickler(pickle.Unpickler):
         return _STAND_INS[module, name]
 
 
-def _load(content: bytes, where: str) -> dict[str, Any]:
+def _load(content: bytes, where: str) -> dict[object, Any]:
     try:
         # latin1: the official files were written by Python 2, whose strings are bytes.
         batch = _DataUnpickler(io.BytesIO(content), encoding="latin1").load()
@@ -196,4 +210,9 @@ def _load(content: bytes, where: str) -> dict[str, Any]:
         raise DataError(f"{where}: not a whole CIFAR-10 batch ({error}); fetch it again") from error
     if not isinstance(batch, dict):
         raise DataError(f"{where}: must hold a dictionary, holds {type(batch).__name__}; fetch it again")
-    return batch
+    return {_as_text(key): value for key, value in batch.items()}
+
+
+def _as_text(value: object) -> object:
+    """Python 3 programs that write batches keep the keys as bytes."""
+    return value.decode("latin1") if isinstance(value, bytes) else value

@@ -109,8 +109,9 @@ def _read_table(file: Path) -> pa.Table:
 
     try:
         table = pq.ParquetFile(file).read()
-    except (pa.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0]
+        table.validate(full=True)  # damage inside a page shows as text that is no UTF-8, or offsets out of bounds
+    except (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise DataError(f"{file}: not a whole parquet file ({reason}); fetch it again") from error
     if table.num_rows == 0:
         raise DataError(f"{file}: holds no rows; fetch it again")
@@ -127,9 +128,12 @@ def _image_column(file: Path, table: pa.Table) -> str:
         raise DataError(f"{file}: no column 'img' or 'image' (columns: {columns}); expected the hub's CIFAR-10 layout")
     kind = table.schema.field(found[0]).type
     fields = {field.name: field.type for field in kind} if pa.types.is_struct(kind) else {}
-    content = fields.get("bytes")
-    is_binary = content is not None and (pa.types.is_binary(content) or pa.types.is_large_binary(content))
-    if not is_binary or "path" not in fields:
+    is_expected = fields.get("bytes") in (pa.binary(), pa.large_binary()) and fields.get("path") in (
+        pa.string(),
+        pa.large_string(),
+        pa.null(),  # no row has one
+    )
+    if not is_expected:
         raise DataError(
             f"{file}: column {found[0]!r} is {kind}, must be struct<bytes: binary, path: string>; "
             "expected the hub's CIFAR-10 layout"

@@ -127,9 +127,7 @@ def make_panel(split: Split, val: Split) -> FrontPanel:
         static_line=Curve(tuple(map(float, MADDS_M[vertices])), tuple(float(top1[k]) for k in vertices)),
         dynamic=tuple(dynamic),
         random=_random_curve(split, front),
-        cascade=Curve(
-            (0.24, 0.30, 0.40, 0.55, 0.8, 1.3), tuple(float(top1[0]) + d for d in (0, 0.04, 0.07, 0.1, 0.12, 0.13))
-        ),
+        cascade=_cascade_curve(top1),
         oracle=_oracle_curve(split),
     )
 

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -17,6 +17,7 @@ from dsnet.errors import DataError
 pixels = hnp.arrays(np.uint8, st.tuples(st.integers(1, 5), st.integers(1, 3), st.just(4), st.integers(1, 6)))
 
 
+@settings(deadline=None)
 @given(images=pixels)
 def test_statistics_equal_numpys_in_float64(images: np.ndarray) -> None:
     normalization = Normalization.from_images(torch.from_numpy(images))
@@ -25,6 +26,7 @@ def test_statistics_equal_numpys_in_float64(images: np.ndarray) -> None:
     assert np.allclose(normalization.std, np.where(std == 0, 1.0, std), rtol=1e-9)
 
 
+@settings(deadline=None)
 @given(images=pixels)
 def test_a_normalization_read_back_from_json_gives_the_same_bits(images: np.ndarray) -> None:
     batch = torch.from_numpy(images)

@@ -28,6 +28,7 @@ def assert_stratified(labels: np.ndarray, pool: np.ndarray, ids: np.ndarray) -> 
         assert abs(np.count_nonzero(labels[ids] == label) - exact) < 1
 
 
+@settings(deadline=None)
 @given(sizes=class_sizes, seed=seeds)
 def test_default_splits_are_disjoint_cover_everything_and_are_stratified(sizes: list[int], seed: int) -> None:
     labels = shuffled_labels(sizes)
@@ -41,6 +42,7 @@ def test_default_splits_are_disjoint_cover_everything_and_are_stratified(sizes: 
         assert_stratified(labels, np.arange(len(labels)), splits[name])
 
 
+@settings(deadline=None)
 @given(sizes=class_sizes, seed=seeds, counts=st.lists(st.integers(1, 4), min_size=4, max_size=4))
 def test_counts_are_met_exactly(sizes: list[int], seed: int, counts: list[int]) -> None:
     labels = shuffled_labels(sizes)
@@ -50,6 +52,7 @@ def test_counts_are_met_exactly(sizes: list[int], seed: int, counts: list[int]) 
     assert len(set(everything.tolist())) == sum(counts)
 
 
+@settings(deadline=None)
 @given(sizes=class_sizes, seed=seeds, test_share=st.floats(0.1, 0.5))
 def test_an_official_test_part_is_the_test_split_and_nothing_else(
     sizes: list[int], seed: int, test_share: float
@@ -83,12 +86,14 @@ def test_fractions_beside_an_official_test_part_are_of_the_part_they_are_drawn_f
     assert splits.test.min() >= 100
 
 
+@settings(deadline=None)
 @given(sizes=class_sizes, seed=seeds)
 def test_the_same_seed_gives_the_same_splits(sizes: list[int], seed: int) -> None:
     labels = shuffled_labels(sizes)
     assert make_splits(labels, seed=seed).hash == make_splits(labels, seed=seed).hash
 
 
+@settings(deadline=None)
 @given(first=seeds, second=seeds)
 def test_another_seed_gives_other_images_of_the_same_number(first: int, second: int) -> None:
     labels = shuffled_labels([50, 50])
@@ -99,14 +104,12 @@ def test_another_seed_gives_other_images_of_the_same_number(first: int, second: 
 
 
 def test_splits_are_the_same_on_every_platform() -> None:
-    # Recorded once: PCG64's raw stream is guaranteed by numpy, so this hash may never change.
+    # Recorded once: PCG64's raw stream is guaranteed by numpy, so this list may never change.
     splits = make_splits(np.tile(np.arange(3), 20), seed=7)
-    assert splits.gate.tolist() == GATE_OF_SEED_7
+    assert splits.gate.tolist() == [2, 7, 28, 30, 34, 42, 44, 48, 59]
 
 
-GATE_OF_SEED_7: list[int] = []
-
-
+@settings(deadline=None)
 @given(sizes=class_sizes, seed=seeds, limit=st.integers(12, 80))
 def test_a_limit_caps_each_split_to_a_stratified_subset(sizes: list[int], seed: int, limit: int) -> None:
     labels = shuffled_labels(sizes)
@@ -117,7 +120,7 @@ def test_a_limit_caps_each_split_to_a_stratified_subset(sizes: list[int], seed: 
         assert_stratified(labels, whole[name], limited[name])
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(
     rows=st.lists(st.integers(1, 40), min_size=1, max_size=9),
     shares=st.lists(st.integers(0, 100), min_size=1, max_size=5).filter(any),

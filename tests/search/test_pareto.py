@@ -201,6 +201,11 @@ def test_knee_is_always_on_the_front(values):
     assert front_mask(values, MAX_MIN, keep_duplicates=False)[knee(values, MAX_MIN)]
 
 
+def test_rounding_does_not_invent_a_knee_on_a_straight_front():
+    top1 = np.linspace(0.1, 0.7, 11)
+    assert knee(np.column_stack([top1, 3 * top1 + 0.1]), MAX_MIN) == 10
+
+
 def test_knee_of_nothing_is_an_error():
     with pytest.raises(ValueError, match="at least one finite point"):
         knee([[np.nan, 1.0]], MAX_MIN)

@@ -1,0 +1,164 @@
+"""From points of a front to bundles that run."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from ruamel.yaml import YAML
+
+from dsnet.bundle import NUM_EXAMPLES, save_bundle
+from dsnet.checkpoint import load_supernet
+from dsnet.data import Normalization
+from dsnet.training.supernet import FINAL
+from orchestration.preparation import Prepared
+from orchestration.results import RunResults
+from search.analysis import PointAnalysis
+from search.pareto import apply_pick, parse_pick
+from search.points import trial_name
+
+
+def picked_slots(results: RunResults, picks: Sequence[str]) -> list[int]:
+    """The trials that `picks` mean, each once, in the order of the picks.
+
+    Args:
+        results: a run with a front.
+        picks: `knee`, `all`, `max:top1 where madds_m<=200`, `trial-0042`, ...; all read the metrics on `val`.
+
+    Raises:
+        ConfigError: a pick cannot be read.
+        NotFoundError: nothing matches.
+    """
+    rows = [{"name": trial_name(record.slot), "slot": record.slot, **record.metrics} for record in results.completed]
+    on_front = [row for row in rows if row["slot"] in results.front]
+    objectives = tuple((metric.name, metric.goal) for metric in results.config.metrics)
+    slots: list[int] = []
+    for text in picks:
+        pick = parse_pick(text)
+        # A front's own rows only where the pick asks for the front: copies of a front point are not exported twice.
+        chosen = apply_pick(pick, on_front if pick.kind in ("all", "knee") else rows, objectives)
+        slots += [int(row["slot"]) for row in chosen if row["slot"] not in slots]
+    return slots
+
+
+def export_bundles(prepared: Prepared, results: RunResults, slots: Sequence[int], folder: Path) -> list[Path]:
+    """Write one bundle per trial.
+
+    Args:
+        prepared: the run's data (for class names and examples from `val`).
+        results: the run.
+        slots: the trials.
+        folder: receives one folder per trial.
+
+    Returns:
+        the bundles' folders.
+
+    Raises:
+        NotFoundError: the run has no trained supernet yet.
+        CheckpointError: a file of the run is damaged.
+    """
+    supernet, meta = load_supernet(results.run.stage_dir("supernet", results.done_key("supernet")) / FINAL)
+    examples = _examples(prepared)
+    paths = []
+    for slot in slots:
+        claims = bundle_claims(prepared, results, slot)
+        path = folder / trial_name(slot)
+        save_bundle(
+            path,
+            supernet,
+            results.router(slot),
+            normalization=Normalization.from_json(meta["run"]["normalization"]),
+            class_names=prepared.image_set.class_names,
+            examples=examples,
+            claims=claims,
+            gate_yaml=_gate_yaml(prepared, results, slot, claims),
+        )
+        paths.append(path)
+    return paths
+
+
+def _examples(prepared: Prepared) -> torch.Tensor:
+    """Images of `val` (the sealed split is never shown), spread evenly over it."""
+    images = prepared.data.images("val")
+    rows = torch.linspace(0, len(images) - 1, min(NUM_EXAMPLES, len(images))).long()
+    return images[rows]
+
+
+def bundle_claims(prepared: Prepared, results: RunResults, slot: int) -> dict[str, Any]:
+    """What a bundle says of itself: the numbers on `val`, and on `test` where the trial was verified."""
+    record = results.record(slot)
+    names = ("top1", "top5", "madds_m", "p95_madds_m", "params_m", "latency_ms")
+    claims: dict[str, Any] = {
+        "data": {"name": prepared.image_set.name, "fingerprint": prepared.image_set.fingerprint, "splits": prepared.splits.hash},
+        "val": {"num_images": len(prepared.splits.val), **{name: record.metrics[name] for name in names}},
+    }
+    verified = results.verified
+    if verified is None:
+        return claims
+    point = next((point for point in verified.test.points if point.slot == slot), None)
+    if point is not None:
+        claims["test"] = _test_claims(point, verified.test.num_images)
+        claims["latency"] = {
+            "device": verified.latency.device,
+            "threads": verified.latency.threads,
+            "batches": {
+                str(size): {
+                    "gate_ms": asdict(row[slot]),
+                    "widest_ms": asdict(verified.latency.widest[size]),
+                    "cheapest_ms": asdict(verified.latency.cheapest[size]),
+                }
+                for size, row in verified.latency.gates.items()
+            },
+        }
+    return claims
+
+
+def _test_claims(point: PointAnalysis, num_images: int) -> dict[str, Any]:
+    gain = point.gain
+    return {
+        "num_images": num_images,
+        "top1": point.top1.value,
+        "top1_interval": [point.top1.low, point.top1.high],
+        "top5": point.metrics["top5"],
+        "madds_m": point.metrics["madds_m"],
+        "gain_over_static": None if gain is None else gain.value,
+        "gain_over_static_interval": None if gain is None else [gain.low, gain.high],
+        "random_routing_top1": point.random_top1,
+        "is_collapsed": point.is_collapsed,
+    }
+
+
+def _gate_yaml(prepared: Prepared, results: RunResults, slot: int, claims: Mapping[str, Any]) -> str:
+    """The same for people: what the gate is, and what it reached."""
+    record = results.record(slot)
+    router = results.router(slot)
+    content = {
+        "name": trial_name(slot),
+        "run": results.run.name,
+        "model": {"family": results.config.supernet.model, "options": dict(results.config.supernet.options)},
+        "routes": [{"name": prepared.subnets[k].name, "widths": list(prepared.subnets[k].widths)} for k in router.routes],
+        "gate": _nested(record.params),
+        "claims": {name: dict(values) if isinstance(values, Mapping) else values for name, values in claims.items()},
+    }
+    writer = YAML(typ="safe", pure=True)
+    writer.default_flow_style = False
+    writer.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+    stream = io.StringIO()
+    writer.dump(content, stream)
+    return "# A gate configuration exported by dsnet-orch. dsnet reads bundle.json beside it; this file is for people.\n" + stream.getvalue()
+
+
+def _nested(params: Mapping[str, Any]) -> dict[str, Any]:
+    nested: dict[str, Any] = {}
+    for dotted, value in params.items():
+        *sections, leaf = dotted.removeprefix("gate.").split(".")
+        section = nested
+        for name in sections:
+            section = section.setdefault(name, {})
+        section[leaf] = value
+    return nested
+

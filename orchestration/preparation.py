@@ -1,0 +1,151 @@
+"""What stands before the first stage: the data and its splits, the network's layout, and what each stage depends on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dsnet.data import Augmentation, ImageSet, Normalization, Splits, SplitSizes, TensorData, load_images, make_splits
+from dsnet.errors import PreflightError
+from dsnet.families import Task, layout
+from dsnet.latency import LatencySettings
+from dsnet.space import SubnetSet
+from dsnet.training.supernet import BootstrapSettings, SupernetRun, TrainSettings
+from orchestration.atomic import atomic_write_text
+from orchestration.config import SweepConfig, stage_subset
+from orchestration.stages import StageDefinition
+
+
+STAGE_VERSIONS: Mapping[str, int] = {"supernet": 1, "measure": 1, "table": 1, "search": 1, "verify": 1}
+"""Raised by hand when the code of a stage gives other results."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything that the stages share."""
+
+    config: SweepConfig
+    image_set: ImageSet
+    splits: Splits
+    data: TensorData
+    """Without the test split."""
+    normalization: Normalization
+    subnets: SubnetSet
+    fingerprint: str
+    """Of pixels, labels and splits."""
+
+    @property
+    def image_size(self) -> int:
+        """Side in pixels."""
+        return self.image_set.image_shape[-1]
+
+    def open_test(self) -> TensorData:
+        """The data with the test split; only verify and report may ask, and count it in the manifest."""
+        return TensorData.from_images(self.image_set, self.splits, open_test=True)
+
+    def notes(self) -> tuple[str, ...]:
+        """What qualifies every number of this run."""
+        num_val, num_test = len(self.splits.val), len(self.splits.test)
+        notes = []
+        if min(num_val, num_test) < 1000:
+            notes.append(
+                f"Smoke result: {num_val} images in val and {num_test} in test, so that one image is "
+                f"{100 / min(num_val, num_test):.2f} points of accuracy."
+            )
+        return tuple(notes)
+
+
+def prepare(config: SweepConfig) -> Prepared:
+    """Load the data, make the splits, lay out the network.
+
+    Raises:
+        DataError: data missing or broken.
+        ConfigError: options or split sizes that do not fit.
+        PreflightError: no such device.
+    """
+    for device in (config.supernet.device, config.measure.device):
+        resolve_device(device)
+    image_set = load_images(config.data.name, config.data.path, config.data.image_size)
+    sizes = SplitSizes(**config.data.splits.model_dump())
+    splits = make_splits(image_set.labels.numpy(), image_set.official_test, sizes, config.seed, config.data.limit)
+    channels, _, size = image_set.image_shape
+    task = Task(num_classes=image_set.num_classes, in_channels=channels, image_size=size)
+    data = TensorData.from_images(image_set, splits)
+    return Prepared(
+        config=config,
+        image_set=image_set,
+        splits=splits,
+        data=data,
+        normalization=Normalization.from_images(data.images("train")),
+        subnets=layout(config.supernet.model, task, config.supernet.options),
+        fingerprint=hashlib.sha256(f"{image_set.fingerprint}/{splits.hash}".encode()).hexdigest(),
+    )
+
+
+def resolve_device(name: str) -> str:
+    """`cpu` or `cuda`; `auto` takes cuda where there is one.
+
+    Raises:
+        PreflightError: cuda was asked for and is not there.
+    """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise PreflightError("device cuda was asked for, but torch sees no GPU here; use cpu or auto")
+    return name
+
+
+def supernet_run(prepared: Prepared) -> SupernetRun:
+    """The training settings in the core's own terms."""
+    config = prepared.config
+    supernet, augment = config.supernet, config.data.augment
+    return SupernetRun(
+        train=TrainSettings(**supernet.train.model_dump()),
+        bootstrapping=BootstrapSettings(**supernet.bootstrapping.model_dump()),
+        augmentation=Augmentation.for_images(prepared.image_set, augment.crop_padding, augment.flip, augment.cutout),
+        normalization=prepared.normalization,
+        seed=config.seed,
+        weights=supernet.weights,
+        recalibration_images=supernet.recalibration.images,
+        recalibration_batch=supernet.recalibration.batch_size,
+        keep_checkpoints=supernet.keep_checkpoints,
+    )
+
+
+def latency_settings(config: SweepConfig) -> LatencySettings:
+    """The measurement settings in the core's own terms."""
+    return LatencySettings(**{**config.measure.model_dump(), "device": resolve_device(config.measure.device)})
+
+
+def stage_definitions(config: SweepConfig, fingerprint: str) -> list[StageDefinition]:
+    """What supernet, measure, table and search depend on, in order. Verify depends on the front, which comes later."""
+    parents: dict[str, tuple[str, ...]] = {
+        "supernet": (),
+        "measure": ("supernet",),
+        "table": ("supernet",),
+        "search": ("measure", "table"),
+    }
+    return [
+        StageDefinition(name, STAGE_VERSIONS[name], stage_subset(config, name), fingerprint, above)  # type: ignore[arg-type]
+        for name, above in parents.items()
+    ]
+
+
+def verify_definition(config: SweepConfig, fingerprint: str, front: Sequence[int]) -> StageDefinition:
+    """What verify depends on: the frozen front, by the slots of its trials."""
+    subset = {**stage_subset(config, "verify"), "front": list(front)}
+    return StageDefinition("verify", STAGE_VERSIONS["verify"], subset, fingerprint, ("search",))
+
+
+def write_splits(path: Path, splits: Splits) -> None:
+    """Record the splits once; a record that differs is replaced (the stages' keys tell them apart)."""
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(splits.to_json()) + "\n"
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        atomic_write_text(path, text)

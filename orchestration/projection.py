@@ -1,0 +1,158 @@
+"""Rows of MLflow from the results of a run: the same rows while it runs and when `dsnet-orch sync` writes them again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any
+
+from orchestration.config import SweepConfig
+from orchestration.results import MeasuredSubnet, RunResults
+from orchestration.rundir import RunDir, mlflow_artifact_root, mlflow_store_uri
+from orchestration.stages import flatten
+from orchestration.tracking import CurveTail, MlflowTracker, NullTracker, TrackedRun, Tracker
+from search.points import trial_name
+from search.study import TrialRecord
+
+
+
+def store_uri(config: SweepConfig, run: RunDir) -> str:
+    """The MLflow store of a run: as configured, or the database in the runs folder."""
+    return config.tracking.uri or mlflow_store_uri(run.root)
+
+
+def make_tracker(config: SweepConfig, run: RunDir, warn: Any) -> Tracker:
+    """The tracker that the configuration asks for."""
+    if not config.tracking.mlflow:
+        return NullTracker()
+    return MlflowTracker(store_uri(config, run), config.tracking.experiment or config.name, mlflow_artifact_root(run.root), run.name, warn)
+
+
+def sweep_uid(manifest: Mapping[str, Any], run: RunDir) -> str:
+    """The uid of a run's parent row."""
+    return f"{run.name}/{manifest['run_id'][:12]}"
+
+
+def unix_ms(iso: str) -> int:
+    """Milliseconds since 1970 of an ISO 8601 time."""
+    return int(datetime.fromisoformat(iso).timestamp() * 1000)
+
+
+def sweep_row(manifest: Mapping[str, Any], run: RunDir, config: SweepConfig) -> TrackedRun:
+    """The parent: the whole configuration as parameters."""
+    params = flatten(config.model_dump(mode="json", exclude={"presets"}))
+    tags = {"run": run.name, "hardware": str(manifest["hardware"].get("cpu", "")), "gpu": str(manifest["hardware"].get("gpu") or "none")}
+    return TrackedRun(sweep_uid(manifest, run), run.name, "sweep", unix_ms(manifest["created_at"]), params=params, tags=tags)
+
+
+def supernet_row(manifest: Mapping[str, Any], run: RunDir, config: SweepConfig, *, is_done: bool) -> TrackedRun:
+    """The supernet's training; its curves are added by step."""
+    stage = manifest["stages"]["supernet"]
+    start = unix_ms(stage["started_at"])
+    end = start + int(1000 * stage["seconds"]) if is_done and stage["seconds"] is not None else None
+    return TrackedRun(
+        f"{sweep_uid(manifest, run)}/{stage['key'][:12]}/supernet",
+        "supernet",
+        "supernet",
+        start,
+        end,
+        "FINISHED" if is_done else "RUNNING",
+        params=flatten({"supernet": config.supernet.model_dump(mode="json"), "data": config.data.model_dump(mode="json")}),
+    )
+
+
+def subnet_rows(manifest: Mapping[str, Any], run: RunDir, results: RunResults) -> list[TrackedRun]:
+    """One row per static sub-network, the teacher included."""
+    stage = manifest["stages"]["measure"]
+    start = unix_ms(stage["started_at"])
+    end = start + int(1000 * (stage["seconds"] or 0))
+    return [
+        TrackedRun(
+            f"{sweep_uid(manifest, run)}/{stage['key'][:12]}/{subnet.name}",
+            subnet.name,
+            "subnet",
+            start,
+            end,
+            params={"subnet": subnet.name},
+            metrics=subnet_metrics(subnet, results),
+            tags={"role": "teacher" if subnet.is_teacher else "route"},
+        )
+        for subnet in results.subnets
+    ]
+
+
+def subnet_metrics(subnet: MeasuredSubnet, results: RunResults) -> dict[str, float | None]:
+    """The metrics of a static sub-network, under the names that trials use."""
+    latency = results.latency
+    metrics: dict[str, float | None] = {
+        "top1": subnet.top1,
+        "top5": subnet.top5,
+        "madds_m": subnet.madds / 1e6,
+        "p95_madds_m": subnet.madds / 1e6,
+        "params_m": subnet.params / 1e6,
+    }
+    if latency is not None and not subnet.is_teacher:
+        for size, row in latency.subnets.items():
+            name = "latency_ms" if size == 1 else f"latency_ms_batch{size}"
+            metrics[name] = row[subnet.name].median_ms
+    return metrics
+
+
+def trial_row(manifest: Mapping[str, Any], run: RunDir, record: TrialRecord) -> TrackedRun:
+    """One row per trial; a failed one carries its reason."""
+    stage = manifest["stages"]["search"]
+    is_complete = record.state == "complete"
+    return TrackedRun(
+        f"{sweep_uid(manifest, run)}/{stage['key'][:12]}/{trial_name(record.slot)}",
+        trial_name(record.slot),
+        "trial",
+        record.start_ms,
+        record.start_ms + int(1000 * record.duration_s),
+        "FINISHED" if is_complete else "FAILED",
+        record.reason,
+        params=record.params,
+        metrics=record.metrics,
+    )
+
+
+def write_widths(tracker: Tracker, results: RunResults, time_ms: int) -> None:
+    """Repeat the sub-networks' values as steps of the parent, cheapest first."""
+    members = sorted((subnet for subnet in results.subnets if not subnet.is_teacher), key=lambda subnet: subnet.madds)
+    tracker.series("width", [subnet_metrics(subnet, results) for subnet in members], time_ms)
+
+
+def write_front(tracker: Tracker, results: RunResults, time_ms: int) -> None:
+    """Repeat the front's values as steps of the parent, cheapest first; those on test where they are verified."""
+    rows = [dict(results.record(slot).metrics) for slot in results.front]
+    tracker.series("front_val", [_few(row) for row in rows], time_ms)
+    if results.verified is not None:
+        tracker.series("front_test", [_few(point.metrics) for point in results.verified.test.points], time_ms)
+
+
+def _few(metrics: Mapping[str, float]) -> dict[str, float | None]:
+    return {name: metrics.get(name) for name in ("top1", "top5", "madds_m", "p95_madds_m")}
+
+
+def replay(results: RunResults, tracker: Tracker) -> None:
+    """Write everything that a run has, as if it happened again; what MLflow has already is not written twice."""
+    run, manifest, config = results.run, results.manifest, results.config
+    tracker.parent(sweep_row(manifest, run, config))
+    if results.stage_key("supernet") is not None:
+        is_done = results.is_done("supernet")
+        tracker.supernet(supernet_row(manifest, run, config, is_done=False))
+        tracker.curve(CurveTail(run.curves_jsonl(results.stage_key("supernet") or "")).read())
+        if is_done:
+            tracker.supernet(supernet_row(manifest, run, config, is_done=True))
+    if results.is_done("measure"):
+        rows = subnet_rows(manifest, run, results)
+        for row in rows:
+            tracker.subnet(row)
+        write_widths(tracker, results, rows[0].end_ms or rows[0].start_ms)
+    for record in results.records:
+        tracker.trial(trial_row(manifest, run, record))
+    if results.records:
+        last = results.records[-1]
+        write_front(tracker, results, last.start_ms + int(1000 * last.duration_s))
+    for path in (run.sweep_yaml, run.points_parquet, run.report_html):
+        if path.exists():
+            tracker.artifact(path)

@@ -1,0 +1,193 @@
+"""Stage I on Ray Train workers: the same loop as `dsnet.training`, data-parallel, with its curves followed while it runs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from dsnet import errors
+from dsnet.errors import DsnetError, StoppedError
+from dsnet.space import SubnetSet
+from dsnet.training.supernet import FINAL, SupernetRun
+from orchestration.atomic import atomic_write_json, read_json
+from orchestration.tracking import CurvePoint, CurveTail
+
+POLL_S = 0.3
+STOP_GRACE_S = 8.0
+"""How long training may take to reach its next step boundary once it was asked to stop."""
+WORKER_RETRIES = 2
+"""Lost workers are replaced so often; training then continues from the newest checkpoint."""
+
+
+@dataclass(frozen=True)
+class SupernetJob:
+    """What the workers need; everything in it can be pickled."""
+
+    subnets: SubnetSet
+    run: SupernetRun
+    folder: Path
+    """On storage that driver and workers share."""
+    stop_file: Path
+    """Its existence asks the workers to stop."""
+    device: str
+    threads: int
+    workers: int
+
+
+def train_on_ray(
+    job: SupernetJob,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    on_points: Callable[[list[CurvePoint]], None],
+    should_stop: Callable[[], bool],
+) -> Path:
+    """Train the supernet on `job.workers` Ray Train workers; Ray must be initialised.
+
+    Args:
+        job: the settings.
+        images: the training split, uint8 [N, C, H, W].
+        labels: int64 [N].
+        on_points: hears new points of the loss curves.
+        should_stop: asked several times a second; True stops training at the next step.
+
+    Returns:
+        the stem of the recalibrated checkpoint.
+
+    Raises:
+        StoppedError: it was stopped; the checkpoints stay, and the next launch continues.
+        NonFiniteLossError, CheckpointError: as the training loop.
+        DsnetError: the workers failed for another reason.
+    """
+    import ray
+
+    outcome = job.folder / "outcome.json"
+    outcome.unlink(missing_ok=True)
+    job.folder.mkdir(parents=True, exist_ok=True)
+    # numpy arrays are shared through the object store without a copy; tensors are not.
+    config = {"job": job, "images": ray.put(images.numpy()), "labels": ray.put(labels.numpy())}
+    failures: list[BaseException] = []
+    thread = threading.Thread(target=_fit, args=(config, failures), name="ray-train", daemon=True)
+    tail = CurveTail(job.folder / "curves.jsonl")
+    thread.start()
+    try:
+        _follow(thread, tail, on_points, should_stop, job.stop_file)
+    finally:
+        on_points(tail.read())
+        shutil.rmtree(job.folder / "ray", ignore_errors=True)
+    if outcome.exists():
+        _raise_outcome(read_json(outcome))
+    if should_stop():
+        raise StoppedError("training was stopped; its checkpoints are kept")
+    if failures:
+        raise DsnetError(f"the training workers failed: {_root_cause(failures[0])}") from failures[0]
+    return job.folder / FINAL
+
+
+def _fit(config: dict[str, Any], failures: list[BaseException]) -> None:
+    """Run the trainer. Not in the main thread: there Ray would replace our handler of Ctrl-C by its own."""
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    job: SupernetJob = config["job"]
+    trainer = TorchTrainer(
+        _train_loop,
+        train_loop_config=config,
+        scaling_config=ScalingConfig(
+            num_workers=job.workers, use_gpu=job.device == "cuda", resources_per_worker={"CPU": job.threads}
+        ),
+        run_config=RunConfig(
+            name="train", storage_path=str(job.folder / "ray"), failure_config=FailureConfig(max_failures=WORKER_RETRIES)
+        ),
+    )
+    try:
+        trainer.fit()
+    except Exception as error:  # noqa: BLE001 - reported by the main thread, whatever it is
+        failures.append(error)
+
+
+def _follow(
+    thread: threading.Thread,
+    tail: CurveTail,
+    on_points: Callable[[list[CurvePoint]], None],
+    should_stop: Callable[[], bool],
+    stop_file: Path,
+) -> None:
+    asked_at: float | None = None
+    while thread.is_alive():
+        thread.join(POLL_S)
+        on_points(tail.read())
+        if asked_at is None and should_stop():
+            stop_file.touch()
+            asked_at = time.monotonic()
+        if asked_at is not None and time.monotonic() - asked_at > STOP_GRACE_S:
+            return
+
+
+def _train_loop(config: Mapping[str, Any]) -> None:
+    """What each Ray Train worker runs. The user's errors are recorded, not raised: Ray would start them again."""
+    import ray
+    import ray.train
+    import torch
+
+    from dsnet.families import rebuild
+    from dsnet.seeds import derive_seed
+    from dsnet.training.supernet import train_supernet
+    from dsnet.training.workers import DistributedWorkers, SingleWorker
+
+    job: SupernetJob = config["job"]
+    torch.set_num_threads(job.threads)
+    images = torch.from_numpy(ray.get(config["images"]).copy())
+    labels = torch.from_numpy(ray.get(config["labels"]).copy())
+    context = ray.train.get_context()
+    is_alone = context.get_world_size() == 1
+    generator = torch.Generator().manual_seed(derive_seed(job.run.seed, "weights"))
+    try:
+        train_supernet(
+            rebuild(job.subnets, generator),
+            images,
+            labels,
+            job.run,
+            folder=job.folder,
+            device=job.device,
+            workers=SingleWorker() if is_alone else DistributedWorkers(),
+            should_stop=job.stop_file.exists,
+        )
+    except DsnetError as error:
+        record = {"error": type(error).__name__, "message": str(error), "rank": context.get_world_rank()}
+        atomic_write_json(job.folder / "outcome.json", record)
+        if not is_alone:
+            raise  # the others wait in an all-reduce; the group must end
+
+
+def _raise_outcome(record: Mapping[str, Any]) -> None:
+    kind = getattr(errors, record["error"], DsnetError)
+    raise kind(record["message"])
+
+
+def _root_cause(error: BaseException) -> str:
+    """The innermost message of Ray's nested errors, on one line."""
+    workers = getattr(error, "worker_failures", None)
+    if workers:
+        error = next(iter(workers.values()))
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return f"{type(error).__name__}: {lines[-1]}"
+
+
+def curves_summary(path: Path) -> dict[str, float]:
+    """The last losses of a finished training, from its curves.jsonl."""
+    last: dict[str, float] = {}
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            last.update(json.loads(line)["metrics"])
+    return last

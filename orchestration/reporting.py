@@ -1,0 +1,304 @@
+"""From the results of a run to the report's data and file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dashboards.front import Curve, FrontInfo, FrontPanel, dynamic_points, static_points
+from dashboards.headline import Estimate, Headline, Latency, Row, Scores
+from dashboards.hypervolume import HypervolumeInfo, hypervolume_info
+from dashboards.report import ReportData, build_report
+from dashboards.routes import RoutesInfo
+from dashboards.training import TrainingInfo, training_info
+from dashboards.widths import LatencySeries, WidthsInfo
+from orchestration.atomic import atomic_write_text
+from orchestration.results import RunResults, Verified
+from search.analysis import Interval, PointAnalysis, SplitAnalysis
+from search.controls import StaticLine
+from search.pareto import apply_pick, hypervolume, hypervolume_trace, parse_pick
+from search.points import PointRow, trial_name
+
+
+def write_report(results: RunResults, class_names: tuple[str, ...], notes: tuple[str, ...], status: str) -> Path:
+    """Build report.html of a run from what it has; returns its path."""
+    atomic_write_text(results.run.report_html, build_report(report_data(results, class_names, notes, status)))
+    return results.run.report_html
+
+
+def report_data(results: RunResults, class_names: tuple[str, ...], notes: tuple[str, ...], status: str) -> ReportData:
+    """Everything the report shows; parts that the run does not have yet stay empty."""
+    manifest, config = results.manifest, results.config
+    records = results.records
+    name = results.run.name
+    return ReportData(
+        run_name=name,
+        status=status,  # type: ignore[arg-type]
+        created=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
+        data_name=config.data.name,
+        model=config.supernet.model,
+        headline=headline(results),
+        num_completed=len(results.completed),
+        num_failed=len(records) - len(results.completed),
+        num_test_openings=manifest["test_openings"],
+        front=front_info(results),
+        hypervolume=hypervolume_of(results),
+        routes=routes_of(results, class_names),
+        widths=widths_of(results),
+        training=training_of(results),
+        notes=notes,
+        commands=(
+            ("Continue this run, or extend it with a larger budget", f"dsnet-orch launch {results.run.sweep_yaml}"),
+            ("The front on the terminal", f"dsnet-orch pareto {name}"),
+            ("Export gates of the front as bundles that run", f"dsnet-orch export {name} --pick all"),
+            ("Browse every point in MLflow", f"dsnet-orch ui --runs {results.run.root}"),
+        ),
+        versions=tuple((key, str(value)) for key, value in manifest["versions"].items()),
+        hardware=tuple((key, str(value)) for key, value in manifest["hardware"].items() if value is not None),
+        seeds=(("seed", str(manifest["seed"])), *((key, str(value)[:16]) for key, value in manifest["data_hashes"].items())),
+    )
+
+
+def knee_slot(results: RunResults) -> int | None:
+    """The slot of the front's knee."""
+    rows = [{"name": trial_name(slot), "slot": slot, **results.record(slot).metrics} for slot in results.front]
+    if not rows:
+        return None
+    objectives = tuple((metric.name, metric.goal) for metric in results.config.metrics)
+    return int(apply_pick(parse_pick("knee"), rows, objectives)[0]["slot"])
+
+
+def headline(results: RunResults) -> Headline:
+    """The table of the front: each gate on `val` and on `test` beside its controls."""
+    verified = results.verified
+    knee = knee_slot(results)
+    if verified is None:
+        rows = tuple(_unverified_row(results, slot) for slot in results.front)
+    else:
+        pairs = zip(verified.val.points, verified.test.points, strict=True)
+        rows = tuple(_row(verified, chosen, reported) for chosen, reported in pairs)
+    return Headline(
+        baseline=None if verified is None else _baseline(verified),
+        rows=tuple(sorted(rows, key=lambda row: row.chosen.madds_m)),
+        knee=None if knee is None else trial_name(knee),
+    )
+
+
+def _estimate(interval: Interval) -> Estimate:
+    return Estimate(interval.value, interval.low, interval.high)
+
+
+def _scores(point: PointAnalysis) -> Scores:
+    return Scores(
+        top1=_estimate(point.top1),
+        madds_m=point.metrics["madds_m"],
+        gain=None if point.gain is None else _estimate(point.gain),
+        random_top1=point.random_top1,
+        cascade_top1=point.cascade_top1,
+        oracle_top1=point.oracle_top1,
+    )
+
+
+def _row(verified: Verified, chosen: PointAnalysis, reported: PointAnalysis) -> Row:
+    latency = verified.latency
+    size = max(latency.gates)
+    return Row(
+        name=trial_name(chosen.slot),
+        chosen=_scores(chosen),
+        reported=_scores(reported),
+        latency=Latency(
+            batch_size=size,
+            median_ms=latency.gates[size][chosen.slot].median_ms,
+            widest_ms=latency.widest[size].median_ms,
+            cheapest_ms=latency.cheapest[size].median_ms,
+        ),
+        max_route_share=reported.metrics["max_route_share"],
+        is_collapsed=reported.is_collapsed,
+    )
+
+
+def _unverified_row(results: RunResults, slot: int) -> Row:
+    """Without the verify stage there are no intervals: the value stands for all three."""
+    metrics = results.record(slot).metrics
+    top1 = metrics["top1"]
+    return Row(
+        name=trial_name(slot),
+        chosen=Scores(top1=Estimate(top1, top1, top1), madds_m=metrics["madds_m"]),
+        max_route_share=metrics["max_route_share"],
+    )
+
+
+def _baseline(verified: Verified) -> Row:
+    widest = int(np.argmax(verified.val.static_madds_m))
+    scores = [
+        Scores(top1=_estimate(analysis.static_top1[widest]), madds_m=analysis.static_madds_m[widest])
+        for analysis in (verified.val, verified.test)
+    ]
+    return Row(name=verified.val.routes[widest], chosen=scores[0], reported=scores[1])
+
+
+def front_info(results: RunResults) -> FrontInfo | None:
+    """The front's panels: `val`, and `test` once verified."""
+    rows = results.points()
+    if not results.subnets:
+        return None
+    verified = results.verified
+    if verified is None:
+        return FrontInfo(chosen=_bare_panel(results, rows))
+    return FrontInfo(chosen=_panel(rows, verified.val), reported=_panel(rows, verified.test))
+
+
+def _bare_panel(results: RunResults, rows: list[PointRow]) -> FrontPanel:
+    members = [subnet for subnet in results.subnets if not subnet.is_teacher]
+    madds = np.array([subnet.madds for subnet in members], dtype=float)
+    top1 = np.array([subnet.top1 for subnet in members])
+    # The envelope needs counts only up to scale, so that accuracies in place of images give the same vertices.
+    line = StaticLine.fit(madds, _as_rows(top1))
+    return FrontPanel(
+        split="val",
+        num_images=_num_val(results),
+        static=static_points(rows, "val"),
+        static_line=Curve(_floats(line.madds / 1e6), _floats(top1[list(line.vertices)])),
+        dynamic=dynamic_points(rows, "val", {}),
+    )
+
+
+def _as_rows(top1: Any, num_rows: int = 10_000) -> Any:
+    """A boolean table [num_rows, K] whose column means are `top1` (to 1 / num_rows)."""
+    return np.arange(num_rows)[:, None] < np.round(top1 * num_rows)[None, :]
+
+
+def _num_val(results: RunResults) -> int:
+    data = json.loads(results.run.splits_json.read_text(encoding="utf-8"))
+    return len(data["val"])
+
+
+def _panel(rows: list[PointRow], analysis: SplitAnalysis) -> FrontPanel:
+    intervals = {trial_name(point.slot): (point.top1.low, point.top1.high) for point in analysis.points}
+    points = sorted(analysis.points, key=lambda point: point.metrics["madds_m"])
+    return FrontPanel(
+        split=analysis.split,
+        num_images=analysis.num_images,
+        static=static_points(rows, analysis.split),
+        static_line=Curve(analysis.line_madds_m, analysis.line_top1),
+        dynamic=dynamic_points(rows, analysis.split, intervals),
+        random=Curve(tuple(point.metrics["madds_m"] for point in points), tuple(point.random_top1 for point in points)),
+        cascade=Curve(analysis.cascade_madds_m, analysis.cascade_top1),
+        oracle=Curve(analysis.oracle_madds_m, analysis.oracle_top1),
+    )
+
+
+def reference_point(results: RunResults) -> tuple[float, ...]:
+    """The hypervolume's reference: as configured, else 0 for what is maximised and 1.05 x the widest for what is minimised."""
+    widest = max((subnet for subnet in results.subnets if not subnet.is_teacher), key=lambda subnet: subnet.madds)
+    defaults = {
+        "madds_m": widest.madds / 1e6,
+        "p95_madds_m": widest.madds / 1e6,
+        "params_m": widest.params / 1e6,
+        "latency_ms": results.latency.subnets[1][widest.name].median_ms if results.latency and 1 in results.latency.subnets else 1.0,
+    }
+    return tuple(
+        metric.ref if metric.ref is not None else (0.0 if metric.goal == "maximize" else 1.05 * defaults[metric.name])
+        for metric in results.config.metrics
+    )
+
+
+def hypervolume_of(results: RunResults) -> HypervolumeInfo | None:
+    """Hypervolume after each trial, of the two objectives."""
+    if not results.records or not results.subnets:
+        return None
+    metrics = results.config.metrics
+    goals = [metric.goal for metric in metrics]
+    missing = {metric.name: float("nan") for metric in metrics}
+    values = np.array([[({**missing, **record.metrics})[metric.name] for metric in metrics] for record in results.records])
+    reference = reference_point(results)
+    trace = hypervolume_trace(values, goals, reference)
+    return hypervolume_info(
+        trace.tolist(),
+        [record.reason if record.state == "failed" else None for record in results.records],
+        "val",
+        _num_val(results),
+        (reference[0], reference[1]),
+        _static_hypervolume(results, reference),
+    )
+
+
+def _static_hypervolume(results: RunResults, reference: tuple[float, ...]) -> float | None:
+    names = [metric.name for metric in results.config.metrics]
+    if names != ["top1", "madds_m"]:
+        return None
+    values = [[subnet.top1, subnet.madds / 1e6] for subnet in results.subnets if not subnet.is_teacher]
+    return hypervolume(values, ("maximize", "minimize"), reference)
+
+
+def routes_of(results: RunResults, class_names: tuple[str, ...]) -> RoutesInfo | None:
+    """The routes of the front's gates on `test` (on `val` there is nothing more to learn from them)."""
+    verified = results.verified
+    if verified is None or not verified.test.points:
+        return None
+    test = verified.test
+    order = sorted(range(len(test.points)), key=lambda index: test.points[index].metrics["madds_m"])
+    by_class = np.array([test.class_counts[index] for index in order], dtype=np.int64)
+    return RoutesInfo(
+        split=test.split,
+        num_images=test.num_images,
+        routes=test.routes,
+        madds_m=test.static_madds_m,
+        gates=tuple(trial_name(test.points[index].slot) for index in order),
+        counts=by_class.sum(1),
+        classes=class_names,
+        class_counts=by_class,
+    )
+
+
+def widths_of(results: RunResults) -> WidthsInfo | None:
+    """The static sub-networks by rising MAdds."""
+    members = sorted((subnet for subnet in results.subnets if not subnet.is_teacher), key=lambda subnet: subnet.madds)
+    if not members:
+        return None
+    latency = results.latency
+    series = []
+    for size, row in () if latency is None else latency.subnets.items():
+        timings = [row[subnet.name] for subnet in members]
+        series.append(
+            LatencySeries(
+                size,
+                tuple(t.median_ms for t in timings),
+                tuple(t.median_ms - t.iqr_ms / 2 for t in timings),
+                tuple(t.median_ms + t.iqr_ms / 2 for t in timings),
+            )
+        )
+    return WidthsInfo(
+        split="val",
+        num_images=_num_val(results),
+        device="" if latency is None else f"{latency.device}, {latency.threads} thread{'s' if latency.threads > 1 else ''}",
+        subnets=tuple(subnet.name for subnet in members),
+        madds_m=tuple(subnet.madds / 1e6 for subnet in members),
+        params_m=tuple(subnet.params / 1e6 for subnet in members),
+        top1=tuple(subnet.top1 for subnet in members),
+        top5=tuple(subnet.top5 for subnet in members),
+        latency=tuple(series),
+    )
+
+
+def training_of(results: RunResults) -> TrainingInfo | None:
+    """The supernet's loss curves."""
+    key = results.stage_key("supernet")
+    path = None if key is None else results.run.curves_jsonl(key)
+    if path is None or not path.exists():
+        return None
+    return training_info(_json_lines(path.read_text(encoding="utf-8").splitlines()))
+
+
+def _json_lines(lines: Iterable[str]) -> Iterable[dict[str, Any]]:
+    for line in lines:
+        yield json.loads(line)
+
+
+def _floats(values: Any) -> tuple[float, ...]:
+    return tuple(float(value) for value in values)

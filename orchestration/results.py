@@ -1,0 +1,232 @@
+"""What a run folder holds, read back: for status, pareto, report, export and sync. Reads only, and never the sealed table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file
+
+from dsnet.errors import CheckpointError, NotFoundError
+from dsnet.latency import LatencyTable
+from dsnet.routers import GateRouter
+from orchestration.atomic import read_json
+from orchestration.config import SweepConfig
+from orchestration.config_loading import load_config
+from orchestration.rundir import Manifest, RunDir
+from orchestration.stages import StageDir
+from orchestration.verification import Agreement, DynamicLatency
+from search.analysis import SplitAnalysis, front_slots
+from search.gate_trial import router_of
+from search.points import PointRow, control_points, gate_points, subnet_points
+from search.study import TrialRecord, load_records
+
+
+@dataclass(frozen=True)
+class MeasuredSubnet:
+    """One sub-network as the measure stage found it on `val`."""
+
+    name: str
+    top1: float
+    top5: float
+    madds: int
+    params: int
+    is_teacher: bool
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What the verify stage found."""
+
+    front: tuple[int, ...]
+    val: SplitAnalysis
+    test: SplitAnalysis
+    latency: DynamicLatency
+    agreements: tuple[Agreement, ...]
+    num_openings: int
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Verified:
+        """Rebuild it from verify.json."""
+        return cls(
+            front=tuple(data["front"]),
+            val=SplitAnalysis.from_json(data["val"]),
+            test=SplitAnalysis.from_json(data["test"]),
+            latency=DynamicLatency.from_json(data["latency"]),
+            agreements=tuple(Agreement(**item) for item in data["agreements"]),
+            num_openings=data["num_openings"],
+        )
+
+
+class RunResults:
+    """The results of one run, as far as it has come.
+
+    Args:
+        run: an existing run.
+
+    Raises:
+        NotFoundError: there is no such run.
+    """
+
+    def __init__(self, run: RunDir) -> None:
+        run.open_existing()
+        self.run = run
+        self.manifest: dict[str, Any] = Manifest(run.manifest_path).read()
+
+    @cached_property
+    def config(self) -> SweepConfig:
+        """The resolved configuration of the last launch."""
+        return load_config(self.run.sweep_yaml).config
+
+    def stage_key(self, stage: str) -> str | None:
+        """The key of the stage's current result, or None."""
+        entry = self.manifest["stages"].get(stage)
+        return None if entry is None else str(entry["key"])
+
+    def is_done(self, stage: str) -> bool:
+        """Whether the stage's current result is complete."""
+        key = self.stage_key(stage)
+        return key is not None and StageDir(self.run.stage_dir(stage, key)).is_done()
+
+    def done_key(self, stage: str) -> str:
+        """The key of a finished stage.
+
+        Raises:
+            NotFoundError: it has not finished.
+        """
+        key = self.stage_key(stage)
+        if key is None or not self.is_done(stage):
+            raise NotFoundError(
+                f"run {self.run.name!r} has not finished its {stage} stage; continue it with: dsnet-orch launch {self.run.sweep_yaml}"
+            )
+        return key
+
+    @cached_property
+    def subnets(self) -> tuple[MeasuredSubnet, ...]:
+        """The measured sub-networks in the set's order, the teacher last; empty before the measure stage."""
+        if not self.is_done("measure"):
+            return ()
+        data = _read(self.run.subnets_json(self.done_key("measure")))
+        return tuple(MeasuredSubnet(**item) for item in data["subnets"])
+
+    @cached_property
+    def latency(self) -> LatencyTable | None:
+        """The latency table; None before the measure stage."""
+        if not self.is_done("measure"):
+            return None
+        return LatencyTable.from_json(_read(self.run.latency_json(self.done_key("measure"))))
+
+    @cached_property
+    def records(self) -> list[TrialRecord]:
+        """All finished trials in slot order; a search that still runs is read as far as it is."""
+        key = self.stage_key("search")
+        if key is None or not self.run.study_journal(key).exists():
+            return []
+        return load_records(self.run.study_journal(key))
+
+    @property
+    def completed(self) -> list[TrialRecord]:
+        """The trials that have metrics."""
+        return [record for record in self.records if record.state == "complete"]
+
+    @cached_property
+    def front(self) -> tuple[int, ...]:
+        """Slots of the front on `val`, by rising accuracy."""
+        metrics = self.config.metrics
+        values = np.array([[record.metrics[metric.name] for metric in metrics] for record in self.completed])
+        return front_slots([record.slot for record in self.completed], values, [metric.goal for metric in metrics])
+
+    @cached_property
+    def verified(self) -> Verified | None:
+        """What verify found; None where it has not run, or the front has changed since."""
+        if not self.is_done("verify"):
+            return None
+        verified = Verified.from_json(_read(self.run.verify_json(self.done_key("verify"))))
+        return verified if verified.front == self.front else None
+
+    def record(self, slot: int) -> TrialRecord:
+        """One trial by its slot."""
+        return next(record for record in self.records if record.slot == slot)
+
+    def router(self, slot: int) -> GateRouter:
+        """The gate of a trial.
+
+        Raises:
+            CheckpointError: its file is missing or damaged.
+        """
+        return load_router(self.run.gate_weights(self.stage_key("search") or "", slot))
+
+    def points(self) -> list[PointRow]:
+        """All rows of points.parquet: static sub-networks, gates and controls, on `val` and, once verified, on `test`."""
+        rows: list[PointRow] = []
+        members = [subnet for subnet in self.subnets if not subnet.is_teacher]
+        if members:
+            latency = None
+            if self.latency is not None and 1 in self.latency.subnets:
+                latency = [self.latency.subnets[1][subnet.name].median_ms for subnet in members]
+            rows += subnet_points(
+                "val",
+                [subnet.name for subnet in members],
+                [subnet.top1 for subnet in members],
+                [subnet.madds for subnet in members],
+                top5=[subnet.top5 for subnet in members],
+                params=[subnet.params for subnet in members],
+                latency_ms=latency,
+            )
+        completed = self.completed
+        rows += gate_points(
+            "val",
+            [record.slot for record in completed],
+            [record.metrics for record in completed],
+            [record.params for record in completed],
+            [record.slot in self.front for record in completed],
+        )
+        return rows + (self._verified_points(self.verified) if self.verified is not None else [])
+
+    def _verified_points(self, verified: Verified) -> list[PointRow]:
+        test = verified.test
+        params = {subnet.name: subnet.params for subnet in self.subnets}
+        rows = subnet_points(
+            "test",
+            test.routes,
+            [interval.value for interval in test.static_top1],
+            [1e6 * cost for cost in test.static_madds_m],
+            top5=test.static_top5,
+            params=[params[name] for name in test.routes],
+        )
+        metrics = []
+        for point in test.points:
+            timing = verified.latency.gates.get(1, {}).get(point.slot)
+            extra = {} if timing is None else {"latency_ms": timing.median_ms}
+            metrics.append({**point.metrics, "params_m": self.record(point.slot).metrics["params_m"], **extra})
+        slots = [point.slot for point in test.points]
+        rows += gate_points("test", slots, metrics, [self.record(slot).params for slot in slots], [True] * len(slots))
+        for analysis in (verified.val, test):
+            for name in ("cascade", "oracle"):
+                madds_m, top1 = getattr(analysis, f"{name}_madds_m"), getattr(analysis, f"{name}_top1")
+                rows += control_points(analysis.split, name, [1e6 * cost for cost in madds_m], top1)
+        return rows
+
+
+def load_router(path: Path) -> GateRouter:
+    """The gate that a trial stored.
+
+    Raises:
+        CheckpointError: the file is missing or damaged.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path}: the gate of this trial is missing; delete the run's search folder and launch again")
+    try:
+        return router_of(load_file(path))
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}); delete the run's search folder and launch again") from error
+
+
+def _read(path: Path) -> dict[str, Any]:
+    content = read_json(path)
+    assert isinstance(content, dict)
+    return content

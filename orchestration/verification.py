@@ -1,0 +1,186 @@
+"""The verify stage: the frozen front runs for real on the sealed test split, and must do image by image what the table said."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dsnet.data import Normalization
+from dsnet.dynamic import DynamicNet
+from dsnet.errors import VerificationError
+from dsnet.latency import LatencySettings, Timing, device_name, time_interleaved
+from dsnet.materialize import materialize
+from dsnet.routers import GateRouter
+from dsnet.routing_table import RoutingTable
+from dsnet.supernet import Supernet
+from dsnet.training.gate import choose_routes
+
+ROUTE_TIE = 1e-5
+"""Two best gate scores nearer than this, relative to the spread of all scores, are a numerical tie."""
+CLASS_TIE = 1e-4
+"""Two largest probabilities nearer than this are a numerical tie."""
+SINGLE_IMAGES = 32
+"""At batch 1, one timed repeat runs so many images one after the other: they take different routes."""
+MAX_NAMED = 5
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How a gate's real run compares with its table."""
+
+    slot: int
+    num_images: int
+    num_ties: int
+    """Images that differ where the table itself was undecided to within rounding."""
+    top1: float
+    madds_m: float
+    """Mean over the images, as really executed."""
+
+
+@torch.inference_mode()
+def check_agreement(
+    slot: int, supernet: Supernet, router: GateRouter, table: RoutingTable, images: Tensor, normalization: Normalization, batch_size: int = 256
+) -> Agreement:
+    """Run a gate through grouped dynamic inference and compare route, class and MAdds of every image with the table.
+
+    Args:
+        slot: the gate's trial, for messages.
+        supernet: trained and recalibrated.
+        router: the gate.
+        table: of the split that `images` are, in the same order.
+        images: uint8 [N, C, H, W].
+        normalization: what the supernet was trained with.
+        batch_size: images at a time.
+
+    Raises:
+        VerificationError: an image differs and is no numerical tie; the message names images.
+    """
+    device = next(supernet.parameters()).device
+    net = DynamicNet(supernet, router, image_size=images.shape[-1])
+    outputs = [net(normalization.apply(part.to(device))) for part in images.split(batch_size)]
+    routes = torch.cat([output.routes for output in outputs]).cpu().numpy()
+    classes = torch.cat([output.logits.argmax(1) for output in outputs]).cpu().numpy()
+    madds = torch.cat([output.madds for output in outputs]).cpu().numpy()
+    expected = choose_routes(router, table)
+    rows = np.arange(table.num_images)
+    same_route = routes == expected
+    same_class = classes == table.predicted[rows, routes]
+    same_cost = madds == table.madds[routes] + router.decision_madds
+    is_tie = np.where(same_route, table.margin[rows, routes] < CLASS_TIE, _is_route_tie(router, table))
+    is_equal = same_route & same_class
+    wrong = np.flatnonzero((~is_equal & ~is_tie) | ~same_cost)
+    if len(wrong):
+        raise VerificationError(_mismatch(slot, wrong, table, expected, routes))
+    correct = classes == table.labels
+    return Agreement(slot, table.num_images, int((~is_equal).sum()), float(correct.mean()), float(madds.mean() / 1e6))
+
+
+def _is_route_tie(router: GateRouter, table: RoutingTable) -> NDArray[np.bool_]:
+    hidden = torch.from_numpy(table.part("hidden").copy())
+    scores = router.scores(hidden)
+    spread = float(scores.max() - scores.min()) or 1.0
+    return (router.margin(hidden) < ROUTE_TIE * spread).numpy()
+
+
+def _mismatch(
+    slot: int, wrong: NDArray[np.intp], table: RoutingTable, expected: NDArray[np.int64], routes: NDArray[np.int64]
+) -> str:
+    named = "; ".join(
+        f"image {table.image_ids[row]}: table {table.routes[expected[row]]}, ran {table.routes[routes[row]]}" for row in wrong[:MAX_NAMED]
+    )
+    more = f"; and {len(wrong) - MAX_NAMED} more" if len(wrong) > MAX_NAMED else ""
+    return (
+        f"trial-{slot:04d}: {len(wrong)} of {table.num_images} images of {table.split} differ between the routing table and the real "
+        f"run ({named}{more}). The table or the weights were changed; delete the run's table folder and launch again."
+    )
+
+
+@dataclass(frozen=True)
+class DynamicLatency:
+    """Measured latency of the front beside the static extremes: same run, same device, same images."""
+
+    device: str
+    threads: int
+    gates: Mapping[int, Mapping[int, Timing]]
+    """batch size -> slot -> a call's time."""
+    widest: Mapping[int, Timing]
+    cheapest: Mapping[int, Timing]
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-able mapping."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> DynamicLatency:
+        """Rebuild what `to_json` gave."""
+        gates = {int(n): {int(slot): Timing(**item) for slot, item in row.items()} for n, row in data["gates"].items()}
+        widest, cheapest = ({int(n): Timing(**item) for n, item in data[name].items()} for name in ("widest", "cheapest"))
+        return cls(data["device"], data["threads"], gates, widest, cheapest)
+
+
+@torch.inference_mode()
+def time_front(
+    supernet: Supernet, routers: Mapping[int, GateRouter], images: Tensor, normalization: Normalization, settings: LatencySettings
+) -> DynamicLatency:
+    """Time every gate's dynamic network and the static extremes, interleaved, on real images.
+
+    Args:
+        supernet: trained and recalibrated.
+        routers: gates by slot.
+        images: uint8 [N, C, H, W] of the split that is reported: routes depend on the images.
+        normalization: what the supernet was trained with.
+        settings: device, threads, batch sizes, repeats.
+    """
+    device = torch.device(settings.device)
+    supernet = supernet.to(device).eval()
+    order = supernet.subnets.by_madds(images.shape[-1])
+    nets: dict[str, Callable[[Tensor], object]] = {
+        str(slot): DynamicNet(supernet, router, image_size=images.shape[-1]) for slot, router in routers.items()
+    }
+    nets["widest"] = materialize(supernet, supernet.subnets[order[-1]], fold_bn=True)
+    nets["cheapest"] = materialize(supernet, supernet.subnets[order[0]], fold_bn=True)
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else _no_wait
+    timings: dict[int, dict[str, Timing]] = {}
+    threads_before = torch.get_num_threads()
+    torch.set_num_threads(settings.threads)
+    try:
+        for size in settings.batch_sizes:
+            batches = [normalization.apply(part.to(device)) for part in _batches(images, size)]
+            calls = {name: _over(net, batches) for name, net in nets.items()}
+            measured = time_interleaved(calls, repeats=settings.repeats, warmup=settings.warmup, synchronize=synchronize)
+            count = len(batches)
+            timings[size] = {name: Timing(t.median_ms / count, t.iqr_ms / count, t.repeats) for name, t in measured.items()}
+    finally:
+        torch.set_num_threads(threads_before)
+    return DynamicLatency(
+        device_name(device),
+        settings.threads,
+        {size: {slot: row[str(slot)] for slot in routers} for size, row in timings.items()},
+        {size: row["widest"] for size, row in timings.items()},
+        {size: row["cheapest"] for size, row in timings.items()},
+    )
+
+
+def _batches(images: Tensor, size: int) -> list[Tensor]:
+    """Single images: many of them; batches: one, wrapped around where the split is smaller than a batch."""
+    count = SINGLE_IMAGES if size == 1 else 1
+    rows = torch.arange(size * count) % len(images)
+    return list(images[rows].split(size))
+
+
+def _over(net: Callable[[Tensor], object], batches: list[Tensor]) -> Callable[[], object]:
+    def run() -> None:
+        for batch in batches:
+            net(batch)
+
+    return run
+
+
+def _no_wait() -> None:
+    """The CPU has nothing to wait for."""

@@ -1,0 +1,324 @@
+"""The study on disk: an Optuna journal that holds finished trials only, one record each.
+
+A suggestion takes Optuna several records, so that a kill in the middle would leave a trial RUNNING for ever. Here a trial is written when it
+is finished, in slot order, as one line; the trial in slot k is therefore the study's trial number k, and optuna-dashboard opens
+the journal as it is. One process writes (the driver, which holds the run's lock); any number may read meanwhile.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+import optuna
+from optuna.distributions import BaseDistribution
+from optuna.exceptions import ExperimentalWarning
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from dsnet.errors import CheckpointError, ConfigError, NotFoundError, PreflightError
+from search.runner import Scalar, State
+from search.samplers import check_sampler
+from search.space import Space
+
+_IDENTITY_ATTR = "dsnet_study"
+_IDENTITY_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Objective:
+    """One of the metrics that a sweep trades off."""
+
+    name: str
+    goal: Literal["maximize", "minimize"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudySettings:
+    """What the suggestions of a study depend on; fixed when the study is created.
+
+    Attributes:
+        name: of the study, as optuna-dashboard shows it.
+        space: what is varied.
+        objectives: metrics that every trial must return, finite.
+        sampler: one of `search.samplers.KNOWN_SAMPLERS`.
+        seed: of the whole sweep; every slot derives its own (`derive_seed`).
+        cohort: >= 1; trials asked before any of them is told. Independent of the number of workers.
+        startup: see `make_sampler`.
+    """
+
+    name: str
+    space: Space
+    objectives: Sequence[Objective]
+    sampler: str = "tpe"
+    seed: int = 0
+    cohort: int = 8
+    startup: int = 16
+
+    def __post_init__(self) -> None:
+        check_sampler(self.sampler)
+        if self.cohort < 1:
+            raise ConfigError(f"sampler.cohort is {self.cohort}, but must be 1 or more")
+        if not self.objectives:
+            raise ConfigError("metrics: a study needs at least one objective")
+
+    def identity(self) -> dict[str, Any]:
+        """What must not change between two launches on one study, as plain JSON values."""
+        return {
+            "objectives": {objective.name: objective.goal for objective in self.objectives},
+            "space_hash": self.space.hash,
+            "sampler": self.sampler,
+            "startup": self.startup,
+            "cohort": self.cohort,
+            "seed": self.seed,
+        }
+
+
+@dataclass(frozen=True)
+class TrialRecord:
+    """A finished trial, as reports and fronts read it.
+
+    Attributes:
+        slot: its place in the sweep, from 0.
+        number: Optuna's number of it, as optuna-dashboard shows it.
+        state: "complete" or "failed".
+        params: by dotted name.
+        values: the objectives, in the study's order; None where it failed.
+        metrics: everything it returned.
+        reason: why it failed.
+        duration_s: seconds of work.
+        constraints: by name; feasible where <= 0.
+    """
+
+    slot: int
+    number: int
+    state: State
+    params: Mapping[str, Scalar]
+    values: tuple[float, ...] | None
+    metrics: Mapping[str, float]
+    reason: str | None
+    duration_s: float
+    constraints: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """What a sampler proposed for a slot, with the notes it keeps on the trial (a generation, for NSGA-II)."""
+
+    params: Mapping[str, Scalar]
+    distributions: Mapping[str, BaseDistribution]
+    sampler_notes: Mapping[str, Any]
+
+
+class StudyJournal:
+    """The writer's handle on a study."""
+
+    def __init__(self, path: Path, study: optuna.Study) -> None:
+        self._path = path
+        self._study = study
+
+    @classmethod
+    def open(cls, path: Path, settings: StudySettings) -> StudyJournal:
+        """Open the study at `path`, or create it. A torn last record is cut off first.
+
+        Only for the process that holds the run's lock.
+
+        Raises:
+            ConfigError: the study there was made with other settings.
+            CheckpointError: the file is no journal of ours.
+            PreflightError: it cannot be written.
+        """
+        with _writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            repair_journal(path)
+            with _reading(path):
+                storage = JournalStorage(JournalFileBackend(str(path)))
+            study = _load_or_create(storage, settings)
+            _hold_to_identity(study, path, settings)
+        return cls(path, study)
+
+    def trials(self) -> list[FrozenTrial]:
+        """All finished trials in slot order, as Optuna has them. Not copied: do not change them."""
+        return self._study.get_trials(deepcopy=False)
+
+    def records(self) -> list[TrialRecord]:
+        """All finished trials in slot order."""
+        return [record_of(trial) for trial in self.trials()]
+
+    def append(self, suggestion: Suggestion, record: TrialRecord) -> None:
+        """Write a finished trial as one record; it is on disk when this returns.
+
+        Raises:
+            PreflightError: it cannot be written; nothing of the trial is kept, and the next `open` mends the file.
+        """
+        if record.number != record.slot:
+            raise ValueError(
+                f"slot {record.slot} was to be written as trial number {record.number}: slots are written in order"
+            )
+        with _writing(self._path):
+            self._study.add_trial(_frozen(suggestion, record))
+
+
+def load_records(path: Path) -> list[TrialRecord]:
+    """Read a study's finished trials, in slot order. Changes nothing and takes no lock: the driver may be writing meanwhile.
+
+    Raises:
+        NotFoundError: there is no such file.
+        CheckpointError: the file is no journal.
+    """
+    if not path.is_file():
+        raise NotFoundError(f"no study at {path}: its search has not begun")
+    with _reading(path):
+        storage = JournalStorage(JournalFileBackend(str(path)))
+    studies = storage.get_all_studies()
+    if not studies:
+        return []
+    return [record_of(trial) for trial in storage.get_all_trials(studies[0]._study_id, deepcopy=False)]
+
+
+def repair_journal(path: Path) -> int:
+    """Make a journal writable after its writer was killed; only for the process that holds the run's lock.
+
+    A torn last record would make every later write fail, so the file is cut back to its last newline; and a lock that died with its owner
+    would hold up the first write for half a minute.
+
+    Returns:
+        The number of bytes that were cut off.
+    """
+    # Optuna's lock is a symbolic link beside the journal.
+    path.with_name(path.name + ".lock").unlink(missing_ok=True)
+    if not path.exists():
+        return 0
+    with path.open("r+b") as file:
+        size = file.seek(0, os.SEEK_END)
+        whole = _end_of_last_line(file, size)
+        if whole < size:
+            file.truncate(whole)
+            os.fsync(file.fileno())
+    return size - whole
+
+
+def record_of(trial: FrozenTrial) -> TrialRecord:
+    """The plain form of one of our finished trials."""
+    attrs = trial.user_attrs
+    return TrialRecord(
+        slot=attrs["slot"],
+        number=trial.number,
+        state="complete" if trial.state == TrialState.COMPLETE else "failed",
+        params=trial.params,
+        values=None if trial.values is None else tuple(trial.values),
+        metrics=attrs["metrics"],
+        reason=attrs["reason"],
+        duration_s=attrs["duration_s"],
+        constraints=trial.constraints,
+    )
+
+
+@contextmanager
+def quiet_optuna() -> Iterator[None]:
+    """Silence Optuna's INFO lines and its notes about experimental features inside the block only."""
+    verbosity = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)
+            yield
+    finally:
+        optuna.logging.set_verbosity(verbosity)
+
+
+def _frozen(suggestion: Suggestion, record: TrialRecord) -> FrozenTrial:
+    trial = create_trial(
+        state=TrialState.COMPLETE if record.state == "complete" else TrialState.FAIL,
+        values=record.values,
+        params=dict(suggestion.params),
+        distributions=dict(suggestion.distributions),
+        user_attrs={
+            "slot": record.slot,
+            "metrics": dict(record.metrics),
+            "reason": record.reason,
+            "duration_s": record.duration_s,
+        },
+        system_attrs=dict(suggestion.sampler_notes),
+        constraints=dict(record.constraints),
+    )
+    trial.datetime_complete = datetime.now()
+    trial.datetime_start = trial.datetime_complete - timedelta(seconds=record.duration_s)
+    return trial
+
+
+def _load_or_create(storage: JournalStorage, settings: StudySettings) -> optuna.Study:
+    # By what the file holds and not by name: a sweep may be renamed, and a file holds one study.
+    studies = storage.get_all_studies()
+    with quiet_optuna():
+        if studies:
+            return optuna.load_study(study_name=studies[0].study_name, storage=storage)
+        directions = [objective.goal for objective in settings.objectives]
+        return optuna.create_study(study_name=settings.name, storage=storage, directions=directions)
+
+
+def _hold_to_identity(study: optuna.Study, path: Path, settings: StudySettings) -> None:
+    """Compare the settings with those in the study; note them where the study is new (or its creation was cut short)."""
+    noted = study.user_attrs.get(_IDENTITY_ATTR)
+    if noted is None:
+        if study.get_trials(deepcopy=False):
+            raise CheckpointError(
+                f"{path}: holds a study that this program did not write; move it away and launch again"
+            )
+        with quiet_optuna():
+            study.set_metric_names([objective.name for objective in settings.objectives])
+        note = {"version": _IDENTITY_VERSION, "optuna": optuna.__version__, "space": dict(settings.space.written)}
+        study.set_user_attr(_IDENTITY_ATTR, note | settings.identity())
+        return
+    for key, value in settings.identity().items():
+        if noted.get(key) != value:
+            raise ConfigError(
+                f"{path}: this study was made with {key} {noted.get(key)!r}, and now it is {value!r}. Its trials would not fit "
+                "together: restore the setting, or start a new study in another run"
+            )
+
+
+def _end_of_last_line(file: Any, size: int, block: int = 1 << 16) -> int:
+    """The offset behind the last newline of a file, 0 where it has none."""
+    end = size
+    while end > 0:
+        start = max(0, end - block)
+        file.seek(start)
+        newline = file.read(end - start).rfind(b"\n")
+        if newline >= 0:
+            return start + newline + 1
+        end = start
+    return 0
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AssertionError,
+    ) as error:  # what Optuna raises on lines that are no records
+        raise CheckpointError(
+            f"{path}: not a readable Optuna journal ({error}); restore it, or move it away to start anew"
+        ) from error
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise PreflightError(
+            f"cannot write {path}: {reason}. Mend that and launch again: finished trials are kept"
+        ) from error

@@ -1,0 +1,261 @@
+"""The report: offline, escaped, honest about what is missing, small."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from plotly.offline import get_plotlyjs
+
+from dashboards.front import Curve, FrontInfo, FrontPanel, StaticPoint
+from dashboards.headline import Estimate, Headline, Latency, Row, Scores, headline_section, verdict
+from dashboards.report import ReportData, build_report
+from tests.dashboards.samples import make_report
+
+MAX_BYTES = 6_000_000
+EVIL = "<script>alert(1)</script>"
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+FRESH = ReportData(run_name="fresh", status="running", created="now", data_name="digits", model="ds_tiny")
+
+
+class Tags(HTMLParser):
+    """Every start tag of a page, and every attribute that a browser would load from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self.loads: list[tuple[str, str | None]] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.names.append(tag)
+        self.loads += [
+            (k, v) for k, v in attrs if k in ("src", "href", "srcset", "action", "data", "poster", "background")
+        ]
+
+
+def tags(page: str) -> Tags:
+    parser = Tags()
+    parser.feed(page)
+    return parser
+
+
+def own_part(page: str) -> str:
+    """The page without plotly.js, which mentions addresses that none of our charts uses."""
+    assert page.count(get_plotlyjs()) == 1, "plotly.js must be inlined exactly once"
+    return page.replace(get_plotlyjs(), "")
+
+
+def chart_data(page: str) -> dict[str, dict[str, list[dict[str, object]]]]:
+    found = re.findall(r'<script type="application/json" id="chart-([a-z-]+)-data">(.*?)</script>', page, re.S)
+    return {key: json.loads(text) for key, text in found}
+
+
+def test_the_report_refers_to_nothing_outside_itself() -> None:
+    page = build_report(make_report())
+    assert tags(page).loads == []
+    own = own_part(page)
+    assert not re.search(r"https?:|//[a-z0-9-]+\.[a-z]", own)
+    assert not re.search(r"@import|url\(", own)
+    assert not {"link", "img", "iframe", "object", "embed"} & set(tags(page).names)
+
+
+def test_plotlys_button_that_uploads_charts_is_off() -> None:
+    assert 'showSendToCloud: false, plotlyServerURL: ""' in build_report(FRESH)
+
+
+def test_the_report_stays_below_six_megabytes() -> None:
+    assert len(build_report(make_report()).encode("utf-8")) < MAX_BYTES
+
+
+def test_every_figure_of_the_issue_is_in_the_report_with_its_data() -> None:
+    charts = chart_data(build_report(make_report()))
+    assert set(charts) == {"front", "hypervolume", "routes", "routes-by-class", "widths", "training"}
+    assert all(chart["data"] for chart in charts.values())
+
+
+def test_names_from_outside_are_escaped_everywhere() -> None:
+    data = make_report()
+    assert data.front is not None
+    assert data.routes is not None
+    assert data.widths is not None
+    rows = tuple(replace(r, name=EVIL + r.name) for r in data.headline.rows)
+    evil = replace(
+        data,
+        run_name=EVIL,
+        data_name=EVIL,
+        model=EVIL,
+        notes=(EVIL,),
+        commands=((EVIL, EVIL),),
+        versions=((EVIL, EVIL),),
+        headline=replace(data.headline, rows=rows, chosen_split=EVIL, reported_split=EVIL),
+        front=FrontInfo(replace(data.front.chosen, split=EVIL)),
+        routes=replace(data.routes, routes=(EVIL,) * 6, gates=(EVIL,) * len(data.routes.gates)),
+        widths=replace(data.widths, subnets=(EVIL,) * 6, device=EVIL),
+    )
+    page = build_report(evil)
+    assert EVIL not in page
+    assert tags(page).names.count("script") == tags(build_report(data)).names.count("script")
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.text(min_size=1, max_size=30))
+def test_no_run_name_changes_the_structure_of_the_page(name: str) -> None:
+    def structure(run_name: str) -> list[str]:
+        data = replace(FRESH, run_name=run_name, notes=(run_name,), commands=((run_name, run_name),))
+        return tags(build_report(data).replace(get_plotlyjs(), "")).names
+
+    assert structure(name) == structure("x")
+
+
+def test_headline_numbers_stand_beside_their_controls() -> None:
+    latency = Latency(64, 10.0, 20.0, 8.0)
+    chosen = Scores(Estimate(0.97, 0.95, 0.99), 0.4, Estimate(0.02, 0.01, 0.03))
+    reported = Scores(Estimate(0.95, 0.93, 0.97), 0.5, Estimate(0.004, -0.006, 0.014), 0.91, 0.92, 0.99)
+    widest = Scores(Estimate(0.96, 0.94, 0.98), 1.0)
+    headline = Headline(
+        baseline=Row("subnet-05", widest, widest),
+        rows=(Row("trial-0007", chosen, reported, latency, max_route_share=0.61),),
+        knee="trial-0007",
+    )
+    text = headline_section(headline).replace("\N{NO-BREAK SPACE}", " ")
+    for wanted in (
+        "95.0 %",
+        "97.0 % when it was chosen (−2.0 points)",
+        "+0.4 points",
+        "95 %: −0.6 to +1.4, paired",
+        "no difference shown",
+        "50 % below the widest static (1.00 M)",
+        "−1.0 points for the gate",
+        "2.00x",
+        "ceiling 2.50x",
+        "random 91.0",
+        "cascade 92.0",
+        "oracle 99.0",
+        "largest route 61 %",
+    ):
+        assert wanted in text
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "text"),
+    [
+        (0.01, 0.02, "better than the static line"),
+        (-0.02, -0.01, "worse than the static line"),
+        (-0.01, 0.01, "no difference shown"),
+        (0.0, 0.0, "no difference shown"),
+    ],
+)
+def test_the_verdict_needs_an_interval_that_excludes_zero(low: float, high: float, text: str) -> None:
+    assert verdict(Estimate((low + high) / 2, low, high)) == text
+
+
+def test_an_unverified_run_says_so_and_claims_no_test_number() -> None:
+    page = own_part(build_report(make_report(is_verified=False)))
+    assert "Not verified yet: every accuracy is from val" in page
+    assert "not verified yet</span>" in page
+    assert "Top-1 on val, knee" in page
+    assert "Top-1 on test" not in page
+
+
+def test_numbers_of_two_splits_are_never_subtracted() -> None:
+    data = make_report()
+    assert data.headline.baseline is not None
+    headline = replace(data.headline, baseline=replace(data.headline.baseline, reported=None))
+    assert "no static baseline on this split" in headline_section(headline)
+
+
+def test_a_test_split_read_twice_is_a_warning() -> None:
+    assert "test was read 3 times" in build_report(replace(make_report(), num_test_openings=3))
+    assert "was read" not in own_part(build_report(make_report()))
+
+
+def test_collapsed_gates_are_marked_and_counted() -> None:
+    data = make_report()
+    rows = (replace(data.headline.rows[0], is_collapsed=True), *data.headline.rows[1:])
+    page = build_report(replace(data, headline=replace(data.headline, rows=rows)))
+    assert f"1 of {len(rows)} gates on the front collapsed" in page
+    assert '<span class="badge bad">collapsed</span>' in page
+
+
+def test_a_run_with_nothing_done_yet_reports_each_missing_piece() -> None:
+    page = own_part(build_report(FRESH))
+    assert chart_data(page) == {}
+    for wanted in (
+        "No gate on the front yet",
+        "Nothing searched yet",
+        "No trial has finished yet",
+        "No training curve",
+    ):
+        assert wanted in page
+
+
+def test_a_run_whose_trials_all_failed_says_so() -> None:
+    page = build_report(replace(FRESH, num_failed=3))
+    assert "No trial completed; 3 trials failed." in page
+
+
+@pytest.mark.parametrize("field", ["front", "hypervolume", "routes", "widths", "training"])
+def test_any_single_piece_may_be_missing(field: str) -> None:
+    missing = replace(make_report(), **{field: None})  # type: ignore[arg-type]
+    assert not any(key.startswith(field) for key in chart_data(build_report(missing)))
+
+
+def test_a_single_subnet_without_gates_is_reported() -> None:
+    panel = FrontPanel("val", 9, (StaticPoint("only", 1.0, 0.9),), Curve((1.0,), (0.9,)), ())
+    baseline = Row("only", Scores(Estimate(0.9, 0.8, 1.0), 1.0), latency=Latency(1, 2.0, 2.0, 2.0))
+    page = build_report(replace(FRESH, front=FrontInfo(panel), headline=Headline(baseline)))
+    assert "No gate on the front yet." in page
+    assert "widest static" in page
+    assert set(chart_data(page)) == {"front"}
+
+
+def test_the_table_of_subnets_ends_with_what_the_widest_costs_over_the_cheapest() -> None:
+    page = build_report(make_report())
+    row = re.search(r"<td>widest / cheapest</td>(.*?)</tr>", page)
+    assert row is not None
+    assert re.findall(r"[\d.]+x", row.group(1)) == ["4.86x", "2.76x", "1.47x", "3.20x"]
+
+
+def test_resume_command_and_versions_are_in_the_report() -> None:
+    page = build_report(make_report())
+    assert "<pre>dsnet-orch launch examples/digits.yaml</pre>" in page
+    assert "<dt>torch</dt><dd>2.13.0+cpu</dd>" in page
+
+
+PROBE = """<script>
+const seen = document.documentElement.dataset; seen.violations = 0; seen.errors = 0;
+document.addEventListener("securitypolicyviolation", () => { seen.violations++; });
+addEventListener("error", () => { seen.errors++; });
+addEventListener("load", () => {
+  seen.drawn = document.querySelectorAll(".chart .plot-container").length;
+  seen.requests = performance.getEntriesByType("resource").length;
+  seen.overflow = document.documentElement.scrollWidth - innerWidth;
+});
+</script><style>"""
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
+@pytest.mark.parametrize("width_px", [1280, 800, 500])
+def test_chromium_without_a_network_draws_every_chart(tmp_path: Path, width_px: int) -> None:
+    page = tmp_path / "report.html"
+    page.write_text(build_report(make_report()).replace("<style>", PROBE, 1), encoding="utf-8")
+    options = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+    command = [str(CHROMIUM), *options.split(), "--disable-component-update", "--disable-sync", "--hide-scrollbars"]
+    command += [
+        f"--user-data-dir={tmp_path / 'profile'}",
+        f"--window-size={width_px},900",
+        "--virtual-time-budget=5000",
+    ]
+    command += ["--proxy-server=http://127.0.0.1:9", "--host-resolver-rules=MAP * ~NOTFOUND", "--dump-dom"]
+    dom = subprocess.run([*command, page.as_uri()], capture_output=True, text=True, timeout=120, check=True).stdout
+    seen = dict(re.findall(r'data-(\w+)="(-?\d+)"', dom[: dom.index("<head>")]))
+    assert seen == {"violations": "0", "errors": "0", "drawn": "6", "requests": "0", "overflow": "0"}

@@ -1,0 +1,89 @@
+"""Loading by name, and the embedded digits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sklearn import datasets
+
+from dsnet.data import ImageSet, data_set_names, load_images, register_data_set
+from dsnet.errors import ConfigError, DataError
+
+
+def test_digits_are_the_scans_scaled_to_bytes() -> None:
+    digits = load_images("digits")
+    scans = datasets.load_digits()
+    assert digits.image_shape == (1, 8, 8)
+    assert digits.num_images == 1797
+    assert digits.class_names == tuple("0123456789")
+    assert digits.official_test is None
+    assert np.array_equal(digits.labels.numpy(), scans.target)
+    assert np.allclose(digits.images[:, 0].numpy() / 255 * 16, scans.images, atol=0.04)
+    assert (int(digits.images.min()), int(digits.images.max())) == (0, 255)
+
+
+def test_two_loads_of_digits_have_one_fingerprint() -> None:
+    assert load_images("digits").fingerprint == load_images("digits").fingerprint
+
+
+def test_digits_are_resized_on_demand() -> None:
+    resized = load_images("digits", image_size=16)
+    assert resized.image_shape == (1, 16, 16)
+    assert resized.images.dtype == torch.uint8
+    assert load_images("digits", image_size=8).fingerprint == load_images("digits").fingerprint
+
+
+def test_digits_refuse_a_path_that_they_would_ignore(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"embedded: remove data\.path"):
+        load_images("digits", tmp_path)
+
+
+def test_an_unknown_name_gets_a_suggestion_and_the_known_names() -> None:
+    with pytest.raises(ConfigError, match=r"unknown data set 'cifar01'; did you mean 'cifar10'.*digits.*image_folder"):
+        load_images("cifar01")
+
+
+def test_a_name_like_no_other_gets_the_known_names() -> None:
+    with pytest.raises(ConfigError, match="unknown data set 'zzz'; known: cifar10, digits, image_folder"):
+        load_images("zzz")
+
+
+@pytest.mark.parametrize("image_size", [0, 7, 513, -8])
+def test_an_image_size_out_of_range_is_refused(image_size: int) -> None:
+    with pytest.raises(ConfigError, match=r"must be 8\.\.512"):
+        load_images("digits", image_size=image_size)
+
+
+def test_a_taken_name_cannot_be_registered_again() -> None:
+    def load(_path: str | Path | None, _image_size: int | None) -> ImageSet:
+        return load_images("digits")
+
+    with pytest.raises(ConfigError, match="'digits' is registered already"):
+        register_data_set("digits", load)
+    assert data_set_names() == ("cifar10", "digits", "image_folder")
+
+
+@pytest.mark.parametrize("name", ["cifar10", "image_folder"])
+class TestWhereTheDataLies:
+    def test_without_path_and_variable_both_ways_out_are_named(
+        self, name: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.delenv("DSNET_DATA", raising=False)
+        with pytest.raises(DataError, match=f"{name}.*data.path.*DSNET_DATA"):
+            load_images(name, image_size=32)
+
+    def test_a_missing_folder_is_named_with_where_it_was_configured(
+        self, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("DSNET_DATA", str(tmp_path / "gone"))
+        with pytest.raises(DataError, match=r"gone .from the environment variable DSNET_DATA. does not exist"):
+            load_images(name, image_size=32)
+        with pytest.raises(DataError, match=r"elsewhere .from data\.path. does not exist"):
+            load_images(name, tmp_path / "elsewhere", image_size=32)
+
+    def test_an_empty_folder_is_refused(self, name: str, tmp_path: Path) -> None:
+        with pytest.raises(DataError, match=str(tmp_path)):
+            load_images(name, tmp_path, image_size=32)

@@ -1,0 +1,438 @@
+"""The configuration objects: ranges, rules between settings, distributions, YAML and JSON Schema, stage subsets."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import subprocess
+import sys
+from typing import Any
+
+import jsonschema
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import BaseModel, ValidationError
+
+from dsnet.errors import ConfigError
+from orchestration.config import (
+    NAME_PATTERN,
+    GateConfig,
+    MeasureConfig,
+    SweepConfig,
+    config_warnings,
+    json_schema,
+    known_fields,
+    section_class,
+    stage_subset,
+    sweepable_keys,
+    to_yaml,
+)
+from orchestration.distribution import Distribution
+from orchestration.yaml_source import parse_yaml
+
+MINIMAL: dict[str, Any] = {
+    "version": 1,
+    "name": "tiny",
+    "data": {"name": "digits"},
+    "supernet": {"model": "ds_tiny"},
+}
+
+
+def build(**sections: Any) -> SweepConfig:
+    return SweepConfig.model_validate({**MINIMAL, **sections})
+
+
+# Strategies for whole configurations: every section partly filled, all values legal.
+TEXT = st.text(st.characters(exclude_categories=["C", "Z"]), min_size=1, max_size=12)
+SHARE = st.floats(0, 1)
+POSITIVE = st.floats(1e-9, 1e9)
+COUNT = st.integers(1, 10_000)
+SIZES = st.sets(st.integers(2, 512), max_size=5).map(lambda sizes: [1, *sorted(sizes)])
+SPACE_ENTRIES = st.fixed_dictionaries(
+    {"gate.target": st.tuples(st.floats(0, 0.4), st.floats(0.5, 1)).map(lambda ends: {"uniform": list(ends)})},
+    optional={
+        "gate.sgs.strategy": st.sampled_from([{"choice": ["try_best", "give_up"]}, "give_up"]),
+        "gate.optimizer.lr": st.tuples(st.floats(1e-6, 0.1), st.floats(0.2, 1)).map(lambda e: {"loguniform": list(e)}),
+        "gate.optimizer.steps": st.sampled_from([{"int": [10, 50, 20]}, {"choice": [5, 50]}, 12]),
+        "gate.losses.cls": st.just({"step": [0.0, 1.0, 0.25]}),
+    },
+)
+OPTIONS = st.dictionaries(
+    TEXT, st.one_of(st.booleans(), st.integers(), SHARE, TEXT, st.lists(COUNT, max_size=3)), max_size=3
+)
+CONFIGS = st.fixed_dictionaries(
+    {
+        "version": st.just(1),
+        "name": st.from_regex(NAME_PATTERN.replace("$", r"\Z"), fullmatch=True),
+        "data": st.fixed_dictionaries(
+            {"name": st.just("cifar10")},
+            optional={
+                "path": st.one_of(st.none(), TEXT),
+                "limit": COUNT,
+                "splits": st.fixed_dictionaries(
+                    {}, optional={"train": COUNT, "val": st.floats(0.1, 0.4), "test": st.none()}
+                ),
+            },
+        ),
+        "supernet": st.fixed_dictionaries(
+            {"model": TEXT},
+            optional={
+                "options": OPTIONS,
+                "train": st.fixed_dictionaries({}, optional={"lr": POSITIVE, "epochs": COUNT, "grad_clip": POSITIVE}),
+                "device": st.sampled_from(["auto", "cpu", "cuda"]),
+            },
+        ),
+    },
+    optional={
+        "seed": st.integers(0, 2**32 - 1),
+        "space": SPACE_ENTRIES,
+        "gate": st.fixed_dictionaries(
+            {}, optional={"target": SHARE, "temperature": st.fixed_dictionaries({"end": POSITIVE})}
+        ),
+        "measure": st.fixed_dictionaries({"batch_sizes": SIZES, "group_sizes": SIZES}),
+        "tracking": st.fixed_dictionaries({"uri": st.one_of(st.none(), TEXT), "mlflow": st.booleans()}),
+        "export": st.fixed_dictionaries({"picks": st.lists(TEXT, min_size=1, max_size=3)}),
+        "presets": st.dictionaries(TEXT, st.just({"budget": {"trials": 3}}), max_size=2),
+    },
+).map(SweepConfig.model_validate)
+
+
+@settings(max_examples=60, deadline=None)
+@given(CONFIGS)
+def test_config_to_yaml_to_config_is_identity(config: SweepConfig) -> None:
+    assert SweepConfig.model_validate(parse_yaml(to_yaml(config), "resolved").data) == config
+
+
+@settings(max_examples=20, deadline=None)
+@given(CONFIGS)
+def test_every_valid_config_satisfies_the_json_schema(config: SweepConfig) -> None:
+    jsonschema.validate(json.loads(config.model_dump_json()), json_schema())
+
+
+def test_resolved_yaml_names_every_setting() -> None:
+    data = parse_yaml(to_yaml(build()), "resolved").data
+
+    def lookup(dotted: str) -> object:
+        found: Any = data
+        for key in dotted.split("."):
+            found = found[key]
+        return found
+
+    for dotted in known_fields():
+        if dotted != "presets":
+            lookup(dotted)
+
+
+def test_only_four_keys_have_no_default() -> None:
+    required = {
+        dotted
+        for dotted, field in known_fields().items()
+        if field.is_required() and not section_class(field.annotation)
+    }
+    assert required == {"version", "name", "data.name", "supernet.model"}
+
+
+def test_config_is_frozen_and_travels_between_processes() -> None:
+    config = build()
+    with pytest.raises(ValidationError, match="frozen"):
+        config.seed = 3
+    assert pickle.loads(pickle.dumps(config)) == config  # noqa: S301
+
+
+def test_importing_the_configuration_imports_no_heavy_library() -> None:
+    code = (
+        "import sys, orchestration.config_loading;"
+        "print(sorted({'torch', 'ray', 'mlflow', 'optuna', 'pandas', 'plotly'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_every_setting_is_described_for_the_editor() -> None:
+    described = {dotted for dotted, field in known_fields().items() if field.description}
+    assert {dotted for dotted, field in known_fields().items() if not section_class(field.annotation)} <= described
+
+
+@pytest.mark.parametrize(
+    ("sections", "where"),
+    [
+        ({"seed": -1}, ("seed",)),
+        ({"seed": 2**32}, ("seed",)),
+        ({"seed": True}, ("seed",)),
+        ({"version": True}, ("version",)),
+        ({"version": 1.0}, ("version",)),
+        ({"data": {"name": "digits", "image_size": 7}}, ("data", "image_size")),
+        ({"data": {"name": "digits", "limit": 0}}, ("data", "limit")),
+        ({"data": {"name": "digits", "splits": {"val": 1.0}}}, ("data", "splits", "val")),
+        ({"data": {"name": "digits", "splits": {"val": True}}}, ("data", "splits", "val")),
+        ({"data": {"name": "digits", "splits": {"val": 0}}}, ("data", "splits", "val")),
+        ({"supernet": {"model": "m", "train": {"epochs": 0}}}, ("supernet", "train", "epochs")),
+        ({"supernet": {"model": "m", "train": {"epochs": 3.0}}}, ("supernet", "train", "epochs")),
+        ({"supernet": {"model": "m", "train": {"lr": 0}}}, ("supernet", "train", "lr")),
+        ({"supernet": {"model": "m", "train": {"lr": float("nan")}}}, ("supernet", "train", "lr")),
+        ({"supernet": {"model": "m", "train": {"lr": float("inf")}}}, ("supernet", "train", "lr")),
+        ({"supernet": {"model": "m", "train": {"momentum": 1.0}}}, ("supernet", "train", "momentum")),
+        ({"supernet": {"model": "m", "bootstrapping": {"ema_decay": 1}}}, ("supernet", "bootstrapping", "ema_decay")),
+        ({"supernet": {"model": ""}}, ("supernet", "model")),
+        ({"gate": {"target": 1.01}}, ("gate", "target")),
+        ({"gate": {"sgs": {"t_easy": -0.1}}}, ("gate", "sgs", "t_easy")),
+        ({"gate": {"routing": {"stride": 0}}}, ("gate", "routing", "stride")),
+        ({"gate": {"temperature": {"end": 0}}}, ("gate", "temperature", "end")),
+        ({"budget": {"trials": 0}}, ("budget", "trials")),
+        ({"budget": {"max_failed": 1.5}}, ("budget", "max_failed")),
+        ({"sampler": {"startup": -1}}, ("sampler", "startup")),
+        ({"sampler": {"cohort": 0}}, ("sampler", "cohort")),
+        ({"trial": {"timeout_s": 0}}, ("trial", "timeout_s")),
+        ({"trial": {"retries": -1}}, ("trial", "retries")),
+        ({"measure": {"batch_sizes": []}}, ("measure", "batch_sizes")),
+        ({"ray": {"object_store_mib": 74}}, ("ray", "object_store_mib")),
+        ({"storage": {"runs": "a\x00b"}}, ("storage", "runs")),
+        ({"export": {"picks": []}}, ("export", "picks")),
+        ({"space": {}}, ("space",)),
+        ({"metrics": [{"name": "top1", "goal": "maximize"}]}, ("metrics",)),
+    ],
+)
+def test_values_out_of_range_are_refused_at_construction(sections: dict[str, Any], where: tuple[str, ...]) -> None:
+    with pytest.raises(ValidationError) as caught:
+        build(**sections)
+    assert [error["loc"] for error in caught.value.errors()] == [where]
+
+
+@pytest.mark.parametrize("name", ["a/b", ".hidden", "", "a b", "x" * 65, "line\n", "é", ".."])
+def test_names_that_make_no_folder_are_refused(name: str) -> None:
+    with pytest.raises(ValidationError, match="name"):
+        build(name=name)
+
+
+@pytest.mark.parametrize("name", ["a", "digits", "A-b_c.1", "x" * 64, "-dash"])
+def test_names_that_make_a_folder_are_accepted(name: str) -> None:
+    assert build(name=name).name == name
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"data": {"name": "image_folder"}}, "image_size: an image folder needs it"),
+        ({"data": {"name": "digits", "path": "x"}}, "takes no folder; remove 'x'"),
+        ({"data": {"name": "digits", "splits": {"train": 0.9, "gate": 0.2}}}, "train 0.9 \\+ gate 0.2 = 1.1"),
+        (
+            {"supernet": {"model": "m", "train": {"epochs": 2, "warmup_epochs": 3}}},
+            "3 epochs of warm-up do not fit into 2",
+        ),
+        ({"supernet": {"model": "m", "bootstrapping": {"mode": "ieb", "num_random": 0}}}, "needs at least 1"),
+        ({"gate": {"routing": {"first": 3, "last": 2}}}, "3 lies behind gate.routing.last 2"),
+        ({"gate": {"losses": {"cls": 0, "sgs": 0, "complexity": 0}}}, "would learn nothing"),
+        ({"measure": {"batch_sizes": [4, 2]}}, r"got \[4, 2\], write \[2, 4\]"),
+        ({"measure": {"group_sizes": [1, 2, 2]}}, r"got \[1, 2, 2\], write \[1, 2\]"),
+        ({"measure": {"group_sizes": [2, 4]}}, "must start at 1"),
+        ({"space": {"gate.lr": 0.1}}, "cannot be swept; did you mean 'gate.optimizer.lr'"),
+        ({"space": {"gate.targt": 0.1}}, "cannot be swept; did you mean 'gate.target'"),
+        ({"space": {"supernet.train.lr": 0.1}}, "cannot be swept"),
+        ({"space": {"gate.sgs": 0.1}}, "cannot be swept"),
+        ({"space": {"gate.target": {"uniform": [0.5, 1.5]}}}, "holds 1.5, but gate.target must be at most 1"),
+        ({"space": {"gate.target": {"uniform": [-0.5, 0.5]}}}, "holds -0.5, but gate.target must be at least 0"),
+        ({"space": {"gate.target": 2}}, "holds 2, but gate.target must be at most 1"),
+        ({"space": {"gate.target": {"choice": [0.1, "half"]}}}, "holds 'half', but gate.target must be a number"),
+        ({"space": {"gate.optimizer.steps": {"uniform": [1, 9]}}}, "takes whole numbers; write {int"),
+        (
+            {"space": {"gate.sgs.strategy": {"choice": ["try_best", "giveup"]}}},
+            "holds 'giveup'.*'try_best' or 'give_up'",
+        ),
+        (
+            {"space": {"gate.routing.first": {"int": [0, 4]}, "gate.routing.last": {"int": [3, 6]}}},
+            "no route would be left",
+        ),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(sections: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        build(**sections)
+
+
+@pytest.mark.parametrize(
+    ("metrics", "message"),
+    [
+        ([("top1", "maximize"), ("top5", "maximize")], "one metric to maximize and one to minimize"),
+        ([("madds_m", "minimize"), ("latency_ms", "minimize")], "one metric to maximize and one to minimize"),
+        ([("top1", "minimize"), ("madds_m", "minimize")], "top1 is a metric to maximize"),
+        ([("top1", "maximize"), ("madds", "minimize")], "unknown metric 'madds'; did you mean 'madds_m'"),
+    ],
+)
+def test_objectives_are_one_known_gain_and_one_known_cost(metrics: list[tuple[str, str]], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        build(metrics=[{"name": name, "goal": goal} for name, goal in metrics])
+
+
+def test_reference_accuracy_is_a_fraction() -> None:
+    with pytest.raises(ValidationError, match="fraction from 0 to 1; got 70"):
+        build(metrics=[{"name": "top1", "goal": "maximize", "ref": 70}, {"name": "madds_m", "goal": "minimize"}])
+
+
+@pytest.mark.parametrize("key", sweepable_keys())
+def test_every_gate_setting_can_be_fixed_to_its_default_in_the_space(key: str) -> None:
+    value: Any = GateConfig()
+    for part in key.split(".")[1:]:
+        value = getattr(value, part)
+    config = build(space={key: value})
+    assert config.space[key] == Distribution("fixed", (value,))
+    assert config.gate.with_params({key: value}) == GateConfig()
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        ({"uniform": [0.9, 0.05]}, r"uniform range \[0.9, 0.05\] is the wrong way round; write \[0.05, 0.9\]"),
+        ({"int": [9, 1, 2]}, r"int range \[9, 1, 2\] is the wrong way round; write \[1, 9, 2\]"),
+        ({"uniform": [0.5, 0.5]}, "has one value only; to fix it, write 0.5"),
+        ({"loguniform": [0, 1]}, "must start above 0"),
+        ({"loguniform": [-1.0, 1.0]}, "must start above 0"),
+        ({"uniform": [0, 1, 2]}, r"written uniform: \[low, high\]"),
+        ({"uniform": 3}, r"written uniform: \[low, high\]; got 3"),
+        ({"uniform": ["a", 1]}, "takes numbers; got 'a'"),
+        ({"uniform": [False, True]}, "takes numbers; got false"),
+        ({"uniform": [0, float("inf")]}, "takes numbers; got inf"),
+        ({"int": [0.5, 2]}, "takes whole numbers; got 0.5"),
+        ({"int": [0, 5, 2]}, "does not reach its end 5 in steps of 2"),
+        ({"int": [0, 5, 0]}, "needs a step above 0"),
+        ({"step": [0, 1]}, r"written step: \[low, high, step\]"),
+        ({"step": [0.0, 1.0, 0.3]}, "does not reach its end 1.0"),
+        ({"step": [0.0, 1.0, 2.0]}, "does not reach its end 1.0"),
+        ({"choice": []}, "nothing to choose from"),
+        ({"choice": ["a", "b", "a"]}, "names 'a' twice"),
+        ({"choice": [[1], [2]]}, r"must be a number, text, true or false; got \[1\]"),
+        ({"unifrom": [0, 1]}, "unknown distribution 'unifrom'; did you mean 'uniform'"),
+        ({"fixed": [1]}, "unknown distribution 'fixed'"),
+        ({"uniform": [0, 1], "int": [0, 1]}, "expected a distribution"),
+        ({}, "expected a distribution"),
+        (None, "expected a distribution"),
+        ([0, 1], "expected a distribution"),
+    ],
+)
+def test_malformed_distributions_say_how_to_write_them(written: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Distribution.parse(written)
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        {"uniform": [0.0, 1.0]},
+        {"step": [0.0, 0.3, 0.1]},
+        {"int": [0, 3]},
+        {"int": [1, 9, 4]},
+        {"choice": [1, 1.0, True, "1"]},
+        3,
+        "x",
+    ],
+)
+def test_distributions_are_written_as_they_were_read(written: object) -> None:
+    assert Distribution.parse(written).written() == written
+
+
+def test_real_ranges_hold_floats_even_where_whole_numbers_were_written() -> None:
+    assert [type(value) for value in Distribution.parse({"uniform": [0, 1]}).values] == [float, float]
+
+
+def test_trial_gate_takes_dotted_parameters_and_keeps_the_rest() -> None:
+    gate = GateConfig().with_params({"gate.target": 0.3, "gate.routing.stride": 2, "gate.sgs.strategy": "give_up"})
+    assert (gate.target, gate.routing.stride, gate.sgs.strategy) == (0.3, 2, "give_up")
+    assert gate.optimizer == GateConfig().optimizer
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"gate.target": 2.0}, "gate.target must be at most 1; got 2.0"),
+        ({"gate.sgs.typo": 1}, "there is no gate.sgs.typo"),
+        ({"gate.routing.first": 5, "gate.routing.last": 2}, "5 lies behind gate.routing.last 2"),
+    ],
+)
+def test_trial_gate_refuses_what_does_not_fit(params: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        GateConfig().with_params(params)
+
+
+STAGES = ("supernet", "measure", "table", "search", "verify")
+
+
+@pytest.mark.parametrize(
+    ("change", "stages"),
+    [
+        ({"name": "other"}, set()),
+        ({"seed": 5}, {"supernet", "search"}),
+        ({"data": {"name": "cifar10"}}, {"supernet"}),
+        ({"data": {"name": "digits", "limit": 9}}, {"supernet"}),
+        ({"supernet": {"model": "other"}}, {"supernet"}),
+        ({"supernet": {"model": "ds_tiny", "weights": "student"}}, {"supernet"}),
+        ({"supernet": {"model": "ds_tiny", "train": {"lr": 0.2}}}, {"supernet"}),
+        ({"supernet": {"model": "ds_tiny", "train": {"checkpoint_every": 9}}}, set()),
+        ({"supernet": {"model": "ds_tiny", "keep_checkpoints": 9}}, set()),
+        ({"supernet": {"model": "ds_tiny", "workers": 2, "threads": 1, "device": "cpu"}}, set()),
+        ({"gate": {"target": 0.4}}, {"search"}),
+        ({"space": {"gate.target": 0.4}}, {"search"}),
+        ({"sampler": {"cohort": 4}}, {"search"}),
+        ({"metrics": [{"name": "top5", "goal": "maximize"}, {"name": "madds_m", "goal": "minimize"}]}, {"search"}),
+        ({"measure": {"repeats": 3}}, {"measure", "verify"}),
+        ({"budget": {"trials": 3}}, set()),
+        ({"trial": {"timeout_s": 3}}, set()),
+        ({"ray": {"num_cpus": 3}}, set()),
+        ({"storage": {"runs": "elsewhere"}}, set()),
+        ({"tracking": {"mlflow": False}}, set()),
+        ({"export": {"picks": ["all"]}}, set()),
+        ({"presets": {"a": {}}}, set()),
+    ],
+)
+def test_a_setting_enters_the_keys_of_just_the_stages_it_changes(change: dict[str, Any], stages: set[str]) -> None:
+    before, after = build(), build(**change)
+    assert {stage for stage in STAGES if stage_subset(before, stage) != stage_subset(after, stage)} == stages  # type: ignore[arg-type]
+
+
+def test_moving_the_data_folder_changes_no_stage() -> None:
+    here = build(data={"name": "cifar10", "path": "here"})
+    there = build(data={"name": "cifar10", "path": "there"})
+    assert all(stage_subset(here, stage) == stage_subset(there, stage) for stage in STAGES)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_stage_subsets_are_json(stage: Any) -> None:
+    subset = stage_subset(build(), stage)
+    assert json.loads(json.dumps(subset, allow_nan=False)) == subset
+
+
+def test_an_unknown_stage_is_a_programming_error() -> None:
+    with pytest.raises(ValueError, match="unknown stage 'train'; known: supernet, measure"):
+        stage_subset(build(), "train")  # type: ignore[arg-type]
+
+
+def test_json_schema_refuses_what_the_models_refuse() -> None:
+    schema = json_schema()
+    jsonschema.Draft202012Validator.check_schema(schema)
+    for bad in (
+        {"seed": -1},
+        {"extra": 1},
+        {"gate": {"target": 2}},
+        {"version": 2},
+        {"space": {"gate.target": {"unifrm": [0, 1]}}},
+    ):
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate({**MINIMAL, **bad}, schema)
+
+
+def test_json_schema_describes_settings_for_the_editor() -> None:
+    train = json_schema()["$defs"]["TrainConfig"]["properties"]
+    assert "Peak learning rate" in train["lr"]["description"]
+
+
+def test_suspicious_but_legal_settings_are_warned_about() -> None:
+    assert config_warnings(build()) == []
+    few = build(budget={"trials": 8}, sampler={"startup": 16})
+    assert config_warnings(few) == ["sampler.startup 16 is not below budget.trials 8: all trials will be random"]
+    assert "fixed values only" in config_warnings(build(space={"gate.target": 0.5}))[0]
+    assert config_warnings(build(budget={"trials": 8}, sampler={"name": "random"})) == []
+
+
+def test_sections_can_be_built_by_keyword_in_python() -> None:
+    measure = MeasureConfig(batch_sizes=(1, 2), group_sizes=(1, 4))
+    assert isinstance(measure, BaseModel)
+    assert measure.group_sizes == (1, 4)
