@@ -12,7 +12,16 @@ setup(
     long_description_content_type="text/markdown",
     python_requires=">=3.11",
     packages=find_packages(
-        include=["dsnet", "dsnet.*", "search", "search.*", "orchestration", "orchestration.*", "dashboards", "dashboards.*"]
+        include=[
+            "dsnet",
+            "dsnet.*",
+            "search",
+            "search.*",
+            "orchestration",
+            "orchestration.*",
+            "dashboards",
+            "dashboards.*",
+        ]
     ),
     install_requires=[
         "torch>=2.6",
@@ -33,6 +42,7 @@ setup(
         "moocore>=0.1.7",
     ],
     extras_require={
+        "images": ["kaleido>=1.0"],
         "test": ["pytest>=8.0", "pytest-timeout>=2.3", "hypothesis>=6.100"],
         "check": ["ruff>=0.6", "mypy>=1.11", "import-linter>=2.1"],
     },

@@ -5,6 +5,7 @@ Accuracies are fractions in the data and percent on the page, costs are millions
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from html import escape
 from typing import Final
@@ -16,7 +17,7 @@ NOT_VERIFIED: Final = "not verified yet"
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value with its 95 % bootstrap interval over images; fractions."""
+    """A value with its 95 % bootstrap interval over images; fractions. NaN bounds: no interval computed yet."""
 
     value: float
     low: float
@@ -130,10 +131,14 @@ def _card(name: str, value: str, beside: list[str]) -> str:
 
 
 def _interval(estimate: Estimate) -> str:
+    if math.isnan(estimate.low):
+        return "no interval yet"
     return f"{100 * estimate.low:.1f} to {100 * estimate.high:.1f}"
 
 
 def _signed_interval(estimate: Estimate) -> str:
+    if math.isnan(estimate.low):
+        return "no interval yet"
     return f"{signed(100 * estimate.low)} to {signed(100 * estimate.high)}"
 
 

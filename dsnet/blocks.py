@@ -27,7 +27,9 @@ class BlockShape:
 class SeparableBlock(nn.Module):
     """dw3x3 -> BN -> Swish -> attention | pw1x1 -> BN -> Swish (METHODS 2); `|` is where a gate may decide the pointwise width."""
 
-    def __init__(self, shape: BlockShape, subnets: tuple[Subnet, ...], widths: tuple[int, ...], generator: torch.Generator) -> None:
+    def __init__(
+        self, shape: BlockShape, subnets: tuple[Subnet, ...], widths: tuple[int, ...], generator: torch.Generator
+    ) -> None:
         super().__init__()
         self.shape = shape
         max_in, max_out = widths[shape.in_group], widths[shape.out_group]

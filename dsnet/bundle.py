@@ -21,7 +21,7 @@ from dsnet.data.normalization import Normalization
 from dsnet.dynamic import DynamicNet
 from dsnet.errors import CheckpointError, DsnetError, VerificationError
 from dsnet.families import rebuild
-from dsnet.files import file_sha256, read_json, write_json
+from dsnet.files import atomic_write_json, file_sha256, read_json
 from dsnet.routers import GateRouter, Router, router_from_arrays
 from dsnet.space import SubnetSet, SupernetSpec
 from dsnet.supernet import Supernet, restrict, state_for_saving
@@ -149,7 +149,7 @@ def save_bundle(
         "claims": dict(claims),
         "files": files,
     }
-    write_json(draft / MANIFEST, manifest)
+    atomic_write_json(draft / MANIFEST, manifest)
     _swap(draft, folder)
 
 
@@ -161,7 +161,9 @@ def _swap(draft: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def load_bundle(path: str | Path, *, device: torch.device | str = "cpu", cut_weights: bool = True, fold_bn: bool = True) -> Bundle:
+def load_bundle(
+    path: str | Path, *, device: torch.device | str = "cpu", cut_weights: bool = True, fold_bn: bool = True
+) -> Bundle:
     """Read a bundle; every file is checked against its hash, and nothing of it is executed or unpickled.
 
     Args:
@@ -175,7 +177,9 @@ def load_bundle(path: str | Path, *, device: torch.device | str = "cpu", cut_wei
     """
     path = Path(path)
     if not (path / MANIFEST).is_file():
-        raise CheckpointError(f"{path}: no bundle here (no {MANIFEST}); make one with `dsnet-orch export RUN --pick knee`")
+        raise CheckpointError(
+            f"{path}: no bundle here (no {MANIFEST}); make one with `dsnet-orch export RUN --pick knee`"
+        )
     manifest = read_json(path / MANIFEST)
     if manifest.get("kind") != "dsnet-bundle" or manifest.get("schema_version") != SCHEMA_VERSION:
         raise CheckpointError(
@@ -185,10 +189,14 @@ def load_bundle(path: str | Path, *, device: torch.device | str = "cpu", cut_wei
     try:
         return _assemble(path, manifest, device, cut_weights, fold_bn)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{path / MANIFEST}: incomplete or inconsistent ({type(error).__name__}: {error}); export it again") from error
+        raise CheckpointError(
+            f"{path / MANIFEST}: incomplete or inconsistent ({type(error).__name__}: {error}); export it again"
+        ) from error
 
 
-def _assemble(path: Path, manifest: Mapping[str, Any], device: torch.device | str, cut_weights: bool, fold_bn: bool) -> Bundle:
+def _assemble(
+    path: Path, manifest: Mapping[str, Any], device: torch.device | str, cut_weights: bool, fold_bn: bool
+) -> Bundle:
     weights = load_tensors(path / "weights.safetensors", manifest["files"]["weights.safetensors"])
     subnets = SubnetSet.from_json(SupernetSpec.from_json(manifest["spec"]), manifest["subnets"])
     supernet = rebuild(subnets)
@@ -240,7 +248,9 @@ def check_bundle_examples(bundle: Bundle) -> int:
         route, wanted = int(output.routes[index]), int(stored["routes"][index])
         if route != wanted:
             names = bundle.route_names
-            raise VerificationError(f"{bundle.path}: example {index} took route {names[route]}, but {names[wanted]} was recorded")
+            raise VerificationError(
+                f"{bundle.path}: example {index} took route {names[route]}, but {names[wanted]} was recorded"
+            )
         difference = float((output.logits[index] - expected[index]).abs().max()) / scale
         if not difference <= LOGIT_TOLERANCE:
             raise VerificationError(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dsnet.errors import CheckpointError
 from dsnet.families import rebuild
-from dsnet.files import file_sha256, read_json, replace_file, write_json
+from dsnet.files import atomic_write_json, file_sha256, read_json, replace_file
 from dsnet.space import SubnetSet, SupernetSpec
 from dsnet.supernet import Supernet, state_for_saving
 
@@ -43,17 +43,21 @@ def load_tensors(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file")
     if sha256 is not None and (met := file_sha256(path)) != sha256:
-        raise CheckpointError(f"{path}: its SHA-256 is {met[:12]}..., but {sha256[:12]}... was recorded; the file is damaged or was exchanged")
+        raise CheckpointError(
+            f"{path}: its SHA-256 is {met[:12]}..., but {sha256[:12]}... was recorded; the file is damaged or was exchanged"
+        )
     try:
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read as safetensors ({error}); the file is damaged or truncated") from error
+        raise CheckpointError(
+            f"{path}: cannot be read as safetensors ({error}); the file is damaged or truncated"
+        ) from error
 
 
 def save_checkpoint(stem: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
     """Write a checkpoint; the JSON comes last and makes it valid."""
     digest = save_tensors(stem.with_name(stem.name + ".safetensors"), tensors)
-    write_json(stem.with_name(stem.name + ".json"), {"schema_version": SCHEMA_VERSION, "sha256": digest, **meta})
+    atomic_write_json(stem.with_name(stem.name + ".json"), {"schema_version": SCHEMA_VERSION, "sha256": digest, **meta})
 
 
 def load_checkpoint(stem: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -50,7 +50,13 @@ class DynamicNet(nn.Module):
     """
 
     def __init__(
-        self, supernet: Supernet, router: Router, *, cut_weights: bool = True, fold_bn: bool = True, image_size: int | None = None
+        self,
+        supernet: Supernet,
+        router: Router,
+        *,
+        cut_weights: bool = True,
+        fold_bn: bool = True,
+        image_size: int | None = None,
     ) -> None:
         super().__init__()
         size = supernet.spec.image_size if image_size is None else image_size
@@ -62,7 +68,9 @@ class DynamicNet(nn.Module):
         self.cut_weights = cut_weights
         if cut_weights:
             self.cut_trunk = materialize_trunk(supernet, supernet.subnets[0], fold_bn=fold_bn)
-            self.cut_tails = nn.ModuleList(materialize_tail(supernet, subnet, fold_bn=fold_bn) for subnet in supernet.subnets)
+            self.cut_tails = nn.ModuleList(
+                materialize_tail(supernet, subnet, fold_bn=fold_bn) for subnet in supernet.subnets
+            )
         else:
             self.supernet = supernet
         self.eval()
@@ -75,14 +83,18 @@ class DynamicNet(nn.Module):
             RuntimeError: in training mode.
         """
         if self.training:
-            raise RuntimeError("dynamic inference is for evaluation only; call .eval() first (gates train on the routing table)")
+            raise RuntimeError(
+                "dynamic inference is for evaluation only; call .eval() first (gates train on the routing table)"
+            )
         num_images = len(images)
         if num_images == 0:
             empty = torch.zeros(0, dtype=torch.int64, device=images.device)
             return DynamicOutput(images.new_zeros(0, self.num_classes), empty, empty)
         trunk = self.cut_trunk(images) if self.cut_weights else self.supernet.trunk(images, self.subnets[0])
         evidence = {part: trunk.evidence(part) for part in self.router.needs}
-        madds = torch.full((num_images,), self._costs.trunk + self.router.decision_madds, dtype=torch.int64, device=images.device)
+        madds = torch.full(
+            (num_images,), self._costs.trunk + self.router.decision_madds, dtype=torch.int64, device=images.device
+        )
         tails = self._costs.tails.to(images.device)
         logits = images.new_zeros(num_images, self.num_classes)
         routes = torch.full((num_images,), STOP, dtype=torch.int64, device=images.device)

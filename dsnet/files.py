@@ -1,48 +1,149 @@
-"""Files that are whole or not there: atomic writes, JSON, hashes. Needs no torch."""
+"""Files that are either the old version or the new one, never half of either; hashes; a short lock. Needs no torch."""
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from dsnet.errors import CheckpointError
+from dsnet.errors import CheckpointError, PreflightError
 
 
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hex."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def atomic_write_bytes(path: Path, data: bytes) -> None:
+    """Replace `path` by `data` through a synced temporary file in the same folder.
+
+    Raises:
+        CheckpointError: The disk is full or the folder cannot be written; the old contents are untouched.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise CheckpointError(_write_failure(path, error)) from error
+
+
+def atomic_write_text(path: Path, text: str) -> None:
+    """Like `atomic_write_bytes`, in UTF-8."""
+    atomic_write_bytes(path, text.encode("utf-8"))
+
+
+def atomic_write_json(path: Path, value: Any) -> None:
+    """Like `atomic_write_text`; paths become strings and numpy scalars numbers. NaN and infinity are refused."""
+    atomic_write_text(path, json.dumps(value, indent=2, allow_nan=False, default=plain_value) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The JSON value stored in `path`.
+
+    Raises:
+        CheckpointError: The file is missing, unreadable or torn.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is missing; launch the sweep again, or restore the file.") from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
+    except ValueError as error:
+        raise CheckpointError(
+            f"{path} is not valid JSON ({error}): it is torn or was edited. Restore it, or delete it and launch again."
+        ) from error
 
 
 def replace_file(temporary: Path, path: Path) -> None:
-    """Flush `temporary` to disk and rename it to `path`, so that a reader sees the old file or the new one, never a part."""
-    with temporary.open("rb+") as stream:
-        os.fsync(stream.fileno())
-    temporary.replace(path)
-
-
-def write_json(path: Path, data: Any) -> None:
-    """Write JSON atomically (NaN is refused: it is not JSON)."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    replace_file(temporary, path)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
+    """Sync a finished temporary file of the same folder and rename it to `path`.
 
     Raises:
-        CheckpointError: the file is missing, torn, or no object.
+        CheckpointError: as `atomic_write_bytes`.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: no such file") from error
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON ({error}); delete it to have it made again") from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, met {type(data).__name__}")
-    return data
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise CheckpointError(_write_failure(path, error)) from error
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file's bytes, in hex.
+
+    Raises:
+        CheckpointError: The file cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
+
+
+def plain_value(value: Any) -> Any:
+    """What `json.dumps(default=...)` needs for paths and numpy scalars (without importing numpy)."""
+    if isinstance(value, Path):
+        return str(value)
+    if callable(item := getattr(value, "item", None)):
+        return item()
+    raise TypeError(f"{type(value).__name__} {value!r} has no JSON form")
+
+
+@contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Hold the folder against every other process of this host that asks for it; released by the kernel on death.
+
+    Guards the few lines of a read-modify-write, never long work. Not re-entrant.
+
+    Raises:
+        PreflightError: The folder is missing, or its file system has no locks.
+    """
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise PreflightError(f"cannot open the folder {folder}: {error.strerror}.") from error
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError as error:
+            raise PreflightError(
+                f"{folder} is on a file system without file locks ({error.strerror}); "
+                "set storage.runs to a folder on a local disk."
+            ) from error
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the rename itself survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems cannot sync a folder; the file's own bytes are safe already.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _write_failure(path: Path, error: OSError) -> str:
+    reason = error.strerror or str(error)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"cannot write {path}: {reason}. Free some space and launch again; what was there before is untouched."
+    return f"cannot write {path}: {reason}. What was there before is untouched."

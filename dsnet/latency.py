@@ -65,7 +65,9 @@ class LatencyTable:
         return cls(
             device=data["device"],
             threads=data["threads"],
-            subnets={int(n): {name: Timing(**item) for name, item in row.items()} for n, row in data["subnets"].items()},
+            subnets={
+                int(n): {name: Timing(**item) for name, item in row.items()} for n, row in data["subnets"].items()
+            },
             trunk={int(n): Timing(**item) for n, item in data["trunk"].items()},
             decide={int(n): Timing(**item) for n, item in data["decide"].items()},
             tails={int(n): {name: Timing(**item) for name, item in row.items()} for n, row in data["tails"].items()},
@@ -84,7 +86,11 @@ def device_name(device: torch.device | str) -> str:
 
 
 def time_interleaved(
-    calls: Mapping[str, Callable[[], object]], *, repeats: int, warmup: int, synchronize: Callable[[], None] = lambda: None
+    calls: Mapping[str, Callable[[], object]],
+    *,
+    repeats: int,
+    warmup: int,
+    synchronize: Callable[[], None] = lambda: None,
 ) -> dict[str, Timing]:
     """Time several calls side by side: each round runs all of them, in a fresh random order, so that drift hits all alike."""
     order = list(calls)
@@ -122,7 +128,10 @@ class LatencySettings:
 
 @torch.inference_mode()
 def measure_latency(
-    supernet: Supernet, image_size: int, settings: LatencySettings, on_progress: Callable[[int, int], None] = lambda done, total: None
+    supernet: Supernet,
+    image_size: int,
+    settings: LatencySettings,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> LatencyTable:
     """Time every sub-network and every part of the dynamic network on random images; restores the process's thread count."""
     device = torch.device(settings.device)
@@ -144,14 +153,18 @@ def measure_latency(
         for size in settings.batch_sizes:
             images = torch.randn((size, *shape), generator=generator).to(device)
             calls = {name: _bind(module, images) for name, module in whole.items()}
-            subnets[size] = time_interleaved(calls, repeats=settings.repeats, warmup=settings.warmup, synchronize=synchronize)
+            subnets[size] = time_interleaved(
+                calls, repeats=settings.repeats, warmup=settings.warmup, synchronize=synchronize
+            )
             on_progress(len(subnets), total)
         for size in settings.group_sizes:
             images = torch.randn((size, *shape), generator=generator).to(device)
             output = trunk(images)
             calls = {name: _bind(tail, output.features) for name, tail in tails.items()}
             calls |= {"/trunk": _bind(trunk, images), "/decide": _decision(head, output.hidden)}
-            parts[size] = time_interleaved(calls, repeats=settings.repeats, warmup=settings.warmup, synchronize=synchronize)
+            parts[size] = time_interleaved(
+                calls, repeats=settings.repeats, warmup=settings.warmup, synchronize=synchronize
+            )
             on_progress(len(subnets) + len(parts), total)
     finally:
         torch.set_num_threads(threads_before)

@@ -104,7 +104,9 @@ class BatchNormBank(nn.Module):
         """
         suffix = _key(prefix)
         if f"mean_{suffix}" not in self._buffers:
-            raise KeyError(f"no BatchNorm statistics for the widths {prefix}; build the supernet with a set that holds this sub-network")
+            raise KeyError(
+                f"no BatchNorm statistics for the widths {prefix}; build the supernet with a set that holds this sub-network"
+            )
         return self.get_buffer(f"mean_{suffix}"), self.get_buffer(f"var_{suffix}"), self.get_buffer(f"updates_{suffix}")
 
     def forward(self, x: Tensor, prefix: tuple[int, ...]) -> Tensor:
@@ -115,7 +117,9 @@ class BatchNormBank(nn.Module):
         if self.training and self.momentum != 0.0:
             updates += 1
             factor = self.momentum if self.momentum is not None else 1.0 / float(updates)
-        return F.batch_norm(x, mean, var, self.weight[:num_channels], self.bias[:num_channels], self.training, factor, BN_EPS)
+        return F.batch_norm(
+            x, mean, var, self.weight[:num_channels], self.bias[:num_channels], self.training, factor, BN_EPS
+        )
 
     def reset_statistics(self) -> None:
         """Forget every running statistic, as recalibration starts."""
@@ -130,7 +134,11 @@ class BatchNormBank(nn.Module):
         with torch.no_grad():
             plain.weight.copy_(self.weight[: prefix[-1]])
             plain.bias.copy_(self.bias[: prefix[-1]])
-        for target, source in ((plain.running_mean, mean), (plain.running_var, var), (plain.num_batches_tracked, updates)):
+        for target, source in (
+            (plain.running_mean, mean),
+            (plain.running_var, var),
+            (plain.num_batches_tracked, updates),
+        ):
             if target is not None:
                 target.copy_(source)
         return plain.eval()

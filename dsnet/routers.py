@@ -158,4 +158,6 @@ def router_from_arrays(tensors: Mapping[str, Tensor], values: Mapping[str, Any])
     try:
         return _KINDS[values["kind"]](tensors, values)
     except KeyError as error:
-        raise CheckpointError(f"the stored router {dict(values)} cannot be rebuilt: {error} is unknown or missing") from error
+        raise CheckpointError(
+            f"the stored router {dict(values)} cannot be rebuilt: {error} is unknown or missing"
+        ) from error

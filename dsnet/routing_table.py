@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,7 +71,9 @@ class RoutingTable:
             if met != shape:
                 raise ValueError(f"routing table {self.split}: {name} has shape {met}, expected {shape}")
         if self.madds.shape != shape[1:] or self.evidence.shape[0] != shape[0] or self.image_ids.shape != shape[:1]:
-            raise ValueError(f"routing table {self.split}: madds, evidence or image_ids do not fit {shape[0]} images and {shape[1]} routes")
+            raise ValueError(
+                f"routing table {self.split}: madds, evidence or image_ids do not fit {shape[0]} images and {shape[1]} routes"
+            )
 
     @property
     def num_images(self) -> int:
@@ -96,9 +98,12 @@ class RoutingTable:
         """[K] accuracy of every route alone."""
         return self.correct1.mean(0, dtype=np.float64)
 
+    ARRAYS: ClassVar[tuple[str, ...]]
+    """Names of the array fields."""
+
     def arrays(self) -> dict[str, NDArray[Any]]:
         """The arrays alone, for a shared object store."""
-        return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in _META}
+        return {name: getattr(self, name) for name in self.ARRAYS}
 
     def meta(self) -> dict[str, Any]:
         """Everything but the arrays, as JSON values."""
@@ -118,7 +123,9 @@ class RoutingTable:
             CheckpointError: another schema version, or arrays that do not belong together.
         """
         if meta.get("schema_version") != SCHEMA_VERSION:
-            raise CheckpointError(f"routing table of schema version {meta.get('schema_version')!r}; this release reads {SCHEMA_VERSION}")
+            raise CheckpointError(
+                f"routing table of schema version {meta.get('schema_version')!r}; this release reads {SCHEMA_VERSION}"
+            )
         try:
             return cls(
                 split=meta["split"],
@@ -152,8 +159,11 @@ class RoutingTable:
                 meta = json.loads((stored.metadata() or {})["routing_table"])
                 arrays = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - not a mapping
         except (SafetensorError, OSError, ValueError, KeyError) as error:
-            raise CheckpointError(f"{path}: cannot be read as a routing table ({error}); delete its stage folder to have it made again") from error
+            raise CheckpointError(
+                f"{path}: cannot be read as a routing table ({error}); delete its stage folder to have it made again"
+            ) from error
         return cls.from_arrays(arrays, meta)
 
 
 _META = ("split", "routes", "layout", "trunk_madds")
+RoutingTable.ARRAYS = tuple(field.name for field in fields(RoutingTable) if field.name not in _META)

@@ -115,7 +115,9 @@ class SupernetSpec:
                 }
             )
         except (KeyError, TypeError) as error:
-            raise CheckpointError(f"the stored supernet spec cannot be read: {error}; it was written by another version") from error
+            raise CheckpointError(
+                f"the stored supernet spec cannot be read: {error}; it was written by another version"
+            ) from error
 
     @property
     def fingerprint(self) -> str:

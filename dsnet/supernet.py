@@ -106,7 +106,8 @@ def restrict(supernet: Supernet, members: Sequence[int]) -> Supernet:
     """
     kept = supernet.subnets.subset(members)
     groups = tuple(
-        replace(group, max_width=max(subnet.widths[index] for subnet in kept)) for index, group in enumerate(supernet.spec.groups)
+        replace(group, max_width=max(subnet.widths[index] for subnet in kept))
+        for index, group in enumerate(supernet.spec.groups)
     )
     spec = replace(supernet.spec, groups=groups)
     small = type(supernet)(spec, SubnetSet(spec, kept.members))

@@ -60,8 +60,8 @@ def load_config(
 
     Args:
         path: the file.
-        overrides: texts `a.b=value` as given to --set; the value is YAML. Mappings are merged, all else is
-            replaced.
+        overrides: texts `a.b=value` as given to --set; the value is YAML. Mappings are merged,
+            anything else is replaced.
         flags: dotted key -> value from dedicated options; None means that the option was not given.
         preset: name of a preset in the file.
         known_models: names of the architecture families; None leaves supernet.model unchecked.
@@ -79,7 +79,6 @@ def load_config(
     preset_layers = [] if preset is None else [_preset_layer(source, presets, preset)]
 
     environment = os.environ if environ is None else environ
-
     stack = _Stack.of([file_layer, *preset_layers, *top_layers])
     config, problems = _checked(stack, known_models, environment)
     others = [_preset_layer(source, presets, name) for name in presets if name != preset]

@@ -94,7 +94,7 @@ def _check_choices(values: tuple[Scalar, ...]) -> None:
     if not values:
         raise ValueError("choice has nothing to choose from")
     for index, value in enumerate(values):
-        if any(type(value) is type(other) and value == other for other in values[:index]):
+        if value in values[:index]:  # 1 == 1.0 == true: a study could not tell them apart
             raise ValueError(f"choice names {shown(value)} twice")
 
 

@@ -90,10 +90,19 @@ def _examples(prepared: Prepared) -> torch.Tensor:
 
 def bundle_claims(prepared: Prepared, results: RunResults, slot: int) -> dict[str, Any]:
     """What a bundle says of itself: the numbers on `val`, and on `test` where the trial was verified."""
+    config = prepared.config
     record = results.record(slot)
     names = ("top1", "top5", "madds_m", "p95_madds_m", "params_m", "latency_ms")
     claims: dict[str, Any] = {
-        "data": {"name": prepared.image_set.name, "fingerprint": prepared.image_set.fingerprint, "splits": prepared.splits.hash},
+        "data": {
+            "name": prepared.image_set.name,
+            "image_size": config.data.image_size,
+            "sizes": config.data.splits.model_dump(mode="json"),
+            "seed": config.seed,
+            "limit": config.data.limit,
+            "fingerprint": prepared.image_set.fingerprint,
+            "splits": prepared.splits.hash,
+        },
         "val": {"num_images": len(prepared.splits.val), **{name: record.metrics[name] for name in names}},
     }
     verified = results.verified
@@ -140,7 +149,9 @@ def _gate_yaml(prepared: Prepared, results: RunResults, slot: int, claims: Mappi
         "name": trial_name(slot),
         "run": results.run.name,
         "model": {"family": results.config.supernet.model, "options": dict(results.config.supernet.options)},
-        "routes": [{"name": prepared.subnets[k].name, "widths": list(prepared.subnets[k].widths)} for k in router.routes],
+        "routes": [
+            {"name": prepared.subnets[k].name, "widths": list(prepared.subnets[k].widths)} for k in router.routes
+        ],
         "gate": _nested(record.params),
         "claims": {name: dict(values) if isinstance(values, Mapping) else values for name, values in claims.items()},
     }
@@ -149,7 +160,10 @@ def _gate_yaml(prepared: Prepared, results: RunResults, slot: int, claims: Mappi
     writer.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
     stream = io.StringIO()
     writer.dump(content, stream)
-    return "# A gate configuration exported by dsnet-orch. dsnet reads bundle.json beside it; this file is for people.\n" + stream.getvalue()
+    return (
+        "# A gate configuration exported by dsnet-orch. dsnet reads bundle.json beside it; this file is for people.\n"
+        + stream.getvalue()
+    )
 
 
 def _nested(params: Mapping[str, Any]) -> dict[str, Any]:
@@ -161,4 +175,3 @@ def _nested(params: Mapping[str, Any]) -> dict[str, Any]:
             section = section.setdefault(name, {})
         section[leaf] = value
     return nested
-

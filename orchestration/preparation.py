@@ -13,13 +13,12 @@ import torch
 from dsnet.data import Augmentation, ImageSet, Normalization, Splits, SplitSizes, TensorData, load_images, make_splits
 from dsnet.errors import PreflightError
 from dsnet.families import Task, layout
+from dsnet.files import atomic_write_text
 from dsnet.latency import LatencySettings
 from dsnet.space import SubnetSet
 from dsnet.training.supernet import BootstrapSettings, SupernetRun, TrainSettings
-from orchestration.atomic import atomic_write_text
 from orchestration.config import SweepConfig, stage_subset
 from orchestration.stages import StageDefinition
-
 
 STAGE_VERSIONS: Mapping[str, int] = {"supernet": 1, "measure": 1, "table": 1, "search": 1, "verify": 1}
 """Raised by hand when the code of a stage gives other results."""

@@ -15,7 +15,6 @@ from search.points import trial_name
 from search.study import TrialRecord
 
 
-
 def store_uri(config: SweepConfig, run: RunDir) -> str:
     """The MLflow store of a run: as configured, or the database in the runs folder."""
     return config.tracking.uri or mlflow_store_uri(run.root)
@@ -25,7 +24,13 @@ def make_tracker(config: SweepConfig, run: RunDir, warn: Any) -> Tracker:
     """The tracker that the configuration asks for."""
     if not config.tracking.mlflow:
         return NullTracker()
-    return MlflowTracker(store_uri(config, run), config.tracking.experiment or config.name, mlflow_artifact_root(run.root), run.name, warn)
+    return MlflowTracker(
+        store_uri(config, run),
+        config.tracking.experiment or config.name,
+        mlflow_artifact_root(run.root),
+        run.name,
+        warn,
+    )
 
 
 def sweep_uid(manifest: Mapping[str, Any], run: RunDir) -> str:
@@ -41,8 +46,14 @@ def unix_ms(iso: str) -> int:
 def sweep_row(manifest: Mapping[str, Any], run: RunDir, config: SweepConfig) -> TrackedRun:
     """The parent: the whole configuration as parameters."""
     params = flatten(config.model_dump(mode="json", exclude={"presets"}))
-    tags = {"run": run.name, "hardware": str(manifest["hardware"].get("cpu", "")), "gpu": str(manifest["hardware"].get("gpu") or "none")}
-    return TrackedRun(sweep_uid(manifest, run), run.name, "sweep", unix_ms(manifest["created_at"]), params=params, tags=tags)
+    tags = {
+        "run": run.name,
+        "hardware": str(manifest["hardware"].get("cpu", "")),
+        "gpu": str(manifest["hardware"].get("gpu") or "none"),
+    }
+    return TrackedRun(
+        sweep_uid(manifest, run), run.name, "sweep", unix_ms(manifest["created_at"]), params=params, tags=tags
+    )
 
 
 def supernet_row(manifest: Mapping[str, Any], run: RunDir, config: SweepConfig, *, is_done: bool) -> TrackedRun:
@@ -57,7 +68,9 @@ def supernet_row(manifest: Mapping[str, Any], run: RunDir, config: SweepConfig, 
         start,
         end,
         "FINISHED" if is_done else "RUNNING",
-        params=flatten({"supernet": config.supernet.model_dump(mode="json"), "data": config.data.model_dump(mode="json")}),
+        params=flatten(
+            {"supernet": config.supernet.model_dump(mode="json"), "data": config.data.model_dump(mode="json")}
+        ),
     )
 
 
@@ -151,8 +164,7 @@ def replay(results: RunResults, tracker: Tracker) -> None:
     for record in results.records:
         tracker.trial(trial_row(manifest, run, record))
     if results.records:
-        last = results.records[-1]
-        write_front(tracker, results, last.start_ms + int(1000 * last.duration_s))
+        write_front(tracker, results, results.finished_ms)
     for path in (run.sweep_yaml, run.points_parquet, run.report_html):
         if path.exists():
             tracker.artifact(path)

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from dsnet import errors
 from dsnet.errors import DsnetError, StoppedError
+from dsnet.files import atomic_write_json, read_json
 from dsnet.space import SubnetSet
 from dsnet.training.supernet import FINAL, SupernetRun
-from orchestration.atomic import atomic_write_json, read_json
 from orchestration.tracking import CurvePoint, CurveTail
 
 POLL_S = 0.3
@@ -105,7 +105,9 @@ def _fit(config: dict[str, Any], failures: list[BaseException]) -> None:
             num_workers=job.workers, use_gpu=job.device == "cuda", resources_per_worker={"CPU": job.threads}
         ),
         run_config=RunConfig(
-            name="train", storage_path=str(job.folder / "ray"), failure_config=FailureConfig(max_failures=WORKER_RETRIES)
+            name="train",
+            storage_path=str(job.folder / "ray"),
+            failure_config=FailureConfig(max_failures=WORKER_RETRIES),
         ),
     )
     try:

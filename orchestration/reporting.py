@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
@@ -17,7 +18,7 @@ from dashboards.report import ReportData, build_report
 from dashboards.routes import RoutesInfo
 from dashboards.training import TrainingInfo, training_info
 from dashboards.widths import LatencySeries, WidthsInfo
-from orchestration.atomic import atomic_write_text
+from dsnet.files import atomic_write_text
 from orchestration.results import RunResults, Verified
 from search.analysis import Interval, PointAnalysis, SplitAnalysis
 from search.controls import StaticLine
@@ -60,7 +61,10 @@ def report_data(results: RunResults, class_names: tuple[str, ...], notes: tuple[
         ),
         versions=tuple((key, str(value)) for key, value in manifest["versions"].items()),
         hardware=tuple((key, str(value)) for key, value in manifest["hardware"].items() if value is not None),
-        seeds=(("seed", str(manifest["seed"])), *((key, str(value)[:16]) for key, value in manifest["data_hashes"].items())),
+        seeds=(
+            ("seed", str(manifest["seed"])),
+            *((key, str(value)[:16]) for key, value in manifest["data_hashes"].items()),
+        ),
     )
 
 
@@ -123,12 +127,12 @@ def _row(verified: Verified, chosen: PointAnalysis, reported: PointAnalysis) -> 
 
 
 def _unverified_row(results: RunResults, slot: int) -> Row:
-    """Without the verify stage there are no intervals: the value stands for all three."""
+    """Without the verify stage there are no intervals."""
     metrics = results.record(slot).metrics
     top1 = metrics["top1"]
     return Row(
         name=trial_name(slot),
-        chosen=Scores(top1=Estimate(top1, top1, top1), madds_m=metrics["madds_m"]),
+        chosen=Scores(top1=Estimate(top1, math.nan, math.nan), madds_m=metrics["madds_m"]),
         max_route_share=metrics["max_route_share"],
     )
 
@@ -200,7 +204,9 @@ def reference_point(results: RunResults) -> tuple[float, ...]:
         "madds_m": widest.madds / 1e6,
         "p95_madds_m": widest.madds / 1e6,
         "params_m": widest.params / 1e6,
-        "latency_ms": results.latency.subnets[1][widest.name].median_ms if results.latency and 1 in results.latency.subnets else 1.0,
+        "latency_ms": results.latency.subnets[1][widest.name].median_ms
+        if results.latency and 1 in results.latency.subnets
+        else 1.0,
     }
     return tuple(
         metric.ref if metric.ref is not None else (0.0 if metric.goal == "maximize" else 1.05 * defaults[metric.name])
@@ -215,7 +221,9 @@ def hypervolume_of(results: RunResults) -> HypervolumeInfo | None:
     metrics = results.config.metrics
     goals = [metric.goal for metric in metrics]
     missing = {metric.name: float("nan") for metric in metrics}
-    values = np.array([[({**missing, **record.metrics})[metric.name] for metric in metrics] for record in results.records])
+    values = np.array(
+        [[({**missing, **record.metrics})[metric.name] for metric in metrics] for record in results.records]
+    )
     reference = reference_point(results)
     trace = hypervolume_trace(values, goals, reference)
     return hypervolume_info(
@@ -276,7 +284,9 @@ def widths_of(results: RunResults) -> WidthsInfo | None:
     return WidthsInfo(
         split="val",
         num_images=_num_val(results),
-        device="" if latency is None else f"{latency.device}, {latency.threads} thread{'s' if latency.threads > 1 else ''}",
+        device=""
+        if latency is None
+        else f"{latency.device}, {latency.threads} thread{'s' if latency.threads > 1 else ''}",
         subnets=tuple(subnet.name for subnet in members),
         madds_m=tuple(subnet.madds / 1e6 for subnet in members),
         params_m=tuple(subnet.params / 1e6 for subnet in members),

@@ -12,9 +12,9 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from dsnet.errors import CheckpointError, NotFoundError
+from dsnet.files import read_json
 from dsnet.latency import LatencyTable
 from dsnet.routers import GateRouter
-from orchestration.atomic import read_json
 from orchestration.config import SweepConfig
 from orchestration.config_loading import load_config
 from orchestration.rundir import Manifest, RunDir
@@ -148,6 +148,11 @@ class RunResults:
         verified = Verified.from_json(_read(self.run.verify_json(self.done_key("verify"))))
         return verified if verified.front == self.front else None
 
+    @property
+    def finished_ms(self) -> int:
+        """Unix time in ms at which the last trial ended."""
+        return max(record.start_ms + int(1000 * record.duration_s) for record in self.records)
+
     def record(self, slot: int) -> TrialRecord:
         """One trial by its slot."""
         return next(record for record in self.records if record.slot == slot)
@@ -219,11 +224,15 @@ def load_router(path: Path) -> GateRouter:
         CheckpointError: the file is missing or damaged.
     """
     if not path.is_file():
-        raise CheckpointError(f"{path}: the gate of this trial is missing; delete the run's search folder and launch again")
+        raise CheckpointError(
+            f"{path}: the gate of this trial is missing; delete the run's search folder and launch again"
+        )
     try:
         return router_of(load_file(path))
     except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}); delete the run's search folder and launch again") from error
+        raise CheckpointError(
+            f"{path}: cannot be read ({error}); delete the run's search folder and launch again"
+        ) from error
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from types import TracebackType
 from typing import Any
 
 from dsnet.errors import CheckpointError, ConfigError, LockedError, NotFoundError, PreflightError
-from orchestration.atomic import atomic_write_json, exclusive, read_json
+from dsnet.files import atomic_write_json, exclusive, read_json
 
 RUN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
 MLFLOW_DATABASE = "mlflow.db"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -47,3 +48,10 @@ def stop_on_signals(also: Callable[[], bool], on_first: Callable[[str], None]) -
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def wait_for_stop() -> None:
+    """Sleep until SIGINT or SIGTERM."""
+    with stop_on_signals(lambda: False, lambda name: None) as request:
+        while not request():
+            time.sleep(0.2)

@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dsnet.errors import CheckpointError
-from orchestration.atomic import atomic_write_json, plain_value, read_json
+from dsnet.files import atomic_write_json, file_sha256, plain_value, read_json
 from orchestration.rundir import Manifest, RunDir, now_iso
 
 STAGE_FILE = "stage.json"
 DONE_FILE = "done"
-_CHUNK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -243,22 +242,6 @@ class StageDir:
         return files
 
 
-def file_sha256(path: Path) -> str:
-    """sha256 of a file's bytes, in hex.
-
-    Raises:
-        CheckpointError: The file cannot be read.
-    """
-    digest = hashlib.sha256()
-    try:
-        with open(path, "rb") as file:
-            while chunk := file.read(_CHUNK_BYTES):
-                digest.update(chunk)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
-    return digest.hexdigest()
-
-
 def _size(path: Path) -> int:
     try:
         return path.stat().st_size
@@ -280,6 +263,11 @@ def plan_stages(run: RunDir, definitions: Sequence[StageDefinition]) -> list[Sta
         records[definition.name] = record
         plans.append(_plan_one(run, record))
     return plans
+
+
+def plan_stage(run: RunDir, definition: StageDefinition, parent_keys: Mapping[str, str]) -> StagePlan:
+    """What a launch would do with one stage whose parents have these keys."""
+    return _plan_one(run, stage_record(definition, parent_keys))
 
 
 def stage_record(definition: StageDefinition, parent_keys: Mapping[str, str]) -> StageRecord:

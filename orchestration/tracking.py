@@ -171,6 +171,11 @@ class MlflowTracker:
         self._thread = threading.Thread(target=self._drain, name="mlflow-tracker", daemon=True)
         self._thread.start()
 
+    @property
+    def summary(self) -> TrackingSummary:
+        """What has been written and dropped so far."""
+        return self._summary
+
     def parent(self, run: TrackedRun) -> None:
         self._parent = run
         self._jobs.put(lambda: self._store.open_sweep(run))

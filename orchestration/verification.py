@@ -45,7 +45,13 @@ class Agreement:
 
 @torch.inference_mode()
 def check_agreement(
-    slot: int, supernet: Supernet, router: GateRouter, table: RoutingTable, images: Tensor, normalization: Normalization, batch_size: int = 256
+    slot: int,
+    supernet: Supernet,
+    router: GateRouter,
+    table: RoutingTable,
+    images: Tensor,
+    normalization: Normalization,
+    batch_size: int = 256,
 ) -> Agreement:
     """Run a gate through grouped dynamic inference and compare route, class and MAdds of every image with the table.
 
@@ -92,7 +98,8 @@ def _mismatch(
     slot: int, wrong: NDArray[np.intp], table: RoutingTable, expected: NDArray[np.int64], routes: NDArray[np.int64]
 ) -> str:
     named = "; ".join(
-        f"image {table.image_ids[row]}: table {table.routes[expected[row]]}, ran {table.routes[routes[row]]}" for row in wrong[:MAX_NAMED]
+        f"image {table.image_ids[row]}: table {table.routes[expected[row]]}, ran {table.routes[routes[row]]}"
+        for row in wrong[:MAX_NAMED]
     )
     more = f"; and {len(wrong) - MAX_NAMED} more" if len(wrong) > MAX_NAMED else ""
     return (
@@ -120,13 +127,19 @@ class DynamicLatency:
     def from_json(cls, data: Mapping[str, Any]) -> DynamicLatency:
         """Rebuild what `to_json` gave."""
         gates = {int(n): {int(slot): Timing(**item) for slot, item in row.items()} for n, row in data["gates"].items()}
-        widest, cheapest = ({int(n): Timing(**item) for n, item in data[name].items()} for name in ("widest", "cheapest"))
+        widest, cheapest = (
+            {int(n): Timing(**item) for n, item in data[name].items()} for name in ("widest", "cheapest")
+        )
         return cls(data["device"], data["threads"], gates, widest, cheapest)
 
 
 @torch.inference_mode()
 def time_front(
-    supernet: Supernet, routers: Mapping[int, GateRouter], images: Tensor, normalization: Normalization, settings: LatencySettings
+    supernet: Supernet,
+    routers: Mapping[int, GateRouter],
+    images: Tensor,
+    normalization: Normalization,
+    settings: LatencySettings,
 ) -> DynamicLatency:
     """Time every gate's dynamic network and the static extremes, interleaved, on real images.
 
@@ -153,9 +166,13 @@ def time_front(
         for size in settings.batch_sizes:
             batches = [normalization.apply(part.to(device)) for part in _batches(images, size)]
             calls = {name: _over(net, batches) for name, net in nets.items()}
-            measured = time_interleaved(calls, repeats=settings.repeats, warmup=settings.warmup, synchronize=synchronize)
+            measured = time_interleaved(
+                calls, repeats=settings.repeats, warmup=settings.warmup, synchronize=synchronize
+            )
             count = len(batches)
-            timings[size] = {name: Timing(t.median_ms / count, t.iqr_ms / count, t.repeats) for name, t in measured.items()}
+            timings[size] = {
+                name: Timing(t.median_ms / count, t.iqr_ms / count, t.repeats) for name, t in measured.items()
+            }
     finally:
         torch.set_num_threads(threads_before)
     return DynamicLatency(

@@ -102,12 +102,19 @@ def _tuples(value: Any) -> Any:
 
 
 def _point(item: Mapping[str, Any]) -> PointAnalysis:
-    intervals = {name: None if item[name] is None else Interval(**item[name]) for name in ("top1", "gain", "gain_over_random")}
+    intervals = {
+        name: None if item[name] is None else Interval(**item[name]) for name in ("top1", "gain", "gain_over_random")
+    }
     return PointAnalysis(**{**item, **intervals, "histogram": tuple(item["histogram"])})
 
 
 def analyse_split(
-    val: RoutingTable, reported: RoutingTable, routers: Mapping[int, GateRouter], *, num_classes: int, num_resamples: int = NUM_RESAMPLES
+    val: RoutingTable,
+    reported: RoutingTable,
+    routers: Mapping[int, GateRouter],
+    *,
+    num_classes: int,
+    num_resamples: int = NUM_RESAMPLES,
 ) -> SplitAnalysis:
     """Score gates on a split beside their controls (CONTRACTS, Controls and intervals).
 
@@ -179,8 +186,12 @@ def _points(
                 slot=slot,
                 metrics=score_routes(routes[:, index], table, routers[slot].decision_madds),
                 top1=Interval(float(sample.top1[index]), float(low[index]), float(high[index])),
-                gain=Interval(float(gain.value[index]), float(gain.low[index]), float(gain.high[index])) if has_line else None,
-                gain_over_random=Interval(float(chance.value[index]), float(chance.low[index]), float(chance.high[index])),
+                gain=Interval(float(gain.value[index]), float(gain.low[index]), float(gain.high[index]))
+                if has_line
+                else None,
+                gain_over_random=Interval(
+                    float(chance.value[index]), float(chance.low[index]), float(chance.high[index])
+                ),
                 random_top1=random_routing(table.correct1, histogram),
                 cascade_top1=cascade.get(index),
                 oracle_top1=_finite(oracle[index]),

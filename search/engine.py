@@ -1,17 +1,19 @@
 """The search loop: ask a cohort, run it, tell it, in slot order.
 
-Suggestions are computed on a mirror of the study in memory; the study on disk receives finished trials only. A suggestion is thus a pure
-function of the cohorts before it, the sweep's seed and the slot: neither the number of workers, nor the order in which they finish, nor an
-interruption changes it. An interrupted cohort is asked again from its first slot; what it had finished is told from the study, the rest runs.
+Suggestions are computed on a mirror of the study in memory; the study on disk receives finished trials only. A suggestion
+is thus a pure function of the cohorts before it, the sweep's seed and the slot: neither the number of workers, nor the
+order in which they finish, nor an interruption changes it. An interrupted cohort is asked again from its first slot; what
+it had finished is told from the study, the rest runs.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 import optuna
@@ -20,16 +22,18 @@ from optuna.storages import InMemoryStorage
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from dsnet.errors import ConfigError
-from search.runner import Runner, TrialOutcome, TrialSpec, describe_error
+from search.runner import Runner, TrialOutcome, TrialSpec
 from search.samplers import derive_seed, make_sampler
 from search.space import suggest
-from search.study import Objective, StudyJournal, StudySettings, Suggestion, TrialRecord, quiet_optuna
+from search.study import StudyJournal, StudySettings, Suggestion, TrialRecord, quiet_optuna, record_of
 
 StopReason = Literal["trials", "time", "stop"]
 SaveArrays = Callable[[int, Mapping[str, NDArray[Any]]], None]
-"""Keeps a slot's arrays. Called before the trial is recorded, so that a recorded trial always has them; again for the same slot after a kill."""
+"""Keeps a slot's arrays. Called before the trial is recorded, so that a recorded trial always has them; after a kill it
+may be called again for the same slot, and replaces what is there."""
 Constraints = Callable[[Mapping[str, float]], Mapping[str, float]]
-"""From a trial's metrics to constraint values by name, feasible where <= 0; the same names for every trial."""
+"""From a trial's metrics to constraint values by name, feasible where <= 0; the same names for every trial. NaN (it
+cannot be computed) fails the trial."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,11 @@ def keep_no_arrays(slot: int, arrays: Mapping[str, NDArray[Any]]) -> None:
     """A `SaveArrays` for sweeps whose numbers are all that matters."""
 
 
+def never() -> bool:
+    """A `should_stop` for sweeps that nobody stops."""
+    return False
+
+
 def no_constraints(metrics: Mapping[str, float]) -> Mapping[str, float]:
     """The `Constraints` of a sweep without any."""
     return {}
@@ -91,40 +100,38 @@ class Search:
     """A sweep over one study.
 
     Attributes:
-        settings: those with which the journal was opened.
-        journal: where finished trials go.
-        runner: runs them; stays open, it is the caller's to close.
+        journal: the study, where finished trials go.
+        runner: runs the trials; stays open, it is the caller's to close.
         constraints: values for the sampler, from a trial's metrics.
         save_arrays: keeps what trials return beside their numbers.
         observer: hears of every recorded trial.
         should_stop: asked between trials; True ends the search after what is recorded.
     """
 
-    settings: StudySettings
     journal: StudyJournal
     runner: Runner
     constraints: Constraints = no_constraints
     save_arrays: SaveArrays = keep_no_arrays
-    observer: SearchObserver = NullObserver()
-    should_stop: Callable[[], bool] = bool
+    observer: SearchObserver = field(default_factory=NullObserver)
+    should_stop: Callable[[], bool] = never
 
     def run(self, budget: Budget) -> SearchResult:
         """Search until the budget is spent or a stop is asked for. Running again continues.
 
         Raises:
-            ConfigError: the study cannot be continued with what is installed; see `Mirror`.
+            ConfigError: the study cannot be continued with the libraries installed here.
             PreflightError: the study cannot be written.
         """
         deadline_s = math.inf if budget.time_s is None else time.monotonic() + budget.time_s
-        mirror, stop_reason = None, self._limit(budget, deadline_s)
+        mirror = Mirror(self.journal.settings, self.journal.trials())
+        stop_reason = self._limit(budget, deadline_s)
         while stop_reason is None:
-            if mirror is None:
-                mirror = Mirror(self.settings, self.journal.trials())
-            for record in self._run_cohort(mirror, budget.trials):
-                self.observer.on_trial(record)
-                stop_reason = self._limit(budget, deadline_s)
-                if stop_reason is not None:
-                    break
+            with closing(self._run_cohort(mirror, budget.trials)) as records:
+                for record in records:
+                    self.observer.on_trial(record)
+                    stop_reason = self._limit(budget, deadline_s)
+                    if stop_reason is not None:
+                        break
         return SearchResult(tuple(self.journal.records()), stop_reason)
 
     def _limit(self, budget: Budget, deadline_s: float) -> StopReason | None:
@@ -134,63 +141,62 @@ class Search:
             return "time"
         return "stop" if self.should_stop() else None
 
-    def _run_cohort(self, mirror: Mirror, num_trials: int) -> Iterator[TrialRecord]:
-        """Run what is missing of the next cohort; yield its trials when they are recorded."""
+    def _run_cohort(self, mirror: Mirror, num_trials: int) -> Generator[TrialRecord, None, None]:
+        """Run what is missing of the next cohort; yield its trials as they are recorded."""
         suggestions = mirror.ask(num_trials)
-        first = mirror.num_told
-        done = self.journal.records()[first:]
-        for record in done:
-            _check_replay(record, suggestions[record.slot - first].params)
+        for trial in self.journal.trials()[mirror.num_told :]:
+            record = record_of(trial)
+            _check_replay(record, suggestions.pop(record.slot))
             mirror.tell(record)
-        waiting = {slot: suggestions[slot - first] for slot in range(first + len(done), first + len(suggestions))}
-        with closing(self._outcomes(waiting)) as outcomes:
+        with closing(self._in_slot_order(suggestions)) as outcomes:
             for outcome in outcomes:
-                record = self._judge(outcome, waiting[outcome.slot])
+                suggestion = suggestions[outcome.slot]
+                record = self._judge(outcome, suggestion)
                 self.save_arrays(outcome.slot, outcome.arrays)
-                self.journal.append(waiting[outcome.slot], record)
+                self.journal.append(suggestion, record)
                 mirror.tell(record)
                 yield record
 
-    def _outcomes(self, waiting: Mapping[int, Suggestion]) -> Iterator[TrialOutcome]:
-        """Outcomes in slot order, each as soon as it and those before it are there."""
-        specs = [
-            TrialSpec(slot, derive_seed(self.settings.seed, slot, "trial"), item.params)
-            for slot, item in waiting.items()
-        ]
+    def _in_slot_order(self, suggestions: Mapping[int, Suggestion]) -> Generator[TrialOutcome, None, None]:
+        """Run the suggestions; yield each outcome as soon as it and those of all slots before it are there."""
+        seed = self.journal.settings.seed
+        specs = [TrialSpec(slot, derive_seed(seed, slot, "trial"), item.params) for slot, item in suggestions.items()]
+        due = deque(suggestions)
         early: dict[int, TrialOutcome] = {}
-        due = iter(waiting)
-        slot = next(due, None)
-        for outcome in self.runner.run(specs):
-            early[outcome.slot] = outcome
-            while slot in early:
-                yield early.pop(slot)
-                slot = next(due, None)
-        while slot is not None:  # a runner that breaks its promise must not leave a hole in the study
-            yield early.pop(slot, None) or TrialOutcome.failed(slot, "the runner returned no outcome for this trial")
-            slot = next(due, None)
+        with closing(self.runner.run(specs)) as outcomes:
+            for outcome in outcomes:
+                early[outcome.slot] = outcome
+                while due and due[0] in early:
+                    yield early.pop(due.popleft())
+        for slot in due:  # a runner that breaks its promise must not leave a hole in the study
+            missing = TrialOutcome.failed(slot, "the runner returned no outcome for this trial")
+            yield early.get(slot, missing)
 
     def _judge(self, outcome: TrialOutcome, suggestion: Suggestion) -> TrialRecord:
+        """Decide what the study will say of a trial: complete with all numbers finite, or failed with a reason."""
+        metrics = {name: float(value) for name, value in outcome.metrics.items()}
         record = TrialRecord(
             slot=outcome.slot,
             number=outcome.slot,
             state="failed",
             params=suggestion.params,
             values=None,
-            metrics=dict(outcome.metrics),
-            reason=outcome.reason,
+            metrics=metrics,
+            reason=outcome.reason or "failed without a reason",
             duration_s=outcome.duration_s,
         )
         if outcome.state == "failed":
-            return replace(record, reason=outcome.reason or "failed without a reason")
-        reason = _why_unusable(outcome.metrics, self.settings.objectives)
+            return record
+        names = [objective.name for objective in self.journal.settings.objectives]
+        reason = _why_unusable(names, metrics)
         if reason is not None:
             return replace(record, reason=reason)
-        values = tuple(float(outcome.metrics[objective.name]) for objective in self.settings.objectives)
-        try:
-            constraints = {name: float(value) for name, value in self.constraints(outcome.metrics).items()}
-        except KeyError as error:
-            return replace(record, reason=f"a constraint could not be computed: {describe_error(error)}")
-        return replace(record, state="complete", values=values, constraints=constraints)
+        constraints = {name: float(value) for name, value in self.constraints(metrics).items()}
+        reason = _why_unusable(constraints, constraints)
+        if reason is not None:
+            return replace(record, reason=f"constraint {reason}")
+        values = tuple(metrics[name] for name in names)
+        return replace(record, state="complete", reason=None, values=values, constraints=constraints)
 
 
 class Mirror:
@@ -209,10 +215,10 @@ class Mirror:
             self._study.add_trials(history[: self.num_told])
         self._asked: dict[int, Trial] = {}
 
-    def ask(self, num_trials: int) -> list[Suggestion]:
-        """Suggestions for the next cohort, in slot order; fewer than a cohort where the sweep ends at `num_trials`.
+    def ask(self, num_trials: int) -> dict[int, Suggestion]:
+        """Suggestions for the next cohort by slot, in slot order; fewer where the sweep ends at `num_trials`.
 
-        Each slot has a sampler of its own with a seed of its own. All of the cohort must be told before the next is asked.
+        Each slot has its own sampler with its own seed. All of the cohort must be told before the next is asked.
         """
         settings = self._settings
         if self._asked:
@@ -222,11 +228,13 @@ class Mirror:
             for slot in slots:
                 seed = derive_seed(settings.seed, slot, "sampler")
                 self._study.sampler = make_sampler(settings.sampler, seed=seed, startup=settings.startup)
-                trial = self._study.ask()
-                suggest(trial, settings.space)
-                self._asked[slot] = trial
-        frozen = self._study.get_trials(deepcopy=False)[slots.start :]
-        return [Suggestion(trial.params, trial.distributions, dict(trial.system_attrs)) for trial in frozen]
+                self._asked[slot] = self._study.ask()
+                suggest(self._asked[slot], settings.space)
+        trials = self._study.get_trials(deepcopy=False)[slots.start :]
+        return {
+            slot: Suggestion(trial.params, trial.distributions, dict(trial.system_attrs))
+            for slot, trial in zip(slots, trials, strict=True)
+        }
 
     def tell(self, record: TrialRecord) -> None:
         """Enter a finished trial of the asked cohort."""
@@ -240,20 +248,19 @@ class Mirror:
         self.num_told += 1
 
 
-def _check_replay(record: TrialRecord, suggested: Mapping[str, Any]) -> None:
-    if dict(record.params) != dict(suggested):
+def _check_replay(record: TrialRecord, suggestion: Suggestion) -> None:
+    if dict(record.params) != dict(suggestion.params):
         raise ConfigError(
-            f"slot {record.slot} of the study has the parameters {dict(record.params)}, but the sampler now suggests {dict(suggested)}: "
-            f"the study was made with another version of Optuna or NumPy (this is Optuna {optuna.__version__}). Install the versions "
-            "of constraints.txt, or start a new run"
+            f"slot {record.slot} of the study has the parameters {dict(record.params)}, but the sampler now suggests "
+            f"{dict(suggestion.params)}: the study was made with other versions of Optuna or NumPy (this is Optuna "
+            f"{optuna.__version__}). Install the versions of constraints.txt, or start a new run"
         )
 
 
-def _why_unusable(metrics: Mapping[str, float], objectives: Sequence[Objective]) -> str | None:
-    for objective in objectives:
-        value = metrics.get(objective.name)
-        if value is None:
-            return f"the trial returned no {objective.name}, only: {', '.join(sorted(metrics)) or 'nothing'}"
-        if not math.isfinite(value):
-            return f"{objective.name} is {value}"
+def _why_unusable(names: Iterable[str], numbers: Mapping[str, float]) -> str | None:
+    for name in names:
+        if name not in numbers:
+            return f"{name} is missing; the trial returned {', '.join(sorted(numbers)) or 'nothing'}"
+        if not math.isfinite(numbers[name]):
+            return f"{name} is {numbers[name]}"
     return None

@@ -51,11 +51,15 @@ def routing_ids(num_routes: int, first: int, last: int, stride: int) -> tuple[in
     stop = last if last >= 0 else num_routes + last
     ids = tuple(range(first, min(stop, num_routes - 1) + 1, stride))
     if not ids:
-        raise ValueError(f"the routing space first={first}, last={last}, stride={stride} holds none of the {num_routes} sub-networks")
+        raise ValueError(
+            f"the routing space first={first}, last={last}, stride={stride} holds none of the {num_routes} sub-networks"
+        )
     return ids
 
 
-def gate_settings(params: Mapping[str, Scalar], defaults: Mapping[str, Scalar], num_routes: int, seed: int) -> GateSettings:
+def gate_settings(
+    params: Mapping[str, Scalar], defaults: Mapping[str, Scalar], num_routes: int, seed: int
+) -> GateSettings:
     """A trial's settings: its parameters over the configuration's `gate` section.
 
     Args:
@@ -101,7 +105,10 @@ class GateTrial:
         router = result.router
         metrics = {
             **result.metrics,
-            "params_m": (shared_params(self.subnets.spec, [self.subnets[k] for k in router.routes]) + router.weight.numel()) / 1e6,
+            "params_m": (
+                shared_params(self.subnets.spec, [self.subnets[k] for k in router.routes]) + router.weight.numel()
+            )
+            / 1e6,
             "latency_ms": self.latency.batch1_ms(result.histogram, self.val_table.routes),
         }
         arrays = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -58,15 +58,15 @@ class TrialOutcome:
 
 
 TrialFunction = Callable[[TrialSpec], tuple[Mapping[str, float], Mapping[str, NDArray[Any]]]]
-"""Metrics and arrays of a trial. Raising is how a trial fails. It may be called twice for one spec (a worker can be lost after
-the work is done), so that it must have no effect but its result, and the result must depend on the spec alone."""
+"""Metrics and arrays of a trial. Raising is how a trial fails. It may be called twice for one spec (a worker can be lost
+after the work is done): it must have no effect but its result, and the result must depend on the spec alone."""
 
 
 class Runner(Protocol):
     """Runs trials; how many at a time, and where, is its own affair."""
 
-    def run(self, specs: Sequence[TrialSpec]) -> Iterator[TrialOutcome]:
-        """Yield one outcome per spec, in any order, as they come. Closing the iterator early abandons the rest."""
+    def run(self, specs: Sequence[TrialSpec]) -> Generator[TrialOutcome, None, None]:
+        """Yield one outcome per spec, in any order, as they come. Closing the generator early abandons the rest."""
         ...
 
     def close(self) -> None:
@@ -80,7 +80,7 @@ class SerialRunner:
     def __init__(self, function: TrialFunction) -> None:
         self._function = function
 
-    def run(self, specs: Sequence[TrialSpec]) -> Iterator[TrialOutcome]:
+    def run(self, specs: Sequence[TrialSpec]) -> Generator[TrialOutcome, None, None]:
         for spec in specs:
             yield outcome_from(self._function, spec)
 
@@ -89,12 +89,12 @@ class SerialRunner:
 
 
 def outcome_from(function: TrialFunction, spec: TrialSpec) -> TrialOutcome:
-    """Call a trial function; what it raises becomes the reason of a failed outcome. KeyboardInterrupt and SystemExit pass."""
+    """Call a trial function; an exception becomes a failed outcome with its reason (KeyboardInterrupt passes)."""
     start = time.perf_counter()
     try:
         metrics, arrays = function(spec)
         metrics = {name: float(value) for name, value in metrics.items()}
-    except Exception as error:  # noqa: BLE001 - whatever a trial raises is that trial's failure, not the sweep's
+    except Exception as error:  # whatever a trial raises is that trial's failure, not the sweep's
         logger.debug("trial of slot %d failed", spec.slot, exc_info=True)
         return TrialOutcome.failed(spec.slot, describe_error(error), time.perf_counter() - start)
     return TrialOutcome(spec.slot, "complete", metrics, None, arrays, time.perf_counter() - start)

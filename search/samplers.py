@@ -32,8 +32,8 @@ def make_sampler(name: str, *, seed: int, startup: int = 16) -> BaseSampler:
     Args:
         name: one of `KNOWN_SAMPLERS`.
         seed: of its random stream; see `derive_seed`.
-        startup: random trials at the start: `tpe` models from then on, for `nsga2` they are the first generation and the size of all
-            (at least 2). `random` ignores it.
+        startup: random trials at the start. `tpe` models from then on; for `nsga2` they are the first generation, and
+            the size of every other (at least 2). `random` ignores it.
 
     Raises:
         ConfigError: no such sampler.
@@ -51,10 +51,11 @@ def check_sampler(name: str) -> None:
 
 
 class ReplayableNSGAII(NSGAIISampler):
-    """NSGA-II whose suggestions depend on the finished trials only, and not on what an earlier process left in its cache.
+    """NSGA-II whose suggestions depend on the finished trials only, and not on who selected the parents.
 
-    Optuna returns the parents of a generation in the order of selection when it selects them, and in the order of their numbers when
-    it reads them back from the study; crossover draws parents by position, so that a resumed sweep would mate others.
+    Optuna returns the parents of a generation in the order of selection when it selects them, and in the order of their
+    numbers when it reads them back from the study; crossover draws parents by position, so that a resumed sweep would
+    mate others.
     """
 
     def get_parent_population(self, study: Study, generation: int) -> list[FrozenTrial]:

@@ -42,8 +42,8 @@ def parse_space(written: Mapping[str, Any]) -> Space:
 
     Args:
         written: dotted name -> {kind: arguments} or a bare value that stays fixed. Kinds: uniform [low, high],
-            loguniform [low, high] (low > 0), int [low, high] or [low, high, step], step [low, high, step], choice [a, b, ...],
-            fixed value.
+            loguniform [low, high] (low > 0), int [low, high] or [low, high, step], step [low, high, step],
+            choice [a, b, ...], fixed value.
 
     Raises:
         ConfigError: an entry cannot be read; the message names it.
@@ -162,7 +162,8 @@ def _check_step(name: str, kind: str, low: float, high: float, step: float) -> N
     if (high_ - low_) % step_ != 0:
         last = high_ - (high_ - low_) % step_
         raise ConfigError(
-            f"space.{name}: {kind} [{low}, {high}, {step}] does not reach its end {high}; end it at {last} or {last + step_}"
+            f"space.{name}: {kind} [{low}, {high}, {step}] does not reach its end {high}; "
+            f"end it at {last} or {last + step_}"
         )
 
 

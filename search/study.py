@@ -1,8 +1,9 @@
 """The study on disk: an Optuna journal that holds finished trials only, one record each.
 
-A suggestion takes Optuna several records, so that a kill in the middle would leave a trial RUNNING for ever. Here a trial is written when it
-is finished, in slot order, as one line; the trial in slot k is therefore the study's trial number k, and optuna-dashboard opens
-the journal as it is. One process writes (the driver, which holds the run's lock); any number may read meanwhile.
+A suggestion takes Optuna several records, so that a kill in the middle would leave a trial RUNNING for ever. Here a
+trial is written when it is finished, in slot order, as one line; the trial in slot k is therefore the study's trial number
+k, and optuna-dashboard opens the journal as it is. One process writes (the driver, which holds the run's lock); any number
+may read meanwhile.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ class StudySettings:
     def identity(self) -> dict[str, Any]:
         """What must not change between two launches on one study, as plain JSON values."""
         return {
-            "objectives": {objective.name: objective.goal for objective in self.objectives},
+            "objectives": [[objective.name, objective.goal] for objective in self.objectives],
             "space_hash": self.space.hash,
             "sampler": self.sampler,
             "startup": self.startup,
@@ -118,9 +119,14 @@ class Suggestion:
 
 
 class StudyJournal:
-    """The writer's handle on a study."""
+    """The writer's handle on a study; `open` makes one.
 
-    def __init__(self, path: Path, study: optuna.Study) -> None:
+    Attributes:
+        settings: those of the study.
+    """
+
+    def __init__(self, path: Path, settings: StudySettings, study: optuna.Study) -> None:
+        self.settings = settings
         self._path = path
         self._study = study
 
@@ -142,7 +148,7 @@ class StudyJournal:
                 storage = JournalStorage(JournalFileBackend(str(path)))
             study = _load_or_create(storage, settings)
             _hold_to_identity(study, path, settings)
-        return cls(path, study)
+        return cls(path, settings, study)
 
     def trials(self) -> list[FrozenTrial]:
         """All finished trials in slot order, as Optuna has them. Not copied: do not change them."""
@@ -167,7 +173,7 @@ class StudyJournal:
 
 
 def load_records(path: Path) -> list[TrialRecord]:
-    """Read a study's finished trials, in slot order. Changes nothing and takes no lock: the driver may be writing meanwhile.
+    """Read a study's finished trials, in slot order. Changes nothing and takes no lock: the driver may be writing.
 
     Raises:
         NotFoundError: there is no such file.
@@ -186,8 +192,8 @@ def load_records(path: Path) -> list[TrialRecord]:
 def repair_journal(path: Path) -> int:
     """Make a journal writable after its writer was killed; only for the process that holds the run's lock.
 
-    A torn last record would make every later write fail, so the file is cut back to its last newline; and a lock that died with its owner
-    would hold up the first write for half a minute.
+    A torn last record would make every later write fail, so the file is cut back to its last newline; and a lock that
+    outlived its owner would hold up the first write for half a minute.
 
     Returns:
         The number of bytes that were cut off.
@@ -265,7 +271,7 @@ def _load_or_create(storage: JournalStorage, settings: StudySettings) -> optuna.
 
 
 def _hold_to_identity(study: optuna.Study, path: Path, settings: StudySettings) -> None:
-    """Compare the settings with those in the study; note them where the study is new (or its creation was cut short)."""
+    """Compare the settings with those in the study; note them where it is new, or where its creation was cut short."""
     noted = study.user_attrs.get(_IDENTITY_ATTR)
     if noted is None:
         if study.get_trials(deepcopy=False):
@@ -280,8 +286,8 @@ def _hold_to_identity(study: optuna.Study, path: Path, settings: StudySettings) 
     for key, value in settings.identity().items():
         if noted.get(key) != value:
             raise ConfigError(
-                f"{path}: this study was made with {key} {noted.get(key)!r}, and now it is {value!r}. Its trials would not fit "
-                "together: restore the setting, or start a new study in another run"
+                f"{path}: this study was made with {key} {noted.get(key)!r}, and now it is {value!r}. Its trials would "
+                "not fit together: restore the setting, or start a new study in another run"
             )
 
 

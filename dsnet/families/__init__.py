@@ -77,7 +77,9 @@ def layout(name: str, task: Task, options: Mapping[str, Any] | None = None) -> S
         if key not in family.defaults:
             close = difflib.get_close_matches(key, family.defaults, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ";"
-            raise ConfigError(f"supernet.options.{key}: unknown option of {name}{hint} known: {', '.join(family.defaults)}")
+            raise ConfigError(
+                f"supernet.options.{key}: unknown option of {name}{hint} known: {', '.join(family.defaults)}"
+            )
     try:
         return family.layout(task, {**family.defaults, **options})
     except (ValueError, TypeError) as error:

@@ -68,7 +68,9 @@ class SeparableSupernet(Supernet):
 
     def cut_trunk(self, subnet: Subnet) -> nn.Module:
         """Plain modules from the image to the gate."""
-        stem = ConvNormSwish(self.stem.cut(self.spec.in_channels, subnet.widths[0]), self.stem_norm.cut(subnet.prefix(1)))
+        stem = ConvNormSwish(
+            self.stem.cut(self.spec.in_channels, subnet.widths[0]), self.stem_norm.cut(subnet.prefix(1))
+        )
         blocks = [self._cut_block(block, subnet) for block in self.blocks[: self.gated_block]]
         return _PlainTrunk(nn.Sequential(stem, *blocks), self.blocks[self.gated_block].cut_before(subnet))  # type: ignore[operator]
 
@@ -95,9 +97,12 @@ class _PlainTrunk(nn.Module):
         return TrunkOutput(*self.gated(self.body(images)))
 
 
-def _layout(family: str, task: Task, stem: Stage, stages: Sequence[Stage], gated_stage: int, options: Mapping[str, Any]) -> SubnetSet:
+def _layout(
+    family: str, task: Task, stem: Stage, stages: Sequence[Stage], gated_stage: int, options: Mapping[str, Any]
+) -> SubnetSet:
     groups = tuple(
-        ChannelGroup("stem" if index == 0 else f"stage{index - 1}", max(stage.widths)) for index, stage in enumerate((stem, *stages))
+        ChannelGroup("stem" if index == 0 else f"stage{index - 1}", max(stage.widths))
+        for index, stage in enumerate((stem, *stages))
     )
     hidden = 0
     gated_block = 0
@@ -106,10 +111,19 @@ def _layout(family: str, task: Task, stem: Stage, stages: Sequence[Stage], gated
     for index, stage in enumerate(stages):
         for number in range(stage.num_blocks):
             source = index if number == 0 else index + 1
-            shape = BlockShape(source, index + 1, stage.stride if number == 0 else 1, int(ATTENTION_RATIO * groups[source].max_width))
+            shape = BlockShape(
+                source, index + 1, stage.stride if number == 0 else 1, int(ATTENTION_RATIO * groups[source].max_width)
+            )
             if index == gated_stage and number == 0:
                 hidden, gated_block = shape.hidden, len(blocks)
-            blocks.append({"in_group": shape.in_group, "out_group": shape.out_group, "stride": shape.stride, "hidden": shape.hidden})
+            blocks.append(
+                {
+                    "in_group": shape.in_group,
+                    "out_group": shape.out_group,
+                    "stride": shape.stride,
+                    "hidden": shape.hidden,
+                }
+            )
     for number, block in enumerate(blocks):
         ops.extend(_block_ops(number, BlockShape(**block), ops[-1].name, gated_block))
     last = len(groups) - 1
@@ -123,7 +137,12 @@ def _layout(family: str, task: Task, stem: Stage, stages: Sequence[Stage], gated
         groups=groups,
         ops=tuple(ops),
         gates=(GateSpec("gate0", f"blocks.{gated_block}.attention", hidden, gated_stage + 1),),
-        layout={"stem_stride": stem.stride, "blocks": blocks, "gated_block": gated_block, "dropout": float(options["dropout"])},
+        layout={
+            "stem_stride": stem.stride,
+            "blocks": blocks,
+            "gated_block": gated_block,
+            "dropout": float(options["dropout"]),
+        },
     )
     return _subnets(spec, (stem, *stages), gated_stage)
 
@@ -155,7 +174,9 @@ def _scaled(widths: Sequence[int], factor: float) -> tuple[int, ...]:
     """Widths times `factor`, to the nearest multiple of 4 (at least 4), strictly rising."""
     scaled = [max(4, 4 * round(width * factor / 4)) for width in widths]
     if any(right <= left for left, right in zip(scaled, scaled[1:], strict=False)):
-        raise ValueError(f"width {factor} makes neighbouring widths equal ({scaled}); use a larger width or fewer routes")
+        raise ValueError(
+            f"width {factor} makes neighbouring widths equal ({scaled}); use a larger width or fewer routes"
+        )
     return tuple(scaled)
 
 
@@ -167,14 +188,22 @@ def _spread(low: int, high: int, count: int) -> tuple[int, ...]:
 
 
 def _check(options: Mapping[str, Any], max_routes: int) -> None:
-    if isinstance(options["width"], bool) or not isinstance(options["width"], (int, float)) or not 0.1 <= options["width"] <= 8:
+    if (
+        isinstance(options["width"], bool)
+        or not isinstance(options["width"], (int, float))
+        or not 0.1 <= options["width"] <= 8
+    ):
         raise ValueError(f"width is {options['width']!r}, but must be a number in 0.1..8")
     if options["stem_stride"] not in (1, 2):
         raise ValueError(f"stem_stride is {options['stem_stride']!r}, but must be 1 or 2")
     routes = options["num_routes"]
     if isinstance(routes, bool) or not isinstance(routes, int) or not 2 <= routes <= max_routes:
         raise ValueError(f"num_routes is {routes!r}, but must be an integer in 2..{max_routes}")
-    if isinstance(options["dropout"], bool) or not isinstance(options["dropout"], (int, float)) or not 0 <= options["dropout"] < 1:
+    if (
+        isinstance(options["dropout"], bool)
+        or not isinstance(options["dropout"], (int, float))
+        or not 0 <= options["dropout"] < 1
+    ):
         raise ValueError(f"dropout is {options['dropout']!r}, but must lie in [0, 1)")
 
 

@@ -19,7 +19,12 @@ from dsnet.supernet import EVIDENCE_PARTS, Supernet
 
 @torch.no_grad()
 def subnet_accuracy(
-    supernet: Supernet, subnet: Subnet, data: TensorData, split: str, normalization: Normalization, batch_size: int = 256
+    supernet: Supernet,
+    subnet: Subnet,
+    data: TensorData,
+    split: str,
+    normalization: Normalization,
+    batch_size: int = 256,
 ) -> tuple[float, float]:
     """(top-1, top-5) of one sub-network on a split, as fractions."""
     device = next(supernet.parameters()).device

@@ -143,7 +143,9 @@ def gate_data(table: RoutingTable, settings: GateSettings, costs: RouteCosts) ->
     )
 
 
-def expected_loss(logits: Tensor, data: GateData, rows: Tensor, settings: GateSettings, costs: RouteCosts, temperature: float) -> Tensor:
+def expected_loss(
+    logits: Tensor, data: GateData, rows: Tensor, settings: GateSettings, costs: RouteCosts, temperature: float
+) -> Tensor:
     """The exact expected Stage II loss of a batch (scalar): lambda_cls E[CE] + lambda_sgs SGS + lambda_complexity C(E[MAdds])."""
     p = (logits / temperature).softmax(1)
     cls = (p * data.ce[rows]).sum(1).mean()
@@ -176,11 +178,15 @@ def train_gate(table: RoutingTable, settings: GateSettings) -> Tensor:
         optimizer.zero_grad()
         loss = expected_loss(data.hidden[rows] @ weight.T, data, rows, settings, costs, temperature)
         if not torch.isfinite(loss):
-            raise NonFiniteLossError(f"the gate's loss is {loss.item()} at step {step}; lower gate.optimizer.lr (now {settings.lr})")
+            raise NonFiniteLossError(
+                f"the gate's loss is {loss.item()} at step {step}; lower gate.optimizer.lr (now {settings.lr})"
+            )
         loss.backward()
         optimizer.step()
     if not torch.isfinite(weight).all():
-        raise NonFiniteLossError(f"the gate's weights are not finite after training; lower gate.optimizer.lr (now {settings.lr})")
+        raise NonFiniteLossError(
+            f"the gate's weights are not finite after training; lower gate.optimizer.lr (now {settings.lr})"
+        )
     return weight.detach().double() / data.scale.double()
 
 
@@ -189,7 +195,9 @@ def _optimizer(weight: Tensor, settings: GateSettings) -> torch.optim.Optimizer:
         case "adam":
             return torch.optim.Adam([weight], lr=settings.lr, weight_decay=settings.weight_decay)
         case "sgd":
-            return torch.optim.SGD([weight], lr=settings.lr, momentum=0.9, nesterov=True, weight_decay=settings.weight_decay)
+            return torch.optim.SGD(
+                [weight], lr=settings.lr, momentum=0.9, nesterov=True, weight_decay=settings.weight_decay
+            )
     raise ValueError(f"unknown gate optimizer {settings.optimizer!r}; known: adam, sgd")
 
 
@@ -218,8 +226,14 @@ def calibrate(scores: NDArray[np.float64], madds: NDArray[np.float64], target: f
     nearest = above if abs(mean_cost(above) - wanted) <= abs(mean_cost(below) - wanted) else below
     reached = mean_cost(nearest)
     # The whole step of the same mean: its ends by two more bisections, its middle is the answer.
-    left = -bound if mean_cost(-bound) <= reached else _bisect(mean_cost, -bound, nearest, np.nextafter(reached, np.inf))[1]
-    right = bound if mean_cost(bound) >= reached else _bisect(mean_cost, nearest, bound, np.nextafter(reached, -np.inf))[0]
+    left = (
+        -bound
+        if mean_cost(-bound) <= reached
+        else _bisect(mean_cost, -bound, nearest, np.nextafter(reached, np.inf))[1]
+    )
+    right = (
+        bound if mean_cost(bound) >= reached else _bisect(mean_cost, nearest, bound, np.nextafter(reached, -np.inf))[0]
+    )
     return 0.5 * (left + right)
 
 

@@ -120,7 +120,13 @@ class StepPlan:
 
 
 def supernet_step(
-    student: Supernet, teacher: Supernet | None, images: Tensor, labels: Tensor, plan: StepPlan, smoothing: float, mode: str
+    student: Supernet,
+    teacher: Supernet | None,
+    images: Tensor,
+    labels: Tensor,
+    plan: StepPlan,
+    smoothing: float,
+    mode: str,
 ) -> dict[str, Tensor]:
     """Forward and backward of one step for every sub-network of `plan`; gradients accumulate unweighted (METHODS 3).
 
@@ -158,7 +164,9 @@ def supernet_step(
 
 
 @torch.no_grad()
-def _soft_targets(student_logits: Tensor, teacher: Supernet | None, images: Tensor, plan: StepPlan, mode: str) -> dict[str, Tensor]:
+def _soft_targets(
+    student_logits: Tensor, teacher: Supernet | None, images: Tensor, plan: StepPlan, mode: str
+) -> dict[str, Tensor]:
     """The distribution that each of the smaller sub-networks learns from."""
     small = [*plan.randoms, plan.smallest]
     if mode == "none":
@@ -198,7 +206,9 @@ def make_optimizer(supernet: Supernet, settings: TrainSettings) -> torch.optim.O
     groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     match settings.optimizer:
         case "sgd":
-            return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum, nesterov=settings.momentum > 0, foreach=True)
+            return torch.optim.SGD(
+                groups, lr=settings.lr, momentum=settings.momentum, nesterov=settings.momentum > 0, foreach=True
+            )
         case "adamw":
             return torch.optim.AdamW(groups, lr=settings.lr, foreach=True)
     raise ValueError(f"unknown optimizer {settings.optimizer!r}; known: sgd, adamw")
@@ -322,6 +332,7 @@ class _Curves:
             sums.setdefault(name, []).append(value)
         self.pending.clear()
         metrics = {f"loss/{name}": sum(items) / len(items) for name, items in sums.items()}
+        metrics["epoch"] = session.step / session.steps_per_epoch
         metrics["lr"] = session.optimizer.param_groups[0]["lr"]
         record = {
             "step": session.step,
@@ -467,4 +478,3 @@ def _recalibration_rows(num_images: int, run: SupernetRun) -> Tensor:
     generator = torch.Generator().manual_seed(derive_seed(run.seed, "recalibration"))
     order = torch.randperm(num_images, generator=generator)
     return order[: run.recalibration_images]
-

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -163,6 +164,13 @@ def test_an_unverified_run_says_so_and_claims_no_test_number() -> None:
     assert "not verified yet</span>" in page
     assert "Top-1 on val, knee" in page
     assert "Top-1 on test" not in page
+
+
+def test_an_interval_that_was_not_computed_is_not_shown_as_a_narrow_one() -> None:
+    row = Row("trial-0001", Scores(Estimate(0.97, math.nan, math.nan), 0.4))
+    text = headline_section(Headline(rows=(row,)))
+    assert "no interval yet" in text
+    assert "nan" not in text
 
 
 def test_numbers_of_two_splits_are_never_subtracted() -> None:

@@ -30,6 +30,7 @@ from orchestration.config import (
 )
 from orchestration.distribution import Distribution
 from orchestration.yaml_source import parse_yaml
+from search.space import parse_space
 
 MINIMAL: dict[str, Any] = {
     "version": 1,
@@ -300,6 +301,7 @@ def test_every_gate_setting_can_be_fixed_to_its_default_in_the_space(key: str) -
         ({"step": [0.0, 1.0, 2.0]}, "does not reach its end 1.0"),
         ({"choice": []}, "nothing to choose from"),
         ({"choice": ["a", "b", "a"]}, "names 'a' twice"),
+        ({"choice": [1, True]}, "names true twice"),
         ({"choice": [[1], [2]]}, r"must be a number, text, true or false; got \[1\]"),
         ({"unifrom": [0, 1]}, "unknown distribution 'unifrom'; did you mean 'uniform'"),
         ({"fixed": [1]}, "unknown distribution 'fixed'"),
@@ -321,13 +323,20 @@ def test_malformed_distributions_say_how_to_write_them(written: object, message:
         {"step": [0.0, 0.3, 0.1]},
         {"int": [0, 3]},
         {"int": [1, 9, 4]},
-        {"choice": [1, 1.0, True, "1"]},
+        {"choice": [1, 2.5, False, "1"]},
         3,
         "x",
     ],
 )
 def test_distributions_are_written_as_they_were_read(written: object) -> None:
     assert Distribution.parse(written).written() == written
+
+
+@settings(max_examples=30, deadline=None)
+@given(CONFIGS)
+def test_the_search_reads_every_space_that_the_configuration_accepts(config: SweepConfig) -> None:
+    written = {key: distribution.written() for key, distribution in config.space.items()}
+    assert list(parse_space(written).distributions) == list(config.space)
 
 
 def test_real_ranges_hold_floats_even_where_whole_numbers_were_written() -> None:

@@ -360,7 +360,7 @@ def test_the_data_folder_comes_from_the_environment_where_it_is_not_given(sweep:
     environ = {"DSNET_DATA": "/images"}
     loaded = load(sweep, text, environ=environ)
     assert (loaded.config.data.path, loaded.origins["data.path"]) == ("/images", "$DSNET_DATA")
-    loaded = load(sweep, text, environ=environ, flags={"data.path": "mine"})
+    loaded = load(sweep, text, environ=environ, flags={"data.path": Path("mine")})
     assert (loaded.config.data.path, loaded.origins["data.path"]) == ("mine", "flag")
     assert load(sweep, HEAD, environ=environ).config.data.path is None, "digits needs no folder"
     assert load(sweep, text).config.data.path is None

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from dsnet.errors import CheckpointError, ConfigError, LockedError, NotFoundError, PreflightError
-from orchestration.atomic import atomic_write_json, atomic_write_text, read_json
+from dsnet.files import atomic_write_json, atomic_write_text, read_json
 from orchestration.rundir import (
     DriverLock,
     LockHolder,
@@ -28,12 +28,12 @@ from orchestration.rundir import (
 )
 
 HOLD_THE_LOCK = """
-import sys, time
+import sys
 from pathlib import Path
 from orchestration.rundir import DriverLock, RunDir
 with DriverLock(RunDir(Path(sys.argv[1]), "digits"), "a second driver"):
     print("held", flush=True)
-    time.sleep(60)
+    sys.stdin.read()
 """
 
 
@@ -47,7 +47,7 @@ def run(tmp_path: Path) -> RunDir:
 @contextmanager
 def another_driver(run: RunDir) -> Iterator[subprocess.Popen[str]]:
     command = [sys.executable, "-c", HOLD_THE_LOCK, str(run.root)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
             assert process.stdout.readline() == "held\n"
@@ -218,10 +218,16 @@ def test_a_lock_that_cannot_be_read_is_respected(run: RunDir) -> None:
 
 def test_of_many_that_find_a_dead_lock_one_wins(run: RunDir) -> None:
     write_lock(run, start_time=1)
-    script = HOLD_THE_LOCK.replace("time.sleep(60)", "time.sleep(2)")
-    command = [sys.executable, "-c", script, str(run.root)]
-    drivers = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) for _ in range(4)]
-    assert sorted(driver.communicate(timeout=60)[0] for driver in drivers) == [b"", b"", b"", b"held\n"]
+    command = [sys.executable, "-c", HOLD_THE_LOCK, str(run.root)]
+    drivers = [
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        for _ in range(4)
+    ]
+    deadline = time.monotonic() + 60
+    while sum(driver.poll() is not None for driver in drivers) < 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert sum(driver.poll() is None for driver in drivers) == 1, "the winner holds it until its stdin is closed"
+    assert sorted(driver.communicate()[0] for driver in drivers) == [b"", b"", b"", b"held\n"]
 
 
 def test_a_lock_taken_by_someone_else_meanwhile_is_not_released(run: RunDir) -> None:
@@ -295,7 +301,7 @@ def test_a_writer_killed_at_any_moment_leaves_one_whole_version(tmp_path: Path) 
     path = tmp_path / "value.json"
     atomic_write_json(path, {"version": -1, "payload": [-1] * 10_000})
     script = (
-        "import sys; from pathlib import Path; from orchestration.atomic import atomic_write_json\n"
+        "import sys; from pathlib import Path; from dsnet.files import atomic_write_json\n"
         "print('go', flush=True); n = 0\n"
         "while True: atomic_write_json(Path(sys.argv[1]), {'version': n, 'payload': [n] * 10_000}); n += 1"
     )

@@ -43,7 +43,7 @@ tracker.parent(t.parent_run("digits"))
 tracker.supernet(t.supernet_run("digits", "RUNNING"))
 tracker.curve(t.POINTS[:3])
 tracker.trial(t.trial_run("digits", 0))
-while tracker._summary.num_written < 5:
+while tracker.summary.num_written < 5:
     pass
 os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -362,7 +362,10 @@ def test_a_store_that_comes_back_is_written_to_again(
     tracker.parent(parent_run("digits"))
     for slot in range(3):
         tracker.trial(trial_run("digits", slot))
-    time.sleep(0.2)
+    deadline = time.monotonic() + TIMEOUT_S
+    while tracker.summary.num_unsent < 5 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.05)
     away.path.rmdir()
     shutil.copy(database.path, away.path)
     tracker.trial(trial_run("digits", 3))

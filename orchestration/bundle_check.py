@@ -1,0 +1,88 @@
+"""Re-checking what a bundle claims: files, stored examples, and accuracy on the data it was made with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dsnet.bundle import Bundle, check_bundle_examples, check_bundle_files, load_bundle, score_bundle
+from dsnet.data import SplitSizes, TensorData, load_images, make_splits
+from dsnet.errors import DataError, NotFoundError, VerificationError
+
+TIED_IMAGES = 2
+"""So many images may be judged otherwise on another processor: their two best scores are equal up to rounding."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was found to be as claimed."""
+
+    name: str
+    finding: str
+
+
+def check_bundle(path: Path, data_path: str | None) -> list[Check]:
+    """Check a bundle.
+
+    Args:
+        path: its folder.
+        data_path: None checks files and examples only; "" uses embedded data; else the folder of the images.
+
+    Raises:
+        NotFoundError: no bundle there.
+        CheckpointError: it cannot be read.
+        DataError: the data is not what the claims were measured on.
+        VerificationError: something differs from what was claimed.
+    """
+    if not path.exists():
+        raise NotFoundError(f"{path}: no such bundle; make one with: dsnet-orch export RUN --pick knee")
+    bundle = load_bundle(path)
+    check_bundle_files(bundle)
+    checks = [Check("files", f"{len(bundle.manifest['files'])} files match their hashes")]
+    num_examples = check_bundle_examples(bundle)
+    checks.append(Check("examples", f"{num_examples} stored images give the recorded routes and logits"))
+    if data_path is not None:
+        checks += _check_claims(bundle, data_path)
+    return checks
+
+
+def _check_claims(bundle: Bundle, data_path: str) -> list[Check]:
+    claims = bundle.claims
+    data = _claimed_data(claims["data"], data_path)
+    return [_check_split(bundle, claims[split], data, split) for split in ("val", "test") if split in claims]
+
+
+def _claimed_data(facts: Mapping[str, Any], data_path: str) -> TensorData:
+    """The very splits that the claims were measured on."""
+    image_set = load_images(facts["name"], data_path or None, facts["image_size"])
+    splits = make_splits(
+        image_set.labels.numpy(), image_set.official_test, SplitSizes(**facts["sizes"]), facts["seed"], facts["limit"]
+    )
+    if image_set.fingerprint != facts["fingerprint"] or splits.hash != facts["splits"]:
+        raise DataError(
+            f"the images of {facts['name']}{f' in {data_path}' if data_path else ''} are not those the bundle's claims were measured on "
+            "(their fingerprint differs); give the original files with --data"
+        )
+    return TensorData.from_images(image_set, splits, open_test=True)
+
+
+def _check_split(bundle: Bundle, claimed: Mapping[str, Any], data: TensorData, split: str) -> Check:
+    num_images = data.num_images(split)
+    with torch.inference_mode():
+        found = score_bundle(bundle, data.images(split), data.labels(split))
+    allowed = TIED_IMAGES / num_images
+    if (
+        abs(found["top1"] - claimed["top1"]) > allowed
+        or abs(found["madds_m"] - claimed["madds_m"]) > allowed * claimed["madds_m"]
+    ):
+        raise VerificationError(
+            f"{bundle.path}: on {split} ({num_images} images) it reaches top-1 {100 * found['top1']:.2f} % at {found['madds_m']:.5g} M MAdds, "
+            f"but claims {100 * claimed['top1']:.2f} % at {claimed['madds_m']:.5g} M"
+        )
+    return Check(
+        split, f"top-1 {100 * found['top1']:.2f} % at {found['madds_m']:.5g} M MAdds on {num_images} images, as claimed"
+    )

@@ -1,0 +1,130 @@
+"""Commands that look at a sweep or a run without running stages: plan, validate, report, sync, and what they share."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dsnet.cost import subnet_cost
+from dsnet.errors import DataError, NotFoundError, PreflightError
+from dsnet.families import Task, layout
+from orchestration.config import SweepConfig
+from orchestration.config_loading import LoadedConfig
+from orchestration.preparation import Prepared, prepare, stage_definitions
+from orchestration.projection import make_tracker, replay, store_uri
+from orchestration.reporting import write_report
+from orchestration.results import RunResults
+from orchestration.rundir import MLFLOW_DATABASE, RunDir, mlflow_artifact_root, mlflow_store_uri
+from orchestration.stages import StagePlan, plan_stages
+from search.points import save_points
+
+SYNC_TIMEOUT_S = 600.0
+
+
+@dataclass(frozen=True)
+class SweepPlan:
+    """What a launch would do."""
+
+    config: SweepConfig
+    origins: dict[str, str]
+    prepared: Prepared
+    run: RunDir
+    stages: tuple[StagePlan, ...]
+    routes: tuple[tuple[str, float, float], ...]
+    """(name, M MAdds, M parameters) of each sub-network, the teacher last."""
+
+
+def make_plan(loaded: LoadedConfig) -> SweepPlan:
+    """Load the data, lay out the network, and compare the stages' keys with what the run folder has; writes nothing.
+
+    Raises:
+        DataError, ConfigError, PreflightError: as a launch would.
+    """
+    config = loaded.config
+    prepared = prepare(config)
+    run = RunDir(Path(config.storage.runs), config.name)
+    spec = prepared.subnets.spec
+    costs = [(subnet.name, subnet_cost(spec, subnet, prepared.image_size)) for subnet in prepared.subnets.all]
+    return SweepPlan(
+        config,
+        loaded.origins,
+        prepared,
+        run,
+        tuple(plan_stages(run, stage_definitions(config, prepared.fingerprint))),
+        tuple((name, cost.madds / 1e6, cost.params / 1e6) for name, cost in costs),
+    )
+
+
+def check_model(config: SweepConfig) -> None:
+    """Check the family's options without the data.
+
+    Raises:
+        ConfigError: unknown family or option, or a value out of its range.
+    """
+    layout(
+        config.supernet.model,
+        Task(num_classes=10, in_channels=3, image_size=config.data.image_size or 32),
+        config.supernet.options,
+    )
+
+
+def prepare_again(results: RunResults) -> Prepared:
+    """The data and layout of an existing run.
+
+    Raises:
+        DataError: the data is not what the run was made with.
+    """
+    prepared = prepare(results.config)
+    recorded = results.manifest["data_hashes"]
+    if recorded.get("images") != prepared.image_set.fingerprint or recorded.get("splits") != prepared.splits.hash:
+        raise DataError(
+            f"the images of {prepared.image_set.name} are not those that run {results.run.name!r} was made with "
+            "(their fingerprint differs); point DSNET_DATA or --data at the original files"
+        )
+    return prepared
+
+
+def report_again(results: RunResults) -> Path:
+    """Write points.parquet and report.html from what a run has."""
+    prepared = prepare_again(results)
+    save_points(results.run.points_parquet, results.points())
+    status = "complete" if results.verified is not None else "stopped"
+    return write_report(results, prepared.image_set.class_names, prepared.notes(), status)
+
+
+def sync_again(results: RunResults) -> str:
+    """Write a run to MLflow; returns a sentence about it.
+
+    Raises:
+        PreflightError: tracking is off, or the store does not take the results.
+    """
+    config = results.config
+    if not config.tracking.mlflow:
+        raise PreflightError(
+            f"run {results.run.name!r} was made with tracking.mlflow: false; launch it with --set tracking.mlflow=true"
+        )
+    warnings: list[str] = []
+    tracker = make_tracker(config, results.run, warnings.append)
+    replay(results, tracker)
+    status: Any = "FINISHED" if results.verified is not None else "KILLED"
+    summary = tracker.close(status, int(time.time() * 1000), SYNC_TIMEOUT_S)
+    if summary.num_unsent:
+        raise PreflightError(
+            f"{summary.num_unsent} writes to {store_uri(config, results.run)} failed: {summary.first_error}"
+        )
+    return f"{results.run.name}: {len(results.records)} trials are in {store_uri(config, results.run)}"
+
+
+def existing_store(runs: Path) -> tuple[str, Path]:
+    """(URI, artifact folder) of the default MLflow store of a runs folder.
+
+    Raises:
+        NotFoundError: nothing was tracked there yet.
+    """
+    if not (runs / MLFLOW_DATABASE).is_file():
+        raise NotFoundError(
+            f"{runs}: no {MLFLOW_DATABASE} here; launch a sweep first, or name the runs folder with --runs"
+        )
+    return mlflow_store_uri(runs), mlflow_artifact_root(runs)

@@ -1,0 +1,101 @@
+"""A Ray cluster for the length of a block: started here on 127.0.0.1, or joined by address.
+
+Ray is imported inside functions: it takes a second, and reads part of its environment when it is imported.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Iterator, MutableMapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from dsnet.errors import ConfigError, PreflightError
+
+LOCAL = "local"
+SMALLEST_OBJECT_STORE_MIB = 75
+_ENVIRONMENT = {
+    # On Linux, despite its name: puts every listener of a local cluster on 127.0.0.1. Ray reads it when it is imported.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # Workers run at nice 15 otherwise, which falsifies latency.
+    "RAY_worker_niceness": "0",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RaySettings:
+    """Which cluster to use.
+
+    Attributes:
+        address: "local" starts one for this process; "auto" joins the one of this machine; else ray://HOST:PORT or HOST:PORT.
+        num_cpus: of a local cluster; None = all that this process may use.
+        object_store_mib: size of a local cluster's object store in MiB, at least 75. Ray's default is 30 % of the memory.
+    """
+
+    address: str = LOCAL
+    num_cpus: int | None = None
+    object_store_mib: int = 200
+
+    def __post_init__(self) -> None:
+        if self.object_store_mib < SMALLEST_OBJECT_STORE_MIB:
+            least = SMALLEST_OBJECT_STORE_MIB
+            raise ConfigError(f"ray.object_store_mib is {self.object_store_mib}, but Ray needs {least} or more")
+        if self.num_cpus is not None and self.num_cpus < 1:
+            raise ConfigError(f"ray.num_cpus is {self.num_cpus}, but must be 1 or more")
+
+
+def prepare_environment(environ: MutableMapping[str, str] = os.environ) -> None:
+    """Set what Ray reads from the environment, where the user has not. Call it before anything imports ray."""
+    for name, value in _ENVIRONMENT.items():
+        environ.setdefault(name, value)
+
+
+@contextmanager
+def ray_session(settings: RaySettings) -> Iterator[None]:
+    """Connect to Ray for the length of the block; a cluster that was started for it is stopped at its end.
+
+    Inside another session it joins that one and leaves it running.
+
+    Raises:
+        PreflightError: no cluster could be started, or none answers at the address.
+    """
+    if "ray" in sys.modules and "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER" not in os.environ:
+        raise RuntimeError("ray was imported before prepare_environment(): its listeners would be open to the network")
+    prepare_environment()
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    try:
+        _connect(settings)
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _connect(settings: RaySettings) -> None:
+    import ray
+
+    quiet = {"logging_level": logging.WARNING, "log_to_driver": False}
+    try:
+        if settings.address == LOCAL:
+            ray.init(
+                address=LOCAL,
+                num_cpus=settings.num_cpus or len(os.sched_getaffinity(0)),
+                object_store_memory=settings.object_store_mib * 2**20,
+                include_dashboard=False,
+                **quiet,
+            )
+        else:
+            ray.init(address=settings.address, **quiet)
+    except (ConnectionError, TimeoutError, RuntimeError, ValueError, OSError) as error:
+        first_line = str(error).strip().partition("\n")[0] or type(error).__name__
+        if settings.address == LOCAL:
+            raise PreflightError(f"Ray could not be started on this machine: {first_line}") from error
+        raise PreflightError(
+            f"ray.address: no Ray cluster answers at '{settings.address}' ({first_line}); start one, or use address: local"
+        ) from error

@@ -1,0 +1,25 @@
+"""What all tests share: one thread per process, no telemetry, and one small Ray cluster."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+# Before anything imports numpy, torch, ray or mlflow. Two shared cores: more threads only wait for each other.
+for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ.setdefault(variable, "1")
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
+
+from orchestration.ray_runtime import RaySettings, prepare_environment, ray_session  # noqa: E402
+
+prepare_environment()
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """A Ray cluster of this process: 2 CPUs, a small object store, no dashboard; stopped when the last test is done."""
+    with ray_session(RaySettings(num_cpus=2, object_store_mib=100)):
+        yield

@@ -1,0 +1,388 @@
+"""The search loop makes the same study whatever happens to it, and loses no trial."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import queue
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dsnet.errors import ConfigError
+from search.engine import Budget, Search
+from search.runner import SerialRunner, TrialFunction, TrialOutcome, TrialSpec, outcome_from
+from search.samplers import KNOWN_SAMPLERS
+from search.space import parse_space
+from search.study import Objective, StudyJournal, StudySettings, TrialRecord, load_records
+
+SPACE: dict[str, Any] = {
+    "gate.target": {"uniform": [0.05, 0.9]},
+    "gate.optimizer.lr": {"loguniform": [1e-3, 0.3]},
+    "gate.routing.first": {"int": [0, 3]},
+    "gate.sgs.strategy": {"choice": ["try_best", "give_up"]},
+    "gate.losses.cls": 1.0,
+}
+
+
+def study_settings(sampler: str = "tpe", **changes: Any) -> StudySettings:
+    fields: dict[str, Any] = {
+        "name": "digits",
+        "space": parse_space(SPACE),
+        "objectives": (Objective("top1", "maximize"), Objective("madds_m", "minimize")),
+        "sampler": sampler,
+        "startup": 6,
+    }
+    return StudySettings(**fields | changes)
+
+
+def trade_off(spec: TrialSpec) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    """A cheap stand-in for a gate trial: accuracy saturates in cost; the noise comes from the trial's own seed."""
+    target, lr = spec.params["gate.target"], spec.params["gate.optimizer.lr"]
+    cost = target + 0.1 * spec.params["gate.routing.first"]
+    noise = np.random.default_rng(spec.seed).normal(0, 0.01)
+    top1 = 1 - math.exp(-3 * cost) - 0.05 * abs(math.log10(lr) + 1.5) + noise
+    return {"top1": top1, "madds_m": 10 * cost}, {"weight": np.full(3, target)}
+
+
+def sometimes_broken(spec: TrialSpec) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    if spec.slot % 5 == 3:
+        raise ValueError("the gate\ncollapsed")
+    return trade_off(spec)
+
+
+class ThreadedRunner:
+    """Runs trials on threads and yields them as they come, in an order that changes from run to run."""
+
+    def __init__(self, function: TrialFunction, num_workers: int) -> None:
+        self._function = function
+        self._num_workers = num_workers
+
+    def run(self, specs: Sequence[TrialSpec]) -> Generator[TrialOutcome, None, None]:
+        todo: queue.SimpleQueue[TrialSpec] = queue.SimpleQueue()
+        done: queue.SimpleQueue[TrialOutcome] = queue.SimpleQueue()
+        for spec in random.Random().sample(list(specs), len(specs)):
+            todo.put(spec)
+
+        def work() -> None:
+            while not todo.empty():
+                try:
+                    spec = todo.get_nowait()
+                except queue.Empty:
+                    return
+                time.sleep(random.random() * 0.002)
+                done.put(outcome_from(self._function, spec))
+
+        threads = [threading.Thread(target=work) for _ in range(self._num_workers)]
+        for thread in threads:
+            thread.start()
+        for _ in specs:
+            yield done.get()
+        for thread in threads:
+            thread.join()
+
+    def close(self) -> None:
+        pass
+
+
+class ListRunner:
+    """Gives back the outcomes it was handed, whatever is asked of it."""
+
+    def __init__(self, outcomes: Sequence[TrialOutcome]) -> None:
+        self._outcomes = outcomes
+
+    def run(self, specs: Sequence[TrialSpec]) -> Generator[TrialOutcome, None, None]:
+        yield from self._outcomes
+
+    def close(self) -> None:
+        pass
+
+
+@dataclass
+class Notebook:
+    """An observer that remembers, and asks to stop after a number of trials."""
+
+    stop_after: float = math.inf
+    records: list[TrialRecord] = field(default_factory=list)
+
+    def on_trial(self, record: TrialRecord) -> None:
+        self.records.append(record)
+
+    def is_full(self) -> bool:
+        return len(self.records) >= self.stop_after
+
+
+def sweep(
+    path: Path,
+    trials: int = 20,
+    *,
+    settings: StudySettings | None = None,
+    function: TrialFunction = sometimes_broken,
+    **options: Any,
+) -> list[TrialRecord]:
+    journal = StudyJournal.open(path, settings or study_settings())
+    options.setdefault("runner", SerialRunner(function))
+    return list(Search(journal=journal, **options).run(Budget(trials)).records)
+
+
+def essence(records: Sequence[TrialRecord]) -> list[tuple[Any, ...]]:
+    """Everything of the records but how long they took."""
+    return [(r.slot, r.number, r.state, r.params, r.values, r.metrics, r.reason, r.constraints) for r in records]
+
+
+def slack(metrics: Mapping[str, float]) -> Mapping[str, float]:
+    return {"madds_m <= 6": metrics["madds_m"] - 6}
+
+
+@pytest.mark.parametrize("sampler", KNOWN_SAMPLERS)
+@pytest.mark.parametrize("num_workers", [1, 2, 4])
+def test_the_number_of_workers_changes_nothing(tmp_path: Path, sampler: str, num_workers: int) -> None:
+    settings = study_settings(sampler)
+    alone = sweep(tmp_path / "alone", settings=settings)
+    crowd = sweep(tmp_path / "crowd", settings=settings, runner=ThreadedRunner(sometimes_broken, num_workers))
+    assert essence(crowd) == essence(alone)
+    assert [record.slot for record in alone] == list(range(20))
+
+
+@pytest.mark.parametrize("sampler", KNOWN_SAMPLERS)
+def test_a_sweep_stopped_after_any_number_of_trials_resumes_to_the_same_study(tmp_path: Path, sampler: str) -> None:
+    # 40 trials in cohorts of 8 give nsga2 (6 trials a generation) parents of parents, some of them selected after a resume.
+    settings = study_settings(sampler)
+    whole = sweep(tmp_path / "whole", 40, settings=settings, constraints=slack)
+    for pace in (1, 3, 8, 11):
+        path = tmp_path / f"pieces-{pace}"
+        told: list[TrialRecord] = []
+        while len(told) < 40:
+            notebook = Notebook(stop_after=pace)
+            pieces = sweep(
+                path, 40, settings=settings, constraints=slack, observer=notebook, should_stop=notebook.is_full
+            )
+            told += notebook.records
+        assert essence(pieces) == essence(whole)
+        assert essence(told) == essence(whole)
+
+
+def test_another_seed_makes_another_sweep(tmp_path: Path) -> None:
+    params = [
+        [record.params for record in sweep(tmp_path / str(seed), 8, settings=study_settings(seed=seed))]
+        for seed in (0, 1)
+    ]
+    assert params[0] != params[1]
+
+
+def test_a_sweep_extended_later_equals_one_that_was_long_from_the_start(tmp_path: Path) -> None:
+    whole = sweep(tmp_path / "whole", 27)
+    for trials in (5, 13, 27):
+        extended = sweep(tmp_path / "extended", trials)
+        assert essence(extended) == essence(whole[:trials])
+
+
+def test_tpe_learns_from_earlier_cohorts(tmp_path: Path) -> None:
+    def suggested(name: str, function: TrialFunction) -> list[Any]:
+        return [record.params for record in sweep(tmp_path / name, 24, function=function)]
+
+    def opposite(spec: TrialSpec) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+        metrics, arrays = trade_off(spec)
+        return {name: -value for name, value in metrics.items()}, arrays
+
+    straight, reversed_ = suggested("straight", trade_off), suggested("reversed", opposite)
+    assert straight[:8] == reversed_[:8]
+    assert straight[8:] != reversed_[8:]
+
+
+def test_a_failed_trial_keeps_its_slot_and_says_why(tmp_path: Path) -> None:
+    records = sweep(tmp_path / "study", 9)
+    failed = [record for record in records if record.state == "failed"]
+    assert [record.slot for record in failed] == [3, 8]
+    assert {record.reason for record in failed} == {"ValueError: the gate collapsed"}
+    assert all(record.values is None and not record.metrics for record in failed)
+
+
+@pytest.mark.parametrize(
+    ("metrics", "reason"),
+    [
+        ({"top1": math.nan, "madds_m": 1.0}, "top1 is nan"),
+        ({"top1": 0.5, "madds_m": math.inf}, "madds_m is inf"),
+        ({"top1": 0.5, "ce": 1.0}, "madds_m is missing; the trial returned ce, top1"),
+        ({}, "top1 is missing; the trial returned nothing"),
+    ],
+)
+def test_a_trial_without_finite_objectives_fails_and_the_metric_is_named(
+    tmp_path: Path, metrics: dict[str, float], reason: str
+) -> None:
+    records = sweep(tmp_path / "study", 3, function=lambda spec: (metrics, {}))
+    assert [(record.state, record.reason, record.values) for record in records] == [("failed", reason, None)] * 3
+
+
+def test_a_metric_that_is_no_objective_may_be_nan(tmp_path: Path) -> None:
+    records = sweep(tmp_path / "study", 1, function=lambda spec: ({"top1": 1, "madds_m": 2, "ce": math.nan}, {}))
+    assert records[0].state == "complete"
+    assert math.isnan(records[0].metrics["ce"])
+
+
+def test_a_constraint_that_cannot_be_computed_fails_the_trial(tmp_path: Path) -> None:
+    records = sweep(
+        tmp_path / "study", 2, function=trade_off, constraints=lambda metrics: {"latency_ms <= 3": math.nan}
+    )
+    assert [record.reason for record in records] == ["constraint latency_ms <= 3 is nan"] * 2
+
+
+def test_a_runner_that_loses_trials_leaves_no_hole(tmp_path: Path) -> None:
+    metrics = {"top1": 0.5, "madds_m": 1.0}
+    kept = [TrialOutcome(slot, "complete", metrics) for slot in (2, 0)]
+    records = sweep(tmp_path / "study", 4, runner=ListRunner(kept))
+    assert [record.state for record in records] == ["complete", "failed", "complete", "failed"]
+    assert records[1].reason == "the runner returned no outcome for this trial"
+
+
+def test_arrays_are_kept_before_the_trial_is_recorded(tmp_path: Path) -> None:
+    path = tmp_path / "study"
+    kept: dict[int, float] = {}
+
+    def keep(slot: int, arrays: Mapping[str, np.ndarray]) -> None:
+        assert [record.slot for record in load_records(path)] == list(range(slot))
+        kept[slot] = arrays["weight"][0]
+
+    records = sweep(path, 5, function=trade_off, save_arrays=keep)
+    assert kept == {record.slot: record.params["gate.target"] for record in records}
+
+
+def test_a_trial_whose_arrays_cannot_be_kept_is_not_recorded(tmp_path: Path) -> None:
+    def keep(slot: int, arrays: Mapping[str, np.ndarray]) -> None:
+        if slot == 2:
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        sweep(tmp_path / "study", 5, function=trade_off, save_arrays=keep)
+    assert [record.slot for record in load_records(tmp_path / "study")] == [0, 1]
+    assert essence(sweep(tmp_path / "study", 5, function=trade_off)) == essence(
+        sweep(tmp_path / "other", 5, function=trade_off)
+    )
+
+
+def test_a_stop_or_the_end_of_the_time_ends_the_search_between_trials(tmp_path: Path) -> None:
+    journal = StudyJournal.open(tmp_path / "study", study_settings())
+    notebook = Notebook(stop_after=3)
+    search = Search(journal=journal, runner=SerialRunner(trade_off), observer=notebook, should_stop=notebook.is_full)
+    stopped = search.run(Budget(20))
+    assert (stopped.stop_reason, len(stopped.records)) == ("stop", 3)
+    late = Search(journal=journal, runner=SerialRunner(trade_off)).run(Budget(20, time_s=0.0))
+    assert (late.stop_reason, len(late.records)) == ("time", 3)
+    done = Search(journal=journal, runner=SerialRunner(sometimes_broken)).run(Budget(10))
+    assert (done.stop_reason, len(done.records), done.num_failed) == ("trials", 10, 2)
+
+
+def test_a_finished_sweep_runs_nothing(tmp_path: Path) -> None:
+    def never_called(spec: TrialSpec) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+        raise AssertionError(f"slot {spec.slot} was run again")
+
+    before = sweep(tmp_path / "study", 10)
+    notebook = Notebook()
+    assert sweep(tmp_path / "study", 10, function=never_called, observer=notebook) == before
+    assert notebook.records == []
+
+
+def test_an_interrupt_passes_through_and_the_sweep_resumes(tmp_path: Path) -> None:
+    def interrupted(spec: TrialSpec) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+        if spec.slot == 5:
+            raise KeyboardInterrupt
+        return sometimes_broken(spec)
+
+    with pytest.raises(KeyboardInterrupt):
+        sweep(tmp_path / "study", function=interrupted)
+    assert len(load_records(tmp_path / "study")) == 5
+    assert essence(sweep(tmp_path / "study")) == essence(sweep(tmp_path / "whole"))
+
+
+def test_a_half_cohort_that_the_sampler_would_not_suggest_again_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "study"
+    sweep(path, 3)
+    lines = path.read_text().splitlines()
+    last = json.loads(lines[-1])
+    last["params"]["gate.target"] = 0.123456
+    path.write_text("\n".join([*lines[:-1], json.dumps(last)]) + "\n")
+    with pytest.raises(ConfigError, match=r"slot 2 of the study .*0\.123456.*other versions of Optuna or NumPy"):
+        sweep(path, 5)
+
+
+# --- kills: the sweep runs in a process of its own and dies by SIGKILL ---
+
+TRIALS_IN_KILLS = 14
+
+
+def die_in_slot(path: Path, slot: int, where: str) -> None:
+    """Search until `slot` is being run, recorded, or half written; then die as if by `kill -9`."""
+
+    def die() -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def run(spec: TrialSpec) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+        if where == "run" and spec.slot == slot:
+            die()
+        return sometimes_broken(spec)
+
+    def keep(kept_slot: int, arrays: Mapping[str, np.ndarray]) -> None:
+        if kept_slot != slot:
+            return
+        if where == "torn":
+            with path.open("ab") as file:
+                file.write(b'{"op_code":4,"worker_id":"x","study_id":0,"datetime_st')
+            path.with_name(path.name + ".lock").symlink_to(path)
+        if where != "run":
+            die()
+
+    sweep(path, TRIALS_IN_KILLS, function=run, save_arrays=keep)
+
+
+@pytest.mark.parametrize(
+    ("slots", "where"), [((0,), "run"), ((5, 6), "keep"), ((8,), "torn"), ((3, 11), "torn")], ids=str
+)
+def test_a_killed_sweep_resumes_to_the_same_study(tmp_path: Path, slots: tuple[int, ...], where: str) -> None:
+    path = tmp_path / "study"
+    for slot in slots:
+        code = "import sys, pathlib; from tests.search.test_engine import die_in_slot as d; "
+        code += f"d(pathlib.Path(sys.argv[1]), {slot}, {where!r})"
+        died = subprocess.run([sys.executable, "-c", code, str(path)], cwd=Path(__file__).parents[2], check=False)
+        assert died.returncode == -signal.SIGKILL
+        assert [record.slot for record in load_records(path)] == list(range(slot))
+    start = time.monotonic()
+    resumed = sweep(path, TRIALS_IN_KILLS)
+    assert time.monotonic() - start < 15, "the dead writer's lock was waited for"
+    assert essence(resumed) == essence(sweep(tmp_path / "whole", TRIALS_IN_KILLS))
+
+
+@pytest.mark.parametrize("sampler", KNOWN_SAMPLERS)
+def test_the_loop_costs_little_per_trial(tmp_path: Path, sampler: str) -> None:
+    """Not a benchmark: it catches work that grows with the square of the sweep."""
+    settings = study_settings(sampler, cohort=64)
+    start = time.perf_counter()
+    records = sweep(tmp_path / "study", 192, settings=settings, function=trade_off)
+    assert len(records) == 192
+    assert time.perf_counter() - start < 30
+
+
+def test_no_trial_is_run_twice_in_one_launch(tmp_path: Path) -> None:
+    ran: list[int] = []
+
+    def counted(spec: TrialSpec) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+        ran.append(spec.slot)
+        return trade_off(spec)
+
+    sweep(tmp_path / "study", 11, function=counted)
+    assert ran == list(range(11))
+
+
+def test_the_loop_needs_no_ray() -> None:
+    code = "import sys, search.engine; sys.exit('ray' in sys.modules or 'torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=False).returncode == 0
