@@ -321,8 +321,8 @@ def ui(runs: str, port: int) -> None:
 
 def _quiet_platforms() -> None:
     """Settings that Ray and MLflow read when they are imported."""
-    from orchestration.ray_runtime import ray_environment
+    from orchestration.ray_runtime import prepare_environment
     from orchestration.tracking import mlflow_environment
 
-    os.environ.update(ray_environment())
+    prepare_environment()
     os.environ.update(mlflow_environment())

@@ -49,7 +49,7 @@ from orchestration.projection import (
     write_front,
     write_widths,
 )
-from orchestration.ray_runtime import ray_session
+from orchestration.ray_runtime import RaySettings, ray_session
 from orchestration.ray_supernet import SupernetJob, train_on_ray
 from orchestration.ray_trials import RayRunner
 from orchestration.reporting import write_report
@@ -171,7 +171,7 @@ def _run_stages(work: _Launch) -> LaunchResult:
     plans = {plan.name: plan for plan in plan_stages(run, stage_definitions(config, work.prepared.fingerprint))}
     work.tracker.parent(sweep_row(work.manifest.read(), run, config))
     needs_ray = not plans["supernet"].is_done or _trials_left(run, plans["search"], config) > 0
-    with ray_session_if(needs_ray, config, work.prepared, work.progress):
+    with _ray_where_needed(needs_ray, config, work.prepared, work.progress):
         _supernet_stage(work, plans["supernet"])
         supernet = load_supernet(plans["supernet"].folder.path / FINAL)[0]
         _measure_stage(work, plans["measure"], supernet)
@@ -185,7 +185,7 @@ def _run_stages(work: _Launch) -> LaunchResult:
 
 
 @contextmanager
-def ray_session_if(is_needed: bool, config: SweepConfig, prepared: Prepared, progress: ProgressView) -> Iterator[None]:
+def _ray_where_needed(is_needed: bool, config: SweepConfig, prepared: Prepared, progress: ProgressView) -> Iterator[None]:
     """Ray, where a stage still needs it."""
     if not is_needed:
         yield
@@ -193,11 +193,12 @@ def ray_session_if(is_needed: bool, config: SweepConfig, prepared: Prepared, pro
     images = prepared.data.images("train")
     needed_mib = int(1.5 * images.numel() / 2**20) + 100  # the training images lie in the object store once
     progress.say("starting Ray ...")
-    with ray_session(
+    settings = RaySettings(
         address=config.ray.address,
         num_cpus=config.ray.num_cpus,
         object_store_mib=max(config.ray.object_store_mib, needed_mib),
-    ):
+    )
+    with ray_session(settings):
         yield
 
 
@@ -345,14 +346,12 @@ def _search_stage(work: _Launch, plan: StagePlan, table_plan: StagePlan) -> None
         plan = replace(plan, status="resume", reasons=("the budget was raised",))
 
     def search(folder: Path) -> Sequence[Path]:
-        settings = study_settings(config)
-        journal = StudyJournal.open(run.study_journal(plan.key), settings)
+        journal = StudyJournal.open(run.study_journal(plan.key), study_settings(config))
         with (
             closing(_trial_runner(work, table_plan)) as runner,
             work.progress.bar("search (trials)", config.budget.trials) as bar,
         ):
             result = Search(
-                settings=settings,
                 journal=journal,
                 runner=runner,
                 save_arrays=lambda slot, arrays: _save_gate(run.gate_weights(plan.key, slot), arrays),
@@ -361,7 +360,7 @@ def _search_stage(work: _Launch, plan: StagePlan, table_plan: StagePlan) -> None
             ).run(Budget(config.budget.trials, config.budget.time_s))
         if result.stop_reason == "stop":
             raise StoppedError("the search was stopped; its finished trials are kept")
-        return [journal.path]
+        return [run.study_journal(plan.key)]
 
     run_stage(run, plan, search)
     results = RunResults(run)

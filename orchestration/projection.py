@@ -120,7 +120,7 @@ def trial_row(manifest: Mapping[str, Any], run: RunDir, record: TrialRecord) -> 
         trial_name(record.slot),
         "trial",
         record.start_ms,
-        record.start_ms + int(1000 * record.duration_s),
+        record.finished_ms,
         "FINISHED" if is_complete else "FAILED",
         record.reason,
         params=record.params,

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from dsnet.errors import ConfigError, PreflightError
 
@@ -30,9 +31,9 @@ class RaySettings:
     """Which cluster to use.
 
     Attributes:
-        address: "local" starts one for this process; "auto" joins the one of this machine; else ray://HOST:PORT or HOST:PORT.
+        address: "local" starts one for this process; "auto" joins this machine's; else ray://HOST:PORT or HOST:PORT.
         num_cpus: of a local cluster; None = all that this process may use.
-        object_store_mib: size of a local cluster's object store in MiB, at least 75. Ray's default is 30 % of the memory.
+        object_store_mib: size of a local cluster's object store in MiB, >= 75. Ray's default is 30 % of the memory.
     """
 
     address: str = LOCAL
@@ -80,7 +81,7 @@ def ray_session(settings: RaySettings) -> Iterator[None]:
 def _connect(settings: RaySettings) -> None:
     import ray
 
-    quiet = {"logging_level": logging.WARNING, "log_to_driver": False}
+    quiet: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": False}
     try:
         if settings.address == LOCAL:
             ray.init(
@@ -97,5 +98,6 @@ def _connect(settings: RaySettings) -> None:
         if settings.address == LOCAL:
             raise PreflightError(f"Ray could not be started on this machine: {first_line}") from error
         raise PreflightError(
-            f"ray.address: no Ray cluster answers at '{settings.address}' ({first_line}); start one, or use address: local"
+            f"ray.address: no Ray cluster answers at '{settings.address}' ({first_line}); "
+            "start one, or use address: local"
         ) from error

@@ -1,8 +1,8 @@
 """Trials on Ray: warm actors that read the routing tables from the object store without a copy.
 
-Whose fault a failure is decides what happens. An exception, or a trial that takes too long, is the trial's own: it fails
-and is not tried again. A lost worker (a crash, the out-of-memory killer, a lost node) is the machine's: the trial is run
-again on a new worker, and fails with the reason when that has happened too often.
+Whose fault a failure is decides what happens. An exception, or a trial that takes too long, is the trial's own: it
+fails and is not tried again. A lost worker (a crash, the out-of-memory killer, a lost node) is the machine's: the trial
+is run again on a new worker, and fails with the reason when that has happened too often.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from dsnet.errors import PreflightError
 from search.runner import TrialFunction, TrialOutcome, TrialSpec, describe_error, outcome_from
 
 MakeTrialFunction = Callable[[Mapping[str, NDArray[Any]]], TrialFunction]
-"""Builds the trial function inside a worker, once, from the shared arrays (read-only views of the object store). Must be
-picklable: a module-level function, a class, or functools.partial of one."""
+"""Builds the trial function inside a worker, once, from the shared arrays (read-only views of the object store). Must
+be picklable: a module-level function, a class, or functools.partial of one."""
 
 START_TIMEOUT_S = 120.0
 MAX_STARTS_LOST = 3
@@ -67,8 +67,8 @@ class _Waiting:
 class RayRunner:
     """Runs trials on actors of one CPU each; to be used inside a `ray_session`.
 
-    An actor has one trial at a time, so that a time-out or a crash concerns one trial only. Actors start with the first `run` and
-    stay warm until `close`.
+    An actor has one trial at a time, so that a time-out or a crash concerns one trial only. Actors start with the first
+    `run` and stay warm until `close`.
     """
 
     def __init__(
@@ -105,15 +105,13 @@ class RayRunner:
             PreflightError: the cluster has no room for the actors, or they die while they start.
             Exception: what `make_function` raised in a worker.
         """
-        if self._arrays_ref is None:
-            self._start()
+        self._fill_places()
         waiting = deque(_Waiting(spec) for spec in specs)
         try:
             while waiting or any(job.spec is not None for job in self._jobs.values()):
                 while waiting and self._idle:
                     self._submit(waiting.popleft())
-                for outcome in self._wait(waiting):
-                    yield outcome
+                yield from self._wait(waiting)
         finally:
             self._abandon_trials()
 
@@ -127,7 +125,8 @@ class RayRunner:
         self._jobs.clear()
         self._arrays_ref = None
 
-    def _start(self) -> None:
+    def _fill_places(self) -> None:
+        """Start the actors that are missing; the first time, put the arrays into the object store too."""
         import ray
 
         num_cpus = int(ray.cluster_resources().get("CPU", 0))
@@ -137,16 +136,17 @@ class RayRunner:
                 f"ray.trial_actors is {num_actors}, but the cluster has {num_cpus} CPUs and each actor takes one; "
                 "lower ray.trial_actors or raise ray.num_cpus"
             )
-        # numpy arrays are read where they lie in shared memory; torch tensors would be copied.
-        self._arrays_ref = ray.put({name: np.ascontiguousarray(array) for name, array in self._arrays.items()})
-        for _ in range(num_actors):
+        if self._arrays_ref is None:
+            # numpy arrays are read where they lie in shared memory; torch tensors would be copied.
+            self._arrays_ref = ray.put({name: np.ascontiguousarray(array) for name, array in self._arrays.items()})
+        for _ in range(num_actors - len(self._idle) - len(self._jobs)):
             self._start_actor(num_lost=0)
 
     def _start_actor(self, num_lost: int) -> None:
         import ray
 
         options = {"num_cpus": 1, "max_restarts": 0, "max_task_retries": 0, "runtime_env": {"env_vars": _ONE_THREAD}}
-        actor = ray.remote(TrialWorker).options(**options).remote(self._make_function, self._arrays_ref)
+        actor: Any = ray.remote(TrialWorker).options(**options).remote(self._make_function, self._arrays_ref)
         self._jobs[actor.prepare.remote()] = _Job(actor, None, num_lost, time.monotonic())
 
     def _submit(self, waiting: _Waiting) -> None:
@@ -159,14 +159,14 @@ class RayRunner:
         import ray
 
         nearest_s = min(self._deadline_s(job) for job in self._jobs.values())
-        patience_s = max(0.0, nearest_s - time.monotonic())
-        ended, _ = ray.wait(list(self._jobs), num_returns=1, timeout=patience_s)
+        ended, _ = ray.wait(list(self._jobs), num_returns=1, timeout=max(0.0, nearest_s - time.monotonic()))
         if ended:
             outcome = self._finish(ended[0], waiting)
             if outcome is not None:
                 yield outcome
+            return
         now_s = time.monotonic()
-        for ref in [ref for ref, job in self._jobs.items() if self._deadline_s(job) <= now_s and ref not in ended]:
+        for ref in [ref for ref, job in self._jobs.items() if self._deadline_s(job) <= now_s]:
             yield self._time_out(self._jobs.pop(ref))
 
     def _deadline_s(self, job: _Job) -> float:
@@ -220,14 +220,13 @@ class RayRunner:
         return TrialOutcome.failed(job.spec.slot, f"time-out after {self._timeout_s:g} s", _seconds_of(job))
 
     def _abandon_trials(self) -> None:
-        """Kill actors whose trial nobody waits for any more; new ones take their places."""
+        """Kill the actors whose trial nobody waits for any more; the next `run` fills their places."""
         import ray
 
         for ref, job in list(self._jobs.items()):
             if job.spec is not None:
                 del self._jobs[ref]
                 ray.kill(job.actor)
-                self._start_actor(num_lost=0)
 
 
 def _seconds_of(job: _Job) -> float:
@@ -238,7 +237,7 @@ def _cause_of_loss(error: Exception) -> str:
     """One line on why a worker was lost, from Ray's page-long messages."""
     from ray.exceptions import NodeDiedError, OutOfMemoryError
 
-    if isinstance(error, OutOfMemoryError) or "OutOfMemory" in str(error) or "memory on the node" in str(error).lower():
+    if isinstance(error, OutOfMemoryError) or "low on memory" in str(error):
         return "killed because the machine ran out of memory"
     if isinstance(error, NodeDiedError):
         return "its machine left the cluster"

@@ -165,7 +165,7 @@ def _bare_panel(results: RunResults, rows: list[PointRow]) -> FrontPanel:
     line = StaticLine.fit(madds, _as_rows(top1))
     return FrontPanel(
         split="val",
-        num_images=_num_val(results),
+        num_images=results.num_val,
         static=static_points(rows, "val"),
         static_line=Curve(_floats(line.madds / 1e6), _floats(top1[list(line.vertices)])),
         dynamic=dynamic_points(rows, "val", {}),
@@ -175,11 +175,6 @@ def _bare_panel(results: RunResults, rows: list[PointRow]) -> FrontPanel:
 def _as_rows(top1: Any, num_rows: int = 10_000) -> Any:
     """A boolean table [num_rows, K] whose column means are `top1` (to 1 / num_rows)."""
     return np.arange(num_rows)[:, None] < np.round(top1 * num_rows)[None, :]
-
-
-def _num_val(results: RunResults) -> int:
-    data = json.loads(results.run.splits_json.read_text(encoding="utf-8"))
-    return len(data["val"])
 
 
 def _panel(rows: list[PointRow], analysis: SplitAnalysis) -> FrontPanel:
@@ -230,7 +225,7 @@ def hypervolume_of(results: RunResults) -> HypervolumeInfo | None:
         trace.tolist(),
         [record.reason if record.state == "failed" else None for record in results.records],
         "val",
-        _num_val(results),
+        results.num_val,
         (reference[0], reference[1]),
         _static_hypervolume(results, reference),
     )
@@ -283,7 +278,7 @@ def widths_of(results: RunResults) -> WidthsInfo | None:
         )
     return WidthsInfo(
         split="val",
-        num_images=_num_val(results),
+        num_images=results.num_val,
         device=""
         if latency is None
         else f"{latency.device}, {latency.threads} thread{'s' if latency.threads > 1 else ''}",

@@ -108,10 +108,18 @@ class RunResults:
     @cached_property
     def subnets(self) -> tuple[MeasuredSubnet, ...]:
         """The measured sub-networks in the set's order, the teacher last; empty before the measure stage."""
+        return tuple(MeasuredSubnet(**item) for item in self._measured["subnets"])
+
+    @property
+    def num_val(self) -> int:
+        """Images of `val`; 0 before the measure stage."""
+        return int(self._measured["num_images"])
+
+    @cached_property
+    def _measured(self) -> dict[str, Any]:
         if not self.is_done("measure"):
-            return ()
-        data = _read(self.run.subnets_json(self.done_key("measure")))
-        return tuple(MeasuredSubnet(**item) for item in data["subnets"])
+            return {"subnets": [], "num_images": 0}
+        return _read(self.run.subnets_json(self.done_key("measure")))
 
     @cached_property
     def latency(self) -> LatencyTable | None:
@@ -151,7 +159,7 @@ class RunResults:
     @property
     def finished_ms(self) -> int:
         """Unix time in ms at which the last trial ended."""
-        return max(record.start_ms + int(1000 * record.duration_s) for record in self.records)
+        return max(record.finished_ms for record in self.records)
 
     def record(self, slot: int) -> TrialRecord:
         """One trial by its slot."""

@@ -1,9 +1,9 @@
 """The search loop: ask a cohort, run it, tell it, in slot order.
 
-Suggestions are computed on a mirror of the study in memory; the study on disk receives finished trials only. A suggestion
-is thus a pure function of the cohorts before it, the sweep's seed and the slot: neither the number of workers, nor the
-order in which they finish, nor an interruption changes it. An interrupted cohort is asked again from its first slot; what
-it had finished is told from the study, the rest runs.
+Suggestions are computed on a mirror of the study in memory; the study on disk receives finished trials only. A
+suggestion is thus a pure function of the cohorts before it, the sweep's seed and the slot: neither the number of
+workers, nor the order in which they finish, nor an interruption changes it. An interrupted cohort is asked again from
+its first slot; what it had finished is told from the study, the rest runs.
 """
 
 from __future__ import annotations
@@ -184,6 +184,7 @@ class Search:
             metrics=metrics,
             reason=outcome.reason or "failed without a reason",
             duration_s=outcome.duration_s,
+            finished_ms=round(1000 * time.time()),
         )
         if outcome.state == "failed":
             return record

@@ -58,8 +58,8 @@ class TrialOutcome:
 
 
 TrialFunction = Callable[[TrialSpec], tuple[Mapping[str, float], Mapping[str, NDArray[Any]]]]
-"""Metrics and arrays of a trial. Raising is how a trial fails. It may be called twice for one spec (a worker can be lost
-after the work is done): it must have no effect but its result, and the result must depend on the spec alone."""
+"""Metrics and arrays of a trial. Raising is how a trial fails. It may be called twice for one spec (a worker can be
+lost after the work is done): it must have no effect but its result, and the result must depend on the spec alone."""
 
 
 class Runner(Protocol):

@@ -1,9 +1,9 @@
 """The study on disk: an Optuna journal that holds finished trials only, one record each.
 
 A suggestion takes Optuna several records, so that a kill in the middle would leave a trial RUNNING for ever. Here a
-trial is written when it is finished, in slot order, as one line; the trial in slot k is therefore the study's trial number
-k, and optuna-dashboard opens the journal as it is. One process writes (the driver, which holds the run's lock); any number
-may read meanwhile.
+trial is written when it is finished, in slot order, as one line; the trial in slot k is therefore the study's trial
+number k, and optuna-dashboard opens the journal as it is. One process writes (the driver, which holds the run's lock);
+any number may read meanwhile.
 """
 
 from __future__ import annotations
@@ -96,6 +96,7 @@ class TrialRecord:
         reason: why it failed.
         duration_s: seconds of work.
         constraints: by name; feasible where <= 0.
+        finished_ms: Unix time at which it was judged, in ms.
     """
 
     slot: int
@@ -107,6 +108,12 @@ class TrialRecord:
     reason: str | None
     duration_s: float
     constraints: Mapping[str, float] = field(default_factory=dict)
+    finished_ms: int = 0
+
+    @property
+    def start_ms(self) -> int:
+        """Unix time at which its work began, in ms."""
+        return self.finished_ms - round(1000 * self.duration_s)
 
 
 @dataclass(frozen=True)
@@ -186,7 +193,10 @@ def load_records(path: Path) -> list[TrialRecord]:
     studies = storage.get_all_studies()
     if not studies:
         return []
-    return [record_of(trial) for trial in storage.get_all_trials(studies[0]._study_id, deepcopy=False)]
+    trials = storage.get_all_trials(studies[0]._study_id, deepcopy=False)
+    if trials and _IDENTITY_ATTR not in studies[0].user_attrs:
+        raise _foreign(path)
+    return [record_of(trial) for trial in trials]
 
 
 def repair_journal(path: Path) -> int:
@@ -224,6 +234,7 @@ def record_of(trial: FrozenTrial) -> TrialRecord:
         reason=attrs["reason"],
         duration_s=attrs["duration_s"],
         constraints=trial.constraints,
+        finished_ms=0 if trial.datetime_complete is None else round(1000 * trial.datetime_complete.timestamp()),
     )
 
 
@@ -255,7 +266,7 @@ def _frozen(suggestion: Suggestion, record: TrialRecord) -> FrozenTrial:
         system_attrs=dict(suggestion.sampler_notes),
         constraints=dict(record.constraints),
     )
-    trial.datetime_complete = datetime.now()
+    trial.datetime_complete = datetime.fromtimestamp(record.finished_ms / 1000)
     trial.datetime_start = trial.datetime_complete - timedelta(seconds=record.duration_s)
     return trial
 
@@ -275,9 +286,7 @@ def _hold_to_identity(study: optuna.Study, path: Path, settings: StudySettings) 
     noted = study.user_attrs.get(_IDENTITY_ATTR)
     if noted is None:
         if study.get_trials(deepcopy=False):
-            raise CheckpointError(
-                f"{path}: holds a study that this program did not write; move it away and launch again"
-            )
+            raise _foreign(path)
         with quiet_optuna():
             study.set_metric_names([objective.name for objective in settings.objectives])
         note = {"version": _IDENTITY_VERSION, "optuna": optuna.__version__, "space": dict(settings.space.written)}
@@ -289,6 +298,10 @@ def _hold_to_identity(study: optuna.Study, path: Path, settings: StudySettings) 
                 f"{path}: this study was made with {key} {noted.get(key)!r}, and now it is {value!r}. Its trials would "
                 "not fit together: restore the setting, or start a new study in another run"
             )
+
+
+def _foreign(path: Path) -> CheckpointError:
+    return CheckpointError(f"{path}: holds a study that this program did not write; move it away and launch again")
 
 
 def _end_of_last_line(file: Any, size: int, block: int = 1 << 16) -> int:

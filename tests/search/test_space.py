@@ -120,7 +120,7 @@ def test_every_sampler_repeats_itself_with_one_seed_and_differs_with_another(nam
 
 
 def test_an_unknown_sampler_is_refused_with_a_guess() -> None:
-    with pytest.raises(ConfigError, match="unknown sampler 'nsga3'; did you mean 'nsga2'.* known: random, tpe, nsga2"):
+    with pytest.raises(ConfigError, match=r"unknown sampler 'nsga3'; did you mean 'nsga2'.* known: random, tpe, nsga2"):
         make_sampler("nsga3", seed=0)
 
 

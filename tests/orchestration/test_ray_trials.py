@@ -1,0 +1,364 @@
+"""Trials on a real Ray cluster: every way in which one can end, and what is left when the cluster stops."""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from ray.exceptions import ActorDiedError, OutOfMemoryError
+
+from dsnet.errors import ConfigError, PreflightError
+from orchestration.ray_runtime import RaySettings, prepare_environment, ray_session
+from orchestration.ray_trials import RayRunner, _cause_of_loss
+from search.engine import Budget, Search
+from search.runner import SerialRunner, TrialFunction, TrialOutcome, TrialSpec
+from search.space import parse_space
+from search.study import Objective, StudyJournal, StudySettings
+
+pytestmark = pytest.mark.ray
+
+ARRAYS = {"ce": np.arange(200_000, dtype=np.float32).reshape(-1, 4), "labels": np.arange(50_000)}
+REPOSITORY = Path(__file__).parents[2]
+
+
+class ScriptedTrials:
+    """A trial function that does what the parameter `do` says; `folder` counts attempts across processes."""
+
+    def __init__(self, arrays: Mapping[str, np.ndarray], folder: Path) -> None:
+        self._arrays = arrays
+        self._folder = folder
+
+    def __call__(self, spec: TrialSpec) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+        attempt = len(list(self._folder.glob(f"{spec.slot}-*")))
+        (self._folder / f"{spec.slot}-{attempt}-{os.getpid()}").touch()
+        action = getattr(self, f"_{spec.params.get('do', 'work')}")
+        return action(spec, attempt)
+
+    def _work(self, spec: TrialSpec, attempt: int) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+        draw = np.random.default_rng(spec.seed).random()
+        mean = float(self._arrays["ce"].mean())
+        return {"top1": draw, "madds_m": mean + draw, "pid": os.getpid()}, {"weight": np.full(2, spec.slot)}
+
+    def _raise(self, spec: TrialSpec, attempt: int) -> Any:
+        raise ValueError("no route is right")
+
+    def _nan(self, spec: TrialSpec, attempt: int) -> Any:
+        return {"top1": float("nan"), "madds_m": 1.0}, {}
+
+    def _hang(self, spec: TrialSpec, attempt: int) -> Any:
+        time.sleep(600)
+
+    def _die_once(self, spec: TrialSpec, attempt: int) -> Any:
+        return self._work(spec, attempt) if attempt else self._die(spec, attempt)
+
+    def _die(self, spec: TrialSpec, attempt: int) -> Any:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def _look(self, spec: TrialSpec, attempt: int) -> Any:
+        import torch
+
+        array = self._arrays["ce"]
+        tensor_shares = torch.from_numpy(array.view()).data_ptr() == array.ctypes.data
+        facts = {
+            "owns_data": array.flags.owndata,
+            "writeable": array.flags.writeable,
+            "tensor_shares": tensor_shares,
+            "torch_threads": torch.get_num_threads(),
+            "omp_threads": int(os.environ["OMP_NUM_THREADS"]),
+            "in_shared_memory": _in_shared_memory(array),
+            "sum": float(array.sum(dtype=np.float64)),
+        }
+        return facts, {}
+
+
+def _in_shared_memory(array: np.ndarray) -> bool:
+    """Whether the array's first byte lies in a mapping of the object store (plasma, a file of /dev/shm or of Ray's folder)."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        span, *_, path = line.split(maxsplit=5)
+        low, high = (int(end, 16) for end in span.split("-"))
+        if low <= array.ctypes.data < high:
+            return "plasma" in path
+    return False
+
+
+def refuse_to_build(arrays: Mapping[str, np.ndarray]) -> TrialFunction:
+    raise ConfigError("gate: unknown router 'mpl'")
+
+
+def die_while_building(arrays: Mapping[str, np.ndarray]) -> TrialFunction:
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError("unreachable")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    attempts = tmp_path / "attempts"
+    attempts.mkdir()
+    return attempts
+
+
+@pytest.fixture
+def runner(ray_cluster: None, folder: Path) -> Iterator[RayRunner]:
+    made = RayRunner(
+        functools.partial(ScriptedTrials, folder=folder), arrays=ARRAYS, num_actors=2, timeout_s=5.0, retries=1
+    )
+    yield made
+    made.close()
+
+
+def specs(*actions: str) -> list[TrialSpec]:
+    return [TrialSpec(slot, seed=100 + slot, params={"do": action}) for slot, action in enumerate(actions)]
+
+
+def by_slot(outcomes: Iterator[TrialOutcome]) -> dict[int, TrialOutcome]:
+    collected = list(outcomes)
+    answered = {outcome.slot: outcome for outcome in collected}
+    assert len(answered) == len(collected)
+    return answered
+
+
+def num_attempts(folder: Path, slot: int) -> int:
+    return len(list(folder.glob(f"{slot}-*")))
+
+
+def test_results_equal_those_of_the_serial_runner_and_actors_stay_warm(runner: RayRunner, folder: Path) -> None:
+    serial = by_slot(SerialRunner(ScriptedTrials(ARRAYS, folder)).run(specs(*["work"] * 6)))
+    pids = set()
+    for _ in range(2):
+        outcomes = by_slot(runner.run(specs(*["work"] * 6)))
+        assert outcomes.keys() == serial.keys()
+        for slot, outcome in outcomes.items():
+            assert outcome.state == "complete"
+            assert outcome.metrics["madds_m"] == serial[slot].metrics["madds_m"]
+            np.testing.assert_array_equal(outcome.arrays["weight"], serial[slot].arrays["weight"])
+            pids.add(outcome.metrics["pid"])
+    assert len(pids) <= 2
+    assert os.getpid() not in pids
+
+
+def test_an_exception_fails_its_trial_alone_and_is_not_tried_again(runner: RayRunner, folder: Path) -> None:
+    outcomes = by_slot(runner.run(specs("work", "raise", "nan", "work")))
+    assert (outcomes[1].state, outcomes[1].reason) == ("failed", "ValueError: no route is right")
+    assert [outcomes[slot].state for slot in (0, 2, 3)] == ["complete"] * 3
+    assert np.isnan(outcomes[2].metrics["top1"])
+    assert num_attempts(folder, 1) == 1
+
+
+def test_a_trial_that_hangs_is_killed_and_the_others_go_on(runner: RayRunner, folder: Path) -> None:
+    outcomes = by_slot(runner.run(specs("hang", "work", "work", "work")))
+    assert (outcomes[0].state, outcomes[0].reason) == ("failed", "time-out after 5 s")
+    assert 5 <= outcomes[0].duration_s < 15
+    assert [outcomes[slot].state for slot in (1, 2, 3)] == ["complete"] * 3
+    assert num_attempts(folder, 0) == 1
+    pid = int(next(folder.glob("0-*")).name.split("-")[2])
+    assert vanishes(pid)
+    assert by_slot(runner.run(specs("work", "work")))[1].state == "complete"
+
+
+def test_a_trial_whose_worker_is_killed_is_run_again(runner: RayRunner, folder: Path) -> None:
+    outcomes = by_slot(runner.run(specs("die_once", "work", "work")))
+    assert [outcome.state for outcome in outcomes.values()] == ["complete"] * 3
+    assert num_attempts(folder, 0) == 2
+
+
+def test_a_trial_that_loses_every_worker_fails_with_the_reason(runner: RayRunner, folder: Path) -> None:
+    outcomes = by_slot(runner.run(specs("work", "die", "work")))
+    assert outcomes[1].state == "failed"
+    assert outcomes[1].reason == "lost its worker 2 times: the process died (ActorDiedError)"
+    assert num_attempts(folder, 1) == 2
+    assert outcomes[0].state == outcomes[2].state == "complete"
+
+
+def test_actors_read_the_arrays_in_place_with_one_thread(runner: RayRunner) -> None:
+    facts = by_slot(runner.run(specs("look")))[0].metrics
+    assert facts == {
+        "owns_data": 0,
+        "writeable": 0,
+        "tensor_shares": 1,
+        "torch_threads": 1,
+        "omp_threads": 1,
+        "in_shared_memory": 1,
+        "sum": float(ARRAYS["ce"].sum(dtype=np.float64)),
+    }
+
+
+def test_trials_that_nobody_waits_for_any_more_are_abandoned(runner: RayRunner, folder: Path) -> None:
+    outcomes = runner.run(specs("work", "hang", "work", "work"))
+    assert next(outcomes).state == "complete"
+    outcomes.close()
+    for started in folder.glob("1-*"):
+        assert vanishes(int(started.name.split("-")[2]))
+    assert by_slot(runner.run(specs("work", "work")))[0].state == "complete"
+
+
+def test_an_error_while_the_function_is_built_reaches_the_caller_as_it_is(ray_cluster: None) -> None:
+    runner = RayRunner(refuse_to_build, arrays=ARRAYS, num_actors=1)
+    with pytest.raises(ConfigError, match="unknown router 'mpl'"):
+        list(runner.run(specs("work")))
+    runner.close()
+
+
+def test_workers_that_die_while_they_start_end_the_sweep(ray_cluster: None) -> None:
+    runner = RayRunner(die_while_building, arrays=ARRAYS, num_actors=1)
+    with pytest.raises(PreflightError, match="trial workers die while they start, 3 times"):
+        list(runner.run(specs("work")))
+    runner.close()
+
+
+def test_more_actors_than_cpus_are_refused(ray_cluster: None) -> None:
+    with pytest.raises(PreflightError, match=r"ray\.trial_actors is 3, but the cluster has 2 CPUs"):
+        list(RayRunner(refuse_to_build, arrays=ARRAYS, num_actors=3).run(specs("work")))
+
+
+def test_the_out_of_memory_killer_is_named() -> None:
+    assert _cause_of_loss(OutOfMemoryError("...")) == "killed because the machine ran out of memory"
+    assert _cause_of_loss(ActorDiedError()) == "the process died (ActorDiedError)"
+
+
+def test_a_sweep_on_ray_makes_the_study_of_a_serial_one(runner: RayRunner, folder: Path, tmp_path: Path) -> None:
+    actions = ["work", "raise", "nan", "die_once"]
+    settings = StudySettings(
+        name="ray",
+        space=parse_space({"do": {"choice": actions}, "gate.target": {"uniform": [0.0, 1.0]}}),
+        objectives=(Objective("top1", "maximize"), Objective("madds_m", "minimize")),
+        startup=4,
+        cohort=4,
+    )
+
+    def made_by(name: str, some_runner: Any) -> list[tuple[Any, ...]]:
+        journal = StudyJournal.open(tmp_path / name, settings)
+        records = Search(journal=journal, runner=some_runner).run(Budget(10)).records
+        return [(r.slot, r.state, r.params, r.values, r.reason) for r in records]
+
+    on_ray = made_by("ray", runner)
+    # Every slot has been tried here, so that `die_once` works at the first attempt of this process.
+    assert made_by("serial", SerialRunner(ScriptedTrials(ARRAYS, folder))) == on_ray
+
+
+# --- the cluster itself ---
+
+
+def vanishes(pid: int, within_s: float = 15.0) -> bool:
+    """Whether a process ends (or is only waited for) within some seconds."""
+    deadline = time.monotonic() + within_s
+    while time.monotonic() < deadline:
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        if state == "Z":
+            return True
+        time.sleep(0.1)
+    return False
+
+
+LIFE_OF_A_CLUSTER = """
+import json, os, pathlib, sys
+from orchestration.ray_runtime import RaySettings, ray_session
+
+def children(pid):
+    found = []
+    for stat in pathlib.Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[1]) == pid:
+            found.append(int(stat.parent.name))
+    return [pid for child in found for pid in (child, *children(child))]
+
+def listening_addresses(pids):
+    inodes = set()
+    for pid in pids:
+        for link in pathlib.Path(f"/proc/{pid}/fd").iterdir():
+            try:
+                target = os.readlink(link)
+            except OSError:
+                continue
+            if target.startswith("socket:["):
+                inodes.add(target[8:-1])
+    addresses = []
+    for table in ("tcp", "tcp6"):
+        for line in pathlib.Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and fields[9] in inodes:
+                addresses.append(fields[1].split(":")[0])
+    return addresses
+
+with ray_session(RaySettings(num_cpus=1, object_store_mib=75)):
+    import ray
+    ray.get(ray.remote(lambda: None).remote())
+    with ray_session(RaySettings()):
+        assert ray.cluster_resources()["CPU"] == 1, "an inner session joins the outer one"
+    assert ray.is_initialized()
+    store = ray.cluster_resources()["object_store_memory"]
+    pids = children(os.getpid())
+    print(json.dumps({"pids": pids, "store": store, "addresses": listening_addresses([os.getpid(), *pids])}))
+assert not ray.is_initialized()
+"""
+
+
+def test_a_cluster_listens_on_localhost_only_and_leaves_no_process_behind() -> None:
+    import json
+
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    ended = subprocess.run(
+        [sys.executable, "-c", LIFE_OF_A_CLUSTER],
+        cwd=REPOSITORY,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    facts = json.loads(ended.stdout.splitlines()[-1])
+    assert len(facts["pids"]) >= 3
+    assert all(vanishes(pid) for pid in facts["pids"])
+    assert facts["store"] == 75 * 2**20
+    assert facts["addresses"], "a cluster must listen somewhere"
+    localhost = {"0100007F", "00000000000000000000000001000000", "0000000000000000FFFF00000100007F"}
+    assert set(facts["addresses"]) <= localhost
+
+
+def test_the_users_own_environment_wins() -> None:
+    environment = {"RAY_USAGE_STATS_ENABLED": "1"}
+    prepare_environment(environment)
+    assert environment["RAY_USAGE_STATS_ENABLED"] == "1"
+    assert environment["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] == "0"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"object_store_mib": 74}, "object_store_mib is 74.*75 or more"), ({"num_cpus": 0}, r"ray\.num_cpus is 0")],
+)
+def test_settings_that_ray_would_refuse_are_refused_first(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        RaySettings(**changes)
+
+
+def test_an_address_where_nobody_answers_is_named() -> None:
+    code = (
+        "from orchestration.ray_runtime import *\n"
+        "try:\n"
+        "    with ray_session(RaySettings(address='127.0.0.1:1')): pass\n"
+        "except PreflightError as error: print(error)"
+    )
+    environment = os.environ | {"RAY_gcs_rpc_server_reconnect_timeout_s": "1", "RAY_NUM_REDIS_GET_RETRIES": "1"}
+    ended = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False
+    )
+    assert "no Ray cluster answers at '127.0.0.1:1'" in ended.stdout, ended.stderr
+
+
+def test_importing_the_runtime_does_not_import_ray() -> None:
+    code = "import sys, orchestration.ray_runtime, orchestration.ray_trials; sys.exit('ray' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=False).returncode == 0
