@@ -6,6 +6,8 @@ A folder with `bundle.json` (what it is, what it claims, hashes), `weights.safet
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -19,9 +21,9 @@ from torch import Tensor
 from dsnet.checkpoint import load_exactly, load_tensors, save_tensors
 from dsnet.data.normalization import Normalization
 from dsnet.dynamic import DynamicNet
-from dsnet.errors import CheckpointError, DsnetError, VerificationError
+from dsnet.errors import CheckpointError, DsnetError, PreflightError, VerificationError
 from dsnet.families import rebuild
-from dsnet.files import atomic_write_json, file_sha256, read_json
+from dsnet.files import atomic_write_json, file_sha256, plain_value, read_json
 from dsnet.routers import GateRouter, Router, router_from_arrays
 from dsnet.space import SubnetSet, SupernetSpec
 from dsnet.supernet import Supernet, restrict, state_for_saving
@@ -30,8 +32,6 @@ SCHEMA_VERSION = 1
 NUM_EXAMPLES = 16
 LOGIT_TOLERANCE = 1e-4
 """Largest accepted difference to a stored logit, relative to the largest stored one: other processors sum in another order."""
-ROUTE_TIE = 1e-5
-"""A gate's scores that are nearer to each other than this, relative to their size, are a numerical tie."""
 MANIFEST = "bundle.json"
 
 
@@ -119,24 +119,20 @@ def save_bundle(
         examples: uint8 [n, C, H, W], images whose routes and logits are stored for `verify`.
         claims: JSON values: accuracies, MAdds, latency, and what they were measured on.
         gate_yaml: the text of gate.yaml.
+
+    Raises:
+        PreflightError: `folder` holds something else than a bundle, which would be lost.
     """
+    if folder.exists() and not (folder / MANIFEST).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        raise PreflightError(f"{folder}: is there already and no bundle; remove it, or export to another folder")
     small = restrict(supernet, router.routes).cpu().eval()
     local = local_router(router, router.routes)
     size = int(examples.shape[-1])
     output = DynamicNet(small, local, image_size=size)(normalization.apply(examples))
-    draft = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
     tensors, values = local.to_arrays()
     weights = {f"supernet.{name}": value for name, value in state_for_saving(small).items()}
     weights |= {f"router.{name}": value.contiguous() for name, value in tensors.items()}
     stored = {"images": examples.contiguous(), "routes": output.routes.clone(), "logits": output.logits.clone()}
-    files = {
-        "weights.safetensors": save_tensors(draft / "weights.safetensors", weights),
-        "examples.safetensors": save_tensors(draft / "examples.safetensors", stored),
-    }
-    (draft / "gate.yaml").write_text(gate_yaml, encoding="utf-8")
-    files["gate.yaml"] = file_sha256(draft / "gate.yaml")
     manifest = {
         "schema_version": SCHEMA_VERSION,
         "kind": "dsnet-bundle",
@@ -147,10 +143,39 @@ def save_bundle(
         "class_names": list(class_names),
         "image_shape": list(examples.shape[1:]),
         "claims": dict(claims),
-        "files": files,
     }
-    atomic_write_json(draft / MANIFEST, manifest)
-    _swap(draft, folder)
+    draft = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(draft, ignore_errors=True)
+    try:
+        draft.mkdir(parents=True)
+        _write_files(draft, manifest, weights, stored, gate_yaml)
+        _swap(draft, folder)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _write_files(
+    draft: Path,
+    manifest: Mapping[str, Any],
+    weights: Mapping[str, Tensor],
+    examples: Mapping[str, Tensor],
+    gate_yaml: str,
+) -> None:
+    files = {
+        "weights.safetensors": save_tensors(draft / "weights.safetensors", weights),
+        "examples.safetensors": save_tensors(draft / "examples.safetensors", examples),
+    }
+    (draft / "gate.yaml").write_text(gate_yaml, encoding="utf-8")
+    files["gate.yaml"] = file_sha256(draft / "gate.yaml")
+    manifest = {**manifest, "files": files}
+    atomic_write_json(draft / MANIFEST, {**manifest, "sha256": _manifest_digest(manifest)})
+
+
+def _manifest_digest(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 of the manifest's values without the digest itself."""
+    values = {name: value for name, value in manifest.items() if name != "sha256"}
+    text = json.dumps(values, sort_keys=True, separators=(",", ":"), default=plain_value)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _swap(draft: Path, folder: Path) -> None:
@@ -164,7 +189,9 @@ def _swap(draft: Path, folder: Path) -> None:
 def load_bundle(
     path: str | Path, *, device: torch.device | str = "cpu", cut_weights: bool = True, fold_bn: bool = True
 ) -> Bundle:
-    """Read a bundle; every file is checked against its hash, and nothing of it is executed or unpickled.
+    """Read a bundle; what it runs on is checked against its hash, and nothing of it is executed or unpickled.
+
+    The examples and gate.yaml, which it does not run on, are checked by `check_bundle_files`.
 
     Args:
         path: the bundle's folder.
@@ -181,11 +208,15 @@ def load_bundle(
             f"{path}: no bundle here (no {MANIFEST}); make one with `dsnet-orch export RUN --pick knee`"
         )
     manifest = read_json(path / MANIFEST)
+    if not isinstance(manifest, dict):
+        raise CheckpointError(f"{path / MANIFEST}: holds no JSON object, so it describes no bundle; export it again")
     if manifest.get("kind") != "dsnet-bundle" or manifest.get("schema_version") != SCHEMA_VERSION:
         raise CheckpointError(
             f"{path / MANIFEST}: kind {manifest.get('kind')!r}, schema version {manifest.get('schema_version')!r}; "
             f"this release reads 'dsnet-bundle' {SCHEMA_VERSION}"
         )
+    if manifest.get("sha256") != _manifest_digest(manifest):
+        raise CheckpointError(f"{path / MANIFEST}: was edited or damaged (its own SHA-256 differs); export it again")
     try:
         return _assemble(path, manifest, device, cut_weights, fold_bn)
     except (KeyError, TypeError, ValueError, AttributeError) as error:

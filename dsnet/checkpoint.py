@@ -67,6 +67,8 @@ def load_checkpoint(stem: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         CheckpointError: a part is missing, damaged, or of another schema version.
     """
     meta = read_json(stem.with_name(stem.name + ".json"))
+    if not isinstance(meta, dict):
+        raise CheckpointError(f"{stem}.json: holds no JSON object, so it describes no checkpoint; it was exchanged")
     if meta.get("schema_version") != SCHEMA_VERSION:
         raise CheckpointError(
             f"{stem}.json: schema version {meta.get('schema_version')!r}, but this release reads {SCHEMA_VERSION}; "

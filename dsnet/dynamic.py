@@ -82,7 +82,7 @@ class DynamicNet(nn.Module):
         Raises:
             RuntimeError: in training mode.
         """
-        if self.training:
+        if self.training or (not self.cut_weights and self.supernet.training):
             raise RuntimeError(
                 "dynamic inference is for evaluation only; call .eval() first (gates train on the routing table)"
             )

@@ -6,6 +6,7 @@ constants (METHODS 5). A table is plain numpy in a safetensors file, and never h
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -142,7 +143,7 @@ class RoutingTable:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         arrays = {name: np.ascontiguousarray(value) for name, value in self.arrays().items()}
-        save_file(arrays, temporary, metadata={"routing_table": json.dumps(self.meta())})
+        save_file(arrays, temporary, metadata={"routing_table": json.dumps(self.meta()), "sha256": _digest(arrays)})
         replace_file(temporary, path)
 
     @classmethod
@@ -156,13 +157,24 @@ class RoutingTable:
             raise CheckpointError(f"{path}: no such routing table")
         try:
             with safe_open(path, framework="numpy") as stored:
-                meta = json.loads((stored.metadata() or {})["routing_table"])
+                header = stored.metadata() or {}
+                meta = json.loads(header["routing_table"])
                 arrays = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - not a mapping
-        except (SafetensorError, OSError, ValueError, KeyError) as error:
+            if header["sha256"] != _digest(arrays):
+                raise ValueError("its arrays do not match the hash beside them")
+            return cls.from_arrays(arrays, meta)
+        except (SafetensorError, OSError, ValueError, KeyError, CheckpointError) as error:
             raise CheckpointError(
                 f"{path}: cannot be read as a routing table ({error}); delete its stage folder to have it made again"
             ) from error
-        return cls.from_arrays(arrays, meta)
+
+
+def _digest(arrays: Mapping[str, NDArray[Any]]) -> str:
+    """SHA-256 over the contiguous arrays in the order of their names; a safetensors file checks only its header."""
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        digest.update(arrays[name].data)
+    return digest.hexdigest()
 
 
 _META = ("split", "routes", "layout", "trunk_madds")

@@ -216,13 +216,19 @@ class SubnetSet:
         """Rebuild a set for `spec`.
 
         Raises:
-            CheckpointError: the set was made for another supernet.
+            CheckpointError: the set was made for another supernet, or its parts are missing or do not fit.
         """
-        if data["supernet"] != spec.fingerprint:
-            raise CheckpointError(
-                f"the set of sub-networks belongs to supernet {data['supernet'][:12]}, not to {spec.fingerprint[:12]}; "
-                "use the set that was saved beside this checkpoint"
-            )
-        subnets = [Subnet(item["name"], tuple(item["widths"])) for item in data["members"]]
-        teacher = data["teacher"]
-        return cls(spec, tuple(subnets), None if teacher is None else Subnet(teacher["name"], tuple(teacher["widths"])))
+        try:
+            if data["supernet"] != spec.fingerprint:
+                raise CheckpointError(
+                    f"the set of sub-networks belongs to supernet {data['supernet'][:12]}, not to {spec.fingerprint[:12]}; "
+                    "use the set that was saved beside this checkpoint"
+                )
+            members, teacher = data["members"], data["teacher"]
+            return cls(spec, tuple(map(_subnet, members)), None if teacher is None else _subnet(teacher))
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"the stored set of sub-networks cannot be read: {error!r}") from error
+
+
+def _subnet(item: Mapping[str, Any]) -> Subnet:
+    return Subnet(item["name"], tuple(item["widths"]))

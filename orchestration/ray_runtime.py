@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import sys
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
@@ -92,8 +93,9 @@ def _connect(settings: RaySettings) -> None:
                 **quiet,
             )
         else:
+            _knock(settings.address)
             ray.init(address=settings.address, **quiet)
-    except (ConnectionError, TimeoutError, RuntimeError, ValueError, OSError) as error:
+    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         first_line = str(error).strip().partition("\n")[0] or type(error).__name__
         if settings.address == LOCAL:
             raise PreflightError(f"Ray could not be started on this machine: {first_line}") from error
@@ -101,3 +103,10 @@ def _connect(settings: RaySettings) -> None:
             f"ray.address: no Ray cluster answers at '{settings.address}' ({first_line}); "
             "start one, or use address: local"
         ) from error
+
+
+def _knock(address: str, timeout_s: float = 5.0) -> None:
+    """Raise OSError where nobody listens at HOST:PORT. Ray would end the whole process there instead of raising."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if colon and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), timeout_s).close()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -173,7 +174,7 @@ def _subnets(spec: SupernetSpec, stages: Sequence[Stage], gated_stage: int) -> S
 def _scaled(widths: Sequence[int], factor: float) -> tuple[int, ...]:
     """Widths times `factor`, to the nearest multiple of 4 (at least 4), strictly rising."""
     scaled = [max(4, 4 * round(width * factor / 4)) for width in widths]
-    if any(right <= left for left, right in zip(scaled, scaled[1:], strict=False)):
+    if any(right <= left for left, right in pairwise(scaled)):
         raise ValueError(
             f"width {factor} makes neighbouring widths equal ({scaled}); use a larger width or fewer routes"
         )

@@ -282,8 +282,12 @@ class _Session:
             CheckpointError: it is damaged or belongs to another run.
         """
         tensors, meta = load_checkpoint(stem)
-        if meta.get("run") != json.loads(json.dumps(self.run.to_json())):
-            raise CheckpointError(f"{stem}.json: was written under other settings; remove {stem.parent} to train anew")
+        expected = json.loads(json.dumps({"run": self.run.to_json(), **supernet_meta(self.student)}))
+        changed = [name for name, value in expected.items() if meta.get(name) != value]
+        if changed:
+            raise CheckpointError(
+                f"{stem}.json: was written under other settings ({', '.join(changed)}); remove {stem.parent} to train anew"
+            )
         load_exactly(self.student, _below(tensors, "student."), str(stem))
         load_exactly(self.ema, _below(tensors, "ema."), str(stem))
         state: dict[int, dict[str, Any]] = {}
@@ -468,8 +472,9 @@ def _finish(session: _Session, images: Tensor, folder: Path) -> Path:
     run = session.run
     final = session.ema if run.weights == "ema" else session.student
     rows = _recalibration_rows(len(images), run)
-    batches = (run.normalization.apply(images[part.to(images.device)]) for part in rows.split(run.recalibration_batch))
-    recalibrate(final, batches)
+    # Batches of equal size, as the cumulative average weighs them equally; a last batch of one image has no variance at 1x1 pixels.
+    parts = rows.tensor_split(math.ceil(len(rows) / run.recalibration_batch))
+    recalibrate(final, (run.normalization.apply(images[part.to(images.device)]) for part in parts))
     save_supernet(folder / FINAL, final.eval(), {"run": run.to_json(), "step": session.step})
     return folder / FINAL
 

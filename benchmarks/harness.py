@@ -1,0 +1,252 @@
+"""What all benchmarks share: options, machine facts, paired timing with intervals, child processes for peak memory, tables, JSON."""
+
+from __future__ import annotations
+
+import importlib
+import multiprocessing
+import os
+import pkgutil
+import platform
+import random
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+
+from dsnet.files import atomic_write_json
+from dsnet.latency import device_name, time_interleaved
+from search.statistics import bootstrap_interval
+
+NUM_RESAMPLES = 2000
+TABLE_WIDTH = 160
+"""Columns of a table that is not written to a terminal."""
+DISTRIBUTIONS = ("torch", "numpy", "ray", "optuna", "mlflow", "pandas", "plotly", "click", "pydantic")
+"""Whose versions are recorded."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line says."""
+
+    quick: bool
+    threads: int
+    """torch's intra-op threads."""
+    seed: int
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A figure with its 95 % bootstrap interval over rounds."""
+
+    value: float
+    low: float
+    high: float
+
+    def text(self, digits: int = 3) -> str:
+        """`value [low, high]`."""
+        return f"{self.value:.{digits}f} [{self.low:.{digits}f}, {self.high:.{digits}f}]"
+
+
+@dataclass(frozen=True)
+class Headline:
+    """The one figure that a benchmark is about; smaller is better."""
+
+    label: str
+    estimate: Estimate
+    unit: str
+    """` s`, or nothing for a ratio."""
+    goal: float
+
+    def text(self) -> str:
+        """The last line that a benchmark prints."""
+        share = self.estimate.value / self.goal
+        return f"{self.label}: {self.estimate.text()}{self.unit}, {share:.2f} x the goal of at most {self.goal:g}{self.unit}"
+
+
+@dataclass(frozen=True)
+class Section:
+    """A table for people; its figures go to the JSON file by way of `Report.figures`."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a benchmark found."""
+
+    sections: Sequence[Section]
+    headline: Headline
+    figures: Mapping[str, Any]
+    """Every figure, JSON-able, times in the unit that the key names."""
+
+
+class Samples:
+    """Milliseconds of several calls, [rounds] each; round i of all calls ran side by side, so differences are paired."""
+
+    def __init__(self, ms: Mapping[str, NDArray[np.float64]]) -> None:
+        self.ms = dict(ms)
+
+    def median_ms(self, name: str) -> Estimate:
+        """The median over rounds."""
+        return _estimate(lambda rows: np.median(self.ms[name][rows], axis=-1), len(self.ms[name]))
+
+    def in_seconds(self, name: str) -> Estimate:
+        """The median in seconds."""
+        ms = self.median_ms(name)
+        return Estimate(ms.value / 1e3, ms.low / 1e3, ms.high / 1e3)
+
+    def per_second(self, name: str) -> Estimate:
+        """Calls a second one after another: rounds over their total time."""
+        return _estimate(lambda rows: 1e3 / np.mean(self.ms[name][rows], axis=-1), len(self.ms[name]))
+
+    def ratio(self, numerator: Sequence[str], denominator: Sequence[str]) -> Estimate:
+        """Median of the sum of some calls over the median of the sum of others, rounds resampled jointly."""
+        top = np.sum([self.ms[name] for name in numerator], axis=0)
+        bottom = np.sum([self.ms[name] for name in denominator], axis=0)
+        return _estimate(lambda rows: np.median(top[rows], axis=-1) / np.median(bottom[rows], axis=-1), len(top))
+
+    def iqr_ms(self, name: str) -> float:
+        """Third minus first quartile."""
+        first, third = np.percentile(self.ms[name], [25, 75])
+        return float(third - first)
+
+    def figures(self) -> dict[str, Any]:
+        """Median, interval, quartile range and every sample of each call, for the JSON file."""
+        return {
+            name: {"median_ms": asdict(self.median_ms(name)), "iqr_ms": self.iqr_ms(name), "samples_ms": list(values)}
+            for name, values in self.ms.items()
+        }
+
+
+def _estimate(statistic: Callable[[NDArray[np.int64]], NDArray[np.float64]], num_rounds: int) -> Estimate:
+    """A statistic of rows with its percentile bootstrap interval."""
+    resamples = np.random.default_rng(0).integers(num_rounds, size=(NUM_RESAMPLES, num_rounds))
+    low, high = bootstrap_interval(statistic(resamples))
+    return Estimate(float(statistic(np.arange(num_rounds))), float(low), float(high))
+
+
+def sample_interleaved(
+    calls: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int, device: torch.device | str = "cpu"
+) -> Samples:
+    """Time calls side by side, each round in a fresh order, and keep every round (which `time_interleaved` summarises)."""
+    order = list(calls)
+    shuffle = random.Random(0)
+    synchronize = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
+    rows: dict[str, list[float]] = {name: [] for name in order}
+    for number in range(warmup + rounds):
+        shuffle.shuffle(order)
+        timings = time_interleaved(
+            {name: calls[name] for name in order}, repeats=1, warmup=0, synchronize=synchronize
+        )
+        if number >= warmup:
+            for name in order:
+                rows[name].append(timings[name].median_ms)
+    return Samples({name: np.array(values) for name, values in rows.items()})
+
+
+def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """The result of a module-level function in a new interpreter: for peak memory, which a process never gives back."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def memory_mib(field: str) -> float:
+    """`VmRSS` (resident now) or `VmHWM` (peak so far) of this process, in MiB."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    kib = next(line.split()[1] for line in lines if line.startswith(f"{field}:"))
+    return int(kib) / 1024
+
+
+def devices() -> list[torch.device]:
+    """The CPU, and the GPU where there is one."""
+    return [torch.device("cpu")] + [torch.device("cuda")] * torch.cuda.is_available()
+
+
+def machine_facts() -> dict[str, Any]:
+    """What a figure must be read with."""
+    return {
+        "devices": [device_name(device) for device in devices()],
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "system": platform.platform(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Python's and the installed distributions' versions."""
+    installed = {}
+    for name in DISTRIBUTIONS:
+        try:
+            installed[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return {"python": platform.python_version(), **installed}
+
+
+def find_benchmarks() -> dict[str, str]:
+    """Name -> description of every module of this package that has a `BENCHMARK`."""
+    package = importlib.import_module("benchmarks")
+    names = sorted(found.name for found in pkgutil.iter_modules(package.__path__) if not found.name.startswith("_"))
+    modules = {name: importlib.import_module(f"benchmarks.{name}") for name in names}
+    return {name: module.BENCHMARK for name, module in modules.items() if hasattr(module, "BENCHMARK")}
+
+
+def run_benchmark(description: str, measure: Callable[[Options], Report], *, threads: int = 2) -> None:
+    """A benchmark's command line.
+
+    Args:
+        description: the module's `BENCHMARK`.
+        measure: does the work.
+        threads: default of `--threads`.
+    """
+
+    @click.command(help=description)
+    @click.option("--quick", is_flag=True, help="Smaller inputs or fewer rounds: ends within a minute on 2 cores.")
+    @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write every figure to this file.")
+    @click.option("--threads", default=threads, show_default=True, type=click.IntRange(1), help="Threads of torch.")
+    @click.option("--seed", default=0, show_default=True)
+    def command(quick: bool, json_path: Path | None, threads: int, seed: int) -> None:
+        options = Options(quick, threads, seed)
+        torch.set_num_threads(threads)
+        load_before = os.getloadavg()[0]
+        report = measure(options)
+        _show(report)
+        if json_path is not None:
+            record = {
+                "description": description,
+                "options": asdict(options),
+                "machine": machine_facts(),
+                "versions": versions(),
+                "load_average_1min": {"before": load_before, "after": os.getloadavg()[0]},
+                "headline": asdict(report.headline),
+                "figures": report.figures,
+            }
+            atomic_write_json(json_path, record)
+        print(report.headline.text())
+
+    command()
+
+
+def _show(report: Report) -> None:
+    console = Console(highlight=False, markup=False)
+    if not console.is_terminal:
+        console.width = TABLE_WIDTH
+    for section in report.sections:
+        table = Table(title=section.title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+        for number, column in enumerate(section.columns):
+            table.add_column(column, justify="left" if number == 0 else "right", no_wrap=True)
+        for row in section.rows:
+            table.add_row(*row)
+        console.print(table)
+        console.print()

@@ -1,0 +1,233 @@
+"""(a) our in-place bootstrapping step against (b) the sum of the same networks trained as plain static modules.
+
+(b) is the physical floor of doing it naively: forward and backward of largest, two randoms and smallest, each as a plain module with its own
+contiguous weights, and the teacher's forward. Both compute the same losses (checked), in the same dtype, layout and threads; neither counts
+the optimiser and the EMA, which have their own row. Sharing the trunk before the gate is what lets (a) go below (b).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.harness import (
+    Headline,
+    Options,
+    Report,
+    Samples,
+    Section,
+    devices,
+    in_fresh_process,
+    memory_mib,
+    run_benchmark,
+    sample_interleaved,
+)
+from dsnet.ema import frozen_copy, update_ema
+from dsnet.families import Task, create
+from dsnet.losses import smoothed_one_hot, soft_cross_entropy
+from dsnet.materialize import materialize, materialize_trunk
+from dsnet.supernet import Supernet
+from dsnet.training.supernet import StepPlan, TrainSettings, make_optimizer, supernet_step
+
+BENCHMARK = "our in-place bootstrapping step over the same networks as plain static modules, time and peak memory (goal: at most 0.89)"
+GOAL = 0.89
+SMOOTHING = 0.1
+NUM_CLASSES = 10
+EMA_DECAY = 0.997
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One comparison."""
+
+    device: str
+    image_size: int
+    batch_size: int
+    seed: int
+    threads: int
+
+    @property
+    def title(self) -> str:
+        """What it is, in words."""
+        dtype = "bf16" if self.device == "cuda" else "float32"
+        return f"DS-MBNet, {self.device}, {self.image_size} px, batch {self.batch_size}, {dtype}, {self.threads} thread(s)"
+
+    def autocast(self) -> torch.autocast:
+        """bf16 on a GPU, nothing elsewhere."""
+        return torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda")
+
+
+class Networks:
+    """One supernet, its teacher, a batch, and the step's sub-networks; dropout is off so that both ways compute the same losses."""
+
+    def __init__(self, workload: Workload) -> None:
+        self.workload = workload
+        task = Task(NUM_CLASSES, 3, workload.image_size)
+        self.student = create("ds_mbnet", task, {"dropout": 0.0}, seed=workload.seed).to(workload.device).train()
+        teacher = frozen_copy(self.student)
+        assert isinstance(teacher, Supernet)
+        self.teacher = teacher
+        generator = torch.Generator().manual_seed(workload.seed)
+        shape = (workload.batch_size, 3, workload.image_size, workload.image_size)
+        self.images = torch.randn(shape, generator=generator).to(workload.device)
+        self.labels = torch.randint(NUM_CLASSES, (workload.batch_size,), generator=generator).to(workload.device)
+        members = self.student.subnets
+        picks = (1 + torch.randperm(len(members) - 1, generator=generator)[:2]).tolist()
+        self.plan = StepPlan(
+            largest=members.largest,
+            randoms=tuple(members[pick] for pick in picks),
+            smallest=members[0],
+            soft_weight=1.0,
+            cold=frozenset(),
+        )
+
+    def ours(self) -> Callable[[], dict[str, Tensor]]:
+        """(a)."""
+
+        def step() -> dict[str, Tensor]:
+            self.student.zero_grad(set_to_none=True)
+            with self.workload.autocast():
+                return supernet_step(
+                    self.student, self.teacher, self.images, self.labels, self.plan, SMOOTHING, mode="ib"
+                )
+
+        return step
+
+    def ours_with_update(self) -> Callable[[], None]:
+        """(a), the optimiser's step and the EMA; the learning rate is 0 so that every call does the same work."""
+        optimizer = make_optimizer(self.student, TrainSettings(lr=0.0))
+        step = self.ours()
+
+        def update() -> None:
+            step()
+            optimizer.step()
+            update_ema(self.teacher, self.student, EMA_DECAY)
+
+        return update
+
+    def static(self) -> Callable[[], dict[str, Tensor]]:
+        """(b)."""
+        plan = self.plan
+        largest, *smaller = [
+            (subnet.name, materialize(self.student, subnet).train().requires_grad_(True))
+            for subnet in (plan.largest, *plan.randoms, plan.smallest)
+        ]
+        teacher = materialize(self.teacher, plan.largest)
+
+        def train(network: torch.nn.Module, target: Tensor) -> Tensor:
+            network.zero_grad(set_to_none=True)
+            loss = soft_cross_entropy(network(self.images), target)
+            loss.backward()
+            return loss.detach()
+
+        def step() -> dict[str, Tensor]:
+            with self.workload.autocast():
+                losses = {largest[0]: train(largest[1], smoothed_one_hot(self.labels, NUM_CLASSES, SMOOTHING))}
+                with torch.no_grad():
+                    target = teacher(self.images).softmax(1)
+                return losses | {name: train(network, target) for name, network in smaller}
+
+        return step
+
+    def trunk(self) -> Callable[[], None]:
+        """Forward and backward of the small trunk alone: (a) runs it once, (b) three times."""
+        trunk = materialize_trunk(self.student, self.plan.smallest).train().requires_grad_(True)
+
+        def step() -> None:
+            trunk.zero_grad(set_to_none=True)
+            with self.workload.autocast():
+                trunk(self.images).features.sum().backward()
+
+        return step
+
+
+def peak_memory_mib(workload: Workload, way: str) -> dict[str, float]:
+    """Memory of two steps of one way, in a process of its own: `step` on top of the networks, and the process's `peak`."""
+    torch.set_num_threads(workload.threads)
+    networks = Networks(workload)
+    step: Callable[[], object] = {"ours": networks.ours, "static": networks.static}[way]()
+    if workload.device == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        before_mib = memory_mib("VmRSS")
+    for _ in range(2):
+        step()
+    if workload.device == "cuda":
+        peak = torch.cuda.max_memory_allocated()
+        return {"step": (peak - before) / 2**20, "peak": peak / 2**20}
+    peak_mib = memory_mib("VmHWM")
+    return {"step": peak_mib - before_mib, "peak": peak_mib}
+
+
+def workloads(options: Options) -> list[Workload]:
+    """64 px and batch 32 on the CPU (32 px and 16 with --quick); 32 and 224 px and batch 256 on a GPU."""
+    sizes = {"cpu": [(32, 16)] if options.quick else [(64, 32)], "cuda": [(32, 256), (224, 256)]}
+    return [
+        Workload(device.type, image_size, batch_size, options.seed, options.threads)
+        for device in devices()
+        for image_size, batch_size in sizes[device.type]
+    ]
+
+
+def measure(options: Options) -> Report:
+    """Both ways side by side in one process; memory in one fresh process each."""
+    results = []
+    for workload in workloads(options):
+        networks = Networks(workload)
+        ours, static = networks.ours(), networks.static()
+        difference = _largest_difference(ours(), static())
+        calls: dict[str, Callable[[], object]] = {
+            "ours": ours,
+            "static": static,
+            "ours_with_update": networks.ours_with_update(),
+            "trunk": networks.trunk(),
+        }
+        samples = sample_interleaved(calls, rounds=8 if options.quick else 30, warmup=3, device=workload.device)
+        memory = {way: in_fresh_process(peak_memory_mib, workload, way) for way in ("ours", "static")}
+        results.append((workload, networks.plan, samples, memory, difference))
+    first = results[0]
+    return Report(
+        [_section(workload, samples, memory) for workload, _, samples, memory, _ in results],
+        Headline(f"a/b, {first[0].title}", first[2].ratio(["ours"], ["static"]), "", GOAL),
+        {workload.title: _figures(*rest) for workload, *rest in results},
+    )
+
+
+def _largest_difference(ours: dict[str, Tensor], static: dict[str, Tensor]) -> float:
+    """Between the two ways' losses of the same networks."""
+    return max(abs(float(ours[name]) - float(loss)) for name, loss in static.items())
+
+
+def _section(workload: Workload, samples: Samples, memory: dict[str, dict[str, float]]) -> Section:
+    def row(label: str, call: str, held: dict[str, float] | None) -> tuple[str, ...]:
+        mib = ("-", "-") if held is None else (f"{held['step']:.0f}", f"{held['peak']:.0f}")
+        ratio = samples.ratio([call], ["static"]).text()
+        return (label, samples.median_ms(call).text(1), f"{samples.iqr_ms(call):.1f}", ratio, *mib)
+
+    rows = [
+        row("(a) our step", "ours", memory["ours"]),
+        row("(b) the same networks, static", "static", memory["static"]),
+        row("(a) with optimiser and EMA", "ours_with_update", None),
+        row("trunk, shared: once in (a), 3 times in (b)", "trunk", None),
+    ]
+    return Section(workload.title, ("", "ms [95 %]", "IQR ms", "over (b) [95 %]", "step MiB", "process MiB"), rows)
+
+
+def _figures(plan: StepPlan, samples: Samples, memory: dict[str, dict[str, float]], difference: float) -> dict[str, Any]:
+    return {
+        "subnets": [subnet.name for subnet in (plan.largest, *plan.randoms, plan.smallest)],
+        "times": samples.figures(),
+        "ours_over_static": asdict(samples.ratio(["ours"], ["static"])),
+        "trunk_over_static": asdict(samples.ratio(["trunk"], ["static"])),
+        "memory_mib": memory,
+        "largest_loss_difference": difference,
+    }
+
+
+if __name__ == "__main__":
+    run_benchmark(BENCHMARK, measure)

@@ -1,0 +1,127 @@
+"""Analytic cost against the published figures and against counted forwards."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from dsnet.cost import gate_madds, shared_params, subnet_cost
+from dsnet.families import Task, family_names, layout
+from dsnet.materialize import materialize, materialize_trunk
+from dsnet.space import Subnet
+from tests.dsnet.samples import random_images, small_supernet
+
+PUBLISHED_MADDS_M = (132.9, 152.9, 175.2, 199.6, 226.2, 255.1, 286.2, 319.4, 354.9, 392.6, 432.5, 474.6, 518.9, 565.4)
+"""DS-MBNet at 224 pixels and 1,000 classes (METHODS 2)."""
+
+
+class PooledElements(TorchDispatchMode):
+    """Counts the elements that means over positions read; FlopCounterMode knows products only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.mean.dim and args[0].ndim == 4:
+            self.count += args[0].numel()
+        return func(*args, **(kwargs or {}))
+
+
+def counted_madds(call: Any) -> int:
+    """MACs of convolutions and linear layers plus pooled elements of one call."""
+    counter = FlopCounterMode(display=False)
+    pooled = PooledElements()
+    with counter, pooled, torch.no_grad():
+        call()
+    assert counter.get_total_flops() % 2 == 0
+    return counter.get_total_flops() // 2 + pooled.count
+
+
+def test_ds_mbnet_has_the_published_madds_to_the_digit() -> None:
+    subnets = layout("ds_mbnet", Task(1000, 3, 224))
+    met = tuple(round(subnet_cost(subnets.spec, subnet, 224).madds / 1e6, 1) for subnet in subnets)
+    assert met == PUBLISHED_MADDS_M
+
+
+def test_ds_mbnet_largest_has_the_published_madds_and_parameters() -> None:
+    subnets = layout("ds_mbnet", Task(1000, 3, 224))
+    assert subnets.teacher is not None
+    cost = subnet_cost(subnets.spec, subnets.teacher, 224)
+    assert round(cost.madds / 1e6, 1) == 819.9
+    assert cost.params + gate_madds(subnets.spec.gates[0].hidden, 4) == 7_676_204
+    assert gate_madds(subnets.spec.gates[0].hidden, 4) == 264
+
+
+def test_ds_mbnet_trunk_is_31_percent_of_the_cheapest_route() -> None:
+    subnets = layout("ds_mbnet", Task(1000, 3, 224))
+    costs = [subnet_cost(subnets.spec, subnet, 224) for subnet in subnets]
+    assert {round(cost.trunk_madds / 1e6, 1) for cost in costs} == {40.6}
+    assert round(costs[0].trunk_madds / costs[0].madds, 2) == 0.31
+
+
+def test_ds_mbnet_has_the_parity_madds_at_64_pixels() -> None:
+    subnets = layout("ds_mbnet", Task(10, 3, 64))
+    assert subnet_cost(subnets.spec, subnets[0], 64).madds == 11_611_904
+    assert subnet_cost(subnets.spec, subnets.largest, 64).madds == 68_678_336
+
+
+@pytest.mark.parametrize("size", [9, 16, 23])
+@pytest.mark.parametrize("family", family_names())
+def test_analytic_madds_equal_a_counted_forward_sliced_and_materialised(family: str, size: int) -> None:
+    supernet = small_supernet(family)
+    images = random_images(1, size)
+    for subnet in supernet.subnets.all:
+        cost = subnet_cost(supernet.spec, subnet, size)
+        assert counted_madds(lambda subnet=subnet: supernet(images, subnet)) == cost.madds
+        plain = materialize(supernet, subnet, fold_bn=size == 16)
+        assert counted_madds(lambda plain=plain: plain(images)) == cost.madds
+        trunk = materialize_trunk(supernet, subnet)
+        assert counted_madds(lambda trunk=trunk: trunk(images)) == cost.trunk_madds
+
+
+@pytest.mark.parametrize("size", [32, 33])
+def test_full_width_ds_mbnet_equals_a_counted_forward(size: int) -> None:
+    from dsnet.families import create
+
+    supernet = create("ds_mbnet", Task(10, 3, 32)).eval()
+    images = random_images(1, size)
+    for subnet in supernet.subnets.all:
+        assert counted_madds(lambda subnet=subnet: supernet(images, subnet)) == subnet_cost(
+            supernet.spec, subnet, size
+        ).madds
+
+
+@pytest.mark.parametrize("family", family_names())
+def test_analytic_parameters_equal_those_of_the_materialised_module(family: str) -> None:
+    supernet = small_supernet(family)
+    for subnet in supernet.subnets.all:
+        plain = materialize(supernet, subnet)
+        assert sum(p.numel() for p in plain.parameters()) == subnet_cost(supernet.spec, subnet, 16).params
+
+
+@pytest.mark.parametrize("family", family_names())
+def test_shared_parameters_are_those_of_the_supernet(family: str) -> None:
+    supernet = small_supernet(family)
+    assert shared_params(supernet.spec, supernet.subnets.all) == sum(p.numel() for p in supernet.parameters())
+
+
+@pytest.mark.parametrize("family", family_names())
+def test_segments_add_up(family: str) -> None:
+    supernet = small_supernet(family)
+    for subnet in supernet.subnets.all:
+        cost = subnet_cost(supernet.spec, subnet, 15)
+        assert sum(cost.segments) == cost.madds
+        assert len(cost.segments) == len(supernet.spec.gates) + 1
+
+
+def test_cost_refuses_foreign_subnets_and_sizes() -> None:
+    spec = small_supernet().spec
+    with pytest.raises(ValueError, match="widths"):
+        subnet_cost(spec, Subnet("odd", (1,)), 16)
+    with pytest.raises(ValueError, match="image_size is 0"):
+        subnet_cost(spec, small_supernet().subnets[0], 0)
