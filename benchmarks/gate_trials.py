@@ -126,7 +126,15 @@ def measure(options: Options) -> Report:
     samples = sample_interleaved(calls, rounds=10 if options.quick else 60, warmup=2)
     rates = {name: samples.per_second(f"{name}/trial") for name in sweeps}
     rows = [_row(name, sweep, samples) for name, sweep in sweeps.items()]
-    columns = ("table", "images x routes x hidden", "trial ms [95 %]", "IQR ms", "train ms", "calibrate ms", "trials/s [95 %]")
+    columns = (
+        "table",
+        "images x routes x hidden",
+        "trial ms [95 %]",
+        "IQR ms",
+        "train ms",
+        "calibrate ms",
+        "trials/s [95 %]",
+    )
     return Report(
         [Section(f"Gate trials one by one, {options.threads} thread(s), 200 steps of 512 images", columns, rows)],
         Headline("a digits gate trial", samples.in_seconds("digits/trial"), " s", GOAL_S),

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import math
 import multiprocessing
 import os
 import pkgutil
 import platform
 import random
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
@@ -27,6 +29,8 @@ from dsnet.latency import device_name, time_interleaved
 from search.statistics import bootstrap_interval
 
 NUM_RESAMPLES = 2000
+MIN_ROUNDS = 5
+"""Fewer say nothing about spread."""
 TABLE_WIDTH = 160
 """Columns of a table that is not written to a terminal."""
 DISTRIBUTIONS = ("torch", "numpy", "ray", "optuna", "mlflow", "pandas", "plotly", "click", "pydantic")
@@ -97,6 +101,11 @@ class Samples:
     def __init__(self, ms: Mapping[str, NDArray[np.float64]]) -> None:
         self.ms = dict(ms)
 
+    @property
+    def num_rounds(self) -> int:
+        """How often each call was timed."""
+        return len(next(iter(self.ms.values())))
+
     def median_ms(self, name: str) -> Estimate:
         """The median over rounds."""
         return _estimate(lambda rows: np.median(self.ms[name][rows], axis=-1), len(self.ms[name]))
@@ -121,10 +130,18 @@ class Samples:
         first, third = np.percentile(self.ms[name], [25, 75])
         return float(third - first)
 
+    def fastest_ms(self, name: str) -> float:
+        """The smallest sample: nearest to an undisturbed machine."""
+        return float(self.ms[name].min())
+
     def figures(self) -> dict[str, Any]:
         """Median, interval, quartile range and every sample of each call, for the JSON file."""
         return {
-            name: {"median_ms": asdict(self.median_ms(name)), "iqr_ms": self.iqr_ms(name), "samples_ms": list(values)}
+            name: {
+                "median_ms": asdict(self.median_ms(name)),
+                "iqr_ms": self.iqr_ms(name),
+                "samples_ms": values.tolist(),
+            }
             for name, values in self.ms.items()
         }
 
@@ -137,18 +154,32 @@ def _estimate(statistic: Callable[[NDArray[np.int64]], NDArray[np.float64]], num
 
 
 def sample_interleaved(
-    calls: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int, device: torch.device | str = "cpu"
+    calls: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int,
+    warmup: int,
+    budget_s: float = math.inf,
+    device: torch.device | str = "cpu",
 ) -> Samples:
-    """Time calls side by side, each round in a fresh order, and keep every round (which `time_interleaved` summarises)."""
+    """Time calls side by side, each round in a fresh order, and keep every round (which `time_interleaved` summarises).
+
+    Args:
+        calls: what to time, by name.
+        rounds: how often each call runs.
+        warmup: rounds before these that are not kept.
+        budget_s: on a slow or busy machine stop after this long, but with no fewer than `MIN_ROUNDS`.
+        device: what the calls run on.
+    """
     order = list(calls)
     shuffle = random.Random(0)
     synchronize = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
     rows: dict[str, list[float]] = {name: [] for name in order}
+    deadline = time.monotonic() + budget_s
     for number in range(warmup + rounds):
+        if number >= warmup + MIN_ROUNDS and time.monotonic() > deadline:
+            break
         shuffle.shuffle(order)
-        timings = time_interleaved(
-            {name: calls[name] for name in order}, repeats=1, warmup=0, synchronize=synchronize
-        )
+        timings = time_interleaved({name: calls[name] for name in order}, repeats=1, warmup=0, synchronize=synchronize)
         if number >= warmup:
             for name in order:
                 rows[name].append(timings[name].median_ms)

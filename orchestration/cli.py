@@ -31,7 +31,7 @@ RUNS = click.option("--runs", default="runs", show_default=True, envvar="DSNET_R
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 
 
-def config_options(function: Callable[..., None]) -> Callable[..., None]:
+def config_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """The options that change a configuration."""
     options = [
         click.option(

@@ -20,8 +20,10 @@ from dsnet.layers import BatchNormBank, SlicedConv2d, SlicedLinear
 from dsnet.space import CLASSES, IMAGE, IMAGE_CHANNELS, ChannelGroup, GateSpec, Op, Subnet, SubnetSet, SupernetSpec
 from dsnet.supernet import Supernet, TrunkOutput
 
-ATTENTION_RATIO = 0.25
+MBNET_ATTENTION = 0.25
 """Hidden channels of an attention, relative to the block's largest input (METHODS 2)."""
+TINY_ATTENTION = 1.0
+"""The same for DS-Tiny: a quarter of its few channels would leave the gate next to no evidence."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,18 @@ class Stage:
     stride: int
     widths: tuple[int, ...]
     """(small, largest) before the gate; one width per route from the gated stage on."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A family member before it meets a task."""
+
+    family: str
+    stem: Stage
+    stages: tuple[Stage, ...]
+    gated_stage: int
+    attention: float
+    """Hidden channels of an attention, relative to the block's largest input."""
 
 
 class SeparableSupernet(Supernet):
@@ -98,9 +112,8 @@ class _PlainTrunk(nn.Module):
         return TrunkOutput(*self.gated(self.body(images)))
 
 
-def _layout(
-    family: str, task: Task, stem: Stage, stages: Sequence[Stage], gated_stage: int, options: Mapping[str, Any]
-) -> SubnetSet:
+def _layout(plan: Plan, task: Task, options: Mapping[str, Any]) -> SubnetSet:
+    stem, stages, gated_stage = plan.stem, plan.stages, plan.gated_stage
     groups = tuple(
         ChannelGroup("stem" if index == 0 else f"stage{index - 1}", max(stage.widths))
         for index, stage in enumerate((stem, *stages))
@@ -113,7 +126,7 @@ def _layout(
         for number in range(stage.num_blocks):
             source = index if number == 0 else index + 1
             shape = BlockShape(
-                source, index + 1, stage.stride if number == 0 else 1, int(ATTENTION_RATIO * groups[source].max_width)
+                source, index + 1, stage.stride if number == 0 else 1, int(plan.attention * groups[source].max_width)
             )
             if index == gated_stage and number == 0:
                 hidden, gated_block = shape.hidden, len(blocks)
@@ -131,7 +144,7 @@ def _layout(
     ops.append(Op("pool", "pool", ops[-1].name, last, last, segment=1))
     ops.append(Op("classifier", "linear", "pool", last, CLASSES, segment=1))
     spec = SupernetSpec(
-        family=family,
+        family=plan.family,
         num_classes=task.num_classes,
         in_channels=task.in_channels,
         image_size=task.image_size,
@@ -220,7 +233,8 @@ def _ds_mbnet(task: Task, options: Mapping[str, Any]) -> SubnetSet:
         Stage(6, 2, _scaled([224 + 32 * k for k in picks], width)),
         Stage(2, 2, _scaled([736 + 32 * k for k in picks], width)),
     ]
-    return _layout("ds_mbnet", task, Stage(1, options["stem_stride"], _scaled((16, 24), width)), stages, 3, options)
+    stem = Stage(1, options["stem_stride"], _scaled((16, 24), width))
+    return _layout(Plan("ds_mbnet", stem, tuple(stages), 3, MBNET_ATTENTION), task, options)
 
 
 def _ds_tiny(task: Task, options: Mapping[str, Any]) -> SubnetSet:
@@ -228,10 +242,11 @@ def _ds_tiny(task: Task, options: Mapping[str, Any]) -> SubnetSet:
     width, routes = options["width"], options["num_routes"]
     stages = [
         Stage(1, 1, _scaled((16, 24), width)),
-        Stage(2, 2, _scaled(_spread(16, 96, routes), width)),
-        Stage(1, 2, _scaled(_spread(32, 192, routes), width)),
+        Stage(2, 2, _scaled(_spread(8, 96, routes), width)),
+        Stage(1, 2, _scaled(_spread(16, 192, routes), width)),
     ]
-    return _layout("ds_tiny", task, Stage(1, options["stem_stride"], _scaled((8, 12), width)), stages, 1, options)
+    stem = Stage(1, options["stem_stride"], _scaled((8, 12), width))
+    return _layout(Plan("ds_tiny", stem, tuple(stages), 1, TINY_ATTENTION), task, options)
 
 
 register(

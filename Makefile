@@ -1,0 +1,56 @@
+# The two commands of a newcomer: `make launch` and `make test`. Both make .venv first where it is missing or outdated.
+# The only things needed beforehand are Python 3.11, a C compiler and a package index.
+
+PYTHON ?= python3.11
+ifeq (, $(shell command -v $(PYTHON) 2>/dev/null))
+  PYTHON := python3
+endif
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+# One thread a process: oversubscribed threads made a one-second trial take twelve.
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
+
+.PHONY: help launch test test-long check format setup bench clean
+
+help:
+	@echo "make launch   run the digits sweep: from one command to a Pareto front"
+	@echo "make test     checks and the whole test suite"
+	@echo "make check    formatter, linter, type checker, import contracts"
+	@echo "make format   let the formatter and the linter mend what they can"
+	@echo "make bench    every benchmark, quick"
+	@echo "make clean    remove the environment and caches (runs are kept)"
+
+setup: $(READY)
+
+$(READY): constraints.txt setup.py
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "dsnet-orch needs Python 3.11 or newer; set PYTHON=/path/to/python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0 setuptools
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[test,check]"
+	@touch $(READY)
+
+launch: $(READY)
+	$(BIN)/dsnet-orch launch examples/digits.yaml
+
+test: check
+	$(ONE_THREAD) $(BIN)/python -m pytest
+
+test-long: $(READY)
+	$(ONE_THREAD) $(BIN)/python -m pytest -m long
+
+check: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(READY)
+	@for name in $$($(BIN)/python -m benchmarks --names); do echo "== $$name"; $(BIN)/python -m benchmarks.$$name --quick || exit 1; done
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -1,0 +1,87 @@
+"""Recalibration against torch's own cumulative BatchNorm."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from dsnet.batchnorm import recalibrate
+from dsnet.families import family_names
+from dsnet.layers import BN_MOMENTUM
+from dsnet.materialize import materialize
+from tests.dsnet.samples import random_images, small_supernet
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", family_names())
+def test_every_set_equals_the_cumulative_average_of_each_sub_network_alone(family: str) -> None:
+    supernet = small_supernet(family)
+    batches = [2.0 * random_images(count, 16, seed) + 1.0 for seed, count in enumerate((6, 6, 4))]
+    plain = {}
+    for subnet in supernet.subnets.all:
+        module = materialize(supernet, subnet).train()
+        for norm in module.modules():
+            if isinstance(norm, nn.BatchNorm2d):
+                norm.reset_running_stats()
+                norm.momentum = None
+        for images in batches:
+            module(images)
+        plain[subnet.name] = module
+    recalibrate(supernet, iter(batches))
+    for subnet in supernet.subnets.all:
+        for met, expected in zip(
+            materialize(supernet, subnet).modules(), plain[subnet.name].modules(), strict=True
+        ):
+            if isinstance(met, nn.BatchNorm2d) and isinstance(expected, nn.BatchNorm2d):
+                assert int(met.num_batches_tracked or 0) == len(batches)
+                torch.testing.assert_close(met.running_mean, expected.running_mean, rtol=1e-4, atol=1e-5)
+                torch.testing.assert_close(met.running_var, expected.running_var, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_stem_equals_means_and_unbiased_variances_by_hand() -> None:
+    supernet = small_supernet()
+    batches = [random_images(5, seed=seed) for seed in range(3)]
+    largest = supernet.subnets.largest
+    outputs = [supernet.stem(images, largest.widths[0]).double().transpose(0, 1).flatten(1) for images in batches]
+    recalibrate(supernet, batches)
+    mean, variance, updates = supernet.stem_norm.statistics(largest.prefix(1))
+    torch.testing.assert_close(mean.double(), sum(o.mean(1) for o in outputs) / 3, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(variance.double(), sum(o.var(1) for o in outputs) / 3, rtol=1e-5, atol=1e-6)
+    assert int(updates) == 3
+
+
+@pytest.mark.parametrize("family", family_names())
+def test_every_set_of_every_sub_network_is_touched_and_nothing_else(family: str) -> None:
+    supernet = small_supernet(family)
+    before = {name: value.clone() for name, value in supernet.state_dict().items()}
+    recalibrate(supernet, [random_images(8), random_images(8, seed=1)])
+    for name, value in supernet.state_dict().items():
+        is_statistic = name.rpartition(".")[2].startswith(("mean_", "var_", "updates_"))
+        assert torch.equal(value, before[name]) != is_statistic, name
+    assert all(
+        int(norm.get_buffer(name)) == 2
+        for norm in supernet.batch_norms()
+        for name, _ in norm.named_buffers()
+        if name.startswith("updates_")
+    )
+
+
+def test_old_statistics_do_not_matter_and_modes_are_restored() -> None:
+    images = [random_images(8)]
+    first, second = small_supernet(seed=0), small_supernet(seed=0)
+    recalibrate(first, images)
+    recalibrate(second, [random_images(8, seed=9)])
+    recalibrate(second, images)
+    assert all(torch.equal(value, second.state_dict()[name]) for name, value in first.state_dict().items())
+    assert not first.training
+    assert {norm.momentum for norm in first.batch_norms()} == {BN_MOMENTUM}
+    first.train()
+    recalibrate(first, images)
+    assert first.training
+
+
+def test_no_batch_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least one batch"):
+        recalibrate(small_supernet(), [])
