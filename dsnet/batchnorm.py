@@ -24,10 +24,11 @@ def recalibrate(supernet: Supernet, batches: Iterable[Tensor]) -> None:
     norms = supernet.batch_norms()
     was_training = supernet.training
     groups = supernet.by_trunk(supernet.subnets.all)
+    supernet.eval()
     for norm in norms:
         norm.reset_statistics()
         norm.momentum = None
-    supernet.train()
+        norm.train()  # the norms alone: dropout would draw from the global generator
     num_batches = 0
     try:
         for images in batches:

@@ -80,9 +80,10 @@ def _check_split(bundle: Bundle, claimed: Mapping[str, Any], data: TensorData, s
         or abs(found["madds_m"] - claimed["madds_m"]) > allowed * claimed["madds_m"]
     ):
         raise VerificationError(
-            f"{bundle.path}: on {split} ({num_images} images) it reaches top-1 {100 * found['top1']:.2f} % at {found['madds_m']:.5g} M MAdds, "
-            f"but claims {100 * claimed['top1']:.2f} % at {claimed['madds_m']:.5g} M"
+            f"{bundle.path}: on {split} ({num_images} images) it reaches {_scores(found)}, but claims {_scores(claimed)}"
         )
-    return Check(
-        split, f"top-1 {100 * found['top1']:.2f} % at {found['madds_m']:.5g} M MAdds on {num_images} images, as claimed"
-    )
+    return Check(split, f"{_scores(found)} on {num_images} images, as claimed")
+
+
+def _scores(values: Mapping[str, Any]) -> str:
+    return f"top-1 {100 * values['top1']:.2f} % at {values['madds_m']:.5g} M MAdds"

@@ -130,7 +130,7 @@ def trial_row(manifest: Mapping[str, Any], run: RunDir, record: TrialRecord) -> 
 
 def write_widths(tracker: Tracker, results: RunResults, time_ms: int) -> None:
     """Repeat the sub-networks' values as steps of the parent, cheapest first."""
-    members = sorted((subnet for subnet in results.subnets if not subnet.is_teacher), key=lambda subnet: subnet.madds)
+    members = results.members
     tracker.series("width", [subnet_metrics(subnet, results) for subnet in members], time_ms)
 
 
@@ -148,14 +148,10 @@ def _few(metrics: Mapping[str, float]) -> dict[str, float | None]:
 
 def replay(results: RunResults, tracker: Tracker) -> None:
     """Write everything that a run has, as if it happened again; what MLflow has already is not written twice."""
-    run, manifest, config = results.run, results.manifest, results.config
-    tracker.parent(sweep_row(manifest, run, config))
+    run, manifest = results.run, results.manifest
+    tracker.parent(sweep_row(manifest, run, results.config))
     if results.stage_key("supernet") is not None:
-        is_done = results.is_done("supernet")
-        tracker.supernet(supernet_row(manifest, run, config, is_done=False))
-        tracker.curve(CurveTail(run.curves_jsonl(results.stage_key("supernet") or "")).read())
-        if is_done:
-            tracker.supernet(supernet_row(manifest, run, config, is_done=True))
+        _replay_supernet(results, tracker)
     if results.is_done("measure"):
         rows = subnet_rows(manifest, run, results)
         for row in rows:
@@ -168,3 +164,11 @@ def replay(results: RunResults, tracker: Tracker) -> None:
     for path in (run.sweep_yaml, run.points_parquet, run.report_html):
         if path.exists():
             tracker.artifact(path)
+
+
+def _replay_supernet(results: RunResults, tracker: Tracker) -> None:
+    run, manifest, config = results.run, results.manifest, results.config
+    tracker.supernet(supernet_row(manifest, run, config, is_done=False))
+    tracker.curve(CurveTail(run.curves_jsonl(results.stage_key("supernet") or "")).read())
+    if results.is_done("supernet"):
+        tracker.supernet(supernet_row(manifest, run, config, is_done=True))

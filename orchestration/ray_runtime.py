@@ -82,7 +82,7 @@ def ray_session(settings: RaySettings) -> Iterator[None]:
 def _connect(settings: RaySettings) -> None:
     import ray
 
-    quiet: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": False}
+    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     try:
         if settings.address == LOCAL:
             ray.init(

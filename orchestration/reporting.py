@@ -158,7 +158,7 @@ def front_info(results: RunResults) -> FrontInfo | None:
 
 
 def _bare_panel(results: RunResults, rows: list[PointRow]) -> FrontPanel:
-    members = [subnet for subnet in results.subnets if not subnet.is_teacher]
+    members = results.members
     madds = np.array([subnet.madds for subnet in members], dtype=float)
     top1 = np.array([subnet.top1 for subnet in members])
     # The envelope needs counts only up to scale, so that accuracies in place of images give the same vertices.
@@ -194,7 +194,7 @@ def _panel(rows: list[PointRow], analysis: SplitAnalysis) -> FrontPanel:
 
 def reference_point(results: RunResults) -> tuple[float, ...]:
     """The hypervolume's reference: as configured, else 0 for what is maximised and 1.05 x the widest for what is minimised."""
-    widest = max((subnet for subnet in results.subnets if not subnet.is_teacher), key=lambda subnet: subnet.madds)
+    widest = results.widest
     defaults = {
         "madds_m": widest.madds / 1e6,
         "p95_madds_m": widest.madds / 1e6,
@@ -235,7 +235,7 @@ def _static_hypervolume(results: RunResults, reference: tuple[float, ...]) -> fl
     names = [metric.name for metric in results.config.metrics]
     if names != ["top1", "madds_m"]:
         return None
-    values = [[subnet.top1, subnet.madds / 1e6] for subnet in results.subnets if not subnet.is_teacher]
+    values = [[subnet.top1, subnet.madds / 1e6] for subnet in results.members]
     return hypervolume(values, ("maximize", "minimize"), reference)
 
 
@@ -261,7 +261,7 @@ def routes_of(results: RunResults, class_names: tuple[str, ...]) -> RoutesInfo |
 
 def widths_of(results: RunResults) -> WidthsInfo | None:
     """The static sub-networks by rising MAdds."""
-    members = sorted((subnet for subnet in results.subnets if not subnet.is_teacher), key=lambda subnet: subnet.madds)
+    members = results.members
     if not members:
         return None
     latency = results.latency

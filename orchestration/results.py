@@ -88,9 +88,18 @@ class RunResults:
         return None if entry is None else str(entry["key"])
 
     def is_done(self, stage: str) -> bool:
-        """Whether the stage's current result is complete."""
-        key = self.stage_key(stage)
-        return key is not None and StageDir(self.run.stage_dir(stage, key)).is_done()
+        """Whether the stage is complete, and for the very parents that are current."""
+        return self._is_current(stage) and self._folder(stage).is_done()
+
+    def _folder(self, stage: str) -> StageDir:
+        return StageDir(self.run.stage_dir(stage, self.stage_key(stage) or ""))
+
+    def _is_current(self, stage: str) -> bool:
+        """Whether the stage's last result belongs to the last results of the stages it reads."""
+        if self.stage_key(stage) is None:
+            return False
+        record = self._folder(stage).record()
+        return record is not None and all(self.stage_key(name) == key for name, key in record.parent_keys.items())
 
     def done_key(self, stage: str) -> str:
         """The key of a finished stage.
@@ -109,6 +118,16 @@ class RunResults:
     def subnets(self) -> tuple[MeasuredSubnet, ...]:
         """The measured sub-networks in the set's order, the teacher last; empty before the measure stage."""
         return tuple(MeasuredSubnet(**item) for item in self._measured["subnets"])
+
+    @property
+    def members(self) -> tuple[MeasuredSubnet, ...]:
+        """The measured sub-networks by rising MAdds, without the teacher."""
+        return tuple(sorted((item for item in self.subnets if not item.is_teacher), key=lambda item: item.madds))
+
+    @property
+    def widest(self) -> MeasuredSubnet:
+        """The baseline: the widest routable sub-network."""
+        return self.members[-1]
 
     @property
     def num_val(self) -> int:
@@ -131,10 +150,8 @@ class RunResults:
     @cached_property
     def records(self) -> list[TrialRecord]:
         """All finished trials in slot order; a search that still runs is read as far as it is."""
-        key = self.stage_key("search")
-        if key is None or not self.run.study_journal(key).exists():
-            return []
-        return load_records(self.run.study_journal(key))
+        journal = self.run.study_journal(self.stage_key("search") or "")
+        return load_records(journal) if self._is_current("search") and journal.exists() else []
 
     @property
     def completed(self) -> list[TrialRecord]:
@@ -176,7 +193,7 @@ class RunResults:
     def points(self) -> list[PointRow]:
         """All rows of points.parquet: static sub-networks, gates and controls, on `val` and, once verified, on `test`."""
         rows: list[PointRow] = []
-        members = [subnet for subnet in self.subnets if not subnet.is_teacher]
+        members = self.members
         if members:
             latency = None
             if self.latency is not None and 1 in self.latency.subnets:

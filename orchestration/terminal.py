@@ -18,7 +18,10 @@ if TYPE_CHECKING:
     from orchestration.bundle_check import Check
     from orchestration.pipeline import LaunchResult
     from orchestration.planning import SweepPlan
-    from orchestration.results import RunResults
+    from orchestration.results import RunResults, Verified
+
+
+_STAGE_COLUMNS = ("stage", "status", "key", "because")
 
 
 def _console() -> Console:
@@ -35,10 +38,10 @@ def _print_json(value: Any) -> None:
     _say(json.dumps(value, indent=1, allow_nan=False))
 
 
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> None:
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None, num_left: int = 1) -> None:
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number == 0 else "right", no_wrap=True)
+        table.add_column(column, justify="left" if number < num_left else "right", no_wrap=True)
     for row in rows:
         table.add_row(*row)
     _console().print(table)
@@ -116,15 +119,19 @@ def show_front(results: RunResults, picks: Sequence[str], *, as_json: bool) -> N
         rows = [row for row in rows if row["name"] in wanted]
     if as_json:
         _print_json(rows)
-        return
-    verified = results.verified
-    if verified is None:
-        columns = ("gate", "top-1 val %", "MAdds M")
+    elif results.verified is None:
         lines = [(row["name"], percent(row["val"]["top1"]), f"{row['val']['madds_m']:.4g}") for row in rows]
-        _table(columns, lines, f"{results.run.name}: {len(rows)} gates on the front (not verified yet)")
-        return
+        title = f"{results.run.name}: {len(rows)} gates on the front (not verified yet)"
+        _table(("gate", "top-1 val %", "MAdds M"), lines, title)
+    else:
+        _show_verified(results, results.verified, rows)
+
+
+def _show_verified(results: RunResults, verified: Verified, rows: Sequence[Mapping[str, Any]]) -> None:
     size = max(verified.latency.gates)
-    columns = (
+    widest_ms, cheapest_ms = verified.latency.widest[size].median_ms, verified.latency.cheapest[size].median_ms
+    baseline = verified.test.routes.index(results.widest.name)
+    columns: tuple[str, ...] = (
         "gate",
         "val %",
         "test % [95 %]",
@@ -132,29 +139,24 @@ def show_front(results: RunResults, picks: Sequence[str], *, as_json: bool) -> N
         "over static, points [95 %]",
         "random %",
         "oracle %",
-        f"ms/batch {size}",
-        "speed-up",
-        "ceiling",
     )
-    widest_ms, cheapest_ms = verified.latency.widest[size].median_ms, verified.latency.cheapest[size].median_ms
-    widest = max(range(len(verified.test.routes)), key=lambda k: verified.test.static_madds_m[k])
-    lines = [
+    columns += (f"ms/batch {size}", "speed-up", "ceiling")
+    lines: list[tuple[str, ...]] = [
         (
-            f"{verified.test.routes[widest]} (static)",
-            percent(verified.val.static_top1[widest].value),
-            _interval(verified.test.static_top1[widest]),
-            f"{verified.test.static_madds_m[widest]:.4g}",
-            "",
-            "",
-            "",
+            f"{results.widest.name} (static)",
+            percent(verified.val.static_top1[baseline].value),
+            _interval(verified.test.static_top1[baseline]),
+            f"{verified.test.static_madds_m[baseline]:.4g}",
+            *("", "", ""),
             f"{widest_ms:.2f}",
             "1.00x",
             "",
         )
     ]
-    points = {trial_name(point.slot): point for point in verified.test.points}
+    points = {point.slot: point for point in verified.test.points}
     for row in rows:
-        point, timing = points[row["name"]], verified.latency.gates[size][row["slot"]]
+        point = points[row["slot"]]
+        gate_ms = verified.latency.gates[size][row["slot"]].median_ms
         lines.append(
             (
                 row["name"] + (" (one route)" if point.is_collapsed else ""),
@@ -164,12 +166,12 @@ def show_front(results: RunResults, picks: Sequence[str], *, as_json: bool) -> N
                 _signed(point.gain),
                 percent(point.random_top1),
                 percent(point.oracle_top1),
-                f"{timing.median_ms:.2f}",
-                f"{widest_ms / timing.median_ms:.2f}x",
+                f"{gate_ms:.2f}",
+                f"{widest_ms / gate_ms:.2f}x",
                 f"{widest_ms / cheapest_ms:.2f}x",
             )
         )
-    title = f"{results.run.name}: {len(rows)} gates of the front, chosen on val, run on {verified.test.num_images} test images"
+    title = f"{results.run.name}: gates of the front, chosen on val, run on {verified.test.num_images} test images"
     _table(columns, lines, title)
     if verified.num_openings > 1:
         _say(f"test was read {verified.num_openings} times: numbers chosen after the first time are optimistic")
@@ -178,32 +180,36 @@ def show_front(results: RunResults, picks: Sequence[str], *, as_json: bool) -> N
 def show_plan(plan: SweepPlan, *, as_json: bool) -> None:
     """Stages and why they would run; sub-networks; every setting with its origin."""
     values = _leaves(plan.config.model_dump(mode="json"))
-    stages = [
-        {"stage": stage.name, "key": stage.key, "status": stage.status, "reasons": list(stage.reasons)}
-        for stage in plan.stages
-    ]
+    stages = [(stage.name, stage.status, stage.key, tuple(stage.reasons)) for stage in plan.stages]
     if as_json:
         settings = {key: {"value": value, "origin": plan.origins.get(key, "default")} for key, value in values.items()}
         routes = [{"name": name, "madds_m": madds, "params_m": params} for name, madds, params in plan.routes]
-        _print_json({"run": str(plan.run.path), "stages": stages, "subnets": routes, "settings": settings})
+        _print_json(
+            {
+                "run": str(plan.run.path),
+                "stages": [dict(zip(_STAGE_COLUMNS, stage, strict=True)) for stage in stages],
+                "subnets": routes,
+                "settings": settings,
+            }
+        )
         return
     splits = plan.prepared.splits
     _say(f"run       {plan.run.path}")
-    _say(
-        f"data      {plan.prepared.image_set.name} {plan.prepared.image_set.image_shape}: train {len(splits.train)}, gate {len(splits.gate)}, val {len(splits.val)}, test {len(splits.test)} (sealed)"
-    )
+    sizes = ", ".join(f"{split} {len(splits[split])}" for split in ("train", "gate", "val", "test"))
+    _say(f"data      {plan.prepared.image_set.name} {plan.prepared.image_set.image_shape}: {sizes} (sealed)")
     _say()
     _table(
         ("sub-network", "MAdds M", "params M"),
         [(name, f"{madds:.4g}", f"{params:.4g}") for name, madds, params in plan.routes],
     )
     _say()
-    lines = [(stage["stage"], stage["status"], stage["key"][:12], "; ".join(stage["reasons"])) for stage in stages]
-    _table(("stage", "status", "key", "because"), [*lines, ("verify", "after the front is known", "", "")])
+    lines = [(name, status, key[:12], "; ".join(reasons)) for name, status, key, reasons in stages]
+    _table(_STAGE_COLUMNS, [*lines, ("verify", "when the front is known", "", "")], num_left=4)
     _say()
     _table(
         ("setting", "value", "from"),
         [(key, json.dumps(value), plan.origins.get(key, "default")) for key, value in values.items()],
+        num_left=3,
     )
 
 

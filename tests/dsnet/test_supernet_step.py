@@ -27,7 +27,7 @@ def student_and_teacher() -> tuple[Supernet, Supernet]:
 
 
 def plan_of(supernet: Supernet, **changes: object) -> StepPlan:
-    """Largest, the middle member twice as random ones would be distinct, the smallest."""
+    """The largest, both larger members as the random ones, the smallest."""
     subnets = supernet.subnets
     plan = StepPlan(subnets.largest, (subnets[1], subnets[2]), subnets[0], 1.0, frozenset())
     return replace(plan, **changes)  # type: ignore[arg-type]

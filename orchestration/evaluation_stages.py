@@ -1,0 +1,96 @@
+"""The measure and table stages: every sub-network's numbers, and what each answers to each held-out image."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from dsnet.cost import subnet_cost
+from dsnet.data import TensorData
+from dsnet.files import atomic_write_json
+from dsnet.latency import measure_latency
+from dsnet.supernet import Supernet
+from dsnet.training.evaluate import build_routing_table, subnet_accuracy
+from orchestration.launch_context import Launch
+from orchestration.preparation import latency_settings, resolve_device
+from orchestration.projection import subnet_rows, write_widths
+from orchestration.results import RunResults
+from orchestration.stages import StagePlan, run_stage
+
+EVALUATION_BATCH = 256
+
+
+def measure_stage(work: Launch, plan: StagePlan, supernet: Supernet) -> None:
+    """Accuracy on `val`, MAdds, parameters and latency of every sub-network."""
+    work.check_stop()
+    data, subnets, size = work.prepared.data, work.prepared.subnets, work.prepared.image_size
+
+    def measure(folder: Path) -> Sequence[Path]:
+        rows = []
+        with work.progress.bar("measure: accuracy", len(subnets.all)) as bar:
+            for number, subnet in enumerate(subnets.all):
+                work.check_stop()
+                top1, top5 = subnet_accuracy(
+                    supernet, subnet, data, "val", work.prepared.normalization, EVALUATION_BATCH
+                )
+                cost = subnet_cost(supernet.spec, subnet, size)
+                is_teacher = subnet == subnets.teacher
+                rows.append(
+                    {
+                        "name": subnet.name,
+                        "top1": top1,
+                        "top5": top5,
+                        "madds": cost.madds,
+                        "params": cost.params,
+                        "is_teacher": is_teacher,
+                    }
+                )
+                bar.update(number + 1)
+        settings = latency_settings(work.config)
+        with work.progress.bar("measure: latency", len(settings.batch_sizes) + len(settings.group_sizes)) as bar:
+            latency = measure_latency(supernet, size, settings, lambda done, total: bar.update(done))
+        supernet.cpu()
+        outputs = [folder / "subnets.json", folder / "latency.json"]
+        atomic_write_json(outputs[0], {"split": "val", "num_images": data.num_images("val"), "subnets": rows})
+        atomic_write_json(outputs[1], latency.to_json())
+        return outputs
+
+    run_stage(work.run, plan, measure)
+    results = RunResults(work.run)
+    rows = subnet_rows(results.manifest, work.run, results)
+    for row in rows:
+        work.tracker.subnet(row)
+    write_widths(work.tracker, results, rows[0].end_ms or rows[0].start_ms)
+    widest = results.widest
+    found = f"{widest.name} (widest) has top-1 {100 * widest.top1:.1f} % on val at {widest.madds / 1e6:.3g} M MAdds"
+    work.progress.say(f"measure: {len(subnets)} sub-networks, {found}")
+
+
+def table_stage(work: Launch, plan: StagePlan, supernet: Supernet) -> None:
+    """The routing tables of `gate` and `val`; that of `test` is made by verify, after the front is frozen."""
+    work.check_stop()
+
+    def tabulate(folder: Path) -> Sequence[Path]:
+        return [
+            build_table(work, supernet, work.prepared.data, split, work.run.table(plan.key, split))
+            for split in ("gate", "val")
+        ]
+
+    run_stage(work.run, plan, tabulate)
+
+
+def build_table(work: Launch, supernet: Supernet, data: TensorData, split: str, path: Path) -> Path:
+    """Run every route over a split and store its table."""
+    supernet = supernet.to(resolve_device(work.config.supernet.device))
+    with work.progress.bar(f"table: {split}", data.num_images(split)) as bar:
+        table = build_routing_table(
+            supernet,
+            data,
+            split,
+            work.prepared.normalization,
+            batch_size=EVALUATION_BATCH,
+            on_progress=lambda done, total: bar.update(done),
+        )
+    supernet.cpu()
+    table.save(path)
+    return path

@@ -1,0 +1,66 @@
+"""The supernet stage: train on Ray, follow the curves, keep the recalibrated checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from orchestration.launch_context import Launch, num_cores
+from orchestration.preparation import resolve_device, supernet_run
+from orchestration.projection import supernet_row
+from orchestration.ray_supernet import SupernetJob, train_on_ray
+from orchestration.stages import StagePlan, run_stage
+from orchestration.tracking import CurvePoint
+
+
+def supernet_stage(work: Launch, plan: StagePlan) -> None:
+    """Train the supernet unless it is there; Ray must be initialised where it is not."""
+    config, run = work.config, work.run
+    if plan.is_done:
+        work.progress.say(f"supernet: done before ({plan.key[:12]})")
+    training = supernet_run(work.prepared)
+    device = resolve_device(config.supernet.device)
+    threads = config.supernet.threads or max(1, (config.ray.num_cpus or num_cores()) // config.supernet.workers)
+
+    def train(folder: Path) -> Sequence[Path]:
+        manifest = work.manifest.read()
+        work.tracker.supernet(supernet_row(manifest, run, config, is_done=False))
+        job = SupernetJob(
+            subnets=work.prepared.subnets,
+            run=training,
+            folder=folder,
+            stop_file=run.stop_path,
+            device=device,
+            threads=threads,
+            workers=config.supernet.workers,
+        )
+        epochs = training.train.epochs
+        with work.progress.bar("supernet (epochs)", epochs) as bar:
+
+            def on_points(points: list[CurvePoint]) -> None:
+                work.tracker.curve(points)
+                if points:
+                    bar.update(points[-1].metrics["epoch"] or 0.0, _losses(points[-1]))
+
+            data = work.prepared.data
+            stem = train_on_ray(
+                job, data.images("train"), data.labels("train"), on_points=on_points, should_stop=work.stop
+            )
+        return [stem.with_name(stem.name + suffix) for suffix in (".safetensors", ".json")]
+
+    was_done = plan.is_done
+    folder = run_stage(run, plan, train)
+    # Also where it was done before: the row may have been lost with an earlier store.
+    work.tracker.supernet(supernet_row(work.manifest.read(), run, config, is_done=True))
+    if not was_done:
+        work.progress.say(f"supernet: trained in {folder.seconds() or 0:.0f} s")
+
+
+def _losses(point: CurvePoint) -> str:
+    losses = {
+        name.removeprefix("loss/"): value
+        for name, value in point.metrics.items()
+        if name.startswith("loss/") and value is not None
+    }
+    shown = [name for name in losses if name in ("largest", min(losses))]
+    return "  ".join(f"{name} {losses[name]:.3f}" for name in shown)

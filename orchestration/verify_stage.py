@@ -1,0 +1,65 @@
+"""The verify stage: freeze the front, open the sealed split, run the front for real, judge it beside its controls."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from dsnet.files import atomic_write_json
+from dsnet.routing_table import RoutingTable
+from dsnet.supernet import Supernet
+from orchestration.evaluation_stages import build_table
+from orchestration.launch_context import Launch
+from orchestration.preparation import latency_settings, resolve_device, verify_definition
+from orchestration.results import RunResults, load_router
+from orchestration.stages import StagePlan, plan_stage, run_stage
+from orchestration.verification import check_agreement, time_front
+from search.analysis import analyse_split
+
+
+def verify_stage(work: Launch, plans: Mapping[str, StagePlan], supernet: Supernet, front: tuple[int, ...]) -> None:
+    """Verify the gates of `front` (slots); what is stored is all that report and export need of the test split."""
+    work.check_stop()
+    config, run, prepared = work.config, work.run, work.prepared
+    definition = verify_definition(config, prepared.fingerprint, front)
+    plan = plan_stage(run, definition, {"search": plans["search"].key})
+
+    def verify(folder: Path) -> Sequence[Path]:
+        num_openings = work.manifest.count_test_opening("verify")
+        data = prepared.open_test()
+        table_key, search_key = plans["table"].key, plans["search"].key
+        sealed = run.sealed_table(table_key)
+        if not sealed.exists():
+            build_table(work, supernet, data, "test", sealed)
+        test, val = RoutingTable.load(sealed), RoutingTable.load(run.table(table_key, "val"))
+        routers = {slot: load_router(run.gate_weights(search_key, slot)) for slot in front}
+        agreements = []
+        with work.progress.bar("verify: the front on test", len(routers)) as bar:
+            for slot, router in routers.items():
+                work.check_stop()
+                net = supernet.to(resolve_device(config.supernet.device))
+                agreements.append(check_agreement(slot, net, router, test, data.images("test"), prepared.normalization))
+                bar.update(len(agreements))
+        latency = time_front(supernet, routers, data.images("test"), prepared.normalization, latency_settings(config))
+        num_classes = prepared.image_set.num_classes
+        content = {
+            "front": list(front),
+            "num_openings": num_openings,
+            "agreements": [asdict(agreement) for agreement in agreements],
+            "latency": latency.to_json(),
+            "val": analyse_split(val, val, routers, num_classes=num_classes).to_json(),
+            "test": analyse_split(val, test, routers, num_classes=num_classes).to_json(),
+        }
+        output = folder / "verify.json"
+        atomic_write_json(output, content)
+        return [output]
+
+    run_stage(run, plan, verify)
+    verified = RunResults(run).verified
+    assert verified is not None
+    ties = sum(agreement.num_ties for agreement in verified.agreements)
+    work.progress.say(
+        f"verify: {len(front)} gates ran on {verified.test.num_images} test images as the table said, image by image"
+        + (f" ({ties} numerical ties)" if ties else "")
+    )

@@ -1,0 +1,201 @@
+"""The routing table against each image and each route on its own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+
+from dsnet.cost import subnet_cost
+from dsnet.data.tensors import TensorData
+from dsnet.errors import CheckpointError
+from dsnet.families import family_names
+from dsnet.routing_table import MAX_FULL_CLASSES, NUM_TOP_LOGITS, RoutingTable
+from dsnet.supernet import Supernet
+from dsnet.training.evaluate import build_routing_table, subnet_accuracy
+from tests.dsnet.samples import NORMALIZATION, random_table, small_supernet, tensor_data
+
+
+def assert_equals_brute_force(table: RoutingTable, supernet: Supernet, data: TensorData) -> None:
+    """Every number of every image and route from a forward of its own."""
+    part = data.splits["val"]
+    for row in range(table.num_images):
+        image = NORMALIZATION.apply(part.images[row : row + 1])
+        label = int(part.labels[row])
+        for route, subnet in enumerate(supernet.subnets):
+            with torch.no_grad():
+                logits = supernet(image, subnet)[0].double().numpy()
+            p = np.exp(logits - logits.max())
+            p /= p.sum()
+            ranked = np.argsort(-logits)
+            assert table.ce[row, route] == pytest.approx(-np.log(p[label]), rel=1e-4, abs=1e-5)
+            assert table.predicted[row, route] == ranked[0]
+            assert table.correct1[row, route] == (ranked[0] == label)
+            assert table.correct5[row, route] == (label in ranked[:5])
+            assert table.confidence[row, route] == pytest.approx(p[ranked[0]], rel=1e-4)
+            assert table.margin[row, route] == pytest.approx(p[ranked[0]] - p[ranked[1]], rel=1e-3, abs=1e-5)
+            assert table.entropy[row, route] == pytest.approx(-(p * np.log(p)).sum(), rel=1e-4, abs=1e-5)
+            stored = table.logits[row, route]
+            classes = table.logit_classes[row, route] if table.logit_classes.shape[2] else np.arange(len(logits))
+            np.testing.assert_allclose(stored, logits[classes], rtol=2e-3, atol=2e-3)
+            assert set(classes[: len(stored)]) == set(ranked[: len(stored)])
+
+
+@pytest.mark.parametrize("family", family_names())
+def test_table_equals_brute_force(family: str) -> None:
+    supernet, data = small_supernet(family), tensor_data(9)
+    table = build_routing_table(supernet, data, "val", NORMALIZATION, batch_size=4)
+    assert_equals_brute_force(table, supernet, data)
+    assert table.routes == tuple(subnet.name for subnet in supernet.subnets)
+    assert table.madds.tolist() == [subnet_cost(supernet.spec, subnet, 16).madds for subnet in supernet.subnets]
+    assert table.trunk_madds == subnet_cost(supernet.spec, supernet.subnets[0], 16).trunk_madds
+    assert table.image_ids.tolist() == data.ids("val").tolist()
+    assert table.labels.tolist() == data.labels("val").tolist()
+    assert table.logit_classes.shape == (9, len(supernet.subnets), 0)
+
+
+def test_more_than_100_classes_keep_the_top_32_logits() -> None:
+    supernet, data = small_supernet(num_classes=120), tensor_data(6, num_classes=120)
+    table = build_routing_table(supernet, data, "val", NORMALIZATION)
+    assert 120 > MAX_FULL_CLASSES
+    assert table.logits.shape == table.logit_classes.shape == (6, 3, NUM_TOP_LOGITS)
+    assert_equals_brute_force(table, supernet, data)
+
+
+def test_evidence_is_that_of_the_gate_image_by_image() -> None:
+    supernet, data = small_supernet(), tensor_data(5)
+    table = build_routing_table(supernet, data, "val", NORMALIZATION, batch_size=3)
+    assert list(table.layout) == ["mean", "deviation", "maximum", "hidden"]
+    assert table.evidence.shape[1] == 1
+    for row in range(5):
+        with torch.no_grad():
+            trunk = supernet.trunk(NORMALIZATION.apply(data.images("val")[row : row + 1]), supernet.subnets[0])
+        for part in table.layout:
+            np.testing.assert_allclose(table.part(part)[row], trunk.evidence(part)[0].numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_batch_size_and_progress_do_not_change_the_table() -> None:
+    supernet, data = small_supernet(), tensor_data(10)
+    heard: list[tuple[int, int]] = []
+    one = build_routing_table(supernet, data, "val", NORMALIZATION, batch_size=1)
+    all_at_once = build_routing_table(
+        supernet, data, "val", NORMALIZATION, batch_size=4, on_progress=lambda done, total: heard.append((done, total))
+    )
+    assert heard == [(4, 10), (8, 10), (10, 10)]
+    np.testing.assert_array_equal(one.predicted, all_at_once.predicted)
+    np.testing.assert_allclose(one.ce, all_at_once.ce, rtol=1e-4, atol=1e-5)
+
+
+def test_static_accuracy_equals_the_tables_column() -> None:
+    supernet, data = small_supernet(), tensor_data(30)
+    table = build_routing_table(supernet, data, "val", NORMALIZATION)
+    for route, subnet in enumerate(supernet.subnets):
+        top1, top5 = subnet_accuracy(supernet, subnet, data, "val", NORMALIZATION, batch_size=7)
+        assert top1 == pytest.approx(table.correct1[:, route].mean())
+        assert top5 == pytest.approx(table.correct5[:, route].mean())
+        assert table.top1()[route] == pytest.approx(top1)
+
+
+def test_a_table_survives_saving(tmp_path: Path) -> None:
+    supernet = small_supernet()
+    table = build_routing_table(supernet, tensor_data(7), "val", NORMALIZATION)
+    path = tmp_path / "deep" / "val.safetensors"
+    table.save(path)
+    again = RoutingTable.load(path)
+    assert again.meta() == table.meta()
+    for name, value in table.arrays().items():
+        stored = again.arrays()[name]
+        assert stored.dtype == value.dtype
+        np.testing.assert_array_equal(stored, value)
+    assert [item.name for item in path.parent.iterdir()] == ["val.safetensors"]
+
+
+def test_arrays_have_the_promised_types() -> None:
+    table = build_routing_table(small_supernet(), tensor_data(4), "val", NORMALIZATION)
+    types = {name: str(value.dtype) for name, value in table.arrays().items()}
+    assert types == {
+        "image_ids": "int64",
+        "labels": "int64",
+        "madds": "int64",
+        "ce": "float32",
+        "predicted": "int64",
+        "correct1": "bool",
+        "correct5": "bool",
+        "confidence": "float32",
+        "margin": "float32",
+        "entropy": "float32",
+        "logits": "float16",
+        "logit_classes": "int32",
+        "evidence": "float32",
+    }
+
+
+def test_from_arrays_shares_memory_even_with_read_only_arrays() -> None:
+    table = random_table()
+    arrays = table.arrays()
+    for value in arrays.values():
+        value.flags.writeable = False  # as Ray's object store gives them
+    again = RoutingTable.from_arrays(arrays, json.loads(json.dumps(table.meta())))
+    assert all(np.shares_memory(again.arrays()[name], value) for name, value in arrays.items() if value.size)
+    assert np.shares_memory(again.part("hidden"), table.evidence)
+
+
+def _truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def _flip_in_data(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 1
+    path.write_bytes(content)
+
+
+def _flip_in_header(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[12] ^= 1
+    path.write_bytes(content)
+
+
+def _empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def _strip_metadata(path: Path) -> None:
+    save_file(load_file(path), path)
+
+
+@pytest.mark.parametrize("damage", [_truncate, _flip_in_data, _flip_in_header, _empty, _strip_metadata, Path.unlink])
+def test_a_damaged_file_is_an_error_that_names_it(tmp_path: Path, damage: Callable[[Path], None]) -> None:
+    path = tmp_path / "val.safetensors"
+    random_table().save(path)
+    damage(path)
+    with pytest.raises(CheckpointError, match=r"val\.safetensors"):
+        RoutingTable.load(path)
+
+
+def test_another_schema_version_is_refused() -> None:
+    table = random_table()
+    with pytest.raises(CheckpointError, match="schema version 99"):
+        RoutingTable.from_arrays(table.arrays(), {**table.meta(), "schema_version": 99})
+
+
+def test_arrays_that_do_not_belong_together_are_refused() -> None:
+    table = random_table()
+    with pytest.raises(CheckpointError, match="do not belong together: .*ce has shape"):
+        RoutingTable.from_arrays({**table.arrays(), "ce": table.ce[:, :2]}, table.meta())
+    incomplete = {name: value for name, value in table.arrays().items() if name != "ce"}
+    with pytest.raises(CheckpointError, match="do not belong together"):
+        RoutingTable.from_arrays(incomplete, table.meta())
+    with pytest.raises(ValueError, match="madds, evidence or image_ids"):
+        replace(table, madds=table.madds[:1])
+
+
+def test_a_supernet_whose_members_differ_before_the_gate_has_no_table() -> None:
+    with pytest.raises(KeyError):
+        random_table().part("colour")

@@ -1,0 +1,111 @@
+"""Data-parallel training with two real processes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from dsnet.families import create
+from dsnet.training.supernet import StepPlan, TrainSettings, supernet_step, train_supernet
+from dsnet.training.workers import DistributedWorkers, SingleWorker
+from tests.dsnet.samples import random_images, random_labels, random_pixels, small_run, small_supernet, task
+
+
+def _step_gradients(images: torch.Tensor, labels: torch.Tensor, workers: DistributedWorkers | SingleWorker) -> dict:
+    student, teacher = small_supernet(seed=0).train(), small_supernet(seed=1)
+    subnets = student.subnets
+    plan = StepPlan(subnets.largest, (subnets[1],), subnets[0], 1.0, frozenset())
+    supernet_step(student, teacher, images, labels, plan, 0.1, "ib")
+    workers.average_gradients(student.parameters())
+    return {name: p.grad for name, p in student.named_parameters()}
+
+
+def _worker(rank: int, folder: str) -> None:
+    """What each of the two processes does; results go to files."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    try:
+        workers = DistributedWorkers()
+        images, labels = random_images(8), random_labels(8)
+        gradients = _step_gradients(images[rank::2], labels[rank::2], workers)
+        votes = [workers.any_of(flag) for flag in (False, rank == 0, rank == 1, True)]
+        net = create("ds_tiny", task(image_size=8), {"width": 0.5, "num_routes": 3}, seed=4)
+        final = train_supernet(
+            net,
+            random_pixels(32, 8),
+            random_labels(32),
+            small_run(train=TrainSettings(epochs=2, batch_size=16, lr=0.05)),
+            folder=Path(folder) / "training",
+            workers=workers,
+        )
+        stopped = train_supernet(
+            create("ds_tiny", task(image_size=8), {"width": 0.5, "num_routes": 3}, seed=4),
+            random_pixels(32, 8),
+            random_labels(32),
+            small_run(),
+            folder=Path(folder) / "stopped",
+            workers=workers,
+            should_stop=lambda: rank == 1,
+        )
+        torch.save(
+            {
+                "gradients": gradients,
+                "votes": votes,
+                "trained": dict(net.named_parameters()),
+                "final": str(final),
+                "stopped": str(stopped),
+            },
+            f"{folder}/rank{rank}.pt",
+        )
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict]]:
+    folder = tmp_path_factory.mktemp("workers")
+    mp.spawn(_worker, args=(str(folder),), nprocs=2)
+    return folder, [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+def test_averaged_gradients_are_the_mean_of_what_each_half_gives_alone(results: tuple[Path, list[dict]]) -> None:
+    """Each process normalises by its own half of the batch, so this is what data-parallel BatchNorm training means."""
+    images, labels = random_images(8), random_labels(8)
+    halves = [_step_gradients(images[rank::2], labels[rank::2], SingleWorker()) for rank in range(2)]
+    first, second = (result["gradients"] for result in results[1])
+    assert first.keys() == halves[0].keys()
+    for name in first:
+        assert torch.equal(first[name], second[name])
+        torch.testing.assert_close(first[name], (halves[0][name] + halves[1][name]) / 2, rtol=1e-5, atol=1e-6)
+
+
+def test_any_of_is_true_everywhere_where_one_says_so(results: tuple[Path, list[dict]]) -> None:
+    assert [result["votes"] for result in results[1]] == [[False, True, True, True]] * 2
+
+
+def test_both_processes_hold_equal_parameters_and_the_first_alone_writes(results: tuple[Path, list[dict]]) -> None:
+    folder, (first, second) = results
+    for name, parameter in first["trained"].items():
+        assert torch.equal(parameter, second["trained"][name]), name
+    assert first["final"] == str(folder / "training" / "final")
+    assert second["final"] == "None"
+    assert len((folder / "training" / "curves.jsonl").read_text().splitlines()) == 4
+
+
+def test_one_process_that_wants_to_stop_stops_both(results: tuple[Path, list[dict]]) -> None:
+    folder, both = results
+    assert [result["stopped"] for result in both] == ["None", "None"]
+    assert not list((folder / "stopped").glob("*.json"))
+
+
+def test_a_single_worker_changes_nothing() -> None:
+    parameter = torch.nn.Parameter(torch.ones(2))
+    parameter.grad = torch.full((2,), 3.0)
+    SingleWorker().average_gradients([parameter])
+    assert torch.equal(parameter.grad, torch.full((2,), 3.0))
+    assert (SingleWorker().any_of(True), SingleWorker().any_of(False)) == (True, False)
