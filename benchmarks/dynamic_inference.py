@@ -203,7 +203,7 @@ def measure(options: Options) -> Report:
     """Each row's contenders side by side; the headline is four routes on the CPU."""
     contenders: dict[tuple[str, tuple[int, ...]], Contenders] = {}
     rows, differences = [], {}
-    rounds, budget_s = (10, 6.0) if options.quick else (40, 25.0)
+    rounds, budget_s = (10, 6.0) if options.quick else (40, 15.0)
     for work in workloads(options):
         key = (work.device, work.routes)
         if key not in contenders:

@@ -97,7 +97,7 @@ def local_router(router: Router, members: Sequence[int]) -> Router:
     return GateRouter(router.weight, router.offset, tuple(position[route] for route in router.routes))
 
 
-def save_bundle(
+def save_bundle(  # noqa: PLR0913 - all but three are given by name
     folder: Path,
     supernet: Supernet,
     router: GateRouter,

@@ -70,4 +70,6 @@ class NotFoundError(DsnetError):
 
 
 class NonFiniteLossError(DsnetError):
-    """A training loss became NaN or infinite; the message names the step and the sub-network."""
+    """A training loss became NaN or infinite; the message names the step and the sub-network. There is nothing to search."""
+
+    exit_code = 5

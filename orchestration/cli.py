@@ -158,7 +158,7 @@ def launch(sweep: Path, take_over: bool, **options: Any) -> int:
         result = run_launch(config, command=command, progress=progress, stop=stop, take_over=take_over)
     except (StoppedError, KeyboardInterrupt):
         click.echo(f"stopped; nothing is lost. Continue with:\n  {command}", err=True)
-        return requests[-1].exit_code if requests and requests[-1].signal else StoppedError.exit_code
+        return requests[-1].exit_code if requests else EXIT_INTERRUPTED
     show_launch(result)
     check_failures(result)
     return 0
@@ -228,12 +228,22 @@ def trials(run: str, runs: str, as_json: bool) -> None:
 @click.option(
     "--pick", "picks", multiple=True, help='Show only these: knee, all, "max:top1 where madds_m<=0.1", trial-0042.'
 )
+@click.option(
+    "--figure",
+    type=click.Path(path_type=Path),
+    help="Also draw the front into this file: .html, .json, or .svg and .png with the extra [images].",
+)
 @AS_JSON
-def pareto(run: str, runs: str, picks: tuple[str, ...], as_json: bool) -> None:
+def pareto(run: str, runs: str, picks: tuple[str, ...], figure: Path | None, as_json: bool) -> None:
     """Show the front of a run: each gate on val and on test, beside what would make it unimpressive."""
     from orchestration.terminal import show_front
 
-    show_front(_open_run(run, runs), picks, as_json=as_json)
+    results = _open_run(run, runs)
+    show_front(results, picks, as_json=as_json)
+    if figure is not None:
+        from orchestration.reporting import draw_front
+
+        click.echo(draw_front(results, figure), err=True)
 
 
 @cli.command()

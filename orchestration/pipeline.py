@@ -21,7 +21,7 @@ from orchestration.export import export_bundles, picked_slots
 from orchestration.launch_context import Launch
 from orchestration.preparation import Prepared, prepare, stage_definitions, write_splits
 from orchestration.progress import ProgressView
-from orchestration.projection import make_tracker, sweep_row, write_front
+from orchestration.projection import make_tracker, store_uri, sweep_end_ms, sweep_row, write_front
 from orchestration.ray_runtime import RaySettings, ray_session
 from orchestration.reporting import write_report
 from orchestration.results import RunResults
@@ -70,6 +70,8 @@ def launch(
     """
     prepared = prepare(config)
     run = RunDir(Path(config.storage.runs), config.name)
+    if config.tracking.mlflow:
+        store_uri(config, run)  # refuses a folder that no store can lie in, before anything is made
     run.create()
     with DriverLock(run, command, take_over=take_over) as lock:
         if lock.taken_over_from is not None:
@@ -89,23 +91,39 @@ def _write_facts(prepared: Prepared, run: RunDir) -> Manifest:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     manifest.create(seed=prepared.config.seed, hardware=describe_hardware(gpu))
     manifest.update(data_hashes={"images": prepared.image_set.fingerprint, "splits": prepared.splits.hash})
-    atomic_write_text(run.sweep_yaml, to_yaml(prepared.config))
+    atomic_write_text(run.sweep_yaml, to_yaml(anchored(prepared.config)))
     write_splits(run.splits_json, prepared.splits)
     return manifest
+
+
+def anchored(config: SweepConfig) -> SweepConfig:
+    """The same sweep with absolute folders, so that the stored sweep.yaml means the same from any working directory."""
+    runs = str(Path(config.storage.runs).expanduser().absolute())
+    path = None if config.data.path is None else str(Path(config.data.path).expanduser().absolute())
+    return config.model_copy(
+        update={
+            "storage": config.storage.model_copy(update={"runs": runs}),
+            "data": config.data.model_copy(update={"path": path}),
+        }
+    )
 
 
 @contextmanager
 def _closing(work: Launch) -> Iterator[None]:
     """Whatever ends the launch, MLflow hears how."""
     status: Status = "FAILED"
+    end_ms: int | None = None
     try:
         yield
-        status = "FINISHED"
+        status, end_ms = (
+            "FINISHED",
+            sweep_end_ms(work.manifest.read()),
+        )  # a launch that had nothing to do changes nothing
     except (StoppedError, KeyboardInterrupt):
         status = "KILLED"
         raise
     finally:
-        summary = work.tracker.close(status, int(time.time() * 1000), TRACKING_TIMEOUT_S)
+        summary = work.tracker.close(status, end_ms or int(time.time() * 1000), TRACKING_TIMEOUT_S)
         if summary.num_unsent:
             work.progress.warn(
                 f"{summary.num_unsent} writes to MLflow were not made; later: dsnet-orch sync {work.run.sweep_yaml.parent}"

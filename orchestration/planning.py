@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from dsnet.cost import subnet_cost
 from dsnet.errors import DataError, NotFoundError, PreflightError
@@ -13,11 +11,12 @@ from dsnet.families import Task, layout
 from orchestration.config import SweepConfig
 from orchestration.config_loading import LoadedConfig
 from orchestration.preparation import Prepared, prepare, stage_definitions
-from orchestration.projection import make_tracker, replay, store_uri
+from orchestration.projection import make_tracker, replay, store_uri, sweep_end_ms
 from orchestration.reporting import write_report
 from orchestration.results import RunResults
-from orchestration.rundir import MLFLOW_DATABASE, RunDir, mlflow_artifact_root, mlflow_store_uri
+from orchestration.rundir import MLFLOW_DATABASE, DriverLock, RunDir, mlflow_artifact_root, mlflow_store_uri
 from orchestration.stages import StagePlan, plan_stages
+from orchestration.tracking import Status
 from search.points import save_points
 
 SYNC_TIMEOUT_S = 600.0
@@ -99,6 +98,7 @@ def sync_again(results: RunResults) -> str:
 
     Raises:
         PreflightError: tracking is off, or the store does not take the results.
+        LockedError: a driver is at work; it writes to MLflow itself.
     """
     config = results.config
     if not config.tracking.mlflow:
@@ -106,10 +106,11 @@ def sync_again(results: RunResults) -> str:
             f"run {results.run.name!r} was made with tracking.mlflow: false; launch it with --set tracking.mlflow=true"
         )
     warnings: list[str] = []
-    tracker = make_tracker(config, results.run, warnings.append)
-    replay(results, tracker)
-    status: Any = "FINISHED" if results.verified is not None else "KILLED"
-    summary = tracker.close(status, int(time.time() * 1000), SYNC_TIMEOUT_S)
+    with DriverLock(results.run, f"dsnet-orch sync {results.run.name}"):
+        tracker = make_tracker(config, results.run, warnings.append)
+        replay(results, tracker)
+        status: Status = "FINISHED" if results.verified is not None else "KILLED"
+        summary = tracker.close(status, sweep_end_ms(results.manifest), SYNC_TIMEOUT_S)
     if summary.num_unsent:
         raise PreflightError(
             f"{summary.num_unsent} writes to {store_uri(config, results.run)} failed: {summary.first_error}"

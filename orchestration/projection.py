@@ -43,6 +43,16 @@ def unix_ms(iso: str) -> int:
     return int(datetime.fromisoformat(iso).timestamp() * 1000)
 
 
+def sweep_end_ms(manifest: Mapping[str, Any]) -> int:
+    """When the last finished stage ended; the run's creation where none has. Not the time of writing: rows repeat."""
+    ends = [
+        unix_ms(stage["started_at"]) + round(1000 * stage["seconds"])
+        for stage in manifest["stages"].values()
+        if stage["seconds"] is not None
+    ]
+    return max(ends, default=unix_ms(manifest["created_at"]))
+
+
 def sweep_row(manifest: Mapping[str, Any], run: RunDir, config: SweepConfig) -> TrackedRun:
     """The parent: the whole configuration as parameters."""
     params = flatten(config.model_dump(mode="json", exclude={"presets"}))

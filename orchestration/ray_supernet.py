@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import threading
 import time
@@ -184,12 +183,3 @@ def _root_cause(error: BaseException) -> str:
         error = error.__cause__
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return f"{type(error).__name__}: {lines[-1]}"
-
-
-def curves_summary(path: Path) -> dict[str, float]:
-    """The last losses of a finished training, from its curves.jsonl."""
-    last: dict[str, float] = {}
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            last.update(json.loads(line)["metrics"])
-    return last

@@ -11,13 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from dashboards.front import Curve, FrontInfo, FrontPanel, dynamic_points, static_points
+from dashboards.front import Curve, FrontInfo, FrontPanel, dynamic_points, front_figure, static_points
 from dashboards.headline import Estimate, Headline, Latency, Row, Scores
 from dashboards.hypervolume import HypervolumeInfo, hypervolume_info
+from dashboards.images import write_figure
 from dashboards.report import ReportData, build_report
 from dashboards.routes import RoutesInfo
 from dashboards.training import TrainingInfo, training_info
 from dashboards.widths import LatencySeries, WidthsInfo
+from dsnet.errors import NotFoundError
 from dsnet.files import atomic_write_text
 from orchestration.results import RunResults, Verified
 from search.analysis import Interval, PointAnalysis, SplitAnalysis
@@ -66,6 +68,21 @@ def report_data(results: RunResults, class_names: tuple[str, ...], notes: tuple[
             *((key, str(value)[:16]) for key, value in manifest["data_hashes"].items()),
         ),
     )
+
+
+def draw_front(results: RunResults, path: Path) -> Path:
+    """Draw the front into a file; its ending decides the format.
+
+    Raises:
+        NotFoundError: the run has no measured sub-networks yet.
+        PreflightError: an image format whose tools are not installed.
+    """
+    info = front_info(results)
+    if info is None:
+        raise NotFoundError(
+            f"run {results.run.name!r} has no front yet; continue it with: dsnet-orch launch {results.run.sweep_yaml}"
+        )
+    return write_figure(front_figure(info), path)
 
 
 def knee_slot(results: RunResults) -> int | None:

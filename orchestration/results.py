@@ -95,11 +95,13 @@ class RunResults:
         return StageDir(self.run.stage_dir(stage, self.stage_key(stage) or ""))
 
     def _is_current(self, stage: str) -> bool:
-        """Whether the stage's last result belongs to the last results of the stages it reads."""
+        """Whether the stage's last result belongs to the last results of all the stages above it."""
         if self.stage_key(stage) is None:
             return False
         record = self._folder(stage).record()
-        return record is not None and all(self.stage_key(name) == key for name, key in record.parent_keys.items())
+        return record is not None and all(
+            self.stage_key(name) == key and self._is_current(name) for name, key in record.parent_keys.items()
+        )
 
     def done_key(self, stage: str) -> str:
         """The key of a finished stage.

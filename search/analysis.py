@@ -227,8 +227,9 @@ def front_slots(slots: Sequence[int], values: NDArray[np.float64], goals: Sequen
     if len(slots) == 0:
         return ()
     mask = front_mask(values, goals, keep_duplicates=False)  # type: ignore[arg-type]
+    sign = 1.0 if goals[0] == "maximize" else -1.0
     kept = [index for index in range(len(slots)) if mask[index]]
-    return tuple(slots[index] for index in sorted(kept, key=lambda index: values[index, 0]))
+    return tuple(slots[index] for index in sorted(kept, key=lambda index: sign * values[index, 0]))
 
 
 def _floats(values: Any) -> tuple[float, ...]:

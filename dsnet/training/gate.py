@@ -56,6 +56,16 @@ class GateSettings:
     """The softmax temperature falls geometrically, so that its expectation approaches the deployed argmax."""
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if self.strategy not in ("try_best", "give_up"):
+            raise ValueError(f"unknown gate.sgs.strategy {self.strategy!r}; known: try_best, give_up")
+        if self.sgs_target not in ("extremes", "cheapest"):
+            raise ValueError(f"unknown gate.sgs.target {self.sgs_target!r}; known: extremes, cheapest")
+        if not 0.0 <= self.target <= 1.0:
+            raise ValueError(f"gate.target is {self.target}, but must lie in 0..1")
+        if min(self.temperature_start, self.temperature_end) <= 0:
+            raise ValueError("gate.temperature must be above 0 at its start and its end")
+
 
 @dataclass(frozen=True)
 class RouteCosts:

@@ -53,6 +53,11 @@ class TrainSettings:
     checkpoint_every: int = 1
     """Epochs between checkpoints."""
 
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"supernet.train.{name} is {getattr(self, name)}, but must be at least 1")
+
 
 @dataclass(frozen=True, kw_only=True)
 class BootstrapSettings:
@@ -68,6 +73,10 @@ class BootstrapSettings:
     num_random: int = 2
     teacher_min_updates: int = 100
     """A teacher width with fewer updates runs on batch statistics."""
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ValueError(f"unknown supernet.bootstrapping.mode {self.mode!r}; known: {', '.join(MODES)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +94,12 @@ class SupernetRun:
     """Images of the training split for BatchNorm recalibration; None takes all."""
     recalibration_batch: int = 256
     keep_checkpoints: int = 2
+
+    def __post_init__(self) -> None:
+        if self.weights not in ("ema", "student"):
+            raise ValueError(f"unknown supernet.weights {self.weights!r}; known: ema, student")
+        if self.keep_checkpoints < 1:
+            raise ValueError(f"supernet.keep_checkpoints is {self.keep_checkpoints}, but must be at least 1")
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-able mapping, saved with every checkpoint."""
@@ -370,7 +385,7 @@ def checkpoint_stems(folder: Path) -> list[Path]:
     return sorted(path.with_suffix("") for path in folder.glob("epoch-*.json"))
 
 
-def train_supernet(
+def train_supernet(  # noqa: PLR0913 - all but four are given by name
     supernet: Supernet,
     images: Tensor,
     labels: Tensor,
@@ -415,7 +430,7 @@ def train_supernet(
     images, labels = images.to(device), labels.to(device)
     while session.step < session.num_steps:
         epoch = session.step // session.steps_per_epoch
-        if not _train_epoch(session, epoch, images, labels, batch_size, workers, curves, should_stop):
+        if not _train_epoch(session, images, labels, workers, curves, should_stop):
             return None
         if workers.rank == 0 and ((epoch + 1) % run.train.checkpoint_every == 0 or epoch + 1 == run.train.epochs):
             session.save(folder / f"epoch-{epoch + 1:05d}")
@@ -425,16 +440,16 @@ def train_supernet(
 
 def _train_epoch(
     session: _Session,
-    epoch: int,
     images: Tensor,
     labels: Tensor,
-    batch_size: int,
     workers: Workers,
     curves: _Curves,
     should_stop: Callable[[], bool],
 ) -> bool:
     """One epoch; False where it was stopped. Every random choice derives from (seed, epoch), so that a resumed run repeats it."""
     run = session.run
+    epoch = session.step // session.steps_per_epoch
+    batch_size = min(run.train.batch_size, len(labels))
     shared = torch.Generator().manual_seed(derive_seed(run.seed, "epoch", epoch))
     augmenting = torch.Generator(session.device).manual_seed(derive_seed(run.seed, "augment", epoch, workers.rank))
     log_every = max(1, session.steps_per_epoch // 4)

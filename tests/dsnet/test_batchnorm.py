@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from dsnet.batchnorm import recalibrate
@@ -30,9 +31,7 @@ def test_every_set_equals_the_cumulative_average_of_each_sub_network_alone(famil
         plain[subnet.name] = module
     recalibrate(supernet, iter(batches))
     for subnet in supernet.subnets.all:
-        for met, expected in zip(
-            materialize(supernet, subnet).modules(), plain[subnet.name].modules(), strict=True
-        ):
+        for met, expected in zip(materialize(supernet, subnet).modules(), plain[subnet.name].modules(), strict=True):
             if isinstance(met, nn.BatchNorm2d) and isinstance(expected, nn.BatchNorm2d):
                 assert int(met.num_batches_tracked or 0) == len(batches)
                 torch.testing.assert_close(met.running_mean, expected.running_mean, rtol=1e-4, atol=1e-5)
@@ -44,9 +43,10 @@ def test_the_stem_equals_means_and_unbiased_variances_by_hand() -> None:
     supernet = small_supernet()
     batches = [random_images(5, seed=seed) for seed in range(3)]
     largest = supernet.subnets.largest
-    outputs = [supernet.stem(images, largest.widths[0]).double().transpose(0, 1).flatten(1) for images in batches]
+    weight = supernet.get_parameter("stem.weight")
+    outputs = [F.conv2d(images, weight, padding=1).double().transpose(0, 1).flatten(1) for images in batches]
     recalibrate(supernet, batches)
-    mean, variance, updates = supernet.stem_norm.statistics(largest.prefix(1))
+    mean, variance, updates = supernet.batch_norms()[0].statistics(largest.prefix(1))
     torch.testing.assert_close(mean.double(), sum(o.mean(1) for o in outputs) / 3, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(variance.double(), sum(o.var(1) for o in outputs) / 3, rtol=1e-5, atol=1e-6)
     assert int(updates) == 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ def steps_of(scores: NDArray[np.float64], cost: NDArray[np.float64]) -> list[tup
     }
     ends = [-np.inf, *sorted(points), np.inf]
     steps: list[tuple[float, float, float]] = []
-    for low, high in zip(ends, ends[1:], strict=False):
+    for low, high in pairwise(ends):
         if high - low < 1e-9:
             continue
         beta = high - 1.0 if low == -np.inf else low + 1.0 if high == np.inf else 0.5 * (low + high)
@@ -75,15 +76,14 @@ def test_the_nearest_achievable_mean_is_reached_from_the_middle_of_its_step(
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    seed=st.integers(0, 1000), low=st.floats(0.0, 1.0), high=st.floats(0.0, 1.0), num_routes=st.integers(2, 14)
-)
+@given(seed=st.integers(0, 1000), low=st.floats(0.0, 1.0), high=st.floats(0.0, 1.0), num_routes=st.integers(2, 14))
 def test_beta_falls_as_the_target_rises(seed: int, low: float, high: float, num_routes: int) -> None:
     rng = np.random.default_rng(seed)
     scores = rng.normal(size=(40, num_routes))
     madds = np.cumsum(rng.integers(1, 100, num_routes)).astype(np.float64)
     betas = [
-        calibrate(scores, madds, madds[0] + share * (madds[-1] - madds[0])) for share in (min(low, high), max(low, high))
+        calibrate(scores, madds, madds[0] + share * (madds[-1] - madds[0]))
+        for share in (min(low, high), max(low, high))
     ]
     assert betas[0] >= betas[1] - 1e-9
 

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from dsnet.cost import gate_madds, shared_params, subnet_cost
-from dsnet.families import Task, family_names, layout
+from dsnet.families import Task, create, family_names, layout
 from dsnet.materialize import materialize, materialize_trunk
 from dsnet.space import Subnet
 from tests.dsnet.samples import random_images, small_supernet
@@ -86,14 +86,13 @@ def test_analytic_madds_equal_a_counted_forward_sliced_and_materialised(family: 
 
 @pytest.mark.parametrize("size", [32, 33])
 def test_full_width_ds_mbnet_equals_a_counted_forward(size: int) -> None:
-    from dsnet.families import create
-
     supernet = create("ds_mbnet", Task(10, 3, 32)).eval()
     images = random_images(1, size)
     for subnet in supernet.subnets.all:
-        assert counted_madds(lambda subnet=subnet: supernet(images, subnet)) == subnet_cost(
-            supernet.spec, subnet, size
-        ).madds
+        assert (
+            counted_madds(lambda subnet=subnet: supernet(images, subnet))
+            == subnet_cost(supernet.spec, subnet, size).madds
+        )
 
 
 @pytest.mark.parametrize("family", family_names())

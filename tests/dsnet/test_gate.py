@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import product
+from typing import Any
 
 import numpy as np
 import pytest
@@ -184,7 +185,9 @@ def test_scores_equal_a_loop() -> None:
     table = random_table()
     routes = np.random.default_rng(0).integers(0, 3, table.num_images)
     met = score_routes(routes, table, 24)
-    picked = [(table.correct1[i, k], table.correct5[i, k], table.ce[i, k], table.madds[k] + 24) for i, k in enumerate(routes)]
+    picked = [
+        (table.correct1[i, k], table.correct5[i, k], table.ce[i, k], table.madds[k] + 24) for i, k in enumerate(routes)
+    ]
     shares = [np.mean(routes == k) for k in range(3)]
     assert met["top1"] == pytest.approx(np.mean([row[0] for row in picked]))
     assert met["top5"] == pytest.approx(np.mean([row[1] for row in picked]))
@@ -262,6 +265,20 @@ def test_unknown_names_are_refused() -> None:
         train_gate(random_table(), replace(QUICK, optimizer="lion"))
     with pytest.raises(ValueError, match="unknown complexity form"):
         train_gate(random_table(), replace(QUICK, complexity_form="cubic"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"strategy": "give-up"}, "unknown gate.sgs.strategy 'give-up'; known: try_best, give_up"),
+        ({"sgs_target": "best"}, "unknown gate.sgs.target 'best'"),
+        ({"target": 1.1}, "gate.target is 1.1, but must lie in 0..1"),
+        ({"temperature_end": 0.0}, "gate.temperature must be above 0"),
+    ],
+)
+def test_settings_out_of_range_are_refused_when_built(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        GateSettings(**change)
 
 
 def test_a_fitted_gate_reaches_its_target_and_reports_the_soft_hard_gap() -> None:

@@ -92,7 +92,9 @@ class Released:
 
     def _norm(self, bank: str, leaf: str) -> Tensor:
         """The published bank is keyed by the layer's width; its last member holds the affine pair, of full length."""
-        numbers = {int(name.split(".aux_bn.")[1].split(".")[0]) for name in self.shapes if name.startswith(f"{bank}.aux_bn.")}
+        numbers = {
+            int(name.split(".aux_bn.")[1].split(".")[0]) for name in self.shapes if name.startswith(f"{bank}.aux_bn.")
+        }
         if leaf in ("weight", "bias"):
             name = f"{bank}.aux_bn.{max(numbers)}.{leaf}"
             return released_value(self.salt, name, self.shapes[name])

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
+import torch
 
 from dsnet.cost import subnet_cost
 from dsnet.errors import CheckpointError, ConfigError
@@ -100,7 +102,11 @@ def test_two_members_of_one_name_are_refused() -> None:
 
 @pytest.mark.parametrize(
     ("widths", "message"),
-    [((4, 8), "2 widths"), ((4, 8, 8, 10_000), "must lie in 1.."), ((4, 8, 0, 16), "width 0 of channel group 'stage1'")],
+    [
+        ((4, 8), "2 widths"),
+        ((4, 8, 8, 10_000), "must lie in 1.."),
+        ((4, 8, 0, 16), "width 0 of channel group 'stage1'"),
+    ],
 )
 def test_member_that_does_not_fit_is_refused(widths: tuple[int, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -164,7 +170,7 @@ def test_any_number_of_routes_gives_rising_costs(num_routes: int) -> None:
         subnets = layout(family, task(), {"num_routes": num_routes})
         costs = [subnet_cost(subnets.spec, subnet, 32).madds for subnet in subnets]
         assert len(subnets) == num_routes
-        assert all(low < high for low, high in zip(costs, costs[1:], strict=False))
+        assert all(low < high for low, high in pairwise(costs))
 
 
 def test_a_family_cannot_be_registered_twice() -> None:
@@ -174,8 +180,6 @@ def test_a_family_cannot_be_registered_twice() -> None:
 
 
 def test_equal_seeds_give_equal_weights_and_leave_the_global_generator_alone() -> None:
-    import torch
-
     before = torch.random.get_rng_state()
     first, second, other = (create("ds_tiny", task(), seed=seed).state_dict() for seed in (5, 5, 6))
     assert torch.equal(before, torch.random.get_rng_state())

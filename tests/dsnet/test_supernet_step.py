@@ -109,7 +109,7 @@ def test_trunk_statistics_are_updated_once_a_step() -> None:
     supernet_step(student, teacher, random_images(6).double(), random_labels(6), plan_of(student), SMOOTHING, "ib")
     smallest, largest = student.subnets[0], student.subnets.largest
     for subnet in (smallest, largest):
-        assert int(student.stem_norm.statistics(subnet.prefix(1))[2]) == 1
+        assert int(student.batch_norms()[0].statistics(subnet.prefix(1))[2]) == 1
     last = student.batch_norms()[-1]
     assert [int(last.statistics(subnet.widths)[2]) for subnet in student.subnets.all] == [1, 1, 1, 1]
 

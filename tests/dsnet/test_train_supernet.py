@@ -16,7 +16,7 @@ import torch
 from dsnet.batchnorm import recalibrate
 from dsnet.checkpoint import load_checkpoint, load_supernet
 from dsnet.errors import CheckpointError, NonFiniteLossError
-from dsnet.families import create
+from dsnet.families import create, rebuild
 from dsnet.supernet import Supernet
 from dsnet.training.supernet import (
     MODES,
@@ -213,11 +213,11 @@ def test_recalibration_of_all_images_sees_each_once_in_batches_of_like_size(tmp_
     )
     images = NORMALIZATION.apply(random_pixels(NUM_IMAGES, 8))
     recalibrate(expected, [images])
-    norm = final.stem_norm
+    norm = final.batch_norms()[0]
     prefix = final.subnets[0].prefix(1)
     mean, _, updates = norm.statistics(prefix)
     assert int(updates) == 2
-    torch.testing.assert_close(mean, expected.stem_norm.statistics(prefix)[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(mean, expected.batch_norms()[0].statistics(prefix)[0], rtol=1e-4, atol=1e-5)
 
 
 def test_old_checkpoints_are_removed(uninterrupted: Path) -> None:
@@ -283,7 +283,7 @@ def test_a_checkpoint_of_an_architecture_of_like_shapes_is_refused(tmp_path: Pat
 def test_a_non_finite_loss_names_step_and_sub_network(tmp_path: Path) -> None:
     net = supernet()
     with torch.no_grad():
-        net.stem.weight[net.subnets[0].widths[0] :] = torch.nan  # only the largest reads these filters
+        net.get_parameter("stem.weight")[net.subnets[0].widths[0] :] = torch.nan  # only the largest reads these filters
     with pytest.raises(NonFiniteLossError, match=r"the loss of largest is nan at step 1; lower supernet\.train\.lr"):
         train(tmp_path, small_run("none"), net=net)
     assert not checkpoint_stems(tmp_path)
@@ -291,7 +291,7 @@ def test_a_non_finite_loss_names_step_and_sub_network(tmp_path: Path) -> None:
 
 def test_a_diverging_run_ends_before_it_stores_anything(tmp_path: Path) -> None:
     run = small_run(train=TrainSettings(epochs=3, batch_size=16, lr=1e30, warmup_epochs=0.0))
-    with pytest.raises(NonFiniteLossError, match="at step [0-9]+; lower"):
+    with pytest.raises(NonFiniteLossError, match=r"at step [0-9]+; lower"):
         train(tmp_path, run)
     assert not (tmp_path / "final.json").exists()
 
@@ -317,8 +317,6 @@ def test_the_sandwich_draws_distinct_members_that_are_neither_smallest_nor_large
 
 def test_without_a_teacher_the_costliest_member_is_no_random_one() -> None:
     full = create("ds_tiny", task(), {"num_routes": 4}).subnets
-    from dsnet.families import rebuild
-
     net = rebuild(full.subset([3, 0, 2, 1]))
     plan = session(net, num_random=5).plan(torch.Generator().manual_seed(0))
     assert plan.largest.name == "subnet-03"
@@ -357,3 +355,17 @@ def test_one_dimensional_parameters_are_not_decayed() -> None:
         assert all(decay[id(p)] == (0.25 if p.ndim > 1 else 0.0) for p in net.parameters())
     with pytest.raises(ValueError, match="unknown optimizer 'lion'"):
         make_optimizer(net, TrainSettings(optimizer="lion"))
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: BootstrapSettings(mode="iib"), "unknown supernet.bootstrapping.mode 'iib'; known: none"),
+        (lambda: TrainSettings(epochs=0), "supernet.train.epochs is 0, but must be at least 1"),
+        (lambda: small_run(weights="teacher"), "unknown supernet.weights 'teacher'"),
+        (lambda: small_run(keep_checkpoints=0), "keep_checkpoints is 0"),
+    ],
+)
+def test_settings_out_of_range_are_refused_when_built(build: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build()

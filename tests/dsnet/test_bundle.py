@@ -1,0 +1,300 @@
+"""Bundles: what is saved is what runs, and every tampering is noticed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import dsnet
+from dsnet.bundle import (
+    MANIFEST,
+    Bundle,
+    _manifest_digest,
+    check_bundle_examples,
+    check_bundle_files,
+    load_bundle,
+    local_router,
+    save_bundle,
+    score_bundle,
+)
+from dsnet.checkpoint import load_tensors, save_tensors
+from dsnet.cost import subnet_cost
+from dsnet.errors import CheckpointError, DsnetError, PreflightError, VerificationError
+from dsnet.files import file_sha256
+from dsnet.routers import CascadeRouter, GateRouter
+from dsnet.supernet import Supernet
+from tests.dsnet.samples import NORMALIZATION, random_labels, random_pixels, small_supernet
+
+CLASSES = tuple(f"class{index}" for index in range(10))
+CLAIMS = {"val": {"top1": 0.5, "madds_m": 0.25}, "data": {"name": "digits"}}
+
+
+def gate(supernet: Supernet, routes: tuple[int, ...] = (0, 2)) -> GateRouter:
+    """A gate that uses all of its routes."""
+    images = NORMALIZATION.apply(random_pixels(64, seed=6))
+    hidden = supernet.trunk(images, supernet.subnets[0]).hidden.detach().double()
+    weight = torch.randn((len(routes), hidden.shape[1]), generator=torch.Generator().manual_seed(2)).double()
+    return GateRouter(weight, (hidden @ weight.T).mean(0), routes)
+
+
+def save(folder: Path, supernet: Supernet | None = None, **changes: Any) -> None:
+    supernet = supernet if supernet is not None else small_supernet()
+    fields: dict[str, Any] = {
+        "normalization": NORMALIZATION,
+        "class_names": CLASSES,
+        "examples": random_pixels(16),
+        "claims": CLAIMS,
+        "gate_yaml": "gate: for people\n",
+    }
+    save_bundle(folder, supernet, gate(supernet), **{**fields, **changes})
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    save(tmp_path / "bundle")
+    return tmp_path / "bundle"
+
+
+def verify(folder: Path) -> int:
+    """Everything that `dsnet-orch verify` does without data."""
+    bundle = load_bundle(folder)
+    check_bundle_files(bundle)
+    return check_bundle_examples(bundle)
+
+
+@pytest.mark.parametrize(("cut_weights", "fold_bn"), [(True, True), (True, False), (False, False)])
+def test_a_loaded_bundle_answers_as_the_supernet_that_was_saved(folder: Path, cut_weights: bool, fold_bn: bool) -> None:
+    supernet = small_supernet()
+    router = gate(supernet)
+    bundle = load_bundle(folder, cut_weights=cut_weights, fold_bn=fold_bn)
+    pixels = random_pixels(12, seed=5)
+    answer = bundle(pixels)
+    with torch.no_grad():
+        images = NORMALIZATION.apply(pixels)
+        routes = router.step({"hidden": supernet.trunk(images, supernet.subnets[0]).hidden}, ())
+        for row, route in enumerate(routes.tolist()):
+            subnet = supernet.subnets[route]
+            logits = supernet(images[row : row + 1], subnet)[0]
+            torch.testing.assert_close(answer.probabilities[row], logits.softmax(0), rtol=1e-5, atol=1e-5)
+            assert int(answer.classes[row]) == int(logits.argmax())
+            assert bundle.route_names[int(answer.routes[row])] == subnet.name
+            madds = subnet_cost(supernet.spec, subnet, 16).madds + router.decision_madds
+            assert int(answer.madds[row]) == madds
+    assert len(set(routes.tolist())) == 2
+    assert bundle.class_names == CLASSES
+    assert bundle.image_shape == (3, 16, 16)
+    assert bundle.claims == CLAIMS
+    assert bundle.normalization == NORMALIZATION
+
+
+def test_a_bundle_holds_only_the_routes_in_use(folder: Path) -> None:
+    bundle = load_bundle(folder)
+    assert bundle.route_names == ("subnet-00", "subnet-02")
+    stored = load_tensors(folder / "weights.safetensors")
+    assert not any("largest" in name for name in stored)
+    assert len(stored) < len(small_supernet().state_dict())
+
+
+def test_an_untouched_bundle_verifies(folder: Path) -> None:
+    assert verify(folder) == 16
+    names = {path.name for path in folder.iterdir()}
+    assert names == {MANIFEST, "weights.safetensors", "examples.safetensors", "gate.yaml"}
+    assert [path.name for path in folder.parent.iterdir()] == ["bundle"]
+
+
+def test_an_empty_batch_gives_empty_answers(folder: Path) -> None:
+    answer = load_bundle(folder)(random_pixels(4)[:0])
+    assert [tuple(value.shape) for value in answer] == [(0,), (0, 10), (0,), (0,)]
+
+
+@pytest.mark.parametrize(
+    ("images", "met"),
+    [
+        (torch.zeros(2, 3, 16, 16), "float32"),
+        (torch.zeros(2, 1, 16, 16, dtype=torch.uint8), r"\[2, 1, 16, 16\]"),
+        (torch.zeros(2, 3, 16, 15, dtype=torch.uint8), r"\[2, 3, 16, 15\]"),
+        (torch.zeros(3, 16, 16, dtype=torch.uint8), r"\[3, 16, 16\]"),
+    ],
+)
+def test_another_type_or_shape_is_refused_with_both_named(folder: Path, images: torch.Tensor, met: str) -> None:
+    with pytest.raises(DsnetError, match=rf"takes uint8 images \[B, 3, 16, 16\], but met .*{met}"):
+        load_bundle(folder)(images)
+
+
+def test_scores_equal_a_loop(folder: Path) -> None:
+    bundle = load_bundle(folder)
+    images, labels = random_pixels(30, seed=8), random_labels(30)
+    answers = [bundle(images[row : row + 1]) for row in range(30)]
+    met = score_bundle(bundle, images, labels, batch_size=7)
+    right = sum(int(answer.classes) == int(label) for answer, label in zip(answers, labels, strict=True))
+    assert met["top1"] == right / 30
+    assert met["madds_m"] == pytest.approx(sum(int(answer.madds) for answer in answers) / 30e6)
+
+
+def flip(name: str) -> Callable[[Path], None]:
+    def tamper(folder: Path) -> None:
+        content = bytearray((folder / name).read_bytes())
+        content[-3] ^= 1
+        (folder / name).write_bytes(content)
+
+    return tamper
+
+
+def remove(name: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).unlink()
+
+
+def edit(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
+    def tamper(folder: Path) -> None:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        change(manifest)
+        (folder / MANIFEST).write_text(json.dumps(manifest))
+
+    return tamper
+
+
+def exchange_weights_with_their_hash(folder: Path) -> None:
+    """An attacker who knows the format, but not that the manifest is hashed too."""
+    path = folder / "weights.safetensors"
+    tensors = load_tensors(path)
+    tensors["supernet.stem.weight"] *= 2.0
+    digest = save_tensors(path, tensors)
+    edit(lambda manifest: manifest["files"].update({"weights.safetensors": digest}))(folder)
+
+
+@pytest.mark.parametrize(
+    "tamper",
+    [
+        pytest.param(flip("weights.safetensors"), id="weights byte"),
+        pytest.param(flip("examples.safetensors"), id="examples byte"),
+        pytest.param(flip("gate.yaml"), id="gate.yaml byte"),
+        pytest.param(flip(MANIFEST), id="manifest byte"),
+        pytest.param(remove("weights.safetensors"), id="no weights"),
+        pytest.param(remove("examples.safetensors"), id="no examples"),
+        pytest.param(remove("gate.yaml"), id="no gate.yaml"),
+        pytest.param(remove(MANIFEST), id="no manifest"),
+        pytest.param(edit(lambda m: m.update(schema_version=2)), id="version"),
+        pytest.param(edit(lambda m: m.update(kind="cake")), id="kind"),
+        pytest.param(edit(lambda m: m["claims"]["val"].update(top1=0.99)), id="claim"),
+        pytest.param(edit(lambda m: m["class_names"].reverse()), id="class names"),
+        pytest.param(edit(lambda m: m["normalization"]["mean"].reverse()), id="normalization"),
+        pytest.param(edit(lambda m: m["router"]["routes"].reverse()), id="routes"),
+        pytest.param(edit(lambda m: m.pop("spec")), id="no spec"),
+        pytest.param(edit(lambda m: m.pop("sha256")), id="no digest"),
+        pytest.param(lambda folder: (folder / MANIFEST).write_text("[]"), id="no object"),
+        pytest.param(lambda folder: (folder / MANIFEST).write_text("{"), id="torn manifest"),
+        pytest.param(exchange_weights_with_their_hash, id="weights with their hash"),
+    ],
+)
+def test_every_tampering_is_noticed(folder: Path, tamper: Callable[[Path], None]) -> None:
+    tamper(folder)
+    with pytest.raises((CheckpointError, VerificationError), match="bundle"):
+        verify(folder)
+
+
+def rehash(folder: Path) -> None:
+    """Make the manifest consistent again, as somebody who exports by hand would."""
+    edit(lambda m: m.update(sha256=_manifest_digest(m)))(folder)
+
+
+def test_a_consistent_bundle_that_computes_something_else_fails_its_examples(folder: Path) -> None:
+    exchange_weights_with_their_hash(folder)
+    rehash(folder)
+    bundle = load_bundle(folder)
+    check_bundle_files(bundle)
+    with pytest.raises(VerificationError, match=r"example \d+|logits"):
+        check_bundle_examples(bundle)
+
+
+def test_a_consistent_bundle_with_swapped_routes_fails_its_examples(folder: Path) -> None:
+    edit(lambda m: m["router"]["routes"].reverse())(folder)
+    rehash(folder)
+    with pytest.raises(VerificationError, match=r"took route subnet-0\d, but subnet-0\d was recorded"):
+        check_bundle_examples(load_bundle(folder))
+
+
+@pytest.mark.parametrize("name", ["spec", "subnets", "router", "normalization", "class_names", "image_shape", "files"])
+def test_a_consistent_but_incomplete_manifest_is_a_checkpoint_error(folder: Path, name: str) -> None:
+    edit(lambda m: m.pop(name))(folder)
+    rehash(folder)
+    with pytest.raises(CheckpointError, match="export it again"):
+        load_bundle(folder)
+
+
+def test_a_folder_without_a_bundle_says_how_to_make_one(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no bundle here .* `dsnet-orch export RUN"):
+        load_bundle(tmp_path)
+
+
+def test_saving_again_replaces_the_whole_bundle(folder: Path) -> None:
+    (folder / "old-notes.txt").write_text("of the older bundle")
+    save(folder, claims={"val": {"top1": 0.75}})
+    assert load_bundle(folder).claims == {"val": {"top1": 0.75}}
+    assert verify(folder) == 16
+    assert not (folder / "old-notes.txt").exists()
+    assert [path.name for path in folder.parent.iterdir()] == ["bundle"]
+
+
+def test_a_failed_save_leaves_the_old_bundle_and_nothing_else(folder: Path) -> None:
+    before = {path.name: file_sha256(path) for path in folder.iterdir()}
+    with pytest.raises(ValueError, match="Out of range float"):
+        save(folder, claims={"val": {"top1": float("nan")}})
+    assert {path.name: file_sha256(path) for path in folder.iterdir()} == before
+    assert [path.name for path in folder.parent.iterdir()] == ["bundle"]
+
+
+def test_a_folder_that_is_no_bundle_is_never_replaced(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "holiday.jpg").write_bytes(b"dear")
+    with pytest.raises(PreflightError, match="is there already and no bundle"):
+        save(tmp_path / "photos")
+    assert (tmp_path / "photos" / "holiday.jpg").read_bytes() == b"dear"
+    (tmp_path / "empty").mkdir()
+    save(tmp_path / "empty")
+    assert verify(tmp_path / "empty") == 16
+
+
+def test_only_gates_are_exported() -> None:
+    with pytest.raises(ValueError, match="only gates are exported, not CascadeRouter"):
+        local_router(CascadeRouter(0, 1, 0.5), (0, 1))
+
+
+POISONED = """
+import sys
+for name in ("yaml", "ruamel", "ruamel.yaml", "ray", "mlflow", "optuna", "pydantic", "cloudpickle", "dill"):
+    sys.modules[name] = None
+import pickle
+import torch
+import dsnet
+
+def refuse(*args, **kwargs):
+    raise AssertionError("a bundle was unpickled")
+
+pickle.load = pickle.loads = pickle.Unpickler = torch.load = refuse
+bundle = dsnet.load_bundle(sys.argv[1])
+sys.modules["pickle"] = None
+answer = bundle(torch.zeros((2, 3, 16, 16), dtype=torch.uint8))
+print(tuple(answer.probabilities.shape))
+"""
+
+
+def test_a_bundle_loads_without_yaml_and_pickle(folder: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", POISONED, str(folder)], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "(2, 10)"
+
+
+def test_the_package_offers_bundles_at_its_top() -> None:
+    assert dsnet.load_bundle is load_bundle
+    assert dsnet.Bundle is Bundle
+    with pytest.raises(AttributeError, match="no attribute 'load_cake'"):
+        _ = dsnet.load_cake
