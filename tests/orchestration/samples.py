@@ -1,0 +1,281 @@
+"""A tiny sweep, the real command line inside this process or in one of its own, and what a process leaves on the machine."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import chdir, redirect_stderr, redirect_stdout, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from orchestration.cli import main
+from orchestration.results import RunResults
+from orchestration.rundir import RunDir
+
+TINY = """\
+version: 1
+name: tiny
+data: {name: digits, limit: 200}
+supernet:
+  model: ds_tiny
+  options: {num_routes: 3}
+  train: {epochs: 2, batch_size: 40, warmup_epochs: 0.5}
+  bootstrapping: {teacher_min_updates: 2}
+measure: {batch_sizes: [1, 8], group_sizes: [1, 8], repeats: 2, warmup: 1}
+gate:
+  optimizer: {steps: 60, batch_size: 128}
+sampler: {cohort: 4, startup: 8}
+budget: {trials: 12}
+"""
+SWEEP = "tiny.yaml"
+WITHOUT_MLFLOW = ("--set", "tracking.mlflow=false")
+PROGRAM = (sys.executable, "-c", "from orchestration.cli import main; main()")
+MARK = "DSNET_TEST_MARK"
+"""Environment variable by which all processes of one command are found, whoever their parent is by now."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a command answered."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        """stdout as JSON."""
+        return json.loads(self.out)
+
+
+def write_sweep(folder: Path, text: str = TINY, name: str = SWEEP) -> Path:
+    """A sweep file in `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text(text, encoding="utf-8")
+    return folder / name
+
+
+def call(folder: Path, *arguments: str | Path) -> Answer:
+    """The entry point of `dsnet-orch` inside this process: quick, and a launch shares the tests' Ray cluster.
+
+    An exception that the entry point lets through is the test's failure, so that no traceback can hide here.
+    """
+    out, err, argv, code = io.StringIO(), io.StringIO(), sys.argv, 0
+    sys.argv = ["dsnet-orch", *map(str, arguments)]
+    try:
+        with chdir(folder), redirect_stdout(out), redirect_stderr(err):
+            main()
+    except SystemExit as done:
+        code = done.code if isinstance(done.code, int) else 0
+    finally:
+        sys.argv = argv
+    return Answer(code, out.getvalue(), err.getvalue())
+
+
+class Command:
+    """`dsnet-orch` in a process group of its own, as a terminal starts it."""
+
+    def __init__(self, folder: Path, *arguments: str | Path) -> None:
+        self.mark = uuid.uuid4().hex
+        self.process = subprocess.Popen(
+            [*PROGRAM, *map(str, arguments)],
+            cwd=folder,
+            env={**os.environ, MARK: self.mark},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def interrupt(self) -> None:
+        """Ctrl-C: the whole foreground group hears it."""
+        os.killpg(self.process.pid, signal.SIGINT)
+
+    def wait(self, timeout_s: float = 120.0) -> Answer:
+        """Its answer, once it has ended."""
+        try:
+            out, err = self.process.communicate(timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            self.end()
+            raise
+        return Answer(self.process.returncode, out, err)
+
+    def wait_for(self, condition: Callable[[], bool], timeout_s: float = 120.0) -> None:
+        """Wait for a moment in the life of the command.
+
+        Raises:
+            AssertionError: it ended, or the time went by, before that moment came.
+        """
+        deadline = time.monotonic() + timeout_s
+        while not condition():
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                self.end()
+                raise AssertionError(f"the moment never came: {self.process.communicate()}")
+            time.sleep(0.002)
+
+    def pids(self) -> list[int]:
+        """Processes that it started and that still run, itself included."""
+        return [pid for pid in _all_pids() if self._is_ours(pid)]
+
+    def left_behind(self, patience_s: float = 15.0) -> list[str]:
+        """Commands of processes that outlive it; daemons that are ending have some seconds."""
+        deadline = time.monotonic() + patience_s
+        while (pids := self.pids()) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return [Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")[:200] for pid in pids]
+
+    def end(self) -> None:
+        """Kill it and all that it started."""
+        for pid in self.pids():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def _is_ours(self, pid: int) -> bool:
+        with suppress(OSError):
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+            return state != "Z" and f"{MARK}={self.mark}".encode() in Path(f"/proc/{pid}/environ").read_bytes()
+        return False
+
+
+def _all_pids() -> list[int]:
+    return [int(name) for name in os.listdir("/proc") if name.isdecimal()]
+
+
+class Listeners:
+    """Collects, in a thread, the addresses at which a command's processes listen while it runs."""
+
+    def __init__(self, command: Command, interval_s: float = 0.7) -> None:
+        self.addresses: set[str] = set()
+        self._command = command
+        self._interval_s = interval_s
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def stop(self) -> frozenset[str]:
+        """All addresses seen."""
+        self._is_over.set()
+        self._thread.join()
+        return frozenset(self.addresses)
+
+    def _watch(self) -> None:
+        while not self._is_over.wait(self._interval_s):
+            inodes = {inode for pid in self._command.pids() for inode in _socket_inodes(pid)}
+            self.addresses |= {address for inode, address in _listening().items() if inode in inodes}
+
+
+def _socket_inodes(pid: int) -> set[str]:
+    inodes = set()
+    with suppress(OSError):
+        for entry in os.listdir(f"/proc/{pid}/fd"):
+            with suppress(OSError):
+                target = os.readlink(f"/proc/{pid}/fd/{entry}")
+                if target.startswith("socket:["):
+                    inodes.add(target[8:-1])
+    return inodes
+
+
+def _listening() -> dict[str, str]:
+    """Inode -> address of every listening TCP socket of the machine, as /proc writes it."""
+    sockets = {}
+    for table in ("tcp", "tcp6"):
+        with suppress(OSError):
+            for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+                fields = line.split()
+                if fields[3] == "0A":
+                    sockets[fields[9]] = fields[1].partition(":")[0]
+    return sockets
+
+
+LOOPBACK = ("0100007F", "00000000000000000000000001000000", "0000000000000000FFFF00000100007F")
+"""127.0.0.1, ::1 and ::ffff:127.0.0.1 as /proc writes them on a little-endian machine."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A sweep that ran to its end in a process of its own."""
+
+    folder: Path
+    """Holds the sweep file and `runs/`; only to be read."""
+    answer: Answer
+    listeners: frozenset[str]
+    left_behind: tuple[str, ...]
+
+    @property
+    def run(self) -> RunDir:
+        """Its run folder."""
+        return RunDir(self.folder / "runs", "tiny")
+
+    @property
+    def results(self) -> RunResults:
+        """What it found."""
+        return RunResults(self.run)
+
+    def copy(self, folder: Path) -> Path:
+        """A copy that a test may change: `folder` with the sweep file and `runs/`, MLflow left out."""
+        write_sweep(folder)
+        shutil.copytree(self.run.path, folder / "runs" / "tiny")
+        return folder
+
+
+def run_tiny_sweep(folder: Path) -> Finished:
+    """Launch the tiny sweep and wait for its end."""
+    write_sweep(folder)
+    command = Command(folder, "launch", SWEEP)
+    listeners = Listeners(command)
+    try:
+        answer = command.wait()
+        addresses = listeners.stop()
+        return Finished(folder, answer, addresses, tuple(command.left_behind()))
+    finally:
+        listeners.stop()
+        command.end()
+
+
+def results_in(folder: Path, name: str = "tiny") -> RunResults:
+    """The results of a run below `folder`/runs."""
+    return RunResults(RunDir(folder / "runs", name))
+
+
+def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
+    """Relative path -> (size, modification time in ns) of every file below a folder."""
+    return {
+        str(path.relative_to(folder)): (path.stat().st_size, path.stat().st_mtime_ns)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+TIMES = ("latency_ms",)
+"""Metrics that no two runs measure alike."""
+
+
+def study_of(results: RunResults) -> list[tuple[Any, ...]]:
+    """A study without what depends on the clock."""
+
+    def timeless(metrics: Mapping[str, float]) -> dict[str, float]:
+        return {name: value for name, value in metrics.items() if name not in TIMES}
+
+    return [
+        (record.slot, record.state, dict(record.params), timeless(record.metrics), record.reason)
+        for record in results.records
+    ]
+
+
+def problems_of_message(answer: Answer, parts: Sequence[str]) -> list[str]:
+    """What a user would object to in a refusal: a traceback, an internal error, more than one message, missing parts."""
+    problems = [f"{bad!r} in stderr" for bad in ("Traceback", "internal error") if bad in answer.err]
+    if answer.err.count("error:") + answer.err.count("Error:") != 1:
+        problems.append("not exactly one message")
+    problems += [f"{part!r} is not said" for part in parts if part not in answer.err]
+    return [*problems, answer.err] if problems else []
