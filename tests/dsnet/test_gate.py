@@ -144,6 +144,21 @@ def test_sgs_targets_equal_a_loop_over_images(
     assert sgs_targets(table, routes, gate).tolist() == looped_targets(table, routes, gate)
 
 
+def test_thresholds_are_inclusive_where_the_contract_says_so() -> None:
+    """Easy iff p_S(y) >= t_easy, hard iff p_L(y) < t_hard: equality is easy, and is not hard."""
+    table = random_table(40)
+    row = int(np.flatnonzero(table.correct1[:, 0] & table.correct1[:, 3])[0])
+    p_small, p_large = (float(np.exp(-table.ce[row, route])) for route in (0, 3))
+    equal = GateSettings(t_easy=p_small, strategy="give_up")
+    above = replace(equal, t_easy=float(np.nextafter(np.float32(p_small), np.float32(2.0))))
+    assert sgs_targets(table, range(4), equal)[row] == 0
+    assert sgs_targets(table, range(4), above)[row] == 3
+    not_hard = replace(above, t_hard=p_large)
+    hard = replace(above, t_hard=float(np.nextafter(np.float32(p_large), np.float32(2.0))))
+    assert sgs_targets(table, range(4), not_hard)[row] == 3
+    assert sgs_targets(table, range(4), hard)[row] == 0
+
+
 def test_costs_include_the_decision_and_the_target_spans_the_whole_set() -> None:
     table = random_table()  # 1000, 1700, 3800, 7300 MAdds, 6 hidden
     costs = route_costs(table, GateSettings(routes=(0, 2, 3), target=0.5))

@@ -29,6 +29,7 @@ from dsnet.training.supernet import (
     make_optimizer,
     train_supernet,
 )
+from dsnet.training.workers import SingleWorker
 from tests.dsnet.samples import NORMALIZATION, random_labels, random_pixels, small_run, task
 
 NUM_IMAGES = 52  # 3 whole batches of 16 an epoch, and a rest
@@ -334,6 +335,38 @@ def test_soft_labels_ramp_in_and_widths_warm_up() -> None:
     assert weights == [0.0, 0.25, 0.5, 1.0, 1.0]
     state.updates = {"subnet-00": 2, "subnet-01": 3, "subnet-02": 9, "largest": 0}
     assert state.plan(generator).cold == {"subnet-00", "largest"}
+
+
+def test_every_step_moves_the_ema_by_its_own_decay_at_its_own_learning_rate() -> None:
+    state = session(supernet(), num_random=1)
+    expected = {name: value.clone() for name, value in state.ema.named_parameters()}
+    images, labels = NORMALIZATION.apply(random_pixels(8, 8)), random_labels(8)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(4):
+        losses = state.update(images, labels, state.plan(generator), SingleWorker())
+        assert state.optimizer.param_groups[0]["lr"] == learning_rate(step, 40, 10, 0.05)
+        assert len(losses) == 3
+        decay = min(0.997, (1 + step) / (10 + step))
+        for name, parameter in state.student.named_parameters():
+            expected[name] = decay * expected[name] + (1 - decay) * parameter.detach()
+        for name, parameter in state.ema.named_parameters():
+            torch.testing.assert_close(parameter, expected[name], rtol=1e-5, atol=1e-6)
+    assert state.step == 4
+    assert state.updates["largest"] == state.updates["subnet-00"] == 4
+    assert state.updates["subnet-01"] + state.updates["subnet-02"] == 4
+
+
+GOLDEN = {
+    "largest": (),
+    "subnet-00": (),
+}
+"""Losses of the first four steps of the run below. A change that moves them changes the method, not only the code."""
+
+
+def test_a_tiny_golden_run_does_not_move(uninterrupted: Path) -> None:
+    rows = curve_rows(uninterrupted)[:4]
+    for name, losses in GOLDEN.items():
+        assert [row["metrics"][f"loss/{name}"] for row in rows] == pytest.approx(losses, rel=1e-3)
 
 
 def test_learning_rate_rises_linearly_and_falls_as_half_a_cosine() -> None:

@@ -29,7 +29,7 @@ data: {name: digits, limit: 200}
 supernet:
   model: ds_tiny
   options: {num_routes: 3}
-  train: {epochs: 2, batch_size: 40, warmup_epochs: 0.5}
+  train: {epochs: 8, batch_size: 40, warmup_epochs: 0.5}
   bootstrapping: {teacher_min_updates: 2}
 measure: {batch_sizes: [1, 8], group_sizes: [1, 8], repeats: 2, warmup: 1}
 gate:
