@@ -91,14 +91,19 @@ def time_interleaved(
     repeats: int,
     warmup: int,
     synchronize: Callable[[], None] = lambda: None,
+    before_each: Callable[[], None] = lambda: None,
 ) -> dict[str, Timing]:
-    """Time several calls side by side: each round runs all of them, in a fresh random order, so that drift hits all alike."""
+    """Time several calls side by side: each round runs all of them, in a fresh random order, so that drift hits all alike.
+
+    `before_each` runs untimed before every call; it may raise to give up.
+    """
     order = list(calls)
     shuffle = random.Random(0)
     samples: dict[str, list[float]] = {name: [] for name in order}
     for round_number in range(warmup + repeats):
         shuffle.shuffle(order)
         for name in order:
+            before_each()
             synchronize()
             start = time.perf_counter()
             calls[name]()
@@ -132,8 +137,17 @@ def measure_latency(
     image_size: int,
     settings: LatencySettings,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
+    before_each: Callable[[], None] = lambda: None,
 ) -> LatencyTable:
-    """Time every sub-network and every part of the dynamic network on random images; restores the process's thread count."""
+    """Time every sub-network and every part of the dynamic network on random images; restores the process's thread count.
+
+    Args:
+        supernet: trained, with one gate.
+        image_size: side in pixels.
+        settings: device, threads, sizes, repeats.
+        on_progress: hears (sizes done, sizes in all).
+        before_each: runs untimed before every timed call; it may raise to give up.
+    """
     device = torch.device(settings.device)
     supernet = supernet.to(device).eval()
     members = supernet.subnets.members
@@ -154,7 +168,11 @@ def measure_latency(
             images = torch.randn((size, *shape), generator=generator).to(device)
             calls = {name: _bind(module, images) for name, module in whole.items()}
             subnets[size] = time_interleaved(
-                calls, repeats=settings.repeats, warmup=settings.warmup, synchronize=synchronize
+                calls,
+                repeats=settings.repeats,
+                warmup=settings.warmup,
+                synchronize=synchronize,
+                before_each=before_each,
             )
             on_progress(len(subnets), total)
         for size in settings.group_sizes:
@@ -163,7 +181,11 @@ def measure_latency(
             calls = {name: _bind(tail, output.features) for name, tail in tails.items()}
             calls |= {"/trunk": _bind(trunk, images), "/decide": _decision(head, output.hidden)}
             parts[size] = time_interleaved(
-                calls, repeats=settings.repeats, warmup=settings.warmup, synchronize=synchronize
+                calls,
+                repeats=settings.repeats,
+                warmup=settings.warmup,
+                synchronize=synchronize,
+                before_each=before_each,
             )
             on_progress(len(subnets) + len(parts), total)
     finally:

@@ -48,7 +48,9 @@ def measure_stage(work: Launch, plan: StagePlan, supernet: Supernet) -> None:
                 bar.update(number + 1)
         settings = latency_settings(work.config)
         with work.progress.bar("measure: latency", len(settings.batch_sizes) + len(settings.group_sizes)) as bar:
-            latency = measure_latency(supernet, size, settings, lambda done, total: bar.update(done))
+            latency = measure_latency(
+                supernet, size, settings, lambda done, total: bar.update(done), before_each=work.check_stop
+            )
         supernet.cpu()
         outputs = [folder / "subnets.json", folder / "latency.json"]
         atomic_write_json(outputs[0], {"split": "val", "num_images": data.num_images("val"), "subnets": rows})
@@ -83,13 +85,18 @@ def build_table(work: Launch, supernet: Supernet, data: TensorData, split: str, 
     """Run every route over a split and store its table."""
     supernet = supernet.to(resolve_device(work.config.supernet.device))
     with work.progress.bar(f"table: {split}", data.num_images(split)) as bar:
+
+        def on_progress(done: int, total: int) -> None:
+            work.check_stop()
+            bar.update(done)
+
         table = build_routing_table(
             supernet,
             data,
             split,
             work.prepared.normalization,
             batch_size=EVALUATION_BATCH,
-            on_progress=lambda done, total: bar.update(done),
+            on_progress=on_progress,
         )
     supernet.cpu()
     table.save(path)

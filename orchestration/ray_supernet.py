@@ -39,6 +39,8 @@ class SupernetJob:
     device: str
     threads: int
     workers: int
+    is_local: bool = True
+    """All workers run on this machine: their group then listens on the loopback only."""
 
 
 def train_on_ray(
@@ -94,18 +96,23 @@ def train_on_ray(
 def _fit(config: dict[str, Any], failures: list[BaseException]) -> None:
     """Run the trainer. Not in the main thread: there Ray would replace our handler of Ctrl-C by its own."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from orchestration.loopback_group import LoopbackConfig
 
     job: SupernetJob = config["job"]
+    meeting = job.folder / "ray"
+    meeting.mkdir(parents=True, exist_ok=True)
     trainer = TorchTrainer(
         _train_loop,
         train_loop_config=config,
+        torch_config=LoopbackConfig(folder=str(meeting)) if job.is_local else TorchConfig(),
         scaling_config=ScalingConfig(
             num_workers=job.workers, use_gpu=job.device == "cuda", resources_per_worker={"CPU": job.threads}
         ),
         run_config=RunConfig(
             name="train",
-            storage_path=str(job.folder / "ray"),
+            storage_path=str(meeting),
             failure_config=FailureConfig(max_failures=WORKER_RETRIES),
         ),
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 from orchestration.launch_context import Launch, num_cores
 from orchestration.preparation import resolve_device, supernet_run
 from orchestration.projection import supernet_row
+from orchestration.ray_runtime import LOCAL
 from orchestration.ray_supernet import SupernetJob, train_on_ray
 from orchestration.stages import StagePlan, run_stage
 from orchestration.tracking import CurvePoint
@@ -33,6 +34,7 @@ def supernet_stage(work: Launch, plan: StagePlan) -> None:
             device=device,
             threads=threads,
             workers=config.supernet.workers,
+            is_local=config.ray.address == LOCAL,
         )
         epochs = training.train.epochs
         with work.progress.bar("supernet (epochs)", epochs) as bar:

@@ -143,6 +143,7 @@ def time_front(
     images: Tensor,
     normalization: Normalization,
     settings: LatencySettings,
+    before_each: Callable[[], None] = lambda: None,
 ) -> DynamicLatency:
     """Time every gate's dynamic network and the static extremes, interleaved, on real images.
 
@@ -152,6 +153,7 @@ def time_front(
         images: uint8 [N, C, H, W] of the split that is reported: routes depend on the images.
         normalization: what the supernet was trained with.
         settings: device, threads, batch sizes, repeats.
+        before_each: runs untimed before every timed call; it may raise to give up.
     """
     device = torch.device(settings.device)
     supernet = supernet.to(device).eval()
@@ -170,7 +172,11 @@ def time_front(
             batches = [normalization.apply(part.to(device)) for part in _batches(images, size)]
             calls = {name: _over(net, batches) for name, net in nets.items()}
             measured = time_interleaved(
-                calls, repeats=settings.repeats, warmup=settings.warmup, synchronize=synchronize
+                calls,
+                repeats=settings.repeats,
+                warmup=settings.warmup,
+                synchronize=synchronize,
+                before_each=before_each,
             )
             count = len(batches)
             timings[size] = {

@@ -41,7 +41,14 @@ def verify_stage(work: Launch, plans: Mapping[str, StagePlan], supernet: Superne
                 net = supernet.to(resolve_device(config.supernet.device))
                 agreements.append(check_agreement(slot, net, router, test, data.images("test"), prepared.normalization))
                 bar.update(len(agreements))
-        latency = time_front(supernet, routers, data.images("test"), prepared.normalization, latency_settings(config))
+        latency = time_front(
+            supernet,
+            routers,
+            data.images("test"),
+            prepared.normalization,
+            latency_settings(config),
+            before_each=work.check_stop,
+        )
         num_classes = prepared.image_set.num_classes
         content = {
             "front": list(front),

@@ -357,16 +357,16 @@ def test_every_step_moves_the_ema_by_its_own_decay_at_its_own_learning_rate() ->
 
 
 GOLDEN = {
-    "largest": (),
-    "subnet-00": (),
+    "largest": (2.26137, 2.26712, 2.24415, 2.14140),
+    "subnet-00": (2.29976, 2.29933, 2.29868, 2.29844),
 }
-"""Losses of the first four steps of the run below. A change that moves them changes the method, not only the code."""
+"""Losses of the last four steps of the run below. A change that moves them changes the method, not only the code."""
 
 
 def test_a_tiny_golden_run_does_not_move(uninterrupted: Path) -> None:
-    rows = curve_rows(uninterrupted)[:4]
+    rows = curve_rows(uninterrupted)[-4:]
     for name, losses in GOLDEN.items():
-        assert [row["metrics"][f"loss/{name}"] for row in rows] == pytest.approx(losses, rel=1e-3)
+        assert [row["metrics"][f"loss/{name}"] for row in rows] == pytest.approx(losses, rel=2e-4)
 
 
 def test_learning_rate_rises_linearly_and_falls_as_half_a_cosine() -> None:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import replace
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 from mlflow.tracking import MlflowClient
 
-from dsnet.files import file_sha256
 from dsnet.routing_table import RoutingTable
 from dsnet.training.gate import choose_routes, score_routes
 from orchestration.rundir import mlflow_store_uri
@@ -267,7 +266,6 @@ def test_two_ray_workers_train_the_supernet_too(tmp_path: Path) -> None:
 
 def test_the_splits_are_recorded_and_disjoint(finished: Finished) -> None:
     content = json.loads(finished.run.splits_json.read_text())
-    assert file_sha256(finished.run.splits_json)
     parts = {name: content[name] for name in ("train", "gate", "val", "test")}
     everything = [index for part in parts.values() for index in part]
     assert len(everything) == len(set(everything))
@@ -277,11 +275,4 @@ def test_the_splits_are_recorded_and_disjoint(finished: Finished) -> None:
 def test_verified_results_survive_json(finished: Finished) -> None:
     verified = finished.results.verified
     assert verified is not None
-    assert type(verified).from_json(json.loads(json.dumps(_plain(verified)))) == verified
-    assert replace(verified, num_openings=2) != verified
-
-
-def _plain(verified: object) -> object:
-    from dataclasses import asdict
-
-    return asdict(verified)  # type: ignore[call-overload]
+    assert type(verified).from_json(json.loads(json.dumps(asdict(verified)))) == verified
