@@ -45,11 +45,6 @@ class LatencyTable:
     tails: Mapping[int, Mapping[str, Timing]]
     """n images -> route -> its tail."""
 
-    def ceiling(self, batch_size: int, routes: Sequence[str]) -> float:
-        """latency(widest) / latency(cheapest) of the given routes: no routing can accelerate more."""
-        row = self.subnets[batch_size]
-        return row[routes[-1]].median_ms / row[routes[0]].median_ms
-
     def batch1_ms(self, histogram: NDArray[np.float64], routes: Sequence[str]) -> float:
         """Ideal latency at batch 1: trunk + decide + the histogram's mean of the tails."""
         tails = np.array([self.tails[1][name].median_ms for name in routes])

@@ -8,18 +8,25 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from ruamel.yaml import YAML
 
 from dsnet.bundle import NUM_EXAMPLES, save_bundle
 from dsnet.checkpoint import load_supernet
 from dsnet.data import Normalization
+from dsnet.routers import GateRouter
+from dsnet.routing_table import RoutingTable
 from dsnet.training.supernet import FINAL
 from orchestration.preparation import Prepared
 from orchestration.results import RunResults
+from orchestration.verification import near_ties
 from search.analysis import PointAnalysis
 from search.pareto import apply_pick, parse_pick
 from search.points import trial_name
+
+CLEAR_MARGIN = 1e-3
+"""Examples are decided by more than this, relative to the spread of the gate's logits."""
 
 
 def picked_slots(results: RunResults, picks: Sequence[str]) -> list[int]:
@@ -62,18 +69,19 @@ def export_bundles(prepared: Prepared, results: RunResults, slots: Sequence[int]
         CheckpointError: a file of the run is damaged.
     """
     supernet, meta = load_supernet(results.run.stage_dir("supernet", results.done_key("supernet")) / FINAL)
-    examples = _examples(prepared)
+    val = RoutingTable.load(results.run.table(results.done_key("table"), "val"))
     paths = []
     for slot in slots:
+        router = results.router(slot)
         claims = bundle_claims(prepared, results, slot)
         path = folder / trial_name(slot)
         save_bundle(
             path,
             supernet,
-            results.router(slot),
+            router,
             normalization=Normalization.from_json(meta["run"]["normalization"]),
             class_names=prepared.image_set.class_names,
-            examples=examples,
+            examples=_examples(prepared, val, router),
             claims=claims,
             gate_yaml=_gate_yaml(prepared, results, slot, claims),
         )
@@ -81,11 +89,14 @@ def export_bundles(prepared: Prepared, results: RunResults, slots: Sequence[int]
     return paths
 
 
-def _examples(prepared: Prepared) -> torch.Tensor:
-    """Images of `val` (the sealed split is never shown), spread evenly over it."""
-    images = prepared.data.images("val")
-    rows = torch.linspace(0, len(images) - 1, min(NUM_EXAMPLES, len(images))).long()
-    return images[rows]
+def _examples(prepared: Prepared, val: RoutingTable, router: GateRouter) -> torch.Tensor:
+    """Images of `val` (the sealed split is never shown), spread evenly over those that the gate decides clearly.
+
+    Where two scores are nearly equal another processor may round the other way; such an image would prove nothing.
+    """
+    clear = np.flatnonzero(~near_ties(router, val, CLEAR_MARGIN))
+    rows = clear[np.linspace(0, len(clear) - 1, min(NUM_EXAMPLES, len(clear))).astype(int)]
+    return prepared.data.images("val")[torch.from_numpy(rows)]
 
 
 def bundle_claims(prepared: Prepared, results: RunResults, slot: int) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from dsnet.supernet import Supernet
 from dsnet.training.gate import choose_routes
 
 ROUTE_TIE = 1e-5
-"""Two best gate scores nearer than this, relative to the spread of all scores, are a numerical tie."""
+"""Two best gate scores nearer than this, relative to the spread of the gate's logits, are a numerical tie."""
 CLASS_TIE = 1e-4
 """Two largest probabilities nearer than this are a numerical tie."""
 SINGLE_IMAGES = 32
@@ -79,7 +79,7 @@ def check_agreement(
     same_class = classes == table.predicted[rows, routes]
     same_cost = madds == table.madds[routes] + router.decision_madds
     # Each kind of difference has its own excuse: an undecided gate does not explain a wrong class on the route that ran.
-    fine_route = same_route | _is_route_tie(router, table)
+    fine_route = same_route | near_ties(router, table)
     fine_class = same_class | (table.margin[rows, routes] < CLASS_TIE)
     wrong = np.flatnonzero(~(fine_route & fine_class & same_cost))
     if len(wrong):
@@ -92,11 +92,15 @@ def check_agreement(
     return Agreement(slot, table.num_images, num_ties, float(correct.mean()), float(madds.mean() / 1e6))
 
 
-def _is_route_tie(router: GateRouter, table: RoutingTable) -> NDArray[np.bool_]:
+def near_ties(router: GateRouter, table: RoutingTable, tolerance: float = ROUTE_TIE) -> NDArray[np.bool_]:
+    """[N] whether an image's two best scores are nearer than `tolerance`, relative to the spread of the gate's own logits.
+
+    The calibration's offsets do not widen the tolerance: they are exact constants, and rounding only touches the logits.
+    """
     hidden = torch.from_numpy(table.part("hidden").copy())
-    scores = router.scores(hidden)
-    spread = float(scores.max() - scores.min()) or 1.0
-    return (router.margin(hidden) < ROUTE_TIE * spread).numpy()
+    logits = router.scores(hidden) + router.offset
+    spread = float(logits.max() - logits.min()) or 1.0
+    return (router.margin(hidden) < tolerance * spread).numpy()
 
 
 def _mismatch(slot: int, wrong: NDArray[np.intp], table: RoutingTable, told: Sequence[str], ran: Sequence[str]) -> str:

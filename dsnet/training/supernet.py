@@ -310,6 +310,10 @@ class _Session:
             index, key = name.split(".", 1)
             state.setdefault(int(index), {})[key] = value
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
+        if not {"step", "updates"} <= meta.keys():
+            raise CheckpointError(
+                f"{stem}.json: incomplete (no step or updates); delete it to continue from the one before"
+            )
         self.step, self.updates = meta["step"], meta["updates"]
 
 

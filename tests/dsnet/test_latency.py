@@ -95,4 +95,3 @@ def test_batch_1_latency_is_trunk_plus_decision_plus_the_mean_tail() -> None:
     table = LatencyTable("cpu", 1, {1: timings(3, 4, 9)}, {1: Timing(0.5, 0, 3)}, {1: Timing(0.25, 0, 3)}, {1: row})
     assert table.batch1_ms(np.array([0.5, 0.25, 0.25]), "abc") == 0.75 + 0.5 + 0.5 + 1.0
     assert table.batch1_ms(np.array([0.0, 0.0, 1.0]), "abc") == 4.75
-    assert table.ceiling(1, "abc") == 3.0

@@ -24,7 +24,6 @@ from tests.orchestration.samples import (
     call,
     results_in,
     snapshot,
-    study_of,
     write_sweep,
 )
 
@@ -266,7 +265,7 @@ def test_two_ray_workers_train_the_supernet_too(tmp_path: Path) -> None:
 
 def test_the_splits_are_recorded_and_disjoint(finished: Finished) -> None:
     content = json.loads(finished.run.splits_json.read_text())
-    parts = {name: content[name] for name in ("train", "gate", "val", "test")}
+    parts = {name: content["ids"][name] for name in ("train", "gate", "val", "test")}
     everything = [index for part in parts.values() for index in part]
     assert len(everything) == len(set(everything))
     assert max(map(len, parts.values())) == 200
