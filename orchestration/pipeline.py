@@ -132,7 +132,7 @@ def _closing(work: Launch) -> Iterator[None]:
 
 def _run_stages(work: Launch) -> LaunchResult:
     config, run = work.config, work.run
-    plans = {plan.name: plan for plan in plan_stages(run, stage_definitions(config, work.prepared.fingerprint))}
+    plans = {plan.name: plan for plan in plan_stages(run, stage_definitions(work.prepared))}
     work.tracker.parent(sweep_row(work.manifest.read(), run, config))
     needs_ray = not plans["supernet"].is_done or trials_left(run, plans["search"], config) > 0
     with _ray_where_needed(needs_ray, config, work.prepared, work.progress):

@@ -51,7 +51,7 @@ def make_plan(loaded: LoadedConfig) -> SweepPlan:
         loaded.origins,
         prepared,
         run,
-        tuple(plan_stages(run, stage_definitions(config, prepared.fingerprint))),
+        tuple(plan_stages(run, stage_definitions(prepared))),
         tuple((name, cost.madds / 1e6, cost.params / 1e6) for name, cost in costs),
     )
 

@@ -17,7 +17,7 @@ from dsnet.files import atomic_write_text
 from dsnet.latency import LatencySettings
 from dsnet.space import SubnetSet
 from dsnet.training.supernet import BootstrapSettings, SupernetRun, TrainSettings
-from orchestration.config import SweepConfig, stage_subset
+from orchestration.config import Stage, SweepConfig, stage_subset
 from orchestration.stages import StageDefinition
 
 STAGE_VERSIONS: Mapping[str, int] = {"supernet": 1, "measure": 1, "table": 1, "search": 1, "verify": 1}
@@ -121,18 +121,26 @@ def latency_settings(config: SweepConfig) -> LatencySettings:
     return LatencySettings(**{**config.measure.model_dump(), "device": resolve_device(config.measure.device)})
 
 
-def stage_definitions(config: SweepConfig, fingerprint: str) -> list[StageDefinition]:
+def stage_definitions(prepared: Prepared) -> list[StageDefinition]:
     """What supernet, measure, table and search depend on, in order. Verify depends on the front, which comes later."""
-    parents: dict[str, tuple[str, ...]] = {
+    parents: dict[Stage, tuple[Stage, ...]] = {
         "supernet": (),
         "measure": ("supernet",),
         "table": ("supernet",),
         "search": ("measure", "table"),
     }
+    config = prepared.config
+    subsets = {name: stage_subset(config, name) for name in parents}
+    # The options name a layout, and a release may lay them out differently: what is trained is the layout itself.
+    subsets["supernet"]["layout"] = _digest(prepared.subnets.to_json())
     return [
-        StageDefinition(name, STAGE_VERSIONS[name], stage_subset(config, name), fingerprint, above)  # type: ignore[arg-type]
+        StageDefinition(name, STAGE_VERSIONS[name], subsets[name], prepared.fingerprint, above)
         for name, above in parents.items()
     ]
+
+
+def _digest(content: object) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def verify_definition(config: SweepConfig, fingerprint: str, front: Sequence[int]) -> StageDefinition:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from dsnet.errors import CheckpointError, NotFoundError
@@ -256,7 +257,7 @@ def load_router(path: Path) -> GateRouter:
         )
     try:
         return router_of(load_file(path))
-    except (OSError, ValueError, KeyError) as error:
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise CheckpointError(
             f"{path}: cannot be read ({error}); delete the run's search folder and launch again"
         ) from error

@@ -23,6 +23,9 @@ def supernet_stage(work: Launch, plan: StagePlan) -> None:
     device = resolve_device(config.supernet.device)
     threads = config.supernet.threads or max(1, (config.ray.num_cpus or num_cores()) // config.supernet.workers)
 
+    subnets = work.prepared.subnets
+    shown = (subnets.largest.name, subnets[subnets.by_madds()[0]].name)
+
     def train(folder: Path) -> Sequence[Path]:
         manifest = work.manifest.read()
         work.tracker.supernet(supernet_row(manifest, run, config, is_done=False))
@@ -42,7 +45,7 @@ def supernet_stage(work: Launch, plan: StagePlan) -> None:
             def on_points(points: list[CurvePoint]) -> None:
                 work.tracker.curve(points)
                 if points:
-                    bar.update(points[-1].metrics["epoch"] or 0.0, _losses(points[-1]))
+                    bar.update(points[-1].metrics["epoch"] or 0.0, _losses(points[-1], shown))
 
             data = work.prepared.data
             stem = train_on_ray(
@@ -58,11 +61,7 @@ def supernet_stage(work: Launch, plan: StagePlan) -> None:
         work.progress.say(f"supernet: trained in {folder.seconds() or 0:.0f} s")
 
 
-def _losses(point: CurvePoint) -> str:
-    losses = {
-        name.removeprefix("loss/"): value
-        for name, value in point.metrics.items()
-        if name.startswith("loss/") and value is not None
-    }
-    shown = [name for name in losses if name in ("largest", min(losses))]
-    return "  ".join(f"{name} {losses[name]:.3f}" for name in shown)
+def _losses(point: CurvePoint, names: Sequence[str]) -> str:
+    """The newest losses of the named sub-networks."""
+    losses = {name: point.metrics.get(f"loss/{name}") for name in names}
+    return "  ".join(f"{name} {loss:.3f}" for name, loss in losses.items() if loss is not None)

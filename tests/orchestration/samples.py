@@ -275,7 +275,7 @@ def study_of(results: RunResults) -> list[tuple[Any, ...]]:
 def problems_of_message(answer: Answer, parts: Sequence[str]) -> list[str]:
     """What a user would object to in a refusal: a traceback, an internal error, more than one message, missing parts."""
     problems = [f"{bad!r} in stderr" for bad in ("Traceback", "internal error") if bad in answer.err]
-    if answer.err.count("error:") + answer.err.count("Error:") != 1:
+    if sum(line.lower().startswith("error:") for line in answer.err.splitlines()) != 1:
         problems.append("not exactly one message")
     problems += [f"{part!r} is not said" for part in parts if part not in answer.err]
     return [*problems, answer.err] if problems else []

@@ -110,7 +110,7 @@ def test_a_thing_that_does_not_exist_is_named(
 def test_a_missing_data_folder_is_named_with_the_way_out(tmp_path: Path) -> None:
     write_sweep(tmp_path)
     arguments = ["launch", SWEEP, "--set", "data.name=cifar10", "--data", "no/such/folder"]
-    assert problems_with_refusal(tmp_path, arguments, (3,), ["no/such/folder", "--data"]) == []
+    assert problems_with_refusal(tmp_path, arguments, (3,), ["no/such/folder", "data.path"]) == []
 
 
 def test_a_corrupt_data_file_is_named(tmp_path: Path) -> None:
@@ -284,7 +284,7 @@ def test_a_run_that_another_process_drives_is_refused_to_launch_and_sync_and_can
 @pytest.mark.usefixtures("ray_cluster")
 def test_trials_that_diverge_fail_with_a_reason_and_the_sweep_goes_on(finished: Finished, tmp_path: Path) -> None:
     folder = finished.copy(tmp_path)
-    space = "space={gate.target: {uniform: [0.05, 0.9]}, gate.optimizer.lr: {choice: [0.05, 3.0e38]}}"
+    space = "space={gate.target: {uniform: [0.05, 0.9]}, gate.optimizer.lr: {choice: [0.05, 1.0e37]}}"
     settings = ["--set", space, "--set", "sampler.name=random", *WITHOUT_MLFLOW]
     answer = call(folder, "launch", SWEEP, *settings, "--set", "budget.max_failed=0.9")
     assert answer.code == 0, answer.err
@@ -292,7 +292,7 @@ def test_trials_that_diverge_fail_with_a_reason_and_the_sweep_goes_on(finished: 
     failed = [record for record in results.records if record.state == "failed"]
     assert len(results.records) == 12
     assert 0 < len(failed) < 12
-    assert {record.params["gate.optimizer.lr"] for record in failed} == {3.0e38}
+    assert {record.params["gate.optimizer.lr"] for record in failed} == {1.0e37}
     assert all("gate.optimizer.lr" in (record.reason or "") for record in failed)
     assert f"{len(failed)} failed" in answer.err
     listed = call(folder, "trials", "tiny", "--json").json
@@ -311,7 +311,7 @@ def test_a_sweep_in_which_every_trial_fails_says_why_and_never_opens_the_test_sp
     finished: Finished, tmp_path: Path
 ) -> None:
     folder = finished.copy(tmp_path)
-    settings = ["--set", "space={gate.optimizer.lr: 3.0e38}", "--trials", "3", *WITHOUT_MLFLOW]
+    settings = ["--set", "space={gate.optimizer.lr: 1.0e37}", "--trials", "3", *WITHOUT_MLFLOW]
     answer = call(folder, "launch", SWEEP, *settings)
     assert answer.code == 5
     assert problems_of_message(answer, ["none of the 3 trials", "gate.optimizer.lr"]) == []
@@ -324,7 +324,7 @@ def test_a_supernet_that_diverges_names_the_step_and_the_subnet(tmp_path: Path) 
     write_sweep(tmp_path)
     answer = call(tmp_path, "launch", SWEEP, "--set", "supernet.train.lr=1.0e18", *WITHOUT_MLFLOW)
     assert answer.code == 5
-    assert problems_of_message(answer, ["the loss of subnet-", "at step", "supernet.train.lr"]) == []
+    assert problems_of_message(answer, ["the loss of largest is", "at step", "supernet.train.lr"]) == []
     status = json.loads(call(tmp_path, "status", "tiny", "--json").out)
     assert status["stages"]["supernet"]["status"] == "running"
     assert status["driver"] is None
