@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
 import sys
+import threading
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -75,10 +77,24 @@ def ray_session(settings: RaySettings) -> Iterator[None]:
         yield
         return
     try:
-        _connect(settings)
+        with _keeping_signal_handlers():
+            _connect(settings)
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _keeping_signal_handlers() -> Iterator[None]:
+    """Put the program's own handlers back: `ray.init` replaces that of SIGTERM, and a sweep would die instead of stopping."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        if callable(handler):
+            signal.signal(number, handler)
 
 
 def _connect(settings: RaySettings) -> None:

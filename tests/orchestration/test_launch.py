@@ -19,6 +19,7 @@ from search.points import load_points, trial_name
 from tests.orchestration.samples import (
     LOOPBACK,
     SWEEP,
+    TINY,
     WITHOUT_MLFLOW,
     Finished,
     call,
@@ -212,8 +213,8 @@ def test_another_space_starts_a_new_study_beside_the_old_one_and_the_way_back_fi
 ) -> None:
     folder = finished.copy(tmp_path)
     old = finished.results
-    changed = ("--set", "space={gate.target: {uniform: [0.2, 0.6]}}")
-    answer = call(folder, "launch", SWEEP, *changed, "--trials", "4", *WITHOUT_MLFLOW)
+    write_sweep(folder, TINY + "space: {gate.target: {uniform: [0.2, 0.6]}}\n", "narrow.yaml")
+    answer = call(folder, "launch", "narrow.yaml", "--trials", "4", *WITHOUT_MLFLOW)
     assert answer.code == 0, answer.err
     new = results_in(folder)
     assert new.stage_key("search") != old.stage_key("search")

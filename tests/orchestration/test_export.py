@@ -1,0 +1,214 @@
+"""Bundles of a finished sweep: they classify as what was verified, claim what was found, and live without their run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ruamel.yaml import YAML
+
+import dsnet
+from dsnet.errors import ConfigError, NotFoundError
+from dsnet.routing_table import RoutingTable
+from dsnet.training.gate import choose_routes
+from orchestration.export import picked_slots
+from orchestration.planning import prepare_again
+from orchestration.results import RunResults
+from search.points import trial_name
+from tests.orchestration.samples import Finished, call, problems_of_message
+
+
+@pytest.fixture(scope="module")
+def bundles(finished: Finished, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All of the front, exported outside the run."""
+    out = tmp_path_factory.mktemp("bundles")
+    answer = call(finished.folder, "export", "tiny", "--pick", "all", "--out", out)
+    assert answer.code == 0, answer.err
+    names = [Path(line).name for line in answer.out.split()]
+    assert sorted(names) == sorted(trial_name(slot) for slot in finished.results.front)
+    return out
+
+
+def test_the_knee_is_a_point_of_the_front_and_what_the_launch_exported(finished: Finished) -> None:
+    (knee,) = picked_slots(finished.results, ["knee"])
+    assert knee in finished.results.front
+    assert [path.name for path in finished.run.export_dir.iterdir()] == [trial_name(knee)]
+
+
+def test_picks_are_read_on_val_and_each_trial_is_taken_once(finished: Finished) -> None:
+    results = finished.results
+    assert sorted(picked_slots(results, ["all", "knee"])) == sorted(results.front)
+    assert picked_slots(results, ["trial-0003", "trial-0003"]) == [3]
+    (best,) = picked_slots(results, ["max:top1"])
+    assert results.record(best).metrics["top1"] == max(record.metrics["top1"] for record in results.completed)
+    limit = float(np.median([record.metrics["madds_m"] for record in results.completed]))
+    (chosen,) = picked_slots(results, [f"max:top1 where madds_m<={limit}"])
+    allowed = [record for record in results.completed if record.metrics["madds_m"] <= limit]
+    assert results.record(chosen).metrics["madds_m"] <= limit
+    assert results.record(chosen).metrics["top1"] == max(record.metrics["top1"] for record in allowed)
+
+
+@pytest.mark.parametrize(
+    ("pick", "error", "part"),
+    [
+        ("max:topp1", (ConfigError, NotFoundError), "topp1"),
+        ("max:top1 where madds_m<0", (NotFoundError,), "madds_m"),
+        ("trial-9999", (NotFoundError,), "trial-9999"),
+        ("max:top1 where madds_m is small", (ConfigError,), "madds_m is small"),
+        ("", (ConfigError, NotFoundError), "pick"),
+    ],
+)
+def test_a_pick_that_means_nothing_is_refused_and_writes_nothing(
+    finished: Finished, tmp_path: Path, pick: str, error: tuple[type[ConfigError], ...], part: str
+) -> None:
+    answer = call(finished.folder, "export", "tiny", "--pick", pick, "--out", tmp_path / "out")
+    assert answer.code in {kind.exit_code for kind in error}
+    assert problems_of_message(answer, [part]) == []
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_bundle_classifies_every_image_of_val_as_the_verified_run_did(finished: Finished, bundles: Path) -> None:
+    results = finished.results
+    prepared = prepare_again(results)
+    table = RoutingTable.load(results.run.table(results.done_key("table"), "val"))
+    rows = np.arange(table.num_images)
+    for slot in results.front:
+        bundle = dsnet.load_bundle(bundles / trial_name(slot))
+        found = bundle(prepared.data.images("val"))
+        routes = choose_routes(results.router(slot), table)
+        decided = table.margin[rows, routes] > 1e-4
+        assert [bundle.route_names[route] for route in found.routes] == [table.routes[route] for route in routes]
+        assert np.array_equal(found.classes.numpy()[decided], table.predicted[rows, routes][decided])
+        assert np.array_equal(found.madds.numpy(), table.madds[routes] + results.router(slot).decision_madds)
+        assert bundle.class_names == prepared.image_set.class_names
+
+
+def test_a_bundle_claims_what_verify_found(finished: Finished, bundles: Path) -> None:
+    verified = finished.results.verified
+    assert verified is not None
+    for point in verified.test.points:
+        claims = dsnet.load_bundle(bundles / trial_name(point.slot)).claims
+        assert claims["test"]["top1"] == point.top1.value
+        assert claims["test"]["top1_interval"] == [point.top1.low, point.top1.high]
+        assert claims["test"]["madds_m"] == point.metrics["madds_m"]
+        assert claims["test"]["num_images"] == verified.test.num_images
+        assert claims["val"]["top1"] == finished.results.record(point.slot).metrics["top1"]
+        gate_ms = claims["latency"]["batches"]["8"]["gate_ms"]["median_ms"]
+        assert gate_ms == verified.latency.gates[8][point.slot].median_ms
+
+
+def test_gate_yaml_is_yaml_that_says_what_the_gate_is(finished: Finished, bundles: Path) -> None:
+    for slot in finished.results.front:
+        content = YAML(typ="safe", pure=True).load(bundles / trial_name(slot) / "gate.yaml")
+        record = finished.results.record(slot)
+        assert content["name"] == trial_name(slot)
+        assert content["gate"]["target"] == record.params["gate.target"]
+        assert content["gate"]["sgs"]["strategy"] == record.params["gate.sgs.strategy"]
+        assert [route["name"] for route in content["routes"]] == ["subnet-00", "subnet-01", "subnet-02"]
+        assert content["claims"]["val"]["top1"] == record.metrics["top1"]
+        manifest = json.loads((bundles / trial_name(slot) / "bundle.json").read_text())
+        assert json.loads(json.dumps(content["claims"])) == manifest["claims"]
+
+
+def test_a_bundle_is_verified_from_any_folder_after_its_run_is_gone(finished: Finished, tmp_path: Path) -> None:
+    folder = finished.copy(tmp_path / "sweep")
+    answer = call(folder, "export", "tiny", "--out", tmp_path / "kept")
+    assert answer.code == 0, answer.err
+    shutil.rmtree(folder)
+    (bundle,) = (tmp_path / "kept").iterdir()
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    checks = call(elsewhere, "verify", bundle, "--json").json
+    assert [check["name"] for check in checks] == ["files", "examples"]
+    answer = call(elsewhere, "verify", bundle, "--data")
+    assert answer.code == 0, answer.err
+    assert [line.split()[1] for line in answer.out.splitlines()] == ["files:", "examples:", "val:", "test:"]
+    assert call(elsewhere, "verify", Path("..") / "kept" / bundle.name).code == 0
+
+
+def test_a_bundle_needs_none_of_the_platforms(bundles: Path) -> None:
+    code = (
+        "import sys, dsnet\n"
+        "dsnet.load_bundle(sys.argv[1])\n"
+        "heavy = {'ray', 'mlflow', 'optuna', 'plotly', 'pydantic', 'yaml', 'ruamel', 'pandas', 'orchestration'}\n"
+        "sys.exit(', '.join(sorted(heavy & set(sys.modules))))\n"
+    )
+    path = next(bundles.iterdir())
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "code"),
+    [("weights.safetensors", 3), ("examples.safetensors", 7), ("gate.yaml", 7), ("bundle.json", 3)],
+)
+def test_every_file_of_a_bundle_that_is_tampered_with_is_noticed_and_named(
+    bundles: Path, tmp_path: Path, name: str, code: int
+) -> None:
+    copy = tmp_path / "bundle"
+    shutil.copytree(next(bundles.iterdir()), copy)
+    content = bytearray((copy / name).read_bytes())
+    content[len(content) // 2] ^= 0x01
+    (copy / name).write_bytes(content)
+    answer = call(tmp_path, "verify", "bundle")
+    assert answer.code == code
+    assert problems_of_message(answer, [name]) == []
+    (copy / name).unlink()
+    answer = call(tmp_path, "verify", "bundle")
+    assert answer.code in (3, 7)
+    assert problems_of_message(answer, [name]) == []
+
+
+def test_claims_that_the_data_does_not_bear_out_are_an_error(finished: Finished, tmp_path: Path) -> None:
+    # Exported by someone who wrote better numbers into the claims: files and examples are in order, the accuracy is not.
+    from orchestration import export
+
+    results = finished.results
+    prepared = prepare_again(results)
+    slot = results.front[0]
+    honest = export.bundle_claims(prepared, results, slot)
+    boasting = {**honest, "val": {**honest["val"], "top1": honest["val"]["top1"] + 0.1}}
+    path = _export_with(prepared, results, slot, boasting, tmp_path)
+    assert call(tmp_path, "verify", path).code == 0
+    answer = call(tmp_path, "verify", path, "--data")
+    assert answer.code == 7
+    assert problems_of_message(answer, ["on val", "claims", "reaches"]) == []
+    elsewhere = {**honest, "data": {**honest["data"], "seed": 1}}
+    answer = call(tmp_path, "verify", _export_with(prepared, results, slot, elsewhere, tmp_path), "--data")
+    assert answer.code == 3
+    assert problems_of_message(answer, ["digits", "fingerprint", "--data"]) == []
+
+
+def _export_with(prepared, results: RunResults, slot: int, claims: dict[str, object], folder: Path) -> Path:  # type: ignore[no-untyped-def]
+    from dsnet.bundle import save_bundle
+    from dsnet.checkpoint import load_supernet
+
+    supernet, _ = load_supernet(results.run.stage_dir("supernet", results.done_key("supernet")) / "final")
+    path = folder / "boasting"
+    save_bundle(
+        path,
+        supernet,
+        results.router(slot),
+        normalization=prepared.normalization,
+        class_names=prepared.image_set.class_names,
+        examples=prepared.data.images("val")[:16],
+        claims=claims,
+        gate_yaml="claims: more than true\n",
+    )
+    return path
+
+
+def test_a_folder_that_is_no_bundle_is_not_overwritten(finished: Finished, tmp_path: Path) -> None:
+    (slot,) = picked_slots(finished.results, ["knee"])
+    precious = tmp_path / trial_name(slot) / "thesis.txt"
+    precious.parent.mkdir()
+    precious.write_text("years of work")
+    answer = call(finished.folder, "export", "tiny", "--out", tmp_path)
+    assert answer.code == 3
+    assert problems_of_message(answer, [trial_name(slot), "no bundle"]) == []
+    assert precious.read_text() == "years of work"

@@ -1,0 +1,157 @@
+"""Verify notices every image that does not do what the table said, and lets pass what rounding explains."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from dsnet.data import TensorData
+from dsnet.errors import VerificationError
+from dsnet.latency import LatencySettings
+from dsnet.routers import GateRouter
+from dsnet.routing_table import RoutingTable
+from dsnet.supernet import Supernet
+from dsnet.training.evaluate import build_routing_table
+from dsnet.training.gate import choose_routes
+from orchestration.verification import CLASS_TIE, DynamicLatency, check_agreement, time_front
+from tests.dsnet.samples import NORMALIZATION, small_supernet, tensor_data
+
+SLOT = 42
+
+
+@pytest.fixture(scope="module")
+def supernet() -> Supernet:
+    return small_supernet()
+
+
+@pytest.fixture(scope="module")
+def data() -> TensorData:
+    return tensor_data(40)
+
+
+@pytest.fixture(scope="module")
+def table(supernet: Supernet, data: TensorData) -> RoutingTable:
+    return build_routing_table(supernet, data, "val", NORMALIZATION, batch_size=16)
+
+
+@pytest.fixture(scope="module")
+def router(table: RoutingTable) -> GateRouter:
+    """A gate that uses all three routes."""
+    hidden = torch.from_numpy(table.part("hidden").copy()).double()
+    weight = torch.randn((3, hidden.shape[1]), generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    router = GateRouter(weight, (hidden @ weight.T).mean(0), (0, 1, 2))
+    assert set(choose_routes(router, table).tolist()) == {0, 1, 2}
+    return router
+
+
+def agree(supernet: Supernet, router: GateRouter, table: RoutingTable, data: TensorData, batch_size: int = 256):  # type: ignore[no-untyped-def]
+    return check_agreement(SLOT, supernet, router, table, data.images("val"), NORMALIZATION, batch_size)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 256])
+def test_what_really_runs_is_what_the_table_says_whatever_the_batch(
+    supernet: Supernet, router: GateRouter, table: RoutingTable, data: TensorData, batch_size: int
+) -> None:
+    found = agree(supernet, router, table, data, batch_size)
+    routes = choose_routes(router, table)
+    rows = np.arange(table.num_images)
+    assert found.slot == SLOT
+    assert found.num_images == 40
+    assert found.num_ties == 0
+    assert found.top1 == pytest.approx(table.correct1[rows, routes].mean())
+    assert found.madds_m == pytest.approx((table.madds[routes] + router.decision_madds).mean() / 1e6)
+
+
+def tampered_class(table: RoutingTable, router: GateRouter, row: int) -> RoutingTable:
+    """The table claims another class for one image on the route that it takes."""
+    predicted = table.predicted.copy()
+    route = choose_routes(router, table)[row]
+    predicted[row, route] = (predicted[row, route] + 1) % 10
+    return replace(table, predicted=predicted)
+
+
+def test_a_wrong_class_in_the_table_is_an_error_that_names_trial_image_and_both_answers(
+    supernet: Supernet, router: GateRouter, table: RoutingTable, data: TensorData
+) -> None:
+    wrong = tampered_class(table, router, 11)
+    assert wrong.margin[11].min() > CLASS_TIE
+    route = choose_routes(router, table)[11]
+    with pytest.raises(VerificationError) as caught:
+        agree(supernet, router, wrong, data)
+    message = str(caught.value)
+    name = table.routes[route]
+    assert "trial-0042: 1 of 40 images of val" in message
+    assert f"image {table.image_ids[11]}: " in message
+    assert f"{name} -> class {wrong.predicted[11, route]}" in message
+    assert f"{name} -> class {table.predicted[11, route]}" in message
+    assert VerificationError.exit_code == 7
+
+
+def test_a_class_that_the_table_itself_was_undecided_about_is_counted_as_a_tie(
+    supernet: Supernet, router: GateRouter, table: RoutingTable, data: TensorData
+) -> None:
+    wrong = tampered_class(table, router, 11)
+    margin = wrong.margin.copy()
+    margin[11] = CLASS_TIE / 2
+    assert agree(supernet, router, replace(wrong, margin=margin), data).num_ties == 1
+
+
+def test_evidence_that_was_changed_sends_images_elsewhere_and_is_noticed(
+    supernet: Supernet, router: GateRouter, table: RoutingTable, data: TensorData
+) -> None:
+    evidence = table.evidence.copy()
+    start, stop = table.layout["hidden"]
+    evidence[:, :, start:stop] = np.roll(evidence[:, :, start:stop], 1, axis=0)
+    with pytest.raises(VerificationError, match="differ between the routing table and the real run.* more"):
+        agree(supernet, router, replace(table, evidence=evidence), data)
+
+
+def test_an_undecided_gate_excuses_another_route_but_not_a_wrong_class_on_it(
+    supernet: Supernet, router: GateRouter, table: RoutingTable, data: TensorData
+) -> None:
+    # Every image's two best scores are equal up to 1e-9: the run may take either route.
+    start, stop = table.layout["hidden"]
+    weight = router.weight[:1].repeat(2, 1)
+    weight[1] += 1e-9
+    undecided = GateRouter(weight, torch.zeros(2, dtype=torch.float64), (0, 2))
+    evidence = table.evidence.copy()
+    evidence[0, 0, start:stop] = 0.0  # the first image: an exact tie in the table, which the run breaks
+    tied = replace(table, evidence=evidence)
+    assert choose_routes(undecided, tied)[0] == 0
+    assert choose_routes(undecided, table)[0] == 2
+    assert agree(supernet, undecided, tied, data).num_ties == 1
+    predicted = tied.predicted.copy()
+    predicted[0, 2] = (predicted[0, 2] + 1) % 10
+    with pytest.raises(VerificationError, match="1 of 40"):
+        agree(supernet, undecided, replace(tied, predicted=predicted), data)
+
+
+def test_costs_that_were_changed_are_noticed(
+    supernet: Supernet, router: GateRouter, table: RoutingTable, data: TensorData
+) -> None:
+    with pytest.raises(VerificationError, match="40 of 40"):
+        agree(supernet, router, replace(table, madds=table.madds + 1), data)
+
+
+def test_weights_that_were_changed_are_noticed(router: GateRouter, table: RoutingTable, data: TensorData) -> None:
+    with pytest.raises(VerificationError, match="differ"):
+        agree(small_supernet(seed=1), router, table, data)
+
+
+def test_the_front_is_timed_beside_the_static_extremes_at_every_batch_size(
+    supernet: Supernet, router: GateRouter, data: TensorData
+) -> None:
+    threads = torch.get_num_threads()
+    settings = LatencySettings(batch_sizes=(1, 64), repeats=2, warmup=0)
+    found = time_front(supernet, {3: router, 8: router}, data.images("val"), NORMALIZATION, settings)
+    assert list(found.gates) == list(found.widest) == list(found.cheapest) == [1, 64]
+    assert all(set(row) == {3, 8} for row in found.gates.values())
+    timings = [*found.widest.values(), *found.cheapest.values(), *(t for row in found.gates.values() for t in row.values())]
+    assert all(timing.median_ms > 0 and timing.repeats == 2 for timing in timings)
+    assert torch.get_num_threads() == threads
+    import json
+
+    assert DynamicLatency.from_json(json.loads(json.dumps(found.to_json()))) == found
