@@ -23,9 +23,11 @@ class HypervolumeInfo:
     split: str
     num_images: int
     reference: tuple[float, float]
-    """Reference point: (top-1 fraction, M MAdds)."""
+    """Reference point, in the objectives' own units (accuracies as fractions, `*_m` in millions)."""
     static_hypervolume: float | None = None
     """That of the static sub-networks alone, same reference: what the search has to beat."""
+    objectives: tuple[str, str] = ("top1", "madds_m")
+    """Metric names, in the order of `reference`."""
 
 
 def hypervolume_info(
@@ -35,6 +37,7 @@ def hypervolume_info(
     num_images: int,
     reference: tuple[float, float],
     static_hypervolume: float | None = None,
+    objectives: tuple[str, str] = ("top1", "madds_m"),
 ) -> HypervolumeInfo:
     """Info from one row per trial.
 
@@ -43,8 +46,9 @@ def hypervolume_info(
         reasons: None for a completed trial, else why it failed; as long as `hypervolume`.
         split: the split that the trials were scored on.
         num_images: images of that split.
-        reference: (top-1 fraction, M MAdds).
+        reference: in the objectives' own units.
         static_hypervolume: of the static sub-networks alone.
+        objectives: metric names, in the order of `reference`.
 
     Raises:
         ValueError: the two sequences differ in length, or the running hypervolume falls.
@@ -61,6 +65,7 @@ def hypervolume_info(
         num_images=num_images,
         reference=reference,
         static_hypervolume=finite(static_hypervolume),
+        objectives=objectives,
     )
 
 
@@ -76,17 +81,16 @@ def hypervolume_figure(info: HypervolumeInfo) -> go.Figure:
     if info.failures:
         figure.add_trace(_failures(info))
     figure.update_xaxes(title_text="trial")
-    figure.update_yaxes(title_text="hypervolume (top-1 × M MAdds)")
+    figure.update_yaxes(title_text=f"hypervolume ({' × '.join(map(plain, info.objectives))})")
     return dressed(figure, "Hypervolume over trials", _subtitle(info))
 
 
 def _subtitle(info: HypervolumeInfo) -> str:
-    top1, madds_m = info.reference
-    trials = count(len(info.slots), "trial")
-    return (
-        f"{info.split} (n = {info.num_images:,}); {trials}, {len(info.failures)} failed; "
-        f"reference {100 * top1:.3g} % at {madds_m:.3g} M"
+    reference = ", ".join(
+        f"{plain(name)} {value:.4g}" for name, value in zip(info.objectives, info.reference, strict=True)
     )
+    trials = count(len(info.slots), "trial")
+    return f"{info.split} (n = {info.num_images:,}); {trials}, {len(info.failures)} failed; reference {reference}"
 
 
 def _line(info: HypervolumeInfo) -> go.Scatter:

@@ -44,9 +44,7 @@ def training_info(rows: Iterable[Mapping[str, Any]]) -> TrainingInfo:
     by_step = {int(row["step"]): row for row in rows}
     ordered = [by_step[step] for step in sorted(by_step)]
     names = dict.fromkeys(k for row in ordered for k in row["metrics"] if k.startswith(LOSS_PREFIX))
-    return TrainingInfo(
-        curves=tuple(_curve(name, ordered) for name in names), num_steps=max(by_step) + 1 if by_step else 0
-    )
+    return TrainingInfo(curves=tuple(_curve(name, ordered) for name in names), num_steps=max(by_step, default=0))
 
 
 def _curve(name: str, rows: Sequence[Mapping[str, Any]]) -> LossCurve:

@@ -24,6 +24,7 @@ from dsnet.dynamic import DynamicNet
 from dsnet.errors import CheckpointError, DsnetError, PreflightError, VerificationError
 from dsnet.families import rebuild
 from dsnet.files import atomic_write_json, file_sha256, plain_value, read_json
+from dsnet.precision import exact_float32
 from dsnet.routers import GateRouter, Router, router_from_arrays
 from dsnet.space import SubnetSet, SupernetSpec
 from dsnet.supernet import Supernet, restrict, state_for_saving
@@ -80,6 +81,11 @@ class Bundle:
         return Predictions(output.logits.argmax(1), probabilities, output.routes, output.madds)
 
     @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return next(self.net.parameters()).device
+
+    @property
     def claims(self) -> Mapping[str, Any]:
         """The numbers it was exported with."""
         return self.manifest["claims"]
@@ -97,6 +103,7 @@ def local_router(router: Router, members: Sequence[int]) -> Router:
     return GateRouter(router.weight, router.offset, tuple(position[route] for route in router.routes))
 
 
+@exact_float32()
 def save_bundle(  # noqa: PLR0913 - all but three are given by name
     folder: Path,
     supernet: Supernet,
@@ -262,6 +269,7 @@ def check_bundle_files(bundle: Bundle) -> None:
             raise VerificationError(f"{file}: missing, or not the file that was exported (its SHA-256 differs)")
 
 
+@exact_float32()
 def check_bundle_examples(bundle: Bundle) -> int:
     """Run the stored inputs and compare routes and logits with what was exported.
 
@@ -272,8 +280,8 @@ def check_bundle_examples(bundle: Bundle) -> int:
         VerificationError: a route or a logit differs.
     """
     stored = load_tensors(bundle.path / "examples.safetensors", bundle.manifest["files"]["examples.safetensors"])
-    output = bundle.net(bundle.normalization.apply(stored["images"]))
-    expected = stored["logits"]
+    output = bundle.net(bundle.normalization.apply(stored["images"].to(bundle.device)))
+    logits, expected = output.logits.cpu(), stored["logits"]
     scale = float(expected.abs().max()) or 1.0
     for index in range(len(expected)):
         route, wanted = int(output.routes[index]), int(stored["routes"][index])
@@ -282,7 +290,7 @@ def check_bundle_examples(bundle: Bundle) -> int:
             raise VerificationError(
                 f"{bundle.path}: example {index} took route {names[route]}, but {names[wanted]} was recorded"
             )
-        difference = float((output.logits[index] - expected[index]).abs().max()) / scale
+        difference = float((logits[index] - expected[index]).abs().max()) / scale
         if not difference <= LOGIT_TOLERANCE:
             raise VerificationError(
                 f"{bundle.path}: the logits of example {index} differ by {difference:.2e} (relative), more than {LOGIT_TOLERANCE:.0e}"
@@ -290,11 +298,12 @@ def check_bundle_examples(bundle: Bundle) -> int:
     return len(expected)
 
 
+@exact_float32()
 def score_bundle(bundle: Bundle, images: Tensor, labels: Tensor, batch_size: int = 256) -> dict[str, float]:
     """top1 and mean madds_m of a bundle on labelled images (uint8 [N, C, H, W], int64 [N])."""
     right, madds = 0, 0
     for start in range(0, len(labels), batch_size):
-        answer = bundle(images[start : start + batch_size])
-        right += int((answer.classes == labels[start : start + batch_size]).sum())
+        answer = bundle(images[start : start + batch_size].to(bundle.device))
+        right += int((answer.classes.cpu() == labels[start : start + batch_size]).sum())
         madds += int(answer.madds.sum())
     return {"top1": right / len(labels), "madds_m": madds / len(labels) / 1e6}

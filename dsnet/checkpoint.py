@@ -6,7 +6,6 @@ last: a checkpoint whose JSON exists is whole.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from dsnet.errors import CheckpointError
 from dsnet.families import rebuild
-from dsnet.files import atomic_write_json, file_sha256, read_json, replace_file
+from dsnet.files import atomic_write_json, file_sha256, read_json, replacing
 from dsnet.space import SubnetSet, SupernetSpec
 from dsnet.supernet import Supernet, state_for_saving
 
@@ -25,13 +24,17 @@ SCHEMA_VERSION = 1
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
-    """Write a safetensors file atomically; returns its SHA-256."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    save_file(dict(tensors), temporary)
-    digest = file_sha256(temporary)
-    replace_file(temporary, path)
-    return digest
+    """Write a safetensors file atomically; returns its SHA-256.
+
+    Raises:
+        CheckpointError: it cannot be written; an older file is untouched.
+    """
+    with replacing(path) as temporary:
+        try:
+            save_file(dict(tensors), temporary)
+        except SafetensorError as error:
+            raise CheckpointError(f"cannot write {path}: {error}; what was there before is untouched") from error
+        return file_sha256(temporary)
 
 
 def load_tensors(path: Path, sha256: str | None = None) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ The published dynamic mode computes every channel and masks (METHODS 6); here an
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -74,6 +75,12 @@ class DynamicNet(nn.Module):
         else:
             self.supernet = supernet
         self.eval()
+
+    def with_router(self, router: Router) -> DynamicNet:
+        """The same network, weights shared, under another router: many gates cost the memory of one."""
+        twin = copy.copy(self)
+        twin.router = router
+        return twin
 
     @torch.inference_mode()
     def forward(self, images: Tensor) -> DynamicOutput:

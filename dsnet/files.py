@@ -64,21 +64,25 @@ def read_json(path: Path) -> Any:
         ) from error
 
 
-def replace_file(temporary: Path, path: Path) -> None:
-    """Sync a finished temporary file of the same folder and rename it to `path`.
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give the block a temporary file to write; at its end it is synced and renamed to `path`. On any error nothing is left of it.
 
     Raises:
         CheckpointError: as `atomic_write_bytes`.
     """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except OSError as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
         raise CheckpointError(_write_failure(path, error)) from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def file_sha256(path: Path) -> str:

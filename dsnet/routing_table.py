@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -20,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from dsnet.errors import CheckpointError
-from dsnet.files import replace_file
+from dsnet.files import replacing
 
 SCHEMA_VERSION = 1
 MAX_FULL_CLASSES = 100
@@ -139,12 +138,18 @@ class RoutingTable:
             raise CheckpointError(f"the routing table's parts do not belong together: {error}") from error
 
     def save(self, path: Path) -> None:
-        """Write the table as one safetensors file, atomically."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        """Write the table as one safetensors file, atomically.
+
+        Raises:
+            CheckpointError: it cannot be written.
+        """
         arrays = {name: np.ascontiguousarray(value) for name, value in self.arrays().items()}
-        save_file(arrays, temporary, metadata={"routing_table": json.dumps(self.meta()), "sha256": _digest(arrays)})
-        replace_file(temporary, path)
+        metadata = {"routing_table": json.dumps(self.meta()), "sha256": _digest(arrays)}
+        with replacing(path) as temporary:
+            try:
+                save_file(arrays, temporary, metadata=metadata)
+            except SafetensorError as error:
+                raise CheckpointError(f"cannot write {path}: {error}") from error
 
     @classmethod
     def load(cls, path: Path) -> RoutingTable:

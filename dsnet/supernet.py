@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor, nn
 
 from dsnet.layers import BatchNormBank
@@ -25,10 +24,6 @@ class TrunkOutput:
     """[B, c, H, W]: the same before attention."""
     hidden: Tensor
     """[B, hidden]: the attention's hidden vector h, which the published slimming head reads."""
-
-    def select(self, rows: Tensor) -> Tensor:
-        """Features of some images only, contiguous."""
-        return self.features.index_select(0, rows)
 
     def evidence(self, part: str) -> Tensor:
         """One part of the evidence a router may read: [B, c] of the gate's input, or [B, hidden].
@@ -123,8 +118,3 @@ def _corner(like: Tensor) -> tuple[slice, ...]:
 def state_for_saving(supernet: Supernet) -> dict[str, Tensor]:
     """The state dict on the CPU, contiguous, ready for safetensors."""
     return {name: value.detach().to("cpu", copy=False).contiguous() for name, value in supernet.state_dict().items()}
-
-
-def use_one_thread_pool(num_threads: int) -> None:
-    """Set torch's intra-op threads explicitly: oversubscribed cores made a one-second trial take twelve."""
-    torch.set_num_threads(max(1, num_threads))

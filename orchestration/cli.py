@@ -27,7 +27,7 @@ DEBUG_VARIABLE = "DSNET_DEBUG"
 
 SWEEP = click.argument("sweep", type=click.Path(path_type=Path))
 RUN = click.argument("run")
-RUNS = click.option("--runs", default="runs", show_default=True, envvar="DSNET_RUNS", help="The runs folder.")
+RUNS = click.option("--runs", default="runs", show_default=True, help="The runs folder.")
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 
 
@@ -44,7 +44,7 @@ def config_options(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--preset", help="A preset of the file."),
         click.option("--data", "data_path", help="Folder of the images (data.path)."),
         click.option("--name", help="Name of the run."),
-        click.option("--runs", default=None, envvar="DSNET_RUNS", help="The runs folder (storage.runs)."),
+        click.option("--runs", default=None, help="The runs folder (storage.runs)."),
         click.option("--trials", type=int, help="Number of trials (budget.trials)."),
     ]
     for option in reversed(options):

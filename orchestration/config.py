@@ -7,6 +7,7 @@ is built. Only a whole number where a real one is wanted is taken as it is meant
 from __future__ import annotations
 
 import io
+import re
 import types
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from pydantic import (
     model_validator,
 )
 from pydantic.fields import FieldInfo
-from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic_core import PydanticCustomError
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.nodes import ScalarNode
@@ -37,7 +38,8 @@ from ruamel.yaml.representer import RoundTripRepresenter
 
 from dsnet.errors import ConfigError
 from orchestration.distribution import DISTRIBUTION_SCHEMA, REAL_KINDS, Distribution, Scalar
-from orchestration.wording import shown, way_out
+from orchestration.wording import did_you_mean, shown, way_out
+from search.pareto import parse_pick
 
 Stage = Literal["supernet", "measure", "table", "search", "verify"]
 KeyPath = tuple[str | int, ...]
@@ -85,7 +87,6 @@ PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 # YAML and JSON know lists only; the list becomes a tuple, its items stay strict.
 IncreasingSizes = Annotated[tuple[PositiveInt, ...], Field(strict=False, min_length=1)]
-Names = Annotated[tuple[Text, ...], Field(strict=False, min_length=1)]
 Device = Literal["auto", "cpu", "cuda"]
 
 
@@ -135,7 +136,7 @@ class AugmentConfig(Section):
     """What training images go through; evaluation never does."""
 
     crop_padding: NonNegativeInt | None = None
-    """Pixels of zero padding before a random crop back to size; null = image_size // 8."""
+    """Pixels mirrored at each edge before a random crop back to size; null = image_size // 8."""
     flip: bool | None = None
     """Mirror half of the images left to right; null = yes, except for digits."""
     cutout: NonNegativeInt = 0
@@ -159,7 +160,8 @@ class SplitsConfig(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> SplitsConfig:
-        shares = {name: size for name, size in self if isinstance(size, float)}
+        # `test` may be a share of the data's own test part; where it is not, make_splits refuses what does not fit.
+        shares = {name: size for name, size in self if isinstance(size, float) and name != "test"}
         if sum(shares.values()) > 1 + 1e-9:
             written = " + ".join(f"{name} {share:g}" for name, share in shares.items())
             _refuse(BrokenRule((), f"fractions add up to more than 1: {written} = {sum(shares.values()):g}"))
@@ -276,6 +278,14 @@ class SupernetConfig(Section):
     keep_checkpoints: PositiveInt = 2
     """Training checkpoints kept on disk."""
 
+    @model_validator(mode="after")
+    def _batch_divides(self) -> SupernetConfig:
+        batch_size, workers = self.train.batch_size, self.workers
+        if batch_size % workers or batch_size < 2 * workers:
+            message = f"{batch_size} images cannot be shared equally among {workers} workers with at least 2 each"
+            _refuse(BrokenRule(("train", "batch_size"), message))
+        return self
+
 
 class RoutingConfig(Section):
     """Which sub-networks the gate may pick: members first, first + stride, ... up to last, in the set's order."""
@@ -359,38 +369,6 @@ class GateConfig(Section):
             problems.append(BrokenRule(("losses",), "cls, sgs and complexity are all 0: the gate would learn nothing"))
         _refuse(*problems)
         return self
-
-    def with_params(self, params: Mapping[str, object]) -> GateConfig:
-        """The gate of one trial.
-
-        Args:
-            params: dotted names as in `space`, e.g. {"gate.target": 0.4, "gate.sgs.strategy": "give_up"}.
-
-        Raises:
-            ConfigError: a name or value is not allowed, or the values contradict each other.
-        """
-        settings = self.model_dump()
-        for name, value in params.items():
-            section = settings
-            *parents, leaf = name.removeprefix("gate.").split(".")
-            for parent in parents:
-                section = section.get(parent, {})
-            section[leaf] = value
-        try:
-            return GateConfig.model_validate(settings)
-        except ValidationError as error:
-            met = ", ".join(f"{name}={shown(value)}" for name, value in params.items())
-            reasons = "; ".join(_gate_reason(details) for details in error.errors(include_url=False))
-            raise ConfigError(f"gate settings {met} do not fit: {reasons}") from error
-
-
-def _gate_reason(details: ErrorDetails) -> str:
-    if details["type"] == "broken_rules":
-        return details["msg"]
-    key = ".".join(map(str, ("gate", *details["loc"])))
-    if details["type"] == "extra_forbidden":
-        return f"there is no {key}"
-    return f"{key} {requirement(details['type'], details.get('ctx', {}))}; got {shown(details['input'])}"
 
 
 class MetricConfig(Section):
@@ -508,10 +486,24 @@ class TrackingConfig(Section):
     """null = the sweep's name."""
 
 
+def _pick(text: str) -> str:
+    try:
+        pick = parse_pick(text, metrics=tuple(OBJECTIVE_GOALS))
+    except ConfigError as error:
+        raise ValueError(str(error)) from error
+    if pick.kind == "name" and not re.fullmatch(r"trial-\d{4,}", text.strip()):
+        hint = did_you_mean(text, ["knee", "all"])
+        raise ValueError(
+            f'pick {text!r}: neither a keyword nor trial-NNNN{hint}; e.g. knee, all, trial-0042, "max:top1"'
+        )
+    return text
+
+
 class ExportConfig(Section):
     """What is exported when a launch ends."""
 
-    picks: Names = ("knee",)
+    picks: Annotated[tuple[Annotated[Text, AfterValidator(_pick)], ...], Field(strict=False, min_length=1)] = ("knee",)
+    """knee, all, trial-0042, "max:top1 where madds_m<=200", ...; each gate once."""
     """Points of the front, as --pick of `dsnet-orch export` takes them."""
 
 

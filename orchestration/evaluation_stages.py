@@ -26,6 +26,7 @@ def measure_stage(work: Launch, plan: StagePlan, supernet: Supernet) -> None:
     data, subnets, size = work.prepared.data, work.prepared.subnets, work.prepared.image_size
 
     def measure(folder: Path) -> Sequence[Path]:
+        supernet.to(resolve_device(work.config.supernet.device))
         rows = []
         with work.progress.bar("measure: accuracy", len(subnets.all)) as bar:
             for number, subnet in enumerate(subnets.all):

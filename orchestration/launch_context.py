@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 from dsnet.errors import StoppedError
@@ -34,8 +33,3 @@ class Launch:
         """Raise StoppedError where a stop was asked for."""
         if self.stop():
             raise StoppedError("the sweep was stopped")
-
-
-def num_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0))

@@ -14,7 +14,7 @@ from typing import Any
 
 import ray
 import torch.distributed as dist
-from ray.train.backend import Backend
+from ray.train.backend import Backend, BackendConfig
 from ray.train.torch import TorchConfig
 
 
@@ -36,8 +36,9 @@ class LoopbackBackend(Backend):
 
     share_cuda_visible_devices = True
 
-    def on_start(self, worker_group: Any, backend_config: LoopbackConfig) -> None:
+    def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
         """Join all workers; after a lost worker it is called again for the new ones, who meet in a new file."""
+        assert isinstance(backend_config, LoopbackConfig)
         size = len(worker_group)
         if size == 1:
             return
@@ -52,7 +53,7 @@ class LoopbackBackend(Backend):
             ]
         )
 
-    def on_shutdown(self, worker_group: Any, backend_config: LoopbackConfig) -> None:
+    def on_shutdown(self, worker_group: Any, backend_config: BackendConfig) -> None:
         """Take the group down."""
         worker_group.execute(_leave)
 

@@ -68,6 +68,7 @@ def launch(
         StoppedError: stopped early; launching again continues.
         VerificationError, NothingFeasibleError, TooManyFailedTrialsError, LockedError, PreflightError, ...: see dsnet.errors.
     """
+    config = anchored(config)
     prepared = prepare(config)
     run = RunDir(Path(config.storage.runs), config.name)
     if config.tracking.mlflow:
@@ -91,7 +92,7 @@ def _write_facts(prepared: Prepared, run: RunDir) -> Manifest:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     manifest.create(seed=prepared.config.seed, hardware=describe_hardware(gpu))
     manifest.update(data_hashes={"images": prepared.image_set.fingerprint, "splits": prepared.splits.hash})
-    atomic_write_text(run.sweep_yaml, to_yaml(anchored(prepared.config)))
+    atomic_write_text(run.sweep_yaml, to_yaml(prepared.config))
     write_splits(run.splits_json, prepared.splits)
     return manifest
 

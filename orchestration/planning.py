@@ -15,6 +15,7 @@ from orchestration.projection import make_tracker, replay, store_uri, sweep_end_
 from orchestration.reporting import write_report
 from orchestration.results import RunResults
 from orchestration.rundir import MLFLOW_DATABASE, DriverLock, RunDir, mlflow_artifact_root, mlflow_store_uri
+from orchestration.search_stage import continued
 from orchestration.stages import StagePlan, plan_stages
 from orchestration.tracking import Status
 from search.points import save_points
@@ -46,12 +47,13 @@ def make_plan(loaded: LoadedConfig) -> SweepPlan:
     run = RunDir(Path(config.storage.runs), config.name)
     spec = prepared.subnets.spec
     costs = [(subnet.name, subnet_cost(spec, subnet, prepared.image_size)) for subnet in prepared.subnets.all]
+    *others, search = plan_stages(run, stage_definitions(prepared))
     return SweepPlan(
         config,
         loaded.origins,
         prepared,
         run,
-        tuple(plan_stages(run, stage_definitions(prepared))),
+        (*others, continued(run, search, config)),
         tuple((name, cost.madds / 1e6, cost.params / 1e6) for name, cost in costs),
     )
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from dsnet.data import Augmentation, ImageSet, Normalization, Splits, SplitSizes, TensorData, load_images, make_splits
-from dsnet.errors import PreflightError
+from dsnet.errors import ConfigError, PreflightError
 from dsnet.families import Task, layout
 from dsnet.files import atomic_write_text
 from dsnet.latency import LatencySettings
@@ -75,15 +75,35 @@ def prepare(config: SweepConfig) -> Prepared:
     channels, _, size = image_set.image_shape
     task = Task(num_classes=image_set.num_classes, in_channels=channels, image_size=size)
     data = TensorData.from_images(image_set, splits)
+    subnets = layout(config.supernet.model, task, config.supernet.options)
+    check_routing(config, len(subnets))
     return Prepared(
         config=config,
         image_set=image_set,
         splits=splits,
         data=data,
         normalization=Normalization.from_images(data.images("train")),
-        subnets=layout(config.supernet.model, task, config.supernet.options),
+        subnets=subnets,
         fingerprint=hashlib.sha256(f"{image_set.fingerprint}/{splits.hash}".encode()).hexdigest(),
     )
+
+
+def check_routing(config: SweepConfig, num_routes: int) -> None:
+    """Refuse routing indices that the network does not have, before anything is trained.
+
+    Raises:
+        ConfigError: `first` or `last`, fixed or at an end of its range, names no sub-network.
+    """
+    for key, lowest in (("first", 0), ("last", -num_routes)):
+        name = f"gate.routing.{key}"
+        values = config.space[name].edge_values() if name in config.space else (getattr(config.gate.routing, key),)
+        where = f"space.{name}" if name in config.space else name
+        for value in values:
+            if not lowest <= int(value) < num_routes:
+                raise ConfigError(
+                    f"{where}: {value} names no sub-network; {config.supernet.model} has {num_routes} here, "
+                    f"so it must lie in {lowest}..{num_routes - 1}"
+                )
 
 
 def resolve_device(name: str) -> str:

@@ -128,3 +128,10 @@ def _knock(address: str, timeout_s: float = 5.0) -> None:
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if colon and port.isdecimal():
         socket.create_connection((host.strip("[]"), int(port)), timeout_s).close()
+
+
+def cluster_cpus() -> int:
+    """CPUs of the connected cluster."""
+    import ray
+
+    return int(ray.cluster_resources().get("CPU", 1))

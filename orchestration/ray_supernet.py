@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from dsnet import errors
-from dsnet.errors import DsnetError, StoppedError
+from dsnet.errors import DsnetError, PreflightError, StoppedError
 from dsnet.files import atomic_write_json, read_json
 from dsnet.space import SubnetSet
 from dsnet.training.supernet import FINAL, SupernetRun
@@ -65,11 +65,13 @@ def train_on_ray(
 
     Raises:
         StoppedError: it was stopped; the checkpoints stay, and the next launch continues.
+        PreflightError: the cluster has too few CPUs or GPUs for the workers.
         NonFiniteLossError, CheckpointError: as the training loop.
         DsnetError: the workers failed for another reason.
     """
     import ray
 
+    _check_room(job, ray.cluster_resources())
     outcome = job.folder / "outcome.json"
     outcome.unlink(missing_ok=True)
     job.folder.mkdir(parents=True, exist_ok=True)
@@ -93,6 +95,20 @@ def train_on_ray(
     return job.folder / FINAL
 
 
+def _check_room(job: SupernetJob, resources: Mapping[str, float]) -> None:
+    """Refuse what the cluster can never place: Ray would wait for it without end."""
+    num_cpus, num_gpus = int(resources.get("CPU", 0)), int(resources.get("GPU", 0))
+    if job.workers * job.threads > num_cpus:
+        raise PreflightError(
+            f"supernet.workers {job.workers} x supernet.threads {job.threads} need {job.workers * job.threads} CPUs, "
+            f"but the Ray cluster has {num_cpus}; lower them, or raise ray.num_cpus"
+        )
+    if job.device == "cuda" and job.workers > num_gpus:
+        raise PreflightError(
+            f"supernet.workers is {job.workers} on cuda, but the Ray cluster has {num_gpus} GPUs; lower supernet.workers"
+        )
+
+
 def _fit(config: dict[str, Any], failures: list[BaseException]) -> None:
     """Run the trainer. Not in the main thread: there Ray would replace our handler of Ctrl-C by its own."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -103,17 +119,18 @@ def _fit(config: dict[str, Any], failures: list[BaseException]) -> None:
     job: SupernetJob = config["job"]
     meeting = job.folder / "ray"
     meeting.mkdir(parents=True, exist_ok=True)
+    failure_limits: dict[str, Any] = {"max_failures": WORKER_RETRIES, "controller_failure_limit": WORKER_RETRIES}
     trainer = TorchTrainer(
         _train_loop,
         train_loop_config=config,
-        torch_config=LoopbackConfig(folder=str(meeting)) if job.is_local else TorchConfig(),
+        torch_config=LoopbackConfig(folder=str(meeting)) if job.is_local or job.workers == 1 else TorchConfig(),
         scaling_config=ScalingConfig(
             num_workers=job.workers, use_gpu=job.device == "cuda", resources_per_worker={"CPU": job.threads}
         ),
         run_config=RunConfig(
             name="train",
             storage_path=str(meeting),
-            failure_config=FailureConfig(max_failures=WORKER_RETRIES),
+            failure_config=FailureConfig(**failure_limits),
         ),
     )
     try:
@@ -152,6 +169,9 @@ def _train_loop(config: Mapping[str, Any]) -> None:
     from dsnet.training.workers import DistributedWorkers, SingleWorker
 
     job: SupernetJob = config["job"]
+    outcome = job.folder / "outcome.json"
+    if outcome.exists():
+        return  # an earlier attempt of this launch failed by itself, and would fail again
     torch.set_num_threads(job.threads)
     images = torch.from_numpy(ray.get(config["images"]).copy())
     labels = torch.from_numpy(ray.get(config["labels"]).copy())
@@ -171,7 +191,7 @@ def _train_loop(config: Mapping[str, Any]) -> None:
         )
     except DsnetError as error:
         record = {"error": type(error).__name__, "message": str(error), "rank": context.get_world_rank()}
-        atomic_write_json(job.folder / "outcome.json", record)
+        atomic_write_json(outcome, record)
         if not is_alone:
             raise  # the others wait in an all-reduce; the group must end
 

@@ -54,7 +54,7 @@ def report_data(results: RunResults, class_names: tuple[str, ...], notes: tuple[
         routes=routes_of(results, class_names),
         widths=widths_of(results),
         training=training_of(results),
-        notes=notes,
+        notes=notes + _objective_notes(results),
         commands=(
             ("Continue this run, or extend it with a larger budget", f"dsnet-orch launch {results.run.sweep_yaml}"),
             ("The front on the terminal", f"dsnet-orch pareto {name}"),
@@ -68,6 +68,13 @@ def report_data(results: RunResults, class_names: tuple[str, ...], notes: tuple[
             *((key, str(value)[:16]) for key, value in manifest["data_hashes"].items()),
         ),
     )
+
+
+def _objective_notes(results: RunResults) -> tuple[str, ...]:
+    names = [metric.name for metric in results.config.metrics]
+    if set(names) == {"top1", "madds_m"}:
+        return ()
+    return (f"The front was chosen by {' and '.join(names)}; the figure draws top-1 against MAdds.",)
 
 
 def draw_front(results: RunResults, path: Path) -> Path:
@@ -122,6 +129,9 @@ def _scores(point: PointAnalysis) -> Scores:
         random_top1=point.random_top1,
         cascade_top1=point.cascade_top1,
         oracle_top1=point.oracle_top1,
+        cascade_madds_m=point.cascade_madds_m,
+        oracle_share=point.share_of_oracle_gap,
+        stability=point.stability,
     )
 
 
@@ -178,8 +188,7 @@ def _bare_panel(results: RunResults, rows: list[PointRow]) -> FrontPanel:
     members = results.members
     madds = np.array([subnet.madds for subnet in members], dtype=float)
     top1 = np.array([subnet.top1 for subnet in members])
-    # The envelope needs counts only up to scale, so that accuracies in place of images give the same vertices.
-    line = StaticLine.fit(madds, _as_rows(top1))
+    line = StaticLine.through(madds, np.round(top1 * results.num_val))
     return FrontPanel(
         split="val",
         num_images=results.num_val,
@@ -187,11 +196,6 @@ def _bare_panel(results: RunResults, rows: list[PointRow]) -> FrontPanel:
         static_line=Curve(_floats(line.madds / 1e6), _floats(top1[list(line.vertices)])),
         dynamic=dynamic_points(rows, "val", {}),
     )
-
-
-def _as_rows(top1: Any, num_rows: int = 10_000) -> Any:
-    """A boolean table [num_rows, K] whose column means are `top1` (to 1 / num_rows)."""
-    return np.arange(num_rows)[:, None] < np.round(top1 * num_rows)[None, :]
 
 
 def _panel(rows: list[PointRow], analysis: SplitAnalysis) -> FrontPanel:
@@ -245,6 +249,7 @@ def hypervolume_of(results: RunResults) -> HypervolumeInfo | None:
         results.num_val,
         (reference[0], reference[1]),
         _static_hypervolume(results, reference),
+        (metrics[0].name, metrics[1].name),
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -220,6 +220,13 @@ class RunResults:
         )
         return rows + (self._verified_points(self.verified) if self.verified is not None else [])
 
+    def _ideal_latency_ms(self, histogram: Sequence[float]) -> float:
+        """Batch 1, as for trials: the measured parts, mixed by the histogram. What whole batches really took is in `verified.latency`."""
+        assert self.latency is not None
+        return self.latency.batch1_ms(
+            np.array(histogram), [subnet.name for subnet in self.subnets if not subnet.is_teacher]
+        )
+
     def _verified_points(self, verified: Verified) -> list[PointRow]:
         test = verified.test
         params = {subnet.name: subnet.params for subnet in self.subnets}
@@ -233,9 +240,13 @@ class RunResults:
         )
         metrics = []
         for point in test.points:
-            timing = verified.latency.gates.get(1, {}).get(point.slot)
-            extra = {} if timing is None else {"latency_ms": timing.median_ms}
-            metrics.append({**point.metrics, "params_m": self.record(point.slot).metrics["params_m"], **extra})
+            metrics.append(
+                {
+                    **point.metrics,
+                    "params_m": self.record(point.slot).metrics["params_m"],
+                    "latency_ms": self._ideal_latency_ms(point.histogram),
+                }
+            )
         slots = [point.slot for point in test.points]
         rows += gate_points("test", slots, metrics, [self.record(slot).params for slot in slots], [True] * len(slots))
         for analysis in (verified.val, test):

@@ -134,9 +134,6 @@ class RunDir:
     def stage_dir(self, stage: str, key: str) -> Path:
         return self.path / stage / key[:KEY_CHARACTERS]
 
-    def checkpoint_dir(self, key: str) -> Path:
-        return self.stage_dir("supernet", key) / "checkpoint"
-
     def curves_jsonl(self, key: str) -> Path:
         return self.stage_dir("supernet", key) / "curves.jsonl"
 

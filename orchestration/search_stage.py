@@ -18,7 +18,7 @@ from dsnet.latency import LatencyTable
 from dsnet.routing_table import RoutingTable
 from dsnet.space import SubnetSet
 from orchestration.config import SweepConfig
-from orchestration.launch_context import Launch, num_cores
+from orchestration.launch_context import Launch
 from orchestration.progress import Bar
 from orchestration.projection import trial_row
 from orchestration.ray_trials import RayRunner
@@ -39,12 +39,19 @@ def trials_left(run: RunDir, plan: StagePlan, config: SweepConfig) -> int:
     return max(0, config.budget.trials - done)
 
 
+def continued(run: RunDir, plan: StagePlan, config: SweepConfig) -> StagePlan:
+    """The plan of the search, which is not done while the budget still asks for trials."""
+    left = trials_left(run, plan, config)
+    if not plan.is_done or left == 0:
+        return plan
+    return replace(plan, status="resume", reasons=(f"{left} of {config.budget.trials} trials are left",))
+
+
 def search_stage(work: Launch, plan: StagePlan, table_plan: StagePlan) -> None:
     """Search until the budget is spent; continues a study that has fewer trials."""
     work.check_stop()
     config, run = work.config, work.run
-    if plan.is_done and trials_left(run, plan, config) > 0:
-        plan = replace(plan, status="resume", reasons=("the budget was raised",))
+    plan = continued(run, plan, config)
 
     def search(folder: Path) -> Sequence[Path]:
         journal = StudyJournal.open(run.study_journal(plan.key), study_settings(config))
@@ -123,7 +130,7 @@ def _trial_runner(work: Launch, table_plan: StagePlan) -> RayRunner:
     return RayRunner(
         make,
         arrays={f"{split}/{name}": array for split, table in tables.items() for name, array in table.arrays().items()},
-        num_actors=config.ray.trial_actors or config.ray.num_cpus or num_cores(),
+        num_actors=config.ray.trial_actors,
         timeout_s=config.trial.timeout_s,
         retries=config.trial.retries,
     )

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from orchestration.launch_context import Launch, num_cores
+from orchestration.launch_context import Launch
 from orchestration.preparation import resolve_device, supernet_run
 from orchestration.projection import supernet_row
-from orchestration.ray_runtime import LOCAL
+from orchestration.ray_runtime import LOCAL, cluster_cpus
 from orchestration.ray_supernet import SupernetJob, train_on_ray
 from orchestration.stages import StagePlan, run_stage
 from orchestration.tracking import CurvePoint
@@ -21,8 +21,6 @@ def supernet_stage(work: Launch, plan: StagePlan) -> None:
         work.progress.say(f"supernet: done before ({plan.key[:12]})")
     training = supernet_run(work.prepared)
     device = resolve_device(config.supernet.device)
-    threads = config.supernet.threads or max(1, (config.ray.num_cpus or num_cores()) // config.supernet.workers)
-
     subnets = work.prepared.subnets
     shown = (subnets.largest.name, subnets[subnets.by_madds()[0]].name)
 
@@ -35,7 +33,7 @@ def supernet_stage(work: Launch, plan: StagePlan) -> None:
             folder=folder,
             stop_file=run.stop_path,
             device=device,
-            threads=threads,
+            threads=config.supernet.threads or max(1, cluster_cpus() // config.supernet.workers),
             workers=config.supernet.workers,
             is_local=config.ray.address == LOCAL,
         )

@@ -16,6 +16,7 @@ from dsnet.dynamic import DynamicNet
 from dsnet.errors import VerificationError
 from dsnet.latency import LatencySettings, Timing, device_name, time_interleaved
 from dsnet.materialize import materialize
+from dsnet.precision import exact_float32
 from dsnet.routers import GateRouter
 from dsnet.routing_table import RoutingTable
 from dsnet.supernet import Supernet
@@ -27,6 +28,10 @@ CLASS_TIE = 1e-4
 """Two largest probabilities nearer than this are a numerical tie."""
 SINGLE_IMAGES = 32
 """At batch 1, one timed repeat runs so many images one after the other: they take different routes."""
+NUM_BATCHES = 3
+"""At larger batches, one timed repeat runs so many of them."""
+TIMING_SEED = 0
+"""Draws the timed images."""
 MAX_NAMED = 5
 
 
@@ -43,6 +48,7 @@ class Agreement:
     """Mean over the images, as really executed."""
 
 
+@exact_float32()
 @torch.inference_mode()
 def check_agreement(
     slot: int,
@@ -162,9 +168,10 @@ def time_front(
     device = torch.device(settings.device)
     supernet = supernet.to(device).eval()
     order = supernet.subnets.by_madds(images.shape[-1])
-    nets: dict[str, Callable[[Tensor], object]] = {
-        str(slot): DynamicNet(supernet, router, image_size=images.shape[-1]) for slot, router in routers.items()
-    }
+    nets: dict[str, Callable[[Tensor], object]] = {}
+    if routers:
+        shared = DynamicNet(supernet, next(iter(routers.values())), image_size=images.shape[-1])
+        nets |= {str(slot): shared.with_router(router) for slot, router in routers.items()}
     nets["widest"] = materialize(supernet, supernet.subnets[order[-1]], fold_bn=True)
     nets["cheapest"] = materialize(supernet, supernet.subnets[order[0]], fold_bn=True)
     synchronize = torch.cuda.synchronize if device.type == "cuda" else _no_wait
@@ -198,9 +205,10 @@ def time_front(
 
 
 def _batches(images: Tensor, size: int) -> list[Tensor]:
-    """Single images: many of them; batches: one, wrapped around where the split is smaller than a batch."""
-    count = SINGLE_IMAGES if size == 1 else 1
-    rows = torch.arange(size * count) % len(images)
+    """Random images (a split may be sorted by class, and routes depend on the image): many single ones, or a few batches."""
+    count = SINGLE_IMAGES if size == 1 else NUM_BATCHES
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(TIMING_SEED))
+    rows = order[torch.arange(size * count) % len(images)]
     return list(images[rows].split(size))
 
 

@@ -16,7 +16,15 @@ from numpy.typing import NDArray
 from dsnet.routers import GateRouter
 from dsnet.routing_table import RoutingTable
 from dsnet.training.gate import COLLAPSE_SHARE, choose_routes, score_routes
-from search.controls import StaticLine, budgets, cascade_curve, oracle_curve, random_routing, share_of_oracle_gap
+from search.controls import (
+    CascadePoint,
+    StaticLine,
+    budgets,
+    cascade_curve,
+    oracle_curve,
+    random_routing,
+    share_of_oracle_gap,
+)
 from search.pareto import front_mask
 from search.statistics import bootstrap_interval, front_stability, gain_over_random, gain_over_static, resample_points
 
@@ -47,7 +55,9 @@ class PointAnalysis:
     random_top1: float
     """Random routing with the same histogram."""
     cascade_top1: float | None
-    """The confidence cascade (chosen on val) at no more than the same mean MAdds; None where it cannot spend so little."""
+    """A confidence cascade whose pair and threshold `val` chose for the same budget; None where it cannot spend so little."""
+    cascade_madds_m: float | None
+    """What that cascade really spends on this split: the budget holds on `val`."""
     oracle_top1: float | None
     share_of_oracle_gap: float | None
     stability: float
@@ -193,7 +203,8 @@ def _points(
                     float(chance.value[index]), float(chance.low[index]), float(chance.high[index])
                 ),
                 random_top1=random_routing(table.correct1, histogram),
-                cascade_top1=cascade.get(index),
+                cascade_top1=cascade[index].top1 if index in cascade else None,
+                cascade_madds_m=cascade[index].madds / 1e6 if index in cascade else None,
                 oracle_top1=_finite(oracle[index]),
                 share_of_oracle_gap=_finite(share[index]),
                 stability=float(stability[index]),
@@ -203,10 +214,10 @@ def _points(
     return tuple(points)
 
 
-def _cascade_at(val: RoutingTable, table: RoutingTable, madds: NDArray[np.float64]) -> dict[int, float]:
-    """Index of a budget -> top-1 of the cascade that val chose for it."""
+def _cascade_at(val: RoutingTable, table: RoutingTable, madds: NDArray[np.float64]) -> dict[int, CascadePoint]:
+    """Index of a budget -> the cascade that val chose for it."""
     points = cascade_curve(val, table, table.madds, table.trunk_madds, madds)
-    by_budget = {point.budget: point.top1 for point in points}
+    by_budget = {point.budget: point for point in points}
     return {index: by_budget[float(budget)] for index, budget in enumerate(madds) if float(budget) in by_budget}
 
 

@@ -58,9 +58,19 @@ class StaticLine:
             madds: [K].
             val_correct: bool [N, K] on `val`.
         """
-        costs = np.asarray(madds, dtype=np.float64)
         # Counts rather than accuracies: three sub-networks on one straight line are then recognised as such.
-        num_correct = np.asarray(val_correct, dtype=bool).sum(axis=0).astype(np.float64)
+        return cls.through(madds, np.asarray(val_correct, dtype=bool).sum(axis=0))
+
+    @classmethod
+    def through(cls, madds: ArrayLike, val_score: ArrayLike) -> StaticLine:
+        """Choose the vertices by a score of each sub-network on `val`: right answers, or top-1.
+
+        Args:
+            madds: [K].
+            val_score: [K].
+        """
+        costs = np.asarray(madds, dtype=np.float64)
+        num_correct = np.asarray(val_score, dtype=np.float64)
         hull: list[int] = []
         for index in np.lexsort((-num_correct, costs)):  # cheapest first, of equally cheap ones the best
             if hull and num_correct[index] <= num_correct[hull].max():

@@ -23,7 +23,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from dsnet.errors import ConfigError
 from search.runner import Runner, TrialOutcome, TrialSpec
-from search.samplers import derive_seed, make_sampler
+from search.samplers import make_sampler, slot_seed
 from search.space import suggest
 from search.study import StudyJournal, StudySettings, Suggestion, TrialRecord, quiet_optuna, record_of
 
@@ -160,7 +160,7 @@ class Search:
     def _in_slot_order(self, suggestions: Mapping[int, Suggestion]) -> Generator[TrialOutcome, None, None]:
         """Run the suggestions; yield each outcome as soon as it and those of all slots before it are there."""
         seed = self.journal.settings.seed
-        specs = [TrialSpec(slot, derive_seed(seed, slot, "trial"), item.params) for slot, item in suggestions.items()]
+        specs = [TrialSpec(slot, slot_seed(seed, slot, "trial"), item.params) for slot, item in suggestions.items()]
         due = deque(suggestions)
         early: dict[int, TrialOutcome] = {}
         with closing(self.runner.run(specs)) as outcomes:
@@ -227,7 +227,7 @@ class Mirror:
         slots = range(self.num_told, min(self.num_told + settings.cohort, num_trials))
         with quiet_optuna():
             for slot in slots:
-                seed = derive_seed(settings.seed, slot, "sampler")
+                seed = slot_seed(settings.seed, slot, "sampler")
                 self._study.sampler = make_sampler(settings.sampler, seed=seed, startup=settings.startup)
                 self._asked[slot] = self._study.ask()
                 suggest(self._asked[slot], settings.space)

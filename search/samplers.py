@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from typing import Literal
@@ -12,18 +11,18 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial
 
 from dsnet.errors import ConfigError
+from dsnet.seeds import derive_seed
 
 
-def derive_seed(base_seed: int, slot: int, stream: Literal["sampler", "trial"]) -> int:
-    """The seed of one random stream of one slot: the first 4 bytes, big-endian, of sha256("base_seed/stream/slot").
+def slot_seed(base_seed: int, slot: int, stream: Literal["sampler", "trial"]) -> int:
+    """The seed of one random stream of one slot.
 
     It depends on our own slot index and not on Optuna's trial number, which a restart may shift.
 
     Returns:
         0 <= seed < 2**32, which random, numpy and torch all accept.
     """
-    digest = hashlib.sha256(f"{base_seed}/{stream}/{slot}".encode()).digest()
-    return int.from_bytes(digest[:4], "big")
+    return derive_seed(base_seed, stream, slot) % 2**32
 
 
 def make_sampler(name: str, *, seed: int, startup: int = 16) -> BaseSampler:

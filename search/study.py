@@ -50,7 +50,7 @@ class StudySettings:
         space: what is varied.
         objectives: metrics that every trial must return, finite.
         sampler: one of `search.samplers.KNOWN_SAMPLERS`.
-        seed: of the whole sweep; every slot derives its own (`derive_seed`).
+        seed: of the whole sweep; every slot derives its own (`slot_seed`).
         cohort: >= 1; trials asked before any of them is told. Independent of the number of workers.
         startup: see `make_sampler`.
     """

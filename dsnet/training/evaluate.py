@@ -12,11 +12,13 @@ from torch import Tensor
 from dsnet.cost import subnet_cost
 from dsnet.data.normalization import Normalization
 from dsnet.data.tensors import TensorData
+from dsnet.precision import exact_float32
 from dsnet.routing_table import MAX_FULL_CLASSES, NUM_TOP_LOGITS, RoutingTable
 from dsnet.space import Subnet
 from dsnet.supernet import EVIDENCE_PARTS, Supernet
 
 
+@exact_float32()
 @torch.no_grad()
 def subnet_accuracy(
     supernet: Supernet,
@@ -38,6 +40,7 @@ def subnet_accuracy(
     return right1 / data.num_images(split), right5 / data.num_images(split)
 
 
+@exact_float32()
 @torch.no_grad()
 def build_routing_table(
     supernet: Supernet,

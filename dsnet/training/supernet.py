@@ -424,7 +424,7 @@ def train_supernet(  # noqa: PLR0913 - all but four are given by name
     workers = workers if workers is not None else SingleWorker()
     reporter = reporter if reporter is not None else SilentReporter()
     device = torch.device(device)
-    batch_size = min(run.train.batch_size, len(labels))
+    batch_size = _whole_batch(run.train.batch_size, len(labels), workers.size)
     session = _Session(supernet, run, len(labels) // batch_size, device)
     folder.mkdir(parents=True, exist_ok=True)
     stems = checkpoint_stems(folder)
@@ -478,6 +478,21 @@ def _epoch_batches(num_images: int, batch_size: int, generator: torch.Generator,
     order = torch.randperm(num_images, generator=generator)
     for start in range(0, num_images - batch_size + 1, batch_size):
         yield order[start : start + batch_size][workers.rank :: workers.size]
+
+
+def _whole_batch(wanted: int, num_images: int, num_workers: int) -> int:
+    """The batch over all workers: equal shares, since the mean of unequal shares' gradients is not the batch's gradient.
+
+    Raises:
+        ValueError: a worker would get fewer than two images, of which BatchNorm can make no statistics.
+    """
+    batch_size = min(wanted, num_images) // num_workers * num_workers
+    if batch_size < 2 * num_workers:
+        raise ValueError(
+            f"a batch of {min(wanted, num_images)} images gives {num_workers} workers fewer than 2 each; "
+            "raise supernet.train.batch_size or lower supernet.workers"
+        )
+    return batch_size
 
 
 def _prune(folder: Path, keep: int) -> None:

@@ -31,7 +31,7 @@ def test_the_static_subnetworks_are_drawn_as_what_is_to_be_beaten() -> None:
 
 def test_subtitle_counts_trials_and_names_split_size_and_reference() -> None:
     subtitle = hypervolume_figure(make_hypervolume()).layout.title.subtitle.text
-    for wanted in ("val (n = 270)", "64 trials", "2 failed", "0 % at 1.07 M"):
+    for wanted in ("val (n = 270)", "64 trials", "2 failed", "reference top1 0, madds_m 1.07"):
         assert wanted in subtitle
 
 

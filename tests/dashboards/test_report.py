@@ -119,7 +119,9 @@ def test_no_run_name_changes_the_structure_of_the_page(name: str) -> None:
 def test_headline_numbers_stand_beside_their_controls() -> None:
     latency = Latency(64, 10.0, 20.0, 8.0)
     chosen = Scores(Estimate(0.97, 0.95, 0.99), 0.4, Estimate(0.02, 0.01, 0.03))
-    reported = Scores(Estimate(0.95, 0.93, 0.97), 0.5, Estimate(0.004, -0.006, 0.014), 0.91, 0.92, 0.99)
+    reported = Scores(
+        Estimate(0.95, 0.93, 0.97), 0.5, Estimate(0.004, -0.006, 0.014), 0.91, 0.92, 0.99, 0.48, 0.5, 0.75
+    )
     widest = Scores(Estimate(0.96, 0.94, 0.98), 1.0)
     headline = Headline(
         baseline=Row("subnet-05", widest, widest),
@@ -138,7 +140,10 @@ def test_headline_numbers_stand_beside_their_controls() -> None:
         "2.00x",
         "ceiling 2.50x",
         "random 91.0",
-        "cascade 92.0",
+        "cascade 92.0 at 0.480 M",
+        "50 % of the oracle gap",
+        "on the front in 75 %",
+        "(0 of 1 here; about 0.05 would by chance alone)",
         "oracle 99.0",
         "largest route 61 %",
     ):

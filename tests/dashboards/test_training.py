@@ -32,7 +32,7 @@ def test_metrics_that_are_no_loss_are_not_drawn() -> None:
 def test_a_step_repeated_after_a_restart_counts_as_it_came_last() -> None:
     info = training_info([row(0, a=2.0), row(1, a=9.0), row(1, a=1.0)])
     assert info.curves[0].losses == (2.0, 1.0)
-    assert info.num_steps == 2
+    assert info.num_steps == 1
 
 
 def test_losses_that_are_not_finite_are_gaps_and_are_counted() -> None:

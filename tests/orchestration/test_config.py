@@ -14,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from dsnet.errors import ConfigError
 from orchestration.config import (
     NAME_PATTERN,
     GateConfig,
@@ -45,6 +44,7 @@ def build(**sections: Any) -> SweepConfig:
 
 
 # Strategies for whole configurations: every section partly filled, all values legal.
+PICKS = ("knee", "all", "trial-0042", "max:top1 where madds_m<=0.1", "min:madds_m where top1>=0.9 and top5>=0.99")
 TEXT = st.text(st.characters(exclude_categories=["C", "Z"]), min_size=1, max_size=12)
 SHARE = st.floats(0, 1)
 POSITIVE = st.floats(1e-9, 1e9)
@@ -93,7 +93,7 @@ CONFIGS = st.fixed_dictionaries(
         ),
         "measure": st.fixed_dictionaries({"batch_sizes": SIZES, "group_sizes": SIZES}),
         "tracking": st.fixed_dictionaries({"uri": st.one_of(st.none(), TEXT), "mlflow": st.booleans()}),
-        "export": st.fixed_dictionaries({"picks": st.lists(TEXT, min_size=1, max_size=3)}),
+        "export": st.fixed_dictionaries({"picks": st.lists(st.sampled_from(PICKS), min_size=1, max_size=3)}),
         "presets": st.dictionaries(TEXT, st.just({"budget": {"trials": 3}}), max_size=2),
     },
 ).map(SweepConfig.model_validate)
@@ -277,7 +277,6 @@ def test_every_gate_setting_can_be_fixed_to_its_default_in_the_space(key: str) -
         value = getattr(value, part)
     config = build(space={key: value})
     assert config.space[key] == Distribution("fixed", (value,))
-    assert config.gate.with_params({key: value}) == GateConfig()
 
 
 @pytest.mark.parametrize(
@@ -343,23 +342,19 @@ def test_real_ranges_hold_floats_even_where_whole_numbers_were_written() -> None
     assert [type(value) for value in Distribution.parse({"uniform": [0, 1]}).values] == [float, float]
 
 
-def test_trial_gate_takes_dotted_parameters_and_keeps_the_rest() -> None:
-    gate = GateConfig().with_params({"gate.target": 0.3, "gate.routing.stride": 2, "gate.sgs.strategy": "give_up"})
-    assert (gate.target, gate.routing.stride, gate.sgs.strategy) == (0.3, 2, "give_up")
-    assert gate.optimizer == GateConfig().optimizer
+@pytest.mark.parametrize("pick", ["kneee", "max:top2", "max:top1 where madds_m=1", "trial-7x"])
+def test_a_pick_that_cannot_be_read_is_refused_before_anything_runs(pick: str) -> None:
+    with pytest.raises(ValidationError, match="pick"):
+        build(export={"picks": [pick]})
 
 
-@pytest.mark.parametrize(
-    ("params", "message"),
-    [
-        ({"gate.target": 2.0}, "gate.target must be at most 1; got 2.0"),
-        ({"gate.sgs.typo": 1}, "there is no gate.sgs.typo"),
-        ({"gate.routing.first": 5, "gate.routing.last": 2}, "5 lies behind gate.routing.last 2"),
-    ],
-)
-def test_trial_gate_refuses_what_does_not_fit(params: dict[str, object], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        GateConfig().with_params(params)
+def test_a_batch_that_the_workers_cannot_share_equally_is_refused() -> None:
+    with pytest.raises(ValidationError, match="cannot be shared equally among 3 workers"):
+        build(supernet={"model": "ds_tiny", "workers": 3, "train": {"batch_size": 64}})
+
+
+def test_a_share_of_the_datas_own_test_part_does_not_count_against_the_others() -> None:
+    assert build(data={"name": "cifar10", "splits": {"train": 0.8, "gate": 0.1, "val": 0.1, "test": 0.5}})
 
 
 STAGES = ("supernet", "measure", "table", "search", "verify")

@@ -59,7 +59,10 @@ def signal_search(folder: Path, number: signal.Signals, trials: int) -> Answer:
         command.wait_for(lambda: num_trials(folder / "runs" / "tiny") >= trials)
         command.process.send_signal(number)
         answer = command.wait()
-        assert command.left_behind() == []
+        # After a kill Ray's own agents look for their lost parent for up to a minute; everything else is gone at once.
+        is_killed = number == signal.SIGKILL
+        left = command.left_behind(patience_s=3.0 if is_killed else 15.0)
+        assert [name for name in left if not (is_killed and "Agent" in name)] == []
     return answer
 
 

@@ -66,7 +66,7 @@ def test_everything_of_a_run_lies_below_its_folder(run: RunDir) -> None:
     key = "0123456789abcdef" * 4
     paths = [
         run.sweep_yaml, run.manifest_path, run.lock_path, run.stop_path, run.splits_json, run.points_parquet,
-        run.report_html, run.export_dir, run.checkpoint_dir(key), run.curves_jsonl(key), run.subnets_json(key),
+        run.report_html, run.export_dir, run.curves_jsonl(key), run.subnets_json(key),
         run.latency_json(key), run.table(key, "gate"), run.table(key, "val"), run.sealed_table(key),
         run.study_journal(key), run.gate_weights(key, 42), run.verify_json(key),
     ]  # fmt: skip

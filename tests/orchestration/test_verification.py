@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -105,7 +106,7 @@ def test_evidence_that_was_changed_sends_images_elsewhere_and_is_noticed(
     evidence = table.evidence.copy()
     start, stop = table.layout["hidden"]
     evidence[:, :, start:stop] = np.roll(evidence[:, :, start:stop], 1, axis=0)
-    with pytest.raises(VerificationError, match="differ between the routing table and the real run.* more"):
+    with pytest.raises(VerificationError, match=r"differ between the routing table and the real run.* more"):
         agree(supernet, router, replace(table, evidence=evidence), data)
 
 
@@ -149,9 +150,11 @@ def test_the_front_is_timed_beside_the_static_extremes_at_every_batch_size(
     found = time_front(supernet, {3: router, 8: router}, data.images("val"), NORMALIZATION, settings)
     assert list(found.gates) == list(found.widest) == list(found.cheapest) == [1, 64]
     assert all(set(row) == {3, 8} for row in found.gates.values())
-    timings = [*found.widest.values(), *found.cheapest.values(), *(t for row in found.gates.values() for t in row.values())]
+    timings = [
+        *found.widest.values(),
+        *found.cheapest.values(),
+        *(t for row in found.gates.values() for t in row.values()),
+    ]
     assert all(timing.median_ms > 0 and timing.repeats == 2 for timing in timings)
     assert torch.get_num_threads() == threads
-    import json
-
     assert DynamicLatency.from_json(json.loads(json.dumps(found.to_json()))) == found

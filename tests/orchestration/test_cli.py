@@ -1,0 +1,257 @@
+"""The command line: help, what commands print for people and for scripts, and how little it imports to do so."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from orchestration.cli import cli
+from search.points import load_points, trial_name
+from tests.orchestration.samples import SWEEP, TINY, Finished, call, results_in, snapshot, write_sweep
+
+COMMANDS = sorted(cli.commands)
+HEAVY = ("torch", "ray", "mlflow", "optuna", "plotly", "pandas", "sklearn", "pydantic")
+
+
+def test_the_commands_are_those_of_the_documentation() -> None:
+    assert {
+        "launch",
+        "plan",
+        "validate",
+        "status",
+        "pareto",
+        "trials",
+        "export",
+        "verify",
+        "report",
+        "sync",
+        "ui",
+    } <= set(COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(command: str, tmp_path: Path) -> None:
+    answer = call(tmp_path, command, "--help")
+    assert answer.code == 0
+    assert answer.out.startswith("Usage:")
+    assert command in answer.out
+    assert cli.commands[command].help
+
+
+def test_the_top_help_is_quick_and_imports_nothing_heavy(tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.argv = ['dsnet-orch', '--help']\n"
+        "from orchestration.cli import main\n"
+        "try: main()\n"
+        f"finally: print('HEAVY', *[name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)\n"
+    )
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    seconds = time.monotonic() - start
+    assert done.returncode == 0
+    assert all(command in done.stdout for command in COMMANDS)
+    assert done.stderr.split() == ["HEAVY"]
+    assert seconds < 2.0  # 0.1 s on an idle machine
+
+
+def test_the_version_is_that_of_the_package(tmp_path: Path) -> None:
+    from importlib.metadata import version
+
+    assert version("dsnet-orch") in call(tmp_path, "--version").out
+
+
+def test_validate_accepts_a_good_file_without_reading_data_or_writing(tmp_path: Path) -> None:
+    write_sweep(tmp_path, TINY.replace("name: digits", "name: cifar10"))
+    before = snapshot(tmp_path)
+    answer = call(tmp_path, "validate", SWEEP, "--trials", "7")
+    assert answer.code == 0, answer.err
+    assert "7 trials" in answer.out
+    assert snapshot(tmp_path) == before
+
+
+def test_the_schema_is_a_json_schema_of_sweep_files(tmp_path: Path) -> None:
+    schema = call(tmp_path, "schema").json
+    assert {"version", "name", "data", "supernet", "space"} <= schema["properties"].keys()
+
+
+def test_plan_of_a_new_sweep_shows_origins_and_that_all_stages_would_run_and_writes_nothing(tmp_path: Path) -> None:
+    write_sweep(tmp_path)
+    before = snapshot(tmp_path)
+    plan = call(tmp_path, "plan", SWEEP, "--trials", "5", "--set", "seed=3", "--json").json
+    assert snapshot(tmp_path) == before
+    assert {stage["stage"]: stage["status"] for stage in plan["stages"]} == dict.fromkeys(
+        ("supernet", "measure", "table", "search"), "run"
+    )
+    origins = {key: setting["origin"] for key, setting in plan["settings"].items()}
+    assert origins["supernet.train.epochs"].startswith(SWEEP)
+    assert origins["budget.trials"] == "flag"
+    assert "--set" in origins["seed"]
+    assert origins["supernet.train.lr"] == "default"
+    assert plan["settings"]["budget.trials"]["value"] == 5
+    assert [subnet["name"] for subnet in plan["subnets"]][:3] == ["subnet-00", "subnet-01", "subnet-02"]
+    text = call(tmp_path, "plan", SWEEP).out
+    assert "it has not run yet" in text
+    assert "train 200, gate 200, val 200, test 200" in text
+
+
+@pytest.mark.parametrize(
+    ("setting", "redone", "reason"),
+    [
+        ("ray.trial_actors=1", set(), ""),
+        ("supernet.workers=2", set(), ""),
+        ("tracking.mlflow=false", set(), ""),
+        ("export.picks=[all]", set(), ""),
+        ("sampler.cohort=2", {"search"}, "sampler.cohort: 4 -> 2"),
+        ("space.gate.target={uniform: [0.1, 0.2]}", {"search"}, "space.gate.target.uniform"),
+        ("measure.repeats=3", {"measure", "search"}, "measure.repeats: 2 -> 3"),
+        ("supernet.train.epochs=3", {"supernet", "measure", "table", "search"}, "supernet.train.epochs: 8 -> 3"),
+        ("seed=1", {"supernet", "measure", "table", "search"}, "seed: 0 -> 1"),
+    ],
+)
+def test_plan_says_what_a_changed_setting_invalidates_and_why(
+    finished: Finished, setting: str, redone: set[str], reason: str
+) -> None:
+    plan = call(finished.folder, "plan", SWEEP, "--set", setting, "--json").json
+    stages = {stage["stage"]: stage for stage in plan["stages"]}
+    assert {name for name, stage in stages.items() if stage["status"] == "invalidated"} == redone
+    assert {name for name, stage in stages.items() if stage["status"] == "done"} == stages.keys() - redone
+    first, *others = [name for name in stages if name in redone] or [""]
+    assert not first or any(reason in item for item in stages[first]["because"])
+    assert all(any("which changed" in item for item in stages[name]["because"]) for name in others)
+
+
+def test_plan_says_how_many_trials_a_larger_budget_adds(finished: Finished) -> None:
+    plan = call(finished.folder, "plan", SWEEP, "--trials", "99", "--json").json
+    stages = {stage["stage"]: stage for stage in plan["stages"]}
+    assert {name: stage["status"] for name, stage in stages.items()} == {
+        "supernet": "done",
+        "measure": "done",
+        "table": "done",
+        "search": "resume",
+    }
+    assert stages["search"]["because"] == ["87 of 99 trials are left"]
+
+
+def test_status_of_a_finished_run(finished: Finished) -> None:
+    status = call(finished.folder, "status", "tiny", "--json").json
+    assert {name: stage["status"] for name, stage in status["stages"].items()} == dict.fromkeys(
+        ("supernet", "measure", "table", "search", "verify"), "done"
+    )
+    assert status["trials"] == {"completed": 12, "failed": 0, "budget": 12}
+    assert status["front"] == [trial_name(slot) for slot in finished.results.front]
+    assert status["is_verified"]
+    assert status["driver"] is None
+    text = call(finished.folder, "status", "tiny").out
+    assert "12 completed, of 12" in text
+    assert "not verified" not in text
+
+
+def test_a_run_is_found_by_name_in_the_runs_folder_and_by_path_from_anywhere(
+    finished: Finished, tmp_path: Path
+) -> None:
+    by_name = call(finished.folder, "status", "tiny").out
+    assert call(tmp_path, "status", "tiny", "--runs", finished.run.root).out == by_name
+    assert call(tmp_path, "status", finished.run.path).out == by_name
+
+
+def test_pareto_shows_the_front_on_both_splits_and_a_pick_narrows_it(finished: Finished) -> None:
+    results = finished.results
+    rows = call(finished.folder, "pareto", "tiny", "--json").json
+    assert {row["slot"] for row in rows} == set(results.front)
+    costs = [row["val"]["madds_m"] for row in rows]
+    assert costs == sorted(costs)
+    assert results.verified is not None
+    for row in rows:
+        point = next(point for point in results.verified.test.points if point.slot == row["slot"])
+        assert row["test_analysis"]["top1"]["value"] == point.top1.value
+        assert set(row["latency"]) == {"1", "8"}
+    (knee,) = call(finished.folder, "pareto", "tiny", "--pick", "knee", "--json").json
+    assert knee["slot"] in results.front
+    text = call(finished.folder, "pareto", "tiny").out
+    assert all(trial_name(slot) in text for slot in results.front)
+    assert "200 test images" in text
+
+
+def test_trials_lists_all_of_them(finished: Finished) -> None:
+    rows = call(finished.folder, "trials", "tiny", "--json").json
+    assert [row["name"] for row in rows] == [trial_name(slot) for slot in range(12)]
+    assert [row["metrics"] for row in rows] == [dict(record.metrics) for record in finished.results.records]
+    text = call(finished.folder, "trials", "tiny").out
+    assert text.count("*") == len(finished.results.front) + 1  # and the legend
+
+
+def test_report_builds_the_same_page_and_points_again(finished: Finished, tmp_path: Path) -> None:
+    folder = finished.copy(tmp_path)
+    run = results_in(folder).run
+    points = load_points(run.points_parquet)
+    run.points_parquet.unlink()
+    run.report_html.unlink()
+    answer = call(folder, "report", "tiny")
+    assert answer.code == 0, answer.err
+    assert answer.out.strip() == str(run.report_html)
+    assert load_points(run.points_parquet) == points
+    html = run.report_html.read_text(encoding="utf-8")
+    assert all(trial_name(slot) in html for slot in finished.results.front)
+    assert "<script src=" not in html
+
+
+def test_a_fault_of_ours_is_called_so_and_shows_no_traceback_unless_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_sweep(tmp_path)
+
+    def broken(*arguments: object, **options: object) -> None:
+        raise ZeroDivisionError("division by zero")
+
+    monkeypatch.setattr("orchestration.cli._load", broken)
+    answer = call(tmp_path, "validate", SWEEP)
+    assert answer.code == 1
+    assert "internal error: ZeroDivisionError: division by zero" in answer.err
+    assert "Traceback" not in answer.err
+    monkeypatch.setenv("DSNET_DEBUG", "1")
+    with pytest.raises(ZeroDivisionError):
+        call(tmp_path, "validate", SWEEP)
+
+
+def test_an_interrupt_before_the_run_is_opened_exits_130(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_sweep(tmp_path)
+
+    def interrupted(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("orchestration.pipeline.prepare", interrupted)
+    answer = call(tmp_path, "launch", SWEEP)
+    assert answer.code == 130
+    assert not (tmp_path / "runs").exists()
+
+
+def test_output_to_a_reader_that_leaves_ends_quietly(finished: Finished) -> None:
+    code = "from orchestration.cli import main; main()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, "trials", "tiny", "--json"],
+        cwd=finished.folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    errors = process.stderr.read()
+    process.stderr.close()
+    process.wait(60)
+    assert "Traceback" not in errors
+    assert "internal error" not in errors
+
+
+def test_json_goes_to_stdout_alone(finished: Finished) -> None:
+    for arguments in (["status", "tiny"], ["pareto", "tiny"], ["trials", "tiny"], ["plan", SWEEP]):
+        answer = call(finished.folder, *arguments, "--json")
+        assert answer.code == 0
+        assert answer.err == ""
+        assert json.loads(answer.out)

@@ -1,0 +1,157 @@
+"""MLflow is a projection: written while a sweep runs, or from its folder afterwards, the rows are the same."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow.tracking import MlflowClient
+
+from orchestration.projection import replay, subnet_rows, supernet_row, sweep_end_ms, sweep_row, trial_row, unix_ms
+from orchestration.rundir import mlflow_store_uri
+from orchestration.tracking import CurvePoint, NullTracker, TrackedRun
+from search.points import trial_name
+from tests.orchestration.samples import Finished, call, problems_of_message, results_in
+
+
+class Recorder(NullTracker):
+    """A tracker that remembers what it was told, in order."""
+
+    def __init__(self) -> None:
+        self.rows: list[TrackedRun] = []
+        self.points: list[CurvePoint] = []
+        self.named: dict[str, list[Mapping[str, float | None]]] = {}
+        self.files: list[str] = []
+
+    def parent(self, run: TrackedRun) -> None:
+        self.rows.append(run)
+
+    def supernet(self, run: TrackedRun) -> None:
+        self.rows.append(run)
+
+    def curve(self, points: Sequence[CurvePoint]) -> None:
+        self.points += points
+
+    def subnet(self, run: TrackedRun) -> None:
+        self.rows.append(run)
+
+    def trial(self, run: TrackedRun) -> None:
+        self.rows.append(run)
+
+    def series(self, prefix: str, rows: Sequence[Mapping[str, float | None]], time_ms: int) -> None:
+        self.named[prefix] = list(rows)
+
+    def artifact(self, path: Path) -> None:
+        self.files.append(path.name)
+
+
+def rows_of(runs: Path) -> dict[str, Any]:
+    """Everything in a store that is ours, by uid; ids and MLflow's own tags left out."""
+    client = MlflowClient(mlflow_store_uri(runs))
+    experiment = client.get_experiment_by_name("tiny")
+    assert experiment is not None
+    found = client.search_runs([experiment.experiment_id], max_results=1000)
+    return {
+        row.data.tags["uid"]: {
+            "name": row.info.run_name,
+            "status": row.info.status,
+            "times": (row.info.start_time, row.info.end_time),
+            "params": row.data.params,
+            "tags": {name: value for name, value in row.data.tags.items() if not name.startswith("mlflow.")},
+            "metrics": {
+                name: sorted((p.step, p.timestamp, p.value) for p in client.get_metric_history(row.info.run_id, name))
+                for name in row.data.metrics
+            },
+        }
+        for row in found
+    }
+
+
+def test_syncing_into_an_empty_store_writes_the_rows_of_the_launch_and_doing_it_again_changes_nothing(
+    finished: Finished, tmp_path: Path
+) -> None:
+    folder = finished.copy(tmp_path)
+    answer = call(folder, "sync", "tiny")
+    assert answer.code == 0, answer.err
+    assert "12 trials" in answer.out
+    once = rows_of(folder / "runs")
+    live = rows_of(finished.run.root)
+    assert once.keys() == live.keys()
+    for uid, row in once.items():
+        assert row == live[uid], uid
+    assert call(folder, "sync", "tiny").code == 0
+    assert rows_of(folder / "runs") == once
+
+
+def test_a_sweep_that_tracks_nothing_cannot_be_synced_and_says_how_it_could(finished: Finished, tmp_path: Path) -> None:
+    folder = finished.copy(tmp_path)
+    path = folder / "runs" / "tiny" / "sweep.yaml"
+    path.write_text(path.read_text().replace("mlflow: true", "mlflow: false"))
+    answer = call(folder, "sync", "tiny")
+    assert answer.code == 3
+    assert problems_of_message(answer, ["tracking.mlflow", "--set tracking.mlflow=true"]) == []
+
+
+def test_a_replay_tells_parent_supernet_subnets_and_trials_in_this_order(finished: Finished) -> None:
+    recorder = Recorder()
+    results = finished.results
+    replay(results, recorder)
+    kinds = [row.kind for row in recorder.rows]
+    assert kinds == ["sweep", "supernet", "supernet", *["subnet"] * len(results.subnets), *["trial"] * 12]
+    assert len({row.uid for row in recorder.rows}) == len(recorder.rows) - 1  # the supernet opens and closes
+    assert recorder.points[-1].metrics["epoch"] == pytest.approx(8.0)
+    assert set(recorder.named) == {"width", "front_val", "front_test"}
+    assert len(recorder.named["width"]) == 3
+    costs = [row["madds_m"] for row in recorder.named["width"]]
+    assert costs == sorted(costs)  # type: ignore[type-var]
+    assert len(recorder.named["front_val"]) == len(recorder.named["front_test"]) == len(results.front)
+    assert recorder.files == ["sweep.yaml", "points.parquet", "report.html"]
+
+
+def test_a_replay_of_a_run_that_has_only_begun_tells_what_there_is(finished: Finished, tmp_path: Path) -> None:
+    folder = finished.copy(tmp_path)
+    path = folder / "runs" / "tiny" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["stages"] = {}
+    path.write_text(json.dumps(manifest))
+    recorder = Recorder()
+    replay(results_in(folder), recorder)
+    assert [row.kind for row in recorder.rows] == ["sweep"]
+    assert recorder.points == []
+
+
+def test_rows_carry_the_times_of_the_run_folder_and_not_of_the_writing(finished: Finished) -> None:
+    results = finished.results
+    manifest, run = results.manifest, results.run
+    stage = manifest["stages"]["measure"]
+    for row in subnet_rows(manifest, run, results):
+        assert row.start_ms == unix_ms(stage["started_at"])
+        assert row.end_ms == row.start_ms + int(1000 * stage["seconds"])
+    record = results.records[3]
+    row = trial_row(manifest, run, record)
+    assert (row.start_ms, row.end_ms) == (record.start_ms, record.finished_ms)
+    assert row.name == trial_name(3)
+    verify = manifest["stages"]["verify"]
+    assert sweep_end_ms(manifest) == unix_ms(verify["started_at"]) + round(1000 * verify["seconds"])
+    assert sweep_end_ms({**manifest, "stages": {}}) == unix_ms(manifest["created_at"])
+
+
+def test_an_unfinished_supernet_has_no_end(finished: Finished) -> None:
+    results = finished.results
+    row = supernet_row(results.manifest, results.run, results.config, is_done=False)
+    assert (row.status, row.end_ms) == ("RUNNING", None)
+    done = supernet_row(results.manifest, results.run, results.config, is_done=True)
+    assert done.status == "FINISHED"
+    assert done.end_ms is not None
+    assert done.uid == row.uid
+
+
+def test_the_parent_carries_the_whole_configuration(finished: Finished) -> None:
+    results = finished.results
+    params = sweep_row(results.manifest, results.run, results.config).params
+    assert params["supernet.train.epochs"] == 8
+    assert params["budget.trials"] == 12
+    assert params["data.limit"] == 200

@@ -1,0 +1,139 @@
+"""What a run folder holds, read back at every stage of its life."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dsnet.cost import subnet_cost
+from dsnet.errors import CheckpointError, NotFoundError
+from dsnet.routing_table import RoutingTable
+from dsnet.training.gate import choose_routes
+from orchestration.planning import prepare_again
+from orchestration.reporting import hypervolume_of, reference_point, report_data
+from orchestration.results import RunResults, load_router
+from orchestration.rundir import RunDir
+from search.points import save_points, trial_name
+from tests.orchestration.samples import Finished, results_in
+
+STAGES = ("supernet", "measure", "table", "search", "verify")
+
+
+def without(finished: Finished, folder: Path, *stages: str) -> RunResults:
+    """The run as it was before `stages` were begun."""
+    copy = finished.copy(folder)
+    path = copy / "runs" / "tiny" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    for stage in stages:
+        shutil.rmtree(copy / "runs" / "tiny" / stage)
+        del manifest["stages"][stage]
+    path.write_text(json.dumps(manifest))
+    return results_in(copy)
+
+
+def test_a_run_that_does_not_exist_is_refused_with_those_that_do(finished: Finished) -> None:
+    with pytest.raises(NotFoundError, match="did you mean 'tiny'"):
+        RunResults(RunDir(finished.run.root, "tinny"))
+
+
+def test_measured_subnets_agree_with_the_table_and_the_analytic_cost(finished: Finished) -> None:
+    results = finished.results
+    table = RoutingTable.load(results.run.table(results.done_key("table"), "val"))
+    prepared = prepare_again(results)
+    assert [subnet.name for subnet in results.subnets if not subnet.is_teacher] == list(table.routes)
+    by_name = {subnet.name: subnet for subnet in results.subnets}
+    for subnet in prepared.subnets.all:
+        cost = subnet_cost(prepared.subnets.spec, subnet, prepared.image_size)
+        measured = by_name[subnet.name]
+        assert (measured.madds, measured.params) == (cost.madds, cost.params)
+    for route, name in enumerate(table.routes):
+        assert by_name[name].top1 == pytest.approx(table.top1()[route])
+        assert by_name[name].top5 == pytest.approx(table.correct5[:, route].mean())
+    assert results.widest.madds == max(table.madds)
+    assert results.num_val == table.num_images
+
+
+def test_every_trials_gate_is_stored_and_decides_as_its_metrics_say(finished: Finished) -> None:
+    results = finished.results
+    table = RoutingTable.load(results.run.table(results.done_key("table"), "val"))
+    rows = np.arange(table.num_images)
+    for record in results.records:
+        routes = choose_routes(results.router(record.slot), table)
+        assert table.correct1[rows, routes].mean() == pytest.approx(record.metrics["top1"])
+
+
+@pytest.mark.parametrize("num_done", range(len(STAGES) + 1))
+def test_a_run_that_stopped_after_any_stage_can_be_read(finished: Finished, tmp_path: Path, num_done: int) -> None:
+    results = without(finished, tmp_path, *STAGES[num_done:])
+    assert [results.is_done(stage) for stage in STAGES] == [index < num_done for index in range(5)]
+    assert bool(results.subnets) == bool(results.num_val) == (results.latency is not None) == (num_done >= 2)
+    assert len(results.records) == (12 if num_done >= 4 else 0)
+    assert results.front == (finished.results.front if num_done >= 4 else ())
+    assert (results.verified is not None) == (num_done == 5)
+    kinds = {(row["kind"], row["split"]) for row in results.points()}
+    assert ("gate", "val") in kinds or num_done < 4
+    assert {split for _, split in kinds} <= ({"val", "test"} if num_done == 5 else {"val"})
+    save_points(tmp_path / "points.parquet", results.points())
+    data = report_data(results, tuple("0123456789"), (), "stopped")
+    assert (data.front is not None) == (num_done >= 2)
+    assert (data.routes is not None) == (num_done == 5)
+    if num_done < 5:
+        with pytest.raises(NotFoundError, match=f"not finished its {STAGES[num_done]} stage.*dsnet-orch launch"):
+            results.done_key(STAGES[num_done])
+
+
+def test_a_stage_that_was_remade_above_leaves_nothing_current_below(finished: Finished, tmp_path: Path) -> None:
+    copy = finished.copy(tmp_path)
+    path = copy / "runs" / "tiny" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["stages"]["table"]["key"] = "f" * 64
+    path.write_text(json.dumps(manifest))
+    results = results_in(copy)
+    assert results.subnets
+    assert (results.records, results.front, results.verified) == ([], (), None)
+
+
+def test_a_front_that_is_not_the_verified_one_is_not_called_verified(finished: Finished, tmp_path: Path) -> None:
+    copy = finished.copy(tmp_path)
+    results = results_in(copy)
+    path = results.run.verify_json(results.done_key("verify"))
+    size = path.stat().st_size
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "front": content["front"][:-1]}).ljust(size))
+    assert path.stat().st_size == size
+    assert results_in(copy).is_done("verify")
+    assert results_in(copy).verified is None
+
+
+def test_a_missing_gate_file_says_what_to_do(finished: Finished, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="launch again"):
+        load_router(tmp_path / "slot-00001.safetensors")
+    assert finished.results.router(1).routes == (0, 1, 2)
+
+
+def test_hypervolume_never_falls_and_ends_with_that_of_the_front(finished: Finished) -> None:
+    results = finished.results
+    info = hypervolume_of(results)
+    assert info is not None
+    values = list(info.hypervolume)
+    assert values == sorted(values)
+    # Independent: area of the union of rectangles between the front's points and the reference.
+    _, worst = reference_point(results)
+    front = sorted(
+        (results.record(slot).metrics["madds_m"], results.record(slot).metrics["top1"]) for slot in results.front
+    )
+    edges = [madds for madds, _ in front[1:]] + [worst]
+    area = sum(
+        (min(edge, worst) - madds) * top1 for (madds, top1), edge in zip(front, edges, strict=True) if madds < worst
+    )
+    assert values[-1] == pytest.approx(area)
+    assert worst == pytest.approx(1.05 * results.widest.madds / 1e6)
+
+
+def test_names_of_trials_are_those_of_their_slots(finished: Finished) -> None:
+    names = [row["name"] for row in finished.results.points() if row["kind"] == "gate" and row["split"] == "val"]
+    assert names == [trial_name(slot) for slot in range(12)]
