@@ -298,7 +298,9 @@ class _Session:
         """
         tensors, meta = load_checkpoint(stem)
         expected = json.loads(json.dumps({"run": self.run.to_json(), **supernet_meta(self.student)}))
-        changed = [name for name, value in expected.items() if meta.get(name) != value]
+        stored = {**meta, "run": _without_housekeeping(meta.get("run"))}
+        expected["run"] = _without_housekeeping(expected["run"])
+        changed = [name for name, value in expected.items() if stored.get(name) != value]
         if changed:
             raise CheckpointError(
                 f"{stem}.json: was written under other settings ({', '.join(changed)}); remove {stem.parent} to train anew"
@@ -315,6 +317,14 @@ class _Session:
                 f"{stem}.json: incomplete (no step or updates); delete it to continue from the one before"
             )
         self.step, self.updates = meta["step"], meta["updates"]
+
+
+def _without_housekeeping(run: Any) -> Any:
+    """The settings that decide the weights: how often and how many checkpoints are kept may change between launches."""
+    if not isinstance(run, dict) or not isinstance(run.get("train"), dict):
+        return run
+    train = {name: value for name, value in run["train"].items() if name != "checkpoint_every"}
+    return {**{name: value for name, value in run.items() if name != "keep_checkpoints"}, "train": train}
 
 
 def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

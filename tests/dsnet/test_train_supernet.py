@@ -275,6 +275,13 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path: Path, change: dict[
         train(tmp_path, small_run(**change))
 
 
+def test_how_many_checkpoints_are_kept_may_change_between_launches(tmp_path: Path) -> None:
+    train(tmp_path, should_stop=KillAt(5, lambda: True))
+    assert checkpoint_stems(tmp_path)
+    assert train(tmp_path, small_run(keep_checkpoints=1)) is not None
+    assert len(checkpoint_stems(tmp_path)) == 1
+
+
 def test_a_checkpoint_of_an_architecture_of_like_shapes_is_refused(tmp_path: Path) -> None:
     train(tmp_path, should_stop=KillAt(5, lambda: True))
     with pytest.raises(CheckpointError, match=r"other settings \(spec, subnets\)"):
