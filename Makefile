@@ -50,7 +50,7 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 bench: $(READY)
-	@for name in $$($(BIN)/python -m benchmarks --names); do echo "== $$name"; $(BIN)/python -m benchmarks.$$name --quick || exit 1; done
+	@for name in $$($(BIN)/python -m benchmarks | cut -d' ' -f1); do echo "== $$name"; $(BIN)/python -m benchmarks.$$name --quick || exit 1; done
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
