@@ -85,7 +85,9 @@ def load_config(
     problems += _problems_of_presets(file_layer, others, known_models, environment)
     if problems or config is None:
         raise ConfigError("\n".join(str(problem) for problem in _in_file_order(problems)))
-    return LoadedConfig(config, _origins(config, stack), tuple(presets), tuple(config_warnings(config)))
+    origins = _origins(config, stack)
+    warnings = [*config_warnings(config), *_unused_settings(config, origins)]
+    return LoadedConfig(config, origins, tuple(presets), tuple(warnings))
 
 
 @dataclass(frozen=True)
@@ -433,6 +435,13 @@ def _origins(config: SweepConfig, stack: _Stack) -> dict[str, str]:
         _dotted(path): stack.owners[path].origin(path) if path in stack.owners else "default"
         for path in _setting_paths(config.model_dump(exclude={"presets"}), ())
     }
+
+
+def _unused_settings(config: SweepConfig, origins: Mapping[str, str]) -> Iterator[str]:
+    """Gate settings asked for on the command line that the search overrides in every trial."""
+    for key in config.space:
+        if origins.get(key) == "--set":
+            yield f"--set {key} is not used: space sweeps it; to fix it write --set space.{key}=VALUE"
 
 
 def _setting_paths(settings: Mapping[str, Any], path: KeyPath) -> Iterator[KeyPath]:

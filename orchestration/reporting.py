@@ -170,7 +170,15 @@ def _baseline(verified: Verified) -> Row:
         Scores(top1=_estimate(analysis.static_top1[widest]), madds_m=analysis.static_madds_m[widest])
         for analysis in (verified.val, verified.test)
     ]
-    return Row(name=verified.val.routes[widest], chosen=scores[0], reported=scores[1])
+    latency = verified.latency
+    size = max(latency.gates)
+    widest_ms = latency.widest[size].median_ms
+    return Row(
+        name=verified.val.routes[widest],
+        chosen=scores[0],
+        reported=scores[1],
+        latency=Latency(size, widest_ms, widest_ms, latency.cheapest[size].median_ms),
+    )
 
 
 def front_info(results: RunResults) -> FrontInfo | None:

@@ -374,6 +374,11 @@ def test_folders_are_expanded(sweep: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert config.storage.runs == "/disk/s/runs"
 
 
+def test_a_setting_that_the_space_sweeps_anyway_is_warned_about(sweep: Path) -> None:
+    (warning,) = load(sweep, HEAD, overrides=["gate.target=0.3"]).warnings
+    assert warning == "--set gate.target is not used: space sweeps it; to fix it write --set space.gate.target=VALUE"
+
+
 def test_warnings_come_with_the_configuration(sweep: Path) -> None:
     assert "all trials will be random" in load(sweep, HEAD, flags={"budget.trials": 4}).warnings[0]
 
