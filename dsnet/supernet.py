@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -43,7 +44,7 @@ class TrunkOutput:
         raise KeyError(f"unknown evidence {part!r}; known: {', '.join(EVIDENCE_PARTS)}")
 
 
-class Supernet(nn.Module):
+class Supernet(nn.Module, ABC):
     """A weight-sharing network over one `SubnetSet`; families subclass it.
 
     There are no modes to set: the sub-network is an argument of every call.
@@ -58,21 +59,21 @@ class Supernet(nn.Module):
         self.spec = spec
         self.subnets = subnets
 
+    @abstractmethod
     def trunk(self, images: Tensor, subnet: Subnet) -> TrunkOutput:
         """Run everything before the gate at the widths of `subnet`; images are [B, C, H, W] float, normalised."""
-        raise NotImplementedError(f"{type(self).__name__} must define trunk()")
 
+    @abstractmethod
     def tail(self, features: Tensor, subnet: Subnet) -> Tensor:
         """Run everything after the gate; returns logits [B, num_classes]."""
-        raise NotImplementedError(f"{type(self).__name__} must define tail()")
 
+    @abstractmethod
     def cut_trunk(self, subnet: Subnet) -> nn.Module:
         """The trunk at the widths of `subnet` as a plain module: images -> TrunkOutput."""
-        raise NotImplementedError(f"{type(self).__name__} must define cut_trunk()")
 
+    @abstractmethod
     def cut_tail(self, subnet: Subnet) -> nn.Module:
         """The tail at the widths of `subnet` as a plain module: features -> logits."""
-        raise NotImplementedError(f"{type(self).__name__} must define cut_tail()")
 
     def forward(self, images: Tensor, subnet: Subnet) -> Tensor:
         """Logits [B, num_classes] of one sub-network."""

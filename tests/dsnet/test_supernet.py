@@ -12,7 +12,7 @@ from torch import nn
 from dsnet.families import create, family_names, rebuild
 from dsnet.materialize import materialize, materialize_tail, materialize_trunk
 from dsnet.space import Subnet
-from dsnet.supernet import EVIDENCE_PARTS, Supernet, restrict, state_for_saving
+from dsnet.supernet import EVIDENCE_PARTS, restrict, state_for_saving
 from tests.dsnet.samples import random_images, small_supernet, task
 
 pytestmark = pytest.mark.parametrize("family", family_names())
@@ -207,6 +207,6 @@ def test_dropout_touches_the_largest_in_training_only(family: str) -> None:
 
 
 def test_a_set_of_another_spec_is_refused(family: str) -> None:
-    subnets = create(family, task()).subnets
+    supernet = create(family, task())
     with pytest.raises(ValueError, match="another supernet"):
-        Supernet(replace(subnets.spec, num_classes=3), subnets)
+        type(supernet)(replace(supernet.spec, num_classes=3), supernet.subnets)
