@@ -11,9 +11,8 @@ import torch
 
 from dsnet.cost import subnet_cost
 from dsnet.errors import CheckpointError, ConfigError
-from dsnet.families import Family, create, family_names, get_family, layout, register
+from dsnet.families import Family, create, family_names, get_family, layout, rebuild, register
 from dsnet.space import Subnet, SubnetSet, SupernetSpec
-from dsnet.supernet import Supernet
 from tests.dsnet.samples import small_set, task
 
 
@@ -121,7 +120,7 @@ def test_members_that_differ_before_the_gate_are_refused_where_a_gate_is_attache
     with pytest.raises(ValueError, match=r"must agree on the 2 channel groups before gate 'gate0'"):
         mixed.prefix_upto(0)
     with pytest.raises(ValueError, match="must agree"):
-        Supernet(subnets.spec, mixed)
+        rebuild(mixed)
 
 
 @pytest.mark.parametrize("family", family_names())
