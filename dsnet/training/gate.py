@@ -6,7 +6,7 @@ probabilities (METHODS 5): no Gumbel noise, no masks, no forward pass of the net
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -233,21 +233,25 @@ def calibrate(scores: NDArray[np.float64], madds: NDArray[np.float64], target: f
     gap = float(np.diff(np.unique(cost)).min(initial=1.0))
     bound = 2.0 * spread / gap
     above, below = _bisect(mean_cost, -bound, bound, wanted)
-    nearest = above if abs(mean_cost(above) - wanted) <= abs(mean_cost(below) - wanted) else below
-    reached = mean_cost(nearest)
-    # The whole step of the same mean: its ends by two more bisections, its middle is the answer.
-    left = (
-        -bound
-        if mean_cost(-bound) <= reached
-        else _bisect(mean_cost, -bound, nearest, np.nextafter(reached, np.inf))[1]
-    )
-    right = (
-        bound if mean_cost(bound) >= reached else _bisect(mean_cost, nearest, bound, np.nextafter(reached, -np.inf))[0]
-    )
+    nearest = min((above, below), key=lambda beta: abs(mean_cost(beta) - wanted))
+    left, right = _step_around(mean_cost, nearest, bound)
+    if right - left <= 4e-12 * bound:
+        # A step of no width is a tie of scores that rounding decides, not a choice: the nearer of its neighbours is taken.
+        neighbours = (left - 1e-11 * bound, right + 1e-11 * bound)
+        nearest = min(neighbours, key=lambda beta: abs(mean_cost(beta) - wanted))
+        left, right = _step_around(mean_cost, nearest, bound)
     return 0.5 * (left + right)
 
 
-def _bisect(falling, low: float, high: float, level: float) -> tuple[float, float]:  # type: ignore[no-untyped-def]
+def _step_around(falling: Callable[[float], float], inside: float, bound: float) -> tuple[float, float]:
+    """The ends of the step of a falling step function that holds `inside`, within -bound..bound."""
+    level = falling(inside)
+    left = -bound if falling(-bound) <= level else _bisect(falling, -bound, inside, np.nextafter(level, np.inf))[1]
+    right = bound if falling(bound) >= level else _bisect(falling, inside, bound, np.nextafter(level, -np.inf))[0]
+    return left, right
+
+
+def _bisect(falling: Callable[[float], float], low: float, high: float, level: float) -> tuple[float, float]:
     """(a, b), adjacent up to 1e-12 of the bracket, with falling(a) >= level >= falling(b) wherever the bracket allows it."""
     tolerance = 1e-12 * max(abs(low), abs(high), 1.0)
     while high - low > tolerance:

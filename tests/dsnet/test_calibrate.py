@@ -53,6 +53,7 @@ problems = st.tuples(st.integers(1, 9), st.integers(2, 4)).flatmap(
 @example(problem=([[0.0, 0.0], [0.0, 0.0]], [1, 2], 0.5))
 @example(problem=([[0.0, 1.0, 0.0], [0.0, 0.0, 1.0]], [3, 1, 2], 0.5))
 @example(problem=([[1.0, 0.0]], [5, 5], 0.5))
+@example(problem=([[0.0, 0.0, 0.0]], [2, 1, 3], 0.5))  # three routes tie at one beta: a step of no width
 def test_the_nearest_achievable_mean_is_reached_from_the_middle_of_its_step(
     problem: tuple[list[list[float]], list[int], float],
 ) -> None:
