@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dsnet.checkpoint import load_exactly, load_tensors, save_tensors
+from dsnet.checkpoint import load_exactly, load_tensors, save_tensors, tensors_below
 from dsnet.data.normalization import Normalization
 from dsnet.dynamic import DynamicNet
 from dsnet.errors import CheckpointError, DsnetError, PreflightError, VerificationError
@@ -238,8 +238,8 @@ def _assemble(
     weights = load_tensors(path / "weights.safetensors", manifest["files"]["weights.safetensors"])
     subnets = SubnetSet.from_json(SupernetSpec.from_json(manifest["spec"]), manifest["subnets"])
     supernet = rebuild(subnets)
-    load_exactly(supernet, _below(weights, "supernet."), str(path))
-    router = router_from_arrays(_below(weights, "router."), manifest["router"])
+    load_exactly(supernet, tensors_below(weights, "supernet."), str(path))
+    router = router_from_arrays(tensors_below(weights, "router."), manifest["router"])
     channels, height, width = manifest["image_shape"]
     net = DynamicNet(supernet.eval(), router, cut_weights=cut_weights, fold_bn=fold_bn, image_size=height)
     return Bundle(
@@ -251,10 +251,6 @@ def _assemble(
         route_names=tuple(subnet.name for subnet in subnets),
         image_shape=(channels, height, width),
     )
-
-
-def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 def check_bundle_files(bundle: Bundle) -> None:

@@ -122,3 +122,8 @@ def load_exactly(supernet: Supernet, tensors: Mapping[str, Tensor], where: str) 
     if problems:
         raise CheckpointError(f"{where}: the tensors do not fit {supernet.spec.family}: " + "; ".join(problems))
     supernet.load_state_dict(dict(tensors))
+
+
+def tensors_below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with `prefix`, under the rest of their names."""
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

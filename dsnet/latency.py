@@ -152,7 +152,7 @@ def measure_latency(
     head = torch.zeros(len(members), supernet.spec.gates[0].hidden, dtype=torch.float64, device=device)
     generator = torch.Generator().manual_seed(0)
     shape = (supernet.spec.in_channels, image_size, image_size)
-    synchronize = torch.cuda.synchronize if device.type == "cuda" else _no_wait
+    synchronize = waiter(device)
     total = len(settings.batch_sizes) + len(settings.group_sizes)
     subnets: dict[int, dict[str, Timing]] = {}
     parts: dict[int, dict[str, Timing]] = {}
@@ -205,6 +205,11 @@ def _decision(head: torch.Tensor, hidden: torch.Tensor) -> Callable[[], object]:
         return torch.unique_consecutive(routes[torch.argsort(routes)], return_counts=True)
 
     return decide
+
+
+def waiter(device: torch.device) -> Callable[[], None]:
+    """What waits until the device has done all that it was given."""
+    return torch.cuda.synchronize if device.type == "cuda" else _no_wait
 
 
 def _no_wait() -> None:

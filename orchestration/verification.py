@@ -14,7 +14,7 @@ from torch import Tensor
 from dsnet.data import Normalization
 from dsnet.dynamic import DynamicNet
 from dsnet.errors import VerificationError
-from dsnet.latency import LatencySettings, Timing, device_name, time_interleaved
+from dsnet.latency import LatencySettings, Timing, device_name, time_interleaved, waiter
 from dsnet.materialize import materialize
 from dsnet.precision import exact_float32
 from dsnet.routers import GateRouter
@@ -174,7 +174,7 @@ def time_front(
         nets |= {str(slot): shared.with_router(router) for slot, router in routers.items()}
     nets["widest"] = materialize(supernet, supernet.subnets[order[-1]], fold_bn=True)
     nets["cheapest"] = materialize(supernet, supernet.subnets[order[0]], fold_bn=True)
-    synchronize = torch.cuda.synchronize if device.type == "cuda" else _no_wait
+    synchronize = waiter(device)
     timings: dict[int, dict[str, Timing]] = {}
     threads_before = torch.get_num_threads()
     torch.set_num_threads(settings.threads)
@@ -218,7 +218,3 @@ def _over(net: Callable[[Tensor], object], batches: list[Tensor]) -> Callable[[]
             net(batch)
 
     return run
-
-
-def _no_wait() -> None:
-    """The CPU has nothing to wait for."""

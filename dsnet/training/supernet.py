@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dsnet.batchnorm import recalibrate
-from dsnet.checkpoint import load_checkpoint, load_exactly, save_checkpoint, save_supernet, supernet_meta
+from dsnet.checkpoint import load_checkpoint, load_exactly, save_checkpoint, save_supernet, supernet_meta, tensors_below
 from dsnet.data.augment import Augmentation, augment
 from dsnet.data.normalization import Normalization
 from dsnet.ema import ema_decay, frozen_copy, update_ema
@@ -305,10 +305,10 @@ class _Session:
             raise CheckpointError(
                 f"{stem}.json: was written under other settings ({', '.join(changed)}); remove {stem.parent} to train anew"
             )
-        load_exactly(self.student, _below(tensors, "student."), str(stem))
-        load_exactly(self.ema, _below(tensors, "ema."), str(stem))
+        load_exactly(self.student, tensors_below(tensors, "student."), str(stem))
+        load_exactly(self.ema, tensors_below(tensors, "ema."), str(stem))
         state: dict[int, dict[str, Any]] = {}
-        for name, value in _below(tensors, "optimizer.").items():
+        for name, value in tensors_below(tensors, "optimizer.").items():
             index, key = name.split(".", 1)
             state.setdefault(int(index), {})[key] = value
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
@@ -325,10 +325,6 @@ def _without_housekeeping(run: Any) -> Any:
         return run
     train = {name: value for name, value in run["train"].items() if name != "checkpoint_every"}
     return {**{name: value for name, value in run.items() if name != "keep_checkpoints"}, "train": train}
-
-
-def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 class _Curves:
