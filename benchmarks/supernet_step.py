@@ -27,12 +27,13 @@ from benchmarks.harness import (
     run_benchmark,
     sample_interleaved,
 )
-from dsnet.ema import frozen_copy, update_ema
+from dsnet.ema import Ema
 from dsnet.families import Task, create
 from dsnet.losses import smoothed_one_hot, soft_cross_entropy
 from dsnet.materialize import materialize, materialize_trunk
-from dsnet.supernet import Supernet
-from dsnet.training.supernet import StepPlan, TrainSettings, make_optimizer, supernet_step
+from dsnet.training.optimization import make_optimizer
+from dsnet.training.settings import TrainSettings
+from dsnet.training.step import StepPlan, StepRules, supernet_step
 
 BENCHMARK = "our in-place bootstrapping step over the same networks as plain static modules, time and peak memory (goal: at most 0.89)"
 GOAL = 0.89
@@ -48,20 +49,26 @@ class Workload:
     device: str
     image_size: int
     batch_size: int
+    precision: str
+    channels_last: bool
     seed: int
     threads: int
 
     @property
     def title(self) -> str:
         """What it is, in words."""
-        dtype = "bf16" if self.device == "cuda" else "float32"
-        return (
-            f"DS-MBNet, {self.device}, {self.image_size} px, batch {self.batch_size}, {dtype}, {self.threads} thread(s)"
-        )
+        layout = "channels_last" if self.channels_last else "contiguous"
+        size = f"{self.image_size} px, batch {self.batch_size}"
+        return f"DS-MBNet, {self.device}, {size}, {self.precision}, {layout}, {self.threads} thread(s)"
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """Of images and weights, for both ways."""
+        return torch.channels_last if self.channels_last else torch.contiguous_format
 
     def autocast(self) -> torch.autocast:
-        """bf16 on a GPU, nothing elsewhere."""
-        return torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda")
+        """bfloat16 where the workload says so."""
+        return torch.autocast(self.device, torch.bfloat16, enabled=self.precision == "bf16")
 
 
 class Networks:
@@ -70,13 +77,13 @@ class Networks:
     def __init__(self, workload: Workload) -> None:
         self.workload = workload
         task = Task(NUM_CLASSES, 3, workload.image_size)
-        self.student = create("ds_mbnet", task, {"dropout": 0.0}, seed=workload.seed).to(workload.device).train()
-        teacher = frozen_copy(self.student)
-        assert isinstance(teacher, Supernet)
-        self.teacher = teacher
+        student = create("ds_mbnet", task, {"dropout": 0.0}, seed=workload.seed).train()
+        self.student = student.to(device=workload.device, memory_format=workload.memory_format)
+        self.ema = Ema(self.student)
         generator = torch.Generator().manual_seed(workload.seed)
         shape = (workload.batch_size, 3, workload.image_size, workload.image_size)
-        self.images = torch.randn(shape, generator=generator).to(workload.device)
+        images = torch.randn(shape, generator=generator).to(workload.device)
+        self.images = images.contiguous(memory_format=workload.memory_format)
         self.labels = torch.randint(NUM_CLASSES, (workload.batch_size,), generator=generator).to(workload.device)
         members = self.student.subnets
         picks = (1 + torch.randperm(len(members) - 1, generator=generator)[:2]).tolist()
@@ -90,13 +97,11 @@ class Networks:
 
     def ours(self) -> Callable[[], dict[str, Tensor]]:
         """(a)."""
+        rules = StepRules(teacher="ema", smoothing=SMOOTHING, precision=self.workload.precision)
 
         def step() -> dict[str, Tensor]:
             self.student.zero_grad(set_to_none=True)
-            with self.workload.autocast():
-                return supernet_step(
-                    self.student, self.teacher, self.images, self.labels, self.plan, SMOOTHING, mode="ib"
-                )
+            return supernet_step(self.student, self.ema.module, self.images, self.labels, self.plan, rules)
 
         return step
 
@@ -108,7 +113,7 @@ class Networks:
         def update() -> None:
             step()
             optimizer.step()
-            update_ema(self.teacher, self.student, EMA_DECAY)
+            self.ema.update(EMA_DECAY)
 
         return update
 
@@ -116,34 +121,40 @@ class Networks:
         """(b)."""
         plan = self.plan
         largest, *smaller = [
-            (subnet.name, materialize(self.student, subnet).train().requires_grad_(True))
+            (subnet.name, self._plain(materialize(self.student, subnet)).train().requires_grad_(True))
             for subnet in (plan.largest, *plan.randoms, plan.smallest)
         ]
-        teacher = materialize(self.teacher, plan.largest)
+        teacher = self._plain(materialize(self.ema.module, plan.largest))
 
         def train(network: torch.nn.Module, target: Tensor) -> Tensor:
             network.zero_grad(set_to_none=True)
-            loss = soft_cross_entropy(network(self.images), target)
+            with self.workload.autocast():
+                logits = network(self.images).float()
+            loss = soft_cross_entropy(logits, target)
             loss.backward()
             return loss.detach()
 
         def step() -> dict[str, Tensor]:
-            with self.workload.autocast():
-                losses = {largest[0]: train(largest[1], smoothed_one_hot(self.labels, NUM_CLASSES, SMOOTHING))}
-                with torch.no_grad():
-                    target = teacher(self.images).softmax(1)
-                return losses | {name: train(network, target) for name, network in smaller}
+            losses = {largest[0]: train(largest[1], smoothed_one_hot(self.labels, NUM_CLASSES, SMOOTHING))}
+            with torch.no_grad(), self.workload.autocast():
+                target = teacher(self.images).float().softmax(1)
+            return losses | {name: train(network, target) for name, network in smaller}
 
         return step
 
+    def _plain(self, network: torch.nn.Module) -> torch.nn.Module:
+        """A plain network in the workload's memory order."""
+        return network.to(memory_format=self.workload.memory_format)
+
     def trunk(self) -> Callable[[], None]:
         """Forward and backward of the small trunk alone: (a) runs it once, (b) three times."""
-        trunk = materialize_trunk(self.student, self.plan.smallest).train().requires_grad_(True)
+        trunk = self._plain(materialize_trunk(self.student, self.plan.smallest)).train().requires_grad_(True)
 
         def step() -> None:
             trunk.zero_grad(set_to_none=True)
             with self.workload.autocast():
-                trunk(self.images).features.sum().backward()
+                features = trunk(self.images).features
+            features.sum().backward()
 
         return step
 
@@ -173,12 +184,15 @@ def peak_memory_mib(workload: Workload, way: str) -> dict[str, float]:
 
 
 def workloads(options: Options) -> list[Workload]:
-    """64 px and batch 32 on the CPU (32 px and 16 with --quick); 32 and 224 px and batch 256 on a GPU."""
+    """64 px and batch 32 on the CPU in both memory orders (32 px and 16 with --quick); 32 and 224 px, batch 256, bf16 on a GPU."""
     sizes = {"cpu": [(32, 16)] if options.quick else [(64, 32)], "cuda": [(32, 256), (224, 256)]}
+    precisions = {"cpu": "float32", "cuda": "bf16"}
+    layouts = {"cpu": (False, True), "cuda": (True,)}
     return [
-        Workload(device.type, image_size, batch_size, options.seed, options.threads)
+        Workload(device.type, size, batch_size, precisions[device.type], is_last, options.seed, options.threads)
         for device in devices()
-        for image_size, batch_size in sizes[device.type]
+        for size, batch_size in sizes[device.type]
+        for is_last in layouts[device.type]
     ]
 
 

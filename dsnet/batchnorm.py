@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dsnet.layers import BN_MOMENTUM
+from dsnet.prefix_tree import each_logits
 from dsnet.supernet import Supernet
 
 
@@ -15,15 +16,16 @@ from dsnet.supernet import Supernet
 def recalibrate(supernet: Supernet, batches: Iterable[Tensor]) -> None:
     """Replace all running statistics by cumulative averages over `batches` of clean, normalised images [B, C, H, W].
 
-    Every sub-network takes part, the teacher too, and each shared trunk runs once a batch, so that each set of statistics sees every
+    Every sub-network takes part, the teacher too, and each shared segment runs once a batch, so that each set of statistics sees every
     batch once. (Ours: the published recalibration skips the teacher and keeps a momentum of 0.1.)
 
     Raises:
         ValueError: there is no batch.
     """
     norms = supernet.batch_norms()
+    if not norms:
+        return  # nothing to estimate, and no reason to run anything
     was_training = supernet.training
-    groups = supernet.by_trunk(supernet.subnets.all)
     supernet.eval()
     for norm in norms:
         norm.reset_statistics()
@@ -33,10 +35,8 @@ def recalibrate(supernet: Supernet, batches: Iterable[Tensor]) -> None:
     try:
         for images in batches:
             num_batches += 1
-            for group in groups:
-                features = supernet.trunk(images, group[0]).features
-                for subnet in group:
-                    supernet.tail(features, subnet)
+            for _ in each_logits(supernet, images, supernet.subnets.all):
+                pass
     finally:
         for norm in norms:
             norm.momentum = BN_MOMENTUM

@@ -1,7 +1,8 @@
-"""The depthwise-separable block of DS-MBNet, with its attention, in two halves: a gate may decide between them."""
+"""The blocks that families are built of, sliced and plain: the separable one of DS-MBNet, the residual one of DS-ResNet."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from dsnet.layers import BatchNormBank, SlicedAttention, SlicedConv2d, SlicedDepthwiseConv2d
-from dsnet.space import Subnet
+from dsnet.layers import SlicedAttention, SlicedConv2d, SlicedDepthwiseConv2d, make_norm
+from dsnet.space import Subnet, SubnetSet
 
 
 @dataclass(frozen=True)
@@ -27,17 +28,16 @@ class BlockShape:
 class SeparableBlock(nn.Module):
     """dw3x3 -> BN -> Swish -> attention | pw1x1 -> BN -> Swish (METHODS 2); `|` is where a gate may decide the pointwise width."""
 
-    def __init__(
-        self, shape: BlockShape, subnets: tuple[Subnet, ...], widths: tuple[int, ...], generator: torch.Generator
-    ) -> None:
+    def __init__(self, shape: BlockShape, subnets: SubnetSet, generator: torch.Generator) -> None:
         super().__init__()
         self.shape = shape
-        max_in, max_out = widths[shape.in_group], widths[shape.out_group]
+        groups, norm = subnets.spec.groups, subnets.spec.norm
+        max_in, max_out = groups[shape.in_group].max_width, groups[shape.out_group].max_width
         self.depthwise = SlicedDepthwiseConv2d(max_in, 3, shape.stride, generator)
-        self.depthwise_norm = BatchNormBank(max_in, [subnet.prefix(shape.in_group + 1) for subnet in subnets])
+        self.depthwise_norm = make_norm(norm, max_in, subnets.prefixes(shape.in_group))
         self.attention = SlicedAttention(max_in, shape.hidden, generator)
         self.pointwise = SlicedConv2d(max_in, max_out, 1, 1, generator)
-        self.pointwise_norm = BatchNormBank(max_out, [subnet.prefix(shape.out_group + 1) for subnet in subnets])
+        self.pointwise_norm = make_norm(norm, max_out, subnets.prefixes(shape.out_group))
 
     def before_gate(self, x: Tensor, subnet: Subnet) -> tuple[Tensor, Tensor, Tensor]:
         """[B, c, H, W] -> (attended, the attention's input, its hidden vector)."""
@@ -67,8 +67,8 @@ class SeparableBlock(nn.Module):
         return ConvNormSwish(conv, self.pointwise_norm.cut(prefix))
 
 
-class ConvNormSwish(nn.Module):
-    """Plain convolution, BatchNorm, Swish."""
+class ConvNorm(nn.Module):
+    """Plain convolution and normalisation."""
 
     def __init__(self, conv: nn.Conv2d, norm: nn.Module) -> None:
         super().__init__()
@@ -77,7 +77,15 @@ class ConvNormSwish(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, c, H, W] -> [B, c', H', W']."""
-        return F.silu(self.norm(self.conv(x)))
+        return self.norm(self.conv(x))
+
+
+class ConvNormSwish(ConvNorm):
+    """Plain convolution, normalisation, Swish."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, c, H, W] -> [B, c', H', W']."""
+        return F.silu(super().forward(x))
 
 
 class PlainBeforeGate(nn.Module):
@@ -108,10 +116,145 @@ class PlainBlock(nn.Module):
         return self.after(self.before(x)[0])
 
 
+@dataclass(frozen=True)
+class ConvShape:
+    """Where a dense convolution with its normalisation stands in its network."""
+
+    in_groups: tuple[int, ...]
+    """The channel groups that write what it reads, which has the channels of the widest; none: it reads the image."""
+    out_group: int
+    kernel: int
+    stride: int = 1
+    upstream: int = 0
+    """The last channel group that its output depends on, where that is not `out_group`."""
+
+    def num_in(self, widths: Sequence[int], in_channels: int) -> int:
+        """Channels that it reads, for one width per group."""
+        return max((widths[group] for group in self.in_groups), default=in_channels)
+
+    def norm_key(self, subnet: Subnet) -> tuple[int, ...]:
+        """What its statistics depend on: every width upstream, and last its own."""
+        last = max(self.upstream, self.out_group)
+        key = subnet.prefix(last + 1)
+        return key if last == self.out_group else (*key, subnet.widths[self.out_group])
+
+
+class SlicedConvNorm(nn.Module):
+    """Sliced convolution and normalisation that write one channel group."""
+
+    def __init__(self, shape: ConvShape, subnets: SubnetSet, generator: torch.Generator) -> None:
+        super().__init__()
+        self.shape = shape
+        spec = subnets.spec
+        widest = [group.max_width for group in spec.groups]
+        self.in_channels = spec.in_channels
+        num_in, num_out = shape.num_in(widest, spec.in_channels), widest[shape.out_group]
+        self.conv = SlicedConv2d(num_in, num_out, shape.kernel, shape.stride, generator)
+        self.norm = make_norm(spec.norm, num_out, [shape.norm_key(subnet) for subnet in subnets.all])
+
+    def forward(self, x: Tensor, subnet: Subnet) -> Tensor:
+        """[B, c, H, W] -> [B, width of its group, H', W']."""
+        key = self.shape.norm_key(subnet)
+        return self.norm(self.conv(x, key[-1]), key)
+
+    def cut(self, subnet: Subnet) -> ConvNorm:
+        """Those of one sub-network as plain modules."""
+        key = self.shape.norm_key(subnet)
+        num_in = self.shape.num_in(subnet.widths, self.in_channels)
+        return ConvNorm(self.conv.cut(num_in, key[-1]), self.norm.cut(key))
+
+
+@dataclass(frozen=True)
+class ResidualShape:
+    """Where a residual block stands in its network."""
+
+    in_groups: tuple[int, ...]
+    """The channel groups whose layers have written the residual stream that it reads."""
+    inner_group: int
+    out_group: int
+    stride: int
+    is_bottleneck: bool
+    projects: bool
+    """Whether a 1x1 convolution makes the shortcut, so that a new residual stream begins."""
+
+    @property
+    def convs(self) -> tuple[ConvShape, ...]:
+        """The convolutions of the branch, in order; the 3x3 that comes first has the stride."""
+        inner, out = self.inner_group, self.out_group
+        upstream = max(self.in_groups)
+        if self.is_bottleneck:
+            return (
+                ConvShape(self.in_groups, inner, 1, 1, upstream),
+                ConvShape((inner,), inner, 3, self.stride, upstream),
+                ConvShape((inner,), out, 1, 1, max(inner, upstream)),
+            )
+        return (
+            ConvShape(self.in_groups, inner, 3, self.stride, upstream),
+            ConvShape((inner,), out, 3, 1, max(inner, upstream)),
+        )
+
+    @property
+    def projection(self) -> ConvShape:
+        """The convolution of the shortcut, for a block that has one."""
+        return ConvShape(self.in_groups, self.out_group, 1, self.stride, max(self.in_groups))
+
+    @property
+    def stream(self) -> tuple[int, ...]:
+        """The channel groups that have written the residual stream after this block."""
+        return tuple(dict.fromkeys((*(() if self.projects else self.in_groups), self.out_group)))
+
+
+class ResidualBlock(nn.Module):
+    """relu(shortcut + branch); the branch is 3x3-3x3 (basic) or 1x1-3x3-1x1 (bottleneck), each with its normalisation."""
+
+    def __init__(self, shape: ResidualShape, subnets: SubnetSet, generator: torch.Generator) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(SlicedConvNorm(conv, subnets, generator) for conv in shape.convs)
+        self.projection = SlicedConvNorm(shape.projection, subnets, generator) if shape.projects else None
+
+    def forward(self, x: Tensor, subnet: Subnet) -> Tensor:
+        """The residual stream [B, c, H, W] -> the stream after this block [B, c', H', W']."""
+        branch = x
+        for index, conv in enumerate(self.convs):
+            branch = conv(F.relu(branch) if index else branch, subnet)
+        return F.relu(add_streams(x if self.projection is None else self.projection(x, subnet), branch))
+
+    def cut(self, subnet: Subnet) -> PlainResidualBlock:
+        """The block of one sub-network as a plain module."""
+        branch: list[nn.Module] = []
+        for conv in self.convs:
+            branch += [conv.cut(subnet), nn.ReLU()]  # type: ignore[operator]
+        shortcut = nn.Identity() if self.projection is None else self.projection.cut(subnet)
+        return PlainResidualBlock(nn.Sequential(*branch[:-1]), shortcut)
+
+
+class PlainResidualBlock(nn.Module):
+    """Plain branch and shortcut."""
+
+    def __init__(self, branch: nn.Module, shortcut: nn.Module) -> None:
+        super().__init__()
+        self.branch = branch
+        self.shortcut = shortcut
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, c, H, W] -> [B, c', H', W']."""
+        return F.relu(add_streams(self.shortcut(x), self.branch(x)))
+
+
+def add_streams(x: Tensor, y: Tensor) -> Tensor:
+    """x + y, [B, c, H, W] each; the channels that one of them lacks are zero in it (METHODS 8, zero-padding match)."""
+    missing = y.shape[1] - x.shape[1]
+    if missing > 0:
+        x = F.pad(x, (0, 0, 0, 0, 0, missing))
+    elif missing < 0:
+        y = F.pad(y, (0, 0, 0, 0, 0, -missing))
+    return x + y
+
+
 def fold_batch_norms(module: nn.Module) -> nn.Module:
     """Fold every plain BatchNorm into the convolution before it, in place (eval mode only); returns `module`."""
     for part in module.modules():
-        if isinstance(part, ConvNormSwish) and isinstance(part.norm, nn.BatchNorm2d):
+        if isinstance(part, ConvNorm) and isinstance(part.norm, nn.BatchNorm2d):
             part.conv = fuse_conv_bn_eval(part.conv.eval(), part.norm.eval())
             part.norm = nn.Identity()
     return module

@@ -45,7 +45,7 @@ def subnet_cost(spec: SupernetSpec, subnet: Subnet, image_size: int) -> Cost:
     for op in spec.ops:
         size = sizes[op.reads]
         sizes[op.name] = _output_size(op, size)
-        num_in = spec.in_channels if op.in_group == IMAGE_CHANNELS else subnet.widths[op.in_group]
+        num_in = spec.in_channels if op.in_group == IMAGE_CHANNELS else op.input_width(subnet.widths)
         num_out = spec.num_classes if op.out_group == CLASSES else subnet.widths[op.out_group]
         segments[op.segment] += _madds(op, num_in, num_out, size, sizes[op.name])
         params += _params(op, num_in, num_out)
@@ -53,9 +53,19 @@ def subnet_cost(spec: SupernetSpec, subnet: Subnet, image_size: int) -> Cost:
 
 
 def shared_params(spec: SupernetSpec, subnets: Iterable[Subnet]) -> int:
-    """Parameters of the smallest supernet that holds all of `subnets`: every group at its widest among them."""
-    widest = tuple(max(widths) for widths in zip(*(subnet.widths for subnet in subnets), strict=True))
-    return subnet_cost(spec, Subnet("union", widest), spec.image_size).params
+    """Parameters of the smallest supernet that holds all of `subnets`: every group at its widest among them.
+
+    Private affine pairs (`norm="private_affine"`) count once for each prefix of widths.
+    """
+    members = tuple(subnets)
+    widest = tuple(max(widths) for widths in zip(*(subnet.widths for subnet in members), strict=True))
+    total = subnet_cost(spec, Subnet("union", widest), spec.image_size).params
+    if spec.norm == "private_affine":
+        for op in spec.ops:
+            if op.has_norm:
+                prefixes = {subnet.prefix(op.out_group + 1) for subnet in members}
+                total += 2 * (sum(prefix[-1] for prefix in prefixes) - widest[op.out_group])
+    return total
 
 
 def gate_madds(hidden: int, num_routes: int) -> int:
@@ -77,7 +87,7 @@ def _madds(op: Op, num_in: int, num_out: int, size_in: int, size_out: int) -> in
             return op.kernel**2 * num_in * size_out**2
         case "attention":
             return num_in * size_in**2 + 2 * op.hidden * num_in
-        case "pool":
+        case "pool" | "maxpool":
             return num_in * size_in**2
         case "linear":
             return num_in * num_out
@@ -92,7 +102,7 @@ def _params(op: Op, num_in: int, num_out: int) -> int:
             return op.kernel**2 * num_in + norm
         case "attention":
             return 2 * op.hidden * num_in + op.hidden + num_in
-        case "pool":
+        case "pool" | "maxpool":
             return 0
         case "linear":
             return num_in * num_out + num_out

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dsnet.slicing import corner
+
 BN_EPS = 1e-5
 BN_MOMENTUM = 0.1
 
@@ -27,7 +29,7 @@ class SlicedConv2d(nn.Module):
 
     def forward(self, x: Tensor, width: int) -> Tensor:
         """[B, c, H, W] -> [B, width, ceil(H / stride), ceil(W / stride)]."""
-        weight = self.weight[:width, : x.shape[1]]
+        weight = corner(self.weight, width, x.shape[1])
         return F.conv2d(x, weight, stride=self.stride, padding=weight.shape[-1] // 2)
 
     def cut(self, num_in: int, num_out: int) -> nn.Conv2d:
@@ -47,7 +49,7 @@ class SlicedDepthwiseConv2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, c, H, W] -> [B, c, ceil(H / stride), ceil(W / stride)]."""
         num_channels = x.shape[1]
-        weight = self.weight[:num_channels]
+        weight = corner(self.weight, num_channels)
         return F.conv2d(x, weight, stride=self.stride, padding=weight.shape[-1] // 2, groups=num_channels)
 
     def cut(self, num_channels: int) -> nn.Conv2d:
@@ -66,7 +68,7 @@ class SlicedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, c] -> [B, num_out]."""
-        return F.linear(x, self.weight[:, : x.shape[1]], self.bias)
+        return F.linear(x, corner(self.weight, self.weight.shape[0], x.shape[1]), self.bias)
 
     def cut(self, num_in: int) -> nn.Linear:
         """The slice as a plain linear layer."""
@@ -78,20 +80,35 @@ class SlicedLinear(nn.Module):
 
 
 class BatchNormBank(nn.Module):
-    """BatchNorm with one shared affine pair and private running statistics per prefix of widths.
+    """BatchNorm with private running statistics per prefix of widths, and one shared affine pair (or private ones).
 
     The statistics of a layer depend on every width upstream of it, so they are keyed by that prefix (METHODS 3, CONTRACTS SubnetSet):
     sub-networks that agree up to this layer share one set, which is what makes a shared trunk possible.
     """
 
-    def __init__(self, max_features: int, prefixes: Iterable[tuple[int, ...]]) -> None:
+    def __init__(
+        self,
+        max_features: int,
+        prefixes: Iterable[tuple[int, ...]],
+        *,
+        private_affine: bool = False,
+        tracks: bool = True,
+    ) -> None:
         super().__init__()
         self.momentum: float | None = BN_MOMENTUM
         """Weight of the newest batch; None is the cumulative average of recalibration, 0.0 leaves the statistics untouched."""
-        self.weight = nn.Parameter(torch.ones(max_features))
-        self.bias = nn.Parameter(torch.zeros(max_features))
-        for prefix in sorted(set(prefixes)):
+        self.tracks = tracks
+        """Whether training updates the statistics; where it does not, only recalibration makes them."""
+        self.private_affine = private_affine
+        known = sorted(set(prefixes))
+        if not private_affine:
+            self.weight = nn.Parameter(torch.ones(max_features))
+            self.bias = nn.Parameter(torch.zeros(max_features))
+        for prefix in known:
             suffix = _key(prefix)
+            if private_affine:
+                self.register_parameter(f"weight_{suffix}", nn.Parameter(torch.ones(prefix[-1])))
+                self.register_parameter(f"bias_{suffix}", nn.Parameter(torch.zeros(prefix[-1])))
             self.register_buffer(f"mean_{suffix}", torch.zeros(prefix[-1]))
             self.register_buffer(f"var_{suffix}", torch.ones(prefix[-1]))
             self.register_buffer(f"updates_{suffix}", torch.zeros((), dtype=torch.int64))
@@ -109,17 +126,22 @@ class BatchNormBank(nn.Module):
             )
         return self.get_buffer(f"mean_{suffix}"), self.get_buffer(f"var_{suffix}"), self.get_buffer(f"updates_{suffix}")
 
+    def affine(self, prefix: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """Scale and shift of one prefix."""
+        if self.private_affine:
+            suffix = _key(prefix)
+            return self.get_parameter(f"weight_{suffix}"), self.get_parameter(f"bias_{suffix}")
+        return corner(self.weight, prefix[-1]), corner(self.bias, prefix[-1])
+
     def forward(self, x: Tensor, prefix: tuple[int, ...]) -> Tensor:
         """Normalise [B, c, H, W] with the statistics of `prefix` (batch statistics while training)."""
         mean, var, updates = self.statistics(prefix)
-        num_channels = x.shape[1]
+        is_cumulative = self.momentum is None
         factor = 0.0
-        if self.training and self.momentum != 0.0:
+        if self.training and (is_cumulative or (self.tracks and self.momentum != 0.0)):
             updates += 1
-            factor = self.momentum if self.momentum is not None else 1.0 / float(updates)
-        return F.batch_norm(
-            x, mean, var, self.weight[:num_channels], self.bias[:num_channels], self.training, factor, BN_EPS
-        )
+            factor = 1.0 / float(updates) if self.momentum is None else self.momentum
+        return F.batch_norm(x, mean, var, *self.affine(prefix), self.training, factor, BN_EPS)
 
     def reset_statistics(self) -> None:
         """Forget every running statistic, as recalibration starts."""
@@ -130,10 +152,11 @@ class BatchNormBank(nn.Module):
     def cut(self, prefix: tuple[int, ...]) -> nn.BatchNorm2d:
         """The statistics of one prefix as a plain BatchNorm2d in eval mode."""
         mean, var, updates = self.statistics(prefix)
+        weight, bias = self.affine(prefix)
         plain = nn.BatchNorm2d(prefix[-1], eps=BN_EPS, momentum=BN_MOMENTUM)
         with torch.no_grad():
-            plain.weight.copy_(self.weight[: prefix[-1]])
-            plain.bias.copy_(self.bias[: prefix[-1]])
+            plain.weight.copy_(weight)
+            plain.bias.copy_(bias)
         for target, source in (
             (plain.running_mean, mean),
             (plain.running_var, var),
@@ -144,28 +167,79 @@ class BatchNormBank(nn.Module):
         return plain.eval()
 
 
+class SlicedGroupNorm(nn.Module):
+    """GroupNorm sliced to the input's channels: no statistics, so no bank (Wu & He, arXiv 1803.08494).
+
+    Groups have 16 channels, or 8 or 4 where the width is no multiple; a width that is no multiple of 4 is one group (ours).
+    """
+
+    def __init__(self, max_features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(max_features))
+        self.bias = nn.Parameter(torch.zeros(max_features))
+
+    def forward(self, x: Tensor, prefix: tuple[int, ...]) -> Tensor:
+        """Normalise [B, c, H, W] image by image; `prefix[-1]` is c."""
+        width = prefix[-1]
+        return F.group_norm(x, _num_norm_groups(width), corner(self.weight, width), corner(self.bias, width), BN_EPS)
+
+    def cut(self, prefix: tuple[int, ...]) -> nn.GroupNorm:
+        """The slice as a plain GroupNorm."""
+        width = prefix[-1]
+        plain = nn.GroupNorm(_num_norm_groups(width), width, BN_EPS)
+        with torch.no_grad():
+            plain.weight.copy_(self.weight[:width])
+            plain.bias.copy_(self.bias[:width])
+        return plain
+
+
+def _num_norm_groups(width: int) -> int:
+    return next((width // size for size in (16, 8, 4) if width % size == 0), 1)
+
+
+def make_norm(kind: str, max_features: int, prefixes: Iterable[tuple[int, ...]]) -> BatchNormBank | SlicedGroupNorm:
+    """The normalisation of one layer.
+
+    Args:
+        kind: one of `dsnet.space.NORMS`.
+        max_features: channels of the widest sub-network.
+        prefixes: of every sub-network, the widths up to this layer.
+    """
+    if kind == "group_norm":
+        return SlicedGroupNorm(max_features)
+    return BatchNormBank(max_features, prefixes, private_affine=kind == "private_affine", tracks=kind != "recalibrate")
+
+
 class SlicedAttention(nn.Module):
     """Squeeze-and-excitation whose hidden layer is never sliced; in a gated block its hidden vector also feeds the slimming head."""
 
-    def __init__(self, max_channels: int, hidden: int, generator: torch.Generator) -> None:
+    def __init__(
+        self, max_channels: int, hidden: int, generator: torch.Generator, *, is_residual: bool = False
+    ) -> None:
         super().__init__()
+        self.is_residual = is_residual
+        """False: x * sigmoid(a). True: x * (1 + tanh(a)), the identity at first (METHODS 2, DS-ResNet)."""
         self.reduce_weight = nn.Parameter(torch.empty(hidden, max_channels))
         self.reduce_bias = nn.Parameter(torch.zeros(hidden))
-        self.expand_weight = nn.Parameter(torch.empty(max_channels, hidden))
+        self.expand_weight = nn.Parameter(torch.zeros(max_channels, hidden))
         self.expand_bias = nn.Parameter(torch.zeros(max_channels))
-        for weight in (self.reduce_weight, self.expand_weight):
-            nn.init.kaiming_normal_(weight, mode="fan_in", nonlinearity="relu", generator=generator)
+        nn.init.kaiming_normal_(self.reduce_weight, mode="fan_in", nonlinearity="relu", generator=generator)
+        if not is_residual:
+            nn.init.kaiming_normal_(self.expand_weight, mode="fan_in", nonlinearity="relu", generator=generator)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """[B, c, H, W] -> (attended [B, c, H, W], hidden vector [B, hidden])."""
         num_channels = x.shape[1]
-        hidden = F.relu(F.linear(x.mean((2, 3)), self.reduce_weight[:, :num_channels], self.reduce_bias))
-        scale = torch.sigmoid(F.linear(hidden, self.expand_weight[:num_channels], self.expand_bias[:num_channels]))
+        reduce = corner(self.reduce_weight, self.reduce_bias.shape[0], num_channels)
+        hidden = F.relu(F.linear(x.mean((2, 3)), reduce, self.reduce_bias))
+        logits = F.linear(hidden, corner(self.expand_weight, num_channels), corner(self.expand_bias, num_channels))
+        scale = 1.0 + torch.tanh(logits) if self.is_residual else torch.sigmoid(logits)
         return x * scale[:, :, None, None], hidden
 
     def cut(self, num_channels: int) -> SlicedAttention:
         """The slice with its own contiguous weights (the same class: cut to full width it is a plain module)."""
-        plain = SlicedAttention(num_channels, self.reduce_bias.shape[0], torch.Generator())
+        hidden = self.reduce_bias.shape[0]
+        plain = SlicedAttention(num_channels, hidden, torch.Generator(), is_residual=self.is_residual)
         with torch.no_grad():
             plain.reduce_weight.copy_(self.reduce_weight[:, :num_channels])
             plain.reduce_bias.copy_(self.reduce_bias)

@@ -21,7 +21,12 @@ IMAGE_CHANNELS = -1
 CLASSES = -2
 """The `out_group` of an op whose output channels are the classes."""
 
-OpKind = Literal["conv", "depthwise", "attention", "pool", "linear"]
+NORMS = ("private_stats", "private_affine", "recalibrate", "group_norm")
+"""How sub-networks of different widths normalise (CONTRACTS, Supernet training): BatchNorm with private running statistics per prefix
+of widths and one shared affine pair; with private affine pairs too; with statistics that training leaves alone and recalibration makes;
+or GroupNorm, which keeps no statistics."""
+
+OpKind = Literal["conv", "depthwise", "attention", "maxpool", "pool", "linear"]
 
 
 @dataclass(frozen=True)
@@ -36,8 +41,8 @@ class ChannelGroup:
 class Op:
     """One costed operation of the supernet, in execution order.
 
-    Spatial size: `conv` and `depthwise` pad by `kernel // 2`, so n pixels become ceil(n / stride); `pool` and `linear` have size 1;
-    `attention` keeps its input's size.
+    Spatial size: `conv`, `depthwise` and `maxpool` pad by `kernel // 2`, so n pixels become ceil(n / stride); `pool` and `linear` have
+    size 1; `attention` keeps its input's size.
     """
 
     name: str
@@ -52,6 +57,12 @@ class Op:
     has_norm: bool = False
     segment: int = 0
     """0: before the first gate decides; s: after gate s - 1 decided."""
+    in_union: tuple[int, ...] = ()
+    """Further groups that write what the op reads: a residual stream holds the channels of its widest writer."""
+
+    def input_width(self, widths: Sequence[int]) -> int:
+        """Channels that the op reads, for a sub-network's widths (not for an op that reads the image)."""
+        return max(widths[group] for group in (self.in_group, *self.in_union))
 
 
 @dataclass(frozen=True)
@@ -63,7 +74,7 @@ class GateSpec:
     hidden: int
     """Length of the hidden vector h that the slimming head reads."""
     num_prefix_groups: int
-    """The first so many channel groups lie before the gate; all routes of the gate must agree on them."""
+    """The first so many channel groups lie before the gate; the routes that it chooses among agree on them."""
 
 
 @dataclass(frozen=True)
@@ -93,10 +104,25 @@ class SupernetSpec:
     gates: tuple[GateSpec, ...]
     layout: Mapping[str, Any] = field(default_factory=dict)
     """What the family's builder needs beside the groups, as plain JSON values."""
+    norm: str = "private_stats"
+    """One of `NORMS`."""
+
+    def __post_init__(self) -> None:
+        if self.norm not in NORMS:
+            raise ValueError(f"norm is {self.norm!r}; known: {', '.join(NORMS)}")
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON-able mapping that `from_json` reads back to an equal spec."""
-        return asdict(self)
+        """A JSON-able mapping that `from_json` reads back to an equal spec.
+
+        What came after the first release is left out where it holds its default, so that older fingerprints stay.
+        """
+        data = asdict(self)
+        if data["norm"] == "private_stats":
+            del data["norm"]
+        for op in data["ops"]:
+            if not op["in_union"]:
+                del op["in_union"]
+        return data
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> SupernetSpec:
@@ -110,14 +136,18 @@ class SupernetSpec:
                 **{
                     **data,
                     "groups": tuple(ChannelGroup(**group) for group in data["groups"]),
-                    "ops": tuple(Op(**op) for op in data["ops"]),
+                    "ops": tuple(Op(**{**op, "in_union": tuple(op.get("in_union", ()))}) for op in data["ops"]),
                     "gates": tuple(GateSpec(**gate) for gate in data["gates"]),
                 }
             )
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(
                 f"the stored supernet spec cannot be read: {error}; it was written by another version"
             ) from error
+
+    def num_prefix_groups(self, gate: int) -> int:
+        """How many channel groups lie before a gate; all of them for a gate that is not there."""
+        return self.gates[gate].num_prefix_groups if gate < len(self.gates) else len(self.groups)
 
     @property
     def fingerprint(self) -> str:
@@ -184,13 +214,17 @@ class SubnetSet:
         size = self.spec.image_size if image_size is None else image_size
         return tuple(sorted(range(len(self)), key=lambda k: subnet_cost(self.spec, self.members[k], size).madds))
 
+    def prefixes(self, group: int) -> list[tuple[int, ...]]:
+        """Of every member and the teacher, the widths up to channel group `group`, itself included."""
+        return [subnet.prefix(group + 1) for subnet in self.all]
+
     def prefix_upto(self, gate: int) -> tuple[int, ...]:
         """The widths that all members share before gate number `gate`.
 
         Raises:
             ValueError: two members differ before the gate, so that no gate there could choose between them.
         """
-        num_groups = self.spec.gates[gate].num_prefix_groups
+        num_groups = self.spec.num_prefix_groups(gate)
         prefixes = {subnet.prefix(num_groups) for subnet in self.members}
         if len(prefixes) > 1:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""What every supernet can do: `net(images, subnet)`, and the same in two halves around its gate."""
+"""What every supernet can do: `net(images, subnet)`, and the same in segments between its gates."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ EVIDENCE_PARTS = ("mean", "deviation", "maximum", "hidden")
 
 @dataclass(frozen=True)
 class TrunkOutput:
-    """What the trunk hands over at the gate."""
+    """What a segment hands over at its gate."""
 
     features: Tensor
-    """[B, c, H, W]: the attended features that every tail continues from."""
+    """[B, c, H, W]: the attended features that everything after the gate continues from."""
     gate_input: Tensor
     """[B, c, H, W]: the same before attention."""
     hidden: Tensor
@@ -47,52 +47,76 @@ class TrunkOutput:
 class Supernet(nn.Module, ABC):
     """A weight-sharing network over one `SubnetSet`; families subclass it.
 
-    There are no modes to set: the sub-network is an argument of every call.
+    There are no modes to set: the sub-network is an argument of every call. A network with G gates has G + 1 segments: up to the first
+    gate (the trunk, on which all members agree), from gate to gate, and from the last gate to the logits.
     """
 
     def __init__(self, spec: SupernetSpec, subnets: SubnetSet) -> None:
         super().__init__()
         if subnets.spec != spec:
             raise ValueError("the set of sub-networks was made for another supernet")
-        for gate in range(len(spec.gates)):
-            subnets.prefix_upto(gate)
+        if spec.gates:
+            subnets.prefix_upto(0)  # a later gate chooses among those that agree before it
         self.spec = spec
         self.subnets = subnets
 
     @abstractmethod
+    def upto_gate(self, gate: int, x: Tensor, subnet: Subnet) -> TrunkOutput:
+        """Run one segment at the widths of `subnet`, up to gate number `gate`.
+
+        `x`: for gate 0 the images [B, C, H, W], float, normalised; else the features that the gate before handed over.
+        """
+
+    @abstractmethod
+    def head(self, features: Tensor, subnet: Subnet) -> Tensor:
+        """Run the last segment: from what the last gate handed over to the logits [B, num_classes]."""
+
+    @abstractmethod
+    def cut_upto_gate(self, gate: int, subnet: Subnet) -> nn.Module:
+        """A segment at the widths of `subnet` as a plain module: images or features -> TrunkOutput."""
+
+    @abstractmethod
+    def cut_head(self, subnet: Subnet) -> nn.Module:
+        """The last segment at the widths of `subnet` as a plain module: features -> logits."""
+
     def trunk(self, images: Tensor, subnet: Subnet) -> TrunkOutput:
-        """Run everything before the gate at the widths of `subnet`; images are [B, C, H, W] float, normalised."""
+        """Run everything before the first gate; images are [B, C, H, W] float, normalised."""
+        return self.upto_gate(0, images, subnet)
 
-    @abstractmethod
     def tail(self, features: Tensor, subnet: Subnet) -> Tensor:
-        """Run everything after the gate; returns logits [B, num_classes]."""
+        """Run everything after the first gate; returns logits [B, num_classes]."""
+        for gate in range(1, len(self.spec.gates)):
+            features = self.upto_gate(gate, features, subnet).features
+        return self.head(features, subnet)
 
-    @abstractmethod
     def cut_trunk(self, subnet: Subnet) -> nn.Module:
         """The trunk at the widths of `subnet` as a plain module: images -> TrunkOutput."""
+        return self.cut_upto_gate(0, subnet)
 
-    @abstractmethod
     def cut_tail(self, subnet: Subnet) -> nn.Module:
         """The tail at the widths of `subnet` as a plain module: features -> logits."""
+        between = [PlainFeatures(self.cut_upto_gate(gate, subnet)) for gate in range(1, len(self.spec.gates))]
+        return nn.Sequential(*between, self.cut_head(subnet)) if between else self.cut_head(subnet)
 
     def forward(self, images: Tensor, subnet: Subnet) -> Tensor:
         """Logits [B, num_classes] of one sub-network."""
         return self.tail(self.trunk(images, subnet).features, subnet)
 
-    def num_trunk_groups(self) -> int:
-        """How many channel groups lie before the first gate (all of them where there is no gate)."""
-        return self.spec.gates[0].num_prefix_groups if self.spec.gates else len(self.spec.groups)
-
-    def by_trunk(self, subnets: Sequence[Subnet]) -> list[list[Subnet]]:
-        """Group sub-networks that share a trunk, so that it runs once for each group."""
-        groups: dict[tuple[int, ...], list[Subnet]] = {}
-        for subnet in subnets:
-            groups.setdefault(subnet.prefix(self.num_trunk_groups()), []).append(subnet)
-        return list(groups.values())
-
     def batch_norms(self) -> list[BatchNormBank]:
-        """Every BatchNorm bank, in module order."""
+        """Every BatchNorm bank, in module order; none where the network normalises without statistics."""
         return [module for module in self.modules() if isinstance(module, BatchNormBank)]
+
+
+class PlainFeatures(nn.Module):
+    """A plain segment of which only the features go on."""
+
+    def __init__(self, segment: nn.Module) -> None:
+        super().__init__()
+        self.segment = segment
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images or features -> features."""
+        return self.segment(x).features
 
 
 def restrict(supernet: Supernet, members: Sequence[int]) -> Supernet:

@@ -6,7 +6,7 @@ import difflib
 import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,7 +33,8 @@ class Family:
     defaults: Mapping[str, Any]
     """Every option with its default; an option not named here is refused."""
     layout: Callable[[Task, Mapping[str, Any]], SubnetSet]
-    """(task, complete options) -> the spec's sub-networks; raises ValueError naming a bad option. Needs no weights."""
+    """(task, complete options) -> the spec's sub-networks; raises ValueError naming a bad option. Needs no weights. The spec's `norm` is
+    what suits the family where the user asks for none."""
     build: Callable[[SupernetSpec, SubnetSet, torch.Generator], Supernet]
 
 
@@ -65,8 +66,14 @@ def get_family(name: str) -> Family:
     return _FAMILIES[name]
 
 
-def layout(name: str, task: Task, options: Mapping[str, Any] | None = None) -> SubnetSet:
+def layout(name: str, task: Task, options: Mapping[str, Any] | None = None, norm: str | None = None) -> SubnetSet:
     """The sub-networks (and with them the spec) of a family for a task, without building weights.
+
+    Args:
+        name: the family's registered name.
+        task: what it must fit.
+        options: of the family; the rest take its defaults.
+        norm: one of `dsnet.space.NORMS`; None for the family's own choice.
 
     Raises:
         ConfigError: unknown family or option, or an option out of its range.
@@ -81,18 +88,23 @@ def layout(name: str, task: Task, options: Mapping[str, Any] | None = None) -> S
                 f"supernet.options.{key}: unknown option of {name}{hint} known: {', '.join(family.defaults)}"
             )
     try:
-        return family.layout(task, {**family.defaults, **options})
+        subnets = family.layout(task, {**family.defaults, **options})
+        if norm is None or norm == subnets.spec.norm:
+            return subnets
+        return replace(subnets, spec=replace(subnets.spec, norm=norm))
     except (ValueError, TypeError) as error:
         raise ConfigError(f"supernet.options of {name}: {error}") from error
 
 
-def create(name: str, task: Task, options: Mapping[str, Any] | None = None, *, seed: int = 0) -> Supernet:
+def create(
+    name: str, task: Task, options: Mapping[str, Any] | None = None, *, norm: str | None = None, seed: int = 0
+) -> Supernet:
     """A freshly initialised supernet; equal seeds give equal weights.
 
     Raises:
         ConfigError: as `layout`.
     """
-    return rebuild(layout(name, task, options), torch.Generator().manual_seed(seed))
+    return rebuild(layout(name, task, options, norm), torch.Generator().manual_seed(seed))
 
 
 def rebuild(subnets: SubnetSet, generator: torch.Generator | None = None) -> Supernet:

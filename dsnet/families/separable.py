@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from dsnet.blocks import BlockShape, ConvNormSwish, PlainBlock, SeparableBlock
 from dsnet.families import Family, Task, register
-from dsnet.layers import BatchNormBank, SlicedConv2d, SlicedLinear
+from dsnet.families.options import check_choice, check_number, is_integer, scaled_widths
+from dsnet.layers import SlicedConv2d, SlicedLinear, make_norm
 from dsnet.space import CLASSES, IMAGE, IMAGE_CHANNELS, ChannelGroup, GateSpec, Op, Subnet, SubnetSet, SupernetSpec
 from dsnet.supernet import Supernet, TrunkOutput
 
@@ -24,6 +25,8 @@ MBNET_ATTENTION = 0.25
 """Hidden channels of an attention, relative to the block's largest input (METHODS 2)."""
 TINY_ATTENTION = 1.0
 """The same for DS-Tiny: a quarter of its few channels would leave the gate next to no evidence."""
+MAX_WIDTH = 65536
+"""Of a width that a user writes: a wrong unit or a slipped digit is told before it takes all memory."""
 
 
 @dataclass(frozen=True)
@@ -56,22 +59,23 @@ class SeparableSupernet(Supernet):
         generator = generator if generator is not None else torch.Generator().manual_seed(0)
         widths = tuple(group.max_width for group in spec.groups)
         self.stem = SlicedConv2d(spec.in_channels, widths[0], 3, spec.layout["stem_stride"], generator)
-        self.stem_norm = BatchNormBank(widths[0], [subnet.prefix(1) for subnet in subnets.all])
+        self.stem_norm = make_norm(spec.norm, widths[0], subnets.prefixes(0))
         self.blocks = nn.ModuleList(
-            SeparableBlock(BlockShape(**shape), subnets.all, widths, generator) for shape in spec.layout["blocks"]
+            SeparableBlock(BlockShape(**shape), subnets, generator) for shape in spec.layout["blocks"]
         )
         self.classifier = SlicedLinear(widths[-1], spec.num_classes, generator)
         self.gated_block: int = spec.layout["gated_block"]
         self.dropout: float = spec.layout["dropout"]
 
-    def trunk(self, images: Tensor, subnet: Subnet) -> TrunkOutput:
+    def upto_gate(self, gate: int, x: Tensor, subnet: Subnet) -> TrunkOutput:
         """Stem and blocks up to the gated block's attention."""
-        x = F.silu(self.stem_norm(self.stem(images, subnet.widths[0]), subnet.prefix(1)))
+        assert gate == 0, gate
+        x = F.silu(self.stem_norm(self.stem(x, subnet.widths[0]), subnet.prefix(1)))
         for block in self.blocks[: self.gated_block]:
             x = block(x, subnet)
         return TrunkOutput(*self.blocks[self.gated_block].before_gate(x, subnet))  # type: ignore[operator]
 
-    def tail(self, features: Tensor, subnet: Subnet) -> Tensor:
+    def head(self, features: Tensor, subnet: Subnet) -> Tensor:
         """The gated block's pointwise half, the rest, and the classifier (dropout for the largest only, METHODS 2)."""
         x = self.blocks[self.gated_block].after_gate(features, subnet)  # type: ignore[operator]
         for block in self.blocks[self.gated_block + 1 :]:
@@ -81,15 +85,16 @@ class SeparableSupernet(Supernet):
             x = F.dropout(x, self.dropout)
         return self.classifier(x)
 
-    def cut_trunk(self, subnet: Subnet) -> nn.Module:
+    def cut_upto_gate(self, gate: int, subnet: Subnet) -> nn.Module:
         """Plain modules from the image to the gate."""
+        assert gate == 0, gate
         stem = ConvNormSwish(
             self.stem.cut(self.spec.in_channels, subnet.widths[0]), self.stem_norm.cut(subnet.prefix(1))
         )
         blocks = [self._cut_block(block, subnet) for block in self.blocks[: self.gated_block]]
         return _PlainTrunk(nn.Sequential(stem, *blocks), self.blocks[self.gated_block].cut_before(subnet))  # type: ignore[operator]
 
-    def cut_tail(self, subnet: Subnet) -> nn.Module:
+    def cut_head(self, subnet: Subnet) -> nn.Module:
         """Plain modules from the gate to the logits."""
         first = self.blocks[self.gated_block].cut_after(subnet)  # type: ignore[operator]
         blocks = [self._cut_block(block, subnet) for block in self.blocks[self.gated_block + 1 :]]
@@ -185,13 +190,7 @@ def _subnets(spec: SupernetSpec, stages: Sequence[Stage], gated_stage: int) -> S
 
 
 def _scaled(widths: Sequence[int], factor: float) -> tuple[int, ...]:
-    """Widths times `factor`, to the nearest multiple of 4 (at least 4), strictly rising."""
-    scaled = [max(4, 4 * round(width * factor / 4)) for width in widths]
-    if any(right <= left for left, right in pairwise(scaled)):
-        raise ValueError(
-            f"width {factor} makes neighbouring widths equal ({scaled}); use a larger width or fewer routes"
-        )
-    return tuple(scaled)
+    return scaled_widths(widths, factor, "use a larger width or fewer routes")
 
 
 def _spread(low: int, high: int, count: int) -> tuple[int, ...]:
@@ -202,23 +201,37 @@ def _spread(low: int, high: int, count: int) -> tuple[int, ...]:
 
 
 def _check(options: Mapping[str, Any], max_routes: int) -> None:
-    if (
-        isinstance(options["width"], bool)
-        or not isinstance(options["width"], (int, float))
-        or not 0.1 <= options["width"] <= 8
-    ):
-        raise ValueError(f"width is {options['width']!r}, but must be a number in 0.1..8")
-    if options["stem_stride"] not in (1, 2):
-        raise ValueError(f"stem_stride is {options['stem_stride']!r}, but must be 1 or 2")
+    check_number("width", options["width"], 0.1, 8)
+    check_choice("stem_stride", options["stem_stride"], (1, 2))
     routes = options["num_routes"]
-    if isinstance(routes, bool) or not isinstance(routes, int) or not 2 <= routes <= max_routes:
+    if not is_integer(routes, 2, max_routes):
         raise ValueError(f"num_routes is {routes!r}, but must be an integer in 2..{max_routes}")
-    if (
-        isinstance(options["dropout"], bool)
-        or not isinstance(options["dropout"], (int, float))
-        or not 0 <= options["dropout"] < 1
-    ):
-        raise ValueError(f"dropout is {options['dropout']!r}, but must lie in [0, 1)")
+    dropout = options["dropout"]
+    if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
+        raise ValueError(f"dropout is {dropout!r}, but must lie in [0, 1)")
+
+
+def _gated(options: Mapping[str, Any], defaults: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
+    """The widths of each stage from the gated one on: those that `gated_widths` lists, as they stand, or the scaled defaults.
+
+    Raises:
+        ValueError: it is no list of equally long, rising lists of widths, one for each of these stages.
+    """
+    given = options["gated_widths"]
+    if given is None:
+        return [_scaled(widths, options["width"]) for widths in defaults]
+    if not isinstance(given, (list, tuple)) or len(given) != len(defaults):
+        raise ValueError(
+            f"gated_widths is {given!r}, but must hold {len(defaults)} lists of widths, one per gated stage"
+        )
+    for widths in given:
+        if not isinstance(widths, (list, tuple)) or not all(is_integer(width, 1, MAX_WIDTH) for width in widths):
+            raise ValueError(f"gated_widths holds {widths!r}, but must hold lists of integers in 1..{MAX_WIDTH}")
+        if len(widths) < 2 or len(widths) != len(given[0]) or any(b <= a for a, b in pairwise(widths)):
+            raise ValueError(
+                f"gated_widths holds {widths!r}, but each list must rise and all must have one length of 2 or more routes"
+            )
+    return [tuple(widths) for widths in given]
 
 
 def _ds_mbnet(task: Task, options: Mapping[str, Any]) -> SubnetSet:
@@ -226,12 +239,13 @@ def _ds_mbnet(task: Task, options: Mapping[str, Any]) -> SubnetSet:
     width, routes = options["width"], options["num_routes"]
     # Fewer routes keep the extremes and the even spacing of the published fourteen.
     picks = [round(k * 13 / (routes - 1)) for k in range(routes)]
+    third, fourth = _gated(options, ([224 + 32 * k for k in picks], [736 + 32 * k for k in picks]))
     stages = [
         Stage(1, 1, _scaled((32, 88), width)),
         Stage(2, 2, _scaled((48, 168), width)),
         Stage(2, 2, _scaled((96, 264), width)),
-        Stage(6, 2, _scaled([224 + 32 * k for k in picks], width)),
-        Stage(2, 2, _scaled([736 + 32 * k for k in picks], width)),
+        Stage(6, 2, third),
+        Stage(2, 2, fourth),
     ]
     stem = Stage(1, options["stem_stride"], _scaled((16, 24), width))
     return _layout(Plan("ds_mbnet", stem, tuple(stages), 3, MBNET_ATTENTION), task, options)
@@ -240,11 +254,8 @@ def _ds_mbnet(task: Task, options: Mapping[str, Any]) -> SubnetSet:
 def _ds_tiny(task: Task, options: Mapping[str, Any]) -> SubnetSet:
     _check(options, max_routes=12)
     width, routes = options["width"], options["num_routes"]
-    stages = [
-        Stage(1, 1, _scaled((16, 24), width)),
-        Stage(2, 2, _scaled(_spread(8, 96, routes), width)),
-        Stage(1, 2, _scaled(_spread(16, 192, routes), width)),
-    ]
+    first, second = _gated(options, (_spread(8, 96, routes), _spread(16, 192, routes)))
+    stages = [Stage(1, 1, _scaled((16, 24), width)), Stage(2, 2, first), Stage(1, 2, second)]
     stem = Stage(1, options["stem_stride"], _scaled((8, 12), width))
     return _layout(Plan("ds_tiny", stem, tuple(stages), 1, TINY_ATTENTION), task, options)
 
@@ -252,7 +263,7 @@ def _ds_tiny(task: Task, options: Mapping[str, Any]) -> SubnetSet:
 register(
     Family(
         "ds_mbnet",
-        {"width": 1.0, "stem_stride": 2, "num_routes": 14, "dropout": 0.2},
+        {"width": 1.0, "stem_stride": 2, "num_routes": 14, "gated_widths": None, "dropout": 0.2},
         _ds_mbnet,
         SeparableSupernet,
     )
@@ -260,7 +271,7 @@ register(
 register(
     Family(
         "ds_tiny",
-        {"width": 1.0, "stem_stride": 1, "num_routes": 6, "dropout": 0.0},
+        {"width": 1.0, "stem_stride": 1, "num_routes": 6, "gated_widths": None, "dropout": 0.0},
         _ds_tiny,
         SeparableSupernet,
     )

@@ -13,6 +13,7 @@ from dsnet.cost import subnet_cost
 from dsnet.data.normalization import Normalization
 from dsnet.data.tensors import TensorData
 from dsnet.precision import exact_float32
+from dsnet.prefix_tree import each_logits
 from dsnet.routing_table import MAX_FULL_CLASSES, NUM_TOP_LOGITS, RoutingTable
 from dsnet.space import Subnet
 from dsnet.supernet import EVIDENCE_PARTS, Supernet
@@ -73,7 +74,11 @@ def build_routing_table(
         trunk = supernet.trunk(normalization.apply(batch.images.to(device)), subnets[0])
         parts = {name: trunk.evidence(name) for name in EVIDENCE_PARTS}
         layout = _spans(parts)
-        per_route = [_answers(supernet.tail(trunk.features, subnet), labels) for subnet in subnets]
+        answers_of = {
+            subnet.name: _answers(logits, labels)
+            for subnet, logits in each_logits(supernet, trunk.features, subnets.members, gate=1)
+        }
+        per_route = [answers_of[subnet.name] for subnet in subnets]
         row = {name: torch.stack([answers[name] for answers in per_route], dim=1) for name in per_route[0]}
         row["evidence"] = torch.cat(list(parts.values()), dim=1)[:, None, :]
         rows.append({name: value.cpu() for name, value in row.items()})

@@ -27,6 +27,10 @@ class Workers(Protocol):
         """Replace every gradient by its mean over the group, in one all-reduce a step."""
         ...
 
+    def average_buffers(self, modules: Iterable[nn.Module]) -> None:
+        """Replace every float buffer by its mean over the group, so that all go on from one state, which a checkpoint can hold."""
+        ...
+
     def any_of(self, flag: bool) -> bool:
         """Whether any process of the group raised `flag`, so that all stop at the same step."""
         ...
@@ -39,6 +43,9 @@ class SingleWorker:
     size = 1
 
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Nothing to average."""
+
+    def average_buffers(self, modules: Iterable[nn.Module]) -> None:
         """Nothing to average."""
 
     def any_of(self, flag: bool) -> bool:
@@ -55,14 +62,21 @@ class DistributedWorkers:
 
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """One all-reduce of all gradients as a flat vector."""
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+        self._average([parameter.grad for parameter in parameters if parameter.grad is not None])
+
+    def average_buffers(self, modules: Iterable[nn.Module]) -> None:
+        """One all-reduce of all float buffers as a flat vector."""
+        self._average([b for module in modules for b in module.buffers() if b.is_floating_point()])
+
+    def _average(self, tensors: list[Tensor]) -> None:
+        """Replace tensors by their means over the group, in place."""
+        if not tensors:
+            return
+        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
         dist.all_reduce(flat)
         flat /= self.size
-        offset = 0
-        for gradient in gradients:
-            gradient.copy_(flat[offset : offset + gradient.numel()].view_as(gradient))
-            offset += gradient.numel()
+        parts = flat.split([tensor.numel() for tensor in tensors])
+        torch._foreach_copy_(tensors, [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)])
 
     def any_of(self, flag: bool) -> bool:
         """Logical or over the group."""

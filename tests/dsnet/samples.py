@@ -18,7 +18,7 @@ from dsnet.layers import BatchNormBank
 from dsnet.routing_table import RoutingTable
 from dsnet.space import SubnetSet
 from dsnet.supernet import Supernet
-from dsnet.training.supernet import BootstrapSettings, SupernetRun, TrainSettings
+from dsnet.training.settings import TEACHER_OF_MODE, BootstrapSettings, Regime, SupernetRun, TrainSettings
 
 SMALL_OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "ds_mbnet": {"width": 0.25, "num_routes": 4, "stem_stride": 1},
@@ -96,7 +96,8 @@ def small_run(mode: str = "ib", **changes: Any) -> SupernetRun:
     train = TrainSettings(epochs=4, batch_size=16, lr=0.05, warmup_epochs=1.0)
     fields: dict[str, Any] = {
         "train": train,
-        "bootstrapping": BootstrapSettings(mode=mode, num_random=1, teacher_min_updates=5, soft_ramp_epochs=1.0),
+        "regime": Regime(teacher=TEACHER_OF_MODE[mode], num_random=1),
+        "bootstrapping": BootstrapSettings(teacher_min_updates=5, soft_ramp_epochs=1.0),
         "augmentation": Augmentation(crop_padding=1, flip=True, cutout=2),
         "normalization": NORMALIZATION,
         "seed": 3,

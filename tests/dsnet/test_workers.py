@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +13,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from dsnet.families import create
-from dsnet.training.supernet import StepPlan, TrainSettings, supernet_step, train_supernet
+from dsnet.supernet import Supernet
+from dsnet.training.images import InMemoryImages
+from dsnet.training.settings import TrainSettings
+from dsnet.training.step import StepPlan, StepRules, supernet_step
+from dsnet.training.supernet import train_supernet
 from dsnet.training.workers import DistributedWorkers, SingleWorker
 from tests.dsnet.samples import random_images, random_labels, random_pixels, small_run, small_supernet, task
 
@@ -19,9 +26,25 @@ def _step_gradients(images: torch.Tensor, labels: torch.Tensor, workers: Distrib
     student, teacher = small_supernet(seed=0).train(), small_supernet(seed=1)
     subnets = student.subnets
     plan = StepPlan(subnets.largest, (subnets[1],), subnets[0], 1.0, frozenset())
-    supernet_step(student, teacher, images, labels, plan, 0.1, "ib")
+    supernet_step(student, teacher, images, labels, plan, StepRules(teacher="ema", smoothing=0.1))
     workers.average_gradients(student.parameters())
     return {name: p.grad for name, p in student.named_parameters()}
+
+
+def _fresh() -> Supernet:
+    return create("ds_tiny", task(image_size=8), {"width": 0.5, "num_routes": 3}, seed=4)
+
+
+def _train(net: Supernet, folder: Path, workers: DistributedWorkers, **keywords: Any) -> Path | None:
+    run = small_run(train=TrainSettings(epochs=2, batch_size=16, lr=0.05))
+    data = InMemoryImages(random_pixels(32, 8), random_labels(32), run.augmentation)
+    return train_supernet(net, data, run, folder=folder, workers=workers, **keywords)
+
+
+def _after(steps: int) -> Callable[[], bool]:
+    """Wants to stop once it was asked so often."""
+    count = itertools.count(1)
+    return lambda: next(count) > steps
 
 
 def _worker(rank: int, folder: str) -> None:
@@ -33,24 +56,11 @@ def _worker(rank: int, folder: str) -> None:
         images, labels = random_images(8), random_labels(8)
         gradients = _step_gradients(images[rank::2], labels[rank::2], workers)
         votes = [workers.any_of(flag) for flag in (False, rank == 0, rank == 1, True)]
-        net = create("ds_tiny", task(image_size=8), {"width": 0.5, "num_routes": 3}, seed=4)
-        final = train_supernet(
-            net,
-            random_pixels(32, 8),
-            random_labels(32),
-            small_run(train=TrainSettings(epochs=2, batch_size=16, lr=0.05)),
-            folder=Path(folder) / "training",
-            workers=workers,
-        )
-        stopped = train_supernet(
-            create("ds_tiny", task(image_size=8), {"width": 0.5, "num_routes": 3}, seed=4),
-            random_pixels(32, 8),
-            random_labels(32),
-            small_run(),
-            folder=Path(folder) / "stopped",
-            workers=workers,
-            should_stop=lambda: rank == 1,
-        )
+        net = _fresh()
+        final = _train(net, Path(folder) / "training", workers)
+        _train(_fresh(), Path(folder) / "resumed", workers, should_stop=_after(3))
+        _train(_fresh(), Path(folder) / "resumed", workers)
+        stopped = _train(_fresh(), Path(folder) / "stopped", workers, should_stop=lambda: rank == 1)
         torch.save(
             {
                 "gradients": gradients,
@@ -95,6 +105,14 @@ def test_both_processes_hold_equal_parameters_and_the_first_alone_writes(results
     assert first["final"] == str(folder / "training" / "final")
     assert second["final"] == "None"
     assert len((folder / "training" / "curves.jsonl").read_text().splitlines()) == 4
+
+
+def test_several_processes_resume_bit_identically(results: tuple[Path, list[dict]]) -> None:
+    """Float buffers are averaged at every epoch's end, so that one checkpoint holds the state of all."""
+    folder, _ = results
+    assert not list((folder / "resumed").glob("epoch-*-step-*"))  # in the middle of an epoch they differ
+    finals = [(folder / name / "final.safetensors").read_bytes() for name in ("training", "resumed")]
+    assert finals[0] == finals[1]
 
 
 def test_one_process_that_wants_to_stop_stops_both(results: tuple[Path, list[dict]]) -> None:

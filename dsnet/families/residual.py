@@ -1,0 +1,364 @@
+"""Residual supernets with one gate per stage: DS-ResNet (METHODS 2).
+
+Known of the published one: bottleneck stages, slimming ratios {0.25, 0.5, 0.75, 1} set stage by stage, a gate in the first block of each
+stage, BatchNorm bank or GroupNorm, and a residual attention x * (1 + tanh(a)) that begins as the identity. The rest is ours: the stem has
+one width, the attention stands on the stage's input stream, and the last scale of a block begins at one (a zero would leave the branches
+without gradient in the first step, and the attention is the identity already).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise, product
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dsnet.blocks import ConvShape, ResidualBlock, ResidualShape, SlicedConvNorm
+from dsnet.families import Family, Task, register
+from dsnet.families.options import check_choice, check_number, is_integer, scaled_widths
+from dsnet.layers import SlicedAttention, SlicedLinear
+from dsnet.space import CLASSES, IMAGE, IMAGE_CHANNELS, ChannelGroup, GateSpec, Op, Subnet, SubnetSet, SupernetSpec
+from dsnet.supernet import Supernet, TrunkOutput
+
+ATTENTION = 0.25
+"""Hidden channels of a stage's attention, relative to the widest stream that it reads."""
+MIN_HIDDEN = 8
+"""A gate reads the hidden vector: less would be next to no evidence (ours)."""
+EXPANSION = 4
+"""Stream channels of a bottleneck per inner channel."""
+MAX_DEPTH = 200
+MAX_PATHS = 1024
+"""Every path is evaluated, tabled and timed one by one."""
+STEMS = ("small", "large")
+STREAMS = ("tied", "padded")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a depth means."""
+
+    num_blocks: tuple[int, ...]
+    """Of each stage; each stage after the first halves the resolution and doubles the channels."""
+    first_width: int
+    """Channels of the stem and, inside the blocks, of the first stage."""
+    is_bottleneck: bool = False
+
+    @property
+    def num_stages(self) -> int:
+        """Also the number of gates."""
+        return len(self.num_blocks)
+
+
+_PLANS: Mapping[int, Plan] = {
+    18: Plan((2, 2, 2, 2), 64),
+    34: Plan((3, 4, 6, 3), 64),
+    50: Plan((3, 4, 6, 3), 64, is_bottleneck=True),
+}
+
+
+class ResidualStage(nn.Module):
+    """The attention that a gate shares, and the blocks whose width the gate decides."""
+
+    def __init__(self, stage: Mapping[str, Any], subnets: SubnetSet, generator: torch.Generator) -> None:
+        super().__init__()
+        shapes = [_shape(block) for block in stage["blocks"]]
+        self.in_groups = shapes[0].in_groups
+        widest = max(subnets.spec.groups[group].max_width for group in self.in_groups)
+        self.attention = SlicedAttention(widest, stage["hidden"], generator, is_residual=True)
+        self.blocks = nn.ModuleList(ResidualBlock(shape, subnets, generator) for shape in shapes)
+
+    def forward(self, x: Tensor, subnet: Subnet) -> Tensor:
+        """The attended stream [B, c, H, W] through all blocks."""
+        for block in self.blocks:
+            x = block(x, subnet)
+        return x
+
+    def cut(self, subnet: Subnet) -> nn.Sequential:
+        """The blocks of one sub-network as plain modules."""
+        return nn.Sequential(*(block.cut(subnet) for block in self.blocks))  # type: ignore[operator]
+
+    def cut_attention(self, subnet: Subnet) -> SlicedAttention:
+        """The attention of one sub-network as a plain module."""
+        return self.attention.cut(max(subnet.widths[group] for group in self.in_groups))
+
+
+class ResidualSupernet(Supernet):
+    """Stem, residual stages with a gate before each, global average pool, classifier."""
+
+    def __init__(self, spec: SupernetSpec, subnets: SubnetSet, generator: torch.Generator | None = None) -> None:
+        super().__init__(spec, subnets)
+        generator = generator if generator is not None else torch.Generator().manual_seed(0)
+        self.stem = SlicedConvNorm(_stem_shape(spec.layout["stem"]), subnets, generator)
+        self.pool = nn.MaxPool2d(3, 2, 1) if spec.layout["stem"] == "large" else nn.Identity()
+        self.stages = nn.ModuleList(ResidualStage(stage, subnets, generator) for stage in spec.layout["stages"])
+        self.out_groups = _shape(spec.layout["stages"][-1]["blocks"][-1]).stream
+        widest = max(spec.groups[group].max_width for group in self.out_groups)
+        self.classifier = SlicedLinear(widest, spec.num_classes, generator)
+
+    def upto_gate(self, gate: int, x: Tensor, subnet: Subnet) -> TrunkOutput:
+        """The stem, or the stage before, and the attention of the gate's stage."""
+        x = self.pool(F.relu(self.stem(x, subnet))) if gate == 0 else self.stages[gate - 1](x, subnet)
+        attended, hidden = self.stages[gate].attention(x)  # type: ignore[operator]
+        return TrunkOutput(attended, x, hidden)
+
+    def head(self, features: Tensor, subnet: Subnet) -> Tensor:
+        """The last stage's blocks and the classifier."""
+        return self.classifier(self.stages[-1](features, subnet).mean((2, 3)))
+
+    def cut_upto_gate(self, gate: int, subnet: Subnet) -> nn.Module:
+        """Plain modules up to the gate's attention."""
+        body = (
+            nn.Sequential(self.stem.cut(subnet), nn.ReLU(), self.pool)
+            if gate == 0
+            else self.stages[gate - 1].cut(subnet)  # type: ignore[operator]
+        )
+        return _PlainSegment(body, self.stages[gate].cut_attention(subnet))  # type: ignore[operator]
+
+    def cut_head(self, subnet: Subnet) -> nn.Module:
+        """Plain modules from the last gate to the logits."""
+        width = max(subnet.widths[group] for group in self.out_groups)
+        blocks = self.stages[-1].cut(subnet)  # type: ignore[operator]
+        return nn.Sequential(blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), self.classifier.cut(width))
+
+
+class _PlainSegment(nn.Module):
+    def __init__(self, body: nn.Module, attention: SlicedAttention) -> None:
+        super().__init__()
+        self.body = body
+        self.attention = attention
+
+    def forward(self, x: Tensor) -> TrunkOutput:
+        x = self.body(x)
+        attended, hidden = self.attention(x)
+        return TrunkOutput(attended, x, hidden)
+
+
+def _shape(block: Mapping[str, Any]) -> ResidualShape:
+    return ResidualShape(**{**block, "in_groups": tuple(block["in_groups"])})
+
+
+def _stem_shape(stem: str) -> ConvShape:
+    return ConvShape((), 0, 7, 2) if stem == "large" else ConvShape((), 0, 3, 1)
+
+
+class _Builder:
+    """Lays a plan out stage by stage: groups with their width per ratio, blocks, gates."""
+
+    def __init__(self, plan: Plan, options: Mapping[str, Any]) -> None:
+        self.plan = plan
+        self.ratios: Sequence[float] = options["ratios"]
+        self.factor: float = options["width"]
+        self.is_padded = options["streams"] == "padded"
+        self.groups: list[ChannelGroup] = []
+        self.stage_of_group: list[int | None] = []
+        self.widths: list[tuple[int, ...]] = []
+        """For each group its width at each ratio."""
+        self.stages: list[dict[str, Any]] = []
+        self.gates: list[GateSpec] = []
+        (stem,) = scaled_widths([plan.first_width], self.factor, "")
+        self._add_group("stem", None, stem, (stem,) * len(self.ratios))
+        self.stream: tuple[int, ...] = (0,)
+        for number in range(plan.num_stages):
+            self._add_stage(number)
+
+    def _add_group(self, name: str, stage: int | None, full: int, widths: tuple[int, ...]) -> int:
+        self.groups.append(ChannelGroup(name, full))
+        self.stage_of_group.append(stage)
+        self.widths.append(widths)
+        return len(self.groups) - 1
+
+    def _add_slimmed(self, name: str, stage: int, channels: int) -> int:
+        widths = scaled_widths(
+            [channels * ratio for ratio in self.ratios], self.factor, "use a larger width or fewer ratios"
+        )
+        (full,) = scaled_widths([channels], self.factor, "")
+        return self._add_group(name, stage, full, widths)
+
+    def _add_stage(self, number: int) -> None:
+        hidden = max(MIN_HIDDEN, int(ATTENTION * max(self.groups[group].max_width for group in self.stream)))
+        self.gates.append(GateSpec(f"gate{number}", f"stages.{number}.attention", hidden, len(self.groups)))
+        blocks: list[dict[str, Any]] = []
+        inner, out = 0, 0
+        for index in range(self.plan.num_blocks[number]):
+            if index == 0 or self.is_padded:
+                inner, out = self._block_groups(
+                    number, f"stage{number}.block{index}" if self.is_padded else f"stage{number}"
+                )
+            stride = 2 if index == 0 and number > 0 else 1
+            is_new_stream = index == 0 and (stride > 1 or {*self.widths[out]} != {*self.widths[self.stream[0]]})
+            shape = ResidualShape(self.stream, inner, out, stride, self.plan.is_bottleneck, is_new_stream)
+            blocks.append({**asdict(shape), "in_groups": list(shape.in_groups)})
+            self.stream = shape.stream
+        self.stages.append({"hidden": hidden, "blocks": blocks})
+
+    def _block_groups(self, stage: int, name: str) -> tuple[int, int]:
+        """The groups of a block's inner and outer channels; a basic block's are the same where streams are tied."""
+        channels = self.plan.first_width * 2**stage
+        if not self.is_padded and not self.plan.is_bottleneck:
+            group = self._add_slimmed(name, stage, channels)
+            return group, group
+        inner = self._add_slimmed(f"{name}.inner", stage, channels)
+        expansion = EXPANSION if self.plan.is_bottleneck else 1
+        return inner, self._add_slimmed(f"{name}.stream", stage, channels * expansion)
+
+    def subnet(self, path: Sequence[int]) -> Subnet:
+        """The sub-network with one ratio index per stage."""
+        widths = (
+            by_ratio[0 if stage is None else path[stage]]
+            for by_ratio, stage in zip(self.widths, self.stage_of_group, strict=True)
+        )
+        return Subnet("path-" + "".join(map(str, path)), tuple(widths))
+
+
+def _ops(stem: str, stages: Sequence[Mapping[str, Any]]) -> tuple[Op, ...]:
+    ops = [_conv_op("stem", IMAGE, _stem_shape(stem), 0)]
+    if stem == "large":
+        ops.append(Op("pool", "maxpool", "stem", 0, 0, kernel=3, stride=2))
+    for number, stage in enumerate(stages):
+        shapes = [_shape(block) for block in stage["blocks"]]
+        first, *others = shapes[0].in_groups
+        attention = f"stages.{number}.attention"
+        ops.append(
+            Op(
+                attention,
+                "attention",
+                ops[-1].name,
+                first,
+                first,
+                hidden=stage["hidden"],
+                segment=number,
+                in_union=tuple(others),
+            )
+        )
+        for index, shape in enumerate(shapes):
+            ops.extend(_block_ops(f"stages.{number}.blocks.{index}", shape, ops[-1].name, number + 1))
+    first, *others = shapes[-1].stream
+    last = len(stages)
+    ops.append(Op("average", "pool", ops[-1].name, first, first, segment=last, in_union=tuple(others)))
+    ops.append(Op("classifier", "linear", "average", first, CLASSES, segment=last, in_union=tuple(others)))
+    return tuple(ops)
+
+
+def _block_ops(name: str, shape: ResidualShape, reads: str, segment: int) -> list[Op]:
+    """The shortcut's convolution comes first, so that what follows the block reads the end of its branch."""
+    ops = [_conv_op(f"{name}.projection", reads, shape.projection, segment)] if shape.projects else []
+    for index, conv in enumerate(shape.convs):
+        ops.append(_conv_op(f"{name}.convs.{index}", reads, conv, segment))
+        reads = ops[-1].name
+    return ops
+
+
+def _conv_op(name: str, reads: str, conv: ConvShape, segment: int) -> Op:
+    first, *others = conv.in_groups or (IMAGE_CHANNELS,)
+    return Op(
+        name,
+        "conv",
+        reads,
+        first,
+        conv.out_group,
+        kernel=conv.kernel,
+        stride=conv.stride,
+        has_norm=True,
+        segment=segment,
+        in_union=tuple(others),
+    )
+
+
+def _plan(depth: Any) -> Plan:
+    """The plan of a depth: those of the ImageNet nets, or 6 n + 2 for three stages of n basic blocks.
+
+    Raises:
+        ValueError: no net has this depth.
+    """
+    if is_integer(depth, 8, MAX_DEPTH):
+        if depth in _PLANS:
+            return _PLANS[depth]
+        if depth % 6 == 2:
+            return Plan(((depth - 2) // 6,) * 3, 16)
+    raise ValueError(
+        f"depth is {depth!r}, but must be one of {', '.join(map(str, _PLANS))}, or 6 n + 2 (8, 14, 20, 26, 32, ..., {MAX_DEPTH - MAX_DEPTH % 6 + 2})"
+    )
+
+
+def _check_ratios(ratios: Any) -> None:
+    is_fine = isinstance(ratios, (list, tuple)) and 2 <= len(ratios) <= 10
+    for ratio in ratios if is_fine else ():
+        is_fine = is_fine and not isinstance(ratio, bool) and isinstance(ratio, (int, float)) and 0 < ratio <= 1
+    if not is_fine or any(right <= left for left, right in pairwise(ratios)):
+        raise ValueError(f"ratios is {ratios!r}, but must be 2 to 10 rising numbers in (0, 1]")
+
+
+def _paths(paths: Any, num_stages: int, num_ratios: int) -> list[tuple[int, ...]]:
+    """One index into the ratios per stage, for each member.
+
+    Raises:
+        ValueError: neither a known name nor a list of such indices, or too many.
+    """
+    if paths == "uniform":
+        return [(index,) * num_stages for index in range(num_ratios)]
+    if paths == "all":
+        if num_ratios**num_stages > MAX_PATHS:
+            raise ValueError(
+                f"paths is 'all', which with {num_ratios} ratios in {num_stages} stages makes {num_ratios**num_stages} sub-networks; "
+                f"at most {MAX_PATHS} are possible: use fewer ratios, 'uniform' or a list of paths"
+            )
+        return list(product(range(num_ratios), repeat=num_stages))
+    if not isinstance(paths, (list, tuple)) or not 2 <= len(paths) <= MAX_PATHS:
+        raise ValueError(f"paths is {paths!r}, but must be 'all', 'uniform' or a list of 2 to {MAX_PATHS} paths")
+    for path in paths:
+        is_path = isinstance(path, (list, tuple)) and len(path) == num_stages
+        if not is_path or not all(is_integer(index, 0, num_ratios - 1) for index in path):
+            raise ValueError(
+                f"paths holds {path!r}, but each path must be a list of {num_stages} indices of ratios in 0..{num_ratios - 1}"
+            )
+    chosen = [tuple(path) for path in paths]
+    if len(set(chosen)) < len(chosen):
+        raise ValueError(f"paths names a path twice: {paths!r}")
+    return chosen
+
+
+def _ds_resnet(task: Task, options: Mapping[str, Any]) -> SubnetSet:
+    plan = _plan(options["depth"])
+    check_number("width", options["width"], 0.1, 8)
+    check_choice("stem", options["stem"], STEMS)
+    check_choice("streams", options["streams"], STREAMS)
+    _check_ratios(options["ratios"])
+    paths = _paths(options["paths"], plan.num_stages, len(options["ratios"]))
+    builder = _Builder(plan, options)
+    spec = SupernetSpec(
+        family="ds_resnet",
+        num_classes=task.num_classes,
+        in_channels=task.in_channels,
+        image_size=task.image_size,
+        groups=tuple(builder.groups),
+        ops=_ops(options["stem"], builder.stages),
+        gates=tuple(builder.gates),
+        layout={"stem": options["stem"], "stages": builder.stages},
+        # A bank would hold statistics for every prefix of every path (CONTRACTS, SubnetSet).
+        norm="group_norm" if options["paths"] == "all" else "private_stats",
+    )
+    members = tuple(builder.subnet(path) for path in paths)
+    largest = Subnet("largest", tuple(group.max_width for group in spec.groups))
+    has_largest = any(subnet.widths == largest.widths for subnet in members)
+    return SubnetSet(spec, members, None if has_largest else largest)
+
+
+register(
+    Family(
+        "ds_resnet",
+        {
+            "depth": 20,
+            "width": 1.0,
+            "ratios": (0.25, 0.5, 0.75, 1.0),
+            "paths": "uniform",
+            "stem": "small",
+            "streams": "tied",
+        },
+        _ds_resnet,
+        ResidualSupernet,
+    )
+)

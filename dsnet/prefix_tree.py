@@ -1,0 +1,38 @@
+"""Sub-networks as a tree: those that agree on all widths before a gate share everything up to it, so that it runs once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor
+
+from dsnet.space import Subnet
+from dsnet.supernet import Supernet
+
+
+def by_prefix(supernet: Supernet, subnets: Sequence[Subnet], gate: int) -> list[list[Subnet]]:
+    """Group sub-networks that agree on every channel group before gate number `gate`, in order of first appearance."""
+    groups: dict[tuple[int, ...], list[Subnet]] = {}
+    for subnet in subnets:
+        groups.setdefault(subnet.prefix(supernet.spec.num_prefix_groups(gate)), []).append(subnet)
+    return list(groups.values())
+
+
+def each_logits(
+    supernet: Supernet, images: Tensor, subnets: Sequence[Subnet], gate: int = 0
+) -> Iterator[tuple[Subnet, Tensor]]:
+    """Run several sub-networks on the same images, each shared segment once; yields (sub-network, logits [B, num_classes]).
+
+    Args:
+        supernet: holds them.
+        images: [B, C, H, W], normalised; the features that gate `gate - 1` handed over where `gate` is not 0.
+        subnets: which; the order of the answers may differ where sub-networks that share a prefix are not neighbours.
+        gate: the segment to begin with.
+    """
+    if gate == len(supernet.spec.gates):
+        for subnet in subnets:
+            yield subnet, supernet.head(images, subnet)
+        return
+    for group in by_prefix(supernet, subnets, gate):
+        features = supernet.upto_gate(gate, images, group[0]).features
+        yield from each_logits(supernet, features, group, gate + 1)

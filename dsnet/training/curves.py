@@ -1,0 +1,103 @@
+"""The loss curves of a run: means between reports, and the first loss that is no number."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from dsnet.errors import NonFiniteLossError
+
+
+class Reporter(Protocol):
+    """Hears how training goes."""
+
+    def on_curve(self, record: Mapping[str, Any]) -> None:
+        """A point of the loss curves: step, num_steps, epoch, time_ms, metrics."""
+        ...
+
+
+class SilentReporter:
+    """Hears and says nothing."""
+
+    def on_curve(self, record: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands."""
+
+    step: int
+    """Steps done."""
+    num_steps: int
+    epoch: float
+    """Epochs done, with the fraction of the current one."""
+    lr: float
+
+
+class Curves:
+    """Averages losses between reports; finds the step and the sub-network of the first non-finite loss."""
+
+    def __init__(self, path: Path | None, reporter: Reporter, start_step: int) -> None:
+        self._path = path
+        self._reporter = reporter
+        self._pending: list[tuple[int, dict[str, Tensor]]] = []
+        if path is not None:
+            _keep_lines_upto(path, start_step)
+
+    def add(self, step: int, losses: dict[str, Tensor]) -> None:
+        """Remember a step's losses, without reading them from the device."""
+        self._pending.append((step, losses))
+
+    def flush(self, at: Progress) -> None:
+        """Read the pending losses, check them, report their means.
+
+        Raises:
+            NonFiniteLossError: one of them is NaN or infinite.
+        """
+        if not self._pending:
+            return
+        rows = [(step, name, loss) for step, losses in self._pending for name, loss in losses.items()]
+        self._pending.clear()
+        sums: dict[str, list[float]] = {}
+        for (step, name, _), value in zip(rows, torch.stack([loss for _, _, loss in rows]).tolist(), strict=True):
+            if not math.isfinite(value):
+                raise NonFiniteLossError(
+                    f"the loss of {name} is {value} at step {step}; lower supernet.train.lr (now {at.lr:.3g}), "
+                    "raise supernet.train.warmup_epochs or set supernet.train.grad_clip"
+                )
+            sums.setdefault(name, []).append(value)
+        metrics = {f"loss/{name}": sum(items) / len(items) for name, items in sums.items()}
+        record = {
+            "step": at.step,
+            "num_steps": at.num_steps,
+            "epoch": at.epoch,
+            "time_ms": int(time.time() * 1000),
+            "metrics": {**metrics, "epoch": at.epoch, "lr": at.lr},
+        }
+        if self._path is not None:
+            with self._path.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(record) + "\n")
+        self._reporter.on_curve(record)
+
+
+def _keep_lines_upto(path: Path, step: int) -> None:
+    """Drop what a killed run wrote after the checkpoint that is continued, and a torn last line."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except ValueError:
+            break
+    path.write_text("".join(kept), encoding="utf-8")

@@ -1,0 +1,175 @@
+"""The settings of Stage I: which sub-networks a step trains, who teaches them, how the weights move. Plain values, checked when built."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+from dsnet.data.augment import Augmentation
+from dsnet.data.normalization import Normalization
+from dsnet.errors import ConfigError
+from dsnet.space import NORMS
+
+WIDTHS = ("sandwich", "all")
+TEACHERS = ("none", "inplace", "ema", "ema_ensemble")
+OPTIMIZERS = ("sgd", "adamw")
+SCHEDULES = ("cosine", "one_cycle", "constant")
+PRECISIONS = ("float32", "bf16")
+KEPT_WEIGHTS = ("ema", "student")
+
+
+def _check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ConfigError(f"{name} is {value!r}; known: {', '.join(known)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Regime:
+    """Which sub-networks take part in a step, who teaches the smaller ones, and how each normalises (METHODS 3 and 7)."""
+
+    widths: str = "sandwich"
+    """`sandwich`: the largest, `num_random` random ones and the smallest; `all`: every sub-network of the set, and the teacher."""
+    num_random: int = 2
+    """Random sub-networks a step, for the sandwich."""
+    teacher: str = "ema"
+    """`none`: labels for everyone; `inplace`: today's largest; `ema`: the EMA copy's largest (in-place bootstrapping);
+    `ema_ensemble`: as `ema`, and the smallest learns from the mean of the EMA copy's largest and random ones (IEB)."""
+    norm: str | None = None
+    """One of `dsnet.space.NORMS`, None for the family's own; takes effect when the supernet is laid out."""
+
+    def __post_init__(self) -> None:
+        _check_choice("supernet.train.widths", self.widths, WIDTHS)
+        _check_choice("supernet.train.teacher", self.teacher, TEACHERS)
+        if self.norm is not None:
+            _check_choice("supernet.train.bn", self.norm, NORMS)
+        if self.num_random < 0:
+            raise ConfigError(f"supernet.train.num_random is {self.num_random}, but must be at least 0")
+        if self.teacher == "ema_ensemble" and self.widths == "sandwich" and self.num_random == 0:
+            raise ConfigError(
+                "supernet.train.num_random is 0, but teacher ema_ensemble averages random sub-networks: at least 1"
+            )
+
+
+REGIMES: Mapping[str, Regime] = MappingProxyType(
+    {
+        "ce": Regime(widths="all", num_random=0, teacher="none"),
+        "s_net": Regime(widths="all", num_random=0, teacher="none", norm="private_affine"),
+        "us_net": Regime(widths="sandwich", num_random=2, teacher="inplace", norm="recalibrate"),
+        "ib": Regime(widths="sandwich", num_random=2, teacher="ema"),
+        "ieb": Regime(widths="sandwich", num_random=2, teacher="ema_ensemble"),
+    }
+)
+"""Named combinations: plain cross-entropy on every width; slimmable networks (all widths, fully private BatchNorm); universally
+slimmable networks (sandwich of 4, in-place distillation, statistics re-estimated after training); in-place bootstrapping;
+in-place ensemble bootstrapping."""
+
+TEACHER_OF_MODE: Mapping[str, str] = MappingProxyType(
+    {"none": "none", "inplace_distillation": "inplace", "ib": "ema", "ieb": "ema_ensemble"}
+)
+"""What each `supernet.bootstrapping.mode` means."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """The optimisation of Stage I."""
+
+    epochs: int = 30
+    """0 keeps the weights that training would start from (of a checkpoint, say) and recalibrates only."""
+    batch_size: int = 128
+    """Images a step, over all workers and micro-batches together."""
+    accumulate: int = 1
+    """Micro-batches a step: their gradients add up to that of the whole batch (BatchNorm sees each one alone)."""
+    optimizer: str = "sgd"
+    """`sgd` (Nesterov) or `adamw`."""
+    lr: float = 0.1
+    """Peak learning rate."""
+    schedule: str = "cosine"
+    """`cosine`: linear warm-up, then half a cosine to 0; `one_cycle`: cosine up from lr / 25 over the warm-up, cosine down to
+    lr / 250,000; `constant` after the warm-up."""
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    """Not applied to 1-d parameters."""
+    warmup_epochs: float = 1.0
+    label_smoothing: float = 0.1
+    """Of whoever learns from labels: the largest, and with teacher `none` all."""
+    grad_clip: float | None = None
+    """Largest gradient norm, or None."""
+    precision: str = "float32"
+    """`float32`, or `bf16`: autocast to bfloat16 (weights, statistics and optimiser stay float32)."""
+    channels_last: bool = False
+    """Images and weights in NHWC memory order: same function, often faster."""
+    checkpoint_every: int = 1
+    """Epochs between checkpoints."""
+
+    def __post_init__(self) -> None:
+        for name, lowest in (("epochs", 0), ("batch_size", 1), ("checkpoint_every", 1), ("accumulate", 1)):
+            if getattr(self, name) < lowest:
+                raise ConfigError(f"supernet.train.{name} is {getattr(self, name)}, but must be at least {lowest}")
+        _check_choice("supernet.train.optimizer", self.optimizer, OPTIMIZERS)
+        _check_choice("supernet.train.schedule", self.schedule, SCHEDULES)
+        _check_choice("supernet.train.precision", self.precision, PRECISIONS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BootstrapSettings:
+    """How the EMA copy that teaches is kept, and how soft labels come in."""
+
+    ema_decay: float = 0.997
+    ema_warmup: bool = True
+    """Ours: start with a short memory (see `ema.ema_decay`)."""
+    soft_ramp_epochs: float = 0.0
+    """Ours: epochs over which the soft labels take over from the hard ones."""
+    teacher_min_updates: int = 100
+    """A teacher width with fewer updates runs on batch statistics."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SupernetRun:
+    """Everything that decides a supernet's weights beside its architecture and data."""
+
+    train: TrainSettings = TrainSettings()
+    regime: Regime = Regime()
+    bootstrapping: BootstrapSettings = BootstrapSettings()
+    augmentation: Augmentation
+    normalization: Normalization
+    seed: int = 0
+    weights: str = "ema"
+    """Which weights are kept at the end: `ema` or `student`."""
+    recalibration_images: int | None = None
+    """Images of the training split for BatchNorm recalibration; None takes all; 0 leaves the statistics as they are."""
+    recalibration_batch: int = 256
+    keep_checkpoints: int = 2
+    origin: Mapping[str, Any] = field(default_factory=dict)
+    """Where the first weights come from, for the record: empty for fresh ones, else the checkpoint's file and SHA-256."""
+
+    def __post_init__(self) -> None:
+        _check_choice("supernet.weights", self.weights, KEPT_WEIGHTS)
+        if self.keep_checkpoints < 1:
+            raise ConfigError(f"supernet.keep_checkpoints is {self.keep_checkpoints}, but must be at least 1")
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-able mapping, saved with every checkpoint; `from_json` reads it back to an equal object."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> SupernetRun:
+        """Rebuild settings from `to_json`.
+
+        Raises:
+            ConfigError: a field is unknown, missing or out of its range.
+        """
+        try:
+            return cls(
+                **{
+                    **data,
+                    "train": TrainSettings(**data["train"]),
+                    "regime": Regime(**data["regime"]),
+                    "bootstrapping": BootstrapSettings(**data["bootstrapping"]),
+                    "augmentation": Augmentation(**data["augmentation"]),
+                    "normalization": Normalization.from_json(data["normalization"]),
+                }
+            )
+        except (KeyError, TypeError) as error:
+            raise ConfigError(f"these are not the settings of a supernet's training: {error}") from error

@@ -1,0 +1,160 @@
+"""One step of Stage I: the forward and backward of every sub-network that takes part (METHODS 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dsnet.losses import smoothed_one_hot, soft_cross_entropy
+from dsnet.prefix_tree import by_prefix
+from dsnet.slicing import gradients_added_in_place
+from dsnet.space import Subnet
+from dsnet.supernet import Supernet
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """Which sub-networks take part in one step (the sandwich, or all), and how they are taught."""
+
+    largest: Subnet
+    randoms: tuple[Subnet, ...]
+    """Those between largest and smallest."""
+    smallest: Subnet
+    soft_weight: float
+    """Weight of the soft labels in 0..1; the rest goes to the hard ones."""
+    cold: frozenset[str]
+    """Names of sub-networks whose teacher copy has had too few updates for its running statistics."""
+
+    @property
+    def smaller(self) -> tuple[Subnet, ...]:
+        """All but the largest."""
+        return (*self.randoms, self.smallest)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRules:
+    """What is the same in every step of a run."""
+
+    teacher: str
+    """One of `dsnet.training.settings.TEACHERS`."""
+    smoothing: float
+    """Label smoothing of whoever learns from labels."""
+    precision: str = "float32"
+    scale: float = 1.0
+    """Factor of every gradient: one over the number of micro-batches."""
+
+
+def supernet_step(
+    student: Supernet, teacher: Supernet | None, images: Tensor, labels: Tensor, plan: StepPlan, rules: StepRules
+) -> dict[str, Tensor]:
+    """Forward and backward of one step for every sub-network of `plan`; gradients accumulate unweighted (METHODS 3).
+
+    Sub-networks that share a prefix of widths at a gate run everything up to it once, forward and backward: the gradients are the same
+    up to summation order. Each tail's graph is freed before the next one runs, so that memory peaks at one sub-network's activations.
+
+    Args:
+        student: the supernet in training mode.
+        teacher: its EMA copy; needed by the teachers `ema` and `ema_ensemble`.
+        images: [B, C, H, W], normalised.
+        labels: [B].
+        plan: the step's sub-networks.
+        rules: who teaches, and how.
+
+    Returns:
+        the detached loss of each sub-network, by name.
+    """
+    return _Step(student, teacher, images, labels, plan, rules).run()
+
+
+class _Step:
+    """The largest comes first: with in-place distillation the others learn from what it has just said."""
+
+    def __init__(
+        self,
+        student: Supernet,
+        teacher: Supernet | None,
+        images: Tensor,
+        labels: Tensor,
+        plan: StepPlan,
+        rules: StepRules,
+    ) -> None:
+        self.student = student
+        self.teacher = teacher
+        self.images = images
+        self.plan = plan
+        self.rules = rules
+        self.hard = smoothed_one_hot(labels, student.spec.num_classes, rules.smoothing)
+        self.losses: dict[str, Tensor] = {}
+        self.soft: dict[str, Tensor] = {}
+
+    def run(self) -> dict[str, Tensor]:
+        if self.rules.teacher in ("ema", "ema_ensemble"):
+            self.soft = self._teach()
+        with gradients_added_in_place():
+            self._learn(self.images, [self.plan.largest, *self.plan.smaller], gate=0)
+        return self.losses
+
+    def _learn(self, x: Tensor, subnets: Sequence[Subnet], gate: int) -> None:
+        """Forward and backward of `subnets` from the features (or images) `x` on; their gradient is left in `x.grad`."""
+        if gate == len(self.student.spec.gates):
+            for subnet in subnets:
+                self._learn_tail(x, subnet)
+            return
+        for group in by_prefix(self.student, subnets, gate):
+            with _autocast(x, self.rules.precision):
+                features = self.student.upto_gate(gate, x, group[0]).features
+            received = features.detach().requires_grad_()
+            self._learn(received, group, gate + 1)
+            features.backward(received.grad)
+
+    def _learn_tail(self, features: Tensor, subnet: Subnet) -> None:
+        with _autocast(features, self.rules.precision):
+            logits = _widened(self.student.head(features, subnet))
+        loss = soft_cross_entropy(logits, self._target(subnet))
+        (loss if self.rules.scale == 1.0 else loss * self.rules.scale).backward()
+        self.losses[subnet.name] = loss.detach()
+        if self.rules.teacher == "inplace" and subnet == self.plan.largest:
+            probabilities = logits.detach().softmax(1)
+            self.soft = {smaller.name: probabilities for smaller in self.plan.smaller}
+
+    def _target(self, subnet: Subnet) -> Tensor:
+        """The distribution [B, C] that a sub-network learns from."""
+        if subnet == self.plan.largest or self.rules.teacher == "none":
+            return self.hard
+        soft, weight = self.soft[subnet.name], self.plan.soft_weight
+        return soft if weight == 1.0 else weight * soft + (1.0 - weight) * self.hard
+
+    @torch.no_grad()
+    def _teach(self) -> dict[str, Tensor]:
+        """What the EMA copy's largest says, and for the smallest of an ensemble the mean with its random sub-networks."""
+        plan = self.plan
+        largest = self._probabilities(plan.largest)
+        targets = {subnet.name: largest for subnet in plan.smaller}
+        if self.rules.teacher == "ema_ensemble" and plan.randoms:
+            # Ours: the ensemble uses the students' own random widths; the published code draws them again.
+            ensemble = [largest, *(self._probabilities(subnet) for subnet in plan.randoms)]
+            targets[plan.smallest.name] = torch.stack(ensemble).mean(0)
+        return targets
+
+    def _probabilities(self, subnet: Subnet) -> Tensor:
+        """Of the teacher; a width with too few updates normalises by the batch and leaves its running statistics alone."""
+        assert self.teacher is not None, "the teachers ema and ema_ensemble need the EMA copy"
+        for norm in self.teacher.batch_norms():
+            norm.momentum = 0.0
+            norm.train(subnet.name in self.plan.cold)
+        with _autocast(self.images, self.rules.precision):
+            logits = self.teacher(self.images, subnet)
+        return _widened(logits).softmax(1)
+
+
+def _autocast(x: Tensor, precision: str) -> AbstractContextManager[None]:
+    return torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def _widened(logits: Tensor) -> Tensor:
+    """Losses and probabilities are computed in float32 at least."""
+    return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
