@@ -31,6 +31,7 @@ from dsnet.ema import Ema
 from dsnet.families import Task, create
 from dsnet.losses import smoothed_one_hot, soft_cross_entropy
 from dsnet.materialize import materialize, materialize_trunk
+from dsnet.memory_order import arrange, arranged
 from dsnet.training.optimization import make_optimizer
 from dsnet.training.settings import TrainSettings
 from dsnet.training.step import StepPlan, StepRules, supernet_step
@@ -61,11 +62,6 @@ class Workload:
         size = f"{self.image_size} px, batch {self.batch_size}"
         return f"DS-MBNet, {self.device}, {size}, {self.precision}, {layout}, {self.threads} thread(s)"
 
-    @property
-    def memory_format(self) -> torch.memory_format:
-        """Of images and weights, for both ways."""
-        return torch.channels_last if self.channels_last else torch.contiguous_format
-
     def autocast(self) -> torch.autocast:
         """bfloat16 where the workload says so."""
         return torch.autocast(self.device, torch.bfloat16, enabled=self.precision == "bf16")
@@ -77,13 +73,12 @@ class Networks:
     def __init__(self, workload: Workload) -> None:
         self.workload = workload
         task = Task(NUM_CLASSES, 3, workload.image_size)
-        student = create("ds_mbnet", task, {"dropout": 0.0}, seed=workload.seed).train()
-        self.student = student.to(device=workload.device, memory_format=workload.memory_format)
+        self.student = create("ds_mbnet", task, {"dropout": 0.0}, seed=workload.seed).to(workload.device).train()
+        arrange(self.student, workload.channels_last)
         self.ema = Ema(self.student)
         generator = torch.Generator().manual_seed(workload.seed)
         shape = (workload.batch_size, 3, workload.image_size, workload.image_size)
-        images = torch.randn(shape, generator=generator).to(workload.device)
-        self.images = images.contiguous(memory_format=workload.memory_format)
+        self.images = arranged(torch.randn(shape, generator=generator).to(workload.device), workload.channels_last)
         self.labels = torch.randint(NUM_CLASSES, (workload.batch_size,), generator=generator).to(workload.device)
         members = self.student.subnets
         picks = (1 + torch.randperm(len(members) - 1, generator=generator)[:2]).tolist()
@@ -144,7 +139,8 @@ class Networks:
 
     def _plain(self, network: torch.nn.Module) -> torch.nn.Module:
         """A plain network in the workload's memory order."""
-        return network.to(memory_format=self.workload.memory_format)
+        arrange(network, self.workload.channels_last)
+        return network
 
     def trunk(self) -> Callable[[], None]:
         """Forward and backward of the small trunk alone: (a) runs it once, (b) three times."""

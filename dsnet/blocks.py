@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from dsnet.layers import SlicedAttention, SlicedConv2d, SlicedDepthwiseConv2d, make_norm
+from dsnet.layers import BatchNormBank, SlicedAttention, SlicedConv2d, SlicedDepthwiseConv2d, make_norm
 from dsnet.space import Subnet, SubnetSet
 
 
@@ -44,6 +44,18 @@ class SeparableBlock(nn.Module):
         x = F.silu(self.depthwise_norm(self.depthwise(x), subnet.prefix(self.shape.in_group + 1)))
         attended, hidden = self.attention(x)
         return attended, x, hidden
+
+    def after_gate_nested(self, x: Tensor, prefixes: Sequence[tuple[int, ...]]) -> Tensor:
+        """The pointwise half for several sub-networks that read the same `x`, at the widest's width (while training)."""
+        norm = self.pointwise_norm
+        assert isinstance(norm, BatchNormBank)
+        return F.silu(norm.forward_nested(self.pointwise(x, max(prefix[-1] for prefix in prefixes)), prefixes))
+
+    def before_attention_nested(self, x: Tensor, prefixes: Sequence[tuple[int, ...]]) -> Tensor:
+        """Depthwise convolution, BatchNorm and Swish for several sub-networks whose inputs are prefixes of `x` (while training)."""
+        norm = self.depthwise_norm
+        assert isinstance(norm, BatchNormBank)
+        return F.silu(norm.forward_nested(self.depthwise(x), prefixes))
 
     def after_gate(self, x: Tensor, subnet: Subnet) -> Tensor:
         """The pointwise half, at the sub-network's output width."""
@@ -126,17 +138,24 @@ class ConvShape:
     kernel: int
     stride: int = 1
     upstream: int = 0
-    """The last channel group that its output depends on, where that is not `out_group`."""
+    """The last channel group that its input depends on."""
 
     def num_in(self, widths: Sequence[int], in_channels: int) -> int:
         """Channels that it reads, for one width per group."""
         return max((widths[group] for group in self.in_groups), default=in_channels)
 
-    def norm_key(self, subnet: Subnet) -> tuple[int, ...]:
-        """What its statistics depend on: every width upstream, and last its own."""
-        last = max(self.upstream, self.out_group)
-        key = subnet.prefix(last + 1)
-        return key if last == self.out_group else (*key, subnet.widths[self.out_group])
+    def check_statistics(self, subnets: SubnetSet) -> None:
+        """Raise ValueError where statistics keyed by the prefix up to `out_group` would be shared by sub-networks that differ upstream."""
+        known: dict[tuple[int, ...], Subnet] = {}
+        for subnet in subnets.all:
+            other = known.setdefault(subnet.prefix(self.out_group + 1), subnet)
+            if other.prefix(self.upstream + 1) != subnet.prefix(self.upstream + 1):
+                groups = subnets.spec.groups
+                raise ValueError(
+                    f"sub-networks {other.name!r} and {subnet.name!r} agree up to channel group {groups[self.out_group].name!r} but not up "
+                    f"to {groups[self.upstream].name!r}, which some layers of the former read: they would share BatchNorm statistics that "
+                    "differ; lay the family out with a channel group for each block (streams: padded), or normalise by group_norm"
+                )
 
 
 class SlicedConvNorm(nn.Module):
@@ -146,22 +165,24 @@ class SlicedConvNorm(nn.Module):
         super().__init__()
         self.shape = shape
         spec = subnets.spec
+        if spec.norm != "group_norm":
+            shape.check_statistics(subnets)
         widest = [group.max_width for group in spec.groups]
         self.in_channels = spec.in_channels
         num_in, num_out = shape.num_in(widest, spec.in_channels), widest[shape.out_group]
         self.conv = SlicedConv2d(num_in, num_out, shape.kernel, shape.stride, generator)
-        self.norm = make_norm(spec.norm, num_out, [shape.norm_key(subnet) for subnet in subnets.all])
+        self.norm = make_norm(spec.norm, num_out, subnets.prefixes(shape.out_group))
 
     def forward(self, x: Tensor, subnet: Subnet) -> Tensor:
         """[B, c, H, W] -> [B, width of its group, H', W']."""
-        key = self.shape.norm_key(subnet)
-        return self.norm(self.conv(x, key[-1]), key)
+        prefix = subnet.prefix(self.shape.out_group + 1)
+        return self.norm(self.conv(x, prefix[-1]), prefix)
 
     def cut(self, subnet: Subnet) -> ConvNorm:
         """Those of one sub-network as plain modules."""
-        key = self.shape.norm_key(subnet)
+        prefix = subnet.prefix(self.shape.out_group + 1)
         num_in = self.shape.num_in(subnet.widths, self.in_channels)
-        return ConvNorm(self.conv.cut(num_in, key[-1]), self.norm.cut(key))
+        return ConvNorm(self.conv.cut(num_in, prefix[-1]), self.norm.cut(prefix))
 
 
 @dataclass(frozen=True)

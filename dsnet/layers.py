@@ -6,7 +6,7 @@ A layer takes its input width from the tensor; only a layer that changes the num
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -101,6 +101,8 @@ class BatchNormBank(nn.Module):
         """Whether training updates the statistics; where it does not, only recalibration makes them."""
         self.private_affine = private_affine
         known = sorted(set(prefixes))
+        self.depth = len(known[0])
+        """How many channel groups a prefix of this layer names."""
         if not private_affine:
             self.weight = nn.Parameter(torch.ones(max_features))
             self.bias = nn.Parameter(torch.zeros(max_features))
@@ -126,6 +128,10 @@ class BatchNormBank(nn.Module):
             )
         return self.get_buffer(f"mean_{suffix}"), self.get_buffer(f"var_{suffix}"), self.get_buffer(f"updates_{suffix}")
 
+    def num_updates(self, widths: tuple[int, ...]) -> int:
+        """How often the statistics were updated that a sub-network of these widths uses here."""
+        return int(self.statistics(widths[: self.depth])[2])
+
     def affine(self, prefix: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """Scale and shift of one prefix."""
         if self.private_affine:
@@ -136,12 +142,40 @@ class BatchNormBank(nn.Module):
     def forward(self, x: Tensor, prefix: tuple[int, ...]) -> Tensor:
         """Normalise [B, c, H, W] with the statistics of `prefix` (batch statistics while training)."""
         mean, var, updates = self.statistics(prefix)
-        is_cumulative = self.momentum is None
-        factor = 0.0
-        if self.training and (is_cumulative or (self.tracks and self.momentum != 0.0)):
-            updates += 1
-            factor = 1.0 / float(updates) if self.momentum is None else self.momentum
+        factor = self._count(updates)
         return F.batch_norm(x, mean, var, *self.affine(prefix), self.training, factor, BN_EPS)
+
+    def forward_nested(self, x: Tensor, prefixes: Collection[tuple[int, ...]]) -> Tensor:
+        """Normalise the widest of several sub-networks by the batch, for all of them: [B, c, H, W], c being its width.
+
+        Where the narrower ones' inputs are this input's first channels, so are their results: a channel's batch statistics do not depend on
+        the channels beside it. Everyone's running statistics are updated. For training, with a shared affine pair.
+        """
+        assert self.training
+        assert not self.private_affine
+        widest = max(prefixes, key=lambda prefix: prefix[-1])
+        mean, var, updates = self.statistics(widest)
+        factor = self._count(updates)
+        y, batch_mean, batch_inverse_deviation = torch.native_batch_norm(
+            x, *self.affine(widest), mean, var, True, factor, BN_EPS
+        )
+        num_values = x.numel() // x.shape[1]
+        with torch.no_grad():
+            biased = batch_inverse_deviation**-2 - BN_EPS
+            batch_var = biased * (num_values / (num_values - 1))
+            for prefix in set(prefixes) - {widest}:
+                mean, var, updates = self.statistics(prefix)
+                factor = self._count(updates)
+                mean.lerp_(batch_mean[: prefix[-1]].to(mean.dtype), factor)
+                var.lerp_(batch_var[: prefix[-1]].to(var.dtype), factor)
+        return y
+
+    def _count(self, updates: Tensor) -> float:
+        """The weight of the newest batch in the running statistics; counts the update where there is one."""
+        if not self.training or self.momentum == 0.0 or not (self.tracks or self.momentum is None):
+            return 0.0
+        updates += 1
+        return 1.0 / float(updates) if self.momentum is None else self.momentum
 
     def reset_statistics(self) -> None:
         """Forget every running statistic, as recalibration starts."""

@@ -71,6 +71,18 @@ class Supernet(nn.Module, ABC):
     def head(self, features: Tensor, subnet: Subnet) -> Tensor:
         """Run the last segment: from what the last gate handed over to the logits [B, num_classes]."""
 
+    def start_heads(self, features: Tensor, subnets: Sequence[Subnet]) -> Tensor | None:
+        """What the heads of several sub-networks have in common, run once: the widest's first layers, of which narrower ones take a prefix.
+
+        Exact in training mode for layers that treat every channel alone once their input is shared; None where there are none.
+        `finish_head` goes on from here.
+        """
+        return None
+
+    def finish_head(self, start: Tensor, subnet: Subnet) -> Tensor:
+        """The rest of one sub-network's head after `start_heads`: logits [B, num_classes]."""
+        raise NotImplementedError(f"{type(self).__name__} starts no heads together")
+
     @abstractmethod
     def cut_upto_gate(self, gate: int, subnet: Subnet) -> nn.Module:
         """A segment at the widths of `subnet` as a plain module: images or features -> TrunkOutput."""

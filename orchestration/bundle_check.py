@@ -11,8 +11,9 @@ import torch
 
 from dsnet.bundle import Bundle, check_bundle_examples, check_bundle_files, load_bundle, score_bundle
 from dsnet.cost import subnet_cost
-from dsnet.data import SplitSizes, TensorData, load_images, make_splits
+from dsnet.data import SplitSizes, TensorData, make_splits
 from dsnet.errors import DataError, NotFoundError, VerificationError
+from dsnet.training.sources import load_source
 
 TIED_IMAGES = 2
 """So many images may be judged otherwise on another processor: their two best scores are equal up to rounding."""
@@ -60,7 +61,8 @@ def _check_claims(bundle: Bundle, data_path: str) -> list[Check]:
 
 def _claimed_data(facts: Mapping[str, Any], data_path: str) -> TensorData:
     """The very splits that the claims were measured on."""
-    image_set = load_images(facts["name"], data_path or None, facts["image_size"])
+    is_streamed = facts.get("stream", False)  # bundles of earlier releases do not say
+    image_set = load_source(facts["name"], data_path or None, facts["image_size"], stream=is_streamed)
     splits = make_splits(
         image_set.labels.numpy(), image_set.official_test, SplitSizes(**facts["sizes"]), facts["seed"], facts["limit"]
     )
@@ -69,7 +71,7 @@ def _claimed_data(facts: Mapping[str, Any], data_path: str) -> TensorData:
             f"the images of {facts['name']}{f' in {data_path}' if data_path else ''} are not those the bundle's claims were measured on "
             "(their fingerprint differs); give the original files with --data"
         )
-    return TensorData.from_images(image_set, splits, open_test=True)
+    return image_set.tensor_data(splits, open_test=True)
 
 
 def _check_split(bundle: Bundle, claimed: Mapping[str, Any], data: TensorData, split: str) -> Check:

@@ -41,7 +41,7 @@ def config_options(function: Callable[..., Any]) -> Callable[..., Any]:
             metavar="KEY=VALUE",
             help="Override a setting, e.g. --set budget.trials=100.",
         ),
-        click.option("--preset", help="A preset of the file."),
+        click.option("--preset", help="A preset of the file, or `paper`: the published settings."),
         click.option("--data", "data_path", help="Folder of the images (data.path)."),
         click.option("--name", help="Name of the run."),
         click.option("--runs", default=None, help="The runs folder (storage.runs)."),
@@ -198,6 +198,32 @@ def schema() -> None:
     from orchestration.config import json_schema
 
     click.echo(json.dumps(json_schema(), indent=2))
+
+
+@cli.command("import-checkpoint")
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), help="Folder to write [default: named after the file].")
+@click.option("--name", help="Name of the sweep [default: the folder's].")
+@click.option("--classes", default=1000, show_default=True, help="Classes of the checkpoint's classifier.")
+@click.option("--image-size", default=224, show_default=True, help="Side of the images in pixels.")
+@click.option("--ema", is_flag=True, help="Take the averaged weights (state_dict_ema).")
+@click.option("--data", help="Folder of held-out images, a folder per class [default: $DSNET_DATA or launch --data].")
+def import_checkpoint(checkpoint: Path, out: Path | None, name: str | None, **options: Any) -> None:
+    """Make a sweep out of a released DS-Net checkpoint, which skips Stage I; prints the sweep file to launch."""
+    from orchestration.import_checkpoint import ImportSettings
+    from orchestration.import_checkpoint import import_checkpoint as make_import
+
+    folder = out if out is not None else Path(checkpoint.name.split(".")[0] + "-imported")
+    settings = ImportSettings(
+        name=name if name is not None else folder.name,
+        num_classes=options["classes"],
+        image_size=options["image_size"],
+        ema=options["ema"],
+        data=options["data"],
+    )
+    imported = make_import(checkpoint, folder, settings)
+    click.echo(f"{imported.summary()}; continue with:\n  dsnet-orch launch {imported.sweep}", err=True)
+    click.echo(imported.sweep)
 
 
 @cli.command()

@@ -10,9 +10,9 @@ import io
 import re
 import types
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -41,6 +41,9 @@ from orchestration.distribution import DISTRIBUTION_SCHEMA, REAL_KINDS, Distribu
 from orchestration.wording import did_you_mean, shown, way_out
 from search.pareto import parse_pick
 
+if TYPE_CHECKING:
+    from dsnet.training.settings import Regime
+
 Stage = Literal["supernet", "measure", "table", "search", "verify"]
 KeyPath = tuple[str | int, ...]
 
@@ -54,6 +57,8 @@ OBJECTIVE_GOALS: Mapping[str, str] = {
     "latency_ms": "minimize",
 }
 """Metrics that a sweep can optimise, with the only goal that makes sense for each."""
+CHECKPOINT_MODEL = "checkpoint"
+"""The `supernet.model` that takes layout and sub-networks from `supernet.init_from`."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +92,7 @@ PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 # YAML and JSON know lists only; the list becomes a tuple, its items stay strict.
 IncreasingSizes = Annotated[tuple[PositiveInt, ...], Field(strict=False, min_length=1)]
+CropScale = Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], Field(strict=False, min_length=2, max_length=2)]
 Device = Literal["auto", "cpu", "cuda"]
 
 
@@ -141,6 +147,27 @@ class AugmentConfig(Section):
     """Mirror half of the images left to right; null = yes, except for digits."""
     cutout: NonNegativeInt = 0
     """Side in pixels of one square set to zero; 0 = none."""
+    crop_scale: CropScale | None = None
+    """[low, high]: cut out low to high of the image's area and resize it; null = none, or [0.08, 1] for streamed images."""
+    randaugment_ops: NonNegativeInt = 0
+    """RandAugment: random operations per image, one after the other; 0 = none."""
+    randaugment_magnitude: Annotated[float, Field(ge=0, le=10)] = 9.0
+    """RandAugment: strength of each operation, 0 to 10."""
+    erasing: Fraction = 0.0
+    """Share of images of which a random rectangle is filled with noise, [0, 1]."""
+
+    @model_validator(mode="after")
+    def _crops_one_way(self) -> AugmentConfig:
+        if self.crop_scale is None:
+            return self
+        low, high = self.crop_scale
+        if low > high:
+            message = f"range {shown(self.crop_scale)} is the wrong way round; write {shown([high, low])}"
+            _refuse(BrokenRule(("crop_scale",), message))
+        if self.crop_padding:
+            message = f"{self.crop_padding} pixels have no use beside crop_scale, which crops already; remove one"
+            _refuse(BrokenRule(("crop_padding",), message))
+        return self
 
 
 class SplitsConfig(Section):
@@ -181,6 +208,8 @@ class DataConfig(Section):
     splits: SplitsConfig = SplitsConfig()
     limit: PositiveInt | None = None
     """At most so many images per split, drawn evenly from the classes; null = all."""
+    stream: bool = False
+    """Image folders only: read `train` from disk while it trains, for sets that do not fit into memory."""
 
     @model_validator(mode="after")
     def _suits_the_source(self) -> DataConfig:
@@ -189,20 +218,39 @@ class DataConfig(Section):
         if self.name == "digits" and self.path is not None:
             message = f"digits comes with scikit-learn and takes no folder; remove {shown(self.path)}"
             _refuse(BrokenRule(("path",), message))
+        if self.stream and self.name != "image_folder":
+            _refuse(BrokenRule(("stream",), f"only an image_folder can be streamed; {self.name} fits into memory"))
+        if self.stream and self.augment.crop_padding:
+            message = (
+                f"{self.augment.crop_padding} pixels have no use: streamed images are cropped by crop_scale; remove it"
+            )
+            _refuse(BrokenRule(("augment", "crop_padding"), message))
         return self
 
 
 class TrainConfig(Section):
     """Stage I: how the supernet is trained."""
 
-    epochs: PositiveInt = 30
-    """Passes over `train`."""
+    widths: Literal["sandwich", "all"] | None = None
+    """sandwich: largest, random ones and smallest | all: every width in every step; null = from supernet.regime."""
+    num_random: NonNegativeInt | None = None
+    """Random sub-networks of the sandwich; null = from supernet.regime."""
+    teacher: Literal["none", "inplace", "ema", "ema_ensemble"] | None = None
+    """none: labels | inplace: the widest | ema: the EMA copy's widest | ema_ensemble: its ensemble; null = from the regime."""
+    bn: Literal["private_stats", "private_affine", "recalibrate", "group_norm"] | None = None
+    """BatchNorm with statistics per width | and affine pairs per width | recalibrated | GroupNorm; null = the regime's or the family's."""
+    epochs: NonNegativeInt = 30
+    """Passes over `train`; 0 keeps the weights of supernet.init_from."""
     batch_size: PositiveInt = 128
-    """Images per step, over all workers together."""
+    """Images per step, over all workers and micro-batches together."""
+    accumulate: PositiveInt = 1
+    """Micro-batches whose gradients add up to one step's; BatchNorm sees each one alone."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
     """sgd (Nesterov) | adamw."""
     lr: PositiveFloat = 0.1
-    """Peak learning rate, > 0; a cosine takes it to 0."""
+    """Peak learning rate, > 0."""
+    schedule: Literal["cosine", "one_cycle", "constant"] = "cosine"
+    """cosine: to 0 after the warm-up | one_cycle: up during the warm-up, down to lr / 10,000 | constant."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """For sgd, [0, 1)."""
     weight_decay: NonNegativeFloat = 1.0e-4
@@ -210,15 +258,19 @@ class TrainConfig(Section):
     warmup_epochs: NonNegativeFloat = 1.0
     """Epochs of linear warm-up, part of `epochs`."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    """[0, 1); only the widest sub-network sees labels."""
+    """[0, 1), of whoever learns from labels: the widest, and with teacher none all."""
     grad_clip: PositiveFloat | None = None
     """Largest norm of the gradient; null = no clipping."""
+    precision: Literal["float32", "bf16"] = "float32"
+    """float32 | bf16: autocast to bfloat16; weights, statistics and optimiser stay float32."""
+    channels_last: bool = False
+    """Images and weights in NHWC memory order: often faster on a GPU."""
     checkpoint_every: PositiveInt = 1
     """Epochs between checkpoints."""
 
     @model_validator(mode="after")
     def _warm_up_ends(self) -> TrainConfig:
-        if self.warmup_epochs > self.epochs:
+        if 0 < self.epochs < self.warmup_epochs:
             message = f"{self.warmup_epochs:g} epochs of warm-up do not fit into {self.epochs} epochs of training"
             _refuse(BrokenRule(("warmup_epochs",), message))
         return self
@@ -227,32 +279,25 @@ class TrainConfig(Section):
 class BootstrappingConfig(Section):
     """Who teaches the narrower sub-networks (arXiv 2103.13258, section 3.3; arXiv 2109.10060)."""
 
-    mode: Literal["none", "inplace_distillation", "ib", "ieb"] = "ib"
-    """none: labels | inplace_distillation: the widest | ib: the EMA copy's widest | ieb: the EMA copy's ensemble."""
+    mode: Literal["none", "inplace_distillation", "ib", "ieb"] | None = None
+    """The older way to name a teacher: none | inplace_distillation | ib | ieb; null = from supernet.regime."""
+    num_random: NonNegativeInt | None = None
+    """The older place of supernet.train.num_random; null = from supernet.regime."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.997
     """Decay of the EMA copy per step, [0, 1)."""
     ema_warmup: bool = True
     """Raise the decay as min(ema_decay, (1 + t) / (10 + t)): a short run needs it; false is the paper's."""
     soft_ramp_epochs: NonNegativeFloat = 0.0
     """Epochs over which soft labels replace the true ones; 0 = from the start, as in the paper."""
-    num_random: NonNegativeInt = 2
-    """Random sub-networks per step, beside the widest and the narrowest."""
     teacher_min_updates: NonNegativeInt = 100
     """A teacher width with fewer updates of its statistics runs on those of the batch."""
-
-    @model_validator(mode="after")
-    def _has_an_ensemble(self) -> BootstrappingConfig:
-        if self.mode == "ieb" and self.num_random == 0:
-            message = "ieb averages the teacher with random sub-networks and needs at least 1; or write mode: ib"
-            _refuse(BrokenRule(("num_random",), message))
-        return self
 
 
 class RecalibrationConfig(Section):
     """BatchNorm statistics, re-estimated for every width after training."""
 
-    images: PositiveInt | None = None
-    """Images of `train` to use; null = all."""
+    images: NonNegativeInt | None = None
+    """Images of `train` to use; null = all; 0 keeps the statistics of supernet.init_from, and needs 0 epochs."""
     batch_size: PositiveInt = 256
     """Images per forward pass."""
 
@@ -261,9 +306,13 @@ class SupernetConfig(Section):
     """The network that holds all sub-networks, and its training."""
 
     model: Text
-    """Architecture family, by its registered name."""
+    """Architecture family, by its registered name; or checkpoint: layout and sub-networks of `init_from`."""
     options: dict[str, JsonValue] = Field(default_factory=dict)
     """Options of the family, which checks them: width, stem_stride, num_routes, ..."""
+    init_from: Text | None = None
+    """Start weights: a checkpoint, a run folder, or what `python -m dsnet.training` wrote; `~` and $VARIABLES are expanded."""
+    regime: Literal["ce", "s_net", "us_net", "ib", "ieb"] | None = None
+    """Who trains and who teaches, by name: ce | s_net | us_net | ib | ieb; null = in-place bootstrapping (ib)."""
     workers: PositiveInt = 1
     """Ray Train workers."""
     threads: PositiveInt | None = None
@@ -279,12 +328,91 @@ class SupernetConfig(Section):
     """Training checkpoints kept on disk."""
 
     @model_validator(mode="after")
-    def _batch_divides(self) -> SupernetConfig:
-        batch_size, workers = self.train.batch_size, self.workers
-        if batch_size % workers or batch_size < 2 * workers:
-            message = f"{batch_size} images cannot be shared equally among {workers} workers with at least 2 each"
-            _refuse(BrokenRule(("train", "batch_size"), message))
+    def _can_start_and_train(self) -> SupernetConfig:
+        _refuse(*_batch_problems(self), *_regime_problems(self), *_start_problems(self))
         return self
+
+
+def _batch_problems(supernet: SupernetConfig) -> Iterator[BrokenRule]:
+    train, workers = supernet.train, supernet.workers
+    shares = workers * train.accumulate
+    if train.batch_size % shares or train.batch_size < 2 * shares:
+        among = f"{workers} workers" + (f" x {train.accumulate} micro-batches" if train.accumulate > 1 else "")
+        message = f"{train.batch_size} images cannot be shared equally among {among} with at least 2 each"
+        yield BrokenRule(("train", "batch_size"), message)
+
+
+def _start_problems(supernet: SupernetConfig) -> Iterator[BrokenRule]:
+    """What needs a checkpoint to start from, or goes only with one."""
+    if supernet.init_from is None:
+        if supernet.model == CHECKPOINT_MODEL:
+            yield BrokenRule(("model",), "checkpoint takes the network from supernet.init_from, which is not set")
+        if supernet.train.epochs == 0:
+            message = (
+                "0 keeps the weights of supernet.init_from, which is not set; name a checkpoint, or train 1 or more"
+            )
+            yield BrokenRule(("train", "epochs"), message)
+    if supernet.model == CHECKPOINT_MODEL and supernet.options:
+        message = f"model checkpoint takes no options: the checkpoint has its own; remove {', '.join(supernet.options)}"
+        yield BrokenRule(("options",), message)
+    if supernet.recalibration.images == 0 and supernet.train.epochs > 0:
+        message = (
+            f"0 keeps the statistics of supernet.init_from, but {supernet.train.epochs} epochs of training outdate them"
+        )
+        yield BrokenRule(("recalibration", "images"), message)
+
+
+def _regime_problems(supernet: SupernetConfig) -> Iterator[BrokenRule]:
+    """Names that contradict each other, and an ensemble of nobody."""
+    from dsnet.training.settings import REGIMES, TEACHER_OF_MODE
+
+    regime, bootstrapping = supernet.regime, supernet.bootstrapping
+    if regime is not None:
+        named = REGIMES[regime]
+        if bootstrapping.mode is not None and TEACHER_OF_MODE[bootstrapping.mode] != named.teacher:
+            message = f"{bootstrapping.mode} contradicts supernet.regime {regime}, whose teacher is {named.teacher}; "
+            yield BrokenRule(("bootstrapping", "mode"), message + "keep one of the two, the other null")
+        is_sandwich = named.widths == "sandwich"
+        if is_sandwich and bootstrapping.num_random not in (None, named.num_random):
+            message = (
+                f"{bootstrapping.num_random} contradicts supernet.regime {regime}, which draws {named.num_random}; "
+            )
+            yield BrokenRule(("bootstrapping", "num_random"), message + "write it as supernet.train.num_random")
+    parts = _regime_parts(supernet)
+    if (parts["teacher"], parts["widths"], parts["num_random"]) == ("ema_ensemble", "sandwich", 0):
+        section = "bootstrapping" if supernet.train.num_random is None and bootstrapping.num_random == 0 else "train"
+        message = "ieb averages the teacher with random sub-networks and needs at least 1; or choose regime ib"
+        yield BrokenRule((section, "num_random"), message)
+
+
+def _regime_parts(supernet: SupernetConfig) -> dict[str, Any]:
+    """The fields of the regime."""
+    # Imported here: the core's settings need torch, which `dsnet-orch schema` and --help do without.
+    from dsnet.training.settings import REGIMES, TEACHER_OF_MODE
+
+    train, bootstrapping = supernet.train, supernet.bootstrapping
+    parts = asdict(REGIMES[supernet.regime or "ib"])
+    if supernet.regime is None:
+        teacher = None if bootstrapping.mode is None else TEACHER_OF_MODE[bootstrapping.mode]
+        parts |= _given(teacher=teacher, num_random=bootstrapping.num_random)
+    parts |= _given(widths=train.widths, num_random=train.num_random, teacher=train.teacher, norm=train.bn)
+    if parts["widths"] == "all":
+        parts["num_random"] = 0  # nothing is drawn, whatever was written: one regime, one stage key
+    return parts
+
+
+def _given(**settings: Any) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def resolve_regime(supernet: SupernetConfig) -> Regime:
+    """Which sub-networks a step trains and who teaches them.
+
+    First wins: supernet.train.{widths, num_random, teacher, bn}, supernet.regime, supernet.bootstrapping.{mode, num_random}, ib.
+    """
+    from dsnet.training.settings import Regime
+
+    return Regime(**_regime_parts(supernet))
 
 
 class RoutingConfig(Section):
@@ -677,31 +805,56 @@ def config_warnings(config: SweepConfig) -> list[str]:
         )
     if all(distribution.kind == "fixed" for distribution in config.space.values()):
         warnings.append("space holds fixed values only: all trials differ by their seed alone")
-    return warnings
+    return [*warnings, *_training_warnings(config.supernet)]
 
 
-# Settings of the supernet that say where and how safely it is trained, not what is trained.
+def _training_warnings(supernet: SupernetConfig) -> Iterator[str]:
+    regime = resolve_regime(supernet)
+    if supernet.train.precision == "bf16" and _trains_on_cpu(supernet.device):
+        yield "supernet.train.precision bf16 on a CPU: slower than float32 below large batches"
+    if regime.norm == "recalibrate" and regime.teacher in ("ema", "ema_ensemble"):
+        yield (
+            f"supernet.train.bn recalibrate with teacher {regime.teacher}: "
+            "the EMA copy keeps no statistics while it trains, and always normalises by the batch"
+        )
+
+
+def _trains_on_cpu(device: Device) -> bool:
+    if device == "auto":
+        import torch
+
+        return not torch.cuda.is_available()
+    return device == "cpu"
+
+
+# Settings of the supernet that say where and how safely it is trained, not what is trained; and those that stand
+# for something else: the names of a regime for its parts, the path of a checkpoint for its tensors.
 _NOT_IN_SUPERNET_KEY: dict[str, Any] = {
     "workers": True,
     "threads": True,
     "device": True,
     "keep_checkpoints": True,
-    "train": {"checkpoint_every": True},
+    "init_from": True,
+    "regime": True,
+    "train": {"checkpoint_every", "widths", "num_random", "teacher", "bn"},
+    "bootstrapping": {"mode", "num_random"},
 }
 
 
 def stage_subset(config: SweepConfig, stage: Stage) -> dict[str, JsonValue]:
     """The part of the configuration that a stage's result depends on and that enters its key, JSON-able.
 
-    Parents, the data's fingerprint (hence no `data.path`) and the stage's version are the pipeline's to add.
+    Parents, the fingerprints of the data and of the start weights (hence neither `data.path` nor `supernet.init_from`)
+    and the stage's version are the pipeline's to add.
     Ray, workers, the device of training, budget, tracking and export never enter: the same sweep done elsewhere, or
     for longer, is the same sweep.
     """
     if stage == "supernet":
+        supernet = config.supernet.model_dump(mode="json", exclude=_NOT_IN_SUPERNET_KEY)
         return {
             "seed": config.seed,
             "data": config.data.model_dump(mode="json", exclude={"path"}),
-            "supernet": config.supernet.model_dump(mode="json", exclude=_NOT_IN_SUPERNET_KEY),
+            "supernet": {**supernet, "regime": asdict(resolve_regime(config.supernet))},
         }
     if stage == "measure":
         return {"measure": config.measure.model_dump(mode="json")}

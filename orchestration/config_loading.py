@@ -18,6 +18,7 @@ from pydantic_core import ErrorDetails
 
 from dsnet.errors import ConfigError
 from orchestration.config import (
+    CHECKPOINT_MODEL,
     Section,
     SweepConfig,
     config_warnings,
@@ -26,6 +27,7 @@ from orchestration.config import (
     requirement,
     section_class,
 )
+from orchestration.presets import BUILT_IN_PRESETS, built_in_settings
 from orchestration.wording import shown, way_out
 from orchestration.yaml_source import KeyPath, YamlSource, parse_yaml, read_yaml_file
 
@@ -42,7 +44,7 @@ class LoadedConfig:
     origins: dict[str, str]
     """Dotted key of every setting -> "flag", "--set", "preset NAME", "FILE:LINE", "$DSNET_DATA" or "default"."""
     presets: tuple[str, ...] = ()
-    """Names of the presets that the file offers."""
+    """Names of the presets that the file holds."""
     warnings: tuple[str, ...] = ()
     """What is allowed, but is probably not meant."""
 
@@ -63,7 +65,7 @@ def load_config(
         overrides: texts `a.b=value` as given to --set; the value is YAML. Mappings are merged,
             anything else is replaced.
         flags: dotted key -> value from dedicated options; None means that the option was not given.
-        preset: name of a preset in the file.
+        preset: name of a preset in the file, or else of a built-in one.
         known_models: names of the architecture families; None leaves supernet.model unchecked.
         environ: environment variables; None = those of this process.
 
@@ -76,12 +78,13 @@ def load_config(
     file_layer = _Layer({key: value for key, value in file_settings.items() if key != "presets"}, source)
     top_layers = [_override_layer(text) for text in overrides]
     top_layers += [_flag_layer(key, value) for key, value in (flags or {}).items() if value is not None]
-    preset_layers = [] if preset is None else [_preset_layer(source, presets, preset)]
+    swept = _swept_keys(file_settings)
+    preset_layers = [] if preset is None else [_preset_layer(source, presets, preset, swept)]
 
     environment = os.environ if environ is None else environ
     stack = _Stack.of([file_layer, *preset_layers, *top_layers])
     config, problems = _checked(stack, known_models, environment)
-    others = [_preset_layer(source, presets, name) for name in presets if name != preset]
+    others = [_preset_layer(source, presets, name, swept) for name in presets if name != preset]
     problems += _problems_of_presets(file_layer, others, known_models, environment)
     if problems or config is None:
         raise ConfigError("\n".join(str(problem) for problem in _in_file_order(problems)))
@@ -163,13 +166,26 @@ def _presets(source: YamlSource, settings: Mapping[str, Any]) -> Mapping[str, An
     return presets
 
 
-def _preset_layer(source: YamlSource, presets: Mapping[str, Any], name: str) -> _Layer:
-    if name not in presets:
-        if not presets:
-            raise ConfigError(f"{source.name}: unknown preset '{name}'; the file has no presets")
-        place = source.place(("presets",), at_key=True)
-        raise ConfigError(f"{place}: unknown preset '{name}'{way_out(name, list(presets), 'known presets')}")
-    return _Layer(presets[name], source, ("presets", name), origin_label=f"preset {name}")
+def _preset_layer(source: YamlSource, presets: Mapping[str, Any], name: str, swept: Iterable[str]) -> _Layer:
+    """The file's preset of that name, else the built-in one."""
+    origin = f"preset {name}"
+    if name in presets:
+        return _Layer(presets[name], source, ("presets", name), origin_label=origin)
+    if name in BUILT_IN_PRESETS:
+        return _Layer(built_in_settings(name, swept), label=origin, origin_label=origin)
+    place = source.place(("presets",), at_key=True) if presets else source.name
+    known = [*presets, *BUILT_IN_PRESETS]
+    raise ConfigError(f"{place}: unknown preset '{name}'{way_out(name, known, 'known presets')}")
+
+
+def _swept_keys(settings: Mapping[str, Any]) -> list[str]:
+    """The keys that the file's space sweeps, or those of the default one."""
+    space = settings.get("space", _default_space())
+    return list(space) if isinstance(space, Mapping) else []
+
+
+def _default_space() -> dict[str, Any]:
+    return dict(SweepConfig.model_fields["space"].get_default(call_default_factory=True))
 
 
 def _override_layer(text: str) -> _Layer:
@@ -212,7 +228,7 @@ class _Stack:
     def of(cls, layers: Sequence[_Layer]) -> _Stack:
         stack = cls({}, {(): layers[0]})
         if "space" not in layers[0].settings:  # so that a preset or --set changes the default space, not replaces it
-            stack.settings["space"] = dict(SweepConfig.model_fields["space"].get_default(call_default_factory=True))
+            stack.settings["space"] = _default_space()
         for layer in layers:
             stack.lay(layer)
         return stack
@@ -289,24 +305,24 @@ def _problems_of_presets(
 
 
 def _fill_paths(stack: _Stack, environ: Mapping[str, str]) -> Iterator[_Problem]:
-    """Take data.path from the environment where it is not given, and expand `~` and $VARIABLES in folders."""
+    """Take data.path from the environment where it is not given, and expand `~` and $VARIABLES in paths."""
     data = stack.settings.get("data")
     if isinstance(data, dict) and data.get("name") in ("cifar10", "image_folder") and data.get("path") is None:
         folder = environ.get(DATA_VARIABLE)
         if folder:
             label = f"environment variable {DATA_VARIABLE}"
             stack.lay(_Layer({"data": {"path": folder}}, label=label, origin_label=f"${DATA_VARIABLE}"))
-    for section, key in (("data", "path"), ("storage", "runs")):
+    for section, key in (("data", "path"), ("supernet", "init_from"), ("storage", "runs")):
         settings = stack.settings.get(section)
         if isinstance(settings, dict) and isinstance(settings.get(key), str):
             settings[key], missing = _expanded(settings[key], environ)
             for name in missing:
-                message = f"the environment variable {name} is not set; set it or write the folder out"
+                message = f"the environment variable {name} is not set; set it or write the path out"
                 yield stack.problem((section, key), message)
 
 
 def _expanded(text: str, environ: Mapping[str, str]) -> tuple[str, list[str]]:
-    """The folder with `~`, $NAME and ${NAME} replaced, and the names that are not set."""
+    """The path with `~`, $NAME and ${NAME} replaced, and the names that are not set."""
     pattern = re.compile(r"\$(?:\{(\w+)\}|(\w+))")
     missing = [name for match in pattern.finditer(text) if (name := match[1] or match[2]) not in environ]
     replaced = pattern.sub(lambda match: environ.get(match[1] or match[2], match[0]), text)
@@ -316,8 +332,11 @@ def _expanded(text: str, environ: Mapping[str, str]) -> tuple[str, list[str]]:
 def _model_problems(stack: _Stack, known_models: Sequence[str] | None) -> Iterator[_Problem]:
     supernet = stack.settings.get("supernet")
     model = supernet.get("model") if isinstance(supernet, dict) else None
-    if known_models is not None and isinstance(model, str) and model and model not in known_models:
-        message = f"unknown model '{model}'{way_out(model, known_models, 'known models')}"
+    if known_models is None or not isinstance(model, str) or not model:
+        return
+    known = [*known_models, CHECKPOINT_MODEL]
+    if model not in known:
+        message = f"unknown model '{model}'{way_out(model, known, 'known models')}"
         yield stack.problem(("supernet", "model"), message)
 
 

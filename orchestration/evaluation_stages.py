@@ -5,19 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from dsnet.cost import subnet_cost
 from dsnet.data import TensorData
 from dsnet.files import atomic_write_json
 from dsnet.latency import measure_latency
 from dsnet.supernet import Supernet
-from dsnet.training.evaluate import build_routing_table, subnet_accuracy
+from dsnet.training.evaluate import build_routing_table, measure_subnets
 from orchestration.launch_context import Launch
 from orchestration.preparation import latency_settings, resolve_device
 from orchestration.projection import subnet_rows, write_widths
 from orchestration.results import RunResults
 from orchestration.stages import StagePlan, run_stage
-
-EVALUATION_BATCH = 256
 
 
 def measure_stage(work: Launch, plan: StagePlan, supernet: Supernet) -> None:
@@ -27,26 +24,13 @@ def measure_stage(work: Launch, plan: StagePlan, supernet: Supernet) -> None:
 
     def measure(folder: Path) -> Sequence[Path]:
         supernet.to(resolve_device(work.config.supernet.device))
-        rows = []
         with work.progress.bar("measure: accuracy", len(subnets.all)) as bar:
-            for number, subnet in enumerate(subnets.all):
+
+            def on_row(rows: Sequence[object]) -> None:
+                bar.update(len(rows))
                 work.check_stop()
-                top1, top5 = subnet_accuracy(
-                    supernet, subnet, data, "val", work.prepared.normalization, EVALUATION_BATCH
-                )
-                cost = subnet_cost(supernet.spec, subnet, size)
-                is_teacher = subnet == subnets.teacher
-                rows.append(
-                    {
-                        "name": subnet.name,
-                        "top1": top1,
-                        "top5": top5,
-                        "madds": cost.madds,
-                        "params": cost.params,
-                        "is_teacher": is_teacher,
-                    }
-                )
-                bar.update(number + 1)
+
+            measured = measure_subnets(supernet, data, "val", work.prepared.normalization, on_row=on_row)
         settings = latency_settings(work.config)
         with work.progress.bar("measure: latency", len(settings.batch_sizes) + len(settings.group_sizes)) as bar:
             latency = measure_latency(
@@ -54,7 +38,7 @@ def measure_stage(work: Launch, plan: StagePlan, supernet: Supernet) -> None:
             )
         supernet.cpu()
         outputs = [folder / "subnets.json", folder / "latency.json"]
-        atomic_write_json(outputs[0], {"split": "val", "num_images": data.num_images("val"), "subnets": rows})
+        atomic_write_json(outputs[0], measured)
         atomic_write_json(outputs[1], latency.to_json())
         return outputs
 
@@ -96,7 +80,6 @@ def build_table(work: Launch, supernet: Supernet, data: TensorData, split: str, 
             data,
             split,
             work.prepared.normalization,
-            batch_size=EVALUATION_BATCH,
             on_progress=on_progress,
         )
     supernet.cpu()

@@ -108,6 +108,7 @@ def bundle_claims(prepared: Prepared, results: RunResults, slot: int) -> dict[st
         "data": {
             "name": prepared.image_set.name,
             "image_size": config.data.image_size,
+            "stream": config.data.stream,
             "sizes": config.data.splits.model_dump(mode="json"),
             "seed": config.seed,
             "limit": config.data.limit,
@@ -159,7 +160,7 @@ def _gate_yaml(prepared: Prepared, results: RunResults, slot: int, claims: Mappi
     content = {
         "name": trial_name(slot),
         "run": results.run.name,
-        "model": {"family": results.config.supernet.model, "options": dict(results.config.supernet.options)},
+        "model": {"family": prepared.subnets.spec.family, "options": dict(results.config.supernet.options)},
         "routes": [
             {"name": prepared.subnets[k].name, "widths": list(prepared.subnets[k].widths)} for k in router.routes
         ],

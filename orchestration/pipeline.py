@@ -157,8 +157,8 @@ def _ray_where_needed(
     if not is_needed:
         yield
         return
-    images = prepared.data.images("train")
-    needed_mib = int(1.5 * images.numel() / 2**20) + 100  # the training images lie in the object store once
+    num_bytes = 0 if config.data.stream else prepared.data.images("train").numel()
+    needed_mib = int(1.5 * num_bytes / 2**20) + 100  # the training images lie in the object store once
     progress.say("starting Ray ...")
     settings = RaySettings(
         address=config.ray.address,

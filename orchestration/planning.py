@@ -8,7 +8,7 @@ from pathlib import Path
 from dsnet.cost import subnet_cost
 from dsnet.errors import DataError, NotFoundError, PreflightError
 from dsnet.families import Task, layout
-from orchestration.config import SweepConfig
+from orchestration.config import CHECKPOINT_MODEL, SweepConfig, resolve_regime
 from orchestration.config_loading import LoadedConfig
 from orchestration.preparation import Prepared, prepare, stage_definitions
 from orchestration.projection import make_tracker, replay, store_uri, sweep_end_ms
@@ -59,15 +59,18 @@ def make_plan(loaded: LoadedConfig) -> SweepPlan:
 
 
 def check_model(config: SweepConfig) -> None:
-    """Check the family's options without the data.
+    """Check the family's options without the data; a model that lies in a checkpoint is not opened.
 
     Raises:
         ConfigError: unknown family or option, or a value out of its range.
     """
+    if config.supernet.model == CHECKPOINT_MODEL:
+        return
     layout(
         config.supernet.model,
         Task(num_classes=10, in_channels=3, image_size=config.data.image_size or 32),
         config.supernet.options,
+        resolve_regime(config.supernet).norm,
     )
 
 

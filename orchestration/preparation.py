@@ -4,24 +4,54 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from dsnet.data import Augmentation, ImageSet, Normalization, Splits, SplitSizes, TensorData, load_images, make_splits
+from dsnet.data import Augmentation, Normalization, Splits, SplitSizes, TensorData, make_splits
 from dsnet.errors import ConfigError, PreflightError
-from dsnet.families import Task, layout
+from dsnet.families import Task
 from dsnet.files import atomic_write_text
 from dsnet.latency import LatencySettings
 from dsnet.space import SubnetSet
-from dsnet.training.supernet import BootstrapSettings, SupernetRun, TrainSettings
-from orchestration.config import Stage, SweepConfig, stage_subset
+from dsnet.training.images import InMemoryImages, TrainingImages
+from dsnet.training.settings import BootstrapSettings, SupernetRun, TrainSettings
+from dsnet.training.sources import ImageSource, load_source
+from dsnet.training.start import Start, check_start, first_weights, lay_out, load_start
+from orchestration.config import Stage, SweepConfig, resolve_regime, stage_subset
 from orchestration.stages import StageDefinition
 
-STAGE_VERSIONS: Mapping[str, int] = {"supernet": 1, "measure": 1, "table": 1, "search": 1, "verify": 1}
+STAGE_VERSIONS: Mapping[str, int] = {"supernet": 2, "measure": 1, "table": 1, "search": 1, "verify": 1}
 """Raised by hand when the code of a stage gives other results."""
+_OF_REGIME = {"widths", "num_random", "teacher", "bn"}
+
+
+@dataclass(frozen=True)
+class StartPoint:
+    """The checkpoint that training starts from, without its tensors."""
+
+    path: Path
+    """Its stem, absolute: workers have other working directories."""
+    sha256: str
+    """Of the tensors."""
+    origin: Mapping[str, Any]
+    """For the record, as `SupernetRun.origin` takes it."""
+    fresh: tuple[str, ...]
+    """Names of the tensors that it does not have."""
+
+    @classmethod
+    def of(cls, start: Start, subnets: SubnetSet) -> StartPoint:
+        """Try the weights on, so that what does not fit is refused before anything runs.
+
+        Raises:
+            CheckpointError: they do not fit.
+        """
+        _, fresh = first_weights(subnets, 0, start)
+        return cls(start.stem.absolute(), start.sha256, start.origin(), tuple(fresh))
 
 
 @dataclass(frozen=True)
@@ -29,14 +59,17 @@ class Prepared:
     """Everything that the stages share."""
 
     config: SweepConfig
-    image_set: ImageSet
+    image_set: ImageSource
+    """Facts about all images."""
     splits: Splits
     data: TensorData
-    """Without the test split."""
+    """Without the test split; where `data.stream` is true, without the training split too."""
     normalization: Normalization
     subnets: SubnetSet
     fingerprint: str
     """Of pixels, labels and splits."""
+    start: StartPoint | None = None
+    """None for fresh weights."""
 
     @property
     def image_size(self) -> int:
@@ -45,7 +78,7 @@ class Prepared:
 
     def open_test(self) -> TensorData:
         """The data with the test split; only verify and report may ask, and count it in the manifest."""
-        return TensorData.from_images(self.image_set, self.splits, open_test=True)
+        return self.image_set.tensor_data(self.splits, open_test=True)
 
     def notes(self) -> tuple[str, ...]:
         """What qualifies every number of this run."""
@@ -64,28 +97,42 @@ def prepare(config: SweepConfig) -> Prepared:
 
     Raises:
         DataError: data missing or broken.
-        ConfigError: options or split sizes that do not fit.
+        ConfigError: options, split sizes or start weights that do not fit.
+        CheckpointError: the start weights are missing, broken, or of another network.
         PreflightError: no such device.
     """
-    for device in (config.supernet.device, config.measure.device):
+    supernet = config.supernet
+    for device in (supernet.device, config.measure.device):
         resolve_device(device)
-    image_set = load_images(config.data.name, config.data.path, config.data.image_size)
+    image_set = _open_images(config)
     sizes = SplitSizes(**config.data.splits.model_dump())
     splits = make_splits(image_set.labels.numpy(), image_set.official_test, sizes, config.seed, config.data.limit)
     channels, _, size = image_set.image_shape
-    task = Task(num_classes=image_set.num_classes, in_channels=channels, image_size=size)
-    data = TensorData.from_images(image_set, splits)
-    subnets = layout(config.supernet.model, task, config.supernet.options)
+    task = Task(num_classes=len(image_set.class_names), in_channels=channels, image_size=size)
+    data = image_set.tensor_data(splits)
+    start = None if supernet.init_from is None else load_start(Path(supernet.init_from))
+    subnets = lay_out(supernet.model, task, supernet.options, resolve_regime(supernet).norm, start)
     check_routing(config, len(subnets))
-    return Prepared(
+    known = None if start is None else start.normalization
+    prepared = Prepared(
         config=config,
         image_set=image_set,
         splits=splits,
         data=data,
-        normalization=Normalization.from_images(data.images("train")),
+        normalization=known if known is not None else image_set.normalization(splits),
         subnets=subnets,
         fingerprint=hashlib.sha256(f"{image_set.fingerprint}/{splits.hash}".encode()).hexdigest(),
+        start=None if start is None else StartPoint.of(start, subnets),
     )
+    fresh = () if prepared.start is None else prepared.start.fresh
+    check_start(supernet_run(prepared), start, fresh, task.num_classes)
+    return prepared
+
+
+def _open_images(config: SweepConfig) -> ImageSource:
+    data, supernet = config.data, config.supernet
+    num_threads = supernet.threads or max(1, (os.cpu_count() or 1) // supernet.workers)
+    return load_source(data.name, data.path, data.image_size, stream=data.stream, num_threads=num_threads)
 
 
 def check_routing(config: SweepConfig, num_routes: int) -> None:
@@ -121,19 +168,28 @@ def resolve_device(name: str) -> str:
 
 def supernet_run(prepared: Prepared) -> SupernetRun:
     """The training settings in the core's own terms."""
-    config = prepared.config
-    supernet, augment = config.supernet, config.data.augment
+    config, start = prepared.config, prepared.start
+    supernet = config.supernet
     return SupernetRun(
-        train=TrainSettings(**supernet.train.model_dump()),
-        bootstrapping=BootstrapSettings(**supernet.bootstrapping.model_dump()),
-        augmentation=Augmentation.for_images(prepared.image_set, augment.crop_padding, augment.flip, augment.cutout),
+        train=TrainSettings(**supernet.train.model_dump(exclude=_OF_REGIME)),
+        regime=resolve_regime(supernet),
+        bootstrapping=BootstrapSettings(**supernet.bootstrapping.model_dump(exclude={"mode", "num_random"})),
+        augmentation=Augmentation.for_images(prepared.image_set, **config.data.augment.model_dump()),
         normalization=prepared.normalization,
         seed=config.seed,
         weights=supernet.weights,
         recalibration_images=supernet.recalibration.images,
         recalibration_batch=supernet.recalibration.batch_size,
         keep_checkpoints=supernet.keep_checkpoints,
+        origin={} if start is None else start.origin,
     )
+
+
+def training_images(prepared: Prepared, augmentation: Augmentation) -> TrainingImages:
+    """The training split as the training loop takes it; what is in memory already is not copied."""
+    if prepared.config.data.stream:
+        return prepared.image_set.training_images(prepared.splits, augmentation)
+    return InMemoryImages(prepared.data.images("train"), prepared.data.labels("train"), augmentation)
 
 
 def latency_settings(config: SweepConfig) -> LatencySettings:
@@ -153,6 +209,7 @@ def stage_definitions(prepared: Prepared) -> list[StageDefinition]:
     subsets = {name: stage_subset(config, name) for name in parents}
     # The options name a layout, and a release may lay them out differently: what is trained is the layout itself.
     subsets["supernet"]["layout"] = _digest(prepared.subnets.to_json())
+    subsets["supernet"]["start"] = None if prepared.start is None else prepared.start.sha256
     return [
         StageDefinition(name, STAGE_VERSIONS[name], subsets[name], prepared.fingerprint, above)
         for name, above in parents.items()

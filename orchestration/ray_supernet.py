@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from dsnet import errors
 from dsnet.errors import DsnetError, PreflightError, StoppedError
 from dsnet.files import atomic_write_json, read_json
 from dsnet.space import SubnetSet
-from dsnet.training.supernet import FINAL, SupernetRun
+from dsnet.training.images import InMemoryImages, TrainingImages
+from dsnet.training.settings import SupernetRun
+from dsnet.training.supernet import FINAL
 from orchestration.tracking import CurvePoint, CurveTail
 
 POLL_S = 0.3
@@ -41,12 +41,13 @@ class SupernetJob:
     workers: int
     is_local: bool = True
     """All workers run on this machine: their group then listens on the loopback only."""
+    init_from: Path | None = None
+    """The checkpoint to start from, on storage that driver and workers share; None for fresh weights."""
 
 
 def train_on_ray(
     job: SupernetJob,
-    images: Tensor,
-    labels: Tensor,
+    data: TrainingImages,
     *,
     on_points: Callable[[list[CurvePoint]], None],
     should_stop: Callable[[], bool],
@@ -55,8 +56,7 @@ def train_on_ray(
 
     Args:
         job: the settings.
-        images: the training split, uint8 [N, C, H, W].
-        labels: int64 [N].
+        data: the training split; what is not in memory travels as it is, and must be picklable.
         on_points: hears new points of the loss curves.
         should_stop: asked several times a second; True stops training at the next step.
 
@@ -75,8 +75,7 @@ def train_on_ray(
     outcome = job.folder / "outcome.json"
     outcome.unlink(missing_ok=True)
     job.folder.mkdir(parents=True, exist_ok=True)
-    # numpy arrays are shared through the object store without a copy; tensors are not.
-    config = {"job": job, "images": ray.put(images.numpy()), "labels": ray.put(labels.numpy())}
+    config = {"job": job, **_sent(data)}
     failures: list[BaseException] = []
     thread = threading.Thread(target=_fit, args=(config, failures), name="ray-train", daemon=True)
     tail = CurveTail(job.folder / "curves.jsonl")
@@ -93,6 +92,28 @@ def train_on_ray(
     if failures:
         raise DsnetError(f"the training workers failed: {_root_cause(failures[0])}") from failures[0]
     return job.folder / FINAL
+
+
+def _sent(data: TrainingImages) -> dict[str, Any]:
+    """How the training split travels; `_received` is the other end."""
+    import ray
+
+    if not isinstance(data, InMemoryImages):
+        return {"data": data}
+    # numpy arrays are shared through the object store without a copy; tensors are not.
+    return {"images": ray.put(data.images.numpy()), "labels": ray.put(data.labels.numpy())}
+
+
+def _received(config: Mapping[str, Any]) -> TrainingImages:
+    import ray
+    import torch
+
+    if "data" in config:
+        streamed: TrainingImages = config["data"]
+        return streamed
+    images, labels = (torch.from_numpy(ray.get(config[name]).copy()) for name in ("images", "labels"))
+    job: SupernetJob = config["job"]
+    return InMemoryImages(images, labels, job.run.augmentation)
 
 
 def _check_room(job: SupernetJob, resources: Mapping[str, float]) -> None:
@@ -159,12 +180,10 @@ def _follow(
 
 def _train_loop(config: Mapping[str, Any]) -> None:
     """What each Ray Train worker runs. The user's errors are recorded, not raised: Ray would start them again."""
-    import ray
     import ray.train
     import torch
 
-    from dsnet.families import rebuild
-    from dsnet.seeds import derive_seed
+    from dsnet.training.start import first_weights, load_start
     from dsnet.training.supernet import train_supernet
     from dsnet.training.workers import DistributedWorkers, SingleWorker
 
@@ -173,16 +192,15 @@ def _train_loop(config: Mapping[str, Any]) -> None:
     if outcome.exists():
         return  # an earlier attempt of this launch failed by itself, and would fail again
     torch.set_num_threads(job.threads)
-    images = torch.from_numpy(ray.get(config["images"]).copy())
-    labels = torch.from_numpy(ray.get(config["labels"]).copy())
     context = ray.train.get_context()
     is_alone = context.get_world_size() == 1
-    generator = torch.Generator().manual_seed(derive_seed(job.run.seed, "weights"))
     try:
+        supernet, _ = first_weights(
+            job.subnets, job.run.seed, None if job.init_from is None else load_start(job.init_from)
+        )
         train_supernet(
-            rebuild(job.subnets, generator),
-            images,
-            labels,
+            supernet,
+            _received(config),
             job.run,
             folder=job.folder,
             device=job.device,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import importlib.metadata
 import json
 import os
 import platform
@@ -20,6 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from dsnet.environment import installed_versions as versions_of
 from dsnet.errors import CheckpointError, ConfigError, LockedError, NotFoundError, PreflightError
 from dsnet.files import atomic_write_json, exclusive, read_json
 
@@ -455,13 +455,7 @@ class Manifest:
 
 def installed_versions() -> dict[str, str]:
     """Versions of Python and of the main packages, without importing any of them."""
-    versions = {"python": platform.python_version()}
-    for package in RECORDED_PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = "not installed"
-    return versions
+    return versions_of(RECORDED_PACKAGES)
 
 
 def describe_hardware(gpu: str | None = None) -> dict[str, Any]:

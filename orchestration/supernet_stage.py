@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from orchestration.launch_context import Launch
-from orchestration.preparation import resolve_device, supernet_run
+from orchestration.preparation import StartPoint, resolve_device, supernet_run, training_images
 from orchestration.projection import supernet_row
 from orchestration.ray_runtime import LOCAL, cluster_cpus
 from orchestration.ray_supernet import SupernetJob, train_on_ray
@@ -21,14 +21,14 @@ def supernet_stage(work: Launch, plan: StagePlan) -> None:
         work.progress.say(f"supernet: done before ({plan.key[:12]})")
     training = supernet_run(work.prepared)
     device = resolve_device(config.supernet.device)
-    subnets = work.prepared.subnets
+    subnets, start = work.prepared.subnets, work.prepared.start
     shown = (subnets.largest.name, subnets[subnets.by_madds()[0]].name)
 
     def train(folder: Path) -> Sequence[Path]:
         manifest = work.manifest.read()
         work.tracker.supernet(supernet_row(manifest, run, config, is_done=False))
         job = SupernetJob(
-            subnets=work.prepared.subnets,
+            subnets=subnets,
             run=training,
             folder=folder,
             stop_file=run.stop_path,
@@ -36,7 +36,10 @@ def supernet_stage(work: Launch, plan: StagePlan) -> None:
             threads=config.supernet.threads or max(1, cluster_cpus() // config.supernet.workers),
             workers=config.supernet.workers,
             is_local=config.ray.address == LOCAL,
+            init_from=None if start is None else start.path,
         )
+        if start is not None:
+            work.progress.say(_start_sentence(start))
         epochs = training.train.epochs
         with work.progress.bar("supernet (epochs)", epochs) as bar:
 
@@ -45,10 +48,8 @@ def supernet_stage(work: Launch, plan: StagePlan) -> None:
                 if points:
                     bar.update(points[-1].metrics["epoch"] or 0.0, _losses(points[-1], shown))
 
-            data = work.prepared.data
-            stem = train_on_ray(
-                job, data.images("train"), data.labels("train"), on_points=on_points, should_stop=work.stop
-            )
+            data = training_images(work.prepared, training.augmentation)
+            stem = train_on_ray(job, data, on_points=on_points, should_stop=work.stop)
         return [stem.with_name(stem.name + suffix) for suffix in (".safetensors", ".json")]
 
     was_done = plan.is_done
@@ -57,6 +58,11 @@ def supernet_stage(work: Launch, plan: StagePlan) -> None:
     work.tracker.supernet(supernet_row(work.manifest.read(), run, config, is_done=True))
     if not was_done:
         work.progress.say(f"supernet: trained in {folder.seconds() or 0:.0f} s")
+
+
+def _start_sentence(start: StartPoint) -> str:
+    fresh = f"; fresh: {', '.join(start.fresh)}" if start.fresh else ""
+    return f"supernet: starts from {start.path} ({start.sha256[:12]}){fresh}"
 
 
 def _losses(point: CurvePoint, names: Sequence[str]) -> str:

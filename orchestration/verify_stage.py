@@ -49,7 +49,7 @@ def verify_stage(work: Launch, plans: Mapping[str, StagePlan], supernet: Superne
             latency_settings(config),
             before_each=work.check_stop,
         )
-        num_classes = prepared.image_set.num_classes
+        num_classes = len(prepared.image_set.class_names)
         content = {
             "front": list(front),
             "num_openings": num_openings,

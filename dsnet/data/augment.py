@@ -1,17 +1,34 @@
-"""Random crop, mirror image and cutout for whole batches, on the device where the batch lies.
+"""Augmentation of whole batches on the device where they lie: crop, mirror image, RandAugment-style, cutout, erasing.
 
-Drawing and applying are two functions: what was drawn can be looked at, repeated, and checked image by image.
+Nothing here waits for the device or looks at one image at a time. Drawing and applying are two functions: what was drawn
+can be looked at, repeated, and checked image by image.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from dsnet.data.images import ImageSet
+from dsnet.data.boxes import BoxDraw, draw_boxes
+from dsnet.data.erasing import ErasingDraw, draw_erasing, erase
+from dsnet.data.randaugment import MAX_MAGNITUDE, RandAugmentDraw, apply_randaugment, draw_randaugment
+from dsnet.data.resized_crop import crop_boxes, resize_crops
 from dsnet.errors import ConfigError
+
+
+class DescribedImages(Protocol):
+    """What the defaults of an augmentation depend on; an `ImageSet` is one."""
+
+    @property
+    def name(self) -> str:
+        """The data set's registered name."""
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width)."""
 
 
 @dataclass(frozen=True)
@@ -26,27 +43,75 @@ class Augmentation:
     cutout: int = 0
     """Side in pixels of a square of zeros around a random pixel, clipped at the edges (DeVries & Taylor, 2017)."""
 
+    randaugment_ops: int = 0
+    """Operations that each image draws (see `dsnet.data.randaugment`, after arXiv 1909.13719); 0 = none."""
+    randaugment_magnitude: float = 9.0
+    """Their common strength, 0..10."""
+    erasing: float = 0.0
+    """Probability, 0..1, that a rectangle of 2 to 33 % of the image becomes random pixels (arXiv 1708.04896)."""
+    crop_scale: tuple[float, float] | None = None
+    """Least and greatest area of a random resized crop as shares of the image, 0 < least <= greatest <= 1; None = none,
+    for images that are streamed from files (0.08, 1). Aspects are 3:4 to 4:3."""
+
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if value < 0:
-                raise ConfigError(f"data.augment.{field.name} is {value}, must be >= 0")
+        _check_range("crop_padding", self.crop_padding, 0)
+        _check_range("cutout", self.cutout, 0)
+        _check_range("randaugment_ops", self.randaugment_ops, 0)
+        _check_range("randaugment_magnitude", self.randaugment_magnitude, 0, MAX_MAGNITUDE)
+        _check_range("erasing", self.erasing, 0, 1)
+        if self.crop_scale is None:
+            return
+        object.__setattr__(self, "crop_scale", tuple(self.crop_scale))  # JSON knows lists only
+        if len(self.crop_scale) != 2 or not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
+            raise ConfigError(
+                f"data.augment.crop_scale is {list(self.crop_scale)}, must be two shares of the image's area, "
+                "0 < least <= greatest <= 1"
+            )
+        if self.crop_padding > 0:
+            raise ConfigError(
+                f"data.augment.crop_padding is {self.crop_padding} beside crop_scale {list(self.crop_scale)}: "
+                "both crop; set crop_padding to 0 or crop_scale to null"
+            )
 
     @classmethod
     def for_images(
-        cls, image_set: ImageSet, crop_padding: int | None = None, flip: bool | None = None, cutout: int = 0
+        cls,
+        images: DescribedImages,
+        crop_padding: int | None = None,
+        flip: bool | None = None,
+        cutout: int = 0,
+        **others: Any,
     ) -> Augmentation:
-        """Fill in the defaults: an eighth of the image's size of padding, and mirroring except for digits."""
+        """Fill in the defaults: an eighth of the image's size of padding, and mirroring except for digits.
+
+        Args:
+            images: The data set.
+            crop_padding: None: the default, with `crop_scale` none.
+            flip: None: the default.
+            cutout: As the field.
+            others: The other fields.
+        """
         if crop_padding is None:
-            crop_padding = image_set.image_shape[-1] // 8
+            crop_padding = images.image_shape[-1] // 8 if others.get("crop_scale") is None else 0
         if flip is None:
-            flip = image_set.name != "digits"  # a mirrored 2 is no 2
-        return cls(crop_padding, flip, cutout)
+            flip = images.name != "digits"  # a mirrored 2 is no 2
+        return cls(crop_padding, flip, cutout, **others)
+
+    @property
+    def needs_bytes(self) -> bool:
+        """Whether an operation is on that works on pixel values 0..255 alone."""
+        return self.randaugment_ops > 0 or self.erasing > 0 or self.crop_scale is not None
+
+
+def _check_range(name: str, value: float, lowest: float, highest: float | None = None) -> None:
+    if value < lowest or (highest is not None and value > highest):
+        rule = f">= {lowest}" if highest is None else f"{lowest}..{highest:g}"
+        raise ConfigError(f"data.augment.{name} is {value}, must be {rule}")
 
 
 @dataclass(frozen=True, eq=False)
 class AugmentationDraw:
-    """What chance decided for each of B images; all tensors [B]."""
+    """What chance decided for each of B images; all tensors [B]. What is None is off."""
 
     top: Tensor
     """int64: first row of the crop in the padded image, 0..2 * crop_padding."""
@@ -58,6 +123,10 @@ class AugmentationDraw:
     """int64: centre of the cutout in the finished image, 0..H - 1."""
     cutout_column: Tensor
     """int64: 0..W - 1."""
+    crop: BoxDraw | None = None
+    """The random resized crop."""
+    randaugment: RandAugmentDraw | None = None
+    erasing: ErasingDraw | None = None
 
 
 def augment(images: Tensor, generator: torch.Generator, augmentation: Augmentation) -> Tensor:
@@ -66,7 +135,7 @@ def augment(images: Tensor, generator: torch.Generator, augmentation: Augmentati
     Padding and cutout put zeros in: black for uint8 pixels, the data's mean after normalisation.
 
     Args:
-        images: [B, C, H, W], uint8 or float.
+        images: [B, C, H, W], uint8; also float where only padding, mirroring and cutout are on.
         generator: On the images' device. The same state gives the same result.
         augmentation: What may be done.
 
@@ -79,19 +148,42 @@ def augment(images: Tensor, generator: torch.Generator, augmentation: Augmentati
 def draw_augmentation(images: Tensor, generator: torch.Generator, augmentation: Augmentation) -> AugmentationDraw:
     """Draw the numbers for one batch [B, C, H, W].
 
-    The same five are always drawn, so that switching one operation off leaves the others' numbers as they were.
+    The same five are always drawn, so that switching one operation off leaves the others' numbers as they were. Resized
+    crop, RandAugment-style operations and erasing draw theirs afterwards, in this order, where they are on.
     """
+    if augmentation.needs_bytes and images.dtype != torch.uint8:
+        raise ValueError(f"resized crops, RandAugment-style operations and erasing need uint8, not {images.dtype}")
     num_images, _, height, width = images.shape
 
     def draw(high: int) -> Tensor:
         return torch.randint(high, (num_images,), generator=generator, device=images.device)
 
     positions = 2 * augmentation.crop_padding + 1
-    return AugmentationDraw(draw(positions), draw(positions), draw(2).bool(), draw(height), draw(width))
+    top, left, is_flipped = draw(positions), draw(positions), draw(2).bool()
+    cutout_row, cutout_column = draw(height), draw(width)
+    crop = draw_boxes(num_images, generator) if augmentation.crop_scale is not None else None
+    operations = augmentation.randaugment_ops
+    randaugment = draw_randaugment(images, generator, operations) if operations > 0 else None
+    erasing = draw_erasing(images, generator, augmentation.erasing) if augmentation.erasing > 0 else None
+    return AugmentationDraw(top, left, is_flipped, cutout_row, cutout_column, crop, randaugment, erasing)
 
 
 def apply_augmentation(images: Tensor, draw: AugmentationDraw, augmentation: Augmentation) -> Tensor:
-    """Crop, then mirror, then cut out, as drawn; one gather for the whole batch [B, C, H, W]."""
+    """Crop, mirror, apply the RandAugment-style operations, cut out, erase: as drawn, on the whole batch [B, C, H, W]."""
+    if draw.crop is not None and augmentation.crop_scale is not None:
+        images = resize_crops(
+            images, crop_boxes(draw.crop, (images.shape[2], images.shape[3]), augmentation.crop_scale)
+        )
+    images = _crop_and_mirror(images, draw, augmentation)
+    if draw.randaugment is not None:
+        images = apply_randaugment(images, draw.randaugment, augmentation.randaugment_magnitude)
+    if augmentation.cutout > 0:
+        images = images * ~_cutout(images, draw, augmentation.cutout)
+    return images if draw.erasing is None else erase(images, draw.erasing)
+
+
+def _crop_and_mirror(images: Tensor, draw: AugmentationDraw, augmentation: Augmentation) -> Tensor:
+    """One gather for the whole batch."""
     num_images, channels, height, width = images.shape
     padding = augmentation.crop_padding
     y = torch.arange(height, device=images.device)
@@ -106,9 +198,6 @@ def apply_augmentation(images: Tensor, draw: AugmentationDraw, augmentation: Aug
     if padding < min(height, width):
         rows, columns = _mirror(rows, height), _mirror(columns, width)
     is_kept = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[:, None, :]
-    if augmentation.cutout > 0:
-        is_kept &= ~_cutout(draw, augmentation.cutout, y, x)
-
     source = rows.clamp(0, height - 1)[:, :, None] * width + columns.clamp(0, width - 1)[:, None, :]
     index = source.reshape(num_images, 1, height * width).expand(-1, channels, -1)
     gathered = images.reshape(num_images, channels, height * width).gather(2, index)
@@ -120,9 +209,11 @@ def _mirror(index: Tensor, size: int) -> Tensor:
     return (size - 1) - ((size - 1) - index.abs()).abs()
 
 
-def _cutout(draw: AugmentationDraw, side: int, y: Tensor, x: Tensor) -> Tensor:
-    """bool [B, H, W]: the pixels inside each image's square."""
+def _cutout(images: Tensor, draw: AugmentationDraw, side: int) -> Tensor:
+    """bool [B, 1, H, W]: the pixels inside each image's square."""
+    y = torch.arange(images.shape[2], device=images.device)
+    x = torch.arange(images.shape[3], device=images.device)
     first_row, first_column = draw.cutout_row[:, None] - side // 2, draw.cutout_column[:, None] - side // 2
     in_rows = (y >= first_row) & (y < first_row + side)
     in_columns = (x >= first_column) & (x < first_column + side)
-    return in_rows[:, :, None] & in_columns[:, None, :]
+    return (in_rows[:, :, None] & in_columns[:, None, :])[:, None]

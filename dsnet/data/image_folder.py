@@ -1,36 +1,70 @@
-"""Images in one folder per class: `root/class/*.png|jpg|jpeg`, or the same below `root/train` and `root/test`."""
+"""Images in one folder per class: `root/class/*.png|jpg|jpeg`, or the same below `root/train` and `root/test`.
+
+A folder is listed first and decoded afterwards: as a whole (`load_image_folder`), or only the images asked for.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
 import PIL
 import torch
 from PIL import Image, ImageOps
+from torch import Tensor
 
 from dsnet.data.cache import ImageCache, default_cache_folder
 from dsnet.data.decoding import decode_rgb
 from dsnet.data.images import ImageSet
 from dsnet.data.location import data_root
+from dsnet.data.prefetch import in_order
 from dsnet.errors import ConfigError, DataError
 
 _EXTENSIONS = (".png", ".jpg", ".jpeg")
 _KEY_VERSION = "1"  # raise it when the decoding below changes what it returns
 
 
-@dataclass(frozen=True)
-class _Listing:
-    """The files of a set in their final order."""
+_NAME = "image_folder"
+_NUM_AHEAD = 64  # decoded images that wait for their turn while a whole set is decoded
 
+
+@dataclass(frozen=True)
+class FolderListing:
+    """The files of an image folder in their final order, not decoded; an image's position is its id for good."""
+
+    root: Path
     files: tuple[Path, ...]
     labels: tuple[int, ...]
     class_names: tuple[str, ...]
+    stats: tuple[tuple[int, int], ...]
+    """Size in bytes and modification time in ns of each file."""
     num_test: int | None
     """How many of the last files are the official test part; None where there is none."""
+
+    @property
+    def official_test(self) -> np.ndarray | None:
+        """bool [N]: the images of the official test part; None where there is none."""
+        num_images = len(self.files)
+        return None if self.num_test is None else np.arange(num_images) >= num_images - self.num_test
+
+    @cached_property
+    def names(self) -> list[str]:
+        """The files' paths below the root, with `/`."""
+        return [file.relative_to(self.root).as_posix() for file in self.files]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 over names, sizes and modification times: hashing the content would cost as much as reading it all.
+
+        The root's own place is not part of it: a folder moved with its times kept is the same data.
+        """
+        return _digest([_KEY_VERSION, list(self.class_names), self.num_test, self.names, self.stats])
 
 
 def load_image_folder(
@@ -51,23 +85,44 @@ def load_image_folder(
         ConfigError: No image_size.
         DataError: A folder is missing or empty, train and test differ in their classes, or a file does not decode.
     """
+    image_size = required_size(image_size)
+    listing = list_image_folder(path)
+    ids = np.arange(len(listing.files))
+    cache = cache or ImageCache(default_cache_folder())
+    content: list[object] = [listing.num_test, listing.names, listing.stats]
+    return cache.load_or_make(
+        _NAME, _cache_key(listing, image_size, content), lambda: _decode(listing, ids, image_size, num_threads=2)
+    )
+
+
+def required_size(image_size: int | None) -> int:
+    """The size itself.
+
+    Raises:
+        ConfigError: There is none.
+    """
     if image_size is None:
         raise ConfigError(
             "data.image_size must be set for the data set 'image_folder' (e.g. 32): its files vary in size"
         )
-    root = data_root("image_folder", path)
+    return image_size
+
+
+def list_image_folder(path: str | Path | None = None) -> FolderListing:
+    """List a folder of images without decoding one.
+
+    Args:
+        path: The root folder; None: DSNET_DATA.
+
+    Raises:
+        DataError: A folder is missing or empty, or train and test differ in their classes.
+    """
+    root = data_root(_NAME, path)
     if not root.is_dir():
         raise DataError(f"{root}: not a folder; data.path must be the folder that holds one folder per class")
-    listing = _list_images(root)
-    cache = cache or ImageCache(default_cache_folder())
-    key = _listing_key(root, listing, image_size)
-    return cache.load_or_make("image_folder", key, lambda: _decode(listing, image_size))
-
-
-def _list_images(root: Path) -> _Listing:
     train, test = root / "train", root / "test"
     if not (train.is_dir() and test.is_dir()):
-        return _listing(_classes(root), num_test=None)
+        return _listing(root, _classes(root))
     train_classes, test_classes = _classes(train), _classes(test)
     differing = sorted(train_classes.keys() ^ test_classes.keys())
     if differing:
@@ -75,17 +130,17 @@ def _list_images(root: Path) -> _Listing:
         raise DataError(
             f"{present / differing[0]}: this class is missing in {absent}; both need the same class folders"
         )
-    listing = _listing(train_classes, num_test=None)
-    tests = _listing(test_classes, num_test=None)
-    return _Listing(
-        listing.files + tests.files, listing.labels + tests.labels, listing.class_names, num_test=len(tests.files)
-    )
+    return _listing(root, train_classes, test_classes)
 
 
-def _listing(classes: dict[str, list[Path]], num_test: int | None) -> _Listing:
-    files = [file for members in classes.values() for file in members]
-    labels = [label for label, members in enumerate(classes.values()) for _ in members]
-    return _Listing(tuple(files), tuple(labels), tuple(classes), num_test)
+def _listing(
+    root: Path, classes: dict[str, list[Path]], test_classes: dict[str, list[Path]] | None = None
+) -> FolderListing:
+    parts = [classes] if test_classes is None else [classes, test_classes]
+    files = tuple(file for part in parts for members in part.values() for file in members)
+    labels = tuple(label for part in parts for label, members in enumerate(part.values()) for _ in members)
+    num_test = None if test_classes is None else sum(map(len, test_classes.values()))
+    return FolderListing(root, files, labels, tuple(classes), tuple(map(_stat, files)), num_test)
 
 
 def _classes(folder: Path) -> dict[str, list[Path]]:
@@ -117,14 +172,6 @@ def _is_image(entry: Path) -> bool:
     return entry.suffix.lower() in _EXTENSIONS and not entry.name.startswith(".")
 
 
-def _listing_key(root: Path, listing: _Listing, image_size: int) -> str:
-    """sha256 over names, sizes and modification times: hashing the content would cost as much as reading it all."""
-    stats = [_stat(file) for file in listing.files]
-    names = [file.relative_to(root).as_posix() for file in listing.files]
-    content = [_KEY_VERSION, PIL.__version__, str(root.resolve()), image_size, listing.num_test, names, stats]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
-
-
 def _stat(file: Path) -> tuple[int, int]:
     try:
         status = file.stat()
@@ -133,20 +180,74 @@ def _stat(file: Path) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def _decode(listing: _Listing, image_size: int) -> ImageSet:
-    num_images = len(listing.files)
-    pixels = np.empty((num_images, 3, image_size, image_size), dtype=np.uint8)
-    for row, file in enumerate(listing.files):
-        pixels[row] = _decode_file(file, image_size)
-    labels = torch.tensor(listing.labels, dtype=torch.int64)
-    is_test = None if listing.num_test is None else np.arange(num_images) >= num_images - listing.num_test
-    return ImageSet.create("image_folder", torch.from_numpy(pixels), labels, listing.class_names, is_test)
+def decode_images(
+    listing: FolderListing,
+    ids: Sequence[int] | np.ndarray,
+    image_size: int,
+    cache: ImageCache | None = None,
+    num_threads: int = 2,
+) -> Tensor:
+    """Decode some images of a folder as evaluation sees them; the result is cached.
+
+    Args:
+        listing: The folder.
+        ids: Which images, at least one.
+        image_size: Height and width in pixels.
+        cache: Where decoded pixels are kept; None: the user's cache folder.
+        num_threads: Threads that decode, >= 1.
+
+    Returns:
+        uint8 [len(ids), 3, image_size, image_size], in the order of `ids`.
+
+    Raises:
+        DataError: A file does not decode; the message names it.
+    """
+    ids = np.asarray(ids, dtype=np.int64)
+    cache = cache or ImageCache(default_cache_folder())
+    content = [[listing.names[row], listing.stats[row]] for row in ids.tolist()]
+    key = _cache_key(listing, image_size, ["some images", content])
+    return cache.load_or_make(_NAME, key, lambda: _decode(listing, ids, image_size, num_threads)).images
 
 
-def _decode_file(file: Path, image_size: int) -> np.ndarray:
+def decode_file(file: Path, image_size: int) -> np.ndarray:
+    """One image as evaluation sees it: uint8 [3, image_size, image_size], RGB.
+
+    Raises:
+        DataError: The file cannot be read or does not decode; the message names it.
+    """
+    image = ImageOps.fit(open_rgb(file), (image_size, image_size), method=Image.Resampling.BILINEAR)
+    return np.asarray(image).transpose(2, 0, 1)
+
+
+def open_rgb(file: Path) -> Image.Image:
+    """One whole image, upright RGB.
+
+    Raises:
+        DataError: The file cannot be read or does not decode; the message names it.
+    """
     try:
         content = file.read_bytes()
     except OSError as error:
         raise DataError(f"{file}: cannot be read ({error.strerror}); replace or remove it") from error
-    image = ImageOps.fit(decode_rgb(content, str(file)), (image_size, image_size), method=Image.Resampling.BILINEAR)
-    return np.asarray(image).transpose(2, 0, 1)
+    return decode_rgb(content, str(file))
+
+
+def _cache_key(listing: FolderListing, image_size: int, content: list[object]) -> str:
+    return _digest([_KEY_VERSION, PIL.__version__, str(listing.root.resolve()), image_size, *content])
+
+
+def _digest(content: list[object]) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _decode(listing: FolderListing, ids: np.ndarray, image_size: int, num_threads: int) -> ImageSet:
+    pixels = np.empty((len(ids), 3, image_size, image_size), dtype=np.uint8)
+    files = [listing.files[row] for row in ids.tolist()]
+    decode = partial(decode_file, image_size=image_size)
+    with closing(in_order(decode, files, num_threads=num_threads, num_ahead=_NUM_AHEAD)) as decoded:
+        for row, image in enumerate(decoded):
+            pixels[row] = image
+    labels = torch.tensor(listing.labels, dtype=torch.int64)[torch.tensor(ids)]
+    official_test = listing.official_test
+    is_test = None if official_test is None else official_test[ids]
+    return ImageSet.create(_NAME, torch.from_numpy(pixels), labels, listing.class_names, is_test)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -61,8 +62,7 @@ class Normalization:
                 f"images must be uint8 [batch, {len(self.mean)}, height, width], "
                 f"are {str(images.dtype).removeprefix('torch.')} {list(images.shape)}"
             )
-        mean = torch.tensor(self.mean, dtype=torch.float32, device=images.device)[:, None, None]
-        std = torch.tensor(self.std, dtype=torch.float32, device=images.device)[:, None, None]
+        mean, std = _per_channel(self.mean, images.device), _per_channel(self.std, images.device)
         return (images.to(torch.float32) - mean) / std
 
     def to_json(self) -> dict[str, list[float]]:
@@ -80,6 +80,12 @@ class Normalization:
             return cls(tuple(map(float, record["mean"])), tuple(map(float, record["std"])))
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"normalization must be {{mean: [...], std: [...]}}, is {record!r}") from error
+
+
+@lru_cache(maxsize=32)
+def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """float32 [C, 1, 1], moved to the device once: a copy in every step would make it wait for the host."""
+    return torch.tensor(values, dtype=torch.float32, device=device)[:, None, None]
 
 
 def _mean_and_std(channel: Tensor) -> tuple[float, float]:

@@ -52,10 +52,20 @@ def load_images(name: str, path: str | Path | None = None, image_size: int | Non
         close = difflib.get_close_matches(name, _LOADERS, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ";"
         raise ConfigError(f"unknown data set {name!r}{hint} known: {', '.join(data_set_names())}")
-    if image_size is not None and not MIN_IMAGE_SIZE <= image_size <= MAX_IMAGE_SIZE:
-        raise ConfigError(f"data.image_size is {image_size}, must be {MIN_IMAGE_SIZE}..{MAX_IMAGE_SIZE}")
+    if image_size is not None:
+        check_image_size(image_size)
     image_set = _LOADERS[name](path, image_size)
     return image_set if image_size is None else image_set.resized(image_size)
+
+
+def check_image_size(image_size: int) -> None:
+    """Refuse a size that no network here takes.
+
+    Raises:
+        ConfigError: The size is out of range.
+    """
+    if not MIN_IMAGE_SIZE <= image_size <= MAX_IMAGE_SIZE:
+        raise ConfigError(f"data.image_size is {image_size}, must be {MIN_IMAGE_SIZE}..{MAX_IMAGE_SIZE}")
 
 
 register_data_set("digits", lambda path, _image_size: load_digits(path))

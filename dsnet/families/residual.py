@@ -189,8 +189,8 @@ class _Builder:
                     number, f"stage{number}.block{index}" if self.is_padded else f"stage{number}"
                 )
             stride = 2 if index == 0 and number > 0 else 1
-            is_new_stream = index == 0 and (stride > 1 or {*self.widths[out]} != {*self.widths[self.stream[0]]})
-            shape = ResidualShape(self.stream, inner, out, stride, self.plan.is_bottleneck, is_new_stream)
+            # The first block always projects: its stage has several widths where the stem has one, later ones a stride too.
+            shape = ResidualShape(self.stream, inner, out, stride, self.plan.is_bottleneck, projects=index == 0)
             blocks.append({**asdict(shape), "in_groups": list(shape.in_groups)})
             self.stream = shape.stream
         self.stages.append({"hidden": hidden, "blocks": blocks})
@@ -280,7 +280,7 @@ def _plan(depth: Any) -> Plan:
         if depth % 6 == 2:
             return Plan(((depth - 2) // 6,) * 3, 16)
     raise ValueError(
-        f"depth is {depth!r}, but must be one of {', '.join(map(str, _PLANS))}, or 6 n + 2 (8, 14, 20, 26, 32, ..., {MAX_DEPTH - MAX_DEPTH % 6 + 2})"
+        f"depth is {depth!r}, but must be one of {', '.join(map(str, _PLANS))} or 6 n + 2 up to {MAX_DEPTH} (8, 14, 20, 26, ...)"
     )
 
 
@@ -353,7 +353,7 @@ register(
         {
             "depth": 20,
             "width": 1.0,
-            "ratios": (0.25, 0.5, 0.75, 1.0),
+            "ratios": [0.25, 0.5, 0.75, 1.0],
             "paths": "uniform",
             "stem": "small",
             "streams": "tied",

@@ -29,6 +29,10 @@ MAX_WIDTH = 65536
 """Of a width that a user writes: a wrong unit or a slipped digit is told before it takes all memory."""
 
 
+NESTED_NORMS = ("private_stats", "recalibrate")
+"""Norms under which a channel of a batch is normalised alike in every sub-network while training."""
+
+
 @dataclass(frozen=True)
 class Stage:
     """Blocks that write one channel group; the first has the stride."""
@@ -76,14 +80,44 @@ class SeparableSupernet(Supernet):
         return TrunkOutput(*self.blocks[self.gated_block].before_gate(x, subnet))  # type: ignore[operator]
 
     def head(self, features: Tensor, subnet: Subnet) -> Tensor:
-        """The gated block's pointwise half, the rest, and the classifier (dropout for the largest only, METHODS 2)."""
-        x = self.blocks[self.gated_block].after_gate(features, subnet)  # type: ignore[operator]
-        for block in self.blocks[self.gated_block + 1 :]:
+        """The gated block's pointwise half, the rest, and the classifier."""
+        return self._finish(self._block(self.gated_block).after_gate(features, subnet), subnet, self.gated_block + 1)
+
+    def start_heads(self, features: Tensor, subnets: Sequence[Subnet]) -> Tensor | None:
+        """The gated block's pointwise half and the next block up to its attention, which is the first layer to mix channels again.
+
+        All sub-networks read the same features here, so that each one's filters are a prefix of the widest's (ours; the gradients
+        are those of separate runs).
+        """
+        number = self.gated_block
+        is_nested = self.training and self.spec.norm in NESTED_NORMS
+        if not is_nested or len(subnets) < 2 or number + 1 == len(self.blocks):
+            return None
+        prefixes = [subnet.prefix(self._block(number).shape.out_group + 1) for subnet in subnets]
+        return self._block(number + 1).before_attention_nested(
+            self._block(number).after_gate_nested(features, prefixes), prefixes
+        )
+
+    def finish_head(self, start: Tensor, subnet: Subnet) -> Tensor:
+        """From the next block's attention on."""
+        number = self.gated_block + 1
+        block = self._block(number)
+        attended, _ = block.attention(start[:, : subnet.widths[block.shape.in_group]])
+        return self._finish(block.after_gate(attended, subnet), subnet, number + 1)
+
+    def _finish(self, x: Tensor, subnet: Subnet, number: int) -> Tensor:
+        """Blocks from `number` on, pooling, dropout (for the largest only, METHODS 2), classifier."""
+        for block in self.blocks[number:]:
             x = block(x, subnet)
         x = x.mean((2, 3))
         if self.dropout and self.training and subnet == self.subnets.largest:
             x = F.dropout(x, self.dropout)
         return self.classifier(x)
+
+    def _block(self, number: int) -> SeparableBlock:
+        block = self.blocks[number]
+        assert isinstance(block, SeparableBlock)
+        return block
 
     def cut_upto_gate(self, gate: int, subnet: Subnet) -> nn.Module:
         """Plain modules from the image to the gate."""

@@ -57,6 +57,17 @@ class Curves:
         """Remember a step's losses, without reading them from the device."""
         self._pending.append((step, losses))
 
+    def pending(self) -> list[tuple[int, dict[str, float]]]:
+        """What was added since the last report, as plain values, for a checkpoint in the middle of an epoch."""
+        return [(step, {name: float(loss) for name, loss in losses.items()}) for step, losses in self._pending]
+
+    def restore(self, pending: list[tuple[int, dict[str, float]]], device: torch.device) -> None:
+        """Take back what `pending` gave, so that the next mean is that of an uninterrupted run."""
+        self._pending = [
+            (step, {name: torch.tensor(loss, device=device) for name, loss in losses.items()})
+            for step, losses in pending
+        ]
+
     def flush(self, at: Progress) -> None:
         """Read the pending losses, check them, report their means.
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +19,9 @@ from dsnet.routing_table import MAX_FULL_CLASSES, NUM_TOP_LOGITS, RoutingTable
 from dsnet.space import Subnet
 from dsnet.supernet import EVIDENCE_PARTS, Supernet
 
+EVALUATION_BATCH = 256
+"""Images at a time wherever a number is kept: sums in float32 depend on it in their last bits."""
+
 
 @exact_float32()
 @torch.no_grad()
@@ -27,7 +31,7 @@ def subnet_accuracy(
     data: TensorData,
     split: str,
     normalization: Normalization,
-    batch_size: int = 256,
+    batch_size: int = EVALUATION_BATCH,
 ) -> tuple[float, float]:
     """(top-1, top-5) of one sub-network on a split, as fractions."""
     device = next(supernet.parameters()).device
@@ -41,6 +45,47 @@ def subnet_accuracy(
     return right1 / data.num_images(split), right5 / data.num_images(split)
 
 
+def measure_subnets(
+    supernet: Supernet,
+    data: TensorData,
+    split: str,
+    normalization: Normalization,
+    *,
+    known: Sequence[Mapping[str, Any]] = (),
+    on_row: Callable[[list[Mapping[str, Any]]], None] = lambda rows: None,
+) -> dict[str, Any]:
+    """Accuracy on a split and cost of every sub-network, the teacher too.
+
+    Args:
+        supernet: trained and recalibrated.
+        data: holds the split.
+        split: which one.
+        normalization: what the supernet was trained with.
+        known: the first rows, where an earlier call was stopped.
+        on_row: hears all rows so far after each sub-network; it may raise to give up.
+
+    Returns:
+        what `subnets.json` of the measure stage holds.
+    """
+    subnets = supernet.subnets
+    rows = list(known)
+    for subnet in subnets.all[len(rows) :]:
+        top1, top5 = subnet_accuracy(supernet, subnet, data, split, normalization)
+        cost = subnet_cost(supernet.spec, subnet, data.image_shape[-1])
+        rows.append(
+            {
+                "name": subnet.name,
+                "top1": top1,
+                "top5": top5,
+                "madds": cost.madds,
+                "params": cost.params,
+                "is_teacher": subnet == subnets.teacher,
+            }
+        )
+        on_row(rows)
+    return {"split": split, "num_images": data.num_images(split), "subnets": rows}
+
+
 @exact_float32()
 @torch.no_grad()
 def build_routing_table(
@@ -49,7 +94,7 @@ def build_routing_table(
     split: str,
     normalization: Normalization,
     *,
-    batch_size: int = 256,
+    batch_size: int = EVALUATION_BATCH,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> RoutingTable:
     """Run every member of the supernet's set once over a split; the trunk runs once for all of them.
@@ -96,6 +141,17 @@ def build_routing_table(
         madds=np.array([cost.madds for cost in costs], dtype=np.int64),
         **arrays,
     )
+
+
+def join_tables(parts: Sequence[RoutingTable]) -> RoutingTable:
+    """The table of a split from those of its consecutive pieces.
+
+    Where every piece but the last holds a multiple of the batch size, the result is bit-equal to the table built at once.
+    """
+    arrays = parts[0].arrays()
+    per_image = [name for name in arrays if name != "madds"]  # that is of the routes, hence equal in all pieces
+    joined = {name: np.concatenate([part.arrays()[name] for part in parts]) for name in per_image}
+    return RoutingTable.from_arrays({**arrays, **joined}, parts[0].meta())
 
 
 def _spans(parts: dict[str, Tensor]) -> dict[str, tuple[int, int]]:

@@ -1,14 +1,26 @@
-"""Where the training loop gets its images from."""
+"""Where the training loop gets its images from: a set that lives on the device, or files decoded as they are needed."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Protocol
+from contextlib import closing
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice, tee
+from pathlib import Path
+from typing import Any, Protocol
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from dsnet.data.augment import Augmentation, augment
+from dsnet.data.boxes import BoxDraw, draw_boxes
+from dsnet.data.image_folder import decode_file, open_rgb
+from dsnet.data.prefetch import in_order
+from dsnet.data.resized_crop import CROP_SCALE, crop_boxes
+from dsnet.seeds import derive_seed
 
 
 class TrainingImages(Protocol):
@@ -32,22 +44,116 @@ class TrainingImages(Protocol):
 
 
 class InMemoryImages:
-    """A set small enough to live on the device, augmented there in batches."""
+    """A set small enough to live on the device, moved there once and augmented there in batches."""
 
     def __init__(self, images: Tensor, labels: Tensor, augmentation: Augmentation) -> None:
+        """Take a training split.
+
+        Args:
+            images: uint8 [N, C, H, W], on the CPU.
+            labels: int64 [N], on the CPU.
+            augmentation: What may be done to an image.
+        """
         self.images = images
         self.labels = labels
         self.augmentation = augmentation
+        self._copies: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def augmented(self, batches: Iterable[tuple[Tensor, int]], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
         """See `TrainingImages.augmented`."""
-        images, labels = self.images.to(device), self.labels.to(device)
+        images, labels = self._on(device)
         for rows, seed in batches:
+            here = rows.to(device, non_blocking=True)
             generator = torch.Generator(device).manual_seed(seed)
-            here = rows.to(device)
-            yield augment(images[here], generator, self.augmentation), labels[here]
+            yield augment(images.index_select(0, here), generator, self.augmentation), labels.index_select(0, here)
 
     def clean(self, rows: Iterable[Tensor], device: torch.device) -> Iterator[Tensor]:
         """See `TrainingImages.clean`."""
-        images = self.images.to(device)
-        return (images[part.to(device)] for part in rows)
+        images, _ = self._on(device)
+        for part in rows:
+            yield images.index_select(0, part.to(device, non_blocking=True))
+
+    def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        if device not in self._copies:
+            self._copies[device] = (self.images.to(device), self.labels.to(device))
+        return self._copies[device]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_copies": {}}
+
+
+@dataclass(frozen=True, eq=False)
+class StreamedImages:
+    """PNG or JPEG files too many for memory, decoded by threads a little ahead of the training step.
+
+    A file's random resized crop is cut and resized (antialiased bilinear) right after decoding; whatever else the
+    augmentation asks for is done in batches on the device. Nothing depends on the number of threads. It can be pickled:
+    it holds paths and labels, no pixels.
+    """
+
+    files: tuple[str, ...]
+    """N files."""
+    labels: Tensor
+    """int64 [N], on the CPU."""
+    image_size: int
+    """Height and width in pixels of what comes out."""
+    augmentation: Augmentation
+    """Its `crop_padding` is not used: a random resized crop of `crop_scale`, by default (0.08, 1), takes its place."""
+    num_threads: int = 2
+    """Decoding threads of each iteration."""
+    num_ahead: int = 512
+    """Decoded images that may wait for the training step, 3 * image_size**2 bytes each; a batch or more keeps it fed."""
+
+    def augmented(self, batches: Iterable[tuple[Tensor, int]], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+        """See `TrainingImages.augmented`; takes the batches lazily, a little ahead.
+
+        Raises:
+            DataError: A file cannot be read or does not decode; the message names it.
+        """
+        on_device = replace(self.augmentation, crop_padding=0, crop_scale=None)
+        to_decode, to_yield = tee(batches)
+        decode = partial(_decode_crop, scale=self.augmentation.crop_scale or CROP_SCALE, image_size=self.image_size)
+        jobs = (job for rows, seed in to_decode for job in self._crops(rows, seed))
+        with closing(in_order(decode, jobs, num_threads=self.num_threads, num_ahead=self.num_ahead)) as decoded:
+            for rows, seed in to_yield:
+                images = self._batch(decoded, len(rows), device)
+                generator = torch.Generator(device).manual_seed(derive_seed(seed, "batch"))
+                yield augment(images, generator, on_device), self.labels[rows].to(device, non_blocking=True)
+
+    def clean(self, rows: Iterable[Tensor], device: torch.device) -> Iterator[Tensor]:
+        """See `TrainingImages.clean`; the shorter side is resized and the centre cut out, as for the other splits.
+
+        Raises:
+            DataError: A file cannot be read or does not decode; the message names it.
+        """
+        to_decode, to_yield = tee(rows)
+        decode = partial(decode_file, image_size=self.image_size)
+        files = (Path(self.files[row]) for part in to_decode for row in part.tolist())
+        with closing(in_order(decode, files, num_threads=self.num_threads, num_ahead=self.num_ahead)) as decoded:
+            for part in to_yield:
+                yield self._batch(decoded, len(part), device)
+
+    def _crops(self, rows: Tensor, seed: int) -> Iterator[tuple[Path, BoxDraw]]:
+        draw = draw_boxes(len(rows), torch.Generator().manual_seed(derive_seed(seed, "crops")))
+        for position, row in enumerate(rows.tolist()):
+            yield Path(self.files[row]), draw[position]
+
+    def _batch(self, decoded: Iterator[np.ndarray], num_images: int, device: torch.device) -> Tensor:
+        """The next images, uint8 [B, 3, H, W]; from pinned memory, so that the copy to a GPU does not hold up the step."""
+        shape = (num_images, 3, self.image_size, self.image_size)
+        batch = torch.empty(shape, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        pixels = batch.numpy()
+        for position, image in enumerate(islice(decoded, num_images)):
+            pixels[position] = image
+        return batch.to(device, non_blocking=True)
+
+
+def _decode_crop(job: tuple[Path, BoxDraw], scale: tuple[float, float], image_size: int) -> np.ndarray:
+    """One random resized crop: uint8 [3, image_size, image_size]."""
+    file, draw = job
+    image = open_rgb(file)
+    box = crop_boxes(draw, (image.height, image.width), scale)
+    top, left = int(box.top), int(box.left)
+    corners = (left, top, left + int(box.width), top + int(box.height))
+    cropped = image.resize((image_size, image_size), Image.Resampling.BILINEAR, box=corners)
+    return np.asarray(cropped).transpose(2, 0, 1)

@@ -39,8 +39,14 @@ def make_optimizer(module: nn.Module, settings: TrainSettings) -> torch.optim.Op
     decayed = [parameter for parameter in module.parameters() if parameter.ndim > 1]
     plain = [parameter for parameter in module.parameters() if parameter.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    is_fused = decayed[0].device.type == "cuda"
-    form = {"fused": True} if is_fused else {"foreach": True}
+    fused = decayed[0].device.type == "cuda"
     if settings.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=settings.lr, **form)
-    return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum, nesterov=settings.momentum > 0, **form)
+        return torch.optim.AdamW(groups, lr=settings.lr, fused=fused, foreach=not fused)
+    return torch.optim.SGD(
+        groups,
+        lr=settings.lr,
+        momentum=settings.momentum,
+        nesterov=settings.momentum > 0,
+        fused=fused,
+        foreach=not fused,
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -101,8 +101,7 @@ class _Step:
     def _learn(self, x: Tensor, subnets: Sequence[Subnet], gate: int) -> None:
         """Forward and backward of `subnets` from the features (or images) `x` on; their gradient is left in `x.grad`."""
         if gate == len(self.student.spec.gates):
-            for subnet in subnets:
-                self._learn_tail(x, subnet)
+            self._learn_heads(x, subnets)
             return
         for group in by_prefix(self.student, subnets, gate):
             with _autocast(x, self.rules.precision):
@@ -111,9 +110,22 @@ class _Step:
             self._learn(received, group, gate + 1)
             features.backward(received.grad)
 
-    def _learn_tail(self, features: Tensor, subnet: Subnet) -> None:
+    def _learn_heads(self, features: Tensor, subnets: Sequence[Subnet]) -> None:
+        """The last segment: what the heads have in common once, then each of them."""
         with _autocast(features, self.rules.precision):
-            logits = _widened(self.student.head(features, subnet))
+            start = self.student.start_heads(features, subnets)
+        if start is None:
+            for subnet in subnets:
+                self._learn_head(features, subnet, self.student.head)
+            return
+        received = start.detach().requires_grad_()
+        for subnet in subnets:
+            self._learn_head(received, subnet, self.student.finish_head)
+        start.backward(received.grad)
+
+    def _learn_head(self, x: Tensor, subnet: Subnet, head: Callable[[Tensor, Subnet], Tensor]) -> None:
+        with _autocast(x, self.rules.precision):
+            logits = _widened(head(x, subnet))
         loss = soft_cross_entropy(logits, self._target(subnet))
         (loss if self.rules.scale == 1.0 else loss * self.rules.scale).backward()
         self.losses[subnet.name] = loss.detach()

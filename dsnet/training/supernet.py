@@ -18,6 +18,7 @@ from dsnet.batchnorm import recalibrate
 from dsnet.checkpoint import load_checkpoint, load_exactly, save_checkpoint, save_supernet, supernet_meta, tensors_below
 from dsnet.ema import Ema, ema_decay
 from dsnet.errors import CheckpointError, ConfigError
+from dsnet.memory_order import arrange, arranged
 from dsnet.seeds import derive_seed
 from dsnet.supernet import Supernet, state_for_saving
 from dsnet.training.curves import Curves, Progress, Reporter, SilentReporter
@@ -37,14 +38,19 @@ class _Session:
     def __init__(self, supernet: Supernet, run: SupernetRun, steps_per_epoch: int, device: torch.device) -> None:
         self.run = run
         self.device = device
-        layout = torch.channels_last if run.train.channels_last else torch.preserve_format
-        self.student = supernet.to(device=device, memory_format=layout).train()
+        self.student = supernet.to(device).train()
+        arrange(self.student, run.train.channels_last)
         self.ema = Ema(self.student)
         self.optimizer = make_optimizer(self.student, run.train)
         self.steps_per_epoch = steps_per_epoch
         self.num_steps = run.train.epochs * steps_per_epoch
         self.step = 0
-        self.updates = {subnet.name: 0 for subnet in supernet.subnets.all}
+        # Weights that a run starts from bring their statistics along.
+        norms = supernet.batch_norms()
+        self.updates = {
+            subnet.name: min((norm.num_updates(subnet.widths) for norm in norms), default=0)
+            for subnet in supernet.subnets.all
+        }
         self.rules = StepRules(
             teacher=run.regime.teacher,
             smoothing=run.train.label_smoothing,
@@ -108,19 +114,19 @@ class _Session:
             losses if settings.accumulate == 1 else {name: loss / settings.accumulate for name, loss in losses.items()}
         )
 
-    def save(self, stem: Path) -> None:
-        """Write a checkpoint from which training continues bit-identically."""
+    def save(self, stem: Path, pending: list[Any]) -> None:
+        """Write a checkpoint from which training continues bit-identically; `pending` are losses that no report covers yet."""
         tensors = {f"student.{name}": value for name, value in state_for_saving(self.student).items()}
         tensors |= {f"ema.{name}": value.clone() for name, value in state_for_saving(self.ema.module).items()}
         for index, state in self.optimizer.state_dict()["state"].items():
             for name, value in state.items():
                 if value is not None:
                     tensors[f"optimizer.{index}.{name}"] = torch.as_tensor(value).cpu().contiguous()
-        meta = {"step": self.step, "updates": self.updates, "run": self.run.to_json(), **supernet_meta(self.student)}
-        save_checkpoint(stem, tensors, meta)
+        meta = {"step": self.step, "updates": self.updates, "pending_losses": pending, "run": self.run.to_json()}
+        save_checkpoint(stem, tensors, {**meta, **supernet_meta(self.student)})
 
-    def load(self, stem: Path) -> None:
-        """Continue from a checkpoint of the same run.
+    def load(self, stem: Path) -> list[Any]:
+        """Continue from a checkpoint of the same run; returns its losses that no report covers yet.
 
         Raises:
             CheckpointError: it is damaged or belongs to another run.
@@ -146,14 +152,17 @@ class _Session:
                 f"{stem}.json: incomplete (no step or updates); delete it to continue from the one before"
             )
         self.step, self.updates = meta["step"], meta["updates"]
+        return meta.get("pending_losses", [])
 
 
 def _without_housekeeping(run: Any) -> Any:
-    """The settings that decide the weights: how often and how many checkpoints are kept may change between launches."""
+    """The settings that decide the weights: how often and how many checkpoints are kept, and the name of the file that training
+    started from, may change between launches."""
     if not isinstance(run, dict) or not isinstance(run.get("train"), dict):
         return run
     train = {name: value for name, value in run["train"].items() if name != "checkpoint_every"}
-    return {**{name: value for name, value in run.items() if name != "keep_checkpoints"}, "train": train}
+    rest = {name: value for name, value in run.items() if name != "keep_checkpoints"}
+    return {**rest, "train": train, "origin": run.get("origin", {}).get("sha256")}
 
 
 def checkpoint_stems(folder: Path) -> list[Path]:
@@ -198,20 +207,20 @@ def train_supernet(  # noqa: PLR0913 - all but three are given by name
     session = _Session(supernet, run, len(data.labels) // batch_size, torch.device(device))
     folder.mkdir(parents=True, exist_ok=True)
     stems = checkpoint_stems(folder)
-    if stems:
-        session.load(stems[-1])
+    pending = session.load(stems[-1]) if stems else []
     path = folder / "curves.jsonl" if workers.rank == 0 else None
     curves = Curves(path, reporter if reporter is not None else SilentReporter(), session.step)
+    curves.restore(pending, session.device)
     while session.step < session.num_steps:
         epoch = session.step // session.steps_per_epoch
         if not _train_epoch(session, data, batch_size, workers, curves, should_stop):
             if workers.size == 1:
-                session.save(folder / f"epoch-{epoch:05d}-step-{session.step:08d}")
+                session.save(folder / f"epoch-{epoch:05d}-step-{session.step:08d}", curves.pending())
                 _prune(folder, run.keep_checkpoints)
             return None
         workers.average_buffers([session.student, session.ema.module])
         if workers.rank == 0 and ((epoch + 1) % run.train.checkpoint_every == 0 or epoch + 1 == run.train.epochs):
-            session.save(folder / f"epoch-{epoch + 1:05d}")
+            session.save(folder / f"epoch-{epoch + 1:05d}", curves.pending())
             _prune(folder, run.keep_checkpoints)
     return _finish(session, data, folder) if workers.rank == 0 else None
 
@@ -246,14 +255,15 @@ def _train_epoch(
             curves.add(session.step, losses)
             if session.step % log_every == 0:
                 curves.flush(session.at)
-    curves.flush(session.at)
-    return session.step == (epoch + 1) * session.steps_per_epoch
+    is_whole = session.step == (epoch + 1) * session.steps_per_epoch
+    if is_whole:
+        curves.flush(session.at)
+    return is_whole
 
 
 def _inputs(images: Tensor, run: SupernetRun) -> Tensor:
     """Normalised images in the memory order that the network trains in."""
-    normalised = run.normalization.apply(images)
-    return normalised.contiguous(memory_format=torch.channels_last) if run.train.channels_last else normalised
+    return arranged(run.normalization.apply(images), run.train.channels_last)
 
 
 def _epoch_batches(num_images: int, batch_size: int, generator: torch.Generator, workers: Workers) -> list[Tensor]:

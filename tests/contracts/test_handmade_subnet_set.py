@@ -1,13 +1,16 @@
 """A set of sub-networks as pruning or search would leave it goes through every part of the core (CONTRACTS, SubnetSet).
 
-Widths after the gate are not monotone in each other, the declared order is not that of MAdds, and the channels of the supernet
-stand in another order.
+Widths after the gate are not monotone in each other, the declared order is not that of MAdds, the writers of a residual stream differ
+in width, and the channels of the supernet stand in another order.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,10 +26,11 @@ from dsnet.families import layout, rebuild
 from dsnet.latency import LatencySettings, measure_latency
 from dsnet.materialize import materialize
 from dsnet.routing_table import RoutingTable
-from dsnet.space import Subnet, SubnetSet
+from dsnet.space import IMAGE_CHANNELS, Subnet, SubnetSet
 from dsnet.supernet import Supernet, restrict
 from dsnet.training.evaluate import build_routing_table
 from dsnet.training.gate import GateSettings, calibrated_router, choose_routes, fit_gate, sgs_targets, train_gate
+from dsnet.training.images import InMemoryImages
 from dsnet.training.supernet import train_supernet
 from tests.dsnet.samples import (
     NORMALIZATION,
@@ -42,77 +46,180 @@ from tests.dsnet.samples import (
 SETTINGS = GateSettings(steps=30, batch_size=16, target=0.4)
 
 
-def handmade_set() -> SubnetSet:
-    """Four members of ds_tiny's shape; no teacher."""
-    spec = layout("ds_tiny", task()).spec  # groups of 12, 24, 96 and 192 channels; the gate after the second
-    members = (
-        Subnet("wide then narrow", (8, 20, 96, 30)),
-        Subnet("narrow then wide", (8, 20, 10, 192)),
-        Subnet("tiny", (8, 20, 9, 17)),
-        Subnet("middle", (8, 20, 41, 80)),
-    )
-    return SubnetSet(spec, members)
+@dataclass(frozen=True)
+class Handmade:
+    """Members for a family's supernet: a wide, a narrow ("tiny"), and others that are wide in different places."""
+
+    family: str
+    options: Mapping[str, Any]
+    widths: Mapping[str, tuple[int, ...]]
+
+    def subnets(self) -> SubnetSet:
+        """They; there is no teacher."""
+        spec = layout(self.family, task(), self.options, "private_stats").spec
+        return SubnetSet(spec, tuple(Subnet(name, widths) for name, widths in self.widths.items()))
+
+    def supernet(self) -> Supernet:
+        """A supernet for them, in eval mode."""
+        return shaken(rebuild(self.subnets()), seed=3).eval()
 
 
-def handmade_supernet() -> Supernet:
-    return shaken(rebuild(handmade_set()), seed=3).eval()
+SMALL_RESNET = {"depth": 14, "width": 0.5, "ratios": [0.5, 1.0]}
+SETS = {
+    # Groups of 12, 24, 96 and 192 channels; the gate after the second.
+    "separable": Handmade(
+        "ds_tiny",
+        {},
+        {
+            "wide then narrow": (8, 20, 96, 30),
+            "narrow then wide": (8, 20, 10, 192),
+            "tiny": (8, 20, 9, 17),
+            "middle": (8, 20, 41, 80),
+        },
+    ),
+    # One group per stage, of 8, 16 and 32 channels after a stem of 8; the first gate after the stem.
+    "tied streams": Handmade(
+        "ds_resnet",
+        SMALL_RESNET,
+        {
+            "wide then narrow": (8, 8, 5, 32),
+            "narrow then wide": (8, 3, 16, 9),
+            "tiny": (8, 3, 4, 5),
+            "middle": (8, 6, 7, 20),
+        },
+    ),
+    # Two blocks per stage with their own inner and outer group each: writers of one stream differ.
+    "padded streams": Handmade(
+        "ds_resnet",
+        {**SMALL_RESNET, "streams": "padded"},
+        {
+            "wide then narrow": (8, 8, 3, 4, 7, 5, 16, 16, 6, 32, 10, 7, 31),
+            "narrow then wide": (8, 2, 8, 8, 3, 16, 5, 2, 12, 9, 32, 30, 11),
+            "tiny": (8, 2, 3, 2, 2, 3, 4, 3, 5, 5, 6, 4, 7),
+            "middle": (8, 4, 5, 6, 5, 9, 9, 10, 8, 17, 15, 20, 18),
+        },
+    ),
+    # An inner group and a stream per stage, which need not go together.
+    "bottlenecks": Handmade(
+        "ds_resnet",
+        {"depth": 50, "width": 0.125, "ratios": [0.5, 1.0]},
+        {
+            "wide then narrow": (8, 8, 9, 5, 64, 32, 40, 7, 256),
+            "narrow then wide": (8, 3, 32, 16, 20, 9, 128, 64, 30),
+            "tiny": (8, 2, 5, 3, 7, 4, 9, 5, 11),
+            "middle": (8, 5, 16, 9, 33, 17, 65, 33, 100),
+        },
+    ),
+}
 
 
-def block_permutation(boundaries: list[int], generator: torch.Generator) -> Tensor:
+@pytest.fixture(params=SETS)
+def handmade(request: pytest.FixtureRequest) -> Handmade:
+    """Each of the sets."""
+    return SETS[request.param]
+
+
+def block_permutation(boundaries: Iterable[int], generator: torch.Generator) -> Tensor:
     """A permutation of the channels that keeps every prefix up to a boundary a set."""
-    ends = [0, *boundaries]
+    ends = [0, *sorted(set(boundaries))]
     parts = [low + torch.randperm(high - low, generator=generator) for low, high in pairwise(ends)]
     return torch.cat(parts)
 
 
+class Reordering:
+    """Another channel order, the same wherever channels are written and read: the functions stay the same."""
+
+    def __init__(self, supernet: Supernet) -> None:
+        self.supernet = supernet
+        self.state = dict(supernet.state_dict())
+        generator = torch.Generator().manual_seed(11)
+        self.orders: dict[int, Tensor] = {}
+        for stream in self._streams():
+            groups = [supernet.spec.groups[group] for group in stream]
+            widths = {subnet.widths[group] for subnet in supernet.subnets.all for group in stream}
+            order = block_permutation(widths | {group.max_width for group in groups}, generator)
+            self.orders |= dict.fromkeys(stream, order)
+
+    def _streams(self) -> list[set[int]]:
+        """Channel groups that are added to each other, which must share one order."""
+        streams = [{index} for index in range(len(self.supernet.spec.groups))]
+        for op in self.supernet.spec.ops:
+            joined = [stream for stream in streams if stream & {op.in_group, *op.in_union}]
+            streams = [stream for stream in streams if stream not in joined]
+            streams += [set().union(*joined)] if joined else []
+        return streams
+
+    def reorder(self, name: str, dimension: int, group: int) -> None:
+        """One dimension of one tensor."""
+        length = self.state[name].shape[dimension]
+        self.state[name] = self.state[name].index_select(dimension, self.orders[group][:length])
+
+    def norm(self, bank: str, group: int) -> None:
+        """All tensors of a BatchNorm bank."""
+        for name in [name for name in self.state if name.startswith(f"{bank}.") and ".updates_" not in name]:
+            self.reorder(name, 0, group)
+
+    def attention(self, name: str, group: int) -> None:
+        """An attention that reads and writes a group's stream."""
+        self.reorder(f"{name}.reduce_weight", 1, group)
+        self.reorder(f"{name}.expand_weight", 0, group)
+        self.reorder(f"{name}.expand_bias", 0, group)
+
+    def rebuilt(self) -> Supernet:
+        """The reordered supernet."""
+        other = rebuild(self.supernet.subnets).eval()
+        other.load_state_dict(self.state)
+        return other
+
+
 def permuted(supernet: Supernet) -> Supernet:
     """The same functions with the channels of every group in another order within each nested slice."""
-    generator = torch.Generator().manual_seed(11)
-    orders = []
-    for index, group in enumerate(supernet.spec.groups):
-        widths = {subnet.widths[index] for subnet in supernet.subnets.all} | {group.max_width}
-        orders.append(block_permutation(sorted(widths), generator))
-    state = dict(supernet.state_dict())
+    other = Reordering(supernet)
+    if supernet.spec.family == "ds_resnet":
+        _reorder_residual(other)
+    else:
+        _reorder_separable(other)
+    other.reorder("classifier.weight", 1, len(supernet.spec.groups) - 1)
+    return other.rebuilt()
 
-    def reorder(name: str, dimension: int, group: int) -> None:
-        length = state[name].shape[dimension]
-        state[name] = state[name].index_select(dimension, orders[group][:length])
 
-    def reorder_norm(bank: str, group: int) -> None:
-        for name in [name for name in state if name.startswith(f"{bank}.") and ".updates_" not in name]:
-            reorder(name, 0, group)
-
-    reorder("stem.weight", 0, 0)
-    reorder_norm("stem_norm", 0)
-    for number, block in enumerate(supernet.spec.layout["blocks"]):
+def _reorder_separable(other: Reordering) -> None:
+    other.reorder("stem.weight", 0, 0)
+    other.norm("stem_norm", 0)
+    for number, block in enumerate(other.supernet.spec.layout["blocks"]):
         source, target, name = block["in_group"], block["out_group"], f"blocks.{number}"
-        reorder(f"{name}.depthwise.weight", 0, source)
-        reorder_norm(f"{name}.depthwise_norm", source)
-        reorder(f"{name}.attention.reduce_weight", 1, source)
-        reorder(f"{name}.attention.expand_weight", 0, source)
-        reorder(f"{name}.attention.expand_bias", 0, source)
-        reorder(f"{name}.pointwise.weight", 1, source)
-        reorder(f"{name}.pointwise.weight", 0, target)
-        reorder_norm(f"{name}.pointwise_norm", target)
-    reorder("classifier.weight", 1, len(orders) - 1)
-    other = rebuild(supernet.subnets).eval()
-    other.load_state_dict(state)
-    return other
+        other.reorder(f"{name}.depthwise.weight", 0, source)
+        other.norm(f"{name}.depthwise_norm", source)
+        other.attention(f"{name}.attention", source)
+        other.reorder(f"{name}.pointwise.weight", 1, source)
+        other.reorder(f"{name}.pointwise.weight", 0, target)
+        other.norm(f"{name}.pointwise_norm", target)
 
 
-def test_declared_ids_stay_and_cost_orders_separately() -> None:
-    subnets = handmade_set()
+def _reorder_residual(other: Reordering) -> None:
+    for op in other.supernet.spec.ops:
+        if op.kind == "attention":
+            other.attention(op.name, op.in_group)
+        elif op.kind == "conv":
+            other.reorder(f"{op.name}.conv.weight", 0, op.out_group)
+            other.norm(f"{op.name}.norm", op.out_group)
+            if op.in_group != IMAGE_CHANNELS:
+                other.reorder(f"{op.name}.conv.weight", 1, op.in_group)
+
+
+def test_declared_ids_stay_and_cost_orders_separately(handmade: Handmade) -> None:
+    subnets = handmade.subnets()
     costs = [subnet_cost(subnets.spec, subnet, 16).madds for subnet in subnets]
     assert costs != sorted(costs)
     assert list(subnets.by_madds()) == sorted(range(4), key=lambda k: costs[k])
     assert subnets.by_madds()[0] == 2
     assert subnets.largest == subnets[subnets.by_madds()[-1]]
-    assert subnets.prefix_upto(0) == (8, 20)
+    assert subnets.prefix_upto(0) == subnets[0].widths[: subnets.spec.gates[0].num_prefix_groups]
 
 
 @torch.no_grad()
-def test_sliced_equals_materialised_and_restricted() -> None:
-    supernet, images = handmade_supernet(), random_images(3)
+def test_sliced_equals_materialised_and_restricted(handmade: Handmade) -> None:
+    supernet, images = handmade.supernet(), random_images(3)
     small = restrict(supernet, [1, 3])
     for subnet in supernet.subnets:
         expected = supernet(images, subnet)
@@ -124,16 +231,16 @@ def test_sliced_equals_materialised_and_restricted() -> None:
 
 
 @torch.no_grad()
-def test_another_channel_order_gives_the_same_functions() -> None:
-    supernet, images = handmade_supernet(), random_images(3)
+def test_another_channel_order_gives_the_same_functions(handmade: Handmade) -> None:
+    supernet, images = handmade.supernet(), random_images(3)
     other = permuted(supernet)
-    assert not torch.equal(other.state_dict()["stem.weight"], supernet.state_dict()["stem.weight"])
+    assert not torch.equal(other.state_dict()["classifier.weight"], supernet.state_dict()["classifier.weight"])
     for subnet in supernet.subnets:
         torch.testing.assert_close(other(images, subnet), supernet(images, subnet), rtol=1e-4, atol=1e-4)
 
 
-def test_another_channel_order_gives_the_same_recalibration_and_table() -> None:
-    supernet = handmade_supernet()
+def test_another_channel_order_gives_the_same_recalibration_and_table(handmade: Handmade) -> None:
+    supernet = handmade.supernet()
     other = permuted(supernet)
     batches = [random_images(12, seed=1), random_images(12, seed=2)]
     for net in (supernet, other):
@@ -146,27 +253,28 @@ def test_another_channel_order_gives_the_same_recalibration_and_table() -> None:
     np.testing.assert_allclose(hidden[0], hidden[1], rtol=1e-3, atol=1e-3)
 
 
-def test_training_takes_the_costliest_member_as_the_largest(tmp_path: Path) -> None:
-    supernet = rebuild(handmade_set())
-    stem = train_supernet(supernet, random_pixels(32), random_labels(32), small_run(), folder=tmp_path)
+def test_training_takes_the_costliest_member_as_the_largest(handmade: Handmade, tmp_path: Path) -> None:
+    supernet, run = rebuild(handmade.subnets()), small_run()
+    data = InMemoryImages(random_pixels(32), random_labels(32), run.augmentation)
+    stem = train_supernet(supernet, data, run, folder=tmp_path)
     assert stem is not None
     trained, _ = load_supernet(stem)
-    assert trained.subnets == handmade_set()
+    assert trained.subnets == handmade.subnets()
     first_line = (tmp_path / "curves.jsonl").read_text().splitlines()[0]
-    assert f'"loss/{handmade_set().largest.name}"' in first_line
+    assert f'"loss/{handmade.subnets().largest.name}"' in first_line
     assert '"loss/tiny"' in first_line
 
 
 @pytest.mark.parametrize("is_permuted", [False, True])
-def test_it_goes_from_table_to_bundle(tmp_path: Path, is_permuted: bool) -> None:
-    supernet = permuted(handmade_supernet()) if is_permuted else handmade_supernet()
+def test_it_goes_from_table_to_bundle(handmade: Handmade, tmp_path: Path, is_permuted: bool) -> None:
+    supernet = permuted(handmade.supernet()) if is_permuted else handmade.supernet()
     recalibrate(supernet, [random_images(16, seed=4)])
     save_supernet(tmp_path / "net", supernet)
     supernet, _ = load_supernet(tmp_path / "net")
     data = tensor_data(40)
     build_routing_table(supernet, data, "val", NORMALIZATION).save(tmp_path / "val.safetensors")
     table = RoutingTable.load(tmp_path / "val.safetensors")
-    assert table.routes == tuple(subnet.name for subnet in handmade_set())
+    assert table.routes == tuple(subnet.name for subnet in handmade.subnets())
     result = fit_gate(table, table, SETTINGS)
     images = NORMALIZATION.apply(data.images("val"))
     output = DynamicNet(supernet, result.router)(images)
@@ -200,8 +308,8 @@ def test_it_goes_from_table_to_bundle(tmp_path: Path, is_permuted: bool) -> None
     assert answer.madds.tolist() == (table.madds[expected] + router.decision_madds).tolist()
 
 
-def test_sgs_takes_smallest_and_largest_by_cost_not_by_id() -> None:
-    supernet = handmade_supernet()
+def test_sgs_takes_smallest_and_largest_by_cost_not_by_id(handmade: Handmade) -> None:
+    supernet = handmade.supernet()
     table = build_routing_table(supernet, tensor_data(30), "val", NORMALIZATION)
     order = supernet.subnets.by_madds()
     targets = sgs_targets(table, range(4), SETTINGS)
@@ -210,7 +318,7 @@ def test_sgs_takes_smallest_and_largest_by_cost_not_by_id() -> None:
     assert set(targets[~easy].tolist()) == {order[-1]}
 
 
-def test_latency_is_measured_for_every_member() -> None:
+def test_latency_is_measured_for_every_member(handmade: Handmade) -> None:
     settings = LatencySettings(batch_sizes=(1,), group_sizes=(1,), repeats=1, warmup=0)
-    table = measure_latency(handmade_supernet(), 16, settings)
-    assert set(table.subnets[1]) == {subnet.name for subnet in handmade_set()}
+    table = measure_latency(handmade.supernet(), 16, settings)
+    assert set(table.subnets[1]) == {subnet.name for subnet in handmade.subnets()}

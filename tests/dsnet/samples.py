@@ -22,6 +22,7 @@ from dsnet.training.settings import TEACHER_OF_MODE, BootstrapSettings, Regime, 
 
 SMALL_OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "ds_mbnet": {"width": 0.25, "num_routes": 4, "stem_stride": 1},
+    "ds_resnet": {"depth": 14, "width": 0.5, "ratios": [0.5, 1.0], "paths": [[0, 0, 0], [0, 1, 0], [1, 0, 1]]},
     "ds_tiny": {"width": 0.5, "num_routes": 3},
 }
 """Options that make a family quick to run; a family without an entry is tested with its defaults."""

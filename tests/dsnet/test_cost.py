@@ -6,13 +6,16 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from dsnet.cost import gate_madds, shared_params, subnet_cost
-from dsnet.families import Task, create, family_names, layout
-from dsnet.materialize import materialize, materialize_trunk
+from dsnet.families import Task, create, layout
+from dsnet.materialize import materialize
 from dsnet.space import Subnet
+from dsnet.supernet import restrict
+from tests.dsnet.cases import CASES, Case
 from tests.dsnet.samples import random_images, small_supernet
 
 PUBLISHED_MADDS_M = (132.9, 152.9, 175.2, 199.6, 226.2, 255.1, 286.2, 319.4, 354.9, 392.6, 432.5, 474.6, 518.9, 565.4)
@@ -20,14 +23,15 @@ PUBLISHED_MADDS_M = (132.9, 152.9, 175.2, 199.6, 226.2, 255.1, 286.2, 319.4, 354
 
 
 class PooledElements(TorchDispatchMode):
-    """Counts the elements that means over positions read; FlopCounterMode knows products only."""
+    """Counts the elements that pooling reads; FlopCounterMode knows products only."""
 
     def __init__(self) -> None:
         super().__init__()
         self.count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten.mean.dim and args[0].ndim == 4:
+        is_mean = func is torch.ops.aten.mean.dim and args[0].ndim == 4
+        if is_mean or func is torch.ops.aten.max_pool2d_with_indices.default:
             self.count += args[0].numel()
         return func(*args, **(kwargs or {}))
 
@@ -70,18 +74,47 @@ def test_ds_mbnet_has_the_parity_madds_at_64_pixels() -> None:
     assert subnet_cost(subnets.spec, subnets.largest, 64).madds == 68_678_336
 
 
-@pytest.mark.parametrize("size", [9, 16, 23])
-@pytest.mark.parametrize("family", family_names())
-def test_analytic_madds_equal_a_counted_forward_sliced_and_materialised(family: str, size: int) -> None:
-    supernet = small_supernet(family)
+@pytest.mark.parametrize(("size", "num_classes"), [(9, 10), (16, 1), (23, 100)])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_analytic_madds_equal_a_counted_forward_sliced_and_materialised(
+    case: Case, size: int, num_classes: int
+) -> None:
+    supernet = case.supernet(num_classes=num_classes)
     images = random_images(1, size)
     for subnet in supernet.subnets.all:
         cost = subnet_cost(supernet.spec, subnet, size)
         assert counted_madds(lambda subnet=subnet: supernet(images, subnet)) == cost.madds
         plain = materialize(supernet, subnet, fold_bn=size == 16)
         assert counted_madds(lambda plain=plain: plain(images)) == cost.madds
-        trunk = materialize_trunk(supernet, subnet)
-        assert counted_madds(lambda trunk=trunk: trunk(images)) == cost.trunk_madds
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@torch.no_grad()
+def test_each_segment_costs_what_it_counts(case: Case) -> None:
+    supernet = case.supernet()
+    subnet = supernet.subnets[-1]
+    cost = subnet_cost(supernet.spec, subnet, 13)
+    features = random_images(1, 13)
+    for gate, madds in enumerate(cost.segments[:-1]):
+        segment = supernet.cut_upto_gate(gate, subnet).eval()
+        assert counted_madds(lambda segment=segment, features=features: segment(features)) == madds
+        features = supernet.upto_gate(gate, features, subnet).features
+    head = supernet.cut_head(subnet).eval()
+    assert counted_madds(lambda: head(features)) == cost.segments[-1]
+    assert sum(cost.segments) == cost.madds
+    assert len(cost.segments) == len(supernet.spec.gates) + 1
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_gate_costs_what_its_head_counts(case: Case) -> None:
+    spec = case.subnets().spec
+    for gate in spec.gates:
+        head = nn.Linear(gate.hidden, 4, bias=False)
+        counted = counted_madds(lambda head=head: head(torch.zeros(1, head.in_features)))
+        assert gate_madds(gate.hidden, 4) == counted == sum(p.numel() for p in head.parameters())
+        (attention,) = [op for op in spec.ops if op.name == gate.attention]
+        assert attention.kind == "attention"
+        assert attention.hidden == gate.hidden
 
 
 @pytest.mark.parametrize("size", [32, 33])
@@ -95,27 +128,22 @@ def test_full_width_ds_mbnet_equals_a_counted_forward(size: int) -> None:
         )
 
 
-@pytest.mark.parametrize("family", family_names())
-def test_analytic_parameters_equal_those_of_the_materialised_module(family: str) -> None:
-    supernet = small_supernet(family)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_analytic_parameters_equal_those_of_the_materialised_module(case: Case) -> None:
+    supernet = case.supernet()
     for subnet in supernet.subnets.all:
         plain = materialize(supernet, subnet)
         assert sum(p.numel() for p in plain.parameters()) == subnet_cost(supernet.spec, subnet, 16).params
 
 
-@pytest.mark.parametrize("family", family_names())
-def test_shared_parameters_are_those_of_the_supernet(family: str) -> None:
-    supernet = small_supernet(family)
-    assert shared_params(supernet.spec, supernet.subnets.all) == sum(p.numel() for p in supernet.parameters())
-
-
-@pytest.mark.parametrize("family", family_names())
-def test_segments_add_up(family: str) -> None:
-    supernet = small_supernet(family)
-    for subnet in supernet.subnets.all:
-        cost = subnet_cost(supernet.spec, subnet, 15)
-        assert sum(cost.segments) == cost.madds
-        assert len(cost.segments) == len(supernet.spec.gates) + 1
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_shared_parameters_are_those_of_the_restricted_supernet(case: Case) -> None:
+    supernet = case.supernet()
+    every = range(len(supernet.subnets))
+    for members in ([0], [0, 1], every):
+        small = restrict(supernet, list(members))
+        counted = sum(p.numel() for p in small.parameters())
+        assert shared_params(supernet.spec, small.subnets) == counted
 
 
 def test_cost_refuses_foreign_subnets_and_sizes() -> None:

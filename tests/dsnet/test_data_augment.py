@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import json
+from dataclasses import asdict
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsnet.data import Augmentation, ImageSet, augment, load_images
 from dsnet.data.augment import AugmentationDraw, apply_augmentation, draw_augmentation
@@ -126,3 +129,95 @@ def test_defaults_mirror_photographs_but_not_digits() -> None:
     assert Augmentation.for_images(photographs) == Augmentation(crop_padding=4, flip=True, cutout=0)
     assert Augmentation.for_images(load_images("digits")) == Augmentation(crop_padding=1, flip=False, cutout=0)
     assert Augmentation.for_images(photographs, crop_padding=0, flip=False, cutout=8) == Augmentation(0, False, 8)
+
+
+EVERYTHING: dict[str, Any] = {"flip": True, "cutout": 3, "randaugment_ops": 2, "erasing": 0.5}
+
+
+def test_further_options_leave_the_numbers_of_crop_mirror_and_cutout_as_they_were() -> None:
+    images = random_images((20, 3, 16, 16))
+    few = draw_augmentation(images, generator(), Augmentation(2, True, 3))
+    many = draw_augmentation(images, generator(), Augmentation(2, randaugment_magnitude=5.0, **EVERYTHING))
+    for name in ("top", "left", "is_flipped", "cutout_row", "cutout_column"):
+        assert torch.equal(getattr(few, name), getattr(many, name))
+
+
+@pytest.mark.parametrize("crop", [{"crop_padding": 2}, {"crop_scale": (0.2, 1.0)}])
+def test_with_everything_on_the_same_state_gives_the_same_batch(crop: dict[str, Any]) -> None:
+    images = random_images((20, 3, 16, 16))
+    augmentation = Augmentation(**crop, **EVERYTHING)
+    before = images.clone()
+    first, again = augment(images, generator(1), augmentation), augment(images, generator(1), augmentation)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, augment(images, generator(2), augmentation))
+    assert torch.equal(images, before)
+
+
+def test_cutout_and_erasing_come_after_the_tonal_operations() -> None:
+    images = random_images((50, 3, 16, 16))
+    augmentation = Augmentation(cutout=6, randaugment_ops=2)
+    draw = draw_augmentation(images, generator(), augmentation)
+    result = apply_augmentation(images, draw, augmentation)
+    for row, image in enumerate(result):
+        assert not image[:, int(draw.cutout_row[row]), int(draw.cutout_column[row])].any()
+
+
+class RefusesToWait(TorchDispatchMode):
+    """Stops at operations whose result the host must know before it can go on: on a GPU they wait for it."""
+
+    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "bincount", "unique", "equal", "is_nonzero")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_operations = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.num_operations += 1
+        assert func.overloadpacket.__name__ not in self.WAITING, func
+        if func.overloadpacket.__name__ == "index":
+            assert all(index is None or index.dtype != torch.bool for index in args[1]), "a mask as index"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("crop", [{"crop_padding": 2}, {"crop_scale": (0.2, 1.0)}])
+def test_nothing_waits_for_the_device(crop: dict[str, Any]) -> None:
+    images = random_images((20, 3, 16, 16))
+    with RefusesToWait() as mode:
+        augment(images, generator(), Augmentation(**crop, **EVERYTHING))
+    assert mode.num_operations > 100
+    with pytest.raises(AssertionError, match="_local_scalar_dense"), RefusesToWait():
+        images.sum().item()
+
+
+def test_operations_on_bytes_refuse_normalised_images() -> None:
+    for options in ({"randaugment_ops": 1}, {"erasing": 0.1}, {"crop_scale": (0.5, 1.0)}):
+        with pytest.raises(ValueError, match=r"need uint8, not torch\.float32"):
+            augment(torch.rand((2, 3, 8, 8)), generator(), Augmentation(**options))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"randaugment_ops": -1}, r"randaugment_ops is -1, must be >= 0"),
+        ({"randaugment_magnitude": 10.5}, r"randaugment_magnitude is 10\.5, must be 0\.\.10"),
+        ({"erasing": 1.5}, r"erasing is 1\.5, must be 0\.\.1"),
+        ({"crop_scale": (0.0, 1.0)}, r"crop_scale is \[0\.0, 1\.0\], must be two shares"),
+        ({"crop_scale": (0.9, 0.5)}, r"crop_scale is \[0\.9, 0\.5\]"),
+        ({"crop_scale": (0.9,)}, r"crop_scale is \[0\.9\]"),
+        ({"crop_scale": (0.1, 1.0), "crop_padding": 4}, r"crop_padding is 4 beside crop_scale"),
+    ],
+)
+def test_an_option_out_of_range_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Augmentation(**options)
+
+
+def test_settings_survive_json() -> None:
+    augmentation = Augmentation(crop_scale=(0.08, 1.0), randaugment_ops=2, erasing=0.25)
+    assert Augmentation(**json.loads(json.dumps(asdict(augmentation)))) == augmentation
+
+
+def test_the_default_of_padding_gives_way_to_a_resized_crop() -> None:
+    photographs = ImageSet.create("cifar10", random_images((2, 3, 32, 32)), torch.tensor([0, 1]), ["cat", "dog"])
+    augmentation = Augmentation.for_images(photographs, crop_scale=(0.5, 1.0), erasing=0.1)
+    assert augmentation == Augmentation(0, True, crop_scale=(0.5, 1.0), erasing=0.1)

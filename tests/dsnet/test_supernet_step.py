@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsnet.families import family_names
+from dsnet.families import create, family_names
 from dsnet.losses import smoothed_one_hot
 from dsnet.space import Subnet
 from dsnet.supernet import Supernet
 from dsnet.training.settings import TEACHERS
 from dsnet.training.step import StepPlan, StepRules, supernet_step
-from tests.dsnet.samples import random_images, random_labels, shaken, small_supernet
+from tests.dsnet.samples import random_images, random_labels, shaken, small_supernet, task
 
 SMOOTHING = 0.1
 
@@ -58,8 +58,9 @@ def naive_step(
         loss.backward()
         losses[subnet.name] = loss.item()
 
-    with torch.no_grad():
-        own = torch.softmax(student(images, plan.largest), 1)
+    if kind == "inplace":
+        with torch.no_grad():
+            own = torch.softmax(student(images, plan.largest), 1)
     learn(plan.largest, hard)
     for subnet in (*plan.randoms, plan.smallest):
         if kind == "none":
@@ -128,6 +129,24 @@ def test_trunk_statistics_are_updated_once_a_step() -> None:
         assert int(student.batch_norms()[0].statistics(subnet.prefix(1))[2]) == 1
     last = student.batch_norms()[-1]
     assert [int(last.statistics(subnet.widths)[2]) for subnet in student.subnets.all] == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("norm", ["private_stats", "recalibrate", "private_affine"])
+def test_running_statistics_of_the_tails_equal_those_of_separate_forwards(norm: str) -> None:
+    """Also where the narrower ones' were taken from the widest's batch statistics."""
+    nets = [create("ds_tiny", task(), norm=norm, seed=0).double().train() for _ in range(2)]
+    teacher = student_and_teacher()[1]
+    plan = plan_of(nets[0])
+    step(nets[0], None, plan, "none")
+    naive_step(nets[1], teacher, random_images(6).double(), random_labels(6), plan, "none")
+    met, wanted = (dict(net.named_buffers()) for net in nets)
+    trunk_depth = nets[0].spec.num_prefix_groups(0)
+    compared = 0
+    for name, value in wanted.items():
+        if name.rpartition(".")[2].count("_") > trunk_depth:  # a prefix that reaches beyond the gate
+            torch.testing.assert_close(met[name], value, rtol=1e-9, atol=1e-12)
+            compared += int(".updates_" in name and int(value) == (norm != "recalibrate"))
+    assert compared >= 4 * 3
 
 
 @pytest.mark.parametrize("kind", ["ema", "ema_ensemble"])

@@ -120,6 +120,18 @@ def test_a_stop_keeps_the_steps_of_its_epoch(uninterrupted: Path, tmp_path: Path
     assert final_bytes(tmp_path) == final_bytes(uninterrupted)
 
 
+def test_curves_do_not_tell_where_a_run_was_stopped(tmp_path: Path) -> None:
+    """Nine steps an epoch make a report of every second one: a stop between two reports must not change the means."""
+    run = small_run(train=replace(small_run().train, epochs=2, batch_size=4))
+    images, labels = random_pixels(36, 8), random_labels(36)
+    train(tmp_path / "a", run, images=images, labels=labels)
+    for call in (2, 5):
+        train(tmp_path / "b", run, images=images, labels=labels, should_stop=KillAt(call, lambda: True))
+    train(tmp_path / "b", run, images=images, labels=labels)
+    assert [row["step"] for row in curve_rows(tmp_path / "a")] == [2, 4, 6, 8, 9, 10, 12, 14, 16, 18]
+    assert curve_rows(tmp_path / "b") == curve_rows(tmp_path / "a")
+
+
 def test_a_kill_between_tensors_and_json_of_a_checkpoint_is_survived(uninterrupted: Path, tmp_path: Path) -> None:
     kill(tmp_path, 5)
     (tmp_path / "epoch-00002.safetensors").write_bytes(b"torn")
@@ -418,6 +430,13 @@ def test_soft_labels_ramp_in_and_widths_warm_up() -> None:
     assert weights == [0.0, 0.25, 0.5, 1.0, 1.0]
     state.updates = {"subnet-00": 2, "subnet-01": 3, "subnet-02": 9, "largest": 0}
     assert state.plan([]).cold == {"subnet-00", "largest"}
+
+
+def test_a_teacher_that_starts_with_good_statistics_is_warm() -> None:
+    net = supernet()
+    recalibrate(net, [NORMALIZATION.apply(random_pixels(8, 8))] * 5)
+    assert session(net, teacher_min_updates=5).plan([]).cold == frozenset()
+    assert session(net, teacher_min_updates=6).plan([]).cold == {subnet.name for subnet in net.subnets.all}
 
 
 def test_a_teacher_without_statistics_is_always_cold() -> None:

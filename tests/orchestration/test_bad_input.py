@@ -39,6 +39,11 @@ REFUSED_SETTINGS = {
     "an unknown data set": (["data.name=digit"], ["data.name", "digit", "digits"]),
     "a name with a slash": (["name=a/b"], ["name", "a/b", "letters, digits"]),
     "a name that leaves the folder": (["name=../b"], ["name", "../b"]),
+    "start weights that are not there": (["supernet.init_from=no/such"], ["supernet.init_from", "no/such"]),
+    "a regime that contradicts itself": (
+        ["supernet.regime=ieb", "supernet.bootstrapping.mode=ib"],
+        ["supernet.bootstrapping.mode", "contradicts supernet.regime ieb"],
+    ),
     "splits larger than the data": (["data.splits.train=5000"], ["5000", "1797"]),
     "two objectives of one kind": (
         ["metrics=[{name: top1, goal: maximize}, {name: top5, goal: maximize}]"],

@@ -6,7 +6,8 @@ import json
 import pickle
 import subprocess
 import sys
-from typing import Any
+from dataclasses import asdict, fields, replace
+from typing import Any, Literal, get_args, get_origin
 
 import jsonschema
 import pytest
@@ -14,14 +15,33 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
+from dsnet.data import Augmentation
+from dsnet.space import NORMS
+from dsnet.training.settings import (
+    KEPT_WEIGHTS,
+    OPTIMIZERS,
+    PRECISIONS,
+    REGIMES,
+    SCHEDULES,
+    TEACHER_OF_MODE,
+    TEACHERS,
+    WIDTHS,
+    BootstrapSettings,
+    Regime,
+    TrainSettings,
+)
 from orchestration.config import (
     NAME_PATTERN,
+    AugmentConfig,
+    BootstrappingConfig,
     GateConfig,
     MeasureConfig,
     SweepConfig,
+    TrainConfig,
     config_warnings,
     json_schema,
     known_fields,
+    resolve_regime,
     section_class,
     stage_subset,
     sweepable_keys,
@@ -71,6 +91,13 @@ CONFIGS = st.fixed_dictionaries(
             optional={
                 "path": st.one_of(st.none(), TEXT),
                 "limit": COUNT,
+                "augment": st.fixed_dictionaries(
+                    {},
+                    optional={
+                        "crop_scale": st.tuples(st.floats(0.01, 0.4), st.floats(0.5, 1)).map(list),
+                        "randaugment_magnitude": st.floats(0, 10),
+                    },
+                ),
                 "splits": st.fixed_dictionaries(
                     {}, optional={"train": COUNT, "val": st.floats(0.1, 0.4), "test": st.none()}
                 ),
@@ -82,6 +109,8 @@ CONFIGS = st.fixed_dictionaries(
                 "options": OPTIONS,
                 "train": st.fixed_dictionaries({}, optional={"lr": POSITIVE, "epochs": COUNT, "grad_clip": POSITIVE}),
                 "device": st.sampled_from(["auto", "cpu", "cuda"]),
+                "init_from": TEXT,
+                "regime": st.sampled_from([None, *REGIMES]),
             },
         ),
     },
@@ -168,7 +197,27 @@ def test_every_setting_is_described_for_the_editor() -> None:
         ({"data": {"name": "digits", "splits": {"val": 1.0}}}, ("data", "splits", "val")),
         ({"data": {"name": "digits", "splits": {"val": True}}}, ("data", "splits", "val")),
         ({"data": {"name": "digits", "splits": {"val": 0}}}, ("data", "splits", "val")),
-        ({"supernet": {"model": "m", "train": {"epochs": 0}}}, ("supernet", "train", "epochs")),
+        ({"supernet": {"model": "m", "train": {"epochs": -1}}}, ("supernet", "train", "epochs")),
+        ({"supernet": {"model": "m", "train": {"accumulate": 0}}}, ("supernet", "train", "accumulate")),
+        ({"supernet": {"model": "m", "train": {"num_random": -1}}}, ("supernet", "train", "num_random")),
+        ({"supernet": {"model": "m", "train": {"widths": "some"}}}, ("supernet", "train", "widths")),
+        ({"supernet": {"model": "m", "train": {"teacher": "ib"}}}, ("supernet", "train", "teacher")),
+        ({"supernet": {"model": "m", "train": {"bn": "batch_norm"}}}, ("supernet", "train", "bn")),
+        ({"supernet": {"model": "m", "train": {"schedule": "linear"}}}, ("supernet", "train", "schedule")),
+        ({"supernet": {"model": "m", "train": {"precision": "fp16"}}}, ("supernet", "train", "precision")),
+        ({"supernet": {"model": "m", "train": {"channels_last": 1}}}, ("supernet", "train", "channels_last")),
+        ({"supernet": {"model": "m", "regime": "IB"}}, ("supernet", "regime")),
+        ({"supernet": {"model": "m", "init_from": ""}}, ("supernet", "init_from")),
+        ({"supernet": {"model": "m", "recalibration": {"images": -1}}}, ("supernet", "recalibration", "images")),
+        ({"data": {"name": "digits", "augment": {"randaugment_ops": -1}}}, ("data", "augment", "randaugment_ops")),
+        (
+            {"data": {"name": "digits", "augment": {"randaugment_magnitude": 10.5}}},
+            ("data", "augment", "randaugment_magnitude"),
+        ),
+        ({"data": {"name": "digits", "augment": {"erasing": 1.1}}}, ("data", "augment", "erasing")),
+        ({"data": {"name": "digits", "augment": {"crop_scale": [0.5]}}}, ("data", "augment", "crop_scale")),
+        ({"data": {"name": "digits", "augment": {"crop_scale": 0.5}}}, ("data", "augment", "crop_scale")),
+        ({"data": {"name": "digits", "stream": "no"}}, ("data", "stream")),
         ({"supernet": {"model": "m", "train": {"epochs": 3.0}}}, ("supernet", "train", "epochs")),
         ({"supernet": {"model": "m", "train": {"lr": 0}}}, ("supernet", "train", "lr")),
         ({"supernet": {"model": "m", "train": {"lr": float("nan")}}}, ("supernet", "train", "lr")),
@@ -221,7 +270,51 @@ def test_names_that_make_a_folder_are_accepted(name: str) -> None:
             {"supernet": {"model": "m", "train": {"epochs": 2, "warmup_epochs": 3}}},
             "3 epochs of warm-up do not fit into 2",
         ),
-        ({"supernet": {"model": "m", "bootstrapping": {"mode": "ieb", "num_random": 0}}}, "needs at least 1"),
+        (
+            {"supernet": {"model": "m", "bootstrapping": {"mode": "ieb", "num_random": 0}}},
+            "bootstrapping.num_random: ieb averages the teacher with random sub-networks and needs at least 1",
+        ),
+        (
+            {"supernet": {"model": "m", "regime": "ieb", "train": {"num_random": 0}}},
+            "train.num_random: ieb averages",
+        ),
+        (
+            {"supernet": {"model": "m", "regime": "ieb", "bootstrapping": {"mode": "ib"}}},
+            "bootstrapping.mode: ib contradicts supernet.regime ieb, whose teacher is ema_ensemble; keep one",
+        ),
+        (
+            {"supernet": {"model": "m", "regime": "ib", "bootstrapping": {"num_random": 3}}},
+            "bootstrapping.num_random: 3 contradicts supernet.regime ib, which draws 2; write it as supernet.train",
+        ),
+        (
+            {"supernet": {"model": "m", "train": {"epochs": 0}}},
+            "train.epochs: 0 keeps the weights of supernet.init_from",
+        ),
+        (
+            {"supernet": {"model": "checkpoint"}},
+            "model: checkpoint takes the network from supernet.init_from, which is",
+        ),
+        (
+            {"supernet": {"model": "checkpoint", "init_from": "x", "options": {"width": 1}}},
+            "options: model checkpoint takes no options: the checkpoint has its own; remove width",
+        ),
+        (
+            {"supernet": {"model": "m", "init_from": "x", "recalibration": {"images": 0}}},
+            "recalibration.images: 0 keeps the statistics of supernet.init_from, but 30 epochs of training outdate them",
+        ),
+        ({"data": {"name": "digits", "stream": True}}, "stream: only an image_folder can be streamed"),
+        (
+            {"data": {"name": "image_folder", "image_size": 8, "stream": True, "augment": {"crop_padding": 2}}},
+            "augment.crop_padding: 2 pixels have no use: streamed images are cropped by crop_scale",
+        ),
+        (
+            {"data": {"name": "digits", "augment": {"crop_scale": [0.9, 0.1]}}},
+            r"crop_scale: range \[0.9, 0.1\] is the wrong way round; write \[0.1, 0.9\]",
+        ),
+        (
+            {"data": {"name": "digits", "augment": {"crop_scale": [0.1, 0.9], "crop_padding": 4}}},
+            "crop_padding: 4 pixels have no use beside crop_scale",
+        ),
         ({"gate": {"routing": {"first": 3, "last": 2}}}, "3 lies behind gate.routing.last 2"),
         ({"gate": {"losses": {"cls": 0, "sgs": 0, "complexity": 0}}}, "would learn nothing"),
         ({"measure": {"batch_sizes": [4, 2]}}, r"got \[4, 2\], write \[2, 4\]"),
@@ -349,8 +442,89 @@ def test_a_pick_that_cannot_be_read_is_refused_before_anything_runs(pick: str) -
 
 
 def test_a_batch_that_the_workers_cannot_share_equally_is_refused() -> None:
-    with pytest.raises(ValidationError, match="cannot be shared equally among 3 workers"):
+    with pytest.raises(ValidationError, match="cannot be shared equally among 3 workers with"):
         build(supernet={"model": "ds_tiny", "workers": 3, "train": {"batch_size": 64}})
+    with pytest.raises(ValidationError, match="among 2 workers x 24 micro-batches with at least 2 each"):
+        build(supernet={"model": "ds_tiny", "workers": 2, "train": {"batch_size": 64, "accumulate": 24}})
+
+
+# Who trains and who teaches: supernet.train.X > supernet.regime > supernet.bootstrapping > ib.
+REGIME_CASES: list[tuple[dict[str, Any], Regime]] = [
+    ({}, REGIMES["ib"]),
+    *(({"regime": name}, regime) for name, regime in REGIMES.items()),
+    ({"bootstrapping": {"mode": "none"}}, Regime(teacher="none")),
+    ({"bootstrapping": {"mode": "inplace_distillation"}}, Regime(teacher="inplace")),
+    ({"bootstrapping": {"mode": "ib"}}, REGIMES["ib"]),
+    ({"bootstrapping": {"mode": "ieb", "num_random": 1}}, Regime(teacher="ema_ensemble", num_random=1)),
+    ({"bootstrapping": {"num_random": 5}}, Regime(num_random=5)),
+    ({"bootstrapping": {"num_random": 5}, "train": {"num_random": 3}}, Regime(num_random=3)),
+    ({"bootstrapping": {"mode": "ieb"}, "train": {"teacher": "none"}}, Regime(teacher="none")),
+    ({"bootstrapping": {"mode": "ieb", "num_random": 0}, "train": {"num_random": 2}}, REGIMES["ieb"]),
+    ({"regime": "ib", "bootstrapping": {"mode": "ib", "num_random": 2}}, REGIMES["ib"]),
+    ({"regime": "s_net", "bootstrapping": {"num_random": 2}}, REGIMES["s_net"]),
+    ({"regime": "us_net", "train": {"num_random": 4}}, replace(REGIMES["us_net"], num_random=4)),
+    ({"regime": "us_net", "train": {"bn": "private_stats"}}, replace(REGIMES["us_net"], norm="private_stats")),
+    ({"regime": "s_net", "train": {"teacher": "inplace"}}, replace(REGIMES["s_net"], teacher="inplace")),
+    ({"regime": "ieb", "train": {"widths": "all"}}, replace(REGIMES["ieb"], widths="all", num_random=0)),
+    ({"train": {"widths": "all", "num_random": 7}}, Regime(widths="all", num_random=0)),
+    ({"train": {"bn": "group_norm"}}, Regime(norm="group_norm")),
+]
+
+
+@pytest.mark.parametrize(("written", "regime"), REGIME_CASES, ids=[str(written) for written, _ in REGIME_CASES])
+def test_the_regime_is_what_the_nearest_setting_says(written: dict[str, Any], regime: Regime) -> None:
+    assert resolve_regime(build(supernet={"model": "m", **written}).supernet) == regime
+
+
+@pytest.mark.parametrize(
+    "written", [{"regime": "ib"}, {"bootstrapping": {"mode": "ib"}}, {"train": {"teacher": "ema"}}]
+)
+def test_one_regime_has_one_stage_key_however_it_is_written(written: dict[str, Any]) -> None:
+    assert stage_subset(build(supernet={"model": "ds_tiny", **written}), "supernet") == stage_subset(
+        build(), "supernet"
+    )
+
+
+def test_the_choices_of_the_configuration_are_those_of_the_core() -> None:
+    choices = {
+        "supernet.regime": tuple(REGIMES),
+        "supernet.bootstrapping.mode": tuple(TEACHER_OF_MODE),
+        "supernet.train.widths": WIDTHS,
+        "supernet.train.teacher": TEACHERS,
+        "supernet.train.bn": NORMS,
+        "supernet.train.optimizer": OPTIMIZERS,
+        "supernet.train.schedule": SCHEDULES,
+        "supernet.train.precision": PRECISIONS,
+        "supernet.weights": KEPT_WEIGHTS,
+    }
+    for key, known in choices.items():
+        annotation = known_fields()[key].annotation
+        literal = next(part for part in (annotation, *get_args(annotation)) if get_origin(part) is Literal)
+        assert get_args(literal) == known, key
+
+
+@pytest.mark.parametrize(
+    ("section", "core", "elsewhere"),
+    [
+        (TrainConfig, TrainSettings, {"widths", "num_random", "teacher", "bn"}),
+        (BootstrappingConfig, BootstrapSettings, {"mode", "num_random"}),
+        (AugmentConfig, Augmentation, set()),
+    ],
+)
+def test_a_section_holds_just_the_cores_settings(section: type[BaseModel], core: Any, elsewhere: set[str]) -> None:
+    assert section.model_fields.keys() - elsewhere == {field.name for field in fields(core)}
+
+
+def test_training_is_by_default_as_in_the_core() -> None:
+    mine, core = TrainConfig().model_dump(), asdict(TrainSettings())
+    assert {name: mine[name] for name in core} == core
+    mine, core = BootstrappingConfig().model_dump(), asdict(BootstrapSettings())
+    assert {name: mine[name] for name in core} == core
+
+
+def test_a_checkpoint_can_be_taken_as_it_is() -> None:
+    supernet = {"model": "checkpoint", "init_from": "x", "train": {"epochs": 0}, "recalibration": {"images": 0}}
+    assert build(supernet=supernet).supernet.train.epochs == 0
 
 
 def test_a_share_of_the_datas_own_test_part_does_not_count_against_the_others() -> None:
@@ -371,6 +545,15 @@ STAGES = ("supernet", "measure", "table", "search", "verify")
         ({"supernet": {"model": "ds_tiny", "weights": "student"}}, {"supernet"}),
         ({"supernet": {"model": "ds_tiny", "train": {"lr": 0.2}}}, {"supernet"}),
         ({"supernet": {"model": "ds_tiny", "train": {"checkpoint_every": 9}}}, set()),
+        ({"supernet": {"model": "ds_tiny", "train": {"accumulate": 2}}}, {"supernet"}),
+        ({"supernet": {"model": "ds_tiny", "train": {"precision": "bf16"}}}, {"supernet"}),
+        ({"supernet": {"model": "ds_tiny", "train": {"channels_last": True}}}, {"supernet"}),
+        ({"supernet": {"model": "ds_tiny", "train": {"schedule": "constant"}}}, {"supernet"}),
+        ({"supernet": {"model": "ds_tiny", "train": {"num_random": 1}}}, {"supernet"}),
+        ({"supernet": {"model": "ds_tiny", "train": {"bn": "group_norm"}}}, {"supernet"}),
+        ({"supernet": {"model": "ds_tiny", "regime": "ieb"}}, {"supernet"}),
+        ({"supernet": {"model": "ds_tiny", "init_from": "moved"}}, set()),
+        ({"data": {"name": "digits", "augment": {"erasing": 0.25}}}, {"supernet"}),
         ({"supernet": {"model": "ds_tiny", "keep_checkpoints": 9}}, set()),
         ({"supernet": {"model": "ds_tiny", "workers": 2, "threads": 1, "device": "cpu"}}, set()),
         ({"gate": {"target": 0.4}}, {"search"}),
@@ -434,6 +617,20 @@ def test_suspicious_but_legal_settings_are_warned_about() -> None:
     assert config_warnings(few) == ["sampler.startup 16 is not below budget.trials 8: all trials will be random"]
     assert "fixed values only" in config_warnings(build(space={"gate.target": 0.5}))[0]
     assert config_warnings(build(budget={"trials": 8}, sampler={"name": "random"})) == []
+
+
+def test_training_settings_that_work_against_each_other_are_warned_about(monkeypatch: pytest.MonkeyPatch) -> None:
+    bf16 = {"model": "m", "train": {"precision": "bf16"}}
+    (slow,) = config_warnings(build(supernet={**bf16, "device": "cpu"}))
+    assert slow.startswith("supernet.train.precision bf16 on a CPU: slower")
+    assert config_warnings(build(supernet={**bf16, "device": "cuda"})) == []
+    for is_available in (True, False):
+        monkeypatch.setattr("torch.cuda.is_available", lambda answer=is_available: answer)
+        assert len(config_warnings(build(supernet=bf16))) == (0 if is_available else 1)
+
+    (cold,) = config_warnings(build(supernet={"model": "m", "train": {"bn": "recalibrate"}}))
+    assert cold.startswith("supernet.train.bn recalibrate with teacher ema:")
+    assert config_warnings(build(supernet={"model": "m", "regime": "us_net"})) == []
 
 
 def test_sections_can_be_built_by_keyword_in_python() -> None:

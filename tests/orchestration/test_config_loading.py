@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
 from dsnet.errors import ConfigError
-from orchestration.config import SweepConfig, json_schema, known_fields, section_class, to_yaml
+from orchestration.config import SweepConfig, json_schema, known_fields, resolve_regime, section_class, to_yaml
 from orchestration.config_loading import LoadedConfig, load_config
 from orchestration.distribution import Distribution
 from orchestration.yaml_source import read_yaml_file
@@ -228,6 +228,103 @@ BAD_VALUES = [
         "5:48: metrics.1.name: unknown metric 'madds'; did you mean 'madds_m'?",
     ),
     ("gate: {losses: {cls: 0, sgs: 0, complexity: 0}}", "5:16: gate.losses: cls, sgs and complexity are all 0"),
+    (
+        "supernet: {model: ds_tiny, regime: us_nte}",
+        "5:36: supernet.regime: unknown regime 'us_nte'; did you mean 'us_net'? known: ce, s_net, us_net, ib, ieb",
+    ),
+    (
+        "supernet: {model: ds_tiny, regime: ieb, bootstrapping: {mode: ib}}",
+        "5:63: supernet.bootstrapping.mode: ib contradicts supernet.regime ieb, whose teacher is ema_ensemble; "
+        "keep one of the two, the other null",
+    ),
+    (
+        "supernet: {model: ds_tiny, regime: ib, bootstrapping: {num_random: 4}}",
+        "5:68: supernet.bootstrapping.num_random: 4 contradicts supernet.regime ib, which draws 2; "
+        "write it as supernet.train.num_random",
+    ),
+    (
+        "supernet: {model: ds_tiny, regime: ieb, train: {num_random: 0}}",
+        "5:61: supernet.train.num_random: ieb averages the teacher with random sub-networks and needs at least 1",
+    ),
+    (
+        "supernet: {model: ds_tiny, train: {teacher: ema_ensemble}, bootstrapping: {num_random: 0}}",
+        "5:88: supernet.bootstrapping.num_random: ieb averages",
+    ),
+    (
+        "supernet: {model: ds_tiny, train: {teacher: ib}}",
+        "5:45: supernet.train.teacher: unknown teacher 'ib'; known: none, inplace, ema, ema_ensemble",
+    ),
+    ("supernet: {model: ds_tiny, train: {bn: gn}}", "5:40: supernet.train.bn: unknown bn 'gn'; known: private_stats,"),
+    (
+        "supernet: {model: ds_tiny, train: {schedule: linear}}",
+        "5:46: supernet.train.schedule: unknown schedule 'linear'; known: cosine, one_cycle, constant",
+    ),
+    (
+        "supernet: {model: ds_tiny, train: {precision: 16}}",
+        "5:47: supernet.train.precision: expected one of float32, bf16; got 16",
+    ),
+    (
+        "supernet: {model: ds_tiny, train: {accumulate: 0}}",
+        "5:48: supernet.train.accumulate: must be at least 1; got 0",
+    ),
+    (
+        "supernet: {model: ds_tiny, train: {channels_last: on}}",
+        "5:51: supernet.train.channels_last: expected true or false; got 'on'; write true",
+    ),
+    (
+        "supernet: {model: ds_tiny, train: {epochs: 0}}",
+        "5:44: supernet.train.epochs: 0 keeps the weights of supernet.init_from, which is not set; name a checkpoint",
+    ),
+    (
+        "supernet: {model: ds_tiny, train: {accumulate: 100}}",
+        "5:28: supernet.train.batch_size: 128 images cannot be shared equally among 1 workers x 100 micro-batches",
+    ),
+    (
+        "supernet: {model: checkpoint}",
+        "5:19: supernet.model: checkpoint takes the network from supernet.init_from, which is not set",
+    ),
+    (
+        "supernet: {model: checkpoint, init_from: x, options: {width: 1}}",
+        "5:54: supernet.options: model checkpoint takes no options: the checkpoint has its own; remove width",
+    ),
+    (
+        "supernet: {model: ds_tiny, init_from: x, recalibration: {images: 0}}",
+        "5:66: supernet.recalibration.images: 0 keeps the statistics of supernet.init_from, but 30 epochs",
+    ),
+    (
+        "supernet: {model: ds_tiny, init_from: $NOWHERE/final}",
+        "5:39: supernet.init_from: the environment variable NOWHERE is not set; set it or write the path out",
+    ),
+    ("data: {name: digits, stream: true}", "5:30: data.stream: only an image_folder can be streamed; digits fits"),
+    ("data: {name: digits, augment: {erasing: 2}}", "5:41: data.augment.erasing: must be at most 1; got 2"),
+    (
+        "data: {name: digits, augment: {randaugment_magnitude: 11}}",
+        "5:55: data.augment.randaugment_magnitude: must be at most 10; got 11",
+    ),
+    (
+        "data: {name: digits, augment: {randaugment_ops: two}}",
+        "5:49: data.augment.randaugment_ops: expected a whole number; got 'two'",
+    ),
+    (
+        "data: {name: digits, augment: {crop_scale: [0, 1]}}",
+        "5:45: data.augment.crop_scale.0: must be above 0; got 0",
+    ),
+    (
+        "data: {name: digits, augment: {crop_scale: [0.5]}}",
+        "5:44: data.augment.crop_scale: must hold at least 2 entries; got 1",
+    ),
+    (
+        "data: {name: digits, augment: {crop_scale: 0.5}}",
+        "5:44: data.augment.crop_scale: expected a list or null; got 0.5",
+    ),
+    (
+        "data: {name: digits, augment: {crop_scale: [0.9, 0.1]}}",
+        "5:44: data.augment.crop_scale: range [0.9, 0.1] is the wrong way round; write [0.1, 0.9]",
+    ),
+    (
+        "data: {name: digits, augment: {crop_scale: [0.1, 0.9], crop_padding: 4}}",
+        "5:70: data.augment.crop_padding: 4 pixels have no use beside crop_scale, which crops already; remove one",
+    ),
     ("presets: 3", "5:10: presets: expected NAME: settings; got 3"),
     ("presets: {a: 3}", "5:14: presets.a: expected settings; got 3"),
     ("presets: {a: {presets: {}}}", "5:15: presets.a.presets: a preset cannot hold presets; remove it"),
@@ -236,8 +333,9 @@ BAD_VALUES = [
 
 @pytest.mark.parametrize(("line", "message"), BAD_VALUES, ids=[line for line, _ in BAD_VALUES])
 def test_bad_input_is_pointed_at(sweep: Path, line: str, message: str) -> None:
-    head = HEAD.replace("supernet: {model: ds_tiny}\n", "\n") if line.startswith("supernet") else HEAD
-    found = complaint(sweep, f"{head}{line}\n")
+    section = line.partition(":")[0]
+    head = ["\n" if written.startswith(f"{section}:") else written for written in HEAD.splitlines(keepends=True)]
+    found = complaint(sweep, f"{''.join(head)}{line}\n")
     assert found.startswith(f"sweep.yaml:{message}")
     assert "\n" not in found
 
@@ -254,7 +352,7 @@ def test_bad_input_is_pointed_at(sweep: Path, line: str, message: str) -> None:
             "{model: ds_tiny}",
             "{model: ds_tny}",
             "sweep.yaml:4:19: supernet.model: unknown model 'ds_tny'; did you mean 'ds_tiny'? "
-            "known models: ds_tiny, ds_mbnet",
+            "known models: ds_tiny, ds_mbnet, checkpoint",
         ),
         (
             "name: digits",
@@ -346,8 +444,86 @@ def test_a_preset_that_breaks_a_rule_of_the_file_is_named(sweep: Path) -> None:
 def test_an_unknown_preset_is_answered_with_the_known_ones(sweep: Path) -> None:
     text = HEAD + "presets: {smoke: {}, full: {}}\n"
     message = complaint(sweep, text, preset="smok")
-    assert message == "sweep.yaml:5:1: unknown preset 'smok'; did you mean 'smoke'? known presets: smoke, full"
-    assert complaint(sweep, HEAD, preset="smoke") == "sweep.yaml: unknown preset 'smoke'; the file has no presets"
+    assert message == "sweep.yaml:5:1: unknown preset 'smok'; did you mean 'smoke'? known presets: smoke, full, paper"
+    assert complaint(sweep, HEAD, preset="smoke") == "sweep.yaml: unknown preset 'smoke'; known presets: paper"
+
+
+# The built-in preset `paper`.
+PUBLISHED = {
+    "data.augment.randaugment_ops": 2,
+    "supernet.train.optimizer": "sgd",
+    "supernet.train.momentum": 0.9,
+    "supernet.train.lr": 0.08,
+    "supernet.train.batch_size": 512,
+    "supernet.train.weight_decay": 1e-4,
+    "supernet.train.schedule": "cosine",
+    "supernet.train.warmup_epochs": 5,
+    "supernet.train.epochs": 150,
+    "supernet.train.label_smoothing": 0.1,
+    "supernet.bootstrapping.ema_decay": 0.997,
+    "supernet.bootstrapping.ema_warmup": False,
+    "supernet.bootstrapping.soft_ramp_epochs": 0,
+    "gate.losses.cls": 1,
+    "gate.losses.sgs": 1,
+    "gate.losses.complexity": 0.5,
+    "gate.losses.form": "paper",
+    "gate.sgs.t_easy": 0,
+    "gate.sgs.t_hard": 0,
+    "gate.sgs.target": "extremes",
+    "gate.optimizer.name": "sgd",
+    "gate.optimizer.lr": 0.08,
+    "gate.optimizer.weight_decay": 0.01,
+}
+
+
+def value_at(config: SweepConfig, dotted: str) -> Any:
+    found: Any = config
+    for key in dotted.split("."):
+        found = getattr(found, key)
+    return found
+
+
+def test_the_paper_preset_gives_the_published_settings_to_every_file(sweep: Path) -> None:
+    others = (
+        "{model: ds_tiny, weights: student, train: {lr: 1, accumulate: 2}, bootstrapping: {mode: ieb, num_random: 3}}"
+    )
+    for text in (HEAD, HEAD.replace("{model: ds_tiny}", others), (EXAMPLES / "cifar10.yaml").read_text("utf-8")):
+        loaded = load(sweep, text, preset="paper")
+        assert {key: value_at(loaded.config, key) for key in PUBLISHED} == PUBLISHED
+        assert {loaded.origins[key] for key in PUBLISHED} == {"preset paper"}
+        regime = resolve_regime(loaded.config.supernet)
+        assert (regime.widths, regime.num_random, regime.teacher) == ("sandwich", 2, "ema")
+        again = load(sweep, to_yaml(loaded.config))
+        assert again.config == loaded.config
+
+
+def test_the_paper_preset_fixes_in_the_space_what_it_says_of_the_gate(sweep: Path) -> None:
+    loaded = load(sweep, HEAD, preset="paper")
+    swept = {key for key, distribution in loaded.config.space.items() if distribution.kind != "fixed"}
+    assert swept == {"gate.target", "gate.sgs.strategy"}
+    assert loaded.config.space["gate.optimizer.lr"] == Distribution("fixed", (0.08,))
+    assert loaded.origins["space.gate.optimizer.lr"] == "preset paper"
+    space = "space: {gate.target: {uniform: [0, 1]}, gate.losses.complexity: {uniform: [0, 1]}}\n"
+    config = load(sweep, HEAD + space, preset="paper", overrides=["space.gate.losses.sgs={uniform: [0, 1]}"]).config
+    assert {key: distribution.kind for key, distribution in config.space.items()} == {
+        "gate.target": "uniform",
+        "gate.losses.complexity": "fixed",
+        "gate.losses.sgs": "uniform",
+    }
+
+
+def test_settings_on_the_command_line_win_over_the_paper_preset(sweep: Path) -> None:
+    overrides = ["supernet.regime=ieb", "supernet.train.batch_size=64"]
+    config = load(sweep, HEAD, preset="paper", overrides=overrides).config
+    assert resolve_regime(config.supernet).teacher == "ema_ensemble"
+    assert config.supernet.train.lr == 0.08, "the learning rate is not scaled with the batch"
+    message = complaint(sweep, HEAD, preset="paper", overrides=["supernet.train.epochs=3"])
+    assert message.startswith("preset paper: supernet.train.warmup_epochs: 5 epochs of warm-up do not fit into 3")
+
+
+def test_a_files_own_preset_hides_the_built_in_one_of_its_name(sweep: Path) -> None:
+    config = load(sweep, HEAD + "presets: {paper: {supernet: {train: {epochs: 7}}}}\n", preset="paper").config
+    assert (config.supernet.train.epochs, config.supernet.train.lr) == (7, 0.1)
 
 
 def test_models_are_checked_only_against_given_names(sweep: Path) -> None:
@@ -366,10 +542,12 @@ def test_the_data_folder_comes_from_the_environment_where_it_is_not_given(sweep:
     assert load(sweep, text).config.data.path is None
 
 
-def test_folders_are_expanded(sweep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paths_are_expanded(sweep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     text = HEAD.replace("digits", "cifar10, path: ~/data") + "storage: {runs: '$DISK/${SUB}/runs'}\n"
+    text = text.replace("ds_tiny}", "ds_tiny, init_from: '~/$SUB/final'}")
     config = load(sweep, text, environ={"DISK": "/disk", "SUB": "s"}).config
+    assert config.supernet.init_from == "/home/me/s/final"
     assert config.data.path == "/home/me/data"
     assert config.storage.runs == "/disk/s/runs"
 
@@ -384,7 +562,14 @@ def test_warnings_come_with_the_configuration(sweep: Path) -> None:
 
 
 # The examples.
-EXAMPLE_CASES = [("digits", None), ("cifar10", None), ("cifar10", "smoke"), ("cifar10", "full")]
+EXAMPLE_CASES = [
+    ("digits", None),
+    ("digits", "paper"),
+    ("cifar10", None),
+    ("cifar10", "smoke"),
+    ("cifar10", "full"),
+    ("cifar10", "paper"),
+]
 
 
 @pytest.mark.parametrize(("name", "preset"), EXAMPLE_CASES)
@@ -462,7 +647,7 @@ def test_a_mutated_example_is_a_config_or_a_config_error(
         YAML(typ="safe", pure=True).dump(data, stream)
     answer = config_or_message(path, preset)
     if isinstance(answer, str):
-        assert all(line.startswith(str(path)) for line in answer.splitlines())
+        assert all(line.startswith((str(path), "preset paper: ")) for line in answer.splitlines())
     else:
         assert SweepConfig.model_validate(answer.model_dump(mode="json")) == answer
 

@@ -1,0 +1,376 @@
+"""The runs of `supernet_accuracy`: what is compared, at which scale, and one run after the other until all are done.
+
+Imports torch and dsnet alone: a GPU machine without the platform's other packages trains with it. A run is one (regime, seed). Several
+processes may share a folder: each run is claimed by a lock file, continues from its last checkpoint, and leaves one JSON file.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import torch
+
+from dsnet.checkpoint import load_supernet
+from dsnet.cost import subnet_cost
+from dsnet.data import Augmentation, Normalization, SplitSizes, TensorData, load_images, make_splits
+from dsnet.errors import ConfigError, NonFiniteLossError, PreflightError
+from dsnet.families import Task, create
+from dsnet.files import atomic_write_json, exclusive, read_json
+from dsnet.latency import device_name
+from dsnet.space import SubnetSet
+from dsnet.training.evaluate import subnet_accuracy
+from dsnet.training.images import InMemoryImages
+from dsnet.training.settings import REGIMES, BootstrapSettings, Regime, SupernetRun, TrainSettings
+from dsnet.training.supernet import train_supernet
+
+PLAN = "plan.json"
+RUNS = "runs"
+WORK = "work"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way of training that is compared with the others."""
+
+    regime: Regime
+    ema_warmup: bool = True
+    """False: the published fixed decay, for the teacher and for the averaged weights that are tested."""
+
+
+ARMS: Mapping[str, Arm] = MappingProxyType(
+    {
+        "ce": Arm(REGIMES["ce"]),
+        "s_net": Arm(REGIMES["s_net"]),
+        "us_net": Arm(REGIMES["us_net"]),
+        "inplace": Arm(replace(REGIMES["ib"], teacher="inplace")),
+        "ib": Arm(REGIMES["ib"]),
+        "ieb": Arm(REGIMES["ieb"]),
+        "ib_gn": Arm(replace(REGIMES["ib"], norm="group_norm")),
+        "ieb_gn": Arm(replace(REGIMES["ieb"], norm="group_norm")),
+        "ib_fixed_ema": Arm(REGIMES["ib"], ema_warmup=False),
+    }
+)
+"""By name, in the order of the tables: the named regimes; `inplace` is `ib` with today's largest as teacher, so that the two differ in the
+teacher alone; `_gn` normalises in groups of channels instead of over the batch."""
+USUAL_ARMS = tuple(name for name in ARMS if name not in ("us_net", "ib_fixed_ema"))
+"""`us_net` differs from `inplace` in running statistics alone, which no student reads and recalibration replaces: their tested weights are
+equal to the bit, so that training both would say nothing. The fixed decay is an option."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """What all runs of a folder have in common."""
+
+    data: str
+    """Name of a data set."""
+    num_train: int | None
+    """Training images; None for the data set's default."""
+    family: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    train: TrainSettings
+    recalibration_images: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-able mapping."""
+        return asdict(self)
+
+
+SCALES: Mapping[str, Scale] = MappingProxyType(
+    {
+        "quick": Scale(
+            data="digits",
+            num_train=None,
+            family="ds_tiny",
+            options={"num_routes": 4},
+            train=TrainSettings(epochs=3, batch_size=64, warmup_epochs=0.5),
+        ),
+        "cpu": Scale(
+            data="cifar10",
+            num_train=6400,
+            family="ds_mbnet",
+            options={"width": 0.25, "stem_stride": 1, "num_routes": 4},
+            train=TrainSettings(epochs=3, batch_size=64, warmup_epochs=0.5, channels_last=True),
+            recalibration_images=1600,
+        ),
+        "gpu": Scale(
+            data="cifar10",
+            num_train=40_000,
+            family="ds_mbnet",
+            options={"stem_stride": 1},
+            train=TrainSettings(
+                epochs=30,
+                batch_size=512,
+                lr=0.08,
+                warmup_epochs=2.0,
+                precision="bf16",
+                channels_last=True,
+                checkpoint_every=5,
+            ),
+        ),
+    }
+)
+"""`quick`: seconds a run on one thread; `cpu`: about a minute and a half a run on one thread; `gpu`: the full network, minutes a run."""
+
+
+@dataclass(frozen=True, eq=False)
+class Material:
+    """The images, divided once for all runs: the seed of a run decides weights, order and augmentation, never the split."""
+
+    training: InMemoryImages
+    data: TensorData
+    """With the test split, which is only ever measured: nothing is chosen on it."""
+    task: Task
+    normalization: Normalization
+    split_hash: str
+
+
+def load_material(scale: Scale, path: Path | None) -> Material:
+    """Read the data set; CIFAR-10's test split is its official 10,000 images, digits' a stratified 15 %.
+
+    Raises:
+        DataError: the images are not there.
+    """
+    image_set = load_images(scale.data, path)
+    splits = make_splits(image_set.labels.numpy(), image_set.official_test, SplitSizes(train=scale.num_train))
+    data = TensorData.from_images(image_set, splits, open_test=True)
+    images = data.images("train")
+    channels, _, size = data.image_shape
+    return Material(
+        training=InMemoryImages(images, data.labels("train"), Augmentation.for_images(image_set)),
+        data=data,
+        task=Task(data.num_classes, channels, size),
+        normalization=Normalization.from_images(images),
+        split_hash=f"{image_set.fingerprint}/{splits.hash}",
+    )
+
+
+@dataclass(frozen=True)
+class Passes:
+    """What one step runs; regimes of equal steps differ here."""
+
+    trained: int
+    """Sub-networks that run forward and backward."""
+    taught: int
+    """Forward passes of the EMA teacher."""
+
+
+def passes_of(regime: Regime, subnets: SubnetSet) -> Passes:
+    """The passes of one step of a regime on a set of sub-networks."""
+    ends = {subnets.largest.name, subnets[subnets.by_madds()[0]].name}
+    num_between = sum(subnet.name not in ends for subnet in subnets)
+    picks = num_between if regime.widths == "all" else min(regime.num_random, num_between)
+    teaching = {"ema": 1, "ema_ensemble": 1 + picks}
+    return Passes(len(ends) + picks, teaching.get(regime.teacher, 0))
+
+
+def run_settings(arm: Arm, seed: int, scale: Scale, material: Material) -> SupernetRun:
+    """Stage I's settings of one run: all but regime, EMA warm-up and seed are equal within a folder."""
+    return SupernetRun(
+        train=scale.train,
+        regime=arm.regime,
+        bootstrapping=BootstrapSettings(ema_warmup=arm.ema_warmup),
+        augmentation=material.training.augmentation,
+        normalization=material.normalization,
+        seed=seed,
+        recalibration_images=scale.recalibration_images,
+        keep_checkpoints=1,
+    )
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run to do."""
+
+    arm: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Of its files."""
+        return f"{self.arm}-seed{self.seed}"
+
+
+Runner = Callable[[Job, Path, Callable[[], bool]], dict[str, Any] | None]
+"""(job, folder for checkpoints, should_stop) -> the run's record, or None where it was stopped."""
+
+
+@dataclass(frozen=True, eq=False)
+class Trainer:
+    """Trains and tests one run: a `Runner`."""
+
+    scale: Scale
+    material: Material
+    device: torch.device
+
+    def __call__(self, job: Job, folder: Path, should_stop: Callable[[], bool]) -> dict[str, Any] | None:
+        """Train, continuing what `folder` holds; then test every width. Recalibration and test are not cut short.
+
+        A loss that is no number is a finding about the regime: the record says it under `error`, and the other runs go on.
+        """
+        arm, scale = ARMS[job.arm], self.scale
+        supernet = create(scale.family, self.material.task, scale.options, norm=arm.regime.norm, seed=job.seed)
+        run = run_settings(arm, job.seed, scale, self.material)
+        record = {
+            "regime": job.arm,
+            "seed": job.seed,
+            "settings": run.to_json(),
+            "norm": supernet.spec.norm,
+            "passes": asdict(passes_of(arm.regime, supernet.subnets)),
+            "device": device_name(self.device),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+        }
+        try:
+            final = train_supernet(
+                supernet, self.material.training, run, folder=folder, device=self.device, should_stop=should_stop
+            )
+        except NonFiniteLossError as error:
+            return record | {"error": str(error)}
+        return None if final is None else record | self._tested(final) | _speed(folder / "curves.jsonl")
+
+    def _tested(self, final: Path) -> dict[str, Any]:
+        """Top-1 and top-5 of every width, the largest included."""
+        data, normalization = self.material.data, self.material.normalization
+        supernet = load_supernet(final)[0].to(self.device)
+        rows = []
+        for subnet in supernet.subnets.all:
+            top1, top5 = subnet_accuracy(supernet, subnet, data, "test", normalization)
+            cost = subnet_cost(supernet.spec, subnet, self.material.task.image_size)
+            is_member = any(subnet.name == member.name for member in supernet.subnets)
+            rows.append(
+                {
+                    "name": subnet.name,
+                    "is_member": is_member,
+                    "madds": cost.madds,
+                    "params": cost.params,
+                    "top1": top1,
+                    "top5": top5,
+                }
+            )
+        return {"subnets": rows, "num_test_images": data.num_images("test")}
+
+
+def _speed(curves: Path) -> dict[str, Any]:
+    """Steps, and the median seconds of a step between two reports of the curves: a pause between two launches is an outlier to it."""
+    rows = [json.loads(line) for line in curves.read_text(encoding="utf-8").splitlines()]
+    found = [(b["time_ms"] - a["time_ms"]) / 1e3 / (b["step"] - a["step"]) for a, b in pairwise(rows)]
+    return {"steps": rows[-1]["num_steps"], "seconds_per_step": float(np.median(found)) if found else None}
+
+
+def jobs(arms: Iterable[str], seeds: Sequence[int]) -> list[Job]:
+    """All regimes of the first seed, then of the next: what is cut short can still be compared."""
+    names = list(arms)
+    return [Job(name, seed) for seed in seeds for name in names]
+
+
+def begin(folder: Path, scale: Scale, material: Material) -> None:
+    """Make the folder, or see that it was begun with the same settings and images.
+
+    Raises:
+        ConfigError: it was not.
+    """
+    (folder / RUNS).mkdir(parents=True, exist_ok=True)
+    (folder / WORK).mkdir(exist_ok=True)
+    plan = json.loads(json.dumps({"scale": scale.to_json(), "images": material.split_hash}))
+    with exclusive(folder):
+        if not (folder / PLAN).exists():
+            atomic_write_json(folder / PLAN, plan)
+            return
+    begun = read_json(folder / PLAN)
+    changed = [key for key, value in plan["scale"].items() if begun["scale"].get(key) != value]
+    changed += ["images"] * (begun["images"] != plan["images"])
+    if changed:
+        raise ConfigError(
+            f"{folder} was begun with another {', '.join(changed)}: runs of one folder must be comparable; choose another --folder"
+        )
+
+
+@contextmanager
+def claimed(path: Path) -> Iterator[bool]:
+    """Whether this process now holds the lock file at `path`; never waits. The kernel lets go of it when the process dies.
+
+    Raises:
+        PreflightError: the file cannot be made, or its file system has no locks.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise PreflightError(
+            f"cannot make the lock file {path}: {error.strerror}; choose a writable --folder"
+        ) from error
+    try:
+        yield _try_lock(descriptor, path)
+    finally:
+        os.close(descriptor)
+
+
+def _try_lock(descriptor: int, path: Path) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        raise PreflightError(
+            f"{path} is on a file system without file locks ({error.strerror}); choose a --folder on a local disk"
+        ) from error
+    return True
+
+
+def record_path(folder: Path, job: Job) -> Path:
+    """Where a finished run's record lies."""
+    return folder / RUNS / f"{job.name}.json"
+
+
+def do_jobs(
+    folder: Path,
+    todo: Sequence[Job],
+    run: Runner,
+    should_stop: Callable[[], bool] = lambda: False,
+    say: Callable[[str], None] = print,
+) -> list[Job]:
+    """Do the jobs that are neither done nor held by another process, in order, until told to stop.
+
+    Args:
+        folder: made by `begin`.
+        todo: the wanted runs.
+        run: does one.
+        should_stop: asked before every run and at every step.
+        say: hears a line for each finished run.
+
+    Returns:
+        the jobs without a record when the call ends, those that other processes hold included.
+    """
+    for job in todo:
+        target, work = record_path(folder, job), folder / WORK / job.name
+        if should_stop():
+            break
+        if target.exists():
+            continue
+        with claimed(folder / WORK / f"{job.name}.lock") as is_mine:
+            if not is_mine or target.exists():
+                continue  # another process does it, or has just done it
+            record = run(job, work, should_stop)
+            if record is None:
+                break
+            atomic_write_json(target, record)
+            shutil.rmtree(work, ignore_errors=True)
+            num_done = sum(record_path(folder, other).exists() for other in todo)
+            say(f"{job.name}: {_outcome(record)}; {num_done} of {len(todo)} runs are done")
+    return [job for job in todo if not record_path(folder, job).exists()]
+
+
+def _outcome(record: Mapping[str, Any]) -> str:
+    if "error" in record:
+        return f"failed: {record['error']}"
+    return "top-1 " + ", ".join(f"{100 * row['top1']:.1f}" for row in record["subnets"]) + " %"

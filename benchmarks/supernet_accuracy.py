@@ -1,0 +1,152 @@
+"""Training regimes side by side at equal steps: accuracy of every width, paired differences with intervals over seeds, seconds beside.
+
+Equal are data, batches, epochs, optimiser, augmentation and evaluation (averaged weights, recalibrated, the test split, on which nothing is
+chosen). Not equal is what a step does: `ce` and `s_net` train every width in each, the others four; the tables say passes and time.
+
+    python -m benchmarks.supernet_accuracy train --scale gpu --folder F --data DIR --device cuda --max-seconds 540   (until all are done)
+    python -m benchmarks.supernet_accuracy report --folder F
+    python -m benchmarks.supernet_accuracy --quick
+
+`train` needs torch and dsnet alone, may be repeated and killed at will, and shares its folder with further processes of the same host.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from benchmarks.regime_runs import ARMS, SCALES, USUAL_ARMS, Job, Scale, Trainer, begin, do_jobs, jobs, load_material
+from dsnet.errors import ConfigError, DsnetError, StoppedError
+from dsnet.files import atomic_write_json, atomic_write_text
+
+if TYPE_CHECKING:
+    from benchmarks.harness import Options, Report
+
+BENCHMARK = "training regimes at equal steps, all widths: test error of in-place bootstrapping over in-place distillation (goal: at most 1)"
+NUM_SEEDS = 3
+
+
+def measure(options: Options) -> Report:
+    """All usual regimes, three seeds: digits with --quick, else the `cpu` scale on CIFAR-10 from DSNET_DATA (about half an hour)."""
+    from benchmarks.regime_report import load_results, make_report  # `train` has to work without Plotly and rich
+
+    scale = SCALES["quick" if options.quick else "cpu"]
+    todo = jobs(USUAL_ARMS, range(options.seed, options.seed + NUM_SEEDS))
+    with tempfile.TemporaryDirectory() as folder:
+        material = load_material(scale, None)
+        begin(Path(folder), scale, material)
+        do_jobs(Path(folder), todo, Trainer(scale, material, torch.device("cpu")))
+        return make_report(load_results(Path(folder)))
+
+
+def chosen_scale(arguments: argparse.Namespace) -> Scale:
+    """The named scale with what the command line overrides."""
+    scale = SCALES[arguments.scale]
+    if arguments.epochs is not None:
+        scale = replace(scale, train=replace(scale.train, epochs=arguments.epochs))
+    if arguments.train_images is not None:
+        scale = replace(scale, num_train=arguments.train_images)
+    return scale
+
+
+def train(arguments: argparse.Namespace) -> None:
+    """Do what is left of the wanted runs.
+
+    Raises:
+        StoppedError: some are left, because time ran out or other processes hold them.
+    """
+    deadline = time.monotonic() + arguments.max_seconds
+    if torch.device(arguments.device).type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"--device is {arguments.device}, but torch sees no GPU here; use --device cpu")
+    torch.set_num_threads(arguments.threads)
+    scale = chosen_scale(arguments)
+    material = load_material(scale, arguments.data)
+    begin(arguments.folder, scale, material)
+    todo = jobs(arguments.regimes, arguments.seeds)
+    trainer = Trainer(scale, material, torch.device(arguments.device))
+    left = do_jobs(arguments.folder, todo, trainer, should_stop=lambda: time.monotonic() > deadline, say=_say)
+    if left:
+        raise StoppedError(_left_text(left, len(todo)))
+    _say(f"all {len(todo)} runs are done")
+
+
+def _left_text(left: Sequence[Job], num_runs: int) -> str:
+    names = ", ".join(job.name for job in left)
+    return (
+        f"{num_runs - len(left)} of {num_runs} runs are done; left: {names}. "
+        "Give the same command again; what another process holds, it goes on with"
+    )
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+def report(arguments: argparse.Namespace) -> None:
+    """Tables to the terminal and, with the figure and all numbers, into the folder."""
+    from benchmarks.regime_report import figures, load_results, make_sections, markdown, regimes_info, subject
+    from dashboards.images import write_figure
+    from dashboards.regimes import regimes_figure
+
+    results = load_results(arguments.folder)
+    text = f"{subject(results)}\n\n{markdown(make_sections(results))}"
+    figure = regimes_figure(regimes_info(results))
+    atomic_write_text(arguments.folder / "report.md", text)
+    atomic_write_json(arguments.folder / "report.json", figures(results))
+    targets = [arguments.folder / "figure.html", *([arguments.svg] if arguments.svg is not None else [])]
+    for target in targets:
+        write_figure(figure, target)
+    print(text)
+    print(f"written: {arguments.folder}/report.md, report.json, {', '.join(map(str, targets))}")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The two commands that work on a folder."""
+    top = argparse.ArgumentParser(prog="python -m benchmarks.supernet_accuracy", description=BENCHMARK)
+    commands = top.add_subparsers(required=True)
+    one = commands.add_parser("train", help="train and test the runs that are left; exit code 6 while some are left")
+    one.set_defaults(command=train)
+    one.add_argument("--scale", choices=list(SCALES), default="cpu")
+    one.add_argument("--folder", type=Path, required=True, help="receives checkpoints and one JSON file per run")
+    one.add_argument("--data", type=Path, help="folder of CIFAR-10's files; default: DSNET_DATA")
+    one.add_argument("--device", default="cpu")
+    one.add_argument("--threads", type=int, default=1, help="of torch, for each process")
+    one.add_argument("--max-seconds", type=float, default=math.inf, help="stop at the first step after so long")
+    one.add_argument("--regimes", nargs="+", choices=list(ARMS), default=list(USUAL_ARMS), metavar="REGIME")
+    one.add_argument("--seeds", nargs="+", type=int, default=list(range(NUM_SEEDS)), metavar="SEED")
+    one.add_argument("--epochs", type=int, help="instead of the scale's; needs a folder of its own")
+    one.add_argument("--train-images", type=int, help="instead of the scale's; needs a folder of its own")
+    two = commands.add_parser("report", help="tables, figure and numbers of the finished runs")
+    two.set_defaults(command=report)
+    two.add_argument("--folder", type=Path, required=True)
+    two.add_argument("--svg", type=Path, help="also write the figure as a picture (needs the images extra)")
+    return top
+
+
+def main(argv: Sequence[str]) -> int:
+    """A command on a folder, or the benchmark as the harness runs every one."""
+    if not argv or argv[0] not in ("train", "report"):
+        from benchmarks.harness import run_benchmark
+
+        run_benchmark(BENCHMARK, measure, threads=1)
+        return 0
+    arguments = parser().parse_args(argv)
+    try:
+        arguments.command(arguments)
+    except DsnetError as error:
+        print(error, file=sys.stderr, flush=True)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,61 @@
+"""Random resized crops (Inception's, arXiv 1409.4842): a part of random area and aspect, resized to a fixed size."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dsnet.data.boxes import BoxDraw, Boxes, fit_boxes
+
+CROP_SCALE = (0.08, 1.0)
+"""The published range of the crop's area as a share of the image."""
+CROP_ASPECTS = (3 / 4, 4 / 3)
+
+
+def crop_boxes(draw: BoxDraw, size: tuple[int, int], scale: tuple[float, float]) -> Boxes:
+    """The crops of B images of one size.
+
+    Where no attempt lies inside the image, the largest centred part whose aspect is allowed is taken.
+
+    Args:
+        draw: The numbers of B images.
+        size: Height and width of every image in pixels.
+        scale: Least and greatest area as shares of the image.
+    """
+    boxes, is_found = fit_boxes(draw, size, scale, CROP_ASPECTS)
+    height, width = size
+    whole_height = min(height, max(1, round(width / CROP_ASPECTS[0])))
+    whole_width = min(width, max(1, round(height * CROP_ASPECTS[1])))
+    return Boxes(
+        torch.where(is_found, boxes.top, (height - whole_height) // 2),
+        torch.where(is_found, boxes.left, (width - whole_width) // 2),
+        torch.where(is_found, boxes.height, whole_height),
+        torch.where(is_found, boxes.width, whole_width),
+    )
+
+
+def resize_crops(images: Tensor, boxes: Boxes) -> Tensor:
+    """Cut each image's box out and enlarge it to the image's own size, bilinear.
+
+    Rows and columns are two batched matrix products: the weights reach no pixel outside the box.
+
+    Args:
+        images: uint8 [B, C, H, W].
+        boxes: Inside the images.
+
+    Returns:
+        uint8 [B, C, H, W].
+    """
+    height, width = images.shape[2:]
+    rows = _weights(boxes.top, boxes.height, height)
+    columns = _weights(boxes.left, boxes.width, width)
+    enlarged = rows[:, None] @ images.float() @ columns.transpose(1, 2)[:, None]
+    return enlarged.round_().clamp_(0, 255).to(torch.uint8)
+
+
+def _weights(first: Tensor, length: Tensor, size: int) -> Tensor:
+    """float32 [B, size, size]: what each input position gives to each output position along one axis."""
+    positions = torch.arange(size, device=first.device)
+    source = (positions + 0.5) * (length / size)[:, None] - 0.5
+    source = torch.minimum(source.clamp(min=0), (length - 1)[:, None]) + first[:, None]
+    return (1 - (source[:, :, None] - positions).abs()).clamp(min=0)

@@ -1,0 +1,35 @@
+"""What a result was made with: versions, and the device that a name stands for."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from collections.abc import Iterable
+
+from dsnet.errors import PreflightError
+
+
+def installed_versions(packages: Iterable[str]) -> dict[str, str]:
+    """Versions of Python and of the packages, without importing any of them."""
+    versions = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return versions
+
+
+def resolve_device(name: str) -> str:
+    """`cpu` or `cuda`; `auto` takes cuda where there is one.
+
+    Raises:
+        PreflightError: cuda was asked for and is not there.
+    """
+    import torch  # asking for versions needs none
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise PreflightError("device cuda was asked for, but torch sees no GPU here; use cpu or auto")
+    return name

@@ -1,0 +1,102 @@
+"""Plain JSON into frozen dataclasses, strictly: no unknown key, no silent conversion. Needs no torch and no pydantic."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import types
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, fields, is_dataclass
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from dsnet.errors import ConfigError
+
+T = TypeVar("T")
+
+_WANTED = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+
+
+def read_strictly(cls: type[T], data: object, where: str = "") -> T:
+    """Build a dataclass, and those inside it, from what `json.loads` gave.
+
+    A list becomes a tuple where one is wanted, a whole number a real one; nothing else is converted.
+
+    Args:
+        cls: the dataclass; its own checks run when it is built.
+        data: a JSON object; what it leaves out takes its default.
+        where: the dotted key of `data`, for messages.
+
+    Raises:
+        ConfigError: a key is unknown or missing, or a value has the wrong type; the message names the dotted key.
+    """
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"{where or 'the configuration'} is {data!r}, but must be a JSON object")
+    settings = {field.name: field for field in fields(cls) if field.init}  # type: ignore[arg-type] # a dataclass
+    check_known(data, settings, where)
+    missing = [
+        _dotted(where, name)
+        for name, field in settings.items()
+        if name not in data and field.default is MISSING and field.default_factory is MISSING
+    ]
+    if missing:
+        raise ConfigError(f"{', '.join(missing)}: missing, and without a default")
+    hints = get_type_hints(cls)
+    return cls(**{name: _read(hints[name], value, _dotted(where, name)) for name, value in data.items()})
+
+
+def check_known(data: Iterable[str], known: Iterable[str], where: str) -> None:
+    """Refuse keys that nobody reads.
+
+    Raises:
+        ConfigError: it names the key, the nearest known one, and all that are known.
+    """
+    names = list(known)
+    for key in data:
+        if key not in names:
+            near = difflib.get_close_matches(str(key), names, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ";"
+            raise ConfigError(f"{_dotted(where, key)}: unknown setting{hint} known: {', '.join(names)}")
+
+
+def _dotted(where: str, name: object) -> str:
+    return f"{where}.{name}" if where else str(name)
+
+
+def _read(wanted: Any, value: object, where: str) -> Any:
+    if is_dataclass(wanted):
+        assert isinstance(wanted, type)
+        return read_strictly(wanted, value, where)
+    if get_origin(wanted) is tuple and isinstance(value, list | tuple):
+        return _read_tuple(wanted, value, where)
+    if not _fits(wanted, value):
+        raise ConfigError(f"{where} is {value!r}, but must be {_described(wanted)}")
+    is_real = wanted is float or (_is_union(wanted) and int not in get_args(wanted))
+    return float(value) if is_real and isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _read_tuple(wanted: Any, value: list[Any] | tuple[Any, ...], where: str) -> tuple[Any, ...]:
+    items = get_args(wanted)
+    items = (items[0],) * len(value) if items[-1] is Ellipsis else items
+    if len(items) != len(value):
+        raise ConfigError(f"{where} has {len(value)} values, but must have {len(items)}")
+    return tuple(_read(item, each, f"{where}[{number}]") for number, (item, each) in enumerate(zip(items, value)))  # noqa: B905
+
+
+def _is_union(wanted: Any) -> bool:
+    return get_origin(wanted) in (Union, types.UnionType)
+
+
+def _fits(wanted: Any, value: object) -> bool:
+    if _is_union(wanted):
+        return any(_fits(each, value) for each in get_args(wanted))
+    if wanted is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if wanted is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, get_origin(wanted) or wanted)
+
+
+def _described(wanted: Any) -> str:
+    if _is_union(wanted):
+        return " or ".join(_described(each) for each in get_args(wanted))
+    return _WANTED.get(wanted, "a list" if get_origin(wanted) is tuple else "a JSON object")

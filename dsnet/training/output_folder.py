@@ -1,0 +1,151 @@
+"""The output folder of `python -m dsnet.training`: where everything lies, and what of it is finished.
+
+    resolved.json   the configuration
+    manifest.json   versions, seed, device, the data's fingerprint, finished stages with the hashes of their files
+    supernet/       epoch-*, curves.jsonl, final.safetensors|json
+    measure/        subnets.json, latency.json
+    table/          gate.safetensors, val.safetensors
+
+The files of a stage are those that the pipeline's stage of that name writes.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from dsnet.errors import CheckpointError, ConfigError, DataError, LockedError, PreflightError
+from dsnet.files import atomic_write_json, file_sha256, read_json
+from dsnet.training.resolved import StandaloneConfig
+
+STAGES = ("supernet", "measure", "table")
+RESULT_VERSIONS: Mapping[str, int] = {"supernet": 2, "measure": 1, "table": 1}
+"""Raised by hand when the code of a stage gives other results."""
+_SCHEMA = 1
+
+
+class OutputFolder:
+    """The paths below a folder, and its manifest."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.manifest_path = path / "manifest.json"
+        self.resolved_path = path / "resolved.json"
+        self.supernet = path / "supernet"
+        self.measure = path / "measure"
+        self.table = path / "table"
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Hold the folder against a second call, for as long as the process lives; it is made where it is missing.
+
+        Raises:
+            LockedError: another call works in it.
+            PreflightError: it cannot be made, or its file system has no locks.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+        except OSError as error:
+            raise PreflightError(
+                f"--out {self.path}: cannot be used ({error.strerror}); choose another folder"
+            ) from error
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise LockedError(
+                    f"{self.path}: another call works in it; wait for it, or choose another --out"
+                ) from error
+            except OSError as error:
+                raise PreflightError(
+                    f"{self.path}: its file system has no locks ({error.strerror}); use a local disk"
+                ) from error
+            yield
+        finally:
+            os.close(descriptor)
+
+    def check_config(self, config: StandaloneConfig) -> None:
+        """Refuse a folder that was begun with settings that give other results; writes nothing.
+
+        Raises:
+            ConfigError: it was.
+        """
+        if not self.resolved_path.exists():
+            return
+        changed = config.changes(StandaloneConfig.from_json(read_json(self.resolved_path)))
+        if changed:
+            raise ConfigError(f"{self.path} was begun with other settings ({', '.join(changed)}); choose another --out")
+
+    def begin(self, config: StandaloneConfig, facts: Mapping[str, Any]) -> None:
+        """Record the configuration, and with what it is run now.
+
+        Args:
+            config: checked by `check_config`.
+            facts: versions, device, and `data` with its `fingerprint`.
+
+        Raises:
+            DataError: the folder was begun with other images or splits.
+        """
+        manifest = self.manifest()
+        earlier = manifest.get("data", facts["data"])["fingerprint"]
+        if earlier != facts["data"]["fingerprint"]:
+            raise DataError(
+                f"{self.path} was begun with other images or splits ({earlier[:12]}, now {facts['data']['fingerprint'][:12]}); "
+                "restore the data, or choose another --out"
+            )
+        stages = manifest.get("stages", {})
+        fixed = {"schema": _SCHEMA, "seed": config.seed, "result_versions": dict(RESULT_VERSIONS)}
+        atomic_write_json(self.resolved_path, config.to_json())
+        atomic_write_json(self.manifest_path, {**fixed, **facts, "stages": stages})
+
+    def manifest(self) -> dict[str, Any]:
+        """What manifest.json holds; empty before the first call.
+
+        Raises:
+            CheckpointError: it is torn, or of another schema or other result versions.
+        """
+        if not self.manifest_path.exists():
+            return {}
+        manifest = read_json(self.manifest_path)
+        known = {"schema": _SCHEMA, "result_versions": dict(RESULT_VERSIONS)}
+        if not isinstance(manifest, dict) or any(manifest.get(name) != value for name, value in known.items()):
+            raise CheckpointError(
+                f"{self.manifest_path}: written by another release; finish it there, or choose another --out"
+            )
+        return manifest
+
+    def is_done(self, stage: str) -> bool:
+        """Whether a stage was finished and all its files have their recorded size."""
+        entry = self._entry(stage)
+        return entry["status"] == "done" and all(
+            (self.path / stage / name).is_file() and (self.path / stage / name).stat().st_size == facts["bytes"]
+            for name, facts in entry["files"].items()
+        )
+
+    def record(self, stage: str, seconds: float, outputs: Sequence[Path] = ()) -> None:
+        """Add what a call spent on a stage; with its outputs the stage is finished."""
+        manifest = self.manifest()
+        files = {path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in outputs}
+        manifest["stages"][stage] = {
+            "dir": stage,
+            "status": "done" if outputs else "running",
+            "seconds": round(self._entry(stage)["seconds"] + seconds, 3),
+            "files": files,
+        }
+        atomic_write_json(self.manifest_path, manifest)
+
+    def footprint(self) -> set[tuple[str, int]]:
+        """Name and size of everything that a later call goes on from: equal before and after a call that got nowhere."""
+        files = (path for path in self.path.rglob("*") if path.is_file() and path.name != "curves.jsonl")
+        return {(str(path), path.stat().st_size) for path in files if path != self.manifest_path}
+
+    def _entry(self, stage: str) -> dict[str, Any]:
+        entry: dict[str, Any] = (
+            self.manifest().get("stages", {}).get(stage, {"status": "new", "seconds": 0.0, "files": {}})
+        )
+        return entry

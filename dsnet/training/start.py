@@ -1,0 +1,287 @@
+"""Start weights: a stored supernet that another one begins from, for the same task or another one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsnet.checkpoint import load_checkpoint, tensors_below
+from dsnet.data.normalization import Normalization
+from dsnet.errors import CheckpointError, ConfigError
+from dsnet.families import Task, layout, rebuild
+from dsnet.files import read_json
+from dsnet.layers import BatchNormBank
+from dsnet.seeds import derive_seed
+from dsnet.space import CLASSES, SubnetSet, SupernetSpec
+from dsnet.supernet import Supernet
+from dsnet.training.settings import SupernetRun
+
+CHECKPOINT_MODEL = "checkpoint"
+"""The name in a family's place that takes network and sub-networks from the start weights."""
+_FINAL = "final"
+_MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True, eq=False)
+class Start:
+    """A stored supernet to begin from."""
+
+    stem: Path
+    subnets: SubnetSet
+    tensors: Mapping[str, Tensor]
+    """The supernet's state dict, on the CPU."""
+    sha256: str
+    """Of the tensor file."""
+    normalization: Normalization | None
+    """What it was trained with; None where nobody recorded it."""
+
+    @property
+    def num_classes(self) -> int:
+        """Classes that it tells apart."""
+        return self.subnets.spec.num_classes
+
+    def origin(self) -> dict[str, Any]:
+        """What `SupernetRun.origin` records: enough to recognise the file, and nothing about where it lay."""
+        return {"file": f"{self.stem.name}.safetensors", "sha256": self.sha256}
+
+
+def load_start(source: Path) -> Start:
+    """Read start weights.
+
+    Args:
+        source: a checkpoint (its stem or one of its two files; final or of an epoch), a folder that holds `final.*`, the output folder of
+            `python -m dsnet.training`, or a run folder of the pipeline. `~` and $VARIABLES are expanded. Of an epoch's checkpoint
+            the weights are taken that its run would keep (the EMA copy or the student).
+
+    Raises:
+        CheckpointError: there is no finished checkpoint (the message lists where it was looked for), or it is damaged.
+    """
+    stem = find_checkpoint(source)
+    tensors, meta = load_checkpoint(stem)
+    if "spec" not in meta or "subnets" not in meta:
+        raise CheckpointError(f"{stem}.json: holds no supernet (no 'spec' and 'subnets'), so nothing can start from it")
+    run = meta.get("run", {})  # an imported checkpoint need not have been trained here
+    if any(name.startswith("student.") for name in tensors):
+        tensors = tensors_below(tensors, f"{run.get('weights', 'ema')}.")
+    recorded = run.get("normalization")
+    return Start(
+        stem=stem,
+        subnets=SubnetSet.from_json(SupernetSpec.from_json(meta["spec"]), meta["subnets"]),
+        tensors=tensors,
+        sha256=str(meta.get("sha256")),
+        normalization=None if recorded is None else Normalization.from_json(recorded),
+    )
+
+
+def find_checkpoint(source: Path) -> Path:
+    """The stem of the checkpoint that `source` means (see `load_start`).
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    source = Path(os.path.expandvars(source)).expanduser()
+    candidates = list(_candidates(source))
+    for stem in candidates:
+        if _json_of(stem).is_file():
+            return stem
+    looked = ", ".join(f"{_json_of(stem)}" for stem in candidates)
+    raise CheckpointError(
+        f"supernet.init_from: no finished checkpoint at {source} (looked for {looked}); name a checkpoint, "
+        "a run folder whose supernet is trained, or the output folder of `python -m dsnet.training`"
+    )
+
+
+def _candidates(source: Path) -> Iterator[Path]:
+    """Stems that `source` may mean, the likeliest first."""
+    if not source.is_dir():
+        yield source.with_suffix("") if source.suffix in (".json", ".safetensors") else source
+        return
+    yield source / _FINAL
+    recorded = _recorded_folder(source)
+    if recorded is not None:
+        yield source / recorded / _FINAL
+    finished = sorted(source.glob(f"supernet/*/{_FINAL}.json"), key=_modified, reverse=True)
+    yield from (path.with_suffix("") for path in finished)
+    yield source / "supernet" / _FINAL
+
+
+def _recorded_folder(folder: Path) -> str | None:
+    """Where the manifest of a run or an output folder says that the supernet lies."""
+    if not (folder / _MANIFEST).is_file():
+        return None
+    try:
+        recorded = read_json(folder / _MANIFEST)["stages"]["supernet"]["dir"]
+    except (KeyError, TypeError):
+        return None
+    return recorded if isinstance(recorded, str) else None
+
+
+def _modified(path: Path) -> int:
+    return path.stat().st_mtime_ns
+
+
+def _json_of(stem: Path) -> Path:
+    return stem.with_name(stem.name + ".json")
+
+
+@torch.no_grad()
+def apply_start(supernet: Supernet, start: Start) -> list[str]:
+    """Copy weights and BatchNorm statistics into a supernet, as far as both have them.
+
+    Two things may stay as they are, and are returned: the classifier where the class counts differ, and the statistics of those prefixes
+    of widths that the checkpoint's set does not have. What belongs only to prefixes that this supernet's set does not have is left out.
+    Everything else must fit exactly; nothing is copied where it does not.
+
+    Returns:
+        the names of the tensors that stayed fresh, in the supernet's order.
+
+    Raises:
+        CheckpointError: parameters are missing, left over, or of another shape; the message lists all of them.
+    """
+    target = supernet.state_dict()
+    fresh = _fresh(supernet, start)
+    taken = [name for name in target if name not in fresh]
+    banks = _of_banks(supernet)
+    problems = [f"missing {name} {tuple(target[name].shape)}" for name in taken if name not in start.tensors]
+    problems += [
+        f"unexpected {name}"
+        for name in start.tensors
+        if name not in target and not name.startswith(banks)  # of sub-networks that this set leaves out
+    ]
+    problems += [
+        f"{name} has shape {tuple(start.tensors[name].shape)}, expected {tuple(target[name].shape)}"
+        for name in taken
+        if name in start.tensors and start.tensors[name].shape != target[name].shape
+    ]
+    if problems:
+        raise CheckpointError(
+            f"{start.stem}: its tensors do not fit this {supernet.spec.family}: {'; '.join(problems)}. "
+            "Use the model, options and normalisation that it was made with, or model: checkpoint"
+        )
+    for name in taken:
+        target[name].copy_(start.tensors[name])
+    return [name for name in target if name in fresh]
+
+
+def _fresh(supernet: Supernet, start: Start) -> set[str]:
+    """Names of the tensors that `start` need not have."""
+    other_classes = start.num_classes != supernet.spec.num_classes
+    fresh = {name for name in supernet.state_dict() if other_classes and name.startswith(_classifiers(supernet.spec))}
+    known = {subnet.prefix(depth) for subnet in start.subnets.all for depth in range(1, len(subnet.widths) + 1)}
+    for bank_name, bank in supernet.named_modules():
+        if isinstance(bank, BatchNormBank):
+            fresh |= {f"{bank_name}.{name}" for name, _ in bank.named_buffers() if _prefix(name) not in known}
+    return {name for name in fresh if name not in start.tensors or name.startswith(_classifiers(supernet.spec))}
+
+
+def _prefix(name: str) -> tuple[int, ...]:
+    """The widths in the name of a bank's buffer."""
+    return tuple(map(int, name.split("_")[1:]))
+
+
+def _of_banks(supernet: Supernet) -> tuple[str, ...]:
+    """Beginnings of the names of all that BatchNorm banks keep per prefix of widths."""
+    banks = [name for name, module in supernet.named_modules() if isinstance(module, BatchNormBank)]
+    return tuple(f"{bank}.{kind}_" for bank in banks for kind in ("mean", "var", "updates", "weight", "bias"))
+
+
+def _classifiers(spec: SupernetSpec) -> tuple[str, ...]:
+    """Beginnings of the names of the tensors whose shape depends on the class count."""
+    return tuple(f"{op.name}." for op in spec.ops if op.out_group == CLASSES)
+
+
+def check_start(run: SupernetRun, start: Start | None, fresh: Sequence[str], num_classes: int) -> None:
+    """Refuse a run that would hand on tensors which nobody has trained or estimated.
+
+    Args:
+        run: the settings.
+        start: what training starts from; None for fresh weights.
+        fresh: what `apply_start` returned.
+        num_classes: of the task.
+
+    Raises:
+        ConfigError: 0 epochs with random weights, or 0 images of recalibration with statistics that do not fit the weights.
+    """
+    if run.train.epochs == 0 and start is None:
+        raise ConfigError(
+            "supernet.train.epochs is 0, but supernet.init_from names no weights to keep; name a checkpoint, or train 1 epoch or more"
+        )
+    statistics = [name for name in fresh if name.rpartition(".")[2].startswith(("mean_", "var_", "updates_"))]
+    if run.train.epochs == 0 and len(statistics) < len(fresh):
+        assert start is not None
+        raise ConfigError(
+            f"supernet.train.epochs is 0, but the classifier of {start.stem} tells {start.num_classes} classes apart and the data has "
+            f"{num_classes}: a new one must be trained, for 1 epoch or more"
+        )
+    if run.recalibration_images == 0 and (run.train.epochs > 0 or statistics):
+        outdated = (
+            f"{run.train.epochs} epochs of training outdate" if run.train.epochs else "the checkpoint lacks some of"
+        )
+        raise ConfigError(
+            f"supernet.recalibration.images is 0, but {outdated} the BatchNorm statistics; leave it null to estimate them again"
+        )
+
+
+def relayout(subnets: SubnetSet, task: Task) -> SubnetSet:
+    """The same network and the same sub-networks for another image size and class count.
+
+    Raises:
+        ConfigError: the images have another number of channels.
+    """
+    spec = subnets.spec
+    if spec.in_channels != task.in_channels:
+        raise ConfigError(
+            f"supernet.init_from: the network reads images of {spec.in_channels} channel(s), but the data has {task.in_channels}; "
+            "choose another checkpoint or other data"
+        )
+    return replace(subnets, spec=replace(spec, num_classes=task.num_classes, image_size=task.image_size))
+
+
+def lay_out(
+    model: str, task: Task, options: Mapping[str, Any], norm: str | None = None, start: Start | None = None
+) -> SubnetSet:
+    """The sub-networks to train: of a family, or with model `checkpoint` those of the start weights.
+
+    Args:
+        model: a family's registered name, or `checkpoint`.
+        task: what they must fit.
+        options: of the family.
+        norm: one of `dsnet.space.NORMS`; None for the family's or the checkpoint's own.
+        start: the start weights.
+
+    Raises:
+        ConfigError: unknown model or option, model `checkpoint` without a checkpoint, with options or with another norm than it has.
+    """
+    if model != CHECKPOINT_MODEL:
+        return layout(model, task, options, norm)
+    if start is None:
+        raise ConfigError("supernet.model is 'checkpoint', but supernet.init_from names none")
+    if options:
+        raise ConfigError(
+            f"supernet.options: model 'checkpoint' has those of its network; remove {', '.join(sorted(options))}"
+        )
+    subnets = relayout(start.subnets, task)
+    if norm not in (None, subnets.spec.norm):
+        raise ConfigError(
+            f"supernet.train.bn is {norm!r}, but the network of {start.stem} was made with {subnets.spec.norm!r}; "
+            "model 'checkpoint' takes it as it is: choose a regime or bn that agrees"
+        )
+    return subnets
+
+
+def first_weights(subnets: SubnetSet, seed: int, start: Start | None = None) -> tuple[Supernet, list[str]]:
+    """The supernet that training begins with, and the names of those of its tensors that are not from `start`'s.
+
+    Equal seeds and start weights give equal weights, on Ray workers and without Ray.
+
+    Raises:
+        CheckpointError: as `apply_start`.
+    """
+    supernet = rebuild(subnets, torch.Generator().manual_seed(derive_seed(seed, "weights")))
+    return supernet, list(supernet.state_dict()) if start is None else apply_start(supernet, start)

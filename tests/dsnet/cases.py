@@ -1,0 +1,134 @@
+"""What every family is tested with: its options, ways to normalise, and sets of sub-networks that it does not make itself.
+
+A family that registers gets all of it for its small (or default) options; `FURTHER_OPTIONS` holds what else it can be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dsnet.families import family_names, layout, rebuild
+from dsnet.layers import BatchNormBank
+from dsnet.space import NORMS, Subnet, SubnetSet
+from dsnet.supernet import Supernet
+from tests.dsnet.samples import SMALL_OPTIONS, shaken, task
+
+FURTHER_OPTIONS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
+    "ds_mbnet": {"own widths": {"width": 0.25, "gated_widths": [[37, 50], [41, 90]]}},
+    "ds_tiny": {"own widths": {"gated_widths": [[7, 11, 30], [5, 6, 64]]}},
+    "ds_resnet": {
+        "padded": {"depth": 14, "width": 0.5, "ratios": [0.5, 1.0], "streams": "padded"},
+        "bottleneck": {
+            "depth": 50,
+            "width": 0.125,
+            "ratios": [0.5, 1.0],
+            "paths": [[0, 0, 0, 0], [0, 1, 0, 1], [0, 1, 1, 0]],
+        },
+        "all paths": {"depth": 8, "width": 0.5, "ratios": [0.5, 1.0], "paths": "all", "stem": "large"},
+    },
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One supernet to test."""
+
+    name: str
+    family: str
+    options: Mapping[str, Any]
+    norm: str | None
+    """None: the family's choice."""
+    is_handmade: bool = False
+    """Members as a search might leave them, instead of the family's own."""
+
+    def __str__(self) -> str:
+        return f"{self.family}-{self.name}"
+
+    def subnets(self, num_classes: int = 10, image_size: int = 16) -> SubnetSet:
+        """Its sub-networks."""
+        own = layout(self.family, task(num_classes, image_size), self.options, self.norm)
+        return neighbours(own) if self.is_handmade else own
+
+    def supernet(self, seed: int = 0, num_classes: int = 10, image_size: int = 16) -> Supernet:
+        """In eval mode, with no parameter or statistic at a value that would hide it."""
+        generator = torch.Generator().manual_seed(seed)
+        supernet = shaken(rebuild(self.subnets(num_classes, image_size), generator), seed)
+        with torch.no_grad():
+            for parameter in supernet.parameters():
+                if not parameter.any():
+                    parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+        return supernet.eval()
+
+
+def neighbours(own: SubnetSet) -> SubnetSet:
+    """A member of odd widths, and others that differ from it in a single group: prefixes are shared up to anywhere.
+
+    Streams that several layers write get writers of different widths, and widths that a family ties become untied.
+    """
+    spec = own.spec
+    shared = spec.num_prefix_groups(0)
+    base = (*own.prefix_upto(0), *(group.max_width // 2 + 1 for group in spec.groups[shared:]))
+    last = len(base) - 1
+    members = [Subnet("base", base)]
+    for group in sorted({shared, shared + 1, shared + 2, last - 1, last} & set(range(shared, last + 1))):
+        widths = list(base)
+        widths[group] = spec.groups[group].max_width
+        members.append(Subnet(f"wide-{group}", tuple(widths)))
+    return SubnetSet(spec, tuple(members), Subnet("largest", tuple(group.max_width for group in spec.groups)))
+
+
+def _cases() -> list[Case]:
+    cases = []
+    for family in family_names():
+        small = SMALL_OPTIONS.get(family, {})
+        cases += [Case(norm, family, small, norm) for norm in NORMS]
+        cases.append(Case("handmade private_affine", family, small, "private_affine", is_handmade=True))
+        for name, options in FURTHER_OPTIONS.get(family, {}).items():
+            cases.append(Case(name, family, options, None))
+    for name, bottleneck in (("padded", {}), ("padded bottleneck", FURTHER_OPTIONS["ds_resnet"]["bottleneck"])):
+        options = {**FURTHER_OPTIONS["ds_resnet"]["padded"], **bottleneck}
+        cases.append(Case(f"{name} handmade private_affine", "ds_resnet", options, "private_affine", is_handmade=True))
+    return cases
+
+
+CASES = _cases()
+BANKED_CASES = [case for case in CASES if case.subnets().spec.norm != "group_norm"]
+"""Those that keep statistics."""
+
+
+class NormKeys:
+    """Within: which set of statistics of which bank the supernet's calls read."""
+
+    def __init__(self, supernet: Supernet) -> None:
+        self.used: dict[str, set[tuple[int, ...]]] = {}
+        self._banks = {name: part for name, part in supernet.named_modules() if isinstance(part, BatchNormBank)}
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> NormKeys:
+        for name, bank in self._banks.items():
+            self._handles.append(bank.register_forward_pre_hook(self._note(name)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _note(self, name: str) -> Any:
+        def note(_: nn.Module, args: tuple[Tensor, tuple[int, ...]]) -> None:
+            self.used.setdefault(name, set()).add(args[1])
+
+        return note
+
+    def buffers(self) -> set[str]:
+        """The names of the buffers that belong to what was read."""
+        return {
+            f"{bank}.{part}_{'_'.join(map(str, key))}"
+            for bank, keys in self.used.items()
+            for key in keys
+            for part in ("mean", "var", "updates")
+        }

@@ -1,0 +1,86 @@
+"""A released checkpoint becomes a sweep that skips Stage I."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dsnet.training.start import load_start
+from orchestration.config_loading import load_config
+from orchestration.import_checkpoint import IMAGENET
+from orchestration.preparation import prepare, supernet_run
+from tests.dsnet.test_compat import AVERAGED, NUM_CLASSES, SIZE, STUDENT, TEACHER, whole_checkpoint
+from tests.orchestration.samples import call
+
+
+@pytest.fixture
+def released(tmp_path: Path) -> Path:
+    path = tmp_path / "model_best.pth.tar"
+    torch.save(whole_checkpoint(), path)
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Held-out images of as many classes as the checkpoint has."""
+    random = np.random.default_rng(0)
+    for label in range(NUM_CLASSES):
+        (tmp_path / "images" / f"class{label}").mkdir(parents=True)
+        for number in range(20):
+            pixels = random.integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "images" / f"class{label}" / f"{number}.png")
+    return tmp_path / "images"
+
+
+def options(**values: object) -> list[str]:
+    given = {"classes": NUM_CLASSES, "image-size": SIZE, **values}
+    return [part for name, value in given.items() for part in (f"--{name}", str(value))]
+
+
+@pytest.mark.parametrize("averaged", [False, True])
+def test_the_sweep_begins_with_the_checkpoints_weights(
+    tmp_path: Path, released: Path, folder: Path, averaged: bool
+) -> None:
+    flags = [*options(data=folder, name="published"), *(["--ema"] if averaged else [])]
+    answer = call(tmp_path, "import-checkpoint", str(released), *flags)
+    assert answer.code == 0, answer.err
+    sweep = tmp_path / answer.out.strip()
+    assert sweep == tmp_path / "model_best-imported" / "sweep.yaml"
+    assert "14 sub-networks of " in answer.err
+    assert f"dsnet-orch launch {answer.out.strip()}" in answer.err
+
+    prepared = prepare(load_config(sweep).config)
+    assert prepared.config.name == "published"
+    assert prepared.subnets.members == STUDENT.subnets.members
+    assert prepared.normalization == IMAGENET
+    run = supernet_run(prepared)
+    assert (run.train.epochs, run.recalibration_images) == (0, 0)
+    expected = (TEACHER if averaged else STUDENT).state_dict()
+    met = load_start(sweep.parent / "final").tensors
+    assert met.keys() == expected.keys()
+    assert all(torch.equal(met[name], value) for name, value in expected.items())
+
+
+def test_a_second_import_leaves_the_first_alone(tmp_path: Path, released: Path) -> None:
+    flags = options(out=tmp_path / "here")
+    assert call(tmp_path, "import-checkpoint", str(released), *flags).code == 0
+    before = (tmp_path / "here" / "final.safetensors").read_bytes()
+    again = call(tmp_path, "import-checkpoint", str(released), "--ema", *flags)
+    assert again.code == 2
+    assert "sweep.yaml: is there already; choose another --out" in again.err
+    assert (tmp_path / "here" / "final.safetensors").read_bytes() == before
+
+
+def test_a_checkpoint_that_does_not_fit_writes_nothing(tmp_path: Path) -> None:
+    broken = tmp_path / "broken.pth"
+    torch.save({name: value for name, value in AVERAGED.items() if name != "conv_stem.weight"}, broken)
+    answer = call(tmp_path, "import-checkpoint", str(broken), *options())
+    assert answer.code != 0
+    assert "missing conv_stem.weight" in answer.err
+    assert not (tmp_path / "broken-imported").exists()
+    wrong = call(tmp_path, "import-checkpoint", str(broken), *options(classes=1000))
+    assert f"num_classes={NUM_CLASSES}" in wrong.err
