@@ -144,7 +144,8 @@ class RoutingTable:
             CheckpointError: it cannot be written.
         """
         arrays = {name: np.ascontiguousarray(value) for name, value in self.arrays().items()}
-        metadata = {"routing_table": json.dumps(self.meta()), "sha256": _digest(arrays)}
+        # One entry: safetensors writes several in no fixed order, and equal tables shall be equal files.
+        metadata = {"routing_table": json.dumps({**self.meta(), "sha256": _digest(arrays)})}
         with replacing(path) as temporary:
             try:
                 save_file(arrays, temporary, metadata=metadata)
@@ -162,10 +163,9 @@ class RoutingTable:
             raise CheckpointError(f"{path}: no such routing table")
         try:
             with safe_open(path, framework="numpy") as stored:
-                header = stored.metadata() or {}
-                meta = json.loads(header["routing_table"])
+                meta = json.loads((stored.metadata() or {})["routing_table"])
                 arrays = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - not a mapping
-            if header["sha256"] != _digest(arrays):
+            if meta["sha256"] != _digest(arrays):
                 raise ValueError("its arrays do not match the hash beside them")
             return cls.from_arrays(arrays, meta)
         except (SafetensorError, OSError, ValueError, KeyError, CheckpointError) as error:

@@ -22,18 +22,17 @@ from dsnet.training.output_folder import RESULT_VERSIONS, OutputFolder
 from dsnet.training.resolved import StandaloneConfig
 from dsnet.training.settings import SupernetRun
 from dsnet.training.supernet import FINAL
-from orchestration.config import SweepConfig, resolve_regime
+from orchestration.config import REGIME_KEYS, SweepConfig, resolve_regime
 from orchestration.rundir import RunDir
 from orchestration.stages import StagePlan, run_stage
 
-_OF_REGIME = {"widths", "num_random", "teacher", "bn"}
 _CURVES = "curves.jsonl"
 
 
 def standalone_config(config: SweepConfig) -> StandaloneConfig:
     """The part of a sweep that `python -m dsnet.training` does, as it reads it; adoptable by the same sweep."""
     supernet = config.supernet
-    train = supernet.train.model_dump(mode="json", exclude=_OF_REGIME)
+    train = supernet.train.model_dump(mode="json", exclude=set(REGIME_KEYS))
     bootstrapping = supernet.bootstrapping.model_dump(mode="json", exclude={"mode", "num_random"})
     kept = ("model", "options", "init_from", "weights", "recalibration", "keep_checkpoints")
     return StandaloneConfig.from_json(

@@ -168,12 +168,23 @@ def launch(sweep: Path, take_over: bool, **options: Any) -> int:
 @SWEEP
 @config_options
 @AS_JSON
-def plan(sweep: Path, as_json: bool, **options: Any) -> None:
+@click.option(
+    "--resolved",
+    type=click.Path(path_type=Path),
+    help="Also write what `python -m dsnet.training --config` takes: Stage I, measure and table without Ray.",
+)
+def plan(sweep: Path, as_json: bool, resolved: Path | None, **options: Any) -> None:
     """Show what a launch would do: every setting with its origin, and each stage with the reason why it would run."""
     from orchestration.planning import make_plan
     from orchestration.terminal import show_plan
 
-    show_plan(make_plan(_load(sweep, **options)), as_json=as_json)
+    loaded = _load(sweep, **options)
+    if resolved is not None:
+        from dsnet.files import atomic_write_json
+        from orchestration.adoption import standalone_config
+
+        atomic_write_json(resolved, standalone_config(loaded.config).to_json())
+    show_plan(make_plan(loaded), as_json=as_json)
 
 
 @cli.command()

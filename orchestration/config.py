@@ -405,6 +405,10 @@ def _given(**settings: Any) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if value is not None}
 
 
+REGIME_KEYS = frozenset({"widths", "num_random", "teacher", "bn"})
+"""Settings below `supernet.train` that a regime gives; the core takes them resolved."""
+
+
 def resolve_regime(supernet: SupernetConfig) -> Regime:
     """Which sub-networks a step trains and who teaches them.
 

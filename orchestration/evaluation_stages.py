@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dsnet.data import TensorData
+from dsnet.environment import resolve_device
 from dsnet.files import atomic_write_json
 from dsnet.latency import measure_latency
 from dsnet.supernet import Supernet
 from dsnet.training.evaluate import build_routing_table, measure_subnets
 from orchestration.launch_context import Launch
-from orchestration.preparation import latency_settings, resolve_device
+from orchestration.preparation import latency_settings
 from orchestration.projection import subnet_rows, write_widths
 from orchestration.results import RunResults
 from orchestration.stages import StagePlan, run_stage

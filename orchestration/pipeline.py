@@ -15,6 +15,7 @@ from dsnet.checkpoint import load_supernet
 from dsnet.errors import NothingFeasibleError, StoppedError, TooManyFailedTrialsError
 from dsnet.files import atomic_write_text
 from dsnet.training.supernet import FINAL
+from orchestration.adoption import adopt
 from orchestration.config import SweepConfig, to_yaml
 from orchestration.evaluation_stages import measure_stage, table_stage
 from orchestration.export import export_bundles, picked_slots
@@ -28,7 +29,7 @@ from orchestration.results import RunResults
 from orchestration.rundir import DriverLock, Manifest, RunDir, describe_hardware
 from orchestration.search_stage import search_stage, trials_left
 from orchestration.signals import StopRequest
-from orchestration.stages import plan_stages
+from orchestration.stages import StagePlan, plan_stages
 from orchestration.supernet_stage import supernet_stage
 from orchestration.tracking import Status
 from orchestration.verify_stage import verify_stage
@@ -133,7 +134,10 @@ def _closing(work: Launch) -> Iterator[None]:
 
 def _run_stages(work: Launch) -> LaunchResult:
     config, run = work.config, work.run
-    plans = {plan.name: plan for plan in plan_stages(run, stage_definitions(work.prepared))}
+    plans = _plans(work)
+    if work.prepared.adoption is not None and (taken := adopt(run, plans, work.prepared.adoption)):
+        work.progress.say(f"taken over from {config.supernet.init_from}: {', '.join(taken)}")
+        plans = _plans(work)
     work.tracker.parent(sweep_row(work.manifest.read(), run, config))
     needs_ray = not plans["supernet"].is_done or trials_left(run, plans["search"], config) > 0
     with _ray_where_needed(needs_ray, config, work.prepared, work.progress):
@@ -147,6 +151,10 @@ def _run_stages(work: Launch) -> LaunchResult:
         raise NothingFeasibleError(_nothing_completed(results))
     verify_stage(work, plans, supernet, results.front)
     return _finish(work)
+
+
+def _plans(work: Launch) -> dict[str, StagePlan]:
+    return {plan.name: plan for plan in plan_stages(work.run, stage_definitions(work.prepared))}
 
 
 @contextmanager

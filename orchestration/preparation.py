@@ -6,28 +6,28 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from dsnet.data import Augmentation, Normalization, Splits, SplitSizes, TensorData, make_splits
-from dsnet.errors import ConfigError, PreflightError
+from dsnet.environment import resolve_device
+from dsnet.errors import ConfigError
 from dsnet.families import Task
 from dsnet.files import atomic_write_text
 from dsnet.latency import LatencySettings
 from dsnet.space import SubnetSet
 from dsnet.training.images import InMemoryImages, TrainingImages
+from dsnet.training.output_folder import RESULT_VERSIONS
 from dsnet.training.settings import BootstrapSettings, SupernetRun, TrainSettings
 from dsnet.training.sources import ImageSource, load_source
 from dsnet.training.start import Start, check_start, first_weights, lay_out, load_start
-from orchestration.config import Stage, SweepConfig, resolve_regime, stage_subset
+from orchestration.adoption import Adoption, find_adoption, standalone_config
+from orchestration.config import REGIME_KEYS, Stage, SweepConfig, resolve_regime, stage_subset
 from orchestration.stages import StageDefinition
 
-STAGE_VERSIONS: Mapping[str, int] = {"supernet": 2, "measure": 1, "table": 1, "search": 1, "verify": 1}
+STAGE_VERSIONS: Mapping[str, int] = {**RESULT_VERSIONS, "search": 1, "verify": 1}
 """Raised by hand when the code of a stage gives other results."""
-_OF_REGIME = {"widths", "num_random", "teacher", "bn"}
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,15 @@ class Prepared:
     """Of pixels, labels and splits."""
     start: StartPoint | None = None
     """None for fresh weights."""
+    adoption: Adoption | None = None
+    """Finished stages that `supernet.init_from` already holds."""
+
+    @property
+    def start_sha256(self) -> str | None:
+        """What the supernet's weights began with, as its stage key says it: of an adopted training, what that began with."""
+        if self.adoption is not None:
+            return self.adoption.origin.get("sha256")
+        return None if self.start is None else self.start.sha256
 
     @property
     def image_size(self) -> int:
@@ -126,7 +135,15 @@ def prepare(config: SweepConfig) -> Prepared:
     )
     fresh = () if prepared.start is None else prepared.start.fresh
     check_start(supernet_run(prepared), start, fresh, task.num_classes)
-    return prepared
+    return replace(prepared, adoption=_adoption(prepared))
+
+
+def _adoption(prepared: Prepared) -> Adoption | None:
+    config = prepared.config
+    if config.supernet.init_from is None:
+        return None
+    source, measure = Path(config.supernet.init_from), standalone_config(config).measure
+    return find_adoption(source, supernet_run(prepared), prepared.subnets, prepared.fingerprint, measure)
 
 
 def _open_images(config: SweepConfig) -> ImageSource:
@@ -153,25 +170,12 @@ def check_routing(config: SweepConfig, num_routes: int) -> None:
                 )
 
 
-def resolve_device(name: str) -> str:
-    """`cpu` or `cuda`; `auto` takes cuda where there is one.
-
-    Raises:
-        PreflightError: cuda was asked for and is not there.
-    """
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise PreflightError("device cuda was asked for, but torch sees no GPU here; use cpu or auto")
-    return name
-
-
 def supernet_run(prepared: Prepared) -> SupernetRun:
     """The training settings in the core's own terms."""
     config, start = prepared.config, prepared.start
     supernet = config.supernet
     return SupernetRun(
-        train=TrainSettings(**supernet.train.model_dump(exclude=_OF_REGIME)),
+        train=TrainSettings(**supernet.train.model_dump(exclude=set(REGIME_KEYS))),
         regime=resolve_regime(supernet),
         bootstrapping=BootstrapSettings(**supernet.bootstrapping.model_dump(exclude={"mode", "num_random"})),
         augmentation=Augmentation.for_images(prepared.image_set, **config.data.augment.model_dump()),
@@ -209,7 +213,7 @@ def stage_definitions(prepared: Prepared) -> list[StageDefinition]:
     subsets = {name: stage_subset(config, name) for name in parents}
     # The options name a layout, and a release may lay them out differently: what is trained is the layout itself.
     subsets["supernet"]["layout"] = _digest(prepared.subnets.to_json())
-    subsets["supernet"]["start"] = None if prepared.start is None else prepared.start.sha256
+    subsets["supernet"]["start"] = prepared.start_sha256
     return [
         StageDefinition(name, STAGE_VERSIONS[name], subsets[name], prepared.fingerprint, above)
         for name, above in parents.items()

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from dsnet.environment import resolve_device
 from orchestration.launch_context import Launch
-from orchestration.preparation import StartPoint, resolve_device, supernet_run, training_images
+from orchestration.preparation import StartPoint, supernet_run, training_images
 from orchestration.projection import supernet_row
 from orchestration.ray_runtime import LOCAL, cluster_cpus
 from orchestration.ray_supernet import SupernetJob, train_on_ray

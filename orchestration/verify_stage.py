@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from dsnet.environment import resolve_device
 from dsnet.files import atomic_write_json
 from dsnet.routing_table import RoutingTable
 from dsnet.supernet import Supernet
 from orchestration.evaluation_stages import build_table
 from orchestration.launch_context import Launch
-from orchestration.preparation import latency_settings, resolve_device, verify_definition
+from orchestration.preparation import latency_settings, verify_definition
 from orchestration.results import RunResults, load_router
 from orchestration.stages import StagePlan, plan_stage, run_stage
 from orchestration.verification import check_agreement, time_front

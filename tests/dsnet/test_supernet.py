@@ -211,6 +211,8 @@ def test_sub_networks_share_the_statistics_of_a_segment_where_they_agree_before_
                 assert read[first][gate] == read[second][gate]
             else:
                 assert read[first][: gate + 1] != read[second][: gate + 1]
+                pairs = zip(read[first][gate + 1 :], read[second][gate + 1 :], strict=True)
+                assert all(own.isdisjoint(other) for own, other in pairs)
         assert read[first] != read[second]
 
 
