@@ -134,14 +134,14 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str]) -> int:
     """A command on a folder, or the benchmark as the harness runs every one."""
-    if not argv or argv[0] not in ("train", "report"):
-        from benchmarks.harness import run_benchmark
-
-        run_benchmark(BENCHMARK, measure, threads=1)
-        return 0
-    arguments = parser().parse_args(argv)
     try:
-        arguments.command(arguments)
+        if argv and argv[0] in ("train", "report"):
+            arguments = parser().parse_args(argv)
+            arguments.command(arguments)
+        else:
+            from benchmarks.harness import run_benchmark
+
+            run_benchmark(BENCHMARK, measure, threads=1)
     except DsnetError as error:
         print(error, file=sys.stderr, flush=True)
         return error.exit_code

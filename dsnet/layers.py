@@ -153,13 +153,15 @@ class BatchNormBank(nn.Module):
         """
         assert self.training
         assert not self.private_affine
+        num_values = x.numel() // x.shape[1]
+        if num_values < 2:
+            raise ValueError(f"expected more than 1 value per channel when training, got input size {list(x.shape)}")
         widest = max(prefixes, key=lambda prefix: prefix[-1])
         mean, var, updates = self.statistics(widest)
         factor = self._count(updates)
         y, batch_mean, batch_inverse_deviation = torch.native_batch_norm(
             x, *self.affine(widest), mean, var, True, factor, BN_EPS
         )
-        num_values = x.numel() // x.shape[1]
         with torch.no_grad():
             biased = batch_inverse_deviation**-2 - BN_EPS
             batch_var = biased * (num_values / (num_values - 1))
