@@ -234,7 +234,17 @@ class _Stack:
         return stack
 
     def lay(self, layer: _Layer) -> None:
+        self._forget_other_options(layer)
         self._merge(self.settings, layer.settings, (), layer)
+
+    def _forget_other_options(self, layer: _Layer) -> None:
+        """Options belong to a model: a layer that names another one begins without those below."""
+        below, above = self.settings.get("supernet"), layer.settings.get("supernet")
+        if not isinstance(below, dict) or not isinstance(above, Mapping):
+            return
+        if "options" in below and above.get("model", below.get("model")) != below.get("model"):
+            self._disown(("supernet", "options"))
+            del below["options"]
 
     def _merge(self, below: dict[str, Any], above: Mapping[str, Any], path: KeyPath, layer: _Layer) -> None:
         for key, value in above.items():

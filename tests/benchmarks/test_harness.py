@@ -85,7 +85,7 @@ def test_a_run_prints_its_headline_last_and_writes_every_figure(
 
 
 def test_both_ways_of_the_supernet_step_compute_the_same_losses() -> None:
-    networks = Networks(Workload(device="cpu", image_size=32, batch_size=2, seed=0, threads=1))
+    networks = Networks(Workload("cpu", 32, 2, "float32", channels_last=True, seed=0, threads=1))
     ours, static = networks.ours()(), networks.static()()
     assert set(ours) == set(static)
     for name, loss in static.items():

@@ -22,7 +22,7 @@ from orchestration.distribution import Distribution
 from orchestration.yaml_source import read_yaml_file
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-MODELS = ("ds_tiny", "ds_mbnet")
+MODELS = ("ds_tiny", "ds_mbnet", "ds_resnet")
 HEAD = "version: 1\nname: t\ndata: {name: digits}\nsupernet: {model: ds_tiny}\n"  # four lines
 
 
@@ -166,6 +166,20 @@ def test_presets_merge_sections_and_replace_lists(sweep: Path) -> None:
     assert (loaded.config.supernet.train.lr, loaded.config.supernet.train.epochs) == (0.5, 2)
     assert loaded.presets == ("p",)
     assert loaded.config.presets == {}, "a resolved configuration has its preset inside"
+
+
+def test_a_layer_with_another_model_begins_without_the_options_of_the_one_below(sweep: Path) -> None:
+    text = HEAD.replace("{model: ds_tiny}", "{model: ds_tiny, options: {width: 0.5}}")
+    text += (
+        "presets: {other: {supernet: {model: ds_resnet, options: {depth: 8}}}, same: {supernet: {model: ds_tiny}}}\n"
+    )
+    other = load(sweep, text, preset="other")
+    assert other.config.supernet.options == {"depth": 8}
+    assert other.origins["supernet.options.depth"] == "preset other"
+    assert load(sweep, text, preset="same").config.supernet.options == {"width": 0.5}
+    assert load(sweep, text, overrides=["supernet.model=ds_resnet"]).config.supernet.options == {}
+    both = ["supernet.model=ds_mbnet", "supernet.options.num_routes=3"]
+    assert load(sweep, text, overrides=both).config.supernet.options == {"num_routes": 3}
 
 
 def test_anchors_may_share_settings(sweep: Path) -> None:
@@ -352,7 +366,7 @@ def test_bad_input_is_pointed_at(sweep: Path, line: str, message: str) -> None:
             "{model: ds_tiny}",
             "{model: ds_tny}",
             "sweep.yaml:4:19: supernet.model: unknown model 'ds_tny'; did you mean 'ds_tiny'? "
-            "known models: ds_tiny, ds_mbnet, checkpoint",
+            "known models: ds_tiny, ds_mbnet, ds_resnet, checkpoint",
         ),
         (
             "name: digits",
@@ -567,6 +581,8 @@ EXAMPLE_CASES = [
     ("digits", "paper"),
     ("cifar10", None),
     ("cifar10", "smoke"),
+    ("cifar10", "resnet"),
+    ("cifar10", "resnet-smoke"),
     ("cifar10", "full"),
     ("cifar10", "paper"),
 ]
