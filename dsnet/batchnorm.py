@@ -17,7 +17,8 @@ def recalibrate(supernet: Supernet, batches: Iterable[Tensor]) -> None:
     """Replace all running statistics by cumulative averages over `batches` of clean, normalised images [B, C, H, W].
 
     Every sub-network takes part, the teacher too, and each shared segment runs once a batch, so that each set of statistics sees every
-    batch once. (Ours: the published recalibration skips the teacher and keeps a momentum of 0.1.)
+    batch equally often: once, or as often as there are sub-networks that agree up to its layer and part only between two gates. (Ours:
+    the published recalibration skips the teacher and keeps a momentum of 0.1.)
 
     Raises:
         ValueError: there is no batch.

@@ -14,7 +14,9 @@ def soft_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
 
 def smoothed_one_hot(labels: Tensor, num_classes: int, smoothing: float) -> Tensor:
     """Label-smoothed targets [B, C]: (1 - smoothing) on the label plus smoothing / C everywhere."""
-    return F.one_hot(labels, num_classes).float() * (1.0 - smoothing) + smoothing / num_classes
+    share = smoothing / num_classes
+    target = torch.full((len(labels), num_classes), share, device=labels.device)
+    return target.scatter_(1, labels[:, None], 1.0 - smoothing + share)
 
 
 def complexity(expected_madds: Tensor, target_madds: float, max_madds: float, form: str) -> Tensor:

@@ -6,8 +6,8 @@ import difflib
 import math
 import types
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, fields, is_dataclass
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from dsnet.errors import ConfigError
 
@@ -58,6 +58,50 @@ def check_known(data: Iterable[str], known: Iterable[str], where: str) -> None:
             raise ConfigError(f"{_dotted(where, key)}: unknown setting{hint} known: {', '.join(names)}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class NumberRange:
+    """Which numbers a setting takes; never a truth value, NaN or infinity."""
+
+    lowest: float | None = None
+    """Included."""
+    above: float | None = None
+    """Not included."""
+    highest: float | None = None
+    """Included."""
+    below: float | None = None
+    """Not included."""
+    is_whole: bool = False
+    is_optional: bool = False
+    """Whether it may be None, too."""
+
+    def check(self, key: str, value: object) -> None:
+        """Refuse what is not in the range.
+
+        Raises:
+            ConfigError: it names the dotted key, the value and the range.
+        """
+        if value is None and self.is_optional:
+            return
+        or_null = " or null" if self.is_optional else ""
+        wanted = int if self.is_whole else float
+        if not _fits(wanted, value):
+            raise ConfigError(f"{key} is {value!r}, but must be {_WANTED[wanted]}{or_null}")
+        if not self._holds(cast("float", value)):
+            raise ConfigError(f"{key} is {value!r}, but must be {self._limits()}{or_null}")
+
+    def _holds(self, value: float) -> bool:
+        return (
+            (self.lowest is None or value >= self.lowest)
+            and (self.above is None or value > self.above)
+            and (self.highest is None or value <= self.highest)
+            and (self.below is None or value < self.below)
+        )
+
+    def _limits(self) -> str:
+        limits = {"at least": self.lowest, "above": self.above, "at most": self.highest, "below": self.below}
+        return " and ".join(f"{name} {limit:g}" for name, limit in limits.items() if limit is not None)
+
+
 def _dotted(where: str, name: object) -> str:
     return f"{where}.{name}" if where else str(name)
 
@@ -66,12 +110,15 @@ def _read(wanted: Any, value: object, where: str) -> Any:
     if is_dataclass(wanted):
         assert isinstance(wanted, type)
         return read_strictly(wanted, value, where)
-    if get_origin(wanted) is tuple and isinstance(value, list | tuple):
-        return _read_tuple(wanted, value, where)
     if not _fits(wanted, value):
         raise ConfigError(f"{where} is {value!r}, but must be {_described(wanted)}")
-    is_real = wanted is float or (_is_union(wanted) and int not in get_args(wanted))
-    return float(value) if is_real and isinstance(value, int) and not isinstance(value, bool) else value
+    if _is_union(wanted):  # a whole number stays one where the union has a place for it
+        members = sorted(get_args(wanted), key=lambda each: each is float)
+        return _read(next(each for each in members if _fits(each, value)), value, where)
+    if get_origin(wanted) is tuple:
+        assert isinstance(value, list | tuple)
+        return _read_tuple(wanted, value, where)
+    return float(value) if wanted is float and isinstance(value, int) else value
 
 
 def _read_tuple(wanted: Any, value: list[Any] | tuple[Any, ...], where: str) -> tuple[Any, ...]:
@@ -93,6 +140,8 @@ def _fits(wanted: Any, value: object) -> bool:
         return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if wanted is int:
         return isinstance(value, int) and not isinstance(value, bool)
+    if get_origin(wanted) is tuple:
+        return isinstance(value, list | tuple)
     return isinstance(value, get_origin(wanted) or wanted)
 
 

@@ -14,11 +14,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dsnet.errors import CheckpointError
+from dsnet.errors import CheckpointError, ConfigError
 from dsnet.files import file_sha256, read_json, replacing
 from dsnet.latency import LatencySettings
 from dsnet.space import SubnetSet
-from dsnet.training.output_folder import RESULT_VERSIONS, OutputFolder
+from dsnet.training.output_folder import OutputFolder
 from dsnet.training.resolved import StandaloneConfig
 from dsnet.training.settings import SupernetRun
 from dsnet.training.supernet import FINAL
@@ -74,28 +74,28 @@ def find_adoption(
         measure: as the sweep writes it.
 
     Returns:
-        None where the source is anything else: it then gives start weights.
+        None where the source is anything else, what another release wrote included: it then gives start weights.
 
     Raises:
         CheckpointError: the folder's files are torn.
     """
     folder = OutputFolder(Path(os.path.expandvars(source)).expanduser())
-    if not folder.manifest_path.is_file() or not folder.resolved_path.is_file():
-        return None
-    manifest = read_json(folder.manifest_path)
-    if manifest.get("result_versions") != dict(RESULT_VERSIONS) or not folder.is_done("supernet"):
+    if not folder.is_readable() or not folder.is_done("supernet"):
         return None
     meta = read_json(folder.supernet / f"{FINAL}.json")
-    theirs = SupernetRun.from_json(meta["run"])
+    settings = read_json(folder.resolved_path)
+    try:
+        theirs, resolved = SupernetRun.from_json(meta["run"]), StandaloneConfig.from_json(settings)
+    except ConfigError:  # another release knows other settings
+        return None
     is_same = (
-        manifest["data"]["fingerprint"] == fingerprint
+        folder.manifest()["data"]["fingerprint"] == fingerprint
         and meta["subnets"] == json.loads(json.dumps(subnets.to_json()))  # with the fingerprint of the layout
         and _without_housekeeping(run) == _without_housekeeping(theirs)
     )
     if not is_same:
         return None
     stages = ["supernet"]
-    resolved = StandaloneConfig.from_json(read_json(folder.resolved_path))
     if folder.is_done("measure") and resolved.measure == measure:
         stages.append("measure")
     if folder.is_done("table"):

@@ -204,6 +204,8 @@ class DataConfig(Section):
     """Folder of the images; `~` and $VARIABLES are expanded, relative to the working directory. null = $DSNET_DATA."""
     image_size: Annotated[int, Field(ge=8, le=512)] | None = None
     """Side in pixels, 8 to 512; null = as stored. An image folder needs it."""
+    crop_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Image folders only: share of the shorter side that the centre crop keeps, (0, 1]; 0.875 with 224 pixels: resize to 256, cut 224."""
     augment: AugmentConfig = AugmentConfig()
     splits: SplitsConfig = SplitsConfig()
     limit: PositiveInt | None = None
@@ -215,6 +217,9 @@ class DataConfig(Section):
     def _suits_the_source(self) -> DataConfig:
         if self.name == "image_folder" and self.image_size is None:
             _refuse(BrokenRule(("image_size",), "an image folder needs it: the side in pixels, 8 to 512"))
+        if self.name != "image_folder" and self.crop_fraction != 1:
+            message = f"only an image_folder is cropped; remove {shown(self.crop_fraction)}"
+            _refuse(BrokenRule(("crop_fraction",), message))
         if self.name == "digits" and self.path is not None:
             message = f"digits comes with scikit-learn and takes no folder; remove {shown(self.path)}"
             _refuse(BrokenRule(("path",), message))
@@ -250,7 +255,7 @@ class TrainConfig(Section):
     lr: PositiveFloat = 0.1
     """Peak learning rate, > 0."""
     schedule: Literal["cosine", "one_cycle", "constant"] = "cosine"
-    """cosine: to 0 after the warm-up | one_cycle: up during the warm-up, down to lr / 10,000 | constant."""
+    """cosine: to 0 after the warm-up | one_cycle: up during the warm-up, down to lr / 250,000 | constant."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """For sgd, [0, 1)."""
     weight_decay: NonNegativeFloat = 1.0e-4
@@ -848,7 +853,7 @@ _NOT_IN_SUPERNET_KEY: dict[str, Any] = {
 def stage_subset(config: SweepConfig, stage: Stage) -> dict[str, JsonValue]:
     """The part of the configuration that a stage's result depends on and that enters its key, JSON-able.
 
-    Parents, the fingerprints of the data and of the start weights (hence neither `data.path` nor `supernet.init_from`)
+    Parents, the fingerprints of the data and of the start weights (hence no `data.path`, `data.crop_fraction` or `supernet.init_from`)
     and the stage's version are the pipeline's to add.
     Ray, workers, the device of training, budget, tracking and export never enter: the same sweep done elsewhere, or
     for longer, is the same sweep.
@@ -857,7 +862,7 @@ def stage_subset(config: SweepConfig, stage: Stage) -> dict[str, JsonValue]:
         supernet = config.supernet.model_dump(mode="json", exclude=_NOT_IN_SUPERNET_KEY)
         return {
             "seed": config.seed,
-            "data": config.data.model_dump(mode="json", exclude={"path"}),
+            "data": config.data.model_dump(mode="json", exclude={"path", "crop_fraction"}),
             "supernet": {**supernet, "regime": asdict(resolve_regime(config.supernet))},
         }
     if stage == "measure":

@@ -149,7 +149,14 @@ def _adoption(prepared: Prepared) -> Adoption | None:
 def _open_images(config: SweepConfig) -> ImageSource:
     data, supernet = config.data, config.supernet
     num_threads = supernet.threads or max(1, (os.cpu_count() or 1) // supernet.workers)
-    return load_source(data.name, data.path, data.image_size, stream=data.stream, num_threads=num_threads)
+    return load_source(
+        data.name,
+        data.path,
+        data.image_size,
+        stream=data.stream,
+        num_threads=num_threads,
+        crop_fraction=data.crop_fraction,
+    )
 
 
 def check_routing(config: SweepConfig, num_routes: int) -> None:

@@ -68,18 +68,22 @@ class FolderListing:
 
 
 def load_image_folder(
-    path: str | Path | None = None, image_size: int | None = None, cache: ImageCache | None = None
+    path: str | Path | None = None,
+    image_size: int | None = None,
+    cache: ImageCache | None = None,
+    crop_fraction: float = 1.0,
 ) -> ImageSet:
     """Load a folder of images as uint8 [N, 3, image_size, image_size], RGB.
 
     Classes are the sub-folders in the order of their names, images are in the order of theirs. An image is decoded
-    once, its shorter side resized to `image_size` (antialiased bilinear), and the centre cut out. Where `root/train`
-    and `root/test` both exist, `test` is the official test part. Hidden folders and other files are passed over.
+    once, as by `decode_file`. Where `root/train` and `root/test` both exist, `test` is the official test part. Hidden
+    folders and other files are passed over.
 
     Args:
         path: The root folder; None: DSNET_DATA.
         image_size: Height and width in pixels; the files have no size in common, so it must be given.
         cache: Where decoded pixels are kept; None: the user's cache folder.
+        crop_fraction: As for `decode_file`.
 
     Raises:
         ConfigError: No image_size.
@@ -91,7 +95,9 @@ def load_image_folder(
     cache = cache or ImageCache(default_cache_folder())
     content: list[object] = [listing.num_test, listing.names, listing.stats]
     return cache.load_or_make(
-        _NAME, _cache_key(listing, image_size, content), lambda: _decode(listing, ids, image_size, num_threads=2)
+        _NAME,
+        _cache_key(listing, image_size, crop_fraction, content),
+        lambda: _decode(listing, ids, image_size, crop_fraction, num_threads=2),
     )
 
 
@@ -186,6 +192,7 @@ def decode_images(
     image_size: int,
     cache: ImageCache | None = None,
     num_threads: int = 2,
+    crop_fraction: float = 1.0,
 ) -> Tensor:
     """Decode some images of a folder as evaluation sees them; the result is cached.
 
@@ -195,6 +202,7 @@ def decode_images(
         image_size: Height and width in pixels.
         cache: Where decoded pixels are kept; None: the user's cache folder.
         num_threads: Threads that decode, >= 1.
+        crop_fraction: As for `decode_file`.
 
     Returns:
         uint8 [len(ids), 3, image_size, image_size], in the order of `ids`.
@@ -205,17 +213,27 @@ def decode_images(
     ids = np.asarray(ids, dtype=np.int64)
     cache = cache or ImageCache(default_cache_folder())
     content = [[listing.names[row], listing.stats[row]] for row in ids.tolist()]
-    key = _cache_key(listing, image_size, ["some images", content])
-    return cache.load_or_make(_NAME, key, lambda: _decode(listing, ids, image_size, num_threads)).images
+    key = _cache_key(listing, image_size, crop_fraction, ["some images", content])
+    return cache.load_or_make(_NAME, key, lambda: _decode(listing, ids, image_size, crop_fraction, num_threads)).images
 
 
-def decode_file(file: Path, image_size: int) -> np.ndarray:
+def decode_file(file: Path, image_size: int, crop_fraction: float = 1.0) -> np.ndarray:
     """One image as evaluation sees it: uint8 [3, image_size, image_size], RGB.
+
+    The shorter side is resized (antialiased bilinear) to image_size / crop_fraction pixels, rounded, and a square of
+    `image_size` cut out of the centre, both in one step: the centre may lie between two pixels.
+
+    Args:
+        file: PNG or JPEG.
+        image_size: Height and width in pixels.
+        crop_fraction: The share of the shorter side that is kept, (0, 1]; models for ImageNet are often evaluated with 0.875.
 
     Raises:
         DataError: The file cannot be read or does not decode; the message names it.
     """
-    image = ImageOps.fit(open_rgb(file), (image_size, image_size), method=Image.Resampling.BILINEAR)
+    cut_off = (1 - image_size / round(image_size / crop_fraction)) / 2  # at each edge
+    size = (image_size, image_size)
+    image = ImageOps.fit(open_rgb(file), size, method=Image.Resampling.BILINEAR, bleed=cut_off)
     return np.asarray(image).transpose(2, 0, 1)
 
 
@@ -232,18 +250,21 @@ def open_rgb(file: Path) -> Image.Image:
     return decode_rgb(content, str(file))
 
 
-def _cache_key(listing: FolderListing, image_size: int, content: list[object]) -> str:
-    return _digest([_KEY_VERSION, PIL.__version__, str(listing.root.resolve()), image_size, *content])
+def _cache_key(listing: FolderListing, image_size: int, crop_fraction: float, content: list[object]) -> str:
+    crop: list[object] = [] if crop_fraction == 1 else ["crop_fraction", crop_fraction]
+    return _digest([_KEY_VERSION, PIL.__version__, str(listing.root.resolve()), image_size, *crop, *content])
 
 
 def _digest(content: list[object]) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def _decode(listing: FolderListing, ids: np.ndarray, image_size: int, num_threads: int) -> ImageSet:
+def _decode(
+    listing: FolderListing, ids: np.ndarray, image_size: int, crop_fraction: float, num_threads: int
+) -> ImageSet:
     pixels = np.empty((len(ids), 3, image_size, image_size), dtype=np.uint8)
     files = [listing.files[row] for row in ids.tolist()]
-    decode = partial(decode_file, image_size=image_size)
+    decode = partial(decode_file, image_size=image_size, crop_fraction=crop_fraction)
     with closing(in_order(decode, files, num_threads=num_threads, num_ahead=_NUM_AHEAD)) as decoded:
         for row, image in enumerate(decoded):
             pixels[row] = image

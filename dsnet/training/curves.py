@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dsnet.errors import NonFiniteLossError
+from dsnet.files import atomic_write_text
 
 
 class Reporter(Protocol):
@@ -57,9 +58,16 @@ class Curves:
         """Remember a step's losses, without reading them from the device."""
         self._pending.append((step, losses))
 
-    def pending(self) -> list[tuple[int, dict[str, float]]]:
-        """What was added since the last report, as plain values, for a checkpoint in the middle of an epoch."""
-        return [(step, {name: float(loss) for name, loss in losses.items()}) for step, losses in self._pending]
+    def pending(self, at: Progress) -> list[tuple[int, dict[str, float]]]:
+        """What was added since the last report, as plain values, for a checkpoint in the middle of an epoch.
+
+        Raises:
+            NonFiniteLossError: one of them is NaN or infinite.
+        """
+        rows: dict[int, dict[str, float]] = {}
+        for step, name, value in self._read(at):
+            rows.setdefault(step, {})[name] = value
+        return list(rows.items())
 
     def restore(self, pending: list[tuple[int, dict[str, float]]], device: torch.device) -> None:
         """Take back what `pending` gave, so that the next mean is that of an uninterrupted run."""
@@ -76,16 +84,10 @@ class Curves:
         """
         if not self._pending:
             return
-        rows = [(step, name, loss) for step, losses in self._pending for name, loss in losses.items()]
-        self._pending.clear()
         sums: dict[str, list[float]] = {}
-        for (step, name, _), value in zip(rows, torch.stack([loss for _, _, loss in rows]).tolist(), strict=True):
-            if not math.isfinite(value):
-                raise NonFiniteLossError(
-                    f"the loss of {name} is {value} at step {step}; lower supernet.train.lr (now {at.lr:.3g}), "
-                    "raise supernet.train.warmup_epochs or set supernet.train.grad_clip"
-                )
+        for _, name, value in self._read(at):
             sums.setdefault(name, []).append(value)
+        self._pending.clear()
         metrics = {f"loss/{name}": sum(items) / len(items) for name, items in sums.items()}
         record = {
             "step": at.step,
@@ -99,6 +101,20 @@ class Curves:
                 stream.write(json.dumps(record) + "\n")
         self._reporter.on_curve(record)
 
+    def _read(self, at: Progress) -> list[tuple[int, str, float]]:
+        """The pending losses from the device, at once: (step, sub-network, loss)."""
+        if not self._pending:
+            return []
+        rows = [(step, name, loss) for step, losses in self._pending for name, loss in losses.items()]
+        values = torch.stack([loss for _, _, loss in rows]).tolist()
+        for (step, name, _), value in zip(rows, values, strict=True):
+            if not math.isfinite(value):
+                raise NonFiniteLossError(
+                    f"the loss of {name} is {value} at step {step}; lower supernet.train.lr (now {at.lr:.3g}), "
+                    "raise supernet.train.warmup_epochs or set supernet.train.grad_clip"
+                )
+        return [(step, name, value) for (step, name, _), value in zip(rows, values, strict=True)]
+
 
 def _keep_lines_upto(path: Path, step: int) -> None:
     """Drop what a killed run wrote after the checkpoint that is continued, and a torn last line."""
@@ -111,4 +127,4 @@ def _keep_lines_upto(path: Path, step: int) -> None:
                 kept.append(line + "\n")
         except ValueError:
             break
-    path.write_text("".join(kept), encoding="utf-8")
+    atomic_write_text(path, "".join(kept))

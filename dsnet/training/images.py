@@ -103,6 +103,8 @@ class StreamedImages:
     """Decoding threads of each iteration."""
     num_ahead: int = 512
     """Decoded images that may wait for the training step, 3 * image_size**2 bytes each; a batch or more keeps it fed."""
+    crop_fraction: float = 1.0
+    """Of clean images: share of the shorter side that the centre crop keeps, (0, 1]."""
 
     def augmented(self, batches: Iterable[tuple[Tensor, int]], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
         """See `TrainingImages.augmented`; takes the batches lazily, a little ahead.
@@ -127,7 +129,7 @@ class StreamedImages:
             DataError: A file cannot be read or does not decode; the message names it.
         """
         to_decode, to_yield = tee(rows)
-        decode = partial(decode_file, image_size=self.image_size)
+        decode = partial(decode_file, image_size=self.image_size, crop_fraction=self.crop_fraction)
         files = (Path(self.files[row]) for part in to_decode for row in part.tolist())
         with closing(in_order(decode, files, num_threads=self.num_threads, num_ahead=self.num_ahead)) as decoded:
             for part in to_yield:

@@ -35,18 +35,15 @@ def _cosine(start: float, end: float, progress: float) -> float:
 
 
 def make_optimizer(module: nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:
-    """SGD with Nesterov momentum or AdamW; 1-d parameters are not decayed. Fused on CUDA, else in the foreach form."""
+    """SGD with Nesterov momentum or AdamW, in the foreach form; 1-d parameters are not decayed.
+
+    Not torch's fused form: for SGD it fails on parameters that get their first gradient late, as private affine pairs in a sandwich do.
+    """
     decayed = [parameter for parameter in module.parameters() if parameter.ndim > 1]
     plain = [parameter for parameter in module.parameters() if parameter.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    fused = decayed[0].device.type == "cuda"
     if settings.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=settings.lr, fused=fused, foreach=not fused)
+        return torch.optim.AdamW(groups, lr=settings.lr, foreach=True)
     return torch.optim.SGD(
-        groups,
-        lr=settings.lr,
-        momentum=settings.momentum,
-        nesterov=settings.momentum > 0,
-        fused=fused,
-        foreach=not fused,
+        groups, lr=settings.lr, momentum=settings.momentum, nesterov=settings.momentum > 0, foreach=True
     )

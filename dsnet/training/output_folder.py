@@ -1,7 +1,8 @@
 """The output folder of `python -m dsnet.training`: where everything lies, and what of it is finished.
 
     resolved.json   the configuration
-    manifest.json   versions, seed, device, the data's fingerprint, finished stages with the hashes of their files
+    manifest.json   versions, seed, device, the data's fingerprint, the stages with the hashes of their files and of the supernet they
+                    were made from
     supernet/       epoch-*, curves.jsonl, final.safetensors|json
     measure/        subnets.json, latency.json
     table/          gate.safetensors, val.safetensors
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +23,7 @@ from typing import Any
 from dsnet.errors import CheckpointError, ConfigError, DataError, LockedError, PreflightError
 from dsnet.files import atomic_write_json, file_sha256, read_json
 from dsnet.training.resolved import StandaloneConfig
+from dsnet.training.supernet import FINAL
 
 STAGES = ("supernet", "measure", "table")
 RESULT_VERSIONS: Mapping[str, int] = {"supernet": 2, "measure": 1, "table": 1}
@@ -112,32 +115,58 @@ class OutputFolder:
         if not self.manifest_path.exists():
             return {}
         manifest = read_json(self.manifest_path)
-        known = {"schema": _SCHEMA, "result_versions": dict(RESULT_VERSIONS)}
-        if not isinstance(manifest, dict) or any(manifest.get(name) != value for name, value in known.items()):
+        if not _is_of_this_release(manifest):
             raise CheckpointError(
                 f"{self.manifest_path}: written by another release; finish it there, or choose another --out"
             )
+        assert isinstance(manifest, dict)
         return manifest
 
+    def is_readable(self) -> bool:
+        """Whether a call of this release, with equal result versions, was begun here.
+
+        Raises:
+            CheckpointError: the manifest is torn.
+        """
+        has_both = self.manifest_path.is_file() and self.resolved_path.is_file()
+        return has_both and _is_of_this_release(read_json(self.manifest_path))
+
     def is_done(self, stage: str) -> bool:
-        """Whether a stage was finished and all its files have their recorded size."""
+        """Whether a stage was finished, all its files have their recorded size, and the supernet that it was made from is the one here.
+
+        A supernet that was lost and trained again may have other bits (on a GPU): what was measured of the first says nothing of it.
+        """
         entry = self._entry(stage)
-        return entry["status"] == "done" and all(
+        has_files = entry["status"] == "done" and all(
             (self.path / stage / name).is_file() and (self.path / stage / name).stat().st_size == facts["bytes"]
             for name, facts in entry["files"].items()
         )
+        return has_files and (stage == "supernet" or self._is_of_this_supernet(entry))
+
+    def begin_stage(self, stage: str) -> None:
+        """Make a stage's folder and note that it is worked in. What an earlier call left stays, unless it is of another supernet.
+
+        Raises:
+            PreflightError: the old files cannot be removed.
+        """
+        folder = self.path / stage
+        made_from = {} if stage == "supernet" else {"supernet": self._supernet_sha256()}
+        if made_from and not self._is_of_this_supernet(self._entry(stage)):
+            try:
+                if folder.exists():
+                    shutil.rmtree(folder)
+            except OSError as error:
+                raise PreflightError(f"{folder}: cannot be removed ({error.strerror}); remove it") from error
+        # After the old files are gone: a call that is killed in between removes them again.
+        self._write_entry(stage, {"status": "running", "files": {}, **made_from})
+        folder.mkdir(exist_ok=True)
 
     def record(self, stage: str, seconds: float, outputs: Sequence[Path] = ()) -> None:
         """Add what a call spent on a stage; with its outputs the stage is finished."""
-        manifest = self.manifest()
         files = {path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in outputs}
-        manifest["stages"][stage] = {
-            "dir": stage,
-            "status": "done" if outputs else "running",
-            "seconds": round(self._entry(stage)["seconds"] + seconds, 3),
-            "files": files,
-        }
-        atomic_write_json(self.manifest_path, manifest)
+        status = "done" if outputs else "running"
+        spent = round(self._entry(stage)["seconds"] + seconds, 3)
+        self._write_entry(stage, {"status": status, "seconds": spent, "files": files})
 
     def footprint(self) -> set[tuple[str, int]]:
         """Name and size of everything that a later call goes on from: equal before and after a call that got nowhere."""
@@ -149,3 +178,20 @@ class OutputFolder:
             self.manifest().get("stages", {}).get(stage, {"status": "new", "seconds": 0.0, "files": {}})
         )
         return entry
+
+    def _write_entry(self, stage: str, facts: Mapping[str, Any]) -> None:
+        manifest = self.manifest()
+        manifest["stages"][stage] = {**self._entry(stage), "dir": stage, **facts}
+        atomic_write_json(self.manifest_path, manifest)
+
+    def _is_of_this_supernet(self, entry: Mapping[str, Any]) -> bool:
+        return self.is_done("supernet") and entry.get("supernet") == self._supernet_sha256()
+
+    def _supernet_sha256(self) -> str:
+        """Of the finished supernet's tensors."""
+        return str(read_json(self.supernet / f"{FINAL}.json")["sha256"])
+
+
+def _is_of_this_release(manifest: object) -> bool:
+    known = {"schema": _SCHEMA, "result_versions": dict(RESULT_VERSIONS)}
+    return isinstance(manifest, dict) and all(manifest.get(name) == value for name, value in known.items())

@@ -13,7 +13,7 @@ from dsnet.data.augment import DescribedImages
 from dsnet.errors import ConfigError
 from dsnet.latency import LatencySettings
 from dsnet.strict_json import check_known, read_strictly
-from dsnet.training.settings import BootstrapSettings, Regime, SupernetRun, TrainSettings
+from dsnet.training.settings import BootstrapSettings, Regime, SupernetRun, TrainSettings, check_recalibration
 
 VERSION = 1
 _HOUSEKEEPING = ("data.path", "supernet.init_from", "supernet.keep_checkpoints", "supernet.train.checkpoint_every")
@@ -29,6 +29,8 @@ class DataSettings:
     """Its folder; null = the environment variable DSNET_DATA."""
     image_size: int | None = None
     """Side in pixels; null = as stored."""
+    crop_fraction: float = 1.0
+    """Image folders only: share of the shorter side that the centre crop keeps, (0, 1]."""
     splits: SplitSizes = field(default_factory=SplitSizes)
     limit: int | None = None
     """At most so many images per split."""
@@ -58,10 +60,7 @@ class RecalibrationSettings:
     batch_size: int = 256
 
     def __post_init__(self) -> None:
-        for name, lowest in (("images", 0), ("batch_size", 1)):
-            value = getattr(self, name)
-            if value is not None and value < lowest:
-                raise ConfigError(f"supernet.recalibration.{name} is {value}, but must be at least {lowest}")
+        check_recalibration(self.images, self.batch_size)
 
 
 @dataclass(frozen=True, kw_only=True)

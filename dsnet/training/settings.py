@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -11,6 +11,7 @@ from dsnet.data.augment import Augmentation
 from dsnet.data.normalization import Normalization
 from dsnet.errors import ConfigError
 from dsnet.space import NORMS
+from dsnet.strict_json import NumberRange
 
 WIDTHS = ("sandwich", "all")
 TEACHERS = ("none", "inplace", "ema", "ema_ensemble")
@@ -19,10 +20,31 @@ SCHEDULES = ("cosine", "one_cycle", "constant")
 PRECISIONS = ("float32", "bf16")
 KEPT_WEIGHTS = ("ema", "student")
 
+_COUNT = NumberRange(lowest=1, is_whole=True)
+_COUNT_FROM_0 = NumberRange(lowest=0, is_whole=True)
+_POSITIVE = NumberRange(above=0)
+_NOT_NEGATIVE = NumberRange(lowest=0)
+_BELOW_ONE = NumberRange(lowest=0, below=1)
+
 
 def _check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
         raise ConfigError(f"{name} is {value!r}; known: {', '.join(known)}")
+
+
+def _check_ranges(section: str, settings: object, ranges: Mapping[str, NumberRange]) -> None:
+    for name, allowed in ranges.items():
+        allowed.check(f"{section}.{name}", getattr(settings, name))
+
+
+def check_recalibration(images: int | None, batch_size: int) -> None:
+    """Refuse sizes with which no statistics can be estimated.
+
+    Raises:
+        ConfigError: fewer than 0 images (None takes all), or batches of fewer than 1.
+    """
+    replace(_COUNT_FROM_0, is_optional=True).check("supernet.recalibration.images", images)
+    _COUNT.check("supernet.recalibration.batch_size", batch_size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +66,7 @@ class Regime:
         _check_choice("supernet.train.teacher", self.teacher, TEACHERS)
         if self.norm is not None:
             _check_choice("supernet.train.bn", self.norm, NORMS)
-        if self.num_random < 0:
-            raise ConfigError(f"supernet.train.num_random is {self.num_random}, but must be at least 0")
+        _COUNT_FROM_0.check("supernet.train.num_random", self.num_random)
         if self.teacher == "ema_ensemble" and self.widths == "sandwich" and self.num_random == 0:
             raise ConfigError(
                 "supernet.train.num_random is 0, but teacher ema_ensemble averages random sub-networks: at least 1"
@@ -63,12 +84,29 @@ REGIMES: Mapping[str, Regime] = MappingProxyType(
 )
 """Named combinations: plain cross-entropy on every width; slimmable networks (all widths, fully private BatchNorm); universally
 slimmable networks (sandwich of 4, in-place distillation, statistics re-estimated after training); in-place bootstrapping;
-in-place ensemble bootstrapping."""
+in-place ensemble bootstrapping. Random widths always come from the declared set of sub-networks: for `us_net` that is ours, the
+paper draws any width (METHODS 7)."""
 
 TEACHER_OF_MODE: Mapping[str, str] = MappingProxyType(
     {"none": "none", "inplace_distillation": "inplace", "ib": "ema", "ieb": "ema_ensemble"}
 )
 """What each `supernet.bootstrapping.mode` means."""
+
+
+_TRAIN_RANGES: Mapping[str, NumberRange] = MappingProxyType(
+    {
+        "epochs": _COUNT_FROM_0,
+        "batch_size": _COUNT,
+        "accumulate": _COUNT,
+        "lr": _POSITIVE,
+        "momentum": _BELOW_ONE,
+        "weight_decay": _NOT_NEGATIVE,
+        "warmup_epochs": _NOT_NEGATIVE,
+        "label_smoothing": _BELOW_ONE,
+        "grad_clip": replace(_POSITIVE, is_optional=True),
+        "checkpoint_every": _COUNT,
+    }
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,18 +122,20 @@ class TrainSettings:
     optimizer: str = "sgd"
     """`sgd` (Nesterov) or `adamw`."""
     lr: float = 0.1
-    """Peak learning rate."""
+    """Peak learning rate, > 0."""
     schedule: str = "cosine"
     """`cosine`: linear warm-up, then half a cosine to 0; `one_cycle`: cosine up from lr / 25 over the warm-up, cosine down to
     lr / 250,000; `constant` after the warm-up."""
     momentum: float = 0.9
+    """[0, 1)."""
     weight_decay: float = 1e-4
-    """Not applied to 1-d parameters."""
+    """>= 0; not applied to 1-d parameters."""
     warmup_epochs: float = 1.0
+    """0 to `epochs`; where `epochs` is 0 nothing reads it."""
     label_smoothing: float = 0.1
-    """Of whoever learns from labels: the largest, and with teacher `none` all."""
+    """[0, 1): of whoever learns from labels, the largest, and with teacher `none` all."""
     grad_clip: float | None = None
-    """Largest gradient norm, or None."""
+    """Largest gradient norm, > 0, or None."""
     precision: str = "float32"
     """`float32`, or `bf16`: autocast to bfloat16 (weights, statistics and optimiser stay float32)."""
     channels_last: bool = False
@@ -104,12 +144,19 @@ class TrainSettings:
     """Epochs between checkpoints."""
 
     def __post_init__(self) -> None:
-        for name, lowest in (("epochs", 0), ("batch_size", 1), ("checkpoint_every", 1), ("accumulate", 1)):
-            if getattr(self, name) < lowest:
-                raise ConfigError(f"supernet.train.{name} is {getattr(self, name)}, but must be at least {lowest}")
+        _check_ranges("supernet.train", self, _TRAIN_RANGES)
+        if 0 < self.epochs < self.warmup_epochs:
+            raise ConfigError(
+                f"supernet.train.warmup_epochs is {self.warmup_epochs}, but must be at most supernet.train.epochs, {self.epochs}"
+            )
         _check_choice("supernet.train.optimizer", self.optimizer, OPTIMIZERS)
         _check_choice("supernet.train.schedule", self.schedule, SCHEDULES)
         _check_choice("supernet.train.precision", self.precision, PRECISIONS)
+
+
+_BOOTSTRAP_RANGES: Mapping[str, NumberRange] = MappingProxyType(
+    {"ema_decay": _BELOW_ONE, "soft_ramp_epochs": _NOT_NEGATIVE, "teacher_min_updates": _COUNT_FROM_0}
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,12 +164,18 @@ class BootstrapSettings:
     """How the EMA copy that teaches is kept, and how soft labels come in."""
 
     ema_decay: float = 0.997
+    """[0, 1)."""
     ema_warmup: bool = True
     """Ours: start with a short memory (see `ema.ema_decay`)."""
     soft_ramp_epochs: float = 0.0
-    """Ours: epochs over which the soft labels take over from the hard ones."""
+    """Ours: epochs over which the soft labels take over from the hard ones, >= 0."""
     teacher_min_updates: int = 100
-    """A teacher width with fewer updates runs on batch statistics."""
+    """A teacher width with fewer updates of its statistics runs on those of the batch. Start weights bring their count along; where those
+    were recalibrated, it is the number of recalibration's batches: fewer than this many, and the width counts as new until training
+    has added the rest. 0 takes every width's own statistics from the first step."""
+
+    def __post_init__(self) -> None:
+        _check_ranges("supernet.bootstrapping", self, _BOOTSTRAP_RANGES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,8 +199,9 @@ class SupernetRun:
 
     def __post_init__(self) -> None:
         _check_choice("supernet.weights", self.weights, KEPT_WEIGHTS)
-        if self.keep_checkpoints < 1:
-            raise ConfigError(f"supernet.keep_checkpoints is {self.keep_checkpoints}, but must be at least 1")
+        _COUNT_FROM_0.check("seed", self.seed)
+        _COUNT.check("supernet.keep_checkpoints", self.keep_checkpoints)
+        check_recalibration(self.recalibration_images, self.recalibration_batch)
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-able mapping, saved with every checkpoint; `from_json` reads it back to an equal object."""

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dsnet.data.augment import Augmentation
 from dsnet.data.cache import ImageCache
-from dsnet.data.image_folder import FolderListing, decode_images, list_image_folder, required_size
+from dsnet.data.image_folder import FolderListing, decode_images, list_image_folder, load_image_folder, required_size
 from dsnet.data.images import ImageSet
 from dsnet.data.normalization import Normalization
 from dsnet.data.registry import check_image_size, load_images
@@ -26,6 +26,7 @@ from dsnet.data.splits import SPLIT_NAMES, Splits
 from dsnet.data.tensors import Batch, TensorData
 from dsnet.errors import ConfigError
 from dsnet.seeds import derive_seed
+from dsnet.strict_json import NumberRange
 from dsnet.training.images import InMemoryImages, StreamedImages, TrainingImages
 
 NUM_NORMALIZATION_IMAGES = 2048
@@ -134,6 +135,8 @@ class StreamedFolder:
     """Threads that decode."""
     cache: ImageCache | None = None
     """Where the pixels of the other splits are kept; None: the user's cache folder."""
+    crop_fraction: float = 1.0
+    """Share of the shorter side that evaluation keeps, (0, 1]; training cuts its own random crops."""
 
     @property
     def name(self) -> str:
@@ -162,7 +165,8 @@ class StreamedFolder:
     @property
     def fingerprint(self) -> str:
         """Of names, sizes and modification times: a file touched counts as changed, unlike where pixels are in memory."""
-        return hashlib.sha256(f"streamed/{self.image_size}/{self.listing.fingerprint}".encode()).hexdigest()
+        crop = "" if self.crop_fraction == 1 else f"/{self.crop_fraction}"
+        return hashlib.sha256(f"streamed/{self.image_size}{crop}/{self.listing.fingerprint}".encode()).hexdigest()
 
     def tensor_data(self, splits: Splits, *, open_test: bool = False) -> TensorData:
         """See `ImageSource.tensor_data`; has no `train`.
@@ -188,10 +192,14 @@ class StreamedFolder:
         """See `ImageSource.training_images`; decodes nothing yet."""
         files = tuple(str(self.listing.files[row].absolute()) for row in splits.train.tolist())
         labels = self.labels.index_select(0, torch.tensor(splits.train))
-        return StreamedImages(files, labels, self.image_size, augmentation, self.num_threads)
+        return StreamedImages(
+            files, labels, self.image_size, augmentation, self.num_threads, crop_fraction=self.crop_fraction
+        )
 
     def _decoded(self, ids: np.ndarray) -> Batch:
-        images = decode_images(self.listing, ids, self.image_size, self.cache, self.num_threads)
+        images = decode_images(
+            self.listing, ids, self.image_size, self.cache, self.num_threads, crop_fraction=self.crop_fraction
+        )
         rows = torch.tensor(ids)
         return Batch(images, self.labels.index_select(0, rows), rows)
 
@@ -203,6 +211,7 @@ def load_source(
     *,
     stream: bool = False,
     num_threads: int = 2,
+    crop_fraction: float = 1.0,
 ) -> ImageSource:
     """Open a data set.
 
@@ -212,15 +221,26 @@ def load_source(
         image_size: Height and width in pixels, 8..512; None: as the data is.
         stream: Leave the training split in its files; image folders only.
         num_threads: Threads that decode, >= 1, where the set is streamed.
+        crop_fraction: Share of the shorter side that the centre crop keeps, (0, 1]; below 1 for image folders only. Where nothing is
+            streamed, training sees the same crops as evaluation.
 
     Raises:
-        ConfigError: The name is unknown, the size out of range or missing, or a set that cannot be streamed.
+        ConfigError: The name is unknown, a number out of its range, the size missing, or a set that cannot be streamed or cropped.
         DataError: A file is missing, truncated or mislabelled; the message names it.
     """
-    if not stream:
-        return InMemorySource(load_images(name, path, image_size))
+    NumberRange(above=0, highest=1).check("data.crop_fraction", crop_fraction)
     if name != "image_folder":
-        raise ConfigError(f"data.stream is true for data set {name!r}: only 'image_folder' streams; set it to false")
+        if stream:
+            raise ConfigError(
+                f"data.stream is true for data set {name!r}: only 'image_folder' streams; set it to false"
+            )
+        if crop_fraction != 1:
+            raise ConfigError(
+                f"data.crop_fraction is {crop_fraction} for data set {name!r}: only 'image_folder' crops; set it to 1"
+            )
+        return InMemorySource(load_images(name, path, image_size))
     size = required_size(image_size)
     check_image_size(size)
-    return StreamedFolder(list_image_folder(path), size, num_threads)
+    if stream:
+        return StreamedFolder(list_image_folder(path), size, num_threads, crop_fraction=crop_fraction)
+    return InMemorySource(load_image_folder(path, size, crop_fraction=crop_fraction))

@@ -81,7 +81,7 @@ def run_standalone(
 
 def _run_stage(folder: OutputFolder, stage: str, make: Callable[[], Sequence[Path]]) -> None:
     started = time.monotonic()
-    (folder.path / stage).mkdir(exist_ok=True)
+    folder.begin_stage(stage)
     try:
         outputs = make()
     except StoppedError:
@@ -121,7 +121,14 @@ class _Work:
     def images(self) -> ImageSource:
         data = self.config.data
         threads = torch.get_num_threads()
-        return load_source(data.name, data.path, data.image_size, stream=data.stream, num_threads=threads)
+        return load_source(
+            data.name,
+            data.path,
+            data.image_size,
+            stream=data.stream,
+            num_threads=threads,
+            crop_fraction=data.crop_fraction,
+        )
 
     @cached_property
     def splits(self) -> Splits:

@@ -98,8 +98,9 @@ class _Session:
             group["lr"] = learning_rate(self.step, self.num_steps, warmup_steps, settings)
         self.optimizer.zero_grad(set_to_none=True)
         losses: dict[str, Tensor] = {}
-        for part in torch.arange(len(labels)).tensor_split(settings.accumulate):
-            rows = slice(int(part[0]), int(part[-1]) + 1)
+        share = len(labels) // settings.accumulate
+        for start in range(0, len(labels), share):
+            rows = slice(start, start + share)
             found = supernet_step(self.student, self.ema.module, images[rows], labels[rows], plan, self.rules)
             losses = {name: losses[name] + loss if losses else loss for name, loss in found.items()}
         workers.average_gradients(self.student.parameters())
@@ -117,12 +118,18 @@ class _Session:
     def save(self, stem: Path, pending: list[Any]) -> None:
         """Write a checkpoint from which training continues bit-identically; `pending` are losses that no report covers yet."""
         tensors = {f"student.{name}": value for name, value in state_for_saving(self.student).items()}
-        tensors |= {f"ema.{name}": value.clone() for name, value in state_for_saving(self.ema.module).items()}
+        tensors |= {f"ema.{name}": value for name, value in state_for_saving(self.ema.module).items()}
         for index, state in self.optimizer.state_dict()["state"].items():
             for name, value in state.items():
                 if value is not None:
                     tensors[f"optimizer.{index}.{name}"] = torch.as_tensor(value).cpu().contiguous()
-        meta = {"step": self.step, "updates": self.updates, "pending_losses": pending, "run": self.run.to_json()}
+        meta = {
+            "step": self.step,
+            "steps_per_epoch": self.steps_per_epoch,
+            "updates": self.updates,
+            "pending_losses": pending,
+            "run": self.run.to_json(),
+        }
         save_checkpoint(stem, tensors, {**meta, **supernet_meta(self.student)})
 
     def load(self, stem: Path) -> list[Any]:
@@ -145,11 +152,17 @@ class _Session:
         state: dict[int, dict[str, Any]] = {}
         for name, value in tensors_below(tensors, "optimizer.").items():
             index, key = name.split(".", 1)
-            state.setdefault(int(index), {})[key] = value
+            # In the weights' own memory order, as they were: optimisers are slow, or wrong, where the orders differ.
+            state.setdefault(int(index), {})[key] = arranged(value, self.run.train.channels_last)
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
-        if not {"step", "updates"} <= meta.keys():
+        if not {"step", "updates", "steps_per_epoch"} <= meta.keys():
             raise CheckpointError(
                 f"{stem}.json: incomplete (no step or updates); delete it to continue from the one before"
+            )
+        if meta["steps_per_epoch"] != self.steps_per_epoch:
+            raise CheckpointError(
+                f"{stem}.json: was written with {meta['steps_per_epoch']} steps an epoch, but this number of workers makes "
+                f"{self.steps_per_epoch} of the same images; continue with as many workers as before, or remove {stem.parent}"
             )
         self.step, self.updates = meta["step"], meta["updates"]
         return meta.get("pending_losses", [])
@@ -215,12 +228,12 @@ def train_supernet(  # noqa: PLR0913 - all but three are given by name
         epoch = session.step // session.steps_per_epoch
         if not _train_epoch(session, data, batch_size, workers, curves, should_stop):
             if workers.size == 1:
-                session.save(folder / f"epoch-{epoch:05d}-step-{session.step:08d}", curves.pending())
+                session.save(folder / f"epoch-{epoch:05d}-step-{session.step:08d}", curves.pending(session.at))
                 _prune(folder, run.keep_checkpoints)
             return None
         workers.average_buffers([session.student, session.ema.module])
         if workers.rank == 0 and ((epoch + 1) % run.train.checkpoint_every == 0 or epoch + 1 == run.train.epochs):
-            session.save(folder / f"epoch-{epoch + 1:05d}", curves.pending())
+            session.save(folder / f"epoch-{epoch + 1:05d}", curves.pending(session.at))
             _prune(folder, run.keep_checkpoints)
     return _finish(session, data, folder) if workers.rank == 0 else None
 
@@ -248,7 +261,7 @@ def _train_epoch(
     batches = data.augmented(list(zip(rows, seeds, strict=True))[first:], session.device)
     with torch.random.fork_rng(devices=devices):
         for number, (images, labels) in enumerate(batches, start=first):
-            if workers.any_of(should_stop()):
+            if workers.agree_to_stop(should_stop()):
                 break
             torch.manual_seed(derive_seed(run.seed, "dropout", epoch, number, workers.rank))
             losses = session.update(_inputs(images, run), labels, session.plan(sandwiches[number]), workers)
@@ -292,7 +305,9 @@ def whole_batch(wanted: int, num_images: int, num_workers: int, accumulate: int)
 def _prune(folder: Path, keep: int) -> None:
     for stem in checkpoint_stems(folder)[:-keep]:
         stem.with_suffix(".json").unlink()  # first: without its JSON a checkpoint does not count
-        stem.with_suffix(".safetensors").unlink()
+    for tensors in folder.glob("epoch-*.safetensors"):
+        if not tensors.with_suffix(".json").exists():  # pruned just now, or left by a kill between the two files
+            tensors.unlink()
 
 
 def _finish(session: _Session, data: TrainingImages, folder: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable
 from typing import Protocol
 
@@ -23,16 +24,19 @@ class Workers(Protocol):
         """How many processes take part."""
         ...
 
+    def agree_to_stop(self, wish: bool) -> bool:
+        """Asked at the start of every step: whether the group stops here, all of it at the same step.
+
+        `wish` is this process's own; that of others may be heard a step or two later.
+        """
+        ...
+
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Replace every gradient by its mean over the group, in one all-reduce a step."""
         ...
 
     def average_buffers(self, modules: Iterable[nn.Module]) -> None:
         """Replace every float buffer by its mean over the group, so that all go on from one state, which a checkpoint can hold."""
-        ...
-
-    def any_of(self, flag: bool) -> bool:
-        """Whether any process of the group raised `flag`, so that all stop at the same step."""
         ...
 
 
@@ -42,27 +46,56 @@ class SingleWorker:
     rank = 0
     size = 1
 
+    def agree_to_stop(self, wish: bool) -> bool:
+        """The wish itself."""
+        return wish
+
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Nothing to average."""
 
     def average_buffers(self, modules: Iterable[nn.Module]) -> None:
         """Nothing to average."""
 
-    def any_of(self, flag: bool) -> bool:
-        """The flag itself."""
-        return flag
-
 
 class DistributedWorkers:
-    """The processes of the default torch.distributed group."""
+    """The processes of the default torch.distributed group.
+
+    Wishes to stop travel with the gradients, so that a step has one all-reduce. On a GPU the answer is read two steps later, when it has
+    long arrived: reading it at once would make every step wait for the device.
+    """
 
     def __init__(self) -> None:
         self.rank = dist.get_rank()
         self.size = dist.get_world_size()
+        self._wish = False
+        self._votes: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
+
+    def agree_to_stop(self, wish: bool) -> bool:
+        """Logical or over the group, of one step ago (two on a GPU)."""
+        self._wish = wish
+        lag = 1 if not self._votes or self._votes[0][1] is None else 2
+        if len(self._votes) < lag:
+            return False
+        vote, arrived = self._votes.popleft()
+        if arrived is not None:
+            arrived.synchronize()
+        if vote.item() > 0:
+            self._votes.clear()
+            return True
+        return False
 
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """One all-reduce of all gradients as a flat vector."""
-        self._average([parameter.grad for parameter in parameters if parameter.grad is not None])
+        """One all-reduce of all gradients, and of the wishes to stop, as a flat vector."""
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        wish = gradients[0].new_full((1,), float(self._wish))
+        self._average([*gradients, wish])
+        if wish.device.type == "cuda":
+            on_host = torch.empty(1, dtype=wish.dtype, pin_memory=True).copy_(wish, non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record()
+            self._votes.append((on_host, arrived))
+        else:
+            self._votes.append((wish, None))
 
     def average_buffers(self, modules: Iterable[nn.Module]) -> None:
         """One all-reduce of all float buffers as a flat vector."""
@@ -77,11 +110,3 @@ class DistributedWorkers:
         flat /= self.size
         parts = flat.split([tensor.numel() for tensor in tensors])
         torch._foreach_copy_(tensors, [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)])
-
-    def any_of(self, flag: bool) -> bool:
-        """Logical or over the group."""
-        votes: Tensor = torch.tensor([float(flag)])
-        if dist.get_backend() == "nccl":
-            votes = votes.cuda()
-        dist.all_reduce(votes, op=dist.ReduceOp.MAX)
-        return bool(votes.item() > 0)

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
+import PIL
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dsnet.data import ImageSet, load_images
+from dsnet.data import Augmentation, ImageSet, Normalization, Splits, load_images
 from dsnet.data.cache import ImageCache
 from dsnet.data.decoding import decode_rgb
-from dsnet.data.image_folder import load_image_folder
+from dsnet.data.image_folder import decode_file, list_image_folder, load_image_folder
 from dsnet.errors import ConfigError, DataError
+from dsnet.training.sources import load_source
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 
@@ -65,6 +71,81 @@ def test_an_image_is_resized_by_its_shorter_side_and_its_centre_cut_out(root: Pa
     wide.save(root / "cats" / "b.png")
     expected = np.asarray(wide.resize((30, 10), Image.Resampling.BILINEAR))[:, 10:20]
     assert np.array_equal(load(root, 10).images[1].permute(1, 2, 0).numpy(), expected)
+
+
+def noise_files(root: Path) -> list[Image.Image]:
+    """Noise of several shapes in place of the folder's images, in its order."""
+    shutil.rmtree(root)
+    rng = np.random.default_rng(1)
+    shapes = [(32, 64), (64, 32), (48, 48), (32, 32)]
+    images = [Image.fromarray(rng.integers(0, 256, (*shape, 3), dtype=np.uint8)) for shape in shapes]
+    for number, image in enumerate(images):
+        file = root / ("cats" if number < 2 else "dogs") / f"{number}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        image.save(file)
+    return images
+
+
+def resized_and_cut(image: Image.Image, shorter: int, size: int) -> np.ndarray:
+    """The plain way, in two steps, for shapes of which nothing has to be rounded."""
+    factor = shorter / min(image.size)
+    whole = image.resize((round(image.width * factor), round(image.height * factor)), Image.Resampling.BILINEAR)
+    left, top = (whole.width - size) // 2, (whole.height - size) // 2
+    return np.asarray(whole.crop((left, top, left + size, top + size))).transpose(2, 0, 1)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_smaller_crop_is_the_centre_of_the_image_resized_by_its_shorter_side(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    monkeypatch.setenv("DSNET_CACHE", str(tmp_path / "own"))
+    expected = np.stack([resized_and_cut(image, shorter=16, size=14) for image in noise_files(root)])
+    source = load_source("image_folder", root, 14, stream=stream, crop_fraction=0.875)
+    ids = np.arange(4)
+    splits = Splits(train=ids, gate=ids, val=ids, test=ids)
+    assert np.array_equal(source.tensor_data(splits).images("val").numpy(), expected)
+    clean = source.training_images(splits, Augmentation()).clean([torch.tensor([2, 0])], torch.device("cpu"))
+    assert np.array_equal(next(iter(clean)).numpy(), expected[[2, 0]])
+    assert source.normalization(splits) == Normalization.from_images(torch.from_numpy(expected))
+
+
+def test_the_resized_side_is_rounded_and_the_centre_exact(root: Path) -> None:
+    image = noise_files(root)[0]
+    cut = (64 - 32) / 2, 0.0
+    inside = 32 * (1 - 10 / 11) / 2  # 10 / 0.875 = 11.43 pixels
+    box = (cut[0] + inside, inside, 64 - cut[0] - inside, 32 - inside)
+    expected = np.asarray(image.resize((10, 10), Image.Resampling.BILINEAR, box=box), dtype=int).transpose(2, 0, 1)
+    assert np.abs(decode_file(root / "cats" / "0.png", 10, 0.875) - expected).max() <= 1
+
+
+def test_only_another_crop_has_another_key(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DSNET_CACHE", str(tmp_path / "own"))
+    noise_files(root)
+    for stream in (False, True):
+        plain, whole, half = (
+            load_source("image_folder", root, 8, stream=stream, **crop)
+            for crop in ({}, {"crop_fraction": 1}, {"crop_fraction": 0.5})
+        )
+        assert plain.fingerprint == whole.fingerprint != half.fingerprint
+    listing = list_image_folder(root)
+    content = [listing.num_test, listing.names, listing.stats]
+    before = hashlib.sha256(json.dumps(["1", PIL.__version__, str(root.resolve()), 8, *content]).encode()).hexdigest()
+    names = {file.name for file in (tmp_path / "own").rglob("*.safetensors")}
+    assert len(names) == 2
+    assert any(before[:16] in name for name in names)
+
+
+@pytest.mark.parametrize("crop_fraction", [0, -0.5, 1.1, float("nan"), True])
+def test_a_crop_outside_the_image_is_refused(root: Path, crop_fraction: float) -> None:
+    with pytest.raises(ConfigError, match=r"data\.crop_fraction is .*, but must be "):
+        load_source("image_folder", root, 8, crop_fraction=crop_fraction)
+
+
+def test_other_data_is_not_cropped() -> None:
+    with pytest.raises(
+        ConfigError, match=r"data\.crop_fraction is 0\.5 for data set 'digits': only 'image_folder' crops"
+    ):
+        load_source("digits", crop_fraction=0.5)
 
 
 def test_train_and_test_folders_give_an_official_test_part(tmp_path: Path) -> None:

@@ -5,24 +5,26 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import make_dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from dsnet.checkpoint import load_supernet
+from dsnet.checkpoint import load_supernet, save_supernet
 from dsnet.data import Normalization, TensorData, load_images, make_splits
 from dsnet.errors import CheckpointError, ConfigError, DataError, LockedError, StoppedError
 from dsnet.files import read_json
 from dsnet.latency import LatencyTable
 from dsnet.routing_table import RoutingTable
+from dsnet.strict_json import read_strictly
 from dsnet.training import __main__ as command
 from dsnet.training import standalone
 from dsnet.training.evaluate import build_routing_table, measure_subnets
@@ -185,6 +187,48 @@ def test_a_lost_file_is_made_again(at_once: Path, tmp_path: Path) -> None:
     assert results(tmp_path) == results(at_once)
 
 
+def exchange_supernet(folder: OutputFolder) -> None:
+    """Other weights in files of the same sizes, as a second training on a GPU gives."""
+    supernet, meta = load_supernet(folder.supernet / "final")
+    with torch.no_grad():
+        for parameter in supernet.parameters():
+            parameter.mul_(-1.5)
+    save_supernet(folder.supernet / "final", supernet, {name: meta[name] for name in ("run", "step")})
+    assert folder.is_done("supernet")
+
+
+@pytest.mark.parametrize("done", ["some rows", "accuracies", "a piece", "a table", "all"])
+def test_what_was_made_of_another_supernet_is_made_again(tmp_path: Path, done: str) -> None:
+    settings = config(data__limit=None, supernet__train__epochs=1)  # tables of two pieces
+    folder = OutputFolder(tmp_path / "out")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(standalone, "PIECE_BATCHES", 1)
+        reached = {
+            "some rows": lambda: (folder.measure / "rows.json").exists(),
+            "accuracies": lambda: (folder.measure / "subnets.json").exists(),
+            "a piece": lambda: any(folder.table.glob("pieces/*")),
+            "a table": lambda: (folder.table / "gate.safetensors").exists(),
+            "all": lambda: False,
+        }
+        if done == "all":
+            run_standalone(settings, folder.path, device="cpu")
+        else:
+            with pytest.raises(StoppedError):
+                run_standalone(settings, folder.path, device="cpu", should_stop=reached[done])
+        exchange_supernet(folder)
+        assert not folder.is_done("measure")
+        assert not folder.is_done("table")
+        run_standalone(settings, folder.path, device="cpu")
+        other = OutputFolder(tmp_path / "other")
+        shutil.copytree(folder.supernet, other.supernet)
+        for name in ("manifest.json", "resolved.json"):
+            shutil.copy(folder.path / name, other.path / name)
+        run_standalone(settings, other.path, device="cpu")
+    assert folder.is_done("measure")
+    assert folder.is_done("table")
+    assert results(folder.path) == results(other.path)
+
+
 def test_other_settings_and_other_images_need_another_folder(tmp_path: Path) -> None:
     with pytest.raises(StoppedError):
         run_standalone(config(), tmp_path, device="cpu", should_stop=StopAt(2))
@@ -286,6 +330,41 @@ def test_a_configuration_survives_json() -> None:
 
 
 @pytest.mark.parametrize(
+    ("wanted", "written", "read"),
+    [
+        (tuple[float, float] | None, [1, 0.5], (1.0, 0.5)),
+        (tuple[float, float] | None, None, None),
+        (tuple[tuple[int, ...], ...] | None, [[1, 2], []], ((1, 2), ())),
+        (float | None, 3, 3.0),
+        (float | int | None, 3, 3),
+        (float | int | None, 0.5, 0.5),
+    ],
+)
+def test_the_members_of_a_union_are_read_as_they_are_alone(wanted: Any, written: object, read: object) -> None:
+    met = read_strictly(make_dataclass("Case", [("value", wanted)]), {"value": written}).value  # type: ignore[attr-defined]
+    assert (met, repr(met)) == (read, repr(read))
+
+
+def test_a_list_in_a_union_is_checked_like_any_other() -> None:
+    case = make_dataclass("Case", [("value", tuple[float, float] | None)])
+    for value, message in (
+        ([1, 2, 3], "value has 3 values, but must have 2"),
+        ([1, "2"], r"value\[1\] is '2', but must be a number"),
+        ("12", "value is '12', but must be a list or null"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            read_strictly(case, {"value": value})
+
+
+def test_crops_by_scale_can_be_asked_for(tmp_path: Path) -> None:
+    settings = config(data__augment={"crop_scale": [0.2, 1]}, supernet__train__epochs=1)
+    assert StandaloneConfig.from_json(json.loads(json.dumps(settings.to_json()))) == settings
+    out = run_standalone(settings, tmp_path / "out", device="cpu")
+    assert read_json(out.supernet / "final.json")["run"]["augmentation"]["crop_scale"] == [0.2, 1]
+    run_standalone(settings, tmp_path / "out", device="cpu")
+
+
+@pytest.mark.parametrize(
     ("paths", "message"),
     [
         ({"sead": 1}, r"^sead: unknown setting; did you mean 'seed'\? known: version, seed"),
@@ -299,6 +378,8 @@ def test_a_configuration_survives_json() -> None:
         ({"measure__batch_sizes": [1, "2"]}, r"measure\.batch_sizes\[1\] is '2', but must be a whole number"),
         ({"measure__device": "gpu"}, r"measure\.device is 'gpu'; known: auto, cpu, cuda"),
         ({"data__augment__crop_padding": -1}, r"data\.augment\.crop_padding is -1"),
+        ({"supernet__train__momentum": 1}, r"supernet\.train\.momentum is 1\.0, but must be at least 0 and below 1"),
+        ({"supernet__bootstrapping__ema_decay": 2}, r"supernet\.bootstrapping\.ema_decay is 2"),
         ({"version": 2}, r"version is 2, but this release reads 1"),
         ({"data": []}, r"data is \[\], but must be a JSON object"),
     ],
@@ -340,6 +421,7 @@ def test_the_command_says_one_line_of_json_and_everything_else_on_stderr(
         (changed(supernet__init_from="/no/such/run"), (), 3, "no finished checkpoint at /no/such/run"),
         (changed(supernet__model="ds_tony"), (), 2, "did you mean 'ds_tiny'"),
         (changed(supernet__train__epochs=0), (), 2, "epochs is 0"),
+        (changed(data__crop_fraction=0.5), (), 2, "data.crop_fraction is 0.5 for data set 'digits'"),
         (CONFIG, ("--max-seconds", "0"), 2, "--max-seconds is 0"),
         (CONFIG, ("--threads", "0"), 2, "--threads is 0"),
     ],

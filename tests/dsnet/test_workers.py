@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,36 @@ def _after(steps: int) -> Callable[[], bool]:
     return lambda: next(count) > steps
 
 
+def _votes(workers: DistributedWorkers, rank: int) -> list[bool]:
+    """What five steps hear: the first process wishes to stop in the second, the other one in the fourth."""
+    heard = []
+    parameter = torch.nn.Parameter(torch.ones(2))
+    for step in range(5):
+        heard.append(workers.agree_to_stop(step == 1 + 2 * rank))
+        parameter.grad = torch.full((2,), float(rank))
+        workers.average_gradients([parameter])
+        assert parameter.grad.tolist() == [0.5, 0.5]
+    workers.agree_to_stop(False)  # the last vote is heard
+    return heard
+
+
+@contextmanager
+def _counted(module: Any, name: str) -> Iterator[list[None]]:
+    """Count the calls of a function."""
+    calls: list[None] = []
+    function = getattr(module, name)
+
+    def counting(*arguments: Any, **keywords: Any) -> Any:
+        calls.append(None)
+        return function(*arguments, **keywords)
+
+    setattr(module, name, counting)
+    try:
+        yield calls
+    finally:
+        setattr(module, name, function)
+
+
 def _worker(rank: int, folder: str) -> None:
     """What each of the two processes does; results go to files."""
     torch.set_num_threads(1)
@@ -55,16 +86,18 @@ def _worker(rank: int, folder: str) -> None:
         workers = DistributedWorkers()
         images, labels = random_images(8), random_labels(8)
         gradients = _step_gradients(images[rank::2], labels[rank::2], workers)
-        votes = [workers.any_of(flag) for flag in (False, rank == 0, rank == 1, True)]
+        votes = _votes(workers, rank)
         net = _fresh()
-        final = _train(net, Path(folder) / "training", workers)
-        _train(_fresh(), Path(folder) / "resumed", workers, should_stop=_after(3))
+        with _counted(dist, "all_reduce") as calls:
+            final = _train(net, Path(folder) / "training", workers)
+        _train(_fresh(), Path(folder) / "resumed", workers, should_stop=_after(2))
         _train(_fresh(), Path(folder) / "resumed", workers)
         stopped = _train(_fresh(), Path(folder) / "stopped", workers, should_stop=lambda: rank == 1)
         torch.save(
             {
                 "gradients": gradients,
                 "votes": votes,
+                "all_reduces": len(calls),
                 "trained": dict(net.named_parameters()),
                 "final": str(final),
                 "stopped": str(stopped),
@@ -94,8 +127,13 @@ def test_averaged_gradients_are_the_mean_of_what_each_half_gives_alone(results: 
         torch.testing.assert_close(first[name], (halves[0][name] + halves[1][name]) / 2, rtol=1e-5, atol=1e-6)
 
 
-def test_any_of_is_true_everywhere_where_one_says_so(results: tuple[Path, list[dict]]) -> None:
-    assert [result["votes"] for result in results[1]] == [[False, True, True, True]] * 2
+def test_all_hear_a_wish_to_stop_at_the_next_step(results: tuple[Path, list[dict]]) -> None:
+    assert [result["votes"] for result in results[1]] == [[False, False, True, False, True]] * 2
+
+
+def test_a_step_has_one_all_reduce_and_an_epoch_one_more(results: tuple[Path, list[dict]]) -> None:
+    num_steps, num_epochs = 4, 2
+    assert [result["all_reduces"] for result in results[1]] == [num_steps + num_epochs] * 2
 
 
 def test_both_processes_hold_equal_parameters_and_the_first_alone_writes(results: tuple[Path, list[dict]]) -> None:
@@ -126,4 +164,4 @@ def test_a_single_worker_changes_nothing() -> None:
     parameter.grad = torch.full((2,), 3.0)
     SingleWorker().average_gradients([parameter])
     assert torch.equal(parameter.grad, torch.full((2,), 3.0))
-    assert (SingleWorker().any_of(True), SingleWorker().any_of(False)) == (True, False)
+    assert (SingleWorker().agree_to_stop(True), SingleWorker().agree_to_stop(False)) == (True, False)

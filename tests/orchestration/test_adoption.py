@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +12,7 @@ from typing import Any
 import pytest
 
 from dsnet.errors import CheckpointError
+from dsnet.files import file_sha256, read_json
 from dsnet.training.output_folder import OutputFolder
 from dsnet.training.resolved import StandaloneConfig
 from dsnet.training.standalone import run_standalone
@@ -125,6 +129,100 @@ def test_what_started_from_weights_is_adopted_with_their_record(made: Path, tmp_
     adoption, _ = found(sweep(init_from=str(second.path), **settings))
     assert adoption is not None
     assert adoption.origin == found(sweep(init_from=str(made), **settings))[1].start.origin  # type: ignore[union-attr]
+
+
+def test_crops_by_scale_go_the_whole_way(tmp_path: Path) -> None:
+    data = {"augment": {"crop_scale": [0.2, 1]}}
+    written = standalone_config(sweep(data=data))
+    assert StandaloneConfig.from_json(json.loads(json.dumps(written.to_json()))) == written
+    out = run_standalone(written, tmp_path / "out", device="cpu").path
+    adoption, _ = found(sweep(data=data, init_from=str(out)))
+    assert adoption is not None
+    assert adoption.stages == ("supernet", "measure", "table")
+    assert found(sweep(data={"augment": {"crop_scale": [0.3, 1]}}, init_from=str(out)))[0] is None
+
+
+def rewrite(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps({**read_json(path), **changes}), encoding="utf-8")
+
+
+def of_another_schema(folder: OutputFolder) -> None:
+    rewrite(folder.manifest_path, schema=2)
+
+
+def of_other_results(folder: OutputFolder) -> None:
+    rewrite(folder.manifest_path, result_versions={"supernet": 99})
+
+
+def with_no_manifest_of_ours(folder: OutputFolder) -> None:
+    folder.manifest_path.write_text(json.dumps({"stages": {"supernet": {"dir": "supernet"}}}), encoding="utf-8")
+
+
+def of_another_configuration_version(folder: OutputFolder) -> None:
+    rewrite(folder.resolved_path, version=2)
+
+
+def with_an_unknown_section(folder: OutputFolder) -> None:
+    rewrite(folder.resolved_path, weather="fine")
+
+
+def with_an_unknown_setting_of_training(folder: OutputFolder) -> None:
+    path = folder.supernet / "final.json"
+    run = read_json(path)["run"]
+    rewrite(path, run={**run, "bootstrapping": {**run["bootstrapping"], "mood": "good"}})
+    with folder.held():
+        manifest = folder.manifest()
+    entry = manifest["stages"]["supernet"]
+    entry["files"]["final.json"] |= {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+    rewrite(folder.manifest_path, stages=manifest["stages"])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        of_another_schema,
+        of_other_results,
+        with_no_manifest_of_ours,
+        of_another_configuration_version,
+        with_an_unknown_section,
+        with_an_unknown_setting_of_training,
+    ],
+)
+def test_what_another_release_wrote_gives_start_weights_alone(
+    made: Path, tmp_path: Path, change: Callable[[OutputFolder], None]
+) -> None:
+    folder = OutputFolder(tmp_path / "copy")
+    shutil.copytree(made, folder.path)
+    assert found(sweep(init_from=str(folder.path)))[0] is not None
+    change(folder)
+    adoption, prepared = found(sweep(init_from=str(folder.path)))
+    assert adoption is None
+    assert prepared.start is not None
+
+
+@pytest.mark.parametrize("file", ["manifest.json", "resolved.json", "supernet/final.json"])
+def test_torn_files_of_this_release_are_refused(made: Path, tmp_path: Path, file: str) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(made, copy)
+    _, prepared = found(sweep(init_from=str(copy)))
+    text = (copy / file).read_text(encoding="utf-8")
+    (copy / file).write_text(text[:-3] + "   ", encoding="utf-8")  # of the same size
+    with pytest.raises(CheckpointError, match="not valid JSON"):
+        find_adoption(
+            copy, supernet_run(prepared), prepared.subnets, prepared.fingerprint, standalone_config(sweep()).measure
+        )
+
+
+def test_what_was_measured_of_another_supernet_is_not_adopted(made: Path, tmp_path: Path) -> None:
+    copy = OutputFolder(tmp_path / "copy")
+    shutil.copytree(made, copy.path)
+    rewrite(copy.supernet / "final.json")  # indented otherwise: another size, hence trained again
+    run_standalone(standalone_config(sweep()), copy.path, device="cpu")
+    stages = copy.manifest()["stages"]
+    rewrite(copy.manifest_path, stages={**stages, "table": {**stages["table"], "supernet": "0" * 64}})
+    adoption, _ = found(sweep(init_from=str(copy.path)))
+    assert adoption is not None
+    assert adoption.stages == ("supernet", "measure")
 
 
 def test_a_file_that_was_exchanged_is_not_copied(made: Path, tmp_path: Path) -> None:

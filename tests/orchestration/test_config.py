@@ -218,6 +218,8 @@ def test_every_setting_is_described_for_the_editor() -> None:
         ({"data": {"name": "digits", "augment": {"crop_scale": [0.5]}}}, ("data", "augment", "crop_scale")),
         ({"data": {"name": "digits", "augment": {"crop_scale": 0.5}}}, ("data", "augment", "crop_scale")),
         ({"data": {"name": "digits", "stream": "no"}}, ("data", "stream")),
+        ({"data": {"name": "image_folder", "image_size": 8, "crop_fraction": 0}}, ("data", "crop_fraction")),
+        ({"data": {"name": "image_folder", "image_size": 8, "crop_fraction": 1.01}}, ("data", "crop_fraction")),
         ({"supernet": {"model": "m", "train": {"epochs": 3.0}}}, ("supernet", "train", "epochs")),
         ({"supernet": {"model": "m", "train": {"lr": 0}}}, ("supernet", "train", "lr")),
         ({"supernet": {"model": "m", "train": {"lr": float("nan")}}}, ("supernet", "train", "lr")),
@@ -303,6 +305,10 @@ def test_names_that_make_a_folder_are_accepted(name: str) -> None:
             "recalibration.images: 0 keeps the statistics of supernet.init_from, but 30 epochs of training outdate them",
         ),
         ({"data": {"name": "digits", "stream": True}}, "stream: only an image_folder can be streamed"),
+        (
+            {"data": {"name": "digits", "crop_fraction": 0.875}},
+            "crop_fraction: only an image_folder is cropped; remove 0.875",
+        ),
         (
             {"data": {"name": "image_folder", "image_size": 8, "stream": True, "augment": {"crop_padding": 2}}},
             "augment.crop_padding: 2 pixels have no use: streamed images are cropped by crop_scale",
@@ -573,6 +579,14 @@ STAGES = ("supernet", "measure", "table", "search", "verify")
 def test_a_setting_enters_the_keys_of_just_the_stages_it_changes(change: dict[str, Any], stages: set[str]) -> None:
     before, after = build(), build(**change)
     assert {stage for stage in STAGES if stage_subset(before, stage) != stage_subset(after, stage)} == stages  # type: ignore[arg-type]
+
+
+def test_the_crop_is_in_the_fingerprint_of_the_images_and_in_no_stage() -> None:
+    whole, cropped = (
+        build(data={"name": "image_folder", "image_size": 8, **crop}) for crop in ({}, {"crop_fraction": 0.875})
+    )
+    assert "crop_fraction" not in stage_subset(whole, "supernet")["data"]
+    assert all(stage_subset(whole, stage) == stage_subset(cropped, stage) for stage in STAGES)  # type: ignore[arg-type]
 
 
 def test_moving_the_data_folder_changes_no_stage() -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from dsnet.data.image_folder import decode_file, list_image_folder
 from dsnet.training.start import load_start
 from orchestration.config_loading import load_config
 from orchestration.import_checkpoint import IMAGENET
@@ -57,6 +58,11 @@ def test_the_sweep_begins_with_the_checkpoints_weights(
     assert prepared.config.name == "published"
     assert prepared.subnets.members == STUDENT.subnets.members
     assert prepared.normalization == IMAGENET
+    assert prepared.config.data.crop_fraction == 0.875
+    val = prepared.splits.val.tolist()
+    file = list_image_folder(folder).files[val[0]]
+    assert np.array_equal(prepared.data.images("val")[0].numpy(), decode_file(file, SIZE, 0.875))
+    assert not np.array_equal(prepared.data.images("val")[0].numpy(), decode_file(file, SIZE))
     run = supernet_run(prepared)
     assert (run.train.epochs, run.recalibration_images) == (0, 0)
     expected = (TEACHER if averaged else STUDENT).state_dict()

@@ -1,0 +1,114 @@
+"""The settings of Stage I: ranges, and the way through JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from dsnet.errors import ConfigError
+from dsnet.training.settings import BootstrapSettings, Regime, SupernetRun, TrainSettings
+from tests.dsnet.samples import small_run
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: Regime(teacher="iib"), "supernet.train.teacher is 'iib'; known: none"),
+        (lambda: Regime(widths="some"), "supernet.train.widths is 'some'; known: sandwich, all"),
+        (lambda: Regime(norm="instance"), "supernet.train.bn is 'instance'; known: private_stats"),
+        (lambda: Regime(num_random=-1), "supernet.train.num_random is -1"),
+        (lambda: Regime(teacher="ema_ensemble", num_random=0), "averages random sub-networks: at least 1"),
+        (lambda: TrainSettings(epochs=-1), "supernet.train.epochs is -1, but must be at least 0"),
+        (lambda: TrainSettings(optimizer="lion"), "supernet.train.optimizer is 'lion'; known: sgd, adamw"),
+        (lambda: TrainSettings(schedule="step"), "supernet.train.schedule is 'step'"),
+        (lambda: TrainSettings(precision="fp8"), "supernet.train.precision is 'fp8'; known: float32, bf16"),
+        (lambda: small_run(weights="teacher"), "supernet.weights is 'teacher'"),
+        (lambda: small_run(keep_checkpoints=0), "keep_checkpoints is 0"),
+    ],
+)
+def test_settings_out_of_range_are_refused_when_built(build: Callable[[], object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build()
+
+
+COUNT = "at least 1"
+COUNT_FROM_0 = "at least 0"
+BELOW_ONE = "at least 0 and below 1"
+# setting: (the value at the edge that is allowed, values outside, the range in words)
+TRAIN: dict[str, tuple[float, tuple[float, ...], str]] = {
+    "epochs": (0, (-1,), COUNT_FROM_0),
+    "batch_size": (1, (0, -4), COUNT),
+    "accumulate": (1, (0,), COUNT),
+    "checkpoint_every": (1, (0,), COUNT),
+    "lr": (1e-9, (0, 0.0, -0.1), "above 0"),
+    "momentum": (0, (-0.1, 1.0, 1.5), BELOW_ONE),
+    "weight_decay": (0, (-1e-9,), COUNT_FROM_0),
+    "warmup_epochs": (0, (-0.5,), COUNT_FROM_0),
+    "label_smoothing": (0, (-0.1, 1), BELOW_ONE),
+    "grad_clip": (1e-9, (0, -1.0), "above 0 or null"),
+}
+BOOTSTRAPPING: dict[str, tuple[float, tuple[float, ...], str]] = {
+    "ema_decay": (0, (-0.1, 1.0), BELOW_ONE),
+    "soft_ramp_epochs": (0, (-1,), COUNT_FROM_0),
+    "teacher_min_updates": (0, (-1,), COUNT_FROM_0),
+}
+RUN: dict[str, tuple[float, tuple[float, ...], str]] = {
+    "recalibration_images": (0, (-1,), "at least 0 or null"),
+    "recalibration_batch": (1, (0,), COUNT),
+    "keep_checkpoints": (1, (0,), COUNT),
+    "seed": (0, (-1,), COUNT_FROM_0),
+}
+KEYS = {
+    "recalibration_images": "supernet.recalibration.images",
+    "recalibration_batch": "supernet.recalibration.batch_size",
+    "keep_checkpoints": "supernet.keep_checkpoints",
+    "seed": "seed",
+}
+WHOLE = {"epochs", "batch_size", "accumulate", "checkpoint_every", "teacher_min_updates", "num_random", *RUN}
+EVERY = [
+    *((TrainSettings, "supernet.train.", name, *limits) for name, limits in TRAIN.items()),
+    *((BootstrapSettings, "supernet.bootstrapping.", name, *limits) for name, limits in BOOTSTRAPPING.items()),
+    *((small_run, "", name, *limits) for name, limits in RUN.items()),
+    (Regime, "supernet.train.", "num_random", 0, (-1,), COUNT_FROM_0),
+]
+
+
+@pytest.mark.parametrize(("build", "section", "name", "edge", "outside", "limits"), EVERY)
+def test_every_number_has_a_range_and_is_finite(
+    build: Callable[..., Any], section: str, name: str, edge: float, outside: tuple[float, ...], limits: str
+) -> None:
+    assert getattr(build(**{name: edge}), name) == edge
+    for value in outside:
+        with pytest.raises(ConfigError) as told:
+            build(**{name: value})
+        assert str(told.value) == f"{section}{KEYS.get(name, name)} is {value!r}, but must be {limits}"
+    kind = "a whole number" if name in WHOLE else "a number"
+    for nonsense in (math.nan, math.inf, True, "1", *([1.5] if name in WHOLE else [])):
+        with pytest.raises(ConfigError) as told:
+            build(**{name: nonsense})
+        assert str(told.value).startswith(f"{section}{KEYS.get(name, name)} is {nonsense!r}, but must be {kind}")
+
+
+def test_what_may_be_left_to_its_default_may_be_null() -> None:
+    assert TrainSettings(grad_clip=None).grad_clip is None
+    assert small_run(recalibration_images=None).recalibration_images is None
+
+
+def test_the_warm_up_ends_before_training_where_there_is_any() -> None:
+    assert TrainSettings(epochs=3, warmup_epochs=3).warmup_epochs == 3
+    assert TrainSettings(epochs=0, warmup_epochs=5).warmup_epochs == 5
+    with pytest.raises(
+        ConfigError, match=r"train\.warmup_epochs is 3\.5, but must be at most supernet\.train\.epochs, 3"
+    ):
+        TrainSettings(epochs=3, warmup_epochs=3.5)
+
+
+def test_settings_survive_json() -> None:
+    run = small_run("ieb", origin={"file": "final.safetensors", "sha256": "ab"})
+    assert SupernetRun.from_json(json.loads(json.dumps(run.to_json()))) == run
+    with pytest.raises(ConfigError, match="not the settings of a supernet's training"):
+        SupernetRun.from_json({**run.to_json(), "colour": "red"})
