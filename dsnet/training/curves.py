@@ -110,7 +110,7 @@ class Curves:
         for (step, name, _), value in zip(rows, values, strict=True):
             if not math.isfinite(value):
                 raise NonFiniteLossError(
-                    f"the loss of {name} is {value} at step {step}; lower supernet.train.lr (now {at.lr:.3g}), "
+                    f"the loss of {name} is {value} at step {step}; lower supernet.train.lr (it stood at {at.lr:.3g}), "
                     "raise supernet.train.warmup_epochs or set supernet.train.grad_clip"
                 )
         return [(step, name, value) for (step, name, _), value in zip(rows, values, strict=True)]
