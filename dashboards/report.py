@@ -40,10 +40,14 @@ class ReportData:
     routes: RoutesInfo | None = None
     widths: WidthsInfo | None = None
     training: TrainingInfo | None = None
+    naming: str = ""
+    """What the sub-networks' names mean."""
     notes: tuple[str, ...] = ()
     """Warnings that qualify the numbers, e.g. 'smoke result: 270 images a split'; shown above everything else."""
     commands: tuple[tuple[str, str], ...] = ()
     """(what it does, command), e.g. ('Continue this run', 'dsnet-orch launch ...')."""
+    making: tuple[tuple[str, str], ...] = ()
+    """How the supernet was made."""
     versions: tuple[tuple[str, str], ...] = ()
     hardware: tuple[tuple[str, str], ...] = ()
     seeds: tuple[tuple[str, str], ...] = ()
@@ -157,6 +161,8 @@ def _widths_section(data: ReportData) -> str:
         "MAdds are not milliseconds: no routing between these sub-networks can be faster than the cheapest of them. "
         "The latency axis is logarithmic, so that equal heights are equal ratios; bars are the interquartile range."
     )
+    if data.naming:
+        caption += f" {data.naming}"
     return _section(
         "Static sub-networks", caption, chart("widths", widths_figure(info), is_wide=True) + _widths_table(info)
     )
@@ -203,5 +209,5 @@ def _commands(data: ReportData) -> str:
 
 
 def _footer(data: ReportData) -> str:
-    entries = (*data.hardware, *data.seeds, *data.versions)
+    entries = (*data.making, *data.hardware, *data.seeds, *data.versions)
     return f"<h2>How these numbers were made</h2>{definition_list(entries)}" if entries else ""

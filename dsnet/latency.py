@@ -15,7 +15,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from dsnet.errors import ConfigError
 from dsnet.materialize import PlainSubnet, materialize_tail, materialize_trunk
+from dsnet.strict_json import NumberRange
 from dsnet.supernet import Supernet
 
 
@@ -119,11 +121,27 @@ class LatencySettings:
     device: str = "cpu"
     threads: int = 1
     batch_sizes: tuple[int, ...] = (1, 64)
-    """For whole sub-networks."""
+    """For whole sub-networks; increasing."""
     group_sizes: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-    """For trunk, decision and tails."""
+    """For trunk, decision and tails; increasing from 1."""
     repeats: int = 15
     warmup: int = 3
+
+    def __post_init__(self) -> None:
+        count, count_from_0 = NumberRange(lowest=1, is_whole=True), NumberRange(lowest=0, is_whole=True)
+        count.check("measure.threads", self.threads)
+        count.check("measure.repeats", self.repeats)
+        count_from_0.check("measure.warmup", self.warmup)
+        for name, sizes in (("batch_sizes", self.batch_sizes), ("group_sizes", self.group_sizes)):
+            if not sizes:
+                raise ConfigError(f"measure.{name} must hold at least 1 entries; got 0")
+            for size in sizes:
+                count.check(f"measure.{name}", size)
+            ordered = sorted(set(sizes))
+            if list(sizes) != ordered:
+                raise ConfigError(f"measure.{name}: sizes must increase; got {list(sizes)}, write {ordered}")
+        if self.group_sizes[0] != 1:
+            raise ConfigError(f"measure.group_sizes must start at 1; got {list(self.group_sizes)}")
 
 
 @torch.inference_mode()

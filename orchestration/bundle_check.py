@@ -47,10 +47,16 @@ def check_bundle(path: Path, data_path: str | None) -> list[Check]:
     check_bundle_files(bundle)
     checks = [Check("files", f"{len(bundle.manifest['files'])} files match their hashes")]
     num_examples = check_bundle_examples(bundle)
-    checks.append(Check("examples", f"{num_examples} stored images give the recorded routes and logits"))
+    checks.append(Check("examples", _examples_finding(num_examples)))
     if data_path is not None:
         checks += _check_claims(bundle, data_path)
     return checks
+
+
+def _examples_finding(num_examples: int) -> str:
+    if num_examples == 0:
+        return "0 images are stored, so routes and logits were not checked; export it again, or check its accuracy with --data"
+    return f"{num_examples} stored images give the recorded routes and logits"
 
 
 def _check_claims(bundle: Bundle, data_path: str) -> list[Check]:
@@ -61,8 +67,13 @@ def _check_claims(bundle: Bundle, data_path: str) -> list[Check]:
 
 def _claimed_data(facts: Mapping[str, Any], data_path: str) -> TensorData:
     """The very splits that the claims were measured on."""
-    is_streamed = facts.get("stream", False)  # bundles of earlier releases do not say
-    image_set = load_source(facts["name"], data_path or None, facts["image_size"], stream=is_streamed)
+    image_set = load_source(
+        facts["name"],
+        data_path or None,
+        facts["image_size"],
+        stream=facts.get("stream", False),  # bundles of earlier releases say neither
+        crop_fraction=facts.get("crop_fraction", 1.0),
+    )
     splits = make_splits(
         image_set.labels.numpy(), image_set.official_test, SplitSizes(**facts["sizes"]), facts["seed"], facts["limit"]
     )

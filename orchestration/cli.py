@@ -215,7 +215,7 @@ def schema() -> None:
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), help="Folder to write [default: named after the file].")
 @click.option("--name", help="Name of the sweep [default: the folder's].")
-@click.option("--classes", default=1000, show_default=True, help="Classes of the checkpoint's classifier.")
+@click.option("--classes", type=click.IntRange(min=1), help="Classes of its classifier [default: as many as it has].")
 @click.option("--image-size", default=224, show_default=True, help="Side of the images in pixels.")
 @click.option("--ema", is_flag=True, help="Take the averaged weights (state_dict_ema).")
 @click.option("--data", help="Folder of held-out images, a folder per class [default: $DSNET_DATA or launch --data].")

@@ -67,6 +67,8 @@ class BrokenRule:
 
     path: KeyPath
     message: str
+    others: tuple[KeyPath, ...] = ()
+    """Further settings that it is about: whoever spoke last, of all of them, is told."""
 
     def __str__(self) -> str:
         return f"{'.'.join(map(str, self.path))}: {self.message}" if self.path else self.message
@@ -88,6 +90,8 @@ Text = Annotated[str, StringConstraints(min_length=1), AfterValidator(_printable
 Fraction = Annotated[float, Field(ge=0, le=1)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
+LARGEST_RATE = 1e6
+"""That of `dsnet.training.settings`, which needs torch."""
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 # YAML and JSON know lists only; the list becomes a tuple, its items stay strict.
@@ -149,8 +153,8 @@ class AugmentConfig(Section):
     """Side in pixels of one square set to zero; 0 = none."""
     crop_scale: CropScale | None = None
     """[low, high]: cut out low to high of the image's area and resize it; null = none, or [0.08, 1] for streamed images."""
-    randaugment_ops: NonNegativeInt = 0
-    """RandAugment: random operations per image, one after the other; 0 = none."""
+    randaugment_ops: Annotated[int, Field(ge=0, le=14)] = 0
+    """RandAugment: random operations per image, one after the other, at most 14; 0 = none."""
     randaugment_magnitude: Annotated[float, Field(ge=0, le=10)] = 9.0
     """RandAugment: strength of each operation, 0 to 10."""
     erasing: Fraction = 0.0
@@ -252,13 +256,13 @@ class TrainConfig(Section):
     """Micro-batches whose gradients add up to one step's; BatchNorm sees each one alone."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
     """sgd (Nesterov) | adamw."""
-    lr: PositiveFloat = 0.1
-    """Peak learning rate, > 0."""
+    lr: Annotated[float, Field(gt=0, le=LARGEST_RATE)] = 0.1
+    """Peak learning rate, > 0, at most 1e6."""
     schedule: Literal["cosine", "one_cycle", "constant"] = "cosine"
     """cosine: to 0 after the warm-up | one_cycle: up during the warm-up, down to lr / 250,000 | constant."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """For sgd, [0, 1)."""
-    weight_decay: NonNegativeFloat = 1.0e-4
+    weight_decay: Annotated[float, Field(ge=0, le=LARGEST_RATE)] = 1.0e-4
     """Not on one-dimensional parameters."""
     warmup_epochs: NonNegativeFloat = 1.0
     """Epochs of linear warm-up, part of `epochs`."""
@@ -334,17 +338,16 @@ class SupernetConfig(Section):
 
     @model_validator(mode="after")
     def _can_start_and_train(self) -> SupernetConfig:
-        _refuse(*_batch_problems(self), *_regime_problems(self), *_start_problems(self))
+        _refuse(*_batch_problems(self), *_number_problems(self), *_regime_problems(self), *_start_problems(self))
         return self
 
 
 def _batch_problems(supernet: SupernetConfig) -> Iterator[BrokenRule]:
-    train, workers = supernet.train, supernet.workers
-    shares = workers * train.accumulate
-    if train.batch_size % shares or train.batch_size < 2 * shares:
-        among = f"{workers} workers" + (f" x {train.accumulate} micro-batches" if train.accumulate > 1 else "")
-        message = f"{train.batch_size} images cannot be shared equally among {among} with at least 2 each"
-        yield BrokenRule(("train", "batch_size"), message)
+    from dsnet.training.settings import sharing_problem
+
+    problem = sharing_problem(supernet.train.batch_size, supernet.workers, supernet.train.accumulate)
+    if problem is not None:
+        yield BrokenRule(("train", "batch_size"), problem, others=(("train", "accumulate"), ("workers",)))
 
 
 def _start_problems(supernet: SupernetConfig) -> Iterator[BrokenRule]:
@@ -388,6 +391,14 @@ def _regime_problems(supernet: SupernetConfig) -> Iterator[BrokenRule]:
         section = "bootstrapping" if supernet.train.num_random is None and bootstrapping.num_random == 0 else "train"
         message = "ieb averages the teacher with random sub-networks and needs at least 1; or choose regime ib"
         yield BrokenRule((section, "num_random"), message)
+
+
+def _number_problems(supernet: SupernetConfig) -> Iterator[BrokenRule]:
+    """One setting written under both of its names, with two values."""
+    newer, older = supernet.train.num_random, supernet.bootstrapping.num_random
+    if None not in (newer, older) and newer != older:
+        message = f"{older} contradicts supernet.train.num_random {newer}, the newer name of this setting; remove one of the two"
+        yield BrokenRule(("bootstrapping", "num_random"), message)
 
 
 def _regime_parts(supernet: SupernetConfig) -> dict[str, Any]:
@@ -819,6 +830,10 @@ def config_warnings(config: SweepConfig) -> list[str]:
 
 def _training_warnings(supernet: SupernetConfig) -> Iterator[str]:
     regime = resolve_regime(supernet)
+    for section in ("train", "bootstrapping"):
+        number = getattr(supernet, section).num_random
+        if number and regime.widths == "all":
+            yield f"supernet.{section}.num_random {number} is not used: with widths all, every sub-network trains in every step"
     if supernet.train.precision == "bf16" and _trains_on_cpu(supernet.device):
         yield "supernet.train.precision bf16 on a CPU: slower than float32 below large batches"
     if regime.norm == "recalibrate" and regime.teacher in ("ema", "ema_ensemble"):

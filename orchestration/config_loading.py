@@ -25,6 +25,7 @@ from orchestration.config import (
     is_nullable,
     known_fields,
     requirement,
+    resolve_regime,
     section_class,
 )
 from orchestration.presets import BUILT_IN_PRESETS, built_in_settings
@@ -32,6 +33,8 @@ from orchestration.wording import shown, way_out
 from orchestration.yaml_source import KeyPath, YamlSource, parse_yaml, read_yaml_file
 
 DATA_VARIABLE = "DSNET_DATA"
+_USUAL_SIZES: Mapping[str, int] = {"digits": 8}
+"""Side in pixels where nobody asks for another, of what is not 32."""
 _NEEDED = "version, name, data.name and supernet.model"
 
 
@@ -66,13 +69,28 @@ def load_config(
             anything else is replaced.
         flags: dotted key -> value from dedicated options; None means that the option was not given.
         preset: name of a preset in the file, or else of a built-in one.
-        known_models: names of the architecture families; None leaves supernet.model unchecked.
+        known_models: names of the architecture families; None leaves supernet.model and its options unchecked.
         environ: environment variables; None = those of this process.
 
     Raises:
         ConfigError: with one line for each thing that is wrong, in the order of the file.
     """
     source = read_yaml_file(Path(path))
+    return load_source_text(
+        source, overrides=overrides, flags=flags, preset=preset, known_models=known_models, environ=environ
+    )
+
+
+def load_source_text(
+    source: YamlSource,
+    *,
+    overrides: Sequence[str] = (),
+    flags: Mapping[str, object] | None = None,
+    preset: str | None = None,
+    known_models: Sequence[str] | None = None,
+    environ: Mapping[str, str] | None = None,
+) -> LoadedConfig:
+    """As `load_config`, of a text that need not be a file yet."""
     file_settings = _top_level_mapping(source)
     presets = _presets(source, file_settings)
     file_layer = _Layer({key: value for key, value in file_settings.items() if key != "presets"}, source)
@@ -223,10 +241,12 @@ class _Stack:
     settings: dict[str, Any]
     owners: dict[KeyPath, _Layer]
     """Who wrote what stands at a path; a section belongs to the first layer that has it."""
+    layers: list[_Layer]
+    """In the order in which they were laid."""
 
     @classmethod
     def of(cls, layers: Sequence[_Layer]) -> _Stack:
-        stack = cls({}, {(): layers[0]})
+        stack = cls({}, {(): layers[0]}, [])
         if "space" not in layers[0].settings:  # so that a preset or --set changes the default space, not replaces it
             stack.settings["space"] = _default_space()
         for layer in layers:
@@ -235,6 +255,7 @@ class _Stack:
 
     def lay(self, layer: _Layer) -> None:
         self._forget_other_options(layer)
+        self.layers.append(layer)
         self._merge(self.settings, layer.settings, (), layer)
 
     def _forget_other_options(self, layer: _Layer) -> None:
@@ -272,6 +293,15 @@ class _Stack:
                 return self.owners[path[:end]]
         raise AssertionError("the root always has an owner")
 
+    def last_spoken(self, paths: Sequence[KeyPath]) -> KeyPath:
+        """Of several settings the one that the uppermost layer wrote; the first where nobody wrote any."""
+
+        def height(path: KeyPath) -> int:
+            written = self.owners.get(path)
+            return max((number for number, layer in enumerate(self.layers) if layer is written), default=-1)
+
+        return max(paths, key=height)
+
     def problem(self, path: KeyPath, message: str, *, at_key: bool = False) -> _Problem:
         return self.owner(path).problem(path, message, at_key=at_key)
 
@@ -287,6 +317,8 @@ def _checked(
         for details in _first_causes(error.errors(include_url=False)):
             problems.extend(_explained(details, stack))
         return None, problems
+    if not problems and known_models is not None:
+        problems += _option_problems(config, stack)
     return config, problems
 
 
@@ -350,13 +382,33 @@ def _model_problems(stack: _Stack, known_models: Sequence[str] | None) -> Iterat
         yield stack.problem(("supernet", "model"), message)
 
 
+def _option_problems(config: SweepConfig, stack: _Stack) -> Iterator[_Problem]:
+    """What the family says of its options; with the size of the images, as far as the file tells it."""
+    # Imported here: families need torch, which a check without known models does without.
+    from dsnet.families import Task, layout
+
+    supernet, usual_size = config.supernet, _USUAL_SIZES.get(config.data.name, 32)
+    if supernet.model == CHECKPOINT_MODEL:
+        return
+    task = Task(num_classes=10, in_channels=3, image_size=config.data.image_size or usual_size)
+    try:
+        layout(supernet.model, task, supernet.options, resolve_regime(supernet).norm)
+    except ConfigError as error:
+        where, _, message = str(error).partition(": ")
+        named = [key for key in supernet.options if re.search(rf"\b{re.escape(key)}\b", where)]
+        named = named or [key for key in supernet.options if re.match(rf"{re.escape(key)}\b", message)]
+        path: KeyPath = ("supernet", "options", *named[:1])
+        yield stack.problem(path, message, at_key="unknown option" in message)
+
+
 def _explained(details: ErrorDetails, stack: _Stack) -> Iterator[_Problem]:
     """One error of pydantic in plain words."""
     path: KeyPath = tuple(details["loc"])
     kind = details["type"]
     if kind == "broken_rules":
         for rule in details["ctx"]["rules"]:
-            yield stack.problem(path + rule.path, rule.message)
+            place = stack.last_spoken([path + each for each in (rule.path, *rule.others)])
+            yield stack.problem(place, rule.message)
     elif kind == "extra_forbidden":
         yield stack.problem(path, _unknown_key(path), at_key=True)
     elif kind == "missing":
@@ -451,12 +503,26 @@ def _spelling_hint(kind: str, met: object) -> str:
     return ""
 
 
+_ALIASES: Mapping[str, str] = {
+    "bfloat16": "bf16",
+    "amp": "bf16",
+    "fp32": "float32",
+    "gpu": "cuda",
+    "inplace_bootstrapping": "ib",
+    "batchnorm": "private_stats",
+    "groupnorm": "group_norm",
+}
+"""What people write -> what is meant; spelling alone would guess wrong."""
+
+
 def _not_a_choice(path: KeyPath, met: object, expected: str) -> str:
     known = re.findall(r"'([^']*)'", expected) or [expected]
     what = path[-2] if path[-1] == "name" else path[-1]
     if not isinstance(met, str):
         return f"expected one of {', '.join(known)}; got {shown(met)}"
-    return f"unknown {what} '{met}'{way_out(met, known)}"
+    meant = _ALIASES.get(met.lower())
+    hint = f"; did you mean '{meant}'?" if meant in known else ""
+    return f"unknown {what} '{met}'{way_out(met, known, hint=hint)}"
 
 
 def _origins(config: SweepConfig, stack: _Stack) -> dict[str, str]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from ruamel.yaml import YAML
 
 from dsnet.bundle import NUM_EXAMPLES, save_bundle
@@ -90,13 +91,23 @@ def export_bundles(prepared: Prepared, results: RunResults, slots: Sequence[int]
 
 
 def _examples(prepared: Prepared, val: RoutingTable, router: GateRouter) -> torch.Tensor:
-    """Images of `val` (the sealed split is never shown), spread evenly over those that the gate decides clearly.
+    """Images of `val`: the sealed split is never shown."""
+    return prepared.data.images("val")[torch.from_numpy(example_rows(router, val))]
 
-    Where two scores are nearly equal another processor may round the other way; such an image would prove nothing.
+
+def example_rows(router: GateRouter, table: RoutingTable) -> NDArray[np.int64]:
+    """Which images a bundle stores as examples: `NUM_EXAMPLES` rows of the table, or all where it has fewer; rising.
+
+    They are spread evenly over the images that the gate decides clearly. Where there are too few of those, the clearest of the others
+    follow: where two scores are equal up to rounding, another processor may take the other route, and `check_bundle_examples` lets it.
     """
-    clear = np.flatnonzero(~near_ties(router, val, CLEAR_MARGIN))
-    rows = clear[np.linspace(0, len(clear) - 1, min(NUM_EXAMPLES, len(clear))).astype(int)]
-    return prepared.data.images("val")[torch.from_numpy(rows)]
+    is_clear = ~near_ties(router, table, CLEAR_MARGIN)
+    clear = np.flatnonzero(is_clear)
+    if len(clear) >= NUM_EXAMPLES:
+        return clear[np.linspace(0, len(clear) - 1, NUM_EXAMPLES).astype(int)]
+    margin = router.margin(torch.from_numpy(table.part("hidden").copy())).numpy()
+    clearest = np.lexsort((-margin, ~is_clear))
+    return np.sort(clearest[:NUM_EXAMPLES])
 
 
 def bundle_claims(prepared: Prepared, results: RunResults, slot: int) -> dict[str, Any]:
@@ -109,6 +120,7 @@ def bundle_claims(prepared: Prepared, results: RunResults, slot: int) -> dict[st
             "name": prepared.image_set.name,
             "image_size": config.data.image_size,
             "stream": config.data.stream,
+            "crop_fraction": config.data.crop_fraction,
             "sizes": config.data.splits.model_dump(mode="json"),
             "seed": config.seed,
             "limit": config.data.limit,

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,10 +15,13 @@ from dsnet.checkpoint import save_supernet
 from dsnet.compat import load_dsnet_checkpoint
 from dsnet.cost import subnet_cost
 from dsnet.data.normalization import Normalization
-from dsnet.errors import ConfigError
-from dsnet.files import atomic_write_text, file_sha256
+from dsnet.errors import CheckpointError, ConfigError, PreflightError
+from dsnet.files import atomic_write_text, file_sha256, read_json
 from dsnet.supernet import Supernet
+from dsnet.training.start import find_checkpoint
 from dsnet.training.supernet import FINAL
+from orchestration.config_loading import load_source_text
+from orchestration.yaml_source import parse_yaml
 
 IMAGENET = Normalization((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
 """What the released weights were trained with: ImageNet's mean and deviation, in units of pixel values."""
@@ -71,9 +77,10 @@ class ImportSettings:
 
     name: str
     """Of the sweep."""
-    num_classes: int = 1000
+    num_classes: int | None = None
+    """Of the checkpoint's classifier; None takes as many as it has."""
     image_size: int = 224
-    """Side in pixels."""
+    """Side in pixels, as data.image_size of sweep.yaml."""
     ema: bool = False
     """Take the checkpoint's averaged weights."""
     data: str | None = None
@@ -84,22 +91,68 @@ def import_checkpoint(source: Path, out: Path, settings: ImportSettings) -> Impo
     """Read a released DS-Net checkpoint and write it, with a sweep file, into the folder `out`.
 
     Raises:
-        CheckpointError: the file is none of a released model, or its tensors do not fit.
-        ConfigError: `out` holds an import already.
+        CheckpointError: the file is none of a released model, its tensors do not fit, or they hold NaN.
+        ConfigError: `out` holds an import already, sweep.yaml does not allow a setting, or `source` is a checkpoint in our format.
+        PreflightError: `out` cannot be used.
     """
     sweep = out / SWEEP_FILE
-    if sweep.exists():
-        raise ConfigError(f"{sweep}: is there already; choose another --out, or remove it")
+    text = _sweep_text(out / FINAL, settings)
+    _check_settings(text, settings)
+    _check_out(out)
+    _refuse_own_format(source)
     supernet, _ = load_dsnet_checkpoint(source, settings.num_classes, ema=settings.ema, image_size=settings.image_size)
-    out.mkdir(parents=True, exist_ok=True)
+    with _usable(out):
+        out.mkdir(parents=True, exist_ok=True)
     origin = {"file": source.name, "sha256": file_sha256(source), "weights": "ema" if settings.ema else "student"}
     meta = {"run": {"normalization": IMAGENET.to_json(), "origin": origin}, "torch": torch.__version__}
     save_supernet(out / FINAL, supernet, meta)
-    text = _TEMPLATE.format(  # a JSON value is a YAML value
-        name=json.dumps(settings.name),
-        data=json.dumps(settings.data),
-        image_size=settings.image_size,
-        stem=json.dumps(str((out / FINAL).absolute())),
-    )
     atomic_write_text(sweep, text)
     return Imported(sweep, out / FINAL, supernet)
+
+
+def _sweep_text(stem: Path, settings: ImportSettings) -> str:
+    return _TEMPLATE.format(
+        name=_yaml_value(settings.name),
+        data=_yaml_value(settings.data),
+        image_size=settings.image_size,
+        stem=_yaml_value(str(stem.absolute())),
+    )
+
+
+def _yaml_value(value: str | None) -> str:
+    """A JSON value is a YAML value."""
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _check_settings(text: str, settings: ImportSettings) -> None:
+    """Refuse what a launch of the sweep file would refuse."""
+    given = {"name": settings.name, "data.path": settings.data, "data.image_size": settings.image_size}
+    load_source_text(parse_yaml(text, SWEEP_FILE), flags=given)
+
+
+def _check_out(out: Path) -> None:
+    with _usable(out):
+        if (out / SWEEP_FILE).exists():
+            raise ConfigError(f"{out / SWEEP_FILE}: is there already; choose another --out, or remove it")
+        if out.exists() and not out.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, "it is a file")
+
+
+@contextmanager
+def _usable(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise PreflightError(f"--out {out}: cannot be used ({error.strerror}); choose another") from error
+
+
+def _refuse_own_format(source: Path) -> None:
+    try:
+        stem = find_checkpoint(source)
+        content = read_json(stem.with_name(f"{stem.name}.json"))
+    except CheckpointError:
+        return  # none of ours: whoever reads it says what it is
+    if isinstance(content, dict) and "spec" in content:
+        raise ConfigError(
+            f"{source}: is a checkpoint of dsnet-orch and needs no import; name it in supernet.init_from of a sweep file"
+        )

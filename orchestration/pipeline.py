@@ -70,8 +70,8 @@ def launch(
         VerificationError, NothingFeasibleError, TooManyFailedTrialsError, LockedError, PreflightError, ...: see dsnet.errors.
     """
     config = anchored(config)
-    prepared = prepare(config)
     run = RunDir(Path(config.storage.runs), config.name)
+    prepared = prepare(config, run, progress.warn)
     if config.tracking.mlflow:
         store_uri(config, run)  # refuses a folder that no store can lie in, before anything is made
     run.create()

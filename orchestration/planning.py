@@ -7,8 +7,7 @@ from pathlib import Path
 
 from dsnet.cost import subnet_cost
 from dsnet.errors import DataError, NotFoundError, PreflightError
-from dsnet.families import Task, layout
-from orchestration.config import CHECKPOINT_MODEL, SweepConfig, resolve_regime
+from orchestration.config import SweepConfig
 from orchestration.config_loading import LoadedConfig
 from orchestration.preparation import Prepared, prepare, stage_definitions
 from orchestration.projection import make_tracker, replay, store_uri, sweep_end_ms
@@ -17,6 +16,8 @@ from orchestration.results import RunResults
 from orchestration.rundir import MLFLOW_DATABASE, DriverLock, RunDir, mlflow_artifact_root, mlflow_store_uri
 from orchestration.search_stage import continued
 from orchestration.stages import StagePlan, plan_stages
+from orchestration.supernet_facts import SupernetFacts, dry_layout
+from orchestration.terminal import warn
 from orchestration.tracking import Status
 from search.points import save_points
 
@@ -30,6 +31,7 @@ class SweepPlan:
     config: SweepConfig
     origins: dict[str, str]
     prepared: Prepared
+    supernet: SupernetFacts
     run: RunDir
     stages: tuple[StagePlan, ...]
     routes: tuple[tuple[str, float, float], ...]
@@ -43,8 +45,8 @@ def make_plan(loaded: LoadedConfig) -> SweepPlan:
         DataError, ConfigError, PreflightError: as a launch would.
     """
     config = loaded.config
-    prepared = prepare(config)
     run = RunDir(Path(config.storage.runs), config.name)
+    prepared = prepare(config, run, warn)
     spec = prepared.subnets.spec
     costs = [(subnet.name, subnet_cost(spec, subnet, prepared.image_size)) for subnet in prepared.subnets.all]
     *others, search = plan_stages(run, stage_definitions(prepared))
@@ -52,6 +54,7 @@ def make_plan(loaded: LoadedConfig) -> SweepPlan:
         config,
         loaded.origins,
         prepared,
+        SupernetFacts.of_prepared(prepared),
         run,
         (*others, continued(run, search, config)),
         tuple((name, cost.madds / 1e6, cost.params / 1e6) for name, cost in costs),
@@ -64,14 +67,7 @@ def check_model(config: SweepConfig) -> None:
     Raises:
         ConfigError: unknown family or option, or a value out of its range.
     """
-    if config.supernet.model == CHECKPOINT_MODEL:
-        return
-    layout(
-        config.supernet.model,
-        Task(num_classes=10, in_channels=3, image_size=config.data.image_size or 32),
-        config.supernet.options,
-        resolve_regime(config.supernet).norm,
-    )
+    dry_layout(config)
 
 
 def prepare_again(results: RunResults) -> Prepared:
@@ -80,7 +76,7 @@ def prepare_again(results: RunResults) -> Prepared:
     Raises:
         DataError: the data is not what the run was made with.
     """
-    prepared = prepare(results.config)
+    prepared = prepare(results.config, results.run, warn)
     recorded = results.manifest["data_hashes"]
     if recorded.get("images") != prepared.image_set.fingerprint or recorded.get("splits") != prepared.splits.hash:
         raise DataError(

@@ -4,27 +4,32 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from dsnet.data import Augmentation, Normalization, Splits, SplitSizes, TensorData, make_splits
 from dsnet.environment import resolve_device
-from dsnet.errors import ConfigError
+from dsnet.errors import CheckpointError, ConfigError
 from dsnet.families import Task
-from dsnet.files import atomic_write_text
+from dsnet.files import atomic_write_text, read_json
 from dsnet.latency import LatencySettings
 from dsnet.space import SubnetSet
 from dsnet.training.images import InMemoryImages, TrainingImages
 from dsnet.training.output_folder import RESULT_VERSIONS
 from dsnet.training.settings import BootstrapSettings, SupernetRun, TrainSettings
 from dsnet.training.sources import ImageSource, load_source
-from dsnet.training.start import Start, check_start, first_weights, lay_out, load_start
+from dsnet.training.start import Start, check_start, find_checkpoint, first_weights, lay_out, load_start
+from dsnet.training.supernet import FINAL
 from orchestration.adoption import Adoption, find_adoption, standalone_config
 from orchestration.config import REGIME_KEYS, Stage, SweepConfig, resolve_regime, stage_subset
-from orchestration.stages import StageDefinition
+from orchestration.rundir import Manifest, RunDir
+from orchestration.stages import StageDefinition, StageDir, stage_record
+
+logger = logging.getLogger(__name__)
 
 STAGE_VERSIONS: Mapping[str, int] = {**RESULT_VERSIONS, "search": 1, "verify": 1}
 """Raised by hand when the code of a stage gives other results."""
@@ -101,8 +106,15 @@ class Prepared:
         return tuple(notes)
 
 
-def prepare(config: SweepConfig) -> Prepared:
+def prepare(config: SweepConfig, run: RunDir | None = None, warn: Callable[[str], None] = logger.warning) -> Prepared:
     """Load the data, make the splits, lay out the network.
+
+    What `supernet.init_from` names may be gone once the supernet is trained: the finished stage then says all that is needed of it.
+
+    Args:
+        config: resolved.
+        run: where the sweep's results are, or will be; it need not exist. None: there are none to go on with.
+        warn: hears, in one sentence, that the start weights are gone.
 
     Raises:
         DataError: data missing or broken.
@@ -110,6 +122,50 @@ def prepare(config: SweepConfig) -> Prepared:
         CheckpointError: the start weights are missing, broken, or of another network.
         PreflightError: no such device.
     """
+    source = config.supernet.init_from
+    if source is None:
+        return _checked(_laid_out(config, None), None)
+    try:
+        find_checkpoint(Path(source))
+    except CheckpointError:
+        if run is None or (finished := _from_finished_stage(config, run)) is None:
+            raise
+        warn(f"supernet.init_from: {source} is gone; run {run.name!r} goes on with the supernet that it made of it")
+        return finished
+    start = load_start(Path(source))
+    prepared = _checked(_laid_out(config, start), start)
+    return replace(prepared, adoption=_adoption(prepared))
+
+
+def _from_finished_stage(config: SweepConfig, run: RunDir) -> Prepared | None:
+    """The same from what a run's finished supernet recorded of its origin; None where it is not the one that `config` asks for."""
+    if not run.manifest_path.is_file():
+        return None
+    entry = Manifest(run.manifest_path).read()["stages"].get("supernet")
+    if entry is None:
+        return None
+    folder = StageDir(run.stage_dir("supernet", entry["key"]))
+    if not folder.is_done():
+        return None
+    stem = folder.path.absolute() / FINAL
+    origin = read_json(stem.with_name(f"{FINAL}.json"))["run"]["origin"]  # empty: adopted, and trained afresh there
+    prepared = replace(
+        _laid_out(config, load_start(stem)), start=StartPoint(stem, origin["sha256"], origin, ()) if origin else None
+    )
+    return prepared if stage_record(stage_definitions(prepared)[0], {}).key == entry["key"] else None
+
+
+def _checked(prepared: Prepared, start: Start | None) -> Prepared:
+    """With its start weights tried on."""
+    if start is not None:
+        prepared = replace(prepared, start=StartPoint.of(start, prepared.subnets))
+    fresh = () if prepared.start is None else prepared.start.fresh
+    check_start(supernet_run(prepared), start, fresh, len(prepared.image_set.class_names))
+    return prepared
+
+
+def _laid_out(config: SweepConfig, start: Start | None) -> Prepared:
+    """Data, splits and network; of `start` the network and the normalisation."""
     supernet = config.supernet
     for device in (supernet.device, config.measure.device):
         resolve_device(device)
@@ -119,11 +175,10 @@ def prepare(config: SweepConfig) -> Prepared:
     channels, _, size = image_set.image_shape
     task = Task(num_classes=len(image_set.class_names), in_channels=channels, image_size=size)
     data = image_set.tensor_data(splits)
-    start = None if supernet.init_from is None else load_start(Path(supernet.init_from))
     subnets = lay_out(supernet.model, task, supernet.options, resolve_regime(supernet).norm, start)
     check_routing(config, len(subnets))
     known = None if start is None else start.normalization
-    prepared = Prepared(
+    return Prepared(
         config=config,
         image_set=image_set,
         splits=splits,
@@ -131,11 +186,7 @@ def prepare(config: SweepConfig) -> Prepared:
         normalization=known if known is not None else image_set.normalization(splits),
         subnets=subnets,
         fingerprint=hashlib.sha256(f"{image_set.fingerprint}/{splits.hash}".encode()).hexdigest(),
-        start=None if start is None else StartPoint.of(start, subnets),
     )
-    fresh = () if prepared.start is None else prepared.start.fresh
-    check_start(supernet_run(prepared), start, fresh, task.num_classes)
-    return replace(prepared, adoption=_adoption(prepared))
 
 
 def _adoption(prepared: Prepared) -> Adoption | None:

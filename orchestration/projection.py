@@ -10,6 +10,7 @@ from orchestration.config import SweepConfig
 from orchestration.results import MeasuredSubnet, RunResults
 from orchestration.rundir import RunDir, mlflow_artifact_root, mlflow_store_uri
 from orchestration.stages import flatten
+from orchestration.supernet_facts import SupernetFacts, resolved_settings
 from orchestration.tracking import CurveTail, MlflowTracker, NullTracker, TrackedRun, Tracker
 from search.points import trial_name
 from search.study import TrialRecord
@@ -54,8 +55,8 @@ def sweep_end_ms(manifest: Mapping[str, Any]) -> int:
 
 
 def sweep_row(manifest: Mapping[str, Any], run: RunDir, config: SweepConfig) -> TrackedRun:
-    """The parent: the whole configuration as parameters."""
-    params = flatten(config.model_dump(mode="json", exclude={"presets"}))
+    """The parent: the whole configuration as parameters, with the regime resolved."""
+    params = flatten({**config.model_dump(mode="json", exclude={"presets"}), "supernet": resolved_settings(config)})
     tags = {
         "run": run.name,
         "hardware": str(manifest["hardware"].get("cpu", "")),
@@ -67,10 +68,12 @@ def sweep_row(manifest: Mapping[str, Any], run: RunDir, config: SweepConfig) -> 
 
 
 def supernet_row(manifest: Mapping[str, Any], run: RunDir, config: SweepConfig, *, is_done: bool) -> TrackedRun:
-    """The supernet's training; its curves are added by step."""
+    """The supernet's training; its curves are added by step. Once done, it also tells network and start weights."""
     stage = manifest["stages"]["supernet"]
     start = unix_ms(stage["started_at"])
     end = start + int(1000 * stage["seconds"]) if is_done and stage["seconds"] is not None else None
+    settings = resolved_settings(config)
+    facts = SupernetFacts.of_stage(run.stage_dir("supernet", stage["key"])) if is_done else None
     return TrackedRun(
         f"{sweep_uid(manifest, run)}/{stage['key'][:12]}/supernet",
         "supernet",
@@ -79,7 +82,10 @@ def supernet_row(manifest: Mapping[str, Any], run: RunDir, config: SweepConfig, 
         end,
         "FINISHED" if is_done else "RUNNING",
         params=flatten(
-            {"supernet": config.supernet.model_dump(mode="json"), "data": config.data.model_dump(mode="json")}
+            {
+                "supernet": settings | ({} if facts is None else facts.params()),
+                "data": config.data.model_dump(mode="json"),
+            }
         ),
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
@@ -38,13 +39,13 @@ def report_data(results: RunResults, class_names: tuple[str, ...], notes: tuple[
     """Everything the report shows; parts that the run does not have yet stay empty."""
     manifest, config = results.manifest, results.config
     records = results.records
-    name = results.run.name
+    made = results.supernet
     return ReportData(
-        run_name=name,
+        run_name=results.run.name,
         status=status,  # type: ignore[arg-type]
         created=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
         data_name=config.data.name,
-        model=config.supernet.model,
+        model=_model_name(results),
         headline=headline(results),
         num_completed=len(results.completed),
         num_failed=len(records) - len(results.completed),
@@ -54,13 +55,10 @@ def report_data(results: RunResults, class_names: tuple[str, ...], notes: tuple[
         routes=routes_of(results, class_names),
         widths=widths_of(results),
         training=training_of(results),
+        naming="" if made is None else made.naming,
+        making=() if made is None else made.lines(config.supernet.init_from),
         notes=notes + _objective_notes(results),
-        commands=(
-            ("Continue this run, or extend it with a larger budget", f"dsnet-orch launch {results.run.sweep_yaml}"),
-            ("The front on the terminal", f"dsnet-orch pareto {name}"),
-            ("Export gates of the front as bundles that run", f"dsnet-orch export {name} --pick all"),
-            ("Browse every point in MLflow", f"dsnet-orch ui --runs {results.run.root}"),
-        ),
+        commands=commands_of(results),
         versions=tuple((key, str(value)) for key, value in manifest["versions"].items()),
         hardware=tuple((key, str(value)) for key, value in manifest["hardware"].items() if value is not None),
         seeds=(
@@ -68,6 +66,24 @@ def report_data(results: RunResults, class_names: tuple[str, ...], notes: tuple[
             *((key, str(value)[:16]) for key, value in manifest["data_hashes"].items()),
         ),
     )
+
+
+def commands_of(results: RunResults) -> tuple[tuple[str, str], ...]:
+    """(what it does, command) of what can be done with a run, from whatever folder."""
+    run = results.run
+    sweep, path, root = (shlex.quote(str(part)) for part in (run.sweep_yaml, run.path, run.root))
+    return (
+        ("Continue this run, or extend it with a larger budget", f"dsnet-orch launch {sweep}"),
+        ("The front on the terminal", f"dsnet-orch pareto {path}"),
+        ("Export gates of the front as bundles that run", f"dsnet-orch export {path} --pick all"),
+        ("Browse every point in MLflow", f"dsnet-orch ui --runs {root}"),
+    )
+
+
+def _model_name(results: RunResults) -> str:
+    """The family; of a network that lay in a checkpoint, once it is known."""
+    model, made = results.config.supernet.model, results.supernet
+    return model if made is None or model == made.spec.family else f"{made.spec.family} (of a {model})"
 
 
 def _objective_notes(results: RunResults) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ from orchestration.config import SweepConfig
 from orchestration.config_loading import load_config
 from orchestration.rundir import Manifest, RunDir
 from orchestration.stages import StageDir
+from orchestration.supernet_facts import SupernetFacts
 from orchestration.verification import Agreement, DynamicLatency
 from search.analysis import SplitAnalysis, front_slots
 from search.gate_trial import router_of
@@ -116,6 +117,11 @@ class RunResults:
                 f"run {self.run.name!r} has not finished its {stage} stage; continue it with: dsnet-orch launch {self.run.sweep_yaml}"
             )
         return key
+
+    @cached_property
+    def supernet(self) -> SupernetFacts | None:
+        """How the supernet was made; None before its stage is done, or where another release made it."""
+        return SupernetFacts.of_stage(self._folder("supernet").path) if self.is_done("supernet") else None
 
     @cached_property
     def subnets(self) -> tuple[MeasuredSubnet, ...]:

@@ -12,6 +12,7 @@ from orchestration.projection import supernet_row
 from orchestration.ray_runtime import LOCAL, cluster_cpus
 from orchestration.ray_supernet import SupernetJob, train_on_ray
 from orchestration.stages import StagePlan, run_stage
+from orchestration.supernet_facts import SupernetFacts
 from orchestration.tracking import CurvePoint
 
 
@@ -58,7 +59,15 @@ def supernet_stage(work: Launch, plan: StagePlan) -> None:
     # Also where it was done before: the row may have been lost with an earlier store.
     work.tracker.supernet(supernet_row(work.manifest.read(), run, config, is_done=True))
     if not was_done:
-        work.progress.say(f"supernet: trained in {folder.seconds() or 0:.0f} s")
+        facts = SupernetFacts.of_prepared(work.prepared)
+        work.progress.say(f"supernet: {done_sentence(facts, folder.seconds() or 0.0)}")
+
+
+def done_sentence(facts: SupernetFacts, seconds: float) -> str:
+    """What was done to make it."""
+    if facts.run.train.epochs > 0:
+        return f"trained in {seconds:.0f} s"
+    return "taken as it is" if facts.keeps_statistics() else f"not trained; recalibrated in {seconds:.0f} s"
 
 
 def _start_sentence(start: StartPoint) -> str:

@@ -34,6 +34,11 @@ def _say(text: str = "") -> None:
     _console().print(text, markup=False, soft_wrap=True)
 
 
+def warn(text: str) -> None:
+    """A warning on stderr: stdout is for data."""
+    Console(stderr=True, highlight=False).print(f"warning: {text}", markup=False, soft_wrap=True)
+
+
 def _print_json(value: Any) -> None:
     _say(json.dumps(value, indent=1, allow_nan=False))
 
@@ -180,6 +185,7 @@ def _show_verified(results: RunResults, verified: Verified, rows: Sequence[Mappi
 def show_plan(plan: SweepPlan, *, as_json: bool) -> None:
     """Stages and why they would run; sub-networks; every setting with its origin."""
     values = _leaves(plan.config.model_dump(mode="json"))
+    made = plan.supernet.lines(plan.config.supernet.init_from)
     stages = [(stage.name, stage.status, stage.key, tuple(stage.reasons)) for stage in plan.stages]
     if as_json:
         settings = {key: {"value": value, "origin": plan.origins.get(key, "default")} for key, value in values.items()}
@@ -189,6 +195,7 @@ def show_plan(plan: SweepPlan, *, as_json: bool) -> None:
                 "run": str(plan.run.path),
                 "stages": [dict(zip(_STAGE_COLUMNS, stage, strict=True)) for stage in stages],
                 "subnets": routes,
+                "supernet": dict(made),
                 "settings": settings,
             }
         )
@@ -198,10 +205,14 @@ def show_plan(plan: SweepPlan, *, as_json: bool) -> None:
     sizes = ", ".join(f"{split} {len(splits[split])}" for split in ("train", "gate", "val", "test"))
     _say(f"data      {plan.prepared.image_set.name} {plan.prepared.image_set.image_shape}: {sizes} (sealed)")
     _say()
+    _table(("supernet", ""), [(what.removeprefix("supernet "), how) for what, how in made], num_left=2)
+    _say()
     _table(
         ("sub-network", "MAdds M", "params M"),
         [(name, f"{madds:.4g}", f"{params:.4g}") for name, madds, params in plan.routes],
     )
+    if plan.supernet.naming:
+        _say(plan.supernet.naming)
     _say()
     lines = [(name, status, key[:12], "; ".join(reasons)) for name, status, key, reasons in stages]
     _table(_STAGE_COLUMNS, [*lines, ("verify", "when the front is known", "", "")], num_left=4)

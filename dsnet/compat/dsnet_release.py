@@ -26,6 +26,7 @@ from dsnet.checkpoint import load_exactly
 from dsnet.compat.torch_files import read_torch_file
 from dsnet.errors import CheckpointError
 from dsnet.families import Task, create, layout
+from dsnet.finite import check_finite
 from dsnet.layers import BatchNormBank
 from dsnet.routers import GateRouter
 from dsnet.space import SubnetSet
@@ -69,27 +70,31 @@ NORM_PARTS: Mapping[str, str] = {
 """What a normalisation layer holds: our names -> the published ones."""
 
 Source = str | Path | Mapping[str, Any]
+_USUAL_CLASSES = 1000
+"""Of ImageNet: what a classifier that is missing is described with."""
 
 
 def load_dsnet_checkpoint(
-    source: Source, num_classes: int = 1000, *, ema: bool = False, image_size: int = 224
+    source: Source, num_classes: int | None = None, *, ema: bool = False, image_size: int = 224
 ) -> tuple[Supernet, SubnetSet]:
     """A released checkpoint as a supernet in eval mode, and its sub-networks.
 
     `subnets[k]` is sub-network k = 0..13, `subnets.largest` the teacher outside the routing space; `supernet(images, subnets[k])` gives
-    logits [B, num_classes]. The counts of BatchNorm updates are the checkpoint's. The weights are copies.
+    logits [B, classes]. The counts of BatchNorm updates are the checkpoint's. The weights are copies.
 
     Args:
         source: a file of `torch.save` (read without running code from it), what such a file holds, or the state dict alone.
-        num_classes: of the classifier in the checkpoint.
+        num_classes: of the classifier in the checkpoint; None takes as many as it has.
         ema: take the moving average of the weights.
         image_size: side in pixels that the supernet is laid out for; the weights do not depend on it.
 
     Raises:
-        CheckpointError: the file cannot be read; it holds no (averaged) weights; or tensors are missing, unexpected or misshapen, all
-            of which are listed by their published names.
+        CheckpointError: the file cannot be read; it holds no (averaged) weights; weights are NaN or infinite; or tensors are
+            missing, unexpected or misshapen, all of which are listed by their published names.
     """
     where, tensors, problems = _read(source, ema)
+    if num_classes is None:
+        num_classes = _num_rows(tensors.get("classifier.weight")) or _USUAL_CLASSES
     supernet = create(FAMILY, Task(num_classes, 3, image_size), norm=NORM)
     ours, names = supernet.state_dict(), published_names(supernet)
     expected = {published: published_shape(name, ours[name]) for name, published in names.items()}
@@ -98,6 +103,7 @@ def load_dsnet_checkpoint(
     problems += [f"unexpected {name}" for name in tensors if name not in expected]
     problems += _misfits(tensors, expected)
     _raise_any(where, problems)
+    check_finite(where, tensors)
     load_exactly(supernet, {name: tensors[names[name]].reshape(ours[name].shape) for name in ours}, where)
     return supernet.eval(), supernet.subnets
 
@@ -112,12 +118,13 @@ def load_dsnet_gate(source: Source, *, ema: bool = False) -> GateRouter:
         ema: take the moving average of the weights.
 
     Raises:
-        CheckpointError: the file cannot be read, it holds no (averaged) weights, or the head is missing or misshapen.
+        CheckpointError: the file cannot be read, it holds no (averaged) weights, or the head is missing, misshapen or not finite.
     """
     where, tensors, problems = _read(source, ema)
-    subnets = layout(FAMILY, Task(1000, 3, 224), norm=NORM)
+    subnets = layout(FAMILY, Task(_USUAL_CLASSES, 3, 224), norm=NORM)
     problems += _head_problems(tensors, subnets) + _misfits(tensors, _head_shape(tensors, subnets))
     _raise_any(where, problems)
+    check_finite(where, {HEAD: tensors[HEAD]})
     weight = tensors[HEAD].detach().to("cpu", torch.float64).flatten(1)
     num_routes = len(weight)
     return GateRouter(weight.clone(), torch.zeros(num_routes, dtype=torch.float64), tuple(range(num_routes)))
@@ -184,7 +191,9 @@ def _state_dict(where: str, content: Any, ema: bool) -> Mapping[Any, Any]:
     if is_mapping and not is_whole_checkpoint and not ema:
         return content
     way_out = (
-        "it has no averaged weights: load it with ema=False" if ema else "give a released checkpoint or a state dict"
+        "it has no averaged weights: leave out --ema (in Python: ema)"
+        if ema
+        else "give a released checkpoint or a state dict"
     )
     found = ", ".join(map(str, list(content)[:8])) if is_mapping else type(content).__name__
     raise CheckpointError(f"{where}: holds no {wanted!r} (but {found}); {way_out}")
@@ -208,7 +217,7 @@ def _class_problems(tensors: Mapping[str, Any], num_classes: int) -> list[str]:
     if num_found in (None, num_classes):
         return []
     return [
-        f"its classifier has {num_found} classes, but num_classes is {num_classes}: load it with num_classes={num_found}"
+        f"its classifier has {num_found} classes, but {num_classes} were asked for: leave out --classes (in Python: num_classes)"
     ]
 
 

@@ -47,25 +47,33 @@ def read_torch_file(path: Path) -> Any:
     Raises:
         CheckpointError: the file is missing, damaged or truncated, or it needs a class or function that is not allowed.
     """
+    if path.is_dir():
+        raise CheckpointError(f"{path}: is a folder; name the file in it")
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file")
     try:
         with torch.serialization.safe_globals([(Skipped, name) for name in SKIPPED_GLOBALS]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle fails in any step of its rebuilding, with whatever that step raises
-        raise CheckpointError(f"{path}: {_reason(error)}") from error
+        raise CheckpointError(f"{path}: {_reason(path, error)}") from error
 
 
-def _reason(error: Exception) -> str:
+def _reason(path: Path, error: Exception) -> str:
     # torch wraps what its restricted reader says into advice to read the file in full, which is not what to do.
     cause = error.__context__ if isinstance(error, pickle.UnpicklingError) and error.__context__ else error
     refused = re.search(r"GLOBAL (\S*\w)", str(cause))
-    if refused is None:
-        first_line = str(cause).partition("\n")[0]
-        return (
-            f"cannot be read as a file of torch.save ({type(cause).__name__}: {first_line}); it is damaged, truncated or of "
-            f"another kind: fetch it again. {WAY_OUT}"
-        )
-    return (
-        f"it asks to run {refused[1]!r}, which is refused: a checkpoint is read without running code from it. {WAY_OUT}"
-    )
+    if refused is not None:
+        return f"it asks to run {refused[1]!r}, which is refused: a checkpoint is read without running code from it. {WAY_OUT}"
+    if isinstance(error, OSError) and error.strerror:
+        return f"cannot be read ({error.strerror}); check its permissions"
+    return f"cannot be read: it {_kind(path)}; fetch it again"
+
+
+def _kind(path: Path) -> str:
+    """What a file is that torch cannot read."""
+    with path.open("rb") as stream:
+        beginning = stream.read(2)
+    if not beginning:
+        return "is empty"
+    # A file of torch.save is a zip archive, or before torch 1.6 a pickle.
+    return "is cut off or damaged" if beginning in (b"PK", b"\x80\x02") else "is no file of torch.save"

@@ -14,9 +14,12 @@ from torch import Tensor
 
 from dsnet.data.boxes import BoxDraw, draw_boxes
 from dsnet.data.erasing import ErasingDraw, draw_erasing, erase
-from dsnet.data.randaugment import MAX_MAGNITUDE, RandAugmentDraw, apply_randaugment, draw_randaugment
+from dsnet.data.randaugment import MAX_MAGNITUDE, Operation, RandAugmentDraw, apply_randaugment, draw_randaugment
 from dsnet.data.resized_crop import crop_boxes, resize_crops
 from dsnet.errors import ConfigError
+
+MAX_OPERATIONS = len(Operation)
+"""As many as there are to choose from; more leave nothing of an image, and take memory and time."""
 
 
 class DescribedImages(Protocol):
@@ -44,7 +47,7 @@ class Augmentation:
     """Side in pixels of a square of zeros around a random pixel, clipped at the edges (DeVries & Taylor, 2017)."""
 
     randaugment_ops: int = 0
-    """Operations that each image draws (see `dsnet.data.randaugment`, after arXiv 1909.13719); 0 = none."""
+    """Operations that each image draws (see `dsnet.data.randaugment`, after arXiv 1909.13719), 0..14; 0 = none."""
     randaugment_magnitude: float = 9.0
     """Their common strength, 0..10."""
     erasing: float = 0.0
@@ -56,7 +59,7 @@ class Augmentation:
     def __post_init__(self) -> None:
         _check_range("crop_padding", self.crop_padding, 0)
         _check_range("cutout", self.cutout, 0)
-        _check_range("randaugment_ops", self.randaugment_ops, 0)
+        _check_range("randaugment_ops", self.randaugment_ops, 0, MAX_OPERATIONS)
         _check_range("randaugment_magnitude", self.randaugment_magnitude, 0, MAX_MAGNITUDE)
         _check_range("erasing", self.erasing, 0, 1)
         if self.crop_scale is None:
@@ -90,7 +93,16 @@ class Augmentation:
             flip: None: the default.
             cutout: As the field.
             others: The other fields.
+
+        Raises:
+            ConfigError: A field is out of its range, or padding or cutout exceeds the image's side.
         """
+        side = min(images.image_shape[1:])
+        for name, pixels in (("crop_padding", crop_padding or 0), ("cutout", cutout)):
+            if pixels > side:
+                raise ConfigError(
+                    f"data.augment.{name} is {pixels}, but the images of {images.name} have {side} pixels a side: write less"
+                )
         if crop_padding is None:
             crop_padding = images.image_shape[-1] // 8 if others.get("crop_scale") is None else 0
         if flip is None:

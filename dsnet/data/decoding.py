@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import struct
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from dsnet.errors import DataError
 
@@ -30,6 +30,8 @@ def decode_rgb(data: bytes, where: str) -> Image.Image:
                 raise DataError(f"{where}: the image has more than 8 bits a channel; convert it to 8-bit PNG or JPEG")
             image.load()
             return ImageOps.exif_transpose(image).convert("RGB")
+    except UnidentifiedImageError as error:  # Pillow names the memory that holds the bytes
+        raise DataError(f"{where}: the image does not decode: it is no PNG or JPEG; replace or remove it") from error
     except _BROKEN_FILE as error:
         raise DataError(
             f"{where}: the image does not decode ({error}); it is truncated or no PNG or JPEG: replace or remove it"

@@ -32,6 +32,7 @@ _KEY_VERSION = "1"  # raise it when the decoding below changes what it returns
 
 _NAME = "image_folder"
 _NUM_AHEAD = 64  # decoded images that wait for their turn while a whole set is decoded
+_NUM_NAMED = 3  # broken files that a message names
 
 
 @dataclass(frozen=True)
@@ -264,11 +265,34 @@ def _decode(
 ) -> ImageSet:
     pixels = np.empty((len(ids), 3, image_size, image_size), dtype=np.uint8)
     files = [listing.files[row] for row in ids.tolist()]
-    decode = partial(decode_file, image_size=image_size, crop_fraction=crop_fraction)
+    decode = partial(_decoded_or_error, image_size=image_size, crop_fraction=crop_fraction)
+    broken: list[DataError] = []
     with closing(in_order(decode, files, num_threads=num_threads, num_ahead=_NUM_AHEAD)) as decoded:
         for row, image in enumerate(decoded):
-            pixels[row] = image
+            if isinstance(image, DataError):
+                broken.append(image)
+            else:
+                pixels[row] = image
+    if broken:
+        raise _all_broken(broken, len(files))
     labels = torch.tensor(listing.labels, dtype=torch.int64)[torch.tensor(ids)]
     official_test = listing.official_test
     is_test = None if official_test is None else official_test[ids]
     return ImageSet.create(_NAME, torch.from_numpy(pixels), labels, listing.class_names, is_test)
+
+
+def _decoded_or_error(file: Path, image_size: int, crop_fraction: float) -> np.ndarray | DataError:
+    """Of many files every broken one is to be told at once."""
+    try:
+        return decode_file(file, image_size, crop_fraction)
+    except DataError as error:
+        return error
+
+
+def _all_broken(errors: Sequence[DataError], num_files: int) -> DataError:
+    if len(errors) == 1:
+        return errors[0]
+    more = f"; and {len(errors) - _NUM_NAMED} more" if len(errors) > _NUM_NAMED else ""
+    return DataError(
+        f"{len(errors)} of {num_files} images cannot be used: " + "; ".join(map(str, errors[:_NUM_NAMED])) + more
+    )

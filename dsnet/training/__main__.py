@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace, stop: StopRequest) -> int:
-    if options.max_seconds <= 0:
+    if not options.max_seconds > 0:  # NaN is not above 0 either
         raise ConfigError(f"--max-seconds is {options.max_seconds:g}, but must be above 0")
     if options.threads < 1:
         raise ConfigError(f"--threads is {options.threads}, but must be at least 1")

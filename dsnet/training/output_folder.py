@@ -41,6 +41,7 @@ class OutputFolder:
         self.supernet = path / "supernet"
         self.measure = path / "measure"
         self.table = path / "table"
+        self._hashes: dict[tuple[str, int, int], str] = {}
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -48,7 +49,7 @@ class OutputFolder:
 
         Raises:
             LockedError: another call works in it.
-            PreflightError: it cannot be made, or its file system has no locks.
+            PreflightError: it cannot be made, holds something else, or its file system has no locks.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -68,9 +69,22 @@ class OutputFolder:
                 raise PreflightError(
                     f"{self.path}: its file system has no locks ({error.strerror}); use a local disk"
                 ) from error
+            self._check_is_ours()
             yield
         finally:
             os.close(descriptor)
+
+    def _check_is_ours(self) -> None:
+        """A first call that was killed early leaves the configuration, or an unfinished file of ours, without a manifest."""
+        if self.manifest_path.exists():
+            return
+        own = (self.resolved_path.name, f".{self.resolved_path.name}.", f".{self.manifest_path.name}.")
+        others = sorted(path.name for path in self.path.iterdir() if not path.name.startswith(own))
+        if others:
+            shown = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
+            raise PreflightError(
+                f"--out {self.path}: holds files that this command did not write ({shown}); choose a new or empty folder"
+            )
 
     def check_config(self, config: StandaloneConfig) -> None:
         """Refuse a folder that was begun with settings that give other results; writes nothing.
@@ -132,31 +146,29 @@ class OutputFolder:
         return has_both and _is_of_this_release(read_json(self.manifest_path))
 
     def is_done(self, stage: str) -> bool:
-        """Whether a stage was finished, all its files have their recorded size, and the supernet that it was made from is the one here.
+        """Whether a stage was finished, all its files have their recorded content, and the supernet that it was made from is the one here.
 
         A supernet that was lost and trained again may have other bits (on a GPU): what was measured of the first says nothing of it.
         """
         entry = self._entry(stage)
         has_files = entry["status"] == "done" and all(
-            (self.path / stage / name).is_file() and (self.path / stage / name).stat().st_size == facts["bytes"]
-            for name, facts in entry["files"].items()
+            self._is_whole(self.path / stage / name, facts) for name, facts in entry["files"].items()
         )
         return has_files and (stage == "supernet" or self._is_of_this_supernet(entry))
 
     def begin_stage(self, stage: str) -> None:
-        """Make a stage's folder and note that it is worked in. What an earlier call left stays, unless it is of another supernet.
+        """Make a stage's folder and note that it is worked in. What is there stays, unless it is damaged or of another supernet.
 
         Raises:
             PreflightError: the old files cannot be removed.
         """
         folder = self.path / stage
+        for name, facts in self._entry(stage)["files"].items():
+            if not self._is_whole(folder / name, facts):
+                _remove(folder / name)
         made_from = {} if stage == "supernet" else {"supernet": self._supernet_sha256()}
         if made_from and not self._is_of_this_supernet(self._entry(stage)):
-            try:
-                if folder.exists():
-                    shutil.rmtree(folder)
-            except OSError as error:
-                raise PreflightError(f"{folder}: cannot be removed ({error.strerror}); remove it") from error
+            _remove(folder)
         # After the old files are gone: a call that is killed in between removes them again.
         self._write_entry(stage, {"status": "running", "files": {}, **made_from})
         folder.mkdir(exist_ok=True)
@@ -184,12 +196,31 @@ class OutputFolder:
         manifest["stages"][stage] = {**self._entry(stage), "dir": stage, **facts}
         atomic_write_json(self.manifest_path, manifest)
 
+    def _is_whole(self, path: Path, facts: Mapping[str, Any]) -> bool:
+        """Whether a finished file is what was recorded; its hash is computed again only when the file has changed."""
+        if not path.is_file() or path.stat().st_size != facts["bytes"]:
+            return False
+        seen = (str(path), path.stat().st_size, path.stat().st_mtime_ns)
+        if seen not in self._hashes:
+            self._hashes[seen] = file_sha256(path)
+        return self._hashes[seen] == facts["sha256"]
+
     def _is_of_this_supernet(self, entry: Mapping[str, Any]) -> bool:
         return self.is_done("supernet") and entry.get("supernet") == self._supernet_sha256()
 
     def _supernet_sha256(self) -> str:
         """Of the finished supernet's tensors."""
         return str(read_json(self.supernet / f"{FINAL}.json")["sha256"])
+
+
+def _remove(path: Path) -> None:
+    try:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        raise PreflightError(f"{path}: cannot be removed ({error.strerror}); remove it") from error
 
 
 def _is_of_this_release(manifest: object) -> bool:

@@ -24,6 +24,8 @@ _COUNT = NumberRange(lowest=1, is_whole=True)
 _COUNT_FROM_0 = NumberRange(lowest=0, is_whole=True)
 _POSITIVE = NumberRange(above=0)
 _NOT_NEGATIVE = NumberRange(lowest=0)
+LARGEST_RATE = 1e6
+"""Above any learning rate or weight decay that trains; far larger ones do not fit into float32 and end in the optimiser."""
 _BELOW_ONE = NumberRange(lowest=0, below=1)
 
 
@@ -45,6 +47,19 @@ def check_recalibration(images: int | None, batch_size: int) -> None:
     """
     replace(_COUNT_FROM_0, is_optional=True).check("supernet.recalibration.images", images)
     _COUNT.check("supernet.recalibration.batch_size", batch_size)
+
+
+def sharing_problem(batch_size: int, workers: int, accumulate: int) -> str | None:
+    """What is wrong with a batch of so many images; None where each micro-batch of each worker gets equally many, at least 2.
+
+    A step's gradient is the mean over equal shares, and BatchNorm needs 2 images.
+    """
+    shares = workers * accumulate
+    if batch_size % shares == 0 and batch_size >= 2 * shares:
+        return None
+    among = f"{workers} workers" if workers > 1 else "1 worker"
+    among += f" x {accumulate} micro-batches" if accumulate > 1 else ""
+    return f"{batch_size} images cannot be shared equally among {among} with at least 2 each"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,9 +113,9 @@ _TRAIN_RANGES: Mapping[str, NumberRange] = MappingProxyType(
         "epochs": _COUNT_FROM_0,
         "batch_size": _COUNT,
         "accumulate": _COUNT,
-        "lr": _POSITIVE,
+        "lr": replace(_POSITIVE, highest=LARGEST_RATE),
         "momentum": _BELOW_ONE,
-        "weight_decay": _NOT_NEGATIVE,
+        "weight_decay": replace(_NOT_NEGATIVE, highest=LARGEST_RATE),
         "warmup_epochs": _NOT_NEGATIVE,
         "label_smoothing": _BELOW_ONE,
         "grad_clip": replace(_POSITIVE, is_optional=True),
@@ -122,14 +137,14 @@ class TrainSettings:
     optimizer: str = "sgd"
     """`sgd` (Nesterov) or `adamw`."""
     lr: float = 0.1
-    """Peak learning rate, > 0."""
+    """Peak learning rate, > 0, at most `LARGEST_RATE`."""
     schedule: str = "cosine"
     """`cosine`: linear warm-up, then half a cosine to 0; `one_cycle`: cosine up from lr / 25 over the warm-up, cosine down to
     lr / 250,000; `constant` after the warm-up."""
     momentum: float = 0.9
     """[0, 1)."""
     weight_decay: float = 1e-4
-    """>= 0; not applied to 1-d parameters."""
+    """>= 0, at most `LARGEST_RATE`; not applied to 1-d parameters."""
     warmup_epochs: float = 1.0
     """0 to `epochs`; where `epochs` is 0 nothing reads it."""
     label_smoothing: float = 0.1
@@ -149,6 +164,9 @@ class TrainSettings:
             raise ConfigError(
                 f"supernet.train.warmup_epochs is {self.warmup_epochs}, but must be at most supernet.train.epochs, {self.epochs}"
             )
+        problem = sharing_problem(self.batch_size, 1, self.accumulate)
+        if problem is not None:
+            raise ConfigError(f"supernet.train.batch_size: {problem}; supernet.train.accumulate says how many")
         _check_choice("supernet.train.optimizer", self.optimizer, OPTIMIZERS)
         _check_choice("supernet.train.schedule", self.schedule, SCHEDULES)
         _check_choice("supernet.train.precision", self.precision, PRECISIONS)

@@ -16,6 +16,7 @@ from dsnet.data.normalization import Normalization
 from dsnet.errors import CheckpointError, ConfigError
 from dsnet.families import Task, layout, rebuild
 from dsnet.files import read_json
+from dsnet.finite import check_finite
 from dsnet.layers import BatchNormBank
 from dsnet.seeds import derive_seed
 from dsnet.space import CLASSES, SubnetSet, SupernetSpec
@@ -26,6 +27,8 @@ CHECKPOINT_MODEL = "checkpoint"
 """The name in a family's place that takes network and sub-networks from the start weights."""
 _FINAL = "final"
 _MANIFEST = "manifest.json"
+_NUM_LISTED = 2
+"""Tensors of each kind that a message about a checkpoint that does not fit names."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +63,7 @@ def load_start(source: Path) -> Start:
             the weights are taken that its run would keep (the EMA copy or the student).
 
     Raises:
-        CheckpointError: there is no finished checkpoint (the message lists where it was looked for), or it is damaged.
+        CheckpointError: there is no finished checkpoint (the message lists where it was looked for), it is damaged, or holds NaN.
     """
     stem = find_checkpoint(source)
     tensors, meta = load_checkpoint(stem)
@@ -69,6 +72,7 @@ def load_start(source: Path) -> Start:
     run = meta.get("run", {})  # an imported checkpoint need not have been trained here
     if any(name.startswith("student.") for name in tensors):
         tensors = tensors_below(tensors, f"{run.get('weights', 'ema')}.")
+    check_finite(f"supernet.init_from: {stem}", tensors)
     recorded = run.get("normalization")
     return Start(
         stem=stem,
@@ -142,31 +146,42 @@ def apply_start(supernet: Supernet, start: Start) -> list[str]:
         the names of the tensors that stayed fresh, in the supernet's order.
 
     Raises:
-        CheckpointError: parameters are missing, left over, or of another shape; the message lists all of them.
+        CheckpointError: parameters are missing, left over, or of another shape; the message says how the two networks differ,
+            and names some of the tensors.
     """
     target = supernet.state_dict()
     fresh = _fresh(supernet, start)
     taken = [name for name in target if name not in fresh]
     banks = _of_banks(supernet)
-    problems = [f"missing {name} {tuple(target[name].shape)}" for name in taken if name not in start.tensors]
-    problems += [
+    missing = [f"missing {name} {tuple(target[name].shape)}" for name in taken if name not in start.tensors]
+    unexpected = [
         f"unexpected {name}"
         for name in start.tensors
         if name not in target and not name.startswith(banks)  # of sub-networks that this set leaves out
     ]
-    problems += [
+    misshapen = [
         f"{name} has shape {tuple(start.tensors[name].shape)}, expected {tuple(target[name].shape)}"
         for name in taken
         if name in start.tensors and start.tensors[name].shape != target[name].shape
     ]
-    if problems:
+    kinds = [kind for kind in (missing, unexpected, misshapen) if kind]
+    if kinds:
+        listed = [problem for kind in kinds for problem in kind[:_NUM_LISTED]]
+        num_others = sum(map(len, kinds)) - len(listed)
         raise CheckpointError(
-            f"{start.stem}: its tensors do not fit this {supernet.spec.family}: {'; '.join(problems)}. "
-            "Use the model, options and normalisation that it was made with, or model: checkpoint"
+            f"supernet.init_from: {start.stem} holds {_in_words(start.subnets.spec)}; asked for is {_in_words(supernet.spec)}. "
+            "Use the model, options and regime (bn) that it was made with, or model: checkpoint. "
+            f"What does not fit: {'; '.join(listed)}" + (f"; and {num_others} more tensors" if num_others else "")
         )
     for name in taken:
         target[name].copy_(start.tensors[name])
     return [name for name in target if name in fresh]
+
+
+def _in_words(spec: SupernetSpec) -> str:
+    """The network in half a sentence: what can make its tensors differ from another one's."""
+    widest = max(group.max_width for group in spec.groups)
+    return f"{spec.family} with {len(spec.ops)} layers of up to {widest} channels, {spec.norm}"
 
 
 def _fresh(supernet: Supernet, start: Start) -> set[str]:
@@ -234,13 +249,16 @@ def relayout(subnets: SubnetSet, task: Task) -> SubnetSet:
     Raises:
         ConfigError: the images have another number of channels.
     """
-    spec = subnets.spec
+    _check_channels(subnets.spec, task)
+    return replace(subnets, spec=replace(subnets.spec, num_classes=task.num_classes, image_size=task.image_size))
+
+
+def _check_channels(spec: SupernetSpec, task: Task) -> None:
     if spec.in_channels != task.in_channels:
         raise ConfigError(
             f"supernet.init_from: the network reads images of {spec.in_channels} channel(s), but the data has {task.in_channels}; "
             "choose another checkpoint or other data"
         )
-    return replace(subnets, spec=replace(spec, num_classes=task.num_classes, image_size=task.image_size))
 
 
 def lay_out(
@@ -256,9 +274,12 @@ def lay_out(
         start: the start weights.
 
     Raises:
-        ConfigError: unknown model or option, model `checkpoint` without a checkpoint, with options or with another norm than it has.
+        ConfigError: unknown model or option, start weights for images of another number of channels, model `checkpoint` without
+            a checkpoint, with options or with another norm than it has.
     """
     if model != CHECKPOINT_MODEL:
+        if start is not None:
+            _check_channels(start.subnets.spec, task)
         return layout(model, task, options, norm)
     if start is None:
         raise ConfigError("supernet.model is 'checkpoint', but supernet.init_from names none")

@@ -243,6 +243,14 @@ def test_resume_command_and_versions_are_in_the_report() -> None:
     assert "<dt>torch</dt><dd>2.13.0+cpu</dd>" in page
 
 
+def test_how_the_supernet_was_made_and_what_the_names_mean_are_in_the_report() -> None:
+    made = (("supernet regime", "ib: widths sandwich, num_random 2, teacher ema"), ("start weights", "<fresh>"))
+    page = build_report(replace(make_report(), making=made, naming="Names are <paths>."))
+    assert "<dt>supernet regime</dt><dd>ib: widths sandwich, num_random 2, teacher ema</dd>" in page
+    assert "<dt>start weights</dt><dd>&lt;fresh&gt;</dd>" in page
+    assert page.count("Names are &lt;paths&gt;.") == 1
+
+
 PROBE = """<script>
 const seen = document.documentElement.dataset; seen.violations = 0; seen.errors = 0;
 document.addEventListener("securitypolicyviolation", () => { seen.violations++; });

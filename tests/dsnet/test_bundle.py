@@ -199,6 +199,41 @@ def test_every_tampering_is_noticed(folder: Path, tamper: Callable[[Path], None]
         verify(folder)
 
 
+def with_examples(folder: Path, **tensors: torch.Tensor) -> None:
+    """Replace stored tensors of the examples, consistently."""
+    path = folder / "examples.safetensors"
+    digest = save_tensors(path, {**load_tensors(path), **tensors})
+    edit(lambda manifest: manifest["files"].update({path.name: digest}))(folder)
+    rehash(folder)
+
+
+def test_a_bundle_without_examples_is_no_crash(tmp_path: Path) -> None:
+    save(tmp_path / "bundle", examples=random_pixels(16)[:0])
+    assert verify(tmp_path / "bundle") == 0
+
+
+def test_a_recorded_route_holds_where_rounding_decides_and_its_logits_must_still_agree(tmp_path: Path) -> None:
+    supernet = small_supernet()
+    router = gate(supernet)
+    # Two equal rows: both routes score alike on every image, so that rounding alone would decide.
+    tied = GateRouter(router.weight[:1].repeat(2, 1), router.offset[:1].repeat(2), router.routes)
+    pixels, folder = random_pixels(4), tmp_path / "bundle"
+    facts = {"normalization": NORMALIZATION, "class_names": CLASSES, "claims": CLAIMS, "gate_yaml": "gate: tied\n"}
+    save_bundle(folder, supernet, tied, examples=pixels, **facts)  # type: ignore[arg-type]
+    stored = load_tensors(folder / "examples.safetensors")
+    other = 1 - stored["routes"]
+    with torch.no_grad():
+        ran = [
+            supernet(NORMALIZATION.apply(pixels[row : row + 1]), supernet.subnets[router.routes[int(route)]])[0]
+            for row, route in enumerate(other)
+        ]
+    with_examples(folder, routes=other, logits=torch.stack(ran))
+    assert verify(folder) == 4
+    with_examples(folder, logits=stored["logits"])
+    with pytest.raises(VerificationError, match="logits of example 0"):
+        verify(folder)
+
+
 def rehash(folder: Path) -> None:
     """Make the manifest consistent again, as somebody who exports by hand would."""
     edit(lambda m: m.update(sha256=_manifest_digest(m)))(folder)

@@ -206,7 +206,9 @@ def test_a_name_with_and_without_the_prefix_is_refused() -> None:
 
 def test_another_class_count_is_told_once_with_the_way_out() -> None:
     message = message_of(RELEASED, 1000)
-    assert message.endswith(": its classifier has 7 classes, but num_classes is 1000: load it with num_classes=7")
+    assert message.endswith(
+        ": its classifier has 7 classes, but 1000 were asked for: leave out --classes (in Python: num_classes)"
+    )
     assert ";" not in message
     fitting = {**RELEASED, "classifier.bias": torch.zeros(1000)}
     assert "classifier.bias has shape (1000,), expected (7,)" in message_of(fitting, 1000)
@@ -219,7 +221,7 @@ def test_another_class_count_is_told_once_with_the_way_out() -> None:
 def test_averaged_weights_that_are_absent_are_an_error(source: Mapping[str, Any]) -> None:
     message = message_of(source, ema=True)
     assert "holds no 'state_dict_ema'" in message
-    assert "ema=False" in message
+    assert "leave out --ema" in message
 
 
 @pytest.mark.parametrize("source", [{"state_dict_ema": AVERAGED}, {"state_dict": 3}])
@@ -231,7 +233,34 @@ def test_a_file_of_something_else_is_an_error(tmp_path: Path) -> None:
     torch.save([1, 2], tmp_path / "list.pth")
     assert "list.pth: holds no 'state_dict' (but list)" in message_of(tmp_path / "list.pth")
     assert "no such file" in message_of(tmp_path / "absent.pth")
-    assert "no such file" in message_of(tmp_path)
+    assert "is a folder; name the file in it" in message_of(tmp_path)
+    for content, reason in (
+        (b"", "is empty"),
+        (b"some text", "is no file of torch.save"),
+        (b"PK\3\4", "is cut off or"),
+    ):
+        (tmp_path / "other.pth").write_bytes(content)
+        message = message_of(tmp_path / "other.pth")
+        assert message.startswith(f"{tmp_path}/other.pth: cannot be read: it {reason}")
+        assert message.endswith("; fetch it again")
+
+
+def test_the_classes_are_counted_where_nobody_tells_them() -> None:
+    assert load_dsnet_checkpoint(RELEASED, image_size=SIZE)[0].spec.num_classes == NUM_CLASSES
+    without = {name: value for name, value in RELEASED.items() if not name.startswith("classifier.")}
+    with pytest.raises(CheckpointError, match=r"missing classifier\.weight .*missing classifier\.bias"):
+        load_dsnet_checkpoint(without)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_weights_that_are_not_finite_are_named(value: float) -> None:
+    names = ["conv_stem.weight", "bn1.aux_bn.0.running_var", "classifier.bias", HEAD]
+    for name in names:
+        assert f"NaN or infinity in {name}: " in message_of({**RELEASED, name: torch.full_like(RELEASED[name], value)})
+    message = message_of({**RELEASED, **{name: torch.full_like(RELEASED[name], value) for name in names}})
+    assert " and 1 more: " in message
+    with pytest.raises(CheckpointError, match="NaN or infinity"):
+        load_dsnet_gate({**RELEASED, HEAD: torch.full_like(RELEASED[HEAD], value)})
 
 
 class Malicious:
@@ -282,5 +311,5 @@ def test_a_file_cut_anywhere_is_an_error(tmp_path: Path, is_zip: bool) -> None:
     content = (tmp_path / "whole.pth").read_bytes()
     for size in {0, 1, len(content) - 1, *range(2, len(content), 37)}:
         (tmp_path / "cut.pth").write_bytes(content[:size])
-        with pytest.raises(CheckpointError, match=r"cut\.pth: (cannot be read|it asks to run).* If the file is whole"):
+        with pytest.raises(CheckpointError, match=r"cut\.pth: (cannot be read: it is|it asks to run)"):
             read_torch_file(tmp_path / "cut.pth")

@@ -131,6 +131,16 @@ def test_defaults_mirror_photographs_but_not_digits() -> None:
     assert Augmentation.for_images(photographs, crop_padding=0, flip=False, cutout=8) == Augmentation(0, False, 8)
 
 
+@pytest.mark.parametrize("name", ["crop_padding", "cutout"])
+def test_no_operation_is_larger_than_the_image(name: str) -> None:
+    digits = load_images("digits")
+    assert getattr(Augmentation.for_images(digits, **{name: 8}), name) == 8
+    with pytest.raises(
+        ConfigError, match=rf"data\.augment\.{name} is 9, but the images of digits have 8 pixels a side"
+    ):
+        Augmentation.for_images(digits, **{name: 9})
+
+
 EVERYTHING: dict[str, Any] = {"flip": True, "cutout": 3, "randaugment_ops": 2, "erasing": 0.5}
 
 
@@ -198,7 +208,8 @@ def test_operations_on_bytes_refuse_normalised_images() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"randaugment_ops": -1}, r"randaugment_ops is -1, must be >= 0"),
+        ({"randaugment_ops": -1}, r"randaugment_ops is -1, must be 0\.\.14"),
+        ({"randaugment_ops": 15}, r"randaugment_ops is 15, must be 0\.\.14"),
         ({"randaugment_magnitude": 10.5}, r"randaugment_magnitude is 10\.5, must be 0\.\.10"),
         ({"erasing": 1.5}, r"erasing is 1\.5, must be 0\.\.1"),
         ({"crop_scale": (0.0, 1.0)}, r"crop_scale is \[0\.0, 1\.0\], must be two shares"),

@@ -216,8 +216,24 @@ def test_a_truncated_jpeg_is_named(root: Path) -> None:
 @pytest.mark.parametrize("content", [b"", b"not an image", b"\x89PNG\r\n\x1a\n", b"GIF89a\x01\x00\x01\x00"])
 def test_a_file_that_is_no_image_is_named(root: Path, content: bytes) -> None:
     (root / "cats" / "b.png").write_bytes(content)
-    with pytest.raises(DataError, match=r"cats/b\.png: the image does not decode"):
+    with pytest.raises(DataError, match=r"cats/b\.png: the image does not decode") as told:
         load(root)
+    assert "object at 0x" not in str(told.value)
+
+
+def test_all_broken_images_are_counted_and_the_first_ones_named(root: Path) -> None:
+    broken = [root / "cats" / f"broken{number}.png" for number in range(5)]
+    for file in broken:
+        file.write_bytes(b"not an image")
+    listing = list_image_folder(root)
+    with pytest.raises(DataError) as told:
+        load(root)
+    message = str(told.value)
+    assert message.startswith(
+        f"5 of {len(listing.files)} images cannot be used: {broken[0]}: the image does not decode"
+    )
+    assert [str(file) in message for file in broken] == [True, True, True, False, False]
+    assert message.endswith("; and 2 more")
 
 
 def test_a_sixteen_bit_image_is_refused_rather_than_clipped_to_white(root: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from dsnet.errors import ConfigError
-from dsnet.training.settings import BootstrapSettings, Regime, SupernetRun, TrainSettings
+from dsnet.training.settings import BootstrapSettings, Regime, SupernetRun, TrainSettings, sharing_problem
 from tests.dsnet.samples import small_run
 
 
@@ -41,12 +41,12 @@ BELOW_ONE = "at least 0 and below 1"
 # setting: (the value at the edge that is allowed, values outside, the range in words)
 TRAIN: dict[str, tuple[float, tuple[float, ...], str]] = {
     "epochs": (0, (-1,), COUNT_FROM_0),
-    "batch_size": (1, (0, -4), COUNT),
+    "batch_size": (2, (0, -4), COUNT),
     "accumulate": (1, (0,), COUNT),
     "checkpoint_every": (1, (0,), COUNT),
-    "lr": (1e-9, (0, 0.0, -0.1), "above 0"),
+    "lr": (1e-9, (0, 0.0, -0.1, 1e300), "above 0 and at most 1e+06"),
     "momentum": (0, (-0.1, 1.0, 1.5), BELOW_ONE),
-    "weight_decay": (0, (-1e-9,), COUNT_FROM_0),
+    "weight_decay": (0, (-1e-9, 1e300), "at least 0 and at most 1e+06"),
     "warmup_epochs": (0, (-0.5,), COUNT_FROM_0),
     "label_smoothing": (0, (-0.1, 1), BELOW_ONE),
     "grad_clip": (1e-9, (0, -1.0), "above 0 or null"),
@@ -96,6 +96,15 @@ def test_every_number_has_a_range_and_is_finite(
 def test_what_may_be_left_to_its_default_may_be_null() -> None:
     assert TrainSettings(grad_clip=None).grad_clip is None
     assert small_run(recalibration_images=None).recalibration_images is None
+
+
+@pytest.mark.parametrize(("batch_size", "accumulate"), [(1, 1), (32, 3), (32, 32), (2, 4)])
+def test_micro_batches_are_equal_and_have_2_images_or_more(batch_size: int, accumulate: int) -> None:
+    with pytest.raises(
+        ConfigError, match=rf"supernet\.train\.batch_size: {batch_size} images cannot be shared equally"
+    ):
+        TrainSettings(batch_size=batch_size, accumulate=accumulate)
+    assert sharing_problem(4 * batch_size * accumulate, 2, accumulate) is None
 
 
 def test_the_warm_up_ends_before_training_where_there_is_any() -> None:

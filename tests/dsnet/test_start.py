@@ -147,7 +147,7 @@ def test_a_subset_takes_its_own_statistics_and_a_superset_says_which_are_missing
     assert all(name.rpartition(".")[2].partition("_")[2] in missing for name in fresh)
 
 
-def test_what_does_not_fit_is_listed_at_once_and_nothing_is_copied(tmp_path: Path) -> None:
+def test_what_does_not_fit_is_told_in_short_and_nothing_is_copied(tmp_path: Path) -> None:
     stored(tmp_path, layout("ds_tiny", task(), {"width": 1.0, "num_routes": 3}))
     start = load_start(tmp_path)
     tensors = {name: value for name, value in start.tensors.items() if name != "stem.weight"}
@@ -159,7 +159,11 @@ def test_what_does_not_fit_is_listed_at_once_and_nothing_is_copied(tmp_path: Pat
     message = str(caught.value)
     assert "missing stem.weight" in message
     assert "unexpected extra.weight" in message
-    assert "classifier.weight has shape" in message
+    assert " has shape " in message
+    assert message.startswith(f"supernet.init_from: {tmp_path}/final holds ds_tiny with ")
+    assert message.index("Use the model") < message.index("missing stem.weight")
+    assert " more tensors" in message
+    assert len(message) < 800 + len(str(tmp_path))
     assert all(torch.equal(value, before[name]) for name, value in taken.state_dict().items())
 
 
@@ -170,6 +174,27 @@ def test_another_normalisation_is_not_taken_for_the_same(tmp_path: Path, made: s
     stored(tmp_path, layout("ds_tiny", task(), options, made))
     with pytest.raises(CheckpointError, match=r"missing|unexpected"):
         apply_start(rebuild(layout("ds_tiny", task(), options, wanted)), load_start(tmp_path))
+
+
+@pytest.mark.parametrize("model", ["checkpoint", "ds_tiny"])
+def test_images_of_another_number_of_channels_are_one_sentence(tmp_path: Path, model: str) -> None:
+    stored(tmp_path)
+    options = {} if model == "checkpoint" else SMALL_OPTIONS[model]
+    with pytest.raises(ConfigError) as caught:
+        lay_out(model, replace(task(), in_channels=1), options, None, load_start(tmp_path))
+    assert str(caught.value) == (
+        "supernet.init_from: the network reads images of 3 channel(s), but the data has 1; choose another checkpoint or other data"
+    )
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_start_weights_that_are_not_finite_are_refused(tmp_path: Path, value: float) -> None:
+    net = stored(tmp_path)
+    with torch.no_grad():
+        net.get_parameter("classifier.bias")[0] = value
+    save_supernet(tmp_path / "final", net, {"run": small_run().to_json()})
+    with pytest.raises(CheckpointError, match=r"supernet\.init_from: .*final: NaN or infinity in classifier\.bias: "):
+        load_start(tmp_path)
 
 
 @pytest.mark.parametrize("family", family_names())

@@ -20,7 +20,7 @@ import torch
 
 from dsnet.checkpoint import load_supernet, save_supernet
 from dsnet.data import Normalization, TensorData, load_images, make_splits
-from dsnet.errors import CheckpointError, ConfigError, DataError, LockedError, StoppedError
+from dsnet.errors import CheckpointError, ConfigError, DataError, LockedError, PreflightError, StoppedError
 from dsnet.files import read_json
 from dsnet.latency import LatencyTable
 from dsnet.routing_table import RoutingTable
@@ -187,6 +187,41 @@ def test_a_lost_file_is_made_again(at_once: Path, tmp_path: Path) -> None:
     assert results(tmp_path) == results(at_once)
 
 
+@pytest.mark.parametrize("kept_size", [True, False])
+@pytest.mark.parametrize(
+    "name",
+    ["supernet/final.safetensors", "supernet/final.json", "measure/subnets.json", "measure/latency.json",
+     "table/gate.safetensors"],
+)  # fmt: skip
+def test_a_damaged_file_is_made_again(at_once: Path, tmp_path: Path, name: str, kept_size: bool) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(at_once, out)
+    content = bytearray((out / name).read_bytes())
+    content[-3] ^= 1
+    (out / name).write_bytes(content if kept_size else content[:-2])
+    run_standalone(config(), out, device="cpu")
+    assert all(OutputFolder(out).is_done(stage) for stage in ("supernet", "measure", "table"))
+    assert results(out) == results(at_once)
+    assert set(read_json(out / "measure" / "latency.json")) == set(read_json(at_once / "measure" / "latency.json"))
+
+
+def test_a_folder_of_other_things_is_left_alone(tmp_path: Path) -> None:
+    write_folder(tmp_path / "images", num_classes=2)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(PreflightError, match=r"images: holds files that .* \(class0, class1\); choose a new or empty"):
+        run_standalone(config(), tmp_path / "images", device="cpu")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_first_call_that_was_killed_early_is_continued(at_once: Path, tmp_path: Path) -> None:
+    for name in (".resolved.json.17-ab.tmp", ".manifest.json.17-ab.tmp"):
+        (tmp_path / name).write_text("{", encoding="utf-8")
+    shutil.copy(at_once / "resolved.json", tmp_path)
+    with pytest.raises(StoppedError):
+        run_standalone(config(), tmp_path, device="cpu", should_stop=StopAt(1))
+    assert (tmp_path / "manifest.json").is_file()
+
+
 def exchange_supernet(folder: OutputFolder) -> None:
     """Other weights in files of the same sizes, as a second training on a GPU gives."""
     supernet, meta = load_supernet(folder.supernet / "final")
@@ -194,6 +229,7 @@ def exchange_supernet(folder: OutputFolder) -> None:
         for parameter in supernet.parameters():
             parameter.mul_(-1.5)
     save_supernet(folder.supernet / "final", supernet, {name: meta[name] for name in ("run", "step")})
+    folder.record("supernet", 0.0, [folder.supernet / f"final.{suffix}" for suffix in ("safetensors", "json")])
     assert folder.is_done("supernet")
 
 
@@ -381,6 +417,18 @@ def test_crops_by_scale_can_be_asked_for(tmp_path: Path) -> None:
         ({"data__augment__crop_padding": -1}, r"data\.augment\.crop_padding is -1"),
         ({"supernet__train__momentum": 1}, r"supernet\.train\.momentum is 1\.0, but must be at least 0 and below 1"),
         ({"supernet__bootstrapping__ema_decay": 2}, r"supernet\.bootstrapping\.ema_decay is 2"),
+        ({"measure__repeats": 0}, r"measure\.repeats is 0, but must be at least 1"),
+        ({"measure__threads": 0}, r"measure\.threads is 0, but must be at least 1"),
+        ({"measure__warmup": -1}, r"measure\.warmup is -1, but must be at least 0"),
+        ({"measure__batch_sizes": []}, r"measure\.batch_sizes must hold at least 1 entries; got 0"),
+        ({"measure__batch_sizes": [4, 1]}, r"measure\.batch_sizes: sizes must increase; got \[4, 1\], write \[1, 4\]"),
+        ({"measure__group_sizes": [2, 4]}, r"measure\.group_sizes must start at 1; got \[2, 4\]"),
+        ({"supernet__train__lr": 1e300}, r"supernet\.train\.lr is 1e\+300, but must be above 0 and at most 1e\+06"),
+        (
+            {"supernet__train__accumulate": 5},
+            r"supernet\.train\.batch_size: 24 images cannot be shared equally among 1 worker x 5 micro-batches with at least 2 each",
+        ),
+        ({"data__augment__randaugment_ops": 99}, r"data\.augment\.randaugment_ops is 99, must be 0\.\.14"),
         ({"version": 2}, r"version is 2, but this release reads 1"),
         ({"data": []}, r"data is \[\], but must be a JSON object"),
     ],
@@ -424,6 +472,7 @@ def test_the_command_says_one_line_of_json_and_everything_else_on_stderr(
         (changed(supernet__train__epochs=0), (), 2, "epochs is 0"),
         (changed(data__crop_fraction=0.5), (), 2, "data.crop_fraction is 0.5 for data set 'digits'"),
         (CONFIG, ("--max-seconds", "0"), 2, "--max-seconds is 0"),
+        (CONFIG, ("--max-seconds", "nan"), 2, "--max-seconds is nan, but must be above 0"),
         (CONFIG, ("--threads", "0"), 2, "--threads is 0"),
     ],
 )

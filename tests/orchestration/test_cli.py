@@ -125,6 +125,24 @@ def test_plan_says_what_a_changed_setting_invalidates_and_why(
     assert all(any("which changed" in item for item in stages[name]["because"]) for name in others)
 
 
+def test_plan_tells_what_a_regime_comes_to_and_what_the_names_of_subnetworks_mean(tmp_path: Path) -> None:
+    write_sweep(tmp_path)
+    resnet = (
+        "--set",
+        "supernet.model=ds_resnet",
+        "--set",
+        "supernet.options={depth: 8}",
+        "--set",
+        "supernet.regime=us_net",
+    )
+    made = call(tmp_path, "plan", SWEEP, *resnet, "--json").json["supernet"]
+    assert made["network"] == "ds_resnet with 4 sub-networks, norm recalibrate"
+    assert made["supernet regime"] == "us_net: widths sandwich, num_random 2, teacher inplace"
+    text = call(tmp_path, "plan", SWEEP, *resnet).out
+    assert "teacher inplace" in text
+    assert "path-013" in text
+
+
 def test_plan_says_how_many_trials_a_larger_budget_adds(finished: Finished) -> None:
     plan = call(finished.folder, "plan", SWEEP, "--trials", "99", "--json").json
     stages = {stage["stage"]: stage for stage in plan["stages"]}

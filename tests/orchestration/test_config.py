@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
+import dsnet.training.settings
 from dsnet.data import Augmentation
 from dsnet.space import NORMS
 from dsnet.training.settings import (
@@ -31,6 +32,7 @@ from dsnet.training.settings import (
     TrainSettings,
 )
 from orchestration.config import (
+    LARGEST_RATE,
     NAME_PATTERN,
     AugmentConfig,
     BootstrappingConfig,
@@ -67,7 +69,7 @@ def build(**sections: Any) -> SweepConfig:
 PICKS = ("knee", "all", "trial-0042", "max:top1 where madds_m<=0.1", "min:madds_m where top1>=0.9 and top5>=0.99")
 TEXT = st.text(st.characters(exclude_categories=["C", "Z"]), min_size=1, max_size=12)
 SHARE = st.floats(0, 1)
-POSITIVE = st.floats(1e-9, 1e9)
+POSITIVE = st.floats(1e-9, 1e6)
 COUNT = st.integers(1, 10_000)
 SIZES = st.sets(st.integers(2, 512), max_size=5).map(lambda sizes: [1, *sorted(sizes)])
 SPACE_ENTRIES = st.fixed_dictionaries(
@@ -289,6 +291,10 @@ def test_names_that_make_a_folder_are_accepted(name: str) -> None:
             "bootstrapping.num_random: 3 contradicts supernet.regime ib, which draws 2; write it as supernet.train",
         ),
         (
+            {"supernet": {"model": "m", "train": {"num_random": 2}, "bootstrapping": {"num_random": 3}}},
+            "bootstrapping.num_random: 3 contradicts supernet.train.num_random 2, the newer name of this setting",
+        ),
+        (
             {"supernet": {"model": "m", "train": {"epochs": 0}}},
             "train.epochs: 0 keeps the weights of supernet.init_from",
         ),
@@ -463,9 +469,9 @@ REGIME_CASES: list[tuple[dict[str, Any], Regime]] = [
     ({"bootstrapping": {"mode": "ib"}}, REGIMES["ib"]),
     ({"bootstrapping": {"mode": "ieb", "num_random": 1}}, Regime(teacher="ema_ensemble", num_random=1)),
     ({"bootstrapping": {"num_random": 5}}, Regime(num_random=5)),
-    ({"bootstrapping": {"num_random": 5}, "train": {"num_random": 3}}, Regime(num_random=3)),
+    ({"bootstrapping": {"num_random": 3}, "train": {"num_random": 3}}, Regime(num_random=3)),
     ({"bootstrapping": {"mode": "ieb"}, "train": {"teacher": "none"}}, Regime(teacher="none")),
-    ({"bootstrapping": {"mode": "ieb", "num_random": 0}, "train": {"num_random": 2}}, REGIMES["ieb"]),
+    ({"bootstrapping": {"mode": "ieb"}, "train": {"num_random": 1}}, Regime(teacher="ema_ensemble", num_random=1)),
     ({"regime": "ib", "bootstrapping": {"mode": "ib", "num_random": 2}}, REGIMES["ib"]),
     ({"regime": "s_net", "bootstrapping": {"num_random": 2}}, REGIMES["s_net"]),
     ({"regime": "us_net", "train": {"num_random": 4}}, replace(REGIMES["us_net"], num_random=4)),
@@ -645,6 +651,18 @@ def test_training_settings_that_work_against_each_other_are_warned_about(monkeyp
     (cold,) = config_warnings(build(supernet={"model": "m", "train": {"bn": "recalibrate"}}))
     assert cold.startswith("supernet.train.bn recalibrate with teacher ema:")
     assert config_warnings(build(supernet={"model": "m", "regime": "us_net"})) == []
+    for regime, number, count in (("ce", 4, 1), ("ce", 0, 0), ("s_net", 4, 1), ("ib", 4, 0)):
+        unused = config_warnings(build(supernet={"model": "m", "regime": regime, "train": {"num_random": number}}))
+        assert len(unused) == count
+        assert all(text.startswith("supernet.train.num_random 4 is not used: ") for text in unused)
+
+
+def test_the_core_accepts_the_same_rates() -> None:
+    assert LARGEST_RATE == dsnet.training.settings.LARGEST_RATE
+    for name in ("lr", "weight_decay"):
+        assert build(supernet={"model": "m", "train": {name: LARGEST_RATE}})
+        with pytest.raises(ValidationError, match="less than or equal to 1000000"):
+            build(supernet={"model": "m", "train": {name: 2 * LARGEST_RATE}})
 
 
 def test_sections_can_be_built_by_keyword_in_python() -> None:

@@ -132,10 +132,44 @@ def test_set_reads_its_value_as_yaml(sweep: Path, override: str, dotted: str, va
         ("sede=1", "--set sede=1: sede: unknown key 'sede'; did you mean 'seed'?"),
         ("space.gate.target={uniform: [1, 0]}", "is the wrong way round; write [0, 1]"),
         ("presets.a.seed=1", "presets can be written in the file only"),
+        (
+            "supernet.train.accumulate=65",
+            "--set supernet.train.accumulate=65: supernet.train.accumulate: 128 images cannot be shared equally among 1 worker x 65",
+        ),
+        (
+            "supernet.workers=3",
+            "--set supernet.workers=3: supernet.workers: 128 images cannot be shared equally among 3 w",
+        ),
+        (
+            "supernet.train.precision=bfloat16",
+            "unknown precision 'bfloat16'; did you mean 'bf16'? known: float32, bf16",
+        ),
     ],
 )
 def test_a_wrong_override_is_quoted(sweep: Path, override: str, message: str) -> None:
     assert message in complaint(sweep, HEAD, overrides=[override])
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{width: 99}", "sweep.yaml:4:45: supernet.options.width: width is 99, but must be a number in 0.1..8"),
+        (
+            "{widht: 1}",
+            "sweep.yaml:4:38: supernet.options.widht: unknown option of ds_tiny; did you mean 'width'? known: ",
+        ),
+        ("{num_routes: 1, width: 1}", "sweep.yaml:4:50: supernet.options.num_routes: num_routes"),
+    ],
+)
+def test_an_option_that_the_family_refuses_is_pointed_at(sweep: Path, line: str, message: str) -> None:
+    text = HEAD.replace("{model: ds_tiny}", f"{{model: ds_tiny, options: {line}}}")
+    assert complaint(sweep, text).startswith(message)
+    assert load(sweep, text, known_models=None).config.supernet.model == "ds_tiny"
+
+
+def test_an_option_that_the_command_line_spoilt_is_quoted(sweep: Path) -> None:
+    message = complaint(sweep, HEAD, overrides=["supernet.options.width=99"])
+    assert message.startswith("--set supernet.options.width=99: supernet.options.width: width is 99, but must be")
 
 
 def test_a_wrong_flag_names_its_setting(sweep: Path) -> None:
@@ -161,7 +195,7 @@ def test_an_override_changes_one_entry_of_the_default_space(sweep: Path) -> None
 def test_presets_merge_sections_and_replace_lists(sweep: Path) -> None:
     text = HEAD.replace("{model: ds_tiny}", "{model: ds_tiny, options: {width: 1, a: [1, 2]}, train: {lr: 0.5}}")
     text += "presets: {p: {supernet: {options: {a: [3]}, train: {epochs: 2}}}}\n"
-    loaded = load(sweep, text, preset="p")
+    loaded = load(sweep, text, preset="p", known_models=None)
     assert loaded.config.supernet.options == {"width": 1, "a": [3]}
     assert (loaded.config.supernet.train.lr, loaded.config.supernet.train.epochs) == (0.5, 2)
     assert loaded.presets == ("p",)
@@ -291,7 +325,7 @@ BAD_VALUES = [
     ),
     (
         "supernet: {model: ds_tiny, train: {accumulate: 100}}",
-        "5:28: supernet.train.batch_size: 128 images cannot be shared equally among 1 workers x 100 micro-batches",
+        "5:48: supernet.train.accumulate: 128 images cannot be shared equally among 1 worker x 100 micro-batches",
     ),
     (
         "supernet: {model: checkpoint}",

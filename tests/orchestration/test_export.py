@@ -10,15 +10,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from ruamel.yaml import YAML
 
 import dsnet
+from dsnet.bundle import NUM_EXAMPLES
 from dsnet.errors import ConfigError, NotFoundError
+from dsnet.routers import GateRouter
 from dsnet.routing_table import RoutingTable
 from dsnet.training.gate import choose_routes
-from orchestration.export import picked_slots
+from orchestration.export import CLEAR_MARGIN, bundle_claims, example_rows, picked_slots
 from orchestration.planning import prepare_again
 from orchestration.results import RunResults
+from orchestration.verification import near_ties
 from search.points import trial_name
 from tests.orchestration.samples import Finished, call, problems_of_message
 
@@ -88,6 +92,32 @@ def test_a_bundle_classifies_every_image_of_val_as_the_verified_run_did(finished
         assert bundle.class_names == prepared.image_set.class_names
 
 
+def test_examples_are_clear_ones_and_where_there_are_too_few_the_clearest_of_the_others(finished: Finished) -> None:
+    results = finished.results
+    table = RoutingTable.load(results.run.table(results.done_key("table"), "val"))
+    router = results.router(results.front[0])
+    plain = example_rows(router, table)
+    assert len(plain) == NUM_EXAMPLES
+    assert (np.diff(plain) > 0).all()
+    assert not near_ties(router, table, CLEAR_MARGIN)[plain].any()
+    # Two routes that score alike but for what a 4th of a millionth of the first weight row makes of an image.
+    rows = torch.stack([router.weight[0], router.weight[0] * (1 + 2.5e-7)])
+    undecided = GateRouter(rows, torch.zeros(2, dtype=torch.float64), router.routes[:2])
+    assert near_ties(undecided, table, CLEAR_MARGIN).all()
+    margin = undecided.margin(torch.from_numpy(table.part("hidden").copy())).numpy()
+    assert set(example_rows(undecided, table)) == set(np.argsort(-margin, kind="stable")[:NUM_EXAMPLES])
+
+
+def test_verify_says_so_where_a_bundle_stores_no_examples(finished: Finished, tmp_path: Path) -> None:
+    results = finished.results
+    prepared = prepare_again(results)
+    claims = bundle_claims(prepared, results, results.front[0])
+    path = _export_with(prepared, results, results.front[0], claims, tmp_path, num_examples=0)
+    answer = call(tmp_path, "verify", path)
+    assert answer.code == 0, answer.err
+    assert "0 images are stored" in answer.out
+
+
 def test_a_bundle_claims_what_verify_found(finished: Finished, bundles: Path) -> None:
     verified = finished.results.verified
     assert verified is not None
@@ -98,6 +128,7 @@ def test_a_bundle_claims_what_verify_found(finished: Finished, bundles: Path) ->
         assert claims["test"]["madds_m"] == point.metrics["madds_m"]
         assert claims["test"]["num_images"] == verified.test.num_images
         assert claims["val"]["top1"] == finished.results.record(point.slot).metrics["top1"]
+        assert claims["data"]["crop_fraction"] == finished.results.config.data.crop_fraction
         gate_ms = claims["latency"]["batches"]["8"]["gate_ms"]["median_ms"]
         assert gate_ms == verified.latency.gates[8][point.slot].median_ms
 
@@ -184,7 +215,9 @@ def test_claims_that_the_data_does_not_bear_out_are_an_error(finished: Finished,
     assert problems_of_message(answer, ["digits", "fingerprint", "--data"]) == []
 
 
-def _export_with(prepared, results: RunResults, slot: int, claims: dict[str, object], folder: Path) -> Path:  # type: ignore[no-untyped-def]
+def _export_with(  # type: ignore[no-untyped-def]
+    prepared, results: RunResults, slot: int, claims: dict[str, object], folder: Path, num_examples: int = 16
+) -> Path:
     from dsnet.bundle import save_bundle
     from dsnet.checkpoint import load_supernet
 
@@ -196,7 +229,7 @@ def _export_with(prepared, results: RunResults, slot: int, claims: dict[str, obj
         results.router(slot),
         normalization=prepared.normalization,
         class_names=prepared.image_set.class_names,
-        examples=prepared.data.images("val")[:16],
+        examples=prepared.data.images("val")[:num_examples],
         claims=claims,
         gate_yaml="claims: more than true\n",
     )

@@ -14,7 +14,7 @@ from dsnet.training.start import load_start
 from orchestration.config_loading import load_config
 from orchestration.import_checkpoint import IMAGENET
 from orchestration.preparation import prepare, supernet_run
-from tests.dsnet.test_compat import AVERAGED, NUM_CLASSES, SIZE, STUDENT, TEACHER, whole_checkpoint
+from tests.dsnet.test_compat import AVERAGED, NUM_CLASSES, RELEASED, SIZE, STUDENT, TEACHER, whole_checkpoint
 from tests.orchestration.samples import call
 
 
@@ -89,4 +89,55 @@ def test_a_checkpoint_that_does_not_fit_writes_nothing(tmp_path: Path) -> None:
     assert "missing conv_stem.weight" in answer.err
     assert not (tmp_path / "broken-imported").exists()
     wrong = call(tmp_path, "import-checkpoint", str(broken), *options(classes=1000))
-    assert f"num_classes={NUM_CLASSES}" in wrong.err
+    assert f"has {NUM_CLASSES} classes, but 1000 were asked for: leave out --classes" in wrong.err
+
+
+def test_as_many_classes_as_the_classifier_has_need_not_be_told(tmp_path: Path, released: Path) -> None:
+    answer = call(tmp_path, "import-checkpoint", str(released), "--image-size", str(SIZE))
+    assert answer.code == 0, answer.err
+    assert f"{NUM_CLASSES} classes" in answer.err
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "message"),
+    [
+        (("--image-size", "4"), 2, "data.image_size: must be at least 8; got 4"),
+        (("--image-size", "1000"), 2, "data.image_size: must be at most 512; got 1000"),
+        (("--name", "two words"), 2, "name: 'two words' is no name"),
+        (("--data", "$NOT_SET_ANYWHERE/images"), 2, "the environment variable NOT_SET_ANYWHERE is not set"),
+        (("--classes", "0"), 2, "--classes"),
+        (("--out", "model_best.pth.tar"), 3, "--out model_best.pth.tar: cannot be used (it is a file); choose another"),
+        (("--out", "model_best.pth.tar/in"), 3, "cannot be used (Not a directory); choose another"),
+        (("--out", f"{'long' * 100}"), 2, "name: 'long"),
+        (("--name", "fine", "--out", f"{'long' * 100}"), 3, "cannot be used (File name too long); choose another"),
+    ],
+)
+def test_what_a_launch_would_refuse_is_refused_before_anything_is_written(
+    tmp_path: Path, released: Path, monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...], code: int, message: str
+) -> None:
+    monkeypatch.delenv("NOT_SET_ANYWHERE", raising=False)
+    before = sorted(tmp_path.rglob("*"))
+    answer = call(tmp_path, "import-checkpoint", released.name, *flags)
+    assert answer.code == code
+    assert message in answer.err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_checkpoint_in_our_format_is_sent_to_init_from(tmp_path: Path, released: Path) -> None:
+    assert call(tmp_path, "import-checkpoint", str(released), *options(out="imported")).code == 0
+    for named in ("imported", "imported/final", "imported/final.safetensors", "imported/final.json"):
+        answer = call(tmp_path, "import-checkpoint", named, *options(out="again"))
+        assert answer.code == 2
+        assert answer.err == (
+            f"error: {named}: is a checkpoint of dsnet-orch and needs no import; name it in supernet.init_from of a sweep file\n"
+        )
+
+
+def test_weights_that_are_not_finite_are_not_imported(tmp_path: Path) -> None:
+    broken = RELEASED["conv_stem.weight"].clone()
+    broken[0, 0, 0, 0] = float("nan")
+    torch.save({**RELEASED, "conv_stem.weight": broken}, tmp_path / "broken.pth")
+    answer = call(tmp_path, "import-checkpoint", "broken.pth", *options())
+    assert answer.code == 3
+    assert "broken.pth: NaN or infinity in conv_stem.weight: " in answer.err
+    assert not (tmp_path / "broken-imported").exists()

@@ -185,7 +185,7 @@ def test_weights_are_taken_as_they_are_only_with_the_same_classes(tmp_path: Path
 def test_start_weights_that_do_not_fit_are_refused_before_anything_runs(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"supernet\.init_from"):
         prepared_with({"init_from": str(tmp_path / "nowhere")})
-    with pytest.raises(CheckpointError, match="do not fit"):
+    with pytest.raises(CheckpointError, match="does not fit"):
         prepared_with({"init_from": str(checkpoint(tmp_path / "final")), "options": {"num_routes": 3, "width": 1.0}})
     stem = checkpoint(tmp_path / "colour", in_channels=3)
     with pytest.raises(ConfigError, match="reads images of 3 channel"):

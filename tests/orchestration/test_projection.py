@@ -147,6 +147,9 @@ def test_an_unfinished_supernet_has_no_end(finished: Finished) -> None:
     assert done.status == "FINISHED"
     assert done.end_ms is not None
     assert done.uid == row.uid
+    # A parameter that is written is never written again: what both rows tell must be the same.
+    assert {name: done.params[name] for name in row.params} == row.params
+    assert done.params["supernet.network.family"] == "ds_tiny"
 
 
 def test_the_parent_carries_the_whole_configuration(finished: Finished) -> None:
@@ -155,3 +158,5 @@ def test_the_parent_carries_the_whole_configuration(finished: Finished) -> None:
     assert params["supernet.train.epochs"] == 8
     assert params["budget.trials"] == 12
     assert params["data.limit"] == 200
+    regime = ("widths", "num_random", "teacher", "bn")
+    assert [params[f"supernet.train.{name}"] for name in regime] == ["sandwich", 2, "ema", "private_stats"]
