@@ -100,14 +100,19 @@ def _write_facts(prepared: Prepared, run: RunDir) -> Manifest:
 
 def anchored(config: SweepConfig) -> SweepConfig:
     """The same sweep with absolute folders, so that the stored sweep.yaml means the same from any working directory."""
-    runs = str(Path(config.storage.runs).expanduser().absolute())
-    path = None if config.data.path is None else str(Path(config.data.path).expanduser().absolute())
+    runs = _absolute(config.storage.runs)
+    path, init_from = _absolute(config.data.path), _absolute(config.supernet.init_from)
     return config.model_copy(
         update={
             "storage": config.storage.model_copy(update={"runs": runs}),
             "data": config.data.model_copy(update={"path": path}),
+            "supernet": config.supernet.model_copy(update={"init_from": init_from}),
         }
     )
+
+
+def _absolute(path: str | None) -> str | None:
+    return None if path is None else str(Path(path).expanduser().absolute())
 
 
 @contextmanager

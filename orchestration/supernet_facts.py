@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from dsnet.errors import ConfigError
-from dsnet.families import Task, layout
+from dsnet.families import Task, get_family, layout
 from dsnet.files import read_json
 from dsnet.space import SubnetSet, SupernetSpec
 from dsnet.training.settings import REGIMES, SupernetRun
 from dsnet.training.supernet import FINAL
 from orchestration.config import CHECKPOINT_MODEL, SweepConfig, resolve_regime
 from orchestration.preparation import Prepared, supernet_run
-
-_NAMING: Mapping[str, str] = {
-    "ds_resnet": "The digits of a name such as path-013 tell, stage by stage, which of the stage's width ratios it has: 0 is the narrowest."
-}
 
 
 @dataclass(frozen=True)
@@ -50,7 +45,7 @@ class SupernetFacts:
     @property
     def naming(self) -> str:
         """What the sub-networks' names mean; empty where they are plain numbers."""
-        return _NAMING.get(self.spec.family, "")
+        return get_family(self.spec.family).naming
 
     def lines(self, init_from: str | None) -> tuple[tuple[str, str], ...]:
         """(what, how) for people.

@@ -36,6 +36,8 @@ class Family:
     """(task, complete options) -> the spec's sub-networks; raises ValueError naming a bad option. Needs no weights. The spec's `norm` is
     what suits the family where the user asks for none."""
     build: Callable[[SupernetSpec, SubnetSet, torch.Generator], Supernet]
+    naming: str = ""
+    """What the names of its sub-networks tell, in a sentence; empty where they are plain numbers."""
 
 
 _FAMILIES: dict[str, Family] = {}

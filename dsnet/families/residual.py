@@ -360,5 +360,6 @@ register(
         },
         _ds_resnet,
         ResidualSupernet,
+        naming="The digits of a name such as path-013 tell, stage by stage, which of the stage's width ratios it has: 0 is the narrowest.",
     )
 )
