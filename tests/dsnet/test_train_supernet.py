@@ -606,5 +606,6 @@ def test_one_dimensional_parameters_are_not_decayed() -> None:
 
 
 def test_micro_batches_of_one_image_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"16 images gives 1 worker.* x 16 micro-batch.* fewer than 2 each"):
-        train(tmp_path, small_run(train=TrainSettings(batch_size=16, accumulate=16)))
+    """The settings may be fine, and the training split too small for them."""
+    with pytest.raises(ConfigError, match=r"\d+ images gives 1 worker.* x 512 micro-batch.* fewer than 2 each"):
+        train(tmp_path, small_run(train=TrainSettings(batch_size=1024, accumulate=512)))
