@@ -290,7 +290,7 @@ def test_a_step_never_waits_for_the_device(name: str, family: str) -> None:
 
 
 def test_a_stop_after_a_non_finite_loss_tells_the_step_and_stores_nothing(tmp_path: Path) -> None:
-    run = small_run(train=TrainSettings(epochs=3, batch_size=4, lr=1e30, warmup_epochs=0.0))
+    run = small_run(train=TrainSettings(epochs=3, batch_size=4, lr=1e6, warmup_epochs=0.0))
     images, labels = random_pixels(64, 8), random_labels(64)
     with pytest.raises(NonFiniteLossError, match=r"is nan at step [23]; lower"):
         train(tmp_path, run, images=images, labels=labels, should_stop=KillAt(4, lambda: True))
@@ -470,7 +470,7 @@ def test_a_non_finite_loss_names_step_and_sub_network(tmp_path: Path) -> None:
 
 
 def test_a_diverging_run_ends_before_it_stores_anything(tmp_path: Path) -> None:
-    run = small_run(train=TrainSettings(epochs=3, batch_size=16, lr=1e30, warmup_epochs=0.0))
+    run = small_run(train=TrainSettings(epochs=3, batch_size=16, lr=1e6, warmup_epochs=0.0))
     with pytest.raises(NonFiniteLossError, match=r"at step [0-9]+; lower"):
         train(tmp_path, run)
     assert not (tmp_path / "final.json").exists()
