@@ -102,7 +102,9 @@ class Networks:
 
     def ours_with_update(self) -> Callable[[], None]:
         """(a), the optimiser's step and the EMA; the learning rate is 0 so that every call does the same work."""
-        optimizer = make_optimizer(self.student, TrainSettings(lr=0.0))
+        optimizer = make_optimizer(self.student, TrainSettings())
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0
         step = self.ours()
 
         def update() -> None:

@@ -92,6 +92,13 @@ def test_both_ways_of_the_supernet_step_compute_the_same_losses() -> None:
         torch.testing.assert_close(ours[name], loss, rtol=1e-4, atol=1e-4)
 
 
+def test_every_round_of_the_supernet_step_does_the_same_work() -> None:
+    networks = Networks(Workload("cpu", 32, 2, "float32", channels_last=False, seed=0, threads=1))
+    before = {name: value.clone() for name, value in networks.student.named_parameters()}
+    networks.ours_with_update()()
+    assert all(torch.equal(value, before[name]) for name, value in networks.student.named_parameters())
+
+
 def test_the_cpu_workload_of_the_goal_is_the_first() -> None:
     first = workloads(Options(quick=False, threads=2, seed=0))[0]
     assert (first.device, first.image_size, first.batch_size) == ("cpu", 64, 32)
