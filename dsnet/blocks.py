@@ -14,6 +14,11 @@ from dsnet.layers import BatchNormBank, SlicedAttention, SlicedConv2d, SlicedDep
 from dsnet.space import Subnet, SubnetSet
 
 
+def swish(x: Tensor) -> Tensor:
+    """Swish of a tensor that nobody else reads: in its own memory where no gradient will ask for it."""
+    return F.silu(x, inplace=not torch.is_grad_enabled())
+
+
 @dataclass(frozen=True)
 class BlockShape:
     """Where a block stands in its network."""
@@ -41,7 +46,7 @@ class SeparableBlock(nn.Module):
 
     def before_gate(self, x: Tensor, subnet: Subnet) -> tuple[Tensor, Tensor, Tensor]:
         """[B, c, H, W] -> (attended, the attention's input, its hidden vector)."""
-        x = F.silu(self.depthwise_norm(self.depthwise(x), subnet.prefix(self.shape.in_group + 1)))
+        x = swish(self.depthwise_norm(self.depthwise(x), subnet.prefix(self.shape.in_group + 1)))
         attended, hidden = self.attention(x)
         return attended, x, hidden
 
@@ -60,7 +65,7 @@ class SeparableBlock(nn.Module):
     def after_gate(self, x: Tensor, subnet: Subnet) -> Tensor:
         """The pointwise half, at the sub-network's output width."""
         prefix = subnet.prefix(self.shape.out_group + 1)
-        return F.silu(self.pointwise_norm(self.pointwise(x, prefix[-1]), prefix))
+        return swish(self.pointwise_norm(self.pointwise(x, prefix[-1]), prefix))
 
     def forward(self, x: Tensor, subnet: Subnet) -> Tensor:
         """Both halves."""

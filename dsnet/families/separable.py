@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dsnet.blocks import BlockShape, ConvNormSwish, PlainBlock, SeparableBlock
+from dsnet.blocks import BlockShape, ConvNormSwish, PlainBlock, SeparableBlock, swish
 from dsnet.families import Family, Task, register
 from dsnet.families.options import check_choice, check_number, is_integer, scaled_widths
 from dsnet.layers import SlicedConv2d, SlicedLinear, make_norm
@@ -74,7 +74,7 @@ class SeparableSupernet(Supernet):
     def upto_gate(self, gate: int, x: Tensor, subnet: Subnet) -> TrunkOutput:
         """Stem and blocks up to the gated block's attention."""
         assert gate == 0, gate
-        x = F.silu(self.stem_norm(self.stem(x, subnet.widths[0]), subnet.prefix(1)))
+        x = swish(self.stem_norm(self.stem(x, subnet.widths[0]), subnet.prefix(1)))
         for block in self.blocks[: self.gated_block]:
             x = block(x, subnet)
         return TrunkOutput(*self.blocks[self.gated_block].before_gate(x, subnet))  # type: ignore[operator]
