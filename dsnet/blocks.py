@@ -46,9 +46,16 @@ class SeparableBlock(nn.Module):
 
     def before_gate(self, x: Tensor, subnet: Subnet) -> tuple[Tensor, Tensor, Tensor]:
         """[B, c, H, W] -> (attended, the attention's input, its hidden vector)."""
-        x = swish(self.depthwise_norm(self.depthwise(x), subnet.prefix(self.shape.in_group + 1)))
+        x = swish(self._normalised_depthwise(x, subnet.prefix(self.shape.in_group + 1)))
         attended, hidden = self.attention(x)
         return attended, x, hidden
+
+    def _normalised_depthwise(self, x: Tensor, prefix: tuple[int, ...]) -> Tensor:
+        """Depthwise convolution and norm; as one operation where statistics are fixed and nothing is learned, as in a teacher's forward."""
+        norm = self.depthwise_norm
+        if isinstance(norm, BatchNormBank) and not norm.training and not torch.is_grad_enabled():
+            return self.depthwise(x, *norm.scale_and_shift(prefix))
+        return norm(self.depthwise(x), prefix)
 
     def after_gate_nested(self, x: Tensor, prefixes: Sequence[tuple[int, ...]]) -> Tensor:
         """The pointwise half for several sub-networks that read the same `x`, at the widest's width (while training)."""

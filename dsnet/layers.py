@@ -46,11 +46,13 @@ class SlicedDepthwiseConv2d(nn.Module):
         self.weight = nn.Parameter(torch.empty(max_channels, 1, kernel, kernel))
         nn.init.kaiming_normal_(self.weight, mode="fan_in", nonlinearity="relu", generator=generator)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, c, H, W] -> [B, c, ceil(H / stride), ceil(W / stride)]."""
+    def forward(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+        """[B, c, H, W] -> [B, c, ceil(H / stride), ceil(W / stride)], then times `scale` plus `shift` (each [c]) where given."""
         num_channels = x.shape[1]
         weight = corner(self.weight, num_channels)
-        return F.conv2d(x, weight, stride=self.stride, padding=weight.shape[-1] // 2, groups=num_channels)
+        if scale is not None:
+            weight = weight * scale[:, None, None, None]
+        return F.conv2d(x, weight, shift, stride=self.stride, padding=weight.shape[-1] // 2, groups=num_channels)
 
     def cut(self, num_channels: int) -> nn.Conv2d:
         """The slice as a plain depthwise convolution."""
@@ -152,6 +154,13 @@ class BatchNormBank(nn.Module):
         mean, var, updates = self.statistics(prefix)
         factor = self._count(updates)
         return F.batch_norm(x, mean, var, *self.affine(prefix), self.training, factor, BN_EPS)
+
+    def scale_and_shift(self, prefix: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """What normalisation by the running statistics of `prefix` multiplies and adds, each [c]."""
+        mean, var, _ = self.statistics(prefix)
+        weight, bias = self.affine(prefix)
+        scale = weight * torch.rsqrt(var + BN_EPS)
+        return scale, bias - mean * scale
 
     def forward_nested(self, x: Tensor, prefixes: Collection[tuple[int, ...]]) -> Tensor:
         """Normalise the widest of several sub-networks by the batch, for all of them: [B, c, H, W], c being its width.
