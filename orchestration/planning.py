@@ -16,7 +16,7 @@ from orchestration.results import RunResults
 from orchestration.rundir import MLFLOW_DATABASE, DriverLock, RunDir, mlflow_artifact_root, mlflow_store_uri
 from orchestration.search_stage import continued
 from orchestration.stages import StagePlan, plan_stages
-from orchestration.supernet_facts import SupernetFacts, dry_layout
+from orchestration.supernet_facts import SupernetFacts
 from orchestration.terminal import warn
 from orchestration.tracking import Status
 from search.points import save_points
@@ -59,15 +59,6 @@ def make_plan(loaded: LoadedConfig) -> SweepPlan:
         (*others, continued(run, search, config)),
         tuple((name, cost.madds / 1e6, cost.params / 1e6) for name, cost in costs),
     )
-
-
-def check_model(config: SweepConfig) -> None:
-    """Check the family's options without the data; a model that lies in a checkpoint is not opened.
-
-    Raises:
-        ConfigError: unknown family or option, or a value out of its range.
-    """
-    dry_layout(config)
 
 
 def prepare_again(results: RunResults) -> Prepared:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dsnet.data import Augmentation, Normalization, Splits, SplitSizes, TensorData, make_splits
+from dsnet.data.splits import data_fingerprint
 from dsnet.environment import resolve_device
 from dsnet.errors import CheckpointError, ConfigError
 from dsnet.families import Task
@@ -185,7 +186,7 @@ def _laid_out(config: SweepConfig, start: Start | None) -> Prepared:
         data=data,
         normalization=known if known is not None else image_set.normalization(splits),
         subnets=subnets,
-        fingerprint=hashlib.sha256(f"{image_set.fingerprint}/{splits.hash}".encode()).hexdigest(),
+        fingerprint=data_fingerprint(image_set.fingerprint, splits),
     )
 
 

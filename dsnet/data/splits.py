@@ -112,6 +112,11 @@ class Splits:
         return splits
 
 
+def data_fingerprint(images: str, splits: Splits) -> str:
+    """sha256 of what a stage's result depends on in its data: the images' own fingerprint and who lies in which split."""
+    return hashlib.sha256(f"{images}/{splits.hash}".encode()).hexdigest()
+
+
 def make_splits(
     labels: np.ndarray,
     official_test: np.ndarray | None = None,

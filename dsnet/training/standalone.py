@@ -6,7 +6,6 @@ threads the results are bit-identical however the work was cut.
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from dsnet.checkpoint import load_supernet
 from dsnet.data import Batch, Normalization, Splits, TensorData, make_splits
+from dsnet.data.splits import data_fingerprint
 from dsnet.environment import installed_versions, resolve_device
 from dsnet.errors import StoppedError
 from dsnet.families import Task
@@ -110,7 +110,7 @@ class _Work:
             "versions": installed_versions(PACKAGES),
             "device": {"kind": self.device, "name": device_name(self.device), "threads": torch.get_num_threads()},
             "data": {
-                "fingerprint": hashlib.sha256(f"{self.images.fingerprint}/{self.splits.hash}".encode()).hexdigest(),
+                "fingerprint": data_fingerprint(self.images.fingerprint, self.splits),
                 "splits": self.splits.hash,
                 "num_images": {name: len(self.splits[name]) for name in ("train", "gate", "val")},
             },
