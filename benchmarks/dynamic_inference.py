@@ -1,16 +1,22 @@
 """Grouped dynamic inference against the static networks, the masked way of the published code, and its own ideal.
 
-A randomly initialised DS-MBNet (accuracy plays no part), and a gate made by hand so that it spreads the images evenly over its routes.
-Every batch holds equally many images of each route, in random order; batch 1 runs one image of each route in turn and divides. The ideal
-is CONTRACTS' trunk(B) + decide(B) + sum of tail_k(n_k), its parts timed at exactly the group sizes that occur, in the same rounds.
+By default on random weights (accuracy plays no part) with a gate made by hand so that it spreads the images evenly over its routes: every
+batch holds equally many images of each route, in random order, and batch 1 is one image of each route in turn. With `--bundle` on a
+trained network, its own router and real images, so that groups are as uneven as they are.
+
+The ideal is CONTRACTS' trunk(B) + decide(B) + sum of tail_k(n_k), its parts timed at exactly the group sizes that occur, in the same
+rounds. Every call of every contender is timed alone, between calls of others: weights are as cold for the ideal as for the network.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
+import click
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -26,19 +32,53 @@ from benchmarks.harness import (
     sample_interleaved,
 )
 from dsnet.batchnorm import recalibrate
+from dsnet.bundle import Bundle, load_bundle
+from dsnet.data import SplitSizes, make_splits
 from dsnet.dynamic import DynamicNet
 from dsnet.families import Task, create
-from dsnet.materialize import materialize, materialize_tail, materialize_trunk
-from dsnet.routers import GateRouter
+from dsnet.materialize import PlainSubnet, materialize_tail
+from dsnet.routers import STOP, Evidence, Executed, GateRouter, Router
+from dsnet.segments import CutSegments, SlicedSegments, rows_by
 from dsnet.supernet import Supernet
+from dsnet.training.sources import load_source
 
 BENCHMARK = "grouped dynamic inference over its ideal, beside static and masked, batch 1 to 256 (goal: at most 1.10 at batch 64)"
 GOAL = 1.10
 HEADLINE_BATCH = 64
 IMAGE_SIZE = 32
 NUM_POOL = 512
-FOUR_ROUTES = (0, 4, 9, 13)
-"""As many as the published gate has, evenly over the set."""
+NUM_REAL_BATCHES = {1: 16, 16: 4}
+"""Real images fall unevenly over the routes: several batches of a small size; of others, one."""
+PARAMS = (
+    click.Option(
+        ["--bundle"], type=click.Path(exists=True, path_type=Path), help="Time this bundle instead of random weights."
+    ),
+    click.Option(["--data"], help="With --bundle: the folder of the images that it was made with."),
+    click.Option(["--equal"], help="With --bundle: the route whose accuracy alone is nearest to the bundle's."),
+)
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network with random weights whose routes are spread evenly over the images."""
+
+    title: str
+    family: str
+    options: tuple[tuple[str, Any], ...]
+    routes: tuple[int, ...]
+    """Rising in cost."""
+
+
+DS_MBNET = Network("DS-MBNet, 4 routes", "ds_mbnet", (("stem_stride", 1),), (0, 4, 9, 13))
+"""As many routes as the published gate has, evenly over the set."""
+ALL_ROUTES = Network("DS-MBNet, 14 routes", "ds_mbnet", (("stem_stride", 1),), tuple(range(14)))
+WIDE_LIST = Network(
+    "DS-ResNet-8 x2, 1/8 to 1",
+    "ds_resnet",
+    (("depth", 8), ("width", 2.0), ("ratios", (0.125, 0.25, 0.5, 1.0)), ("paths", "uniform")),
+    (0, 1, 2, 3),
+)
+"""The named width list on which an acceleration is stated: the widest route takes at least 2.5 times as long as the cheapest."""
 
 
 def spread_gate(hidden: Tensor, routes: tuple[int, ...]) -> GateRouter:
@@ -85,173 +125,314 @@ class MaskedTail(nn.Module):
         return x
 
 
-@dataclass(frozen=True)
-class Workload:
-    """One table row."""
+class Spy:
+    """A router that keeps what it was asked, to time its decisions alone and to know the groups that ran.
 
-    device: str
-    routes: tuple[int, ...]
-    batch_size: int
+    Whatever it does not define is its router's.
+    """
+
+    def __init__(self, router: Router) -> None:
+        self.router = router
+        self.asked: list[tuple[Evidence, tuple[Executed, ...]]] = []
+        self.executed: tuple[Executed, ...] = ()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.router, name)
+
+    def step(self, evidence: Evidence, executed: Sequence[Executed]) -> Tensor:
+        """The router's own answer."""
+        answer = self.router.step(evidence, executed)
+        self.executed = tuple(executed)
+        if (answer != STOP).any():
+            self.asked.append((evidence, self.executed))
+        return answer
+
+    def decide_again(self) -> None:
+        """All decisions of the batch, their answers on the host, the images by answer."""
+        for evidence, executed in self.asked:
+            rows_by(self.router.step(evidence, executed).tolist())
+
+
+Calls = dict[str, Callable[[], object]]
 
 
 class Contenders:
-    """The networks of one device and routing space, and a pool of images whose routes are known."""
+    """The networks of one workload on one device.
 
-    def __init__(self, device: str, routes: tuple[int, ...], seed: int) -> None:
-        self.routes = routes
-        generator = torch.Generator().manual_seed(seed)
-        self.pool = torch.randn((NUM_POOL, 3, IMAGE_SIZE, IMAGE_SIZE), generator=generator).to(device)
-        supernet = create("ds_mbnet", Task(10, 3, IMAGE_SIZE), {"stem_stride": 1}, seed=seed).to(device)
-        recalibrate(supernet, [self.pool[:64]])  # else activations shrink to denormals, which are slow
-        supernet.eval()
-        subnets = supernet.subnets
-        self.trunk = materialize_trunk(supernet, subnets[0], fold_bn=True)
-        self.gate = spread_gate(self.trunk(self.pool).hidden, routes)
-        self.dynamic = DynamicNet(supernet, self.gate)
-        self.static = {route: materialize(supernet, subnets[route], fold_bn=True) for route in routes}
-        self.tails = {route: self.static[route].tail for route in routes}
-        self.masked = MaskedTail(supernet, routes).to(device).eval()
-        self.chosen = self.gate.step({"hidden": self.trunk(self.pool).hidden}, ())
+    Args:
+        supernet: in eval mode, on the device.
+        router: over its routes, which rise in cost.
+        equal: a route that is timed alone, beside the widest and the cheapest.
+    """
 
-    def batches(self, batch_size: int, seed: int) -> list[Tensor]:
-        """Pool rows: one batch with equal shares of the routes, or for batch 1 one image of each route."""
-        rows = [torch.nonzero(self.chosen == route)[:, 0].cpu() for route in self.routes]
-        if batch_size == 1:
-            return [items[:1] for items in rows]
-        counts = [batch_size // len(rows) + (index < batch_size % len(rows)) for index in range(len(rows))]
-        batch = torch.cat([items[:count] for items, count in zip(rows, counts, strict=True)])
-        return [batch[torch.randperm(len(batch), generator=torch.Generator().manual_seed(seed))]]
+    def __init__(self, supernet: Supernet, router: Router, equal: int | None = None) -> None:
+        self.dynamic = DynamicNet(supernet, router)
+        segments = self.dynamic.segments
+        assert isinstance(segments, CutSegments)
+        self.trunk = segments.trunk
+        self.tails = {route: segments.tail(route) for route in router.routes}
+        order = [route for route in supernet.subnets.by_madds() if route in router.routes]
+        named = {"static widest": order[-1], "static cheapest": order[0]}
+        named |= {} if equal is None else {"static equal": equal}
+        self.static = {name: PlainSubnet(self.trunk, self.tails[route]).eval() for name, route in named.items()}
+        self.masked = None
+        if supernet.spec.family == "ds_mbnet" and router.num_gates == 1:
+            device = next(supernet.parameters()).device
+            self.masked = MaskedTail(supernet, tuple(order)).to(device).eval()
 
-    def calls(self, rows: list[Tensor]) -> dict[str, Callable[[], object]]:
-        """What is timed on these batches; the names that begin with `ideal/` add up to the ideal."""
-        batches = [self.pool[part.to(self.pool.device)].contiguous() for part in rows]
-        trunks = [self.trunk(batch) for batch in batches]
-        chosen = [self.gate.step({"hidden": trunk.hidden}, ()) for trunk in trunks]
-        groups = {
-            route: [trunk.features[picked == route] for trunk, picked in zip(trunks, chosen, strict=True)]
-            for route in self.routes
-        }
-        calls = {
-            "dynamic": lambda: [self.dynamic(batch) for batch in batches],
-            "static widest": _each(self.static[self.routes[-1]], batches),
-            "static cheapest": _each(self.static[self.routes[0]], batches),
-            "masked": lambda: [self._run_masked(batch) for batch in batches],
-            "ideal/trunk": _each(self.trunk, batches),
-            "ideal/decide": lambda: [self._decide(trunk.hidden) for trunk in trunks],
-        }
-        for route, parts in groups.items():
-            calls[f"ideal/tail {route}"] = _each(self.tails[route], [part for part in parts if len(part)])
+    def calls(self, batches: Sequence[Tensor]) -> Calls:
+        """What is timed; the part of a name before the first slash is the contender, whose calls are added up."""
+        calls: Calls = {}
+        for number, batch in enumerate(batches):
+            calls[f"dynamic/{number}"] = _bind(self.dynamic, batch)
+            for name, module in self.static.items():
+                calls[f"{name}/{number}"] = _bind(module, batch)
+            if self.masked is not None:
+                calls[f"masked/{number}"] = _bind(self._run_masked, batch)
+            calls |= self._ideal(number, batch)
+        return calls
+
+    def _ideal(self, number: int, batch: Tensor) -> Calls:
+        spy = Spy(self.dynamic.router)
+        self.dynamic.with_router(spy)(batch)
+        features = self.trunk(batch).features
+        calls: Calls = {f"ideal/{number}/trunk": _bind(self.trunk, batch), f"ideal/{number}/decide": spy.decide_again}
+        for turn, executed in enumerate(spy.executed):
+            for route, tail in self.tails.items():
+                group = features[executed.routes == route]
+                if len(group):
+                    calls[f"ideal/{number}/tail {turn} {route}"] = _bind(tail, group)
         return calls
 
     def _run_masked(self, batch: Tensor) -> Tensor:
+        assert self.masked is not None
         trunk = self.trunk(batch)
-        return self.masked(trunk.features, self.gate.step({"hidden": trunk.hidden}, ()))
-
-    def _decide(self, hidden: Tensor) -> object:
-        chosen = self.gate.step({"hidden": hidden}, ())
-        return torch.unique_consecutive(chosen[torch.argsort(chosen)], return_counts=True)
+        evidence = Evidence(
+            {part: trunk.evidence(part) for part in self.dynamic.router.needs}, len(batch), batch.device
+        )
+        return self.masked(trunk.features, self.dynamic.router.step(evidence, ()))
 
     def largest_difference(self, batch: Tensor) -> float:
         """Between dynamic logits and those of each image's route alone, relative to the largest logit."""
         output = self.dynamic(batch)
         alone = torch.stack(
-            [self.static[int(route)](image[None])[0] for image, route in zip(batch, output.routes, strict=True)]
+            [
+                self.tails[int(route)](self.trunk(image[None]).features)[0]
+                for image, route in zip(batch, output.routes, strict=True)
+            ]
         )
         return float((output.logits - alone).abs().max() / alone.abs().max())
 
 
-def _each(module: Callable[[Tensor], object], batches: list[Tensor]) -> Callable[[], object]:
-    return lambda: [module(batch) for batch in batches]
+def _bind(module: Callable[[Tensor], object], argument: Tensor) -> Callable[[], object]:
+    return lambda: module(argument)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Networks and the images that they are timed on."""
+
+    title: str
+    device: str
+    contenders: Contenders
+    pool: Tensor
+    """Normalised, on the device."""
+    draw: Callable[[int, int], list[Tensor]]
+    """(batch size, seed) -> for each batch its rows of the pool."""
+
+    def batches(self, batch_size: int, seed: int) -> list[Tensor]:
+        """Images."""
+        return [self.pool[rows.to(self.pool.device)].contiguous() for rows in self.draw(batch_size, seed)]
+
+
+def synthetic(network: Network, device: str, seed: int) -> Workload:
+    """Random weights and images."""
+    pool = torch.randn((NUM_POOL, 3, IMAGE_SIZE, IMAGE_SIZE), generator=torch.Generator().manual_seed(seed)).to(device)
+    supernet = create(network.family, Task(10, 3, IMAGE_SIZE), dict(network.options), seed=seed).to(device)
+    recalibrate(supernet, [pool[:64]])  # else activations shrink to denormals, which are slow
+    supernet.eval()
+    gate = spread_gate(supernet.trunk(pool, supernet.subnets[0]).hidden, network.routes)
+    contenders = Contenders(supernet, gate)
+    chosen = contenders.dynamic(pool).routes.cpu()
+    of_route = [torch.nonzero(chosen == route)[:, 0] for route in network.routes]
+
+    def draw(batch_size: int, seed: int) -> list[Tensor]:
+        if batch_size == 1:
+            return [rows[:1] for rows in of_route]
+        counts = [batch_size // len(of_route) + (index < batch_size % len(of_route)) for index in range(len(of_route))]
+        batch = torch.cat([rows[:count] for rows, count in zip(of_route, counts, strict=True)])
+        return [batch[torch.randperm(len(batch), generator=torch.Generator().manual_seed(seed))]]
+
+    return Workload(network.title, device, contenders, pool, draw)
+
+
+def of_bundle(path: Path, data: str | None, equal: str | None, device: str) -> Workload:
+    """A bundle on the images of its test split.
+
+    Raises:
+        click.BadParameter: it has no route called `equal`.
+    """
+    bundle = load_bundle(path, device=device, cut_weights=False)
+    if equal is not None and equal not in bundle.route_names:
+        raise click.BadParameter(
+            f"{path} has no route {equal!r}; it has {', '.join(bundle.route_names)}", param_hint="--equal"
+        )
+    segments = bundle.net.segments
+    assert isinstance(segments, SlicedSegments)
+    contenders = Contenders(
+        segments.supernet, bundle.net.router, None if equal is None else bundle.route_names.index(equal)
+    )
+    pool = bundle.normalization.apply(_test_images(bundle, data).to(device))
+
+    def draw(batch_size: int, seed: int) -> list[Tensor]:
+        count = NUM_REAL_BATCHES.get(batch_size, 1)
+        rows = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))[: count * batch_size]
+        return list(rows.split(batch_size))
+
+    return Workload(f"bundle {path.name}", device, contenders, pool, draw)
+
+
+def _test_images(bundle: Bundle, data: str | None) -> Tensor:
+    """uint8 [N, C, H, W]: the test split of the data that the bundle's claims name."""
+    facts = bundle.claims["data"]
+    source = load_source(
+        facts["name"],
+        data,
+        facts["image_size"],
+        stream=facts.get("stream", False),
+        crop_fraction=facts.get("crop_fraction", 1.0),
+    )
+    splits = make_splits(
+        source.labels.numpy(), source.official_test, SplitSizes(**facts["sizes"]), facts["seed"], facts["limit"]
+    )
+    return source.tensor_data(splits, open_test=True).images("test")
 
 
 @dataclass(frozen=True)
 class Row:
-    """What one workload gave."""
+    """What one workload gave at one batch size."""
 
-    workload: Workload
+    title: str
+    device: str
+    batch_size: int
     samples: Samples
-    """Milliseconds a batch."""
+    """Milliseconds of each call."""
+    num_batches: int
+    routes_taken: dict[str, int]
+    """Images by the route that answered."""
 
-    def ratio(self, numerator: str, denominator: str) -> Estimate:
-        """Of two contenders; `ideal` is the sum of its parts."""
-        return self.samples.ratio(self._names(numerator), self._names(denominator))
+    @property
+    def contenders(self) -> tuple[str, ...]:
+        """In the order in which they were first called."""
+        return tuple(dict.fromkeys(name.partition("/")[0] for name in self.samples.ms))
 
-    def _names(self, contender: str) -> list[str]:
-        return [name for name in self.samples.ms if name.startswith("ideal/")] if contender == "ideal" else [contender]
+    def ratio(self, numerator: str, denominator: str) -> Estimate | None:
+        """Of two contenders, each all its calls together; None where one did not run."""
+        if not {numerator, denominator} <= set(self.contenders):
+            return None
+        return self.samples.ratio(self._calls(numerator), self._calls(denominator))
+
+    def _calls(self, contender: str) -> list[str]:
+        return [name for name in self.samples.ms if name.partition("/")[0] == contender]
+
+    def per_batch(self, contender: str) -> Estimate:
+        """Median milliseconds of a batch."""
+        total = np.sum([self.samples.ms[name] for name in self._calls(contender)], axis=0)
+        return Samples({contender: total / self.num_batches}).median_ms(contender)
 
 
 RATIOS = (
-    ("dynamic/ideal", "dynamic", "ideal"),
     ("ceiling: widest/cheapest", "static widest", "static cheapest"),
     ("widest/dynamic", "static widest", "dynamic"),
+    ("equal/dynamic", "static equal", "dynamic"),
     ("masked/dynamic", "masked", "dynamic"),
+    ("dynamic/ideal", "dynamic", "ideal"),
 )
 
 
-def workloads(options: Options, num_members: int = 14) -> list[Workload]:
-    """Four routes at every batch size, and all routes at the headline's."""
-    sizes = (1, 16, 64) if options.quick else (1, 16, 64, 256)
-    rows = []
-    for device in devices():
-        rows += [Workload(device.type, FOUR_ROUTES, size) for size in sizes]
-        rows.append(Workload(device.type, tuple(range(num_members)), HEADLINE_BATCH))
-    return rows
+def workloads(options: Options, bundle: Path | None, data: str | None, equal: str | None) -> list[Workload]:
+    """On every device: the bundle, or the networks with random weights."""
+    if bundle is not None:
+        return [of_bundle(bundle, data, equal, device.type) for device in devices()]
+    networks = (DS_MBNET, WIDE_LIST, ALL_ROUTES)
+    return [synthetic(network, device.type, options.seed) for device in devices() for network in networks]
 
 
 @torch.inference_mode()
-def measure(options: Options) -> Report:
-    """Each row's contenders side by side; the headline is four routes on the CPU."""
-    contenders: dict[tuple[str, tuple[int, ...]], Contenders] = {}
-    rows, differences = [], {}
-    rounds, budget_s = (10, 6.0) if options.quick else (40, 15.0)
-    for work in workloads(options):
-        key = (work.device, work.routes)
-        if key not in contenders:
-            contenders[key] = Contenders(*key, options.seed)
-            differences[f"{work.device}, {len(work.routes)} routes"] = contenders[key].largest_difference(
-                contenders[key].pool[:HEADLINE_BATCH]
-            )
-        batches = contenders[key].batches(work.batch_size, options.seed)
-        samples = sample_interleaved(
-            contenders[key].calls(batches), rounds=rounds, warmup=2, budget_s=budget_s, device=work.device
-        )
-        rows.append(Row(work, Samples({name: values / len(batches) for name, values in samples.ms.items()})))
-    headline = next(row for row in rows if row.workload == Workload("cpu", FOUR_ROUTES, HEADLINE_BATCH))
-    ceiling = headline.ratio("static widest", "static cheapest")
-    label = f"dynamic/ideal at batch {HEADLINE_BATCH}, 4 routes, {options.threads} thread(s), ceiling {ceiling.text(2)}"
+def measure(options: Options, bundle: Path | None = None, data: str | None = None, equal: str | None = None) -> Report:
+    """Each row's contenders side by side; the headline is the first workload on the CPU."""
+    sizes = (1, 16, 64) if options.quick else (1, 16, 64, 256)
+    works = workloads(options, bundle, data, equal)
+    rows = [
+        _measure_row(work, size, options)
+        for work in works
+        for size in ((HEADLINE_BATCH,) if work.title == ALL_ROUTES.title else sizes)
+    ]
+    headline = next(row for row in rows if row.batch_size == HEADLINE_BATCH)
+    ceiling, over_ideal = headline.ratio("static widest", "static cheapest"), headline.ratio("dynamic", "ideal")
+    assert ceiling is not None
+    assert over_ideal is not None
+    label = f"dynamic/ideal at batch {HEADLINE_BATCH}, {headline.title}, {options.threads} thread(s), ceiling {ceiling.text(2)}"
+    differences = {
+        f"{work.device}, {work.title}": work.contenders.largest_difference(work.pool[:HEADLINE_BATCH]) for work in works
+    }
     return Report(
-        [_times(rows, options), _ratios(rows)],
-        Headline(label, headline.ratio("dynamic", "ideal"), "", GOAL),
+        [_ratios(rows), _times(rows, options)],
+        Headline(label, over_ideal, "", GOAL),
         {"rows": [_figures(row) for row in rows], "largest_logit_difference": differences},
     )
 
 
+def _measure_row(work: Workload, batch_size: int, options: Options) -> Row:
+    rounds, budget_s = (10, 6.0) if options.quick else (40, 20.0)
+    batches = work.batches(batch_size, options.seed)
+    samples = sample_interleaved(
+        work.contenders.calls(batches), rounds=rounds, warmup=2, budget_s=budget_s, device=work.device
+    )
+    routes = torch.cat([work.contenders.dynamic(batch).routes for batch in batches]).cpu()
+    names = [subnet.name for subnet in work.contenders.dynamic.subnets]
+    taken = {names[route]: int((routes == route).sum()) for route in routes.unique().tolist()}
+    return Row(work.title, work.device, batch_size, samples, len(batches), taken)
+
+
 def _title(row: Row) -> str:
-    return f"{row.workload.device}, {len(row.workload.routes)} routes, batch {row.workload.batch_size}"
+    return f"{row.device}, {row.title}, batch {row.batch_size}"
 
 
 def _times(rows: list[Row], options: Options) -> Section:
-    names = ("dynamic", "static widest", "static cheapest", "masked")
+    names = list(dict.fromkeys(name for row in rows for name in row.contenders))
     cells = [
-        (_title(row), *(row.samples.median_ms(name).text(1) for name in names), str(row.samples.num_rounds))
+        (
+            _title(row),
+            *(row.per_batch(name).text(2) if name in row.contenders else "" for name in names),
+            str(row.samples.num_rounds),
+        )
         for row in rows
     ]
-    title = f"DS-MBNet, {IMAGE_SIZE} px, stem stride 1, float32, {options.threads} thread(s): ms a batch [95 %]"
+    title = f"float32, {options.threads} thread(s): ms a batch [95 %]"
     return Section(title, ("", *names, "rounds"), cells)
 
 
 def _ratios(rows: list[Row]) -> Section:
-    cells = [(_title(row), *(row.ratio(top, bottom).text(2) for _, top, bottom in RATIOS)) for row in rows]
+    cells = []
+    for row in rows:
+        ratios = [row.ratio(top, bottom) for _, top, bottom in RATIOS]
+        cells.append((_title(row), *("" if ratio is None else ratio.text(2) for ratio in ratios)))
     return Section("Ratios of medians [95 %]", ("", *(name for name, _, _ in RATIOS)), cells)
 
 
 def _figures(row: Row) -> dict[str, Any]:
+    ratios = {name: row.ratio(top, bottom) for name, top, bottom in RATIOS}
     return {
-        **asdict(row.workload),
+        "title": row.title,
+        "device": row.device,
+        "batch_size": row.batch_size,
+        "num_batches": row.num_batches,
+        "routes_taken": row.routes_taken,
         "times": row.samples.figures(),
-        "ratios": {name: asdict(row.ratio(top, bottom)) for name, top, bottom in RATIOS},
+        "ratios": {name: asdict(ratio) for name, ratio in ratios.items() if ratio is not None},
     }
 
 
 if __name__ == "__main__":
-    run_benchmark(BENCHMARK, measure)
+    run_benchmark(BENCHMARK, measure, params=PARAMS)

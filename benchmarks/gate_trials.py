@@ -1,26 +1,37 @@
-"""What a gate trial on a routing table costs, one by one: train, calibrate, score.
+"""How many gate trials a second: cohorts of 1, 8 and 64 in one program, beside one trial at a time by autograd.
 
-The tables are made up (a latent difficulty decides which routes are right and leaks into the hidden vector); their shapes, route costs and
-hyperparameters are those of the digits example and of DS-MBNet on CIFAR-10, and only these decide the time.
+A trial is a whole one: it trains, calibrates and scores. The tables are made up (a latent difficulty decides which routes are right and
+leaks into the hidden vector); their shapes, route costs and hyperparameters are those of the digits example and of DS-MBNet on CIFAR-10,
+and only these decide the time. `benchmarks.gate_fronts` compares the fronts, and the cost of training end to end, on a real supernet.
 """
 
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from multiprocessing import get_context
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from benchmarks.harness import Headline, Options, Report, Samples, Section, run_benchmark, sample_interleaved
-from dsnet.cost import subnet_cost
+from dsnet.cost import pooling_madds, subnet_cost
 from dsnet.families import Task, layout
-from dsnet.routing_table import RoutingTable
-from dsnet.training.gate import GateSettings, calibrated_router, fit_gate, train_gate
+from dsnet.losses import complexity
+from dsnet.route_tree import RouteTree
+from dsnet.routing_table import GateColumns, RoutingTable
+from dsnet.training.gate import fit_gates
+from dsnet.training.gate_problem import sgs_targets
+from dsnet.training.gate_settings import GateSettings
 
-BENCHMARK = "seconds of work per gate trial on a 270 x 6 and a 5,000 x 14 table, one by one, 1 thread (goal: digits at most 1.5 s)"
-GOAL_S = 1.5
+BENCHMARK = "gate trials per second on a 5,000 x 14 table: cohorts of 1, 8, 64, and one by one by autograd (goal: 30 on 2 cores)"
+GOAL_MS = 1000.0 / 30.0
+COHORTS = (1, 8, 64)
+NUM_PROCESSES = 2
 
 
 @dataclass(frozen=True)
@@ -57,8 +68,10 @@ def synthetic_table(workload: Workload, split: str, seed: int) -> RoutingTable:
     return RoutingTable(
         split=split,
         routes=tuple(subnet.name for subnet in subnets),
-        layout={"hidden": (0, num_hidden)},
+        tree=RouteTree.of(subnets),
+        gates=(GateColumns(({"hidden": (0, num_hidden)},), (pooling_madds(spec, subnets[0], 0, spec.image_size),)),),
         trunk_madds=costs[0].trunk_madds,
+        num_classes=workload.task.num_classes,
         image_ids=np.arange(num_images),
         labels=labels,
         madds=np.array([cost.madds for cost in costs]),
@@ -71,7 +84,7 @@ def synthetic_table(workload: Workload, split: str, seed: int) -> RoutingTable:
         entropy=-(np.exp(log_p) * log_p).sum(2).astype(np.float32),
         logits=logits.astype(np.float16),
         logit_classes=np.zeros((num_images, num_routes, 0), dtype=np.int32),
-        evidence=hidden.astype(np.float32)[:, None, :],
+        evidence=hidden.astype(np.float32),
     )
 
 
@@ -91,67 +104,117 @@ def trial_settings(num_routes: int, seed: int) -> Iterator[GateSettings]:
         )
 
 
+def train_by_autograd(table: RoutingTable, settings: GateSettings) -> torch.Tensor:
+    """What one trial's training costs in the usual way: autograd and torch's optimiser, one gate at a time."""
+    routes = list(settings.routes)
+    hidden = torch.from_numpy(table.part("hidden").copy())
+    hidden = hidden / hidden.pow(2).mean(0).sqrt().clamp_min(1e-6)
+    ce = torch.from_numpy(table.ce[:, routes].copy())
+    targets = torch.from_numpy(np.searchsorted(routes, sgs_targets(table, routes, settings)))
+    madds = torch.from_numpy(table.madds[routes] / table.madds.max()).float()
+    target = float(table.madds.min() + settings.target * np.ptp(table.madds)) / float(table.madds.max())
+    weight = torch.zeros(len(routes), hidden.shape[1], requires_grad=True)
+    optimizer = torch.optim.Adam([weight], lr=settings.lr)
+    generator = torch.Generator().manual_seed(settings.seed)
+    for step in range(settings.steps):
+        rows = torch.randperm(table.num_images, generator=generator)[: settings.batch_size]
+        logits = hidden[rows] @ weight.T
+        p = (logits / settings.temperature(step)).softmax(1)
+        loss = (p * ce[rows]).sum(1).mean() + F.cross_entropy(logits, targets[rows])
+        cost = complexity((p @ madds).mean(), target, 1.0, settings.complexity_form)
+        optimizer.zero_grad()
+        (loss + settings.lambda_complexity * cost).backward()
+        optimizer.step()
+    return weight.detach()
+
+
 class Sweep:
-    """Trials of one workload; a whole trial, and its two costly parts alone on the same settings."""
+    """Trials of one workload."""
 
     def __init__(self, workload: Workload, seed: int) -> None:
         self.gate = synthetic_table(workload, "gate", seed)
         self.val = synthetic_table(workload, "val", seed + 1)
-        self.whole = trial_settings(self.gate.num_routes, seed)
-        self.training = trial_settings(self.gate.num_routes, seed)
-        self.calibration = trial_settings(self.gate.num_routes, seed)
+        self.settings = trial_settings(self.gate.num_routes, seed)
 
-    def trial(self) -> None:
-        """Train, calibrate, score."""
-        fit_gate(self.gate, self.val, next(self.whole))
+    def cohort(self, size: int) -> None:
+        """The next `size` random trials, together."""
+        fits = fit_gates(self.gate, self.val, list(itertools.islice(self.settings, size)))
+        for fit in fits:
+            if isinstance(fit, Exception):
+                raise fit
 
-    def train(self) -> None:
-        """The optimiser's steps."""
-        train_gate(self.gate, next(self.training))
+    def by_autograd(self) -> None:
+        """Training alone, of the next random trial."""
+        train_by_autograd(self.gate, next(self.settings))
 
-    def calibrate(self) -> None:
-        """The bisections, from a random head."""
-        settings = next(self.calibration)
-        generator = torch.Generator().manual_seed(settings.seed)
-        shape = (len(settings.routes), self.val.part("hidden").shape[1])
-        calibrated_router(torch.randn(shape, generator=generator, dtype=torch.float64), self.val, settings)
+
+def _work(workload: Workload, seed: int, num_cohorts: int) -> float:
+    """Seconds for cohorts of 64 in this process, one thread, after one for warming up."""
+    torch.set_num_threads(1)
+    sweep = Sweep(workload, seed)
+    sweep.cohort(COHORTS[-1])
+    start = time.perf_counter()
+    for _ in range(num_cohorts):
+        sweep.cohort(COHORTS[-1])
+    return time.perf_counter() - start
+
+
+def rate_on_two_cores(workload: Workload, options: Options) -> float:
+    """Trials a second of two processes side by side; start-up and warming up apart."""
+    num_cohorts = 1 if options.quick else 5
+    with ProcessPoolExecutor(NUM_PROCESSES, mp_context=get_context("spawn")) as pool:
+        seconds = list(pool.map(_work, [workload] * NUM_PROCESSES, range(NUM_PROCESSES), [num_cohorts] * NUM_PROCESSES))
+    return NUM_PROCESSES * num_cohorts * COHORTS[-1] / max(seconds)
 
 
 def measure(options: Options) -> Report:
-    """Every round runs the next random trial of each workload."""
-    sweeps = {workload.name: Sweep(workload, options.seed) for workload in (DIGITS, LARGE)}
+    """Every round runs a cohort of each size; the headline is a trial's share of a cohort of 64 on two cores."""
+    workloads = (DIGITS, LARGE)
+    sweeps = {workload.name: Sweep(workload, options.seed) for workload in workloads}
     calls: dict[str, Callable[[], None]] = {}
     for name, sweep in sweeps.items():
-        calls |= {f"{name}/trial": sweep.trial, f"{name}/train": sweep.train, f"{name}/calibrate": sweep.calibrate}
-    samples = sample_interleaved(calls, rounds=10 if options.quick else 60, warmup=2)
-    rates = {name: samples.per_second(f"{name}/trial") for name in sweeps}
-    rows = [_row(name, sweep, samples) for name, sweep in sweeps.items()]
+        calls[f"{name}/autograd"] = sweep.by_autograd
+        calls |= {f"{name}/{size}": _cohort_call(sweep, size) for size in COHORTS}
+    samples = sample_interleaved(calls, rounds=3 if options.quick else 20, warmup=1)
+    rates = {workload.name: rate_on_two_cores(workload, options) for workload in workloads}
+    rows = [_row(name, sweep, samples, rates[name]) for name, sweep in sweeps.items()]
     columns = (
         "table",
         "images x routes x hidden",
-        "trial ms [95 %]",
-        "IQR ms",
-        "train ms",
-        "calibrate ms",
-        "trials/s [95 %]",
+        "autograd, training alone",
+        *(f"cohort of {size}" for size in COHORTS),
+        "2 processes, cohorts of 64",
     )
+    share = Samples({"large/64": samples.ms["large/64"] / COHORTS[-1]}).median_ms("large/64")
     return Report(
-        [Section(f"Gate trials one by one, {options.threads} thread(s), 200 steps of 512 images", columns, rows)],
-        Headline("a digits gate trial", samples.in_seconds("digits/trial"), " s", GOAL_S),
-        {"times": samples.figures(), "trials_per_s": {name: asdict(rate) for name, rate in rates.items()}},
+        [Section("Trials per second, 1 thread a process, 200 steps of 512 images [95 %]", columns, rows)],
+        Headline(
+            f"a trial's share of a cohort of 64 on one core (2 cores: {rates['large']:.0f} trials/s)",
+            share,
+            " ms",
+            GOAL_MS,
+        ),
+        {
+            "times": samples.figures(),
+            "two_processes_per_s": rates,
+            "workloads": {workload.name: asdict(workload) for workload in workloads},
+        },
     )
 
 
-def _row(name: str, sweep: Sweep, samples: Samples) -> tuple[str, ...]:
-    trial = f"{name}/trial"
+def _cohort_call(sweep: Sweep, size: int) -> Callable[[], None]:
+    return lambda: sweep.cohort(size)
+
+
+def _row(name: str, sweep: Sweep, samples: Samples, two_cores: float) -> tuple[str, ...]:
+    per_trial = {f"{size}": samples.ms[f"{name}/{size}"] / size for size in COHORTS}
+    rates = Samples({**per_trial, "autograd": samples.ms[f"{name}/autograd"]})
     return (
         name,
         f"{sweep.val.num_images} x {sweep.val.num_routes} x {sweep.val.part('hidden').shape[1]}",
-        samples.median_ms(trial).text(0),
-        f"{samples.iqr_ms(trial):.0f}",
-        f"{samples.median_ms(f'{name}/train').value:.0f}",
-        f"{samples.median_ms(f'{name}/calibrate').value:.0f}",
-        samples.per_second(trial).text(1),
+        rates.per_second("autograd").text(1),
+        *(rates.per_second(str(size)).text(1) for size in COHORTS),
+        f"{two_cores:.0f}",
     )
 
 

@@ -233,13 +233,16 @@ def find_benchmarks() -> dict[str, str]:
     return {name: module.BENCHMARK for name, module in modules.items() if hasattr(module, "BENCHMARK")}
 
 
-def run_benchmark(description: str, measure: Callable[[Options], Report], *, threads: int = 2) -> None:
+def run_benchmark(
+    description: str, measure: Callable[..., Report], *, threads: int = 2, params: Sequence[click.Parameter] = ()
+) -> None:
     """A benchmark's command line.
 
     Args:
         description: the module's `BENCHMARK`.
-        measure: does the work.
+        measure: does the work, given the `Options` and by name the values of `params`.
         threads: default of `--threads`.
+        params: options of its own.
     """
 
     @click.command(help=description)
@@ -247,16 +250,19 @@ def run_benchmark(description: str, measure: Callable[[Options], Report], *, thr
     @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write every figure to this file.")
     @click.option("--threads", default=threads, show_default=True, type=click.IntRange(1), help="Threads of torch.")
     @click.option("--seed", default=0, show_default=True)
-    def command(quick: bool, json_path: Path | None, threads: int, seed: int) -> None:
+    def command(quick: bool, json_path: Path | None, threads: int, seed: int, **own: Any) -> None:
         options = Options(quick, threads, seed)
         torch.set_num_threads(threads)
         load_before = os.getloadavg()[0]
-        report = measure(options)
+        report = measure(options, **own)
         _show(report)
         if json_path is not None:
             record = {
                 "description": description,
-                "options": asdict(options),
+                "options": {
+                    **asdict(options),
+                    **{name: None if value is None else str(value) for name, value in own.items()},
+                },
                 "machine": machine_facts(),
                 "versions": versions(),
                 "load_average_1min": {"before": load_before, "after": os.getloadavg()[0]},
@@ -266,6 +272,7 @@ def run_benchmark(description: str, measure: Callable[[Options], Report], *, thr
             atomic_write_json(json_path, record)
         print(report.headline.text())
 
+    command.params.extend(params)
     command()
 
 

@@ -12,7 +12,22 @@ from typing import Any, Final
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from dashboards.theme import BLUE, GREEN, INK, MUTED, ORANGE, PURPLE, dressed, finite, note, percent, plain
+from dashboards.theme import (
+    BLUE,
+    GREEN,
+    INK,
+    MUTED,
+    ORANGE,
+    PURPLE,
+    VERMILION,
+    dressed,
+    finite,
+    note,
+    percent,
+    plain,
+    router_name,
+    router_symbol,
+)
 
 ParamValue = float | int | str | bool
 
@@ -20,6 +35,7 @@ CONTROL_STRETCH: Final = 0.35
 """How far the controls may stretch the vertical axis beyond the static sub-networks and the front, as a share of it."""
 MIN_TOP1_SPAN: Final = 0.02
 PARAM_PREFIX: Final = "param."
+ROUTER_PARAM: Final = "gate.router"
 
 
 @dataclass(frozen=True)
@@ -34,7 +50,7 @@ class StaticPoint:
 
 @dataclass(frozen=True)
 class DynamicPoint:
-    """One trial's gate, scored with the routes it really takes."""
+    """One trial's router, scored with the routes it really takes."""
 
     name: str
     madds_m: float
@@ -46,6 +62,8 @@ class DynamicPoint:
     latency_ms: float | None = None
     params: tuple[tuple[str, ParamValue], ...] = ()
     """The gate parameters that the trial was given, for the hover text."""
+    router: str = "gate"
+    """Its kind."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +95,8 @@ class FrontPanel:
     cascade: Curve = Curve()
     oracle: Curve = Curve()
     """Best accuracy at a mean cost, choosing with the labels."""
+    reachable: Curve = Curve()
+    """The best router that sees every route's output, its own cost not counted."""
 
     @property
     def front(self) -> tuple[DynamicPoint, ...]:
@@ -119,14 +139,15 @@ def static_points(rows: Iterable[Mapping[str, Any]], split: str) -> tuple[Static
 
 
 def dynamic_points(
-    rows: Iterable[Mapping[str, Any]], split: str, intervals: Mapping[str, tuple[float, float]]
+    rows: Iterable[Mapping[str, Any]], split: str, intervals: Mapping[str, tuple[float, float]], router: str = "gate"
 ) -> tuple[DynamicPoint, ...]:
-    """The gates among rows of points.parquet, by rising cost.
+    """The routers among rows of points.parquet, by rising cost.
 
     Args:
         rows: as for `static_points`, with `is_front` and a `param.*` column per gate parameter (None or NaN: not set).
         split: rows of other splits are left out.
         intervals: 95 % interval of top-1 (fractions) by point name; names without one are drawn without a bar.
+        router: the kind of the trials that were not given one.
     """
     points = (
         DynamicPoint(
@@ -137,11 +158,16 @@ def dynamic_points(
             interval=intervals.get(str(r["name"])),
             latency_ms=finite(r.get("latency_ms")),
             params=_params(r),
+            router=_router(r, router),
         )
         for r in rows
         if r["kind"] == "gate" and r["split"] == split and finite(r["top1"]) is not None
     )
     return tuple(sorted(points, key=lambda p: p.madds_m))
+
+
+def _router(row: Mapping[str, Any], default: str) -> str:
+    return dict(_params(row)).get(ROUTER_PARAM, default)  # type: ignore[return-value]
 
 
 def _params(row: Mapping[str, Any]) -> tuple[tuple[str, ParamValue], ...]:
@@ -163,7 +189,7 @@ def front_frame(info: FrontInfo) -> Frame:
         middle = (low + high) / 2
         low, high = middle - MIN_TOP1_SPAN / 2, middle + MIN_TOP1_SPAN / 2
     span = high - low
-    controls = [a for panel in panels for c in (panel.random, panel.cascade, panel.oracle) for a in c.top1]
+    controls = [a for panel in panels for c in _controls(panel) for a in c.top1]
     low = max(min([low, *controls]), low - CONTROL_STRETCH * span)
     high = min(max([high, *controls]), high + CONTROL_STRETCH * span)
     pad = 0.06 * (high - low)
@@ -172,6 +198,10 @@ def front_frame(info: FrontInfo) -> Frame:
         madds_m=(max(0.0, min(costs) - cost_pad), max(costs) + cost_pad),
         top1_percent=(max(0.0, 100 * (low - pad)), min(100.6, 100 * (high + pad))),
     )
+
+
+def _controls(panel: FrontPanel) -> tuple[Curve, ...]:
+    return (panel.random, panel.cascade, panel.reachable, panel.oracle)
 
 
 def _framing_points(panel: FrontPanel) -> list[StaticPoint | DynamicPoint]:
@@ -223,13 +253,18 @@ def _subtitle(info: FrontInfo) -> str:
 def _draw_panel(figure: go.Figure, panel: FrontPanel, column: int, chosen: FrontPanel | None) -> None:
     traces = [
         _curve("oracle (knows the labels)", panel.oracle, {"color": PURPLE, "dash": "dot", "width": 2}),
+        _curve(
+            "reachable (sees every route's output)",
+            panel.reachable,
+            {"color": VERMILION, "dash": "dashdot", "width": 2},
+        ),
         _curve("confidence cascade", panel.cascade, {"color": GREEN, "dash": "dash", "width": 2}),
         _curve("static line (mix of two)", panel.static_line, {"color": INK, "width": 1.5}),
         _trials(panel),
         _statics(panel),
         _random(panel),
         *([] if chosen is None else _ghosts(chosen, panel)),
-        _front(panel),
+        *(_front(panel, kind) for kind in sorted({point.router for point in panel.front})),
     ]
     seen = {trace.name for trace in figure.data if trace.showlegend is not False}
     for trace in traces:
@@ -257,7 +292,7 @@ def _trials(panel: FrontPanel) -> go.Scatter:
         y=[100 * p.top1 for p in others],
         name="other trials",
         mode="markers",
-        marker={"color": BLUE, "opacity": 0.22, "size": 6},
+        marker={"color": BLUE, "opacity": 0.22, "size": 6, "symbol": [router_symbol(p.router) for p in others]},
         text=[_hover(p, panel) for p in others],
         hoverinfo="text",
     )
@@ -286,15 +321,15 @@ def _random(panel: FrontPanel) -> go.Scatter:
     )
 
 
-def _front(panel: FrontPanel) -> go.Scatter:
-    points = panel.front
+def _front(panel: FrontPanel, kind: str) -> go.Scatter:
+    points = [point for point in panel.front if point.router == kind]
     ends = [p.interval or (p.top1, p.top1) for p in points]
     return go.Scatter(
         x=[p.madds_m for p in points],
         y=[100 * p.top1 for p in points],
-        name="front (dynamic)",
+        name=f"front: {plain(router_name(kind))}",
         mode="markers",
-        marker={"color": BLUE, "size": 10, "line": {"color": "white", "width": 1}},
+        marker={"color": BLUE, "symbol": router_symbol(kind), "size": 10, "line": {"color": "white", "width": 1}},
         error_y={
             "type": "data",
             "symmetric": False,
@@ -327,7 +362,7 @@ def _ghosts(chosen: FrontPanel, reported: FrontPanel) -> tuple[go.Scatter, go.Sc
         y=[100 * then.top1 for then, _ in pairs],
         name=f"front as it looked on {plain(chosen.split)}",
         mode="markers",
-        marker={"color": BLUE, "symbol": "circle-open", "size": 9},
+        marker={"color": BLUE, "symbol": [f"{router_symbol(then.router)}-open" for then, _ in pairs], "size": 9},
         text=[
             f"{_hover(then, chosen)}<br>{plain(reported.split)} minus {plain(chosen.split)}: "
             f"{100 * (after.top1 - then.top1):+.1f} points"
@@ -346,7 +381,8 @@ def _hover(point: StaticPoint | DynamicPoint, panel: FrontPanel) -> str:
     lines.append(f"{point.madds_m:.4g} M MAdds")
     lines.append("latency not measured" if point.latency_ms is None else f"{point.latency_ms:.3g} ms")
     if isinstance(point, DynamicPoint):
-        lines += [f"{plain(name)} = {_shown(value)}" for name, value in point.params]
+        lines.insert(1, plain(router_name(point.router)))
+        lines += [f"{plain(name)} = {_shown(value)}" for name, value in point.params if name != ROUTER_PARAM]
     return "<br>".join(lines)
 
 
@@ -377,7 +413,11 @@ def _draw_outside(figure: go.Figure, panel: FrontPanel, column: int, frame: Fram
 
 def _outside(panel: FrontPanel, frame: Frame) -> list[str]:
     high = frame.top1_percent[1] / 100
-    curves: Sequence[tuple[str, Curve]] = (("oracle", panel.oracle), ("cascade", panel.cascade))
+    curves: Sequence[tuple[str, Curve]] = (
+        ("oracle", panel.oracle),
+        ("reachable", panel.reachable),
+        ("cascade", panel.cascade),
+    )
     lines = [f"{name} goes up to {percent(max(c.top1))}" for name, c in curves if c.top1 and max(c.top1) > high]
     hidden = sum(not _is_inside(p, frame) for p in panel.dynamic)
     if hidden:

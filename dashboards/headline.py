@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Final
 
-from dashboards.theme import percent, signed, significant
+from dashboards.theme import percent, router_name, signed, significant
 
 NOT_VERIFIED: Final = "not verified yet"
 
@@ -46,7 +46,7 @@ class Latency:
 
 @dataclass(frozen=True)
 class Scores:
-    """What one gate, or one static sub-network, reaches on one split."""
+    """What one router, or one static sub-network, reaches on one split."""
 
     top1: Estimate
     madds_m: float
@@ -62,9 +62,15 @@ class Scores:
     cascade_madds_m: float | None = None
     """What that cascade really spends here."""
     oracle_share: float | None = None
-    """How much of the way from the static line to the oracle the gate goes."""
+    """How much of the way from the static line to the oracle the router goes."""
     stability: float | None = None
-    """Share of resamples in which no other gate of the front dominates it; not a p-value."""
+    """Share of resamples in which no other router of the front dominates it; not a p-value."""
+    reachable_top1: float | None = None
+    """The best router that sees every route's output, at the same mean MAdds."""
+    reachable_share: float | None = None
+    """How much of the way from the static line to that one the router goes."""
+    is_cascade_collapsed: bool = False
+    """The cascade beside it never goes on, or always."""
 
 
 @dataclass(frozen=True)
@@ -78,9 +84,11 @@ class Row:
     """On the sealed split (test); None before verification."""
     latency: Latency | None = None
     max_route_share: float | None = None
-    """Share of images on the most used route, 0..1."""
+    """Share of the images that the route with most of them answers, 0..1."""
     is_collapsed: bool = False
-    """The gate sends (nearly) every image to one route: it is a static sub-network in disguise."""
+    """One route answers (nearly) every image: a static sub-network in disguise."""
+    router: str | None = None
+    """Kind of router; None for a static sub-network."""
 
     @property
     def shown(self) -> Scores:
@@ -95,7 +103,7 @@ class Headline:
     baseline: Row | None = None
     """The widest routable static sub-network (chosen on val)."""
     rows: tuple[Row, ...] = ()
-    """The gates of the front, cheapest first."""
+    """The routers of the front, cheapest first."""
     knee: str | None = None
     """Name of the front's knee, one of `rows`."""
     chosen_split: str = "val"
@@ -107,16 +115,16 @@ class Headline:
 
 
 def headline_section(headline: Headline) -> str:
-    """Cards and table as HTML; without a gate, the baseline alone."""
+    """Cards and table as HTML; without a router, the baseline alone."""
     table = _table(headline) if headline.baseline or headline.rows else ""
     if not headline.rows:
-        return f'<section><p class="empty">No gate on the front yet.</p>{table}</section>'
+        return f'<section><p class="empty">No router on the front yet.</p>{table}</section>'
     return f"<section>{_cards(headline)}{table}{_table_legend(headline)}</section>"
 
 
 def _cards(headline: Headline) -> str:
     row = next((r for r in headline.rows if r.name == headline.knee), headline.rows[0])
-    role = "knee" if row.name == headline.knee else "cheapest gate"
+    role = "knee" if row.name == headline.knee else "cheapest router"
     split = headline.reported_split if row.reported else headline.chosen_split
     top1 = row.shown.top1
     cards = [
@@ -181,7 +189,7 @@ def _saving_lines(row: Row, baseline: Row | None) -> list[str]:
     change = 100 * (row.shown.top1.value - widest.top1.value)
     return [
         f"{percent(abs(saved), 0)} {side} the widest static ({_millions(widest.madds_m)}),",
-        f"which has {percent(widest.top1.value)} top-1: {signed(change)} points for the gate",
+        f"which has {percent(widest.top1.value)} top-1: {signed(change)} points for the router",
     ]
 
 
@@ -203,7 +211,7 @@ def _latency_lines(latency: Latency | None) -> tuple[str, list[str]]:
 
 def _table(headline: Headline) -> str:
     heads = [
-        ("Gate", ""),
+        ("Router", ""),
         (f"Top-1 {headline.chosen_split} (%)", "number"),
         (f"Top-1 {headline.reported_split} (%)", "number"),
         ("Mean MAdds (M)", "number"),
@@ -247,9 +255,9 @@ def _name_cell(row: Row, headline: Headline, is_baseline: bool) -> str:
         badges += '<span class="badge">knee</span>'
     if row.is_collapsed:
         badges += '<span class="badge bad">collapsed</span>'
-    sub = ""
+    sub = "" if row.router is None else _sub(router_name(row.router))
     if row.max_route_share is not None:
-        sub = f'<span class="sub">largest route {percent(row.max_route_share, 0)}</span>'
+        sub += _sub(f"largest route {percent(row.max_route_share, 0)}")
     return f"{escape(row.name)}{badges}{sub}"
 
 
@@ -270,8 +278,9 @@ def _gain_cell(scores: Scores) -> str:
         return _number("–", "outside the static line")
     kind = "good" if gain.low > 0 else "bad" if gain.high < 0 else ""
     beside = [_signed_interval(gain)]
-    if scores.oracle_share is not None:
-        beside.append(f"{percent(scores.oracle_share, 0)} of the oracle gap")
+    for share, name in ((scores.reachable_share, "reachable"), (scores.oracle_share, "oracle")):
+        if share is not None:
+            beside.append(f"{percent(share, 0)} of the {name} gap")
     if scores.stability is not None:
         beside.append(f"on the front in {percent(scores.stability, 0)}")
     return _number(signed(100 * gain.value), *beside, kind=kind)
@@ -279,9 +288,11 @@ def _gain_cell(scores: Scores) -> str:
 
 def _controls_cell(scores: Scores) -> str:
     spent = "" if scores.cascade_madds_m is None else f" at {_millions(scores.cascade_madds_m)}"
+    collapsed = " (collapsed)" if scores.is_cascade_collapsed else ""
     named = (
         ("random", scores.random_top1, ""),
-        ("cascade", scores.cascade_top1, spent),
+        ("cascade", scores.cascade_top1, spent + collapsed),
+        ("reachable", scores.reachable_top1, ""),
         ("oracle", scores.oracle_top1, ""),
     )
     return _number("", *(f"{name} {'–' if top1 is None else f'{100 * top1:.1f}{at}'}" for name, top1, at in named))
@@ -300,7 +311,7 @@ def _table_legend(headline: Headline) -> str:
         f"Small figures are 95 % bootstrap intervals over images. Cost, gain and controls are those of {split}. "
         "The gain is paired, over a random mix of two static sub-networks with the same mean MAdds; "
         f"green and red mark intervals that exclude 0{_chance(headline)}. 'On the front in' is the share of resamples in "
-        "which no other gate of the table is better and cheaper. All of it is conditional on one trained supernet."
+        "which no other router of the table is better and cheaper. All of it is conditional on one trained supernet."
     )
     return f'<p class="sub">{escape(text)}</p>'
 

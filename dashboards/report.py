@@ -14,6 +14,7 @@ from dashboards.front import FrontInfo, front_figure
 from dashboards.headline import NOT_VERIFIED, Headline, headline_section
 from dashboards.hypervolume import HypervolumeInfo, hypervolume_figure
 from dashboards.page import chart, definition_list, page
+from dashboards.routers import RoutersInfo, routers_figure, routers_table
 from dashboards.routes import RoutesInfo, class_routes_figure, routes_figure
 from dashboards.theme import count, significant
 from dashboards.training import TrainingInfo, training_figure
@@ -37,6 +38,7 @@ class ReportData:
     """How often the sealed split was read: more than once weakens its numbers."""
     front: FrontInfo | None = None
     hypervolume: HypervolumeInfo | None = None
+    routers: RoutersInfo | None = None
     routes: RoutesInfo | None = None
     widths: WidthsInfo | None = None
     training: TrainingInfo | None = None
@@ -60,6 +62,7 @@ def build_report(data: ReportData) -> str:
         _notes(data),
         headline_section(data.headline),
         _front_section(data),
+        _routers_section(data),
         _hypervolume_section(data),
         _routes_section(data),
         _widths_section(data),
@@ -89,7 +92,7 @@ def _own_notes(data: ReportData) -> list[str]:
     headline = data.headline
     if headline.rows and not headline.is_verified:
         notes.append(
-            f"{NOT_VERIFIED.capitalize()}: every accuracy is from {headline.chosen_split}, which also chose the gates, "
+            f"{NOT_VERIFIED.capitalize()}: every accuracy is from {headline.chosen_split}, which also chose the routers, "
             "and is therefore optimistic."
         )
     if data.num_test_openings > 1:
@@ -102,8 +105,8 @@ def _own_notes(data: ReportData) -> list[str]:
     num_collapsed = sum(row.is_collapsed for row in headline.rows)
     if num_collapsed:
         notes.append(
-            f"{num_collapsed} of {count(len(headline.rows), 'gate')} on the front collapsed: (nearly) all images take "
-            "one route, which is a static sub-network with a gate's extra cost."
+            f"{num_collapsed} of {count(len(headline.rows), 'router')} on the front collapsed: one route answers (nearly) "
+            "all images, which is a static sub-network with a router's extra cost."
         )
     return notes
 
@@ -119,19 +122,35 @@ def _empty(text: str) -> str:
 
 def _front_section(data: ReportData) -> str:
     caption = (
-        "A gate earns its place above the black line, which any random mix of two static sub-networks reaches without "
-        "a gate. Random routing shows what its histogram alone gives, the cascade what confidence alone gives, "
-        "the oracle what is left to gain."
+        "A router earns its place above the black line, which any random mix of two static sub-networks reaches without "
+        "one. A gate decides before the network goes on; a cascade runs a cheap route first and goes on to a wider one "
+        "where the answer is doubtful, and pays for both. Random routing sends as many images to each route, but drawn at "
+        "random; the confidence cascade has one threshold and no training. The oracle knows the labels, and so is lucky "
+        "too; the reachable curve is the best router that we find when it sees every route's output free of charge."
     )
     if data.front is None:
         return _section("The front", caption, _empty("Nothing searched yet."))
     is_paired = data.front.reported is not None
     if is_paired:
         caption += (
-            " Open circles on the right are where the same gates stood when they were chosen: "
+            " Open circles on the right are where the same routers stood when they were chosen: "
             "the distance is the winner's curse."
         )
     return _section("The front", caption, chart("front", front_figure(data.front), is_wide=is_paired))
+
+
+def _routers_section(data: ReportData) -> str:
+    info = data.routers
+    title = "What each kind of router reaches at three budgets"
+    if info is None or not info.results:
+        return _section(title, "", _empty("Known once the front has been verified."))
+    caption = (
+        "For each kind and budget the trial with the best top-1 on val within the budget, as it does on "
+        f"{info.split} at its own mean MAdds. The gain is over the static line, with its paired 95 % interval; the shares "
+        "say how far it goes from that line to the reachable curve and to the oracle. A kind without a trial within a "
+        "budget is left out there."
+    )
+    return _section(title, caption, chart("routers", routers_figure(info)) + routers_table(info))
 
 
 def _hypervolume_section(data: ReportData) -> str:
@@ -142,10 +161,10 @@ def _hypervolume_section(data: ReportData) -> str:
 
 
 def _routes_section(data: ReportData) -> str:
-    caption = "A bar of one colour is a gate that decides nothing."
+    caption = "The route that answers; a cascade has run a cheaper one before. A bar of one colour is a router that decides nothing."
     info = data.routes
     if info is None or not info.gates:
-        return _section("Routes", caption, _empty("No gate on the front yet."))
+        return _section("Routes", caption, _empty("No router on the front yet."))
     content = chart("routes", routes_figure(info))
     if info.class_counts is not None:
         gate = data.headline.knee if data.headline.knee in info.gates else info.gates[0]

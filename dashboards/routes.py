@@ -1,4 +1,4 @@
-"""Which routes the gates of the front take: a histogram per gate, and per class for one of them."""
+"""Which routes answer for the routers of the front: a histogram per gate, and per class for one of them."""
 
 from __future__ import annotations
 
@@ -108,13 +108,15 @@ def routes_figure(info: RoutesInfo) -> go.Figure:
             )
         )
     if not info.gates:
-        note(figure, "no gate on the front yet")
+        note(figure, "no router on the front yet")
     figure.update_layout(barmode="stack", bargap=0.25, legend={"traceorder": "normal"})
     figure.update_xaxes(title_text="share of images (%)", range=[0, 100])
     figure.update_yaxes(type="category", autorange="reversed", showgrid=False)
-    subtitle = f"{info.split} (n = {info.num_images:,}); gates from cheap to costly, routes from light (cheap) to dark"
+    subtitle = (
+        f"{info.split} (n = {info.num_images:,}); routers from cheap to costly, routes from light (cheap) to dark"
+    )
     height_px = max(320, 250 + ROW_HEIGHT_PX * len(gates))
-    return dressed(figure, "Routes taken by the gates of the front", subtitle, height_px)
+    return dressed(figure, "Routes that answer, by router of the front", subtitle, height_px)
 
 
 def class_routes_figure(info: RoutesInfo, gate: str) -> go.Figure:

@@ -26,6 +26,16 @@ SERIES: Final = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, INK, MUTED)
 SYMBOLS: Final = ("circle", "square", "diamond", "triangle-up", "cross", "star", "hexagon", "x")
 DASHES: Final = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 
+ROUTERS: Final = {
+    "gate": ("gate", "circle"),
+    "evidence_gate": ("gate with richer evidence", "diamond"),
+    "gates": ("gate at every stage", "square"),
+    "evidence_gates": ("gate at every stage, richer evidence", "pentagon"),
+    "cascade": ("cascade", "triangle-up"),
+    "learned_cascade": ("learned cascade", "star"),
+}
+"""Kind of router -> its name and its symbol, in every figure and table."""
+
 # Only fonts that a system already has: the report may load nothing.
 FONT_FAMILY: Final = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 MIN_HEIGHT_PX: Final = 460
@@ -83,6 +93,16 @@ def dressed(figure: go.Figure, title: str, subtitle: str, height_px: int = MIN_H
 def plain(text: str) -> str:
     """Text from outside for use in a figure: Plotly reads a subset of HTML, links included, so it is escaped."""
     return html.escape(text, quote=False)
+
+
+def router_name(kind: str) -> str:
+    """A kind of router in words; one that this release does not know keeps its own name, not escaped."""
+    return ROUTERS[kind][0] if kind in ROUTERS else kind
+
+
+def router_symbol(kind: str) -> str:
+    """Its marker."""
+    return ROUTERS[kind][1] if kind in ROUTERS else "hexagon"
 
 
 def percent(fraction: float, digits: int = 1) -> str:

@@ -79,8 +79,11 @@ def widths_figure(info: WidthsInfo) -> go.Figure:
 
 
 def _log_ticks(info: WidthsInfo) -> list[float]:
-    """1, 2, 5, 10, 20, 50, ... over the measured range: Plotly's own labels leave the decade out."""
-    values = [v for s in info.latency for v in (*s.low_ms, *s.high_ms)]
+    """1, 2, 5, 10, 20, 50, ... over the measured range: Plotly's own labels leave the decade out.
+
+    On a disturbed machine half the quartile range can exceed the median: a bar that ends at or below 0 has no place on the axis.
+    """
+    values = [v for s in info.latency for v in (*s.low_ms, *s.median_ms, *s.high_ms) if v > 0]
     if not values:
         return []
     decades = range(math.floor(math.log10(min(values))), math.ceil(math.log10(max(values))) + 1)

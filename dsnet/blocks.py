@@ -109,7 +109,7 @@ class ConvNormSwish(ConvNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, c, H, W] -> [B, c', H', W']."""
-        return F.silu(super().forward(x))
+        return swish(super().forward(x))
 
 
 class PlainBeforeGate(nn.Module):

@@ -25,7 +25,8 @@ from dsnet.errors import CheckpointError, DsnetError, PreflightError, Verificati
 from dsnet.families import rebuild
 from dsnet.files import atomic_write_json, file_sha256, plain_value, read_json
 from dsnet.precision import exact_float32
-from dsnet.routers import Executed, GateRouter, Router, router_from_arrays
+from dsnet.retrace import Retrace
+from dsnet.routers import Router, router_from_arrays
 from dsnet.space import SubnetSet, SupernetSpec
 from dsnet.supernet import Supernet, restrict, state_for_saving
 
@@ -33,8 +34,6 @@ SCHEMA_VERSION = 1
 NUM_EXAMPLES = 16
 LOGIT_TOLERANCE = 1e-4
 """Largest accepted difference to a stored logit, relative to the largest stored one: other processors sum in another order."""
-ROUTE_TOLERANCE = 1e-5
-"""A recorded route may be behind the best one by so much, relative to the gate's largest logit: for the same reason."""
 MANIFEST = "bundle.json"
 
 
@@ -93,23 +92,11 @@ class Bundle:
         return self.manifest["claims"]
 
 
-def local_router(router: Router, members: Sequence[int]) -> Router:
-    """The same gate over the restricted supernet's ids 0..len(members) - 1.
-
-    Raises:
-        ValueError: the router is no gate, or uses a route outside `members`.
-    """
-    if not isinstance(router, GateRouter):
-        raise ValueError(f"only gates are exported, not {type(router).__name__}")
-    position = {member: index for index, member in enumerate(members)}
-    return GateRouter(router.weight, router.offset, tuple(position[route] for route in router.routes))
-
-
 @exact_float32()
 def save_bundle(  # noqa: PLR0913 - all but three are given by name
     folder: Path,
     supernet: Supernet,
-    router: GateRouter,
+    router: Router,
     *,
     normalization: Normalization,
     class_names: Sequence[str],
@@ -122,7 +109,7 @@ def save_bundle(  # noqa: PLR0913 - all but three are given by name
     Args:
         folder: where the bundle will lie.
         supernet: trained and recalibrated.
-        router: the gate; only the routes of its routing space are stored.
+        router: decides; only the routes that it may run are stored.
         normalization: what the supernet was trained with.
         class_names: in label order.
         examples: uint8 [n, C, H, W], images whose routes and logits are stored for `verify`.
@@ -135,7 +122,7 @@ def save_bundle(  # noqa: PLR0913 - all but three are given by name
     if folder.exists() and not (folder / MANIFEST).is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise PreflightError(f"{folder}: is there already and no bundle; remove it, or export to another folder")
     small = restrict(supernet, router.routes).cpu().eval()
-    local = local_router(router, router.routes)
+    local = router.over({route: index for index, route in enumerate(router.routes)})
     size = int(examples.shape[-1])
     output = DynamicNet(small, local, image_size=size)(normalization.apply(examples))
     tensors, values = local.to_arrays()
@@ -241,7 +228,7 @@ def _assemble(
     subnets = SubnetSet.from_json(SupernetSpec.from_json(manifest["spec"]), manifest["subnets"])
     supernet = rebuild(subnets)
     load_exactly(supernet, tensors_below(weights, "supernet."), str(path))
-    router = router_from_arrays(tensors_below(weights, "router."), manifest["router"])
+    router = _router(path, tensors_below(weights, "router."), manifest["router"])
     channels, height, width = manifest["image_shape"]
     net = DynamicNet(supernet.eval(), router, cut_weights=cut_weights, fold_bn=fold_bn, image_size=height)
     return Bundle(
@@ -253,6 +240,13 @@ def _assemble(
         route_names=tuple(subnet.name for subnet in subnets),
         image_shape=(channels, height, width),
     )
+
+
+def _router(path: Path, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> Router:
+    try:
+        return router_from_arrays(tensors, values)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path / MANIFEST}: {error}; export it again") from error
 
 
 def check_bundle_files(bundle: Bundle) -> None:
@@ -267,30 +261,11 @@ def check_bundle_files(bundle: Bundle) -> None:
             raise VerificationError(f"{file}: missing, or not the file that was exported (its SHA-256 differs)")
 
 
-@dataclass(frozen=True)
-class _Retrace(GateRouter):
-    """A gate that keeps to the recorded routes wherever its own scores leave the choice to rounding."""
-
-    recorded: Tensor
-    """int64 [B]."""
-
-    def step(self, evidence: Mapping[str, Tensor], executed: Sequence[Executed]) -> Tensor:
-        chosen = super().step(evidence, executed)
-        if executed:
-            return chosen
-        scores = self.scores(evidence["hidden"])
-        allowed = ROUTE_TOLERANCE * float((scores + self.offset.to(scores.device)).abs().max())
-        recorded = self.recorded.to(scores.device)
-        is_recorded = torch.tensor(self.routes, device=scores.device) == recorded[:, None]
-        is_tied = scores >= scores.amax(1, keepdim=True) - allowed
-        return torch.where((is_recorded & is_tied).any(1), recorded, chosen)
-
-
 @exact_float32()
 def check_bundle_examples(bundle: Bundle) -> int:
     """Run the stored inputs and compare routes and logits with what was exported.
 
-    Where two routes score alike up to rounding, the recorded one counts as taken, and its logits must still agree.
+    Where rounding alone decides between routes, the recorded one counts as taken, and its logits must still agree.
 
     Returns:
         the number of examples checked; 0 where none are stored, so that nothing was checked.
@@ -301,14 +276,11 @@ def check_bundle_examples(bundle: Bundle) -> int:
     stored = load_tensors(bundle.path / "examples.safetensors", bundle.manifest["files"]["examples.safetensors"])
     if len(stored["images"]) == 0:
         return 0
-    net, router = bundle.net, bundle.net.router
-    if isinstance(router, GateRouter):
-        net = net.with_router(_Retrace(router.weight, router.offset, router.routes, stored["routes"]))
-    output = net(bundle.normalization.apply(stored["images"].to(bundle.device)))
-    logits, expected = output.logits.cpu(), stored["logits"]
+    logits, routes = _retraced(bundle, stored["images"], stored["routes"])
+    expected = stored["logits"]
     scale = float(expected.abs().max()) or 1.0
     for index in range(len(expected)):
-        route, wanted = int(output.routes[index]), int(stored["routes"][index])
+        route, wanted = int(routes[index]), int(stored["routes"][index])
         if route != wanted:
             names = bundle.route_names
             raise VerificationError(
@@ -320,6 +292,20 @@ def check_bundle_examples(bundle: Bundle) -> int:
                 f"{bundle.path}: the logits of example {index} differ by {difference:.2e} (relative), more than {LOGIT_TOLERANCE:.0e}"
             )
     return len(expected)
+
+
+def _retraced(bundle: Bundle, pixels: Tensor, recorded: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits and routes of images on the CPU, along the recorded routes wherever the router's decision was a tie."""
+    net = bundle.net
+    images = bundle.normalization.apply(pixels.to(bundle.device))
+    output = net(images)
+    logits, routes = output.logits.cpu(), output.routes.cpu()
+    for route in recorded[routes != recorded].unique().tolist():
+        again = net.with_router(Retrace(net.router, route, net.tree))(images)
+        rows = (routes != recorded) & (recorded == route)
+        logits = torch.where(rows[:, None], again.logits.cpu(), logits)
+        routes = torch.where(rows, again.routes.cpu(), routes)
+    return logits, routes
 
 
 @exact_float32()

@@ -68,6 +68,19 @@ def shared_params(spec: SupernetSpec, subnets: Iterable[Subnet]) -> int:
     return total
 
 
+def pooling_madds(spec: SupernetSpec, subnet: Subnet, gate: int, image_size: int) -> int:
+    """MAdds of one pooling of what a gate's attention reads (C*H*W), on the path of `subnet`."""
+    sizes = {IMAGE: image_size}
+    for op in spec.ops:
+        size = sizes[op.reads]
+        if op.name == spec.gates[gate].attention:
+            return op.input_width(subnet.widths) * size**2
+        sizes[op.name] = _output_size(op, size)
+    raise ValueError(
+        f"gate {spec.gates[gate].name!r} names attention {spec.gates[gate].attention!r}, which {spec.family} does not have"
+    )
+
+
 def gate_madds(hidden: int, num_routes: int) -> int:
     """MAdds of a slimming head: one product of the hidden vector with a row per route."""
     return hidden * num_routes

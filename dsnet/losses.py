@@ -6,6 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+COMPLEXITY_FORMS = ("hinge", "quadratic", "paper", "paper_raw")
+PAPER_UNIT = 1e9
+"""The published complexity term divides MAdds by this."""
+PAPER_WIDEST = 565.4e6
+"""MAdds of the published network's widest route."""
+
 
 def soft_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     """Mean over the batch of -sum_c target_c log softmax(logits)_c; both are [B, C], `target` is a distribution."""
@@ -38,7 +44,7 @@ def complexity(expected_madds: Tensor, target_madds: float, max_madds: float, fo
         case "quadratic":
             return (ratio - 1.0) ** 2
         case "paper":
-            return (expected_madds / (1e9 * max_madds / 565.4e6)) ** 2
+            return (expected_madds / (PAPER_UNIT * max_madds / PAPER_WIDEST)) ** 2
         case "paper_raw":
-            return (expected_madds / 1e9) ** 2
-    raise ValueError(f"unknown complexity form {form!r}; known: hinge, quadratic, paper, paper_raw")
+            return (expected_madds / PAPER_UNIT) ** 2
+    raise ValueError(f"unknown complexity form {form!r}; known: {', '.join(COMPLEXITY_FORMS)}")

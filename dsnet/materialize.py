@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dsnet.blocks import fold_batch_norms
+from dsnet.inference_layout import lay_out_for_inference
 from dsnet.space import Subnet
 from dsnet.supernet import Supernet
 
@@ -32,6 +33,18 @@ def materialize_trunk(supernet: Supernet, subnet: Subnet, *, fold_bn: bool = Fal
 
 
 @torch.no_grad()
+def materialize_upto_gate(supernet: Supernet, gate: int, subnet: Subnet, *, fold_bn: bool = False) -> nn.Module:
+    """One segment of one sub-network as a plain module in eval mode: images, or the features of the gate before -> TrunkOutput."""
+    return _ready(supernet.cut_upto_gate(gate, subnet), supernet, fold_bn)
+
+
+@torch.no_grad()
+def materialize_head(supernet: Supernet, subnet: Subnet, *, fold_bn: bool = False) -> nn.Module:
+    """The last segment of one sub-network as a plain module in eval mode: what the last gate handed over -> logits."""
+    return _ready(supernet.cut_head(subnet), supernet, fold_bn)
+
+
+@torch.no_grad()
 def materialize_tail(supernet: Supernet, subnet: Subnet, *, fold_bn: bool = False) -> nn.Module:
     """The tail of one sub-network as a plain module in eval mode: features -> logits."""
     return _ready(supernet.cut_tail(subnet), supernet, fold_bn)
@@ -51,4 +64,4 @@ def materialize(supernet: Supernet, subnet: Subnet, *, fold_bn: bool = False) ->
 
 def _ready(module: nn.Module, supernet: Supernet, fold_bn: bool) -> nn.Module:
     module = copy.deepcopy(module).to(next(supernet.parameters()).device).eval().requires_grad_(False)
-    return fold_batch_norms(module) if fold_bn else module
+    return lay_out_for_inference(fold_batch_norms(module)) if fold_bn else module

@@ -1,7 +1,8 @@
 """The routing table: what every route answers to every image, stored once, so that any gate is scored exactly in about a second.
 
-With one gate on a frozen supernet, an image's cross-entropy, correctness and confidence under each route and the gate's input are
-constants (METHODS 5). A table is plain numpy in a safetensors file, and never holds more than one split.
+On a frozen supernet, an image's cross-entropy, correctness and confidence under each route and every gate's input are constants
+(METHODS 5). With several gates a route is a path, and a gate's input depends on what was chosen before it: the table holds it once for
+every node of the tree of paths. A table is plain numpy in a safetensors file, and never holds more than one split.
 """
 
 from __future__ import annotations
@@ -20,10 +21,32 @@ from safetensors.numpy import save_file
 
 from dsnet.errors import CheckpointError
 from dsnet.files import replacing
+from dsnet.route_tree import RouteTree
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MAX_FULL_CLASSES = 100
 NUM_TOP_LOGITS = 32
+
+
+@dataclass(frozen=True)
+class GateColumns:
+    """Where a table keeps what one gate sees."""
+
+    layouts: tuple[Mapping[str, tuple[int, int]], ...]
+    """For each node of the gate, the columns of `evidence`: mean, deviation and maximum of the gate's input, and the hidden vector."""
+    pooling_madds: tuple[int, ...]
+    """For each node, the MAdds of one pooling of the gate's input."""
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-able mapping."""
+        layouts = [{name: list(span) for name, span in layout.items()} for layout in self.layouts]
+        return {"layouts": layouts, "pooling_madds": list(self.pooling_madds)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> GateColumns:
+        """Rebuild what `to_json` gave."""
+        layouts = tuple({name: (span[0], span[1]) for name, span in layout.items()} for layout in data["layouts"])
+        return cls(layouts, tuple(data["pooling_madds"]))
 
 
 @dataclass(frozen=True)
@@ -33,10 +56,14 @@ class RoutingTable:
     split: str
     routes: tuple[str, ...]
     """Names of the sub-networks."""
-    layout: Mapping[str, tuple[int, int]]
-    """Columns of `evidence`: mean, deviation and maximum of the gate's input, and the hidden vector."""
+    tree: RouteTree
+    """How the gates tell the routes apart."""
+    gates: tuple[GateColumns, ...]
+    """What each gate sees."""
     trunk_madds: int
     """MAdds that every route pays before the gate decides."""
+    num_classes: int
+    """Of the task; `logits` may hold fewer."""
     image_ids: NDArray[np.int64]
     """[N] index in the data set."""
     labels: NDArray[np.int64]
@@ -62,7 +89,7 @@ class RoutingTable:
     logit_classes: NDArray[np.int32]
     """[N, K, L] the classes of `logits`, or an empty [N, K, 0] where they stand in class order."""
     evidence: NDArray[np.float32]
-    """[N, G, D] for the G gates."""
+    """[N, E]: what all gates see at all their nodes, side by side; `gates` tells the columns."""
 
     def __post_init__(self) -> None:
         shape = (len(self.labels), len(self.routes))
@@ -73,6 +100,23 @@ class RoutingTable:
         if self.madds.shape != shape[1:] or self.evidence.shape[0] != shape[0] or self.image_ids.shape != shape[:1]:
             raise ValueError(
                 f"routing table {self.split}: madds, evidence or image_ids do not fit {shape[0]} images and {shape[1]} routes"
+            )
+        if self.logits.shape[:2] != shape or self.logit_classes.shape[:2] != shape:
+            raise ValueError(
+                f"routing table {self.split}: its logits do not fit {shape[0]} images and {shape[1]} routes"
+            )
+        nodes = [gate.num_nodes for gate in self.tree.gates]
+        if self.tree.num_routes != shape[1] or any(
+            nodes != [len(of_gate) for of_gate in kept]
+            for kept in ([gate.layouts for gate in self.gates], [gate.pooling_madds for gate in self.gates])
+        ):
+            raise ValueError(
+                f"routing table {self.split}: its tree does not fit its {shape[1]} routes, or its gates the tree"
+            )
+        last = max(stop for gate in self.gates for layout in gate.layouts for _, stop in layout.values())
+        if last != self.evidence.shape[1]:
+            raise ValueError(
+                f"routing table {self.split}: its gates keep {last} columns of evidence, but it has {self.evidence.shape[1:]}"
             )
 
     @property
@@ -85,14 +129,14 @@ class RoutingTable:
         """K."""
         return len(self.routes)
 
-    def part(self, name: str, gate: int = 0) -> NDArray[np.float32]:
-        """One part of the evidence at a gate, [N, its length].
+    def part(self, name: str, gate: int = 0, node: int = 0) -> NDArray[np.float32]:
+        """One part of the evidence at a node of a gate, [N, its length].
 
         Raises:
-            KeyError: no such part.
+            KeyError: no such part, or one that is kept at the first gate alone.
         """
-        start, stop = self.layout[name]
-        return self.evidence[:, gate, start:stop]
+        start, stop = self.gates[gate].layouts[node][name]
+        return self.evidence[:, start:stop]
 
     def top1(self) -> NDArray[np.float64]:
         """[K] accuracy of every route alone."""
@@ -111,8 +155,10 @@ class RoutingTable:
             "schema_version": SCHEMA_VERSION,
             "split": self.split,
             "routes": list(self.routes),
-            "layout": {name: list(span) for name, span in self.layout.items()},
+            "tree": self.tree.to_json(),
+            "gates": [gate.to_json() for gate in self.gates],
             "trunk_madds": self.trunk_madds,
+            "num_classes": self.num_classes,
         }
 
     @classmethod
@@ -130,11 +176,13 @@ class RoutingTable:
             return cls(
                 split=meta["split"],
                 routes=tuple(meta["routes"]),
-                layout={name: (span[0], span[1]) for name, span in meta["layout"].items()},
+                tree=RouteTree.from_json(meta["tree"]),
+                gates=tuple(GateColumns.from_json(gate) for gate in meta["gates"]),
                 trunk_madds=int(meta["trunk_madds"]),
+                num_classes=int(meta["num_classes"]),
                 **arrays,
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, IndexError) as error:
             raise CheckpointError(f"the routing table's parts do not belong together: {error}") from error
 
     def save(self, path: Path) -> None:
@@ -182,5 +230,5 @@ def _digest(arrays: Mapping[str, NDArray[Any]]) -> str:
     return digest.hexdigest()
 
 
-_META = ("split", "routes", "layout", "trunk_madds")
+_META = ("split", "routes", "tree", "gates", "trunk_madds", "num_classes")
 RoutingTable.ARRAYS = tuple(field.name for field in fields(RoutingTable) if field.name not in _META)

@@ -59,6 +59,8 @@ class Adoption:
     """Start weights of that training; empty where it began afresh. They enter the supernet's key in `init_from`'s place."""
     stages: tuple[str, ...]
     """What can be taken over: always the supernet."""
+    outdated: tuple[str, ...] = ()
+    """What another release made that gives other results; it is made again."""
 
 
 def find_adoption(
@@ -100,7 +102,8 @@ def find_adoption(
         stages.append("measure")
     if folder.is_done("table"):
         stages.append("table")
-    return Adoption(folder, theirs.origin, tuple(stages))
+    outdated = tuple(stage for stage in ("measure", "table") if folder.is_outdated(stage))
+    return Adoption(folder, theirs.origin, tuple(stages), outdated)
 
 
 def _without_housekeeping(run: SupernetRun) -> SupernetRun:

@@ -98,6 +98,10 @@ NonNegativeInt = Annotated[int, Field(ge=0)]
 IncreasingSizes = Annotated[tuple[PositiveInt, ...], Field(strict=False, min_length=1)]
 CropScale = Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], Field(strict=False, min_length=2, max_length=2)]
 Device = Literal["auto", "cpu", "cuda"]
+Router = Literal["gate", "evidence_gate", "gates", "evidence_gates", "cascade", "learned_cascade"]
+"""`dsnet.routers.ROUTER_KINDS`, which need torch."""
+END_TO_END_ROUTERS = ("gate", "gates")
+"""Routers with a slimming head inside the network, which can be trained through it."""
 
 
 def _version(value: object) -> object:
@@ -436,7 +440,7 @@ def resolve_regime(supernet: SupernetConfig) -> Regime:
 
 
 class RoutingConfig(Section):
-    """Which sub-networks the gate may pick: members first, first + stride, ... up to last, in the set's order."""
+    """Which sub-networks the gate may pick: members first, first + stride, ... up to last, in the set's order (with beam: by MAdds)."""
 
     first: NonNegativeInt = 0
     """Index of the cheapest route."""
@@ -444,6 +448,9 @@ class RoutingConfig(Section):
     """Inclusive; negative counts from the end, -1 = the widest."""
     stride: PositiveInt = 1
     """1 = every sub-network from first to last."""
+    beam: Annotated[int, Field(ge=2)] | None = None
+    """Keep so many sub-networks, both extremes among them: those nearest below the upper envelope of (MAdds, top-1 on `gate`).
+    first, last and stride then count in what is left, cheapest first; null = all."""
 
 
 class SgsConfig(Section):
@@ -470,6 +477,10 @@ class LossesConfig(Section):
     """Penalty on mean MAdds against the target."""
     form: Literal["hinge", "quadratic", "paper", "paper_raw"] = "hinge"
     """hinge: only above the target | quadratic: both sides | paper, paper_raw: as published, without a target."""
+    quality: NonNegativeFloat = 0.0
+    """Half the squared difference between each route's score and how good its answer is; with trainer table only."""
+    quality_of: Literal["correct", "probability"] = "correct"
+    """How good an answer is: correct 1 or 0 | the probability of the label."""
 
 
 class GateOptimizerConfig(Section):
@@ -477,12 +488,12 @@ class GateOptimizerConfig(Section):
 
     name: Literal["adam", "sgd"] = "adam"
     """adam | sgd."""
-    lr: PositiveFloat = 0.05
-    """> 0."""
-    weight_decay: NonNegativeFloat = 0.0
-    """>= 0."""
+    lr: Annotated[float, Field(gt=0, le=LARGEST_RATE)] = 0.05
+    """> 0, at most 1e6."""
+    weight_decay: Annotated[float, Field(ge=0, le=LARGEST_RATE)] = 0.0
+    """>= 0, at most 1e6."""
     steps: PositiveInt = 200
-    """Updates of the slimming head."""
+    """Updates, with trainer table."""
     batch_size: PositiveInt = 512
     """Images per step; no more than `gate` holds are taken."""
 
@@ -496,16 +507,43 @@ class TemperatureConfig(Section):
     """At the last step, > 0."""
 
 
+class PerceptronConfig(Section):
+    """The small perceptron of the routers that have one: evidence_gate, evidence_gates, learned_cascade."""
+
+    hidden_units: PositiveInt = 32
+    """Units of its hidden layer."""
+
+
+class EndToEndConfig(Section):
+    """Stage II through the network itself, as published; everything else, the batch size too, is gate.optimizer's."""
+
+    epochs: PositiveInt = 30
+    """Passes over `gate`; they take the place of gate.optimizer.steps."""
+    augment: bool = False
+    """Train on images that data.augment has changed."""
+    threads: PositiveInt = 1
+    """Torch threads of a trial; a trial takes as many CPUs."""
+
+
 class GateConfig(Section):
     """The gate: fixed settings, and defaults of what `space` sweeps."""
 
+    router: Router = "gate"
+    """gate: one decision, as published | evidence_gate: with richer evidence | gates, evidence_gates: one decision per gate
+    of the network | cascade: cheapest first, on while unsure | learned_cascade: the cheapest route's output picks the next."""
+    trainer: Literal["table", "end_to_end"] = "table"
+    """table: exact losses on the routing table, fractions of a second | end_to_end: through the network; routers gate and gates only."""
     target: Fraction = 0.5
     """Target MAdds t in [0, 1]: MAdds_min + t * (MAdds_max - MAdds_min) over the whole set of sub-networks."""
+    target_madds_m: PositiveFloat | None = None
+    """The target in million MAdds, > 0, in place of gate.target; null = gate.target counts."""
+    perceptron: PerceptronConfig = PerceptronConfig()
     routing: RoutingConfig = RoutingConfig()
     sgs: SgsConfig = SgsConfig()
     losses: LossesConfig = LossesConfig()
     optimizer: GateOptimizerConfig = GateOptimizerConfig()
     temperature: TemperatureConfig = TemperatureConfig()
+    end_to_end: EndToEndConfig = EndToEndConfig()
 
     @model_validator(mode="after")
     def _can_route_and_learn(self) -> GateConfig:
@@ -513,8 +551,10 @@ class GateConfig(Section):
         first, last = self.routing.first, self.routing.last
         if 0 <= last < first:
             problems.append(BrokenRule(("routing", "first"), f"{first} lies behind gate.routing.last {last}"))
-        if self.losses.cls == self.losses.sgs == self.losses.complexity == 0:
-            problems.append(BrokenRule(("losses",), "cls, sgs and complexity are all 0: the gate would learn nothing"))
+        losses = self.losses
+        if losses.cls == losses.sgs == losses.complexity == losses.quality == 0:
+            message = "cls, sgs, complexity and quality are all 0: the gate would learn nothing"
+            problems.append(BrokenRule(("losses",), message))
         _refuse(*problems)
         return self
 
@@ -547,8 +587,9 @@ class SamplerConfig(Section):
 
     name: Literal["random", "tpe", "nsga2"] = "tpe"
     """random | tpe | nsga2."""
-    cohort: PositiveInt = 8
-    """Trials asked for, run and told together; results depend on it, and not on the number of actors."""
+    cohort: PositiveInt | None = None
+    """Trials asked for, run and told together; results depend on it, and not on the number of actors.
+    null = 64, or 8 with gate.trainer end_to_end."""
     startup: NonNegativeInt = 16
     """Random trials before tpe starts to model."""
 
@@ -556,7 +597,7 @@ class SamplerConfig(Section):
 class BudgetConfig(Section):
     """When the sweep ends."""
 
-    trials: PositiveInt = 64
+    trials: PositiveInt = 256
     """Number of trials, failed ones included."""
     time_s: PositiveFloat | None = None
     """Seconds of searching; null = no limit."""
@@ -567,8 +608,8 @@ class BudgetConfig(Section):
 class TrialConfig(Section):
     """What one trial may cost."""
 
-    timeout_s: PositiveFloat = 120
-    """Seconds, after which the trial has failed."""
+    timeout_s: PositiveFloat | None = None
+    """Seconds, after which the trial has failed; null = 120, or 4 hours with gate.trainer end_to_end."""
     retries: NonNegativeInt = 2
     """New attempts after a lost worker; an error of the trial itself is not repeated."""
 
@@ -712,6 +753,8 @@ class SweepConfig(Section):
             problems.append(BrokenRule(("metrics",), message))
         if not problems:
             problems.extend(_empty_routing_problems(self.gate.routing, self.space))
+            problems.extend(_target_problems(self.gate, self.space))
+            problems.extend(_trainer_problems(self.gate, self.space))
         _refuse(*problems)
         return self
 
@@ -738,8 +781,12 @@ def known_fields() -> Mapping[str, FieldInfo]:
 @cache
 def sweepable_keys() -> tuple[str, ...]:
     """The dotted keys that `space` may hold."""
-    fields = known_fields().items()
-    return tuple(key for key, field in fields if key.startswith("gate.") and not section_class(field.annotation))
+    sections = ("gate.trainer", "gate.end_to_end")  # how trials run: the same for all
+    return tuple(
+        key
+        for key, field in known_fields().items()
+        if key.startswith("gate.") and not key.startswith(sections) and not section_class(field.annotation)
+    )
 
 
 def is_nullable(field: FieldInfo) -> bool:
@@ -810,22 +857,92 @@ def _empty_routing_problems(routing: RoutingConfig, space: Mapping[str, Distribu
             yield BrokenRule(("space", key), message)
 
 
+def _target_problems(gate: GateConfig, space: Mapping[str, Distribution]) -> Iterator[BrokenRule]:
+    """Refuse a target that is given in both ways."""
+    relative, absolute = "gate.target", "gate.target_madds_m"
+    if relative in space and (absolute in space or gate.target_madds_m is not None):
+        path: KeyPath = ("space", absolute) if absolute in space else ("gate", "target_madds_m")
+        message = (
+            f"{absolute} would win over {relative}, which space holds too; give {absolute} null, "
+            f"or write a space without {relative}"
+        )
+        yield BrokenRule(path, message, others=(("space", relative),))
+
+
+def _trainer_problems(gate: GateConfig, space: Mapping[str, Distribution]) -> Iterator[BrokenRule]:
+    """Refuse routers and losses that end-to-end training does not have."""
+    if gate.trainer == "table":
+        return
+    is_swept = "gate.losses.quality" in space
+    qualities = space["gate.losses.quality"].edge_values() if is_swept else (gate.losses.quality,)
+    if any(qualities):
+        path: KeyPath = ("space", "gate.losses.quality") if is_swept else ("gate", "losses", "quality")
+        message = "gate.trainer end_to_end knows the published losses only; set it to 0, or choose gate.trainer table"
+        yield BrokenRule(path, message, others=(("gate", "trainer"),))
+    impossible = [router for router in possible_routers(gate, space) if router not in END_TO_END_ROUTERS]
+    if impossible:
+        path = ("space", "gate.router") if "gate.router" in space else ("gate", "router")
+        message = (
+            f"gate.trainer end_to_end trains {' and '.join(END_TO_END_ROUTERS)} only, not {', '.join(impossible)}; "
+            "choose gate.trainer table, or another router"
+        )
+        yield BrokenRule(path, message, others=(("gate", "trainer"),))
+
+
+def possible_routers(gate: GateConfig, space: Mapping[str, Distribution]) -> tuple[str, ...]:
+    """The kinds of router that trials may have."""
+    return tuple(map(str, space["gate.router"].edge_values())) if "gate.router" in space else (gate.router,)
+
+
+def absolute_targets(gate: GateConfig, space: Mapping[str, Distribution]) -> tuple[float, ...]:
+    """`gate.target_madds_m`, fixed or at the ends of its range; empty where it is not used."""
+    if "gate.target_madds_m" in space:
+        return tuple(float(value) for value in space["gate.target_madds_m"].edge_values())
+    return () if gate.target_madds_m is None else (gate.target_madds_m,)
+
+
 def _possible_values(key: str, fixed: int, space: Mapping[str, Distribution]) -> list[int]:
     values = space[key].edge_values() if key in space else (fixed,)
     return [value for value in values if isinstance(value, int)]
 
 
+def resolve_cohort(config: SweepConfig) -> int:
+    """`sampler.cohort`, or its default for the way in which trials are trained (CONTRACTS, Search)."""
+    return config.sampler.cohort or (64 if config.gate.trainer == "table" else 8)
+
+
+def resolve_timeout_s(config: SweepConfig) -> float:
+    """`trial.timeout_s`, or its default for the way in which trials are trained."""
+    return config.trial.timeout_s or (120.0 if config.gate.trainer == "table" else 4 * 3600.0)
+
+
 def config_warnings(config: SweepConfig) -> list[str]:
     """What is allowed, but is probably not meant."""
-    warnings = []
-    if config.sampler.name == "tpe" and config.sampler.startup >= config.budget.trials:
-        warnings.append(
-            f"sampler.startup {config.sampler.startup} is not below budget.trials {config.budget.trials}: "
-            "all trials will be random"
+    return [*_sampler_warnings(config), *_space_warnings(config), *_training_warnings(config.supernet)]
+
+
+def _sampler_warnings(config: SweepConfig) -> Iterator[str]:
+    sampler, trials, cohort = config.sampler, config.budget.trials, resolve_cohort(config)
+    if sampler.name == "tpe" and sampler.startup >= trials:
+        yield f"sampler.startup {sampler.startup} is not below budget.trials {trials}: all trials will be random"
+    elif sampler.name != "random" and cohort >= trials:
+        yield (
+            f"sampler.cohort {cohort} is not below budget.trials {trials}: all trials will be random, as {sampler.name} "
+            "learns from earlier cohorts; lower sampler.cohort or raise budget.trials"
         )
-    if all(distribution.kind == "fixed" for distribution in config.space.values()):
-        warnings.append("space holds fixed values only: all trials differ by their seed alone")
-    return [*warnings, *_training_warnings(config.supernet)]
+
+
+def _space_warnings(config: SweepConfig) -> Iterator[str]:
+    gate, space = config.gate, config.space
+    if all(distribution.kind == "fixed" for distribution in space.values()):
+        (router,) = possible_routers(gate, space)
+        # The images' order is the same for all trials; the seed draws a perceptron's first weights and end-to-end noise.
+        if gate.trainer == "table" and router not in ("evidence_gate", "evidence_gates", "learned_cascade"):
+            yield f"space holds fixed values only: all trials will be equal, as router {router} draws nothing from its seed"
+        else:
+            yield "space holds fixed values only: all trials differ by their seed alone"
+    if gate.trainer == "end_to_end" and "gate.optimizer.steps" in space:
+        yield "space.gate.optimizer.steps has no effect with gate.trainer end_to_end: gate.end_to_end.epochs counts"
 
 
 def _training_warnings(supernet: SupernetConfig) -> Iterator[str]:
@@ -883,12 +1000,22 @@ def stage_subset(config: SweepConfig, stage: Stage) -> dict[str, JsonValue]:
     if stage == "measure":
         return {"measure": config.measure.model_dump(mode="json")}
     if stage == "search":
-        return config.model_dump(mode="json", include={"seed", "gate", "space", "metrics", "sampler"})
+        return _search_subset(config)
     if stage == "verify":
         return {"measure": config.measure.model_dump(mode="json", exclude={"group_sizes"})}
     if stage == "table":
         return {}
     raise ValueError(f"unknown stage {stage!r}; known: {', '.join(get_args(Stage))}")
+
+
+def _search_subset(config: SweepConfig) -> dict[str, JsonValue]:
+    subset: dict[str, Any] = config.model_dump(mode="json", include={"seed", "gate", "space", "metrics", "sampler"})
+    subset["sampler"]["cohort"] = resolve_cohort(config)
+    if config.gate.trainer == "table":
+        del subset["gate"]["end_to_end"]
+    else:
+        del subset["gate"]["end_to_end"]["threads"]
+    return subset
 
 
 def to_yaml(config: SweepConfig) -> str:

@@ -421,13 +421,14 @@ def _unknown_key(path: KeyPath) -> str:
     word = str(path[-1])
     section = _section_at(path[:-1])
     known = [*section.model_fields] if section else []
-    return f"unknown key '{word}'{way_out(word, known, 'known keys', hint=_key_elsewhere(word))}"
+    return f"unknown key '{word}'{way_out(word, known, 'known keys', hint=_key_elsewhere(path))}"
 
 
-def _key_elsewhere(word: str) -> str:
-    """A hint for a key that stands in the wrong section."""
-    places = [f"'{dotted}'" for dotted in known_fields() if dotted.endswith(f".{word}")]
-    return f"; did you mean {' or '.join(places)}?" if 1 <= len(places) <= 3 else ""
+def _key_elsewhere(path: KeyPath) -> str:
+    """A hint for a key that stands in the wrong section; the places below the same top-level section are likelier."""
+    places = [dotted for dotted in known_fields() if dotted.endswith(f".{path[-1]}")]
+    places = [dotted for dotted in places if dotted.startswith(f"{path[0]}.")] or places
+    return f"; did you mean {' or '.join(map(repr, places))}?" if 1 <= len(places) <= 3 else ""
 
 
 def _section_at(path: KeyPath) -> type[BaseModel] | None:

@@ -16,18 +16,20 @@ from ruamel.yaml import YAML
 from dsnet.bundle import NUM_EXAMPLES, save_bundle
 from dsnet.checkpoint import load_supernet
 from dsnet.data import Normalization
-from dsnet.routers import GateRouter
+from dsnet.routers import CascadeRouter, LearnedCascadeRouter, Router
 from dsnet.routing_table import RoutingTable
+from dsnet.table_routing import run_on_table
 from dsnet.training.supernet import FINAL
 from orchestration.preparation import Prepared
 from orchestration.results import RunResults
-from orchestration.verification import near_ties
 from search.analysis import PointAnalysis
 from search.pareto import apply_pick, parse_pick
 from search.points import trial_name
 
-CLEAR_MARGIN = 1e-3
-"""Examples are decided by more than this, relative to the spread of the gate's logits."""
+CLEAR_LEAD = 100.0
+"""Examples are decided by a margin of at least so many times the router's `tie`."""
+EXAMPLE_SEED = 0
+"""Draws the examples among the clear images."""
 
 
 def picked_slots(results: RunResults, picks: Sequence[str]) -> list[int]:
@@ -90,24 +92,27 @@ def export_bundles(prepared: Prepared, results: RunResults, slots: Sequence[int]
     return paths
 
 
-def _examples(prepared: Prepared, val: RoutingTable, router: GateRouter) -> torch.Tensor:
+def _examples(prepared: Prepared, val: RoutingTable, router: Router) -> torch.Tensor:
     """Images of `val`: the sealed split is never shown."""
     return prepared.data.images("val")[torch.from_numpy(example_rows(router, val))]
 
 
-def example_rows(router: GateRouter, table: RoutingTable) -> NDArray[np.int64]:
+def example_rows(router: Router, table: RoutingTable) -> NDArray[np.int64]:
     """Which images a bundle stores as examples: `NUM_EXAMPLES` rows of the table, or all where it has fewer; rising.
 
-    They are spread evenly over the images that the gate decides clearly. Where there are too few of those, the clearest of the others
-    follow: where two scores are equal up to rounding, another processor may take the other route, and `check_bundle_examples` lets it.
+    They are drawn in turns from the routes that answer, among the images that the router decides clearly. Where there are too few of
+    those, the clearest of the others follow: where rounding decides, another processor may take the other route, and
+    `check_bundle_examples` lets it.
     """
-    is_clear = ~near_ties(router, table, CLEAR_MARGIN)
-    clear = np.flatnonzero(is_clear)
-    if len(clear) >= NUM_EXAMPLES:
-        return clear[np.linspace(0, len(clear) - 1, NUM_EXAMPLES).astype(int)]
-    margin = router.margin(torch.from_numpy(table.part("hidden").copy())).numpy()
-    clearest = np.lexsort((-margin, ~is_clear))
-    return np.sort(clearest[:NUM_EXAMPLES])
+    run = run_on_table(router, table)
+    is_clear = run.lead >= CLEAR_LEAD
+    shuffled = np.random.default_rng(EXAMPLE_SEED).permutation(table.num_images)
+    turn = np.zeros(table.num_images)
+    for route in np.unique(run.routes):
+        own = shuffled[(is_clear & (run.routes == route))[shuffled]]
+        turn[own] = np.arange(len(own))
+    order = np.lexsort((np.where(is_clear, turn, -run.lead), ~is_clear))
+    return np.sort(order[:NUM_EXAMPLES])
 
 
 def bundle_claims(prepared: Prepared, results: RunResults, slot: int) -> dict[str, Any]:
@@ -176,6 +181,7 @@ def _gate_yaml(prepared: Prepared, results: RunResults, slot: int, claims: Mappi
         "routes": [
             {"name": prepared.subnets[k].name, "widths": list(prepared.subnets[k].widths)} for k in router.routes
         ],
+        "router": router_facts(router, [subnet.name for subnet in prepared.subnets]),
         "gate": _nested(record.params),
         "claims": {name: dict(values) if isinstance(values, Mapping) else values for name, values in claims.items()},
     }
@@ -188,6 +194,24 @@ def _gate_yaml(prepared: Prepared, results: RunResults, slot: int, claims: Mappi
         "# A gate configuration exported by dsnet-orch. dsnet reads bundle.json beside it; this file is for people.\n"
         + stream.getvalue()
     )
+
+
+def router_facts(router: Router, names: Sequence[str]) -> dict[str, Any]:
+    """How a router decides, in words and numbers: its kind, and of a cascade what it runs when."""
+    facts: dict[str, Any] = {"kind": router.kind, "reads": list(router.needs)}
+    match router:
+        case CascadeRouter():
+            facts |= {
+                "first": names[router.first],
+                "second": names[router.second],
+                "threshold": router.threshold,
+            }
+        case LearnedCascadeRouter():
+            wider = [names[option] for option in router.options if option != router.first]
+            facts |= {"first": names[router.first], "then_one_of": wider}
+        case _:
+            facts |= {"gates": router.num_gates}
+    return facts
 
 
 def _nested(params: Mapping[str, Any]) -> dict[str, Any]:

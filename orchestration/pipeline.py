@@ -72,6 +72,8 @@ def launch(
     config = anchored(config)
     run = RunDir(Path(config.storage.runs), config.name)
     prepared = prepare(config, run, progress.warn)
+    for warning in prepared.warnings():
+        progress.warn(warning)
     if config.tracking.mlflow:
         store_uri(config, run)  # refuses a folder that no store can lie in, before anything is made
     run.create()
@@ -141,7 +143,9 @@ def _run_stages(work: Launch) -> LaunchResult:
     config, run = work.config, work.run
     plans = _plans(work)
     if work.prepared.adoption is not None and (taken := adopt(run, plans, work.prepared.adoption)):
-        work.progress.say(f"taken over from {config.supernet.init_from}: {', '.join(taken)}")
+        outdated = ", ".join(work.prepared.adoption.outdated)
+        again = f"; another release made its {outdated}: made again" if outdated else ""
+        work.progress.say(f"taken over from {config.supernet.init_from}: {', '.join(taken)}{again}")
         plans = _plans(work)
     work.tracker.parent(sweep_row(work.manifest.read(), run, config))
     needs_ray = not plans["supernet"].is_done or trials_left(run, plans["search"], config) > 0

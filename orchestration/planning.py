@@ -47,6 +47,8 @@ def make_plan(loaded: LoadedConfig) -> SweepPlan:
     config = loaded.config
     run = RunDir(Path(config.storage.runs), config.name)
     prepared = prepare(config, run, warn)
+    for warning in prepared.warnings():
+        warn(warning)
     spec = prepared.subnets.spec
     costs = [(subnet.name, subnet_cost(spec, subnet, prepared.image_size)) for subnet in prepared.subnets.all]
     *others, search = plan_stages(run, stage_definitions(prepared))

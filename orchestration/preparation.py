@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from dsnet.cost import subnet_cost
 from dsnet.data import Augmentation, Normalization, Splits, SplitSizes, TensorData, make_splits
 from dsnet.data.splits import data_fingerprint
 from dsnet.environment import resolve_device
@@ -26,13 +27,21 @@ from dsnet.training.sources import ImageSource, load_source
 from dsnet.training.start import Start, check_start, find_checkpoint, first_weights, lay_out, load_start
 from dsnet.training.supernet import FINAL
 from orchestration.adoption import Adoption, find_adoption, standalone_config
-from orchestration.config import REGIME_KEYS, Stage, SweepConfig, resolve_regime, stage_subset
+from orchestration.config import (
+    REGIME_KEYS,
+    Stage,
+    SweepConfig,
+    absolute_targets,
+    possible_routers,
+    resolve_regime,
+    stage_subset,
+)
 from orchestration.rundir import Manifest, RunDir
 from orchestration.stages import StageDefinition, StageDir, stage_record
 
 logger = logging.getLogger(__name__)
 
-STAGE_VERSIONS: Mapping[str, int] = {**RESULT_VERSIONS, "search": 1, "verify": 1}
+STAGE_VERSIONS: Mapping[str, int] = {**RESULT_VERSIONS, "search": 2, "verify": 2}
 """Raised by hand when the code of a stage gives other results."""
 
 
@@ -94,6 +103,23 @@ class Prepared:
     def open_test(self) -> TensorData:
         """The data with the test split; only verify and report may ask, and count it in the manifest."""
         return self.image_set.tensor_data(self.splits, open_test=True)
+
+    def warnings(self) -> tuple[str, ...]:
+        """What the routers of the sweep cannot do on this network, though it is allowed."""
+        gate, space = self.config.gate, self.config.space
+        trees = [kind for kind in possible_routers(gate, space) if kind in ("gates", "evidence_gates")]
+        warnings = []
+        if trees and len(self.subnets.spec.gates) == 1:
+            name = self.subnets.spec.family
+            warnings += [f"gate.router {kind}: {name} has one gate, so it is what {kind[:-1]} is" for kind in trees]
+        madds_m = [subnet_cost(self.subnets.spec, subnet, self.image_size).madds / 1e6 for subnet in self.subnets]
+        for target in absolute_targets(gate, space):
+            if not min(madds_m) <= target <= max(madds_m):
+                warnings.append(
+                    f"gate.target_madds_m {target:g} lies outside the sub-networks' {min(madds_m):.4g} to {max(madds_m):.4g} "
+                    "M MAdds; trials take the nearest"
+                )
+        return tuple(warnings)
 
     def notes(self) -> tuple[str, ...]:
         """What qualifies every number of this run."""
@@ -217,16 +243,25 @@ def check_routing(config: SweepConfig, num_routes: int) -> None:
     Raises:
         ConfigError: `first` or `last`, fixed or at an end of its range, names no sub-network.
     """
-    for key, lowest in (("first", 0), ("last", -num_routes)):
+    num_left = min([num_routes, *_beams(config)])
+    beam = f", of which gate.routing.beam keeps {num_left}" if num_left < num_routes else ""
+    for key, lowest in (("first", 0), ("last", -num_left)):
         name = f"gate.routing.{key}"
         values = config.space[name].edge_values() if name in config.space else (getattr(config.gate.routing, key),)
         where = f"space.{name}" if name in config.space else name
         for value in values:
-            if not lowest <= int(value) < num_routes:
+            if not lowest <= int(value) < num_left:
                 raise ConfigError(
-                    f"{where}: {value} names no sub-network; {config.supernet.model} has {num_routes} here, "
-                    f"so it must lie in {lowest}..{num_routes - 1}"
+                    f"{where}: {value} names no sub-network; {config.supernet.model} has {num_routes} here{beam}, "
+                    f"so it must lie in {lowest}..{num_left - 1}"
                 )
+
+
+def _beams(config: SweepConfig) -> list[int]:
+    """The smallest and the largest `gate.routing.beam` that trials may have; empty without one."""
+    if "gate.routing.beam" in config.space:
+        return [int(beam) for beam in config.space["gate.routing.beam"].edge_values()]
+    return [] if config.gate.routing.beam is None else [config.gate.routing.beam]
 
 
 def supernet_run(prepared: Prepared) -> SupernetRun:

@@ -1,8 +1,9 @@
 """Trials on Ray: warm actors that read the routing tables from the object store without a copy.
 
-Whose fault a failure is decides what happens. An exception, or a trial that takes too long, is the trial's own: it
-fails and is not tried again. A lost worker (a crash, the out-of-memory killer, a lost node) is the machine's: the trial
-is run again on a new worker, and fails with the reason when that has happened too often.
+Whose fault a failure is decides what happens. A trial that raises or takes too long fails and is not tried again. A lost
+worker (a crash, the out-of-memory killer, a lost node) is the machine's fault: the trial is run again on a new worker, and
+fails with the reason when that has happened too often. An actor runs several trials in one program where the trial function
+can: what ends such a batch as a whole is nobody's yet, and its trials are run again one by one, so that the culprit alone fails.
 """
 
 from __future__ import annotations
@@ -17,84 +18,102 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dsnet.errors import PreflightError
-from search.runner import TrialFunction, TrialOutcome, TrialSpec, describe_error, outcome_from
+from search.runner import CohortFunction, TrialOutcome, TrialSpec, describe_error, divide, run_batch
 
-MakeTrialFunction = Callable[[Mapping[str, NDArray[Any]]], TrialFunction]
+MakeCohortFunction = Callable[[Mapping[str, NDArray[Any]]], CohortFunction]
 """Builds the trial function inside a worker, once, from the shared arrays (read-only views of the object store). Must
 be picklable: a module-level function, a class, or functools.partial of one."""
 
 START_TIMEOUT_S = 120.0
 MAX_STARTS_LOST = 3
-_ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+_THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
 class TrialWorker:
-    """What runs inside an actor: one process, one thread of computation, one trial function."""
+    """What runs inside an actor: one process, its threads of computation, one trial function."""
 
-    def __init__(self, make_function: MakeTrialFunction, arrays: Mapping[str, NDArray[Any]]) -> None:
+    def __init__(self, make_function: MakeCohortFunction, arrays: Mapping[str, NDArray[Any]], num_threads: int) -> None:
         # On two shared cores a gate trial took 12 s with torch's default threads and 1 s with one.
         import torch
 
-        torch.set_num_threads(1)
+        torch.set_num_threads(num_threads)
         self._make_function = make_function
         self._arrays = arrays
 
-    def prepare(self) -> None:
-        """Build the trial function; apart from the constructor, so that its own errors reach the driver as they are."""
-        self._function = self._make_function(self._arrays)
+    def prepare(self) -> int:
+        """Build the trial function; apart from the constructor, so that its own errors reach the driver as they are.
 
-    def run(self, spec: TrialSpec) -> TrialOutcome:
-        return outcome_from(self._function, spec)
+        Returns:
+            its lanes.
+        """
+        self._function = self._make_function(self._arrays)
+        return self._function.lanes
+
+    def run(self, specs: Sequence[TrialSpec]) -> list[TrialOutcome] | None:
+        """As `run_batch`."""
+        return run_batch(self._function, specs)
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Trials that one call runs."""
+
+    specs: tuple[TrialSpec, ...]
+    num_lost: int = 0
+    """How often these trials have lost their worker before, while they were alone."""
+
+    def alone(self) -> list[_Batch]:
+        """Its trials one by one. Who ended the batch is not known, so that it counts against none of them."""
+        return [_Batch((spec,)) for spec in self.specs]
 
 
 @dataclass(frozen=True)
 class _Job:
-    """What an actor is busy with: a trial, or (spec is None) its own start."""
+    """What an actor is busy with: trials, or (batch is None) its own start."""
 
     actor: Any
-    spec: TrialSpec | None
-    num_lost: int
-    """How often this trial, or the start of this place's actor, has lost its worker before."""
+    batch: _Batch | None
     started_s: float
-
-
-@dataclass(frozen=True)
-class _Waiting:
-    spec: TrialSpec
-    num_lost: int = 0
+    num_starts_lost: int = 0
+    """How often the start of this place's actor has failed before."""
 
 
 class RayRunner:
-    """Runs trials on actors of one CPU each; to be used inside a `ray_session`.
+    """Runs trials on actors; to be used inside a `ray_session`.
 
-    An actor has one trial at a time, so that a time-out or a crash concerns one trial only. Actors start with the first
-    `run` and stay warm until `close`.
+    An actor has one batch at a time. Actors start with the first `run` and stay warm until `close`.
     """
 
     def __init__(
         self,
-        make_function: MakeTrialFunction,
+        make_function: MakeCohortFunction,
         *,
         arrays: Mapping[str, NDArray[Any]],
         num_actors: int | None = None,
+        threads: int = 1,
         timeout_s: float = 120.0,
         retries: int = 2,
     ) -> None:
         """Take the work's description; nothing is started yet.
 
         Args:
-            make_function: see `MakeTrialFunction`.
+            make_function: see `MakeCohortFunction`.
             arrays: put into the object store once and shared by all actors.
-            num_actors: None = one per CPU of the cluster.
-            timeout_s: seconds that one trial may take, > 0; its actor is then killed and replaced.
-            retries: how often a trial whose worker was lost is run again, >= 0.
+            num_actors: None = as many as the cluster has CPUs for.
+            threads: threads of computation of an actor, and CPUs that it takes, >= 1.
+            timeout_s: seconds that one trial may take, > 0, and as many for each trial of a batch; its actor is then killed and
+                replaced.
+            retries: how often a trial that lost its worker while it was alone is run again, >= 0.
         """
         self._make_function = make_function
         self._arrays = arrays
         self._num_actors = num_actors
+        self._threads = threads
         self._timeout_s = timeout_s
         self._retries = retries
         self._arrays_ref: Any = None
+        self._lanes: int | None = None
+        """Those of the trial function; None until the first actor has made it."""
         self._idle: list[Any] = []
         self._jobs: dict[Any, _Job] = {}
 
@@ -105,10 +124,13 @@ class RayRunner:
             PreflightError: the cluster has no room for the actors, or they die while they start.
             Exception: what `make_function` raised in a worker.
         """
-        self._fill_places()
-        waiting = deque(_Waiting(spec) for spec in specs)
+        num_places = self._fill_places()
+        waiting: deque[_Batch] = deque()
+        while self._lanes is None:
+            self._wait(waiting)
+        waiting.extend(_Batch(batch) for batch in divide(specs, num_places, self._lanes))
         try:
-            while waiting or any(job.spec is not None for job in self._jobs.values()):
+            while waiting or any(job.batch is not None for job in self._jobs.values()):
                 while waiting and self._idle:
                     self._submit(waiting.popleft())
                 yield from self._wait(waiting)
@@ -125,106 +147,128 @@ class RayRunner:
         self._jobs.clear()
         self._arrays_ref = None
 
-    def _fill_places(self) -> None:
-        """Start the actors that are missing; the first time, put the arrays into the object store too."""
+    def _fill_places(self) -> int:
+        """Start the actors that are missing; the first time, put the arrays into the object store too. Returns how many there are."""
         import ray
 
         num_cpus = int(ray.cluster_resources().get("CPU", 0))
-        num_actors = self._num_actors or num_cpus
-        if not 1 <= num_actors <= num_cpus:
+        most = num_cpus // self._threads
+        num_actors = self._num_actors or max(1, most)
+        if not 1 <= num_actors <= most:
+            each = "one" if self._threads == 1 else f"{self._threads} (gate.end_to_end.threads)"
             raise PreflightError(
-                f"ray.trial_actors is {num_actors}, but the cluster has {num_cpus} CPUs and each actor takes one; "
+                f"ray.trial_actors is {num_actors}, but the cluster has {num_cpus} CPUs and each actor takes {each}; "
                 "lower ray.trial_actors or raise ray.num_cpus"
             )
         if self._arrays_ref is None:
             # numpy arrays are read where they lie in shared memory; torch tensors would be copied.
             self._arrays_ref = ray.put({name: np.ascontiguousarray(array) for name, array in self._arrays.items()})
         for _ in range(num_actors - len(self._idle) - len(self._jobs)):
-            self._start_actor(num_lost=0)
+            self._start_actor()
+        return num_actors
 
-    def _start_actor(self, num_lost: int) -> None:
+    def _start_actor(self, num_starts_lost: int = 0) -> None:
         import ray
 
-        options = {"num_cpus": 1, "max_restarts": 0, "max_task_retries": 0, "runtime_env": {"env_vars": _ONE_THREAD}}
-        actor: Any = ray.remote(TrialWorker).options(**options).remote(self._make_function, self._arrays_ref)
-        self._jobs[actor.prepare.remote()] = _Job(actor, None, num_lost, time.monotonic())
+        variables = dict.fromkeys(_THREAD_VARIABLES, str(self._threads))
+        options = {
+            "num_cpus": self._threads,
+            "max_restarts": 0,
+            "max_task_retries": 0,
+            "runtime_env": {"env_vars": variables},
+        }
+        remote = ray.remote(TrialWorker).options(**options)
+        actor: Any = remote.remote(self._make_function, self._arrays_ref, self._threads)
+        self._jobs[actor.prepare.remote()] = _Job(actor, None, time.monotonic(), num_starts_lost)
 
-    def _submit(self, waiting: _Waiting) -> None:
+    def _submit(self, batch: _Batch) -> None:
         actor = self._idle.pop()
-        job = _Job(actor, waiting.spec, waiting.num_lost, time.monotonic())
-        self._jobs[actor.run.remote(waiting.spec)] = job
+        self._jobs[actor.run.remote(batch.specs)] = _Job(actor, batch, time.monotonic())
 
-    def _wait(self, waiting: deque[_Waiting]) -> Generator[TrialOutcome, None, None]:
-        """Wait for the next job to end or to run out of time; yield what is decided by it."""
+    def _wait(self, waiting: deque[_Batch]) -> list[TrialOutcome]:
+        """Wait for the next job to end or to run out of time; the outcomes that are decided by it."""
         import ray
 
         nearest_s = min(self._deadline_s(job) for job in self._jobs.values())
         ended, _ = ray.wait(list(self._jobs), num_returns=1, timeout=max(0.0, nearest_s - time.monotonic()))
         if ended:
-            outcome = self._finish(ended[0], waiting)
-            if outcome is not None:
-                yield outcome
-            return
+            return self._finish(ended[0], waiting)
         now_s = time.monotonic()
-        for ref in [ref for ref, job in self._jobs.items() if self._deadline_s(job) <= now_s]:
-            yield self._time_out(self._jobs.pop(ref))
+        late = [ref for ref, job in self._jobs.items() if self._deadline_s(job) <= now_s]
+        return [outcome for ref in late for outcome in self._time_out(self._jobs.pop(ref), waiting)]
 
     def _deadline_s(self, job: _Job) -> float:
-        return job.started_s + (START_TIMEOUT_S if job.spec is None else self._timeout_s)
+        if job.batch is None:
+            return job.started_s + START_TIMEOUT_S
+        return job.started_s + self._timeout_s * len(job.batch.specs)
 
-    def _finish(self, ref: Any, waiting: deque[_Waiting]) -> TrialOutcome | None:
-        """Take in a job that ended, well or not; None where that decides no trial."""
+    def _finish(self, ref: Any, waiting: deque[_Batch]) -> list[TrialOutcome]:
+        """Take in a job that ended, well or not; empty where that decides no trial."""
         import ray
         from ray.exceptions import RayError, RayTaskError
 
         job = self._jobs.pop(ref)
         try:
-            outcome: TrialOutcome | None = ray.get(ref)
+            result = ray.get(ref)
         except RayTaskError as error:  # raised by Python code in a worker that lives on
-            if job.spec is None:
+            if job.batch is None:
                 ray.kill(job.actor)
                 raise error.cause from error
-            outcome = TrialOutcome.failed(job.spec.slot, describe_error(error.cause), _seconds_of(job))
+            self._idle.append(job.actor)
+            return self._fail(job, job.batch, describe_error(error.cause), waiting)
         except RayError as error:
             return self._replace_lost(job, error, waiting)
         self._idle.append(job.actor)
-        return outcome
+        if job.batch is None:
+            self._lanes = result
+            return []
+        if result is None:
+            waiting.extendleft(reversed(job.batch.alone()))
+            return []
+        outcomes: list[TrialOutcome] = result
+        return outcomes
 
-    def _replace_lost(self, job: _Job, error: Exception, waiting: deque[_Waiting]) -> TrialOutcome | None:
-        """Put a new actor in the place of a lost one, and its trial back in the queue, or fail it."""
-        num_lost = job.num_lost + 1
-        if job.spec is None:
+    def _fail(self, job: _Job, batch: _Batch, reason: str, waiting: deque[_Batch]) -> list[TrialOutcome]:
+        """What a call that gave no outcomes decides: a trial that was alone has failed, those of a batch are run one by one."""
+        if len(batch.specs) > 1:
+            waiting.extendleft(reversed(batch.alone()))
+            return []
+        return [TrialOutcome.failed(batch.specs[0].slot, reason, _seconds_of(job))]
+
+    def _replace_lost(self, job: _Job, error: Exception, waiting: deque[_Batch]) -> list[TrialOutcome]:
+        """Put a new actor in the place of a lost one, and its trials back in the queue, or fail the one that was alone."""
+        if job.batch is None:
+            num_lost = job.num_starts_lost + 1
             if num_lost >= MAX_STARTS_LOST:
                 raise PreflightError(
                     f"trial workers die while they start, {num_lost} times now: {_cause_of_loss(error)}"
                 )
             self._start_actor(num_lost)
-            return None
-        self._start_actor(num_lost=0)
-        if num_lost <= self._retries:
-            waiting.appendleft(_Waiting(job.spec, num_lost))
-            return None
-        return TrialOutcome.failed(
-            job.spec.slot, f"lost its worker {num_lost} times: {_cause_of_loss(error)}", _seconds_of(job)
-        )
+            return []
+        self._start_actor()
+        num_lost = job.batch.num_lost + 1
+        if len(job.batch.specs) == 1 and num_lost <= self._retries:
+            waiting.appendleft(_Batch(job.batch.specs, num_lost))
+            return []
+        return self._fail(job, job.batch, f"lost its worker {num_lost} times: {_cause_of_loss(error)}", waiting)
 
-    def _time_out(self, job: _Job) -> TrialOutcome:
+    def _time_out(self, job: _Job, waiting: deque[_Batch]) -> list[TrialOutcome]:
         import ray
 
         ray.kill(job.actor)
-        if job.spec is None:
+        if job.batch is None:
             raise PreflightError(
                 f"a trial worker did not start within {START_TIMEOUT_S:g} s: the cluster is full or too slow"
             )
-        self._start_actor(num_lost=0)
-        return TrialOutcome.failed(job.spec.slot, f"time-out after {self._timeout_s:g} s", _seconds_of(job))
+        self._start_actor()
+        return self._fail(job, job.batch, f"time-out after {self._timeout_s:g} s", waiting)
 
     def _abandon_trials(self) -> None:
-        """Kill the actors whose trial nobody waits for any more; the next `run` fills their places."""
+        """Kill the actors whose trials nobody waits for any more; the next `run` fills their places."""
         import ray
 
         for ref, job in list(self._jobs.items()):
-            if job.spec is not None:
+            if job.batch is not None:
                 del self._jobs[ref]
                 ray.kill(job.actor)
 

@@ -17,13 +17,15 @@ from dashboards.headline import Estimate, Headline, Latency, Row, Scores
 from dashboards.hypervolume import HypervolumeInfo, hypervolume_info
 from dashboards.images import write_figure
 from dashboards.report import ReportData, build_report
+from dashboards.routers import RouterResult, RoutersInfo
 from dashboards.routes import RoutesInfo
 from dashboards.training import TrainingInfo, training_info
 from dashboards.widths import LatencySeries, WidthsInfo
 from dsnet.errors import NotFoundError
 from dsnet.files import atomic_write_text
+from dsnet.training.gate import COLLAPSE_SHARE
 from orchestration.results import RunResults, Verified
-from search.analysis import Interval, PointAnalysis, SplitAnalysis
+from search.analysis import Interval, PointAnalysis, RouterShare, SplitAnalysis
 from search.controls import StaticLine
 from search.pareto import apply_pick, hypervolume, hypervolume_trace, parse_pick
 from search.points import PointRow, trial_name
@@ -53,6 +55,7 @@ def report_data(results: RunResults, class_names: tuple[str, ...], notes: tuple[
         front=front_info(results),
         hypervolume=hypervolume_of(results),
         routes=routes_of(results, class_names),
+        routers=routers_of(results),
         widths=widths_of(results),
         training=training_of(results),
         naming="" if made is None else made.naming,
@@ -148,6 +151,9 @@ def _scores(point: PointAnalysis) -> Scores:
         cascade_madds_m=point.cascade_madds_m,
         oracle_share=point.share_of_oracle_gap,
         stability=point.stability,
+        reachable_top1=point.reachable_top1,
+        reachable_share=point.share_of_reachable_gap,
+        is_cascade_collapsed=point.is_cascade_collapsed,
     )
 
 
@@ -166,6 +172,7 @@ def _row(verified: Verified, chosen: PointAnalysis, reported: PointAnalysis) -> 
         ),
         max_route_share=reported.metrics["max_route_share"],
         is_collapsed=reported.is_collapsed,
+        router=reported.router,
     )
 
 
@@ -177,6 +184,8 @@ def _unverified_row(results: RunResults, slot: int) -> Row:
         name=trial_name(slot),
         chosen=Scores(top1=Estimate(top1, math.nan, math.nan), madds_m=metrics["madds_m"]),
         max_route_share=metrics["max_route_share"],
+        is_collapsed=metrics["max_route_share"] > COLLAPSE_SHARE,
+        router=results.router_kind(slot),
     )
 
 
@@ -205,7 +214,8 @@ def front_info(results: RunResults) -> FrontInfo | None:
     verified = results.verified
     if verified is None:
         return FrontInfo(chosen=_bare_panel(results, rows))
-    return FrontInfo(chosen=_panel(rows, verified.val), reported=_panel(rows, verified.test))
+    kind = results.config.gate.router
+    return FrontInfo(chosen=_panel(rows, verified.val, kind), reported=_panel(rows, verified.test, kind))
 
 
 def _bare_panel(results: RunResults, rows: list[PointRow]) -> FrontPanel:
@@ -218,11 +228,11 @@ def _bare_panel(results: RunResults, rows: list[PointRow]) -> FrontPanel:
         num_images=results.num_val,
         static=static_points(rows, "val"),
         static_line=Curve(_floats(line.madds / 1e6), _floats(top1[list(line.vertices)])),
-        dynamic=dynamic_points(rows, "val", {}),
+        dynamic=dynamic_points(rows, "val", {}, results.config.gate.router),
     )
 
 
-def _panel(rows: list[PointRow], analysis: SplitAnalysis) -> FrontPanel:
+def _panel(rows: list[PointRow], analysis: SplitAnalysis, default_router: str) -> FrontPanel:
     intervals = {trial_name(point.slot): (point.top1.low, point.top1.high) for point in analysis.points}
     points = sorted(analysis.points, key=lambda point: point.metrics["madds_m"])
     return FrontPanel(
@@ -230,9 +240,10 @@ def _panel(rows: list[PointRow], analysis: SplitAnalysis) -> FrontPanel:
         num_images=analysis.num_images,
         static=static_points(rows, analysis.split),
         static_line=Curve(analysis.line_madds_m, analysis.line_top1),
-        dynamic=dynamic_points(rows, analysis.split, intervals),
+        dynamic=dynamic_points(rows, analysis.split, intervals, default_router),
         random=Curve(tuple(point.metrics["madds_m"] for point in points), tuple(point.random_top1 for point in points)),
         cascade=Curve(analysis.cascade_madds_m, analysis.cascade_top1),
+        reachable=Curve(analysis.reachable_madds_m, analysis.reachable_top1),
         oracle=Curve(analysis.oracle_madds_m, analysis.oracle_top1),
     )
 
@@ -302,6 +313,33 @@ def routes_of(results: RunResults, class_names: tuple[str, ...]) -> RoutesInfo |
         counts=by_class.sum(1),
         classes=class_names,
         class_counts=by_class,
+    )
+
+
+def routers_of(results: RunResults) -> RoutersInfo | None:
+    """What each kind of router reaches at the budgets, on `test`; None before the verify stage."""
+    verified = results.verified
+    if verified is None:
+        return None
+    test = verified.test
+    return RoutersInfo(test.split, test.num_images, tuple(_router_result(share) for share in test.routers))
+
+
+def _router_result(share: RouterShare) -> RouterResult:
+    gain = share.gain
+    return RouterResult(
+        router=share.router,
+        budget_share=share.budget_share,
+        name=trial_name(share.slot),
+        madds_m=share.madds_m,
+        top1=share.top1,
+        static_top1=share.static_top1,
+        reachable_top1=share.reachable_top1,
+        oracle_top1=share.oracle_top1,
+        gain=None if gain is None else (gain.value, gain.low, gain.high),
+        reachable_share=share.share_of_reachable_gap,
+        oracle_share=share.share_of_oracle_gap,
+        is_collapsed=share.is_collapsed,
     )
 
 

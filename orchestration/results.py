@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 from dsnet.errors import CheckpointError, NotFoundError
 from dsnet.files import read_json
 from dsnet.latency import LatencyTable
-from dsnet.routers import GateRouter
+from dsnet.routers import Router
 from orchestration.config import SweepConfig
 from orchestration.config_loading import load_config
 from orchestration.rundir import Manifest, RunDir
@@ -191,8 +191,12 @@ class RunResults:
         """One trial by its slot."""
         return next(record for record in self.records if record.slot == slot)
 
-    def router(self, slot: int) -> GateRouter:
-        """The gate of a trial.
+    def router_kind(self, slot: int) -> str:
+        """The kind of a trial's router."""
+        return str(self.record(slot).params.get("gate.router", self.config.gate.router))
+
+    def router(self, slot: int) -> Router:
+        """The router of a trial.
 
         Raises:
             CheckpointError: its file is missing or damaged.
@@ -226,12 +230,10 @@ class RunResults:
         )
         return rows + (self._verified_points(self.verified) if self.verified is not None else [])
 
-    def _ideal_latency_ms(self, histogram: Sequence[float]) -> float:
-        """Batch 1, as for trials: the measured parts, mixed by the histogram. What whole batches really took is in `verified.latency`."""
+    def _ideal_latency_ms(self, runs: Sequence[float]) -> float:
+        """Batch 1, as for trials: the measured parts of all that runs. What whole batches really took is in `verified.latency`."""
         assert self.latency is not None
-        return self.latency.batch1_ms(
-            np.array(histogram), [subnet.name for subnet in self.subnets if not subnet.is_teacher]
-        )
+        return self.latency.batch1_ms(np.array(runs), [subnet.name for subnet in self.subnets if not subnet.is_teacher])
 
     def _verified_points(self, verified: Verified) -> list[PointRow]:
         test = verified.test
@@ -250,20 +252,20 @@ class RunResults:
                 {
                     **point.metrics,
                     "params_m": self.record(point.slot).metrics["params_m"],
-                    "latency_ms": self._ideal_latency_ms(point.histogram),
+                    "latency_ms": self._ideal_latency_ms(point.runs),
                 }
             )
         slots = [point.slot for point in test.points]
         rows += gate_points("test", slots, metrics, [self.record(slot).params for slot in slots], [True] * len(slots))
         for analysis in (verified.val, test):
-            for name in ("cascade", "oracle"):
+            for name in ("cascade", "reachable", "oracle"):
                 madds_m, top1 = getattr(analysis, f"{name}_madds_m"), getattr(analysis, f"{name}_top1")
                 rows += control_points(analysis.split, name, [1e6 * cost for cost in madds_m], top1)
         return rows
 
 
-def load_router(path: Path) -> GateRouter:
-    """The gate that a trial stored.
+def load_router(path: Path) -> Router:
+    """The router that a trial stored.
 
     Raises:
         CheckpointError: the file is missing or damaged.
@@ -274,7 +276,7 @@ def load_router(path: Path) -> GateRouter:
         )
     try:
         return router_of(load_file(path))
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
+    except (SafetensorError, OSError, ValueError, KeyError, CheckpointError) as error:
         raise CheckpointError(
             f"{path}: cannot be read ({error}); delete the run's search folder and launch again"
         ) from error

@@ -12,21 +12,26 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save
 
+from dsnet.data import Augmentation
 from dsnet.errors import StoppedError
 from dsnet.files import atomic_write_bytes
 from dsnet.latency import LatencyTable
 from dsnet.routing_table import RoutingTable
 from dsnet.space import SubnetSet
-from orchestration.config import SweepConfig
+from dsnet.training.gate_end_to_end import EndToEndSettings, GateImages
+from dsnet.training.supernet import FINAL
+from orchestration.config import SweepConfig, resolve_cohort, resolve_timeout_s
+from orchestration.end_to_end_trials import MakeEndToEndTrial, shared_images
 from orchestration.launch_context import Launch
+from orchestration.preparation import Prepared
 from orchestration.progress import Bar
 from orchestration.projection import trial_row
-from orchestration.ray_trials import RayRunner
+from orchestration.ray_trials import MakeCohortFunction, RayRunner
 from orchestration.results import RunResults
 from orchestration.rundir import RunDir
 from orchestration.stages import StagePlan, flatten, run_stage
 from search.engine import Budget, Search
-from search.gate_trial import GateTrial
+from search.gate_trial import GateScores, GateTrial
 from search.points import trial_name
 from search.space import parse_space
 from search.study import Objective, StudyJournal, StudySettings, TrialRecord, load_records
@@ -89,7 +94,7 @@ def study_settings(config: SweepConfig) -> StudySettings:
         objectives=[Objective(metric.name, metric.goal) for metric in config.metrics],
         sampler=config.sampler.name,
         seed=config.seed,
-        cohort=config.sampler.cohort,
+        cohort=resolve_cohort(config),
         startup=config.sampler.startup,
     )
 
@@ -116,24 +121,41 @@ class MakeGateTrial:
             )
             for split in ("gate", "val")
         )
-        return GateTrial(gate, val, self.subnets, self.latency, self.defaults)
+        return GateTrial(gate, val, GateScores(self.subnets, self.latency), self.defaults)
 
 
 def _trial_runner(work: Launch, table_plan: StagePlan) -> RayRunner:
-    config = work.config
-    latency = RunResults(work.run).latency
-    assert latency is not None
+    config, prepared = work.config, work.prepared
+    results = RunResults(work.run)
+    assert results.latency is not None
     tables = {split: RoutingTable.load(work.run.table(table_plan.key, split)) for split in ("gate", "val")}
-    make = MakeGateTrial(
-        {split: table.meta() for split, table in tables.items()}, work.prepared.subnets, latency, gate_defaults(config)
-    )
+    metas = {split: table.meta() for split, table in tables.items()}
+    tables_only = MakeGateTrial(metas, prepared.subnets, results.latency, gate_defaults(config))
+    make: MakeCohortFunction = tables_only
+    arrays = {f"{split}/{name}": array for split, table in tables.items() for name, array in table.arrays().items()}
+    threads = 1
+    if config.gate.trainer == "end_to_end":
+        rules = config.gate.end_to_end
+        settings = EndToEndSettings(
+            epochs=rules.epochs, augmentation=_augmentation(prepared) if rules.augment else None
+        )
+        checkpoint = work.run.stage_dir("supernet", results.done_key("supernet")) / FINAL
+        make = MakeEndToEndTrial(tables_only, checkpoint.absolute(), prepared.normalization, settings)
+        data = prepared.data
+        arrays |= shared_images(GateImages(data.images("gate"), data.labels("gate"), prepared.normalization))
+        threads = rules.threads
     return RayRunner(
         make,
-        arrays={f"{split}/{name}": array for split, table in tables.items() for name, array in table.arrays().items()},
+        arrays=arrays,
         num_actors=config.ray.trial_actors,
-        timeout_s=config.trial.timeout_s,
+        threads=threads,
+        timeout_s=resolve_timeout_s(config),
         retries=config.trial.retries,
     )
+
+
+def _augmentation(prepared: Prepared) -> Augmentation:
+    return Augmentation.for_images(prepared.image_set, **prepared.config.data.augment.model_dump())
 
 
 class _Observer:

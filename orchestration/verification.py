@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,13 +17,12 @@ from dsnet.errors import VerificationError
 from dsnet.latency import LatencySettings, Timing, device_name, time_interleaved, waiter
 from dsnet.materialize import materialize
 from dsnet.precision import exact_float32
-from dsnet.routers import GateRouter
+from dsnet.retrace import Retrace
+from dsnet.routers import Router
 from dsnet.routing_table import RoutingTable
 from dsnet.supernet import Supernet
-from dsnet.training.gate import choose_routes
+from dsnet.table_routing import TableRun, run_on_table
 
-ROUTE_TIE = 1e-5
-"""Two best gate scores nearer than this, relative to the spread of the gate's logits, are a numerical tie."""
 CLASS_TIE = 1e-4
 """Two largest probabilities nearer than this are a numerical tie."""
 SINGLE_IMAGES = 32
@@ -37,7 +36,7 @@ MAX_NAMED = 5
 
 @dataclass(frozen=True)
 class Agreement:
-    """How a gate's real run compares with its table."""
+    """How a router's real run compares with its table."""
 
     slot: int
     num_images: int
@@ -53,18 +52,18 @@ class Agreement:
 def check_agreement(
     slot: int,
     supernet: Supernet,
-    router: GateRouter,
+    router: Router,
     table: RoutingTable,
     images: Tensor,
     normalization: Normalization,
     batch_size: int = 256,
 ) -> Agreement:
-    """Run a gate through grouped dynamic inference and compare route, class and MAdds of every image with the table.
+    """Run a router through grouped dynamic inference and compare route, class and MAdds of every image with the table.
 
     Args:
-        slot: the gate's trial, for messages.
+        slot: the router's trial, for messages.
         supernet: trained and recalibrated.
-        router: the gate.
+        router: decides.
         table: of the split that `images` are, in the same order.
         images: uint8 [N, C, H, W].
         normalization: what the supernet was trained with.
@@ -79,18 +78,17 @@ def check_agreement(
     routes = torch.cat([output.routes for output in outputs]).cpu().numpy()
     classes = torch.cat([output.logits.argmax(1) for output in outputs]).cpu().numpy()
     madds = torch.cat([output.madds for output in outputs]).cpu().numpy()
-    expected = choose_routes(router, table)
+    told_run = run_on_table(router, table)
     rows = np.arange(table.num_images)
-    same_route = routes == expected
+    same_route = routes == told_run.routes
     same_class = classes == table.predicted[rows, routes]
-    same_cost = madds == table.madds[routes] + router.decision_madds
-    # Each kind of difference has its own excuse: an undecided gate does not explain a wrong class on the route that ran.
-    fine_route = same_route | near_ties(router, table)
+    # Each kind of difference has its own excuse: an undecided router does not explain a wrong class on the route that ran.
+    retraced = _retraced(router, table, told_run, routes)
     fine_class = same_class | (table.margin[rows, routes] < CLASS_TIE)
-    wrong = np.flatnonzero(~(fine_route & fine_class & same_cost))
+    wrong = np.flatnonzero(~((routes == retraced.routes) & fine_class & (madds == retraced.madds)))
     if len(wrong):
-        predicted = table.predicted[rows, expected]
-        told = [f"{table.routes[expected[row]]} -> class {predicted[row]}" for row in wrong[:MAX_NAMED]]
+        predicted = table.predicted[rows, told_run.routes]
+        told = [f"{table.routes[told_run.routes[row]]} -> class {predicted[row]}" for row in wrong[:MAX_NAMED]]
         ran = [f"{table.routes[routes[row]]} -> class {classes[row]}" for row in wrong[:MAX_NAMED]]
         raise VerificationError(_mismatch(slot, wrong, table, told, ran))
     num_ties = int((~(same_route & same_class)).sum())
@@ -98,15 +96,21 @@ def check_agreement(
     return Agreement(slot, table.num_images, num_ties, float(correct.mean()), float(madds.mean() / 1e6))
 
 
-def near_ties(router: GateRouter, table: RoutingTable, tolerance: float = ROUTE_TIE) -> NDArray[np.bool_]:
-    """[N] whether an image's two best scores are nearer than `tolerance`, relative to the spread of the gate's own logits.
+class _Retraced(NamedTuple):
+    routes: NDArray[np.int64]
+    """[N]"""
+    madds: NDArray[np.int64]
+    """[N]"""
 
-    The calibration's offsets do not widen the tolerance: they are exact constants, and rounding only touches the logits.
-    """
-    hidden = torch.from_numpy(table.part("hidden").copy())
-    logits = router.scores(hidden) + router.offset
-    spread = float(logits.max() - logits.min()) or 1.0
-    return (router.margin(hidden) < tolerance * spread).numpy()
+
+def _retraced(router: Router, table: RoutingTable, told: TableRun, ran: NDArray[np.int64]) -> _Retraced:
+    """What the table says where ties are broken towards the routes [N] that really ran: so far as ties explain them, it says the same."""
+    routes, madds = told.routes.copy(), told.madds.copy()
+    for route in np.unique(ran[ran != told.routes]):
+        again = run_on_table(Retrace(router, int(route), table.tree), table)
+        rows = (ran == route) & (ran != told.routes)
+        routes[rows], madds[rows] = again.routes[rows], again.madds[rows]
+    return _Retraced(routes, madds)
 
 
 def _mismatch(slot: int, wrong: NDArray[np.intp], table: RoutingTable, told: Sequence[str], ran: Sequence[str]) -> str:
@@ -149,17 +153,17 @@ class DynamicLatency:
 @torch.inference_mode()
 def time_front(
     supernet: Supernet,
-    routers: Mapping[int, GateRouter],
+    routers: Mapping[int, Router],
     images: Tensor,
     normalization: Normalization,
     settings: LatencySettings,
     before_each: Callable[[], None] = lambda: None,
 ) -> DynamicLatency:
-    """Time every gate's dynamic network and the static extremes, interleaved, on real images.
+    """Time every router's dynamic network and the static extremes, interleaved, on real images.
 
     Args:
         supernet: trained and recalibrated.
-        routers: gates by slot.
+        routers: by slot.
         images: uint8 [N, C, H, W] of the split that is reported: routes depend on the images.
         normalization: what the supernet was trained with.
         settings: device, threads, batch sizes, repeats.

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from dsnet.environment import resolve_device
 from dsnet.files import atomic_write_json
+from dsnet.routers import Router
 from dsnet.routing_table import RoutingTable
 from dsnet.supernet import Supernet
 from orchestration.evaluation_stages import build_table
@@ -16,7 +17,8 @@ from orchestration.preparation import latency_settings, verify_definition
 from orchestration.results import RunResults, load_router
 from orchestration.stages import StagePlan, plan_stage, run_stage
 from orchestration.verification import check_agreement, time_front
-from search.analysis import analyse_split
+from search.analysis import BudgetPick, SplitAnalysis, analyse_split, budget_picks
+from search.ceiling import RouteForecast
 
 
 def verify_stage(work: Launch, plans: Mapping[str, StagePlan], supernet: Supernet, front: tuple[int, ...]) -> None:
@@ -50,14 +52,14 @@ def verify_stage(work: Launch, plans: Mapping[str, StagePlan], supernet: Superne
             latency_settings(config),
             before_each=work.check_stop,
         )
-        num_classes = len(prepared.image_set.class_names)
+        judge = _Judge.of(work, plans, val, routers)
         content = {
             "front": list(front),
             "num_openings": num_openings,
             "agreements": [asdict(agreement) for agreement in agreements],
             "latency": latency.to_json(),
-            "val": analyse_split(val, val, routers, num_classes=num_classes).to_json(),
-            "test": analyse_split(val, test, routers, num_classes=num_classes).to_json(),
+            "val": judge.analysis(val).to_json(),
+            "test": judge.analysis(test).to_json(),
         }
         output = folder / "verify.json"
         atomic_write_json(output, content)
@@ -71,3 +73,33 @@ def verify_stage(work: Launch, plans: Mapping[str, StagePlan], supernet: Superne
         f"verify: {len(front)} gates ran on {verified.test.num_images} test images as the table said, image by image"
         + (f" ({ties} numerical ties)" if ties else "")
     )
+
+
+@dataclass(frozen=True)
+class _Judge:
+    """What a split is analysed with."""
+
+    forecast: RouteForecast
+    val: RoutingTable
+    front: Mapping[int, Router]
+    contenders: Mapping[BudgetPick, Router]
+    """The best trial of each kind of router for each budget, chosen on `val`."""
+    num_classes: int
+
+    @classmethod
+    def of(cls, work: Launch, plans: Mapping[str, StagePlan], val: RoutingTable, front: Mapping[int, Router]) -> _Judge:
+        """Fit the reachable ceiling on `gate`, and choose who speaks for each kind of router."""
+        run, results = work.run, RunResults(work.run)
+        forecast = RouteForecast.fit(RoutingTable.load(run.table(plans["table"].key, "gate")))
+        trials = [(record.slot, results.router_kind(record.slot), record.metrics) for record in results.completed]
+        contenders = {
+            pick: load_router(run.gate_weights(plans["search"].key, pick.slot))
+            for pick in budget_picks(trials, val.madds)
+        }
+        return cls(forecast, val, front, contenders, len(work.prepared.image_set.class_names))
+
+    def analysis(self, reported: RoutingTable) -> SplitAnalysis:
+        """The front, and every kind of router, on a split."""
+        return analyse_split(
+            self.forecast, self.val, reported, self.front, self.contenders, num_classes=self.num_classes
+        )

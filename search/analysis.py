@@ -6,30 +6,44 @@ and never has to be read again.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dsnet.routers import GateRouter
+from dsnet.routers import Router
 from dsnet.routing_table import RoutingTable
-from dsnet.training.gate import COLLAPSE_SHARE, choose_routes, score_routes
+from dsnet.table_routing import TableRun, run_on_table
+from dsnet.training.gate import COLLAPSE_SHARE, score_run
+from search.ceiling import CeilingCurve, RouteForecast
 from search.controls import (
     CascadePoint,
+    OracleCurve,
     StaticLine,
     budgets,
     cascade_curve,
     oracle_curve,
     random_routing,
-    share_of_oracle_gap,
+    share_of_gap,
 )
 from search.pareto import front_mask
-from search.statistics import bootstrap_interval, front_stability, gain_over_random, gain_over_static, resample_points
+from search.statistics import (
+    Gain,
+    bootstrap_interval,
+    front_stability,
+    gain_over_random,
+    gain_over_static,
+    resample_points,
+)
 
 NUM_CURVE_POINTS = 60
 NUM_RESAMPLES = 1000
+BUDGET_SHARES = (0.25, 0.5, 0.75)
+"""Of the range of MAdds: where kinds of routers are compared."""
+BUDGET_SLACK = 0.005
+"""A router calibrated to a budget hits it to the nearest step, which may lie a little above."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +57,11 @@ class Interval:
 
 @dataclass(frozen=True)
 class PointAnalysis:
-    """One gate on one split."""
+    """One router on one split. Whatever ran for an image is paid for; the route that ran last answers."""
 
     slot: int
+    router: str
+    """Its kind, as in `gate.router`."""
     metrics: dict[str, float]
     """As a trial's: top1, top5, ce, madds_m, p95_madds_m, route_entropy, max_route_share."""
     top1: Interval
@@ -53,27 +69,75 @@ class PointAnalysis:
     """Over the static line at the same mean MAdds; None below the cheapest sub-network, where there is no line."""
     gain_over_random: Interval
     random_top1: float
-    """Random routing with the same histogram."""
+    """Random routing with the same histogram: images dealt to the answering routes at random. For a cascade that is a cascade which sends
+    the same share of the images on, but drawn at random: it runs as much, and answers with the same routes equally often."""
     cascade_top1: float | None
     """A confidence cascade whose pair and threshold `val` chose for the same budget; None where it cannot spend so little."""
     cascade_madds_m: float | None
     """What that cascade really spends on this split: the budget holds on `val`."""
+    cascade_escalated: float | None
+    """Share of the images that it sends on to its second route."""
     oracle_top1: float | None
     share_of_oracle_gap: float | None
+    reachable_top1: float | None
+    """The reachable ceiling at the same mean MAdds."""
+    share_of_reachable_gap: float | None
+    """None where the ceiling is not above the static line by more than one image."""
     stability: float
     """Share of resamples in which the point is not dominated by another of these points."""
     histogram: tuple[float, ...]
-    """Share of the images by route."""
+    """Share of the images by the route that answers."""
+    runs: tuple[float, ...]
+    """Share of the images that run each route; a cascade's add up to more than one."""
 
     @property
     def is_collapsed(self) -> bool:
-        """More than 99 % of the images take one route."""
+        """One route answers more than 99 % of the images."""
         return self.metrics["max_route_share"] > COLLAPSE_SHARE
+
+    @property
+    def is_cascade_collapsed(self) -> bool:
+        """The cascade beside it stops, or goes on, for more than 99 % of the images."""
+        share = self.cascade_escalated
+        return share is not None and max(share, 1 - share) > COLLAPSE_SHARE
+
+
+@dataclass(frozen=True)
+class BudgetPick:
+    """The trial that speaks for a kind of router at a budget, chosen on `val`."""
+
+    router: str
+    """The kind."""
+    budget_share: float
+    """The budget as a share of the range of MAdds."""
+    slot: int
+
+
+@dataclass(frozen=True)
+class RouterShare:
+    """What a kind of router reaches at a budget, at the mean MAdds that it really spends on the split."""
+
+    router: str
+    budget_share: float
+    budget_m: float
+    """The budget in MAdds; holds on `val`."""
+    slot: int
+    madds_m: float
+    top1: float
+    static_top1: float | None
+    """The static line at `madds_m`; None below the cheapest sub-network, as all that follows."""
+    oracle_top1: float | None
+    reachable_top1: float | None
+    gain: Interval | None
+    """Over the static line, paired."""
+    share_of_oracle_gap: float | None
+    share_of_reachable_gap: float | None
+    is_collapsed: bool
 
 
 @dataclass(frozen=True)
 class SplitAnalysis:
-    """The static sub-networks, the controls and the gates on one split."""
+    """The static sub-networks, the controls and the routers on one split."""
 
     split: str
     num_images: int
@@ -88,9 +152,14 @@ class SplitAnalysis:
     cascade_top1: tuple[float, ...]
     oracle_madds_m: tuple[float, ...]
     oracle_top1: tuple[float, ...]
+    reachable_madds_m: tuple[float, ...]
+    """The reachable ceiling; between its points images are dealt to either."""
+    reachable_top1: tuple[float, ...]
     budgets_m: tuple[float, ...]
     """25, 50, 75 % of the range of MAdds."""
     points: tuple[PointAnalysis, ...]
+    routers: tuple[RouterShare, ...]
+    """Every kind of router that the sweep has tried at those budgets."""
     class_counts: tuple[tuple[tuple[int, ...], ...], ...] = ()
     """[points][classes][routes] images."""
 
@@ -104,6 +173,9 @@ class SplitAnalysis:
         fields = {name: _tuples(value) for name, value in data.items()}
         fields["static_top1"] = tuple(Interval(**item) for item in data["static_top1"])
         fields["points"] = tuple(_point(item) for item in data["points"])
+        fields["routers"] = tuple(
+            RouterShare(**{**item, "gain": _interval_or_none(item["gain"])}) for item in data["routers"]
+        )
         return cls(**fields)
 
 
@@ -112,39 +184,76 @@ def _tuples(value: Any) -> Any:
 
 
 def _point(item: Mapping[str, Any]) -> PointAnalysis:
-    intervals = {
-        name: None if item[name] is None else Interval(**item[name]) for name in ("top1", "gain", "gain_over_random")
-    }
-    return PointAnalysis(**{**item, **intervals, "histogram": tuple(item["histogram"])})
+    intervals = {name: _interval_or_none(item[name]) for name in ("top1", "gain", "gain_over_random")}
+    return PointAnalysis(**{**item, **intervals, "histogram": tuple(item["histogram"]), "runs": tuple(item["runs"])})
+
+
+def _interval_or_none(item: Mapping[str, float] | None) -> Interval | None:
+    return None if item is None else Interval(**item)
+
+
+def budget_picks(
+    trials: Iterable[tuple[int, str, Mapping[str, float]]], madds: NDArray[np.int64]
+) -> tuple[BudgetPick, ...]:
+    """For every kind of router and budget the trial that is best on `val` within the budget; of equal ones the cheapest.
+
+    Args:
+        trials: (slot, kind of router, metrics on `val` with top1 and madds_m) of the completed trials.
+        madds: [K] of all routes: their range defines the budgets.
+
+    Returns:
+        By kind, then budget; a kind that has no trial within a budget is left out there.
+    """
+    known = list(trials)
+    picks = []
+    for kind in sorted({kind for _, kind, _ in known}):
+        for share, budget in zip(BUDGET_SHARES, budgets(madds, BUDGET_SHARES), strict=True):
+            affordable = [
+                (metrics["top1"], -metrics["madds_m"], -slot)
+                for slot, own, metrics in known
+                if own == kind and metrics["madds_m"] * 1e6 <= budget * (1 + BUDGET_SLACK)
+            ]
+            if affordable:
+                picks.append(BudgetPick(kind, share, -max(affordable)[2]))
+    return tuple(picks)
 
 
 def analyse_split(
+    forecast: RouteForecast,
     val: RoutingTable,
     reported: RoutingTable,
-    routers: Mapping[int, GateRouter],
+    front: Mapping[int, Router],
+    contenders: Mapping[BudgetPick, Router],
     *,
     num_classes: int,
     num_resamples: int = NUM_RESAMPLES,
 ) -> SplitAnalysis:
-    """Score gates on a split beside their controls (CONTRACTS, Controls and intervals).
+    """Score routers on a split beside their controls (CONTRACTS, Controls and intervals).
 
     Args:
-        val: chooses the static line's vertices and the cascade's thresholds.
+        forecast: fitted on `gate`, for the reachable ceiling.
+        val: chooses the static line's vertices, the cascade's thresholds and the ceiling's operating points.
         reported: the split of every number; may be `val` itself.
-        routers: gates by slot.
+        front: routers by slot.
+        contenders: the routers that speak for their kinds, as `budget_picks` chose them.
         num_classes: for the routes by class.
         num_resamples: of the joint bootstrap.
     """
     madds = reported.madds.astype(np.float64)
     correct = reported.correct1
-    line = StaticLine.fit(madds, val.correct1)
+    bench = _Bench(
+        table=reported,
+        line=StaticLine.fit(madds, val.correct1),
+        oracle=oracle_curve(correct, madds),
+        ceiling=forecast.curve(val, reported),
+        num_resamples=num_resamples,
+    )
     static = resample_points(correct, madds, num_resamples)
-    choices = {slot: choose_routes(router, reported) for slot, router in routers.items()}
+    runs = {slot: run_on_table(router, reported) for slot, router in front.items()}
     low, high = bootstrap_interval(static.resampled_top1)
     spread = np.linspace(madds.min(), madds.max() + madds.min() - reported.trunk_madds, NUM_CURVE_POINTS)
     cascade = cascade_curve(val, reported, madds, reported.trunk_madds, spread)
-    oracle = oracle_curve(correct, madds)
-    thinned = np.unique(np.linspace(0, len(oracle.top1) - 1, NUM_CURVE_POINTS).astype(int))
+    thinned = np.unique(np.linspace(0, len(bench.oracle.top1) - 1, NUM_CURVE_POINTS).astype(int))
     return SplitAnalysis(
         split=reported.split,
         num_images=reported.num_images,
@@ -152,66 +261,150 @@ def analyse_split(
         static_madds_m=_floats(madds / 1e6),
         static_top1=tuple(Interval(*map(float, row)) for row in zip(static.top1, low, high, strict=True)),
         static_top5=_floats(reported.correct5.mean(0)),
-        line_madds_m=_floats(line.madds / 1e6),
-        line_top1=_floats(correct[:, list(line.vertices)].mean(0)),
+        line_madds_m=_floats(bench.line.madds / 1e6),
+        line_top1=_floats(correct[:, list(bench.line.vertices)].mean(0)),
         cascade_madds_m=tuple(point.madds / 1e6 for point in cascade),
         cascade_top1=tuple(point.top1 for point in cascade),
-        oracle_madds_m=_floats(oracle.madds[thinned] / 1e6),
-        oracle_top1=_floats(oracle.top1[thinned]),
-        budgets_m=_floats(budgets(madds) / 1e6),
-        points=_points(val, reported, routers, choices, line, num_resamples),
-        class_counts=tuple(_class_counts(reported, routes, num_classes) for routes in choices.values()),
+        oracle_madds_m=_floats(bench.oracle.madds[thinned] / 1e6),
+        oracle_top1=_floats(bench.oracle.top1[thinned]),
+        reachable_madds_m=_floats(bench.ceiling.madds / 1e6),
+        reachable_top1=_floats(bench.ceiling.top1),
+        budgets_m=_floats(budgets(madds, BUDGET_SHARES) / 1e6),
+        points=_points(val, bench, {slot: router.kind for slot, router in front.items()}, runs),
+        routers=router_shares(bench, contenders),
+        class_counts=tuple(_class_counts(reported, run.routes, num_classes) for run in runs.values()),
     )
 
 
+@dataclass(frozen=True)
+class _Bench:
+    """A split and what routers are measured against on it."""
+
+    table: RoutingTable
+    line: StaticLine
+    oracle: OracleCurve
+    ceiling: CeilingCurve
+    num_resamples: int
+
+    def judge(self, runs: Sequence[TableRun]) -> _Judgement:
+        """Runs beside the static line, the oracle and the ceiling, each at its own mean MAdds."""
+        table = self.table
+        correct = np.column_stack([table.correct1[np.arange(table.num_images), run.routes] for run in runs])
+        spent = np.column_stack([run.madds for run in runs]).astype(np.float64)
+        top1, madds = correct.mean(0), spent.mean(0)
+        static, oracle, ceiling = (
+            self.line.value_at(madds, table.correct1),
+            self.oracle.at(madds),
+            self.ceiling.at(madds),
+        )
+        return _Judgement(
+            correct=correct,
+            spent=spent,
+            gain=gain_over_static(correct, spent, self.line, table.correct1, self.num_resamples),
+            static=static,
+            oracle=oracle,
+            ceiling=ceiling,
+            oracle_share=share_of_gap(top1, static, oracle),
+            ceiling_share=share_of_gap(top1, static, ceiling, resolution=1 / table.num_images),
+        )
+
+
+@dataclass(frozen=True)
+class _Judgement:
+    """P runs; [P] each, but for the first two."""
+
+    correct: NDArray[np.bool_]
+    """[N, P]"""
+    spent: NDArray[np.float64]
+    """[N, P] MAdds."""
+    gain: Gain
+    static: NDArray[np.float64]
+    oracle: NDArray[np.float64]
+    ceiling: NDArray[np.float64]
+    oracle_share: NDArray[np.float64]
+    ceiling_share: NDArray[np.float64]
+
+
 def _points(
-    val: RoutingTable,
-    table: RoutingTable,
-    routers: Mapping[int, GateRouter],
-    choices: Mapping[int, NDArray[np.int64]],
-    line: StaticLine,
-    num_resamples: int,
+    val: RoutingTable, bench: _Bench, kinds: Mapping[int, str], runs: Mapping[int, TableRun]
 ) -> tuple[PointAnalysis, ...]:
-    if not routers:
+    if not runs:
         return ()
-    slots = list(routers)
-    routes = np.column_stack([choices[slot] for slot in slots])
-    correct = np.take_along_axis(table.correct1, routes, axis=1)
-    spent = table.madds[routes] + np.array([routers[slot].decision_madds for slot in slots])
-    sample = resample_points(correct, spent, num_resamples)
+    table, judged = bench.table, bench.judge(list(runs.values()))
+    sample = resample_points(judged.correct, judged.spent, bench.num_resamples)
     low, high = bootstrap_interval(sample.resampled_top1)
-    gain = gain_over_static(correct, spent, line, table.correct1, num_resamples)
-    chance = gain_over_random(routes, table.correct1, num_resamples)
-    stability = front_stability(sample, routes)
-    oracle = oracle_curve(table.correct1, table.madds).at(sample.madds)
+    answering = np.column_stack([run.routes for run in runs.values()])
+    chance = gain_over_random(answering, table.correct1, bench.num_resamples)
+    stability = front_stability(sample, _decisions(list(runs.values())))
     cascade = _cascade_at(val, table, sample.madds)
-    static = line.value_at(sample.madds, table.correct1)
-    share = share_of_oracle_gap(sample.top1, static, oracle)
     points = []
-    for index, slot in enumerate(slots):
-        histogram = np.bincount(routes[:, index], minlength=table.num_routes) / table.num_images
-        has_line = bool(np.isfinite(gain.value[index]))
+    for index, (slot, run) in enumerate(runs.items()):
+        beside = cascade.get(index)
         points.append(
             PointAnalysis(
                 slot=slot,
-                metrics=score_routes(routes[:, index], table, routers[slot].decision_madds),
+                router=kinds[slot],
+                metrics=score_run(run, table),
                 top1=Interval(float(sample.top1[index]), float(low[index]), float(high[index])),
-                gain=Interval(float(gain.value[index]), float(gain.low[index]), float(gain.high[index]))
-                if has_line
-                else None,
+                gain=_interval_at(judged.gain, index),
                 gain_over_random=Interval(
                     float(chance.value[index]), float(chance.low[index]), float(chance.high[index])
                 ),
-                random_top1=random_routing(table.correct1, histogram),
-                cascade_top1=cascade[index].top1 if index in cascade else None,
-                cascade_madds_m=cascade[index].madds / 1e6 if index in cascade else None,
-                oracle_top1=_finite(oracle[index]),
-                share_of_oracle_gap=_finite(share[index]),
+                random_top1=random_routing(table.correct1, run.histogram),
+                cascade_top1=None if beside is None else beside.top1,
+                cascade_madds_m=None if beside is None else beside.madds / 1e6,
+                cascade_escalated=None if beside is None else beside.escalated,
+                oracle_top1=_finite(judged.oracle[index]),
+                share_of_oracle_gap=_finite(judged.oracle_share[index]),
+                reachable_top1=_finite(judged.ceiling[index]),
+                share_of_reachable_gap=_finite(judged.ceiling_share[index]),
                 stability=float(stability[index]),
-                histogram=_floats(histogram),
+                histogram=_floats(run.histogram),
+                runs=_floats(run.runs),
             )
         )
     return tuple(points)
+
+
+def router_shares(bench: _Bench, contenders: Mapping[BudgetPick, Router]) -> tuple[RouterShare, ...]:
+    """What the trial that speaks for a kind of router reaches, in the order of `contenders`."""
+    if not contenders:
+        return ()
+    table = bench.table
+    runs = [run_on_table(router, table) for router in contenders.values()]
+    judged = bench.judge(runs)
+    limits = dict(zip(BUDGET_SHARES, budgets(table.madds, BUDGET_SHARES) / 1e6, strict=True))
+    return tuple(
+        RouterShare(
+            router=pick.router,
+            budget_share=pick.budget_share,
+            budget_m=float(limits[pick.budget_share]),
+            slot=pick.slot,
+            madds_m=float(judged.spent[:, index].mean() / 1e6),
+            top1=float(judged.correct[:, index].mean()),
+            static_top1=_finite(judged.static[index]),
+            oracle_top1=_finite(judged.oracle[index]),
+            reachable_top1=_finite(judged.ceiling[index]),
+            gain=_interval_at(judged.gain, index),
+            share_of_oracle_gap=_finite(judged.oracle_share[index]),
+            share_of_reachable_gap=_finite(judged.ceiling_share[index]),
+            is_collapsed=bool(runs[index].histogram.max() > COLLAPSE_SHARE),
+        )
+        for index, pick in enumerate(contenders)
+    )
+
+
+def _interval_at(gain: Gain, index: int) -> Interval | None:
+    """None where there is no static line."""
+    found = Interval(float(gain.value[index]), float(gain.low[index]), float(gain.high[index]))
+    return found if np.isfinite(found.value) else None
+
+
+def _decisions(runs: Sequence[TableRun]) -> NDArray[np.int64]:
+    """[N, P] equal numbers where two runs did the same to an image: ran the same routes, answered with the same one."""
+    did = [np.column_stack([run.routes, np.packbits(run.ran, axis=1)]) for run in runs]
+    _, number = np.unique(np.concatenate(did), axis=0, return_inverse=True)
+    return number.reshape(len(runs), -1).T
 
 
 def _cascade_at(val: RoutingTable, table: RoutingTable, madds: NDArray[np.float64]) -> dict[int, CascadePoint]:

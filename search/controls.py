@@ -15,6 +15,8 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from dsnet.routers import CascadeRouter
+
 Floats = NDArray[np.float64]
 
 
@@ -183,17 +185,19 @@ def cascade_curve(
 
 
 def run_cascade(
-    scores: RouteScores, first: int, second: int, threshold: float, madds: ArrayLike, trunk_madds: float
+    cascade: CascadeRouter, scores: RouteScores, madds: ArrayLike, trunk_madds: float
 ) -> tuple[NDArray[np.bool_], Floats, NDArray[np.bool_]]:
-    """A cascade image by image.
+    """A cascade image by image, by the rule of the router itself.
 
     Returns:
         (correct bool [N], MAdds spent [N], escalated bool [N]).
     """
     costs = np.asarray(madds, dtype=np.float64)
-    escalated = ~(scores.confidence[:, first] >= threshold)
-    correct = np.where(escalated, scores.correct1[:, second], scores.correct1[:, first])
-    return correct, costs[first] + escalated * (costs[second] - trunk_madds), escalated
+    escalated: NDArray[np.bool_] = np.asarray(
+        cascade.goes_on(scores.confidence[:, cascade.first].astype(np.float64)), dtype=bool
+    )
+    correct = np.where(escalated, scores.correct1[:, cascade.second], scores.correct1[:, cascade.first])
+    return correct, costs[cascade.first] + escalated * (costs[cascade.second] - trunk_madds), escalated
 
 
 class _Cut(NamedTuple):
@@ -215,7 +219,7 @@ class _Choice(NamedTuple):
 
 def _report(budget: float, choice: _Choice, scores: RouteScores, madds: Floats, trunk_madds: float) -> CascadePoint:
     first, second, cut = choice
-    correct, spent, escalated = run_cascade(scores, first, second, cut.threshold, madds, trunk_madds)
+    correct, spent, escalated = run_cascade(CascadeRouter(first, second, cut.threshold), scores, madds, trunk_madds)
     return CascadePoint(
         budget=budget,
         first=first,
@@ -309,16 +313,20 @@ def oracle_curve(correct: ArrayLike, madds: ArrayLike) -> OracleCurve:
     )
 
 
-def oracle_at(correct: ArrayLike, madds: ArrayLike, budget: ArrayLike) -> Floats:
-    """`oracle_curve(correct, madds).at(budget)`."""
-    return oracle_curve(correct, madds).at(budget)
+def share_of_gap(
+    router_top1: ArrayLike, static_top1: ArrayLike, upper_top1: ArrayLike, resolution: float = 0.0
+) -> Floats:
+    """(router - static) / (upper - static) at equal budgets: how far a router goes towards the oracle, or the reachable ceiling.
 
+    Args:
+        resolution: a gap that does not exceed it (one image, say) is none, and a share of it means nothing.
 
-def share_of_oracle_gap(router_top1: ArrayLike, static_top1: ArrayLike, oracle_top1: ArrayLike) -> Floats:
-    """(router - static) / (oracle - static) at equal budgets; NaN where the oracle is not above the static line."""
-    router, static, oracle = (np.asarray(x, dtype=np.float64) for x in (router_top1, static_top1, oracle_top1))
-    gap = oracle - static
-    has_gap = gap > 0  # false for NaN
+    Returns:
+        NaN where there is no gap.
+    """
+    router, static, upper = (np.asarray(x, dtype=np.float64) for x in (router_top1, static_top1, upper_top1))
+    gap = upper - static
+    has_gap = gap > resolution * (1 + 1e-9)  # false for NaN
     return np.where(has_gap, (router - static) / np.where(has_gap, gap, 1.0), np.nan)
 
 

@@ -1,8 +1,10 @@
-"""One trial of the search: hyperparameters in, a trained gate and its exact metrics out. A pure function of the routing tables."""
+"""Trials of the search: hyperparameters in, a trained router and its exact metrics out. A pure function of the routing tables."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,16 +14,20 @@ from numpy.typing import NDArray
 
 from dsnet.cost import shared_params
 from dsnet.latency import LatencyTable
-from dsnet.routers import GateRouter
+from dsnet.routers import Router, router_from_arrays
 from dsnet.routing_table import RoutingTable
 from dsnet.space import SubnetSet
-from dsnet.training.gate import GateSettings, fit_gate
-from search.runner import TrialSpec
+from dsnet.training.gate import GateFit, fit_gates
+from dsnet.training.gate_problem import beam
+from dsnet.training.gate_settings import GateSettings
+from search.runner import TrialOutcome, TrialSpec, describe_error
 
 Scalar = float | int | str | bool | None
 
 FIELDS: Mapping[str, str] = {
+    "gate.router": "router",
     "gate.target": "target",
+    "gate.target_madds_m": "target_madds_m",
     "gate.sgs.t_easy": "t_easy",
     "gate.sgs.t_hard": "t_hard",
     "gate.sgs.strategy": "strategy",
@@ -30,6 +36,8 @@ FIELDS: Mapping[str, str] = {
     "gate.losses.sgs": "lambda_sgs",
     "gate.losses.complexity": "lambda_complexity",
     "gate.losses.form": "complexity_form",
+    "gate.losses.quality": "lambda_quality",
+    "gate.losses.quality_of": "quality_of",
     "gate.optimizer.name": "optimizer",
     "gate.optimizer.lr": "lr",
     "gate.optimizer.weight_decay": "weight_decay",
@@ -37,93 +45,127 @@ FIELDS: Mapping[str, str] = {
     "gate.optimizer.batch_size": "batch_size",
     "gate.temperature.start": "temperature_start",
     "gate.temperature.end": "temperature_end",
+    "gate.perceptron.hidden_units": "hidden_units",
 }
 """Configuration key -> field of `GateSettings`."""
-ROUTING_KEYS = ("gate.routing.first", "gate.routing.last", "gate.routing.stride")
+ROUTING_KEYS = ("gate.routing.first", "gate.routing.last", "gate.routing.stride", "gate.routing.beam")
+LANES = 32
+"""Trials that one call takes: those of one kind among them train in one program."""
+ROUTER_VALUES = "router"
+"""Name of the array that holds a router's JSON values, as UTF-8 bytes."""
+NOT_OF_ROUTER = ("histogram", "runs", ROUTER_VALUES)
 
 
-def routing_ids(num_routes: int, first: int, last: int, stride: int) -> tuple[int, ...]:
-    """Members first, first + stride, ... up to `last` (inclusive; negative counts from the end).
+def routing_ids(kept: Sequence[int], first: int, last: int, stride: int) -> tuple[int, ...]:
+    """Of the routes `kept`, those at first, first + stride, ... up to last (inclusive; negative counts from the end), rising.
 
     Raises:
         ValueError: nothing is left of the routing space.
     """
-    stop = last if last >= 0 else num_routes + last
-    ids = tuple(range(first, min(stop, num_routes - 1) + 1, stride))
+    stop = last if last >= 0 else len(kept) + last
+    ids = tuple(sorted(kept[first : min(stop, len(kept) - 1) + 1 : stride])) if stop >= 0 else ()
     if not ids:
         raise ValueError(
-            f"the routing space first={first}, last={last}, stride={stride} holds none of the {num_routes} sub-networks"
+            f"the routing space first={first}, last={last}, stride={stride} holds none of the {len(kept)} sub-networks"
         )
     return ids
 
 
 def gate_settings(
-    params: Mapping[str, Scalar], defaults: Mapping[str, Scalar], num_routes: int, seed: int
+    params: Mapping[str, Scalar], defaults: Mapping[str, Scalar], table: RoutingTable, seed: int
 ) -> GateSettings:
     """A trial's settings: its parameters over the configuration's `gate` section.
 
     Args:
         params: dotted configuration keys, as the sampler suggested them.
         defaults: every key of `FIELDS` and `ROUTING_KEYS`.
-        num_routes: K.
-        seed: decides the order of the training images.
+        table: that of the `gate` split, whose labels a beam of routes is chosen by.
+        seed: of a perceptron's first weights.
 
     Raises:
         ValueError: an unknown parameter, or an empty routing space.
     """
-    unknown = [key for key in params if key not in FIELDS and key not in ROUTING_KEYS]
+    known = (*FIELDS, *ROUTING_KEYS)
+    unknown = [key for key in params if key not in known]
     if unknown:
-        raise ValueError(f"unknown trial parameters {unknown}; known: {[*FIELDS, *ROUTING_KEYS]}")
+        raise ValueError(f"unknown trial parameters {unknown}; known: {list(known)}")
     merged = {**defaults, **params}
-    first, last, stride = (int(merged[key]) for key in ROUTING_KEYS)  # type: ignore[arg-type]
+    first, last, stride = (int(merged[key]) for key in ROUTING_KEYS[:3])  # type: ignore[arg-type]
+    size = merged["gate.routing.beam"]
+    kept = tuple(range(table.num_routes)) if size is None else beam(table, int(size))
     fields: dict[str, Any] = {field: merged[key] for key, field in FIELDS.items()}
-    return GateSettings(**fields, routes=routing_ids(num_routes, first, last, stride), seed=seed)
+    return GateSettings(**fields, routes=routing_ids(kept, first, last, stride), seed=seed)
+
+
+@dataclass(frozen=True)
+class GateScores:
+    """What turns a fitted router into a trial's metrics and arrays."""
+
+    subnets: SubnetSet
+    latency: LatencyTable
+
+    def metrics(self, fit: GateFit) -> dict[str, float]:
+        """The fit's own, the parameters of its bundle, and the ideal latency at batch 1."""
+        tensors, _ = fit.router.to_arrays()
+        members = [self.subnets[route] for route in fit.router.routes]
+        params = shared_params(self.subnets.spec, members) + sum(value.numel() for value in tensors.values())
+        routes = [subnet.name for subnet in self.subnets]
+        return {
+            **fit.metrics,
+            "params_m": params / 1e6,
+            "latency_ms": self.latency.batch1_ms(fit.run.runs, routes),
+        }
+
+
+def arrays_of(fit: GateFit) -> dict[str, NDArray[Any]]:
+    """What a trial keeps: the router, `histogram` [K] of the answering routes, and `runs` [K], the share of images that ran each."""
+    tensors, values = fit.router.to_arrays()
+    return {
+        **{name: value.numpy() for name, value in tensors.items()},
+        ROUTER_VALUES: np.frombuffer(json.dumps(values).encode(), dtype=np.uint8),
+        "histogram": fit.run.histogram,
+        "runs": fit.run.runs,
+    }
+
+
+def router_of(arrays: Mapping[str, NDArray[Any]]) -> Router:
+    """The router that a trial's arrays hold.
+
+    Raises:
+        CheckpointError: of an unknown kind, or incomplete.
+    """
+    values = json.loads(bytes(np.asarray(arrays[ROUTER_VALUES])).decode())
+    tensors = {name: torch.from_numpy(np.array(value)) for name, value in arrays.items() if name not in NOT_OF_ROUTER}
+    return router_from_arrays(tensors, values)
 
 
 @dataclass(frozen=True)
 class GateTrial:
-    """What every trial of a sweep shares; calling it runs one trial."""
+    """What every trial of a sweep shares; calling it runs a cohort of trials on the routing tables."""
 
     gate_table: RoutingTable
     val_table: RoutingTable
-    subnets: SubnetSet
-    latency: LatencyTable
+    scores: GateScores
     defaults: Mapping[str, Scalar]
 
-    def __call__(self, spec: TrialSpec) -> tuple[dict[str, float], dict[str, NDArray[Any]]]:
-        """Train, calibrate and score the gate of `spec`.
+    lanes = LANES
 
-        Returns:
-            its metrics, and its arrays: weight, offset, routes, histogram.
+    def __call__(self, specs: Sequence[TrialSpec]) -> Sequence[TrialOutcome]:
+        """Train, calibrate and score the router of each spec; a trial that diverges or has impossible settings fails alone."""
+        start = time.perf_counter()
+        settings: dict[int, GateSettings] = {}
+        results: dict[int, GateFit | Exception] = {}
+        for spec in specs:
+            try:
+                settings[spec.slot] = gate_settings(spec.params, self.defaults, self.gate_table, spec.seed)
+            except ValueError as error:
+                results[spec.slot] = error
+        fits = fit_gates(self.gate_table, self.val_table, list(settings.values()))
+        results |= dict(zip(settings, fits, strict=True))
+        share_s = (time.perf_counter() - start) / len(specs)
+        return [self._outcome(spec.slot, results[spec.slot], share_s) for spec in specs]
 
-        Raises:
-            NonFiniteLossError: training diverged.
-            ValueError: parameters out of their range.
-        """
-        settings = gate_settings(spec.params, self.defaults, self.val_table.num_routes, spec.seed)
-        result = fit_gate(self.gate_table, self.val_table, settings)
-        router = result.router
-        metrics = {
-            **result.metrics,
-            "params_m": (
-                shared_params(self.subnets.spec, [self.subnets[k] for k in router.routes]) + router.weight.numel()
-            )
-            / 1e6,
-            "latency_ms": self.latency.batch1_ms(result.histogram, self.val_table.routes),
-        }
-        arrays = {
-            "weight": router.weight.numpy(),
-            "offset": router.offset.numpy(),
-            "routes": np.array(router.routes, dtype=np.int64),
-            "histogram": result.histogram,
-        }
-        return metrics, arrays
-
-
-def router_of(arrays: Mapping[str, NDArray[Any]]) -> GateRouter:
-    """The router that a trial's arrays hold."""
-    return GateRouter(
-        torch.from_numpy(np.array(arrays["weight"])),
-        torch.from_numpy(np.array(arrays["offset"])),
-        tuple(int(route) for route in arrays["routes"]),
-    )
+    def _outcome(self, slot: int, result: GateFit | Exception, duration_s: float) -> TrialOutcome:
+        if isinstance(result, Exception):
+            return TrialOutcome.failed(slot, describe_error(result), duration_s)
+        return TrialOutcome(slot, "complete", self.scores.metrics(result), None, arrays_of(result), duration_s)

@@ -1,11 +1,13 @@
-"""Where trials run: what the search asks of a runner, and the one that runs them here, one after the other."""
+"""Where trials run: what the search asks of a runner, and the one that runs them here, one batch after the other."""
 
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Literal, Protocol
 
 from numpy.typing import NDArray
@@ -41,7 +43,7 @@ class TrialOutcome:
         metrics: by name.
         reason: why it failed, in one line.
         arrays: small results worth keeping, e.g. the gate's weights.
-        duration_s: seconds of work, without waiting for a worker.
+        duration_s: seconds of work, without waiting for a worker; in a batch, its equal share.
     """
 
     slot: int
@@ -58,8 +60,43 @@ class TrialOutcome:
 
 
 TrialFunction = Callable[[TrialSpec], tuple[Mapping[str, float], Mapping[str, NDArray[Any]]]]
-"""Metrics and arrays of a trial. Raising is how a trial fails. It may be called twice for one spec (a worker can be
+"""Metrics and arrays of one trial. Raising is how a trial fails. It may be called twice for one spec (a worker can be
 lost after the work is done): it must have no effect but its result, and the result must depend on the spec alone."""
+
+
+class CohortFunction(Protocol):
+    """Runs several trials in one program; a trial's result is the same alone and beside any others.
+
+    As a `TrialFunction`, it has no effect but its result and may be called again for the same specs.
+    """
+
+    @property
+    def lanes(self) -> int:
+        """The most trials that one call takes, >= 1."""
+        ...
+
+    def __call__(self, specs: Sequence[TrialSpec]) -> Sequence[TrialOutcome]:
+        """One outcome per spec, in any order.
+
+        A trial's failure is its own outcome. An exception fails nobody: it makes the runner call for each of the trials alone.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class OneByOne:
+    """A trial function as a cohort function of one lane."""
+
+    function: TrialFunction
+
+    @property
+    def lanes(self) -> int:
+        """One."""
+        return 1
+
+    def __call__(self, specs: Sequence[TrialSpec]) -> Sequence[TrialOutcome]:
+        """Each trial after the one before; an exception is that trial's failure."""
+        return [outcome_from(self.function, spec) for spec in specs]
 
 
 class Runner(Protocol):
@@ -75,17 +112,50 @@ class Runner(Protocol):
 
 
 class SerialRunner:
-    """Runs trials in this process, in the order in which they are given, each when the next outcome is asked for."""
+    """Runs trials in this process, in the order in which they are given, each batch when its first outcome is asked for."""
 
-    def __init__(self, function: TrialFunction) -> None:
+    def __init__(self, function: CohortFunction) -> None:
         self._function = function
 
     def run(self, specs: Sequence[TrialSpec]) -> Generator[TrialOutcome, None, None]:
-        for spec in specs:
-            yield outcome_from(self._function, spec)
+        for batch in divide(specs, num_workers=1, lanes=self._function.lanes):
+            outcomes = run_batch(self._function, batch)
+            if outcomes is not None:
+                yield from outcomes
+                continue
+            for spec in batch:
+                yield from run_batch(self._function, [spec]) or ()
 
     def close(self) -> None:
         """Nothing is held."""
+
+
+def divide(specs: Sequence[TrialSpec], num_workers: int, lanes: int) -> list[tuple[TrialSpec, ...]]:
+    """Batches of at most `lanes` trials in the given order, as many for each worker, of sizes that differ by at most one."""
+    num_batches = num_workers * math.ceil(len(specs) / (num_workers * lanes))
+    ends = [len(specs) * number // num_batches for number in range(num_batches + 1)] if specs else []
+    return [tuple(specs[start:end]) for start, end in pairwise(ends) if start < end]
+
+
+def run_batch(function: CohortFunction, specs: Sequence[TrialSpec]) -> list[TrialOutcome] | None:
+    """Call a cohort function for a batch.
+
+    Returns:
+        one outcome per spec; or None where a batch of several gave none as a whole and its trials are to be called for one by one.
+        A trial that is alone fails with the reason instead. KeyboardInterrupt passes.
+    """
+    start = time.perf_counter()
+    try:
+        outcomes = list(function(specs))
+        answered = sorted(outcome.slot for outcome in outcomes)
+        if answered != sorted(spec.slot for spec in specs):
+            raise RuntimeError(f"asked for slots {[spec.slot for spec in specs]}, the trials answered for {answered}")
+    except Exception as error:  # whatever trials raise is their failure, not the sweep's
+        logger.debug("a batch of %d trials failed", len(specs), exc_info=True)
+        if len(specs) > 1:
+            return None
+        return [TrialOutcome.failed(specs[0].slot, describe_error(error), time.perf_counter() - start)]
+    return outcomes
 
 
 def outcome_from(function: TrialFunction, spec: TrialSpec) -> TrialOutcome:

@@ -10,17 +10,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsnet.cost import subnet_cost
+from dsnet.cost import pooling_madds, subnet_cost
 from dsnet.data.normalization import Normalization
 from dsnet.data.tensors import TensorData
 from dsnet.precision import exact_float32
-from dsnet.prefix_tree import each_logits
-from dsnet.routing_table import MAX_FULL_CLASSES, NUM_TOP_LOGITS, RoutingTable
+from dsnet.prefix_tree import OnNode, each_logits
+from dsnet.route_tree import RouteTree
+from dsnet.routers import summary_of
+from dsnet.routing_table import MAX_FULL_CLASSES, NUM_TOP_LOGITS, GateColumns, RoutingTable
 from dsnet.space import Subnet
-from dsnet.supernet import EVIDENCE_PARTS, Supernet
+from dsnet.supernet import EVIDENCE_PARTS, Supernet, TrunkOutput
 
 EVALUATION_BATCH = 256
 """Images at a time wherever a number is kept: sums in float32 depend on it in their last bits."""
+MAX_EVIDENCE_COLUMNS = 20_000
+"""Numbers of evidence that a table keeps for an image, where there is a choice."""
 
 
 @exact_float32()
@@ -97,10 +101,10 @@ def build_routing_table(
     batch_size: int = EVALUATION_BATCH,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> RoutingTable:
-    """Run every member of the supernet's set once over a split; the trunk runs once for all of them.
+    """Run every member of the supernet's set once over a split; what they share runs once for all of them.
 
     Args:
-        supernet: trained and recalibrated, with one gate.
+        supernet: trained and recalibrated; with several gates every path of its set is run, shared segments once.
         data: holds the split.
         split: which one.
         normalization: what the supernet was trained with.
@@ -108,24 +112,23 @@ def build_routing_table(
         on_progress: hears (images done, images in all).
     """
     subnets = supernet.subnets
-    subnets.prefix_upto(0)
+    tree = RouteTree.of(subnets)
+    plan = _EvidencePlan(supernet, tree, data.image_shape[-1])
     device = next(supernet.parameters()).device
     supernet.eval()
     rows: list[dict[str, Tensor]] = []
-    layout: dict[str, tuple[int, int]] = {}
     done = 0
     for batch in data.batches(split, batch_size):
         labels = batch.labels.to(device)
-        trunk = supernet.trunk(normalization.apply(batch.images.to(device)), subnets[0])
-        parts = {name: trunk.evidence(name) for name in EVIDENCE_PARTS}
-        layout = _spans(parts)
+        images = normalization.apply(batch.images.to(device))
+        seen: dict[tuple[int, int], Tensor] = {}
         answers_of = {
             subnet.name: _answers(logits, labels)
-            for subnet, logits in each_logits(supernet, trunk.features, subnets.members, gate=1)
+            for subnet, logits in each_logits(supernet, images, subnets.members, on_node=plan.collector(seen))
         }
         per_route = [answers_of[subnet.name] for subnet in subnets]
         row = {name: torch.stack([answers[name] for answers in per_route], dim=1) for name in per_route[0]}
-        row["evidence"] = torch.cat(list(parts.values()), dim=1)[:, None, :]
+        row["evidence"] = torch.cat([seen[place] for place in plan.places], dim=1)
         rows.append({name: value.cpu() for name, value in row.items()})
         done += len(labels)
         on_progress(done, data.num_images(split))
@@ -134,13 +137,71 @@ def build_routing_table(
     return RoutingTable(
         split=split,
         routes=tuple(subnet.name for subnet in subnets),
-        layout=layout,
+        tree=tree,
+        gates=plan.columns(),
         trunk_madds=costs[0].trunk_madds,
+        num_classes=supernet.spec.num_classes,
         image_ids=data.ids(split).cpu().numpy(),
         labels=data.labels(split).cpu().numpy(),
         madds=np.array([cost.madds for cost in costs], dtype=np.int64),
         **arrays,
     )
+
+
+class _EvidencePlan:
+    """Which parts of the evidence are kept at every node, and in which columns.
+
+    The first gate's always all; a later gate's poolings only where the nodes of all gates together need no more than
+    `MAX_EVIDENCE_COLUMNS`: 64 nodes with a thousand channels would be 800 kB an image.
+    """
+
+    def __init__(self, supernet: Supernet, tree: RouteTree, image_size: int) -> None:
+        self._subnets = supernet.subnets
+        self._tree = tree
+        self._image_size = image_size
+        self.places = [(gate, node) for gate, nodes in enumerate(tree.gates) for node in range(nodes.num_nodes)]
+        self._lengths = {place: self._lengths_at(*place) for place in self.places}
+        if sum(sum(lengths.values()) for lengths in self._lengths.values()) > MAX_EVIDENCE_COLUMNS:
+            for (gate, node), lengths in self._lengths.items():
+                if gate > 0:
+                    self._lengths[gate, node] = {"hidden": lengths["hidden"]}
+
+    def _lengths_at(self, gate: int, node: int) -> dict[str, int]:
+        spec = self._subnets.spec
+        subnet = self._subnets[self._tree.gates[gate].routes_at(node)[0]]
+        (op,) = (op for op in spec.ops if op.name == spec.gates[gate].attention)
+        channels = op.input_width(subnet.widths)
+        return {part: spec.gates[gate].hidden if part == "hidden" else channels for part in EVIDENCE_PARTS}
+
+    def collector(self, seen: dict[tuple[int, int], Tensor]) -> OnNode:
+        """What takes in each node's evidence of a batch."""
+        index = {subnet.name: k for k, subnet in enumerate(self._subnets)}
+
+        def collect(gate: int, subnet: Subnet, output: TrunkOutput) -> None:
+            place = (gate, self._tree.gates[gate].node_of[index[subnet.name]])
+            seen[place] = torch.cat([output.evidence(part) for part in self._lengths[place]], dim=1).float()
+
+        return collect
+
+    def columns(self) -> tuple[GateColumns, ...]:
+        """Layout and cost of every gate's evidence."""
+        layouts: dict[tuple[int, int], dict[str, tuple[int, int]]] = {}
+        start = 0
+        for place in self.places:
+            layouts[place] = {}
+            for part, length in self._lengths[place].items():
+                layouts[place][part] = (start, start + length)
+                start += length
+        return tuple(
+            GateColumns(
+                tuple(layouts[gate, node] for node in range(nodes.num_nodes)),
+                tuple(self._pooling(gate, nodes.routes_at(node)[0]) for node in range(nodes.num_nodes)),
+            )
+            for gate, nodes in enumerate(self._tree.gates)
+        )
+
+    def _pooling(self, gate: int, route: int) -> int:
+        return pooling_madds(self._subnets.spec, self._subnets[route], gate, self._image_size)
 
 
 def join_tables(parts: Sequence[RoutingTable]) -> RoutingTable:
@@ -154,36 +215,23 @@ def join_tables(parts: Sequence[RoutingTable]) -> RoutingTable:
     return RoutingTable.from_arrays({**arrays, **joined}, parts[0].meta())
 
 
-def _spans(parts: dict[str, Tensor]) -> dict[str, tuple[int, int]]:
-    spans, start = {}, 0
-    for name, value in parts.items():
-        spans[name] = (start, start + value.shape[1])
-        start += value.shape[1]
-    return spans
-
-
 def _in_top5(logits: Tensor, labels: Tensor) -> Tensor:
     return (logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]).any(1)
 
 
 def _answers(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
     """What a table keeps of one route's logits [B, C]; every value is [B] or [B, L]."""
-    log_p = F.log_softmax(logits.float(), dim=1)
-    p = log_p.exp()
-    top2 = p.topk(2, dim=1).values
     predicted = logits.argmax(1)
     kept, classes = logits, torch.zeros(len(labels), 0, dtype=torch.int32, device=logits.device)
     if logits.shape[1] > MAX_FULL_CLASSES:
         kept, indices = logits.topk(NUM_TOP_LOGITS, dim=1)
         classes = indices.int()
     return {
-        "ce": F.nll_loss(log_p, labels, reduction="none"),
+        "ce": F.cross_entropy(logits.float(), labels, reduction="none"),
         "predicted": predicted,
         "correct1": predicted == labels,
         "correct5": _in_top5(logits, labels),
-        "confidence": top2[:, 0],
-        "margin": top2[:, 0] - top2[:, 1],
-        "entropy": -(p * log_p).sum(1),
+        **summary_of(logits),
         "logits": kept.half(),
         "logit_classes": classes,
     }

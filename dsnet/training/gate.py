@@ -1,333 +1,364 @@
-"""Stage II on the routing table: training a gate by its exact expected loss, calibrating it to a target, scoring its deployed routes.
+"""Stage II on the routing table: a router is trained, calibrated to its target MAdds, and scored by its deployed routes.
 
-With one gate on a frozen supernet every term of the Stage II loss is a sum over routes of stored constants times softmax
-probabilities (METHODS 5): no Gumbel noise, no masks, no forward pass of the network.
+Whole cohorts of trials are fitted at once; each comes out as it would alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dsnet.calibration import calibrate, confidence_threshold, nearest_price
 from dsnet.cost import gate_madds
 from dsnet.errors import NonFiniteLossError
-from dsnet.losses import complexity
-from dsnet.routers import GateRouter
+from dsnet.routers import (
+    CascadeRouter,
+    EvidenceGateRouter,
+    GateRouter,
+    Head,
+    LearnedCascadeRouter,
+    Router,
+)
+from dsnet.routers.cascade import num_answer_features
 from dsnet.routing_table import RoutingTable
+from dsnet.table_routing import TableRun, run_on_table
+from dsnet.training.gate_cohort import Lane, Lesson, TrainedHead, train_cohort
+from dsnet.training.gate_problem import (
+    CASCADE_EVIDENCE,
+    PERCEPTRON_KINDS,
+    TREE_KINDS,
+    Costs,
+    Problem,
+    Scaling,
+    costs_of,
+    node_features,
+    problem_of,
+    routing_space,
+    sgs_targets,
+)
+from dsnet.training.gate_settings import GateSettings
+from dsnet.training.gate_tree import NUM_EXTRA_POOLINGS, PricedTree
 
 COLLAPSE_SHARE = 0.99
-"""A gate that sends a larger share of the images down one route is flagged as collapsed."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class GateSettings:
-    """One gate's hyperparameters."""
-
-    target: float = 0.5
-    """t in [0, 1]: MAdds_min + t (MAdds_max - MAdds_min) over the whole SubnetSet (the user's "target FLOPs")."""
-    routes: tuple[int, ...] = ()
-    """The routing space: increasing ids of the SubnetSet; empty takes all."""
-    t_easy: float = 0.0
-    """SGS: an image is easy iff the smallest route is right with p(y) >= t_easy; 0 is the paper's rule."""
-    t_hard: float = 0.0
-    """SGS: an image is hard iff the largest route is wrong or has p(y) < t_hard."""
-    strategy: str = "try_best"
-    """Hard images go to the largest (`try_best`) or the smallest (`give_up`) route."""
-    sgs_target: str = "extremes"
-    """`extremes` as published, or `cheapest`: the cheapest right route (ours)."""
-    lambda_cls: float = 1.0
-    lambda_sgs: float = 1.0
-    lambda_complexity: float = 0.5
-    complexity_form: str = "hinge"
-    optimizer: str = "adam"
-    """`adam` or `sgd` (Nesterov momentum 0.9)."""
-    lr: float = 0.05
-    weight_decay: float = 0.0
-    steps: int = 200
-    batch_size: int = 512
-    temperature_start: float = 1.0
-    temperature_end: float = 0.3
-    """The softmax temperature falls geometrically, so that its expectation approaches the deployed argmax."""
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.strategy not in ("try_best", "give_up"):
-            raise ValueError(f"unknown gate.sgs.strategy {self.strategy!r}; known: try_best, give_up")
-        if self.sgs_target not in ("extremes", "cheapest"):
-            raise ValueError(f"unknown gate.sgs.target {self.sgs_target!r}; known: extremes, cheapest")
-        if not 0.0 <= self.target <= 1.0:
-            raise ValueError(f"gate.target is {self.target}, but must lie in 0..1")
-        if min(self.temperature_start, self.temperature_end) <= 0:
-            raise ValueError("gate.temperature must be above 0 at its start and its end")
+"""A router that sends a larger share of the images down one route is flagged as collapsed."""
 
 
 @dataclass(frozen=True)
-class RouteCosts:
-    """MAdds of every route of a routing space, the decision included, and the target in the same unit."""
+class GateFit:
+    """A trained and calibrated router, and what it does on the calibration split."""
 
-    madds: NDArray[np.float64]
-    """[R]"""
-    decision: int
-    target: float
-    """Clamped into the routing space's range."""
-    is_clamped: bool
-    widest: float
-    """MAdds of the costliest member of the whole set."""
+    router: Router
+    metrics: Mapping[str, float]
+    run: TableRun
 
 
-def route_costs(table: RoutingTable, settings: GateSettings) -> RouteCosts:
-    """What each route of the gate's routing space costs an image, and the gate's target (CONTRACTS, Target)."""
-    routes = routing_space(table, settings)
-    decision = gate_madds(table.part("hidden").shape[1], len(routes))
-    madds = table.madds[list(routes)].astype(np.float64) + decision
-    low, high = float(table.madds.min()), float(table.madds.max())
-    wanted = low + settings.target * (high - low)
-    target = min(max(wanted, float(madds.min())), float(madds.max()))
-    return RouteCosts(madds, decision, target, target != wanted, high)
+def fit_gates(
+    gate_table: RoutingTable, val_table: RoutingTable, settings: Sequence[GateSettings]
+) -> list[GateFit | Exception]:
+    """Whole trials: train each router on `gate`, calibrate and score it on `val`.
 
-
-def routing_space(table: RoutingTable, settings: GateSettings) -> tuple[int, ...]:
-    """The gate's routes: as set, or all.
-
-    Raises:
-        ValueError: an id that the table does not hold, or not increasing ids.
-    """
-    routes = settings.routes or tuple(range(table.num_routes))
-    if list(routes) != sorted(set(routes)) or not 0 <= routes[0] <= routes[-1] < table.num_routes:
-        raise ValueError(f"the routing space {routes} must be increasing ids in 0..{table.num_routes - 1}")
-    return routes
-
-
-def sgs_targets(table: RoutingTable, routes: Sequence[int], settings: GateSettings) -> NDArray[np.int64]:
-    """[N] the column of the routing space that sandwich gate sparsification asks for (precedence easy > hard > dependent).
-
-    Smallest and largest are the routing space's cheapest and costliest route; `cheapest` falls back to the strategy where no route is
-    right.
-    """
-    order = np.argsort(table.madds[list(routes)], kind="stable")
-    correct = table.correct1[:, list(routes)]
-    probability = np.exp(-table.ce[:, list(routes)])
-    small, large = int(order[0]), int(order[-1])
-    given_up = large if settings.strategy == "try_best" else small
-    if settings.sgs_target == "cheapest":
-        first = order[np.argmax(correct[:, order], axis=1)]
-        return np.where(correct.any(1), first, given_up).astype(np.int64)
-    easy = correct[:, small] & (probability[:, small] >= settings.t_easy)
-    hard = ~correct[:, large] | (probability[:, large] < settings.t_hard)
-    return np.where(easy, small, np.where(hard, given_up, large)).astype(np.int64)
-
-
-@dataclass(frozen=True)
-class GateData:
-    """A table's columns of one routing space, as tensors."""
-
-    hidden: Tensor
-    """[N, H] scaled to unit root mean square."""
-    ce: Tensor
-    """[N, R]"""
-    targets: Tensor
-    """int64 [N]"""
-    madds: Tensor
-    """[R] relative to the set's widest."""
-    scale: Tensor
-    """[H] what `hidden` was divided by."""
-
-
-def gate_data(table: RoutingTable, settings: GateSettings, costs: RouteCosts) -> GateData:
-    """Prepare the gate split; scaling the evidence is ours and folds exactly into the bias-free head."""
-    routes = list(routing_space(table, settings))
-    hidden = torch.from_numpy(table.part("hidden").copy())
-    scale = hidden.pow(2).mean(0).sqrt().clamp_min(1e-6)
-    return GateData(
-        hidden / scale,
-        torch.from_numpy(table.ce[:, routes].copy()),
-        torch.from_numpy(sgs_targets(table, routes, settings)),
-        torch.from_numpy(costs.madds / costs.widest).float(),
-        scale,
-    )
-
-
-def expected_loss(
-    logits: Tensor, data: GateData, rows: Tensor, settings: GateSettings, costs: RouteCosts, temperature: float
-) -> Tensor:
-    """The exact expected Stage II loss of a batch (scalar): lambda_cls E[CE] + lambda_sgs SGS + lambda_complexity C(E[MAdds])."""
-    p = (logits / temperature).softmax(1)
-    cls = (p * data.ce[rows]).sum(1).mean()
-    sgs = F.cross_entropy(logits, data.targets[rows])
-    expected_madds = (p @ data.madds).mean() * costs.widest
-    cost = complexity(expected_madds, costs.target, costs.widest, settings.complexity_form)
-    return settings.lambda_cls * cls + settings.lambda_sgs * sgs + settings.lambda_complexity * cost
-
-
-def train_gate(table: RoutingTable, settings: GateSettings) -> Tensor:
-    """Train a slimming head on the `gate` split's table.
+    Trials of one kind with equal optimiser, steps, batch size and hidden units train together. Beside the deployed routes' metrics a gate
+    reports the softmax expectation (`soft_top1`, `soft_madds_m`): the soft-hard gap.
 
     Returns:
-        float64 [R, hidden]: its weight, for raw hidden vectors.
+        for each trial, in order, its result, or why it has none: NonFiniteLossError, or ValueError for a setting out of its range.
+    """
+    results: dict[int, GateFit | Exception] = {}
+    classes: dict[tuple[object, ...], list[tuple[int, _Plan]]] = {}
+    for index, own in enumerate(settings):
+        try:
+            plan = _Plan.of(gate_table, own)
+        except ValueError as error:
+            results[index] = error
+            continue
+        if own.router == "cascade":
+            results[index] = _fit_cascade(val_table, plan)
+        else:
+            classes.setdefault(plan.trains_with, []).append((index, plan))
+    for members in classes.values():
+        plans = [plan for _, plan in members]
+        try:
+            fits = _fit_class(gate_table, val_table, plans)
+        except ValueError as error:  # what the table lacks, all of them lack
+            fits = [error] * len(plans)
+        results |= {index: fit for (index, _), fit in zip(members, fits, strict=True)}
+    return [results[index] for index in range(len(settings))]
+
+
+def fit_gate(gate_table: RoutingTable, val_table: RoutingTable, settings: GateSettings) -> GateFit:
+    """One trial.
 
     Raises:
-        NonFiniteLossError: the loss became NaN or infinite.
-        ValueError: a setting out of its range.
+        NonFiniteLossError, ValueError: as `fit_gates`.
     """
-    costs = route_costs(table, settings)
-    data = gate_data(table, settings, costs)
-    weight = torch.zeros(len(costs.madds), data.hidden.shape[1], requires_grad=True)
-    optimizer = _optimizer(weight, settings)
-    generator = torch.Generator().manual_seed(settings.seed)
-    batch_size = min(settings.batch_size, table.num_images)
-    for step in range(settings.steps):
-        rows = torch.randperm(table.num_images, generator=generator)[:batch_size]
-        ratio = step / max(1, settings.steps - 1)
-        temperature = settings.temperature_start * (settings.temperature_end / settings.temperature_start) ** ratio
-        optimizer.zero_grad()
-        loss = expected_loss(data.hidden[rows] @ weight.T, data, rows, settings, costs, temperature)
-        if not torch.isfinite(loss):
-            raise NonFiniteLossError(
-                f"the gate's loss is {loss.item()} at step {step}; lower gate.optimizer.lr (now {settings.lr})"
-            )
-        loss.backward()
-        optimizer.step()
-    if not torch.isfinite(weight).all():
-        raise NonFiniteLossError(
-            f"the gate's weights are not finite after training; lower gate.optimizer.lr (now {settings.lr})"
-        )
-    return weight.detach().double() / data.scale.double()
+    (fit,) = fit_gates(gate_table, val_table, [settings])
+    if isinstance(fit, Exception):
+        raise fit
+    return fit
 
 
-def _optimizer(weight: Tensor, settings: GateSettings) -> torch.optim.Optimizer:
-    match settings.optimizer:
-        case "adam":
-            return torch.optim.Adam([weight], lr=settings.lr, weight_decay=settings.weight_decay)
-        case "sgd":
-            return torch.optim.SGD(
-                [weight], lr=settings.lr, momentum=0.9, nesterov=True, weight_decay=settings.weight_decay
-            )
-    raise ValueError(f"unknown gate optimizer {settings.optimizer!r}; known: adam, sgd")
-
-
-def calibrate(scores: NDArray[np.float64], madds: NDArray[np.float64], target: float) -> float:
-    """The beta for which routes argmax_k(l_k - beta * cost_k) have a mean cost nearest to `target`; needs no labels.
-
-    The mean cost falls with beta in steps; the middle of the nearest step is returned, away from its ties.
+def calibrate_heads(val_table: RoutingTable, settings: GateSettings, heads: Sequence[Tensor]) -> GateFit:
+    """Calibrate and score a gate whose slimming heads were trained elsewhere, end to end.
 
     Args:
-        scores: [N, R] gate logits.
-        madds: [R] cost of each route; beta is in logits per cost of the widest of them.
-        target: wanted mean, in the unit of `madds`.
+        val_table: calibrates and scores.
+        settings: of the trial; its router is `gate` or `gates`.
+        heads: float64 weights: [R, hidden] of the routing space for `gate`; one [choices, hidden] per gate for `gates`.
+
+    Raises:
+        NonFiniteLossError: a weight is NaN or infinite.
+        ValueError: a router that has no such heads.
     """
-    cost = madds / madds.max()
-    wanted = target / madds.max()
-
-    def mean_cost(beta: float) -> float:
-        return float(cost[np.argmax(scores - beta * cost, axis=1)].mean())
-
-    if len(cost) == 1:
-        return 0.0
-    spread = float(scores.max() - scores.min()) + 1.0
-    gap = float(np.diff(np.unique(cost)).min(initial=1.0))
-    bound = 2.0 * spread / gap
-    above, below = _bisect(mean_cost, -bound, bound, wanted)
-    nearest = min((above, below), key=lambda beta: abs(mean_cost(beta) - wanted))
-    left, right = _step_around(mean_cost, nearest, bound)
-    if right - left <= 4e-12 * bound:
-        # A step of no width is a tie of scores that rounding decides, not a choice: the nearer of its neighbours is taken.
-        neighbours = (left - 1e-11 * bound, right + 1e-11 * bound)
-        nearest = min(neighbours, key=lambda beta: abs(mean_cost(beta) - wanted))
-        left, right = _step_around(mean_cost, nearest, bound)
-    return 0.5 * (left + right)
-
-
-def _step_around(falling: Callable[[float], float], inside: float, bound: float) -> tuple[float, float]:
-    """The ends of the step of a falling step function that holds `inside`, within -bound..bound."""
-    level = falling(inside)
-    left = -bound if falling(-bound) <= level else _bisect(falling, -bound, inside, np.nextafter(level, np.inf))[1]
-    right = bound if falling(bound) >= level else _bisect(falling, inside, bound, np.nextafter(level, -np.inf))[0]
-    return left, right
-
-
-def _bisect(falling: Callable[[float], float], low: float, high: float, level: float) -> tuple[float, float]:
-    """(a, b), adjacent up to 1e-12 of the bracket, with falling(a) >= level >= falling(b) wherever the bracket allows it."""
-    tolerance = 1e-12 * max(abs(low), abs(high), 1.0)
-    while high - low > tolerance:
-        middle = 0.5 * (low + high)
-        if falling(middle) >= level:
-            low = middle
-        else:
-            high = middle
-    return low, high
+    if settings.router not in ("gate", "gates"):
+        raise ValueError(f"gate.router {settings.router} cannot be trained end to end; use gate or gates")
+    plan = _Plan.of(val_table, settings)
+    if settings.router == "gate":
+        full = torch.zeros(val_table.num_routes, heads[0].shape[1], dtype=torch.float64)
+        full[list(plan.routes)] = heads[0].double()
+        heads = [full]
+    exam = _Exam(val_table, node_features(val_table, settings.router, plan.problem))
+    fit = _finish(exam, plan, [Head(head.double()) for head in heads])
+    if isinstance(fit, Exception):
+        raise fit
+    return fit
 
 
 @dataclass(frozen=True)
-class GateResult:
-    """A trained and calibrated gate and what it scores on the calibration split."""
+class _Plan:
+    """What is known of a trial before it trains."""
 
-    router: GateRouter
-    metrics: dict[str, float]
-    histogram: NDArray[np.float64]
-    """[K] share of the images of the split by route of the whole SubnetSet."""
+    settings: GateSettings
+    routes: tuple[int, ...]
+    """The routing space; of a cascade what it may end on, of a plain one its two routes."""
+    problem: Problem
+    decision: NDArray[np.int64]
+    """[K]"""
+    costs: Costs
+    first: int | None
+
+    @classmethod
+    def of(cls, table: RoutingTable, settings: GateSettings) -> _Plan:
+        """Choose what a cascade runs first by the labels of `table`, and count what decisions cost."""
+        routes, first = routing_space(table, settings), None
+        no_decision = np.zeros(table.num_routes, dtype=np.int64)
+        if settings.router in ("cascade", "learned_cascade"):
+            target = costs_of(table, settings, routes, no_decision, None).target
+            first, second = best_pair(table, routes, target)
+            wider = tuple(route for route in routes if table.madds[route] > table.madds[first])
+            routes = (first, second) if settings.router == "cascade" else tuple(sorted((first, *wider)))
+        problem = problem_of(table, settings.router, first)
+        decision = no_decision if settings.router == "cascade" else _decision_madds(table, settings, problem, routes)
+        costs = costs_of(table, settings, routes, decision, first)
+        return cls(settings, routes, problem, decision, costs, first)
+
+    @property
+    def trains_with(self) -> tuple[object, ...]:
+        """Trials with equal values train in one program."""
+        own = self.settings
+        hidden = own.hidden_units if own.router in PERCEPTRON_KINDS else None
+        return own.router, self.first, own.optimizer, own.steps, own.batch_size, hidden
+
+    def lane(self, table: RoutingTable) -> Lane:
+        """What the trainer needs of it; `table` is that of the `gate` split."""
+        allowed = torch.zeros(table.num_routes, dtype=torch.bool)
+        allowed[list(self.routes)] = True
+        targets = sgs_targets(table, self.routes, self.settings, self.costs.madds)
+        return Lane(
+            self.settings,
+            allowed,
+            torch.from_numpy(self.costs.madds / self.costs.widest).float(),
+            self.costs.target / self.costs.widest,
+            torch.from_numpy(targets),
+            self.costs.widest,
+        )
 
 
-def calibrated_router(weight: Tensor, table: RoutingTable, settings: GateSettings) -> tuple[GateRouter, float]:
-    """The deployed router, its offsets calibrated on `table` (the `val` split), and beta."""
-    costs = route_costs(table, settings)
-    hidden = torch.from_numpy(table.part("hidden").copy())
-    scores = (hidden.double() @ weight.T).numpy()
-    beta = calibrate(scores, costs.madds, costs.target)
-    offset = torch.from_numpy(beta * costs.madds / costs.madds.max())
-    return GateRouter(weight, offset, routing_space(table, settings)), beta
+def best_pair(table: RoutingTable, routes: Sequence[int], target: float) -> tuple[int, int]:
+    """(first, second) of the confidence cascade with the most right answers on `table` at a mean cost of `target`, by its labels.
+
+    Raises:
+        ValueError: fewer than two routes of different cost.
+    """
+    by_cost = sorted(routes, key=lambda route: (table.madds[route], route))
+    correct = np.ascontiguousarray(table.correct1.T)
+    best, pair = -1, None
+    for position, first in enumerate(by_cost):
+        wider = [route for route in by_cost[position + 1 :] if table.madds[route] > table.madds[first]]
+        if not wider:
+            continue
+        extra = (table.madds[wider] - table.trunk_madds).astype(np.float64)
+        share = np.clip((target - table.madds[first]) / extra, 0.0, 1.0)
+        if table.madds[first] > target and pair is not None:
+            break  # dearer than the target from the start, as are all that follow
+        images = np.argsort(table.confidence[:, first], kind="stable")
+        stays = correct[first].take(images)
+        for second, count in zip(wider, np.rint(share * table.num_images).astype(int), strict=True):
+            goes_on = correct[second].take(images[:count])
+            right = int(np.count_nonzero(stays[count:]) + np.count_nonzero(goes_on))
+            if right > best:
+                best, pair = right, (first, second)
+    if pair is None:
+        raise ValueError("a cascade needs two routes of different cost; widen gate.routing")
+    return pair
 
 
-def choose_routes(router: GateRouter, table: RoutingTable) -> NDArray[np.int64]:
-    """[N] the route each image of a table takes, by the same code that decides in dynamic inference."""
-    hidden = torch.from_numpy(table.part("hidden").copy())
-    return router.step({"hidden": hidden}, ()).numpy()
+def _decision_madds(
+    table: RoutingTable, settings: GateSettings, problem: Problem, routes: Sequence[int]
+) -> NDArray[np.int64]:
+    """[K] MAdds of all decisions on the way to each route."""
+    madds = np.zeros(table.num_routes, dtype=np.int64)
+    is_tree = settings.router in TREE_KINDS
+    for node in problem.nodes:
+        num_choices = node.num_choices if is_tree else len(routes)
+        cost = _head_madds(table, settings, problem, (node.gate, node.node), num_choices)
+        passing = table.tree.gates[node.gate].routes_at(node.node) if is_tree else range(table.num_routes)
+        madds[list(passing)] += cost
+    return madds
 
 
-def score_routes(routes: NDArray[np.int64], table: RoutingTable, decision_madds: int) -> dict[str, float]:
-    """Metrics of a routing decision [N], exact: top1, top5, ce, madds_m, p95_madds_m, route_entropy, max_route_share."""
+def _head_madds(
+    table: RoutingTable, settings: GateSettings, problem: Problem, place: tuple[int, int], num_choices: int
+) -> int:
+    columns = table.gates[place[0]].layouts[place[1]]
+    if not problem.is_perceptron:
+        return gate_madds(_length(columns["hidden"]), num_choices)
+    pooling = 0
+    if problem.first is not None:
+        size = num_answer_features(table.num_classes) + sum(_length(columns[part]) for part in CASCADE_EVIDENCE)
+    else:
+        size = sum(map(_length, columns.values()))
+        pooling = NUM_EXTRA_POOLINGS * table.gates[place[0]].pooling_madds[place[1]]
+    return pooling + gate_madds(size, settings.hidden_units) + gate_madds(settings.hidden_units, num_choices)
+
+
+def _length(span: tuple[int, int]) -> int:
+    return span[1] - span[0]
+
+
+def _fit_class(gate_table: RoutingTable, val_table: RoutingTable, plans: Sequence[_Plan]) -> list[GateFit | Exception]:
+    """Train plans that train together, then finish each."""
+    problem, kind = plans[0].problem, plans[0].settings.router
+    features = node_features(gate_table, kind, problem)
+    scalings = _scalings(problem, features)
+    scaled = [scalings[node.head].apply(own) for node, own in zip(problem.nodes, features, strict=True)]
+    correct = torch.from_numpy(gate_table.correct1.astype(np.float32))
+    lesson = Lesson(problem, scaled, torch.from_numpy(gate_table.ce.copy()), correct)
+    trained = train_cohort(lesson, [plan.lane(gate_table) for plan in plans])
+    exam = _Exam(val_table, node_features(val_table, kind, problem))
+    return [
+        _finish(exam, plan, [_unscaled(head, scaling) for head, scaling in zip(heads, scalings, strict=True)])
+        for plan, heads in zip(plans, trained, strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class _Exam:
+    """What calibrates and scores the trials of one problem."""
+
+    table: RoutingTable
+    features: Sequence[Tensor]
+    """For each node of the problem [N, D]."""
+
+
+def _scalings(problem: Problem, features: Sequence[Tensor]) -> list[Scaling]:
+    """One for each head, over all nodes that share it."""
+    shared: list[list[Tensor]] = [[] for _ in range(problem.num_heads)]
+    for node, own in zip(problem.nodes, features, strict=True):
+        shared[node.head].append(own)
+    return [Scaling.of(torch.cat(parts), is_centred=problem.is_perceptron) for parts in shared]
+
+
+def _unscaled(head: TrainedHead, scaling: Scaling) -> Head:
+    """The head for raw features: the scaling folds exactly into the first layer."""
+    scale, mean = scaling.scale.double(), scaling.mean.double()
+    if head.inner_weight is None or head.inner_bias is None:
+        return Head(head.weight.double() / scale)
+    inner = head.inner_weight.double() / scale
+    bias = None if head.bias is None else head.bias.double()
+    return Head(head.weight.double(), bias, inner, head.inner_bias.double() - inner @ mean)
+
+
+def _finish(exam: _Exam, plan: _Plan, heads: Sequence[Head]) -> GateFit | Exception:
+    """Calibrate on `val` without its labels, and score."""
+    if not all(bool(torch.isfinite(part).all()) for head in heads for part in head.tensors("").values()):
+        own = plan.settings
+        return NonFiniteLossError(
+            f"the router's weights are not finite after training; lower gate.optimizer.lr (now {own.lr})"
+        )
+    is_tree = plan.settings.router in TREE_KINDS
+    router, beta, soft = _calibrated_tree(exam, plan, heads) if is_tree else _calibrated_flat(exam, plan, heads[0])
+    val = exam.table
+    run = run_on_table(router, val)
+    metrics = score_run(run, val) | _target_metrics(plan) | {"beta": beta}
+    correct, cost = val.correct1[:, list(plan.routes)], plan.costs.madds[list(plan.routes)]
+    metrics |= {"soft_top1": float((soft * correct).sum(1).mean()), "soft_madds_m": float((soft @ cost).mean() / 1e6)}
+    return GateFit(router, metrics, run)
+
+
+def _target_metrics(plan: _Plan) -> dict[str, float]:
+    return {"target_madds_m": plan.costs.target / 1e6, "target_clamped": float(plan.costs.is_clamped)}
+
+
+def _calibrated_flat(exam: _Exam, plan: _Plan, head: Head) -> tuple[Router, float, NDArray[np.float64]]:
+    """A router that decides once; beta; its softmax at the last temperature [N, R]."""
+    routes = list(plan.routes)
+    own = Head(
+        head.weight[routes], None if head.bias is None else head.bias[routes], head.inner_weight, head.inner_bias
+    )
+    logits = own(exam.features[0])
+    madds = plan.costs.madds[routes]
+    beta = calibrate(logits.numpy(), madds, plan.costs.target)
+    offset = torch.from_numpy(beta * madds / madds.max())
+    soft = ((logits - offset) / plan.settings.temperature_end).softmax(1).numpy()
+    return _flat_router(exam.table, plan, own, offset), beta, soft
+
+
+def _flat_router(val: RoutingTable, plan: _Plan, head: Head, offset: Tensor) -> Router:
+    match plan.settings.router:
+        case "gate":
+            return GateRouter(head.weight, offset, plan.routes)
+        case "evidence_gate":
+            pooling = NUM_EXTRA_POOLINGS * val.gates[0].pooling_madds[0]
+            return EvidenceGateRouter(head, offset, plan.routes, pooling)
+    assert plan.first is not None
+    return LearnedCascadeRouter(plan.first, head, offset, plan.routes, val.num_classes, CASCADE_EVIDENCE)
+
+
+def _calibrated_tree(exam: _Exam, plan: _Plan, heads: Sequence[Head]) -> tuple[Router, float, NDArray[np.float64]]:
+    """A router that decides at every gate; beta; its softmax over the paths at the last temperature [N, R]."""
+    logits = [heads[node.head](own).numpy() for node, own in zip(plan.problem.nodes, exam.features, strict=True)]
+    priced = PricedTree(plan.problem, plan.routes, plan.costs.madds, logits)
+    beta = nearest_price(priced.mean_cost, plan.costs.target, priced.bound)
+    router = priced.router(beta, exam.table, heads)
+    return router, beta, priced.softmax(beta, plan.settings.temperature_end)
+
+
+def _fit_cascade(val: RoutingTable, plan: _Plan) -> GateFit:
+    """A plain cascade learns nothing but its pair; the threshold meets the target on `val`."""
+    first, second = plan.routes
+    extra = float(val.madds[second] - val.trunk_madds)
+    threshold = confidence_threshold(val.confidence[:, first], float(val.madds[first]), extra, plan.costs.target)
+    router = CascadeRouter(first, second, threshold)
+    run = run_on_table(router, val)
+    return GateFit(router, score_run(run, val) | _target_metrics(plan), run)
+
+
+def score_run(run: TableRun, table: RoutingTable) -> dict[str, float]:
+    """Metrics of a routing, exact: top1, top5, ce, madds_m, p95_madds_m, route_entropy, max_route_share (of the answering routes)."""
     rows = np.arange(table.num_images)
-    madds = (table.madds[routes] + decision_madds) / 1e6
-    share = np.bincount(routes, minlength=table.num_routes) / table.num_images
+    share = run.histogram
     used = share[share > 0]
     return {
-        "top1": float(table.correct1[rows, routes].mean()),
-        "top5": float(table.correct5[rows, routes].mean()),
-        "ce": float(table.ce[rows, routes].mean()),
-        "madds_m": float(madds.mean()),
-        "p95_madds_m": float(np.percentile(madds, 95)),
+        "top1": float(table.correct1[rows, run.routes].mean()),
+        "top5": float(table.correct5[rows, run.routes].mean()),
+        "ce": float(table.ce[rows, run.routes].mean()),
+        "madds_m": float(run.madds.mean() / 1e6),
+        "p95_madds_m": float(np.percentile(run.madds, 95) / 1e6),
         "route_entropy": float(-(used * np.log(used)).sum()) + 0.0,
         "max_route_share": float(share.max()),
     }
-
-
-def fit_gate(gate_table: RoutingTable, val_table: RoutingTable, settings: GateSettings) -> GateResult:
-    """A whole gate trial: train on `gate`, calibrate and score on `val`.
-
-    Beside the deployed argmax's metrics it reports the softmax expectation (`soft_top1`, `soft_madds_m`): the soft-hard gap.
-
-    Raises:
-        NonFiniteLossError, ValueError: as `train_gate`.
-    """
-    weight = train_gate(gate_table, settings)
-    costs = route_costs(val_table, settings)
-    router, beta = calibrated_router(weight, val_table, settings)
-    routes = choose_routes(router, val_table)
-    metrics = score_routes(routes, val_table, costs.decision)
-    hidden = torch.from_numpy(val_table.part("hidden").copy())
-    soft = (router.scores(hidden) / settings.temperature_end).softmax(1).numpy()
-    correct = val_table.correct1[:, list(router.routes)]
-    metrics |= {
-        "soft_top1": float((soft * correct).sum(1).mean()),
-        "soft_madds_m": float((soft @ costs.madds).mean() / 1e6),
-        "beta": beta,
-        "target_madds_m": costs.target / 1e6,
-        "target_clamped": float(costs.is_clamped),
-    }
-    histogram = np.bincount(routes, minlength=val_table.num_routes) / val_table.num_images
-    return GateResult(router, metrics, histogram)

@@ -26,8 +26,9 @@ from dsnet.training.resolved import StandaloneConfig
 from dsnet.training.supernet import FINAL
 
 STAGES = ("supernet", "measure", "table")
-RESULT_VERSIONS: Mapping[str, int] = {"supernet": 2, "measure": 1, "table": 1}
-"""Raised by hand when the code of a stage gives other results."""
+RESULT_VERSIONS: Mapping[str, int] = {"supernet": 2, "measure": 1, "table": 2}
+"""Raised by hand when the code of a stage gives other results. A folder with another supernet version belongs to another release; of one
+that differs in a later stage only, that stage is made again."""
 _SCHEMA = 1
 
 
@@ -115,7 +116,8 @@ class OutputFolder:
                 f"{self.path} was begun with other images or splits ({earlier[:12]}, now {facts['data']['fingerprint'][:12]}); "
                 "restore the data, or choose another --out"
             )
-        stages = manifest.get("stages", {})
+        recorded = manifest.get("result_versions", {})  # older manifests have the stages' versions here only
+        stages = {name: {"version": recorded.get(name), **entry} for name, entry in manifest.get("stages", {}).items()}
         fixed = {"schema": _SCHEMA, "seed": config.seed, "result_versions": dict(RESULT_VERSIONS)}
         atomic_write_json(self.resolved_path, config.to_json())
         atomic_write_json(self.manifest_path, {**fixed, **facts, "stages": stages})
@@ -124,7 +126,7 @@ class OutputFolder:
         """What manifest.json holds; empty before the first call.
 
         Raises:
-            CheckpointError: it is torn, or of another schema or other result versions.
+            CheckpointError: it is torn, or of another schema, or its supernet is of another result version.
         """
         if not self.manifest_path.exists():
             return {}
@@ -137,7 +139,7 @@ class OutputFolder:
         return manifest
 
     def is_readable(self) -> bool:
-        """Whether a call of this release, with equal result versions, was begun here.
+        """Whether a call was begun here whose supernet this release would train alike.
 
         Raises:
             CheckpointError: the manifest is torn.
@@ -146,18 +148,24 @@ class OutputFolder:
         return has_both and _is_of_this_release(read_json(self.manifest_path))
 
     def is_done(self, stage: str) -> bool:
-        """Whether a stage was finished, all its files have their recorded content, and the supernet that it was made from is the one here.
+        """Whether a stage was finished by code that gives today's results, its files are whole, and its supernet is the one here.
 
         A supernet that was lost and trained again may have other bits (on a GPU): what was measured of the first says nothing of it.
         """
         entry = self._entry(stage)
-        has_files = entry["status"] == "done" and all(
-            self._is_whole(self.path / stage / name, facts) for name, facts in entry["files"].items()
+        has_files = (
+            entry["status"] == "done"
+            and not self.is_outdated(stage)
+            and all(self._is_whole(self.path / stage / name, facts) for name, facts in entry["files"].items())
         )
         return has_files and (stage == "supernet" or self._is_of_this_supernet(entry))
 
+    def is_outdated(self, stage: str) -> bool:
+        """Whether a stage was begun by a release that gives other results."""
+        return self._entry(stage)["version"] != RESULT_VERSIONS[stage]
+
     def begin_stage(self, stage: str) -> None:
-        """Make a stage's folder and note that it is worked in. What is there stays, unless it is damaged or of another supernet.
+        """Make a stage's folder and note that it is worked in. What is there stays, unless it is damaged, outdated or of another supernet.
 
         Raises:
             PreflightError: the old files cannot be removed.
@@ -167,10 +175,10 @@ class OutputFolder:
             if not self._is_whole(folder / name, facts):
                 _remove(folder / name)
         made_from = {} if stage == "supernet" else {"supernet": self._supernet_sha256()}
-        if made_from and not self._is_of_this_supernet(self._entry(stage)):
+        if made_from and (self.is_outdated(stage) or not self._is_of_this_supernet(self._entry(stage))):
             _remove(folder)
         # After the old files are gone: a call that is killed in between removes them again.
-        self._write_entry(stage, {"status": "running", "files": {}, **made_from})
+        self._write_entry(stage, {"status": "running", "files": {}, "version": RESULT_VERSIONS[stage], **made_from})
         folder.mkdir(exist_ok=True)
 
     def record(self, stage: str, seconds: float, outputs: Sequence[Path] = ()) -> None:
@@ -186,10 +194,10 @@ class OutputFolder:
         return {(str(path), path.stat().st_size) for path in files if path != self.manifest_path}
 
     def _entry(self, stage: str) -> dict[str, Any]:
-        entry: dict[str, Any] = (
-            self.manifest().get("stages", {}).get(stage, {"status": "new", "seconds": 0.0, "files": {}})
-        )
-        return entry
+        manifest = self.manifest()
+        new = {"status": "new", "seconds": 0.0, "files": {}, "version": RESULT_VERSIONS[stage]}
+        entry: dict[str, Any] = manifest.get("stages", {}).get(stage, new)
+        return {"version": manifest.get("result_versions", {}).get(stage), **entry}
 
     def _write_entry(self, stage: str, facts: Mapping[str, Any]) -> None:
         manifest = self.manifest()
@@ -224,5 +232,7 @@ def _remove(path: Path) -> None:
 
 
 def _is_of_this_release(manifest: object) -> bool:
-    known = {"schema": _SCHEMA, "result_versions": dict(RESULT_VERSIONS)}
-    return isinstance(manifest, dict) and all(manifest.get(name) == value for name, value in known.items())
+    if not isinstance(manifest, dict) or manifest.get("schema") != _SCHEMA:
+        return False
+    versions = manifest.get("result_versions")
+    return isinstance(versions, dict) and versions.get("supernet") == RESULT_VERSIONS["supernet"]

@@ -74,6 +74,8 @@ def run_standalone(
         makers = {"supernet": work.train, "measure": work.measure, "table": work.tabulate}
         for stage in STAGES:
             if not folder.is_done(stage):
+                if folder.is_outdated(stage):
+                    say(f"{stage}: made by another release, which gives other results; made again")
                 _run_stage(folder, stage, makers[stage])
                 say(f"{stage}: done")
     return folder

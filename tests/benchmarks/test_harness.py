@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from benchmarks import harness
-from benchmarks.dynamic_inference import Contenders, spread_gate
 from benchmarks.gate_trials import DIGITS, synthetic_table, trial_settings
 from benchmarks.harness import Estimate, Headline, Options, Report, Samples, Section
 from benchmarks.supernet_step import Networks, Workload, workloads
@@ -102,22 +101,6 @@ def test_every_round_of_the_supernet_step_does_the_same_work() -> None:
 def test_the_cpu_workload_of_the_goal_is_the_first() -> None:
     first = workloads(Options(quick=False, threads=2, seed=0))[0]
     assert (first.device, first.image_size, first.batch_size) == ("cpu", 64, 32)
-
-
-@pytest.mark.parametrize("num_routes", [2, 4, 14])
-def test_the_spread_gate_gives_every_route_an_equal_share(num_routes: int) -> None:
-    hidden = torch.rand(420, 66, generator=torch.Generator().manual_seed(0))
-    chosen = spread_gate(hidden, tuple(range(num_routes))).step({"hidden": hidden}, ())
-    counts = torch.bincount(chosen, minlength=num_routes)
-    assert int(counts.max() - counts.min()) <= 2
-
-
-def test_dynamic_contenders_see_the_group_sizes_that_were_asked_for() -> None:
-    contenders = Contenders("cpu", (0, 13), seed=0)
-    (batch,) = contenders.batches(5, seed=0)
-    assert sorted(torch.bincount(contenders.chosen[batch])[[0, 13]].tolist()) == [2, 3]
-    assert [len(rows) for rows in contenders.batches(1, seed=0)] == [1, 1]
-    assert contenders.largest_difference(contenders.pool[:4]) < 1e-4
 
 
 def test_a_made_up_table_is_a_whole_trial() -> None:

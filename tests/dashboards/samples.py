@@ -11,6 +11,7 @@ from dashboards.front import Curve, DynamicPoint, FrontInfo, FrontPanel, StaticP
 from dashboards.headline import Estimate, Headline, Latency, Row, Scores
 from dashboards.hypervolume import HypervolumeInfo, hypervolume_info
 from dashboards.report import ReportData
+from dashboards.routers import RouterResult, RoutersInfo
 from dashboards.routes import RoutesInfo, routes_info
 from dashboards.training import TrainingInfo, training_info
 from dashboards.widths import LatencySeries, WidthsInfo
@@ -21,6 +22,7 @@ NUM_CLASSES = 10
 MADDS_M = np.array([0.21, 0.31, 0.44, 0.60, 0.79, 1.02])
 ROUTES = tuple(f"subnet-{k:02d}" for k in range(len(MADDS_M)))
 FAILED = {17: "timed out after 120 s", 41: "loss became NaN at step 83"}
+KINDS = ("gate", "evidence_gate", "cascade", "learned_cascade")
 FloatArray = npt.NDArray[np.float64]
 
 
@@ -116,6 +118,7 @@ def make_panel(split: Split, val: Split) -> FrontPanel:
                 interval=(spread.low, spread.high) if trial in front else None,
                 latency_ms=2.0 + 5 * madds_m if trial in front else None,
                 params=(("gate.target", 0.05 + 0.85 * trial / NUM_TRIALS), ("gate.sgs.strategy", "try_best")),
+                router=KINDS[trial % len(KINDS)],
             )
         )
     return FrontPanel(
@@ -129,7 +132,14 @@ def make_panel(split: Split, val: Split) -> FrontPanel:
         random=_random_curve(split, front),
         cascade=_cascade_curve(top1),
         oracle=_oracle_curve(split),
+        reachable=_reachable_curve(split),
     )
+
+
+def _reachable_curve(split: Split) -> Curve:
+    top1, highest = split.correct.mean(axis=0), float(split.correct.any(axis=1).mean())
+    values = top1[0] + np.array([0.0, 0.7, 0.95, 1.05]) * (top1[-1] - top1[0])
+    return Curve((0.21, 0.28, 0.4, 0.7), tuple(np.minimum(values, highest).tolist()))
 
 
 def _cascade_curve(top1: FloatArray) -> Curve:
@@ -166,6 +176,43 @@ def make_hypervolume() -> HypervolumeInfo:
         running[trial] = running[trial - 1]
     reasons = [FAILED.get(t) for t in range(NUM_TRIALS)]
     return hypervolume_info(np.maximum.accumulate(running).tolist(), reasons, "val", NUM_IMAGES, (0.0, 1.07), 0.745)
+
+
+def make_routers() -> RoutersInfo:
+    test = make_split("test", 2)
+    results = []
+    for kind in range(len(KINDS)):
+        for share, budget in zip(
+            (0.25, 0.5, 0.75), MADDS_M.min() + np.array([0.25, 0.5, 0.75]) * np.ptp(MADDS_M), strict=True
+        ):
+            trial = _best_within(test, budget, kind)
+            top1, madds_m = scores(test, trial)
+            line = static_line_values(test, envelope(make_split("val", 1)), madds_m)
+            right = test.correct[np.arange(NUM_IMAGES), test.routes[trial]].astype(float)
+            gain = estimate(right - line)
+            static, oracle = float(line.mean()), float(test.correct.any(axis=1).mean())
+            reachable = static + 0.9 * (oracle - static)
+            results.append(
+                RouterResult(
+                    router=KINDS[kind],
+                    budget_share=share,
+                    name=f"trial-{trial:04d}",
+                    madds_m=madds_m,
+                    top1=top1,
+                    static_top1=static,
+                    reachable_top1=reachable,
+                    oracle_top1=oracle,
+                    gain=(gain.value, gain.low, gain.high),
+                    reachable_share=(top1 - static) / (reachable - static),
+                    oracle_share=(top1 - static) / (oracle - static),
+                )
+            )
+    return RoutersInfo("test", NUM_IMAGES, tuple(results))
+
+
+def _best_within(split: Split, budget: float, kind: int) -> int:
+    points = {t: scores(split, t) for t in range(kind, NUM_TRIALS, len(KINDS)) if t not in FAILED}
+    return max((t for t in points if points[t][1] <= budget), key=lambda t: points[t][0])
 
 
 def make_routes() -> RoutesInfo:
@@ -231,6 +278,7 @@ def _row(trial: int, val: Split, test: Split | None) -> Row:
         latency=None if test is None else Latency(64, 4.4 + 19 * madds_m, 22.4, 7.0),
         max_route_share=share,
         is_collapsed=share > 0.98,
+        router=KINDS[trial % len(KINDS)],
     )
 
 
@@ -246,6 +294,9 @@ def _scores(trial: int, split: Split, val: Split) -> Scores:
         random_top1=float(shares @ split.correct.mean(axis=0)),
         cascade_top1=min(top1 + 0.004, 1.0),
         oracle_top1=float(split.correct.any(axis=1).mean()),
+        reachable_top1=min(top1 + 0.03, 1.0),
+        reachable_share=0.31,
+        oracle_share=0.12,
     )
 
 
@@ -262,6 +313,7 @@ def make_report(is_verified: bool = True) -> ReportData:
         num_test_openings=int(is_verified),
         front=make_front(is_verified),
         hypervolume=make_hypervolume(),
+        routers=make_routers() if is_verified else None,
         routes=make_routes(),
         widths=make_widths(),
         training=make_training(),

@@ -22,6 +22,7 @@ from dashboards.front import (
     front_frame,
     static_points,
 )
+from dashboards.theme import router_name
 from tests.dashboards.samples import FAILED, MADDS_M, NUM_TRIALS, make_front
 
 
@@ -29,6 +30,10 @@ def trace(figure: go.Figure, name: str, xaxis: str = "x") -> Any:
     found = [t for t in figure.data if t.name == name and (t.xaxis or "x") == xaxis]
     assert len(found) == 1, f"{len(found)} traces named {name!r} on {xaxis}"
     return found[0]
+
+
+def fronts(figure: go.Figure, xaxis: str = "x") -> list[Any]:
+    return [t for t in figure.data if t.name.startswith("front: ") and (t.xaxis or "x") == xaxis]
 
 
 def test_every_curve_and_point_of_the_info_is_drawn_in_percent_and_millions() -> None:
@@ -43,6 +48,7 @@ def test_every_curve_and_point_of_the_info_is_drawn_in_percent_and_millions() ->
             ("random routing, same histogram", panel.random),
             ("confidence cascade", panel.cascade),
             ("oracle (knows the labels)", panel.oracle),
+            ("reachable (sees every route's output)", panel.reachable),
         ):
             drawn = trace(figure, name, axis)
             assert list(drawn.x) == list(curve.madds_m)
@@ -52,18 +58,30 @@ def test_every_curve_and_point_of_the_info_is_drawn_in_percent_and_millions() ->
 def test_front_and_other_trials_partition_the_completed_trials() -> None:
     info = make_front()
     figure = front_figure(info)
-    front, others = trace(figure, "front (dynamic)"), trace(figure, "other trials")
-    assert len(front.x) == len(info.chosen.front)
-    assert len(front.x) + len(others.x) == NUM_TRIALS - len(FAILED)
+    front, others = fronts(figure), trace(figure, "other trials")
+    num_front = sum(len(own.x) for own in front)
+    assert num_front == len(info.chosen.front)
+    assert num_front + len(others.x) == NUM_TRIALS - len(FAILED)
+
+
+def test_every_kind_of_router_on_the_front_has_its_own_symbol_and_legend_entry() -> None:
+    info = make_front()
+    found = fronts(front_figure(info))
+    kinds = {point.router for point in info.chosen.front}
+    assert len(kinds) > 1
+    assert len(found) == len({own.marker.symbol for own in found}) == len(kinds)
+    assert {own.name for own in found} == {f"front: {router_name(kind)}" for kind in kinds}
 
 
 def test_error_bars_end_at_the_interval() -> None:
     info = make_front()
-    front = trace(front_figure(info), "front (dynamic)")
-    for k, point in enumerate(info.chosen.front):
+    ends = {}
+    for own in fronts(front_figure(info)):
+        for k, cost in enumerate(own.x):
+            ends[cost] = (own.y[k] - own.error_y.arrayminus[k], own.y[k] + own.error_y.array[k])
+    for point in info.chosen.front:
         assert point.interval is not None
-        assert front.y[k] + front.error_y.array[k] == pytest.approx(100 * point.interval[1])
-        assert front.y[k] - front.error_y.arrayminus[k] == pytest.approx(100 * point.interval[0])
+        assert ends[point.madds_m] == pytest.approx([100 * end for end in point.interval])
 
 
 def test_reported_panel_shows_where_each_gate_stood_when_it_was_chosen() -> None:
@@ -88,8 +106,16 @@ def test_an_unverified_front_is_one_panel_that_says_so() -> None:
 
 
 def test_hover_text_has_name_cost_latency_and_parameters() -> None:
-    front = trace(front_figure(make_front()), "front (dynamic)")
-    for wanted in ("trial-", "M MAdds", " ms", "gate.target = ", "gate.sgs.strategy = try_best", "95 %:"):
+    front = fronts(front_figure(make_front()))[0]
+    for wanted in (
+        "trial-",
+        front.name.removeprefix("front: "),
+        "M MAdds",
+        " ms",
+        "gate.target = ",
+        "gate.sgs.strategy = try_best",
+        "95 %:",
+    ):
         assert wanted in front.text[0]
 
 
@@ -97,7 +123,7 @@ def test_names_from_outside_cannot_bring_markup_into_the_figure() -> None:
     info = make_front(is_verified=False)
     point = DynamicPoint("<a href='x'>t</a>", 0.5, 0.9, True, params=(("<b>", "<i>"),))
     panel = replace(info.chosen, split="<s>", dynamic=(point,))
-    text = trace(front_figure(FrontInfo(panel)), "front (dynamic)").text[0]
+    text = fronts(front_figure(FrontInfo(panel)))[0].text[0]
     assert "<a " not in text
     assert "<i>" not in text
     assert "&lt;s&gt;" in text
@@ -191,3 +217,14 @@ def test_rows_become_points_of_their_own_kind_and_split() -> None:
         ("trial-0001", True, (0.8, 0.9)),
     ]
     assert dynamic[1].params == (("gate.target", 0.3),)
+    assert dynamic[1].router == "gate"
+
+
+def test_a_trial_that_was_not_given_a_kind_of_router_has_that_of_the_configuration() -> None:
+    row = {"kind": "gate", "split": "val", "top1": 0.8, "madds_m": 1.0, "is_front": True}
+    rows = [
+        {**row, "name": "own", "param.gate.router": "cascade"},
+        {**row, "name": "none", "param.gate.router": math.nan},
+    ]
+    found = {point.name: point.router for point in dynamic_points(rows, "val", {}, router="gates")}
+    assert found == {"own": "cascade", "none": "gates"}

@@ -64,4 +64,4 @@ def test_front_svg_is_a_picture_that_loads_nothing() -> None:
     text = front_svg(make_front())
     assert text.startswith("<svg")
     assert 'href="http' not in text
-    assert "front (dynamic)" in text
+    assert "front: gate" in text

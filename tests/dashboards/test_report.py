@@ -78,7 +78,7 @@ def test_the_report_stays_below_six_megabytes() -> None:
 
 def test_every_figure_of_the_issue_is_in_the_report_with_its_data() -> None:
     charts = chart_data(build_report(make_report()))
-    assert set(charts) == {"front", "hypervolume", "routes", "routes-by-class", "widths", "training"}
+    assert set(charts) == {"front", "routers", "hypervolume", "routes", "routes-by-class", "widths", "training"}
     assert all(chart["data"] for chart in charts.values())
 
 
@@ -120,12 +120,23 @@ def test_headline_numbers_stand_beside_their_controls() -> None:
     latency = Latency(64, 10.0, 20.0, 8.0)
     chosen = Scores(Estimate(0.97, 0.95, 0.99), 0.4, Estimate(0.02, 0.01, 0.03))
     reported = Scores(
-        Estimate(0.95, 0.93, 0.97), 0.5, Estimate(0.004, -0.006, 0.014), 0.91, 0.92, 0.99, 0.48, 0.5, 0.75
+        Estimate(0.95, 0.93, 0.97),
+        0.5,
+        Estimate(0.004, -0.006, 0.014),
+        0.91,
+        0.92,
+        0.99,
+        0.48,
+        0.25,
+        0.75,
+        0.97,
+        0.5,
+        True,
     )
     widest = Scores(Estimate(0.96, 0.94, 0.98), 1.0)
     headline = Headline(
         baseline=Row("subnet-05", widest, widest),
-        rows=(Row("trial-0007", chosen, reported, latency, max_route_share=0.61),),
+        rows=(Row("trial-0007", chosen, reported, latency, max_route_share=0.61, router="learned_cascade"),),
         knee="trial-0007",
     )
     text = headline_section(headline).replace("\N{NO-BREAK SPACE}", " ")
@@ -136,12 +147,15 @@ def test_headline_numbers_stand_beside_their_controls() -> None:
         "95 %: −0.6 to +1.4, paired",
         "no difference shown",
         "50 % below the widest static (1.00 M)",
-        "−1.0 points for the gate",
+        "−1.0 points for the router",
         "2.00x",
         "ceiling 2.50x",
         "random 91.0",
-        "cascade 92.0 at 0.480 M",
-        "50 % of the oracle gap",
+        "cascade 92.0 at 0.480 M (collapsed)",
+        "reachable 97.0",
+        "25 % of the oracle gap",
+        "50 % of the reachable gap",
+        "learned cascade",
         "on the front in 75 %",
         "(0 of 1 here; about 0.05 would by chance alone)",
         "oracle 99.0",
@@ -194,7 +208,7 @@ def test_collapsed_gates_are_marked_and_counted() -> None:
     data = make_report()
     rows = (replace(data.headline.rows[0], is_collapsed=True), *data.headline.rows[1:])
     page = build_report(replace(data, headline=replace(data.headline, rows=rows)))
-    assert f"1 of {len(rows)} gates on the front collapsed" in page
+    assert f"1 of {len(rows)} routers on the front collapsed" in page
     assert '<span class="badge bad">collapsed</span>' in page
 
 
@@ -202,7 +216,7 @@ def test_a_run_with_nothing_done_yet_reports_each_missing_piece() -> None:
     page = own_part(build_report(FRESH))
     assert chart_data(page) == {}
     for wanted in (
-        "No gate on the front yet",
+        "No router on the front yet",
         "Nothing searched yet",
         "No trial has finished yet",
         "No training curve",
@@ -225,7 +239,7 @@ def test_a_single_subnet_without_gates_is_reported() -> None:
     panel = FrontPanel("val", 9, (StaticPoint("only", 1.0, 0.9),), Curve((1.0,), (0.9,)), ())
     baseline = Row("only", Scores(Estimate(0.9, 0.8, 1.0), 1.0), latency=Latency(1, 2.0, 2.0, 2.0))
     page = build_report(replace(FRESH, front=FrontInfo(panel), headline=Headline(baseline)))
-    assert "No gate on the front yet." in page
+    assert "No router on the front yet." in page
     assert "widest static" in page
     assert set(chart_data(page)) == {"front"}
 
@@ -279,4 +293,4 @@ def test_chromium_without_a_network_draws_every_chart(tmp_path: Path, width_px: 
     command += ["--proxy-server=http://127.0.0.1:9", "--host-resolver-rules=MAP * ~NOTFOUND", "--dump-dom"]
     dom = subprocess.run([*command, page.as_uri()], capture_output=True, text=True, timeout=120, check=True).stdout
     seen = dict(re.findall(r'data-(\w+)="(-?\d+)"', dom[: dom.index("<head>")]))
-    assert seen == {"violations": "0", "errors": "0", "drawn": "6", "requests": "0", "overflow": "0"}
+    assert seen == {"violations": "0", "errors": "0", "drawn": "7", "requests": "0", "overflow": "0"}

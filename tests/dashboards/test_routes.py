@@ -69,4 +69,4 @@ def test_a_route_out_of_range_and_uneven_gates_are_refused() -> None:
 
 def test_no_gate_gives_a_figure_that_says_so() -> None:
     figure = routes_figure(routes_info({}, ["a", "b"], [1.0, 2.0], "val"))
-    assert figure.layout.annotations[0].text == "no gate on the front yet"
+    assert figure.layout.annotations[0].text == "no router on the front yet"

@@ -20,6 +20,7 @@ from dsnet.compat.dsnet_release import HEAD, published_names, published_shape
 from dsnet.compat.torch_files import read_torch_file
 from dsnet.errors import CheckpointError
 from dsnet.families import Task, create
+from dsnet.routers import Evidence
 from dsnet.supernet import Supernet
 from tests.dsnet.samples import random_images, shaken
 
@@ -150,7 +151,7 @@ def test_the_gate_has_a_route_per_row_and_scores_by_the_head(num_routes: int) ->
     hidden = torch.rand((5, 66), generator=torch.Generator().manual_seed(0))
     logits = torch.nn.functional.conv2d(hidden[:, :, None, None], head).flatten(1)
     torch.testing.assert_close(gate.scores(hidden).float(), logits)
-    assert torch.equal(gate.step({"hidden": hidden}, ()), logits.argmax(1))
+    assert torch.equal(gate.step(Evidence({"hidden": hidden}, len(hidden)), ()), logits.argmax(1))
     load_dsnet_checkpoint(source, NUM_CLASSES, image_size=SIZE)
 
 

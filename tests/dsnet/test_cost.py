@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from dsnet.cost import gate_madds, shared_params, subnet_cost
+from dsnet.cost import gate_madds, pooling_madds, shared_params, subnet_cost
 from dsnet.families import Task, create, layout
 from dsnet.materialize import materialize
 from dsnet.space import Subnet
@@ -122,6 +123,29 @@ def test_a_gate_costs_what_its_head_counts(case: Case) -> None:
         (attention,) = [op for op in spec.ops if op.name == gate.attention]
         assert attention.kind == "attention"
         assert attention.hidden == gate.hidden
+
+
+@pytest.mark.parametrize("size", [13, 16])
+@pytest.mark.parametrize("case", CASES, ids=str)
+@torch.no_grad()
+def test_a_pooling_costs_what_the_attentions_own_pooling_counts(case: Case, size: int) -> None:
+    supernet = case.supernet()
+    for subnet in (supernet.subnets[0], supernet.subnets.largest):
+        features = random_images(1, size)
+        for gate in range(len(supernet.spec.gates)):
+            output = supernet.upto_gate(gate, features, subnet)
+            pooled = PooledElements()
+            with pooled:
+                output.evidence("mean")
+            assert pooling_madds(supernet.spec, subnet, gate, size) == pooled.count > 0
+            features = output.features
+
+
+def test_a_gate_without_its_attention_has_no_pooling() -> None:
+    spec = small_supernet().spec
+    broken = replace(spec, gates=(replace(spec.gates[0], attention="nowhere"),))
+    with pytest.raises(ValueError, match="'nowhere', which ds_tiny does not have"):
+        pooling_madds(broken, small_supernet().subnets[0], 0, 16)
 
 
 @pytest.mark.parametrize("size", [32, 33])

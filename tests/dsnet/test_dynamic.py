@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dsnet.cost import subnet_cost
-from dsnet.dynamic import MAX_ROUNDS, DynamicNet
+from dsnet.dynamic import DynamicNet
 from dsnet.families import family_names
-from dsnet.routers import STOP, CascadeRouter, Executed, GateRouter
+from dsnet.materialize import materialize, materialize_head, materialize_upto_gate
+from dsnet.route_tree import RouteTree
+from dsnet.routers import ROUTER_KINDS, STOP, CascadeRouter, Evidence, Executed, GateRouter, Router
 from dsnet.supernet import Supernet
-from tests.dsnet.samples import random_images, small_supernet
+from dsnet.table_routing import run_on_table
+from tests.dsnet.samples import (
+    NORMALIZATION,
+    random_images,
+    random_router,
+    random_supernet_router,
+    small_supernet,
+    supernet_table,
+    tensor_data,
+    three_gate_supernet,
+)
 
 
 @dataclass(frozen=True)
@@ -23,12 +35,29 @@ class Scripted:
     """A router that follows a list of routes per round, whatever it sees."""
 
     rounds: tuple[tuple[int, ...], ...]
-    decision_madds: int = 0
-    needs: tuple[str, ...] = ()
 
-    def step(self, evidence: Mapping[str, Tensor], executed: Sequence[Executed]) -> Tensor:
+    kind = "scripted"
+    needs = ()
+    num_gates = 1
+    max_runs = 4
+    routes = (0, 1, 2)
+    tie = 1e-5
+
+    def decision_madds(self, routes: Tensor) -> Tensor:
+        """As many as the route's number."""
+        return routes
+
+    def step(self, evidence: Evidence, executed: Sequence[Executed]) -> Tensor:
         """The next line of the script; its last line for ever."""
         return torch.tensor(self.rounds[min(len(executed), len(self.rounds) - 1)])
+
+    def margin(self, evidence: Evidence, executed: Sequence[Executed]) -> Tensor:
+        """No choice."""
+        return evidence.same(1) * torch.inf
+
+    def over(self, position: Mapping[int, int]) -> Scripted:
+        """Scripts are not renumbered."""
+        return self
 
     def to_arrays(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Scripts are not stored."""
@@ -43,6 +72,67 @@ def spreading_gate(supernet: Supernet, num_images: int = 64) -> GateRouter:
     return GateRouter(weight, (hidden @ weight.T).mean(0).detach(), tuple(range(len(supernet.subnets))))
 
 
+def evidence_of(supernet: Supernet, images: Tensor, router: Router) -> Evidence:
+    """What the first gate sees."""
+    trunk = supernet.trunk(images, supernet.subnets[0])
+    return Evidence({part: trunk.evidence(part) for part in router.needs}, len(images))
+
+
+def decision_cost(router: GateRouter) -> int:
+    """Of its head."""
+    return router.weight.numel()
+
+
+@pytest.mark.parametrize("cut_weights", [True, False])
+@pytest.mark.parametrize("is_whole", [True, False])
+@pytest.mark.parametrize("kind", ROUTER_KINDS)
+@pytest.mark.parametrize("make", [small_supernet, three_gate_supernet])
+@torch.no_grad()
+def test_every_router_runs_what_it_chooses_on_the_routing_table(
+    kind: str, make: Callable[[], Supernet], is_whole: bool, cut_weights: bool
+) -> None:
+    supernet = make()
+    table = supernet_table(supernet, 24)
+    router = random_router(kind, table, routes=None if is_whole else range(1, table.num_routes))
+    expected = run_on_table(router, table)
+    images = NORMALIZATION.apply(tensor_data(24).images("val"))
+    net = DynamicNet(supernet, router, cut_weights=cut_weights)
+    decided = ~expected.is_tie
+    assert decided.any()
+    assert len(set(expected.routes.tolist())) > 1
+    for start, stop in ((0, 24), (3, 8), (5, 6)):
+        output = net(images[start:stop])
+        for row, image in enumerate(range(start, stop)):
+            route = int(output.routes[row])
+            alone = supernet(images[image : image + 1], supernet.subnets[route])[0]
+            torch.testing.assert_close(output.logits[row], alone, rtol=1e-5, atol=1e-5)
+            if decided[image]:
+                assert (route, int(output.madds[row])) == (expected.routes[image], expected.madds[image])
+
+
+def test_cut_segments_take_the_memory_of_the_tree() -> None:
+    supernet = three_gate_supernet(paths="all")
+    router = random_supernet_router("gates", supernet)
+    tree, members = RouteTree.of(supernet.subnets), supernet.subnets
+    expected = 0
+    for gate, branches in enumerate(tree.gates):
+        expected += sum(
+            num_bytes(materialize_upto_gate(supernet, gate, members[branches.routes_at(node)[0]], fold_bn=True))
+            for node in range(branches.num_nodes)
+        )
+    expected += sum(num_bytes(materialize_head(supernet, subnet, fold_bn=True)) for subnet in members)
+    net = DynamicNet(supernet, router)
+    assert net.memory_bytes == expected
+    assert net.memory_bytes < sum(num_bytes(materialize(supernet, subnet, fold_bn=True)) for subnet in members)
+    assert net.with_router(random_supernet_router("cascade", supernet)).memory_bytes == expected
+    sliced = DynamicNet(supernet, router, cut_weights=False)
+    assert sliced.memory_bytes == num_bytes(supernet) < net.memory_bytes
+
+
+def num_bytes(module: nn.Module) -> int:
+    return sum(value.nbytes for value in module.state_dict().values())
+
+
 @pytest.mark.parametrize(("cut_weights", "fold_bn"), [(True, True), (True, False), (False, False)])
 @pytest.mark.parametrize("family", family_names())
 @torch.no_grad()
@@ -53,13 +143,13 @@ def test_grouped_equals_each_image_alone(family: str, cut_weights: bool, fold_bn
     for batch_size in (64, 7, 1):
         images = random_images(64)[:batch_size]
         output = net(images)
-        routes = router.step({"hidden": supernet.trunk(images, supernet.subnets[0]).hidden}, ())
+        routes = router.step(evidence_of(supernet, images, router), ())
         assert output.routes.tolist() == routes.tolist()
         for row in range(batch_size):
             subnet = supernet.subnets[int(routes[row])]
             alone = supernet(images[row : row + 1], subnet)[0]
             torch.testing.assert_close(output.logits[row], alone, rtol=1e-5, atol=1e-5)
-            cost = subnet_cost(supernet.spec, subnet, 16).madds + router.decision_madds
+            cost = subnet_cost(supernet.spec, subnet, 16).madds + decision_cost(router)
             assert int(output.madds[row]) == cost
         if batch_size == 64:
             assert set(routes.tolist()) == set(range(len(supernet.subnets)))
@@ -88,7 +178,7 @@ def test_a_cascade_equals_a_loop_and_pays_for_the_trunk_once() -> None:
     supernet = small_supernet()
     images = random_images(24)
     confidence = supernet(images, supernet.subnets[0]).softmax(1).amax(1)
-    router = CascadeRouter(0, 2, float(confidence.median()))
+    router = CascadeRouter(0, 2, float(confidence.sort().values[11:13].mean()))  # no image is on the threshold
     output = DynamicNet(supernet, router, fold_bn=False)(images)
     costs = [subnet_cost(supernet.spec, subnet, 16) for subnet in supernet.subnets]
     for row in range(24):
@@ -107,7 +197,7 @@ def test_madds_are_those_of_the_image_size_it_is_told() -> None:
     router = spreading_gate(supernet)
     output = DynamicNet(supernet, router, image_size=23)(random_images(5, 23))
     expected = [
-        subnet_cost(supernet.spec, supernet.subnets[route], 23).madds + router.decision_madds
+        subnet_cost(supernet.spec, supernet.subnets[route], 23).madds + decision_cost(router)
         for route in output.routes.tolist()
     ]
     assert output.madds.tolist() == expected
@@ -126,12 +216,26 @@ def test_an_image_that_stopped_is_left_alone_whatever_the_router_says_later() ->
     costs = [subnet_cost(supernet.spec, subnet, 16) for subnet in supernet.subnets]
     tails = [cost.madds - cost.trunk_madds for cost in costs]
     trunk = costs[0].trunk_madds
-    assert output.madds.tolist() == [trunk + sum(tails), trunk + tails[0], trunk + tails[0] + tails[2]]
+    decisions = [2, 0, 2]  # those of the last route
+    executed = [sum(tails), tails[0], tails[0] + tails[2]]
+    assert output.madds.tolist() == [
+        trunk + cost + decision for cost, decision in zip(executed, decisions, strict=True)
+    ]
 
 
-def test_a_router_that_never_stops_is_an_error() -> None:
-    net = DynamicNet(small_supernet(), Scripted(((0, 1),)))
-    with pytest.raises(RuntimeError, match=f"Scripted did not stop after {MAX_ROUNDS} rounds"):
+def test_a_router_is_not_asked_again_after_as_many_routes_as_it_runs_at_most() -> None:
+    supernet = small_supernet()
+    output = DynamicNet(supernet, Scripted(((0, 1), (1, 2), (2, 0), (1, 1), (0, 0))))(random_images(2))
+    costs = [subnet_cost(supernet.spec, subnet, 16) for subnet in supernet.subnets]
+    tails = [cost.madds - cost.trunk_madds for cost in costs]
+    assert output.routes.tolist() == [1, 1]
+    runs = [tails[0] + 2 * tails[1] + tails[2], 2 * tails[1] + tails[2] + tails[0]]
+    assert output.madds.tolist() == [costs[0].trunk_madds + run + 1 for run in runs]
+
+
+def test_a_router_that_stops_before_any_route_ran_is_an_error() -> None:
+    net = DynamicNet(small_supernet(), Scripted(((0, STOP),)))
+    with pytest.raises(RuntimeError, match="Scripted stops before any route has run"):
         net(random_images(2))
 
 

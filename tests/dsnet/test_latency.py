@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Callable
+from itertools import product
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from dsnet.latency import LatencySettings, LatencyTable, Timing, device_name, measure_latency, time_interleaved
-from tests.dsnet.samples import small_supernet
+from dsnet.latency import (
+    MIN_REPEATS,
+    LatencySettings,
+    LatencyTable,
+    Timing,
+    device_name,
+    measure_latency,
+    time_interleaved,
+)
+from tests.dsnet.samples import small_supernet, three_gate_supernet
 
 QUICK = LatencySettings(batch_sizes=(1, 3), group_sizes=(1, 2), repeats=2, warmup=1)
 
@@ -49,6 +61,23 @@ def test_median_and_quartiles_are_those_of_the_rounds_after_warm_up(monkeypatch:
     timing = time_interleaved({"x": call}, repeats=5, warmup=1)["x"]
     assert timing.median_ms == pytest.approx(3.0)
     assert timing.iqr_ms == pytest.approx(2.0)
+
+
+def test_a_short_budget_leaves_few_rounds_and_says_so() -> None:
+    called = Counter[str]()
+    calls = {"a": lambda: called.update("a"), "b": lambda: called.update("b")}
+    timings = time_interleaved(calls, repeats=9, warmup=4, budget_s=0.0)
+    assert called == {"a": 1 + MIN_REPEATS, "b": 1 + MIN_REPEATS}
+    assert {timing.repeats for timing in timings.values()} == {MIN_REPEATS}
+    assert time_interleaved(calls, repeats=2, warmup=0, budget_s=0.0)["a"].repeats == 2
+
+
+def test_paths_through_several_gates_are_timed_one_by_one() -> None:
+    supernet = three_gate_supernet()
+    table = measure_latency(supernet, 16, QUICK, budget_s=0.0)
+    names = [subnet.name for subnet in supernet.subnets]
+    assert {size: list(row) for size, row in table.tails.items()} == {1: names, 2: names}
+    assert table.subnets[1].keys() == set(names)
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -95,3 +124,50 @@ def test_batch_1_latency_is_trunk_plus_decision_plus_the_mean_tail() -> None:
     table = LatencyTable("cpu", 1, {1: timings(3, 4, 9)}, {1: Timing(0.5, 0, 3)}, {1: Timing(0.25, 0, 3)}, {1: row})
     assert table.batch1_ms(np.array([0.5, 0.25, 0.25]), "abc") == 0.75 + 0.5 + 0.5 + 1.0
     assert table.batch1_ms(np.array([0.0, 0.0, 1.0]), "abc") == 4.75
+    assert (
+        table.batch1_ms(np.array([1.0, 0.0, 0.5]), "abc") == 0.75 + 1.0 + 2.0
+    )  # a cascade: both run, one after the other
+
+
+def table_of(trunk: dict[int, float], decide: dict[int, float], tails: dict[str, dict[int, float]]) -> LatencyTable:
+    sizes = sorted(trunk)
+    return LatencyTable(
+        "a clock",
+        1,
+        {},
+        {size: Timing(trunk[size], 0.0, 3) for size in sizes},
+        {size: Timing(decide[size], 0.0, 3) for size in sizes},
+        {size: {name: Timing(tail[size], 0.0, 3) for name, tail in tails.items()} for size in sizes},
+    )
+
+
+@given(
+    st.integers(1, 6),
+    st.lists(st.floats(0.0, 1.0), min_size=2, max_size=2),
+    st.lists(st.floats(0.1, 9.0), min_size=8, max_size=8),
+)
+def test_ideal_latency_is_the_mean_over_every_way_the_images_may_fall(
+    batch_size: int, runs: list[float], ms: list[float]
+) -> None:
+    names = ("a", "b")
+    tails = {name: dict(zip((1, 3), ms[2 * k : 2 * k + 2], strict=True)) for k, name in enumerate(names)}
+    trunk, decide = dict(zip((1, 3), ms[4:6], strict=True)), dict(zip((1, 3), ms[6:], strict=True))
+
+    def time_of(known: dict[int, float], count: int) -> float:
+        by_count = [0.0, known[1], (known[1] + known[3]) / 2, known[3]]
+        return by_count[count] if count <= 3 else known[3] * count / 3
+
+    expected = time_of(trunk, batch_size) + time_of(decide, batch_size)
+    for share, name in zip(runs, names, strict=True):
+        for falls in product((False, True), repeat=batch_size):
+            probability = math.prod(share if fell else 1 - share for fell in falls)
+            expected += probability * time_of(tails[name], sum(falls))
+    found = table_of(trunk, decide, tails).ideal_ms(batch_size, np.array(runs), names)
+    assert found == pytest.approx(expected, rel=1e-9)
+
+
+def test_ideal_latency_at_batch_1_is_that_of_single_images() -> None:
+    table = table_of({1: 2.0, 4: 3.0}, {1: 0.25, 4: 0.5}, {"a": {1: 1.0, 4: 1.5}, "b": {1: 7.0, 4: 20.0}})
+    runs = np.array([1.0, 0.3])
+    assert table.ideal_ms(1, runs, ("a", "b")) == pytest.approx(table.batch1_ms(runs, ("a", "b")), rel=1e-12)
+    assert table.ideal_ms(256, np.array([1.0, 0.0]), ("a", "b")) == pytest.approx(64 * (3.0 + 0.5 + 1.5))

@@ -55,6 +55,33 @@ def test_each_shared_segment_runs_once(case: Case, monkeypatch: pytest.MonkeyPat
 
 
 @each_case
+@torch.no_grad()
+def test_every_node_is_heard_of_once_with_what_its_gate_sees(case: Case) -> None:
+    supernet = case.supernet()
+    images = random_images(2)
+    heard: list[tuple[int, tuple[int, ...]]] = []
+
+    def on_node(gate: int, subnet: Subnet, output: TrunkOutput) -> None:
+        heard.append((gate, subnet.prefix(supernet.spec.num_prefix_groups(gate))))
+        x = images
+        for before in range(gate):
+            x = supernet.upto_gate(before, x, subnet).features
+        alone = supernet.upto_gate(gate, x, subnet)
+        assert torch.equal(output.gate_input, alone.gate_input)
+        assert torch.equal(output.hidden, alone.hidden)
+
+    for _ in each_logits(supernet, images, supernet.subnets.members, on_node=on_node):
+        pass
+    nodes = {
+        (gate, subnet.prefix(spec.num_prefix_groups))
+        for gate, spec in enumerate(supernet.spec.gates)
+        for subnet in supernet.subnets
+    }
+    assert set(heard) == nodes
+    assert len(heard) == len(nodes)
+
+
+@each_case
 def test_groups_share_a_prefix_and_keep_the_order(case: Case) -> None:
     supernet = case.supernet()
     for gate, spec in enumerate(supernet.spec.gates):

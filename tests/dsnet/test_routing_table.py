@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,13 +14,27 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from dsnet.cost import subnet_cost
-from dsnet.data.tensors import TensorData
+from dsnet.data.tensors import Batch, TensorData
 from dsnet.errors import CheckpointError
 from dsnet.families import family_names
-from dsnet.routing_table import MAX_FULL_CLASSES, NUM_TOP_LOGITS, RoutingTable
-from dsnet.supernet import Supernet
-from dsnet.training.evaluate import build_routing_table, subnet_accuracy
-from tests.dsnet.samples import NORMALIZATION, random_table, small_supernet, tensor_data
+from dsnet.route_tree import RouteTree
+from dsnet.routing_table import MAX_FULL_CLASSES, NUM_TOP_LOGITS, RoutingTable, _digest
+from dsnet.supernet import EVIDENCE_PARTS, Supernet
+from dsnet.training import evaluate
+from dsnet.training.evaluate import build_routing_table, join_tables, subnet_accuracy
+from tests.dsnet.cases import CASES, Case
+from tests.dsnet.samples import (
+    NORMALIZATION,
+    lively_supernet,
+    random_table,
+    random_tree,
+    small_supernet,
+    tensor_data,
+    three_gate_supernet,
+)
+
+GATED_CASES = [case for case in CASES if case.norm in (None, "private_affine")]
+"""One way to normalise of each family's small options, and all other options."""
 
 
 def assert_equals_brute_force(table: RoutingTable, supernet: Supernet, data: TensorData) -> None:
@@ -49,7 +64,7 @@ def assert_equals_brute_force(table: RoutingTable, supernet: Supernet, data: Ten
 
 @pytest.mark.parametrize("family", family_names())
 def test_table_equals_brute_force(family: str) -> None:
-    supernet, data = small_supernet(family), tensor_data(9)
+    supernet, data = lively_supernet(family), tensor_data(9)
     table = build_routing_table(supernet, data, "val", NORMALIZATION, batch_size=4)
     assert_equals_brute_force(table, supernet, data)
     assert table.routes == tuple(subnet.name for subnet in supernet.subnets)
@@ -60,24 +75,107 @@ def test_table_equals_brute_force(family: str) -> None:
     assert table.logit_classes.shape == (9, len(supernet.subnets), 0)
 
 
+def test_every_path_through_three_gates_equals_brute_force() -> None:
+    supernet, data = three_gate_supernet(), tensor_data(5)
+    table = build_routing_table(supernet, data, "val", NORMALIZATION, batch_size=3)
+    assert table.num_routes == 8
+    assert table.tree == RouteTree.of(supernet.subnets)
+    assert_equals_brute_force(table, supernet, data)
+
+
 def test_more_than_100_classes_keep_the_top_32_logits() -> None:
-    supernet, data = small_supernet(num_classes=120), tensor_data(6, num_classes=120)
+    supernet, data = lively_supernet(num_classes=120), tensor_data(6, num_classes=120)
     table = build_routing_table(supernet, data, "val", NORMALIZATION)
     assert MAX_FULL_CLASSES == 100
     assert table.logits.shape == table.logit_classes.shape == (6, 3, NUM_TOP_LOGITS)
     assert_equals_brute_force(table, supernet, data)
 
 
-def test_evidence_is_that_of_the_gate_image_by_image() -> None:
-    supernet, data = small_supernet(), tensor_data(5)
-    table = build_routing_table(supernet, data, "val", NORMALIZATION, batch_size=3)
-    assert list(table.layout) == ["mean", "deviation", "maximum", "hidden"]
-    assert table.evidence.shape[1] == 1
-    for row in range(5):
-        with torch.no_grad():
-            trunk = supernet.trunk(NORMALIZATION.apply(data.images("val")[row : row + 1]), supernet.subnets[0])
-        for part in table.layout:
-            np.testing.assert_allclose(table.part(part)[row], trunk.evidence(part)[0].numpy(), rtol=1e-4, atol=1e-5)
+def assert_evidence_equals_each_path_alone(table: RoutingTable, supernet: Supernet, data: TensorData) -> None:
+    """Every part that is kept at every gate, from a forward of every image along every path."""
+    for row in range(table.num_images):
+        for route, subnet in enumerate(supernet.subnets):
+            x = NORMALIZATION.apply(data.images("val")[row : row + 1])
+            for gate, branches in enumerate(table.tree.gates):
+                with torch.no_grad():
+                    output = supernet.upto_gate(gate, x, subnet)
+                node = branches.node_of[route]
+                stream = output.gate_input[0].double().flatten(1).numpy()
+                expected = {
+                    "mean": stream.mean(1),
+                    "deviation": stream.std(1),
+                    "maximum": stream.max(1),
+                    "hidden": output.hidden[0].numpy(),
+                }
+                for part in table.gates[gate].layouts[node]:
+                    met = table.part(part, gate, node)[row]
+                    np.testing.assert_allclose(met, expected[part], rtol=1e-4, atol=1e-5)
+                x = output.features
+
+
+@pytest.mark.parametrize("case", GATED_CASES, ids=str)
+def test_evidence_is_that_of_every_gate_and_node_image_by_image(case: Case) -> None:
+    supernet, data = case.supernet(), tensor_data(3)
+    table = build_routing_table(supernet, data, "val", NORMALIZATION, batch_size=2)
+    for columns in table.gates:
+        assert all(tuple(layout) == EVIDENCE_PARTS for layout in columns.layouts)
+    spans = [span for columns in table.gates for layout in columns.layouts for span in layout.values()]
+    assert [start for start, _ in spans] == [0, *(stop for _, stop in spans[:-1])]
+    assert spans[-1][1] == table.evidence.shape[1]
+    assert_evidence_equals_each_path_alone(table, supernet, data)
+
+
+@pytest.mark.parametrize("case", GATED_CASES, ids=str)
+def test_a_pooling_costs_the_elements_that_the_gate_reads(case: Case) -> None:
+    supernet, data = case.supernet(), tensor_data(1)
+    table = build_routing_table(supernet, data, "val", NORMALIZATION)
+    for route, subnet in enumerate(supernet.subnets):
+        x = NORMALIZATION.apply(data.images("val"))
+        for gate, branches in enumerate(table.tree.gates):
+            with torch.no_grad():
+                output = supernet.upto_gate(gate, x, subnet)
+            assert table.gates[gate].pooling_madds[branches.node_of[route]] == output.gate_input.numel()
+            x = output.features
+
+
+def num_columns(table: RoutingTable) -> int:
+    return table.evidence.shape[1]
+
+
+def test_paths_that_need_too_many_columns_keep_only_the_hidden_vector_at_later_gates(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    supernet, data = three_gate_supernet(), tensor_data(2)
+    whole = build_routing_table(supernet, data, "val", NORMALIZATION)
+    monkeypatch.setattr(evaluate, "MAX_EVIDENCE_COLUMNS", num_columns(whole))
+    assert num_columns(build_routing_table(supernet, data, "val", NORMALIZATION)) == num_columns(whole)
+    monkeypatch.setattr(evaluate, "MAX_EVIDENCE_COLUMNS", num_columns(whole) - 1)
+    table = build_routing_table(supernet, data, "val", NORMALIZATION)
+    assert tuple(table.gates[0].layouts[0]) == EVIDENCE_PARTS
+    assert {tuple(layout) for columns in table.gates[1:] for layout in columns.layouts} == {("hidden",)}
+    hidden = [gate.hidden for gate in supernet.spec.gates]
+    stem = supernet.subnets[0].widths[0]
+    assert num_columns(table) == 3 * stem + hidden[0] + 2 * hidden[1] + 4 * hidden[2]
+    assert table.gates[2].pooling_madds == whole.gates[2].pooling_madds
+    with pytest.raises(KeyError, match="mean"):
+        table.part("mean", 1, 0)
+    assert_evidence_equals_each_path_alone(table, supernet, data)
+
+
+@pytest.mark.parametrize("make", [lively_supernet, three_gate_supernet])
+def test_pieces_join_to_the_table_built_at_once(make: Callable[[], Supernet]) -> None:
+    supernet, data = make(), tensor_data(10)
+    part = data.splits["val"]
+    pieces = [
+        replace(data, splits={"val": Batch(*(value[start:stop] for value in part))})
+        for start, stop in ((0, 4), (4, 8), (8, 10))
+    ]
+    tables = [build_routing_table(supernet, piece, "val", NORMALIZATION, batch_size=4) for piece in pieces]
+    joined = join_tables(tables)
+    whole = build_routing_table(supernet, data, "val", NORMALIZATION, batch_size=4)
+    assert joined.meta() == whole.meta()
+    for name, value in whole.arrays().items():
+        np.testing.assert_array_equal(joined.arrays()[name], value)
 
 
 def test_batch_size_and_progress_do_not_change_the_table() -> None:
@@ -102,13 +200,15 @@ def test_static_accuracy_equals_the_tables_column() -> None:
         assert table.top1()[route] == pytest.approx(top1)
 
 
-def test_a_table_survives_saving(tmp_path: Path) -> None:
-    supernet = small_supernet()
+@pytest.mark.parametrize("make", [lively_supernet, three_gate_supernet])
+def test_a_table_survives_saving(tmp_path: Path, make: Callable[[], Supernet]) -> None:
+    supernet = make()
     table = build_routing_table(supernet, tensor_data(7), "val", NORMALIZATION)
     path = tmp_path / "deep" / "val.safetensors"
     table.save(path)
     again = RoutingTable.load(path)
     assert again.meta() == table.meta()
+    assert (again.tree, again.gates, again.num_classes) == (table.tree, table.gates, 10)
     for name, value in table.arrays().items():
         stored = again.arrays()[name]
         assert stored.dtype == value.dtype
@@ -185,6 +285,20 @@ def test_another_schema_version_is_refused() -> None:
         RoutingTable.from_arrays(table.arrays(), {**table.meta(), "schema_version": 99})
 
 
+def test_a_table_of_the_first_release_is_refused_with_a_clear_message(tmp_path: Path) -> None:
+    """It had one gate, whose columns were its `layout`, and evidence [N, 1, D]."""
+    table = random_table()
+    arrays = {**table.arrays(), "evidence": table.evidence[:, None]}
+    meta = {"schema_version": 1, "split": "gate", "routes": list(table.routes), "layout": {}, "trunk_madds": 500}
+    message = r"schema version 1; this release reads 2"
+    with pytest.raises(CheckpointError, match=message):
+        RoutingTable.from_arrays(arrays, meta)
+    path = tmp_path / "gate.safetensors"
+    save_file(arrays, path, metadata={"routing_table": json.dumps({**meta, "sha256": _digest(arrays)})})
+    with pytest.raises(CheckpointError, match=rf"gate\.safetensors: .*{message}.*delete its stage folder"):
+        RoutingTable.load(path)
+
+
 def test_arrays_that_do_not_belong_together_are_refused() -> None:
     table = random_table()
     with pytest.raises(CheckpointError, match=r"do not belong together: .*ce has shape"):
@@ -194,6 +308,26 @@ def test_arrays_that_do_not_belong_together_are_refused() -> None:
         RoutingTable.from_arrays(incomplete, table.meta())
     with pytest.raises(ValueError, match="madds, evidence or image_ids"):
         replace(table, madds=table.madds[:1])
+    with pytest.raises(ValueError, match="logits do not fit"):
+        replace(table, logits=table.logits[:, :2])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tree": []}, "at least one gate"),
+        ({"tree": random_tree(3).to_json()}, "tree does not fit its 4 routes"),
+        ({"gates": []}, "or its gates the tree"),
+        ({"gates": [{"layouts": [], "pooling_madds": [48]}]}, "or its gates the tree"),
+        ({"gates": [{"layouts": [{"hidden": [0, 6]}], "pooling_madds": []}]}, "or its gates the tree"),
+        ({"gates": [{"layouts": [{"hidden": [0, 99]}], "pooling_madds": [48]}]}, "keep 99 columns"),
+        ({"num_classes": None}, "do not belong together"),
+    ],
+)
+def test_a_description_that_does_not_fit_the_arrays_is_refused(changes: Mapping[str, Any], message: str) -> None:
+    table = random_table()
+    with pytest.raises(CheckpointError, match=message):
+        RoutingTable.from_arrays(table.arrays(), {**table.meta(), **changes})
 
 
 def test_an_unknown_part_of_the_evidence_is_a_key_error() -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from dsnet.errors import CheckpointError
 from dsnet.files import file_sha256, read_json
-from dsnet.training.output_folder import OutputFolder
+from dsnet.training.output_folder import RESULT_VERSIONS, OutputFolder
 from dsnet.training.resolved import StandaloneConfig
 from dsnet.training.standalone import run_standalone
 from orchestration.adoption import Adoption, adopt, find_adoption, standalone_config
@@ -198,6 +198,60 @@ def test_what_another_release_wrote_gives_start_weights_alone(
     adoption, prepared = found(sweep(init_from=str(folder.path)))
     assert adoption is None
     assert prepared.start is not None
+
+
+def with_an_older_table(folder: OutputFolder) -> None:
+    """As the release before wrote it: versions of the stages beside them, not in them, and another version of the table."""
+    manifest = read_json(folder.manifest_path)
+    stages = {
+        name: {key: entry[key] for key in entry if key != "version"} for name, entry in manifest["stages"].items()
+    }
+    rewrite(folder.manifest_path, stages=stages, result_versions={**RESULT_VERSIONS, "table": 1})
+
+
+def test_of_an_older_release_the_supernet_is_taken_over_and_the_table_is_made_again(made: Path, tmp_path: Path) -> None:
+    folder = OutputFolder(tmp_path / "copy")
+    shutil.copytree(made, folder.path)
+    with_an_older_table(folder)
+    adoption, prepared = found(sweep(init_from=str(folder.path)))
+    assert adoption is not None
+    assert (adoption.stages, adoption.outdated) == (("supernet", "measure"), ("table",))
+    run = RunDir(tmp_path, "t")
+    run.create()
+    Manifest(run.manifest_path).create(seed=0, hardware={})
+    definitions = stage_definitions(replace(prepared, adoption=adoption))
+    adopt(run, {plan.name: plan for plan in plan_stages(run, definitions)}, adoption)
+    again = {plan.name: plan.is_done for plan in plan_stages(run, definitions)}
+    assert again == {"supernet": True, "measure": True, "table": False, "search": False}
+
+
+def test_the_standalone_command_goes_on_with_an_older_folder_and_makes_its_table_again(
+    made: Path, tmp_path: Path
+) -> None:
+    folder = OutputFolder(tmp_path / "copy")
+    shutil.copytree(made, folder.path)
+    with_an_older_table(folder)
+    (folder.table / "gate.safetensors").write_bytes(b"older rows")
+    before = {path.name: file_sha256(path) for path in folder.supernet.iterdir()}
+    said: list[str] = []
+    run_standalone(standalone_config(sweep()), folder.path, device="cpu", say=said.append)
+    assert "table: made by another release, which gives other results; made again" in said
+    assert not any(text.startswith(("supernet:", "measure:")) for text in said)
+    assert {path.name: file_sha256(path) for path in folder.supernet.iterdir()} == before
+    assert (folder.table / "gate.safetensors").read_bytes() == (made / "table" / "gate.safetensors").read_bytes()
+    assert found(sweep(init_from=str(folder.path)))[0].stages == ("supernet", "measure", "table")  # type: ignore[union-attr]
+
+
+def test_an_older_table_that_was_not_finished_is_not_gone_on_with(made: Path, tmp_path: Path) -> None:
+    folder = OutputFolder(tmp_path / "copy")
+    shutil.copytree(made, folder.path)
+    with_an_older_table(folder)
+    run_standalone(standalone_config(sweep()), folder.path, device="cpu")
+    stages = read_json(folder.manifest_path)["stages"]
+    rewrite(folder.manifest_path, stages={**stages, "table": {**stages["table"], "status": "running", "version": 1}})
+    (folder.table / "piece").write_text("older rows")
+    run_standalone(standalone_config(sweep()), folder.path, device="cpu")
+    assert not (folder.table / "piece").exists()
 
 
 @pytest.mark.parametrize("file", ["manifest.json", "resolved.json", "supernet/final.json"])

@@ -17,7 +17,10 @@ from pydantic import BaseModel, ValidationError
 
 import dsnet.training.settings
 from dsnet.data import Augmentation
+from dsnet.losses import COMPLEXITY_FORMS
+from dsnet.routers import ROUTER_KINDS
 from dsnet.space import NORMS
+from dsnet.training.gate_settings import QUALITIES
 from dsnet.training.settings import (
     KEPT_WEIGHTS,
     OPTIMIZERS,
@@ -43,7 +46,9 @@ from orchestration.config import (
     config_warnings,
     json_schema,
     known_fields,
+    resolve_cohort,
     resolve_regime,
+    resolve_timeout_s,
     section_class,
     stage_subset,
     sweepable_keys,
@@ -79,6 +84,8 @@ SPACE_ENTRIES = st.fixed_dictionaries(
         "gate.optimizer.lr": st.tuples(st.floats(1e-6, 0.1), st.floats(0.2, 1)).map(lambda e: {"loguniform": list(e)}),
         "gate.optimizer.steps": st.sampled_from([{"int": [10, 50, 20]}, {"choice": [5, 50]}, 12]),
         "gate.losses.cls": st.just({"step": [0.0, 1.0, 0.25]}),
+        "gate.router": st.sampled_from([{"choice": ["gates", "cascade"]}, "evidence_gate"]),
+        "gate.routing.beam": st.just({"int": [2, 8]}),
     },
 )
 OPTIONS = st.dictionaries(
@@ -120,7 +127,14 @@ CONFIGS = st.fixed_dictionaries(
         "seed": st.integers(0, 2**32 - 1),
         "space": SPACE_ENTRIES,
         "gate": st.fixed_dictionaries(
-            {}, optional={"target": SHARE, "temperature": st.fixed_dictionaries({"end": POSITIVE})}
+            {},
+            optional={
+                "target": SHARE,
+                "temperature": st.fixed_dictionaries({"end": POSITIVE}),
+                "router": st.sampled_from(ROUTER_KINDS),
+                "routing": st.fixed_dictionaries({"beam": st.one_of(st.none(), st.integers(2, 9))}),
+                "end_to_end": st.fixed_dictionaries({"epochs": COUNT, "augment": st.booleans()}),
+            },
         ),
         "measure": st.fixed_dictionaries({"batch_sizes": SIZES, "group_sizes": SIZES}),
         "tracking": st.fixed_dictionaries({"uri": st.one_of(st.none(), TEXT), "mlflow": st.booleans()}),
@@ -230,6 +244,15 @@ def test_every_setting_is_described_for_the_editor() -> None:
         ({"supernet": {"model": "m", "bootstrapping": {"ema_decay": 1}}}, ("supernet", "bootstrapping", "ema_decay")),
         ({"supernet": {"model": ""}}, ("supernet", "model")),
         ({"gate": {"target": 1.01}}, ("gate", "target")),
+        ({"gate": {"target_madds_m": 0}}, ("gate", "target_madds_m")),
+        ({"gate": {"router": "mlp"}}, ("gate", "router")),
+        ({"gate": {"trainer": "tables"}}, ("gate", "trainer")),
+        ({"gate": {"perceptron": {"hidden_units": 0}}}, ("gate", "perceptron", "hidden_units")),
+        ({"gate": {"routing": {"beam": 1}}}, ("gate", "routing", "beam")),
+        ({"gate": {"optimizer": {"lr": 2e6}}}, ("gate", "optimizer", "lr")),
+        ({"gate": {"optimizer": {"weight_decay": 2e6}}}, ("gate", "optimizer", "weight_decay")),
+        ({"gate": {"end_to_end": {"epochs": 0}}}, ("gate", "end_to_end", "epochs")),
+        ({"gate": {"end_to_end": {"threads": 0}}}, ("gate", "end_to_end", "threads")),
         ({"gate": {"sgs": {"t_easy": -0.1}}}, ("gate", "sgs", "t_easy")),
         ({"gate": {"routing": {"stride": 0}}}, ("gate", "routing", "stride")),
         ({"gate": {"temperature": {"end": 0}}}, ("gate", "temperature", "end")),
@@ -332,6 +355,38 @@ def test_names_that_make_a_folder_are_accepted(name: str) -> None:
         ({"measure": {"batch_sizes": [4, 2]}}, r"got \[4, 2\], write \[2, 4\]"),
         ({"measure": {"group_sizes": [1, 2, 2]}}, r"got \[1, 2, 2\], write \[1, 2\]"),
         ({"measure": {"group_sizes": [2, 4]}}, "must start at 1"),
+        (
+            {"gate": {"target_madds_m": 9.0}},
+            "gate.target_madds_m: gate.target_madds_m would win over gate.target, which space holds too; give",
+        ),
+        (
+            {"space": {"gate.target_madds_m": {"uniform": [4.0, 9.0]}, "gate.target": 0.5}},
+            "space.gate.target_madds_m: gate.target_madds_m would win",
+        ),
+        ({"space": {"gate.target_madds_m": {"uniform": [0, 9.0]}}}, "gate.target_madds_m must be above 0"),
+        (
+            {"gate": {"trainer": "end_to_end", "router": "cascade"}},
+            "gate.router: gate.trainer end_to_end trains gate and gates only, not cascade; choose gate.trainer table",
+        ),
+        (
+            {
+                "gate": {"trainer": "end_to_end"},
+                "space": {"gate.router": {"choice": ["gate", "evidence_gate", "cascade"]}},
+            },
+            "space.gate.router: .* not evidence_gate, cascade; choose",
+        ),
+        ({"space": {"gate.router": {"choice": ["gate", "gatse"]}}}, "holds 'gatse', but gate.router must be one of"),
+        (
+            {"gate": {"trainer": "end_to_end", "losses": {"quality": 0.5}}},
+            "gate.losses.quality: gate.trainer end_to_end knows the published losses only",
+        ),
+        (
+            {"gate": {"trainer": "end_to_end"}, "space": {"gate.losses.quality": {"uniform": [0, 1]}}},
+            "space.gate.losses.quality: gate.trainer end_to_end knows",
+        ),
+        ({"space": {"gate.trainer": "table"}}, "cannot be swept"),
+        ({"space": {"gate.end_to_end.threads": 2}}, "cannot be swept"),
+        ({"space": {"gate.routing.beam": {"int": [1, 4]}}}, "holds 1, but gate.routing.beam must be at least 2"),
         ({"space": {"gate.lr": 0.1}}, "cannot be swept; did you mean 'gate.optimizer.lr'"),
         ({"space": {"gate.targt": 0.1}}, "cannot be swept; did you mean 'gate.target'"),
         ({"space": {"supernet.train.lr": 0.1}}, "cannot be swept"),
@@ -380,6 +435,7 @@ def test_every_gate_setting_can_be_fixed_to_its_default_in_the_space(key: str) -
     value: Any = GateConfig()
     for part in key.split(".")[1:]:
         value = getattr(value, part)
+    value = 4 if value is None else value
     config = build(space={key: value})
     assert config.space[key] == Distribution("fixed", (value,))
 
@@ -508,6 +564,9 @@ def test_the_choices_of_the_configuration_are_those_of_the_core() -> None:
         "supernet.train.schedule": SCHEDULES,
         "supernet.train.precision": PRECISIONS,
         "supernet.weights": KEPT_WEIGHTS,
+        "gate.router": ROUTER_KINDS,
+        "gate.losses.form": COMPLEXITY_FORMS,
+        "gate.losses.quality_of": QUALITIES,
     }
     for key, known in choices.items():
         annotation = known_fields()[key].annotation
@@ -570,6 +629,12 @@ STAGES = ("supernet", "measure", "table", "search", "verify")
         ({"supernet": {"model": "ds_tiny", "workers": 2, "threads": 1, "device": "cpu"}}, set()),
         ({"gate": {"target": 0.4}}, {"search"}),
         ({"space": {"gate.target": 0.4}}, {"search"}),
+        ({"gate": {"router": "cascade"}}, {"search"}),
+        ({"gate": {"trainer": "end_to_end"}}, {"search"}),
+        ({"gate": {"routing": {"beam": 4}}}, {"search"}),
+        ({"gate": {"end_to_end": {"epochs": 3}}}, set()),
+        ({"gate": {"end_to_end": {"threads": 3}}}, set()),
+        ({"sampler": {"cohort": 64}}, set()),
         ({"sampler": {"cohort": 4}}, {"search"}),
         ({"metrics": [{"name": "top5", "goal": "maximize"}, {"name": "madds_m", "goal": "minimize"}]}, {"search"}),
         ({"measure": {"repeats": 3}}, {"measure", "verify"}),
@@ -585,6 +650,37 @@ STAGES = ("supernet", "measure", "table", "search", "verify")
 def test_a_setting_enters_the_keys_of_just_the_stages_it_changes(change: dict[str, Any], stages: set[str]) -> None:
     before, after = build(), build(**change)
     assert {stage for stage in STAGES if stage_subset(before, stage) != stage_subset(after, stage)} == stages  # type: ignore[arg-type]
+
+
+def test_end_to_end_settings_enter_the_search_where_trials_train_that_way() -> None:
+    plain, changed, elsewhere = (
+        build(gate={"trainer": "end_to_end", "end_to_end": settings})
+        for settings in ({}, {"epochs": 3}, {"threads": 2})
+    )
+    assert stage_subset(plain, "search") != stage_subset(changed, "search")
+    assert stage_subset(plain, "search") == stage_subset(elsewhere, "search")
+
+
+def test_cohort_and_time_fit_the_way_in_which_trials_train() -> None:
+    table, end_to_end = build(), build(gate={"trainer": "end_to_end"})
+    assert (resolve_cohort(table), resolve_timeout_s(table)) == (64, 120)
+    assert (resolve_cohort(end_to_end), resolve_timeout_s(end_to_end)) == (8, 4 * 3600)
+    own = build(sampler={"cohort": 3}, trial={"timeout_s": 5}, gate={"trainer": "end_to_end"})
+    assert (resolve_cohort(own), resolve_timeout_s(own)) == (3, 5)
+    assert stage_subset(end_to_end, "search")["sampler"]["cohort"] == 8  # type: ignore[index,call-overload]
+
+
+def test_an_absolute_target_goes_without_a_relative_one() -> None:
+    space = {"gate.sgs.t_easy": {"uniform": [0, 1]}}
+    assert build(gate={"target_madds_m": 9.0}, space=space).gate.target_madds_m == 9
+    assert build(space={"gate.target_madds_m": {"loguniform": [4, 9]}})
+    assert build(gate={"target_madds_m": 9.0}, space={"gate.target_madds_m": {"loguniform": [4, 9]}})
+
+
+@pytest.mark.parametrize("router", ["gate", "gates"])
+def test_a_slimming_head_can_be_trained_end_to_end(router: str) -> None:
+    assert build(gate={"trainer": "end_to_end", "router": router})
+    assert build(gate={"trainer": "end_to_end", "router": "cascade"}, space={"gate.router": {"choice": [router]}})
 
 
 def test_the_crop_is_in_the_fingerprint_of_the_images_and_in_no_stage() -> None:
@@ -635,8 +731,38 @@ def test_suspicious_but_legal_settings_are_warned_about() -> None:
     assert config_warnings(build()) == []
     few = build(budget={"trials": 8}, sampler={"startup": 16})
     assert config_warnings(few) == ["sampler.startup 16 is not below budget.trials 8: all trials will be random"]
-    assert "fixed values only" in config_warnings(build(space={"gate.target": 0.5}))[0]
     assert config_warnings(build(budget={"trials": 8}, sampler={"name": "random"})) == []
+
+
+@pytest.mark.parametrize(
+    ("sampler", "trials", "count"), [("tpe", 64, 1), ("nsga2", 64, 1), ("tpe", 65, 0), ("random", 9, 0)]
+)
+def test_a_sampler_that_never_learns_is_warned_about(sampler: str, trials: int, count: int) -> None:
+    warnings = config_warnings(build(budget={"trials": trials}, sampler={"name": sampler}))
+    assert len(warnings) == count
+    assert all(
+        text.startswith(f"sampler.cohort 64 is not below budget.trials {trials}: all trials") for text in warnings
+    )
+
+
+@pytest.mark.parametrize(
+    ("gate", "text"),
+    [
+        ({}, "all trials will be equal, as router gate draws nothing from its seed"),
+        ({"router": "cascade"}, "all trials will be equal, as router cascade draws nothing from its seed"),
+        ({"router": "learned_cascade"}, "all trials differ by their seed alone"),
+        ({"trainer": "end_to_end"}, "all trials differ by their seed alone"),
+    ],
+)
+def test_a_sweep_without_dimensions_is_warned_about(gate: dict[str, Any], text: str) -> None:
+    assert config_warnings(build(gate=gate, space={"gate.target": 0.5})) == [f"space holds fixed values only: {text}"]
+
+
+def test_dimensions_that_end_to_end_trials_do_not_feel_are_warned_about() -> None:
+    space = {"gate.optimizer.steps": {"int": [10, 20]}, "gate.optimizer.lr": {"uniform": [0.1, 0.3]}}
+    assert config_warnings(build(space=space)) == []
+    (text,) = config_warnings(build(gate={"trainer": "end_to_end"}, space=space))
+    assert text.endswith("steps has no effect with gate.trainer end_to_end: gate.end_to_end.epochs counts")
 
 
 def test_training_settings_that_work_against_each_other_are_warned_about(monkeypatch: pytest.MonkeyPatch) -> None:

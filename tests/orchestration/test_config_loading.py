@@ -275,7 +275,10 @@ BAD_VALUES = [
         "metrics: [{name: top1, goal: maximize}, {name: madds, goal: minimize}]",
         "5:48: metrics.1.name: unknown metric 'madds'; did you mean 'madds_m'?",
     ),
-    ("gate: {losses: {cls: 0, sgs: 0, complexity: 0}}", "5:16: gate.losses: cls, sgs and complexity are all 0"),
+    (
+        "gate: {losses: {cls: 0, sgs: 0, complexity: 0}}",
+        "5:16: gate.losses: cls, sgs, complexity and quality are all 0",
+    ),
     (
         "supernet: {model: ds_tiny, regime: us_nte}",
         "5:36: supernet.regime: unknown regime 'us_nte'; did you mean 'us_net'? known: ce, s_net, us_net, ib, ieb",
@@ -515,12 +518,21 @@ PUBLISHED = {
     "gate.losses.sgs": 1,
     "gate.losses.complexity": 0.5,
     "gate.losses.form": "paper",
+    "gate.losses.quality": 0,
     "gate.sgs.t_easy": 0,
     "gate.sgs.t_hard": 0,
     "gate.sgs.target": "extremes",
     "gate.optimizer.name": "sgd",
     "gate.optimizer.lr": 0.08,
     "gate.optimizer.weight_decay": 0.01,
+    "gate.router": "gate",
+    "gate.trainer": "end_to_end",
+    "gate.end_to_end.epochs": 30,
+    "gate.optimizer.batch_size": 512,
+    "gate.temperature.start": 1,
+    "gate.temperature.end": 1,
+    "gate.routing.beam": 4,
+    "gate.routing.stride": 1,
 }
 
 

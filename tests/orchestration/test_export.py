@@ -6,24 +6,24 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from ruamel.yaml import YAML
 
 import dsnet
 from dsnet.bundle import NUM_EXAMPLES
 from dsnet.errors import ConfigError, NotFoundError
-from dsnet.routers import GateRouter
+from dsnet.routers import ROUTER_KINDS, CascadeRouter
 from dsnet.routing_table import RoutingTable
-from dsnet.training.gate import choose_routes
-from orchestration.export import CLEAR_MARGIN, bundle_claims, example_rows, picked_slots
+from dsnet.table_routing import run_on_table
+from orchestration.export import CLEAR_LEAD, bundle_claims, example_rows, picked_slots, router_facts
 from orchestration.planning import prepare_again
 from orchestration.results import RunResults
-from orchestration.verification import near_ties
 from search.points import trial_name
+from tests.dsnet.samples import random_router, random_table
 from tests.orchestration.samples import Finished, call, problems_of_message
 
 
@@ -84,28 +84,48 @@ def test_a_bundle_classifies_every_image_of_val_as_the_verified_run_did(finished
     for slot in results.front:
         bundle = dsnet.load_bundle(bundles / trial_name(slot))
         found = bundle(prepared.data.images("val"))
-        routes = choose_routes(results.router(slot), table)
+        run = run_on_table(results.router(slot), table)
+        routes = run.routes
         decided = table.margin[rows, routes] > 1e-4
         assert [bundle.route_names[route] for route in found.routes] == [table.routes[route] for route in routes]
         assert np.array_equal(found.classes.numpy()[decided], table.predicted[rows, routes][decided])
-        assert np.array_equal(found.madds.numpy(), table.madds[routes] + results.router(slot).decision_madds)
+        assert np.array_equal(found.madds.numpy(), run.madds)
         assert bundle.class_names == prepared.image_set.class_names
 
 
-def test_examples_are_clear_ones_and_where_there_are_too_few_the_clearest_of_the_others(finished: Finished) -> None:
-    results = finished.results
-    table = RoutingTable.load(results.run.table(results.done_key("table"), "val"))
-    router = results.router(results.front[0])
-    plain = example_rows(router, table)
-    assert len(plain) == NUM_EXAMPLES
-    assert (np.diff(plain) > 0).all()
-    assert not near_ties(router, table, CLEAR_MARGIN)[plain].any()
-    # Two routes that score alike but for what a 4th of a millionth of the first weight row makes of an image.
-    rows = torch.stack([router.weight[0], router.weight[0] * (1 + 2.5e-7)])
-    undecided = GateRouter(rows, torch.zeros(2, dtype=torch.float64), router.routes[:2])
-    assert near_ties(undecided, table, CLEAR_MARGIN).all()
-    margin = undecided.margin(torch.from_numpy(table.part("hidden").copy())).numpy()
-    assert set(example_rows(undecided, table)) == set(np.argsort(-margin, kind="stable")[:NUM_EXAMPLES])
+@pytest.mark.parametrize("kind", ROUTER_KINDS)
+@pytest.mark.parametrize("num_gates", [1, 2])
+def test_examples_are_clear_ones_of_every_route_that_has_some(kind: str, num_gates: int) -> None:
+    table = random_table(400, 4, num_gates=num_gates)
+    router = random_router(kind, table)
+    rows, run = example_rows(router, table), run_on_table(router, table)
+    assert len(rows) == NUM_EXAMPLES
+    assert (np.diff(rows) > 0).all()
+    is_clear = run.lead >= CLEAR_LEAD
+    num_clear = np.bincount(run.routes[is_clear], minlength=4)
+    chosen = np.bincount(run.routes[rows], minlength=4)
+    if is_clear.sum() < NUM_EXAMPLES:
+        assert set(np.flatnonzero(is_clear)) <= set(rows)
+        assert run.lead[rows].min() >= np.sort(run.lead)[-NUM_EXAMPLES]
+        return
+    assert is_clear[rows].all()
+    # In turns: no route has two more than another that has clear images left.
+    for route in range(4):
+        assert chosen[route] == num_clear[route] or chosen[route] >= chosen.max() - 1
+
+
+def test_where_nothing_is_clear_the_clearest_are_examples() -> None:
+    distance = np.random.default_rng(0).uniform(-1e-4, 1e-4, (60, 4)).astype(np.float32)
+    table = replace(random_table(60, 4), confidence=0.5 + distance)
+    undecided = CascadeRouter(1, 3, 0.5)
+    assert run_on_table(undecided, table).lead.max() < CLEAR_LEAD
+    clearest = np.argsort(-np.abs(table.confidence[:, 1] - 0.5), kind="stable")
+    assert set(example_rows(undecided, table)) == set(clearest[:NUM_EXAMPLES])
+
+
+def test_a_table_of_few_images_gives_all_of_them() -> None:
+    table = random_table(5, 4)
+    assert example_rows(random_router("cascade", table), table).tolist() == [0, 1, 2, 3, 4]
 
 
 def test_verify_says_so_where_a_bundle_stores_no_examples(finished: Finished, tmp_path: Path) -> None:
@@ -141,9 +161,24 @@ def test_gate_yaml_is_yaml_that_says_what_the_gate_is(finished: Finished, bundle
         assert content["gate"]["target"] == record.params["gate.target"]
         assert content["gate"]["sgs"]["strategy"] == record.params["gate.sgs.strategy"]
         assert [route["name"] for route in content["routes"]] == ["subnet-00", "subnet-01", "subnet-02"]
+        assert content["router"] == {"kind": "gate", "reads": ["hidden"], "gates": 1}
         assert content["claims"]["val"]["top1"] == record.metrics["top1"]
         manifest = json.loads((bundles / trial_name(slot) / "bundle.json").read_text())
         assert json.loads(json.dumps(content["claims"])) == manifest["claims"]
+
+
+@pytest.mark.parametrize("kind", ROUTER_KINDS)
+def test_gate_yaml_says_how_the_router_decides(kind: str) -> None:
+    names = [f"net {k}" for k in range(4)]
+    router = random_router(kind, random_table(40, 4, num_gates=2), routes=(0, 2, 3))
+    facts = router_facts(router, names)
+    assert (facts["kind"], tuple(facts["reads"])) == (kind, router.needs)
+    if kind == "cascade":
+        assert (facts["first"], facts["second"], facts["threshold"]) == ("net 0", "net 3", router.threshold)  # type: ignore[attr-defined]
+    elif kind == "learned_cascade":
+        assert (facts["first"], facts["then_one_of"]) == ("net 0", ["net 2", "net 3"])
+    else:
+        assert facts["gates"] == (2 if kind in ("gates", "evidence_gates") else 1)
 
 
 def test_a_bundle_is_verified_from_any_folder_after_its_run_is_gone(finished: Finished, tmp_path: Path) -> None:

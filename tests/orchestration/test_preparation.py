@@ -45,6 +45,27 @@ def checkpoint(stem: Path, *, num_classes: int = 10, seed: int = 7, in_channels:
     return stem
 
 
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        (
+            {"gate": {"routing": {"beam": 2, "first": 2}}},
+            "gate.routing.first: 2 names .* has 3 here, of which gate.routing.beam keeps 2",
+        ),
+        ({"gate": {"routing": {"beam": 2, "last": -3}}}, "gate.routing.last: -3 names no sub-network; .* lie in -2..1"),
+        (
+            {"gate": {"routing": {"last": 2}}, "space": {"gate.routing.beam": {"int": [2, 5]}}},
+            "gate.routing.last: 2 names",
+        ),
+        ({"gate": {"routing": {"last": 3, "beam": 9}}}, r"has 3 here, so it must lie in -3\.\.2"),
+    ],
+)
+def test_routes_are_counted_in_what_the_beam_leaves(sections: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        prepared_with({}, **sections)
+    assert prepared_with({}, gate={"routing": {"beam": 2, "first": 1, "last": 1}})
+
+
 def test_training_settings_arrive_in_the_core() -> None:
     prepared = prepared_with(
         {

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from dsnet.errors import ConfigError, PreflightError
 from orchestration.ray_runtime import RaySettings, _connect, prepare_environment
 from orchestration.ray_trials import RayRunner, _cause_of_loss
 from search.engine import Budget, Search
-from search.runner import SerialRunner, TrialFunction, TrialOutcome, TrialSpec
+from search.runner import OneByOne, SerialRunner, TrialOutcome, TrialSpec, outcome_from
 from search.space import parse_space
 from search.study import Objective, StudyJournal, StudySettings
 
@@ -91,11 +91,34 @@ def _in_shared_memory(array: np.ndarray) -> bool:
     return False
 
 
-def refuse_to_build(arrays: Mapping[str, np.ndarray]) -> TrialFunction:
+class ScriptedCohort:
+    """`ScriptedTrials` four at a time, in one program: `raise` is its trial's own failure, `spoil` raises out of the whole batch.
+
+    A file `batch-0,1,2` in the folder says who ran beside whom.
+    """
+
+    lanes = 4
+
+    def __init__(self, arrays: Mapping[str, np.ndarray], folder: Path) -> None:
+        self._trials = ScriptedTrials(arrays, folder)
+        self._folder = folder
+
+    def __call__(self, specs: Sequence[TrialSpec]) -> list[TrialOutcome]:
+        (self._folder / ("batch-" + ",".join(str(spec.slot) for spec in specs))).touch()
+        if any(spec.params["do"] == "spoil" for spec in specs):
+            raise RuntimeError("the program ended")
+        return [outcome_from(self._trials, spec) for spec in specs]
+
+
+def one_by_one(arrays: Mapping[str, np.ndarray], folder: Path) -> OneByOne:
+    return OneByOne(ScriptedTrials(arrays, folder))
+
+
+def refuse_to_build(arrays: Mapping[str, np.ndarray]) -> OneByOne:
     raise ConfigError("gate: unknown router 'mpl'")
 
 
-def die_while_building(arrays: Mapping[str, np.ndarray]) -> TrialFunction:
+def die_while_building(arrays: Mapping[str, np.ndarray]) -> OneByOne:
     os.kill(os.getpid(), signal.SIGKILL)
     raise AssertionError("unreachable")
 
@@ -110,7 +133,16 @@ def folder(tmp_path: Path) -> Path:
 @pytest.fixture
 def runner(ray_cluster: None, folder: Path) -> Iterator[RayRunner]:
     made = RayRunner(
-        functools.partial(ScriptedTrials, folder=folder), arrays=ARRAYS, num_actors=2, timeout_s=5.0, retries=1
+        functools.partial(one_by_one, folder=folder), arrays=ARRAYS, num_actors=2, timeout_s=5.0, retries=1
+    )
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def cohort_runner(ray_cluster: None, folder: Path) -> Iterator[RayRunner]:
+    made = RayRunner(
+        functools.partial(ScriptedCohort, folder=folder), arrays=ARRAYS, num_actors=2, timeout_s=2.0, retries=1
     )
     yield made
     made.close()
@@ -132,7 +164,7 @@ def num_attempts(folder: Path, slot: int) -> int:
 
 
 def test_results_equal_those_of_the_serial_runner_and_actors_stay_warm(runner: RayRunner, folder: Path) -> None:
-    serial = by_slot(SerialRunner(ScriptedTrials(ARRAYS, folder)).run(specs(*["work"] * 6)))
+    serial = by_slot(SerialRunner(one_by_one(ARRAYS, folder)).run(specs(*["work"] * 6)))
     pids = set()
     for _ in range(2):
         outcomes = by_slot(runner.run(specs(*["work"] * 6)))
@@ -192,6 +224,82 @@ def test_actors_read_the_arrays_in_place_with_one_thread(runner: RayRunner) -> N
     }
 
 
+def batches(folder: Path) -> set[tuple[int, ...]]:
+    return {tuple(map(int, path.name.partition("-")[2].split(","))) for path in folder.glob("batch-*")}
+
+
+def test_a_cohort_is_divided_over_the_actors_and_gives_what_single_trials_give(
+    cohort_runner: RayRunner, folder: Path
+) -> None:
+    serial = by_slot(SerialRunner(one_by_one(ARRAYS, folder)).run(specs(*["work"] * 12)))
+    outcomes = by_slot(cohort_runner.run(specs(*["work"] * 12)))
+    assert batches(folder) == {(0, 1, 2), (3, 4, 5), (6, 7, 8), (9, 10, 11)}
+    assert outcomes.keys() == serial.keys()
+    for slot, outcome in outcomes.items():
+        assert outcome.metrics["madds_m"] == serial[slot].metrics["madds_m"]
+        assert outcome.metrics["pid"] != os.getpid()
+
+
+def test_a_trial_that_kills_the_worker_of_its_batch_fails_alone(cohort_runner: RayRunner, folder: Path) -> None:
+    outcomes = by_slot(cohort_runner.run(specs("work", "work", "die", "work", "work", "raise", "work", "work")))
+    failed = {slot: outcome.reason for slot, outcome in outcomes.items() if outcome.state == "failed"}
+    assert failed == {
+        2: "lost its worker 2 times: the process died (ActorDiedError)",
+        5: "ValueError: no route is right",
+    }
+    assert len(outcomes) == 8
+    assert batches(folder) == {(0, 1, 2, 3), (4, 5, 6, 7), (0,), (1,), (2,), (3,)}
+    assert num_attempts(folder, 2) == 1 + 2, "the batch that was lost counts against none of its trials"
+    assert num_attempts(folder, 5) == 1
+
+
+def test_a_batch_whose_worker_is_lost_by_chance_completes(cohort_runner: RayRunner, folder: Path) -> None:
+    outcomes = by_slot(cohort_runner.run(specs("work", "die_once", "work", "work", "work")))
+    assert {outcome.state for outcome in outcomes.values()} == {"complete"}
+    assert len(outcomes) == 5
+
+
+def test_an_endless_trial_times_out_alone(cohort_runner: RayRunner, folder: Path) -> None:
+    started_s = time.monotonic()
+    outcomes = by_slot(cohort_runner.run(specs("work", "hang", "work", "work", "work", "work")))
+    assert {slot: outcome.reason for slot, outcome in outcomes.items() if outcome.state == "failed"} == {
+        1: "time-out after 2 s"
+    }
+    assert len(outcomes) == 6
+    assert time.monotonic() - started_s >= 3 * 2 + 2, (
+        "a batch of three has the time of three trials, then the trial its own"
+    )
+    assert num_attempts(folder, 1) == 2
+
+
+def test_an_exception_out_of_a_batch_fails_the_trial_that_raises_alone(cohort_runner: RayRunner, folder: Path) -> None:
+    outcomes = by_slot(cohort_runner.run(specs("work", "spoil", "work", "work", "work", "work")))
+    failed = {slot: outcome.reason for slot, outcome in outcomes.items() if outcome.state == "failed"}
+    assert failed == {1: "RuntimeError: the program ended"}
+    assert batches(folder) == {(0, 1, 2), (0,), (1,), (2,), (3, 4, 5)}
+    assert [num_attempts(folder, slot) for slot in range(6)] == [1, 0, 1, 1, 1, 1]
+
+
+def test_batches_that_nobody_waits_for_any_more_are_abandoned(cohort_runner: RayRunner, folder: Path) -> None:
+    outcomes = cohort_runner.run(specs("work", "work", "hang", "work"))
+    first = next(outcomes)
+    assert first.slot in (0, 1)
+    outcomes.close()
+    for started in folder.glob("2-*"):
+        assert vanishes(int(started.name.split("-")[2]))
+    assert len(by_slot(cohort_runner.run(specs(*["work"] * 8)))) == 8
+
+
+def test_an_actor_computes_with_the_threads_that_it_takes(ray_cluster: None, folder: Path) -> None:
+    make = functools.partial(one_by_one, folder=folder)
+    runner = RayRunner(make, arrays=ARRAYS, threads=2)
+    facts = by_slot(runner.run(specs("look")))[0].metrics
+    assert (facts["torch_threads"], facts["omp_threads"]) == (2, 2)
+    runner.close()
+    with pytest.raises(PreflightError, match=r"has 2 CPUs and each actor takes 3 \(gate.end_to_end.threads\)"):
+        list(RayRunner(make, arrays=ARRAYS, threads=3).run(specs("work")))
+
+
 def test_trials_that_nobody_waits_for_any_more_are_abandoned(runner: RayRunner, folder: Path) -> None:
     outcomes = runner.run(specs("work", "hang", "work", "work"))
     assert next(outcomes).state == "complete"
@@ -242,7 +350,7 @@ def test_a_sweep_on_ray_makes_the_study_of_a_serial_one(runner: RayRunner, folde
 
     on_ray = made_by("ray", runner)
     # Every slot has been tried here, so that `die_once` works at the first attempt of this process.
-    assert made_by("serial", SerialRunner(ScriptedTrials(ARRAYS, folder))) == on_ray
+    assert made_by("serial", SerialRunner(one_by_one(ARRAYS, folder))) == on_ray
 
 
 # --- the cluster itself ---

@@ -8,16 +8,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from dsnet.cost import subnet_cost
 from dsnet.errors import CheckpointError, NotFoundError
+from dsnet.routers import ROUTER_KINDS
 from dsnet.routing_table import RoutingTable
-from dsnet.training.gate import choose_routes
+from dsnet.table_routing import run_on_table
+from dsnet.training.gate import fit_gate
+from dsnet.training.gate_settings import GateSettings
 from orchestration.planning import prepare_again
 from orchestration.reporting import hypervolume_of, reference_point, report_data
 from orchestration.results import RunResults, load_router
 from orchestration.rundir import RunDir
+from search.gate_trial import arrays_of
 from search.points import save_points, trial_name
+from tests.dsnet.samples import random_table
 from tests.orchestration.samples import Finished, results_in
 
 STAGES = ("supernet", "measure", "table", "search", "verify")
@@ -62,7 +68,7 @@ def test_every_trials_gate_is_stored_and_decides_as_its_metrics_say(finished: Fi
     table = RoutingTable.load(results.run.table(results.done_key("table"), "val"))
     rows = np.arange(table.num_images)
     for record in results.records:
-        routes = choose_routes(results.router(record.slot), table)
+        routes = run_on_table(results.router(record.slot), table).routes
         assert table.correct1[rows, routes].mean() == pytest.approx(record.metrics["top1"])
 
 
@@ -113,6 +119,23 @@ def test_a_missing_gate_file_says_what_to_do(finished: Finished, tmp_path: Path)
     with pytest.raises(CheckpointError, match="launch again"):
         load_router(tmp_path / "slot-00001.safetensors")
     assert finished.results.router(1).routes == (0, 1, 2)
+
+
+@pytest.mark.parametrize("kind", ROUTER_KINDS)
+def test_a_stored_router_of_every_kind_decides_as_it_did_when_it_was_fitted(tmp_path: Path, kind: str) -> None:
+    gate_table, table = random_table(80, 4, num_gates=2), random_table(80, 4, seed=1, split="val", num_gates=2)
+    fit = fit_gate(gate_table, table, GateSettings(router=kind, steps=10))
+    arrays = arrays_of(fit)
+    save_file(arrays, tmp_path / "slot-00001.safetensors")
+    router = load_router(tmp_path / "slot-00001.safetensors")
+    assert router.kind == kind
+    run = run_on_table(router, table)
+    np.testing.assert_array_equal(run.routes, fit.run.routes)
+    np.testing.assert_array_equal(run.madds, fit.run.madds)
+    values = np.frombuffer(b'{"kind": "cake"}', dtype=np.uint8)
+    save_file({**arrays, "router": values}, tmp_path / "slot-00001.safetensors")
+    with pytest.raises(CheckpointError, match=r"slot-00001.*'cake'.*launch again"):
+        load_router(tmp_path / "slot-00001.safetensors")
 
 
 def test_hypervolume_never_falls_and_ends_with_that_of_the_front(finished: Finished) -> None:

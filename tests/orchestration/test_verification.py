@@ -3,29 +3,37 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from dsnet.batchnorm import recalibrate
 from dsnet.data import TensorData
 from dsnet.errors import VerificationError
 from dsnet.latency import LatencySettings
-from dsnet.routers import GateRouter
+from dsnet.routers import ROUTER_KINDS, CascadeRouter, GateRouter, Router
 from dsnet.routing_table import RoutingTable
 from dsnet.supernet import Supernet
+from dsnet.table_routing import run_on_table
 from dsnet.training.evaluate import build_routing_table
-from dsnet.training.gate import choose_routes
 from orchestration.verification import CLASS_TIE, DynamicLatency, check_agreement, time_front
-from tests.dsnet.samples import NORMALIZATION, small_supernet, tensor_data
+from tests.dsnet.samples import NORMALIZATION, random_router, small_supernet, tensor_data, three_gate_supernet
 
 SLOT = 42
 
 
+def calibrated(supernet: Supernet, data: TensorData) -> Supernet:
+    """Itself, with statistics of the very images: else all of them look alike to it."""
+    recalibrate(supernet, [NORMALIZATION.apply(data.images("val"))])
+    return supernet.eval()
+
+
 @pytest.fixture(scope="module")
-def supernet() -> Supernet:
-    return small_supernet()
+def supernet(data: TensorData) -> Supernet:
+    return calibrated(small_supernet(), data)
 
 
 @pytest.fixture(scope="module")
@@ -44,11 +52,11 @@ def router(table: RoutingTable) -> GateRouter:
     hidden = torch.from_numpy(table.part("hidden").copy()).double()
     weight = torch.randn((3, hidden.shape[1]), generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     router = GateRouter(weight, (hidden @ weight.T).mean(0), (0, 1, 2))
-    assert set(choose_routes(router, table).tolist()) == {0, 1, 2}
+    assert set(run_on_table(router, table).routes.tolist()) == {0, 1, 2}
     return router
 
 
-def agree(supernet: Supernet, router: GateRouter, table: RoutingTable, data: TensorData, batch_size: int = 256):  # type: ignore[no-untyped-def]
+def agree(supernet: Supernet, router: Router, table: RoutingTable, data: TensorData, batch_size: int = 256):  # type: ignore[no-untyped-def]
     return check_agreement(SLOT, supernet, router, table, data.images("val"), NORMALIZATION, batch_size)
 
 
@@ -57,19 +65,57 @@ def test_what_really_runs_is_what_the_table_says_whatever_the_batch(
     supernet: Supernet, router: GateRouter, table: RoutingTable, data: TensorData, batch_size: int
 ) -> None:
     found = agree(supernet, router, table, data, batch_size)
-    routes = choose_routes(router, table)
+    routes = run_on_table(router, table).routes
     rows = np.arange(table.num_images)
     assert found.slot == SLOT
     assert found.num_images == 40
     assert found.num_ties == 0
     assert found.top1 == pytest.approx(table.correct1[rows, routes].mean())
-    assert found.madds_m == pytest.approx((table.madds[routes] + router.decision_madds).mean() / 1e6)
+    assert found.madds_m == pytest.approx((table.madds[routes] + router.weight.numel()).mean() / 1e6)
 
 
-def tampered_class(table: RoutingTable, router: GateRouter, row: int) -> RoutingTable:
+@pytest.mark.parametrize("make", [small_supernet, three_gate_supernet])
+@pytest.mark.parametrize("kind", ROUTER_KINDS)
+def test_every_router_does_image_by_image_what_the_table_says_and_a_changed_table_is_noticed(
+    data: TensorData, kind: str, make: Callable[[], Supernet]
+) -> None:
+    supernet = calibrated(make(), data)
+    table = build_routing_table(supernet, data, "val", NORMALIZATION)
+    router = random_router(kind, table)
+    run = run_on_table(router, table)
+    found = agree(supernet, router, table, data, batch_size=16)
+    assert found.num_ties <= run.is_tie.sum() < 10
+    assert found.madds_m == pytest.approx(run.madds.mean() / 1e6, rel=0.1 * found.num_ties + 1e-9)
+    assert found.top1 == pytest.approx(table.correct1[np.arange(40), run.routes].mean(), abs=found.num_ties / 40)
+    with pytest.raises(VerificationError, match="40 of 40"):
+        agree(supernet, router, replace(table, madds=table.madds + 1), data)
+    with pytest.raises(VerificationError, match="1 of 40"):
+        agree(supernet, router, tampered_class(table, router, int(run.lead.argmax())), data)
+
+
+def test_an_undecided_cascade_may_stop_or_go_on_and_each_has_its_own_price(
+    supernet: Supernet, table: RoutingTable, data: TensorData
+) -> None:
+    confidence = float(table.confidence[5, 0])
+    clear = np.abs(np.delete(table.confidence[:, 0], 5) - confidence).min()
+    assert clear > 1e-5
+    stored = table.confidence.copy()
+    stored[5, 0] = confidence - 4e-6  # in the table image 5 is unsure, in the run it is sure enough
+    told = replace(table, confidence=stored)
+    router = CascadeRouter(0, 2, confidence - 2e-6)
+    assert run_on_table(router, told).routes[5] == 2
+    found = agree(supernet, router, told, data)
+    assert found.num_ties == 1
+    assert found.madds_m == pytest.approx(run_on_table(router, table).madds.mean() / 1e6)
+    stored[5, 0] = confidence - 0.01
+    with pytest.raises(VerificationError, match=r"1 of 40 .* the table says subnet-02 .* it ran subnet-00"):
+        agree(supernet, router, told, data)
+
+
+def tampered_class(table: RoutingTable, router: Router, row: int) -> RoutingTable:
     """The table claims another class for one image on the route that it takes."""
     predicted = table.predicted.copy()
-    route = choose_routes(router, table)[row]
+    route = run_on_table(router, table).routes[row]
     predicted[row, route] = (predicted[row, route] + 1) % 10
     return replace(table, predicted=predicted)
 
@@ -79,7 +125,7 @@ def test_a_wrong_class_in_the_table_is_an_error_that_names_trial_image_and_both_
 ) -> None:
     wrong = tampered_class(table, router, 11)
     assert wrong.margin[11].min() > CLASS_TIE
-    route = choose_routes(router, table)[11]
+    route = run_on_table(router, table).routes[11]
     with pytest.raises(VerificationError) as caught:
         agree(supernet, router, wrong, data)
     message = str(caught.value)
@@ -104,8 +150,8 @@ def test_evidence_that_was_changed_sends_images_elsewhere_and_is_noticed(
     supernet: Supernet, router: GateRouter, table: RoutingTable, data: TensorData
 ) -> None:
     evidence = table.evidence.copy()
-    start, stop = table.layout["hidden"]
-    evidence[:, :, start:stop] = np.roll(evidence[:, :, start:stop], 1, axis=0)
+    start, stop = table.gates[0].layouts[0]["hidden"]
+    evidence[:, start:stop] = np.roll(evidence[:, start:stop], 1, axis=0)
     with pytest.raises(VerificationError, match=r"differ between the routing table and the real run.* more"):
         agree(supernet, router, replace(table, evidence=evidence), data)
 
@@ -114,15 +160,15 @@ def test_an_undecided_gate_excuses_another_route_but_not_a_wrong_class_on_it(
     supernet: Supernet, router: GateRouter, table: RoutingTable, data: TensorData
 ) -> None:
     # Every image's two best scores are equal up to 1e-9: the run may take either route.
-    start, stop = table.layout["hidden"]
+    start, stop = table.gates[0].layouts[0]["hidden"]
     weight = router.weight[:1].repeat(2, 1)
     weight[1] += 1e-9
     undecided = GateRouter(weight, torch.zeros(2, dtype=torch.float64), (0, 2))
     evidence = table.evidence.copy()
-    evidence[0, 0, start:stop] = 0.0  # the first image: an exact tie in the table, which the run breaks
+    evidence[0, start:stop] = 0.0  # the first image: an exact tie in the table, which the run breaks
     tied = replace(table, evidence=evidence)
-    assert choose_routes(undecided, tied)[0] == 0
-    assert choose_routes(undecided, table)[0] == 2
+    assert run_on_table(undecided, tied).routes[0] == 0
+    assert run_on_table(undecided, table).routes[0] == 2
     assert agree(supernet, undecided, tied, data).num_ties == 1
     predicted = tied.predicted.copy()
     predicted[0, 2] = (predicted[0, 2] + 1) % 10

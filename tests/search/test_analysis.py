@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -13,9 +14,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsnet.routers import GateRouter
-from dsnet.routing_table import RoutingTable
-from search.analysis import SplitAnalysis, analyse_split, front_slots
+from dsnet.routers import CascadeRouter, GateRouter, Router
+from dsnet.routing_table import GateColumns, RoutingTable
+from search.analysis import BudgetPick, SplitAnalysis, analyse_split, budget_picks, front_slots
+from search.ceiling import RouteForecast
 from tests.dsnet.samples import random_table
 
 MADDS = np.array([1_000_000, 2_000_000, 4_000_000])
@@ -36,8 +38,8 @@ def table_of(**changes: Any) -> RoutingTable:
         "correct1": CORRECT,
         "correct5": np.ones_like(CORRECT),
         "confidence": confidence,
-        "evidence": HIDDEN.astype(np.float32)[:, None, :],
-        "layout": {"hidden": (0, 2)},
+        "evidence": HIDDEN.astype(np.float32),
+        "gates": (GateColumns(({"hidden": (0, 2)},), (0,)),),
     }
     return replace(source, **{**fields, **changes})
 
@@ -47,9 +49,15 @@ def gate(*routes: int) -> GateRouter:
     return GateRouter(torch.eye(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64), routes)
 
 
-def analysis_of(routers: dict[int, GateRouter]) -> SplitAnalysis:
+def analysis_of(routers: Mapping[int, Router], contenders: Mapping[BudgetPick, Router] | None = None) -> SplitAnalysis:
     table = table_of()
-    return analyse_split(table, table, routers, num_classes=3, num_resamples=200)
+    forecast = RouteForecast.fit(table)
+    return analyse_split(forecast, table, table, routers, contenders or {}, num_classes=3, num_resamples=200)
+
+
+def decision_m(router: Router) -> float:
+    """Millions of MAdds of a gate's decision."""
+    return float(router.decision_madds(torch.tensor([0]))[0]) / 1e6
 
 
 def test_a_point_is_what_one_computes_by_hand() -> None:
@@ -60,7 +68,7 @@ def test_a_point_is_what_one_computes_by_hand() -> None:
     assert point.slot == 5
     assert point.top1.value == pytest.approx(4 / 6)
     assert point.metrics["top1"] == pytest.approx(4 / 6)
-    madds_m = (1 + 4) / 2 + router.decision_madds / 1e6
+    madds_m = (1 + 4) / 2 + decision_m(router)
     assert point.metrics["madds_m"] == pytest.approx(madds_m)
     assert point.histogram == (0.5, 0.0, 0.5)
     assert point.metrics["max_route_share"] == 0.5
@@ -75,6 +83,9 @@ def test_a_point_is_what_one_computes_by_hand() -> None:
     # The oracle: 1 M for all, then images 2 and 4 to route 1 (+1 M each), image 3 to route 2 (+3 M): 5 of 6 at 11/6 M.
     assert point.oracle_top1 == pytest.approx(5 / 6)
     assert point.share_of_oracle_gap == pytest.approx((4 / 6 - static) / (5 / 6 - static))
+    # The ceiling keeps the static sub-networks within reach, and nothing beats the oracle.
+    assert static - 1e-9 <= (point.reachable_top1 or 0.0) <= 5 / 6
+    assert point.router == "gate"
     assert point.stability == 1.0
 
 
@@ -115,7 +126,7 @@ def test_a_gate_that_always_takes_the_cheapest_route_still_pays_for_its_decision
     router = GateRouter(torch.zeros(2, 2, dtype=torch.float64), torch.tensor([0.0, 1.0], dtype=torch.float64), (0, 1))
     (point,) = analysis_of({1: router}).points
     assert point.histogram == (1.0, 0.0, 0.0)
-    assert point.metrics["madds_m"] == pytest.approx(1.0 + router.decision_madds / 1e6)
+    assert point.metrics["madds_m"] == pytest.approx(1.0 + decision_m(router))
     assert point.gain is not None
     assert point.gain.value < 0
 
@@ -125,16 +136,103 @@ def test_intervals_hold_their_values_and_shrink_with_more_images() -> None:
     for num_images in (50, 800):
         table = random_table(num_images, 3, split="val", hidden=4)
         router = GateRouter(torch.randn(3, 4, dtype=torch.float64), torch.zeros(3, dtype=torch.float64), (0, 1, 2))
-        found = analyse_split(table, table, {0: router}, num_classes=7, num_resamples=300)
+        forecast = RouteForecast.fit(table)
+        found = analyse_split(forecast, table, table, {0: router}, {}, num_classes=7, num_resamples=300)
         for interval in (found.points[0].top1, *found.static_top1):
             assert interval.low <= interval.value <= interval.high
         widths.append(found.points[0].top1.high - found.points[0].top1.low)
     assert widths[1] < widths[0] / 2
 
 
+def test_a_cascade_pays_for_all_that_ran_and_answers_with_the_last() -> None:
+    # Confidence below 0.5 sends images 2 to 5 on to route 2: right are 0, 1, 2, 3, 4, as route 2 alone.
+    (point,) = analysis_of({3: CascadeRouter(0, 2, 0.5)}).points
+    assert point.router == "cascade"
+    assert point.top1.value == pytest.approx(5 / 6)
+    assert point.metrics["madds_m"] == pytest.approx(1.0 + 4 / 6 * (4.0 - 0.5))
+    assert point.histogram == pytest.approx((2 / 6, 0.0, 4 / 6))
+    assert point.runs == pytest.approx((1.0, 0.0, 4 / 6))
+    # The same share sent on at random: a third at route 0 (2/6 right), two thirds at route 2 (5/6 right).
+    assert point.random_top1 == pytest.approx(1 / 3 * 2 / 6 + 2 / 3 * 5 / 6)
+    assert point.gain_over_random.value == pytest.approx(5 / 6 - point.random_top1)
+    assert not point.is_collapsed
+
+
+def test_random_routing_beside_a_cascade_is_that_cascade_with_images_drawn_at_random() -> None:
+    table, rng = table_of(), np.random.default_rng(0)
+    drawn = np.array([rng.permutation([True] * 4 + [False] * 2) for _ in range(20_000)])
+    top1 = np.where(drawn, table.correct1[:, 2], table.correct1[:, 0]).mean()
+    (point,) = analysis_of({3: CascadeRouter(0, 2, 0.5)}).points
+    assert point.random_top1 == pytest.approx(top1, abs=0.005)
+
+
+def test_a_cascade_that_always_goes_on_is_collapsed() -> None:
+    (point,) = analysis_of({3: CascadeRouter(0, 2, float("inf"))}).points
+    assert point.is_collapsed
+    assert point.histogram == (0.0, 0.0, 1.0)
+
+
+def test_a_gate_and_a_cascade_that_answer_alike_but_pay_differently_are_two_points() -> None:
+    # Both answer 0 0 0 2 2 2; the cascade also ran route 0 for the last three, and so is dominated.
+    confidence = np.array([0.9, 0.9, 0.9, 0.4, 0.4, 0.4], dtype=np.float32)[:, None].repeat(3, axis=1)
+    table = table_of(confidence=confidence)
+    routers: dict[int, Router] = {1: gate(0, 2), 2: CascadeRouter(0, 2, 0.5)}
+    found = analyse_split(RouteForecast.fit(table), table, table, routers, {}, num_classes=3, num_resamples=100)
+    first, second = found.points
+    assert first.histogram == second.histogram
+    assert second.metrics["madds_m"] > first.metrics["madds_m"]
+    assert second.stability < 0.1
+    assert first.stability > 0.9
+
+
+def trial(slot: int, kind: str, top1: float, madds_m: float) -> tuple[int, str, dict[str, float]]:
+    return slot, kind, {"top1": top1, "madds_m": madds_m}
+
+
+def test_the_best_trial_within_each_budget_speaks_for_its_kind() -> None:
+    # Budgets of a range of 1..5 M: 2, 3, 4 M.
+    trials = [
+        trial(0, "gate", 0.7, 1.9),
+        trial(1, "gate", 0.8, 2.009),  # 0.45 % above 2 M: a step of the calibration
+        trial(2, "gate", 0.8, 3.5),  # as good, but dearer
+        trial(3, "gate", 0.9, 5.0),  # above every budget
+        trial(4, "cascade", 0.6, 2.5),
+        trial(5, "cascade", 0.6, 2.5),  # its twin comes first
+    ]
+    found = budget_picks(trials, np.array([1_000_000, 5_000_000]))
+    assert found == (
+        BudgetPick("cascade", 0.5, 4),
+        BudgetPick("cascade", 0.75, 4),
+        BudgetPick("gate", 0.25, 1),
+        BudgetPick("gate", 0.5, 1),
+        BudgetPick("gate", 0.75, 1),
+    )
+
+
+def test_without_a_trial_there_is_no_pick() -> None:
+    assert budget_picks([], np.array([1, 5])) == ()
+
+
+def test_a_kinds_share_is_taken_at_what_its_trial_really_spends() -> None:
+    pick = BudgetPick("gate", 0.5, 5)
+    found = analysis_of({}, {pick: gate(0, 2)})
+    (share,) = found.routers
+    (point,) = analysis_of({5: gate(0, 2)}).points
+    assert (share.router, share.slot, share.budget_share, share.budget_m) == ("gate", 5, 0.5, 2.5)
+    assert share.madds_m == pytest.approx(point.metrics["madds_m"])
+    assert share.top1 == point.top1.value
+    assert share.gain == point.gain
+    assert share.share_of_oracle_gap == point.share_of_oracle_gap
+    assert share.reachable_top1 == point.reachable_top1
+    assert share.static_top1 is not None
+    assert share.gain is not None
+    assert share.top1 - share.static_top1 == pytest.approx(share.gain.value)
+
+
 def test_equal_inputs_give_equal_results_and_json_gives_them_back() -> None:
-    found = analysis_of({5: gate(0, 2), 9: gate(1, 2)})
-    assert analysis_of({5: gate(0, 2), 9: gate(1, 2)}) == found
+    contenders = {BudgetPick("cascade", 0.25, 4): CascadeRouter(0, 1, 0.5)}
+    found = analysis_of({5: gate(0, 2), 9: gate(1, 2)}, contenders)
+    assert analysis_of({5: gate(0, 2), 9: gate(1, 2)}, contenders) == found
     assert SplitAnalysis.from_json(json.loads(json.dumps(found.to_json(), allow_nan=False))) == found
 
 

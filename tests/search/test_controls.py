@@ -11,15 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial import ConvexHull
 
+from dsnet.routers import CascadeRouter
 from search.controls import (
     StaticLine,
     budgets,
     cascade_curve,
-    oracle_at,
     oracle_curve,
     random_routing,
     run_cascade,
-    share_of_oracle_gap,
+    share_of_gap,
 )
 
 
@@ -68,7 +68,7 @@ def test_oracle_equals_the_best_of_all_routings_at_every_budget(table):
         best[total] = max(best.get(total, 0), right)
     for budget in range(num_images * min(madds), num_images * max(madds) + 1):
         expected = max(right for total, right in best.items() if total <= budget) / num_images
-        assert oracle_at(correct, madds, budget / num_images) == pytest.approx(expected)
+        assert oracle_curve(correct, madds).at(budget / num_images) == pytest.approx(expected)
 
 
 def test_oracle_curve_starts_at_the_cheapest_route_and_ends_where_some_route_is_right():
@@ -214,16 +214,21 @@ def test_budgets_below_the_cheapest_route_have_no_cascade():
 
 def test_a_threshold_above_every_confidence_runs_both_routes_on_all_images():
     scores = make_scores(9)
-    correct, spent, escalated = run_cascade(scores, 0, 3, np.inf, [10, 22, 45, 80], 4)
+    correct, spent, escalated = run_cascade(CascadeRouter(0, 3, np.inf), scores, [10, 22, 45, 80], 4)
     assert escalated.all()
     assert (correct == scores.correct1[:, 3]).all()
     assert (spent == 86).all()
 
 
-def test_share_of_the_oracle_gap_is_nan_without_a_gap():
-    shares = share_of_oracle_gap([0.8, 0.7, 0.8, 0.8], [0.7, 0.75, 0.9, np.nan], [0.9, 0.95, 0.9, 0.95])
+def test_the_share_of_a_gap_is_nan_without_a_gap():
+    shares = share_of_gap([0.8, 0.7, 0.8, 0.8], [0.7, 0.75, 0.9, np.nan], [0.9, 0.95, 0.9, 0.95])
     assert shares[:2] == pytest.approx([0.5, -0.25])
     assert np.isnan(shares[2:]).all()
+
+
+def test_a_gap_of_one_image_is_no_gap_at_the_resolution_of_one_image():
+    assert np.isnan(share_of_gap(0.72, 0.70, 0.71, resolution=0.01))
+    assert share_of_gap(0.72, 0.70, 0.72, resolution=0.01) == pytest.approx(1.0)
 
 
 def test_budgets_are_fractions_of_the_range_of_routes():

@@ -22,7 +22,7 @@ import pytest
 
 from dsnet.errors import ConfigError
 from search.engine import Budget, Search
-from search.runner import SerialRunner, TrialFunction, TrialOutcome, TrialSpec, outcome_from
+from search.runner import OneByOne, SerialRunner, TrialFunction, TrialOutcome, TrialSpec, outcome_from
 from search.samplers import KNOWN_SAMPLERS
 from search.space import parse_space
 from search.study import Objective, StudyJournal, StudySettings, TrialRecord, load_records
@@ -132,7 +132,7 @@ def sweep(
     **options: Any,
 ) -> list[TrialRecord]:
     journal = StudyJournal.open(path, settings or study_settings())
-    options.setdefault("runner", SerialRunner(function))
+    options.setdefault("runner", SerialRunner(OneByOne(function)))
     return list(Search(journal=journal, **options).run(Budget(trials)).records)
 
 
@@ -153,6 +153,23 @@ def test_the_number_of_workers_changes_nothing(tmp_path: Path, sampler: str, num
     crowd = sweep(tmp_path / "crowd", settings=settings, runner=ThreadedRunner(sometimes_broken, num_workers))
     assert essence(crowd) == essence(alone)
     assert [record.slot for record in alone] == list(range(20))
+
+
+@dataclass(frozen=True)
+class ManyAtOnce:
+    """`sometimes_broken` in batches."""
+
+    lanes: int
+
+    def __call__(self, specs: Sequence[TrialSpec]) -> list[TrialOutcome]:
+        assert 1 <= len(specs) <= self.lanes
+        return [outcome_from(sometimes_broken, spec) for spec in reversed(specs)]
+
+
+@pytest.mark.parametrize("lanes", [2, 3, 8, 20])
+def test_the_number_of_lanes_changes_nothing(tmp_path: Path, lanes: int) -> None:
+    alone = sweep(tmp_path / "alone")
+    assert essence(sweep(tmp_path / "batches", runner=SerialRunner(ManyAtOnce(lanes)))) == essence(alone)
 
 
 # 40 trials in cohorts of 8: generations of 6 begin anew with each cohort, generations of 12 span two, so that a resume
@@ -276,12 +293,14 @@ def test_a_trial_whose_arrays_cannot_be_kept_is_not_recorded(tmp_path: Path) -> 
 def test_a_stop_or_the_end_of_the_time_ends_the_search_between_trials(tmp_path: Path) -> None:
     journal = StudyJournal.open(tmp_path / "study", study_settings())
     notebook = Notebook(stop_after=3)
-    search = Search(journal=journal, runner=SerialRunner(trade_off), observer=notebook, should_stop=notebook.is_full)
+    search = Search(
+        journal=journal, runner=SerialRunner(OneByOne(trade_off)), observer=notebook, should_stop=notebook.is_full
+    )
     stopped = search.run(Budget(20))
     assert (stopped.stop_reason, len(stopped.records)) == ("stop", 3)
-    late = Search(journal=journal, runner=SerialRunner(trade_off)).run(Budget(20, time_s=0.0))
+    late = Search(journal=journal, runner=SerialRunner(OneByOne(trade_off))).run(Budget(20, time_s=0.0))
     assert (late.stop_reason, len(late.records)) == ("time", 3)
-    done = Search(journal=journal, runner=SerialRunner(sometimes_broken)).run(Budget(10))
+    done = Search(journal=journal, runner=SerialRunner(OneByOne(sometimes_broken))).run(Budget(10))
     assert (done.stop_reason, len(done.records), done.num_failed) == ("trials", 10, 2)
 
 

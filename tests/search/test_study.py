@@ -15,7 +15,7 @@ from optuna.trial import TrialState
 
 from dsnet.errors import CheckpointError, ConfigError, NotFoundError, PreflightError
 from search.engine import Budget, Mirror, Search
-from search.runner import SerialRunner
+from search.runner import OneByOne, SerialRunner
 from search.study import Objective, StudyJournal, TrialRecord, load_records, repair_journal
 from tests.search.test_engine import essence, slack, sometimes_broken, study_settings
 
@@ -27,7 +27,11 @@ def path(tmp_path: Path) -> Path:
 
 def make_study(path: Path, trials: int = 10, sampler: str = "tpe") -> tuple[TrialRecord, ...]:
     journal = StudyJournal.open(path, study_settings(sampler))
-    return Search(journal=journal, runner=SerialRunner(sometimes_broken), constraints=slack).run(Budget(trials)).records
+    return (
+        Search(journal=journal, runner=SerialRunner(OneByOne(sometimes_broken)), constraints=slack)
+        .run(Budget(trials))
+        .records
+    )
 
 
 def test_a_finished_trial_is_exactly_one_line_of_the_journal(path: Path) -> None:
@@ -38,9 +42,9 @@ def test_a_finished_trial_is_exactly_one_line_of_the_journal(path: Path) -> None
         def on_trial(self, record: TrialRecord) -> None:
             num_lines.append(len(path.read_bytes().splitlines()))
 
-    Search(journal=journal, runner=SerialRunner(sometimes_broken), constraints=slack, observer=CountLines()).run(
-        Budget(10)
-    )
+    Search(
+        journal=journal, runner=SerialRunner(OneByOne(sometimes_broken)), constraints=slack, observer=CountLines()
+    ).run(Budget(10))
     assert num_lines == list(range(num_lines[0], num_lines[0] + 11))
 
 

@@ -1,0 +1,182 @@
+"""What training gates on the routing table saves, and whether its front is as good: the same gates trained end to end, on images.
+
+Needs a run whose supernet and tables are done (`--run FOLDER`). For a few targets the published gate is trained twice with the same
+settings: on the table, in one cohort, and end to end through the frozen supernet (straight-through Gumbel choices). Both are calibrated on
+`val` and scored there, side by side with a paired interval over images. The headline is what an end-to-end trial of 30 epochs costs over
+a table trial's share of its cohort.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+from benchmarks.harness import Estimate, Headline, Options, Report, Section, run_benchmark
+from dsnet.checkpoint import load_supernet
+from dsnet.errors import NonFiniteLossError
+from dsnet.routing_table import RoutingTable
+from dsnet.supernet import Supernet
+from dsnet.training.gate import GateFit, calibrate_heads, fit_gates
+from dsnet.training.gate_end_to_end import EndToEndSettings, GateImages, seconds_per_epoch, train_end_to_end
+from dsnet.training.gate_problem import beam
+from dsnet.training.gate_settings import GateSettings
+from dsnet.training.supernet import FINAL
+from orchestration.planning import prepare_again
+from orchestration.results import RunResults
+from orchestration.rundir import RunDir
+from search.controls import StaticLine
+from search.statistics import bootstrap_interval, resample_points
+
+BENCHMARK = "a table trial against one trained end to end, on a run's supernet: the cost, and the fronts (goal: 10,000 times cheaper)"
+GOAL = 1e-4
+PUBLISHED_EPOCHS = 30
+COHORT = 64
+NUM_CHOICES = 4
+"""As many routes as the published gate has."""
+
+
+@dataclass(frozen=True)
+class Material:
+    """A run's supernet, tables and gate images."""
+
+    supernet: Supernet
+    gate: RoutingTable
+    val: RoutingTable
+    images: GateImages
+
+    @classmethod
+    def of(cls, folder: Path) -> Material:
+        """Read them."""
+        results = RunResults(RunDir(folder.parent, folder.name))
+        prepared = prepare_again(results)
+        supernet, _ = load_supernet(results.run.stage_dir("supernet", results.done_key("supernet")) / FINAL)
+        key = results.done_key("table")
+        gate, val = (RoutingTable.load(results.run.table(key, split)) for split in ("gate", "val"))
+        data = prepared.data
+        return cls(supernet, gate, val, GateImages(data.images("gate"), data.labels("gate"), prepared.normalization))
+
+
+def settings_for(targets: Sequence[float], table: RoutingTable, seed: int) -> list[GateSettings]:
+    """The published gate over four routes of the static front, with a target; losses without SGS and with it."""
+    routes = tuple(sorted(beam(table, NUM_CHOICES)))
+    base = GateSettings(
+        routes=routes, lr=0.02, complexity_form="quadratic", lambda_complexity=3.0, temperature_end=0.5, seed=seed
+    )
+    return [replace(base, target=target, lambda_sgs=sgs) for sgs in (0.0, 0.3) for target in targets]
+
+
+def measure(options: Options, run: Path, epochs: int) -> Report:
+    """Trains and compares."""
+    material = Material.of(run)
+    targets = (0.3,) if options.quick else (0.15, 0.3, 0.5)
+    pairs = settings_for(targets, material.gate, options.seed)
+    pairs = pairs[:1] if options.quick else pairs
+    table_s = _table_seconds(material, pairs)
+    fits = [_checked(fit) for fit in fit_gates(material.gate, material.val, pairs)]
+    rules = EndToEndSettings(epochs=epochs)
+    rows, compared, seconds = [], [], []
+    for settings, fit in zip(pairs, fits, strict=True):
+        start = time.perf_counter()
+        heads = train_end_to_end(material.supernet, material.images, settings, rules)
+        seconds.append(time.perf_counter() - start)
+        other = calibrate_heads(material.val, settings, heads)
+        compared.append(_compared(material, settings, fit, other))
+        rows.append(_row(compared[-1]))
+    epoch_s = [seconds_per_epoch(material.supernet, material.images, pairs[0], rules) for _ in range(3)]
+    cost = PUBLISHED_EPOCHS * np.median(epoch_s)
+    estimate = Estimate(
+        float(np.median(table_s) / cost),
+        float(min(table_s) / (PUBLISHED_EPOCHS * max(epoch_s))),
+        float(max(table_s) / (PUBLISHED_EPOCHS * min(epoch_s))),
+    )
+    columns = (
+        "target",
+        "SGS",
+        "table: top-1 %",
+        "M MAdds",
+        "over the line",
+        f"end to end, {epochs} epochs: top-1 %",
+        "M MAdds",
+        "over the line",
+        "difference [95 %]",
+    )
+    costs = [
+        ("table trial, in a cohort of 64", f"{1e3 * np.median(table_s):.1f} ms", "1"),
+        ("one epoch end to end", f"{np.median(epoch_s):.1f} s", f"{np.median(epoch_s) / np.median(table_s):,.0f}"),
+        (f"a trial of {PUBLISHED_EPOCHS} epochs", f"{cost:.0f} s", f"{cost / np.median(table_s):,.0f}"),
+    ]
+    return Report(
+        [
+            Section(
+                f"Published gate over {NUM_CHOICES} routes, on val ({material.val.num_images} images)", columns, rows
+            ),
+            Section(f"Cost, {options.threads} thread(s)", ("", "time", "table trials"), costs),
+        ],
+        Headline("a table trial over an end-to-end trial (lowest and highest of the repeats)", estimate, "", GOAL),
+        {"compared": compared, "table_s": table_s, "epoch_s": epoch_s, "end_to_end_s": seconds, "epochs": epochs},
+    )
+
+
+def _table_seconds(material: Material, pairs: Sequence[GateSettings]) -> list[float]:
+    """Seconds of a trial's share of a cohort, five times after one for warming up."""
+    cohort = [replace(pairs[index % len(pairs)], target=0.05 + 0.9 * index / COHORT) for index in range(COHORT)]
+    seconds = []
+    for _ in range(6):
+        start = time.perf_counter()
+        fit_gates(material.gate, material.val, cohort)
+        seconds.append((time.perf_counter() - start) / COHORT)
+    return seconds[1:]
+
+
+def _checked(fit: GateFit | Exception) -> GateFit:
+    if isinstance(fit, Exception):
+        raise NonFiniteLossError(f"a gate of the comparison could not be trained: {fit}") from fit
+    return fit
+
+
+def _compared(material: Material, settings: GateSettings, table: GateFit, images: GateFit) -> dict[str, Any]:
+    """Both gates on val; the static line's vertices come from `gate`, since val is what is reported."""
+    val = material.val
+    line = StaticLine.fit(val.madds, material.gate.correct1)
+    rows = np.arange(val.num_images)
+    correct = np.column_stack([val.correct1[rows, fit.run.routes] for fit in (table, images)])
+    sample = resample_points(correct, np.column_stack([fit.run.madds for fit in (table, images)]), 1000)
+    low, high = bootstrap_interval(sample.resampled_top1[:, 0] - sample.resampled_top1[:, 1])
+    gains = sample.top1 - line.value_at(sample.madds, val.correct1)
+    return {
+        "settings": asdict(settings),
+        "top1": sample.top1.tolist(),
+        "madds_m": (sample.madds / 1e6).tolist(),
+        "gain": gains.tolist(),
+        "difference": [float(sample.top1[0] - sample.top1[1]), float(low), float(high)],
+    }
+
+
+def _row(found: dict[str, Any]) -> tuple[str, ...]:
+    value, low, high = (100 * number for number in found["difference"])
+    cells = [f"{found['settings']['target']:g}", f"{found['settings']['lambda_sgs']:g}"]
+    for top1, madds_m, gain in zip(found["top1"], found["madds_m"], found["gain"], strict=True):
+        cells += [f"{100 * top1:.1f}", f"{madds_m:.2f}", f"{100 * gain:+.1f}"]
+    return (*cells, f"{value:+.1f} [{low:+.1f}, {high:+.1f}]")
+
+
+if __name__ == "__main__":
+    run_benchmark(
+        BENCHMARK,
+        measure,
+        threads=1,
+        params=[
+            click.Option(
+                ["--run"], required=True, type=click.Path(exists=True, path_type=Path), help="A run's folder."
+            ),
+            click.Option(
+                ["--epochs"], default=5, show_default=True, type=click.IntRange(1), help="Of end-to-end training."
+            ),
+        ],
+    )

@@ -1,0 +1,194 @@
+"""What each kind of router reaches at a few budgets: its gain over the static line, and how far it goes of what can be gained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from html import escape
+
+import plotly.graph_objects as go
+
+from dashboards.theme import (
+    BLUE,
+    GREEN,
+    INK,
+    MUTED,
+    ORANGE,
+    PURPLE,
+    SKY,
+    VERMILION,
+    dressed,
+    note,
+    percent,
+    plain,
+    router_name,
+    router_symbol,
+    signed,
+    significant,
+)
+
+COLOURS = (BLUE, GREEN, ORANGE, SKY, INK, MUTED)
+"""Of the kinds; without those of the two limits."""
+SPREAD = 0.6
+"""Of the distance between two budgets: over how much of it the kinds lie side by side."""
+
+
+@dataclass(frozen=True)
+class RouterResult:
+    """The trial that speaks for a kind of router at a budget; accuracies are fractions."""
+
+    router: str
+    """The kind."""
+    budget_share: float
+    """The budget as a share of the range of MAdds."""
+    name: str
+    """Of the trial."""
+    madds_m: float
+    """What it really spends on the split, mean per image, millions."""
+    top1: float
+    static_top1: float | None
+    """The static line at `madds_m`; None where there is none."""
+    reachable_top1: float | None
+    oracle_top1: float | None
+    gain: tuple[float, float, float] | None
+    """Over the static line: value and the ends of its 95 % interval."""
+    reachable_share: float | None
+    """Of the gap from the static line to the reachable ceiling."""
+    oracle_share: float | None
+    is_collapsed: bool = False
+
+
+@dataclass(frozen=True)
+class RoutersInfo:
+    """All kinds that a sweep tried, on one split."""
+
+    split: str
+    num_images: int
+    results: tuple[RouterResult, ...]
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """In order of first appearance."""
+        return tuple(dict.fromkeys(result.router for result in self.results))
+
+    @property
+    def budget_shares(self) -> tuple[float, ...]:
+        """Rising."""
+        return tuple(sorted({result.budget_share for result in self.results}))
+
+
+def routers_figure(info: RoutersInfo) -> go.Figure:
+    """Gain over the static line (points) by budget, kinds side by side; dashes show what was to be gained at the same cost."""
+    figure = go.Figure()
+    figure.add_hline(y=0, line={"color": MUTED, "width": 1})
+    for index, kind in enumerate(info.kinds):
+        own = [result for result in info.results if result.router == kind and result.gain is not None]
+        figure.add_trace(
+            go.Scatter(
+                x=[_place(info, result) for result in own],
+                y=[100 * result.gain[0] for result in own if result.gain],
+                name=plain(router_name(kind)),
+                mode="markers",
+                marker={"color": COLOURS[index % len(COLOURS)], "symbol": router_symbol(kind), "size": 10},
+                error_y={
+                    "type": "data",
+                    "symmetric": False,
+                    "array": [100 * (r.gain[2] - r.gain[0]) for r in own if r.gain],
+                    "arrayminus": [100 * (r.gain[0] - r.gain[1]) for r in own if r.gain],
+                    "thickness": 1.2,
+                    "width": 3,
+                },
+                text=[_hover(result) for result in own],
+                hoverinfo="text",
+            )
+        )
+    for name, field, colour in (("reachable", "reachable_top1", VERMILION), ("oracle", "oracle_top1", PURPLE)):
+        figure.add_trace(_to_be_gained(info, f"{name}, at the same cost", field, colour))
+    if not info.results:
+        note(figure, "no router within a budget yet")
+    shares = info.budget_shares
+    figure.update_xaxes(
+        tickvals=list(range(len(shares))),
+        ticktext=[percent(share, 0) for share in shares],
+        range=[-0.5, max(len(shares), 1) - 0.5],
+        title_text="budget, as a share of the range of MAdds",
+        showgrid=False,
+        tickfont={"color": INK},
+    )
+    figure.update_yaxes(title_text="gain over the static line (points)")
+    subtitle = f"{info.split} (n = {info.num_images:,}); bars are 95 % intervals over images, paired"
+    return dressed(figure, "Gain of each kind of router", subtitle)
+
+
+def _place(info: RoutersInfo, result: RouterResult) -> float:
+    shift = (info.kinds.index(result.router) + 0.5) / len(info.kinds) - 0.5
+    return info.budget_shares.index(result.budget_share) + SPREAD * shift
+
+
+def _to_be_gained(info: RoutersInfo, name: str, field: str, colour: str) -> go.Scatter:
+    """A dash for each router, at what its cost would have allowed."""
+    known = [
+        (result, getattr(result, field) - result.static_top1)
+        for result in info.results
+        if getattr(result, field) is not None and result.static_top1 is not None
+    ]
+    return go.Scatter(
+        x=[_place(info, result) for result, _ in known],
+        y=[100 * gain for _, gain in known],
+        name=name,
+        mode="markers",
+        marker={"color": colour, "symbol": "line-ew", "size": 16, "line": {"width": 2, "color": colour}},
+        hovertemplate="%{y:+.1f} points<extra>" + name + "</extra>",
+    )
+
+
+def _hover(result: RouterResult) -> str:
+    gain, low, high = result.gain or (0.0, 0.0, 0.0)
+    return (
+        f"<b>{plain(router_name(result.router))}</b>, {plain(result.name)}<br>top-1 {percent(result.top1)} at "
+        f"{significant(result.madds_m)} M MAdds<br>{signed(100 * gain)} points "
+        f"(95 %: {signed(100 * low)} to {signed(100 * high)})"
+    )
+
+
+def routers_table(info: RoutersInfo) -> str:
+    """The same numbers as an HTML table, a row for each budget and kind."""
+    heads = ["Budget", "Router", "Mean MAdds (M)", "Top-1 (%)", "Gain over static line (points)"]
+    heads += ["Of the reachable gap", "Of the oracle gap", "Static, reachable, oracle (%)"]
+    head = "".join(f'<th class="{"number" if k > 1 else ""}" scope="col">{h}</th>' for k, h in enumerate(heads))
+    order = sorted(info.results, key=lambda r: (r.budget_share, info.kinds.index(r.router)))
+    body = "".join(_row(result) for result in order)
+    return f'<div class="scroll"><table class="wide"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _row(result: RouterResult) -> str:
+    badge = '<span class="badge bad">collapsed</span>' if result.is_collapsed else ""
+    limits = (result.static_top1, result.reachable_top1, result.oracle_top1)
+    cells = [
+        f"<td>{percent(result.budget_share, 0)}</td>",
+        f'<td>{escape(router_name(result.router))}{badge}<span class="sub">{escape(result.name)}</span></td>',
+        _number(significant(result.madds_m)),
+        _number(f"{100 * result.top1:.1f}"),
+        _gain(result),
+        _number(_share(result.reachable_share)),
+        _number(_share(result.oracle_share)),
+        _number(" / ".join("–" if value is None else f"{100 * value:.1f}" for value in limits)),
+    ]
+    return f"<tr>{''.join(cells)}</tr>"
+
+
+def _gain(result: RouterResult) -> str:
+    if result.gain is None:
+        return _number("–")
+    gain, low, high = result.gain
+    kind = "good" if low > 0 else "bad" if high < 0 else ""
+    interval = f'<span class="sub">{signed(100 * low)} to {signed(100 * high)}</span>'
+    return f'<td class="number"><span class="{kind}">{signed(100 * gain)}</span>{interval}</td>'
+
+
+def _share(share: float | None) -> str:
+    """A share may be negative, or above the whole where a router beats what was taken for the ceiling."""
+    return "–" if share is None else f"{signed(100 * share, 0)} %".removeprefix("+")
+
+
+def _number(text: str) -> str:
+    return f'<td class="number">{escape(text)}</td>'

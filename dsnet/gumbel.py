@@ -1,0 +1,27 @@
+"""Choices that are hard in the forward pass and soft in the backward pass: the straight-through Gumbel-softmax (arXiv 1611.01144)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def gumbel_noise(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Standard Gumbel noise, float32 and finite, on the generator's device."""
+    uniform = torch.rand(shape, generator=generator, device=generator.device)
+    tiny = torch.finfo(uniform.dtype).tiny
+    exponential = -torch.log(uniform.clamp_min(tiny))
+    return -torch.log(exponential.clamp_min(tiny))
+
+
+def straight_through(logits: Tensor, noise: Tensor, temperature: float) -> Tensor:
+    """Weights [B, K] whose value is exactly the one-hot argmax of p = softmax((logits + noise) / temperature), with the gradient of p.
+
+    Args:
+        logits: [B, K]; -inf for what cannot be chosen: it gets neither weight nor gradient.
+        noise: [B, K]; zeros for none.
+        temperature: above 0.
+    """
+    p = ((logits + noise) / temperature).softmax(1)
+    hard = torch.zeros_like(p).scatter_(1, p.detach().argmax(1, keepdim=True), 1.0)
+    return hard + (p - p.detach())  # in this order: the bracket is exactly zero, so that no weight is rounded

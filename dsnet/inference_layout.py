@@ -1,0 +1,45 @@
+"""Plain modules made fast without changing what they compute: channels last, and 1x1 convolutions as one matrix product.
+
+Measured on one CPU thread (DS-MBNet and DS-ResNet at 32 pixels): torch runs a 1x1 convolution of 1 to 15 images as one product per image,
+which for many channels on few positions costs up to five times a single product over all positions of all images; with channels last
+that product needs no copy. Depthwise convolutions and poolings gain 1.4x at batch 1 and up to 8x at batch 64 from the layout.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class PointwiseConv2d(nn.Conv2d):
+    """A 1x1 convolution of stride 1 as one product over all positions of all images; the answer is in channels last."""
+
+    @classmethod
+    def of(cls, conv: nn.Conv2d) -> PointwiseConv2d:
+        """The same convolution; its weights are shared, not copied."""
+        pointwise = cls(conv.in_channels, conv.out_channels, 1, bias=conv.bias is not None, device="meta")
+        pointwise.weight, pointwise.bias = conv.weight, conv.bias
+        return pointwise.train(conv.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, c, H, W] -> [B, c', H, W]."""
+        return F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+
+
+def lay_out_for_inference(module: nn.Module) -> nn.Module:
+    """Turn the convolutions of a plain module channels last, and its 1x1 ones into products, in place; returns `module`.
+
+    Whatever the layout of its input, everything behind the first convolution is then channels last.
+    """
+    for name, part in list(module.named_modules()):
+        if is_pointwise(part):
+            assert isinstance(part, nn.Conv2d)
+            owner, _, attribute = name.rpartition(".")
+            setattr(module.get_submodule(owner), attribute, PointwiseConv2d.of(part))
+    return module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def is_pointwise(part: nn.Module) -> bool:
+    """Whether it is a convolution that mixes the channels of single positions."""
+    return isinstance(part, nn.Conv2d) and (part.kernel_size, part.stride, part.groups) == ((1, 1), (1, 1), 1)

@@ -1,0 +1,217 @@
+"""Cascades: run a cheap route, look at what it says, then stop or run a wider one too. They pay for both, the trunk once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dsnet.routers.base import STOP, Evidence, Executed
+from dsnet.routers.gate import ROUNDING_TIE
+from dsnet.routers.head import Head
+
+Values = TypeVar("Values", Tensor, NDArray[np.float64])
+
+
+@dataclass(frozen=True)
+class CascadeRouter:
+    """Run the first route; where its largest probability is below the threshold, run the second too.
+
+    Where both are the same route, there is nothing to go on to.
+    """
+
+    first: int
+    second: int
+    threshold: float
+    """In [0, 1]; -inf never runs the second route, +inf always does."""
+
+    kind = "cascade"
+    num_gates = 1
+    max_runs = 2
+    needs = ()
+    tie = ROUNDING_TIE
+
+    @property
+    def routes(self) -> tuple[int, ...]:
+        """Both."""
+        return tuple(sorted({self.first, self.second}))
+
+    def decision_madds(self, routes: Tensor) -> Tensor:
+        """A comparison: none."""
+        return torch.zeros_like(routes)
+
+    def step(self, evidence: Evidence, executed: Sequence[Executed]) -> Tensor:
+        """First, then second or STOP, then STOP."""
+        if not executed:
+            return evidence.same(self.first)
+        if len(executed) == 1 and self.first != self.second:
+            confidence = executed[0].summary["confidence"].double()
+            return torch.where(self.goes_on(confidence), self.second, STOP)
+        return evidence.same(STOP)
+
+    def goes_on(self, confidence: Values) -> Values:
+        """Whether the second route runs too, for float64 confidences of the first: a tensor or an array."""
+        return confidence < self.threshold  # type: ignore[return-value]
+
+    def margin(self, evidence: Evidence, executed: Sequence[Executed]) -> Tensor:
+        """Distance of the first route's confidence to the threshold."""
+        if len(executed) == 1 and self.first != self.second:
+            return (executed[0].summary["confidence"].double() - self.threshold).abs()
+        return evidence.no_choice
+
+    def over(self, position: Mapping[int, int]) -> CascadeRouter:
+        """The same cascade over other ids."""
+        return replace(self, first=position[self.first], second=position[self.second])
+
+    def to_arrays(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Two routes; the threshold as a tensor, which unlike JSON holds an infinity."""
+        threshold = torch.tensor([self.threshold], dtype=torch.float64)
+        return {"threshold": threshold}, {"kind": self.kind, "first": self.first, "second": self.second}
+
+    @classmethod
+    def from_arrays(cls, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> CascadeRouter:
+        """Rebuild it."""
+        return cls(values["first"], values["second"], float(tensors["threshold"][0]))
+
+
+NUM_SORTED = 10
+"""The learned cascade reads so many of the largest logits, in falling order."""
+MAX_NAMED_CLASSES = 100
+"""It also reads the logits by class where there are no more classes: some classes are harder than others."""
+HALF_TIE = 2e-3
+"""A routing table holds logits in half precision, 2 ** -11 of their size off: two such steps, where one is rounded otherwise."""
+EXACT_SHARE = ROUNDING_TIE / HALF_TIE
+"""Of that, what is stored in single precision is off by this share."""
+
+
+def answer_features(executed: Executed, num_classes: int) -> Tensor:
+    """What a learned cascade reads of a route's answer: float32 [B, D].
+
+    Confidence, margin and entropy; the largest logits by rank, relative to the largest; and where there are few classes the centred logits
+    by class. Logits are rounded to half precision first, as a routing table keeps them.
+    """
+    logits = executed.logits.half().float()
+    summary = executed.summary
+    ranked = logits.topk(min(NUM_SORTED, logits.shape[1]), dim=1).values
+    parts = [
+        torch.stack([summary[name].float() for name in ("confidence", "margin", "entropy")], dim=1),
+        ranked[:, 1:] - ranked[:, :1],
+    ]
+    if num_classes <= MAX_NAMED_CLASSES:
+        parts.append(logits - logits.mean(1, keepdim=True))
+    return torch.cat(parts, dim=1)
+
+
+def num_answer_features(num_classes: int) -> int:
+    """Columns of `answer_features`."""
+    return 3 + min(NUM_SORTED, num_classes) - 1 + (num_classes if num_classes <= MAX_NAMED_CLASSES else 0)
+
+
+def answer_error_sizes(executed: Executed, num_classes: int) -> Tensor:
+    """How far the features of an answer may be off, [B, D] in units of `HALF_TIE`: logits are rounded, the summary is of exact ones."""
+    logits = executed.logits.half().float().abs()
+    ranked = executed.logits.half().float().topk(min(NUM_SORTED, logits.shape[1]), dim=1).values.abs()
+    summary = torch.stack([executed.summary[name].float() for name in ("confidence", "margin", "entropy")], dim=1)
+    parts = [summary.abs() * EXACT_SHARE, ranked[:, 1:] + ranked[:, :1]]
+    if num_classes <= MAX_NAMED_CLASSES:
+        parts.append(logits)
+    return torch.cat(parts, dim=1)
+
+
+@dataclass(frozen=True)
+class LearnedCascadeRouter:
+    """Run the first route; from its answer and the gate's evidence decide to stop or which wider route to run too (ours)."""
+
+    first: int
+    head: Head
+    """Scores of stopping and of each wider route, in the order of `options`, from the answer's features and the evidence."""
+    offset: Tensor
+    """float64 [R]: beta * cost, subtracted from the scores."""
+    options: tuple[int, ...]
+    """The first route itself, which means to stop, and the wider routes."""
+    num_classes: int
+    evidence_parts: tuple[str, ...] = ()
+    """Parts of the evidence that it reads beside the answer."""
+    pooling_madds: int = 0
+
+    kind = "learned_cascade"
+    num_gates = 1
+    max_runs = 2
+    tie = HALF_TIE
+
+    def __post_init__(self) -> None:
+        if self.first not in self.options:
+            raise ValueError(
+                f"the first route {self.first} must be among the options {self.options}: taking it means to stop"
+            )
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """What it reads beside the first route's answer."""
+        return self.evidence_parts
+
+    @property
+    def routes(self) -> tuple[int, ...]:
+        """All of them, rising."""
+        return tuple(sorted(self.options))
+
+    def decision_madds(self, routes: Tensor) -> Tensor:
+        """Poolings and head, after the first route."""
+        return torch.full_like(routes, self.pooling_madds + self.head.madds)
+
+    def _features(self, evidence: Evidence, answer: Executed) -> Tensor:
+        parts = [answer_features(answer, self.num_classes), *(evidence[part] for part in self.evidence_parts)]
+        return torch.cat(parts, dim=1)
+
+    def step(self, evidence: Evidence, executed: Sequence[Executed]) -> Tensor:
+        """First, then one of the wider routes or STOP, then STOP."""
+        if not executed:
+            return evidence.same(self.first)
+        if len(executed) > 1:
+            return evidence.same(STOP)
+        scores = self.head(self._features(evidence, executed[0])) - self.offset.to(evidence.device)
+        answers = [STOP if option == self.first else option for option in self.options]
+        return torch.tensor(answers, device=evidence.device)[scores.argmax(1)]
+
+    def margin(self, evidence: Evidence, executed: Sequence[Executed]) -> Tensor:
+        """Of the winning score over the next."""
+        if len(executed) != 1:
+            return evidence.no_choice
+        answer = executed[0]
+        known = [evidence[part].abs() * EXACT_SHARE for part in self.evidence_parts]
+        sizes = torch.cat([answer_error_sizes(answer, self.num_classes), *known], dim=1)
+        return self.head.lead(self._features(evidence, answer), self.offset, sizes)
+
+    def over(self, position: Mapping[int, int]) -> LearnedCascadeRouter:
+        """The same cascade over other ids."""
+        return replace(self, first=position[self.first], options=tuple(position[option] for option in self.options))
+
+    def to_arrays(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Head and offset; routes and what it reads."""
+        values = {
+            "kind": self.kind,
+            "first": self.first,
+            "options": list(self.options),
+            "num_classes": self.num_classes,
+            "evidence_parts": list(self.evidence_parts),
+            "pooling_madds": self.pooling_madds,
+        }
+        return {**self.head.tensors("head."), "offset": self.offset}, values
+
+    @classmethod
+    def from_arrays(cls, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> LearnedCascadeRouter:
+        """Rebuild it."""
+        return cls(
+            first=values["first"],
+            head=Head.from_tensors(tensors, "head."),
+            offset=tensors["offset"].double(),
+            options=tuple(values["options"]),
+            num_classes=values["num_classes"],
+            evidence_parts=tuple(values["evidence_parts"]),
+            pooling_madds=values["pooling_madds"],
+        )

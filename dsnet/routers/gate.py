@@ -1,0 +1,134 @@
+"""Gates that decide once, before the rest of the network has run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsnet.cost import gate_madds
+from dsnet.routers.base import STOP, Evidence, Executed
+from dsnet.routers.head import Head
+
+ROUNDING_TIE = 1e-5
+"""Float32 features differ by so much, relatively, between processors and batch sizes."""
+
+
+@dataclass(frozen=True)
+class GateRouter:
+    """The published gate: a bias-free slimming head on the attention's hidden vector; the largest calibrated logit wins (METHODS 4).
+
+    Decisions are taken in float64, from float32 inputs, so that the same hidden vector gives the same route on every path.
+    """
+
+    weight: Tensor
+    """float64 [R, hidden]: a row per route of the routing space."""
+    offset: Tensor
+    """float64 [R]: beta * cost, subtracted from the logits (calibration to the target MAdds)."""
+    routes: tuple[int, ...]
+    """The routing space: ids in the SubnetSet, one per row."""
+
+    kind = "gate"
+    num_gates = 1
+    max_runs = 1
+    tie = ROUNDING_TIE
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Only the hidden vector."""
+        return ("hidden",)
+
+    def decision_madds(self, routes: Tensor) -> Tensor:
+        """One product with the head, whatever the route."""
+        return torch.full_like(routes, gate_madds(self.weight.shape[1], self.weight.shape[0]))
+
+    def scores(self, hidden: Tensor) -> Tensor:
+        """Calibrated logits, float64 [B, R]."""
+        device = hidden.device
+        return hidden.double() @ self.weight.to(device).T - self.offset.to(device)
+
+    def step(self, evidence: Evidence, executed: Sequence[Executed]) -> Tensor:
+        """Decide once, then stop."""
+        if executed:
+            return evidence.same(STOP)
+        return torch.tensor(self.routes, device=evidence.device)[self.scores(evidence["hidden"]).argmax(1)]
+
+    def margin(self, evidence: Evidence, executed: Sequence[Executed]) -> Tensor:
+        """Of the winning score over the next."""
+        if executed:
+            return evidence.no_choice
+        return Head(self.weight).lead(evidence["hidden"], self.offset)
+
+    def over(self, position: Mapping[int, int]) -> GateRouter:
+        """The same gate over other ids."""
+        return replace(self, routes=tuple(position[route] for route in self.routes))
+
+    def to_arrays(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Weight and offset; the routing space."""
+        return {"weight": self.weight, "offset": self.offset}, {"kind": "gate", "routes": list(self.routes)}
+
+    @classmethod
+    def from_arrays(cls, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> GateRouter:
+        """Rebuild it."""
+        return cls(tensors["weight"].double(), tensors["offset"].double(), tuple(values["routes"]))
+
+
+RICH_EVIDENCE = ("mean", "deviation", "maximum", "hidden")
+"""What a gate with richer evidence reads: three poolings of the gate's input, and the hidden vector."""
+
+
+@dataclass(frozen=True)
+class EvidenceGateRouter:
+    """A gate at the published place that sees more: mean, deviation and maximum of each channel, through a small perceptron (ours)."""
+
+    head: Head
+    """On the parts of `RICH_EVIDENCE`, one after the other."""
+    offset: Tensor
+    """float64 [R]: beta * cost, subtracted from the scores."""
+    routes: tuple[int, ...]
+    pooling_madds: int
+    """MAdds of the poolings that the attention does not make anyhow: deviation and maximum."""
+
+    kind = "evidence_gate"
+    num_gates = 1
+    max_runs = 1
+    tie = ROUNDING_TIE
+    needs = RICH_EVIDENCE
+
+    def decision_madds(self, routes: Tensor) -> Tensor:
+        """Poolings and head, whatever the route."""
+        return torch.full_like(routes, self.pooling_madds + self.head.madds)
+
+    def _features(self, evidence: Evidence) -> Tensor:
+        return torch.cat([evidence[part] for part in self.needs], dim=1)
+
+    def step(self, evidence: Evidence, executed: Sequence[Executed]) -> Tensor:
+        """Decide once, then stop."""
+        if executed:
+            return evidence.same(STOP)
+        scores = self.head(self._features(evidence)) - self.offset.to(evidence.device)
+        return torch.tensor(self.routes, device=evidence.device)[scores.argmax(1)]
+
+    def margin(self, evidence: Evidence, executed: Sequence[Executed]) -> Tensor:
+        """Of the winning score over the next."""
+        if executed:
+            return evidence.no_choice
+        return self.head.lead(self._features(evidence), self.offset)
+
+    def over(self, position: Mapping[int, int]) -> EvidenceGateRouter:
+        """The same gate over other ids."""
+        return replace(self, routes=tuple(position[route] for route in self.routes))
+
+    def to_arrays(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Head and offset; routing space and cost."""
+        values = {"kind": self.kind, "routes": list(self.routes), "pooling_madds": self.pooling_madds}
+        return {**self.head.tensors("head."), "offset": self.offset}, values
+
+    @classmethod
+    def from_arrays(cls, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> EvidenceGateRouter:
+        """Rebuild it."""
+        head = Head.from_tensors(tensors, "head.")
+        return cls(head, tensors["offset"].double(), tuple(values["routes"]), values["pooling_madds"])

@@ -1,0 +1,92 @@
+"""From features to a score per option: the published bias-free linear head, or a small perceptron. Decisions are taken in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Head:
+    """One or two layers; in float64, from float32 inputs, so that the same features give the same route on every path."""
+
+    weight: Tensor
+    """float64 [R, hidden], or [R, D] where there is one layer."""
+    bias: Tensor | None = None
+    """float64 [R]"""
+    inner_weight: Tensor | None = None
+    """float64 [hidden, D] of the first of two layers, which a ReLU follows; None where there is one."""
+    inner_bias: Tensor | None = None
+    """float64 [hidden]"""
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """[B, D] -> float64 [B, R]."""
+        device = features.device
+        x = features.double()
+        if self.inner_weight is not None and self.inner_bias is not None:
+            x = torch.addmm(self.inner_bias.to(device), x, self.inner_weight.to(device).T).relu_()
+        weight = self.weight.to(device).T
+        return x @ weight if self.bias is None else torch.addmm(self.bias.to(device), x, weight)
+
+    def lead(self, features: Tensor, offset: Tensor, sizes: Tensor | None = None) -> Tensor:
+        """How far the best calibrated score is ahead of the next, relative to what errors of the features do to it: float64 [B].
+
+        With independent errors of standard deviation e * `sizes`, the difference of the two scores is off by about e in the unit of what
+        is returned; hidden units count as independent, and as if all were active, since an error may switch one on. Infinite for a single
+        option; 0 for equal scores.
+
+        Args:
+            features: [B, D].
+            offset: float64 [R], subtracted from the scores; +inf for an option that is not there.
+            sizes: [B, D] of the features' errors, in units of the relative one; their own magnitude where not given.
+        """
+        scores = self(features) - offset.to(features.device)
+        if scores.shape[1] == 1:
+            return torch.full_like(scores[:, 0], torch.inf)
+        best = scores.topk(2, dim=1)
+        gap = best.values[:, 0] - best.values[:, 1]
+        slope = (self.weight[best.indices[:, 0].cpu()] - self.weight[best.indices[:, 1].cpu()]).to(features.device)
+        variance = (features if sizes is None else sizes).double().square()
+        if self.inner_weight is not None:
+            variance = variance @ self.inner_weight.to(features.device).square().T
+        error = (slope.square() * variance).sum(1).sqrt()
+        return torch.where(gap == 0, 0.0, gap / error)
+
+    @property
+    def num_options(self) -> int:
+        """R."""
+        return len(self.weight)
+
+    @property
+    def madds(self) -> int:
+        """Of one image; biases are free."""
+        return self.weight.numel() + (0 if self.inner_weight is None else self.inner_weight.numel())
+
+    @property
+    def num_parameters(self) -> int:
+        """Weights and biases."""
+        return sum(value.numel() for value in self.tensors("").values())
+
+    def tensors(self, prefix: str) -> dict[str, Tensor]:
+        """What `from_tensors` reads back."""
+        parts = {
+            "weight": self.weight,
+            "bias": self.bias,
+            "inner_weight": self.inner_weight,
+            "inner_bias": self.inner_bias,
+        }
+        return {prefix + name: value for name, value in parts.items() if value is not None}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], prefix: str) -> Head:
+        """Rebuild a head.
+
+        Raises:
+            KeyError: it has no weight.
+        """
+        names = ("bias", "inner_weight", "inner_bias")
+        optional = {name: tensors[prefix + name].double() for name in names if prefix + name in tensors}
+        return cls(tensors[prefix + "weight"].double(), **optional)

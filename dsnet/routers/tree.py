@@ -1,0 +1,131 @@
+"""Gates at every stage: each chooses the next stage's widths from what the stages before it have computed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsnet.route_tree import RouteTree
+from dsnet.routers.base import STOP, Evidence, Executed
+from dsnet.routers.gate import RICH_EVIDENCE, ROUNDING_TIE
+from dsnet.routers.head import Head
+
+
+@dataclass(frozen=True)
+class GatesRouter:
+    """A head at every node of every gate that has a choice; the largest calibrated score decides which branch an image takes.
+
+    The published DS-ResNet has one slimming head per gate, on the hidden vector, which all nodes of the gate share; with richer evidence,
+    whose length depends on the widths so far, each node has its own small perceptron (ours).
+    """
+
+    tree: RouteTree
+    """Of `routes`, in their order."""
+    routes: tuple[int, ...]
+    """The routing space: a route id per column of the tree."""
+    heads: tuple[tuple[Head, ...], ...]
+    """[gate][node] scores of the gate's choices, in their order. Nodes may share one head."""
+    offsets: tuple[tuple[Tensor, ...], ...]
+    """[gate][node] float64 [choices]: beta * cost of the branch; +inf for a choice that the node lacks."""
+    needs: tuple[str, ...] = ("hidden",)
+    """`("hidden",)` as published, or `RICH_EVIDENCE`."""
+    pooling_madds: tuple[tuple[int, ...], ...] = ()
+    """[gate][node] MAdds of the poolings that the attention does not make anyhow; empty for none."""
+
+    tie = ROUNDING_TIE
+    max_runs = 1
+
+    @property
+    def kind(self) -> str:
+        """`gates`, or `evidence_gates` where they see more."""
+        return "evidence_gates" if self.needs == RICH_EVIDENCE else "gates"
+
+    @property
+    def num_gates(self) -> int:
+        """All of the network's."""
+        return len(self.tree.gates)
+
+    def decision_madds(self, routes: Tensor) -> Tensor:
+        """Every decision on the way: head and poolings of each node passed."""
+        by_route = torch.zeros(max(self.routes) + 1, dtype=torch.int64)
+        for column, route in enumerate(self.routes):
+            by_route[route] = sum(
+                self._node_madds(gate, nodes.node_of[column]) for gate, nodes in enumerate(self.tree.gates)
+            )
+        return by_route.to(routes.device)[routes]
+
+    def _node_madds(self, gate: int, node: int) -> int:
+        pooling = self.pooling_madds[gate][node] if self.pooling_madds else 0
+        return self.heads[gate][node].madds + pooling
+
+    def _node(self, evidence: Evidence) -> int:
+        """In this router's own tree."""
+        return self.tree.gates[evidence.gate].node_of[self.routes.index(evidence.route)] if evidence.gate > 0 else 0
+
+    def _features(self, evidence: Evidence) -> Tensor:
+        return torch.cat([evidence[part] for part in self.needs], dim=1)
+
+    def step(self, evidence: Evidence, executed: Sequence[Executed]) -> Tensor:
+        """The best branch's first route (any route of the branch fixes the path up to the next gate); STOP once a route has run."""
+        if executed:
+            return evidence.same(STOP)
+        branches, node = self.tree.gates[evidence.gate], self._node(evidence)
+        first_route = torch.full((branches.num_choices,), STOP, dtype=torch.int64)
+        for column in reversed(branches.routes_at(node)):
+            first_route[branches.choice_of[column]] = self.routes[column]
+        offset = self.offsets[evidence.gate][node].to(evidence.device)
+        scores = self.heads[evidence.gate][node](self._features(evidence)) - offset
+        return first_route.to(evidence.device)[scores.argmax(1)]
+
+    def margin(self, evidence: Evidence, executed: Sequence[Executed]) -> Tensor:
+        """Of the winning branch over the next one."""
+        if executed:
+            return evidence.no_choice
+        node = self._node(evidence)
+        return self.heads[evidence.gate][node].lead(self._features(evidence), self.offsets[evidence.gate][node])
+
+    def over(self, position: Mapping[int, int]) -> GatesRouter:
+        """The same gates over other ids."""
+        return replace(self, routes=tuple(position[route] for route in self.routes))
+
+    def to_arrays(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Heads and offsets by gate and node; a head that nodes share is stored once."""
+        tensors: dict[str, Tensor] = {}
+        owners: list[list[int]] = []
+        for gate, heads in enumerate(self.heads):
+            owners.append([])
+            for node, head in enumerate(heads):
+                owner = next(index for index, other in enumerate(heads) if other is head)
+                owners[-1].append(owner)
+                if owner == node:
+                    tensors |= head.tensors(f"head.{gate}.{node}.")
+                tensors[f"offset.{gate}.{node}"] = self.offsets[gate][node]
+        values = {
+            "kind": self.kind,
+            "routes": list(self.routes),
+            "tree": self.tree.to_json(),
+            "owners": owners,
+            "pooling_madds": [list(row) for row in self.pooling_madds],
+        }
+        return tensors, values
+
+    @classmethod
+    def from_arrays(cls, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> GatesRouter:
+        """Rebuild it."""
+        heads, offsets = [], []
+        for gate, owners in enumerate(values["owners"]):
+            own = {owner: Head.from_tensors(tensors, f"head.{gate}.{owner}.") for owner in set(owners)}
+            heads.append(tuple(own[owner] for owner in owners))
+            offsets.append(tuple(tensors[f"offset.{gate}.{node}"].double() for node in range(len(owners))))
+        return cls(
+            tree=RouteTree.from_json(values["tree"]),
+            routes=tuple(values["routes"]),
+            heads=tuple(heads),
+            offsets=tuple(offsets),
+            needs=("hidden",) if values["kind"] == "gates" else RICH_EVIDENCE,
+            pooling_madds=tuple(tuple(row) for row in values["pooling_madds"]),
+        )

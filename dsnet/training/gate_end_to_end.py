@@ -1,0 +1,390 @@
+"""Stage II on images: the slimming heads of a frozen supernet, trained end to end (METHODS 4 and 5).
+
+What table training sums exactly is sampled here: straight-through Gumbel choices, the task's loss through the network, for one gate or
+for several whose choices multiply. It is the published way, and the oracle beside which table training is measured.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dsnet.cost import gate_madds, subnet_cost
+from dsnet.data.augment import Augmentation, augment
+from dsnet.data.normalization import Normalization
+from dsnet.errors import NonFiniteLossError, StoppedError
+from dsnet.gumbel import gumbel_noise
+from dsnet.losses import complexity
+from dsnet.seeds import derive_seed
+from dsnet.space import Subnet, SubnetSet
+from dsnet.supernet import Supernet
+from dsnet.training.gate_mixing import Answers, Chooser, GatedSupernet, Mixed
+from dsnet.training.gate_settings import GateSettings
+
+END_TO_END_KINDS = ("gate", "gates")
+"""The published gates: linear slimming heads on hidden vectors."""
+SMALLEST_SCALE = 1e-6
+"""A hidden unit that is always zero is left alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EndToEndSettings:
+    """What only training on images needs; the rest, the batch size too, is `GateSettings`."""
+
+    epochs: int = 30
+    """Passes over the gate split; they take the place of `GateSettings.steps`."""
+    augmentation: Augmentation | None = None
+    """Of the images that train; None = none."""
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1:
+            raise ValueError(f"gate.end_to_end.epochs is {self.epochs}, but must be at least 1")
+
+
+@dataclass(frozen=True, eq=False)
+class GateImages:
+    """The gate split: images that the supernet was not trained on."""
+
+    images: Tensor
+    """uint8 [N, C, H, W], on the CPU: batches move to where the supernet is."""
+    labels: Tensor
+    """int64 [N]"""
+    normalization: Normalization
+    """What the supernet was trained with."""
+
+    def __post_init__(self) -> None:
+        if not 0 < len(self.images) == len(self.labels):
+            raise ValueError(
+                f"gate training needs images and as many labels, has {len(self.images)} and {len(self.labels)}"
+            )
+
+
+@dataclass(frozen=True)
+class PathCosts:
+    """MAdds of every route of a routing space, all its decisions included, and the target in the same unit (CONTRACTS, Target)."""
+
+    madds: Tensor
+    """float64 [R]"""
+    switched: tuple[Tensor, ...]
+    """For each gate float64 [R, K]: MAdds of each route with that gate's choice exchanged and all others kept."""
+    target: float
+    """Clamped into the routing space's range."""
+    widest: float
+    """MAdds of the costliest member of the whole set."""
+
+    @classmethod
+    def of(cls, subnets: SubnetSet, gated: GatedSupernet, settings: GateSettings, image_size: int) -> PathCosts:
+        """Count them, for square images of `image_size` pixels."""
+        costs: dict[tuple[int, ...], float] = {}
+
+        def madds_of(widths: tuple[int, ...]) -> float:
+            if widths not in costs:
+                costs[widths] = float(subnet_cost(subnets.spec, Subnet("path", widths), image_size).madds)
+            return costs[widths]
+
+        decision = sum(gate_madds(hidden, num_choices) for num_choices, hidden in gated.head_shapes)
+        madds = torch.tensor([madds_of(subnet.widths) for subnet in gated.subnets], dtype=torch.float64) + decision
+        switched = []
+        for gate, (num_choices, _) in enumerate(gated.head_shapes):
+            table = torch.zeros((len(gated.subnets), num_choices), dtype=torch.float64)
+            for choice, widths in _widths_by_choice(subnets, gated, gate).items():
+                for position, subnet in enumerate(gated.subnets):
+                    table[position, choice] = madds_of(_exchanged(subnet.widths, *widths)) + decision
+            switched.append(table)
+        every = [madds_of(subnet.widths) for subnet in subnets]
+        low, high = min(every), max(every)
+        wanted = low + settings.target * (high - low)
+        if settings.target_madds_m is not None:
+            wanted = settings.target_madds_m * 1e6
+        target = min(max(wanted, float(madds.min())), float(madds.max()))
+        return cls(madds, tuple(switched), target, high)
+
+    def expected(self, mixed: Mixed) -> Tensor:
+        """Mean MAdds of a batch (scalar).
+
+        In value exactly those of the chosen routes; the gradient of a gate's weight is what a route costs with that choice and the
+        others as they fell: that of the sum over all paths of the product of their weights.
+        """
+        total = self._relative(self.madds, mixed)
+        for weights, table in zip(mixed.weights, self.switched, strict=True):
+            total = total + ((weights - weights.detach()) * self._relative(table, mixed)).sum(1)
+        return total.mean() * self.widest
+
+    def _relative(self, table: Tensor, mixed: Mixed) -> Tensor:
+        """Of each image's route, in units of the widest: float32 would not hold MAdds to the digit."""
+        rows = table[mixed.positions.cpu()] / self.widest
+        return rows.to(mixed.logits.device, mixed.logits.dtype)
+
+
+def _widths_by_choice(subnets: SubnetSet, gated: GatedSupernet, gate: int) -> dict[int, tuple[int, tuple[int, ...]]]:
+    """For each choice of a gate that some route takes: the first channel group that it decides, and the widths that it gives."""
+    spec = subnets.spec
+    start = spec.num_prefix_groups(gate)
+    stop = spec.num_prefix_groups(gate + 1) if gate + 1 < gated.num_gates else len(spec.groups)
+    choices = gated.tree.gates[gate].choice_of
+    return {choice: (start, own.widths[start:stop]) for choice, own in zip(choices, gated.subnets, strict=True)}
+
+
+def _exchanged(widths: tuple[int, ...], start: int, new: tuple[int, ...]) -> tuple[int, ...]:
+    return widths[:start] + new + widths[start + len(new) :]
+
+
+def sgs_targets(answers: Tensor, labels: Tensor, settings: GateSettings) -> Tensor:
+    """What sandwich gate sparsification asks for, image by image (precedence easy > hard > dependent).
+
+    Args:
+        answers: logits [B, R, num_classes] of routes from the cheapest to the costliest; `extremes` reads the first and the last.
+        labels: int64 [B].
+        settings: strategy, target and thresholds.
+
+    Returns:
+        int64 [B]: which of these routes.
+    """
+    num_routes = answers.shape[1]
+    is_right = answers.argmax(2) == labels[:, None]
+    p = answers.float().softmax(2).gather(2, labels[:, None, None].expand(-1, num_routes, 1))[:, :, 0]
+    largest = num_routes - 1
+    given_up = largest if settings.strategy == "try_best" else 0
+    if settings.sgs_target == "cheapest":
+        return torch.where(is_right.any(1), is_right.int().argmax(1), given_up)
+    easy = is_right[:, 0] & (p[:, 0] >= settings.t_easy)
+    hard = ~is_right[:, -1] | (p[:, -1] < settings.t_hard)
+    return torch.where(easy, 0, torch.where(hard, given_up, largest))
+
+
+def sgs_loss(gated: GatedSupernet, answers: Answers, choosers: Sequence[Chooser], targets: Tensor) -> Tensor:
+    """Mean cross-entropy of the gates' logits against the target paths: the sum over the gates that each path passes (scalar).
+
+    A gate is asked at the path's own node, wherever the sampled choices have led the image.
+
+    Args:
+        gated: the gates.
+        answers: hold the hidden vectors at the nodes of all target paths.
+        choosers: one for each gate; noise and temperature are not used.
+        targets: int64 [B], positions in the routing space.
+    """
+    total = answers.logits.new_zeros(())
+    for (gate, node), hidden in answers.hidden.items():
+        branches = gated.tree.gates[gate]
+        rows = torch.nonzero(torch.tensor(branches.node_of, device=targets.device)[targets] == node)[:, 0]
+        choices = torch.tensor(branches.choice_of, device=targets.device)[targets[rows]]
+        logits = choosers[gate].logits(hidden[rows], gated.allowed(gate, node))
+        total = total + F.cross_entropy(logits, choices, reduction="sum")
+    return total / len(targets)
+
+
+class GateObjective:
+    """The loss of Stage II on a batch of images."""
+
+    def __init__(self, supernet: Supernet, settings: GateSettings, image_size: int) -> None:
+        """Args:
+        supernet: frozen, in eval mode.
+        settings: losses, router and routing space.
+        image_size: pixels a side.
+
+        Raises:
+            ValueError: the router is none of `END_TO_END_KINDS`, a loss is on that only table training has, or the routing space holds
+                ids that the set does not have.
+        """
+        if settings.router not in END_TO_END_KINDS:
+            raise ValueError(
+                f"gate.trainer end_to_end trains the routers {' and '.join(END_TO_END_KINDS)}, not {settings.router!r}; "
+                "use gate.trainer table"
+            )
+        if settings.lambda_quality:
+            raise ValueError(
+                f"gate.losses.quality is {settings.lambda_quality}, but end-to-end training knows only the published losses; "
+                "set it to 0 or use gate.trainer table"
+            )
+        num_routes = len(supernet.subnets)
+        routes = settings.routes or tuple(range(num_routes))
+        if list(routes) != sorted(set(routes)) or not 0 <= routes[0] <= routes[-1] < num_routes:
+            raise ValueError(f"the routing space {routes} must be increasing ids in 0..{num_routes - 1}")
+        self.settings = settings
+        self.gated = GatedSupernet(supernet, routes, decides_once=settings.router == "gate")
+        self.costs = PathCosts.of(supernet.subnets, self.gated, settings, image_size)
+        by_cost = self.costs.madds.argsort(stable=True).tolist()
+        self.extremes = (by_cost[0], by_cost[-1])
+        needs_all = self.gated.num_gates == 1 or settings.sgs_target == "cheapest"
+        self.asked: tuple[int, ...] = tuple(by_cost) if needs_all else self.extremes
+        """Positions in the routing space of the routes whose answers a batch needs, by cost."""
+
+    def __call__(self, images: Tensor, labels: Tensor, choosers: Sequence[Chooser]) -> Tensor:
+        """lambda_cls CE + lambda_sgs SGS + lambda_complexity C(E[MAdds]) of normalised images [B, C, H, W] (scalar)."""
+        settings, gated = self.settings, self.gated
+        answers = gated.answers(images, self.asked)
+        mixed = self.mixed(answers, choosers)
+        targets = torch.tensor(self.asked, device=labels.device)[sgs_targets(answers.logits, labels, settings)]
+        cls = F.cross_entropy(mixed.logits, labels)
+        sgs = sgs_loss(gated, answers, choosers, targets)
+        cost = complexity(self.costs.expected(mixed), self.costs.target, self.costs.widest, settings.complexity_form)
+        return settings.lambda_cls * cls + settings.lambda_sgs * sgs + settings.lambda_complexity * cost
+
+    def mixed(self, answers: Answers, choosers: Sequence[Chooser]) -> Mixed:
+        """The batch by straight-through choices."""
+        if self.gated.num_gates == 1:
+            return self.gated.mix_answers(answers, self.asked, choosers[0])
+        return self.gated.mix_segments(answers.trunk, choosers)
+
+
+@contextmanager
+def frozen(supernet: Supernet) -> Iterator[None]:
+    """Within: eval mode, and no parameter takes a gradient."""
+    was_training = supernet.training
+    took_gradient = [parameter.requires_grad for parameter in supernet.parameters()]
+    supernet.eval().requires_grad_(False)
+    try:
+        yield
+    finally:
+        supernet.train(was_training)
+        for parameter, flag in zip(supernet.parameters(), took_gradient, strict=True):
+            parameter.requires_grad_(flag)
+
+
+class _Training:
+    """Heads under training; within `frozen`."""
+
+    def __init__(self, supernet: Supernet, data: GateImages, settings: GateSettings, rules: EndToEndSettings) -> None:
+        self.data = data
+        self.augmentation = rules.augmentation
+        self.batch_size = min(settings.batch_size, len(data.labels))
+        self.steps_per_epoch = -(-len(data.labels) // self.batch_size)
+        self.settings = replace(settings, steps=rules.epochs * self.steps_per_epoch)
+        self.objective = GateObjective(supernet, self.settings, data.images.shape[-1])
+        self.device = next(supernet.parameters()).device
+        self.scales = self._root_mean_squares()
+        self.heads = [
+            torch.zeros(shape, device=self.device, requires_grad=True) for shape in self.objective.gated.head_shapes
+        ]
+        """For hidden vectors of unit size; zero as in table training: at first all choices are equally likely."""
+        self.optimizer = _optimizer(self.heads, settings)
+        self.order, self.noise, self.pixels = (
+            torch.Generator().manual_seed(derive_seed(settings.seed, "end_to_end", stream))
+            for stream in ("order", "noise", "augmentation")
+        )
+        self.num_done = 0
+
+    def _root_mean_squares(self) -> list[Tensor]:
+        """[hidden] of each gate's hidden vectors, over the cheapest and the costliest route; folds exactly into the heads (ours)."""
+        shapes = self.objective.gated.head_shapes
+        sums = [torch.zeros(hidden, device=self.device, dtype=torch.float64) for _, hidden in shapes]
+        counts = [0] * len(shapes)
+        for rows in torch.arange(len(self.data.labels)).split(self.batch_size):
+            seen = self.objective.gated.answers(self._inputs(self.data.images[rows]), self.objective.extremes).hidden
+            for (gate, _), hidden in seen.items():
+                sums[gate] += hidden.double().pow(2).sum(0)
+                counts[gate] += len(hidden)
+        return [
+            (total / count).sqrt().clamp_min(SMALLEST_SCALE).float() for total, count in zip(sums, counts, strict=True)
+        ]
+
+    def epoch(self) -> Iterator[Tensor]:
+        """int64 [b] rows of one batch after another, in random order; the last may be smaller."""
+        yield from torch.randperm(len(self.data.labels), generator=self.order).split(self.batch_size)
+
+    def step(self, rows: Tensor) -> None:
+        """One batch.
+
+        Raises:
+            NonFiniteLossError: its loss is NaN or infinite.
+        """
+        pixels = self.data.images[rows]
+        if self.augmentation is not None:
+            pixels = augment(pixels, self.pixels, self.augmentation)
+        temperature = self.settings.temperature(self.num_done)
+        choosers = [
+            Chooser(head / scale, gumbel_noise((len(rows), len(head)), self.noise).to(self.device), temperature)
+            for head, scale in zip(self.heads, self.scales, strict=True)
+        ]
+        loss = self.objective(self._inputs(pixels), self.data.labels[rows].to(self.device), choosers)
+        if not torch.isfinite(loss):
+            raise NonFiniteLossError(
+                f"the gate's loss is {loss.item()} at step {self.num_done}; lower gate.optimizer.lr (now {self.settings.lr})"
+            )
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        self.num_done += 1
+
+    def _inputs(self, pixels: Tensor) -> Tensor:
+        return self.data.normalization.apply(pixels.to(self.device))
+
+    def result(self) -> list[Tensor]:
+        """float64 [K, hidden] each, for raw hidden vectors, on the CPU."""
+        if not all(bool(torch.isfinite(head).all()) for head in self.heads):
+            raise NonFiniteLossError(
+                f"the gate's weights are not finite after training; lower gate.optimizer.lr (now {self.settings.lr})"
+            )
+        return [
+            (head.detach().double() / scale.double()).cpu() for head, scale in zip(self.heads, self.scales, strict=True)
+        ]
+
+
+def train_end_to_end(
+    supernet: Supernet,
+    data: GateImages,
+    settings: GateSettings,
+    rules: EndToEndSettings,
+    *,
+    should_stop: Callable[[], bool] = lambda: False,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Tensor]:
+    """Train the slimming head of a `gate`, or those of `gates`, on images through the frozen supernet.
+
+    Args:
+        supernet: trained and recalibrated; it is as it was afterwards.
+        data: the `gate` split.
+        settings: router, losses, optimiser, batch size, temperatures, seed; `steps` is not read.
+        rules: epochs and augmentation.
+        should_stop: asked before every step.
+        on_progress: hears (steps done, steps in all).
+
+    Returns:
+        a head per gate that decides, float64 [K, hidden], for raw hidden vectors. `gate`: one, a row per route of the routing space.
+        `gates`: one per gate, a row per choice over the whole set, those that no route of the routing space takes among them.
+
+    Raises:
+        NonFiniteLossError: the loss or a weight became NaN or infinite.
+        StoppedError: `should_stop` said so.
+        ValueError: a setting out of its range.
+    """
+    with frozen(supernet):
+        training = _Training(supernet, data, settings, rules)
+        for _ in range(rules.epochs):
+            for rows in training.epoch():
+                if should_stop():
+                    raise StoppedError("the gate's training was stopped")
+                training.step(rows)
+                on_progress(training.num_done, training.settings.steps)
+        return training.result()
+
+
+def seconds_per_epoch(
+    supernet: Supernet, data: GateImages, settings: GateSettings, rules: EndToEndSettings, *, num_steps: int = 3
+) -> float:
+    """How long one epoch over `data` takes, from a few of its steps after one that is not timed.
+
+    Full batches are timed, and the time is scaled by the number of images.
+    """
+    with frozen(supernet):
+        training = _Training(supernet, data, settings, rules)
+        rows = next(training.epoch())
+        training.step(rows)
+        start = time.perf_counter()
+        for _ in range(num_steps):
+            training.step(rows)
+        if training.device.type == "cuda":
+            torch.cuda.synchronize(training.device)
+        return (time.perf_counter() - start) / num_steps * len(data.labels) / len(rows)
+
+
+def _optimizer(heads: Sequence[Tensor], settings: GateSettings) -> torch.optim.Optimizer:
+    if settings.optimizer == "adam":
+        return torch.optim.Adam(heads, lr=settings.lr, weight_decay=settings.weight_decay)
+    return torch.optim.SGD(heads, lr=settings.lr, momentum=0.9, nesterov=True, weight_decay=settings.weight_decay)

@@ -1,0 +1,78 @@
+"""Trials whose gates train end to end: the supernet from its checkpoint, the gate split's images as arrays that all trials share.
+
+What follows training, calibration and scoring on the `val` table, is that of every other trial.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dsnet.checkpoint import load_supernet
+from dsnet.data.normalization import Normalization
+from dsnet.supernet import Supernet
+from dsnet.training.gate import calibrate_heads
+from dsnet.training.gate_end_to_end import EndToEndSettings, GateImages, train_end_to_end
+from search.gate_trial import GateTrial, arrays_of, gate_settings
+from search.runner import OneByOne, TrialSpec
+
+IMAGES, LABELS = "gate_images", "gate_labels"
+"""Names of the shared arrays: uint8 [N, C, H, W] and int64 [N]."""
+
+
+@dataclass(frozen=True)
+class EndToEndTrial:
+    """What every end-to-end trial of a sweep shares; calling it runs one trial."""
+
+    tables: GateTrial
+    """The routing tables, the defaults of all settings, and what makes metrics."""
+    supernet: Supernet
+    data: GateImages
+    rules: EndToEndSettings
+
+    def __call__(self, spec: TrialSpec) -> tuple[dict[str, float], dict[str, NDArray[Any]]]:
+        """Train the gate of `spec` on images, then calibrate and score it on the `val` table: metrics, arrays.
+
+        Raises:
+            NonFiniteLossError: training diverged.
+            ValueError: parameters out of their range.
+        """
+        settings = gate_settings(spec.params, self.tables.defaults, self.tables.gate_table, spec.seed)
+        heads = train_end_to_end(self.supernet, self.data, settings, self.rules)
+        fit = calibrate_heads(self.tables.val_table, settings, heads)
+        return self.tables.scores.metrics(fit), arrays_of(fit)
+
+
+@dataclass(frozen=True)
+class MakeEndToEndTrial:
+    """Puts a trial function together inside a worker; it can be pickled, and holds no weights and no images itself."""
+
+    make_tables: Callable[[Mapping[str, NDArray[Any]]], GateTrial]
+    """What makes table trials from the shared arrays."""
+    checkpoint: Path
+    """Stem of the trained and recalibrated supernet."""
+    normalization: Normalization
+    rules: EndToEndSettings
+
+    def __call__(self, arrays: Mapping[str, NDArray[Any]]) -> OneByOne:
+        """The trial function over the shared arrays.
+
+        Raises:
+            CheckpointError: the supernet's checkpoint is damaged or missing.
+        """
+        supernet, _ = load_supernet(self.checkpoint)
+        # Copies: shared arrays are read-only, which a tensor cannot be.
+        images, labels = (torch.from_numpy(np.array(arrays[name])) for name in (IMAGES, LABELS))
+        data = GateImages(images, labels, self.normalization)
+        return OneByOne(EndToEndTrial(self.make_tables(arrays), supernet, data, self.rules))
+
+
+def shared_images(data: GateImages) -> dict[str, NDArray[Any]]:
+    """The gate split as the arrays that `MakeEndToEndTrial` reads."""
+    return {IMAGES: data.images.cpu().numpy(), LABELS: data.labels.cpu().numpy()}
