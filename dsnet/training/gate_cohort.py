@@ -8,8 +8,8 @@ q = softmax(l / tau) and V = the expected loss from a decision on,
 
 where V_c is the expected loss after choice c and reach the probability of getting to the decision. Trials (*lanes*) are stacked in front
 of every tensor. They see the same images in the same order: what differs between two trials is their settings, not their luck (ours). Each
-lane's arithmetic is its own, so that a trial's result is the same to the bit alone and in any cohort (tested; it holds where the matrix
-product of a row does not depend on how many rows there are).
+lane's arithmetic is its own, so that a trial's result is the same to the bit alone and in any cohort (tested, one thread): products are
+batched, not fused, because what a library computes for a row depends on how many rows there are.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from dsnet.training.gate_settings import GateSettings
 
 LANES = 8
 """Trials in one program: more of them do not fit into the cache, fewer leave the processor idle."""
+MIN_LANES = 2
+"""A lone trial is trained twice: a batch of one product takes another path, whose sums differ in the last bits."""
 ORDER_SEED = 0
 """Of the images' order, the same for every trial."""
 MOMENTUM = 0.9
@@ -91,7 +93,9 @@ def train_cohort(lesson: Lesson, lanes: Sequence[Lane]) -> list[list[TrainedHead
     """
     trained: list[list[TrainedHead]] = []
     for start in range(0, len(lanes), LANES):
-        trained += _Program(lesson, lanes[start : start + LANES]).run()
+        own = list(lanes[start : start + LANES])
+        padded = own + own[:1] * (MIN_LANES - len(own))
+        trained += _Program(lesson, padded).run()[: len(own)]
     return trained
 
 
@@ -105,13 +109,11 @@ class _LinearHead:
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """[B, D] -> logits [T, C, B], and nothing to remember."""
         (weight,) = self.parameters
-        lanes, choices, size = weight.shape
-        return (weight.view(lanes * choices, size) @ x.T).view(lanes, choices, len(x)), x
+        return torch.bmm(weight, x.T.expand(len(weight), -1, -1)), x
 
     def backward(self, x: Tensor, memory: Tensor, gradient: Tensor) -> None:
         """Add the parameters' gradients, from that of the logits [T, C, B]."""
-        lanes, choices, size = self.parameters[0].shape
-        self.gradients[0].view(lanes * choices, size).addmm_(gradient.reshape(lanes * choices, len(x)), x)
+        self.gradients[0].baddbmm_(gradient, x.expand(len(gradient), -1, -1))
 
     def trained(self, lane: int) -> TrainedHead:
         return TrainedHead(self.parameters[0][lane].clone())
@@ -135,16 +137,13 @@ class _PerceptronHead:
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """[B, D] -> logits [T, C, B] and the hidden layer [T, hidden, B]."""
         inner, inner_bias, outer, outer_bias = self.parameters
-        lanes, hidden, size = inner.shape
-        active = (inner.view(lanes * hidden, size) @ x.T).view(lanes, hidden, len(x)).add_(inner_bias).relu_()
+        active = torch.bmm(inner, x.T.expand(len(inner), -1, -1)).add_(inner_bias).relu_()
         return torch.baddbmm(outer_bias, outer, active), active
 
     def backward(self, x: Tensor, memory: Tensor, gradient: Tensor) -> None:
         """Add the parameters' gradients, from that of the logits [T, C, B]."""
-        inner, _, outer, _ = self.parameters
-        lanes, hidden, size = inner.shape
-        below = torch.bmm(outer.mT, gradient).mul_(memory > 0)
-        self.gradients[0].view(lanes * hidden, size).addmm_(below.view(lanes * hidden, len(x)), x)
+        below = torch.bmm(self.parameters[2].mT, gradient).mul_(memory > 0)
+        self.gradients[0].baddbmm_(below, x.expand(len(below), -1, -1))
         self.gradients[1] += below.sum(2, keepdim=True)
         self.gradients[2].baddbmm_(gradient, memory.mT)
         self.gradients[3] += gradient.sum(2, keepdim=True)
