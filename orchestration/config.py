@@ -603,6 +603,8 @@ class BudgetConfig(Section):
     """Seconds of searching; null = no limit."""
     max_failed: Fraction = 0.5
     """Share of failed trials, [0, 1], above which the sweep counts as failed (exit code 4)."""
+    verify: PositiveInt | None = 32
+    """Gates of the front that run for real on `test`, evenly along it, the knee and both ends among them; null = all."""
 
 
 class TrialConfig(Section):

@@ -158,7 +158,7 @@ def _run_stages(work: Launch) -> LaunchResult:
     results = RunResults(run)
     if not results.completed:
         raise NothingFeasibleError(_nothing_completed(results))
-    verify_stage(work, plans, supernet, results.front)
+    verify_stage(work, plans, supernet, results.front_sample)
     return _finish(work)
 
 

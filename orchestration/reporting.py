@@ -27,7 +27,7 @@ from dsnet.training.gate import COLLAPSE_SHARE
 from orchestration.results import RunResults, Verified
 from search.analysis import Interval, PointAnalysis, RouterShare, SplitAnalysis
 from search.controls import StaticLine
-from search.pareto import apply_pick, hypervolume, hypervolume_trace, parse_pick
+from search.pareto import hypervolume, hypervolume_trace
 from search.points import PointRow, trial_name
 
 
@@ -111,21 +111,12 @@ def draw_front(results: RunResults, path: Path) -> Path:
     return write_figure(front_figure(info), path)
 
 
-def knee_slot(results: RunResults) -> int | None:
-    """The slot of the front's knee."""
-    rows = [{"name": trial_name(slot), "slot": slot, **results.record(slot).metrics} for slot in results.front]
-    if not rows:
-        return None
-    objectives = tuple((metric.name, metric.goal) for metric in results.config.metrics)
-    return int(apply_pick(parse_pick("knee"), rows, objectives)[0]["slot"])
-
-
 def headline(results: RunResults) -> Headline:
     """The table of the front: each gate on `val` and on `test` beside its controls."""
     verified = results.verified
-    knee = knee_slot(results)
+    knee = results.knee
     if verified is None:
-        rows = tuple(_unverified_row(results, slot) for slot in results.front)
+        rows = tuple(_unverified_row(results, slot) for slot in results.front_sample)
     else:
         pairs = zip(verified.val.points, verified.test.points, strict=True)
         rows = tuple(_row(verified, chosen, reported) for chosen, reported in pairs)

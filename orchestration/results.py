@@ -22,9 +22,10 @@ from orchestration.rundir import Manifest, RunDir
 from orchestration.stages import StageDir
 from orchestration.supernet_facts import SupernetFacts
 from orchestration.verification import Agreement, DynamicLatency
-from search.analysis import SplitAnalysis, front_slots
+from search.analysis import SplitAnalysis, front_slots, spread_along_front
 from search.gate_trial import router_of
-from search.points import PointRow, control_points, gate_points, subnet_points
+from search.pareto import apply_pick, parse_pick
+from search.points import PointRow, control_points, gate_points, subnet_points, trial_name
 from search.study import TrialRecord, load_records
 
 
@@ -175,12 +176,30 @@ class RunResults:
         return front_slots([record.slot for record in self.completed], values, [metric.goal for metric in metrics])
 
     @cached_property
+    def front_sample(self) -> tuple[int, ...]:
+        """The gates of the front that run on `test`: as many as `budget.verify` says, evenly along it, the knee among them."""
+        size = self.config.budget.verify
+        if size is None or len(self.front) <= size:
+            return self.front
+        names = [metric.name for metric in self.config.metrics]
+        values = np.array([[self.record(slot).metrics[name] for name in names] for slot in self.front])
+        kept = [] if self.knee is None else [self.front.index(self.knee)]
+        return tuple(self.front[position] for position in spread_along_front(values, size, kept))
+
+    @cached_property
+    def knee(self) -> int | None:
+        """The slot of the front's knee; None without a front."""
+        rows = [{"name": trial_name(slot), "slot": slot, **self.record(slot).metrics} for slot in self.front]
+        objectives = tuple((metric.name, metric.goal) for metric in self.config.metrics)
+        return int(apply_pick(parse_pick("knee"), rows, objectives)[0]["slot"]) if rows else None
+
+    @cached_property
     def verified(self) -> Verified | None:
         """What verify found; None where it has not run, or the front has changed since."""
         if not self.is_done("verify"):
             return None
         verified = Verified.from_json(_read(self.run.verify_json(self.done_key("verify"))))
-        return verified if verified.front == self.front else None
+        return verified if verified.front == self.front_sample else None
 
     @property
     def finished_ms(self) -> int:

@@ -98,7 +98,7 @@ def front_rows(results: RunResults) -> list[dict[str, Any]]:
             "params": dict(record.params),
             "val": dict(record.metrics),
         }
-        if verified is not None:
+        if verified is not None and slot in verified.front:
             for split in ("val", "test"):
                 analysis = getattr(verified, split)
                 row[f"{split}_analysis"] = asdict(next(point for point in analysis.points if point.slot == slot))
@@ -160,6 +160,8 @@ def _show_verified(results: RunResults, verified: Verified, rows: Sequence[Mappi
     ]
     points = {point.slot: point for point in verified.test.points}
     for row in rows:
+        if row["slot"] not in points:
+            continue
         point = points[row["slot"]]
         gate_ms = verified.latency.gates[size][row["slot"]].median_ms
         lines.append(
@@ -178,6 +180,10 @@ def _show_verified(results: RunResults, verified: Verified, rows: Sequence[Mappi
         )
     title = f"{results.run.name}: gates of the front, chosen on val, run on {verified.test.num_images} test images"
     _table(columns, lines, title)
+    if len(lines) <= len(rows):
+        _say(
+            f"{len(lines) - 1} of these {len(rows)} gates ran on test, evenly along the front (budget.verify); the others: --json"
+        )
     if verified.num_openings > 1:
         _say(f"test was read {verified.num_openings} times: numbers chosen after the first time are optimistic")
 

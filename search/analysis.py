@@ -436,6 +436,27 @@ def front_slots(slots: Sequence[int], values: NDArray[np.float64], goals: Sequen
     return tuple(slots[index] for index in sorted(kept, key=lambda index: sign * values[index, 0]))
 
 
+def spread_along_front(values: NDArray[np.float64], size: int, kept: Sequence[int] = ()) -> tuple[int, ...]:
+    """About `size` of the points of a front, evenly along it: both ends, and those of `kept`.
+
+    Args:
+        values: [n, 2] objectives in the front's order.
+        size: at least 2; no more points than that are added to those of `kept`.
+        kept: positions that are in whatever their place.
+
+    Returns:
+        positions, rising; all of them where there are no more than `size`.
+    """
+    if len(values) <= size:
+        return tuple(range(len(values)))
+    extent = np.ptp(values, axis=0)
+    steps = np.abs(np.diff(values, axis=0)) / np.where(extent > 0, extent, 1.0)
+    length = np.r_[0.0, np.cumsum(steps.sum(axis=1))]
+    wanted = np.linspace(0.0, length[-1], max(2, size - len(set(kept))))
+    nearest = np.abs(length[None, :] - wanted[:, None]).argmin(axis=1)
+    return tuple(sorted({*(int(position) for position in nearest), *kept}))
+
+
 def _floats(values: Any) -> tuple[float, ...]:
     return tuple(float(value) for value in values)
 

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dsnet.losses import PAPER_UNIT, PAPER_WIDEST
@@ -30,6 +31,8 @@ MIN_LANES = 2
 """A lone trial is trained twice: a batch of one product takes another path, whose sums differ in the last bits."""
 ORDER_SEED = 0
 """Of the images' order, the same for every trial."""
+TINY = 1e-20
+"""Probabilities below count as 0: they teach nothing, and arithmetic on denormal numbers is slow."""
 MOMENTUM = 0.9
 ADAM_BETAS = (0.9, 0.999)
 ADAM_EPS = 1e-8
@@ -225,11 +228,12 @@ class _Program:
         passes: dict[int, _Pass] = {}
         for position in reversed(range(len(self.nodes))):
             passes[position] = self._look(position, images[position], ce, temperature, passes)
-        slope = self.weights.slope(passes[0].cost.mean((1, 2)))
+        slope = self.weights.slope(passes[0].cost.mean((1, 2))) / (temperature * len(rows))
+        cls = self.weights.cls / (temperature * len(rows))
         reach: dict[int, Tensor] = {}
         for position, node in enumerate(self.nodes):
             done = passes.pop(position)
-            gradient = self._gradient(done, slope, temperature)
+            gradient = _gradient(done, cls, slope)
             if position > 0:
                 gradient *= reach[position]
             for choice, child in node.children:
@@ -237,14 +241,13 @@ class _Program:
                 reach[child] = own if position == 0 else own * reach[position]
             self._add_sgs(gradient, done.logits, self.choice_of[position][targets])
             self._add_quality(gradient, done.logits, position, quality)
-            gradient /= len(rows)
             self.heads[node.head].backward(images[position], done.memory, gradient)
 
     def _look(self, position: int, x: Tensor, ce: Tensor, temperature: Tensor, passes: dict[int, _Pass]) -> _Pass:
         """Forward of one node, whose children are known."""
         logits, memory = self.heads[self.nodes[position].head].forward(x)
-        logits = logits + self.masks[position]
-        q = torch.softmax(logits / temperature, dim=1)
+        logits += self.masks[position]
+        q = _softmax(logits / temperature)
         branch_ce, branch_cost = self._branches(position, ce, q, passes)
         return _Pass(
             logits,
@@ -268,20 +271,14 @@ class _Program:
             branch_cost[:, choice] = passes[child].cost[:, 0]
         return branch_ce, branch_cost
 
-    def _gradient(self, done: _Pass, slope: Tensor, temperature: Tensor) -> Tensor:
-        """[T, C, B]: of the expected loss from this node on, with respect to its logits."""
-        gradient = self.weights.cls * (done.branch_ce - done.ce)
-        gradient += slope * (done.branch_cost - done.cost)
-        return gradient.mul_(done.q).div_(temperature)
-
     def _add_sgs(self, gradient: Tensor, logits: Tensor, choices: Tensor) -> None:
         """Add that of the cross-entropy on the logits, for images [T, B] whose target's path passes the node (choice >= 0)."""
         if not self.weights.has_sgs:
             return
-        error = torch.softmax(logits, dim=1)
+        error = _softmax(logits)
         is_on_path = (choices >= 0)[:, None]
         error.scatter_add_(1, choices.clamp_min(0)[:, None], torch.full_like(error[:, :1], -1.0))
-        gradient += self.weights.sgs * error.mul_(is_on_path)
+        gradient.addcmul_(error, self.weights.sgs * is_on_path, value=1.0 / choices.shape[1])
 
     def _quality(self, rows: Tensor, ce: Tensor) -> Tensor | None:
         """[T, K, B]: how good each route's answer is; None where no lane asks."""
@@ -295,7 +292,19 @@ class _Program:
         if quality is None:
             return
         difference = logits - self.behind[position].mean(quality)
-        gradient += self.weights.quality * torch.where(self.is_open[position], difference, 0.0)
+        difference = torch.where(self.is_open[position], difference, 0.0)
+        gradient.addcmul_(difference, self.weights.quality, value=1.0 / logits.shape[2])
+
+
+def _softmax(logits: Tensor) -> Tensor:
+    """Over the choices of [T, C, B]."""
+    return F.threshold_(torch.softmax(logits, dim=1), TINY, 0.0)
+
+
+def _gradient(done: _Pass, cls: Tensor, slope: Tensor) -> Tensor:
+    """[T, C, B]: of cls * CE + slope * cost, as expected from this node on, with respect to its logits times the temperature."""
+    value = torch.addcmul(slope * done.branch_cost, cls, done.branch_ce)
+    return value.sub_(cls * done.ce + slope * done.cost).mul_(done.q)
 
 
 def _mask(is_open: Tensor) -> Tensor:

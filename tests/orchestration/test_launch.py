@@ -12,7 +12,8 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from dsnet.routing_table import RoutingTable
-from dsnet.training.gate import choose_routes, score_routes
+from dsnet.table_routing import run_on_table
+from dsnet.training.gate import score_run
 from orchestration.rundir import mlflow_store_uri
 from search.analysis import front_slots
 from search.points import load_points, trial_name
@@ -94,14 +95,14 @@ def test_points_are_what_the_tables_say(finished: Finished) -> None:
             assert row["madds_m"] == pytest.approx(table.madds[route] / 1e6)
         elif row["kind"] == "gate":
             router = results.router(row["slot"])
-            scores = score_routes(choose_routes(router, table), table, router.decision_madds)
+            scores = score_run(run_on_table(router, table), table)
             assert {name: row[name] for name in ("top1", "top5", "madds_m", "p95_madds_m")} == pytest.approx(
                 {name: scores[name] for name in ("top1", "top5", "madds_m", "p95_madds_m")}
             )
             assert row["is_front"] == (row["slot"] in results.front)
     gates = Counter(row["split"] for row in rows if row["kind"] == "gate")
     assert gates == {"val": 12, "test": len(results.front)}
-    assert {row["name"] for row in rows if row["kind"] == "control"} == {"cascade", "oracle"}
+    assert {row["name"] for row in rows if row["kind"] == "control"} == {"cascade", "reachable", "oracle"}
 
 
 def test_the_front_is_that_of_val_and_verify_ran_what_the_table_said(finished: Finished) -> None:

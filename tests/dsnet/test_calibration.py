@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from dsnet.training.gate import calibrate
+from dsnet.calibration import calibrate, confidence_threshold, nearest_price
 
 
 def steps_of(scores: NDArray[np.float64], cost: NDArray[np.float64]) -> list[tuple[float, float, float]]:
@@ -116,3 +116,106 @@ def test_adding_a_constant_to_an_images_scores_changes_nothing() -> None:
 
 def test_one_route_needs_no_calibration() -> None:
     assert calibrate(np.zeros((3, 1)), np.array([5.0]), 5.0) == 0.0
+
+
+@settings(max_examples=100, deadline=None)
+@given(seed=st.integers(0, 1000), exponent=st.integers(-12, 12), share=st.floats(-0.5, 1.5))
+def test_scores_of_any_size_are_calibrated_as_well(seed: int, exponent: int, share: float) -> None:
+    rng = np.random.default_rng(seed)
+    scores = rng.normal(size=(15, 4)) * 10.0**exponent
+    madds = np.array([4e8, 1e8, 2e8, 9e8])
+    target = 1e8 + share * 8e8
+    beta = calibrate(scores, madds, target)
+    plain = calibrate(scores / 10.0**exponent, madds, target)
+    means = [
+        madds[np.argmax(own - price * madds / 9e8, axis=1)].mean()
+        for own, price in ((scores, beta), (scores / 10.0**exponent, plain))
+    ]
+    assert abs(means[0] - target) == pytest.approx(abs(means[1] - target))
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 1000), num_images=st.integers(1, 12), num_routes=st.integers(1, 5))
+def test_the_mean_cost_falls_as_the_price_rises(seed: int, num_images: int, num_routes: int) -> None:
+    rng = np.random.default_rng(seed)
+    scores = rng.integers(-3, 4, size=(num_images, num_routes)).astype(np.float64)
+    madds = rng.integers(1, 6, num_routes).astype(np.float64)
+    prices = np.sort(rng.normal(size=30) * 10)
+    means = [madds[np.argmax(scores - beta * madds / madds.max(), axis=1)].mean() for beta in prices]
+    assert all(after <= before + 1e-12 for before, after in pairwise(means))
+    reached = madds[np.argmax(scores - calibrate(scores, madds, 3.0) * madds / madds.max(), axis=1)].mean()
+    assert abs(reached - 3.0) <= min(abs(mean - 3.0) for mean in means) + 1e-9
+
+
+def test_a_target_out_of_reach_gives_the_nearest_end() -> None:
+    scores = np.random.default_rng(3).normal(size=(20, 3))
+    madds = np.array([1.0, 2.0, 4.0])
+    for target, route in ((-5.0, 0), (50.0, 2)):
+        beta = calibrate(scores, madds, target)
+        assert np.isfinite(beta)
+        assert set(np.argmax(scores - beta * madds / 4.0, axis=1)) == {route}
+
+
+confidences = st.lists(st.one_of(st.sampled_from([0.25, 0.5, 1.0]), st.floats(0, 1, width=32)), min_size=1, max_size=20)
+
+
+@settings(max_examples=200, deadline=None)
+@given(values=confidences, first=st.floats(1, 50), extra=st.floats(0.5, 50), share=st.floats(-0.3, 1.3))
+def test_no_confidence_threshold_comes_nearer_to_the_target(
+    values: list[float], first: float, extra: float, share: float
+) -> None:
+    confidence = np.array(values, dtype=np.float32)
+    target = first + share * extra
+
+    def distance(threshold: float) -> float:
+        return abs(first + float((confidence < threshold).mean()) * extra - target)
+
+    met = confidence_threshold(confidence, first, extra, target)
+    between = [*np.unique(confidence.astype(np.float64)), -np.inf, np.inf]  # below each value, below all, above all
+    assert distance(met) <= min(distance(threshold) for threshold in between) + 1e-9
+    assert met not in confidence
+
+
+def test_the_threshold_is_infinite_where_all_or_none_go_on() -> None:
+    confidence = np.array([0.3, 0.9], dtype=np.float32)
+    assert confidence_threshold(confidence, 10.0, 5.0, 10.0) == -np.inf
+    assert confidence_threshold(confidence, 10.0, 5.0, 15.0) == np.inf
+    assert confidence_threshold(confidence, 10.0, 5.0, 12.5) == pytest.approx(0.6)
+
+
+@settings(max_examples=60, deadline=None)
+@given(edges=st.lists(st.floats(-50, 50), min_size=1, max_size=12, unique=True), share=st.floats(-0.2, 1.2))
+def test_the_nearest_step_of_a_falling_function_is_found(edges: list[float], share: float) -> None:
+    ordered = np.sort(edges)
+
+    def steps(beta: float) -> float:
+        return float(len(ordered) - np.searchsorted(ordered, beta, side="right"))
+
+    target = share * len(ordered)
+    beta = nearest_price(steps, target, 100.0)
+    reachable = [step for step in range(len(ordered) + 1) if _width(ordered, step) > 1e-9]
+    assert -100.0 <= beta <= 100.0
+    assert abs(steps(beta) - target) <= min(abs(step - target) for step in reachable)
+
+
+def _width(ordered: NDArray[np.float64], step: int) -> float:
+    """Of the stretch where so many edges lie above."""
+    index = len(ordered) - step
+    return float(ordered[index] - ordered[index - 1]) if 0 < index < len(ordered) else np.inf
+
+
+def test_a_function_that_rises_here_and_there_is_still_met_at_its_crossing() -> None:
+    def bumpy(beta: float) -> float:
+        return 50.0 - 10.0 * beta + 2.0 * np.sin(20.0 * beta)
+
+    for target in (10.0, 33.0, 52.0, 88.0):
+        assert bumpy(nearest_price(bumpy, target, 5.0)) == pytest.approx(target, abs=1e-6)
+
+
+def test_the_best_of_all_prices_met_is_kept_though_the_crossing_is_a_jump() -> None:
+    def jump(beta: float) -> float:
+        return 10.0 if beta < 1.0 else 4.0
+
+    assert jump(nearest_price(jump, 8.0, 16.0)) == 10.0
+    assert jump(nearest_price(jump, 5.0, 16.0)) == 4.0
+    assert nearest_price(lambda beta: 3.0, 7.0, 16.0) == 0.0
