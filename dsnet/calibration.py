@@ -55,10 +55,9 @@ def _break_points(scores: Floats, cost: Floats) -> tuple[Floats, Floats]:
         gap = cost[current][:, None] - cost
         with np.errstate(divide="ignore", invalid="ignore"):
             meets = np.where(gap > 0, (scores[rows, current][:, None] - scores[rows]) / gap, np.inf)
-        nearest = meets.min(1)
-        # Of options met at the same beta the cheapest is the next piece of the envelope.
-        following = (meets <= nearest[:, None]).argmax(1)
-        betas.append(nearest)
+        # Of options met at the same beta the cheapest, which is the first, is the next piece of the envelope.
+        following = meets.argmin(1)
+        betas.append(meets[np.arange(len(rows)), following])
         drops.append(cost[current] - cost[following])
         is_left = following > 0
         rows, current = rows[is_left], following[is_left]

@@ -95,6 +95,7 @@ def front_rows(results: RunResults) -> list[dict[str, Any]]:
         row: dict[str, Any] = {
             "name": trial_name(slot),
             "slot": slot,
+            "router": results.router_kind(slot),
             "params": dict(record.params),
             "val": dict(record.metrics),
         }
@@ -125,9 +126,11 @@ def show_front(results: RunResults, picks: Sequence[str], *, as_json: bool) -> N
     if as_json:
         _print_json(rows)
     elif results.verified is None:
-        lines = [(row["name"], percent(row["val"]["top1"]), f"{row['val']['madds_m']:.4g}") for row in rows]
+        lines = [
+            (row["name"], row["router"], percent(row["val"]["top1"]), f"{row['val']['madds_m']:.4g}") for row in rows
+        ]
         title = f"{results.run.name}: {len(rows)} gates on the front (not verified yet)"
-        _table(("gate", "top-1 val %", "MAdds M"), lines, title)
+        _table(("gate", "router", "top-1 val %", "MAdds M"), lines, title, num_left=2)
     else:
         _show_verified(results, results.verified, rows)
 
@@ -138,21 +141,24 @@ def _show_verified(results: RunResults, verified: Verified, rows: Sequence[Mappi
     baseline = verified.test.routes.index(results.widest.name)
     columns: tuple[str, ...] = (
         "gate",
+        "router",
         "val %",
         "test % [95 %]",
         "MAdds M",
         "over static, points [95 %]",
         "random %",
+        "reachable %",
         "oracle %",
     )
     columns += (f"ms/batch {size}", "speed-up", "ceiling")
     lines: list[tuple[str, ...]] = [
         (
             f"{results.widest.name} (static)",
+            "",
             percent(verified.val.static_top1[baseline].value),
             _interval(verified.test.static_top1[baseline]),
             f"{verified.test.static_madds_m[baseline]:.4g}",
-            *("", "", ""),
+            *("", "", "", ""),
             f"{widest_ms:.2f}",
             "1.00x",
             "",
@@ -167,11 +173,13 @@ def _show_verified(results: RunResults, verified: Verified, rows: Sequence[Mappi
         lines.append(
             (
                 row["name"] + (" (one route)" if point.is_collapsed else ""),
+                point.router,
                 percent(row["val"]["top1"]),
                 _interval(point.top1),
                 f"{point.metrics['madds_m']:.4g}",
                 _signed(point.gain),
                 percent(point.random_top1),
+                percent(point.reachable_top1),
                 percent(point.oracle_top1),
                 f"{gate_ms:.2f}",
                 f"{widest_ms / gate_ms:.2f}x",
@@ -179,7 +187,7 @@ def _show_verified(results: RunResults, verified: Verified, rows: Sequence[Mappi
             )
         )
     title = f"{results.run.name}: gates of the front, chosen on val, run on {verified.test.num_images} test images"
-    _table(columns, lines, title)
+    _table(columns, lines, title, num_left=2)
     if len(lines) <= len(rows):
         _say(
             f"{len(lines) - 1} of these {len(rows)} gates ran on test, evenly along the front (budget.verify); the others: --json"

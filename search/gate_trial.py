@@ -66,7 +66,7 @@ def routing_ids(kept: Sequence[int], first: int, last: int, stride: int) -> tupl
     ids = tuple(sorted(kept[first : min(stop, len(kept) - 1) + 1 : stride])) if stop >= 0 else ()
     if not ids:
         raise ValueError(
-            f"the routing space first={first}, last={last}, stride={stride} holds none of the {len(kept)} sub-networks"
+            f"gate.routing first={first}, last={last}, stride={stride} holds none of the {len(kept)} sub-networks"
         )
     return ids
 

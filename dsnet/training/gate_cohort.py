@@ -298,7 +298,7 @@ class _Program:
 
 def _softmax(logits: Tensor) -> Tensor:
     """Over the choices of [T, C, B]."""
-    return F.threshold_(torch.softmax(logits, dim=1), TINY, 0.0)
+    return F.threshold(torch.softmax(logits, dim=1), TINY, 0.0, inplace=True)
 
 
 def _gradient(done: _Pass, cls: Tensor, slope: Tensor) -> Tensor:

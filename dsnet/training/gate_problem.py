@@ -149,9 +149,11 @@ def _part(table: RoutingTable, name: str, gate: int, node: int) -> Tensor:
 
 def stored_answer(table: RoutingTable, route: int) -> Executed:
     """What a route said to every image, as a cascade sees it."""
-    stored = {name: torch.from_numpy(getattr(table, name)[:, route]) for name in ("confidence", "margin", "entropy")}
+    # Copies: arrays in a shared store are read-only, which torch warns of.
+    names = ("confidence", "margin", "entropy")
+    stored = {name: torch.from_numpy(getattr(table, name)[:, route].copy()) for name in names}
     routes = torch.full((table.num_images,), route, dtype=torch.int64)
-    return Executed(routes, torch.from_numpy(table.logits[:, route]), stored)
+    return Executed(routes, torch.from_numpy(table.logits[:, route].copy()), stored)
 
 
 @dataclass(frozen=True)

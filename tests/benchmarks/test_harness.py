@@ -108,4 +108,4 @@ def test_a_made_up_table_is_a_whole_trial() -> None:
     result = fit_gate(gate, val, next(trial_settings(gate.num_routes, 0)))
     assert (val.num_images, val.num_routes) == (270, 6)
     assert 0.0 < result.metrics["top1"] < 1.0
-    assert result.histogram.sum() == pytest.approx(1.0)
+    assert result.run.histogram.sum() == pytest.approx(1.0)

@@ -37,16 +37,16 @@ def looped_targets(table: RoutingTable, routes: tuple[int, ...], gate: GateSetti
         given_up = largest if gate.strategy == "try_best" else smallest
         right = [column for column in by_cost if table.correct1[row, routes[column]]]
         if gate.sgs_target == "cheapest":
-            targets.append(right[0] if right else given_up)
+            targets.append(routes[right[0] if right else given_up])
             continue
         p_small = float(np.exp(-table.ce[row, routes[smallest]]))
         p_large = float(np.exp(-table.ce[row, routes[largest]]))
         if smallest in right and p_small >= gate.t_easy:
-            targets.append(smallest)
+            targets.append(routes[smallest])
         elif largest not in right or p_large < gate.t_hard:
-            targets.append(given_up)
+            targets.append(routes[given_up])
         else:
-            targets.append(largest)
+            targets.append(routes[largest])
     return targets
 
 

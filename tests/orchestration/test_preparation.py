@@ -215,3 +215,26 @@ def test_start_weights_that_do_not_fit_are_refused_before_anything_runs(tmp_path
 
 def test_without_a_regime_the_core_gets_in_place_bootstrapping() -> None:
     assert supernet_run(prepared_with({})).regime == Regime() == REGIMES["ib"]
+
+
+@pytest.mark.parametrize(
+    ("gate", "space", "said"),
+    [
+        ({"router": "gates"}, {}, ["gate.router gates: ds_tiny has one gate, so it is what gate is"]),
+        (
+            {},
+            {"gate.router": {"choice": ["gate", "evidence_gates"]}},
+            ["gate.router evidence_gates: ds_tiny has one gate, so it is what evidence_gate is"],
+        ),
+        ({"target_madds_m": 1000.0}, {}, ["gate.target_madds_m 1000 lies outside the sub-networks'"]),
+        ({"router": "cascade"}, {}, []),
+    ],
+)
+def test_routers_that_the_network_cannot_use_are_warned_about(
+    gate: dict[str, Any], space: dict[str, Any], said: list[str]
+) -> None:
+    swept = space or {"gate.sgs.t_easy": {"uniform": [0.0, 0.5]}}
+    warnings = prepared_with({}, gate=gate, space=swept).warnings()
+    assert len(warnings) == len(said)
+    for warning, start in zip(warnings, said, strict=True):
+        assert warning.startswith(start)

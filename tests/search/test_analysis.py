@@ -16,7 +16,14 @@ from hypothesis import strategies as st
 
 from dsnet.routers import CascadeRouter, GateRouter, Router
 from dsnet.routing_table import GateColumns, RoutingTable
-from search.analysis import BudgetPick, SplitAnalysis, analyse_split, budget_picks, front_slots
+from search.analysis import (
+    BudgetPick,
+    SplitAnalysis,
+    analyse_split,
+    budget_picks,
+    front_slots,
+    spread_along_front,
+)
 from search.ceiling import RouteForecast
 from tests.dsnet.samples import random_table
 
@@ -269,3 +276,22 @@ def test_front_slots_equal_brute_force_and_end_with_the_best_of_the_first_object
     assert {(slot - 10) // 3 for slot in found} == brute_force_front(values, (signs[0], signs[1]))
     firsts = [signs[0] * values[(slot - 10) // 3, 0] for slot in found]
     assert firsts == sorted(firsts)
+
+
+@given(st.integers(1, 60), st.integers(2, 20), st.integers(0, 2**16))
+def test_points_along_a_front_are_spread_with_both_ends_and_the_kept_one(count: int, size: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    values = np.sort(rng.random((count, 2)), axis=0)
+    kept = int(rng.integers(count))
+    chosen = spread_along_front(values, size, [kept])
+    assert list(chosen) == sorted(set(chosen))
+    assert {0, kept, count - 1} <= set(chosen)
+    assert len(chosen) <= max(size, 3)
+    if count <= size:
+        assert chosen == tuple(range(count))
+
+
+def test_points_along_a_front_are_evenly_far_apart_whatever_the_units() -> None:
+    cost = np.linspace(0.0, 1.0, 101)
+    values = np.column_stack([1e6 * cost, 1e-3 * cost])
+    assert spread_along_front(values, 5) == (0, 25, 50, 75, 100)
