@@ -139,6 +139,11 @@ class Spy:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.router, name)
 
+    @property
+    def max_runs(self) -> int:
+        """One more: it is asked after the last round too, and so sees what ran in it."""
+        return self.router.max_runs + 1
+
     def step(self, evidence: Evidence, executed: Sequence[Executed]) -> Tensor:
         """The router's own answer."""
         answer = self.router.step(evidence, executed)

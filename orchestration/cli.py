@@ -267,8 +267,15 @@ def trials(run: str, runs: str, as_json: bool) -> None:
     type=click.Path(path_type=Path),
     help="Also draw the front into this file: .html, .json, or .svg and .png with the extra [images].",
 )
+@click.option(
+    "--routers-figure",
+    type=click.Path(path_type=Path),
+    help="Also draw what each kind of router reaches at three budgets into this file.",
+)
 @AS_JSON
-def pareto(run: str, runs: str, picks: tuple[str, ...], figure: Path | None, as_json: bool) -> None:
+def pareto(
+    run: str, runs: str, picks: tuple[str, ...], figure: Path | None, routers_figure: Path | None, as_json: bool
+) -> None:
     """Show the front of a run: each gate on val and on test, beside what would make it unimpressive."""
     from orchestration.terminal import show_front
 
@@ -278,6 +285,10 @@ def pareto(run: str, runs: str, picks: tuple[str, ...], figure: Path | None, as_
         from orchestration.reporting import draw_front
 
         click.echo(draw_front(results, figure), err=True)
+    if routers_figure is not None:
+        from orchestration.reporting import draw_routers
+
+        click.echo(draw_routers(results, routers_figure), err=True)
 
 
 @cli.command()

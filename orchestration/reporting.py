@@ -17,7 +17,7 @@ from dashboards.headline import Estimate, Headline, Latency, Row, Scores
 from dashboards.hypervolume import HypervolumeInfo, hypervolume_info
 from dashboards.images import write_figure
 from dashboards.report import ReportData, build_report
-from dashboards.routers import RouterResult, RoutersInfo
+from dashboards.routers import RouterResult, RoutersInfo, routers_figure
 from dashboards.routes import RoutesInfo
 from dashboards.training import TrainingInfo, training_info
 from dashboards.widths import LatencySeries, WidthsInfo
@@ -109,6 +109,21 @@ def draw_front(results: RunResults, path: Path) -> Path:
             f"run {results.run.name!r} has no front yet; continue it with: dsnet-orch launch {results.run.sweep_yaml}"
         )
     return write_figure(front_figure(info), path)
+
+
+def draw_routers(results: RunResults, path: Path) -> Path:
+    """Draw what each kind of router reaches at the budgets into a file; its ending decides the format.
+
+    Raises:
+        NotFoundError: the front has not been verified yet.
+        PreflightError: an image format whose tools are not installed.
+    """
+    info = routers_of(results)
+    if info is None:
+        raise NotFoundError(
+            f"run {results.run.name!r} has not been verified yet; continue it with: dsnet-orch launch {results.run.sweep_yaml}"
+        )
+    return write_figure(routers_figure(info), path)
 
 
 def headline(results: RunResults) -> Headline:

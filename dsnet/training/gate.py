@@ -62,8 +62,8 @@ def fit_gates(
 ) -> list[GateFit | Exception]:
     """Whole trials: train each router on `gate`, calibrate and score it on `val`.
 
-    Trials of one kind with equal optimiser, steps, batch size and hidden units train together. Beside the deployed routes' metrics a gate
-    reports the softmax expectation (`soft_top1`, `soft_madds_m`): the soft-hard gap.
+    Trials of one kind with equal optimiser, steps, batch size and hidden units train together, small routing spaces apart. Beside the
+    deployed routes' metrics a gate reports the softmax expectation (`soft_top1`, `soft_madds_m`): the soft-hard gap.
 
     Returns:
         for each trial, in order, its result, or why it has none: NonFiniteLossError, or ValueError for a setting out of its range.
@@ -118,8 +118,8 @@ def calibrate_heads(val_table: RoutingTable, settings: GateSettings, heads: Sequ
         raise ValueError(f"gate.router {settings.router} cannot be trained end to end; use gate or gates")
     plan = _Plan.of(val_table, settings)
     if settings.router == "gate":
-        full = torch.zeros(val_table.num_routes, heads[0].shape[1], dtype=torch.float64)
-        full[list(plan.routes)] = heads[0].double()
+        full = torch.zeros(len(plan.columns), heads[0].shape[1], dtype=torch.float64)
+        full[plan.places] = heads[0].double()
         heads = [full]
     exam = _Exam(val_table, node_features(val_table, settings.router, plan.problem))
     fit = _finish(exam, plan, [Head(head.double()) for head in heads])
@@ -140,6 +140,9 @@ class _Plan:
     """[K]"""
     costs: Costs
     first: int | None
+    columns: tuple[int, ...]
+    """The routes that the program holds: all of the table, of which a lane allows some; or the routing space alone where that is at most
+    half of them, which is less work but trains with equal routing spaces only."""
 
     @classmethod
     def of(cls, table: RoutingTable, settings: GateSettings) -> _Plan:
@@ -151,29 +154,37 @@ class _Plan:
             first, second = best_pair(table, routes, target)
             wider = tuple(route for route in routes if table.madds[route] > table.madds[first])
             routes = (first, second) if settings.router == "cascade" else tuple(sorted((first, *wider)))
-        problem = problem_of(table, settings.router, first)
+        columns = tuple(range(table.num_routes))
+        if settings.router not in TREE_KINDS and 2 * len(routes) <= table.num_routes:
+            columns = routes
+        problem = problem_of(table, settings.router, first, len(columns))
         decision = no_decision if settings.router == "cascade" else _decision_madds(table, settings, problem, routes)
         costs = costs_of(table, settings, routes, decision, first)
-        return cls(settings, routes, problem, decision, costs, first)
+        return cls(settings, routes, problem, decision, costs, first, columns)
 
     @property
     def trains_with(self) -> tuple[object, ...]:
         """Trials with equal values train in one program."""
         own = self.settings
         hidden = own.hidden_units if own.router in PERCEPTRON_KINDS else None
-        return own.router, self.first, own.optimizer, own.steps, own.batch_size, hidden
+        return own.router, self.first, self.columns, own.optimizer, own.steps, own.batch_size, hidden
+
+    @property
+    def places(self) -> list[int]:
+        """Where the routes of the routing space stand among the columns."""
+        return [self.columns.index(route) for route in self.routes]
 
     def lane(self, table: RoutingTable) -> Lane:
         """What the trainer needs of it; `table` is that of the `gate` split."""
-        allowed = torch.zeros(table.num_routes, dtype=torch.bool)
-        allowed[list(self.routes)] = True
+        allowed = torch.zeros(len(self.columns), dtype=torch.bool)
+        allowed[self.places] = True
         targets = sgs_targets(table, self.routes, self.settings, self.costs.madds)
         return Lane(
             self.settings,
             allowed,
-            torch.from_numpy(self.costs.madds / self.costs.widest).float(),
+            torch.from_numpy(self.costs.madds[list(self.columns)] / self.costs.widest).float(),
             self.costs.target / self.costs.widest,
-            torch.from_numpy(targets),
+            torch.from_numpy(np.searchsorted(self.columns, targets)),
             self.costs.widest,
         )
 
@@ -246,8 +257,9 @@ def _fit_class(gate_table: RoutingTable, val_table: RoutingTable, plans: Sequenc
     features = node_features(gate_table, kind, problem)
     scalings = _scalings(problem, features)
     scaled = [scalings[node.head].apply(own) for node, own in zip(problem.nodes, features, strict=True)]
-    correct = torch.from_numpy(gate_table.correct1.astype(np.float32))
-    lesson = Lesson(problem, scaled, torch.from_numpy(gate_table.ce.copy()), correct)
+    columns = list(plans[0].columns)
+    correct = torch.from_numpy(gate_table.correct1[:, columns].astype(np.float32))
+    lesson = Lesson(problem, scaled, torch.from_numpy(gate_table.ce[:, columns].copy()), correct)
     trained = train_cohort(lesson, [plan.lane(gate_table) for plan in plans])
     exam = _Exam(val_table, node_features(val_table, kind, problem))
     return [
@@ -306,12 +318,10 @@ def _target_metrics(plan: _Plan) -> dict[str, float]:
 
 def _calibrated_flat(exam: _Exam, plan: _Plan, head: Head) -> tuple[Router, float, NDArray[np.float64]]:
     """A router that decides once; beta; its softmax at the last temperature [N, R]."""
-    routes = list(plan.routes)
-    own = Head(
-        head.weight[routes], None if head.bias is None else head.bias[routes], head.inner_weight, head.inner_bias
-    )
+    rows = plan.places
+    own = Head(head.weight[rows], None if head.bias is None else head.bias[rows], head.inner_weight, head.inner_bias)
     logits = own(exam.features[0])
-    madds = plan.costs.madds[routes]
+    madds = plan.costs.madds[list(plan.routes)]
     beta = calibrate(logits.numpy(), madds, plan.costs.target)
     offset = torch.from_numpy(beta * madds / madds.max())
     soft = ((logits - offset) / plan.settings.temperature_end).softmax(1).numpy()

@@ -88,12 +88,21 @@ class Problem:
         return routes
 
 
-def problem_of(table: RoutingTable, kind: str, first: int | None = None) -> Problem:
-    """The decisions of a kind of router on a table's tree."""
+def problem_of(table: RoutingTable, kind: str, first: int | None = None, num_options: int | None = None) -> Problem:
+    """The decisions of a kind of router on a table's tree.
+
+    Args:
+        table: any split's.
+        kind: of the router.
+        first: the route that a learned cascade runs first.
+        num_options: of a router that decides once, where its program holds fewer routes than the table; their numbers are then places
+            among those. None = all of the table's.
+    """
     is_perceptron = kind in PERCEPTRON_KINDS
     if kind not in TREE_KINDS:
-        leaves = tuple((route, route) for route in range(table.num_routes))
-        return Problem((Node(0, 0, 0, leaves, (), table.num_routes),), 1, is_perceptron, first)
+        num_leaves = table.num_routes if num_options is None else num_options
+        leaves = tuple((place, place) for place in range(num_leaves))
+        return Problem((Node(0, 0, 0, leaves, (), num_leaves),), 1, is_perceptron, first)
     nodes: list[Node] = []
     positions = {
         (gate, node): position

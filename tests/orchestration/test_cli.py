@@ -195,6 +195,13 @@ def test_pareto_shows_the_front_on_both_splits_and_a_pick_narrows_it(finished: F
     assert "200 test images" in text
 
 
+def test_pareto_draws_the_front_and_the_kinds_of_router(finished: Finished, tmp_path: Path) -> None:
+    front, routers = tmp_path / "front.html", tmp_path / "routers.html"
+    call(finished.folder, "pareto", "tiny", "--figure", front, "--routers-figure", routers)
+    assert "Accuracy against cost" in front.read_text(encoding="utf-8")
+    assert "Gain of each kind of router" in routers.read_text(encoding="utf-8")
+
+
 def test_trials_lists_all_of_them(finished: Finished) -> None:
     rows = call(finished.folder, "trials", "tiny", "--json").json
     assert [row["name"] for row in rows] == [trial_name(slot) for slot in range(12)]

@@ -160,3 +160,17 @@ def test_hypervolume_never_falls_and_ends_with_that_of_the_front(finished: Finis
 def test_names_of_trials_are_those_of_their_slots(finished: Finished) -> None:
     names = [row["name"] for row in finished.results.points() if row["kind"] == "gate" and row["split"] == "val"]
     assert names == [trial_name(slot) for slot in range(12)]
+
+
+def test_of_a_long_front_only_some_gates_run_on_test(finished: Finished) -> None:
+    results = RunResults(finished.run)
+    assert len(results.front) >= 3
+    whole = results.config
+    results.__dict__["config"] = whole.model_copy(update={"budget": whole.budget.model_copy(update={"verify": 2})})
+    sample = results.front_sample
+    assert {results.front[0], results.front[-1], results.knee} == set(sample)
+    assert results.verified is None or sample == results.front  # what ran was another sample
+    results = RunResults(finished.run)
+    results.__dict__["config"] = whole.model_copy(update={"budget": whole.budget.model_copy(update={"verify": None})})
+    assert results.front_sample == results.front
+    assert results.verified is not None
