@@ -1,8 +1,8 @@
 """Grouped dynamic inference against the static networks, the masked way of the published code, and its own ideal.
 
 By default on random weights (accuracy plays no part) with a gate made by hand so that it spreads the images evenly over its routes: every
-batch holds equally many images of each route, in random order, and batch 1 is one image of each route in turn. With `--bundle` on a
-trained network, its own router and real images, so that groups are as uneven as they are.
+batch holds equally many images of each route, in random order, and batch 1 is one image of each route in turn. With `--run` on a
+trained network, with a router of its sweep and the images of `val`, so that groups are as uneven as they are.
 
 The ideal is CONTRACTS' trunk(B) + decide(B) + sum of tail_k(n_k), its parts timed at exactly the group sizes that occur, in the same
 rounds. Every call of every contender is timed alone, between calls of others: weights are as cold for the ideal as for the network.
@@ -32,15 +32,18 @@ from benchmarks.harness import (
     sample_interleaved,
 )
 from dsnet.batchnorm import recalibrate
-from dsnet.bundle import Bundle, load_bundle
-from dsnet.data import SplitSizes, make_splits
+from dsnet.checkpoint import load_supernet
 from dsnet.dynamic import DynamicNet
 from dsnet.families import Task, create
 from dsnet.materialize import PlainSubnet, materialize_tail
 from dsnet.routers import STOP, Evidence, Executed, GateRouter, Router
-from dsnet.segments import CutSegments, SlicedSegments, rows_by
+from dsnet.segments import CutSegments, rows_by
 from dsnet.supernet import Supernet
-from dsnet.training.sources import load_source
+from dsnet.training.supernet import FINAL
+from orchestration.planning import prepare_again
+from orchestration.results import RunResults
+from orchestration.rundir import RunDir
+from search.points import trial_name
 
 BENCHMARK = "grouped dynamic inference over its ideal, beside static and masked, batch 1 to 256 (goal: at most 1.10 at batch 64)"
 GOAL = 1.10
@@ -51,10 +54,12 @@ NUM_REAL_BATCHES = {1: 16, 16: 4}
 """Real images fall unevenly over the routes: several batches of a small size; of others, one."""
 PARAMS = (
     click.Option(
-        ["--bundle"], type=click.Path(exists=True, path_type=Path), help="Time this bundle instead of random weights."
+        ["--run"],
+        type=click.Path(exists=True, path_type=Path),
+        help="Time a router of this run's folder, in place of random weights.",
     ),
-    click.Option(["--data"], help="With --bundle: the folder of the images that it was made with."),
-    click.Option(["--equal"], help="With --bundle: the route whose accuracy alone is nearest to the bundle's."),
+    click.Option(["--trial"], type=int, help="With --run: the number of the router's trial; its knee where not given."),
+    click.Option(["--equal"], help="With --run: the sub-network whose accuracy alone is nearest to the router's."),
 )
 
 
@@ -176,14 +181,20 @@ class Contenders:
         assert isinstance(segments, CutSegments)
         self.trunk = segments.trunk
         self.tails = {route: segments.tail(route) for route in router.routes}
-        order = [route for route in supernet.subnets.by_madds() if route in router.routes]
+        order = supernet.subnets.by_madds()
         named = {"static widest": order[-1], "static cheapest": order[0]}
         named |= {} if equal is None else {"static equal": equal}
-        self.static = {name: PlainSubnet(self.trunk, self.tails[route]).eval() for name, route in named.items()}
+        self.static = {name: PlainSubnet(self.trunk, segments.tail(route)).eval() for name, route in named.items()}
+        self.memory_bytes = {
+            "cut": self.dynamic.memory_bytes,
+            "sliced": DynamicNet(supernet, router, cut_weights=False).memory_bytes,
+        }
         self.masked = None
-        if supernet.spec.family == "ds_mbnet" and router.num_gates == 1:
+        if supernet.spec.family == "ds_mbnet" and (router.num_gates, router.max_runs) == (1, 1):
             device = next(supernet.parameters()).device
-            self.masked = MaskedTail(supernet, tuple(order)).to(device).eval()
+            self.masked = (
+                MaskedTail(supernet, tuple(route for route in order if route in router.routes)).to(device).eval()
+            )
 
     def calls(self, batches: Sequence[Tensor]) -> Calls:
         """What is timed; the part of a name before the first slash is the contender, whose calls are added up."""
@@ -271,46 +282,33 @@ def synthetic(network: Network, device: str, seed: int) -> Workload:
     return Workload(network.title, device, contenders, pool, draw)
 
 
-def of_bundle(path: Path, data: str | None, equal: str | None, device: str) -> Workload:
-    """A bundle on the images of its test split.
+def of_run(folder: Path, trial: int | None, equal: str | None, device: str) -> Workload:
+    """A router of a run on the images of `val`: real ones, and the sealed split stays sealed.
 
     Raises:
-        click.BadParameter: it has no route called `equal`.
+        click.BadParameter: the run has no front, or no sub-network called `equal`.
     """
-    bundle = load_bundle(path, device=device, cut_weights=False)
-    if equal is not None and equal not in bundle.route_names:
+    results = RunResults(RunDir(folder.parent, folder.name))
+    slot = results.knee if trial is None else trial
+    if slot is None:
+        raise click.BadParameter(f"{folder} has no front yet; give a trial", param_hint="--trial")
+    supernet, _ = load_supernet(results.run.stage_dir("supernet", results.done_key("supernet")) / FINAL)
+    names = [subnet.name for subnet in supernet.subnets]
+    if equal is not None and equal not in names:
         raise click.BadParameter(
-            f"{path} has no route {equal!r}; it has {', '.join(bundle.route_names)}", param_hint="--equal"
+            f"{folder} has no sub-network {equal!r}; it has {', '.join(names)}", param_hint="--equal"
         )
-    segments = bundle.net.segments
-    assert isinstance(segments, SlicedSegments)
-    contenders = Contenders(
-        segments.supernet, bundle.net.router, None if equal is None else bundle.route_names.index(equal)
-    )
-    pool = bundle.normalization.apply(_test_images(bundle, data).to(device))
+    router = results.router(slot)
+    contenders = Contenders(supernet.to(device).eval(), router, None if equal is None else names.index(equal))
+    prepared = prepare_again(results)
+    pool = prepared.normalization.apply(prepared.data.images("val").to(device))
 
     def draw(batch_size: int, seed: int) -> list[Tensor]:
         count = NUM_REAL_BATCHES.get(batch_size, 1)
         rows = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))[: count * batch_size]
         return list(rows.split(batch_size))
 
-    return Workload(f"bundle {path.name}", device, contenders, pool, draw)
-
-
-def _test_images(bundle: Bundle, data: str | None) -> Tensor:
-    """uint8 [N, C, H, W]: the test split of the data that the bundle's claims name."""
-    facts = bundle.claims["data"]
-    source = load_source(
-        facts["name"],
-        data,
-        facts["image_size"],
-        stream=facts.get("stream", False),
-        crop_fraction=facts.get("crop_fraction", 1.0),
-    )
-    splits = make_splits(
-        source.labels.numpy(), source.official_test, SplitSizes(**facts["sizes"]), facts["seed"], facts["limit"]
-    )
-    return source.tensor_data(splits, open_test=True).images("test")
+    return Workload(f"{folder.name}, {router.kind} {trial_name(slot)}", device, contenders, pool, draw)
 
 
 @dataclass(frozen=True)
@@ -355,19 +353,19 @@ RATIOS = (
 )
 
 
-def workloads(options: Options, bundle: Path | None, data: str | None, equal: str | None) -> list[Workload]:
-    """On every device: the bundle, or the networks with random weights."""
-    if bundle is not None:
-        return [of_bundle(bundle, data, equal, device.type) for device in devices()]
+def workloads(options: Options, run: Path | None, trial: int | None, equal: str | None) -> list[Workload]:
+    """On every device: the run's router, or the networks with random weights."""
+    if run is not None:
+        return [of_run(run, trial, equal, device.type) for device in devices()]
     networks = (DS_MBNET, WIDE_LIST, ALL_ROUTES)
     return [synthetic(network, device.type, options.seed) for device in devices() for network in networks]
 
 
 @torch.inference_mode()
-def measure(options: Options, bundle: Path | None = None, data: str | None = None, equal: str | None = None) -> Report:
+def measure(options: Options, run: Path | None = None, trial: int | None = None, equal: str | None = None) -> Report:
     """Each row's contenders side by side; the headline is the first workload on the CPU."""
     sizes = (1, 16, 64) if options.quick else (1, 16, 64, 256)
-    works = workloads(options, bundle, data, equal)
+    works = workloads(options, run, trial, equal)
     rows = [
         _measure_row(work, size, options)
         for work in works
@@ -382,9 +380,13 @@ def measure(options: Options, bundle: Path | None = None, data: str | None = Non
         f"{work.device}, {work.title}": work.contenders.largest_difference(work.pool[:HEADLINE_BATCH]) for work in works
     }
     return Report(
-        [_ratios(rows), _times(rows, options)],
+        [_ratios(rows), _times(rows, options), _memory(works)],
         Headline(label, over_ideal, "", GOAL),
-        {"rows": [_figures(row) for row in rows], "largest_logit_difference": differences},
+        {
+            "rows": [_figures(row) for row in rows],
+            "largest_logit_difference": differences,
+            "memory_bytes": {f"{work.device}, {work.title}": work.contenders.memory_bytes for work in works},
+        },
     )
 
 
@@ -398,6 +400,16 @@ def _measure_row(work: Workload, batch_size: int, options: Options) -> Row:
     names = [subnet.name for subnet in work.contenders.dynamic.subnets]
     taken = {names[route]: int((routes == route).sum()) for route in routes.unique().tolist()}
     return Row(work.title, work.device, batch_size, samples, len(batches), taken)
+
+
+def _memory(works: Sequence[Workload]) -> Section:
+    cells = [
+        (f"{work.device}, {work.title}", *(f"{size / 1e6:.2f}" for size in work.contenders.memory_bytes.values()))
+        for work in works
+    ]
+    return Section(
+        "Memory of weights and statistics, MB", ("", "cut for every route, BN folded", "sliced on the fly"), cells
+    )
 
 
 def _title(row: Row) -> str:

@@ -34,7 +34,8 @@ from search.controls import StaticLine
 from search.statistics import bootstrap_interval, resample_points
 
 BENCHMARK = "a table trial against one trained end to end, on a run's supernet: the cost, and the fronts (goal: 10,000 times cheaper)"
-GOAL = 1e-4
+GOAL_PPM = 100.0
+"""10,000 times cheaper."""
 PUBLISHED_EPOCHS = 30
 COHORT = 64
 NUM_CHOICES = 4
@@ -71,29 +72,28 @@ def settings_for(targets: Sequence[float], table: RoutingTable, seed: int) -> li
     return [replace(base, target=target, lambda_sgs=sgs) for sgs in (0.0, 0.3) for target in targets]
 
 
-def measure(options: Options, run: Path, epochs: int) -> Report:
+def measure(options: Options, run: Path, epochs: int, pairs: int) -> Report:
     """Trains and compares."""
     material = Material.of(run)
     targets = (0.3,) if options.quick else (0.15, 0.3, 0.5)
-    pairs = settings_for(targets, material.gate, options.seed)
-    pairs = pairs[:1] if options.quick else pairs
-    table_s = _table_seconds(material, pairs)
-    fits = [_checked(fit) for fit in fit_gates(material.gate, material.val, pairs)]
+    compared_settings = settings_for(targets, material.gate, options.seed)[:pairs]
+    table_s = _table_seconds(material, compared_settings)
+    fits = [_checked(fit) for fit in fit_gates(material.gate, material.val, compared_settings)]
     rules = EndToEndSettings(epochs=epochs)
     rows, compared, seconds = [], [], []
-    for settings, fit in zip(pairs, fits, strict=True):
+    for settings, fit in zip(compared_settings, fits, strict=True):
         start = time.perf_counter()
         heads = train_end_to_end(material.supernet, material.images, settings, rules)
         seconds.append(time.perf_counter() - start)
         other = calibrate_heads(material.val, settings, heads)
         compared.append(_compared(material, settings, fit, other))
         rows.append(_row(compared[-1]))
-    epoch_s = [seconds_per_epoch(material.supernet, material.images, pairs[0], rules) for _ in range(3)]
+    epoch_s = [seconds_per_epoch(material.supernet, material.images, compared_settings[0], rules) for _ in range(3)]
     cost = PUBLISHED_EPOCHS * np.median(epoch_s)
     estimate = Estimate(
-        float(np.median(table_s) / cost),
-        float(min(table_s) / (PUBLISHED_EPOCHS * max(epoch_s))),
-        float(max(table_s) / (PUBLISHED_EPOCHS * min(epoch_s))),
+        float(1e6 * np.median(table_s) / cost),
+        float(1e6 * min(table_s) / (PUBLISHED_EPOCHS * max(epoch_s))),
+        float(1e6 * max(table_s) / (PUBLISHED_EPOCHS * min(epoch_s))),
     )
     columns = (
         "target",
@@ -118,7 +118,12 @@ def measure(options: Options, run: Path, epochs: int) -> Report:
             ),
             Section(f"Cost, {options.threads} thread(s)", ("", "time", "table trials"), costs),
         ],
-        Headline("a table trial over an end-to-end trial (lowest and highest of the repeats)", estimate, "", GOAL),
+        Headline(
+            f"a table trial, in millionths of an end-to-end trial of {PUBLISHED_EPOCHS} epochs (lowest and highest repeat)",
+            estimate,
+            "",
+            GOAL_PPM,
+        ),
         {"compared": compared, "table_s": table_s, "epoch_s": epoch_s, "end_to_end_s": seconds, "epochs": epochs},
     )
 
@@ -177,6 +182,9 @@ if __name__ == "__main__":
             ),
             click.Option(
                 ["--epochs"], default=5, show_default=True, type=click.IntRange(1), help="Of end-to-end training."
+            ),
+            click.Option(
+                ["--pairs"], default=6, show_default=True, type=click.IntRange(1, 6), help="Settings that are compared."
             ),
         ],
     )

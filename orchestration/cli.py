@@ -309,8 +309,9 @@ def pareto(
 )
 def export(run: str, runs: str, picks: tuple[str, ...], out: Path | None) -> None:
     """Export gates of a run as bundles that `dsnet.load_bundle` reads; prints their folders."""
-    from orchestration.export import export_bundles, picked_slots
+    from orchestration.export import export_bundles
     from orchestration.planning import prepare_again
+    from orchestration.results import picked_slots
 
     results = _open_run(run, runs)
     slots = picked_slots(results, picks)

@@ -443,7 +443,7 @@ class RoutingConfig(Section):
     """Which sub-networks the gate may pick: members first, first + stride, ... up to last, in the set's order (with beam: by MAdds)."""
 
     first: NonNegativeInt = 0
-    """Index of the cheapest route."""
+    """Index of the first route."""
     last: int = -1
     """Inclusive; negative counts from the end, -1 = the widest."""
     stride: PositiveInt = 1
@@ -522,7 +522,7 @@ class EndToEndConfig(Section):
     augment: bool = False
     """Train on images that data.augment has changed."""
     threads: PositiveInt = 1
-    """Torch threads of a trial; a trial takes as many CPUs."""
+    """Torch threads of a trial, which takes as many CPUs; another number gives other last digits, hence other trials."""
 
 
 class GateConfig(Section):
@@ -530,7 +530,7 @@ class GateConfig(Section):
 
     router: Router = "gate"
     """gate: one decision, as published | evidence_gate: with richer evidence | gates, evidence_gates: one decision per gate
-    of the network | cascade: cheapest first, on while unsure | learned_cascade: the cheapest route's output picks the next."""
+    of the network | cascade: a cheap route first, one wider where it is unsure | learned_cascade: a cheap route's output picks the next."""
     trainer: Literal["table", "end_to_end"] = "table"
     """table: exact losses on the routing table, fractions of a second | end_to_end: through the network; routers gate and gates only."""
     target: Fraction = 0.5
@@ -604,7 +604,8 @@ class BudgetConfig(Section):
     max_failed: Fraction = 0.5
     """Share of failed trials, [0, 1], above which the sweep counts as failed (exit code 4)."""
     verify: PositiveInt | None = 32
-    """Gates of the front that run for real on `test`, evenly along it, the knee and both ends among them; null = all."""
+    """About so many gates of the front run for real on `test`, evenly along it; both ends, the knee and what export.picks
+    names always. null = all."""
 
 
 class TrialConfig(Section):

@@ -23,36 +23,12 @@ from dsnet.training.supernet import FINAL
 from orchestration.preparation import Prepared
 from orchestration.results import RunResults
 from search.analysis import PointAnalysis
-from search.pareto import apply_pick, parse_pick
 from search.points import trial_name
 
 CLEAR_LEAD = 100.0
 """Examples are decided by a margin of at least so many times the router's `tie`."""
 EXAMPLE_SEED = 0
 """Draws the examples among the clear images."""
-
-
-def picked_slots(results: RunResults, picks: Sequence[str]) -> list[int]:
-    """The trials that `picks` mean, each once, in the order of the picks.
-
-    Args:
-        results: a run with a front.
-        picks: `knee`, `all`, `max:top1 where madds_m<=200`, `trial-0042`, ...; all read the metrics on `val`.
-
-    Raises:
-        ConfigError: a pick cannot be read.
-        NotFoundError: nothing matches.
-    """
-    rows = [{"name": trial_name(record.slot), "slot": record.slot, **record.metrics} for record in results.completed]
-    on_front = [row for row in rows if row["slot"] in results.front]
-    objectives = tuple((metric.name, metric.goal) for metric in results.config.metrics)
-    slots: list[int] = []
-    for text in picks:
-        pick = parse_pick(text)
-        # A front's own rows only where the pick asks for the front: copies of a front point are not exported twice.
-        chosen = apply_pick(pick, on_front if pick.kind in ("all", "knee") else rows, objectives)
-        slots += [int(row["slot"]) for row in chosen if row["slot"] not in slots]
-    return slots
 
 
 def export_bundles(prepared: Prepared, results: RunResults, slots: Sequence[int], folder: Path) -> list[Path]:

@@ -18,14 +18,14 @@ from dsnet.training.supernet import FINAL
 from orchestration.adoption import adopt
 from orchestration.config import SweepConfig, to_yaml
 from orchestration.evaluation_stages import measure_stage, table_stage
-from orchestration.export import export_bundles, picked_slots
+from orchestration.export import export_bundles
 from orchestration.launch_context import Launch
 from orchestration.preparation import Prepared, prepare, stage_definitions, write_splits
 from orchestration.progress import ProgressView
 from orchestration.projection import make_tracker, store_uri, sweep_end_ms, sweep_row, write_front
 from orchestration.ray_runtime import RaySettings, ray_session
 from orchestration.reporting import write_report
-from orchestration.results import RunResults
+from orchestration.results import RunResults, picked_slots
 from orchestration.rundir import DriverLock, Manifest, RunDir, describe_hardware
 from orchestration.search_stage import search_stage, trials_left
 from orchestration.signals import StopRequest
@@ -158,7 +158,7 @@ def _run_stages(work: Launch) -> LaunchResult:
     results = RunResults(run)
     if not results.completed:
         raise NothingFeasibleError(_nothing_completed(results))
-    verify_stage(work, plans, supernet, results.front_sample)
+    verify_stage(work, plans, supernet, results)
     return _finish(work)
 
 

@@ -7,7 +7,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from orchestration.config import (
 )
 from orchestration.rundir import Manifest, RunDir
 from orchestration.stages import StageDefinition, StageDir, stage_record
+from search.analysis import BudgetPick
 
 logger = logging.getLogger(__name__)
 
@@ -318,9 +319,12 @@ def _digest(content: object) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def verify_definition(config: SweepConfig, fingerprint: str, front: Sequence[int]) -> StageDefinition:
-    """What verify depends on: the frozen front, by the slots of its trials."""
-    subset = {**stage_subset(config, "verify"), "front": list(front)}
+def verify_definition(
+    config: SweepConfig, fingerprint: str, front: Sequence[int], contenders: Sequence[BudgetPick]
+) -> StageDefinition:
+    """What verify depends on: the frozen front, by the slots of its trials, and the trials that speak for the kinds of router."""
+    picks = [asdict(pick) for pick in contenders]
+    subset = {**stage_subset(config, "verify"), "front": list(front), "contenders": picks}
     return StageDefinition("verify", STAGE_VERSIONS["verify"], subset, fingerprint, ("search",))
 
 

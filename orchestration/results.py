@@ -22,7 +22,7 @@ from orchestration.rundir import Manifest, RunDir
 from orchestration.stages import StageDir
 from orchestration.supernet_facts import SupernetFacts
 from orchestration.verification import Agreement, DynamicLatency
-from search.analysis import SplitAnalysis, front_slots, spread_along_front
+from search.analysis import BudgetPick, SplitAnalysis, budget_picks, front_slots, spread_along_front
 from search.gate_trial import router_of
 from search.pareto import apply_pick, parse_pick
 from search.points import PointRow, control_points, gate_points, subnet_points, trial_name
@@ -46,6 +46,7 @@ class Verified:
     """What the verify stage found."""
 
     front: tuple[int, ...]
+    contenders: tuple[BudgetPick, ...]
     val: SplitAnalysis
     test: SplitAnalysis
     latency: DynamicLatency
@@ -57,6 +58,7 @@ class Verified:
         """Rebuild it from verify.json."""
         return cls(
             front=tuple(data["front"]),
+            contenders=tuple(BudgetPick(**item) for item in data["contenders"]),
             val=SplitAnalysis.from_json(data["val"]),
             test=SplitAnalysis.from_json(data["test"]),
             latency=DynamicLatency.from_json(data["latency"]),
@@ -177,14 +179,32 @@ class RunResults:
 
     @cached_property
     def front_sample(self) -> tuple[int, ...]:
-        """The gates of the front that run on `test`: as many as `budget.verify` says, evenly along it, the knee among them."""
+        """The gates of the front that run on `test`: about as many as `budget.verify` says, evenly along it.
+
+        Both ends, the knee and what `export.picks` asks for by more than `all` are among them.
+        """
         size = self.config.budget.verify
         if size is None or len(self.front) <= size:
             return self.front
         names = [metric.name for metric in self.config.metrics]
         values = np.array([[self.record(slot).metrics[name] for name in names] for slot in self.front])
-        kept = [] if self.knee is None else [self.front.index(self.knee)]
+        kept = [self.front.index(slot) for slot in self._named_slots() if slot in self.front]
         return tuple(self.front[position] for position in spread_along_front(values, size, kept))
+
+    def _named_slots(self) -> list[int]:
+        slots = [] if self.knee is None else [self.knee]
+        for text in self.config.export.picks:
+            try:
+                slots += [] if parse_pick(text).kind == "all" else picked_slots(self, [text])
+            except NotFoundError:  # the export will say so, when everything else is done
+                continue
+        return list(dict.fromkeys(slots))
+
+    @cached_property
+    def contenders(self) -> tuple[BudgetPick, ...]:
+        """The trials that speak for each kind of router at the budgets, chosen on `val`."""
+        trials = [(record.slot, self.router_kind(record.slot), record.metrics) for record in self.completed]
+        return budget_picks(trials, np.array([subnet.madds for subnet in self.members]))
 
     @cached_property
     def knee(self) -> int | None:
@@ -195,11 +215,15 @@ class RunResults:
 
     @cached_property
     def verified(self) -> Verified | None:
-        """What verify found; None where it has not run, or the front has changed since."""
+        """What verify found; None where it has not run, or the trials that it is about have changed since."""
         if not self.is_done("verify"):
             return None
-        verified = Verified.from_json(_read(self.run.verify_json(self.done_key("verify"))))
-        return verified if verified.front == self.front_sample else None
+        try:
+            verified = Verified.from_json(_read(self.run.verify_json(self.done_key("verify"))))
+        except (KeyError, TypeError):  # another release wrote it: launching again verifies anew
+            return None
+        is_current = verified.front == self.front_sample and verified.contenders == self.contenders
+        return verified if is_current else None
 
     @property
     def finished_ms(self) -> int:
@@ -281,6 +305,29 @@ class RunResults:
                 madds_m, top1 = getattr(analysis, f"{name}_madds_m"), getattr(analysis, f"{name}_top1")
                 rows += control_points(analysis.split, name, [1e6 * cost for cost in madds_m], top1)
         return rows
+
+
+def picked_slots(results: RunResults, picks: Sequence[str]) -> list[int]:
+    """The trials that `picks` mean, each once, in the order of the picks.
+
+    Args:
+        results: a run with a front.
+        picks: `knee`, `all`, `max:top1 where madds_m<=200`, `trial-0042`, ...; all read the metrics on `val`.
+
+    Raises:
+        ConfigError: a pick cannot be read.
+        NotFoundError: nothing matches.
+    """
+    rows = [{"name": trial_name(record.slot), "slot": record.slot, **record.metrics} for record in results.completed]
+    on_front = [row for row in rows if row["slot"] in results.front]
+    objectives = tuple((metric.name, metric.goal) for metric in results.config.metrics)
+    slots: list[int] = []
+    for text in picks:
+        pick = parse_pick(text)
+        # A front's own rows only where the pick asks for the front: copies of a front point are not exported twice.
+        chosen = apply_pick(pick, on_front if pick.kind in ("all", "knee") else rows, objectives)
+        slots += [int(row["slot"]) for row in chosen if row["slot"] not in slots]
+    return slots
 
 
 def load_router(path: Path) -> Router:

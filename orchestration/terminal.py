@@ -117,7 +117,7 @@ def front_rows(results: RunResults) -> list[dict[str, Any]]:
 
 def show_front(results: RunResults, picks: Sequence[str], *, as_json: bool) -> None:
     """The front as a table, with the static baseline above it."""
-    from orchestration.export import picked_slots
+    from orchestration.results import picked_slots
 
     rows = front_rows(results)
     if picks:
@@ -188,9 +188,9 @@ def _show_verified(results: RunResults, verified: Verified, rows: Sequence[Mappi
         )
     title = f"{results.run.name}: gates of the front, chosen on val, run on {verified.test.num_images} test images"
     _table(columns, lines, title, num_left=2)
-    if len(lines) <= len(rows):
+    if len(points) < len(results.front):
         _say(
-            f"{len(lines) - 1} of these {len(rows)} gates ran on test, evenly along the front (budget.verify); the others: --json"
+            f"{len(points)} of the front's {len(results.front)} gates ran on test, evenly along it (budget.verify); the others: --json"
         )
     if verified.num_openings > 1:
         _say(f"test was read {verified.num_openings} times: numbers chosen after the first time are optimistic")

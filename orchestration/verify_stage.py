@@ -17,15 +17,16 @@ from orchestration.preparation import latency_settings, verify_definition
 from orchestration.results import RunResults, load_router
 from orchestration.stages import StagePlan, plan_stage, run_stage
 from orchestration.verification import check_agreement, time_front
-from search.analysis import BudgetPick, SplitAnalysis, analyse_split, budget_picks
+from search.analysis import BudgetPick, SplitAnalysis, analyse_split
 from search.ceiling import RouteForecast
 
 
-def verify_stage(work: Launch, plans: Mapping[str, StagePlan], supernet: Supernet, front: tuple[int, ...]) -> None:
-    """Verify the gates of `front` (slots); what is stored is all that report and export need of the test split."""
+def verify_stage(work: Launch, plans: Mapping[str, StagePlan], supernet: Supernet, results: RunResults) -> None:
+    """Verify the front of a search, or the sample of it; what is stored is all that report and export need of the test split."""
     work.check_stop()
     config, run, prepared = work.config, work.run, work.prepared
-    definition = verify_definition(config, prepared.fingerprint, front)
+    front, contenders = results.front_sample, results.contenders
+    definition = verify_definition(config, prepared.fingerprint, front, contenders)
     plan = plan_stage(run, definition, {"search": plans["search"].key})
 
     def verify(folder: Path) -> Sequence[Path]:
@@ -52,9 +53,10 @@ def verify_stage(work: Launch, plans: Mapping[str, StagePlan], supernet: Superne
             latency_settings(config),
             before_each=work.check_stop,
         )
-        judge = _Judge.of(work, plans, val, routers)
+        judge = _Judge.of(work, plans, val, routers, contenders)
         content = {
             "front": list(front),
+            "contenders": [asdict(pick) for pick in contenders],
             "num_openings": num_openings,
             "agreements": [asdict(agreement) for agreement in agreements],
             "latency": latency.to_json(),
@@ -87,15 +89,18 @@ class _Judge:
     num_classes: int
 
     @classmethod
-    def of(cls, work: Launch, plans: Mapping[str, StagePlan], val: RoutingTable, front: Mapping[int, Router]) -> _Judge:
-        """Fit the reachable ceiling on `gate`, and choose who speaks for each kind of router."""
-        run, results = work.run, RunResults(work.run)
+    def of(
+        cls,
+        work: Launch,
+        plans: Mapping[str, StagePlan],
+        val: RoutingTable,
+        front: Mapping[int, Router],
+        picks: Sequence[BudgetPick],
+    ) -> _Judge:
+        """Fit the reachable ceiling on `gate`, and load who speaks for each kind of router."""
+        run = work.run
         forecast = RouteForecast.fit(RoutingTable.load(run.table(plans["table"].key, "gate")))
-        trials = [(record.slot, results.router_kind(record.slot), record.metrics) for record in results.completed]
-        contenders = {
-            pick: load_router(run.gate_weights(plans["search"].key, pick.slot))
-            for pick in budget_picks(trials, val.madds)
-        }
+        contenders = {pick: load_router(run.gate_weights(plans["search"].key, pick.slot)) for pick in picks}
         return cls(forecast, val, front, contenders, len(work.prepared.image_set.class_names))
 
     def analysis(self, reported: RoutingTable) -> SplitAnalysis:

@@ -18,6 +18,10 @@ from dsnet.routers.head import Head
 Values = TypeVar("Values", Tensor, NDArray[np.float64])
 
 
+PROBABILITY_TIE = 1e-4
+"""Probabilities differ by so much between processors and batch sizes where logits are large."""
+
+
 @dataclass(frozen=True)
 class CascadeRouter:
     """Run the first route; where its largest probability is below the threshold, run the second too.
@@ -34,7 +38,7 @@ class CascadeRouter:
     num_gates = 1
     max_runs = 2
     needs = ()
-    tie = ROUNDING_TIE
+    tie = PROBABILITY_TIE
 
     @property
     def routes(self) -> tuple[int, ...]:
@@ -59,7 +63,7 @@ class CascadeRouter:
         return confidence < self.threshold  # type: ignore[return-value]
 
     def margin(self, evidence: Evidence, executed: Sequence[Executed]) -> Tensor:
-        """Distance of the first route's confidence to the threshold."""
+        """Distance of the first route's confidence to the threshold, in units of probability."""
         if len(executed) == 1 and self.first != self.second:
             return (executed[0].summary["confidence"].double() - self.threshold).abs()
         return evidence.no_choice

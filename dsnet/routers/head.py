@@ -56,19 +56,9 @@ class Head:
         return torch.where(gap == 0, 0.0, gap / error)
 
     @property
-    def num_options(self) -> int:
-        """R."""
-        return len(self.weight)
-
-    @property
     def madds(self) -> int:
         """Of one image; biases are free."""
         return self.weight.numel() + (0 if self.inner_weight is None else self.inner_weight.numel())
-
-    @property
-    def num_parameters(self) -> int:
-        """Weights and biases."""
-        return sum(value.numel() for value in self.tensors("").values())
 
     def tensors(self, prefix: str) -> dict[str, Tensor]:
         """What `from_tensors` reads back."""

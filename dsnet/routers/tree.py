@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -62,9 +63,24 @@ class GatesRouter:
         pooling = self.pooling_madds[gate][node] if self.pooling_madds else 0
         return self.heads[gate][node].madds + pooling
 
+    @cached_property
+    def _column_of(self) -> Mapping[int, int]:
+        return {route: column for column, route in enumerate(self.routes)}
+
+    @cached_property
+    def _first_routes(self) -> tuple[tuple[Tensor, ...], ...]:
+        """[gate][node] int64 [choices]: the first route of each branch; STOP for a choice that the node lacks."""
+        found = []
+        for branches in self.tree.gates:
+            firsts = [torch.full((branches.num_choices,), STOP, dtype=torch.int64) for _ in range(branches.num_nodes)]
+            for column in reversed(range(len(self.routes))):
+                firsts[branches.node_of[column]][branches.choice_of[column]] = self.routes[column]
+            found.append(tuple(firsts))
+        return tuple(found)
+
     def _node(self, evidence: Evidence) -> int:
         """In this router's own tree."""
-        return self.tree.gates[evidence.gate].node_of[self.routes.index(evidence.route)] if evidence.gate > 0 else 0
+        return self.tree.gates[evidence.gate].node_of[self._column_of[evidence.route]] if evidence.gate > 0 else 0
 
     def _features(self, evidence: Evidence) -> Tensor:
         return torch.cat([evidence[part] for part in self.needs], dim=1)
@@ -73,13 +89,10 @@ class GatesRouter:
         """The best branch's first route (any route of the branch fixes the path up to the next gate); STOP once a route has run."""
         if executed:
             return evidence.same(STOP)
-        branches, node = self.tree.gates[evidence.gate], self._node(evidence)
-        first_route = torch.full((branches.num_choices,), STOP, dtype=torch.int64)
-        for column in reversed(branches.routes_at(node)):
-            first_route[branches.choice_of[column]] = self.routes[column]
+        node = self._node(evidence)
         offset = self.offsets[evidence.gate][node].to(evidence.device)
         scores = self.heads[evidence.gate][node](self._features(evidence)) - offset
-        return first_route.to(evidence.device)[scores.argmax(1)]
+        return self._first_routes[evidence.gate][node].to(evidence.device)[scores.argmax(1)]
 
     def margin(self, evidence: Evidence, executed: Sequence[Executed]) -> Tensor:
         """Of the winning branch over the next one."""

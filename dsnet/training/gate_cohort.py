@@ -81,12 +81,6 @@ class TrainedHead:
     inner_weight: Tensor | None = None
     inner_bias: Tensor | None = None
 
-    @property
-    def is_finite(self) -> bool:
-        """No parameter is NaN or infinite."""
-        parts = (self.weight, self.bias, self.inner_weight, self.inner_bias)
-        return all(bool(torch.isfinite(part).all()) for part in parts if part is not None)
-
 
 def train_cohort(lesson: Lesson, lanes: Sequence[Lane]) -> list[list[TrainedHead]]:
     """Train the heads of every lane; lanes share optimiser, steps, batch size and hidden units.

@@ -1,21 +1,15 @@
-"""What the benchmark of dynamic inference times: real group sizes, every round of a cascade, bundles on their own images."""
+"""What the benchmark of dynamic inference times: real group sizes, every round of a cascade."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import click
 import pytest
 import torch
 
-from benchmarks.dynamic_inference import WIDE_LIST, Contenders, Spy, of_bundle, spread_gate, synthetic
-from dsnet.bundle import save_bundle
+from benchmarks.dynamic_inference import WIDE_LIST, Contenders, Spy, spread_gate, synthetic
 from dsnet.cost import subnet_cost
-from dsnet.data.normalization import Normalization
 from dsnet.families import Task, create
-from dsnet.routers import CascadeRouter, Evidence, GateRouter
-from dsnet.supernet import Supernet
-from tests.dsnet.samples import random_images, random_pixels, random_supernet_router, shaken, small_supernet
+from dsnet.routers import CascadeRouter, Evidence
+from tests.dsnet.samples import random_images, random_supernet_router, small_supernet
 
 
 @pytest.mark.parametrize("num_routes", [2, 4, 14])
@@ -60,43 +54,3 @@ def test_a_spy_times_the_decisions_and_not_the_stop() -> None:
     Contenders(supernet, spy.router).dynamic.with_router(spy)(random_images(4))
     assert len(spy.asked) == 1
     assert len(spy.executed) == 1
-
-
-def bundle_on_digits(folder: Path) -> tuple[Supernet, Path]:
-    supernet = shaken(create("ds_tiny", Task(10, 1, 8), {"num_routes": 3})).eval()
-    hidden = supernet.trunk(torch.randn(64, 1, 8, 8), supernet.subnets[0]).hidden
-    facts = {"name": "digits", "image_size": 8, "seed": 0, "limit": None}
-    sizes = {"train": 0.55, "gate": 0.15, "val": 0.15, "test": 0.15}
-    save_bundle(
-        folder / "bundle",
-        supernet,
-        spread_gate(hidden, (0, 1, 2)),
-        normalization=Normalization((60.0,), (70.0,)),
-        class_names=tuple("0123456789"),
-        examples=random_pixels(2, 8)[:, :1],
-        claims={"data": {**facts, "sizes": sizes}},
-        gate_yaml="",
-    )
-    return supernet, folder / "bundle"
-
-
-def test_a_bundle_is_timed_on_its_own_test_images(tmp_path: Path) -> None:
-    supernet, path = bundle_on_digits(tmp_path)
-    name = supernet.subnets[1].name
-    work = of_bundle(path, None, name, "cpu")
-    assert isinstance(work.contenders.dynamic.router, GateRouter)
-    assert 260 <= len(work.pool) <= 280
-    calls = work.contenders.calls(work.batches(16, seed=0))
-    assert {call.partition("/")[0] for call in calls} == {
-        "dynamic",
-        "ideal",
-        "static widest",
-        "static cheapest",
-        "static equal",
-    }
-    images = work.batches(16, seed=0)[0]
-    torch.testing.assert_close(
-        work.contenders.static["static equal"](images), supernet(images, supernet.subnets[1]), rtol=1e-4, atol=1e-4
-    )
-    with pytest.raises(click.BadParameter, match=f"no route 'nope'; it has .*{name}"):
-        of_bundle(path, None, "nope", "cpu")

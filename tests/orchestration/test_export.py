@@ -9,19 +9,24 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import click
 import numpy as np
 import pytest
+import torch
 from ruamel.yaml import YAML
 
 import dsnet
+from benchmarks.dynamic_inference import of_run
 from dsnet.bundle import NUM_EXAMPLES
+from dsnet.checkpoint import load_supernet
 from dsnet.errors import ConfigError, NotFoundError
 from dsnet.routers import ROUTER_KINDS, CascadeRouter
 from dsnet.routing_table import RoutingTable
 from dsnet.table_routing import run_on_table
-from orchestration.export import CLEAR_LEAD, bundle_claims, example_rows, picked_slots, router_facts
+from dsnet.training.supernet import FINAL
+from orchestration.export import CLEAR_LEAD, bundle_claims, example_rows, router_facts
 from orchestration.planning import prepare_again
-from orchestration.results import RunResults
+from orchestration.results import RunResults, picked_slots
 from search.points import trial_name
 from tests.dsnet.samples import random_router, random_table
 from tests.orchestration.samples import Finished, call, problems_of_message
@@ -280,3 +285,26 @@ def test_a_folder_that_is_no_bundle_is_not_overwritten(finished: Finished, tmp_p
     assert answer.code == 3
     assert problems_of_message(answer, [trial_name(slot), "no bundle"]) == []
     assert precious.read_text() == "years of work"
+
+
+def test_a_run_is_timed_on_its_own_images_beside_its_own_sub_networks(finished: Finished) -> None:
+    results = finished.results
+    supernet = load_supernet(results.run.stage_dir("supernet", results.done_key("supernet")) / FINAL)[0].eval()
+    name = supernet.subnets[1].name
+    work = of_run(finished.run.path, None, name, "cpu")
+    assert len(work.pool) == results.num_val
+    batch = work.batches(16, seed=0)[0]
+    assert {call.partition("/")[0] for call in work.contenders.calls([batch])} >= {
+        "dynamic",
+        "ideal",
+        "static widest",
+        "static cheapest",
+        "static equal",
+    }
+    order = supernet.subnets.by_madds()
+    for label, route in (("static widest", order[-1]), ("static cheapest", order[0]), ("static equal", 1)):
+        expected = supernet(batch, supernet.subnets[route])
+        torch.testing.assert_close(work.contenders.static[label](batch), expected, rtol=1e-4, atol=1e-4)
+    assert work.contenders.memory_bytes["cut"] > work.contenders.memory_bytes["sliced"]
+    with pytest.raises(click.BadParameter, match=f"no sub-network 'nope'; it has .*{name}"):
+        of_run(finished.run.path, None, "nope", "cpu")
