@@ -20,6 +20,7 @@ from dsnet.supernet import Supernet
 from dsnet.table_routing import run_on_table
 from tests.dsnet.samples import (
     NORMALIZATION,
+    lively_supernet,
     random_images,
     random_router,
     random_supernet_router,
@@ -86,7 +87,7 @@ def decision_cost(router: GateRouter) -> int:
 @pytest.mark.parametrize("cut_weights", [True, False])
 @pytest.mark.parametrize("is_whole", [True, False])
 @pytest.mark.parametrize("kind", ROUTER_KINDS)
-@pytest.mark.parametrize("make", [small_supernet, three_gate_supernet])
+@pytest.mark.parametrize("make", [lively_supernet, three_gate_supernet])
 @torch.no_grad()
 def test_every_router_runs_what_it_chooses_on_the_routing_table(
     kind: str, make: Callable[[], Supernet], is_whole: bool, cut_weights: bool

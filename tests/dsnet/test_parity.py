@@ -18,6 +18,7 @@ from dsnet.compat import load_dsnet_checkpoint, load_dsnet_gate
 from dsnet.compat.dsnet_release import HEAD, published_names
 from dsnet.cost import subnet_cost
 from dsnet.materialize import materialize
+from dsnet.routers import Evidence
 from dsnet.space import SubnetSet
 from dsnet.supernet import Supernet
 
@@ -125,7 +126,7 @@ def test_gate_hidden_vector_and_logits_agree(
     assert gate.routes == (0, 1, 2, 3)
     assert relative_difference(gate.scores(hidden), released.fixture["gate_logits"]) < 1e-4
     wanted = torch.tensor(released.fixture["gate_logits"])
-    assert torch.equal(gate.step({"hidden": hidden}, ()), wanted.argmax(1))
+    assert torch.equal(gate.step(Evidence({"hidden": hidden}, len(hidden)), ()), wanted.argmax(1))
 
 
 @torch.no_grad()
