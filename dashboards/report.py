@@ -133,7 +133,7 @@ def _front_section(data: ReportData) -> str:
     is_paired = data.front.reported is not None
     if is_paired:
         caption += (
-            " Open circles on the right are where the same routers stood when they were chosen: "
+            " Open marks on the right are where the same routers stood when they were chosen: "
             "the distance is the winner's curse."
         )
     return _section("The front", caption, chart("front", front_figure(data.front), is_wide=is_paired))
@@ -146,9 +146,10 @@ def _routers_section(data: ReportData) -> str:
         return _section(title, "", _empty("Known once the front has been verified."))
     caption = (
         "For each kind and budget the trial with the best top-1 on val within the budget, as it does on "
-        f"{info.split} at its own mean MAdds. The gain is over the static line, with its paired 95 % interval; the shares "
-        "say how far it goes from that line to the reachable curve and to the oracle. A kind without a trial within a "
-        "budget is left out there."
+        f"{info.split} at its own mean MAdds, scored on the routing table. The gain is over the static line, with its paired "
+        "95 % interval; the shares say how far it goes from that line to the reachable curve and to the oracle. The curve is "
+        "the best that we find, so that a share may exceed 100 %; – where it is not above the line. A kind without a trial "
+        "within a budget is left out there. Of so many intervals one in twenty excludes 0 by chance."
     )
     return _section(title, caption, chart("routers", routers_figure(info)) + routers_table(info))
 

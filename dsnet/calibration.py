@@ -68,7 +68,8 @@ def nearest_price(mean_cost: Callable[[float], float], target: float, bound: flo
     """The beta in -bound..bound for which a mean cost that falls with beta, up to noise, comes nearest to `target`.
 
     For decisions one after the other: there the next one sees other evidence when an earlier one changes, so that the mean cost need not
-    fall everywhere. Bisection finds a crossing; of all values met on the way the nearest is returned.
+    fall everywhere. Bisection finds a crossing; of all values met on the way the nearest is taken, and of its step the middle: at its
+    ends rounding decides for some image.
     """
     low, high = -bound, bound
     met = {low: mean_cost(low), high: mean_cost(high)}
@@ -79,7 +80,27 @@ def nearest_price(mean_cost: Callable[[float], float], target: float, bound: flo
             low = middle
         else:
             high = middle
-    return min(met, key=lambda beta: (abs(met[beta] - target), abs(beta)))
+    nearest = min(met, key=lambda beta: (abs(met[beta] - target), abs(beta)))
+    below = [beta for beta in met if beta < nearest and met[beta] != met[nearest]]
+    above = [beta for beta in met if beta > nearest and met[beta] != met[nearest]]
+    left = _end_of_step(mean_cost, nearest, max(below, default=-bound), RESOLUTION * bound)
+    right = _end_of_step(mean_cost, nearest, min(above, default=bound), RESOLUTION * bound)
+    middle = 0.5 * left + 0.5 * right
+    return middle if mean_cost(middle) == met[nearest] else nearest
+
+
+def _end_of_step(mean_cost: Callable[[float], float], inside: float, outside: float, resolution: float) -> float:
+    """How far the level at `inside` reaches towards `outside`, where it is another one (or the range ends)."""
+    level = mean_cost(inside)
+    if mean_cost(outside) == level:
+        return outside
+    while abs(outside - inside) > resolution:
+        middle = 0.5 * (inside + outside)
+        if mean_cost(middle) == level:
+            inside = middle
+        else:
+            outside = middle
+    return inside
 
 
 def confidence_threshold(confidence: NDArray[np.floating], first: float, extra: float, target: float) -> float:

@@ -536,7 +536,7 @@ class GateConfig(Section):
     target: Fraction = 0.5
     """Target MAdds t in [0, 1]: MAdds_min + t * (MAdds_max - MAdds_min) over the whole set of sub-networks."""
     target_madds_m: PositiveFloat | None = None
-    """The target in million MAdds, > 0, in place of gate.target; null = gate.target counts."""
+    """The target in million MAdds, > 0, in place of gate.target, which the default space then leaves out; null = gate.target counts."""
     perceptron: PerceptronConfig = PerceptronConfig()
     routing: RoutingConfig = RoutingConfig()
     sgs: SgsConfig = SgsConfig()
@@ -743,6 +743,14 @@ class SweepConfig(Section):
     presets: dict[str, dict[str, JsonValue]] = Field(default_factory=dict)
     """Name -> settings laid over the file by --preset NAME. Empty in a resolved file."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _absolute_target_takes_the_default_ones_place(cls, data: Any) -> Any:
+        gate = data.get("gate") if isinstance(data, Mapping) else None
+        if not isinstance(gate, Mapping) or gate.get("target_madds_m") is None or "space" in data:
+            return data
+        return {**data, "space": {key: value for key, value in _default_space().items() if key != "gate.target"}}
+
     @model_validator(mode="after")
     def _objectives_and_space_fit(self) -> SweepConfig:
         problems = [
@@ -880,7 +888,7 @@ def _trainer_problems(gate: GateConfig, space: Mapping[str, Distribution]) -> It
     qualities = space["gate.losses.quality"].edge_values() if is_swept else (gate.losses.quality,)
     if any(qualities):
         path: KeyPath = ("space", "gate.losses.quality") if is_swept else ("gate", "losses", "quality")
-        message = "gate.trainer end_to_end knows the published losses only; set it to 0, or choose gate.trainer table"
+        message = "gate.trainer end_to_end knows the published losses only; set gate.losses.quality to 0, or choose gate.trainer table"
         yield BrokenRule(path, message, others=(("gate", "trainer"),))
     impossible = [router for router in possible_routers(gate, space) if router not in END_TO_END_ROUTERS]
     if impossible:

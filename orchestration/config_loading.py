@@ -234,6 +234,11 @@ def _nested(dotted: str, value: object, label: str) -> dict[str, Any]:
     return value
 
 
+def _writes_absolute_target(settings: Mapping[str, Any]) -> bool:
+    gate = settings.get("gate")
+    return isinstance(gate, Mapping) and gate.get("target_madds_m") is not None
+
+
 @dataclass(frozen=True)
 class _Stack:
     """Layers laid over each other."""
@@ -248,7 +253,10 @@ class _Stack:
     def of(cls, layers: Sequence[_Layer]) -> _Stack:
         stack = cls({}, {(): layers[0]}, [])
         if "space" not in layers[0].settings:  # so that a preset or --set changes the default space, not replaces it
-            stack.settings["space"] = _default_space()
+            space = _default_space()
+            if any(_writes_absolute_target(layer.settings) for layer in layers):
+                del space["gate.target"]  # it takes the place of the target that the default space sweeps
+            stack.settings["space"] = space
         for layer in layers:
             stack.lay(layer)
         return stack

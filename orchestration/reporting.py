@@ -60,7 +60,7 @@ def report_data(results: RunResults, class_names: tuple[str, ...], notes: tuple[
         training=training_of(results),
         naming="" if made is None else made.naming,
         making=() if made is None else made.lines(config.supernet.init_from),
-        notes=notes + _objective_notes(results),
+        notes=notes + _objective_notes(results) + _sample_notes(results),
         commands=commands_of(results),
         versions=tuple((key, str(value)) for key, value in manifest["versions"].items()),
         hardware=tuple((key, str(value)) for key, value in manifest["hardware"].items() if value is not None),
@@ -87,6 +87,15 @@ def _model_name(results: RunResults) -> str:
     """The family; of a network that lay in a checkpoint, once it is known."""
     model, made = results.config.supernet.model, results.supernet
     return model if made is None or model == made.spec.family else f"{made.spec.family} (of a {model})"
+
+
+def _sample_notes(results: RunResults) -> tuple[str, ...]:
+    if results.verified is None or len(results.front_sample) == len(results.front):
+        return ()
+    return (
+        f"{len(results.front_sample)} of the front's {len(results.front)} gates ran on test, evenly along it (budget.verify); "
+        "the tables and pictures of test hold these.",
+    )
 
 
 def _objective_notes(results: RunResults) -> tuple[str, ...]:

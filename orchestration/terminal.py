@@ -125,6 +125,8 @@ def show_front(results: RunResults, picks: Sequence[str], *, as_json: bool) -> N
         rows = [row for row in rows if row["name"] in wanted]
     if as_json:
         _print_json(rows)
+    elif picks and not rows:
+        _say("none of these trials is on the front; `trials` lists them all, and `export --pick` takes any of them")
     elif results.verified is None:
         lines = [
             (row["name"], row["router"], percent(row["val"]["top1"]), f"{row['val']['madds_m']:.4g}") for row in rows
@@ -312,12 +314,15 @@ def show_trials(results: RunResults, *, as_json: bool) -> None:
         scores = (
             (percent(record.metrics.get("top1")), f"{record.metrics['madds_m']:.4g}")
             if record.state == "complete"
-            else ("failed", record.reason or "")
+            else ("failed", "")
         )
         mark = "*" if record.slot in results.front else ""
         lines.append((trial_name(record.slot) + mark, *scores, *(_short(record.params.get(key)) for key in keys)))
     _table(("trial", "top-1 val %", "MAdds M", *(key.removeprefix("gate.") for key in keys)), lines)
     _say("* on the front")
+    for record in results.records:
+        if record.state == "failed":
+            _say(f"{trial_name(record.slot)} failed: {record.reason}")
 
 
 def _short(value: Any) -> str:

@@ -214,7 +214,9 @@ def best_pair(table: RoutingTable, routes: Sequence[int], target: float) -> tupl
             if right > best:
                 best, pair = right, (first, second)
     if pair is None:
-        raise ValueError("a cascade needs two routes of different cost; widen gate.routing")
+        raise ValueError(
+            f"a cascade needs two routes of different cost, but gate.routing leaves {list(routes)}; widen it"
+        )
     return pair
 
 

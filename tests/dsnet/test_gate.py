@@ -306,7 +306,7 @@ def test_a_cascade_of_one_route_is_refused_alone(kind: str) -> None:
     single = replace(QUICK, router=kind, routes=(2,))
     fits = fit_gates(table, table, [QUICK, single, replace(QUICK, router=kind)])
     assert [type(fit) for fit in fits] == [GateFit, ValueError, GateFit]
-    assert "two routes of different cost; widen gate.routing" in str(fits[1])
+    assert "two routes of different cost, but gate.routing leaves [2]; widen it" in str(fits[1])
     with pytest.raises(ValueError, match="two routes"):
         fit_gate(table, table, single)
 

@@ -356,7 +356,7 @@ def test_names_that_make_a_folder_are_accepted(name: str) -> None:
         ({"measure": {"group_sizes": [1, 2, 2]}}, r"got \[1, 2, 2\], write \[1, 2\]"),
         ({"measure": {"group_sizes": [2, 4]}}, "must start at 1"),
         (
-            {"gate": {"target_madds_m": 9.0}},
+            {"gate": {"target_madds_m": 9.0}, "space": {"gate.target": {"uniform": [0.1, 0.9]}}},
             "gate.target_madds_m: gate.target_madds_m would win over gate.target, which space holds too; give",
         ),
         (

@@ -730,3 +730,13 @@ def test_a_scribbled_example_is_a_config_or_a_config_error(
     path.write_bytes(raw)
     answer = config_or_message(path)
     assert isinstance(answer, SweepConfig) or answer.startswith(str(path))
+
+
+def test_an_absolute_target_takes_the_place_of_the_one_that_the_default_space_sweeps(tmp_path: Path) -> None:
+    path = tmp_path / "sweep.yaml"
+    path.write_text("version: 1\nname: a\ndata: {name: digits}\nsupernet: {model: ds_tiny}\n", encoding="utf-8")
+    assert "gate.target" in load_config(path).config.space
+    config = load_config(path, overrides=["gate.target_madds_m=0.15"]).config
+    assert config.gate.target_madds_m == 0.15
+    assert "gate.target" not in config.space
+    assert "gate.sgs.t_easy" in config.space
