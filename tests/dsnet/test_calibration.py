@@ -164,13 +164,15 @@ confidences = st.lists(st.one_of(st.sampled_from([0.25, 0.5, 1.0]), st.floats(0,
 def test_no_confidence_threshold_comes_nearer_to_the_target(
     values: list[float], first: float, extra: float, share: float
 ) -> None:
-    confidence = np.array(values, dtype=np.float32)
+    confidence = np.array(values, dtype=np.float32).astype(
+        np.float64
+    )  # routers compare in float64: there is room between two
     target = first + share * extra
 
     def distance(threshold: float) -> float:
         return abs(first + float((confidence < threshold).mean()) * extra - target)
 
-    met = confidence_threshold(confidence, first, extra, target)
+    met = confidence_threshold(confidence.astype(np.float32), first, extra, target)
     between = [*np.unique(confidence.astype(np.float64)), -np.inf, np.inf]  # below each value, below all, above all
     assert distance(met) <= min(distance(threshold) for threshold in between) + 1e-9
     assert met not in confidence
