@@ -10,11 +10,16 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from dsnet.dynamic import DynamicNet
+from dsnet.families import create
 from dsnet.routers import GatesRouter, Head
 from dsnet.table_routing import run_on_table
+from dsnet.training.evaluate import build_routing_table
+from dsnet.training.gate import fit_gate
 from dsnet.training.gate_problem import node_features, problem_of
+from dsnet.training.gate_settings import GateSettings
 from dsnet.training.gate_tree import PricedTree
-from tests.dsnet.samples import random_head, random_table
+from tests.dsnet.samples import NORMALIZATION, random_head, random_table, task, tensor_data
 
 SPACES = (tuple(range(8)), (0, 1, 6), (3,), (1, 2, 4, 7))
 
@@ -124,3 +129,17 @@ def test_with_one_gate_the_mean_cost_falls_with_the_price() -> None:
     means = [priced.mean_cost(beta) for beta in np.linspace(-9, 9, 60)]
     assert all(after <= before for before, after in pairwise(means))
     assert means[0] > means[-1]
+
+
+def test_256_paths_through_four_gates_train_on_the_table_and_run_as_it_says() -> None:
+    options = {"depth": 18, "width": 0.25, "ratios": [0.25, 0.5, 0.75, 1.0], "paths": "all"}
+    supernet = create("ds_resnet", task(), options, seed=0).eval()
+    data = tensor_data(24)
+    table = build_routing_table(supernet, data, "val", NORMALIZATION)
+    assert [gate.num_nodes for gate in table.tree.gates] == [1, 4, 16, 64]
+    fit = fit_gate(table, table, GateSettings(router="gates", steps=20))
+    output = DynamicNet(supernet, fit.router)(NORMALIZATION.apply(data.images("val")))
+    same = output.routes.numpy() == fit.run.routes
+    assert (same | fit.run.is_tie).all()
+    assert (output.madds.numpy()[same] == fit.run.madds[same]).all()
+    assert abs(fit.metrics["madds_m"] - fit.metrics["target_madds_m"]) < 0.05 * fit.metrics["target_madds_m"]
