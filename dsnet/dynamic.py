@@ -180,6 +180,8 @@ def _walk(net: DynamicNet, asks: int, gate: int, x: Tensor, chosen: list[int]) -
         logits [b, num_classes] and the routes that ran, in the order of `x`.
     """
     following = gate + 1
+    if following >= asks and chosen.count(chosen[0]) == len(chosen):
+        return _straight(net, following, x, chosen[0]), chosen
     if following == len(net.tree.gates):
         return _by_group(x, chosen, lambda route, group, wanted: (net.segments.head(route, group), wanted))
     node_of = net.tree.gates[following].node_of
@@ -191,6 +193,13 @@ def _walk(net: DynamicNet, asks: int, gate: int, x: Tensor, chosen: list[int]) -
         return _walk(net, asks, following, output.features, wanted)
 
     return _by_group(x, chosen, branch, node_of)
+
+
+def _straight(net: DynamicNet, gate: int, x: Tensor, route: int) -> Tensor:
+    """Run one route from a gate on, without asking again: logits [b, num_classes]."""
+    for later in range(gate, len(net.tree.gates)):
+        x = net.segments.upto_gate(later, net.tree.gates[later].node_of[route], x).features
+    return net.segments.head(route, x)
 
 
 _Run = Callable[[int, Tensor, list[int]], tuple[Tensor, list[int]]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -36,6 +37,10 @@ class GateRouter:
     max_runs = 1
     tie = ROUNDING_TIE
 
+    @cached_property
+    def _route_ids(self) -> Tensor:
+        return torch.tensor(self.routes)
+
     @property
     def needs(self) -> tuple[str, ...]:
         """Only the hidden vector."""
@@ -54,7 +59,7 @@ class GateRouter:
         """Decide once, then stop."""
         if executed:
             return evidence.same(STOP)
-        return torch.tensor(self.routes, device=evidence.device)[self.scores(evidence["hidden"]).argmax(1)]
+        return self._route_ids.to(evidence.device)[self.scores(evidence["hidden"]).argmax(1)]
 
     def margin(self, evidence: Evidence, executed: Sequence[Executed]) -> Tensor:
         """Of the winning score over the next."""
