@@ -39,6 +39,14 @@ class GateBranches:
         """Different choices over all nodes; a node may lack some of them."""
         return max(self.choice_of) + 1
 
+    def first_routes(self, node: int) -> dict[int, int]:
+        """For each choice that a node has, the first route that takes it, in order of first appearance."""
+        found: dict[int, int] = {}
+        for route, (met, choice) in enumerate(zip(self.node_of, self.choice_of, strict=True)):
+            if met == node:
+                found.setdefault(choice, route)
+        return found
+
     def routes_at(self, node: int) -> tuple[int, ...]:
         """The routes that pass a node."""
         return tuple(route for route, met in enumerate(self.node_of) if met == node)

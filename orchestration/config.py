@@ -710,6 +710,17 @@ def _default_space() -> dict[str, Distribution]:
     }
 
 
+def gives_absolute_target(settings: Mapping[str, Any]) -> bool:
+    """Whether settings say gate.target_madds_m, which takes the place of the target that the default space sweeps."""
+    gate = settings.get("gate")
+    return isinstance(gate, Mapping) and gate.get("target_madds_m") is not None
+
+
+def space_without_target() -> dict[str, Distribution]:
+    """The default space of a sweep with an absolute target."""
+    return {key: value for key, value in _default_space().items() if key != "gate.target"}
+
+
 _DEFAULT_METRICS = (
     MetricConfig(name="top1", goal="maximize", ref=0.0),
     MetricConfig(name="madds_m", goal="minimize"),
@@ -746,10 +757,9 @@ class SweepConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _absolute_target_takes_the_default_ones_place(cls, data: Any) -> Any:
-        gate = data.get("gate") if isinstance(data, Mapping) else None
-        if not isinstance(gate, Mapping) or gate.get("target_madds_m") is None or "space" in data:
-            return data
-        return {**data, "space": {key: value for key, value in _default_space().items() if key != "gate.target"}}
+        if isinstance(data, Mapping) and "space" not in data and gives_absolute_target(data):
+            return {**data, "space": space_without_target()}
+        return data
 
     @model_validator(mode="after")
     def _objectives_and_space_fit(self) -> SweepConfig:

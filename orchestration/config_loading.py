@@ -22,11 +22,13 @@ from orchestration.config import (
     Section,
     SweepConfig,
     config_warnings,
+    gives_absolute_target,
     is_nullable,
     known_fields,
     requirement,
     resolve_regime,
     section_class,
+    space_without_target,
 )
 from orchestration.presets import BUILT_IN_PRESETS, built_in_settings
 from orchestration.wording import shown, way_out
@@ -234,11 +236,6 @@ def _nested(dotted: str, value: object, label: str) -> dict[str, Any]:
     return value
 
 
-def _writes_absolute_target(settings: Mapping[str, Any]) -> bool:
-    gate = settings.get("gate")
-    return isinstance(gate, Mapping) and gate.get("target_madds_m") is not None
-
-
 @dataclass(frozen=True)
 class _Stack:
     """Layers laid over each other."""
@@ -253,10 +250,8 @@ class _Stack:
     def of(cls, layers: Sequence[_Layer]) -> _Stack:
         stack = cls({}, {(): layers[0]}, [])
         if "space" not in layers[0].settings:  # so that a preset or --set changes the default space, not replaces it
-            space = _default_space()
-            if any(_writes_absolute_target(layer.settings) for layer in layers):
-                del space["gate.target"]  # it takes the place of the target that the default space sweeps
-            stack.settings["space"] = space
+            is_absolute = any(gives_absolute_target(layer.settings) for layer in layers)
+            stack.settings["space"] = space_without_target() if is_absolute else _default_space()
         for layer in layers:
             stack.lay(layer)
         return stack

@@ -209,9 +209,7 @@ class RunResults:
     @cached_property
     def knee(self) -> int | None:
         """The slot of the front's knee; None without a front."""
-        rows = [{"name": trial_name(slot), "slot": slot, **self.record(slot).metrics} for slot in self.front]
-        objectives = tuple((metric.name, metric.goal) for metric in self.config.metrics)
-        return int(apply_pick(parse_pick("knee"), rows, objectives)[0]["slot"]) if rows else None
+        return picked_slots(self, ["knee"])[0] if self.front else None
 
     @cached_property
     def verified(self) -> Verified | None:

@@ -73,8 +73,9 @@ class GatesRouter:
         found = []
         for branches in self.tree.gates:
             firsts = [torch.full((branches.num_choices,), STOP, dtype=torch.int64) for _ in range(branches.num_nodes)]
-            for column in reversed(range(len(self.routes))):
-                firsts[branches.node_of[column]][branches.choice_of[column]] = self.routes[column]
+            for node, first in enumerate(firsts):
+                for choice, column in branches.first_routes(node).items():
+                    first[choice] = self.routes[column]
             found.append(tuple(firsts))
         return tuple(found)
 

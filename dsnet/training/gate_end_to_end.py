@@ -25,6 +25,7 @@ from dsnet.seeds import derive_seed
 from dsnet.space import Subnet, SubnetSet
 from dsnet.supernet import Supernet
 from dsnet.training.gate_mixing import Answers, Chooser, GatedSupernet, Mixed
+from dsnet.training.gate_problem import sgs_places
 from dsnet.training.gate_settings import GateSettings
 
 END_TO_END_KINDS = ("gate", "gates")
@@ -99,9 +100,7 @@ class PathCosts:
             switched.append(table)
         every = [madds_of(subnet.widths) for subnet in subnets]
         low, high = min(every), max(every)
-        wanted = low + settings.target * (high - low)
-        if settings.target_madds_m is not None:
-            wanted = settings.target_madds_m * 1e6
+        wanted = settings.wanted_madds(low, high)
         target = min(max(wanted, float(madds.min())), float(madds.max()))
         return cls(madds, tuple(switched), target, high)
 
@@ -146,16 +145,9 @@ def sgs_targets(answers: Tensor, labels: Tensor, settings: GateSettings) -> Tens
     Returns:
         int64 [B]: which of these routes.
     """
-    num_routes = answers.shape[1]
     is_right = answers.argmax(2) == labels[:, None]
-    p = answers.float().softmax(2).gather(2, labels[:, None, None].expand(-1, num_routes, 1))[:, :, 0]
-    largest = num_routes - 1
-    given_up = largest if settings.strategy == "try_best" else 0
-    if settings.sgs_target == "cheapest":
-        return torch.where(is_right.any(1), is_right.int().argmax(1), given_up)
-    easy = is_right[:, 0] & (p[:, 0] >= settings.t_easy)
-    hard = ~is_right[:, -1] | (p[:, -1] < settings.t_hard)
-    return torch.where(easy, 0, torch.where(hard, given_up, largest))
+    p = answers[:, [0, -1]].float().softmax(2).gather(2, labels[:, None, None].expand(-1, 2, 1))[:, :, 0]
+    return sgs_places(is_right, p, settings)
 
 
 def sgs_loss(gated: GatedSupernet, answers: Answers, choosers: Sequence[Chooser], targets: Tensor) -> Tensor:

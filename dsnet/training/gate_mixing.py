@@ -117,11 +117,11 @@ class GatedSupernet:
     @cached_property
     def _first_routes(self) -> dict[tuple[int, int], dict[int, int]]:
         """For every (gate, node), by choice, the first position in the routing space that takes it."""
-        found: dict[tuple[int, int], dict[int, int]] = {}
-        for gate, branches in enumerate(self.tree.gates):
-            for position, (node, choice) in enumerate(zip(branches.node_of, branches.choice_of, strict=True)):
-                found.setdefault((gate, node), {}).setdefault(choice, position)
-        return found
+        return {
+            (gate, node): branches.first_routes(node)
+            for gate, branches in enumerate(self.tree.gates)
+            for node in range(branches.num_nodes)
+        }
 
     def allowed(self, gate: int, node: int) -> Tensor:
         """bool [K]: the choices that a node has."""

@@ -113,11 +113,10 @@ def problem_of(table: RoutingTable, kind: str, first: int | None = None, num_opt
     for (gate, number), position in positions.items():
         branches = table.tree.gates[gate]
         is_last = gate + 1 == len(table.tree.gates)
-        ends: dict[int, int] = {}
-        for route in branches.routes_at(number):
-            target = route if is_last else positions[gate + 1, table.tree.gates[gate + 1].node_of[route]]
-            ends.setdefault(branches.choice_of[route], target)
-        branch = tuple(sorted(ends.items()))
+        branch = tuple(
+            (choice, route if is_last else positions[gate + 1, table.tree.gates[gate + 1].node_of[route]])
+            for choice, route in sorted(branches.first_routes(number).items())
+        )
         head = gate if kind == "gates" else position
         nodes.append(
             Node(
@@ -195,7 +194,7 @@ def costs_of(
         is_other = np.arange(table.num_routes) != first
         madds += is_other * (table.madds[first] - table.trunk_madds)
     low, high = float(table.madds.min()), float(table.madds.max())
-    wanted = low + settings.target * (high - low) if settings.target_madds_m is None else settings.target_madds_m * 1e6
+    wanted = settings.wanted_madds(low, high)
     inside = madds[list(routes)]
     target = min(max(wanted, float(inside.min())), float(inside.max()))
     return Costs(madds, target, target != wanted, high)
@@ -231,15 +230,26 @@ def sgs_targets(
     """
     cost = table.madds if madds is None else madds
     columns = np.array(routes)[np.argsort(cost[list(routes)], kind="stable")]
-    correct = table.correct1[:, columns]
-    small, large = 0, len(columns) - 1
-    given_up = large if settings.strategy == "try_best" else small
+    correct = torch.from_numpy(table.correct1[:, columns])
+    probability = torch.from_numpy(np.exp(-table.ce[:, columns[[0, -1]]]))
+    return columns[sgs_places(correct, probability, settings).numpy()].astype(np.int64)
+
+
+def sgs_places(correct: Tensor, probability: Tensor, settings: GateSettings) -> Tensor:
+    """int64 [N] which of R routes, from the cheapest to the costliest, SGS asks for (precedence easy > hard > dependent).
+
+    Args:
+        correct: bool [N, R].
+        probability: [N, 2] of the label, by the cheapest and the costliest route.
+        settings: strategy, target and thresholds.
+    """
+    largest = correct.shape[1] - 1
+    given_up = largest if settings.strategy == "try_best" else 0
     if settings.sgs_target == "cheapest":
-        return columns[np.where(correct.any(1), np.argmax(correct, axis=1), given_up)].astype(np.int64)
-    probability = np.exp(-table.ce[:, columns[[small, large]]])
-    easy = correct[:, small] & (probability[:, 0] >= settings.t_easy)
-    hard = ~correct[:, large] | (probability[:, 1] < settings.t_hard)
-    return columns[np.where(easy, small, np.where(hard, given_up, large))].astype(np.int64)
+        return torch.where(correct.any(1), correct.int().argmax(1), given_up)
+    easy = correct[:, 0] & (probability[:, 0] >= settings.t_easy)
+    hard = ~correct[:, -1] | (probability[:, 1] < settings.t_hard)
+    return torch.where(easy, 0, torch.where(hard, given_up, largest))
 
 
 def beam(table: RoutingTable, size: int) -> tuple[int, ...]:

@@ -90,6 +90,10 @@ class GateSettings:
             if not 0.0 <= weight < math.inf:
                 raise ValueError(f"{name} is {weight}, but must be finite and at least 0")
 
+    def wanted_madds(self, low: float, high: float) -> float:
+        """The target in MAdds, for a set of sub-networks of `low` to `high` (CONTRACTS, Target); a routing space may not reach it."""
+        return low + self.target * (high - low) if self.target_madds_m is None else self.target_madds_m * 1e6
+
     def temperature(self, step: int) -> float:
         """Of the softmax at a step of training."""
         ratio = step / max(1, self.steps - 1)
