@@ -43,8 +43,9 @@ setup(
         "moocore>=0.3",
     ],
     extras_require={
+        "dashboard": ["optuna-dashboard>=0.20"],
         "images": ["kaleido>=1.5"],
-        "test": ["pytest>=8.0", "pytest-timeout>=2.3", "hypothesis>=6.100"],
+        "test": ["pytest>=8.0", "pytest-timeout>=2.3", "hypothesis>=6.100", "optuna-dashboard>=0.20"],
         "check": ["ruff>=0.6", "mypy>=1.11", "import-linter>=2.1"],
     },
     entry_points={"console_scripts": ["dsnet-orch=orchestration.cli:main"]},

@@ -1,13 +1,14 @@
 """Accuracy against cost: the dynamic front beside everything that would make it unimpressive.
 
-Accuracies are fractions in the info and percent in the figure; costs are millions of MAdds per image.
+Accuracies are fractions in the info and percent in the figure; costs are millions of MAdds per image. An objective beside
+top-1 and MAdds colours the front; a latency has a row of its own too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
@@ -34,6 +35,8 @@ ParamValue = float | int | str | bool
 CONTROL_STRETCH: Final = 0.35
 """How far the controls may stretch the vertical axis beyond the static sub-networks and the front, as a share of it."""
 MIN_TOP1_SPAN: Final = 0.02
+MAX_TIES: Final = 4
+"""Named in a hover text."""
 PARAM_PREFIX: Final = "param."
 ROUTER_PARAM: Final = "gate.router"
 
@@ -46,6 +49,9 @@ class StaticPoint:
     madds_m: float
     top1: float
     latency_ms: float | None = None
+    further: float | None = None
+    """As a dynamic point's."""
+    supernet: str | None = None
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,18 @@ class DynamicPoint:
     """The gate parameters that the trial was given, for the hover text."""
     router: str = "gate"
     """Its kind."""
+    broken: tuple[str, ...] = ()
+    """The constraints that it breaks."""
+    is_feasible: bool = True
+    """Whether it holds every constraint; only then may it be on the front."""
+    further: float | None = None
+    """The objective beside top-1 and MAdds, in the unit that its name says."""
+    supernet: str | None = None
+    """Where it comes from, in a sweep of several supernets."""
+    ties: tuple[str, ...] = ()
+    """Points that the images cannot tell from it."""
+    stability: float | None = None
+    """Share of resamples in which it is non-dominated."""
 
 
 @dataclass(frozen=True)
@@ -104,11 +122,29 @@ class FrontPanel:
 
 
 @dataclass(frozen=True)
+class Further:
+    """An objective of the sweep beside top-1 and MAdds."""
+
+    metric: str
+    """Its name among the metrics; accuracies are fractions, `*_m` millions, `latency_ms*` milliseconds."""
+    goal: Literal["maximize", "minimize"] = "minimize"
+
+    @property
+    def is_latency(self) -> bool:
+        """Whether it is one; then it has a row of its own."""
+        return self.metric.startswith("latency_ms")
+
+
+@dataclass(frozen=True)
 class FrontInfo:
     """The split that chose the front and, once verified, the one that reports it."""
 
     chosen: FrontPanel
     reported: FrontPanel | None = None
+    further: Further | None = None
+    """None where top-1 and MAdds are all there is."""
+    objectives: tuple[str, ...] = ("top1", "madds_m")
+    """By what the front was chosen."""
 
     @property
     def panels(self) -> tuple[FrontPanel, ...]:
@@ -123,15 +159,23 @@ class Frame:
     top1_percent: tuple[float, float]
 
 
-def static_points(rows: Iterable[Mapping[str, Any]], split: str) -> tuple[StaticPoint, ...]:
+def static_points(rows: Iterable[Mapping[str, Any]], split: str, further: str | None = None) -> tuple[StaticPoint, ...]:
     """The static sub-networks among rows of points.parquet, by rising cost.
 
     Args:
         rows: mappings with `kind`, `name`, `split`, `top1` (fraction), `madds_m` and optionally `latency_ms`.
         split: rows of other splits are left out.
+        further: name of the objective beside top-1 and MAdds.
     """
     points = (
-        StaticPoint(str(r["name"]), float(r["madds_m"]), float(r["top1"]), finite(r.get("latency_ms")))
+        StaticPoint(
+            name=str(r["name"]),
+            madds_m=float(r["madds_m"]),
+            top1=float(r["top1"]),
+            latency_ms=finite(r.get("latency_ms")),
+            further=None if further is None else finite(r.get(further)),
+            supernet=r.get("supernet"),
+        )
         for r in rows
         if r["kind"] == "subnet" and r["split"] == split
     )
@@ -139,15 +183,21 @@ def static_points(rows: Iterable[Mapping[str, Any]], split: str) -> tuple[Static
 
 
 def dynamic_points(
-    rows: Iterable[Mapping[str, Any]], split: str, intervals: Mapping[str, tuple[float, float]], router: str = "gate"
+    rows: Iterable[Mapping[str, Any]],
+    split: str,
+    intervals: Mapping[str, tuple[float, float]],
+    router: str = "gate",
+    further: str | None = None,
 ) -> tuple[DynamicPoint, ...]:
     """The routers among rows of points.parquet, by rising cost.
 
     Args:
-        rows: as for `static_points`, with `is_front` and a `param.*` column per gate parameter (None or NaN: not set).
+        rows: as for `static_points`, with `is_front`, `is_feasible` and a `param.*` column per gate parameter (None or NaN:
+            not set).
         split: rows of other splits are left out.
         intervals: 95 % interval of top-1 (fractions) by point name; names without one are drawn without a bar.
         router: the kind of the trials that were not given one.
+        further: name of the objective beside top-1 and MAdds.
     """
     points = (
         DynamicPoint(
@@ -159,6 +209,9 @@ def dynamic_points(
             latency_ms=finite(r.get("latency_ms")),
             params=_params(r),
             router=_router(r, router),
+            is_feasible=bool(r.get("is_feasible", True) == 1),
+            further=None if further is None else finite(r.get(further)),
+            supernet=r.get("supernet"),
         )
         for r in rows
         if r["kind"] == "gate" and r["split"] == split and finite(r["top1"]) is not None
@@ -214,27 +267,67 @@ def _framing_accuracies(panel: FrontPanel) -> list[float]:
 
 
 def front_figure(info: FrontInfo) -> go.Figure:
-    """Top-1 (%) against mean MAdds (M): the split that chose on the left, the split that reports on the right."""
+    """Top-1 (%) against mean MAdds (M): the split that chose on the left, the split that reports on the right.
+
+    Where the sweep has a latency among its objectives, the row below draws the same trials against that.
+    """
     panels = info.panels
+    has_latency = info.further is not None and info.further.is_latency
+    rows = 2 if has_latency else 1
     figure = make_subplots(
-        rows=1,
+        rows=rows,
         cols=len(panels),
         shared_yaxes=True,
         horizontal_spacing=0.04,
+        vertical_spacing=0.14,
         subplot_titles=[plain(_panel_title(panel, column)) for column, panel in enumerate(panels)],
     )
     figure.update_annotations(font={"size": 14, "color": INK})
     frame = front_frame(info)
     for column, panel in enumerate(panels, start=1):
         ghosts = info.chosen if column == 2 else None
-        _draw_panel(figure, panel, column, ghosts)
+        _draw(figure, _madds_traces(panel, ghosts, info.further), 1, column)
         _draw_outside(figure, panel, column, frame)
-    figure.update_xaxes(range=list(frame.madds_m), title_text="mean MAdds per image (M)")
+        if has_latency:
+            assert info.further is not None
+            _draw(figure, _latency_traces(panel, info.further), 2, column)
+    figure.update_xaxes(range=list(frame.madds_m), title_text="mean MAdds per image (M)", row=1)
+    if has_latency:
+        assert info.further is not None
+        figure.update_xaxes(range=_latency_range(panels), title_text=f"{plain(info.further.metric)} (ms)", row=2)
     figure.update_yaxes(range=list(frame.top1_percent))
     figure.update_yaxes(title_text="top-1 accuracy (%)", col=1)
+    if info.further is not None:
+        figure.update_layout(coloraxis=_colour_axis(info))
     if not any(panel.static or panel.dynamic for panel in panels):
         note(figure, "no point to draw yet")
-    return dressed(figure, "Accuracy against cost", _subtitle(info), height_px=620)
+    return dressed(figure, "Accuracy against cost", _subtitle(info), height_px=1040 if has_latency else 620)
+
+
+def _colour_axis(info: FrontInfo) -> dict[str, Any]:
+    """One scale for all panels, dark where the objective is better."""
+    assert info.further is not None
+    values = [p.further for panel in info.panels for p in panel.front if p.further is not None]
+    unit = " (ms)" if info.further.is_latency else ""
+    return {
+        "colorscale": "Cividis" if info.further.goal == "minimize" else "Cividis_r",
+        "cmin": min(values, default=0.0),
+        "cmax": max(values, default=1.0),
+        "colorbar": {
+            "title": {"text": f"{plain(info.further.metric)}{unit}", "side": "right", "font": {"size": 12}},
+            "thickness": 12,
+            "outlinewidth": 0,
+        },
+    }
+
+
+def _latency_range(panels: Sequence[FrontPanel]) -> list[float]:
+    """Over the static sub-networks and the front; other trials may lie outside."""
+    values = [p.further for panel in panels for p in _framing_points(panel) if p.further is not None]
+    if not values:
+        return [0.0, 1.0]
+    pad = 0.05 * (max(values) - min(values)) or 0.1 * max(values)
+    return [max(0.0, min(values) - pad), max(values) + pad]
 
 
 def _panel_title(panel: FrontPanel, column: int) -> str:
@@ -244,14 +337,27 @@ def _panel_title(panel: FrontPanel, column: int) -> str:
 
 def _subtitle(info: FrontInfo) -> str:
     chosen = f"chosen on {info.chosen.split} (n = {info.chosen.num_images:,})"
+    bars = "bars are 95 % intervals over images"
+    if info.further is not None:
+        bars = f"the front is one of {', '.join(info.objectives)}: a point that looks beaten here is better in another of them; {bars}"
     if info.reported is None:
-        return f"{chosen}, not verified yet\nbars are 95 % intervals over images"
+        return f"{chosen}, not verified yet\n{bars}"
     reported = f"reported on {info.reported.split} (n = {info.reported.num_images:,})"
-    return f"{chosen}, {reported}\nbars are 95 % intervals over images"
+    return f"{chosen}, {reported}\n{bars}"
 
 
-def _draw_panel(figure: go.Figure, panel: FrontPanel, column: int, chosen: FrontPanel | None) -> None:
-    traces = [
+def _draw(figure: go.Figure, traces: Sequence[go.Scatter], row: int, column: int) -> None:
+    """Add what is not empty; a name has one entry in the legend, for all panels."""
+    seen = {trace.name for trace in figure.data if trace.showlegend is not False}
+    for trace in traces:
+        if trace.x:
+            is_new = trace.name not in seen and trace.showlegend is not False
+            trace.update(legendgroup=trace.name, showlegend=is_new)
+            figure.add_trace(trace, row=row, col=column)
+
+
+def _madds_traces(panel: FrontPanel, chosen: FrontPanel | None, further: Further | None) -> list[go.Scatter]:
+    return [
         _curve("oracle (knows the labels)", panel.oracle, {"color": PURPLE, "dash": "dot", "width": 2}),
         _curve(
             "reachable (sees every route's output)",
@@ -260,18 +366,59 @@ def _draw_panel(figure: go.Figure, panel: FrontPanel, column: int, chosen: Front
         ),
         _curve("confidence cascade", panel.cascade, {"color": GREEN, "dash": "dash", "width": 2}),
         _curve("static line (mix of two)", panel.static_line, {"color": INK, "width": 1.5}),
-        _trials(panel),
-        _statics(panel),
+        *_crowd(panel, _madds_m, further),
         _random(panel),
-        *([] if chosen is None else _ghosts(chosen, panel)),
-        *(_front(panel, kind) for kind in sorted({point.router for point in panel.front})),
+        *([] if chosen is None else _ghosts(chosen, panel, further)),
+        *_fronts(panel, _madds_m, further),
     ]
-    seen = {trace.name for trace in figure.data if trace.showlegend is not False}
-    for trace in traces:
-        if trace.x:
-            is_new = trace.name not in seen and trace.showlegend is not False
-            trace.update(legendgroup=trace.name, showlegend=is_new)
-            figure.add_trace(trace, row=1, col=column)
+
+
+def _latency_traces(panel: FrontPanel, further: Further) -> list[go.Scatter]:
+    """The points of the row above against the latency; the controls have none."""
+    return [*_crowd(panel, _further, further), *_fronts(panel, _further, further)]
+
+
+Point = StaticPoint | DynamicPoint
+Cost = Callable[[Point], float | None]
+"""Where a point lies on the horizontal axis; None where that is not known."""
+
+
+def _madds_m(point: Point) -> float | None:
+    return point.madds_m
+
+
+def _further(point: Point) -> float | None:
+    return point.further
+
+
+def _marks(
+    name: str, points: Sequence[Point], panel: FrontPanel, cost: Cost, further: Further | None, **style: Any
+) -> go.Scatter:
+    return go.Scatter(
+        x=[cost(p) for p in points],
+        y=[100 * p.top1 for p in points],
+        name=name,
+        mode="markers",
+        text=[_hover(p, panel, further) for p in points],
+        hoverinfo="text",
+        **style,
+    )
+
+
+def _crowd(panel: FrontPanel, cost: Cost, further: Further | None) -> list[go.Scatter]:
+    """All that is not on the front."""
+    trials = [p for p in panel.dynamic if not p.is_front and cost(p) is not None]
+    infeasible = [p for p in trials if not p.is_feasible]
+    others = [p for p in trials if p.is_feasible]
+    static = [p for p in panel.static if cost(p) is not None]
+    muted = {"color": MUTED, "opacity": 0.4, "size": 6, "symbol": "x-thin", "line": {"width": 1.2, "color": MUTED}}
+    faint = {"color": BLUE, "opacity": 0.22, "size": 6, "symbol": [router_symbol(p.router) for p in others]}
+    square = {"color": INK, "symbol": "square", "size": 8}
+    return [
+        _marks("trials that break a constraint", infeasible, panel, cost, further, marker=muted),
+        _marks("other trials", others, panel, cost, further, marker=faint),
+        _marks("static sub-networks", static, panel, cost, further, marker=square),
+    ]
 
 
 def _curve(name: str, curve: Curve, line: dict[str, Any]) -> go.Scatter:
@@ -282,31 +429,6 @@ def _curve(name: str, curve: Curve, line: dict[str, Any]) -> go.Scatter:
         mode="lines",
         line=line,
         hovertemplate="%{y:.1f} % at %{x:.3g} M MAdds",
-    )
-
-
-def _trials(panel: FrontPanel) -> go.Scatter:
-    others = [p for p in panel.dynamic if not p.is_front]
-    return go.Scatter(
-        x=[p.madds_m for p in others],
-        y=[100 * p.top1 for p in others],
-        name="other trials",
-        mode="markers",
-        marker={"color": BLUE, "opacity": 0.22, "size": 6, "symbol": [router_symbol(p.router) for p in others]},
-        text=[_hover(p, panel) for p in others],
-        hoverinfo="text",
-    )
-
-
-def _statics(panel: FrontPanel) -> go.Scatter:
-    return go.Scatter(
-        x=[p.madds_m for p in panel.static],
-        y=[100 * p.top1 for p in panel.static],
-        name="static sub-networks",
-        mode="markers",
-        marker={"color": INK, "symbol": "square", "size": 8},
-        text=[_hover(p, panel) for p in panel.static],
-        hoverinfo="text",
     )
 
 
@@ -321,30 +443,39 @@ def _random(panel: FrontPanel) -> go.Scatter:
     )
 
 
-def _front(panel: FrontPanel, kind: str) -> go.Scatter:
-    points = [point for point in panel.front if point.router == kind]
+def _fronts(panel: FrontPanel, cost: Cost, further: Further | None) -> list[go.Scatter]:
+    """One trace for each kind of router."""
+    return [_front(panel, kind, cost, further) for kind in sorted({point.router for point in panel.front})]
+
+
+def _front(panel: FrontPanel, kind: str, cost: Cost, further: Further | None) -> go.Scatter:
+    points = [point for point in panel.front if point.router == kind and cost(point) is not None]
     ends = [p.interval or (p.top1, p.top1) for p in points]
-    return go.Scatter(
-        x=[p.madds_m for p in points],
-        y=[100 * p.top1 for p in points],
-        name=f"front: {plain(router_name(kind))}",
-        mode="markers",
-        marker={"color": BLUE, "symbol": router_symbol(kind), "size": 10, "line": {"color": "white", "width": 1}},
+    marker: dict[str, Any] = {"symbol": router_symbol(kind), "size": 10, "line": {"color": "white", "width": 1}}
+    if further is None:
+        marker["color"] = BLUE
+    else:
+        marker |= {"color": [p.further for p in points], "coloraxis": "coloraxis", "size": 11}
+    return _marks(
+        f"front: {plain(router_name(kind))}",
+        points,
+        panel,
+        cost,
+        further,
+        marker=marker,
         error_y={
             "type": "data",
             "symmetric": False,
             "array": [100 * (high - p.top1) for p, (_, high) in zip(points, ends, strict=True)],
             "arrayminus": [100 * (p.top1 - low) for p, (low, _) in zip(points, ends, strict=True)],
-            "color": "rgba(0, 114, 178, 0.45)",
+            "color": "rgba(0, 114, 178, 0.45)" if further is None else "rgba(95, 107, 122, 0.45)",
             "thickness": 1.2,
             "width": 3,
         },
-        text=[_hover(p, panel) for p in points],
-        hoverinfo="text",
     )
 
 
-def _ghosts(chosen: FrontPanel, reported: FrontPanel) -> tuple[go.Scatter, go.Scatter]:
+def _ghosts(chosen: FrontPanel, reported: FrontPanel, further: Further | None) -> tuple[go.Scatter, go.Scatter]:
     """Where each reported front point stood when it was chosen, joined to where it stands: the winner's curse."""
     now = {p.name: p for p in reported.front}
     pairs = [(p, now[p.name]) for p in chosen.front if p.name in now]
@@ -364,7 +495,7 @@ def _ghosts(chosen: FrontPanel, reported: FrontPanel) -> tuple[go.Scatter, go.Sc
         mode="markers",
         marker={"color": BLUE, "symbol": [f"{router_symbol(then.router)}-open" for then, _ in pairs], "size": 9},
         text=[
-            f"{_hover(then, chosen)}<br>{plain(reported.split)} minus {plain(chosen.split)}: "
+            f"{_hover(then, chosen, further)}<br>{plain(reported.split)} minus {plain(chosen.split)}: "
             f"{100 * (after.top1 - then.top1):+.1f} points"
             for then, after in pairs
         ],
@@ -373,17 +504,34 @@ def _ghosts(chosen: FrontPanel, reported: FrontPanel) -> tuple[go.Scatter, go.Sc
     return joins, marks
 
 
-def _hover(point: StaticPoint | DynamicPoint, panel: FrontPanel) -> str:
+def _hover(point: Point, panel: FrontPanel, further: Further | None) -> str:
     interval = point.interval if isinstance(point, DynamicPoint) else None
-    lines = [f"<b>{plain(point.name)}</b> on {plain(panel.split)}", f"top-1 {percent(point.top1)}"]
-    if interval is not None:
-        lines[-1] += f" (95 %: {percent(interval[0])} to {percent(interval[1])})"
+    lines = [f"<b>{plain(point.name)}</b> on {plain(panel.split)}"]
+    if point.supernet is not None:
+        lines.append(f"of supernet {plain(point.supernet)}")
+    if isinstance(point, DynamicPoint):
+        lines.append(plain(router_name(point.router)))
+    bounds = "" if interval is None else f" (95 %: {percent(interval[0])} to {percent(interval[1])})"
+    lines.append(f"top-1 {percent(point.top1)}{bounds}")
     lines.append(f"{point.madds_m:.4g} M MAdds")
     lines.append("latency not measured" if point.latency_ms is None else f"{point.latency_ms:.3g} ms")
+    if further is not None and further.metric != "latency_ms":
+        lines.append(f"{plain(further.metric)} {'not known' if point.further is None else f'{point.further:.4g}'}")
     if isinstance(point, DynamicPoint):
-        lines.insert(1, plain(router_name(point.router)))
+        lines += _findings(point)
         lines += [f"{plain(name)} = {_shown(value)}" for name, value in point.params if name != ROUTER_PARAM]
     return "<br>".join(lines)
+
+
+def _findings(point: DynamicPoint) -> list[str]:
+    lines = [f"breaks {plain(constraint)}" for constraint in point.broken]
+    if point.stability is not None:
+        lines.append(f"on the front in {percent(point.stability, 0)} of the resamples")
+    if point.ties:
+        shown = [plain(name) for name in point.ties[:MAX_TIES]]
+        more = len(point.ties) - len(shown)
+        lines.append(f"tied with {', '.join(shown)}" + (f" and {more} more" if more else ""))
+    return lines
 
 
 def _shown(value: ParamValue) -> str:

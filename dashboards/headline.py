@@ -13,6 +13,8 @@ from typing import Final
 from dashboards.theme import percent, router_name, signed, significant
 
 NOT_VERIFIED: Final = "not verified yet"
+MAX_TIES: Final = 2
+"""Named in a cell; more are counted."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,8 @@ class Scores:
     """How much of the way from the static line to that one the router goes."""
     is_cascade_collapsed: bool = False
     """The cascade beside it never goes on, or always."""
+    ties: tuple[str, ...] = ()
+    """Names of the routers that the images cannot tell from it."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,10 @@ class Row:
     """One route answers (nearly) every image: a static sub-network in disguise."""
     router: str | None = None
     """Kind of router; None for a static sub-network."""
+    further: tuple[tuple[str, float], ...] = ()
+    """Objectives beside top-1 and MAdds: (metric, value on the split that chose)."""
+    supernet: str | None = None
+    """Where it comes from, in a sweep of several supernets."""
 
     @property
     def shown(self) -> Scores:
@@ -106,6 +114,8 @@ class Headline:
     """The routers of the front, cheapest first."""
     knee: str | None = None
     """Name of the front's knee, one of `rows`."""
+    optimism: Estimate | None = None
+    """Mean top-1 of the rows on the split that chose minus that on the reported one, unpaired; None before verification."""
     chosen_split: str = "val"
     reported_split: str = "test"
 
@@ -119,7 +129,21 @@ def headline_section(headline: Headline) -> str:
     table = _table(headline) if headline.baseline or headline.rows else ""
     if not headline.rows:
         return f'<section><p class="empty">No router on the front yet.</p>{table}</section>'
-    return f"<section>{_cards(headline)}{table}{_table_legend(headline)}</section>"
+    return f"<section>{_cards(headline)}{_optimism(headline)}{table}{_table_legend(headline)}</section>"
+
+
+def _optimism(headline: Headline) -> str:
+    """The winner's curse in one sentence."""
+    found = headline.optimism
+    if found is None:
+        return ""
+    rows = "the router" if len(headline.rows) == 1 else f"the {len(headline.rows)} routers"
+    text = (
+        f"Mean optimism of {headline.chosen_split}, which chose the front: {signed(100 * found.value)} points of top-1 above "
+        f"{headline.reported_split} over {rows} of the table (95 %: {_signed_interval(found)}). The two splits share no image, so nothing "
+        "is paired: each mean is resampled over its own images, and the two intervals are combined as those of independent numbers."
+    )
+    return f"<p>{escape(text)}</p>"
 
 
 def _cards(headline: Headline) -> str:
@@ -214,7 +238,7 @@ def _table(headline: Headline) -> str:
         ("Router", ""),
         (f"Top-1 {headline.chosen_split} (%)", "number"),
         (f"Top-1 {headline.reported_split} (%)", "number"),
-        ("Mean MAdds (M)", "number"),
+        (_madds_head(headline), "number"),
         ("Gain over static line (points)", "number"),
         ("Controls at the same budget (%)", "number"),
         ("Latency (ms), speed-up (ceiling)", "number"),
@@ -226,13 +250,27 @@ def _table(headline: Headline) -> str:
     return f'<div class="scroll"><table class="wide">{body}</table></div>'
 
 
+def _madds_head(headline: Headline) -> str:
+    splits = f", {headline.chosen_split} → {headline.reported_split}" if headline.is_verified else ""
+    return f"Mean MAdds (M){splits}"
+
+
+def _madds_cell(row: Row, headline: Headline) -> str:
+    value = significant(row.shown.madds_m)
+    if row.reported is not None:
+        value = f"{significant(row.chosen.madds_m)} → {value}"
+    beside = [_share_of(row, headline.baseline)]
+    beside += [f"{name} {significant(number)} on {headline.chosen_split}" for name, number in row.further]
+    return _number(value, *beside)
+
+
 def _table_row(row: Row, headline: Headline, is_baseline: bool) -> str:
     kind = "baseline" if is_baseline else "knee" if row.name == headline.knee else ""
     cells = [
         f'<td class="name-cell">{_name_cell(row, headline, is_baseline)}</td>',
-        _number(f"{100 * row.chosen.top1.value:.1f}", _interval(row.chosen.top1)),
+        _number(f"{100 * row.chosen.top1.value:.1f}", _interval(row.chosen.top1), *_standing(row.chosen)),
         _reported_cell(row),
-        _number(significant(row.shown.madds_m), _share_of(row, headline.baseline)),
+        _madds_cell(row, headline),
         _number("baseline", "widest static") if is_baseline else _gain_cell(row.shown),
         _number("") if is_baseline else _controls_cell(row.shown),
         _latency_cell(row.latency),
@@ -256,6 +294,8 @@ def _name_cell(row: Row, headline: Headline, is_baseline: bool) -> str:
     if row.is_collapsed:
         badges += '<span class="badge bad">collapsed</span>'
     sub = "" if row.router is None else _sub(router_name(row.router))
+    if row.supernet is not None:
+        sub += _sub(f"supernet {row.supernet}")
     if row.max_route_share is not None:
         sub += _sub(f"largest route {percent(row.max_route_share, 0)}")
     return f"{escape(row.name)}{badges}{sub}"
@@ -264,7 +304,18 @@ def _name_cell(row: Row, headline: Headline, is_baseline: bool) -> str:
 def _reported_cell(row: Row) -> str:
     if row.reported is None:
         return _number("–", NOT_VERIFIED)
-    return _number(f"{100 * row.reported.top1.value:.1f}", _interval(row.reported.top1))
+    return _number(f"{100 * row.reported.top1.value:.1f}", _interval(row.reported.top1), *_standing(row.reported))
+
+
+def _standing(scores: Scores) -> list[str]:
+    """How sure its place is on a split: among the front's routers, and among those that the images cannot tell from it."""
+    lines = [] if scores.stability is None else [f"on the front in {percent(scores.stability, 0)}"]
+    if not scores.ties:
+        return lines
+    named = list(scores.ties[:MAX_TIES])
+    more = [f"and {len(scores.ties) - MAX_TIES} more"] if len(scores.ties) > MAX_TIES else []
+    # A line each: the column stays as narrow as an interval.
+    return [*lines, f"tied: {named[0]}", *named[1:], *more]
 
 
 def _share_of(row: Row, baseline: Row | None) -> str:
@@ -281,8 +332,6 @@ def _gain_cell(scores: Scores) -> str:
     for share, name in ((scores.reachable_share, "reachable"), (scores.oracle_share, "oracle")):
         if share is not None:
             beside.append(f"{percent(share, 0)} of the {name} gap")
-    if scores.stability is not None:
-        beside.append(f"on the front in {percent(scores.stability, 0)}")
     return _number(signed(100 * gain.value), *beside, kind=kind)
 
 
@@ -307,11 +356,13 @@ def _latency_cell(latency: Latency | None) -> str:
 
 def _table_legend(headline: Headline) -> str:
     split = headline.reported_split if headline.is_verified else headline.chosen_split
+    intervals = "bootstrap intervals over images" if headline.is_verified else "intervals over images (Wilson's)"
     text = (
-        f"Small figures are 95 % bootstrap intervals over images. Cost, gain and controls are those of {split}. "
+        f"Small figures are 95 % {intervals}. Gain and controls are those of {split}. "
         "The gain is paired, over a random mix of two static sub-networks with the same mean MAdds; "
         f"green and red mark intervals that exclude 0{_chance(headline)}. 'On the front in' is the share of resamples in "
-        "which no other router of the table is better and cheaper. All of it is conditional on one trained supernet."
+        "which no other router of the table is as good in every objective and better in one; routers are tied where the paired "
+        "interval of their difference in top-1 holds 0 and their mean MAdds are within 1 %. All of it is conditional on one trained supernet."
     )
     return f'<p class="sub">{escape(text)}</p>'
 

@@ -2,75 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import plotly.graph_objects as go
 
-from dashboards.theme import BLUE, INK, VERMILION, count, dressed, finite, note, plain
+from dashboards.theme import BLUE, INK, MUTED, SKY, VERMILION, count, dressed, note, plain
 
 
 @dataclass(frozen=True)
 class HypervolumeInfo:
-    """One entry per trial, in slot order."""
+    """One entry per finished trial, in slot order."""
 
     slots: tuple[int, ...]
     hypervolume: tuple[float, ...]
-    """Of all completed trials up to and including this one; top-1 fraction x M MAdds."""
+    """Of all feasible trials up to and including this one, in the product of the objectives' units."""
     failures: tuple[tuple[int, str], ...]
     """(slot, reason) of each failed trial."""
     split: str
     num_images: int
-    reference: tuple[float, float]
+    reference: tuple[float, ...]
     """Reference point, in the objectives' own units (accuracies as fractions, `*_m` in millions)."""
     static_hypervolume: float | None = None
-    """That of the static sub-networks alone, same reference: what the search has to beat."""
-    objectives: tuple[str, str] = ("top1", "madds_m")
-    """Metric names, in the order of `reference`."""
+    """That of the static sub-networks alone which hold every constraint, same reference: what the search has to beat."""
+    objectives: tuple[str, ...] = ("top1", "madds_m")
+    """2 or 3 metric names, in the order of `reference`."""
+    pruned: tuple[tuple[int, str], ...] = ()
+    """(slot, reason) of each trial that was ended early."""
+    num_infeasible: int = 0
+    """Completed trials that break a constraint, and so add nothing."""
+    plateau: int | None = None
+    """The last `plateau` trials are those over which the stop rule found no growth; None where it did not stop the sweep."""
 
-
-def hypervolume_info(
-    hypervolume: Sequence[float],
-    reasons: Sequence[str | None],
-    split: str,
-    num_images: int,
-    reference: tuple[float, float],
-    static_hypervolume: float | None = None,
-    objectives: tuple[str, str] = ("top1", "madds_m"),
-) -> HypervolumeInfo:
-    """Info from one row per trial.
-
-    Args:
-        hypervolume: running hypervolume after each trial, in slot order; a failed trial repeats its predecessor's.
-        reasons: None for a completed trial, else why it failed; as long as `hypervolume`.
-        split: the split that the trials were scored on.
-        num_images: images of that split.
-        reference: in the objectives' own units.
-        static_hypervolume: of the static sub-networks alone.
-        objectives: metric names, in the order of `reference`.
-
-    Raises:
-        ValueError: the two sequences differ in length, or the running hypervolume falls.
-    """
-    if len(hypervolume) != len(reasons):
-        raise ValueError(f"hypervolume has {len(hypervolume)} trials, reasons {len(reasons)}")
-    if any(after < before - 1e-9 * abs(before) for before, after in pairwise(hypervolume)):
-        raise ValueError("the running hypervolume falls somewhere: it must be that of all trials so far")
-    return HypervolumeInfo(
-        slots=tuple(range(len(hypervolume))),
-        hypervolume=tuple(float(v) for v in hypervolume),
-        failures=tuple((slot, reason) for slot, reason in enumerate(reasons) if reason is not None),
-        split=split,
-        num_images=num_images,
-        reference=reference,
-        static_hypervolume=finite(static_hypervolume),
-        objectives=objectives,
-    )
+    def __post_init__(self) -> None:
+        if len(self.slots) != len(self.hypervolume):
+            raise ValueError(f"hypervolume has {len(self.hypervolume)} trials, slots {len(self.slots)}")
+        if len(self.objectives) != len(self.reference):
+            raise ValueError(
+                f"the reference point has {len(self.reference)} values, but there are {len(self.objectives)} objectives"
+            )
+        if any(after < before - 1e-9 * abs(before) for before, after in pairwise(self.hypervolume)):
+            raise ValueError("the running hypervolume falls somewhere: it must be that of all trials so far")
 
 
 def hypervolume_figure(info: HypervolumeInfo) -> go.Figure:
-    """A rising step line, with failed trials marked and the static sub-networks' hypervolume as a rule."""
+    """A rising step line, with failed and pruned trials marked and the static sub-networks' hypervolume as a rule."""
     figure = go.Figure()
     if info.slots:
         figure.add_trace(_line(info))
@@ -78,19 +56,39 @@ def hypervolume_figure(info: HypervolumeInfo) -> go.Figure:
         note(figure, "no trial has finished yet")
     if info.static_hypervolume is not None and info.slots:
         figure.add_trace(_static(info, info.static_hypervolume))
+    if info.pruned:
+        figure.add_trace(_marks(info, info.pruned, "pruned", {"color": MUTED, "symbol": "triangle-down", "size": 7}))
     if info.failures:
-        figure.add_trace(_failures(info))
+        figure.add_trace(_marks(info, info.failures, "failed", {"color": VERMILION, "symbol": "x", "size": 10}))
+    if info.plateau and info.slots:
+        _mark_plateau(figure, info, info.plateau)
     figure.update_xaxes(title_text="trial")
-    figure.update_yaxes(title_text=f"hypervolume ({' × '.join(map(plain, info.objectives))})")
+    figure.update_yaxes(title_text=f"hypervolume<br>({' × '.join(map(plain, info.objectives))})")
     return dressed(figure, "Hypervolume over trials", _subtitle(info))
 
 
 def _subtitle(info: HypervolumeInfo) -> str:
-    reference = ", ".join(
-        f"{plain(name)} {value:.4g}" for name, value in zip(info.objectives, info.reference, strict=True)
+    reference = ", ".join(f"{name} {value:.4g}" for name, value in zip(info.objectives, info.reference, strict=True))
+    trials = f"{count(len(info.slots), 'trial')}, {len(info.failures):,} failed"
+    if info.pruned:
+        trials += f", {len(info.pruned):,} pruned"
+    if info.num_infeasible:
+        trials += f", {info.num_infeasible:,} break a constraint and add nothing"
+    return f"{info.split} (n = {info.num_images:,}); {trials}; reference {reference}"
+
+
+def _mark_plateau(figure: go.Figure, info: HypervolumeInfo, num_trials: int) -> None:
+    start = info.slots[max(0, len(info.slots) - num_trials)]
+    figure.add_vrect(
+        x0=start,
+        x1=info.slots[-1],
+        fillcolor=SKY,
+        opacity=0.15,
+        line_width=0,
+        annotation_text="plateau: the sweep stopped here",
+        annotation_position="bottom left",
+        annotation_font={"size": 12, "color": MUTED},
     )
-    trials = count(len(info.slots), "trial")
-    return f"{info.split} (n = {info.num_images:,}); {trials}, {len(info.failures)} failed; reference {reference}"
 
 
 def _line(info: HypervolumeInfo) -> go.Scatter:
@@ -115,14 +113,16 @@ def _static(info: HypervolumeInfo, value: float) -> go.Scatter:
     )
 
 
-def _failures(info: HypervolumeInfo) -> go.Scatter:
+def _marks(
+    info: HypervolumeInfo, trials: Sequence[tuple[int, str]], what: str, marker: Mapping[str, Any]
+) -> go.Scatter:
     height = dict(zip(info.slots, info.hypervolume, strict=True))
     return go.Scatter(
-        x=[slot for slot, _ in info.failures],
-        y=[height[slot] for slot, _ in info.failures],
-        name="failed trial",
+        x=[slot for slot, _ in trials],
+        y=[height[slot] for slot, _ in trials],
+        name=f"{what} trial",
         mode="markers",
-        marker={"color": VERMILION, "symbol": "x", "size": 10},
-        text=[f"<b>trial {slot} failed</b><br>{plain(reason[:160])}" for slot, reason in info.failures],
+        marker=marker,
+        text=[f"<b>trial {slot} {what}</b><br>{plain(reason[:160])}" for slot, reason in trials],
         hoverinfo="text",
     )

@@ -6,9 +6,10 @@ fractions in the data and percent on the page, costs are millions of MAdds per i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
-from typing import Literal
+from typing import Final, Literal
 
 from dashboards.front import FrontInfo, front_figure
 from dashboards.headline import NOT_VERIFIED, Headline, headline_section
@@ -19,6 +20,10 @@ from dashboards.routes import RoutesInfo, class_routes_figure, routes_figure
 from dashboards.theme import count, significant
 from dashboards.training import TrainingInfo, training_figure
 from dashboards.widths import WidthsInfo, widths_figure
+
+
+MAX_ENDINGS: Final = 12
+"""Reasons that are listed."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,14 @@ class ReportData:
     headline: Headline = field(default_factory=Headline)
     num_completed: int = 0
     num_failed: int = 0
+    num_pruned: int = 0
+    """Trials that were ended early."""
+    num_infeasible: int = 0
+    """Completed trials that break a constraint: they are never on the front."""
+    constraints: tuple[tuple[str, int], ...] = ()
+    """(constraint, completed trials that break it)."""
+    endings: tuple[tuple[str, str, int], ...] = ()
+    """("pruned" or "failed", reason, trials that ended for it)."""
     num_test_openings: int = 0
     """How often the sealed split was read: more than once weakens its numbers."""
     front: FrontInfo | None = None
@@ -74,7 +87,9 @@ def build_report(data: ReportData) -> str:
 
 def _header(data: ReportData) -> str:
     trials = count(data.num_completed, "completed trial")
+    trials += f" ({data.num_infeasible:,} infeasible)" if data.num_infeasible else ""
     failed = f", {data.num_failed:,} failed" if data.num_failed else ""
+    failed += f", {data.num_pruned:,} pruned" if data.num_pruned else ""
     facts = f"{data.model} on {data.data_name} · {trials}{failed} · status {data.status} · {data.created}"
     return f'<h1>{escape(data.run_name)}</h1>\n<p class="lead">{escape(facts)}</p>'
 
@@ -102,6 +117,11 @@ def _own_notes(data: ReportData) -> list[str]:
         )
     if not data.num_completed and data.num_failed:
         notes.append(f"No trial completed; {count(data.num_failed, 'trial')} failed.")
+    if data.num_completed and data.num_infeasible == data.num_completed:
+        notes.append(
+            f"None of the {count(data.num_completed, 'completed trial')} holds every constraint, so that there is no front; "
+            "'Search progress' says which constraint how many break."
+        )
     num_collapsed = sum(row.is_collapsed for row in headline.rows)
     if num_collapsed:
         notes.append(
@@ -130,6 +150,10 @@ def _front_section(data: ReportData) -> str:
     )
     if data.front is None:
         return _section("The front", caption, _empty("Nothing searched yet."))
+    if data.front.further is not None:
+        caption += f" The front's colour is {data.front.further.metric}, its objective beside top-1 and MAdds."
+    if data.constraints:
+        caption += " Grey crosses are trials that break a constraint, whatever else they reach."
     is_paired = data.front.reported is not None
     if is_paired:
         caption += (
@@ -155,10 +179,50 @@ def _routers_section(data: ReportData) -> str:
 
 
 def _hypervolume_section(data: ReportData) -> str:
-    caption = "The area that the front dominates; a line that still rises at the end says that more trials would help."
     info = data.hypervolume
+    size = "volume" if info is not None and len(info.objectives) == 3 else "area"
+    caption = (
+        f"The {size} that the front dominates; a line that still rises at the end says that more trials would help."
+        + (" Trials that break a constraint add nothing to it." if data.constraints else "")
+    )
     content = _empty("No trial has finished yet.") if info is None else chart("hypervolume", hypervolume_figure(info))
-    return _section("Search progress", caption, content)
+    return _section("Search progress", caption, content + _constraints_table(data) + _endings_table(data))
+
+
+def _constraints_table(data: ReportData) -> str:
+    if not data.constraints:
+        return ""
+    rows = [
+        (text, f"{num_broken:,} of {data.num_completed:,}", _share(num_broken, data.num_completed))
+        for text, num_broken in data.constraints
+    ]
+    return _small_table(("Constraint", "Broken by", "Share (%)"), rows)
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.0f}" if whole else "–"
+
+
+def _endings_table(data: ReportData) -> str:
+    if not data.endings:
+        return ""
+    ordered = sorted(data.endings, key=lambda ending: -ending[2])
+    rows = [(reason, state, f"{number:,}") for state, reason, number in ordered[:MAX_ENDINGS]]
+    others = ordered[MAX_ENDINGS:]
+    if others:
+        rows.append((f"{len(others):,} other reasons", "", f"{sum(number for _, _, number in others):,}"))
+    return _small_table(("Trials that did not run to their end", "State", "Trials"), rows)
+
+
+def _small_table(heads: tuple[str, str, str], rows: Sequence[tuple[str, str, str]]) -> str:
+    """Everything in it is text, which is escaped."""
+    kinds = ("", "number", "number")
+    head = "".join(f'<th class="{kind}" scope="col">{escape(h)}</th>' for kind, h in zip(kinds, heads, strict=True))
+    body = "".join(
+        "<tr>" + "".join(f'<td class="{kind}">{escape(c)}</td>' for kind, c in zip(kinds, row, strict=True)) + "</tr>"
+        for row in rows
+    )
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def _routes_section(data: ReportData) -> str:

@@ -106,8 +106,9 @@ def router_symbol(kind: str) -> str:
 
 
 def percent(fraction: float, digits: int = 1) -> str:
-    """A fraction as displayed: 0.9634 -> '96.3 %'."""
-    return f"{100 * fraction:.{digits}f} %"
+    """A fraction as displayed: 0.9634 -> '96.3 %'; never '-0 %'."""
+    text = f"{100 * fraction:.{digits}f}"
+    return f"{text if float(text) else text.removeprefix('-')} %"
 
 
 def signed(points: float, digits: int = 1) -> str:

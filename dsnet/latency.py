@@ -6,9 +6,10 @@ import math
 import os
 import platform
 import random
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +17,45 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from dsnet.decision_timing import decision_calls
 from dsnet.errors import ConfigError
 from dsnet.materialize import PlainSubnet
 from dsnet.route_tree import RouteTree
-from dsnet.segments import CutSegments, rows_by
+from dsnet.segments import CutSegments
 from dsnet.strict_json import NumberRange
 from dsnet.supernet import Supernet
 
 MIN_REPEATS = 3
 """Fewer say nothing about spread."""
 BUDGET_S = 120.0
-TRUNK, DECIDE = "/trunk", "/decide"
-"""Beside the names of tails, which are those of sub-networks and hold no slash."""
+TRUNK, DECIDE = "/trunk", "/decide/"
+"""Beside the names of tails, which are those of sub-networks and hold no slash; a kind of router follows the second."""
+PUBLISHED = "gate"
+"""The kind of router whose decision counts where its own was not timed."""
+DEVICES = ("auto", "cpu", "cuda")
+MAIN_DEVICE = ""
+"""The name of the device that `measure.device` says, among those of `measure.devices`."""
+DEVICE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,31}")
+"""Names of further devices: they stand in metric names, in expressions and in file names."""
+
+
+def latency_metric(batch_size: int = 1, device: str = MAIN_DEVICE) -> str:
+    """The name of a latency among the metrics: `latency_ms`, `latency_ms_batch64`, `latency_ms.server`, `latency_ms_batch64.server`.
+
+    Always milliseconds of one call: of one image, or of a whole batch of so many.
+    """
+    return ("latency_ms" if batch_size == 1 else f"latency_ms_batch{batch_size}") + (f".{device}" if device else "")
+
+
+def latency_file(device: str = MAIN_DEVICE) -> str:
+    """The file of a device's `LatencyTable` in the measure stage's folder."""
+    return f"latency-{device}.json" if device else "latency.json"
+
+
+def device_of(file: str) -> str | None:
+    """The device whose table a file of the measure stage holds; None for another file."""
+    found = re.fullmatch(rf"latency(?:-({DEVICE_NAME.pattern}))?\.json", file)
+    return None if found is None else found[1] or MAIN_DEVICE
 
 
 @dataclass(frozen=True)
@@ -52,34 +80,65 @@ class LatencyTable:
     trunk: Mapping[int, Timing]
     """n images -> the shared trunk."""
     decide: Mapping[int, Timing]
-    """n images -> a slimming head over all routes, its argmax on the host, and the grouping."""
+    """n images -> the published gate's decision: a slimming head over all routes, its argmax on the host, and the grouping."""
     tails: Mapping[int, Mapping[str, Timing]]
     """n images -> route -> its tail."""
+    decisions: Mapping[str, Mapping[int, Timing]] = field(default_factory=dict)
+    """Other kind of router -> n images -> all its decisions (`dsnet.decision_timing`); one that is missing counts as the published."""
 
-    def batch1_ms(self, runs: NDArray[np.float64], routes: Sequence[str]) -> float:
+    @property
+    def batch_sizes(self) -> tuple[int, ...]:
+        """Sizes of batches that have a metric of their own: 1, and every size at which whole sub-networks were timed."""
+        return tuple(sorted({1, *self.subnets}))
+
+    def static_ms(self, subnet: str, batch_size: int = 1) -> float:
+        """A call of a whole sub-network, as measured; where batch 1 was not, its trunk and its tail.
+
+        Raises:
+            KeyError: another batch size that was not measured.
+        """
+        if batch_size == 1 and 1 not in self.subnets:
+            return self.trunk[1].median_ms + self.tails[1][subnet].median_ms
+        return self.subnets[batch_size][subnet].median_ms
+
+    def batch1_ms(self, runs: NDArray[np.float64], routes: Sequence[str], kind: str = PUBLISHED) -> float:
         """Ideal latency at batch 1: trunk + decide + the tails that run.
 
         Args:
             runs: [K] share of the images that run each route; a cascade's add up to more than one.
             routes: their K names.
+            kind: of the router.
         """
         tails = np.array([self.tails[1][name].median_ms for name in routes])
-        return self.trunk[1].median_ms + self.decide[1].median_ms + float(runs @ tails)
+        decide = self.decisions.get(kind, self.decide)
+        return self.trunk[1].median_ms + decide[1].median_ms + float(runs @ tails)
 
-    def ideal_ms(self, batch_size: int, runs: NDArray[np.float64], routes: Sequence[str]) -> float:
+    def ideal_ms(
+        self, batch_size: int, runs: NDArray[np.float64], routes: Sequence[str], kind: str = PUBLISHED
+    ) -> float:
         """Ideal latency of a batch of random images: trunk + decide + the expected time of each tail over its binomial group size.
 
         Args:
             batch_size: B; between the measured sizes times are interpolated, beyond them they grow in proportion.
             runs: [K] share of the images that run each route.
             routes: their K names.
+            kind: of the router.
+
+        Returns:
+            milliseconds of the whole batch.
         """
+        return self.clock(batch_size, routes).ms(runs, kind)
+
+    def clock(self, batch_size: int, routes: Sequence[str]) -> BatchClock:
+        """`ideal_ms` of one batch size, prepared for many routers over the same routes."""
         sizes = np.arange(batch_size + 1)
-        total = float(_at(self.trunk, sizes)[-1] + _at(self.decide, sizes)[-1])
-        for share, name in zip(runs, routes, strict=True):
-            row = {size: tails[name] for size, tails in self.tails.items()}
-            total += float(_binomial(batch_size, float(share)) @ _at(row, sizes))
-        return total
+        rows = [{size: tails[name] for size, tails in self.tails.items()} for name in routes]
+        return BatchClock(
+            float(_at(self.trunk, sizes)[-1]),
+            float(_at(self.decide, sizes)[-1]),
+            {kind: float(_at(measured, sizes)[-1]) for kind, measured in self.decisions.items()},
+            np.array([_at(row, sizes) for row in rows]),
+        )
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-able mapping."""
@@ -97,7 +156,32 @@ class LatencyTable:
             trunk={int(n): Timing(**item) for n, item in data["trunk"].items()},
             decide={int(n): Timing(**item) for n, item in data["decide"].items()},
             tails={int(n): {name: Timing(**item) for name, item in row.items()} for n, row in data["tails"].items()},
+            decisions={
+                kind: {int(n): Timing(**item) for n, item in row.items()} for kind, row in data["decisions"].items()
+            },
         )
+
+
+@dataclass(frozen=True)
+class BatchClock:
+    """What the parts of the dynamic network take for one batch of B images."""
+
+    trunk_ms: float
+    decide_ms: float
+    """Of the published gate."""
+    decisions_ms: Mapping[str, float]
+    """Of other kinds of router."""
+    tails_ms: NDArray[np.float64]
+    """[K, B + 1] each route's tail for 0, 1, ..., B images."""
+
+    def fixed_ms(self, kind: str = PUBLISHED) -> float:
+        """What every batch pays: trunk and decisions."""
+        return self.trunk_ms + self.decisions_ms.get(kind, self.decide_ms)
+
+    def ms(self, runs: NDArray[np.float64], kind: str = PUBLISHED) -> float:
+        """Ideal latency of a batch of random images, of which shares `runs` [K] run each route."""
+        chances = _binomials(self.tails_ms.shape[1] - 1, np.asarray(runs, dtype=np.float64))
+        return self.fixed_ms(kind) + float((chances * self.tails_ms).sum())
 
 
 def _at(measured: Mapping[int, Timing], sizes: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -107,20 +191,15 @@ def _at(measured: Mapping[int, Timing], sizes: NDArray[np.int64]) -> NDArray[np.
     return np.where(sizes == 0, 0.0, ms * np.maximum(sizes / known[-1], 1.0))
 
 
-def _binomial(count: int, share: float) -> NDArray[np.float64]:
-    """[count + 1] the probability that so many of `count` images run a route that a share of all images runs."""
-    if not 0.0 < share < 1.0:
-        return np.eye(count + 1)[count if share >= 1.0 else 0]
-    rest = math.log1p(-share)
-    logs = [
-        math.lgamma(count + 1)
-        - math.lgamma(n + 1)
-        - math.lgamma(count - n + 1)
-        + n * math.log(share)
-        + (count - n) * rest
-        for n in range(count + 1)
-    ]
-    return np.exp(logs)
+def _binomials(count: int, shares: NDArray[np.float64]) -> NDArray[np.float64]:
+    """[K, count + 1] the probability that so many of `count` images run a route that a share [K] of all images runs."""
+    numbers = np.arange(count + 1)
+    ways = np.array([math.lgamma(count + 1) - math.lgamma(n + 1) - math.lgamma(count - n + 1) for n in numbers])
+    inside = np.clip(shares, np.finfo(np.float64).tiny, 1.0 - np.finfo(np.float64).epsneg)[:, None]
+    chances = np.exp(ways + numbers * np.log(inside) + (count - numbers) * np.log1p(-inside))
+    chances[shares <= 0.0] = np.eye(count + 1)[0]
+    chances[shares >= 1.0] = np.eye(count + 1)[count]
+    return chances
 
 
 def device_name(device: torch.device | str) -> str:
@@ -187,11 +266,21 @@ def _rounds(repeats: int, warmup: int, budget_s: float) -> Iterator[bool]:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DeviceSettings:
+    """A further device on which everything is timed."""
+
+    device: str = "cpu"
+    threads: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
 class LatencySettings:
     """What to time."""
 
     device: str = "cpu"
     threads: int = 1
+    devices: Mapping[str, DeviceSettings] = field(default_factory=dict)
+    """Name -> further device; everything is timed on each of them as on the main one."""
     batch_sizes: tuple[int, ...] = (1, 64)
     """For whole sub-networks; increasing."""
     group_sizes: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -202,6 +291,12 @@ class LatencySettings:
     def __post_init__(self) -> None:
         count, count_from_0 = NumberRange(lowest=1, is_whole=True), NumberRange(lowest=0, is_whole=True)
         count.check("measure.threads", self.threads)
+        for name, further in self.devices.items():
+            if not DEVICE_NAME.fullmatch(name):
+                raise ConfigError(
+                    f"measure.devices: {name!r} cannot name a device; use 1 to 32 letters, digits or '_', no digit at the start"
+                )
+            count.check(f"measure.devices.{name}.threads", further.threads)
         count.check("measure.repeats", self.repeats)
         count_from_0.check("measure.warmup", self.warmup)
         for name, sizes in (("batch_sizes", self.batch_sizes), ("group_sizes", self.group_sizes)):
@@ -215,6 +310,23 @@ class LatencySettings:
         if self.group_sizes[0] != 1:
             raise ConfigError(f"measure.group_sizes must start at 1; got {list(self.group_sizes)}")
 
+    @property
+    def num_rounds(self) -> int:
+        """Batch and group sizes that are timed on each device."""
+        return len(self.batch_sizes) + len(self.group_sizes)
+
+    def by_device(self, resolve: Callable[[str], str] = lambda device: device) -> dict[str, LatencySettings]:
+        """The settings of each device alone, by its name, the main one first.
+
+        Args:
+            resolve: makes `cpu` or `cuda` of what was asked for.
+        """
+        further = {
+            name: replace(self, device=resolve(own.device), threads=own.threads, devices={})
+            for name, own in self.devices.items()
+        }
+        return {MAIN_DEVICE: replace(self, device=resolve(self.device), devices={}), **further}
+
 
 @torch.inference_mode()
 def measure_latency(
@@ -225,7 +337,7 @@ def measure_latency(
     before_each: Callable[[], None] = lambda: None,
     budget_s: float = BUDGET_S,
 ) -> LatencyTable:
-    """Time every sub-network and every part of the dynamic network on random images; restores the process's thread count.
+    """Time every sub-network and every part of the dynamic network on random images, on the main device; the process keeps its threads.
 
     Args:
         supernet: trained; paths through several gates are timed as what they share, put together.
@@ -237,7 +349,7 @@ def measure_latency(
     """
     device = torch.device(settings.device)
     parts = _Parts(supernet.to(device).eval(), image_size, device)
-    total = len(settings.batch_sizes) + len(settings.group_sizes)
+    total = settings.num_rounds
     done = 0
 
     def timed(calls: Mapping[str, Callable[[], object]]) -> dict[str, Timing]:
@@ -261,13 +373,16 @@ def measure_latency(
         rows = {size: timed(parts.part_calls(size)) for size in settings.group_sizes}
     finally:
         torch.set_num_threads(threads_before)
+    kinds = [name.removeprefix(DECIDE) for name in rows[1] if name.startswith(DECIDE)]
+    decisions = {kind: {size: row.pop(DECIDE + kind) for size, row in rows.items()} for kind in kinds}
     return LatencyTable(
         device=device_name(device),
         threads=settings.threads,
         subnets=subnets,
         trunk={size: row.pop(TRUNK) for size, row in rows.items()},
-        decide={size: row.pop(DECIDE) for size, row in rows.items()},
+        decide=decisions.pop(PUBLISHED),
         tails=rows,
+        decisions=decisions,
     )
 
 
@@ -276,11 +391,11 @@ class _Parts:
 
     def __init__(self, supernet: Supernet, image_size: int, device: torch.device) -> None:
         members = supernet.subnets.members
-        segments = CutSegments(supernet, RouteTree.of(supernet.subnets))
-        self.trunk = segments.trunk
-        self.tails = {subnet.name: segments.tail(route) for route, subnet in enumerate(members)}
+        self.spec = supernet.spec
+        self.segments = CutSegments(supernet, RouteTree.of(supernet.subnets))
+        self.trunk = self.segments.trunk
+        self.tails = {subnet.name: self.segments.tail(route) for route, subnet in enumerate(members)}
         self.whole = {name: PlainSubnet(self.trunk, tail).eval() for name, tail in self.tails.items()}
-        self.head = torch.zeros(len(members), supernet.spec.gates[0].hidden, dtype=torch.float64, device=device)
         self.generator = torch.Generator().manual_seed(0)
         self.shape = (supernet.spec.in_channels, image_size, image_size)
         self.device = device
@@ -294,19 +409,23 @@ class _Parts:
         return {name: _bind(module, images) for name, module in self.whole.items()}
 
     def part_calls(self, size: int) -> dict[str, Callable[[], object]]:
-        """Every tail, the trunk and the decision."""
+        """Every tail, the trunk and each kind of router's decisions."""
         images = self._images(size)
         output = self.trunk(images)
-        calls = {name: _bind(tail, output.features) for name, tail in self.tails.items()}
-        return {**calls, TRUNK: _bind(self.trunk, images), DECIDE: _decision(self.head, output.hidden)}
+        calls: dict[str, Callable[[], object]] = {
+            name: _bind(tail, output.features) for name, tail in self.tails.items()
+        }
+        logits = next(iter(self.tails.values()))(output.features)
+        decisions = decision_calls(self.spec, self.segments, output, logits)
+        return {
+            **calls,
+            TRUNK: _bind(self.trunk, images),
+            **{DECIDE + kind: decide for kind, decide in decisions.items()},
+        }
 
 
 def _bind(module: Callable[[torch.Tensor], object], argument: torch.Tensor) -> Callable[[], object]:
     return lambda: module(argument)
-
-
-def _decision(head: torch.Tensor, hidden: torch.Tensor) -> Callable[[], object]:
-    return lambda: rows_by((hidden.double() @ head.T).argmax(1).tolist())
 
 
 def waiter(device: torch.device) -> Callable[[], None]:

@@ -118,6 +118,8 @@ def _read(wanted: Any, value: object, where: str) -> Any:
     if get_origin(wanted) is tuple:
         assert isinstance(value, list | tuple)
         return _read_tuple(wanted, value, where)
+    if get_origin(wanted) is Mapping and is_dataclass(get_args(wanted)[1]):
+        return {name: _read(get_args(wanted)[1], each, _dotted(where, name)) for name, each in value.items()}  # type: ignore[attr-defined] # it fits
     return float(value) if wanted is float and isinstance(value, int) else value
 
 

@@ -15,10 +15,12 @@ import click
 from dsnet.errors import DsnetError, StoppedError
 
 if TYPE_CHECKING:
+    from orchestration.config import SweepConfig
     from orchestration.config_loading import LoadedConfig
     from orchestration.results import RunResults
     from orchestration.rundir import RunDir
     from orchestration.signals import StopRequest
+    from orchestration.supernet_results import SupernetSweepResults
 
 EXIT_INTERNAL = 1
 EXIT_USAGE = 2
@@ -114,15 +116,29 @@ def _load(
     return loaded
 
 
-def _open_run(run: str, runs: str) -> RunResults:
-    from orchestration.results import RunResults
+def _run_dir(run: str, runs: str) -> RunDir:
+    """The folder of a run that is given by its path, or by its name below the runs folder (`NAME/supernets/MEMBER` too)."""
     from orchestration.rundir import RunDir
 
-    path = Path(run)
-    if (path / "manifest.json").is_file():
-        path = path.absolute()
-        return RunResults(RunDir(path.parent, path.name))
-    return RunResults(RunDir(Path(runs), run))
+    below = Path(runs) / run
+    path = next((path.absolute() for path in (Path(run), below) if (path / "manifest.json").is_file()), below)
+    return RunDir(path.parent, path.name)
+
+
+def _open_run(run: str, runs: str) -> RunResults:
+    from orchestration.results import RunResults
+
+    return RunResults(_run_dir(run, runs))
+
+
+def _open_supernets(run: str, runs: str) -> SupernetSweepResults | None:
+    """The results of a sweep of supernets; None where the run is of the other kind."""
+    folder = _run_dir(run, runs)
+    if not folder.supernets_json.is_file():
+        return None
+    from orchestration.supernet_results import SupernetSweepResults
+
+    return SupernetSweepResults(folder)
 
 
 @cli.command()
@@ -134,13 +150,24 @@ def _open_run(run: str, runs: str) -> RunResults:
 def launch(sweep: Path, take_over: bool, **options: Any) -> int:
     """Run a sweep, or continue it where it was stopped."""
     _quiet_platforms()
-    from orchestration.pipeline import check_failures
-    from orchestration.pipeline import launch as run_launch
+    return _run(_load(sweep, **options).config, take_over=take_over)
+
+
+def _run(config: SweepConfig, *, take_over: bool, again: str | None = None) -> int:
+    """Run a sweep's stages, whoever made its configuration; the exit code.
+
+    Args:
+        config: resolved.
+        take_over: take the lock of another host.
+        again: what continues it after a stop; None = the very command.
+    """
+    from orchestration.pipeline import LaunchResult, check_failures
     from orchestration.progress import TerminalProgress
     from orchestration.signals import stop_on_signals
+    from orchestration.supernet_sweep import check_supernet_failures, launch_sweep
+    from orchestration.supernet_terminal import show_supernets_launch
     from orchestration.terminal import show_launch
 
-    config = _load(sweep, **options).config
     progress = TerminalProgress()
     command = shlex.join(["dsnet-orch", *sys.argv[1:]])
     requests: list[StopRequest] = []
@@ -155,13 +182,69 @@ def launch(sweep: Path, take_over: bool, **options: Any) -> int:
             yield request
 
     try:
-        result = run_launch(config, command=command, progress=progress, stop=stop, take_over=take_over)
+        result = launch_sweep(config, command=command, progress=progress, stop=stop, take_over=take_over)
     except (StoppedError, KeyboardInterrupt):
-        click.echo(f"stopped; nothing is lost. Continue with:\n  {command}", err=True)
+        click.echo(f"stopped; nothing is lost. Continue with:\n  {again or command}", err=True)
         return requests[-1].exit_code if requests else EXIT_INTERRUPTED
-    show_launch(result)
-    check_failures(result)
+    if isinstance(result, LaunchResult):
+        show_launch(result)
+        check_failures(result)
+    else:
+        show_supernets_launch(result)
+        check_supernet_failures(result)
     return 0
+
+
+@cli.command()
+@RUN
+@RUNS
+@click.option("--trials", required=True, metavar="+N|N", help="So many more trials than the budget, or so many in all.")
+@click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Also change a budget.* setting, e.g. budget.plateau=null.",
+)
+@click.option(
+    "--take-over", is_flag=True, help="Take a run whose lock another host holds (be sure that its driver is gone)."
+)
+def extend(run: str, runs: str, trials: str, overrides: tuple[str, ...], take_over: bool) -> int:
+    """Raise the budget of a run and continue it; its finished trials count."""
+    _quiet_platforms()
+    from orchestration.steering import extended, extension_notes
+
+    results = _open_supernets(run, runs) or _open_run(run, runs)
+    config = extended(results, trials, overrides)
+    for note in extension_notes(results, config):
+        click.echo(note, err=True)
+    return _run(config, take_over=take_over, again=f"dsnet-orch launch {results.run.sweep_yaml}")
+
+
+@cli.command()
+@RUN
+@RUNS
+@click.option("--set", "values", multiple=True, metavar="KEY=VALUE", help="A value of the point, e.g. gate.target=0.3.")
+@click.option(
+    "--from",
+    "source",
+    type=click.Path(path_type=Path),
+    help="A YAML or JSON list of points, e.g. - {gate.target: 0.3}.",
+)
+@click.option("--like", metavar="TRIAL", help="Begin with the parameters of this trial, e.g. trial-0042.")
+def enqueue(run: str, runs: str, values: tuple[str, ...], source: Path | None, like: str | None) -> None:
+    """Ask for points to be tried next; what a point leaves out is drawn by the sampler."""
+    from orchestration.steering import enqueue_points, read_points, set_values
+
+    if source is not None and (values or like):
+        raise click.UsageError("--from stands alone: write the values into the file")
+    if (sweep := _open_supernets(run, runs)) is not None:
+        raise click.UsageError(
+            f"{run} is a sweep of supernets: enqueue for one of them, e.g. {sweep.run.supernets_dir / sweep.entries[0].name}"
+        )
+    points = read_points(source) if source is not None else [set_values(values)]
+    for line in enqueue_points(_open_run(run, runs), points, like):
+        click.echo(line)
 
 
 @cli.command()
@@ -175,15 +258,26 @@ def launch(sweep: Path, take_over: bool, **options: Any) -> int:
 )
 def plan(sweep: Path, as_json: bool, resolved: Path | None, **options: Any) -> None:
     """Show what a launch would do: every setting with its origin, and each stage with the reason why it would run."""
+    from orchestration.config import supernet_space
     from orchestration.planning import make_plan
     from orchestration.terminal import show_plan
 
     loaded = _load(sweep, **options)
     if resolved is not None:
+        if supernet_space(loaded.config):
+            raise click.UsageError(
+                "--resolved describes one supernet, but space holds several; write it for one of them"
+            )
         from dsnet.files import atomic_write_json
         from orchestration.adoption import standalone_config
 
         atomic_write_json(resolved, standalone_config(loaded.config).to_json())
+    if supernet_space(loaded.config):
+        from orchestration.supernet_planning import plan_supernets
+        from orchestration.supernet_terminal import show_supernets_plan
+
+        show_supernets_plan(plan_supernets(loaded), as_json=as_json)
+        return
     show_plan(make_plan(loaded), as_json=as_json)
 
 
@@ -192,10 +286,13 @@ def plan(sweep: Path, as_json: bool, resolved: Path | None, **options: Any) -> N
 @config_options
 def validate(sweep: Path, **options: Any) -> None:
     """Check a sweep file without reading data or running anything."""
+    from orchestration.config import supernet_space
+
     config = _load(sweep, **options).config
-    click.echo(
-        f"{sweep}: fine ({config.name}: {config.supernet.model} on {config.data.name}, {config.budget.trials} trials)"
-    )
+    trials = f"{config.budget.trials} trials"
+    if supernet_space(config):
+        trials = f"up to {config.supernets.number} supernets, {trials} for each"
+    click.echo(f"{sweep}: fine ({config.name}: {config.supernet.model} on {config.data.name}, {trials})")
 
 
 @cli.command()
@@ -240,20 +337,42 @@ def import_checkpoint(checkpoint: Path, out: Path | None, name: str | None, **op
 @AS_JSON
 def status(run: str, runs: str, as_json: bool) -> None:
     """Show how far a run has come."""
+    from orchestration.supernet_terminal import show_supernets_status
     from orchestration.terminal import show_status
 
+    if (sweep := _open_supernets(run, runs)) is not None:
+        show_supernets_status(sweep, as_json=as_json)
+        return
     show_status(_open_run(run, runs), as_json=as_json)
 
 
 @cli.command()
 @RUN
 @RUNS
+@click.option(
+    "--state",
+    type=click.Choice(("complete", "feasible", "infeasible", "failed", "pruned")),
+    help="Only these; complete ones are feasible or infeasible.",
+)
+@click.option(
+    "--where",
+    multiple=True,
+    help='Only where this holds, e.g. "madds_m<=200" or "top1>=baseline.top1-0.003"; all must.',
+)
+@click.option("--sort", metavar="METRIC", help="By a metric or parameter, the best first [default: as they came].")
+@click.option("--limit", type=click.IntRange(min=1), help="At most so many.")
 @AS_JSON
-def trials(run: str, runs: str, as_json: bool) -> None:
-    """List the trials of a run."""
+def trials(
+    run: str, runs: str, state: str | None, where: tuple[str, ...], sort: str | None, limit: int | None, as_json: bool
+) -> None:
+    """List the trials of a run: what became of each, its metrics and its parameters."""
     from orchestration.terminal import show_trials
+    from orchestration.trial_list import Selection, TrialList
 
-    show_trials(_open_run(run, runs), as_json=as_json)
+    selection = Selection(state, where, sort, limit)
+    sweep = _open_supernets(run, runs)
+    listed = TrialList.of(_open_run(run, runs)) if sweep is None else sweep.trial_list()
+    show_trials(listed, selection, as_json=as_json)
 
 
 @cli.command()
@@ -279,6 +398,9 @@ def pareto(
     """Show the front of a run: each gate on val and on test, beside what would make it unimpressive."""
     from orchestration.terminal import show_front
 
+    if (sweep := _open_supernets(run, runs)) is not None:
+        _supernets_pareto(sweep, picks, figure, routers_figure, as_json=as_json)
+        return
     results = _open_run(run, runs)
     show_front(results, picks, as_json=as_json)
     if figure is not None:
@@ -289,6 +411,26 @@ def pareto(
         from orchestration.reporting import draw_routers
 
         click.echo(draw_routers(results, routers_figure), err=True)
+
+
+def _supernets_pareto(
+    sweep: SupernetSweepResults,
+    picks: tuple[str, ...],
+    figure: Path | None,
+    routers_figure: Path | None,
+    *,
+    as_json: bool,
+) -> None:
+    from orchestration.supernet_reporting import draw_supernets
+    from orchestration.supernet_terminal import show_supernets_front
+
+    if routers_figure is not None:
+        raise click.UsageError(
+            f"--routers-figure is of one supernet: ask for it with {sweep.run.supernets_dir / sweep.entries[0].name}"
+        )
+    show_supernets_front(sweep, picks, as_json=as_json)
+    if figure is not None:
+        click.echo(draw_supernets(sweep, figure), err=True)
 
 
 @cli.command()
@@ -313,6 +455,12 @@ def export(run: str, runs: str, picks: tuple[str, ...], out: Path | None) -> Non
     from orchestration.planning import prepare_again
     from orchestration.results import picked_slots
 
+    if (sweep := _open_supernets(run, runs)) is not None:
+        from orchestration.supernet_planning import export_supernets_again
+
+        for path in export_supernets_again(sweep, picks, out):
+            click.echo(path)
+        return
     results = _open_run(run, runs)
     slots = picked_slots(results, picks)
     for path in export_bundles(prepare_again(results), results, slots, out or results.run.export_dir):
@@ -345,6 +493,11 @@ def report(run: str, runs: str) -> None:
     """Build a run's report.html again; prints its path."""
     from orchestration.planning import report_again
 
+    if (sweep := _open_supernets(run, runs)) is not None:
+        from orchestration.supernet_planning import report_supernets_again
+
+        click.echo(report_supernets_again(sweep))
+        return
     click.echo(report_again(_open_run(run, runs)))
 
 
@@ -356,6 +509,11 @@ def sync(run: str, runs: str) -> None:
     _quiet_platforms()
     from orchestration.planning import sync_again
 
+    if (sweep := _open_supernets(run, runs)) is not None:
+        from orchestration.supernet_planning import sync_supernets_again
+
+        click.echo(sync_supernets_again(sweep))
+        return
     click.echo(sync_again(_open_run(run, runs)))
 
 

@@ -1,4 +1,4 @@
-"""The whole of sweep.yaml as frozen, strict, typed objects; config_loading.py reads files into them.
+"""The whole of sweep.yaml as one frozen, strict, typed object; config_loading.py reads files into it.
 
 Strict means: no unknown key, no silent conversion ("3" is not 3, 1 is not true), and every range checked when an object
 is built. Only a whole number where a real one is wanted is taken as it is meant.
@@ -10,98 +10,143 @@ import io
 import re
 import types
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import cache
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
-    AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     JsonValue,
     PlainSerializer,
     PlainValidator,
     StringConstraints,
-    TypeAdapter,
-    ValidationError,
     WithJsonSchema,
     model_validator,
 )
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticCustomError
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.nodes import ScalarNode
 from ruamel.yaml.representer import RoundTripRepresenter
 
 from dsnet.errors import ConfigError
-from orchestration.distribution import DISTRIBUTION_SCHEMA, REAL_KINDS, Distribution, Scalar
-from orchestration.wording import did_you_mean, shown, way_out
+from orchestration.distribution import DISTRIBUTION_SCHEMA, Distribution
+from orchestration.sections import (
+    CHECKPOINT_MODEL,
+    LARGEST_RATE,
+    NAME_PATTERN,
+    OBJECTIVE_GOALS,
+    REGIME_KEYS,
+    AugmentConfig,
+    BootstrappingConfig,
+    BrokenRule,
+    BudgetConfig,
+    Constraint,
+    DataConfig,
+    Device,
+    DeviceConfig,
+    ExportConfig,
+    GateConfig,
+    HardConstraint,
+    KeyPath,
+    MeasureConfig,
+    MetricConfig,
+    PlateauConfig,
+    PrunerConfig,
+    RayConfig,
+    SamplerConfig,
+    Section,
+    StorageConfig,
+    SupernetConfig,
+    SupernetsConfig,
+    TrackingConfig,
+    TrainConfig,
+    TrialConfig,
+    goal_of,
+    is_nullable,
+    refuse,
+    requirement,
+    resolve_regime,
+    section_class,
+    walk_fields,
+)
+from orchestration.space_rules import (
+    absolute_targets,
+    cycle_problems,
+    entry_problems,
+    gate_problems,
+    is_of_supernet,
+    point_problems,
+    possible_routers,
+    published_points,
+    resolve,
+    supernet_problems,
+    supernet_warnings,
+    sweepable_keys,
+    unread_warnings,
+)
+from orchestration.wording import shown, way_out
+from search.constraints import BASELINE, ConstraintSet
+from search.expressions import parse_comparison
+from search.halving import ParetoHalving
 from search.pareto import parse_pick
 
-if TYPE_CHECKING:
-    from dsnet.training.settings import Regime
+__all__ = [
+    "CHECKPOINT_MODEL",
+    "LARGEST_RATE",
+    "NAME_PATTERN",
+    "OBJECTIVE_GOALS",
+    "REGIME_KEYS",
+    "AugmentConfig",
+    "BootstrappingConfig",
+    "BrokenRule",
+    "DeviceConfig",
+    "GateConfig",
+    "HardConstraint",
+    "MeasureConfig",
+    "MetricConfig",
+    "PlateauConfig",
+    "PrunerConfig",
+    "SamplerConfig",
+    "Section",
+    "SupernetConfig",
+    "SupernetsConfig",
+    "SweepConfig",
+    "TrainConfig",
+    "absolute_targets",
+    "config_warnings",
+    "constraint_set",
+    "enqueued_points",
+    "gate_space",
+    "gives_absolute_target",
+    "goal_of",
+    "halving_rungs",
+    "is_nullable",
+    "json_schema",
+    "known_fields",
+    "metric_names",
+    "possible_routers",
+    "requirement",
+    "resolve_cohort",
+    "resolve_regime",
+    "resolve_space",
+    "resolve_timeout_s",
+    "resolve_trials",
+    "section_class",
+    "space_without_target",
+    "stage_subset",
+    "supernet_space",
+    "sweepable_keys",
+    "target_set",
+    "to_yaml",
+]
 
 Stage = Literal["supernet", "measure", "table", "search", "verify"]
-KeyPath = tuple[str | int, ...]
-
-NAME_PATTERN = r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}$"
-OBJECTIVE_GOALS: Mapping[str, str] = {
-    "top1": "maximize",
-    "top5": "maximize",
-    "madds_m": "minimize",
-    "p95_madds_m": "minimize",
-    "params_m": "minimize",
-    "latency_ms": "minimize",
-}
-"""Metrics that a sweep can optimise, with the only goal that makes sense for each."""
-CHECKPOINT_MODEL = "checkpoint"
-"""The `supernet.model` that takes layout and sub-networks from `supernet.init_from`."""
-
-
-@dataclass(frozen=True)
-class BrokenRule:
-    """A rule between settings that does not hold; `path` is relative to the section that checks it."""
-
-    path: KeyPath
-    message: str
-    others: tuple[KeyPath, ...] = ()
-    """Further settings that it is about: whoever spoke last, of all of them, is told."""
-
-    def __str__(self) -> str:
-        return f"{'.'.join(map(str, self.path))}: {self.message}" if self.path else self.message
-
-
-def _refuse(*rules: BrokenRule) -> None:
-    """Report all broken rules of a section at once; config_loading finds the place in the file of each."""
-    if rules:
-        raise PydanticCustomError("broken_rules", "{text}", {"text": "; ".join(map(str, rules)), "rules": rules})
-
-
-def _printable(text: str) -> str:
-    if not text.isprintable():
-        raise ValueError(f"{text!r} holds characters that cannot be printed")
-    return text
-
-
-Text = Annotated[str, StringConstraints(min_length=1), AfterValidator(_printable)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-NonNegativeFloat = Annotated[float, Field(ge=0)]
-LARGEST_RATE = 1e6
-"""That of `dsnet.training.settings`, which needs torch."""
-PositiveInt = Annotated[int, Field(ge=1)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-# YAML and JSON know lists only; the list becomes a tuple, its items stay strict.
-IncreasingSizes = Annotated[tuple[PositiveInt, ...], Field(strict=False, min_length=1)]
-CropScale = Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], Field(strict=False, min_length=2, max_length=2)]
-Device = Literal["auto", "cpu", "cuda"]
-Router = Literal["gate", "evidence_gate", "gates", "evidence_gates", "cascade", "learned_cascade"]
-"""`dsnet.routers.ROUTER_KINDS`, which need torch."""
-END_TO_END_ROUTERS = ("gate", "gates")
-"""Routers with a slimming head inside the network, which can be trained through it."""
+SCHEDULERS = ("none", "asha", "median", "hyperband")
+"""Of supernets, by short names; others by their import path."""
+LEARNING_SAMPLERS = ("tpe", "nsga2", "nsga3", "gp")
+"""Those that suggest from what earlier cohorts gave."""
 
 
 def _version(value: object) -> object:
@@ -110,593 +155,12 @@ def _version(value: object) -> object:
     return value
 
 
-def _split_size(value: object) -> object:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    is_share = isinstance(value, float) and 0 < value < 1
-    is_count = is_number and isinstance(value, int) and value >= 1
-    if value is None or is_share or is_count:
-        return value
-    raise ValueError(f"expected a fraction between 0 and 1, a whole number of images, or null; got {shown(value)}")
-
-
-SplitSize = Annotated[
-    Annotated[float, Field(gt=0, lt=1)] | PositiveInt | None,
-    BeforeValidator(_split_size),
-]
-
-
 SpaceEntry = Annotated[
     Distribution,
     PlainValidator(Distribution.parse),
     PlainSerializer(Distribution.written),
     WithJsonSchema(DISTRIBUTION_SCHEMA),
 ]
-
-
-class Section(BaseModel):
-    """Base of every section: frozen, strict, no unknown key, no NaN; docstrings under fields are their descriptions."""
-
-    model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        strict=True,
-        allow_inf_nan=False,
-        validate_default=True,
-        use_attribute_docstrings=True,
-    )
-
-
-class AugmentConfig(Section):
-    """What training images go through; evaluation never does."""
-
-    crop_padding: NonNegativeInt | None = None
-    """Pixels mirrored at each edge before a random crop back to size; null = image_size // 8."""
-    flip: bool | None = None
-    """Mirror half of the images left to right; null = yes, except for digits."""
-    cutout: NonNegativeInt = 0
-    """Side in pixels of one square set to zero; 0 = none."""
-    crop_scale: CropScale | None = None
-    """[low, high]: cut out low to high of the image's area and resize it; null = none, or [0.08, 1] for streamed images."""
-    randaugment_ops: Annotated[int, Field(ge=0, le=14)] = 0
-    """RandAugment: random operations per image, one after the other, at most 14; 0 = none."""
-    randaugment_magnitude: Annotated[float, Field(ge=0, le=10)] = 9.0
-    """RandAugment: strength of each operation, 0 to 10."""
-    erasing: Fraction = 0.0
-    """Share of images of which a random rectangle is filled with noise, [0, 1]."""
-
-    @model_validator(mode="after")
-    def _crops_one_way(self) -> AugmentConfig:
-        if self.crop_scale is None:
-            return self
-        low, high = self.crop_scale
-        if low > high:
-            message = f"range {shown(self.crop_scale)} is the wrong way round; write {shown([high, low])}"
-            _refuse(BrokenRule(("crop_scale",), message))
-        if self.crop_padding:
-            message = f"{self.crop_padding} pixels have no use beside crop_scale, which crops already; remove one"
-            _refuse(BrokenRule(("crop_padding",), message))
-        return self
-
-
-class SplitsConfig(Section):
-    """Size of each split: a fraction of the images in (0, 1), a number of images, or null for the default.
-
-    Defaults: the data's own test split where it has one, else 55/15/15/15 %; CIFAR-10 40k/5k/5k/10k.
-    """
-
-    train: SplitSize = None
-    """Trains the supernet."""
-    gate: SplitSize = None
-    """Held out of the supernet's training; trains the gates."""
-    val: SplitSize = None
-    """Calibrates and chooses."""
-    test: SplitSize = None
-    """Sealed until the front is frozen."""
-
-    @model_validator(mode="after")
-    def _fits(self) -> SplitsConfig:
-        # `test` may be a share of the data's own test part; where it is not, make_splits refuses what does not fit.
-        shares = {name: size for name, size in self if isinstance(size, float) and name != "test"}
-        if sum(shares.values()) > 1 + 1e-9:
-            written = " + ".join(f"{name} {share:g}" for name, share in shares.items())
-            _refuse(BrokenRule((), f"fractions add up to more than 1: {written} = {sum(shares.values()):g}"))
-        return self
-
-
-class DataConfig(Section):
-    """The images."""
-
-    name: Literal["digits", "cifar10", "image_folder"]
-    """digits: inside scikit-learn | cifar10: parquet or official batches | image_folder: root/class/*.png or *.jpg."""
-    path: Text | None = None
-    """Folder of the images; `~` and $VARIABLES are expanded, relative to the working directory. null = $DSNET_DATA."""
-    image_size: Annotated[int, Field(ge=8, le=512)] | None = None
-    """Side in pixels, 8 to 512; null = as stored. An image folder needs it."""
-    crop_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Image folders only: share of the shorter side that the centre crop keeps, (0, 1]; 0.875 with 224 pixels: resize to 256, cut 224."""
-    augment: AugmentConfig = AugmentConfig()
-    splits: SplitsConfig = SplitsConfig()
-    limit: PositiveInt | None = None
-    """At most so many images per split, drawn evenly from the classes; null = all."""
-    stream: bool = False
-    """Image folders only: read `train` from disk while it trains, for sets that do not fit into memory."""
-
-    @model_validator(mode="after")
-    def _suits_the_source(self) -> DataConfig:
-        if self.name == "image_folder" and self.image_size is None:
-            _refuse(BrokenRule(("image_size",), "an image folder needs it: the side in pixels, 8 to 512"))
-        if self.name != "image_folder" and self.crop_fraction != 1:
-            message = f"only an image_folder is cropped; remove {shown(self.crop_fraction)}"
-            _refuse(BrokenRule(("crop_fraction",), message))
-        if self.name == "digits" and self.path is not None:
-            message = f"digits comes with scikit-learn and takes no folder; remove {shown(self.path)}"
-            _refuse(BrokenRule(("path",), message))
-        if self.stream and self.name != "image_folder":
-            _refuse(BrokenRule(("stream",), f"only an image_folder can be streamed; {self.name} fits into memory"))
-        if self.stream and self.augment.crop_padding:
-            message = (
-                f"{self.augment.crop_padding} pixels have no use: streamed images are cropped by crop_scale; remove it"
-            )
-            _refuse(BrokenRule(("augment", "crop_padding"), message))
-        return self
-
-
-class TrainConfig(Section):
-    """Stage I: how the supernet is trained."""
-
-    widths: Literal["sandwich", "all"] | None = None
-    """sandwich: largest, random ones and smallest | all: every width in every step; null = from supernet.regime."""
-    num_random: NonNegativeInt | None = None
-    """Random sub-networks of the sandwich; null = from supernet.regime."""
-    teacher: Literal["none", "inplace", "ema", "ema_ensemble"] | None = None
-    """none: labels | inplace: the widest | ema: the EMA copy's widest | ema_ensemble: its ensemble; null = from the regime."""
-    bn: Literal["private_stats", "private_affine", "recalibrate", "group_norm"] | None = None
-    """BatchNorm with statistics per width | and affine pairs per width | recalibrated | GroupNorm; null = the regime's or the family's."""
-    epochs: NonNegativeInt = 30
-    """Passes over `train`; 0 keeps the weights of supernet.init_from."""
-    batch_size: PositiveInt = 128
-    """Images per step, over all workers and micro-batches together."""
-    accumulate: PositiveInt = 1
-    """Micro-batches whose gradients add up to one step's; BatchNorm sees each one alone."""
-    optimizer: Literal["sgd", "adamw"] = "sgd"
-    """sgd (Nesterov) | adamw."""
-    lr: Annotated[float, Field(gt=0, le=LARGEST_RATE)] = 0.1
-    """Peak learning rate, > 0, at most 1e6."""
-    schedule: Literal["cosine", "one_cycle", "constant"] = "cosine"
-    """cosine: to 0 after the warm-up | one_cycle: up during the warm-up, down to lr / 250,000 | constant."""
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """For sgd, [0, 1)."""
-    weight_decay: Annotated[float, Field(ge=0, le=LARGEST_RATE)] = 1.0e-4
-    """Not on one-dimensional parameters."""
-    warmup_epochs: NonNegativeFloat = 1.0
-    """Epochs of linear warm-up, part of `epochs`."""
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    """[0, 1), of whoever learns from labels: the widest, and with teacher none all."""
-    grad_clip: PositiveFloat | None = None
-    """Largest norm of the gradient; null = no clipping."""
-    precision: Literal["float32", "bf16"] = "float32"
-    """float32 | bf16: autocast to bfloat16; weights, statistics and optimiser stay float32."""
-    channels_last: bool = False
-    """Images and weights in NHWC memory order: often faster on a GPU."""
-    checkpoint_every: PositiveInt = 1
-    """Epochs between checkpoints."""
-
-    @model_validator(mode="after")
-    def _warm_up_ends(self) -> TrainConfig:
-        if 0 < self.epochs < self.warmup_epochs:
-            message = f"{self.warmup_epochs:g} epochs of warm-up do not fit into {self.epochs} epochs of training"
-            _refuse(BrokenRule(("warmup_epochs",), message))
-        return self
-
-
-class BootstrappingConfig(Section):
-    """Who teaches the narrower sub-networks (arXiv 2103.13258, section 3.3; arXiv 2109.10060)."""
-
-    mode: Literal["none", "inplace_distillation", "ib", "ieb"] | None = None
-    """The older way to name a teacher: none | inplace_distillation | ib | ieb; null = from supernet.regime."""
-    num_random: NonNegativeInt | None = None
-    """The older place of supernet.train.num_random; null = from supernet.regime."""
-    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.997
-    """Decay of the EMA copy per step, [0, 1)."""
-    ema_warmup: bool = True
-    """Raise the decay as min(ema_decay, (1 + t) / (10 + t)): a short run needs it; false is the paper's."""
-    soft_ramp_epochs: NonNegativeFloat = 0.0
-    """Epochs over which soft labels replace the true ones; 0 = from the start, as in the paper."""
-    teacher_min_updates: NonNegativeInt = 100
-    """A teacher width with fewer updates of its statistics runs on those of the batch."""
-
-
-class RecalibrationConfig(Section):
-    """BatchNorm statistics, re-estimated for every width after training."""
-
-    images: NonNegativeInt | None = None
-    """Images of `train` to use; null = all; 0 keeps the statistics of supernet.init_from, and needs 0 epochs."""
-    batch_size: PositiveInt = 256
-    """Images per forward pass."""
-
-
-class SupernetConfig(Section):
-    """The network that holds all sub-networks, and its training."""
-
-    model: Text
-    """Architecture family, by its registered name; or checkpoint: layout and sub-networks of `init_from`."""
-    options: dict[str, JsonValue] = Field(default_factory=dict)
-    """Options of the family, which checks them: width, stem_stride, num_routes, ..."""
-    init_from: Text | None = None
-    """Start weights: a checkpoint, a run folder, or what `python -m dsnet.training` wrote; `~` and $VARIABLES are expanded."""
-    regime: Literal["ce", "s_net", "us_net", "ib", "ieb"] | None = None
-    """Who trains and who teaches, by name: ce | s_net | us_net | ib | ieb; null = in-place bootstrapping (ib)."""
-    workers: PositiveInt = 1
-    """Ray Train workers."""
-    threads: PositiveInt | None = None
-    """Torch threads per worker; null = cores // workers."""
-    device: Device = "auto"
-    """auto = cuda where there is one."""
-    train: TrainConfig = TrainConfig()
-    bootstrapping: BootstrappingConfig = BootstrappingConfig()
-    weights: Literal["ema", "student"] = "ema"
-    """Which weights are measured, tabled and exported."""
-    recalibration: RecalibrationConfig = RecalibrationConfig()
-    keep_checkpoints: PositiveInt = 2
-    """Training checkpoints kept on disk."""
-
-    @model_validator(mode="after")
-    def _can_start_and_train(self) -> SupernetConfig:
-        _refuse(*_batch_problems(self), *_number_problems(self), *_regime_problems(self), *_start_problems(self))
-        return self
-
-
-def _batch_problems(supernet: SupernetConfig) -> Iterator[BrokenRule]:
-    from dsnet.training.settings import sharing_problem
-
-    problem = sharing_problem(supernet.train.batch_size, supernet.workers, supernet.train.accumulate)
-    if problem is not None:
-        yield BrokenRule(("train", "batch_size"), problem, others=(("train", "accumulate"), ("workers",)))
-
-
-def _start_problems(supernet: SupernetConfig) -> Iterator[BrokenRule]:
-    """What needs a checkpoint to start from, or goes only with one."""
-    if supernet.init_from is None:
-        if supernet.model == CHECKPOINT_MODEL:
-            yield BrokenRule(("model",), "checkpoint takes the network from supernet.init_from, which is not set")
-        if supernet.train.epochs == 0:
-            message = (
-                "0 keeps the weights of supernet.init_from, which is not set; name a checkpoint, or train 1 or more"
-            )
-            yield BrokenRule(("train", "epochs"), message)
-    if supernet.model == CHECKPOINT_MODEL and supernet.options:
-        message = f"model checkpoint takes no options: the checkpoint has its own; remove {', '.join(supernet.options)}"
-        yield BrokenRule(("options",), message)
-    if supernet.recalibration.images == 0 and supernet.train.epochs > 0:
-        message = (
-            f"0 keeps the statistics of supernet.init_from, but {supernet.train.epochs} epochs of training outdate them"
-        )
-        yield BrokenRule(("recalibration", "images"), message)
-
-
-def _regime_problems(supernet: SupernetConfig) -> Iterator[BrokenRule]:
-    """Names that contradict each other, and an ensemble of nobody."""
-    from dsnet.training.settings import REGIMES, TEACHER_OF_MODE
-
-    regime, bootstrapping = supernet.regime, supernet.bootstrapping
-    if regime is not None:
-        named = REGIMES[regime]
-        if bootstrapping.mode is not None and TEACHER_OF_MODE[bootstrapping.mode] != named.teacher:
-            message = f"{bootstrapping.mode} contradicts supernet.regime {regime}, whose teacher is {named.teacher}; "
-            yield BrokenRule(("bootstrapping", "mode"), message + "keep one of the two, the other null")
-        is_sandwich = named.widths == "sandwich"
-        if is_sandwich and bootstrapping.num_random not in (None, named.num_random):
-            message = (
-                f"{bootstrapping.num_random} contradicts supernet.regime {regime}, which draws {named.num_random}; "
-            )
-            yield BrokenRule(("bootstrapping", "num_random"), message + "write it as supernet.train.num_random")
-    parts = _regime_parts(supernet)
-    if (parts["teacher"], parts["widths"], parts["num_random"]) == ("ema_ensemble", "sandwich", 0):
-        section = "bootstrapping" if supernet.train.num_random is None and bootstrapping.num_random == 0 else "train"
-        message = "ieb averages the teacher with random sub-networks and needs at least 1; or choose regime ib"
-        yield BrokenRule((section, "num_random"), message)
-
-
-def _number_problems(supernet: SupernetConfig) -> Iterator[BrokenRule]:
-    """One setting written under both of its names, with two values."""
-    newer, older = supernet.train.num_random, supernet.bootstrapping.num_random
-    if None not in (newer, older) and newer != older:
-        message = f"{older} contradicts supernet.train.num_random {newer}, the newer name of this setting; remove one of the two"
-        yield BrokenRule(("bootstrapping", "num_random"), message)
-
-
-def _regime_parts(supernet: SupernetConfig) -> dict[str, Any]:
-    """The fields of the regime."""
-    # Imported here: the core's settings need torch, which `dsnet-orch schema` and --help do without.
-    from dsnet.training.settings import REGIMES, TEACHER_OF_MODE
-
-    train, bootstrapping = supernet.train, supernet.bootstrapping
-    parts = asdict(REGIMES[supernet.regime or "ib"])
-    if supernet.regime is None:
-        teacher = None if bootstrapping.mode is None else TEACHER_OF_MODE[bootstrapping.mode]
-        parts |= _given(teacher=teacher, num_random=bootstrapping.num_random)
-    parts |= _given(widths=train.widths, num_random=train.num_random, teacher=train.teacher, norm=train.bn)
-    if parts["widths"] == "all":
-        parts["num_random"] = 0  # nothing is drawn, whatever was written: one regime, one stage key
-    return parts
-
-
-def _given(**settings: Any) -> dict[str, Any]:
-    return {name: value for name, value in settings.items() if value is not None}
-
-
-REGIME_KEYS = frozenset({"widths", "num_random", "teacher", "bn"})
-"""Settings below `supernet.train` that a regime gives; the core takes them resolved."""
-
-
-def resolve_regime(supernet: SupernetConfig) -> Regime:
-    """Which sub-networks a step trains and who teaches them.
-
-    First wins: supernet.train.{widths, num_random, teacher, bn}, supernet.regime, supernet.bootstrapping.{mode, num_random}, ib.
-    """
-    from dsnet.training.settings import Regime
-
-    return Regime(**_regime_parts(supernet))
-
-
-class RoutingConfig(Section):
-    """Which sub-networks the gate may pick: members first, first + stride, ... up to last, in the set's order (with beam: by MAdds)."""
-
-    first: NonNegativeInt = 0
-    """Index of the first route."""
-    last: int = -1
-    """Inclusive; negative counts from the end, -1 = the widest."""
-    stride: PositiveInt = 1
-    """1 = every sub-network from first to last."""
-    beam: Annotated[int, Field(ge=2)] | None = None
-    """Keep so many sub-networks, both extremes among them: those nearest below the upper envelope of (MAdds, top-1 on `gate`).
-    first, last and stride then count in what is left, cheapest first; null = all."""
-
-
-class SgsConfig(Section):
-    """Sandwich gate sparsification: the labels that the gate learns from (arXiv 2103.13258, section 3.4)."""
-
-    t_easy: Fraction = 0.0
-    """Easy iff the smallest is right and p(y) >= t_easy; 0 = the paper's rule."""
-    t_hard: Fraction = 0.0
-    """Hard iff the largest is wrong or p(y) < t_hard; 0 = the paper's rule."""
-    strategy: Literal["try_best", "give_up"] = "try_best"
-    """Hard images go to the largest (try_best) or to the smallest (give_up)."""
-    target: Literal["extremes", "cheapest"] = "extremes"
-    """extremes: smallest or largest, as in the paper | cheapest: the cheapest sub-network that is right."""
-
-
-class LossesConfig(Section):
-    """Weights of the gate's loss terms; at least one is above 0."""
-
-    cls: NonNegativeFloat = 1.0
-    """Expected cross-entropy of the routed prediction."""
-    sgs: NonNegativeFloat = 1.0
-    """Cross-entropy to the SGS labels."""
-    complexity: NonNegativeFloat = 0.5
-    """Penalty on mean MAdds against the target."""
-    form: Literal["hinge", "quadratic", "paper", "paper_raw"] = "hinge"
-    """hinge: only above the target | quadratic: both sides | paper, paper_raw: as published, without a target."""
-    quality: NonNegativeFloat = 0.0
-    """Half the squared difference between each route's score and how good its answer is; with trainer table only."""
-    quality_of: Literal["correct", "probability"] = "correct"
-    """How good an answer is: correct 1 or 0 | the probability of the label."""
-
-
-class GateOptimizerConfig(Section):
-    """Stage II: how one gate is trained on the routing table."""
-
-    name: Literal["adam", "sgd"] = "adam"
-    """adam | sgd."""
-    lr: Annotated[float, Field(gt=0, le=LARGEST_RATE)] = 0.05
-    """> 0, at most 1e6."""
-    weight_decay: Annotated[float, Field(ge=0, le=LARGEST_RATE)] = 0.0
-    """>= 0, at most 1e6."""
-    steps: PositiveInt = 200
-    """Updates, with trainer table."""
-    batch_size: PositiveInt = 512
-    """Images per step; no more than `gate` holds are taken."""
-
-
-class TemperatureConfig(Section):
-    """Softmax temperature of the gate, annealed over its steps."""
-
-    start: PositiveFloat = 1.0
-    """At the first step, > 0."""
-    end: PositiveFloat = 0.3
-    """At the last step, > 0."""
-
-
-class PerceptronConfig(Section):
-    """The small perceptron of the routers that have one: evidence_gate, evidence_gates, learned_cascade."""
-
-    hidden_units: PositiveInt = 32
-    """Units of its hidden layer."""
-
-
-class EndToEndConfig(Section):
-    """Stage II through the network itself, as published; everything else, the batch size too, is gate.optimizer's."""
-
-    epochs: PositiveInt = 30
-    """Passes over `gate`; they take the place of gate.optimizer.steps."""
-    augment: bool = False
-    """Train on images that data.augment has changed."""
-    threads: PositiveInt = 1
-    """Torch threads of a trial, which takes as many CPUs; another number gives other last digits, hence other trials."""
-
-
-class GateConfig(Section):
-    """The gate: fixed settings, and defaults of what `space` sweeps."""
-
-    router: Router = "gate"
-    """gate: one decision, as published | evidence_gate: with richer evidence | gates, evidence_gates: one decision per gate
-    of the network | cascade: a cheap route first, one wider where it is unsure | learned_cascade: a cheap route's output picks the next."""
-    trainer: Literal["table", "end_to_end"] = "table"
-    """table: exact losses on the routing table, fractions of a second | end_to_end: through the network; routers gate and gates only."""
-    target: Fraction = 0.5
-    """Target MAdds t in [0, 1]: MAdds_min + t * (MAdds_max - MAdds_min) over the whole set of sub-networks."""
-    target_madds_m: PositiveFloat | None = None
-    """The target in million MAdds, > 0, in place of gate.target, which the default space then leaves out; null = gate.target counts."""
-    perceptron: PerceptronConfig = PerceptronConfig()
-    routing: RoutingConfig = RoutingConfig()
-    sgs: SgsConfig = SgsConfig()
-    losses: LossesConfig = LossesConfig()
-    optimizer: GateOptimizerConfig = GateOptimizerConfig()
-    temperature: TemperatureConfig = TemperatureConfig()
-    end_to_end: EndToEndConfig = EndToEndConfig()
-
-    @model_validator(mode="after")
-    def _can_route_and_learn(self) -> GateConfig:
-        problems = []
-        first, last = self.routing.first, self.routing.last
-        if 0 <= last < first:
-            problems.append(BrokenRule(("routing", "first"), f"{first} lies behind gate.routing.last {last}"))
-        losses = self.losses
-        if losses.cls == losses.sgs == losses.complexity == losses.quality == 0:
-            message = "cls, sgs, complexity and quality are all 0: the gate would learn nothing"
-            problems.append(BrokenRule(("losses",), message))
-        _refuse(*problems)
-        return self
-
-
-class MetricConfig(Section):
-    """One objective of the sweep."""
-
-    name: Text
-    """One of top1, top5, madds_m, p95_madds_m, params_m, latency_ms."""
-    goal: Literal["maximize", "minimize"]
-    """maximize (accuracies) | minimize (costs)."""
-    ref: float | None = None
-    """This coordinate of the hypervolume's reference point; null = 1.05 x the widest sub-network's."""
-
-    @model_validator(mode="after")
-    def _is_known(self) -> MetricConfig:
-        if self.name not in OBJECTIVE_GOALS:
-            message = f"unknown metric '{self.name}'{way_out(self.name, list(OBJECTIVE_GOALS))}"
-            _refuse(BrokenRule(("name",), message))
-        if self.goal != OBJECTIVE_GOALS[self.name]:
-            message = f"{self.name} is a metric to {OBJECTIVE_GOALS[self.name]}; got '{self.goal}'"
-            _refuse(BrokenRule(("goal",), message))
-        if self.goal == "maximize" and self.ref is not None and not 0 <= self.ref <= 1:
-            _refuse(BrokenRule(("ref",), f"{self.name} is a fraction from 0 to 1; got {shown(self.ref)}"))
-        return self
-
-
-class SamplerConfig(Section):
-    """Who suggests the trials."""
-
-    name: Literal["random", "tpe", "nsga2"] = "tpe"
-    """random | tpe | nsga2."""
-    cohort: PositiveInt | None = None
-    """Trials asked for, run and told together; results depend on it, and not on the number of actors.
-    null = 64, or 8 with gate.trainer end_to_end."""
-    startup: NonNegativeInt = 16
-    """Random trials before tpe starts to model."""
-
-
-class BudgetConfig(Section):
-    """When the sweep ends."""
-
-    trials: PositiveInt = 256
-    """Number of trials, failed ones included."""
-    time_s: PositiveFloat | None = None
-    """Seconds of searching; null = no limit."""
-    max_failed: Fraction = 0.5
-    """Share of failed trials, [0, 1], above which the sweep counts as failed (exit code 4)."""
-    verify: PositiveInt | None = 32
-    """About so many gates of the front run for real on `test`, evenly along it; both ends, the knee and what export.picks
-    names always. null = all."""
-
-
-class TrialConfig(Section):
-    """What one trial may cost."""
-
-    timeout_s: PositiveFloat | None = None
-    """Seconds, after which the trial has failed; null = 120, or 4 hours with gate.trainer end_to_end."""
-    retries: NonNegativeInt = 2
-    """New attempts after a lost worker; an error of the trial itself is not repeated."""
-
-
-class MeasureConfig(Section):
-    """How every sub-network's latency is measured."""
-
-    device: Device = "cpu"
-    """auto | cpu | cuda; auto = cuda where there is one."""
-    threads: PositiveInt = 1
-    """Torch threads while the clock runs."""
-    batch_sizes: IncreasingSizes = (1, 64)
-    """Images per call, increasing."""
-    group_sizes: IncreasingSizes = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-    """Group sizes at which trunk, decision and tails are timed, increasing from 1."""
-    repeats: PositiveInt = 15
-    """Timed repeats, interleaved over the sub-networks; the median counts."""
-    warmup: NonNegativeInt = 3
-    """Untimed repeats before them."""
-
-    @model_validator(mode="after")
-    def _sizes_increase(self) -> MeasureConfig:
-        problems = []
-        for name in ("batch_sizes", "group_sizes"):
-            sizes = getattr(self, name)
-            if list(sizes) != sorted(set(sizes)):
-                ordered = shown(sorted(set(sizes)))
-                problems.append(BrokenRule((name,), f"sizes must increase; got {shown(sizes)}, write {ordered}"))
-        if self.group_sizes[0] != 1:
-            problems.append(BrokenRule(("group_sizes",), f"must start at 1; got {shown(self.group_sizes)}"))
-        _refuse(*problems)
-        return self
-
-
-class RayConfig(Section):
-    """Where the work runs; never changes a result."""
-
-    address: Text = "local"
-    """local = a private cluster on 127.0.0.1 for this run; else the address of a running one."""
-    num_cpus: PositiveInt | None = None
-    """Cores of the local cluster; null = all."""
-    object_store_mib: Annotated[int, Field(ge=75)] = 200
-    """Shared memory in MiB, at least 75."""
-    trial_actors: PositiveInt | None = None
-    """Processes that run trials; null = one per core."""
-
-
-class StorageConfig(Section):
-    """Where runs are kept."""
-
-    runs: Text = "runs"
-    """Folder that holds one folder per run; `~` and $VARIABLES are expanded."""
-
-
-class TrackingConfig(Section):
-    """MLflow."""
-
-    mlflow: bool = True
-    """Record the sweep in MLflow while it runs; `sync` can do it later."""
-    uri: Text | None = None
-    """Tracking server or database; null = sqlite in the runs folder."""
-    experiment: Text | None = None
-    """null = the sweep's name."""
-
-
-def _pick(text: str) -> str:
-    try:
-        pick = parse_pick(text, metrics=tuple(OBJECTIVE_GOALS))
-    except ConfigError as error:
-        raise ValueError(str(error)) from error
-    if pick.kind == "name" and not re.fullmatch(r"trial-\d{4,}", text.strip()):
-        hint = did_you_mean(text, ["knee", "all"])
-        raise ValueError(
-            f'pick {text!r}: neither a keyword nor trial-NNNN{hint}; e.g. knee, all, trial-0042, "max:top1"'
-        )
-    return text
-
-
-class ExportConfig(Section):
-    """What is exported when a launch ends."""
-
-    picks: Annotated[tuple[Annotated[Text, AfterValidator(_pick)], ...], Field(strict=False, min_length=1)] = ("knee",)
-    """knee, all, trial-0042, "max:top1 where madds_m<=200", ...; each gate once."""
-    """Points of the front, as --pick of `dsnet-orch export` takes them."""
 
 
 def _default_space() -> dict[str, Distribution]:
@@ -740,13 +204,18 @@ class SweepConfig(Section):
     supernet: SupernetConfig
     gate: GateConfig = GateConfig()
     space: dict[str, SpaceEntry] = Field(default_factory=_default_space, min_length=1)
-    """Dotted key below `gate.` -> distribution. A `space` in the file replaces the default one."""
-    metrics: Annotated[tuple[MetricConfig, ...], Field(strict=False, min_length=2, max_length=2)] = _DEFAULT_METRICS
-    """The two objectives: one to maximise, one to minimise."""
+    """Dotted key below `gate.` or `supernet.` -> distribution. A `space` in the file replaces the default one."""
+    metrics: Annotated[tuple[MetricConfig, ...], Field(strict=False, min_length=2, max_length=3)] = _DEFAULT_METRICS
+    """The 2 or 3 objectives, at least one to maximise and one to minimise."""
+    constraints: Annotated[tuple[Constraint, ...], Field(strict=False)] = ()
+    """Conditions over metrics and `baseline.METRIC`, the widest routable sub-network's: "top1 >= baseline.top1 - 0.003". A trial that
+    breaks one is never on the front; {hard: "params_m <= 5"} ends a trial at once, and the sweep where nothing can hold it."""
     sampler: SamplerConfig = SamplerConfig()
     budget: BudgetConfig = BudgetConfig()
+    pruner: PrunerConfig = PrunerConfig()
     trial: TrialConfig = TrialConfig()
     measure: MeasureConfig = MeasureConfig()
+    supernets: SupernetsConfig = SupernetsConfig()
     ray: RayConfig = RayConfig()
     storage: StorageConfig = StorageConfig()
     tracking: TrackingConfig = TrackingConfig()
@@ -762,174 +231,205 @@ class SweepConfig(Section):
         return data
 
     @model_validator(mode="after")
-    def _objectives_and_space_fit(self) -> SweepConfig:
-        problems = [
-            BrokenRule(("space", key), message)
-            for key, distribution in self.space.items()
-            for message in _space_messages(key, distribution)
-        ]
-        if {metric.goal for metric in self.metrics} != {"maximize", "minimize"}:
-            met = " and ".join(metric.name for metric in self.metrics)
-            message = f"expected one metric to maximize and one to minimize; got {met}"
-            problems.append(BrokenRule(("metrics",), message))
+    def _fits_together(self) -> SweepConfig:
+        problems = [*entry_problems(self.space), *_metric_problems(self)]
         if not problems:
-            problems.extend(_empty_routing_problems(self.gate.routing, self.space))
-            problems.extend(_target_problems(self.gate, self.space))
-            problems.extend(_trainer_problems(self.gate, self.space))
-        _refuse(*problems)
+            problems += cycle_problems(self.space)
+        if not problems:
+            problems += [*gate_problems(self.gate, self.space), *supernet_problems(self.supernet, self.space)]
+            problems += [*_condition_problems(self), *_search_problems(self), *_pick_problems(self)]
+        refuse(*problems)
         return self
 
 
-def section_class(annotation: object) -> type[Section] | None:
-    """The annotation itself where it is a section, else None."""
-    return annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None
+def metric_names(config: SweepConfig) -> tuple[str, ...]:
+    """Every metric of a sweep that may be an objective or stand in a condition."""
+    latencies = ["latency_ms", *(f"latency_ms_batch{size}" for size in config.measure.batch_sizes if size > 1)]
+    on_devices = [f"{name}.{device}" for device in config.measure.devices for name in latencies]
+    return (*OBJECTIVE_GOALS, *latencies[1:], *on_devices)
 
 
-def _walk_fields(section: type[Section], prefix: str) -> Iterator[tuple[str, FieldInfo]]:
-    for name, field in section.model_fields.items():
-        yield f"{prefix}{name}", field
-        inner = section_class(field.annotation)
-        if inner is not None:
-            yield from _walk_fields(inner, f"{prefix}{name}.")
+def _metric_problems(config: SweepConfig) -> Iterator[BrokenRule]:
+    known, met = metric_names(config), [metric.name for metric in config.metrics]
+    for index, name in enumerate(met):
+        path: KeyPath = ("metrics", index, "name")
+        if name not in known:
+            device = name.partition(".")[2]
+            if device and device not in config.measure.devices:
+                devices = list(config.measure.devices)
+                hint = way_out(device, devices) if devices else "; measure.devices names none"
+                yield BrokenRule(
+                    path, f"'{name}' is measured on no device '{device}'{hint}", others=(("measure", "devices"),)
+                )
+            else:
+                sizes = ", ".join(map(str, config.measure.batch_sizes))
+                message = f"'{name}' is not measured: measure.batch_sizes are {sizes}; add the size there, or choose one of them"
+                if name.partition(".")[0] == "latency_ms_batch1":
+                    message = f"one image's latency is called '{name.replace('_batch1', '')}'"
+                yield BrokenRule(path, message, others=(("measure", "batch_sizes"),))
+        if name in met[:index]:
+            yield BrokenRule(path, f"{name} is an objective already; remove it here")
+    if {metric.goal for metric in config.metrics} != {"maximize", "minimize"}:
+        message = f"expected at least one metric to maximize and one to minimize; got {' and '.join(met)}"
+        yield BrokenRule(("metrics",), message)
+
+
+def _names_in_conditions(config: SweepConfig) -> tuple[str, ...]:
+    names = metric_names(config)
+    return (*names, *(f"{BASELINE}{name}" for name in names))
+
+
+def _condition_problems(config: SweepConfig) -> Iterator[BrokenRule]:
+    """Constraints and targets that cannot be read, or stand there twice."""
+    names = _names_in_conditions(config)
+    constraints = [text if isinstance(text, str) else text.hard for text in config.constraints]
+    for path, texts in ((("constraints",), constraints), (("budget", "target"), list(config.budget.target))):
+        seen: list[str] = []
+        for index, text in enumerate(texts):
+            try:
+                comparison = parse_comparison(text, names)
+            except ConfigError as error:
+                yield BrokenRule((*path, index), str(error))
+                continue
+            if comparison.text in seen:
+                yield BrokenRule((*path, index), f"'{comparison}' stands there already; remove one of the two")
+            seen.append(comparison.text)
+
+
+def _search_problems(config: SweepConfig) -> Iterator[BrokenRule]:
+    """What sampler, pruner and scheduler cannot do."""
+    sampler, pruner, epochs = config.sampler, config.pruner, config.gate.end_to_end.epochs
+    yield from _sampler_problems(config)
+    if sampler.enqueue:
+        yield from point_problems(gate_space(config), sampler.enqueue, ("sampler", "enqueue"))
+    if pruner.name == "pareto_halving":
+        name: KeyPath = ("pruner", "name")
+        if config.gate.trainer != "end_to_end":
+            message = "pareto_halving ends long trials early; those of gate.trainer table take a fraction of a second: write none"
+            yield BrokenRule(name, message, others=(("gate", "trainer"),))
+        elif pruner.first_epochs >= epochs:
+            message = f"{pruner.first_epochs} is not below gate.end_to_end.epochs {epochs}: nothing would be ended early; lower it"
+            yield BrokenRule(("pruner", "first_epochs"), message, others=(("gate", "end_to_end", "epochs"),))
+        if sampler.order == "asynchronous":
+            message = "pareto_halving compares the trials of a cohort; write sampler.order cohorts, or pruner.name none"
+            yield BrokenRule(name, message, others=(("sampler", "order"),))
+    scheduler = config.supernets.scheduler
+    if scheduler not in SCHEDULERS and not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", scheduler):
+        message = f"unknown scheduler '{scheduler}'{way_out(scheduler, SCHEDULERS, 'known, beside import paths')}"
+        yield BrokenRule(("supernets", "scheduler"), message)
+    if scheduler == "none" and config.supernets.options:
+        yield BrokenRule(("supernets", "options"), "scheduler none takes no options; remove them, or name a scheduler")
+
+
+def _sampler_problems(config: SweepConfig) -> Iterator[BrokenRule]:
+    # Imported here: samplers need Optuna, which `dsnet-orch schema` and --help do without.
+    from search.samplers import SamplerSettings, check_sampler, num_points
+    from search.space import parse_space
+
+    sampler = config.sampler
+    settings = SamplerSettings(sampler.name, sampler.options, sampler.startup)
+    try:
+        check_sampler(settings)
+        space = {key: distribution.written() for key, distribution in gate_space(config).items()}
+        if space:
+            num_points(settings, parse_space(space))
+    except ConfigError as error:
+        match = re.match(r"sampler\.(name|options\.(\w+)):? ?", str(error))
+        if match is None:
+            yield BrokenRule(("space",), str(error).removeprefix("space: "))
+        elif match[2] in sampler.options:
+            yield BrokenRule(("sampler", "options", match[2]), str(error)[match.end() :])
+        else:
+            yield BrokenRule(("sampler", "name"), str(error)[match.end() :])
+
+
+def _pick_problems(config: SweepConfig) -> Iterator[BrokenRule]:
+    for index, text in enumerate(config.export.picks):
+        try:
+            parse_pick(text, metrics=metric_names(config))
+        except ConfigError as error:
+            yield BrokenRule(("export", "picks", index), str(error))
 
 
 @cache
 def known_fields() -> Mapping[str, FieldInfo]:
     """Every dotted key of sweep.yaml, sections included, with its field."""
-    return types.MappingProxyType(dict(_walk_fields(SweepConfig, "")))
+    return types.MappingProxyType(dict(walk_fields(SweepConfig, "")))
 
 
-@cache
-def sweepable_keys() -> tuple[str, ...]:
-    """The dotted keys that `space` may hold."""
-    sections = ("gate.trainer", "gate.end_to_end")  # how trials run: the same for all
-    return tuple(
-        key
-        for key, field in known_fields().items()
-        if key.startswith("gate.") and not key.startswith(sections) and not section_class(field.annotation)
-    )
+def resolve_space(config: SweepConfig) -> dict[str, Distribution]:
+    """The space as it is searched: where the router is swept, each key only for the kinds of router that read it; conditions on fixed
+    keys decided."""
+    return resolve(config.space)
 
 
-def is_nullable(field: FieldInfo) -> bool:
-    """Whether null is a value of the field."""
-    return get_origin(field.annotation) in (Union, types.UnionType) and type(None) in get_args(field.annotation)
+def supernet_space(config: SweepConfig) -> dict[str, Distribution]:
+    """The part of `resolve_space` that says which supernets are trained; empty for a sweep of gates under one."""
+    return {key: distribution for key, distribution in resolve_space(config).items() if is_of_supernet(key)}
 
 
-@cache
-def _leaf_adapter(key: str) -> TypeAdapter[Any]:
-    field = known_fields()[key]
-    annotated: Any = Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
-    return TypeAdapter(annotated, config=ConfigDict(strict=True, allow_inf_nan=False))
+def gate_space(config: SweepConfig) -> dict[str, Distribution]:
+    """The part of `resolve_space` that is searched under each supernet."""
+    return {key: distribution for key, distribution in resolve_space(config).items() if not is_of_supernet(key)}
 
 
-def _space_messages(key: str, distribution: Distribution) -> Iterator[str]:
-    """What is wrong with one entry of `space`: the key is unknown, or values lie outside the field's own range."""
-    known = sweepable_keys()
-    if key not in known:
-        nested = [name for name in known if name.endswith(f".{key.rpartition('.')[2]}")]
-        hint = f"; did you mean '{nested[0]}'?" if nested else ""
-        yield f"cannot be swept{way_out(key, known, 'keys that can', hint=hint)}"
-        return
-    for value in distribution.edge_values():
-        try:
-            _leaf_adapter(key).validate_python(value)
-        except ValidationError as error:
-            yield _edge_message(key, distribution, value, error)
+def constraint_set(config: SweepConfig, baseline: Mapping[str, float]) -> ConstraintSet:
+    """`constraints`, ready for trials.
+
+    Args:
+        config: of the sweep.
+        baseline: "baseline.top1" -> value.
+
+    Raises:
+        ConfigError: a condition reads a metric of the baseline that is not there.
+    """
+    names = _names_in_conditions(config)
+    soft = tuple(parse_comparison(text, names) for text in config.constraints if isinstance(text, str))
+    hard = tuple(parse_comparison(each.hard, names) for each in config.constraints if isinstance(each, HardConstraint))
+    return ConstraintSet(soft, hard, baseline)
 
 
-def _edge_message(key: str, distribution: Distribution, value: Scalar, error: ValidationError) -> str:
-    details = error.errors(include_url=False)[0]
-    if details["type"] in ("int_type", "int_from_float") and distribution.kind in REAL_KINDS:
-        return f"{key} takes whole numbers; write {{int: [low, high]}} in place of {distribution.kind}"
-    return f"{distribution.kind} holds {shown(value)}, but {key} {requirement(details['type'], details.get('ctx', {}))}"
+def target_set(config: SweepConfig, baseline: Mapping[str, float]) -> ConstraintSet:
+    """`budget.target`, as conditions that one trial must hold together; with none of them nothing is ever enough.
+
+    Raises:
+        ConfigError: as `constraint_set`.
+    """
+    names = _names_in_conditions(config)
+    return ConstraintSet(tuple(parse_comparison(text, names) for text in config.budget.target), (), baseline)
 
 
-_REQUIREMENTS: Mapping[str, str] = {
-    "greater_than_equal": "must be at least {ge}",
-    "greater_than": "must be above {gt}",
-    "less_than_equal": "must be at most {le}",
-    "less_than": "must be below {lt}",
-    "literal_error": "must be one of {expected}",
-    "int_type": "must be a whole number",
-    "int_from_float": "must be a whole number",
-    "float_type": "must be a number",
-    "finite_number": "must be a finite number",
-    "string_type": "must be text",
-    "bool_type": "must be true or false",
-    "string_too_short": "must not be empty",
-}
+def enqueued_points(config: SweepConfig) -> list[dict[str, Any]]:
+    """The points that are tried first: `sampler.enqueue`, or the published settings as far as the space holds them.
+
+    A grid has its own points, and gets none by default; nor does a space in which nothing varies.
+    """
+    space = gate_space(config)
+    if config.sampler.enqueue is not None:
+        return [dict(point) for point in config.sampler.enqueue]
+    if config.sampler.name == "grid":
+        return []
+    return list(published_points(config.gate, space))
 
 
-def requirement(error_type: str, context: Mapping[str, Any]) -> str:
-    """The rule that a pydantic error type stands for, in plain words."""
-    limits = {name: f"{limit:g}" if isinstance(limit, float) else limit for name, limit in context.items()}
-    return _REQUIREMENTS.get(error_type, "does not take this value").format(**limits)
+def halving_rungs(config: SweepConfig) -> tuple[int, ...]:
+    """Epochs at which pareto_halving compares end-to-end trials, rising and below their full length; empty without a pruner."""
+    pruner = config.pruner
+    if pruner.name == "none":
+        return ()
+    return ParetoHalving.geometric(pruner.factor, pruner.first_epochs, config.gate.end_to_end.epochs).rungs
 
 
-def _empty_routing_problems(routing: RoutingConfig, space: Mapping[str, Distribution]) -> Iterator[BrokenRule]:
-    """Refuse a space in which some trial's first route lies behind its last one."""
-    firsts = _possible_values("gate.routing.first", routing.first, space)
-    lasts = _possible_values("gate.routing.last", routing.last, space)
-    counted_from_start = [last for last in lasts if last >= 0]
-    if counted_from_start and max(firsts) > min(counted_from_start):
-        key = "gate.routing.first" if "gate.routing.first" in space else "gate.routing.last"
-        if key in space:
-            message = f"first may be {max(firsts)} while last is {min(counted_from_start)}: no route would be left"
-            yield BrokenRule(("space", key), message)
-
-
-def _target_problems(gate: GateConfig, space: Mapping[str, Distribution]) -> Iterator[BrokenRule]:
-    """Refuse a target that is given in both ways."""
-    relative, absolute = "gate.target", "gate.target_madds_m"
-    if relative in space and (absolute in space or gate.target_madds_m is not None):
-        path: KeyPath = ("space", absolute) if absolute in space else ("gate", "target_madds_m")
-        message = (
-            f"{absolute} would win over {relative}, which space holds too; give {absolute} null, "
-            f"or write a space without {relative}"
-        )
-        yield BrokenRule(path, message, others=(("space", relative),))
-
-
-def _trainer_problems(gate: GateConfig, space: Mapping[str, Distribution]) -> Iterator[BrokenRule]:
-    """Refuse routers and losses that end-to-end training does not have."""
-    if gate.trainer == "table":
-        return
-    is_swept = "gate.losses.quality" in space
-    qualities = space["gate.losses.quality"].edge_values() if is_swept else (gate.losses.quality,)
-    if any(qualities):
-        path: KeyPath = ("space", "gate.losses.quality") if is_swept else ("gate", "losses", "quality")
-        message = "gate.trainer end_to_end knows the published losses only; set gate.losses.quality to 0, or choose gate.trainer table"
-        yield BrokenRule(path, message, others=(("gate", "trainer"),))
-    impossible = [router for router in possible_routers(gate, space) if router not in END_TO_END_ROUTERS]
-    if impossible:
-        path = ("space", "gate.router") if "gate.router" in space else ("gate", "router")
-        message = (
-            f"gate.trainer end_to_end trains {' and '.join(END_TO_END_ROUTERS)} only, not {', '.join(impossible)}; "
-            "choose gate.trainer table, or another router"
-        )
-        yield BrokenRule(path, message, others=(("gate", "trainer"),))
-
-
-def possible_routers(gate: GateConfig, space: Mapping[str, Distribution]) -> tuple[str, ...]:
-    """The kinds of router that trials may have."""
-    return tuple(map(str, space["gate.router"].edge_values())) if "gate.router" in space else (gate.router,)
-
-
-def absolute_targets(gate: GateConfig, space: Mapping[str, Distribution]) -> tuple[float, ...]:
-    """`gate.target_madds_m`, fixed or at the ends of its range; empty where it is not used."""
-    if "gate.target_madds_m" in space:
-        return tuple(float(value) for value in space["gate.target_madds_m"].edge_values())
-    return () if gate.target_madds_m is None else (gate.target_madds_m,)
-
-
-def _possible_values(key: str, fixed: int, space: Mapping[str, Distribution]) -> list[int]:
-    values = space[key].edge_values() if key in space else (fixed,)
-    return [value for value in values if isinstance(value, int)]
+def resolve_trials(config: SweepConfig) -> int:
+    """`budget.trials`; with a pruner rounded up to whole cohorts, which are compared as a whole: a longer sweep prunes the same trials."""
+    trials, cohort = config.budget.trials, resolve_cohort(config)
+    return -(-trials // cohort) * cohort if halving_rungs(config) else trials
 
 
 def resolve_cohort(config: SweepConfig) -> int:
-    """`sampler.cohort`, or its default for the way in which trials are trained (CONTRACTS, Search)."""
-    return config.sampler.cohort or (64 if config.gate.trainer == "table" else 8)
+    """`sampler.cohort`, or its default for the sampler and the way in which trials are trained (CONTRACTS, Search)."""
+    is_slow = config.gate.trainer == "end_to_end" or config.sampler.name == "gp"
+    return config.sampler.cohort or (8 if is_slow else 64)
 
 
 def resolve_timeout_s(config: SweepConfig) -> float:
@@ -939,31 +439,62 @@ def resolve_timeout_s(config: SweepConfig) -> float:
 
 def config_warnings(config: SweepConfig) -> list[str]:
     """What is allowed, but is probably not meant."""
-    return [*_sampler_warnings(config), *_space_warnings(config), *_training_warnings(config.supernet)]
+    return [
+        *_sampler_warnings(config),
+        *_stopping_warnings(config),
+        *_space_warnings(config),
+        *_training_warnings(config.supernet),
+        *supernet_warnings(config.supernet, config.space),
+    ]
 
 
 def _sampler_warnings(config: SweepConfig) -> Iterator[str]:
     sampler, trials, cohort = config.sampler, config.budget.trials, resolve_cohort(config)
-    if sampler.name == "tpe" and sampler.startup >= trials:
+    if sampler.name in ("tpe", "gp") and sampler.startup >= trials:
         yield f"sampler.startup {sampler.startup} is not below budget.trials {trials}: all trials will be random"
-    elif sampler.name != "random" and cohort >= trials:
+    elif sampler.name in LEARNING_SAMPLERS and sampler.order == "cohorts" and cohort >= trials:
         yield (
             f"sampler.cohort {cohort} is not below budget.trials {trials}: all trials will be random, as {sampler.name} "
             "learns from earlier cohorts; lower sampler.cohort or raise budget.trials"
         )
+    if sampler.order == "asynchronous":
+        yield (
+            "sampler.order asynchronous: suggestions depend on which trial finishes first; "
+            "the same sweep gives another front the next time, and so does one that was stopped and continued"
+        )
+    continuous = [key for key, distribution in gate_space(config).items() if distribution.size is None]
+    if sampler.name == "grid" and continuous and "points" not in sampler.options:
+        from search.grid import DEFAULT_POINTS
+
+        yield (
+            f"sampler grid takes {DEFAULT_POINTS} values each of {', '.join(continuous)}, which are continuous; "
+            "say how many with sampler.options.points"
+        )
+
+
+def _stopping_warnings(config: SweepConfig) -> Iterator[str]:
+    budget, num_first = config.budget, len(enqueued_points(config))
+    if budget.plateau is not None and budget.plateau.trials >= budget.trials:
+        yield (
+            f"budget.plateau.trials {budget.plateau.trials} is not below budget.trials {budget.trials}: "
+            "the sweep ends before a plateau can be seen"
+        )
+    if config.sampler.enqueue and num_first >= budget.trials:
+        yield f"sampler.enqueue holds {num_first} points, and budget.trials is {budget.trials}: nothing is left to search"
+    if not supernet_space(config) and config.supernets != SupernetsConfig():
+        yield "supernets is not read: space holds no supernet.* key"
 
 
 def _space_warnings(config: SweepConfig) -> Iterator[str]:
     gate, space = config.gate, config.space
-    if all(distribution.kind == "fixed" for distribution in space.values()):
+    if all(distribution.kind == "fixed" for distribution in gate_space(config).values()):
         (router,) = possible_routers(gate, space)
         # The images' order is the same for all trials; the seed draws a perceptron's first weights and end-to-end noise.
         if gate.trainer == "table" and router not in ("evidence_gate", "evidence_gates", "learned_cascade"):
             yield f"space holds fixed values only: all trials will be equal, as router {router} draws nothing from its seed"
         else:
             yield "space holds fixed values only: all trials differ by their seed alone"
-    if gate.trainer == "end_to_end" and "gate.optimizer.steps" in space:
-        yield "space.gate.optimizer.steps has no effect with gate.trainer end_to_end: gate.end_to_end.epochs counts"
+    yield from unread_warnings(gate, space)
 
 
 def _training_warnings(supernet: SupernetConfig) -> Iterator[str]:
@@ -1019,19 +550,33 @@ def stage_subset(config: SweepConfig, stage: Stage) -> dict[str, JsonValue]:
             "supernet": {**supernet, "regime": asdict(resolve_regime(config.supernet))},
         }
     if stage == "measure":
-        return {"measure": config.measure.model_dump(mode="json")}
+        return {"measure": _measure_subset(config)}
     if stage == "search":
         return _search_subset(config)
     if stage == "verify":
-        return {"measure": config.measure.model_dump(mode="json", exclude={"group_sizes"})}
+        return {"measure": {key: value for key, value in _measure_subset(config).items() if key != "group_sizes"}}
     if stage == "table":
         return {}
     raise ValueError(f"unknown stage {stage!r}; known: {', '.join(get_args(Stage))}")
 
 
+def _measure_subset(config: SweepConfig) -> dict[str, JsonValue]:
+    """Without `devices` where there are none: what was measured before they existed stays valid."""
+    return config.measure.model_dump(mode="json", exclude=set() if config.measure.devices else {"devices"})
+
+
 def _search_subset(config: SweepConfig) -> dict[str, JsonValue]:
-    subset: dict[str, Any] = config.model_dump(mode="json", include={"seed", "gate", "space", "metrics", "sampler"})
-    subset["sampler"]["cohort"] = resolve_cohort(config)
+    """As the search understands it: what a default stands for in place of the default, and no reference point, which scores it only."""
+    subset: dict[str, Any] = config.model_dump(
+        mode="json", include={"seed", "gate", "constraints", "sampler", "pruner"}
+    )
+    subset["space"] = {key: distribution.written() for key, distribution in resolve_space(config).items()}
+    subset["metrics"] = [{"name": metric.name, "goal": metric.goal} for metric in config.metrics]
+    subset["sampler"] |= {"cohort": resolve_cohort(config), "enqueue": enqueued_points(config)}
+    rungs = list(halving_rungs(config))
+    subset["pruner"] = {"name": "none"}
+    if config.pruner.name != "none":
+        subset["pruner"] = {"name": config.pruner.name, "factor": config.pruner.factor, "rungs": rungs}
     if config.gate.trainer == "table":
         del subset["gate"]["end_to_end"]
     else:

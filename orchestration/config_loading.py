@@ -10,8 +10,9 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -20,6 +21,7 @@ from dsnet.errors import ConfigError
 from orchestration.config import (
     CHECKPOINT_MODEL,
     Section,
+    SupernetConfig,
     SweepConfig,
     config_warnings,
     gives_absolute_target,
@@ -29,14 +31,18 @@ from orchestration.config import (
     resolve_regime,
     section_class,
     space_without_target,
+    supernet_space,
 )
 from orchestration.presets import BUILT_IN_PRESETS, built_in_settings
+from orchestration.space_rules import impossible_supernets
 from orchestration.wording import shown, way_out
 from orchestration.yaml_source import KeyPath, YamlSource, parse_yaml, read_yaml_file
 
 DATA_VARIABLE = "DSNET_DATA"
 _USUAL_SIZES: Mapping[str, int] = {"digits": 8}
 """Side in pixels where nobody asks for another, of what is not 32."""
+_NAMES_WITH_OPTIONS: Mapping[str, str] = {"supernet": "model", "sampler": "name", "supernets": "scheduler"}
+"""Sections with `options` -> the key that says whose they are."""
 _NEEDED = "version, name, data.name and supernet.model"
 
 
@@ -262,13 +268,14 @@ class _Stack:
         self._merge(self.settings, layer.settings, (), layer)
 
     def _forget_other_options(self, layer: _Layer) -> None:
-        """Options belong to a model: a layer that names another one begins without those below."""
-        below, above = self.settings.get("supernet"), layer.settings.get("supernet")
-        if not isinstance(below, dict) or not isinstance(above, Mapping):
-            return
-        if "options" in below and above.get("model", below.get("model")) != below.get("model"):
-            self._disown(("supernet", "options"))
-            del below["options"]
+        """Options belong to what is named beside them: a layer that names another begins without those below."""
+        for section, name in _NAMES_WITH_OPTIONS.items():
+            below, above = self.settings.get(section), layer.settings.get(section)
+            if not isinstance(below, dict) or not isinstance(above, Mapping):
+                continue
+            if "options" in below and name in above and above[name] != below.get(name):
+                self._disown((section, "options"))
+                del below["options"]
 
     def _merge(self, below: dict[str, Any], above: Mapping[str, Any], path: KeyPath, layer: _Layer) -> None:
         for key, value in above.items():
@@ -321,7 +328,7 @@ def _checked(
             problems.extend(_explained(details, stack))
         return None, problems
     if not problems and known_models is not None:
-        problems += _option_problems(config, stack)
+        problems += _option_problems(config, stack, known_models)
     return config, problems
 
 
@@ -385,23 +392,44 @@ def _model_problems(stack: _Stack, known_models: Sequence[str] | None) -> Iterat
         yield stack.problem(("supernet", "model"), message)
 
 
-def _option_problems(config: SweepConfig, stack: _Stack) -> Iterator[_Problem]:
+def _option_problems(config: SweepConfig, stack: _Stack, known_models: Sequence[str]) -> Iterator[_Problem]:
     """What the family says of its options; with the size of the images, as far as the file tells it."""
-    # Imported here: families need torch, which a check without known models does without.
-    from dsnet.families import Task, layout
-
-    supernet, usual_size = config.supernet, _USUAL_SIZES.get(config.data.name, 32)
+    supernet = config.supernet
+    swept = supernet_space(config)
+    if "supernet.model" in swept:
+        for model in swept["supernet.model"].edge_values():
+            if model not in known_models:
+                message = f"unknown model '{model}'{way_out(str(model), known_models, 'known models')}"
+                yield stack.problem(("space", "supernet.model"), message)
+                return
+    if any(key == "supernet.model" or key.startswith("supernet.options.") for key in swept):
+        for rule in impossible_supernets(supernet, config.space, partial(_check_options, config)):
+            yield stack.problem(rule.path, rule.message)
+        return
     if supernet.model == CHECKPOINT_MODEL:
         return
-    task = Task(num_classes=10, in_channels=3, image_size=config.data.image_size or usual_size)
     try:
-        layout(supernet.model, task, supernet.options, resolve_regime(supernet).norm)
+        _check_options(config, supernet)
     except ConfigError as error:
         where, _, message = str(error).partition(": ")
         named = [key for key in supernet.options if re.search(rf"\b{re.escape(key)}\b", where)]
         named = named or [key for key in supernet.options if re.match(rf"{re.escape(key)}\b", message)]
         path: KeyPath = ("supernet", "options", *named[:1])
         yield stack.problem(path, message, at_key="unknown option" in message)
+
+
+def _check_options(config: SweepConfig, supernet: SupernetConfig) -> None:
+    """Lay the network out.
+
+    Raises:
+        ConfigError: the family refuses its options.
+    """
+    # Imported here: families need torch, which a check without known models does without.
+    from dsnet.families import Task, layout
+
+    usual_size = _USUAL_SIZES.get(config.data.name, 32)
+    task = Task(num_classes=10, in_channels=3, image_size=config.data.image_size or usual_size)
+    layout(supernet.model, task, supernet.options, resolve_regime(supernet).norm)
 
 
 def _explained(details: ErrorDetails, stack: _Stack) -> Iterator[_Problem]:
@@ -439,22 +467,24 @@ def _section_at(path: KeyPath) -> type[BaseModel] | None:
         return SweepConfig
     field = known_fields().get(_dotted(path))
     if field is not None:
-        return section_class(field.annotation)
-    return _item_section(path)
+        return section_class(field.annotation) or _section_inside(field.annotation)
+    around = known_fields().get(_dotted(path[:-1]))  # an item of a list or mapping, such as metrics.0
+    return _section_inside(around.annotation) if around is not None else None
 
 
-def _item_section(path: KeyPath) -> type[Section] | None:
-    """The section class of an item of a list of sections, such as metrics.0."""
-    field = known_fields().get(_dotted(path[:-1]))
-    arguments: tuple[object, ...] = getattr(field.annotation, "__args__", ()) if field is not None else ()
-    return section_class(arguments[0]) if arguments and isinstance(path[-1], int) else None
+def _section_inside(annotation: object) -> type[Section] | None:
+    """The section class that an optional one, a list or a mapping of sections is made of."""
+    found = (section_class(argument) for argument in get_args(annotation))
+    return next((section for section in found if section is not None), None)
 
 
 def _missing_key(path: KeyPath) -> str:
     section = _section_at(path[:-1])
     field = section.model_fields.get(str(path[-1])) if section else None
     meaning = field.description if field is not None else None
-    return f"is required and missing ({meaning.rstrip('.')})" if meaning else "is required and missing"
+    return (
+        f"is required and missing ({' '.join(meaning.split()).rstrip('.')})" if meaning else "is required and missing"
+    )
 
 
 _EXPECTED: Mapping[str, str] = {
@@ -537,7 +567,7 @@ def _origins(config: SweepConfig, stack: _Stack) -> dict[str, str]:
 
 
 def _unused_settings(config: SweepConfig, origins: Mapping[str, str]) -> Iterator[str]:
-    """Gate settings asked for on the command line that the search overrides in every trial."""
+    """Settings asked for on the command line that the sweep overrides in every trial or supernet."""
     for key in config.space:
         if origins.get(key) == "--set":
             yield f"--set {key} is not used: space sweeps it; to fix it write --set space.{key}=VALUE"

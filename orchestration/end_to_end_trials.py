@@ -18,9 +18,9 @@ from dsnet.checkpoint import load_supernet
 from dsnet.data.normalization import Normalization
 from dsnet.supernet import Supernet
 from dsnet.training.gate import calibrate_heads
-from dsnet.training.gate_end_to_end import EndToEndSettings, GateImages, train_end_to_end
+from dsnet.training.gate_end_to_end import EndToEndSettings, GateImages, train_stage
 from search.gate_trial import GateTrial, arrays_of, gate_settings
-from search.runner import OneByOne, TrialSpec
+from search.runner import PROGRESS, OneByOne, TrialSpec
 
 IMAGES, LABELS = "gate_images", "gate_labels"
 """Names of the shared arrays: uint8 [N, C, H, W] and int64 [N]."""
@@ -39,14 +39,20 @@ class EndToEndTrial:
     def __call__(self, spec: TrialSpec) -> tuple[dict[str, float], dict[str, NDArray[Any]]]:
         """Train the gate of `spec` on images, then calibrate and score it on the `val` table: metrics, arrays.
 
+        A trial that `spec.until` ends early is scored like one at its end, and its arrays hold what it goes on from.
+
         Raises:
             NonFiniteLossError: training diverged.
             ValueError: parameters out of their range.
         """
         settings = gate_settings(spec.params, self.tables.defaults, self.tables.gate_table, spec.seed)
-        heads = train_end_to_end(self.supernet, self.data, settings, self.rules)
-        fit = calibrate_heads(self.tables.val_table, settings, heads)
-        return self.tables.scores.metrics(fit), arrays_of(fit)
+        start = {name.removeprefix(PROGRESS): array for name, array in spec.progress.items()} or None
+        stage = train_stage(self.supernet, self.data, settings, self.rules, start=start, until=spec.until)
+        fit = calibrate_heads(self.tables.val_table, settings, stage.heads)
+        arrays = arrays_of(fit)
+        if spec.until is not None:
+            arrays |= {PROGRESS + name: array for name, array in stage.progress.items()}
+        return self.tables.scores.metrics(fit), arrays
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 from dsnet.data import TensorData
 from dsnet.environment import resolve_device
 from dsnet.files import atomic_write_json
-from dsnet.latency import measure_latency
+from dsnet.latency import latency_file, measure_latency
 from dsnet.supernet import Supernet
 from dsnet.training.evaluate import build_routing_table, measure_subnets
 from orchestration.launch_context import Launch
@@ -32,15 +32,20 @@ def measure_stage(work: Launch, plan: StagePlan, supernet: Supernet) -> None:
                 work.check_stop()
 
             measured = measure_subnets(supernet, data, "val", work.prepared.normalization, on_row=on_row)
-        settings = latency_settings(work.config)
-        with work.progress.bar("measure: latency", len(settings.batch_sizes) + len(settings.group_sizes)) as bar:
-            latency = measure_latency(
-                supernet, size, settings, lambda done, total: bar.update(done), before_each=work.check_stop
-            )
-        supernet.cpu()
-        outputs = [folder / "subnets.json", folder / "latency.json"]
+        outputs = [folder / "subnets.json"]
         atomic_write_json(outputs[0], measured)
-        atomic_write_json(outputs[1], latency.to_json())
+        for name, settings in latency_settings(work.config).items():
+            with work.progress.bar(f"measure: latency {name}".rstrip(), settings.num_rounds) as bar:
+                latency = measure_latency(
+                    supernet,
+                    size,
+                    settings,
+                    lambda done, total, bar=bar: bar.update(done),  # type: ignore[misc]
+                    before_each=work.check_stop,
+                )
+            outputs.append(folder / latency_file(name))
+            atomic_write_json(outputs[-1], latency.to_json())
+        supernet.cpu()
         return outputs
 
     run_stage(work.run, plan, measure)

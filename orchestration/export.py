@@ -16,12 +16,14 @@ from ruamel.yaml import YAML
 from dsnet.bundle import NUM_EXAMPLES, save_bundle
 from dsnet.checkpoint import load_supernet
 from dsnet.data import Normalization
+from dsnet.latency import MAIN_DEVICE
 from dsnet.routers import CascadeRouter, LearnedCascadeRouter, Router
 from dsnet.routing_table import RoutingTable
 from dsnet.table_routing import run_on_table
 from dsnet.training.supernet import FINAL
 from orchestration.preparation import Prepared
 from orchestration.results import RunResults
+from orchestration.verification import DynamicLatency
 from search.analysis import PointAnalysis
 from search.points import trial_name
 
@@ -116,19 +118,28 @@ def bundle_claims(prepared: Prepared, results: RunResults, slot: int) -> dict[st
     point = next((point for point in verified.test.points if point.slot == slot), None)
     if point is not None:
         claims["test"] = _test_claims(point, verified.test.num_images)
-        claims["latency"] = {
-            "device": verified.latency.device,
-            "threads": verified.latency.threads,
-            "batches": {
-                str(size): {
-                    "gate_ms": asdict(row[slot]),
-                    "widest_ms": asdict(verified.latency.widest[size]),
-                    "cheapest_ms": asdict(verified.latency.cheapest[size]),
-                }
-                for size, row in verified.latency.gates.items()
-            },
-        }
+        claims["latency"] = _latency_claims(verified.latency, slot)
+        further = {name: own for name, own in verified.latencies.items() if name != MAIN_DEVICE}
+        if further:
+            claims["device_latency"] = {name: _latency_claims(own, slot) for name, own in further.items()}
     return claims
+
+
+def _latency_claims(latency: DynamicLatency, slot: int) -> dict[str, Any]:
+    """What a batch really took on one device, beside the static extremes and what the measured parts add up to (`ideal_ms`)."""
+    return {
+        "device": latency.device,
+        "threads": latency.threads,
+        "batches": {
+            str(size): {
+                "gate_ms": asdict(row[slot]),
+                "ideal_ms": latency.ideal[size][slot],
+                "widest_ms": asdict(latency.widest[size]),
+                "cheapest_ms": asdict(latency.cheapest[size]),
+            }
+            for size, row in latency.gates.items()
+        },
+    }
 
 
 def _test_claims(point: PointAnalysis, num_images: int) -> dict[str, Any]:

@@ -27,11 +27,11 @@ from orchestration.ray_runtime import RaySettings, ray_session
 from orchestration.reporting import write_report
 from orchestration.results import RunResults, picked_slots
 from orchestration.rundir import DriverLock, Manifest, RunDir, describe_hardware
-from orchestration.search_stage import search_stage, trials_left
+from orchestration.search_stage import refuse_impossible_layout, search_stage, trials_left
 from orchestration.signals import StopRequest
 from orchestration.stages import StagePlan, plan_stages
 from orchestration.supernet_stage import supernet_stage
-from orchestration.tracking import Status
+from orchestration.tracking import Status, Tracker
 from orchestration.verify_stage import verify_stage
 from search.points import save_points
 
@@ -82,14 +82,14 @@ def launch(
             progress.say(f"continuing after {lock.taken_over_from}, which is gone")
         run.clear_stop()
         with stop(run) as request:
-            manifest = _write_facts(prepared, run)
+            manifest = write_facts(prepared, run)
             tracker = make_tracker(config, run, progress.warn)
             work = Launch(prepared, run, manifest, tracker, progress, request)
-            with _closing(work):
+            with closing_tracker(run, tracker, progress, lambda: sweep_end_ms(manifest.read())):
                 return _run_stages(work)
 
 
-def _write_facts(prepared: Prepared, run: RunDir) -> Manifest:
+def write_facts(prepared: Prepared, run: RunDir) -> Manifest:
     """The run's own files: resolved configuration, manifest, splits."""
     manifest = Manifest(run.manifest_path)
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
@@ -118,56 +118,67 @@ def _absolute(path: str | None) -> str | None:
 
 
 @contextmanager
-def _closing(work: Launch) -> Iterator[None]:
-    """Whatever ends the launch, MLflow hears how."""
+def closing_tracker(
+    run: RunDir, tracker: Tracker, progress: ProgressView, finished_ms: Callable[[], int]
+) -> Iterator[None]:
+    """Whatever ends the launch, MLflow hears how.
+
+    Args:
+        run: of the launch, for the remedy in a warning.
+        tracker: is closed.
+        progress: hears of writes that were not made.
+        finished_ms: when the work ended, where it did; not now: a launch that had nothing to do changes nothing.
+    """
     status: Status = "FAILED"
     end_ms: int | None = None
     try:
         yield
-        status, end_ms = (
-            "FINISHED",
-            sweep_end_ms(work.manifest.read()),
-        )  # a launch that had nothing to do changes nothing
+        status, end_ms = "FINISHED", finished_ms()
     except (StoppedError, KeyboardInterrupt):
         status = "KILLED"
         raise
     finally:
-        summary = work.tracker.close(status, end_ms or int(time.time() * 1000), TRACKING_TIMEOUT_S)
+        summary = tracker.close(status, end_ms or int(time.time() * 1000), TRACKING_TIMEOUT_S)
         if summary.num_unsent:
-            work.progress.warn(
-                f"{summary.num_unsent} writes to MLflow were not made; later: dsnet-orch sync {work.run.sweep_yaml.parent}"
-            )
+            progress.warn(f"{summary.num_unsent} writes to MLflow were not made; later: dsnet-orch sync {run.path}")
 
 
 def _run_stages(work: Launch) -> LaunchResult:
     config, run = work.config, work.run
-    plans = _plans(work)
-    if work.prepared.adoption is not None and (taken := adopt(run, plans, work.prepared.adoption)):
-        outdated = ", ".join(work.prepared.adoption.outdated)
-        again = f"; another release made its {outdated}: made again" if outdated else ""
-        work.progress.say(f"taken over from {config.supernet.init_from}: {', '.join(taken)}{again}")
-        plans = _plans(work)
+    plans = stage_plans(work)
     work.tracker.parent(sweep_row(work.manifest.read(), run, config))
+    prepared = work.prepared
+    refuse_impossible_layout(config, prepared.subnets, prepared.image_size)
     needs_ray = not plans["supernet"].is_done or trials_left(run, plans["search"], config) > 0
-    with _ray_where_needed(needs_ray, config, work.prepared, work.progress):
+    with ray_where_needed(needs_ray, config, work.prepared, work.progress):
         supernet_stage(work, plans["supernet"])
         supernet = load_supernet(plans["supernet"].folder.path / FINAL)[0]
         measure_stage(work, plans["measure"], supernet)
         table_stage(work, plans["table"], supernet)
         search_stage(work, plans["search"], plans["table"])
     results = RunResults(run)
-    if not results.completed:
-        raise NothingFeasibleError(_nothing_completed(results))
-    verify_stage(work, plans, supernet, results)
+    if not results.feasible:
+        raise NothingFeasibleError(_nothing_feasible(results))
+    if results.front_sample:  # a member of a sweep of supernets may have no gate on the front over all
+        verify_stage(work, plans, supernet, results)
     return _finish(work)
 
 
-def _plans(work: Launch) -> dict[str, StagePlan]:
-    return {plan.name: plan for plan in plan_stages(work.run, stage_definitions(work.prepared))}
+def stage_plans(work: Launch) -> dict[str, StagePlan]:
+    """What there is to do, after taking over what `supernet.init_from` has finished already."""
+    definitions = stage_definitions(work.prepared)
+    plans = {plan.name: plan for plan in plan_stages(work.run, definitions)}
+    adoption = work.prepared.adoption
+    if adoption is None or not (taken := adopt(work.run, plans, adoption)):
+        return plans
+    outdated = ", ".join(adoption.outdated)
+    again = f"; another release made its {outdated}: made again" if outdated else ""
+    work.progress.say(f"taken over from {work.config.supernet.init_from}: {', '.join(taken)}{again}")
+    return {plan.name: plan for plan in plan_stages(work.run, definitions)}
 
 
 @contextmanager
-def _ray_where_needed(
+def ray_where_needed(
     is_needed: bool, config: SweepConfig, prepared: Prepared, progress: ProgressView
 ) -> Iterator[None]:
     """Ray, where a stage still needs it."""
@@ -186,10 +197,18 @@ def _ray_where_needed(
         yield
 
 
-def _nothing_completed(results: RunResults) -> str:
-    reasons = [record.reason for record in results.records if record.reason]
+def _nothing_feasible(results: RunResults) -> str:
+    """What to do about a search that found nothing."""
+    if not results.completed and not results.pruned:
+        reasons = [record.reason for record in results.failed if record.reason]
+        return f"none of the {len(results.records)} trials completed; the last reason: {reasons[-1] if reasons else 'unknown'}"
+    broken = Counter(
+        name for record in results.records for name, value in record.constraints.items() if value > 0
+    ).most_common(1)
+    name, count = broken[0] if broken else ("being best at a rung", len(results.pruned))
     return (
-        f"none of the {len(results.records)} trials completed; the last reason: {reasons[-1] if reasons else 'unknown'}"
+        f"none of the {len(results.records)} trials is feasible; {count} break {name}. Loosen it, search longer "
+        f"(dsnet-orch extend {results.run.name} --trials +N), or enqueue a point that should hold it"
     )
 
 
@@ -203,7 +222,7 @@ def _finish(work: Launch) -> LaunchResult:
     write_front(work.tracker, results, results.finished_ms)
     for path in (run.sweep_yaml, run.points_parquet, run.report_html):
         work.tracker.artifact(path)
-    num_failed = len(results.records) - len(results.completed)
+    num_failed = len(results.failed)
     return LaunchResult(run, results, tuple(bundles), num_failed)
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dsnet.cost import subnet_cost
 from dsnet.errors import DataError, NotFoundError, PreflightError
 from orchestration.config import SweepConfig
 from orchestration.config_loading import LoadedConfig
-from orchestration.preparation import Prepared, prepare, stage_definitions
+from orchestration.preparation import Images, Prepared, load_images, prepare, stage_definitions
 from orchestration.projection import make_tracker, replay, store_uri, sweep_end_ms
 from orchestration.reporting import write_report
 from orchestration.results import RunResults
@@ -69,14 +71,23 @@ def prepare_again(results: RunResults) -> Prepared:
     Raises:
         DataError: the data is not what the run was made with.
     """
-    prepared = prepare(results.config, results.run, warn)
-    recorded = results.manifest["data_hashes"]
-    if recorded.get("images") != prepared.image_set.fingerprint or recorded.get("splits") != prepared.splits.hash:
+    images = load_images(results.config)
+    check_same_data(results.run, results.manifest, images)
+    return prepare(results.config, results.run, warn, images)
+
+
+def check_same_data(run: RunDir, manifest: Mapping[str, Any], images: Images) -> None:
+    """Refuse data that a run was not made with.
+
+    Raises:
+        DataError: its fingerprint differs.
+    """
+    recorded = manifest["data_hashes"]
+    if recorded.get("images") != images.image_set.fingerprint or recorded.get("splits") != images.splits.hash:
         raise DataError(
-            f"the images of {prepared.image_set.name} are not those that run {results.run.name!r} was made with "
+            f"the images of {images.image_set.name} are not those that run {run.name!r} was made with "
             "(their fingerprint differs); point DSNET_DATA or --data at the original files"
         )
-    return prepared
 
 
 def report_again(results: RunResults) -> Path:

@@ -18,7 +18,7 @@ from dsnet.environment import resolve_device
 from dsnet.errors import CheckpointError, ConfigError
 from dsnet.families import Task
 from dsnet.files import atomic_write_text, read_json
-from dsnet.latency import LatencySettings
+from dsnet.latency import DeviceSettings, LatencySettings
 from dsnet.space import SubnetSet
 from dsnet.training.images import InMemoryImages, TrainingImages
 from dsnet.training.output_folder import RESULT_VERSIONS
@@ -42,7 +42,7 @@ from search.analysis import BudgetPick
 
 logger = logging.getLogger(__name__)
 
-STAGE_VERSIONS: Mapping[str, int] = {**RESULT_VERSIONS, "search": 2, "verify": 2}
+STAGE_VERSIONS: Mapping[str, int] = {**RESULT_VERSIONS, "search": 2, "verify": 3}
 """Raised by hand when the code of a stage gives other results."""
 
 
@@ -134,7 +134,39 @@ class Prepared:
         return tuple(notes)
 
 
-def prepare(config: SweepConfig, run: RunDir | None = None, warn: Callable[[str], None] = logger.warning) -> Prepared:
+@dataclass(frozen=True)
+class Images:
+    """The data of a sweep, whatever network it trains."""
+
+    image_set: ImageSource
+    splits: Splits
+    data: TensorData
+
+    @property
+    def fingerprint(self) -> str:
+        """Of pixels, labels and splits."""
+        return data_fingerprint(self.image_set.fingerprint, self.splits)
+
+
+def load_images(config: SweepConfig) -> Images:
+    """Load the images and make the splits.
+
+    Raises:
+        DataError: data missing or broken.
+        ConfigError: split sizes that do not fit.
+    """
+    image_set = _open_images(config)
+    sizes = SplitSizes(**config.data.splits.model_dump())
+    splits = make_splits(image_set.labels.numpy(), image_set.official_test, sizes, config.seed, config.data.limit)
+    return Images(image_set, splits, image_set.tensor_data(splits))
+
+
+def prepare(
+    config: SweepConfig,
+    run: RunDir | None = None,
+    warn: Callable[[str], None] = logger.warning,
+    images: Images | None = None,
+) -> Prepared:
     """Load the data, make the splits, lay out the network.
 
     What `supernet.init_from` names may be gone once the supernet is trained: the finished stage then says all that is needed of it.
@@ -143,6 +175,7 @@ def prepare(config: SweepConfig, run: RunDir | None = None, warn: Callable[[str]
         config: resolved.
         run: where the sweep's results are, or will be; it need not exist. None: there are none to go on with.
         warn: hears, in one sentence, that the start weights are gone.
+        images: what `load_images` gives for this `data` and `seed`; None: they are loaded here.
 
     Raises:
         DataError: data missing or broken.
@@ -152,20 +185,20 @@ def prepare(config: SweepConfig, run: RunDir | None = None, warn: Callable[[str]
     """
     source = config.supernet.init_from
     if source is None:
-        return _checked(_laid_out(config, None), None)
+        return _checked(_laid_out(config, None, images), None)
     try:
         find_checkpoint(Path(source))
     except CheckpointError:
-        if run is None or (finished := _from_finished_stage(config, run)) is None:
+        if run is None or (finished := _from_finished_stage(config, run, images)) is None:
             raise
         warn(f"supernet.init_from: {source} is gone; run {run.name!r} goes on with the supernet that it made of it")
         return finished
     start = load_start(Path(source))
-    prepared = _checked(_laid_out(config, start), start)
+    prepared = _checked(_laid_out(config, start, images), start)
     return replace(prepared, adoption=_adoption(prepared))
 
 
-def _from_finished_stage(config: SweepConfig, run: RunDir) -> Prepared | None:
+def _from_finished_stage(config: SweepConfig, run: RunDir, images: Images | None) -> Prepared | None:
     """The same from what a run's finished supernet recorded of its origin; None where it is not the one that `config` asks for."""
     if not run.manifest_path.is_file():
         return None
@@ -178,7 +211,7 @@ def _from_finished_stage(config: SweepConfig, run: RunDir) -> Prepared | None:
     stem = folder.path.absolute() / FINAL
     origin = read_json(stem.with_name(f"{FINAL}.json"))["run"]["origin"]  # empty: adopted, and trained afresh there
     prepared = replace(
-        _laid_out(config, load_start(stem)), start=StartPoint(stem, origin["sha256"], origin, ()) if origin else None
+        _laid_out(config, load_start(stem), images), start=StartPoint(stem, origin["sha256"], origin, ()) if origin else None
     )
     return prepared if stage_record(stage_definitions(prepared)[0], {}).key == entry["key"] else None
 
@@ -192,17 +225,15 @@ def _checked(prepared: Prepared, start: Start | None) -> Prepared:
     return prepared
 
 
-def _laid_out(config: SweepConfig, start: Start | None) -> Prepared:
+def _laid_out(config: SweepConfig, start: Start | None, images: Images | None) -> Prepared:
     """Data, splits and network; of `start` the network and the normalisation."""
     supernet = config.supernet
-    for device in (supernet.device, config.measure.device):
-        resolve_device(device)
-    image_set = _open_images(config)
-    sizes = SplitSizes(**config.data.splits.model_dump())
-    splits = make_splits(image_set.labels.numpy(), image_set.official_test, sizes, config.seed, config.data.limit)
+    resolve_device(supernet.device)
+    latency_settings(config)
+    images = images or load_images(config)
+    image_set, splits, data = images.image_set, images.splits, images.data
     channels, _, size = image_set.image_shape
     task = Task(num_classes=len(image_set.class_names), in_channels=channels, image_size=size)
-    data = image_set.tensor_data(splits)
     subnets = lay_out(supernet.model, task, supernet.options, resolve_regime(supernet).norm, start)
     check_routing(config, len(subnets))
     known = None if start is None else start.normalization
@@ -213,7 +244,7 @@ def _laid_out(config: SweepConfig, start: Start | None) -> Prepared:
         data=data,
         normalization=known if known is not None else image_set.normalization(splits),
         subnets=subnets,
-        fingerprint=data_fingerprint(image_set.fingerprint, splits),
+        fingerprint=images.fingerprint,
     )
 
 
@@ -291,9 +322,15 @@ def training_images(prepared: Prepared, augmentation: Augmentation) -> TrainingI
     return InMemoryImages(prepared.data.images("train"), prepared.data.labels("train"), augmentation)
 
 
-def latency_settings(config: SweepConfig) -> LatencySettings:
-    """The measurement settings in the core's own terms."""
-    return LatencySettings(**{**config.measure.model_dump(), "device": resolve_device(config.measure.device)})
+def latency_settings(config: SweepConfig) -> dict[str, LatencySettings]:
+    """The measurement settings of each device in the core's own terms, the main one first.
+
+    Raises:
+        PreflightError: a device is not there.
+    """
+    measure = config.measure
+    devices = {name: DeviceSettings(device=own.device, threads=own.threads) for name, own in measure.devices.items()}
+    return LatencySettings(**{**measure.model_dump(), "devices": devices}).by_device(resolve_device)
 
 
 def stage_definitions(prepared: Prepared) -> list[StageDefinition]:

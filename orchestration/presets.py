@@ -52,15 +52,16 @@ file has it."""
 
 
 def built_in_settings(name: str, swept: Iterable[str]) -> dict[str, Any]:
-    """The settings of a built-in preset, with what it fixes of the gate also fixed in `space`, where it would be swept otherwise.
+    """The settings of a built-in preset, with what it fixes of supernet and gate also fixed in `space`, where it would be swept otherwise.
 
     Args:
         name: a key of `BUILT_IN_PRESETS`.
         swept: the dotted keys of the file's space.
     """
     preset = BUILT_IN_PRESETS[name]
-    fixed = dict(_leaves(preset.get("gate", {}), "gate"))
-    return {**preset, "space": {key: fixed[key] for key in swept if key in fixed}}
+    sections = {section: preset.get(section, {}) for section in ("gate", "supernet")}
+    fixed = {key: value for section in sections for key, value in _leaves(sections[section], section)}
+    return {**preset, "space": {key: fixed[key] for key in swept if fixed.get(key) is not None}}
 
 
 def _leaves(settings: Mapping[str, Any], prefix: str) -> Iterable[tuple[str, Any]]:

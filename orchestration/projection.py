@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
+from orchestration.baseline import static_metrics
 from orchestration.config import SweepConfig
 from orchestration.results import MeasuredSubnet, RunResults
 from orchestration.rundir import RunDir, mlflow_artifact_root, mlflow_store_uri
@@ -110,37 +112,26 @@ def subnet_rows(manifest: Mapping[str, Any], run: RunDir, results: RunResults) -
     ]
 
 
-def subnet_metrics(subnet: MeasuredSubnet, results: RunResults) -> dict[str, float | None]:
+def subnet_metrics(subnet: MeasuredSubnet, results: RunResults) -> Mapping[str, float | None]:
     """The metrics of a static sub-network, under the names that trials use."""
-    latency = results.latency
-    metrics: dict[str, float | None] = {
-        "top1": subnet.top1,
-        "top5": subnet.top5,
-        "madds_m": subnet.madds / 1e6,
-        "p95_madds_m": subnet.madds / 1e6,
-        "params_m": subnet.params / 1e6,
-    }
-    if latency is not None and not subnet.is_teacher:
-        for size, row in latency.subnets.items():
-            name = "latency_ms" if size == 1 else f"latency_ms_batch{size}"
-            metrics[name] = row[subnet.name].median_ms
-    return metrics
+    return static_metrics(subnet, results.latencies)
 
 
 def trial_row(manifest: Mapping[str, Any], run: RunDir, record: TrialRecord) -> TrackedRun:
-    """One row per trial; a failed one carries its reason."""
+    """One row per trial; a failed or pruned one carries its reason."""
     stage = manifest["stages"]["search"]
-    is_complete = record.state == "complete"
+    tags = {"state": record.state} | ({"feasible": str(record.is_feasible).lower()} if record.constraints else {})
     return TrackedRun(
         f"{sweep_uid(manifest, run)}/{stage['key'][:12]}/{trial_name(record.slot)}",
         trial_name(record.slot),
         "trial",
         record.start_ms,
         record.finished_ms,
-        "FINISHED" if is_complete else "FAILED",
+        "FAILED" if record.state == "failed" else "FINISHED",
         record.reason,
         params=record.params,
         metrics=record.metrics,
+        tags=tags,
     )
 
 
@@ -162,10 +153,16 @@ def _few(metrics: Mapping[str, float]) -> dict[str, float | None]:
     return {name: metrics.get(name) for name in ("top1", "top5", "madds_m", "p95_madds_m")}
 
 
-def replay(results: RunResults, tracker: Tracker) -> None:
-    """Write everything that a run has, as if it happened again; what MLflow has already is not written twice."""
+def replay(results: RunResults, tracker: Tracker, under: TrackedRun | None = None) -> None:
+    """Write everything that a run has, as if it happened again; what MLflow has already is not written twice.
+
+    Args:
+        results: of the run.
+        tracker: takes it.
+        under: the row below which the run's own row hangs, where it is part of a larger sweep.
+    """
     run, manifest = results.run, results.manifest
-    tracker.parent(sweep_row(manifest, run, results.config))
+    tracker.parent(replace(sweep_row(manifest, run, results.config), under=under))
     if results.stage_key("supernet") is not None:
         _replay_supernet(results, tracker)
     if results.is_done("measure"):

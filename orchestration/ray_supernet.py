@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from dsnet import errors
+from dsnet.data.augment import Augmentation
 from dsnet.errors import DsnetError, PreflightError, StoppedError
 from dsnet.files import atomic_write_json, read_json
 from dsnet.space import SubnetSet
+from dsnet.supernet import Supernet
 from dsnet.training.images import InMemoryImages, TrainingImages
 from dsnet.training.settings import SupernetRun
 from dsnet.training.supernet import FINAL
@@ -75,7 +77,7 @@ def train_on_ray(
     outcome = job.folder / "outcome.json"
     outcome.unlink(missing_ok=True)
     job.folder.mkdir(parents=True, exist_ok=True)
-    config = {"job": job, **_sent(data)}
+    config = {"job": job, **send_images(data)}
     failures: list[BaseException] = []
     thread = threading.Thread(target=_fit, args=(config, failures), name="ray-train", daemon=True)
     tail = CurveTail(job.folder / "curves.jsonl")
@@ -90,12 +92,12 @@ def train_on_ray(
     if should_stop():
         raise StoppedError("training was stopped; its checkpoints are kept")
     if failures:
-        raise DsnetError(f"the training workers failed: {_root_cause(failures[0])}") from failures[0]
+        raise DsnetError(f"the training workers failed: {root_cause(failures[0])}") from failures[0]
     return job.folder / FINAL
 
 
-def _sent(data: TrainingImages) -> dict[str, Any]:
-    """How the training split travels; `_received` is the other end."""
+def send_images(data: TrainingImages) -> dict[str, Any]:
+    """How the training split travels to workers; `receive_images` is the other end."""
     import ray
 
     if not isinstance(data, InMemoryImages):
@@ -104,16 +106,25 @@ def _sent(data: TrainingImages) -> dict[str, Any]:
     return {"images": ray.put(data.images.numpy()), "labels": ray.put(data.labels.numpy())}
 
 
-def _received(config: Mapping[str, Any]) -> TrainingImages:
+def receive_images(sent: Mapping[str, Any], augmentation: Augmentation) -> TrainingImages:
+    """The training split on a worker; what is in memory is augmented as `augmentation` says."""
     import ray
     import torch
 
-    if "data" in config:
-        streamed: TrainingImages = config["data"]
+    if "data" in sent:
+        streamed: TrainingImages = sent["data"]
         return streamed
-    images, labels = (torch.from_numpy(ray.get(config[name]).copy()) for name in ("images", "labels"))
-    job: SupernetJob = config["job"]
-    return InMemoryImages(images, labels, job.run.augmentation)
+    images, labels = (torch.from_numpy(ray.get(sent[name]).copy()) for name in ("images", "labels"))
+    return InMemoryImages(images, labels, augmentation)
+
+
+def first_supernet(job: SupernetJob) -> Supernet:
+    """The network that a job's training starts from."""
+    from dsnet.training.start import first_weights, load_start
+
+    start = None if job.init_from is None else load_start(job.init_from)
+    supernet, _ = first_weights(job.subnets, job.run.seed, start)
+    return supernet
 
 
 def _check_room(job: SupernetJob, resources: Mapping[str, float]) -> None:
@@ -183,7 +194,6 @@ def _train_loop(config: Mapping[str, Any]) -> None:
     import ray.train
     import torch
 
-    from dsnet.training.start import first_weights, load_start
     from dsnet.training.supernet import train_supernet
     from dsnet.training.workers import DistributedWorkers, SingleWorker
 
@@ -195,12 +205,9 @@ def _train_loop(config: Mapping[str, Any]) -> None:
     context = ray.train.get_context()
     is_alone = context.get_world_size() == 1
     try:
-        supernet, _ = first_weights(
-            job.subnets, job.run.seed, None if job.init_from is None else load_start(job.init_from)
-        )
         train_supernet(
-            supernet,
-            _received(config),
+            first_supernet(job),
+            receive_images(config, job.run.augmentation),
             job.run,
             folder=job.folder,
             device=job.device,
@@ -219,7 +226,7 @@ def _raise_outcome(record: Mapping[str, Any]) -> None:
     raise kind(record["message"])
 
 
-def _root_cause(error: BaseException) -> str:
+def root_cause(error: BaseException) -> str:
     """The innermost message of Ray's nested errors, on one line."""
     workers = getattr(error, "worker_failures", None)
     if workers:

@@ -91,6 +91,7 @@ class RayRunner:
         arrays: Mapping[str, NDArray[Any]],
         num_actors: int | None = None,
         threads: int = 1,
+        resources: Mapping[str, float] | None = None,
         timeout_s: float = 120.0,
         retries: int = 2,
     ) -> None:
@@ -99,8 +100,10 @@ class RayRunner:
         Args:
             make_function: see `MakeCohortFunction`.
             arrays: put into the object store once and shared by all actors.
-            num_actors: None = as many as the cluster has CPUs for.
+            num_actors: None = as many as the cluster has room for.
             threads: threads of computation of an actor, and CPUs that it takes, >= 1.
+            resources: what else an actor takes, > 0, under Ray's names: "GPU" (a share, 0.5 = two actors on one), "memory" (bytes), or
+                a resource that the cluster's owner has named. Ray counts them, and does not hold an actor to them.
             timeout_s: seconds that one trial may take, > 0, and as many for each trial of a batch; its actor is then killed and
                 replaced.
             retries: how often a trial that lost its worker while it was alone is run again, >= 0.
@@ -109,6 +112,7 @@ class RayRunner:
         self._arrays = arrays
         self._num_actors = num_actors
         self._threads = threads
+        self._resources = dict(resources or {})
         self._timeout_s = timeout_s
         self._retries = retries
         self._arrays_ref: Any = None
@@ -124,18 +128,21 @@ class RayRunner:
             PreflightError: the cluster has no room for the actors, or they die while they start.
             Exception: what `make_function` raised in a worker.
         """
-        num_places = self._fill_places()
-        waiting: deque[_Batch] = deque()
-        while self._lanes is None:
-            self._wait(waiting)
-        waiting.extend(_Batch(batch) for batch in divide(specs, num_places, self._lanes))
-        try:
-            while waiting or any(job.batch is not None for job in self._jobs.values()):
-                while waiting and self._idle:
-                    self._submit(waiting.popleft())
-                yield from self._wait(waiting)
-        finally:
-            self._abandon_trials()
+        num_places, lanes = self._open()
+        batches = (_Batch(batch) for batch in divide(specs, num_places, lanes))
+        yield from self._work(deque(batches), None)
+
+    def stream(self, take: Callable[[], Sequence[TrialSpec]]) -> Generator[TrialOutcome, None, None]:
+        """Yield outcomes as they come, and give a worker that is free what `take` returns; see `Runner.stream`.
+
+        More trials than one program of the trial function takes are several batches, which go before what `take` returns next. So do
+        those that lost their worker, and those of a batch that failed as a whole.
+
+        Raises:
+            PreflightError, Exception: as `run`.
+        """
+        _, lanes = self._open()
+        yield from self._work(deque(), lambda: [_Batch(batch) for batch in divide(take(), 1, lanes)])
 
     def close(self) -> None:
         """Kill the actors and release the arrays."""
@@ -147,24 +154,66 @@ class RayRunner:
         self._jobs.clear()
         self._arrays_ref = None
 
+    def _open(self) -> tuple[int, int]:
+        """Have actors, one of them ready; how many there are, and the lanes of the trial function."""
+        num_places = self._fill_places()
+        while self._lanes is None:
+            self._wait(deque())
+        return num_places, self._lanes
+
+    def _work(
+        self, waiting: deque[_Batch], take: Callable[[], Sequence[_Batch]] | None
+    ) -> Generator[TrialOutcome, None, None]:
+        """Run what waits, and what `take` adds to it, until there is neither and nothing runs."""
+        may_take = take is not None  # False once it had nothing, until the next outcome
+        try:
+            while True:
+                self._submit_waiting(waiting)
+                while take is not None and may_take and self._idle:
+                    waiting.extend(take())
+                    may_take = bool(waiting)
+                    self._submit_waiting(waiting)
+                if not (waiting or may_take or any(job.batch is not None for job in self._jobs.values())):
+                    return
+                outcomes = self._wait(waiting)
+                # The next trials first: their workers are busy while somebody looks at the outcomes.
+                self._submit_waiting(waiting)
+                may_take = may_take or (take is not None and bool(outcomes))
+                yield from outcomes
+        finally:
+            self._abandon_trials()
+
     def _fill_places(self) -> int:
         """Start the actors that are missing; the first time, put the arrays into the object store too. Returns how many there are."""
         import ray
 
-        num_cpus = int(ray.cluster_resources().get("CPU", 0))
-        most = num_cpus // self._threads
+        num_places = self._num_places(ray.cluster_resources())
+        if self._arrays_ref is None:
+            # numpy arrays are read where they lie in shared memory; torch tensors would be copied.
+            self._arrays_ref = ray.put({name: np.ascontiguousarray(array) for name, array in self._arrays.items()})
+        for _ in range(num_places - len(self._idle) - len(self._jobs)):
+            self._start_actor()
+        return num_places
+
+    def _num_places(self, available: Mapping[str, float]) -> int:
+        """How many actors to have, in a cluster with these resources."""
+        most = int(available.get("CPU", 0)) // self._threads
         num_actors = self._num_actors or max(1, most)
         if not 1 <= num_actors <= most:
             each = "one" if self._threads == 1 else f"{self._threads} (gate.end_to_end.threads)"
             raise PreflightError(
-                f"ray.trial_actors is {num_actors}, but the cluster has {num_cpus} CPUs and each actor takes {each}; "
-                "lower ray.trial_actors or raise ray.num_cpus"
+                f"ray.trial_actors is {num_actors}, but the cluster has {int(available.get('CPU', 0))} CPUs and each actor takes "
+                f"{each}; lower ray.trial_actors or raise ray.num_cpus"
             )
-        if self._arrays_ref is None:
-            # numpy arrays are read where they lie in shared memory; torch tensors would be copied.
-            self._arrays_ref = ray.put({name: np.ascontiguousarray(array) for name, array in self._arrays.items()})
-        for _ in range(num_actors - len(self._idle) - len(self._jobs)):
-            self._start_actor()
+        for name, amount in self._resources.items():
+            room = int(available.get(name, 0.0) / amount + 1e-9)
+            least = 1 if self._num_actors is None else self._num_actors
+            if room < least:
+                raise PreflightError(
+                    f"{least} trial actors take {amount:g} of the resource '{name}' each, but the cluster has "
+                    f"{available.get(name, 0.0):g}; lower ray.trial_actors, or what each takes"
+                )
+            num_actors = min(num_actors, room)
         return num_actors
 
     def _start_actor(self, num_starts_lost: int = 0) -> None:
@@ -176,14 +225,16 @@ class RayRunner:
             "max_restarts": 0,
             "max_task_retries": 0,
             "runtime_env": {"env_vars": variables},
+            **_resource_options(self._resources),
         }
         remote = ray.remote(TrialWorker).options(**options)
         actor: Any = remote.remote(self._make_function, self._arrays_ref, self._threads)
         self._jobs[actor.prepare.remote()] = _Job(actor, None, time.monotonic(), num_starts_lost)
 
-    def _submit(self, batch: _Batch) -> None:
-        actor = self._idle.pop()
-        self._jobs[actor.run.remote(batch.specs)] = _Job(actor, batch, time.monotonic())
+    def _submit_waiting(self, waiting: deque[_Batch]) -> None:
+        while waiting and self._idle:
+            actor, batch = self._idle.pop(), waiting.popleft()
+            self._jobs[actor.run.remote(batch.specs)] = _Job(actor, batch, time.monotonic())
 
     def _wait(self, waiting: deque[_Batch]) -> list[TrialOutcome]:
         """Wait for the next job to end or to run out of time; the outcomes that are decided by it."""
@@ -271,6 +322,14 @@ class RayRunner:
             if job.batch is not None:
                 del self._jobs[ref]
                 ray.kill(job.actor)
+
+
+def _resource_options(resources: Mapping[str, float]) -> dict[str, Any]:
+    """Resources as options of an actor: Ray has two of its own, and takes all others together."""
+    own = {"GPU": "num_gpus", "memory": "memory"}
+    options: dict[str, Any] = {own[name]: amount for name, amount in resources.items() if name in own}
+    named = {name: amount for name, amount in resources.items() if name not in own}
+    return {**options, "resources": named} if named else options
 
 
 def _seconds_of(job: _Job) -> float:

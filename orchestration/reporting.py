@@ -5,16 +5,27 @@ from __future__ import annotations
 import json
 import math
 import shlex
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dashboards.front import Curve, FrontInfo, FrontPanel, dynamic_points, front_figure, static_points
+from dashboards.front import (
+    Curve,
+    DynamicPoint,
+    FrontInfo,
+    FrontPanel,
+    Further,
+    dynamic_points,
+    front_figure,
+    static_points,
+)
 from dashboards.headline import Estimate, Headline, Latency, Row, Scores
-from dashboards.hypervolume import HypervolumeInfo, hypervolume_info
+from dashboards.hypervolume import HypervolumeInfo
 from dashboards.images import write_figure
 from dashboards.report import ReportData, build_report
 from dashboards.routers import RouterResult, RoutersInfo, routers_figure
@@ -22,13 +33,19 @@ from dashboards.routes import RoutesInfo
 from dashboards.training import TrainingInfo, training_info
 from dashboards.widths import LatencySeries, WidthsInfo
 from dsnet.errors import NotFoundError
-from dsnet.files import atomic_write_text
+from dsnet.files import atomic_write_text, read_json
 from dsnet.training.gate import COLLAPSE_SHARE
+from orchestration.baseline import static_metrics
+from orchestration.config import constraint_set
 from orchestration.results import RunResults, Verified
-from search.analysis import Interval, PointAnalysis, RouterShare, SplitAnalysis
+from orchestration.trial_list import broken_constraints
+from search.analysis import Interval, PointAnalysis, RouterShare, SplitAnalysis, optimism
+from search.constraints import BASELINE
 from search.controls import StaticLine
 from search.pareto import hypervolume, hypervolume_trace
 from search.points import PointRow, trial_name
+from search.statistics import wilson_interval
+from search.study import TrialRecord
 
 
 def write_report(results: RunResults, class_names: tuple[str, ...], notes: tuple[str, ...], status: str) -> Path:
@@ -40,7 +57,6 @@ def write_report(results: RunResults, class_names: tuple[str, ...], notes: tuple
 def report_data(results: RunResults, class_names: tuple[str, ...], notes: tuple[str, ...], status: str) -> ReportData:
     """Everything the report shows; parts that the run does not have yet stay empty."""
     manifest, config = results.manifest, results.config
-    records = results.records
     made = results.supernet
     return ReportData(
         run_name=results.run.name,
@@ -50,7 +66,11 @@ def report_data(results: RunResults, class_names: tuple[str, ...], notes: tuple[
         model=_model_name(results),
         headline=headline(results),
         num_completed=len(results.completed),
-        num_failed=len(records) - len(results.completed),
+        num_failed=len(results.failed),
+        num_pruned=len(results.pruned),
+        num_infeasible=len(results.completed) - len(results.feasible),
+        constraints=constraints_of(results),
+        endings=endings_of(results),
         num_test_openings=manifest["test_openings"],
         front=front_info(results),
         hypervolume=hypervolume_of(results),
@@ -102,7 +122,30 @@ def _objective_notes(results: RunResults) -> tuple[str, ...]:
     names = [metric.name for metric in results.config.metrics]
     if set(names) == {"top1", "madds_m"}:
         return ()
-    return (f"The front was chosen by {' and '.join(names)}; the figure draws top-1 against MAdds.",)
+    drawn = "the figure draws top-1 against MAdds"
+    further = further_objective(results)
+    if further is not None:
+        drawn += f", with {further.metric} as colour" + (" and in a row of its own" if further.is_latency else "")
+    return (f"The front was chosen by {' and '.join(names)}; {drawn}.",)
+
+
+def further_objective(results: RunResults) -> Further | None:
+    """The first objective beside top-1 and MAdds, which the front's figure shows too."""
+    others = [metric for metric in results.config.metrics if metric.name not in ("top1", "madds_m")]
+    return Further(others[0].name, others[0].goal) if others else None
+
+
+def constraints_of(results: RunResults) -> tuple[tuple[str, int], ...]:
+    """(constraint, completed trials that break it), in the order of the configuration."""
+    completed = results.completed
+    texts = dict.fromkeys(text for record in completed for text in record.constraints)
+    return tuple((text, sum(text in broken_constraints(record) for record in completed)) for text in texts)
+
+
+def endings_of(results: RunResults) -> tuple[tuple[str, str, int], ...]:
+    """(state, reason, number) of the trials that did not run to their end."""
+    counts = Counter((record.state, str(record.reason)) for record in (*results.failed, *results.pruned))
+    return tuple((state, reason, number) for (state, reason), number in counts.items())
 
 
 def draw_front(results: RunResults, path: Path) -> Path:
@@ -139,15 +182,17 @@ def headline(results: RunResults) -> Headline:
     """The table of the front: each gate on `val` and on `test` beside its controls."""
     verified = results.verified
     knee = results.knee
+    found = None if verified is None else optimism(verified.val, verified.test)
     if verified is None:
         rows = tuple(_unverified_row(results, slot) for slot in results.front_sample)
     else:
         pairs = zip(verified.val.points, verified.test.points, strict=True)
-        rows = tuple(_row(verified, chosen, reported) for chosen, reported in pairs)
+        rows = tuple(_row(results, verified, chosen, reported) for chosen, reported in pairs)
     return Headline(
         baseline=None if verified is None else _baseline(verified),
         rows=tuple(sorted(rows, key=lambda row: row.chosen.madds_m)),
         knee=None if knee is None else trial_name(knee),
+        optimism=None if found is None else _estimate(found),
     )
 
 
@@ -169,10 +214,11 @@ def _scores(point: PointAnalysis) -> Scores:
         reachable_top1=point.reachable_top1,
         reachable_share=point.share_of_reachable_gap,
         is_cascade_collapsed=point.is_cascade_collapsed,
+        ties=tuple(trial_name(slot) for slot in point.ties),
     )
 
 
-def _row(verified: Verified, chosen: PointAnalysis, reported: PointAnalysis) -> Row:
+def _row(results: RunResults, verified: Verified, chosen: PointAnalysis, reported: PointAnalysis) -> Row:
     latency = verified.latency
     size = max(latency.gates)
     return Row(
@@ -188,20 +234,33 @@ def _row(verified: Verified, chosen: PointAnalysis, reported: PointAnalysis) -> 
         max_route_share=reported.metrics["max_route_share"],
         is_collapsed=reported.is_collapsed,
         router=reported.router,
+        further=_further_values(results, chosen.slot),
     )
+
+
+def _further_values(results: RunResults, slot: int) -> tuple[tuple[str, float], ...]:
+    """The objectives beside top-1 and MAdds, as the search measured them."""
+    metrics = results.record(slot).metrics
+    names = [metric.name for metric in results.config.metrics if metric.name not in ("top1", "madds_m")]
+    return tuple((name, metrics[name]) for name in names)
 
 
 def _unverified_row(results: RunResults, slot: int) -> Row:
-    """Without the verify stage there are no intervals."""
+    """Without the verify stage there is no bootstrap; the interval of an accuracy needs only the number of images."""
     metrics = results.record(slot).metrics
-    top1 = metrics["top1"]
     return Row(
         name=trial_name(slot),
-        chosen=Scores(top1=Estimate(top1, math.nan, math.nan), madds_m=metrics["madds_m"]),
+        chosen=Scores(top1=Estimate(metrics["top1"], *_wilson(results, metrics["top1"])), madds_m=metrics["madds_m"]),
         max_route_share=metrics["max_route_share"],
         is_collapsed=metrics["max_route_share"] > COLLAPSE_SHARE,
         router=results.router_kind(slot),
+        further=_further_values(results, slot),
     )
+
+
+def _wilson(results: RunResults, top1: float) -> tuple[float, float]:
+    """95 % interval of an accuracy on `val`."""
+    return wilson_interval(round(top1 * results.num_val), results.num_val)
 
 
 def _baseline(verified: Verified) -> Row:
@@ -227,10 +286,12 @@ def front_info(results: RunResults) -> FrontInfo | None:
     if not results.subnets:
         return None
     verified = results.verified
-    if verified is None:
-        return FrontInfo(chosen=_bare_panel(results, rows))
-    kind = results.config.gate.router
-    return FrontInfo(chosen=_panel(rows, verified.val, kind), reported=_panel(rows, verified.test, kind))
+    return FrontInfo(
+        chosen=_bare_panel(results, rows) if verified is None else _panel(results, rows, verified.val),
+        reported=None if verified is None else _panel(results, rows, verified.test),
+        further=further_objective(results),
+        objectives=tuple(metric.name for metric in results.config.metrics),
+    )
 
 
 def _bare_panel(results: RunResults, rows: list[PointRow]) -> FrontPanel:
@@ -238,24 +299,45 @@ def _bare_panel(results: RunResults, rows: list[PointRow]) -> FrontPanel:
     madds = np.array([subnet.madds for subnet in members], dtype=float)
     top1 = np.array([subnet.top1 for subnet in members])
     line = StaticLine.through(madds, np.round(top1 * results.num_val))
+    intervals = {
+        trial_name(slot): _wilson(results, results.record(slot).metrics["top1"]) for slot in results.front_sample
+    }
     return FrontPanel(
         split="val",
         num_images=results.num_val,
-        static=static_points(rows, "val"),
+        static=static_points(rows, "val", _further_name(results)),
         static_line=Curve(_floats(line.madds / 1e6), _floats(top1[list(line.vertices)])),
-        dynamic=dynamic_points(rows, "val", {}, results.config.gate.router),
+        dynamic=_dynamic(results, rows, "val", intervals),
     )
 
 
-def _panel(rows: list[PointRow], analysis: SplitAnalysis, default_router: str) -> FrontPanel:
-    intervals = {trial_name(point.slot): (point.top1.low, point.top1.high) for point in analysis.points}
+def _further_name(results: RunResults) -> str | None:
+    further = further_objective(results)
+    return None if further is None else further.metric
+
+
+def _dynamic(
+    results: RunResults, rows: list[PointRow], split: str, intervals: dict[str, tuple[float, float]]
+) -> tuple[DynamicPoint, ...]:
+    """The trials on a split, each with the constraints that it breaks."""
+    broken = {trial_name(record.slot): broken_constraints(record) for record in results.completed}
+    points = dynamic_points(rows, split, intervals, results.config.gate.router, _further_name(results))
+    return tuple(replace(point, broken=broken[point.name]) for point in points)
+
+
+def _panel(results: RunResults, rows: list[PointRow], analysis: SplitAnalysis) -> FrontPanel:
+    by_name = {trial_name(point.slot): point for point in analysis.points}
+    intervals = {name: (point.top1.low, point.top1.high) for name, point in by_name.items()}
     points = sorted(analysis.points, key=lambda point: point.metrics["madds_m"])
     return FrontPanel(
         split=analysis.split,
         num_images=analysis.num_images,
-        static=static_points(rows, analysis.split),
+        static=static_points(rows, analysis.split, _further_name(results)),
         static_line=Curve(analysis.line_madds_m, analysis.line_top1),
-        dynamic=dynamic_points(rows, analysis.split, intervals, default_router),
+        dynamic=tuple(
+            _with_standing(point, by_name.get(point.name))
+            for point in _dynamic(results, rows, analysis.split, intervals)
+        ),
         random=Curve(tuple(point.metrics["madds_m"] for point in points), tuple(point.random_top1 for point in points)),
         cascade=Curve(analysis.cascade_madds_m, analysis.cascade_top1),
         reachable=Curve(analysis.reachable_madds_m, analysis.reachable_top1),
@@ -263,52 +345,61 @@ def _panel(rows: list[PointRow], analysis: SplitAnalysis, default_router: str) -
     )
 
 
-def reference_point(results: RunResults) -> tuple[float, ...]:
-    """The hypervolume's reference: as configured, else 0 for what is maximised and 1.05 x the widest for what is minimised."""
-    widest = results.widest
-    defaults = {
-        "madds_m": widest.madds / 1e6,
-        "p95_madds_m": widest.madds / 1e6,
-        "params_m": widest.params / 1e6,
-        "latency_ms": results.latency.subnets[1][widest.name].median_ms
-        if results.latency and 1 in results.latency.subnets
-        else 1.0,
-    }
-    return tuple(
-        metric.ref if metric.ref is not None else (0.0 if metric.goal == "maximize" else 1.05 * defaults[metric.name])
-        for metric in results.config.metrics
-    )
+def _with_standing(point: DynamicPoint, found: PointAnalysis | None) -> DynamicPoint:
+    if found is None:
+        return point
+    return replace(point, stability=found.stability, ties=tuple(trial_name(slot) for slot in found.ties))
 
 
 def hypervolume_of(results: RunResults) -> HypervolumeInfo | None:
-    """Hypervolume after each trial, of the two objectives."""
+    """Hypervolume after each trial, of the 2 or 3 objectives; trials that are not feasible add nothing."""
     if not results.records or not results.subnets:
         return None
     metrics = results.config.metrics
-    goals = [metric.goal for metric in metrics]
-    missing = {metric.name: float("nan") for metric in metrics}
-    values = np.array(
-        [[({**missing, **record.metrics})[metric.name] for metric in metrics] for record in results.records]
-    )
-    reference = reference_point(results)
-    trace = hypervolume_trace(values, goals, reference)
-    return hypervolume_info(
-        trace.tolist(),
-        [record.reason if record.state == "failed" else None for record in results.records],
-        "val",
-        results.num_val,
-        (reference[0], reference[1]),
-        _static_hypervolume(results, reference),
-        (metrics[0].name, metrics[1].name),
+    nothing = [math.nan] * len(metrics)
+    values = [
+        [record.metrics[metric.name] for metric in metrics] if record.is_feasible else nothing
+        for record in results.records
+    ]
+    reference = results.reference_point
+    return HypervolumeInfo(
+        slots=tuple(record.slot for record in results.records),
+        hypervolume=_floats(hypervolume_trace(values, [metric.goal for metric in metrics], reference)),
+        failures=_reasons(results.failed),
+        split="val",
+        num_images=results.num_val,
+        reference=reference,
+        static_hypervolume=_static_hypervolume(results),
+        objectives=tuple(metric.name for metric in metrics),
+        pruned=_reasons(results.pruned),
+        num_infeasible=len(results.completed) - len(results.feasible),
+        plateau=_plateau(results),
     )
 
 
-def _static_hypervolume(results: RunResults, reference: tuple[float, ...]) -> float | None:
-    names = [metric.name for metric in results.config.metrics]
-    if names != ["top1", "madds_m"]:
+def _plateau(results: RunResults) -> int | None:
+    """Over how many trials the stop rule found no growth; None where the search ended for another reason, or goes on."""
+    path = results.run.search_end_json(results.stage_key("search") or "")
+    if not path.is_file():
         return None
-    values = [[subnet.top1, subnet.madds / 1e6] for subnet in results.members]
-    return hypervolume(values, ("maximize", "minimize"), reference)
+    end = read_json(path)
+    assert isinstance(end, dict)
+    is_last = end["reason"] == "plateau" and end["trials"] == len(results.records)
+    return int(end["rules"]["plateau"]["trials"]) if is_last else None
+
+
+def _reasons(records: Sequence[TrialRecord]) -> tuple[tuple[int, str], ...]:
+    return tuple((record.slot, str(record.reason)) for record in records)
+
+
+def _static_hypervolume(results: RunResults) -> float:
+    """Of the static sub-networks alone, as far as they hold every constraint."""
+    metrics = results.config.metrics
+    baseline = {BASELINE + name: value for name, value in results.baseline.items()}
+    constraints = constraint_set(results.config, baseline)
+    static = [static_metrics(subnet, results.latencies) for subnet in results.members]
+    values = [[row[metric.name] for metric in metrics] for row in static if constraints.hold(row)]
+    return hypervolume(values, [metric.goal for metric in metrics], results.reference_point)
 
 
 def routes_of(results: RunResults, class_names: tuple[str, ...]) -> RoutesInfo | None:

@@ -14,8 +14,9 @@ from safetensors.numpy import load_file
 
 from dsnet.errors import CheckpointError, NotFoundError
 from dsnet.files import read_json
-from dsnet.latency import LatencyTable
+from dsnet.latency import MAIN_DEVICE, BatchClock, LatencyTable, device_of, latency_metric
 from dsnet.routers import Router
+from orchestration.baseline import baseline_metrics
 from orchestration.config import SweepConfig
 from orchestration.config_loading import load_config
 from orchestration.rundir import Manifest, RunDir
@@ -49,9 +50,15 @@ class Verified:
     contenders: tuple[BudgetPick, ...]
     val: SplitAnalysis
     test: SplitAnalysis
-    latency: DynamicLatency
+    latencies: Mapping[str, DynamicLatency]
+    """By the name of the device, the main one under `MAIN_DEVICE`."""
     agreements: tuple[Agreement, ...]
     num_openings: int
+
+    @property
+    def latency(self) -> DynamicLatency:
+        """On the main device."""
+        return self.latencies[MAIN_DEVICE]
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Verified:
@@ -61,7 +68,10 @@ class Verified:
             contenders=tuple(BudgetPick(**item) for item in data["contenders"]),
             val=SplitAnalysis.from_json(data["val"]),
             test=SplitAnalysis.from_json(data["test"]),
-            latency=DynamicLatency.from_json(data["latency"]),
+            latencies={
+                name: DynamicLatency.from_json(item)
+                for name, item in {MAIN_DEVICE: data["latency"], **data["device_latency"]}.items()
+            },
             agreements=tuple(Agreement(**item) for item in data["agreements"]),
             num_openings=data["num_openings"],
         )
@@ -153,11 +163,20 @@ class RunResults:
         return _read(self.run.subnets_json(self.done_key("measure")))
 
     @cached_property
-    def latency(self) -> LatencyTable | None:
-        """The latency table; None before the measure stage."""
+    def latencies(self) -> dict[str, LatencyTable]:
+        """The latency tables by the name of the device, the main one under `MAIN_DEVICE`; empty before the measure stage."""
         if not self.is_done("measure"):
-            return None
-        return LatencyTable.from_json(_read(self.run.latency_json(self.done_key("measure"))))
+            return {}
+        return {
+            name: LatencyTable.from_json(_read(path))
+            for file, path in sorted(self._folder("measure").outputs().items())
+            if (name := device_of(file)) is not None
+        }
+
+    @property
+    def latency(self) -> LatencyTable | None:
+        """The main device's latency table; None before the measure stage."""
+        return self.latencies.get(MAIN_DEVICE)
 
     @cached_property
     def records(self) -> list[TrialRecord]:
@@ -167,22 +186,57 @@ class RunResults:
 
     @property
     def completed(self) -> list[TrialRecord]:
-        """The trials that have metrics."""
+        """The trials that ran to their end, whether they hold the constraints or not."""
         return [record for record in self.records if record.state == "complete"]
+
+    @property
+    def feasible(self) -> list[TrialRecord]:
+        """The completed trials that hold all constraints: only they are on a front, picked or exported."""
+        return [record for record in self.records if record.is_feasible]
+
+    @property
+    def pruned(self) -> list[TrialRecord]:
+        """The trials that were ended early: they fell behind, or broke a hard constraint."""
+        return [record for record in self.records if record.state == "pruned"]
+
+    @property
+    def failed(self) -> list[TrialRecord]:
+        """The trials that gave no result."""
+        return [record for record in self.records if record.state == "failed"]
 
     @cached_property
     def front(self) -> tuple[int, ...]:
-        """Slots of the front on `val`, by rising accuracy."""
-        metrics = self.config.metrics
-        values = np.array([[record.metrics[metric.name] for metric in metrics] for record in self.completed])
-        return front_slots([record.slot for record in self.completed], values, [metric.goal for metric in metrics])
+        """Slots of the front on `val`, the first metric's best last."""
+        metrics, feasible = self.config.metrics, self.feasible
+        values = np.array([[record.metrics[metric.name] for metric in metrics] for record in feasible])
+        return front_slots([record.slot for record in feasible], values, [metric.goal for metric in metrics])
+
+    @cached_property
+    def reference_point(self) -> tuple[float, ...]:
+        """The hypervolume's reference: as configured, else 0 for what is maximised and 1.05 x the widest for what is minimised."""
+        baseline = self.baseline
+        return tuple(
+            metric.ref
+            if metric.ref is not None
+            else (0.0 if metric.goal == "maximize" else 1.05 * baseline[metric.name])
+            for metric in self.config.metrics
+        )
+
+    @cached_property
+    def baseline(self) -> dict[str, float]:
+        """Every metric of the widest routable sub-network on `val`."""
+        return baseline_metrics(self)
 
     @cached_property
     def front_sample(self) -> tuple[int, ...]:
         """The gates of the front that run on `test`: about as many as `budget.verify` says, evenly along it.
 
-        Both ends, the knee and what `export.picks` asks for by more than `all` are among them.
+        Both ends, the knee and what `export.picks` asks for by more than `all` are among them. Of a member of a sweep of supernets: those
+        that are on the front over all supernets.
         """
+        chosen = self.run.chosen_json(self.stage_key("search") or "")
+        if chosen.is_file():
+            return tuple(slot for slot in self.front if slot in _read(chosen)["slots"])
         size = self.config.budget.verify
         if size is None or len(self.front) <= size:
             return self.front
@@ -203,7 +257,7 @@ class RunResults:
     @cached_property
     def contenders(self) -> tuple[BudgetPick, ...]:
         """The trials that speak for each kind of router at the budgets, chosen on `val`."""
-        trials = [(record.slot, self.router_kind(record.slot), record.metrics) for record in self.completed]
+        trials = [(record.slot, self.router_kind(record.slot), record.metrics) for record in self.feasible]
         return budget_picks(trials, np.array([subnet.madds for subnet in self.members]))
 
     @cached_property
@@ -249,9 +303,7 @@ class RunResults:
         rows: list[PointRow] = []
         members = self.members
         if members:
-            latency = None
-            if self.latency is not None and 1 in self.latency.subnets:
-                latency = [self.latency.subnets[1][subnet.name].median_ms for subnet in members]
+            latencies = self._static_latencies([subnet.name for subnet in members])
             rows += subnet_points(
                 "val",
                 [subnet.name for subnet in members],
@@ -259,7 +311,8 @@ class RunResults:
                 [subnet.madds for subnet in members],
                 top5=[subnet.top5 for subnet in members],
                 params=[subnet.params for subnet in members],
-                latency_ms=latency,
+                latency_ms=latencies.pop(latency_metric(), None),
+                further=latencies,
             )
         completed = self.completed
         rows += gate_points(
@@ -268,17 +321,32 @@ class RunResults:
             [record.metrics for record in completed],
             [record.params for record in completed],
             [record.slot in self.front for record in completed],
+            [record.is_feasible for record in completed],
         )
         return rows + (self._verified_points(self.verified) if self.verified is not None else [])
 
-    def _ideal_latency_ms(self, runs: Sequence[float]) -> float:
-        """Batch 1, as for trials: the measured parts of all that runs. What whole batches really took is in `verified.latency`."""
-        assert self.latency is not None
-        return self.latency.batch1_ms(np.array(runs), [subnet.name for subnet in self.subnets if not subnet.is_teacher])
+    def _static_latencies(self, names: Sequence[str]) -> dict[str, list[float]]:
+        """Every latency of whole sub-networks, by its metric: [K] for K names. They were measured once, for all splits."""
+        return {
+            latency_metric(size, device): [table.static_ms(name, size) for name in names]
+            for device, table in self.latencies.items()
+            for size in table.batch_sizes
+        }
+
+    @cached_property
+    def _clocks(self) -> dict[str, BatchClock]:
+        """Metric -> what tells the ideal latency of a gate, as for trials. What whole batches really took is in `verified.latency`."""
+        names = [subnet.name for subnet in self.subnets if not subnet.is_teacher]
+        return {
+            latency_metric(size, device): table.clock(size, names)
+            for device, table in self.latencies.items()
+            for size in table.batch_sizes
+        }
 
     def _verified_points(self, verified: Verified) -> list[PointRow]:
         test = verified.test
         params = {subnet.name: subnet.params for subnet in self.subnets}
+        latencies = self._static_latencies(test.routes)
         rows = subnet_points(
             "test",
             test.routes,
@@ -286,16 +354,17 @@ class RunResults:
             [1e6 * cost for cost in test.static_madds_m],
             top5=test.static_top5,
             params=[params[name] for name in test.routes],
+            latency_ms=latencies.pop(latency_metric(), None),
+            further=latencies,
         )
-        metrics = []
-        for point in test.points:
-            metrics.append(
-                {
-                    **point.metrics,
-                    "params_m": self.record(point.slot).metrics["params_m"],
-                    "latency_ms": self._ideal_latency_ms(point.runs),
-                }
-            )
+        metrics = [
+            {
+                **point.metrics,
+                "params_m": self.record(point.slot).metrics["params_m"],
+                **{name: clock.ms(np.array(point.runs), point.router) for name, clock in self._clocks.items()},
+            }
+            for point in test.points
+        ]
         slots = [point.slot for point in test.points]
         rows += gate_points("test", slots, metrics, [self.record(slot).params for slot in slots], [True] * len(slots))
         for analysis in (verified.val, test):
@@ -316,7 +385,7 @@ def picked_slots(results: RunResults, picks: Sequence[str]) -> list[int]:
         ConfigError: a pick cannot be read.
         NotFoundError: nothing matches.
     """
-    rows = [{"name": trial_name(record.slot), "slot": record.slot, **record.metrics} for record in results.completed]
+    rows = [{"name": trial_name(record.slot), "slot": record.slot, **record.metrics} for record in results.feasible]
     on_front = [row for row in rows if row["slot"] in results.front]
     objectives = tuple((metric.name, metric.goal) for metric in results.config.metrics)
     slots: list[int] = []

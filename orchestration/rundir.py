@@ -130,6 +130,32 @@ class RunDir:
     def export_dir(self) -> Path:
         return self.path / "export"
 
+    # Files of a sweep of supernets.
+    @property
+    def supernets_json(self) -> Path:
+        """The members of a sweep of supernets; other runs have none."""
+        return self.path / "supernets.json"
+
+    @property
+    def supernets_dir(self) -> Path:
+        """The runs folder of its members."""
+        return self.path / "supernets"
+
+    @property
+    def tune_dir(self) -> Path:
+        """What the supernets reported while they trained."""
+        return self.path / "tune"
+
+    @property
+    def merged_journal(self) -> Path:
+        """All its trials in one study."""
+        return self.path / "study.journal"
+
+    @property
+    def front_json(self) -> Path:
+        """The front over all supernets, frozen before `test` was opened."""
+        return self.path / "front.json"
+
     # Files of a stage; `key` is the whole stage key.
     def stage_dir(self, stage: str, key: str) -> Path:
         return self.path / stage / key[:KEY_CHARACTERS]
@@ -140,8 +166,9 @@ class RunDir:
     def subnets_json(self, key: str) -> Path:
         return self.stage_dir("measure", key) / "subnets.json"
 
-    def latency_json(self, key: str) -> Path:
-        return self.stage_dir("measure", key) / "latency.json"
+    def latency_json(self, key: str, device: str = "") -> Path:
+        """The latency table of the main device, or of one of `measure.devices`."""
+        return self.stage_dir("measure", key) / (f"latency-{device}.json" if device else "latency.json")
 
     def table(self, key: str, split: str) -> Path:
         """The routing table of the `gate` or `val` split. The test split's is only behind `sealed_table`."""
@@ -156,8 +183,20 @@ class RunDir:
     def study_journal(self, key: str) -> Path:
         return self.stage_dir("search", key) / "study.journal"
 
+    def search_end_json(self, key: str) -> Path:
+        """What ended the search, by which rules and after how many trials; written when it ends."""
+        return self.stage_dir("search", key) / "end.json"
+
+    def queue_jsonl(self, key: str) -> Path:
+        """Points that a person asked for (`orchestration.queue`)."""
+        return self.stage_dir("search", key) / "queue.jsonl"
+
     def gate_weights(self, key: str, slot: int) -> Path:
         return self.stage_dir("search", key) / "gates" / f"slot-{slot:05d}.safetensors"
+
+    def chosen_json(self, key: str) -> Path:
+        """In a member of a sweep of supernets: which gates of this search are to run on `test`."""
+        return self.stage_dir("search", key) / "chosen.json"
 
     def verify_json(self, key: str) -> Path:
         return self.stage_dir("verify", key) / "verify.json"

@@ -2,46 +2,83 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import save
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save
 
 from dsnet.data import Augmentation
-from dsnet.errors import StoppedError
-from dsnet.files import atomic_write_bytes
-from dsnet.latency import LatencyTable
+from dsnet.errors import NothingFeasibleError, StoppedError
+from dsnet.files import atomic_write_bytes, atomic_write_json, read_json
+from dsnet.latency import MAIN_DEVICE, LatencyTable
 from dsnet.routing_table import RoutingTable
 from dsnet.space import SubnetSet
 from dsnet.training.gate_end_to_end import EndToEndSettings, GateImages
 from dsnet.training.supernet import FINAL
-from orchestration.config import SweepConfig, resolve_cohort, resolve_timeout_s
+from orchestration.baseline import layout_ranges, measured_ranges
+from orchestration.config import (
+    SweepConfig,
+    constraint_set,
+    enqueued_points,
+    gate_space,
+    halving_rungs,
+    resolve_cohort,
+    resolve_timeout_s,
+    resolve_trials,
+    target_set,
+)
 from orchestration.end_to_end_trials import MakeEndToEndTrial, shared_images
 from orchestration.launch_context import Launch
 from orchestration.preparation import Prepared
 from orchestration.progress import Bar
 from orchestration.projection import trial_row
+from orchestration.queue import read_queue
 from orchestration.ray_trials import MakeCohortFunction, RayRunner
 from orchestration.results import RunResults
 from orchestration.rundir import RunDir
 from orchestration.stages import StagePlan, flatten, run_stage
+from search.constraints import BASELINE, ConstraintSet
 from search.engine import Budget, Search
 from search.gate_trial import GateScores, GateTrial
+from search.halving import ParetoHalving
 from search.points import trial_name
+from search.samplers import SamplerSettings
 from search.space import parse_space
+from search.stopping import Plateau, StopRules
 from search.study import Objective, StudyJournal, StudySettings, TrialRecord, load_records
+
+FOUND_ENOUGH = ("plateau", "target", "space")
+"""Ends that hold although the budget has trials left."""
 
 
 def trials_left(run: RunDir, plan: StagePlan, config: SweepConfig) -> int:
-    """Trials that the budget still asks for."""
+    """Trials that the budget still asks for: none where the same rules as now have ended the search before."""
     journal = run.study_journal(plan.key)
-    done = len(load_records(journal)) if journal.exists() else 0
-    return max(0, config.budget.trials - done)
+    records = load_records(journal) if journal.exists() else []
+    if _has_found_enough(run, plan, config, len(records)):
+        return 0
+    return max(0, resolve_trials(config) - len(records))
+
+
+def _has_found_enough(run: RunDir, plan: StagePlan, config: SweepConfig, num_trials: int) -> bool:
+    path = run.search_end_json(plan.key)
+    if not path.exists():
+        return False
+    end = read_json(path)
+    return end["reason"] in FOUND_ENOUGH and end["rules"] == _rules_json(config) and end["trials"] == num_trials
+
+
+def _rules_json(config: SweepConfig) -> dict[str, Any]:
+    """What decides when enough was found, comparable."""
+    references = {metric.name: metric.ref for metric in config.metrics}
+    return {**config.budget.model_dump(mode="json", include={"plateau", "target"}), "references": references}
 
 
 def continued(run: RunDir, plan: StagePlan, config: SweepConfig) -> StagePlan:
@@ -49,30 +86,45 @@ def continued(run: RunDir, plan: StagePlan, config: SweepConfig) -> StagePlan:
     left = trials_left(run, plan, config)
     if not plan.is_done or left == 0:
         return plan
-    return replace(plan, status="resume", reasons=(f"{left} of {config.budget.trials} trials are left",))
+    return replace(plan, status="resume", reasons=(f"{left} of {resolve_trials(config)} trials are left",))
 
 
 def search_stage(work: Launch, plan: StagePlan, table_plan: StagePlan) -> None:
-    """Search until the budget is spent; continues a study that has fewer trials."""
+    """Search until the budget is spent or enough was found; continues a study that has fewer trials.
+
+    Raises:
+        NothingFeasibleError: no router of these sub-networks can hold a hard constraint.
+        StoppedError: it was asked to stop.
+    """
     work.check_stop()
     config, run = work.config, work.run
     plan = continued(run, plan, config)
+    measured = RunResults(run)
+    constraints = constraint_set(config, named_baseline(measured))
+    refuse_impossible(constraints, measured_ranges(measured))
 
     def search(folder: Path) -> Sequence[Path]:
         journal = StudyJournal.open(run.study_journal(plan.key), study_settings(config))
         with (
             closing(_trial_runner(work, table_plan)) as runner,
-            work.progress.bar("search (trials)", config.budget.trials) as bar,
+            work.progress.bar("search (trials)", resolve_trials(config)) as bar,
         ):
             result = Search(
                 journal=journal,
                 runner=runner,
+                constraints=constraints,
                 save_arrays=lambda slot, arrays: _save_gate(run.gate_weights(plan.key, slot), arrays),
-                observer=_Observer(work, bar),
+                progress=ProgressFiles(folder / "progress"),
+                queue=lambda: [item["params"] for item in read_queue(run.queue_jsonl(plan.key))],
+                observer=_Observer(work, bar, len(journal.trials())),
                 should_stop=work.stop,
-            ).run(Budget(config.budget.trials, config.budget.time_s))
+            ).run(Budget(resolve_trials(config), config.budget.time_s, stop_rules(measured)))
         if result.stop_reason == "stop":
             raise StoppedError("the search was stopped; its finished trials are kept")
+        end = {"reason": result.stop_reason, "rules": _rules_json(config), "trials": len(result.records)}
+        atomic_write_json(run.search_end_json(plan.key), end)
+        if result.stop_reason in FOUND_ENOUGH:
+            work.progress.say(f"search: {_END_SENTENCES[result.stop_reason]} after {len(result.records)} trials")
         return [run.study_journal(plan.key)]
 
     run_stage(run, plan, search)
@@ -81,22 +133,117 @@ def search_stage(work: Launch, plan: StagePlan, table_plan: StagePlan) -> None:
         record
     ) in results.records:  # rows that an earlier launch could not write; those that MLflow has are not written twice
         work.tracker.trial(trial_row(results.manifest, run, record))
-    num_failed = len(results.records) - len(results.completed)
-    failed = f", {num_failed} failed" if num_failed else ""
-    work.progress.say(f"search: {len(results.completed)} trials{failed}, {len(results.front)} gates on the front")
+    work.progress.say(f"search: {count_sentence(results)}, {len(results.front)} gates on the front")
+
+
+_END_SENTENCES = {
+    "plateau": "the front does not grow any more (budget.plateau)",
+    "target": "a trial meets budget.target",
+    "space": "every point of the grid was tried",
+}
+
+
+def count_sentence(results: RunResults) -> str:
+    """How many trials came to what."""
+    counts = {
+        "infeasible": len(results.completed) - len(results.feasible),
+        "pruned": len(results.pruned),
+        "failed": len(results.failed),
+    }
+    return ", ".join(
+        [f"{len(results.completed)} trials", *(f"{number} {what}" for what, number in counts.items() if number)]
+    )
+
+
+def named_baseline(results: RunResults) -> dict[str, float]:
+    """Every metric of the widest static sub-network under the name that conditions give it."""
+    return {f"{BASELINE}{name}": value for name, value in results.baseline.items()}
+
+
+def refuse_impossible_layout(config: SweepConfig, subnets: SubnetSet, image_size: int) -> None:
+    """Raise before anything is trained where no router over this layout can hold a hard constraint.
+
+    Raises:
+        NothingFeasibleError: it names the constraints.
+    """
+    ranges = layout_ranges(config, subnets, image_size)
+    unmeasured = {name: math.nan for name in ranges if name.startswith(BASELINE)}
+    refuse_impossible(constraint_set(config, unmeasured), ranges)
+
+
+def refuse_impossible(constraints: ConstraintSet, ranges: Mapping[str, tuple[float, float]]) -> None:
+    """Raise where nothing within `ranges` can hold a hard constraint: the sweep would find nothing.
+
+    Raises:
+        NothingFeasibleError: it names the constraints, and the ranges of what they read.
+    """
+    impossible = constraints.impossible(ranges)
+    if impossible:
+        names = {name for comparison in constraints.hard if comparison.text in impossible for name in comparison.names}
+        reach = ", ".join(f"{name} {ranges[name][0]:.4g} to {ranges[name][1]:.4g}" for name in sorted(names & ranges.keys()))
+        raise NothingFeasibleError(
+            f"constraints: no router of this network can hold {' or '.join(impossible)} (within reach: {reach}); "
+            "loosen it, or change the network"
+        )
 
 
 def study_settings(config: SweepConfig) -> StudySettings:
     """What the study's suggestions depend on."""
+    space = {key: distribution.written() for key, distribution in gate_space(config).items()}
     return StudySettings(
         name=config.name,
-        space=parse_space({key: distribution.written() for key, distribution in config.space.items()}),
+        space=parse_space(space),
         objectives=[Objective(metric.name, metric.goal) for metric in config.metrics],
-        sampler=config.sampler.name,
+        sampler=SamplerSettings(config.sampler.name, config.sampler.options, config.sampler.startup),
         seed=config.seed,
         cohort=resolve_cohort(config),
-        startup=config.sampler.startup,
+        order=config.sampler.order,
+        enqueue=enqueued_points(config),
+        halving=_halving(config),
     )
+
+
+def _halving(config: SweepConfig) -> ParetoHalving | None:
+    rungs = halving_rungs(config)
+    return ParetoHalving(config.pruner.factor, rungs) if rungs else None
+
+
+def stop_rules(results: RunResults) -> StopRules:
+    """When the sweep has found enough."""
+    config = results.config
+    rules = config.budget.plateau
+    plateau = None if rules is None else Plateau(rules.trials, rules.gain, results.reference_point)
+    return StopRules(plateau, target_set(config, named_baseline(results)))
+
+
+class ProgressFiles:
+    """What staged trials need to go on, as files of the search's folder: a resumed sweep need not train them again."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def save(self, slot: int, rung: int, arrays: Mapping[str, NDArray[Any]]) -> None:
+        """Keep a slot's arrays at a rung; those of an earlier one go."""
+        self.forget(slot)
+        _save_gate(self._path(slot, rung), arrays)
+
+    def load(self, slot: int, rung: int) -> Mapping[str, NDArray[Any]]:
+        """What was kept at that rung; empty where there is nothing, or nothing readable."""
+        path = self._path(slot, rung)
+        if not path.is_file():
+            return {}
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError, ValueError):
+            return {}
+
+    def forget(self, slot: int) -> None:
+        """The trial has ended."""
+        for path in self._folder.glob(f"slot-{slot:05d}-*.safetensors"):
+            path.unlink(missing_ok=True)
+
+    def _path(self, slot: int, rung: int) -> Path:
+        return self._folder / f"slot-{slot:05d}-{rung}.safetensors"
 
 
 def gate_defaults(config: SweepConfig) -> dict[str, Any]:
@@ -111,7 +258,10 @@ class MakeGateTrial:
     metas: dict[str, dict[str, Any]]
     subnets: SubnetSet
     latency: LatencyTable
+    """Of the main device."""
     defaults: dict[str, Any]
+    devices: dict[str, LatencyTable] = field(default_factory=dict)
+    """Of further devices, by name."""
 
     def __call__(self, arrays: Mapping[str, NDArray[Any]]) -> GateTrial:
         """The trial function over the shared tables."""
@@ -121,7 +271,7 @@ class MakeGateTrial:
             )
             for split in ("gate", "val")
         )
-        return GateTrial(gate, val, GateScores(self.subnets, self.latency), self.defaults)
+        return GateTrial(gate, val, GateScores(self.subnets, self.latency, self.devices), self.defaults)
 
 
 def _trial_runner(work: Launch, table_plan: StagePlan) -> RayRunner:
@@ -130,7 +280,8 @@ def _trial_runner(work: Launch, table_plan: StagePlan) -> RayRunner:
     assert results.latency is not None
     tables = {split: RoutingTable.load(work.run.table(table_plan.key, split)) for split in ("gate", "val")}
     metas = {split: table.meta() for split, table in tables.items()}
-    tables_only = MakeGateTrial(metas, prepared.subnets, results.latency, gate_defaults(config))
+    devices = {name: table for name, table in results.latencies.items() if name != MAIN_DEVICE}
+    tables_only = MakeGateTrial(metas, prepared.subnets, results.latency, gate_defaults(config), devices)
     make: MakeCohortFunction = tables_only
     arrays = {f"{split}/{name}": array for split, table in tables.items() for name, array in table.arrays().items()}
     threads = 1
@@ -161,20 +312,25 @@ def _augmentation(prepared: Prepared) -> Augmentation:
 class _Observer:
     """Shows and tracks each recorded trial."""
 
-    def __init__(self, work: Launch, bar: Bar) -> None:
+    def __init__(self, work: Launch, bar: Bar, num_finished: int) -> None:
         self._work = work
         self._bar = bar
         self._manifest = work.manifest.read()
+        self._num_finished = num_finished
 
     def on_trial(self, record: TrialRecord) -> None:
         """A trial was recorded."""
         self._work.tracker.trial(trial_row(self._manifest, self._work.run, record))
+        self._work.on_record(record)
+        self._num_finished += 1
+        if record.state == "complete":
+            metrics = record.metrics
+            text = f"top1 {100 * metrics['top1']:.1f} %  {metrics['madds_m']:.3g} M MAdds"
+            self._bar.update(self._num_finished, text)
+            return
         if record.state == "failed":
             self._work.progress.warn(f"{trial_name(record.slot)} failed: {record.reason}")
-            self._bar.update(record.slot + 1)
-        else:
-            metrics = record.metrics
-            self._bar.update(record.slot + 1, f"top1 {100 * metrics['top1']:.1f} %  {metrics['madds_m']:.3g} M MAdds")
+        self._bar.update(self._num_finished)
 
 
 def _save_gate(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:

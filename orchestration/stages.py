@@ -348,21 +348,33 @@ def run_stage(run: RunDir, plan: StagePlan, work: Callable[[Path], Sequence[Path
     Returns:
         The stage's folder, done.
     """
-    manifest = Manifest(run.manifest_path)
     if plan.is_done:
-        _record_done(manifest, run, plan)
+        record_done(run, plan)
         return plan.folder
-    started = plan.folder.begin(plan.record)
-    manifest.record_stage(plan.name, _manifest_entry(run, plan, "running", started.started_at, None))
+    begin_stage(run, plan)
     clock_start = time.monotonic()
     outputs = work(plan.folder.path)
-    plan.folder.finish(outputs, time.monotonic() - clock_start)
-    _record_done(manifest, run, plan)
+    finish_stage(run, plan, outputs, time.monotonic() - clock_start)
     return plan.folder
 
 
-def _record_done(manifest: Manifest, run: RunDir, plan: StagePlan) -> None:
+def begin_stage(run: RunDir, plan: StagePlan) -> None:
+    """Note in folder and manifest that a stage runs; for work that does not fit into one call, as supernets that train side by side."""
+    started = plan.folder.begin(plan.record)
+    Manifest(run.manifest_path).record_stage(
+        plan.name, _manifest_entry(run, plan, "running", started.started_at, None)
+    )
+
+
+def finish_stage(run: RunDir, plan: StagePlan, outputs: Sequence[Path], seconds: float) -> None:
+    """Note that a stage that began is done; the arguments of `StageDir.finish`."""
+    plan.folder.finish(outputs, seconds)
+    record_done(run, plan)
+
+
+def record_done(run: RunDir, plan: StagePlan) -> None:
     """Point the manifest at a finished stage, also after a kill in between or a return to an earlier configuration."""
+    manifest = Manifest(run.manifest_path)
     record = plan.folder.record()
     started_at = record.started_at if record else ""
     entry = _manifest_entry(run, plan, "done", started_at, plan.folder.seconds())

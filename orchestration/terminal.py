@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
+import re
+import shlex
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -11,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from dsnet.latency import MAIN_DEVICE, latency_metric
 from orchestration.rundir import read_lock
+from search.analysis import optimism
 from search.points import trial_name
 
 if TYPE_CHECKING:
@@ -19,15 +25,19 @@ if TYPE_CHECKING:
     from orchestration.pipeline import LaunchResult
     from orchestration.planning import SweepPlan
     from orchestration.results import RunResults, Verified
+    from orchestration.trial_list import ListedTrial, Selection, TrialList
+    from orchestration.verification import DynamicLatency
 
 
+MAX_LISTED = 8
+"""Trials or reasons that are written out one by one."""
 _STAGE_COLUMNS = ("stage", "status", "key", "because")
 
 
 def _console() -> Console:
     """On a pipe a table keeps its whole width: nothing is cut or wrapped."""
     is_terminal = sys.stdout.isatty()
-    return Console(highlight=False, width=None if is_terminal else 200)
+    return Console(highlight=False, width=None if is_terminal else 1000)
 
 
 def _say(text: str = "") -> None:
@@ -102,17 +112,45 @@ def front_rows(results: RunResults) -> list[dict[str, Any]]:
         if verified is not None and slot in verified.front:
             for split in ("val", "test"):
                 analysis = getattr(verified, split)
-                row[f"{split}_analysis"] = asdict(next(point for point in analysis.points if point.slot == slot))
-            row["latency"] = {
-                str(size): {
-                    "gate_ms": timings[slot].median_ms,
-                    "widest_ms": verified.latency.widest[size].median_ms,
-                    "cheapest_ms": verified.latency.cheapest[size].median_ms,
-                }
-                for size, timings in verified.latency.gates.items()
-            }
+                point = next(point for point in analysis.points if point.slot == slot)
+                row[f"{split}_analysis"] = {**asdict(point), "ties": [trial_name(tied) for tied in point.ties]}
+            by_device = {name: _latency_json(own, slot) for name, own in verified.latencies.items()}
+            row["latency"], row["device_latency"] = by_device.pop(MAIN_DEVICE), by_device
         rows.append(row)
     return rows
+
+
+def _latency_json(latency: DynamicLatency, slot: int) -> dict[str, dict[str, float]]:
+    """By batch size the ms of a batch: really measured, what the measured parts add up to, and the static extremes."""
+    return {
+        str(size): {
+            "gate_ms": timings[slot].median_ms,
+            "ideal_ms": latency.ideal[size][slot],
+            "widest_ms": latency.widest[size].median_ms,
+            "cheapest_ms": latency.cheapest[size].median_ms,
+        }
+        for size, timings in latency.gates.items()
+    }
+
+
+def front_content(results: RunResults, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The front as JSON: its gates, its optimism, and what each kind of router reaches on either split."""
+    verified = results.verified
+    found = None if verified is None else optimism(verified.val, verified.test)
+    return {
+        "run": str(results.run.path),
+        "objectives": [{"metric": metric.name, "goal": metric.goal} for metric in results.config.metrics],
+        "is_verified": verified is not None,
+        "test_openings": results.manifest["test_openings"],
+        "front": list(rows),
+        "optimism": None if found is None else asdict(found),
+        "routers": {}
+        if verified is None
+        else {
+            analysis.split: [{**asdict(share), "name": trial_name(share.slot)} for share in analysis.routers]
+            for analysis in (verified.val, verified.test)
+        },
+    }
 
 
 def show_front(results: RunResults, picks: Sequence[str], *, as_json: bool) -> None:
@@ -124,78 +162,148 @@ def show_front(results: RunResults, picks: Sequence[str], *, as_json: bool) -> N
         wanted = [trial_name(slot) for slot in picked_slots(results, picks)]
         rows = [row for row in rows if row["name"] in wanted]
     if as_json:
-        _print_json(rows)
+        _print_json(front_content(results, rows))
     elif picks and not rows:
         _say("none of these trials is on the front; `trials` lists them all, and `export --pick` takes any of them")
     elif results.verified is None:
-        lines = [
-            (row["name"], row["router"], percent(row["val"]["top1"]), f"{row['val']['madds_m']:.4g}") for row in rows
-        ]
-        title = f"{results.run.name}: {len(rows)} gates on the front (not verified yet)"
-        _table(("gate", "router", "top-1 val %", "MAdds M"), lines, title, num_left=2)
+        _show_unverified(results, rows)
     else:
         _show_verified(results, results.verified, rows)
+
+
+def _further_metrics(results: RunResults) -> list[str]:
+    """The objectives beside top-1 and MAdds."""
+    return [metric.name for metric in results.config.metrics if metric.name not in ("top1", "madds_m")]
+
+
+def _show_unverified(results: RunResults, rows: Sequence[Mapping[str, Any]]) -> None:
+    further = _further_metrics(results)
+    lines = [
+        (
+            row["name"],
+            row["router"],
+            *(metric_text(name, row["val"].get(name)) for name in ("top1", "madds_m", *further)),
+        )
+        for row in rows
+    ]
+    title = f"{results.run.name}: {len(rows)} gates on the front (not verified yet)"
+    _table(("gate", "router", "top-1 val %", "MAdds M", *further), lines, title, num_left=2)
 
 
 def _show_verified(results: RunResults, verified: Verified, rows: Sequence[Mapping[str, Any]]) -> None:
     size = max(verified.latency.gates)
     widest_ms, cheapest_ms = verified.latency.widest[size].median_ms, verified.latency.cheapest[size].median_ms
     baseline = verified.test.routes.index(results.widest.name)
-    columns: tuple[str, ...] = (
-        "gate",
-        "router",
-        "val %",
-        "test % [95 %]",
-        "MAdds M",
-        "over static, points [95 %]",
-        "random %",
-        "reachable %",
-        "oracle %",
-    )
-    columns += (f"ms/batch {size}", "speed-up", "ceiling")
-    lines: list[tuple[str, ...]] = [
+    further = _further_metrics(results)
+    static_madds = [f"{analysis.static_madds_m[baseline]:.4g}" for analysis in (verified.val, verified.test)]
+    reached: list[tuple[str, ...]] = [
         (
             f"{results.widest.name} (static)",
             "",
             percent(verified.val.static_top1[baseline].value),
             _interval(verified.test.static_top1[baseline]),
-            f"{verified.test.static_madds_m[baseline]:.4g}",
-            *("", "", "", ""),
+            *static_madds,
+            *("" for _ in further),
             f"{widest_ms:.2f}",
             "1.00x",
-            "",
         )
     ]
-    points = {point.slot: point for point in verified.test.points}
-    for row in rows:
-        if row["slot"] not in points:
-            continue
-        point = points[row["slot"]]
+    standing: list[tuple[str, ...]] = []
+    chosen = {point.slot: point for point in verified.val.points}
+    reported = {point.slot: point for point in verified.test.points}
+    shown = [row for row in rows if row["slot"] in reported]
+    for row in shown:
+        before, point = chosen[row["slot"]], reported[row["slot"]]
         gate_ms = verified.latency.gates[size][row["slot"]].median_ms
-        lines.append(
+        name = row["name"] + (" (one route)" if point.is_collapsed else "")
+        reached.append(
             (
-                row["name"] + (" (one route)" if point.is_collapsed else ""),
+                name,
                 point.router,
-                percent(row["val"]["top1"]),
+                percent(before.top1.value),
                 _interval(point.top1),
+                f"{before.metrics['madds_m']:.4g}",
                 f"{point.metrics['madds_m']:.4g}",
+                *(metric_text(metric, row["val"].get(metric)) for metric in further),
+                f"{gate_ms:.2f}",
+                f"{widest_ms / gate_ms:.2f}x",
+            )
+        )
+        standing.append(
+            (
+                name,
                 _signed(point.gain),
                 percent(point.random_top1),
                 percent(point.reachable_top1),
                 percent(point.oracle_top1),
-                f"{gate_ms:.2f}",
-                f"{widest_ms / gate_ms:.2f}x",
-                f"{widest_ms / cheapest_ms:.2f}x",
+                percent(before.stability, 0),
+                percent(point.stability, 0),
+                str(len(before.ties)),
+                str(len(point.ties)),
             )
         )
     title = f"{results.run.name}: gates of the front, chosen on val, run on {verified.test.num_images} test images"
-    _table(columns, lines, title, num_left=2)
-    if len(points) < len(results.front):
+    columns = ("top-1 %, val", "test [95 %]", "MAdds M, val", "test", *(f"{metric}, val" for metric in further))
+    _table(("gate", "router", *columns, f"ms/batch {size}", "speed-up"), reached, title, num_left=2)
+    _say()
+    columns = ("over static, points [95 %]", "random %", "reachable %", "oracle %")
+    _table(("gate, on test", *columns, "on front %, val", "test", "tied, val", "test"), standing)
+    if len(verified.latencies) > 1 or any(metric.startswith("latency_ms") for metric in further):
+        _say()
+        _show_latencies(verified, [row["slot"] for row in shown])
+    _say()
+    _say(
+        f"speed-up at batch {size} beside the widest static; ceiling {widest_ms / cheapest_ms:.2f}x: the cheapest alone"
+    )
+    for text in _standing_lines(verified, [row["slot"] for row in shown]):
+        _say(text)
+    if len(reported) < len(results.front):
         _say(
-            f"{len(points)} of the front's {len(results.front)} gates ran on test, evenly along it (budget.verify); the others: --json"
+            f"{len(reported)} of the front's {len(results.front)} gates ran on test, evenly along it (budget.verify); the others: --json"
         )
     if verified.num_openings > 1:
         _say(f"test was read {verified.num_openings} times: numbers chosen after the first time are optimistic")
+
+
+def _show_latencies(verified: Verified, slots: Sequence[int]) -> None:
+    """On every device and at every batch size what the objective is made of, and what really ran."""
+    timed = [(name, own, size) for name, own in verified.latencies.items() for size in own.gates]
+    columns = [text for name, _, size in timed for text in (latency_metric(size, name), "ran")]
+    lines = [
+        (
+            trial_name(slot),
+            *(f"{ms:.3g}" for _, own, size in timed for ms in (own.ideal[size][slot], own.gates[size][slot].median_ms)),
+        )
+        for slot in slots
+    ]
+    title = "ms of a batch on test: put together from measured parts, as objectives are, and as it ran"
+    _table(("gate", *columns), lines, title)
+
+
+def _standing_lines(verified: Verified, slots: Sequence[int]) -> list[str]:
+    """What qualifies the numbers above: the winner's curse, and who is tied with whom."""
+    found = optimism(verified.val, verified.test)
+    lines = []
+    if found is not None:
+        lines.append(
+            f"optimism: top-1 on val minus test, mean of {len(verified.test.points)} gates: {_signed(found)} points "
+            "(the splits share no image: unpaired, each resampled by itself)"
+        )
+    lines.append(
+        "on front: share of resamples in which no other gate of the table is as good in every objective and better in one"
+    )
+    for analysis in (verified.val, verified.test):
+        groups = [point for point in analysis.points if point.ties and point.slot in slots]
+        for point in groups[:MAX_LISTED]:
+            named = ", ".join(trial_name(slot) for slot in point.ties[:MAX_LISTED])
+            lines.append(f"tied on {analysis.split}: {trial_name(point.slot)} with {named}{_and_more(point.ties)}")
+        if len(groups) > MAX_LISTED:
+            lines.append(f"... and {len(groups) - MAX_LISTED} more gates with ties on {analysis.split} (--json)")
+    return lines
+
+
+def _and_more(listed: Sequence[Any]) -> str:
+    return f" and {len(listed) - MAX_LISTED} more" if len(listed) > MAX_LISTED else ""
 
 
 def show_plan(plan: SweepPlan, *, as_json: bool) -> None:
@@ -265,16 +373,25 @@ def show_status(results: RunResults, *, as_json: bool) -> None:
         name: {"status": entry["status"], "seconds": entry["seconds"], "key": entry["key"]}
         for name, entry in manifest["stages"].items()
     }
-    num_failed = len(results.records) - len(results.completed)
+    num_infeasible = len(results.completed) - len(results.feasible)
     content = {
         "run": str(results.run.path),
         "driver": driver,
         "stages": stages,
-        "trials": {"completed": len(results.completed), "failed": num_failed, "budget": results.config.budget.trials},
+        "trials": {
+            "completed": len(results.completed),
+            "infeasible": num_infeasible,
+            "pruned": len(results.pruned),
+            "failed": len(results.failed),
+            "budget": results.config.budget.trials,
+        },
         "front": [trial_name(slot) for slot in results.front],
         "is_verified": results.verified is not None,
         "test_openings": manifest["test_openings"],
     }
+    journal = results.run.study_journal(results.stage_key("search") or "")
+    if journal.is_file():
+        content["journal"] = str(journal)
     if as_json:
         _print_json(content)
         return
@@ -284,45 +401,85 @@ def show_status(results: RunResults, *, as_json: bool) -> None:
         ("stage", "status", "seconds"),
         [(name, s["status"], "" if s["seconds"] is None else f"{s['seconds']:.1f}") for name, s in stages.items()],
     )
-    failed = f", {num_failed} failed" if num_failed else ""
-    _say(f"trials    {len(results.completed)} completed{failed}, of {results.config.budget.trials}")
+    counts = f"{len(results.completed)} completed" + (f" ({num_infeasible} infeasible)" if num_infeasible else "")
+    counts += f", {len(results.pruned)} pruned" if results.pruned else ""
+    counts += f", {len(results.failed)} failed" if results.failed else ""
+    _say(f"trials    {counts}, of {results.config.budget.trials}")
     _say(f"front     {len(results.front)} gates" + ("" if results.verified else ", not verified yet"))
+    if journal.is_file():
+        _say(f"study     {journal}   (open: optuna-dashboard {shlex.quote(str(journal))})")
     if results.verified is None and driver is None:
         _say(f"continue  dsnet-orch launch {results.run.sweep_yaml}")
 
 
-def show_trials(results: RunResults, *, as_json: bool) -> None:
-    """All finished trials."""
+def show_trials(trials: TrialList, selection: Selection, *, as_json: bool) -> None:
+    """The finished trials that were asked for."""
+    from orchestration.trial_list import json_row
+
+    chosen = trials.select(selection)
     if as_json:
-        _print_json(
-            [
-                {
-                    "name": trial_name(r.slot),
-                    "state": r.state,
-                    "reason": r.reason,
-                    "params": dict(r.params),
-                    "metrics": dict(r.metrics),
-                    "duration_s": r.duration_s,
-                }
-                for r in results.records
-            ]
-        )
+        _print_json([json_row(trial) for trial in chosen])
         return
-    keys = list(results.records[0].params) if results.records else []
-    lines = []
-    for record in results.records:
-        scores = (
-            (percent(record.metrics.get("top1")), f"{record.metrics['madds_m']:.4g}")
-            if record.state == "complete"
-            else ("failed", "")
+    metrics = _listed_metrics(trials, selection)
+    keys = list(dict.fromkeys(key for trial in trials.trials for key in trial.record.params))
+    has_origin = any(trial.supernet is not None for trial in chosen)
+    lines = [
+        (
+            trial.name + ("*" if trial.is_front else ""),
+            trial.standing,
+            *((trial.supernet or "-",) if has_origin else ()),
+            *(metric_text(name, trial.record.metrics.get(name)) for name in metrics),
+            *(_short(trial.record.params[key]) if key in trial.record.params else "-" for key in keys),
         )
-        mark = "*" if record.slot in results.front else ""
-        lines.append((trial_name(record.slot) + mark, *scores, *(_short(record.params.get(key)) for key in keys)))
-    _table(("trial", "top-1 val %", "MAdds M", *(key.removeprefix("gate.") for key in keys)), lines)
-    _say("* on the front")
-    for record in results.records:
-        if record.state == "failed":
-            _say(f"{trial_name(record.slot)} failed: {record.reason}")
+        for trial in chosen
+    ]
+    heads = ("trial", "state", *(("supernet",) if has_origin else ()), *map(metric_head, metrics))
+    _table((*heads, *(key.removeprefix("gate.") for key in keys)), lines, num_left=3 if has_origin else 2)
+    _say(
+        "* on the front"
+        + (f"; {len(chosen)} of {len(trials.trials)} trials" if len(chosen) < len(trials.trials) else "")
+    )
+    _say_reasons(chosen)
+
+
+def _listed_metrics(trials: TrialList, selection: Selection) -> list[str]:
+    """Top-1 and MAdds, the objectives, and what is sorted by or asked about."""
+    known = list(dict.fromkeys(name for trial in trials.trials for name in trial.record.metrics))
+    asked = [name for name in known if any(_is_named(name, text) for text in selection.where)]
+    if selection.sort in known:
+        asked.append(str(selection.sort))
+    return list(dict.fromkeys(["top1", "madds_m", *(name for name, _ in trials.objectives), *asked]))
+
+
+def _is_named(metric: str, text: str) -> bool:
+    return metric in re.findall(r"[A-Za-z_][A-Za-z0-9_.]*", text)
+
+
+def _say_reasons(trials: Sequence[ListedTrial]) -> None:
+    """Why trials failed, were pruned or are infeasible: one by one where they are few, by reason where they are many."""
+    for standing in ("failed", "pruned", "infeasible"):
+        own = [trial for trial in trials if trial.standing == standing]
+        if len(own) <= MAX_LISTED:
+            for trial in own:
+                _say(f"{trial.name} {standing}: {trial.reason}")
+            continue
+        counts = Counter(str(trial.reason) for trial in own).most_common()
+        for reason, number in counts[:MAX_LISTED]:
+            _say(f"{number} {standing}: {reason}")
+        if len(counts) > MAX_LISTED:
+            _say(f"... and {len(counts) - MAX_LISTED} more reasons (--json)")
+
+
+def metric_head(name: str) -> str:
+    """A metric as a column is called."""
+    return {"top1": "top-1 val %", "top5": "top-5 val %", "madds_m": "MAdds M"}.get(name, name)
+
+
+def metric_text(name: str, value: float | None) -> str:
+    """A metric as displayed: accuracies in percent; '-' where there is none."""
+    if value is None or math.isnan(value):
+        return "-"
+    return percent(value) if name in ("top1", "top5") else f"{value:.4g}"
 
 
 def _short(value: Any) -> str:

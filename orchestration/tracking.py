@@ -1,4 +1,4 @@
-"""MLflow as a projection of the run folder: written by the driver alone, in the background, and never in its way.
+"""MLflow as a projection of the run folder: written for the driver alone, in the background, and never in its way.
 
 Everything written carries our own timestamps and steps and a `uid`, so writing it again (`dsnet-orch sync`) changes
 nothing. A store that is dead, slow or broken costs one warning; what it missed is in the run folder and can be synced
@@ -7,6 +7,7 @@ later.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import math
@@ -18,7 +19,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -41,6 +42,8 @@ MAX_PARAMS_PER_BATCH = 90
 
 FAILURES_BEFORE_PAUSE = 3
 PAUSE_S = 30.0
+PARENT_TAG = "mlflow.parentRunId"
+"""By which MLflow's page nests one row below another."""
 _COMPLETE = ("FINISHED", "FAILED")
 
 
@@ -63,6 +66,8 @@ class TrackedRun:
     metrics: Mapping[str, float | None] = field(default_factory=dict)
     """The names of the interface: top1, madds_m, ...; None, NaN and infinity are left out of MLflow."""
     tags: Mapping[str, str] = field(default_factory=dict)
+    under: TrackedRun | None = None
+    """Of a sweep's own row, where it is part of a larger one and its tracker was not told: the row below which it hangs."""
 
 
 @dataclass(frozen=True)
@@ -132,8 +137,26 @@ class NullTracker:
         return TrackingSummary()
 
 
+class RowStore(Protocol):
+    """Takes rows, one call after the other, each of them repeatable; raises where the store does. See `MlflowStore`."""
+
+    def connect(self) -> None: ...
+
+    def open_sweep(self, parent: TrackedRun) -> None: ...
+
+    def write(self, run: TrackedRun, parent: TrackedRun) -> None: ...
+
+    def add_points(self, run: TrackedRun, parent: TrackedRun, points: Sequence[CurvePoint]) -> None: ...
+
+    def add_artifact(self, parent: TrackedRun, path: Path) -> None: ...
+
+    def close_sweep(self, parent: TrackedRun) -> None: ...
+
+    def stop(self) -> None: ...
+
+
 class MlflowTracker:
-    """Feeds an `MlflowStore` from a queue in one background thread.
+    """Feeds a process that writes to MLflow from a queue, in one background thread.
 
     After three failures in a row it drops writes for 30 s instead of queueing behind time-outs. One warning is given,
     the rest is counted.
@@ -144,6 +167,9 @@ class MlflowTracker:
         artifact_root: Folder for artifacts of a database store; a server decides for itself.
         run_name: The run's name, for the remedy in the warning.
         warn: Where the one warning goes; called in the background thread.
+        under: The row below which the sweep's own row hangs, where the sweep is part of a larger one; it is created where it is missing, and
+            written and closed by the larger sweep's own tracker.
+        store: What takes the rows; None = MLflow in a process of its own.
     """
 
     def __init__(
@@ -153,8 +179,11 @@ class MlflowTracker:
         artifact_root: Path,
         run_name: str,
         warn: Callable[[str], None] = logger.warning,
+        *,
+        under: TrackedRun | None = None,
+        store: RowStore | None = None,
     ) -> None:
-        self._store = MlflowStore(store_uri, experiment, artifact_root)
+        self._store = store or _own_process(store_uri, experiment, artifact_root, under)
         self._store_uri = store_uri
         self._run_name = run_name
         self._warn = warn
@@ -162,12 +191,13 @@ class MlflowTracker:
         self._supernet: TrackedRun | None = None
         self._summary = TrackingSummary()
         self._closed = False
+        self._given_up = False
         self._num_failures = 0
         self._retry_at = 0.0
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         if store_uri.startswith("sqlite"):
-            # Created once, here, before a `dsnet-orch ui` or a second thread can try the same (duplicate columns).
-            self._attempt(self._store.connect)
+            # A database that is missing is created at once, and not with the first row.
+            self._jobs.put(self._store.connect)
         self._thread = threading.Thread(target=self._drain, name="mlflow-tracker", daemon=True)
         self._thread.start()
 
@@ -219,7 +249,9 @@ class MlflowTracker:
         self._jobs.put(None)
         self._thread.join(timeout_s)
         if self._thread.is_alive():
+            self._given_up = True
             self._count_unsent(f"no answer within {timeout_s:g} s", max(1, self._jobs.qsize() - 1))
+        self._store.stop()
         return self._summary
 
     def _opened_parent(self) -> TrackedRun:
@@ -231,7 +263,7 @@ class MlflowTracker:
         self._jobs.put(lambda: self._store.write(run, parent))
 
     def _drain(self) -> None:
-        while (job := self._jobs.get()) is not None:
+        while (job := self._jobs.get()) is not None and not self._given_up:
             if time.monotonic() < self._retry_at:
                 self._count_unsent("paused after failures", 1)
             else:
@@ -241,10 +273,12 @@ class MlflowTracker:
         try:
             job()
         except Exception as error:  # noqa: BLE001 - whatever MLflow, SQLAlchemy or a server raise must not end a sweep
+            if self._given_up:
+                return  # counted
             self._num_failures += 1
             if self._num_failures >= FAILURES_BEFORE_PAUSE:
                 self._retry_at = time.monotonic() + PAUSE_S
-            self._count_unsent(_first_line(error), 1)
+            self._count_unsent(first_line(error), 1)
         else:
             self._num_failures = 0
             self._summary = replace(self._summary, num_written=self._summary.num_written + 1)
@@ -257,6 +291,12 @@ class MlflowTracker:
                 f"MLflow at {self._store_uri} does not take results ({why}). The sweep goes on and loses nothing; "
                 f"write them later with: dsnet-orch sync {self._run_name}"
             )
+
+
+def _own_process(store_uri: str, experiment: str, artifact_root: Path, under: TrackedRun | None) -> RowStore:
+    from orchestration.mlflow_writer import MlflowWriter  # it is made of what is defined here
+
+    return MlflowWriter(store_uri, experiment, artifact_root, under)
 
 
 @dataclass(frozen=True)
@@ -273,14 +313,21 @@ class MlflowStore:
     of curves are, and MLflow drops those it has (same run, name, step, time and value).
     """
 
-    def __init__(self, store_uri: str, experiment: str, artifact_root: Path) -> None:
+    def __init__(
+        self, store_uri: str, experiment: str, artifact_root: Path, under: TrackedRun | None = None
+    ) -> None:
+        """Take in where to write; nothing is opened yet. See `MlflowTracker` for the arguments."""
         self._store_uri = store_uri
         self._experiment = experiment
         self._artifact_root = artifact_root
+        self._under = under
+        self._outer_ids: dict[str, str] = {}
         self._client: MlflowClient | None = None
         self._experiment_id = ""
+        self._sweeps: dict[str, dict[str, _KnownRun]] = {}
+        """Runs by uid, for each sweep that was written to."""
         self._known: dict[str, _KnownRun] = {}
-        self._loaded_sweep: str | None = None
+        """Those of the sweep in hand."""
 
     def connect(self) -> None:
         """Open the store, and create the database and the experiment where they are missing."""
@@ -289,10 +336,15 @@ class MlflowStore:
     def open_sweep(self, parent: TrackedRun) -> None:
         """Create or reopen the parent run; close (KILLED) what a killed driver left RUNNING below it."""
         self._load(parent)
+        self._run_id(parent, parent)
         for uid, known in list(self._known.items()):
             if uid != parent.uid and known.status == "RUNNING":
                 self._end(uid, "KILLED", _now_ms())
-        self.write(replace(parent, status="RUNNING", end_ms=None), parent)
+        tags = dict(parent.tags)
+        under = parent.under or self._under
+        if under is not None:
+            tags[PARENT_TAG] = self._outer_id(under)  # also where the sweep was first launched by itself
+        self.write(replace(parent, status="RUNNING", end_ms=None, tags=tags), parent)
 
     def write(self, run: TrackedRun, parent: TrackedRun) -> None:
         """Write a run: parameters, metrics and tags in one batch, then its status."""
@@ -334,6 +386,9 @@ class MlflowStore:
                 self._end(uid, "KILLED", end_ms)
         self._end(parent.uid, parent.status, end_ms)
 
+    def stop(self) -> None:
+        """Nothing is held."""
+
     def _connected(self) -> MlflowClient:
         if self._client is None:
             os.environ.update(mlflow_environment())
@@ -341,7 +396,8 @@ class MlflowStore:
 
             _check_sqlite(self._store_uri)
             client = MlflowClient(self._store_uri)
-            self._experiment_id = self._open_experiment(client)
+            with self._alone():
+                self._experiment_id = self._open_experiment(client)
             self._client = client
         return self._client
 
@@ -358,9 +414,9 @@ class MlflowStore:
 
     def _load(self, parent: TrackedRun) -> dict[str, _KnownRun]:
         """The sweep's runs by uid; searched for once."""
-        if self._loaded_sweep != parent.uid:
-            self._known = dict(self._search(parent.uid))
-            self._loaded_sweep = parent.uid
+        if parent.uid not in self._sweeps:
+            self._sweeps[parent.uid] = dict(self._search(parent.uid))
+        self._known = self._sweeps[parent.uid]
         return self._known
 
     def _search(self, sweep_uid: str) -> Iterator[tuple[str, _KnownRun]]:
@@ -377,15 +433,43 @@ class MlflowStore:
 
     def _run_id(self, run: TrackedRun, parent: TrackedRun) -> str:
         """The id of the run with this uid, and of its parent before it; created where missing."""
-        if run.uid in self._known:
-            return self._known[run.uid].run_id
-        tags = {"uid": run.uid, "sweep": parent.uid, "kind": run.kind}
-        if run.uid != parent.uid:
-            tags["mlflow.parentRunId"] = self._run_id(parent, parent)
+        if run.uid not in self._known:
+            if run.uid == parent.uid:
+                under = parent.under or self._under
+                above = None if under is None else self._outer_id(under)
+                self._known[run.uid] = self._sweep_row(run, above)
+            else:
+                self._known[run.uid] = self._create(run, parent.uid, self._run_id(parent, parent))
+        return self._known[run.uid].run_id
+
+    def _outer_id(self, outer: TrackedRun) -> str:
+        """The id of the row above the sweep's own."""
+        if outer.uid not in self._outer_ids:
+            self._outer_ids[outer.uid] = self._sweep_row(outer, None).run_id
+        return self._outer_ids[outer.uid]
+
+    def _sweep_row(self, run: TrackedRun, above: str | None) -> _KnownRun:
+        """The row of a sweep, which more than one tracker may look for at a time; created where it is missing."""
+        client = self._connected()
+        with self._alone():
+            found = client.search_runs([self._experiment_id], f"tags.uid = '{run.uid}'", max_results=1)
+            if found:
+                return _KnownRun(found[0].info.run_id, found[0].info.status)
+            return self._create(run, run.uid, above)
+
+    def _create(self, run: TrackedRun, sweep_uid: str, above: str | None) -> _KnownRun:
+        tags = {"uid": run.uid, "sweep": sweep_uid, "kind": run.kind, **({PARENT_TAG: above} if above else {})}
         client = self._connected()
         info = client.create_run(self._experiment_id, start_time=run.start_ms, run_name=run.name, tags=tags).info
-        self._known[run.uid] = _KnownRun(info.run_id, "RUNNING")
-        return str(info.run_id)
+        return _KnownRun(info.run_id, "RUNNING")
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Keep the trackers of this machine from creating the same thing twice: MLflow has no uid that would refuse it."""
+        self._artifact_root.mkdir(parents=True, exist_ok=True)
+        with open(self._artifact_root / ".lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file is closed
+            yield
 
     def _end(self, uid: str, status: str, end_ms: int) -> None:
         run_id = self._known[uid].run_id
@@ -494,7 +578,8 @@ def _check_sqlite(store_uri: str) -> None:
             connection.execute("PRAGMA schema_version")
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error says, in one line."""
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0][:300]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,7 +14,7 @@ from torch import Tensor
 from dsnet.data import Normalization
 from dsnet.dynamic import DynamicNet
 from dsnet.errors import VerificationError
-from dsnet.latency import LatencySettings, Timing, device_name, time_interleaved, waiter
+from dsnet.latency import LatencySettings, LatencyTable, Timing, device_name, time_interleaved, waiter
 from dsnet.materialize import materialize
 from dsnet.precision import exact_float32
 from dsnet.retrace import Retrace
@@ -22,6 +22,7 @@ from dsnet.routers import Router
 from dsnet.routing_table import RoutingTable
 from dsnet.supernet import Supernet
 from dsnet.table_routing import TableRun, run_on_table
+from search.analysis import PointAnalysis
 
 CLASS_TIE = 1e-4
 """Two largest probabilities nearer than this are a numerical tie."""
@@ -127,7 +128,7 @@ def _mismatch(slot: int, wrong: NDArray[np.intp], table: RoutingTable, told: Seq
 
 @dataclass(frozen=True)
 class DynamicLatency:
-    """Measured latency of the front beside the static extremes: same run, same device, same images."""
+    """Measured latency of the front beside the static extremes: same run, same device, same images. All in ms of one batch."""
 
     device: str
     threads: int
@@ -135,6 +136,23 @@ class DynamicLatency:
     """batch size -> slot -> a call's time."""
     widest: Mapping[int, Timing]
     cheapest: Mapping[int, Timing]
+    ideal: Mapping[int, Mapping[int, float]] = field(default_factory=dict)
+    """batch size -> slot -> what the measured parts add up to for the routes that `test` takes: what the objective said, but on `test`."""
+
+    def beside(self, table: LatencyTable, front: Sequence[PointAnalysis], routes: Sequence[str]) -> DynamicLatency:
+        """The same with `ideal` filled in.
+
+        Args:
+            table: of this device, from the measure stage.
+            front: the same gates on the images that were timed.
+            routes: names of the K sub-networks that `PointAnalysis.runs` counts.
+        """
+        clocks = {size: table.clock(size, routes) for size in self.gates}
+        ideal = {
+            size: {point.slot: clock.ms(np.array(point.runs), point.router) for point in front}
+            for size, clock in clocks.items()
+        }
+        return replace(self, ideal=ideal)
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-able mapping."""
@@ -147,7 +165,8 @@ class DynamicLatency:
         widest, cheapest = (
             {int(n): Timing(**item) for n, item in data[name].items()} for name in ("widest", "cheapest")
         )
-        return cls(data["device"], data["threads"], gates, widest, cheapest)
+        ideal = {int(n): {int(slot): ms for slot, ms in row.items()} for n, row in data["ideal"].items()}
+        return cls(data["device"], data["threads"], gates, widest, cheapest, ideal)
 
 
 @torch.inference_mode()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from dsnet.environment import resolve_device
 from dsnet.files import atomic_write_json
+from dsnet.latency import MAIN_DEVICE
 from dsnet.routers import Router
 from dsnet.routing_table import RoutingTable
 from dsnet.supernet import Supernet
@@ -19,6 +20,7 @@ from orchestration.stages import StagePlan, plan_stage, run_stage
 from orchestration.verification import check_agreement, time_front
 from search.analysis import BudgetPick, SplitAnalysis, analyse_split
 from search.ceiling import RouteForecast
+from search.pareto import Goal
 
 
 def verify_stage(work: Launch, plans: Mapping[str, StagePlan], supernet: Supernet, results: RunResults) -> None:
@@ -30,7 +32,7 @@ def verify_stage(work: Launch, plans: Mapping[str, StagePlan], supernet: Superne
     plan = plan_stage(run, definition, {"search": plans["search"].key})
 
     def verify(folder: Path) -> Sequence[Path]:
-        num_openings = work.manifest.count_test_opening("verify")
+        num_openings = work.count_test_opening("verify")
         data = prepared.open_test()
         table_key, search_key = plans["table"].key, plans["search"].key
         sealed = run.sealed_table(table_key)
@@ -45,23 +47,32 @@ def verify_stage(work: Launch, plans: Mapping[str, StagePlan], supernet: Superne
                 net = supernet.to(resolve_device(config.supernet.device))
                 agreements.append(check_agreement(slot, net, router, test, data.images("test"), prepared.normalization))
                 bar.update(len(agreements))
-        latency = time_front(
-            supernet,
-            routers,
-            data.images("test"),
-            prepared.normalization,
-            latency_settings(config),
-            before_each=work.check_stop,
-        )
-        judge = _Judge.of(work, plans, val, routers, contenders)
+        timed = {
+            name: time_front(
+                supernet,
+                routers,
+                data.images("test"),
+                prepared.normalization,
+                settings,
+                before_each=work.check_stop,
+            )
+            for name, settings in latency_settings(config).items()
+        }
+        judge = _Judge.of(work, plans, val, routers, results)
+        on_test = judge.analysis(test)
+        latencies = {
+            name: latency.beside(results.latencies[name], on_test.points, on_test.routes).to_json()
+            for name, latency in timed.items()
+        }
         content = {
             "front": list(front),
             "contenders": [asdict(pick) for pick in contenders],
             "num_openings": num_openings,
             "agreements": [asdict(agreement) for agreement in agreements],
-            "latency": latency.to_json(),
+            "latency": latencies.pop(MAIN_DEVICE),
+            "device_latency": latencies,
             "val": judge.analysis(val).to_json(),
-            "test": judge.analysis(test).to_json(),
+            "test": on_test.to_json(),
         }
         output = folder / "verify.json"
         atomic_write_json(output, content)
@@ -87,6 +98,9 @@ class _Judge:
     contenders: Mapping[BudgetPick, Router]
     """The best trial of each kind of router for each budget, chosen on `val`."""
     num_classes: int
+    objectives: tuple[tuple[str, Goal], ...]
+    measured: Mapping[int, Mapping[str, float]]
+    """Metrics of the front's trials."""
 
     @classmethod
     def of(
@@ -95,16 +109,33 @@ class _Judge:
         plans: Mapping[str, StagePlan],
         val: RoutingTable,
         front: Mapping[int, Router],
-        picks: Sequence[BudgetPick],
+        results: RunResults,
     ) -> _Judge:
         """Fit the reachable ceiling on `gate`, and load who speaks for each kind of router."""
         run = work.run
         forecast = RouteForecast.fit(RoutingTable.load(run.table(plans["table"].key, "gate")))
-        contenders = {pick: load_router(run.gate_weights(plans["search"].key, pick.slot)) for pick in picks}
-        return cls(forecast, val, front, contenders, len(work.prepared.image_set.class_names))
+        contenders = {
+            pick: load_router(run.gate_weights(plans["search"].key, pick.slot)) for pick in results.contenders
+        }
+        return cls(
+            forecast,
+            val,
+            front,
+            contenders,
+            num_classes=len(work.prepared.image_set.class_names),
+            objectives=tuple((metric.name, metric.goal) for metric in results.config.metrics),
+            measured={slot: results.record(slot).metrics for slot in front},
+        )
 
     def analysis(self, reported: RoutingTable) -> SplitAnalysis:
         """The front, and every kind of router, on a split."""
         return analyse_split(
-            self.forecast, self.val, reported, self.front, self.contenders, num_classes=self.num_classes
+            self.forecast,
+            self.val,
+            reported,
+            self.front,
+            self.contenders,
+            num_classes=self.num_classes,
+            objectives=self.objectives,
+            measured=self.measured,
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -28,14 +29,17 @@ from search.controls import (
     random_routing,
     share_of_gap,
 )
-from search.pareto import front_mask
+from search.pareto import DEFAULT_OBJECTIVES, Goal, front_mask
 from search.statistics import (
     Gain,
+    PointSample,
     bootstrap_interval,
     front_stability,
     gain_over_random,
     gain_over_static,
     resample_points,
+    tied_groups,
+    unpaired_difference,
 )
 
 NUM_CURVE_POINTS = 60
@@ -84,7 +88,10 @@ class PointAnalysis:
     share_of_reachable_gap: float | None
     """None where the ceiling is not above the static line by more than one image."""
     stability: float
-    """Share of resamples in which the point is not dominated by another of these points."""
+    """Share of resamples in which the point is not dominated by another of these points, in the objectives of the sweep."""
+    ties: tuple[int, ...]
+    """Slots of the other points, and of the trials that speak for a kind of router, which these images cannot tell from this one: the 95 %
+    interval of the paired difference in top-1 includes 0, and mean MAdds is within 1 %. Being tied is not handed on."""
     histogram: tuple[float, ...]
     """Share of the images by the route that answers."""
     runs: tuple[float, ...]
@@ -158,6 +165,8 @@ class SplitAnalysis:
     budgets_m: tuple[float, ...]
     """25, 50, 75 % of the range of MAdds."""
     points: tuple[PointAnalysis, ...]
+    mean_top1: Interval | None
+    """Mean top-1 of the points, all on the same resampled images; None without a point."""
     routers: tuple[RouterShare, ...]
     """Every kind of router that the sweep has tried at those budgets."""
     class_counts: tuple[tuple[tuple[int, ...], ...], ...] = ()
@@ -173,6 +182,7 @@ class SplitAnalysis:
         fields = {name: _tuples(value) for name, value in data.items()}
         fields["static_top1"] = tuple(Interval(**item) for item in data["static_top1"])
         fields["points"] = tuple(_point(item) for item in data["points"])
+        fields["mean_top1"] = _interval_or_none(data["mean_top1"])
         fields["routers"] = tuple(
             RouterShare(**{**item, "gain": _interval_or_none(item["gain"])}) for item in data["routers"]
         )
@@ -185,11 +195,24 @@ def _tuples(value: Any) -> Any:
 
 def _point(item: Mapping[str, Any]) -> PointAnalysis:
     intervals = {name: _interval_or_none(item[name]) for name in ("top1", "gain", "gain_over_random")}
-    return PointAnalysis(**{**item, **intervals, "histogram": tuple(item["histogram"]), "runs": tuple(item["runs"])})
+    tuples = {name: tuple(item[name]) for name in ("ties", "histogram", "runs")}
+    return PointAnalysis(**{**item, **intervals, **tuples})
 
 
 def _interval_or_none(item: Mapping[str, float] | None) -> Interval | None:
     return None if item is None else Interval(**item)
+
+
+def optimism(chosen: SplitAnalysis, reported: SplitAnalysis) -> Interval | None:
+    """How much better the front looks on the split that chose it: mean top-1 of its points there, minus that on the other.
+
+    The two splits share no image, so nothing is paired: each mean has the interval of its own images, all points together, and
+    `unpaired_difference` combines the two. None without a point.
+    """
+    if chosen.mean_top1 is None or reported.mean_top1 is None:
+        return None
+    ends = [(mean.value, mean.low, mean.high) for mean in (chosen.mean_top1, reported.mean_top1)]
+    return Interval(*unpaired_difference(*ends))
 
 
 def budget_picks(
@@ -226,6 +249,8 @@ def analyse_split(
     contenders: Mapping[BudgetPick, Router],
     *,
     num_classes: int,
+    objectives: Sequence[tuple[str, Goal]] = DEFAULT_OBJECTIVES,
+    measured: Mapping[int, Mapping[str, float]] = MappingProxyType({}),
     num_resamples: int = NUM_RESAMPLES,
 ) -> SplitAnalysis:
     """Score routers on a split beside their controls (CONTRACTS, Controls and intervals).
@@ -237,6 +262,8 @@ def analyse_split(
         front: routers by slot.
         contenders: the routers that speak for their kinds, as `budget_picks` chose them.
         num_classes: for the routes by class.
+        objectives: (metric, goal) of the sweep, for the stability of its front.
+        measured: metrics by slot of `front`; objectives other than top1, top5 and madds_m have these values in every resample.
         num_resamples: of the joint bootstrap.
     """
     madds = reported.madds.astype(np.float64)
@@ -247,9 +274,14 @@ def analyse_split(
         oracle=oracle_curve(correct, madds),
         ceiling=forecast.curve(val, reported),
         num_resamples=num_resamples,
+        objectives=tuple(objectives),
     )
     static = resample_points(correct, madds, num_resamples)
     runs = {slot: run_on_table(router, reported) for slot, router in front.items()}
+    others = {
+        pick.slot: run_on_table(router, reported) for pick, router in contenders.items() if pick.slot not in front
+    }
+    points = _points(val, bench, {slot: router.kind for slot, router in front.items()}, runs, others, measured)
     low, high = bootstrap_interval(static.resampled_top1)
     spread = np.linspace(madds.min(), madds.max() + madds.min() - reported.trunk_madds, NUM_CURVE_POINTS)
     cascade = cascade_curve(val, reported, madds, reported.trunk_madds, spread)
@@ -270,7 +302,8 @@ def analyse_split(
         reachable_madds_m=_floats(bench.ceiling.madds / 1e6),
         reachable_top1=_floats(bench.ceiling.top1),
         budgets_m=_floats(budgets(madds, BUDGET_SHARES) / 1e6),
-        points=_points(val, bench, {slot: router.kind for slot, router in front.items()}, runs),
+        points=points,
+        mean_top1=_mean_top1(bench, list(runs.values())),
         routers=router_shares(bench, contenders),
         class_counts=tuple(_class_counts(reported, run.routes, num_classes) for run in runs.values()),
     )
@@ -285,11 +318,12 @@ class _Bench:
     oracle: OracleCurve
     ceiling: CeilingCurve
     num_resamples: int
+    objectives: tuple[tuple[str, Goal], ...]
 
     def judge(self, runs: Sequence[TableRun]) -> _Judgement:
         """Runs beside the static line, the oracle and the ceiling, each at its own mean MAdds."""
         table = self.table
-        correct = np.column_stack([table.correct1[np.arange(table.num_images), run.routes] for run in runs])
+        correct = _answers(table.correct1, runs)
         spent = np.column_stack([run.madds for run in runs]).astype(np.float64)
         top1, madds = correct.mean(0), spent.mean(0)
         static, oracle, ceiling = (
@@ -326,7 +360,12 @@ class _Judgement:
 
 
 def _points(
-    val: RoutingTable, bench: _Bench, kinds: Mapping[int, str], runs: Mapping[int, TableRun]
+    val: RoutingTable,
+    bench: _Bench,
+    kinds: Mapping[int, str],
+    runs: Mapping[int, TableRun],
+    others: Mapping[int, TableRun],
+    measured: Mapping[int, Mapping[str, float]],
 ) -> tuple[PointAnalysis, ...]:
     if not runs:
         return ()
@@ -335,7 +374,8 @@ def _points(
     low, high = bootstrap_interval(sample.resampled_top1)
     answering = np.column_stack([run.routes for run in runs.values()])
     chance = gain_over_random(answering, table.correct1, bench.num_resamples)
-    stability = front_stability(sample, _decisions(list(runs.values())))
+    stability = _stability(bench, sample, runs, measured)
+    ties = _ties(bench, runs, others)
     cascade = _cascade_at(val, table, sample.madds)
     points = []
     for index, (slot, run) in enumerate(runs.items()):
@@ -359,11 +399,50 @@ def _points(
                 reachable_top1=_finite(judged.ceiling[index]),
                 share_of_reachable_gap=_finite(judged.ceiling_share[index]),
                 stability=float(stability[index]),
+                ties=ties[slot],
                 histogram=_floats(run.histogram),
                 runs=_floats(run.runs),
             )
         )
     return tuple(points)
+
+
+def _stability(
+    bench: _Bench, sample: PointSample, runs: Mapping[int, TableRun], measured: Mapping[int, Mapping[str, float]]
+) -> NDArray[np.float64]:
+    """[P], in the objectives of the sweep: what images decide is resampled, what is left is as it was measured."""
+    resampled = {"top1": sample.resampled_top1, "madds_m": sample.resampled_madds / 1e6}
+    names = [name for name, _ in bench.objectives]
+    if "top5" in names:
+        among5 = _answers(bench.table.correct5, list(runs.values()))
+        resampled["top5"] = resample_points(among5, 0, bench.num_resamples).resampled_top1
+    columns = [
+        resampled[name] if name in resampled else np.array([measured[slot][name] for slot in runs]) for name in names
+    ]
+    return front_stability(columns, [goal for _, goal in bench.objectives], _decisions(list(runs.values())))
+
+
+def _ties(bench: _Bench, front: Mapping[int, TableRun], others: Mapping[int, TableRun]) -> dict[int, tuple[int, ...]]:
+    """Slot of each front point -> slots of the points tied with it, its like on the front and `others`."""
+    runs = {**front, **others}
+    spent = np.column_stack([run.madds for run in runs.values()])
+    sample = resample_points(_answers(bench.table.correct1, list(runs.values())), spent, bench.num_resamples)
+    groups = tied_groups(sample, [slot in front for slot in runs])
+    slots = list(runs)
+    return {slots[anchor]: tuple(slots[index] for index in group) for anchor, group in groups.items()}
+
+
+def _answers(right: NDArray[np.bool_], runs: Sequence[TableRun]) -> NDArray[np.bool_]:
+    """[N, P] whether the route that answers is right, for `right` [N, K]."""
+    return np.column_stack([right[np.arange(len(right)), run.routes] for run in runs])
+
+
+def _mean_top1(bench: _Bench, runs: Sequence[TableRun]) -> Interval | None:
+    if not runs:
+        return None
+    sample = resample_points(_answers(bench.table.correct1, runs), 0, bench.num_resamples)
+    low, high = bootstrap_interval(sample.resampled_top1.mean(axis=1))
+    return Interval(float(sample.top1.mean()), float(low), float(high))
 
 
 def router_shares(bench: _Bench, contenders: Mapping[BudgetPick, Router]) -> tuple[RouterShare, ...]:
@@ -420,27 +499,32 @@ def _class_counts(table: RoutingTable, routes: NDArray[np.int64], num_classes: i
     return tuple(tuple(int(count) for count in row) for row in counts)
 
 
-def front_slots(slots: Sequence[int], values: NDArray[np.float64], goals: Sequence[str]) -> tuple[int, ...]:
+def front_slots(slots: Sequence[int], values: NDArray[np.float64], goals: Sequence[Goal]) -> tuple[int, ...]:
     """The slots on the Pareto front of `values` [n, d], first objective's best last; of equal points the earliest stays.
+
+    With 3 objectives, points that are equal in the first follow the second: its best last, then the third.
 
     Args:
         slots: of the n points.
-        values: their objectives.
+        values: their 2 or 3 objectives.
         goals: "maximize" or "minimize" for each objective.
     """
     if len(slots) == 0:
         return ()
-    mask = front_mask(values, goals, keep_duplicates=False)  # type: ignore[arg-type]
-    sign = 1.0 if goals[0] == "maximize" else -1.0
-    kept = [index for index in range(len(slots)) if mask[index]]
-    return tuple(slots[index] for index in sorted(kept, key=lambda index: sign * values[index, 0]))
+    kept = np.flatnonzero(front_mask(values, goals, keep_duplicates=False))
+    gains = values[kept] * np.array([1.0 if goal == "maximize" else -1.0 for goal in goals])
+    return tuple(slots[kept[position]] for position in np.lexsort(gains.T[::-1]))
 
 
 def spread_along_front(values: NDArray[np.float64], size: int, kept: Sequence[int] = ()) -> tuple[int, ...]:
-    """About `size` of the points of a front, evenly along it: both ends, and those of `kept`.
+    """About `size` of the points of a front, evenly over it: both ends, and those of `kept`.
+
+    With 2 objectives the front is a line and the points are evenly far apart along it. With 3 it is a surface: the ends
+    of the first objective, the extremes of the others as far as `size` allows, then again and again the point that is
+    farthest from all chosen so far. Objectives are scaled to their range on the front.
 
     Args:
-        values: [n, 2] objectives in the front's order.
+        values: [n, d] objectives in the front's order, d = 2 or 3.
         size: at least 2; no more points than that are added to those of `kept`.
         kept: positions that are in whatever their place.
 
@@ -450,11 +534,26 @@ def spread_along_front(values: NDArray[np.float64], size: int, kept: Sequence[in
     if len(values) <= size:
         return tuple(range(len(values)))
     extent = np.ptp(values, axis=0)
-    steps = np.abs(np.diff(values, axis=0)) / np.where(extent > 0, extent, 1.0)
+    scaled = values / np.where(extent > 0, extent, 1.0)
+    if values.shape[1] > 2:
+        return _spread_over_surface(scaled, size, kept)
+    steps = np.abs(np.diff(scaled, axis=0))
     length = np.r_[0.0, np.cumsum(steps.sum(axis=1))]
     wanted = np.linspace(0.0, length[-1], max(2, size - len(set(kept))))
     nearest = np.abs(length[None, :] - wanted[:, None]).argmin(axis=1)
     return tuple(sorted({*(int(position) for position in nearest), *kept}))
+
+
+def _spread_over_surface(scaled: NDArray[np.float64], size: int, kept: Sequence[int]) -> tuple[int, ...]:
+    extremes = [int(find(column)) for column in scaled.T[1:] for find in (np.argmin, np.argmax)]
+    chosen = list(dict.fromkeys([0, len(scaled) - 1, *kept]))
+    chosen += list(dict.fromkeys(position for position in extremes if position not in chosen))
+    chosen = chosen[: max(size, len({0, len(scaled) - 1, *kept}))]
+    distance = np.min([np.linalg.norm(scaled - scaled[position], axis=1) for position in chosen], axis=0)
+    while len(chosen) < size and distance.max() > 0:
+        chosen.append(int(distance.argmax()))
+        distance = np.minimum(distance, np.linalg.norm(scaled - scaled[chosen[-1]], axis=1))
+    return tuple(sorted(chosen))
 
 
 def _floats(values: Any) -> tuple[float, ...]:

@@ -4,6 +4,9 @@ Suggestions are computed on a mirror of the study in memory; the study on disk r
 suggestion is thus a pure function of the cohorts before it, the sweep's seed and the slot: neither the number of
 workers, nor the order in which they finish, nor an interruption changes it. An interrupted cohort is asked again from
 its first slot; what it had finished is told from the study, the rest runs.
+
+The asynchronous order gives that up: a worker gets a suggestion as soon as it is free, made from whatever has finished by then.
+No finished trial is lost or repeated there either, but no two sweeps are the same.
 """
 
 from __future__ import annotations
@@ -19,21 +22,34 @@ from typing import Any, Literal, Protocol
 import optuna
 from numpy.typing import NDArray
 from optuna.storages import InMemoryStorage
-from optuna.trial import FrozenTrial, Trial, TrialState
+from optuna.trial import FrozenTrial, Trial
 
 from dsnet.errors import ConfigError
-from search.runner import Runner, TrialOutcome, TrialSpec
-from search.samplers import make_sampler, slot_seed
+from search.constraints import ConstraintSet
+from search.halving import ParetoHalving
+from search.runner import PROGRESS, Runner, Scalar, State, TrialOutcome, TrialSpec
+from search.samplers import POINT_LISTS, is_foreign, make_sampler, num_points, quiet_optuna, slot_seed
 from search.space import suggest
-from search.study import StudyJournal, StudySettings, Suggestion, TrialRecord, quiet_optuna, record_of
+from search.stopping import StopRules
+from search.study import (
+    StageRecord,
+    StudyJournal,
+    StudySettings,
+    Suggestion,
+    TrialRecord,
+    optuna_state,
+    record_of,
+)
 
-StopReason = Literal["trials", "time", "stop"]
+StopReason = Literal["trials", "time", "stop", "plateau", "target", "space"]
 SaveArrays = Callable[[int, Mapping[str, NDArray[Any]]], None]
 """Keeps a slot's arrays. Called before the trial is recorded, so that a recorded trial always has them; after a kill it
 may be called again for the same slot, and replaces what is there."""
-Constraints = Callable[[Mapping[str, float]], Mapping[str, float]]
-"""From a trial's metrics to constraint values by name, feasible where <= 0; the same names for every trial. NaN (it
-cannot be computed) fails the trial."""
+Queue = Callable[[], Sequence[Mapping[str, Scalar]]]
+"""Gives all points that people have enqueued so far, oldest first; it only ever grows."""
+NO_OUTCOME = "the runner returned no outcome for this trial"
+BATCHES_PER_COHORT = 8
+"""In the asynchronous order a worker gets a cohort's eighth at a time: trials that train in one program are cheaper together."""
 
 
 @dataclass(frozen=True)
@@ -43,10 +59,12 @@ class Budget:
     Attributes:
         trials: finished trials in the study, failed ones included, those of earlier launches too.
         time_s: seconds of searching in this launch; None = no limit. The trial in hand is finished first.
+        rules: when it has found enough.
     """
 
     trials: int
     time_s: float | None = None
+    rules: StopRules = field(default_factory=StopRules)
 
 
 @dataclass(frozen=True)
@@ -55,7 +73,8 @@ class SearchResult:
 
     Attributes:
         records: all finished trials of the study in slot order, those of earlier launches too.
-        stop_reason: which limit ended it: "trials" (the sweep is complete), "time", or "stop" (asked to; resumable).
+        stop_reason: what ended it: "trials" (the sweep is complete), "plateau" or "target" (enough was found), "space" (every point
+            of the grid was tried), "time", or "stop" (asked to; resumable).
     """
 
     records: tuple[TrialRecord, ...]
@@ -70,7 +89,7 @@ class SearchObserver(Protocol):
     """Hears of trials as they are recorded."""
 
     def on_trial(self, record: TrialRecord) -> None:
-        """A trial of this launch was recorded; in slot order."""
+        """A trial of this launch was recorded; with cohorts, in slot order."""
         ...
 
 
@@ -79,6 +98,39 @@ class NullObserver:
 
     def on_trial(self, record: TrialRecord) -> None:
         """Nothing to do."""
+
+
+class ProgressStore(Protocol):
+    """Keeps what staged trials need to go on. Losing it costs time, and nothing else."""
+
+    def save(self, slot: int, rung: int, arrays: Mapping[str, NDArray[Any]]) -> None:
+        """Keep a slot's arrays at a rung, in place of those of an earlier one."""
+        ...
+
+    def load(self, slot: int, rung: int) -> Mapping[str, NDArray[Any]]:
+        """What was kept at that rung; empty where there is nothing."""
+        ...
+
+    def forget(self, slot: int) -> None:
+        """The trial has ended."""
+        ...
+
+
+class ProgressInMemory:
+    """Keeps it as long as the process lives."""
+
+    def __init__(self) -> None:
+        self._kept: dict[int, tuple[int, Mapping[str, NDArray[Any]]]] = {}
+
+    def save(self, slot: int, rung: int, arrays: Mapping[str, NDArray[Any]]) -> None:
+        self._kept[slot] = (rung, arrays)
+
+    def load(self, slot: int, rung: int) -> Mapping[str, NDArray[Any]]:
+        kept_rung, arrays = self._kept.get(slot, (None, {}))
+        return arrays if kept_rung == rung else {}
+
+    def forget(self, slot: int) -> None:
+        self._kept.pop(slot, None)
 
 
 def keep_no_arrays(slot: int, arrays: Mapping[str, NDArray[Any]]) -> None:
@@ -90,9 +142,9 @@ def never() -> bool:
     return False
 
 
-def no_constraints(metrics: Mapping[str, float]) -> Mapping[str, float]:
-    """The `Constraints` of a sweep without any."""
-    return {}
+def nothing_enqueued() -> Sequence[Mapping[str, Scalar]]:
+    """The `Queue` of a sweep to which nobody adds points."""
+    return ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,82 +154,262 @@ class Search:
     Attributes:
         journal: the study, where finished trials go.
         runner: runs the trials; stays open, it is the caller's to close.
-        constraints: values for the sampler, from a trial's metrics.
+        constraints: told to the sampler; a hard one ends a trial as soon as it is seen to be broken.
         save_arrays: keeps what trials return beside their numbers.
+        progress: keeps what trials that run in stages need to go on.
+        queue: points that people add while the sweep is on; each is tried in the next slot that nobody has had yet.
         observer: hears of every recorded trial.
         should_stop: asked between trials; True ends the search after what is recorded.
     """
 
     journal: StudyJournal
     runner: Runner
-    constraints: Constraints = no_constraints
+    constraints: ConstraintSet = field(default_factory=ConstraintSet)
     save_arrays: SaveArrays = keep_no_arrays
+    progress: ProgressStore = field(default_factory=ProgressInMemory)
+    queue: Queue = nothing_enqueued
     observer: SearchObserver = field(default_factory=NullObserver)
     should_stop: Callable[[], bool] = never
 
     def run(self, budget: Budget) -> SearchResult:
-        """Search until the budget is spent or a stop is asked for. Running again continues.
+        """Search until the budget is spent, enough was found, or a stop is asked for. Running again continues.
 
         Raises:
             ConfigError: the study cannot be continued with the libraries installed here.
             PreflightError: the study cannot be written.
         """
-        deadline_s = math.inf if budget.time_s is None else time.monotonic() + budget.time_s
-        mirror = Mirror(self.journal.settings, self.journal.trials())
-        stop_reason = self._limit(budget, deadline_s)
-        while stop_reason is None:
-            with closing(self._run_cohort(mirror, budget.trials)) as records:
+        limits = _Limits(budget, self.journal.settings, self.should_stop)
+        for trial in self.journal.trials():
+            limits.add(record_of(trial))
+        reason = limits.reason(self.journal.enqueued)
+        if reason is None:
+            is_free = self.journal.settings.order == "asynchronous"
+            reason = self._run_freely(limits) if is_free else self._run_cohorts(limits)
+        return SearchResult(tuple(self.journal.records()), reason)
+
+    def _run_cohorts(self, limits: _Limits) -> StopReason:
+        settings = self.journal.settings
+        mirror = Mirror(settings, self.journal.trials())
+        while (reason := limits.reason(self.journal.enqueued)) is None:
+            if is_foreign(settings.sampler.name):
+                # What a sampler notes on the study is lost by an interruption: it must not have it without one either.
+                mirror = Mirror(settings, self.journal.trials())
+            num_trials = limits.num_trials(self.journal.enqueued)
+            points = self._fixed_points(range(mirror.num_told, mirror.next_end(num_trials)), len(self.journal.trials()))
+            with closing(self._run_cohort(mirror, mirror.ask(num_trials, points))) as records:
                 for record in records:
+                    limits.add(record)
                     self.observer.on_trial(record)
-                    stop_reason = self._limit(budget, deadline_s)
-                    if stop_reason is not None:
-                        break
-        return SearchResult(tuple(self.journal.records()), stop_reason)
+                    reason = limits.reason(self.journal.enqueued)
+                    if reason is not None:
+                        return reason
+        return reason
 
-    def _limit(self, budget: Budget, deadline_s: float) -> StopReason | None:
-        if len(self.journal.trials()) >= budget.trials:
-            return "trials"
-        if time.monotonic() >= deadline_s:
-            return "time"
-        return "stop" if self.should_stop() else None
+    def _fixed_points(self, slots: Iterable[int], num_recorded: int) -> Mapping[int, Mapping[str, Scalar]]:
+        """All enqueued points by slot; new ones get those of `slots` that have not been recorded yet, and keep them."""
+        settings, noted = self.journal.settings, self.journal.enqueued
+        taken = dict(enumerate(settings.enqueue)) | noted
+        new = self.queue()[len(noted) :]
+        if new:
+            free = (slot for slot in slots if slot not in taken and slot >= num_recorded)
+            given = dict(zip(free, new, strict=False))
+            if given:
+                self.journal.note_enqueued(given)
+                taken |= given
+        return taken
 
-    def _run_cohort(self, mirror: Mirror, num_trials: int) -> Generator[TrialRecord, None, None]:
-        """Run what is missing of the next cohort; yield its trials as they are recorded."""
-        suggestions = mirror.ask(num_trials)
-        for trial in self.journal.trials()[mirror.num_told :]:
+    def _run_cohort(self, mirror: Mirror, suggestions: Mapping[int, Suggestion]) -> Generator[TrialRecord, None, None]:
+        """Run what is missing of an asked cohort; yield its trials as they are recorded."""
+        first_slot, waiting = mirror.num_told, dict(suggestions)
+        for trial in self.journal.trials()[first_slot:]:
             record = record_of(trial)
-            _check_replay(record, suggestions.pop(record.slot))
+            _check_replay(record, waiting.pop(record.slot))
             mirror.tell(record)
-        with closing(self._in_slot_order(suggestions)) as outcomes:
-            for outcome in outcomes:
-                suggestion = suggestions[outcome.slot]
-                record = self._judge(outcome, suggestion)
-                self.save_arrays(outcome.slot, outcome.arrays)
-                self.journal.append(suggestion, record)
+        halving = self.journal.settings.halving
+        records = self._run_at_once(waiting) if halving is None else self._run_by_rungs(halving, first_slot, waiting)
+        with closing(records):
+            for record, arrays in records:
+                self._record(waiting[record.slot], record, arrays)
                 mirror.tell(record)
                 yield record
 
-    def _in_slot_order(self, suggestions: Mapping[int, Suggestion]) -> Generator[TrialOutcome, None, None]:
-        """Run the suggestions; yield each outcome as soon as it and those of all slots before it are there."""
-        seed = self.journal.settings.seed
-        specs = [TrialSpec(slot, slot_seed(seed, slot, "trial"), item.params) for slot, item in suggestions.items()]
-        due = deque(suggestions)
-        early: dict[int, TrialOutcome] = {}
-        with closing(self.runner.run(specs)) as outcomes:
-            for outcome in outcomes:
-                early[outcome.slot] = outcome
-                while due and due[0] in early:
-                    yield early.pop(due.popleft())
-        for slot in due:  # a runner that breaks its promise must not leave a hole in the study
-            missing = TrialOutcome.failed(slot, "the runner returned no outcome for this trial")
-            yield early.get(slot, missing)
+    def _record(self, suggestion: Suggestion, record: TrialRecord, arrays: Mapping[str, NDArray[Any]]) -> None:
+        self.save_arrays(record.slot, {name: array for name, array in arrays.items() if not name.startswith(PROGRESS)})
+        self.journal.append(suggestion, record)
+        self.progress.forget(record.slot)
 
-    def _judge(self, outcome: TrialOutcome, suggestion: Suggestion) -> TrialRecord:
-        """Decide what the study will say of a trial: complete with all numbers finite, or failed with a reason."""
+    def _run_at_once(self, suggestions: Mapping[int, Suggestion]) -> Generator[_Judged, None, None]:
+        """Run trials from start to end; yield each as soon as it and those of all slots before it are there."""
+        with closing(_in_slot_order(self.runner, self._specs(suggestions))) as outcomes:
+            for outcome in outcomes:
+                yield self._judge(outcome, suggestions[outcome.slot], outcome.slot), outcome.arrays
+
+    def _run_by_rungs(
+        self, halving: ParetoHalving, first_slot: int, suggestions: Mapping[int, Suggestion]
+    ) -> Generator[_Judged, None, None]:
+        """Run trials rung by rung, those that fall behind no further; what was found at a rung is read from the study where it is known.
+
+        The comparison at a rung is over the cohort and all cohorts before it: it does not depend on who finishes first. Asked to stop
+        within a stage, it ends without the cohort's records.
+        """
+        alive, ended = dict(suggestions), dict[int, TrialRecord]()
+        rungs: dict[int, dict[int, tuple[float, ...]]] = {slot: {} for slot in suggestions}
+        spent_s = dict.fromkeys(suggestions, 0.0)
+        goals = [objective.goal for objective in self.journal.settings.objectives]
+        before: int | None = None
+        for rung in halving.rungs:
+            stages = self._run_stage(first_slot, rung, before, alive, spent_s)
+            if stages is None:
+                return
+            reached = _reached(stages)
+            earlier = [
+                stage
+                for start in range(0, first_slot, self.journal.settings.cohort)
+                for stage in _reached(self.journal.stage(start, rung)).values()
+            ]
+            survivors = halving.survivors(
+                {slot: self._values(stage.metrics) for slot, stage in reached.items()},
+                [self._values(stage.metrics) for stage in earlier],
+                goals,
+                {slot: self._violation(stage.metrics) for slot, stage in reached.items()},
+                [self._violation(stage.metrics) for stage in earlier],
+            )
+            for slot in list(alive):
+                stage = stages[slot]
+                spent_s[slot] = stage.duration_s
+                if slot in reached:
+                    rungs[slot][rung] = self._values(stage.metrics)
+                if slot not in survivors:
+                    ended[slot] = self._ended(slot, alive.pop(slot), stage, rung, rungs[slot])
+            before = rung
+        last = self._specs(alive, None, before)
+        with closing(_in_slot_order(self.runner, last)) as outcomes:
+            for slot, suggestion in suggestions.items():
+                if slot in ended:
+                    yield ended[slot], {}
+                    continue
+                outcome = next(outcomes)
+                record = self._judge(outcome, suggestion, slot)
+                yield replace(record, duration_s=record.duration_s + spent_s[slot], rungs=rungs[slot]), outcome.arrays
+
+    def _run_stage(
+        self,
+        first_slot: int,
+        rung: int,
+        before: int | None,
+        alive: Mapping[int, Suggestion],
+        spent_s: Mapping[int, float],
+    ) -> dict[int, StageRecord] | None:
+        """What the cohort's trials have come to at a rung: read from the study where it is known, else run from the rung `before`.
+
+        Each is noted as soon as it is there. None: the search was asked to stop; what is noted is kept.
+        """
+        stages = self.journal.stage(first_slot, rung)
+        missing = {slot: item for slot, item in alive.items() if slot not in stages}
+        with closing(self.runner.run(self._specs(missing, rung, before))) as outcomes:
+            for outcome in outcomes:
+                progress = {name: array for name, array in outcome.arrays.items() if name.startswith(PROGRESS)}
+                self.progress.save(outcome.slot, rung, progress)
+                record = self._judge(outcome, missing.pop(outcome.slot), outcome.slot)
+                spent = spent_s[outcome.slot] + record.duration_s
+                stages[outcome.slot] = StageRecord(record.state, dict(record.metrics), record.reason, spent)
+                self.journal.note_stage(first_slot, rung, stages)
+                if self.should_stop():
+                    return None
+        for slot in missing:  # a runner that breaks its promise must not leave a hole in the study
+            stages[slot] = StageRecord("failed", {}, NO_OUTCOME, spent_s[slot])
+        return stages
+
+    def _violation(self, metrics: Mapping[str, float]) -> float:
+        """By how much a trial breaks its constraints in all."""
+        return sum(max(0.0, value) for value in self._constraint_values(metrics).values())
+
+    def _values(self, metrics: Mapping[str, float]) -> tuple[float, ...]:
+        return tuple(metrics[objective.name] for objective in self.journal.settings.objectives)
+
+    def _ended(
+        self,
+        slot: int,
+        suggestion: Suggestion,
+        stage: StageRecord,
+        rung: int,
+        rungs: Mapping[int, tuple[float, ...]],
+    ) -> TrialRecord:
+        """The record of a trial that goes no further than a rung."""
+        is_behind = stage.state == "complete"
+        return TrialRecord(
+            slot=slot,
+            number=slot,
+            state="pruned" if is_behind else stage.state,
+            params=suggestion.params,
+            values=None,
+            metrics=stage.metrics,
+            reason=f"fell behind at rung {rung}" if is_behind else stage.reason,
+            duration_s=stage.duration_s,
+            constraints=self._constraint_values(stage.metrics) if stage.state != "failed" else {},
+            finished_ms=round(1000 * time.time()),
+            rungs=dict(rungs),
+        )
+
+    def _run_freely(self, limits: _Limits) -> StopReason:
+        """Give every free worker a suggestion made from what has finished by then."""
+        journal = self.journal
+        mirror = Mirror(journal.settings, journal.trials())
+        asked: dict[int, Suggestion] = {}
+        size = math.ceil(journal.settings.cohort / BATCHES_PER_COHORT)
+        known = {record.slot for record in journal.records()}
+        reason: StopReason | None = None
+
+        def take() -> list[TrialSpec]:
+            if reason is not None:
+                return []
+            # Slots that a killed sweep had begun come first: at its end there is no hole.
+            free = (slot for slot in range(limits.num_trials(journal.enqueued)) if slot not in known)
+            slots = [slot for slot, _ in zip(free, range(size), strict=False)]
+            known.update(slots)
+            if not slots:
+                return []
+            points = self._fixed_points(slots, 0)
+            suggestions = mirror.ask_slots(slots, points)
+            asked.update(suggestions)
+            return self._specs(suggestions)
+
+        with closing(self.runner.stream(take)) as outcomes:
+            for outcome in outcomes:
+                suggestion = asked.pop(outcome.slot)
+                record = self._judge(outcome, suggestion, len(journal.trials()))
+                self._record(suggestion, record, outcome.arrays)
+                mirror.tell(record)
+                limits.add(record)
+                self.observer.on_trial(record)
+                reason = limits.reason(journal.enqueued)
+                if reason in ("stop", "time"):
+                    return reason
+        if reason is None:
+            raise RuntimeError(f"the runner ended without outcomes for slots {sorted(asked)}")
+        return reason
+
+    def _specs(
+        self, suggestions: Mapping[int, Suggestion], until: int | None = None, before: int | None = None
+    ) -> list[TrialSpec]:
+        seed = self.journal.settings.seed
+        return [
+            TrialSpec(
+                slot,
+                slot_seed(seed, slot, "trial"),
+                item.params,
+                until,
+                {} if before is None else self.progress.load(slot, before),
+            )
+            for slot, item in suggestions.items()
+        ]
+
+    def _judge(self, outcome: TrialOutcome, suggestion: Suggestion, number: int) -> TrialRecord:
+        """What the study will say of a trial: complete, all numbers finite; pruned by a hard constraint; or failed with a reason."""
         metrics = {name: float(value) for name, value in outcome.metrics.items()}
         record = TrialRecord(
             slot=outcome.slot,
-            number=outcome.slot,
+            number=number,
             state="failed",
             params=suggestion.params,
             values=None,
@@ -192,12 +424,57 @@ class Search:
         reason = _why_unusable(names, metrics)
         if reason is not None:
             return replace(record, reason=reason)
-        constraints = {name: float(value) for name, value in self.constraints(metrics).items()}
+        constraints = self._constraint_values(metrics)
         reason = _why_unusable(constraints, constraints)
         if reason is not None:
             return replace(record, reason=f"constraint {reason}")
-        values = tuple(metrics[name] for name in names)
-        return replace(record, state="complete", reason=None, values=values, constraints=constraints)
+        broken = self.constraints.broken(metrics)
+        state: State = "complete" if broken is None else "pruned"
+        values = tuple(metrics[name] for name in names) if broken is None else None
+        return replace(record, state=state, reason=broken, values=values, constraints=constraints)
+
+    def _constraint_values(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        return {name: float(value) for name, value in self.constraints.violations(metrics).items()}
+
+
+_Judged = tuple[TrialRecord, Mapping[str, NDArray[Any]]]
+"""A trial's record, and the arrays that it returned."""
+
+
+class _Limits:
+    """What ends a search, trial by trial."""
+
+    def __init__(self, budget: Budget, settings: StudySettings, should_stop: Callable[[], bool]) -> None:
+        self._budget = budget
+        self._deadline_s = math.inf if budget.time_s is None else time.monotonic() + budget.time_s
+        self._watch = budget.rules.watch(settings.objectives)
+        self._should_stop = should_stop
+        self._num_points = num_points(settings.sampler, settings.space)
+        self._num_configured = len(settings.enqueue)
+        self._num_finished = 0
+
+    def add(self, record: TrialRecord) -> None:
+        """Take in a finished trial."""
+        self._num_finished += 1
+        self._watch.add(record)
+
+    def num_trials(self, enqueued: Mapping[int, Any]) -> int:
+        """How many slots the sweep has at most."""
+        if self._num_points is None:
+            return self._budget.trials
+        return min(self._budget.trials, self._num_points + self._num_configured + len(enqueued))
+
+    def reason(self, enqueued: Mapping[int, Any] | None = None) -> StopReason | None:
+        """Why to end now; None = go on."""
+        if self._num_finished >= self._budget.trials:
+            return "trials"
+        if self._watch.reason is not None:
+            return self._watch.reason
+        if self._num_finished >= self.num_trials(enqueued or {}):
+            return "space"
+        if time.monotonic() >= self._deadline_s:
+            return "time"
+        return "stop" if self._should_stop() else None
 
 
 class Mirror:
@@ -207,46 +484,86 @@ class Mirror:
     """
 
     def __init__(self, settings: StudySettings, history: Sequence[FrozenTrial]) -> None:
-        """Take in all complete cohorts of `history` (finished trials in slot order); a rest is asked again."""
+        """Take in all complete cohorts of `history` (finished trials in slot order); a rest is asked again.
+
+        In the asynchronous order there are no cohorts: all of it is taken in.
+        """
         self._settings = settings
+        is_free = settings.order == "asynchronous"
+        self.num_told = len(history) if is_free else len(history) - len(history) % settings.cohort
+        self._asked: dict[int, Trial] = {}
         with quiet_optuna():
             directions = [objective.goal for objective in settings.objectives]
             self._study = optuna.create_study(storage=InMemoryStorage(), directions=directions)
-            self.num_told = len(history) - len(history) % settings.cohort
             self._study.add_trials(history[: self.num_told])
-        self._asked: dict[int, Trial] = {}
 
-    def ask(self, num_trials: int) -> dict[int, Suggestion]:
+    def next_end(self, num_trials: int) -> int:
+        """The slot behind the next cohort, where the sweep ends at `num_trials`."""
+        return min(self.num_told + self._settings.cohort, num_trials)
+
+    def ask(self, num_trials: int, points: Mapping[int, Mapping[str, Scalar]] | None = None) -> dict[int, Suggestion]:
         """Suggestions for the next cohort by slot, in slot order; fewer where the sweep ends at `num_trials`.
 
         Each slot has its own sampler with its own seed. All of the cohort must be told before the next is asked.
+
+        Args:
+            num_trials: of the whole sweep.
+            points: by slot, of the whole sweep, what is fixed beforehand; the sampler draws the rest.
         """
-        settings = self._settings
         if self._asked:
             raise RuntimeError(f"slots {sorted(self._asked)} were asked and not told")
-        slots = range(self.num_told, min(self.num_told + settings.cohort, num_trials))
+        return self.ask_slots(range(self.num_told, self.next_end(num_trials)), points)
+
+    def ask_slots(
+        self, slots: Iterable[int], points: Mapping[int, Mapping[str, Scalar]] | None = None
+    ) -> dict[int, Suggestion]:
+        """Suggestions for these slots, while others may still be out."""
+        settings, points = self._settings, points or {}
+        suggestions = {}
         with quiet_optuna():
             for slot in slots:
-                seed = slot_seed(settings.seed, slot, "sampler")
-                self._study.sampler = make_sampler(settings.sampler, seed=seed, startup=settings.startup)
-                self._asked[slot] = self._study.ask()
-                suggest(self._asked[slot], settings.space)
-        trials = self._study.get_trials(deepcopy=False)[slots.start :]
-        return {
-            slot: Suggestion(trial.params, trial.distributions, dict(trial.system_attrs))
-            for slot, trial in zip(slots, trials, strict=True)
-        }
+                place = slot
+                if settings.sampler.name in POINT_LISTS:  # an enqueued point takes none of the list
+                    place -= sum(other < slot for other in points)
+                self._study.sampler = make_sampler(
+                    settings.sampler, space=settings.space, base_seed=settings.seed, slot=place
+                )
+                if slot in points:
+                    self._study.enqueue_trial(dict(points[slot]))
+                trial = self._study.ask()
+                suggest(trial, settings.space)
+                self._asked[slot] = trial
+                frozen = self._study.get_trials(deepcopy=False)[trial.number]
+                suggestions[slot] = Suggestion(frozen.params, frozen.distributions, dict(frozen.system_attrs))
+        return suggestions
 
     def tell(self, record: TrialRecord) -> None:
-        """Enter a finished trial of the asked cohort."""
+        """Enter a finished trial that was asked."""
         trial = self._asked.pop(record.slot)
         for name, value in record.constraints.items():
             trial.set_constraint(name, value)
-        if record.state == "complete":
-            self._study.tell(trial, values=record.values, state=TrialState.COMPLETE)
-        else:
-            self._study.tell(trial, state=TrialState.FAIL)
+        with quiet_optuna():
+            self._study.tell(trial, values=record.values, state=optuna_state(record.state))
         self.num_told += 1
+
+
+def _reached(stages: Mapping[int, StageRecord]) -> dict[int, StageRecord]:
+    """Those that may go on."""
+    return {slot: stage for slot, stage in stages.items() if stage.state == "complete"}
+
+
+def _in_slot_order(runner: Runner, specs: Sequence[TrialSpec]) -> Generator[TrialOutcome, None, None]:
+    """Run trials; yield each outcome as soon as it and those of all specs before it are there."""
+    due = deque(spec.slot for spec in specs)
+    early: dict[int, TrialOutcome] = {}
+    with closing(runner.run(specs)) as outcomes:
+        for outcome in outcomes:
+            early[outcome.slot] = outcome
+            while due and due[0] in early:
+                yield early.pop(due.popleft())
+    for slot in due:  # a runner that breaks its promise must not leave a hole in the study
+        missing = TrialOutcome.failed(slot, NO_OUTCOME)
+        yield early.get(slot, missing)
 
 
 def _check_replay(record: TrialRecord, suggestion: Suggestion) -> None:

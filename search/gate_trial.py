@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from dsnet.cost import shared_params
-from dsnet.latency import LatencyTable
+from dsnet.latency import MAIN_DEVICE, BatchClock, LatencyTable, latency_metric
 from dsnet.routers import Router, router_from_arrays
 from dsnet.routing_table import RoutingTable
 from dsnet.space import SubnetSet
@@ -103,17 +104,29 @@ class GateScores:
 
     subnets: SubnetSet
     latency: LatencyTable
+    """Of the main device."""
+    devices: Mapping[str, LatencyTable] = field(default_factory=dict)
+    """Of further devices, by name."""
 
     def metrics(self, fit: GateFit) -> dict[str, float]:
-        """The fit's own, the parameters of its bundle, and the ideal latency at batch 1."""
+        """The fit's own, the parameters of its bundle, and the ideal latency of each batch size on each device (`latency_metric`)."""
         tensors, _ = fit.router.to_arrays()
         members = [self.subnets[route] for route in fit.router.routes]
         params = shared_params(self.subnets.spec, members) + sum(value.numel() for value in tensors.values())
-        routes = [subnet.name for subnet in self.subnets]
         return {
             **fit.metrics,
             "params_m": params / 1e6,
-            "latency_ms": self.latency.batch1_ms(fit.run.runs, routes),
+            **{name: clock.ms(fit.run.runs, fit.router.kind) for name, clock in self._clocks.items()},
+        }
+
+    @cached_property
+    def _clocks(self) -> dict[str, BatchClock]:
+        """Name of a metric -> what tells its value; made once, as thousands of trials ask."""
+        routes = [subnet.name for subnet in self.subnets]
+        return {
+            latency_metric(size, device): table.clock(size, routes)
+            for device, table in {MAIN_DEVICE: self.latency, **self.devices}.items()
+            for size in table.batch_sizes
         }
 
 

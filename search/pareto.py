@@ -101,16 +101,37 @@ def hypervolume_trace(values: ArrayLike, goals: Sequence[Goal], reference: Array
     Returns:
         float64 [n].
     """
-    costs = _as_costs(values, goals)
-    bound = _reference_costs(goals, reference)
-    front: _Front2d | _Front3d = _Front2d(bound) if len(bound) == 2 else _Front3d(bound)
-    trace = np.empty(len(costs))
-    for index, point in enumerate(costs):
-        if np.all(point < bound):  # false for NaN
-            _refuse_infinite(point)
-            front.add(point)
-        trace[index] = front.volume
+    running = RunningHypervolume(goals, reference)
+    rows = np.asarray(values, dtype=np.float64)
+    trace = np.empty(len(rows))
+    for index, row in enumerate(rows):
+        running.add(row)
+        trace[index] = running.volume
     return trace
+
+
+class RunningHypervolume:
+    """The hypervolume of points that come one after the other.
+
+    Args and errors: as `hypervolume`.
+    """
+
+    def __init__(self, goals: Sequence[Goal], reference: ArrayLike) -> None:
+        self._goals = goals
+        self._bound = _reference_costs(goals, reference)
+        self._front: _Front2d | _Front3d = _Front2d(self._bound) if len(self._bound) == 2 else _Front3d(self._bound)
+
+    @property
+    def volume(self) -> float:
+        """Of all points so far."""
+        return self._front.volume
+
+    def add(self, values: ArrayLike) -> None:
+        """Take in one point [d]; a NaN, or no better than the reference in some objective, adds nothing."""
+        point = _as_costs(np.atleast_2d(np.asarray(values, dtype=np.float64)), self._goals)[0]
+        if np.all(point < self._bound):  # false for NaN
+            _refuse_infinite(point)
+            self._front.add(point)
 
 
 class _Front2d:
@@ -157,66 +178,41 @@ class _Front3d:
 
 
 def knee(values: ArrayLike, goals: Sequence[Goal]) -> int:
-    """The point of the front at the greatest distance above the chord between the front's two ends.
+    """The point of the front that gives the most in all objectives together.
 
-    Both objectives are scaled to [0, 1] over the front first, so the answer does not depend on their units. Of
-    equally distant points the one that is better in the *first* objective wins; this also decides a front of two
-    points, and one that bends the other way, where both ends (distance 0) win over all between. Of copies of a point
-    the first row is meant.
+    Every objective is scaled to [0, 1] over the front first, so that the answer does not depend on units; the knee has
+    the least sum of scaled costs. With 2 objectives that is the greatest distance above the chord between the front's
+    two ends. With 3 every objective counts as much as any other: two costs that rise together count twice. An
+    objective in which the whole front is equal counts nothing.
+
+    Of equally good points the one that is better in the *first* objective wins, then in the second; this also decides
+    a front of two points, and one that bends the other way, where both ends (distance 0) win over all between. Of
+    copies of a point the first row is meant.
 
     Args:
-        values: [n, 2], n >= 1; rows with a value that is not finite are left out.
-        goals: 2 goals.
+        values: [n, d], n >= 1, d = 2 or 3; rows with a value that is not finite are left out.
+        goals: d goals.
 
     Returns:
         A row index of `values`.
 
     Raises:
-        ValueError: no finite row, or not 2 objectives.
+        ValueError: no finite row.
     """
     costs = _as_costs(values, goals)
-    if costs.shape[1] != 2:
-        raise ValueError(f"A knee needs 2 objectives, but got {costs.shape[1]}.")
     finite = np.flatnonzero(np.isfinite(costs).all(axis=1))
     if not len(finite):
         raise ValueError(
             f"A knee needs at least one finite point, but all {len(costs)} rows have a NaN or an infinity."
         )
-    rows = finite[_front_mask_2d(costs[finite], keep_duplicates=False)]
-    rows = rows[np.argsort(costs[rows, 0])]  # best in the first objective first: argmax below then breaks ties its way
+    rows = finite[front_mask(costs[finite], ("minimize",) * costs.shape[1], keep_duplicates=False)]
+    # Best in the first objective first, then in the second: argmin below takes the first of equal sums.
+    rows = rows[np.lexsort(costs[rows].T[::-1])]
     front = costs[rows]
-    if len(rows) == 1:
-        return int(rows[0])
-    scaled = (front - front.min(axis=0)) / np.ptp(front, axis=0)
-    # In scaled costs the chord runs from (0, 1) to (1, 0); rounding makes points on a straight front equal again.
-    distance = np.round(1.0 - scaled.sum(axis=1), 12)
-    return int(rows[np.argmax(distance)])
-
-
-def pick_by_budget(values: ArrayLike, goals: Sequence[Goal], budget: float) -> int:
-    """The point that is best in the first objective among those whose second objective is within `budget`.
-
-    Args:
-        values: [n, 2]; rows with a NaN are left out.
-        goals: 2 goals. `budget` is an upper bound on a minimised second objective, a lower bound on a maximised one.
-        budget: in the units of the second column; inclusive.
-
-    Returns:
-        A row index; of points equal in the first objective the better in the second, then the first row.
-
-    Raises:
-        NotFoundError: no point is within the budget.
-    """
-    costs = _as_costs(values, goals)
-    limit = budget if goals[1] == "minimize" else -budget
-    measured = np.flatnonzero(~np.isnan(costs).any(axis=1))
-    if not len(measured):
-        raise NotFoundError(f"no point is within the budget {budget:g}: there is no point at all")
-    rows = measured[costs[measured, 1] <= limit]
-    if not len(rows):
-        nearest = np.asarray(values, dtype=np.float64)[measured[np.argmin(costs[measured, 1])], 1]
-        raise NotFoundError(f"no point is within the budget {budget:g}: the nearest is at {nearest:g}")
-    return int(rows[np.lexsort((costs[rows, 1], costs[rows, 0]))[0]])
+    extent = np.ptp(front, axis=0)
+    scaled = (front - front.min(axis=0)) / np.where(extent > 0, extent, 1.0)
+    # Rounding makes points on a straight front equal again.
+    return int(rows[np.argmin(np.round(scaled.sum(axis=1), 12))])
 
 
 def _as_costs(values: ArrayLike, goals: Sequence[Goal]) -> NDArray[np.float64]:

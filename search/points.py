@@ -1,8 +1,9 @@
 """Points: one row for every sub-network, gate and control that is drawn or listed, and the file that holds them.
 
-A row is a dict with the keys of `POINT_COLUMNS`, None where a value does not apply; a gate's row also has one
-`param.<dotted name>` key for each of the trial's parameters. Accuracies are fractions, `*_m` millions, `latency_ms`
-milliseconds an image.
+A row is a dict with the keys of `POINT_COLUMNS`, None where a value does not apply. Further latencies have columns of
+their own, as the metrics are called (`latency_ms_batch64`, `latency_ms.server`); a gate's row also has one
+`param.<dotted name>` key for each of the trial's parameters. Accuracies are fractions, `*_m` millions, latencies
+milliseconds: `latency_ms` of an image, `latency_ms_batchN` of N.
 """
 
 from __future__ import annotations
@@ -38,16 +39,19 @@ _TYPES: dict[str, pa.DataType] = {
     "latency_ms": pa.float64(),
     "slot": pa.int64(),
     "is_front": pa.bool_(),
+    "is_feasible": pa.bool_(),
+    "supernet": pa.string(),
 }
 POINT_COLUMNS: tuple[str, ...] = tuple(_TYPES)
 PARAM_PREFIX = "param."
+LATENCY = "latency_ms"
 KINDS = ("subnet", "gate", "control")
 SPLITS = ("val", "test")
 
 _REQUIRED = ("kind", "name", "split", "top1", "madds_m")
 _ACCURACIES = ("top1", "top5")
 _AMOUNTS = ("madds_m", "p95_madds_m", "params_m", "latency_ms")
-_SCHEMA_KEY, _SCHEMA_VERSION = b"dsnet.points", b"1"
+_SCHEMA_KEY, _SCHEMA_VERSION = b"dsnet.points", b"2"
 
 
 def trial_name(slot: int) -> str:
@@ -64,6 +68,8 @@ def subnet_points(
     top5: Sequence[float] | None = None,
     params: Sequence[float] | None = None,
     latency_ms: Sequence[float] | None = None,
+    further: Mapping[str, Sequence[float]] | None = None,
+    supernet: str | None = None,
 ) -> list[PointRow]:
     """Rows of K static sub-networks.
 
@@ -75,9 +81,14 @@ def subnet_points(
         top5: fractions; columns that are left out become None.
         params: absolute numbers of parameters.
         latency_ms: milliseconds.
+        further: other latencies by their metric's name, each [K].
+        supernet: the one that they belong to, where a sweep has several.
     """
+    more = [dict(zip(further or {}, values, strict=True)) for values in zip(*(further or {}).values(), strict=True)]
     missing: list[None] = [None] * len(names)
-    columns = zip(names, top1, madds, top5 or missing, params or missing, latency_ms or missing, strict=True)
+    columns = zip(
+        names, top1, madds, top5 or missing, params or missing, latency_ms or missing, more or missing, strict=True
+    )
     return [
         _row(
             kind="subnet",
@@ -89,8 +100,10 @@ def subnet_points(
             p95_madds_m=float(cost) / 1e6,  # every image costs the same
             params_m=None if size is None else float(size) / 1e6,
             latency_ms=_float_or_none(latency),
+            supernet=supernet,
+            **_latencies(others or {}),
         )
-        for name, accuracy, cost, accuracy5, size, latency in columns
+        for name, accuracy, cost, accuracy5, size, latency, others in columns
     ]
 
 
@@ -100,8 +113,10 @@ def gate_points(
     metrics: Sequence[Mapping[str, float]],
     params: Sequence[Mapping[str, float | int | str | bool]],
     is_front: Sequence[bool],
+    is_feasible: Sequence[bool] | None = None,
+    supernets: Sequence[str | None] | None = None,
 ) -> list[PointRow]:
-    """Rows of finished trials.
+    """Rows of completed trials.
 
     Args:
         split: "val" or "test".
@@ -110,7 +125,11 @@ def gate_points(
             NaN.
         params: dotted names, e.g. "gate.target".
         is_front: whether the trial is on the front of its study.
+        is_feasible: whether it holds every constraint; left out, all do.
+        supernets: where each comes from, in a sweep of several supernets.
     """
+    feasible = [True] * len(slots) if is_feasible is None else is_feasible
+    origins = [None] * len(slots) if supernets is None else supernets
     measured = [column for column in (*_ACCURACIES, *_AMOUNTS) if column not in _REQUIRED]
     return [
         _row(
@@ -122,20 +141,37 @@ def gate_points(
             **{column: _float_or_none(values.get(column)) for column in measured},
             slot=int(slot),
             is_front=bool(front),
+            is_feasible=bool(holds),
+            supernet=origin,
+            **_latencies(values),
         )
         | {PARAM_PREFIX + key: value for key, value in settings.items()}
-        for slot, values, settings, front in zip(slots, metrics, params, is_front, strict=True)
+        for slot, values, settings, front, holds, origin in zip(
+            slots, metrics, params, is_front, feasible, origins, strict=True
+        )
     ]
 
 
-def control_points(split: str, name: str, madds: ArrayLike, top1: ArrayLike) -> list[PointRow]:
+def control_points(
+    split: str, name: str, madds: ArrayLike, top1: ArrayLike, supernet: str | None = None
+) -> list[PointRow]:
     """Rows along one control (e.g. "cascade"): absolute mean MAdds [B], top-1 [B]; none where top-1 is NaN."""
     costs, accuracies = np.atleast_1d(np.asarray(madds, dtype=float)), np.atleast_1d(np.asarray(top1, dtype=float))
     return [
-        _row(kind="control", name=name, split=split, top1=float(accuracy), madds_m=float(cost) / 1e6)
+        _row(kind="control", name=name, split=split, top1=float(accuracy), madds_m=float(cost) / 1e6, supernet=supernet)
         for cost, accuracy in zip(costs, accuracies, strict=True)
         if math.isfinite(accuracy)
     ]
+
+
+def _latencies(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The further latencies among metrics, without those that are not known."""
+    return {name: float(value) for name, value in metrics.items() if _is_latency(name) and not math.isnan(value)}
+
+
+def _is_latency(column: str) -> bool:
+    """Whether a column is a latency beside the fixed ones: `latency_ms.server`, `latency_ms_batch64`."""
+    return column.startswith((f"{LATENCY}.", f"{LATENCY}_"))
 
 
 def _row(**values: Any) -> PointRow:
@@ -156,10 +192,12 @@ def validate_points(rows: Sequence[Mapping[str, Any]]) -> None:
         problem = _problem(row)
         if problem:
             raise ValueError(f"Point {index} ({row.get('name')!r}): {problem}.")
-    seen = Counter((row["kind"], row["name"], row["split"]) for row in rows if row["kind"] != "control")
+    seen = Counter(
+        (row["kind"], row["name"], row["split"], row.get("supernet")) for row in rows if row["kind"] != "control"
+    )
     repeated = [key for key, count in seen.items() if count > 1]
     if repeated:
-        kind, name, split = repeated[0]
+        kind, name, split, _ = repeated[0]
         raise ValueError(f"The {kind} {name!r} has {seen[repeated[0]]} points on {split}, but must have one.")
 
 
@@ -175,11 +213,14 @@ def _problem(row: Mapping[str, Any]) -> str | None:
 
 
 def _column_problem(row: Mapping[str, Any]) -> str | None:
+    origin = row.get("supernet")
+    if not (origin is None or isinstance(origin, str)):
+        return f"`supernet` is {origin!r}, but must be a name or nothing"
     for column, value in row.items():
-        if column in _TYPES:
+        if column in _TYPES or _is_latency(column):
             continue
         if not column.startswith(PARAM_PREFIX):
-            return f"the column `{column}` is unknown; known: {', '.join(POINT_COLUMNS)}, {PARAM_PREFIX}*"
+            return f"the column `{column}` is unknown; known: {', '.join(POINT_COLUMNS)}, {LATENCY}_batchN, {LATENCY}.NAME, {PARAM_PREFIX}*"
         if row["kind"] != "gate":
             return f"a {row['kind']} has no parameters, but has `{column}`"
         if not isinstance(value, bool | int | float | str):
@@ -188,7 +229,7 @@ def _column_problem(row: Mapping[str, Any]) -> str | None:
 
 
 def _number_problem(row: Mapping[str, Any]) -> str | None:
-    for column in (*_ACCURACIES, *_AMOUNTS):
+    for column in (*_ACCURACIES, *_AMOUNTS, *filter(_is_latency, row)):
         value = row.get(column)
         if value is None:
             continue
@@ -201,18 +242,22 @@ def _number_problem(row: Mapping[str, Any]) -> str | None:
 
 
 def _gate_problem(row: Mapping[str, Any]) -> str | None:
-    slot, is_front = row.get("slot"), row.get("is_front")
+    slot, flags = row.get("slot"), {column: row.get(column) for column in ("is_front", "is_feasible")}
     if row["kind"] != "gate":
-        return None if slot is None and is_front is None else f"a {row['kind']} has neither `slot` nor `is_front`"
+        is_bare = slot is None and set(flags.values()) == {None}
+        return None if is_bare else f"a {row['kind']} has neither `slot` nor `is_front` nor `is_feasible`"
     if isinstance(slot, bool) or not isinstance(slot, int) or slot < 0:
         return f"`slot` is {slot!r}, but must be a whole number of 0 or more"
-    return None if isinstance(is_front, bool) else f"`is_front` is {is_front!r}, but must be true or false"
+    for column, flag in flags.items():
+        if not isinstance(flag, bool):
+            return f"`{column}` is {flag!r}, but must be true or false"
+    return "an infeasible trial cannot be on the front" if flags["is_front"] and not flags["is_feasible"] else None
 
 
 def points_frame(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-    """Rows as a DataFrame: `POINT_COLUMNS`, then the parameters sorted by name.
+    """Rows as a DataFrame: `POINT_COLUMNS`, then further latencies and parameters sorted by name.
 
-    `slot`, `is_front` and whole-number parameters keep their type beside missing values (pandas' nullable types).
+    `slot`, the flags and whole-number parameters keep their type beside missing values (pandas' nullable types).
     """
     import pandas as pd
 
@@ -257,7 +302,8 @@ def load_points(path: str | Path) -> list[PointRow]:
     if version != _SCHEMA_VERSION:
         found = "none" if version is None else version.decode(errors="replace")
         raise DataError(
-            f"{path}: points schema version {found}, but this release reads {_SCHEMA_VERSION.decode()}; launch again"
+            f"{path}: points schema version {found}, but this release reads {_SCHEMA_VERSION.decode()}; "
+            "`dsnet-orch report RUN` writes the file again"
         )
     rows = [
         {column: value for column, value in row.items() if column in _TYPES or value is not None}

@@ -15,7 +15,10 @@ from numpy.typing import NDArray
 logger = logging.getLogger(__name__)
 
 Scalar = float | int | str | bool
-State = Literal["complete", "failed"]
+State = Literal["complete", "failed", "pruned"]
+"""What became of a trial. Runners return the first two; the search prunes."""
+PROGRESS = "progress/"
+"""Names of arrays that begin so are what a staged trial needs to go on."""
 
 
 @dataclass(frozen=True)
@@ -26,11 +29,16 @@ class TrialSpec:
         slot: the trial's place in the sweep, from 0; the same on every launch and with any number of workers.
         seed: of the trial's own randomness, 0 <= seed < 2**32; derived from the sweep's seed and the slot.
         params: suggested values by dotted name, e.g. {"gate.target": 0.4}.
+        until: where this stage of the trial ends, in its own unit (epochs); None = at its end. For trials that run in stages.
+        progress: the arrays named `PROGRESS...` that an earlier stage returned. Without any a trial runs from its start, to the same
+            result.
     """
 
     slot: int
     seed: int
     params: Mapping[str, Scalar]
+    until: int | None = None
+    progress: Mapping[str, NDArray[Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -106,6 +114,17 @@ class Runner(Protocol):
         """Yield one outcome per spec, in any order, as they come. Closing the generator early abandons the rest."""
         ...
 
+    def stream(self, take: Callable[[], Sequence[TrialSpec]]) -> Generator[TrialOutcome, None, None]:
+        """Run trials without waiting for their like: whenever a worker is free, it gets what `take` returns.
+
+        Outcomes are yielded as they come, and `take` is asked only between them, so that it can learn from those before. It ends when
+        `take` returns nothing and no trial runs any more. Closing the generator early abandons what runs.
+
+        Args:
+            take: the next trials for one worker; empty when there is nothing to run (it is asked again after the next outcome).
+        """
+        ...
+
     def close(self) -> None:
         """Release the workers. The runner cannot be used afterwards."""
         ...
@@ -125,6 +144,10 @@ class SerialRunner:
                 continue
             for spec in batch:
                 yield from run_batch(self._function, [spec]) or ()
+
+    def stream(self, take: Callable[[], Sequence[TrialSpec]]) -> Generator[TrialOutcome, None, None]:
+        while specs := take():
+            yield from self.run(specs)
 
     def close(self) -> None:
         """Nothing is held."""

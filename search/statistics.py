@@ -8,7 +8,7 @@ several.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from search.controls import StaticLine
-from search.pareto import front_mask
+from search.pareto import Goal, front_mask
 
 Floats = NDArray[np.float64]
 
@@ -41,12 +41,6 @@ def bootstrap_counts(num_images: int, num_resamples: int, seed: int) -> Iterator
         for row in counts:
             row[:] = np.bincount(rng.integers(num_images, size=num_images), minlength=num_images)
         yield counts
-
-
-def bootstrap_weights(num_images: int, num_resamples: int, seed: int) -> Iterator[NDArray[np.float32]]:
-    """Multinomial weights of the images, counts / n; chunks as in `bootstrap_counts`, every row sums to 1."""
-    for counts in bootstrap_counts(num_images, num_resamples, seed):
-        yield counts / np.float32(num_images)
 
 
 def bootstrap_interval(samples: ArrayLike, level: float = 0.95) -> tuple[Floats, Floats]:
@@ -84,6 +78,31 @@ def wilson_interval(num_correct: int, num_images: int, level: float = 0.95) -> t
 def _check_level(level: float) -> None:
     if not 0 < level < 1:
         raise ValueError(f"The value of `level` is {level}, but must be between 0 and 1.")
+
+
+def unpaired_difference(
+    first: tuple[float, float, float], second: tuple[float, float, float]
+) -> tuple[float, float, float]:
+    """The difference of two values of independent samples, with an interval as wide as theirs together.
+
+    Each end lies as far from the difference as the square root of the sum of the squares of the two distances that it
+    comes from (Zou and Donner 2008, "recovering variance estimates"): for symmetric intervals the usual formula, and
+    skewed ones stay skewed.
+
+    Args:
+        first: (value, low, high), low <= value <= high.
+        second: subtracted; of other images.
+
+    Returns:
+        (value, low, high).
+    """
+    (value, low, high), (other, other_low, other_high) = first, second
+    difference = value - other
+    return (
+        difference,
+        difference - float(np.hypot(value - low, other_high - other)),
+        difference + float(np.hypot(high - value, other - other_low)),
+    )
 
 
 @dataclass(frozen=True)
@@ -194,11 +213,12 @@ def gain_over_random(
     return Gain(routed.top1 - chance, low, high)
 
 
-def front_stability(sample: PointSample, decisions: ArrayLike) -> Floats:
-    """The share of resamples in which each point is non-dominated (most top-1, least mean MAdds); not a p-value.
+def front_stability(objectives: Sequence[Floats], goals: Sequence[Goal], decisions: ArrayLike) -> Floats:
+    """The share of resamples in which each point is non-dominated; not a p-value.
 
     Args:
-        sample: P points.
+        objectives: 2 or 3; each [R, P] as resampled with the same images, or [P] for what is the same in every resample.
+        goals: one for each objective.
         decisions: int [n, P], the route of each image under each point. Points that decide alike everywhere are one
             point, and all of them get its share.
 
@@ -206,10 +226,11 @@ def front_stability(sample: PointSample, decisions: ArrayLike) -> Floats:
         float64 [P].
     """
     _, first, group = np.unique(np.asarray(decisions), axis=1, return_index=True, return_inverse=True)
+    values = np.stack(np.broadcast_arrays(*(np.atleast_2d(objective) for objective in objectives)), axis=-1)
     num_on_front = np.zeros(len(first))
-    for top1, madds in zip(sample.resampled_top1[:, first], sample.resampled_madds[:, first], strict=True):
-        num_on_front += front_mask(np.column_stack([top1, madds]), ("maximize", "minimize"), keep_duplicates=True)
-    return (num_on_front / len(sample.resampled_top1))[group.ravel()]
+    for resample in values[:, first]:
+        num_on_front += front_mask(resample, goals, keep_duplicates=True)
+    return (num_on_front / len(values))[group.ravel()]
 
 
 def tied_groups(

@@ -1,36 +1,44 @@
 """The study on disk: an Optuna journal that holds finished trials only, one record each.
 
 A suggestion takes Optuna several records, so that a kill in the middle would leave a trial RUNNING for ever. Here a
-trial is written when it is finished, in slot order, as one line; the trial in slot k is therefore the study's trial
-number k, and optuna-dashboard opens the journal as it is. One process writes (the driver, which holds the run's lock);
-any number may read meanwhile.
+trial is written when it is finished, as one line, and optuna-dashboard opens the journal as it is. With cohorts trials are
+written in slot order, so that the trial in slot k is the study's trial number k. Decisions that a resumed sweep must
+repeat (points that a person enqueued, rungs of halving) are attributes of the study. One process writes (the driver, which
+holds the run's lock); any number may read meanwhile.
 """
 
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal
 
 import optuna
 from optuna.distributions import BaseDistribution
-from optuna.exceptions import ExperimentalWarning
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from dsnet.errors import CheckpointError, ConfigError, NotFoundError, PreflightError
+from search.halving import ParetoHalving
 from search.runner import Scalar, State
-from search.samplers import check_sampler
-from search.space import Space
+from search.samplers import SamplerSettings, check_sampler, quiet_optuna
+from search.space import Space, check_point
 
 _IDENTITY_ATTR = "dsnet_study"
-_IDENTITY_VERSION = 1
+_IDENTITY_VERSION = 2
+_ENQUEUED_ATTR = "dsnet_enqueued"
+_RUNG_ATTR = "dsnet_rung"
+_STATES: Mapping[TrialState, State] = {
+    TrialState.COMPLETE: "complete",
+    TrialState.FAIL: "failed",
+    TrialState.PRUNED: "pruned",
+}
+_OPTUNA_STATES = {name: state for state, name in _STATES.items()}
 
 
 @dataclass(frozen=True)
@@ -49,19 +57,24 @@ class StudySettings:
         name: of the study, as optuna-dashboard shows it.
         space: what is varied.
         objectives: metrics that every trial must return, finite.
-        sampler: one of `search.samplers.KNOWN_SAMPLERS`.
+        sampler: who suggests.
         seed: of the whole sweep; every slot derives its own (`slot_seed`).
         cohort: >= 1; trials asked before any of them is told. Independent of the number of workers.
-        startup: see `make_sampler`.
+        order: `cohorts`: suggestions depend on the cohorts before them only. `asynchronous`: on whatever has finished when a worker
+            is free, which no two sweeps share.
+        enqueue: points of the first slots; what a point leaves out is drawn.
+        halving: ends trials that fall behind, rung by rung; None = every trial runs to its end. Needs cohorts.
     """
 
     name: str
     space: Space
     objectives: Sequence[Objective]
-    sampler: str = "tpe"
+    sampler: SamplerSettings = field(default_factory=SamplerSettings)
     seed: int = 0
     cohort: int = 8
-    startup: int = 16
+    order: Literal["cohorts", "asynchronous"] = "cohorts"
+    enqueue: Sequence[Mapping[str, Scalar]] = ()
+    halving: ParetoHalving | None = None
 
     def __post_init__(self) -> None:
         check_sampler(self.sampler)
@@ -69,15 +82,25 @@ class StudySettings:
             raise ConfigError(f"sampler.cohort is {self.cohort}, but must be 1 or more")
         if not self.objectives:
             raise ConfigError("metrics: a study needs at least one objective")
+        if self.halving is not None and self.order == "asynchronous":
+            raise ConfigError(
+                "sampler.order asynchronous has no rungs on which trials could be compared; set pruner.name to none"
+            )
+        for point in self.enqueue:
+            check_point(self.space, point)
 
     def identity(self) -> dict[str, Any]:
         """What must not change between two launches on one study, as plain JSON values."""
         return {
             "objectives": [[objective.name, objective.goal] for objective in self.objectives],
             "space_hash": self.space.hash,
-            "sampler": self.sampler,
-            "startup": self.startup,
+            "sampler": self.sampler.name,
+            "sampler_options": dict(self.sampler.options),
+            "startup": self.sampler.startup,
             "cohort": self.cohort,
+            "order": self.order,
+            "enqueue": [dict(point) for point in self.enqueue],
+            "halving": None if self.halving is None else [self.halving.factor, list(self.halving.rungs), self.halving.keeps_front],
             "seed": self.seed,
         }
 
@@ -89,14 +112,15 @@ class TrialRecord:
     Attributes:
         slot: its place in the sweep, from 0.
         number: Optuna's number of it, as optuna-dashboard shows it.
-        state: "complete" or "failed".
+        state: "complete", "failed", or "pruned": it was fine, and ended early.
         params: by dotted name.
-        values: the objectives, in the study's order; None where it failed.
-        metrics: everything it returned.
-        reason: why it failed.
+        values: the objectives, in the study's order; None unless complete.
+        metrics: everything it returned; those of its last stage where it was pruned.
+        reason: why it failed or was pruned.
         duration_s: seconds of work.
         constraints: by name; feasible where <= 0.
         finished_ms: Unix time at which it was judged, in ms.
+        rungs: of a trial that ran in stages, the objectives at each rung that it reached.
     """
 
     slot: int
@@ -109,11 +133,34 @@ class TrialRecord:
     duration_s: float
     constraints: Mapping[str, float] = field(default_factory=dict)
     finished_ms: int = 0
+    rungs: Mapping[int, tuple[float, ...]] = field(default_factory=dict)
+
+    @property
+    def is_feasible(self) -> bool:
+        """Whether it is complete and holds all constraints: only then may it be on a front."""
+        return self.state == "complete" and all(value <= 0 for value in self.constraints.values())
 
     @property
     def start_ms(self) -> int:
         """Unix time at which its work began, in ms."""
         return self.finished_ms - round(1000 * self.duration_s)
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """What a trial had come to at a rung.
+
+    Attributes:
+        metrics: there.
+        reason: why it ends here, failed or pruned by a hard constraint; None where it may go on.
+        state: "complete" where it may go on.
+        duration_s: seconds of work up to here.
+    """
+
+    state: State
+    metrics: dict[str, float]
+    reason: str | None
+    duration_s: float
 
 
 @dataclass(frozen=True)
@@ -136,6 +183,8 @@ class StudyJournal:
         self.settings = settings
         self._path = path
         self._study = study
+        noted = study.user_attrs.get(_ENQUEUED_ATTR, {})
+        self._enqueued: dict[int, dict[str, Scalar]] = {int(slot): point for slot, point in noted.items()}
 
     @classmethod
     def open(cls, path: Path, settings: StudySettings) -> StudyJournal:
@@ -158,12 +207,12 @@ class StudyJournal:
         return cls(path, settings, study)
 
     def trials(self) -> list[FrozenTrial]:
-        """All finished trials in slot order, as Optuna has them. Not copied: do not change them."""
+        """All finished trials in the order of their numbers, as Optuna has them. Not copied: do not change them."""
         return self._study.get_trials(deepcopy=False)
 
     def records(self) -> list[TrialRecord]:
         """All finished trials in slot order."""
-        return [record_of(trial) for trial in self.trials()]
+        return _by_slot(self.trials())
 
     def append(self, suggestion: Suggestion, record: TrialRecord) -> None:
         """Write a finished trial as one record; it is on disk when this returns.
@@ -171,12 +220,40 @@ class StudyJournal:
         Raises:
             PreflightError: it cannot be written; nothing of the trial is kept, and the next `open` mends the file.
         """
-        if record.number != record.slot:
+        number = len(self.trials())
+        if record.number != number:
             raise ValueError(
-                f"slot {record.slot} was to be written as trial number {record.number}: slots are written in order"
+                f"slot {record.slot} was to be trial number {record.number}, but the next number is {number}"
+            )
+        if self.settings.order == "cohorts" and record.slot != number:
+            raise ValueError(
+                f"slot {record.slot} was to be written as trial number {number}: slots are written in order"
             )
         with _writing(self._path):
             self._study.add_trial(_frozen(suggestion, record))
+
+    @property
+    def enqueued(self) -> dict[int, dict[str, Scalar]]:
+        """Points that people enqueued while the sweep was on, by the slot that each was given."""
+        return dict(self._enqueued)
+
+    def note_enqueued(self, points: Mapping[int, Mapping[str, Scalar]]) -> None:
+        """Give points to slots, for good: on disk when this returns."""
+        noted = self._enqueued | {slot: dict(point) for slot, point in points.items()}
+        with _writing(self._path):
+            self._study.set_user_attr(_ENQUEUED_ATTR, {str(slot): point for slot, point in noted.items()})
+        self._enqueued = noted
+
+    def stage(self, first_slot: int, rung: int) -> dict[int, StageRecord]:
+        """What trials of the cohort that begins at a slot had come to at a rung, as far as it is known."""
+        noted = self._study.user_attrs.get(f"{_RUNG_ATTR}:{first_slot}:{rung}", {})
+        return {int(slot): StageRecord(**item) for slot, item in noted.items()}
+
+    def note_stage(self, first_slot: int, rung: int, stages: Mapping[int, StageRecord]) -> None:
+        """Keep what a cohort's trials have come to at a rung: on disk when this returns."""
+        noted = {str(slot): asdict(stage) for slot, stage in stages.items()}
+        with _writing(self._path):
+            self._study.set_user_attr(f"{_RUNG_ATTR}:{first_slot}:{rung}", noted)
 
 
 def load_records(path: Path) -> list[TrialRecord]:
@@ -196,7 +273,11 @@ def load_records(path: Path) -> list[TrialRecord]:
     trials = storage.get_all_trials(studies[0]._study_id, deepcopy=False)
     if trials and _IDENTITY_ATTR not in studies[0].user_attrs:
         raise _foreign(path)
-    return [record_of(trial) for trial in trials]
+    return _by_slot(trials)
+
+
+def _by_slot(trials: Sequence[FrozenTrial]) -> list[TrialRecord]:
+    return sorted((record_of(trial) for trial in trials), key=lambda record: record.slot)
 
 
 def repair_journal(path: Path) -> int:
@@ -227,7 +308,7 @@ def record_of(trial: FrozenTrial) -> TrialRecord:
     return TrialRecord(
         slot=attrs["slot"],
         number=trial.number,
-        state="complete" if trial.state == TrialState.COMPLETE else "failed",
+        state=_STATES[trial.state],
         params=trial.params,
         values=None if trial.values is None else tuple(trial.values),
         metrics=attrs["metrics"],
@@ -235,25 +316,19 @@ def record_of(trial: FrozenTrial) -> TrialRecord:
         duration_s=attrs["duration_s"],
         constraints=trial.constraints,
         finished_ms=0 if trial.datetime_complete is None else round(1000 * trial.datetime_complete.timestamp()),
+        rungs={int(rung): tuple(values) for rung, values in attrs.get("rungs", {}).items()},
     )
 
 
-@contextmanager
-def quiet_optuna() -> Iterator[None]:
-    """Silence Optuna's INFO lines and its notes about experimental features inside the block only."""
-    verbosity = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ExperimentalWarning)
-            yield
-    finally:
-        optuna.logging.set_verbosity(verbosity)
+def optuna_state(state: State) -> TrialState:
+    """What Optuna calls a trial's state."""
+    return _OPTUNA_STATES[state]
 
 
 def _frozen(suggestion: Suggestion, record: TrialRecord) -> FrozenTrial:
+    rungs = {str(rung): list(values) for rung, values in record.rungs.items()}
     trial = create_trial(
-        state=TrialState.COMPLETE if record.state == "complete" else TrialState.FAIL,
+        state=optuna_state(record.state),
         values=record.values,
         params=dict(suggestion.params),
         distributions=dict(suggestion.distributions),
@@ -262,6 +337,7 @@ def _frozen(suggestion: Suggestion, record: TrialRecord) -> FrozenTrial:
             "metrics": dict(record.metrics),
             "reason": record.reason,
             "duration_s": record.duration_s,
+            **({"rungs": rungs} if rungs else {}),
         },
         system_attrs=dict(suggestion.sampler_notes),
         constraints=dict(record.constraints),

@@ -2,17 +2,22 @@
 
 What table training sums exactly is sampled here: straight-through Gumbel choices, the task's loss through the network, for one gate or
 for several whose choices multiply. It is the published way, and the oracle beside which table training is measured.
+
+Training may be cut at epochs and go on elsewhere, bit by bit as if it had not been: everything that it depends on is in its progress.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dsnet.cost import gate_madds, subnet_cost
@@ -30,6 +35,8 @@ from dsnet.training.gate_settings import GateSettings
 
 END_TO_END_KINDS = ("gate", "gates")
 """The published gates: linear slimming heads on hidden vectors."""
+STREAMS = ("order", "noise", "augmentation")
+"""What is random in training; each has a generator of its own."""
 SMALLEST_SCALE = 1e-6
 """A hidden unit that is always zero is left alone."""
 
@@ -239,10 +246,31 @@ def frozen(supernet: Supernet) -> Iterator[None]:
             parameter.requires_grad_(flag)
 
 
+Progress = Mapping[str, NDArray[Any]]
+"""All that the rest of a training depends on beside what it was given: about 20 kB for a head of a few hundred weights."""
+
+
+@dataclass(frozen=True, eq=False)
+class GateStage:
+    """Where a stage of training ended."""
+
+    heads: list[Tensor]
+    """As `train_end_to_end` returns them."""
+    progress: Progress
+    """What the next stage starts from."""
+
+
 class _Training:
     """Heads under training; within `frozen`."""
 
-    def __init__(self, supernet: Supernet, data: GateImages, settings: GateSettings, rules: EndToEndSettings) -> None:
+    def __init__(
+        self,
+        supernet: Supernet,
+        data: GateImages,
+        settings: GateSettings,
+        rules: EndToEndSettings,
+        start: Progress | None = None,
+    ) -> None:
         self.data = data
         self.augmentation = rules.augmentation
         self.batch_size = min(settings.batch_size, len(data.labels))
@@ -250,17 +278,61 @@ class _Training:
         self.settings = replace(settings, steps=rules.epochs * self.steps_per_epoch)
         self.objective = GateObjective(supernet, self.settings, data.images.shape[-1])
         self.device = next(supernet.parameters()).device
-        self.scales = self._root_mean_squares()
         self.heads = [
             torch.zeros(shape, device=self.device, requires_grad=True) for shape in self.objective.gated.head_shapes
         ]
         """For hidden vectors of unit size; zero as in table training: at first all choices are equally likely."""
         self.optimizer = _optimizer(self.heads, settings)
         self.order, self.noise, self.pixels = (
-            torch.Generator().manual_seed(derive_seed(settings.seed, "end_to_end", stream))
-            for stream in ("order", "noise", "augmentation")
+            torch.Generator().manual_seed(derive_seed(settings.seed, "end_to_end", stream)) for stream in STREAMS
         )
         self.num_done = 0
+        self.scales: list[Tensor] = []
+        if start is None:
+            self.scales = self._root_mean_squares()
+        else:
+            self._resume({name: torch.from_numpy(np.array(array)) for name, array in start.items()})
+
+    @property
+    def num_epochs(self) -> int:
+        """Whole epochs done."""
+        return self.num_done // self.steps_per_epoch
+
+    def progress(self) -> dict[str, NDArray[Any]]:
+        """Copies of everything that changes, and of the scales, which need not be measured again; between epochs only."""
+        state = {"num_done": torch.tensor(self.num_done)}
+        for stream, generator in zip(STREAMS, (self.order, self.noise, self.pixels), strict=True):
+            state[f"random/{stream}"] = generator.get_state()
+        moments = self.optimizer.state_dict()["state"]
+        for gate, (head, scale) in enumerate(zip(self.heads, self.scales, strict=True)):
+            state |= {f"head/{gate}": head.detach(), f"scale/{gate}": scale}
+            own = moments.get(gate, {})  # none yet where no choice was ever to be learnt
+            state |= {f"optimizer/{gate}/{name}": value for name, value in own.items() if isinstance(value, Tensor)}
+        return {name: np.array(value.cpu().numpy()) for name, value in state.items()}
+
+    def _resume(self, state: Mapping[str, Tensor]) -> None:
+        """Go on where `progress` was taken.
+
+        Raises:
+            ValueError: it is not that of this training.
+        """
+        shapes = {f"head/{gate}": tuple(head.shape) for gate, head in enumerate(self.heads)}
+        met = {name: tuple(tensor.shape) for name, tensor in state.items() if name.startswith("head/")}
+        if met != shapes:
+            raise ValueError(f"the progress holds heads of the shapes {met}, but this training has {shapes}")
+        self.num_done = int(state["num_done"])
+        for stream, generator in zip(STREAMS, (self.order, self.noise, self.pixels), strict=True):
+            generator.set_state(state[f"random/{stream}"])
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, value in state.items():
+            if name.startswith("optimizer/"):
+                _, number, moment = name.split("/")
+                moments.setdefault(int(number), {})[moment] = value
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
+        with torch.no_grad():
+            for gate, head in enumerate(self.heads):
+                head.copy_(state[f"head/{gate}"])
+                self.scales.append(state[f"scale/{gate}"].to(self.device))
 
     def _root_mean_squares(self) -> list[Tensor]:
         """[hidden] of each gate's hidden vectors, over the cheapest and the costliest route; folds exactly into the heads (ours)."""
@@ -346,15 +418,49 @@ def train_end_to_end(
         StoppedError: `should_stop` said so.
         ValueError: a setting out of its range.
     """
+    return train_stage(supernet, data, settings, rules, should_stop=should_stop, on_progress=on_progress).heads
+
+
+def train_stage(  # noqa: PLR0913 - all but four are given by name
+    supernet: Supernet,
+    data: GateImages,
+    settings: GateSettings,
+    rules: EndToEndSettings,
+    *,
+    start: Progress | None = None,
+    until: int | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> GateStage:
+    """A stage of `train_end_to_end`: stages that follow each other end bit by bit where one pass ends.
+
+    Temperatures are those of the whole training: a stage is its beginning, not a shorter one.
+
+    Args:
+        supernet, data, settings, rules, should_stop, on_progress: as for the whole training, the same in all of its stages.
+        start: the progress that the stage before returned; None = from the beginning.
+        until: the epoch after which the stage ends, 1..rules.epochs and no earlier than `start`; None = at the very end.
+
+    Raises:
+        As `train_end_to_end`; and ValueError: `until` is out of its range, or `start` is not of this training.
+    """
+    if until is None:
+        until = rules.epochs
+    if not 1 <= until <= rules.epochs:
+        raise ValueError(
+            f"a stage of training ends after epoch {until}, but must end in 1..{rules.epochs} (gate.end_to_end.epochs)"
+        )
     with frozen(supernet):
-        training = _Training(supernet, data, settings, rules)
-        for _ in range(rules.epochs):
+        training = _Training(supernet, data, settings, rules, start)
+        if training.num_epochs > until:
+            raise ValueError(f"a stage of training ends after epoch {until}, but starts after {training.num_epochs}")
+        while training.num_epochs < until:
             for rows in training.epoch():
                 if should_stop():
                     raise StoppedError("the gate's training was stopped")
                 training.step(rows)
                 on_progress(training.num_done, training.settings.steps)
-        return training.result()
+        return GateStage(training.result(), training.progress())
 
 
 def seconds_per_epoch(

@@ -4,7 +4,7 @@
     manifest.json   versions, seed, device, the data's fingerprint, the stages with the hashes of their files and of the supernet they
                     were made from
     supernet/       epoch-*, curves.jsonl, final.safetensors|json
-    measure/        subnets.json, latency.json
+    measure/        subnets.json, latency.json, latency-NAME.json of each of `measure.devices`
     table/          gate.safetensors, val.safetensors
 
 The files of a stage are those that the pipeline's stage of that name writes.
@@ -26,7 +26,7 @@ from dsnet.training.resolved import StandaloneConfig
 from dsnet.training.supernet import FINAL
 
 STAGES = ("supernet", "measure", "table")
-RESULT_VERSIONS: Mapping[str, int] = {"supernet": 2, "measure": 2, "table": 2}
+RESULT_VERSIONS: Mapping[str, int] = {"supernet": 2, "measure": 3, "table": 2}
 """Raised by hand when the code of a stage gives other results. A folder with another supernet version belongs to another release; of one
 that differs in a later stage only, that stage is made again."""
 _SCHEMA = 1

@@ -11,7 +11,7 @@ from typing import Any
 from dsnet.data import Augmentation, Normalization, SplitSizes
 from dsnet.data.augment import DescribedImages
 from dsnet.errors import ConfigError
-from dsnet.latency import LatencySettings
+from dsnet.latency import DEVICES, LatencySettings
 from dsnet.strict_json import check_known, read_strictly
 from dsnet.training.settings import BootstrapSettings, Regime, SupernetRun, TrainSettings, check_recalibration
 
@@ -91,15 +91,17 @@ class StandaloneConfig:
     data: DataSettings
     supernet: SupernetSettings
     measure: LatencySettings = field(default_factory=LatencySettings)
-    """Its `device` may be auto, cpu or cuda."""
+    """Each `device` may be auto, cpu or cuda."""
 
     def __post_init__(self) -> None:
         if self.version != VERSION:
             raise ConfigError(f"version is {self.version}, but this release reads {VERSION}")
         if self.seed < 0:
             raise ConfigError(f"seed is {self.seed}, but must be at least 0")
-        if self.measure.device not in ("auto", "cpu", "cuda"):
-            raise ConfigError(f"measure.device is {self.measure.device!r}; known: auto, cpu, cuda")
+        named = {f"devices.{name}.device": own.device for name, own in self.measure.devices.items()}
+        for key, device in {"device": self.measure.device, **named}.items():
+            if device not in DEVICES:
+                raise ConfigError(f"measure.{key} is {device!r}; known: {', '.join(DEVICES)}")
 
     def supernet_run(
         self, images: DescribedImages, normalization: Normalization, origin: Mapping[str, Any] | None = None

@@ -25,7 +25,7 @@ from dsnet.environment import installed_versions, resolve_device
 from dsnet.errors import StoppedError
 from dsnet.families import Task
 from dsnet.files import atomic_write_json, read_json
-from dsnet.latency import device_name, measure_latency
+from dsnet.latency import device_name, latency_file, measure_latency
 from dsnet.routing_table import RoutingTable
 from dsnet.supernet import Supernet
 from dsnet.training.evaluate import EVALUATION_BATCH, build_routing_table, join_tables, measure_subnets
@@ -105,7 +105,7 @@ class _Work:
     def begin(self) -> None:
         """Check everything that can be checked before the first step."""
         self.folder.check_config(self.config)
-        resolve_device(self.config.measure.device)
+        self.config.measure.by_device(resolve_device)  # refuses a device that is not there
         if not self.folder.is_done("supernet"):
             _ = self.first  # refuses start weights that do not fit
         facts = {
@@ -189,7 +189,7 @@ class _Work:
     def measure(self) -> Sequence[Path]:
         folder = self.folder.measure
         supernet, normalization = self.trained
-        unfinished, subnets, latency = (folder / name for name in ("rows.json", "subnets.json", "latency.json"))
+        unfinished, subnets = folder / "rows.json", folder / "subnets.json"
         total = len(supernet.subnets.all)
 
         def on_row(rows: list[Mapping[str, Any]]) -> None:
@@ -204,17 +204,27 @@ class _Work:
                 subnets, measure_subnets(supernet, self.data, "val", normalization, known=known, on_row=on_row)
             )
         unfinished.unlink(missing_ok=True)
-        settings = replace(self.config.measure, device=resolve_device(self.config.measure.device))
-        table = measure_latency(
-            supernet,
-            self.data.image_shape[-1],
-            settings,
-            lambda done, of: self.say(f"measure: latency {done}/{of}"),
-            before_each=self.check_stop,
-        )
-        supernet.to(self.device)
-        atomic_write_json(latency, table.to_json())
-        return [subnets, latency]
+        return [subnets, *self._latencies()]
+
+    def _latencies(self) -> list[Path]:
+        """Each device's table, timed here or by an earlier call."""
+        paths = []
+        for name, settings in self.config.measure.by_device(resolve_device).items():
+            path = self.folder.measure / latency_file(name)
+            paths.append(path)
+            if path.exists():
+                continue
+            supernet, on = self.trained[0], f" on {name}" if name else ""
+            table = measure_latency(
+                supernet,
+                self.data.image_shape[-1],
+                settings,
+                lambda done, of, on=on: self.say(f"measure: latency{on} {done}/{of}"),  # type: ignore[misc]
+                before_each=self.check_stop,
+            )
+            supernet.to(self.device)
+            atomic_write_json(path, table.to_json())
+        return paths
 
     def tabulate(self) -> Sequence[Path]:
         paths = [self.folder.table / f"{split}.safetensors" for split in ("gate", "val")]

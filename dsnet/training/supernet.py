@@ -64,6 +64,11 @@ class _Session:
         self.between = [members[k] for k in order[1:] if members[k] != self.largest]
 
     @property
+    def kept(self) -> Supernet:
+        """The network whose weights are the result."""
+        return self.ema.module if self.run.weights == "ema" else self.student
+
+    @property
     def at(self) -> Progress:
         """Where the run stands."""
         lr = self.optimizer.param_groups[0]["lr"]
@@ -193,6 +198,7 @@ def train_supernet(  # noqa: PLR0913 - all but three are given by name
     workers: Workers | None = None,
     reporter: Reporter | None = None,
     should_stop: Callable[[], bool] = lambda: False,
+    on_epoch: Callable[[int, Supernet], None] = lambda epochs, supernet: None,
 ) -> Path | None:
     """Train, recalibrate and store a supernet; continues from the newest whole checkpoint in `folder`.
 
@@ -206,6 +212,8 @@ def train_supernet(  # noqa: PLR0913 - all but three are given by name
         reporter: hears the loss curves.
         should_stop: asked at every step; True ends the call at that step's boundary. A single worker then stores where it stands, several
             continue from the last epoch's end.
+        on_epoch: hears on worker 0, at the end of every epoch but the last and after its checkpoint, the epochs done and the network whose
+            weights would be kept now (to look at, not to change); also of the epoch's end that a call continues from. It may raise.
 
     Returns:
         the stem of the final checkpoint, or None where it was stopped or this is not worker 0.
@@ -225,7 +233,9 @@ def train_supernet(  # noqa: PLR0913 - all but three are given by name
     curves = Curves(path, reporter if reporter is not None else SilentReporter(), session.step)
     curves.restore(pending, session.device)
     while session.step < session.num_steps:
-        epoch = session.step // session.steps_per_epoch
+        epoch, steps_into = divmod(session.step, session.steps_per_epoch)
+        if workers.rank == 0 and epoch > 0 and steps_into == 0:
+            on_epoch(epoch, session.kept)
         if not _train_epoch(session, data, batch_size, workers, curves, should_stop):
             if workers.size == 1:
                 session.save(folder / f"epoch-{epoch:05d}-step-{session.step:08d}", curves.pending(session.at))
@@ -313,14 +323,15 @@ def _prune(folder: Path, keep: int) -> None:
 def _finish(session: _Session, data: TrainingImages, folder: Path) -> Path:
     """Recalibrate BatchNorm for every width and store the result."""
     run = session.run
-    final = session.ema.module if run.weights == "ema" else session.student
+    final = session.kept
     if run.recalibration_images != 0:
-        recalibrate(final, _recalibration_batches(data, run, session.device))
+        recalibrate(final, recalibration_batches(data, run, session.device))
     save_supernet(folder / FINAL, final.eval(), {"run": run.to_json(), "step": session.step})
     return folder / FINAL
 
 
-def _recalibration_batches(data: TrainingImages, run: SupernetRun, device: torch.device) -> Iterator[Tensor]:
+def recalibration_batches(data: TrainingImages, run: SupernetRun, device: torch.device) -> Iterator[Tensor]:
+    """The clean, normalised images [B, C, H, W] from which a run's BatchNorm statistics are re-estimated; a function of its seed."""
     generator = torch.Generator().manual_seed(derive_seed(run.seed, "recalibration"))
     rows = torch.randperm(len(data.labels), generator=generator)[: run.recalibration_images]
     # Batches of equal size, as the cumulative average weighs them equally; a last batch of one image has no variance at 1x1 pixels.

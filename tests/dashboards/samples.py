@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from dashboards.front import Curve, DynamicPoint, FrontInfo, FrontPanel, StaticPoint
 from dashboards.headline import Estimate, Headline, Latency, Row, Scores
-from dashboards.hypervolume import HypervolumeInfo, hypervolume_info
+from dashboards.hypervolume import HypervolumeInfo
 from dashboards.report import ReportData
 from dashboards.routers import RouterResult, RoutersInfo
 from dashboards.routes import RoutesInfo, routes_info
@@ -174,8 +174,15 @@ def make_hypervolume() -> HypervolumeInfo:
     )
     for trial in sorted(FAILED):
         running[trial] = running[trial - 1]
-    reasons = [FAILED.get(t) for t in range(NUM_TRIALS)]
-    return hypervolume_info(np.maximum.accumulate(running).tolist(), reasons, "val", NUM_IMAGES, (0.0, 1.07), 0.745)
+    return HypervolumeInfo(
+        slots=tuple(range(NUM_TRIALS)),
+        hypervolume=tuple(np.maximum.accumulate(running).tolist()),
+        failures=tuple(sorted(FAILED.items())),
+        split="val",
+        num_images=NUM_IMAGES,
+        reference=(0.0, 1.07),
+        static_hypervolume=0.745,
+    )
 
 
 def make_routers() -> RoutersInfo:

@@ -16,6 +16,7 @@ from dashboards.front import (
     DynamicPoint,
     FrontInfo,
     FrontPanel,
+    Further,
     StaticPoint,
     dynamic_points,
     front_figure,
@@ -129,6 +130,73 @@ def test_names_from_outside_cannot_bring_markup_into_the_figure() -> None:
     assert "&lt;s&gt;" in text
 
 
+def with_further(metric: str = "latency_ms.server") -> FrontInfo:
+    """The sample's front with a third objective: 1 ms and 3 ms more for each M MAdds; every fourth other trial breaks a constraint."""
+    info = make_front()
+
+    def panel(own: FrontPanel) -> FrontPanel:
+        dynamic = [
+            replace(
+                p,
+                further=1 + 3 * p.madds_m,
+                is_feasible=p.is_front or k % 4 > 0,
+                broken=() if p.is_front or k % 4 else ("top1 >= 0.9 & <more>",),
+            )
+            for k, p in enumerate(own.dynamic)
+        ]
+        static = [replace(p, further=1 + 3 * p.madds_m) for p in own.static]
+        return replace(own, dynamic=tuple(dynamic), static=tuple(static))
+
+    reported = None if info.reported is None else panel(info.reported)
+    return FrontInfo(panel(info.chosen), reported, Further(metric), ("top1", "madds_m", metric))
+
+
+def test_infeasible_trials_are_drawn_apart_with_what_they_break() -> None:
+    info = with_further()
+    figure = front_figure(info)
+    apart = trace(figure, "trials that break a constraint")
+    infeasible = [p for p in info.chosen.dynamic if not p.is_feasible]
+    assert list(apart.x) == [p.madds_m for p in infeasible]
+    assert "breaks top1 &gt;= 0.9 &amp; &lt;more&gt;" in apart.text[0]
+    num_front = sum(len(own.x) for own in fronts(figure))
+    assert num_front + len(apart.x) + len(trace(figure, "other trials").x) == NUM_TRIALS - len(FAILED)
+
+
+def test_a_third_objective_colours_the_front_and_a_latency_has_a_row_of_its_own() -> None:
+    info = with_further()
+    figure = front_figure(info)
+    assert figure.layout.coloraxis.colorbar.title.text == "latency_ms.server (ms)"
+    for own in fronts(figure, "x"):
+        assert list(own.marker.color) == pytest.approx([1 + 3 * cost for cost in own.x])
+    below = {own.name: own for own in fronts(figure, "x3")}
+    for own in fronts(figure, "x"):
+        assert list(below[own.name].x) == list(own.marker.color)
+        assert list(below[own.name].y) == list(own.y)
+        assert not below[own.name].showlegend
+    assert list(trace(figure, "static sub-networks", "x4").x) == pytest.approx([1 + 3 * m for m in MADDS_M])
+    assert figure.layout.xaxis3.title.text == "latency_ms.server (ms)"
+    assert "one of top1, madds_m, latency_ms.server" in figure.layout.title.subtitle.text
+    assert "latency_ms.server 1.769" in fronts(figure)[0].text[0]
+
+
+def test_a_third_objective_that_is_no_latency_has_a_colour_but_no_row() -> None:
+    figure = front_figure(with_further("params_m"))
+    assert {t.xaxis for t in figure.data} == {"x", "x2"}
+    assert figure.layout.coloraxis.colorbar.title.text == "params_m"
+
+
+def test_hover_text_tells_stability_ties_and_supernet() -> None:
+    info = make_front(is_verified=False)
+    ties = tuple(f"trial-{k:04d}" for k in range(6))
+    dynamic = tuple(
+        replace(p, stability=0.62, ties=ties, supernet="s0-1f") if p.is_front else p for p in info.chosen.dynamic
+    )
+    text = fronts(front_figure(FrontInfo(replace(info.chosen, dynamic=dynamic))))[0].text[0]
+    assert "on the front in 62 % of the resamples" in text
+    assert "tied with trial-0000, trial-0001, trial-0002, trial-0003 and 2 more" in text
+    assert "of supernet s0-1f" in text
+
+
 def test_a_trial_far_below_and_a_perfect_oracle_do_not_set_the_frame() -> None:
     info = make_front(is_verified=False)
     low = DynamicPoint("collapsed", 0.3, 0.1, False)
@@ -205,17 +273,32 @@ def test_rows_become_points_of_their_own_kind_and_split() -> None:
             "param.gate.target": 0.3,
             "param.gate.routing.first": nan,
         },
+        {
+            "kind": "gate",
+            "name": "trial-0004",
+            "split": "val",
+            "top1": 0.86,
+            "madds_m": 1.4,
+            "is_front": False,
+            "is_feasible": False,
+            "supernet": "s1",
+            "latency_ms.server": 0.7,
+        },
         {"kind": "gate", "name": "trial-0002", "split": "val", "top1": nan, "madds_m": nan, "is_front": nan},
         {"kind": "gate", "name": "trial-0003", "split": "val", "top1": 0.5, "madds_m": 1.1, "is_front": nan},
     ]
     static = static_points(rows, "val")
     assert [p.name for p in static] == ["subnet-00", "subnet-01"]
     assert [p.latency_ms for p in static] == [None, 1.5]
-    dynamic = dynamic_points(rows, "val", {"trial-0001": (0.8, 0.9)})
+    dynamic = dynamic_points(rows, "val", {"trial-0001": (0.8, 0.9)}, further="latency_ms.server")
     assert [(p.name, p.is_front, p.interval) for p in dynamic] == [
         ("trial-0003", False, None),
         ("trial-0001", True, (0.8, 0.9)),
+        ("trial-0004", False, None),
     ]
+    assert [p.is_feasible for p in dynamic] == [True, True, False]
+    assert [p.further for p in dynamic] == [None, None, 0.7]
+    assert [p.supernet for p in dynamic] == [None, None, "s1"]
     assert dynamic[1].params == (("gate.target", 0.3),)
     assert dynamic[1].router == "gate"
 

@@ -132,12 +132,25 @@ def test_headline_numbers_stand_beside_their_controls() -> None:
         0.97,
         0.5,
         True,
+        ties=("trial-0003", "trial-0011", "trial-0012", "trial-0013"),
     )
     widest = Scores(Estimate(0.96, 0.94, 0.98), 1.0)
     headline = Headline(
         baseline=Row("subnet-05", widest, widest),
-        rows=(Row("trial-0007", chosen, reported, latency, max_route_share=0.61, router="learned_cascade"),),
+        rows=(
+            Row(
+                "trial-0007",
+                chosen,
+                reported,
+                latency,
+                max_route_share=0.61,
+                router="learned_cascade",
+                further=(("latency_ms.server", 1.25),),
+                supernet="s1-0f3a",
+            ),
+        ),
         knee="trial-0007",
+        optimism=Estimate(0.02, -0.008, 0.049),
     )
     text = headline_section(headline).replace("\N{NO-BREAK SPACE}", " ")
     for wanted in (
@@ -157,6 +170,12 @@ def test_headline_numbers_stand_beside_their_controls() -> None:
         "50 % of the reachable gap",
         "learned cascade",
         "on the front in 75 %",
+        '<span class="sub">tied: trial-0003</span><span class="sub">trial-0011</span><span class="sub">and 2 more</span>',
+        "0.400 → 0.500",
+        "Mean MAdds (M), val → test",
+        "latency_ms.server 1.25 on val",
+        "supernet s1-0f3a",
+        "Mean optimism of val, which chose the front: +2.0 points of top-1 above test over the router of the table (95 %: −0.8 to +4.9)",
         "(0 of 1 here; about 0.05 would by chance alone)",
         "oracle 99.0",
         "largest route 61 %",
@@ -202,6 +221,30 @@ def test_numbers_of_two_splits_are_never_subtracted() -> None:
 def test_a_test_split_read_twice_is_a_warning() -> None:
     assert "test was read 3 times" in build_report(replace(make_report(), num_test_openings=3))
     assert "was read" not in own_part(build_report(make_report()))
+
+
+def test_constraints_are_listed_with_how_many_trials_break_each_and_endings_with_their_reasons() -> None:
+    data = replace(
+        make_report(),
+        num_pruned=9,
+        num_infeasible=30,
+        constraints=(("madds_m <= 0.5", 30), ("top1 >= baseline.top1 - 0.003", 0)),
+        endings=(("failed", "timed out <after> 120 s", 2), *((("pruned", f"reason {k}", 1)) for k in range(13))),
+    )
+    page = own_part(build_report(data))
+    assert "62 completed trials (30 infeasible), 2 failed, 9 pruned" in page
+    assert '<td class="">madds_m &lt;= 0.5</td><td class="number">30 of 62</td><td class="number">48</td>' in page
+    assert '<td class="number">0 of 62</td>' in page
+    assert "timed out &lt;after&gt; 120 s" in page
+    assert "2 other reasons" in page  # 12 are listed
+    assert "Grey crosses" in page
+    assert "Grey crosses" not in own_part(build_report(make_report()))
+
+
+def test_a_sweep_in_which_nothing_is_feasible_says_why_it_has_no_front() -> None:
+    page = build_report(replace(FRESH, num_completed=5, num_infeasible=5, constraints=(("madds_m <= 0.1", 5),)))
+    assert "None of the 5 completed trials holds every constraint" in page
+    assert "5 of 5" in page
 
 
 def test_collapsed_gates_are_marked_and_counted() -> None:

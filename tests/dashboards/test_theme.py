@@ -26,6 +26,8 @@ def test_a_difference_always_has_its_sign(value: float, shown: str) -> None:
 
 def test_percent_and_counts_read_well() -> None:
     assert percent(0.9634) == "96.3 %"
+    assert percent(-0.001, 0) == "0 %"
+    assert percent(-0.012, 0) == "-1 %"
     assert (count(1, "image"), count(5000, "image"), count(0, "image")) == ("1 image", "5,000 images", "0 images")
 
 

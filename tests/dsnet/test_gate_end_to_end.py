@@ -36,6 +36,7 @@ from dsnet.training.gate_end_to_end import (
     seconds_per_epoch,
     sgs_targets,
     train_end_to_end,
+    train_stage,
 )
 from dsnet.training.gate_mixing import Chooser, GatedSupernet
 from dsnet.training.gate_settings import GateSettings
@@ -606,3 +607,117 @@ def test_an_epochs_time_grows_with_the_images() -> None:
     gate = GateSettings(batch_size=8)
     few, many = (seconds_per_epoch(supernet, gate_images(count), gate, ONE_EPOCH) for count in (8, 80))
     assert many > 2 * few > 0
+
+
+# ---- in stages
+
+
+STAGED = EndToEndSettings(epochs=5, augmentation=Augmentation(crop_padding=2, flip=True))
+SMALL_STEPS = GateSettings(batch_size=10, lr=0.02, weight_decay=0.01, temperature_end=0.2, seed=3)
+"""Three steps an epoch, the last of which is smaller."""
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+@pytest.mark.parametrize("router", ["gate", "gates"])
+def test_stages_end_bit_by_bit_where_one_pass_ends(router: str, optimizer: str) -> None:
+    supernet = residual(ALL_PATHS)
+    gate = replace(SMALL_STEPS, router=router, optimizer=optimizer)
+    at_once = train_end_to_end(supernet, gate_images(), gate, STAGED)
+    progress = None
+    for until in (1, 3, None):
+        stage = train_stage(supernet, gate_images(), gate, STAGED, start=progress, until=until)
+        from_the_start = train_stage(supernet, gate_images(), gate, STAGED, until=until)
+        for one, other in zip(stage.heads, from_the_start.heads, strict=True):
+            assert torch.equal(one, other)
+        assert stage.progress.keys() == from_the_start.progress.keys()
+        assert all(np.array_equal(array, from_the_start.progress[name]) for name, array in stage.progress.items())
+        progress = stage.progress
+        for array in progress.values():
+            array.flags.writeable = False  # as they come back from the object store
+    for one, other in zip(stage.heads, at_once, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("left_out", ["optimizer/0/exp_avg", "random/order", "random/noise", "random/augmentation"])
+def test_every_part_of_the_progress_matters(left_out: str) -> None:
+    supernet = residual(ALL_PATHS)
+    stage = train_stage(supernet, gate_images(), SMALL_STEPS, STAGED, until=2)
+    begun = train_stage(supernet, gate_images(), replace(SMALL_STEPS, seed=9), STAGED, until=1)
+    spoilt = {**stage.progress, left_out: begun.progress[left_out]}
+    (right,), (wrong,) = (
+        train_stage(supernet, gate_images(), SMALL_STEPS, STAGED, start=start, until=3).heads
+        for start in (stage.progress, spoilt)
+    )
+    assert not torch.equal(right, wrong)
+
+
+def test_a_stage_is_the_beginning_of_the_whole_and_not_a_shorter_one() -> None:
+    supernet = small_supernet("ds_tiny")
+    (stage,) = train_stage(supernet, gate_images(), SMALL_STEPS, STAGED, until=2).heads
+    (shorter,) = train_end_to_end(supernet, gate_images(), SMALL_STEPS, replace(STAGED, epochs=2))
+    assert not torch.equal(stage, shorter)
+
+
+def test_a_stage_that_is_done_is_repeated_without_a_step() -> None:
+    supernet = small_supernet("ds_tiny")
+    stage = train_stage(supernet, gate_images(), SMALL_STEPS, STAGED, until=2)
+    heard: list[tuple[int, int]] = []
+    again = train_stage(
+        supernet,
+        gate_images(),
+        SMALL_STEPS,
+        STAGED,
+        start=stage.progress,
+        until=2,
+        on_progress=lambda done, total: heard.append((done, total)),
+    )
+    assert heard == []
+    assert torch.equal(again.heads[0], stage.heads[0])
+
+
+def test_a_later_stage_counts_its_steps_within_the_whole() -> None:
+    supernet = small_supernet("ds_tiny")
+    start = train_stage(supernet, gate_images(), SMALL_STEPS, STAGED, until=3).progress
+    heard: list[tuple[int, int]] = []
+    train_stage(
+        supernet,
+        gate_images(),
+        SMALL_STEPS,
+        STAGED,
+        start=start,
+        until=4,
+        on_progress=lambda done, total: heard.append((done, total)),
+    )
+    assert heard == [(10, 15), (11, 15), (12, 15)]
+
+
+def test_the_progress_is_small_and_a_copy() -> None:
+    supernet = residual(ALL_PATHS)
+    gate = replace(SMALL_STEPS, router="gates")
+    first = train_stage(supernet, gate_images(), gate, STAGED, until=1).progress
+    kept = {name: array.copy() for name, array in first.items()}
+    train_stage(supernet, gate_images(), gate, STAGED, start=first, until=4)
+    assert all(np.array_equal(array, kept[name]) for name, array in first.items())
+    weights = sum(array.nbytes for name, array in first.items() if name.startswith("head/"))
+    assert sum(array.nbytes for array in first.values()) < 16_000 + 5 * weights
+
+
+def test_a_gate_without_a_choice_trains_in_stages_too() -> None:
+    supernet = residual(ALL_PATHS)
+    gate = replace(SMALL_STEPS, router="gates", routes=(5,))
+    start = train_stage(supernet, gate_images(8), gate, STAGED, until=1).progress
+    (*staged,) = train_stage(supernet, gate_images(8), gate, STAGED, start=start).heads
+    at_once = train_end_to_end(supernet, gate_images(8), gate, STAGED)
+    assert all(torch.equal(one, other) for one, other in zip(staged, at_once, strict=True))
+
+
+def test_impossible_stages_say_what_is_wrong() -> None:
+    supernet = small_supernet("ds_tiny")
+    for until in (0, 6):
+        with pytest.raises(ValueError, match=rf"ends after epoch {until}, but must end in 1\.\.5"):
+            train_stage(supernet, gate_images(), SMALL_STEPS, STAGED, until=until)
+    start = train_stage(supernet, gate_images(), SMALL_STEPS, STAGED, until=3).progress
+    with pytest.raises(ValueError, match="ends after epoch 2, but starts after 3"):
+        train_stage(supernet, gate_images(), SMALL_STEPS, STAGED, start=start, until=2)
+    with pytest.raises(ValueError, match="heads of the shapes"):
+        train_stage(supernet, gate_images(), replace(SMALL_STEPS, routes=(0, 2)), STAGED, start=start)

@@ -6,6 +6,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -14,15 +15,23 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dsnet.errors import ConfigError
 from dsnet.latency import (
+    MAIN_DEVICE,
     MIN_REPEATS,
+    PUBLISHED,
+    DeviceSettings,
     LatencySettings,
     LatencyTable,
     Timing,
     device_name,
+    device_of,
+    latency_file,
+    latency_metric,
     measure_latency,
     time_interleaved,
 )
+from dsnet.routers import ROUTER_KINDS
 from tests.dsnet.samples import small_supernet, three_gate_supernet
 
 QUICK = LatencySettings(batch_sizes=(1, 3), group_sizes=(1, 2), repeats=2, warmup=1)
@@ -109,6 +118,9 @@ def test_a_measured_table_holds_every_part_and_survives_json() -> None:
     assert {size: list(row) for size, row in table.subnets.items()} == {1: names, 3: names}
     assert {size: list(row) for size, row in table.tails.items()} == {1: names, 2: names}
     assert set(table.trunk) == set(table.decide) == {1, 2}
+    assert {PUBLISHED, *table.decisions} == set(ROUTER_KINDS)
+    assert all(set(row) == {1, 2} for row in table.decisions.values())
+    assert table.batch_sizes == (1, 3)
     assert table.device == device_name("cpu")
     assert table.device.endswith("cores")
     assert LatencyTable.from_json(json.loads(json.dumps(table.to_json()))) == table
@@ -171,3 +183,63 @@ def test_ideal_latency_at_batch_1_is_that_of_single_images() -> None:
     runs = np.array([1.0, 0.3])
     assert table.ideal_ms(1, runs, ("a", "b")) == pytest.approx(table.batch1_ms(runs, ("a", "b")), rel=1e-12)
     assert table.ideal_ms(256, np.array([1.0, 0.0]), ("a", "b")) == pytest.approx(64 * (3.0 + 0.5 + 1.5))
+
+
+def test_a_kind_of_router_pays_for_its_own_decision_and_one_that_was_not_timed_for_the_published_one() -> None:
+    plain = table_of({1: 2.0, 4: 3.0}, {1: 0.25, 4: 0.5}, {"a": {1: 1.0, 4: 1.5}})
+    table = replace(plain, decisions={"cascade": {1: Timing(1.25, 0, 3), 4: Timing(4.5, 0, 3)}})
+    runs = np.array([1.0])
+    assert table.batch1_ms(runs, "a", "cascade") == plain.batch1_ms(runs, "a") + 1.0
+    assert table.ideal_ms(4, runs, "a", "cascade") == pytest.approx(plain.ideal_ms(4, runs, "a") + 4.0)
+    assert table.ideal_ms(4, runs, "a", "gates") == plain.ideal_ms(4, runs, "a")
+    assert LatencyTable.from_json(json.loads(json.dumps(table.to_json()))) == table
+
+
+def test_a_whole_subnetwork_takes_what_was_measured_and_at_batch_1_at_least_its_parts() -> None:
+    table = table_of({1: 2.0}, {1: 0.25}, {"a": {1: 1.0}})
+    assert table.static_ms("a") == 3.0
+    with pytest.raises(KeyError):
+        table.static_ms("a", 64)
+    measured = replace(table, subnets={1: {"a": Timing(2.5, 0.0, 3)}, 64: {"a": Timing(99.0, 0.0, 3)}})
+    assert (measured.static_ms("a"), measured.static_ms("a", 64)) == (2.5, 99.0)
+    assert replace(table, subnets={64: {"a": Timing(99.0, 0.0, 3)}}).batch_sizes == (1, 64)
+
+
+def test_metrics_and_files_name_batch_and_device() -> None:
+    assert [latency_metric(), latency_metric(64), latency_metric(1, "server"), latency_metric(8, "server")] == [
+        "latency_ms",
+        "latency_ms_batch64",
+        "latency_ms.server",
+        "latency_ms_batch8.server",
+    ]
+    assert [device_of(latency_file(name)) for name in (MAIN_DEVICE, "server", "a_1")] == [MAIN_DEVICE, "server", "a_1"]
+    assert [device_of(name) for name in ("subnets.json", "latency-.json", "latency-1x.json", "xlatency.json")] == [
+        None
+    ] * 4
+
+
+def test_every_device_is_timed_with_the_same_sizes_and_its_own_threads() -> None:
+    devices = {"server": DeviceSettings(device="auto", threads=3), "small": DeviceSettings()}
+    settings = replace(QUICK, device="auto", threads=2, devices=devices)
+    alone = settings.by_device({"auto": "cuda", "cpu": "cpu"}.__getitem__)
+    assert {name: (own.device, own.threads) for name, own in alone.items()} == {
+        MAIN_DEVICE: ("cuda", 2),
+        "server": ("cuda", 3),
+        "small": ("cpu", 1),
+    }
+    assert list(alone) == [MAIN_DEVICE, "server", "small"]
+    assert all(replace(own, device="cpu", threads=1) == QUICK for own in alone.values())
+
+
+@pytest.mark.parametrize(
+    ("devices", "message"),
+    [
+        ({"my server": DeviceSettings()}, "measure.devices: 'my server' cannot name a device"),
+        ({"": DeviceSettings()}, "cannot name a device"),
+        ({"a.b": DeviceSettings()}, "cannot name a device"),
+        ({"server": DeviceSettings(threads=0)}, "measure.devices.server.threads is 0"),
+    ],
+)
+def test_a_device_that_no_metric_could_name_is_refused(devices: dict[str, DeviceSettings], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        LatencySettings(devices=devices)

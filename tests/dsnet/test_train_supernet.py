@@ -130,6 +130,38 @@ def test_a_stop_keeps_the_steps_of_its_epoch(uninterrupted: Path, tmp_path: Path
     assert final_bytes(tmp_path) == final_bytes(uninterrupted)
 
 
+def test_whoever_looks_at_the_end_of_an_epoch_changes_nothing(uninterrupted: Path, tmp_path: Path) -> None:
+    seen: list[tuple[int, list[str], bool]] = []
+
+    def look(epochs: int, net: Supernet) -> None:
+        torch.rand(7)
+        is_kept = all(not parameter.requires_grad for parameter in net.parameters())  # the EMA copy's
+        seen.append((epochs, [stem.name for stem in checkpoint_stems(tmp_path)][-1:], is_kept))
+
+    final = train(tmp_path, should_stop=KillAt(8, lambda: True), on_epoch=look)
+    assert final is None
+    assert [epochs for epochs, *_ in seen] == [1, 2]
+    final = train(tmp_path, on_epoch=look)
+    # The run stopped inside the third epoch, so the second one's end is not met again; the last one's is the result's.
+    assert seen == [(epochs, [f"epoch-{epochs:05d}"], True) for epochs in (1, 2, 3)]
+    assert final is not None
+    assert load_checkpoint(final)[1]["sha256"] == load_checkpoint(uninterrupted / "final")[1]["sha256"]
+
+
+def test_a_run_that_goes_on_from_the_end_of_an_epoch_shows_it_again(tmp_path: Path) -> None:
+    seen: list[int] = []
+
+    def look(epochs: int, net: Supernet) -> None:
+        seen.append(epochs)
+        if len(seen) == 2:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train(tmp_path, on_epoch=look)
+    train(tmp_path, on_epoch=look)
+    assert seen == [1, 2, 2, 3]
+
+
 def test_curves_do_not_tell_where_a_run_was_stopped(tmp_path: Path) -> None:
     """Nine steps an epoch make a report of every second one: a stop between two reports must not change the means."""
     run = small_run(train=replace(small_run().train, epochs=2, batch_size=4))

@@ -128,6 +128,35 @@ def test_the_results_are_those_of_the_pipeline_s_functions(at_once: Path, tmp_pa
     assert set(latency.tails) == {1, 2}
 
 
+def test_every_named_device_has_its_table_and_one_that_is_there_is_not_timed_again(
+    at_once: Path, tmp_path: Path
+) -> None:
+    settings = config(measure__devices={"two": {"device": "cpu", "threads": 2}, "auto": {"device": "auto"}})
+    assert StandaloneConfig.from_json(json.loads(json.dumps(settings.to_json()))) == settings
+    assert settings.changes(config()) == [
+        f"measure.devices.{name}.{key}" for name in ("auto", "two") for key in ("device", "threads")
+    ]
+    out = tmp_path / "out"
+    measure = out / "measure"
+    with pytest.raises(StoppedError):
+        run_standalone(settings, out, device="cpu", should_stop=lambda: (measure / "latency-two.json").exists())
+    first = {name: (measure / name).read_bytes() for name in ("latency.json", "latency-two.json")}
+    assert not (measure / "latency-auto.json").exists()
+    folder = run_standalone(settings, out, device="cpu")
+    assert {name: (measure / name).read_bytes() for name in first} == first
+    tables = {
+        name: LatencyTable.from_json(read_json(measure / f"latency{name}.json")) for name in ("", "-two", "-auto")
+    }
+    assert {name: table.threads for name, table in tables.items()} == {"": 1, "-two": 2, "-auto": 1}
+    assert set(folder.manifest()["stages"]["measure"]["files"]) == {
+        "subnets.json",
+        "latency.json",
+        "latency-two.json",
+        "latency-auto.json",
+    }
+    assert results(out) == results(at_once)
+
+
 def test_the_manifest_names_what_was_made_and_never_the_test_split(at_once: Path) -> None:
     manifest = read_json(at_once / "manifest.json")
     assert manifest["data"]["num_images"] == {"train": 90, "gate": 90, "val": 90}
@@ -145,7 +174,7 @@ def test_a_run_cut_at_random_places_is_bit_identical(at_once: Path, tmp_path: Pa
     num_calls = 0
     while True:
         try:
-            run_standalone(config(), tmp_path, device="cpu", should_stop=StopAt(chance.randint(2, 14)))
+            run_standalone(config(), tmp_path, device="cpu", should_stop=StopAt(chance.randint(2, 32)))
             break
         except StoppedError:
             num_calls += 1
@@ -414,6 +443,21 @@ def test_crops_by_scale_can_be_asked_for(tmp_path: Path) -> None:
         ({"supernet__recalibration__images": -1}, r"supernet\.recalibration\.images is -1"),
         ({"measure__batch_sizes": [1, "2"]}, r"measure\.batch_sizes\[1\] is '2', but must be a whole number"),
         ({"measure__device": "gpu"}, r"measure\.device is 'gpu'; known: auto, cpu, cuda"),
+        (
+            {"measure__devices": {"a": {"device": "gpu"}}},
+            r"measure\.devices\.a\.device is 'gpu'; known: auto, cpu, cuda",
+        ),
+        (
+            {"measure__devices": {"a": {"thread": 2}}},
+            r"measure\.devices\.a\.thread: unknown setting; did you mean 'threads'",
+        ),
+        (
+            {"measure__devices": {"a": {"threads": "2"}}},
+            r"measure\.devices\.a\.threads is '2', but must be a whole number",
+        ),
+        ({"measure__devices": {"a": 2}}, r"measure\.devices\.a is 2, but must be a JSON object"),
+        ({"measure__devices": []}, r"measure\.devices is \[\], but must be a JSON object"),
+        ({"measure__devices": {"a b": {}}}, r"measure\.devices: 'a b' cannot name a device"),
         ({"data__augment__crop_padding": -1}, r"data\.augment\.crop_padding is -1"),
         ({"supernet__train__momentum": 1}, r"supernet\.train\.momentum is 1\.0, but must be at least 0 and below 1"),
         ({"supernet__bootstrapping__ema_decay": 2}, r"supernet\.bootstrapping\.ema_decay is 2"),

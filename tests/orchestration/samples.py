@@ -31,7 +31,7 @@ supernet:
   options: {num_routes: 3}
   train: {epochs: 8, batch_size: 40, warmup_epochs: 0.5}
   bootstrapping: {teacher_min_updates: 2}
-measure: {batch_sizes: [1, 8], group_sizes: [1, 8], repeats: 2, warmup: 1}
+measure: {batch_sizes: [1, 8], group_sizes: [1, 8], repeats: 2, warmup: 1, devices: {two: {threads: 2}}}
 gate:
   optimizer: {steps: 60, batch_size: 128}
 sampler: {cohort: 4, startup: 8}
@@ -83,12 +83,12 @@ def call(folder: Path, *arguments: str | Path) -> Answer:
 
 
 class Command:
-    """`dsnet-orch` in a process group of its own, as a terminal starts it."""
+    """`dsnet-orch`, or another program, in a process group of its own, as a terminal starts it."""
 
-    def __init__(self, folder: Path, *arguments: str | Path) -> None:
+    def __init__(self, folder: Path, *arguments: str | Path, program: Sequence[str] = PROGRAM) -> None:
         self.mark = uuid.uuid4().hex
         self.process = subprocess.Popen(
-            [*PROGRAM, *map(str, arguments)],
+            [*program, *map(str, arguments)],
             cwd=folder,
             env={**os.environ, MARK: self.mark},
             stdout=subprocess.PIPE,

@@ -13,6 +13,7 @@ import pytest
 
 from dsnet.errors import CheckpointError
 from dsnet.files import file_sha256, read_json
+from dsnet.latency import LatencyTable
 from dsnet.training.output_folder import RESULT_VERSIONS, OutputFolder
 from dsnet.training.resolved import StandaloneConfig
 from dsnet.training.standalone import run_standalone
@@ -110,10 +111,35 @@ def test_other_settings_take_start_weights_alone(made: Path, changes: dict[str, 
     assert prepared.start is not None
 
 
-def test_another_measurement_is_made_anew(made: Path) -> None:
-    adoption, _ = found(sweep(init_from=str(made), measure={"repeats": 2}))
+@pytest.mark.parametrize("measure", [{"repeats": 2}, {"devices": {"server": {"threads": 2}}}])
+def test_another_measurement_is_made_anew(made: Path, measure: dict[str, Any]) -> None:
+    adoption, _ = found(sweep(init_from=str(made), measure=measure))
     assert adoption is not None
     assert adoption.stages == ("supernet", "table")
+
+
+def test_tables_of_named_devices_are_taken_over_where_all_devices_are_the_same(made: Path, tmp_path: Path) -> None:
+    folder = OutputFolder(tmp_path / "copy")
+    shutil.copytree(made, folder.path)
+    two = {"devices": {"server": {"device": "cpu", "threads": 2}}}
+    rewrite(folder.resolved_path, **standalone_config(sweep(measure=two)).to_json())
+    shutil.rmtree(folder.measure)
+    run_standalone(standalone_config(sweep(measure=two)), folder.path, device="cpu")
+    adoption, prepared = found(sweep(init_from=str(folder.path), measure=two))
+    assert adoption is not None
+    assert adoption.stages == ("supernet", "measure", "table")
+    run = RunDir(tmp_path, "t")
+    run.create()
+    Manifest(run.manifest_path).create(seed=0, hardware={})
+    plans = {plan.name: plan for plan in plan_stages(run, stage_definitions(replace(prepared, adoption=adoption)))}
+    adopt(run, plans, adoption)
+    outputs = plans["measure"].folder.outputs()
+    assert set(outputs) == {"subnets.json", "latency.json", "latency-server.json"}
+    assert LatencyTable.from_json(read_json(run.latency_json(plans["measure"].key, "server"))).threads == 2
+    for other in ({}, {"devices": {"server": {"threads": 1}}}, {"devices": {"other": {"threads": 2}}}):
+        again, _ = found(sweep(init_from=str(folder.path), measure=other))
+        assert again is not None
+        assert again.stages == ("supernet", "table")
 
 
 def test_a_checkpoint_alone_is_never_adopted(made: Path) -> None:

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from orchestration.cli import cli
@@ -160,12 +161,14 @@ def test_status_of_a_finished_run(finished: Finished) -> None:
     assert {name: stage["status"] for name, stage in status["stages"].items()} == dict.fromkeys(
         ("supernet", "measure", "table", "search", "verify"), "done"
     )
-    assert status["trials"] == {"completed": 12, "failed": 0, "budget": 12}
+    assert status["trials"] == {"completed": 12, "infeasible": 0, "pruned": 0, "failed": 0, "budget": 12}
     assert status["front"] == [trial_name(slot) for slot in finished.results.front]
     assert status["is_verified"]
     assert status["driver"] is None
     text = call(finished.folder, "status", "tiny").out
     assert "12 completed, of 12" in text
+    assert status["journal"] == str(finished.run.study_journal(finished.results.done_key("search")))
+    assert f"optuna-dashboard {status['journal']}" in text
     assert "not verified" not in text
 
 
@@ -179,20 +182,45 @@ def test_a_run_is_found_by_name_in_the_runs_folder_and_by_path_from_anywhere(
 
 def test_pareto_shows_the_front_on_both_splits_and_a_pick_narrows_it(finished: Finished) -> None:
     results = finished.results
-    rows = call(finished.folder, "pareto", "tiny", "--json").json
+    content = call(finished.folder, "pareto", "tiny", "--json").json
+    rows = content["front"]
+    assert content["is_verified"]
     assert {row["slot"] for row in rows} == set(results.front)
     costs = [row["val"]["madds_m"] for row in rows]
     assert costs == sorted(costs)
     assert results.verified is not None
     for row in rows:
-        point = next(point for point in results.verified.test.points if point.slot == row["slot"])
-        assert row["test_analysis"]["top1"]["value"] == point.top1.value
+        for split in ("val", "test"):
+            points = getattr(results.verified, split).points
+            point = next(point for point in points if point.slot == row["slot"])
+            found = row[f"{split}_analysis"]
+            assert found["top1"]["value"] == point.top1.value
+            assert found["stability"] == point.stability
+            assert found["ties"] == [trial_name(slot) for slot in point.ties]
         assert set(row["latency"]) == {"1", "8"}
-    (knee,) = call(finished.folder, "pareto", "tiny", "--pick", "knee", "--json").json
+        assert all(set(own) == {"gate_ms", "ideal_ms", "widest_ms", "cheapest_ms"} for own in row["latency"].values())
+        assert set(row["device_latency"]) == {"two"}
+        assert set(row["device_latency"]["two"]) == {"1", "8"}
+    (knee,) = call(finished.folder, "pareto", "tiny", "--pick", "knee", "--json").json["front"]
     assert knee["slot"] in results.front
     text = call(finished.folder, "pareto", "tiny").out
     assert all(trial_name(slot) in text for slot in results.front)
     assert "200 test images" in text
+
+
+def test_pareto_tells_the_optimism_of_val_and_what_each_kind_of_router_reaches(finished: Finished) -> None:
+    verified = finished.results.verified
+    assert verified is not None
+    content = call(finished.folder, "pareto", "tiny", "--json").json
+    means = [np.mean([point.top1.value for point in split.points]) for split in (verified.val, verified.test)]
+    assert content["optimism"]["value"] == pytest.approx(means[0] - means[1])
+    assert content["optimism"]["low"] <= content["optimism"]["value"] <= content["optimism"]["high"]
+    for split in ("val", "test"):
+        shares = getattr(verified, split).routers
+        assert [item["name"] for item in content["routers"][split]] == [trial_name(share.slot) for share in shares]
+        assert [item["top1"] for item in content["routers"][split]] == [share.top1 for share in shares]
+    text = call(finished.folder, "pareto", "tiny").out
+    assert f"mean of {len(verified.test.points)} gates: {100 * content['optimism']['value']:+.1f}" in text
 
 
 def test_pareto_draws_the_front_and_the_kinds_of_router(finished: Finished, tmp_path: Path) -> None:
@@ -208,6 +236,16 @@ def test_trials_lists_all_of_them(finished: Finished) -> None:
     assert [row["metrics"] for row in rows] == [dict(record.metrics) for record in finished.results.records]
     text = call(finished.folder, "trials", "tiny").out
     assert text.count("*") == len(finished.results.front) + 1  # and the legend
+    chosen = call(
+        finished.folder, "trials", "tiny", "--sort", "top1", "--where", "madds_m<=baseline.madds_m", "--limit", "3"
+    )
+    best = sorted((record.metrics["top1"] for record in finished.results.records), reverse=True)
+    assert chosen.out.splitlines()[1].split()[2] == f"{100 * best[0]:.1f}"
+    assert "3 of 12 trials" in chosen.out
+    assert call(finished.folder, "trials", "tiny", "--state", "failed", "--json").json == []
+    answer = call(finished.folder, "trials", "tiny", "--sort", "top9")
+    assert answer.code == 2
+    assert "did you mean 'top" in answer.err
 
 
 def test_report_builds_the_same_page_and_points_again(finished: Finished, tmp_path: Path) -> None:

@@ -39,11 +39,11 @@ from orchestration.config import (
     NAME_PATTERN,
     AugmentConfig,
     BootstrappingConfig,
-    GateConfig,
     MeasureConfig,
     SweepConfig,
     TrainConfig,
     config_warnings,
+    gate_space,
     json_schema,
     known_fields,
     resolve_cohort,
@@ -51,6 +51,7 @@ from orchestration.config import (
     resolve_timeout_s,
     section_class,
     stage_subset,
+    supernet_space,
     sweepable_keys,
     to_yaml,
 )
@@ -389,7 +390,13 @@ def test_names_that_make_a_folder_are_accepted(name: str) -> None:
         ({"space": {"gate.routing.beam": {"int": [1, 4]}}}, "holds 1, but gate.routing.beam must be at least 2"),
         ({"space": {"gate.lr": 0.1}}, "cannot be swept; did you mean 'gate.optimizer.lr'"),
         ({"space": {"gate.targt": 0.1}}, "cannot be swept; did you mean 'gate.target'"),
-        ({"space": {"supernet.train.lr": 0.1}}, "cannot be swept"),
+        ({"space": {"data.limit": 9}}, "cannot be swept"),
+        ({"space": {"supernet.train.lr": 0.1}}, "supernet.* keys only, and nothing to search under each"),
+        ({"space": {"gate.target": 0.1, "supernet.workers": 2}}, "cannot be swept: it says where and how safely"),
+        ({"space": {"gate.target": 0.1, "supernet.init_from": "x"}}, "start weights are the same for all supernets"),
+        ({"space": {"gate.target": 0.1, "supernet.options": "x"}}, "swept one by one, as supernet.options.NAME"),
+        ({"space": {"gate.target": 0.1, "supernet.train.lr": {"uniform": [0, 1]}}}, "train.lr must be above 0"),
+        ({"space": {"gate.target": 0.1, "supernet.train.lr": {"choice": [[1], [2]]}}}, "train.lr must be a number"),
         ({"space": {"gate.sgs": 0.1}}, "cannot be swept"),
         ({"space": {"gate.target": {"uniform": [0.5, 1.5]}}}, "holds 1.5, but gate.target must be at most 1"),
         ({"space": {"gate.target": {"uniform": [-0.5, 0.5]}}}, "holds -0.5, but gate.target must be at least 0"),
@@ -414,13 +421,16 @@ def test_settings_that_contradict_each_other_are_refused(sections: dict[str, Any
 @pytest.mark.parametrize(
     ("metrics", "message"),
     [
-        ([("top1", "maximize"), ("top5", "maximize")], "one metric to maximize and one to minimize"),
-        ([("madds_m", "minimize"), ("latency_ms", "minimize")], "one metric to maximize and one to minimize"),
+        ([("top1", "maximize"), ("top5", "maximize")], "at least one metric to maximize and one to minimize"),
+        ([("madds_m", "minimize"), ("latency_ms", "minimize")], "at least one metric to maximize and one to minimize"),
+        ([("top1", "maximize"), ("top1", "maximize"), ("madds_m", "minimize")], "top1 is an objective already"),
+        ([("top1", "maximize"), ("latency_ms_batch7", "minimize")], "measure.batch_sizes are 1, 64; add the size"),
+        ([("top1", "maximize"), ("latency_ms.phone", "minimize")], "on no device 'phone'; measure.devices names none"),
         ([("top1", "minimize"), ("madds_m", "minimize")], "top1 is a metric to maximize"),
         ([("top1", "maximize"), ("madds", "minimize")], "unknown metric 'madds'; did you mean 'madds_m'"),
     ],
 )
-def test_objectives_are_one_known_gain_and_one_known_cost(metrics: list[tuple[str, str]], message: str) -> None:
+def test_objectives_are_known_gains_and_costs(metrics: list[tuple[str, str]], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         build(metrics=[{"name": name, "goal": goal} for name, goal in metrics])
 
@@ -430,14 +440,27 @@ def test_reference_accuracy_is_a_fraction() -> None:
         build(metrics=[{"name": "top1", "goal": "maximize", "ref": 70}, {"name": "madds_m", "goal": "minimize"}])
 
 
+NOT_NULL: dict[str, Any] = {
+    "supernet.regime": "ib",
+    "supernet.train.widths": "all",
+    "supernet.train.teacher": "ema",
+    "supernet.train.bn": "group_norm",
+    "supernet.bootstrapping.mode": "ib",
+}
+"""A value of the settings that are null by default and take no number."""
+
+
 @pytest.mark.parametrize("key", sweepable_keys())
-def test_every_gate_setting_can_be_fixed_to_its_default_in_the_space(key: str) -> None:
-    value: Any = GateConfig()
-    for part in key.split(".")[1:]:
+def test_every_setting_of_gate_and_supernet_can_be_fixed_to_its_default_in_the_space(key: str) -> None:
+    value: Any = build()
+    for part in key.split("."):
         value = getattr(value, part)
-    value = 4 if value is None else value
-    config = build(space={key: value})
+    value = NOT_NULL.get(key, 4) if value is None else value
+    other = "gate.optimizer.lr" if key.startswith("gate.target") else "gate.target"
+    config = build(space={key: value, other: 0.5})
     assert config.space[key] == Distribution("fixed", (value,))
+    part = supernet_space(config) if key.startswith("supernet.") else gate_space(config)
+    assert key in part
 
 
 @pytest.mark.parametrize(
@@ -462,7 +485,15 @@ def test_every_gate_setting_can_be_fixed_to_its_default_in_the_space(key: str) -
         ({"choice": []}, "nothing to choose from"),
         ({"choice": ["a", "b", "a"]}, "names 'a' twice"),
         ({"choice": [1, True]}, "names true twice"),
-        ({"choice": [[1], [2]]}, r"must be a number, text, true or false; got \[1\]"),
+        ({"choice": [{"a": 1}, 2]}, "must be a number, text, true or false, or a list of these; got a mapping"),
+        ({"choice": [[1], [2, []]]}, r"or a list of these; got \[2, \[\]\]"),
+        ({"choice": [[1, 2], [1, 2]]}, r"choice names \[1, 2\] twice"),
+        ({"uniform": [0, 1], "when": {}}, r"when is written \{KEY: value\}"),
+        ({"uniform": [0, 1], "when": "gate"}, r"when is written \{KEY: value\} or \{KEY: \[value, ...\]\}; got 'gate'"),
+        ({"uniform": [0, 1], "when": {"a": []}}, "when a: holds no value"),
+        ({"uniform": [0, 1], "when": {"a": [1, 1.0]}}, "when a: names 1.0 twice"),
+        ({"uniform": [0, 1], "when": {"a": None}}, "when a: a value must be a number"),
+        ({"when": {"a": 1}}, "expected a distribution"),
         ({"unifrom": [0, 1]}, "unknown distribution 'unifrom'; did you mean 'uniform'"),
         ({"fixed": [1]}, "unknown distribution 'fixed'"),
         ({"uniform": [0, 1], "int": [0, 1]}, "expected a distribution"),
@@ -484,6 +515,10 @@ def test_malformed_distributions_say_how_to_write_them(written: object, message:
         {"int": [0, 3]},
         {"int": [1, 9, 4]},
         {"choice": [1, 2.5, False, "1"]},
+        {"choice": [[[64, 128], [1.5, 2]], [[32], ["a"]]]},
+        {"uniform": [0.0, 1.0], "when": {"gate.router": "gate"}},
+        {"choice": [1, 2], "when": {"gate.router": ["gate", "gates"], "gate.sgs.strategy": "give_up"}},
+        {"fixed": 3, "when": {"gate.router": "gate"}},
         3,
         "x",
     ],

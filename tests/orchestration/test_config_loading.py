@@ -16,7 +16,15 @@ from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
 from dsnet.errors import ConfigError
-from orchestration.config import SweepConfig, json_schema, known_fields, resolve_regime, section_class, to_yaml
+from orchestration.config import (
+    SweepConfig,
+    json_schema,
+    known_fields,
+    resolve_regime,
+    resolve_space,
+    section_class,
+    to_yaml,
+)
 from orchestration.config_loading import LoadedConfig, load_config
 from orchestration.distribution import Distribution
 from orchestration.yaml_source import read_yaml_file
@@ -253,9 +261,82 @@ BAD_VALUES = [
     ("measure: {batch_sizes: [1, x]}", "5:28: measure.batch_sizes.1: expected a whole number; got 'x'"),
     (
         "sampler: {name: tpee}",
-        "5:17: sampler.name: unknown sampler 'tpee'; did you mean 'tpe'? known: random, tpe, nsga2",
+        "5:17: sampler.name: unknown sampler 'tpee'; did you mean 'tpe'? known: random, grid, qmc, tpe, nsga2, nsga3, gp",
     ),
-    ("sampler: {name: 3}", "5:17: sampler.name: expected one of random, tpe, nsga2; got 3"),
+    ("sampler: {name: 3}", "5:17: sampler.name: expected text; got 3; to mean text, quote it: '3'"),
+    (
+        "sampler: {name: tpe, options: {gama: 3}}",
+        "5:38: sampler.options.gama: tpe has no such option",
+    ),
+    (
+        "sampler: {enqueue: [{gate.target: 0.5}, {gate.target: 7}]}",
+        "5:55: sampler.enqueue.1.gate.target: 7 is not in uniform [0.05, 0.9]; choose a value that the search could draw",
+    ),
+    (
+        "sampler: {enqueue: [{gate.target: [1]}]}",
+        "5:35: sampler.enqueue.0.gate.target: expected a number, text, true or",
+    ),
+    ("sampler: {enqueue: 3}", "5:20: sampler.enqueue: expected a list or null; got 3"),
+    (
+        "sampler: {order: async}",
+        "5:18: sampler.order: unknown order 'async'; known: cohorts, asynchronous",
+    ),
+    ("budget: {plateau: 3}", "5:19: budget.plateau: expected a section of settings or null; got 3"),
+    ("budget: {plateau: {trial: 3}}", "5:20: budget.plateau.trial: unknown key 'trial'; did you mean 'trials'?"),
+    (
+        "budget: {target: [top1 > 0.9, madds < 3]}",
+        "5:31: budget.target.1: condition 'madds < 3', column 1: unknown metric",
+    ),
+    ("budget: {target: top1 > 0.9}", "5:18: budget.target: expected a list; got 'top1 > 0.9'"),
+    (
+        "constraints: [madds_m <= 180, top1 => 0.3]",
+        "5:31: constraints.1: condition 'top1 => 0.3', column 6: '=' cannot",
+    ),
+    (
+        "constraints: [{hard: params <= 5}]",
+        "5:15: constraints.0: condition 'params <= 5', column 1: unknown metric 'params'",
+    ),
+    ("constraints: [{hrad: params_m <= 5}]", "5:15: constraints.0: expected a condition such as"),
+    ("constraints: top1 > 0.9", "5:14: constraints: expected a list; got 'top1 > 0.9'"),
+    (
+        "pruner: {name: halving}",
+        "5:16: pruner.name: unknown pruner 'halving'; did you mean 'pareto_halving'? known: none,",
+    ),
+    ("pruner: {name: pareto_halving}", "5:16: pruner.name: pareto_halving ends long trials early"),
+    ("measure: {devices: {a.b: {}}}", "5:26: measure.devices.a.b: 'a.b' is no name of a device"),
+    (
+        "measure: {devices: {a: {thread: 1}}}",
+        "5:25: measure.devices.a.thread: unknown key 'thread'; did you mean 'threads'?",
+    ),
+    (
+        "measure: {devices: {a: {device: gpu}}}",
+        "5:33: measure.devices.a.device: unknown device 'gpu'; did you mean 'cuda'?",
+    ),
+    (
+        "metrics: [{name: top1, goal: maximize}, {name: latency_ms.a, goal: minimize}]",
+        "5:48: metrics.1.name: 'latency_ms.a' is measured on no device 'a'; measure.devices names none",
+    ),
+    (
+        "supernets: {scheduler: hyperbnd}",
+        "5:24: supernets.scheduler: unknown scheduler 'hyperbnd'; did you mean 'hyperband'?",
+    ),
+    (
+        "space: {gate.router: {choice: [gate, cascade]}, gate.sgs.t_easy: {uniform: [0, 1], when: {gate.router: gat}}}",
+        "5:104: space.gate.sgs.t_easy.when.gate.router: gate.router never is 'gat'; did you mean 'gate'?",
+    ),
+    (
+        "space: {gate.target: 0.5, supernet.train.warmup_epochs: {choice: [1, 99]}}",
+        "5:57: space.supernet.train.warmup_epochs: no supernet can be made with 99: supernet.train.warmup_epochs: 99 epochs",
+    ),
+    (
+        "space: {gate.target: 0.5, supernet.model: {choice: [ds_tiny, ds_tny]}}",
+        "5:43: space.supernet.model: unknown model 'ds_tny'; did you mean 'ds_tiny'? known models: ds_tiny, ds_mbnet, ds_resnet",
+    ),
+    (
+        "space: {gate.target: 0.5, supernet.options.num_routes: {int: [1, 4]}}",
+        "5:56: space.supernet.options.num_routes: no supernet can be made with 1: ",
+    ),
+    ("export: {picks: ['max:top3']}", "5:18: export.picks.0: pick 'max:top3': unknown metric 'top3'"),
     (
         "space: {gate.target: {uniform: [0.9, 0.05]}}",
         "5:22: space.gate.target: uniform range [0.9, 0.05] is the wrong way round; write [0.05, 0.9]",
@@ -472,6 +553,36 @@ def test_all_rules_broken_by_the_space_are_listed(sweep: Path) -> None:
         "sweep.yaml:8:22:",
         "sweep.yaml:8:22:",
     ]
+
+
+def test_options_belong_to_the_sampler_that_was_named_with_them(sweep: Path) -> None:
+    text = HEAD + "sampler: {name: tpe, options: {n_ei_candidates: 9}, startup: 3}\n"
+    assert load(sweep, text, overrides=["sampler.startup=4"]).config.sampler.options == {"n_ei_candidates": 9}
+    changed = load(sweep, text, overrides=["sampler.name=nsga2"]).config.sampler
+    assert (changed.name, changed.options, changed.startup) == ("nsga2", {}, 3)
+
+
+def test_a_condition_of_the_file_follows_what_set_fixes(sweep: Path) -> None:
+    text = HEAD + (
+        "space:\n  gate.router: {choice: [gate, cascade]}\n  gate.target: {uniform: [0, 1]}\n"
+        "  gate.sgs.t_easy: {uniform: [0, 1], when: {gate.router: gate}}\n"
+    )
+    fixed = load(sweep, text, overrides=["space.gate.router=cascade"])
+    assert list(resolve_space(fixed.config)) == ["gate.router", "gate.target"]
+    assert any("space.gate.sgs.t_easy is never drawn" in warning for warning in fixed.warnings)
+    narrowed = complaint(sweep, text, overrides=["space.gate.router={choice: [gates, cascade]}"])
+    assert "gate.router never is 'gate'; did you mean 'gates'? its choices: gates, cascade" in narrowed
+
+
+def test_the_papers_preset_fixes_what_it_says_of_swept_supernets_too(sweep: Path) -> None:
+    text = (
+        HEAD
+        + "space: {gate.target: {uniform: [0, 1]}, supernet.train.lr: {choice: [0.1, 0.2]}, gate.router: {choice: [gate, gates]}}\n"
+    )
+    space = load(sweep, text, preset="paper").config.space
+    assert space["supernet.train.lr"] == Distribution("fixed", (0.08,))
+    assert space["gate.router"] == Distribution("fixed", ("gate",))
+    assert space["gate.target"].kind == "uniform"
 
 
 def test_a_mistake_in_a_preset_is_found_without_choosing_it(sweep: Path) -> None:

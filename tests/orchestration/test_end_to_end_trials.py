@@ -24,7 +24,7 @@ from orchestration.end_to_end_trials import MakeEndToEndTrial, shared_images
 from orchestration.search_stage import MakeGateTrial
 from orchestration.stages import flatten
 from search.gate_trial import gate_settings, router_of
-from search.runner import SerialRunner, TrialSpec
+from search.runner import PROGRESS, SerialRunner, TrialSpec
 from tests.dsnet.samples import NORMALIZATION, small_supernet, tensor_data
 
 FAMILY = "ds_resnet"
@@ -103,6 +103,49 @@ def test_trials_do_not_influence_each_other(tmp_path: Path) -> None:
     assert together[1].metrics == alone.metrics
     assert np.array_equal(together[1].arrays["weight"], alone.arrays["weight"])
     assert not np.array_equal(together[0].arrays["weight"], alone.arrays["weight"])
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+@pytest.mark.parametrize("router", ["gate", "gates"])
+def test_a_trial_in_stages_is_the_trial_at_once_with_and_without_its_progress(
+    tmp_path: Path, router: str, optimizer: str
+) -> None:
+    rules = EndToEndSettings(epochs=4, augmentation=Augmentation(crop_padding=2))
+    trial = make_trial(tmp_path, rules)(shared_arrays()).function
+    whole = TrialSpec(3, 7, {**SMALL_BATCHES, "gate.router": router, "gate.optimizer.name": optimizer})
+    metrics, arrays = trial(whole)
+    assert not any(name.startswith(PROGRESS) for name in arrays)
+    progress: dict[str, NDArray[Any]] = {}
+    for until in (1, 3, None):
+        spec = replace(whole, until=until)
+        alone, alone_arrays = trial(spec)
+        met, met_arrays = trial(replace(spec, progress=progress))
+        assert met == alone
+        assert met_arrays.keys() == alone_arrays.keys()
+        assert all(np.array_equal(array, alone_arrays[name]) for name, array in met_arrays.items())
+        progress = {name: array for name, array in met_arrays.items() if name.startswith(PROGRESS)}
+        assert bool(progress) == (until is not None)
+        for array in progress.values():
+            array.flags.writeable = False  # as they come back from the object store
+    assert met == metrics
+    assert all(np.array_equal(array, arrays[name]) for name, array in met_arrays.items())
+
+
+def test_what_a_stage_returns_beside_its_progress_is_the_router_that_it_was_scored_by(tmp_path: Path) -> None:
+    trial = make_trial(tmp_path, EndToEndSettings(epochs=2))(shared_arrays()).function
+    metrics, arrays = trial(TrialSpec(0, 7, SMALL_BATCHES, until=1))
+    deployed = router_of({name: array for name, array in arrays.items() if not name.startswith(PROGRESS)})
+    assert metrics["madds_m"] == pytest.approx(run_on_table(deployed, TABLES["val"]).madds.mean() / 1e6)
+
+
+def test_a_stage_of_another_trial_fails_with_the_reason(tmp_path: Path) -> None:
+    run = SerialRunner(make_trial(tmp_path, EndToEndSettings(epochs=2))(shared_arrays())).run
+    one = TrialSpec(0, 7, {**SMALL_BATCHES, "gate.router": "gates"}, until=1)
+    progress = {name: array for name, array in next(run([one])).arrays.items() if name.startswith(PROGRESS)}
+    outcome = next(run([replace(one, params=SMALL_BATCHES, progress=progress)]))
+    assert outcome.state == "failed"
+    assert outcome.reason is not None
+    assert "heads of the shapes" in outcome.reason
 
 
 def test_a_bad_parameter_fails_its_trial_alone(tmp_path: Path) -> None:

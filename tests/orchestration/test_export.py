@@ -156,6 +156,11 @@ def test_a_bundle_claims_what_verify_found(finished: Finished, bundles: Path) ->
         assert claims["data"]["crop_fraction"] == finished.results.config.data.crop_fraction
         gate_ms = claims["latency"]["batches"]["8"]["gate_ms"]["median_ms"]
         assert gate_ms == verified.latency.gates[8][point.slot].median_ms
+        found = {"": claims["latency"], **claims["device_latency"]}
+        assert {name: own["threads"] for name, own in found.items()} == {"": 1, "two": 2}
+        for name, table in finished.results.latencies.items():
+            ideal_ms = table.ideal_ms(8, np.array(point.runs), verified.test.routes, point.router)
+            assert found[name]["batches"]["8"]["ideal_ms"] == pytest.approx(ideal_ms)
 
 
 def test_gate_yaml_is_yaml_that_says_what_the_gate_is(finished: Finished, bundles: Path) -> None:

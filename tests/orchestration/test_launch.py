@@ -14,6 +14,7 @@ from mlflow.tracking import MlflowClient
 from dsnet.routing_table import RoutingTable
 from dsnet.table_routing import run_on_table
 from dsnet.training.gate import score_run
+from orchestration.baseline import measured_ranges
 from orchestration.rundir import mlflow_store_uri
 from search.analysis import front_slots
 from search.points import load_points, trial_name
@@ -119,6 +120,27 @@ def test_the_front_is_that_of_val_and_verify_ran_what_the_table_said(finished: F
         assert agreement.top1 == pytest.approx(point.metrics["top1"], abs=agreement.num_ties / agreement.num_images)
         if agreement.num_ties == 0:
             assert agreement.madds_m == pytest.approx(point.metrics["madds_m"])
+
+
+def test_everything_is_timed_on_every_device_and_trials_are_scored_with_their_tables(finished: Finished) -> None:
+    results, run = finished.results, finished.run
+    assert {name: table.threads for name, table in results.latencies.items()} == {"": 1, "two": 2}
+    assert run.latency_json(results.done_key("measure"), "two").is_file()
+    val = RoutingTable.load(run.table(results.done_key("table"), "val"))
+    for record in results.completed:
+        shares = run_on_table(results.router(record.slot), val).runs
+        kind = results.router_kind(record.slot)
+        for name, table in results.latencies.items():
+            suffix = f".{name}" if name else ""
+            assert record.metrics[f"latency_ms{suffix}"] == pytest.approx(table.batch1_ms(shares, val.routes, kind))
+            ideal_ms = table.ideal_ms(8, shares, val.routes, kind)
+            assert record.metrics[f"latency_ms_batch8{suffix}"] == pytest.approx(ideal_ms)
+            assert results.baseline[f"latency_ms_batch8{suffix}"] == table.subnets[8][results.widest.name].median_ms
+    assert results.verified is not None
+    assert {name: own.threads for name, own in results.verified.latencies.items()} == {"": 1, "two": 2}
+    ranges = measured_ranges(results)
+    for record in results.completed:
+        assert all(low <= record.metrics[name] <= high for name, (low, high) in ranges.items())
 
 
 def test_mlflow_holds_the_sweep_its_supernet_every_subnet_and_every_trial_under_the_same_metric_names(

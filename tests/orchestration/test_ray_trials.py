@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,20 @@ import pytest
 from ray.exceptions import ActorDiedError, OutOfMemoryError
 
 from dsnet.errors import ConfigError, PreflightError
-from orchestration.ray_runtime import RaySettings, _connect, prepare_environment
-from orchestration.ray_trials import RayRunner, _cause_of_loss
+from orchestration.config import GateConfig
+from orchestration.ray_runtime import RaySettings, _connect, prepare_environment, ray_session
+from orchestration.ray_trials import RayRunner, _cause_of_loss, _resource_options
+from orchestration.search_stage import MakeGateTrial
+from orchestration.stages import flatten
 from search.engine import Budget, Search
-from search.runner import OneByOne, SerialRunner, TrialOutcome, TrialSpec, outcome_from
+from search.pareto import front_mask
+from search.runner import OneByOne, Runner, SerialRunner, TrialOutcome, TrialSpec, outcome_from
+from search.samplers import SamplerSettings
 from search.space import parse_space
 from search.study import Objective, StudyJournal, StudySettings
+from tests.dsnet.samples import random_table, small_set
+from tests.search.test_gate_trial import latency
+from tests.search.test_runner import RunnerContract, make_walks
 
 pytestmark = pytest.mark.ray
 
@@ -57,6 +66,11 @@ class ScriptedTrials:
 
     def _hang(self, spec: TrialSpec, attempt: int) -> Any:
         time.sleep(600)
+
+    def _wait(self, spec: TrialSpec, attempt: int) -> Any:
+        while not (self._folder / "go").exists():
+            time.sleep(0.01)
+        return self._work(spec, attempt)
 
     def _die_once(self, spec: TrialSpec, attempt: int) -> Any:
         return self._work(spec, attempt) if attempt else self._die(spec, attempt)
@@ -290,6 +304,122 @@ def test_batches_that_nobody_waits_for_any_more_are_abandoned(cohort_runner: Ray
     assert len(by_slot(cohort_runner.run(specs(*["work"] * 8)))) == 8
 
 
+class TestRayRunner(RunnerContract):
+    """The real thing under the contract of all runners."""
+
+    @pytest.fixture(scope="class")
+    def warm(self, ray_cluster: None) -> Iterator[Runner]:
+        made = RayRunner(make_walks, arrays={}, num_actors=2)
+        yield made
+        made.close()
+
+    @pytest.fixture
+    def walking(self, warm: Runner) -> Runner:
+        return warm
+
+
+def test_a_stream_gives_a_worker_its_next_trial_while_others_are_busy(runner: RayRunner, folder: Path) -> None:
+    scripted = iter(specs("wait", *["work"] * 6))
+    ended: list[int] = []
+    for outcome in runner.stream(lambda: [spec] if (spec := next(scripted, None)) else ()):
+        ended.append(outcome.slot)
+        if len(ended) == 6:
+            assert ended == [1, 2, 3, 4, 5, 6], "nobody waited for the slow one"
+            (folder / "go").touch()
+    assert ended[6:] == [0]
+
+
+def test_what_ends_a_worker_in_a_stream_is_retried_where_the_machine_is_to_blame(
+    runner: RayRunner, folder: Path
+) -> None:
+    actions = ["work", "die_once", "raise", "die", "hang", "nan", "work"]
+    scripted = iter(specs(*actions))
+    outcomes = by_slot(runner.stream(lambda: [spec] if (spec := next(scripted, None)) else ()))
+    assert {slot: outcome.reason for slot, outcome in outcomes.items() if outcome.reason} == {
+        2: "ValueError: no route is right",
+        3: "lost its worker 2 times: the process died (ActorDiedError)",
+        4: "time-out after 5 s",
+    }
+    assert len(outcomes) == len(actions)
+    assert [num_attempts(folder, slot) for slot in range(7)] == [1, 2, 1, 2, 1, 1, 1]
+
+
+def test_a_batch_of_a_stream_that_loses_its_worker_goes_back_one_by_one(
+    cohort_runner: RayRunner, folder: Path
+) -> None:
+    batches_left = iter([specs("work", "die", "work"), specs(*["work"] * 5)[3:]])
+    outcomes = by_slot(cohort_runner.stream(lambda: next(batches_left, ())))
+    assert {slot: outcome.reason for slot, outcome in outcomes.items() if outcome.reason} == {
+        1: "lost its worker 2 times: the process died (ActorDiedError)"
+    }
+    assert sorted(outcomes) == [0, 1, 2, 3, 4]
+    assert batches(folder) == {(0, 1, 2), (0,), (1,), (2,), (3, 4)}
+
+
+def test_a_stream_that_has_nothing_for_now_is_asked_again_after_the_next_outcome(
+    runner: RayRunner, folder: Path
+) -> None:
+    ended: list[int] = []
+    asked: list[int] = []
+    scripted = iter([specs("wait"), (), specs("work", "work")[1:], ()])
+
+    def take() -> Sequence[TrialSpec]:
+        asked.append(len(ended))
+        if len(asked) == 2:
+            (folder / "go").touch()
+        return next(scripted, ())
+
+    for outcome in runner.stream(take):
+        ended.append(outcome.slot)
+    assert ended == [0, 1]
+    assert asked[:2] == [0, 0], "the second worker was free and got nothing"
+    assert set(asked[2:]) == {1, 2}
+    assert len(asked) <= 5
+
+
+def test_more_trials_than_a_program_takes_are_several_batches_of_a_stream(
+    cohort_runner: RayRunner, folder: Path
+) -> None:
+    all_at_once = iter([specs(*["work"] * 9)])
+    assert len(by_slot(cohort_runner.stream(lambda: next(all_at_once, ())))) == 9
+    assert sorted(len(batch) for batch in batches(folder)) == [3, 3, 3]
+
+
+def test_a_stream_that_nobody_reads_any_more_is_abandoned(runner: RayRunner, folder: Path) -> None:
+    scripted = iter(specs("hang", "work"))
+    outcomes = runner.stream(lambda: [spec] if (spec := next(scripted, None)) else ())
+    assert next(outcomes).slot == 1
+    outcomes.close()
+    (started,) = folder.glob("0-*")
+    assert vanishes(int(started.name.split("-")[2]))
+    assert by_slot(runner.run(specs("work")))[0].state == "complete"
+
+
+def test_an_actor_that_wants_what_the_cluster_lacks_is_refused(ray_cluster: None) -> None:
+    for num_actors, message in ((None, "1 trial actors take 2"), (2, "2 trial actors take 2")):
+        runner = RayRunner(make_walks, arrays={}, num_actors=num_actors, resources={"board": 2})
+        with pytest.raises(PreflightError, match=f"{message} of the resource 'board' each, but the cluster has 0"):
+            next(runner.run(specs("work")))
+
+
+def test_actors_are_as_many_as_the_scarcest_resource_allows() -> None:
+    cluster = {"CPU": 4.0, "GPU": 1.0, "memory": 4e9}
+
+    def places(**options: Any) -> int:
+        return RayRunner(make_walks, arrays={}, **options)._num_places(cluster)
+
+    assert places() == 4
+    assert places(threads=2) == 2
+    assert places(resources={"GPU": 0.5}) == 2
+    assert places(resources={"GPU": 0.5, "memory": 3e9}) == 1
+    assert places(resources={"GPU": 0.1}) == 4
+    assert _resource_options({"GPU": 0.5, "memory": 3e9, "board": 1}) == {
+        "num_gpus": 0.5,
+        "memory": 3e9,
+        "resources": {"board": 1},
+    }
+
+
 def test_an_actor_computes_with_the_threads_that_it_takes(ray_cluster: None, folder: Path) -> None:
     make = functools.partial(one_by_one, folder=folder)
     runner = RayRunner(make, arrays=ARRAYS, threads=2)
@@ -339,7 +469,7 @@ def test_a_sweep_on_ray_makes_the_study_of_a_serial_one(runner: RayRunner, folde
         name="ray",
         space=parse_space({"do": {"choice": actions}, "gate.target": {"uniform": [0.0, 1.0]}}),
         objectives=(Objective("top1", "maximize"), Objective("madds_m", "minimize")),
-        startup=4,
+        sampler=SamplerSettings(startup=4),
         cohort=4,
     )
 
@@ -351,6 +481,69 @@ def test_a_sweep_on_ray_makes_the_study_of_a_serial_one(runner: RayRunner, folde
     on_ray = made_by("ray", runner)
     # Every slot has been tried here, so that `die_once` works at the first attempt of this process.
     assert made_by("serial", SerialRunner(one_by_one(ARRAYS, folder))) == on_ray
+
+
+SPACE: dict[str, Any] = {
+    "gate.router": {"choice": ["gate", "cascade"]},
+    "gate.target": {"uniform": [0.05, 0.9], "when": {"gate.router": "gate"}},
+    "gate.sgs.t_easy": {"uniform": [0.0, 0.9], "when": {"gate.router": "gate"}},
+    "gate.routing.first": {"int": [0, 2]},  # a cascade over one route is a trial that fails
+    "gate.optimizer.lr": {"loguniform": [0.01, 0.3]},
+}
+
+
+def gate_study(folder: Path, runner: Runner) -> list[Any]:
+    """A small sweep of real gate trials: every trial as JSON, and the slots of the front."""
+    settings = StudySettings(
+        name="gates",
+        space=parse_space(SPACE),
+        objectives=(Objective("top1", "maximize"), Objective("madds_m", "minimize")),
+        sampler=SamplerSettings("tpe", startup=8),
+        seed=3,
+        cohort=8,
+    )
+    records = Search(journal=StudyJournal.open(folder, settings), runner=runner).run(Budget(24)).records
+    complete = [record for record in records if record.values is not None]
+    front = np.flatnonzero(front_mask([record.values or () for record in complete], ["maximize", "minimize"]))
+    trials = [[r.slot, r.state, r.reason, dict(r.params), r.values, dict(r.metrics)] for r in records]
+    return json.loads(json.dumps([trials, [complete[index].slot for index in front]]))
+
+
+def gate_trials() -> tuple[MakeGateTrial, dict[str, np.ndarray]]:
+    subnets = small_set("ds_tiny")
+    tables = {name: random_table(size, len(subnets), seed=size, split=name) for name, size in (("gate", 80), ("val", 90))}
+    defaults = flatten({"gate": GateConfig().model_dump(mode="json")}) | {"gate.optimizer.steps": 40}
+    make = MakeGateTrial({name: table.meta() for name, table in tables.items()}, subnets, latency(subnets), defaults)
+    return make, {f"{name}/{key}": array for name, table in tables.items() for key, array in table.arrays().items()}
+
+
+def studies_by_workers(folder: Path) -> dict[str, list[Any]]:
+    """The same sweep with 1, 2 and 4 actors, in a cluster of its own."""
+    make, arrays = gate_trials()
+    studies = {}
+    with ray_session(RaySettings(num_cpus=4, object_store_mib=75)):
+        for num_actors in (1, 2, 4):
+            with closing(RayRunner(make, arrays=arrays, num_actors=num_actors)) as runner:
+                studies[str(num_actors)] = gate_study(folder / f"{num_actors}.log", runner)
+    return studies
+
+
+def test_a_search_over_real_gate_trials_is_the_same_with_1_2_and_4_workers(tmp_path: Path) -> None:
+    script = (
+        "import json, sys; from pathlib import Path; from orchestration.ray_runtime import prepare_environment\n"
+        "prepare_environment()\n"
+        "from tests.orchestration.test_ray_trials import studies_by_workers\n"
+        "Path(sys.argv[1], 'studies.json').write_text(json.dumps(studies_by_workers(Path(sys.argv[1]))))\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=REPOSITORY, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    studies = json.loads((tmp_path / "studies.json").read_text())
+    make, arrays = gate_trials()
+    trials, front = gate_study(tmp_path / "serial.log", SerialRunner(make(arrays)))
+    assert studies == dict.fromkeys(["1", "2", "4"], [trials, front])
+    assert len(front) >= 2
+    assert {state for _, state, *_ in trials} == {"complete", "failed"}
+    assert {params["gate.router"] for *_, params, _, _ in trials[8:]} == {"gate", "cascade"}
 
 
 # --- the cluster itself ---

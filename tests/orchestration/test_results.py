@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from dashboards.report import build_report
 from dsnet.cost import subnet_cost
 from dsnet.errors import CheckpointError, NotFoundError
 from dsnet.routers import ROUTER_KINDS
@@ -18,10 +20,11 @@ from dsnet.table_routing import run_on_table
 from dsnet.training.gate import fit_gate
 from dsnet.training.gate_settings import GateSettings
 from orchestration.planning import prepare_again
-from orchestration.reporting import hypervolume_of, reference_point, report_data
+from orchestration.reporting import hypervolume_of, report_data
 from orchestration.results import RunResults, load_router
 from orchestration.rundir import RunDir
 from search.gate_trial import arrays_of
+from search.pareto import hypervolume
 from search.points import save_points, trial_name
 from tests.dsnet.samples import random_table
 from tests.orchestration.samples import Finished, results_in
@@ -145,7 +148,7 @@ def test_hypervolume_never_falls_and_ends_with_that_of_the_front(finished: Finis
     values = list(info.hypervolume)
     assert values == sorted(values)
     # Independent: area of the union of rectangles between the front's points and the reference.
-    _, worst = reference_point(results)
+    _, worst = results.reference_point
     front = sorted(
         (results.record(slot).metrics["madds_m"], results.record(slot).metrics["top1"]) for slot in results.front
     )
@@ -174,3 +177,54 @@ def test_of_a_long_front_only_some_gates_run_on_test(finished: Finished) -> None
     results.__dict__["config"] = whole.model_copy(update={"budget": whole.budget.model_copy(update={"verify": None})})
     assert results.front_sample == results.front
     assert results.verified is not None
+
+
+def with_three_objectives(finished: Finished) -> RunResults:
+    """The run as if it had minimised latency too, its first trial had been pruned and half of the others broke a constraint."""
+    results = RunResults(finished.run)
+    config = results.config
+    latency = config.metrics[1].model_copy(update={"name": "latency_ms_batch8", "ref": 1e3})
+    results.__dict__["config"] = config.model_copy(update={"metrics": (*config.metrics, latency)})
+    first, *others = results.records
+    changed = [replace(first, state="pruned", values=None, reason="13th of 12 after 3 epochs")]
+    changed += [replace(record, constraints={"top1 >= 2": 1.0 if record.slot % 2 else -1.0}) for record in others]
+    results.__dict__["records"] = changed
+    return results
+
+
+def test_infeasible_and_pruned_trials_are_on_no_front_and_add_no_hypervolume(finished: Finished) -> None:
+    results = with_three_objectives(finished)
+    feasible = [record for record in results.records if record.slot % 2 == 0 and record.slot > 0]
+    assert set(results.front) <= {record.slot for record in feasible}
+    info = hypervolume_of(results)
+    assert info is not None
+    assert info.objectives == ("top1", "madds_m", "latency_ms_batch8")
+    assert info.pruned == ((0, "13th of 12 after 3 epochs"),)
+    assert info.num_infeasible == 6
+    values = np.array([[record.metrics[name] for name in info.objectives] for record in feasible])
+    assert info.hypervolume[-1] == pytest.approx(
+        hypervolume(values, ("maximize", "minimize", "minimize"), info.reference)
+    )
+    grows = np.diff([0.0, *info.hypervolume]) > 0
+    assert set(np.flatnonzero(grows)) <= {record.slot for record in feasible}
+
+
+def test_the_report_of_three_objectives_shows_constraints_and_intervals_before_test_is_read(finished: Finished) -> None:
+    results = with_three_objectives(finished)
+    assert results.verified is None  # what ran on test was another front
+    data = report_data(results, tuple("0123456789"), (), "stopped")
+    assert (data.num_completed, data.num_infeasible, data.num_pruned, data.num_failed) == (11, 6, 1, 0)
+    assert data.constraints == (("top1 >= 2", 6),)
+    assert data.endings == (("pruned", "13th of 12 after 3 epochs", 1),)
+    assert data.front is not None
+    assert data.front.further is not None
+    by_name = {point.name: point for point in data.front.chosen.dynamic}
+    assert len(by_name) == 11
+    for record in results.completed:
+        point = by_name[trial_name(record.slot)]
+        assert point.further == record.metrics["latency_ms_batch8"]
+        assert point.is_feasible == (not point.broken) == record.is_feasible
+    for row in data.headline.rows:
+        assert row.chosen.top1.low <= row.chosen.top1.value <= row.chosen.top1.high
+        assert row.further[0][0] == "latency_ms_batch8"
+    assert "Grey crosses" in build_report(data)

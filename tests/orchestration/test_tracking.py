@@ -1,5 +1,7 @@
 import json
+import os
 import shutil
+import signal
 import socket
 import sqlite3
 import subprocess
@@ -16,10 +18,12 @@ from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 
 from orchestration import tracking
+from orchestration.mlflow_writer import MlflowWriter
 from orchestration.tracking import (
     FAILURES_BEFORE_PAUSE,
     CurvePoint,
     CurveTail,
+    MlflowStore,
     MlflowTracker,
     NullTracker,
     TrackedRun,
@@ -45,6 +49,7 @@ tracker.curve(t.POINTS[:3])
 tracker.trial(t.trial_run("digits", 0))
 while tracker.summary.num_written < 5:
     pass
+print(tracker._store._process.pid, flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
 
@@ -57,8 +62,14 @@ class Database:
         self.uri = f"sqlite:///{self.path}"
         self.artifacts = folder / "mlruns artifacts"
 
-    def tracker(self, experiment: str) -> MlflowTracker:
-        return MlflowTracker(self.uri, experiment, self.artifacts, "digits", warn=pytest.fail)
+    def tracker(self, experiment: str, under: TrackedRun | None = None) -> MlflowTracker:
+        """One that writes in this process: another takes a second to start."""
+        store = MlflowStore(self.uri, experiment, self.artifacts, under)
+        return MlflowTracker(self.uri, experiment, self.artifacts, "digits", warn=pytest.fail, store=store)
+
+    def tracker_with_process(self, experiment: str, under: TrackedRun | None = None) -> MlflowTracker:
+        """One as the driver has it."""
+        return MlflowTracker(self.uri, experiment, self.artifacts, "digits", warn=pytest.fail, under=under)
 
     def runs(self, experiment: str) -> dict[str, Run]:
         client = MlflowClient(self.uri)
@@ -88,6 +99,16 @@ def database(tmp_path_factory: pytest.TempPathFactory) -> Database:
 @pytest.fixture
 def experiment(request: pytest.FixtureRequest) -> str:
     return str(request.node.name)
+
+
+def vanishes(pid: int) -> bool:
+    """Whether a process that is nobody's child here ends soon."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while (stat := Path(f"/proc/{pid}/stat")).exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z":
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
 
 
 def parent_run(sweep: str) -> TrackedRun:
@@ -209,7 +230,9 @@ def test_a_killed_driver_is_resumed_and_ends_like_one_that_was_not(
     database: Database, experiment: str, artifact: Path
 ) -> None:
     command = [sys.executable, "-c", KILLED_DRIVER, database.uri, experiment, str(database.artifacts)]
-    assert subprocess.run(command, timeout=TIMEOUT_S).returncode == -9
+    ended = subprocess.run(command, timeout=TIMEOUT_S, capture_output=True, text=True)
+    assert ended.returncode == -9, ended.stderr
+    assert vanishes(int(ended.stdout)), "the process that writes outlived its driver"
     killed = database.runs(experiment)
     assert {uid: run.info.status for uid, run in killed.items()} == {
         "digits": "RUNNING",
@@ -251,6 +274,112 @@ def test_what_a_killed_driver_left_running_is_closed_at_start_up(database: Datab
         "another": "RUNNING",
     }
     assert runs["digits/cccc/trial-0001"].data.metrics["top1"] == 0.95
+
+
+def test_a_process_of_its_own_writes_what_a_thread_would(
+    database: Database, experiment: str, artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mlflow.py").write_text("raise SystemExit('the user has a file of this name')")
+    monkeypatch.chdir(tmp_path)
+    summary = play(database.tracker_with_process(experiment), "digits", Path(artifact.name))
+    assert summary == play(database.tracker(f"{experiment}-thread"), "digits", artifact)
+    runs, threads = (database.runs(name) for name in (experiment, f"{experiment}-thread"))
+    assert {uid: facts(run) for uid, run in runs.items()} == {uid: facts(run) for uid, run in threads.items()}
+    files = MlflowClient(database.uri).list_artifacts(runs["digits"].info.run_id)
+    assert [file.path for file in files] == ["sweep.yaml"]
+
+
+def test_a_writing_process_that_dies_costs_the_row_in_hand_and_is_replaced(
+    database: Database, experiment: str
+) -> None:
+    warnings: list[str] = []
+    tracker = MlflowTracker(database.uri, experiment, database.artifacts, "digits", warn=warnings.append)
+    tracker.parent(parent_run("digits"))
+    tracker.trial(trial_run("digits", 0))
+    written(tracker, 3)
+    os.kill(writer_pid(tracker), signal.SIGKILL)
+    assert vanishes(writer_pid(tracker))
+    tracker.trial(trial_run("digits", 1))
+    tracker.trial(trial_run("digits", 2))
+    summary = tracker.close("FINISHED", NOW_MS + 1000, TIMEOUT_S)
+    assert (summary.num_unsent, len(warnings)) == (1, 1)
+    assert "the process that writes to MLflow ended with status -9" in warnings[0]
+    runs = database.runs(experiment)
+    assert sorted(runs) == ["digits", "digits/cccc/trial-0000", "digits/cccc/trial-0002"]
+    assert "RUNNING" not in {run.info.status for run in runs.values()}
+
+
+def test_the_driver_itself_does_without_mlflow(database: Database, experiment: str) -> None:
+    script = (
+        "import sys; from pathlib import Path; from orchestration.tracking import MlflowTracker, TrackedRun\n"
+        "tracker = MlflowTracker(sys.argv[1], sys.argv[2], Path(sys.argv[3]), 'digits')\n"
+        "tracker.parent(TrackedRun('digits', 'digits', 'sweep', 1))\n"
+        "assert tracker.close('FINISHED', 2, 60).num_written == 3\n"
+        "assert not {'mlflow', 'sqlalchemy'}.intersection(sys.modules)\n"
+    )
+    command = [sys.executable, "-c", script, database.uri, experiment, str(database.artifacts)]
+    subprocess.run(command, cwd=Path(__file__).parents[2], check=True)
+    assert database.runs(experiment)["digits"].info.status == "FINISHED"
+
+
+def test_a_closed_tracker_leaves_no_process(database: Database, experiment: str) -> None:
+    tracker = database.tracker_with_process(experiment)
+    tracker.parent(parent_run("digits"))
+    written(tracker, 2)
+    pid = writer_pid(tracker)
+    tracker.close("FINISHED", NOW_MS + 1000, TIMEOUT_S)
+    assert not Path(f"/proc/{pid}").exists()
+
+
+def written(tracker: MlflowTracker, number: int) -> None:
+    """Wait for some writes."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while tracker.summary.num_written < number:
+        assert time.monotonic() < deadline, tracker.summary
+        time.sleep(0.01)
+
+
+def writer_pid(tracker: MlflowTracker) -> int:
+    store = tracker._store
+    assert isinstance(store, MlflowWriter)
+    assert store._process is not None
+    return store._process.pid
+
+
+@pytest.mark.parametrize("has_process", [False, True])
+def test_a_sweep_of_a_larger_sweep_hangs_below_its_row(
+    database: Database, experiment: str, artifact: Path, has_process: bool
+) -> None:
+    outer = replace(parent_run("family"), params={"supernets.number": 2})
+    make = database.tracker_with_process if has_process else database.tracker
+    all_of_it = database.tracker(experiment)
+    all_of_it.parent(outer)
+    members = [make(experiment, under=outer) for _ in range(2)]
+    for number, member in enumerate(members):  # the first may be there before the row above it
+        assert play(member, f"family/{number}", artifact).num_unsent == 0
+    assert all_of_it.close("FINISHED", NOW_MS + 2000, TIMEOUT_S).num_unsent == 0
+    runs = database.runs(experiment)
+    ids = {uid: run.info.run_id for uid, run in runs.items()}
+    above = {uid: run.data.tags.get("mlflow.parentRunId") for uid, run in runs.items()}
+    assert above["family"] is None
+    assert above["family/0"] == above["family/1"] == ids["family"]
+    assert above["family/1/cccc/trial-0003"] == ids["family/1"]
+    assert runs["family"].data.params == {"supernets.number": "2"}
+    assert {run.info.status for uid, run in runs.items() if uid in ("family", "family/0", "family/1")} == {"FINISHED"}
+    before = database.rows()
+    assert play(make(experiment, under=outer), "family/1", artifact).num_unsent == 0
+    assert database.rows() == before
+
+
+def test_a_sweep_that_was_launched_alone_moves_below_the_larger_one(
+    database: Database, experiment: str, artifact: Path
+) -> None:
+    play(database.tracker(experiment), "digits", artifact)
+    outer = parent_run("family")
+    play(database.tracker(experiment, under=outer), "digits", artifact)
+    runs = database.runs(experiment)
+    assert runs["digits"].data.tags["mlflow.parentRunId"] == runs["family"].info.run_id
+    assert runs["family"].info.status == "RUNNING", "it is not the member's to close"
 
 
 def test_stopping_ends_the_supernet_too(database: Database, experiment: str) -> None:
@@ -389,6 +518,8 @@ def test_a_server_that_never_answers_does_not_hold_the_driver(tmp_path: Path) ->
         assert time.monotonic() - start < 5
     assert summary.num_unsent >= 2
     assert len(warnings) == 1
+    tracker._thread.join(TIMEOUT_S)
+    assert tracker.summary == summary, "what was given up is counted once"
 
 
 @pytest.mark.parametrize("make", [lambda path: path.mkdir(), lambda path: path.write_bytes(b"not a database" * 100)])
@@ -399,7 +530,7 @@ def test_a_database_that_cannot_be_opened_is_reported_at_once(tmp_path: Path, ma
     tracker = MlflowTracker(f"sqlite:///{tmp_path}/mlflow.db", "x", tmp_path, "digits", warn=warnings.append)
     tracker.parent(parent_run("digits"))
     summary = tracker.close("FINISHED", NOW_MS, TIMEOUT_S)
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 30, "MLflow itself tries for 100 s"
     assert summary.num_unsent == 3
     assert len(warnings) == 1
 
@@ -433,8 +564,8 @@ def test_importing_the_module_does_not_import_mlflow_and_using_it_sends_nothing_
     script = (
         "import sys; from pathlib import Path; from orchestration import tracking\n"
         "assert 'mlflow' not in sys.modules\n"
-        "tracker = tracking.MlflowTracker('http://127.0.0.1:1', 'x', Path('.'), 'x', warn=lambda text: None)\n"
-        "tracker._attempt(tracker._store.connect)\n"
+        "store = tracking.MlflowStore('http://127.0.0.1:1', 'x', Path('.'))\n"
+        "tracking.MlflowTracker('http://127.0.0.1:1', 'x', Path('.'), 'x', warn=print, store=store)._attempt(store.connect)\n"
         "from mlflow.telemetry import get_telemetry_client\n"
         "assert get_telemetry_client() is None\n"
     )
@@ -442,6 +573,7 @@ def test_importing_the_module_does_not_import_mlflow_and_using_it_sends_nothing_
     environment = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run([sys.executable, "-c", script], env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+    assert "MLflow at http://127.0.0.1:1 does not take results" in done.stdout
 
 
 def test_time_outs_of_the_user_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:

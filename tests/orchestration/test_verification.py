@@ -13,13 +13,15 @@ import torch
 from dsnet.batchnorm import recalibrate
 from dsnet.data import TensorData
 from dsnet.errors import VerificationError
-from dsnet.latency import LatencySettings
+from dsnet.latency import LatencySettings, measure_latency
 from dsnet.routers import ROUTER_KINDS, CascadeRouter, GateRouter, Router
 from dsnet.routing_table import RoutingTable
 from dsnet.supernet import Supernet
 from dsnet.table_routing import run_on_table
 from dsnet.training.evaluate import build_routing_table
 from orchestration.verification import CLASS_TIE, DynamicLatency, check_agreement, time_front
+from search.analysis import analyse_split
+from search.ceiling import RouteForecast
 from tests.dsnet.samples import NORMALIZATION, random_router, small_supernet, tensor_data, three_gate_supernet
 
 SLOT = 42
@@ -204,3 +206,21 @@ def test_the_front_is_timed_beside_the_static_extremes_at_every_batch_size(
     assert all(timing.median_ms > 0 and timing.repeats == 2 for timing in timings)
     assert torch.get_num_threads() == threads
     assert DynamicLatency.from_json(json.loads(json.dumps(found.to_json()))) == found
+
+
+def test_what_the_parts_add_up_to_stands_beside_what_was_measured(
+    supernet: Supernet, router: GateRouter, table: RoutingTable, data: TensorData
+) -> None:
+    settings = LatencySettings(batch_sizes=(1, 8), group_sizes=(1, 8), repeats=1, warmup=0)
+    parts = measure_latency(supernet, 16, settings)
+    found = time_front(supernet, {3: router}, data.images("val"), NORMALIZATION, settings)
+    forecast = RouteForecast.fit(table)
+    analysis = analyse_split(forecast, table, table, {3: router}, {}, num_classes=10)
+    beside = found.beside(parts, analysis.points, table.routes)
+    runs = run_on_table(router, table).runs
+    assert beside.ideal == {
+        1: {3: pytest.approx(parts.batch1_ms(runs, table.routes))},
+        8: {3: pytest.approx(parts.ideal_ms(8, runs, table.routes))},
+    }
+    assert replace(beside, ideal={}) == found
+    assert DynamicLatency.from_json(json.loads(json.dumps(beside.to_json()))) == beside

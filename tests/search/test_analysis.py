@@ -22,9 +22,11 @@ from search.analysis import (
     analyse_split,
     budget_picks,
     front_slots,
+    optimism,
     spread_along_front,
 )
 from search.ceiling import RouteForecast
+from search.pareto import Goal
 from tests.dsnet.samples import random_table
 
 MADDS = np.array([1_000_000, 2_000_000, 4_000_000])
@@ -192,6 +194,83 @@ def test_a_gate_and_a_cascade_that_answer_alike_but_pay_differently_are_two_poin
     assert first.stability > 0.9
 
 
+def always(position: int) -> GateRouter:
+    """Sends every image to one of routes 0, 1, 2."""
+    price = torch.ones(3, dtype=torch.float64)
+    price[position] = 0.0
+    return GateRouter(torch.zeros(3, 2, dtype=torch.float64), price, (0, 1, 2))
+
+
+def large_table(num_images: int, *, seed: int = 0, split: str = "val") -> RoutingTable:
+    """Routes 0 and 1 cost nearly the same and are right on 80 %; route 2 costs that too and is right on 40 %."""
+    rng = np.random.default_rng(seed)
+    right = rng.random((num_images, 3)) < [0.8, 0.8, 0.4]
+    right[:, 1] = right[:, 0]
+    right[:2, 1] ^= True
+    return replace(
+        random_table(num_images, 3, split=split, hidden=2, seed=seed),
+        madds=np.array([10_000_000, 10_050_000, 10_060_000]),
+        trunk_madds=TRUNK,
+        correct1=right,
+    )
+
+
+def test_points_that_the_images_cannot_tell_apart_are_tied_and_others_at_that_cost_are_not() -> None:
+    table = large_table(400)
+    forecast = RouteForecast.fit(table)
+    contenders: dict[BudgetPick, Router] = {BudgetPick("gate", 0.5, 7): always(1), BudgetPick("gate", 0.75, 9): always(2)}
+    found = analyse_split(forecast, table, table, {3: always(0)}, contenders, num_classes=7, num_resamples=200)
+    assert found.points[0].ties == (7,)
+    both = analyse_split(
+        forecast, table, table, {3: always(0), 7: always(1)}, contenders, num_classes=7, num_resamples=200
+    )
+    assert [point.ties for point in both.points] == [(7,), (3,)]
+
+
+def test_points_at_other_costs_are_never_tied() -> None:
+    found = analysis_of({5: gate(0, 1), 9: gate(1, 2)}, {BudgetPick("cascade", 0.25, 4): CascadeRouter(0, 1, 0.5)})
+    assert [point.ties for point in found.points] == [(), ()]
+
+
+def test_the_fronts_optimism_is_its_mean_loss_of_top1_between_the_splits() -> None:
+    val, test = large_table(400), large_table(500, seed=1, split="test")
+    forecast = RouteForecast.fit(val)
+    routers: dict[int, Router] = {0: always(0), 2: always(2)}
+    chosen, reported = (
+        analyse_split(forecast, val, table, routers, {}, num_classes=7, num_resamples=300) for table in (val, test)
+    )
+    found = optimism(chosen, reported)
+    assert found is not None
+    means = [table.correct1[:, [0, 2]].mean() for table in (val, test)]
+    assert found.value == pytest.approx(means[0] - means[1])
+    # Against the textbook: the means of both points over independent images.
+    errors = [table.correct1[:, [0, 2]].mean(axis=1).std() / np.sqrt(table.num_images) for table in (val, test)]
+    assert found.high - found.low == pytest.approx(2 * 1.96 * np.hypot(*errors), rel=0.15)
+    assert optimism(analysis_of({}), analysis_of({})) is None
+
+
+def test_stability_is_judged_in_the_objectives_of_the_sweep() -> None:
+    table = table_of()
+    forecast = RouteForecast.fit(table)
+    routers: dict[int, Router] = {1: always(2), 2: always(1)}  # route 1 is cheaper, and as good but for one image
+
+    def stability(*objectives: tuple[str, Goal], latency_ms: tuple[float, float] = (1.0, 1.0)) -> list[float]:
+        measured = {slot: {"latency_ms": value} for slot, value in zip((1, 2), latency_ms, strict=True)}
+        found = analyse_split(
+            forecast, table, table, routers, {}, num_classes=3, objectives=objectives, measured=measured, num_resamples=200
+        )
+        return [point.stability for point in found.points]
+
+    by_cost = stability(("top1", "maximize"), ("madds_m", "minimize"))
+    assert by_cost[1] == 1.0
+    assert 0.4 < by_cost[0] < 0.9  # only where the one image is drawn: 1 - (5/6)^6 = 0.67
+    assert stability(("top1", "maximize"), ("madds_m", "minimize"), ("latency_ms", "minimize")) == by_cost
+    third = (("top1", "maximize"), ("madds_m", "minimize"), ("latency_ms", "minimize"))
+    assert stability(*third, latency_ms=(1.0, 2.0)) == [1.0, 1.0]
+    # All sub-networks have top-5 1: the cheaper wins everywhere.
+    assert stability(("top5", "maximize"), ("madds_m", "minimize")) == [0.0, 1.0]
+
+
 def trial(slot: int, kind: str, top1: float, madds_m: float) -> tuple[int, str, dict[str, float]]:
     return slot, kind, {"top1": top1, "madds_m": madds_m}
 
@@ -251,7 +330,7 @@ def test_a_front_without_gates_still_has_its_controls() -> None:
     assert SplitAnalysis.from_json(json.loads(json.dumps(found.to_json()))) == found
 
 
-def brute_force_front(values: np.ndarray, signs: tuple[int, int]) -> set[int]:
+def brute_force_front(values: np.ndarray, signs: tuple[int, ...]) -> set[int]:
     points = values * np.array(signs)
     front = set()
     for i, point in enumerate(points):
@@ -262,12 +341,51 @@ def brute_force_front(values: np.ndarray, signs: tuple[int, int]) -> set[int]:
     return front
 
 
+@given(
+    st.lists(st.tuples(*[st.integers(0, 4)] * 3), max_size=14),
+    st.tuples(*[st.sampled_from(("maximize", "minimize"))] * 3),
+)
+def test_front_slots_of_three_objectives_equal_brute_force_and_ties_follow_the_second_and_third(
+    points: list[tuple[int, int, int]], goals: tuple[Goal, ...]
+) -> None:
+    values = np.array(points, dtype=float).reshape(-1, 3)
+    signs = np.array([1 if goal == "maximize" else -1 for goal in goals])
+    found = front_slots(range(len(points)), values, goals)
+    assert set(found) == brute_force_front(values, tuple(signs))
+    ranked = [tuple(signs * values[slot]) for slot in found]
+    assert ranked == sorted(ranked)
+
+
+@given(st.integers(1, 60), st.integers(2, 20), st.integers(0, 2**16))
+def test_points_over_a_surface_keep_both_ends_the_kept_one_and_the_size(count: int, size: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    values = rng.random((count, 3))
+    values = values[np.argsort(values[:, 0])]
+    kept = int(rng.integers(count))
+    chosen = spread_along_front(values, size, [kept])
+    assert list(chosen) == sorted(set(chosen))
+    assert {0, kept, count - 1} <= set(chosen)
+    assert len(chosen) == min(count, max(size, len({0, kept, count - 1})))
+    if size >= 7:
+        extremes = {int(find(values[:, column])) for column in range(3) for find in (np.argmin, np.argmax)}
+        assert extremes <= set(chosen)
+
+
+def test_points_over_a_surface_leave_no_part_of_it_far_from_a_chosen_one_whatever_the_units() -> None:
+    grid = np.array([(x, y, x * y) for x in range(11) for y in range(11)], dtype=float)
+    for units in ([1.0, 1.0, 1.0], [1e-3, 1.0, 1e6]):
+        chosen = list(spread_along_front(grid * units, 30))
+        scaled = grid / np.ptp(grid, axis=0)
+        away = np.linalg.norm(scaled[:, None] - scaled[None, chosen], axis=2).min(axis=1)
+        assert away.max() < 0.25  # 30 discs over an area of a little more than 1
+
+
 GRID = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=0, max_size=12)
 
 
 @given(GRID, st.sampled_from(list(itertools.permutations(("maximize", "minimize")))))
 def test_front_slots_equal_brute_force_and_end_with_the_best_of_the_first_objective(
-    points: list[tuple[int, int]], goals: tuple[str, str]
+    points: list[tuple[int, int]], goals: tuple[Goal, Goal]
 ) -> None:
     values = np.array(points, dtype=float).reshape(-1, 2)
     signs = tuple(1 if goal == "maximize" else -1 for goal in goals)

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,14 @@ import numpy as np
 import pytest
 
 from dsnet.errors import ConfigError
+from search.constraints import ConstraintSet
 from search.engine import Budget, Search
+from search.expressions import Comparison, parse_comparison
 from search.runner import OneByOne, SerialRunner, TrialFunction, TrialOutcome, TrialSpec, outcome_from
-from search.samplers import KNOWN_SAMPLERS
+from search.samplers import KNOWN_SAMPLERS, SamplerSettings
 from search.space import parse_space
+from search.stopping import Plateau, StopRules
+from search.pareto import hypervolume
 from search.study import Objective, StudyJournal, StudySettings, TrialRecord, load_records
 
 SPACE: dict[str, Any] = {
@@ -36,13 +40,24 @@ SPACE: dict[str, Any] = {
 }
 
 
-def study_settings(sampler: str = "tpe", **changes: Any) -> StudySettings:
+COARSE: dict[str, Any] = {
+    "gate.target": {"step": [0.0, 1.0, 0.25]},
+    "gate.optimizer.lr": 0.01,
+    "gate.routing.first": {"int": [0, 3]},
+    "gate.sgs.strategy": {"choice": ["try_best", "give_up"]},
+}
+
+
+def sampler_settings(name: str, startup: int = 6) -> SamplerSettings:
+    return SamplerSettings(name, {"points": 4} if name == "grid" else {}, startup)
+
+
+def study_settings(sampler: str | SamplerSettings = "tpe", **changes: Any) -> StudySettings:
     fields: dict[str, Any] = {
         "name": "digits",
         "space": parse_space(SPACE),
         "objectives": (Objective("top1", "maximize"), Objective("madds_m", "minimize")),
-        "sampler": sampler,
-        "startup": 6,
+        "sampler": sampler_settings(sampler) if isinstance(sampler, str) else sampler,
     }
     return StudySettings(**fields | changes)
 
@@ -92,6 +107,16 @@ class ThreadedRunner:
         for thread in threads:
             thread.join()
 
+    def stream(self, take: Callable[[], Sequence[TrialSpec]]) -> Generator[TrialOutcome, None, None]:
+        """Keeps all workers busy, and ends a trial of a random one at a time."""
+        running: list[TrialSpec] = []
+        while True:
+            while len(running) < self._num_workers and (specs := take()):
+                running.extend(specs)
+            if not running:
+                return
+            yield outcome_from(self._function, running.pop(random.randrange(len(running))))
+
     def close(self) -> None:
         pass
 
@@ -104,6 +129,10 @@ class ListRunner:
 
     def run(self, specs: Sequence[TrialSpec]) -> Generator[TrialOutcome, None, None]:
         yield from self._outcomes
+
+    def stream(self, take: Callable[[], Sequence[TrialSpec]]) -> Generator[TrialOutcome, None, None]:
+        while take():
+            yield from self._outcomes
 
     def close(self) -> None:
         pass
@@ -141,11 +170,14 @@ def essence(records: Sequence[TrialRecord]) -> list[tuple[Any, ...]]:
     return [(r.slot, r.number, r.state, r.params, r.values, r.metrics, r.reason, r.constraints) for r in records]
 
 
-def slack(metrics: Mapping[str, float]) -> Mapping[str, float]:
-    return {"madds_m <= 6": metrics["madds_m"] - 6}
+def comparison(text: str) -> Comparison:
+    return parse_comparison(text, ["top1", "madds_m", "latency_ms"])
 
 
-@pytest.mark.parametrize("sampler", KNOWN_SAMPLERS)
+SLACK = ConstraintSet(soft=(comparison("madds_m <= 6"),))
+
+
+@pytest.mark.parametrize("sampler", [name for name in KNOWN_SAMPLERS if name != "gp"])
 @pytest.mark.parametrize("num_workers", [1, 2, 4])
 def test_the_number_of_workers_changes_nothing(tmp_path: Path, sampler: str, num_workers: int) -> None:
     settings = study_settings(sampler)
@@ -153,6 +185,12 @@ def test_the_number_of_workers_changes_nothing(tmp_path: Path, sampler: str, num
     crowd = sweep(tmp_path / "crowd", settings=settings, runner=ThreadedRunner(sometimes_broken, num_workers))
     assert essence(crowd) == essence(alone)
     assert [record.slot for record in alone] == list(range(20))
+
+
+def test_the_number_of_workers_changes_nothing_for_the_slow_sampler_either(tmp_path: Path) -> None:
+    settings = study_settings("gp")
+    alone = sweep(tmp_path / "alone", 11, settings=settings)
+    assert essence(sweep(tmp_path / "crowd", 11, settings=settings, runner=ThreadedRunner(sometimes_broken, 2))) == essence(alone)
 
 
 @dataclass(frozen=True)
@@ -174,19 +212,28 @@ def test_the_number_of_lanes_changes_nothing(tmp_path: Path, lanes: int) -> None
 
 # 40 trials in cohorts of 8: generations of 6 begin anew with each cohort, generations of 12 span two, so that a resume
 # falls into the middle of one.
-@pytest.mark.parametrize(("sampler", "startup"), [("random", 6), ("tpe", 6), ("nsga2", 6), ("nsga2", 12)])
+@pytest.mark.parametrize(
+    ("sampler", "startup"),
+    [
+        *((name, 6) for name in KNOWN_SAMPLERS if name != "gp"),
+        ("nsga2", 12),
+        ("nsga3", 12),
+        ("optuna.samplers.TPESampler", 6),
+        ("optuna.samplers.NSGAIIISampler", 6),
+    ],
+)
 def test_a_sweep_stopped_after_any_number_of_trials_resumes_to_the_same_study(
     tmp_path: Path, sampler: str, startup: int
 ) -> None:
-    settings = study_settings(sampler, startup=startup)
-    whole = sweep(tmp_path / "whole", 40, settings=settings, constraints=slack)
+    settings = study_settings(sampler_settings(sampler, startup))
+    whole = sweep(tmp_path / "whole", 40, settings=settings, constraints=SLACK)
     for pace in (1, 3, 8, 11):
         path = tmp_path / f"pieces-{pace}"
         told: list[TrialRecord] = []
         while len(told) < 40:
             notebook = Notebook(stop_after=pace)
             pieces = sweep(
-                path, 40, settings=settings, constraints=slack, observer=notebook, should_stop=notebook.is_full
+                path, 40, settings=settings, constraints=SLACK, observer=notebook, should_stop=notebook.is_full
             )
             told += notebook.records
         assert essence(pieces) == essence(whole)
@@ -252,8 +299,12 @@ def test_a_metric_that_is_no_objective_may_be_nan(tmp_path: Path) -> None:
 
 
 def test_a_constraint_that_cannot_be_computed_fails_the_trial(tmp_path: Path) -> None:
-    unknown = {"latency_ms <= 3": math.nan}
-    records = sweep(tmp_path / "study", 2, function=trade_off, constraints=lambda metrics: unknown)
+    def without_clock(spec: TrialSpec) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+        metrics, arrays = trade_off(spec)
+        return metrics | {"latency_ms": math.nan}, arrays
+
+    quick = ConstraintSet(soft=(comparison("latency_ms <= 3"),))
+    records = sweep(tmp_path / "study", 2, function=without_clock, constraints=quick)
     assert [record.reason for record in records] == ["constraint latency_ms <= 3 is nan"] * 2
 
 
@@ -335,6 +386,193 @@ def test_a_half_cohort_that_the_sampler_would_not_suggest_again_is_refused(tmp_p
     path.write_text("\n".join([*lines[:-1], json.dumps(last)]) + "\n")
     with pytest.raises(ConfigError, match=r"slot 2 of the study .*0\.123456.*other versions of Optuna or NumPy"):
         sweep(path, 5)
+
+
+# --- points that come first ---
+
+POINT = {"gate.target": 0.5, "gate.sgs.strategy": "give_up"}
+
+
+def test_enqueued_points_come_first_and_the_sampler_draws_what_they_leave_out(tmp_path: Path) -> None:
+    records = sweep(tmp_path / "study", 12, settings=study_settings(enqueue=[POINT, {"gate.routing.first": 3}]))
+    assert POINT.items() <= records[0].params.items()
+    assert records[1].params["gate.routing.first"] == 3
+    assert all(set(record.params) == set(SPACE) for record in records)
+    free = sweep(tmp_path / "free", 12, settings=study_settings())
+    assert [record.params for record in records[2:8]] == [record.params for record in free[2:8]]
+
+
+def test_a_point_outside_the_space_is_refused_before_anything_runs() -> None:
+    with pytest.raises(ConfigError, match=r"gate\.target"):
+        study_settings(enqueue=[{"gate.target": 2.0}])
+
+
+def test_points_added_in_the_middle_get_the_next_slots_that_nobody_has_and_keep_them(tmp_path: Path) -> None:
+    path = tmp_path / "study"
+    added: list[Mapping[str, Any]] = []
+    notebook = Notebook(stop_after=10)
+    sweep(path, 24, observer=notebook, should_stop=notebook.is_full, queue=lambda: added)
+    added.append(POINT)
+    again = Notebook(stop_after=1)
+    sweep(path, 24, observer=again, should_stop=again.is_full, queue=lambda: added)
+    assert POINT.items() <= load_records(path)[10].params.items(), "slot 10 was the first that had not been recorded"
+    added.append({"gate.target": 0.25})
+    resumed = sweep(path, 24, queue=lambda: added)
+    assert resumed[11].params["gate.target"] == 0.25
+    assert [record.params["gate.target"] for record in resumed].count(0.5) == 1
+    assert len(resumed) == 24
+
+
+def test_every_queued_point_is_tried_once_however_often_the_sweep_is_stopped(tmp_path: Path) -> None:
+    added = [{"gate.target": 0.1 + 0.01 * number} for number in range(11)]
+    path = tmp_path / "study"
+    for _ in range(30):
+        notebook = Notebook(stop_after=3)
+        records = sweep(path, 26, observer=notebook, should_stop=notebook.is_full, queue=lambda: added)
+    found = [record.params["gate.target"] for record in records]
+    assert [found.count(point["gate.target"]) for point in added] == [1] * 11
+    assert essence(records) == essence(sweep(tmp_path / "whole", 26, queue=lambda: added))
+
+
+def test_a_grid_is_tried_once_and_then_the_sweep_ends(tmp_path: Path) -> None:
+    settings = study_settings(sampler=SamplerSettings("grid"), space=parse_space(COARSE), enqueue=[POINT])
+    journal = StudyJournal.open(tmp_path / "study", settings)
+    result = Search(journal=journal, runner=SerialRunner(OneByOne(trade_off))).run(Budget(100))
+    assert (result.stop_reason, len(result.records)) == ("space", 41)
+    points = {tuple(sorted(record.params.items())) for record in result.records[1:]}
+    assert len(points) == 40, "the enqueued point takes none of the grid"
+
+
+# --- constraints ---
+
+
+def test_infeasible_trials_are_kept_with_their_values_and_are_not_feasible(tmp_path: Path) -> None:
+    records = sweep(tmp_path / "study", 16, function=trade_off, constraints=SLACK)
+    assert {record.state for record in records} == {"complete"}
+    assert {record.is_feasible for record in records} == {True, False}
+    for record in records:
+        assert record.is_feasible == (record.metrics["madds_m"] <= 6)
+        assert record.values is not None
+
+
+def test_a_broken_hard_constraint_prunes_the_trial_with_the_number(tmp_path: Path) -> None:
+    hard = ConstraintSet(hard=(comparison("madds_m <= 6"),))
+    records = sweep(tmp_path / "study", 16, function=trade_off, constraints=hard)
+    assert {record.state for record in records} == {"complete", "pruned"}
+    for record in records:
+        assert (record.state == "pruned") == (record.metrics["madds_m"] > 6)
+        if record.state == "pruned":
+            assert record.reason is not None
+            assert "madds_m <= 6" in record.reason
+            assert not record.is_feasible
+            assert record.values is None
+
+
+# --- enough is enough ---
+
+
+def searched(path: Path, rules: StopRules, trials: int = 200, **options: Any) -> tuple[str, int]:
+    journal = StudyJournal.open(path, study_settings())
+    search = Search(journal=journal, runner=SerialRunner(OneByOne(sometimes_broken)), **options)
+    result = search.run(Budget(trials, rules=rules))
+    return result.stop_reason, len(result.records)
+
+
+def test_a_target_ends_the_sweep_at_the_first_trial_that_meets_all_of_it(tmp_path: Path) -> None:
+    target = StopRules(target=ConstraintSet((comparison("top1 >= 0.7"), comparison("madds_m <= 6"))))
+    reason, count = searched(tmp_path / "study", target)
+    meets = [r.is_feasible and r.metrics["top1"] >= 0.7 and r.metrics["madds_m"] <= 6 for r in load_records(tmp_path / "study")]
+    assert (reason, meets.index(True)) == ("target", count - 1)
+    assert searched(tmp_path / "study", target) == (reason, count), "launched again it runs nothing"
+    assert searched(tmp_path / "study", StopRules(), count + 3) == ("trials", count + 3)
+
+
+def test_a_plateau_ends_the_sweep_where_the_front_has_not_grown(tmp_path: Path) -> None:
+    rules = StopRules(plateau=Plateau(trials=20, gain=0.01, reference=(0.0, 15.0)))
+    reason, count = searched(tmp_path / "study", rules)
+    records = load_records(tmp_path / "study")
+    volumes = [
+        hypervolume([r.values for r in records[:end] if r.values], ("maximize", "minimize"), (0.0, 15.0))
+        for end in range(count + 1)
+    ]
+    is_flat = [end >= 20 and volumes[end] - volumes[end - 20] < 0.01 * volumes[end] for end in range(count + 1)]
+    assert (reason, is_flat.index(True)) == ("plateau", count)
+    assert 20 < count < 200
+
+
+def test_a_sweep_stopped_and_resumed_meets_its_plateau_at_the_same_trial(tmp_path: Path) -> None:
+    rules = StopRules(plateau=Plateau(trials=20, gain=0.01, reference=(0.0, 15.0)))
+    whole = searched(tmp_path / "whole", rules)
+    pieces = ("stop", 0)
+    while pieces[0] == "stop":
+        notebook = Notebook(stop_after=7)
+        pieces = searched(tmp_path / "pieces", rules, observer=notebook, should_stop=notebook.is_full)
+    assert pieces == whole
+
+
+def test_nothing_feasible_is_no_plateau(tmp_path: Path) -> None:
+    rules = StopRules(plateau=Plateau(trials=3, gain=0.5, reference=(0.0, 15.0)))
+    never_met = ConstraintSet(soft=(comparison("madds_m <= -1"),))
+    assert searched(tmp_path / "study", rules, 12, constraints=never_met) == ("trials", 12)
+
+
+# --- the asynchronous order ---
+
+
+@pytest.mark.parametrize("sampler", ["random", "grid", "qmc", "tpe", "nsga2", "nsga3"])
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_the_asynchronous_order_leaves_no_hole_and_repeats_nothing(
+    tmp_path: Path, sampler: str, num_workers: int
+) -> None:
+    path = tmp_path / "study"
+    settings = study_settings(sampler, order="asynchronous", enqueue=[POINT])
+    runs: list[int] = []
+
+    def counted(spec: TrialSpec) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+        runs.append(spec.slot)
+        return sometimes_broken(spec)
+
+    for _ in range(12):
+        notebook = Notebook(stop_after=5)
+        runner = ThreadedRunner(counted, num_workers)
+        records = sweep(path, 30, settings=settings, runner=runner, observer=notebook, should_stop=notebook.is_full)
+    assert [record.slot for record in records] == list(range(30))
+    assert sorted(record.number for record in records) == list(range(30))
+    assert POINT.items() <= records[0].params.items()
+    assert len(runs) == len(set(runs)) == 30, "a stopped trial may run again, a finished one may not"
+    assert sweep(path, 30, settings=settings, runner=ListRunner([])) == records
+
+
+def test_a_killed_asynchronous_sweep_fills_its_holes_first(tmp_path: Path) -> None:
+    path = tmp_path / "study"
+    settings = study_settings(order="asynchronous", cohort=1)
+
+    def dies_in_slot_2(spec: TrialSpec) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+        if spec.slot == 2:
+            raise KeyboardInterrupt
+        return trade_off(spec)
+
+    class LastFirst:
+        """Runs whatever was taken last first: slot 2 comes after slots 3 and 4."""
+
+        def run(self, specs: Sequence[TrialSpec]) -> Generator[TrialOutcome, None, None]:
+            raise AssertionError("the asynchronous order streams")
+            yield
+
+        def stream(self, take: Callable[[], Sequence[TrialSpec]]) -> Generator[TrialOutcome, None, None]:
+            taken = [*take(), *take(), *take(), *take(), *take()]
+            for place in (0, 1, 4, 3, 2):
+                yield outcome_from(dies_in_slot_2, taken[place])
+
+        def close(self) -> None:
+            pass
+
+    with pytest.raises(KeyboardInterrupt):
+        sweep(path, 8, settings=settings, runner=LastFirst())
+    assert [record.slot for record in load_records(path)] == [0, 1, 3, 4]
+    resumed = sweep(path, 8, settings=settings, function=trade_off)
+    assert [record.slot for record in resumed] == list(range(8))
+    assert resumed[2].number == 4, "the hole was filled first"
 
 
 # --- kills: the sweep runs in a process of its own and dies by SIGKILL ---

@@ -74,7 +74,7 @@ def numbers(outcome: TrialOutcome) -> dict[str, Any]:
 
 
 def test_every_key_that_a_sweep_may_vary_reaches_the_gate() -> None:
-    assert set(sweepable_keys()) == {*FIELDS, *ROUTING_KEYS}
+    assert {key for key in sweepable_keys() if key.startswith("gate.")} == {*FIELDS, *ROUTING_KEYS}
     assert set(FIELDS.values()) == set(GateSettings.__dataclass_fields__) - {"routes", "seed"}
 
 
@@ -228,6 +228,41 @@ def test_latency_counts_every_route_that_ran(trial: GateTrial) -> None:
         if isinstance(router, CascadeRouter):
             assert outcome.arrays["runs"][router.first] == 1.0
             assert outcome.arrays["runs"].sum() == pytest.approx(1.0 + outcome.arrays["histogram"][router.second])
+
+
+def test_every_batch_size_and_device_has_a_latency_composed_of_its_own_table(trial: GateTrial) -> None:
+    subnets = trial.scores.subnets
+    names = [subnet.name for subnet in subnets]
+
+    def table(slower: float) -> LatencyTable:
+        sizes = (1, 4)
+        whole = {size: {name: Timing(0.0, 0.0, 1) for name in names} for size in (1, 4, 6)}
+        tails = {n: {name: Timing(slower * n * (1 + k), 0.0, 1) for k, name in enumerate(names)} for n in sizes}
+        return LatencyTable(
+            "a clock",
+            1,
+            whole,
+            {n: Timing(slower * n, 0.0, 1) for n in sizes},
+            {n: Timing(0.5, 0.0, 1) for n in sizes},
+            tails,
+            {"learned_cascade": {n: Timing(10.0, 0.0, 1) for n in sizes}},
+        )
+
+    scores = GateScores(subnets, table(1.0), {"server": table(3.0)})
+    for kind, decide in (("gate", 0.5), ("cascade", 0.5), ("learned_cascade", 10.0)):
+        outcome = one(replace(trial, scores=scores), {"gate.router": kind, "gate.target": 0.6})
+        once = 1.0 + float(
+            outcome.arrays["runs"] @ [1.0, 2.0, 3.0]
+        )  # times grow in proportion to the images, so that means do
+        expected = {
+            "latency_ms": once + decide,
+            "latency_ms_batch4": 4 * once + decide,
+            "latency_ms_batch6": 6 * once + 1.5 * decide,  # beyond the largest measured size
+            "latency_ms.server": 3 * once + decide,
+            "latency_ms_batch4.server": 12 * once + decide,
+            "latency_ms_batch6.server": 18 * once + 1.5 * decide,
+        }
+        assert {name: value for name, value in outcome.metrics.items() if "latency" in name} == pytest.approx(expected)
 
 
 def test_parameters_grow_with_the_routing_space_and_count_the_router(trial: GateTrial) -> None:

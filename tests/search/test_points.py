@@ -31,13 +31,19 @@ def make_rows():
         top5=[0.95, 0.99],
         params=[1e6, 2e6],
         latency_ms=[1.5, float("nan")],
+        further={"latency_ms.server": [0.4, 0.9], "latency_ms_batch64": [30.0, float("nan")]},
     )
     gates = gate_points(
         "val",
         [3, 12],
-        [{"top1": 0.85, "madds_m": 9.0, "p95_madds_m": 20.0}, {"top1": 0.88, "madds_m": 12.0, "latency_ms": np.nan}],
+        [
+            {"top1": 0.85, "madds_m": 9.0, "p95_madds_m": 20.0, "latency_ms.server": 0.5, "latency_ms_batch64": 30.0},
+            {"top1": 0.88, "madds_m": 12.0, "latency_ms": np.nan, "latency_ms.server": np.nan},
+        ],
         [{"gate.target": 0.3, "gate.sgs.strategy": "give_up", "gate.routing.first": 1}, {"gate.target": 0.5}],
         [True, False],
+        [True, False],
+        ["lr-0.1", None],
     )
     controls = control_points("val", "cascade", [4e6, 8e6, 9e6], [np.nan, 0.82, 0.84])
     return [*subnets, *gates, *controls]
@@ -53,6 +59,12 @@ def test_builders_convert_units_and_leave_none_where_nothing_is_known():
     assert rows[2]["name"] == trial_name(3) == "trial-0003"
     assert rows[2]["param.gate.sgs.strategy"] == "give_up"
     assert rows[3]["latency_ms"] is None
+    assert (rows[1]["latency_ms.server"], rows[2]["latency_ms.server"]) == (0.9, 0.5)
+    assert rows[2]["latency_ms_batch64"] == 30.0
+    assert "latency_ms.server" not in rows[3]
+    assert "latency_ms_batch64" not in rows[1]
+    assert [row["is_feasible"] for row in rows] == [None, None, True, False, None, None]
+    assert [row["supernet"] for row in rows] == [None, None, "lr-0.1", None, None, None]
     assert [row["madds_m"] for row in rows[4:]] == [8.0, 9.0]  # no row where the control is undefined
 
 
@@ -92,7 +104,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
 def test_frame_has_the_columns_in_order_and_keeps_whole_numbers_beside_missing_ones():
     frame = points_frame(make_rows())
     params = ["param.gate.routing.first", "param.gate.sgs.strategy", "param.gate.target"]
-    assert list(frame.columns) == [*POINT_COLUMNS, *params]
+    assert list(frame.columns) == [*POINT_COLUMNS, "latency_ms.server", "latency_ms_batch64", *params]
     assert frame["slot"].dtype == pd.Int64Dtype()
     assert frame.loc[2, "slot"] == 3
     assert frame.loc[2, "param.gate.routing.first"] == 1
@@ -127,6 +139,10 @@ def test_a_choice_that_mixes_types_becomes_text_and_ints_beside_floats_become_fl
         (0, {"param.gate.target": 0.1}, "a subnet has no parameters"),
         (2, {"slot": None}, "`slot` is None"),
         (2, {"is_front": None}, "`is_front` is None"),
+        (2, {"is_feasible": None}, "`is_feasible` is None"),
+        (2, {"is_feasible": False}, "an infeasible trial cannot be on the front"),
+        (2, {"latency_ms.server": -1.0}, "`latency_ms.server` is -1.0"),
+        (2, {"supernet": 3}, "`supernet` is 3"),
         (2, {"param.gate.target": [1]}, r"`param.gate.target` is \[1\]"),
         (1, {"name": "subnet-00"}, "The subnet 'subnet-00' has 2 points on val"),
     ],
@@ -150,3 +166,21 @@ def test_a_missing_damaged_or_foreign_file_is_a_data_error_that_names_it(tmp_pat
     pq.write_table(pa.table({"top1": [0.5]}), path)
     with pytest.raises(DataError, match=r"points\.parquet: points schema version none"):
         load_points(path)
+    old = pq.read_table(write_old(path)).replace_schema_metadata({b"dsnet.points": b"1"})
+    pq.write_table(old, path)
+    with pytest.raises(DataError, match="version 1, but this release reads 2; `dsnet-orch report RUN` writes"):
+        load_points(path)
+
+
+def write_old(path):
+    """A file as the release before wrote it: without the columns that came later."""
+    save_points(path, make_rows())
+    pq.write_table(pq.read_table(path).drop_columns(["is_feasible", "supernet"]), path)
+    return path
+
+
+def test_subnets_of_one_name_may_come_from_several_supernets():
+    rows = [row for origin in ("a", "b") for row in subnet_points("val", ["widest"], [0.9], [2e6], supernet=origin)]
+    validate_points(rows)
+    with pytest.raises(ValueError, match="'widest' has 2 points on val"):
+        validate_points([*rows, rows[0]])

@@ -13,15 +13,14 @@ from scipy.stats import binomtest
 from search.controls import StaticLine, random_routing
 from search.pareto import front_mask
 from search.statistics import (
-    PointSample,
     bootstrap_counts,
     bootstrap_interval,
-    bootstrap_weights,
     front_stability,
     gain_over_random,
     gain_over_static,
     resample_points,
     tied_groups,
+    unpaired_difference,
     wilson_interval,
 )
 
@@ -33,13 +32,17 @@ def make_table(seed, num_images=200):
     return rng.random((num_images, 1)) + 0.2 * rng.normal(size=(num_images, 3)) < [0.6, 0.7, 0.8]
 
 
-def test_counts_are_draws_of_n_images_and_weights_sum_to_one():
+MAX_MIN = ("maximize", "minimize")
+
+
+def stability_of(sample, decisions):
+    return front_stability([sample.resampled_top1, sample.resampled_madds], MAX_MIN, decisions)
+
+
+def test_counts_are_draws_of_n_images():
     counts = np.vstack(list(bootstrap_counts(50, 400, seed=0)))
-    weights = np.vstack(list(bootstrap_weights(50, 400, seed=0)))
-    assert counts.shape == weights.shape == (400, 50)
-    assert weights.dtype == np.float32
+    assert counts.shape == (400, 50)
     assert (counts.sum(axis=1) == 50).all()
-    assert weights.sum(axis=1) == pytest.approx(1.0, abs=1e-6)
     # Multinomial: mean 1, variance 1 - 1/n for each image.
     assert counts.mean(axis=0) == pytest.approx(1.0, abs=0.25)
     assert counts.var() == pytest.approx(1 - 1 / 50, abs=0.05)
@@ -172,26 +175,34 @@ def test_front_stability_counts_the_resamples_on_whose_front_a_point_is():
     expected = np.zeros(6)
     for top1, madds in zip(sample.resampled_top1, sample.resampled_madds, strict=True):
         expected += front_mask(np.column_stack([top1, madds]), ("maximize", "minimize"))
-    assert front_stability(sample, decisions) == pytest.approx(expected / 80)
+    assert stability_of(sample, decisions) == pytest.approx(expected / 80)
 
 
 def test_points_that_decide_alike_share_one_stability():
     correct, rng = make_table(12, num_images=60), np.random.default_rng(4)
     decisions = rng.integers(3, size=(60, 4))[:, [0, 1, 0, 2, 1, 3]]
     sample = resample_points(np.take_along_axis(correct, decisions, axis=1), MADDS[decisions], num_resamples=50)
-    shares = front_stability(sample, decisions)
+    shares = stability_of(sample, decisions)
     assert shares[0] == shares[2]
     assert shares[1] == shares[4]
     # Copies that are merged neither dominate nor dilute: the share is that of a set without them.
     alone = [0, 1, 3, 5]
-    kept = PointSample(*(array[..., alone] for array in vars(sample).values()))
-    assert shares[alone] == pytest.approx(front_stability(kept, decisions[:, alone]))
+    kept = [sample.resampled_top1[:, alone], sample.resampled_madds[:, alone]]
+    assert shares[alone] == pytest.approx(front_stability(kept, MAX_MIN, decisions[:, alone]))
 
 
 def test_a_point_that_is_better_on_every_image_is_always_on_the_front_and_the_other_never():
     correct = np.column_stack([np.ones(30, bool), np.zeros(30, bool)])
     sample = resample_points(correct, [1.0, 2.0], num_resamples=20)
-    assert front_stability(sample, correct.astype(int)).tolist() == [1.0, 0.0]
+    assert stability_of(sample, correct.astype(int)).tolist() == [1.0, 0.0]
+
+
+def test_a_third_objective_that_images_do_not_change_keeps_a_point_on_every_front():
+    correct = np.column_stack([np.ones(30, bool), np.zeros(30, bool)])
+    sample = resample_points(correct, [1.0, 2.0], num_resamples=20)
+    columns = [sample.resampled_top1, sample.resampled_madds, np.array([5.0, 4.0])]
+    assert front_stability(columns, (*MAX_MIN, "minimize"), correct.astype(int)).tolist() == [1.0, 1.0]
+    assert front_stability(columns, (*MAX_MIN, "maximize"), correct.astype(int)).tolist() == [1.0, 0.0]
 
 
 def test_groups_are_anchored_at_front_points_and_not_closed():
@@ -206,3 +217,25 @@ def test_groups_are_anchored_at_front_points_and_not_closed():
 def test_a_single_front_point_is_tied_with_nothing():
     sample = resample_points(make_table(13), MADDS, num_resamples=20)
     assert tied_groups(sample, [False, True, False]) == {1: ()}
+
+
+def test_the_difference_of_independent_values_has_the_usual_interval_where_theirs_are_symmetric():
+    value, low, high = unpaired_difference((0.9, 0.87, 0.93), (0.8, 0.76, 0.84))
+    assert (value, low, high) == pytest.approx((0.1, 0.1 - 0.05, 0.1 + 0.05))
+    # The lower end comes from the first value's lower and the second one's upper end.
+    assert unpaired_difference((0.5, 0.2, 0.5), (0.5, 0.5, 0.9)) == pytest.approx((0.0, -0.5, 0.0))
+
+
+def test_the_interval_of_an_unpaired_difference_covers_the_truth_about_as_often_as_it_says():
+    rng, num_datasets = np.random.default_rng(12), 300
+    ends = []
+    for truth, num_images in ((0.9, 120), (0.8, 200)):
+        sample = resample_points(rng.random((num_images, num_datasets)) < truth, 0, num_resamples=400)
+        ends.append(np.array([sample.top1, *bootstrap_interval(sample.resampled_top1)]).T)
+    found = np.array([unpaired_difference(a, b) for a, b in zip(*ends, strict=True)])
+    coverage = ((found[:, 1] <= 0.1) & (0.1 <= found[:, 2])).mean()
+    assert 0.90 <= coverage <= 0.98
+    # The sum of the widths would be far too wide, the width of one alone too narrow.
+    assert (found[:, 2] - found[:, 1]).mean() == pytest.approx(
+        np.hypot(*[(own[:, 2] - own[:, 1]).mean() for own in ends]), rel=0.05
+    )

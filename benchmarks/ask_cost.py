@@ -1,0 +1,125 @@
+"""What a suggestion costs: each sampler, after 100, 1,000 and 10,000 finished trials, asked for a cohort as a sweep asks.
+
+The finished trials are made up: points spread over a space like the digits example's, objectives with noise. One suggestion before the
+clock runs pays for imports and for what a generation pays once (its parents); every other is a sweep's everyday.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from optuna.trial import FrozenTrial, create_trial
+
+from benchmarks.harness import Headline, Options, Report, Samples, Section, run_benchmark
+from search.engine import Mirror
+from search.qmc import sobol_point
+from search.runner import Scalar
+from search.samplers import KNOWN_SAMPLERS, SamplerSettings
+from search.space import Space, parse_space
+from search.study import Objective, StudySettings
+
+BENCHMARK = "milliseconds for a suggestion of each sampler after 100, 1,000 and 10,000 trials (goal: 15 ms for the default after 1,000)"
+GOAL_MS = 15.0
+COHORT = 64
+GP_COHORT = 8
+"""As a sweep's: a Gaussian process takes longer for a suggestion than a gate takes to train."""
+GP_TRIALS = (100, 300)
+OBJECTIVES = (Objective("top1", "maximize"), Objective("madds_m", "minimize"))
+SPACE: Mapping[str, Any] = {
+    "gate.router": {"choice": ["gate", "cascade"]},
+    "gate.target": {"uniform": [0.05, 0.9]},
+    "gate.routing.first": {"int": [0, 3]},
+    "gate.sgs.t_easy": {"uniform": [0.0, 0.9], "when": {"gate.router": "gate"}},
+    "gate.sgs.t_hard": {"uniform": [0.0, 0.5], "when": {"gate.router": "gate"}},
+    "gate.sgs.strategy": {"choice": ["try_best", "give_up"], "when": {"gate.router": "gate"}},
+    "gate.sgs.target": {"choice": ["extremes", "cheapest"], "when": {"gate.router": "gate"}},
+    "gate.optimizer.lr": {"loguniform": [0.001, 0.3], "when": {"gate.router": "gate"}},
+}
+
+
+def finished_trials(space: Space, number: int, seed: int) -> list[FrozenTrial]:
+    """Trials whose accuracy rises with the target, and is noisy; each with the generation that a genetic sampler would note."""
+    rng = np.random.default_rng(seed)
+    trials = []
+    for index in range(number):
+        drawn = sobol_point(space, seed, index)
+        point: dict[str, Scalar] = {}
+        for name in space.distributions:
+            if name in drawn and space.has(name, point):
+                point[name] = drawn[name]
+        target = float(point["gate.target"])
+        notes = {f"Replayable{name}:generation": index // COHORT for name in ("NSGAII", "NSGAIII")}
+        trials.append(
+            create_trial(
+                values=[0.6 + 0.3 * target**0.5 + rng.normal(scale=0.02), 50.0 + 250.0 * target],
+                params=point,
+                distributions={name: space.distributions[name] for name in point},
+                system_attrs=notes,
+            )
+        )
+    return trials
+
+
+def ask_seconds(
+    settings: SamplerSettings, num_finished: int, *, cohort: int = COHORT, seed: int = 0, space: Space | None = None
+) -> list[float]:
+    """Seconds of each suggestion of one cohort.
+
+    Args:
+        settings: of the sampler.
+        num_finished: trials in the study.
+        cohort: suggestions, none of which is told before the next is asked.
+        seed: of the made-up trials and of the sweep.
+        space: must hold gate.target, and a value for each other name that chance may give; None = `SPACE`.
+    """
+    space = parse_space(SPACE) if space is None else space
+    study = StudySettings(
+        name="ask", space=space, objectives=OBJECTIVES, sampler=settings, seed=seed, order="asynchronous"
+    )
+    mirror = Mirror(study, finished_trials(space, num_finished, seed))
+    mirror.ask_slots([num_finished])
+    seconds = []
+    for slot in range(num_finished + 1, num_finished + 1 + cohort):
+        start = time.perf_counter()
+        mirror.ask_slots([slot])
+        seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+def measure(options: Options) -> Report:
+    """All samplers; the headline is the default one's."""
+    sizes = (100, 1000) if options.quick else (100, 1000, 10_000)
+    samples: dict[str, Samples] = {}
+    rows = []
+    for name in KNOWN_SAMPLERS:
+        is_slow = name == "gp"
+        own: Sequence[int] = GP_TRIALS[: 1 if options.quick else None] if is_slow else sizes
+        cohort = (2 if options.quick else GP_COHORT) if is_slow else COHORT
+        cells = []
+        for size in own:
+            seconds = ask_seconds(SamplerSettings(name), size, cohort=cohort, seed=options.seed)
+            samples[f"{name}/{size}"] = Samples({"ask": 1e3 * np.array(seconds)})
+            median = f"{samples[f'{name}/{size}'].median_ms('ask').value:.1f}"
+            cells.append(f"{median} (after {size:,})" if is_slow else median)
+        rows.append((name, str(cohort), *cells, *[""] * (len(sizes) - len(cells))))
+    return Report(
+        [
+            Section(
+                "Median milliseconds for a suggestion", ("sampler", "cohort", *(f"after {n:,}" for n in sizes)), rows
+            )
+        ],
+        Headline(
+            f"a suggestion of {SamplerSettings().name} after 1,000 trials",
+            samples[f"{SamplerSettings().name}/1000"].median_ms("ask"),
+            " ms",
+            GOAL_MS,
+        ),
+        {"ask": {name: own.figures()["ask"] for name, own in samples.items()}},
+    )
+
+
+if __name__ == "__main__":
+    run_benchmark(BENCHMARK, measure, threads=1)

@@ -1,0 +1,491 @@
+"""What a trial costs beside its own work, and how long whole sweeps of 1,000 gate trials take with everything that a launch records.
+
+Trials that do nothing, and trials that sleep 0.2 s, by our engine (cohorts and asynchronous, with and without MLflow), by Ray Tune with
+`OptunaSearch`, and by plain Optuna in one process; each in a fresh process, so that the cold time (until the first trial is done) holds
+everything but imports of torch and Optuna. Overhead is (wall time - asking - work / workers) / trials. All of them suggest by TPE with the
+same settings. Tune is told one objective (it compares trials by one); the other two have both.
+
+The sweeps are of real gate trials on made-up tables (`benchmarks.gate_trials`) over the space of the digits example, on two actors with the
+journal and MLflow; start-up apart: the clock runs from the first `ask` until MLflow has the last row.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import resource
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+from unittest import mock
+
+import numpy as np
+import optuna
+from numpy.typing import NDArray
+
+from benchmarks.gate_trials import DIGITS, LARGE, Workload, synthetic_table
+from benchmarks.harness import Headline, Options, Report, Samples, Section, in_fresh_process, run_benchmark
+from dsnet.families import layout
+from dsnet.latency import LatencyTable, Timing
+from orchestration.config_loading import load_config
+from orchestration.ray_runtime import RaySettings, prepare_environment, ray_session
+from orchestration.ray_trials import MakeCohortFunction, RayRunner
+from orchestration.search_stage import MakeGateTrial, gate_defaults, study_settings
+from orchestration.tracking import MlflowTracker, NullTracker, TrackedRun, Tracker
+from search import engine
+from search.engine import Budget, Mirror, Search
+from search.runner import OneByOne, Runner, TrialSpec
+from search.samplers import KNOWN_SAMPLERS, SamplerSettings
+from search.space import parse_space
+from search.study import Objective, StudyJournal, StudySettings, TrialRecord, quiet_optuna
+
+BENCHMARK = "overhead of a trial: ours, Ray Tune, plain Optuna; sweeps of 1,000 gate trials with MLflow (goals: 10 ms; 60 s)"
+GOAL_MS = 10.0
+GOAL_S = 60.0
+NUM_WORKERS = 2
+SLEEP_S = 0.2
+NUM_WARMING = 4 * NUM_WORKERS
+"""Trials that do not count where actors start with the first ones."""
+STARTUP = 16
+COHORT = 8
+SWEEP_LIMIT_S = 240.0
+"""A sweep is stopped after so long, and says how far it came: a sampler can be slower than all of its trials."""
+EXAMPLE = Path(__file__).parents[1] / "examples" / "digits.yaml"
+UID = "overhead"
+SPACE = {"x": {"uniform": [0.0, 1.0]}, "y": {"uniform": [0.0, 1.0]}, "kind": {"choice": ["a", "b", "c"]}}
+OBJECTIVES = (Objective("top1", "maximize"), Objective("madds_m", "minimize"))
+
+
+@dataclass(frozen=True)
+class Timed:
+    """One contender in one process."""
+
+    cold_s: float
+    """From nothing until the first trial is done."""
+    wall_s: float
+    """Of the trials after that."""
+    ask_s: float
+    """Of these seconds, those in which suggestions were made."""
+    num_trials: int
+    recorded_s: float | None = None
+    """From the first of these trials until MLflow had them all."""
+
+    def overhead_ms(self, work_s: float, workers: int) -> float:
+        """Milliseconds a trial beside its work and its suggestion."""
+        return 1e3 * (self.wall_s - self.ask_s - work_s * self.num_trials / workers) / self.num_trials
+
+
+def numbers(x: float, y: float) -> dict[str, float]:
+    """The metrics of a trial that computes nothing."""
+    return {"top1": 1.0 - x * x - y, "madds_m": 1.0 + x + y * y}
+
+
+@dataclass(frozen=True)
+class Sleep:
+    """A trial that is all waiting."""
+
+    work_s: float
+
+    def __call__(self, spec: TrialSpec) -> tuple[Mapping[str, float], Mapping[str, NDArray[Any]]]:
+        time.sleep(self.work_s)
+        return numbers(float(spec.params["x"]), float(spec.params["y"])), {}
+
+
+@dataclass(frozen=True)
+class MakeSleep:
+    """Builds it in an actor."""
+
+    work_s: float
+
+    def __call__(self, arrays: Mapping[str, NDArray[Any]]) -> OneByOne:
+        return OneByOne(Sleep(self.work_s))
+
+
+class Stopwatch:
+    """Adds up the time spent in calls of one kind."""
+
+    def __init__(self) -> None:
+        self.total_s = 0.0
+
+    def timing(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, timed."""
+
+        def timed(*arguments: Any, **named: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return function(*arguments, **named)
+            finally:
+                self.total_s += time.perf_counter() - start
+
+        return timed
+
+
+@contextmanager
+def timed_asking() -> Iterator[Stopwatch]:
+    """The time that searches of this block spend on suggestions."""
+    watch = Stopwatch()
+
+    class TimedMirror(Mirror):
+        ask_slots = watch.timing(Mirror.ask_slots)
+
+    with mock.patch.object(engine, "Mirror", TimedMirror):
+        yield watch
+
+
+def tracker_at(folder: Path) -> MlflowTracker:
+    """An MLflow database of its own, with the row of the sweep in it."""
+    tracker = MlflowTracker(f"sqlite:///{folder}/mlflow.db", UID, folder / "artifacts", UID)
+    tracker.parent(TrackedRun(UID, UID, "sweep", 1))
+    while tracker.summary.num_written < 2:
+        if tracker.summary.num_unsent:
+            raise RuntimeError(f"MLflow does not take the sweep's row: {tracker.summary.first_error}")
+        time.sleep(0.01)
+    return tracker
+
+
+class Recording:
+    """Writes a row of MLflow for every trial, as a launch does."""
+
+    def __init__(self, tracker: Tracker) -> None:
+        self._tracker = tracker
+
+    def on_trial(self, record: TrialRecord) -> None:
+        """A trial was recorded."""
+        status: Literal["FINISHED", "FAILED"] = "FINISHED" if record.state == "complete" else "FAILED"
+        name = f"trial-{record.slot:04d}"
+        times = (record.start_ms, record.finished_ms)
+        row = TrackedRun(f"{UID}/{name}", name, "trial", *times, status, record.reason, record.params, record.metrics)
+        self._tracker.trial(row)
+
+
+def close_tracker(tracker: Tracker) -> None:
+    """Wait until MLflow has every row."""
+    summary = tracker.close("FINISHED", int(1000 * time.time()), timeout_s=600.0)
+    if summary.num_unsent:
+        raise RuntimeError(f"{summary.num_unsent} rows did not reach MLflow: {summary.first_error}")
+
+
+def warm_up(runner: Runner, params: Mapping[str, float | int | str | bool]) -> None:
+    """Have every actor make its trial function and run it: each must be busy while the others start."""
+    for _ in range(3):
+        for _ in runner.run([TrialSpec(slot, slot, params) for slot in range(NUM_WARMING)]):
+            pass
+
+
+def by_our_engine(work_s: float, num_trials: int, order: Literal["cohorts", "asynchronous"], has_mlflow: bool) -> Timed:
+    """Search, RayRunner and StudyJournal."""
+    begun = time.perf_counter()
+    prepare_environment()
+    settings = StudySettings(
+        name=UID,
+        space=parse_space(SPACE),
+        objectives=OBJECTIVES,
+        sampler=SamplerSettings("tpe", startup=STARTUP),
+        cohort=COHORT,
+        order=order,
+    )
+    with (
+        tempfile.TemporaryDirectory() as name,
+        ray_session(RaySettings(num_cpus=NUM_WORKERS)),
+        closing(RayRunner(MakeSleep(work_s), arrays={}, num_actors=NUM_WORKERS)) as runner,
+        timed_asking() as asking,
+    ):
+        journal = StudyJournal.open(Path(name) / "study.log", settings)
+        first = runner.run([TrialSpec(0, 0, {"x": 0.5, "y": 0.5, "kind": "a"})])
+        next(first)
+        cold_s = time.perf_counter() - begun
+        first.close()
+        tracker = tracker_at(Path(name)) if has_mlflow else NullTracker()
+        warm_up(runner, {"x": 0.5, "y": 0.5, "kind": "a"})
+        start = time.perf_counter()
+        Search(journal=journal, runner=runner, observer=Recording(tracker)).run(Budget(num_trials))
+        wall_s = time.perf_counter() - start
+        close_tracker(tracker)
+        return Timed(cold_s, wall_s, asking.total_s, num_trials, time.perf_counter() - start)
+
+
+def by_tune(work_s: float, num_trials: int) -> Timed:
+    """Ray Tune with OptunaSearch, its actors reused, as many trials at a time as we have workers."""
+    begun = time.perf_counter()
+    prepare_environment()
+    os.environ |= {"RAY_AIR_NEW_OUTPUT": "0", "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1"}
+    from ray import tune
+    from ray.tune.search.optuna import OptunaSearch
+
+    asking, ends = Stopwatch(), list[tuple[float, float]]()
+
+    class Ends(tune.Callback):
+        def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+            ends.append((time.perf_counter(), asking.total_s))
+
+    def trial(config: dict[str, Any]) -> None:
+        time.sleep(work_s)
+        tune.report(numbers(config["x"], config["y"]))
+
+    with (
+        quiet_optuna(),
+        tempfile.TemporaryDirectory() as folder,
+        ray_session(RaySettings(num_cpus=NUM_WORKERS)),
+        mock.patch.object(OptunaSearch, "suggest", asking.timing(OptunaSearch.suggest)),  # Tune pickles the object
+    ):
+        sampler = optuna.samplers.TPESampler(seed=0, n_startup_trials=STARTUP, multivariate=True, constant_liar=True)
+        search = OptunaSearch(metric="top1", mode="max", sampler=sampler)
+        tuner = tune.Tuner(
+            trial,
+            param_space={"x": tune.uniform(0, 1), "y": tune.uniform(0, 1), "kind": tune.choice(["a", "b", "c"])},
+            tune_config=tune.TuneConfig(
+                metric="top1",
+                mode="max",
+                search_alg=search,
+                num_samples=num_trials + NUM_WARMING,
+                max_concurrent_trials=NUM_WORKERS,
+                reuse_actors=True,
+            ),
+            run_config=tune.RunConfig(storage_path=folder, name=UID, verbose=0, callbacks=[Ends()]),
+        )
+        results = tuner.fit()
+    if results.num_errors or len(ends) != num_trials + NUM_WARMING:
+        raise RuntimeError(f"Tune ended {len(ends)} of {num_trials + NUM_WARMING} trials, {results.num_errors} with errors")
+    (warm, ask_before), (last, ask_after) = ends[NUM_WARMING - 1], ends[-1]
+    return Timed(ends[0][0] - begun, last - warm, ask_after - ask_before, num_trials)
+
+
+def by_optuna(work_s: float, num_trials: int) -> Timed:
+    """Plain Optuna in one process, one trial after the other, its study in a journal file."""
+    begun = time.perf_counter()
+    asking, cold_s = Stopwatch(), 0.0
+
+    def ask(study: optuna.Study) -> tuple[optuna.Trial, float, float]:
+        trial = study.ask()
+        x, y = trial.suggest_float("x", 0, 1), trial.suggest_float("y", 0, 1)
+        trial.suggest_categorical("kind", ["a", "b", "c"])
+        return trial, x, y
+
+    timed_ask = asking.timing(ask)
+    with quiet_optuna(), tempfile.TemporaryDirectory() as folder:
+        backend = optuna.storages.journal.JournalFileBackend(f"{folder}/study.log")
+        sampler = optuna.samplers.TPESampler(seed=0, n_startup_trials=STARTUP, multivariate=True, constant_liar=True)
+        study = optuna.create_study(
+            storage=optuna.storages.JournalStorage(backend),
+            sampler=sampler,
+            directions=[objective.goal for objective in OBJECTIVES],
+        )
+        for number in range(num_trials + 1):
+            trial, x, y = timed_ask(study)
+            time.sleep(work_s)
+            study.tell(trial, list(numbers(x, y).values()))
+            if number == 0:
+                start = time.perf_counter()
+                cold_s, asking.total_s = start - begun, 0.0
+    return Timed(cold_s, time.perf_counter() - start, asking.total_s, num_trials)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """Who runs the trials."""
+
+    name: str
+    function: Callable[..., Timed]
+    arguments: tuple[Any, ...] = ()
+    workers: int = NUM_WORKERS
+
+    def run(self, work_s: float, num_trials: int) -> Timed:
+        """Its trials, in a fresh process."""
+        timed: Timed = in_fresh_process(self.function, work_s, num_trials, *self.arguments)
+        return timed
+
+
+OURS = "ours"
+CONTENDERS = (
+    Contender(OURS, by_our_engine, ("cohorts", False)),
+    Contender("ours, with MLflow", by_our_engine, ("cohorts", True)),
+    Contender("ours, asynchronous", by_our_engine, ("asynchronous", False)),
+    Contender("Ray Tune, OptunaSearch", by_tune),
+    Contender("Optuna alone, 1 process", by_optuna, workers=1),
+)
+
+
+@dataclass(frozen=True)
+class Swept:
+    """A sweep of gate trials with everything that a launch records, start-up apart."""
+
+    workload: str
+    sampler: str
+    num_trials: int
+    num_failed: int
+    search_s: float
+    recorded_s: float
+    """Until MLflow had the last row."""
+    ask_s: float
+    work_s: float
+    """Of all trials in their actors, added up."""
+    driver_cpu_s: float
+
+    @property
+    def per_second(self) -> float:
+        """Trials, end to end."""
+        return self.num_trials / self.recorded_s
+
+
+def gate_sweep(workload: Workload, sampler: str, num_trials: int, limit_s: float) -> Swept:
+    """The digits example's search with another sampler, over made-up tables, by two actors."""
+    prepare_environment()
+    loaded = load_config(EXAMPLE, overrides=[f"sampler.name={sampler}", "sampler.cohort=null"]).config
+    settings, make, arrays = study_settings(loaded), *gate_trials(workload, gate_defaults(loaded))
+    if workload != DIGITS:  # more routes than the example has
+        last = {"gate.routing.last": {"int": [4, len(make.subnets) - 1]}}
+        settings = replace(settings, space=parse_space({**settings.space.written, **last}), enqueue=())
+    with (
+        tempfile.TemporaryDirectory() as name,
+        ray_session(RaySettings(num_cpus=NUM_WORKERS)),
+        closing(RayRunner(make, arrays=arrays, num_actors=NUM_WORKERS)) as runner,
+        timed_asking() as asking,
+    ):
+        journal = StudyJournal.open(Path(name) / "study.log", settings)
+        tracker = tracker_at(Path(name))
+        warm_up(runner, {})
+        start, cpu = time.perf_counter(), time.process_time()
+        search = Search(journal=journal, runner=runner, observer=Recording(tracker))
+        result = search.run(Budget(num_trials, limit_s))
+        search_s, cpu_s = time.perf_counter() - start, time.process_time() - cpu
+        close_tracker(tracker)
+        recorded_s = time.perf_counter() - start
+    work_s = sum(record.duration_s for record in result.records)
+    return Swept(
+        workload.name,
+        sampler,
+        len(result.records),
+        result.num_failed,
+        search_s,
+        recorded_s,
+        asking.total_s,
+        work_s,
+        cpu_s,
+    )
+
+
+def gate_trials(
+    workload: Workload, defaults: dict[str, Any]
+) -> tuple[MakeGateTrial, dict[str, NDArray[Any]]]:
+    """What the search stage gives to its actors: a recipe, and the tables' arrays."""
+    tables = {split: synthetic_table(workload, split, seed) for seed, split in enumerate(("gate", "val"))}
+    subnets = layout(workload.model, workload.task)
+    tails = {subnet.name: _timing(1.0 + index) for index, subnet in enumerate(subnets)}
+    latency = LatencyTable("made up", 1, {}, {1: _timing(1.0)}, {1: _timing(0.5)}, {1: tails})
+    make = MakeGateTrial({split: table.meta() for split, table in tables.items()}, subnets, latency, defaults)
+    arrays = {f"{split}/{key}": value for split, table in tables.items() for key, value in table.arrays().items()}
+    return make, arrays
+
+
+def _timing(ms: float) -> Timing:
+    return Timing(ms, 0.0, 1)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is measured."""
+
+    idle_trials: int
+    sleeping_trials: int
+    rounds: int
+    sweeps: Sequence[tuple[Workload, str]]
+    sweep_trials: int
+
+
+FULL = Sizes(
+    200, 64, 3, [*((DIGITS, name) for name in KNOWN_SAMPLERS), (LARGE, "random"), (LARGE, "tpe")], sweep_trials=1000
+)
+QUICK = Sizes(40, 8, 1, [(DIGITS, "tpe")], sweep_trials=128)
+
+
+def measure(options: Options) -> Report:
+    """All contenders in turn, round by round; then the sweeps."""
+    sizes = QUICK if options.quick else FULL
+    works = {"nothing": (0.0, sizes.idle_trials), f"{SLEEP_S:g} s": (SLEEP_S, sizes.sleeping_trials)}
+    timed: dict[tuple[str, str], list[Timed]] = {}
+    for _ in range(sizes.rounds):
+        for contender in CONTENDERS:
+            for work, (work_s, num_trials) in works.items():
+                timed.setdefault((contender.name, work), []).append(contender.run(work_s, num_trials))
+    rows = [
+        (contender.name, work, *_cells(timed[contender.name, work], works[work][0], contender.workers))
+        for contender in CONTENDERS
+        for work in works
+    ]
+    swept = [
+        in_fresh_process(gate_sweep, workload, sampler, sizes.sweep_trials, SWEEP_LIMIT_S)
+        for workload, sampler in sizes.sweeps
+    ]
+    idle = [one.overhead_ms(0.0, NUM_WORKERS) for one in timed[OURS, "nothing"]]
+    return Report(
+        [
+            Section(
+                f"Trials on {NUM_WORKERS} workers, TPE: ms a trial beside its work, medians of {sizes.rounds}",
+                ("by", "a trial does", "trials", "cold, s", "overhead, ms", "asking, ms", "until MLflow has it, ms"),
+                rows,
+            ),
+            Section(
+                f"Sweeps of gate trials with MLflow, {NUM_WORKERS} actors (goals: 1,000 trials in {GOAL_S:g} s, 10 trials/s)",
+                (
+                    "table",
+                    "sampler",
+                    "trials",
+                    "failed",
+                    "end to end, s",
+                    "trials/s",
+                    "search, s",
+                    "asking, s",
+                    "work / actors, s",
+                    "driver's CPU, s",
+                ),
+                [_sweep_row(one) for one in swept],
+            ),
+        ],
+        Headline(
+            "overhead of a warm trial that does nothing, with the journal, asking apart",
+            Samples({OURS: np.array(idle)}).median_ms(OURS),
+            " ms",
+            GOAL_MS,
+        ),
+        {
+            "contenders": {f"{name}/{work}": [asdict(one) for one in runs] for (name, work), runs in timed.items()},
+            "sweeps": [asdict(one) | {"per_second": one.per_second} for one in swept],
+            "peak_rss_mib": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024,
+        },
+    )
+
+
+def _cells(runs: Sequence[Timed], work_s: float, workers: int) -> tuple[str, ...]:
+    recorded = [one.recorded_s for one in runs if one.recorded_s is not None and one.recorded_s - one.wall_s > 0.05]
+    return (
+        str(runs[0].num_trials),
+        f"{np.median([one.cold_s for one in runs]):.1f}",
+        f"{np.median([one.overhead_ms(work_s, workers) for one in runs]):.1f}",
+        f"{np.median([1e3 * one.ask_s / one.num_trials for one in runs]):.1f}",
+        f"{1e3 * np.median(recorded) / runs[0].num_trials:.1f}" if recorded else "",
+    )
+
+
+def _sweep_row(one: Swept) -> tuple[str, ...]:
+    return (
+        one.workload,
+        one.sampler,
+        str(one.num_trials),
+        str(one.num_failed),
+        f"{one.recorded_s:.1f}",
+        f"{one.per_second:.1f}",
+        f"{one.search_s:.1f}",
+        f"{one.ask_s:.1f}",
+        f"{one.work_s / NUM_WORKERS:.1f}",
+        f"{one.driver_cpu_s:.1f}",
+    )
+
+
+if __name__ == "__main__":
+    from benchmarks import trial_overhead  # actors unpickle its classes by this name, and not as __main__'s
+
+    run_benchmark(BENCHMARK, trial_overhead.measure, threads=1)

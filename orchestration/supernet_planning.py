@@ -1,0 +1,140 @@
+"""Commands that look at a sweep of supernets without running stages: plan, report, sync, export."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dsnet.cost import subnet_cost
+from dsnet.errors import PreflightError
+from orchestration.config import SweepConfig
+from orchestration.config_loading import LoadedConfig
+from orchestration.pipeline import anchored
+from orchestration.planning import SYNC_TIMEOUT_S, check_same_data, report_again
+from orchestration.preparation import Images, load_images, prepare, stage_definitions
+from orchestration.projection import store_uri
+from orchestration.rundir import DriverLock, RunDir
+from orchestration.search_stage import continued
+from orchestration.stages import StagePlan, plan_stages
+from orchestration.supernet_members import Member, draw_members
+from orchestration.supernet_reporting import write_supernets_report
+from orchestration.supernet_results import SupernetSweepResults
+from orchestration.supernet_sweep import check_supernets, export_gates, tune_member, tune_rules
+from orchestration.supernet_tracking import TreeTrackers, replay_supernets
+from orchestration.terminal import _leaves as leaves
+from orchestration.terminal import warn
+from orchestration.tune_ledger import MemberFate
+from orchestration.tune_supernets import stored_fates
+from search.points import save_points
+
+
+@dataclass(frozen=True)
+class SupernetsPlan:
+    """What a launch of a sweep of supernets would do."""
+
+    config: SweepConfig
+    origins: Mapping[str, str]
+    run: RunDir
+    members: tuple[Member, ...]
+    stages: Mapping[str, tuple[StagePlan, ...]]
+    """Of each member that can be."""
+    fates: Mapping[str, MemberFate]
+    """Those that earlier launches have decided."""
+    madds_m: Mapping[str, tuple[float, float]]
+    """(cheapest, widest) sub-network of each member, millions."""
+
+    def settings(self) -> dict[str, dict[str, Any]]:
+        """Every setting with its value and origin."""
+        values = leaves(self.config.model_dump(mode="json"))
+        return {key: {"value": value, "origin": self.origins.get(key, "default")} for key, value in values.items()}
+
+
+def plan_supernets(loaded: LoadedConfig) -> SupernetsPlan:
+    """Load the data, draw the supernets, and compare the stages' keys with what the run folder has; writes nothing.
+
+    Raises:
+        DataError, ConfigError, PreflightError: as a launch would.
+    """
+    config = anchored(loaded.config)
+    check_supernets(config)
+    run = RunDir(Path(config.storage.runs), config.name)
+    members = draw_members(config, run, load_images(config), warn)
+    stages: dict[str, tuple[StagePlan, ...]] = {}
+    madds_m: dict[str, tuple[float, float]] = {}
+    tuned = []
+    for member in members:
+        if member.prepared is None:
+            continue
+        *others, search = plan_stages(member.run, stage_definitions(member.prepared))
+        stages[member.name] = (*others, continued(member.run, search, member.config))
+        prepared = member.prepared
+        costs = [subnet_cost(prepared.subnets.spec, item, prepared.image_size).madds / 1e6 for item in prepared.subnets]
+        madds_m[member.name] = (min(costs), max(costs))
+        tuned.append(tune_member(member, others[0], run.stop_path, 1))
+    fates = stored_fates(tuned, tune_rules(config), run.tune_dir)
+    return SupernetsPlan(loaded.config, loaded.origins, run, members, stages, fates, madds_m)
+
+
+def _images_again(results: SupernetSweepResults) -> Images:
+    """The data of an existing sweep.
+
+    Raises:
+        DataError: the data is not what the sweep was made with.
+    """
+    images = load_images(results.config)
+    check_same_data(results.run, results.manifest, images)
+    return images
+
+
+def report_supernets_again(results: SupernetSweepResults) -> Path:
+    """Write points.parquet and report.html of the sweep and of its members from what there is."""
+    for member in results.members.values():
+        report_again(member)
+    save_points(results.run.points_parquet, results.points())
+    images = _images_again(results)
+    notes: tuple[str, ...] = ()
+    for member in results.members.values():
+        notes = prepare(member.config, member.run, warn, images).notes()
+        break
+    return write_supernets_report(results, notes, "complete" if results.is_verified else "stopped")
+
+
+def export_supernets_again(results: SupernetSweepResults, picks: tuple[str, ...], folder: Path | None) -> list[Path]:
+    """Write bundles of gates of any of the supernets; their folders."""
+    images = _images_again(results)
+    wanted = {gate.supernet for gate in results.picked(picks)}
+    prepared = {
+        name: prepare(member.config, member.run, warn, images)
+        for name, member in results.members.items()
+        if name in wanted
+    }
+    return export_gates(results, picks, prepared, folder or results.run.export_dir)
+
+
+def sync_supernets_again(results: SupernetSweepResults) -> str:
+    """Write a sweep of supernets to MLflow; returns a sentence about it.
+
+    Raises:
+        PreflightError: tracking is off, or the store does not take the results.
+        LockedError: a driver is at work; it writes to MLflow itself.
+    """
+    run, config = results.run, results.config
+    if not config.tracking.mlflow:
+        raise PreflightError(
+            f"run {run.name!r} was made with tracking.mlflow: false; launch it with --set tracking.mlflow=true"
+        )
+    warnings: list[str] = []
+    with DriverLock(run, f"dsnet-orch sync {run.name}"):
+        trees = TreeTrackers(config, run)
+        try:
+            trackers = replay_supernets(results, lambda: trees.make(warnings.append))
+            summaries = [own.close(status, end_ms, SYNC_TIMEOUT_S) for own, status, end_ms in trackers]
+        finally:
+            trees.end()
+    num_unsent = sum(summary.num_unsent for summary in summaries)
+    if num_unsent:
+        first = next(summary.first_error for summary in summaries if summary.num_unsent)
+        raise PreflightError(f"{num_unsent} writes to {store_uri(config, run)} failed: {first}")
+    return f"{run.name}: {results.num_trials} trials of {len(results.members)} supernets are in {store_uri(config, run)}"

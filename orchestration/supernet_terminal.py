@@ -1,0 +1,212 @@
+"""What commands print about a sweep of supernets: the same tables as for any run, with the supernet that each line comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from orchestration.rundir import RunDir, read_lock
+from orchestration.terminal import _print_json as print_json
+from orchestration.terminal import _say as say
+from orchestration.terminal import _short as short
+from orchestration.terminal import _table as show_table
+from orchestration.terminal import front_rows, percent
+from search.points import trial_name
+
+if TYPE_CHECKING:
+    from orchestration.supernet_members import MemberEntry
+    from orchestration.supernet_planning import SupernetsPlan
+    from orchestration.supernet_results import SupernetSweepResults
+    from orchestration.supernet_sweep import SupernetsResult
+
+
+def show_supernets_launch(result: SupernetsResult) -> None:
+    """The front over all supernets, and where everything is and how to open it."""
+    run, results = result.run, result.results
+    show_supernets_front(results, (), as_json=False)
+    say()
+    say(f"report    {run.report_html}   (open it in a browser; it needs no network)")
+    for bundle in result.bundles:
+        say(f'bundle    {bundle}   (python: dsnet.load_bundle("{bundle}"))')
+    say(f"points    {run.points_parquet}")
+    say(f"study     {run.merged_journal}   (every trial of every supernet: optuna-dashboard opens it)")
+    say(f"supernets {run.supernets_dir}   (each is a run of its own: dsnet-orch pareto {run.supernets_dir}/NAME)")
+    if results.config.tracking.mlflow:
+        where = results.config.tracking.uri or run.root / "mlflow.db"
+        say(f"mlflow    {where}   (open: dsnet-orch ui --runs {run.root})")
+
+
+def supernet_front_rows(results: SupernetSweepResults) -> list[dict[str, Any]]:
+    """One JSON-able row per gate of the front over all supernets, cheapest first."""
+    own = {
+        (name, row["slot"]): row
+        for name, member in results.members.items()
+        if member.subnets
+        for row in front_rows(member)
+    }
+    rows = [
+        {**own[gate.supernet, gate.slot], "name": gate.name, "supernet": gate.supernet, "settings": _settings(results, gate)}
+        for gate in results.front
+    ]
+    return sorted(rows, key=lambda row: row["val"]["madds_m"])
+
+
+def _settings(results: SupernetSweepResults, gate: Any) -> dict[str, Any]:
+    return dict(results.entry(gate.supernet).settings)
+
+
+def show_supernets_front(results: SupernetSweepResults, picks: Sequence[str], *, as_json: bool) -> None:
+    """The front over all supernets as a table; the origin of each gate is in its name."""
+    rows = supernet_front_rows(results)
+    if picks:
+        wanted = [gate.name for gate in results.picked(picks)]
+        rows = [row for row in rows if row["name"] in wanted]
+    if as_json:
+        print_json(
+            {
+                "run": str(results.run.path),
+                "objectives": [{"metric": metric.name, "goal": metric.goal} for metric in results.config.metrics],
+                "is_verified": results.is_verified,
+                "test_openings": results.manifest["test_openings"],
+                "front": rows,
+            }
+        )
+        return
+    if picks and not rows:
+        say("none of these gates is on the front; `trials` lists them all, and `export --pick` takes any of them")
+        return
+    further = [metric.name for metric in results.config.metrics if metric.name not in ("top1", "madds_m")]
+    columns = ("supernet", "gate", "router", "top-1 val %", "top-1 test % [95 %]", "MAdds M", *further)
+    lines = [
+        (
+            row["supernet"],
+            trial_name(row["slot"]),
+            row["router"],
+            percent(row["val"]["top1"]),
+            _on_test(row),
+            f"{row['val']['madds_m']:.4g}",
+            *(f"{row['val'][name]:.4g}" for name in further),
+        )
+        for row in rows
+    ]
+    verified = "" if results.is_verified else " (not verified yet)"
+    num_measured = sum(bool(member.subnets) for member in results.members.values())
+    show_table(
+        columns, lines, f"{results.run.name}: one front over {num_measured} supernets, chosen on val{verified}", num_left=3
+    )
+    _show_openings(results)
+
+
+def _on_test(row: Mapping[str, Any]) -> str:
+    analysis = row.get("test_analysis")
+    if analysis is None:
+        return "-"
+    top1 = analysis["top1"]
+    return f"{100 * top1['value']:.1f} [{100 * top1['low']:.1f}, {100 * top1['high']:.1f}]"
+
+
+def _show_openings(results: SupernetSweepResults) -> None:
+    openings = results.manifest["test_openings"]
+    if openings > 1:
+        say(f"test was read {openings} times: numbers chosen after the first time are optimistic")
+
+
+def show_supernets_status(results: SupernetSweepResults, *, as_json: bool) -> None:
+    """What has become of each supernet, trials, and who drives the sweep."""
+    holder = read_lock(results.run.lock_path)
+    is_gone = holder is not None and not (holder.is_on_another_host() or holder.is_alive())
+    driver = None if holder is None else f"{holder}" + (", which is gone" if is_gone else "")
+    members = [_status(results, entry) for entry in results.entries]
+    content = {
+        "run": str(results.run.path),
+        "driver": driver,
+        "supernets": members,
+        "trials": {"finished": results.num_trials, "failed": results.num_failed, "budget": results.config.budget.trials},
+        "front": [gate.name for gate in results.front],
+        "is_verified": results.is_verified,
+        "test_openings": results.manifest["test_openings"],
+    }
+    if as_json:
+        print_json(content)
+        return
+    say(f"run       {results.run.path}")
+    say(f"driver    {driver or 'none'}")
+    lines = [
+        (item["name"], item["told"], item["state"], item["epochs"], str(item["trials"]), str(item["front"]))
+        for item in members
+    ]
+    show_table(("supernet", "settings", "state", "epochs", "trials", "on the front"), lines, num_left=3)
+    for item in members:
+        if item["reason"]:
+            say(f"{item['name']} {item['state']}: {item['reason']}")
+    say(f"trials    {results.num_trials} finished, of {results.config.budget.trials} for each trained supernet")
+    say(f"front     {len(results.front)} gates" + ("" if results.is_verified else ", not verified yet"))
+    if not results.is_verified and driver is None:
+        say(f"continue  dsnet-orch launch {results.run.sweep_yaml}")
+
+
+def _status(results: SupernetSweepResults, entry: MemberEntry) -> dict[str, Any]:
+    member = results.members.get(entry.name)
+    done = entry.epochs if entry.state == "trained" else entry.reports[-1][0] if entry.reports else 0
+    return {
+        "name": entry.name,
+        "settings": dict(entry.settings),
+        "told": told(entry.settings),
+        "state": entry.state,
+        "reason": entry.reason,
+        "epochs": f"{done}/{entry.epochs}",
+        "reports": [list(report) for report in entry.reports],
+        "trials": 0 if member is None else len(member.records),
+        "front": sum(gate.supernet == entry.name for gate in results.front),
+        "run": str(RunDir(results.run.supernets_dir, entry.name).path),
+    }
+
+
+def told(settings: Mapping[str, Any]) -> str:
+    """Settings on one line."""
+    return ", ".join(f"{key.removeprefix('supernet.')} {short(value)}" for key, value in settings.items())
+
+
+def show_supernets_plan(plan: SupernetsPlan, *, as_json: bool) -> None:
+    """Which supernets there would be, each with what would run of it and why."""
+    members = [
+        {
+            "name": member.name,
+            "settings": dict(member.settings),
+            "problem": member.problem,
+            "subnets": len(member.prepared.subnets) if member.prepared else 0,
+            "madds_m": list(plan.madds_m.get(member.name, ())),
+            "known": None if member.name not in plan.fates else asdict(plan.fates[member.name]),
+            "stages": [
+                {"stage": stage.name, "status": stage.status, "key": stage.key, "because": list(stage.reasons)}
+                for stage in plan.stages.get(member.name, ())
+            ],
+        }
+        for member in plan.members
+    ]
+    if as_json:
+        print_json({"run": str(plan.run.path), "supernets": members, "settings": plan.settings()})
+        return
+    rules = plan.config.supernets
+    say(f"run       {plan.run.path}")
+    say(
+        f"supernets {len(plan.members)} of {rules.number} by {rules.sampler}, {rules.concurrent} at a time, scheduler "
+        f"{rules.scheduler}; {plan.config.budget.trials} trials for each that is trained to its end"
+    )
+    say()
+    lines = []
+    for member in plan.members:
+        if member.prepared is None:
+            lines.append((member.name, told(member.settings), "cannot be", "", member.problem or ""))
+            continue
+        fate = plan.fates.get(member.name)
+        status = ", ".join(f"{stage.name} {stage.status}" for stage in plan.stages[member.name])
+        cheapest, widest = plan.madds_m[member.name]
+        state = fate.state if fate is not None else "to train"
+        because = fate.reason or status if fate is not None else status
+        lines.append((member.name, told(member.settings), state, f"{cheapest:.4g} to {widest:.4g}", because))
+    show_table(("supernet", "settings", "state", "MAdds M", "stages"), lines, num_left=3)
+    say()
+    rows = [(key, value["value"], value["origin"]) for key, value in plan.settings().items()]
+    show_table(("setting", "value", "from"), [(key, str(value), origin) for key, value, origin in rows], num_left=3)

@@ -1,0 +1,173 @@
+"""What a sweep of supernets has heard and decided so far: a file with one line an event, written by the driver alone.
+
+The scheduler may depend on the order in which reports arrive, and with several supernets at a time that order is a matter of speed. So the
+order is kept, and every decision with its report: what is stored is what holds when the sweep is launched again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from dsnet.errors import CheckpointError
+
+FateState = Literal["trained", "stopped", "failed"]
+_STATES = ("trained", "stopped", "failed")
+
+
+@dataclass(frozen=True)
+class TuneRules:
+    """How the supernets of a sweep are scheduled."""
+
+    scheduler: str = "asha"
+    """`none`, `asha`, `median`, `hyperband`, or the import path of a Ray Tune scheduler."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Keyword arguments of the scheduler; times in epochs."""
+    concurrent: int = 1
+    """Supernets trained at the same time, >= 1."""
+    report_every: int = 1
+    """Epochs between reports, >= 1; the last epoch is always reported."""
+    seed: int = 0
+
+    def digest(self) -> str:
+        """Of everything that decides; how many train at a time only changes the order in which reports arrive."""
+        content = [self.scheduler, dict(self.options), self.report_every, self.seed]
+        text = json.dumps(content, sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True)
+class MemberFate:
+    """What became of a supernet."""
+
+    name: str
+    state: FateState
+    reports: tuple[tuple[int, float], ...]
+    """(epochs done, static hypervolume on val in [0, 1]), in the order of the epochs."""
+    reason: str | None = None
+    """Why it was stopped, or failed."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """A value that was heard, and what the scheduler said to it."""
+
+    key: str
+    epoch: int
+    value: float
+    decision: str
+    """A Ray Tune scheduler's: CONTINUE, PAUSE, STOP or NOOP."""
+
+
+@dataclass(frozen=True)
+class End:
+    """A supernet's training ended."""
+
+    key: str
+    state: FateState
+    reason: str | None
+    is_lasting: bool
+    """False where the machine was the cause: the next launch tries again."""
+
+
+class Ledger:
+    """The events in their order, on disk before anybody acts on them."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._events: list[Report | End] = []
+        self._num_whole_bytes = 0
+        self._read()
+
+    @classmethod
+    def of(cls, folder: Path, rules: TuneRules) -> Ledger:
+        """The ledger of these rules; others have their own beside it."""
+        return cls(folder / rules.digest() / "reports.jsonl")
+
+    def events(self) -> Iterator[Report | End]:
+        """All of them, oldest first."""
+        return iter(tuple(self._events))
+
+    def reports(self, key: str) -> tuple[tuple[int, float], ...]:
+        """(epoch, value) of one supernet, in the order of the epochs."""
+        return tuple(sorted((event.epoch, event.value) for event in self._of(key, Report)))
+
+    def end(self, key: str) -> End | None:
+        """How one supernet ended for good; None where it did not."""
+        ends = [event for event in self._of(key, End) if event.is_lasting]
+        return ends[-1] if ends else None
+
+    def latest_end(self, key: str) -> End | None:
+        """How one supernet ended the last time, for good or not."""
+        ends = self._of(key, End)
+        return ends[-1] if ends else None
+
+    def append(self, event: Report | End) -> None:
+        """Store an event; it is on the disk when this returns.
+
+        Raises:
+            CheckpointError: the disk is full, or the folder cannot be written.
+        """
+        line = (json.dumps({"event": type(event).__name__.lower(), **vars(event)}, allow_nan=False) + "\n").encode()
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "ab") as file:
+                file.truncate(self._num_whole_bytes)  # a kill, or a full disk, may have torn the last line
+                file.write(line)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise CheckpointError(f"cannot write {self.path}: {error.strerror}; make room and launch again") from error
+        self._num_whole_bytes += len(line)
+        self._events.append(event)
+
+    def _of(self, key: str, kind: type) -> list[Any]:
+        return [event for event in self._events if event.key == key and isinstance(event, kind)]
+
+    def _read(self) -> None:
+        if not self.path.exists():
+            return
+        lines = self.path.read_bytes().split(b"\n")[:-1]  # what follows the last newline is torn
+        for number, line in enumerate(lines, start=1):
+            self._events.append(self._parsed(line, number))
+            self._num_whole_bytes += len(line) + 1
+
+    def _parsed(self, line: bytes, number: int) -> Report | End:
+        try:
+            fields = json.loads(line)
+            kind = {"report": Report, "end": End}[fields.pop("event")]
+            event: Report | End = kind(**fields)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(
+                f"{self.path}: line {number} is no report of a supernet ({error}); the file was edited. "
+                "Restore it, or remove it to decide anew"
+            ) from error
+        if isinstance(event, End) and event.state not in _STATES:
+            raise CheckpointError(f"{self.path}: line {number} says {event.state!r}; known: {', '.join(_STATES)}")
+        return event
+
+
+def known_fates(ledger: Ledger, keys: Mapping[str, str], finished: Sequence[str]) -> dict[str, MemberFate]:
+    """Fates that hold without any training.
+
+    Args:
+        ledger: of the sweep.
+        keys: member name to key.
+        finished: names of those whose final checkpoint is there.
+    """
+    fates = {}
+    for name, key in keys.items():
+        end, reports = ledger.end(key), ledger.reports(key)
+        if name in finished:
+            # A stopped one whose checkpoint is there all the same was trained under other rules: these stop it nevertheless.
+            is_stopped = end is not None and end.state == "stopped"
+            reason = end.reason if end is not None and is_stopped else None
+            fates[name] = MemberFate(name, "stopped" if is_stopped else "trained", reports, reason)
+        elif end is not None and end.state != "trained":
+            fates[name] = MemberFate(name, end.state, reports, end.reason)
+    return fates
