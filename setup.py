@@ -33,6 +33,8 @@ setup(
         "plotly>=7.1",
         "click>=8.5",
         "numpy>=2.4",
+        "scipy>=1.17",
+        "threadpoolctl>=3.6",
         "pyarrow>=25.0",
         "safetensors>=0.8",
         "scikit-learn>=1.9",

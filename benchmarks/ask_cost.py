@@ -1,6 +1,6 @@
 """What a suggestion costs: each sampler, after 100, 1,000 and 10,000 finished trials, asked for a cohort as a sweep asks.
 
-The finished trials are made up: points spread over a space like the digits example's, objectives with noise. One suggestion before the
+The finished trials are made up: random points of a space like the digits example's, objectives with noise. One suggestion before the
 clock runs pays for imports and for what a generation pays once (its parents); every other is a sweep's everyday.
 """
 
@@ -15,10 +15,9 @@ from optuna.trial import FrozenTrial, create_trial
 
 from benchmarks.harness import Headline, Options, Report, Samples, Section, run_benchmark
 from search.engine import Mirror
-from search.qmc import sobol_point
 from search.runner import Scalar
 from search.samplers import KNOWN_SAMPLERS, SamplerSettings
-from search.space import Space, parse_space
+from search.space import Space, at_share, parse_space
 from search.study import Objective, StudySettings
 
 BENCHMARK = "milliseconds for a suggestion of each sampler after 100, 1,000 and 10,000 trials (goal: 15 ms for the default after 1,000)"
@@ -45,11 +44,10 @@ def finished_trials(space: Space, number: int, seed: int) -> list[FrozenTrial]:
     rng = np.random.default_rng(seed)
     trials = []
     for index in range(number):
-        drawn = sobol_point(space, seed, index)
         point: dict[str, Scalar] = {}
-        for name in space.distributions:
-            if name in drawn and space.has(name, point):
-                point[name] = drawn[name]
+        for name, distribution in space.distributions.items():
+            if space.has(name, point):
+                point[name] = at_share(distribution, float(rng.random()))
         target = float(point["gate.target"])
         notes = {f"Replayable{name}:generation": index // COHORT for name in ("NSGAII", "NSGAIII")}
         trials.append(

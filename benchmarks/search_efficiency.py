@@ -50,6 +50,8 @@ SHARES = (0.90, 0.95, 0.99)
 MARGIN = 0.1
 """Of the front's range, between its worst values and the reference."""
 TABLE_COHORT = 64
+SMALL_COHORT = 16
+"""To show what it costs to learn from 64 trials at a time."""
 GP_COHORT = 8
 GP_NOTE = "gp takes about a second for a suggestion: it runs fewer seeds and trials, in cohorts of 8"
 CHUNK = 4 * LANES
@@ -279,17 +281,14 @@ def _record(slot: int, params: Mapping[str, Scalar], values: tuple[float, float]
 
 
 def contenders(trials: int, seeds: int, gp_trials: int, gp_seeds: int) -> list[Contender]:
-    """Every sampler with a sweep's defaults, and those that have generations with larger ones too."""
-    startup = SamplerSettings().startup
+    """Every sampler with a sweep's defaults, generations of a cohort's size, and smaller cohorts for the one that learns most from them."""
     listed = [
         *((name, SamplerSettings(name)) for name in ("random", "grid", "qmc", "tpe", "nsga2", "nsga3")),
-        ("tpe, startup 64", SamplerSettings("tpe", startup=TABLE_COHORT)),
         *((f"{name}, generations of 64", SamplerSettings(name, startup=TABLE_COHORT)) for name in ("nsga2", "nsga3")),
     ]
     plain = [Contender(label, settings, TABLE_COHORT, trials, seeds) for label, settings in listed]
-    gp = Contender(
-        "gp", SamplerSettings("gp", startup=startup), GP_COHORT, min(trials, gp_trials), min(seeds, gp_seeds)
-    )
+    plain.append(Contender("tpe, cohorts of 16", SamplerSettings("tpe"), SMALL_COHORT, trials, seeds))
+    gp = Contender("gp", SamplerSettings("gp"), GP_COHORT, min(trials, gp_trials), min(seeds, gp_seeds))
     return [*plain, *([gp] if gp_trials else [])]
 
 

@@ -362,7 +362,8 @@ def _table_legend(headline: Headline) -> str:
         "The gain is paired, over a random mix of two static sub-networks with the same mean MAdds; "
         f"green and red mark intervals that exclude 0{_chance(headline)}. 'On the front in' is the share of resamples in "
         "which no other router of the table is as good in every objective and better in one; routers are tied where the paired "
-        "interval of their difference in top-1 holds 0 and their mean MAdds are within 1 %. All of it is conditional on one trained supernet."
+        "interval of their difference in top-1 holds 0 and their mean MAdds are within 1 %. All of "
+        "it is conditional on one trained supernet."
     )
     return f'<p class="sub">{escape(text)}</p>'
 

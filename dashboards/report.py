@@ -21,7 +21,6 @@ from dashboards.theme import count, significant
 from dashboards.training import TrainingInfo, training_figure
 from dashboards.widths import WidthsInfo, widths_figure
 
-
 MAX_ENDINGS: Final = 12
 """Reasons that are listed."""
 

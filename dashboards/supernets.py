@@ -62,6 +62,8 @@ class SupernetInfo:
     """Trials that failed."""
     static: tuple[StaticPoint, ...] = ()
     """Its sub-networks on the split that chose, by rising cost."""
+    reported_static: tuple[StaticPoint, ...] = ()
+    """The same on the sealed split, where its gates ran there."""
     chosen: tuple[DynamicPoint, ...] = ()
     """Its gates on the split that chose; `is_front` is that of the front over all supernets."""
     reported: tuple[DynamicPoint, ...] = ()
@@ -135,12 +137,14 @@ def supernets_figure(info: SupernetsInfo) -> go.Figure:
     for index, supernet in enumerate(info.supernets):
         colour, symbol = _look(index)
         traces = [
-            (1, _static_trace(supernet, colour, symbol, info.chosen_split)),
+            (1, _static_trace(supernet, supernet.static, colour, symbol, info.chosen_split)),
             (1, _others_trace(supernet, colour, symbol, info.chosen_split)),
             (1, _front_trace(supernet, supernet.chosen, colour, symbol, info.chosen_split)),
         ]
         if is_paired:
-            traces.append((2, _front_trace(supernet, supernet.reported, colour, symbol, info.reported_split)))
+            split = info.reported_split
+            traces.append((2, _static_trace(supernet, supernet.reported_static, colour, symbol, split)))
+            traces.append((2, _front_trace(supernet, supernet.reported, colour, symbol, split)))
         for column, trace in traces:
             if trace.x:
                 is_first = trace.name not in {drawn.name for drawn in figure.data}
@@ -151,7 +155,7 @@ def supernets_figure(info: SupernetsInfo) -> go.Figure:
                 )
     if not figure.data:
         note(figure, "no supernet is measured yet")
-    figure.update_xaxes(title_text="mean MAdds per image (M)")
+    figure.update_xaxes(title_text="mean MAdds per image (M)", matches="x")
     figure.update_yaxes(title_text="top-1 accuracy (%)", col=1)
     subtitle = (
         f"{count(info.num_front, 'gate')} on one front over {count(len(info.supernets), 'supernet')}, chosen on "
@@ -165,8 +169,9 @@ def _look(index: int) -> tuple[str, str]:
     return SERIES[index % len(SERIES)], SYMBOLS[(index + index // len(SERIES)) % len(SYMBOLS)]
 
 
-def _static_trace(supernet: SupernetInfo, colour: str, symbol: str, split: str) -> go.Scatter:
-    points = supernet.static
+def _static_trace(
+    supernet: SupernetInfo, points: Sequence[StaticPoint], colour: str, symbol: str, split: str
+) -> go.Scatter:
     return go.Scatter(
         x=[point.madds_m for point in points],
         y=[100 * point.top1 for point in points],

@@ -156,8 +156,10 @@ class LatencyTable:
             trunk={int(n): Timing(**item) for n, item in data["trunk"].items()},
             decide={int(n): Timing(**item) for n, item in data["decide"].items()},
             tails={int(n): {name: Timing(**item) for name, item in row.items()} for n, row in data["tails"].items()},
+            # Tables of earlier releases have none: there every kind counts as the published gate.
             decisions={
-                kind: {int(n): Timing(**item) for n, item in row.items()} for kind, row in data["decisions"].items()
+                kind: {int(n): Timing(**item) for n, item in row.items()}
+                for kind, row in data.get("decisions", {}).items()
             },
         )
 

@@ -88,7 +88,7 @@ from orchestration.space_rules import (
 )
 from orchestration.wording import shown, way_out
 from search.constraints import BASELINE, ConstraintSet
-from search.expressions import parse_comparison
+from search.expressions import Comparison, parse_comparison
 from search.halving import ParetoHalving
 from search.pareto import parse_pick
 
@@ -115,6 +115,7 @@ __all__ = [
     "SweepConfig",
     "TrainConfig",
     "absolute_targets",
+    "conditions",
     "config_warnings",
     "constraint_set",
     "enqueued_points",
@@ -397,6 +398,13 @@ def target_set(config: SweepConfig, baseline: Mapping[str, float]) -> Constraint
     """
     names = _names_in_conditions(config)
     return ConstraintSet(tuple(parse_comparison(text, names) for text in config.budget.target), (), baseline)
+
+
+def conditions(config: SweepConfig) -> tuple[Comparison, ...]:
+    """All conditions of the sweep: `constraints`, then `budget.target`."""
+    names = _names_in_conditions(config)
+    texts = [each if isinstance(each, str) else each.hard for each in config.constraints]
+    return tuple(parse_comparison(text, names) for text in (*texts, *config.budget.target))
 
 
 def enqueued_points(config: SweepConfig) -> list[dict[str, Any]]:

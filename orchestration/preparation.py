@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from orchestration.config import (
     Stage,
     SweepConfig,
     absolute_targets,
+    conditions,
     possible_routers,
     resolve_regime,
     stage_subset,
@@ -39,10 +41,11 @@ from orchestration.config import (
 from orchestration.rundir import Manifest, RunDir
 from orchestration.stages import StageDefinition, StageDir, stage_record
 from search.analysis import BudgetPick
+from search.constraints import BASELINE
 
 logger = logging.getLogger(__name__)
 
-STAGE_VERSIONS: Mapping[str, int] = {**RESULT_VERSIONS, "search": 2, "verify": 3}
+STAGE_VERSIONS: Mapping[str, int] = {**RESULT_VERSIONS, "search": 3, "verify": 3}
 """Raised by hand when the code of a stage gives other results."""
 
 
@@ -120,7 +123,19 @@ class Prepared:
                     f"gate.target_madds_m {target:g} lies outside the sub-networks' {min(madds_m):.4g} to {max(madds_m):.4g} "
                     "M MAdds; trials take the nearest"
                 )
-        return tuple(warnings)
+        return (*warnings, *self._too_fine())
+
+    def _too_fine(self) -> Iterator[str]:
+        """Conditions that ask for less than one image of `val` can tell."""
+        num_val = len(self.splits.val)
+        for comparison in conditions(self.config):
+            reads_share = {name.removeprefix(BASELINE) for name in comparison.names} & {"top1", "top5"}
+            finest = min((number for number in map(abs, comparison.numbers) if number > 0), default=math.inf)
+            if reads_share and finest < 1 / num_val:
+                yield (
+                    f"condition {comparison}: {finest:g} is finer than one of the {num_val} images of val, which is {1 / num_val:.4f} "
+                    "of accuracy"
+                )
 
     def notes(self) -> tuple[str, ...]:
         """What qualifies every number of this run."""
@@ -211,7 +226,8 @@ def _from_finished_stage(config: SweepConfig, run: RunDir, images: Images | None
     stem = folder.path.absolute() / FINAL
     origin = read_json(stem.with_name(f"{FINAL}.json"))["run"]["origin"]  # empty: adopted, and trained afresh there
     prepared = replace(
-        _laid_out(config, load_start(stem), images), start=StartPoint(stem, origin["sha256"], origin, ()) if origin else None
+        _laid_out(config, load_start(stem), images),
+        start=StartPoint(stem, origin["sha256"], origin, ()) if origin else None,
     )
     return prepared if stage_record(stage_definitions(prepared)[0], {}).key == entry["key"] else None
 

@@ -68,10 +68,7 @@ class Verified:
             contenders=tuple(BudgetPick(**item) for item in data["contenders"]),
             val=SplitAnalysis.from_json(data["val"]),
             test=SplitAnalysis.from_json(data["test"]),
-            latencies={
-                name: DynamicLatency.from_json(item)
-                for name, item in {MAIN_DEVICE: data["latency"], **data["device_latency"]}.items()
-            },
+            latencies={name: DynamicLatency.from_json(item) for name, item in data["latencies"].items()},
             agreements=tuple(Agreement(**item) for item in data["agreements"]),
             num_openings=data["num_openings"],
         )
@@ -213,12 +210,16 @@ class RunResults:
 
     @cached_property
     def reference_point(self) -> tuple[float, ...]:
-        """The hypervolume's reference: as configured, else 0 for what is maximised and 1.05 x the widest for what is minimised."""
-        baseline = self.baseline
+        """The hypervolume's reference: as configured, else 0 for what is maximised and 1.05 x the widest for what is minimised.
+
+        Of a latency it is the widest as a gate runs it, decision included: what a router saves is told apart from what deciding costs.
+        """
+        names = [subnet.name for subnet in self.subnets if not subnet.is_teacher]
+        always_widest = np.array([float(name == self.widest.name) for name in names])
+        dynamic = {metric: clock.ms(always_widest) for metric, clock in self._clocks.items()}
+        costs = {name: max(value, dynamic.get(name, value)) for name, value in self.baseline.items()}
         return tuple(
-            metric.ref
-            if metric.ref is not None
-            else (0.0 if metric.goal == "maximize" else 1.05 * baseline[metric.name])
+            metric.ref if metric.ref is not None else (0.0 if metric.goal == "maximize" else 1.05 * costs[metric.name])
             for metric in self.config.metrics
         )
 
@@ -303,7 +304,6 @@ class RunResults:
         rows: list[PointRow] = []
         members = self.members
         if members:
-            latencies = self._static_latencies([subnet.name for subnet in members])
             rows += subnet_points(
                 "val",
                 [subnet.name for subnet in members],
@@ -311,8 +311,7 @@ class RunResults:
                 [subnet.madds for subnet in members],
                 top5=[subnet.top5 for subnet in members],
                 params=[subnet.params for subnet in members],
-                latency_ms=latencies.pop(latency_metric(), None),
-                further=latencies,
+                latencies=self._static_latencies([subnet.name for subnet in members]),
             )
         completed = self.completed
         rows += gate_points(
@@ -346,7 +345,6 @@ class RunResults:
     def _verified_points(self, verified: Verified) -> list[PointRow]:
         test = verified.test
         params = {subnet.name: subnet.params for subnet in self.subnets}
-        latencies = self._static_latencies(test.routes)
         rows = subnet_points(
             "test",
             test.routes,
@@ -354,8 +352,7 @@ class RunResults:
             [1e6 * cost for cost in test.static_madds_m],
             top5=test.static_top5,
             params=[params[name] for name in test.routes],
-            latency_ms=latencies.pop(latency_metric(), None),
-            further=latencies,
+            latencies=self._static_latencies(test.routes),
         )
         metrics = [
             {

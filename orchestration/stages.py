@@ -361,9 +361,7 @@ def run_stage(run: RunDir, plan: StagePlan, work: Callable[[Path], Sequence[Path
 def begin_stage(run: RunDir, plan: StagePlan) -> None:
     """Note in folder and manifest that a stage runs; for work that does not fit into one call, as supernets that train side by side."""
     started = plan.folder.begin(plan.record)
-    Manifest(run.manifest_path).record_stage(
-        plan.name, _manifest_entry(run, plan, "running", started.started_at, None)
-    )
+    Manifest(run.manifest_path).record_stage(plan.name, _manifest_entry(run, plan, "running", started.started_at, None))
 
 
 def finish_stage(run: RunDir, plan: StagePlan, outputs: Sequence[Path], seconds: float) -> None:

@@ -100,9 +100,7 @@ def _text(choice: Any) -> Any:
     return json.dumps(choice) if isinstance(choice, tuple) else choice
 
 
-def draw_members(
-    config: SweepConfig, run: RunDir, images: Images, warn: Callable[[str], None]
-) -> tuple[Member, ...]:
+def draw_members(config: SweepConfig, run: RunDir, images: Images, warn: Callable[[str], None]) -> tuple[Member, ...]:
     """The supernets of a sweep, in the order in which they are drawn.
 
     Settings that come to the same supernet count once. Those that come to none are a member too, with the reason: a sweep does not

@@ -23,8 +23,7 @@ from orchestration.supernet_reporting import write_supernets_report
 from orchestration.supernet_results import SupernetSweepResults
 from orchestration.supernet_sweep import check_supernets, export_gates, tune_member, tune_rules
 from orchestration.supernet_tracking import TreeTrackers, replay_supernets
-from orchestration.terminal import _leaves as leaves
-from orchestration.terminal import warn
+from orchestration.terminal import flat_settings, warn
 from orchestration.tune_ledger import MemberFate
 from orchestration.tune_supernets import stored_fates
 from search.points import save_points
@@ -47,7 +46,7 @@ class SupernetsPlan:
 
     def settings(self) -> dict[str, dict[str, Any]]:
         """Every setting with its value and origin."""
-        values = leaves(self.config.model_dump(mode="json"))
+        values = flat_settings(self.config.model_dump(mode="json"))
         return {key: {"value": value, "origin": self.origins.get(key, "default")} for key, value in values.items()}
 
 
@@ -137,4 +136,6 @@ def sync_supernets_again(results: SupernetSweepResults) -> str:
     if num_unsent:
         first = next(summary.first_error for summary in summaries if summary.num_unsent)
         raise PreflightError(f"{num_unsent} writes to {store_uri(config, run)} failed: {first}")
-    return f"{run.name}: {results.num_trials} trials of {len(results.members)} supernets are in {store_uri(config, run)}"
+    return (
+        f"{run.name}: {results.num_trials} trials of {len(results.members)} supernets are in {store_uri(config, run)}"
+    )

@@ -92,6 +92,7 @@ def _supernet(results: SupernetSweepResults, entry: MemberEntry) -> SupernetInfo
         num_trials=len(member.records),
         num_failed=len(member.failed),
         static=static_points(rows, "val"),
+        reported_static=static_points(rows, "test"),
         chosen=_on_front(results, entry.name, dynamic_points(rows, "val", intervals.get("val", {}), kind)),
         reported=_on_front(results, entry.name, dynamic_points(rows, "test", intervals.get("test", {}), kind)),
         link=link if member.run.report_html.is_file() else None,
@@ -188,5 +189,3 @@ def _commands(results: SupernetSweepResults) -> tuple[tuple[str, str], ...]:
         ("All trials of all supernets in one Optuna study", f"optuna-dashboard {shlex.quote(str(run.merged_journal))}"),
         ("Browse every point in MLflow", f"dsnet-orch ui --runs {root}"),
     )
-
-

@@ -138,8 +138,10 @@ class SupernetSweepResults:
     def is_verified(self) -> bool:
         """Whether the front of today ran on `test`."""
         names = {gate.supernet for gate in self.frozen}
-        return bool(names) and self.frozen == self.front_sample and all(
-            self.members[name].verified is not None for name in names
+        return (
+            bool(names)
+            and self.frozen == self.front_sample
+            and all(self.members[name].verified is not None for name in names)
         )
 
     def picked(self, picks: Sequence[str]) -> list[GateId]:

@@ -86,4 +86,3 @@ class SupernetStudy:
 
     def _params(self, supernet: str) -> dict[str, Scalar]:
         return {SUPERNET: supernet, **self._settings[supernet]}
-

@@ -61,6 +61,7 @@ from orchestration.tracking import CurvePoint, Tracker
 from orchestration.tune_ledger import MemberFate, TuneRules
 from orchestration.tune_supernets import TuneMember, ValImages, check_scheduler, stored_fates, train_members
 from orchestration.verify_stage import verify_stage
+from orchestration.wording import plural
 from search.points import save_points
 from search.study import TrialRecord
 
@@ -289,13 +290,13 @@ class _Sweep:
         self._tell_members()
         plans = {name: stage_plans(work) for name, work in self.works.items()}
         is_idle = self._is_idle(plans)
+        first = _prepared(next(iter(self.members.values())))
+        with ray_where_needed(self._needs_ray(plans), self.config, first, self.progress):
+            trained = self._train(plans)
+            for name in [] if is_idle else trained:
+                self._sweep_gates(name)
         if is_idle:
             self.progress.say("every supernet, every trial and the front are done: nothing is left to do")
-        else:
-            first = next(iter(self.members.values()))
-            with ray_where_needed(self._needs_ray(plans), self.config, _prepared(first), self.progress):
-                for name in self._train(plans):
-                    self._sweep_gates(name)
         results = SupernetSweepResults(self.run)
         self.study.add_missing(results)
         if not results.feasible:
@@ -399,7 +400,7 @@ class _Sweep:
         most = f"; {broken.most_common(1)[0][1]} break {broken.most_common(1)[0][0]}" if broken else ""
         reasons = [entry.reason for entry in results.entries if entry.reason]
         last = f"; the last reason of a supernet: {reasons[-1]}" if reasons else ""
-        return f"none of the {results.num_trials} trials of {len(results.members)} supernets is feasible{most}{last}"
+        return f"none of the {results.num_trials} trials of {plural(len(results.members), 'supernet')} is feasible{most}{last}"
 
     def _freeze(self, results: SupernetSweepResults) -> None:
         """Write down the front over all supernets, and for each member which gates are to run on `test`: before that is opened."""
@@ -419,7 +420,7 @@ class _Sweep:
                 _write_changed(member.run.chosen_json(member.done_key("search")), {"slots": slots})
         shares = Counter(gate.supernet for gate in results.front)
         told = ", ".join(f"{count} of {name}" for name, count in shares.items())
-        self.progress.say(f"front over {len(results.members)} supernets: {len(results.front)} gates ({told})")
+        self.progress.say(f"front over {plural(len(results.members), 'supernet')}: {len(results.front)} gates ({told})")
 
     def _verify(self, results: SupernetSweepResults) -> None:
         opening = _Opening(self.manifest)

@@ -7,11 +7,8 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from orchestration.rundir import RunDir, read_lock
-from orchestration.terminal import _print_json as print_json
-from orchestration.terminal import _say as say
-from orchestration.terminal import _short as short
-from orchestration.terminal import _table as show_table
-from orchestration.terminal import front_rows, percent
+from orchestration.terminal import front_rows, percent, print_json, say, short, show_table
+from orchestration.wording import plural
 from search.points import trial_name
 
 if TYPE_CHECKING:
@@ -46,7 +43,12 @@ def supernet_front_rows(results: SupernetSweepResults) -> list[dict[str, Any]]:
         for row in front_rows(member)
     }
     rows = [
-        {**own[gate.supernet, gate.slot], "name": gate.name, "supernet": gate.supernet, "settings": _settings(results, gate)}
+        {
+            **own[gate.supernet, gate.slot],
+            "name": gate.name,
+            "supernet": gate.supernet,
+            "settings": _settings(results, gate),
+        }
         for gate in results.front
     ]
     return sorted(rows, key=lambda row: row["val"]["madds_m"])
@@ -92,9 +94,8 @@ def show_supernets_front(results: SupernetSweepResults, picks: Sequence[str], *,
     ]
     verified = "" if results.is_verified else " (not verified yet)"
     num_measured = sum(bool(member.subnets) for member in results.members.values())
-    show_table(
-        columns, lines, f"{results.run.name}: one front over {num_measured} supernets, chosen on val{verified}", num_left=3
-    )
+    title = f"{results.run.name}: one front over {plural(num_measured, 'supernet')}, chosen on val{verified}"
+    show_table(columns, lines, title, num_left=3)
     _show_openings(results)
 
 
@@ -122,7 +123,11 @@ def show_supernets_status(results: SupernetSweepResults, *, as_json: bool) -> No
         "run": str(results.run.path),
         "driver": driver,
         "supernets": members,
-        "trials": {"finished": results.num_trials, "failed": results.num_failed, "budget": results.config.budget.trials},
+        "trials": {
+            "finished": results.num_trials,
+            "failed": results.num_failed,
+            "budget": results.config.budget.trials,
+        },
         "front": [gate.name for gate in results.front],
         "is_verified": results.is_verified,
         "test_openings": results.manifest["test_openings"],

@@ -40,7 +40,8 @@ def _console() -> Console:
     return Console(highlight=False, width=None if is_terminal else 1000)
 
 
-def _say(text: str = "") -> None:
+def say(text: str = "") -> None:
+    """A line on stdout."""
     _console().print(text, markup=False, soft_wrap=True)
 
 
@@ -49,11 +50,15 @@ def warn(text: str) -> None:
     Console(stderr=True, highlight=False).print(f"warning: {text}", markup=False, soft_wrap=True)
 
 
-def _print_json(value: Any) -> None:
-    _say(json.dumps(value, indent=1, allow_nan=False))
+def print_json(value: Any) -> None:
+    """A value as JSON on stdout."""
+    say(json.dumps(value, indent=1, allow_nan=False))
 
 
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None, num_left: int = 1) -> None:
+def show_table(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None, num_left: int = 1
+) -> None:
+    """A table on stdout; the first `num_left` columns are text, the others numbers."""
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for number, column in enumerate(columns):
         table.add_column(column, justify="left" if number < num_left else "right", no_wrap=True)
@@ -85,13 +90,13 @@ def show_launch(result: LaunchResult) -> None:
     """The front, and where everything is and how to open it."""
     run = result.run
     show_front(result.results, (), as_json=False)
-    _say()
-    _say(f"report    {run.report_html}   (open it in a browser; it needs no network)")
+    say()
+    say(f"report    {run.report_html}   (open it in a browser; it needs no network)")
     for bundle in result.bundles:
-        _say(f'bundle    {bundle}   (python: dsnet.load_bundle("{bundle}"))')
-    _say(f"points    {run.points_parquet}")
+        say(f'bundle    {bundle}   (python: dsnet.load_bundle("{bundle}"))')
+    say(f"points    {run.points_parquet}")
     if result.results.config.tracking.mlflow:
-        _say(
+        say(
             f"mlflow    {result.results.config.tracking.uri or run.root / 'mlflow.db'}   (open: dsnet-orch ui --runs {run.root})"
         )
 
@@ -162,9 +167,9 @@ def show_front(results: RunResults, picks: Sequence[str], *, as_json: bool) -> N
         wanted = [trial_name(slot) for slot in picked_slots(results, picks)]
         rows = [row for row in rows if row["name"] in wanted]
     if as_json:
-        _print_json(front_content(results, rows))
+        print_json(front_content(results, rows))
     elif picks and not rows:
-        _say("none of these trials is on the front; `trials` lists them all, and `export --pick` takes any of them")
+        say("none of these trials is on the front; `trials` lists them all, and `export --pick` takes any of them")
     elif results.verified is None:
         _show_unverified(results, rows)
     else:
@@ -187,7 +192,7 @@ def _show_unverified(results: RunResults, rows: Sequence[Mapping[str, Any]]) -> 
         for row in rows
     ]
     title = f"{results.run.name}: {len(rows)} gates on the front (not verified yet)"
-    _table(("gate", "router", "top-1 val %", "MAdds M", *further), lines, title, num_left=2)
+    show_table(("gate", "router", "top-1 val %", "MAdds M", *further), lines, title, num_left=2)
 
 
 def _show_verified(results: RunResults, verified: Verified, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -244,25 +249,25 @@ def _show_verified(results: RunResults, verified: Verified, rows: Sequence[Mappi
         )
     title = f"{results.run.name}: gates of the front, chosen on val, run on {verified.test.num_images} test images"
     columns = ("top-1 %, val", "test [95 %]", "MAdds M, val", "test", *(f"{metric}, val" for metric in further))
-    _table(("gate", "router", *columns, f"ms/batch {size}", "speed-up"), reached, title, num_left=2)
-    _say()
+    show_table(("gate", "router", *columns, f"ms/batch {size}", "speed-up"), reached, title, num_left=2)
+    say()
     columns = ("over static, points [95 %]", "random %", "reachable %", "oracle %")
-    _table(("gate, on test", *columns, "on front %, val", "test", "tied, val", "test"), standing)
+    show_table(("gate, on test", *columns, "on front %, val", "test", "tied, val", "test"), standing)
     if len(verified.latencies) > 1 or any(metric.startswith("latency_ms") for metric in further):
-        _say()
+        say()
         _show_latencies(verified, [row["slot"] for row in shown])
-    _say()
-    _say(
+    say()
+    say(
         f"speed-up at batch {size} beside the widest static; ceiling {widest_ms / cheapest_ms:.2f}x: the cheapest alone"
     )
     for text in _standing_lines(verified, [row["slot"] for row in shown]):
-        _say(text)
+        say(text)
     if len(reported) < len(results.front):
-        _say(
+        say(
             f"{len(reported)} of the front's {len(results.front)} gates ran on test, evenly along it (budget.verify); the others: --json"
         )
     if verified.num_openings > 1:
-        _say(f"test was read {verified.num_openings} times: numbers chosen after the first time are optimistic")
+        say(f"test was read {verified.num_openings} times: numbers chosen after the first time are optimistic")
 
 
 def _show_latencies(verified: Verified, slots: Sequence[int]) -> None:
@@ -277,7 +282,7 @@ def _show_latencies(verified: Verified, slots: Sequence[int]) -> None:
         for slot in slots
     ]
     title = "ms of a batch on test: put together from measured parts, as objectives are, and as it ran"
-    _table(("gate", *columns), lines, title)
+    show_table(("gate", *columns), lines, title)
 
 
 def _standing_lines(verified: Verified, slots: Sequence[int]) -> list[str]:
@@ -308,13 +313,13 @@ def _and_more(listed: Sequence[Any]) -> str:
 
 def show_plan(plan: SweepPlan, *, as_json: bool) -> None:
     """Stages and why they would run; sub-networks; every setting with its origin."""
-    values = _leaves(plan.config.model_dump(mode="json"))
+    values = flat_settings(plan.config.model_dump(mode="json"))
     made = plan.supernet.lines(plan.config.supernet.init_from)
     stages = [(stage.name, stage.status, stage.key, tuple(stage.reasons)) for stage in plan.stages]
     if as_json:
         settings = {key: {"value": value, "origin": plan.origins.get(key, "default")} for key, value in values.items()}
         routes = [{"name": name, "madds_m": madds, "params_m": params} for name, madds, params in plan.routes]
-        _print_json(
+        print_json(
             {
                 "run": str(plan.run.path),
                 "stages": [dict(zip(_STAGE_COLUMNS, stage, strict=True)) for stage in stages],
@@ -325,34 +330,35 @@ def show_plan(plan: SweepPlan, *, as_json: bool) -> None:
         )
         return
     splits = plan.prepared.splits
-    _say(f"run       {plan.run.path}")
+    say(f"run       {plan.run.path}")
     sizes = ", ".join(f"{split} {len(splits[split])}" for split in ("train", "gate", "val", "test"))
-    _say(f"data      {plan.prepared.image_set.name} {plan.prepared.image_set.image_shape}: {sizes} (sealed)")
-    _say()
-    _table(("supernet", ""), [(what.removeprefix("supernet "), how) for what, how in made], num_left=2)
-    _say()
-    _table(
+    say(f"data      {plan.prepared.image_set.name} {plan.prepared.image_set.image_shape}: {sizes} (sealed)")
+    say()
+    show_table(("supernet", ""), [(what.removeprefix("supernet "), how) for what, how in made], num_left=2)
+    say()
+    show_table(
         ("sub-network", "MAdds M", "params M"),
         [(name, f"{madds:.4g}", f"{params:.4g}") for name, madds, params in plan.routes],
     )
     if plan.supernet.naming:
-        _say(plan.supernet.naming)
-    _say()
+        say(plan.supernet.naming)
+    say()
     lines = [(name, status, key[:12], "; ".join(reasons)) for name, status, key, reasons in stages]
-    _table(_STAGE_COLUMNS, [*lines, ("verify", "when the front is known", "", "")], num_left=4)
-    _say()
-    _table(
+    show_table(_STAGE_COLUMNS, [*lines, ("verify", "when the front is known", "", "")], num_left=4)
+    say()
+    show_table(
         ("setting", "value", "from"),
         [(key, json.dumps(value), plan.origins.get(key, "default")) for key, value in values.items()],
         num_left=3,
     )
 
 
-def _leaves(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted key to value; distributions of a space and options of a model stay whole."""
     leaves: dict[str, Any] = {}
     for key, value in settings.items():
         if isinstance(value, Mapping) and value and prefix + key not in ("space", "supernet.options"):
-            leaves |= _leaves(value, f"{prefix}{key}.")
+            leaves |= flat_settings(value, f"{prefix}{key}.")
         elif isinstance(value, Mapping) and value:
             leaves |= {f"{prefix}{key}.{name}": item for name, item in value.items()}
         else:
@@ -393,23 +399,23 @@ def show_status(results: RunResults, *, as_json: bool) -> None:
     if journal.is_file():
         content["journal"] = str(journal)
     if as_json:
-        _print_json(content)
+        print_json(content)
         return
-    _say(f"run       {results.run.path}")
-    _say(f"driver    {driver or 'none'}")
-    _table(
+    say(f"run       {results.run.path}")
+    say(f"driver    {driver or 'none'}")
+    show_table(
         ("stage", "status", "seconds"),
         [(name, s["status"], "" if s["seconds"] is None else f"{s['seconds']:.1f}") for name, s in stages.items()],
     )
     counts = f"{len(results.completed)} completed" + (f" ({num_infeasible} infeasible)" if num_infeasible else "")
     counts += f", {len(results.pruned)} pruned" if results.pruned else ""
     counts += f", {len(results.failed)} failed" if results.failed else ""
-    _say(f"trials    {counts}, of {results.config.budget.trials}")
-    _say(f"front     {len(results.front)} gates" + ("" if results.verified else ", not verified yet"))
+    say(f"trials    {counts}, of {results.config.budget.trials}")
+    say(f"front     {len(results.front)} gates" + ("" if results.verified else ", not verified yet"))
     if journal.is_file():
-        _say(f"study     {journal}   (open: optuna-dashboard {shlex.quote(str(journal))})")
+        say(f"study     {journal}   (open: optuna-dashboard {shlex.quote(str(journal))})")
     if results.verified is None and driver is None:
-        _say(f"continue  dsnet-orch launch {results.run.sweep_yaml}")
+        say(f"continue  dsnet-orch launch {results.run.sweep_yaml}")
 
 
 def show_trials(trials: TrialList, selection: Selection, *, as_json: bool) -> None:
@@ -418,7 +424,7 @@ def show_trials(trials: TrialList, selection: Selection, *, as_json: bool) -> No
 
     chosen = trials.select(selection)
     if as_json:
-        _print_json([json_row(trial) for trial in chosen])
+        print_json([json_row(trial) for trial in chosen])
         return
     metrics = _listed_metrics(trials, selection)
     keys = list(dict.fromkeys(key for trial in trials.trials for key in trial.record.params))
@@ -429,13 +435,13 @@ def show_trials(trials: TrialList, selection: Selection, *, as_json: bool) -> No
             trial.standing,
             *((trial.supernet or "-",) if has_origin else ()),
             *(metric_text(name, trial.record.metrics.get(name)) for name in metrics),
-            *(_short(trial.record.params[key]) if key in trial.record.params else "-" for key in keys),
+            *(short(trial.record.params[key]) if key in trial.record.params else "-" for key in keys),
         )
         for trial in chosen
     ]
     heads = ("trial", "state", *(("supernet",) if has_origin else ()), *map(metric_head, metrics))
-    _table((*heads, *(key.removeprefix("gate.") for key in keys)), lines, num_left=3 if has_origin else 2)
-    _say(
+    show_table((*heads, *(key.removeprefix("gate.") for key in keys)), lines, num_left=3 if has_origin else 2)
+    say(
         "* on the front"
         + (f"; {len(chosen)} of {len(trials.trials)} trials" if len(chosen) < len(trials.trials) else "")
     )
@@ -461,13 +467,13 @@ def _say_reasons(trials: Sequence[ListedTrial]) -> None:
         own = [trial for trial in trials if trial.standing == standing]
         if len(own) <= MAX_LISTED:
             for trial in own:
-                _say(f"{trial.name} {standing}: {trial.reason}")
+                say(f"{trial.name} {standing}: {trial.reason}")
             continue
         counts = Counter(str(trial.reason) for trial in own).most_common()
         for reason, number in counts[:MAX_LISTED]:
-            _say(f"{number} {standing}: {reason}")
+            say(f"{number} {standing}: {reason}")
         if len(counts) > MAX_LISTED:
-            _say(f"... and {len(counts) - MAX_LISTED} more reasons (--json)")
+            say(f"... and {len(counts) - MAX_LISTED} more reasons (--json)")
 
 
 def metric_head(name: str) -> str:
@@ -482,14 +488,15 @@ def metric_text(name: str, value: float | None) -> str:
     return percent(value) if name in ("top1", "top5") else f"{value:.4g}"
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """A value in a narrow column."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def show_checks(checks: Sequence[Check], *, as_json: bool) -> None:
     """What was checked of a bundle, and with which result."""
     if as_json:
-        _print_json([asdict(check) for check in checks])
+        print_json([asdict(check) for check in checks])
         return
     for check in checks:
-        _say(f"ok    {check.name}: {check.finding}")
+        say(f"ok    {check.name}: {check.finding}")

@@ -67,7 +67,8 @@ class TrackedRun:
     """The names of the interface: top1, madds_m, ...; None, NaN and infinity are left out of MLflow."""
     tags: Mapping[str, str] = field(default_factory=dict)
     under: TrackedRun | None = None
-    """Of a sweep's own row, where it is part of a larger one and its tracker was not told: the row below which it hangs."""
+    """Of a sweep's own row, where it is part of a larger one: the row below which it hangs. It is created where it is missing, and
+    written and closed by the larger sweep's own tracker."""
 
 
 @dataclass(frozen=True)
@@ -167,8 +168,6 @@ class MlflowTracker:
         artifact_root: Folder for artifacts of a database store; a server decides for itself.
         run_name: The run's name, for the remedy in the warning.
         warn: Where the one warning goes; called in the background thread.
-        under: The row below which the sweep's own row hangs, where the sweep is part of a larger one; it is created where it is missing, and
-            written and closed by the larger sweep's own tracker.
         store: What takes the rows; None = MLflow in a process of its own.
     """
 
@@ -180,10 +179,9 @@ class MlflowTracker:
         run_name: str,
         warn: Callable[[str], None] = logger.warning,
         *,
-        under: TrackedRun | None = None,
         store: RowStore | None = None,
     ) -> None:
-        self._store = store or _own_process(store_uri, experiment, artifact_root, under)
+        self._store = store or _own_process(store_uri, experiment, artifact_root)
         self._store_uri = store_uri
         self._run_name = run_name
         self._warn = warn
@@ -293,10 +291,10 @@ class MlflowTracker:
             )
 
 
-def _own_process(store_uri: str, experiment: str, artifact_root: Path, under: TrackedRun | None) -> RowStore:
+def _own_process(store_uri: str, experiment: str, artifact_root: Path) -> RowStore:
     from orchestration.mlflow_writer import MlflowWriter  # it is made of what is defined here
 
-    return MlflowWriter(store_uri, experiment, artifact_root, under)
+    return MlflowWriter(store_uri, experiment, artifact_root)
 
 
 @dataclass(frozen=True)
@@ -313,14 +311,11 @@ class MlflowStore:
     of curves are, and MLflow drops those it has (same run, name, step, time and value).
     """
 
-    def __init__(
-        self, store_uri: str, experiment: str, artifact_root: Path, under: TrackedRun | None = None
-    ) -> None:
+    def __init__(self, store_uri: str, experiment: str, artifact_root: Path) -> None:
         """Take in where to write; nothing is opened yet. See `MlflowTracker` for the arguments."""
         self._store_uri = store_uri
         self._experiment = experiment
         self._artifact_root = artifact_root
-        self._under = under
         self._outer_ids: dict[str, str] = {}
         self._client: MlflowClient | None = None
         self._experiment_id = ""
@@ -341,9 +336,8 @@ class MlflowStore:
             if uid != parent.uid and known.status == "RUNNING":
                 self._end(uid, "KILLED", _now_ms())
         tags = dict(parent.tags)
-        under = parent.under or self._under
-        if under is not None:
-            tags[PARENT_TAG] = self._outer_id(under)  # also where the sweep was first launched by itself
+        if parent.under is not None:
+            tags[PARENT_TAG] = self._outer_id(parent.under)  # also where the sweep was first launched by itself
         self.write(replace(parent, status="RUNNING", end_ms=None, tags=tags), parent)
 
     def write(self, run: TrackedRun, parent: TrackedRun) -> None:
@@ -435,8 +429,7 @@ class MlflowStore:
         """The id of the run with this uid, and of its parent before it; created where missing."""
         if run.uid not in self._known:
             if run.uid == parent.uid:
-                under = parent.under or self._under
-                above = None if under is None else self._outer_id(under)
+                above = None if parent.under is None else self._outer_id(parent.under)
                 self._known[run.uid] = self._sweep_row(run, above)
             else:
                 self._known[run.uid] = self._create(run, parent.uid, self._run_id(parent, parent))

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from dsnet.environment import resolve_device
 from dsnet.files import atomic_write_json
-from dsnet.latency import MAIN_DEVICE
 from dsnet.routers import Router
 from dsnet.routing_table import RoutingTable
 from dsnet.supernet import Supernet
@@ -18,9 +17,8 @@ from orchestration.preparation import latency_settings, verify_definition
 from orchestration.results import RunResults, load_router
 from orchestration.stages import StagePlan, plan_stage, run_stage
 from orchestration.verification import check_agreement, time_front
-from search.analysis import BudgetPick, SplitAnalysis, analyse_split
+from search.analysis import Bootstrap, BudgetPick, SplitAnalysis, analyse_split
 from search.ceiling import RouteForecast
-from search.pareto import Goal
 
 
 def verify_stage(work: Launch, plans: Mapping[str, StagePlan], supernet: Supernet, results: RunResults) -> None:
@@ -69,8 +67,7 @@ def verify_stage(work: Launch, plans: Mapping[str, StagePlan], supernet: Superne
             "contenders": [asdict(pick) for pick in contenders],
             "num_openings": num_openings,
             "agreements": [asdict(agreement) for agreement in agreements],
-            "latency": latencies.pop(MAIN_DEVICE),
-            "device_latency": latencies,
+            "latencies": latencies,
             "val": judge.analysis(val).to_json(),
             "test": on_test.to_json(),
         }
@@ -98,9 +95,7 @@ class _Judge:
     contenders: Mapping[BudgetPick, Router]
     """The best trial of each kind of router for each budget, chosen on `val`."""
     num_classes: int
-    objectives: tuple[tuple[str, Goal], ...]
-    measured: Mapping[int, Mapping[str, float]]
-    """Metrics of the front's trials."""
+    bootstrap: Bootstrap
 
     @classmethod
     def of(
@@ -123,8 +118,10 @@ class _Judge:
             front,
             contenders,
             num_classes=len(work.prepared.image_set.class_names),
-            objectives=tuple((metric.name, metric.goal) for metric in results.config.metrics),
-            measured={slot: results.record(slot).metrics for slot in front},
+            bootstrap=Bootstrap(
+                objectives=tuple((metric.name, metric.goal) for metric in results.config.metrics),
+                measured={slot: results.record(slot).metrics for slot in front},
+            ),
         )
 
     def analysis(self, reported: RoutingTable) -> SplitAnalysis:
@@ -136,6 +133,5 @@ class _Judge:
             self.front,
             self.contenders,
             num_classes=self.num_classes,
-            objectives=self.objectives,
-            measured=self.measured,
+            bootstrap=self.bootstrap,
         )

@@ -34,3 +34,8 @@ def did_you_mean(word: str, known: Sequence[str]) -> str:
 def way_out(word: str, known: Sequence[str], label: str = "known", *, hint: str = "") -> str:
     """What follows an unknown word: a guess where there is one (or the `hint`), and all the words that are known."""
     return f"{hint or did_you_mean(word, known) or ';'} {label}: {', '.join(known)}"
+
+
+def plural(number: int, singular: str) -> str:
+    """`1 supernet`, `2 supernets`."""
+    return f"{number:,} {singular}" + ("" if number == 1 else "s")

@@ -7,8 +7,7 @@ and never has to be read again.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from types import MappingProxyType
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -48,6 +47,17 @@ BUDGET_SHARES = (0.25, 0.5, 0.75)
 """Of the range of MAdds: where kinds of routers are compared."""
 BUDGET_SLACK = 0.005
 """A router calibrated to a budget hits it to the nearest step, which may lie a little above."""
+
+
+@dataclass(frozen=True)
+class Bootstrap:
+    """How sure a front is, and in what: the joint resampling of images, and the objectives in which points dominate each other."""
+
+    num_resamples: int = NUM_RESAMPLES
+    objectives: tuple[tuple[str, Goal], ...] = DEFAULT_OBJECTIVES
+    """(metric, goal) of the sweep."""
+    measured: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
+    """Slot -> metrics of the front's trials: objectives other than top1, top5 and madds_m have these values in every resample."""
 
 
 @dataclass(frozen=True)
@@ -249,9 +259,7 @@ def analyse_split(
     contenders: Mapping[BudgetPick, Router],
     *,
     num_classes: int,
-    objectives: Sequence[tuple[str, Goal]] = DEFAULT_OBJECTIVES,
-    measured: Mapping[int, Mapping[str, float]] = MappingProxyType({}),
-    num_resamples: int = NUM_RESAMPLES,
+    bootstrap: Bootstrap = Bootstrap(),
 ) -> SplitAnalysis:
     """Score routers on a split beside their controls (CONTRACTS, Controls and intervals).
 
@@ -262,9 +270,7 @@ def analyse_split(
         front: routers by slot.
         contenders: the routers that speak for their kinds, as `budget_picks` chose them.
         num_classes: for the routes by class.
-        objectives: (metric, goal) of the sweep, for the stability of its front.
-        measured: metrics by slot of `front`; objectives other than top1, top5 and madds_m have these values in every resample.
-        num_resamples: of the joint bootstrap.
+        bootstrap: of all intervals, and of the front's stability.
     """
     madds = reported.madds.astype(np.float64)
     correct = reported.correct1
@@ -273,15 +279,14 @@ def analyse_split(
         line=StaticLine.fit(madds, val.correct1),
         oracle=oracle_curve(correct, madds),
         ceiling=forecast.curve(val, reported),
-        num_resamples=num_resamples,
-        objectives=tuple(objectives),
+        bootstrap=bootstrap,
     )
-    static = resample_points(correct, madds, num_resamples)
+    static = resample_points(correct, madds, bootstrap.num_resamples)
     runs = {slot: run_on_table(router, reported) for slot, router in front.items()}
     others = {
         pick.slot: run_on_table(router, reported) for pick, router in contenders.items() if pick.slot not in front
     }
-    points = _points(val, bench, {slot: router.kind for slot, router in front.items()}, runs, others, measured)
+    points = _points(val, bench, {slot: router.kind for slot, router in front.items()}, runs, others)
     low, high = bootstrap_interval(static.resampled_top1)
     spread = np.linspace(madds.min(), madds.max() + madds.min() - reported.trunk_madds, NUM_CURVE_POINTS)
     cascade = cascade_curve(val, reported, madds, reported.trunk_madds, spread)
@@ -317,8 +322,7 @@ class _Bench:
     line: StaticLine
     oracle: OracleCurve
     ceiling: CeilingCurve
-    num_resamples: int
-    objectives: tuple[tuple[str, Goal], ...]
+    bootstrap: Bootstrap
 
     def judge(self, runs: Sequence[TableRun]) -> _Judgement:
         """Runs beside the static line, the oracle and the ceiling, each at its own mean MAdds."""
@@ -334,7 +338,7 @@ class _Bench:
         return _Judgement(
             correct=correct,
             spent=spent,
-            gain=gain_over_static(correct, spent, self.line, table.correct1, self.num_resamples),
+            gain=gain_over_static(correct, spent, self.line, table.correct1, self.bootstrap.num_resamples),
             static=static,
             oracle=oracle,
             ceiling=ceiling,
@@ -365,16 +369,15 @@ def _points(
     kinds: Mapping[int, str],
     runs: Mapping[int, TableRun],
     others: Mapping[int, TableRun],
-    measured: Mapping[int, Mapping[str, float]],
 ) -> tuple[PointAnalysis, ...]:
     if not runs:
         return ()
     table, judged = bench.table, bench.judge(list(runs.values()))
-    sample = resample_points(judged.correct, judged.spent, bench.num_resamples)
+    sample = resample_points(judged.correct, judged.spent, bench.bootstrap.num_resamples)
     low, high = bootstrap_interval(sample.resampled_top1)
     answering = np.column_stack([run.routes for run in runs.values()])
-    chance = gain_over_random(answering, table.correct1, bench.num_resamples)
-    stability = _stability(bench, sample, runs, measured)
+    chance = gain_over_random(answering, table.correct1, bench.bootstrap.num_resamples)
+    stability = _stability(bench, sample, runs)
     ties = _ties(bench, runs, others)
     cascade = _cascade_at(val, table, sample.madds)
     points = []
@@ -407,26 +410,25 @@ def _points(
     return tuple(points)
 
 
-def _stability(
-    bench: _Bench, sample: PointSample, runs: Mapping[int, TableRun], measured: Mapping[int, Mapping[str, float]]
-) -> NDArray[np.float64]:
+def _stability(bench: _Bench, sample: PointSample, runs: Mapping[int, TableRun]) -> NDArray[np.float64]:
     """[P], in the objectives of the sweep: what images decide is resampled, what is left is as it was measured."""
     resampled = {"top1": sample.resampled_top1, "madds_m": sample.resampled_madds / 1e6}
-    names = [name for name, _ in bench.objectives]
+    names = [name for name, _ in bench.bootstrap.objectives]
     if "top5" in names:
         among5 = _answers(bench.table.correct5, list(runs.values()))
-        resampled["top5"] = resample_points(among5, 0, bench.num_resamples).resampled_top1
+        resampled["top5"] = resample_points(among5, 0, bench.bootstrap.num_resamples).resampled_top1
     columns = [
-        resampled[name] if name in resampled else np.array([measured[slot][name] for slot in runs]) for name in names
+        resampled[name] if name in resampled else np.array([bench.bootstrap.measured[slot][name] for slot in runs])
+        for name in names
     ]
-    return front_stability(columns, [goal for _, goal in bench.objectives], _decisions(list(runs.values())))
+    return front_stability(columns, [goal for _, goal in bench.bootstrap.objectives], _decisions(list(runs.values())))
 
 
 def _ties(bench: _Bench, front: Mapping[int, TableRun], others: Mapping[int, TableRun]) -> dict[int, tuple[int, ...]]:
     """Slot of each front point -> slots of the points tied with it, its like on the front and `others`."""
     runs = {**front, **others}
     spent = np.column_stack([run.madds for run in runs.values()])
-    sample = resample_points(_answers(bench.table.correct1, list(runs.values())), spent, bench.num_resamples)
+    sample = resample_points(_answers(bench.table.correct1, list(runs.values())), spent, bench.bootstrap.num_resamples)
     groups = tied_groups(sample, [slot in front for slot in runs])
     slots = list(runs)
     return {slots[anchor]: tuple(slots[index] for index in group) for anchor, group in groups.items()}
@@ -440,7 +442,7 @@ def _answers(right: NDArray[np.bool_], runs: Sequence[TableRun]) -> NDArray[np.b
 def _mean_top1(bench: _Bench, runs: Sequence[TableRun]) -> Interval | None:
     if not runs:
         return None
-    sample = resample_points(_answers(bench.table.correct1, runs), 0, bench.num_resamples)
+    sample = resample_points(_answers(bench.table.correct1, runs), 0, bench.bootstrap.num_resamples)
     low, high = bootstrap_interval(sample.resampled_top1.mean(axis=1))
     return Interval(float(sample.top1.mean()), float(low), float(high))
 

@@ -28,7 +28,15 @@ from dsnet.errors import ConfigError
 from search.constraints import ConstraintSet
 from search.halving import ParetoHalving
 from search.runner import PROGRESS, Runner, Scalar, State, TrialOutcome, TrialSpec
-from search.samplers import POINT_LISTS, is_foreign, make_sampler, num_points, quiet_optuna, slot_seed
+from search.samplers import (
+    POINT_LISTS,
+    is_foreign,
+    lasting_notes,
+    make_sampler,
+    num_points,
+    quiet_optuna,
+    slot_seed,
+)
 from search.space import suggest
 from search.stopping import StopRules
 from search.study import (
@@ -534,7 +542,7 @@ class Mirror:
                 suggest(trial, settings.space)
                 self._asked[slot] = trial
                 frozen = self._study.get_trials(deepcopy=False)[trial.number]
-                suggestions[slot] = Suggestion(frozen.params, frozen.distributions, dict(frozen.system_attrs))
+                suggestions[slot] = Suggestion(frozen.params, frozen.distributions, lasting_notes(frozen.system_attrs))
         return suggestions
 
     def tell(self, record: TrialRecord) -> None:

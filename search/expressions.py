@@ -175,6 +175,8 @@ class Comparison:
     right: Expression
     names: frozenset[str]
     """The metrics that it reads."""
+    numbers: frozenset[float]
+    """The numbers in it."""
 
     def __str__(self) -> str:
         return self.text
@@ -295,7 +297,8 @@ class _Parser:
         if not used:
             raise ConfigError(f"condition {self._text!r} reads no metric: it always holds, or never")
         (symbol,) = (known for known in ORDERS if known == order.text)
-        return Comparison(" ".join(self._text.split()), left, symbol, right, used)
+        numbers = frozenset(float(token.text) for token in self._tokens if token.kind == "number")
+        return Comparison(" ".join(self._text.split()), left, symbol, right, used, numbers)
 
     @property
     def _next(self) -> _Token:

@@ -67,9 +67,7 @@ def subnet_points(
     *,
     top5: Sequence[float] | None = None,
     params: Sequence[float] | None = None,
-    latency_ms: Sequence[float] | None = None,
-    further: Mapping[str, Sequence[float]] | None = None,
-    supernet: str | None = None,
+    latencies: Mapping[str, Sequence[float]] | None = None,
 ) -> list[PointRow]:
     """Rows of K static sub-networks.
 
@@ -80,15 +78,12 @@ def subnet_points(
         madds: absolute MAdds.
         top5: fractions; columns that are left out become None.
         params: absolute numbers of parameters.
-        latency_ms: milliseconds.
-        further: other latencies by their metric's name, each [K].
-        supernet: the one that they belong to, where a sweep has several.
+        latencies: milliseconds by the metric's name, each [K].
     """
-    more = [dict(zip(further or {}, values, strict=True)) for values in zip(*(further or {}).values(), strict=True)]
+    timed = latencies or {}
+    rows_ms = [dict(zip(timed, values, strict=True)) for values in zip(*timed.values(), strict=True)]
     missing: list[None] = [None] * len(names)
-    columns = zip(
-        names, top1, madds, top5 or missing, params or missing, latency_ms or missing, more or missing, strict=True
-    )
+    columns = zip(names, top1, madds, top5 or missing, params or missing, rows_ms or missing, strict=True)
     return [
         _row(
             kind="subnet",
@@ -99,11 +94,9 @@ def subnet_points(
             madds_m=float(cost) / 1e6,
             p95_madds_m=float(cost) / 1e6,  # every image costs the same
             params_m=None if size is None else float(size) / 1e6,
-            latency_ms=_float_or_none(latency),
-            supernet=supernet,
-            **_latencies(others or {}),
+            **_latencies(timings or {}),
         )
-        for name, accuracy, cost, accuracy5, size, latency, others in columns
+        for name, accuracy, cost, accuracy5, size, timings in columns
     ]
 
 
@@ -114,7 +107,6 @@ def gate_points(
     params: Sequence[Mapping[str, float | int | str | bool]],
     is_front: Sequence[bool],
     is_feasible: Sequence[bool] | None = None,
-    supernets: Sequence[str | None] | None = None,
 ) -> list[PointRow]:
     """Rows of completed trials.
 
@@ -126,11 +118,9 @@ def gate_points(
         params: dotted names, e.g. "gate.target".
         is_front: whether the trial is on the front of its study.
         is_feasible: whether it holds every constraint; left out, all do.
-        supernets: where each comes from, in a sweep of several supernets.
     """
     feasible = [True] * len(slots) if is_feasible is None else is_feasible
-    origins = [None] * len(slots) if supernets is None else supernets
-    measured = [column for column in (*_ACCURACIES, *_AMOUNTS) if column not in _REQUIRED]
+    measured = [column for column in (*_ACCURACIES, *_AMOUNTS) if column not in _REQUIRED and column != LATENCY]
     return [
         _row(
             kind="gate",
@@ -142,36 +132,31 @@ def gate_points(
             slot=int(slot),
             is_front=bool(front),
             is_feasible=bool(holds),
-            supernet=origin,
             **_latencies(values),
         )
         | {PARAM_PREFIX + key: value for key, value in settings.items()}
-        for slot, values, settings, front, holds, origin in zip(
-            slots, metrics, params, is_front, feasible, origins, strict=True
-        )
+        for slot, values, settings, front, holds in zip(slots, metrics, params, is_front, feasible, strict=True)
     ]
 
 
-def control_points(
-    split: str, name: str, madds: ArrayLike, top1: ArrayLike, supernet: str | None = None
-) -> list[PointRow]:
+def control_points(split: str, name: str, madds: ArrayLike, top1: ArrayLike) -> list[PointRow]:
     """Rows along one control (e.g. "cascade"): absolute mean MAdds [B], top-1 [B]; none where top-1 is NaN."""
     costs, accuracies = np.atleast_1d(np.asarray(madds, dtype=float)), np.atleast_1d(np.asarray(top1, dtype=float))
     return [
-        _row(kind="control", name=name, split=split, top1=float(accuracy), madds_m=float(cost) / 1e6, supernet=supernet)
+        _row(kind="control", name=name, split=split, top1=float(accuracy), madds_m=float(cost) / 1e6)
         for cost, accuracy in zip(costs, accuracies, strict=True)
         if math.isfinite(accuracy)
     ]
 
 
 def _latencies(metrics: Mapping[str, float]) -> dict[str, float]:
-    """The further latencies among metrics, without those that are not known."""
+    """All latencies among metrics, without those that are not known."""
     return {name: float(value) for name, value in metrics.items() if _is_latency(name) and not math.isnan(value)}
 
 
 def _is_latency(column: str) -> bool:
-    """Whether a column is a latency beside the fixed ones: `latency_ms.server`, `latency_ms_batch64`."""
-    return column.startswith((f"{LATENCY}.", f"{LATENCY}_"))
+    """Whether a column is a latency: `latency_ms`, `latency_ms.server`, `latency_ms_batch64`."""
+    return column == LATENCY or column.startswith((f"{LATENCY}.", f"{LATENCY}_"))
 
 
 def _row(**values: Any) -> PointRow:
@@ -229,7 +214,7 @@ def _column_problem(row: Mapping[str, Any]) -> str | None:
 
 
 def _number_problem(row: Mapping[str, Any]) -> str | None:
-    for column in (*_ACCURACIES, *_AMOUNTS, *filter(_is_latency, row)):
+    for column in dict.fromkeys((*_ACCURACIES, *_AMOUNTS, *filter(_is_latency, row))):
         value = row.get(column)
         if value is None:
             continue

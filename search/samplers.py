@@ -36,10 +36,10 @@ POINT_LISTS = ("grid", "qmc")
 
 
 @contextmanager
-def quiet_optuna() -> Iterator[None]:
-    """Silence Optuna's INFO lines and its notes about experimental features inside the block only."""
+def quiet_optuna(level: int = optuna.logging.WARNING) -> Iterator[None]:
+    """Silence Optuna's lines below `level`, and its notes about experimental features, inside the block only."""
     verbosity = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    optuna.logging.set_verbosity(max(verbosity, level))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
@@ -227,7 +227,7 @@ class QuietGP(GPSampler):
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        with _one_thread(), warnings.catch_warnings():
+        with _one_thread(), quiet_optuna(optuna.logging.ERROR), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return super().sample_relative(study, trial, search_space)
 

@@ -338,6 +338,8 @@ def _frozen(suggestion: Suggestion, record: TrialRecord) -> FrozenTrial:
             "reason": record.reason,
             "duration_s": record.duration_s,
             **({"rungs": rungs} if rungs else {}),
+            # For those who look with a tool that knows nothing of constraints by name, such as optuna-dashboard.
+            **({"feasible": record.is_feasible} if record.constraints else {}),
         },
         system_attrs=dict(suggestion.sampler_notes),
         constraints=dict(record.constraints),

@@ -238,3 +238,16 @@ def test_routers_that_the_network_cannot_use_are_warned_about(
     assert len(warnings) == len(said)
     for warning, start in zip(warnings, said, strict=True):
         assert warning.startswith(start)
+
+
+def test_a_condition_finer_than_one_image_of_val_is_warned_about() -> None:
+    num_val = len(prepared_with({}).splits.val)
+    fine, coarse = 0.5 / num_val, 2.0 / num_val
+    for constraint, is_warned in (
+        (f"top1 >= baseline.top1 - {fine:.6f}", True),
+        (f"top1 >= baseline.top1 - {coarse:.6f}", False),
+        ("top1 >= baseline.top1", False),
+        ("madds_m <= 0.0001", False),
+    ):
+        warnings = prepared_with({}, constraints=[constraint]).warnings()
+        assert any("finer than one of" in warning and constraint in warning for warning in warnings) == is_warned

@@ -344,9 +344,7 @@ def test_what_ends_a_worker_in_a_stream_is_retried_where_the_machine_is_to_blame
     assert [num_attempts(folder, slot) for slot in range(7)] == [1, 2, 1, 2, 1, 1, 1]
 
 
-def test_a_batch_of_a_stream_that_loses_its_worker_goes_back_one_by_one(
-    cohort_runner: RayRunner, folder: Path
-) -> None:
+def test_a_batch_of_a_stream_that_loses_its_worker_goes_back_one_by_one(cohort_runner: RayRunner, folder: Path) -> None:
     batches_left = iter([specs("work", "die", "work"), specs(*["work"] * 5)[3:]])
     outcomes = by_slot(cohort_runner.stream(lambda: next(batches_left, ())))
     assert {slot: outcome.reason for slot, outcome in outcomes.items() if outcome.reason} == {
@@ -511,7 +509,9 @@ def gate_study(folder: Path, runner: Runner) -> list[Any]:
 
 def gate_trials() -> tuple[MakeGateTrial, dict[str, np.ndarray]]:
     subnets = small_set("ds_tiny")
-    tables = {name: random_table(size, len(subnets), seed=size, split=name) for name, size in (("gate", 80), ("val", 90))}
+    tables = {
+        name: random_table(size, len(subnets), seed=size, split=name) for name, size in (("gate", 80), ("val", 90))
+    }
     defaults = flatten({"gate": GateConfig().model_dump(mode="json")}) | {"gate.optimizer.steps": 40}
     make = MakeGateTrial({name: table.meta() for name, table in tables.items()}, subnets, latency(subnets), defaults)
     return make, {f"{name}/{key}": array for name, table in tables.items() for key, array in table.arrays().items()}
@@ -535,12 +535,14 @@ def test_a_search_over_real_gate_trials_is_the_same_with_1_2_and_4_workers(tmp_p
         "from tests.orchestration.test_ray_trials import studies_by_workers\n"
         "Path(sys.argv[1], 'studies.json').write_text(json.dumps(studies_by_workers(Path(sys.argv[1]))))\n"
     )
-    ended = subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=REPOSITORY, capture_output=True, text=True)
+    ended = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], cwd=REPOSITORY, capture_output=True, text=True
+    )
     assert ended.returncode == 0, ended.stderr
     studies = json.loads((tmp_path / "studies.json").read_text())
     make, arrays = gate_trials()
     trials, front = gate_study(tmp_path / "serial.log", SerialRunner(make(arrays)))
-    assert studies == dict.fromkeys(["1", "2", "4"], [trials, front])
+    assert studies == {num_actors: [trials, front] for num_actors in ("1", "2", "4")}
     assert len(front) >= 2
     assert {state for _, state, *_ in trials} == {"complete", "failed"}
     assert {params["gate.router"] for *_, params, _, _ in trials[8:]} == {"gate", "cascade"}

@@ -8,7 +8,7 @@ import signal
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -24,13 +24,16 @@ from optuna.trial import FrozenTrial, TrialState
 
 from dsnet.bundle import load_bundle
 from dsnet.files import file_sha256
+from orchestration.config import SweepConfig
 from orchestration.config_loading import load_config
 from orchestration.pipeline import anchored
 from orchestration.preparation import load_images
 from orchestration.rundir import RunDir, mlflow_store_uri
-from orchestration.supernet_members import Member, draw_members
+from orchestration.supernet_members import Member, MemberEntry, draw_members
 from orchestration.supernet_results import GateId, SupernetSweepResults
+from orchestration.supernet_study import SupernetStudy
 from search.points import load_points
+from search.study import TrialRecord
 from tests.orchestration.samples import TIMES, WITHOUT_MLFLOW, Answer, Command, call, snapshot, write_sweep
 
 SUPERNETS = """\
@@ -164,10 +167,12 @@ def test_points_say_where_each_comes_from_and_only_the_front_over_all_is_marked(
     assert Counter(row["supernet"] for row in gates) == dict.fromkeys(results.members, TRIALS)
     marked = {GateId(row["supernet"], row["slot"]) for row in gates if row["is_front"]}
     assert marked == set(results.front)
-    assert Counter(row["supernet"] for row in rows if row["kind"] == "subnet" and row["split"] == "val") == dict.fromkeys(
-        results.members, 3
-    )
-    reported = {GateId(row["supernet"], row["slot"]) for row in rows if row["kind"] == "gate" and row["split"] == "test"}
+    assert Counter(
+        row["supernet"] for row in rows if row["kind"] == "subnet" and row["split"] == "val"
+    ) == dict.fromkeys(results.members, 3)
+    reported = {
+        GateId(row["supernet"], row["slot"]) for row in rows if row["kind"] == "gate" and row["split"] == "test"
+    }
     assert reported == set(results.front_sample)
 
 
@@ -277,7 +282,11 @@ def test_mlflow_has_one_tree_and_sync_builds_the_same(swept: Swept, tmp_path: Pa
 @pytest.mark.ray
 def test_a_second_launch_does_nothing_and_says_so(swept: Swept) -> None:
     results = swept.results
-    folders = [results.run.supernets_dir / name / stage for name in results.members for stage in ("supernet", "table", "search", "verify")]
+    folders = [
+        results.run.supernets_dir / name / stage
+        for name in results.members
+        for stage in ("supernet", "table", "search", "verify")
+    ]
     before = [snapshot(folder) for folder in folders]
     journal, manifest = results.run.merged_journal.read_bytes(), results.manifest
     again = call(swept.folder, "launch", SWEEP, *WITHOUT_MLFLOW)
@@ -371,11 +380,107 @@ def test_a_sweep_that_is_killed_in_its_second_training_and_in_its_second_search_
     assert list(resumed.members) == names
     assert resumed.front == straight.front
     for name in names:
-        assert file_sha256(resumed.members[name].run.stage_dir("supernet", resumed.entry(name).key) / "final.safetensors") == (
-            file_sha256(straight.members[name].run.stage_dir("supernet", straight.entry(name).key) / "final.safetensors")
+        assert file_sha256(
+            resumed.members[name].run.stage_dir("supernet", resumed.entry(name).key) / "final.safetensors"
+        ) == (
+            file_sha256(
+                straight.members[name].run.stage_dir("supernet", straight.entry(name).key) / "final.safetensors"
+            )
         )
     ours, theirs = (merged_study(results.run.merged_journal).get_trials() for results in (resumed, straight))
     assert [timeless(trial) for trial in ours] == [timeless(trial) for trial in theirs]
+
+
+# ---- the merged study
+
+
+def drawn_config(tmp_path: Path) -> SweepConfig:
+    return anchored(load_config(write_sweep(tmp_path, SUPERNETS, SWEEP)).config)
+
+
+def record(slot: int, **changes: Any) -> TrialRecord:
+    made = TrialRecord(
+        slot=slot,
+        number=slot,
+        state="complete",
+        params={"gate.target": 0.3, "gate.router": "gate"},
+        values=(0.8, 0.1),
+        metrics={"top1": 0.8, "madds_m": 0.1},
+        reason=None,
+        duration_s=0.5,
+        constraints={"madds_m <= 1": -0.9},
+        finished_ms=1_700_000_000_000,
+    )
+    return replace(made, **changes)
+
+
+def test_a_stopped_supernet_is_a_pruned_trial_with_its_reports_and_a_failed_one_a_failed_trial(tmp_path: Path) -> None:
+    config, run = drawn_config(tmp_path), RunDir(tmp_path / "runs", "nets")
+    entries = [
+        MemberEntry("s0-aaaaaaaa", "a" * 64, {"supernet.options.width": 1.0}, "trained", epochs=3),
+        MemberEntry(
+            "s1-bbbbbbbb",
+            "b" * 64,
+            {"supernet.options.width": 0.5},
+            "stopped",
+            "behind at epoch 2",
+            ((1, 0.2), (2, 0.25)),
+            3,
+            1_700_000_000_000,
+            1_700_000_009_000,
+        ),
+        MemberEntry(
+            "s2-cccccccc", "c" * 64, {"supernet.options.width": 8.0}, "failed", "the loss is not finite", epochs=3
+        ),
+    ]
+    for _ in range(2):  # a second launch adds nothing
+        study = SupernetStudy.open(run, config, entries)
+        for entry in entries:
+            study.add_supernet(entry)
+        study.add_gate("s0-aaaaaaaa", record(0))
+        study.add_gate(
+            "s0-aaaaaaaa", record(1, state="failed", values=None, metrics={}, reason="ValueError: no", constraints={})
+        )
+    trials = merged_study(run.merged_journal).get_trials()
+    assert [trial.user_attrs["origin"] for trial in trials] == [
+        "s1-bbbbbbbb",
+        "s2-cccccccc",
+        "s0-aaaaaaaa/trial-0000",
+        "s0-aaaaaaaa/trial-0001",
+    ]
+    stopped, failed, gate, broken = trials
+    assert (stopped.state, failed.state) == (TrialState.PRUNED, TrialState.FAIL)
+    assert (gate.state, broken.state) == (TrialState.COMPLETE, TrialState.FAIL)
+    assert stopped.intermediate_values == {1: 0.2, 2: 0.25}
+    assert stopped.params == {"supernet": "s1-bbbbbbbb", "supernet.options.width": 0.5}
+    assert stopped.duration is not None
+    assert stopped.duration.total_seconds() == 9.0
+    assert [trial.user_attrs["reason"] for trial in (stopped, failed, broken)] == [
+        "behind at epoch 2",
+        "the loss is not finite",
+        "ValueError: no",
+    ]
+
+
+def test_a_torn_merged_study_is_mended_and_one_of_other_members_is_made_anew(tmp_path: Path) -> None:
+    config, run = drawn_config(tmp_path), RunDir(tmp_path / "runs", "nets")
+    first = MemberEntry("s0-aaaaaaaa", "a" * 64, {"supernet.options.width": 1.0}, "trained")
+    study = SupernetStudy.open(run, config, [first])
+    for slot in range(3):
+        study.add_gate(first.name, record(slot))
+    whole = run.merged_journal.read_bytes()
+    run.merged_journal.write_bytes(whole[:-20])
+    mended = SupernetStudy.open(run, config, [first])
+    for slot in range(3):
+        mended.add_gate(first.name, record(slot))
+    origins = [f"{first.name}/trial-{slot:04d}" for slot in range(3)]
+    assert [trial.user_attrs["origin"] for trial in merged_study(run.merged_journal).get_trials()] == origins
+    second = MemberEntry("s1-bbbbbbbb", "b" * 64, {"supernet.options.width": 0.5}, "trained")
+    wider = SupernetStudy.open(run, config, [first, second])
+    assert merged_study(run.merged_journal).get_trials() == []
+    wider.add_gate(second.name, record(0))
+    (trial,) = merged_study(run.merged_journal).get_trials()
+    assert trial.params["supernet"] == second.name
 
 
 # ---- which supernets there are

@@ -18,7 +18,7 @@ from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 
 from orchestration import tracking
-from orchestration.mlflow_writer import MlflowWriter
+from orchestration.mlflow_writer import MlflowWriter, SharedWriter
 from orchestration.tracking import (
     FAILURES_BEFORE_PAUSE,
     CurvePoint,
@@ -49,7 +49,7 @@ tracker.curve(t.POINTS[:3])
 tracker.trial(t.trial_run("digits", 0))
 while tracker.summary.num_written < 5:
     pass
-print(tracker._store._process.pid, flush=True)
+print(tracker._store._child.process.pid, flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
 
@@ -62,14 +62,14 @@ class Database:
         self.uri = f"sqlite:///{self.path}"
         self.artifacts = folder / "mlruns artifacts"
 
-    def tracker(self, experiment: str, under: TrackedRun | None = None) -> MlflowTracker:
+    def tracker(self, experiment: str) -> MlflowTracker:
         """One that writes in this process: another takes a second to start."""
-        store = MlflowStore(self.uri, experiment, self.artifacts, under)
+        store = MlflowStore(self.uri, experiment, self.artifacts)
         return MlflowTracker(self.uri, experiment, self.artifacts, "digits", warn=pytest.fail, store=store)
 
-    def tracker_with_process(self, experiment: str, under: TrackedRun | None = None) -> MlflowTracker:
+    def tracker_with_process(self, experiment: str) -> MlflowTracker:
         """One as the driver has it."""
-        return MlflowTracker(self.uri, experiment, self.artifacts, "digits", warn=pytest.fail, under=under)
+        return MlflowTracker(self.uri, experiment, self.artifacts, "digits", warn=pytest.fail)
 
     def runs(self, experiment: str) -> dict[str, Run]:
         client = MlflowClient(self.uri)
@@ -135,9 +135,9 @@ def trial_run(sweep: str, slot: int) -> TrackedRun:
     return replace(run, metrics={"top1": 0.95, "madds_m": 1.5, "params_m": 0.2, "latency_ms": 3.0})
 
 
-def play(tracker: Tracker, sweep: str, artifact: Path) -> TrackingSummary:
+def play(tracker: Tracker, sweep: str, artifact: Path, under: TrackedRun | None = None) -> TrackingSummary:
     """A whole sweep, as the driver or `sync` writes it."""
-    tracker.parent(parent_run(sweep))
+    tracker.parent(replace(parent_run(sweep), under=under))
     tracker.supernet(supernet_run(sweep, "RUNNING"))
     tracker.curve(POINTS[:2])
     tracker.curve(POINTS[2:])
@@ -289,9 +289,7 @@ def test_a_process_of_its_own_writes_what_a_thread_would(
     assert [file.path for file in files] == ["sweep.yaml"]
 
 
-def test_a_writing_process_that_dies_costs_the_row_in_hand_and_is_replaced(
-    database: Database, experiment: str
-) -> None:
+def test_a_writing_process_that_dies_costs_the_row_in_hand_and_is_replaced(database: Database, experiment: str) -> None:
     warnings: list[str] = []
     tracker = MlflowTracker(database.uri, experiment, database.artifacts, "digits", warn=warnings.append)
     tracker.parent(parent_run("digits"))
@@ -342,21 +340,27 @@ def written(tracker: MlflowTracker, number: int) -> None:
 def writer_pid(tracker: MlflowTracker) -> int:
     store = tracker._store
     assert isinstance(store, MlflowWriter)
-    assert store._process is not None
-    return store._process.pid
+    assert store._child is not None
+    return store._child.process.pid
 
 
-@pytest.mark.parametrize("has_process", [False, True])
+@pytest.mark.parametrize("is_shared", [False, True])
 def test_a_sweep_of_a_larger_sweep_hangs_below_its_row(
-    database: Database, experiment: str, artifact: Path, has_process: bool
+    database: Database, experiment: str, artifact: Path, is_shared: bool
 ) -> None:
     outer = replace(parent_run("family"), params={"supernets.number": 2})
-    make = database.tracker_with_process if has_process else database.tracker
-    all_of_it = database.tracker(experiment)
+    shared = SharedWriter(database.uri, experiment, database.artifacts) if is_shared else None
+
+    def make() -> MlflowTracker:
+        store = shared or MlflowStore(database.uri, experiment, database.artifacts)
+        return MlflowTracker(database.uri, experiment, database.artifacts, "family", warn=pytest.fail, store=store)
+
+    all_of_it, members = make(), [make(), make()]
     all_of_it.parent(outer)
-    members = [make(experiment, under=outer) for _ in range(2)]
     for number, member in enumerate(members):  # the first may be there before the row above it
-        assert play(member, f"family/{number}", artifact).num_unsent == 0
+        member.parent(replace(parent_run(f"family/{number}"), under=outer))
+    for number, member in enumerate(members):
+        assert play(member, f"family/{number}", artifact, outer).num_unsent == 0
     assert all_of_it.close("FINISHED", NOW_MS + 2000, TIMEOUT_S).num_unsent == 0
     runs = database.runs(experiment)
     ids = {uid: run.info.run_id for uid, run in runs.items()}
@@ -365,18 +369,22 @@ def test_a_sweep_of_a_larger_sweep_hangs_below_its_row(
     assert above["family/0"] == above["family/1"] == ids["family"]
     assert above["family/1/cccc/trial-0003"] == ids["family/1"]
     assert runs["family"].data.params == {"supernets.number": "2"}
-    assert {run.info.status for uid, run in runs.items() if uid in ("family", "family/0", "family/1")} == {"FINISHED"}
+    assert "RUNNING" not in {run.info.status for run in runs.values()}
     before = database.rows()
-    assert play(make(experiment, under=outer), "family/1", artifact).num_unsent == 0
+    assert play(make(), "family/1", artifact, outer).num_unsent == 0
     assert database.rows() == before
+    if shared is not None:
+        assert shared._child is not None, "one tracker's end is not that of the others"
+        child = shared._child.process
+        shared.end()
+        assert child.returncode is not None
 
 
 def test_a_sweep_that_was_launched_alone_moves_below_the_larger_one(
     database: Database, experiment: str, artifact: Path
 ) -> None:
     play(database.tracker(experiment), "digits", artifact)
-    outer = parent_run("family")
-    play(database.tracker(experiment, under=outer), "digits", artifact)
+    play(database.tracker(experiment), "digits", artifact, under=parent_run("family"))
     runs = database.runs(experiment)
     assert runs["digits"].data.tags["mlflow.parentRunId"] == runs["family"].info.run_id
     assert runs["family"].info.status == "RUNNING", "it is not the member's to close"

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from dsnet.routers import CascadeRouter, GateRouter, Router
 from dsnet.routing_table import GateColumns, RoutingTable
 from search.analysis import (
+    Bootstrap,
     BudgetPick,
     SplitAnalysis,
     analyse_split,
@@ -61,7 +62,7 @@ def gate(*routes: int) -> GateRouter:
 def analysis_of(routers: Mapping[int, Router], contenders: Mapping[BudgetPick, Router] | None = None) -> SplitAnalysis:
     table = table_of()
     forecast = RouteForecast.fit(table)
-    return analyse_split(forecast, table, table, routers, contenders or {}, num_classes=3, num_resamples=200)
+    return analyse_split(forecast, table, table, routers, contenders or {}, num_classes=3, bootstrap=Bootstrap(200))
 
 
 def decision_m(router: Router) -> float:
@@ -146,7 +147,7 @@ def test_intervals_hold_their_values_and_shrink_with_more_images() -> None:
         table = random_table(num_images, 3, split="val", hidden=4)
         router = GateRouter(torch.randn(3, 4, dtype=torch.float64), torch.zeros(3, dtype=torch.float64), (0, 1, 2))
         forecast = RouteForecast.fit(table)
-        found = analyse_split(forecast, table, table, {0: router}, {}, num_classes=7, num_resamples=300)
+        found = analyse_split(forecast, table, table, {0: router}, {}, num_classes=7, bootstrap=Bootstrap(300))
         for interval in (found.points[0].top1, *found.static_top1):
             assert interval.low <= interval.value <= interval.high
         widths.append(found.points[0].top1.high - found.points[0].top1.low)
@@ -186,7 +187,7 @@ def test_a_gate_and_a_cascade_that_answer_alike_but_pay_differently_are_two_poin
     confidence = np.array([0.9, 0.9, 0.9, 0.4, 0.4, 0.4], dtype=np.float32)[:, None].repeat(3, axis=1)
     table = table_of(confidence=confidence)
     routers: dict[int, Router] = {1: gate(0, 2), 2: CascadeRouter(0, 2, 0.5)}
-    found = analyse_split(RouteForecast.fit(table), table, table, routers, {}, num_classes=3, num_resamples=100)
+    found = analyse_split(RouteForecast.fit(table), table, table, routers, {}, num_classes=3, bootstrap=Bootstrap(100))
     first, second = found.points
     assert first.histogram == second.histogram
     assert second.metrics["madds_m"] > first.metrics["madds_m"]
@@ -218,11 +219,14 @@ def large_table(num_images: int, *, seed: int = 0, split: str = "val") -> Routin
 def test_points_that_the_images_cannot_tell_apart_are_tied_and_others_at_that_cost_are_not() -> None:
     table = large_table(400)
     forecast = RouteForecast.fit(table)
-    contenders: dict[BudgetPick, Router] = {BudgetPick("gate", 0.5, 7): always(1), BudgetPick("gate", 0.75, 9): always(2)}
-    found = analyse_split(forecast, table, table, {3: always(0)}, contenders, num_classes=7, num_resamples=200)
+    contenders: dict[BudgetPick, Router] = {
+        BudgetPick("gate", 0.5, 7): always(1),
+        BudgetPick("gate", 0.75, 9): always(2),
+    }
+    found = analyse_split(forecast, table, table, {3: always(0)}, contenders, num_classes=7, bootstrap=Bootstrap(200))
     assert found.points[0].ties == (7,)
     both = analyse_split(
-        forecast, table, table, {3: always(0), 7: always(1)}, contenders, num_classes=7, num_resamples=200
+        forecast, table, table, {3: always(0), 7: always(1)}, contenders, num_classes=7, bootstrap=Bootstrap(200)
     )
     assert [point.ties for point in both.points] == [(7,), (3,)]
 
@@ -237,7 +241,8 @@ def test_the_fronts_optimism_is_its_mean_loss_of_top1_between_the_splits() -> No
     forecast = RouteForecast.fit(val)
     routers: dict[int, Router] = {0: always(0), 2: always(2)}
     chosen, reported = (
-        analyse_split(forecast, val, table, routers, {}, num_classes=7, num_resamples=300) for table in (val, test)
+        analyse_split(forecast, val, table, routers, {}, num_classes=7, bootstrap=Bootstrap(300))
+        for table in (val, test)
     )
     found = optimism(chosen, reported)
     assert found is not None
@@ -257,7 +262,7 @@ def test_stability_is_judged_in_the_objectives_of_the_sweep() -> None:
     def stability(*objectives: tuple[str, Goal], latency_ms: tuple[float, float] = (1.0, 1.0)) -> list[float]:
         measured = {slot: {"latency_ms": value} for slot, value in zip((1, 2), latency_ms, strict=True)}
         found = analyse_split(
-            forecast, table, table, routers, {}, num_classes=3, objectives=objectives, measured=measured, num_resamples=200
+            forecast, table, table, routers, {}, num_classes=3, bootstrap=Bootstrap(200, objectives, measured)
         )
         return [point.stability for point in found.points]
 

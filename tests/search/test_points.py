@@ -30,8 +30,11 @@ def make_rows():
         np.array([5_000_000, 20_000_000]),
         top5=[0.95, 0.99],
         params=[1e6, 2e6],
-        latency_ms=[1.5, float("nan")],
-        further={"latency_ms.server": [0.4, 0.9], "latency_ms_batch64": [30.0, float("nan")]},
+        latencies={
+            "latency_ms": [1.5, float("nan")],
+            "latency_ms.server": [0.4, 0.9],
+            "latency_ms_batch64": [30.0, float("nan")],
+        },
     )
     gates = gate_points(
         "val",
@@ -43,8 +46,8 @@ def make_rows():
         [{"gate.target": 0.3, "gate.sgs.strategy": "give_up", "gate.routing.first": 1}, {"gate.target": 0.5}],
         [True, False],
         [True, False],
-        ["lr-0.1", None],
     )
+    gates[0]["supernet"] = "lr-0.1"
     controls = control_points("val", "cascade", [4e6, 8e6, 9e6], [np.nan, 0.82, 0.84])
     return [*subnets, *gates, *controls]
 
@@ -180,7 +183,7 @@ def write_old(path):
 
 
 def test_subnets_of_one_name_may_come_from_several_supernets():
-    rows = [row for origin in ("a", "b") for row in subnet_points("val", ["widest"], [0.9], [2e6], supernet=origin)]
+    rows = [{**row, "supernet": origin} for origin in ("a", "b") for row in subnet_points("val", ["w"], [0.9], [2e6])]
     validate_points(rows)
-    with pytest.raises(ValueError, match="'widest' has 2 points on val"):
+    with pytest.raises(ValueError, match="'w' has 2 points on val"):
         validate_points([*rows, rows[0]])

@@ -1,0 +1,83 @@
+"""What the benchmark of trial overhead counts, and that its sweeps are of real gate trials."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from benchmarks.gate_trials import DIGITS
+from benchmarks.trial_overhead import (
+    EXAMPLE,
+    OBJECTIVES,
+    SPACE,
+    Sleep,
+    Stopwatch,
+    Swept,
+    Timed,
+    by_optuna,
+    gate_trials,
+    timed_asking,
+)
+from orchestration.config_loading import load_config
+from orchestration.search_stage import gate_defaults, study_settings
+from search import engine
+from search.engine import Budget, Search
+from search.runner import OneByOne, SerialRunner, TrialSpec
+from search.space import parse_space
+from search.study import StudyJournal, StudySettings
+
+
+def test_overhead_is_what_neither_work_nor_asking_explains() -> None:
+    timed = Timed(cold_s=9.0, wall_s=3.0, ask_s=0.5, num_trials=20)
+    assert timed.overhead_ms(0.2, workers=2) == pytest.approx(1e3 * (3.0 - 0.5 - 20 * 0.2 / 2) / 20)
+    assert timed.overhead_ms(0.0, workers=1) == pytest.approx(125.0)
+
+
+def test_a_sweep_lasts_until_mlflow_has_it() -> None:
+    swept = Swept("digits", "tpe", 1000, 3, search_s=30.0, recorded_s=50.0, ask_s=9.0, work_s=20.0, driver_cpu_s=9.0)
+    assert swept.per_second == 20.0
+
+
+def test_a_stopwatch_adds_up_its_calls_and_nothing_else() -> None:
+    watch = Stopwatch()
+    nap = watch.timing(lambda seconds: time.sleep(seconds) or seconds)
+    assert [nap(0.02), nap(0.01)] == [0.02, 0.01]
+    time.sleep(0.05)
+    assert watch.total_s >= 0.03
+    before = watch.total_s
+    with pytest.raises(ValueError, match="negative"):
+        nap(-1)
+    assert watch.total_s >= before
+
+
+def test_the_asking_of_a_search_is_timed_and_its_trials_are_not(tmp_path: Path) -> None:
+    mirror = engine.Mirror
+    settings = StudySettings(name="x", space=parse_space(SPACE), objectives=OBJECTIVES, cohort=4)
+    journal = StudyJournal.open(tmp_path / "study.log", settings)
+    with timed_asking() as asking:
+        start = time.perf_counter()
+        Search(journal=journal, runner=SerialRunner(OneByOne(Sleep(0.03)))).run(Budget(8))
+        wall_s = time.perf_counter() - start
+    assert 0 < asking.total_s <= wall_s - 8 * 0.03
+    assert engine.Mirror is mirror
+
+
+def test_plain_optuna_runs_what_it_says() -> None:
+    timed = by_optuna(0.01, 5)
+    assert timed.num_trials == 5
+    assert timed.overhead_ms(0.01, workers=1) > 0
+    assert timed.wall_s >= 5 * 0.01 + timed.ask_s
+
+
+def test_the_sweeps_are_of_real_gate_trials_over_the_examples_space() -> None:
+    config = load_config(EXAMPLE, overrides=["sampler.name=random", "sampler.cohort=null"]).config
+    settings = study_settings(config)
+    assert (settings.sampler.name, settings.cohort) == ("random", 64)
+    make, arrays = gate_trials(DIGITS, gate_defaults(config))
+    assert settings.space.distributions["gate.routing.last"].high < len(make.subnets)
+    outcomes = make(arrays)([TrialSpec(slot, slot, {"gate.target": 0.2 + 0.3 * slot}) for slot in range(2)])
+    assert [outcome.state for outcome in outcomes] == ["complete", "complete"]
+    assert {"top1", "madds_m", "latency_ms", "params_m"} <= set(outcomes[0].metrics)
+    assert outcomes[0].metrics["madds_m"] < outcomes[1].metrics["madds_m"]
