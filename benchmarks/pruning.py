@@ -56,7 +56,7 @@ GOALS: tuple[Goal, Goal] = ("maximize", "minimize")
 COHORT = 8
 FACTORS = (2, 3, 4)
 FIRST_EPOCHS = (1, 3)
-DEFAULT_RULE = (3, 3, False)
+DEFAULT_RULE = (3, 3, True)
 """Factor, first rung, and whether the front is kept, of the headline: as configured by default."""
 NUM_PROCESSES = 2
 DIGITS_SPLITS = SplitSizes(train=600, gate=400, val=700, test=97)

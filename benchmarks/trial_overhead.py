@@ -37,7 +37,7 @@ from orchestration.search_stage import MakeGateTrial, gate_defaults, study_setti
 from orchestration.tracking import MlflowTracker, NullTracker, TrackedRun, Tracker
 from search import engine
 from search.engine import Budget, Mirror, Search
-from search.runner import OneByOne, Runner, TrialSpec
+from search.runner import OneByOne, Runner, Scalar, TrialSpec
 from search.samplers import KNOWN_SAMPLERS, SamplerSettings
 from search.space import parse_space
 from search.study import Objective, StudyJournal, StudySettings, TrialRecord, quiet_optuna
@@ -62,22 +62,37 @@ OBJECTIVES = (Objective("top1", "maximize"), Objective("madds_m", "minimize"))
 
 
 @dataclass(frozen=True)
-class Timed:
-    """One contender in one process."""
+class Load:
+    """Trials of one kind."""
 
+    work_s: float
+    """Each sleeps so long."""
+    num_trials: int
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return f"sleeps {self.work_s:g} s" if self.work_s else "nothing"
+
+
+@dataclass(frozen=True)
+class Timed:
+    """How one contender did with one load, in one process."""
+
+    load: Load
     cold_s: float
-    """From nothing until the first trial is done."""
+    """From nothing until the very first trial of the process is done."""
     wall_s: float
-    """Of the trials after that."""
+    """Of the load's trials, when all is warm."""
     ask_s: float
     """Of these seconds, those in which suggestions were made."""
-    num_trials: int
     recorded_s: float | None = None
     """From the first of these trials until MLflow had them all."""
 
-    def overhead_ms(self, work_s: float, workers: int) -> float:
+    def overhead_ms(self, workers: int) -> float:
         """Milliseconds a trial beside its work and its suggestion."""
-        return 1e3 * (self.wall_s - self.ask_s - work_s * self.num_trials / workers) / self.num_trials
+        num_trials = self.load.num_trials
+        return 1e3 * (self.wall_s - self.ask_s - self.load.work_s * num_trials / workers) / num_trials
 
 
 def numbers(x: float, y: float) -> dict[str, float]:
@@ -85,25 +100,15 @@ def numbers(x: float, y: float) -> dict[str, float]:
     return {"top1": 1.0 - x * x - y, "madds_m": 1.0 + x + y * y}
 
 
-@dataclass(frozen=True)
-class Sleep:
+def sleep(spec: TrialSpec) -> tuple[Mapping[str, float], Mapping[str, NDArray[Any]]]:
     """A trial that is all waiting."""
-
-    work_s: float
-
-    def __call__(self, spec: TrialSpec) -> tuple[Mapping[str, float], Mapping[str, NDArray[Any]]]:
-        time.sleep(self.work_s)
-        return numbers(float(spec.params["x"]), float(spec.params["y"])), {}
+    time.sleep(float(spec.params["work_s"]))
+    return numbers(float(spec.params["x"]), float(spec.params["y"])), {}
 
 
-@dataclass(frozen=True)
-class MakeSleep:
+def make_sleep(arrays: Mapping[str, NDArray[Any]]) -> OneByOne:
     """Builds it in an actor."""
-
-    work_s: float
-
-    def __call__(self, arrays: Mapping[str, NDArray[Any]]) -> OneByOne:
-        return OneByOne(Sleep(self.work_s))
+    return OneByOne(sleep)
 
 
 class Stopwatch:
@@ -141,25 +146,32 @@ def tracker_at(folder: Path) -> MlflowTracker:
     """An MLflow database of its own, with the row of the sweep in it."""
     tracker = MlflowTracker(f"sqlite:///{folder}/mlflow.db", UID, folder / "artifacts", UID)
     tracker.parent(TrackedRun(UID, UID, "sweep", 1))
-    while tracker.summary.num_written < 2:
-        if tracker.summary.num_unsent:
-            raise RuntimeError(f"MLflow does not take the sweep's row: {tracker.summary.first_error}")
-        time.sleep(0.01)
+    wait_for_rows(tracker, 2)  # with the creation of the database
     return tracker
+
+
+def wait_for_rows(tracker: MlflowTracker, number: int) -> None:
+    """Wait until so many writes were made."""
+    while tracker.summary.num_written < number:
+        if tracker.summary.num_unsent:
+            raise RuntimeError(f"MLflow does not take rows: {tracker.summary.first_error}")
+        time.sleep(0.002)
 
 
 class Recording:
     """Writes a row of MLflow for every trial, as a launch does."""
 
-    def __init__(self, tracker: Tracker) -> None:
+    def __init__(self, tracker: Tracker, study: str) -> None:
         self._tracker = tracker
+        self._study = study
 
     def on_trial(self, record: TrialRecord) -> None:
         """A trial was recorded."""
         status: Literal["FINISHED", "FAILED"] = "FINISHED" if record.state == "complete" else "FAILED"
         name = f"trial-{record.slot:04d}"
         times = (record.start_ms, record.finished_ms)
-        row = TrackedRun(f"{UID}/{name}", name, "trial", *times, status, record.reason, record.params, record.metrics)
+        uid = f"{UID}/{self._study}/{name}"
+        row = TrackedRun(uid, name, "trial", *times, status, record.reason, record.params, record.metrics)
         self._tracker.trial(row)
 
 
@@ -170,51 +182,81 @@ def close_tracker(tracker: Tracker) -> None:
         raise RuntimeError(f"{summary.num_unsent} rows did not reach MLflow: {summary.first_error}")
 
 
-def warm_up(runner: Runner, params: Mapping[str, float | int | str | bool]) -> None:
+def warm_up(runner: Runner, params: Mapping[str, Scalar]) -> None:
     """Have every actor make its trial function and run it: each must be busy while the others start."""
     for _ in range(3):
         for _ in runner.run([TrialSpec(slot, slot, params) for slot in range(NUM_WARMING)]):
             pass
 
 
-def by_our_engine(work_s: float, num_trials: int, order: Literal["cohorts", "asynchronous"], has_mlflow: bool) -> Timed:
+def by_our_engine(loads: Sequence[Load], order: Literal["cohorts", "asynchronous"], has_mlflow: bool) -> list[Timed]:
     """Search, RayRunner and StudyJournal."""
     begun = time.perf_counter()
     prepare_environment()
+    point: dict[str, Scalar] = {"x": 0.5, "y": 0.5, "kind": "a", "work_s": 0.0}
+    with (
+        tempfile.TemporaryDirectory() as name,
+        ray_session(RaySettings(num_cpus=NUM_WORKERS)),
+        closing(RayRunner(make_sleep, arrays={}, num_actors=NUM_WORKERS)) as runner,
+    ):
+        for _ in runner.run([TrialSpec(0, 0, point)]):
+            cold_s = time.perf_counter() - begun
+        tracker = tracker_at(Path(name)) if has_mlflow else NullTracker()
+        warm_up(runner, point)
+        timed = [
+            _searched(load, cold_s, order, runner, tracker, Path(name) / f"study-{number}.log")
+            for number, load in enumerate(loads)
+        ]
+        close_tracker(tracker)
+        return timed
+
+
+def _searched(
+    load: Load,
+    cold_s: float,
+    order: Literal["cohorts", "asynchronous"],
+    runner: Runner,
+    tracker: Tracker,
+    path: Path,
+) -> Timed:
     settings = StudySettings(
-        name=UID,
-        space=parse_space(SPACE),
+        name=path.stem,
+        space=parse_space({**SPACE, "work_s": {"choice": [load.work_s]}}),
         objectives=OBJECTIVES,
         sampler=SamplerSettings("tpe", startup=STARTUP),
         cohort=COHORT,
         order=order,
     )
-    with (
-        tempfile.TemporaryDirectory() as name,
-        ray_session(RaySettings(num_cpus=NUM_WORKERS)),
-        closing(RayRunner(MakeSleep(work_s), arrays={}, num_actors=NUM_WORKERS)) as runner,
-        timed_asking() as asking,
-    ):
-        journal = StudyJournal.open(Path(name) / "study.log", settings)
-        first = runner.run([TrialSpec(0, 0, {"x": 0.5, "y": 0.5, "kind": "a"})])
-        next(first)
-        cold_s = time.perf_counter() - begun
-        first.close()
-        tracker = tracker_at(Path(name)) if has_mlflow else NullTracker()
-        warm_up(runner, {"x": 0.5, "y": 0.5, "kind": "a"})
+    journal = StudyJournal.open(path, settings)
+    rows_before = tracker.summary.num_written if isinstance(tracker, MlflowTracker) else 0
+    with timed_asking() as asking:
         start = time.perf_counter()
-        Search(journal=journal, runner=runner, observer=Recording(tracker)).run(Budget(num_trials))
+        search = Search(journal=journal, runner=runner, observer=Recording(tracker, path.stem))
+        search.run(Budget(load.num_trials))
         wall_s = time.perf_counter() - start
-        close_tracker(tracker)
-        recorded_s = time.perf_counter() - start if has_mlflow else None
-        return Timed(cold_s, wall_s, asking.total_s, num_trials, recorded_s)
+    recorded_s = None
+    if isinstance(tracker, MlflowTracker):
+        wait_for_rows(tracker, rows_before + load.num_trials)
+        recorded_s = time.perf_counter() - start
+    return Timed(load, cold_s, wall_s, asking.total_s, recorded_s)
 
 
-def by_tune(work_s: float, num_trials: int) -> Timed:
+def by_tune(loads: Sequence[Load]) -> list[Timed]:
     """Ray Tune with OptunaSearch, its actors reused, as many trials at a time as we have workers."""
     begun = time.perf_counter()
     prepare_environment()
     os.environ |= {"RAY_AIR_NEW_OUTPUT": "0", "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1"}
+    with ray_session(RaySettings(num_cpus=NUM_WORKERS)):
+        timed: list[Timed] = []
+        for load in loads:
+            first_s, wall_s, ask_s = _tuned(load)
+            cold_s = timed[0].cold_s if timed else first_s - begun
+            timed.append(Timed(load, cold_s, wall_s, ask_s))
+        return timed
+
+
+def _tuned(load: Load) -> tuple[float, float, float]:
+    """When the first trial was done; seconds of those after warming up, and what of these went into asking."""
     from ray import tune
     from ray.tune.search.optuna import OptunaSearch
 
@@ -225,43 +267,50 @@ def by_tune(work_s: float, num_trials: int) -> Timed:
             ends.append((time.perf_counter(), asking.total_s))
 
     def trial(config: dict[str, Any]) -> None:
-        time.sleep(work_s)
+        time.sleep(load.work_s)
         tune.report(numbers(config["x"], config["y"]))
 
+    num_trials = load.num_trials + NUM_WARMING
     with (
         quiet_optuna(),
         tempfile.TemporaryDirectory() as folder,
-        ray_session(RaySettings(num_cpus=NUM_WORKERS)),
         mock.patch.object(OptunaSearch, "suggest", asking.timing(OptunaSearch.suggest)),  # Tune pickles the object
     ):
         sampler = optuna.samplers.TPESampler(seed=0, n_startup_trials=STARTUP, multivariate=True, constant_liar=True)
-        search = OptunaSearch(metric="top1", mode="max", sampler=sampler)
         tuner = tune.Tuner(
             trial,
             param_space={"x": tune.uniform(0, 1), "y": tune.uniform(0, 1), "kind": tune.choice(["a", "b", "c"])},
             tune_config=tune.TuneConfig(
                 metric="top1",
                 mode="max",
-                search_alg=search,
-                num_samples=num_trials + NUM_WARMING,
+                search_alg=OptunaSearch(metric="top1", mode="max", sampler=sampler),
+                num_samples=num_trials,
                 max_concurrent_trials=NUM_WORKERS,
                 reuse_actors=True,
             ),
             run_config=tune.RunConfig(storage_path=folder, name=UID, verbose=0, callbacks=[Ends()]),
         )
         results = tuner.fit()
-    if results.num_errors or len(ends) != num_trials + NUM_WARMING:
-        raise RuntimeError(
-            f"Tune ended {len(ends)} of {num_trials + NUM_WARMING} trials, {results.num_errors} with errors"
-        )
+    if results.num_errors or len(ends) != num_trials:
+        raise RuntimeError(f"Tune ended {len(ends)} of {num_trials} trials, {results.num_errors} with errors")
     (warm, ask_before), (last, ask_after) = ends[NUM_WARMING - 1], ends[-1]
-    return Timed(ends[0][0] - begun, last - warm, ask_after - ask_before, num_trials)
+    return ends[0][0], last - warm, ask_after - ask_before
 
 
-def by_optuna(work_s: float, num_trials: int) -> Timed:
+def by_optuna(loads: Sequence[Load]) -> list[Timed]:
     """Plain Optuna in one process, one trial after the other, its study in a journal file."""
     begun = time.perf_counter()
-    asking, cold_s = Stopwatch(), 0.0
+    timed: list[Timed] = []
+    for load in loads:
+        first_s, wall_s, ask_s = _optimized(load)
+        cold_s = timed[0].cold_s if timed else first_s - begun
+        timed.append(Timed(load, cold_s, wall_s, ask_s))
+    return timed
+
+
+def _optimized(load: Load) -> tuple[float, float, float]:
+    """As `_tuned`."""
+    asking = Stopwatch()
 
     def ask(study: optuna.Study) -> tuple[optuna.Trial, float, float]:
         trial = study.ask()
@@ -269,7 +318,7 @@ def by_optuna(work_s: float, num_trials: int) -> Timed:
         trial.suggest_categorical("kind", ["a", "b", "c"])
         return trial, x, y
 
-    timed_ask = asking.timing(ask)
+    timed_ask, first_s = asking.timing(ask), 0.0
     with quiet_optuna(), tempfile.TemporaryDirectory() as folder:
         backend = optuna.storages.journal.JournalFileBackend(f"{folder}/study.log")
         sampler = optuna.samplers.TPESampler(seed=0, n_startup_trials=STARTUP, multivariate=True, constant_liar=True)
@@ -278,14 +327,13 @@ def by_optuna(work_s: float, num_trials: int) -> Timed:
             sampler=sampler,
             directions=[objective.goal for objective in OBJECTIVES],
         )
-        for number in range(num_trials + 1):
+        for number in range(load.num_trials + 1):
             trial, x, y = timed_ask(study)
-            time.sleep(work_s)
+            time.sleep(load.work_s)
             study.tell(trial, list(numbers(x, y).values()))
             if number == 0:
-                start = time.perf_counter()
-                cold_s, asking.total_s = start - begun, 0.0
-    return Timed(cold_s, time.perf_counter() - start, asking.total_s, num_trials)
+                first_s, asking.total_s = time.perf_counter(), 0.0
+    return first_s, time.perf_counter() - first_s, asking.total_s
 
 
 @dataclass(frozen=True)
@@ -293,13 +341,13 @@ class Contender:
     """Who runs the trials."""
 
     name: str
-    function: Callable[..., Timed]
+    function: Callable[..., list[Timed]]
     arguments: tuple[Any, ...] = ()
     workers: int = NUM_WORKERS
 
-    def run(self, work_s: float, num_trials: int) -> Timed:
+    def run(self, loads: Sequence[Load]) -> list[Timed]:
         """Its trials, in a fresh process."""
-        timed: Timed = in_fresh_process(self.function, work_s, num_trials, *self.arguments)
+        timed: list[Timed] = in_fresh_process(self.function, loads, *self.arguments)
         return timed
 
 
@@ -353,7 +401,7 @@ def gate_sweep(workload: Workload, sampler: str, num_trials: int, limit_s: float
         tracker = tracker_at(Path(name))
         warm_up(runner, {})
         start, cpu = time.perf_counter(), time.process_time()
-        search = Search(journal=journal, runner=runner, observer=Recording(tracker))
+        search = Search(journal=journal, runner=runner, observer=Recording(tracker, sampler))
         result = search.run(Budget(num_trials, limit_s))
         search_s, cpu_s = time.perf_counter() - start, time.process_time() - cpu
         close_tracker(tracker)
@@ -391,38 +439,39 @@ def _timing(ms: float) -> Timing:
 class Sizes:
     """How much is measured."""
 
-    idle_trials: int
-    sleeping_trials: int
+    loads: Sequence[Load]
     rounds: int
     sweeps: Sequence[tuple[Workload, str]]
     sweep_trials: int
 
 
 FULL = Sizes(
-    200, 64, 3, [*((DIGITS, name) for name in KNOWN_SAMPLERS), (LARGE, "random"), (LARGE, "tpe")], sweep_trials=1000
+    loads=(Load(0.0, 200), Load(SLEEP_S, 64)),
+    rounds=3,
+    sweeps=(*((DIGITS, name) for name in KNOWN_SAMPLERS), (LARGE, "random"), (LARGE, "tpe")),
+    sweep_trials=1000,
 )
-QUICK = Sizes(40, 8, 1, [(DIGITS, "tpe")], sweep_trials=128)
+QUICK = Sizes(loads=(Load(0.0, 40), Load(SLEEP_S, 8)), rounds=1, sweeps=((DIGITS, "tpe"),), sweep_trials=128)
 
 
 def measure(options: Options) -> Report:
     """All contenders in turn, round by round; then the sweeps."""
     sizes = QUICK if options.quick else FULL
-    works = {"nothing": (0.0, sizes.idle_trials), f"{SLEEP_S:g} s": (SLEEP_S, sizes.sleeping_trials)}
-    timed: dict[tuple[str, str], list[Timed]] = {}
+    timed: dict[tuple[str, Load], list[Timed]] = {}
     for _ in range(sizes.rounds):
         for contender in CONTENDERS:
-            for work, (work_s, num_trials) in works.items():
-                timed.setdefault((contender.name, work), []).append(contender.run(work_s, num_trials))
+            for one in contender.run(sizes.loads):
+                timed.setdefault((contender.name, one.load), []).append(one)
     rows = [
-        (contender.name, work, *_cells(timed[contender.name, work], works[work][0], contender.workers))
+        (contender.name, load.name, *_cells(timed[contender.name, load], contender.workers))
         for contender in CONTENDERS
-        for work in works
+        for load in sizes.loads
     ]
     swept = [
         in_fresh_process(gate_sweep, workload, sampler, sizes.sweep_trials, SWEEP_LIMIT_S)
         for workload, sampler in sizes.sweeps
     ]
-    idle = [one.overhead_ms(0.0, NUM_WORKERS) for one in timed[OURS, "nothing"]]
+    idle = [one.overhead_ms(NUM_WORKERS) for one in timed[OURS, sizes.loads[0]]]
     return Report(
         [
             Section(
@@ -454,21 +503,24 @@ def measure(options: Options) -> Report:
             GOAL_MS,
         ),
         {
-            "contenders": {f"{name}/{work}": [asdict(one) for one in runs] for (name, work), runs in timed.items()},
+            "contenders": {
+                f"{name}/{load.name}": [asdict(one) for one in runs] for (name, load), runs in timed.items()
+            },
             "sweeps": [asdict(one) | {"per_second": one.per_second} for one in swept],
             "peak_rss_mib": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024,
         },
     )
 
 
-def _cells(runs: Sequence[Timed], work_s: float, workers: int) -> tuple[str, ...]:
-    recorded = [one.recorded_s for one in runs if one.recorded_s is not None]
+def _cells(runs: Sequence[Timed], workers: int) -> tuple[str, ...]:
+    num_trials = runs[0].load.num_trials
+    recorded = [1e3 * one.recorded_s / num_trials for one in runs if one.recorded_s is not None]
     return (
-        str(runs[0].num_trials),
+        str(num_trials),
         f"{np.median([one.cold_s for one in runs]):.1f}",
-        f"{np.median([one.overhead_ms(work_s, workers) for one in runs]):.1f}",
-        f"{np.median([1e3 * one.ask_s / one.num_trials for one in runs]):.1f}",
-        f"{1e3 * np.median(recorded) / runs[0].num_trials:.1f}" if recorded else "",
+        f"{np.median([one.overhead_ms(workers) for one in runs]):.1f}",
+        f"{np.median([1e3 * one.ask_s / num_trials for one in runs]):.1f}",
+        f"{np.median(recorded):.1f}" if recorded else "",
     )
 
 

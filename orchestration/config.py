@@ -146,6 +146,8 @@ __all__ = [
 Stage = Literal["supernet", "measure", "table", "search", "verify"]
 SCHEDULERS = ("none", "asha", "median", "hyperband")
 """Of supernets, by short names; others by their import path."""
+ACCURACIES = ("top1", "top5")
+"""Metrics that grow while a trial trains."""
 LEARNING_SAMPLERS = ("tpe", "nsga2", "nsga3", "gp")
 """Those that suggest from what earlier cohorts gave."""
 
@@ -330,7 +332,7 @@ def _sampler_problems(config: SweepConfig) -> Iterator[BrokenRule]:
     sampler = config.sampler
     settings = SamplerSettings(sampler.name, sampler.options, sampler.startup)
     try:
-        check_sampler(settings)
+        check_sampler(settings, len(config.metrics))
         space = {key: distribution.written() for key, distribution in gate_space(config).items()}
         if space:
             num_points(settings, parse_space(space))
@@ -487,6 +489,13 @@ def _stopping_warnings(config: SweepConfig) -> Iterator[str]:
             f"budget.plateau.trials {budget.plateau.trials} is not below budget.trials {budget.trials}: "
             "the sweep ends before a plateau can be seen"
         )
+    rungs, names = halving_rungs(config), _names_in_conditions(config)
+    for each in config.constraints if rungs else ():
+        if isinstance(each, HardConstraint) and parse_comparison(each.hard, names).names & set(ACCURACIES):
+            yield (
+                f"constraints: hard '{each.hard}' is also judged after {rungs[0]} epochs and at every further rung of pareto_halving: "
+                "trials that would hold it at their end are ended; write it without hard"
+            )
     if config.sampler.enqueue and num_first >= budget.trials:
         yield f"sampler.enqueue holds {num_first} points, and budget.trials is {budget.trials}: nothing is left to search"
     if not supernet_space(config) and config.supernets != SupernetsConfig():

@@ -3,16 +3,20 @@
 A row costs 10 ms of Python in MLflow and SQLAlchemy. In a thread of the driver that time is taken from the suggestions, which are Python
 too, and the thread, which gives the interpreter's lock away at every statement, gets less than it needs and falls behind by most of the
 sweep. Here the rows use the core that is idle while the driver suggests.
+
+The process being ours alone, it can also spare SQLite most of its syncs, of which a row otherwise takes a dozen: on a busy machine they
+decide how long a row takes, and not the Python.
 """
 
 from __future__ import annotations
 
 import os
+import sqlite3
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
@@ -20,6 +24,10 @@ from pathlib import Path
 from typing import Any
 
 from orchestration.tracking import CurvePoint, MlflowStore, TrackedRun, first_line
+
+SQLITE = "sqlite:///"
+LOCAL_FILE_SYSTEMS = ("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "tmpfs", "overlay")
+STOP_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -65,14 +73,19 @@ class MlflowWriter:
         """As `MlflowStore.close_sweep`."""
         self._call("close_sweep", parent)
 
-    def stop(self) -> None:
-        """End the child; a call that waits for it raises, and so do all later ones. May be called from any thread, more than once."""
+    def stop(self, *, at_once: bool) -> None:
+        """End the child: at once from any thread, even while a call waits for it; else when no call does. Later calls raise."""
         self._is_stopped = True
         child, self._child = self._child, None
-        if child is not None:
-            # What was answered is in the store, and what is cut short there is a row that is RUNNING, which the next launch mends.
-            child.process.kill()
-            child.process.wait()
+        if child is None:
+            return
+        if not at_once:
+            child.connection.close()
+            with suppress(subprocess.TimeoutExpired):
+                child.process.wait(STOP_TIMEOUT_S)
+        # What was answered is in the store, and what is cut short there is a row that is RUNNING, which the next launch mends.
+        child.process.kill()
+        child.process.wait()
 
     def _call(self, name: str, *arguments: Any) -> None:
         child = self._child or self._start()
@@ -117,12 +130,12 @@ class SharedWriter(MlflowWriter):
         super().__init__(store_uri, experiment, artifact_root)
         self._turn = threading.Lock()
 
-    def stop(self) -> None:
+    def stop(self, *, at_once: bool) -> None:
         """Nothing: it is not this tracker's alone."""
 
     def end(self) -> None:
         """End the child; all trackers are closed."""
-        super().stop()
+        super().stop(at_once=self._turn.locked())  # by one that was closed without an answer
 
     def _call(self, name: str, *arguments: Any) -> None:
         with self._turn:
@@ -132,15 +145,71 @@ class SharedWriter(MlflowWriter):
 def serve(connection: Connection[Any, Any]) -> None:
     """Make the calls that arrive, until the other side is gone; answer each with None, or with what went wrong in one line."""
     with suppress(EOFError, OSError):
-        store = MlflowStore(*connection.recv())
-        while True:
-            name, arguments = connection.recv()
-            error = None
-            try:
-                getattr(store, name)(*arguments)
-            except Exception as raised:  # noqa: BLE001 - MLflow's, SQLAlchemy's or a server's: the driver counts it
-                error = first_line(raised)
-            connection.send(error)
+        arguments = connection.recv()
+        store = MlflowStore(*arguments)
+        with few_syncs(arguments[0]):
+            while True:
+                name, arguments = connection.recv()
+                error = None
+                try:
+                    getattr(store, name)(*arguments)
+                except Exception as raised:  # noqa: BLE001 - MLflow's, SQLAlchemy's or a server's: the driver counts it
+                    error = first_line(raised)
+                connection.send(error)
+
+
+@contextmanager
+def few_syncs(store_uri: str) -> Iterator[None]:
+    """Have SQLite write ahead to a log inside the block, and this process's connections not wait for the disk at every commit.
+
+    A crash of any process loses nothing; a power failure can lose the last rows, which the study has. At the end the log goes back into the
+    database, which is one plain file again, unless somebody else has it open (`dsnet-orch ui`): then the next sweep does that. Such a log
+    is for one machine: a database on a file system that others may share is left as it is.
+    """
+    path = Path(store_uri.removeprefix(SQLITE))
+    if not store_uri.startswith(SQLITE) or not is_on_local_disk(path) or not _has_journal(path, "wal", wait_s=1.0):
+        yield
+        return
+    from sqlalchemy import Engine, event
+
+    opened: list[sqlite3.Connection] = []
+
+    def sync_seldom(connection: sqlite3.Connection, _: Any) -> None:
+        connection.execute("PRAGMA synchronous = NORMAL")
+        opened.append(connection)
+
+    event.listen(Engine, "connect", sync_seldom)
+    try:
+        yield
+    finally:
+        event.remove(Engine, "connect", sync_seldom)
+        for connection in opened:
+            connection.close()
+        _has_journal(path, "delete", wait_s=0.1)
+
+
+def is_on_local_disk(path: Path, mounts: Path = Path("/proc/self/mounts")) -> bool:
+    """Whether a file lies on a file system of `LOCAL_FILE_SYSTEMS`; False where that cannot be told."""
+    try:
+        lines = mounts.read_text().splitlines()
+    except OSError:
+        return False
+    kinds: dict[Path, str] = {}
+    for line in lines:  # a later mount hides an earlier one at the same place
+        _, place, kind, *_ = line.split()
+        kinds[Path(place.encode().decode("unicode_escape"))] = kind  # a space is \040
+    folders = [folder for folder in path.absolute().resolve().parents if folder in kinds]
+    return bool(folders) and kinds[folders[0]] in LOCAL_FILE_SYSTEMS
+
+
+def _has_journal(path: Path, mode: str, wait_s: float) -> bool:
+    """Set a database's journal mode; whether it has it now. A file that cannot be opened is for MLflow to report."""
+    try:
+        with closing(sqlite3.connect(path, timeout=wait_s)) as connection:
+            (found,) = connection.execute(f"PRAGMA journal_mode = {mode}").fetchone()
+    except sqlite3.Error:
+        return False
+    return bool(found == mode)
 
 
 if __name__ == "__main__":

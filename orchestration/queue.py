@@ -68,7 +68,8 @@ def _point(path: Path, number: int, line: bytes) -> dict[str, Any]:
         point = json.loads(line)
     except ValueError as error:
         raise CheckpointError(
-            f"{path}, line {number}: not a point ({error}); the file was edited. Restore it, or delete it: points that were tried are kept"
+            f"{path}, line {number}: not a point ({error}); the file was edited. Restore the line, or write "
+            '{"params": {}} in its place: lines are counted, and none may be missing'
         ) from error
     if not isinstance(point, dict) or not isinstance(point.get("params"), dict):
         raise CheckpointError(

@@ -388,10 +388,27 @@ def picked_slots(results: RunResults, picks: Sequence[str]) -> list[int]:
     slots: list[int] = []
     for text in picks:
         pick = parse_pick(text)
+        if pick.kind == "name":
+            refuse_unusable(text, [record for record in results.records if trial_name(record.slot) == pick.name])
         # A front's own rows only where the pick asks for the front: copies of a front point are not exported twice.
         chosen = apply_pick(pick, on_front if pick.kind in ("all", "knee") else rows, objectives)
         slots += [int(row["slot"]) for row in chosen if row["slot"] not in slots]
     return slots
+
+
+def refuse_unusable(pick: str, records: Sequence[TrialRecord]) -> None:
+    """Raise where a pick names trials that exist, but are all failed, pruned or infeasible.
+
+    Raises:
+        NotFoundError: it says what became of the first.
+    """
+    if not records or any(record.is_feasible for record in records):
+        return
+    record = records[0]
+    broken = [text for text, violation in record.constraints.items() if not violation <= 0]
+    standing = f"infeasible: breaks {' and '.join(broken)}" if record.state == "complete" else record.state
+    why = f": {record.reason}" if record.reason else ""
+    raise NotFoundError(f"pick {pick!r}: {trial_name(record.slot)} is {standing}{why}; only feasible trials can be picked")
 
 
 def load_router(path: Path) -> Router:

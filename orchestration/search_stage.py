@@ -72,6 +72,8 @@ def _has_found_enough(run: RunDir, plan: StagePlan, config: SweepConfig, num_tri
     if not path.exists():
         return False
     end = read_json(path)
+    if end["reason"] == "space" and len(read_queue(run.queue_jsonl(plan.key))) > end.get("enqueued", 0):
+        return False  # points that are tried although the grid has none left
     return end["reason"] in FOUND_ENOUGH and end["rules"] == _rules_json(config) and end["trials"] == num_trials
 
 
@@ -121,7 +123,12 @@ def search_stage(work: Launch, plan: StagePlan, table_plan: StagePlan) -> None:
             ).run(Budget(resolve_trials(config), config.budget.time_s, stop_rules(measured)))
         if result.stop_reason == "stop":
             raise StoppedError("the search was stopped; its finished trials are kept")
-        end = {"reason": result.stop_reason, "rules": _rules_json(config), "trials": len(result.records)}
+        end = {
+            "reason": result.stop_reason,
+            "rules": _rules_json(config),
+            "trials": len(result.records),
+            "enqueued": len(journal.enqueued),
+        }
         atomic_write_json(run.search_end_json(plan.key), end)
         if result.stop_reason in FOUND_ENOUGH:
             work.progress.say(f"search: {_END_SENTENCES[result.stop_reason]} after {len(result.records)} trials")
@@ -180,7 +187,9 @@ def refuse_impossible(constraints: ConstraintSet, ranges: Mapping[str, tuple[flo
     impossible = constraints.impossible(ranges)
     if impossible:
         names = {name for comparison in constraints.hard if comparison.text in impossible for name in comparison.names}
-        reach = ", ".join(f"{name} {ranges[name][0]:.4g} to {ranges[name][1]:.4g}" for name in sorted(names & ranges.keys()))
+        reach = ", ".join(
+            f"{name} {ranges[name][0]:.4g} to {ranges[name][1]:.4g}" for name in sorted(names & ranges.keys())
+        )
         raise NothingFeasibleError(
             f"constraints: no router of this network can hold {' or '.join(impossible)} (within reach: {reach}); "
             "loosen it, or change the network"
@@ -300,6 +309,7 @@ def _trial_runner(work: Launch, table_plan: StagePlan) -> RayRunner:
         arrays=arrays,
         num_actors=config.ray.trial_actors,
         threads=threads,
+        resources=config.ray.trial_resources,
         timeout_s=resolve_timeout_s(config),
         retries=config.trial.retries,
     )

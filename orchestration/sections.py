@@ -761,6 +761,8 @@ class RayConfig(Section):
     """Shared memory in MiB, at least 75."""
     trial_actors: PositiveInt | None = None
     """Processes that run trials; null = one per core."""
+    trial_resources: dict[Text, PositiveFloat] = Field(default_factory=dict)
+    """What each of them takes beside its cores, under Ray's names: GPU (0.5 = two on one), memory (bytes), or what the cluster's owner has named."""
 
 
 class StorageConfig(Section):

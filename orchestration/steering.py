@@ -13,12 +13,13 @@ from optuna.distributions import FloatDistribution
 from dsnet.errors import ConfigError, NotFoundError
 from dsnet.families import family_names
 from dsnet.files import read_json
-from orchestration.config import SweepConfig
+from orchestration.config import SweepConfig, resolve_trials
 from orchestration.config_loading import load_config
 from orchestration.queue import append_points
 from orchestration.results import RunResults
 from orchestration.rundir import read_lock
 from orchestration.search_stage import FOUND_ENOUGH, study_settings
+from orchestration.sections import BudgetConfig
 from orchestration.supernet_results import SupernetSweepResults
 from orchestration.wording import shown
 from orchestration.yaml_source import parse_yaml
@@ -41,7 +42,7 @@ def extended(results: RunResults | SupernetSweepResults, trials: str, overrides:
     Raises:
         ConfigError: not a number, or not above the budget; an override of another section.
     """
-    run, budget = results.run, results.config.budget.trials
+    run, budget = results.run, resolve_trials(results.config)
     if not _NUMBER.fullmatch(trials):
         raise ConfigError(f"--trials {trials}: expected +N (so many more) or N (so many in all), N a whole number")
     wanted = budget + int(trials) if trials.startswith("+") else int(trials)
@@ -62,7 +63,8 @@ def extended(results: RunResults | SupernetSweepResults, trials: str, overrides:
 
 def extension_notes(results: RunResults | SupernetSweepResults, config: SweepConfig) -> list[str]:
     """What a person should know before a run is extended."""
-    notes = [f"{results.run.name}: budget raised from {results.config.budget.trials} to {config.budget.trials} trials"]
+    before, now = resolve_trials(results.config), resolve_trials(config)
+    notes = [f"{results.run.name}: budget raised from {before} to {now} trials"]
     openings = results.manifest["test_openings"]
     if openings:
         times = "once" if openings == 1 else f"{openings} times"
@@ -70,11 +72,18 @@ def extension_notes(results: RunResults | SupernetSweepResults, config: SweepCon
             f"test was read {times} already: a front that is chosen again is scored on it again, and its numbers there are optimistic"
         )
     end = _search_end(results)
-    if end in FOUND_ENOUGH and config.budget.plateau == results.config.budget.plateau:
+    if end in FOUND_ENOUGH and _is_the_same_rule(end, config.budget, results.config.budget):
         notes.append(
             f"the search had ended by itself ({end}), and more trials alone do not continue it: {_END_WAYS[end]}"
         )
     return notes
+
+
+def _is_the_same_rule(end: str, budget: BudgetConfig, before: BudgetConfig) -> bool:
+    """Whether what ended a search is as it was."""
+    rules = {"plateau": (budget.plateau, before.plateau), "target": (budget.target, before.target)}
+    now, then = rules.get(end, (None, None))
+    return now == then
 
 
 _END_WAYS = {
@@ -191,15 +200,16 @@ def _checked(space: Space, point: Point, which: str) -> Point:
 
 def _what_happens(results: RunResults, number: int) -> str:
     run, what = results.run, "it is" if number == 1 else "they are"
-    left = results.config.budget.trials - len(results.records)
+    budget = resolve_trials(results.config)
+    left = budget - len(results.records)
     extend = f"dsnet-orch extend {run.path} --trials +{number}"
     holder = read_lock(run.lock_path)
     is_running = holder is not None and (holder.is_on_another_host() or holder.is_alive())
     if left <= 0:
-        return f"the budget of {results.config.budget.trials} trials is spent: {what} tried after {extend}"
+        return f"the budget of {budget} trials is spent: {what} tried after {extend}"
     short = f"; its budget has {left} trials left, for more: {extend}" if left < number else ""
     if is_running:
         return f"the sweep is running ({holder}): {what} tried with its next cohort{short}"
-    if _search_end(results) in FOUND_ENOUGH:
+    if _search_end(results) in ("plateau", "target"):
         return f"the search has ended by itself ({_search_end(results)}): {what} tried after {extend} and another rule{short}"
     return f"{what} tried at the next launch: dsnet-orch launch {run.sweep_yaml}{short}"

@@ -14,7 +14,7 @@ from dsnet.errors import NotFoundError
 from dsnet.files import read_json
 from orchestration.config import SweepConfig
 from orchestration.config_loading import load_config
-from orchestration.results import RunResults
+from orchestration.results import RunResults, refuse_unusable
 from orchestration.rundir import Manifest, RunDir
 from orchestration.supernet_members import MemberEntry, read_entries
 from orchestration.trial_list import TrialList, listed_trials
@@ -183,6 +183,15 @@ class SupernetSweepResults:
         if found:
             listed = ", ".join(gate.name for gate in found[:4]) + (", ..." if len(found) > 4 else "")
             raise NotFoundError(f"pick {text!r}: {len(found)} supernets have such a trial; write one of {listed}")
+        refuse_unusable(
+            text,
+            [
+                record
+                for name, results in self.members.items()
+                for record in results.records
+                if trial_name(record.slot) == trial and supernet in ("", name, name.partition("-")[0])
+            ],
+        )
         known = ", ".join(self.members) or "none yet"
         raise NotFoundError(
             f"pick {text!r}: no feasible trial of this name; write SUPERNET/trial-NNNN with one of the supernets {known}"

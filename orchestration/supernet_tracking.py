@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from orchestration.config import SweepConfig
 from orchestration.launch_context import Launch
-from orchestration.mlflow_writer import MlflowWriter
+from orchestration.mlflow_writer import SharedWriter
 from orchestration.projection import replay, store_uri, supernet_row, sweep_end_ms, sweep_uid, unix_ms
 from orchestration.results import RunResults
 from orchestration.rundir import Manifest, RunDir, mlflow_artifact_root
@@ -40,51 +38,6 @@ def parent_row(manifest: Mapping[str, Any], run: RunDir, config: SweepConfig) ->
     )
 
 
-class _SharedWriter:
-    """One process that writes for several trackers, each with a thread of its own; rows of members say below which row they hang."""
-
-    def __init__(self, store_uri: str, experiment: str, artifact_root: Path) -> None:
-        self._writer = MlflowWriter(store_uri, experiment, artifact_root)
-        self._lock = threading.Lock()
-
-    def connect(self) -> None:
-        """As `MlflowStore.connect`."""
-        with self._lock:
-            self._writer.connect()
-
-    def open_sweep(self, parent: TrackedRun) -> None:
-        """As `MlflowStore.open_sweep`."""
-        with self._lock:
-            self._writer.open_sweep(parent)
-
-    def write(self, run: TrackedRun, parent: TrackedRun) -> None:
-        """As `MlflowStore.write`."""
-        with self._lock:
-            self._writer.write(run, parent)
-
-    def add_points(self, run: TrackedRun, parent: TrackedRun, points: Sequence[CurvePoint]) -> None:
-        """As `MlflowStore.add_points`."""
-        with self._lock:
-            self._writer.add_points(run, parent, points)
-
-    def add_artifact(self, parent: TrackedRun, path: Path) -> None:
-        """As `MlflowStore.add_artifact`."""
-        with self._lock:
-            self._writer.add_artifact(parent, path)
-
-    def close_sweep(self, parent: TrackedRun) -> None:
-        """As `MlflowStore.close_sweep`."""
-        with self._lock:
-            self._writer.close_sweep(parent)
-
-    def stop(self) -> None:
-        """Nothing, when one tracker closes: the others still write."""
-
-    def end(self) -> None:
-        """End the process."""
-        self._writer.stop()
-
-
 class TreeTrackers:
     """Makes the trackers of a sweep and of its members: each has its rows, all write through one process.
 
@@ -100,7 +53,7 @@ class TreeTrackers:
             config.tracking.experiment or config.name,
             mlflow_artifact_root(run.root),
         )
-        self._writer = _SharedWriter(*self._where) if config.tracking.mlflow else None
+        self._writer = SharedWriter(*self._where) if config.tracking.mlflow else None
 
     def make(self, warn: Callable[[str], None]) -> Tracker:
         """The tracker of the sweep, or of a member; `warn` hears of a store that takes nothing."""

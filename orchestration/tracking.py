@@ -153,7 +153,7 @@ class RowStore(Protocol):
 
     def close_sweep(self, parent: TrackedRun) -> None: ...
 
-    def stop(self) -> None: ...
+    def stop(self, *, at_once: bool) -> None: ...
 
 
 class MlflowTracker:
@@ -249,7 +249,7 @@ class MlflowTracker:
         if self._thread.is_alive():
             self._given_up = True
             self._count_unsent(f"no answer within {timeout_s:g} s", max(1, self._jobs.qsize() - 1))
-        self._store.stop()
+        self._store.stop(at_once=self._given_up)
         return self._summary
 
     def _opened_parent(self) -> TrackedRun:
@@ -380,7 +380,7 @@ class MlflowStore:
                 self._end(uid, "KILLED", end_ms)
         self._end(parent.uid, parent.status, end_ms)
 
-    def stop(self) -> None:
+    def stop(self, *, at_once: bool) -> None:
         """Nothing is held."""
 
     def _connected(self) -> MlflowClient:

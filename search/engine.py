@@ -186,10 +186,10 @@ class Search:
             ConfigError: the study cannot be continued with the libraries installed here.
             PreflightError: the study cannot be written.
         """
-        limits = _Limits(budget, self.journal.settings, self.should_stop)
+        limits = _Limits(budget, self.journal.settings, self.should_stop, self._num_enqueued)
         for trial in self.journal.trials():
             limits.add(record_of(trial))
-        reason = limits.reason(self.journal.enqueued)
+        reason = limits.reason()
         if reason is None:
             is_free = self.journal.settings.order == "asynchronous"
             reason = self._run_freely(limits) if is_free else self._run_cohorts(limits)
@@ -198,28 +198,43 @@ class Search:
     def _run_cohorts(self, limits: _Limits) -> StopReason:
         settings = self.journal.settings
         mirror = Mirror(settings, self.journal.trials())
-        while (reason := limits.reason(self.journal.enqueued)) is None:
-            if is_foreign(settings.sampler.name):
-                # What a sampler notes on the study is lost by an interruption: it must not have it without one either.
+        while (reason := limits.reason()) is None:
+            # What a foreign sampler notes on the study is lost by an interruption: it must not have it without one either. And a cohort
+            # that ended early, at the end of a grid, goes on when points are enqueued: cohorts begin where they do after an interruption.
+            if is_foreign(settings.sampler.name) or mirror.num_told % settings.cohort:
                 mirror = Mirror(settings, self.journal.trials())
-            num_trials = limits.num_trials(self.journal.enqueued)
-            points = self._fixed_points(range(mirror.num_told, mirror.next_end(num_trials)), len(self.journal.trials()))
+            num_trials, first_slot = limits.num_trials(), mirror.num_told
+            points = self._fixed_points(range(first_slot, mirror.next_end(num_trials)), self._num_begun(first_slot))
             with closing(self._run_cohort(mirror, mirror.ask(num_trials, points))) as records:
                 for record in records:
                     limits.add(record)
                     self.observer.on_trial(record)
-                    reason = limits.reason(self.journal.enqueued)
+                    reason = limits.reason()
                     if reason is not None:
                         return reason
         return reason
 
-    def _fixed_points(self, slots: Iterable[int], num_recorded: int) -> Mapping[int, Mapping[str, Scalar]]:
-        """All enqueued points by slot; new ones get those of `slots` that have not been recorded yet, and keep them."""
+    def _num_enqueued(self) -> int:
+        """Points that people have enqueued so far, those too that no slot has yet."""
+        return max(len(self.journal.enqueued), len(self.queue()))
+
+    def _num_begun(self, first_slot: int) -> int:
+        """Slots whose points cannot change any more: they are recorded, or the study knows a stage of theirs or of a later one.
+
+        Args:
+            first_slot: of the cohort in hand.
+        """
+        halving = self.journal.settings.halving
+        noted = {} if halving is None else self.journal.stage(first_slot, halving.rungs[0])
+        return max([len(self.journal.trials()), *(slot + 1 for slot in noted)])
+
+    def _fixed_points(self, slots: Iterable[int], num_begun: int) -> Mapping[int, Mapping[str, Scalar]]:
+        """All enqueued points by slot; new ones get those of `slots` that have not begun yet, and keep them."""
         settings, noted = self.journal.settings, self.journal.enqueued
         taken = dict(enumerate(settings.enqueue)) | noted
         new = self.queue()[len(noted) :]
         if new:
-            free = (slot for slot in slots if slot not in taken and slot >= num_recorded)
+            free = (slot for slot in slots if slot not in taken and slot >= num_begun)
             given = dict(zip(free, new, strict=False))
             if given:
                 self.journal.note_enqueued(given)
@@ -372,7 +387,7 @@ class Search:
             if reason is not None:
                 return []
             # Slots that a killed sweep had begun come first: at its end there is no hole.
-            free = (slot for slot in range(limits.num_trials(journal.enqueued)) if slot not in known)
+            free = (slot for slot in range(limits.num_trials()) if slot not in known)
             slots = [slot for slot, _ in zip(free, range(size), strict=False)]
             known.update(slots)
             if not slots:
@@ -390,7 +405,7 @@ class Search:
                 mirror.tell(record)
                 limits.add(record)
                 self.observer.on_trial(record)
-                reason = limits.reason(journal.enqueued)
+                reason = limits.reason()
                 if reason in ("stop", "time"):
                     return reason
         if reason is None:
@@ -452,8 +467,15 @@ _Judged = tuple[TrialRecord, Mapping[str, NDArray[Any]]]
 class _Limits:
     """What ends a search, trial by trial."""
 
-    def __init__(self, budget: Budget, settings: StudySettings, should_stop: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        budget: Budget,
+        settings: StudySettings,
+        should_stop: Callable[[], bool],
+        num_enqueued: Callable[[], int],
+    ) -> None:
         self._budget = budget
+        self._num_enqueued = num_enqueued
         self._deadline_s = math.inf if budget.time_s is None else time.monotonic() + budget.time_s
         self._watch = budget.rules.watch(settings.objectives)
         self._should_stop = should_stop
@@ -466,19 +488,19 @@ class _Limits:
         self._num_finished += 1
         self._watch.add(record)
 
-    def num_trials(self, enqueued: Mapping[int, Any]) -> int:
-        """How many slots the sweep has at most."""
+    def num_trials(self) -> int:
+        """How many slots the sweep has at most; a grid's grow with the points that people enqueue."""
         if self._num_points is None:
             return self._budget.trials
-        return min(self._budget.trials, self._num_points + self._num_configured + len(enqueued))
+        return min(self._budget.trials, self._num_points + self._num_configured + self._num_enqueued())
 
-    def reason(self, enqueued: Mapping[int, Any] | None = None) -> StopReason | None:
+    def reason(self) -> StopReason | None:
         """Why to end now; None = go on."""
         if self._num_finished >= self._budget.trials:
             return "trials"
         if self._watch.reason is not None:
             return self._watch.reason
-        if self._num_finished >= self.num_trials(enqueued or {}):
+        if self._num_finished >= self.num_trials():
             return "space"
         if time.monotonic() >= self._deadline_s:
             return "time"

@@ -332,7 +332,10 @@ class _Parser:
         while self._next.kind == "operator" and self._next.text in operators:
             operator = self._next.text
             self._at += 1
+            divisor = self._next
             found = Operation(found, operator, part())
+            if operator == "/" and found.right.bounds({}) == (0, 0):
+                raise self._error(divisor, "this is 0, and nothing can be divided by it")
         return found
 
     def _factor(self) -> Expression:

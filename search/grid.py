@@ -45,10 +45,10 @@ class Grid:
         sizes = {name: num_values(distribution, num_continuous) for name, distribution in space.distributions.items()}
         self._sizes = sizes
         self._ends = list(accumulate(math.prod(sizes[name] for name in names) for names in self._others))
-        if len(self) > MAX_POINTS:
+        if self._ends[-1] > MAX_POINTS:  # may be more than `len` can say
             largest = sorted(sizes, key=lambda name: -sizes[name])[:3]
             raise ConfigError(
-                f"sampler.name grid: the space has {len(self):,} points, and at most {MAX_POINTS:,} can be listed; give fewer values to "
+                f"sampler.name grid: the space has {self._ends[-1]:,} points, and at most {MAX_POINTS:,} can be listed; give fewer values to "
                 f"{', '.join(f'{name} ({sizes[name]})' for name in largest)}, set sampler.options.points lower than "
                 f"{num_continuous} for dimensions without steps, or take another sampler"
             )

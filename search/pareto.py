@@ -393,7 +393,7 @@ def apply_pick(
 def _by_name(pick: Pick, rows: Sequence[Row]) -> Row:
     names = [str(row["name"]) for row in rows]
     if pick.name not in names:
-        raise NotFoundError(f"pick {pick.text!r}: no point of this name;{_did_you_mean(pick.name, names)}")
+        raise NotFoundError(f"pick {pick.text!r}: no point of this name;{_did_you_mean(pick.name, names)}; {_EXAMPLE}")
     return rows[names.index(pick.name)]
 
 

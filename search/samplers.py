@@ -11,7 +11,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from importlib import import_module
 from typing import Any, Literal
@@ -33,6 +33,8 @@ from search.space import Space, nth_value, parse_space, suggest
 KNOWN_SAMPLERS = ("random", "grid", "qmc", "tpe", "nsga2", "nsga3", "gp")
 POINT_LISTS = ("grid", "qmc")
 """Those that walk along a list of points: slot k tries its k-th."""
+MAX_DIVISIONS = 100
+"""Of an objective by NSGA-III's reference lines: 5,151 of them with three objectives."""
 
 
 @contextmanager
@@ -80,8 +82,12 @@ def is_foreign(name: str) -> bool:
     return name not in KNOWN_SAMPLERS
 
 
-def check_sampler(settings: SamplerSettings) -> None:
+def check_sampler(settings: SamplerSettings, num_objectives: int = 2) -> None:
     """Find out beforehand whether a sampler can be made and asked.
+
+    Args:
+        settings: of the sampler.
+        num_objectives: of the sweep, 2 or 3.
 
     Raises:
         ConfigError: no such sampler, an option that it does not have, that is not for a file to say, or whose value it refuses; a
@@ -97,7 +103,7 @@ def check_sampler(settings: SamplerSettings) -> None:
         )
     try:
         with quiet_optuna():
-            _rehearse(settings)
+            _rehearse(settings, num_objectives)
     except ConfigError:
         raise
     except Exception as error:  # whatever a constructor or a foreign sampler raises
@@ -353,6 +359,8 @@ def _check_option(sampler: str, name: str, value: Any, signature: inspect.Signat
         raise ConfigError(f"{path}: {sampler} takes a value like {default!r}; got {value!r}")
     if (sampler, name) == ("grid", "points") and value < 1:
         raise ConfigError(f"{path} is {value}, but must be 1 or more")
+    if (sampler, name) == ("nsga3", "dividing_parameter") and not (type(value) is int and 1 <= value <= MAX_DIVISIONS):
+        raise ConfigError(f"{path} is {value!r}, but must be a whole number in 1..{MAX_DIVISIONS}")
 
 
 def _is_like(value: Any, default: Any) -> bool:
@@ -366,15 +374,16 @@ def _is_like(value: Any, default: Any) -> bool:
     return True
 
 
-def _rehearse(settings: SamplerSettings) -> None:
-    """Make the sampler; a foreign one is also asked and told a few trials of two objectives."""
+def _rehearse(settings: SamplerSettings, num_objectives: int) -> None:
+    """Make the sampler; a foreign one, or one with options, whose values many samplers look at late, is also asked and told a few trials."""
     space = parse_space({"a": {"int": [0, 3]}, "b": {"choice": ["x", "y"]}})
     make_sampler(settings, space=space, base_seed=0, slot=0)
-    if not is_foreign(settings.name):
+    if settings.name in POINT_LISTS or not (settings.options or is_foreign(settings.name)):
         return
-    study = optuna.create_study(directions=["maximize", "minimize"])
-    for slot in range(3):
+    settings = replace(settings, startup=2)
+    study = optuna.create_study(directions=["maximize", *["minimize"] * (num_objectives - 1)])
+    for slot in range(6):
         study.sampler = make_sampler(settings, space=space, base_seed=0, slot=slot)
         trial = study.ask()
         suggest(trial, space)
-        study.tell(trial, [float(slot), float(slot)])
+        study.tell(trial, [float(slot)] * num_objectives)

@@ -219,13 +219,15 @@ def front_stability(objectives: Sequence[Floats], goals: Sequence[Goal], decisio
     Args:
         objectives: 2 or 3; each [R, P] as resampled with the same images, or [P] for what is the same in every resample.
         goals: one for each objective.
-        decisions: int [n, P], the route of each image under each point. Points that decide alike everywhere are one
-            point, and all of them get its share.
+        decisions: int [n, P], the route of each image under each point. Points that decide alike everywhere, and are
+            equal in all that images do not change, are one point, and all of them get its share.
 
     Returns:
         float64 [P].
     """
-    _, first, group = np.unique(np.asarray(decisions), axis=1, return_index=True, return_inverse=True)
+    fixed = [np.unique(objective, return_inverse=True)[1] for objective in objectives if np.ndim(objective) == 1]
+    alike = np.vstack([np.asarray(decisions), *fixed])
+    _, first, group = np.unique(alike, axis=1, return_index=True, return_inverse=True)
     values = np.stack(np.broadcast_arrays(*(np.atleast_2d(objective) for objective in objectives)), axis=-1)
     num_on_front = np.zeros(len(first))
     for resample in values[:, first]:

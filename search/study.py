@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +27,7 @@ from dsnet.errors import CheckpointError, ConfigError, NotFoundError, PreflightE
 from search.halving import ParetoHalving
 from search.runner import Scalar, State
 from search.samplers import SamplerSettings, check_sampler, quiet_optuna
-from search.space import Space, check_point
+from search.space import Space, check_point, parse_space
 
 _IDENTITY_ATTR = "dsnet_study"
 _IDENTITY_VERSION = 2
@@ -77,7 +77,7 @@ class StudySettings:
     halving: ParetoHalving | None = None
 
     def __post_init__(self) -> None:
-        check_sampler(self.sampler)
+        check_sampler(self.sampler, len(self.objectives))
         if self.cohort < 1:
             raise ConfigError(f"sampler.cohort is {self.cohort}, but must be 1 or more")
         if not self.objectives:
@@ -100,7 +100,9 @@ class StudySettings:
             "cohort": self.cohort,
             "order": self.order,
             "enqueue": [dict(point) for point in self.enqueue],
-            "halving": None if self.halving is None else [self.halving.factor, list(self.halving.rungs), self.halving.keeps_front],
+            "halving": None
+            if self.halving is None
+            else [self.halving.factor, list(self.halving.rungs), self.halving.keeps_front],
             "seed": self.seed,
         }
 
@@ -203,6 +205,7 @@ class StudyJournal:
             with _reading(path):
                 storage = JournalStorage(JournalFileBackend(str(path)))
             study = _load_or_create(storage, settings)
+            settings = _in_the_studys_order(study, settings)
             _hold_to_identity(study, path, settings)
         return cls(path, settings, study)
 
@@ -357,6 +360,26 @@ def _load_or_create(storage: JournalStorage, settings: StudySettings) -> optuna.
             return optuna.load_study(study_name=studies[0].study_name, storage=storage)
         directions = [objective.goal for objective in settings.objectives]
         return optuna.create_study(study_name=settings.name, storage=storage, directions=directions)
+
+
+def _in_the_studys_order(study: optuna.Study, settings: StudySettings) -> StudySettings:
+    """The settings with the space as the study has it, where the two differ in the order of entries or in 1 for 1.0 only.
+
+    Neither makes another sweep, but samplers draw in the order of the space: it stays that of the first launch.
+    """
+    noted = study.user_attrs.get(_IDENTITY_ATTR, {}).get("space")
+    if noted is None or _regardless_of_order(noted) != _regardless_of_order(settings.space.written):
+        return settings
+    return replace(settings, space=parse_space(noted))
+
+
+def _regardless_of_order(written: Any) -> Any:
+    """A value by which two ways to write a space compare; true is not 1."""
+    if isinstance(written, Mapping):
+        return {name: _regardless_of_order(entry) for name, entry in written.items()}
+    if isinstance(written, Sequence) and not isinstance(written, str):
+        return [_regardless_of_order(item) for item in written]
+    return (isinstance(written, bool), written)
 
 
 def _hold_to_identity(study: optuna.Study, path: Path, settings: StudySettings) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,27 +13,28 @@ from benchmarks.trial_overhead import (
     EXAMPLE,
     OBJECTIVES,
     SPACE,
-    Sleep,
+    Load,
     Stopwatch,
     Swept,
     Timed,
     by_optuna,
     gate_trials,
+    make_sleep,
     timed_asking,
 )
 from orchestration.config_loading import load_config
 from orchestration.search_stage import gate_defaults, study_settings
 from search import engine
 from search.engine import Budget, Search
-from search.runner import OneByOne, SerialRunner, TrialSpec
+from search.runner import SerialRunner, TrialSpec
 from search.space import parse_space
 from search.study import StudyJournal, StudySettings
 
 
 def test_overhead_is_what_neither_work_nor_asking_explains() -> None:
-    timed = Timed(cold_s=9.0, wall_s=3.0, ask_s=0.5, num_trials=20)
-    assert timed.overhead_ms(0.2, workers=2) == pytest.approx(1e3 * (3.0 - 0.5 - 20 * 0.2 / 2) / 20)
-    assert timed.overhead_ms(0.0, workers=1) == pytest.approx(125.0)
+    timed = Timed(Load(0.2, 20), cold_s=9.0, wall_s=3.0, ask_s=0.5)
+    assert timed.overhead_ms(workers=2) == pytest.approx(25.0)
+    assert replace(timed, load=Load(0.0, 20)).overhead_ms(workers=1) == pytest.approx(125.0)
 
 
 def test_a_sweep_lasts_until_mlflow_has_it() -> None:
@@ -54,21 +56,24 @@ def test_a_stopwatch_adds_up_its_calls_and_nothing_else() -> None:
 
 def test_the_asking_of_a_search_is_timed_and_its_trials_are_not(tmp_path: Path) -> None:
     mirror = engine.Mirror
-    settings = StudySettings(name="x", space=parse_space(SPACE), objectives=OBJECTIVES, cohort=4)
+    space = parse_space({**SPACE, "work_s": {"choice": [0.03]}})
+    settings = StudySettings(name="x", space=space, objectives=OBJECTIVES, cohort=4)
     journal = StudyJournal.open(tmp_path / "study.log", settings)
     with timed_asking() as asking:
         start = time.perf_counter()
-        Search(journal=journal, runner=SerialRunner(OneByOne(Sleep(0.03)))).run(Budget(8))
+        Search(journal=journal, runner=SerialRunner(make_sleep({}))).run(Budget(8))
         wall_s = time.perf_counter() - start
     assert 0 < asking.total_s <= wall_s - 8 * 0.03
     assert engine.Mirror is mirror
 
 
 def test_plain_optuna_runs_what_it_says() -> None:
-    timed = by_optuna(0.01, 5)
-    assert timed.num_trials == 5
-    assert timed.overhead_ms(0.01, workers=1) > 0
-    assert timed.wall_s >= 5 * 0.01 + timed.ask_s
+    loads = [Load(0.0, 3), Load(0.01, 5)]
+    idle, sleeping = by_optuna(loads)
+    assert [idle.load, sleeping.load] == loads
+    assert idle.cold_s == sleeping.cold_s
+    assert sleeping.overhead_ms(workers=1) > 0
+    assert sleeping.wall_s >= 5 * 0.01 + sleeping.ask_s
 
 
 def test_the_sweeps_are_of_real_gate_trials_over_the_examples_space() -> None:

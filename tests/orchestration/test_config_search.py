@@ -357,6 +357,9 @@ def test_what_is_said_of_routers_names_routers_and_settings_that_exist() -> None
     assert all(any(key.startswith(beginning) for key in sweepable_keys()) for beginning in READERS)
 
 
+HALVED: dict[str, Any] = {"space": TARGET, "gate": {"trainer": "end_to_end"}, "pruner": {"name": "pareto_halving"}}
+
+
 @pytest.mark.parametrize(
     ("sections", "count"),
     [
@@ -377,6 +380,9 @@ def test_what_is_said_of_routers_names_routers_and_settings_that_exist() -> None
         ({"budget": {"plateau": {"trials": 256}}}, 1),
         ({"budget": {"plateau": {"trials": 255}}}, 0),
         ({"sampler": {"enqueue": [{"gate.target": 0.5}]}, "budget": {"trials": 1}, "space": TARGET}, 2),
+        ({**HALVED, "constraints": [{"hard": "top1 >= 0.9"}]}, 1),
+        ({**HALVED, "constraints": ["top1 >= 0.9", {"hard": "params_m <= 5"}]}, 0),
+        ({"constraints": [{"hard": "top1 >= 0.9"}]}, 0),
         ({"sampler": {"name": "gp", "startup": 300}}, 1),
         ({"sampler": {"name": "nsga3"}, "budget": {"trials": 64}}, 1),
         ({"sampler": {"name": "qmc"}, "budget": {"trials": 64}}, 0),

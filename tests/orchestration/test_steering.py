@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
+from orchestration.config import resolve_cohort, resolve_trials
 from orchestration.queue import read_queue
 from orchestration.rundir import DriverLock
-from orchestration.steering import changed_point
+from orchestration.steering import changed_point, extended
 from search.points import trial_name
 from search.space import parse_space
 from tests.orchestration.samples import Finished, call, results_in
@@ -139,6 +140,27 @@ def test_a_budget_is_only_raised(finished: Finished, arguments: list[str], messa
     answer = call(finished.folder, "extend", "tiny", *arguments)
     assert answer.code == 2
     assert message in answer.err
+
+
+@pytest.mark.ray
+def test_one_trial_more_is_a_cohort_more_where_cohorts_are_compared_as_a_whole(
+    finished: Finished, tmp_path: Path
+) -> None:
+    folder = finished.copy(tmp_path)
+    path = results_in(folder).run.sweep_yaml
+    text = path.read_text(encoding="utf-8")
+    for plain, halved in (
+        ("trainer: table", "trainer: end_to_end"),
+        ("pruner:\n  name: none", "pruner:\n  name: pareto_halving"),
+    ):
+        assert plain in text
+        text = text.replace(plain, halved)
+    path.write_text(text, encoding="utf-8")
+    results = results_in(folder)
+    cohort = resolve_cohort(results.config)
+    before = resolve_trials(results.config)
+    assert before % cohort == 0
+    assert resolve_trials(extended(results, "+1")) == before + cohort
 
 
 @pytest.mark.ray

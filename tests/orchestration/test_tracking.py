@@ -18,7 +18,7 @@ from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 
 from orchestration import tracking
-from orchestration.mlflow_writer import MlflowWriter, SharedWriter
+from orchestration.mlflow_writer import MlflowWriter, SharedWriter, is_on_local_disk
 from orchestration.tracking import (
     FAILURES_BEFORE_PAUSE,
     CurvePoint,
@@ -320,6 +320,38 @@ def test_the_driver_itself_does_without_mlflow(database: Database, experiment: s
     assert database.runs(experiment)["digits"].info.status == "FINISHED"
 
 
+def test_a_database_is_one_plain_file_again_when_the_sweep_is_over(tmp_path: Path, artifact: Path) -> None:
+    assert is_on_local_disk(tmp_path / "mlflow.db"), "elsewhere it stays one plain file throughout"
+    own = Database(tmp_path)
+    own.artifacts.mkdir()
+    tracker = own.tracker_with_process("digits")
+    tracker.parent(parent_run("digits"))
+    written(tracker, 2)
+    assert own.path.with_name("mlflow.db-wal").exists(), "rows are appended to a log meanwhile"
+    os.kill(writer_pid(tracker), signal.SIGKILL)  # what was answered outlives the process that wrote it
+    tracker = own.tracker_with_process("digits")
+    assert play(tracker, "digits", artifact).num_unsent == 0
+    assert [path.name for path in tmp_path.glob("mlflow.db*")] == ["mlflow.db"]
+    copy = Database(tmp_path / "copy")
+    copy.path.parent.mkdir()
+    shutil.copy(own.path, copy.path)
+    assert len(copy.runs("digits")) == 1 + 1 + 2 + NUM_TRIALS
+
+
+def test_a_database_that_machines_may_share_is_left_as_it_is(tmp_path: Path) -> None:
+    mounts = tmp_path / "mounts"
+    (tmp_path / "home of all" / "runs").mkdir(parents=True)
+    shared = str(tmp_path / "home of all").replace(" ", "\\040")
+    mounts.write_text(f"/dev/sda1 / ext4 rw 0 0\nserver:/home {shared} nfs4 rw 0 0\n")
+    assert is_on_local_disk(tmp_path / "mlflow.db", mounts)
+    assert not is_on_local_disk(tmp_path / "home of all" / "runs" / "mlflow.db", mounts)
+    mounts.write_text(f"{mounts.read_text()}tmpfs {shared}/runs tmpfs rw 0 0\n")
+    assert is_on_local_disk(tmp_path / "home of all" / "runs" / "mlflow.db", mounts)
+    (tmp_path / "link").symlink_to(tmp_path / "home of all")
+    assert not is_on_local_disk(tmp_path / "link" / "mlflow.db", mounts)
+    assert not is_on_local_disk(tmp_path / "mlflow.db", tmp_path / "another system has none")
+
+
 def test_a_closed_tracker_leaves_no_process(database: Database, experiment: str) -> None:
     tracker = database.tracker_with_process(experiment)
     tracker.parent(parent_run("digits"))
@@ -504,7 +536,9 @@ def test_a_store_that_comes_back_is_written_to_again(
         time.sleep(0.01)
     time.sleep(0.05)
     away.path.rmdir()
-    shutil.copy(database.path, away.path)
+    # Not as a file: to open and close one that SQLite has open in this process would take its locks away.
+    with closing(sqlite3.connect(database.path)) as source, closing(sqlite3.connect(away.path)) as target:
+        source.backup(target)
     tracker.trial(trial_run("digits", 3))
     summary = tracker.close("FINISHED", NOW_MS + 1000, TIMEOUT_S)
     assert summary.num_unsent == 5

@@ -24,11 +24,11 @@ from dsnet.errors import ConfigError
 from search.constraints import ConstraintSet
 from search.engine import Budget, Search
 from search.expressions import Comparison, parse_comparison
+from search.pareto import hypervolume
 from search.runner import OneByOne, SerialRunner, TrialFunction, TrialOutcome, TrialSpec, outcome_from
 from search.samplers import KNOWN_SAMPLERS, SamplerSettings
 from search.space import parse_space
 from search.stopping import Plateau, StopRules
-from search.pareto import hypervolume
 from search.study import Objective, StudyJournal, StudySettings, TrialRecord, load_records
 
 SPACE: dict[str, Any] = {
@@ -190,7 +190,9 @@ def test_the_number_of_workers_changes_nothing(tmp_path: Path, sampler: str, num
 def test_the_number_of_workers_changes_nothing_for_the_slow_sampler_either(tmp_path: Path) -> None:
     settings = study_settings("gp")
     alone = sweep(tmp_path / "alone", 11, settings=settings)
-    assert essence(sweep(tmp_path / "crowd", 11, settings=settings, runner=ThreadedRunner(sometimes_broken, 2))) == essence(alone)
+    assert essence(
+        sweep(tmp_path / "crowd", 11, settings=settings, runner=ThreadedRunner(sometimes_broken, 2))
+    ) == essence(alone)
 
 
 @dataclass(frozen=True)
@@ -443,6 +445,34 @@ def test_a_grid_is_tried_once_and_then_the_sweep_ends(tmp_path: Path) -> None:
     assert len(points) == 40, "the enqueued point takes none of the grid"
 
 
+def test_a_point_enqueued_when_a_grid_is_at_its_end_is_tried_and_the_sweep_ends_again(tmp_path: Path) -> None:
+    settings = study_settings(sampler=SamplerSettings("grid"), space=parse_space(COARSE))
+    path, added = tmp_path / "study", list[Mapping[str, Any]]()
+    assert len(sweep(path, 100, settings=settings, queue=lambda: added)) == 40
+    added.append(POINT)
+    records = sweep(path, 100, settings=settings, queue=lambda: added)
+    assert [record.params["gate.target"] for record in records[40:]] == [0.5]
+    assert len(sweep(path, 100, settings=settings, queue=lambda: added)) == 41
+
+
+@pytest.mark.parametrize("order", ["cohorts", "asynchronous"])
+def test_a_point_enqueued_during_the_last_trials_of_a_grid_is_tried_in_the_same_launch(
+    tmp_path: Path, order: str
+) -> None:
+    settings = study_settings(sampler=SamplerSettings("grid"), space=parse_space(COARSE), order=order, cohort=7)
+    notebook = Notebook()
+
+    def queue() -> list[Mapping[str, Any]]:
+        return [POINT, POINT][: max(0, len(notebook.records) - 38)]  # one comes after each of the last two trials
+
+    records = sweep(tmp_path / "study", 100, settings=settings, observer=notebook, queue=queue)
+    assert [record.slot for record in records] == list(range(42))
+    assert len({tuple(sorted(record.params.items())) for record in records}) == 40, "every point of the grid"
+    assert sum(POINT.items() <= record.params.items() for record in records) == 4 + 2
+    resumed = sweep(tmp_path / "study", 100, settings=settings, queue=queue)
+    assert essence(resumed) == essence(records)
+
+
 # --- constraints ---
 
 
@@ -481,7 +511,10 @@ def searched(path: Path, rules: StopRules, trials: int = 200, **options: Any) ->
 def test_a_target_ends_the_sweep_at_the_first_trial_that_meets_all_of_it(tmp_path: Path) -> None:
     target = StopRules(target=ConstraintSet((comparison("top1 >= 0.7"), comparison("madds_m <= 6"))))
     reason, count = searched(tmp_path / "study", target)
-    meets = [r.is_feasible and r.metrics["top1"] >= 0.7 and r.metrics["madds_m"] <= 6 for r in load_records(tmp_path / "study")]
+    meets = [
+        r.is_feasible and r.metrics["top1"] >= 0.7 and r.metrics["madds_m"] <= 6
+        for r in load_records(tmp_path / "study")
+    ]
     assert (reason, meets.index(True)) == ("target", count - 1)
     assert searched(tmp_path / "study", target) == (reason, count), "launched again it runs nothing"
     assert searched(tmp_path / "study", StopRules(), count + 3) == ("trials", count + 3)

@@ -244,6 +244,20 @@ def test_a_sweep_stopped_between_the_records_of_a_cohort_goes_on_to_the_same_stu
         assert essence(records) == essence(whole[:told])
 
 
+def test_a_point_enqueued_while_a_cohort_was_interrupted_takes_over_no_stage_of_another(tmp_path: Path) -> None:
+    path = tmp_path / "study"
+    with pytest.raises(Killed):
+        sweep(path, Staged(epochs_left=3))  # three slots of the first cohort are noted at the first rung
+    whole = sweep(tmp_path / "whole", Staged(), COHORT)
+    records = sweep(path, Staged(), COHORT, queue=lambda: [{"gate.target": 0.25}])
+    assert [record.params["gate.target"] == 0.25 for record in records].index(True) == 3
+    for record, other in zip(records, whole, strict=True):
+        assert record.metrics["madds_m"] == 10 * float(record.params["gate.target"])
+        assert record.slot >= 3 or record.params == other.params
+        for values in record.rungs.values():
+            assert values[1] == 10 * float(record.params["gate.target"])
+
+
 def test_a_trial_that_fails_at_a_rung_is_failed_and_compared_with_nobody(tmp_path: Path) -> None:
     whole = sweep(tmp_path / "whole", Staged(), COHORT)
     first, second = RUNGS

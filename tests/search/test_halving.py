@@ -246,5 +246,5 @@ def test_what_breaks_constraints_stands_behind_what_holds_them_and_the_least_bro
     assert rule.survivors(candidates, [], goals, {0: 0.5, 1: 0.1, 2: 0.0, 3: 0.0}) == {2, 3}
     assert rule.survivors(candidates, [], goals, {0: 0.5, 1: 0.1, 2: 0.3, 3: 0.2}) == {1, 3}
     earlier = [(0.5, 5.0), (0.4, 6.0), (0.3, 7.0), (0.2, 8.0)]
-    assert rule.survivors(candidates, earlier, goals, {slot: 1.0 for slot in candidates}, [2.0, 2.0, 0.0, 0.0]) == {0, 1}
-    assert rule.survivors(candidates, earlier, goals, {slot: 1.0 for slot in candidates}, [0.0] * 4) == {0}
+    assert rule.survivors(candidates, earlier, goals, dict.fromkeys(candidates, 1.0), [2.0, 2.0, 0.0, 0.0]) == {0, 1}
+    assert rule.survivors(candidates, earlier, goals, dict.fromkeys(candidates, 1.0), [0.0] * 4) == {0}

@@ -377,6 +377,12 @@ class OneObjective(BaseSampler):
             r"sampler.options.n_ei_candidate: tpe has no such option; did you mean 'n_ei_candidates'",
         ),
         ("tpe", {"n_ei_candidates": "many"}, r"takes a value like 24; got 'many'"),
+        ("tpe", {"n_ei_candidates": 0}, r"options \{'n_ei_candidates': 0\}"),
+        ("tpe", {"prior_weight": -1.0}, "non-negative value"),
+        ("nsga3", {"reference_points": "x"}, "could not convert"),
+        ("nsga3", {"reference_points": [[1.0, 2.0, 3.0]]}, "must be the same as the number of objectives"),
+        ("nsga3", {"dividing_parameter": 0}, "dividing_parameter is 0, but must be a whole number in 1..100"),
+        ("nsga3", {"dividing_parameter": 10**6}, "must be a whole number in 1..100"),
         ("tpe", {"seed": 3}, "cannot be set here; every slot derives its own"),
         ("tpe", {"constraints_func": "f"}, "write `constraints`"),
         ("tpe", {"n_startup_trials": 3}, "set sampler.startup"),
@@ -415,6 +421,13 @@ def test_what_can_be_used_suggests(name: str, options: dict[str, Any]) -> None:
     space = parse_space({"gate.target": {"step": [0.1, 0.9, 0.1]}, "gate.sgs.t_easy": {"int": [0, 3]}})
     for point in itertools.chain(*Sweep(settings, space).run()):
         check_point(space, point)
+
+
+def test_reference_points_have_as_many_coordinates_as_the_sweep_has_objectives() -> None:
+    settings = SamplerSettings("nsga3", {"reference_points": [[1.0, 0.0, 0.0], [0.0, 1.0, 1.0]]})
+    check_sampler(settings, 3)
+    with pytest.raises(ConfigError, match="number of objectives"):
+        check_sampler(settings, 2)
 
 
 def test_suggestions_do_not_depend_on_the_order_of_sets() -> None:

@@ -205,6 +205,16 @@ def test_a_third_objective_that_images_do_not_change_keeps_a_point_on_every_fron
     assert front_stability(columns, (*MAX_MIN, "maximize"), correct.astype(int)).tolist() == [1.0, 0.0]
 
 
+@pytest.mark.parametrize(
+    ("third", "shares"), [([5.0, 4.0], [0.0, 1.0]), ([4.0, 5.0], [1.0, 0.0]), ([4.0, 4.0], [1.0, 1.0])]
+)
+def test_points_that_decide_alike_and_differ_in_what_images_do_not_change_are_two(third, shares):
+    sample = resample_points(np.ones((30, 2), bool), [1.0, 1.0], num_resamples=20)
+    columns = [sample.resampled_top1, sample.resampled_madds, np.array(third)]
+    decisions = np.zeros((30, 2), int)
+    assert front_stability(columns, (*MAX_MIN, "minimize"), decisions).tolist() == shares
+
+
 def test_groups_are_anchored_at_front_points_and_not_closed():
     rng = np.random.default_rng(5)
     correct = np.repeat(rng.random((400, 1)) < 0.8, 4, axis=1)

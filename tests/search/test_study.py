@@ -17,8 +17,9 @@ from dsnet.errors import CheckpointError, ConfigError, NotFoundError, PreflightE
 from search.engine import Budget, Mirror, Search
 from search.halving import ParetoHalving
 from search.runner import OneByOne, SerialRunner
+from search.space import parse_space
 from search.study import Objective, StudyJournal, TrialRecord, load_records, repair_journal
-from tests.search.test_engine import POINT, SLACK, essence, sampler_settings, sometimes_broken, study_settings
+from tests.search.test_engine import POINT, SLACK, SPACE, essence, sampler_settings, sometimes_broken, study_settings
 
 
 @pytest.fixture
@@ -52,7 +53,9 @@ def test_a_finished_trial_is_exactly_one_line_of_the_journal(path: Path) -> None
 def test_a_reloaded_record_equals_the_one_that_was_told(path: Path) -> None:
     records = make_study(path)
     assert load_records(path) == list(records)
-    assert {(value <= 0) == (record.metrics["madds_m"] <= 6) for record in records for value in record.constraints.values()} == {True}
+    assert {
+        (value <= 0) == (record.metrics["madds_m"] <= 6) for record in records for value in record.constraints.values()
+    } == {True}
 
 
 def test_optuna_alone_reads_the_study_with_names_directions_states_and_constraints(path: Path) -> None:
@@ -164,6 +167,19 @@ def test_a_renamed_sweep_continues_its_study(path: Path) -> None:
     assert StudyJournal.open(path, study_settings(name="other")).records() == list(records)
 
 
+def test_the_order_in_which_a_space_is_written_and_1_for_1_0_change_nothing(path: Path, tmp_path: Path) -> None:
+    as_before = {**SPACE, "gate.losses.cls": 1.0, "gate.routing.first": {"int": [0, 3]}}
+    rewritten = {name: as_before[name] for name in reversed(as_before)} | {"gate.losses.cls": 1}
+    function = SerialRunner(OneByOne(sometimes_broken))
+    whole = Search(journal=StudyJournal.open(tmp_path / "whole", study_settings()), runner=function).run(Budget(20))
+    Search(journal=StudyJournal.open(path, study_settings()), runner=function).run(Budget(11))
+    journal = StudyJournal.open(path, study_settings(space=parse_space(rewritten)))
+    assert essence(Search(journal=journal, runner=function).run(Budget(20)).records) == essence(whole.records)
+    for other in ({**SPACE, "gate.losses.cls": True}, {**SPACE, "gate.routing.first": {"int": [0, 4]}}):
+        with pytest.raises(ConfigError, match="made with space_hash"):
+            StudyJournal.open(path, study_settings(space=parse_space(other)))
+
+
 def test_a_study_of_someone_else_is_refused(path: Path) -> None:
     path.parent.mkdir()
     study = optuna.create_study(storage=JournalStorage(JournalFileBackend(str(path))))
@@ -219,4 +235,4 @@ def test_the_record_of_a_trial_stays_small(path: Path) -> None:
     make_study(path, 12)
     longest = max(path.read_bytes().splitlines(), key=len)
     assert len(longest) < 4096
-    assert json.loads(longest)["user_attrs"].keys() == {"slot", "metrics", "reason", "duration_s"}
+    assert json.loads(longest)["user_attrs"].keys() == {"slot", "metrics", "reason", "duration_s", "feasible"}
