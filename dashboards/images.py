@@ -64,7 +64,21 @@ def _content(figure: go.Figure, path: Path, width_px: int) -> bytes:
         return figure_json(figure).encode("utf-8")
     if suffix in SUFFIXES:
         return _image(figure, suffix.removeprefix("."), width_px)
-    raise ConfigError(f"cannot write a figure as {path.name!r}: the suffix must be one of {', '.join(SUFFIXES)}")
+    raise _unknown_suffix(path)
+
+
+def check_suffix(path: Path) -> None:
+    """Refuse a file name before anything is drawn.
+
+    Raises:
+        ConfigError: no format has this suffix.
+    """
+    if path.suffix.lower() not in SUFFIXES:
+        raise _unknown_suffix(path)
+
+
+def _unknown_suffix(path: Path) -> ConfigError:
+    return ConfigError(f"cannot write a figure as {path.name!r}: the suffix must be one of {', '.join(SUFFIXES)}")
 
 
 def _image(figure: go.Figure, kind: str, width_px: int) -> bytes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -19,7 +19,7 @@ from dsnet.routers.cascade import num_answer_features
 from dsnet.space import Subnet, SubnetSet, SupernetSpec
 from dsnet.training.gate_tree import NUM_EXTRA_POOLINGS
 from dsnet.training.supernet import FINAL
-from orchestration.config import SweepConfig, possible_routers
+from orchestration.config import SweepConfig, constraint_set, possible_routers, target_set
 from search.constraints import BASELINE
 from search.gate_trial import ROUTING_KEYS, routing_ids
 
@@ -87,6 +87,27 @@ def layout_ranges(config: SweepConfig, subnets: SubnetSet, image_size: int) -> d
     known = {name: (value, value) for name, value in exact.items()}
     static = {name: known.get(name, (0.0, 1.0) if name.startswith("top") else (0.0, math.inf)) for name in ranges}
     return ranges | {f"{BASELINE}{name}": reach for name, reach in static.items()}
+
+
+def hopeless_conditions(config: SweepConfig, subnets: SubnetSet, image_size: int) -> Iterator[str]:
+    """Warnings about soft constraints and targets that no router over this layout can hold: the search would find nothing, or not end."""
+    ranges = layout_ranges(config, subnets, image_size)
+    unmeasured = {name: math.nan for name in ranges if name.startswith(BASELINE)}
+    for key, these, end in (
+        ("constraints", constraint_set(config, unmeasured), "no trial will be feasible"),
+        ("budget.target", target_set(config, unmeasured), "no trial will meet it"),
+    ):
+        for comparison in these.soft:
+            if comparison.least_violation(ranges) > 0:
+                reach = spoken_reach(comparison.names, ranges)
+                yield f"{key}: no router of this network can hold {comparison} (within reach: {reach}): {end}"
+
+
+def spoken_reach(names: Collection[str], ranges: Mapping[str, Range]) -> str:
+    """The ranges of some metrics, in words."""
+    return ", ".join(
+        f"{name} {ranges[name][0]:.4g} to {ranges[name][1]:.4g}" for name in sorted(names) if name in ranges
+    )
 
 
 def metric_ranges(

@@ -287,11 +287,15 @@ def plan(sweep: Path, as_json: bool, resolved: Path | None, **options: Any) -> N
 def validate(sweep: Path, **options: Any) -> None:
     """Check a sweep file without reading data or running anything."""
     from orchestration.config import supernet_space
+    from orchestration.wording import plural
 
     config = _load(sweep, **options).config
     trials = f"{config.budget.trials} trials"
     if supernet_space(config):
-        trials = f"up to {config.supernets.number} supernets, {trials} for each"
+        from orchestration.supernet_sweep import check_supernets
+
+        check_supernets(config)
+        trials = f"up to {plural(config.supernets.number, 'supernet')}, {trials} for each"
     click.echo(f"{sweep}: fine ({config.name}: {config.supernet.model} on {config.data.name}, {trials})")
 
 
@@ -397,6 +401,13 @@ def pareto(
 ) -> None:
     """Show the front of a run: each gate on val and on test, beside what would make it unimpressive."""
     from orchestration.terminal import show_front
+
+    if figure is not None or routers_figure is not None:
+        from dashboards.images import check_suffix
+
+        for path in (figure, routers_figure):
+            if path is not None:
+                check_suffix(path)
 
     if (sweep := _open_supernets(run, runs)) is not None:
         _supernets_pareto(sweep, picks, figure, routers_figure, as_json=as_json)

@@ -322,6 +322,24 @@ def _search_problems(config: SweepConfig) -> Iterator[BrokenRule]:
         yield BrokenRule(("supernets", "scheduler"), message)
     if scheduler == "none" and config.supernets.options:
         yield BrokenRule(("supernets", "options"), "scheduler none takes no options; remove them, or name a scheduler")
+    elif scheduler in SCHEDULERS and config.supernets.options:
+        # Imported here: training needs torch, which `dsnet-orch schema` and --help do without.
+        from orchestration.tune_supernets import check_scheduler
+
+        try:
+            check_scheduler(scheduler, config.supernets.options)
+        except ConfigError as error:
+            match = re.match(r"supernets\.options\.(\w+):? ?", str(error))
+            if match is None:
+                yield BrokenRule(("supernets", "options"), str(error))
+            else:
+                yield BrokenRule(("supernets", "options", match[1]), str(error)[match.end() :])
+        grace, epochs = config.supernets.options.get("grace_period"), _longest_training(config)
+        if scheduler == "asha" and isinstance(grace, int) and grace > epochs:
+            message = f"{grace} is above supernet.train.epochs {epochs}; lower it"
+            yield BrokenRule(
+                ("supernets", "options", "grace_period"), message, others=(("supernet", "train", "epochs"),)
+            )
 
 
 def _sampler_problems(config: SweepConfig) -> Iterator[BrokenRule]:
@@ -498,8 +516,27 @@ def _stopping_warnings(config: SweepConfig) -> Iterator[str]:
             )
     if config.sampler.enqueue and num_first >= budget.trials:
         yield f"sampler.enqueue holds {num_first} points, and budget.trials is {budget.trials}: nothing is left to search"
-    if not supernet_space(config) and config.supernets != SupernetsConfig():
+    if supernet_space(config):
+        yield from _scheduler_warnings(config)
+    elif config.supernets != SupernetsConfig():
         yield "supernets is not read: space holds no supernet.* key"
+
+
+def _longest_training(config: SweepConfig) -> int:
+    """Epochs of the supernet that trains longest."""
+    swept = config.space.get("supernet.train.epochs")
+    return max([config.supernet.train.epochs] if swept is None else [int(value) for value in swept.edge_values()])
+
+
+def _scheduler_warnings(config: SweepConfig) -> Iterator[str]:
+    """Settings with which a scheduler ends no training."""
+    rules, epochs = config.supernets, _longest_training(config)
+    if rules.scheduler == "none":
+        return
+    grace = rules.options.get("grace_period", 0)
+    for key, value in (("report_every", rules.report_every), ("options.grace_period", grace)):
+        if isinstance(value, int | float) and value >= epochs:
+            yield f"supernets.{key} {value} is not below supernet.train.epochs {epochs}: the scheduler stops nothing"
 
 
 def _space_warnings(config: SweepConfig) -> Iterator[str]:

@@ -115,9 +115,12 @@ class MlflowWriter:
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,
             )
-        self._child = _Child(process, ours)
+        child = self._child = _Child(process, ours)
+        if self._is_stopped:  # meanwhile, by a thread that may have found no child yet
+            MlflowWriter.stop(self, at_once=True)
+            raise RuntimeError("the process that writes to MLflow was stopped")
         ours.send(self._arguments)
-        return self._child
+        return child
 
 
 class SharedWriter(MlflowWriter):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dsnet.cost import subnet_cost
-from dsnet.errors import DataError, NotFoundError, PreflightError
+from dsnet.errors import DataError, NotFoundError, NothingFeasibleError, PreflightError
 from orchestration.config import SweepConfig
 from orchestration.config_loading import LoadedConfig
 from orchestration.preparation import Images, Prepared, load_images, prepare, stage_definitions
@@ -16,7 +16,7 @@ from orchestration.projection import make_tracker, replay, store_uri, sweep_end_
 from orchestration.reporting import write_report
 from orchestration.results import RunResults
 from orchestration.rundir import MLFLOW_DATABASE, DriverLock, RunDir, mlflow_artifact_root, mlflow_store_uri
-from orchestration.search_stage import continued
+from orchestration.search_stage import continued, refuse_impossible_layout
 from orchestration.stages import StagePlan, plan_stages
 from orchestration.supernet_facts import SupernetFacts
 from orchestration.terminal import warn
@@ -51,6 +51,10 @@ def make_plan(loaded: LoadedConfig) -> SweepPlan:
     prepared = prepare(config, run, warn)
     for warning in prepared.warnings():
         warn(warning)
+    try:
+        refuse_impossible_layout(config, prepared.subnets, prepared.image_size)
+    except NothingFeasibleError as error:  # the costs that a plan shows help to mend it
+        warn(f"a launch would end at once: {error}")
     spec = prepared.subnets.spec
     costs = [(subnet.name, subnet_cost(spec, subnet, prepared.image_size)) for subnet in prepared.subnets.all]
     *others, search = plan_stages(run, stage_definitions(prepared))

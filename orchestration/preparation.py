@@ -28,6 +28,7 @@ from dsnet.training.sources import ImageSource, load_source
 from dsnet.training.start import Start, check_start, find_checkpoint, first_weights, lay_out, load_start
 from dsnet.training.supernet import FINAL
 from orchestration.adoption import Adoption, find_adoption, standalone_config
+from orchestration.baseline import hopeless_conditions
 from orchestration.config import (
     REGIME_KEYS,
     Stage,
@@ -123,7 +124,7 @@ class Prepared:
                     f"gate.target_madds_m {target:g} lies outside the sub-networks' {min(madds_m):.4g} to {max(madds_m):.4g} "
                     "M MAdds; trials take the nearest"
                 )
-        return (*warnings, *self._too_fine())
+        return (*warnings, *self._too_fine(), *hopeless_conditions(self.config, self.subnets, self.image_size))
 
     def _too_fine(self) -> Iterator[str]:
         """Conditions that ask for less than one image of `val` can tell."""

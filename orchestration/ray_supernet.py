@@ -233,5 +233,11 @@ def root_cause(error: BaseException) -> str:
         error = next(iter(workers.values()))
     while error.__cause__ is not None:
         error = error.__cause__
+    is_memory = type(error).__name__ == "OutOfMemoryError" and type(error).__module__.startswith("ray.")
+    if is_memory or "low on memory" in str(error):
+        return (
+            "a process was ended because the machine ran out of memory; close other programs, or lower supernet.train.batch_size, "
+            "and launch again: training continues from its newest checkpoint"
+        )
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return f"{type(error).__name__}: {lines[-1]}"

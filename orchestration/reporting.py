@@ -126,7 +126,7 @@ def _objective_notes(results: RunResults) -> tuple[str, ...]:
     further = further_objective(results)
     if further is not None:
         drawn += f", with {further.metric} as colour" + (" and in a row of its own" if further.is_latency else "")
-    return (f"The front was chosen by {' and '.join(names)}; {drawn}.",)
+    return (f"The front was chosen by {', '.join(names[:-1])} and {names[-1]}; {drawn}.",)
 
 
 def further_objective(results: RunResults) -> Further | None:

@@ -16,9 +16,10 @@ from dsnet.errors import CheckpointError, NotFoundError
 from dsnet.files import read_json
 from dsnet.latency import MAIN_DEVICE, BatchClock, LatencyTable, device_of, latency_metric
 from dsnet.routers import Router
-from orchestration.baseline import baseline_metrics
+from orchestration.baseline import baseline_metrics, measured_ranges
 from orchestration.config import SweepConfig
 from orchestration.config_loading import load_config
+from orchestration.queue import read_queue
 from orchestration.rundir import Manifest, RunDir
 from orchestration.stages import StageDir
 from orchestration.supernet_facts import SupernetFacts
@@ -27,7 +28,7 @@ from search.analysis import BudgetPick, SplitAnalysis, budget_picks, front_slots
 from search.gate_trial import router_of
 from search.pareto import apply_pick, parse_pick
 from search.points import PointRow, control_points, gate_points, subnet_points, trial_name
-from search.study import TrialRecord, load_records
+from search.study import TrialRecord, load_enqueued, load_records
 
 
 @dataclass(frozen=True)
@@ -182,6 +183,19 @@ class RunResults:
         return load_records(journal) if self._is_current("search") and journal.exists() else []
 
     @property
+    def search_end(self) -> str | None:
+        """What ended the search: `trials`, `time`, `plateau`, ...; None before its end."""
+        path = self.run.search_end_json(self.stage_key("search") or "")
+        return str(_read(path)["reason"]) if path.is_file() else None
+
+    @property
+    def num_waiting(self) -> int:
+        """Points that people enqueued and that have no trial yet."""
+        key = self.stage_key("search") or ""
+        journal, queue = self.run.study_journal(key), read_queue(self.run.queue_jsonl(key))
+        return len(queue) - len(load_enqueued(journal)) if queue and journal.is_file() else len(queue)
+
+    @property
     def completed(self) -> list[TrialRecord]:
         """The trials that ran to their end, whether they hold the constraints or not."""
         return [record for record in self.records if record.state == "complete"]
@@ -213,11 +227,14 @@ class RunResults:
         """The hypervolume's reference: as configured, else 0 for what is maximised and 1.05 x the widest for what is minimised.
 
         Of a latency it is the widest as a gate runs it, decision included: what a router saves is told apart from what deciding costs.
+        Of parameters it is the most that a trial may have: a router and the norms of all its routes come on top of the widest.
         """
         names = [subnet.name for subnet in self.subnets if not subnet.is_teacher]
         always_widest = np.array([float(name == self.widest.name) for name in names])
         dynamic = {metric: clock.ms(always_widest) for metric, clock in self._clocks.items()}
         costs = {name: max(value, dynamic.get(name, value)) for name, value in self.baseline.items()}
+        if any(metric.name == "params_m" for metric in self.config.metrics):
+            costs["params_m"] = max(costs["params_m"], measured_ranges(self)["params_m"][1])
         return tuple(
             metric.ref if metric.ref is not None else (0.0 if metric.goal == "maximize" else 1.05 * costs[metric.name])
             for metric in self.config.metrics
@@ -406,9 +423,13 @@ def refuse_unusable(pick: str, records: Sequence[TrialRecord]) -> None:
         return
     record = records[0]
     broken = [text for text, violation in record.constraints.items() if not violation <= 0]
-    standing = f"infeasible: breaks {' and '.join(broken)}" if record.state == "complete" else record.state
+    standing = {
+        "complete": f"is infeasible: breaks {' and '.join(broken)}",
+        "pruned": "was pruned",
+        "failed": "failed",
+    }[record.state]
     why = f": {record.reason}" if record.reason else ""
-    raise NotFoundError(f"pick {pick!r}: {trial_name(record.slot)} is {standing}{why}; only feasible trials can be picked")
+    raise NotFoundError(f"pick {pick!r}: {trial_name(record.slot)} {standing}{why}; only feasible trials can be picked")
 
 
 def load_router(path: Path) -> Router:

@@ -22,7 +22,7 @@ from dsnet.routing_table import RoutingTable
 from dsnet.space import SubnetSet
 from dsnet.training.gate_end_to_end import EndToEndSettings, GateImages
 from dsnet.training.supernet import FINAL
-from orchestration.baseline import layout_ranges, measured_ranges
+from orchestration.baseline import layout_ranges, measured_ranges, spoken_reach
 from orchestration.config import (
     SweepConfig,
     constraint_set,
@@ -44,6 +44,7 @@ from orchestration.ray_trials import MakeCohortFunction, RayRunner
 from orchestration.results import RunResults
 from orchestration.rundir import RunDir
 from orchestration.stages import StagePlan, flatten, run_stage
+from orchestration.wording import plural
 from search.constraints import BASELINE, ConstraintSet
 from search.engine import Budget, Search
 from search.gate_trial import GateScores, GateTrial
@@ -130,7 +131,7 @@ def search_stage(work: Launch, plan: StagePlan, table_plan: StagePlan) -> None:
             "enqueued": len(journal.enqueued),
         }
         atomic_write_json(run.search_end_json(plan.key), end)
-        if result.stop_reason in FOUND_ENOUGH:
+        if result.stop_reason in _END_SENTENCES:
             work.progress.say(f"search: {_END_SENTENCES[result.stop_reason]} after {len(result.records)} trials")
         return [run.study_journal(plan.key)]
 
@@ -140,13 +141,14 @@ def search_stage(work: Launch, plan: StagePlan, table_plan: StagePlan) -> None:
         record
     ) in results.records:  # rows that an earlier launch could not write; those that MLflow has are not written twice
         work.tracker.trial(trial_row(results.manifest, run, record))
-    work.progress.say(f"search: {count_sentence(results)}, {len(results.front)} gates on the front")
+    work.progress.say(f"search: {count_sentence(results)}, {plural(len(results.front), 'gate')} on the front")
 
 
 _END_SENTENCES = {
     "plateau": "the front does not grow any more (budget.plateau)",
     "target": "a trial meets budget.target",
     "space": "every point of the grid was tried",
+    "time": "its time is over (budget.time_s)",
 }
 
 
@@ -158,7 +160,7 @@ def count_sentence(results: RunResults) -> str:
         "failed": len(results.failed),
     }
     return ", ".join(
-        [f"{len(results.completed)} trials", *(f"{number} {what}" for what, number in counts.items() if number)]
+        [plural(len(results.completed), "trial"), *(f"{number} {what}" for what, number in counts.items() if number)]
     )
 
 
@@ -187,11 +189,8 @@ def refuse_impossible(constraints: ConstraintSet, ranges: Mapping[str, tuple[flo
     impossible = constraints.impossible(ranges)
     if impossible:
         names = {name for comparison in constraints.hard if comparison.text in impossible for name in comparison.names}
-        reach = ", ".join(
-            f"{name} {ranges[name][0]:.4g} to {ranges[name][1]:.4g}" for name in sorted(names & ranges.keys())
-        )
         raise NothingFeasibleError(
-            f"constraints: no router of this network can hold {' or '.join(impossible)} (within reach: {reach}); "
+            f"constraints: no router of this network can hold {' or '.join(impossible)} (within reach: {spoken_reach(names, ranges)}); "
             "loosen it, or change the network"
         )
 

@@ -52,6 +52,8 @@ def extended(results: RunResults | SupernetSweepResults, trials: str, overrides:
             f"+N, or continue it as it is with: dsnet-orch launch {run.sweep_yaml}"
         )
     for text in overrides:
+        if text.partition("=")[0].strip() == "budget.trials":
+            raise ConfigError(f"--set {text}: --trials says how many already; remove one of the two")
         if not text.startswith("budget."):
             raise ConfigError(
                 f"--set {text}: extend changes budget.* only; for another sweep launch {run.sweep_yaml} with --set and --name"
@@ -182,7 +184,10 @@ def enqueue_points(results: RunResults, points: Sequence[Point], like: str | Non
         _checked(space, point, f"point {number}: " if len(points) > 1 else "") for number, point in enumerate(points, 1)
     ]
     append_points(run.queue_jsonl(key), checked)
-    return [*(f"enqueued {json.dumps(point)}" for point in checked), _what_happens(results, len(checked))]
+    return [
+        *(f"enqueued {json.dumps(point)}" for point in checked),
+        _what_happens(results, len(checked), results.num_waiting),
+    ]
 
 
 def _checked(space: Space, point: Point, which: str) -> Point:
@@ -194,20 +199,28 @@ def _checked(space: Space, point: Point, which: str) -> Point:
         check_point(space, point)
     except ConfigError as error:
         raise ConfigError(f"{which}{error}") from error
+    for key in point:  # else it would be drawn whether the value is tried at all
+        for parent, values in space.conditions.get(key, ()):
+            if parent not in point and parent in space.distributions:
+                allowed = " or ".join(map(str, values))
+                raise ConfigError(
+                    f"{which}{key} is only tried when {parent} is {allowed}; name {parent} in the point too"
+                )
     is_real = {key: isinstance(space.distributions[key], FloatDistribution) for key in point}
     return {key: float(value) if is_real[key] else value for key, value in point.items()}
 
 
-def _what_happens(results: RunResults, number: int) -> str:
+def _what_happens(results: RunResults, number: int, num_waiting: int) -> str:
+    """When `number` new points are tried, the last of `num_waiting`."""
     run, what = results.run, "it is" if number == 1 else "they are"
     budget = resolve_trials(results.config)
     left = budget - len(results.records)
-    extend = f"dsnet-orch extend {run.path} --trials +{number}"
+    extend = f"dsnet-orch extend {run.path} --trials +{num_waiting}"
     holder = read_lock(run.lock_path)
     is_running = holder is not None and (holder.is_on_another_host() or holder.is_alive())
     if left <= 0:
         return f"the budget of {budget} trials is spent: {what} tried after {extend}"
-    short = f"; its budget has {left} trials left, for more: {extend}" if left < number else ""
+    short = f"; its budget has {left} trials left, for more: {extend}" if left < num_waiting else ""
     if is_running:
         return f"the sweep is running ({holder}): {what} tried with its next cohort{short}"
     if _search_end(results) in ("plateau", "target"):

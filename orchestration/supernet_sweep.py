@@ -420,7 +420,9 @@ class _Sweep:
                 _write_changed(member.run.chosen_json(member.done_key("search")), {"slots": slots})
         shares = Counter(gate.supernet for gate in results.front)
         told = ", ".join(f"{count} of {name}" for name, count in shares.items())
-        self.progress.say(f"front over {plural(len(results.members), 'supernet')}: {len(results.front)} gates ({told})")
+        self.progress.say(
+            f"front over {plural(len(results.members), 'supernet')}: {plural(len(results.front), 'gate')} ({told})"
+        )
 
     def _verify(self, results: SupernetSweepResults) -> None:
         opening = _Opening(self.manifest)

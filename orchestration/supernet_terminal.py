@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -94,6 +95,9 @@ def show_supernets_front(results: SupernetSweepResults, picks: Sequence[str], *,
     ]
     verified = "" if results.is_verified else " (not verified yet)"
     num_measured = sum(bool(member.subnets) for member in results.members.values())
+    if not rows:
+        say(f"{results.run.name}: no gate on the front yet")
+        return
     title = f"{results.run.name}: one front over {plural(num_measured, 'supernet')}, chosen on val{verified}"
     show_table(columns, lines, title, num_left=3)
     _show_openings(results)
@@ -146,7 +150,10 @@ def show_supernets_status(results: SupernetSweepResults, *, as_json: bool) -> No
         if item["reason"]:
             say(f"{item['name']} {item['state']}: {item['reason']}")
     say(f"trials    {results.num_trials} finished, of {results.config.budget.trials} for each trained supernet")
-    say(f"front     {len(results.front)} gates" + ("" if results.is_verified else ", not verified yet"))
+    say(f"front     {plural(len(results.front), 'gate')}" + ("" if results.is_verified else ", not verified yet"))
+    journal = results.run.merged_journal
+    if journal.is_file():
+        say(f"study     {journal}   (open: optuna-dashboard {shlex.quote(str(journal))})")
     if not results.is_verified and driver is None:
         say(f"continue  dsnet-orch launch {results.run.sweep_yaml}")
 

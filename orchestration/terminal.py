@@ -17,6 +17,7 @@ from rich.table import Table
 
 from dsnet.latency import MAIN_DEVICE, latency_metric
 from orchestration.rundir import read_lock
+from orchestration.wording import plural
 from search.analysis import optimism
 from search.points import trial_name
 
@@ -191,7 +192,10 @@ def _show_unverified(results: RunResults, rows: Sequence[Mapping[str, Any]]) -> 
         )
         for row in rows
     ]
-    title = f"{results.run.name}: {len(rows)} gates on the front (not verified yet)"
+    title = f"{results.run.name}: {plural(len(rows), 'gate')} on the front (not verified yet)"
+    if not rows:
+        say(title)
+        return
     show_table(("gate", "router", "top-1 val %", "MAdds M", *further), lines, title, num_left=2)
 
 
@@ -291,7 +295,7 @@ def _standing_lines(verified: Verified, slots: Sequence[int]) -> list[str]:
     lines = []
     if found is not None:
         lines.append(
-            f"optimism: top-1 on val minus test, mean of {len(verified.test.points)} gates: {_signed(found)} points "
+            f"optimism: top-1 on val minus test, mean of {plural(len(verified.test.points), 'gate')}: {_signed(found)} points "
             "(the splits share no image: unpaired, each resampled by itself)"
         )
     lines.append(
@@ -389,6 +393,7 @@ def show_status(results: RunResults, *, as_json: bool) -> None:
             "infeasible": num_infeasible,
             "pruned": len(results.pruned),
             "failed": len(results.failed),
+            "enqueued": results.num_waiting,
             "budget": results.config.budget.trials,
         },
         "front": [trial_name(slot) for slot in results.front],
@@ -406,12 +411,16 @@ def show_status(results: RunResults, *, as_json: bool) -> None:
     show_table(
         ("stage", "status", "seconds"),
         [(name, s["status"], "" if s["seconds"] is None else f"{s['seconds']:.1f}") for name, s in stages.items()],
+        num_left=2,
     )
     counts = f"{len(results.completed)} completed" + (f" ({num_infeasible} infeasible)" if num_infeasible else "")
     counts += f", {len(results.pruned)} pruned" if results.pruned else ""
     counts += f", {len(results.failed)} failed" if results.failed else ""
-    say(f"trials    {counts}, of {results.config.budget.trials}")
-    say(f"front     {len(results.front)} gates" + ("" if results.verified else ", not verified yet"))
+    end = f", ended by {results.search_end}" if results.search_end not in (None, "trials") else ""
+    say(f"trials    {counts}, of {results.config.budget.trials}{end}")
+    if results.num_waiting:
+        say(f"enqueued  {plural(results.num_waiting, 'point')} to be tried next")
+    say(f"front     {plural(len(results.front), 'gate')}" + ("" if results.verified else ", not verified yet"))
     if journal.is_file():
         say(f"study     {journal}   (open: optuna-dashboard {shlex.quote(str(journal))})")
     if results.verified is None and driver is None:

@@ -17,6 +17,7 @@ from orchestration.preparation import latency_settings, verify_definition
 from orchestration.results import RunResults, load_router
 from orchestration.stages import StagePlan, plan_stage, run_stage
 from orchestration.verification import check_agreement, time_front
+from orchestration.wording import plural
 from search.analysis import Bootstrap, BudgetPick, SplitAnalysis, analyse_split
 from search.ceiling import RouteForecast
 
@@ -80,7 +81,7 @@ def verify_stage(work: Launch, plans: Mapping[str, StagePlan], supernet: Superne
     assert verified is not None
     ties = sum(agreement.num_ties for agreement in verified.agreements)
     work.progress.say(
-        f"verify: {len(front)} gates ran on {verified.test.num_images} test images as the table said, image by image"
+        f"verify: {plural(len(front), 'gate')} ran on {verified.test.num_images} test images as the table said, image by image"
         + (f" ({ties} numerical ties)" if ties else "")
     )
 

@@ -48,8 +48,8 @@ class Grid:
         if self._ends[-1] > MAX_POINTS:  # may be more than `len` can say
             largest = sorted(sizes, key=lambda name: -sizes[name])[:3]
             raise ConfigError(
-                f"sampler.name grid: the space has {self._ends[-1]:,} points, and at most {MAX_POINTS:,} can be listed; give fewer values to "
-                f"{', '.join(f'{name} ({sizes[name]})' for name in largest)}, set sampler.options.points lower than "
+                f"sampler.name grid: the space has {self._ends[-1]:,} points, and at most {MAX_POINTS:,} can be listed; give fewer values "
+                f"to {', '.join(f'{name} ({sizes[name]})' for name in largest)}, set sampler.options.points lower than "
                 f"{num_continuous} for dimensions without steps, or take another sampler"
             )
 

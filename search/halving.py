@@ -98,7 +98,10 @@ class ParetoHalving:
         quota = math.ceil(len(values) / self.factor)
         if self.keeps_front:
             quota = max(quota, int(front_mask(values[feasible], goals).sum()))
-        best_first = [*feasible[halving_order(values[feasible], goals)], *infeasible[np.argsort(broken[infeasible], kind="stable")]]
+        best_first = [
+            *feasible[halving_order(values[feasible], goals)],
+            *infeasible[np.argsort(broken[infeasible], kind="stable")],
+        ]
         places = [int(row) - len(before) for row in best_first]
         going_on = [slots[place] for place in places[:quota] if place >= 0]
         return frozenset(going_on or [slots[next(place for place in places if place >= 0)]])

@@ -375,13 +375,13 @@ def _is_like(value: Any, default: Any) -> bool:
 
 
 def _rehearse(settings: SamplerSettings, num_objectives: int) -> None:
-    """Make the sampler; a foreign one, or one with options, whose values many samplers look at late, is also asked and told a few trials."""
+    """Make the sampler; a foreign one, or one with options (many values are looked at late), is also asked and told a few trials."""
     space = parse_space({"a": {"int": [0, 3]}, "b": {"choice": ["x", "y"]}})
     make_sampler(settings, space=space, base_seed=0, slot=0)
     if settings.name in POINT_LISTS or not (settings.options or is_foreign(settings.name)):
         return
     settings = replace(settings, startup=2)
-    study = optuna.create_study(directions=["maximize", *["minimize"] * (num_objectives - 1)])
+    study = optuna.create_study(directions=["minimize"] * num_objectives)
     for slot in range(6):
         study.sampler = make_sampler(settings, space=space, base_seed=0, slot=slot)
         trial = study.ask()

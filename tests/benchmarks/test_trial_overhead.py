@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.gate_trials import DIGITS
+from benchmarks.gate_trials import DIGITS, LARGE, Workload
 from benchmarks.trial_overhead import (
     EXAMPLE,
     OBJECTIVES,
@@ -20,13 +20,14 @@ from benchmarks.trial_overhead import (
     by_optuna,
     gate_trials,
     make_sleep,
+    sweep_settings,
     timed_asking,
 )
 from orchestration.config_loading import load_config
-from orchestration.search_stage import gate_defaults, study_settings
+from orchestration.search_stage import gate_defaults
 from search import engine
 from search.engine import Budget, Search
-from search.runner import SerialRunner, TrialSpec
+from search.runner import SerialRunner
 from search.space import parse_space
 from search.study import StudyJournal, StudySettings
 
@@ -76,13 +77,14 @@ def test_plain_optuna_runs_what_it_says() -> None:
     assert sleeping.wall_s >= 5 * 0.01 + sleeping.ask_s
 
 
-def test_the_sweeps_are_of_real_gate_trials_over_the_examples_space() -> None:
+@pytest.mark.parametrize("workload", [DIGITS, replace(LARGE, num_images=200)], ids=lambda workload: workload.name)
+def test_the_sweeps_are_of_real_gate_trials_over_the_examples_space(workload: Workload, tmp_path: Path) -> None:
     config = load_config(EXAMPLE, overrides=["sampler.name=random", "sampler.cohort=null"]).config
-    settings = study_settings(config)
+    make, arrays = gate_trials(workload, {**gate_defaults(config), "gate.optimizer.steps": 5})
+    settings = sweep_settings(config, len(make.subnets))
     assert (settings.sampler.name, settings.cohort) == ("random", 64)
-    make, arrays = gate_trials(DIGITS, gate_defaults(config))
-    assert settings.space.distributions["gate.routing.last"].high < len(make.subnets)
-    outcomes = make(arrays)([TrialSpec(slot, slot, {"gate.target": 0.2 + 0.3 * slot}) for slot in range(2)])
-    assert [outcome.state for outcome in outcomes] == ["complete", "complete"]
-    assert {"top1", "madds_m", "latency_ms", "params_m"} <= set(outcomes[0].metrics)
-    assert outcomes[0].metrics["madds_m"] < outcomes[1].metrics["madds_m"]
+    journal = StudyJournal.open(tmp_path / "study.log", settings)
+    records = Search(journal=journal, runner=SerialRunner(make(arrays))).run(Budget(40)).records
+    assert [record.reason for record in records if record.state != "complete"] == [], "failing is quicker than training"
+    assert {"top1", "madds_m", "latency_ms", "params_m"} <= set(records[0].metrics)
+    assert {record.params["gate.router"] for record in records} == {"gate", "cascade", "learned_cascade"}

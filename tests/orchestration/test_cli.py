@@ -161,7 +161,7 @@ def test_status_of_a_finished_run(finished: Finished) -> None:
     assert {name: stage["status"] for name, stage in status["stages"].items()} == dict.fromkeys(
         ("supernet", "measure", "table", "search", "verify"), "done"
     )
-    assert status["trials"] == {"completed": 12, "infeasible": 0, "pruned": 0, "failed": 0, "budget": 12}
+    assert status["trials"] == {"completed": 12, "infeasible": 0, "pruned": 0, "failed": 0, "enqueued": 0, "budget": 12}
     assert status["front"] == [trial_name(slot) for slot in finished.results.front]
     assert status["is_verified"]
     assert status["driver"] is None

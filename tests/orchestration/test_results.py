@@ -19,6 +19,7 @@ from dsnet.routing_table import RoutingTable
 from dsnet.table_routing import run_on_table
 from dsnet.training.gate import fit_gate
 from dsnet.training.gate_settings import GateSettings
+from orchestration.baseline import measured_ranges
 from orchestration.planning import prepare_again
 from orchestration.reporting import hypervolume_of, report_data
 from orchestration.results import RunResults, load_router
@@ -207,6 +208,20 @@ def test_infeasible_and_pruned_trials_are_on_no_front_and_add_no_hypervolume(fin
     )
     grows = np.diff([0.0, *info.hypervolume]) > 0
     assert set(np.flatnonzero(grows)) <= {record.slot for record in feasible}
+
+
+def test_no_trial_lies_behind_the_reference_because_of_its_parameters(finished: Finished) -> None:
+    results = with_three_objectives(finished)
+    params = results.config.metrics[1].model_copy(update={"name": "params_m", "ref": None})
+    gate = results.config.gate  # a perceptron is no part of any static sub-network
+    large = gate.model_copy(
+        update={"router": "evidence_gate", "perceptron": gate.perceptron.model_copy(update={"hidden_units": 512})}
+    )
+    metrics = (*finished.results.config.metrics, params)
+    results.__dict__["config"] = results.config.model_copy(update={"metrics": metrics, "gate": large})
+    most = measured_ranges(results)["params_m"][1]
+    assert most > 1.05 * results.baseline["params_m"], "else there is nothing to show"
+    assert results.reference_point[2] == pytest.approx(1.05 * most)
 
 
 def test_the_report_of_three_objectives_shows_constraints_and_intervals_before_test_is_read(finished: Finished) -> None:

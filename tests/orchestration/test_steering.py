@@ -9,9 +9,13 @@ from typing import Any
 
 import pytest
 
+from dsnet.files import atomic_write_json, read_json
 from orchestration.config import resolve_cohort, resolve_trials
+from orchestration.preparation import prepare, stage_definitions
 from orchestration.queue import read_queue
 from orchestration.rundir import DriverLock
+from orchestration.search_stage import trials_left
+from orchestration.stages import plan_stages
 from orchestration.steering import changed_point, extended
 from search.points import trial_name
 from search.space import parse_space
@@ -123,6 +127,22 @@ def test_a_running_sweep_is_told_apart_from_one_that_waits(finished: Finished, t
     (folder / "points.json").write_text(two, encoding="utf-8")
     assert "its budget has 1 trials left" in call(folder, "enqueue", "tiny", "--from", "points.json").out
     assert len(queue(folder)) == 4
+
+
+@pytest.mark.ray
+def test_a_grid_that_is_at_its_end_goes_on_for_a_point_that_was_enqueued(finished: Finished, tmp_path: Path) -> None:
+    folder = finished.copy(tmp_path)
+    run = results_in(folder).run
+    sweep = run.sweep_yaml.read_text(encoding="utf-8")
+    run.sweep_yaml.write_text(sweep.replace("trials: 12", "trials: 20"), encoding="utf-8")
+    config = results_in(folder).config
+    plan = next(plan for plan in plan_stages(run, stage_definitions(prepare(config))) if plan.name == "search")
+    path = run.search_end_json(plan.key)
+    atomic_write_json(path, {**read_json(path), "reason": "space"})
+    assert trials_left(run, plan, config) == 0
+    answer = call(folder, "enqueue", "tiny", "--set", "gate.target=0.3")
+    assert "at the next launch" in answer.out
+    assert trials_left(run, plan, config) > 0
 
 
 @pytest.mark.ray

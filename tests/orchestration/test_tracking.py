@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -374,6 +374,23 @@ def writer_pid(tracker: MlflowTracker) -> int:
     assert isinstance(store, MlflowWriter)
     assert store._child is not None
     return store._child.process.pid
+
+
+def test_a_writer_that_is_stopped_while_it_starts_leaves_no_process_behind(tmp_path: Path) -> None:
+    for delay_us in range(0, 4000, 200):
+        writer = MlflowWriter(f"sqlite:///{tmp_path}/mlflow.db", "stopped", tmp_path)
+
+        def connect(writer: MlflowWriter = writer) -> None:
+            with suppress(RuntimeError):
+                writer.connect()
+
+        thread = threading.Thread(target=connect)
+        thread.start()
+        time.sleep(1e-6 * delay_us)
+        writer.stop(at_once=True)
+        thread.join(TIMEOUT_S)
+        assert not thread.is_alive()
+        assert writer._child is None, "a process that nobody ends"
 
 
 @pytest.mark.parametrize("is_shared", [False, True])
