@@ -301,45 +301,56 @@ def _condition_problems(config: SweepConfig) -> Iterator[BrokenRule]:
 
 def _search_problems(config: SweepConfig) -> Iterator[BrokenRule]:
     """What sampler, pruner and scheduler cannot do."""
-    sampler, pruner, epochs = config.sampler, config.pruner, config.gate.end_to_end.epochs
     yield from _sampler_problems(config)
-    if sampler.enqueue:
-        yield from point_problems(gate_space(config), sampler.enqueue, ("sampler", "enqueue"))
-    if pruner.name == "pareto_halving":
-        name: KeyPath = ("pruner", "name")
-        if config.gate.trainer != "end_to_end":
-            message = "pareto_halving ends long trials early; those of gate.trainer table take a fraction of a second: write none"
-            yield BrokenRule(name, message, others=(("gate", "trainer"),))
-        elif pruner.first_epochs >= epochs:
-            message = f"{pruner.first_epochs} is not below gate.end_to_end.epochs {epochs}: nothing would be ended early; lower it"
-            yield BrokenRule(("pruner", "first_epochs"), message, others=(("gate", "end_to_end", "epochs"),))
-        if sampler.order == "asynchronous":
-            message = "pareto_halving compares the trials of a cohort; write sampler.order cohorts, or pruner.name none"
-            yield BrokenRule(name, message, others=(("sampler", "order"),))
-    scheduler = config.supernets.scheduler
+    if config.sampler.enqueue:
+        yield from point_problems(gate_space(config), config.sampler.enqueue, ("sampler", "enqueue"))
+    if config.pruner.name == "pareto_halving":
+        yield from _halving_problems(config)
+    yield from _scheduler_problems(config)
+
+
+def _halving_problems(config: SweepConfig) -> Iterator[BrokenRule]:
+    name, first, epochs = ("pruner", "name"), config.pruner.first_epochs, config.gate.end_to_end.epochs
+    if config.gate.trainer != "end_to_end":
+        message = (
+            "pareto_halving ends long trials early; those of gate.trainer table take a fraction of a second: write none"
+        )
+        yield BrokenRule(name, message, others=(("gate", "trainer"),))
+    elif first >= epochs:
+        message = f"{first} is not below gate.end_to_end.epochs {epochs}: nothing would be ended early; lower it"
+        yield BrokenRule(("pruner", "first_epochs"), message, others=(("gate", "end_to_end", "epochs"),))
+    if config.sampler.order == "asynchronous":
+        message = "pareto_halving compares the trials of a cohort; write sampler.order cohorts, or pruner.name none"
+        yield BrokenRule(name, message, others=(("sampler", "order"),))
+
+
+def _scheduler_problems(config: SweepConfig) -> Iterator[BrokenRule]:
+    scheduler, options = config.supernets.scheduler, config.supernets.options
     if scheduler not in SCHEDULERS and not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", scheduler):
         message = f"unknown scheduler '{scheduler}'{way_out(scheduler, SCHEDULERS, 'known, beside import paths')}"
         yield BrokenRule(("supernets", "scheduler"), message)
-    if scheduler == "none" and config.supernets.options:
+    if scheduler == "none" and options:
         yield BrokenRule(("supernets", "options"), "scheduler none takes no options; remove them, or name a scheduler")
-    elif scheduler in SCHEDULERS and config.supernets.options:
-        # Imported here: training needs torch, which `dsnet-orch schema` and --help do without.
-        from orchestration.tune_supernets import check_scheduler
+    elif scheduler in SCHEDULERS and options:
+        yield from _scheduler_option_problems(config)
 
-        try:
-            check_scheduler(scheduler, config.supernets.options)
-        except ConfigError as error:
-            match = re.match(r"supernets\.options\.(\w+):? ?", str(error))
-            if match is None:
-                yield BrokenRule(("supernets", "options"), str(error))
-            else:
-                yield BrokenRule(("supernets", "options", match[1]), str(error)[match.end() :])
-        grace, epochs = config.supernets.options.get("grace_period"), _longest_training(config)
-        if scheduler == "asha" and isinstance(grace, int) and grace > epochs:
-            message = f"{grace} is above supernet.train.epochs {epochs}; lower it"
-            yield BrokenRule(
-                ("supernets", "options", "grace_period"), message, others=(("supernet", "train", "epochs"),)
-            )
+
+def _scheduler_option_problems(config: SweepConfig) -> Iterator[BrokenRule]:
+    # Imported here: training needs torch, which `dsnet-orch schema` and --help do without.
+    from orchestration.tune_supernets import check_scheduler
+
+    scheduler, options = config.supernets.scheduler, config.supernets.options
+    path: KeyPath = ("supernets", "options")
+    try:
+        check_scheduler(scheduler, options)
+    except ConfigError as error:
+        match = re.match(r"supernets\.options\.(\w+):? ?", str(error))
+        named = (path, str(error)) if match is None else ((*path, match[1]), str(error)[match.end() :])
+        yield BrokenRule(*named)
+    grace, epochs = options.get("grace_period"), _longest_training(config)
+    if scheduler == "asha" and isinstance(grace, int) and grace > epochs:
+        message = f"{grace} is above supernet.train.epochs {epochs}; lower it"
+        yield BrokenRule((*path, "grace_period"), message, others=(("supernet", "train", "epochs"),))
 
 
 def _sampler_problems(config: SweepConfig) -> Iterator[BrokenRule]:
