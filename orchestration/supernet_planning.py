@@ -60,6 +60,8 @@ def plan_supernets(loaded: LoadedConfig) -> SupernetsPlan:
     check_supernets(config)
     run = RunDir(Path(config.storage.runs), config.name)
     members = draw_members(config, run, load_images(config), warn)
+    for warning in dict.fromkeys(text for member in members if member.prepared for text in member.prepared.warnings()):
+        warn(warning)
     stages: dict[str, tuple[StagePlan, ...]] = {}
     madds_m: dict[str, tuple[float, float]] = {}
     tuned = []

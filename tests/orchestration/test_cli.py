@@ -230,6 +230,13 @@ def test_pareto_draws_the_front_and_the_kinds_of_router(finished: Finished, tmp_
     assert "Gain of each kind of router" in routers.read_text(encoding="utf-8")
 
 
+def test_a_figure_of_no_known_format_is_refused_before_anything_is_printed(finished: Finished, tmp_path: Path) -> None:
+    for option in ("--figure", "--routers-figure"):
+        answer = call(finished.folder, "pareto", "tiny", option, tmp_path / "front.txt")
+        assert (answer.code, answer.out) == (2, "")
+        assert "the suffix must be one of .html, .json, .png, .svg" in answer.err
+
+
 def test_trials_lists_all_of_them(finished: Finished) -> None:
     rows = call(finished.folder, "trials", "tiny", "--json").json
     assert [row["name"] for row in rows] == [trial_name(slot) for slot in range(12)]

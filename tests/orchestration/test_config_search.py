@@ -656,11 +656,28 @@ def test_settings_of_supernets_may_depend_on_each_other() -> None:
         ),
         ({"supernets": {"scheduler": "ashaa"}}, "supernets.scheduler: unknown scheduler 'ashaa'; did you mean 'asha'"),
         ({"supernets": {"scheduler": "none", "options": {"grace_period": 3}}}, "scheduler none takes no options"),
+        ({"supernets": {"options": {"grace": 3}}}, "supernets.options.grace: no option of supernets.scheduler asha"),
+        ({"supernets": {"options": {"grace_period": 999}}}, "grace_period: 999 is above supernet.train.epochs"),
     ],
 )
 def test_a_sweep_of_supernets_that_could_not_be_is_refused(sections: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         build(**sections)
+
+
+@pytest.mark.parametrize(
+    ("supernets", "said"),
+    [
+        ({"report_every": 8}, ["supernets.report_every 8 is not below supernet.train.epochs 8"]),
+        ({"options": {"grace_period": 8}}, ["supernets.options.grace_period 8 is not below supernet.train.epochs 8"]),
+        ({"options": {"grace_period": 7}, "report_every": 7}, []),
+        ({"scheduler": "none", "report_every": 8}, []),
+    ],
+)
+def test_a_scheduler_that_would_stop_nothing_is_warned_about(supernets: dict[str, Any], said: list[str]) -> None:
+    space = {**TARGET, "supernet.train.epochs": {"choice": [6, 8]}}
+    warnings = config_warnings(build(space=space, supernets=supernets))
+    assert [warning.partition(":")[0] for warning in warnings] == said
 
 
 def test_a_contradiction_of_some_supernets_only_is_warned_about() -> None:

@@ -251,3 +251,14 @@ def test_a_condition_finer_than_one_image_of_val_is_warned_about() -> None:
     ):
         warnings = prepared_with({}, constraints=[constraint]).warnings()
         assert any("finer than one of" in warning and constraint in warning for warning in warnings) == is_warned
+
+
+def test_conditions_that_nothing_on_this_network_can_hold_are_warned_about() -> None:
+    hopeless = prepared_with({}, constraints=["top1 >= 95"], budget={"trials": 4, "target": ["madds_m <= 0.0001"]})
+    first, second = (warning for warning in hopeless.warnings() if "no router of this network can hold" in warning)
+    assert first.startswith("constraints: ")
+    assert "top1 >= 95 (within reach: top1 0 to 1)" in first
+    assert second.startswith("budget.target: ")
+    assert "madds_m <= 0.0001" in second
+    open_to_all = prepared_with({}, constraints=["top1 >= 0.95"], budget={"trials": 4, "target": ["madds_m <= 1000"]})
+    assert not any("can hold" in warning for warning in open_to_all.warnings())

@@ -22,7 +22,7 @@ from dsnet.training.gate_settings import GateSettings
 from orchestration.baseline import measured_ranges
 from orchestration.planning import prepare_again
 from orchestration.reporting import hypervolume_of, report_data
-from orchestration.results import RunResults, load_router
+from orchestration.results import RunResults, load_router, refuse_unusable
 from orchestration.rundir import RunDir
 from search.gate_trial import arrays_of
 from search.pareto import hypervolume
@@ -243,3 +243,20 @@ def test_the_report_of_three_objectives_shows_constraints_and_intervals_before_t
         assert row.chosen.top1.low <= row.chosen.top1.value <= row.chosen.top1.high
         assert row.further[0][0] == "latency_ms_batch8"
     assert "Grey crosses" in build_report(data)
+
+
+def test_whoever_picks_a_trial_that_cannot_be_used_hears_why(finished: Finished) -> None:
+    record = finished.results.records[3]
+    broken = replace(record, constraints={"madds_m <= 1": 0.5, "top1 >= 0": -1.0})
+    failed = replace(record, state="failed", reason="loss is nan")
+    pruned = replace(record, state="pruned", reason="fell behind at rung 3")
+    for unusable, why in (
+        (broken, "trial-0003 is infeasible: breaks madds_m <= 1; only feasible trials can be picked"),
+        (failed, "trial-0003 failed: loss is nan;"),
+        (pruned, "trial-0003 was pruned: fell behind at rung 3;"),
+    ):
+        with pytest.raises(NotFoundError, match="pick 'trial-0003'") as caught:
+            refuse_unusable("trial-0003", [unusable])
+        assert why in str(caught.value)
+    refuse_unusable("trial-0003", [])
+    refuse_unusable("trial-0003", [broken, record])

@@ -81,7 +81,7 @@ def test_a_sweep_stopped_by_ctrl_c_sigterm_and_kill_9_ends_like_an_uninterrupted
     assert not (run / "driver.lock").exists()
     half = call(tmp_path, "status", "tiny", "--json").json
     assert half["stages"]["supernet"]["status"] == "running"
-    assert half["trials"] == {"completed": 0, "infeasible": 0, "pruned": 0, "failed": 0, "budget": 12}
+    assert half["trials"] == {"completed": 0, "infeasible": 0, "pruned": 0, "failed": 0, "enqueued": 0, "budget": 12}
     assert half["driver"] is None
 
     answer = signal_search(tmp_path, signal.SIGTERM, 1)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from dsnet.files import atomic_write_json, read_json
 from orchestration.config import resolve_cohort, resolve_trials
@@ -63,6 +64,40 @@ def test_a_trial_is_changed_and_loses_what_no_longer_exists_but_nothing_that_was
 def queue(folder: Path) -> list[dict[str, Any]]:
     run = results_in(folder).run
     return [item["params"] for item in read_queue(run.queue_jsonl(results_in(folder).done_key("search")))]
+
+
+@pytest.mark.ray
+def test_a_value_that_might_not_be_tried_at_all_is_refused(finished: Finished, tmp_path: Path) -> None:
+    folder = finished.copy(tmp_path)
+    sweep = results_in(folder).run.sweep_yaml
+    config = yaml.safe_load(sweep.read_text(encoding="utf-8"))
+    config["space"] = {
+        "gate.target": {"uniform": [0.05, 0.9]},
+        "gate.sgs.target": {"choice": ["extremes", "cheapest"]},
+        "gate.sgs.t_easy": {"uniform": [0.0, 0.9], "when": {"gate.sgs.target": "extremes"}},
+    }
+    sweep.write_text(yaml.safe_dump(config), encoding="utf-8")
+    alone = call(folder, "enqueue", "tiny", "--set", "gate.sgs.t_easy=0.5")
+    assert alone.code == 2
+    assert (
+        "gate.sgs.t_easy is only tried when gate.sgs.target is extremes; name gate.sgs.target in the point too"
+        in alone.err
+    )
+    assert queue(folder) == []
+    both = call(folder, "enqueue", "tiny", "--set", "gate.sgs.t_easy=0.5", "--set", "gate.sgs.target=extremes")
+    assert both.code == 0
+
+
+@pytest.mark.ray
+def test_points_that_wait_are_counted_in_the_status_and_in_the_way_to_have_them_tried(
+    finished: Finished, tmp_path: Path
+) -> None:
+    folder = finished.copy(tmp_path)
+    for number in (1, 2):
+        answer = call(folder, "enqueue", "tiny", "--set", "gate.target=0.3")
+        assert f"--trials +{number}" in answer.out
+    assert call(folder, "status", "tiny", "--json").json["trials"]["enqueued"] == 2
+    assert "2 points to be tried next" in call(folder, "status", "tiny").out
 
 
 @pytest.mark.ray
@@ -154,6 +189,7 @@ def test_a_grid_that_is_at_its_end_goes_on_for_a_point_that_was_enqueued(finishe
         (["--trials", "-3"], "expected +N"),
         (["--trials", "some"], "expected +N"),
         (["--trials", "+3", "--set", "seed=3"], "extend changes budget.* only"),
+        (["--trials", "+3", "--set", "budget.trials=40"], "--trials says how many already"),
     ],
 )
 def test_a_budget_is_only_raised(finished: Finished, arguments: list[str], message: str) -> None:

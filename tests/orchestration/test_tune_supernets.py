@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from ray.exceptions import OutOfMemoryError
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler
 from torch import Tensor
@@ -34,7 +35,7 @@ from dsnet.training.settings import BootstrapSettings, SupernetRun, TrainSetting
 from dsnet.training.sources import load_source
 from dsnet.training.start import lay_out
 from dsnet.training.supernet import FINAL, recalibration_batches
-from orchestration.ray_supernet import STOP_GRACE_S, SupernetJob, train_on_ray
+from orchestration.ray_supernet import STOP_GRACE_S, SupernetJob, root_cause, train_on_ray
 from orchestration.tune_ledger import End, Ledger, Report
 from orchestration.tune_schedule import Member, ReplayingScheduler
 from orchestration.tune_supernets import (
@@ -591,3 +592,11 @@ def test_other_rules_have_a_ledger_of_their_own_and_the_number_at_a_time_has_not
 def test_more_at_a_time_than_the_cluster_can_hold_are_refused(ray_cluster: None, tmp_path: Path) -> None:
     with pytest.raises(PreflightError, match=r"supernets\.concurrent"):
         Sweep(tmp_path).launch(TuneRules(concurrent=3))
+
+
+def test_a_machine_without_memory_is_told_from_a_gpu_without_memory() -> None:
+    outer = RuntimeError("a worker failed")
+    outer.__cause__ = OutOfMemoryError("page\nafter page\nof documentation")
+    assert "the machine ran out of memory" in root_cause(outer)
+    assert "documentation" not in root_cause(outer)
+    assert root_cause(torch.OutOfMemoryError("CUDA out of memory")) == "OutOfMemoryError: CUDA out of memory"
