@@ -25,9 +25,9 @@ class ParetoHalving:
     Attributes:
         factor: of the trials that reach a rung about 1/factor goes on, >= 2.
         rungs: epochs at which trials are compared, rising, all below a trial's full length.
-        keeps_front: also let everybody go on whom no feasible trial at the rung dominates. A front with more points than the quota holds
-            is then not thinned out, and more epochs are spent: without it less is found than by training fewer trials in full
-            (benchmarks/pruning.py).
+        keeps_front: also let everybody go on whom no feasible trial at the rung dominates, of copies the first. A front with more points
+            than the quota holds is then not thinned out, and more epochs are spent: without it less is found than by training fewer
+            trials in full (benchmarks/pruning.py).
     """
 
     factor: int
@@ -97,7 +97,7 @@ class ParetoHalving:
         feasible, infeasible = np.flatnonzero(broken <= 0), np.flatnonzero(broken > 0)
         quota = math.ceil(len(values) / self.factor)
         if self.keeps_front:
-            quota = max(quota, int(front_mask(values[feasible], goals).sum()))
+            quota = max(quota, int(front_mask(values[feasible], goals, keep_duplicates=False).sum()))
         best_first = [
             *feasible[halving_order(values[feasible], goals)],
             *infeasible[np.argsort(broken[infeasible], kind="stable")],

@@ -152,8 +152,10 @@ def test_nobody_on_the_front_is_pruned_while_the_front_has_room(
     quota = math.ceil(len(everyone) / halving.factor)
     is_front = {slot: not any(dominates(o, point, goals) for o in everyone) for slot, point in candidates.items()}
     num_front = sum(not any(dominates(o, point, goals) for o in everyone) for point in everyone)
+    on_front = {point for point in everyone if not any(dominates(o, point, goals) for o in everyone)}
     if halving.keeps_front:
-        quota = max(quota, num_front)
+        quota = max(quota, len(on_front))
+        assert on_front <= {*earlier, *(candidates[slot] for slot in going_on)}, "of copies one stands for all"
     if num_front <= quota:
         assert {slot for slot, front in is_front.items() if front} <= going_on
     assert 1 <= len(going_on) <= quota
