@@ -564,6 +564,9 @@ class MetricConfig(Section):
             refuse(BrokenRule(("goal",), f"{self.name} is a metric to {wanted}; got '{self.goal}'"))
         if self.goal == "maximize" and self.ref is not None and not 0 <= self.ref <= 1:
             refuse(BrokenRule(("ref",), f"{self.name} is a fraction from 0 to 1; got {shown(self.ref)}"))
+        if self.goal == "minimize" and self.ref is not None and self.ref <= 0:
+            message = f"no {self.name} is better than {shown(self.ref)}: every hypervolume would be 0; write what is too much, or null"
+            refuse(BrokenRule(("ref",), message))
         return self
 
 

@@ -435,6 +435,12 @@ def test_objectives_are_known_gains_and_costs(metrics: list[tuple[str, str]], me
         build(metrics=[{"name": name, "goal": goal} for name, goal in metrics])
 
 
+@pytest.mark.parametrize("ref", [0, -1.0])
+def test_a_reference_that_no_cost_is_below_is_refused(ref: float) -> None:
+    with pytest.raises(ValidationError, match="no madds_m is better than"):
+        build(metrics=[{"name": "top1", "goal": "maximize"}, {"name": "madds_m", "goal": "minimize", "ref": ref}])
+
+
 def test_reference_accuracy_is_a_fraction() -> None:
     with pytest.raises(ValidationError, match="fraction from 0 to 1; got 70"):
         build(metrics=[{"name": "top1", "goal": "maximize", "ref": 70}, {"name": "madds_m", "goal": "minimize"}])
