@@ -19,10 +19,10 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from dsnet.errors import CheckpointError, PreflightError
+from dsnet.errors import PreflightError
 from search.runner import Scalar, State
 from search.samplers import quiet_optuna
-from search.study import Objective, repair_journal
+from search.study import Objective, reading_journal, repair_journal
 
 _IDENTITY_ATTR = "dsnet_merged_study"
 _STATES = {"complete": TrialState.COMPLETE, "failed": TrialState.FAIL, "pruned": TrialState.PRUNED}
@@ -129,19 +129,10 @@ def load_merged(path: Path) -> list[FrozenTrial]:
     """
     if not path.is_file():
         return []
-    try:
+    with reading_journal(path, "delete it and launch again: it is made anew from its supernets"):
         storage = JournalStorage(JournalFileBackend(str(path)))
         studies = storage.get_all_studies()
         return storage.get_all_trials(studies[0]._study_id, deepcopy=False) if studies else []
-    except (
-        ValueError,
-        KeyError,
-        TypeError,
-        AssertionError,
-    ) as error:  # what Optuna raises on lines that are no records
-        raise CheckpointError(
-            f"{path}: not a readable Optuna journal ({error}); delete it and launch again: it is made anew from its supernets"
-        ) from error
 
 
 def _existing(path: Path) -> optuna.Study | None:
