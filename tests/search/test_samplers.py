@@ -156,7 +156,7 @@ class TestEverySampler:
             (2, True, "flat"),
             (3, False, "conditional"),
         }:
-            pytest.skip("slow")
+            pytest.skip("a second for each suggestion: of the Gaussian process two of the six cases run")
         sweep = Sweep(settings_of(name), SPACES[space_name], num_objectives, is_constrained)
         cohorts = sweep.run()
         for slots, expected in list(zip(sweep.cohorts(), cohorts, strict=True))[1:]:
