@@ -130,6 +130,7 @@ __all__ = [
     "possible_routers",
     "requirement",
     "resolve_cohort",
+    "resolve_halving",
     "resolve_regime",
     "resolve_space",
     "resolve_timeout_s",
@@ -451,12 +452,18 @@ def enqueued_points(config: SweepConfig) -> list[dict[str, Any]]:
     return list(published_points(config.gate, space))
 
 
-def halving_rungs(config: SweepConfig) -> tuple[int, ...]:
-    """Epochs at which pareto_halving compares end-to-end trials, rising and below their full length; empty without a pruner."""
+def resolve_halving(config: SweepConfig) -> ParetoHalving | None:
+    """The pruner of end-to-end trials; None without one."""
     pruner = config.pruner
     if pruner.name == "none":
-        return ()
-    return ParetoHalving.geometric(pruner.factor, pruner.first_epochs, config.gate.end_to_end.epochs).rungs
+        return None
+    return ParetoHalving.geometric(pruner.factor, pruner.first_epochs, config.gate.end_to_end.epochs)
+
+
+def halving_rungs(config: SweepConfig) -> tuple[int, ...]:
+    """Epochs at which pareto_halving compares end-to-end trials, rising and below their full length; empty without a pruner."""
+    halving = resolve_halving(config)
+    return () if halving is None else halving.rungs
 
 
 def resolve_trials(config: SweepConfig) -> int:

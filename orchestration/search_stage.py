@@ -28,8 +28,8 @@ from orchestration.config import (
     constraint_set,
     enqueued_points,
     gate_space,
-    halving_rungs,
     resolve_cohort,
+    resolve_halving,
     resolve_timeout_s,
     resolve_trials,
     target_set,
@@ -48,7 +48,6 @@ from orchestration.wording import plural
 from search.constraints import BASELINE, ConstraintSet
 from search.engine import Budget, Search
 from search.gate_trial import GateScores, GateTrial
-from search.halving import ParetoHalving
 from search.points import trial_name
 from search.samplers import SamplerSettings
 from search.space import parse_space
@@ -207,13 +206,8 @@ def study_settings(config: SweepConfig) -> StudySettings:
         cohort=resolve_cohort(config),
         order=config.sampler.order,
         enqueue=enqueued_points(config),
-        halving=_halving(config),
+        halving=resolve_halving(config),
     )
-
-
-def _halving(config: SweepConfig) -> ParetoHalving | None:
-    rungs = halving_rungs(config)
-    return ParetoHalving(config.pruner.factor, rungs) if rungs else None
 
 
 def stop_rules(results: RunResults) -> StopRules:

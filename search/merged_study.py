@@ -22,7 +22,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from dsnet.errors import PreflightError
 from search.runner import Scalar, State
 from search.samplers import quiet_optuna
-from search.study import Objective, reading_journal, repair_journal
+from search.study import Objective, repair_journal
 
 _IDENTITY_ATTR = "dsnet_merged_study"
 _STATES = {"complete": TrialState.COMPLETE, "failed": TrialState.FAIL, "pruned": TrialState.PRUNED}
@@ -119,20 +119,6 @@ class MergedStudy:
         self.origins.append(trial.origin)
         self._known.add(trial.origin)
         return True
-
-
-def load_merged(path: Path) -> list[FrozenTrial]:
-    """All trials of a merged study, in the order of their numbers; none where there is no such file. Changes nothing.
-
-    Raises:
-        CheckpointError: the file is no journal.
-    """
-    if not path.is_file():
-        return []
-    with reading_journal(path, "delete it and launch again: it is made anew from its supernets"):
-        storage = JournalStorage(JournalFileBackend(str(path)))
-        studies = storage.get_all_studies()
-        return storage.get_all_trials(studies[0]._study_id, deepcopy=False) if studies else []
 
 
 def _existing(path: Path) -> optuna.Study | None:

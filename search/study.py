@@ -202,7 +202,7 @@ class StudyJournal:
         with _writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             repair_journal(path)
-            with reading_journal(path):
+            with _reading(path):
                 storage = JournalStorage(JournalFileBackend(str(path)))
             study = _load_or_create(storage, settings)
             settings = _in_the_studys_order(study, settings)
@@ -268,7 +268,7 @@ def load_records(path: Path) -> list[TrialRecord]:
     """
     if not path.is_file():
         raise NotFoundError(f"no study at {path}: its search has not begun")
-    with reading_journal(path):
+    with _reading(path):
         storage = JournalStorage(JournalFileBackend(str(path)))
     studies = storage.get_all_studies()
     if not studies:
@@ -285,7 +285,7 @@ def load_enqueued(path: Path) -> dict[int, dict[str, Scalar]]:
     Raises:
         CheckpointError: the file is no journal.
     """
-    with reading_journal(path):
+    with _reading(path):
         storage = JournalStorage(JournalFileBackend(str(path)))
     studies = storage.get_all_studies()
     noted = studies[0].user_attrs.get(_ENQUEUED_ATTR, {}) if studies else {}
@@ -432,12 +432,14 @@ def _end_of_last_line(file: Any, size: int, block: int = 1 << 16) -> int:
 
 
 @contextmanager
-def reading_journal(path: Path, way_out: str = "restore it, or move it away to start anew") -> Iterator[None]:
-    """Raise CheckpointError, which ends with `way_out`, for what Optuna raises on lines that are no records."""
+def _reading(path: Path) -> Iterator[None]:
+    """What Optuna raises on lines that are no records becomes a CheckpointError."""
     try:
         yield
     except (ValueError, KeyError, TypeError, AssertionError) as error:
-        raise CheckpointError(f"{path}: not a readable Optuna journal ({error}); {way_out}") from error
+        raise CheckpointError(
+            f"{path}: not a readable Optuna journal ({error}); restore it, or move it away to start anew"
+        ) from error
 
 
 @contextmanager
