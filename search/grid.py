@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
+from functools import lru_cache
 from itertools import accumulate
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dsnet.errors import ConfigError
 from dsnet.seeds import derive_seed
@@ -78,7 +80,7 @@ class Shuffled:
 
     def __init__(self, grid: Grid, seed: int) -> None:
         self._grid = grid
-        self._order = np.random.default_rng(derive_seed(seed, "grid")).permutation(len(grid))
+        self._order = _order(len(grid), seed)
 
     def __len__(self) -> int:
         return len(self._grid)
@@ -86,3 +88,11 @@ class Shuffled:
     def __getitem__(self, index: int) -> dict[str, Scalar]:
         """The `index`-th point of this order."""
         return self._grid[int(self._order[index])]
+
+
+@lru_cache(maxsize=2)
+def _order(length: int, seed: int) -> NDArray[np.int64]:
+    """0, 1, ..., length - 1 shuffled; kept, as every slot of a sweep asks for one place in the same order."""
+    order = np.random.default_rng(derive_seed(seed, "grid")).permutation(length)
+    order.setflags(write=False)
+    return order
