@@ -31,6 +31,7 @@ from ruamel.yaml.nodes import ScalarNode
 from ruamel.yaml.representer import RoundTripRepresenter
 
 from dsnet.errors import ConfigError
+from orchestration.default_space import default_space
 from orchestration.distribution import DISTRIBUTION_SCHEMA, Distribution
 from orchestration.sections import (
     CHECKPOINT_MODEL,
@@ -120,7 +121,6 @@ __all__ = [
     "constraint_set",
     "enqueued_points",
     "gate_space",
-    "gives_absolute_target",
     "goal_of",
     "halving_rungs",
     "is_nullable",
@@ -136,7 +136,6 @@ __all__ = [
     "resolve_timeout_s",
     "resolve_trials",
     "section_class",
-    "space_without_target",
     "stage_subset",
     "supernet_space",
     "sweepable_keys",
@@ -167,28 +166,6 @@ SpaceEntry = Annotated[
 ]
 
 
-def _default_space() -> dict[str, Distribution]:
-    return {
-        "gate.target": Distribution("uniform", (0.05, 0.9)),
-        "gate.sgs.t_easy": Distribution("uniform", (0.0, 0.9)),
-        "gate.sgs.t_hard": Distribution("uniform", (0.0, 0.5)),
-        "gate.sgs.strategy": Distribution("choice", ("try_best", "give_up")),
-        "gate.sgs.target": Distribution("choice", ("extremes", "cheapest")),
-        "gate.optimizer.lr": Distribution("loguniform", (1.0e-3, 0.3)),
-    }
-
-
-def gives_absolute_target(settings: Mapping[str, Any]) -> bool:
-    """Whether settings say gate.target_madds_m, which takes the place of the target that the default space sweeps."""
-    gate = settings.get("gate")
-    return isinstance(gate, Mapping) and gate.get("target_madds_m") is not None
-
-
-def space_without_target() -> dict[str, Distribution]:
-    """The default space of a sweep with an absolute target."""
-    return {key: value for key, value in _default_space().items() if key != "gate.target"}
-
-
 _DEFAULT_METRICS = (
     MetricConfig(name="top1", goal="maximize", ref=0.0),
     MetricConfig(name="madds_m", goal="minimize"),
@@ -207,8 +184,9 @@ class SweepConfig(Section):
     data: DataConfig
     supernet: SupernetConfig
     gate: GateConfig = GateConfig()
-    space: dict[str, SpaceEntry] = Field(default_factory=_default_space, min_length=1)
-    """Dotted key below `gate.` or `supernet.` -> distribution. A `space` in the file replaces the default one."""
+    space: dict[str, SpaceEntry] = Field(default_factory=default_space, min_length=1)
+    """Dotted key below `gate.` or `supernet.` -> distribution. A `space` in the file replaces the default one, which sweeps the kind of
+    router (gate, evidence_gate, cascade, learned_cascade), the target, the SGS settings and the learning rate."""
     metrics: Annotated[tuple[MetricConfig, ...], Field(strict=False, min_length=2, max_length=3)] = _DEFAULT_METRICS
     """The 2 or 3 objectives, at least one to maximise and one to minimise."""
     constraints: Annotated[tuple[Constraint, ...], Field(strict=False)] = ()
@@ -229,10 +207,8 @@ class SweepConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _absolute_target_takes_the_default_ones_place(cls, data: Any) -> Any:
-        if isinstance(data, Mapping) and "space" not in data and gives_absolute_target(data):
-            return {**data, "space": space_without_target()}
-        return data
+    def _what_is_given_is_not_swept_by_default(cls, data: Any) -> Any:
+        return {**data, "space": default_space([data])} if isinstance(data, Mapping) and "space" not in data else data
 
     @model_validator(mode="after")
     def _fits_together(self) -> SweepConfig:

@@ -24,15 +24,14 @@ from orchestration.config import (
     SupernetConfig,
     SweepConfig,
     config_warnings,
-    gives_absolute_target,
     is_nullable,
     known_fields,
     requirement,
     resolve_regime,
     section_class,
-    space_without_target,
     supernet_space,
 )
+from orchestration.default_space import default_space
 from orchestration.presets import BUILT_IN_PRESETS, built_in_settings
 from orchestration.space_rules import impossible_supernets
 from orchestration.wording import shown, way_out
@@ -104,13 +103,12 @@ def load_source_text(
     file_layer = _Layer({key: value for key, value in file_settings.items() if key != "presets"}, source)
     top_layers = [_override_layer(text) for text in overrides]
     top_layers += [_flag_layer(key, value) for key, value in (flags or {}).items() if value is not None]
-    swept = _swept_keys(file_settings)
-    preset_layers = [] if preset is None else [_preset_layer(source, presets, preset, swept)]
+    preset_layers = [] if preset is None else [_preset_layer(source, presets, preset, file_settings)]
 
     environment = os.environ if environ is None else environ
     stack = _Stack.of([file_layer, *preset_layers, *top_layers])
     config, problems = _checked(stack, known_models, environment)
-    others = [_preset_layer(source, presets, name, swept) for name in presets if name != preset]
+    others = [_preset_layer(source, presets, name, file_settings) for name in presets if name != preset]
     problems += _problems_of_presets(file_layer, others, known_models, environment)
     if problems or config is None:
         raise ConfigError("\n".join(str(problem) for problem in _in_file_order(problems)))
@@ -192,26 +190,23 @@ def _presets(source: YamlSource, settings: Mapping[str, Any]) -> Mapping[str, An
     return presets
 
 
-def _preset_layer(source: YamlSource, presets: Mapping[str, Any], name: str, swept: Iterable[str]) -> _Layer:
+def _preset_layer(source: YamlSource, presets: Mapping[str, Any], name: str, settings: Mapping[str, Any]) -> _Layer:
     """The file's preset of that name, else the built-in one."""
     origin = f"preset {name}"
     if name in presets:
         return _Layer(presets[name], source, ("presets", name), origin_label=origin)
     if name in BUILT_IN_PRESETS:
+        swept = _swept_keys(settings, BUILT_IN_PRESETS[name])
         return _Layer(built_in_settings(name, swept), label=origin, origin_label=origin)
     place = source.place(("presets",), at_key=True) if presets else source.name
     known = [*presets, *BUILT_IN_PRESETS]
     raise ConfigError(f"{place}: unknown preset '{name}'{way_out(name, known, 'known presets')}")
 
 
-def _swept_keys(settings: Mapping[str, Any]) -> list[str]:
-    """The keys that the file's space sweeps, or those of the default one."""
-    space = settings.get("space", _default_space())
+def _swept_keys(settings: Mapping[str, Any], preset: Mapping[str, Any]) -> list[str]:
+    """The keys that the file's space sweeps, or those of the default one beside the preset's settings."""
+    space = settings.get("space", default_space([settings, preset]))
     return list(space) if isinstance(space, Mapping) else []
-
-
-def _default_space() -> dict[str, Any]:
-    return dict(SweepConfig.model_fields["space"].get_default(call_default_factory=True))
 
 
 def _override_layer(text: str) -> _Layer:
@@ -256,8 +251,7 @@ class _Stack:
     def of(cls, layers: Sequence[_Layer]) -> _Stack:
         stack = cls({}, {(): layers[0]}, [])
         if "space" not in layers[0].settings:  # so that a preset or --set changes the default space, not replaces it
-            is_absolute = any(gives_absolute_target(layer.settings) for layer in layers)
-            stack.settings["space"] = space_without_target() if is_absolute else _default_space()
+            stack.settings["space"] = default_space([layer.settings for layer in layers])
         for layer in layers:
             stack.lay(layer)
         return stack

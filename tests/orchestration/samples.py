@@ -33,6 +33,7 @@ supernet:
   bootstrapping: {teacher_min_updates: 2}
 measure: {batch_sizes: [1, 8], group_sizes: [1, 8], repeats: 2, warmup: 1, devices: {two: {threads: 2}}}
 gate:
+  router: gate
   optimizer: {steps: 60, batch_size: 128}
 sampler: {cohort: 4, startup: 8}
 budget: {trials: 12}

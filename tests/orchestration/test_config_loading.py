@@ -18,10 +18,13 @@ from ruamel.yaml import YAML
 from dsnet.errors import ConfigError
 from orchestration.config import (
     SweepConfig,
+    enqueued_points,
     json_schema,
     known_fields,
+    resolve_cohort,
     resolve_regime,
     resolve_space,
+    resolve_trials,
     section_class,
     to_yaml,
 )
@@ -851,3 +854,49 @@ def test_an_absolute_target_takes_the_place_of_the_one_that_the_default_space_sw
     assert config.gate.target_madds_m == 0.15
     assert "gate.target" not in config.space
     assert "gate.sgs.t_easy" in config.space
+
+
+def test_a_file_without_a_space_sweeps_the_kinds_of_router_and_each_setting_only_for_those_that_read_it(
+    sweep: Path,
+) -> None:
+    config = load(sweep, HEAD).config
+    space = resolve_space(config)
+    assert space["gate.router"] == Distribution("choice", ("gate", "evidence_gate", "cascade", "learned_cascade"))
+    assert space["gate.target"].when == ()
+    trained = (("gate.router", ("gate", "evidence_gate", "learned_cascade")),)
+    assert {key for key in space if space[key].when == trained} == set(space) - {"gate.router", "gate.target"}
+    assert [point["gate.router"] for point in enqueued_points(config)] == ["gate", "gate"], "the published settings"
+    assert resolve_trials(config) >= 2 * resolve_cohort(config), "a cohort that draws, and at least one that learns"
+
+
+@pytest.mark.parametrize(
+    ("gate", "kind", "keys"),
+    [
+        ("{router: gate}", "gate", 6),
+        ("{router: evidence_gates}", "evidence_gates", 6),
+        ("{router: cascade}", "cascade", 1),
+        ("{trainer: end_to_end}", "gate", 6),
+    ],
+)
+def test_a_router_that_is_given_is_not_swept_and_neither_is_what_it_does_not_read(
+    sweep: Path, gate: str, kind: str, keys: int
+) -> None:
+    loaded = load(sweep, HEAD + f"gate: {gate}\n")
+    assert "gate.router" not in loaded.config.space
+    assert (loaded.config.gate.router, len(loaded.config.space)) == (kind, keys)
+    assert loaded.warnings == ()
+    assert load(sweep, HEAD, overrides=[f"gate={gate}"]).config == loaded.config
+
+
+def test_kinds_of_router_that_the_command_line_sweeps_keep_what_they_read(sweep: Path) -> None:
+    text = HEAD + "gate: {router: cascade}\n"
+    space = load(sweep, text, overrides=["space.gate.router={choice: [gates, cascade]}"]).config.space
+    assert space["gate.router"] == Distribution("choice", ("gates", "cascade"))
+    assert "gate.sgs.t_easy" in space
+
+
+def test_the_paper_preset_leaves_a_file_without_a_space_nothing_but_the_published_gate(sweep: Path) -> None:
+    config = load(sweep, HEAD, preset="paper").config
+    assert (config.gate.router, config.gate.trainer) == ("gate", "end_to_end")
+    assert "gate.router" not in config.space
+    assert config.space["gate.sgs.t_easy"] == Distribution("fixed", (0.0,))

@@ -441,6 +441,7 @@ def test_a_first_point_has_no_key_whose_condition_it_denies() -> None:
 def test_the_published_settings_are_tried_first() -> None:
     (try_best, give_up) = enqueued_points(build())
     assert try_best == {
+        "gate.router": "gate",
         "gate.target": 0.5,
         "gate.sgs.t_easy": 0.0,
         "gate.sgs.t_hard": 0.0,
