@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -201,7 +201,17 @@ class Job:
         return f"{self.arm}-seed{self.seed}"
 
 
-Runner = Callable[[Job, Path, Callable[[], bool]], dict[str, Any] | None]
+class Named(Protocol):
+    """A run to do, of this benchmark or another."""
+
+    @property
+    def name(self) -> str:
+        """Of its files."""
+
+
+JobT = TypeVar("JobT", bound=Named)
+
+Runner = Callable[[JobT, Path, Callable[[], bool]], dict[str, Any] | None]
 """(job, folder for checkpoints, should_stop) -> the run's record, or None where it was stopped."""
 
 
@@ -274,7 +284,16 @@ def jobs(arms: Iterable[str], seeds: Sequence[int]) -> list[Job]:
     return [Job(name, seed) for seed in seeds for name in names]
 
 
-def begin(folder: Path, scale: Scale, material: Material) -> None:
+class _Described(Protocol):
+    def to_json(self) -> dict[str, Any]: ...
+
+
+class _Divided(Protocol):
+    @property
+    def split_hash(self) -> str: ...
+
+
+def begin(folder: Path, scale: _Described, material: _Divided) -> None:
     """Make the folder, or see that it was begun with the same settings and images.
 
     Raises:
@@ -327,18 +346,18 @@ def _try_lock(descriptor: int, path: Path) -> bool:
     return True
 
 
-def record_path(folder: Path, job: Job) -> Path:
+def record_path(folder: Path, job: Named) -> Path:
     """Where a finished run's record lies."""
     return folder / RUNS / f"{job.name}.json"
 
 
 def do_jobs(
     folder: Path,
-    todo: Sequence[Job],
-    run: Runner,
+    todo: Sequence[JobT],
+    run: Runner[JobT],
     should_stop: Callable[[], bool] = lambda: False,
     say: Callable[[str], None] = print,
-) -> list[Job]:
+) -> list[JobT]:
     """Do the jobs that are neither done nor held by another process, in order, until told to stop.
 
     Args:

@@ -591,7 +591,10 @@ def stage_subset(config: SweepConfig, stage: Stage) -> dict[str, JsonValue]:
     for longer, is the same sweep.
     """
     if stage == "supernet":
+        from dsnet.training.settings import without_published  # torch comes with it
+
         supernet = config.supernet.model_dump(mode="json", exclude=_NOT_IN_SUPERNET_KEY)
+        supernet["bootstrapping"] = without_published(supernet["bootstrapping"])
         return {
             "seed": config.seed,
             "data": config.data.model_dump(mode="json", exclude={"path", "crop_fraction"}),

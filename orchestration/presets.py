@@ -30,6 +30,8 @@ _PAPER: Mapping[str, Any] = {
             "ema_decay": 0.997,
             "ema_warmup": False,
             "soft_ramp_epochs": 0.0,
+            "trust": "full",
+            "largest_first": 0.0,
         },
     },
     "gate": {

@@ -286,6 +286,10 @@ class BootstrappingConfig(Section):
     """Raise the decay as min(ema_decay, (1 + t) / (10 + t)): a short run needs it; false is the paper's."""
     soft_ramp_epochs: NonNegativeFloat = 0.0
     """Epochs over which soft labels replace the true ones; 0 = from the start, as in the paper."""
+    trust: Literal["full", "label_probability"] = "label_probability"
+    """Share of the soft label in an image's target. full: all, as in the paper | label_probability: what the teacher gives the label."""
+    largest_first: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the steps, [0, 1), in which the largest sub-network trains alone before the others join."""
     teacher_min_updates: NonNegativeInt = 100
     """A teacher width with fewer updates of its statistics runs on those of the batch."""
 

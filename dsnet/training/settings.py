@@ -18,6 +18,7 @@ TEACHERS = ("none", "inplace", "ema", "ema_ensemble")
 OPTIMIZERS = ("sgd", "adamw")
 SCHEDULES = ("cosine", "one_cycle", "constant")
 PRECISIONS = ("float32", "bf16")
+TRUSTS = ("full", "label_probability")
 KEPT_WEIGHTS = ("ema", "student")
 
 _COUNT = NumberRange(lowest=1, is_whole=True)
@@ -173,7 +174,12 @@ class TrainSettings:
 
 
 _BOOTSTRAP_RANGES: Mapping[str, NumberRange] = MappingProxyType(
-    {"ema_decay": _BELOW_ONE, "soft_ramp_epochs": _NOT_NEGATIVE, "teacher_min_updates": _COUNT_FROM_0}
+    {
+        "ema_decay": _BELOW_ONE,
+        "soft_ramp_epochs": _NOT_NEGATIVE,
+        "largest_first": _BELOW_ONE,
+        "teacher_min_updates": _COUNT_FROM_0,
+    }
 )
 
 
@@ -187,6 +193,11 @@ class BootstrapSettings:
     """Ours: start with a short memory (see `ema.ema_decay`)."""
     soft_ramp_epochs: float = 0.0
     """Ours: epochs over which the soft labels take over from the hard ones, >= 0."""
+    trust: str = "label_probability"
+    """How much of an image's target is the soft label: `full`, all of it, as published; `label_probability` (ours), as much as the
+    probability that the teacher gives to the image's label, and the label itself is the rest."""
+    largest_first: float = 0.0
+    """Ours: share of the steps, [0, 1), in which the largest sub-network trains alone before the others join."""
     teacher_min_updates: int = 100
     """A teacher width with fewer updates of its statistics runs on those of the batch. Start weights bring their count along; where those
     were recalibrated, it is the number of recalibration's batches: fewer than this many, and the width counts as new until training
@@ -194,6 +205,16 @@ class BootstrapSettings:
 
     def __post_init__(self) -> None:
         _check_ranges("supernet.bootstrapping", self, _BOOTSTRAP_RANGES)
+        _check_choice("supernet.bootstrapping.trust", self.trust, TRUSTS)
+
+
+_PUBLISHED: Mapping[str, Any] = MappingProxyType({"trust": "full", "largest_first": 0.0})
+"""Settings that came after the first release, at the values by which it trained."""
+
+
+def without_published(bootstrapping: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out newer settings that stand at their published values, so that records and keys of the first release stay valid."""
+    return {name: value for name, value in bootstrapping.items() if name not in _PUBLISHED or value != _PUBLISHED[name]}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,7 +244,8 @@ class SupernetRun:
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-able mapping, saved with every checkpoint; `from_json` reads it back to an equal object."""
-        return asdict(self)
+        data = asdict(self)
+        return {**data, "bootstrapping": without_published(data["bootstrapping"])}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> SupernetRun:
@@ -238,7 +260,7 @@ class SupernetRun:
                     **data,
                     "train": TrainSettings(**data["train"]),
                     "regime": Regime(**data["regime"]),
-                    "bootstrapping": BootstrapSettings(**data["bootstrapping"]),
+                    "bootstrapping": BootstrapSettings(**{**_PUBLISHED, **data["bootstrapping"]}),
                     "augmentation": Augmentation(**data["augmentation"]),
                     "normalization": Normalization.from_json(data["normalization"]),
                 }

@@ -24,6 +24,7 @@ class StepPlan:
     randoms: tuple[Subnet, ...]
     """Those between largest and smallest."""
     smallest: Subnet
+    """The largest itself where it trains alone, as in a set of one member."""
     soft_weight: float
     """Weight of the soft labels in 0..1; the rest goes to the hard ones."""
     cold: frozenset[str]
@@ -32,7 +33,7 @@ class StepPlan:
     @property
     def smaller(self) -> tuple[Subnet, ...]:
         """All but the largest."""
-        return (*self.randoms, self.smallest)
+        return self.randoms if self.smallest == self.largest else (*self.randoms, self.smallest)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +45,8 @@ class StepRules:
     smoothing: float
     """Label smoothing of whoever learns from labels."""
     precision: str = "float32"
+    trust: str = "full"
+    """One of `dsnet.training.settings.TRUSTS`."""
     scale: float = 1.0
     """Factor of every gradient: one over the number of micro-batches."""
 
@@ -87,12 +90,13 @@ class _Step:
         self.images = images
         self.plan = plan
         self.rules = rules
+        self.labels = labels
         self.hard = smoothed_one_hot(labels, student.spec.num_classes, rules.smoothing)
         self.losses: dict[str, Tensor] = {}
         self.soft: dict[str, Tensor] = {}
 
     def run(self) -> dict[str, Tensor]:
-        if self.rules.teacher in ("ema", "ema_ensemble"):
+        if self.rules.teacher in ("ema", "ema_ensemble") and self.plan.smaller:
             self.soft = self._teach()
         with gradients_added_in_place():
             self._learn(self.images, [self.plan.largest, *self.plan.smaller], gate=0)
@@ -138,6 +142,9 @@ class _Step:
         if subnet == self.plan.largest or self.rules.teacher == "none":
             return self.hard
         soft, weight = self.soft[subnet.name], self.plan.soft_weight
+        if self.rules.trust == "label_probability":
+            known = soft.gather(1, self.labels[:, None])  # [B, 1]: what the teacher knows of each image
+            return self.hard + weight * known * (soft - self.hard)
         return soft if weight == 1.0 else weight * soft + (1.0 - weight) * self.hard
 
     @torch.no_grad()

@@ -55,12 +55,13 @@ class _Session:
             teacher=run.regime.teacher,
             smoothing=run.train.label_smoothing,
             precision=run.train.precision,
+            trust=run.bootstrapping.trust,
             scale=1.0 / run.train.accumulate,
         )
         members = supernet.subnets
         order = members.by_madds()
-        self.smallest = members[order[0]]
         self.largest = members.largest
+        self.smallest = members[order[0]]
         self.between = [members[k] for k in order[1:] if members[k] != self.largest]
 
     @property
@@ -87,6 +88,8 @@ class _Session:
         bootstrap = self.run.bootstrapping
         ramp_steps = bootstrap.soft_ramp_epochs * self.steps_per_epoch
         soft_weight = 1.0 if ramp_steps <= 0 else min(1.0, self.step / ramp_steps)
+        if self.step < round(bootstrap.largest_first * self.num_steps):
+            return StepPlan(self.largest, (), self.largest, soft_weight, frozenset())
         keeps_statistics = self.student.spec.norm != "recalibrate"
         cold = frozenset(
             name

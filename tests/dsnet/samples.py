@@ -131,7 +131,7 @@ def small_run(mode: str = "ib", **changes: Any) -> SupernetRun:
     fields: dict[str, Any] = {
         "train": train,
         "regime": Regime(teacher=TEACHER_OF_MODE[mode], num_random=1),
-        "bootstrapping": BootstrapSettings(teacher_min_updates=5, soft_ramp_epochs=1.0),
+        "bootstrapping": BootstrapSettings(teacher_min_updates=5, soft_ramp_epochs=1.0, trust="full"),
         "augmentation": Augmentation(crop_padding=1, flip=True, cutout=2),
         "normalization": NORMALIZATION,
         "seed": 3,

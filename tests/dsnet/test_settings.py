@@ -54,6 +54,7 @@ TRAIN: dict[str, tuple[float, tuple[float, ...], str]] = {
 BOOTSTRAPPING: dict[str, tuple[float, tuple[float, ...], str]] = {
     "ema_decay": (0, (-0.1, 1.0), BELOW_ONE),
     "soft_ramp_epochs": (0, (-1,), COUNT_FROM_0),
+    "largest_first": (0, (-0.1, 1.0), BELOW_ONE),
     "teacher_min_updates": (0, (-1,), COUNT_FROM_0),
 }
 RUN: dict[str, tuple[float, tuple[float, ...], str]] = {
@@ -121,3 +122,12 @@ def test_settings_survive_json() -> None:
     assert SupernetRun.from_json(json.loads(json.dumps(run.to_json()))) == run
     with pytest.raises(ConfigError, match="not the settings of a supernet's training"):
         SupernetRun.from_json({**run.to_json(), "colour": "red"})
+
+
+def test_records_of_the_first_release_are_read_as_it_trained() -> None:
+    """It had no `trust` and no `largest_first`; records of runs by the published settings still have neither."""
+    published = small_run(bootstrapping=BootstrapSettings(trust="full"))
+    assert not {"trust", "largest_first"} & published.to_json()["bootstrapping"].keys()
+    assert SupernetRun.from_json(published.to_json()).bootstrapping.trust == "full"
+    ours = small_run(bootstrapping=BootstrapSettings(largest_first=0.1))
+    assert ours.to_json()["bootstrapping"].items() >= {"trust": "label_probability", "largest_first": 0.1}.items()

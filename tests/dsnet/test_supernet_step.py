@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from typing import cast
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dsnet.families import create, family_names
-from dsnet.losses import smoothed_one_hot
-from dsnet.space import Subnet
+from dsnet.losses import smoothed_one_hot, soft_cross_entropy
+from dsnet.space import Subnet, SubnetSet
 from dsnet.supernet import Supernet
 from dsnet.training.settings import TEACHERS
 from dsnet.training.step import StepPlan, StepRules, supernet_step
@@ -27,9 +28,11 @@ def student_and_teacher(family: str = "ds_tiny") -> tuple[Supernet, Supernet]:
     return student, teacher
 
 
-def step(student: Supernet, teacher: Supernet | None, plan: StepPlan, kind: str, count: int = 6) -> dict[str, Tensor]:
+def step(
+    student: Supernet, teacher: Supernet | None, plan: StepPlan, kind: str, count: int = 6, trust: str = "full"
+) -> dict[str, Tensor]:
     """The step under test, on the same images every time."""
-    rules = StepRules(teacher=kind, smoothing=SMOOTHING)
+    rules = StepRules(teacher=kind, smoothing=SMOOTHING, trust=trust)
     return supernet_step(student, teacher, random_images(count).double(), random_labels(count), plan, rules)
 
 
@@ -41,7 +44,13 @@ def plan_of(supernet: Supernet, **changes: object) -> StepPlan:
 
 
 def naive_step(
-    student: Supernet, teacher: Supernet, images: Tensor, labels: Tensor, plan: StepPlan, kind: str
+    student: Supernet,
+    teacher: Supernet,
+    images: Tensor,
+    labels: Tensor,
+    plan: StepPlan,
+    kind: str,
+    trust: str = "full",
 ) -> dict[str, float]:
     """METHODS 3 line by line: one separate forward and backward for every sub-network; gradients accumulate."""
     hard = smoothed_one_hot(labels, 10, SMOOTHING)
@@ -69,7 +78,9 @@ def naive_step(
         soft = own if kind == "inplace" else probabilities(plan.largest)
         if kind == "ema_ensemble" and subnet == plan.smallest:
             soft = (soft + sum(probabilities(random) for random in plan.randoms)) / (1 + len(plan.randoms))
-        learn(subnet, plan.soft_weight * soft + (1 - plan.soft_weight) * hard)
+        # One share per image: how likely the teacher finds the image's label.
+        share = plan.soft_weight * (soft[range(len(labels)), labels, None] if trust == "label_probability" else 1.0)
+        learn(subnet, share * soft + (1 - share) * hard)
     return losses
 
 
@@ -83,12 +94,12 @@ def gradients(supernet: Supernet) -> dict[str, Tensor]:
     return {name: p.grad for name, p in supernet.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("soft_weight", [1.0, 0.3])
+@pytest.mark.parametrize(("soft_weight", "trust"), [(1.0, "full"), (0.3, "full"), (0.3, "label_probability")])
 @pytest.mark.parametrize("is_cold", [False, True])
 @pytest.mark.parametrize("kind", TEACHERS)
 @pytest.mark.parametrize("family", family_names())
 def test_shared_trunk_gradients_and_losses_equal_separate_forwards(
-    family: str, kind: str, is_cold: bool, soft_weight: float
+    family: str, kind: str, is_cold: bool, soft_weight: float, trust: str
 ) -> None:
     student, teacher = student_and_teacher(family)
     naive_student = small_supernet(family, seed=0).double().train()
@@ -96,8 +107,8 @@ def test_shared_trunk_gradients_and_losses_equal_separate_forwards(
     plan = plan_of(student, cold=cold, soft_weight=soft_weight)
     for net in (student, naive_student, teacher):
         without_dropout(net)
-    losses = step(student, teacher, plan, kind)
-    expected = naive_step(naive_student, teacher, random_images(6).double(), random_labels(6), plan, kind)
+    losses = step(student, teacher, plan, kind, trust=trust)
+    expected = naive_step(naive_student, teacher, random_images(6).double(), random_labels(6), plan, kind, trust)
     assert {name: loss.item() for name, loss in losses.items()} == pytest.approx(expected, rel=1e-10)
     met, wanted = gradients(student), gradients(naive_student)
     assert met.keys() == wanted.keys()
@@ -176,6 +187,63 @@ def test_a_set_without_random_members_trains_with_every_teacher() -> None:
     for kind in TEACHERS:
         student, teacher = student_and_teacher()
         assert list(step(student, teacher, plan_of(student, randoms=()), kind, count=4)) == ["largest", "subnet-00"]
+
+
+@pytest.mark.parametrize("family", family_names())
+@pytest.mark.parametrize("kind", TEACHERS)
+def test_a_set_of_one_member_takes_a_plain_step(family: str, kind: str) -> None:
+    """One forward and backward with the labels: the same gradients and statistics as the network on its own, to the bit."""
+    blueprint = small_supernet(family, seed=0)
+    only = SubnetSet(blueprint.spec, (blueprint.subnets.largest,))
+    nets = [type(blueprint)(blueprint.spec, only, torch.Generator().manual_seed(0)).train() for _ in range(2)]
+    for net in nets:
+        without_dropout(net)
+    images, labels = random_images(6), random_labels(6)
+    plan = StepPlan(only.largest, (), only[0], 1.0, frozenset())
+    rules = StepRules(teacher=kind, smoothing=SMOOTHING, trust="label_probability")
+    losses = supernet_step(nets[0], copy.deepcopy(nets[0]), images, labels, plan, rules)
+    hard = smoothed_one_hot(labels, 10, SMOOTHING)
+    loss = soft_cross_entropy(nets[1](images, only[0]), hard)
+    loss.backward()
+    assert losses.keys() == {only[0].name}
+    assert torch.equal(losses[only[0].name], loss.detach())
+    met, wanted = gradients(nets[0]), gradients(nets[1])
+    assert met.keys() == wanted.keys()
+    assert all(torch.equal(met[name], wanted[name]) for name in met)
+    assert all(torch.equal(x, y) for x, y in zip(nets[0].buffers(), nets[1].buffers(), strict=True))
+
+
+def test_a_teacher_that_knows_nothing_leaves_the_labels_and_a_sure_one_replaces_them() -> None:
+    """The share of the soft label is the probability that the teacher gives to the label: here 0 or 1."""
+    student, _ = student_and_teacher()
+    labels = random_labels(6)
+    losses = {}
+    for name, bias in (("wrong", -1e3), ("right", 1e3)):
+        sure = FixedTeacher(student, torch.eye(10, dtype=torch.float64)[labels] * bias)
+        for trust in ("full", "label_probability"):
+            fresh, _ = student_and_teacher()
+            losses[name, trust] = step(fresh, cast(Supernet, sure), plan_of(fresh), "ema", trust=trust)[
+                "subnet-00"
+            ].item()
+    fresh, _ = student_and_teacher()
+    with_labels = step(fresh, None, plan_of(fresh), "none")["subnet-00"].item()
+    assert losses["wrong", "label_probability"] == pytest.approx(with_labels, rel=1e-12)
+    assert losses["wrong", "full"] != pytest.approx(with_labels, rel=1e-3)
+    assert losses["right", "label_probability"] == pytest.approx(losses["right", "full"], rel=1e-12)
+
+
+class FixedTeacher:
+    """A teacher that says the same logits whatever it sees."""
+
+    def __init__(self, like: Supernet, logits: Tensor) -> None:
+        self.spec = like.spec
+        self.logits = logits
+
+    def batch_norms(self) -> list[nn.Module]:
+        return []
+
+    def __call__(self, images: Tensor, subnet: Subnet) -> Tensor:
+        return self.logits
 
 
 def test_gradients_go_on_from_what_was_there() -> None:

@@ -551,6 +551,15 @@ def test_soft_labels_ramp_in_and_widths_warm_up() -> None:
     assert state.plan([]).cold == {"subnet-00", "largest"}
 
 
+def test_the_largest_trains_alone_first_where_that_is_asked_for() -> None:
+    state = session(supernet(), largest_first=0.25)
+    taking_part = []
+    for step in (0, state.num_steps // 4 - 1, state.num_steps // 4, state.num_steps - 1):
+        state.step = step
+        taking_part.append([subnet.name for subnet in state.plan([0]).smaller])
+    assert taking_part == [[], [], ["subnet-01", "subnet-00"], ["subnet-01", "subnet-00"]]
+
+
 def test_a_teacher_that_starts_with_good_statistics_is_warm() -> None:
     net = supernet()
     recalibrate(net, [NORMALIZATION.apply(random_pixels(8, 8))] * 5)

@@ -693,6 +693,19 @@ def test_a_setting_enters_the_keys_of_just_the_stages_it_changes(change: dict[st
     assert {stage for stage in STAGES if stage_subset(before, stage) != stage_subset(after, stage)} == stages  # type: ignore[arg-type]
 
 
+def test_the_published_way_of_training_keeps_the_key_of_the_first_release() -> None:
+    """Its files had neither `trust` nor `largest_first`, and trained as these two values do."""
+    published = build(supernet={"model": "ds_tiny", "bootstrapping": {"trust": "full", "largest_first": 0.0}})
+    subset: Any = stage_subset(published, "supernet")
+    assert subset["supernet"]["bootstrapping"] == {
+        "ema_decay": 0.997,
+        "ema_warmup": True,
+        "soft_ramp_epochs": 0.0,
+        "teacher_min_updates": 100,
+    }
+    assert subset != stage_subset(build(), "supernet")
+
+
 def test_end_to_end_settings_enter_the_search_where_trials_train_that_way() -> None:
     plain, changed, elsewhere = (
         build(gate={"trainer": "end_to_end", "end_to_end": settings})

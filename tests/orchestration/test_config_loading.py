@@ -628,6 +628,8 @@ PUBLISHED = {
     "supernet.bootstrapping.ema_decay": 0.997,
     "supernet.bootstrapping.ema_warmup": False,
     "supernet.bootstrapping.soft_ramp_epochs": 0,
+    "supernet.bootstrapping.trust": "full",
+    "supernet.bootstrapping.largest_first": 0,
     "gate.losses.cls": 1,
     "gate.losses.sgs": 1,
     "gate.losses.complexity": 0.5,

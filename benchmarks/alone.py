@@ -1,0 +1,138 @@
+"""Every sub-network of a supernet against the same network trained alone with fresh weights: is sharing free?
+
+Equal are data, batches, steps, augmentation, weight averaging and evaluation (recalibrated; `test`, on which nothing is chosen). A network
+alone takes the best of four learning rates, chosen on `val` with the first seed. Supernets are also trained at a third of the compute that
+all their sub-networks need alone, and at as much.
+
+    python -m benchmarks.alone train --scale cifar --folder F --data DIR --max-seconds 540      (repeat until exit code 0)
+    python -m benchmarks.alone train --scale photos --folder F --data FOLDER_OF_CLASSES
+    python -m benchmarks.alone train --scale gpu --folder F --data DIR --device cuda
+    python -m benchmarks.alone report --folder F
+    python -m benchmarks.alone --quick
+
+`train` needs torch and dsnet alone, may be repeated and killed at will, and shares its folder with further processes of the same host.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from benchmarks.alone_runs import ARMS, SCALES, USUAL_ARMS, Material, Scale, Trainer, jobs, load_material
+from benchmarks.regime_runs import begin, do_jobs
+from dsnet.errors import ConfigError, DsnetError, StoppedError
+from dsnet.families import create
+from dsnet.files import atomic_write_json, atomic_write_text
+
+if TYPE_CHECKING:
+    from benchmarks.harness import Options, Report
+
+BENCHMARK = "sub-networks against the same networks trained alone: points below them in the mean (goal: at most 0.5)"
+NUM_SEEDS = 3
+
+
+def measure(options: Options) -> Report:
+    """A tiny set of digits with --quick, else the `digits` scale (about a quarter of an hour on one thread)."""
+    from benchmarks.alone_report import make_report  # `train` has to work without rich
+
+    scale = SCALES["quick" if options.quick else "digits"]
+    seeds = range(options.seed, options.seed + (2 if options.quick else NUM_SEEDS))
+    with tempfile.TemporaryDirectory() as folder:
+        material = load_material(scale, None)
+        begin(Path(folder), scale, material)
+        trainer = Trainer(scale, material, torch.device("cpu"), Path(folder), seeds[0])
+        do_jobs(Path(folder), jobs(USUAL_ARMS, _members(scale, material), seeds, scale.lengths), trainer)
+        return make_report(Path(folder))
+
+
+def _members(scale: Scale, material: Material) -> list[str]:
+    return [subnet.name for subnet in create(scale.family, material.task, scale.options).subnets]
+
+
+def train(arguments: argparse.Namespace) -> None:
+    """Do what is left of the wanted runs.
+
+    Raises:
+        StoppedError: some are left, because time ran out or other processes hold them.
+    """
+    deadline = time.monotonic() + arguments.max_seconds
+    if torch.device(arguments.device).type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"--device is {arguments.device}, but torch sees no GPU here; use --device cpu")
+    torch.set_num_threads(arguments.threads)
+    scale = SCALES[arguments.scale]
+    material = load_material(scale, arguments.data)
+    begin(arguments.folder, scale, material)
+    todo = jobs(arguments.arms, _members(scale, material), arguments.seeds, scale.lengths)
+    trainer = Trainer(scale, material, torch.device(arguments.device), arguments.folder, arguments.seeds[0])
+    left = do_jobs(arguments.folder, todo, trainer, should_stop=lambda: time.monotonic() > deadline, say=_say)
+    if left:
+        raise StoppedError(
+            f"{len(todo) - len(left)} of {len(todo)} runs are done; next: {left[0].name}. "
+            "Give the same command again; what another process holds, it goes on with"
+        )
+    _say(f"all {len(todo)} runs are done")
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+def report(arguments: argparse.Namespace) -> None:
+    """Tables to the terminal and, with all numbers, into the folder."""
+    from benchmarks.alone_report import make_report
+    from benchmarks.regime_report import markdown
+
+    found = make_report(arguments.folder)
+    text = f"{markdown(found.sections)}\n{found.headline.text()}\n"
+    atomic_write_text(arguments.folder / "report.md", text)
+    atomic_write_json(arguments.folder / "report.json", dict(found.figures))
+    print(text)
+    print(f"written: {arguments.folder}/report.md, report.json")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The two commands that work on a folder."""
+    top = argparse.ArgumentParser(prog="python -m benchmarks.alone", description=BENCHMARK)
+    commands = top.add_subparsers(required=True)
+    one = commands.add_parser("train", help="train and test the runs that are left; exit code 6 while some are left")
+    one.set_defaults(command=train)
+    one.add_argument("--scale", choices=list(SCALES), default="digits")
+    one.add_argument("--folder", type=Path, required=True, help="receives checkpoints and one JSON file per run")
+    one.add_argument("--data", type=Path, help="folder of the images; default: DSNET_DATA (digits need none)")
+    one.add_argument("--device", default="cpu")
+    one.add_argument("--threads", type=int, default=1, help="of torch, for each process")
+    one.add_argument("--max-seconds", type=float, default=math.inf, help="stop at the first step after so long")
+    one.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(USUAL_ARMS), metavar="ARM")
+    one.add_argument("--seeds", nargs="+", type=int, default=list(range(NUM_SEEDS)), metavar="SEED")
+    two = commands.add_parser("report", help="tables and numbers of the finished runs")
+    two.set_defaults(command=report)
+    two.add_argument("--folder", type=Path, required=True)
+    return top
+
+
+def main(argv: Sequence[str]) -> int:
+    """A command on a folder, or the benchmark as the harness runs every one."""
+    try:
+        if argv and argv[0] in ("train", "report"):
+            arguments = parser().parse_args(argv)
+            arguments.command(arguments)
+        else:
+            from benchmarks.harness import run_benchmark
+
+            run_benchmark(BENCHMARK, measure, threads=1)
+    except DsnetError as error:
+        print(error, file=sys.stderr, flush=True)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,208 @@
+"""What the runs of `alone` say: the gap of every sub-network to the same network trained alone, with intervals over seeds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.alone_runs import ALONE, ARMS, load_records
+from benchmarks.harness import Estimate, Headline, Report, Section
+from benchmarks.regime_report import Interval, t_interval
+from benchmarks.regime_runs import PLAN
+from dsnet.errors import PreflightError
+from dsnet.files import read_json
+
+GOAL = 0.5
+"""Points that sub-networks may be below the same networks trained alone, in the mean."""
+
+
+@dataclass(frozen=True)
+class Gap:
+    """A supernet's sub-networks beside the same networks alone, for one way of training and one length."""
+
+    arm: str
+    length: float
+    names: tuple[str, ...]
+    """Sub-networks by rising MAdds."""
+    madds: tuple[int, ...]
+    supernet: tuple[float, ...]
+    """Top-1 on `test` of each, the mean over seeds."""
+    alone: tuple[float, ...]
+    factors: tuple[float, ...]
+    """The learning rate that each took alone, relative to the supernet's."""
+    gaps: tuple[Interval, ...]
+    """Supernet minus alone, paired by seed."""
+    mean: Interval
+    """The mean over the sub-networks."""
+    cost: float
+    """Compute of the supernet over that of training all its sub-networks alone, once each."""
+    steps: tuple[int, int]
+    """Steps of the supernet, and of a network alone."""
+
+
+def find_gaps(records: Sequence[Mapping[str, Any]]) -> list[Gap]:
+    """All gaps that the finished runs allow: those of an arm's seeds for which every sub-network was trained alone."""
+    found = []
+    for length in sorted({record["length"] for record in records}, reverse=True):
+        of_length = [record for record in records if record["length"] == length and "error" not in record]
+        alone = _best_alone(of_length)
+        for arm in ARMS:
+            gap = _gap(arm, length, [record for record in of_length if record["arm"] == arm], alone)
+            found += [gap] if gap is not None else []
+    return found
+
+
+def _best_alone(records: Sequence[Mapping[str, Any]]) -> dict[tuple[str, int], Mapping[str, Any]]:
+    """(sub-network, seed) -> its run with the learning rate that is best on `val`."""
+    best: dict[tuple[str, int], Mapping[str, Any]] = {}
+    for record in records:
+        if record["arm"] != ALONE:
+            continue
+        key = (record["subnet"], record["seed"])
+        if key not in best or record["subnets"][0]["val"] > best[key]["subnets"][0]["val"]:
+            best[key] = record
+    return best
+
+
+def _gap(
+    arm: str, length: float, runs: Sequence[Mapping[str, Any]], alone: Mapping[tuple[str, int], Mapping[str, Any]]
+) -> Gap | None:
+    rows = [row for row in runs[0]["subnets"] if row["is_member"]] if runs else []
+    rows.sort(key=lambda row: row["madds"])
+    names = [row["name"] for row in rows]
+    runs = [run for run in runs if all((name, run["seed"]) in alone for name in names)]
+    if not runs:
+        return None
+    ours = [[_top1(run, name) for run in runs] for name in names]
+    theirs = [[_top1(alone[name, run["seed"]], name) for run in runs] for name in names]
+    differences = [[x - y for x, y in zip(a, b, strict=True)] for a, b in zip(ours, theirs, strict=True)]
+    cost = sum(alone[name, runs[0]["seed"]]["train_pmadds"] for name in names)
+    return Gap(
+        arm=arm,
+        length=length,
+        names=tuple(names),
+        madds=tuple(row["madds"] for row in rows),
+        supernet=tuple(map(_mean, ours)),
+        alone=tuple(map(_mean, theirs)),
+        factors=tuple(alone[name, runs[0]["seed"]]["factor"] for name in names),
+        gaps=tuple(map(t_interval, differences)),
+        mean=t_interval([_mean(column) for column in zip(*differences, strict=True)]),
+        cost=runs[0]["train_pmadds"] / cost,
+        steps=(runs[0]["steps"], alone[names[0], runs[0]["seed"]]["steps"]),
+    )
+
+
+def _top1(record: Mapping[str, Any], name: str) -> float:
+    (found,) = (row["top1"] for row in record["subnets"] if row["name"] == name)
+    return float(found)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def make_sections(records: Sequence[Mapping[str, Any]], what: str) -> list[Section]:
+    """A summary, the gaps by width, and the curves over steps."""
+    gaps = find_gaps(records)
+    columns = ("way of training", "steps", "cost", "seeds", "mean", "smallest", "largest", "points below 0")
+    rows = [
+        (
+            gap.arm,
+            f"{gap.steps[0]} / {gap.steps[1]}",
+            f"{gap.cost:.2f}",
+            str(gap.mean.num_seeds),
+            _points(gap.mean),
+            _points(gap.gaps[0]),
+            _points(gap.gaps[-1]),
+            f"{100 * min(0.0, *(part.mean for part in gap.gaps)):+.1f}",
+        )
+        for gap in gaps
+    ]
+    title = (
+        f"{what} on test: supernet minus the same network alone, points ± half of the 95 % t-interval over seeds; "
+        "steps: supernet / alone; cost: the supernet's over that of all alone; last column: the worst sub-network"
+    )
+    return [Section(title, columns, rows), *map(_width_section, gaps), *_curve_sections(records)]
+
+
+def _points(part: Interval) -> str:
+    text = f"{100 * part.mean:+.1f}"
+    return text if part.half is None else f"{text} ±{100 * part.half:.1f}"
+
+
+def _width_section(gap: Gap) -> Section:
+    rows = [
+        (
+            gap.names[k],
+            f"{gap.madds[k] / 1e6:.3g}",
+            f"{100 * gap.supernet[k]:.1f}",
+            f"{100 * gap.alone[k]:.1f}",
+            f"{gap.factors[k]:g}",
+            _points(gap.gaps[k]),
+        )
+        for k in range(len(gap.names))
+    ]
+    columns = ("sub-network", "MAdds M", "supernet %", "alone %", "rate alone", "gap")
+    return Section(f"{gap.arm}, {gap.steps[0]} steps against {gap.steps[1]} alone", columns, rows)
+
+
+def _curve_sections(records: Sequence[Mapping[str, Any]]) -> list[Section]:
+    """Mean over the sub-networks on `val` in the middle of training: of each way, and alone."""
+    sections = []
+    for length in sorted({record["length"] for record in records}, reverse=True):
+        rows = []
+        for arm in (*ARMS, ALONE):
+            runs = [record for record in records if record["arm"] == arm and record["length"] == length]
+            runs = [record for record in runs if record.get("curve") and _is_best(record, records)]
+            if runs:
+                rows.append((arm, *_curve(runs)))
+        if rows:
+            width = max(map(len, rows))
+            columns = ("way of training", *(f"look {k}" for k in range(1, width)))
+            padded = [(*row, *[""] * (width - len(row))) for row in rows]
+            sections.append(Section(f"Curves, length {length:.3g}: steps: mean top-1 % on val", columns, padded))
+    return sections
+
+
+def _is_best(record: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a run alone has the best learning rate of its sub-network and seed; a supernet has only one."""
+    if record["arm"] != ALONE:
+        return True
+    same = [other for other in records if other["length"] == record["length"] and "error" not in other]
+    return _best_alone(same).get((record["subnet"], record["seed"])) is record
+
+
+def _curve(runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    of_steps: dict[int, list[float]] = {}
+    for run in runs:
+        for point in run["curve"]:
+            members = {row["name"] for row in run["subnets"] if row["is_member"]}
+            of_steps.setdefault(point["steps"], []).append(_mean([point["val"][name] for name in sorted(members)]))
+    return [f"{steps}: {100 * _mean(values):.1f}" for steps, values in sorted(of_steps.items())]
+
+
+def make_report(folder: Path) -> Report:
+    """Tables, and as the headline how far `ib` is below networks trained alone at equal steps, in the mean.
+
+    Raises:
+        PreflightError: there are no finished runs of `ib` beside all of its sub-networks alone.
+    """
+    if not (folder / PLAN).exists():
+        raise PreflightError(f"{folder} holds no runs: `train` first, into the same --folder")
+    scale, records = read_json(folder / PLAN)["scale"], load_records(folder)
+    gaps = find_gaps(records)
+    first = next((gap for gap in gaps if gap.arm == "ib" and gap.length == 1.0), None)
+    if first is None:
+        raise PreflightError(f"{folder}: the runs of ib, and of its sub-networks alone, are not done yet: `train` on")
+    half = 100 * first.mean.half if first.mean.half is not None else math.nan
+    below = -100 * first.mean.mean
+    label = (
+        f"points of ib below the same networks alone, mean of {len(first.names)}, {scale['family']} on {scale['data']}"
+    )
+    headline = Headline(label, Estimate(below, below - half, below + half), "", GOAL)
+    what = "Mean over classes" if scale["is_balanced"] else "Top-1"
+    figures = {"scale": scale, "gaps": [asdict(gap) for gap in gaps], "runs": list(records)}
+    return Report(make_sections(records, what), headline, figures)

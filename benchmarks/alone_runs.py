@@ -1,0 +1,407 @@
+"""The runs of `alone`: supernets, and each of their sub-networks as a network of its own, one run after the other until all are done.
+
+Imports torch and dsnet alone: a GPU machine without the platform's other packages trains with it. Several processes may share a
+folder: each run is claimed by a lock file, continues from its last checkpoint, and leaves one JSON file.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from itertools import combinations
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.regime_runs import RUNS
+from dsnet.batchnorm import recalibrate
+from dsnet.checkpoint import load_supernet
+from dsnet.cost import subnet_cost
+from dsnet.data import Augmentation, Normalization, SplitSizes, TensorData, load_images, make_splits
+from dsnet.errors import NonFiniteLossError
+from dsnet.families import Task, create
+from dsnet.files import atomic_write_json, read_json
+from dsnet.latency import device_name
+from dsnet.space import Subnet, SubnetSet
+from dsnet.supernet import Supernet
+from dsnet.training.images import InMemoryImages
+from dsnet.training.settings import REGIMES, BootstrapSettings, Regime, SupernetRun, TrainSettings
+from dsnet.training.supernet import recalibration_batches, train_supernet
+from dsnet.training.train_cost import step_madds
+
+EVALUATION_BATCH = 256
+NUM_LOOKS = 6
+"""Points of a curve over steps, the end not counted."""
+LOOK_IMAGES = 1_000
+"""Images of `val`, and of `train` for recalibration, at such a point."""
+RATE_FACTORS = (0.25, 0.5, 1.0, 2.0)
+"""Learning rates that a network trained alone may choose from, relative to the supernet's."""
+ALONE = "alone"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way of training the supernet."""
+
+    regime: Regime
+    bootstrapping: BootstrapSettings = field(default_factory=BootstrapSettings)
+    cost_share: float | None = None
+    """None: as many steps as a network alone; else so many that the supernet costs this share of training every sub-network alone."""
+
+
+ARMS: Mapping[str, Arm] = MappingProxyType(
+    {
+        "ib": Arm(REGIMES["ib"]),
+        "ib_published": Arm(REGIMES["ib"], BootstrapSettings(trust="full")),
+        "ce": Arm(REGIMES["ce"]),
+        "ib_third": Arm(REGIMES["ib"], cost_share=1 / 3),
+        "ib_equal_cost": Arm(REGIMES["ib"], cost_share=1.0),
+        "ib_largest_first": Arm(REGIMES["ib"], BootstrapSettings(largest_first=0.25)),
+    }
+)
+"""`ib` is in-place bootstrapping with our defaults, `ib_published` with the published soft labels; `ce` trains every width with labels.
+`ib_third` costs a third of training all alone, `ib_equal_cost` as much; `ib_largest_first` trains the largest alone for a quarter of
+the steps."""
+USUAL_ARMS = tuple(name for name in ARMS if name != "ib_largest_first")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """What all runs of a folder have in common."""
+
+    data: str
+    """Name of a data set."""
+    image_size: int | None = None
+    """Pixels; None for the data's own."""
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    """Images of a split, where it is not the data set's default."""
+    is_balanced: bool = False
+    """Whether accuracy is the mean over classes of the accuracy within each: for data of which one class is the most."""
+    family: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    train: TrainSettings
+    lengths: tuple[float, ...] = (1.0,)
+    """Shares of `train.epochs`; everything is trained at each of these lengths."""
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-able mapping."""
+        return asdict(self)
+
+
+SCALES: Mapping[str, Scale] = MappingProxyType(
+    {
+        "quick": Scale(
+            data="digits",
+            sizes={"train": 320, "gate": 100, "val": 100, "test": 300},
+            family="ds_tiny",
+            options={"num_routes": 2},
+            train=TrainSettings(epochs=3, batch_size=64, warmup_epochs=0.5),
+        ),
+        "digits": Scale(
+            data="digits",
+            family="ds_tiny",
+            train=TrainSettings(epochs=30, batch_size=64, warmup_epochs=2),
+            lengths=(1.0, 1 / 3),
+        ),
+        "cifar": Scale(
+            data="cifar10",
+            sizes={"train": 8000, "gate": 1000, "val": 2000, "test": 4000},
+            family="ds_resnet",
+            options={"depth": 8, "width": 2.0, "stem": "large"},
+            train=TrainSettings(epochs=8, batch_size=64, warmup_epochs=1, channels_last=True, precision="bf16"),
+            lengths=(1.0, 1 / 4),
+        ),
+        "photos": Scale(
+            data="image_folder",
+            image_size=64,
+            is_balanced=True,
+            family="ds_resnet",
+            options={"depth": 8, "width": 2.0, "stem": "large"},
+            train=TrainSettings(
+                epochs=64, batch_size=32, lr=0.05, warmup_epochs=3, channels_last=True, precision="bf16"
+            ),
+        ),
+        "gpu": Scale(
+            data="cifar10",
+            family="ds_resnet",
+            options={"depth": 20, "width": 2.0, "ratios": [0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0]},
+            train=TrainSettings(
+                epochs=60, batch_size=256, lr=0.2, warmup_epochs=3, precision="bf16", channels_last=True
+            ),
+            lengths=(1.0, 1 / 6),
+        ),
+    }
+)
+"""`quick`: seconds; `digits`, `cifar`, `photos`: a few seconds to a few minutes a run on one thread; `photos` reads a folder with one
+folder of images per class (`--data`); `gpu`: all of CIFAR-10."""
+
+
+@dataclass(frozen=True, eq=False)
+class Material:
+    """The images, divided once for all runs."""
+
+    training: InMemoryImages
+    data: TensorData
+    """With `test`, which is only ever measured; learning rates are chosen on `val`."""
+    task: Task
+    normalization: Normalization
+    split_hash: str
+
+
+def load_material(scale: Scale, path: Path | None) -> Material:
+    """Read the data set.
+
+    Raises:
+        DataError: the images are not there.
+    """
+    image_set = load_images(scale.data, path, scale.image_size)
+    splits = make_splits(image_set.labels.numpy(), image_set.official_test, SplitSizes(**scale.sizes))
+    data = TensorData.from_images(image_set, splits, open_test=True)
+    images = data.images("train")
+    channels, _, size = data.image_shape
+    return Material(
+        training=InMemoryImages(images, data.labels("train"), Augmentation.for_images(image_set)),
+        data=data,
+        task=Task(data.num_classes, channels, size),
+        normalization=Normalization.from_images(images),
+        split_hash=f"{image_set.fingerprint}/{splits.hash}",
+    )
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run to do: a supernet (`arm` names how), or one sub-network alone (`arm` is `alone`)."""
+
+    arm: str
+    seed: int
+    length: float
+    subnet: str | None = None
+    """The sub-network that is trained alone."""
+    factor: float | None = None
+    """Its learning rate relative to the supernet's; None: the best one of the first seed, on `val`."""
+
+    @property
+    def name(self) -> str:
+        """Of its files."""
+        parts = [self.arm, *([self.subnet] if self.subnet else []), f"length{self.length:.3g}"]
+        if self.subnet is not None:
+            parts.append("best" if self.factor is None else f"rate{self.factor:g}")
+        return "-".join([*parts, f"seed{self.seed}"])
+
+
+def jobs(arms: Sequence[str], subnets: Sequence[str], seeds: Sequence[int], lengths: Sequence[float]) -> list[Job]:
+    """All runs: of the first seed every learning rate of every sub-network alone, of later seeds the best one."""
+    found = []
+    for number, seed in enumerate(seeds):
+        for length in lengths:
+            found += [Job(arm, seed, length) for arm in arms]
+            factors: Sequence[float | None] = RATE_FACTORS if number == 0 else (None,)
+            found += [Job(ALONE, seed, length, name, factor) for name in subnets for factor in factors]
+    return found
+
+
+def alone(supernet: Supernet, subnet: Subnet, seed: int) -> Supernet:
+    """One sub-network as a network of its own with fresh weights: a supernet of one member, which any training loop takes."""
+    groups = tuple(
+        replace(group, max_width=width) for group, width in zip(supernet.spec.groups, subnet.widths, strict=True)
+    )
+    spec = replace(supernet.spec, groups=groups)
+    return type(supernet)(spec, SubnetSet(spec, (subnet,)), torch.Generator().manual_seed(seed))  # type: ignore[call-arg]
+
+
+def image_madds(supernet: Supernet, regime: Regime) -> float:
+    """MAdds that training spends on one image of a batch, the mean over the sandwich's random sub-networks."""
+    subnets = supernet.subnets
+    smallest = subnets[subnets.by_madds()[0]]
+    between = [subnet for subnet in subnets if subnet not in (smallest, subnets.largest)]
+    count = len(between) if regime.widths == "all" else min(regime.num_random, len(between))
+    ends = [subnets.largest, *([smallest] if smallest != subnets.largest else [])]
+    costs = []
+    for picks in combinations(between, count):
+        taught = {"ema": [subnets.largest], "ema_ensemble": [subnets.largest, *picks]}.get(regime.teacher, [])
+        if len(subnets.all) == 1:
+            taught = []
+        costs.append(step_madds(supernet.spec, [*ends, *picks], taught, supernet.spec.image_size))
+    return float(np.mean(costs))
+
+
+@dataclass(frozen=True)
+class _Looks:
+    """The points of a run's curve, in a file, since a run may take several calls."""
+
+    path: Path
+
+    def keep(self, steps: int, val: Mapping[str, float]) -> None:
+        """Store the accuracies after so many steps; a repeated point takes the place of the earlier one."""
+        found = {row["steps"]: row for row in self.rows()} | {steps: {"steps": steps, "val": dict(val)}}
+        atomic_write_json(self.path, sorted(found.values(), key=lambda row: row["steps"]))
+
+    def rows(self) -> list[Mapping[str, Any]]:
+        """All points by rising steps."""
+        return read_json(self.path) if self.path.exists() else []
+
+
+@dataclass(frozen=True, eq=False)
+class Trainer:
+    """Trains and tests one run."""
+
+    scale: Scale
+    material: Material
+    device: torch.device
+    folder: Path
+    """Holds the records: the learning rate of a later seed is read from those of the first."""
+    first_seed: int
+
+    @cached_property
+    def blueprint(self) -> Supernet:
+        """The supernet, to read its sub-networks and costs."""
+        return create(self.scale.family, self.material.task, self.scale.options, seed=0)
+
+    def __call__(self, job: Job, folder: Path, should_stop: Callable[[], bool]) -> dict[str, Any] | None:
+        """Train, continuing what `folder` holds; then test every width. None where it was stopped, or has to wait for other runs."""
+        factor = self._factor(job)
+        if factor is None:
+            return None
+        network = self._network(job)
+        run = self._settings(job, factor, network)
+        looks = _Looks(folder / "looks.json")
+        steps_per_epoch = len(self.material.data.labels("train")) // run.train.batch_size
+        every = max(1, run.train.epochs // (NUM_LOOKS + 1))
+
+        def look(epochs: int, kept: Supernet) -> None:
+            if epochs % every == 0:
+                looks.keep(epochs * steps_per_epoch, self._look(kept, run))
+
+        record: dict[str, Any] = {
+            "arm": job.arm,
+            "seed": job.seed,
+            "length": job.length,
+            "subnet": job.subnet,
+            "factor": factor,
+            "settings": run.to_json(),
+            "steps": run.train.epochs * steps_per_epoch,
+            "train_pmadds": run.train.epochs
+            * steps_per_epoch
+            * run.train.batch_size
+            * image_madds(network, run.regime)
+            / 1e15,
+            "device": device_name(self.device),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+        }
+        try:
+            final = train_supernet(
+                network,
+                self.material.training,
+                run,
+                folder=folder,
+                device=self.device,
+                should_stop=should_stop,
+                on_epoch=look,
+            )
+        except NonFiniteLossError as error:
+            return record | {"error": str(error), "subnets": []}
+        if final is None:
+            return None
+        trained = load_supernet(final)[0].to(self.device)
+        return record | {"curve": looks.rows(), "subnets": list(self._tested(trained))}
+
+    def _factor(self, job: Job) -> float | None:
+        """The learning rate of a run relative to the scale's; None where the runs that decide it are not done."""
+        if job.subnet is None:
+            return 1.0
+        if job.factor is not None:
+            return job.factor
+        found = {}
+        for factor in RATE_FACTORS:
+            path = self.folder / RUNS / f"{replace(job, seed=self.first_seed, factor=factor).name}.json"
+            if not path.exists():
+                return None
+            rows = read_json(path)["subnets"]
+            found[factor] = rows[0]["val"] if rows else -1.0
+        return max(found, key=lambda factor: found[factor])
+
+    def _network(self, job: Job) -> Supernet:
+        if job.subnet is None:
+            regime = ARMS[job.arm].regime
+            return create(self.scale.family, self.material.task, self.scale.options, norm=regime.norm, seed=job.seed)
+        (subnet,) = (subnet for subnet in self.blueprint.subnets.all if subnet.name == job.subnet)
+        return alone(self.blueprint, subnet, job.seed)
+
+    def _settings(self, job: Job, factor: float, network: Supernet) -> SupernetRun:
+        train = self.scale.train
+        arm = ARMS["ce"] if job.subnet is not None else ARMS[job.arm]
+        epochs = max(1, round(train.epochs * job.length))
+        if arm.cost_share is not None:
+            members = [alone(self.blueprint, subnet, 0) for subnet in self.blueprint.subnets]
+            budget = sum(image_madds(member, REGIMES["ce"]) for member in members) * arm.cost_share
+            epochs = max(1, round(epochs * budget / image_madds(network, arm.regime)))
+        return SupernetRun(
+            train=replace(
+                train,
+                epochs=epochs,
+                lr=train.lr * factor,
+                warmup_epochs=min(train.warmup_epochs * epochs / train.epochs, epochs),
+                checkpoint_every=max(1, epochs // 4),
+            ),
+            regime=arm.regime,
+            bootstrapping=arm.bootstrapping,
+            augmentation=self.material.training.augmentation,
+            normalization=self.material.normalization,
+            seed=job.seed,
+            keep_checkpoints=1,
+        )
+
+    def _look(self, kept: Supernet, run: SupernetRun) -> dict[str, float]:
+        """Accuracy of every sub-network on some images of `val`, in the middle of training, with statistics of some of `train`."""
+        network = copy.deepcopy(kept)
+        settings = replace(run, recalibration_images=LOOK_IMAGES)
+        recalibrate(network, recalibration_batches(self.material.training, settings, self.device))
+        return {
+            subnet.name: self._accuracy(network, subnet, "val", LOOK_IMAGES) for subnet in network.eval().subnets.all
+        }
+
+    def _tested(self, network: Supernet) -> Iterator[dict[str, Any]]:
+        for subnet in network.subnets.all:
+            cost = subnet_cost(network.spec, subnet, self.material.task.image_size)
+            yield {
+                "name": subnet.name,
+                "is_member": subnet in network.subnets.members,
+                "madds": cost.madds,
+                "params": cost.params,
+                "val": self._accuracy(network, subnet, "val"),
+                "top1": self._accuracy(network, subnet, "test"),
+            }
+
+    @torch.no_grad()
+    def _accuracy(self, network: Supernet, subnet: Subnet, split: str, limit: int | None = None) -> float:
+        network.eval()
+        apply = self.material.normalization.apply
+        predicted, labels, seen = [], [], 0
+        for batch in self.material.data.batches(split, EVALUATION_BATCH):
+            predicted.append(network(apply(batch.images.to(self.device)), subnet).argmax(1).cpu())
+            labels.append(batch.labels.cpu())
+            seen += len(batch.labels)
+            if limit is not None and seen >= limit:
+                break
+        return accuracy(torch.cat(predicted), torch.cat(labels), self.scale.is_balanced)
+
+
+def accuracy(predicted: Tensor, labels: Tensor, is_balanced: bool) -> float:
+    """The share of right answers; balanced: the mean over classes of the share within each class. Both tensors are int64 [N]."""
+    right = (predicted == labels).double()
+    if not is_balanced:
+        return float(right.mean())
+    return float(torch.stack([right[labels == label].mean() for label in labels.unique()]).mean())
+
+
+def load_records(folder: Path) -> list[Mapping[str, Any]]:
+    """The finished runs of a folder."""
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted((folder / RUNS).glob("*.json"))]
