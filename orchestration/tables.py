@@ -1,0 +1,223 @@
+"""Tables for people that fit the terminal: no cell is ever cut, and what has no room is stacked, or left out and named.
+
+On a pipe a table has no width: every column is printed on one line.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.cells import cell_len
+from rich.console import Console
+from rich.text import Text
+
+GAP = "  "
+"""Between two columns."""
+INDENT = "    "
+"""Before the columns of a row that are stacked on a further line."""
+MIN_PROSE = 16
+"""Characters that a column of prose has at least; narrower ones are hard to read."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """How one column of a table behaves where the terminal is too narrow for all of them."""
+
+    title: str
+    is_text: bool = False
+    """Text is set to the left, numbers to the right."""
+    drop: int = 0
+    """0: always shown, on a further line of each row where there is no room. Else it may be left out: the largest number goes first,
+    and of equal ones the rightmost."""
+    wraps: bool = False
+    """Prose, which may go on over several lines; it is broken between words only."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which columns are shown where, for one width."""
+
+    lines: tuple[tuple[int, ...], ...]
+    """Positions of the columns on the first line of a row, on its second, ..."""
+    widths: dict[int, int]
+    """Position of a column that is shown -> its width in characters."""
+    dropped: tuple[int, ...]
+    """Positions of the columns that are left out, rising."""
+
+
+def terminal_width() -> int | None:
+    """Characters in a line of stdout; None where it is no terminal, so that nothing needs to fit."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+
+def show_table(
+    columns: Sequence[Column], rows: Sequence[Sequence[str]], title: str | None = None, *, rest: str = "--json"
+) -> None:
+    """Print a table that fits the terminal, and below it the names of the columns that were left out.
+
+    Args:
+        columns: in order.
+        rows: a text for every column.
+        title: a line above.
+        rest: which option of the command shows everything; an empty text where there is none.
+    """
+    console = Console(highlight=False, soft_wrap=True)
+    width = terminal_width()
+    layout = lay_out(columns, rows, width)
+    if title is not None:
+        console.print(Text(title, style="italic"))
+    for line in _header(columns, layout):
+        console.print(Text(line, style="bold"))
+    for row in rows:
+        for line in _cells(columns, layout, row):
+            console.print(Text(line))
+    if layout.dropped and width is not None:
+        for line in wrapped(left_out(columns, layout, width, rest), width):
+            console.print(Text(line, style="dim"))
+
+
+def table_lines(columns: Sequence[Column], rows: Sequence[Sequence[str]], width: int | None) -> list[str]:
+    """The lines of a table, its header first; without the line about columns that were left out."""
+    layout = lay_out(columns, rows, width)
+    return [*_header(columns, layout), *(line for row in rows for line in _cells(columns, layout, row))]
+
+
+def left_out(columns: Sequence[Column], layout: Layout, width: int, rest: str = "--json") -> str:
+    """The sentence that names the columns which a narrow terminal leaves out."""
+    names = ", ".join(columns[position].title for position in layout.dropped)
+    ways = " or ".join(["a wider terminal", "`| cat`", *([rest] if rest else [])])
+    return f"no room at {width} columns for: {names} ({ways} shows everything)"
+
+
+def wrapped(text: str, width: int | None) -> list[str]:
+    """Prose over several lines, broken at spaces only: a word that is longer than a line stays whole."""
+    if width is None or cell_len(text) <= width:
+        return [text]
+    lines: list[str] = []
+    for word in text.split(" "):
+        if lines and cell_len(lines[-1]) + 1 + cell_len(word) <= width:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
+    return lines
+
+
+def lay_out(columns: Sequence[Column], rows: Sequence[Sequence[str]], width: int | None) -> Layout:
+    """Fit a table into a width: titles go over several lines first, then columns are left out, then stacked.
+
+    Args:
+        columns: in order.
+        rows: a text for every column.
+        width: characters in a line; None: without limit.
+    """
+    shown = list(range(len(columns)))
+    if width is None:
+        return Layout((tuple(shown),), {position: _widest(columns, rows, position) for position in shown}, ())
+    while True:
+        widths = _fitted(columns, rows, shown, width)
+        if widths is not None:
+            return Layout((tuple(shown),), widths, _missing(columns, shown))
+        victim = max(shown, key=lambda position: (columns[position].drop, position))
+        if columns[victim].drop == 0 or len(shown) == 1:
+            return _stacked(columns, rows, shown, width)
+        shown.remove(victim)
+
+
+def _missing(columns: Sequence[Column], shown: Sequence[int]) -> tuple[int, ...]:
+    return tuple(position for position in range(len(columns)) if position not in shown)
+
+
+def _longest_word(text: str) -> int:
+    return max((cell_len(word) for word in text.split(" ")), default=0)
+
+
+def _widest(columns: Sequence[Column], rows: Sequence[Sequence[str]], position: int) -> int:
+    """The width at which neither the title nor a cell needs a second line."""
+    return max(cell_len(text) for text in (columns[position].title, *(row[position] for row in rows)))
+
+
+def _narrowest(columns: Sequence[Column], rows: Sequence[Sequence[str]], position: int) -> int:
+    """The width below which a word would have to be cut, or prose gets hard to read."""
+    column = columns[position]
+    cells = [row[position] for row in rows]
+    title = _longest_word(column.title)
+    if not column.wraps:
+        return max([title, *map(cell_len, cells)])
+    prose = min(MIN_PROSE, max(map(cell_len, cells), default=0))
+    return max([title, prose, *map(_longest_word, cells)])
+
+
+def _fitted(
+    columns: Sequence[Column], rows: Sequence[Sequence[str]], shown: Sequence[int], width: int
+) -> dict[int, int] | None:
+    """Widths with which the columns fit side by side; None where they do not.
+
+    Room to spare goes to the titles first, then to the columns of prose in equal shares, as far as they need them.
+    """
+    widths = {position: _narrowest(columns, rows, position) for position in shown}
+    spare = width - sum(widths.values()) - len(GAP) * (len(shown) - 1)
+    if spare < 0:
+        return None
+    wanted = {position: _widest(columns, rows, position) - widths[position] for position in shown}
+    prose = sorted((position for position in shown if columns[position].wraps), key=wanted.__getitem__)
+    others = [position for position in shown if not columns[position].wraps]
+    for number, position in enumerate([*others, *prose]):
+        share = spare // (len(shown) - number) if columns[position].wraps else spare
+        more = min(share, wanted[position])
+        widths[position] += more
+        spare -= more
+    return widths
+
+
+def _stacked(columns: Sequence[Column], rows: Sequence[Sequence[str]], shown: Sequence[int], width: int) -> Layout:
+    """Columns that may not be left out, over as many lines of each row as they need."""
+    lines: list[list[int]] = []
+    widths: dict[int, int] = {}
+    for position in shown:
+        fitted = _fitted(columns, rows, [*lines[-1], position], _room(len(lines) - 1, width)) if lines else None
+        if fitted is None:
+            lines.append([])
+            alone = _narrowest(columns, rows, position)
+            fitted = _fitted(columns, rows, [position], max(alone, _room(len(lines) - 1, width))) or {position: alone}
+        lines[-1].append(position)
+        widths |= fitted
+    return Layout(tuple(map(tuple, lines)), widths, _missing(columns, shown))
+
+
+def _room(line: int, width: int) -> int:
+    return width if line == 0 else width - len(INDENT)
+
+
+def _header(columns: Sequence[Column], layout: Layout) -> list[str]:
+    return _cells(columns, layout, [column.title for column in columns], breaks_all=True)
+
+
+def _cells(columns: Sequence[Column], layout: Layout, row: Sequence[str], *, breaks_all: bool = False) -> list[str]:
+    """The lines of one row; `breaks_all`: every cell may go on over several lines, as titles do, which stand at the bottom."""
+    lines: list[str] = []
+    for number, positions in enumerate(layout.lines):
+        parts = [
+            wrapped(row[position], layout.widths[position])
+            if breaks_all or columns[position].wraps
+            else [row[position]]
+            for position in positions
+        ]
+        height = max(map(len, parts))
+        filled = [
+            [""] * (height - len(part)) + part if breaks_all else part + [""] * (height - len(part)) for part in parts
+        ]
+        for texts in zip(*filled, strict=True):
+            aligned = (
+                _aligned(text, layout.widths[position], columns[position].is_text)
+                for text, position in zip(texts, positions, strict=True)
+            )
+            lines.append(((INDENT if number else "") + GAP.join(aligned)).rstrip())
+    return lines
+
+
+def _aligned(text: str, width: int, is_text: bool) -> str:
+    space = " " * max(0, width - cell_len(text))
+    return text + space if is_text else space + text
