@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
+from dsnet.arithmetic import arithmetic_facts
 from dsnet.files import atomic_write_json
 from dsnet.latency import device_name, time_interleaved
 from search.statistics import bootstrap_interval
@@ -211,6 +212,7 @@ def machine_facts() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "system": platform.platform(),
+        **arithmetic_facts(),
     }
 
 

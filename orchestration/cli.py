@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from dsnet.arithmetic import fix_arithmetic
 from dsnet.errors import DsnetError, StoppedError
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ def cli() -> None:
 
 def main() -> None:
     """Entry point: run the command and turn errors into exit codes."""
+    fix_arithmetic()
     try:
         code = cli.main(standalone_mode=False)
     except click.exceptions.Exit as done:

@@ -23,6 +23,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from dsnet.arithmetic import fix_arithmetic
 from orchestration.tracking import CurvePoint, MlflowStore, TrackedRun, first_line
 
 SQLITE = "sqlite:///"
@@ -216,4 +217,5 @@ def _has_journal(path: Path, mode: str, wait_s: float) -> bool:
 
 
 if __name__ == "__main__":
+    fix_arithmetic()
     serve(Connection(int(sys.argv[1])))

@@ -11,11 +11,12 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from dsnet.arithmetic import MKL_MODE, fix_arithmetic, users_mode
 from dsnet.errors import ConfigError, PreflightError
 
 LOCAL = "local"
@@ -54,9 +55,10 @@ class RaySettings:
 
 
 def prepare_environment(environ: MutableMapping[str, str] = os.environ) -> None:
-    """Set what Ray reads from the environment, where the user has not. Call it before anything imports ray."""
+    """Set what Ray and its workers read from the environment, where the user has not. Call it before anything imports ray."""
     for name, value in _ENVIRONMENT.items():
         environ.setdefault(name, value)
+    fix_arithmetic(environ)
 
 
 @contextmanager
@@ -112,7 +114,7 @@ def _connect(settings: RaySettings) -> None:
             )
         else:
             _knock(settings.address)
-            ray.init(address=settings.address, **quiet)
+            ray.init(address=settings.address, **_environment_of_workers(), **quiet)
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         first_line = str(error).strip().partition("\n")[0] or type(error).__name__
         if settings.address == LOCAL:
@@ -121,6 +123,15 @@ def _connect(settings: RaySettings) -> None:
             f"ray.address: no Ray cluster answers at '{settings.address}' ({first_line}); "
             "start one, or use address: local"
         ) from error
+
+
+def _environment_of_workers(environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
+    """Options of `ray.init` that give the workers of a cluster that is joined what the user has set here.
+
+    They have the environment of their own machine otherwise, and choose by its processor.
+    """
+    mode = users_mode(environ)
+    return {} if mode is None else {"runtime_env": {"env_vars": {MKL_MODE: mode}}}
 
 
 def _knock(address: str, timeout_s: float = 5.0) -> None:

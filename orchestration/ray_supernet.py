@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dsnet import errors
+from dsnet.arithmetic import fix_arithmetic
 from dsnet.data.augment import Augmentation
 from dsnet.errors import DsnetError, PreflightError, StoppedError
 from dsnet.files import atomic_write_json, read_json
@@ -191,6 +192,7 @@ def _follow(
 
 def _train_loop(config: Mapping[str, Any]) -> None:
     """What each Ray Train worker runs. The user's errors are recorded, not raised: Ray would start them again."""
+    fix_arithmetic()
     import ray.train
     import torch
 

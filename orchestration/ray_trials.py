@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dsnet.arithmetic import fix_arithmetic
 from dsnet.errors import PreflightError
 from search.runner import CohortFunction, TrialOutcome, TrialSpec, describe_error, divide, run_batch
 
@@ -33,6 +34,7 @@ class TrialWorker:
     """What runs inside an actor: one process, its threads of computation, one trial function."""
 
     def __init__(self, make_function: MakeCohortFunction, arrays: Mapping[str, NDArray[Any]], num_threads: int) -> None:
+        fix_arithmetic()
         # On two shared cores a gate trial took 12 s with torch's default threads and 1 s with one.
         import torch
 

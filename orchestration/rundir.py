@@ -19,6 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from dsnet.arithmetic import arithmetic_facts
 from dsnet.environment import installed_versions as versions_of
 from dsnet.errors import CheckpointError, ConfigError, LockedError, NotFoundError, PreflightError
 from dsnet.files import atomic_write_json, exclusive, read_json
@@ -498,7 +499,7 @@ def installed_versions() -> dict[str, str]:
 
 
 def describe_hardware(gpu: str | None = None) -> dict[str, Any]:
-    """CPU model, usable cores, memory in GiB and the GPU's name (which the caller knows, if torch is loaded)."""
+    """CPU model, usable cores, memory in GiB, MKL's mode, and the GPU's name (which the caller knows, if torch is loaded)."""
     return {
         "cpu": _cpu_model(),
         "num_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -506,6 +507,7 @@ def describe_hardware(gpu: str | None = None) -> dict[str, Any]:
         "gpu": gpu,
         "platform": f"{platform.system()} {platform.machine()}",
         "executable": Path(sys.executable).name,
+        **arithmetic_facts(),
     }
 
 

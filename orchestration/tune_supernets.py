@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from dsnet.arithmetic import fix_arithmetic
 from dsnet.batchnorm import recalibrate
 from dsnet.checkpoint import load_supernet
 from dsnet.cost import subnet_cost
@@ -597,6 +598,7 @@ def _train_member(
     report_every: int,
 ) -> None:
     """A trial: trains one supernet, from its checkpoint if it has one. Its errors are recorded, not raised: Tune would start it again."""
+    fix_arithmetic()
     name = config["member"]
     job = jobs[name]
     if (job.folder / OUTCOME).exists():

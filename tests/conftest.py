@@ -1,4 +1,4 @@
-"""What all tests share: one thread per process, no telemetry, and one small Ray cluster."""
+"""What all tests share: one thread per process, MKL's mode, no telemetry, and one small Ray cluster."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
 
 from orchestration.ray_runtime import RaySettings, prepare_environment, ray_session  # noqa: E402
 
-prepare_environment()
+prepare_environment()  # MKL's mode too, as wherever the product starts
 
 # The suite that decides looks at the same cases every time; HYPOTHESIS_PROFILE=explore looks for new ones.
 settings.register_profile("suite", derandomize=True)

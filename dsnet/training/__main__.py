@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dsnet.arithmetic import fix_arithmetic
 from dsnet.errors import ConfigError, DsnetError, StoppedError
 from dsnet.stop_signals import StopRequest, stop_on_signals
 
@@ -25,6 +26,7 @@ RESERVE = (0.1, 15.0)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
+    fix_arithmetic()
     begun = time.monotonic()
     options = _parser().parse_args(arguments)
     deadline = begun + options.max_seconds - min(RESERVE[0] * options.max_seconds, RESERVE[1])

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dsnet.arithmetic import arithmetic_facts
 from dsnet.checkpoint import load_supernet
 from dsnet.data import Batch, Normalization, Splits, TensorData, make_splits
 from dsnet.data.splits import data_fingerprint
@@ -111,6 +112,7 @@ class _Work:
         facts = {
             "versions": installed_versions(PACKAGES),
             "device": {"kind": self.device, "name": device_name(self.device), "threads": torch.get_num_threads()},
+            "arithmetic": arithmetic_facts(),
             "data": {
                 "fingerprint": data_fingerprint(self.images.fingerprint, self.splits),
                 "splits": self.splits.hash,

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 
+from dsnet.arithmetic import MKL_MODE, arithmetic_facts, mkl_mode
 from dsnet.checkpoint import load_supernet, save_supernet
 from dsnet.data import Normalization, TensorData, load_images, make_splits
 from dsnet.errors import CheckpointError, ConfigError, DataError, LockedError, PreflightError, StoppedError
@@ -126,6 +127,17 @@ def test_the_results_are_those_of_the_pipeline_s_functions(at_once: Path, tmp_pa
     latency = LatencyTable.from_json(read_json(at_once / "measure" / "latency.json"))
     assert set(latency.subnets) == {1}
     assert set(latency.tails) == {1, 2}
+
+
+def test_the_manifest_records_mkls_mode(at_once: Path) -> None:
+    assert read_json(at_once / "manifest.json")["arithmetic"] == arithmetic_facts()
+
+
+@pytest.mark.skipif(mkl_mode() is None, reason="MKL does not run on this processor")
+def test_the_command_chooses_mkls_mode_before_anything_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(MKL_MODE)
+    assert command.main(["--config", "none.json", "--out", "none", "--max-seconds", "0"]) == ConfigError.exit_code
+    assert os.environ[MKL_MODE] == mkl_mode()
 
 
 def test_every_named_device_has_its_table_and_one_that_is_there_is_not_timed_again(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dsnet.arithmetic import MKL_MODE, mkl_mode
 from orchestration.cli import cli
 from search.points import load_points, trial_name
 from tests.orchestration.samples import SWEEP, TINY, Finished, call, results_in, snapshot, write_sweep
@@ -44,19 +46,24 @@ def test_every_command_explains_itself(command: str, tmp_path: Path) -> None:
     assert cli.commands[command].help
 
 
-def test_the_top_help_is_quick_and_imports_nothing_heavy(tmp_path: Path) -> None:
+def test_the_top_help_is_quick_imports_nothing_heavy_and_chooses_mkls_mode(tmp_path: Path) -> None:
     code = (
-        "import sys; sys.argv = ['dsnet-orch', '--help']\n"
+        "import os, sys; sys.argv = ['dsnet-orch', '--help']\n"
         "from orchestration.cli import main\n"
         "try: main()\n"
-        f"finally: print('HEAVY', *[name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)\n"
+        "finally:\n"
+        f"    print('HEAVY', *[name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)\n"
+        f"    print(os.environ.get({MKL_MODE!r}), file=sys.stderr)\n"
     )
+    environment = {name: value for name, value in os.environ.items() if name != MKL_MODE}
     start = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
     seconds = time.monotonic() - start
     assert done.returncode == 0
     assert all(command in done.stdout for command in COMMANDS)
-    assert done.stderr.split() == ["HEAVY"]
+    assert done.stderr.split() == ["HEAVY", str(mkl_mode())]
     assert seconds < 2.0  # 0.1 s on an idle machine
 
 

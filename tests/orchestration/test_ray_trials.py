@@ -18,10 +18,11 @@ import numpy as np
 import pytest
 from ray.exceptions import ActorDiedError, OutOfMemoryError
 
+from dsnet.arithmetic import MKL_MODE, mkl_mode
 from dsnet.errors import ConfigError, PreflightError
 from orchestration.config import GateConfig
-from orchestration.ray_runtime import RaySettings, _connect, prepare_environment, ray_session
-from orchestration.ray_trials import RayRunner, _cause_of_loss, _resource_options
+from orchestration.ray_runtime import RaySettings, _connect, _environment_of_workers, prepare_environment, ray_session
+from orchestration.ray_trials import RayRunner, TrialWorker, _cause_of_loss, _resource_options
 from orchestration.search_stage import MakeGateTrial
 from orchestration.stages import flatten
 from search.engine import Budget, Search
@@ -89,6 +90,7 @@ class ScriptedTrials:
             "tensor_shares": tensor_shares,
             "torch_threads": torch.get_num_threads(),
             "omp_threads": int(os.environ["OMP_NUM_THREADS"]),
+            "has_mkl_mode": MKL_MODE in os.environ or mkl_mode() is None,
             "in_shared_memory": _in_shared_memory(array),
             "sum": float(array.sum(dtype=np.float64)),
         }
@@ -423,9 +425,21 @@ def test_an_actor_computes_with_the_threads_that_it_takes(ray_cluster: None, fol
     runner = RayRunner(make, arrays=ARRAYS, threads=2)
     facts = by_slot(runner.run(specs("look")))[0].metrics
     assert (facts["torch_threads"], facts["omp_threads"]) == (2, 2)
+    assert facts["has_mkl_mode"]
     runner.close()
     with pytest.raises(PreflightError, match=r"has 2 CPUs and each actor takes 3 \(gate.end_to_end.threads\)"):
         list(RayRunner(make, arrays=ARRAYS, threads=3).run(specs("work")))
+
+
+@pytest.mark.skipif(mkl_mode() is None, reason="MKL does not run on this processor")
+def test_a_worker_on_another_machine_chooses_mkls_mode_by_itself_unless_the_user_has(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv(MKL_MODE)
+    TrialWorker(make_walks, {}, num_threads=1)
+    assert os.environ[MKL_MODE] == mkl_mode()
+    assert _environment_of_workers({MKL_MODE: str(mkl_mode())}) == {}
+    assert _environment_of_workers({MKL_MODE: "COMPATIBLE"}) == {"runtime_env": {"env_vars": {MKL_MODE: "COMPATIBLE"}}}
 
 
 def test_trials_that_nobody_waits_for_any_more_are_abandoned(runner: RayRunner, folder: Path) -> None:
@@ -635,6 +649,7 @@ def test_the_users_own_environment_wins() -> None:
     environment = {"RAY_USAGE_STATS_ENABLED": "1"}
     prepare_environment(environment)
     assert environment["RAY_USAGE_STATS_ENABLED"] == "1"
+    assert environment.get(MKL_MODE) == mkl_mode()
     assert environment["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] == "0"
 
 

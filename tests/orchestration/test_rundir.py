@@ -252,6 +252,7 @@ def test_a_manifest_survives_another_launch(run: RunDir) -> None:
     assert before["versions"]["torch"].startswith("2.")
     assert before["hardware"]["gpu"] == "a GPU"
     assert before["hardware"]["num_cores"] >= 1
+    assert before["hardware"]["mkl_cbwr"] == os.environ.get("MKL_CBWR", "not set")
     assert after["stages"]["table"]["status"] == "done"
 
 

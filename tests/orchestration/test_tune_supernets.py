@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler
 from torch import Tensor
 
+from dsnet.arithmetic import MKL_MODE, mkl_mode
 from dsnet.batchnorm import recalibrate
 from dsnet.checkpoint import load_supernet
 from dsnet.cost import subnet_cost
@@ -35,7 +37,7 @@ from dsnet.training.settings import BootstrapSettings, SupernetRun, TrainSetting
 from dsnet.training.sources import load_source
 from dsnet.training.start import lay_out
 from dsnet.training.supernet import FINAL, recalibration_batches
-from orchestration.ray_supernet import STOP_GRACE_S, SupernetJob, root_cause, train_on_ray
+from orchestration.ray_supernet import STOP_GRACE_S, SupernetJob, _train_loop, root_cause, train_on_ray
 from orchestration.tune_ledger import End, Ledger, Report
 from orchestration.tune_schedule import Member, ReplayingScheduler
 from orchestration.tune_supernets import (
@@ -43,6 +45,7 @@ from orchestration.tune_supernets import (
     TuneMember,
     TuneRules,
     ValImages,
+    _train_member,
     check_scheduler,
     make_scheduler,
     measurable,
@@ -592,6 +595,21 @@ def test_other_rules_have_a_ledger_of_their_own_and_the_number_at_a_time_has_not
 def test_more_at_a_time_than_the_cluster_can_hold_are_refused(ray_cluster: None, tmp_path: Path) -> None:
     with pytest.raises(PreflightError, match=r"supernets\.concurrent"):
         Sweep(tmp_path).launch(TuneRules(concurrent=3))
+
+
+@pytest.mark.skipif(mkl_mode() is None, reason="MKL does not run on this processor")
+def test_training_workers_choose_mkls_mode_before_they_do_anything(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "outcome.json").touch()  # an attempt that failed: both return at once
+    job: Any = SimpleNamespace(folder=tmp_path)
+    for train in (
+        lambda: _train_loop({"job": job}),
+        lambda: _train_member({"member": "m"}, {"m": job}, {}, {}, tmp_path, 1),
+    ):
+        monkeypatch.delenv(MKL_MODE, raising=False)
+        train()
+        assert os.environ[MKL_MODE] == mkl_mode()
 
 
 def test_a_machine_without_memory_is_told_from_a_gpu_without_memory() -> None:
