@@ -59,14 +59,14 @@ class Arm:
 ARMS: Mapping[str, Arm] = MappingProxyType(
     {
         "ib": Arm(REGIMES["ib"]),
-        "ib_published": Arm(REGIMES["ib"], BootstrapSettings(trust="full")),
+        "ib_published": Arm(replace(REGIMES["ib"], num_random=2), BootstrapSettings(trust="full")),
         "ce": Arm(REGIMES["ce"]),
         "ib_third": Arm(REGIMES["ib"], cost_share=1 / 3),
         "ib_equal_cost": Arm(REGIMES["ib"], cost_share=1.0),
         "ib_largest_first": Arm(REGIMES["ib"], BootstrapSettings(largest_first=0.25)),
     }
 )
-"""`ib` is in-place bootstrapping with our defaults, `ib_published` with the published soft labels; `ce` trains every width with labels.
+"""`ib` is in-place bootstrapping with our defaults, `ib_published` with the published soft labels and two random sub-networks; `ce` trains every width with labels.
 `ib_third` costs a third of training all alone, `ib_equal_cost` as much; `ib_largest_first` trains the largest alone for a quarter of
 the steps."""
 USUAL_ARMS = tuple(name for name in ARMS if name != "ib_largest_first")
@@ -125,7 +125,7 @@ SCALES: Mapping[str, Scale] = MappingProxyType(
             family="ds_resnet",
             options={"depth": 8, "width": 2.0, "stem": "large"},
             train=TrainSettings(
-                epochs=64, batch_size=32, lr=0.05, warmup_epochs=3, channels_last=True, precision="bf16"
+                epochs=48, batch_size=32, lr=0.05, warmup_epochs=3, channels_last=True, precision="bf16"
             ),
         ),
         "gpu": Scale(

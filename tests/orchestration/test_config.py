@@ -311,8 +311,8 @@ def test_names_that_make_a_folder_are_accepted(name: str) -> None:
             "bootstrapping.mode: ib contradicts supernet.regime ieb, whose teacher is ema_ensemble; keep one",
         ),
         (
-            {"supernet": {"model": "m", "regime": "ib", "bootstrapping": {"num_random": 3}}},
-            "bootstrapping.num_random: 3 contradicts supernet.regime ib, which draws 2; write it as supernet.train",
+            {"supernet": {"model": "m", "regime": "ib", "bootstrapping": {"num_random": 4}}},
+            "bootstrapping.num_random: 4 contradicts supernet.regime ib, which draws 3; write it as supernet.train",
         ),
         (
             {"supernet": {"model": "m", "train": {"num_random": 2}, "bootstrapping": {"num_random": 3}}},
@@ -569,7 +569,7 @@ REGIME_CASES: list[tuple[dict[str, Any], Regime]] = [
     ({"bootstrapping": {"num_random": 3}, "train": {"num_random": 3}}, Regime(num_random=3)),
     ({"bootstrapping": {"mode": "ieb"}, "train": {"teacher": "none"}}, Regime(teacher="none")),
     ({"bootstrapping": {"mode": "ieb"}, "train": {"num_random": 1}}, Regime(teacher="ema_ensemble", num_random=1)),
-    ({"regime": "ib", "bootstrapping": {"mode": "ib", "num_random": 2}}, REGIMES["ib"]),
+    ({"regime": "ib", "bootstrapping": {"mode": "ib", "num_random": 3}}, REGIMES["ib"]),
     ({"regime": "s_net", "bootstrapping": {"num_random": 2}}, REGIMES["s_net"]),
     ({"regime": "us_net", "train": {"num_random": 4}}, replace(REGIMES["us_net"], num_random=4)),
     ({"regime": "us_net", "train": {"bn": "private_stats"}}, replace(REGIMES["us_net"], norm="private_stats")),

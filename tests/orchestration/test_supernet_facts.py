@@ -30,7 +30,7 @@ def stored(folder: Path, prepared: Prepared) -> Path:
 def test_a_regime_is_told_by_what_it_comes_to() -> None:
     lines = dict(SupernetFacts.of_prepared(prepare(config_with({}))).lines(None))
     assert lines["network"] == "ds_tiny with 6 sub-networks, norm private_stats"
-    assert lines["supernet regime"] == "ib: widths sandwich, num_random 2, teacher ema"
+    assert lines["supernet regime"] == "ib: widths sandwich, num_random 3, teacher ema"
     assert lines["supernet training"].startswith(
         "30 epochs, 128 images a step, sgd, lr 0.1 (cosine), precision float32"
     )
@@ -97,7 +97,7 @@ def test_the_settings_of_a_regime_stand_in_the_place_of_nulls() -> None:
     named = resolved_settings(config_with({"regime": "us_net"}))["train"]
     assert {name: named[name] for name in ("widths", "num_random", "teacher", "bn")} == {
         "widths": "sandwich",
-        "num_random": 2,
+        "num_random": 3,
         "teacher": "inplace",
         "bn": "recalibrate",
     }
