@@ -66,9 +66,9 @@ ARMS: Mapping[str, Arm] = MappingProxyType(
         "ib_largest_first": Arm(REGIMES["ib"], BootstrapSettings(largest_first=0.25)),
     }
 )
-"""`ib` is in-place bootstrapping with our defaults, `ib_published` with the published soft labels and two random sub-networks; `ce` trains every width with labels.
-`ib_third` costs a third of training all alone, `ib_equal_cost` as much; `ib_largest_first` trains the largest alone for a quarter of
-the steps."""
+"""`ib` is in-place bootstrapping with our defaults; `ib_published` has the published soft labels and two random sub-networks; `ce` trains
+every width with labels. `ib_third` costs a third of training all alone, `ib_equal_cost` as much; `ib_largest_first` trains the largest
+alone for a quarter of the steps."""
 USUAL_ARMS = tuple(name for name in ARMS if name != "ib_largest_first")
 
 
