@@ -18,6 +18,7 @@ from dsnet.errors import DsnetError, StoppedError
 if TYPE_CHECKING:
     from orchestration.config import SweepConfig
     from orchestration.config_loading import LoadedConfig
+    from orchestration.mlflow_links import Link
     from orchestration.results import RunResults
     from orchestration.rundir import RunDir
     from orchestration.signals import StopRequest
@@ -520,30 +521,55 @@ def report(run: str, runs: str) -> None:
 def sync(run: str, runs: str) -> None:
     """Write a run to MLflow again; what is there already is not written twice."""
     _quiet_platforms()
+    click.echo(_sync(_open_supernets(run, runs) or _open_run(run, runs)))
+
+
+def _sync(results: RunResults | SupernetSweepResults) -> str:
     from orchestration.planning import sync_again
+    from orchestration.results import RunResults
+    from orchestration.supernet_planning import sync_supernets_again
 
-    if (sweep := _open_supernets(run, runs)) is not None:
-        from orchestration.supernet_planning import sync_supernets_again
-
-        click.echo(sync_supernets_again(sweep))
-        return
-    click.echo(sync_again(_open_run(run, runs)))
+    return sync_again(results) if isinstance(results, RunResults) else sync_supernets_again(results)
 
 
 @cli.command()
+@click.argument("run", required=False)
 @RUNS
 @click.option("--port", type=int, default=5000, show_default=True, help="A free one is taken where it is busy.")
-def ui(runs: str, port: int) -> None:
-    """Open MLflow on 127.0.0.1 over a runs folder, until Ctrl-C."""
+@click.option("--no-open", is_flag=True, help="Print the link only; do not open a browser.")
+def ui(run: str | None, runs: str, port: int, no_open: bool) -> None:
+    """Serve MLflow on 127.0.0.1 until Ctrl-C, and open the page with the points of a run [default: of the newest]."""
     _quiet_platforms()
+    from orchestration.mlflow_links import open_in_browser
     from orchestration.mlflow_server import serve_ui
-    from orchestration.planning import existing_store
     from orchestration.signals import wait_for_stop
 
-    uri, artifacts = existing_store(Path(runs))
+    uri, artifacts, links = _pages(run, runs)
     with serve_ui(uri, artifacts, port) as url:
-        click.echo(f'MLflow: {url}   (choose an experiment, then "Model training"; Ctrl-C ends it)')
+        for link in links:
+            click.echo(f"{link.name}: {url}{link.path}")
+        if not links:
+            click.echo("no page shows the points of a run yet; make one with: dsnet-orch ui RUN")
+        click.echo(f"all of MLflow: {url}   (Ctrl-C ends it)")
+        if links and not no_open:
+            open_in_browser(url + links[0].path)
         wait_for_stop()
+
+
+def _pages(run: str | None, runs: str) -> tuple[str, Path, list[Link]]:
+    """(store, its artifacts, pages of points), of a run or of a runs folder."""
+    from orchestration.mlflow_links import certain_link, newest_links
+    from orchestration.planning import existing_store
+    from orchestration.projection import store_uri
+    from orchestration.rundir import mlflow_artifact_root
+
+    if run is None:
+        uri, artifacts = existing_store(Path(runs))
+        return uri, artifacts, newest_links(Path(runs), uri)
+    results = _open_supernets(run, runs) or _open_run(run, runs)
+    uri = store_uri(results.config, results.run)
+    link = None if uri.startswith("http") else certain_link(results, uri, lambda: _sync(results))
+    return uri, mlflow_artifact_root(results.run.root), [] if link is None else [link]
 
 
 def _quiet_platforms() -> None:

@@ -13,7 +13,7 @@ from dsnet.supernet import Supernet
 from dsnet.training.evaluate import build_routing_table, measure_subnets
 from orchestration.launch_context import Launch
 from orchestration.preparation import latency_settings
-from orchestration.projection import subnet_rows, write_widths
+from orchestration.projection import write_subnets
 from orchestration.results import RunResults
 from orchestration.stages import StagePlan, run_stage
 
@@ -50,10 +50,7 @@ def measure_stage(work: Launch, plan: StagePlan, supernet: Supernet) -> None:
 
     run_stage(work.run, plan, measure)
     results = RunResults(work.run)
-    rows = subnet_rows(results.manifest, work.run, results)
-    for row in rows:
-        work.tracker.subnet(row)
-    write_widths(work.tracker, results, rows[0].end_ms or rows[0].start_ms)
+    write_subnets(work.tracker, results)
     widest = results.widest
     found = f"{widest.name} (widest) has top-1 {100 * widest.top1:.1f} % on val at {widest.madds / 1e6:.3g} M MAdds"
     work.progress.say(f"measure: {len(subnets)} sub-networks, {found}")

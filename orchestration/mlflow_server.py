@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO
 
 from dsnet.errors import ConfigError, PreflightError
+from orchestration.mlflow_database import mend_artifact_locations
 from orchestration.tracking import mlflow_environment
 
 LOOPBACK = "127.0.0.1"
@@ -50,6 +51,7 @@ def serve_ui(store_uri: str, artifact_root: Path, port: int = 5000, host: str = 
         )
     if store_uri.startswith("http"):
         raise ConfigError(f"tracking.uri: {store_uri} is a server already; open it in a browser.")
+    mend_artifact_locations(store_uri, artifact_root.absolute())
     port = free_port(port)
     url = f"http://{LOOPBACK}:{port}"
     with tempfile.TemporaryFile("w+b") as log:

@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from dsnet.arithmetic import fix_arithmetic
+from orchestration.mlflow_database import SQLITE
 from orchestration.tracking import CurvePoint, MlflowStore, TrackedRun, first_line
 
-SQLITE = "sqlite:///"
 LOCAL_FILE_SYSTEMS = ("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "tmpfs", "overlay")
 STOP_TIMEOUT_S = 5.0
 
@@ -69,6 +69,10 @@ class MlflowWriter:
         """As `MlflowStore.add_artifact`."""
         # The child has the folder in which this process was when it started.
         self._call("add_artifact", parent, path.absolute())
+
+    def describe(self, parent: TrackedRun, text: str) -> None:
+        """As `MlflowStore.describe`."""
+        self._call("describe", parent, text)
 
     def close_sweep(self, parent: TrackedRun) -> None:
         """As `MlflowStore.close_sweep`."""

@@ -22,7 +22,15 @@ from orchestration.export import export_bundles
 from orchestration.launch_context import Launch
 from orchestration.preparation import Prepared, prepare, stage_definitions, write_splits
 from orchestration.progress import ProgressView
-from orchestration.projection import make_tracker, store_uri, sweep_end_ms, sweep_row, write_front
+from orchestration.projection import (
+    Standing,
+    make_tracker,
+    store_uri,
+    sweep_end_ms,
+    sweep_row,
+    write_front,
+    write_subnets,
+)
 from orchestration.ray_runtime import RaySettings, ray_session
 from orchestration.reporting import write_report
 from orchestration.results import RunResults, picked_slots
@@ -219,7 +227,8 @@ def _finish(work: Launch) -> LaunchResult:
     save_points(run.points_parquet, results.points())
     write_report(results, work.prepared.image_set.class_names, work.prepared.notes(), "complete")
     bundles = export_bundles(work.prepared, results, picked_slots(results, config.export.picks), run.export_dir)
-    write_front(work.tracker, results, results.finished_ms)
+    write_subnets(work.tracker, results)  # again, with what they reach on test
+    write_front(work.tracker, results, Standing.of(results), results.finished_ms)
     for path in (run.sweep_yaml, run.points_parquet, run.report_html):
         work.tracker.artifact(path)
     num_failed = len(results.failed)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from datetime import datetime
-from typing import Any
+from typing import Any, Final
 
+from dashboards.theme import BLUE, INK, MUTED, SKY, VERMILION
 from orchestration.baseline import static_metrics
 from orchestration.config import SweepConfig
 from orchestration.results import MeasuredSubnet, RunResults
 from orchestration.rundir import RunDir, mlflow_artifact_root, mlflow_store_uri
 from orchestration.stages import flatten
 from orchestration.supernet_facts import SupernetFacts, resolved_settings
-from orchestration.tracking import CurveTail, MlflowTracker, NullTracker, TrackedRun, Tracker
+from orchestration.tracking import CurvePoint, CurveTail, MlflowTracker, NullTracker, TrackedRun, Tracker
 from search.points import trial_name
 from search.study import TrialRecord
 
@@ -92,11 +93,47 @@ def supernet_row(manifest: Mapping[str, Any], run: RunDir, config: SweepConfig, 
     )
 
 
+@dataclass(frozen=True)
+class Standing:
+    """Where a trial stands among all others; known when all of them are done."""
+
+    front: frozenset[int] = frozenset()
+    """Slots on the front: of the run, or over all supernets of the sweep that the run is part of."""
+    knee: int | None = None
+    """The slot of the front's knee."""
+    test: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
+    """Slot -> metrics on `test`, of those that ran there."""
+
+    @classmethod
+    def of(cls, results: RunResults) -> Standing:
+        """In a run by itself."""
+        return cls(frozenset(results.front), results.knee, test_metrics(results))
+
+    def tags(self, slot: int) -> dict[str, str]:
+        """Of a trial's row."""
+        is_on_front, is_knee = slot in self.front, slot == self.knee
+        role = "knee" if is_knee else "front" if is_on_front else "trial"
+        return {"on_front": str(is_on_front).lower(), "is_knee": str(is_knee).lower(), **_role_tags(role)}
+
+
+COLOURS: Final = {"front": BLUE, "knee": VERMILION, "route": INK, "teacher": MUTED, "trial": SKY}
+"""Role -> colour of the row's mark on MLflow's page. The page sorts by role, and shows 100 rows at first: the names are so chosen that
+the front comes first, then the static sub-networks."""
+COLOUR_TAG: Final = "mlflow.runColor"
+
+
+def test_metrics(results: RunResults) -> dict[int, Mapping[str, float]]:
+    """Slot -> metrics of the gates that ran on `test`; none before."""
+    verified = results.verified
+    return {} if verified is None else {point.slot: point.metrics for point in verified.test.points}
+
+
 def subnet_rows(manifest: Mapping[str, Any], run: RunDir, results: RunResults) -> list[TrackedRun]:
-    """One row per static sub-network, the teacher included."""
+    """One row per static sub-network, the teacher included; with its metrics on `test`, once they are known."""
     stage = manifest["stages"]["measure"]
     start = unix_ms(stage["started_at"])
     end = start + int(1000 * (stage["seconds"] or 0))
+    on_test = _static_on_test(results)
     return [
         TrackedRun(
             f"{sweep_uid(manifest, run)}/{stage['key'][:12]}/{subnet.name}",
@@ -105,11 +142,23 @@ def subnet_rows(manifest: Mapping[str, Any], run: RunDir, results: RunResults) -
             start,
             end,
             params={"subnet": subnet.name},
-            metrics=subnet_metrics(subnet, results),
-            tags={"role": "teacher" if subnet.is_teacher else "route"},
+            metrics={**subnet_metrics(subnet, results), **_prefixed("test", on_test.get(subnet.name, {}))},
+            tags=_role_tags("teacher" if subnet.is_teacher else "route"),
         )
         for subnet in results.subnets
     ]
+
+
+def _role_tags(role: str) -> dict[str, str]:
+    return {"role": role, COLOUR_TAG: COLOURS[role]}
+
+
+def _static_on_test(results: RunResults) -> dict[str, dict[str, float]]:
+    if results.verified is None:
+        return {}
+    test = results.verified.test
+    columns = zip(test.routes, test.static_top1, test.static_top5, test.static_madds_m, strict=True)
+    return {name: {"top1": top1.value, "top5": top5, "madds_m": cost} for name, top1, top5, cost in columns}
 
 
 def subnet_metrics(subnet: MeasuredSubnet, results: RunResults) -> Mapping[str, float | None]:
@@ -117,10 +166,20 @@ def subnet_metrics(subnet: MeasuredSubnet, results: RunResults) -> Mapping[str, 
     return static_metrics(subnet, results.latencies)
 
 
-def trial_row(manifest: Mapping[str, Any], run: RunDir, record: TrialRecord) -> TrackedRun:
-    """One row per trial; a failed or pruned one carries its reason."""
+def trial_row(
+    manifest: Mapping[str, Any], run: RunDir, record: TrialRecord, standing: Standing | None = None
+) -> TrackedRun:
+    """One row per trial; a failed or pruned one carries its reason.
+
+    Args:
+        manifest: of the run.
+        run: it.
+        record: the trial.
+        standing: of all trials; None while there may be more of them.
+    """
     stage = manifest["stages"]["search"]
     tags = {"state": record.state} | ({"feasible": str(record.is_feasible).lower()} if record.constraints else {})
+    judged = (standing or Standing()).tags(record.slot)
     return TrackedRun(
         f"{sweep_uid(manifest, run)}/{stage['key'][:12]}/{trial_name(record.slot)}",
         trial_name(record.slot),
@@ -130,50 +189,73 @@ def trial_row(manifest: Mapping[str, Any], run: RunDir, record: TrialRecord) -> 
         "FAILED" if record.state == "failed" else "FINISHED",
         record.reason,
         params=record.params,
-        metrics=record.metrics,
-        tags=tags,
+        metrics={**record.metrics, **_prefixed("test", {} if standing is None else standing.test.get(record.slot, {}))},
+        tags=tags if standing is None else {**tags, **judged},
+        first_tags=judged,
     )
 
 
-def write_widths(tracker: Tracker, results: RunResults, time_ms: int) -> None:
-    """Repeat the sub-networks' values as steps of the parent, cheapest first."""
-    members = results.members
-    tracker.series("width", [subnet_metrics(subnet, results) for subnet in members], time_ms)
+def _prefixed(prefix: str, metrics: Mapping[str, float]) -> dict[str, float]:
+    return {f"{prefix}/{name}": metrics[name] for name in ("top1", "top5", "madds_m", "p95_madds_m") if name in metrics}
 
 
-def write_front(tracker: Tracker, results: RunResults, time_ms: int) -> None:
-    """Repeat the front's values as steps of the parent, cheapest first; those on test where they are verified."""
-    rows = [dict(results.record(slot).metrics) for slot in results.front]
-    tracker.series("front_val", [_few(row) for row in rows], time_ms)
-    if results.verified is not None:
-        tracker.series("front_test", [_few(point.metrics) for point in results.verified.test.points], time_ms)
+def by_cost(prefix: str, rows: Iterable[Mapping[str, float | None]], time_ms: int) -> list[CurvePoint]:
+    """Accuracies as curves of the parent. MLflow draws metrics over a whole number, the step; here it is the cost in thousands of MAdds."""
+    points = [
+        CurvePoint(
+            round(1000 * row["madds_m"]),
+            time_ms,
+            {f"{prefix}/{name}_by_kmadds": row.get(name) for name in ("top1", "top5")},
+        )
+        for row in rows
+        if row["madds_m"] is not None
+    ]
+    return sorted(points, key=lambda point: point.step)
 
 
-def _few(metrics: Mapping[str, float]) -> dict[str, float | None]:
-    return {name: metrics.get(name) for name in ("top1", "top5", "madds_m", "p95_madds_m")}
+def write_subnets(tracker: Tracker, results: RunResults) -> None:
+    """The static sub-networks' rows, and their accuracies as a curve of the parent."""
+    rows = subnet_rows(results.manifest, results.run, results)
+    for row in rows:
+        tracker.subnet(row)
+    costs = [subnet_metrics(subnet, results) for subnet in results.members]
+    tracker.series(by_cost("width", costs, rows[0].end_ms or rows[0].start_ms))
 
 
-def replay(results: RunResults, tracker: Tracker, under: TrackedRun | None = None) -> None:
+def write_front(tracker: Tracker, results: RunResults, standing: Standing, time_ms: int) -> None:
+    """The trials' rows with what is known when all are done: who is on the front, and what it reaches on `test`. The front as curves too.
+
+    Args:
+        tracker: takes it.
+        results: of the run.
+        standing: of its trials.
+        time_ms: of the curves' points.
+    """
+    for record in results.records:
+        tracker.trial(trial_row(results.manifest, results.run, record, standing))
+    tracker.series(by_cost("front_val", [results.record(slot).metrics for slot in results.front], time_ms))
+    tracker.series(by_cost("front_test", test_metrics(results).values(), time_ms))
+
+
+def replay(
+    results: RunResults, tracker: Tracker, under: TrackedRun | None = None, standing: Standing | None = None
+) -> None:
     """Write everything that a run has, as if it happened again; what MLflow has already is not written twice.
 
     Args:
         results: of the run.
         tracker: takes it.
         under: the row below which the run's own row hangs, where it is part of a larger sweep.
+        standing: of its trials in the larger sweep.
     """
     run, manifest = results.run, results.manifest
     tracker.parent(replace(sweep_row(manifest, run, results.config), under=under))
     if results.stage_key("supernet") is not None:
         _replay_supernet(results, tracker)
     if results.is_done("measure"):
-        rows = subnet_rows(manifest, run, results)
-        for row in rows:
-            tracker.subnet(row)
-        write_widths(tracker, results, rows[0].end_ms or rows[0].start_ms)
-    for record in results.records:
-        tracker.trial(trial_row(manifest, run, record))
+        write_subnets(tracker, results)
     if results.records:
-        write_front(tracker, results, results.finished_ms)
+        write_front(tracker, results, standing or Standing.of(results), results.finished_ms)
     for path in (run.sweep_yaml, run.points_parquet, run.report_html):
         if path.exists():
             tracker.artifact(path)

@@ -34,7 +34,7 @@ from orchestration.pipeline import (
 )
 from orchestration.preparation import Images, Prepared, load_images, supernet_run, training_images
 from orchestration.progress import Bar, ProgressView
-from orchestration.projection import store_uri, sweep_end_ms, sweep_row, unix_ms, write_front
+from orchestration.projection import Standing, store_uri, sweep_end_ms, sweep_row, unix_ms, write_front, write_subnets
 from orchestration.ray_runtime import LOCAL, cluster_cpus
 from orchestration.ray_supernet import SupernetJob
 from orchestration.reporting import write_report
@@ -53,6 +53,7 @@ from orchestration.supernet_tracking import (
     TreeTrackers,
     parent_row,
     running_row,
+    standing_of,
     supernets_end_ms,
     track_fate,
     write_global_front,
@@ -439,7 +440,7 @@ class _Sweep:
         results = SupernetSweepResults(self.run)
         self.study.add_missing(results)
         for name, member in results.members.items():
-            self._finish_member(name, member)
+            self._finish_member(name, member, standing_of(results, name))
         save_points(self.run.points_parquet, results.points())
         first = _prepared(next(iter(self.members.values())))
         write_supernets_report(results, first.notes(), "complete")
@@ -450,13 +451,15 @@ class _Sweep:
             self.tracker.artifact(path)
         return SupernetsResult(self.run, results, tuple(bundles))
 
-    def _finish_member(self, name: str, member: RunResults) -> None:
+    def _finish_member(self, name: str, member: RunResults, standing: Standing) -> None:
         work = self.works[name]
         save_points(member.run.points_parquet, member.points())
         note = f"One of the supernets of the sweep {self.run.name}; of its gates those on the front over all supernets ran on test."
         write_report(member, work.prepared.image_set.class_names, (*work.prepared.notes(), note), "complete")
+        if member.subnets:
+            write_subnets(work.tracker, member)  # again, with what they reach on test
         if member.records:
-            write_front(work.tracker, member, member.finished_ms)
+            write_front(work.tracker, member, standing, member.finished_ms)
         for path in (member.run.sweep_yaml, member.run.points_parquet, member.run.report_html):
             work.tracker.artifact(path)
         work.tracker.close("FINISHED", sweep_end_ms(member.manifest), TRACKING_TIMEOUT_S)

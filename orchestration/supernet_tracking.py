@@ -9,12 +9,22 @@ from typing import Any
 from orchestration.config import SweepConfig
 from orchestration.launch_context import Launch
 from orchestration.mlflow_writer import SharedWriter
-from orchestration.projection import replay, store_uri, supernet_row, sweep_end_ms, sweep_uid, unix_ms
+from orchestration.projection import (
+    Standing,
+    by_cost,
+    replay,
+    store_uri,
+    supernet_row,
+    sweep_end_ms,
+    sweep_uid,
+    test_metrics,
+    unix_ms,
+)
 from orchestration.results import RunResults
 from orchestration.rundir import Manifest, RunDir, mlflow_artifact_root
 from orchestration.stages import flatten
 from orchestration.supernet_members import MemberEntry
-from orchestration.supernet_results import GateId, SupernetSweepResults
+from orchestration.supernet_results import SupernetSweepResults
 from orchestration.tracking import CurvePoint, MlflowTracker, NullTracker, Status, TrackedRun, Tracker
 
 HYPERVOLUME = "static_hypervolume"
@@ -106,21 +116,23 @@ def _write_supernet(tracker: Tracker, row: TrackedRun, entry: MemberEntry) -> No
     tracker.supernet(row)
 
 
+def standing_of(results: SupernetSweepResults, name: str) -> Standing:
+    """Where a supernet's trials stand among those of all supernets."""
+    member, knee = results.members[name], results.knee
+    return Standing(
+        front=frozenset(gate.slot for gate in results.front if gate.supernet == name),
+        knee=knee.slot if knee is not None and knee.supernet == name else None,
+        test=test_metrics(member),
+    )
+
+
 def write_global_front(tracker: Tracker, results: SupernetSweepResults) -> None:
-    """Repeat the front over all supernets as steps of the sweep's row, in the front's order; those on `test` where they are verified."""
+    """Repeat the front over all supernets as curves of the sweep's row; those on `test` where they are verified."""
     end_ms = supernets_end_ms(results)
-    names = ("top1", "top5", "madds_m", "p95_madds_m")
-    rows = [{name: results.feasible[gate].metrics.get(name) for name in names} for gate in results.front]
-    tracker.series("front_val", rows, end_ms)
+    tracker.series(by_cost("front_val", [results.feasible[gate].metrics for gate in results.front], end_ms))
     if results.is_verified:
-        tracker.series("front_test", [_on_test(results, gate, names) for gate in results.frozen], end_ms)
-
-
-def _on_test(results: SupernetSweepResults, gate: GateId, names: tuple[str, ...]) -> dict[str, float | None]:
-    verified = results.members[gate.supernet].verified
-    assert verified is not None
-    point = next(point for point in verified.test.points if point.slot == gate.slot)
-    return {name: point.metrics.get(name) for name in names}
+        rows = [standing_of(results, gate.supernet).test[gate.slot] for gate in results.frozen]
+        tracker.series(by_cost("front_test", rows, end_ms))
 
 
 def member_end(entry: MemberEntry, member: RunResults) -> tuple[Status, int]:
@@ -157,7 +169,12 @@ def replay_supernets(results: SupernetSweepResults, make: Callable[[], Tracker])
         if not member_run.manifest_path.is_file():
             continue
         own, member = make(), RunResults(member_run)
-        replay(member, own, under=parent)
+        replay(
+            member,
+            own,
+            under=parent,
+            standing=standing_of(results, entry.name) if entry.name in results.members else None,
+        )
         row = fate_row(entry, member_run, Manifest(member_run.manifest_path), member.config)
         if row is not None and entry.state != "waiting":
             _write_supernet(own, row, entry)

@@ -24,8 +24,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from orchestration.mlflow_database import mend_artifact_locations
+from orchestration.mlflow_view import points_view, view_tag
+
 if TYPE_CHECKING:
-    from mlflow.entities import Metric
+    from mlflow.entities import Metric, Run
     from mlflow.tracking import MlflowClient
 
 logger = logging.getLogger(__name__)
@@ -44,6 +47,10 @@ FAILURES_BEFORE_PAUSE = 3
 PAUSE_S = 30.0
 PARENT_TAG = "mlflow.parentRunId"
 """By which MLflow's page nests one row below another."""
+NOTE_TAG = "mlflow.note.content"
+"""The description that MLflow's page shows above a run, in Markdown."""
+RUN_ID, EXPERIMENT_ID = "{run_id}", "{experiment_id}"
+"""In a description: filled in where it is written."""
 _COMPLETE = ("FINISHED", "FAILED")
 
 
@@ -66,9 +73,16 @@ class TrackedRun:
     metrics: Mapping[str, float | None] = field(default_factory=dict)
     """The names of the interface: top1, madds_m, ...; None, NaN and infinity are left out of MLflow."""
     tags: Mapping[str, str] = field(default_factory=dict)
+    first_tags: Mapping[str, str] = field(default_factory=dict)
+    """Tags of a new row. A row that has them keeps its own: a later write with `tags` may have changed them."""
     under: TrackedRun | None = None
     """Of a sweep's own row, where it is part of a larger one: the row below which it hangs. It is created where it is missing, and
     written and closed by the larger sweep's own tracker."""
+
+    @property
+    def root_uid(self) -> str:
+        """Of a sweep's own row: the uid of the outermost sweep."""
+        return self.uid if self.under is None else self.under.uid
 
 
 @dataclass(frozen=True)
@@ -102,16 +116,19 @@ class Tracker(Protocol):
         """Add training curves to the supernet's run."""
 
     def subnet(self, run: TrackedRun) -> None:
-        """Write the finished run of one static sub-network."""
+        """Write the finished run of one static sub-network; written again, it gets the tags that differ and the metrics that it lacks."""
 
     def trial(self, run: TrackedRun) -> None:
-        """Write the finished run of one trial."""
+        """Write the finished run of one trial; written again, it gets the tags that differ and the metrics that it lacks."""
 
-    def series(self, prefix: str, rows: Sequence[Mapping[str, float | None]], time_ms: int) -> None:
-        """Repeat values as steps 0, 1, ... of the parent, named `prefix/metric`: widths by MAdds, for example."""
+    def series(self, points: Sequence[CurvePoint]) -> None:
+        """Add metrics by step to the parent: accuracy by MAdds, for example."""
 
     def artifact(self, path: Path) -> None:
         """Attach a file to the parent."""
+
+    def describe(self, text: str) -> None:
+        """Give the parent a description, in Markdown; `RUN_ID` and `EXPERIMENT_ID` in it stand for the parent's own ids."""
 
     def close(self, status: Status, end_ms: int, timeout_s: float) -> TrackingSummary:
         """End the parent and whatever still runs below it; wait at most `timeout_s` for what is unwritten."""
@@ -130,9 +147,11 @@ class NullTracker:
 
     def trial(self, run: TrackedRun) -> None: ...
 
-    def series(self, prefix: str, rows: Sequence[Mapping[str, float | None]], time_ms: int) -> None: ...
+    def series(self, points: Sequence[CurvePoint]) -> None: ...
 
     def artifact(self, path: Path) -> None: ...
+
+    def describe(self, text: str) -> None: ...
 
     def close(self, status: Status, end_ms: int, timeout_s: float) -> TrackingSummary:
         return TrackingSummary()
@@ -150,6 +169,8 @@ class RowStore(Protocol):
     def add_points(self, run: TrackedRun, parent: TrackedRun, points: Sequence[CurvePoint]) -> None: ...
 
     def add_artifact(self, parent: TrackedRun, path: Path) -> None: ...
+
+    def describe(self, parent: TrackedRun, text: str) -> None: ...
 
     def close_sweep(self, parent: TrackedRun) -> None: ...
 
@@ -225,17 +246,17 @@ class MlflowTracker:
     def trial(self, run: TrackedRun) -> None:
         self._write_child(run)
 
-    def series(self, prefix: str, rows: Sequence[Mapping[str, float | None]], time_ms: int) -> None:
-        parent = self._opened_parent()
-        points = tuple(
-            CurvePoint(step, time_ms, {f"{prefix}/{name}": value for name, value in row.items()})
-            for step, row in enumerate(rows)
-        )
-        self._jobs.put(lambda: self._store.add_points(parent, parent, points))
+    def series(self, points: Sequence[CurvePoint]) -> None:
+        parent, kept = self._opened_parent(), tuple(points)
+        self._jobs.put(lambda: self._store.add_points(parent, parent, kept))
 
     def artifact(self, path: Path) -> None:
         parent = self._opened_parent()
         self._jobs.put(lambda: self._store.add_artifact(parent, path))
+
+    def describe(self, text: str) -> None:
+        parent = self._opened_parent()
+        self._jobs.put(lambda: self._store.describe(parent, text))
 
     def close(self, status: Status, end_ms: int, timeout_s: float) -> TrackingSummary:
         if self._closed:
@@ -301,14 +322,18 @@ def _own_process(store_uri: str, experiment: str, artifact_root: Path) -> RowSto
 class _KnownRun:
     run_id: str
     status: str
+    tags: Mapping[str, str] = field(default_factory=dict)
+    metrics: frozenset[str] = frozenset()
+    """The names of those it has."""
 
 
 class MlflowStore:
     """Writes rows to MLflow, one call after the other, each of them repeatable.
 
-    A run is found again by its tag `uid`; the tag `sweep` on parent and children makes that one search per sweep. A
-    child that is FINISHED or FAILED was written whole, since its status is set last, and is not written again. Points
-    of curves are, and MLflow drops those it has (same run, name, step, time and value).
+    A run is found again by its tag `uid`; the tag `sweep` on parent and children makes that one search per sweep, and
+    the tag `root`, of the outermost sweep, makes the points of a whole tree one search. A child that is FINISHED or
+    FAILED was written whole, since its status is set last; only tags that differ and metrics that it lacks are added. Points
+    of curves are written again, and MLflow drops those it has (same run, name, step, time and value).
     """
 
     def __init__(self, store_uri: str, experiment: str, artifact_root: Path) -> None:
@@ -339,11 +364,13 @@ class MlflowStore:
         if parent.under is not None:
             tags[PARENT_TAG] = self._outer_id(parent.under)  # also where the sweep was first launched by itself
         self.write(replace(parent, status="RUNNING", end_ms=None, tags=tags), parent)
+        self._share_view(parent)
 
     def write(self, run: TrackedRun, parent: TrackedRun) -> None:
         """Write a run: parameters, metrics and tags in one batch, then its status."""
         known = self._load(parent).get(run.uid)
         if known is not None and known.status in _COMPLETE and run.uid != parent.uid:
+            self._amend(known, run, parent)
             return
         run_id = self._run_id(run, parent)
         params = clean_params(run.params)
@@ -351,14 +378,32 @@ class MlflowStore:
             # Parameters are immutable: those of the first launch stay; the present ones are in sweep.yaml.
             written = self._connected().get_run(run_id).data.params
             params = {name: value for name, value in params.items() if name not in written}
-        tags = {**run.tags, **({"reason": run.reason} if run.reason else {})}
-        time_ms = run.end_ms if run.end_ms is not None else run.start_ms
+        tags, time_ms = _tags(run, parent, known), _written_at(run)
         self._log(run_id, [CurvePoint(0, time_ms, run.metrics)], params, tags)
+        self._remember(run, tags)
         if run.status != "RUNNING":
             self._end(run.uid, run.status, time_ms)
         elif self._known[run.uid].status != "RUNNING":
             self._connected().update_run(run_id, status="RUNNING")
-            self._known[run.uid] = _KnownRun(run_id, "RUNNING")
+            self._known[run.uid] = replace(self._known[run.uid], status="RUNNING")
+
+    def _amend(self, known: _KnownRun, run: TrackedRun, parent: TrackedRun) -> None:
+        """Give a finished row the tags that differ and the metrics that it lacks: who is on the front, and what it reaches on `test`, is
+        known when all trials are done. A value that was written stays: MLflow keeps every one, and shows the largest of one time."""
+        tags = {name: value for name, value in _tags(run, parent, known).items() if known.tags.get(name) != value}
+        metrics = {
+            name: value
+            for name, value in run.metrics.items()
+            if value is not None and math.isfinite(value) and _clean_name(name) not in known.metrics
+        }
+        if tags or metrics:
+            self._log(known.run_id, [CurvePoint(0, _written_at(run), metrics)], {}, tags)
+            self._remember(run, tags)
+
+    def _remember(self, run: TrackedRun, tags: Mapping[str, str]) -> None:
+        known = self._known[run.uid]
+        metrics = known.metrics | {_clean_name(name) for name, value in run.metrics.items() if value is not None}
+        self._known[run.uid] = replace(known, tags={**known.tags, **tags}, metrics=metrics)
 
     def add_points(self, run: TrackedRun, parent: TrackedRun, points: Sequence[CurvePoint]) -> None:
         """Add metrics by step to a run."""
@@ -369,6 +414,20 @@ class MlflowStore:
         """Copy a file to the parent run; a second copy replaces the first."""
         self._load(parent)
         self._connected().log_artifact(self._run_id(parent, parent), str(path))
+
+    def describe(self, parent: TrackedRun, text: str) -> None:
+        """Give the parent run its description."""
+        self._load(parent)
+        run_id = self._run_id(parent, parent)
+        filled = text.replace(RUN_ID, run_id).replace(EXPERIMENT_ID, self._experiment_id)
+        self._connected().set_tag(run_id, NOTE_TAG, filled[:MAX_TAG_LENGTH])
+
+    def _share_view(self, parent: TrackedRun) -> None:
+        """Keep a prepared page of the sweep's points with the experiment, for `dsnet-orch ui`."""
+        tag, content = view_tag(parent.uid), points_view(parent.uid, is_outermost=parent.under is None)
+        client = self._connected()
+        if client.get_experiment(self._experiment_id).tags.get(tag) != content:
+            client.set_experiment_tag(self._experiment_id, tag, content)
 
     def close_sweep(self, parent: TrackedRun) -> None:
         """End the parent with its status, and children that still run as KILLED."""
@@ -389,6 +448,7 @@ class MlflowStore:
             from mlflow.tracking import MlflowClient
 
             _check_sqlite(self._store_uri)
+            mend_artifact_locations(self._store_uri, self._artifact_root.absolute())
             client = MlflowClient(self._store_uri)
             with self._alone():
                 self._experiment_id = self._open_experiment(client)
@@ -420,7 +480,7 @@ class MlflowStore:
                 [self._experiment_id], f"tags.sweep = '{sweep_uid}'", max_results=1000, page_token=token
             )
             for run in page:
-                yield run.data.tags["uid"], _KnownRun(run.info.run_id, run.info.status)
+                yield run.data.tags["uid"], _known_run(run)
             token = page.token
             if not token:
                 return
@@ -447,7 +507,7 @@ class MlflowStore:
         with self._alone():
             found = client.search_runs([self._experiment_id], f"tags.uid = '{run.uid}'", max_results=1)
             if found:
-                return _KnownRun(found[0].info.run_id, found[0].info.status)
+                return _known_run(found[0])
             return self._create(run, run.uid, above)
 
     def _create(self, run: TrackedRun, sweep_uid: str, above: str | None) -> _KnownRun:
@@ -467,7 +527,7 @@ class MlflowStore:
     def _end(self, uid: str, status: str, end_ms: int) -> None:
         run_id = self._known[uid].run_id
         self._connected().set_terminated(run_id, status, end_time=end_ms)
-        self._known[uid] = _KnownRun(run_id, status)
+        self._known[uid] = replace(self._known[uid], status=status)
 
     def _log(
         self, run_id: str, points: Sequence[CurvePoint], params: Mapping[str, str], tags: Mapping[str, str]
@@ -476,7 +536,7 @@ class MlflowStore:
 
         client = self._connected()
         metrics = list(_metrics(points))
-        named_tags = [RunTag(_clean_name(name), str(value)[:MAX_TAG_LENGTH]) for name, value in tags.items()]
+        named_tags = [RunTag(name, value) for name, value in tags.items()]
         named_params = [Param(name, value) for name, value in params.items()]
         # Nearly always one batch holds a whole run.
         if len(metrics) + len(named_params) <= MAX_METRICS_PER_BATCH and len(named_params) <= MAX_PARAMS_PER_BATCH:
@@ -554,6 +614,22 @@ def _metrics(points: Sequence[CurvePoint]) -> Iterator[Metric]:
         for name, value in point.metrics.items():
             if value is not None and math.isfinite(value):
                 yield Metric(_clean_name(name), float(value), point.time_ms, point.step)
+
+
+def _known_run(run: Run) -> _KnownRun:
+    return _KnownRun(run.info.run_id, run.info.status, run.data.tags, frozenset(run.data.metrics))
+
+
+def _tags(run: TrackedRun, parent: TrackedRun, known: _KnownRun | None) -> dict[str, str]:
+    """The tags of a row as they are written, but for those that it is created with."""
+    first = {name: value for name, value in run.first_tags.items() if known is None or name not in known.tags}
+    reason = {"reason": run.reason} if run.reason else {}
+    tags = {**first, **run.tags, **reason, "root": parent.root_uid}
+    return {_clean_name(name): str(value)[:MAX_TAG_LENGTH] for name, value in tags.items()}
+
+
+def _written_at(run: TrackedRun) -> int:
+    return run.end_ms if run.end_ms is not None else run.start_ms
 
 
 def _parse_point(line: bytes) -> CurvePoint | None:

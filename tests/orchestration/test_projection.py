@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ class Recorder(NullTracker):
     def __init__(self) -> None:
         self.rows: list[TrackedRun] = []
         self.points: list[CurvePoint] = []
-        self.named: dict[str, list[Mapping[str, float | None]]] = {}
+        self.series_points: list[CurvePoint] = []
         self.files: list[str] = []
 
     def parent(self, run: TrackedRun) -> None:
@@ -41,8 +41,8 @@ class Recorder(NullTracker):
     def trial(self, run: TrackedRun) -> None:
         self.rows.append(run)
 
-    def series(self, prefix: str, rows: Sequence[Mapping[str, float | None]], time_ms: int) -> None:
-        self.named[prefix] = list(rows)
+    def series(self, points: Sequence[CurvePoint]) -> None:
+        self.series_points += points
 
     def artifact(self, path: Path) -> None:
         self.files.append(path.name)
@@ -103,11 +103,18 @@ def test_a_replay_tells_parent_supernet_subnets_and_trials_in_this_order(finishe
     assert kinds == ["sweep", "supernet", "supernet", *["subnet"] * len(results.subnets), *["trial"] * 12]
     assert len({row.uid for row in recorder.rows}) == len(recorder.rows) - 1  # the supernet opens and closes
     assert recorder.points[-1].metrics["epoch"] == pytest.approx(8.0)
-    assert set(recorder.named) == {"width", "front_val", "front_test"}
-    assert len(recorder.named["width"]) == 3
-    costs = [row["madds_m"] for row in recorder.named["width"]]
-    assert costs == sorted(costs)  # type: ignore[type-var]
-    assert len(recorder.named["front_val"]) == len(recorder.named["front_test"]) == len(results.front)
+    curves = {
+        prefix: [point for point in recorder.series_points if f"{prefix}/top1_by_kmadds" in point.metrics]
+        for prefix in ("width", "front_val", "front_test")
+    }
+    assert sum(map(len, curves.values())) == len(recorder.series_points)
+    assert len(curves["front_val"]) == len(curves["front_test"]) == len(results.front)
+    widths = {round(subnet.madds / 1000): subnet.top1 for subnet in results.members}
+    assert {point.step: point.metrics["width/top1_by_kmadds"] for point in curves["width"]} == widths
+    for points in curves.values():
+        assert [point.step for point in points] == sorted(
+            point.step for point in points
+        )  # from left to right, no zigzag
     assert recorder.files == ["sweep.yaml", "points.parquet", "report.html"]
 
 

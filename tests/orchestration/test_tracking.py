@@ -144,7 +144,13 @@ def play(tracker: Tracker, sweep: str, artifact: Path, under: TrackedRun | None 
     tracker.supernet(supernet_run(sweep, "FINISHED"))
     for index in range(2):
         tracker.subnet(subnet_run(sweep, index))
-    tracker.series("width", [subnet_run(sweep, index).metrics for index in range(2)], NOW_MS + 250)
+    widths = [subnet_run(sweep, index).metrics for index in range(2)]
+    tracker.series(
+        [
+            CurvePoint(step, NOW_MS + 250, {f"width/{name}": value for name, value in metrics.items()})
+            for step, metrics in enumerate(widths)
+        ]
+    )
     for slot in range(NUM_TRIALS):
         tracker.trial(trial_run(sweep, slot))
     tracker.artifact(artifact)
@@ -216,14 +222,21 @@ def test_a_second_sync_changes_no_row(database: Database, experiment: str, artif
     assert database.rows() == before
 
 
-def test_a_finished_row_is_never_written_again(database: Database, experiment: str) -> None:
-    for latency_ms in (3.0, 4.0):
+def test_a_finished_row_keeps_its_values_and_gets_what_is_known_later(database: Database, experiment: str) -> None:
+    first = replace(trial_run("digits", 0), metrics={"latency_ms": 3.0}, first_tags={"on_front": "false"})
+    judged = {**first.tags, "on_front": "true"}
+    later = replace(first, metrics={"latency_ms": 4.0, "test/top1": 0.5}, tags=judged)
+    found = []
+    for row in (first, first, later, first):  # a launch, its relaunch, its end, and a relaunch of what is finished
         tracker = database.tracker(experiment)
         tracker.parent(parent_run("digits"))
-        tracker.trial(replace(trial_run("digits", 0), metrics={"latency_ms": latency_ms}))
+        tracker.trial(row)
         tracker.close("FINISHED", NOW_MS + 1000, TIMEOUT_S)
-    trial = database.runs(experiment)["digits/cccc/trial-0000"]
-    assert database.history(trial, "latency_ms") == [(0, NOW_MS + 309, 3.0)]
+        found.append(database.runs(experiment)["digits/cccc/trial-0000"])
+    assert [run.data.tags["on_front"] for run in found] == ["false", "false", "true", "true"]
+    assert [run.data.metrics.get("test/top1") for run in found] == [None, None, 0.5, 0.5]
+    assert database.history(found[-1], "latency_ms") == [(0, NOW_MS + 309, 3.0)]
+    assert {run.data.tags["root"] for run in found} == {"digits"}
 
 
 def test_a_killed_driver_is_resumed_and_ends_like_one_that_was_not(

@@ -1,0 +1,81 @@
+"""The page of MLflow that shows a sweep's points: a chart view, prepared and kept as a tag of the experiment, and the link to it.
+
+MLflow's page stores a view that somebody shares as JSON in an experiment's tag, under a key that the link names. What is written here is
+what its button "Share" writes: a filter, the order of the rows, and the charts. Without it no chart of the points is there at first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any, Final
+from urllib.parse import urlencode
+
+TAG_PREFIX: Final = "mlflow.sharedViewState."
+POINTS: Final = "Accuracy against cost"
+CARD_HEIGHT_PX: Final = 520
+CHARTS: Final = (("val", "madds_m", "top1"), ("test", "test/madds_m", "test/top1"))
+"""(split, horizontal axis, vertical axis); the names of metrics are the axes' titles."""
+COLLAPSED: Final = ("test", "Model metrics", "System metrics")
+"""Sections of the bar charts that MLflow makes by itself, one for each metric: a click opens them. The last two are its own names."""
+
+
+def view_tag(uid: str) -> str:
+    """The experiment's tag that holds the view of a sweep."""
+    return TAG_PREFIX + _key(uid)
+
+
+def view_path(experiment_id: str, uid: str) -> str:
+    """The link to the view of a sweep, without the server's address."""
+    query = urlencode({"workflowType": "machine_learning", "compareRunsMode": "CHART", "viewStateShareKey": _key(uid)})
+    return f"/#/experiments/{experiment_id}/runs?{query}"
+
+
+def points_view(uid: str, *, is_outermost: bool) -> str:
+    """The view of a sweep's points, those on the front first: static sub-networks and trials. The teacher is no choice, and left out.
+
+    Args:
+        uid: of the sweep's own row.
+        is_outermost: a sweep of its own, or one of several supernets with all of their rows; else it is one of those supernets.
+    """
+    tag = "root" if is_outermost else "sweep"
+    view: dict[str, Any] = {
+        "searchFilter": f"tags.{tag} = '{uid}' AND tags.role != 'teacher' AND metrics.madds_m > 0",
+        "orderByKey": "tags.`role`",
+        "orderByAsc": True,
+        "startTime": "ALL",
+        "lifecycleFilter": "Active",
+        "modelVersionFilter": "All Runs",
+        "datasetsFilter": [],
+        "selectedColumns": ["tags.`role`", *(f"metrics.`{name}`" for name in ("top1", "madds_m"))],
+        "runsHiddenMode": "SHOW_ALL",
+        "compareRunCharts": [_scatter(*chart) for chart in CHARTS],
+        "compareRunSections": [
+            _section(POINTS, is_open=True) | {"columns": 1, "cardHeight": CARD_HEIGHT_PX},
+            *(_section(name, is_open=False) for name in COLLAPSED),
+        ],
+        "isAccordionReordered": True,
+        "hideEmptyCharts": True,
+    }
+    return json.dumps(view)
+
+
+def _scatter(split: str, cost: str, accuracy: str) -> dict[str, Any]:
+    return {
+        "type": "SCATTER",
+        "uuid": f"points-{split}",
+        "metricSectionId": POINTS,
+        "deleted": False,
+        "isGenerated": False,
+        "runsCountToCompare": 100,
+        "xaxis": {"key": cost, "type": "METRIC"},
+        "yaxis": {"key": accuracy, "type": "METRIC"},
+    }
+
+
+def _section(name: str, *, is_open: bool) -> dict[str, Any]:
+    return {"uuid": name, "name": name, "display": is_open, "isReordered": True, "deleted": False, "isGenerated": False}
+
+
+def _key(uid: str) -> str:
+    return f"points-{hashlib.sha256(uid.encode()).hexdigest()[:12]}"
