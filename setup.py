@@ -31,6 +31,7 @@ setup(
         "mlflow>=3.17",
         "pandas>=3.1",
         "plotly>=7.1",
+        "matplotlib>=3.11",
         "click>=8.5",
         "numpy>=2.4",
         "scipy>=1.17",

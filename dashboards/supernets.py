@@ -13,7 +13,7 @@ from typing import Any, Final, Literal
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from dashboards.front import DynamicPoint, ParamValue, StaticPoint
+from dashboards.front import Curve, DynamicPoint, FrontInfo, FrontPanel, ParamValue, StaticPoint
 from dashboards.headline import Headline, headline_section
 from dashboards.page import chart, definition_list, page
 from dashboards.theme import (
@@ -118,6 +118,26 @@ class SupernetsReport:
     """(what it does, command)."""
     facts: tuple[tuple[str, str], ...] = ()
     """Seeds, hashes, versions, hardware."""
+
+
+def supernets_front(info: SupernetsInfo) -> FrontInfo:
+    """All supernets as one front, for a picture that does not tell them apart."""
+    supernets = info.supernets
+    chosen = FrontPanel(
+        split=info.chosen_split,
+        num_images=info.num_chosen_images,
+        static=tuple(point for supernet in supernets for point in supernet.static),
+        static_line=Curve(),
+        dynamic=tuple(point for supernet in supernets for point in supernet.chosen),
+    )
+    reported = FrontPanel(
+        split=info.reported_split,
+        num_images=info.num_reported_images,
+        static=tuple(point for supernet in supernets for point in supernet.reported_static),
+        static_line=Curve(),
+        dynamic=tuple(point for supernet in supernets for point in supernet.reported),
+    )
+    return FrontInfo(chosen=chosen, reported=reported if info.num_reported_images else None)
 
 
 def supernets_figure(info: SupernetsInfo) -> go.Figure:

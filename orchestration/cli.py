@@ -560,7 +560,7 @@ def _pages(run: str | None, runs: str) -> tuple[str, Path, list[Link]]:
     """(store, its artifacts, pages of points), of a run or of a runs folder."""
     from orchestration.mlflow_links import certain_link, newest_links
     from orchestration.planning import existing_store
-    from orchestration.projection import store_uri
+    from orchestration.projection import store_uri, whole_sweep
     from orchestration.rundir import mlflow_artifact_root
 
     if run is None:
@@ -569,7 +569,7 @@ def _pages(run: str | None, runs: str) -> tuple[str, Path, list[Link]]:
     results = _open_supernets(run, runs) or _open_run(run, runs)
     uri = store_uri(results.config, results.run)
     link = None if uri.startswith("http") else certain_link(results, uri, lambda: _sync(results))
-    return uri, mlflow_artifact_root(results.run.root), [] if link is None else [link]
+    return uri, mlflow_artifact_root(whole_sweep(results.run).root), [] if link is None else [link]
 
 
 def _quiet_platforms() -> None:

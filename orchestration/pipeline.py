@@ -29,6 +29,7 @@ from orchestration.projection import (
     sweep_end_ms,
     sweep_row,
     write_front,
+    write_overview,
     write_subnets,
 )
 from orchestration.ray_runtime import RaySettings, ray_session
@@ -231,6 +232,8 @@ def _finish(work: Launch) -> LaunchResult:
     write_front(work.tracker, results, Standing.of(results), results.finished_ms)
     for path in (run.sweep_yaml, run.points_parquet, run.report_html):
         work.tracker.artifact(path)
+    if config.tracking.mlflow:
+        write_overview(work.tracker, results, redraw=True)
     num_failed = len(results.failed)
     return LaunchResult(run, results, tuple(bundles), num_failed)
 

@@ -10,6 +10,9 @@ from typing import Any, Final
 from dashboards.theme import BLUE, INK, MUTED, SKY, VERMILION
 from orchestration.baseline import static_metrics
 from orchestration.config import SweepConfig
+from orchestration.config_loading import load_config
+from orchestration.mlflow_note import attach_front
+from orchestration.reporting import front_info, headline
 from orchestration.results import MeasuredSubnet, RunResults
 from orchestration.rundir import RunDir, mlflow_artifact_root, mlflow_store_uri
 from orchestration.stages import flatten
@@ -20,8 +23,19 @@ from search.study import TrialRecord
 
 
 def store_uri(config: SweepConfig, run: RunDir) -> str:
-    """The MLflow store of a run: as configured, or the database in the runs folder."""
-    return config.tracking.uri or mlflow_store_uri(run.root)
+    """The MLflow store of a run: as configured, or the database in the runs folder.
+
+    One supernet of a larger sweep is tracked with that sweep, in the place where it lies today.
+    """
+    whole = whole_sweep(run)
+    uri = config.tracking.uri if whole == run else load_config(whole.sweep_yaml).config.tracking.uri
+    return uri or mlflow_store_uri(whole.root)
+
+
+def whole_sweep(run: RunDir) -> RunDir:
+    """The sweep of supernets that a run is part of, or the run itself."""
+    above = RunDir(run.root.parent.parent, run.root.parent.name)
+    return above if run.root == above.supernets_dir and above.supernets_json.is_file() else run
 
 
 def make_tracker(config: SweepConfig, run: RunDir, warn: Any) -> Tracker:
@@ -31,7 +45,7 @@ def make_tracker(config: SweepConfig, run: RunDir, warn: Any) -> Tracker:
     return MlflowTracker(
         store_uri(config, run),
         config.tracking.experiment or config.name,
-        mlflow_artifact_root(run.root),
+        mlflow_artifact_root(whole_sweep(run).root),
         run.name,
         warn,
     )
@@ -237,6 +251,14 @@ def write_front(tracker: Tracker, results: RunResults, standing: Standing, time_
     tracker.series(by_cost("front_test", test_metrics(results).values(), time_ms))
 
 
+def write_overview(tracker: Tracker, results: RunResults, *, redraw: bool) -> None:
+    """The front as a picture and as a table, in the parent's description; nothing before there is a front."""
+    info = front_info(results)
+    if results.front and info is not None:
+        uid = sweep_uid(results.manifest, results.run)
+        attach_front(tracker, results.run, uid, info, headline(results), redraw=redraw)
+
+
 def replay(
     results: RunResults, tracker: Tracker, under: TrackedRun | None = None, standing: Standing | None = None
 ) -> None:
@@ -259,6 +281,7 @@ def replay(
     for path in (run.sweep_yaml, run.points_parquet, run.report_html):
         if path.exists():
             tracker.artifact(path)
+    write_overview(tracker, results, redraw=False)
 
 
 def _replay_supernet(results: RunResults, tracker: Tracker) -> None:

@@ -128,6 +128,10 @@ class RunDir:
         return self.path / "report.html"
 
     @property
+    def front_png(self) -> Path:
+        return self.path / "front.png"
+
+    @property
     def export_dir(self) -> Path:
         return self.path / "export"
 

@@ -34,7 +34,16 @@ from orchestration.pipeline import (
 )
 from orchestration.preparation import Images, Prepared, load_images, supernet_run, training_images
 from orchestration.progress import Bar, ProgressView
-from orchestration.projection import Standing, store_uri, sweep_end_ms, sweep_row, unix_ms, write_front, write_subnets
+from orchestration.projection import (
+    Standing,
+    store_uri,
+    sweep_end_ms,
+    sweep_row,
+    unix_ms,
+    write_front,
+    write_overview,
+    write_subnets,
+)
 from orchestration.ray_runtime import LOCAL, cluster_cpus
 from orchestration.ray_supernet import SupernetJob
 from orchestration.reporting import write_report
@@ -57,6 +66,7 @@ from orchestration.supernet_tracking import (
     supernets_end_ms,
     track_fate,
     write_global_front,
+    write_global_overview,
 )
 from orchestration.tracking import CurvePoint, Tracker
 from orchestration.tune_ledger import MemberFate, TuneRules
@@ -449,6 +459,8 @@ class _Sweep:
         write_global_front(self.tracker, results)
         for path in (self.run.sweep_yaml, self.run.points_parquet, self.run.report_html):
             self.tracker.artifact(path)
+        if self.config.tracking.mlflow:
+            write_global_overview(self.tracker, results, redraw=True)
         return SupernetsResult(self.run, results, tuple(bundles))
 
     def _finish_member(self, name: str, member: RunResults, standing: Standing) -> None:
@@ -462,6 +474,8 @@ class _Sweep:
             write_front(work.tracker, member, standing, member.finished_ms)
         for path in (member.run.sweep_yaml, member.run.points_parquet, member.run.report_html):
             work.tracker.artifact(path)
+        if self.config.tracking.mlflow:
+            write_overview(work.tracker, member, redraw=True)
         work.tracker.close("FINISHED", sweep_end_ms(member.manifest), TRACKING_TIMEOUT_S)
 
 

@@ -6,8 +6,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from dashboards.supernets import supernets_front
 from orchestration.config import SweepConfig
 from orchestration.launch_context import Launch
+from orchestration.mlflow_note import attach_front
 from orchestration.mlflow_writer import SharedWriter
 from orchestration.projection import (
     Standing,
@@ -24,6 +26,7 @@ from orchestration.results import RunResults
 from orchestration.rundir import Manifest, RunDir, mlflow_artifact_root
 from orchestration.stages import flatten
 from orchestration.supernet_members import MemberEntry
+from orchestration.supernet_reporting import global_headline, supernets_info
 from orchestration.supernet_results import SupernetSweepResults
 from orchestration.tracking import CurvePoint, MlflowTracker, NullTracker, Status, TrackedRun, Tracker
 
@@ -135,6 +138,13 @@ def write_global_front(tracker: Tracker, results: SupernetSweepResults) -> None:
         tracker.series(by_cost("front_test", rows, end_ms))
 
 
+def write_global_overview(tracker: Tracker, results: SupernetSweepResults, *, redraw: bool) -> None:
+    """The front over all supernets as a picture and as a table, in the description of the sweep's row."""
+    if results.front:
+        uid, info = sweep_uid(results.manifest, results.run), supernets_front(supernets_info(results))
+        attach_front(tracker, results.run, uid, info, global_headline(results), redraw=redraw)
+
+
 def member_end(entry: MemberEntry, member: RunResults) -> tuple[Status, int]:
     """How a member's row ends, and when."""
     if entry.state in ("stopped", "failed"):
@@ -184,5 +194,6 @@ def replay_supernets(results: SupernetSweepResults, make: Callable[[], Tracker])
     for path in (run.sweep_yaml, run.points_parquet, run.report_html):
         if path.exists():
             tracker.artifact(path)
+    write_global_overview(tracker, results, redraw=False)
     trackers.append((tracker, "FINISHED" if results.is_verified else "KILLED", supernets_end_ms(results)))
     return trackers

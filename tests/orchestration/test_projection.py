@@ -84,6 +84,13 @@ def test_syncing_into_an_empty_store_writes_the_rows_of_the_launch_and_doing_it_
         assert row == live[uid], uid
     assert call(folder, "sync", "tiny").code == 0
     assert rows_of(folder / "runs") == once
+    results = finished.results
+    trials = {row["name"]: row for row in once.values() if row["tags"]["kind"] == "trial"}
+    for tag, slots in (("on_front", set(results.front)), ("is_knee", {results.knee})):
+        expected = {trial_name(slot): str(slot in slots).lower() for slot in range(12)}
+        assert {name: row["tags"][tag] for name, row in trials.items()} == expected
+    with_test = {name for name, row in trials.items() if "test/top1" in row["metrics"]}
+    assert with_test == {trial_name(slot) for slot in results.front}
 
 
 def test_a_sweep_that_tracks_nothing_cannot_be_synced_and_says_how_it_could(finished: Finished, tmp_path: Path) -> None:
@@ -115,7 +122,7 @@ def test_a_replay_tells_parent_supernet_subnets_and_trials_in_this_order(finishe
         assert [point.step for point in points] == sorted(
             point.step for point in points
         )  # from left to right, no zigzag
-    assert recorder.files == ["sweep.yaml", "points.parquet", "report.html"]
+    assert recorder.files == ["sweep.yaml", "points.parquet", "report.html", "front.png"]
 
 
 def test_a_replay_of_a_run_that_has_only_begun_tells_what_there_is(finished: Finished, tmp_path: Path) -> None:
