@@ -14,7 +14,7 @@ from orchestration.config_loading import load_config
 from orchestration.mlflow_note import attach_front
 from orchestration.reporting import front_info, headline
 from orchestration.results import MeasuredSubnet, RunResults
-from orchestration.rundir import RunDir, mlflow_artifact_root, mlflow_store_uri
+from orchestration.rundir import RUN_NAME, RunDir, mlflow_artifact_root, mlflow_store_uri
 from orchestration.stages import flatten
 from orchestration.supernet_facts import SupernetFacts, resolved_settings
 from orchestration.tracking import CurvePoint, CurveTail, MlflowTracker, NullTracker, TrackedRun, Tracker
@@ -28,14 +28,17 @@ def store_uri(config: SweepConfig, run: RunDir) -> str:
     One supernet of a larger sweep is tracked with that sweep, in the place where it lies today.
     """
     whole = whole_sweep(run)
-    uri = config.tracking.uri if whole == run else load_config(whole.sweep_yaml).config.tracking.uri
+    uri = config.tracking.uri if whole is run else load_config(whole.sweep_yaml).config.tracking.uri
     return uri or mlflow_store_uri(whole.root)
 
 
 def whole_sweep(run: RunDir) -> RunDir:
     """The sweep of supernets that a run is part of, or the run itself."""
-    above = RunDir(run.root.parent.parent, run.root.parent.name)
-    return above if run.root == above.supernets_dir and above.supernets_json.is_file() else run
+    above = run.root.parent
+    if not RUN_NAME.fullmatch(above.name):
+        return run
+    whole = RunDir(above.parent, above.name)
+    return whole if whole.supernets_dir == run.root and whole.supernets_json.is_file() else run
 
 
 def make_tracker(config: SweepConfig, run: RunDir, warn: Any) -> Tracker:

@@ -102,6 +102,7 @@ def test_broken_yaml_is_named_with_file_and_line(tmp_path: Path) -> None:
         (["sync", "nowhere"], (9,), ["nowhere"]),
         (["verify", "nowhere"], (9,), ["nowhere", "dsnet-orch export"]),
         (["ui", "--runs", "nowhere"], (9,), ["nowhere", "--runs"]),
+        (["ui", "nowhere"], (9,), ["nowhere", "runs"]),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else None,
 )
