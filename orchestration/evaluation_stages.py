@@ -10,12 +10,13 @@ from dsnet.environment import resolve_device
 from dsnet.files import atomic_write_json
 from dsnet.latency import latency_file, measure_latency
 from dsnet.supernet import Supernet
-from dsnet.training.evaluate import build_routing_table, measure_subnets
+from dsnet.training.evaluate import TRAIN_SAMPLE_FILE, build_routing_table, measure_subnets, sample_training_images
 from orchestration.launch_context import Launch
-from orchestration.preparation import latency_settings
+from orchestration.preparation import latency_settings, supernet_run, training_images
 from orchestration.projection import write_subnets
 from orchestration.results import RunResults
 from orchestration.stages import StagePlan, run_stage
+from orchestration.training_review import review
 
 
 def measure_stage(work: Launch, plan: StagePlan, supernet: Supernet) -> None:
@@ -34,6 +35,9 @@ def measure_stage(work: Launch, plan: StagePlan, supernet: Supernet) -> None:
             measured = measure_subnets(supernet, data, "val", work.prepared.normalization, on_row=on_row)
         outputs = [folder / "subnets.json"]
         atomic_write_json(outputs[0], measured)
+        images = training_images(work.prepared, supernet_run(work.prepared).augmentation)
+        outputs.append(folder / TRAIN_SAMPLE_FILE)
+        atomic_write_json(outputs[-1], sample_training_images(supernet, images, work.prepared.normalization))
         for name, settings in latency_settings(work.config).items():
             with work.progress.bar(f"measure: latency {name}".rstrip(), settings.num_rounds) as bar:
                 latency = measure_latency(
@@ -67,6 +71,9 @@ def table_stage(work: Launch, plan: StagePlan, supernet: Supernet) -> None:
         ]
 
     run_stage(work.run, plan, tabulate)
+    if not plan.is_done:  # said once, as soon as it is known; `status` and the report say it again
+        for warning in review(RunResults(work.run)):
+            work.progress.warn(str(warning))
 
 
 def build_table(work: Launch, supernet: Supernet, data: TensorData, split: str, path: Path) -> Path:

@@ -38,6 +38,7 @@ from dsnet.training.gate import COLLAPSE_SHARE
 from orchestration.baseline import static_metrics
 from orchestration.config import constraint_set
 from orchestration.results import RunResults, Verified
+from orchestration.training_review import review
 from orchestration.trial_list import broken_constraints
 from search.analysis import Interval, PointAnalysis, RouterShare, SplitAnalysis, optimism
 from search.constraints import BASELINE
@@ -80,7 +81,7 @@ def report_data(results: RunResults, class_names: tuple[str, ...], notes: tuple[
         training=training_of(results),
         naming="" if made is None else made.naming,
         making=() if made is None else made.lines(config.supernet.init_from),
-        notes=notes + _objective_notes(results) + _sample_notes(results),
+        notes=training_notes(results) + notes + _objective_notes(results) + _sample_notes(results),
         commands=commands_of(results),
         versions=tuple((key, str(value)) for key, value in manifest["versions"].items()),
         hardware=tuple((key, str(value)) for key, value in manifest["hardware"].items() if value is not None),
@@ -107,6 +108,15 @@ def _model_name(results: RunResults) -> str:
     """The family; of a network that lay in a checkpoint, once it is known."""
     model, made = results.config.supernet.model, results.supernet
     return model if made is None or model == made.spec.family else f"{made.spec.family} (of a {model})"
+
+
+def training_notes(results: RunResults, whose: str = "") -> tuple[str, ...]:
+    """What is to be said about the training of the supernet, in sentences."""
+    return tuple(f"{whose}{_capital(warning.text)}. To change: {warning.way_out}." for warning in review(results))
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _sample_notes(results: RunResults) -> tuple[str, ...]:

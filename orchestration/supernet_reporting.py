@@ -19,7 +19,7 @@ from dashboards.supernets import (
 )
 from dsnet.errors import NotFoundError
 from dsnet.files import atomic_write_text
-from orchestration.reporting import headline
+from orchestration.reporting import headline, training_notes
 from orchestration.results import RunResults
 from orchestration.supernet_members import MemberEntry
 from orchestration.supernet_results import SupernetSweepResults
@@ -49,7 +49,7 @@ def report_data(results: SupernetSweepResults, notes: tuple[str, ...], status: s
         headline=global_headline(results),
         num_test_openings=manifest["test_openings"],
         objectives=tuple(metric.name for metric in config.metrics),
-        notes=notes + _sample_notes(results),
+        notes=_training_notes(results) + notes + _sample_notes(results),
         commands=_commands(results),
         facts=(
             *((key, str(value)) for key, value in manifest["hardware"].items() if value is not None),
@@ -167,6 +167,11 @@ def draw_supernets(results: SupernetSweepResults, path: Path) -> Path:
             f"run {results.run.name!r} has no measured supernet yet; continue it with: dsnet-orch launch {results.run.sweep_yaml}"
         )
     return write_figure(supernets_figure(supernets_info(results)), path)
+
+
+def _training_notes(results: SupernetSweepResults) -> tuple[str, ...]:
+    """What is to be said about the training of each supernet."""
+    return tuple(text for name, member in results.members.items() for text in training_notes(member, f"{name}: "))
 
 
 def _sample_notes(results: SupernetSweepResults) -> tuple[str, ...]:

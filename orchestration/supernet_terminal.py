@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from orchestration.rundir import RunDir, read_lock
-from orchestration.terminal import front_rows, percent, print_json, say, short, show_table
+from orchestration.terminal import front_rows, percent, print_json, say, say_training_warnings, short, show_table
 from orchestration.wording import plural
 from search.points import trial_name
 
@@ -20,10 +20,14 @@ if TYPE_CHECKING:
 
 
 def show_supernets_launch(result: SupernetsResult) -> None:
-    """The front over all supernets, and where everything is and how to open it."""
+    """The front over all supernets, what is to be said against each of them, and where everything is and how to open it."""
+    from orchestration.training_review import review
+
     run, results = result.run, result.results
     show_supernets_front(results, (), as_json=False)
     say()
+    for name, member in results.members.items():
+        say_training_warnings(review(member), f"{name}: ")
     say(f"report    {run.report_html}   (open it in a browser; it needs no network)")
     for bundle in result.bundles:
         say(f'bundle    {bundle}   (python: dsnet.load_bundle("{bundle}"))')
@@ -149,6 +153,8 @@ def show_supernets_status(results: SupernetSweepResults, *, as_json: bool) -> No
     for item in members:
         if item["reason"]:
             say(f"{item['name']} {item['state']}: {item['reason']}")
+        for warning in item["warnings"]:
+            say(f"warning   {item['name']}: {warning['text']}: {warning['way_out']}")
     say(f"trials    {results.num_trials} finished, of {results.config.budget.trials} for each trained supernet")
     say(f"front     {plural(len(results.front), 'gate')}" + ("" if results.is_verified else ", not verified yet"))
     journal = results.run.merged_journal
@@ -159,6 +165,8 @@ def show_supernets_status(results: SupernetSweepResults, *, as_json: bool) -> No
 
 
 def _status(results: SupernetSweepResults, entry: MemberEntry) -> dict[str, Any]:
+    from orchestration.training_review import review
+
     member = results.members.get(entry.name)
     done = entry.epochs if entry.state == "trained" else entry.reports[-1][0] if entry.reports else 0
     return {
@@ -172,6 +180,7 @@ def _status(results: SupernetSweepResults, entry: MemberEntry) -> dict[str, Any]
         "trials": 0 if member is None else len(member.records),
         "front": sum(gate.supernet == entry.name for gate in results.front),
         "run": str(RunDir(results.run.supernets_dir, entry.name).path),
+        "warnings": [] if member is None else [warning.to_json() for warning in review(member)],
     }
 
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from orchestration.results import RunResults, Verified
     from orchestration.trial_list import ListedTrial, Selection, TrialList
     from orchestration.verification import DynamicLatency
+    from search.training_checks import TrainingWarning
 
 
 MAX_LISTED = 8
@@ -87,11 +88,20 @@ def _signed(interval: Any) -> str:
     )
 
 
+def say_training_warnings(warnings: Sequence[TrainingWarning], whose: str = "") -> None:
+    """What is to be said about the training of a supernet, one line each."""
+    for warning in warnings:
+        say(f"warning   {whose}{warning}")
+
+
 def show_launch(result: LaunchResult) -> None:
-    """The front, and where everything is and how to open it."""
+    """The front, what is to be said against its supernet, and where everything is and how to open it."""
+    from orchestration.training_review import review
+
     run = result.run
     show_front(result.results, (), as_json=False)
     say()
+    say_training_warnings(review(result.results))
     say(f"report    {run.report_html}   (open it in a browser; it needs no network)")
     for bundle in result.bundles:
         say(f'bundle    {bundle}   (python: dsnet.load_bundle("{bundle}"))')
@@ -371,7 +381,10 @@ def flat_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str, An
 
 
 def show_status(results: RunResults, *, as_json: bool) -> None:
-    """Stages, trials and who drives the run."""
+    """Stages, trials, who drives the run, and what is to be said about its training."""
+    from orchestration.training_review import review
+
+    warnings = review(results)
     manifest = results.manifest
     holder = read_lock(results.run.lock_path)
     driver = (
@@ -399,6 +412,7 @@ def show_status(results: RunResults, *, as_json: bool) -> None:
         "front": [trial_name(slot) for slot in results.front],
         "is_verified": results.verified is not None,
         "test_openings": manifest["test_openings"],
+        "warnings": [warning.to_json() for warning in warnings],
     }
     journal = results.run.study_journal(results.stage_key("search") or "")
     if journal.is_file():
@@ -421,6 +435,7 @@ def show_status(results: RunResults, *, as_json: bool) -> None:
     if results.num_waiting:
         say(f"enqueued  {plural(results.num_waiting, 'point')} to be tried next")
     say(f"front     {plural(len(results.front), 'gate')}" + ("" if results.verified else ", not verified yet"))
+    say_training_warnings(warnings)
     if journal.is_file():
         say(f"study     {journal}   (open: optuna-dashboard {shlex.quote(str(journal))})")
     if results.verified is None and driver is None:

@@ -18,13 +18,19 @@ from dsnet.prefix_tree import OnNode, each_logits
 from dsnet.route_tree import RouteTree
 from dsnet.routers import summary_of
 from dsnet.routing_table import MAX_FULL_CLASSES, NUM_TOP_LOGITS, GateColumns, RoutingTable
+from dsnet.seeds import derive_seed
 from dsnet.space import Subnet
 from dsnet.supernet import EVIDENCE_PARTS, Supernet, TrunkOutput
+from dsnet.training.images import TrainingImages
 
 EVALUATION_BATCH = 256
 """Images at a time wherever a number is kept: sums in float32 depend on it in their last bits."""
 MAX_EVIDENCE_COLUMNS = 20_000
 """Numbers of evidence that a table keeps for an image, where there is a choice."""
+TRAIN_SAMPLE = 1000
+"""Images of `train` on which the widest route is tried too: a point or so either way is exact enough to see learning by heart."""
+TRAIN_SAMPLE_FILE = "train_sample.json"
+"""Where the measure stage keeps it; runs of earlier releases have none."""
 
 
 @exact_float32()
@@ -88,6 +94,35 @@ def measure_subnets(
         )
         on_row(rows)
     return {"split": split, "num_images": data.num_images(split), "subnets": rows}
+
+
+@exact_float32()
+@torch.no_grad()
+def sample_training_images(
+    supernet: Supernet, images: TrainingImages, normalization: Normalization, limit: int = TRAIN_SAMPLE
+) -> dict[str, Any]:
+    """Top-1 of the widest route on some images of `train`, as evaluation sees them: beside top-1 on `val` it shows learning by heart.
+
+    Args:
+        supernet: trained and recalibrated.
+        images: the training split.
+        normalization: what the supernet was trained with.
+        limit: images that are drawn, the same ones for the same number of images.
+
+    Returns:
+        what `train_sample.json` of the measure stage holds.
+    """
+    device = next(supernet.parameters()).device
+    widest = supernet.subnets[supernet.subnets.by_madds()[-1]]
+    generator = torch.Generator().manual_seed(derive_seed(0, "train sample"))
+    rows = torch.randperm(len(images.labels), generator=generator)[:limit].split(EVALUATION_BATCH)
+    supernet.eval()
+    right = 0
+    for own, batch in zip(rows, images.clean(rows, device), strict=True):
+        logits = supernet(normalization.apply(batch), widest)
+        right += int((logits.argmax(1).cpu() == images.labels[own]).sum())
+    num_images = sum(map(len, rows))
+    return {"split": "train", "num_images": num_images, "name": widest.name, "top1": right / num_images}
 
 
 @exact_float32()

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dsnet.arithmetic import arithmetic_facts
 from dsnet.checkpoint import load_supernet
-from dsnet.data import Batch, Normalization, Splits, TensorData, make_splits
+from dsnet.data import Augmentation, Batch, Normalization, Splits, TensorData, make_splits
 from dsnet.data.splits import data_fingerprint
 from dsnet.environment import installed_versions, resolve_device
 from dsnet.errors import StoppedError
@@ -29,8 +29,15 @@ from dsnet.files import atomic_write_json, read_json
 from dsnet.latency import device_name, latency_file, measure_latency
 from dsnet.routing_table import RoutingTable
 from dsnet.supernet import Supernet
-from dsnet.training.evaluate import EVALUATION_BATCH, build_routing_table, join_tables, measure_subnets
-from dsnet.training.images import TrainingImages
+from dsnet.training.evaluate import (
+    EVALUATION_BATCH,
+    TRAIN_SAMPLE_FILE,
+    build_routing_table,
+    join_tables,
+    measure_subnets,
+    sample_training_images,
+)
+from dsnet.training.images import InMemoryImages, TrainingImages
 from dsnet.training.output_folder import STAGES, OutputFolder
 from dsnet.training.resolved import StandaloneConfig
 from dsnet.training.settings import SupernetRun
@@ -206,7 +213,20 @@ class _Work:
                 subnets, measure_subnets(supernet, self.data, "val", normalization, known=known, on_row=on_row)
             )
         unfinished.unlink(missing_ok=True)
-        return [subnets, *self._latencies()]
+        return [subnets, self._train_sample(), *self._latencies()]
+
+    def _train_sample(self) -> Path:
+        """What the widest route knows of the images that it was trained on."""
+        path = self.folder.measure / TRAIN_SAMPLE_FILE
+        if not path.exists():
+            supernet, normalization = self.trained
+            images: TrainingImages
+            if self.config.data.stream:
+                images = self.images.training_images(self.splits, Augmentation())
+            else:
+                images = InMemoryImages(self.data.images("train"), self.data.labels("train"), Augmentation())
+            atomic_write_json(path, sample_training_images(supernet, images, normalization))
+        return path
 
     def _latencies(self) -> list[Path]:
         """Each device's table, timed here or by an earlier call."""

@@ -28,7 +28,7 @@ from dsnet.routing_table import RoutingTable
 from dsnet.strict_json import read_strictly
 from dsnet.training import __main__ as command
 from dsnet.training import standalone
-from dsnet.training.evaluate import build_routing_table, measure_subnets
+from dsnet.training.evaluate import build_routing_table, measure_subnets, subnet_accuracy
 from dsnet.training.output_folder import OutputFolder
 from dsnet.training.resolved import StandaloneConfig
 from dsnet.training.standalone import run_standalone
@@ -124,6 +124,10 @@ def test_the_results_are_those_of_the_pipeline_s_functions(at_once: Path, tmp_pa
         build_routing_table(supernet, data, split, normalization).save(tmp_path / split)
         assert table_content(at_once / "table" / f"{split}.safetensors") == table_content(tmp_path / split)
     assert read_json(at_once / "measure" / "subnets.json") == measure_subnets(supernet, data, "val", normalization)
+    widest = supernet.subnets[supernet.subnets.by_madds()[-1]]
+    top1, _ = subnet_accuracy(supernet, widest, data, "train", normalization)
+    sample = {"split": "train", "num_images": data.num_images("train"), "name": widest.name, "top1": top1}
+    assert read_json(at_once / "measure" / "train_sample.json") == sample
     latency = LatencyTable.from_json(read_json(at_once / "measure" / "latency.json"))
     assert set(latency.subnets) == {1}
     assert set(latency.tails) == {1, 2}
@@ -162,6 +166,7 @@ def test_every_named_device_has_its_table_and_one_that_is_there_is_not_timed_aga
     assert {name: table.threads for name, table in tables.items()} == {"": 1, "-two": 2, "-auto": 1}
     assert set(folder.manifest()["stages"]["measure"]["files"]) == {
         "subnets.json",
+        "train_sample.json",
         "latency.json",
         "latency-two.json",
         "latency-auto.json",
