@@ -154,7 +154,7 @@ def show_supernets_status(results: SupernetSweepResults, *, as_json: bool) -> No
         if item["reason"]:
             say(f"{item['name']} {item['state']}: {item['reason']}")
         for warning in item["warnings"]:
-            say(f"warning   {item['name']}: {warning['text']}: {warning['way_out']}")
+            say(f"warning   {item['name']}: {warning['text']}; {warning['way_out']}")
     say(f"trials    {results.num_trials} finished, of {results.config.budget.trials} for each trained supernet")
     say(f"front     {plural(len(results.front), 'gate')}" + ("" if results.is_verified else ", not verified yet"))
     journal = results.run.merged_journal

@@ -101,7 +101,7 @@ class TrainingWarning:
     numbers: Mapping[str, Any]
 
     def __str__(self) -> str:
-        return f"{self.text}: {self.way_out}"
+        return f"{self.text}; {self.way_out}"
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-able mapping."""

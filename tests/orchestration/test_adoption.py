@@ -134,7 +134,7 @@ def test_tables_of_named_devices_are_taken_over_where_all_devices_are_the_same(m
     plans = {plan.name: plan for plan in plan_stages(run, stage_definitions(replace(prepared, adoption=adoption)))}
     adopt(run, plans, adoption)
     outputs = plans["measure"].folder.outputs()
-    assert set(outputs) == {"subnets.json", "latency.json", "latency-server.json"}
+    assert set(outputs) == {"subnets.json", "train_sample.json", "latency.json", "latency-server.json"}
     assert LatencyTable.from_json(read_json(run.latency_json(plans["measure"].key, "server"))).threads == 2
     for other in ({}, {"devices": {"server": {"threads": 1}}}, {"devices": {"other": {"threads": 2}}}):
         again, _ = found(sweep(init_from=str(folder.path), measure=other))

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.ray
 def test_a_short_training_on_digits_is_warned_about_wherever_its_numbers_are_shown(finished: Finished) -> None:
     found = review(finished.results)
     (few,) = (warning for warning in found if warning.code == "few_steps")
-    assert "for 16 steps only" in few.text
+    assert "for 40 steps only" in few.text
     assert f"warning: {few}" in finished.answer.err.replace("\n", " "), "as soon as it is known"
     assert f"warning   {few}" in finished.answer.out
     assert f"warning   {few}" in call(finished.folder, "status", "tiny").out
@@ -29,7 +29,7 @@ def test_a_short_training_on_digits_is_warned_about_wherever_its_numbers_are_sho
 
 def test_the_facts_are_those_of_the_run(finished: Finished) -> None:
     facts, results = facts_of(finished.results), finished.results
-    assert (facts.num_steps, facts.epochs, facts.batch_size) == (16, 8, 40)
+    assert (facts.num_steps, facts.epochs, facts.batch_size) == (40, 8, 40)
     assert next(iter(facts.curves)) == "largest"
     assert [score.name for score in facts.routes] == [subnet.name for subnet in results.members]
     assert facts.correct is not None
@@ -37,7 +37,7 @@ def test_the_facts_are_those_of_the_run(finished: Finished) -> None:
     assert shares.tolist() == pytest.approx([score.top1 for score in facts.routes])
     assert facts.pairs == [(0, 1), (0, 2), (1, 2)]
     assert facts.train is not None
-    assert (facts.train.name, facts.train.num_images) == (results.widest.name, 110)
+    assert (facts.train.name, facts.train.num_images) == (results.widest.name, 200)
 
 
 def test_a_run_of_an_earlier_release_is_read_without_what_it_did_not_store(finished: Finished, tmp_path: Path) -> None:
