@@ -1,14 +1,21 @@
 """Metadata of the dsnet-orch distribution; tool settings live in pyproject.toml, tested versions in constraints.txt."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
+HERE = Path(__file__).parent
+VERSION = re.search(
+    r'^__version__ = "(.+)"$', (HERE / "dsnet" / "__init__.py").read_text(encoding="utf-8"), re.MULTILINE
+)
+assert VERSION is not None
+
 setup(
     name="dsnet-orch",
-    version="0.1.0",
+    version=VERSION[1],
     description="Train slimmable supernets, sweep input-adaptive gates, measure them and export what is Pareto-optimal.",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     python_requires=">=3.11",
     packages=find_packages(

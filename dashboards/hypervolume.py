@@ -18,7 +18,7 @@ class HypervolumeInfo:
 
     slots: tuple[int, ...]
     hypervolume: tuple[float, ...]
-    """Of all feasible trials up to and including this one, in the product of the objectives' units."""
+    """Of the static sub-networks and all feasible trials up to and including this one, in the product of the objectives' units."""
     failures: tuple[tuple[int, str], ...]
     """(slot, reason) of each failed trial."""
     split: str
@@ -26,7 +26,7 @@ class HypervolumeInfo:
     reference: tuple[float, ...]
     """Reference point, in the objectives' own units (accuracies as fractions, `*_m` in millions)."""
     static_hypervolume: float | None = None
-    """That of the static sub-networks alone which hold every constraint, same reference: what the search has to beat."""
+    """That of the static sub-networks alone which hold every constraint, same reference: where the curve begins."""
     objectives: tuple[str, ...] = ("top1", "madds_m")
     """2 or 3 metric names, in the order of `reference`."""
     pruned: tuple[tuple[int, str], ...] = ()
@@ -95,7 +95,7 @@ def _line(info: HypervolumeInfo) -> go.Scatter:
     return go.Scatter(
         x=list(info.slots),
         y=list(info.hypervolume),
-        name="dynamic, best so far",
+        name="static sub-networks and routers so far",
         mode="lines",
         line={"color": BLUE, "width": 2.5, "shape": "hv"},
         hovertemplate="after trial %{x}: %{y:.5g}<extra></extra>",

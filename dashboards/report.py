@@ -181,7 +181,8 @@ def _hypervolume_section(data: ReportData) -> str:
     info = data.hypervolume
     size = "volume" if info is not None and len(info.objectives) == 3 else "area"
     caption = (
-        f"The {size} that the front dominates; a line that still rises at the end says that more trials would help."
+        f"The {size} that static sub-networks and routers dominate together: a trial raises it by what it adds to both. A line that still "
+        "rises at the end says that more trials would help."
         + (" Trials that break a constraint add nothing to it." if data.constraints else "")
     )
     content = _empty("No trial has finished yet.") if info is None else chart("hypervolume", hypervolume_figure(info))

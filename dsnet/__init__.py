@@ -11,7 +11,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dsnet.bundle import Bundle, load_bundle
 
-__all__ = ["Bundle", "load_bundle"]
+__version__ = "0.1.0"
+"""Of the distribution dsnet-orch; setup.py reads it here."""
+
+__all__ = ["Bundle", "__version__", "load_bundle"]
 
 
 def __getattr__(name: str) -> Any:

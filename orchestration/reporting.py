@@ -222,7 +222,7 @@ def _scores(point: PointAnalysis) -> Scores:
         oracle_share=point.share_of_oracle_gap,
         stability=point.stability,
         reachable_top1=point.reachable_top1,
-        reachable_share=point.share_of_reachable_gap,
+        reachable_share=point.clear_share_of_reachable_gap,
         is_cascade_collapsed=point.is_cascade_collapsed,
         ties=tuple(trial_name(slot) for slot in point.ties),
     )
@@ -362,7 +362,10 @@ def _with_standing(point: DynamicPoint, found: PointAnalysis | None) -> DynamicP
 
 
 def hypervolume_of(results: RunResults) -> HypervolumeInfo | None:
-    """Hypervolume after each trial, of the 2 or 3 objectives; trials that are not feasible add nothing."""
+    """Hypervolume of the static sub-networks and all routers so far, after each trial, of the 2 or 3 objectives.
+
+    A trial adds what it has over the static sub-networks and the trials before it; trials that are not feasible add nothing.
+    """
     if not results.records or not results.subnets:
         return None
     metrics = results.config.metrics
@@ -371,15 +374,16 @@ def hypervolume_of(results: RunResults) -> HypervolumeInfo | None:
         [record.metrics[metric.name] for metric in metrics] if record.is_feasible else nothing
         for record in results.records
     ]
-    reference = results.reference_point
+    reference, goals, static = results.reference_point, [metric.goal for metric in metrics], _static_values(results)
+    trace = hypervolume_trace([*static, *values], goals, reference)
     return HypervolumeInfo(
         slots=tuple(record.slot for record in results.records),
-        hypervolume=_floats(hypervolume_trace(values, [metric.goal for metric in metrics], reference)),
+        hypervolume=_floats(trace[len(static) :]),
         failures=_reasons(results.failed),
         split="val",
         num_images=results.num_val,
         reference=reference,
-        static_hypervolume=_static_hypervolume(results),
+        static_hypervolume=hypervolume(static, goals, reference) if static else 0.0,
         objectives=tuple(metric.name for metric in metrics),
         pruned=_reasons(results.pruned),
         num_infeasible=len(results.completed) - len(results.feasible),
@@ -402,14 +406,12 @@ def _reasons(records: Sequence[TrialRecord]) -> tuple[tuple[int, str], ...]:
     return tuple((record.slot, str(record.reason)) for record in records)
 
 
-def _static_hypervolume(results: RunResults) -> float:
-    """Of the static sub-networks alone, as far as they hold every constraint."""
-    metrics = results.config.metrics
+def _static_values(results: RunResults) -> list[list[float]]:
+    """The objectives of the static sub-networks that hold every constraint."""
     baseline = {BASELINE + name: value for name, value in results.baseline.items()}
     constraints = constraint_set(results.config, baseline)
     static = [static_metrics(subnet, results.latencies) for subnet in results.members]
-    values = [[row[metric.name] for metric in metrics] for row in static if constraints.hold(row)]
-    return hypervolume(values, [metric.goal for metric in metrics], results.reference_point)
+    return [[row[metric.name] for metric in results.config.metrics] for row in static if constraints.hold(row)]
 
 
 def routes_of(results: RunResults, class_names: tuple[str, ...]) -> RoutesInfo | None:
@@ -453,7 +455,7 @@ def _router_result(share: RouterShare) -> RouterResult:
         reachable_top1=share.reachable_top1,
         oracle_top1=share.oracle_top1,
         gain=None if gain is None else (gain.value, gain.low, gain.high),
-        reachable_share=share.share_of_reachable_gap,
+        reachable_share=share.clear_share_of_reachable_gap,
         oracle_share=share.share_of_oracle_gap,
         is_collapsed=share.is_collapsed,
     )

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from dsnet.environment import resolve_device
-from dsnet.files import atomic_write_json
+from dsnet.files import atomic_write_json, read_json
 from dsnet.routers import Router
 from dsnet.routing_table import RoutingTable
 from dsnet.supernet import Supernet
@@ -15,11 +16,14 @@ from orchestration.evaluation_stages import build_table
 from orchestration.launch_context import Launch
 from orchestration.preparation import latency_settings, verify_definition
 from orchestration.results import RunResults, load_router
-from orchestration.stages import StagePlan, plan_stage, run_stage
-from orchestration.verification import check_agreement, time_front
+from orchestration.rundir import RunDir
+from orchestration.stages import StageDir, StagePlan, StageRecord, plan_stage, run_stage
+from orchestration.verification import Agreement, check_agreement, time_front
 from orchestration.wording import plural
 from search.analysis import Bootstrap, BudgetPick, SplitAnalysis, analyse_split
 from search.ceiling import RouteForecast
+
+VERIFY_FILE = "verify.json"
 
 
 def verify_stage(work: Launch, plans: Mapping[str, StagePlan], supernet: Supernet, results: RunResults) -> None:
@@ -39,12 +43,15 @@ def verify_stage(work: Launch, plans: Mapping[str, StagePlan], supernet: Superne
             build_table(work, supernet, data, "test", sealed)
         test, val = RoutingTable.load(sealed), RoutingTable.load(run.table(table_key, "val"))
         routers = {slot: load_router(run.gate_weights(search_key, slot)) for slot in front}
+        known = known_agreements(run, plan.record)
         agreements = []
         with work.progress.bar("verify: the front on test", len(routers)) as bar:
             for slot, router in routers.items():
-                work.check_stop()
-                net = supernet.to(resolve_device(config.supernet.device))
-                agreements.append(check_agreement(slot, net, router, test, data.images("test"), prepared.normalization))
+                if slot not in known:
+                    work.check_stop()
+                    net = supernet.to(resolve_device(config.supernet.device))
+                    known[slot] = check_agreement(slot, net, router, test, data.images("test"), prepared.normalization)
+                agreements.append(known[slot])
                 bar.update(len(agreements))
         timed = {
             name: time_front(
@@ -72,10 +79,11 @@ def verify_stage(work: Launch, plans: Mapping[str, StagePlan], supernet: Superne
             "val": judge.analysis(val).to_json(),
             "test": on_test.to_json(),
         }
-        output = folder / "verify.json"
+        output = folder / VERIFY_FILE
         atomic_write_json(output, content)
         return [output]
 
+    num_before = 0 if plan.is_done else len(known_agreements(run, plan.record).keys() & set(front))
     run_stage(run, plan, verify)
     verified = RunResults(run).verified
     assert verified is not None
@@ -83,7 +91,29 @@ def verify_stage(work: Launch, plans: Mapping[str, StagePlan], supernet: Superne
     work.progress.say(
         f"verify: {plural(len(front), 'gate')} ran on {verified.test.num_images} test images as the table said, image by image"
         + (f" ({ties} numerical ties)" if ties else "")
+        + (f"; {num_before} of them did so in an earlier launch" if num_before else "")
     )
+
+
+def known_agreements(run: RunDir, record: StageRecord) -> dict[int, Agreement]:
+    """By slot what earlier results of the stage found out about gates of the same search, hence of the same tables and weights.
+
+    A gate that agreed with its table once is not run again: nothing that could make it differ has changed. All gates of a front are
+    timed together, whether they are known or not: times of different hours do not compare.
+
+    Args:
+        run: its verify folders are read.
+        record: of the stage that is to be made.
+    """
+    found: dict[int, Agreement] = {}
+    for path in sorted((run.path / record.stage).glob("*/")):
+        folder = StageDir(path)
+        earlier = folder.record() if folder.is_done() else None
+        if earlier is None or (earlier.version, earlier.parent_keys) != (record.version, record.parent_keys):
+            continue
+        with suppress(KeyError, TypeError):  # another release wrote it
+            found |= {item["slot"]: Agreement(**item) for item in read_json(path / VERIFY_FILE)["agreements"]}
+    return found
 
 
 @dataclass(frozen=True)

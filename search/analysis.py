@@ -108,6 +108,12 @@ class PointAnalysis:
     """Share of the images that run each route; a cascade's add up to more than one."""
 
     @property
+    def clear_share_of_reachable_gap(self) -> float | None:
+        """`share_of_reachable_gap`, but None where the gap is within its noise: see `_clear_share`."""
+        static = None if self.gain is None else self.top1.value - self.gain.value
+        return _clear_share(self.share_of_reachable_gap, static, self.reachable_top1, self.gain)
+
+    @property
     def is_collapsed(self) -> bool:
         """One route answers more than 99 % of the images."""
         return self.metrics["max_route_share"] > COLLAPSE_SHARE
@@ -150,6 +156,24 @@ class RouterShare:
     share_of_oracle_gap: float | None
     share_of_reachable_gap: float | None
     is_collapsed: bool
+
+    @property
+    def clear_share_of_reachable_gap(self) -> float | None:
+        """`share_of_reachable_gap`, but None where the gap is within its noise: see `_clear_share`."""
+        return _clear_share(self.share_of_reachable_gap, self.static_top1, self.reachable_top1, self.gain)
+
+
+def _clear_share(
+    share: float | None, static: float | None, reachable: float | None, gain: Interval | None
+) -> float | None:
+    """A share of the gap from the static line to the reachable ceiling; None where it could be a share of nothing.
+
+    The gap's noise is taken from the interval of the router's own gain over the same line at the same cost: both are paired differences
+    of a router and the line over the same images, so that they vary alike. A gap must be larger than half of that interval.
+    """
+    if share is None or static is None or reachable is None or gain is None:
+        return None
+    return share if reachable - static > (gain.high - gain.low) / 2 else None
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib.metadata import version
+from pathlib import Path
 
 import pytest
+
+import dsnet
 
 FORBIDDEN = ("ray", "mlflow", "optuna", "plotly", "pydantic", "yaml", "ruamel", "click", "rich", "pandas")
 
@@ -22,6 +26,12 @@ def loaded_modules(code: str) -> set[str]:
 @pytest.mark.parametrize("module", ["dsnet", "dsnet.space", "dsnet.cost", "dsnet.errors", "dsnet.files", "dsnet.seeds"])
 def test_the_light_modules_pull_in_no_torch(module: str) -> None:
     assert not {"torch", "numpy", "sklearn", "PIL"} & loaded_modules(f"import {module}")
+
+
+def test_the_package_says_the_version_that_is_installed() -> None:
+    setup = (Path(dsnet.__file__).parents[1] / "setup.py").read_text(encoding="utf-8")
+    assert dsnet.__version__ == version("dsnet-orch")
+    assert dsnet.__version__ not in setup, "one source"
 
 
 IMPORT_ALL = """

@@ -19,7 +19,7 @@ from dsnet.routing_table import RoutingTable
 from dsnet.table_routing import run_on_table
 from dsnet.training.gate import fit_gate
 from dsnet.training.gate_settings import GateSettings
-from orchestration.baseline import measured_ranges
+from orchestration.baseline import measured_ranges, static_metrics
 from orchestration.planning import prepare_again
 from orchestration.reporting import hypervolume_of, report_data
 from orchestration.results import RunResults, load_router, refuse_unusable
@@ -142,20 +142,28 @@ def test_a_stored_router_of_every_kind_decides_as_it_did_when_it_was_fitted(tmp_
         load_router(tmp_path / "slot-00001.safetensors")
 
 
-def test_hypervolume_never_falls_and_ends_with_that_of_the_front(finished: Finished) -> None:
+def test_hypervolume_begins_at_the_static_ones_never_falls_and_ends_with_that_of_both_together(
+    finished: Finished,
+) -> None:
     results = finished.results
     info = hypervolume_of(results)
     assert info is not None
     values = list(info.hypervolume)
     assert values == sorted(values)
-    # Independent: area of the union of rectangles between the front's points and the reference.
+    assert info.static_hypervolume is not None
+    assert 0 < info.static_hypervolume <= values[0]
+    # Independent: area of the union of rectangles between all points and the reference.
     _, worst = results.reference_point
-    front = sorted(
+    routers = [
         (results.record(slot).metrics["madds_m"], results.record(slot).metrics["top1"]) for slot in results.front
-    )
-    edges = [madds for madds, _ in front[1:]] + [worst]
+    ]
+    points = sorted([*routers, *((subnet.madds / 1e6, subnet.top1) for subnet in results.members)])
+    edges = [*(madds for madds, _ in points[1:]), worst]
+    best = np.maximum.accumulate([top1 for _, top1 in points])
     area = sum(
-        (min(edge, worst) - madds) * top1 for (madds, top1), edge in zip(front, edges, strict=True) if madds < worst
+        (min(edge, worst) - madds) * top1
+        for (madds, _), edge, top1 in zip(points, edges, best, strict=True)
+        if madds < worst
     )
     assert values[-1] == pytest.approx(area)
     assert worst == pytest.approx(1.05 * results.widest.madds / 1e6)
@@ -202,11 +210,13 @@ def test_infeasible_and_pruned_trials_are_on_no_front_and_add_no_hypervolume(fin
     assert info.objectives == ("top1", "madds_m", "latency_ms_batch8")
     assert info.pruned == ((0, "13th of 12 after 3 epochs"),)
     assert info.num_infeasible == 6
-    values = np.array([[record.metrics[name] for name in info.objectives] for record in feasible])
+    static = [static_metrics(subnet, results.latencies) for subnet in results.members]
+    rows = [*(record.metrics for record in feasible), *static]
+    values = np.array([[row[name] for name in info.objectives] for row in rows])
     assert info.hypervolume[-1] == pytest.approx(
         hypervolume(values, ("maximize", "minimize", "minimize"), info.reference)
     )
-    grows = np.diff([0.0, *info.hypervolume]) > 0
+    grows = np.diff([info.static_hypervolume, *info.hypervolume]) > 0
     assert set(np.flatnonzero(grows)) <= {record.slot for record in feasible}
 
 

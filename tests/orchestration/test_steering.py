@@ -232,6 +232,7 @@ def test_an_extended_run_keeps_its_trials_tries_the_points_and_says_that_test_wa
     assert answer.code == 0, answer.err
     assert "budget raised from 12 to 14 trials" in answer.err
     assert "test was read once already" in answer.err
+    assert "in an earlier launch" in answer.err, "what stays on the front is not run again"
     results = results_in(moved)
     assert results.records[:12] == before
     assert len(results.records) == results.config.budget.trials == 14

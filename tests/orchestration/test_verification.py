@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,13 +14,17 @@ import torch
 from dsnet.batchnorm import recalibrate
 from dsnet.data import TensorData
 from dsnet.errors import VerificationError
+from dsnet.files import atomic_write_json
 from dsnet.latency import LatencySettings, measure_latency
 from dsnet.routers import ROUTER_KINDS, CascadeRouter, GateRouter, Router
 from dsnet.routing_table import RoutingTable
 from dsnet.supernet import Supernet
 from dsnet.table_routing import run_on_table
 from dsnet.training.evaluate import build_routing_table
-from orchestration.verification import CLASS_TIE, DynamicLatency, check_agreement, time_front
+from orchestration.rundir import Manifest, RunDir
+from orchestration.stages import StageDefinition, plan_stage, run_stage
+from orchestration.verification import CLASS_TIE, Agreement, DynamicLatency, check_agreement, time_front
+from orchestration.verify_stage import known_agreements
 from search.analysis import analyse_split
 from search.ceiling import RouteForecast
 from tests.dsnet.samples import NORMALIZATION, random_router, small_supernet, tensor_data, three_gate_supernet
@@ -224,3 +229,30 @@ def test_what_the_parts_add_up_to_stands_beside_what_was_measured(
     }
     assert replace(beside, ideal={}) == found
     assert DynamicLatency.from_json(json.loads(json.dumps(beside.to_json()))) == beside
+
+
+def test_a_gate_that_agreed_with_the_same_tables_once_is_known_and_one_of_another_search_is_not(tmp_path: Path) -> None:
+    run = RunDir(tmp_path, "t")
+    run.create()
+    Manifest(run.manifest_path).create(seed=0, hardware={})
+
+    def finish(front: list[int], search: str, *, version: int = 1, content: object = None) -> None:
+        plan = plan_stage(
+            run, StageDefinition("verify", version, {"front": front}, "d", ("search",)), {"search": search}
+        )
+        agreements = [asdict(Agreement(slot, 100, 0, 0.9, 1.5)) for slot in front]
+
+        def write(folder: Path) -> list[Path]:
+            atomic_write_json(folder / "verify.json", {"agreements": agreements} if content is None else content)
+            return [folder / "verify.json"]
+
+        run_stage(run, plan, write)
+
+    finish([1, 5], "a")
+    finish([5, 7], "a")
+    finish([9], "b")
+    finish([11], "a", version=2)
+    finish([13], "a", content={"agreements": [{"slot": 13}]})
+    wanted = plan_stage(run, StageDefinition("verify", 1, {"front": [1, 20]}, "d", ("search",)), {"search": "a"})
+    assert sorted(known_agreements(run, wanted.record)) == [1, 5, 7]
+    assert known_agreements(run, wanted.record)[5] == Agreement(5, 100, 0, 0.9, 1.5)

@@ -19,6 +19,8 @@ from dsnet.routing_table import GateColumns, RoutingTable
 from search.analysis import (
     Bootstrap,
     BudgetPick,
+    Interval,
+    RouterShare,
     SplitAnalysis,
     analyse_split,
     budget_picks,
@@ -418,3 +420,20 @@ def test_points_along_a_front_are_evenly_far_apart_whatever_the_units() -> None:
     cost = np.linspace(0.0, 1.0, 101)
     values = np.column_stack([1e6 * cost, 1e-3 * cost])
     assert spread_along_front(values, 5) == (0, 25, 50, 75, 100)
+
+
+@pytest.mark.parametrize(
+    ("reachable", "gain", "shown"),
+    [
+        (0.85, Interval(0.02, 0.01, 0.03), 0.4),
+        (0.805, Interval(0.02, 0.01, 0.03), None),  # half a point, known to a point
+        (0.85, Interval(0.02, -0.04, 0.08), None),  # five points, known to six
+        (None, Interval(0.02, 0.01, 0.03), None),
+    ],
+)
+def test_a_share_of_the_reachable_gap_is_clear_where_the_gap_is_larger_than_its_noise(
+    reachable: float | None, gain: Interval, shown: float | None
+) -> None:
+    own = RouterShare("cascade", 0.5, 20.0, 3, 19.0, 0.82, 0.80, 0.9, reachable, gain, 0.2, 0.4, False)
+    assert own.clear_share_of_reachable_gap == shown
+    assert replace(own, gain=None).clear_share_of_reachable_gap is None
