@@ -30,7 +30,11 @@ _CURVES = "curves.jsonl"
 
 
 def standalone_config(config: SweepConfig) -> StandaloneConfig:
-    """The part of a sweep that `python -m dsnet.training` does, as it reads it; adoptable by the same sweep."""
+    """The part of a sweep that `python -m dsnet.training` does, as it reads it; adoptable by the same sweep.
+
+    Args:
+        config: with the data's defaults filled in, as `prepare` gives it.
+    """
     supernet = config.supernet
     train = supernet.train.model_dump(mode="json", exclude=set(REGIME_KEYS))
     bootstrapping = supernet.bootstrapping.model_dump(mode="json", exclude={"mode", "num_random"})

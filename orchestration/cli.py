@@ -266,22 +266,23 @@ def plan(sweep: Path, as_json: bool, resolved: Path | None, **options: Any) -> N
     from orchestration.terminal import show_plan
 
     loaded = _load(sweep, **options)
-    if resolved is not None:
-        if supernet_space(loaded.config):
+    if supernet_space(loaded.config):
+        if resolved is not None:
             raise click.UsageError(
                 "--resolved describes one supernet, but space holds several; write it for one of them"
             )
-        from dsnet.files import atomic_write_json
-        from orchestration.adoption import standalone_config
-
-        atomic_write_json(resolved, standalone_config(loaded.config).to_json())
-    if supernet_space(loaded.config):
         from orchestration.supernet_planning import plan_supernets
         from orchestration.supernet_terminal import show_supernets_plan
 
         show_supernets_plan(plan_supernets(loaded), as_json=as_json)
         return
-    show_plan(make_plan(loaded), as_json=as_json)
+    plan = make_plan(loaded)
+    if resolved is not None:
+        from dsnet.files import atomic_write_json
+        from orchestration.adoption import standalone_config
+
+        atomic_write_json(resolved, standalone_config(plan.config).to_json())
+    show_plan(plan, as_json=as_json)
 
 
 @cli.command()

@@ -325,7 +325,7 @@ def _scheduler_option_problems(config: SweepConfig) -> Iterator[BrokenRule]:
         named = (path, str(error)) if match is None else ((*path, match[1]), str(error)[match.end() :])
         yield BrokenRule(*named)
     grace, epochs = options.get("grace_period"), _longest_training(config)
-    if scheduler == "asha" and isinstance(grace, int) and grace > epochs:
+    if scheduler == "asha" and isinstance(grace, int) and epochs is not None and grace > epochs:
         message = f"{grace} is above supernet.train.epochs {epochs}; lower it"
         yield BrokenRule((*path, "grace_period"), message, others=(("supernet", "train", "epochs"),))
 
@@ -516,16 +516,16 @@ def _stopping_warnings(config: SweepConfig) -> Iterator[str]:
         yield "supernets is not read: space holds no supernet.* key"
 
 
-def _longest_training(config: SweepConfig) -> int:
-    """Epochs of the supernet that trains longest."""
+def _longest_training(config: SweepConfig) -> int | None:
+    """Epochs of the supernet that trains longest; None where the data will say."""
     swept = config.space.get("supernet.train.epochs")
-    return max([config.supernet.train.epochs] if swept is None else [int(value) for value in swept.edge_values()])
+    return config.supernet.train.epochs if swept is None else max(int(value) for value in swept.edge_values())
 
 
 def _scheduler_warnings(config: SweepConfig) -> Iterator[str]:
     """Settings with which a scheduler ends no training."""
     rules, epochs = config.supernets, _longest_training(config)
-    if rules.scheduler == "none":
+    if rules.scheduler == "none" or epochs is None:
         return
     grace = rules.options.get("grace_period", 0)
     for key, value in (("report_every", rules.report_every), ("options.grace_period", grace)):

@@ -81,6 +81,7 @@ def launch(
     config = anchored(config)
     run = RunDir(Path(config.storage.runs), config.name)
     prepared = prepare(config, run, progress.warn)
+    config = prepared.config
     for warning in prepared.warnings():
         progress.warn(warning)
     if config.tracking.mlflow:

@@ -19,11 +19,13 @@ from orchestration.rundir import MLFLOW_DATABASE, DriverLock, RunDir, mlflow_art
 from orchestration.search_stage import continued, refuse_impossible_layout
 from orchestration.stages import StagePlan, plan_stages
 from orchestration.supernet_facts import SupernetFacts
-from orchestration.terminal import warn
+from orchestration.terminal import flat_settings, warn
 from orchestration.tracking import Status
 from search.points import save_points
 
 SYNC_TIMEOUT_S = 600.0
+FROM_THE_DATA = "data"
+"""Origin of a setting that nobody wrote and that follows from the images."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class SweepPlan:
     """What a launch would do."""
 
     config: SweepConfig
+    """With the data's defaults filled in."""
     origins: dict[str, str]
     prepared: Prepared
     supernet: SupernetFacts
@@ -39,6 +42,16 @@ class SweepPlan:
     routes: tuple[tuple[str, float, float], ...]
     """(name, M MAdds, M parameters) of each sub-network, the teacher last."""
 
+    def settings(self) -> dict[str, dict[str, Any]]:
+        """Every setting with its value and origin, and the reason where the data decided it."""
+        derived = self.prepared.derived
+        settings: dict[str, dict[str, Any]] = {}
+        for key, value in flat_settings(self.config.model_dump(mode="json")).items():
+            settings[key] = {"value": value, "origin": self.origins.get(key, "default")}
+            if key in derived:
+                settings[key] |= {"value": derived[key].value, "reason": derived[key].reason}
+        return settings
+
 
 def make_plan(loaded: LoadedConfig) -> SweepPlan:
     """Load the data, lay out the network, and compare the stages' keys with what the run folder has; writes nothing.
@@ -46,9 +59,9 @@ def make_plan(loaded: LoadedConfig) -> SweepPlan:
     Raises:
         DataError, ConfigError, PreflightError: as a launch would.
     """
-    config = loaded.config
-    run = RunDir(Path(config.storage.runs), config.name)
-    prepared = prepare(config, run, warn)
+    run = RunDir(Path(loaded.config.storage.runs), loaded.config.name)
+    prepared = prepare(loaded.config, run, warn)
+    config = prepared.config
     for warning in prepared.warnings():
         warn(warning)
     try:
@@ -60,7 +73,7 @@ def make_plan(loaded: LoadedConfig) -> SweepPlan:
     *others, search = plan_stages(run, stage_definitions(prepared))
     return SweepPlan(
         config,
-        loaded.origins,
+        {**loaded.origins, **dict.fromkeys(prepared.derived, FROM_THE_DATA)},
         prepared,
         SupernetFacts.of_prepared(prepared),
         run,

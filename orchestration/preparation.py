@@ -8,7 +8,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from dsnet.families import Task
 from dsnet.files import atomic_write_text, read_json
 from dsnet.latency import DeviceSettings, LatencySettings
 from dsnet.space import SubnetSet
+from dsnet.training.data_defaults import DataDefault
 from dsnet.training.images import InMemoryImages, TrainingImages
 from dsnet.training.output_folder import RESULT_VERSIONS
 from dsnet.training.settings import BootstrapSettings, SupernetRun, TrainSettings
@@ -39,7 +40,9 @@ from orchestration.config import (
     resolve_regime,
     stage_subset,
 )
+from orchestration.data_defaults import with_data_defaults
 from orchestration.rundir import Manifest, RunDir
+from orchestration.sections import FROM_DATA
 from orchestration.stages import StageDefinition, StageDir, stage_record
 from search.analysis import BudgetPick
 from search.constraints import BASELINE
@@ -79,6 +82,7 @@ class Prepared:
     """Everything that the stages share."""
 
     config: SweepConfig
+    """With the data's defaults filled in."""
     image_set: ImageSource
     """Facts about all images."""
     splits: Splits
@@ -92,6 +96,8 @@ class Prepared:
     """None for fresh weights."""
     adoption: Adoption | None = None
     """Finished stages that `supernet.init_from` already holds."""
+    derived: Mapping[str, DataDefault] = field(default_factory=dict)
+    """Settings that the data decided, by dotted key."""
 
     @property
     def start_sha256(self) -> str | None:
@@ -254,14 +260,16 @@ def _laid_out(config: SweepConfig, start: Start | None, images: Images | None) -
     subnets = lay_out(supernet.model, task, supernet.options, resolve_regime(supernet).norm, start)
     check_routing(config, len(subnets))
     known = None if start is None else start.normalization
+    filled = with_data_defaults(config, image_set, splits, subnets)
     return Prepared(
-        config=config,
+        config=filled.config,
         image_set=image_set,
         splits=splits,
         data=data,
         normalization=known if known is not None else image_set.normalization(splits),
         subnets=subnets,
         fingerprint=images.fingerprint,
+        derived=filled.defaults,
     )
 
 
@@ -316,7 +324,8 @@ def _beams(config: SweepConfig) -> list[int]:
 def supernet_run(prepared: Prepared) -> SupernetRun:
     """The training settings in the core's own terms."""
     config, start = prepared.config, prepared.start
-    supernet = config.supernet
+    supernet, images = config.supernet, config.supernet.recalibration.images
+    assert images != FROM_DATA, "prepare fills it in"
     return SupernetRun(
         train=TrainSettings(**supernet.train.model_dump(exclude=set(REGIME_KEYS))),
         regime=resolve_regime(supernet),
@@ -325,7 +334,7 @@ def supernet_run(prepared: Prepared) -> SupernetRun:
         normalization=prepared.normalization,
         seed=config.seed,
         weights=supernet.weights,
-        recalibration_images=supernet.recalibration.images,
+        recalibration_images=images,
         recalibration_batch=supernet.recalibration.batch_size,
         keep_checkpoints=supernet.keep_checkpoints,
         origin={} if start is None else start.origin,

@@ -33,6 +33,7 @@ _PAPER: Mapping[str, Any] = {
             "trust": "full",
             "largest_first": 0.0,
         },
+        "recalibration": {"images": None},
     },
     "gate": {
         "router": "gate",

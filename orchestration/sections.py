@@ -10,7 +10,7 @@ import re
 import types
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Union, get_args, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -29,7 +29,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
 from dsnet.errors import ConfigError
-from orchestration.wording import did_you_mean, shown, way_out
+from orchestration.wording import did_you_mean, plural, shown, way_out
 from search.pareto import parse_pick
 
 if TYPE_CHECKING:
@@ -117,6 +117,18 @@ SplitSize = Annotated[
 ]
 
 
+def _recalibration_images(value: object) -> object:
+    is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    if value is None or value == FROM_DATA or is_count:
+        return value
+    raise ValueError(f"expected a whole number of images, {FROM_DATA}, or null; got {shown(value)}")
+
+
+FROM_DATA: Final = "auto"
+"""The value of a setting that follows from the data, where null has another meaning."""
+RecalibrationImages = Annotated[Literal["auto"] | NonNegativeInt | None, BeforeValidator(_recalibration_images)]
+
+
 class Section(BaseModel):
     """Base of every section: frozen, strict, no unknown key, no NaN; docstrings under fields are their descriptions."""
 
@@ -141,8 +153,8 @@ class AugmentConfig(Section):
     """Side in pixels of one square set to zero; 0 = none."""
     crop_scale: CropScale | None = None
     """[low, high]: cut out low to high of the image's area and resize it; null = none, or [0.08, 1] for streamed images."""
-    randaugment_ops: Annotated[int, Field(ge=0, le=14)] = 0
-    """RandAugment: random operations per image, one after the other, at most 14; 0 = none."""
+    randaugment_ops: Annotated[int, Field(ge=0, le=14)] | None = None
+    """RandAugment: random operations per image, one after the other, at most 14; 0 = none; null = from the data."""
     randaugment_magnitude: Annotated[float, Field(ge=0, le=10)] = 9.0
     """RandAugment: strength of each operation, 0 to 10."""
     erasing: Fraction = 0.0
@@ -236,24 +248,24 @@ class TrainConfig(Section):
     """none: labels | inplace: the widest | ema: the EMA copy's widest | ema_ensemble: its ensemble; null = from the regime."""
     bn: Literal["private_stats", "private_affine", "recalibrate", "group_norm"] | None = None
     """BatchNorm with statistics per width | and affine pairs per width | recalibrated | GroupNorm; null = the regime's or the family's."""
-    epochs: NonNegativeInt = 30
-    """Passes over `train`; 0 keeps the weights of supernet.init_from."""
-    batch_size: PositiveInt = 128
-    """Images per step, over all workers and micro-batches together."""
+    epochs: NonNegativeInt | None = None
+    """Passes over `train`; 0 keeps the weights of supernet.init_from; null = from the data."""
+    batch_size: PositiveInt | None = None
+    """Images per step, over all workers and micro-batches together; null = from the data."""
     accumulate: PositiveInt = 1
     """Micro-batches whose gradients add up to one step's; BatchNorm sees each one alone."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
     """sgd (Nesterov) | adamw."""
-    lr: Annotated[float, Field(gt=0, le=LARGEST_RATE)] = 0.1
-    """Peak learning rate, > 0, at most 1e6."""
+    lr: Annotated[float, Field(gt=0, le=LARGEST_RATE)] | None = None
+    """Peak learning rate, > 0, at most 1e6; null = from the batch size."""
     schedule: Literal["cosine", "one_cycle", "constant"] = "cosine"
     """cosine: to 0 after the warm-up | one_cycle: up during the warm-up, down to lr / 250,000 | constant."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """For sgd, [0, 1)."""
     weight_decay: Annotated[float, Field(ge=0, le=LARGEST_RATE)] = 1.0e-4
     """Not on one-dimensional parameters."""
-    warmup_epochs: NonNegativeFloat = 1.0
-    """Epochs of linear warm-up, part of `epochs`."""
+    warmup_epochs: NonNegativeFloat | None = None
+    """Epochs of linear warm-up, part of `epochs`; null = from the epochs."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """[0, 1), of whoever learns from labels: the widest, and with teacher none all."""
     grad_clip: PositiveFloat | None = None
@@ -267,7 +279,7 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _warm_up_ends(self) -> TrainConfig:
-        if 0 < self.epochs < self.warmup_epochs:
+        if self.epochs and self.warmup_epochs and self.epochs < self.warmup_epochs:
             message = f"{self.warmup_epochs:g} epochs of warm-up do not fit into {self.epochs} epochs of training"
             refuse(BrokenRule(("warmup_epochs",), message))
         return self
@@ -297,8 +309,9 @@ class BootstrappingConfig(Section):
 class RecalibrationConfig(Section):
     """BatchNorm statistics, re-estimated for every width after training."""
 
-    images: NonNegativeInt | None = None
-    """Images of `train` to use; null = all; 0 keeps the statistics of supernet.init_from, and needs 0 epochs."""
+    images: RecalibrationImages = FROM_DATA
+    """Images of `train` to use: a number | null = all | auto = from the data. 0 keeps the statistics of supernet.init_from, and needs
+    0 epochs."""
     batch_size: PositiveInt = 256
     """Images per forward pass."""
 
@@ -337,7 +350,10 @@ class SupernetConfig(Section):
 def _batch_problems(supernet: SupernetConfig) -> Iterator[BrokenRule]:
     from dsnet.training.settings import sharing_problem
 
-    problem = sharing_problem(supernet.train.batch_size, supernet.workers, supernet.train.accumulate)
+    train = supernet.train
+    if train.batch_size is None:
+        return
+    problem = sharing_problem(train.batch_size, supernet.workers, train.accumulate)
     if problem is not None:
         yield BrokenRule(("train", "batch_size"), problem, others=(("train", "accumulate"), ("workers",)))
 
@@ -355,10 +371,10 @@ def _start_problems(supernet: SupernetConfig) -> Iterator[BrokenRule]:
     if supernet.model == CHECKPOINT_MODEL and supernet.options:
         message = f"model checkpoint takes no options: the checkpoint has its own; remove {', '.join(supernet.options)}"
         yield BrokenRule(("options",), message)
-    if supernet.recalibration.images == 0 and supernet.train.epochs > 0:
-        message = (
-            f"0 keeps the statistics of supernet.init_from, but {supernet.train.epochs} epochs of training outdate them"
-        )
+    epochs = supernet.train.epochs
+    if supernet.recalibration.images == 0 and epochs != 0:
+        training = "training outdates" if epochs is None else f"{plural(epochs, 'epoch')} of training outdate"
+        message = f"0 keeps the statistics of supernet.init_from, but {training} them; write supernet.train.epochs 0, or auto here"
         yield BrokenRule(("recalibration", "images"), message)
 
 

@@ -487,13 +487,14 @@ def _refusals(
             check(supernet_with(supernet, point))
             found.append((point, ""))
         except ValidationError as error:
-            found.append((point, "; ".join(_texts(error))))
+            found.append((point, "; ".join(rule_texts(error))))
         except ConfigError as error:
             found.append((point, str(error)))
     return found
 
 
-def _texts(error: ValidationError) -> Iterator[str]:
+def rule_texts(error: ValidationError) -> Iterator[str]:
+    """What is wrong with a `supernet` section, each with its dotted key."""
     for details in error.errors(include_url=False):
         context = details.get("ctx", {})
         message = requirement(details["type"], context)

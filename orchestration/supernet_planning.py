@@ -12,7 +12,7 @@ from dsnet.errors import PreflightError
 from orchestration.config import SweepConfig
 from orchestration.config_loading import LoadedConfig
 from orchestration.pipeline import anchored
-from orchestration.planning import SYNC_TIMEOUT_S, check_same_data, report_again
+from orchestration.planning import FROM_THE_DATA, SYNC_TIMEOUT_S, check_same_data, report_again
 from orchestration.preparation import Images, load_images, prepare, stage_definitions
 from orchestration.projection import store_uri
 from orchestration.rundir import DriverLock, RunDir
@@ -46,8 +46,19 @@ class SupernetsPlan:
 
     def settings(self) -> dict[str, dict[str, Any]]:
         """Every setting with its value and origin."""
-        values = flat_settings(self.config.model_dump(mode="json"))
-        return {key: {"value": value, "origin": self.origins.get(key, "default")} for key, value in values.items()}
+        settings: dict[str, dict[str, Any]] = {}
+        for key, value in flat_settings(self.config.model_dump(mode="json")).items():
+            settings[key] = {"value": value, "origin": self.origins.get(key, "default")}
+            if key in self.left_to_data:
+                settings[key] |= {"origin": FROM_THE_DATA, "reason": "for each supernet by itself"}
+        return settings
+
+    @property
+    def left_to_data(self) -> frozenset[str]:
+        """Keys that nobody wrote and that the data decide, for each supernet."""
+        swept = self.config.space.keys()
+        derived = (key for member in self.members if member.prepared for key in member.prepared.derived)
+        return frozenset(derived) - swept
 
 
 def plan_supernets(loaded: LoadedConfig) -> SupernetsPlan:

@@ -327,11 +327,10 @@ def _and_more(listed: Sequence[Any]) -> str:
 
 def show_plan(plan: SweepPlan, *, as_json: bool) -> None:
     """Stages and why they would run; sub-networks; every setting with its origin."""
-    values = flat_settings(plan.config.model_dump(mode="json"))
+    settings = plan.settings()
     made = plan.supernet.lines(plan.config.supernet.init_from)
     stages = [(stage.name, stage.status, stage.key, tuple(stage.reasons)) for stage in plan.stages]
     if as_json:
-        settings = {key: {"value": value, "origin": plan.origins.get(key, "default")} for key, value in values.items()}
         routes = [{"name": name, "madds_m": madds, "params_m": params} for name, madds, params in plan.routes]
         print_json(
             {
@@ -362,9 +361,13 @@ def show_plan(plan: SweepPlan, *, as_json: bool) -> None:
     say()
     show_table(
         ("setting", "value", "from"),
-        [(key, json.dumps(value), plan.origins.get(key, "default")) for key, value in values.items()],
+        [(key, json.dumps(setting["value"]), _origin(setting)) for key, setting in settings.items()],
         num_left=3,
     )
+
+
+def _origin(setting: Mapping[str, Any]) -> str:
+    return f"{setting['origin']}: {setting['reason']}" if "reason" in setting else str(setting["origin"])
 
 
 def flat_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

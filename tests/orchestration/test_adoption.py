@@ -47,21 +47,26 @@ def sweep(measure: dict[str, Any] | None = None, data: dict[str, Any] | None = N
     return SweepConfig.model_validate({**SWEEP, **sections})
 
 
+def standalone(config: SweepConfig) -> StandaloneConfig:
+    """What `plan --resolved` writes."""
+    return standalone_config(prepare(config).config)
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return run_standalone(standalone_config(sweep()), tmp_path_factory.mktemp("made") / "out", device="cpu").path
+    return run_standalone(standalone(sweep()), tmp_path_factory.mktemp("made") / "out", device="cpu").path
 
 
 def found(config: SweepConfig) -> tuple[Adoption | None, Prepared]:
     prepared = prepare(config)
     assert config.supernet.init_from is not None
-    measure = standalone_config(config).measure
+    measure = standalone_config(prepared.config).measure
     where = Path(config.supernet.init_from)
     return find_adoption(where, supernet_run(prepared), prepared.subnets, prepared.fingerprint, measure), prepared
 
 
 def test_the_written_configuration_is_complete_and_survives_json() -> None:
-    written = standalone_config(sweep(train={"lr": 0.05}))
+    written = standalone(sweep(train={"lr": 0.05}))
     assert written.supernet.train.lr == 0.05
     assert StandaloneConfig.from_json(written.to_json()) == written
     plain = prepare(sweep(train={"lr": 0.05}))
@@ -122,9 +127,9 @@ def test_tables_of_named_devices_are_taken_over_where_all_devices_are_the_same(m
     folder = OutputFolder(tmp_path / "copy")
     shutil.copytree(made, folder.path)
     two = {"devices": {"server": {"device": "cpu", "threads": 2}}}
-    rewrite(folder.resolved_path, **standalone_config(sweep(measure=two)).to_json())
+    rewrite(folder.resolved_path, **standalone(sweep(measure=two)).to_json())
     shutil.rmtree(folder.measure)
-    run_standalone(standalone_config(sweep(measure=two)), folder.path, device="cpu")
+    run_standalone(standalone(sweep(measure=two)), folder.path, device="cpu")
     adoption, prepared = found(sweep(init_from=str(folder.path), measure=two))
     assert adoption is not None
     assert adoption.stages == ("supernet", "measure", "table")
@@ -149,9 +154,7 @@ def test_a_checkpoint_alone_is_never_adopted(made: Path) -> None:
 
 def test_what_started_from_weights_is_adopted_with_their_record(made: Path, tmp_path: Path) -> None:
     settings = {"train": {"lr": 0.02}}
-    second = run_standalone(
-        standalone_config(sweep(init_from=str(made), **settings)), tmp_path / "second", device="cpu"
-    )
+    second = run_standalone(standalone(sweep(init_from=str(made), **settings)), tmp_path / "second", device="cpu")
     adoption, _ = found(sweep(init_from=str(second.path), **settings))
     assert adoption is not None
     assert adoption.origin == found(sweep(init_from=str(made), **settings))[1].start.origin  # type: ignore[union-attr]
@@ -159,7 +162,7 @@ def test_what_started_from_weights_is_adopted_with_their_record(made: Path, tmp_
 
 def test_crops_by_scale_go_the_whole_way(tmp_path: Path) -> None:
     data = {"augment": {"crop_scale": [0.2, 1]}}
-    written = standalone_config(sweep(data=data))
+    written = standalone(sweep(data=data))
     assert StandaloneConfig.from_json(json.loads(json.dumps(written.to_json()))) == written
     out = run_standalone(written, tmp_path / "out", device="cpu").path
     adoption, _ = found(sweep(data=data, init_from=str(out)))
@@ -260,7 +263,7 @@ def test_the_standalone_command_goes_on_with_an_older_folder_and_makes_its_table
     (folder.table / "gate.safetensors").write_bytes(b"older rows")
     before = {path.name: file_sha256(path) for path in folder.supernet.iterdir()}
     said: list[str] = []
-    run_standalone(standalone_config(sweep()), folder.path, device="cpu", say=said.append)
+    run_standalone(standalone(sweep()), folder.path, device="cpu", say=said.append)
     assert "table: made by another release, which gives other results; made again" in said
     assert not any(text.startswith(("supernet:", "measure:")) for text in said)
     assert {path.name: file_sha256(path) for path in folder.supernet.iterdir()} == before
@@ -272,11 +275,11 @@ def test_an_older_table_that_was_not_finished_is_not_gone_on_with(made: Path, tm
     folder = OutputFolder(tmp_path / "copy")
     shutil.copytree(made, folder.path)
     with_an_older_table(folder)
-    run_standalone(standalone_config(sweep()), folder.path, device="cpu")
+    run_standalone(standalone(sweep()), folder.path, device="cpu")
     stages = read_json(folder.manifest_path)["stages"]
     rewrite(folder.manifest_path, stages={**stages, "table": {**stages["table"], "status": "running", "version": 1}})
     (folder.table / "piece").write_text("older rows")
-    run_standalone(standalone_config(sweep()), folder.path, device="cpu")
+    run_standalone(standalone(sweep()), folder.path, device="cpu")
     assert not (folder.table / "piece").exists()
 
 
@@ -294,7 +297,7 @@ def test_what_was_measured_of_another_supernet_is_not_adopted(made: Path, tmp_pa
     copy = OutputFolder(tmp_path / "copy")
     shutil.copytree(made, copy.path)
     rewrite(copy.supernet / "final.json")  # indented otherwise: another size, hence trained again
-    run_standalone(standalone_config(sweep()), copy.path, device="cpu")
+    run_standalone(standalone(sweep()), copy.path, device="cpu")
     stages = copy.manifest()["stages"]
     rewrite(copy.manifest_path, stages={**stages, "table": {**stages["table"], "supernet": "0" * 64}})
     adoption, _ = found(sweep(init_from=str(copy.path)))
@@ -304,7 +307,7 @@ def test_what_was_measured_of_another_supernet_is_not_adopted(made: Path, tmp_pa
 
 def test_a_file_that_was_exchanged_is_not_copied(made: Path, tmp_path: Path) -> None:
     folder = OutputFolder(tmp_path / "copy")
-    run_standalone(standalone_config(sweep()), folder.path, device="cpu")
+    run_standalone(standalone(sweep()), folder.path, device="cpu")
     adoption, prepared = found(sweep(init_from=str(folder.path)))
     assert adoption is not None
     damaged = folder.measure / "subnets.json"

@@ -99,7 +99,8 @@ def test_plan_of_a_new_sweep_shows_origins_and_that_all_stages_would_run_and_wri
     assert origins["supernet.train.epochs"].startswith(SWEEP)
     assert origins["budget.trials"] == "flag"
     assert "--set" in origins["seed"]
-    assert origins["supernet.train.lr"] == "default"
+    assert origins["supernet.train.lr"] == "data"
+    assert origins["supernet.train.momentum"] == "default"
     assert plan["settings"]["budget.trials"]["value"] == 5
     assert [subnet["name"] for subnet in plan["subnets"]][:3] == ["subnet-00", "subnet-01", "subnet-02"]
     text = call(tmp_path, "plan", SWEEP).out

@@ -144,12 +144,12 @@ def test_set_reads_its_value_as_yaml(sweep: Path, override: str, dotted: str, va
         ("space.gate.target={uniform: [1, 0]}", "is the wrong way round; write [0, 1]"),
         ("presets.a.seed=1", "presets can be written in the file only"),
         (
-            "supernet.train.accumulate=65",
-            "--set supernet.train.accumulate=65: supernet.train.accumulate: 128 images cannot be shared equally among 1 worker x 65",
+            "supernet.train={batch_size: 128, accumulate: 65}",
+            "accumulate: 65}: supernet.train.batch_size: 128 images cannot be shared equally among 1 worker x 65",
         ),
         (
-            "supernet.workers=3",
-            "--set supernet.workers=3: supernet.workers: 128 images cannot be shared equally among 3 w",
+            "supernet={workers: 3, train: {batch_size: 128}}",
+            "supernet.train.batch_size: 128 images cannot be shared equally among 3 w",
         ),
         (
             "supernet.train.precision=bfloat16",
@@ -328,8 +328,8 @@ BAD_VALUES = [
         "5:104: space.gate.sgs.t_easy.when.gate.router: gate.router never is 'gat'; did you mean 'gate'?",
     ),
     (
-        "space: {gate.target: 0.5, supernet.train.warmup_epochs: {choice: [1, 99]}}",
-        "5:57: space.supernet.train.warmup_epochs: no supernet can be made with 99: supernet.train.warmup_epochs: 99 epochs",
+        "space: {gate.target: 0.5, supernet.train.epochs: 9, supernet.train.warmup_epochs: {choice: [1, 99]}}",
+        "5:83: space.supernet.train.warmup_epochs: no supernet can be made with 99: supernet.train.warmup_epochs: 99 epochs",
     ),
     (
         "space: {gate.target: 0.5, supernet.model: {choice: [ds_tiny, ds_tny]}}",
@@ -411,8 +411,8 @@ BAD_VALUES = [
         "5:44: supernet.train.epochs: 0 keeps the weights of supernet.init_from, which is not set; name a checkpoint",
     ),
     (
-        "supernet: {model: ds_tiny, train: {accumulate: 100}}",
-        "5:48: supernet.train.accumulate: 128 images cannot be shared equally among 1 worker x 100 micro-batches",
+        "supernet: {model: ds_tiny, train: {batch_size: 128, accumulate: 100}}",
+        "5:48: supernet.train.batch_size: 128 images cannot be shared equally among 1 worker x 100 micro-batches",
     ),
     (
         "supernet: {model: checkpoint}",
@@ -424,7 +424,7 @@ BAD_VALUES = [
     ),
     (
         "supernet: {model: ds_tiny, init_from: x, recalibration: {images: 0}}",
-        "5:66: supernet.recalibration.images: 0 keeps the statistics of supernet.init_from, but 30 epochs",
+        "5:66: supernet.recalibration.images: 0 keeps the statistics of supernet.init_from, but training outdates",
     ),
     (
         "supernet: {model: ds_tiny, init_from: $NOWHERE/final}",
@@ -438,7 +438,7 @@ BAD_VALUES = [
     ),
     (
         "data: {name: digits, augment: {randaugment_ops: two}}",
-        "5:49: data.augment.randaugment_ops: expected a whole number; got 'two'",
+        "5:49: data.augment.randaugment_ops: expected a whole number or null; got 'two'",
     ),
     (
         "data: {name: digits, augment: {crop_scale: [0, 1]}}",
@@ -625,6 +625,7 @@ PUBLISHED = {
     "supernet.train.warmup_epochs": 5,
     "supernet.train.epochs": 150,
     "supernet.train.label_smoothing": 0.1,
+    "supernet.recalibration.images": None,
     "supernet.bootstrapping.ema_decay": 0.997,
     "supernet.bootstrapping.ema_warmup": False,
     "supernet.bootstrapping.soft_ramp_epochs": 0,
@@ -699,7 +700,7 @@ def test_settings_on_the_command_line_win_over_the_paper_preset(sweep: Path) -> 
 
 def test_a_files_own_preset_hides_the_built_in_one_of_its_name(sweep: Path) -> None:
     config = load(sweep, HEAD + "presets: {paper: {supernet: {train: {epochs: 7}}}}\n", preset="paper").config
-    assert (config.supernet.train.epochs, config.supernet.train.lr) == (7, 0.1)
+    assert (config.supernet.train.epochs, config.supernet.train.lr) == (7, None)
 
 
 def test_models_are_checked_only_against_given_names(sweep: Path) -> None:

@@ -632,7 +632,10 @@ def test_settings_of_supernets_may_depend_on_each_other() -> None:
             "sweep models that are built here",
         ),
         (
-            {"space": {**TARGET, "supernet.train.warmup_epochs": {"choice": [1.0, 50.0]}}},
+            {
+                "space": {**TARGET, "supernet.train.warmup_epochs": {"choice": [1.0, 50.0]}},
+                "supernet": {"model": "m", "train": {"epochs": 30}},
+            },
             "no supernet can be made with 50.0: supernet.train.warmup_epochs: 50 epochs of warm-up do not fit into 30",
         ),
         (
@@ -658,7 +661,13 @@ def test_settings_of_supernets_may_depend_on_each_other() -> None:
         ({"supernets": {"scheduler": "ashaa"}}, "supernets.scheduler: unknown scheduler 'ashaa'; did you mean 'asha'"),
         ({"supernets": {"scheduler": "none", "options": {"grace_period": 3}}}, "scheduler none takes no options"),
         ({"supernets": {"options": {"grace": 3}}}, "supernets.options.grace: no option of supernets.scheduler asha"),
-        ({"supernets": {"options": {"grace_period": 999}}}, "grace_period: 999 is above supernet.train.epochs"),
+        (
+            {
+                "supernets": {"options": {"grace_period": 999}},
+                "supernet": {"model": "m", "train": {"epochs": 30}},
+            },
+            "grace_period: 999 is above supernet.train.epochs",
+        ),
     ],
 )
 def test_a_sweep_of_supernets_that_could_not_be_is_refused(sections: dict[str, Any], message: str) -> None:

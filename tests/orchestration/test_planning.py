@@ -107,7 +107,7 @@ def test_nothing_else_is_trained_where_the_start_weights_are_gone(tmp_path: Path
 
 
 def test_an_output_folder_that_was_taken_over_may_go(tmp_path: Path) -> None:
-    made = run_standalone(standalone_config(sweep()), tmp_path / "made", device="cpu").path
+    made = run_standalone(standalone_config(prepare(sweep()).config), tmp_path / "made", device="cpu").path
     run, config = opened(tmp_path / "runs"), sweep(init_from=str(made))
     before = prepare(config, run)
     assert before.adoption is not None

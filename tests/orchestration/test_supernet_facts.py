@@ -28,12 +28,11 @@ def stored(folder: Path, prepared: Prepared) -> Path:
 
 
 def test_a_regime_is_told_by_what_it_comes_to() -> None:
-    lines = dict(SupernetFacts.of_prepared(prepare(config_with({}))).lines(None))
+    train = {"epochs": 30, "batch_size": 32, "lr": 0.1}
+    lines = dict(SupernetFacts.of_prepared(prepare(config_with({"train": train}))).lines(None))
     assert lines["network"] == "ds_tiny with 6 sub-networks, norm private_stats"
     assert lines["supernet regime"] == "ib: widths sandwich, num_random 3, teacher ema"
-    assert lines["supernet training"].startswith(
-        "30 epochs, 128 images a step, sgd, lr 0.1 (cosine), precision float32"
-    )
+    assert lines["supernet training"].startswith("30 epochs, 32 images a step, sgd, lr 0.1 (cosine), precision float32")
     assert (lines["start weights"], lines["BatchNorm statistics"]) == (
         "fresh",
         "estimated again on all training images",

@@ -1,0 +1,181 @@
+"""Defaults of Stage I that follow from the training images: a pure function from facts about the data to settings with reasons.
+
+The constants stand first, so that a measurement changes a number and nothing else.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+MIN_BATCH, MAX_BATCH = 32, 128
+"""Images a step, powers of two."""
+MIN_STEPS_PER_EPOCH = 32
+"""The batch is halved until an epoch has so many steps."""
+MIN_BATCHES = 2
+"""Of tiny sets the batch is halved further until an epoch has so many steps."""
+MIN_STEPS = 1500
+"""Short trainings get epochs until they have so many steps."""
+USUAL_EPOCHS = 30
+"""Passes over the images where steps and time do not speak against it."""
+MIN_EPOCHS, MAX_EPOCHS = 10, 200
+SENSIBLE_CPU_MINUTES = 30.0
+"""On two cores. A training that would take longer gets fewer than `USUAL_EPOCHS`, but not fewer than `MIN_EPOCHS` or `MIN_STEPS`."""
+CPU_GMADDS_PER_S = 25.0
+"""MAdds of the widest sub-network's inference, in 10^9 per second, that a sandwich step trains on two cores."""
+CPU_GMADDS_PER_S_OF_FAMILY: Mapping[str, float] = MappingProxyType({"ds_mbnet": 3.0, "ds_tiny": 3.0})
+"""Depthwise convolutions train about eight times slower per MAdd on a CPU."""
+LR = 0.05
+"""Peak learning rate of SGD at `LR_BATCH` images; it grows with the square root of the batch."""
+ADAMW_LR = 0.0005
+LR_BATCH = 32
+WARMUP_SHARE = 0.05
+"""Of the epochs."""
+RECALIBRATION_IMAGES = 4000
+"""From more images the means and variances of BatchNorm hardly change."""
+RANDAUGMENT_OPS = 0
+"""Beside the crop and the mirror image, for images of at least `RANDAUGMENT_SIDE` pixels that may be mirrored (natural images)."""
+RANDAUGMENT_SIDE = 32
+
+EPOCHS = "supernet.train.epochs"
+BATCH_SIZE = "supernet.train.batch_size"
+RATE = "supernet.train.lr"
+WARMUP = "supernet.train.warmup_epochs"
+RECALIBRATION = "supernet.recalibration.images"
+RANDAUGMENT = "data.augment.randaugment_ops"
+DERIVED_KEYS = (BATCH_SIZE, EPOCHS, WARMUP, RATE, RECALIBRATION, RANDAUGMENT)
+"""The settings that `data_defaults` gives, by their keys in sweep.yaml."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataFacts:
+    """What the defaults depend on."""
+
+    num_train: int
+    """Images of the training split, at least 1."""
+    num_classes: int
+    smallest_class: int
+    """Training images of the rarest class."""
+    image_size: int
+    """Side in pixels."""
+    channels: int
+    can_mirror: bool
+    """Whether a mirrored image is of the same class."""
+    madds_m: float
+    """MAdds of one image through the widest sub-network, in millions."""
+
+
+@dataclass(frozen=True)
+class DataDefault:
+    """One setting and why it has its value."""
+
+    value: Any
+    reason: str
+    """A sentence without its full stop."""
+
+
+def data_defaults(facts: DataFacts, family: str, given: Mapping[str, Any] | None = None) -> dict[str, DataDefault]:
+    """Settings for those of `DERIVED_KEYS` that nobody wrote; each follows from what was written and from those before it.
+
+    Args:
+        facts: about the training split.
+        family: the network's registered family; an unknown one counts as dense.
+        given: dotted key of sweep.yaml -> value that somebody wrote. Beside `DERIVED_KEYS` it may hold `supernet.train.accumulate`
+            and `supernet.train.optimizer`.
+    """
+    found: dict[str, DataDefault] = {}
+    known = dict(given or {})
+
+    def settle(key: str, default: DataDefault) -> None:
+        if key not in known:
+            found[key] = default
+            known[key] = default.value
+
+    settle(BATCH_SIZE, _batch(facts, known.get("supernet.train.accumulate", 1)))
+    steps = max(1, facts.num_train // min(known[BATCH_SIZE], facts.num_train))
+    settle(EPOCHS, _epochs(facts, family, steps, known.get(WARMUP, 0.0)))
+    settle(WARMUP, _warmup(known[EPOCHS]))
+    settle(RATE, _rate(known[BATCH_SIZE], known.get("supernet.train.optimizer", "sgd")))
+    settle(RECALIBRATION, _recalibration(facts))
+    settle(RANDAUGMENT, _randaugment(facts))
+    return found
+
+
+def _batch(facts: DataFacts, accumulate: int) -> DataDefault:
+    num_train = facts.num_train
+    batch = _power_of_two(num_train / MIN_STEPS_PER_EPOCH, MIN_BATCH, MAX_BATCH)
+    reason = (
+        f"{_number(num_train, 'image')} would give {_number(num_train // MAX_BATCH, 'step')} an epoch at {MAX_BATCH}"
+    )
+    if batch == MAX_BATCH:
+        reason = f"{_number(num_train, 'image')} give {_number(num_train // batch, 'step')} an epoch"
+    if batch * MIN_BATCHES > num_train:
+        batch = _power_of_two(num_train / MIN_BATCHES, 2, MAX_BATCH)
+        reason = f"there is no more than {_number(num_train, 'training image')}"
+    if batch % accumulate or batch < 2 * accumulate:
+        batch = max(2, batch // accumulate) * accumulate
+        reason += f", and {accumulate} micro-batches share it"
+    return DataDefault(batch, reason)
+
+
+def _power_of_two(value: float, lowest: int, highest: int) -> int:
+    """The largest power of two up to `value`, within bounds that are powers of two themselves."""
+    return min(highest, max(lowest, 2 ** int(math.log2(max(1.0, value)))))
+
+
+def _epochs(facts: DataFacts, family: str, steps_per_epoch: int, warmup: float) -> DataDefault:
+    enough = math.ceil(MIN_STEPS / steps_per_epoch)
+    speed = CPU_GMADDS_PER_S_OF_FAMILY.get(family, CPU_GMADDS_PER_S)
+    minutes = facts.num_train * facts.madds_m / 1000 / speed / 60
+    affordable = max(MIN_EPOCHS, int(SENSIBLE_CPU_MINUTES / max(minutes, 1e-9)))
+    epochs = max(enough, min(USUAL_EPOCHS, affordable))
+    if epochs > MAX_EPOCHS:
+        epochs = MAX_EPOCHS
+        reason = (
+            f"as many as are sensible; {_number(steps_per_epoch, 'step')} an epoch, {steps_per_epoch * epochs:,} steps"
+        )
+    elif epochs == enough and epochs > min(USUAL_EPOCHS, affordable):
+        reason = f"{MIN_STEPS:,} steps at least, and an epoch has {steps_per_epoch:,}"
+    elif epochs < USUAL_EPOCHS:
+        reason = f"{USUAL_EPOCHS} would take about {_duration(USUAL_EPOCHS * minutes)} on two CPU cores; write more for a GPU"
+    else:
+        reason = f"the usual number; {_number(steps_per_epoch, 'step')} an epoch, {steps_per_epoch * epochs:,} steps"
+    if warmup > epochs:
+        epochs, reason = math.ceil(2 * warmup), f"twice the {warmup:g} epochs of warm-up that are set"
+    return DataDefault(epochs, reason)
+
+
+def _warmup(epochs: int) -> DataDefault:
+    return DataDefault(round(WARMUP_SHARE * epochs, 2), f"{100 * WARMUP_SHARE:g} % of {_number(epochs, 'epoch')}")
+
+
+def _rate(batch: int, optimizer: str) -> DataDefault:
+    base = ADAMW_LR if optimizer == "adamw" else LR
+    rate = float(f"{base * math.sqrt(batch / LR_BATCH):.2g}")
+    return DataDefault(rate, f"{base:g} at batch {LR_BATCH}, growing with the square root of the batch")
+
+
+def _recalibration(facts: DataFacts) -> DataDefault:
+    if facts.num_train <= RECALIBRATION_IMAGES:
+        return DataDefault(None, f"all {_number(facts.num_train, 'training image')}")
+    return DataDefault(
+        RECALIBRATION_IMAGES, f"of {facts.num_train:,} training images; more hardly change means and variances"
+    )
+
+
+def _randaugment(facts: DataFacts) -> DataDefault:
+    is_natural = facts.can_mirror and facts.image_size >= RANDAUGMENT_SIDE
+    if not is_natural:
+        return DataDefault(0, "small images, or images that cannot be mirrored: the crop alone changes them enough")
+    return DataDefault(RANDAUGMENT_OPS, "beside the random crop and the mirror image")
+
+
+def _duration(minutes: float) -> str:
+    return f"{minutes:.0f} minutes" if minutes < 100 else f"{minutes / 60:,.0f} hours"
+
+
+def _number(count: int, what: str) -> str:
+    return f"{count:,} {what}" + ("" if count == 1 else "s")
