@@ -52,7 +52,7 @@ ARMS: Mapping[str, Arm] = MappingProxyType(
     {
         "ce": Arm(REGIMES["ce"]),
         "s_net": Arm(REGIMES["s_net"]),
-        "us_net": Arm(REGIMES["us_net"]),
+        "us_net": Arm(replace(REGIMES["us_net"], num_random=REGIMES["ib"].num_random)),
         "inplace": Arm(replace(REGIMES["ib"], teacher="inplace")),
         "ib": Arm(REGIMES["ib"]),
         "ieb": Arm(REGIMES["ieb"]),
