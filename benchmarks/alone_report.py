@@ -125,7 +125,32 @@ def make_sections(records: Sequence[Mapping[str, Any]], what: str) -> list[Secti
         f"{what} on test: supernet minus the same network alone, points ± half of the 95 % t-interval over seeds; "
         "steps: supernet / alone; cost: the supernet's over that of all alone; last column: the worst sub-network"
     )
-    return [Section(title, columns, rows), *map(_width_section, gaps), *_curve_sections(records)]
+    return [
+        Section(title, columns, rows),
+        *map(_width_section, gaps),
+        *_length_sections(records),
+        *_curve_sections(records),
+    ]
+
+
+def _length_sections(records: Sequence[Mapping[str, Any]]) -> list[Section]:
+    """The ways of training side by side at every length: the mean over sub-networks, and its difference to cross-entropy."""
+    rows = []
+    for length in sorted({record["length"] for record in records}, reverse=True):
+        means: dict[str, dict[int, float]] = {}
+        steps = 0
+        for record in records:
+            if record["length"] == length and record["arm"] in ARMS and ARMS[record["arm"]].cost_share is None:
+                members = [row["top1"] for row in record["subnets"] if row["is_member"]]
+                means.setdefault(record["arm"], {})[record["seed"]] = _mean(members) if members else math.nan
+                steps = record["steps"]
+        for arm in (name for name in ARMS if name in means):
+            paired = [value - means["ce"][seed] for seed, value in means[arm].items() if seed in means.get("ce", {})]
+            top1 = f"{100 * _mean(list(means[arm].values())):.1f}"
+            difference = _points(t_interval(paired)) if paired and arm != "ce" else ""
+            rows.append((arm, str(steps), str(len(means[arm])), top1, difference))
+    columns = ("way of training", "steps", "seeds", "mean over sub-networks %", "minus ce, points")
+    return [Section("Ways of training at equal steps, on test", columns, rows)] if rows else []
 
 
 def _points(part: Interval) -> str:

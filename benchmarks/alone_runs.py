@@ -88,7 +88,7 @@ class Scale:
     options: Mapping[str, Any] = field(default_factory=dict)
     train: TrainSettings
     lengths: tuple[float, ...] = (1.0,)
-    """Shares of `train.epochs`; everything is trained at each of these lengths."""
+    """Shares of `train.epochs`: supernets are trained at each of these lengths, networks alone at the first."""
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-able mapping."""
@@ -197,13 +197,20 @@ class Job:
 
 
 def jobs(arms: Sequence[str], subnets: Sequence[str], seeds: Sequence[int], lengths: Sequence[float]) -> list[Job]:
-    """All runs: of the first seed every learning rate of every sub-network alone, of later seeds the best one."""
+    """All runs: of the first seed every learning rate of every sub-network alone, of later seeds the best one.
+
+    Args:
+        arms: ways of training the supernet.
+        subnets: names of the sub-networks.
+        seeds: one after the other.
+        lengths: the first is also that of the networks alone; a shorter one has no arms that are defined by their cost.
+    """
     found = []
     for number, seed in enumerate(seeds):
-        for length in lengths:
-            found += [Job(arm, seed, length) for arm in arms]
-            factors: Sequence[float | None] = RATE_FACTORS if number == 0 else (None,)
-            found += [Job(ALONE, seed, length, name, factor) for name in subnets for factor in factors]
+        factors: Sequence[float | None] = RATE_FACTORS if number == 0 else (None,)
+        found += [Job(arm, seed, lengths[0]) for arm in arms]
+        found += [Job(ALONE, seed, lengths[0], name, factor) for name in subnets for factor in factors]
+        found += [Job(arm, seed, length) for length in lengths[1:] for arm in arms if ARMS[arm].cost_share is None]
     return found
 
 

@@ -129,6 +129,12 @@ def test_only_the_first_seed_tries_every_learning_rate() -> None:
     assert len({job.name for job in found}) == len(found)
 
 
+def test_networks_alone_have_the_first_length_and_cost_shares_too() -> None:
+    found = jobs(["ib", "ib_third"], ["a"], (0,), (1.0, 0.5))
+    assert {job.length for job in found if job.arm in (ALONE, "ib_third")} == {1.0}
+    assert {job.length for job in found if job.arm == "ib"} == {1.0, 0.5}
+
+
 def test_later_seeds_take_the_rate_that_was_best_on_val_and_wait_for_it(tmp_path: Path, material: Material) -> None:
     begin(tmp_path, TINY, material)
     trainer = Trainer(TINY, material, torch.device("cpu"), tmp_path, first_seed=0)

@@ -96,7 +96,7 @@ def test_the_settings_of_a_regime_stand_in_the_place_of_nulls() -> None:
     named = resolved_settings(config_with({"regime": "us_net"}))["train"]
     assert {name: named[name] for name in ("widths", "num_random", "teacher", "bn")} == {
         "widths": "sandwich",
-        "num_random": 3,
+        "num_random": 2,
         "teacher": "inplace",
         "bn": "recalibrate",
     }
