@@ -63,13 +63,19 @@ ARMS: Mapping[str, Arm] = MappingProxyType(
         "ce": Arm(REGIMES["ce"]),
         "ib_third": Arm(REGIMES["ib"], cost_share=1 / 3),
         "ib_equal_cost": Arm(REGIMES["ib"], cost_share=1.0),
+        "ib_full_trust": Arm(REGIMES["ib"], BootstrapSettings(trust="full")),
+        "ib_two_random": Arm(replace(REGIMES["ib"], num_random=2)),
+        "ib_labels": Arm(replace(REGIMES["ib"], teacher="none")),
+        "ib_inplace": Arm(replace(REGIMES["ib"], teacher="inplace")),
         "ib_largest_first": Arm(REGIMES["ib"], BootstrapSettings(largest_first=0.25)),
+        "ieb": Arm(REGIMES["ieb"]),
     }
 )
 """`ib` is in-place bootstrapping with our defaults; `ib_published` has the published soft labels and two random sub-networks; `ce` trains
-every width with labels. `ib_third` costs a third of training all alone, `ib_equal_cost` as much; `ib_largest_first` trains the largest
-alone for a quarter of the steps."""
-USUAL_ARMS = tuple(name for name in ARMS if name != "ib_largest_first")
+every width with labels. `ib_third` costs a third of training all alone, `ib_equal_cost` as much. The others change one thing of `ib`:
+full soft labels, two random sub-networks, labels for everyone in the sandwich, today's largest as teacher, a quarter of the steps for the
+largest alone, and the ensemble."""
+USUAL_ARMS = ("ib", "ib_published", "ce", "ib_third", "ib_equal_cost")
 
 
 @dataclass(frozen=True, kw_only=True)
