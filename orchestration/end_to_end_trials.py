@@ -5,8 +5,9 @@ What follows training, calibration and scoring on the `val` table, is that of ev
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,14 @@ from numpy.typing import NDArray
 
 from dsnet.checkpoint import load_supernet
 from dsnet.data.normalization import Normalization
+from dsnet.errors import NonFiniteLossError
 from dsnet.supernet import Supernet
 from dsnet.training.gate import calibrate_heads
 from dsnet.training.gate_end_to_end import EndToEndSettings, GateImages, train_stage
+from orchestration.self_check import REPEATED
+from search.gate_check import Finding
 from search.gate_trial import GateTrial, arrays_of, gate_settings
-from search.runner import PROGRESS, OneByOne, TrialSpec
+from search.runner import PROGRESS, CohortFunction, OneByOne, TrialSpec
 
 IMAGES, LABELS = "gate_images", "gate_labels"
 """Names of the shared arrays: uint8 [N, C, H, W] and int64 [N]."""
@@ -77,6 +81,30 @@ class MakeEndToEndTrial:
         images, labels = (torch.from_numpy(np.array(arrays[name])) for name in (IMAGES, LABELS))
         data = GateImages(images, labels, self.normalization)
         return OneByOne(EndToEndTrial(self.make_tables(arrays), supernet, data, self.rules))
+
+
+@dataclass(frozen=True)
+class EndToEndCheck:
+    """Trains a gate on a few images twice in a worker: there is no company, but the result must depend on the trial alone."""
+
+    num_images: int = 16
+
+    def __call__(self, function: CohortFunction) -> Finding:
+        """What the two trainings came to."""
+        assert isinstance(function, OneByOne)
+        trial = function.function
+        assert isinstance(trial, EndToEndTrial)
+        data = replace(
+            trial.data, images=trial.data.images[: self.num_images], labels=trial.data.labels[: self.num_images]
+        )
+        own = gate_settings({}, trial.tables.defaults, trial.tables.gate_table, seed=0)
+        settings = replace(own, router="gate", batch_size=max(1, len(data.labels) // 2))
+        try:
+            stages = [train_stage(trial.supernet, data, settings, trial.rules, until=1) for _ in range(2)]
+        except (NonFiniteLossError, ValueError):
+            return Finding("")  # settings with which trials fail, too
+        first, second = (b"".join(head.numpy().tobytes() for head in stage.heads) for stage in stages)
+        return Finding(hashlib.sha256(first).hexdigest(), () if first == second else (REPEATED,))
 
 
 def shared_images(data: GateImages) -> dict[str, NDArray[Any]]:

@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 
 from dsnet.arithmetic import fix_arithmetic
 from dsnet.errors import PreflightError
+from orchestration.self_check import StartCheck
+from search.gate_check import Finding
 from search.runner import CohortFunction, TrialOutcome, TrialSpec, describe_error, divide, run_batch
 
 MakeCohortFunction = Callable[[Mapping[str, NDArray[Any]]], CohortFunction]
@@ -33,7 +35,13 @@ _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS
 class TrialWorker:
     """What runs inside an actor: one process, its threads of computation, one trial function."""
 
-    def __init__(self, make_function: MakeCohortFunction, arrays: Mapping[str, NDArray[Any]], num_threads: int) -> None:
+    def __init__(
+        self,
+        make_function: MakeCohortFunction,
+        arrays: Mapping[str, NDArray[Any]],
+        num_threads: int,
+        look: Callable[[CohortFunction], Finding] | None = None,
+    ) -> None:
         fix_arithmetic()
         # On two shared cores a gate trial took 12 s with torch's default threads and 1 s with one.
         import torch
@@ -41,19 +49,25 @@ class TrialWorker:
         torch.set_num_threads(num_threads)
         self._make_function = make_function
         self._arrays = arrays
+        self._look = look
+        self._is_one_by_one = False
 
-    def prepare(self) -> int:
-        """Build the trial function; apart from the constructor, so that its own errors reach the driver as they are.
+    def prepare(self) -> tuple[int, Finding | None]:
+        """Build the trial function, and check it; apart from the constructor, so that its own errors reach the driver as they are.
 
         Returns:
-            its lanes.
+            its lanes, and what the check came to.
         """
         self._function = self._make_function(self._arrays)
-        return self._function.lanes
+        finding = None if self._look is None else self._look(self._function)
+        self._is_one_by_one = finding is not None and bool(finding.unequal)
+        return self._function.lanes, finding
 
     def run(self, specs: Sequence[TrialSpec]) -> list[TrialOutcome] | None:
-        """As `run_batch`."""
-        return run_batch(self._function, specs)
+        """As `run_batch`; one trial after the other where the check found that they are not the same in company."""
+        if not self._is_one_by_one:
+            return run_batch(self._function, specs)
+        return [outcome for spec in specs for outcome in run_batch(self._function, [spec]) or ()]
 
 
 @dataclass(frozen=True)
@@ -86,7 +100,7 @@ class RayRunner:
     An actor has one batch at a time. Actors start with the first `run` and stay warm until `close`.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - all but one are given by name
         self,
         make_function: MakeCohortFunction,
         *,
@@ -96,6 +110,7 @@ class RayRunner:
         resources: Mapping[str, float] | None = None,
         timeout_s: float = 120.0,
         retries: int = 2,
+        check: StartCheck | None = None,
     ) -> None:
         """Take the work's description; nothing is started yet.
 
@@ -109,6 +124,7 @@ class RayRunner:
             timeout_s: seconds that one trial may take, > 0, and as many for each trial of a batch; its actor is then killed and
                 replaced.
             retries: how often a trial that lost its worker while it was alone is run again, >= 0.
+            check: what every worker does before its first trial; None = nothing.
         """
         self._make_function = make_function
         self._arrays = arrays
@@ -117,6 +133,7 @@ class RayRunner:
         self._resources = dict(resources or {})
         self._timeout_s = timeout_s
         self._retries = retries
+        self._check = check
         self._arrays_ref: Any = None
         self._lanes: int | None = None
         """Those of the trial function; None until the first actor has made it."""
@@ -230,7 +247,9 @@ class RayRunner:
             **_resource_options(self._resources),
         }
         remote = ray.remote(TrialWorker).options(**options)
-        actor: Any = remote.remote(self._make_function, self._arrays_ref, self._threads)
+        actor: Any = remote.remote(
+            self._make_function, self._arrays_ref, self._threads, self._check and self._check.look
+        )
         self._jobs[actor.prepare.remote()] = _Job(actor, None, time.monotonic(), num_starts_lost)
 
     def _submit_waiting(self, waiting: deque[_Batch]) -> None:
@@ -273,7 +292,9 @@ class RayRunner:
             return self._replace_lost(job, error, waiting)
         self._idle.append(job.actor)
         if job.batch is None:
-            self._lanes = result
+            self._lanes, finding = result
+            if self._check is not None:
+                self._check.hear(finding)
             return []
         if result is None:
             waiting.extendleft(reversed(job.batch.alone()))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -34,7 +34,7 @@ from orchestration.config import (
     resolve_trials,
     target_set,
 )
-from orchestration.end_to_end_trials import MakeEndToEndTrial, shared_images
+from orchestration.end_to_end_trials import EndToEndCheck, MakeEndToEndTrial, shared_images
 from orchestration.launch_context import Launch
 from orchestration.preparation import Prepared
 from orchestration.progress import Bar
@@ -43,10 +43,12 @@ from orchestration.queue import read_queue
 from orchestration.ray_trials import MakeCohortFunction, RayRunner
 from orchestration.results import RunResults
 from orchestration.rundir import RunDir
+from orchestration.self_check import ArithmeticReport, StartCheck
 from orchestration.stages import StagePlan, flatten, run_stage
 from orchestration.wording import plural
 from search.constraints import BASELINE, ConstraintSet
 from search.engine import Budget, Search
+from search.gate_check import Finding, GateCheck
 from search.gate_trial import GateScores, GateTrial
 from search.points import trial_name
 from search.samplers import SamplerSettings
@@ -107,8 +109,9 @@ def search_stage(work: Launch, plan: StagePlan, table_plan: StagePlan) -> None:
 
     def search(folder: Path) -> Sequence[Path]:
         journal = StudyJournal.open(run.study_journal(plan.key), study_settings(config))
+        report = ArithmeticReport(folder / "arithmetic.json", work.progress.warn)
         with (
-            closing(_trial_runner(work, table_plan)) as runner,
+            closing(_trial_runner(work, table_plan, report)) as runner,
             work.progress.bar("search (trials)", resolve_trials(config)) as bar,
         ):
             result = Search(
@@ -276,7 +279,7 @@ class MakeGateTrial:
         return GateTrial(gate, val, GateScores(self.subnets, self.latency, self.devices), self.defaults)
 
 
-def _trial_runner(work: Launch, table_plan: StagePlan) -> RayRunner:
+def _trial_runner(work: Launch, table_plan: StagePlan, report: ArithmeticReport) -> RayRunner:
     config, prepared = work.config, work.prepared
     results = RunResults(work.run)
     assert results.latency is not None
@@ -287,6 +290,7 @@ def _trial_runner(work: Launch, table_plan: StagePlan) -> RayRunner:
     make: MakeCohortFunction = tables_only
     arrays = {f"{split}/{name}": array for split, table in tables.items() for name, array in table.arrays().items()}
     threads = 1
+    look: Callable[[Any], Finding] = GateCheck.of_space(study_settings(config).space)
     if config.gate.trainer == "end_to_end":
         rules = config.gate.end_to_end
         settings = EndToEndSettings(
@@ -297,6 +301,7 @@ def _trial_runner(work: Launch, table_plan: StagePlan) -> RayRunner:
         data = prepared.data
         arrays |= shared_images(GateImages(data.images("gate"), data.labels("gate"), prepared.normalization))
         threads = rules.threads
+        look = EndToEndCheck()
     return RayRunner(
         make,
         arrays=arrays,
@@ -305,6 +310,7 @@ def _trial_runner(work: Launch, table_plan: StagePlan) -> RayRunner:
         resources=config.ray.trial_resources,
         timeout_s=resolve_timeout_s(config),
         retries=config.trial.retries,
+        check=StartCheck(look, report.hear),
     )
 
 

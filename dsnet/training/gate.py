@@ -6,7 +6,7 @@ Whole cohorts of trials are fitted at once; each comes out as it would alone.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -100,6 +100,23 @@ def fit_gate(gate_table: RoutingTable, val_table: RoutingTable, settings: GateSe
     if isinstance(fit, Exception):
         raise fit
     return fit
+
+
+def train_heads(gate_table: RoutingTable, lanes: Sequence[GateSettings]) -> list[list[Head]]:
+    """Train variants of a router in one program, and leave it at that: no calibration, no score.
+
+    Args:
+        gate_table: trains.
+        lanes: settings that differ in `lr` and `seed` alone.
+
+    Returns:
+        for each lane its heads.
+
+    Raises:
+        ValueError: a setting out of its range, or a table that lacks what the kind of router needs.
+    """
+    plan = _Plan.of(gate_table, lanes[0])
+    return _train(gate_table, [replace(plan, settings=own) for own in lanes])
 
 
 def calibrate_heads(val_table: RoutingTable, settings: GateSettings, heads: Sequence[Tensor]) -> GateFit:
@@ -255,6 +272,13 @@ def _length(span: tuple[int, int]) -> int:
 
 def _fit_class(gate_table: RoutingTable, val_table: RoutingTable, plans: Sequence[_Plan]) -> list[GateFit | Exception]:
     """Train plans that train together, then finish each."""
+    heads_of = _train(gate_table, plans)
+    exam = _Exam(val_table, node_features(val_table, plans[0].settings.router, plans[0].problem))
+    return [_finish(exam, plan, heads) for plan, heads in zip(plans, heads_of, strict=True)]
+
+
+def _train(gate_table: RoutingTable, plans: Sequence[_Plan]) -> list[list[Head]]:
+    """For each of the plans, which train together, its heads for raw features."""
     problem, kind = plans[0].problem, plans[0].settings.router
     features = node_features(gate_table, kind, problem)
     scalings = _scalings(problem, features)
@@ -263,11 +287,7 @@ def _fit_class(gate_table: RoutingTable, val_table: RoutingTable, plans: Sequenc
     correct = torch.from_numpy(gate_table.correct1[:, columns].astype(np.float32))
     lesson = Lesson(problem, scaled, torch.from_numpy(gate_table.ce[:, columns].copy()), correct)
     trained = train_cohort(lesson, [plan.lane(gate_table) for plan in plans])
-    exam = _Exam(val_table, node_features(val_table, kind, problem))
-    return [
-        _finish(exam, plan, [_unscaled(head, scaling) for head, scaling in zip(heads, scalings, strict=True)])
-        for plan, heads in zip(plans, trained, strict=True)
-    ]
+    return [[_unscaled(head, scaling) for head, scaling in zip(heads, scalings, strict=True)] for heads in trained]
 
 
 @dataclass(frozen=True)

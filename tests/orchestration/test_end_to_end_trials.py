@@ -18,10 +18,11 @@ from dsnet.errors import CheckpointError
 from dsnet.latency import LatencyTable, Timing
 from dsnet.table_routing import run_on_table
 from dsnet.training.evaluate import build_routing_table
-from dsnet.training.gate_end_to_end import EndToEndSettings, GateImages, train_end_to_end
+from dsnet.training.gate_end_to_end import EndToEndSettings, GateImages, train_end_to_end, train_stage
 from orchestration.config import GateConfig
-from orchestration.end_to_end_trials import MakeEndToEndTrial, shared_images
+from orchestration.end_to_end_trials import EndToEndCheck, MakeEndToEndTrial, shared_images
 from orchestration.search_stage import MakeGateTrial
+from orchestration.self_check import REPEATED
 from orchestration.stages import flatten
 from search.gate_trial import gate_settings, router_of
 from search.runner import PROGRESS, SerialRunner, TrialSpec
@@ -171,3 +172,19 @@ def test_a_missing_checkpoint_is_named(tmp_path: Path) -> None:
     (tmp_path / "supernet.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"supernet\.safetensors: no such file"):
         maker(shared_arrays())
+
+
+def test_the_check_before_a_search_trains_the_same_gate_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    function = make_trial(tmp_path)(shared_arrays())
+    finding = EndToEndCheck()(function)
+    assert finding.unequal == ()
+    assert finding == EndToEndCheck()(function)
+    draws = iter(range(100))
+    real = train_stage
+
+    def unsteady(*arguments: Any, **options: Any) -> Any:
+        stage = real(*arguments, **options)
+        return replace(stage, heads=[head + next(draws) for head in stage.heads])
+
+    monkeypatch.setattr("orchestration.end_to_end_trials.train_stage", unsteady)
+    assert EndToEndCheck()(function).unequal == (REPEATED,)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from mlflow.tracking import MlflowClient
 
+from dsnet.arithmetic import arithmetic_facts
 from dsnet.routing_table import RoutingTable
 from dsnet.table_routing import run_on_table
 from dsnet.training.gate import score_run
@@ -49,6 +50,7 @@ def test_a_sweep_ends_well_and_leaves_every_file_of_the_run_folder(finished: Fin
         run.table(keys["table"], "val"),
         run.sealed_table(keys["table"]),
         run.study_journal(keys["search"]),
+        run.stage_dir("search", keys["search"]) / "arithmetic.json",
         *(run.gate_weights(keys["search"], slot) for slot in range(12)),
         run.verify_json(keys["verify"]),
         run.points_parquet,
@@ -59,6 +61,8 @@ def test_a_sweep_ends_well_and_leaves_every_file_of_the_run_folder(finished: Fin
     assert not run.lock_path.exists()
     assert not run.stop_path.exists()
     assert len(list(run.export_dir.iterdir())) == 1
+    assert "in its last bits" not in finished.answer.err, "trials are the same alone and in company here"
+    assert results.manifest["hardware"]["mkl_cbwr"] == arithmetic_facts()["mkl_cbwr"]
 
 
 def test_the_front_and_the_way_to_everything_stand_on_stdout_and_progress_on_stderr(finished: Finished) -> None:

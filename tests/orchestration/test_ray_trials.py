@@ -24,8 +24,10 @@ from orchestration.config import GateConfig
 from orchestration.ray_runtime import RaySettings, _connect, _environment_of_workers, prepare_environment, ray_session
 from orchestration.ray_trials import RayRunner, TrialWorker, _cause_of_loss, _resource_options
 from orchestration.search_stage import MakeGateTrial
+from orchestration.self_check import StartCheck
 from orchestration.stages import flatten
 from search.engine import Budget, Search
+from search.gate_check import Finding, GateCheck
 from search.pareto import front_mask
 from search.runner import OneByOne, Runner, SerialRunner, TrialOutcome, TrialSpec, outcome_from
 from search.samplers import SamplerSettings
@@ -532,14 +534,16 @@ def gate_trials() -> tuple[MakeGateTrial, dict[str, np.ndarray]]:
 
 
 def studies_by_workers(folder: Path) -> dict[str, list[Any]]:
-    """The same sweep with 1, 2 and 4 actors, in a cluster of its own."""
+    """The same sweep with 1, 2 and 4 actors, in a cluster of its own, and what the actors' checks came to."""
     make, arrays = gate_trials()
     studies = {}
+    findings: list[Finding] = []
+    check = StartCheck(GateCheck.of_space(parse_space(SPACE)), findings.append)
     with ray_session(RaySettings(num_cpus=4, object_store_mib=75)):
         for num_actors in (1, 2, 4):
-            with closing(RayRunner(make, arrays=arrays, num_actors=num_actors)) as runner:
+            with closing(RayRunner(make, arrays=arrays, num_actors=num_actors, check=check)) as runner:
                 studies[str(num_actors)] = gate_study(folder / f"{num_actors}.log", runner)
-    return studies
+    return {**studies, "findings": [[finding.digest, list(finding.unequal)] for finding in findings]}
 
 
 def test_a_search_over_real_gate_trials_is_the_same_with_1_2_and_4_workers(tmp_path: Path) -> None:
@@ -555,7 +559,12 @@ def test_a_search_over_real_gate_trials_is_the_same_with_1_2_and_4_workers(tmp_p
     assert ended.returncode == 0, ended.stderr
     studies = json.loads((tmp_path / "studies.json").read_text())
     make, arrays = gate_trials()
-    trials, front = gate_study(tmp_path / "serial.log", SerialRunner(make(arrays)))
+    here = make(arrays)
+    findings = studies.pop("findings")
+    assert len(findings) >= 3
+    own = GateCheck.of_space(parse_space(SPACE))(here)
+    assert all(found == [own.digest, []] for found in findings), "every worker rounds as this process does"
+    trials, front = gate_study(tmp_path / "serial.log", SerialRunner(here))
     assert studies == {num_actors: [trials, front] for num_actors in ("1", "2", "4")}
     assert len(front) >= 2
     assert {state for _, state, *_ in trials} == {"complete", "failed"}

@@ -1,0 +1,126 @@
+"""Whether a gate trial comes out the same alone and beside others, on the processor and with the libraries at hand.
+
+The study is the same whatever the number of workers only if that holds, and it rests on how the libraries below torch round. So every
+worker checks it before its first trial, in milliseconds: a few steps of training, with products of the shapes that the trials have.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from dsnet.routers import Head
+from dsnet.routing_table import RoutingTable
+from dsnet.training.gate import train_heads
+from dsnet.training.gate_cohort import LANES
+from dsnet.training.gate_problem import PERCEPTRON_KINDS
+from dsnet.training.gate_settings import GateSettings
+from search.gate_trial import GateTrial, gate_settings
+from search.runner import Scalar
+from search.space import Space, at_share
+
+NUM_POINTS = 48
+"""Points of the space among which different shapes are looked for."""
+MAX_SHAPES = 8
+NUM_STEPS = 3
+"""Steps of training: the first one's gradient is all that a head which begins at zero has to show, the second's logits show it."""
+SMALL_COMPANY = 3
+"""Lanes of the second program, beside one of `LANES`: how many there are may decide the kernel."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a worker's check came to."""
+
+    digest: str
+    """Of all weights of the routers that were trained alone; equal on machines that round alike."""
+    unequal: tuple[str, ...] = ()
+    """Kinds of router that come out otherwise beside others."""
+
+
+@dataclass(frozen=True)
+class GateCheck:
+    """The check of trials on routing tables; called in a worker with its trial function."""
+
+    points: tuple[Mapping[str, Scalar], ...]
+    """Trial parameters, as the search may suggest them."""
+
+    @classmethod
+    def of_space(cls, space: Space) -> GateCheck:
+        """Points from everywhere in the space; always the same."""
+        shares = np.random.default_rng(0)
+        return cls(tuple(_point(space, shares) for _ in range(NUM_POINTS)))
+
+    def __call__(self, trial: GateTrial) -> Finding:
+        """Train routers of every shape alone and beside others, and compare their weights to the bit."""
+        digest, unequal = hashlib.sha256(), set()
+        for own in self.shapes(trial):
+            try:
+                alone, together = _trained(trial.gate_table, own)
+            except ValueError:
+                continue  # a routing space or a table that such a router cannot use: it fails as a trial, too
+            digest.update(b"".join(alone))
+            if alone != together:
+                unequal.add(own.router)
+        return Finding(digest.hexdigest(), tuple(sorted(unequal)))
+
+    def shapes(self, trial: GateTrial) -> list[GateSettings]:
+        """One trial for each shape that programs have, at most `MAX_SHAPES`: first one of every kind of router, then the next of each."""
+        found: dict[tuple[object, ...], GateSettings] = {}
+        for own in self._settings(trial):
+            hidden = own.hidden_units if own.router in PERCEPTRON_KINDS else 0
+            is_small = 2 * len(own.routes) <= trial.gate_table.num_routes
+            found.setdefault((own.router, hidden, is_small, own.batch_size, own.optimizer), own)
+        seen: Counter[str] = Counter()
+        ranked = []
+        for place, own in enumerate(found.values()):
+            ranked.append((seen[own.router], place, own))
+            seen[own.router] += 1
+        return [own for *_, own in sorted(ranked, key=lambda item: item[:2])[:MAX_SHAPES]]
+
+    def _settings(self, trial: GateTrial) -> Iterator[GateSettings]:
+        """Those of the points that are a trial which learns something."""
+        for params in self.points:
+            try:
+                own = gate_settings(params, trial.defaults, trial.gate_table, seed=0)
+            except ValueError:
+                continue  # an impossible combination fails as a trial, too
+            if own.router != "cascade":
+                yield own
+
+
+def _point(space: Space, shares: np.random.Generator) -> dict[str, Scalar]:
+    point: dict[str, Scalar] = {}
+    for name, distribution in space.distributions.items():
+        if space.has(name, point):
+            point[name] = at_share(distribution, float(shares.random()))
+    return point
+
+
+def _trained(table: RoutingTable, settings: GateSettings) -> tuple[list[bytes], list[bytes]]:
+    """The weights of some routers after a few steps, each trained alone, and the same ones trained beside others."""
+    table = _first_images(table, settings.batch_size)
+    lanes = [
+        replace(settings, steps=NUM_STEPS, lr=settings.lr * (1.0 + index / LANES), seed=index)
+        for index in range(LANES + SMALL_COMPANY)
+    ]
+    compared = (0, LANES - 1, LANES + SMALL_COMPANY - 1)
+    together = train_heads(table, lanes)
+    alone = [train_heads(table, [lanes[index]])[0] for index in compared]
+    return [_bytes(heads) for heads in alone], [_bytes(together[index]) for index in compared]
+
+
+def _first_images(table: RoutingTable, batch_size: int) -> RoutingTable:
+    """A table of one batch: more images would only take longer."""
+    count = min(batch_size, table.num_images)
+    arrays = {name: array if name == "madds" else array[:count] for name, array in table.arrays().items()}
+    return RoutingTable.from_arrays(arrays, table.meta())
+
+
+def _bytes(heads: Sequence[Head]) -> bytes:
+    """All weights of a router."""
+    return b"".join(part.numpy().tobytes() for head in heads for part in head.tensors("").values())
