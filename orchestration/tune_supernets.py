@@ -341,7 +341,8 @@ def train_members(  # noqa: PLR0913 - all but two are given by name
 ) -> list[MemberFate]:
     """Train every member that has not met its fate yet, or as far as the scheduler lets it; Ray must be initialised.
 
-    A member that was trained has its final checkpoint in its folder, to the bit as `ray_supernet.train_on_ray` with one worker leaves it.
+    A member that was trained has its final checkpoint in its folder, to the bit as `ray_supernet.train_on_ray` with one worker leaves it
+    on the same CPU with the same threads.
     The last epoch's report is of that checkpoint; earlier ones are of the weights as they stood.
 
     Args:

@@ -242,7 +242,8 @@ class _EvidencePlan:
 def join_tables(parts: Sequence[RoutingTable]) -> RoutingTable:
     """The table of a split from those of its consecutive pieces.
 
-    Where every piece but the last holds a multiple of the batch size, the result is bit-equal to the table built at once.
+    Where every piece but the last holds a multiple of the batch size, the result is bit-equal to the table built at once
+    with the same number of threads of the same processor.
     """
     arrays = parts[0].arrays()
     per_image = [name for name in arrays if name != "madds"]  # that is of the routes, hence equal in all pieces

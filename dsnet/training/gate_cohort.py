@@ -8,8 +8,9 @@ q = softmax(l / tau) and V = the expected loss from a decision on,
 
 where V_c is the expected loss after choice c and reach the probability of getting to the decision. Trials (*lanes*) are stacked in front
 of every tensor. They see the same images in the same order: what differs between two trials is their settings, not their luck (ours). Each
-lane's arithmetic is its own, so that a trial's result is the same to the bit alone and in any cohort (tested, one thread): products are
-batched, not fused, because what a library computes for a row depends on how many rows there are.
+lane's arithmetic is its own, so that a trial's result is the same to the bit alone and in any cohort: products are batched, not fused,
+because what a library computes for a row depends on how many rows there are. That a batched product does not depend on its neighbours is
+the library's affair: `dsnet.arithmetic` makes MKL hold it, and every worker of a search checks it (`search.gate_check`).
 """
 
 from __future__ import annotations

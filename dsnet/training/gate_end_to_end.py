@@ -3,7 +3,8 @@
 What table training sums exactly is sampled here: straight-through Gumbel choices, the task's loss through the network, for one gate or
 for several whose choices multiply. It is the published way, and the oracle beside which table training is measured.
 
-Training may be cut at epochs and go on elsewhere, bit by bit as if it had not been: everything that it depends on is in its progress.
+Training may be cut at epochs and go on in another process as if it had not been: everything that it depends on is in its progress. On the
+CPU that holds to the bit, with one kind of processor and one number of threads.
 """
 
 from __future__ import annotations

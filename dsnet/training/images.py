@@ -34,7 +34,7 @@ class TrainingImages(Protocol):
     def augmented(self, batches: Iterable[tuple[Tensor, int]], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
         """For each (rows int64 [B], seed): uint8 images [B, C, H, W], augmented, and labels [B], on `device`.
 
-        The same rows and seed give the same bits, whatever came before.
+        The same rows and seed give the same bits, whatever came before, on one kind of device.
         """
         ...
 

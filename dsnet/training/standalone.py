@@ -1,7 +1,7 @@
 """Stage I, measure and table with torch alone: what the pipeline's first three stages do, for machines without Ray.
 
-Every call goes on where the one before was stopped, at a step, a sub-network or a piece of a table, and on the CPU with the same number of
-threads the results are bit-identical however the work was cut.
+Every call goes on where the one before was stopped, at a step, a sub-network or a piece of a table. On the CPU the results are
+bit-identical however the work was cut, with the same number of threads of one kind of processor.
 """
 
 from __future__ import annotations

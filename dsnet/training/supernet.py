@@ -124,7 +124,10 @@ class _Session:
         )
 
     def save(self, stem: Path, pending: list[Any]) -> None:
-        """Write a checkpoint from which training continues bit-identically; `pending` are losses that no report covers yet."""
+        """Write a checkpoint; `pending` are losses that no report covers yet.
+
+        Training continues from it as if it had not stopped: to the bit on the CPU, with one kind of processor and one number of threads.
+        """
         tensors = {f"student.{name}": value for name, value in state_for_saving(self.student).items()}
         tensors |= {f"ema.{name}": value for name, value in state_for_saving(self.ema.module).items()}
         for index, state in self.optimizer.state_dict()["state"].items():
