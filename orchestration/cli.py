@@ -259,11 +259,13 @@ def enqueue(run: str, runs: str, values: tuple[str, ...], source: Path | None, l
     type=click.Path(path_type=Path),
     help="Also write what `python -m dsnet.training --config` takes: Stage I, measure and table without Ray.",
 )
-def plan(sweep: Path, as_json: bool, resolved: Path | None, **options: Any) -> None:
-    """Show what a launch would do: every setting with its origin, and each stage with the reason why it would run."""
+@click.option("--dry", "is_dry", is_flag=True, help="Time no steps: no forecast.")
+@click.option("--all", "everything", is_flag=True, help="Show every setting and every sub-network.")
+def plan(sweep: Path, as_json: bool, resolved: Path | None, is_dry: bool, everything: bool, **options: Any) -> None:
+    """Show what a launch would do and take, and where settings come from."""
     from orchestration.config import supernet_space
+    from orchestration.plan_view import show_plan
     from orchestration.planning import make_plan
-    from orchestration.terminal import show_plan
 
     loaded = _load(sweep, **options)
     if supernet_space(loaded.config):
@@ -276,13 +278,13 @@ def plan(sweep: Path, as_json: bool, resolved: Path | None, **options: Any) -> N
 
         show_supernets_plan(plan_supernets(loaded), as_json=as_json)
         return
-    plan = make_plan(loaded)
+    plan = make_plan(loaded, is_dry=is_dry)
     if resolved is not None:
         from dsnet.files import atomic_write_json
         from orchestration.adoption import standalone_config
 
         atomic_write_json(resolved, standalone_config(plan.config).to_json())
-    show_plan(plan, as_json=as_json)
+    show_plan(plan, as_json=as_json, everything=everything)
 
 
 @cli.command()
@@ -311,6 +313,23 @@ def schema() -> None:
     from orchestration.config import json_schema
 
     click.echo(json.dumps(json_schema(), indent=2))
+
+
+@cli.command()
+@click.option("--data", "folder", required=True, type=click.Path(path_type=Path), help="Folder of the images.")
+@click.option("--out", type=click.Path(path_type=Path), help="File to write [default: NAME.yaml].")
+@click.option("--name", help="Name of the sweep [default: the folder's].")
+@click.option("--force", is_flag=True, help="Replace a file that is there.")
+def init(folder: Path, out: Path | None, name: str | None, force: bool) -> None:
+    """Look at a folder of images and write a sweep file that fits them."""
+    from orchestration.init_sweep import init_sweep
+
+    path, seen = init_sweep(folder, out, name, overwrite=force)
+    for line in seen.lines:
+        click.echo(line)
+    click.echo(f"wrote {path}; next:")
+    for command in ("plan", "launch"):
+        click.echo(f"  dsnet-orch {command} {shlex.quote(str(path))}")
 
 
 @cli.command("import-checkpoint")

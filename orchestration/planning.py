@@ -11,6 +11,7 @@ from dsnet.cost import subnet_cost
 from dsnet.errors import DataError, NotFoundError, NothingFeasibleError, PreflightError
 from orchestration.config import SweepConfig
 from orchestration.config_loading import LoadedConfig
+from orchestration.forecast import Forecast, forecast
 from orchestration.preparation import Images, Prepared, load_images, prepare, stage_definitions
 from orchestration.projection import make_tracker, replay, store_uri, sweep_end_ms
 from orchestration.reporting import write_report
@@ -41,6 +42,8 @@ class SweepPlan:
     stages: tuple[StagePlan, ...]
     routes: tuple[tuple[str, float, float], ...]
     """(name, M MAdds, M parameters) of each sub-network, the teacher last."""
+    forecast: Forecast | None = None
+    """What a launch would take; None where nothing was timed."""
 
     def settings(self) -> dict[str, dict[str, Any]]:
         """Every setting with its value and origin, and the reason where the data decided it."""
@@ -53,8 +56,12 @@ class SweepPlan:
         return settings
 
 
-def make_plan(loaded: LoadedConfig) -> SweepPlan:
-    """Load the data, lay out the network, and compare the stages' keys with what the run folder has; writes nothing.
+def make_plan(loaded: LoadedConfig, *, is_dry: bool = False) -> SweepPlan:
+    """Load the data, lay out the network, and compare the stages' keys with what the run folder has; writes nothing to it.
+
+    Args:
+        loaded: the sweep.
+        is_dry: time no steps, and forecast nothing.
 
     Raises:
         DataError, ConfigError, PreflightError: as a launch would.
@@ -71,14 +78,16 @@ def make_plan(loaded: LoadedConfig) -> SweepPlan:
     spec = prepared.subnets.spec
     costs = [(subnet.name, subnet_cost(spec, subnet, prepared.image_size)) for subnet in prepared.subnets.all]
     *others, search = plan_stages(run, stage_definitions(prepared))
+    stages = (*others, continued(run, search, config))
     return SweepPlan(
         config,
         {**loaded.origins, **dict.fromkeys(prepared.derived, FROM_THE_DATA)},
         prepared,
         SupernetFacts.of_prepared(prepared),
         run,
-        (*others, continued(run, search, config)),
+        stages,
         tuple((name, cost.madds / 1e6, cost.params / 1e6) for name, cost in costs),
+        None if is_dry else forecast(prepared, stages),
     )
 
 

@@ -24,7 +24,6 @@ from search.points import trial_name
 if TYPE_CHECKING:
     from orchestration.bundle_check import Check
     from orchestration.pipeline import LaunchResult
-    from orchestration.planning import SweepPlan
     from orchestration.results import RunResults, Verified
     from orchestration.trial_list import ListedTrial, Selection, TrialList
     from orchestration.verification import DynamicLatency
@@ -33,7 +32,6 @@ if TYPE_CHECKING:
 
 MAX_LISTED = 8
 """Trials or reasons that are written out one by one."""
-_STAGE_COLUMNS = ("stage", "status", "key", "because")
 
 
 def _console() -> Console:
@@ -323,51 +321,6 @@ def _standing_lines(verified: Verified, slots: Sequence[int]) -> list[str]:
 
 def _and_more(listed: Sequence[Any]) -> str:
     return f" and {len(listed) - MAX_LISTED} more" if len(listed) > MAX_LISTED else ""
-
-
-def show_plan(plan: SweepPlan, *, as_json: bool) -> None:
-    """Stages and why they would run; sub-networks; every setting with its origin."""
-    settings = plan.settings()
-    made = plan.supernet.lines(plan.config.supernet.init_from)
-    stages = [(stage.name, stage.status, stage.key, tuple(stage.reasons)) for stage in plan.stages]
-    if as_json:
-        routes = [{"name": name, "madds_m": madds, "params_m": params} for name, madds, params in plan.routes]
-        print_json(
-            {
-                "run": str(plan.run.path),
-                "stages": [dict(zip(_STAGE_COLUMNS, stage, strict=True)) for stage in stages],
-                "subnets": routes,
-                "supernet": dict(made),
-                "settings": settings,
-            }
-        )
-        return
-    splits = plan.prepared.splits
-    say(f"run       {plan.run.path}")
-    sizes = ", ".join(f"{split} {len(splits[split])}" for split in ("train", "gate", "val", "test"))
-    say(f"data      {plan.prepared.image_set.name} {plan.prepared.image_set.image_shape}: {sizes} (sealed)")
-    say()
-    show_table(("supernet", ""), [(what.removeprefix("supernet "), how) for what, how in made], num_left=2)
-    say()
-    show_table(
-        ("sub-network", "MAdds M", "params M"),
-        [(name, f"{madds:.4g}", f"{params:.4g}") for name, madds, params in plan.routes],
-    )
-    if plan.supernet.naming:
-        say(plan.supernet.naming)
-    say()
-    lines = [(name, status, key[:12], "; ".join(reasons)) for name, status, key, reasons in stages]
-    show_table(_STAGE_COLUMNS, [*lines, ("verify", "when the front is known", "", "")], num_left=4)
-    say()
-    show_table(
-        ("setting", "value", "from"),
-        [(key, json.dumps(setting["value"]), _origin(setting)) for key, setting in settings.items()],
-        num_left=3,
-    )
-
-
-def _origin(setting: Mapping[str, Any]) -> str:
-    return f"{setting['origin']}: {setting['reason']}" if "reason" in setting else str(setting["origin"])
 
 
 def flat_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -69,6 +69,17 @@ def load_cifar10(path: str | Path | None = None, cache: ImageCache | None = None
     )
 
 
+def holds_cifar10(root: Path) -> bool:
+    """Whether a folder, or an archive, looks like CIFAR-10; reads no image."""
+    if root.is_file():
+        return root.name == ARCHIVE_NAME
+    names = (*TRAIN_BATCHES, META, ARCHIVE_NAME)
+    return any(
+        bool(find_parquet_files(root / below, "train")) or any((root / below / name).exists() for name in names)
+        for below in _SUBFOLDERS
+    )
+
+
 def _reader(folder: Path, cache: ImageCache) -> Callable[[], ImageSet] | None:
     """What reads the files in the folder; None where it holds none of CIFAR-10's."""
     train, test = find_parquet_files(folder, "train"), find_parquet_files(folder, "test")

@@ -26,7 +26,7 @@ from dsnet.data.location import data_root
 from dsnet.data.prefetch import in_order
 from dsnet.errors import ConfigError, DataError
 
-_EXTENSIONS = (".png", ".jpg", ".jpeg")
+IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg")
 _KEY_VERSION = "1"  # raise it when the decoding below changes what it returns
 
 
@@ -176,7 +176,7 @@ def _entries(folder: Path) -> list[Path]:
 
 
 def _is_image(entry: Path) -> bool:
-    return entry.suffix.lower() in _EXTENSIONS and not entry.name.startswith(".")
+    return entry.suffix.lower() in IMAGE_EXTENSIONS and not entry.name.startswith(".")
 
 
 def _stat(file: Path) -> tuple[int, int]:

@@ -103,7 +103,7 @@ def test_plan_of_a_new_sweep_shows_origins_and_that_all_stages_would_run_and_wri
     assert origins["supernet.train.momentum"] == "default"
     assert plan["settings"]["budget.trials"]["value"] == 5
     assert [subnet["name"] for subnet in plan["subnets"]][:3] == ["subnet-00", "subnet-01", "subnet-02"]
-    text = call(tmp_path, "plan", SWEEP).out
+    text = call(tmp_path, "plan", SWEEP, "--dry").out
     assert "it has not run yet" in text
     assert "train 200, gate 200, val 200, test 200" in text
 
@@ -125,7 +125,7 @@ def test_plan_of_a_new_sweep_shows_origins_and_that_all_stages_would_run_and_wri
 def test_plan_says_what_a_changed_setting_invalidates_and_why(
     finished: Finished, setting: str, redone: set[str], reason: str
 ) -> None:
-    plan = call(finished.folder, "plan", SWEEP, "--set", setting, "--json").json
+    plan = call(finished.folder, "plan", SWEEP, "--dry", "--set", setting, "--json").json
     stages = {stage["stage"]: stage for stage in plan["stages"]}
     assert {name for name, stage in stages.items() if stage["status"] == "invalidated"} == redone
     assert {name for name, stage in stages.items() if stage["status"] == "done"} == stages.keys() - redone
@@ -144,16 +144,16 @@ def test_plan_tells_what_a_regime_comes_to_and_what_the_names_of_subnetworks_mea
         "--set",
         "supernet.regime=us_net",
     )
-    made = call(tmp_path, "plan", SWEEP, *resnet, "--json").json["supernet"]
+    made = call(tmp_path, "plan", SWEEP, "--dry", *resnet, "--json").json["supernet"]
     assert made["network"] == "ds_resnet with 4 sub-networks, norm recalibrate"
     assert made["supernet regime"] == "us_net: widths sandwich, num_random 2, teacher inplace"
-    text = call(tmp_path, "plan", SWEEP, *resnet).out
+    text = call(tmp_path, "plan", SWEEP, "--dry", *resnet).out
     assert "teacher inplace" in text
     assert "path-013" in text
 
 
 def test_plan_says_how_many_trials_a_larger_budget_adds(finished: Finished) -> None:
-    plan = call(finished.folder, "plan", SWEEP, "--trials", "99", "--json").json
+    plan = call(finished.folder, "plan", SWEEP, "--dry", "--trials", "99", "--json").json
     stages = {stage["stage"]: stage for stage in plan["stages"]}
     assert {name: stage["status"] for name, stage in stages.items()} == {
         "supernet": "done",
@@ -328,7 +328,7 @@ def test_output_to_a_reader_that_leaves_ends_quietly(finished: Finished) -> None
 
 
 def test_json_goes_to_stdout_alone(finished: Finished) -> None:
-    for arguments in (["status", "tiny"], ["pareto", "tiny"], ["trials", "tiny"], ["plan", SWEEP]):
+    for arguments in (["status", "tiny"], ["pareto", "tiny"], ["trials", "tiny"], ["plan", SWEEP, "--dry"]):
         answer = call(finished.folder, *arguments, "--json")
         assert answer.code == 0
         assert answer.err == ""

@@ -79,7 +79,7 @@ def test_a_set_of_a_few_images_can_be_prepared() -> None:
 
 def test_the_published_preset_leaves_nothing_of_the_training_to_the_data(tmp_path: Path) -> None:
     write_sweep(tmp_path, MINIMAL)
-    settings = call(tmp_path, "plan", "tiny.yaml", "--preset", "paper", "--json").json["settings"]
+    settings = call(tmp_path, "plan", "tiny.yaml", "--dry", "--preset", "paper", "--json").json["settings"]
     assert {settings[key]["origin"] for key in DERIVED_KEYS} == {"preset paper"}
     assert settings["supernet.recalibration.images"]["value"] is None
 
@@ -87,7 +87,9 @@ def test_the_published_preset_leaves_nothing_of_the_training_to_the_data(tmp_pat
 def test_plan_tells_what_the_data_decided_and_why_and_writes_it_for_a_machine_without_ray(tmp_path: Path) -> None:
     write_sweep(tmp_path, MINIMAL)
     written = ["--set", "supernet.train.epochs=3"]
-    settings = call(tmp_path, "plan", "tiny.yaml", *written, "--json", "--resolved", "resolved.json").json["settings"]
+    settings = call(tmp_path, "plan", "tiny.yaml", "--dry", *written, "--json", "--resolved", "resolved.json").json[
+        "settings"
+    ]
     assert settings["supernet.train.epochs"] == {"value": 3, "origin": "--set"}
     decided = {key for key, setting in settings.items() if setting["origin"] == "data"}
     augment = {"data.augment.crop_padding", "data.augment.flip"}

@@ -272,7 +272,7 @@ def test_results_below_a_stage_that_is_being_redone_are_not_shown_as_current(
 
 
 def test_the_stored_sweep_file_continues_the_same_run_from_any_folder(finished: Finished, tmp_path: Path) -> None:
-    answer = call(tmp_path, "plan", finished.run.sweep_yaml, "--json")
+    answer = call(tmp_path, "plan", finished.run.sweep_yaml, "--dry", "--json")
     assert answer.code == 0, answer.err
     assert answer.json["run"] == str(finished.run.path)
     assert {stage["status"] for stage in answer.json["stages"]} == {"done"}

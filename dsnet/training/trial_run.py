@@ -1,0 +1,177 @@
+"""A few timed steps of the real network on the real images: what a training will take, before it begins."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
+
+import torch
+
+from dsnet.batchnorm import recalibrate
+from dsnet.data import Batch, TensorData
+from dsnet.families import rebuild
+from dsnet.latency import waiter
+from dsnet.process_memory import peak_bytes, restart_peak
+from dsnet.space import SubnetSet
+from dsnet.supernet import Supernet
+from dsnet.training.evaluate import build_routing_table
+from dsnet.training.images import TrainingImages
+from dsnet.training.settings import SupernetRun
+from dsnet.training.supernet import recalibration_batches, train_supernet
+
+MAX_STEPS = 8
+"""Timed steps, behind one that is not timed: a network's first step is slower."""
+MAX_SECONDS = 2.0
+"""No further step begins after so long."""
+EVALUATED_IMAGES = 64
+"""Images that every sub-network answers; fewer where there are many sub-networks."""
+EVALUATED_ANSWERS = 512
+
+
+@dataclass(frozen=True)
+class TrialRun:
+    """What was measured."""
+
+    device: str
+    """cpu or cuda."""
+    threads: int
+    num_steps: int
+    """Steps that were timed."""
+    step_s: float
+    """Seconds of one optimiser step, with the images' way to the device."""
+    recalibration_image_s: float
+    """Seconds in which all sub-networks estimate statistics from one image."""
+    table_image_s: float
+    """Seconds in which all sub-networks answer one image."""
+    table_image_bytes: float
+    """Of a routing table."""
+    checkpoint_bytes: int
+    """Of one training checkpoint."""
+    peak_bytes: int
+    """Memory of this process, its images included, while it trained; on a GPU that of the GPU."""
+
+
+def trial_run(
+    subnets: SubnetSet,
+    run: SupernetRun,
+    *,
+    training: TrainingImages,
+    data: TensorData,
+    device: str,
+    threads: int,
+    workers: int = 1,
+) -> TrialRun:
+    """Train a fresh supernet for a few steps, estimate its statistics and tabulate a few images of `val`.
+
+    Args:
+        subnets: what is trained.
+        run: the settings; at least 1 epoch is assumed.
+        training: the training split.
+        data: holds `val`.
+        device: cpu or cuda.
+        threads: torch threads while it runs; the process has its own again afterwards.
+        workers: processes among which a step's images are shared.
+    """
+    train = run.train
+    share = max(2 * train.accumulate, train.batch_size // workers // train.accumulate * train.accumulate)
+    settings = replace(train, epochs=max(1, train.epochs), batch_size=share, checkpoint_every=max(1, train.epochs))
+    settings = replace(settings, warmup_epochs=min(settings.warmup_epochs, settings.epochs))
+    threads_before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        supernet = rebuild(subnets)
+        clock = _StepClock(waiter(torch.device(device)))
+        restart_peak(device)
+        with tempfile.TemporaryDirectory() as folder:
+            train_supernet(
+                supernet,
+                training,
+                replace(run, train=settings, origin={}),
+                folder=Path(folder),
+                device=device,
+                should_stop=clock.should_stop,
+            )
+            peak = peak_bytes(device)
+            checkpoint_bytes = max((file.stat().st_size for file in Path(folder).glob("*.safetensors")), default=0)
+        few = _few_images(subnets)
+        recalibration_s = _recalibration_s(supernet, training, replace(run, train=settings), few, device)
+        table_s, table_bytes = _table(supernet, data, run, few)
+    finally:
+        torch.set_num_threads(threads_before)
+    return TrialRun(
+        device,
+        threads,
+        len(clock.intervals),
+        clock.step_s,
+        recalibration_s,
+        table_s,
+        table_bytes,
+        checkpoint_bytes,
+        peak,
+    )
+
+
+class _StepClock:
+    """Asked at every step whether to stop: it notes when, and says yes after enough of them."""
+
+    def __init__(self, synchronize: Callable[[], None]) -> None:
+        self._synchronize = synchronize
+        self._times: list[float] = []
+
+    def should_stop(self) -> bool:
+        """Whether enough steps have been timed."""
+        self._synchronize()
+        self._times.append(time.monotonic())
+        is_late = self._times[-1] - self._times[0] > MAX_SECONDS
+        return len(self._times) > MAX_STEPS + 1 or (is_late and len(self._times) > 2)
+
+    @property
+    def intervals(self) -> list[float]:
+        """Seconds of the timed steps: without the first, where there are others."""
+        found = [later - earlier for earlier, later in zip(self._times, self._times[1:], strict=False)]
+        return found[1:] or found
+
+    @property
+    def step_s(self) -> float:
+        """The median."""
+        found = sorted(self.intervals)
+        return found[len(found) // 2] if found else 0.0
+
+
+def _few_images(subnets: SubnetSet) -> int:
+    return max(2, min(EVALUATED_IMAGES, EVALUATED_ANSWERS // len(subnets.all)))
+
+
+def _recalibration_s(supernet: Supernet, training: TrainingImages, run: SupernetRun, few: int, device: str) -> float:
+    """Of one image; the first of two equal batches is not timed."""
+    one = replace(run, recalibration_images=few, recalibration_batch=few)
+    images = next(recalibration_batches(training, one, torch.device(device)))
+    recalibrate(supernet, [images])
+    return _seconds(lambda: recalibrate(supernet, [images]), device) / len(images)
+
+
+def _table(supernet: Supernet, data: TensorData, run: SupernetRun, few: int) -> tuple[float, float]:
+    """(seconds, bytes) of one image."""
+    part = Batch(*(tensor[:few] for tensor in data.splits["val"]))
+    small = replace(data, splits=MappingProxyType({"val": part}))
+    device = next(supernet.parameters()).device
+    tables = []
+    seconds = _seconds(
+        lambda: tables.append(build_routing_table(supernet, small, "val", run.normalization)), device.type
+    )
+    num_bytes = sum(array.nbytes for array in tables[0].arrays().values())
+    return seconds / len(part.labels), num_bytes / len(part.labels)
+
+
+def _seconds(call: Callable[[], object], device: str) -> float:
+    synchronize = waiter(torch.device(device))
+    synchronize()
+    start = time.monotonic()
+    call()
+    synchronize()
+    return max(time.monotonic() - start, math.ulp(1.0))

@@ -1,0 +1,83 @@
+"""Folders of images as a person has them: seen as they are, or refused with what was found and what is expected."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from dsnet.data.cifar10 import holds_cifar10
+from dsnet.data.survey import survey_folder
+from dsnet.errors import DataError
+
+RED, GREY = (200, 10, 10), (90, 90, 90)
+
+
+def fill(folder: Path, count: int, size: tuple[int, int] = (40, 30), colour: tuple[int, int, int] = RED) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(count):
+        Image.new("RGB", size, colour).save(folder / f"{number}.png")
+
+
+def test_a_folder_is_told_by_its_classes_sizes_and_colours(tmp_path: Path) -> None:
+    fill(tmp_path / "cats", 5)
+    fill(tmp_path / "dogs", 2, size=(20, 50))
+    (tmp_path / ".hidden").mkdir()
+    survey = survey_folder(tmp_path)
+    assert survey.class_sizes == {"cats": 5, "dogs": 2}
+    assert (survey.num_images, survey.short_side, survey.is_grey) == (7, 30, False)
+    assert set(survey.sizes) == {(40, 30), (20, 50)}
+
+
+def test_grey_pictures_are_seen_to_be_grey(tmp_path: Path) -> None:
+    fill(tmp_path / "a", 1, colour=GREY)
+    fill(tmp_path / "b", 1, colour=GREY)
+    assert survey_folder(tmp_path).is_grey
+
+
+def test_a_folder_with_a_test_part_counts_both(tmp_path: Path) -> None:
+    for part in ("train", "test"):
+        fill(tmp_path / part / "a", 2)
+        fill(tmp_path / part / "b", 1)
+    assert survey_folder(tmp_path).class_sizes == {"a": 4, "b": 2}
+
+
+def test_files_that_do_not_decode_are_named(tmp_path: Path) -> None:
+    fill(tmp_path / "a", 2)
+    fill(tmp_path / "b", 2)
+    (tmp_path / "b" / "torn.jpg").write_bytes(b"no picture")
+    with pytest.raises(DataError, match=r"1 of 5 opened images cannot be used: .*torn\.jpg"):
+        survey_folder(tmp_path)
+
+
+def test_images_that_lie_deeper_are_found_and_told(tmp_path: Path) -> None:
+    fill(tmp_path / "crack" / "Imgs", 2)
+    Image.new("RGB", (8, 8)).save(tmp_path / "crack" / "Imgs" / "0.jpg")
+    fill(tmp_path / "free" / "Imgs", 1)
+    with pytest.raises(
+        DataError, match=r"one folder too deep \(2 such folders; crack/Imgs holds 2 \.png, 1 \.jpg.*masks"
+    ) as met:
+        survey_folder(tmp_path)
+    assert f"expected {tmp_path}/CLASS/x.jpg" in str(met.value)
+
+
+@pytest.mark.parametrize(("place", "message"), [("", "1 images lie in the folder itself"), ("a", "found 1 class")])
+def test_a_folder_without_classes_is_told(tmp_path: Path, place: str, message: str) -> None:
+    fill(tmp_path / place, 1)
+    with pytest.raises(DataError, match=message):
+        survey_folder(tmp_path)
+
+
+def test_an_empty_folder_and_no_folder_are_told(tmp_path: Path) -> None:
+    for root, message in ((tmp_path, r"no \.png, \.jpg or \.jpeg"), (tmp_path / "gone", "not a folder")):
+        with pytest.raises(DataError, match=message):
+            survey_folder(root)
+
+
+@pytest.mark.parametrize("file", ["train-00000.parquet", "cifar-10-batches-py/data_batch_1", "cifar-10-python.tar.gz"])
+def test_cifar10_is_known_by_its_files(tmp_path: Path, file: str) -> None:
+    assert not holds_cifar10(tmp_path)
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).touch()
+    assert holds_cifar10(tmp_path)
