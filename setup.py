@@ -18,6 +18,7 @@ setup(
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     python_requires=">=3.11",
+    py_modules=["dsnet_orch"],
     packages=find_packages(
         include=[
             "dsnet",
@@ -58,6 +59,6 @@ setup(
         "test": ["pytest>=8.0", "pytest-timeout>=2.3", "hypothesis>=6.100", "optuna-dashboard>=0.20"],
         "check": ["ruff>=0.6", "mypy>=1.11", "import-linter>=2.1"],
     },
-    entry_points={"console_scripts": ["dsnet-orch=orchestration.cli:main"]},
+    entry_points={"console_scripts": ["dsnet-orch=dsnet_orch:main"]},
     classifiers=["Programming Language :: Python :: 3.11", "Operating System :: POSIX :: Linux"],
 )

@@ -599,3 +599,7 @@ def _quiet_platforms() -> None:
 
     prepare_environment()
     os.environ.update(mlflow_environment())
+
+
+if __name__ == "__main__":
+    main()

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO
 
 from dsnet.errors import ConfigError, PreflightError
+from dsnet.import_path import child_variables
 from orchestration.mlflow_database import mend_artifact_locations
 from orchestration.tracking import mlflow_environment
 
@@ -85,7 +86,7 @@ def _start(store_uri: str, artifact_root: Path, port: int, log: IO[bytes]) -> su
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=subprocess.STDOUT,
-        env={**os.environ, **mlflow_environment()},
+        env={**os.environ, **child_variables(), **mlflow_environment()},
         start_new_session=True,
     )
 

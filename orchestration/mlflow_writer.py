@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from dsnet.arithmetic import fix_arithmetic
+from dsnet.import_path import child_variables
 from orchestration.mlflow_database import SQLITE
 from orchestration.tracking import CurvePoint, MlflowStore, TrackedRun, first_line
 
@@ -107,16 +108,14 @@ class MlflowWriter:
     def _start(self) -> _Child:
         if self._is_stopped:
             raise RuntimeError("the process that writes to MLflow was stopped")
-        packages = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
         ours, theirs = Pipe()
         with theirs:
             process = subprocess.Popen(
-                # -P: what lies in the user's folder must not stand in for our modules. A session of its own: Ctrl-C reaches the driver
-                # alone, which then writes how the sweep ended.
-                [sys.executable, "-P", "-m", "orchestration.mlflow_writer", str(theirs.fileno())],
+                # A session of its own: Ctrl-C reaches the driver alone, which then writes how the sweep ended.
+                [sys.executable, "-m", "orchestration.mlflow_writer", str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
                 stdout=2,  # whatever a library prints is no output of the command
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(packages)},
+                env={**os.environ, **child_variables()},
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,
             )

@@ -18,6 +18,7 @@ from typing import Any
 
 from dsnet.arithmetic import MKL_MODE, fix_arithmetic, users_mode
 from dsnet.errors import ConfigError, PreflightError
+from dsnet.import_path import WORKER_HOOK, child_variables
 
 LOCAL = "local"
 SMALLEST_OBJECT_STORE_MIB = 75
@@ -87,6 +88,21 @@ def ray_session(settings: RaySettings) -> Iterator[None]:
 
 
 @contextmanager
+def _variables(values: Mapping[str, str]) -> Iterator[None]:
+    """Environment variables inside the block: a local cluster and its workers start with them."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+@contextmanager
 def _keeping_signal_handlers() -> Iterator[None]:
     """Put the program's own handlers back: `ray.init` replaces that of SIGTERM, and a sweep would die instead of stopping."""
     if threading.current_thread() is not threading.main_thread():
@@ -101,17 +117,20 @@ def _keeping_signal_handlers() -> Iterator[None]:
 
 def _connect(settings: RaySettings) -> None:
     import ray
+    from ray._private.ray_constants import WORKER_PROCESS_SETUP_HOOK_ENV_VAR as HOOK
 
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     try:
         if settings.address == LOCAL:
-            ray.init(
-                address=LOCAL,
-                num_cpus=settings.num_cpus or len(os.sched_getaffinity(0)),
-                object_store_memory=settings.object_store_mib * 2**20,
-                include_dashboard=False,
-                **quiet,
-            )
+            # The hook of `runtime_env` is this variable; as an option it would cost the workers that Ray starts beforehand.
+            with _variables({**child_variables(), HOOK: WORKER_HOOK}):
+                ray.init(
+                    address=LOCAL,
+                    num_cpus=settings.num_cpus or len(os.sched_getaffinity(0)),
+                    object_store_memory=settings.object_store_mib * 2**20,
+                    include_dashboard=False,
+                    **quiet,
+                )
         else:
             _knock(settings.address)
             ray.init(address=settings.address, **_environment_of_workers(), **quiet)
@@ -126,12 +145,13 @@ def _connect(settings: RaySettings) -> None:
 
 
 def _environment_of_workers(environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
-    """Options of `ray.init` that give the workers of a cluster that is joined what the user has set here.
+    """Options of `ray.init` for the workers of a cluster that is joined: where imports come from, and what the user has set here.
 
-    They have the environment of their own machine otherwise, and choose by its processor.
+    They have the environment of their own machine otherwise, and choose MKL's mode by its processor.
     """
     mode = users_mode(environ)
-    return {} if mode is None else {"runtime_env": {"env_vars": {MKL_MODE: mode}}}
+    variables = {} if mode is None else {"env_vars": {MKL_MODE: mode}}
+    return {"runtime_env": {"worker_process_setup_hook": WORKER_HOOK, **variables}}
 
 
 def _knock(address: str, timeout_s: float = 5.0) -> None:

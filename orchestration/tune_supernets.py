@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import copy
 import difflib
-import importlib
 import inspect
 import math
 import os
@@ -38,6 +37,7 @@ from dsnet.cost import subnet_cost
 from dsnet.data.normalization import Normalization
 from dsnet.errors import ConfigError, DsnetError, NonFiniteLossError, PreflightError, StoppedError
 from dsnet.files import atomic_write_json, read_json
+from dsnet.import_path import import_object
 from dsnet.precision import exact_float32
 from dsnet.prefix_tree import each_logits
 from dsnet.strict_json import NumberRange
@@ -221,9 +221,8 @@ def _scheduler_of_path(path: str, options: Mapping[str, Any], epochs: int) -> Tr
 
     from orchestration.tune_schedule import CHANGES_SETTINGS, NEEDS_A_SEARCHER, TIME
 
-    module_name, _, class_name = path.rpartition(".")
     try:
-        found = getattr(importlib.import_module(module_name), class_name)
+        found = import_object(path)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"supernets.scheduler {path!r} cannot be imported: {error}") from error
     if not isinstance(found, type) or not issubclass(found, TrialScheduler):

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
-from importlib import import_module
 from typing import Any, Literal
 
 import optuna
@@ -23,6 +22,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial
 
 from dsnet.errors import ConfigError
+from dsnet.import_path import import_object
 from dsnet.seeds import derive_seed
 from search.genetic import ReplayableNSGAII, ReplayableNSGAIII
 from search.grid import DEFAULT_POINTS, Grid
@@ -318,7 +318,7 @@ def _constructor(name: str) -> Callable[..., Any]:
     known = _CONSTRUCTORS.get(name)
     if known is not None:
         return known
-    module_name, dot, class_name = name.rpartition(".")
+    _, dot, class_name = name.rpartition(".")
     if not dot:
         near = get_close_matches(name, KNOWN_SAMPLERS, n=1)
         hint = f"; did you mean '{near[0]}'?" if near else ";"
@@ -327,7 +327,7 @@ def _constructor(name: str) -> Callable[..., Any]:
             "my_package.MySampler"
         )
     try:
-        found = getattr(import_module(module_name), class_name)
+        found = import_object(name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"sampler.name: cannot import '{name}': {error}") from error
     if not (isinstance(found, type) and issubclass(found, BaseSampler)):

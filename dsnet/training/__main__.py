@@ -6,6 +6,11 @@ Progress goes to stderr; stdout gets one line of JSON at the end.
 
 from __future__ import annotations
 
+from dsnet.import_path import protect_imports
+
+protect_imports()  # before anything that the working directory may have a module of the same name for
+
+# ruff: noqa: E402
 import argparse
 import json
 import os

@@ -21,6 +21,7 @@ from typing import Any
 from orchestration.cli import main
 from orchestration.results import RunResults
 from orchestration.rundir import RunDir
+from tests.hostile import REPOSITORY, write_hostile_modules
 
 TINY = """\
 version: 1
@@ -40,7 +41,7 @@ budget: {trials: 12}
 """
 SWEEP = "tiny.yaml"
 WITHOUT_MLFLOW = ("--set", "tracking.mlflow=false")
-PROGRAM = (sys.executable, "-c", "from orchestration.cli import main; main()")
+PROGRAM = (sys.executable, "-c", "from dsnet_orch import main; main()")
 MARK = "DSNET_TEST_MARK"
 """Environment variable by which all processes of one command are found, whoever their parent is by now."""
 
@@ -86,12 +87,18 @@ def call(folder: Path, *arguments: str | Path) -> Answer:
 class Command:
     """`dsnet-orch`, or another program, in a process group of its own, as a terminal starts it."""
 
-    def __init__(self, folder: Path, *arguments: str | Path, program: Sequence[str] = PROGRAM) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *arguments: str | Path,
+        program: Sequence[str] = PROGRAM,
+        python_path: Sequence[Path] = (),
+    ) -> None:
         self.mark = uuid.uuid4().hex
         self.process = subprocess.Popen(
             [*program, *map(str, arguments)],
             cwd=folder,
-            env={**os.environ, MARK: self.mark},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (*python_path, REPOSITORY))), MARK: self.mark},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -230,9 +237,10 @@ class Finished:
 
 
 def run_tiny_sweep(folder: Path) -> Finished:
-    """Launch the tiny sweep and wait for its end."""
+    """Launch the tiny sweep and wait for its end, in a folder whose modules have the names of ours and of what we need."""
     write_sweep(folder)
-    command = Command(folder, "launch", SWEEP)
+    write_hostile_modules(folder)
+    command = Command(folder, "launch", SWEEP, python_path=[folder])
     listeners = Listeners(command)
     try:
         answer = command.wait()

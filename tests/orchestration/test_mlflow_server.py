@@ -7,7 +7,7 @@ import time
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, chdir
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from orchestration.mlflow_server import free_port, serve_ui
 from orchestration.mlflow_view import view_path
 from orchestration.projection import COLOUR_TAG, COLOURS
 from orchestration.tracking import RUN_ID, MlflowTracker, TrackedRun, TrackingSummary
+from tests.hostile import write_hostile_modules
 
 NOW_MS = 1_700_000_000_000
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -126,6 +127,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         taken = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
         busy_port = taken.getsockname()[1]
         uri, artifacts = f"sqlite:///{new}/mlflow.db", new / "artifacts"
+        stack.enter_context(chdir(write_hostile_modules(folder / "photos")))
         url = stack.enter_context(serve_ui(uri, artifacts, port=busy_port))
         servers = process_tree(os.getpid()) - before
         yield Served(uri, artifacts, url, busy_port, before, servers, stack.close)

@@ -20,6 +20,7 @@ from ray.exceptions import ActorDiedError, OutOfMemoryError
 
 from dsnet.arithmetic import MKL_MODE, mkl_mode
 from dsnet.errors import ConfigError, PreflightError
+from dsnet.import_path import WORKER_HOOK
 from orchestration.config import GateConfig
 from orchestration.ray_runtime import RaySettings, _connect, _environment_of_workers, prepare_environment, ray_session
 from orchestration.ray_trials import RayRunner, TrialWorker, _cause_of_loss, _resource_options
@@ -440,8 +441,22 @@ def test_a_worker_on_another_machine_chooses_mkls_mode_by_itself_unless_the_user
     monkeypatch.delenv(MKL_MODE)
     TrialWorker(make_walks, {}, num_threads=1)
     assert os.environ[MKL_MODE] == mkl_mode()
-    assert _environment_of_workers({MKL_MODE: str(mkl_mode())}) == {}
-    assert _environment_of_workers({MKL_MODE: "COMPATIBLE"}) == {"runtime_env": {"env_vars": {MKL_MODE: "COMPATIBLE"}}}
+    hook = {"worker_process_setup_hook": WORKER_HOOK}
+    assert _environment_of_workers({MKL_MODE: str(mkl_mode())}) == {"runtime_env": hook}
+    chosen = {"env_vars": {MKL_MODE: "COMPATIBLE"}}
+    assert _environment_of_workers({MKL_MODE: "COMPATIBLE"}) == {"runtime_env": hook | chosen}
+
+
+def finders_and_path() -> tuple[list[str], str | None]:
+    """Of the process that runs it: the finders before Python's search of sys.path, and PYTHONSAFEPATH."""
+    names = [getattr(finder, "__name__", type(finder).__name__) for finder in sys.meta_path]
+    return names[: names.index("PathFinder")], os.environ.get("PYTHONSAFEPATH")
+
+
+def test_workers_search_for_our_packages_before_the_working_directory(ray_cluster: None) -> None:
+    before, is_safe = ray.get(ray.remote(num_cpus=0)(finders_and_path).remote())
+    assert "InstalledFirst" in before
+    assert is_safe == "1"
 
 
 def test_trials_that_nobody_waits_for_any_more_are_abandoned(runner: RayRunner, folder: Path) -> None:

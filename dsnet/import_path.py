@@ -1,0 +1,121 @@
+"""Where imports come from: our packages from beside this file, and what is installed before what lies in a user's folder.
+
+`dsnet`, `search`, `orchestration` and `dashboards` are names that people give to modules of their own, as are `ray` and `random`. Python
+looks into the working directory (`python -m`) and into PYTHONPATH before the installed packages, an editable install of ours comes last of
+all, and Ray puts the driver's working directory before everything in its workers. Every entry point therefore calls `protect_imports`
+first, and passes `child_variables` on to the processes that it starts.
+
+This module is imported before anything is protected: it uses only modules that Python has loaded by then.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from importlib.machinery import ModuleSpec, PathFinder
+
+OWN_PACKAGES = ("dsnet", "search", "orchestration", "dashboards")
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+"""The folder that holds our packages: site-packages, or a checkout."""
+USER_PATH = "DSNET_USER_PATH"
+"""Environment variable with the user's folders of PYTHONPATH, for child processes, which find them after everything else."""
+WORKER_HOOK = f"{__name__}.protect_imports"
+"""What Ray calls in each of its workers before the first task."""
+
+
+class InstalledFirst:
+    """Meta path finder for top-level modules. What it does not find is left to the finders behind it, which see all of `sys.path`."""
+
+    def __init__(self, folders: list[str]) -> None:
+        """`folders`: those of `sys.path` that hold the standard library and installed packages."""
+        self._folders = folders
+
+    def find_spec(self, fullname: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        """As `importlib.abc.MetaPathFinder.find_spec`."""
+        if "." in fullname:
+            return None
+        if fullname in OWN_PACKAGES:
+            return PathFinder.find_spec(fullname, [ROOT])
+        spec = PathFinder.find_spec(fullname, self._folders)
+        # A folder without __init__.py is a package only where no other folder of sys.path has a real one.
+        return None if spec is None or spec.loader is None else spec
+
+
+def protect_imports() -> None:
+    """Let our packages, the standard library and installed packages win over the user's folders, wherever those are on `sys.path`.
+
+    The user's folders are the working directory, the script's folder, and folders of PYTHONPATH into which nothing was installed. Their
+    modules can still be imported where no installed one has the name.
+    """
+    if any(isinstance(finder, InstalledFirst) for finder in sys.meta_path):
+        return
+    users = _user_folders()
+    finder = InstalledFirst([folder for folder in sys.path if _real(folder) not in users])
+    place = sys.meta_path.index(PathFinder) if PathFinder in sys.meta_path else 0
+    sys.meta_path.insert(place, finder)  # type: ignore[arg-type]  # a protocol of typeshed that names the classes of `path`
+    sys.path.extend(folder for folder in _split(os.environ.get(USER_PATH)) if folder not in sys.path)
+
+
+def child_variables() -> dict[str, str]:
+    """Environment variables with which a child process starts from installed packages, and finds ours.
+
+    Python puts neither the working directory nor a user's folder of PYTHONPATH on the path of such a child.
+    """
+    given = _split(os.environ.get("PYTHONPATH"))
+    installed = [folder for folder in given if _is_installation(folder)]
+    users = [folder for folder in given if folder not in installed and _real(folder) != ROOT]
+    users = _split(os.environ.get(USER_PATH)) + users
+    if ROOT not in {_real(folder) for folder in sys.path if folder not in given} | {_real(f) for f in installed}:
+        installed.append(ROOT)
+    return {
+        "PYTHONSAFEPATH": "1",
+        "PYTHONPATH": os.pathsep.join(installed),
+        USER_PATH: os.pathsep.join(dict.fromkeys(users)),
+    }
+
+
+def import_object(path: str) -> object:
+    """A class or function by its import path, as `my_package.MySampler`; also from the working directory.
+
+    Raises:
+        ImportError, AttributeError, ValueError: there is none.
+    """
+    module_name, _, name = path.rpartition(".")
+    if not {"", os.getcwd()} & set(sys.path):
+        sys.path.append(os.getcwd())
+    try:
+        return getattr(importlib.import_module(module_name), name)
+    except (ImportError, AttributeError) as error:
+        package = module_name.partition(".")[0]
+        if package in OWN_PACKAGES:
+            raise ImportError(
+                f"{error} ('{package}' is a package of dsnet-orch; give your module another name)"
+            ) from error
+        raise
+
+
+def _user_folders() -> set[str]:
+    """Real paths of the folders whose modules come last."""
+    script = (
+        [sys.path[0]] if sys.path and sys.argv and _real(sys.path[0]) == _real(os.path.dirname(sys.argv[0])) else []
+    )
+    folders = ["", *script, *_split(os.environ.get("PYTHONPATH")), *_split(os.environ.get(USER_PATH))]
+    library = os.path.dirname(os.path.abspath(os.__file__))
+    return {_real(folder) for folder in folders if not _is_installation(folder)} - {_real(library)}
+
+
+def _split(variable: str | None) -> list[str]:
+    return [os.path.abspath(folder) for folder in (variable or "").split(os.pathsep) if folder]
+
+
+def _real(folder: str) -> str:
+    return os.path.realpath(folder or os.curdir)
+
+
+def _is_installation(folder: str) -> bool:
+    """Whether an installer has put packages into a folder: `pip install --target`, or site-packages."""
+    try:
+        return any(name.endswith(".dist-info") for name in os.listdir(folder or os.curdir))
+    except OSError:
+        return False
