@@ -454,6 +454,8 @@ def finders_and_path() -> tuple[list[str], str | None]:
 
 
 def test_workers_search_for_our_packages_before_the_working_directory(ray_cluster: None) -> None:
+    import ray
+
     before, is_safe = ray.get(ray.remote(num_cpus=0)(finders_and_path).remote())
     assert "InstalledFirst" in before
     assert is_safe == "1"
