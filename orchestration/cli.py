@@ -234,7 +234,7 @@ def extend(run: str, runs: str, trials: str, overrides: tuple[str, ...], take_ov
     type=click.Path(path_type=Path),
     help="A YAML or JSON list of points, e.g. - {gate.target: 0.3}.",
 )
-@click.option("--like", metavar="TRIAL", help="Begin with the parameters of this trial, e.g. trial-0042.")
+@click.option("--like", metavar="TRIAL", help="Begin with the parameters of this trial: knee, or e.g. trial-0042.")
 def enqueue(run: str, runs: str, values: tuple[str, ...], source: Path | None, like: str | None) -> None:
     """Ask for points to be tried next; what a point leaves out is drawn by the sampler."""
     from orchestration.steering import enqueue_points, read_points, set_values
@@ -485,9 +485,8 @@ def _supernets_pareto(
 )
 def export(run: str, runs: str, picks: tuple[str, ...], out: Path | None) -> None:
     """Export gates of a run as bundles that `dsnet.load_bundle` reads; prints their folders."""
-    from orchestration.export import export_bundles
+    from orchestration.export import export_picks
     from orchestration.planning import prepare_again
-    from orchestration.results import picked_slots
 
     if (sweep := _open_supernets(run, runs)) is not None:
         from orchestration.supernet_planning import export_supernets_again
@@ -496,8 +495,7 @@ def export(run: str, runs: str, picks: tuple[str, ...], out: Path | None) -> Non
             click.echo(path)
         return
     results = _open_run(run, runs)
-    slots = picked_slots(results, picks)
-    for path in export_bundles(prepare_again(results), results, slots, out or results.run.export_dir):
+    for path in export_picks(prepare_again(results), results, picks, out or results.run.export_dir):
         click.echo(path)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from dsnet.routing_table import RoutingTable
 from dsnet.table_routing import run_on_table
 from dsnet.training.supernet import FINAL
 from orchestration.preparation import Prepared
-from orchestration.results import RunResults
+from orchestration.results import RunResults, picked_slots
 from orchestration.verification import DynamicLatency
 from search.analysis import PointAnalysis
 from search.points import trial_name
@@ -31,6 +33,39 @@ CLEAR_LEAD = 100.0
 """Examples are decided by a margin of at least so many times the router's `tie`."""
 EXAMPLE_SEED = 0
 """Draws the examples among the clear images."""
+
+
+KNEE = "knee"
+"""Name of the link to the bundle of the front's knee, beside the bundles: a path that is known before the run."""
+
+
+def export_picks(prepared: Prepared, results: RunResults, picks: Sequence[str], folder: Path) -> list[Path]:
+    """Write a bundle for each picked trial, and the link `knee` where the front's knee is among them; the bundles' folders.
+
+    Args:
+        prepared: see `export_bundles`.
+        results: the run.
+        picks: see `orchestration.results.picked_slots`.
+        folder: receives one folder per trial.
+
+    Raises:
+        ConfigError, NotFoundError, CheckpointError: as `picked_slots` and `export_bundles`.
+    """
+    slots = picked_slots(results, picks)
+    paths = export_bundles(prepared, results, slots, folder)
+    if results.knee in slots:
+        link_knee(folder, paths[slots.index(results.knee)])
+    return paths
+
+
+def link_knee(folder: Path, bundle: Path) -> None:
+    """Make `folder`/knee a relative link to a bundle below `folder`; anything but a link of that name is left alone."""
+    link, new = folder / KNEE, folder / f".{KNEE}.{os.getpid()}"
+    if link.exists() and not link.is_symlink():
+        return
+    with suppress(OSError):  # a file system without links: the bundle has its own name
+        new.symlink_to(bundle.relative_to(folder))
+        new.replace(link)
 
 
 def export_bundles(prepared: Prepared, results: RunResults, slots: Sequence[int], folder: Path) -> list[Path]:

@@ -18,7 +18,7 @@ from dsnet.training.supernet import FINAL
 from orchestration.adoption import adopt
 from orchestration.config import SweepConfig, to_yaml
 from orchestration.evaluation_stages import measure_stage, table_stage
-from orchestration.export import export_bundles
+from orchestration.export import export_picks
 from orchestration.launch_context import Launch
 from orchestration.preparation import Prepared, prepare, stage_definitions, write_splits
 from orchestration.progress import ProgressView
@@ -34,7 +34,7 @@ from orchestration.projection import (
 )
 from orchestration.ray_runtime import RaySettings, ray_session
 from orchestration.reporting import write_report
-from orchestration.results import RunResults, picked_slots
+from orchestration.results import RunResults
 from orchestration.rundir import DriverLock, Manifest, RunDir, describe_hardware
 from orchestration.search_stage import refuse_impossible_layout, search_stage, trials_left
 from orchestration.signals import StopRequest
@@ -228,7 +228,7 @@ def _finish(work: Launch) -> LaunchResult:
     results = RunResults(run)
     save_points(run.points_parquet, results.points())
     write_report(results, work.prepared.image_set.class_names, work.prepared.notes(), "complete")
-    bundles = export_bundles(work.prepared, results, picked_slots(results, config.export.picks), run.export_dir)
+    bundles = export_picks(work.prepared, results, config.export.picks, run.export_dir)
     write_subnets(work.tracker, results)  # again, with what they reach on test
     write_front(work.tracker, results, Standing.of(results), results.finished_ms)
     for path in (run.sweep_yaml, run.points_parquet, run.report_html):

@@ -145,8 +145,9 @@ def changed_point(params: Mapping[str, Scalar], changes: Point, space: Space) ->
 
 
 def _params_of(results: RunResults, name: str) -> Mapping[str, Scalar]:
+    slot = results.knee if name == "knee" else None
     for record in results.records:
-        if trial_name(record.slot) == name:
+        if record.slot == slot or trial_name(record.slot) == name:
             return record.params
     raise NotFoundError(
         f"--like {name}: run {results.run.name!r} has no such trial; `dsnet-orch trials {results.run.name}` lists them"
@@ -159,7 +160,7 @@ def enqueue_points(results: RunResults, points: Sequence[Point], like: str | Non
     Args:
         results: a run whose search has begun.
         points: {key: value}; what one leaves out is drawn.
-        like: a trial whose parameters the points change.
+        like: a trial whose parameters the points change, or `knee`.
 
     Returns:
         what will happen, in sentences.

@@ -20,7 +20,7 @@ from dsnet.files import atomic_write_json, read_json
 from dsnet.training.supernet import FINAL
 from orchestration.config import SweepConfig, supernet_space
 from orchestration.evaluation_stages import measure_stage, table_stage
-from orchestration.export import export_bundles
+from orchestration.export import export_bundles, link_knee
 from orchestration.launch_context import Launch
 from orchestration.pipeline import (
     TRACKING_TIMEOUT_S,
@@ -587,11 +587,17 @@ def export_gates(
     slots: dict[str, list[int]] = {}
     for gate in results.picked(picks):
         slots.setdefault(gate.supernet, []).append(gate.slot)
-    return [
-        path
+    bundles = {
+        (name, slot): path
         for name, own in slots.items()
-        for path in export_bundles(prepared[name], results.members[name], own, folder / name)
-    ]
+        for slot, path in zip(
+            own, export_bundles(prepared[name], results.members[name], own, folder / name), strict=True
+        )
+    }
+    knee = results.knee
+    if knee is not None and (knee.supernet, knee.slot) in bundles:
+        link_knee(folder, bundles[knee.supernet, knee.slot])
+    return list(bundles.values())
 
 
 def check_supernet_failures(result: SupernetsResult) -> None:
