@@ -1,0 +1,181 @@
+"""README and docs say nothing that does not work: every command exists with its options, every file is there or made by an earlier
+command, every YAML block is valid; and, in the long test, everything runs as pasted, in order."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from importlib.util import find_spec
+from itertools import pairwise
+from pathlib import Path
+
+import click
+import pytest
+
+from dsnet.families import family_names
+from dsnet.training.__main__ import _parser
+from orchestration.cli import cli
+from orchestration.config_loading import load_config
+from orchestration.steering import read_points
+from tests.docs.blocks import LANGUAGES, PAGES, REPOSITORY, Block, blocks, spans
+
+MAKEFILE = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
+PLACEHOLDERS = {"COMMAND": "plan", "+N": "+1", "N": "1"}
+"""Words of running text that stand for a value, where any word would not do."""
+EXAMPLES = {"--state": "failed", "--where": "top1>=0.5", "--pick": "knee", "--set": "gate.target=0.3"}
+"""Values for options that a table shows with `...`."""
+BROUGHT = ("model_best.pth.tar",)
+"""Files that the reader brings; own images lie below ~ and are named with --data."""
+BASE = "version: 1\nname: base\ndata: {name: digits}\nsupernet: {model: ds_tiny}\n"
+"""What a YAML block that is no whole file is laid over."""
+MAKES = ("--resolved", "--out", "--figure", "--routers-figure")
+"""Options whose value is a file or folder that the command writes."""
+
+
+def problem_of(words: list[str]) -> str | None:
+    """Why a command cannot be meant; None where its program would take it."""
+    match words:
+        case ["dsnet-orch", name, *arguments]:
+            return problem_of_ours(PLACEHOLDERS.get(name, name), arguments)
+        case ["python", "-P", "-m", *rest] | ["python", "-m", *rest]:
+            return problem_of_module(rest[0], rest[1:])
+        case ["make", *targets]:
+            return next((f"no target {name}" for name in targets if f"\n{name}:" not in MAKEFILE), None)
+        case ["pip", "install", *arguments]:
+            setup = (REPOSITORY / "setup.py").read_text(encoding="utf-8")
+            extras = [name for word in arguments for name in re.findall(r"\[(\w+)\]", word)]
+            return next((f"no extra {name}" for name in extras if f'"{name}": [' not in setup), None)
+        case ["source", ".venv/bin/activate"] | ["optuna-dashboard", _]:
+            return None
+    return "no rule says how this is checked"
+
+
+def problem_of_ours(name: str, arguments: list[str]) -> str | None:
+    command = cli.commands.get(name)
+    if command is None:
+        return f"no command {name}"
+    if not arguments:
+        return None  # in running text a command is named without its arguments
+    given = [
+        EXAMPLES.get(option, word) if word == "..." else PLACEHOLDERS.get(word, word)
+        for option, word in pairwise(["", *arguments])
+    ]
+    try:
+        command.make_context(name, [word for word in given if word != "..."])
+    except click.exceptions.Exit:
+        return None
+    except click.ClickException as error:
+        return error.format_message()
+    return None
+
+
+def problem_of_module(module: str, arguments: list[str]) -> str | None:
+    if find_spec(module) is None:
+        return f"no module {module}"
+    if module == "dsnet.training" and len(arguments) > 1:
+        options = {option for action in _parser()._actions for option in action.option_strings}
+        return next((f"no option {word}" for word in arguments if word.startswith("--") and word not in options), None)
+    return None
+
+
+def test_every_command_exists_with_its_options_and_arguments() -> None:
+    named = [(block.place, words) for block in blocks("bash") for words in block.commands()]
+    assert len(named) > 15
+    assert {block.language for block in blocks(*LANGUAGES)} == set(LANGUAGES)
+    assert not [
+        f"{page.name}: ```{language}"
+        for page in PAGES
+        for language in re.findall(r"^```(\w+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+        if language not in LANGUAGES
+    ]
+    assert [words for _, words in named if words[0] == "dsnet-orch" and len(words) < 3] == [["dsnet-orch", "ui"]]
+    problems = [(place, " ".join(words), problem_of(words)) for place, words in [*named, *spans()]]
+    assert [entry for entry in problems if entry[2] is not None] == []
+
+
+def tracked_files() -> set[str]:
+    listed = subprocess.run(["git", "ls-files"], cwd=REPOSITORY, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("no git checkout, so that nothing tells which files are tracked")
+    return set(listed.stdout.splitlines())
+
+
+def written(words: list[str]) -> set[str]:
+    """Files and folders that a command writes because an option names them."""
+    return {value for option, value in pairwise(words) if option in MAKES}
+
+
+def missing_files(words: list[str], made: set[str]) -> list[str]:
+    """Files that a command reads and that neither the repository holds nor an earlier command has made."""
+    outputs = written(words)
+    paths = [word.partition("=")[2] or word for word in words[1:] if not word.startswith(("-", "~", "http", "."))]
+    named = [path for path in paths if re.search(r"\.(yaml|json|txt|html|tar|journal)$|/|trained$", path)]
+    return [
+        path
+        for path in named
+        if path not in outputs
+        and not (path.partition("/")[0] != "runs" and (REPOSITORY / path).exists())
+        and not any(path == known or path.startswith(f"{known}/") for known in (*made, *BROUGHT))
+    ]
+
+
+def test_every_file_is_there_or_made_by_an_earlier_command_and_none_is_overwritten() -> None:
+    tracked, problems, made = tracked_files(), [], set[str]()
+    for block in blocks("bash", "yaml", "python"):
+        if block.language == "yaml":
+            made |= {f"{name}.yaml" for name in re.findall(r"^name: (\w+)$", block.text, re.MULTILINE)}
+            continue
+        if block.language == "python":
+            opened = re.findall(r'"(runs/[^"]+)"', block.text)
+            problems += [(block.place, path) for path in opened if path.split("/")[1] not in {"digits"}]
+            continue
+        for words in block.commands():
+            problems += [(block.place, path) for path in missing_files(words, made)]
+            problems += [(block.place, f"overwrites {path}") for path in written(words) & tracked]
+            made |= written(words)
+            if words[:2] == ["make", "launch"]:
+                made.add("runs/digits")
+    assert problems == []
+    for page in PAGES:
+        links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
+        assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+def test_figures_in_the_text_overwrite_nothing_and_need_nothing_more() -> None:
+    """As in blocks: `make launch` installs neither kaleido nor a browser."""
+    drawn = [
+        value
+        for words in [
+            *(words for _, words in spans()),
+            *(words for block in blocks("bash") for words in block.commands()),
+        ]
+        for option, value in pairwise(words)
+        if option in ("--figure", "--routers-figure")
+    ]
+    assert drawn
+    assert [value for value in drawn if value != "FILE" and not re.fullmatch(r"\w+\.(html|json)", value)] == []
+
+
+def test_commands_about_own_images_say_where_they_are() -> None:
+    own = [
+        words
+        for block in blocks("bash")
+        for words in block.commands()
+        if words[0] == "dsnet-orch" and words[1] in ("plan", "launch")
+    ]
+    bare = [words for words in own if not words[2].startswith("examples/digits") and "--data" not in words]
+    assert bare == []
+    assert sum("--data" in words for words in own) >= 5
+
+
+@pytest.mark.parametrize("block", blocks("yaml"), ids=lambda block: block.place)
+def test_every_yaml_block_is_valid(block: Block, tmp_path: Path) -> None:
+    path = tmp_path / "block.yaml"
+    if block.text.startswith("- "):
+        path.write_text(block.text, encoding="utf-8")
+        assert read_points(path)
+        return
+    whole = block.text.startswith("version:")
+    path.write_text(block.text if whole else BASE + block.text, encoding="utf-8")
+    loaded = load_config(path, known_models=family_names())
+    assert loaded.config.name == ("mine" if whole else "base")
