@@ -64,9 +64,10 @@ def child_variables() -> dict[str, str]:
     """
     given = _split(os.environ.get("PYTHONPATH"))
     installed = [folder for folder in given if _is_installation(folder)]
-    users = [folder for folder in given if folder not in installed and _real(folder) != ROOT]
+    users = [folder for folder in given if folder not in installed and _real(folder) != _real(ROOT)]
     users = _split(os.environ.get(USER_PATH)) + users
-    if ROOT not in {_real(folder) for folder in sys.path if folder not in given} | {_real(f) for f in installed}:
+    own = {_real(folder) for folder in sys.path if folder not in given} - _user_folders()
+    if _real(ROOT) not in own | set(map(_real, installed)):
         installed.append(ROOT)
     return {
         "PYTHONSAFEPATH": "1",

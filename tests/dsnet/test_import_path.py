@@ -120,3 +120,10 @@ def test_a_class_of_the_users_is_imported_from_the_working_directory(
         import_object("search.Mine")
     with pytest.raises(ImportError, match=r"^No module named 'own_samplr'$"):
         import_object("own_samplr.Mine")
+
+
+def test_a_child_finds_our_packages_where_only_the_working_directory_of_this_process_has_them() -> None:
+    """As with `python -c` in a checkout that is not installed."""
+    code = "from dsnet.import_path import child_variables as v; print(v()['PYTHONPATH'])"
+    ended = run(REPOSITORY, "-c", code, PYTHONPATH="")
+    assert ended.stdout.strip() == str(REPOSITORY), ended.stderr

@@ -232,7 +232,7 @@ class Finished:
     def copy(self, folder: Path) -> Path:
         """A copy that a test may change: `folder` with the sweep file and `runs/`, MLflow left out."""
         write_sweep(folder)
-        shutil.copytree(self.run.path, folder / "runs" / "tiny")
+        shutil.copytree(self.run.path, folder / "runs" / "tiny", symlinks=True)
         return folder
 
 

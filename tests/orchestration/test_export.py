@@ -24,7 +24,7 @@ from dsnet.routers import ROUTER_KINDS, CascadeRouter
 from dsnet.routing_table import RoutingTable
 from dsnet.table_routing import run_on_table
 from dsnet.training.supernet import FINAL
-from orchestration.export import CLEAR_LEAD, bundle_claims, example_rows, router_facts
+from orchestration.export import CLEAR_LEAD, bundle_claims, example_rows, link_knee, router_facts
 from orchestration.planning import prepare_again
 from orchestration.results import RunResults, picked_slots
 from search.points import trial_name
@@ -46,7 +46,22 @@ def bundles(finished: Finished, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def test_the_knee_is_a_point_of_the_front_and_what_the_launch_exported(finished: Finished) -> None:
     (knee,) = picked_slots(finished.results, ["knee"])
     assert knee in finished.results.front
-    assert [path.name for path in finished.run.export_dir.iterdir()] == [trial_name(knee)]
+    assert {path.name for path in finished.run.export_dir.iterdir()} == {trial_name(knee), "knee"}
+    assert (finished.run.export_dir / "knee").readlink() == Path(trial_name(knee)), (
+        "relative: a run folder may be moved"
+    )
+
+
+def test_the_link_to_the_knee_follows_it_and_replaces_nothing_but_a_link(tmp_path: Path) -> None:
+    for name in ("trial-0001", "s0/trial-0002"):
+        (tmp_path / name).mkdir(parents=True)
+        link_knee(tmp_path, tmp_path / name)
+        assert (tmp_path / "knee").resolve() == tmp_path / name
+    (tmp_path / "knee").unlink()
+    (tmp_path / "knee").mkdir()
+    link_knee(tmp_path, tmp_path / "trial-0001")
+    assert not (tmp_path / "knee").is_symlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["knee", "s0", "trial-0001"]
 
 
 def test_picks_are_read_on_val_and_each_trial_is_taken_once(finished: Finished) -> None:

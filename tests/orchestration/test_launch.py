@@ -60,7 +60,7 @@ def test_a_sweep_ends_well_and_leaves_every_file_of_the_run_folder(finished: Fin
     assert [path for path in expected if not path.is_file()] == []
     assert not run.lock_path.exists()
     assert not run.stop_path.exists()
-    assert len(list(run.export_dir.iterdir())) == 1
+    assert len(list(run.export_dir.iterdir())) == 2, "a bundle, and the link to it"
     assert "in its last bits" not in finished.answer.err, "trials are the same alone and in company here"
     assert results.manifest["hardware"]["mkl_cbwr"] == arithmetic_facts()["mkl_cbwr"]
 

@@ -111,12 +111,16 @@ def test_points_are_checked_and_enqueued_from_values_a_file_and_a_trial(finished
     (folder / "points.json").write_text(json.dumps(points), encoding="utf-8")
     assert call(folder, "enqueue", "tiny", "--from", "points.json").code == 0
     assert call(folder, "enqueue", "tiny", "--like", "trial-0003", "--set", "gate.target=0.125").code == 0
+    assert call(folder, "enqueue", "tiny", "--like", "knee", "--set", "gate.target=0.625").code == 0
     third = dict(finished.results.record(3).params)
+    assert finished.results.knee is not None
+    knee = dict(finished.results.record(finished.results.knee).params)
     assert queue(folder) == [
         {"gate.target": 0.25, "gate.sgs.strategy": "give_up"},
         {"gate.target": 0.5},
         {"gate.target": 0.75, "gate.sgs.t_easy": 0.0},
         {**third, "gate.target": 0.125},
+        {**knee, "gate.target": 0.625},
     ]
     assert isinstance(queue(folder)[2]["gate.sgs.t_easy"], float)
 
