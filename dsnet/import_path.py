@@ -53,7 +53,7 @@ def protect_imports() -> None:
     users = _user_folders()
     finder = InstalledFirst([folder for folder in sys.path if _real(folder) not in users])
     place = sys.meta_path.index(PathFinder) if PathFinder in sys.meta_path else 0
-    sys.meta_path.insert(place, finder)  # type: ignore[arg-type]  # a protocol of typeshed that names the classes of `path`
+    sys.meta_path.insert(place, finder)
     sys.path.extend(folder for folder in _split(os.environ.get(USER_PATH)) if folder not in sys.path)
 
 
