@@ -8,7 +8,7 @@ import platform
 import random
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,54 @@ class Timing:
     repeats: int
 
 
+NOISY_SPREAD = 0.2
+"""Interquartile range over median of the typical call from which on times are noisy: sub-networks that differ by a tenth look alike then.
+On an idle machine it is some hundredths."""
+BUSY_LOAD = 2.0
+"""Processes that want a core, for each core: training that has just ended leaves about 1 behind, twice as many are somebody else's."""
+
+
+@dataclass(frozen=True)
+class MachineLoad:
+    """How busy the machine was when something was timed."""
+
+    load_average: float
+    """Processes that ran or wanted to, mean over a minute."""
+    num_cores: int
+    """Usable by this process."""
+
+    @classmethod
+    def now(cls) -> MachineLoad | None:
+        """At this moment; None where the system does not say."""
+        try:
+            return cls(os.getloadavg()[0], len(os.sched_getaffinity(0)))
+        except OSError:
+            return None
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any] | None) -> MachineLoad | None:
+        """Rebuild what `asdict` gave; None stays None, as timings of earlier releases have none."""
+        return None if data is None else cls(**data)
+
+
+def noise_of(timings: Iterable[Timing], load: MachineLoad | None) -> str | None:
+    """What makes times doubtful, in words; None where nothing does.
+
+    Args:
+        timings: of comparable calls.
+        load: of the machine after them; None where it is not known.
+    """
+    shares = [timing.iqr_ms / timing.median_ms for timing in timings if timing.median_ms > 0]
+    spread = float(np.median(shares)) if shares else 0.0
+    is_busy = load is not None and load.load_average > BUSY_LOAD * load.num_cores
+    if spread <= NOISY_SPREAD and not is_busy:
+        return None
+    told = [f"quartiles {spread:.0%} of the median apart"]
+    if load is not None:
+        told.append(f"load average {load.load_average:.1f} on {load.num_cores} cores")
+    return ", ".join(told)
+
+
 @dataclass(frozen=True)
 class LatencyTable:
     """What the parts of the dynamic network cost on one device (CONTRACTS, Latency)."""
@@ -85,6 +133,13 @@ class LatencyTable:
     """n images -> route -> its tail."""
     decisions: Mapping[str, Mapping[int, Timing]] = field(default_factory=dict)
     """Other kind of router -> n images -> all its decisions (`dsnet.decision_timing`); one that is missing counts as the published."""
+    load: MachineLoad | None = None
+    """Of the machine when all was timed; None in tables of earlier releases."""
+
+    @property
+    def noise(self) -> str | None:
+        """What makes the times of whole sub-networks doubtful; None where nothing does."""
+        return noise_of([timing for row in self.subnets.values() for timing in row.values()], self.load)
 
     @property
     def batch_sizes(self) -> tuple[int, ...]:
@@ -161,6 +216,7 @@ class LatencyTable:
                 kind: {int(n): Timing(**item) for n, item in row.items()}
                 for kind, row in data.get("decisions", {}).items()
             },
+            load=MachineLoad.from_json(data.get("load")),
         )
 
 
@@ -385,6 +441,7 @@ def measure_latency(
         decide=decisions.pop(PUBLISHED),
         tails=rows,
         decisions=decisions,
+        load=MachineLoad.now(),
     )
 
 

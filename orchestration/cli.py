@@ -521,6 +521,22 @@ def verify(path: Path, data_path: str | None, as_json: bool) -> None:
 @cli.command()
 @RUN
 @RUNS
+def measure(run: str, runs: str) -> None:
+    """Time a run's sub-networks and its front again, without training."""
+    from orchestration.measure_again import measure_again
+    from orchestration.progress import TerminalProgress
+    from orchestration.terminal import show_measured_again
+
+    if (sweep := _open_supernets(run, runs)) is not None:
+        raise click.UsageError(
+            f"measure times one supernet: name it, such as {sweep.run.supernets_dir / sweep.entries[0].name}"
+        )
+    show_measured_again(measure_again(_open_run(run, runs), TerminalProgress()))
+
+
+@cli.command()
+@RUN
+@RUNS
 def report(run: str, runs: str) -> None:
     """Build a run's report.html again; prints its path."""
     from orchestration.planning import report_again

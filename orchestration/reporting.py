@@ -34,12 +34,14 @@ from dashboards.training import TrainingInfo, training_info
 from dashboards.widths import LatencySeries, WidthsInfo
 from dsnet.errors import NotFoundError
 from dsnet.files import atomic_write_text, read_json
+from dsnet.latency import MAIN_DEVICE
 from dsnet.training.gate import COLLAPSE_SHARE
 from orchestration.baseline import static_metrics
 from orchestration.config import constraint_set
 from orchestration.results import RunResults, Verified
 from orchestration.training_review import review
 from orchestration.trial_list import broken_constraints
+from orchestration.wording import plural
 from search.analysis import Interval, PointAnalysis, RouterShare, SplitAnalysis, optimism
 from search.constraints import BASELINE
 from search.controls import StaticLine
@@ -81,7 +83,11 @@ def report_data(results: RunResults, class_names: tuple[str, ...], notes: tuple[
         training=training_of(results),
         naming="" if made is None else made.naming,
         making=() if made is None else made.lines(config.supernet.init_from),
-        notes=training_notes(results) + notes + _objective_notes(results) + _sample_notes(results),
+        notes=training_notes(results)
+        + _timing_notes(results)
+        + notes
+        + _objective_notes(results)
+        + _sample_notes(results),
         commands=commands_of(results),
         versions=tuple((key, str(value)) for key, value in manifest["versions"].items()),
         hardware=tuple((key, str(value)) for key, value in manifest["hardware"].items() if value is not None),
@@ -113,6 +119,30 @@ def _model_name(results: RunResults) -> str:
 def training_notes(results: RunResults, whose: str = "") -> tuple[str, ...]:
     """What is to be said about the training of the supernet, in sentences."""
     return tuple(f"{whose}{_capital(warning.text)}. To change: {warning.way_out}." for warning in review(results))
+
+
+def timing_doubt(results: RunResults) -> str | None:
+    """What makes the times of a run doubtful, with the way out; None where nothing does."""
+    timed = [(f"sub-networks{_on(name)}", table.noise) for name, table in results.newest_latencies.items()]
+    if results.verified is not None:
+        timed += [(f"the front{_on(name)}", own.noise) for name, own in results.verified.latencies.items()]
+    found = [f"{what}: {why}" for what, why in timed if why is not None]
+    if not found:
+        return None
+    others = f"; and {plural(len(found) - 1, 'more timing')}" if len(found) > 1 else ""
+    return (
+        f"the machine was busy or uneven when latency was measured ({found[0]}{others}); "
+        f"measure again while nothing else runs: dsnet-orch measure {shlex.quote(str(results.run.path))}"
+    )
+
+
+def _on(device: str) -> str:
+    return f" on {device}" if device else ""
+
+
+def _timing_notes(results: RunResults) -> tuple[str, ...]:
+    doubt = timing_doubt(results)
+    return () if doubt is None else (f"{_capital(doubt)}.",)
 
 
 def _capital(text: str) -> str:
@@ -466,7 +496,7 @@ def widths_of(results: RunResults) -> WidthsInfo | None:
     members = results.members
     if not members:
         return None
-    latency = results.latency
+    latency = results.newest_latencies.get(MAIN_DEVICE)
     series = []
     for size, row in () if latency is None else latency.subnets.items():
         timings = [row[subnet.name] for subnet in members]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -177,6 +177,18 @@ class RunResults:
         return self.latencies.get(MAIN_DEVICE)
 
     @cached_property
+    def _timed_again(self) -> dict[str, Any]:
+        """What `dsnet-orch measure` stored; empty where it was not asked for."""
+        path = self.run.timed_again_json(self.done_key("measure")) if self.is_done("measure") else None
+        return _read(path) if path is not None and path.is_file() else {}
+
+    @cached_property
+    def newest_latencies(self) -> dict[str, LatencyTable]:
+        """`latencies`, or what `dsnet-orch measure` found later: to be shown. The study keeps those that it was searched by."""
+        again = self._timed_again.get("tables", {})
+        return self.latencies | {name: LatencyTable.from_json(table) for name, table in again.items()}
+
+    @cached_property
     def records(self) -> list[TrialRecord]:
         """All finished trials in slot order; a search that still runs is read as far as it is."""
         journal = self.run.study_journal(self.stage_key("search") or "")
@@ -293,7 +305,17 @@ class RunResults:
         except (KeyError, TypeError):  # another release wrote it: launching again verifies anew
             return None
         is_current = verified.front == self.front_sample and verified.contenders == self.contenders
-        return verified if is_current else None
+        return self._with_newest_latencies(verified) if is_current else None
+
+    def _with_newest_latencies(self, verified: Verified) -> Verified:
+        """With the times of the front that `dsnet-orch measure` found later, where they are of all of its gates."""
+        again = {name: DynamicLatency.from_json(item) for name, item in self._timed_again.get("front", {}).items()}
+        of_front = {
+            name: latency
+            for name, latency in again.items()
+            if all(set(verified.front) <= set(row) for row in latency.gates.values())
+        }
+        return replace(verified, latencies={**verified.latencies, **of_front})
 
     @property
     def finished_ms(self) -> int:

@@ -175,6 +175,10 @@ class RunDir:
         """The latency table of the main device, or of one of `measure.devices`."""
         return self.stage_dir("measure", key) / (f"latency-{device}.json" if device else "latency.json")
 
+    def timed_again_json(self, key: str) -> Path:
+        """What `dsnet-orch measure` found for a result of the measure stage."""
+        return self.stage_dir("measure", key) / "timed_again.json"
+
     def table(self, key: str, split: str) -> Path:
         """The routing table of the `gate` or `val` split. The test split's is only behind `sealed_table`."""
         if split not in ("gate", "val"):

@@ -22,7 +22,9 @@ from search.analysis import optimism
 from search.points import trial_name
 
 if TYPE_CHECKING:
+    from dsnet.latency import LatencyTable
     from orchestration.bundle_check import Check
+    from orchestration.measure_again import MeasuredAgain
     from orchestration.pipeline import LaunchResult
     from orchestration.results import RunResults, Verified
     from orchestration.trial_list import ListedTrial, Selection, TrialList
@@ -208,6 +210,8 @@ def _show_unverified(results: RunResults, rows: Sequence[Mapping[str, Any]]) -> 
 
 
 def _show_verified(results: RunResults, verified: Verified, rows: Sequence[Mapping[str, Any]]) -> None:
+    from orchestration.reporting import timing_doubt
+
     size = max(verified.latency.gates)
     widest_ms, cheapest_ms = verified.latency.widest[size].median_ms, verified.latency.cheapest[size].median_ms
     baseline = verified.test.routes.index(results.widest.name)
@@ -272,6 +276,8 @@ def _show_verified(results: RunResults, verified: Verified, rows: Sequence[Mappi
     say(
         f"speed-up at batch {size} beside the widest static; ceiling {widest_ms / cheapest_ms:.2f}x: the cheapest alone"
     )
+    if (doubt := timing_doubt(results)) is not None:
+        say(doubt)
     for text in _standing_lines(verified, [row["slot"] for row in shown]):
         say(text)
     if len(reported) < len(results.front):
@@ -293,7 +299,9 @@ def _show_latencies(verified: Verified, slots: Sequence[int]) -> None:
         )
         for slot in slots
     ]
-    title = "ms of a batch on test: put together from measured parts, as objectives are, and as it ran"
+    title = (
+        f"ms of a batch on {verified.latency.split}: put together from measured parts, as objectives are, and as it ran"
+    )
     show_table(("gate", *columns), lines, title)
 
 
@@ -480,3 +488,25 @@ def show_checks(checks: Sequence[Check], *, as_json: bool) -> None:
         return
     for check in checks:
         say(f"ok    {check.name}: {check.finding}")
+
+
+def show_measured_again(again: MeasuredAgain) -> None:
+    """The first timing beside the new one, the widest sub-network's last, and what becomes of the study."""
+    for name, after in again.after.items():
+        before = again.before[name]
+        sizes = list(after.subnets)
+        columns = [text for size in sizes for text in (f"ms/batch {size}, before", "now", "spread")]
+        lines = [
+            (subnet, *(text for size in sizes for text in _times(before, after, size, subnet)))
+            for subnet in after.subnets[sizes[0]]
+        ]
+        title = f"{after.device}, {plural(after.threads, 'thread')}" + (f" ({name})" if name else "")
+        show_table(("sub-network", *columns), lines, title)
+        if after.noise is not None:
+            say(f"still busy or uneven: {after.noise}")
+    say(again.study)
+
+
+def _times(before: LatencyTable, after: LatencyTable, size: int, subnet: str) -> tuple[str, str, str]:
+    first, now = before.subnets[size][subnet], after.subnets[size][subnet]
+    return f"{first.median_ms:.4g}", f"{now.median_ms:.4g}", percent(now.iqr_ms / now.median_ms, 0) + " %"

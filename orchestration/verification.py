@@ -14,7 +14,16 @@ from torch import Tensor
 from dsnet.data import Normalization
 from dsnet.dynamic import DynamicNet
 from dsnet.errors import VerificationError
-from dsnet.latency import LatencySettings, LatencyTable, Timing, device_name, time_interleaved, waiter
+from dsnet.latency import (
+    LatencySettings,
+    LatencyTable,
+    MachineLoad,
+    Timing,
+    device_name,
+    noise_of,
+    time_interleaved,
+    waiter,
+)
 from dsnet.materialize import materialize
 from dsnet.precision import exact_float32
 from dsnet.retrace import Retrace
@@ -137,7 +146,17 @@ class DynamicLatency:
     widest: Mapping[int, Timing]
     cheapest: Mapping[int, Timing]
     ideal: Mapping[int, Mapping[int, float]] = field(default_factory=dict)
-    """batch size -> slot -> what the measured parts add up to for the routes that `test` takes: what the objective said, but on `test`."""
+    """batch size -> slot -> what the measured parts add up to for these images' routes: what the objective said, but on them."""
+    split: str = "test"
+    """Whose images were run; `dsnet-orch measure` takes those of `val`."""
+    load: MachineLoad | None = None
+    """Of the machine when all was timed; None in results of earlier releases."""
+
+    @property
+    def noise(self) -> str | None:
+        """What makes the times doubtful; None where nothing does."""
+        extremes = [*self.widest.values(), *self.cheapest.values()]
+        return noise_of([*extremes, *(timing for row in self.gates.values() for timing in row.values())], self.load)
 
     def beside(self, table: LatencyTable, front: Sequence[PointAnalysis], routes: Sequence[str]) -> DynamicLatency:
         """The same with `ideal` filled in.
@@ -166,7 +185,8 @@ class DynamicLatency:
             {int(n): Timing(**item) for n, item in data[name].items()} for name in ("widest", "cheapest")
         )
         ideal = {int(n): {int(slot): ms for slot, ms in row.items()} for n, row in data["ideal"].items()}
-        return cls(data["device"], data["threads"], gates, widest, cheapest, ideal)
+        load = MachineLoad.from_json(data.get("load"))
+        return cls(data["device"], data["threads"], gates, widest, cheapest, ideal, data.get("split", "test"), load)
 
 
 @torch.inference_mode()
@@ -177,16 +197,18 @@ def time_front(
     normalization: Normalization,
     settings: LatencySettings,
     before_each: Callable[[], None] = lambda: None,
+    split: str = "test",
 ) -> DynamicLatency:
     """Time every router's dynamic network and the static extremes, interleaved, on real images.
 
     Args:
         supernet: trained and recalibrated.
         routers: by slot.
-        images: uint8 [N, C, H, W] of the split that is reported: routes depend on the images.
+        images: uint8 [N, C, H, W] of a split: routes depend on the images.
         normalization: what the supernet was trained with.
         settings: device, threads, batch sizes, repeats.
         before_each: runs untimed before every timed call; it may raise to give up.
+        split: whose images these are.
     """
     device = torch.device(settings.device)
     supernet = supernet.to(device).eval()
@@ -224,6 +246,8 @@ def time_front(
         {size: {slot: row[str(slot)] for slot in routers} for size, row in timings.items()},
         {size: row["widest"] for size, row in timings.items()},
         {size: row["cheapest"] for size, row in timings.items()},
+        split=split,
+        load=MachineLoad.now(),
     )
 
 

@@ -23,12 +23,14 @@ from dsnet.latency import (
     DeviceSettings,
     LatencySettings,
     LatencyTable,
+    MachineLoad,
     Timing,
     device_name,
     device_of,
     latency_file,
     latency_metric,
     measure_latency,
+    noise_of,
     time_interleaved,
 )
 from dsnet.routers import ROUTER_KINDS
@@ -243,3 +245,32 @@ def test_every_device_is_timed_with_the_same_sizes_and_its_own_threads() -> None
 def test_a_device_that_no_metric_could_name_is_refused(devices: dict[str, DeviceSettings], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         LatencySettings(devices=devices)
+
+
+IDLE, BUSY = MachineLoad(1.5, 2), MachineLoad(5.0, 2)
+
+
+@pytest.mark.parametrize(
+    ("spreads", "load", "told"),
+    [
+        ((0.02, 0.05, 0.4), IDLE, None),  # one call that was disturbed is no noise
+        ((0.02, 0.3, 0.4), IDLE, ("30% of the median", "1.5 on 2 cores")),
+        ((0.02, 0.05), BUSY, ("4% of the median", "5.0 on 2 cores")),
+        ((0.3,), None, ("30% of the median",)),
+        ((), None, None),
+    ],
+)
+def test_times_of_a_busy_or_uneven_machine_say_so(
+    spreads: tuple[float, ...], load: MachineLoad | None, told: tuple[str, ...] | None
+) -> None:
+    noise = noise_of([Timing(2.0, 2.0 * spread, 9) for spread in spreads], load)
+    assert (noise is None) == (told is None)
+    assert all(text in str(noise) for text in told or ())
+
+
+def test_a_table_remembers_the_load_and_one_of_an_earlier_release_has_none() -> None:
+    table = replace(table_of({1: 1.0}, {1: 0.1}, {"a": {1: 2.0}}), load=BUSY)
+    stored = json.loads(json.dumps(table.to_json()))
+    assert LatencyTable.from_json(stored) == table
+    del stored["load"]
+    assert LatencyTable.from_json(stored) == replace(table, load=None)
