@@ -82,6 +82,8 @@ def launch(
     run = RunDir(Path(config.storage.runs), config.name)
     prepared = prepare(config, run, progress.warn)
     config = prepared.config
+    if decided := prepared.decided_by_data():
+        progress.say(f"decided by the data: {decided} (dsnet-orch plan says why)")
     for warning in prepared.warnings():
         progress.warn(warning)
     if config.tracking.mlflow:

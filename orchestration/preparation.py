@@ -111,6 +111,12 @@ class Prepared:
         """Side in pixels."""
         return self.image_set.image_shape[-1]
 
+    def decided_by_data(self) -> str:
+        """The settings of the training that follow from the images, by their last names; empty where all are written."""
+        prefix = "supernet.train."
+        own = {key.removeprefix(prefix): each.value for key, each in self.derived.items() if key.startswith(prefix)}
+        return ", ".join(f"{name} {value:g}" for name, value in own.items())
+
     def open_test(self) -> TensorData:
         """The data with the test split; only verify and report may ask, and count it in the manifest."""
         return self.image_set.tensor_data(self.splits, open_test=True)

@@ -41,6 +41,7 @@ def test_a_file_that_writes_all_of_them_has_the_stage_key_that_it_always_had() -
     prepared = prepare(config)
     assert prepared.config == config
     assert not set(prepared.derived) & set(DERIVED_KEYS)
+    assert prepared.decided_by_data() == ""
     assert supernet_key(prepare(sweep(WRITTEN))) == supernet_key(prepared)  # the only operations that digits would get
 
 
@@ -53,6 +54,7 @@ def test_what_the_data_decide_enters_the_stage_key_as_if_it_had_been_written() -
     assert supernet_key(prepare(sweep(same))) == supernet_key(left_open)
     assert supernet_key(prepare(sweep({}, data={"name": "digits", "limit": 60}))) != supernet_key(left_open)
     assert supernet_run(left_open).train.epochs == train.epochs
+    assert f"batch_size {train.batch_size}, epochs {train.epochs}, " in left_open.decided_by_data()
     again = prepare(SweepConfig.model_validate(left_open.config.model_dump(mode="json")))
     assert stage_definitions(again) == stage_definitions(left_open)
 

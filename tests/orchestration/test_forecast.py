@@ -14,7 +14,7 @@ from orchestration.planning import make_plan
 from orchestration.preparation import prepare, stage_definitions
 from orchestration.rundir import RunDir
 from orchestration.stages import plan_stages
-from tests.orchestration.samples import SWEEP, TINY, call, snapshot, write_sweep
+from tests.orchestration.samples import SWEEP, TINY, Finished, call, snapshot, write_sweep
 
 TIMED = TrialRun(
     device="cpu",
@@ -91,3 +91,13 @@ def test_plan_shows_what_somebody_chose_first_and_what_nulls_stand_for(tmp_path:
     assert settings["supernet.train.teacher"]["effective"] == "ema"
     assert settings["data.splits.val"] == {"value": None, "origin": "default", "effective": 200}
     assert not [line for line in whole.splitlines() if line.split()[1:2] == ["null"]]
+
+
+@pytest.mark.ray
+def test_the_forecast_of_a_run_is_near_what_it_took(finished: Finished) -> None:
+    plan = call(finished.folder, "plan", SWEEP, "--name", "afresh", "--json").json
+    found = {stage["stage"]: stage for stage in plan["forecast"]["stages"]}
+    took = {name: entry["seconds"] for name, entry in finished.results.manifest["stages"].items()}
+    assert 1 / 20 < found["supernet"]["seconds"] / took["supernet"] < 20  # other work on the machine moves both
+    stored = sum(file.stat().st_size for file in (finished.run.path / "table").rglob("*.safetensors"))
+    assert found["table"]["disk_bytes"] == pytest.approx(stored, rel=0.5)
