@@ -10,21 +10,24 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 
 from dsnet.checkpoint import load_exactly, load_tensors, save_tensors, tensors_below
+from dsnet.cost import subnet_cost
 from dsnet.data.normalization import Normalization
+from dsnet.data.photos import PhotoDecoder, photo_files
 from dsnet.dynamic import DynamicNet
-from dsnet.errors import CheckpointError, DsnetError, PreflightError, VerificationError
+from dsnet.errors import CheckpointError, DataError, DsnetError, PreflightError, VerificationError
 from dsnet.families import rebuild
 from dsnet.files import atomic_write_json, file_sha256, plain_value, read_json
 from dsnet.precision import exact_float32
+from dsnet.prediction import BATCH_SIZE, Classifier, PhotoPrediction, Predictions, predict_photos
 from dsnet.retrace import Retrace
 from dsnet.routers import Router, router_from_arrays
 from dsnet.space import SubnetSet, SupernetSpec
@@ -37,20 +40,7 @@ LOGIT_TOLERANCE = 1e-4
 MANIFEST = "bundle.json"
 
 
-class Predictions(NamedTuple):
-    """What a bundle answers, in the batch's order."""
-
-    classes: Tensor
-    """int64 [B] index into `class_names`."""
-    probabilities: Tensor
-    """float32 [B, num_classes]."""
-    routes: Tensor
-    """int64 [B] index into `route_names`."""
-    madds: Tensor
-    """int64 [B] MAdds spent on each image."""
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Bundle:
     """A dynamic classifier read from a folder."""
 
@@ -81,6 +71,94 @@ class Bundle:
         probabilities = output.logits.softmax(1)
         return Predictions(output.logits.argmax(1), probabilities, output.routes, output.madds)
 
+    @overload
+    def predict(self, photos: str | Path) -> PhotoPrediction: ...
+
+    @overload
+    def predict(
+        self,
+        photos: Sequence[str | Path],
+        *,
+        on_error: Callable[[Path, DataError], None] | None = None,
+        batch_size: int = BATCH_SIZE,
+    ) -> list[PhotoPrediction]: ...
+
+    def predict(
+        self,
+        photos: str | Path | Sequence[str | Path],
+        *,
+        on_error: Callable[[Path, DataError], None] | None = None,
+        batch_size: int = BATCH_SIZE,
+    ) -> PhotoPrediction | list[PhotoPrediction]:
+        """Classify photos: files of any size that Pillow reads, decoded and resized as the training data was.
+
+        Args:
+            photos: one file, or a list of files and folders; a folder stands for all images in it and below it.
+            on_error: is told of each file that cannot be read, and the others are answered; None: the first one is an error.
+            batch_size: photos that go through the network together.
+
+        Returns:
+            the answer for one file; for a list an answer for every photo that could be read, in order.
+
+        Raises:
+            DataError: a photo cannot be read, or a folder holds none.
+            DsnetError: the bundle does not say how photos are decoded.
+        """
+        if isinstance(photos, str | Path):
+            if Path(photos).is_dir():
+                raise DataError(
+                    f"{photos}: is a folder; for the photos in it give a list: bundle.predict([{str(photos)!r}])"
+                )
+            return self.predict([photos])[0]
+        files = photo_files(map(Path, photos))
+        return list(predict_photos(files, self.photo_decoder, self._classifier, on_error or _raise_error, batch_size))
+
+    @property
+    def _classifier(self) -> Classifier:
+        return Classifier(lambda images: self(images.to(self.device)), self.class_names, self.route_names)
+
+    @property
+    def photo_decoder(self) -> PhotoDecoder:
+        """How photos become images for it.
+
+        A bundle of an earlier release has no record of its own; the description of its data says the same.
+
+        Raises:
+            DsnetError: neither is there.
+        """
+        if self.manifest.get("photos") is not None:
+            return PhotoDecoder.from_json(self.manifest["photos"])
+        data = self.claims.get("data")
+        if not data:
+            raise DsnetError(
+                f"{self.path}: the bundle does not say how photos were decoded and resized for it; export it again with this release, "
+                "or call it with a tensor of pixels: bundle(images)"
+            )
+        return PhotoDecoder.of_data(data["name"], self.image_shape, data.get("crop_fraction", 1.0))
+
+    def __repr__(self) -> str:
+        return f"Bundle({str(self.path)!r})"
+
+    def __str__(self) -> str:
+        """Five lines: the bundle and its classes, router and routes, input, claims, how to call it."""
+        return "\n".join(
+            (
+                f"{self.path.name}: a {self.net.subnets.spec.family} classifier of {len(self.class_names)} classes: "
+                f"{_listed(self.class_names)}",
+                f"router  {self.net.router.kind}, which chooses among {len(self.route_names)} routes: {_listed(self._priced_routes())}",
+                f"input   a photo, or uint8 [B, {', '.join(map(str, self.image_shape))}] with pixels in 0..255",
+                f"claims  {_claims_sentence(self.claims)}",
+                'use     bundle.predict("photo.jpg"), bundle.predict([files and folders]), or bundle(images)',
+            )
+        )
+
+    def _priced_routes(self) -> list[str]:
+        subnets = self.net.subnets
+        size = self.image_shape[-1]
+        return [
+            f"{subnet.name} ({subnet_cost(subnets.spec, subnet, size).madds / 1e6:.3g} M MAdds)" for subnet in subnets
+        ]
+
     @property
     def device(self) -> torch.device:
         """Where it runs."""
@@ -90,6 +168,35 @@ class Bundle:
     def claims(self) -> Mapping[str, Any]:
         """The numbers it was exported with."""
         return self.manifest["claims"]
+
+
+_NUM_LISTED = 6
+"""Names that a line of `print(bundle)` holds at most."""
+
+
+def _listed(names: Sequence[str]) -> str:
+    if len(names) <= _NUM_LISTED:
+        return ", ".join(names)
+    return f"{', '.join(names[: _NUM_LISTED - 1])}, ... {names[-1]}"
+
+
+def _claims_sentence(claims: Mapping[str, Any]) -> str:
+    """Accuracy with its interval, and mean MAdds, on the best evidence that was recorded."""
+    split = next((split for split in ("test", "val") if split in claims), None)
+    if split is None:
+        return "none"
+    own = claims[split]
+    low, high = own.get("top1_interval", (None, None))
+    interval = "" if low is None else f" [95 %: {100 * low:.1f}, {100 * high:.1f}]"
+    size = f" ({own['num_images']} images)" if "num_images" in own else ""
+    chosen = ", which also chose it" if split == "val" else ""
+    return (
+        f"top-1 {100 * own['top1']:.1f} %{interval} at {own['madds_m']:.4g} M MAdds a photo, on {split}{size}{chosen}"
+    )
+
+
+def _raise_error(_file: Path, error: DataError) -> None:
+    raise error
 
 
 @exact_float32()
@@ -103,6 +210,7 @@ def save_bundle(  # noqa: PLR0913 - all but three are given by name
     examples: Tensor,
     claims: Mapping[str, Any],
     gate_yaml: str,
+    photos: PhotoDecoder | None = None,
 ) -> None:
     """Write a bundle, whole or not at all: it is put together beside `folder` and renamed into place, replacing an older one.
 
@@ -115,6 +223,7 @@ def save_bundle(  # noqa: PLR0913 - all but three are given by name
         examples: uint8 [n, C, H, W], images whose routes and logits are stored for `verify`.
         claims: JSON values: accuracies, MAdds, latency, and what they were measured on.
         gate_yaml: the text of gate.yaml.
+        photos: how files of photos become images as the supernet was trained on; None: `predict` is not for this bundle.
 
     Raises:
         PreflightError: `folder` holds something else than a bundle, which would be lost.
@@ -140,6 +249,8 @@ def save_bundle(  # noqa: PLR0913 - all but three are given by name
         "image_shape": list(examples.shape[1:]),
         "claims": dict(claims),
     }
+    if photos is not None:
+        manifest["photos"] = photos.to_json()
     draft = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(draft, ignore_errors=True)
     try:

@@ -519,6 +519,21 @@ def verify(path: Path, data_path: str | None, as_json: bool) -> None:
 
 
 @cli.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("photos", type=click.Path(path_type=Path), nargs=-1, required=True)
+@AS_JSON
+def predict(bundle: Path, photos: tuple[Path, ...], as_json: bool) -> int:
+    """Classify photos with a bundle.
+
+    PHOTOS are image files of any size, or folders of them. Each is decoded and resized as the training images were. Photos that cannot
+    be read are named on stderr, the others are answered, and the exit code is 3.
+    """
+    from orchestration.predict_command import predict_files
+
+    return predict_files(bundle, photos, as_json=as_json)
+
+
+@cli.command()
 @RUN
 @RUNS
 def measure(run: str, runs: str) -> None:

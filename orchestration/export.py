@@ -18,6 +18,7 @@ from ruamel.yaml import YAML
 from dsnet.bundle import NUM_EXAMPLES, save_bundle
 from dsnet.checkpoint import load_supernet
 from dsnet.data import Normalization
+from dsnet.data.photos import PhotoDecoder
 from dsnet.latency import MAIN_DEVICE
 from dsnet.routers import CascadeRouter, LearnedCascadeRouter, Router
 from dsnet.routing_table import RoutingTable
@@ -100,9 +101,18 @@ def export_bundles(prepared: Prepared, results: RunResults, slots: Sequence[int]
             examples=_examples(prepared, val, router),
             claims=claims,
             gate_yaml=_gate_yaml(prepared, results, slot, claims),
+            photos=_photo_decoder(prepared),
         )
         paths.append(path)
     return paths
+
+
+def _photo_decoder(prepared: Prepared) -> PhotoDecoder | None:
+    """None where the images have other channels than photos."""
+    images = prepared.image_set
+    if images.image_shape[0] not in (1, 3):
+        return None
+    return PhotoDecoder.of_data(images.name, images.image_shape, prepared.config.data.crop_fraction)
 
 
 def _examples(prepared: Prepared, val: RoutingTable, router: Router) -> torch.Tensor:

@@ -14,6 +14,7 @@ from orchestration.ray_supernet import SupernetJob, train_on_ray
 from orchestration.stages import StagePlan, run_stage
 from orchestration.supernet_facts import SupernetFacts
 from orchestration.tracking import CurvePoint
+from orchestration.wording import duration
 
 
 def supernet_stage(work: Launch, plan: StagePlan) -> None:
@@ -66,8 +67,8 @@ def supernet_stage(work: Launch, plan: StagePlan) -> None:
 def done_sentence(facts: SupernetFacts, seconds: float) -> str:
     """What was done to make it."""
     if facts.run.train.epochs > 0:
-        return f"trained in {seconds:.0f} s"
-    return "taken as it is" if facts.keeps_statistics() else f"not trained; recalibrated in {seconds:.0f} s"
+        return f"trained in {duration(seconds)}"
+    return "taken as it is" if facts.keeps_statistics() else f"not trained; recalibrated in {duration(seconds)}"
 
 
 def _start_sentence(start: StartPoint) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
+from itertools import pairwise
 
 
 def shown(value: object) -> str:
@@ -39,3 +40,21 @@ def way_out(word: str, known: Sequence[str], label: str = "known", *, hint: str 
 def plural(number: int, singular: str) -> str:
     """`1 supernet`, `2 supernets`."""
     return f"{number:,} {singular}" + ("" if number == 1 else "s")
+
+
+_UNITS = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
+
+
+def duration(seconds: float) -> str:
+    """A length of time as people say it, with two units at most: `0.4 s`, `42 s`, `3 min 20 s`, `2 h 5 min`, `3 d 4 h`.
+
+    Args:
+        seconds: >= 0.
+    """
+    if seconds < 0.95:
+        return f"{seconds:.1f} s"
+    for (unit, name), (part, part_name) in pairwise(_UNITS):
+        if seconds >= unit - part / 2:
+            whole, rest = divmod(round(seconds / part), unit // part)
+            return f"{whole} {name}" + (f" {rest} {part_name}" if rest else "")
+    return f"{seconds:.0f} s"

@@ -1,9 +1,11 @@
-"""From the bytes of a PNG or JPEG file to an RGB image, or one clear error."""
+"""From the bytes of an image file to an RGB image and to a square of one size, or one clear error."""
 
 from __future__ import annotations
 
 import io
 import struct
+from collections.abc import Sequence
+from pathlib import Path
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -12,27 +14,60 @@ from dsnet.errors import DataError
 # What Pillow raises on broken files: it has no common base class for them (a bad PNG chunk is a SyntaxError).
 _BROKEN_FILE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 
+DATA_FORMATS = ("PNG", "JPEG")
+"""File formats of data sets."""
 
-def decode_rgb(data: bytes, where: str) -> Image.Image:
-    """Decode a whole PNG or JPEG file to 8-bit RGB, upright (EXIF orientation applied).
+
+def decode_rgb(data: bytes, where: str, formats: Sequence[str] = DATA_FORMATS) -> Image.Image:
+    """Decode a whole image file to 8-bit RGB, upright (EXIF orientation applied).
 
     Args:
         data: The file's bytes.
         where: What the error message calls the image: a file, or a file and a row.
+        formats: Pillow's names of the formats that are accepted.
 
     Raises:
-        DataError: The bytes are no PNG or JPEG, are truncated, or hold more than 8 bits a channel.
+        DataError: The bytes are of no such format, are truncated, or hold more than 8 bits a channel.
     """
+    expected = " or ".join(formats) if len(formats) <= 2 else "image in a format that Pillow reads"
     try:
-        with Image.open(io.BytesIO(data), formats=("PNG", "JPEG")) as image:
+        with Image.open(io.BytesIO(data), formats=tuple(formats)) as image:
             if image.mode.startswith(("I", "F")):
                 # Pillow would clip these to white in silence.
                 raise DataError(f"{where}: the image has more than 8 bits a channel; convert it to 8-bit PNG or JPEG")
             image.load()
             return ImageOps.exif_transpose(image).convert("RGB")
     except UnidentifiedImageError as error:  # Pillow names the memory that holds the bytes
-        raise DataError(f"{where}: the image does not decode: it is no PNG or JPEG; replace or remove it") from error
+        raise DataError(f"{where}: the image does not decode: it is no {expected}; replace or remove it") from error
     except _BROKEN_FILE as error:
         raise DataError(
-            f"{where}: the image does not decode ({error}); it is truncated or no PNG or JPEG: replace or remove it"
+            f"{where}: the image does not decode ({error}); it is truncated or no {expected}: replace or remove it"
         ) from error
+
+
+def read_rgb(file: Path, formats: Sequence[str] = DATA_FORMATS) -> Image.Image:
+    """One whole image file, upright RGB.
+
+    Raises:
+        DataError: The file cannot be read or does not decode; the message names it.
+    """
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read ({error.strerror}); replace or remove it") from error
+    return decode_rgb(content, str(file), formats)
+
+
+def centre_square(image: Image.Image, image_size: int, crop_fraction: float = 1.0) -> Image.Image:
+    """The centre of an image as evaluation sees it, `image_size` pixels high and wide.
+
+    The shorter side is resized (antialiased bilinear) to image_size / crop_fraction pixels, rounded, and a square of
+    `image_size` cut out of the centre, both in one step: the centre may lie between two pixels.
+
+    Args:
+        image: Of any size.
+        image_size: Height and width in pixels.
+        crop_fraction: The share of the shorter side that is kept, (0, 1]; models for ImageNet are often evaluated with 0.875.
+    """
+    cut_off = (1 - image_size / round(image_size / crop_fraction)) / 2  # at each edge
+    return ImageOps.fit(image, (image_size, image_size), method=Image.Resampling.BILINEAR, bleed=cut_off)

@@ -10,6 +10,7 @@ import torch
 from dsnet.data.images import ImageSet
 from dsnet.errors import ConfigError
 
+IMAGE_SIZE = 8
 _LARGEST_VALUE = 16  # the scans hold 0..16
 
 

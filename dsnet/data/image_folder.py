@@ -16,11 +16,10 @@ from pathlib import Path
 import numpy as np
 import PIL
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 
 from dsnet.data.cache import ImageCache, default_cache_folder
-from dsnet.data.decoding import decode_rgb
+from dsnet.data.decoding import centre_square, read_rgb
 from dsnet.data.images import ImageSet
 from dsnet.data.location import data_root
 from dsnet.data.prefetch import in_order
@@ -219,36 +218,17 @@ def decode_images(
 
 
 def decode_file(file: Path, image_size: int, crop_fraction: float = 1.0) -> np.ndarray:
-    """One image as evaluation sees it: uint8 [3, image_size, image_size], RGB.
-
-    The shorter side is resized (antialiased bilinear) to image_size / crop_fraction pixels, rounded, and a square of
-    `image_size` cut out of the centre, both in one step: the centre may lie between two pixels.
+    """One image as evaluation sees it: uint8 [3, image_size, image_size], RGB; the square of `centre_square`.
 
     Args:
         file: PNG or JPEG.
         image_size: Height and width in pixels.
-        crop_fraction: The share of the shorter side that is kept, (0, 1]; models for ImageNet are often evaluated with 0.875.
+        crop_fraction: The share of the shorter side that is kept, (0, 1].
 
     Raises:
         DataError: The file cannot be read or does not decode; the message names it.
     """
-    cut_off = (1 - image_size / round(image_size / crop_fraction)) / 2  # at each edge
-    size = (image_size, image_size)
-    image = ImageOps.fit(open_rgb(file), size, method=Image.Resampling.BILINEAR, bleed=cut_off)
-    return np.asarray(image).transpose(2, 0, 1)
-
-
-def open_rgb(file: Path) -> Image.Image:
-    """One whole image, upright RGB.
-
-    Raises:
-        DataError: The file cannot be read or does not decode; the message names it.
-    """
-    try:
-        content = file.read_bytes()
-    except OSError as error:
-        raise DataError(f"{file}: cannot be read ({error.strerror}); replace or remove it") from error
-    return decode_rgb(content, str(file))
+    return np.asarray(centre_square(read_rgb(file), image_size, crop_fraction)).transpose(2, 0, 1)
 
 
 def _cache_key(listing: FolderListing, image_size: int, crop_fraction: float, content: list[object]) -> str:

@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Callable
 from pathlib import Path
 
+from dsnet.data import cifar10, digits
 from dsnet.data.cifar10 import load_cifar10
 from dsnet.data.digits import load_digits
 from dsnet.data.image_folder import load_image_folder
@@ -18,10 +19,16 @@ Loader = Callable[[str | Path | None, int | None], ImageSet]
 MIN_IMAGE_SIZE, MAX_IMAGE_SIZE = 8, 512
 
 _LOADERS: dict[str, Loader] = {}
+_NATIVE_SIZES: dict[str, int] = {}
 
 
-def register_data_set(name: str, loader: Loader) -> None:
+def register_data_set(name: str, loader: Loader, native_size: int | None = None) -> None:
     """Make a data set known as `data.name`; call it at import.
+
+    Args:
+        name: Of the data set.
+        loader: Reads it.
+        native_size: Height and width of its images before any resizing; None: the loader decodes files at the size asked for.
 
     Raises:
         ConfigError: The name is taken.
@@ -29,6 +36,13 @@ def register_data_set(name: str, loader: Loader) -> None:
     if name in _LOADERS:
         raise ConfigError(f"data set {name!r} is registered already; choose another name")
     _LOADERS[name] = loader
+    if native_size is not None:
+        _NATIVE_SIZES[name] = native_size
+
+
+def native_image_size(name: str) -> int | None:
+    """Height and width of a data set's images before any resizing; None where its files are decoded at the size asked for."""
+    return _NATIVE_SIZES.get(name)
 
 
 def data_set_names() -> tuple[str, ...]:
@@ -68,6 +82,6 @@ def check_image_size(image_size: int) -> None:
         raise ConfigError(f"data.image_size is {image_size}, must be {MIN_IMAGE_SIZE}..{MAX_IMAGE_SIZE}")
 
 
-register_data_set("digits", lambda path, _image_size: load_digits(path))
-register_data_set("cifar10", lambda path, _image_size: load_cifar10(path))
+register_data_set("digits", lambda path, _image_size: load_digits(path), digits.IMAGE_SIZE)
+register_data_set("cifar10", lambda path, _image_size: load_cifar10(path), cifar10.IMAGE_SIZE)
 register_data_set("image_folder", load_image_folder)

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from dsnet.data.augment import Augmentation, augment
 from dsnet.data.boxes import BoxDraw, draw_boxes
-from dsnet.data.image_folder import decode_file, open_rgb
+from dsnet.data.decoding import read_rgb
+from dsnet.data.image_folder import decode_file
 from dsnet.data.prefetch import in_order
 from dsnet.data.resized_crop import CROP_SCALE, crop_boxes
 from dsnet.seeds import derive_seed
@@ -153,7 +154,7 @@ class StreamedImages:
 def _decode_crop(job: tuple[Path, BoxDraw], scale: tuple[float, float], image_size: int) -> np.ndarray:
     """One random resized crop: uint8 [3, image_size, image_size]."""
     file, draw = job
-    image = open_rgb(file)
+    image = read_rgb(file)
     box = crop_boxes(draw, (image.height, image.width), scale)
     top, left = int(box.top), int(box.left)
     corners = (left, top, left + int(box.width), top + int(box.height))

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import dsnet
 from dsnet.batchnorm import recalibrate
@@ -28,7 +29,8 @@ from dsnet.bundle import (
 )
 from dsnet.checkpoint import load_tensors, save_tensors
 from dsnet.cost import subnet_cost
-from dsnet.errors import CheckpointError, DsnetError, PreflightError, VerificationError
+from dsnet.data.photos import PhotoDecoder
+from dsnet.errors import CheckpointError, DataError, DsnetError, PreflightError, VerificationError
 from dsnet.files import file_sha256
 from dsnet.routers import ROUTER_KINDS, CascadeRouter, Evidence, GateRouter, Router
 from dsnet.supernet import Supernet
@@ -436,3 +438,77 @@ def test_the_package_offers_bundles_at_its_top() -> None:
     assert dsnet.Bundle is Bundle
     with pytest.raises(AttributeError, match="no attribute 'load_cake'"):
         _ = dsnet.load_cake
+
+
+def photo(path: Path, seed: int, size: tuple[int, int] = (30, 50)) -> Path:
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(0, 256, (*size, 3), dtype=torch.uint8, generator=generator)
+    Image.fromarray(pixels.numpy()).save(path)
+    return path
+
+
+DECODER = PhotoDecoder.of_data("image_folder", tuple(random_pixels(1).shape[1:]))  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def photo_bundle(tmp_path: Path) -> Bundle:
+    save(tmp_path / "with-photos", photos=DECODER)
+    return load_bundle(tmp_path / "with-photos")
+
+
+def test_photos_are_answered_as_their_decoded_pixels_are_alone_and_in_company(
+    photo_bundle: Bundle, tmp_path: Path
+) -> None:
+    side = DECODER.image_size
+    files = [photo(tmp_path / f"{seed}.png", seed, (side, side + seed % 3)) for seed in range(20)]
+    expected = photo_bundle(torch.stack([DECODER(file) for file in files]))
+    together = photo_bundle.predict(files, batch_size=8)
+    assert [answer.file for answer in together] == files
+    for index, answer in enumerate(together):
+        label = int(expected.classes[index])
+        assert answer.class_name == photo_bundle.class_names[label]
+        assert answer.probability == pytest.approx(float(expected.probabilities[index, label]), rel=1e-5)
+        assert answer.route == photo_bundle.route_names[int(expected.routes[index])]
+        assert answer.madds == int(expected.madds[index])
+        alone = photo_bundle.predict(files[index])
+        assert (alone.class_name, alone.route, alone.madds) == (answer.class_name, answer.route, answer.madds)
+        assert alone.probability == pytest.approx(answer.probability, rel=1e-5)
+    assert len({answer.route for answer in together}) > 1
+
+
+def test_a_photo_that_cannot_be_read_is_an_error_or_told_and_left_out(photo_bundle: Bundle, tmp_path: Path) -> None:
+    good, bad = photo(tmp_path / "good.png", 1), tmp_path / "bad.png"
+    bad.write_bytes(b"no picture")
+    with pytest.raises(DataError, match=r"bad\.png"):
+        photo_bundle.predict([good, bad])
+    told: list[Path] = []
+    answers = photo_bundle.predict([bad, good], on_error=lambda file, error: told.append(file))
+    assert [answer.file for answer in answers] == [good]
+    assert told == [bad]
+    with pytest.raises(DataError, match="is a folder"):
+        photo_bundle.predict(tmp_path)
+
+
+def test_a_bundle_of_an_earlier_release_decodes_by_what_it_says_of_its_data_or_says_that_it_cannot(
+    tmp_path: Path,
+) -> None:
+    data = {"name": "image_folder", "crop_fraction": 0.875}
+    save(tmp_path / "old", claims={"data": data})
+    old = load_bundle(tmp_path / "old")
+    assert "photos" not in old.manifest
+    assert old.photo_decoder == PhotoDecoder.of_data("image_folder", old.image_shape, 0.875)
+    save(tmp_path / "older", claims={})
+    with pytest.raises(DsnetError, match="does not say how photos were decoded"):
+        load_bundle(tmp_path / "older").predict("a.png")
+
+
+def test_a_printed_bundle_is_five_lines_with_router_routes_input_claims_and_call(tmp_path: Path) -> None:
+    test = {"top1": 0.9512, "top1_interval": [0.93, 0.97], "madds_m": 12.345, "num_images": 300}
+    save(tmp_path / "knee", claims={"val": {"top1": 0.5, "madds_m": 0.25}, "test": test})
+    lines = str(load_bundle(tmp_path / "knee")).splitlines()
+    assert len(lines) == 5
+    assert lines[0] == "knee: a ds_tiny classifier of 10 classes: class0, class1, class2, class3, class4, ... class9"
+    assert lines[1].startswith("router  gate, which chooses among 2 routes: ")
+    assert "M MAdds" in lines[1]
+    assert lines[3] == "claims  top-1 95.1 % [95 %: 93.0, 97.0] at 12.35 M MAdds a photo, on test (300 images)"
+    assert "bundle.predict(" in lines[4]

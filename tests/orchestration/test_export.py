@@ -13,6 +13,7 @@ import click
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from ruamel.yaml import YAML
 
 import dsnet
@@ -232,6 +233,35 @@ def test_a_bundle_needs_none_of_the_platforms(bundles: Path) -> None:
     path = next(bundles.iterdir())
     done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr
+
+
+def test_predict_answers_photos_as_the_bundle_answers_the_data_and_names_what_it_cannot_read(
+    finished: Finished, bundles: Path, tmp_path: Path
+) -> None:
+    pixels = prepare_again(finished.results).data.images("val")[:6]
+    for index, image in enumerate(pixels):
+        Image.fromarray(image[0].numpy()).save(tmp_path / f"scan-{index}.png")
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    path = next(bundles.iterdir())
+    bundle = dsnet.load_bundle(path)
+    expected = bundle(pixels)
+
+    answer = call(finished.folder, "predict", path, tmp_path, "--json")
+    assert answer.code == 3
+    assert [Path(item["file"]).name for item in answer.json["unreadable"]] == ["broken.png"]
+    rows = answer.json["predictions"]
+    assert [Path(row["file"]).name for row in rows] == [f"scan-{index}.png" for index in range(6)]
+    assert [row["class"] for row in rows] == [bundle.class_names[label] for label in expected.classes.tolist()]
+    assert [row["route"] for row in rows] == [bundle.route_names[route] for route in expected.routes.tolist()]
+    assert [row["madds"] for row in rows] == expected.madds.tolist()
+    assert [row["probability"] for row in rows] == pytest.approx(expected.probabilities.amax(1).tolist(), rel=1e-5)
+
+    answer = call(finished.folder, "predict", path, tmp_path / "scan-0.png", tmp_path / "gone.png")
+    assert answer.code == 3
+    assert answer.out.splitlines()[1].split()[:2] == [str(tmp_path / "scan-0.png"), rows[0]["class"]]
+    assert f"{tmp_path / 'gone.png'}: cannot be read" in answer.err
+    assert call(finished.folder, "predict", path, tmp_path / "scan-0.png").code == 0
+    assert call(finished.folder, "predict", tmp_path / "none", tmp_path / "scan-0.png").code == 9
 
 
 @pytest.mark.parametrize(
