@@ -56,7 +56,21 @@ def config_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]}, epilog="Exit codes are listed in docs/cli.md.")
+class _WholeSummaries(click.Group):
+    """A group whose help shows the first sentence of every command whole; click cuts it at the width of the terminal."""
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the commands."""
+        rows = [(name, self.commands[name].get_short_help_str(limit=1000)) for name in self.list_commands(ctx)]
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
+
+
+@click.group(
+    cls=_WholeSummaries,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Exit codes are listed in docs/cli.md.",
+)
 @click.version_option(package_name="dsnet-orch")
 def cli() -> None:
     """Train a slimmable supernet, sweep input-adaptive gates over it, measure everything, export what is Pareto-optimal."""
@@ -361,16 +375,27 @@ def import_checkpoint(checkpoint: Path, out: Path | None, name: str | None, **op
 @cli.command()
 @RUN
 @RUNS
+@click.option("--watch", is_flag=True, help="Show it again whenever it changes, until no driver holds the run.")
 @AS_JSON
-def status(run: str, runs: str, as_json: bool) -> None:
+def status(run: str, runs: str, watch: bool, as_json: bool) -> None:
     """Show how far a run has come."""
-    from orchestration.supernet_terminal import show_supernets_status
-    from orchestration.terminal import show_status
+    from orchestration.watching import watch_status
 
-    if (sweep := _open_supernets(run, runs)) is not None:
-        show_supernets_status(sweep, as_json=as_json)
-        return
-    show_status(_open_run(run, runs), as_json=as_json)
+    def show() -> None:
+        from orchestration.supernet_terminal import show_supernets_status
+        from orchestration.terminal import show_status
+
+        if (sweep := _open_supernets(run, runs)) is not None:
+            show_supernets_status(sweep, as_json=as_json)
+            return
+        show_status(_open_run(run, runs), as_json=as_json)
+
+    if watch and as_json:
+        raise click.UsageError("--watch is for people: it has no --json; call `status --json` again instead")
+    if watch:
+        watch_status(_run_dir(run, runs), show)
+    else:
+        show()
 
 
 @cli.command()

@@ -13,6 +13,7 @@ from dsnet.supernet import Supernet
 from dsnet.training.evaluate import TRAIN_SAMPLE_FILE, build_routing_table, measure_subnets, sample_training_images
 from orchestration.launch_context import Launch
 from orchestration.preparation import latency_settings, supernet_run, training_images
+from orchestration.progress import Task
 from orchestration.projection import write_subnets
 from orchestration.results import RunResults
 from orchestration.stages import StagePlan, run_stage
@@ -26,7 +27,7 @@ def measure_stage(work: Launch, plan: StagePlan, supernet: Supernet) -> None:
 
     def measure(folder: Path) -> Sequence[Path]:
         supernet.to(resolve_device(work.config.supernet.device))
-        with work.progress.bar("measure: accuracy", len(subnets.all)) as bar:
+        with work.progress.bar(Task("measure: accuracy", len(subnets.all), "sub-network")) as bar:
 
             def on_row(rows: Sequence[object]) -> None:
                 bar.update(len(rows))
@@ -39,7 +40,7 @@ def measure_stage(work: Launch, plan: StagePlan, supernet: Supernet) -> None:
         outputs.append(folder / TRAIN_SAMPLE_FILE)
         atomic_write_json(outputs[-1], sample_training_images(supernet, images, work.prepared.normalization))
         for name, settings in latency_settings(work.config).items():
-            with work.progress.bar(f"measure: latency {name}".rstrip(), settings.num_rounds) as bar:
+            with work.progress.bar(Task(f"measure: latency {name}".rstrip(), settings.num_rounds, "round")) as bar:
                 latency = measure_latency(
                     supernet,
                     size,
@@ -79,7 +80,7 @@ def table_stage(work: Launch, plan: StagePlan, supernet: Supernet) -> None:
 def build_table(work: Launch, supernet: Supernet, data: TensorData, split: str, path: Path) -> Path:
     """Run every route over a split and store its table."""
     supernet = supernet.to(resolve_device(work.config.supernet.device))
-    with work.progress.bar(f"table: {split}", data.num_images(split)) as bar:
+    with work.progress.bar(Task(f"table: {split}", data.num_images(split), "image")) as bar:
 
         def on_progress(done: int, total: int) -> None:
             work.check_stop()

@@ -21,7 +21,7 @@ from orchestration.evaluation_stages import measure_stage, table_stage
 from orchestration.export import export_picks
 from orchestration.launch_context import Launch
 from orchestration.preparation import Prepared, prepare, stage_definitions, write_splits
-from orchestration.progress import ProgressView
+from orchestration.progress import FiledProgress, ProgressView
 from orchestration.projection import (
     Standing,
     make_tracker,
@@ -96,7 +96,7 @@ def launch(
         with stop(run) as request:
             manifest = write_facts(prepared, run)
             tracker = make_tracker(config, run, progress.warn)
-            work = Launch(prepared, run, manifest, tracker, progress, request)
+            work = Launch(prepared, run, manifest, tracker, FiledProgress(progress, run.progress_json), request)
             with closing_tracker(run, tracker, progress, lambda: sweep_end_ms(manifest.read())):
                 return _run_stages(work)
 

@@ -18,7 +18,7 @@ from orchestration.wording import plural
 COLUMNS = (
     Column("photo", is_text=True),
     Column("class", is_text=True),
-    Column("probability %"),
+    Column("probability\u00a0%"),
     Column("route", is_text=True, drop=1),
     Column("MAdds M", drop=1),
 )

@@ -1,13 +1,41 @@
-"""What a person sees while a sweep runs, on stderr: stages, bars, warnings. stdout is for data."""
+"""How far a launch has come: bars and lines on stderr for a person, and a small file in the run folder for `dsnet-orch status`.
+
+stdout is for data. On a terminal a bar moves; on a pipe there is a plain line for every epoch and every cohort of trials.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Protocol
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn
+
+from dsnet.errors import CheckpointError
+from dsnet.files import atomic_write_json, read_json
+from orchestration.tables import wrapped
+from orchestration.wording import duration, plural
+
+WRITE_EVERY_S = 1.0
+"""The progress file is written so often at most."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A piece of work whose progress is told."""
+
+    title: str
+    total: float
+    unit: str = ""
+    """What is counted, in the singular: "epoch"; empty where nobody wants to know the number."""
+    line_every: float | None = None
+    """On a pipe a line after every so many; None: no lines."""
+    start: float | None = None
+    """How many earlier launches have done; None: the first report says it."""
 
 
 class Bar(Protocol):
@@ -29,48 +57,106 @@ class ProgressView(Protocol):
         """A line that stays and matters."""
         ...
 
-    def bar(self, title: str, total: float) -> AbstractContextManager[Bar]:
+    def bar(self, task: Task) -> AbstractContextManager[Bar]:
         """A bar for the length of a with-block."""
         ...
 
 
+class TimeLeft:
+    """Forecasts the rest of a task from its pace in this launch."""
+
+    def __init__(self, task: Task, clock: Callable[[], float] | None = None) -> None:
+        self._total = task.total
+        self._small = task.line_every or 1.0
+        self._clock = clock if clock is not None else time.monotonic
+        self._began_s = self._clock()
+        self._start = task.start
+
+    def after(self, done: float) -> float | None:
+        """Seconds that the rest will take; None where no pace is known yet."""
+        now = self._clock()
+        if self._start is None:  # a continued task reports at once what was done before: that is no pace
+            self._start = 0.0 if done <= self._small else done
+            self._began_s = self._began_s if done <= self._small else now
+        gained = done - self._start
+        return None if gained <= 0 else max(0.0, self._total - done) * (now - self._began_s) / gained
+
+
+def count_text(done: float, total: float, unit: str) -> str:
+    """`7 of 30 epochs`."""
+    return f"{int(done):,} of {plural(int(total), unit)}" if unit else f"{int(done):,} of {int(total):,}"
+
+
+def left_text(seconds: float | None) -> str:
+    """`, 42 s left`; empty where nobody knows, and at the end."""
+    return "" if not seconds else f", {duration(seconds)} left"
+
+
 class _RichBar:
-    def __init__(self, progress: Progress, title: str, total: float) -> None:
+    def __init__(self, progress: Progress, task: Task) -> None:
         self._progress = progress
-        self._task = progress.add_task(title, total=total, text="")
+        self._task = task
+        self._left = TimeLeft(task)
+        self._id = progress.add_task(
+            task.title, total=task.total, text=count_text(task.start or 0, task.total, task.unit)
+        )
 
     def update(self, done: float, text: str = "") -> None:
-        self._progress.update(self._task, completed=done, text=text)
+        told = count_text(done, self._task.total, self._task.unit) + left_text(self._left.after(done))
+        self._progress.update(self._id, completed=done, text=f"{told}  {text}")
+
+
+class _LineBar:
+    """Lines instead of a bar, one whenever another `line_every` are done."""
+
+    def __init__(self, say: Callable[[str], None], task: Task) -> None:
+        self._say = say
+        self._task = task
+        self._left = TimeLeft(task)
+        self._told = task.start or 0.0
+
+    def update(self, done: float, text: str = "") -> None:
+        left, every = self._left.after(done), self._task.line_every
+        if every is None or (done < self._told + every and not self._told < done == self._task.total):
+            return
+        self._told = done // every * every
+        beside = f"; {text}" if text else ""
+        self._say(f"{self._task.title}: {count_text(done, self._task.total, self._task.unit)}{left_text(left)}{beside}")
 
 
 class TerminalProgress:
-    """Bars and lines on stderr; on a pipe only the lines."""
+    """Bars and lines on stderr; on a pipe only lines."""
 
     def __init__(self) -> None:
         self.console = Console(stderr=True, highlight=False)
 
     def say(self, text: str) -> None:
         """A line that stays."""
-        self.console.print(text, markup=False, soft_wrap=True)
+        self._print(text)
 
     def warn(self, text: str) -> None:
         """A line in yellow."""
-        self.console.print(f"warning: {text}", style="yellow", markup=False, soft_wrap=True)
+        self._print(f"warning: {text}", style="yellow")
+
+    def _print(self, text: str, style: str | None = None) -> None:
+        width = self.console.width if self.console.is_terminal else None
+        for line in text.splitlines():
+            for part in wrapped(line, width):
+                self.console.print(part, style=style, markup=False, soft_wrap=True)
 
     @contextmanager
-    def bar(self, title: str, total: float) -> Iterator[Bar]:
-        """A bar with count, elapsed and remaining time, and room for a text."""
+    def bar(self, task: Task) -> Iterator[Bar]:
+        """A bar with count, time left, and room for a text; on a pipe lines."""
+        if not self.console.is_terminal:
+            yield _LineBar(self.say, task)
+            return
         columns = (
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=28),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(compact=True),
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=16),
             TextColumn("{task.fields[text]}", markup=False),
         )
-        with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as progress:
-            yield _RichBar(progress, title, total)
+        with Progress(*columns, console=self.console, transient=True) as progress:
+            yield _RichBar(progress, task)
 
 
 class _SilentBar:
@@ -93,6 +179,81 @@ class SilentProgress:
         self.lines.append(f"warning: {text}")
 
     @contextmanager
-    def bar(self, title: str, total: float) -> Iterator[Bar]:
+    def bar(self, task: Task) -> Iterator[Bar]:
         """A bar that shows nothing."""
         yield _SilentBar()
+
+
+@dataclass(frozen=True)
+class TaskState:
+    """Where the newest task of a run stands, as its file says."""
+
+    title: str
+    unit: str
+    done: float
+    total: float
+    left_s: float | None
+    """At the pace of the launch that wrote it."""
+
+    def __str__(self) -> str:
+        return f"{self.title}: {count_text(self.done, self.total, self.unit)}{left_text(self.left_s)}"
+
+
+def read_task_state(path: Path) -> TaskState | None:
+    """What a run's progress file says; None where there is none that can be read."""
+    if not path.is_file():
+        return None
+    try:
+        return TaskState(**read_json(path))
+    except (CheckpointError, TypeError):
+        return None
+
+
+class _FiledBar:
+    def __init__(self, bar: Bar, task: Task, path: Path) -> None:
+        self._bar = bar
+        self._task = task
+        self._path = path
+        self._left = TimeLeft(task)
+        self._written_s: float | None = None
+
+    def update(self, done: float, text: str = "") -> None:
+        self._bar.update(done, text)
+        left_s = self._left.after(done)
+        now = time.monotonic()
+        if self._written_s is None or now - self._written_s >= WRITE_EVERY_S or done >= self._task.total:
+            self._written_s = now
+            self.write(done, left_s)
+
+    def write(self, done: float, left_s: float | None) -> None:
+        state = TaskState(self._task.title, self._task.unit, done, self._task.total, left_s)
+        atomic_write_json(self._path, asdict(state))
+
+
+class FiledProgress:
+    """Hands everything on to another view, and keeps a file with the state of the newest task."""
+
+    def __init__(self, view: ProgressView, path: Path) -> None:
+        self._view = view
+        self._path = path
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        self._view.say(text)
+
+    def warn(self, text: str) -> None:
+        """A line that stays and matters."""
+        self._view.warn(text)
+
+    @contextmanager
+    def bar(self, task: Task) -> Iterator[Bar]:
+        """A bar of the other view, whose reports are written down too."""
+        with self._view.bar(task) as bar:
+            filed = _FiledBar(bar, task, self._path)
+            filed.write(task.start or 0.0, None)
+            yield filed
+
+
+def json_state(state: TaskState | None) -> dict[str, Any] | None:
+    """The state as JSON."""
+    return None if state is None else asdict(state)

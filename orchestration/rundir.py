@@ -116,6 +116,11 @@ class RunDir:
         return self.path / "stop"
 
     @property
+    def progress_json(self) -> Path:
+        """How far the newest task of a launch has come (`orchestration.progress`)."""
+        return self.path / "progress.json"
+
+    @property
     def splits_json(self) -> Path:
         return self.path / "data" / "splits.json"
 

@@ -37,7 +37,7 @@ from orchestration.config import (
 from orchestration.end_to_end_trials import EndToEndCheck, MakeEndToEndTrial, shared_images
 from orchestration.launch_context import Launch
 from orchestration.preparation import Prepared
-from orchestration.progress import Bar
+from orchestration.progress import Bar, Task
 from orchestration.projection import trial_row
 from orchestration.queue import read_queue
 from orchestration.ray_trials import MakeCohortFunction, RayRunner
@@ -110,10 +110,9 @@ def search_stage(work: Launch, plan: StagePlan, table_plan: StagePlan) -> None:
     def search(folder: Path) -> Sequence[Path]:
         journal = StudyJournal.open(run.study_journal(plan.key), study_settings(config))
         report = ArithmeticReport(folder / "arithmetic.json", work.progress.warn)
-        with (
-            closing(_trial_runner(work, table_plan, report)) as runner,
-            work.progress.bar("search (trials)", resolve_trials(config)) as bar,
-        ):
+        num_finished = len(journal.trials())
+        task = Task("search", resolve_trials(config), "trial", line_every=resolve_cohort(config), start=num_finished)
+        with closing(_trial_runner(work, table_plan, report)) as runner, work.progress.bar(task) as bar:
             result = Search(
                 journal=journal,
                 runner=runner,
@@ -121,7 +120,7 @@ def search_stage(work: Launch, plan: StagePlan, table_plan: StagePlan) -> None:
                 save_arrays=lambda slot, arrays: _save_gate(run.gate_weights(plan.key, slot), arrays),
                 progress=ProgressFiles(folder / "progress"),
                 queue=lambda: [item["params"] for item in read_queue(run.queue_jsonl(plan.key))],
-                observer=_Observer(work, bar, len(journal.trials())),
+                observer=_Observer(work, bar, num_finished),
                 should_stop=work.stop,
             ).run(Budget(resolve_trials(config), config.budget.time_s, stop_rules(measured)))
         if result.stop_reason == "stop":

@@ -8,6 +8,7 @@ from pathlib import Path
 from dsnet.environment import resolve_device
 from orchestration.launch_context import Launch
 from orchestration.preparation import StartPoint, supernet_run, training_images
+from orchestration.progress import Task
 from orchestration.projection import supernet_row
 from orchestration.ray_runtime import LOCAL, cluster_cpus
 from orchestration.ray_supernet import SupernetJob, train_on_ray
@@ -44,7 +45,7 @@ def supernet_stage(work: Launch, plan: StagePlan) -> None:
         if start is not None:
             work.progress.say(_start_sentence(start))
         epochs = training.train.epochs
-        with work.progress.bar("supernet (epochs)", epochs) as bar:
+        with work.progress.bar(Task("supernet", epochs, "epoch", line_every=1)) as bar:
 
             def on_points(points: list[CurvePoint]) -> None:
                 work.tracker.curve(points)

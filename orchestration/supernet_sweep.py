@@ -33,7 +33,7 @@ from orchestration.pipeline import (
     write_facts,
 )
 from orchestration.preparation import Images, Prepared, load_images, supernet_run, training_images
-from orchestration.progress import Bar, ProgressView
+from orchestration.progress import Bar, FiledProgress, ProgressView, Task
 from orchestration.projection import (
     Standing,
     store_uri,
@@ -122,6 +122,7 @@ def launch_supernets(
             member.run.clear_stop()
         run.clear_stop()
         request = stack.enter_context(stop(run))
+        progress = FiledProgress(progress, run.progress_json)
         sweep = _Sweep.begin(config, run, images, members, progress, request, stack)
         return sweep.run_all()
 
@@ -215,9 +216,9 @@ class _Named:
         """A line that stays and matters."""
         self._progress.warn(f"{self._name}: {text}")
 
-    def bar(self, title: str, total: float) -> AbstractContextManager[Bar]:
+    def bar(self, task: Task) -> AbstractContextManager[Bar]:
         """A bar for the length of a with-block."""
-        return self._progress.bar(f"{self._name}: {title}", total)
+        return self._progress.bar(replace(task, title=f"{self._name}: {task.title}"))
 
 
 @dataclass
@@ -362,7 +363,7 @@ class _Sweep:
             prepared = _prepared(next(iter(self.members.values())))
             data = prepared.data
             total = sum(entry.epochs for entry in self.book.entries if entry.name in self.members)
-            with self.progress.bar("supernets (epochs)", total) as bar:
+            with self.progress.bar(Task("supernets", total, "epoch", line_every=1)) as bar:
                 training.bar = bar
                 fates = train_members(
                     self._tune_members(plans, threads),

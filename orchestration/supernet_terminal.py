@@ -7,8 +7,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from orchestration.rundir import RunDir, read_lock
-from orchestration.terminal import front_rows, percent, print_json, say, say_training_warnings, short, show_table
+from orchestration.progress import json_state, read_task_state
+from orchestration.rundir import RunDir
+from orchestration.tables import Column
+from orchestration.terminal import (
+    driver_text,
+    front_rows,
+    percent,
+    print_json,
+    say,
+    say_progress,
+    say_training_warnings,
+    short,
+    show_table,
+    tell,
+)
 from orchestration.wording import plural
 from search.points import trial_name
 
@@ -81,10 +94,10 @@ def show_supernets_front(results: SupernetSweepResults, picks: Sequence[str], *,
         )
         return
     if picks and not rows:
-        say("none of these gates is on the front; `trials` lists them all, and `export --pick` takes any of them")
+        tell("none of these gates is on the front; `trials` lists them all, and `export --pick` takes any of them")
         return
     further = [metric.name for metric in results.config.metrics if metric.name not in ("top1", "madds_m")]
-    columns = ("supernet", "gate", "router", "top-1 val %", "top-1 test % [95 %]", "MAdds M", *further)
+    columns = ("supernet", "gate", "router", "top-1\u00a0% val", "top-1\u00a0% test [95\u00a0%]", "MAdds M", *further)
     lines = [
         (
             row["supernet"],
@@ -118,18 +131,17 @@ def _on_test(row: Mapping[str, Any]) -> str:
 def _show_openings(results: SupernetSweepResults) -> None:
     openings = results.manifest["test_openings"]
     if openings > 1:
-        say(f"test was read {openings} times: numbers chosen after the first time are optimistic")
+        tell(f"test was read {openings} times: numbers chosen after the first time are optimistic")
 
 
 def show_supernets_status(results: SupernetSweepResults, *, as_json: bool) -> None:
     """What has become of each supernet, trials, and who drives the sweep."""
-    holder = read_lock(results.run.lock_path)
-    is_gone = holder is not None and not (holder.is_on_another_host() or holder.is_alive())
-    driver = None if holder is None else f"{holder}" + (", which is gone" if is_gone else "")
+    driver = driver_text(results.run)
     members = [_status(results, entry) for entry in results.entries]
     content = {
         "run": str(results.run.path),
         "driver": driver,
+        "progress": None if results.is_verified else json_state(read_task_state(results.run.progress_json)),
         "supernets": members,
         "trials": {
             "finished": results.num_trials,
@@ -145,16 +157,18 @@ def show_supernets_status(results: SupernetSweepResults, *, as_json: bool) -> No
         return
     say(f"run       {results.run.path}")
     say(f"driver    {driver or 'none'}")
+    say_progress(results.run, is_finished=results.is_verified)
     lines = [
         (item["name"], item["told"], item["state"], item["epochs"], str(item["trials"]), str(item["front"]))
         for item in members
     ]
-    show_table(("supernet", "settings", "state", "epochs", "trials", "on the front"), lines, num_left=3)
+    settings = Column("settings", is_text=True, wraps=True)
+    show_table(("supernet", settings, "state", "epochs", "trials", "on the front"), lines, num_left=3)
     for item in members:
         if item["reason"]:
-            say(f"{item['name']} {item['state']}: {item['reason']}")
+            tell(f"{item['name']} {item['state']}: {item['reason']}")
         for warning in item["warnings"]:
-            say(f"warning   {item['name']}: {warning['text']}; {warning['way_out']}")
+            tell(f"warning   {item['name']}: {warning['text']}; {warning['way_out']}")
     say(f"trials    {results.num_trials} finished, of {results.config.budget.trials} for each trained supernet")
     say(f"front     {plural(len(results.front), 'gate')}" + ("" if results.is_verified else ", not verified yet"))
     journal = results.run.merged_journal

@@ -9,6 +9,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 
 from rich.cells import cell_len
 from rich.console import Console
@@ -16,6 +17,8 @@ from rich.text import Text
 
 GAP = "  "
 """Between two columns."""
+NO_BREAK = "\u00a0"
+"""Between words of a title that stay together."""
 INDENT = "    "
 """Before the columns of a row that are stacked on a further line."""
 MIN_PROSE = 16
@@ -27,6 +30,7 @@ class Column:
     """How one column of a table behaves where the terminal is too narrow for all of them."""
 
     title: str
+    """A no-break space in it is printed as a space."""
     is_text: bool = False
     """Text is set to the left, numbers to the right."""
     drop: int = 0
@@ -87,9 +91,9 @@ def table_lines(columns: Sequence[Column], rows: Sequence[Sequence[str]], width:
 
 def left_out(columns: Sequence[Column], layout: Layout, width: int, rest: str = "--json") -> str:
     """The sentence that names the columns which a narrow terminal leaves out."""
-    names = ", ".join(columns[position].title for position in layout.dropped)
-    ways = " or ".join(["a wider terminal", "`| cat`", *([rest] if rest else [])])
-    return f"no room at {width} columns for: {names} ({ways} shows everything)"
+    names = ", ".join(columns[position].title.replace(NO_BREAK, " ") for position in layout.dropped)
+    ways = f"a wider terminal, `| cat` or {rest} shows" if rest else "a wider terminal or `| cat` shows"
+    return f"no room at {width} columns for: {names} ({ways} everything)"
 
 
 def wrapped(text: str, width: int | None) -> list[str]:
@@ -155,21 +159,39 @@ def _fitted(
 ) -> dict[int, int] | None:
     """Widths with which the columns fit side by side; None where they do not.
 
-    Room to spare goes to the titles first, then to the columns of prose in equal shares, as far as they need them.
+    Room to spare goes to the tallest titles first, then to the columns of prose in equal shares, as far as they need them.
     """
     widths = {position: _narrowest(columns, rows, position) for position in shown}
     spare = width - sum(widths.values()) - len(GAP) * (len(shown) - 1)
     if spare < 0:
         return None
+    spare = _flatten_titles(columns, widths, spare)
     wanted = {position: _widest(columns, rows, position) - widths[position] for position in shown}
     prose = sorted((position for position in shown if columns[position].wraps), key=wanted.__getitem__)
-    others = [position for position in shown if not columns[position].wraps]
-    for number, position in enumerate([*others, *prose]):
-        share = spare // (len(shown) - number) if columns[position].wraps else spare
-        more = min(share, wanted[position])
+    for number, position in enumerate(prose):
+        more = min(spare // (len(prose) - number), wanted[position])
         widths[position] += more
         spare -= more
     return widths
+
+
+def _flatten_titles(columns: Sequence[Column], widths: dict[int, int], spare: int) -> int:
+    """Widen columns until no room is left with which the header would need fewer lines; what is left of the spare room."""
+
+    def height(position: int, width: int) -> int:
+        return len(wrapped(columns[position].title, width))
+
+    while True:
+        tallest = max(height(position, widths[position]) for position in widths)
+        steps = {}
+        for position, width in widths.items():
+            if height(position, width) == tallest > 1:
+                steps[position] = next(more for more in count(1) if height(position, width + more) < tallest)
+        if not steps or sum(steps.values()) > spare:
+            return spare
+        for position, more in steps.items():
+            widths[position] += more
+        spare -= sum(steps.values())
 
 
 def _stacked(columns: Sequence[Column], rows: Sequence[Sequence[str]], shown: Sequence[int], width: int) -> Layout:
@@ -220,4 +242,5 @@ def _cells(columns: Sequence[Column], layout: Layout, row: Sequence[str], *, bre
 
 def _aligned(text: str, width: int, is_text: bool) -> str:
     space = " " * max(0, width - cell_len(text))
+    text = text.replace(NO_BREAK, " ")
     return text + space if is_text else space + text

@@ -13,11 +13,13 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.table import Table
 
 from dsnet.latency import MAIN_DEVICE, latency_metric
-from orchestration.rundir import read_lock
-from orchestration.wording import plural
+from orchestration import tables
+from orchestration.progress import json_state, read_task_state
+from orchestration.rundir import RunDir, read_lock
+from orchestration.tables import Column, terminal_width, wrapped
+from orchestration.wording import duration, plural
 from search.analysis import optimism
 from search.points import trial_name
 
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
 
 MAX_LISTED = 8
 """Trials or reasons that are written out one by one."""
+INDENT = " " * 10
+"""Below the names at the beginning of lines such as `report    runs/...`."""
 
 
 def _console() -> Console:
@@ -43,8 +47,21 @@ def _console() -> Console:
 
 
 def say(text: str = "") -> None:
-    """A line on stdout."""
+    """A line on stdout, for the terminal to break: what a person copies stays in one piece.
+
+    Where it does not fit, a remark in parentheses after three spaces gets a line of its own.
+    """
+    width = terminal_width()
+    place, gap, remark = text.partition("   (")
+    if gap and width is not None and len(text) > width:
+        text = f"{place}\n{INDENT}({remark}"
     _console().print(text, markup=False, soft_wrap=True)
+
+
+def tell(text: str) -> None:
+    """Prose on stdout, broken between words where it does not fit."""
+    for line in wrapped(text, terminal_width()):
+        _console().print(line, markup=False, soft_wrap=True)
 
 
 def warn(text: str) -> None:
@@ -54,19 +71,18 @@ def warn(text: str) -> None:
 
 def print_json(value: Any) -> None:
     """A value as JSON on stdout."""
-    say(json.dumps(value, indent=1, allow_nan=False))
+    _console().print(json.dumps(value, indent=1, allow_nan=False), markup=False, soft_wrap=True)
 
 
 def show_table(
-    columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None, num_left: int = 1
+    columns: Sequence[str | Column], rows: Sequence[Sequence[str]], title: str | None = None, num_left: int = 1
 ) -> None:
-    """A table on stdout; the first `num_left` columns are text, the others numbers."""
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number < num_left else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    _console().print(table)
+    """A table on stdout; of columns that are given by their title alone the first `num_left` are text, the others numbers."""
+    known = [
+        column if isinstance(column, Column) else Column(column, is_text=number < num_left)
+        for number, column in enumerate(columns)
+    ]
+    tables.show_table(known, rows, title)
 
 
 def percent(value: float | None, digits: int = 1) -> str:
@@ -91,7 +107,7 @@ def _signed(interval: Any) -> str:
 def say_training_warnings(warnings: Sequence[TrainingWarning], whose: str = "") -> None:
     """What is to be said about the training of a supernet, one line each."""
     for warning in warnings:
-        say(f"warning   {whose}{warning}")
+        tell(f"warning   {whose}{warning}")
 
 
 def show_launch(result: LaunchResult) -> None:
@@ -180,7 +196,7 @@ def show_front(results: RunResults, picks: Sequence[str], *, as_json: bool) -> N
     if as_json:
         print_json(front_content(results, rows))
     elif picks and not rows:
-        say("none of these trials is on the front; `trials` lists them all, and `export --pick` takes any of them")
+        tell("none of these trials is on the front; `trials` lists them all, and `export --pick` takes any of them")
     elif results.verified is None:
         _show_unverified(results, rows)
     else:
@@ -206,7 +222,7 @@ def _show_unverified(results: RunResults, rows: Sequence[Mapping[str, Any]]) -> 
     if not rows:
         say(title)
         return
-    show_table(("gate", "router", "top-1 val %", "MAdds M", *further), lines, title, num_left=2)
+    show_table(("gate", "router", "top-1\u00a0% val", "MAdds M", *further), lines, title, num_left=2)
 
 
 def _show_verified(results: RunResults, verified: Verified, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -264,34 +280,53 @@ def _show_verified(results: RunResults, verified: Verified, rows: Sequence[Mappi
             )
         )
     title = f"{results.run.name}: gates of the front, chosen on val, run on {verified.test.num_images} test images"
-    columns = ("top-1 %, val", "test [95 %]", "MAdds M, val", "test", *(f"{metric}, val" for metric in further))
-    show_table(("gate", "router", *columns, f"ms/batch {size}", "speed-up"), reached, title, num_left=2)
+    columns = (
+        Column("top-1\u00a0% val"),
+        Column("top-1\u00a0% test [95\u00a0%]"),
+        Column("MAdds M val", drop=3),
+        Column("MAdds M test"),
+        *(Column(f"{metric} val") for metric in further),
+        Column(f"ms/batch {size}", drop=2),
+        Column("speed-up", drop=1),
+    )
+    show_table(("gate", "router", *columns), reached, title, num_left=2)
     say()
-    columns = ("over static, points [95 %]", "random %", "reachable %", "oracle %")
-    show_table(("gate, on test", *columns, "on front %, val", "test", "tied, val", "test"), standing)
+    columns = (
+        Column("over static, points [95\u00a0%]"),
+        Column("random\u00a0%"),
+        Column("reachable\u00a0%"),
+        Column("oracle\u00a0%"),
+        Column("on front\u00a0% val", drop=1),
+        Column("on front\u00a0% test", drop=1),
+        Column("tied val", drop=2),
+        Column("tied test", drop=2),
+    )
+    show_table(("gate, on test", *columns), standing)
     if len(verified.latencies) > 1 or any(metric.startswith("latency_ms") for metric in further):
         say()
         _show_latencies(verified, [row["slot"] for row in shown])
     say()
-    say(
+    tell(
         f"speed-up at batch {size} beside the widest static; ceiling {widest_ms / cheapest_ms:.2f}x: the cheapest alone"
     )
     if (doubt := timing_doubt(results)) is not None:
-        say(doubt)
+        tell(doubt)
     for text in _standing_lines(verified, [row["slot"] for row in shown]):
-        say(text)
+        tell(text)
     if len(reported) < len(results.front):
-        say(
+        tell(
             f"{len(reported)} of the front's {len(results.front)} gates ran on test, evenly along it (budget.verify); the others: --json"
         )
     if verified.num_openings > 1:
-        say(f"test was read {verified.num_openings} times: numbers chosen after the first time are optimistic")
+        tell(f"test was read {verified.num_openings} times: numbers chosen after the first time are optimistic")
 
 
 def _show_latencies(verified: Verified, slots: Sequence[int]) -> None:
     """On every device and at every batch size what the objective is made of, and what really ran."""
     timed = [(name, own, size) for name, own in verified.latencies.items() for size in own.gates]
-    columns = [text for name, _, size in timed for text in (latency_metric(size, name), "ran")]
+    columns = [
+        text for name, _, size in timed for text in (latency_metric(size, name), f"{latency_metric(size, name)} ran")
+    ]
     lines = [
         (
             trial_name(slot),
@@ -350,12 +385,8 @@ def show_status(results: RunResults, *, as_json: bool) -> None:
 
     warnings = review(results)
     manifest = results.manifest
-    holder = read_lock(results.run.lock_path)
-    driver = (
-        None
-        if holder is None
-        else f"{holder}" + ("" if holder.is_on_another_host() or holder.is_alive() else ", which is gone")
-    )
+    driver = driver_text(results.run)
+    task = read_task_state(results.run.progress_json)
     stages = {
         name: {"status": entry["status"], "seconds": entry["seconds"], "key": entry["key"]}
         for name, entry in manifest["stages"].items()
@@ -364,6 +395,7 @@ def show_status(results: RunResults, *, as_json: bool) -> None:
     content = {
         "run": str(results.run.path),
         "driver": driver,
+        "progress": None if results.verified else json_state(task),
         "stages": stages,
         "trials": {
             "completed": len(results.completed),
@@ -386,9 +418,13 @@ def show_status(results: RunResults, *, as_json: bool) -> None:
         return
     say(f"run       {results.run.path}")
     say(f"driver    {driver or 'none'}")
+    say_progress(results.run, is_finished=results.verified is not None)
     show_table(
-        ("stage", "status", "seconds"),
-        [(name, s["status"], "" if s["seconds"] is None else f"{s['seconds']:.1f}") for name, s in stages.items()],
+        ("stage", "status", "time"),
+        [
+            (name, stage["status"], "" if stage["seconds"] is None else duration(stage["seconds"]))
+            for name, stage in stages.items()
+        ],
         num_left=2,
     )
     counts = f"{len(results.completed)} completed" + (f" ({num_infeasible} infeasible)" if num_infeasible else "")
@@ -406,6 +442,35 @@ def show_status(results: RunResults, *, as_json: bool) -> None:
         say(f"continue  dsnet-orch launch {results.run.sweep_yaml}")
 
 
+def driver_text(run: RunDir) -> str | None:
+    """Who drives a run, or held it last; None where nobody does."""
+    holder = read_lock(run.lock_path)
+    if holder is None:
+        return None
+    return f"{holder}" + ("" if is_running(run) else ", which is gone")
+
+
+def is_running(run: RunDir) -> bool:
+    """Whether a driver holds the run; of one on another host it is believed."""
+    holder = read_lock(run.lock_path)
+    return holder is not None and (holder.is_on_another_host() or holder.is_alive())
+
+
+def progress_text(run: RunDir, *, is_finished: bool) -> str | None:
+    """How far the newest task of a run has come and how long the rest takes; None where nothing is known, or nothing is left."""
+    state = read_task_state(run.progress_json)
+    if state is None or (is_finished and not is_running(run)):
+        return None
+    return str(state) if is_running(run) else f"{state} when it is continued" if state.left_s else str(state)
+
+
+def say_progress(run: RunDir, *, is_finished: bool) -> None:
+    """The line of `status` about what is being done."""
+    text = progress_text(run, is_finished=is_finished)
+    if text is not None:
+        say(f"progress  {text}")
+
+
 def show_trials(trials: TrialList, selection: Selection, *, as_json: bool) -> None:
     """The finished trials that were asked for."""
     from orchestration.trial_list import json_row
@@ -416,6 +481,9 @@ def show_trials(trials: TrialList, selection: Selection, *, as_json: bool) -> No
         return
     metrics = _listed_metrics(trials, selection)
     keys = list(dict.fromkeys(key for trial in trials.trials for key in trial.record.params))
+    params = [
+        [short(trial.record.params[key]) if key in trial.record.params else "-" for key in keys] for trial in chosen
+    ]
     has_origin = any(trial.supernet is not None for trial in chosen)
     lines = [
         (
@@ -423,17 +491,44 @@ def show_trials(trials: TrialList, selection: Selection, *, as_json: bool) -> No
             trial.standing,
             *((trial.supernet or "-",) if has_origin else ()),
             *(metric_text(name, trial.record.metrics.get(name)) for name in metrics),
-            *(short(trial.record.params[key]) if key in trial.record.params else "-" for key in keys),
+            *values,
         )
-        for trial in chosen
+        for trial, values in zip(chosen, params, strict=True)
     ]
-    heads = ("trial", "state", *(("supernet",) if has_origin else ()), *map(metric_head, metrics))
-    show_table((*heads, *(key.removeprefix("gate.") for key in keys)), lines, num_left=3 if has_origin else 2)
-    say(
+    origin = (Column("supernet", is_text=True, drop=ORIGIN),) if has_origin else ()
+    show_table(
+        ("trial", "state", *origin, *map(metric_head, metrics), *_param_columns(keys, params)), lines, num_left=2
+    )
+    tell(
         "* on the front"
         + (f"; {len(chosen)} of {len(trials.trials)} trials" if len(chosen) < len(trials.trials) else "")
     )
     _say_reasons(chosen)
+
+
+ORIGIN, CONSTANT, VARIED = 3, 2, 1
+"""Which columns of `trials` are left out first: the supernet, which the trial's name begins with; parameters that never vary; others."""
+
+
+def _param_columns(keys: Sequence[str], params: Sequence[Sequence[str]]) -> list[Column]:
+    """Columns for the parameters of trials, in order of their keys."""
+    seen = [{values[position] for values in params} for position in range(len(keys))]
+    return [
+        Column(
+            key.removeprefix("gate."),
+            is_text=not all(map(_is_number, values)),
+            drop=VARIED if len(values) > 1 else CONSTANT,
+        )
+        for key, values in zip(keys, seen, strict=True)
+    ]
+
+
+def _is_number(text: str) -> bool:
+    """Whether a cell holds a number or nothing."""
+    try:
+        return text == "-" or float(text) is not None
+    except ValueError:
+        return False
 
 
 def _listed_metrics(trials: TrialList, selection: Selection) -> list[str]:
@@ -455,18 +550,18 @@ def _say_reasons(trials: Sequence[ListedTrial]) -> None:
         own = [trial for trial in trials if trial.standing == standing]
         if len(own) <= MAX_LISTED:
             for trial in own:
-                say(f"{trial.name} {standing}: {trial.reason}")
+                tell(f"{trial.name} {standing}: {trial.reason}")
             continue
         counts = Counter(str(trial.reason) for trial in own).most_common()
         for reason, number in counts[:MAX_LISTED]:
-            say(f"{number} {standing}: {reason}")
+            tell(f"{number} {standing}: {reason}")
         if len(counts) > MAX_LISTED:
             say(f"... and {len(counts) - MAX_LISTED} more reasons (--json)")
 
 
 def metric_head(name: str) -> str:
     """A metric as a column is called."""
-    return {"top1": "top-1 val %", "top5": "top-5 val %", "madds_m": "MAdds M"}.get(name, name)
+    return {"top1": "top-1\u00a0% val", "top5": "top-5\u00a0% val", "madds_m": "MAdds M"}.get(name, name)
 
 
 def metric_text(name: str, value: float | None) -> str:
@@ -487,7 +582,7 @@ def show_checks(checks: Sequence[Check], *, as_json: bool) -> None:
         print_json([asdict(check) for check in checks])
         return
     for check in checks:
-        say(f"ok    {check.name}: {check.finding}")
+        tell(f"ok    {check.name}: {check.finding}")
 
 
 def show_measured_again(again: MeasuredAgain) -> None:
@@ -495,7 +590,7 @@ def show_measured_again(again: MeasuredAgain) -> None:
     for name, after in again.after.items():
         before = again.before[name]
         sizes = list(after.subnets)
-        columns = [text for size in sizes for text in (f"ms/batch {size}, before", "now", "spread")]
+        columns = [text for size in sizes for text in (f"ms/batch {size} before", f"{size} now", f"{size} spread")]
         lines = [
             (subnet, *(text for size in sizes for text in _times(before, after, size, subnet)))
             for subnet in after.subnets[sizes[0]]
@@ -503,8 +598,8 @@ def show_measured_again(again: MeasuredAgain) -> None:
         title = f"{after.device}, {plural(after.threads, 'thread')}" + (f" ({name})" if name else "")
         show_table(("sub-network", *columns), lines, title)
         if after.noise is not None:
-            say(f"still busy or uneven: {after.noise}")
-    say(again.study)
+            tell(f"still busy or uneven: {after.noise}")
+    tell(again.study)
 
 
 def _times(before: LatencyTable, after: LatencyTable, size: int, subnet: str) -> tuple[str, str, str]:

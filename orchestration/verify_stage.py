@@ -15,6 +15,7 @@ from dsnet.supernet import Supernet
 from orchestration.evaluation_stages import build_table
 from orchestration.launch_context import Launch
 from orchestration.preparation import latency_settings, verify_definition
+from orchestration.progress import Task
 from orchestration.results import RunResults, load_router
 from orchestration.rundir import RunDir
 from orchestration.stages import StageDir, StagePlan, StageRecord, plan_stage, run_stage
@@ -45,7 +46,7 @@ def verify_stage(work: Launch, plans: Mapping[str, StagePlan], supernet: Superne
         routers = {slot: load_router(run.gate_weights(search_key, slot)) for slot in front}
         known = known_agreements(run, plan.record)
         agreements = []
-        with work.progress.bar("verify: the front on test", len(routers)) as bar:
+        with work.progress.bar(Task("verify: the front on test", len(routers), "gate")) as bar:
             for slot, router in routers.items():
                 if slot not in known:
                     work.check_stop()

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from dsnet.arithmetic import MKL_MODE, mkl_mode
 from orchestration.cli import cli
@@ -45,6 +46,17 @@ def test_every_command_explains_itself(command: str, tmp_path: Path) -> None:
     assert answer.out.startswith("Usage:")
     assert command in answer.out
     assert cli.commands[command].help
+
+
+@pytest.mark.parametrize("width", [80, 100, 120])
+def test_the_top_help_shows_every_summary_whole(width: int) -> None:
+    shown = CliRunner().invoke(cli, ["--help"], terminal_width=width).output
+    listed = " ".join(shown.partition("Commands:")[2].split())
+    for name, command in cli.commands.items():
+        summary = " ".join(str(command.help).split("\n\n")[0].split())
+        assert f"{name} {summary.partition('. ')[0].removesuffix('.')}" in listed
+    assert "..." not in listed
+    assert max(map(len, shown.splitlines())) <= width
 
 
 def test_the_top_help_is_quick_imports_nothing_heavy_and_chooses_mkls_mode(tmp_path: Path) -> None:

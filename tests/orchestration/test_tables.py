@@ -14,7 +14,7 @@ from orchestration.tables import Column, lay_out, left_out, show_table, table_li
 TRIALS = (
     Column("trial", is_text=True),
     Column("state", is_text=True),
-    Column("top-1 val %"),
+    Column("top-1 val\u00a0%"),
     Column("optimizer.lr", drop=1),
     Column("sgs.t_easy", drop=2),
 )
@@ -47,8 +47,8 @@ def test_a_table_with_room_has_one_line_a_row() -> None:
 def test_titles_go_over_two_lines_before_a_column_is_left_out() -> None:
     lines = table_lines(TRIALS, ROWS, 60)
     assert lines[:2] == [
-        "                         top-1 val",
-        "trial        state               %  optimizer.lr  sgs.t_easy",
+        "                         top-1",
+        "trial        state       val %  optimizer.lr  sgs.t_easy",
     ]
     assert len(lines) == 4
 
@@ -57,7 +57,7 @@ def test_the_column_with_the_largest_number_is_left_out_first_and_named() -> Non
     layout = lay_out(TRIALS, ROWS, 50)
     assert [TRIALS[position].title for position in layout.dropped] == ["sgs.t_easy"]
     assert left_out(TRIALS, layout, 50) == (
-        "no room at 50 columns for: sgs.t_easy (a wider terminal or `| cat` or --json shows everything)"
+        "no room at 50 columns for: sgs.t_easy (a wider terminal, `| cat` or --json shows everything)"
     )
 
 
@@ -118,3 +118,15 @@ def test_on_a_pipe_every_column_is_printed(capsys: pytest.CaptureFixture[str], m
 
 def _text(columns: list[Column], row: tuple[str, ...] | None, position: int) -> str:
     return columns[position].title if row is None else row[position]
+
+
+def test_room_to_spare_makes_the_tallest_title_shorter() -> None:
+    columns = (Column("name", is_text=True), Column("one two three"), Column("four five"))
+    rows = [("a-name", "1", "2")]
+    assert table_lines(columns, rows, 19) == [
+        "          one",
+        "          two  four",
+        "name    three  five",
+        "a-name      1     2",
+    ]
+    assert table_lines(columns, rows, 21)[0] == "        one two  four"
