@@ -72,7 +72,7 @@ class Bundle:
         return Predictions(output.logits.argmax(1), probabilities, output.routes, output.madds)
 
     @overload
-    def predict(self, photos: str | Path) -> PhotoPrediction: ...
+    def predict(self, photos: str | Path) -> PhotoPrediction: ...  # type: ignore[overload-overlap]  # a str is a sequence of str
 
     @overload
     def predict(
