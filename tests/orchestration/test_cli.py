@@ -186,6 +186,7 @@ def test_status_of_a_finished_run(finished: Finished) -> None:
     assert status["front"] == [trial_name(slot) for slot in finished.results.front]
     assert status["is_verified"]
     assert status["driver"] is None
+    assert status["progress"] is None
     text = call(finished.folder, "status", "tiny").out
     assert "12 completed, of 12" in text
     assert status["journal"] == str(finished.run.study_journal(finished.results.done_key("search")))

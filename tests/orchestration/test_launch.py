@@ -16,6 +16,7 @@ from dsnet.routing_table import RoutingTable
 from dsnet.table_routing import run_on_table
 from dsnet.training.gate import score_run
 from orchestration.baseline import measured_ranges
+from orchestration.progress import read_task_state
 from orchestration.rundir import mlflow_store_uri
 from search.analysis import front_slots
 from search.points import load_points, trial_name
@@ -75,6 +76,10 @@ def test_the_front_and_the_way_to_everything_stand_on_stdout_and_progress_on_std
     for stage in ("supernet:", "measure:", "search:", "verify:"):
         assert stage in err
         assert stage not in out
+    assert "supernet: 8 of 8 epochs" in err
+    for done in (4, 8, 12):
+        assert f"search: {done} of 12 trials" in err
+    assert read_task_state(run.progress_json) is not None
     assert "Traceback" not in err
 
 
