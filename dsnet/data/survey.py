@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dsnet.data.image_folder import IMAGE_EXTENSIONS, FolderListing, list_image_folder, open_rgb
+from dsnet.data.decoding import read_rgb
+from dsnet.data.image_folder import IMAGE_EXTENSIONS, FolderListing, list_image_folder
 from dsnet.errors import DataError
 
 MAX_OPENED = 400
@@ -61,7 +62,7 @@ def survey_folder(root: Path) -> Survey:
     is_grey = True
     for file in listing.files[::step]:
         try:
-            image = open_rgb(file)
+            image = read_rgb(file)
         except DataError as error:
             broken.append(str(error))
             continue
