@@ -13,7 +13,7 @@ from dsnet.training.supernet import FINAL
 from orchestration.config import SweepConfig, conditions
 from orchestration.planning import prepare_again, report_again
 from orchestration.preparation import Prepared, latency_settings
-from orchestration.progress import ProgressView
+from orchestration.progress import ProgressView, Task
 from orchestration.results import RunResults
 from orchestration.rundir import DriverLock, now_iso
 from orchestration.verification import DynamicLatency, time_front
@@ -50,7 +50,7 @@ def measure_again(results: RunResults, progress: ProgressView) -> MeasuredAgain:
         supernet = load_supernet(run.stage_dir("supernet", results.done_key("supernet")) / FINAL)[0]
         tables: dict[str, LatencyTable] = {}
         for name, settings in latency_settings(results.config).items():
-            with progress.bar(f"measure: latency {name}".rstrip(), settings.num_rounds) as bar:
+            with progress.bar(Task(f"measure: latency {name}".rstrip(), settings.num_rounds, "round")) as bar:
                 tables[name] = measure_latency(
                     supernet,
                     prepared.image_size,
