@@ -19,7 +19,7 @@ from dsnet.training.gate import GateFit, fit_gates
 from dsnet.training.gate_cohort import LANES, Lane, Lesson, batches, train_cohort
 from dsnet.training.gate_problem import node_features, problem_of, sgs_targets
 from dsnet.training.gate_settings import GateSettings
-from tests.dsnet.samples import random_table
+from tests.dsnet.samples import needs_products_apart, random_table
 
 TARGET = 0.4
 """Of the widest route's MAdds."""
@@ -269,6 +269,7 @@ def bits(fit: GateFit | Exception) -> dict[str, Any]:
     return {**arrays, "values": values, "metrics": dict(fit.metrics), "routes": fit.run.routes.tobytes()}
 
 
+@needs_products_apart
 @pytest.mark.parametrize("num_gates", [1, 3])
 @pytest.mark.parametrize("kind", ROUTER_KINDS)
 def test_a_trial_is_the_same_to_the_bit_alone_and_in_any_company(kind: str, num_gates: int) -> None:
@@ -282,6 +283,7 @@ def test_a_trial_is_the_same_to_the_bit_alone_and_in_any_company(kind: str, num_
         assert [bits(fit) for fit in fit_gates(gate, val, lanes[5 : 5 + size])] == alone[5 : 5 + size]
 
 
+@needs_products_apart
 @pytest.mark.parametrize(("num_routes", "hidden", "batch_size"), [(2, 66, 100), (3, 1, 7), (14, 66, 270), (5, 64, 1)])
 def test_the_bits_hold_at_sizes_where_fused_products_would_change_them(
     num_routes: int, hidden: int, batch_size: int
@@ -293,12 +295,14 @@ def test_the_bits_hold_at_sizes_where_fused_products_would_change_them(
         assert [bits(fit) for fit in together] == [bits(fit_gates(gate, val, [own])[0]) for own in lanes]
 
 
+@needs_products_apart
 def test_kinds_and_step_counts_may_be_mixed_in_one_call() -> None:
     gate, val = (random_table(51, 8, seed=seed, num_gates=3) for seed in (1, 2))
     mixed = [replace(varied(kind, 1, 8)[0], steps=3 + index % 2) for index, kind in enumerate(2 * ROUTER_KINDS)]
     assert [bits(fit) for fit in fit_gates(gate, val, mixed)] == [bits(fit_gates(gate, val, [own])[0]) for own in mixed]
 
 
+@needs_products_apart
 @pytest.mark.parametrize("kind", LEARNING)
 def test_a_lane_that_diverges_fails_alone_and_moves_no_bit_of_its_neighbours(kind: str) -> None:
     gate, val = (random_table(51, 8, seed=seed, num_gates=3) for seed in (1, 2))

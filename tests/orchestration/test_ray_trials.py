@@ -34,7 +34,7 @@ from search.runner import OneByOne, Runner, SerialRunner, TrialOutcome, TrialSpe
 from search.samplers import SamplerSettings
 from search.space import parse_space
 from search.study import Objective, StudyJournal, StudySettings
-from tests.dsnet.samples import random_table, small_set
+from tests.dsnet.samples import needs_products_apart, random_table, small_set
 from tests.search.test_gate_trial import latency
 from tests.search.test_runner import RunnerContract, make_walks
 
@@ -563,6 +563,7 @@ def studies_by_workers(folder: Path) -> dict[str, list[Any]]:
     return {**studies, "findings": [[finding.digest, list(finding.unequal)] for finding in findings]}
 
 
+@needs_products_apart
 def test_a_search_over_real_gate_trials_is_the_same_with_1_2_and_4_workers(tmp_path: Path) -> None:
     script = (
         "import json, sys; from pathlib import Path; from orchestration.ray_runtime import prepare_environment\n"

@@ -13,7 +13,7 @@ from dsnet.arithmetic import MKL_MODE
 from search.gate_check import MAX_SHAPES, Finding, GateCheck
 from search.gate_trial import GateScores, GateTrial
 from search.space import parse_space
-from tests.dsnet.samples import random_table, small_set
+from tests.dsnet.samples import needs_products_apart, random_table, small_set
 from tests.search.test_gate_trial import DEFAULTS, latency
 
 LEARNING = ["gate", "evidence_gate", "gates", "evidence_gates", "learned_cascade"]
@@ -49,6 +49,7 @@ def rounding(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     return replace
 
 
+@needs_products_apart
 def test_routers_of_every_kind_are_the_same_in_company_on_this_machine() -> None:
     check, trial = check_of(router={"choice": [*LEARNING, "cascade"]}), trial_of()
     assert {own.router for own in check.shapes(trial)} == set(LEARNING)
