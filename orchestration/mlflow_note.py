@@ -7,7 +7,7 @@ from typing import Final
 from dashboards.front import FrontInfo
 from dashboards.front_picture import front_picture
 from dashboards.headline import Headline, Row
-from dashboards.theme import percent, router_name, significant
+from dashboards.theme import count, percent, router_name, significant
 from dsnet.files import atomic_write_bytes
 from orchestration.mlflow_view import view_path
 from orchestration.rundir import RunDir
@@ -45,6 +45,8 @@ def front_note(headline: Headline, uid: str, picture: str, report: str) -> str:
     files = f"#/experiments/{EXPERIMENT_ID}/runs/{RUN_ID}/artifacts"
     points = view_path(EXPERIMENT_ID, uid).removeprefix("/")
     lines = [
+        _sentence(headline),
+        "",
         f"[All points as a chart]({points}) | [The whole report]({files}/{report}?workflowType=machine_learning)",
         "",
         f"![accuracy against cost](get-artifact?path={picture}&run_uuid={RUN_ID})",
@@ -56,6 +58,17 @@ def front_note(headline: Headline, uid: str, picture: str, report: str) -> str:
     if len(headline.rows) > MAX_ROWS:
         lines += ["", f"{len(headline.rows) - MAX_ROWS} more are in the report."]
     return "\n".join(lines)
+
+
+def _sentence(headline: Headline) -> str:
+    """What is seen of a description before it is opened."""
+    found = f"{count(len(headline.rows), 'gate')} of the front"
+    knee = next((row for row in headline.rows if row.name == headline.knee), None)
+    if knee is None:
+        return f"{found}."
+    on_test = "" if knee.reported is None else f", {percent(knee.reported.top1.value)} on test"
+    accuracy = f"{percent(knee.chosen.top1.value)} top-1 on val{on_test}"
+    return f"{found}; the knee, {knee.name}, has {accuracy} at {significant(knee.chosen.madds_m)} M MAdds."
 
 
 def _line(row: Row, knee: str | None) -> str:

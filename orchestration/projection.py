@@ -41,6 +41,11 @@ def whole_sweep(run: RunDir) -> RunDir:
     return whole if whole.supernets_dir == run.root and whole.supernets_json.is_file() else run
 
 
+def row_name(run: RunDir, name: str) -> str:
+    """How a point of a run is called; of one of several supernets with its supernet, as in every table."""
+    return name if whole_sweep(run) is run else f"{run.name}/{name}"
+
+
 def make_tracker(config: SweepConfig, run: RunDir, warn: Any) -> Tracker:
     """The tracker that the configuration asks for."""
     if not config.tracking.mlflow:
@@ -154,7 +159,7 @@ def subnet_rows(manifest: Mapping[str, Any], run: RunDir, results: RunResults) -
     return [
         TrackedRun(
             f"{sweep_uid(manifest, run)}/{stage['key'][:12]}/{subnet.name}",
-            subnet.name,
+            row_name(run, subnet.name),
             "subnet",
             start,
             end,
@@ -199,7 +204,7 @@ def trial_row(
     judged = (standing or Standing()).tags(record.slot)
     return TrackedRun(
         f"{sweep_uid(manifest, run)}/{stage['key'][:12]}/{trial_name(record.slot)}",
-        trial_name(record.slot),
+        row_name(run, trial_name(record.slot)),
         "trial",
         record.start_ms,
         record.finished_ms,

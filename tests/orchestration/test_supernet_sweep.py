@@ -237,6 +237,9 @@ def _comparable(rows: list[Run]) -> list[tuple[Any, ...]]:
             row.info.end_time,
             sorted((key, value) for key, value in row.data.params.items() if key not in PATHS),
             sorted(row.data.metrics.items()),
+            sorted(
+                (key, value) for key, value in row.data.tags.items() if not key.startswith("mlflow.") and key != "root"
+            ),
         )
         for row in rows
     )
@@ -261,6 +264,9 @@ def test_mlflow_has_one_tree_and_sync_builds_the_same(swept: Swept, tmp_path: Pa
         expected[("trial", (name, "nets"))] = TRIALS
     assert places == expected
     assert {row.info.status for row in rows} == {"FINISHED"}
+    assert len({row.data.tags["root"] for row in rows}) == 1
+    on_front = {row.info.run_name for row in rows if row.data.tags.get("on_front") == "true"}
+    assert on_front == {gate.name for gate in results.front}
     for row in rows:
         if row.data.tags["kind"] == "supernet":
             entry = results.entry(above(row)[0])
