@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 
 from dashboards.front import FrontInfo
@@ -16,7 +17,16 @@ from orchestration.tracking import EXPERIMENT_ID, RUN_ID, Tracker
 MAX_ROWS: Final = 16
 
 
-def attach_front(tracker: Tracker, run: RunDir, uid: str, info: FrontInfo, headline: Headline, *, redraw: bool) -> None:
+def attach_front(
+    tracker: Tracker,
+    run: RunDir,
+    uid: str,
+    info: FrontInfo,
+    headline: Headline,
+    *,
+    redraw: bool,
+    warnings: Sequence[str] = (),
+) -> None:
     """Put the front's picture among the files of a sweep's row, and into its description.
 
     Args:
@@ -26,14 +36,15 @@ def attach_front(tracker: Tracker, run: RunDir, uid: str, info: FrontInfo, headl
         info: of the picture.
         headline: of the table.
         redraw: also where the run has a picture already.
+        warnings: about the training, in sentences.
     """
     if redraw or not run.front_png.is_file():
         atomic_write_bytes(run.front_png, front_picture(info))
     tracker.artifact(run.front_png)
-    tracker.describe(front_note(headline, uid, run.front_png.name, run.report_html.name))
+    tracker.describe(front_note(headline, uid, run.front_png.name, run.report_html.name, warnings))
 
 
-def front_note(headline: Headline, uid: str, picture: str, report: str) -> str:
+def front_note(headline: Headline, uid: str, picture: str, report: str, warnings: Sequence[str] = ()) -> str:
     """The description, in Markdown; MLflow shows pictures that it serves itself.
 
     Args:
@@ -41,6 +52,7 @@ def front_note(headline: Headline, uid: str, picture: str, report: str) -> str:
         uid: of the sweep's own row.
         picture: name of the picture among the row's files.
         report: name of the report among them.
+        warnings: about the training, in sentences; they stand above the picture.
     """
     files = f"#/experiments/{EXPERIMENT_ID}/runs/{RUN_ID}/artifacts"
     points = view_path(EXPERIMENT_ID, uid).removeprefix("/")
@@ -49,6 +61,7 @@ def front_note(headline: Headline, uid: str, picture: str, report: str) -> str:
         "",
         f"[All points as a chart]({points}) | [The whole report]({files}/{report}?workflowType=machine_learning)",
         "",
+        *(line for warning in warnings for line in (f"**Warning:** {warning}", "")),
         f"![accuracy against cost](get-artifact?path={picture}&run_uuid={RUN_ID})",
         "",
         "| gate of the front | router | top-1 on val | top-1 on test | M MAdds on val | M MAdds on test |",

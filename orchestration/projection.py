@@ -12,7 +12,7 @@ from orchestration.baseline import static_metrics
 from orchestration.config import SweepConfig
 from orchestration.config_loading import load_config
 from orchestration.mlflow_note import attach_front
-from orchestration.reporting import front_info, headline
+from orchestration.reporting import front_info, headline, training_notes
 from orchestration.results import MeasuredSubnet, RunResults
 from orchestration.rundir import RUN_NAME, RunDir, mlflow_artifact_root, mlflow_store_uri
 from orchestration.stages import flatten
@@ -264,7 +264,8 @@ def write_overview(tracker: Tracker, results: RunResults, *, redraw: bool) -> No
     info = front_info(results)
     if results.front and info is not None:
         uid = sweep_uid(results.manifest, results.run)
-        attach_front(tracker, results.run, uid, info, headline(results), redraw=redraw)
+        warnings = training_notes(results)
+        attach_front(tracker, results.run, uid, info, headline(results), redraw=redraw, warnings=warnings)
 
 
 def replay(

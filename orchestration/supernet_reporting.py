@@ -49,7 +49,7 @@ def report_data(results: SupernetSweepResults, notes: tuple[str, ...], status: s
         headline=global_headline(results),
         num_test_openings=manifest["test_openings"],
         objectives=tuple(metric.name for metric in config.metrics),
-        notes=_training_notes(results) + notes + _sample_notes(results),
+        notes=sweep_training_notes(results) + notes + _sample_notes(results),
         commands=_commands(results),
         facts=(
             *((key, str(value)) for key, value in manifest["hardware"].items() if value is not None),
@@ -169,7 +169,7 @@ def draw_supernets(results: SupernetSweepResults, path: Path) -> Path:
     return write_figure(supernets_figure(supernets_info(results)), path)
 
 
-def _training_notes(results: SupernetSweepResults) -> tuple[str, ...]:
+def sweep_training_notes(results: SupernetSweepResults) -> tuple[str, ...]:
     """What is to be said about the training of each supernet."""
     return tuple(text for name, member in results.members.items() for text in training_notes(member, f"{name}: "))
 

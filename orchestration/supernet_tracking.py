@@ -26,7 +26,7 @@ from orchestration.results import RunResults
 from orchestration.rundir import Manifest, RunDir, mlflow_artifact_root
 from orchestration.stages import flatten
 from orchestration.supernet_members import MemberEntry
-from orchestration.supernet_reporting import global_headline, supernets_info
+from orchestration.supernet_reporting import global_headline, supernets_info, sweep_training_notes
 from orchestration.supernet_results import SupernetSweepResults
 from orchestration.tracking import CurvePoint, MlflowTracker, NullTracker, Status, TrackedRun, Tracker
 
@@ -142,7 +142,8 @@ def write_global_overview(tracker: Tracker, results: SupernetSweepResults, *, re
     """The front over all supernets as a picture and as a table, in the description of the sweep's row."""
     if results.front:
         uid, info = sweep_uid(results.manifest, results.run), supernets_front(supernets_info(results))
-        attach_front(tracker, results.run, uid, info, global_headline(results), redraw=redraw)
+        warnings = sweep_training_notes(results)
+        attach_front(tracker, results.run, uid, info, global_headline(results), redraw=redraw, warnings=warnings)
 
 
 def member_end(entry: MemberEntry, member: RunResults) -> tuple[Status, int]:

@@ -39,3 +39,14 @@ def test_a_long_front_is_cut_and_says_so() -> None:
     assert lines[0] == f"{MAX_ROWS + 3} gates of the front."
     assert lines[-1] == "3 more are in the report."
     assert len("\n".join(lines)) < MAX_TAG_LENGTH
+
+
+def test_what_is_to_be_said_against_the_training_stands_above_the_picture() -> None:
+    lines = front_note(
+        Headline(), "digits/1234", "front.png", "report.html", ["Too few steps.", "A spike."]
+    ).splitlines()
+    picture = next(index for index, line in enumerate(lines) if line.startswith("!["))
+    assert [line for line in lines[:picture] if "Warning" in line] == [
+        "**Warning:** Too few steps.",
+        "**Warning:** A spike.",
+    ]
