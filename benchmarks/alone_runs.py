@@ -126,12 +126,12 @@ SCALES: Mapping[str, Scale] = MappingProxyType(
         ),
         "photos": Scale(
             data="image_folder",
-            image_size=64,
+            image_size=48,
             is_balanced=True,
             family="ds_resnet",
-            options={"depth": 8, "width": 2.0, "stem": "large"},
+            options={"depth": 8, "width": 2.0, "stem": "large", "ratios": [0.25, 0.5, 1.0]},
             train=TrainSettings(
-                epochs=48, batch_size=32, lr=0.05, warmup_epochs=3, channels_last=True, precision="bf16"
+                epochs=64, batch_size=32, lr=0.1, warmup_epochs=3, channels_last=True, precision="bf16"
             ),
         ),
         "gpu": Scale(
