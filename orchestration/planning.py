@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dsnet.cost import subnet_cost
-from dsnet.errors import DataError, NotFoundError, NothingFeasibleError, PreflightError
+from dsnet.errors import DataError, NonFiniteLossError, NotFoundError, NothingFeasibleError, PreflightError
 from orchestration.config import SweepConfig
 from orchestration.config_loading import LoadedConfig
 from orchestration.forecast import Forecast, forecast
@@ -87,8 +87,17 @@ def make_plan(loaded: LoadedConfig, *, is_dry: bool = False) -> SweepPlan:
         run,
         stages,
         tuple((name, cost.madds / 1e6, cost.params / 1e6) for name, cost in costs),
-        None if is_dry else forecast(prepared, stages),
+        None if is_dry else _forecast(prepared, stages),
     )
+
+
+def _forecast(prepared: Prepared, stages: Sequence[StagePlan]) -> Forecast | None:
+    """None, with a warning, where the timed steps end in NaN: a plan is there to find that out."""
+    try:
+        return forecast(prepared, stages)
+    except NonFiniteLossError as error:
+        warn(f"no forecast: the training diverges in its first steps ({error})")
+        return None
 
 
 def prepare_again(results: RunResults) -> Prepared:

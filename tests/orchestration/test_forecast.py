@@ -44,6 +44,16 @@ def test_a_launch_is_forecast_from_steps_of_the_real_network(tmp_path: Path) -> 
     assert call(tmp_path, "plan", SWEEP, "--dry", "--json").json["forecast"] is None
 
 
+def test_a_training_that_diverges_at_once_is_warned_of(tmp_path: Path) -> None:
+    write_sweep(tmp_path)
+    answer = call(
+        tmp_path, "plan", SWEEP, "--set", "supernet.train.lr=1.0e6", "--set", "supernet.train.warmup_epochs=0"
+    )
+    assert answer.code == 0, answer.err
+    assert "no forecast: the training diverges in its first steps" in answer.err
+    assert "it has not run yet" in answer.out
+
+
 def test_twice_the_epochs_take_twice_the_steps(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(forecast_module, "_timed", lambda prepared: TIMED)
     seconds = []
