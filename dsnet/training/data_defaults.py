@@ -28,7 +28,7 @@ CPU_GMADDS_PER_S = 25.0
 """MAdds of the widest sub-network's inference, in 10^9 per second, that a sandwich step trains on two cores."""
 CPU_GMADDS_PER_S_OF_FAMILY: Mapping[str, float] = MappingProxyType({"ds_mbnet": 3.0, "ds_tiny": 3.0})
 """Depthwise convolutions train about eight times slower per MAdd on a CPU."""
-LR = 0.05
+LR = 0.08
 """Peak learning rate of SGD at `LR_BATCH` images; it grows with the square root of the batch."""
 ADAMW_LR = 0.0005
 LR_BATCH = 32

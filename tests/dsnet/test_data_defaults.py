@@ -48,14 +48,14 @@ def test_a_thousand_photos_get_a_small_batch_and_enough_steps() -> None:
     assert MIN_STEPS <= steps_per_epoch * found[EPOCHS].value < MIN_STEPS + steps_per_epoch
     assert f"an epoch has {steps_per_epoch}" in found[EPOCHS].reason
     assert found[RECALIBRATION].value is None
-    assert found[RATE].value == 0.05
+    assert found[RATE].value == 0.08
 
 
 def test_a_large_set_gets_large_batches_and_its_rate_follows_the_root_of_the_batch() -> None:
     found = values(data_defaults(facts(40_000, madds_m=1.0), "ds_resnet"))
     assert found[BATCH_SIZE] == MAX_BATCH
     assert found[EPOCHS] == USUAL_EPOCHS
-    assert found[RATE] == pytest.approx(0.1)
+    assert found[RATE] == pytest.approx(0.16)
     assert found[RECALIBRATION] == RECALIBRATION_IMAGES
 
 
@@ -77,7 +77,7 @@ def test_a_handful_of_images_makes_no_batch_larger_than_the_set(num_train: int) 
 def test_what_somebody_wrote_is_kept_and_the_others_follow_from_it() -> None:
     found = values(data_defaults(facts(), "ds_resnet", {BATCH_SIZE: 128, EPOCHS: 4}))
     assert not {BATCH_SIZE, EPOCHS} & found.keys()
-    assert found[RATE] == pytest.approx(0.1)
+    assert found[RATE] == pytest.approx(0.16)
     assert found[WARMUP] <= 4
     beyond = values(data_defaults(facts(40), "ds_resnet", {BATCH_SIZE: 512}))
     assert 1 <= beyond[EPOCHS] <= MAX_EPOCHS
