@@ -324,8 +324,8 @@ def test_a_step_never_waits_for_the_device(name: str, family: str) -> None:
 def test_a_stop_after_a_non_finite_loss_tells_the_step_and_stores_nothing(tmp_path: Path) -> None:
     run = small_run(train=TrainSettings(epochs=3, batch_size=4, lr=1e6, warmup_epochs=0.0))
     images, labels = random_pixels(64, 8), random_labels(64)
-    with pytest.raises(NonFiniteLossError, match=r"is nan at step [23]; lower"):
-        train(tmp_path, run, images=images, labels=labels, should_stop=KillAt(4, lambda: True))
+    with pytest.raises(NonFiniteLossError, match=r"is nan at step \d+; lower"):
+        train(tmp_path, run, images=images, labels=labels, should_stop=KillAt(12, lambda: True))
     assert not list(tmp_path.glob("epoch-*"))
 
 
