@@ -375,7 +375,11 @@ def import_checkpoint(checkpoint: Path, out: Path | None, name: str | None, **op
 @cli.command()
 @RUN
 @RUNS
-@click.option("--watch", is_flag=True, help="Show it again whenever it changes, until no driver holds the run.")
+@click.option(
+    "--watch",
+    is_flag=True,
+    help="Wait for the run to begin; show it again whenever it changes, until no driver holds it.",
+)
 @AS_JSON
 def status(run: str, runs: str, watch: bool, as_json: bool) -> None:
     """Show how far a run has come."""
@@ -393,7 +397,7 @@ def status(run: str, runs: str, watch: bool, as_json: bool) -> None:
     if watch and as_json:
         raise click.UsageError("--watch is for people: it has no --json; call `status --json` again instead")
     if watch:
-        watch_status(_run_dir(run, runs), show)
+        watch_status(lambda: _run_dir(run, runs), show)
     else:
         show()
 

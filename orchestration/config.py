@@ -7,6 +7,7 @@ is built. Only a whole number where a real one is wanted is taken as it is meant
 from __future__ import annotations
 
 import io
+import os
 import re
 import types
 from collections.abc import Iterator, Mapping
@@ -130,6 +131,7 @@ __all__ = [
     "possible_routers",
     "requirement",
     "resolve_cohort",
+    "resolve_cores",
     "resolve_halving",
     "resolve_regime",
     "resolve_space",
@@ -457,6 +459,11 @@ def resolve_cohort(config: SweepConfig) -> int:
 def resolve_timeout_s(config: SweepConfig) -> float:
     """`trial.timeout_s`, or its default for the way in which trials are trained."""
     return config.trial.timeout_s or (120.0 if config.gate.trainer == "table" else 4 * 3600.0)
+
+
+def resolve_cores(config: SweepConfig) -> int:
+    """`ray.num_cpus`, or the cores that this process may use: fewer than the machine has in a container or under `taskset`."""
+    return config.ray.num_cpus or len(os.sched_getaffinity(0))
 
 
 def config_warnings(config: SweepConfig) -> list[str]:

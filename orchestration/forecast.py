@@ -5,18 +5,18 @@ What cannot be timed beforehand, such as the start of Ray or a trial of a router
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from dsnet.environment import resolve_device
-from dsnet.latency import BUDGET_S, LatencySettings
+from dsnet.latency import BUDGET_S, LatencySettings, MachineLoad
 from dsnet.process_memory import resident_bytes
 from dsnet.training.trial_run import TrialRun, trial_run
-from orchestration.config import SweepConfig, resolve_trials
+from orchestration.config import SweepConfig, resolve_cores, resolve_trials
 from orchestration.preparation import Prepared, latency_settings, supernet_run, training_images
 from orchestration.stages import StagePlan
+from orchestration.wording import plural
 
 MIB = 2**20
 RAY_START_S = 8.0
@@ -40,6 +40,8 @@ TRIAL_BYTES = 15_000
 """On disk: weights, journal and record of one trial."""
 REPORT_BYTES = 6 * MIB
 SUBNET_BYTES = 2_000
+BUSY_LOAD = 0.5
+"""Load average per core from which on other work slows the timed steps down: they take all cores."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,7 @@ def forecast(prepared: Prepared, plans: Sequence[StagePlan]) -> Forecast | None:
     left = {plan.name for plan in plans if not plan.is_done}
     if not left:
         return None
+    load = MachineLoad.now()  # before: the timed steps keep the machine busy themselves
     timed = _timed(prepared)
     work = _Work(prepared, timed)
     stages = {
@@ -120,7 +123,7 @@ def forecast(prepared: Prepared, plans: Sequence[StagePlan]) -> Forecast | None:
         for name, stage in stages.items()
     ]
     on_gpu = timed.peak_bytes if timed.device == "cuda" else 0
-    return Forecast(tuple(found), _how(prepared.config, timed), on_gpu)
+    return Forecast(tuple(found), _how(prepared.config, timed, load), on_gpu)
 
 
 def _timed(prepared: Prepared) -> TrialRun:
@@ -131,24 +134,21 @@ def _timed(prepared: Prepared) -> TrialRun:
         training=training_images(prepared, run.augmentation),
         data=prepared.data,
         device=resolve_device(config.supernet.device),
-        threads=config.supernet.threads or max(1, _cores(config) // config.supernet.workers),
+        threads=config.supernet.threads or max(1, resolve_cores(config) // config.supernet.workers),
         workers=config.supernet.workers,
     )
 
 
-def _cores(config: SweepConfig) -> int:
-    return config.ray.num_cpus or os.cpu_count() or 1
-
-
-def _how(config: SweepConfig, timed: TrialRun) -> str:
-    steps = f"{timed.num_steps} step" + ("" if timed.num_steps == 1 else "s")
+def _how(config: SweepConfig, timed: TrialRun, load: MachineLoad | None) -> str:
+    """How the steps were timed, and that the launch will be quicker where other work slowed them down."""
     name = "the GPU" if timed.device == "cuda" else "the CPU"
-    how = f"timed: {steps} of {config.supernet.train.batch_size} images on {name}, {timed.threads} thread" + (
-        "" if timed.threads == 1 else "s"
-    )
-    load = os.getloadavg()[0]
-    return how + (
-        f"; other work runs here (load {load:.0f}), so it may be quicker" if load > 2 * _cores(config) else ""
+    steps, threads = plural(timed.num_steps, "step"), plural(timed.threads, "thread")
+    how = f"timed: {steps} of {config.supernet.train.batch_size} images on {name}, {threads}"
+    if load is None or load.load_average <= BUSY_LOAD * load.num_cores:
+        return how
+    return (
+        f"{how}; other work kept the machine busy meanwhile (load average {load.load_average:.1f} on "
+        f"{plural(load.num_cores, 'core')}), so this is too long for a machine with nothing else to do: ask again then"
     )
 
 
@@ -191,7 +191,7 @@ class _Work:
 
     def search(self) -> StageForecast:
         """Every trial of the budget."""
-        trials, actors = resolve_trials(self.config), self.config.ray.trial_actors or _cores(self.config)
+        trials, actors = resolve_trials(self.config), self.config.ray.trial_actors or resolve_cores(self.config)
         tables = round((self._images("gate") + self._images("val")) * self.timed.table_image_bytes)
         seconds = SEARCH_START_S + trials * self._trial_s() / actors
         memory = self._platform_bytes() + actors * (WORKER_BYTES + 2 * tables)
@@ -226,18 +226,3 @@ class _Work:
     def _platform_bytes(self) -> int:
         """The driver, Ray and the writer of MLflow."""
         return resident_bytes() + RAY_BYTES + (TRACKING_BYTES if self.config.tracking.mlflow else 0)
-
-
-def duration(seconds: float) -> str:
-    """Seconds as a person says them."""
-    if seconds < 90:
-        return f"{max(1, round(seconds))} s"
-    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
-
-
-def size(num_bytes: int) -> str:
-    """Bytes as a person says them."""
-    for unit, scale in (("GiB", 2**30), ("MiB", 2**20)):
-        if num_bytes >= scale:
-            return f"{num_bytes / scale:.1f} {unit}" if num_bytes < 10 * scale else f"{num_bytes / scale:.0f} {unit}"
-    return f"{max(1, num_bytes // 1024)} KiB"

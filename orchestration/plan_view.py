@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from orchestration.config import enqueued_points, resolve_cohort, resolve_regime, resolve_timeout_s
-from orchestration.forecast import Forecast, duration, size
+from orchestration.config import enqueued_points, resolve_cohort, resolve_cores, resolve_regime, resolve_timeout_s
+from orchestration.forecast import Forecast
 from orchestration.tables import Column, show_table, terminal_width, wrapped
 from orchestration.terminal import print_json, say
-from orchestration.wording import plural
+from orchestration.wording import duration, plural, size
 
 if TYPE_CHECKING:
     from orchestration.planning import SweepPlan
@@ -84,7 +83,7 @@ def _effective(plan: SweepPlan) -> dict[str, Any]:
     """What nulls stand for."""
     config, prepared = plan.config, plan.prepared
     regime = resolve_regime(config.supernet)
-    cores = config.ray.num_cpus or os.cpu_count() or 1
+    cores = resolve_cores(config)
     points = plural(len(enqueued_points(config)), "point")
     return {
         "data.image_size": prepared.image_size,

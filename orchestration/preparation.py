@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -37,6 +36,7 @@ from orchestration.config import (
     absolute_targets,
     conditions,
     possible_routers,
+    resolve_cores,
     resolve_regime,
     stage_subset,
 )
@@ -289,7 +289,7 @@ def _adoption(prepared: Prepared) -> Adoption | None:
 
 def _open_images(config: SweepConfig) -> ImageSource:
     data, supernet = config.data, config.supernet
-    num_threads = supernet.threads or max(1, (os.cpu_count() or 1) // supernet.workers)
+    num_threads = supernet.threads or max(1, resolve_cores(config) // supernet.workers)
     return load_source(
         data.name,
         data.path,

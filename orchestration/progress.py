@@ -231,9 +231,10 @@ class _FiledBar:
 
 
 class FiledProgress:
-    """Hands everything on to another view, and keeps a file with the state of the newest task."""
+    """Hands everything on to another view, and keeps a file with the state of the newest task; that of an earlier launch is removed."""
 
     def __init__(self, view: ProgressView, path: Path) -> None:
+        path.unlink(missing_ok=True)
         self._view = view
         self._path = path
 

@@ -8,25 +8,27 @@ from collections.abc import Callable
 
 import click
 
+from dsnet.errors import NotFoundError
 from orchestration.progress import read_task_state
 from orchestration.rundir import Manifest, RunDir
-from orchestration.terminal import is_running, say
+from orchestration.terminal import is_running, say, warn
 
 INTERVAL_S = 1.0
 
 
-def watch_status(run: RunDir, show: Callable[[], None], sleep: Callable[[float], None] = time.sleep) -> None:
+def watch_status(
+    find: Callable[[], RunDir], show: Callable[[], None], sleep: Callable[[float], None] = time.sleep
+) -> None:
     """Follow a run: on a terminal its status in place, on a pipe a line for every change and the status at the end.
 
-    Args:
-        run: the run.
-        show: prints its status.
-        sleep: waits between two looks.
+    A run that has not begun is waited for.
 
-    Raises:
-        NotFoundError: there is no such run.
+    Args:
+        find: gives the run's folder; asked again while there is no such run.
+        show: prints the status of the run.
+        sleep: waits between two looks.
     """
-    run.open_existing()
+    run = _begun(find, sleep)
     in_place = sys.stdout.isatty()
     last: str | None = None
     while is_running(run):
@@ -43,6 +45,23 @@ def watch_status(run: RunDir, show: Callable[[], None], sleep: Callable[[float],
     if in_place:
         click.clear()
     show()
+
+
+def _begun(find: Callable[[], RunDir], sleep: Callable[[float], None]) -> RunDir:
+    """The run as soon as it has a status to show: its manifest and, written after it, its configuration."""
+    is_told = False
+    while True:
+        run = find()
+        try:
+            run.open_existing()
+        except NotFoundError as error:
+            if not is_told:
+                warn(f"{error}; waiting for its launch to begin it (Ctrl-C ends)")
+                is_told = True
+        else:
+            if run.sweep_yaml.is_file():
+                return run
+        sleep(INTERVAL_S)
 
 
 def change_line(run: RunDir) -> str:

@@ -58,3 +58,11 @@ def duration(seconds: float) -> str:
             whole, rest = divmod(round(seconds / part), unit // part)
             return f"{whole} {name}" + (f" {rest} {part_name}" if rest else "")
     return f"{seconds:.0f} s"
+
+
+def size(num_bytes: int) -> str:
+    """Bytes as people say them: `3 KiB`, `1.5 MiB`, `12 GiB`."""
+    for unit, scale in (("GiB", 2**30), ("MiB", 2**20)):
+        if num_bytes >= scale:
+            return f"{num_bytes / scale:.1f} {unit}" if num_bytes < 10 * scale else f"{num_bytes / scale:.0f} {unit}"
+    return f"{max(1, num_bytes // 1024)} KiB"

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from dsnet.latency import MachineLoad
 from dsnet.training.trial_run import TrialRun
 from orchestration import forecast as forecast_module
 from orchestration.config_loading import load_config
@@ -70,6 +71,22 @@ def test_twice_the_epochs_take_twice_the_steps(monkeypatch: pytest.MonkeyPatch, 
         assert (table.seconds, table.disk_bytes) == (pytest.approx(400 * 0.1), 400_000)
     assert seconds[1] == pytest.approx(2 * seconds[0])
     assert seconds[0] == pytest.approx(10 * 5 * TIMED.step_s)
+
+
+def test_a_forecast_says_that_other_work_slowed_the_timed_steps(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(forecast_module, "_timed", lambda prepared: TIMED)
+    prepared = prepare(load_config(write_sweep(tmp_path)).config)
+    plans = plan_stages(RunDir(tmp_path, "t"), stage_definitions(prepared))
+    told = []
+    for load in (MachineLoad(0.4, 2), MachineLoad(3.0, 2), None):
+        monkeypatch.setattr(MachineLoad, "now", lambda load=load: load)
+        found = forecast(prepared, plans)
+        assert found is not None
+        told.append(found.timed)
+    assert told[0] == told[2] == "timed: 8 steps of 40 images on the CPU, 2 threads"
+    assert "load average 3.0 on 2 cores" in told[1]
 
 
 @pytest.mark.parametrize("columns", [80, 100, 120])

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from orchestration.config_loading import load_config
-from orchestration.forecast import duration, size
 from tests.dsnet.test_data_survey import GREY, fill
 from tests.orchestration.samples import call
 
@@ -84,8 +83,3 @@ def test_a_file_for_cifar10_leaves_size_and_splits_as_they_are(tmp_path: Path) -
     assert call(tmp_path, "init", "--data", tmp_path / "c10").code == 0
     config = load_config(tmp_path / "c10.yaml").config
     assert (config.data.name, config.data.image_size, config.supernet.options["stem"]) == ("cifar10", None, "small")
-
-
-def test_times_and_sizes_are_told_as_people_do() -> None:
-    assert [duration(seconds) for seconds in (0.2, 42, 600, 7200)] == ["1 s", "42 s", "10 min", "2.0 h"]
-    assert [size(count) for count in (10, 2**20, 30 * 2**20, 3 * 2**30)] == ["1 KiB", "1.0 MiB", "30 MiB", "3.0 GiB"]

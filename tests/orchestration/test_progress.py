@@ -100,5 +100,7 @@ def test_the_newest_task_stands_in_a_file_written_once_a_second_and_at_the_end(c
         assert str(read_task_state(path)) == "search: 10 of 40 trials, 30 s left"
         bar.update(40)
         assert str(read_task_state(path)) == "search: 40 of 40 trials"
+    FiledProgress(SilentProgress(), path)
+    assert read_task_state(path) is None, "of an earlier launch"
     path.write_text("{torn")
     assert read_task_state(path) is None

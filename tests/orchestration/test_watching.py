@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from dsnet.errors import NotFoundError
 from dsnet.files import atomic_write_json
 from orchestration.progress import FiledProgress, SilentProgress, Task
 from orchestration.rundir import DriverLock, Manifest, RunDir
@@ -19,6 +18,7 @@ def test_on_a_pipe_every_change_is_a_line_and_the_status_comes_at_the_end(
     run = RunDir(tmp_path, "watched")
     run.create()
     Manifest(run.manifest_path).create(seed=0, hardware={})
+    run.sweep_yaml.touch()
     task = Task("supernet", 2, "epoch", line_every=1, start=0)
     lock = DriverLock(run, "test").__enter__()
     with FiledProgress(SilentProgress(), run.progress_json).bar(task) as bar:
@@ -30,7 +30,7 @@ def test_on_a_pipe_every_change_is_a_line_and_the_status_comes_at_the_end(
             bar.update(2)
 
         events = iter([nothing_new, an_end, lambda: lock.__exit__(None, None, None)])
-        watch_status(run, lambda: print("the status"), lambda _: next(events)())  # noqa: T201
+        watch_status(lambda: run, lambda: print("the status"), lambda _: next(events)())  # noqa: T201
     assert capsys.readouterr().out.splitlines() == [
         "supernet: 0 of 2 epochs",
         "supernet: 2 of 2 epochs",
@@ -38,14 +38,20 @@ def test_on_a_pipe_every_change_is_a_line_and_the_status_comes_at_the_end(
     ]
 
 
-def test_a_run_without_a_driver_is_shown_once_and_one_that_is_missing_is_named(
+def test_a_run_without_a_driver_is_shown_once_and_one_that_has_not_begun_is_waited_for(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = RunDir(tmp_path, "ended")
+    run = RunDir(tmp_path, "later")
     run.create()
-    with pytest.raises(NotFoundError, match="no run 'ended'"):
-        watch_status(run, lambda: None)
-    Manifest(run.manifest_path).create(seed=0, hardware={})
-    atomic_write_json(run.progress_json, {"title": "of another release"})
-    watch_status(run, lambda: print("the status"))  # noqa: T201
-    assert capsys.readouterr().out == "the status\n"
+
+    def begins() -> None:
+        Manifest(run.manifest_path).create(seed=0, hardware={})
+        atomic_write_json(run.progress_json, {"title": "of another release"})
+
+    events = iter([lambda: None, begins, lambda: run.sweep_yaml.write_text("version: 1\n")])
+    watch_status(lambda: run, lambda: print("the status"), lambda _: next(events)())  # noqa: T201
+    told = capsys.readouterr()
+    assert told.out == "the status\n"
+    assert told.err.count("no run 'later'") == 1
+    assert "waiting for its launch to begin it" in told.err
+    assert next(events, None) is None, "it was not shown before it had a configuration"

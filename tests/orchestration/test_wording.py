@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestration.wording import duration
+from orchestration.wording import duration, size
 
 
 @pytest.mark.parametrize(
@@ -36,3 +36,7 @@ def test_a_duration_is_true_to_half_of_its_smallest_unit(seconds: float) -> None
     largest = units[numbers[0][1]]
     coarse = {1: 1, 60: 1, 3600: 60, 86400: 3600}[largest]
     assert abs(told - seconds) <= coarse / 2
+
+
+def test_a_size_has_a_decimal_below_ten() -> None:
+    assert [size(count) for count in (10, 2**20, 30 * 2**20, 3 * 2**30)] == ["1 KiB", "1.0 MiB", "30 MiB", "3.0 GiB"]
