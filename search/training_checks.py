@@ -194,7 +194,11 @@ def _still_share(curve: tuple[Sequence[float], Sequence[float]], num_steps: int)
             break
         while lowest[start] - lowest[end] > STILL_CHANGE * fall:
             start += 1
-        begin = 0.0 if start == 0 else float(at[start])
+        if end - start < SMOOTH_ROWS:  # two means with rows in common are alike whatever the loss does
+            continue
+        begin = float(
+            steps[0] if start == 0 else at[start]
+        )  # the first row is late where the largest trained alone at first
         longest = max(longest, (float(at[end]) - begin) / num_steps)
     return longest
 
@@ -280,7 +284,11 @@ def _binomial_tail(count: int, total: int) -> float:
     """P(X >= count) for X of `total` fair coins; by the normal distribution where there are many."""
     if total > 200:
         return _normal_tail((count - 0.5 - total / 2) / math.sqrt(total / 4))
-    return sum(math.comb(total, k) for k in range(count, total + 1)) / 2**total
+    ways = tail = math.comb(total, count)
+    for k in range(count, total):
+        ways = ways * (total - k) // (k + 1)  # C(total, k + 1)
+        tail += ways
+    return tail / 2**total
 
 
 def teacher_above(facts: TrainingFacts) -> TrainingWarning | None:

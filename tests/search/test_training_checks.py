@@ -98,6 +98,18 @@ def test_a_loss_that_stands_still_at_its_end_has_converged() -> None:
     assert stood_still(facts(curves={"largest": curve(2.3, 1.0, 0.6, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5)})) is None
 
 
+@pytest.mark.parametrize("num_rows", [12, 20, 33])
+def test_a_short_curve_that_falls_from_its_first_row_on_did_not_stand_still(num_rows: int) -> None:
+    steps = np.arange(1, num_rows + 1) * STEPS / num_rows
+    assert stood_still(facts(curves={"largest": (steps.tolist(), (2.3 * np.exp(-3 * steps / STEPS)).tolist())})) is None
+
+
+def test_a_sub_network_that_joins_late_did_not_stand_still_before_that() -> None:
+    steps, losses = curve(2.3, 1.2, 0.9, 0.75, 0.65, 0.6)
+    late = ([STEPS / 4 + 3 / 4 * step for step in steps], losses)
+    assert stood_still(facts(curves={"largest": GOOD, "narrow": late})) is None
+
+
 def test_the_way_out_of_standing_still_depends_on_who_teaches() -> None:
     curves = {"narrow": curve(2.3, 2.3, 2.3, 1.0, 0.7)}
     taught, labelled = (stood_still(facts(curves=curves, teacher=teacher)) for teacher in ("ema", "none"))
