@@ -229,8 +229,14 @@ def alone(supernet: Supernet, subnet: Subnet, seed: int) -> Supernet:
     return type(supernet)(spec, SubnetSet(spec, (subnet,)), torch.Generator().manual_seed(seed))  # type: ignore[call-arg]
 
 
-def image_madds(supernet: Supernet, regime: Regime) -> float:
-    """MAdds that training spends on one image of a batch, the mean over the sandwich's random sub-networks."""
+def image_madds(supernet: Supernet, regime: Regime, largest_first: float = 0.0) -> float:
+    """MAdds that training spends on one image of a batch, the mean over the sandwich's random sub-networks and over the steps.
+
+    Args:
+        supernet: what is trained.
+        regime: who takes part in a step.
+        largest_first: the share of the steps in which the largest trains alone.
+    """
     subnets = supernet.subnets
     smallest = subnets[subnets.by_madds()[0]]
     between = [subnet for subnet in subnets if subnet not in (smallest, subnets.largest)]
@@ -242,7 +248,8 @@ def image_madds(supernet: Supernet, regime: Regime) -> float:
         if len(subnets.all) == 1:
             taught = []
         costs.append(step_madds(supernet.spec, [*ends, *picks], taught, supernet.spec.image_size))
-    return float(np.mean(costs))
+    first = step_madds(supernet.spec, [subnets.largest], [], supernet.spec.image_size)
+    return largest_first * first + (1.0 - largest_first) * float(np.mean(costs))
 
 
 @dataclass(frozen=True)
@@ -303,7 +310,7 @@ class Trainer:
             "train_pmadds": run.train.epochs
             * steps_per_epoch
             * run.train.batch_size
-            * image_madds(network, run.regime)
+            * image_madds(network, run.regime, run.bootstrapping.largest_first)
             / 1e15,
             "device": device_name(self.device),
             "threads": torch.get_num_threads(),
@@ -355,7 +362,7 @@ class Trainer:
         if arm.cost_share is not None:
             members = [alone(self.blueprint, subnet, 0) for subnet in self.blueprint.subnets]
             budget = sum(image_madds(member, REGIMES["ce"]) for member in members) * arm.cost_share
-            epochs = max(1, round(epochs * budget / image_madds(network, arm.regime)))
+            epochs = max(1, round(epochs * budget / image_madds(network, arm.regime, arm.bootstrapping.largest_first)))
         return SupernetRun(
             train=replace(
                 train,

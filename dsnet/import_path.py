@@ -111,7 +111,10 @@ def _split(variable: str | None) -> list[str]:
 
 
 def _real(folder: str) -> str:
-    return os.path.realpath(folder or os.curdir)
+    try:
+        return os.path.realpath(folder or os.curdir)
+    except OSError:  # the working directory has been deleted: nothing can be imported from there
+        return folder
 
 
 def _is_installation(folder: str) -> bool:

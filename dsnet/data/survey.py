@@ -14,7 +14,7 @@ from dsnet.data.image_folder import IMAGE_EXTENSIONS, FolderListing, list_image_
 from dsnet.errors import DataError
 
 MAX_OPENED = 400
-"""Files that are decoded, evenly from the whole folder; of the others only the names are read."""
+"""Files that are decoded at most, evenly from the whole folder; of the others only the names are read."""
 NUM_NAMED = 3
 """Broken files that a message names."""
 GREY_TOLERANCE = 8
@@ -56,7 +56,7 @@ def survey_folder(root: Path) -> Survey:
     """
     refuse_other_layouts(root)
     listing = list_image_folder(root)
-    step = max(1, len(listing.files) // MAX_OPENED)
+    step = -(-len(listing.files) // MAX_OPENED)  # rounded up
     sizes: list[tuple[int, int]] = []
     broken: list[str] = []
     is_grey = True

@@ -113,6 +113,12 @@ def test_a_step_costs_three_forwards_of_who_learns_and_one_of_who_teaches() -> N
     single = alone(supernet, first, 0)
     assert image_madds(single, REGIMES["ib"]) == image_madds(single, REGIMES["ce"]) == 3 * cost
     assert pooling_madds(supernet.spec, first, 0, size) > 0
+    largest, mixed = (
+        image_madds(supernet, REGIMES["ce"], 1.0),
+        image_madds(supernet, REGIMES["ce"], 0.25),
+    )
+    assert largest == 3 * subnet_cost(supernet.spec, supernet.subnets.largest, size).madds
+    assert mixed == pytest.approx(0.25 * largest + 0.75 * image_madds(supernet, REGIMES["ce"]))
 
 
 def test_balanced_accuracy_is_the_mean_over_classes() -> None:

@@ -30,6 +30,17 @@ def test_a_folder_is_told_by_its_classes_sizes_and_colours(tmp_path: Path) -> No
     assert set(survey.sizes) == {(40, 30), (20, 50)}
 
 
+def test_no_more_files_are_decoded_than_are_needed_and_they_lie_evenly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dsnet.data.survey.MAX_OPENED", 4)
+    fill(tmp_path / "a", 4)
+    fill(tmp_path / "b", 3, size=(20, 50))
+    survey = survey_folder(tmp_path)
+    assert survey.sizes == ((40, 30), (40, 30), (20, 50), (20, 50))
+    assert survey.num_images == 7
+
+
 def test_grey_pictures_are_seen_to_be_grey(tmp_path: Path) -> None:
     fill(tmp_path / "a", 1, colour=GREY)
     fill(tmp_path / "b", 1, colour=GREY)

@@ -24,8 +24,8 @@ try:
     main()
 except SystemExit as done:
     assert not done.code, done
-import json, random, mlflow.version, search, dashboards
-names = {(*OWN_PACKAGES, "random", "mlflow.version", "json")!r}
+import json, random, numpy, search, dashboards
+names = {(*OWN_PACKAGES, "random", "numpy", "json")!r}
 print(json.dumps({{name: sys.modules[name].__file__ for name in names}}))
 """
 
@@ -106,6 +106,13 @@ def test_a_child_process_gets_installed_packages_by_pythonpath_and_the_users_fol
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert child_variables() == variables, "a child of a child has the same"
+
+
+def test_a_working_directory_that_was_deleted_holds_no_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (gone := tmp_path / "gone").mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert child_variables()["PYTHONSAFEPATH"] == "1"
 
 
 def test_a_class_of_the_users_is_imported_from_the_working_directory(
