@@ -374,7 +374,7 @@ BAD_VALUES = [
     ),
     (
         "supernet: {model: ds_tiny, regime: ib, bootstrapping: {num_random: 4}}",
-        "5:68: supernet.bootstrapping.num_random: 4 contradicts supernet.regime ib, which draws 2; "
+        "5:68: supernet.bootstrapping.num_random: 4 contradicts supernet.regime ib, which draws 3; "
         "write it as supernet.train.num_random",
     ),
     (

@@ -96,7 +96,7 @@ def test_the_regime_decides_how_the_network_is_laid_out() -> None:
     assert prepared_with({}).subnets.spec.norm == "private_stats"
 
 
-@pytest.mark.parametrize("written", [{"regime": "ib"}, {"bootstrapping": {"mode": "ib", "num_random": 2}}])
+@pytest.mark.parametrize("written", [{"regime": "ib"}, {"bootstrapping": {"mode": "ib", "num_random": 3}}])
 def test_two_ways_to_write_a_regime_are_one_stage(written: dict[str, Any]) -> None:
     assert stage_definitions(prepared_with(written)) == stage_definitions(prepared_with({}))
 

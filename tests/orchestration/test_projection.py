@@ -173,4 +173,4 @@ def test_the_parent_carries_the_whole_configuration(finished: Finished) -> None:
     assert params["budget.trials"] == 12
     assert params["data.limit"] == 200
     regime = ("widths", "num_random", "teacher", "bn")
-    assert [params[f"supernet.train.{name}"] for name in regime] == ["sandwich", 2, "ema", "private_stats"]
+    assert [params[f"supernet.train.{name}"] for name in regime] == ["sandwich", 3, "ema", "private_stats"]
