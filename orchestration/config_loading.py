@@ -32,6 +32,7 @@ from orchestration.config import (
     supernet_space,
 )
 from orchestration.default_space import default_space
+from orchestration.first_release import first_release_settings
 from orchestration.presets import BUILT_IN_PRESETS, built_in_settings
 from orchestration.space_rules import impossible_supernets
 from orchestration.wording import shown, way_out
@@ -42,6 +43,8 @@ _USUAL_SIZES: Mapping[str, int] = {"digits": 8}
 """Side in pixels where nobody asks for another, of what is not 32."""
 _NAMES_WITH_OPTIONS: Mapping[str, str] = {"supernet": "model", "sampler": "name", "supernets": "scheduler"}
 """Sections with `options` -> the key that says whose they are."""
+_FIRST_RELEASE = "first release"
+"""Origin of what a file of the first release left to defaults that have changed since."""
 _NEEDED = "version, name, data.name and supernet.model"
 
 
@@ -101,12 +104,14 @@ def load_source_text(
     file_settings = _top_level_mapping(source)
     presets = _presets(source, file_settings)
     file_layer = _Layer({key: value for key, value in file_settings.items() if key != "presets"}, source)
+    earlier = first_release_settings(file_settings)
+    earlier_layers = [_Layer(earlier, label=_FIRST_RELEASE, origin_label=_FIRST_RELEASE)] if earlier else []
     top_layers = [_override_layer(text) for text in overrides]
     top_layers += [_flag_layer(key, value) for key, value in (flags or {}).items() if value is not None]
     preset_layers = [] if preset is None else [_preset_layer(source, presets, preset, file_settings)]
 
     environment = os.environ if environ is None else environ
-    stack = _Stack.of([file_layer, *preset_layers, *top_layers])
+    stack = _Stack.of([file_layer, *earlier_layers, *preset_layers, *top_layers])
     config, problems = _checked(stack, known_models, environment)
     others = [_preset_layer(source, presets, name, file_settings) for name in presets if name != preset]
     problems += _problems_of_presets(file_layer, others, known_models, environment)

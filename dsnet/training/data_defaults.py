@@ -170,6 +170,8 @@ def _randaugment(facts: DataFacts) -> DataDefault:
     is_natural = facts.can_mirror and facts.image_size >= RANDAUGMENT_SIDE
     if not is_natural:
         return DataDefault(0, "small images, or images that cannot be mirrored: the crop alone changes them enough")
+    if RANDAUGMENT_OPS == 0:
+        return DataDefault(0, "the random crop and the mirror image change them enough")
     return DataDefault(RANDAUGMENT_OPS, "beside the random crop and the mirror image")
 
 

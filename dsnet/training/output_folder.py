@@ -4,7 +4,7 @@
     manifest.json   versions, seed, device, the data's fingerprint, the stages with the hashes of their files and of the supernet they
                     were made from
     supernet/       epoch-*, curves.jsonl, final.safetensors|json
-    measure/        subnets.json, latency.json, latency-NAME.json of each of `measure.devices`
+    measure/        subnets.json, train_sample.json, latency.json, latency-NAME.json of each of `measure.devices`
     table/          gate.safetensors, val.safetensors
 
 The files of a stage are those that the pipeline's stage of that name writes.

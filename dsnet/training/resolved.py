@@ -13,7 +13,15 @@ from dsnet.data.augment import DescribedImages
 from dsnet.errors import ConfigError
 from dsnet.latency import DEVICES, LatencySettings
 from dsnet.strict_json import check_known, read_strictly
-from dsnet.training.settings import BootstrapSettings, Regime, SupernetRun, TrainSettings, check_recalibration
+from dsnet.training.settings import (
+    BootstrapSettings,
+    Regime,
+    SupernetRun,
+    TrainSettings,
+    check_recalibration,
+    is_of_first_release,
+    with_published,
+)
 
 VERSION = 1
 _HOUSEKEEPING = ("data.path", "supernet.init_from", "supernet.keep_checkpoints", "supernet.train.checkpoint_every")
@@ -138,18 +146,27 @@ class StandaloneConfig:
 
     @classmethod
     def from_json(cls, data: object) -> StandaloneConfig:
-        """Read what `to_json` wrote, or a person.
+        """Read what `to_json` wrote, in this release or the first, or a person.
 
         Raises:
             ConfigError: a key is unknown or missing, or a value has the wrong type or range.
         """
-        return read_strictly(cls, data)
+        return read_strictly(cls, _with_published(data))
 
     def changes(self, earlier: StandaloneConfig) -> list[str]:
         """The dotted keys that differ and decide a result; where data and checkpoints lie does not."""
         mine, theirs = dict(_flat(self.to_json())), dict(_flat(earlier.to_json()))
         keys = [key for key in {**mine, **theirs} if not key.startswith(_HOUSEKEEPING)]
         return sorted(key for key in keys if mine.get(key) != theirs.get(key))
+
+
+def _with_published(data: object) -> object:
+    """A file of the first release with the settings that came later at the values by which it trained; any other as it is."""
+    supernet = data.get("supernet") if isinstance(data, Mapping) else None
+    written = supernet.get("bootstrapping") if isinstance(supernet, Mapping) else None
+    if not isinstance(written, Mapping) or not is_of_first_release(written):
+        return data
+    return {**data, "supernet": {**supernet, "bootstrapping": with_published(written)}}  # type: ignore[dict-item]
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -217,6 +217,16 @@ def without_published(bootstrapping: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in bootstrapping.items() if name not in _PUBLISHED or value != _PUBLISHED[name]}
 
 
+def with_published(bootstrapping: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a record, whole: what one of the first release has no word for stands at its published value."""
+    return {**_PUBLISHED, **bootstrapping}
+
+
+def is_of_first_release(bootstrapping: Mapping[str, Any]) -> bool:
+    """Whether all settings are written out as the first release knew them; a person leaves out what is to be the default."""
+    return bootstrapping.keys() == BootstrapSettings.__dataclass_fields__.keys() - _PUBLISHED.keys()
+
+
 @dataclass(frozen=True, kw_only=True)
 class SupernetRun:
     """Everything that decides a supernet's weights beside its architecture and data."""
@@ -260,7 +270,7 @@ class SupernetRun:
                     **data,
                     "train": TrainSettings(**data["train"]),
                     "regime": Regime(**data["regime"]),
-                    "bootstrapping": BootstrapSettings(**{**_PUBLISHED, **data["bootstrapping"]}),
+                    "bootstrapping": BootstrapSettings(**with_published(data["bootstrapping"])),
                     "augmentation": Augmentation(**data["augmentation"]),
                     "normalization": Normalization.from_json(data["normalization"]),
                 }

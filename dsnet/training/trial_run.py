@@ -81,6 +81,7 @@ def trial_run(
     share = max(2 * train.accumulate, train.batch_size // workers // train.accumulate * train.accumulate)
     settings = replace(train, epochs=max(1, train.epochs), batch_size=share, checkpoint_every=max(1, train.epochs))
     settings = replace(settings, warmup_epochs=min(settings.warmup_epochs, settings.epochs))
+    usual = replace(run.bootstrapping, largest_first=0.0)  # steps of the largest alone are cheaper than the others
     threads_before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -91,7 +92,7 @@ def trial_run(
             train_supernet(
                 supernet,
                 training,
-                replace(run, train=settings, origin={}),
+                replace(run, train=settings, bootstrapping=usual, origin={}),
                 folder=Path(folder),
                 device=device,
                 should_stop=clock.should_stop,

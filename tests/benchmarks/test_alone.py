@@ -190,7 +190,10 @@ def test_gaps_are_paired_by_seed_and_the_best_rate_alone_counts() -> None:
     assert gap.cost == pytest.approx(2.0 / 4.0)
 
 
-def test_a_small_run_is_resumed_and_reported(tmp_path: Path, material: Material, threads_restored: None) -> None:
+def test_a_small_run_is_resumed_and_reported(
+    tmp_path: Path, material: Material, threads_restored: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("benchmarks.alone_runs.RATE_FACTORS", (0.5, 1.0))
     begin(tmp_path, TINY, material)
     names = [subnet.name for subnet in Trainer(TINY, material, torch.device("cpu"), tmp_path, 0).blueprint.subnets]
     todo = jobs(["ib", "ib_third"], names, (0,), (1.0,))
