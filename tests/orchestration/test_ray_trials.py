@@ -238,6 +238,7 @@ def test_actors_read_the_arrays_in_place_with_one_thread(runner: RayRunner) -> N
         "tensor_shares": 1,
         "torch_threads": 1,
         "omp_threads": 1,
+        "has_mkl_mode": 1,
         "in_shared_memory": 1,
         "sum": float(ARRAYS["ce"].sum(dtype=np.float64)),
     }
