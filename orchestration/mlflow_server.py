@@ -18,7 +18,7 @@ from typing import IO
 
 from dsnet.errors import ConfigError, PreflightError
 from dsnet.import_path import child_variables
-from orchestration.mlflow_database import mend_artifact_locations
+from orchestration.mlflow_database import SQLITE, mend_artifact_locations
 from orchestration.tracking import mlflow_environment
 
 LOOPBACK = "127.0.0.1"
@@ -55,8 +55,9 @@ def serve_ui(store_uri: str, artifact_root: Path, port: int = 5000, host: str = 
     mend_artifact_locations(store_uri, artifact_root.absolute())
     port = free_port(port)
     url = f"http://{LOOPBACK}:{port}"
-    with tempfile.TemporaryFile("w+b") as log:
-        process = _start(store_uri, artifact_root, port, log)
+    # MLflow's workers put their working directory first on the import path, so that it must hold no modules of the user's.
+    with tempfile.TemporaryFile("w+b") as log, tempfile.TemporaryDirectory() as empty:
+        process = _start(_absolute(store_uri), artifact_root, port, log, Path(empty))
         try:
             _wait_until_it_answers(process, url, log)
             yield url
@@ -77,12 +78,19 @@ def free_port(wanted: int) -> int:
     raise PreflightError(f"no free port on {LOOPBACK}.")
 
 
-def _start(store_uri: str, artifact_root: Path, port: int, log: IO[bytes]) -> subprocess.Popen[bytes]:
+def _absolute(store_uri: str) -> str:
+    """The same database, whatever the working directory; other kinds of store as they are."""
+    path = store_uri.removeprefix(SQLITE)
+    return store_uri if path == store_uri else f"{SQLITE}{Path(path).absolute()}"
+
+
+def _start(store_uri: str, artifact_root: Path, port: int, log: IO[bytes], folder: Path) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--host", LOOPBACK, "--port", str(port)]
     command += ["--backend-store-uri", store_uri, "--default-artifact-root", artifact_root.absolute().as_uri()]
     # A process group of its own: Ctrl-C reaches us alone, and we end the server with its workers.
     return subprocess.Popen(
         command,
+        cwd=folder,
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=subprocess.STDOUT,
