@@ -235,7 +235,7 @@ def extend(run: str, runs: str, trials: str, overrides: tuple[str, ...], take_ov
     config = extended(results, trials, overrides)
     for note in extension_notes(results, config):
         click.echo(note, err=True)
-    return _run(config, take_over=take_over, again=f"dsnet-orch launch {results.run.sweep_yaml}")
+    return _run(config, take_over=take_over, again=f"dsnet-orch launch {shlex.quote(str(results.run.sweep_yaml))}")
 
 
 @cli.command()
@@ -603,11 +603,17 @@ def sync(run: str, runs: str) -> None:
 
 
 def _sync(results: RunResults | SupernetSweepResults) -> str:
+    """Write a run to MLflow; one of several supernets with its whole sweep, whose front says which of its points count."""
     from orchestration.planning import sync_again
+    from orchestration.projection import whole_sweep
     from orchestration.results import RunResults
     from orchestration.supernet_planning import sync_supernets_again
+    from orchestration.supernet_results import SupernetSweepResults
 
-    return sync_again(results) if isinstance(results, RunResults) else sync_supernets_again(results)
+    if not isinstance(results, RunResults):
+        return sync_supernets_again(results)
+    whole = whole_sweep(results.run)
+    return sync_again(results) if whole is results.run else sync_supernets_again(SupernetSweepResults(whole))
 
 
 @cli.command()

@@ -16,6 +16,8 @@ from orchestration.terminal import (
     percent,
     print_json,
     say,
+    say_mlflow,
+    say_places,
     say_progress,
     say_training_warnings,
     short,
@@ -41,15 +43,10 @@ def show_supernets_launch(result: SupernetsResult) -> None:
     say()
     for name, member in results.members.items():
         say_training_warnings(review(member), f"{name}: ")
-    say(f"report    {run.report_html}   (open it in a browser; it needs no network)")
-    for bundle in result.bundles:
-        say(f'bundle    {bundle}   (python: dsnet.load_bundle("{bundle}"))')
-    say(f"points    {run.points_parquet}")
+    say_places(results, result.bundles)
     say(f"study     {run.merged_journal}   (every trial of every supernet: optuna-dashboard opens it)")
     say(f"supernets {run.supernets_dir}   (each is a run of its own: dsnet-orch pareto {run.supernets_dir}/NAME)")
-    if results.config.tracking.mlflow:
-        where = results.config.tracking.uri or run.root / "mlflow.db"
-        say(f"mlflow    {where}   (open: dsnet-orch ui --runs {run.root})")
+    say_mlflow(results)
 
 
 def supernet_front_rows(results: SupernetSweepResults) -> list[dict[str, Any]]:
@@ -175,7 +172,7 @@ def show_supernets_status(results: SupernetSweepResults, *, as_json: bool) -> No
     if journal.is_file():
         say(f"study     {journal}   (open: optuna-dashboard {shlex.quote(str(journal))})")
     if not results.is_verified and driver is None:
-        say(f"continue  dsnet-orch launch {results.run.sweep_yaml}")
+        say(f"continue  dsnet-orch launch {shlex.quote(str(results.run.sweep_yaml))}")
 
 
 def _status(results: SupernetSweepResults, entry: MemberEntry) -> dict[str, Any]:

@@ -24,11 +24,14 @@ from search.analysis import optimism
 from search.points import trial_name
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from dsnet.latency import LatencyTable
     from orchestration.bundle_check import Check
     from orchestration.measure_again import MeasuredAgain
     from orchestration.pipeline import LaunchResult
     from orchestration.results import RunResults, Verified
+    from orchestration.supernet_results import SupernetSweepResults
     from orchestration.trial_list import ListedTrial, Selection, TrialList
     from orchestration.verification import DynamicLatency
     from search.training_checks import TrainingWarning
@@ -36,6 +39,8 @@ if TYPE_CHECKING:
 
 MAX_LISTED = 8
 """Trials or reasons that are written out one by one."""
+PHOTOS = ("image_folder", "cifar10")
+"""Data sets whose networks answer photos."""
 INDENT = " " * 10
 """Below the names at the beginning of lines such as `report    runs/...`."""
 
@@ -114,18 +119,30 @@ def show_launch(result: LaunchResult) -> None:
     """The front, what is to be said against its supernet, and where everything is and how to open it."""
     from orchestration.training_review import review
 
-    run = result.run
     show_front(result.results, (), as_json=False)
     say()
     say_training_warnings(review(result.results))
+    say_places(result.results, result.bundles)
+    say_mlflow(result.results)
+
+
+def say_places(results: RunResults | SupernetSweepResults, bundles: Sequence[Path]) -> None:
+    """Where report, bundles and points of a run are, and how to open them."""
+    run = results.run
     say(f"report    {run.report_html}   (open it in a browser; it needs no network)")
-    for bundle in result.bundles:
+    for bundle in bundles:
         say(f'bundle    {bundle}   (python: dsnet.load_bundle("{bundle}"))')
+    if bundles and results.config.data.name in PHOTOS:
+        say(f"photos    dsnet-orch predict {shlex.quote(str(bundles[0]))} PHOTO...")
     say(f"points    {run.points_parquet}")
-    if result.results.config.tracking.mlflow:
-        say(
-            f"mlflow    {result.results.config.tracking.uri or run.root / 'mlflow.db'}   (open: dsnet-orch ui --runs {run.root})"
-        )
+
+
+def say_mlflow(results: RunResults | SupernetSweepResults) -> None:
+    """Where a run is in MLflow; nothing where it is not."""
+    tracking, run = results.config.tracking, results.run
+    if tracking.mlflow:
+        how = f"dsnet-orch ui --runs {shlex.quote(str(run.root))}"
+        say(f"mlflow    {tracking.uri or run.root / 'mlflow.db'}   (open: {how})")
 
 
 def front_rows(results: RunResults) -> list[dict[str, Any]]:
@@ -439,7 +456,7 @@ def show_status(results: RunResults, *, as_json: bool) -> None:
     if journal.is_file():
         say(f"study     {journal}   (open: optuna-dashboard {shlex.quote(str(journal))})")
     if results.verified is None and driver is None:
-        say(f"continue  dsnet-orch launch {results.run.sweep_yaml}")
+        say(f"continue  dsnet-orch launch {shlex.quote(str(results.run.sweep_yaml))}")
 
 
 def driver_text(run: RunDir) -> str | None:

@@ -424,7 +424,8 @@ class MlflowStore:
 
     def _share_view(self, parent: TrackedRun) -> None:
         """Keep a prepared page of the sweep's points with the experiment, for `dsnet-orch ui`."""
-        tag, content = view_tag(parent.uid), points_view(parent.uid, is_outermost=parent.under is None)
+        is_outermost = self._known[parent.uid].tags["root"] == parent.uid
+        tag, content = view_tag(parent.uid), points_view(parent.uid, is_outermost=is_outermost)
         client = self._connected()
         if client.get_experiment(self._experiment_id).tags.get(tag) != content:
             client.set_experiment_tag(self._experiment_id, tag, content)
@@ -622,9 +623,12 @@ def _known_run(run: Run) -> _KnownRun:
 
 def _tags(run: TrackedRun, parent: TrackedRun, known: _KnownRun | None) -> dict[str, str]:
     """The tags of a row as they are written, but for those that it is created with."""
-    first = {name: value for name, value in run.first_tags.items() if known is None or name not in known.tags}
-    reason = {"reason": run.reason} if run.reason else {}
-    tags = {**first, **run.tags, **reason, "root": parent.root_uid}
+    root, reason = {"root": parent.root_uid}, {"reason": run.reason} if run.reason else {}
+    first, always = {**run.first_tags}, {**run.tags, **reason}
+    # One of several supernets that is launched by itself stays where its sweep has put it.
+    (first if parent.under is None else always).update(root)
+    new = {name: value for name, value in first.items() if known is None or name not in known.tags}
+    tags = {**new, **always}
     return {_clean_name(name): str(value)[:MAX_TAG_LENGTH] for name, value in tags.items()}
 
 

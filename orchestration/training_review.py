@@ -48,6 +48,7 @@ def facts_of(results: RunResults) -> TrainingFacts:
             batch_size=train.batch_size,
             is_from_scratch=not made.run.origin,
             teacher=made.run.regime.teacher,
+            trust=made.run.bootstrapping.trust,
             curves=curves[1],
         )
     return facts if not results.subnets else _with_accuracies(results, facts)

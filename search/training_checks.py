@@ -74,6 +74,8 @@ class TrainingFacts:
     """Not from weights that somebody trained before."""
     teacher: str = "none"
     """Who taught the narrower sub-networks, as `supernet.train.teacher` names it."""
+    trust: str = "label_probability"
+    """How soft labels count, as `supernet.bootstrapping.trust` names it."""
     curves: Mapping[str, tuple[Sequence[float], Sequence[float]]] = field(default_factory=dict)
     """Sub-network -> (steps, losses), rising in steps; the first one learns from the labels."""
     routes: Sequence[Score] = ()
@@ -170,11 +172,15 @@ def stood_still(facts: TrainingFacts) -> TrainingWarning | None:
     if facts.teacher == "none":
         way_out = "raise supernet.train.lr, or shorten supernet.train.warmup_epochs"
     else:
-        way_out = (
-            "a teacher that has learnt nothing yet teaches nothing; train longer (supernet.train.epochs), or give every "
-            "sub-network the labels (supernet.regime: ce)"
-        )
+        way_out = "raise supernet.train.epochs, or lower supernet.train.lr" + _labels_too(facts)
     return TrainingWarning("stood_still", text, way_out, {"share": slow[worst], "subnets": list(slow), "worst": worst})
+
+
+def _labels_too(facts: TrainingFacts) -> str:
+    """The further way out where sub-networks learn from nothing but a teacher, who knows nothing at first."""
+    if facts.teacher == "none" or facts.trust != "full":
+        return ""
+    return "; or let soft labels count as far as the teacher knows the label (supernet.bootstrapping.trust: label_probability)"
 
 
 def _still_share(curve: tuple[Sequence[float], Sequence[float]], num_steps: int) -> float:
@@ -303,9 +309,7 @@ def teacher_above(facts: TrainingFacts) -> TrainingWarning | None:
         f"{facts.outside.name}, which teaches and is never routed to, has {100 * gap:.1f} points more on val than the widest route "
         f"{widest.name}: {facts.outside.top1:.1%} and {widest.top1:.1%}"
     )
-    way_out = "what it knows has not reached the routes: raise supernet.train.epochs"
-    if facts.teacher != "none":
-        way_out += ", or give every sub-network the labels (supernet.regime: ce)"
+    way_out = f"raise supernet.train.epochs, or lower supernet.train.lr{_labels_too(facts)}"
     return TrainingWarning(
         "teacher_above", text, way_out, {"teacher": facts.outside.top1, "widest": widest.top1, "gap": gap}
     )

@@ -18,6 +18,7 @@ from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 
 from orchestration import tracking
+from orchestration.mlflow_view import view_tag
 from orchestration.mlflow_writer import MlflowWriter, SharedWriter, is_on_local_disk
 from orchestration.tracking import (
     FAILURES_BEFORE_PAUSE,
@@ -237,6 +238,22 @@ def test_a_finished_row_keeps_its_values_and_gets_what_is_known_later(database: 
     assert [run.data.metrics.get("test/top1") for run in found] == [None, None, 0.5, 0.5]
     assert database.history(found[-1], "latency_ms") == [(0, NOW_MS + 309, 3.0)]
     assert {run.data.tags["root"] for run in found} == {"digits"}
+
+
+def test_one_of_several_supernets_that_is_launched_by_itself_stays_in_its_sweep(
+    database: Database, experiment: str
+) -> None:
+    own = parent_run("digits")
+    for parent in (own, replace(own, under=parent_run("whole")), own):
+        tracker = database.tracker(experiment)
+        tracker.parent(parent)
+        tracker.trial(trial_run("digits", 0))
+        tracker.close("FINISHED", NOW_MS + 1000, TIMEOUT_S)
+        roots = {database.runs(experiment)[uid].data.tags["root"] for uid in ("digits", "digits/cccc/trial-0000")}
+        assert roots == {"digits" if parent is own and "whole" not in database.runs(experiment) else "whole"}
+    found = MlflowClient(database.uri).get_experiment_by_name(experiment)
+    assert found is not None
+    assert "tags.sweep = 'digits'" in found.tags[view_tag("digits")]
 
 
 def test_a_killed_driver_is_resumed_and_ends_like_one_that_was_not(

@@ -112,11 +112,14 @@ def test_a_sub_network_that_joins_late_did_not_stand_still_before_that() -> None
 
 def test_the_way_out_of_standing_still_depends_on_who_teaches() -> None:
     curves = {"narrow": curve(2.3, 2.3, 2.3, 1.0, 0.7)}
-    taught, labelled = (stood_still(facts(curves=curves, teacher=teacher)) for teacher in ("ema", "none"))
-    assert taught is not None
-    assert labelled is not None
-    assert "regime: ce" in taught.way_out
-    assert "train.lr" in labelled.way_out
+    ways = []
+    for teacher, trust in (("ema", "full"), ("ema", "label_probability"), ("none", "full")):
+        found = stood_still(facts(curves=curves, teacher=teacher, trust=trust))
+        assert found is not None
+        ways.append(found.way_out)
+    assert ["trust: label_probability" in way for way in ways] == [True, False, False]
+    assert ["lower supernet.train.lr" in way for way in ways] == [True, True, False]
+    assert "raise supernet.train.lr" in ways[2]
 
 
 def test_a_spike_is_told_with_its_step_and_the_noise_of_batches_is_none() -> None:
