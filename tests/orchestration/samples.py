@@ -109,7 +109,7 @@ class Command:
         """Ctrl-C: the whole foreground group hears it."""
         os.killpg(self.process.pid, signal.SIGINT)
 
-    def wait(self, timeout_s: float = 120.0) -> Answer:
+    def wait(self, timeout_s: float = 240.0) -> Answer:
         """Its answer, once it has ended."""
         try:
             out, err = self.process.communicate(timeout=timeout_s)
@@ -118,7 +118,7 @@ class Command:
             raise
         return Answer(self.process.returncode, out, err)
 
-    def wait_for(self, condition: Callable[[], bool], timeout_s: float = 120.0) -> None:
+    def wait_for(self, condition: Callable[[], bool], timeout_s: float = 240.0) -> None:
         """Wait for a moment in the life of the command.
 
         Raises:

@@ -130,7 +130,7 @@ def test_the_table_tells_states_reasons_and_what_was_not_drawn(capsys: pytest.Ca
     show_trials(TRIALS, Selection(), as_json=False)
     lines = capsys.readouterr().out.splitlines()
     rows = {line.split()[0].rstrip("*"): line.split() for line in lines[1:7]}
-    assert lines[0].split() == ["trial", "state", "top-1", "val", "%", "MAdds", "M", "target", "router", "sgs.t_easy"]
+    assert lines[0].split() == ["trial", "state", "top-1", "%", "val", "MAdds", "M", "target", "router", "sgs.t_easy"]
     assert rows["trial-0000"] == ["trial-0000*", "infeasible", "90.0", "100", "0", "-", "-"]
     assert rows["trial-0002"] == ["trial-0002", "complete", "88.0", "98", "0.2", "gate", "0.5"]
     text = "\n".join(lines)
