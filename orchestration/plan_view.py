@@ -1,12 +1,23 @@
-"""What `plan` prints: the data, the network, what a launch would do and take, and the settings, those that somebody chose first."""
+"""What `plan` prints: the data, the network, what a launch would do and take, and the settings, those that somebody chose first.
+
+`orchestration.supernet_terminal` prints the plan of a sweep of supernets with the same parts.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from orchestration.config import enqueued_points, resolve_cohort, resolve_cores, resolve_regime, resolve_timeout_s
+from orchestration.config import (
+    SweepConfig,
+    enqueued_points,
+    resolve_cohort,
+    resolve_cores,
+    resolve_regime,
+    resolve_timeout_s,
+)
 from orchestration.forecast import Forecast
 from orchestration.tables import Column, show_table, terminal_width, wrapped
 from orchestration.terminal import print_json, say
@@ -14,12 +25,16 @@ from orchestration.wording import duration, plural, size
 
 if TYPE_CHECKING:
     from orchestration.planning import SweepPlan
+    from orchestration.preparation import Prepared
+    from orchestration.rundir import RunDir
 
 MAX_SUBNETS = 16
 """Sub-networks that are listed without --all."""
 MAX_CLASSES = 30
 """Classes that are named without --all."""
 SPLITS = ("train", "gate", "val", "test")
+_FILE_LINE = re.compile(r"^.+:(\d+)$")
+"""Origin of a setting of the sweep file, whose name the reader has just typed."""
 _SETTING = Column("setting", is_text=True)
 _VALUE = Column("value", is_text=True, wraps=True)
 
@@ -35,7 +50,7 @@ def show_plan(plan: SweepPlan, *, as_json: bool, everything: bool = False) -> No
     if as_json:
         print_json(plan_content(plan))
         return
-    _show_data(plan, everything)
+    show_data(plan.run, plan.prepared, everything=everything)
     say()
     made = plan.supernet.lines(plan.config.supernet.init_from)
     network = [(what.removeprefix("supernet "), how) for what, how in made]
@@ -45,7 +60,7 @@ def show_plan(plan: SweepPlan, *, as_json: bool, everything: bool = False) -> No
     say()
     _show_stages(plan)
     say()
-    _show_settings(plan, everything)
+    show_settings(plan_settings(plan), everything=everything)
 
 
 def plan_content(plan: SweepPlan) -> dict[str, Any]:
@@ -53,12 +68,7 @@ def plan_content(plan: SweepPlan) -> dict[str, Any]:
     data = plan.prepared
     return {
         "run": str(plan.run.path),
-        "data": {
-            "name": data.image_set.name,
-            "image_shape": list(data.image_set.image_shape),
-            "classes": list(data.image_set.class_names),
-            "num_images": {split: len(data.splits[split]) for split in SPLITS},
-        },
+        "data": data_content(data),
         "stages": [
             {"stage": stage.name, "status": stage.status, "key": stage.key, "because": list(stage.reasons)}
             for stage in plan.stages
@@ -70,26 +80,36 @@ def plan_content(plan: SweepPlan) -> dict[str, Any]:
     }
 
 
+def data_content(prepared: Prepared) -> dict[str, Any]:
+    """The data as JSON."""
+    return {
+        "name": prepared.image_set.name,
+        "image_shape": list(prepared.image_set.image_shape),
+        "classes": list(prepared.image_set.class_names),
+        "num_images": {split: len(prepared.splits[split]) for split in SPLITS},
+    }
+
+
 def plan_settings(plan: SweepPlan) -> dict[str, dict[str, Any]]:
     """Every setting with its value and origin; `reason` where the data decided it, `effective` where null stands for something."""
     settings = plan.settings()
-    for key, meant in _effective(plan).items():
+    for key, meant in effective_values(plan.config, plan.prepared).items():
         if key in settings and settings[key]["value"] is None:
             settings[key]["effective"] = meant
     return settings
 
 
-def _effective(plan: SweepPlan) -> dict[str, Any]:
-    """What nulls stand for."""
-    config, prepared = plan.config, plan.prepared
-    regime = resolve_regime(config.supernet)
+def effective_values(config: SweepConfig, prepared: Prepared) -> dict[str, Any]:
+    """What nulls stand for, with the supernet that was prepared."""
+    supernet = prepared.config.supernet
+    regime = resolve_regime(supernet)
     cores = resolve_cores(config)
     points = plural(len(enqueued_points(config)), "point")
     return {
         "data.image_size": prepared.image_size,
         **{f"data.splits.{split}": len(prepared.splits[split]) for split in SPLITS},
-        "supernet.regime": "ib",
-        "supernet.threads": max(1, cores // config.supernet.workers),
+        "supernet.regime": supernet.regime or "ib",
+        "supernet.threads": max(1, cores // supernet.workers),
         "supernet.train.widths": regime.widths,
         "supernet.train.num_random": regime.num_random,
         "supernet.train.teacher": regime.teacher,
@@ -105,18 +125,19 @@ def _effective(plan: SweepPlan) -> dict[str, Any]:
     }
 
 
-def _show_data(plan: SweepPlan, everything: bool) -> None:
-    images, splits = plan.prepared.image_set, plan.prepared.splits
+def show_data(run: RunDir, prepared: Prepared, *, everything: bool) -> None:
+    """The run folder, the images, their splits and their classes."""
+    images, splits = prepared.image_set, prepared.splits
     channels, height, width = images.image_shape
     names = images.class_names if everything else images.class_names[:MAX_CLASSES]
     more = f" and {len(images.class_names) - len(names)} more (--all)" if len(names) < len(images.class_names) else ""
     sizes = ", ".join(f"{split} {len(splits[split])}" for split in SPLITS)
-    _say_row("run", str(plan.run.path))
-    _say_row("data", f"{images.name}, {width} x {height} pixels, {plural(channels, 'channel')}: {sizes} (sealed)")
-    _say_row("classes", f"{len(images.class_names)}: {', '.join(names)}{more}")
+    say_row("run", str(run.path))
+    say_row("data", f"{images.name}, {width} x {height} pixels, {plural(channels, 'channel')}: {sizes} (sealed)")
+    say_row("classes", f"{len(images.class_names)}: {', '.join(names)}{more}")
 
 
-def _say_row(what: str, text: str) -> None:
+def say_row(what: str, text: str) -> None:
     """A name and its text, which goes on below itself."""
     width = terminal_width()
     first, *others = wrapped(text, None if width is None else max(20, width - 10))
@@ -161,7 +182,7 @@ def _show_stages(plan: SweepPlan) -> None:
         f"about {duration(found.seconds)}, {size(found.memory_bytes)} of memory{gpu}, {size(found.disk_bytes)} on disk; "
         f"{found.timed}"
     )
-    _say_row("forecast", text)
+    say_row("forecast", text)
 
 
 def _taken(forecast: Forecast | None, name: str) -> tuple[str, ...]:
@@ -173,14 +194,15 @@ def _taken(forecast: Forecast | None, name: str) -> tuple[str, ...]:
     return (duration(stage.seconds), size(stage.memory_bytes), size(stage.disk_bytes))
 
 
-def _show_settings(plan: SweepPlan, everything: bool) -> None:
+def show_settings(settings: Mapping[str, Mapping[str, Any]], *, everything: bool) -> None:
     """Those that somebody wrote, those that the data decided, and the number of all others, or these too."""
-    settings = plan_settings(plan)
     groups: dict[str, list[tuple[str, str, str]]] = {"chosen": [], "data": [], "default": []}
     for key, setting in settings.items():
+        if f"space.{key}" in settings:  # every trial or supernet has its own
+            continue
         origin = setting["origin"]
         group = origin if origin in ("data", "default") else "chosen"
-        groups[group].append((key, _value(setting), setting.get("reason", origin)))
+        groups[group].append((key, _value(setting), setting.get("reason", _FILE_LINE.sub(r"line \1", origin))))
     show_table((_SETTING, _VALUE, Column("from", is_text=True)), groups["chosen"], rest="")
     if groups["data"]:
         say()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from dsnet.errors import PreflightError
 from orchestration.config import SweepConfig
 from orchestration.config_loading import LoadedConfig
 from orchestration.pipeline import anchored
+from orchestration.plan_view import effective_values
 from orchestration.planning import FROM_THE_DATA, SYNC_TIMEOUT_S, check_same_data, report_again
 from orchestration.preparation import Images, load_images, prepare, stage_definitions
 from orchestration.projection import store_uri
@@ -45,20 +46,28 @@ class SupernetsPlan:
     """(cheapest, widest) sub-network of each member, millions."""
 
     def settings(self) -> dict[str, dict[str, Any]]:
-        """Every setting with its value and origin."""
+        """Every setting with its value and origin; `effective` where null stands for something, of all supernets that can be."""
+        prepared = [member.prepared for member in self.members if member.prepared is not None]
+        effective = _of_all([effective_values(self.config, each) for each in prepared])
+        derived = _of_all([{key: each.value for key, each in one.derived.items()} for one in prepared])
+        reasons = _of_all([{key: each.reason for key, each in one.derived.items()} for one in prepared])
         settings: dict[str, dict[str, Any]] = {}
         for key, value in flat_settings(self.config.model_dump(mode="json")).items():
             settings[key] = {"value": value, "origin": self.origins.get(key, "default")}
-            if key in self.left_to_data:
-                settings[key] |= {"origin": FROM_THE_DATA, "reason": "for each supernet by itself"}
+            if key in derived and key not in self.config.space:
+                settings[key] |= {"value": derived[key], "origin": FROM_THE_DATA, "reason": reasons[key]}
+            if settings[key]["value"] is None and key in effective:
+                settings[key]["effective"] = effective[key]
         return settings
 
-    @property
-    def left_to_data(self) -> frozenset[str]:
-        """Keys that nobody wrote and that the data decide, for each supernet."""
-        swept = self.config.space.keys()
-        derived = (key for member in self.members if member.prepared for key in member.prepared.derived)
-        return frozenset(derived) - swept
+
+def _of_all(mappings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """For each key the value that all have; where they differ, a text with each distinct one."""
+    found: dict[str, Any] = {}
+    for key in dict.fromkeys(key for mapping in mappings for key in mapping):
+        values = list({repr(mapping[key]): mapping[key] for mapping in mappings if key in mapping}.values())
+        found[key] = values[0] if len(values) == 1 else " or ".join(map(str, values))
+    return found
 
 
 def plan_supernets(loaded: LoadedConfig) -> SupernetsPlan:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from orchestration.plan_view import say_row, show_data, show_settings
 from orchestration.progress import json_state, read_task_state
 from orchestration.rundir import RunDir
 from orchestration.tables import Column
@@ -28,7 +29,7 @@ from orchestration.wording import plural
 from search.points import trial_name
 
 if TYPE_CHECKING:
-    from orchestration.supernet_members import MemberEntry
+    from orchestration.supernet_members import Member, MemberEntry
     from orchestration.supernet_planning import SupernetsPlan
     from orchestration.supernet_results import SupernetSweepResults
     from orchestration.supernet_sweep import SupernetsResult
@@ -200,8 +201,43 @@ def told(settings: Mapping[str, Any]) -> str:
     return ", ".join(f"{key.removeprefix('supernet.')} {short(value)}" for key, value in settings.items())
 
 
-def show_supernets_plan(plan: SupernetsPlan, *, as_json: bool) -> None:
-    """Which supernets there would be, each with what would run of it and why."""
+def show_supernets_plan(plan: SupernetsPlan, *, as_json: bool, everything: bool = False) -> None:
+    """Which supernets there would be, each with what would run of it and why; then the settings, as for any sweep.
+
+    Args:
+        plan: from `plan_supernets`.
+        as_json: for scripts, always complete.
+        everything: also the settings that nobody chose.
+    """
+    if as_json:
+        print_json(_plan_content(plan))
+        return
+    rules, budget = plan.config.supernets, plan.config.budget
+    prepared = next((member.prepared for member in plan.members if member.prepared is not None), None)
+    if prepared is None:
+        say_row("run", str(plan.run.path))
+    else:
+        show_data(plan.run, prepared, everything=everything)
+    text = (
+        f"{len(plan.members)} of {rules.number} by {rules.sampler}, {rules.concurrent} at a time, scheduler "
+        f"{rules.scheduler}; {budget.trials} trials for each that is trained to its end"
+    )
+    say_row("supernets", text)
+    say()
+    columns = (
+        Column("supernet", is_text=True),
+        Column("settings", is_text=True, wraps=True),
+        Column("state", is_text=True),
+        Column("MAdds\u00a0M", is_text=True),
+        Column("stages", is_text=True, wraps=True),
+    )
+    show_table(columns, [_planned(plan, member) for member in plan.members])
+    say()
+    show_settings(plan.settings(), everything=everything)
+
+
+def _plan_content(plan: SupernetsPlan) -> dict[str, Any]:
+    """The plan as JSON."""
     members = [
         {
             "name": member.name,
@@ -217,28 +253,19 @@ def show_supernets_plan(plan: SupernetsPlan, *, as_json: bool) -> None:
         }
         for member in plan.members
     ]
-    if as_json:
-        print_json({"run": str(plan.run.path), "supernets": members, "settings": plan.settings()})
-        return
-    rules = plan.config.supernets
-    say(f"run       {plan.run.path}")
-    say(
-        f"supernets {len(plan.members)} of {rules.number} by {rules.sampler}, {rules.concurrent} at a time, scheduler "
-        f"{rules.scheduler}; {plan.config.budget.trials} trials for each that is trained to its end"
-    )
-    say()
-    lines = []
-    for member in plan.members:
-        if member.prepared is None:
-            lines.append((member.name, told(member.settings), "cannot be", "", member.problem or ""))
-            continue
-        fate = plan.fates.get(member.name)
-        status = ", ".join(f"{stage.name} {stage.status}" for stage in plan.stages[member.name])
-        cheapest, widest = plan.madds_m[member.name]
-        state = fate.state if fate is not None else "to train"
-        because = fate.reason or status if fate is not None else status
-        lines.append((member.name, told(member.settings), state, f"{cheapest:.4g} to {widest:.4g}", because))
-    show_table(("supernet", "settings", "state", "MAdds M", "stages"), lines, num_left=3)
-    say()
-    rows = [(key, value["value"], value["origin"]) for key, value in plan.settings().items()]
-    show_table(("setting", "value", "from"), [(key, str(value), origin) for key, value, origin in rows], num_left=3)
+    return {"run": str(plan.run.path), "supernets": members, "settings": plan.settings()}
+
+
+def _planned(plan: SupernetsPlan, member: Member) -> tuple[str, ...]:
+    """A supernet's row: its settings, what has become of it, the cost of its cheapest and widest sub-network, and its stages."""
+    if member.prepared is None:
+        return (member.name, told(member.settings), "cannot be", "", member.problem or "")
+    fate = plan.fates.get(member.name)
+    names: dict[str, list[str]] = {}
+    for stage in plan.stages[member.name]:
+        names.setdefault(stage.status, []).append(stage.name)
+    stages = "; ".join(f"{status}: {', '.join(those)}" for status, those in names.items())
+    cheapest, widest = plan.madds_m[member.name]
+    state = fate.state if fate is not None else "to train"
+    because = fate.reason or stages if fate is not None else stages
+    return (member.name, told(member.settings), state, f"{cheapest:.4g} to {widest:.4g}", because)

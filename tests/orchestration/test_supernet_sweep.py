@@ -321,6 +321,14 @@ def test_commands_on_the_sweep_show_origins_and_take_its_members_as_runs(swept: 
     assert {row["slot"] for row in own} == set(results.members[first].front)
     plan = call(folder, "plan", SWEEP, "--json").json
     assert [item["name"] for item in plan["supernets"] if item["known"]] == list(results.members)
+    lr = plan["settings"]["supernet.train.lr"]
+    assert (lr["origin"], lr["value"]) == ("data", results.members[first].config.supernet.train.lr)
+    brief = call(folder, "plan", SWEEP).out
+    assert brief.splitlines()[1].startswith("data      digits, 8 x 8 pixels")
+    assert lr["reason"] in brief
+    assert "other settings at their defaults: --all shows them" in brief
+    assert "gate.temperature.start" not in brief
+    assert "None" not in brief
     assert "up to 3 supernets" in call(folder, "validate", SWEEP).out
 
 
