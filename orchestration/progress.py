@@ -92,10 +92,31 @@ def left_text(seconds: float | None) -> str:
     return "" if not seconds else f", {duration(seconds)} left"
 
 
+BAR_WIDTH = 16
+"""Characters of a bar."""
+
+
+def fitting(count: str, remarks: str, room: int) -> str:
+    """A count and as many of the remarks beside it, which two spaces divide, as there is room for: none is cut.
+
+    Args:
+        count: always shown.
+        remarks: the most important first.
+        room: in characters.
+    """
+    shown = count
+    for remark in filter(None, remarks.split("  ")):
+        if len(shown) + 2 + len(remark) > room:
+            break
+        shown = f"{shown}  {remark}"
+    return shown
+
+
 class _RichBar:
-    def __init__(self, progress: Progress, task: Task) -> None:
+    def __init__(self, progress: Progress, task: Task, room: int) -> None:
         self._progress = progress
         self._task = task
+        self._room = room
         self._left = TimeLeft(task)
         self._id = progress.add_task(
             task.title, total=task.total, text=count_text(task.start or 0, task.total, task.unit)
@@ -103,7 +124,7 @@ class _RichBar:
 
     def update(self, done: float, text: str = "") -> None:
         told = count_text(done, self._task.total, self._task.unit) + left_text(self._left.after(done))
-        self._progress.update(self._id, completed=done, text=f"{told}  {text}")
+        self._progress.update(self._id, completed=done, text=fitting(told, text, self._room))
 
 
 class _LineBar:
@@ -152,11 +173,11 @@ class TerminalProgress:
             return
         columns = (
             TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=16),
+            BarColumn(bar_width=BAR_WIDTH),
             TextColumn("{task.fields[text]}", markup=False),
         )
         with Progress(*columns, console=self.console, transient=True) as progress:
-            yield _RichBar(progress, task)
+            yield _RichBar(progress, task, self.console.width - len(task.title) - BAR_WIDTH - 2)
 
 
 class _SilentBar:

@@ -94,7 +94,7 @@ class RunDir:
         if not self.manifest_path.is_file():
             known = list_runs(self.root)
             close = difflib.get_close_matches(self.name, known, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else "."
+            hint = f"; did you mean {close[0]!r}?" if close else ""
             listed = f"runs there: {', '.join(known)}" if known else "there are no runs there"
             raise NotFoundError(f"no run {self.name!r} in {self.root}{hint} ({listed})")
 

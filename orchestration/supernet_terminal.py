@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from orchestration.plan_view import say_row, show_data, show_settings
 from orchestration.progress import json_state, read_task_state
-from orchestration.rundir import RunDir
+from orchestration.rundir import Manifest, RunDir
 from orchestration.tables import Column
 from orchestration.terminal import (
+    INDENT,
     driver_text,
     front_rows,
+    is_running,
     percent,
     print_json,
     say,
@@ -166,8 +168,8 @@ def show_supernets_status(results: SupernetSweepResults, *, as_json: bool) -> No
         if item["reason"]:
             tell(f"{item['name']} {item['state']}: {item['reason']}")
         for warning in item["warnings"]:
-            tell(f"warning   {item['name']}: {warning['text']}; {warning['way_out']}")
-    say(f"trials    {results.num_trials} finished, of {results.config.budget.trials} for each trained supernet")
+            tell(f"warning   {item['name']}: {warning['text']}; {warning['way_out']}", INDENT)
+    say(f"trials    {results.num_trials} finished; {results.config.budget.trials} for each supernet that is trained")
     say(f"front     {plural(len(results.front), 'gate')}" + ("" if results.is_verified else ", not verified yet"))
     journal = results.run.merged_journal
     if journal.is_file():
@@ -180,12 +182,12 @@ def _status(results: SupernetSweepResults, entry: MemberEntry) -> dict[str, Any]
     from orchestration.training_review import review
 
     member = results.members.get(entry.name)
-    done = entry.epochs if entry.state == "trained" else entry.reports[-1][0] if entry.reports else 0
+    state, done = state_and_epochs(results.run, entry)
     return {
         "name": entry.name,
         "settings": dict(entry.settings),
         "told": told(entry.settings),
-        "state": entry.state,
+        "state": state,
         "reason": entry.reason,
         "epochs": f"{done}/{entry.epochs}",
         "reports": [list(report) for report in entry.reports],
@@ -194,6 +196,20 @@ def _status(results: SupernetSweepResults, entry: MemberEntry) -> dict[str, Any]
         "run": str(RunDir(results.run.supernets_dir, entry.name).path),
         "warnings": [] if member is None else [warning.to_json() for warning in review(member)],
     }
+
+
+def state_and_epochs(sweep: RunDir, entry: MemberEntry) -> tuple[str, int]:
+    """What has become of a supernet, "training" where it is at work; and how many epochs are behind it, as its checkpoints say."""
+    from dsnet.training.supernet import checkpoint_stems
+
+    if entry.state == "trained":
+        return entry.state, entry.epochs
+    run = RunDir(sweep.supernets_dir, entry.name)
+    stage = Manifest(run.manifest_path).read()["stages"].get("supernet") if run.manifest_path.is_file() else None
+    if entry.state != "waiting" or stage is None or stage["status"] != "running" or not is_running(sweep):
+        return entry.state, entry.reports[-1][0] if entry.reports else 0
+    stems = checkpoint_stems(run.path / stage["dir"])
+    return "training", int(stems[-1].name.rpartition("-")[2]) if stems else 0
 
 
 def told(settings: Mapping[str, Any]) -> str:

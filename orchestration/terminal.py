@@ -63,15 +63,19 @@ def say(text: str = "") -> None:
     _console().print(text, markup=False, soft_wrap=True)
 
 
-def tell(text: str) -> None:
-    """Prose on stdout, broken between words where it does not fit."""
-    for line in wrapped(text, terminal_width()):
+def tell(text: str, indent: str = "") -> None:
+    """Prose on stdout, broken between words where it does not fit; further lines begin with `indent`."""
+    width = terminal_width()
+    first, *others = wrapped(text, None if width is None else width - len(indent))
+    for line in (first, *(indent + other for other in others)):
         _console().print(line, markup=False, soft_wrap=True)
 
 
 def warn(text: str) -> None:
-    """A warning on stderr: stdout is for data."""
-    Console(stderr=True, highlight=False).print(f"warning: {text}", markup=False, soft_wrap=True)
+    """A warning on stderr, broken between words where it does not fit: stdout is for data."""
+    console = Console(stderr=True, highlight=False)
+    for line in wrapped(f"warning: {text}", console.width if console.is_terminal else None):
+        console.print(line, markup=False, soft_wrap=True)
 
 
 def print_json(value: Any) -> None:
@@ -112,7 +116,7 @@ def _signed(interval: Any) -> str:
 def say_training_warnings(warnings: Sequence[TrainingWarning], whose: str = "") -> None:
     """What is to be said about the training of a supernet, one line each."""
     for warning in warnings:
-        tell(f"warning   {whose}{warning}")
+        tell(f"warning   {whose}{warning}", INDENT)
 
 
 def show_launch(result: LaunchResult) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import sys
 import time
 from collections.abc import Callable
+from contextlib import redirect_stdout
 
 import click
 
@@ -35,16 +37,33 @@ def watch_status(
         line = change_line(run)
         if line != last:
             if in_place:
-                click.clear()
-                show()
+                _show_in_place(show)
             else:
                 say(line)
                 sys.stdout.flush()
         last = line
         sleep(INTERVAL_S)
     if in_place:
-        click.clear()
-    show()
+        _show_in_place(show)
+    else:
+        show()
+
+
+class _Frame(io.StringIO):
+    """What is printed into it is laid out as for the terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def _show_in_place(show: Callable[[], None]) -> None:
+    """Clear the screen only once the whole status is known: reading it may take a second."""
+    frame = _Frame()
+    with redirect_stdout(frame):
+        show()
+    click.clear()
+    sys.stdout.write(frame.getvalue())
+    sys.stdout.flush()
 
 
 def _begun(find: Callable[[], RunDir], sleep: Callable[[float], None]) -> RunDir:

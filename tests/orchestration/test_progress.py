@@ -14,6 +14,7 @@ from orchestration.progress import (
     TaskState,
     TerminalProgress,
     TimeLeft,
+    fitting,
     read_task_state,
 )
 
@@ -79,6 +80,12 @@ def test_on_a_pipe_there_is_a_line_for_every_cohort_also_of_a_continued_search(
         "search: 16 of 22 trials, 6 s left",
         "search: 22 of 22 trials",
     ]
+
+
+def test_beside_a_bar_stands_what_has_room_and_no_word_is_cut() -> None:
+    count, remarks = "9 of 18 epochs, 30 s left", "s0-d1b30f50  epoch 9  static hypervolume 0.8123"
+    shown = [fitting(count, remarks, room) for room in (100, 60, 40, 10)]
+    assert shown == [f"{count}  {remarks}", f"{count}  s0-d1b30f50  epoch 9", f"{count}  s0-d1b30f50", count]
 
 
 def test_work_whose_number_nobody_wants_to_know_prints_no_line(capsys: pytest.CaptureFixture[str]) -> None:

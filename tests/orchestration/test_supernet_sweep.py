@@ -23,15 +23,16 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from dsnet.bundle import load_bundle
-from dsnet.files import file_sha256
+from dsnet.files import atomic_write_json, file_sha256
 from orchestration.config import SweepConfig
 from orchestration.config_loading import load_config
 from orchestration.pipeline import anchored
 from orchestration.preparation import load_images
-from orchestration.rundir import RunDir, mlflow_store_uri
+from orchestration.rundir import DriverLock, RunDir, mlflow_store_uri
 from orchestration.supernet_members import Member, MemberEntry, draw_members
 from orchestration.supernet_results import GateId, SupernetSweepResults
 from orchestration.supernet_study import SupernetStudy
+from orchestration.supernet_terminal import state_and_epochs
 from search.points import load_points
 from search.study import TrialRecord
 from tests.orchestration.samples import TIMES, WITHOUT_MLFLOW, Answer, Command, call, snapshot, write_sweep
@@ -347,6 +348,22 @@ def test_a_gate_of_any_supernet_is_exported_by_its_whole_name_and_an_ambiguous_o
     refused = call(swept.folder, "export", "nets", "--pick", "trial-0001", "--out", tmp_path)
     assert refused.code == 9
     assert "2 supernets have such a trial" in refused.err
+
+
+def test_a_supernet_that_is_at_work_is_training_and_its_newest_checkpoint_says_how_far_it_is(tmp_path: Path) -> None:
+    run = RunDir(tmp_path, "nets")
+    entry = MemberEntry("s0-a", "a", {}, epochs=9)
+    own = RunDir(run.supernets_dir, entry.name)
+    run.create()
+    own.create()
+    stage = {"dir": "supernet/a", "status": "running"}
+    atomic_write_json(own.manifest_path, {"schema": 1, "stages": {"supernet": stage}})
+    (own.path / stage["dir"]).mkdir(parents=True)
+    for epoch in (3, 4):
+        (own.path / stage["dir"] / f"epoch-{epoch:05d}.json").touch()
+    with DriverLock(run, "test"):
+        assert state_and_epochs(run, entry) == ("training", 4)
+    assert state_and_epochs(run, entry) == ("waiting", 0), "nobody trains it"
 
 
 @pytest.mark.ray

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 
 from dsnet.files import atomic_write_json
+from orchestration import watching
 from orchestration.progress import FiledProgress, SilentProgress, Task
 from orchestration.rundir import DriverLock, Manifest, RunDir
+from orchestration.tables import terminal_width
+from orchestration.terminal import say
 from orchestration.watching import watch_status
 
 
@@ -36,6 +40,27 @@ def test_on_a_pipe_every_change_is_a_line_and_the_status_comes_at_the_end(
         "supernet: 2 of 2 epochs",
         "the status",
     ]
+
+
+def test_on_a_terminal_the_screen_is_cleared_when_the_next_status_is_whole(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunDir(tmp_path, "watched")
+    run.create()
+    Manifest(run.manifest_path).create(seed=0, hardware={})
+    run.sweep_yaml.touch()
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setattr(watching.click, "clear", lambda: sys.stdout.write("<cleared>"))
+    on_screen: list[str] = []
+
+    def show() -> None:
+        assert terminal_width() is not None, "the status is laid out for the terminal"
+        say("the status")
+        on_screen.append(capsys.readouterr().out)
+
+    watch_status(lambda: run, show)
+    assert on_screen == [""]
+    assert capsys.readouterr().out == "<cleared>the status\n"
 
 
 def test_a_run_without_a_driver_is_shown_once_and_one_that_has_not_begun_is_waited_for(
