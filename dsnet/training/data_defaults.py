@@ -17,7 +17,7 @@ MIN_STEPS_PER_EPOCH = 32
 """The batch is halved until an epoch has so many steps."""
 MIN_BATCHES = 2
 """Of tiny sets the batch is halved further until an epoch has so many steps."""
-MIN_STEPS = 1500
+MIN_STEPS = 3000
 """Short trainings get epochs until they have so many steps."""
 USUAL_EPOCHS = 30
 """Passes over the images where steps and time do not speak against it."""
