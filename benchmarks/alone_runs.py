@@ -20,18 +20,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.regime_runs import RUNS
+from benchmarks.regime_runs import RUNS, Material, divided
 from dsnet.batchnorm import recalibrate
 from dsnet.checkpoint import load_supernet
 from dsnet.cost import subnet_cost
-from dsnet.data import Augmentation, Normalization, SplitSizes, TensorData, load_images, make_splits
+from dsnet.data import SplitSizes, load_images
 from dsnet.errors import NonFiniteLossError
-from dsnet.families import Task, create
+from dsnet.families import create
 from dsnet.files import atomic_write_json, read_json
 from dsnet.latency import device_name
 from dsnet.space import Subnet, SubnetSet
 from dsnet.supernet import Supernet
-from dsnet.training.images import InMemoryImages
 from dsnet.training.settings import REGIMES, BootstrapSettings, Regime, SupernetRun, TrainSettings
 from dsnet.training.supernet import recalibration_batches, train_supernet
 from dsnet.training.train_cost import step_madds
@@ -80,7 +79,7 @@ USUAL_ARMS = ("ib", "ib_published", "ce", "ib_third", "ib_equal_cost")
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """What all runs of a folder have in common."""
+    """Settings that are the same for all runs of a folder."""
 
     data: str
     """Name of a data set."""
@@ -149,36 +148,13 @@ SCALES: Mapping[str, Scale] = MappingProxyType(
 folder of images per class (`--data`); `gpu`: all of CIFAR-10."""
 
 
-@dataclass(frozen=True, eq=False)
-class Material:
-    """The images, divided once for all runs."""
-
-    training: InMemoryImages
-    data: TensorData
-    """With `test`, which is only ever measured; learning rates are chosen on `val`."""
-    task: Task
-    normalization: Normalization
-    split_hash: str
-
-
 def load_material(scale: Scale, path: Path | None) -> Material:
     """Read the data set.
 
     Raises:
         DataError: the images are not there.
     """
-    image_set = load_images(scale.data, path, scale.image_size)
-    splits = make_splits(image_set.labels.numpy(), image_set.official_test, SplitSizes(**scale.sizes))
-    data = TensorData.from_images(image_set, splits, open_test=True)
-    images = data.images("train")
-    channels, _, size = data.image_shape
-    return Material(
-        training=InMemoryImages(images, data.labels("train"), Augmentation.for_images(image_set)),
-        data=data,
-        task=Task(data.num_classes, channels, size),
-        normalization=Normalization.from_images(images),
-        split_hash=f"{image_set.fingerprint}/{splits.hash}",
-    )
+    return divided(load_images(scale.data, path, scale.image_size), SplitSizes(**scale.sizes))
 
 
 @dataclass(frozen=True)
@@ -195,7 +171,7 @@ class Job:
 
     @property
     def name(self) -> str:
-        """Of its files."""
+        """Name of the run's files."""
         parts = [self.arm, *([self.subnet] if self.subnet else []), f"length{self.length:.3g}"]
         if self.subnet is not None:
             parts.append("best" if self.factor is None else f"rate{self.factor:g}")

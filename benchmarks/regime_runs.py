@@ -23,7 +23,7 @@ import torch
 
 from dsnet.checkpoint import load_supernet
 from dsnet.cost import subnet_cost
-from dsnet.data import Augmentation, Normalization, SplitSizes, TensorData, load_images, make_splits
+from dsnet.data import Augmentation, ImageSet, Normalization, SplitSizes, TensorData, load_images, make_splits
 from dsnet.errors import ConfigError, NonFiniteLossError, PreflightError
 from dsnet.families import Task, create
 from dsnet.files import atomic_write_json, exclusive, read_json
@@ -141,8 +141,12 @@ def load_material(scale: Scale, path: Path | None) -> Material:
     Raises:
         DataError: the images are not there.
     """
-    image_set = load_images(scale.data, path)
-    splits = make_splits(image_set.labels.numpy(), image_set.official_test, SplitSizes(train=scale.num_train))
+    return divided(load_images(scale.data, path), SplitSizes(train=scale.num_train))
+
+
+def divided(image_set: ImageSet, sizes: SplitSizes) -> Material:
+    """Divide a data set for all runs of a folder."""
+    splits = make_splits(image_set.labels.numpy(), image_set.official_test, sizes)
     data = TensorData.from_images(image_set, splits, open_test=True)
     images = data.images("train")
     channels, _, size = data.image_shape
