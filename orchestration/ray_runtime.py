@@ -88,7 +88,7 @@ def ray_session(settings: RaySettings) -> Iterator[None]:
 
 
 @contextmanager
-def _variables(values: Mapping[str, str]) -> Iterator[None]:
+def variables_set(values: Mapping[str, str]) -> Iterator[None]:
     """Environment variables inside the block: a local cluster and its workers start with them."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
@@ -97,7 +97,7 @@ def _variables(values: Mapping[str, str]) -> Iterator[None]:
     finally:
         for name, value in before.items():
             if value is None:
-                del os.environ[name]
+                os.environ.pop(name, None)
             else:
                 os.environ[name] = value
 
@@ -123,7 +123,7 @@ def _connect(settings: RaySettings) -> None:
     try:
         if settings.address == LOCAL:
             # The hook of `runtime_env` is this variable; as an option it would cost the workers that Ray starts beforehand.
-            with _variables({**child_variables(), HOOK: WORKER_HOOK}):
+            with variables_set({**child_variables(), HOOK: WORKER_HOOK}):
                 ray.init(
                     address=LOCAL,
                     num_cpus=settings.num_cpus or len(os.sched_getaffinity(0)),

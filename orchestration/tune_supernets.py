@@ -16,13 +16,11 @@ import copy
 import difflib
 import inspect
 import math
-import os
 import queue
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,6 +44,7 @@ from dsnet.training.evaluate import EVALUATION_BATCH
 from dsnet.training.images import TrainingImages
 from dsnet.training.settings import SupernetRun
 from dsnet.training.supernet import FINAL, recalibration_batches, train_supernet
+from orchestration.ray_runtime import variables_set
 from orchestration.ray_supernet import (
     POLL_S,
     STOP_GRACE_S,
@@ -450,7 +449,7 @@ class _Sweep:
         failures: list[BaseException] = []
         # Not in the main thread: there Tune would replace our handler of Ctrl-C by its own.
         thread = threading.Thread(target=self._tune, args=(scheduler, images, failures), name="ray-tune", daemon=True)
-        with _environment():
+        with variables_set(_ENVIRONMENT):
             thread.start()
             try:
                 self._follow(thread)
@@ -553,21 +552,6 @@ class _Sweep:
                 reports = self._ledger.reports(event.key)
                 self.fates[name] = MemberFate(name, event.state, reports, event.reason)
                 self._on_fate(self.fates[name])
-
-
-@contextmanager
-def _environment() -> Iterator[None]:
-    """What Tune reads from the environment while it runs."""
-    before = {name: os.environ.get(name) for name in _ENVIRONMENT}
-    os.environ.update(_ENVIRONMENT)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
 
 
 def _describe_failure(trial: Any) -> str:
