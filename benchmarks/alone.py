@@ -1,8 +1,8 @@
 """Every sub-network of a supernet against the same network trained alone with fresh weights: is sharing free?
 
-Equal are data, batches, steps, augmentation, weight averaging and evaluation (recalibrated; `test`, on which nothing is chosen). A network
-alone takes the best of four learning rates, chosen on `val` with the first seed. Supernets are also trained at a third of the compute that
-all their sub-networks need alone, and at as much.
+Equal are data, batches, steps, augmentation, weight averaging and evaluation (recalibrated; `test`, on which nothing is chosen). Every
+network, shared or alone, takes the best of four learning rates, chosen on `val` with the first seed (a supernet's by the mean of its
+sub-networks). Supernets are also trained at a third of the compute that all their sub-networks need alone, and at as much.
 
     python -m benchmarks.alone train --scale cifar --folder F --data DIR --max-seconds 540      (repeat until exit code 0)
     python -m benchmarks.alone train --scale photos --folder F --data FOLDER_OF_CLASSES

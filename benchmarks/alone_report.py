@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.alone_runs import ALONE, ARMS, load_records
+from benchmarks.alone_runs import ALONE, ARMS, load_records, score
 from benchmarks.harness import Estimate, Headline, Report, Section
 from benchmarks.regime_report import Interval, t_interval
 from benchmarks.regime_runs import PLAN
@@ -32,7 +32,9 @@ class Gap:
     """Top-1 on `test` of each, the mean over seeds."""
     alone: tuple[float, ...]
     factors: tuple[float, ...]
-    """The learning rate that each took alone, relative to the supernet's."""
+    """The learning rate that each took alone, relative to the scale's."""
+    factor: float
+    """The learning rate that the supernet took with the first seed, relative to the scale's."""
     gaps: tuple[Interval, ...]
     """Supernet minus alone, paired by seed."""
     mean: Interval
@@ -47,24 +49,22 @@ def find_gaps(records: Sequence[Mapping[str, Any]]) -> list[Gap]:
     """All gaps that the finished runs allow: those of an arm's seeds for which every sub-network was trained alone."""
     found = []
     for length in sorted({record["length"] for record in records}, reverse=True):
-        of_length = [record for record in records if record["length"] == length and "error" not in record]
-        alone = _best_alone(of_length)
+        of_length = [record for record in best_rates(records) if record["length"] == length]
+        alone = {(record["subnet"], record["seed"]): record for record in of_length if record["arm"] == ALONE}
         for arm in ARMS:
             gap = _gap(arm, length, [record for record in of_length if record["arm"] == arm], alone)
             found += [gap] if gap is not None else []
     return found
 
 
-def _best_alone(records: Sequence[Mapping[str, Any]]) -> dict[tuple[str, int], Mapping[str, Any]]:
-    """(sub-network, seed) -> its run with the learning rate that is best on `val`."""
-    best: dict[tuple[str, int], Mapping[str, Any]] = {}
+def best_rates(records: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Of the runs that differ in their learning rate alone the one that is best on `val`; runs that diverged do not count."""
+    best: dict[tuple[Any, ...], Mapping[str, Any]] = {}
     for record in records:
-        if record["arm"] != ALONE:
-            continue
-        key = (record["subnet"], record["seed"])
-        if key not in best or record["subnets"][0]["val"] > best[key]["subnets"][0]["val"]:
+        key = tuple(record[name] for name in ("arm", "subnet", "length", "seed"))
+        if "error" not in record and (key not in best or score(record) > score(best[key])):
             best[key] = record
-    return best
+    return list(best.values())
 
 
 def _gap(
@@ -88,6 +88,7 @@ def _gap(
         supernet=tuple(map(_mean, ours)),
         alone=tuple(map(_mean, theirs)),
         factors=tuple(alone[name, runs[0]["seed"]]["factor"] for name in names),
+        factor=runs[0]["factor"],
         gaps=tuple(map(t_interval, differences)),
         mean=t_interval([_mean(column) for column in zip(*differences, strict=True)]),
         cost=runs[0]["train_pmadds"] / cost,
@@ -107,11 +108,12 @@ def _mean(values: Sequence[float]) -> float:
 def make_sections(records: Sequence[Mapping[str, Any]], what: str) -> list[Section]:
     """A summary, the gaps by width, and the curves over steps."""
     gaps = find_gaps(records)
-    columns = ("way of training", "steps", "cost", "seeds", "mean", "smallest", "largest", "points below 0")
+    columns = ("way of training", "steps", "rate", "cost", "seeds", "mean", "smallest", "largest", "points below 0")
     rows = [
         (
             gap.arm,
             f"{gap.steps[0]} / {gap.steps[1]}",
+            f"{gap.factor:g}",
             f"{gap.cost:.2f}",
             str(gap.mean.num_seeds),
             _points(gap.mean),
@@ -123,7 +125,8 @@ def make_sections(records: Sequence[Mapping[str, Any]], what: str) -> list[Secti
     ]
     title = (
         f"{what} on test: supernet minus the same network alone, points ± half of the 95 % t-interval over seeds; "
-        "steps: supernet / alone; cost: the supernet's over that of all alone; last column: the worst sub-network"
+        "steps: supernet / alone; "
+        "rate: the supernet's learning rate over the scale's; cost: its compute over that of all alone; last column: the worst sub-network"
     )
     return [
         Section(title, columns, rows),
@@ -139,7 +142,7 @@ def _length_sections(records: Sequence[Mapping[str, Any]]) -> list[Section]:
     for length in sorted({record["length"] for record in records}, reverse=True):
         means: dict[str, dict[int, float]] = {}
         steps = 0
-        for record in records:
+        for record in best_rates(records):
             if record["length"] == length and record["arm"] in ARMS and ARMS[record["arm"]].cost_share is None:
                 members = [row["top1"] for row in record["subnets"] if row["is_member"]]
                 means.setdefault(record["arm"], {})[record["seed"]] = _mean(members) if members else math.nan
@@ -180,8 +183,8 @@ def _curve_sections(records: Sequence[Mapping[str, Any]]) -> list[Section]:
     for length in sorted({record["length"] for record in records}, reverse=True):
         rows = []
         for arm in (*ARMS, ALONE):
-            runs = [record for record in records if record["arm"] == arm and record["length"] == length]
-            runs = [record for record in runs if record.get("curve") and _is_best(record, records)]
+            runs = [record for record in best_rates(records) if record["arm"] == arm and record["length"] == length]
+            runs = [record for record in runs if record.get("curve")]
             if runs:
                 rows.append((arm, *_curve(runs)))
         if rows:
@@ -190,14 +193,6 @@ def _curve_sections(records: Sequence[Mapping[str, Any]]) -> list[Section]:
             padded = [(*row, *[""] * (width - len(row))) for row in rows]
             sections.append(Section(f"Curves, length {length:.3g}: steps: mean top-1 % on val", columns, padded))
     return sections
-
-
-def _is_best(record: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether a run alone has the best learning rate of its sub-network and seed; a supernet has only one."""
-    if record["arm"] != ALONE:
-        return True
-    same = [other for other in records if other["length"] == record["length"] and "error" not in other]
-    return _best_alone(same).get((record["subnet"], record["seed"])) is record
 
 
 def _curve(runs: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -40,8 +40,8 @@ NUM_LOOKS = 6
 """Points of a curve over steps, the end not counted."""
 LOOK_IMAGES = 1_000
 """Images of `val`, and of `train` for recalibration, at such a point."""
-RATE_FACTORS = (0.25, 0.5, 1.0, 2.0)
-"""Learning rates that a network trained alone may choose from, relative to the supernet's."""
+RATE_FACTORS = (0.5, 1.0, 2.0, 4.0)
+"""Learning rates that every run may choose from, relative to the scale's."""
 ALONE = "alone"
 
 
@@ -167,19 +167,18 @@ class Job:
     subnet: str | None = None
     """The sub-network that is trained alone."""
     factor: float | None = None
-    """Its learning rate relative to the supernet's; None: the best one of the first seed, on `val`."""
+    """The learning rate relative to the scale's; None: the best one of the first seed, on `val`."""
 
     @property
     def name(self) -> str:
         """Name of the run's files."""
         parts = [self.arm, *([self.subnet] if self.subnet else []), f"length{self.length:.3g}"]
-        if self.subnet is not None:
-            parts.append("best" if self.factor is None else f"rate{self.factor:g}")
-        return "-".join([*parts, f"seed{self.seed}"])
+        rate = "best" if self.factor is None else f"rate{self.factor:g}"
+        return "-".join([*parts, rate, f"seed{self.seed}"])
 
 
 def jobs(arms: Sequence[str], subnets: Sequence[str], seeds: Sequence[int], lengths: Sequence[float]) -> list[Job]:
-    """All runs: of the first seed every learning rate of every sub-network alone, of later seeds the best one.
+    """All runs: of the first seed every learning rate, of later seeds the best one.
 
     Args:
         arms: ways of training the supernet.
@@ -190,9 +189,12 @@ def jobs(arms: Sequence[str], subnets: Sequence[str], seeds: Sequence[int], leng
     found = []
     for number, seed in enumerate(seeds):
         factors: Sequence[float | None] = RATE_FACTORS if number == 0 else (None,)
-        found += [Job(arm, seed, lengths[0]) for arm in arms]
+        found += [Job(arm, seed, lengths[0], None, factor) for arm in arms for factor in factors]
         found += [Job(ALONE, seed, lengths[0], name, factor) for name in subnets for factor in factors]
-        found += [Job(arm, seed, length) for length in lengths[1:] for arm in arms if ARMS[arm].cost_share is None]
+        shorter = [arm for arm in arms if ARMS[arm].cost_share is None]
+        found += [
+            Job(arm, seed, length, None, factor) for length in lengths[1:] for arm in shorter for factor in factors
+        ]
     return found
 
 
@@ -311,8 +313,6 @@ class Trainer:
 
     def _factor(self, job: Job) -> float | None:
         """The learning rate of a run relative to the scale's; None where the runs that decide it are not done."""
-        if job.subnet is None:
-            return 1.0
         if job.factor is not None:
             return job.factor
         found = {}
@@ -320,8 +320,7 @@ class Trainer:
             path = self.folder / RUNS / f"{replace(job, seed=self.first_seed, factor=factor).name}.json"
             if not path.exists():
                 return None
-            rows = read_json(path)["subnets"]
-            found[factor] = rows[0]["val"] if rows else -1.0
+            found[factor] = score(read_json(path))
         return max(found, key=lambda factor: found[factor])
 
     def _network(self, job: Job) -> Supernet:
@@ -388,6 +387,12 @@ class Trainer:
             if limit is not None and seen >= limit:
                 break
         return accuracy(torch.cat(predicted), torch.cat(labels), self.scale.is_balanced)
+
+
+def score(record: Mapping[str, Any]) -> float:
+    """What a learning rate is chosen by: the mean accuracy of the record's members on `val`; -1 of a run that diverged."""
+    members = [row["val"] for row in record["subnets"] if row["is_member"]]
+    return float(np.mean(members)) if members else -1.0
 
 
 def accuracy(predicted: Tensor, labels: Tensor, is_balanced: bool) -> float:

@@ -18,7 +18,8 @@ class HypervolumeInfo:
 
     slots: tuple[int, ...]
     hypervolume: tuple[float, ...]
-    """Of the static sub-networks and all feasible trials up to and including this one, in the product of the objectives' units."""
+    """Entry k: the hypervolume that the static sub-networks and the feasible ones of the first k + 1 trials dominate together, in the
+    product of the objectives' units."""
     failures: tuple[tuple[int, str], ...]
     """(slot, reason) of each failed trial."""
     split: str

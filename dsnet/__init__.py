@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from dsnet.bundle import Bundle, load_bundle
 
 __version__ = "0.1.0"
-"""Of the distribution dsnet-orch; setup.py reads it here."""
+"""The version of the distribution dsnet-orch; setup.py reads it here."""
 
 __all__ = ["Bundle", "__version__", "load_bundle"]
 

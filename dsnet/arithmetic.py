@@ -1,4 +1,4 @@
-"""How MKL, with which torch multiplies matrices on x86, rounds its sums.
+"""Makes matrix products on x86 the same to the bit in any company, by choosing the mode of MKL, the library that torch uses for them.
 
 By default MKL takes another kernel, which sums in another order, when the operands lie elsewhere in memory or when more products share a
 call. A router that trains alone then ends in other last bits than the same router in a cohort: on Intel processors that does not happen at
@@ -16,7 +16,7 @@ from pathlib import Path
 MKL_MODE = "MKL_CBWR"
 _X86 = ("x86_64", "amd64")
 _AVX512 = frozenset({"avx512f", "avx512cd", "avx512bw", "avx512dq", "avx512vl"})
-"""What the AVX-512 kernels of MKL need."""
+"""The CPU flags without which MKL does not use its AVX-512 kernels."""
 _AVX2 = frozenset({"avx2", "fma"})
 
 
@@ -68,5 +68,5 @@ def cpu_flags(path: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
 
 
 def arithmetic_facts(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """What a record of a result says about it."""
+    """The mode of MKL as it is stored beside a result: {"mkl_cbwr": its value, or "not set"}."""
     return {"mkl_cbwr": environ.get(MKL_MODE, "not set")}

@@ -119,7 +119,7 @@ class Bundle:
 
     @property
     def photo_decoder(self) -> PhotoDecoder:
-        """How photos become images for it.
+        """Decodes photo files and resizes them to the images that this bundle takes.
 
         A bundle of an earlier release has no record of its own; the description of its data says the same.
 

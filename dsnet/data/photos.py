@@ -24,7 +24,7 @@ _UNSAFE_FORMATS = ("EPS",)
 
 @dataclass(frozen=True)
 class PhotoDecoder:
-    """How photos of any size become images of one size.
+    """Decodes photo files of any size to images of one size.
 
     A photo is turned upright (EXIF), made RGB, and the centre of it resized to `native_size`, in grey where the network takes one
     channel. Where the run's data set has images of a fixed size and was enlarged or reduced, the photo is resized from `native_size`

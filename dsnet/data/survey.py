@@ -1,4 +1,4 @@
-"""What lies in a folder of images, seen before anything is trained on it: layout, classes, sizes, colours, broken files."""
+"""Looks through a folder of images before anything is trained on it, and reports layout, classes, sizes, colours and broken files."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.alone import main
-from benchmarks.alone_report import find_gaps, make_report
+from benchmarks.alone_report import best_rates, find_gaps, make_report
 from benchmarks.alone_runs import (
     ALONE,
     ARMS,
@@ -130,7 +130,7 @@ def test_balanced_accuracy_is_the_mean_over_classes() -> None:
 
 def test_only_the_first_seed_tries_every_learning_rate() -> None:
     found = jobs(["ib"], ["a", "b"], (4, 5), (1.0,))
-    assert sum(job.factor in RATE_FACTORS for job in found if job.seed == 4) == 2 * len(RATE_FACTORS)
+    assert sum(job.factor in RATE_FACTORS for job in found if job.seed == 4) == 3 * len(RATE_FACTORS)
     assert [job.factor for job in found if job.seed == 5] == [None, None, None]
     assert len({job.name for job in found}) == len(found)
 
@@ -148,7 +148,7 @@ def test_later_seeds_take_the_rate_that_was_best_on_val_and_wait_for_it(tmp_path
     assert trainer(later, tmp_path / "work", lambda: False) is None
     for factor in RATE_FACTORS:
         job = Job(ALONE, 0, 1.0, "subnet-00", factor)
-        rows = [{"name": "subnet-00", "val": 0.9 if factor == 0.5 else 0.1, "top1": 0.2}]
+        rows = [{"name": "subnet-00", "is_member": True, "val": 0.9 if factor == 0.5 else 0.1, "top1": 0.2}]
         atomic_write_json(record_path(tmp_path, job), {"subnets": rows})
     record = trainer(later, tmp_path / "work", lambda: False)
     assert record is not None
@@ -188,6 +188,15 @@ def test_gaps_are_paired_by_seed_and_the_best_rate_alone_counts() -> None:
     assert gap.mean.mean == pytest.approx(0.075)
     assert gap.mean.num_seeds == 2
     assert gap.cost == pytest.approx(2.0 / 4.0)
+
+
+def test_a_supernet_takes_the_rate_that_is_best_for_the_mean_of_its_members_and_never_one_that_diverged() -> None:
+    even = record("ib", 0, {"small": 0.6, "large": 0.6, "teacher": 0.1})
+    uneven = record("ib", 0, {"small": 0.1, "large": 0.9, "teacher": 0.9}, factor=2.0)
+    diverged = record("ib", 0, {}, factor=4.0, error="the loss is not finite")
+    other_seed = record("ib", 1, {"small": 0.2, "large": 0.2})
+    assert best_rates([uneven, even, diverged, other_seed]) == [even, other_seed]
+    assert best_rates([diverged]) == []
 
 
 def test_a_small_run_is_resumed_and_reported(
