@@ -41,7 +41,9 @@ KNEE = "knee"
 
 
 def export_picks(prepared: Prepared, results: RunResults, picks: Sequence[str], folder: Path) -> list[Path]:
-    """Write a bundle for each picked trial, and the link `knee` where the front's knee is among them; the bundles' folders.
+    """Write a bundle for each picked trial, and the link `knee` to the bundle of the front's knee; the bundles' folders.
+
+    A link to an earlier knee is removed where the folder holds no bundle of the knee.
 
     Args:
         prepared: see `export_bundles`.
@@ -54,15 +56,21 @@ def export_picks(prepared: Prepared, results: RunResults, picks: Sequence[str], 
     """
     slots = picked_slots(results, picks)
     paths = export_bundles(prepared, results, slots, folder)
-    if results.knee in slots:
-        link_knee(folder, paths[slots.index(results.knee)])
+    if results.knee is not None:
+        link_knee(folder, folder / trial_name(results.knee))
     return paths
 
 
 def link_knee(folder: Path, bundle: Path) -> None:
-    """Make `folder`/knee a relative link to a bundle below `folder`; anything but a link of that name is left alone."""
+    """Make `folder`/knee a relative link to a bundle below `folder`, or no link where there is no such bundle.
+
+    Anything but a link of that name is left alone.
+    """
     link, new = folder / KNEE, folder / f".{KNEE}.{os.getpid()}"
     if link.exists() and not link.is_symlink():
+        return
+    if not bundle.is_dir():
+        link.unlink(missing_ok=True)
         return
     with suppress(OSError):  # a file system without links: the bundle has its own name
         new.symlink_to(bundle.relative_to(folder))

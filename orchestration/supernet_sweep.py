@@ -73,7 +73,7 @@ from orchestration.tune_ledger import MemberFate, TuneRules
 from orchestration.tune_supernets import TuneMember, ValImages, check_scheduler, stored_fates, train_members
 from orchestration.verify_stage import verify_stage
 from orchestration.wording import plural
-from search.points import save_points
+from search.points import save_points, trial_name
 from search.study import TrialRecord
 
 Stop = Callable[[RunDir], AbstractContextManager[StopRequest]]
@@ -596,8 +596,8 @@ def export_gates(
         )
     }
     knee = results.knee
-    if knee is not None and (knee.supernet, knee.slot) in bundles:
-        link_knee(folder, bundles[knee.supernet, knee.slot])
+    if knee is not None:
+        link_knee(folder, folder / knee.supernet / trial_name(knee.slot))
     return list(bundles.values())
 
 

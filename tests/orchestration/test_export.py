@@ -58,7 +58,8 @@ def test_the_link_to_the_knee_follows_it_and_replaces_nothing_but_a_link(tmp_pat
         (tmp_path / name).mkdir(parents=True)
         link_knee(tmp_path, tmp_path / name)
         assert (tmp_path / "knee").resolve() == tmp_path / name
-    (tmp_path / "knee").unlink()
+    link_knee(tmp_path, tmp_path / "trial-0003")
+    assert not (tmp_path / "knee").is_symlink(), "a link to an earlier knee would give the wrong bundle"
     (tmp_path / "knee").mkdir()
     link_knee(tmp_path, tmp_path / "trial-0001")
     assert not (tmp_path / "knee").is_symlink()
