@@ -49,11 +49,14 @@ def measure(options: Options) -> Report:
         material = load_material(scale, None)
         begin(Path(folder), scale, material)
         trainer = Trainer(scale, material, torch.device("cpu"), Path(folder), seeds[0])
-        do_jobs(Path(folder), jobs(USUAL_ARMS, _members(scale, material), seeds, scale.lengths), trainer)
+        do_jobs(Path(folder), jobs(USUAL_ARMS, compared(scale, material), seeds, scale.lengths), trainer)
         return make_report(Path(folder))
 
 
-def _members(scale: Scale, material: Material) -> list[str]:
+def compared(scale: Scale, material: Material) -> list[str]:
+    """Names of the sub-networks that are trained alone."""
+    if scale.alone is not None:
+        return list(scale.alone)
     return [subnet.name for subnet in create(scale.family, material.task, scale.options).subnets]
 
 
@@ -70,7 +73,7 @@ def train(arguments: argparse.Namespace) -> None:
     scale = SCALES[arguments.scale]
     material = load_material(scale, arguments.data)
     begin(arguments.folder, scale, material)
-    todo = jobs(arguments.arms, _members(scale, material), arguments.seeds, scale.lengths)
+    todo = jobs(arguments.arms, compared(scale, material), arguments.seeds, scale.lengths)
     trainer = Trainer(scale, material, torch.device(arguments.device), arguments.folder, arguments.seeds[0])
     left = do_jobs(arguments.folder, todo, trainer, should_stop=lambda: time.monotonic() > deadline, say=_say)
     if left:

@@ -70,16 +70,16 @@ def best_rates(records: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 def _gap(
     arm: str, length: float, runs: Sequence[Mapping[str, Any]], alone: Mapping[tuple[str, int], Mapping[str, Any]]
 ) -> Gap | None:
-    rows = [row for row in runs[0]["subnets"] if row["is_member"]] if runs else []
+    compared = {name for name, _ in alone}
+    rows = [row for row in runs[0]["subnets"] if row["is_member"] and row["name"] in compared] if runs else []
     rows.sort(key=lambda row: row["madds"])
     names = [row["name"] for row in rows]
     runs = [run for run in runs if all((name, run["seed"]) in alone for name in names)]
-    if not runs:
+    if not runs or not names:
         return None
     ours = [[_top1(run, name) for run in runs] for name in names]
     theirs = [[_top1(alone[name, run["seed"]], name) for run in runs] for name in names]
     differences = [[x - y for x, y in zip(a, b, strict=True)] for a, b in zip(ours, theirs, strict=True)]
-    cost = sum(alone[name, runs[0]["seed"]]["train_pmadds"] for name in names)
     return Gap(
         arm=arm,
         length=length,
@@ -91,7 +91,7 @@ def _gap(
         factor=runs[0]["factor"],
         gaps=tuple(map(t_interval, differences)),
         mean=t_interval([_mean(column) for column in zip(*differences, strict=True)]),
-        cost=runs[0]["train_pmadds"] / cost,
+        cost=runs[0]["train_pmadds"] / runs[0]["all_alone_pmadds"],
         steps=(runs[0]["steps"], alone[names[0], runs[0]["seed"]]["steps"]),
     )
 

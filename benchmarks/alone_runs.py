@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -40,7 +40,7 @@ NUM_LOOKS = 6
 """Points of a curve over steps, the end not counted."""
 LOOK_IMAGES = 1_000
 """Images of `val`, and of `train` for recalibration, at such a point."""
-RATE_FACTORS = (0.5, 1.0, 2.0, 4.0)
+RATE_FACTORS = (0.5, 1.0, 2.0)
 """Learning rates that every run may choose from, relative to the scale's."""
 ALONE = "alone"
 
@@ -94,11 +94,22 @@ class Scale:
     train: TrainSettings
     lengths: tuple[float, ...] = (1.0,)
     """Shares of `train.epochs`: supernets are trained at each of these lengths, networks alone at the first."""
+    alone: tuple[str, ...] | None = None
+    """Names of the sub-networks that are trained alone; None: all of them."""
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-able mapping."""
         return asdict(self)
 
+
+CIFAR = Scale(
+    data="cifar10",
+    sizes={"train": 8000, "gate": 1000, "val": 2000, "test": 10_000},
+    family="ds_resnet",
+    options={"depth": 8, "width": 2.0, "stem": "large"},
+    train=TrainSettings(epochs=24, batch_size=64, lr=0.1, warmup_epochs=1, channels_last=True, precision="bf16"),
+    lengths=(1.0, 1 / 12),
+)
 
 SCALES: Mapping[str, Scale] = MappingProxyType(
     {
@@ -112,16 +123,18 @@ SCALES: Mapping[str, Scale] = MappingProxyType(
         "digits": Scale(
             data="digits",
             family="ds_tiny",
-            train=TrainSettings(epochs=30, batch_size=64, warmup_epochs=2),
+            train=TrainSettings(epochs=30, batch_size=64, lr=0.2, warmup_epochs=2),
             lengths=(1.0, 1 / 3),
         ),
-        "cifar": Scale(
-            data="cifar10",
-            sizes={"train": 8000, "gate": 1000, "val": 2000, "test": 4000},
-            family="ds_resnet",
-            options={"depth": 8, "width": 2.0, "stem": "large"},
-            train=TrainSettings(epochs=8, batch_size=64, warmup_epochs=1, channels_last=True, precision="bf16"),
-            lengths=(1.0, 1 / 4),
+        "cifar": CIFAR,
+        "cifar_paths": replace(
+            CIFAR,
+            options={
+                **CIFAR.options,
+                "paths": [path for path in product(range(4), repeat=3) if sorted(path) == list(path)],
+            },
+            lengths=(1.0,),
+            alone=("path-000", "path-111", "path-222", "path-333"),
         ),
         "photos": Scale(
             data="image_folder",
@@ -130,7 +143,7 @@ SCALES: Mapping[str, Scale] = MappingProxyType(
             family="ds_resnet",
             options={"depth": 8, "width": 2.0, "stem": "large", "ratios": [0.25, 0.5, 1.0]},
             train=TrainSettings(
-                epochs=64, batch_size=32, lr=0.1, warmup_epochs=3, channels_last=True, precision="bf16"
+                epochs=96, batch_size=32, lr=0.1, warmup_epochs=5, channels_last=True, precision="bf16"
             ),
         ),
         "gpu": Scale(
@@ -144,7 +157,8 @@ SCALES: Mapping[str, Scale] = MappingProxyType(
         ),
     }
 )
-"""`quick`: seconds; `digits`, `cifar`, `photos`: a few seconds to a few minutes a run on one thread; `photos` reads a folder with one
+"""`quick`: seconds; `digits`, `cifar`, `photos`: a few seconds to a few minutes a run on one thread; `cifar_paths` has the same network
+with 20 sub-networks (every path along which the stages' ratios do not fall), four of them also alone; `photos` reads a folder with one
 folder of images per class (`--data`); `gpu`: all of CIFAR-10."""
 
 
@@ -262,6 +276,11 @@ class Trainer:
         """The supernet, to read its sub-networks and costs."""
         return create(self.scale.family, self.material.task, self.scale.options, seed=0)
 
+    @cached_property
+    def all_alone_madds(self) -> float:
+        """MAdds that training every sub-network alone spends on one image, summed over the sub-networks."""
+        return sum(image_madds(alone(self.blueprint, subnet, 0), REGIMES["ce"]) for subnet in self.blueprint.subnets)
+
     def __call__(self, job: Job, folder: Path, should_stop: Callable[[], bool]) -> dict[str, Any] | None:
         """Train, continuing what `folder` holds; then test every width. None where it was stopped, or has to wait for other runs."""
         factor = self._factor(job)
@@ -271,6 +290,8 @@ class Trainer:
         run = self._settings(job, factor, network)
         looks = _Looks(folder / "looks.json")
         steps_per_epoch = len(self.material.data.labels("train")) // run.train.batch_size
+        images = steps_per_epoch * run.train.batch_size
+        own_madds = image_madds(network, run.regime, run.bootstrapping.largest_first)
         every = max(1, run.train.epochs // (NUM_LOOKS + 1))
 
         def look(epochs: int, kept: Supernet) -> None:
@@ -285,11 +306,8 @@ class Trainer:
             "factor": factor,
             "settings": run.to_json(),
             "steps": run.train.epochs * steps_per_epoch,
-            "train_pmadds": run.train.epochs
-            * steps_per_epoch
-            * run.train.batch_size
-            * image_madds(network, run.regime, run.bootstrapping.largest_first)
-            / 1e15,
+            "train_pmadds": run.train.epochs * images * own_madds / 1e15,
+            "all_alone_pmadds": self._epochs(job) * images * self.all_alone_madds / 1e15,
             "device": device_name(self.device),
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
@@ -323,6 +341,10 @@ class Trainer:
             found[factor] = score(read_json(path))
         return max(found, key=lambda factor: found[factor])
 
+    def _epochs(self, job: Job) -> int:
+        """Epochs of a network alone at the job's length."""
+        return max(1, round(self.scale.train.epochs * job.length))
+
     def _network(self, job: Job) -> Supernet:
         if job.subnet is None:
             regime = ARMS[job.arm].regime
@@ -333,11 +355,10 @@ class Trainer:
     def _settings(self, job: Job, factor: float, network: Supernet) -> SupernetRun:
         train = self.scale.train
         arm = ARMS["ce"] if job.subnet is not None else ARMS[job.arm]
-        epochs = max(1, round(train.epochs * job.length))
+        epochs = self._epochs(job)
         if arm.cost_share is not None:
-            members = [alone(self.blueprint, subnet, 0) for subnet in self.blueprint.subnets]
-            budget = sum(image_madds(member, REGIMES["ce"]) for member in members) * arm.cost_share
-            epochs = max(1, round(epochs * budget / image_madds(network, arm.regime, arm.bootstrapping.largest_first)))
+            share = arm.cost_share * self.all_alone_madds
+            epochs = max(1, round(epochs * share / image_madds(network, arm.regime, arm.bootstrapping.largest_first)))
         return SupernetRun(
             train=replace(
                 train,

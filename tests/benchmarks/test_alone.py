@@ -29,7 +29,7 @@ from benchmarks.alone_runs import (
 )
 from benchmarks.regime_runs import begin, do_jobs, record_path
 from dsnet.cost import pooling_madds, subnet_cost
-from dsnet.families import family_names
+from dsnet.families import Task, create, family_names
 from dsnet.files import atomic_write_json
 from dsnet.materialize import materialize
 from dsnet.training.settings import REGIMES
@@ -135,6 +135,15 @@ def test_only_the_first_seed_tries_every_learning_rate() -> None:
     assert len({job.name for job in found}) == len(found)
 
 
+def test_every_scale_trains_sub_networks_alone_that_it_has() -> None:
+    for name, scale in SCALES.items():
+        names = {
+            subnet.name for subnet in create(scale.family, Task(10, 3, scale.image_size or 32), scale.options).subnets
+        }
+        assert set(scale.alone or ()) <= names, name
+    assert {"path-000", "path-333"} <= set(SCALES["cifar_paths"].alone or ())
+
+
 def test_networks_alone_have_the_first_length_and_cost_shares_too() -> None:
     found = jobs(["ib", "ib_third"], ["a"], (0,), (1.0, 0.5))
     assert {job.length for job in found if job.arm in (ALONE, "ib_third")} == {1.0}
@@ -168,15 +177,17 @@ def record(arm: str, seed: int, top1: Mapping[str, float], **others: Any) -> dic
         }
         for number, (name, value) in enumerate(top1.items())
     ]
-    own = {"arm": arm, "seed": seed, "length": 1.0, "steps": 5, "train_pmadds": 2.0, "factor": 1.0, "subnet": None}
+    own = {"arm": arm, "seed": seed, "length": 1.0, "steps": 5, "factor": 1.0, "subnet": None}
+    own |= {"train_pmadds": 2.0, "all_alone_pmadds": 4.0}
     return {**own, "subnets": rows, **others}
 
 
 def test_gaps_are_paired_by_seed_and_the_best_rate_alone_counts() -> None:
     records = [
-        record("ib", 0, {"small": 0.5, "large": 0.8, "teacher": 0.9}),
-        record("ib", 1, {"small": 0.6, "large": 0.7, "teacher": 0.9}),
+        record("ib", 0, {"small": 0.5, "middle": 0.5, "large": 0.8, "teacher": 0.9}),
+        record("ib", 1, {"small": 0.6, "middle": 0.5, "large": 0.7, "teacher": 0.9}),
         record("ib", 2, {"small": 0.6, "large": 0.7, "teacher": 0.9}),  # nobody alone: does not count
+        # Nobody trained `middle` alone: it is not compared.
         *(record(ALONE, 0, {"small": value}, subnet="small", factor=rate) for value, rate in ((0.4, 1.0), (0.1, 2.0))),
         record(ALONE, 1, {"small": 0.4}, subnet="small"),
         record(ALONE, 0, {"large": 0.7}, subnet="large"),
