@@ -7,10 +7,12 @@ sub-networks). Supernets are also trained at a third of the compute that all the
     python -m benchmarks.alone train --scale cifar --folder F --data DIR --max-seconds 540      (repeat until exit code 0)
     python -m benchmarks.alone train --scale photos --folder F --data FOLDER_OF_CLASSES
     python -m benchmarks.alone train --scale gpu --folder F --data DIR --device cuda
+    python -m benchmarks.alone train --sweep SWEEP.yaml --folder F       (the network, images and settings of a sweep)
     python -m benchmarks.alone report --folder F
     python -m benchmarks.alone --quick
 
-`train` needs torch and dsnet alone, may be repeated and killed at will, and shares its folder with further processes of the same host.
+`train --scale` needs torch and dsnet alone. `train` may be repeated and killed at will, and shares its folder with further processes of the
+same host.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ import torch
 from benchmarks.alone_runs import ARMS, SCALES, USUAL_ARMS, Material, Scale, Trainer, jobs, load_material
 from benchmarks.regime_runs import begin, do_jobs
 from dsnet.errors import ConfigError, DsnetError, StoppedError
-from dsnet.families import create
+from dsnet.families import create, family_names
 from dsnet.files import atomic_write_json, atomic_write_text
 
 if TYPE_CHECKING:
@@ -70,10 +72,10 @@ def train(arguments: argparse.Namespace) -> None:
     if torch.device(arguments.device).type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"--device is {arguments.device}, but torch sees no GPU here; use --device cpu")
     torch.set_num_threads(arguments.threads)
-    scale = SCALES[arguments.scale]
+    scale = SCALES[arguments.scale] if arguments.sweep is None else scale_of_sweep(arguments.sweep)
     material = load_material(scale, arguments.data)
     begin(arguments.folder, scale, material)
-    todo = jobs(arguments.arms, compared(scale, material), arguments.seeds, scale.lengths)
+    todo = jobs(arguments.arms, arguments.alone or compared(scale, material), arguments.seeds, scale.lengths)
     trainer = Trainer(scale, material, torch.device(arguments.device), arguments.folder, arguments.seeds[0])
     left = do_jobs(arguments.folder, todo, trainer, should_stop=lambda: time.monotonic() > deadline, say=_say)
     if left:
@@ -82,6 +84,33 @@ def train(arguments: argparse.Namespace) -> None:
             "Give the same command again; what another process holds, it goes on with"
         )
     _say(f"all {len(todo)} runs are done")
+
+
+def scale_of_sweep(path: Path) -> Scale:
+    """The network, the images and the training settings of a sweep file, those that its data decides included.
+
+    Raises:
+        DsnetError: the file or its data is wrong, or its splits cannot be made again here.
+    """
+    from orchestration.config_loading import load_config  # `train --scale` works without the platform's packages
+    from orchestration.preparation import prepare, supernet_run
+
+    prepared = prepare(load_config(path, known_models=family_names()).config)
+    config, run = prepared.config, supernet_run(prepared)
+    if config.seed != 0 or config.data.limit is not None:
+        raise ConfigError(
+            f"{path}: the benchmark divides images as seed 0 does, and takes all of them; leave out seed and data.limit"
+        )
+    sizes = {name: len(getattr(prepared.splits, name)) for name in ("train", "gate", "val", "test")}
+    return Scale(
+        data=config.data.name,
+        path=config.data.path,
+        image_size=config.data.image_size,
+        sizes=sizes,
+        family=config.supernet.model,
+        options=config.supernet.options,
+        train=run.train,
+    )
 
 
 def _say(text: str) -> None:
@@ -107,13 +136,18 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(required=True)
     one = commands.add_parser("train", help="train and test the runs that are left; exit code 6 while some are left")
     one.set_defaults(command=train)
-    one.add_argument("--scale", choices=list(SCALES), default="digits")
+    what = one.add_mutually_exclusive_group()
+    what.add_argument("--scale", choices=list(SCALES), default="digits")
+    what.add_argument("--sweep", type=Path, help="a sweep file, in place of a scale")
     one.add_argument("--folder", type=Path, required=True, help="receives checkpoints and one JSON file per run")
     one.add_argument("--data", type=Path, help="folder of the images; default: DSNET_DATA (digits need none)")
     one.add_argument("--device", default="cpu")
     one.add_argument("--threads", type=int, default=1, help="of torch, for each process")
     one.add_argument("--max-seconds", type=float, default=math.inf, help="stop at the first step after so long")
-    one.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(USUAL_ARMS), metavar="ARM")
+    one.add_argument("--arms", nargs="*", choices=list(ARMS), default=list(USUAL_ARMS), metavar="ARM")
+    one.add_argument(
+        "--alone", nargs="+", metavar="NAME", help="sub-networks that are trained alone [default: the scale's]"
+    )
     one.add_argument("--seeds", nargs="+", type=int, default=list(range(NUM_SEEDS)), metavar="SEED")
     two = commands.add_parser("report", help="tables and numbers of the finished runs")
     two.set_defaults(command=report)

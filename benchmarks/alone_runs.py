@@ -83,6 +83,8 @@ class Scale:
 
     data: str
     """Name of a data set."""
+    path: str | None = None
+    """Where the images are, unless the command line says; None for data sets that need no path."""
     image_size: int | None = None
     """Pixels; None for the data's own."""
     sizes: Mapping[str, int] = field(default_factory=dict)
@@ -168,6 +170,7 @@ def load_material(scale: Scale, path: Path | None) -> Material:
     Raises:
         DataError: the images are not there.
     """
+    path = path if path is not None or scale.path is None else Path(scale.path)
     return divided(load_images(scale.data, path, scale.image_size), SplitSizes(**scale.sizes))
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.alone import main
+from benchmarks.alone import main, scale_of_sweep
 from benchmarks.alone_report import best_rates, find_gaps, make_report
 from benchmarks.alone_runs import (
     ALONE,
@@ -29,11 +29,14 @@ from benchmarks.alone_runs import (
 )
 from benchmarks.regime_runs import begin, do_jobs, record_path
 from dsnet.cost import pooling_madds, subnet_cost
+from dsnet.errors import ConfigError
 from dsnet.families import Task, create, family_names
 from dsnet.files import atomic_write_json
 from dsnet.materialize import materialize
 from dsnet.training.settings import REGIMES
 from dsnet.training.train_cost import shared_forward_madds, step_madds
+from orchestration.config_loading import load_config
+from orchestration.preparation import prepare, supernet_run
 from tests.dsnet.samples import random_images, small_supernet
 
 TINY = replace(SCALES["quick"], train=replace(SCALES["quick"].train, epochs=2), lengths=(1.0,))
@@ -142,6 +145,24 @@ def test_every_scale_trains_sub_networks_alone_that_it_has() -> None:
         }
         assert set(scale.alone or ()) <= names, name
     assert {"path-000", "path-333"} <= set(SCALES["cifar_paths"].alone or ())
+
+
+def test_a_sweep_file_is_a_scale_with_the_same_images_and_settings(tmp_path: Path) -> None:
+    sweep = tmp_path / "mine.yaml"
+    text = "version: 1\nname: mine\ndata: {name: digits}\nsupernet: {model: ds_tiny, options: {num_routes: 3}, train: {epochs: 4}}\n"
+    sweep.write_text(text)
+    scale = scale_of_sweep(sweep)
+    prepared = prepare(load_config(sweep, known_models=family_names()).config)
+    material = load_material(scale, None)
+    assert material.split_hash.endswith(f"/{prepared.splits.hash}")
+    assert scale.train == supernet_run(prepared).train
+    assert scale.train.epochs == 4
+    assert [subnet.name for subnet in create(scale.family, material.task, scale.options).subnets] == [
+        subnet.name for subnet in prepared.subnets
+    ]
+    sweep.write_text(text + "seed: 3\n")
+    with pytest.raises(ConfigError, match="leave out seed"):
+        scale_of_sweep(sweep)
 
 
 def test_networks_alone_have_the_first_length_and_cost_shares_too() -> None:
