@@ -78,6 +78,7 @@ def _start_sentence(start: StartPoint) -> str:
 
 
 def _losses(point: CurvePoint, names: Sequence[str]) -> str:
-    """The newest losses of the named sub-networks."""
+    """The newest losses of the named sub-networks; empty where none is known."""
     losses = {name: point.metrics.get(f"loss/{name}") for name in names}
-    return "  ".join(f"{name} {loss:.3f}" for name, loss in losses.items() if loss is not None)
+    known = [f"{name} {loss:.3f}" for name, loss in losses.items() if loss is not None]
+    return f"loss: {', '.join(known)}" if known else ""
