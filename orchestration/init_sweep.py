@@ -198,12 +198,13 @@ def _supernet_lines(seen: Seen) -> Iterator[str]:
     yield "  options:"
     for key, value in model_options(seen.facts.image_size).items():
         yield f"    {key}: {json.dumps(value) if not isinstance(value, str) else value}    # {_OPTION_COMMENTS[key]}"
-    yield "  # These follow from the images. To choose another value, remove the # before it and before its section:"
+    yield "  train:"
+    yield "    channels_last: true    # the memory order in which convolutions train faster; results change by rounding alone"
+    yield "    # These follow from the images; remove the # to choose another value:"
     defaults = data_defaults(seen.facts, MODEL)
     train = {key.rpartition(".")[2]: each for key, each in defaults.items() if key.startswith("supernet.train.")}
-    yield "  # train:"
     for key, default in train.items():
-        yield f"  #   {key}: {_written(default)}    # {default.reason}"
+        yield f"    # {key}: {_written(default)}    # {default.reason}"
     yield "  # recalibration:"
     images = defaults["supernet.recalibration.images"]
     yield f"  #   images: {_written(images)}    # {images.reason}"

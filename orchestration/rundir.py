@@ -301,7 +301,8 @@ class LockHolder:
         return process_start_time(self.pid) == self.start_time
 
     def __str__(self) -> str:
-        return f"process {self.pid} on {self.host} since {self.since} ({self.command})"
+        since = datetime.fromisoformat(self.since).astimezone().strftime("%Y-%m-%d %H:%M:%S")  # local time
+        return f"process {self.pid} on {self.host} since {since} ({self.command})"
 
 
 class DriverLock:

@@ -43,17 +43,18 @@ def test_the_file_fits_the_folder_and_is_planned_as_it_is(tmp_path: Path) -> Non
     settings = plan["settings"]
     for key in ("batch_size", "epochs", "warmup_epochs", "lr"):
         setting = settings[f"supernet.train.{key}"]
-        assert f"#   {key}: {setting['value']}    # {setting['reason']}" in text
+        assert f"    # {key}: {setting['value']}    # {setting['reason']}" in text
 
 
 def test_the_commented_settings_can_be_used_as_they_stand(tmp_path: Path) -> None:
     call(tmp_path, "init", "--data", photos(tmp_path / "p", a=20, b=20), "--name", "mine", "--out", "sweeps/x.yaml")
     file = tmp_path / "sweeps" / "x.yaml"
-    head, _, settings = file.read_text(encoding="utf-8").partition("To choose another value")
-    file.write_text(head + re.sub(r"(?m)^  # ", "  ", settings).replace("  #  ", "   "), encoding="utf-8")
+    head, _, settings = file.read_text(encoding="utf-8").partition("to choose another value:")
+    file.write_text(head + re.sub(r"(?m)^( +)# ", r"\1", settings), encoding="utf-8")
     config = load_config(file).config
     assert config.name == "mine"
     assert config.supernet.train.epochs
+    assert config.supernet.train.channels_last
     assert config.supernet.recalibration.images is None
 
 
