@@ -18,10 +18,8 @@ same host.
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,8 +27,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from benchmarks.alone_runs import ARMS, SCALES, USUAL_ARMS, Material, Scale, Trainer, jobs, load_material
+from benchmarks.folder_commands import NUM_SEEDS, add_train_options, chosen_device, run_main, work_off
 from benchmarks.regime_runs import begin, do_jobs
-from dsnet.errors import ConfigError, DsnetError, StoppedError
+from dsnet.errors import ConfigError
 from dsnet.families import create, family_names
 from dsnet.files import atomic_write_json, atomic_write_text
 
@@ -38,7 +37,6 @@ if TYPE_CHECKING:
     from benchmarks.harness import Options, Report
 
 BENCHMARK = "sub-networks against the same networks trained alone: points below them in the mean (goal: at most 0.5)"
-NUM_SEEDS = 3
 
 
 def measure(options: Options) -> Report:
@@ -68,22 +66,12 @@ def train(arguments: argparse.Namespace) -> None:
     Raises:
         StoppedError: some are left, because time ran out or other processes hold them.
     """
-    deadline = time.monotonic() + arguments.max_seconds
-    if torch.device(arguments.device).type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"--device is {arguments.device}, but torch sees no GPU here; use --device cpu")
-    torch.set_num_threads(arguments.threads)
+    device = chosen_device(arguments)
     scale = SCALES[arguments.scale] if arguments.sweep is None else scale_of_sweep(arguments.sweep)
     material = load_material(scale, arguments.data)
     begin(arguments.folder, scale, material)
     todo = jobs(arguments.arms, arguments.alone or compared(scale, material), arguments.seeds, scale.lengths)
-    trainer = Trainer(scale, material, torch.device(arguments.device), arguments.folder, arguments.seeds[0])
-    left = do_jobs(arguments.folder, todo, trainer, should_stop=lambda: time.monotonic() > deadline, say=_say)
-    if left:
-        raise StoppedError(
-            f"{len(todo) - len(left)} of {len(todo)} runs are done; next: {left[0].name}. "
-            "Give the same command again; what another process holds, it goes on with"
-        )
-    _say(f"all {len(todo)} runs are done")
+    work_off(arguments, todo, Trainer(scale, material, device, arguments.folder, arguments.seeds[0]))
 
 
 def scale_of_sweep(path: Path) -> Scale:
@@ -113,10 +101,6 @@ def scale_of_sweep(path: Path) -> Scale:
     )
 
 
-def _say(text: str) -> None:
-    print(text, flush=True)
-
-
 def report(arguments: argparse.Namespace) -> None:
     """Tables to the terminal and, with all numbers, into the folder."""
     from benchmarks.alone_report import make_report
@@ -136,19 +120,14 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(required=True)
     one = commands.add_parser("train", help="train and test the runs that are left; exit code 6 while some are left")
     one.set_defaults(command=train)
+    add_train_options(one)
     what = one.add_mutually_exclusive_group()
     what.add_argument("--scale", choices=list(SCALES), default="digits")
     what.add_argument("--sweep", type=Path, help="a sweep file, in place of a scale")
-    one.add_argument("--folder", type=Path, required=True, help="receives checkpoints and one JSON file per run")
-    one.add_argument("--data", type=Path, help="folder of the images; default: DSNET_DATA (digits need none)")
-    one.add_argument("--device", default="cpu")
-    one.add_argument("--threads", type=int, default=1, help="of torch, for each process")
-    one.add_argument("--max-seconds", type=float, default=math.inf, help="stop at the first step after so long")
     one.add_argument("--arms", nargs="*", choices=list(ARMS), default=list(USUAL_ARMS), metavar="ARM")
     one.add_argument(
         "--alone", nargs="+", metavar="NAME", help="sub-networks that are trained alone [default: the scale's]"
     )
-    one.add_argument("--seeds", nargs="+", type=int, default=list(range(NUM_SEEDS)), metavar="SEED")
     two = commands.add_parser("report", help="tables and numbers of the finished runs")
     two.set_defaults(command=report)
     two.add_argument("--folder", type=Path, required=True)
@@ -157,18 +136,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str]) -> int:
     """A command on a folder, or the benchmark as the harness runs every one."""
-    try:
-        if argv and argv[0] in ("train", "report"):
-            arguments = parser().parse_args(argv)
-            arguments.command(arguments)
-        else:
-            from benchmarks.harness import run_benchmark
-
-            run_benchmark(BENCHMARK, measure, threads=1)
-    except DsnetError as error:
-        print(error, file=sys.stderr, flush=True)
-        return error.exit_code
-    return 0
+    return run_main(argv, parser(), BENCHMARK, measure)
 
 
 if __name__ == "__main__":

@@ -13,10 +13,8 @@ chosen). Not equal is what a step does: `ce` and `s_net` train every width in ea
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,15 +22,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from benchmarks.regime_runs import ARMS, SCALES, USUAL_ARMS, Job, Scale, Trainer, begin, do_jobs, jobs, load_material
-from dsnet.errors import ConfigError, DsnetError, StoppedError
+from benchmarks.folder_commands import NUM_SEEDS, add_train_options, chosen_device, run_main, work_off
+from benchmarks.regime_runs import ARMS, SCALES, USUAL_ARMS, Scale, Trainer, begin, do_jobs, jobs, load_material
 from dsnet.files import atomic_write_json, atomic_write_text
 
 if TYPE_CHECKING:
     from benchmarks.harness import Options, Report
 
 BENCHMARK = "training regimes at equal steps, all widths: test error of in-place bootstrapping over in-place distillation (goal: at most 1)"
-NUM_SEEDS = 3
 
 
 def measure(options: Options) -> Report:
@@ -64,31 +61,11 @@ def train(arguments: argparse.Namespace) -> None:
     Raises:
         StoppedError: some are left, because time ran out or other processes hold them.
     """
-    deadline = time.monotonic() + arguments.max_seconds
-    if torch.device(arguments.device).type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"--device is {arguments.device}, but torch sees no GPU here; use --device cpu")
-    torch.set_num_threads(arguments.threads)
+    device = chosen_device(arguments)
     scale = chosen_scale(arguments)
     material = load_material(scale, arguments.data)
     begin(arguments.folder, scale, material)
-    todo = jobs(arguments.regimes, arguments.seeds)
-    trainer = Trainer(scale, material, torch.device(arguments.device))
-    left = do_jobs(arguments.folder, todo, trainer, should_stop=lambda: time.monotonic() > deadline, say=_say)
-    if left:
-        raise StoppedError(_left_text(left, len(todo)))
-    _say(f"all {len(todo)} runs are done")
-
-
-def _left_text(left: Sequence[Job], num_runs: int) -> str:
-    names = ", ".join(job.name for job in left)
-    return (
-        f"{num_runs - len(left)} of {num_runs} runs are done; left: {names}. "
-        "Give the same command again; what another process holds, it goes on with"
-    )
-
-
-def _say(text: str) -> None:
-    print(text, flush=True)
+    work_off(arguments, jobs(arguments.regimes, arguments.seeds), Trainer(scale, material, device))
 
 
 def report(arguments: argparse.Namespace) -> None:
@@ -115,14 +92,9 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(required=True)
     one = commands.add_parser("train", help="train and test the runs that are left; exit code 6 while some are left")
     one.set_defaults(command=train)
+    add_train_options(one)
     one.add_argument("--scale", choices=list(SCALES), default="cpu")
-    one.add_argument("--folder", type=Path, required=True, help="receives checkpoints and one JSON file per run")
-    one.add_argument("--data", type=Path, help="folder of CIFAR-10's files; default: DSNET_DATA")
-    one.add_argument("--device", default="cpu")
-    one.add_argument("--threads", type=int, default=1, help="of torch, for each process")
-    one.add_argument("--max-seconds", type=float, default=math.inf, help="stop at the first step after so long")
     one.add_argument("--regimes", nargs="+", choices=list(ARMS), default=list(USUAL_ARMS), metavar="REGIME")
-    one.add_argument("--seeds", nargs="+", type=int, default=list(range(NUM_SEEDS)), metavar="SEED")
     one.add_argument("--epochs", type=int, help="instead of the scale's; needs a folder of its own")
     one.add_argument("--train-images", type=int, help="instead of the scale's; needs a folder of its own")
     two = commands.add_parser("report", help="tables, figure and numbers of the finished runs")
@@ -134,18 +106,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str]) -> int:
     """A command on a folder, or the benchmark as the harness runs every one."""
-    try:
-        if argv and argv[0] in ("train", "report"):
-            arguments = parser().parse_args(argv)
-            arguments.command(arguments)
-        else:
-            from benchmarks.harness import run_benchmark
-
-            run_benchmark(BENCHMARK, measure, threads=1)
-    except DsnetError as error:
-        print(error, file=sys.stderr, flush=True)
-        return error.exit_code
-    return 0
+    return run_main(argv, parser(), BENCHMARK, measure)
 
 
 if __name__ == "__main__":
