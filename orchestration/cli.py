@@ -290,7 +290,7 @@ def plan(sweep: Path, as_json: bool, resolved: Path | None, is_dry: bool, everyt
         from orchestration.supernet_planning import plan_supernets
         from orchestration.supernet_terminal import show_supernets_plan
 
-        show_supernets_plan(plan_supernets(loaded), as_json=as_json, everything=everything)
+        show_supernets_plan(plan_supernets(loaded, is_dry=is_dry), as_json=as_json, everything=everything)
         return
     plan = make_plan(loaded, is_dry=is_dry)
     if resolved is not None:

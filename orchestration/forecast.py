@@ -105,11 +105,47 @@ def forecast(prepared: Prepared, plans: Sequence[StagePlan]) -> Forecast | None:
     Returns:
         None where every stage before verify is done.
     """
-    left = {plan.name for plan in plans if not plan.is_done}
-    if not left:
+    if all(plan.is_done for plan in plans):
         return None
     load = MachineLoad.now()  # before: the timed steps keep the machine busy themselves
     timed = _timed(prepared)
+    on_gpu = timed.peak_bytes if timed.device == "cuda" else 0
+    return Forecast(_stages(prepared, timed, plans), _how(prepared.config, timed, load), on_gpu)
+
+
+def forecast_supernets(supernets: Sequence[tuple[Prepared, Sequence[StagePlan]]], concurrent: int) -> Forecast | None:
+    """Time a few steps of every supernet of a sweep and say what the stages of all together would take, if each were trained to its end.
+
+    Args:
+        supernets: data, network and plans of each that may still be trained or searched; see `forecast`.
+        concurrent: how many are trained at a time.
+
+    Returns:
+        None where every stage before verify is done.
+    """
+    left = [(prepared, plans) for prepared, plans in supernets if not all(plan.is_done for plan in plans)]
+    if not left:
+        return None
+    load = MachineLoad.now()
+    timed = [_timed(prepared, concurrent) for prepared, _ in left]
+    found = [_stages(prepared, each, plans) for (prepared, plans), each in zip(left, timed, strict=True)]
+    stages = []
+    for parts in zip(*found, strict=True):
+        seconds, memory = sum(part.seconds for part in parts), max(part.memory_bytes for part in parts)
+        if parts[0].stage == "supernet":
+            training = [part for part in parts if part.seconds]
+            at_a_time = min(concurrent, len(training))
+            if training:
+                seconds = RAY_START_S + (seconds - RAY_START_S * len(training)) / at_a_time
+                memory += (at_a_time - 1) * max(each.peak_bytes for each in timed)
+        stages.append(StageForecast(parts[0].stage, seconds, memory, sum(part.disk_bytes for part in parts)))
+    how = f"{_how(left[0][0].config, timed[0], load)}; each of {plural(len(left), 'supernet')}, trained to its end"
+    on_gpu = concurrent * max(each.peak_bytes for each in timed) if timed[0].device == "cuda" else 0
+    return Forecast(tuple(stages), how, on_gpu)
+
+
+def _stages(prepared: Prepared, timed: TrialRun, plans: Sequence[StagePlan]) -> tuple[StageForecast, ...]:
+    left = {plan.name for plan in plans if not plan.is_done}
     work = _Work(prepared, timed)
     stages = {
         "supernet": work.supernet,
@@ -118,15 +154,14 @@ def forecast(prepared: Prepared, plans: Sequence[StagePlan]) -> Forecast | None:
         "search": work.search,
         "verify": work.verify,
     }
-    found = [
+    return tuple(
         stage() if name in left or name == "verify" else StageForecast(name, 0.0, 0, 0)
         for name, stage in stages.items()
-    ]
-    on_gpu = timed.peak_bytes if timed.device == "cuda" else 0
-    return Forecast(tuple(found), _how(prepared.config, timed, load), on_gpu)
+    )
 
 
-def _timed(prepared: Prepared) -> TrialRun:
+def _timed(prepared: Prepared, concurrent: int = 1) -> TrialRun:
+    """Time a few steps with the threads that one of so many supernets has."""
     config, run = prepared.config, supernet_run(prepared)
     return trial_run(
         prepared.subnets,
@@ -134,7 +169,7 @@ def _timed(prepared: Prepared) -> TrialRun:
         training=training_images(prepared, run.augmentation),
         data=prepared.data,
         device=resolve_device(config.supernet.device),
-        threads=config.supernet.threads or max(1, resolve_cores(config) // config.supernet.workers),
+        threads=config.supernet.threads or max(1, resolve_cores(config) // (config.supernet.workers * concurrent)),
         workers=config.supernet.workers,
     )
 

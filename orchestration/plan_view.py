@@ -174,15 +174,17 @@ def _show_stages(plan: SweepPlan) -> None:
         Column("because", is_text=True, wraps=True),
     ]
     show_table(columns, lines)
-    if plan.forecast is None:
-        return
-    found = plan.forecast
+    if plan.forecast is not None:
+        say_row("forecast", f"about {forecast_text(plan.forecast)}")
+
+
+def forecast_text(found: Forecast) -> str:
+    """Time, memory, disk, and how the clock ran."""
     gpu = f", {size(found.gpu_bytes)} of the GPU's" if found.gpu_bytes else ""
-    text = (
-        f"about {duration(found.seconds)}, {size(found.memory_bytes)} of memory{gpu}, {size(found.disk_bytes)} on disk; "
+    return (
+        f"{duration(found.seconds)}, {size(found.memory_bytes)} of memory{gpu}, {size(found.disk_bytes)} on disk; "
         f"{found.timed}"
     )
-    say_row("forecast", text)
 
 
 def _taken(forecast: Forecast | None, name: str) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,14 +87,14 @@ def make_plan(loaded: LoadedConfig, *, is_dry: bool = False) -> SweepPlan:
         run,
         stages,
         tuple((name, cost.madds / 1e6, cost.params / 1e6) for name, cost in costs),
-        None if is_dry else _forecast(prepared, stages),
+        None if is_dry else unless_it_diverges(lambda: forecast(prepared, stages)),
     )
 
 
-def _forecast(prepared: Prepared, stages: Sequence[StagePlan]) -> Forecast | None:
-    """None, with a warning, where the timed steps end in NaN: a plan is there to find that out."""
+def unless_it_diverges(make: Callable[[], Forecast | None]) -> Forecast | None:
+    """The forecast; None, with a warning, where the timed steps end in NaN: a plan is there to find that out."""
     try:
-        return forecast(prepared, stages)
+        return make()
     except NonFiniteLossError as error:
         warn(f"no forecast: the training diverges in its first steps ({error})")
         return None

@@ -11,9 +11,10 @@ from dsnet.cost import subnet_cost
 from dsnet.errors import PreflightError
 from orchestration.config import SweepConfig
 from orchestration.config_loading import LoadedConfig
+from orchestration.forecast import Forecast, forecast_supernets
 from orchestration.pipeline import anchored
 from orchestration.plan_view import effective_values
-from orchestration.planning import FROM_THE_DATA, SYNC_TIMEOUT_S, check_same_data, report_again
+from orchestration.planning import FROM_THE_DATA, SYNC_TIMEOUT_S, check_same_data, report_again, unless_it_diverges
 from orchestration.preparation import Images, load_images, prepare, stage_definitions
 from orchestration.projection import store_uri
 from orchestration.rundir import DriverLock, RunDir
@@ -44,6 +45,8 @@ class SupernetsPlan:
     """Those that earlier launches have decided."""
     madds_m: Mapping[str, tuple[float, float]]
     """(cheapest, widest) sub-network of each member, millions."""
+    forecast: Forecast | None = None
+    """An upper bound: no supernet is stopped early. None where it was not wanted, or nothing is left to do."""
 
     def settings(self) -> dict[str, dict[str, Any]]:
         """Every setting with its value and origin; `effective` where null stands for something, of all supernets that can be."""
@@ -70,8 +73,12 @@ def _of_all(mappings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def plan_supernets(loaded: LoadedConfig) -> SupernetsPlan:
+def plan_supernets(loaded: LoadedConfig, *, is_dry: bool = False) -> SupernetsPlan:
     """Load the data, draw the supernets, and compare the stages' keys with what the run folder has; writes nothing.
+
+    Args:
+        loaded: the sweep.
+        is_dry: time no steps, and forecast nothing.
 
     Raises:
         DataError, ConfigError, PreflightError: as a launch would.
@@ -95,7 +102,13 @@ def plan_supernets(loaded: LoadedConfig) -> SupernetsPlan:
         madds_m[member.name] = (min(costs), max(costs))
         tuned.append(tune_member(member, others[0], run.stop_path, 1))
     fates = stored_fates(tuned, tune_rules(config), run.tune_dir)
-    return SupernetsPlan(loaded.config, loaded.origins, run, members, stages, fates, madds_m)
+    left = [
+        (member.prepared, stages[member.name])
+        for member in members
+        if member.prepared is not None and (member.name not in fates or fates[member.name].state == "trained")
+    ]
+    found = None if is_dry else unless_it_diverges(lambda: forecast_supernets(left, config.supernets.concurrent))
+    return SupernetsPlan(loaded.config, loaded.origins, run, members, stages, fates, madds_m, found)
 
 
 def _images_again(results: SupernetSweepResults) -> Images:

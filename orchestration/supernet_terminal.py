@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from orchestration.plan_view import say_row, show_data, show_settings
+from orchestration.plan_view import forecast_text, say_row, show_data, show_settings
 from orchestration.progress import json_state, read_task_state
 from orchestration.rundir import Manifest, RunDir
 from orchestration.tables import Column
@@ -248,6 +248,8 @@ def show_supernets_plan(plan: SupernetsPlan, *, as_json: bool, everything: bool 
         Column("stages", is_text=True, wraps=True),
     )
     show_table(columns, [_planned(plan, member) for member in plan.members])
+    if plan.forecast is not None:
+        say_row("forecast", f"at most about {forecast_text(plan.forecast)}")
     say()
     show_settings(plan.settings(), everything=everything)
 
@@ -269,7 +271,8 @@ def _plan_content(plan: SupernetsPlan) -> dict[str, Any]:
         }
         for member in plan.members
     ]
-    return {"run": str(plan.run.path), "supernets": members, "settings": plan.settings()}
+    found = None if plan.forecast is None else plan.forecast.to_json()
+    return {"run": str(plan.run.path), "supernets": members, "forecast": found, "settings": plan.settings()}
 
 
 def _planned(plan: SupernetsPlan, member: Member) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from dsnet.latency import MachineLoad
 from dsnet.training.trial_run import TrialRun
 from orchestration import forecast as forecast_module
 from orchestration.config_loading import load_config
-from orchestration.forecast import RAY_START_S, forecast
+from orchestration.forecast import RAY_START_S, forecast, forecast_supernets
 from orchestration.planning import make_plan
 from orchestration.preparation import prepare, stage_definitions
 from orchestration.rundir import RunDir
@@ -71,6 +71,26 @@ def test_twice_the_epochs_take_twice_the_steps(monkeypatch: pytest.MonkeyPatch, 
         assert (table.seconds, table.disk_bytes) == (pytest.approx(400 * 0.1), 400_000)
     assert seconds[1] == pytest.approx(2 * seconds[0])
     assert seconds[0] == pytest.approx(10 * 5 * TIMED.step_s)
+
+
+def test_supernets_that_are_trained_two_at_a_time_take_half_as_long(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(forecast_module, "_timed", lambda prepared, concurrent=1: TIMED)
+    prepared = prepare(load_config(write_sweep(tmp_path)).config)
+    plans = plan_stages(RunDir(tmp_path, "t"), stage_definitions(prepared))
+    one, two, both = (forecast_supernets([(prepared, plans)] * count, at) for count, at in ((1, 2), (4, 1), (4, 2)))
+    assert one is not None
+    assert two is not None
+    assert both is not None
+
+    parts = [found.of("supernet") for found in (one, two, both)]
+    seconds = [part.seconds - RAY_START_S for part in parts if part is not None]
+    assert seconds == pytest.approx([seconds[0], 4 * seconds[0], 2 * seconds[0]])
+    memory = [part.memory_bytes for part in parts if part is not None]
+    assert memory[2] - memory[1] == pytest.approx(TIMED.peak_bytes, rel=0.1), "two are in memory, not one"
+    assert both.disk_bytes == two.disk_bytes == 4 * one.disk_bytes
+    assert forecast_supernets([], 2) is None
 
 
 def test_a_forecast_says_that_other_work_slowed_the_timed_steps(

@@ -305,6 +305,21 @@ def test_a_second_launch_does_nothing_and_says_so(swept: Swept) -> None:
     assert swept.results.manifest["test_openings"] == manifest["test_openings"]
 
 
+def test_a_plan_forecasts_the_supernets_that_can_be_all_together(tmp_path: Path) -> None:
+    write_sweep(tmp_path, SUPERNETS, SWEEP)
+    answer = call(tmp_path, "plan", SWEEP, "--json")
+    assert [stage["stage"] for stage in answer.json["forecast"]["stages"]] == [
+        "supernet",
+        "measure",
+        "table",
+        "search",
+        "verify",
+    ]
+    assert answer.json["forecast"]["timed"].endswith("each of 2 supernets, trained to its end")
+    assert "forecast  at most about" in call(tmp_path, "plan", SWEEP).out
+    assert call(tmp_path, "plan", SWEEP, "--dry", "--json").json["forecast"] is None
+
+
 @pytest.mark.ray
 def test_commands_on_the_sweep_show_origins_and_take_its_members_as_runs(swept: Swept, tmp_path: Path) -> None:
     results, folder = swept.results, swept.folder
@@ -322,6 +337,7 @@ def test_commands_on_the_sweep_show_origins_and_take_its_members_as_runs(swept: 
     assert {row["slot"] for row in own} == set(results.members[first].front)
     plan = call(folder, "plan", SWEEP, "--json").json
     assert [item["name"] for item in plan["supernets"] if item["known"]] == list(results.members)
+    assert plan["forecast"] is None, "nothing is left to do"
     lr = plan["settings"]["supernet.train.lr"]
     assert (lr["origin"], lr["value"]) == ("data", results.members[first].config.supernet.train.lr)
     brief = call(folder, "plan", SWEEP).out
