@@ -21,6 +21,7 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -95,6 +96,7 @@ def scale_of_sweep(path: Path) -> Scale:
         path=config.data.path,
         image_size=config.data.image_size,
         sizes=sizes,
+        augmentation=asdict(run.augmentation),
         family=config.supernet.model,
         options=config.supernet.options,
         train=run.train,

@@ -24,7 +24,7 @@ from benchmarks.regime_runs import RUNS, Material, divided
 from dsnet.batchnorm import recalibrate
 from dsnet.checkpoint import load_supernet
 from dsnet.cost import subnet_cost
-from dsnet.data import SplitSizes, load_images
+from dsnet.data import Augmentation, SplitSizes, load_images
 from dsnet.errors import NonFiniteLossError
 from dsnet.families import create
 from dsnet.files import atomic_write_json, read_json
@@ -91,6 +91,8 @@ class Scale:
     """Images of a split, where it is not the data set's default."""
     is_balanced: bool = False
     """Whether accuracy is the mean over classes of the accuracy within each: for data of which one class is the most."""
+    augmentation: Mapping[str, Any] | None = None
+    """Settings of `dsnet.data.Augmentation`; None: the data's usual ones."""
     family: str
     options: Mapping[str, Any] = field(default_factory=dict)
     train: TrainSettings
@@ -171,7 +173,8 @@ def load_material(scale: Scale, path: Path | None) -> Material:
         DataError: the images are not there.
     """
     path = path if path is not None or scale.path is None else Path(scale.path)
-    return divided(load_images(scale.data, path, scale.image_size), SplitSizes(**scale.sizes))
+    augmentation = None if scale.augmentation is None else Augmentation(**scale.augmentation)
+    return divided(load_images(scale.data, path, scale.image_size), SplitSizes(**scale.sizes), augmentation)
 
 
 @dataclass(frozen=True)

@@ -144,14 +144,14 @@ def load_material(scale: Scale, path: Path | None) -> Material:
     return divided(load_images(scale.data, path), SplitSizes(train=scale.num_train))
 
 
-def divided(image_set: ImageSet, sizes: SplitSizes) -> Material:
-    """Divide a data set for all runs of a folder."""
+def divided(image_set: ImageSet, sizes: SplitSizes, augmentation: Augmentation | None = None) -> Material:
+    """Divide a data set for all runs of a folder; None: the data's usual augmentation."""
     splits = make_splits(image_set.labels.numpy(), image_set.official_test, sizes)
     data = TensorData.from_images(image_set, splits, open_test=True)
     images = data.images("train")
     channels, _, size = data.image_shape
     return Material(
-        training=InMemoryImages(images, data.labels("train"), Augmentation.for_images(image_set)),
+        training=InMemoryImages(images, data.labels("train"), augmentation or Augmentation.for_images(image_set)),
         data=data,
         task=Task(data.num_classes, channels, size),
         normalization=Normalization.from_images(images),

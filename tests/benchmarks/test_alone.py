@@ -150,12 +150,15 @@ def test_every_scale_trains_sub_networks_alone_that_it_has() -> None:
 def test_a_sweep_file_is_a_scale_with_the_same_images_and_settings(tmp_path: Path) -> None:
     sweep = tmp_path / "mine.yaml"
     text = "version: 1\nname: mine\ndata: {name: digits}\nsupernet: {model: ds_tiny, options: {num_routes: 3}, train: {epochs: 4}}\n"
+    text = text.replace("{name: digits}", "{name: digits, augment: {cutout: 2}}")
     sweep.write_text(text)
     scale = scale_of_sweep(sweep)
     prepared = prepare(load_config(sweep, known_models=family_names()).config)
     material = load_material(scale, None)
     assert material.split_hash.endswith(f"/{prepared.splits.hash}")
     assert scale.train == supernet_run(prepared).train
+    assert material.training.augmentation == supernet_run(prepared).augmentation
+    assert material.training.augmentation.cutout == 2
     assert scale.train.epochs == 4
     assert [subnet.name for subnet in create(scale.family, material.task, scale.options).subnets] == [
         subnet.name for subnet in prepared.subnets
