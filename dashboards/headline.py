@@ -75,6 +75,8 @@ class Scores:
     """The cascade beside it never goes on, or always."""
     ties: tuple[str, ...] = ()
     """Names of the routers that the images cannot tell from it."""
+    over_widest: Estimate | None = None
+    """Top-1 minus that of the widest static sub-network, paired over images; None for the baseline, and where it is not known."""
 
 
 @dataclass(frozen=True)
@@ -211,9 +213,11 @@ def _saving_lines(row: Row, baseline: Row | None) -> list[str]:
     saved = 1 - row.shown.madds_m / widest.madds_m
     side = "below" if saved >= 0 else "above"
     change = 100 * (row.shown.top1.value - widest.top1.value)
+    found = row.shown.over_widest
+    interval = "" if found is None else f" (95 %: {_signed_interval(found)}, paired)"
     return [
         f"{percent(abs(saved), 0)} {side} the widest static ({_millions(widest.madds_m)}),",
-        f"which has {percent(widest.top1.value)} top-1: {signed(change)} points for the router",
+        f"which has {percent(widest.top1.value)} top-1: {signed(change)} points for the router{interval}",
     ]
 
 
@@ -332,6 +336,9 @@ def _gain_cell(scores: Scores) -> str:
     for share, name in ((scores.reachable_share, "reachable"), (scores.oracle_share, "oracle")):
         if share is not None:
             beside.append(f"{percent(share, 0)} of the {name} gap")
+    if scores.over_widest is not None:
+        over = scores.over_widest
+        beside.append(f"over the widest: {signed(100 * over.value)} ({_signed_interval(over)})")
     return _number(signed(100 * gain.value), *beside, kind=kind)
 
 

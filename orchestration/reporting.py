@@ -146,7 +146,8 @@ def _timing_notes(results: RunResults) -> tuple[str, ...]:
 
 
 def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
+    """As the beginning of a sentence; the name of a sub-network or trial stays as it is."""
+    return text if {"-", "_"} & set(text.split(" ", 1)[0]) else text[:1].upper() + text[1:]
 
 
 def _sample_notes(results: RunResults) -> tuple[str, ...]:
@@ -245,6 +246,7 @@ def _scores(point: PointAnalysis) -> Scores:
         top1=_estimate(point.top1),
         madds_m=point.metrics["madds_m"],
         gain=None if point.gain is None else _estimate(point.gain),
+        over_widest=None if point.over_widest is None else _estimate(point.over_widest),
         random_top1=point.random_top1,
         cascade_top1=point.cascade_top1,
         oracle_top1=point.oracle_top1,

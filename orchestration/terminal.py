@@ -290,6 +290,7 @@ def _show_verified(results: RunResults, verified: Verified, rows: Sequence[Mappi
         standing.append(
             (
                 name,
+                _signed(point.over_widest),
                 _signed(point.gain),
                 percent(point.random_top1),
                 percent(point.reachable_top1),
@@ -313,6 +314,7 @@ def _show_verified(results: RunResults, verified: Verified, rows: Sequence[Mappi
     show_table(("gate", "router", *columns), reached, title, num_left=2)
     say()
     columns = (
+        Column("over widest, points [95\u00a0%]"),
         Column("over static, points [95\u00a0%]"),
         Column("random\u00a0%"),
         Column("reachable\u00a0%"),

@@ -34,6 +34,7 @@ from search.statistics import (
     PointSample,
     bootstrap_interval,
     front_stability,
+    gain_over_one,
     gain_over_random,
     gain_over_static,
     resample_points,
@@ -106,6 +107,8 @@ class PointAnalysis:
     """Share of the images by the route that answers."""
     runs: tuple[float, ...]
     """Share of the images that run each route; a cascade's add up to more than one."""
+    over_widest: Interval | None = None
+    """Top-1 minus that of the widest static sub-network on the same images; None in results of an earlier release."""
 
     @property
     def clear_share_of_reachable_gap(self) -> float | None:
@@ -229,6 +232,7 @@ def _tuples(value: Any) -> Any:
 
 def _point(item: Mapping[str, Any]) -> PointAnalysis:
     intervals = {name: _interval_or_none(item[name]) for name in ("top1", "gain", "gain_over_random")}
+    intervals["over_widest"] = _interval_or_none(item.get("over_widest"))
     tuples = {name: tuple(item[name]) for name in ("ties", "histogram", "runs")}
     return PointAnalysis(**{**item, **intervals, **tuples})
 
@@ -401,6 +405,8 @@ def _points(
     low, high = bootstrap_interval(sample.resampled_top1)
     answering = np.column_stack([run.routes for run in runs.values()])
     chance = gain_over_random(answering, table.correct1, bench.bootstrap.num_resamples)
+    widest = table.correct1[:, int(table.madds.argmax())]
+    beside_widest = gain_over_one(judged.correct, widest, bench.bootstrap.num_resamples)
     stability = _stability(bench, sample, runs)
     ties = _ties(bench, runs, others)
     cascade = _cascade_at(val, table, sample.madds)
@@ -429,6 +435,7 @@ def _points(
                 ties=ties[slot],
                 histogram=_floats(run.histogram),
                 runs=_floats(run.runs),
+                over_widest=_interval_at(beside_widest, index),
             )
         )
     return tuple(points)

@@ -191,6 +191,21 @@ def gain_over_static(
     return Gain(value, low, high)
 
 
+def gain_over_one(
+    correct: ArrayLike, other: ArrayLike, num_resamples: int = 1000, seed: int = 0, level: float = 0.95
+) -> Gain:
+    """Top-1 of P points minus that of one other, on the same images.
+
+    Args:
+        correct: bool [n, P].
+        other: bool [n].
+    """
+    points = resample_points(correct, 0, num_resamples, seed)
+    beside = resample_points(np.asarray(other)[:, None], 0, num_resamples, seed)
+    low, high = bootstrap_interval(points.resampled_top1 - beside.resampled_top1, level)
+    return Gain(points.top1 - beside.top1, low, high)
+
+
 def gain_over_random(
     routes: ArrayLike, route_correct: ArrayLike, num_resamples: int = 1000, seed: int = 0, level: float = 0.95
 ) -> Gain:

@@ -92,6 +92,10 @@ def test_a_point_is_what_one_computes_by_hand() -> None:
     static = 4 / 6 + (madds_m - 2) / 2 / 6
     assert point.gain is not None
     assert point.gain.value == pytest.approx(4 / 6 - static)
+    # The widest static sub-network has 5 of 6; image 2 is the one that only it gets right, so that a resample never favours the router.
+    assert point.over_widest is not None
+    assert point.over_widest.value == pytest.approx(4 / 6 - 5 / 6)
+    assert point.over_widest.low < point.over_widest.value < point.over_widest.high == 0
     # The oracle: 1 M for all, then images 2 and 4 to route 1 (+1 M each), image 3 to route 2 (+3 M): 5 of 6 at 11/6 M.
     assert point.oracle_top1 == pytest.approx(5 / 6)
     assert point.share_of_oracle_gap == pytest.approx((4 / 6 - static) / (5 / 6 - static))

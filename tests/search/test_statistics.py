@@ -16,6 +16,7 @@ from search.statistics import (
     bootstrap_counts,
     bootstrap_interval,
     front_stability,
+    gain_over_one,
     gain_over_random,
     gain_over_static,
     resample_points,
@@ -152,6 +153,20 @@ def test_a_point_below_the_cheapest_sub_network_has_no_gain():
     correct = make_table(9)
     gain = gain_over_static(correct[:, :1], MADDS[0] // 2, StaticLine.fit(MADDS, correct), correct, num_resamples=10)
     assert np.isnan([gain.value, gain.low, gain.high]).all()
+
+
+def test_gain_over_one_pairs_the_images():
+    correct = make_table(12, num_images=50)
+    gain = gain_over_one(correct[:, :2], correct[:, 2], num_resamples=40, seed=2)
+    rng, gains = np.random.default_rng(2), []
+    for _ in range(40):
+        drawn = rng.integers(50, size=50)
+        gains.append(correct[drawn, :2].mean(0) - correct[drawn, 2].mean())
+    assert gain.value == pytest.approx(correct[:, :2].mean(0) - correct[:, 2].mean())
+    assert gain.low == pytest.approx(np.percentile(gains, 2.5, axis=0))
+    assert gain.high == pytest.approx(np.percentile(gains, 97.5, axis=0))
+    same = gain_over_one(correct[:, :1], correct[:, 0], num_resamples=10)
+    assert (same.value[0], same.low[0], same.high[0]) == (0, 0, 0)
 
 
 def test_gain_over_random_recomputes_the_histogram_in_every_resample():
