@@ -111,7 +111,9 @@ CIFAR = Scale(
     sizes={"train": 8000, "gate": 1000, "val": 2000, "test": 10_000},
     family="ds_resnet",
     options={"depth": 8, "width": 2.0, "stem": "large"},
-    train=TrainSettings(epochs=24, batch_size=64, lr=0.1, warmup_epochs=1, channels_last=True, precision="bf16"),
+    train=TrainSettings(
+        epochs=24, batch_size=64, lr=0.1, weight_decay=0.0023, warmup_epochs=1, channels_last=True, precision="bf16"
+    ),
     lengths=(1.0, 1 / 12),
 )
 
@@ -127,7 +129,7 @@ SCALES: Mapping[str, Scale] = MappingProxyType(
         "digits": Scale(
             data="digits",
             family="ds_tiny",
-            train=TrainSettings(epochs=30, batch_size=64, lr=0.2, warmup_epochs=2),
+            train=TrainSettings(epochs=30, batch_size=64, lr=0.2, weight_decay=0.008, warmup_epochs=2),
             lengths=(1.0, 1 / 3),
         ),
         "cifar": CIFAR,
@@ -147,7 +149,13 @@ SCALES: Mapping[str, Scale] = MappingProxyType(
             family="ds_resnet",
             options={"depth": 8, "width": 2.0, "stem": "large", "ratios": [0.25, 0.5, 1.0]},
             train=TrainSettings(
-                epochs=96, batch_size=32, lr=0.1, warmup_epochs=5, channels_last=True, precision="bf16"
+                epochs=96,
+                batch_size=32,
+                lr=0.1,
+                weight_decay=0.0032,
+                warmup_epochs=5,
+                channels_last=True,
+                precision="bf16",
             ),
         ),
         "gpu": Scale(
@@ -155,7 +163,13 @@ SCALES: Mapping[str, Scale] = MappingProxyType(
             family="ds_resnet",
             options={"depth": 20, "width": 2.0, "ratios": [0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0]},
             train=TrainSettings(
-                epochs=60, batch_size=256, lr=0.2, warmup_epochs=3, precision="bf16", channels_last=True
+                epochs=60,
+                batch_size=256,
+                lr=0.2,
+                weight_decay=4e-4,
+                warmup_epochs=3,
+                precision="bf16",
+                channels_last=True,
             ),
             lengths=(1.0, 1 / 6),
         ),

@@ -262,8 +262,8 @@ class TrainConfig(Section):
     """cosine: to 0 after the warm-up | one_cycle: up during the warm-up, down to lr / 250,000 | constant."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """For sgd, [0, 1)."""
-    weight_decay: Annotated[float, Field(ge=0, le=LARGEST_RATE)] = 1.0e-4
-    """Not on one-dimensional parameters."""
+    weight_decay: Annotated[float, Field(ge=0, le=LARGEST_RATE)] | None = None
+    """Not on one-dimensional parameters; null = from learning rate and steps."""
     warmup_epochs: NonNegativeFloat | None = None
     """Epochs of linear warm-up, part of `epochs`; null = from the epochs."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1

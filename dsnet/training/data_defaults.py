@@ -32,6 +32,11 @@ LR = 0.08
 """Peak learning rate of SGD at `LR_BATCH` images; it grows with the square root of the batch."""
 ADAMW_LR = 0.0005
 LR_BATCH = 32
+DECAY = 0.7
+"""Weight decay of SGD x peak learning rate x steps: the weights forget over about the same share of every training (arXiv 2405.13698)."""
+MIN_DECAY, MAX_DECAY = 1e-4, 0.01
+"""The smaller is the published value, for 400,000 steps (METHODS 3)."""
+ADAMW_DECAY = 1e-4
 WARMUP_SHARE = 0.05
 """Of the epochs."""
 RECALIBRATION_IMAGES = 4000
@@ -44,9 +49,10 @@ EPOCHS = "supernet.train.epochs"
 BATCH_SIZE = "supernet.train.batch_size"
 RATE = "supernet.train.lr"
 WARMUP = "supernet.train.warmup_epochs"
+WEIGHT_DECAY = "supernet.train.weight_decay"
 RECALIBRATION = "supernet.recalibration.images"
 RANDAUGMENT = "data.augment.randaugment_ops"
-DERIVED_KEYS = (BATCH_SIZE, EPOCHS, WARMUP, RATE, RECALIBRATION, RANDAUGMENT)
+DERIVED_KEYS = (BATCH_SIZE, EPOCHS, WARMUP, RATE, WEIGHT_DECAY, RECALIBRATION, RANDAUGMENT)
 """The settings that `data_defaults` gives, by their keys in sweep.yaml."""
 
 
@@ -98,7 +104,9 @@ def data_defaults(facts: DataFacts, family: str, given: Mapping[str, Any] | None
     steps = max(1, facts.num_train // min(known[BATCH_SIZE], facts.num_train))
     settle(EPOCHS, _epochs(facts, family, steps, known.get(WARMUP, 0.0)))
     settle(WARMUP, _warmup(known[EPOCHS]))
-    settle(RATE, _rate(known[BATCH_SIZE], known.get("supernet.train.optimizer", "sgd")))
+    optimizer = known.get("supernet.train.optimizer", "sgd")
+    settle(RATE, _rate(known[BATCH_SIZE], optimizer))
+    settle(WEIGHT_DECAY, _weight_decay(known[RATE], steps * known[EPOCHS], optimizer))
     settle(RECALIBRATION, _recalibration(facts))
     settle(RANDAUGMENT, _randaugment(facts))
     return found
@@ -156,6 +164,17 @@ def _rate(batch: int, optimizer: str) -> DataDefault:
     base = ADAMW_LR if optimizer == "adamw" else LR
     rate = float(f"{base * math.sqrt(batch / LR_BATCH):.2g}")
     return DataDefault(rate, f"{base:g} at batch {LR_BATCH}, growing with the square root of the batch")
+
+
+def _weight_decay(rate: float, num_steps: int, optimizer: str) -> DataDefault:
+    if optimizer == "adamw":
+        return DataDefault(ADAMW_DECAY, "the usual value for adamw here")
+    decay = DECAY / max(rate * num_steps, 1e-9)
+    value = float(f"{min(MAX_DECAY, max(MIN_DECAY, decay)):.2g}")
+    told = f"{DECAY:g} / (learning rate {rate:g} x {_number(num_steps, 'step')})"
+    if not MIN_DECAY <= decay <= MAX_DECAY:
+        told += f", within {MIN_DECAY:g} to {MAX_DECAY:g}"
+    return DataDefault(value, f"{told}: short trainings, of few images, need more against learning them by heart")
 
 
 def _recalibration(facts: DataFacts) -> DataDefault:

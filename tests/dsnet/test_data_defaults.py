@@ -11,12 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsnet.training.data_defaults import (
+    ADAMW_DECAY,
     BATCH_SIZE,
+    DECAY,
     DERIVED_KEYS,
     EPOCHS,
     MAX_BATCH,
+    MAX_DECAY,
     MAX_EPOCHS,
     MIN_BATCH,
+    MIN_DECAY,
     MIN_STEPS,
     RANDAUGMENT,
     RATE,
@@ -24,6 +28,7 @@ from dsnet.training.data_defaults import (
     RECALIBRATION_IMAGES,
     USUAL_EPOCHS,
     WARMUP,
+    WEIGHT_DECAY,
     DataDefault,
     DataFacts,
     data_defaults,
@@ -57,6 +62,19 @@ def test_a_large_set_gets_large_batches_and_its_rate_follows_the_root_of_the_bat
     assert found[EPOCHS] == USUAL_EPOCHS
     assert found[RATE] == pytest.approx(0.16)
     assert found[RECALIBRATION] == RECALIBRATION_IMAGES
+
+
+def test_weight_decay_rises_where_the_training_is_short_and_stays_as_published_where_it_is_long() -> None:
+    short = data_defaults(facts(1134), "ds_resnet")[WEIGHT_DECAY]
+    assert short.value == pytest.approx(DECAY / (0.08 * MIN_STEPS), rel=0.05)
+    assert "0.08 x 3," in short.reason
+    medium = data_defaults(facts(40_000, madds_m=1.0), "ds_resnet")[WEIGHT_DECAY]
+    assert MIN_DECAY < medium.value < short.value
+    published = {RATE: 0.08, EPOCHS: 150, BATCH_SIZE: 512}
+    assert data_defaults(facts(1_281_167), "ds_mbnet", published)[WEIGHT_DECAY].value == MIN_DECAY
+    assert data_defaults(facts(), "ds_resnet", {EPOCHS: 0})[WEIGHT_DECAY].value == MAX_DECAY
+    adamw = {"supernet.train.optimizer": "adamw"}
+    assert data_defaults(facts(), "ds_resnet", adamw)[WEIGHT_DECAY].value == ADAMW_DECAY
 
 
 def test_a_training_that_takes_a_cpu_hours_gets_fewer_epochs_and_says_why() -> None:

@@ -630,7 +630,7 @@ def test_a_section_holds_just_the_cores_settings(section: type[BaseModel], core:
 def test_training_is_by_default_as_in_the_core() -> None:
     mine, core = TrainConfig().model_dump(), asdict(TrainSettings())
     from_data = {name for name in core if mine[name] is None and core[name] is not None}
-    assert from_data == {"epochs", "batch_size", "lr", "warmup_epochs"}
+    assert from_data == {"epochs", "batch_size", "lr", "weight_decay", "warmup_epochs"}
     assert {name: mine[name] for name in core.keys() - from_data} == {
         name: core[name] for name in core.keys() - from_data
     }

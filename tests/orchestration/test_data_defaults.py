@@ -17,7 +17,7 @@ from orchestration.stages import stage_key
 from tests.orchestration.samples import call, write_sweep
 
 WRITTEN = {
-    "train": {"epochs": 30, "batch_size": 64, "lr": 0.1, "warmup_epochs": 2, "num_random": 2},
+    "train": {"epochs": 30, "batch_size": 64, "lr": 0.1, "weight_decay": 1e-4, "warmup_epochs": 2, "num_random": 2},
     "recalibration": {"images": None},
     "bootstrapping": {"trust": "full"},
 }
@@ -48,8 +48,8 @@ def test_a_file_that_writes_all_of_them_has_the_stage_key_that_it_always_had() -
 def test_what_the_data_decide_enters_the_stage_key_as_if_it_had_been_written() -> None:
     left_open = prepare(sweep({}))
     train = left_open.config.supernet.train
-    assert None not in (train.epochs, train.batch_size, train.lr, train.warmup_epochs)
-    names = ("epochs", "batch_size", "lr", "warmup_epochs")
+    names = ("epochs", "batch_size", "lr", "weight_decay", "warmup_epochs")
+    assert None not in [getattr(train, name) for name in names]
     same = {"train": {name: getattr(train, name) for name in names}, "recalibration": {"images": None}}
     assert supernet_key(prepare(sweep(same))) == supernet_key(left_open)
     assert supernet_key(prepare(sweep({}, data={"name": "digits", "limit": 60}))) != supernet_key(left_open)
