@@ -336,8 +336,8 @@ def overfit(facts: TrainingFacts) -> TrainingWarning | None:
         f"{100 * gap:.1f} points apart"
     )
     way_out = (
-        "it learns the images by heart: stronger data.augment (randaugment_ops: 2, erasing: 0.25), a larger supernet.train.weight_decay, "
-        "fewer supernet.train.epochs, or more images"
+        "it learns the images by heart: more images help most, then a larger supernet.train.weight_decay; stronger data.augment needs "
+        "several times the supernet.train.epochs"
     )
     return TrainingWarning("overfit", text, way_out, {"train": facts.train.top1, "val": on_val.top1, "gap": gap})
 
