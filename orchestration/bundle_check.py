@@ -14,6 +14,7 @@ from dsnet.cost import subnet_cost
 from dsnet.data import SplitSizes, TensorData, make_splits
 from dsnet.errors import DataError, NotFoundError, VerificationError
 from dsnet.training.sources import load_source
+from orchestration.config_loading import load_config
 
 TIED_IMAGES = 2
 """So many images may be judged otherwise on another processor: their two best scores are equal up to rounding."""
@@ -61,8 +62,16 @@ def _examples_finding(num_examples: int) -> str:
 
 def _check_claims(bundle: Bundle, data_path: str) -> list[Check]:
     claims = bundle.claims
-    data = _claimed_data(claims["data"], data_path)
+    data = _claimed_data(claims["data"], data_path or _folder_of_the_run(bundle.path))
     return [_check_split(bundle, claims[split], data, split) for split in ("val", "test") if split in claims]
+
+
+def _folder_of_the_run(bundle: Path) -> str:
+    """The folder of images that the sweep named whose run this bundle still lies in; empty where it lies elsewhere."""
+    for folder in bundle.resolve().parents:
+        if (folder / "sweep.yaml").is_file() and (folder / "manifest.json").is_file():
+            return load_config(folder / "sweep.yaml").config.data.path or ""
+    return ""
 
 
 def _claimed_data(facts: Mapping[str, Any], data_path: str) -> TensorData:

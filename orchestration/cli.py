@@ -628,6 +628,7 @@ def ui(run: str | None, runs: str, port: int, no_open: bool) -> None:
     from orchestration.mlflow_server import serve_ui
     from orchestration.signals import wait_for_stop
 
+    click.echo("starting MLflow ...", err=True)
     uri, artifacts, links = _pages(run, runs)
     with serve_ui(uri, artifacts, port) as url:
         for link in links:

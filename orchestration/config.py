@@ -480,7 +480,10 @@ def config_warnings(config: SweepConfig) -> list[str]:
 def _sampler_warnings(config: SweepConfig) -> Iterator[str]:
     sampler, trials, cohort = config.sampler, config.budget.trials, resolve_cohort(config)
     if sampler.name in ("tpe", "gp") and sampler.startup >= trials:
-        yield f"sampler.startup {sampler.startup} is not below budget.trials {trials}: all trials will be random"
+        yield (
+            f"sampler.startup {sampler.startup} is not below budget.trials {trials}: {sampler.name} will learn nothing, and all trials but "
+            "those of sampler.enqueue will be random; lower sampler.startup or raise budget.trials"
+        )
     elif sampler.name in LEARNING_SAMPLERS and sampler.order == "cohorts" and cohort >= trials:
         yield (
             f"sampler.cohort {cohort} is not below budget.trials {trials}: all trials will be random, as {sampler.name} "

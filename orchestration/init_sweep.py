@@ -14,6 +14,7 @@ import numpy as np
 from dsnet.cost import subnet_cost
 from dsnet.data import Splits, make_splits
 from dsnet.data.cifar10 import CLASS_NAMES, IMAGE_SIZE, holds_cifar10
+from dsnet.data.splits import FEW_IMAGES
 from dsnet.data.survey import Survey, survey_folder
 from dsnet.errors import ConfigError, DataError
 from dsnet.families import Task, family_names, layout
@@ -109,11 +110,21 @@ def _photos(survey: Survey) -> Seen:
             f"of every class ({error})"
         ) from error
     size = next((side for side in SIZES if side <= survey.short_side), max(8, survey.short_side // 4 * 4))
-    reason = f"pictures have {survey.short_side} pixels along their shorter side"
+    reason = f"pictures typically have {survey.short_side} pixels along their shorter side"
     if size < survey.short_side:
         reason += "; more pixels may tell more, and take longer"
     facts = _facts(labels, splits, len(survey.class_sizes), size)
-    return Seen("image_folder", size, tuple(_sentences(survey)), reason, facts, splits)
+    return Seen("image_folder", size, (*_sentences(survey), *_few_images(splits)), reason, facts, splits)
+
+
+def _few_images(splits: Splits) -> Iterator[str]:
+    """That routers cannot be compared on so few images."""
+    val, test = len(splits["val"]), len(splits["test"])
+    if min(val, test) < FEW_IMAGES:
+        yield (
+            f"Few pictures: {val} in val and {test} in test, so that one picture is {100 / min(val, test):.1f} points of accuracy; "
+            f"{FEW_IMAGES} in each are the least that can tell routers apart."
+        )
 
 
 def _sentences(survey: Survey) -> Iterator[str]:

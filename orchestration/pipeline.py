@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +36,7 @@ from orchestration.ray_runtime import RaySettings, ray_session
 from orchestration.reporting import write_report
 from orchestration.results import RunResults
 from orchestration.rundir import DriverLock, Manifest, RunDir, describe_hardware
-from orchestration.search_stage import refuse_impossible_layout, search_stage, trials_left
+from orchestration.search_stage import continued, refuse_impossible_layout, search_stage, trials_left
 from orchestration.signals import StopRequest
 from orchestration.stages import StagePlan, plan_stages
 from orchestration.supernet_stage import supernet_stage
@@ -158,6 +158,7 @@ def closing_tracker(
 def _run_stages(work: Launch) -> LaunchResult:
     config, run = work.config, work.run
     plans = stage_plans(work)
+    _say_what_runs_again(work, plans)
     work.tracker.parent(sweep_row(work.manifest.read(), run, config))
     prepared = work.prepared
     refuse_impossible_layout(config, prepared.subnets, prepared.image_size)
@@ -174,6 +175,14 @@ def _run_stages(work: Launch) -> LaunchResult:
     if results.front_sample:  # a member of a sweep of supernets may have no gate on the front over all
         verify_stage(work, plans, supernet, results)
     return _finish(work)
+
+
+def _say_what_runs_again(work: Launch, plans: Mapping[str, StagePlan]) -> None:
+    """The first stage whose earlier result does not count any more, and why: those behind it follow from it."""
+    own = [*list(plans.values())[:-1], continued(work.run, plans["search"], work.config)]
+    outdated = next((plan for plan in own if plan.status == "invalidated"), None)
+    if outdated is not None:
+        work.progress.say(f"{outdated.name}: runs again, since this changed: {'; '.join(outdated.reasons)}")
 
 
 def stage_plans(work: Launch) -> dict[str, StagePlan]:

@@ -134,6 +134,8 @@ def show_data(run: RunDir, prepared: Prepared, *, everything: bool) -> None:
     sizes = ", ".join(f"{split} {len(splits[split])}" for split in SPLITS)
     say_row("run", str(run.path))
     say_row("data", f"{images.name}, {width} x {height} pixels, {plural(channels, 'channel')}: {sizes} (sealed)")
+    for note in prepared.notes():
+        say_row("note", note)
     say_row("classes", f"{len(images.class_names)}: {', '.join(names)}{more}")
 
 

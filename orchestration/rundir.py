@@ -96,7 +96,8 @@ class RunDir:
             close = difflib.get_close_matches(self.name, known, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
             listed = f"runs there: {', '.join(known)}" if known else "there are no runs there"
-            raise NotFoundError(f"no run {self.name!r} in {self.root}{hint} ({listed})")
+            way_out = "" if known else f"; `dsnet-orch launch {self.name}.yaml` makes it"
+            raise NotFoundError(f"no run {self.name!r} in {self.root}{hint} ({listed}){way_out}")
 
     # Files of the run as a whole.
     @property

@@ -333,7 +333,7 @@ class _Observer:
         self._num_finished += 1
         if record.state == "complete":
             metrics = record.metrics
-            text = f"top1 {100 * metrics['top1']:.1f} %  {metrics['madds_m']:.3g} M MAdds"
+            text = f"last: top-1 {100 * metrics['top1']:.1f} %  {metrics['madds_m']:.3g} M MAdds"
             self._bar.update(self._num_finished, text)
             return
         if record.state == "failed":

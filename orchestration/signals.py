@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 
 from dsnet.stop_signals import StopRequest, stop_on_signals
@@ -10,7 +11,14 @@ __all__ = ["StopRequest", "stop_on_signals", "wait_for_stop"]
 
 
 def wait_for_stop() -> None:
-    """Sleep until SIGINT or SIGTERM."""
-    with stop_on_signals(lambda: False, lambda name: None) as request:
-        while not request():
-            time.sleep(0.2)
+    """Sleep until SIGINT, SIGTERM, or SIGHUP (the terminal closes), which stays ignored where it is, as under nohup."""
+    closed: list[int] = []
+    before = signal.getsignal(signal.SIGHUP)
+    if before is not signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, lambda number, frame: closed.append(number))
+    try:
+        with stop_on_signals(lambda: bool(closed), lambda name: None) as request:
+            while not request():
+                time.sleep(0.2)
+    finally:
+        signal.signal(signal.SIGHUP, before)

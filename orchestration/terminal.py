@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from dsnet.data.splits import FEW_IMAGES
 from dsnet.latency import MAIN_DEVICE, latency_metric
 from orchestration import tables
 from orchestration.progress import json_state, read_task_state
@@ -242,6 +243,8 @@ def _show_unverified(results: RunResults, rows: Sequence[Mapping[str, Any]]) -> 
     title = f"{results.run.name}: {plural(len(rows), 'gate')} on the front (not verified yet)"
     if not rows:
         say(title)
+        if not results.records:
+            tell(f"no trial has finished; continue with: dsnet-orch launch {shlex.quote(str(results.run.sweep_yaml))}")
         return
     show_table(("gate", "router", "top-1\u00a0% val", "MAdds M", *further), lines, title, num_left=2)
 
@@ -273,7 +276,7 @@ def _show_verified(results: RunResults, verified: Verified, rows: Sequence[Mappi
     for row in shown:
         before, point = chosen[row["slot"]], reported[row["slot"]]
         gate_ms = verified.latency.gates[size][row["slot"]].median_ms
-        name = row["name"] + (" (one route)" if point.is_collapsed else "")
+        name = row["name"] + (" (one route answers)" if point.is_collapsed else "")
         reached.append(
             (
                 name,
@@ -339,6 +342,12 @@ def _show_verified(results: RunResults, verified: Verified, rows: Sequence[Mappi
     if len(reported) < len(results.front):
         tell(
             f"{len(reported)} of the front's {len(results.front)} gates ran on test, evenly along it (budget.verify); the others: --json"
+        )
+    fewest = min(verified.val.num_images, verified.test.num_images)
+    if fewest < FEW_IMAGES:
+        tell(
+            f"{verified.val.num_images} images in val and {verified.test.num_images} in test: one image is {100 / fewest:.1f} points, "
+            "too few to tell routers apart"
         )
     if verified.num_openings > 1:
         tell(f"test was read {verified.num_openings} times: numbers chosen after the first time are optimistic")
@@ -410,8 +419,13 @@ def show_status(results: RunResults, *, as_json: bool) -> None:
     manifest = results.manifest
     driver = driver_text(results.run)
     task = read_task_state(results.run.progress_json)
+    is_driven = driver is not None and is_running(results.run)
     stages = {
-        name: {"status": entry["status"], "seconds": entry["seconds"], "key": entry["key"]}
+        name: {
+            "status": "stopped" if entry["status"] == "running" and not is_driven else entry["status"],
+            "seconds": entry["seconds"],
+            "key": entry["key"],
+        }
         for name, entry in manifest["stages"].items()
     }
     num_infeasible = len(results.completed) - len(results.feasible)
@@ -461,7 +475,12 @@ def show_status(results: RunResults, *, as_json: bool) -> None:
     say_training_warnings(warnings)
     if journal.is_file():
         say(f"study     {journal}   (open: optuna-dashboard {shlex.quote(str(journal))})")
-    if results.verified is None and driver is None:
+    if results.verified is not None:
+        from orchestration.export import KNEE
+
+        say_places(results, [path for path in (results.run.export_dir / KNEE,) if path.exists()])
+        say_mlflow(results)
+    elif driver is None:
         say(f"continue  dsnet-orch launch {shlex.quote(str(results.run.sweep_yaml))}")
 
 

@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dsnet.training.data_defaults import MAX_EPOCHS
+
 Floats = NDArray[np.float64]
 
 MIN_STEPS = 400
@@ -134,7 +136,9 @@ def few_steps(facts: TrainingFacts) -> TrainingWarning | None:
     epochs = math.ceil(facts.epochs * wanted / facts.num_steps)
     way_out = f"supernet.train.epochs {epochs} (now {facts.epochs}) gives about {wanted:,}"
     smaller = max(8, facts.batch_size // 4)
-    if smaller < facts.batch_size:
+    if epochs > MAX_EPOCHS:
+        way_out = f"more images help most; {way_out}, but so many epochs learn few images by heart"
+    elif smaller < facts.batch_size:
         way_out += (
             f"; so do fewer epochs with a smaller supernet.train.batch_size, such as {smaller} (now {facts.batch_size})"
         )

@@ -22,12 +22,14 @@ def data_root(name: str, path: str | Path | None) -> Path:
         DataError: Neither is given, or nothing is there.
     """
     given = path if path is not None else os.environ.get(DATA_VARIABLE)
-    origin = "data.path" if path is not None else f"the environment variable {DATA_VARIABLE}"
+    origin = "" if path is not None else f" (from the environment variable {DATA_VARIABLE})"
     if not given:
-        raise DataError(f"data set {name!r} needs a folder: set data.path or the environment variable {DATA_VARIABLE}")
+        raise DataError(
+            f"data set {name!r} needs a folder: give it with --data FOLDER, data.path or the environment variable {DATA_VARIABLE}"
+        )
     root = Path(os.path.expandvars(given)).expanduser()
     if not root.exists():
         raise DataError(
-            f"data set {name!r}: {root} (from {origin}) does not exist; set data.path or {DATA_VARIABLE} to its folder"
+            f"data set {name!r}: {root}{origin} does not exist; give its folder with --data FOLDER, data.path or {DATA_VARIABLE}"
         )
     return root

@@ -17,6 +17,8 @@ import numpy as np
 from dsnet.errors import ConfigError, DataError
 
 SPLIT_NAMES = ("train", "gate", "val", "test")
+FEW_IMAGES = 100
+"""With fewer images in `val` or `test`, one image is more than a point of accuracy: too few to tell routers apart."""
 
 _SHARES = {"train": 0.55, "gate": 0.15, "val": 0.15, "test": 0.15}
 _SHARES_BESIDE_OFFICIAL_TEST = {"train": 0.8, "gate": 0.1, "val": 0.1}  # CIFAR-10: 40,000 / 5,000 / 5,000

@@ -122,7 +122,7 @@ def _batch(facts: DataFacts, accumulate: int) -> DataDefault:
         reason = f"{_number(num_train, 'image')} give {_number(num_train // batch, 'step')} an epoch"
     if batch * MIN_BATCHES > num_train:
         batch = _power_of_two(num_train / MIN_BATCHES, 2, MAX_BATCH)
-        reason = f"there is no more than {_number(num_train, 'training image')}"
+        reason = f"of {_number(num_train, 'training image')}, so that an epoch has {MIN_BATCHES} steps or more"
     if batch % accumulate or batch < 2 * accumulate:
         batch = max(2, batch // accumulate) * accumulate
         reason += f", and {accumulate} micro-batches share it"

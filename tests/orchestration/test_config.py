@@ -788,7 +788,10 @@ def test_json_schema_describes_settings_for_the_editor() -> None:
 def test_suspicious_but_legal_settings_are_warned_about() -> None:
     assert config_warnings(build()) == []
     few = build(budget={"trials": 8}, sampler={"startup": 16})
-    assert config_warnings(few) == ["sampler.startup 16 is not below budget.trials 8: all trials will be random"]
+    assert config_warnings(few) == [
+        "sampler.startup 16 is not below budget.trials 8: tpe will learn nothing, and all trials but those of sampler.enqueue "
+        "will be random; lower sampler.startup or raise budget.trials"
+    ]
     assert config_warnings(build(budget={"trials": 8}, sampler={"name": "random"})) == []
 
 

@@ -735,7 +735,7 @@ def test_a_setting_that_the_space_sweeps_anyway_is_warned_about(sweep: Path) -> 
 
 
 def test_warnings_come_with_the_configuration(sweep: Path) -> None:
-    assert "all trials will be random" in load(sweep, HEAD, flags={"budget.trials": 4}).warnings[0]
+    assert "lower sampler.startup" in load(sweep, HEAD, flags={"budget.trials": 4}).warnings[0]
 
 
 # The examples.
