@@ -69,11 +69,9 @@ def survey_folder(root: Path) -> Survey:
         sizes.append(image.size)
         is_grey = is_grey and _is_grey(np.asarray(image))
     if broken:
-        more = f"; and {len(broken) - NUM_NAMED} more" if len(broken) > NUM_NAMED else ""
+        named = [*broken[:NUM_NAMED], *([f"and {len(broken) - NUM_NAMED} more"] if len(broken) > NUM_NAMED else [])]
         opened = len(sizes) + len(broken)
-        raise DataError(
-            f"{len(broken)} of {opened} opened images cannot be used: {'; '.join(broken[:NUM_NAMED])}{more}"
-        )
+        raise DataError("\n  ".join([f"{len(broken)} of {opened} opened images cannot be used:", *named]))
     return Survey(listing, tuple(sizes), is_grey)
 
 

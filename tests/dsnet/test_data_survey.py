@@ -58,7 +58,7 @@ def test_files_that_do_not_decode_are_named(tmp_path: Path) -> None:
     fill(tmp_path / "a", 2)
     fill(tmp_path / "b", 2)
     (tmp_path / "b" / "torn.jpg").write_bytes(b"no picture")
-    with pytest.raises(DataError, match=r"1 of 5 opened images cannot be used: .*torn\.jpg"):
+    with pytest.raises(DataError, match=r"1 of 5 opened images cannot be used:\s+.*torn\.jpg"):
         survey_folder(tmp_path)
 
 
