@@ -32,8 +32,8 @@ STILL_SHARE = 0.15
 """Of the training, how long a loss may stand still before it falls on. Digits' students begin after 6 %, those of the photos after 25 %."""
 STILL_CHANGE = 0.02
 """Of the whole fall of the loss, what counts as standing still."""
-FALLS_ON = 0.20
-"""Of the whole fall, what must still follow: a loss that stands still at the end has converged."""
+FALLS_ON = 0.50
+"""Of the whole fall, what must still follow. Later a loss may stand on a level that the learning rate sets, and fall on with the rate."""
 SPIKE_SHARE = 0.5
 """Of what a loss had fallen by, what it must rise again to be called a spike; the noise of a batch is far below."""
 LEARNT_SHARE = 0.2

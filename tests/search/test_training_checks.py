@@ -98,6 +98,12 @@ def test_a_loss_that_stands_still_at_its_end_has_converged() -> None:
     assert stood_still(facts(curves={"largest": curve(2.3, 1.0, 0.6, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5)})) is None
 
 
+def test_a_loss_on_a_level_that_the_learning_rate_sets_does_not_stand_still() -> None:
+    """As with a large weight decay: most is learnt, and the rest comes as the rate falls."""
+    levelled = curve(2.3, 1.2, 0.72, 0.7, 0.7, 0.69, 0.62, 0.56, 0.53, noise=0.003)
+    assert stood_still(facts(curves={"largest": levelled})) is None
+
+
 @pytest.mark.parametrize("num_rows", [12, 20, 33])
 def test_a_short_curve_that_falls_from_its_first_row_on_did_not_stand_still(num_rows: int) -> None:
     steps = np.arange(1, num_rows + 1) * STEPS / num_rows
