@@ -81,7 +81,7 @@ class TestWhereTheDataLies:
         monkeypatch.setenv("DSNET_DATA", str(tmp_path / "gone"))
         with pytest.raises(DataError, match=r"gone .from the environment variable DSNET_DATA. does not exist"):
             load_images(name, image_size=32)
-        with pytest.raises(DataError, match=r"elsewhere .from data\.path. does not exist"):
+        with pytest.raises(DataError, match=r"elsewhere does not exist; give its folder with --data"):
             load_images(name, tmp_path / "elsewhere", image_size=32)
 
     def test_an_empty_folder_is_refused(self, name: str, tmp_path: Path) -> None:

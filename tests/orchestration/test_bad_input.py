@@ -336,5 +336,5 @@ def test_a_supernet_that_diverges_names_the_step_and_the_subnet(tmp_path: Path) 
     assert answer.code == 5
     assert problems_of_message(answer, ["the loss of ", "at step", "supernet.train.lr"]) == []
     status = json.loads(call(tmp_path, "status", "tiny", "--json").out)
-    assert status["stages"]["supernet"]["status"] == "running"
+    assert status["stages"]["supernet"]["status"] == "stopped"
     assert status["driver"] is None

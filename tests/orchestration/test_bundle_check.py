@@ -22,9 +22,10 @@ from dsnet.table_routing import run_on_table
 from dsnet.training.evaluate import build_routing_table
 from dsnet.training.gate import score_run
 from dsnet.training.sources import ImageSource, load_source
-from orchestration.bundle_check import _claimed_data, check_bundle
+from orchestration.bundle_check import _claimed_data, _folder_of_the_run, check_bundle
 from orchestration.export import example_rows
 from tests.dsnet.samples import random_router
+from tests.orchestration.samples import TINY, write_sweep
 
 
 @pytest.fixture
@@ -111,3 +112,15 @@ def test_claims_of_every_router_are_found_again_on_the_data_and_better_ones_are_
         boasting = {**honest, "val": {**scores, name: scores[name] + least}}
         with pytest.raises(VerificationError, match=r"on val .* it reaches .* but claims"):
             check_bundle(saved(boasting), "")
+
+
+def test_a_bundle_that_lies_in_its_run_finds_the_folder_of_the_images(tmp_path: Path) -> None:
+    write_sweep(
+        tmp_path, TINY.replace("name: digits", "name: image_folder, path: /photos, image_size: 32"), "sweep.yaml"
+    )
+    bundle = tmp_path / "export" / "trial-0001"
+    bundle.mkdir(parents=True)
+    assert _folder_of_the_run(bundle) == "", "a sweep file alone is no run"
+    (tmp_path / "manifest.json").write_text("{}", encoding="utf-8")
+    (tmp_path / "export" / "knee").symlink_to("trial-0001")
+    assert _folder_of_the_run(tmp_path / "export" / "knee") == "/photos"

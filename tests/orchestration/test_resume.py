@@ -80,7 +80,7 @@ def test_a_sweep_stopped_by_ctrl_c_sigterm_and_kill_9_ends_like_an_uninterrupted
     assert not any(run.glob("supernet/*/final.safetensors"))
     assert not (run / "driver.lock").exists()
     half = call(tmp_path, "status", "tiny", "--json").json
-    assert half["stages"]["supernet"]["status"] == "running"
+    assert half["stages"]["supernet"]["status"] == "stopped"
     assert half["trials"] == {"completed": 0, "infeasible": 0, "pruned": 0, "failed": 0, "enqueued": 0, "budget": 12}
     assert half["driver"] is None
 
@@ -91,7 +91,7 @@ def test_a_sweep_stopped_by_ctrl_c_sigterm_and_kill_9_ends_like_an_uninterrupted
     assert 1 <= done < 12
     half = call(tmp_path, "status", "tiny", "--json").json
     assert half["trials"]["completed"] == done
-    assert half["stages"]["search"]["status"] == "running"
+    assert half["stages"]["search"]["status"] == "stopped"
     assert not half["is_verified"]
 
     answer = signal_search(tmp_path, signal.SIGKILL, done + 1)
