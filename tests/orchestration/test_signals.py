@@ -6,12 +6,22 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
 
 import pytest
 
 from orchestration.signals import wait_for_stop
 
 
+@pytest.fixture
+def terminal_can_close() -> Iterator[None]:
+    """The tests themselves may run under nohup, which ignores SIGHUP."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("terminal_can_close")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_server_ends_with_ctrl_c_a_kill_and_its_terminal(number: signal.Signals) -> None:
     before = signal.getsignal(number)
