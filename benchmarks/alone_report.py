@@ -58,7 +58,7 @@ def find_gaps(records: Sequence[Mapping[str, Any]]) -> list[Gap]:
 
 
 def best_rates(records: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Of the runs that differ in their learning rate alone the one that is best on `val`; runs that diverged do not count."""
+    """Keep one run per arm, sub-network, length and seed: the learning rate with the best `val` accuracy. Diverged runs are left out."""
     best: dict[tuple[Any, ...], Mapping[str, Any]] = {}
     for record in records:
         key = tuple(record[name] for name in ("arm", "subnet", "length", "seed"))

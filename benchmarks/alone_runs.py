@@ -84,7 +84,7 @@ class Scale:
     data: str
     """Name of a data set."""
     path: str | None = None
-    """Where the images are, unless the command line says; None for data sets that need no path."""
+    """Default folder of the images; `--data` takes precedence. None for data sets that need no folder."""
     image_size: int | None = None
     """Pixels; None for the data's own."""
     sizes: Mapping[str, int] = field(default_factory=dict)
@@ -431,7 +431,7 @@ class Trainer:
 
 
 def score(record: Mapping[str, Any]) -> float:
-    """What a learning rate is chosen by: the mean accuracy of the record's members on `val`; -1 of a run that diverged."""
+    """Mean `val` accuracy over the run's routable sub-networks, by which its learning rate is chosen; -1 if the run diverged."""
     members = [row["val"] for row in record["subnets"] if row["is_member"]]
     return float(np.mean(members)) if members else -1.0
 

@@ -36,7 +36,7 @@ from orchestration.ray_runtime import RaySettings, ray_session
 from orchestration.reporting import write_report
 from orchestration.results import RunResults
 from orchestration.rundir import DriverLock, Manifest, RunDir, describe_hardware
-from orchestration.search_stage import continued, refuse_impossible_layout, search_stage, trials_left
+from orchestration.search_stage import refuse_impossible_layout, search_stage, trials_left
 from orchestration.signals import StopRequest
 from orchestration.stages import StagePlan, plan_stages
 from orchestration.supernet_stage import supernet_stage
@@ -179,8 +179,7 @@ def _run_stages(work: Launch) -> LaunchResult:
 
 def _say_what_runs_again(work: Launch, plans: Mapping[str, StagePlan]) -> None:
     """The first stage whose earlier result does not count any more, and why: those behind it follow from it."""
-    own = [*list(plans.values())[:-1], continued(work.run, plans["search"], work.config)]
-    outdated = next((plan for plan in own if plan.status == "invalidated"), None)
+    outdated = next((plan for plan in plans.values() if plan.status == "invalidated"), None)
     if outdated is not None:
         work.progress.say(f"{outdated.name}: runs again, since this changed: {'; '.join(outdated.reasons)}")
 

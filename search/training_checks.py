@@ -33,7 +33,8 @@ STILL_SHARE = 0.15
 STILL_CHANGE = 0.02
 """Of the whole fall of the loss, what counts as standing still."""
 FALLS_ON = 0.50
-"""Of the whole fall, what must still follow. Later a loss may stand on a level that the learning rate sets, and fall on with the rate."""
+"""A plateau counts only while at least this share of the loss's total decrease is still to come. Later plateaus are normal: the loss
+settles at a level set by the learning rate and decreases again when the rate does."""
 SPIKE_SHARE = 0.5
 """Of what a loss had fallen by, what it must rise again to be called a spike; the noise of a batch is far below."""
 LEARNT_SHARE = 0.2
