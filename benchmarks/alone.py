@@ -81,8 +81,8 @@ def scale_of_sweep(path: Path) -> Scale:
     Raises:
         DsnetError: the file or its data is wrong, or its splits cannot be made again here.
     """
-    from orchestration.config_loading import load_config  # `train --scale` works without the platform's packages
-    from orchestration.preparation import prepare, supernet_run
+    from orchestration.config.loading import load_config  # `train --scale` works without the platform's packages
+    from orchestration.prepare.preparation import prepare, supernet_run
 
     prepared = prepare(load_config(path, known_models=family_names()).config)
     config, run = prepared.config, supernet_run(prepared)

@@ -21,16 +21,16 @@ import torch
 from torch import Tensor
 
 from benchmarks.regime_runs import RUNS, Material, divided
-from dsnet.batchnorm import recalibrate
-from dsnet.checkpoint import load_supernet
-from dsnet.cost import subnet_cost
 from dsnet.data import Augmentation, SplitSizes, load_images
 from dsnet.errors import NonFiniteLossError
 from dsnet.families import create
 from dsnet.files import atomic_write_json, read_json
-from dsnet.latency import device_name
-from dsnet.space import Subnet, SubnetSet
-from dsnet.supernet import Supernet
+from dsnet.measure.latency import device_name
+from dsnet.network.batchnorm import recalibrate
+from dsnet.network.supernet import Supernet
+from dsnet.space.cost import subnet_cost
+from dsnet.space.spec import Subnet, SubnetSet
+from dsnet.stored.checkpoint import load_supernet
 from dsnet.training.settings import REGIMES, BootstrapSettings, Regime, SupernetRun, TrainSettings
 from dsnet.training.supernet import recalibration_batches, train_supernet
 from dsnet.training.train_cost import step_madds

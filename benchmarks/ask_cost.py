@@ -14,11 +14,11 @@ import numpy as np
 from optuna.trial import FrozenTrial, create_trial
 
 from benchmarks.harness import Headline, Options, Report, Samples, Section, run_benchmark
-from search.engine import Mirror
-from search.runner import Scalar
-from search.samplers import KNOWN_SAMPLERS, SamplerSettings
-from search.space import Space, at_share, parse_space
-from search.study import Objective, StudySettings
+from search.study.engine import Mirror
+from search.study.runner import Scalar
+from search.study.study import Objective, StudySettings
+from search.suggest.samplers import KNOWN_SAMPLERS, SamplerSettings
+from search.suggest.space import Space, at_share, parse_space
 
 BENCHMARK = "milliseconds for a suggestion of each sampler after 100, 1,000 and 10,000 trials (goal: 15 ms for the default after 1,000)"
 GOAL_MS = 15.0

@@ -31,19 +31,19 @@ from benchmarks.harness import (
     run_benchmark,
     sample_interleaved,
 )
-from dsnet.batchnorm import recalibrate
-from dsnet.checkpoint import load_supernet
-from dsnet.dynamic import DynamicNet
+from dsnet.deploy.dynamic import DynamicNet
+from dsnet.deploy.materialize import PlainSubnet, materialize_tail
+from dsnet.deploy.segments import CutSegments, rows_by
 from dsnet.families import Task, create
-from dsnet.materialize import PlainSubnet, materialize_tail
+from dsnet.network.batchnorm import recalibrate
+from dsnet.network.supernet import Supernet
 from dsnet.routers import STOP, Evidence, Executed, GateRouter, Router
-from dsnet.segments import CutSegments, rows_by
-from dsnet.supernet import Supernet
+from dsnet.stored.checkpoint import load_supernet
 from dsnet.training.supernet import FINAL
-from orchestration.planning import prepare_again
-from orchestration.results import RunResults
-from orchestration.rundir import RunDir
-from search.points import trial_name
+from orchestration.commands.planning import prepare_again
+from orchestration.results.run import RunResults
+from orchestration.runs.rundir import RunDir
+from search.front.points import trial_name
 
 BENCHMARK = "grouped dynamic inference over its ideal, beside static and masked, batch 1 to 256 (goal: at most 1.10 at batch 64)"
 GOAL = 1.10

@@ -18,20 +18,20 @@ import click
 import numpy as np
 
 from benchmarks.harness import Estimate, Headline, Options, Report, Section, run_benchmark
-from dsnet.checkpoint import load_supernet
 from dsnet.errors import NonFiniteLossError
-from dsnet.routing_table import RoutingTable
-from dsnet.supernet import Supernet
-from dsnet.training.gate import GateFit, calibrate_heads, fit_gates
-from dsnet.training.gate_end_to_end import EndToEndSettings, GateImages, seconds_per_epoch, train_end_to_end
-from dsnet.training.gate_problem import beam
-from dsnet.training.gate_settings import GateSettings
+from dsnet.gates.end_to_end import EndToEndSettings, GateImages, seconds_per_epoch, train_end_to_end
+from dsnet.gates.fit import GateFit, calibrate_heads, fit_gates
+from dsnet.gates.problem import beam
+from dsnet.gates.settings import GateSettings
+from dsnet.network.supernet import Supernet
+from dsnet.routing.routing_table import RoutingTable
+from dsnet.stored.checkpoint import load_supernet
 from dsnet.training.supernet import FINAL
-from orchestration.planning import prepare_again
-from orchestration.results import RunResults
-from orchestration.rundir import RunDir
-from search.controls import StaticLine
-from search.statistics import bootstrap_interval, resample_points
+from orchestration.commands.planning import prepare_again
+from orchestration.results.run import RunResults
+from orchestration.runs.rundir import RunDir
+from search.front.controls import StaticLine
+from search.front.statistics import bootstrap_interval, resample_points
 
 BENCHMARK = "a table trial against one trained end to end, on a run's supernet: the cost, and the fronts (goal: 10,000 times cheaper)"
 GOAL_PPM = 100.0

@@ -19,14 +19,14 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.harness import Headline, Options, Report, Samples, Section, run_benchmark, sample_interleaved
-from dsnet.cost import pooling_madds, subnet_cost
 from dsnet.families import Task, layout
-from dsnet.losses import complexity
-from dsnet.route_tree import RouteTree
-from dsnet.routing_table import GateColumns, RoutingTable
-from dsnet.training.gate import fit_gates
-from dsnet.training.gate_problem import sgs_targets
-from dsnet.training.gate_settings import GateSettings
+from dsnet.gates.fit import fit_gates
+from dsnet.gates.losses import complexity
+from dsnet.gates.problem import sgs_targets
+from dsnet.gates.settings import GateSettings
+from dsnet.routing.routing_table import GateColumns, RoutingTable
+from dsnet.space.cost import pooling_madds, subnet_cost
+from dsnet.space.route_tree import RouteTree
 
 BENCHMARK = "gate trials per second on a 5,000 x 14 table: cohorts of 1, 8, 64, and one by one by autograd (goal: 30 on 2 cores)"
 GOAL_MS = 1000.0 / 30.0

@@ -26,8 +26,8 @@ from rich.table import Table
 
 from dsnet.arithmetic import arithmetic_facts
 from dsnet.files import atomic_write_json
-from dsnet.latency import device_name, time_interleaved
-from search.statistics import bootstrap_interval
+from dsnet.measure.latency import device_name, time_interleaved
+from search.front.statistics import bootstrap_interval
 
 NUM_RESAMPLES = 2000
 MIN_ROUNDS = 5

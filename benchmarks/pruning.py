@@ -31,21 +31,21 @@ from numpy.typing import NDArray
 from benchmarks.gate_fronts import Material
 from benchmarks.gate_trials import trial_settings
 from benchmarks.harness import NUM_RESAMPLES, Estimate, Headline, Options, Report, Section, run_benchmark
-from dsnet.checkpoint import load_supernet
 from dsnet.data import Augmentation, Normalization, SplitSizes, TensorData, load_images, make_splits
+from dsnet.data.training_images import InMemoryImages
 from dsnet.errors import NonFiniteLossError
 from dsnet.families import Task, create
 from dsnet.files import atomic_write_text
-from dsnet.training.evaluate import build_routing_table
-from dsnet.training.gate import calibrate_heads
-from dsnet.training.gate_end_to_end import EndToEndSettings, GateImages, train_stage
-from dsnet.training.gate_settings import GateSettings
-from dsnet.training.images import InMemoryImages
+from dsnet.gates.end_to_end import EndToEndSettings, GateImages, train_stage
+from dsnet.gates.fit import calibrate_heads
+from dsnet.gates.settings import GateSettings
+from dsnet.measure.evaluate import build_routing_table
+from dsnet.stored.checkpoint import load_supernet
 from dsnet.training.settings import REGIMES, BootstrapSettings, SupernetRun, TrainSettings
 from dsnet.training.supernet import train_supernet
-from search.halving import ParetoHalving
-from search.pareto import Goal, front_mask, hypervolume
-from search.statistics import bootstrap_interval, resample_points, tied_groups
+from search.front.pareto import Goal, front_mask, hypervolume
+from search.front.statistics import bootstrap_interval, resample_points, tied_groups
+from search.study.halving import ParetoHalving
 
 BENCHMARK = (
     "Pareto-rank halving of end-to-end trials: front points wrongly pruned, over pruning at random (goal: at most half)"

@@ -21,16 +21,16 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import torch
 
-from dsnet.checkpoint import load_supernet
-from dsnet.cost import subnet_cost
 from dsnet.data import Augmentation, ImageSet, Normalization, SplitSizes, TensorData, load_images, make_splits
+from dsnet.data.training_images import InMemoryImages
 from dsnet.errors import ConfigError, NonFiniteLossError, PreflightError
 from dsnet.families import Task, create
 from dsnet.files import atomic_write_json, exclusive, read_json
-from dsnet.latency import device_name
-from dsnet.space import SubnetSet
-from dsnet.training.evaluate import subnet_accuracy
-from dsnet.training.images import InMemoryImages
+from dsnet.measure.evaluate import subnet_accuracy
+from dsnet.measure.latency import device_name
+from dsnet.space.cost import subnet_cost
+from dsnet.space.spec import SubnetSet
+from dsnet.stored.checkpoint import load_supernet
 from dsnet.training.settings import REGIMES, BootstrapSettings, Regime, SupernetRun, TrainSettings
 from dsnet.training.supernet import train_supernet
 

@@ -28,20 +28,20 @@ from numpy.typing import NDArray
 from benchmarks.gate_trials import DIGITS, LARGE, synthetic_table
 from benchmarks.harness import Estimate, Headline, Options, Report, Section, run_benchmark
 from dsnet.files import replacing
-from dsnet.routing_table import RoutingTable
-from dsnet.training.gate import fit_gates
-from dsnet.training.gate_settings import GateSettings
-from orchestration.results import RunResults
-from orchestration.rundir import RunDir
-from search.engine import Mirror
+from dsnet.gates.fit import fit_gates
+from dsnet.gates.settings import GateSettings
+from dsnet.routing.routing_table import RoutingTable
+from orchestration.results.run import RunResults
+from orchestration.runs.rundir import RunDir
+from search.front.pareto import Goal, front_mask, hypervolume, hypervolume_trace
+from search.front.statistics import bootstrap_interval
 from search.gate_trial import FIELDS, LANES, gate_settings
-from search.grid import Grid
-from search.pareto import Goal, front_mask, hypervolume, hypervolume_trace
-from search.runner import Scalar
-from search.samplers import SamplerSettings
-from search.space import Space, parse_space
-from search.statistics import bootstrap_interval
-from search.study import Objective, StudySettings, TrialRecord
+from search.study.engine import Mirror
+from search.study.runner import Scalar
+from search.study.study import Objective, StudySettings, TrialRecord
+from search.suggest.grid import Grid
+from search.suggest.samplers import SamplerSettings
+from search.suggest.space import Space, parse_space
 
 BENCHMARK = "trials until 90, 95, 99 % of an exhaustive sweep's hypervolume, for each sampler (goal: the default needs at most random's)"
 OBJECTIVES = (Objective("top1", "maximize"), Objective("madds_m", "minimize"))

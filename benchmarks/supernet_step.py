@@ -27,11 +27,11 @@ from benchmarks.harness import (
     run_benchmark,
     sample_interleaved,
 )
-from dsnet.ema import Ema
+from dsnet.deploy.materialize import materialize, materialize_trunk
 from dsnet.families import Task, create
-from dsnet.losses import smoothed_one_hot, soft_cross_entropy
-from dsnet.materialize import materialize, materialize_trunk
-from dsnet.memory_order import arrange, arranged
+from dsnet.network.ema import Ema
+from dsnet.network.memory_order import arrange, arranged
+from dsnet.training.losses import smoothed_one_hot, soft_cross_entropy
 from dsnet.training.optimization import make_optimizer
 from dsnet.training.settings import TrainSettings
 from dsnet.training.step import StepPlan, StepRules, supernet_step

@@ -30,20 +30,20 @@ from numpy.typing import NDArray
 from benchmarks.gate_trials import DIGITS, LARGE, Workload, synthetic_table
 from benchmarks.harness import Headline, Options, Report, Samples, Section, in_fresh_process, run_benchmark
 from dsnet.families import layout
-from dsnet.latency import LatencyTable, Timing
-from orchestration.config import SweepConfig
-from orchestration.config_loading import load_config
-from orchestration.distribution import Distribution
-from orchestration.ray_runtime import RaySettings, prepare_environment, ray_session
-from orchestration.ray_trials import RayRunner
-from orchestration.search_stage import MakeGateTrial, gate_defaults, study_settings
-from orchestration.tracking import MlflowTracker, NullTracker, TrackedRun, Tracker
-from search import engine
-from search.engine import Budget, Mirror, Search
-from search.runner import OneByOne, Runner, Scalar, TrialSpec
-from search.samplers import KNOWN_SAMPLERS, SamplerSettings
-from search.space import parse_space
-from search.study import Objective, StudyJournal, StudySettings, TrialRecord, quiet_optuna
+from dsnet.measure.latency import LatencyTable, Timing
+from orchestration.config.distribution import Distribution
+from orchestration.config.loading import load_config
+from orchestration.config.sweep import SweepConfig
+from orchestration.pipeline.search import MakeGateTrial, gate_defaults, study_settings
+from orchestration.tracking.store import MlflowTracker, NullTracker, TrackedRun, Tracker
+from orchestration.workers.runtime import RaySettings, prepare_environment, ray_session
+from orchestration.workers.trials import RayRunner
+from search.study import engine
+from search.study.engine import Budget, Mirror, Search
+from search.study.runner import OneByOne, Runner, Scalar, TrialSpec
+from search.study.study import Objective, StudyJournal, StudySettings, TrialRecord, quiet_optuna
+from search.suggest.samplers import KNOWN_SAMPLERS, SamplerSettings
+from search.suggest.space import parse_space
 
 BENCHMARK = (
     "overhead of a trial: ours, Ray Tune, plain Optuna; sweeps of 1,000 gate trials with MLflow (goals: 10 ms; 60 s)"

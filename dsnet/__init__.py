@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dsnet.bundle import Bundle, load_bundle
+    from dsnet.deploy.bundle import Bundle, load_bundle
 
 __version__ = "0.1.0"
 """The version of the distribution dsnet-orch; setup.py reads it here."""
@@ -20,7 +20,7 @@ __all__ = ["Bundle", "__version__", "load_bundle"]
 def __getattr__(name: str) -> Any:
     """Import what needs torch only when it is asked for (PEP 562)."""
     if name in __all__:
-        from dsnet import bundle
+        from dsnet.deploy import bundle
 
         return getattr(bundle, name)
     raise AttributeError(f"module 'dsnet' has no attribute {name!r}")

@@ -16,13 +16,13 @@ from dsnet.arithmetic import fix_arithmetic
 from dsnet.errors import DsnetError, StoppedError
 
 if TYPE_CHECKING:
-    from orchestration.config import SweepConfig
-    from orchestration.config_loading import LoadedConfig
-    from orchestration.mlflow_links import Link
-    from orchestration.results import RunResults
-    from orchestration.rundir import RunDir
-    from orchestration.signals import StopRequest
-    from orchestration.supernet_results import SupernetSweepResults
+    from orchestration.config.loading import LoadedConfig
+    from orchestration.config.sweep import SweepConfig
+    from orchestration.pipeline.signals import StopRequest
+    from orchestration.results.run import RunResults
+    from orchestration.runs.rundir import RunDir
+    from orchestration.supernets.results import SupernetSweepResults
+    from orchestration.tracking.links import Link
 
 EXIT_INTERNAL = 1
 EXIT_USAGE = 2
@@ -124,7 +124,7 @@ def _load(
     trials: int | None,
 ) -> LoadedConfig:
     from dsnet.families import family_names
-    from orchestration.config_loading import load_config
+    from orchestration.config.loading import load_config
 
     flags = {"data.path": data_path, "name": name, "storage.runs": runs, "budget.trials": trials}
     loaded = load_config(sweep, overrides=overrides, flags=flags, preset=preset, known_models=family_names())
@@ -135,7 +135,7 @@ def _load(
 
 def _run_dir(run: str, runs: str) -> RunDir:
     """The folder of a run that is given by its path, or by its name below the runs folder (`NAME/supernets/MEMBER` too)."""
-    from orchestration.rundir import RunDir
+    from orchestration.runs.rundir import RunDir
 
     below = Path(runs) / run
     path = next((path.absolute() for path in (Path(run), below) if (path / "manifest.json").is_file()), below)
@@ -143,7 +143,7 @@ def _run_dir(run: str, runs: str) -> RunDir:
 
 
 def _open_run(run: str, runs: str) -> RunResults:
-    from orchestration.results import RunResults
+    from orchestration.results.run import RunResults
 
     return RunResults(_run_dir(run, runs))
 
@@ -153,7 +153,7 @@ def _open_supernets(run: str, runs: str) -> SupernetSweepResults | None:
     folder = _run_dir(run, runs)
     if not folder.supernets_json.is_file():
         return None
-    from orchestration.supernet_results import SupernetSweepResults
+    from orchestration.supernets.results import SupernetSweepResults
 
     return SupernetSweepResults(folder)
 
@@ -178,12 +178,12 @@ def _run(config: SweepConfig, *, take_over: bool, again: str | None = None) -> i
         take_over: take the lock of another host.
         again: what continues it after a stop; None = the very command.
     """
-    from orchestration.pipeline import LaunchResult, check_failures
+    from orchestration.commands.supernet_tables import show_supernets_launch
+    from orchestration.commands.terminal import show_launch
+    from orchestration.pipeline.launch import LaunchResult, check_failures
+    from orchestration.pipeline.signals import stop_on_signals
     from orchestration.progress import TerminalProgress
-    from orchestration.signals import stop_on_signals
-    from orchestration.supernet_sweep import check_supernet_failures, launch_sweep
-    from orchestration.supernet_terminal import show_supernets_launch
-    from orchestration.terminal import show_launch
+    from orchestration.supernets.launch import check_supernet_failures, launch_sweep
 
     progress = TerminalProgress()
     command = shlex.join(["dsnet-orch", *sys.argv[1:]])
@@ -229,7 +229,7 @@ def _run(config: SweepConfig, *, take_over: bool, again: str | None = None) -> i
 def extend(run: str, runs: str, trials: str, overrides: tuple[str, ...], take_over: bool) -> int:
     """Raise the budget of a run and continue it; its finished trials count."""
     _quiet_platforms()
-    from orchestration.steering import extended, extension_notes
+    from orchestration.commands.steering import extended, extension_notes
 
     results = _open_supernets(run, runs) or _open_run(run, runs)
     config = extended(results, trials, overrides)
@@ -251,7 +251,7 @@ def extend(run: str, runs: str, trials: str, overrides: tuple[str, ...], take_ov
 @click.option("--like", metavar="TRIAL", help="Begin with the parameters of this trial: knee, or e.g. trial-0042.")
 def enqueue(run: str, runs: str, values: tuple[str, ...], source: Path | None, like: str | None) -> None:
     """Ask for points to be tried next; what a point leaves out is drawn by the sampler."""
-    from orchestration.steering import enqueue_points, read_points, set_values
+    from orchestration.commands.steering import enqueue_points, read_points, set_values
 
     if source is not None and (values or like):
         raise click.UsageError("--from stands alone: write the values into the file")
@@ -277,9 +277,9 @@ def enqueue(run: str, runs: str, values: tuple[str, ...], source: Path | None, l
 @click.option("--all", "everything", is_flag=True, help="Show every setting and every sub-network.")
 def plan(sweep: Path, as_json: bool, resolved: Path | None, is_dry: bool, everything: bool, **options: Any) -> None:
     """Show what a launch would do and take, and where settings come from."""
-    from orchestration.config import supernet_space
-    from orchestration.plan_view import show_plan
-    from orchestration.planning import make_plan
+    from orchestration.commands.plan_view import show_plan
+    from orchestration.commands.planning import make_plan
+    from orchestration.config.sweep import supernet_space
 
     loaded = _load(sweep, **options)
     if supernet_space(loaded.config):
@@ -287,15 +287,15 @@ def plan(sweep: Path, as_json: bool, resolved: Path | None, is_dry: bool, everyt
             raise click.UsageError(
                 "--resolved describes one supernet, but space holds several; write it for one of them"
             )
-        from orchestration.supernet_planning import plan_supernets
-        from orchestration.supernet_terminal import show_supernets_plan
+        from orchestration.commands.plan_supernets import plan_supernets
+        from orchestration.commands.supernet_tables import show_supernets_plan
 
         show_supernets_plan(plan_supernets(loaded, is_dry=is_dry), as_json=as_json, everything=everything)
         return
     plan = make_plan(loaded, is_dry=is_dry)
     if resolved is not None:
         from dsnet.files import atomic_write_json
-        from orchestration.adoption import standalone_config
+        from orchestration.prepare.adoption import standalone_config
 
         atomic_write_json(resolved, standalone_config(plan.config).to_json())
     show_plan(plan, as_json=as_json, everything=everything)
@@ -306,13 +306,13 @@ def plan(sweep: Path, as_json: bool, resolved: Path | None, is_dry: bool, everyt
 @config_options
 def validate(sweep: Path, **options: Any) -> None:
     """Check a sweep file without reading data or running anything."""
-    from orchestration.config import supernet_space
-    from orchestration.wording import plural
+    from orchestration.config.sweep import supernet_space
+    from orchestration.config.wording import plural
 
     config = _load(sweep, **options).config
     trials = f"{config.budget.trials} trials"
     if supernet_space(config):
-        from orchestration.supernet_sweep import check_supernets
+        from orchestration.supernets.launch import check_supernets
 
         check_supernets(config)
         trials = f"up to {plural(config.supernets.number, 'supernet')}, {trials} for each"
@@ -324,7 +324,7 @@ def schema() -> None:
     """Print the JSON schema of sweep files, for editors."""
     import json
 
-    from orchestration.config import json_schema
+    from orchestration.config.sweep import json_schema
 
     click.echo(json.dumps(json_schema(), indent=2))
 
@@ -336,7 +336,7 @@ def schema() -> None:
 @click.option("--force", is_flag=True, help="Replace a file that is there.")
 def init(folder: Path, out: Path | None, name: str | None, force: bool) -> None:
     """Look at a folder of images and write a sweep file that fits them."""
-    from orchestration.init_sweep import init_sweep
+    from orchestration.commands.init import init_sweep
 
     path, seen = init_sweep(folder, out, name, overwrite=force)
     for line in seen.lines:
@@ -356,8 +356,8 @@ def init(folder: Path, out: Path | None, name: str | None, force: bool) -> None:
 @click.option("--data", help="Folder of held-out images, a folder per class [default: $DSNET_DATA or launch --data].")
 def import_checkpoint(checkpoint: Path, out: Path | None, name: str | None, **options: Any) -> None:
     """Make a sweep out of a released DS-Net checkpoint, which skips Stage I; prints the sweep file to launch."""
-    from orchestration.import_checkpoint import ImportSettings
-    from orchestration.import_checkpoint import import_checkpoint as make_import
+    from orchestration.commands.import_checkpoint import ImportSettings
+    from orchestration.commands.import_checkpoint import import_checkpoint as make_import
 
     folder = out if out is not None else Path(checkpoint.name.split(".")[0] + "-imported")
     settings = ImportSettings(
@@ -383,11 +383,11 @@ def import_checkpoint(checkpoint: Path, out: Path | None, name: str | None, **op
 @AS_JSON
 def status(run: str, runs: str, watch: bool, as_json: bool) -> None:
     """Show how far a run has come."""
-    from orchestration.watching import watch_status
+    from orchestration.commands.watching import watch_status
 
     def show() -> None:
-        from orchestration.supernet_terminal import show_supernets_status
-        from orchestration.terminal import show_status
+        from orchestration.commands.supernet_tables import show_supernets_status
+        from orchestration.commands.terminal import show_status
 
         if (sweep := _open_supernets(run, runs)) is not None:
             show_supernets_status(sweep, as_json=as_json)
@@ -422,8 +422,8 @@ def trials(
     run: str, runs: str, state: str | None, where: tuple[str, ...], sort: str | None, limit: int | None, as_json: bool
 ) -> None:
     """List the trials of a run: what became of each, its metrics and its parameters."""
-    from orchestration.terminal import show_trials
-    from orchestration.trial_list import Selection, TrialList
+    from orchestration.commands.terminal import show_trials
+    from orchestration.results.trial_list import Selection, TrialList
 
     selection = Selection(state, where, sort, limit)
     sweep = _open_supernets(run, runs)
@@ -452,7 +452,7 @@ def pareto(
     run: str, runs: str, picks: tuple[str, ...], figure: Path | None, routers_figure: Path | None, as_json: bool
 ) -> None:
     """Show the front of a run: each gate on val and on test, beside what would make it unimpressive."""
-    from orchestration.terminal import show_front
+    from orchestration.commands.terminal import show_front
 
     if figure is not None or routers_figure is not None:
         from dashboards.images import check_suffix
@@ -467,11 +467,11 @@ def pareto(
     results = _open_run(run, runs)
     show_front(results, picks, as_json=as_json)
     if figure is not None:
-        from orchestration.reporting import draw_front
+        from orchestration.results.report import draw_front
 
         click.echo(draw_front(results, figure), err=True)
     if routers_figure is not None:
-        from orchestration.reporting import draw_routers
+        from orchestration.results.report import draw_routers
 
         click.echo(draw_routers(results, routers_figure), err=True)
 
@@ -484,8 +484,8 @@ def _supernets_pareto(
     *,
     as_json: bool,
 ) -> None:
-    from orchestration.supernet_reporting import draw_supernets
-    from orchestration.supernet_terminal import show_supernets_front
+    from orchestration.commands.supernet_tables import show_supernets_front
+    from orchestration.supernets.report import draw_supernets
 
     if routers_figure is not None:
         raise click.UsageError(
@@ -514,11 +514,11 @@ def _supernets_pareto(
 )
 def export(run: str, runs: str, picks: tuple[str, ...], out: Path | None) -> None:
     """Export gates of a run as bundles that `dsnet.load_bundle` reads; prints their folders."""
-    from orchestration.export import export_picks
-    from orchestration.planning import prepare_again
+    from orchestration.commands.planning import prepare_again
+    from orchestration.pipeline.export import export_picks
 
     if (sweep := _open_supernets(run, runs)) is not None:
-        from orchestration.supernet_planning import export_supernets_again
+        from orchestration.commands.plan_supernets import export_supernets_again
 
         for path in export_supernets_again(sweep, picks, out):
             click.echo(path)
@@ -541,8 +541,8 @@ def export(run: str, runs: str, picks: tuple[str, ...], out: Path | None) -> Non
 @AS_JSON
 def verify(path: Path, data_path: str | None, as_json: bool) -> None:
     """Check a bundle: its files, its stored examples and, with --data, the accuracy and MAdds that it claims."""
-    from orchestration.bundle_check import check_bundle
-    from orchestration.terminal import show_checks
+    from orchestration.commands.bundle_check import check_bundle
+    from orchestration.commands.terminal import show_checks
 
     show_checks(check_bundle(path, data_path), as_json=as_json)
 
@@ -557,7 +557,7 @@ def predict(bundle: Path, photos: tuple[Path, ...], as_json: bool) -> int:
     PHOTOS are image files of any size, or folders of them. Each is decoded and resized as the training images were. Photos that cannot
     be read are named on stderr, the others are answered, and the exit code is 3.
     """
-    from orchestration.predict_command import predict_files
+    from orchestration.commands.predict import predict_files
 
     return predict_files(bundle, photos, as_json=as_json)
 
@@ -567,9 +567,9 @@ def predict(bundle: Path, photos: tuple[Path, ...], as_json: bool) -> int:
 @RUNS
 def measure(run: str, runs: str) -> None:
     """Time a run's sub-networks and its front again, without training."""
-    from orchestration.measure_again import measure_again
+    from orchestration.commands.measure_again import measure_again
+    from orchestration.commands.terminal import show_measured_again
     from orchestration.progress import TerminalProgress
-    from orchestration.terminal import show_measured_again
 
     if (sweep := _open_supernets(run, runs)) is not None:
         raise click.UsageError(
@@ -583,10 +583,10 @@ def measure(run: str, runs: str) -> None:
 @RUNS
 def report(run: str, runs: str) -> None:
     """Build a run's report.html again; prints its path."""
-    from orchestration.planning import report_again
+    from orchestration.commands.planning import report_again
 
     if (sweep := _open_supernets(run, runs)) is not None:
-        from orchestration.supernet_planning import report_supernets_again
+        from orchestration.commands.plan_supernets import report_supernets_again
 
         click.echo(report_supernets_again(sweep))
         return
@@ -604,11 +604,11 @@ def sync(run: str, runs: str) -> None:
 
 def _sync(results: RunResults | SupernetSweepResults) -> str:
     """Write a run to MLflow; one of several supernets with its whole sweep, whose front says which of its points count."""
-    from orchestration.planning import sync_again
-    from orchestration.projection import whole_sweep
-    from orchestration.results import RunResults
-    from orchestration.supernet_planning import sync_supernets_again
-    from orchestration.supernet_results import SupernetSweepResults
+    from orchestration.commands.plan_supernets import sync_supernets_again
+    from orchestration.commands.planning import sync_again
+    from orchestration.results.run import RunResults
+    from orchestration.supernets.results import SupernetSweepResults
+    from orchestration.tracking.rows import whole_sweep
 
     if not isinstance(results, RunResults):
         return sync_supernets_again(results)
@@ -624,9 +624,9 @@ def _sync(results: RunResults | SupernetSweepResults) -> str:
 def ui(run: str | None, runs: str, port: int, no_open: bool) -> None:
     """Serve MLflow on 127.0.0.1 until Ctrl-C, and open the page with the points of a run [default: of the newest]."""
     _quiet_platforms()
-    from orchestration.mlflow_links import open_in_browser
-    from orchestration.mlflow_server import serve_ui
-    from orchestration.signals import wait_for_stop
+    from orchestration.pipeline.signals import wait_for_stop
+    from orchestration.tracking.links import open_in_browser
+    from orchestration.tracking.server import serve_ui
 
     click.echo("starting MLflow ...", err=True)
     uri, artifacts, links = _pages(run, runs)
@@ -643,10 +643,10 @@ def ui(run: str | None, runs: str, port: int, no_open: bool) -> None:
 
 def _pages(run: str | None, runs: str) -> tuple[str, Path, list[Link]]:
     """(store, its artifacts, pages of points), of a run or of a runs folder."""
-    from orchestration.mlflow_links import certain_link, newest_links
-    from orchestration.planning import existing_store
-    from orchestration.projection import store_uri, whole_sweep
-    from orchestration.rundir import mlflow_artifact_root
+    from orchestration.commands.planning import existing_store
+    from orchestration.runs.rundir import mlflow_artifact_root
+    from orchestration.tracking.links import certain_link, newest_links
+    from orchestration.tracking.rows import store_uri, whole_sweep
 
     if run is None:
         uri, artifacts = existing_store(Path(runs))
@@ -659,8 +659,8 @@ def _pages(run: str | None, runs: str) -> tuple[str, Path, list[Link]]:
 
 def _quiet_platforms() -> None:
     """Settings that Ray and MLflow read when they are imported."""
-    from orchestration.ray_runtime import prepare_environment
-    from orchestration.tracking import mlflow_environment
+    from orchestration.tracking.store import mlflow_environment
+    from orchestration.workers.runtime import prepare_environment
 
     prepare_environment()
     os.environ.update(mlflow_environment())

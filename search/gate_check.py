@@ -13,15 +13,15 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from dsnet.gates.cohort import LANES
+from dsnet.gates.fit import train_heads
+from dsnet.gates.problem import PERCEPTRON_KINDS
+from dsnet.gates.settings import GateSettings
 from dsnet.routers import Head
-from dsnet.routing_table import RoutingTable
-from dsnet.training.gate import train_heads
-from dsnet.training.gate_cohort import LANES
-from dsnet.training.gate_problem import PERCEPTRON_KINDS
-from dsnet.training.gate_settings import GateSettings
+from dsnet.routing.routing_table import RoutingTable
 from search.gate_trial import GateTrial, gate_settings
-from search.runner import Scalar
-from search.space import Space, at_share
+from search.study.runner import Scalar
+from search.suggest.space import Space, at_share
 
 NUM_POINTS = 48
 """Points of the space among which different shapes are looked for."""

@@ -13,15 +13,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dsnet.cost import shared_params
-from dsnet.latency import MAIN_DEVICE, BatchClock, LatencyTable, latency_metric
+from dsnet.gates.fit import GateFit, fit_gates
+from dsnet.gates.problem import beam
+from dsnet.gates.settings import GateSettings
+from dsnet.measure.latency import MAIN_DEVICE, BatchClock, LatencyTable, latency_metric
 from dsnet.routers import Router, router_from_arrays
-from dsnet.routing_table import RoutingTable
-from dsnet.space import SubnetSet
-from dsnet.training.gate import GateFit, fit_gates
-from dsnet.training.gate_problem import beam
-from dsnet.training.gate_settings import GateSettings
-from search.runner import TrialOutcome, TrialSpec, describe_error
+from dsnet.routing.routing_table import RoutingTable
+from dsnet.space.cost import shared_params
+from dsnet.space.spec import SubnetSet
+from search.study.runner import TrialOutcome, TrialSpec, describe_error
 
 Scalar = float | int | str | bool | None
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from dsnet.errors import ConfigError
-from dsnet.space import SubnetSet, SupernetSpec
-from dsnet.supernet import Supernet
+from dsnet.network.supernet import Supernet
+from dsnet.space.spec import SubnetSet, SupernetSpec
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def layout(name: str, task: Task, options: Mapping[str, Any] | None = None, norm
         name: the family's registered name.
         task: what it must fit.
         options: of the family; the rest take its defaults.
-        norm: one of `dsnet.space.NORMS`; None for the family's own choice.
+        norm: one of `dsnet.space.spec.NORMS`; None for the family's own choice.
 
     Raises:
         ConfigError: unknown family or option, or an option out of its range.

@@ -17,12 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dsnet.blocks import ConvShape, ResidualBlock, ResidualShape, SlicedConvNorm
 from dsnet.families import Family, Task, register
 from dsnet.families.options import check_choice, check_number, is_integer, scaled_widths
-from dsnet.layers import SlicedAttention, SlicedLinear
-from dsnet.space import CLASSES, IMAGE, IMAGE_CHANNELS, ChannelGroup, GateSpec, Op, Subnet, SubnetSet, SupernetSpec
-from dsnet.supernet import Supernet, TrunkOutput
+from dsnet.network.blocks import ConvShape, ResidualBlock, ResidualShape, SlicedConvNorm
+from dsnet.network.layers import SlicedAttention, SlicedLinear
+from dsnet.network.supernet import Supernet, TrunkOutput
+from dsnet.space.spec import CLASSES, IMAGE, IMAGE_CHANNELS, ChannelGroup, GateSpec, Op, Subnet, SubnetSet, SupernetSpec
 
 ATTENTION = 0.25
 """Hidden channels of a stage's attention, relative to the widest stream that it reads."""

@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dsnet.blocks import BlockShape, ConvNormSwish, PlainBlock, SeparableBlock, swish
 from dsnet.families import Family, Task, register
 from dsnet.families.options import check_choice, check_number, is_integer, scaled_widths
-from dsnet.layers import SlicedConv2d, SlicedLinear, make_norm
-from dsnet.space import CLASSES, IMAGE, IMAGE_CHANNELS, ChannelGroup, GateSpec, Op, Subnet, SubnetSet, SupernetSpec
-from dsnet.supernet import Supernet, TrunkOutput
+from dsnet.network.blocks import BlockShape, ConvNormSwish, PlainBlock, SeparableBlock, swish
+from dsnet.network.layers import SlicedConv2d, SlicedLinear, make_norm
+from dsnet.network.supernet import Supernet, TrunkOutput
+from dsnet.space.spec import CLASSES, IMAGE, IMAGE_CHANNELS, ChannelGroup, GateSpec, Op, Subnet, SubnetSet, SupernetSpec
 
 MBNET_ATTENTION = 0.25
 """Hidden channels of an attention, relative to the block's largest input (METHODS 2)."""

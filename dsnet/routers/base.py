@@ -20,7 +20,7 @@ class Evidence:
     """What a router may read of a batch at one gate."""
 
     parts: Mapping[str, Tensor]
-    """The parts that the router needs, float [B, d] each; names as in `dsnet.supernet.EVIDENCE_PARTS`."""
+    """The parts that the router needs, float [B, d] each; names as in `dsnet.network.supernet.EVIDENCE_PARTS`."""
     num_images: int
     """B."""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))

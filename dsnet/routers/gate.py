@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsnet.cost import gate_madds
 from dsnet.routers.base import STOP, Evidence, Executed
 from dsnet.routers.head import Head
+from dsnet.space.cost import gate_madds
 
 ROUNDING_TIE = 1e-5
 """Float32 features differ by so much, relatively, between processors and batch sizes."""

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsnet.route_tree import RouteTree
 from dsnet.routers.base import STOP, Evidence, Executed
 from dsnet.routers.gate import RICH_EVIDENCE, ROUNDING_TIE
 from dsnet.routers.head import Head
+from dsnet.space.route_tree import RouteTree
 
 
 @dataclass(frozen=True)

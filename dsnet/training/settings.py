@@ -10,7 +10,7 @@ from typing import Any
 from dsnet.data.augment import Augmentation
 from dsnet.data.normalization import Normalization
 from dsnet.errors import ConfigError
-from dsnet.space import NORMS
+from dsnet.space.spec import NORMS
 from dsnet.strict_json import NumberRange
 
 WIDTHS = ("sandwich", "all")
@@ -75,7 +75,7 @@ class Regime:
     """`none`: labels for everyone; `inplace`: today's largest; `ema`: the EMA copy's largest (in-place bootstrapping);
     `ema_ensemble`: as `ema`, and the smallest learns from the mean of the EMA copy's largest and random ones (IEB)."""
     norm: str | None = None
-    """One of `dsnet.space.NORMS`, None for the family's own; takes effect when the supernet is laid out."""
+    """One of `dsnet.space.spec.NORMS`, None for the family's own; takes effect when the supernet is laid out."""
 
     def __post_init__(self) -> None:
         _check_choice("supernet.train.widths", self.widths, WIDTHS)

@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsnet.checkpoint import load_checkpoint, tensors_below
 from dsnet.data.normalization import Normalization
 from dsnet.errors import CheckpointError, ConfigError
 from dsnet.families import Task, layout, rebuild
 from dsnet.files import read_json
 from dsnet.finite import check_finite
-from dsnet.layers import BatchNormBank
+from dsnet.network.layers import BatchNormBank
+from dsnet.network.supernet import Supernet
 from dsnet.seeds import derive_seed
-from dsnet.space import CLASSES, SubnetSet, SupernetSpec
-from dsnet.supernet import Supernet
+from dsnet.space.spec import CLASSES, SubnetSet, SupernetSpec
+from dsnet.stored.checkpoint import load_checkpoint, tensors_below
 from dsnet.training.settings import SupernetRun
 
 CHECKPOINT_MODEL = "checkpoint"
@@ -270,7 +270,7 @@ def lay_out(
         model: a family's registered name, or `checkpoint`.
         task: what they must fit.
         options: of the family.
-        norm: one of `dsnet.space.NORMS`; None for the family's or the checkpoint's own.
+        norm: one of `dsnet.space.spec.NORMS`; None for the family's or the checkpoint's own.
         start: the start weights.
 
     Raises:

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dsnet.losses import smoothed_one_hot, soft_cross_entropy
-from dsnet.prefix_tree import by_prefix
-from dsnet.slicing import gradients_added_in_place
-from dsnet.space import Subnet
-from dsnet.supernet import Supernet
+from dsnet.network.prefix_tree import by_prefix
+from dsnet.network.slicing import gradients_added_in_place
+from dsnet.network.supernet import Supernet
+from dsnet.space.spec import Subnet
+from dsnet.training.losses import smoothed_one_hot, soft_cross_entropy
 
 
 @dataclass(frozen=True)

@@ -14,15 +14,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsnet.batchnorm import recalibrate
-from dsnet.checkpoint import load_checkpoint, load_exactly, save_checkpoint, save_supernet, supernet_meta, tensors_below
-from dsnet.ema import Ema, ema_decay
+from dsnet.data.training_images import TrainingImages
 from dsnet.errors import CheckpointError, ConfigError
-from dsnet.memory_order import arrange, arranged
+from dsnet.network.batchnorm import recalibrate
+from dsnet.network.ema import Ema, ema_decay
+from dsnet.network.memory_order import arrange, arranged
+from dsnet.network.supernet import Supernet, state_for_saving
 from dsnet.seeds import derive_seed
-from dsnet.supernet import Supernet, state_for_saving
+from dsnet.stored.checkpoint import (
+    load_checkpoint,
+    load_exactly,
+    save_checkpoint,
+    save_supernet,
+    supernet_meta,
+    tensors_below,
+)
 from dsnet.training.curves import Curves, Progress, Reporter, SilentReporter
-from dsnet.training.images import TrainingImages
 from dsnet.training.optimization import learning_rate, make_optimizer
 from dsnet.training.settings import SupernetRun
 from dsnet.training.step import StepPlan, StepRules, supernet_step

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dsnet.cost import subnet_cost
-from dsnet.space import Subnet, SupernetSpec
+from dsnet.space.cost import subnet_cost
+from dsnet.space.spec import Subnet, SupernetSpec
 
 BACKWARD = 2
 """A backward pass costs twice its forward pass: one product for the inputs' gradient, one for the weights'."""

@@ -12,15 +12,15 @@ from types import MappingProxyType
 
 import torch
 
-from dsnet.batchnorm import recalibrate
 from dsnet.data import Batch, TensorData
+from dsnet.data.training_images import TrainingImages
 from dsnet.families import rebuild
-from dsnet.latency import waiter
+from dsnet.measure.evaluate import build_routing_table
+from dsnet.measure.latency import waiter
+from dsnet.network.batchnorm import recalibrate
+from dsnet.network.supernet import Supernet
 from dsnet.process_memory import peak_bytes, restart_peak
-from dsnet.space import SubnetSet
-from dsnet.supernet import Supernet
-from dsnet.training.evaluate import build_routing_table
-from dsnet.training.images import TrainingImages
+from dsnet.space.spec import SubnetSet
 from dsnet.training.settings import SupernetRun
 from dsnet.training.supernet import recalibration_batches, train_supernet
 

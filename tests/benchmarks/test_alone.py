@@ -28,15 +28,15 @@ from benchmarks.alone_runs import (
     load_material,
 )
 from benchmarks.regime_runs import begin, do_jobs, record_path
-from dsnet.cost import pooling_madds, subnet_cost
+from dsnet.deploy.materialize import materialize
 from dsnet.errors import ConfigError
 from dsnet.families import Task, create, family_names
 from dsnet.files import atomic_write_json
-from dsnet.materialize import materialize
+from dsnet.space.cost import pooling_madds, subnet_cost
 from dsnet.training.settings import REGIMES
 from dsnet.training.train_cost import shared_forward_madds, step_madds
-from orchestration.config_loading import load_config
-from orchestration.preparation import prepare, supernet_run
+from orchestration.config.loading import load_config
+from orchestration.prepare.preparation import prepare, supernet_run
 from tests.dsnet.samples import random_images, small_supernet
 
 TINY = replace(SCALES["quick"], train=replace(SCALES["quick"].train, epochs=2), lengths=(1.0,))

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from benchmarks.dynamic_inference import WIDE_LIST, Contenders, Spy, spread_gate, synthetic
-from dsnet.cost import subnet_cost
 from dsnet.families import Task, create
 from dsnet.routers import CascadeRouter, Evidence
+from dsnet.space.cost import subnet_cost
 from tests.dsnet.samples import random_images, random_supernet_router, small_supernet
 
 

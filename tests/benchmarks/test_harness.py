@@ -15,7 +15,7 @@ from benchmarks import harness
 from benchmarks.gate_trials import DIGITS, synthetic_table, trial_settings
 from benchmarks.harness import Estimate, Headline, Options, Report, Samples, Section
 from benchmarks.supernet_step import Networks, Workload, workloads
-from dsnet.training.gate import fit_gate
+from dsnet.gates.fit import fit_gate
 
 
 def test_every_benchmark_is_listed_with_one_line() -> None:

@@ -20,11 +20,11 @@ from benchmarks.pruning import (
     rules_for,
     train_in_full,
 )
-from dsnet.training.evaluate import build_routing_table
-from dsnet.training.gate import calibrate_heads
-from dsnet.training.gate_end_to_end import EndToEndSettings, GateImages, train_end_to_end
-from dsnet.training.gate_settings import GateSettings
-from search.halving import ParetoHalving
+from dsnet.gates.end_to_end import EndToEndSettings, GateImages, train_end_to_end
+from dsnet.gates.fit import calibrate_heads
+from dsnet.gates.settings import GateSettings
+from dsnet.measure.evaluate import build_routing_table
+from search.study.halving import ParetoHalving
 from tests.dsnet.samples import NORMALIZATION, small_supernet, tensor_data
 
 NUM_IMAGES = 100

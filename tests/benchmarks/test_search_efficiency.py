@@ -24,11 +24,11 @@ from benchmarks.search_efficiency import (
     spaces,
     sweep_all,
 )
-from dsnet.training.gate import fit_gate
+from dsnet.gates.fit import fit_gate
 from search.gate_trial import FIELDS, ROUTING_KEYS, gate_settings
-from search.grid import Grid
-from search.samplers import KNOWN_SAMPLERS, SamplerSettings
-from search.space import check_point, parse_space
+from search.suggest.grid import Grid
+from search.suggest.samplers import KNOWN_SAMPLERS, SamplerSettings
+from search.suggest.space import check_point, parse_space
 
 PLANE = parse_space({"gate.target": {"step": [0.0, 0.9, 0.1]}, "gate.sgs.t_easy": {"int": [0, 9]}})
 

@@ -42,9 +42,9 @@ from benchmarks.regime_runs import (
     record_path,
     run_settings,
 )
-from dsnet.checkpoint import load_checkpoint
 from dsnet.errors import ConfigError, NonFiniteLossError, PreflightError
 from dsnet.families import create
+from dsnet.stored.checkpoint import load_checkpoint
 from dsnet.training.supernet import train_supernet
 
 TINY = replace(SCALES["quick"], num_train=96, train=replace(SCALES["quick"].train, epochs=2, batch_size=32))

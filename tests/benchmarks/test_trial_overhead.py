@@ -23,13 +23,13 @@ from benchmarks.trial_overhead import (
     sweep_settings,
     timed_asking,
 )
-from orchestration.config_loading import load_config
-from orchestration.search_stage import gate_defaults
-from search import engine
-from search.engine import Budget, Search
-from search.runner import SerialRunner
-from search.space import parse_space
-from search.study import StudyJournal, StudySettings
+from orchestration.config.loading import load_config
+from orchestration.pipeline.search import gate_defaults
+from search.study import engine
+from search.study.engine import Budget, Search
+from search.study.runner import SerialRunner
+from search.study.study import StudyJournal, StudySettings
+from search.suggest.space import parse_space
 
 
 def test_overhead_is_what_neither_work_nor_asking_explains() -> None:

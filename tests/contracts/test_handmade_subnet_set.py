@@ -17,23 +17,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsnet.batchnorm import recalibrate
-from dsnet.bundle import check_bundle_examples, check_bundle_files, load_bundle, save_bundle
-from dsnet.checkpoint import load_supernet, save_supernet
-from dsnet.cost import subnet_cost
-from dsnet.dynamic import DynamicNet
+from dsnet.data.training_images import InMemoryImages
+from dsnet.deploy.bundle import check_bundle_examples, check_bundle_files, load_bundle, save_bundle
+from dsnet.deploy.dynamic import DynamicNet
+from dsnet.deploy.materialize import materialize
 from dsnet.families import layout, rebuild
-from dsnet.latency import LatencySettings, measure_latency
-from dsnet.materialize import materialize
+from dsnet.gates.fit import fit_gate
+from dsnet.gates.problem import sgs_targets
+from dsnet.gates.settings import GateSettings
+from dsnet.measure.evaluate import build_routing_table
+from dsnet.measure.latency import LatencySettings, measure_latency
+from dsnet.network.batchnorm import recalibrate
+from dsnet.network.supernet import Supernet, restrict
 from dsnet.routers import ROUTER_KINDS
-from dsnet.routing_table import RoutingTable
-from dsnet.space import IMAGE_CHANNELS, Subnet, SubnetSet
-from dsnet.supernet import Supernet, restrict
-from dsnet.training.evaluate import build_routing_table
-from dsnet.training.gate import fit_gate
-from dsnet.training.gate_problem import sgs_targets
-from dsnet.training.gate_settings import GateSettings
-from dsnet.training.images import InMemoryImages
+from dsnet.routing.routing_table import RoutingTable
+from dsnet.space.cost import subnet_cost
+from dsnet.space.spec import IMAGE_CHANNELS, Subnet, SubnetSet
+from dsnet.stored.checkpoint import load_supernet, save_supernet
 from dsnet.training.supernet import train_supernet
 from tests.dsnet.samples import (
     NORMALIZATION,

@@ -13,10 +13,10 @@ import click
 import pytest
 
 from dsnet.families import family_names
-from dsnet.training.__main__ import _parser
+from dsnet.standalone.__main__ import _parser
 from orchestration.cli import cli
-from orchestration.config_loading import load_config
-from orchestration.steering import read_points
+from orchestration.commands.steering import read_points
+from orchestration.config.loading import load_config
 from tests.docs.blocks import LANGUAGES, PAGES, REPOSITORY, Block, blocks, spans
 
 MAKEFILE = (REPOSITORY / "Makefile").read_text(encoding="utf-8")

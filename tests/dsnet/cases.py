@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from dsnet.families import family_names, layout, rebuild
-from dsnet.layers import BatchNormBank
-from dsnet.space import NORMS, Subnet, SubnetSet
-from dsnet.supernet import Supernet
+from dsnet.network.layers import BatchNormBank
+from dsnet.network.supernet import Supernet
+from dsnet.space.spec import NORMS, Subnet, SubnetSet
 from tests.dsnet.samples import SMALL_OPTIONS, shaken, task
 
 FURTHER_OPTIONS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {

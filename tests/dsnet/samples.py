@@ -13,13 +13,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsnet.batchnorm import recalibrate
 from dsnet.data.augment import Augmentation
 from dsnet.data.normalization import Normalization
 from dsnet.data.tensors import Batch, TensorData
 from dsnet.families import Task, create, layout
-from dsnet.layers import BatchNormBank
-from dsnet.route_tree import GateBranches, RouteTree
+from dsnet.measure.evaluate import build_routing_table
+from dsnet.network.batchnorm import recalibrate
+from dsnet.network.layers import BatchNormBank
+from dsnet.network.supernet import EVIDENCE_PARTS, Supernet
 from dsnet.routers import (
     RICH_EVIDENCE,
     STOP,
@@ -34,10 +35,9 @@ from dsnet.routers import (
     Router,
 )
 from dsnet.routers.cascade import answer_features
-from dsnet.routing_table import GateColumns, RoutingTable
-from dsnet.space import SubnetSet
-from dsnet.supernet import EVIDENCE_PARTS, Supernet
-from dsnet.training.evaluate import build_routing_table
+from dsnet.routing.routing_table import GateColumns, RoutingTable
+from dsnet.space.route_tree import GateBranches, RouteTree
+from dsnet.space.spec import SubnetSet
 from dsnet.training.settings import TEACHER_OF_MODE, BootstrapSettings, Regime, SupernetRun, TrainSettings
 
 SMALL_OPTIONS: Mapping[str, Mapping[str, Any]] = {

@@ -14,13 +14,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dsnet.compat import load_dsnet_checkpoint, load_dsnet_gate
-from dsnet.compat.dsnet_release import HEAD, published_names
-from dsnet.cost import subnet_cost
-from dsnet.materialize import materialize
+from dsnet.deploy.materialize import materialize
+from dsnet.network.supernet import Supernet
 from dsnet.routers import Evidence
-from dsnet.space import SubnetSet
-from dsnet.supernet import Supernet
+from dsnet.space.cost import subnet_cost
+from dsnet.space.spec import SubnetSet
+from dsnet.stored.compat import load_dsnet_checkpoint, load_dsnet_gate
+from dsnet.stored.compat.dsnet_release import HEAD, published_names
 
 FOLDER = Path(__file__).parents[2].parent / "shared" / "parity"
 pytestmark = pytest.mark.skipif(

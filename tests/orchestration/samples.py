@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from orchestration.cli import main
-from orchestration.results import RunResults
-from orchestration.rundir import RunDir
+from orchestration.results.run import RunResults
+from orchestration.runs.rundir import RunDir
 from tests.hostile import REPOSITORY, write_hostile_modules
 
 TINY = """\

@@ -18,15 +18,15 @@ import torch
 
 from dsnet.data import SplitSizes, make_splits
 from dsnet.data.images import ImageSet
+from dsnet.data.sources import InMemorySource
 from dsnet.families import family_names
-from dsnet.training.sources import InMemorySource
-from orchestration.config import json_schema
-from orchestration.config_loading import load_config
-from orchestration.preparation import Images, Prepared, load_images, prepare, stage_definitions
-from orchestration.results import RunResults
-from orchestration.rundir import RunDir
-from orchestration.stages import stage_record
-from orchestration.supernet_members import draw_members
+from orchestration.config.loading import load_config
+from orchestration.config.sweep import json_schema
+from orchestration.prepare.preparation import Images, Prepared, load_images, prepare, stage_definitions
+from orchestration.results.run import RunResults
+from orchestration.runs.rundir import RunDir
+from orchestration.runs.stages import stage_record
+from orchestration.supernets.members import draw_members
 from tests.hostile import REPOSITORY
 from tests.orchestration.samples import TIMES, call, results_in
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from dsnet.arithmetic import MKL_MODE
 from search.gate_check import MAX_SHAPES, Finding, GateCheck
 from search.gate_trial import GateScores, GateTrial
-from search.space import parse_space
+from search.suggest.space import parse_space
 from tests.dsnet.samples import needs_products_apart, random_table, small_set
 from tests.search.test_gate_trial import DEFAULTS, latency
 

@@ -11,17 +11,17 @@ import pytest
 import torch
 
 from dsnet.families import layout
-from dsnet.latency import LatencyTable, Timing
+from dsnet.gates.fit import fit_gate, score_run
+from dsnet.gates.problem import beam
+from dsnet.gates.settings import GateSettings
+from dsnet.measure.latency import LatencyTable, Timing
 from dsnet.routers import ROUTER_KINDS, CascadeRouter
-from dsnet.space import SubnetSet
-from dsnet.table_routing import run_on_table
-from dsnet.training.gate import fit_gate, score_run
-from dsnet.training.gate_problem import beam
-from dsnet.training.gate_settings import GateSettings
-from orchestration.config import GateConfig, sweepable_keys
-from orchestration.stages import flatten
+from dsnet.routing.table_routing import run_on_table
+from dsnet.space.spec import SubnetSet
+from orchestration.config.sweep import GateConfig, sweepable_keys
+from orchestration.runs.stages import flatten
 from search.gate_trial import FIELDS, ROUTING_KEYS, GateScores, GateTrial, gate_settings, router_of, routing_ids
-from search.runner import TrialOutcome, TrialSpec
+from search.study.runner import TrialOutcome, TrialSpec
 from tests.dsnet.samples import THREE_GATES, random_table, small_set, task
 
 DEFAULTS = flatten({"gate": GateConfig().model_dump(mode="json")})

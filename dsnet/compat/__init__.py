@@ -1,5 +1,0 @@
-"""Checkpoints of published code, read by our names. Nothing here runs code from a file."""
-
-from dsnet.compat.dsnet_release import load_dsnet_checkpoint, load_dsnet_gate
-
-__all__ = ["load_dsnet_checkpoint", "load_dsnet_gate"]

@@ -1,0 +1,246 @@
+"""A data set as a run sees it: facts about all images, the splits that are evaluated, and the split that is trained on.
+
+Two kinds: all images in memory, or an image folder whose training split is streamed from its files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import MappingProxyType
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dsnet.data.augment import Augmentation
+from dsnet.data.cache import ImageCache
+from dsnet.data.image_folder import FolderListing, decode_images, list_image_folder, load_image_folder, required_size
+from dsnet.data.images import ImageSet
+from dsnet.data.normalization import Normalization
+from dsnet.data.registry import check_image_size, load_images
+from dsnet.data.splits import SPLIT_NAMES, Splits
+from dsnet.data.tensors import Batch, TensorData
+from dsnet.data.training_images import InMemoryImages, StreamedImages, TrainingImages
+from dsnet.errors import ConfigError
+from dsnet.seeds import derive_seed
+from dsnet.strict_json import NumberRange
+
+NUM_NORMALIZATION_IMAGES = 2048
+
+
+class ImageSource(Protocol):
+    """What a run needs of its data before, during and after training."""
+
+    @property
+    def name(self) -> str:
+        """The data set's registered name."""
+
+    @property
+    def labels(self) -> Tensor:
+        """int64 [N]: of all images."""
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """One per class, in label order."""
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes there are."""
+
+    @property
+    def official_test(self) -> np.ndarray | None:
+        """bool [N]; None where the data has no test part of its own."""
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of what the network sees."""
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of what the data is: stage keys depend on it."""
+
+    def tensor_data(self, splits: Splits, *, open_test: bool = False) -> TensorData:
+        """The splits in memory; the test split only with `open_test`, which verify and report alone may say."""
+
+    def normalization(self, splits: Splits) -> Normalization:
+        """Mean and standard deviation of the training split."""
+
+    def training_images(self, splits: Splits, augmentation: Augmentation) -> TrainingImages:
+        """The training split for the training loop."""
+
+
+@dataclass(frozen=True, eq=False)
+class InMemorySource:
+    """A data set that is decoded as a whole."""
+
+    images: ImageSet
+
+    @property
+    def name(self) -> str:
+        return self.images.name
+
+    @property
+    def labels(self) -> Tensor:
+        return self.images.labels
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.images.class_names
+
+    @property
+    def num_classes(self) -> int:
+        return self.images.num_classes
+
+    @property
+    def official_test(self) -> np.ndarray | None:
+        return self.images.official_test
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return self.images.image_shape
+
+    @property
+    def fingerprint(self) -> str:
+        return self.images.fingerprint
+
+    def tensor_data(self, splits: Splits, *, open_test: bool = False) -> TensorData:
+        """See `ImageSource.tensor_data`; has `train` too."""
+        return TensorData.from_images(self.images, splits, open_test=open_test)
+
+    def normalization(self, splits: Splits) -> Normalization:
+        """See `ImageSource.normalization`; exact."""
+        return Normalization.from_images(self._train(splits)[0])
+
+    def training_images(self, splits: Splits, augmentation: Augmentation) -> TrainingImages:
+        """See `ImageSource.training_images`."""
+        return InMemoryImages(*self._train(splits), augmentation)
+
+    def _train(self, splits: Splits) -> tuple[Tensor, Tensor]:
+        ids = torch.tensor(splits.train)
+        return self.images.images.index_select(0, ids), self.images.labels.index_select(0, ids)
+
+
+@dataclass(frozen=True, eq=False)
+class StreamedFolder:
+    """An image folder whose training split stays in its files; the other splits are decoded into memory."""
+
+    listing: FolderListing
+    image_size: int
+    """Height and width in pixels."""
+    num_threads: int = 2
+    """Threads that decode."""
+    cache: ImageCache | None = None
+    """Where the pixels of the other splits are kept; None: the user's cache folder."""
+    crop_fraction: float = 1.0
+    """Share of the shorter side that evaluation keeps, (0, 1]; training cuts its own random crops."""
+
+    @property
+    def name(self) -> str:
+        return "image_folder"
+
+    @cached_property
+    def labels(self) -> Tensor:
+        return torch.tensor(self.listing.labels, dtype=torch.int64)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.listing.class_names
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    @property
+    def official_test(self) -> np.ndarray | None:
+        return self.listing.official_test
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return (3, self.image_size, self.image_size)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of names, sizes and modification times: a file touched counts as changed, unlike where pixels are in memory."""
+        crop = "" if self.crop_fraction == 1 else f"/{self.crop_fraction}"
+        return hashlib.sha256(f"streamed/{self.image_size}{crop}/{self.listing.fingerprint}".encode()).hexdigest()
+
+    def tensor_data(self, splits: Splits, *, open_test: bool = False) -> TensorData:
+        """See `ImageSource.tensor_data`; has no `train`.
+
+        Raises:
+            DataError: A file does not decode; the message names it.
+        """
+        names = [name for name in SPLIT_NAMES if name != "train" and (open_test or name != "test")]
+        parts = {name: self._decoded(splits[name]) for name in names}
+        return TensorData(MappingProxyType(parts), self.class_names, self.image_shape)
+
+    def normalization(self, splits: Splits) -> Normalization:
+        """Mean and standard deviation of up to 2,048 images of the training split, the same ones for the same split.
+
+        Raises:
+            DataError: A file does not decode; the message names it.
+        """
+        keys = np.random.PCG64(derive_seed(0, "normalization")).random_raw(len(splits.train))
+        ids = np.sort(splits.train[np.argsort(keys, kind="stable")[:NUM_NORMALIZATION_IMAGES]])
+        return Normalization.from_images(self._decoded(ids).images)
+
+    def training_images(self, splits: Splits, augmentation: Augmentation) -> TrainingImages:
+        """See `ImageSource.training_images`; decodes nothing yet."""
+        files = tuple(str(self.listing.files[row].absolute()) for row in splits.train.tolist())
+        labels = self.labels.index_select(0, torch.tensor(splits.train))
+        return StreamedImages(
+            files, labels, self.image_size, augmentation, self.num_threads, crop_fraction=self.crop_fraction
+        )
+
+    def _decoded(self, ids: np.ndarray) -> Batch:
+        images = decode_images(
+            self.listing, ids, self.image_size, self.cache, self.num_threads, crop_fraction=self.crop_fraction
+        )
+        rows = torch.tensor(ids)
+        return Batch(images, self.labels.index_select(0, rows), rows)
+
+
+def load_source(
+    name: str,
+    path: str | Path | None = None,
+    image_size: int | None = None,
+    *,
+    stream: bool = False,
+    num_threads: int = 2,
+    crop_fraction: float = 1.0,
+) -> ImageSource:
+    """Open a data set.
+
+    Args:
+        name: A registered name.
+        path: The folder that holds it; None: the environment variable DSNET_DATA.
+        image_size: Height and width in pixels, 8..512; None: as the data is.
+        stream: Leave the training split in its files; image folders only.
+        num_threads: Threads that decode, >= 1, where the set is streamed.
+        crop_fraction: Share of the shorter side that the centre crop keeps, (0, 1]; below 1 for image folders only. Where nothing is
+            streamed, training sees the same crops as evaluation.
+
+    Raises:
+        ConfigError: The name is unknown, a number out of its range, the size missing, or a set that cannot be streamed or cropped.
+        DataError: A file is missing, truncated or mislabelled; the message names it.
+    """
+    NumberRange(above=0, highest=1).check("data.crop_fraction", crop_fraction)
+    if name != "image_folder":
+        if stream:
+            raise ConfigError(
+                f"data.stream is true for data set {name!r}: only 'image_folder' streams; set it to false"
+            )
+        if crop_fraction != 1:
+            raise ConfigError(
+                f"data.crop_fraction is {crop_fraction} for data set {name!r}: only 'image_folder' crops; set it to 1"
+            )
+        return InMemorySource(load_images(name, path, image_size))
+    size = required_size(image_size)
+    check_image_size(size)
+    if stream:
+        return StreamedFolder(list_image_folder(path), size, num_threads, crop_fraction=crop_fraction)
+    return InMemorySource(load_image_folder(path, size, crop_fraction=crop_fraction))

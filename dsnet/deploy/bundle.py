@@ -1,0 +1,430 @@
+"""A bundle: one gate configuration that runs, checks itself, and needs neither YAML nor pickle (CONTRACTS, Bundle).
+
+A folder with `bundle.json` (what it is, what it claims, hashes), `weights.safetensors` (supernet cut to the routes in use, router),
+`examples.safetensors` (inputs with the routes and logits they must give) and `gate.yaml`, the same for people.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+
+from dsnet.data.normalization import Normalization
+from dsnet.data.photos import PhotoDecoder, photo_files
+from dsnet.deploy.dynamic import DynamicNet
+from dsnet.deploy.prediction import BATCH_SIZE, Classifier, PhotoPrediction, Predictions, predict_photos
+from dsnet.errors import CheckpointError, DataError, DsnetError, PreflightError, VerificationError
+from dsnet.families import rebuild
+from dsnet.files import atomic_write_json, file_sha256, plain_value, read_json
+from dsnet.network.precision import exact_float32
+from dsnet.network.supernet import Supernet, restrict, state_for_saving
+from dsnet.routers import Router, router_from_arrays
+from dsnet.routing.retrace import Retrace
+from dsnet.space.cost import subnet_cost
+from dsnet.space.spec import SubnetSet, SupernetSpec
+from dsnet.stored.checkpoint import load_exactly, load_tensors, save_tensors, tensors_below
+
+SCHEMA_VERSION = 1
+NUM_EXAMPLES = 16
+LOGIT_TOLERANCE = 1e-4
+"""Largest accepted difference to a stored logit, relative to the largest stored one: other processors sum in another order."""
+MANIFEST = "bundle.json"
+
+
+@dataclass(frozen=True, repr=False)
+class Bundle:
+    """A dynamic classifier read from a folder."""
+
+    path: Path
+    manifest: Mapping[str, Any]
+    net: DynamicNet
+    normalization: Normalization
+    class_names: tuple[str, ...]
+    route_names: tuple[str, ...]
+    image_shape: tuple[int, int, int]
+    """(channels, height, width) of the images it takes."""
+
+    def __call__(self, images: Tensor) -> Predictions:
+        """Classify a batch of images.
+
+        Args:
+            images: uint8 [B, C, H, W] pixels in 0..255, of `image_shape`; B may be 0.
+
+        Raises:
+            DsnetError: another type or shape.
+        """
+        if images.dtype != torch.uint8 or images.ndim != 4 or tuple(images.shape[1:]) != self.image_shape:
+            raise DsnetError(
+                f"the bundle takes uint8 images [B, {', '.join(map(str, self.image_shape))}], "
+                f"but met {str(images.dtype).removeprefix('torch.')} {list(images.shape)}"
+            )
+        output = self.net(self.normalization.apply(images))
+        probabilities = output.logits.softmax(1)
+        return Predictions(output.logits.argmax(1), probabilities, output.routes, output.madds)
+
+    @overload
+    def predict(self, photos: str | Path) -> PhotoPrediction: ...  # type: ignore[overload-overlap]  # a str is a sequence of str
+
+    @overload
+    def predict(
+        self,
+        photos: Sequence[str | Path],
+        *,
+        on_error: Callable[[Path, DataError], None] | None = None,
+        batch_size: int = BATCH_SIZE,
+    ) -> list[PhotoPrediction]: ...
+
+    def predict(
+        self,
+        photos: str | Path | Sequence[str | Path],
+        *,
+        on_error: Callable[[Path, DataError], None] | None = None,
+        batch_size: int = BATCH_SIZE,
+    ) -> PhotoPrediction | list[PhotoPrediction]:
+        """Classify photos: files of any size that Pillow reads, decoded and resized as the training data was.
+
+        Args:
+            photos: one file, or a list of files and folders; a folder stands for all images in it and below it.
+            on_error: is told of each file that cannot be read, and the others are answered; None: the first one is an error.
+            batch_size: photos that go through the network together.
+
+        Returns:
+            the answer for one file; for a list an answer for every photo that could be read, in order.
+
+        Raises:
+            DataError: a photo cannot be read, or a folder holds none.
+            DsnetError: the bundle does not say how photos are decoded.
+        """
+        if isinstance(photos, str | Path):
+            if Path(photos).is_dir():
+                raise DataError(
+                    f"{photos}: is a folder; for the photos in it give a list: bundle.predict([{str(photos)!r}])"
+                )
+            return self.predict([photos])[0]
+        files = photo_files(map(Path, photos))
+        return list(predict_photos(files, self.photo_decoder, self._classifier, on_error or _raise_error, batch_size))
+
+    @property
+    def _classifier(self) -> Classifier:
+        return Classifier(lambda images: self(images.to(self.device)), self.class_names, self.route_names)
+
+    @property
+    def photo_decoder(self) -> PhotoDecoder:
+        """Decodes photo files and resizes them to the images that this bundle takes.
+
+        A bundle of an earlier release has no record of its own; the description of its data says the same.
+
+        Raises:
+            DsnetError: neither is there.
+        """
+        if self.manifest.get("photos") is not None:
+            return PhotoDecoder.from_json(self.manifest["photos"])
+        data = self.claims.get("data")
+        if not data:
+            raise DsnetError(
+                f"{self.path}: the bundle does not say how photos were decoded and resized for it; export it again with this release, "
+                "or call it with a tensor of pixels: bundle(images)"
+            )
+        return PhotoDecoder.of_data(data["name"], self.image_shape, data.get("crop_fraction", 1.0))
+
+    def __repr__(self) -> str:
+        return f"Bundle({str(self.path)!r})"
+
+    def __str__(self) -> str:
+        """Five lines: the bundle and its classes, router and routes, input, claims, how to call it."""
+        return "\n".join(
+            (
+                f"{self.path.name}: a {self.net.subnets.spec.family} classifier of {len(self.class_names)} classes: "
+                f"{_listed(self.class_names)}",
+                f"router  {self.net.router.kind}, which chooses among {len(self.route_names)} routes: {_listed(self._priced_routes())}",
+                f"input   a photo, or uint8 [B, {', '.join(map(str, self.image_shape))}] with pixels in 0..255",
+                f"claims  {_claims_sentence(self.claims)}",
+                'use     bundle.predict("photo.jpg"), bundle.predict([files and folders]), or bundle(images)',
+            )
+        )
+
+    def _priced_routes(self) -> list[str]:
+        subnets = self.net.subnets
+        size = self.image_shape[-1]
+        return [
+            f"{subnet.name} ({subnet_cost(subnets.spec, subnet, size).madds / 1e6:.3g} M MAdds)" for subnet in subnets
+        ]
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return next(self.net.parameters()).device
+
+    @property
+    def claims(self) -> Mapping[str, Any]:
+        """The numbers it was exported with."""
+        return self.manifest["claims"]
+
+
+_NUM_LISTED = 6
+"""Names that a line of `print(bundle)` holds at most."""
+
+
+def _listed(names: Sequence[str]) -> str:
+    if len(names) <= _NUM_LISTED:
+        return ", ".join(names)
+    return f"{', '.join(names[: _NUM_LISTED - 1])}, ... {names[-1]}"
+
+
+def _claims_sentence(claims: Mapping[str, Any]) -> str:
+    """Accuracy with its interval, and mean MAdds, on the best evidence that was recorded."""
+    split = next((split for split in ("test", "val") if split in claims), None)
+    if split is None:
+        return "none"
+    own = claims[split]
+    low, high = own.get("top1_interval", (None, None))
+    interval = "" if low is None else f" [95 %: {100 * low:.1f}, {100 * high:.1f}]"
+    size = f" ({own['num_images']} images)" if "num_images" in own else ""
+    chosen = ", which also chose it" if split == "val" else ""
+    return (
+        f"top-1 {100 * own['top1']:.1f} %{interval} at {own['madds_m']:.4g} M MAdds a photo, on {split}{size}{chosen}"
+    )
+
+
+def _raise_error(_file: Path, error: DataError) -> None:
+    raise error
+
+
+@exact_float32()
+def save_bundle(  # noqa: PLR0913 - all but three are given by name
+    folder: Path,
+    supernet: Supernet,
+    router: Router,
+    *,
+    normalization: Normalization,
+    class_names: Sequence[str],
+    examples: Tensor,
+    claims: Mapping[str, Any],
+    gate_yaml: str,
+    photos: PhotoDecoder | None = None,
+) -> None:
+    """Write a bundle, whole or not at all: it is put together beside `folder` and renamed into place, replacing an older one.
+
+    Args:
+        folder: where the bundle will lie.
+        supernet: trained and recalibrated.
+        router: decides; only the routes that it may run are stored.
+        normalization: what the supernet was trained with.
+        class_names: in label order.
+        examples: uint8 [n, C, H, W], images whose routes and logits are stored for `verify`.
+        claims: JSON values: accuracies, MAdds, latency, and what they were measured on.
+        gate_yaml: the text of gate.yaml.
+        photos: how files of photos become images as the supernet was trained on; None: `predict` is not for this bundle.
+
+    Raises:
+        PreflightError: `folder` holds something else than a bundle, which would be lost.
+    """
+    if folder.exists() and not (folder / MANIFEST).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        raise PreflightError(f"{folder}: is there already and no bundle; remove it, or export to another folder")
+    small = restrict(supernet, router.routes).cpu().eval()
+    local = router.over({route: index for index, route in enumerate(router.routes)})
+    size = int(examples.shape[-1])
+    output = DynamicNet(small, local, image_size=size)(normalization.apply(examples))
+    tensors, values = local.to_arrays()
+    weights = {f"supernet.{name}": value for name, value in state_for_saving(small).items()}
+    weights |= {f"router.{name}": value.contiguous() for name, value in tensors.items()}
+    stored = {"images": examples.contiguous(), "routes": output.routes.clone(), "logits": output.logits.clone()}
+    manifest = {
+        "schema_version": SCHEMA_VERSION,
+        "kind": "dsnet-bundle",
+        "spec": small.spec.to_json(),
+        "subnets": small.subnets.to_json(),
+        "router": values,
+        "normalization": normalization.to_json(),
+        "class_names": list(class_names),
+        "image_shape": list(examples.shape[1:]),
+        "claims": dict(claims),
+    }
+    if photos is not None:
+        manifest["photos"] = photos.to_json()
+    draft = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(draft, ignore_errors=True)
+    try:
+        draft.mkdir(parents=True)
+        _write_files(draft, manifest, weights, stored, gate_yaml)
+        _swap(draft, folder)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _write_files(
+    draft: Path,
+    manifest: Mapping[str, Any],
+    weights: Mapping[str, Tensor],
+    examples: Mapping[str, Tensor],
+    gate_yaml: str,
+) -> None:
+    files = {
+        "weights.safetensors": save_tensors(draft / "weights.safetensors", weights),
+        "examples.safetensors": save_tensors(draft / "examples.safetensors", examples),
+    }
+    (draft / "gate.yaml").write_text(gate_yaml, encoding="utf-8")
+    files["gate.yaml"] = file_sha256(draft / "gate.yaml")
+    manifest = {**manifest, "files": files}
+    atomic_write_json(draft / MANIFEST, {**manifest, "sha256": _manifest_digest(manifest)})
+
+
+def _manifest_digest(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 of the manifest's values without the digest itself."""
+    values = {name: value for name, value in manifest.items() if name != "sha256"}
+    text = json.dumps(values, sort_keys=True, separators=(",", ":"), default=plain_value)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _swap(draft: Path, folder: Path) -> None:
+    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    if folder.exists():
+        folder.rename(old)
+    draft.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def load_bundle(
+    path: str | Path, *, device: torch.device | str = "cpu", cut_weights: bool = True, fold_bn: bool = True
+) -> Bundle:
+    """Read a bundle; what it runs on is checked against its hash, and nothing of it is executed or unpickled.
+
+    The examples and gate.yaml, which it does not run on, are checked by `check_bundle_files`.
+
+    Args:
+        path: the bundle's folder.
+        device: where it will run; images must be there too.
+        cut_weights: keep contiguous weights per route (fastest); False slices shared weights on the fly (least memory).
+        fold_bn: with `cut_weights`, fold BatchNorm into the convolutions.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or the bundle is of another version.
+    """
+    path = Path(path)
+    if not (path / MANIFEST).is_file():
+        raise CheckpointError(
+            f"{path}: no bundle here (no {MANIFEST}); make one with `dsnet-orch export RUN --pick knee`"
+        )
+    manifest = read_json(path / MANIFEST)
+    if not isinstance(manifest, dict):
+        raise CheckpointError(f"{path / MANIFEST}: holds no JSON object, so it describes no bundle; export it again")
+    if manifest.get("kind") != "dsnet-bundle" or manifest.get("schema_version") != SCHEMA_VERSION:
+        raise CheckpointError(
+            f"{path / MANIFEST}: kind {manifest.get('kind')!r}, schema version {manifest.get('schema_version')!r}; "
+            f"this release reads 'dsnet-bundle' {SCHEMA_VERSION}"
+        )
+    if manifest.get("sha256") != _manifest_digest(manifest):
+        raise CheckpointError(f"{path / MANIFEST}: was edited or damaged (its own SHA-256 differs); export it again")
+    try:
+        return _assemble(path, manifest, device, cut_weights, fold_bn)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path / MANIFEST}: incomplete or inconsistent ({type(error).__name__}: {error}); export it again"
+        ) from error
+
+
+def _assemble(
+    path: Path, manifest: Mapping[str, Any], device: torch.device | str, cut_weights: bool, fold_bn: bool
+) -> Bundle:
+    weights = load_tensors(path / "weights.safetensors", manifest["files"]["weights.safetensors"])
+    subnets = SubnetSet.from_json(SupernetSpec.from_json(manifest["spec"]), manifest["subnets"])
+    supernet = rebuild(subnets)
+    load_exactly(supernet, tensors_below(weights, "supernet."), str(path))
+    router = _router(path, tensors_below(weights, "router."), manifest["router"])
+    channels, height, width = manifest["image_shape"]
+    net = DynamicNet(supernet.eval(), router, cut_weights=cut_weights, fold_bn=fold_bn, image_size=height)
+    return Bundle(
+        path=path,
+        manifest=manifest,
+        net=net.to(device),
+        normalization=Normalization.from_json(manifest["normalization"]),
+        class_names=tuple(manifest["class_names"]),
+        route_names=tuple(subnet.name for subnet in subnets),
+        image_shape=(channels, height, width),
+    )
+
+
+def _router(path: Path, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> Router:
+    try:
+        return router_from_arrays(tensors, values)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path / MANIFEST}: {error}; export it again") from error
+
+
+def check_bundle_files(bundle: Bundle) -> None:
+    """Compare every file with its recorded hash.
+
+    Raises:
+        VerificationError: a file is missing or differs.
+    """
+    for name, expected in bundle.manifest["files"].items():
+        file = bundle.path / name
+        if not file.is_file() or file_sha256(file) != expected:
+            raise VerificationError(f"{file}: missing, or not the file that was exported (its SHA-256 differs)")
+
+
+@exact_float32()
+def check_bundle_examples(bundle: Bundle) -> int:
+    """Run the stored inputs and compare routes and logits with what was exported.
+
+    Where rounding alone decides between routes, the recorded one counts as taken, and its logits must still agree.
+
+    Returns:
+        the number of examples checked; 0 where none are stored, so that nothing was checked.
+
+    Raises:
+        VerificationError: a route or a logit differs.
+    """
+    stored = load_tensors(bundle.path / "examples.safetensors", bundle.manifest["files"]["examples.safetensors"])
+    if len(stored["images"]) == 0:
+        return 0
+    logits, routes = _retraced(bundle, stored["images"], stored["routes"])
+    expected = stored["logits"]
+    scale = float(expected.abs().max()) or 1.0
+    for index in range(len(expected)):
+        route, wanted = int(routes[index]), int(stored["routes"][index])
+        if route != wanted:
+            names = bundle.route_names
+            raise VerificationError(
+                f"{bundle.path}: example {index} took route {names[route]}, but {names[wanted]} was recorded"
+            )
+        difference = float((logits[index] - expected[index]).abs().max()) / scale
+        if not difference <= LOGIT_TOLERANCE:
+            raise VerificationError(
+                f"{bundle.path}: the logits of example {index} differ by {difference:.2e} (relative), more than {LOGIT_TOLERANCE:.0e}"
+            )
+    return len(expected)
+
+
+def _retraced(bundle: Bundle, pixels: Tensor, recorded: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits and routes of images on the CPU, along the recorded routes wherever the router's decision was a tie."""
+    net = bundle.net
+    images = bundle.normalization.apply(pixels.to(bundle.device))
+    output = net(images)
+    logits, routes = output.logits.cpu(), output.routes.cpu()
+    for route in recorded[routes != recorded].unique().tolist():
+        again = net.with_router(Retrace(net.router, route, net.tree))(images)
+        rows = (routes != recorded) & (recorded == route)
+        logits = torch.where(rows[:, None], again.logits.cpu(), logits)
+        routes = torch.where(rows, again.routes.cpu(), routes)
+    return logits, routes
+
+
+@exact_float32()
+def score_bundle(bundle: Bundle, images: Tensor, labels: Tensor, batch_size: int = 256) -> dict[str, float]:
+    """top1 and mean madds_m of a bundle on labelled images (uint8 [N, C, H, W], int64 [N])."""
+    right, madds = 0, 0
+    for start in range(0, len(labels), batch_size):
+        answer = bundle(images[start : start + batch_size].to(bundle.device))
+        right += int((answer.classes.cpu() == labels[start : start + batch_size]).sum())
+        madds += int(answer.madds.sum())
+    return {"top1": right / len(labels), "madds_m": madds / len(labels) / 1e6}

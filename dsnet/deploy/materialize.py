@@ -1,0 +1,67 @@
+"""A sub-network as a plain module with its own contiguous weights: for evaluation, latency and export."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from dsnet.deploy.inference_layout import lay_out_for_inference
+from dsnet.network.blocks import fold_batch_norms
+from dsnet.network.supernet import Supernet
+from dsnet.space.spec import Subnet
+
+
+class PlainSubnet(nn.Module):
+    """Trunk and tail of one sub-network, without width arguments."""
+
+    def __init__(self, trunk: nn.Module, tail: nn.Module) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.tail = tail
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, C, H, W] -> logits [B, num_classes]."""
+        return self.tail(self.trunk(images).features)
+
+
+@torch.no_grad()
+def materialize_trunk(supernet: Supernet, subnet: Subnet, *, fold_bn: bool = False) -> nn.Module:
+    """The trunk of one sub-network as a plain module in eval mode: images -> TrunkOutput."""
+    return _ready(supernet.cut_trunk(subnet), supernet, fold_bn)
+
+
+@torch.no_grad()
+def materialize_upto_gate(supernet: Supernet, gate: int, subnet: Subnet, *, fold_bn: bool = False) -> nn.Module:
+    """One segment of one sub-network as a plain module in eval mode: images, or the features of the gate before -> TrunkOutput."""
+    return _ready(supernet.cut_upto_gate(gate, subnet), supernet, fold_bn)
+
+
+@torch.no_grad()
+def materialize_head(supernet: Supernet, subnet: Subnet, *, fold_bn: bool = False) -> nn.Module:
+    """The last segment of one sub-network as a plain module in eval mode: what the last gate handed over -> logits."""
+    return _ready(supernet.cut_head(subnet), supernet, fold_bn)
+
+
+@torch.no_grad()
+def materialize_tail(supernet: Supernet, subnet: Subnet, *, fold_bn: bool = False) -> nn.Module:
+    """The tail of one sub-network as a plain module in eval mode: features -> logits."""
+    return _ready(supernet.cut_tail(subnet), supernet, fold_bn)
+
+
+def materialize(supernet: Supernet, subnet: Subnet, *, fold_bn: bool = False) -> PlainSubnet:
+    """One sub-network as a plain module in eval mode; equal to `supernet(x, subnet)` in eval mode.
+
+    Args:
+        supernet: where the weights come from; they are copied.
+        subnet: a member of its set, or its teacher.
+        fold_bn: fold BatchNorm into the convolutions (same function up to rounding).
+    """
+    trunk = materialize_trunk(supernet, subnet, fold_bn=fold_bn)
+    return PlainSubnet(trunk, materialize_tail(supernet, subnet, fold_bn=fold_bn)).eval()
+
+
+def _ready(module: nn.Module, supernet: Supernet, fold_bn: bool) -> nn.Module:
+    module = copy.deepcopy(module).to(next(supernet.parameters()).device).eval().requires_grad_(False)
+    return lay_out_for_inference(fold_batch_norms(module)) if fold_bn else module

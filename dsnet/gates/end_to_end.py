@@ -1,0 +1,489 @@
+"""Stage II on images: the slimming heads of a frozen supernet, trained end to end (METHODS 4 and 5).
+
+What table training sums exactly is sampled here: straight-through Gumbel choices, the task's loss through the network, for one gate or
+for several whose choices multiply. It is the published way, and the oracle beside which table training is measured.
+
+Training may be cut at epochs and go on in another process as if it had not been: everything that it depends on is in its progress. On the
+CPU that holds to the bit, with one kind of processor and one number of threads.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dsnet.data.augment import Augmentation, augment
+from dsnet.data.normalization import Normalization
+from dsnet.errors import NonFiniteLossError, StoppedError
+from dsnet.gates.gumbel import gumbel_noise
+from dsnet.gates.losses import complexity
+from dsnet.gates.mixing import Answers, Chooser, GatedSupernet, Mixed
+from dsnet.gates.problem import sgs_places
+from dsnet.gates.settings import GateSettings
+from dsnet.network.supernet import Supernet
+from dsnet.seeds import derive_seed
+from dsnet.space.cost import gate_madds, subnet_cost
+from dsnet.space.spec import Subnet, SubnetSet
+
+END_TO_END_KINDS = ("gate", "gates")
+"""The published gates: linear slimming heads on hidden vectors."""
+STREAMS = ("order", "noise", "augmentation")
+"""What is random in training; each has a generator of its own."""
+SMALLEST_SCALE = 1e-6
+"""A hidden unit that is always zero is left alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EndToEndSettings:
+    """What only training on images needs; the rest, the batch size too, is `GateSettings`."""
+
+    epochs: int = 30
+    """Passes over the gate split; they take the place of `GateSettings.steps`."""
+    augmentation: Augmentation | None = None
+    """Of the images that train; None = none."""
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1:
+            raise ValueError(f"gate.end_to_end.epochs is {self.epochs}, but must be at least 1")
+
+
+@dataclass(frozen=True, eq=False)
+class GateImages:
+    """The gate split: images that the supernet was not trained on."""
+
+    images: Tensor
+    """uint8 [N, C, H, W], on the CPU: batches move to where the supernet is."""
+    labels: Tensor
+    """int64 [N]"""
+    normalization: Normalization
+    """What the supernet was trained with."""
+
+    def __post_init__(self) -> None:
+        if not 0 < len(self.images) == len(self.labels):
+            raise ValueError(
+                f"gate training needs images and as many labels, has {len(self.images)} and {len(self.labels)}"
+            )
+
+
+@dataclass(frozen=True)
+class PathCosts:
+    """MAdds of every route of a routing space, all its decisions included, and the target in the same unit (CONTRACTS, Target)."""
+
+    madds: Tensor
+    """float64 [R]"""
+    switched: tuple[Tensor, ...]
+    """For each gate float64 [R, K]: MAdds of each route with that gate's choice exchanged and all others kept."""
+    target: float
+    """Clamped into the routing space's range."""
+    widest: float
+    """MAdds of the costliest member of the whole set."""
+
+    @classmethod
+    def of(cls, subnets: SubnetSet, gated: GatedSupernet, settings: GateSettings, image_size: int) -> PathCosts:
+        """Count them, for square images of `image_size` pixels."""
+        costs: dict[tuple[int, ...], float] = {}
+
+        def madds_of(widths: tuple[int, ...]) -> float:
+            if widths not in costs:
+                costs[widths] = float(subnet_cost(subnets.spec, Subnet("path", widths), image_size).madds)
+            return costs[widths]
+
+        decision = sum(gate_madds(hidden, num_choices) for num_choices, hidden in gated.head_shapes)
+        madds = torch.tensor([madds_of(subnet.widths) for subnet in gated.subnets], dtype=torch.float64) + decision
+        switched = []
+        for gate, (num_choices, _) in enumerate(gated.head_shapes):
+            table = torch.zeros((len(gated.subnets), num_choices), dtype=torch.float64)
+            for choice, widths in _widths_by_choice(subnets, gated, gate).items():
+                for position, subnet in enumerate(gated.subnets):
+                    table[position, choice] = madds_of(_exchanged(subnet.widths, *widths)) + decision
+            switched.append(table)
+        every = [madds_of(subnet.widths) for subnet in subnets]
+        low, high = min(every), max(every)
+        wanted = settings.wanted_madds(low, high)
+        target = min(max(wanted, float(madds.min())), float(madds.max()))
+        return cls(madds, tuple(switched), target, high)
+
+    def expected(self, mixed: Mixed) -> Tensor:
+        """Mean MAdds of a batch (scalar).
+
+        In value exactly those of the chosen routes; the gradient of a gate's weight is what a route costs with that choice and the
+        others as they fell: that of the sum over all paths of the product of their weights.
+        """
+        total = self._relative(self.madds, mixed)
+        for weights, table in zip(mixed.weights, self.switched, strict=True):
+            total = total + ((weights - weights.detach()) * self._relative(table, mixed)).sum(1)
+        return total.mean() * self.widest
+
+    def _relative(self, table: Tensor, mixed: Mixed) -> Tensor:
+        """Of each image's route, in units of the widest: float32 would not hold MAdds to the digit."""
+        rows = table[mixed.positions.cpu()] / self.widest
+        return rows.to(mixed.logits.device, mixed.logits.dtype)
+
+
+def _widths_by_choice(subnets: SubnetSet, gated: GatedSupernet, gate: int) -> dict[int, tuple[int, tuple[int, ...]]]:
+    """For each choice of a gate that some route takes: the first channel group that it decides, and the widths that it gives."""
+    spec = subnets.spec
+    start = spec.num_prefix_groups(gate)
+    stop = spec.num_prefix_groups(gate + 1) if gate + 1 < gated.num_gates else len(spec.groups)
+    choices = gated.tree.gates[gate].choice_of
+    return {choice: (start, own.widths[start:stop]) for choice, own in zip(choices, gated.subnets, strict=True)}
+
+
+def _exchanged(widths: tuple[int, ...], start: int, new: tuple[int, ...]) -> tuple[int, ...]:
+    return widths[:start] + new + widths[start + len(new) :]
+
+
+def sgs_targets(answers: Tensor, labels: Tensor, settings: GateSettings) -> Tensor:
+    """What sandwich gate sparsification asks for, image by image (precedence easy > hard > dependent).
+
+    Args:
+        answers: logits [B, R, num_classes] of routes from the cheapest to the costliest; `extremes` reads the first and the last.
+        labels: int64 [B].
+        settings: strategy, target and thresholds.
+
+    Returns:
+        int64 [B]: which of these routes.
+    """
+    is_right = answers.argmax(2) == labels[:, None]
+    p = answers[:, [0, -1]].float().softmax(2).gather(2, labels[:, None, None].expand(-1, 2, 1))[:, :, 0]
+    return sgs_places(is_right, p, settings)
+
+
+def sgs_loss(gated: GatedSupernet, answers: Answers, choosers: Sequence[Chooser], targets: Tensor) -> Tensor:
+    """Mean cross-entropy of the gates' logits against the target paths: the sum over the gates that each path passes (scalar).
+
+    A gate is asked at the path's own node, wherever the sampled choices have led the image.
+
+    Args:
+        gated: the gates.
+        answers: hold the hidden vectors at the nodes of all target paths.
+        choosers: one for each gate; noise and temperature are not used.
+        targets: int64 [B], positions in the routing space.
+    """
+    total = answers.logits.new_zeros(())
+    for (gate, node), hidden in answers.hidden.items():
+        branches = gated.tree.gates[gate]
+        rows = torch.nonzero(torch.tensor(branches.node_of, device=targets.device)[targets] == node)[:, 0]
+        choices = torch.tensor(branches.choice_of, device=targets.device)[targets[rows]]
+        logits = choosers[gate].logits(hidden[rows], gated.allowed(gate, node))
+        total = total + F.cross_entropy(logits, choices, reduction="sum")
+    return total / len(targets)
+
+
+class GateObjective:
+    """The loss of Stage II on a batch of images."""
+
+    def __init__(self, supernet: Supernet, settings: GateSettings, image_size: int) -> None:
+        """Args:
+        supernet: frozen, in eval mode.
+        settings: losses, router and routing space.
+        image_size: pixels a side.
+
+        Raises:
+            ValueError: the router is none of `END_TO_END_KINDS`, a loss is on that only table training has, or the routing space holds
+                ids that the set does not have.
+        """
+        if settings.router not in END_TO_END_KINDS:
+            raise ValueError(
+                f"gate.trainer end_to_end trains the routers {' and '.join(END_TO_END_KINDS)}, not {settings.router!r}; "
+                "use gate.trainer table"
+            )
+        if settings.lambda_quality:
+            raise ValueError(
+                f"gate.losses.quality is {settings.lambda_quality}, but end-to-end training knows only the published losses; "
+                "set it to 0 or use gate.trainer table"
+            )
+        num_routes = len(supernet.subnets)
+        routes = settings.routes or tuple(range(num_routes))
+        if list(routes) != sorted(set(routes)) or not 0 <= routes[0] <= routes[-1] < num_routes:
+            raise ValueError(f"the routing space {routes} must be increasing ids in 0..{num_routes - 1}")
+        self.settings = settings
+        self.gated = GatedSupernet(supernet, routes, decides_once=settings.router == "gate")
+        self.costs = PathCosts.of(supernet.subnets, self.gated, settings, image_size)
+        by_cost = self.costs.madds.argsort(stable=True).tolist()
+        self.extremes = (by_cost[0], by_cost[-1])
+        needs_all = self.gated.num_gates == 1 or settings.sgs_target == "cheapest"
+        self.asked: tuple[int, ...] = tuple(by_cost) if needs_all else self.extremes
+        """Positions in the routing space of the routes whose answers a batch needs, by cost."""
+
+    def __call__(self, images: Tensor, labels: Tensor, choosers: Sequence[Chooser]) -> Tensor:
+        """lambda_cls CE + lambda_sgs SGS + lambda_complexity C(E[MAdds]) of normalised images [B, C, H, W] (scalar)."""
+        settings, gated = self.settings, self.gated
+        answers = gated.answers(images, self.asked)
+        mixed = self.mixed(answers, choosers)
+        targets = torch.tensor(self.asked, device=labels.device)[sgs_targets(answers.logits, labels, settings)]
+        cls = F.cross_entropy(mixed.logits, labels)
+        sgs = sgs_loss(gated, answers, choosers, targets)
+        cost = complexity(self.costs.expected(mixed), self.costs.target, self.costs.widest, settings.complexity_form)
+        return settings.lambda_cls * cls + settings.lambda_sgs * sgs + settings.lambda_complexity * cost
+
+    def mixed(self, answers: Answers, choosers: Sequence[Chooser]) -> Mixed:
+        """The batch by straight-through choices."""
+        if self.gated.num_gates == 1:
+            return self.gated.mix_answers(answers, self.asked, choosers[0])
+        return self.gated.mix_segments(answers.trunk, choosers)
+
+
+@contextmanager
+def frozen(supernet: Supernet) -> Iterator[None]:
+    """Within: eval mode, and no parameter takes a gradient."""
+    was_training = supernet.training
+    took_gradient = [parameter.requires_grad for parameter in supernet.parameters()]
+    supernet.eval().requires_grad_(False)
+    try:
+        yield
+    finally:
+        supernet.train(was_training)
+        for parameter, flag in zip(supernet.parameters(), took_gradient, strict=True):
+            parameter.requires_grad_(flag)
+
+
+Progress = Mapping[str, NDArray[Any]]
+"""All that the rest of a training depends on beside what it was given: about 20 kB for a head of a few hundred weights."""
+
+
+@dataclass(frozen=True, eq=False)
+class GateStage:
+    """Where a stage of training ended."""
+
+    heads: list[Tensor]
+    """As `train_end_to_end` returns them."""
+    progress: Progress
+    """What the next stage starts from."""
+
+
+class _Training:
+    """Heads under training; within `frozen`."""
+
+    def __init__(
+        self,
+        supernet: Supernet,
+        data: GateImages,
+        settings: GateSettings,
+        rules: EndToEndSettings,
+        start: Progress | None = None,
+    ) -> None:
+        self.data = data
+        self.augmentation = rules.augmentation
+        self.batch_size = min(settings.batch_size, len(data.labels))
+        self.steps_per_epoch = -(-len(data.labels) // self.batch_size)
+        self.settings = replace(settings, steps=rules.epochs * self.steps_per_epoch)
+        self.objective = GateObjective(supernet, self.settings, data.images.shape[-1])
+        self.device = next(supernet.parameters()).device
+        self.heads = [
+            torch.zeros(shape, device=self.device, requires_grad=True) for shape in self.objective.gated.head_shapes
+        ]
+        """For hidden vectors of unit size; zero as in table training: at first all choices are equally likely."""
+        self.optimizer = _optimizer(self.heads, settings)
+        self.order, self.noise, self.pixels = (
+            torch.Generator().manual_seed(derive_seed(settings.seed, "end_to_end", stream)) for stream in STREAMS
+        )
+        self.num_done = 0
+        self.scales: list[Tensor] = []
+        if start is None:
+            self.scales = self._root_mean_squares()
+        else:
+            self._resume({name: torch.from_numpy(np.array(array)) for name, array in start.items()})
+
+    @property
+    def num_epochs(self) -> int:
+        """Whole epochs done."""
+        return self.num_done // self.steps_per_epoch
+
+    def progress(self) -> dict[str, NDArray[Any]]:
+        """Copies of everything that changes, and of the scales, which need not be measured again; between epochs only."""
+        state = {"num_done": torch.tensor(self.num_done)}
+        for stream, generator in zip(STREAMS, (self.order, self.noise, self.pixels), strict=True):
+            state[f"random/{stream}"] = generator.get_state()
+        moments = self.optimizer.state_dict()["state"]
+        for gate, (head, scale) in enumerate(zip(self.heads, self.scales, strict=True)):
+            state |= {f"head/{gate}": head.detach(), f"scale/{gate}": scale}
+            own = moments.get(gate, {})  # none yet where no choice was ever to be learnt
+            state |= {f"optimizer/{gate}/{name}": value for name, value in own.items() if isinstance(value, Tensor)}
+        return {name: np.array(value.cpu().numpy()) for name, value in state.items()}
+
+    def _resume(self, state: Mapping[str, Tensor]) -> None:
+        """Go on where `progress` was taken.
+
+        Raises:
+            ValueError: it is not that of this training.
+        """
+        shapes = {f"head/{gate}": tuple(head.shape) for gate, head in enumerate(self.heads)}
+        met = {name: tuple(tensor.shape) for name, tensor in state.items() if name.startswith("head/")}
+        if met != shapes:
+            raise ValueError(f"the progress holds heads of the shapes {met}, but this training has {shapes}")
+        self.num_done = int(state["num_done"])
+        for stream, generator in zip(STREAMS, (self.order, self.noise, self.pixels), strict=True):
+            generator.set_state(state[f"random/{stream}"])
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, value in state.items():
+            if name.startswith("optimizer/"):
+                _, number, moment = name.split("/")
+                moments.setdefault(int(number), {})[moment] = value
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
+        with torch.no_grad():
+            for gate, head in enumerate(self.heads):
+                head.copy_(state[f"head/{gate}"])
+                self.scales.append(state[f"scale/{gate}"].to(self.device))
+
+    def _root_mean_squares(self) -> list[Tensor]:
+        """[hidden] of each gate's hidden vectors, over the cheapest and the costliest route; folds exactly into the heads (ours)."""
+        shapes = self.objective.gated.head_shapes
+        sums = [torch.zeros(hidden, device=self.device, dtype=torch.float64) for _, hidden in shapes]
+        counts = [0] * len(shapes)
+        for rows in torch.arange(len(self.data.labels)).split(self.batch_size):
+            seen = self.objective.gated.answers(self._inputs(self.data.images[rows]), self.objective.extremes).hidden
+            for (gate, _), hidden in seen.items():
+                sums[gate] += hidden.double().pow(2).sum(0)
+                counts[gate] += len(hidden)
+        return [
+            (total / count).sqrt().clamp_min(SMALLEST_SCALE).float() for total, count in zip(sums, counts, strict=True)
+        ]
+
+    def epoch(self) -> Iterator[Tensor]:
+        """int64 [b] rows of one batch after another, in random order; the last may be smaller."""
+        yield from torch.randperm(len(self.data.labels), generator=self.order).split(self.batch_size)
+
+    def step(self, rows: Tensor) -> None:
+        """One batch.
+
+        Raises:
+            NonFiniteLossError: its loss is NaN or infinite.
+        """
+        pixels = self.data.images[rows]
+        if self.augmentation is not None:
+            pixels = augment(pixels, self.pixels, self.augmentation)
+        temperature = self.settings.temperature(self.num_done)
+        choosers = [
+            Chooser(head / scale, gumbel_noise((len(rows), len(head)), self.noise).to(self.device), temperature)
+            for head, scale in zip(self.heads, self.scales, strict=True)
+        ]
+        loss = self.objective(self._inputs(pixels), self.data.labels[rows].to(self.device), choosers)
+        if not torch.isfinite(loss):
+            raise NonFiniteLossError(
+                f"the gate's loss is {loss.item()} at step {self.num_done}; lower gate.optimizer.lr (now {self.settings.lr})"
+            )
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        self.num_done += 1
+
+    def _inputs(self, pixels: Tensor) -> Tensor:
+        return self.data.normalization.apply(pixels.to(self.device))
+
+    def result(self) -> list[Tensor]:
+        """float64 [K, hidden] each, for raw hidden vectors, on the CPU."""
+        if not all(bool(torch.isfinite(head).all()) for head in self.heads):
+            raise NonFiniteLossError(
+                f"the gate's weights are not finite after training; lower gate.optimizer.lr (now {self.settings.lr})"
+            )
+        return [
+            (head.detach().double() / scale.double()).cpu() for head, scale in zip(self.heads, self.scales, strict=True)
+        ]
+
+
+def train_end_to_end(
+    supernet: Supernet,
+    data: GateImages,
+    settings: GateSettings,
+    rules: EndToEndSettings,
+    *,
+    should_stop: Callable[[], bool] = lambda: False,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Tensor]:
+    """Train the slimming head of a `gate`, or those of `gates`, on images through the frozen supernet.
+
+    Args:
+        supernet: trained and recalibrated; it is as it was afterwards.
+        data: the `gate` split.
+        settings: router, losses, optimiser, batch size, temperatures, seed; `steps` is not read.
+        rules: epochs and augmentation.
+        should_stop: asked before every step.
+        on_progress: hears (steps done, steps in all).
+
+    Returns:
+        a head per gate that decides, float64 [K, hidden], for raw hidden vectors. `gate`: one, a row per route of the routing space.
+        `gates`: one per gate, a row per choice over the whole set, those that no route of the routing space takes among them.
+
+    Raises:
+        NonFiniteLossError: the loss or a weight became NaN or infinite.
+        StoppedError: `should_stop` said so.
+        ValueError: a setting out of its range.
+    """
+    return train_stage(supernet, data, settings, rules, should_stop=should_stop, on_progress=on_progress).heads
+
+
+def train_stage(  # noqa: PLR0913 - all but four are given by name
+    supernet: Supernet,
+    data: GateImages,
+    settings: GateSettings,
+    rules: EndToEndSettings,
+    *,
+    start: Progress | None = None,
+    until: int | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> GateStage:
+    """A stage of `train_end_to_end`: stages that follow each other end bit by bit where one pass ends.
+
+    Temperatures are those of the whole training: a stage is its beginning, not a shorter one.
+
+    Args:
+        supernet, data, settings, rules, should_stop, on_progress: as for the whole training, the same in all of its stages.
+        start: the progress that the stage before returned; None = from the beginning.
+        until: the epoch after which the stage ends, 1..rules.epochs and no earlier than `start`; None = at the very end.
+
+    Raises:
+        As `train_end_to_end`; and ValueError: `until` is out of its range, or `start` is not of this training.
+    """
+    if until is None:
+        until = rules.epochs
+    if not 1 <= until <= rules.epochs:
+        raise ValueError(
+            f"a stage of training ends after epoch {until}, but must end in 1..{rules.epochs} (gate.end_to_end.epochs)"
+        )
+    with frozen(supernet):
+        training = _Training(supernet, data, settings, rules, start)
+        if training.num_epochs > until:
+            raise ValueError(f"a stage of training ends after epoch {until}, but starts after {training.num_epochs}")
+        while training.num_epochs < until:
+            for rows in training.epoch():
+                if should_stop():
+                    raise StoppedError("the gate's training was stopped")
+                training.step(rows)
+                on_progress(training.num_done, training.settings.steps)
+        return GateStage(training.result(), training.progress())
+
+
+def seconds_per_epoch(
+    supernet: Supernet, data: GateImages, settings: GateSettings, rules: EndToEndSettings, *, num_steps: int = 3
+) -> float:
+    """How long one epoch over `data` takes, from a few of its steps after one that is not timed.
+
+    Full batches are timed, and the time is scaled by the number of images.
+    """
+    with frozen(supernet):
+        training = _Training(supernet, data, settings, rules)
+        rows = next(training.epoch())
+        training.step(rows)
+        start = time.perf_counter()
+        for _ in range(num_steps):
+            training.step(rows)
+        if training.device.type == "cuda":
+            torch.cuda.synchronize(training.device)
+        return (time.perf_counter() - start) / num_steps * len(data.labels) / len(rows)
+
+
+def _optimizer(heads: Sequence[Tensor], settings: GateSettings) -> torch.optim.Optimizer:
+    if settings.optimizer == "adam":
+        return torch.optim.Adam(heads, lr=settings.lr, weight_decay=settings.weight_decay)
+    return torch.optim.SGD(heads, lr=settings.lr, momentum=0.9, nesterov=True, weight_decay=settings.weight_decay)

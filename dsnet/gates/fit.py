@@ -1,0 +1,396 @@
+"""Stage II on the routing table: a router is trained, calibrated to its target MAdds, and scored by its deployed routes.
+
+Whole cohorts of trials are fitted at once; each comes out as it would alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dsnet.errors import NonFiniteLossError
+from dsnet.gates.cohort import Lane, Lesson, TrainedHead, train_cohort
+from dsnet.gates.problem import (
+    CASCADE_EVIDENCE,
+    PERCEPTRON_KINDS,
+    TREE_KINDS,
+    Costs,
+    Problem,
+    Scaling,
+    costs_of,
+    node_features,
+    problem_of,
+    routing_space,
+    sgs_targets,
+)
+from dsnet.gates.settings import GateSettings
+from dsnet.gates.tree import NUM_EXTRA_POOLINGS, PricedTree
+from dsnet.routers import (
+    CascadeRouter,
+    EvidenceGateRouter,
+    GateRouter,
+    Head,
+    LearnedCascadeRouter,
+    Router,
+)
+from dsnet.routers.cascade import num_answer_features
+from dsnet.routing.calibration import calibrate, confidence_threshold, nearest_price
+from dsnet.routing.routing_table import RoutingTable
+from dsnet.routing.table_routing import TableRun, run_on_table
+from dsnet.space.cost import gate_madds
+
+COLLAPSE_SHARE = 0.99
+"""A router that sends a larger share of the images down one route is flagged as collapsed."""
+
+
+@dataclass(frozen=True)
+class GateFit:
+    """A trained and calibrated router, and what it does on the calibration split."""
+
+    router: Router
+    metrics: Mapping[str, float]
+    run: TableRun
+
+
+def fit_gates(
+    gate_table: RoutingTable, val_table: RoutingTable, settings: Sequence[GateSettings]
+) -> list[GateFit | Exception]:
+    """Whole trials: train each router on `gate`, calibrate and score it on `val`.
+
+    Trials of one kind with equal optimiser, steps, batch size and hidden units train together, small routing spaces apart. Beside the
+    deployed routes' metrics a gate reports the softmax expectation (`soft_top1`, `soft_madds_m`): the soft-hard gap.
+
+    Returns:
+        for each trial, in order, its result, or why it has none: NonFiniteLossError, or ValueError for a setting out of its range.
+    """
+    results: dict[int, GateFit | Exception] = {}
+    classes: dict[tuple[object, ...], list[tuple[int, _Plan]]] = {}
+    for index, own in enumerate(settings):
+        try:
+            plan = _Plan.of(gate_table, own)
+        except ValueError as error:
+            results[index] = error
+            continue
+        if own.router == "cascade":
+            results[index] = _fit_cascade(val_table, plan)
+        else:
+            classes.setdefault(plan.trains_with, []).append((index, plan))
+    for members in classes.values():
+        plans = [plan for _, plan in members]
+        try:
+            fits = _fit_class(gate_table, val_table, plans)
+        except ValueError as error:  # what the table lacks, all of them lack
+            fits = [error] * len(plans)
+        results |= {index: fit for (index, _), fit in zip(members, fits, strict=True)}
+    return [results[index] for index in range(len(settings))]
+
+
+def fit_gate(gate_table: RoutingTable, val_table: RoutingTable, settings: GateSettings) -> GateFit:
+    """One trial.
+
+    Raises:
+        NonFiniteLossError, ValueError: as `fit_gates`.
+    """
+    (fit,) = fit_gates(gate_table, val_table, [settings])
+    if isinstance(fit, Exception):
+        raise fit
+    return fit
+
+
+def train_heads(gate_table: RoutingTable, lanes: Sequence[GateSettings]) -> list[list[Head]]:
+    """Train variants of a router in one program, and leave it at that: no calibration, no score.
+
+    Args:
+        gate_table: trains.
+        lanes: settings that differ in `lr` and `seed` alone.
+
+    Returns:
+        for each lane its heads.
+
+    Raises:
+        ValueError: a setting out of its range, or a table that lacks what the kind of router needs.
+    """
+    plan = _Plan.of(gate_table, lanes[0])
+    return _train(gate_table, [replace(plan, settings=own) for own in lanes])
+
+
+def calibrate_heads(val_table: RoutingTable, settings: GateSettings, heads: Sequence[Tensor]) -> GateFit:
+    """Calibrate and score a gate whose slimming heads were trained elsewhere, end to end.
+
+    Args:
+        val_table: calibrates and scores.
+        settings: of the trial; its router is `gate` or `gates`.
+        heads: float64 weights: [R, hidden] of the routing space for `gate`; one [choices, hidden] per gate for `gates`.
+
+    Raises:
+        NonFiniteLossError: a weight is NaN or infinite.
+        ValueError: a router that has no such heads.
+    """
+    if settings.router not in ("gate", "gates"):
+        raise ValueError(f"gate.router {settings.router} cannot be trained end to end; use gate or gates")
+    plan = _Plan.of(val_table, settings)
+    if settings.router == "gate":
+        full = torch.zeros(len(plan.columns), heads[0].shape[1], dtype=torch.float64)
+        full[plan.places] = heads[0].double()
+        heads = [full]
+    exam = _Exam(val_table, node_features(val_table, settings.router, plan.problem))
+    fit = _finish(exam, plan, [Head(head.double()) for head in heads])
+    if isinstance(fit, Exception):
+        raise fit
+    return fit
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is known of a trial before it trains."""
+
+    settings: GateSettings
+    routes: tuple[int, ...]
+    """The routing space; of a cascade what it may end on, of a plain one its two routes."""
+    problem: Problem
+    decision: NDArray[np.int64]
+    """[K]"""
+    costs: Costs
+    first: int | None
+    columns: tuple[int, ...]
+    """The routes that the program holds: all of the table, of which a lane allows some; or the routing space alone where that is at most
+    half of them, which is less work but trains with equal routing spaces only."""
+
+    @classmethod
+    def of(cls, table: RoutingTable, settings: GateSettings) -> _Plan:
+        """Choose what a cascade runs first by the labels of `table`, and count what decisions cost."""
+        routes, first = routing_space(table, settings), None
+        no_decision = np.zeros(table.num_routes, dtype=np.int64)
+        if settings.router in ("cascade", "learned_cascade"):
+            target = costs_of(table, settings, routes, no_decision, None).target
+            first, second = best_pair(table, routes, target)
+            wider = tuple(route for route in routes if table.madds[route] > table.madds[first])
+            routes = (first, second) if settings.router == "cascade" else tuple(sorted((first, *wider)))
+        columns = tuple(range(table.num_routes))
+        if settings.router not in TREE_KINDS and 2 * len(routes) <= table.num_routes:
+            columns = routes
+        problem = problem_of(table, settings.router, first, len(columns))
+        decision = no_decision if settings.router == "cascade" else _decision_madds(table, settings, problem, routes)
+        costs = costs_of(table, settings, routes, decision, first)
+        return cls(settings, routes, problem, decision, costs, first, columns)
+
+    @property
+    def trains_with(self) -> tuple[object, ...]:
+        """Trials with equal values train in one program."""
+        own = self.settings
+        hidden = own.hidden_units if own.router in PERCEPTRON_KINDS else None
+        return own.router, self.first, self.columns, own.optimizer, own.steps, own.batch_size, hidden
+
+    @property
+    def places(self) -> list[int]:
+        """Where the routes of the routing space stand among the columns."""
+        return [self.columns.index(route) for route in self.routes]
+
+    def lane(self, table: RoutingTable) -> Lane:
+        """What the trainer needs of it; `table` is that of the `gate` split."""
+        allowed = torch.zeros(len(self.columns), dtype=torch.bool)
+        allowed[self.places] = True
+        targets = sgs_targets(table, self.routes, self.settings, self.costs.madds)
+        return Lane(
+            self.settings,
+            allowed,
+            torch.from_numpy(self.costs.madds[list(self.columns)] / self.costs.widest).float(),
+            self.costs.target / self.costs.widest,
+            torch.from_numpy(np.searchsorted(self.columns, targets)),
+            self.costs.widest,
+        )
+
+
+def best_pair(table: RoutingTable, routes: Sequence[int], target: float) -> tuple[int, int]:
+    """(first, second) of the confidence cascade with the most right answers on `table` at a mean cost of `target`, by its labels.
+
+    Raises:
+        ValueError: fewer than two routes of different cost.
+    """
+    by_cost = sorted(routes, key=lambda route: (table.madds[route], route))
+    correct = np.ascontiguousarray(table.correct1.T)
+    best, pair = -1, None
+    for position, first in enumerate(by_cost):
+        wider = [route for route in by_cost[position + 1 :] if table.madds[route] > table.madds[first]]
+        if not wider:
+            continue
+        extra = (table.madds[wider] - table.trunk_madds).astype(np.float64)
+        share = np.clip((target - table.madds[first]) / extra, 0.0, 1.0)
+        if table.madds[first] > target and pair is not None:
+            break  # dearer than the target from the start, as are all that follow
+        images = np.argsort(table.confidence[:, first], kind="stable")
+        stays = correct[first].take(images)
+        for second, count in zip(wider, np.rint(share * table.num_images).astype(int), strict=True):
+            goes_on = correct[second].take(images[:count])
+            right = int(np.count_nonzero(stays[count:]) + np.count_nonzero(goes_on))
+            if right > best:
+                best, pair = right, (first, second)
+    if pair is None:
+        raise ValueError(
+            f"a cascade needs two routes of different cost, but gate.routing leaves {list(routes)}; widen it"
+        )
+    return pair
+
+
+def _decision_madds(
+    table: RoutingTable, settings: GateSettings, problem: Problem, routes: Sequence[int]
+) -> NDArray[np.int64]:
+    """[K] MAdds of all decisions on the way to each route."""
+    madds = np.zeros(table.num_routes, dtype=np.int64)
+    is_tree = settings.router in TREE_KINDS
+    for node in problem.nodes:
+        num_choices = node.num_choices if is_tree else len(routes)
+        cost = _head_madds(table, settings, problem, (node.gate, node.node), num_choices)
+        passing = table.tree.gates[node.gate].routes_at(node.node) if is_tree else range(table.num_routes)
+        madds[list(passing)] += cost
+    return madds
+
+
+def _head_madds(
+    table: RoutingTable, settings: GateSettings, problem: Problem, place: tuple[int, int], num_choices: int
+) -> int:
+    columns = table.gates[place[0]].layouts[place[1]]
+    if not problem.is_perceptron:
+        return gate_madds(_length(columns["hidden"]), num_choices)
+    pooling = 0
+    if problem.first is not None:
+        size = num_answer_features(table.num_classes) + sum(_length(columns[part]) for part in CASCADE_EVIDENCE)
+    else:
+        size = sum(map(_length, columns.values()))
+        pooling = NUM_EXTRA_POOLINGS * table.gates[place[0]].pooling_madds[place[1]]
+    return pooling + gate_madds(size, settings.hidden_units) + gate_madds(settings.hidden_units, num_choices)
+
+
+def _length(span: tuple[int, int]) -> int:
+    return span[1] - span[0]
+
+
+def _fit_class(gate_table: RoutingTable, val_table: RoutingTable, plans: Sequence[_Plan]) -> list[GateFit | Exception]:
+    """Train plans that train together, then finish each."""
+    heads_of = _train(gate_table, plans)
+    exam = _Exam(val_table, node_features(val_table, plans[0].settings.router, plans[0].problem))
+    return [_finish(exam, plan, heads) for plan, heads in zip(plans, heads_of, strict=True)]
+
+
+def _train(gate_table: RoutingTable, plans: Sequence[_Plan]) -> list[list[Head]]:
+    """For each of the plans, which train together, its heads for raw features."""
+    problem, kind = plans[0].problem, plans[0].settings.router
+    features = node_features(gate_table, kind, problem)
+    scalings = _scalings(problem, features)
+    scaled = [scalings[node.head].apply(own) for node, own in zip(problem.nodes, features, strict=True)]
+    columns = list(plans[0].columns)
+    correct = torch.from_numpy(gate_table.correct1[:, columns].astype(np.float32))
+    lesson = Lesson(problem, scaled, torch.from_numpy(gate_table.ce[:, columns].copy()), correct)
+    trained = train_cohort(lesson, [plan.lane(gate_table) for plan in plans])
+    return [[_unscaled(head, scaling) for head, scaling in zip(heads, scalings, strict=True)] for heads in trained]
+
+
+@dataclass(frozen=True)
+class _Exam:
+    """What calibrates and scores the trials of one problem."""
+
+    table: RoutingTable
+    features: Sequence[Tensor]
+    """For each node of the problem [N, D]."""
+
+
+def _scalings(problem: Problem, features: Sequence[Tensor]) -> list[Scaling]:
+    """One for each head, over all nodes that share it."""
+    shared: list[list[Tensor]] = [[] for _ in range(problem.num_heads)]
+    for node, own in zip(problem.nodes, features, strict=True):
+        shared[node.head].append(own)
+    return [Scaling.of(torch.cat(parts), is_centred=problem.is_perceptron) for parts in shared]
+
+
+def _unscaled(head: TrainedHead, scaling: Scaling) -> Head:
+    """The head for raw features: the scaling folds exactly into the first layer."""
+    scale, mean = scaling.scale.double(), scaling.mean.double()
+    if head.inner_weight is None or head.inner_bias is None:
+        return Head(head.weight.double() / scale)
+    inner = head.inner_weight.double() / scale
+    bias = None if head.bias is None else head.bias.double()
+    return Head(head.weight.double(), bias, inner, head.inner_bias.double() - inner @ mean)
+
+
+def _finish(exam: _Exam, plan: _Plan, heads: Sequence[Head]) -> GateFit | Exception:
+    """Calibrate on `val` without its labels, and score."""
+    if not all(bool(torch.isfinite(part).all()) for head in heads for part in head.tensors("").values()):
+        own = plan.settings
+        return NonFiniteLossError(
+            f"the router's weights are not finite after training; lower gate.optimizer.lr (now {own.lr})"
+        )
+    is_tree = plan.settings.router in TREE_KINDS
+    router, beta, soft = _calibrated_tree(exam, plan, heads) if is_tree else _calibrated_flat(exam, plan, heads[0])
+    val = exam.table
+    run = run_on_table(router, val)
+    metrics = score_run(run, val) | _target_metrics(plan) | {"beta": beta}
+    correct, cost = val.correct1[:, list(plan.routes)], plan.costs.madds[list(plan.routes)]
+    metrics |= {"soft_top1": float((soft * correct).sum(1).mean()), "soft_madds_m": float((soft @ cost).mean() / 1e6)}
+    return GateFit(router, metrics, run)
+
+
+def _target_metrics(plan: _Plan) -> dict[str, float]:
+    return {"target_madds_m": plan.costs.target / 1e6, "target_clamped": float(plan.costs.is_clamped)}
+
+
+def _calibrated_flat(exam: _Exam, plan: _Plan, head: Head) -> tuple[Router, float, NDArray[np.float64]]:
+    """A router that decides once; beta; its softmax at the last temperature [N, R]."""
+    rows = plan.places
+    own = Head(head.weight[rows], None if head.bias is None else head.bias[rows], head.inner_weight, head.inner_bias)
+    logits = own(exam.features[0])
+    madds = plan.costs.madds[list(plan.routes)]
+    beta = calibrate(logits.numpy(), madds, plan.costs.target)
+    offset = torch.from_numpy(beta * madds / madds.max())
+    soft = ((logits - offset) / plan.settings.temperature_end).softmax(1).numpy()
+    return _flat_router(exam.table, plan, own, offset), beta, soft
+
+
+def _flat_router(val: RoutingTable, plan: _Plan, head: Head, offset: Tensor) -> Router:
+    match plan.settings.router:
+        case "gate":
+            return GateRouter(head.weight, offset, plan.routes)
+        case "evidence_gate":
+            pooling = NUM_EXTRA_POOLINGS * val.gates[0].pooling_madds[0]
+            return EvidenceGateRouter(head, offset, plan.routes, pooling)
+    assert plan.first is not None
+    return LearnedCascadeRouter(plan.first, head, offset, plan.routes, val.num_classes, CASCADE_EVIDENCE)
+
+
+def _calibrated_tree(exam: _Exam, plan: _Plan, heads: Sequence[Head]) -> tuple[Router, float, NDArray[np.float64]]:
+    """A router that decides at every gate; beta; its softmax over the paths at the last temperature [N, R]."""
+    logits = [heads[node.head](own).numpy() for node, own in zip(plan.problem.nodes, exam.features, strict=True)]
+    priced = PricedTree(plan.problem, plan.routes, plan.costs.madds, logits)
+    beta = nearest_price(priced.mean_cost, plan.costs.target, priced.bound)
+    router = priced.router(beta, exam.table, heads)
+    return router, beta, priced.softmax(beta, plan.settings.temperature_end)
+
+
+def _fit_cascade(val: RoutingTable, plan: _Plan) -> GateFit:
+    """A plain cascade learns nothing but its pair; the threshold meets the target on `val`."""
+    first, second = plan.routes
+    extra = float(val.madds[second] - val.trunk_madds)
+    threshold = confidence_threshold(val.confidence[:, first], float(val.madds[first]), extra, plan.costs.target)
+    router = CascadeRouter(first, second, threshold)
+    run = run_on_table(router, val)
+    return GateFit(router, score_run(run, val) | _target_metrics(plan), run)
+
+
+def score_run(run: TableRun, table: RoutingTable) -> dict[str, float]:
+    """Metrics of a routing, exact: top1, top5, ce, madds_m, p95_madds_m, route_entropy, max_route_share (of the answering routes)."""
+    rows = np.arange(table.num_images)
+    share = run.histogram
+    used = share[share > 0]
+    return {
+        "top1": float(table.correct1[rows, run.routes].mean()),
+        "top5": float(table.correct5[rows, run.routes].mean()),
+        "ce": float(table.ce[rows, run.routes].mean()),
+        "madds_m": float(run.madds.mean() / 1e6),
+        "p95_madds_m": float(np.percentile(run.madds, 95) / 1e6),
+        "route_entropy": float(-(used * np.log(used)).sum()) + 0.0,
+        "max_route_share": float(share.max()),
+    }

@@ -1,0 +1,37 @@
+"""The complexity term of Stage II: what spending compute costs a gate."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+COMPLEXITY_FORMS = ("hinge", "quadratic", "paper", "paper_raw")
+PAPER_UNIT = 1e9
+"""The published complexity term divides MAdds by this."""
+PAPER_WIDEST = 565.4e6
+"""MAdds of the published network's widest route."""
+
+
+def complexity(expected_madds: Tensor, target_madds: float, max_madds: float, form: str) -> Tensor:
+    """The complexity term of Stage II (CONTRACTS, "Target, losses, calibration").
+
+    Args:
+        expected_madds: mean expected MAdds of the batch, a scalar tensor.
+        target_madds: the target in MAdds.
+        max_madds: MAdds of the widest sub-network of the whole set.
+        form: `hinge` relu(r - 1)^2, `quadratic` (r - 1)^2 with r = E/target; `paper` (E / (1e9 max / 565.4e6))^2; `paper_raw` (E / 1e9)^2.
+
+    Raises:
+        ValueError: unknown form.
+    """
+    ratio = expected_madds / target_madds
+    match form:
+        case "hinge":
+            return torch.relu(ratio - 1.0) ** 2
+        case "quadratic":
+            return (ratio - 1.0) ** 2
+        case "paper":
+            return (expected_madds / (PAPER_UNIT * max_madds / PAPER_WIDEST)) ** 2
+        case "paper_raw":
+            return (expected_madds / PAPER_UNIT) ** 2
+    raise ValueError(f"unknown complexity form {form!r}; known: {', '.join(COMPLEXITY_FORMS)}")

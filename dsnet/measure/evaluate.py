@@ -1,0 +1,273 @@
+"""Running sub-networks over a split: static accuracies and the routing table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dsnet.data.normalization import Normalization
+from dsnet.data.tensors import TensorData
+from dsnet.data.training_images import TrainingImages
+from dsnet.network.precision import exact_float32
+from dsnet.network.prefix_tree import OnNode, each_logits
+from dsnet.network.supernet import EVIDENCE_PARTS, Supernet, TrunkOutput
+from dsnet.routers import summary_of
+from dsnet.routing.routing_table import MAX_FULL_CLASSES, NUM_TOP_LOGITS, GateColumns, RoutingTable
+from dsnet.seeds import derive_seed
+from dsnet.space.cost import pooling_madds, subnet_cost
+from dsnet.space.route_tree import RouteTree
+from dsnet.space.spec import Subnet
+
+EVALUATION_BATCH = 256
+"""Images at a time wherever a number is kept: sums in float32 depend on it in their last bits."""
+MAX_EVIDENCE_COLUMNS = 20_000
+"""Numbers of evidence that a table keeps for an image, where there is a choice."""
+TRAIN_SAMPLE = 1000
+"""Images of `train` on which the widest route is tried too: a point or so either way is exact enough to see learning by heart."""
+TRAIN_SAMPLE_FILE = "train_sample.json"
+"""Where the measure stage keeps it; runs of earlier releases have none."""
+
+
+@exact_float32()
+@torch.no_grad()
+def subnet_accuracy(
+    supernet: Supernet,
+    subnet: Subnet,
+    data: TensorData,
+    split: str,
+    normalization: Normalization,
+    batch_size: int = EVALUATION_BATCH,
+) -> tuple[float, float]:
+    """(top-1, top-5) of one sub-network on a split, as fractions."""
+    device = next(supernet.parameters()).device
+    supernet.eval()
+    right1 = right5 = 0
+    for batch in data.batches(split, batch_size):
+        labels = batch.labels.to(device)
+        logits = supernet(normalization.apply(batch.images.to(device)), subnet)
+        right1 += int((logits.argmax(1) == labels).sum())
+        right5 += int(_in_top5(logits, labels).sum())
+    return right1 / data.num_images(split), right5 / data.num_images(split)
+
+
+def measure_subnets(
+    supernet: Supernet,
+    data: TensorData,
+    split: str,
+    normalization: Normalization,
+    *,
+    known: Sequence[Mapping[str, Any]] = (),
+    on_row: Callable[[list[Mapping[str, Any]]], None] = lambda rows: None,
+) -> dict[str, Any]:
+    """Accuracy on a split and cost of every sub-network, the teacher too.
+
+    Args:
+        supernet: trained and recalibrated.
+        data: holds the split.
+        split: which one.
+        normalization: what the supernet was trained with.
+        known: the first rows, where an earlier call was stopped.
+        on_row: hears all rows so far after each sub-network; it may raise to give up.
+
+    Returns:
+        what `subnets.json` of the measure stage holds.
+    """
+    subnets = supernet.subnets
+    rows = list(known)
+    for subnet in subnets.all[len(rows) :]:
+        top1, top5 = subnet_accuracy(supernet, subnet, data, split, normalization)
+        cost = subnet_cost(supernet.spec, subnet, data.image_shape[-1])
+        rows.append(
+            {
+                "name": subnet.name,
+                "top1": top1,
+                "top5": top5,
+                "madds": cost.madds,
+                "params": cost.params,
+                "is_teacher": subnet == subnets.teacher,
+            }
+        )
+        on_row(rows)
+    return {"split": split, "num_images": data.num_images(split), "subnets": rows}
+
+
+@exact_float32()
+@torch.no_grad()
+def sample_training_images(
+    supernet: Supernet, images: TrainingImages, normalization: Normalization, limit: int = TRAIN_SAMPLE
+) -> dict[str, Any]:
+    """Top-1 of the widest route on some images of `train`, as evaluation sees them: beside top-1 on `val` it shows learning by heart.
+
+    Args:
+        supernet: trained and recalibrated.
+        images: the training split.
+        normalization: what the supernet was trained with.
+        limit: images that are drawn, the same ones for the same number of images.
+
+    Returns:
+        what `train_sample.json` of the measure stage holds.
+    """
+    device = next(supernet.parameters()).device
+    widest = supernet.subnets[supernet.subnets.by_madds()[-1]]
+    generator = torch.Generator().manual_seed(derive_seed(0, "train sample"))
+    rows = torch.randperm(len(images.labels), generator=generator)[:limit].split(EVALUATION_BATCH)
+    supernet.eval()
+    right = 0
+    for own, batch in zip(rows, images.clean(rows, device), strict=True):
+        logits = supernet(normalization.apply(batch), widest)
+        right += int((logits.argmax(1).cpu() == images.labels[own]).sum())
+    num_images = sum(map(len, rows))
+    return {"split": "train", "num_images": num_images, "name": widest.name, "top1": right / num_images}
+
+
+@exact_float32()
+@torch.no_grad()
+def build_routing_table(
+    supernet: Supernet,
+    data: TensorData,
+    split: str,
+    normalization: Normalization,
+    *,
+    batch_size: int = EVALUATION_BATCH,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> RoutingTable:
+    """Run every member of the supernet's set once over a split; what they share runs once for all of them.
+
+    Args:
+        supernet: trained and recalibrated; with several gates every path of its set is run, shared segments once.
+        data: holds the split.
+        split: which one.
+        normalization: what the supernet was trained with.
+        batch_size: images at a time.
+        on_progress: hears (images done, images in all).
+    """
+    subnets = supernet.subnets
+    tree = RouteTree.of(subnets)
+    plan = _EvidencePlan(supernet, tree, data.image_shape[-1])
+    device = next(supernet.parameters()).device
+    supernet.eval()
+    rows: list[dict[str, Tensor]] = []
+    done = 0
+    for batch in data.batches(split, batch_size):
+        labels = batch.labels.to(device)
+        images = normalization.apply(batch.images.to(device))
+        seen: dict[tuple[int, int], Tensor] = {}
+        answers_of = {
+            subnet.name: _answers(logits, labels)
+            for subnet, logits in each_logits(supernet, images, subnets.members, on_node=plan.collector(seen))
+        }
+        per_route = [answers_of[subnet.name] for subnet in subnets]
+        row = {name: torch.stack([answers[name] for answers in per_route], dim=1) for name in per_route[0]}
+        row["evidence"] = torch.cat([seen[place] for place in plan.places], dim=1)
+        rows.append({name: value.cpu() for name, value in row.items()})
+        done += len(labels)
+        on_progress(done, data.num_images(split))
+    arrays = {name: torch.cat([row[name] for row in rows]).numpy() for name in rows[0]}
+    costs = [subnet_cost(supernet.spec, subnet, data.image_shape[-1]) for subnet in subnets]
+    return RoutingTable(
+        split=split,
+        routes=tuple(subnet.name for subnet in subnets),
+        tree=tree,
+        gates=plan.columns(),
+        trunk_madds=costs[0].trunk_madds,
+        num_classes=supernet.spec.num_classes,
+        image_ids=data.ids(split).cpu().numpy(),
+        labels=data.labels(split).cpu().numpy(),
+        madds=np.array([cost.madds for cost in costs], dtype=np.int64),
+        **arrays,
+    )
+
+
+class _EvidencePlan:
+    """Which parts of the evidence are kept at every node, and in which columns.
+
+    The first gate's always all; a later gate's poolings only where the nodes of all gates together need no more than
+    `MAX_EVIDENCE_COLUMNS`: 64 nodes with a thousand channels would be 800 kB an image.
+    """
+
+    def __init__(self, supernet: Supernet, tree: RouteTree, image_size: int) -> None:
+        self._subnets = supernet.subnets
+        self._tree = tree
+        self._image_size = image_size
+        self.places = [(gate, node) for gate, nodes in enumerate(tree.gates) for node in range(nodes.num_nodes)]
+        self._lengths = {place: self._lengths_at(*place) for place in self.places}
+        if sum(sum(lengths.values()) for lengths in self._lengths.values()) > MAX_EVIDENCE_COLUMNS:
+            for (gate, node), lengths in self._lengths.items():
+                if gate > 0:
+                    self._lengths[gate, node] = {"hidden": lengths["hidden"]}
+
+    def _lengths_at(self, gate: int, node: int) -> dict[str, int]:
+        spec = self._subnets.spec
+        subnet = self._subnets[self._tree.gates[gate].routes_at(node)[0]]
+        (op,) = (op for op in spec.ops if op.name == spec.gates[gate].attention)
+        channels = op.input_width(subnet.widths)
+        return {part: spec.gates[gate].hidden if part == "hidden" else channels for part in EVIDENCE_PARTS}
+
+    def collector(self, seen: dict[tuple[int, int], Tensor]) -> OnNode:
+        """What takes in each node's evidence of a batch."""
+        index = {subnet.name: k for k, subnet in enumerate(self._subnets)}
+
+        def collect(gate: int, subnet: Subnet, output: TrunkOutput) -> None:
+            place = (gate, self._tree.gates[gate].node_of[index[subnet.name]])
+            seen[place] = torch.cat([output.evidence(part) for part in self._lengths[place]], dim=1).float()
+
+        return collect
+
+    def columns(self) -> tuple[GateColumns, ...]:
+        """Layout and cost of every gate's evidence."""
+        layouts: dict[tuple[int, int], dict[str, tuple[int, int]]] = {}
+        start = 0
+        for place in self.places:
+            layouts[place] = {}
+            for part, length in self._lengths[place].items():
+                layouts[place][part] = (start, start + length)
+                start += length
+        return tuple(
+            GateColumns(
+                tuple(layouts[gate, node] for node in range(nodes.num_nodes)),
+                tuple(self._pooling(gate, nodes.routes_at(node)[0]) for node in range(nodes.num_nodes)),
+            )
+            for gate, nodes in enumerate(self._tree.gates)
+        )
+
+    def _pooling(self, gate: int, route: int) -> int:
+        return pooling_madds(self._subnets.spec, self._subnets[route], gate, self._image_size)
+
+
+def join_tables(parts: Sequence[RoutingTable]) -> RoutingTable:
+    """The table of a split from those of its consecutive pieces.
+
+    Where every piece but the last holds a multiple of the batch size, the result is bit-equal to the table built at once
+    with the same number of threads of the same processor.
+    """
+    arrays = parts[0].arrays()
+    per_image = [name for name in arrays if name != "madds"]  # that is of the routes, hence equal in all pieces
+    joined = {name: np.concatenate([part.arrays()[name] for part in parts]) for name in per_image}
+    return RoutingTable.from_arrays({**arrays, **joined}, parts[0].meta())
+
+
+def _in_top5(logits: Tensor, labels: Tensor) -> Tensor:
+    return (logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]).any(1)
+
+
+def _answers(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """What a table keeps of one route's logits [B, C]; every value is [B] or [B, L]."""
+    predicted = logits.argmax(1)
+    kept, classes = logits, torch.zeros(len(labels), 0, dtype=torch.int32, device=logits.device)
+    if logits.shape[1] > MAX_FULL_CLASSES:
+        kept, indices = logits.topk(NUM_TOP_LOGITS, dim=1)
+        classes = indices.int()
+    return {
+        "ce": F.cross_entropy(logits.float(), labels, reduction="none"),
+        "predicted": predicted,
+        "correct1": predicted == labels,
+        "correct5": _in_top5(logits, labels),
+        **summary_of(logits),
+        "logits": kept.half(),
+        "logit_classes": classes,
+    }

@@ -1,0 +1,496 @@
+"""Latency as a person meets it: named device, fixed threads, warm-up, interleaved repeats, median and interquartile range."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import random
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dsnet.deploy.materialize import PlainSubnet
+from dsnet.deploy.segments import CutSegments
+from dsnet.errors import ConfigError
+from dsnet.measure.decision_timing import decision_calls
+from dsnet.network.supernet import Supernet
+from dsnet.space.route_tree import RouteTree
+from dsnet.strict_json import NumberRange
+
+MIN_REPEATS = 3
+"""Fewer say nothing about spread."""
+BUDGET_S = 120.0
+TRUNK, DECIDE = "/trunk", "/decide/"
+"""Beside the names of tails, which are those of sub-networks and hold no slash; a kind of router follows the second."""
+PUBLISHED = "gate"
+"""The kind of router whose decision counts where its own was not timed."""
+DEVICES = ("auto", "cpu", "cuda")
+MAIN_DEVICE = ""
+"""The name of the device that `measure.device` says, among those of `measure.devices`."""
+DEVICE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,31}")
+"""Names of further devices: they stand in metric names, in expressions and in file names."""
+
+
+def latency_metric(batch_size: int = 1, device: str = MAIN_DEVICE) -> str:
+    """The name of a latency among the metrics: `latency_ms`, `latency_ms_batch64`, `latency_ms.server`, `latency_ms_batch64.server`.
+
+    Always milliseconds of one call: of one image, or of a whole batch of so many.
+    """
+    return ("latency_ms" if batch_size == 1 else f"latency_ms_batch{batch_size}") + (f".{device}" if device else "")
+
+
+def latency_file(device: str = MAIN_DEVICE) -> str:
+    """The file of a device's `LatencyTable` in the measure stage's folder."""
+    return f"latency-{device}.json" if device else "latency.json"
+
+
+def device_of(file: str) -> str | None:
+    """The device whose table a file of the measure stage holds; None for another file."""
+    found = re.fullmatch(rf"latency(?:-({DEVICE_NAME.pattern}))?\.json", file)
+    return None if found is None else found[1] or MAIN_DEVICE
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Wall time of one call."""
+
+    median_ms: float
+    iqr_ms: float
+    """Third minus first quartile."""
+    repeats: int
+
+
+NOISY_SPREAD = 0.2
+"""Interquartile range over median of the typical call from which on times are noisy: sub-networks that differ by a tenth look alike then.
+On an idle machine it is some hundredths."""
+BUSY_LOAD = 2.0
+"""Processes that want a core, for each core: training that has just ended leaves about 1 behind, twice as many are somebody else's."""
+
+
+@dataclass(frozen=True)
+class MachineLoad:
+    """How busy the machine was when something was timed."""
+
+    load_average: float
+    """Processes that ran or wanted to, mean over a minute."""
+    num_cores: int
+    """Usable by this process."""
+
+    @classmethod
+    def now(cls) -> MachineLoad | None:
+        """At this moment; None where the system does not say."""
+        try:
+            return cls(os.getloadavg()[0], len(os.sched_getaffinity(0)))
+        except OSError:
+            return None
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any] | None) -> MachineLoad | None:
+        """Rebuild what `asdict` gave; None stays None, as timings of earlier releases have none."""
+        return None if data is None else cls(**data)
+
+
+def noise_of(timings: Iterable[Timing], load: MachineLoad | None) -> str | None:
+    """What makes times doubtful, in words; None where nothing does.
+
+    Args:
+        timings: of comparable calls.
+        load: of the machine after them; None where it is not known.
+    """
+    shares = [timing.iqr_ms / timing.median_ms for timing in timings if timing.median_ms > 0]
+    spread = float(np.median(shares)) if shares else 0.0
+    is_busy = load is not None and load.load_average > BUSY_LOAD * load.num_cores
+    if spread <= NOISY_SPREAD and not is_busy:
+        return None
+    told = [f"quartiles {spread:.0%} of the median apart"]
+    if load is not None:
+        told.append(f"load average {load.load_average:.1f} on {load.num_cores} cores")
+    return ", ".join(told)
+
+
+@dataclass(frozen=True)
+class LatencyTable:
+    """What the parts of the dynamic network cost on one device (CONTRACTS, Latency)."""
+
+    device: str
+    """What it is, in words."""
+    threads: int
+    subnets: Mapping[int, Mapping[str, Timing]]
+    """batch size -> sub-network -> the whole sub-network as a plain module with folded BatchNorm."""
+    trunk: Mapping[int, Timing]
+    """n images -> the shared trunk."""
+    decide: Mapping[int, Timing]
+    """n images -> the published gate's decision: a slimming head over all routes, its argmax on the host, and the grouping."""
+    tails: Mapping[int, Mapping[str, Timing]]
+    """n images -> route -> its tail."""
+    decisions: Mapping[str, Mapping[int, Timing]] = field(default_factory=dict)
+    """Other kind of router -> n images -> all its decisions (`dsnet.measure.decision_timing`); a missing one counts as the published."""
+    load: MachineLoad | None = None
+    """Of the machine when all was timed; None in tables of earlier releases."""
+
+    @property
+    def noise(self) -> str | None:
+        """What makes the times of whole sub-networks doubtful; None where nothing does."""
+        return noise_of([timing for row in self.subnets.values() for timing in row.values()], self.load)
+
+    @property
+    def batch_sizes(self) -> tuple[int, ...]:
+        """Sizes of batches that have a metric of their own: 1, and every size at which whole sub-networks were timed."""
+        return tuple(sorted({1, *self.subnets}))
+
+    def static_ms(self, subnet: str, batch_size: int = 1) -> float:
+        """A call of a whole sub-network, as measured; where batch 1 was not, its trunk and its tail.
+
+        Raises:
+            KeyError: another batch size that was not measured.
+        """
+        if batch_size == 1 and 1 not in self.subnets:
+            return self.trunk[1].median_ms + self.tails[1][subnet].median_ms
+        return self.subnets[batch_size][subnet].median_ms
+
+    def batch1_ms(self, runs: NDArray[np.float64], routes: Sequence[str], kind: str = PUBLISHED) -> float:
+        """Ideal latency at batch 1: trunk + decide + the tails that run.
+
+        Args:
+            runs: [K] share of the images that run each route; a cascade's add up to more than one.
+            routes: their K names.
+            kind: of the router.
+        """
+        tails = np.array([self.tails[1][name].median_ms for name in routes])
+        decide = self.decisions.get(kind, self.decide)
+        return self.trunk[1].median_ms + decide[1].median_ms + float(runs @ tails)
+
+    def ideal_ms(
+        self, batch_size: int, runs: NDArray[np.float64], routes: Sequence[str], kind: str = PUBLISHED
+    ) -> float:
+        """Ideal latency of a batch of random images: trunk + decide + the expected time of each tail over its binomial group size.
+
+        Args:
+            batch_size: B; between the measured sizes times are interpolated, beyond them they grow in proportion.
+            runs: [K] share of the images that run each route.
+            routes: their K names.
+            kind: of the router.
+
+        Returns:
+            milliseconds of the whole batch.
+        """
+        return self.clock(batch_size, routes).ms(runs, kind)
+
+    def clock(self, batch_size: int, routes: Sequence[str]) -> BatchClock:
+        """`ideal_ms` of one batch size, prepared for many routers over the same routes."""
+        sizes = np.arange(batch_size + 1)
+        rows = [{size: tails[name] for size, tails in self.tails.items()} for name in routes]
+        return BatchClock(
+            float(_at(self.trunk, sizes)[-1]),
+            float(_at(self.decide, sizes)[-1]),
+            {kind: float(_at(measured, sizes)[-1]) for kind, measured in self.decisions.items()},
+            np.array([_at(row, sizes) for row in rows]),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-able mapping."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> LatencyTable:
+        """Rebuild a table from `to_json`."""
+        return cls(
+            device=data["device"],
+            threads=data["threads"],
+            subnets={
+                int(n): {name: Timing(**item) for name, item in row.items()} for n, row in data["subnets"].items()
+            },
+            trunk={int(n): Timing(**item) for n, item in data["trunk"].items()},
+            decide={int(n): Timing(**item) for n, item in data["decide"].items()},
+            tails={int(n): {name: Timing(**item) for name, item in row.items()} for n, row in data["tails"].items()},
+            # Tables of earlier releases have none: there every kind counts as the published gate.
+            decisions={
+                kind: {int(n): Timing(**item) for n, item in row.items()}
+                for kind, row in data.get("decisions", {}).items()
+            },
+            load=MachineLoad.from_json(data.get("load")),
+        )
+
+
+@dataclass(frozen=True)
+class BatchClock:
+    """What the parts of the dynamic network take for one batch of B images."""
+
+    trunk_ms: float
+    decide_ms: float
+    """Of the published gate."""
+    decisions_ms: Mapping[str, float]
+    """Of other kinds of router."""
+    tails_ms: NDArray[np.float64]
+    """[K, B + 1] each route's tail for 0, 1, ..., B images."""
+
+    def fixed_ms(self, kind: str = PUBLISHED) -> float:
+        """What every batch pays: trunk and decisions."""
+        return self.trunk_ms + self.decisions_ms.get(kind, self.decide_ms)
+
+    def ms(self, runs: NDArray[np.float64], kind: str = PUBLISHED) -> float:
+        """Ideal latency of a batch of random images, of which shares `runs` [K] run each route."""
+        chances = _binomials(self.tails_ms.shape[1] - 1, np.asarray(runs, dtype=np.float64))
+        return self.fixed_ms(kind) + float((chances * self.tails_ms).sum())
+
+
+def _at(measured: Mapping[int, Timing], sizes: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Milliseconds for numbers of images 0, 1, ...: none for 0, linear between the measured numbers, in proportion beyond the last."""
+    known = sorted(measured)
+    ms = np.interp(sizes, known, [measured[size].median_ms for size in known])
+    return np.where(sizes == 0, 0.0, ms * np.maximum(sizes / known[-1], 1.0))
+
+
+def _binomials(count: int, shares: NDArray[np.float64]) -> NDArray[np.float64]:
+    """[K, count + 1] the probability that so many of `count` images run a route that a share [K] of all images runs."""
+    numbers = np.arange(count + 1)
+    ways = np.array([math.lgamma(count + 1) - math.lgamma(n + 1) - math.lgamma(count - n + 1) for n in numbers])
+    inside = np.clip(shares, np.finfo(np.float64).tiny, 1.0 - np.finfo(np.float64).epsneg)[:, None]
+    chances = np.exp(ways + numbers * np.log(inside) + (count - numbers) * np.log1p(-inside))
+    chances[shares <= 0.0] = np.eye(count + 1)[0]
+    chances[shares >= 1.0] = np.eye(count + 1)[count]
+    return chances
+
+
+def device_name(device: torch.device | str) -> str:
+    """The device in words: the GPU's or the processor's own name and how many cores are usable."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines() if cpuinfo.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return f"{next(names, platform.machine())}, {len(os.sched_getaffinity(0))} cores"
+
+
+def time_interleaved(
+    calls: Mapping[str, Callable[[], object]],
+    *,
+    repeats: int,
+    warmup: int,
+    budget_s: float = math.inf,
+    synchronize: Callable[[], None] = lambda: None,
+    before_each: Callable[[], None] = lambda: None,
+) -> dict[str, Timing]:
+    """Time several calls side by side: each round runs all of them, in a fresh random order, so that drift hits all alike.
+
+    Args:
+        calls: what to time, by name.
+        repeats: rounds that count.
+        warmup: rounds before these.
+        budget_s: where this does not suffice, fewer rounds, but no fewer than `MIN_REPEATS` of those asked for.
+        synchronize: waits until the device is done.
+        before_each: runs untimed before every call; it may raise to give up.
+    """
+    order = list(calls)
+    shuffle = random.Random(0)
+    samples: dict[str, list[float]] = {name: [] for name in order}
+    for counts in _rounds(repeats, warmup, budget_s):
+        shuffle.shuffle(order)
+        for name in order:
+            before_each()
+            synchronize()
+            start = time.perf_counter()
+            calls[name]()
+            synchronize()
+            if counts:
+                samples[name].append((time.perf_counter() - start) * 1e3)
+    timings = {}
+    for name, values in samples.items():
+        first, median, third = np.percentile(values, [25, 50, 75])
+        timings[name] = Timing(float(median), float(third - first), len(values))
+    return timings
+
+
+def _rounds(repeats: int, warmup: int, budget_s: float) -> Iterator[bool]:
+    """For each round whether it counts; warm-up takes no more than a quarter of the budget, but a round."""
+    start = time.monotonic()
+    for number in range(warmup):
+        if number and time.monotonic() - start > budget_s / 4:
+            break
+        yield False
+    for number in range(repeats):
+        if number >= MIN_REPEATS and time.monotonic() - start > budget_s:
+            break
+        yield True
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceSettings:
+    """A further device on which everything is timed."""
+
+    device: str = "cpu"
+    threads: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatencySettings:
+    """What to time."""
+
+    device: str = "cpu"
+    threads: int = 1
+    devices: Mapping[str, DeviceSettings] = field(default_factory=dict)
+    """Name -> further device; everything is timed on each of them as on the main one."""
+    batch_sizes: tuple[int, ...] = (1, 64)
+    """For whole sub-networks; increasing."""
+    group_sizes: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+    """For trunk, decision and tails; increasing from 1."""
+    repeats: int = 15
+    warmup: int = 3
+
+    def __post_init__(self) -> None:
+        count, count_from_0 = NumberRange(lowest=1, is_whole=True), NumberRange(lowest=0, is_whole=True)
+        count.check("measure.threads", self.threads)
+        for name, further in self.devices.items():
+            if not DEVICE_NAME.fullmatch(name):
+                raise ConfigError(
+                    f"measure.devices: {name!r} cannot name a device; use 1 to 32 letters, digits or '_', no digit at the start"
+                )
+            count.check(f"measure.devices.{name}.threads", further.threads)
+        count.check("measure.repeats", self.repeats)
+        count_from_0.check("measure.warmup", self.warmup)
+        for name, sizes in (("batch_sizes", self.batch_sizes), ("group_sizes", self.group_sizes)):
+            if not sizes:
+                raise ConfigError(f"measure.{name} must hold at least 1 entries; got 0")
+            for size in sizes:
+                count.check(f"measure.{name}", size)
+            ordered = sorted(set(sizes))
+            if list(sizes) != ordered:
+                raise ConfigError(f"measure.{name}: sizes must increase; got {list(sizes)}, write {ordered}")
+        if self.group_sizes[0] != 1:
+            raise ConfigError(f"measure.group_sizes must start at 1; got {list(self.group_sizes)}")
+
+    @property
+    def num_rounds(self) -> int:
+        """Batch and group sizes that are timed on each device."""
+        return len(self.batch_sizes) + len(self.group_sizes)
+
+    def by_device(self, resolve: Callable[[str], str] = lambda device: device) -> dict[str, LatencySettings]:
+        """The settings of each device alone, by its name, the main one first.
+
+        Args:
+            resolve: makes `cpu` or `cuda` of what was asked for.
+        """
+        further = {
+            name: replace(self, device=resolve(own.device), threads=own.threads, devices={})
+            for name, own in self.devices.items()
+        }
+        return {MAIN_DEVICE: replace(self, device=resolve(self.device), devices={}), **further}
+
+
+@torch.inference_mode()
+def measure_latency(
+    supernet: Supernet,
+    image_size: int,
+    settings: LatencySettings,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    before_each: Callable[[], None] = lambda: None,
+    budget_s: float = BUDGET_S,
+) -> LatencyTable:
+    """Time every sub-network and every part of the dynamic network on random images, on the main device; the process keeps its threads.
+
+    Args:
+        supernet: trained; paths through several gates are timed as what they share, put together.
+        image_size: side in pixels.
+        settings: device, threads, sizes, repeats.
+        on_progress: hears (sizes done, sizes in all).
+        before_each: runs untimed before every timed call; it may raise to give up.
+        budget_s: seconds for all sizes together, shared evenly; many paths or large images then have fewer repeats than asked for.
+    """
+    device = torch.device(settings.device)
+    parts = _Parts(supernet.to(device).eval(), image_size, device)
+    total = settings.num_rounds
+    done = 0
+
+    def timed(calls: Mapping[str, Callable[[], object]]) -> dict[str, Timing]:
+        nonlocal done
+        timings = time_interleaved(
+            calls,
+            repeats=settings.repeats,
+            warmup=settings.warmup,
+            budget_s=budget_s / total,
+            synchronize=waiter(device),
+            before_each=before_each,
+        )
+        done += 1
+        on_progress(done, total)
+        return timings
+
+    threads_before = torch.get_num_threads()
+    torch.set_num_threads(settings.threads)
+    try:
+        subnets = {size: timed(parts.whole_calls(size)) for size in settings.batch_sizes}
+        rows = {size: timed(parts.part_calls(size)) for size in settings.group_sizes}
+    finally:
+        torch.set_num_threads(threads_before)
+    kinds = [name.removeprefix(DECIDE) for name in rows[1] if name.startswith(DECIDE)]
+    decisions = {kind: {size: row.pop(DECIDE + kind) for size, row in rows.items()} for kind in kinds}
+    return LatencyTable(
+        device=device_name(device),
+        threads=settings.threads,
+        subnets=subnets,
+        trunk={size: row.pop(TRUNK) for size, row in rows.items()},
+        decide=decisions.pop(PUBLISHED),
+        tails=rows,
+        decisions=decisions,
+        load=MachineLoad.now(),
+    )
+
+
+class _Parts:
+    """What is timed: shared segments, put together to tails and whole sub-networks; every one on the same random images."""
+
+    def __init__(self, supernet: Supernet, image_size: int, device: torch.device) -> None:
+        members = supernet.subnets.members
+        self.spec = supernet.spec
+        self.segments = CutSegments(supernet, RouteTree.of(supernet.subnets))
+        self.trunk = self.segments.trunk
+        self.tails = {subnet.name: self.segments.tail(route) for route, subnet in enumerate(members)}
+        self.whole = {name: PlainSubnet(self.trunk, tail).eval() for name, tail in self.tails.items()}
+        self.generator = torch.Generator().manual_seed(0)
+        self.shape = (supernet.spec.in_channels, image_size, image_size)
+        self.device = device
+
+    def _images(self, size: int) -> torch.Tensor:
+        return torch.randn((size, *self.shape), generator=self.generator).to(self.device)
+
+    def whole_calls(self, size: int) -> dict[str, Callable[[], object]]:
+        """Every sub-network."""
+        images = self._images(size)
+        return {name: _bind(module, images) for name, module in self.whole.items()}
+
+    def part_calls(self, size: int) -> dict[str, Callable[[], object]]:
+        """Every tail, the trunk and each kind of router's decisions."""
+        images = self._images(size)
+        output = self.trunk(images)
+        calls: dict[str, Callable[[], object]] = {
+            name: _bind(tail, output.features) for name, tail in self.tails.items()
+        }
+        logits = next(iter(self.tails.values()))(output.features)
+        decisions = decision_calls(self.spec, self.segments, output, logits)
+        return {
+            **calls,
+            TRUNK: _bind(self.trunk, images),
+            **{DECIDE + kind: decide for kind, decide in decisions.items()},
+        }
+
+
+def _bind(module: Callable[[torch.Tensor], object], argument: torch.Tensor) -> Callable[[], object]:
+    return lambda: module(argument)
+
+
+def waiter(device: torch.device) -> Callable[[], None]:
+    """What waits until the device has done all that it was given."""
+    return torch.cuda.synchronize if device.type == "cuda" else _no_wait
+
+
+def _no_wait() -> None:
+    """The CPU has nothing to wait for."""

@@ -1,0 +1,293 @@
+"""The blocks that families are built of, sliced and plain: the separable one of DS-MBNet, the residual one of DS-ResNet."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from dsnet.network.layers import BatchNormBank, SlicedAttention, SlicedConv2d, SlicedDepthwiseConv2d, make_norm
+from dsnet.space.spec import Subnet, SubnetSet
+
+
+def swish(x: Tensor) -> Tensor:
+    """Swish of a tensor that nobody else reads: in its own memory where no gradient will ask for it."""
+    return F.silu(x, inplace=not torch.is_grad_enabled())
+
+
+@dataclass(frozen=True)
+class BlockShape:
+    """Where a block stands in its network."""
+
+    in_group: int
+    out_group: int
+    stride: int
+    hidden: int
+    """Channels of the attention's hidden layer."""
+
+
+class SeparableBlock(nn.Module):
+    """dw3x3 -> BN -> Swish -> attention | pw1x1 -> BN -> Swish (METHODS 2); `|` is where a gate may decide the pointwise width."""
+
+    def __init__(self, shape: BlockShape, subnets: SubnetSet, generator: torch.Generator) -> None:
+        super().__init__()
+        self.shape = shape
+        groups, norm = subnets.spec.groups, subnets.spec.norm
+        max_in, max_out = groups[shape.in_group].max_width, groups[shape.out_group].max_width
+        self.depthwise = SlicedDepthwiseConv2d(max_in, 3, shape.stride, generator)
+        self.depthwise_norm = make_norm(norm, max_in, subnets.prefixes(shape.in_group))
+        self.attention = SlicedAttention(max_in, shape.hidden, generator)
+        self.pointwise = SlicedConv2d(max_in, max_out, 1, 1, generator)
+        self.pointwise_norm = make_norm(norm, max_out, subnets.prefixes(shape.out_group))
+
+    def before_gate(self, x: Tensor, subnet: Subnet) -> tuple[Tensor, Tensor, Tensor]:
+        """[B, c, H, W] -> (attended, the attention's input, its hidden vector)."""
+        x = swish(self._normalised_depthwise(x, subnet.prefix(self.shape.in_group + 1)))
+        attended, hidden = self.attention(x)
+        return attended, x, hidden
+
+    def _normalised_depthwise(self, x: Tensor, prefix: tuple[int, ...]) -> Tensor:
+        """Depthwise convolution and norm; as one operation where statistics are fixed and nothing is learned, as in a teacher's forward."""
+        norm = self.depthwise_norm
+        if isinstance(norm, BatchNormBank) and not norm.training and not torch.is_grad_enabled():
+            return self.depthwise(x, *norm.scale_and_shift(prefix))
+        return norm(self.depthwise(x), prefix)
+
+    def after_gate_nested(self, x: Tensor, prefixes: Sequence[tuple[int, ...]]) -> Tensor:
+        """The pointwise half for several sub-networks that read the same `x`, at the widest's width (while training)."""
+        norm = self.pointwise_norm
+        assert isinstance(norm, BatchNormBank)
+        return F.silu(norm.forward_nested(self.pointwise(x, max(prefix[-1] for prefix in prefixes)), prefixes))
+
+    def before_attention_nested(self, x: Tensor, prefixes: Sequence[tuple[int, ...]]) -> Tensor:
+        """Depthwise convolution, BatchNorm and Swish for several sub-networks whose inputs are prefixes of `x` (while training)."""
+        norm = self.depthwise_norm
+        assert isinstance(norm, BatchNormBank)
+        return F.silu(norm.forward_nested(self.depthwise(x), prefixes))
+
+    def after_gate(self, x: Tensor, subnet: Subnet) -> Tensor:
+        """The pointwise half, at the sub-network's output width."""
+        prefix = subnet.prefix(self.shape.out_group + 1)
+        return swish(self.pointwise_norm(self.pointwise(x, prefix[-1]), prefix))
+
+    def forward(self, x: Tensor, subnet: Subnet) -> Tensor:
+        """Both halves."""
+        return self.after_gate(self.before_gate(x, subnet)[0], subnet)
+
+    def cut_before(self, subnet: Subnet) -> PlainBeforeGate:
+        """The first half of one sub-network as a plain module."""
+        prefix = subnet.prefix(self.shape.in_group + 1)
+        conv = ConvNormSwish(self.depthwise.cut(prefix[-1]), self.depthwise_norm.cut(prefix))
+        return PlainBeforeGate(conv, self.attention.cut(prefix[-1]))
+
+    def cut_after(self, subnet: Subnet) -> ConvNormSwish:
+        """The second half of one sub-network as a plain module."""
+        prefix = subnet.prefix(self.shape.out_group + 1)
+        conv = self.pointwise.cut(subnet.widths[self.shape.in_group], prefix[-1])
+        return ConvNormSwish(conv, self.pointwise_norm.cut(prefix))
+
+
+class ConvNorm(nn.Module):
+    """Plain convolution and normalisation."""
+
+    def __init__(self, conv: nn.Conv2d, norm: nn.Module) -> None:
+        super().__init__()
+        self.conv = conv
+        self.norm = norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, c, H, W] -> [B, c', H', W']."""
+        return self.norm(self.conv(x))
+
+
+class ConvNormSwish(ConvNorm):
+    """Plain convolution, normalisation, Swish."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, c, H, W] -> [B, c', H', W']."""
+        return swish(super().forward(x))
+
+
+class PlainBeforeGate(nn.Module):
+    """Plain first half of a block; returns what a gate and the second half need."""
+
+    def __init__(self, conv: ConvNormSwish, attention: SlicedAttention) -> None:
+        super().__init__()
+        self.conv = conv
+        self.attention = attention
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[B, c, H, W] -> (attended, the attention's input, its hidden vector)."""
+        x = self.conv(x)
+        attended, hidden = self.attention(x)
+        return attended, x, hidden
+
+
+class PlainBlock(nn.Module):
+    """Both plain halves."""
+
+    def __init__(self, before: PlainBeforeGate, after: ConvNormSwish) -> None:
+        super().__init__()
+        self.before = before
+        self.after = after
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, c, H, W] -> [B, c', H', W']."""
+        return self.after(self.before(x)[0])
+
+
+@dataclass(frozen=True)
+class ConvShape:
+    """Where a dense convolution with its normalisation stands in its network."""
+
+    in_groups: tuple[int, ...]
+    """The channel groups that write what it reads, which has the channels of the widest; none: it reads the image."""
+    out_group: int
+    kernel: int
+    stride: int = 1
+    upstream: int = 0
+    """The last channel group that its input depends on."""
+
+    def num_in(self, widths: Sequence[int], in_channels: int) -> int:
+        """Channels that it reads, for one width per group."""
+        return max((widths[group] for group in self.in_groups), default=in_channels)
+
+    def check_statistics(self, subnets: SubnetSet) -> None:
+        """Raise ValueError where statistics keyed by the prefix up to `out_group` would be shared by sub-networks that differ upstream."""
+        known: dict[tuple[int, ...], Subnet] = {}
+        for subnet in subnets.all:
+            other = known.setdefault(subnet.prefix(self.out_group + 1), subnet)
+            if other.prefix(self.upstream + 1) != subnet.prefix(self.upstream + 1):
+                groups = subnets.spec.groups
+                raise ValueError(
+                    f"sub-networks {other.name!r} and {subnet.name!r} agree up to channel group {groups[self.out_group].name!r} but not up "
+                    f"to {groups[self.upstream].name!r}, which some layers of the former read: they would share BatchNorm statistics that "
+                    "differ; lay the family out with a channel group for each block (streams: padded), or normalise by group_norm"
+                )
+
+
+class SlicedConvNorm(nn.Module):
+    """Sliced convolution and normalisation that write one channel group."""
+
+    def __init__(self, shape: ConvShape, subnets: SubnetSet, generator: torch.Generator) -> None:
+        super().__init__()
+        self.shape = shape
+        spec = subnets.spec
+        if spec.norm != "group_norm":
+            shape.check_statistics(subnets)
+        widest = [group.max_width for group in spec.groups]
+        self.in_channels = spec.in_channels
+        num_in, num_out = shape.num_in(widest, spec.in_channels), widest[shape.out_group]
+        self.conv = SlicedConv2d(num_in, num_out, shape.kernel, shape.stride, generator)
+        self.norm = make_norm(spec.norm, num_out, subnets.prefixes(shape.out_group))
+
+    def forward(self, x: Tensor, subnet: Subnet) -> Tensor:
+        """[B, c, H, W] -> [B, width of its group, H', W']."""
+        prefix = subnet.prefix(self.shape.out_group + 1)
+        return self.norm(self.conv(x, prefix[-1]), prefix)
+
+    def cut(self, subnet: Subnet) -> ConvNorm:
+        """Those of one sub-network as plain modules."""
+        prefix = subnet.prefix(self.shape.out_group + 1)
+        num_in = self.shape.num_in(subnet.widths, self.in_channels)
+        return ConvNorm(self.conv.cut(num_in, prefix[-1]), self.norm.cut(prefix))
+
+
+@dataclass(frozen=True)
+class ResidualShape:
+    """Where a residual block stands in its network."""
+
+    in_groups: tuple[int, ...]
+    """The channel groups whose layers have written the residual stream that it reads."""
+    inner_group: int
+    out_group: int
+    stride: int
+    is_bottleneck: bool
+    projects: bool
+    """Whether a 1x1 convolution makes the shortcut, so that a new residual stream begins."""
+
+    @property
+    def convs(self) -> tuple[ConvShape, ...]:
+        """The convolutions of the branch, in order; the 3x3 that comes first has the stride."""
+        inner, out = self.inner_group, self.out_group
+        upstream = max(self.in_groups)
+        if self.is_bottleneck:
+            return (
+                ConvShape(self.in_groups, inner, 1, 1, upstream),
+                ConvShape((inner,), inner, 3, self.stride, upstream),
+                ConvShape((inner,), out, 1, 1, max(inner, upstream)),
+            )
+        return (
+            ConvShape(self.in_groups, inner, 3, self.stride, upstream),
+            ConvShape((inner,), out, 3, 1, max(inner, upstream)),
+        )
+
+    @property
+    def projection(self) -> ConvShape:
+        """The convolution of the shortcut, for a block that has one."""
+        return ConvShape(self.in_groups, self.out_group, 1, self.stride, max(self.in_groups))
+
+    @property
+    def stream(self) -> tuple[int, ...]:
+        """The channel groups that have written the residual stream after this block."""
+        return tuple(dict.fromkeys((*(() if self.projects else self.in_groups), self.out_group)))
+
+
+class ResidualBlock(nn.Module):
+    """relu(shortcut + branch); the branch is 3x3-3x3 (basic) or 1x1-3x3-1x1 (bottleneck), each with its normalisation."""
+
+    def __init__(self, shape: ResidualShape, subnets: SubnetSet, generator: torch.Generator) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(SlicedConvNorm(conv, subnets, generator) for conv in shape.convs)
+        self.projection = SlicedConvNorm(shape.projection, subnets, generator) if shape.projects else None
+
+    def forward(self, x: Tensor, subnet: Subnet) -> Tensor:
+        """The residual stream [B, c, H, W] -> the stream after this block [B, c', H', W']."""
+        branch = x
+        for index, conv in enumerate(self.convs):
+            branch = conv(F.relu(branch) if index else branch, subnet)
+        return F.relu(add_streams(x if self.projection is None else self.projection(x, subnet), branch))
+
+    def cut(self, subnet: Subnet) -> PlainResidualBlock:
+        """The block of one sub-network as a plain module."""
+        branch: list[nn.Module] = []
+        for conv in self.convs:
+            branch += [conv.cut(subnet), nn.ReLU()]  # type: ignore[operator]
+        shortcut = nn.Identity() if self.projection is None else self.projection.cut(subnet)
+        return PlainResidualBlock(nn.Sequential(*branch[:-1]), shortcut)
+
+
+class PlainResidualBlock(nn.Module):
+    """Plain branch and shortcut."""
+
+    def __init__(self, branch: nn.Module, shortcut: nn.Module) -> None:
+        super().__init__()
+        self.branch = branch
+        self.shortcut = shortcut
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, c, H, W] -> [B, c', H', W']."""
+        return F.relu(add_streams(self.shortcut(x), self.branch(x)))
+
+
+def add_streams(x: Tensor, y: Tensor) -> Tensor:
+    """x + y, [B, c, H, W] each; the channels that one of them lacks are zero in it (METHODS 8, zero-padding match)."""
+    missing = y.shape[1] - x.shape[1]
+    if missing > 0:
+        x = F.pad(x, (0, 0, 0, 0, 0, missing))
+    elif missing < 0:
+        y = F.pad(y, (0, 0, 0, 0, 0, -missing))
+    return x + y
+
+
+def fold_batch_norms(module: nn.Module) -> nn.Module:
+    """Fold every plain BatchNorm into the convolution before it, in place (eval mode only); returns `module`."""
+    for part in module.modules():
+        if isinstance(part, ConvNorm) and isinstance(part.norm, nn.BatchNorm2d):
+            part.conv = fuse_conv_bn_eval(part.conv.eval(), part.norm.eval())
+            part.norm = nn.Identity()
+    return module

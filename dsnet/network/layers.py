@@ -1,0 +1,312 @@
+"""Width-sliced layers: parameters only, no modes; the width travels with the tensor.
+
+A layer takes its input width from the tensor; only a layer that changes the number of channels is told its output width.
+`cut` copies the slice that one sub-network uses into a plain torch module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dsnet.network.slicing import corner
+
+BN_EPS = 1e-5
+BN_MOMENTUM = 0.1
+
+
+class SlicedConv2d(nn.Module):
+    """Dense convolution without bias, sliced to the first `width` filters and the input's channels."""
+
+    def __init__(self, max_in: int, max_out: int, kernel: int, stride: int, generator: torch.Generator) -> None:
+        super().__init__()
+        self.stride = stride
+        self.weight = nn.Parameter(torch.empty(max_out, max_in, kernel, kernel))
+        nn.init.kaiming_normal_(self.weight, mode="fan_out", nonlinearity="relu", generator=generator)
+
+    def forward(self, x: Tensor, width: int) -> Tensor:
+        """[B, c, H, W] -> [B, width, ceil(H / stride), ceil(W / stride)]."""
+        weight = corner(self.weight, width, x.shape[1])
+        return F.conv2d(x, weight, stride=self.stride, padding=weight.shape[-1] // 2)
+
+    def cut(self, num_in: int, num_out: int) -> nn.Conv2d:
+        """The slice as a plain convolution with its own contiguous weight."""
+        return _plain_conv(self.weight[:num_out, :num_in], self.stride, groups=1)
+
+
+class SlicedDepthwiseConv2d(nn.Module):
+    """Depthwise convolution without bias, sliced to the input's channels."""
+
+    def __init__(self, max_channels: int, kernel: int, stride: int, generator: torch.Generator) -> None:
+        super().__init__()
+        self.stride = stride
+        self.weight = nn.Parameter(torch.empty(max_channels, 1, kernel, kernel))
+        nn.init.kaiming_normal_(self.weight, mode="fan_in", nonlinearity="relu", generator=generator)
+
+    def forward(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+        """[B, c, H, W] -> [B, c, ceil(H / stride), ceil(W / stride)], then times `scale` plus `shift` (each [c]) where given."""
+        num_channels = x.shape[1]
+        weight = corner(self.weight, num_channels)
+        if scale is not None:
+            weight = weight * scale[:, None, None, None]
+        return F.conv2d(x, weight, shift, stride=self.stride, padding=weight.shape[-1] // 2, groups=num_channels)
+
+    def cut(self, num_channels: int) -> nn.Conv2d:
+        """The slice as a plain depthwise convolution."""
+        return _plain_conv(self.weight[:num_channels], self.stride, groups=num_channels)
+
+
+class SlicedLinear(nn.Module):
+    """Classifier, sliced along its input features."""
+
+    def __init__(self, max_in: int, num_out: int, generator: torch.Generator) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_out, max_in))
+        self.bias = nn.Parameter(torch.zeros(num_out))
+        nn.init.normal_(self.weight, std=0.01, generator=generator)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, c] -> [B, num_out]."""
+        return F.linear(x, corner(self.weight, self.weight.shape[0], x.shape[1]), self.bias)
+
+    def cut(self, num_in: int) -> nn.Linear:
+        """The slice as a plain linear layer."""
+        plain = nn.Linear(num_in, self.weight.shape[0])
+        with torch.no_grad():
+            plain.weight.copy_(self.weight[:, :num_in])
+            plain.bias.copy_(self.bias)
+        return plain
+
+
+class BatchNormBank(nn.Module):
+    """BatchNorm with private running statistics per prefix of widths, and one shared affine pair (or private ones).
+
+    The statistics of a layer depend on every width upstream of it, so they are keyed by that prefix (METHODS 3, CONTRACTS SubnetSet):
+    sub-networks that agree up to this layer share one set, which is what makes a shared trunk possible.
+    """
+
+    def __init__(
+        self,
+        max_features: int,
+        prefixes: Iterable[tuple[int, ...]],
+        *,
+        private_affine: bool = False,
+        tracks: bool = True,
+    ) -> None:
+        super().__init__()
+        self.momentum: float | None = BN_MOMENTUM
+        """Weight of the newest batch; None is the cumulative average of recalibration, 0.0 leaves the statistics untouched."""
+        self.tracks = tracks
+        """Whether training updates the statistics; where it does not, only recalibration makes them."""
+        self.private_affine = private_affine
+        known = sorted(set(prefixes))
+        self.depth = len(known[0])
+        """How many channel groups a prefix of this layer names."""
+        if not private_affine:
+            self.weight = nn.Parameter(torch.ones(max_features))
+            self.bias = nn.Parameter(torch.zeros(max_features))
+        for prefix in known:
+            suffix = _key(prefix)
+            if private_affine:
+                self.register_parameter(f"weight_{suffix}", nn.Parameter(torch.ones(prefix[-1])))
+                self.register_parameter(f"bias_{suffix}", nn.Parameter(torch.zeros(prefix[-1])))
+            self.register_buffer(f"mean_{suffix}", torch.zeros(prefix[-1]))
+            self.register_buffer(f"var_{suffix}", torch.ones(prefix[-1]))
+            self.register_buffer(f"updates_{suffix}", torch.zeros((), dtype=torch.int64))
+        # Looked up in every forward: putting the names together anew costs a percent of a training step.
+        self._names = {
+            prefix: tuple(f"{part}_{_key(prefix)}" for part in ("mean", "var", "updates")) for prefix in known
+        }
+
+    def statistics(self, prefix: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+        """Running mean, running variance and the number of updates of one prefix.
+
+        Raises:
+            KeyError: no sub-network of the supernet's set has this prefix.
+        """
+        sets = self._names.get(prefix)
+        if sets is None:
+            raise KeyError(
+                f"no BatchNorm statistics for the widths {prefix}; build the supernet with a set that holds this sub-network"
+            )
+        mean, var, updates = (self._buffers[name] for name in sets)
+        assert mean is not None
+        assert var is not None
+        assert updates is not None
+        return mean, var, updates
+
+    def num_updates(self, widths: tuple[int, ...]) -> int:
+        """How often the statistics were updated that a sub-network of these widths uses here."""
+        return int(self.statistics(widths[: self.depth])[2])
+
+    def affine(self, prefix: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """Scale and shift of one prefix."""
+        if self.private_affine:
+            suffix = _key(prefix)
+            return self.get_parameter(f"weight_{suffix}"), self.get_parameter(f"bias_{suffix}")
+        return corner(self.weight, prefix[-1]), corner(self.bias, prefix[-1])
+
+    def forward(self, x: Tensor, prefix: tuple[int, ...]) -> Tensor:
+        """Normalise [B, c, H, W] with the statistics of `prefix` (batch statistics while training)."""
+        mean, var, updates = self.statistics(prefix)
+        factor = self._count(updates)
+        return F.batch_norm(x, mean, var, *self.affine(prefix), self.training, factor, BN_EPS)
+
+    def scale_and_shift(self, prefix: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """What normalisation by the running statistics of `prefix` multiplies and adds, each [c]."""
+        mean, var, _ = self.statistics(prefix)
+        weight, bias = self.affine(prefix)
+        scale = weight * torch.rsqrt(var + BN_EPS)
+        return scale, bias - mean * scale
+
+    def forward_nested(self, x: Tensor, prefixes: Collection[tuple[int, ...]]) -> Tensor:
+        """Normalise the widest of several sub-networks by the batch, for all of them: [B, c, H, W], c being its width.
+
+        Where the narrower ones' inputs are this input's first channels, so are their results: a channel's batch statistics do not depend on
+        the channels beside it. Everyone's running statistics are updated. For training, with a shared affine pair.
+        """
+        assert self.training
+        assert not self.private_affine
+        num_values = x.numel() // x.shape[1]
+        if num_values < 2:
+            raise ValueError(f"expected more than 1 value per channel when training, got input size {list(x.shape)}")
+        widest = max(prefixes, key=lambda prefix: prefix[-1])
+        mean, var, updates = self.statistics(widest)
+        factor = self._count(updates)
+        y, batch_mean, batch_inverse_deviation = torch.native_batch_norm(
+            x, *self.affine(widest), mean, var, True, factor, BN_EPS
+        )
+        with torch.no_grad():
+            biased = batch_inverse_deviation**-2 - BN_EPS
+            batch_var = biased * (num_values / (num_values - 1))
+            for prefix in set(prefixes) - {widest}:
+                mean, var, updates = self.statistics(prefix)
+                factor = self._count(updates)
+                mean.lerp_(batch_mean[: prefix[-1]].to(mean.dtype), factor)
+                var.lerp_(batch_var[: prefix[-1]].to(var.dtype), factor)
+        return y
+
+    def _count(self, updates: Tensor) -> float:
+        """The weight of the newest batch in the running statistics; counts the update where there is one."""
+        if not self.training or self.momentum == 0.0 or not (self.tracks or self.momentum is None):
+            return 0.0
+        updates += 1
+        return 1.0 / float(updates) if self.momentum is None else self.momentum
+
+    def reset_statistics(self) -> None:
+        """Forget every running statistic, as recalibration starts."""
+        for name, buffer in self._buffers.items():
+            if buffer is not None:
+                buffer.fill_(1.0) if name.startswith("var_") else buffer.zero_()
+
+    def cut(self, prefix: tuple[int, ...]) -> nn.BatchNorm2d:
+        """The statistics of one prefix as a plain BatchNorm2d in eval mode."""
+        mean, var, updates = self.statistics(prefix)
+        weight, bias = self.affine(prefix)
+        plain = nn.BatchNorm2d(prefix[-1], eps=BN_EPS, momentum=BN_MOMENTUM)
+        with torch.no_grad():
+            plain.weight.copy_(weight)
+            plain.bias.copy_(bias)
+        for target, source in (
+            (plain.running_mean, mean),
+            (plain.running_var, var),
+            (plain.num_batches_tracked, updates),
+        ):
+            if target is not None:
+                target.copy_(source)
+        return plain.eval()
+
+
+class SlicedGroupNorm(nn.Module):
+    """GroupNorm sliced to the input's channels: no statistics, so no bank (Wu & He, arXiv 1803.08494).
+
+    Groups have 16 channels, or 8 or 4 where the width is no multiple; a width that is no multiple of 4 is one group (ours).
+    """
+
+    def __init__(self, max_features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(max_features))
+        self.bias = nn.Parameter(torch.zeros(max_features))
+
+    def forward(self, x: Tensor, prefix: tuple[int, ...]) -> Tensor:
+        """Normalise [B, c, H, W] image by image; `prefix[-1]` is c."""
+        width = prefix[-1]
+        return F.group_norm(x, _num_norm_groups(width), corner(self.weight, width), corner(self.bias, width), BN_EPS)
+
+    def cut(self, prefix: tuple[int, ...]) -> nn.GroupNorm:
+        """The slice as a plain GroupNorm."""
+        width = prefix[-1]
+        plain = nn.GroupNorm(_num_norm_groups(width), width, BN_EPS)
+        with torch.no_grad():
+            plain.weight.copy_(self.weight[:width])
+            plain.bias.copy_(self.bias[:width])
+        return plain
+
+
+def _num_norm_groups(width: int) -> int:
+    return next((width // size for size in (16, 8, 4) if width % size == 0), 1)
+
+
+def make_norm(kind: str, max_features: int, prefixes: Iterable[tuple[int, ...]]) -> BatchNormBank | SlicedGroupNorm:
+    """The normalisation of one layer.
+
+    Args:
+        kind: one of `dsnet.space.spec.NORMS`.
+        max_features: channels of the widest sub-network.
+        prefixes: of every sub-network, the widths up to this layer.
+    """
+    if kind == "group_norm":
+        return SlicedGroupNorm(max_features)
+    return BatchNormBank(max_features, prefixes, private_affine=kind == "private_affine", tracks=kind != "recalibrate")
+
+
+class SlicedAttention(nn.Module):
+    """Squeeze-and-excitation whose hidden layer is never sliced; in a gated block its hidden vector also feeds the slimming head."""
+
+    def __init__(
+        self, max_channels: int, hidden: int, generator: torch.Generator, *, is_residual: bool = False
+    ) -> None:
+        super().__init__()
+        self.is_residual = is_residual
+        """False: x * sigmoid(a). True: x * (1 + tanh(a)), the identity at first (METHODS 2, DS-ResNet)."""
+        self.reduce_weight = nn.Parameter(torch.empty(hidden, max_channels))
+        self.reduce_bias = nn.Parameter(torch.zeros(hidden))
+        self.expand_weight = nn.Parameter(torch.zeros(max_channels, hidden))
+        self.expand_bias = nn.Parameter(torch.zeros(max_channels))
+        nn.init.kaiming_normal_(self.reduce_weight, mode="fan_in", nonlinearity="relu", generator=generator)
+        if not is_residual:
+            nn.init.kaiming_normal_(self.expand_weight, mode="fan_in", nonlinearity="relu", generator=generator)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, c, H, W] -> (attended [B, c, H, W], hidden vector [B, hidden])."""
+        num_channels = x.shape[1]
+        reduce = corner(self.reduce_weight, self.reduce_bias.shape[0], num_channels)
+        hidden = F.relu(F.linear(x.mean((2, 3)), reduce, self.reduce_bias))
+        logits = F.linear(hidden, corner(self.expand_weight, num_channels), corner(self.expand_bias, num_channels))
+        scale = 1.0 + torch.tanh(logits) if self.is_residual else torch.sigmoid(logits)
+        return x * scale[:, :, None, None], hidden
+
+    def cut(self, num_channels: int) -> SlicedAttention:
+        """The slice with its own contiguous weights (the same class: cut to full width it is a plain module)."""
+        hidden = self.reduce_bias.shape[0]
+        plain = SlicedAttention(num_channels, hidden, torch.Generator(), is_residual=self.is_residual)
+        with torch.no_grad():
+            plain.reduce_weight.copy_(self.reduce_weight[:, :num_channels])
+            plain.reduce_bias.copy_(self.reduce_bias)
+            plain.expand_weight.copy_(self.expand_weight[:num_channels])
+            plain.expand_bias.copy_(self.expand_bias[:num_channels])
+        return plain
+
+
+def _key(prefix: tuple[int, ...]) -> str:
+    return "_".join(map(str, prefix))
+
+
+def _plain_conv(weight: Tensor, stride: int, groups: int) -> nn.Conv2d:
+    num_out, num_in, kernel, _ = weight.shape
+    plain = nn.Conv2d(num_in * groups, num_out, kernel, stride, padding=kernel // 2, groups=groups, bias=False)
+    plain.weight = nn.Parameter(weight.detach().clone(memory_format=torch.contiguous_format))
+    return plain

@@ -1,0 +1,47 @@
+"""Sub-networks as a tree: those that agree on all widths before a gate share everything up to it, so that it runs once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+from torch import Tensor
+
+from dsnet.network.supernet import Supernet, TrunkOutput
+from dsnet.space.spec import Subnet
+
+OnNode = Callable[[int, Subnet, TrunkOutput], None]
+"""Hears a gate, a sub-network that passes it, and what the gate sees."""
+
+
+def _ignore(gate: int, subnet: Subnet, output: TrunkOutput) -> None:
+    """Nobody asked."""
+
+
+def by_prefix(supernet: Supernet, subnets: Sequence[Subnet], gate: int) -> list[list[Subnet]]:
+    """Group sub-networks that agree on every channel group before gate number `gate`, in order of first appearance."""
+    groups: dict[tuple[int, ...], list[Subnet]] = {}
+    for subnet in subnets:
+        groups.setdefault(subnet.prefix(supernet.spec.num_prefix_groups(gate)), []).append(subnet)
+    return list(groups.values())
+
+
+def each_logits(
+    supernet: Supernet, images: Tensor, subnets: Sequence[Subnet], gate: int = 0, on_node: OnNode = _ignore
+) -> Iterator[tuple[Subnet, Tensor]]:
+    """Run several sub-networks on the same images, each shared segment once; yields (sub-network, logits [B, num_classes]).
+
+    Args:
+        supernet: holds them.
+        images: [B, C, H, W], normalised; the features that gate `gate - 1` handed over where `gate` is not 0.
+        subnets: which; the order of the answers may differ where sub-networks that share a prefix are not neighbours.
+        gate: the segment to begin with.
+        on_node: called once for every gate and prefix.
+    """
+    if gate == len(supernet.spec.gates):
+        for subnet in subnets:
+            yield subnet, supernet.head(images, subnet)
+        return
+    for group in by_prefix(supernet, subnets, gate):
+        output = supernet.upto_gate(gate, images, group[0])
+        on_node(gate, group[0], output)
+        yield from each_logits(supernet, output.features, group, gate + 1, on_node)

@@ -1,0 +1,234 @@
+"""The routing table: what every route answers to every image, stored once, so that any gate is scored exactly in about a second.
+
+On a frozen supernet, an image's cross-entropy, correctness and confidence under each route and every gate's input are constants
+(METHODS 5). With several gates a route is a path, and a gate's input depends on what was chosen before it: the table holds it once for
+every node of the tree of paths. A table is plain numpy in a safetensors file, and never holds more than one split.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from dsnet.errors import CheckpointError
+from dsnet.files import replacing
+from dsnet.space.route_tree import RouteTree
+
+SCHEMA_VERSION = 2
+MAX_FULL_CLASSES = 100
+NUM_TOP_LOGITS = 32
+
+
+@dataclass(frozen=True)
+class GateColumns:
+    """Where a table keeps what one gate sees."""
+
+    layouts: tuple[Mapping[str, tuple[int, int]], ...]
+    """For each node of the gate, the columns of `evidence`: mean, deviation and maximum of the gate's input, and the hidden vector."""
+    pooling_madds: tuple[int, ...]
+    """For each node, the MAdds of one pooling of the gate's input."""
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-able mapping."""
+        layouts = [{name: list(span) for name, span in layout.items()} for layout in self.layouts]
+        return {"layouts": layouts, "pooling_madds": list(self.pooling_madds)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> GateColumns:
+        """Rebuild what `to_json` gave."""
+        layouts = tuple({name: (span[0], span[1]) for name, span in layout.items()} for layout in data["layouts"])
+        return cls(layouts, tuple(data["pooling_madds"]))
+
+
+@dataclass(frozen=True)
+class RoutingTable:
+    """N images of one split by K routes (members of the SubnetSet, in its order)."""
+
+    split: str
+    routes: tuple[str, ...]
+    """Names of the sub-networks."""
+    tree: RouteTree
+    """How the gates tell the routes apart."""
+    gates: tuple[GateColumns, ...]
+    """What each gate sees."""
+    trunk_madds: int
+    """MAdds that every route pays before the gate decides."""
+    num_classes: int
+    """Of the task; `logits` may hold fewer."""
+    image_ids: NDArray[np.int64]
+    """[N] index in the data set."""
+    labels: NDArray[np.int64]
+    """[N]"""
+    madds: NDArray[np.int64]
+    """[K] whole sub-network, without the gate's own head."""
+    ce: NDArray[np.float32]
+    """[N, K] unsmoothed cross-entropy: p(y) = exp(-ce)."""
+    predicted: NDArray[np.int64]
+    """[N, K] class."""
+    correct1: NDArray[np.bool_]
+    """[N, K] the prediction is right."""
+    correct5: NDArray[np.bool_]
+    """[N, K] the label is among the five largest logits."""
+    confidence: NDArray[np.float32]
+    """[N, K] largest probability."""
+    margin: NDArray[np.float32]
+    """[N, K] largest minus second largest probability."""
+    entropy: NDArray[np.float32]
+    """[N, K] in nats."""
+    logits: NDArray[np.float16]
+    """[N, K, L]: all classes, or the 32 largest where there are more than 100."""
+    logit_classes: NDArray[np.int32]
+    """[N, K, L] the classes of `logits`, or an empty [N, K, 0] where they stand in class order."""
+    evidence: NDArray[np.float32]
+    """[N, E]: what all gates see at all their nodes, side by side; `gates` tells the columns."""
+
+    def __post_init__(self) -> None:
+        shape = (len(self.labels), len(self.routes))
+        for name in ("ce", "predicted", "correct1", "correct5", "confidence", "margin", "entropy"):
+            met = getattr(self, name).shape
+            if met != shape:
+                raise ValueError(f"routing table {self.split}: {name} has shape {met}, expected {shape}")
+        if self.madds.shape != shape[1:] or self.evidence.shape[0] != shape[0] or self.image_ids.shape != shape[:1]:
+            raise ValueError(
+                f"routing table {self.split}: madds, evidence or image_ids do not fit {shape[0]} images and {shape[1]} routes"
+            )
+        if self.logits.shape[:2] != shape or self.logit_classes.shape[:2] != shape:
+            raise ValueError(
+                f"routing table {self.split}: its logits do not fit {shape[0]} images and {shape[1]} routes"
+            )
+        nodes = [gate.num_nodes for gate in self.tree.gates]
+        if self.tree.num_routes != shape[1] or any(
+            nodes != [len(of_gate) for of_gate in kept]
+            for kept in ([gate.layouts for gate in self.gates], [gate.pooling_madds for gate in self.gates])
+        ):
+            raise ValueError(
+                f"routing table {self.split}: its tree does not fit its {shape[1]} routes, or its gates the tree"
+            )
+        last = max(stop for gate in self.gates for layout in gate.layouts for _, stop in layout.values())
+        if last != self.evidence.shape[1]:
+            raise ValueError(
+                f"routing table {self.split}: its gates keep {last} columns of evidence, but it has {self.evidence.shape[1:]}"
+            )
+
+    @property
+    def num_images(self) -> int:
+        """N."""
+        return len(self.labels)
+
+    @property
+    def num_routes(self) -> int:
+        """K."""
+        return len(self.routes)
+
+    def part(self, name: str, gate: int = 0, node: int = 0) -> NDArray[np.float32]:
+        """One part of the evidence at a node of a gate, [N, its length].
+
+        Raises:
+            KeyError: no such part, or one that is kept at the first gate alone.
+        """
+        start, stop = self.gates[gate].layouts[node][name]
+        return self.evidence[:, start:stop]
+
+    def top1(self) -> NDArray[np.float64]:
+        """[K] accuracy of every route alone."""
+        return self.correct1.mean(0, dtype=np.float64)
+
+    ARRAYS: ClassVar[tuple[str, ...]]
+    """Names of the array fields."""
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """The arrays alone, for a shared object store."""
+        return {name: getattr(self, name) for name in self.ARRAYS}
+
+    def meta(self) -> dict[str, Any]:
+        """Everything but the arrays, as JSON values."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "split": self.split,
+            "routes": list(self.routes),
+            "tree": self.tree.to_json(),
+            "gates": [gate.to_json() for gate in self.gates],
+            "trunk_madds": self.trunk_madds,
+            "num_classes": self.num_classes,
+        }
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, NDArray[Any]], meta: Mapping[str, Any]) -> RoutingTable:
+        """Put a table together from `arrays()` and `meta()`; the arrays are not copied.
+
+        Raises:
+            CheckpointError: another schema version, or arrays that do not belong together.
+        """
+        if meta.get("schema_version") != SCHEMA_VERSION:
+            raise CheckpointError(
+                f"routing table of schema version {meta.get('schema_version')!r}; this release reads {SCHEMA_VERSION}"
+            )
+        try:
+            return cls(
+                split=meta["split"],
+                routes=tuple(meta["routes"]),
+                tree=RouteTree.from_json(meta["tree"]),
+                gates=tuple(GateColumns.from_json(gate) for gate in meta["gates"]),
+                trunk_madds=int(meta["trunk_madds"]),
+                num_classes=int(meta["num_classes"]),
+                **arrays,
+            )
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise CheckpointError(f"the routing table's parts do not belong together: {error}") from error
+
+    def save(self, path: Path) -> None:
+        """Write the table as one safetensors file, atomically.
+
+        Raises:
+            CheckpointError: it cannot be written.
+        """
+        arrays = {name: np.ascontiguousarray(value) for name, value in self.arrays().items()}
+        # One entry: safetensors writes several in no fixed order, and equal tables shall be equal files.
+        metadata = {"routing_table": json.dumps({**self.meta(), "sha256": _digest(arrays)})}
+        with replacing(path) as temporary:
+            try:
+                save_file(arrays, temporary, metadata=metadata)
+            except SafetensorError as error:
+                raise CheckpointError(f"cannot write {path}: {error}") from error
+
+    @classmethod
+    def load(cls, path: Path) -> RoutingTable:
+        """Read a table.
+
+        Raises:
+            CheckpointError: the file is missing, damaged or of another version.
+        """
+        if not path.is_file():
+            raise CheckpointError(f"{path}: no such routing table")
+        try:
+            with safe_open(path, framework="numpy") as stored:
+                meta = json.loads((stored.metadata() or {})["routing_table"])
+                arrays = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - not a mapping
+            if meta["sha256"] != _digest(arrays):
+                raise ValueError("its arrays do not match the hash beside them")
+            return cls.from_arrays(arrays, meta)
+        except (SafetensorError, OSError, ValueError, KeyError, CheckpointError) as error:
+            raise CheckpointError(
+                f"{path}: cannot be read as a routing table ({error}); delete its stage folder to have it made again"
+            ) from error
+
+
+def _digest(arrays: Mapping[str, NDArray[Any]]) -> str:
+    """SHA-256 over the contiguous arrays in the order of their names; a safetensors file checks only its header."""
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        digest.update(arrays[name].data)
+    return digest.hexdigest()
+
+
+_META = ("split", "routes", "tree", "gates", "trunk_madds", "num_classes")
+RoutingTable.ARRAYS = tuple(field.name for field in fields(RoutingTable) if field.name not in _META)

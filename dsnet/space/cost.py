@@ -1,0 +1,121 @@
+"""Analytic cost of a sub-network: MAdds and parameters, from the spec alone (no torch, no stale attributes).
+
+MAdds are multiply-accumulates of one image (1 MAC = 2 FLOPs). As the field does, convolutions, linear layers and pooling (C*H*W of
+its input) count; BatchNorm, activations, biases and element-wise products do not. Slimming heads do not count here:
+a route's dynamic cost is its sub-network's plus `gate_madds` (METHODS 2 and 4).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from dsnet.space.spec import CLASSES, IMAGE, IMAGE_CHANNELS, Op, Subnet, SupernetSpec
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Cost of one sub-network at one image size."""
+
+    madds: int
+    """MAdds of one image."""
+    params: int
+    """Parameters, BatchNorm's affine pair included, running statistics not."""
+    segments: tuple[int, ...]
+    """MAdds before the first gate, between the gates, after the last; they add up to `madds`."""
+
+    @property
+    def trunk_madds(self) -> int:
+        """MAdds that every route pays before the first gate has decided."""
+        return self.segments[0]
+
+
+def subnet_cost(spec: SupernetSpec, subnet: Subnet, image_size: int) -> Cost:
+    """Cost of `subnet` on square images of `image_size` pixels.
+
+    Raises:
+        ValueError: the sub-network does not fit the supernet, or the size is below 1.
+    """
+    spec.check(subnet)
+    if image_size < 1:
+        raise ValueError(f"image_size is {image_size}, but must be at least 1 pixel")
+    sizes = {IMAGE: image_size}
+    segments = [0] * (len(spec.gates) + 1)
+    params = 0
+    for op in spec.ops:
+        size = sizes[op.reads]
+        sizes[op.name] = _output_size(op, size)
+        num_in = spec.in_channels if op.in_group == IMAGE_CHANNELS else op.input_width(subnet.widths)
+        num_out = spec.num_classes if op.out_group == CLASSES else subnet.widths[op.out_group]
+        segments[op.segment] += _madds(op, num_in, num_out, size, sizes[op.name])
+        params += _params(op, num_in, num_out)
+    return Cost(sum(segments), params, tuple(segments))
+
+
+def shared_params(spec: SupernetSpec, subnets: Iterable[Subnet]) -> int:
+    """Parameters of the smallest supernet that holds all of `subnets`: every group at its widest among them.
+
+    Private affine pairs (`norm="private_affine"`) count once for each prefix of widths.
+    """
+    members = tuple(subnets)
+    widest = tuple(max(widths) for widths in zip(*(subnet.widths for subnet in members), strict=True))
+    total = subnet_cost(spec, Subnet("union", widest), spec.image_size).params
+    if spec.norm == "private_affine":
+        for op in spec.ops:
+            if op.has_norm:
+                prefixes = {subnet.prefix(op.out_group + 1) for subnet in members}
+                total += 2 * (sum(prefix[-1] for prefix in prefixes) - widest[op.out_group])
+    return total
+
+
+def pooling_madds(spec: SupernetSpec, subnet: Subnet, gate: int, image_size: int) -> int:
+    """MAdds of one pooling of what a gate's attention reads (C*H*W), on the path of `subnet`."""
+    sizes = {IMAGE: image_size}
+    for op in spec.ops:
+        size = sizes[op.reads]
+        if op.name == spec.gates[gate].attention:
+            return op.input_width(subnet.widths) * size**2
+        sizes[op.name] = _output_size(op, size)
+    raise ValueError(
+        f"gate {spec.gates[gate].name!r} names attention {spec.gates[gate].attention!r}, which {spec.family} does not have"
+    )
+
+
+def gate_madds(hidden: int, num_routes: int) -> int:
+    """MAdds of a slimming head: one product of the hidden vector with a row per route."""
+    return hidden * num_routes
+
+
+def _output_size(op: Op, size: int) -> int:
+    if op.kind in ("pool", "linear"):
+        return 1
+    return -(-size // op.stride)
+
+
+def _madds(op: Op, num_in: int, num_out: int, size_in: int, size_out: int) -> int:
+    match op.kind:
+        case "conv":
+            return op.kernel**2 * num_in * num_out * size_out**2
+        case "depthwise":
+            return op.kernel**2 * num_in * size_out**2
+        case "attention":
+            return num_in * size_in**2 + 2 * op.hidden * num_in
+        case "pool" | "maxpool":
+            return num_in * size_in**2
+        case "linear":
+            return num_in * num_out
+
+
+def _params(op: Op, num_in: int, num_out: int) -> int:
+    norm = 2 * num_out if op.has_norm else 0
+    match op.kind:
+        case "conv":
+            return op.kernel**2 * num_in * num_out + norm
+        case "depthwise":
+            return op.kernel**2 * num_in + norm
+        case "attention":
+            return 2 * op.hidden * num_in + op.hidden + num_in
+        case "pool" | "maxpool":
+            return 0
+        case "linear":
+            return num_in * num_out + num_out

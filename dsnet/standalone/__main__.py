@@ -1,0 +1,106 @@
+"""`python -m dsnet.training`: Stage I, measure and table with torch alone, in calls of limited length.
+
+Exit codes: 0 all is done; 6 there is more to do, repeat the command (also after SIGTERM); 130 Ctrl-C; else those of `dsnet.errors`.
+Progress goes to stderr; stdout gets one line of JSON at the end.
+"""
+
+from __future__ import annotations
+
+from dsnet.import_path import protect_imports
+
+protect_imports()  # before anything that the working directory may have a module of the same name for
+
+# ruff: noqa: E402
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dsnet.arithmetic import fix_arithmetic
+from dsnet.errors import ConfigError, DsnetError, StoppedError
+from dsnet.stop_signals import StopRequest, stop_on_signals
+
+EXIT_MORE = 6
+RESERVE = (0.1, 15.0)
+"""What is kept of --max-seconds to end in: this share of it, and no more than so many seconds."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    fix_arithmetic()
+    begun = time.monotonic()
+    options = _parser().parse_args(arguments)
+    deadline = begun + options.max_seconds - min(RESERVE[0] * options.max_seconds, RESERVE[1])
+    try:
+        with stop_on_signals(lambda: time.monotonic() > deadline, lambda name: _say(f"{name}: stopping")) as stop:
+            return _run(options, stop)
+    except DsnetError as error:
+        _say(f"error: {error}")
+        return error.exit_code
+    except KeyboardInterrupt:
+        _say("interrupted")
+        return 130
+
+
+def _run(options: argparse.Namespace, stop: StopRequest) -> int:
+    if not options.max_seconds > 0:  # NaN is not above 0 either
+        raise ConfigError(f"--max-seconds is {options.max_seconds:g}, but must be above 0")
+    if options.threads < 1:
+        raise ConfigError(f"--threads is {options.threads}, but must be at least 1")
+    import torch  # after the arguments: --help is quick
+
+    from dsnet.standalone.output_folder import OutputFolder
+    from dsnet.standalone.resolved import read_config
+    from dsnet.standalone.stages import run_standalone
+
+    torch.set_num_threads(options.threads)
+    folder = OutputFolder(options.out)
+    before = folder.footprint()
+    try:
+        run_standalone(read_config(options.config), options.out, device=options.device, should_stop=stop, say=_say)
+    except StoppedError as stopped:
+        if stop.signal is None and folder.footprint() == before:
+            raise ConfigError(
+                f"nothing could be finished within --max-seconds {options.max_seconds:g}: raise it, or lower "
+                "supernet.recalibration.images or measure.repeats"
+            ) from stopped
+        _report(folder, "stopped")
+        return stop.exit_code
+    _report(folder, "done")
+    return 0
+
+
+def _report(folder: Any, status: str) -> None:
+    """The one line of stdout."""
+    stages = {name: entry["status"] for name, entry in folder.manifest().get("stages", {}).items()}
+    seconds = sum(entry["seconds"] for entry in folder.manifest().get("stages", {}).values())
+    line = {"status": status, "out": str(folder.path), "stages": stages, "seconds": round(seconds, 1)}
+    sys.stdout.write(json.dumps(line) + "\n")
+    sys.stdout.flush()
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m dsnet.training", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--config", type=Path, required=True, help="resolved.json (see dsnet.standalone.resolved)")
+    parser.add_argument("--out", type=Path, required=True, help="output folder; one that exists is continued")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
+    cores = len(os.sched_getaffinity(0))
+    parser.add_argument("--threads", type=int, default=cores, help="torch threads; default: all cores")
+    parser.add_argument(
+        "--max-seconds", type=float, default=540.0, help="stop cleanly before so many seconds; default: 540"
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

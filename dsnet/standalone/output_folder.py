@@ -1,0 +1,238 @@
+"""The output folder of `python -m dsnet.training`: where everything lies, and what of it is finished.
+
+    resolved.json   the configuration
+    manifest.json   versions, seed, device, the data's fingerprint, the stages with the hashes of their files and of the supernet they
+                    were made from
+    supernet/       epoch-*, curves.jsonl, final.safetensors|json
+    measure/        subnets.json, train_sample.json, latency.json, latency-NAME.json of each of `measure.devices`
+    table/          gate.safetensors, val.safetensors
+
+The files of a stage are those that the pipeline's stage of that name writes.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from dsnet.errors import CheckpointError, ConfigError, DataError, LockedError, PreflightError
+from dsnet.files import atomic_write_json, file_sha256, read_json
+from dsnet.standalone.resolved import StandaloneConfig
+from dsnet.training.supernet import FINAL
+
+STAGES = ("supernet", "measure", "table")
+RESULT_VERSIONS: Mapping[str, int] = {"supernet": 2, "measure": 3, "table": 2}
+"""Raised by hand when the code of a stage gives other results. A folder with another supernet version belongs to another release; of one
+that differs in a later stage only, that stage is made again."""
+_SCHEMA = 1
+
+
+class OutputFolder:
+    """The paths below a folder, and its manifest."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.manifest_path = path / "manifest.json"
+        self.resolved_path = path / "resolved.json"
+        self.supernet = path / "supernet"
+        self.measure = path / "measure"
+        self.table = path / "table"
+        self._hashes: dict[tuple[str, int, int], str] = {}
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Hold the folder against a second call, for as long as the process lives; it is made where it is missing.
+
+        Raises:
+            LockedError: another call works in it.
+            PreflightError: it cannot be made, holds something else, or its file system has no locks.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+        except OSError as error:
+            raise PreflightError(
+                f"--out {self.path}: cannot be used ({error.strerror}); choose another folder"
+            ) from error
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise LockedError(
+                    f"{self.path}: another call works in it; wait for it, or choose another --out"
+                ) from error
+            except OSError as error:
+                raise PreflightError(
+                    f"{self.path}: its file system has no locks ({error.strerror}); use a local disk"
+                ) from error
+            self._check_is_ours()
+            yield
+        finally:
+            os.close(descriptor)
+
+    def _check_is_ours(self) -> None:
+        """A first call that was killed early leaves the configuration, or an unfinished file of ours, without a manifest."""
+        if self.manifest_path.exists():
+            return
+        own = (self.resolved_path.name, f".{self.resolved_path.name}.", f".{self.manifest_path.name}.")
+        others = sorted(path.name for path in self.path.iterdir() if not path.name.startswith(own))
+        if others:
+            shown = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
+            raise PreflightError(
+                f"--out {self.path}: holds files that this command did not write ({shown}); choose a new or empty folder"
+            )
+
+    def check_config(self, config: StandaloneConfig) -> None:
+        """Refuse a folder that was begun with settings that give other results; writes nothing.
+
+        Raises:
+            ConfigError: it was.
+        """
+        if not self.resolved_path.exists():
+            return
+        changed = config.changes(StandaloneConfig.from_json(read_json(self.resolved_path)))
+        if changed:
+            raise ConfigError(f"{self.path} was begun with other settings ({', '.join(changed)}); choose another --out")
+
+    def begin(self, config: StandaloneConfig, facts: Mapping[str, Any]) -> None:
+        """Record the configuration, and with what it is run now.
+
+        Args:
+            config: checked by `check_config`.
+            facts: versions, device, and `data` with its `fingerprint`.
+
+        Raises:
+            DataError: the folder was begun with other images or splits.
+        """
+        manifest = self.manifest()
+        earlier = manifest.get("data", facts["data"])["fingerprint"]
+        if earlier != facts["data"]["fingerprint"]:
+            raise DataError(
+                f"{self.path} was begun with other images or splits ({earlier[:12]}, now {facts['data']['fingerprint'][:12]}); "
+                "restore the data, or choose another --out"
+            )
+        recorded = manifest.get("result_versions", {})  # older manifests have the stages' versions here only
+        stages = {name: {"version": recorded.get(name), **entry} for name, entry in manifest.get("stages", {}).items()}
+        fixed = {"schema": _SCHEMA, "seed": config.seed, "result_versions": dict(RESULT_VERSIONS)}
+        atomic_write_json(self.resolved_path, config.to_json())
+        atomic_write_json(self.manifest_path, {**fixed, **facts, "stages": stages})
+
+    def manifest(self) -> dict[str, Any]:
+        """What manifest.json holds; empty before the first call.
+
+        Raises:
+            CheckpointError: it is torn, or of another schema, or its supernet is of another result version.
+        """
+        if not self.manifest_path.exists():
+            return {}
+        manifest = read_json(self.manifest_path)
+        if not _is_of_this_release(manifest):
+            raise CheckpointError(
+                f"{self.manifest_path}: written by another release; finish it there, or choose another --out"
+            )
+        assert isinstance(manifest, dict)
+        return manifest
+
+    def is_readable(self) -> bool:
+        """Whether a call was begun here whose supernet this release would train alike.
+
+        Raises:
+            CheckpointError: the manifest is torn.
+        """
+        has_both = self.manifest_path.is_file() and self.resolved_path.is_file()
+        return has_both and _is_of_this_release(read_json(self.manifest_path))
+
+    def is_done(self, stage: str) -> bool:
+        """Whether a stage was finished by code that gives today's results, its files are whole, and its supernet is the one here.
+
+        A supernet that was lost and trained again may have other bits (on a GPU): what was measured of the first says nothing of it.
+        """
+        entry = self._entry(stage)
+        has_files = (
+            entry["status"] == "done"
+            and not self.is_outdated(stage)
+            and all(self._is_whole(self.path / stage / name, facts) for name, facts in entry["files"].items())
+        )
+        return has_files and (stage == "supernet" or self._is_of_this_supernet(entry))
+
+    def is_outdated(self, stage: str) -> bool:
+        """Whether a stage was begun by a release that gives other results."""
+        return self._entry(stage)["version"] != RESULT_VERSIONS[stage]
+
+    def begin_stage(self, stage: str) -> None:
+        """Make a stage's folder and note that it is worked in. What is there stays, unless it is damaged, outdated or of another supernet.
+
+        Raises:
+            PreflightError: the old files cannot be removed.
+        """
+        folder = self.path / stage
+        for name, facts in self._entry(stage)["files"].items():
+            if not self._is_whole(folder / name, facts):
+                _remove(folder / name)
+        made_from = {} if stage == "supernet" else {"supernet": self._supernet_sha256()}
+        if made_from and (self.is_outdated(stage) or not self._is_of_this_supernet(self._entry(stage))):
+            _remove(folder)
+        # After the old files are gone: a call that is killed in between removes them again.
+        self._write_entry(stage, {"status": "running", "files": {}, "version": RESULT_VERSIONS[stage], **made_from})
+        folder.mkdir(exist_ok=True)
+
+    def record(self, stage: str, seconds: float, outputs: Sequence[Path] = ()) -> None:
+        """Add what a call spent on a stage; with its outputs the stage is finished."""
+        files = {path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in outputs}
+        status = "done" if outputs else "running"
+        spent = round(self._entry(stage)["seconds"] + seconds, 3)
+        self._write_entry(stage, {"status": status, "seconds": spent, "files": files})
+
+    def footprint(self) -> set[tuple[str, int]]:
+        """Name and size of everything that a later call goes on from: equal before and after a call that got nowhere."""
+        files = (path for path in self.path.rglob("*") if path.is_file() and path.name != "curves.jsonl")
+        return {(str(path), path.stat().st_size) for path in files if path != self.manifest_path}
+
+    def _entry(self, stage: str) -> dict[str, Any]:
+        manifest = self.manifest()
+        new = {"status": "new", "seconds": 0.0, "files": {}, "version": RESULT_VERSIONS[stage]}
+        entry: dict[str, Any] = manifest.get("stages", {}).get(stage, new)
+        return {"version": manifest.get("result_versions", {}).get(stage), **entry}
+
+    def _write_entry(self, stage: str, facts: Mapping[str, Any]) -> None:
+        manifest = self.manifest()
+        manifest["stages"][stage] = {**self._entry(stage), "dir": stage, **facts}
+        atomic_write_json(self.manifest_path, manifest)
+
+    def _is_whole(self, path: Path, facts: Mapping[str, Any]) -> bool:
+        """Whether a finished file is what was recorded; its hash is computed again only when the file has changed."""
+        if not path.is_file() or path.stat().st_size != facts["bytes"]:
+            return False
+        seen = (str(path), path.stat().st_size, path.stat().st_mtime_ns)
+        if seen not in self._hashes:
+            self._hashes[seen] = file_sha256(path)
+        return self._hashes[seen] == facts["sha256"]
+
+    def _is_of_this_supernet(self, entry: Mapping[str, Any]) -> bool:
+        return self.is_done("supernet") and entry.get("supernet") == self._supernet_sha256()
+
+    def _supernet_sha256(self) -> str:
+        """Of the finished supernet's tensors."""
+        return str(read_json(self.supernet / f"{FINAL}.json")["sha256"])
+
+
+def _remove(path: Path) -> None:
+    try:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        raise PreflightError(f"{path}: cannot be removed ({error.strerror}); remove it") from error
+
+
+def _is_of_this_release(manifest: object) -> bool:
+    if not isinstance(manifest, dict) or manifest.get("schema") != _SCHEMA:
+        return False
+    versions = manifest.get("result_versions")
+    return isinstance(versions, dict) and versions.get("supernet") == RESULT_VERSIONS["supernet"]

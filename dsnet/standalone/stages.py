@@ -1,0 +1,318 @@
+"""Stage I, measure and table with torch alone: what the pipeline's first three stages do, for machines without Ray.
+
+Every call goes on where the one before was stopped, at a step, a sub-network or a piece of a table. On the CPU the results are
+bit-identical however the work was cut, with the same number of threads of one kind of processor.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsnet.arithmetic import arithmetic_facts
+from dsnet.data import Augmentation, Batch, Normalization, Splits, TensorData, make_splits
+from dsnet.data.sources import ImageSource, load_source
+from dsnet.data.splits import data_fingerprint
+from dsnet.data.training_images import InMemoryImages, TrainingImages
+from dsnet.environment import installed_versions, resolve_device
+from dsnet.errors import StoppedError
+from dsnet.families import Task
+from dsnet.files import atomic_write_json, read_json
+from dsnet.measure.evaluate import (
+    EVALUATION_BATCH,
+    TRAIN_SAMPLE_FILE,
+    build_routing_table,
+    join_tables,
+    measure_subnets,
+    sample_training_images,
+)
+from dsnet.measure.latency import device_name, latency_file, measure_latency
+from dsnet.network.supernet import Supernet
+from dsnet.routing.routing_table import RoutingTable
+from dsnet.standalone.output_folder import STAGES, OutputFolder
+from dsnet.standalone.resolved import StandaloneConfig
+from dsnet.stored.checkpoint import load_supernet
+from dsnet.training.settings import SupernetRun
+from dsnet.training.start import check_start, first_weights, lay_out, load_start
+from dsnet.training.supernet import FINAL, train_supernet
+
+PACKAGES = ("dsnet-orch", "torch", "numpy", "safetensors", "Pillow", "pyarrow", "scikit-learn")
+PIECE_BATCHES = 8
+"""Batches of a table's piece: what a stopped call may lose of it."""
+SPEAK_EVERY_S = 5.0
+
+
+def run_standalone(
+    config: StandaloneConfig,
+    out: Path,
+    *,
+    device: str = "auto",
+    should_stop: Callable[[], bool] = lambda: False,
+    say: Callable[[str], None] = lambda text: None,
+) -> OutputFolder:
+    """Train, measure and tabulate, or go on with it; never touches the test split.
+
+    Args:
+        config: what to make.
+        out: the output folder (see `dsnet.standalone.output_folder`).
+        device: cpu, cuda or auto; it trains, evaluates and tabulates. Latency is measured on `measure.device`.
+        should_stop: asked at every step, batch and timed call.
+        say: hears one line at a time about how it goes.
+
+    Returns:
+        the folder, with all stages finished.
+
+    Raises:
+        StoppedError: `should_stop` said so; calling again continues.
+        ConfigError, DataError, CheckpointError, PreflightError, LockedError, NonFiniteLossError: see `dsnet.errors`.
+    """
+    folder = OutputFolder(out)
+    with folder.held():
+        work = _Work(config, folder, resolve_device(device), should_stop, say)
+        work.begin()
+        makers = {"supernet": work.train, "measure": work.measure, "table": work.tabulate}
+        for stage in STAGES:
+            if not folder.is_done(stage):
+                if folder.is_outdated(stage):
+                    say(f"{stage}: made by another release, which gives other results; made again")
+                _run_stage(folder, stage, makers[stage])
+                say(f"{stage}: done")
+    return folder
+
+
+def _run_stage(folder: OutputFolder, stage: str, make: Callable[[], Sequence[Path]]) -> None:
+    started = time.monotonic()
+    folder.begin_stage(stage)
+    try:
+        outputs = make()
+    except StoppedError:
+        folder.record(stage, time.monotonic() - started)
+        raise
+    folder.record(stage, time.monotonic() - started, outputs)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """One call."""
+
+    config: StandaloneConfig
+    folder: OutputFolder
+    device: str
+    should_stop: Callable[[], bool]
+    say: Callable[[str], None]
+
+    def begin(self) -> None:
+        """Check everything that can be checked before the first step."""
+        self.folder.check_config(self.config)
+        self.config.measure.by_device(resolve_device)  # refuses a device that is not there
+        if not self.folder.is_done("supernet"):
+            _ = self.first  # refuses start weights that do not fit
+        facts = {
+            "versions": installed_versions(PACKAGES),
+            "device": {"kind": self.device, "name": device_name(self.device), "threads": torch.get_num_threads()},
+            "arithmetic": arithmetic_facts(),
+            "data": {
+                "fingerprint": data_fingerprint(self.images.fingerprint, self.splits),
+                "splits": self.splits.hash,
+                "num_images": {name: len(self.splits[name]) for name in ("train", "gate", "val")},
+            },
+        }
+        self.folder.begin(self.config, facts)
+
+    @cached_property
+    def images(self) -> ImageSource:
+        data = self.config.data
+        threads = torch.get_num_threads()
+        return load_source(
+            data.name,
+            data.path,
+            data.image_size,
+            stream=data.stream,
+            num_threads=threads,
+            crop_fraction=data.crop_fraction,
+        )
+
+    @cached_property
+    def splits(self) -> Splits:
+        images, data = self.images, self.config.data
+        return make_splits(images.labels.numpy(), images.official_test, data.splits, self.config.seed, data.limit)
+
+    @cached_property
+    def data(self) -> TensorData:
+        """Without the test split, and where it is streamed without the training split."""
+        return self.images.tensor_data(self.splits)
+
+    @cached_property
+    def first(self) -> tuple[Supernet, SupernetRun]:
+        """What training begins with, and how it goes."""
+        supernet, images = self.config.supernet, self.images
+        channels, _, size = images.image_shape
+        task = Task(num_classes=images.num_classes, in_channels=channels, image_size=size)
+        start = None if supernet.init_from is None else load_start(Path(supernet.init_from))
+        subnets = lay_out(supernet.model, task, supernet.options, supernet.regime.norm, start)
+        normalization = start.normalization if start is not None else None
+        if normalization is None:
+            normalization = images.normalization(self.splits)
+        run = self.config.supernet_run(images, normalization, None if start is None else start.origin())
+        first, fresh = first_weights(subnets, run.seed, start)
+        check_start(run, start, fresh, task.num_classes)
+        if start is not None:
+            self.say(f"supernet: starts from {start.stem}" + (f"; fresh: {', '.join(fresh)}" if fresh else ""))
+        return first, run
+
+    @cached_property
+    def trained(self) -> tuple[Supernet, Normalization]:
+        """The finished supernet, on the device."""
+        supernet, meta = load_supernet(self.folder.supernet / FINAL)
+        return supernet.to(self.device), Normalization.from_json(meta["run"]["normalization"])
+
+    def check_stop(self) -> None:
+        if self.should_stop():
+            raise StoppedError("stopped; the same command continues")
+
+    def train(self) -> Sequence[Path]:
+        supernet, run = self.first
+        images = self.images.training_images(self.splits, run.augmentation)
+        stem = train_supernet(
+            supernet,
+            _StoppableImages(images, self.check_stop),
+            run,
+            folder=self.folder.supernet,
+            device=self.device,
+            reporter=_Spoken(self.say),
+            should_stop=self.should_stop,
+        )
+        if stem is None:
+            raise StoppedError("training was stopped; the same command continues")
+        return [stem.with_name(stem.name + suffix) for suffix in (".safetensors", ".json")]
+
+    def measure(self) -> Sequence[Path]:
+        folder = self.folder.measure
+        supernet, normalization = self.trained
+        unfinished, subnets = folder / "rows.json", folder / "subnets.json"
+        total = len(supernet.subnets.all)
+
+        def on_row(rows: list[Mapping[str, Any]]) -> None:
+            atomic_write_json(unfinished, rows)
+            self.say(f"measure: {len(rows)}/{total} {rows[-1]['name']} top-1 {100 * rows[-1]['top1']:.2f} %")
+            self.check_stop()
+
+        if not subnets.exists():
+            self.check_stop()
+            known = read_json(unfinished) if unfinished.exists() else []
+            atomic_write_json(
+                subnets, measure_subnets(supernet, self.data, "val", normalization, known=known, on_row=on_row)
+            )
+        unfinished.unlink(missing_ok=True)
+        return [subnets, self._train_sample(), *self._latencies()]
+
+    def _train_sample(self) -> Path:
+        """What the widest route knows of the images that it was trained on."""
+        path = self.folder.measure / TRAIN_SAMPLE_FILE
+        if not path.exists():
+            supernet, normalization = self.trained
+            images: TrainingImages
+            if self.config.data.stream:
+                images = self.images.training_images(self.splits, Augmentation())
+            else:
+                images = InMemoryImages(self.data.images("train"), self.data.labels("train"), Augmentation())
+            atomic_write_json(path, sample_training_images(supernet, images, normalization))
+        return path
+
+    def _latencies(self) -> list[Path]:
+        """Each device's table, timed here or by an earlier call."""
+        paths = []
+        for name, settings in self.config.measure.by_device(resolve_device).items():
+            path = self.folder.measure / latency_file(name)
+            paths.append(path)
+            if path.exists():
+                continue
+            supernet, on = self.trained[0], f" on {name}" if name else ""
+            table = measure_latency(
+                supernet,
+                self.data.image_shape[-1],
+                settings,
+                lambda done, of, on=on: self.say(f"measure: latency{on} {done}/{of}"),  # type: ignore[misc]
+                before_each=self.check_stop,
+            )
+            supernet.to(self.device)
+            atomic_write_json(path, table.to_json())
+        return paths
+
+    def tabulate(self) -> Sequence[Path]:
+        paths = [self.folder.table / f"{split}.safetensors" for split in ("gate", "val")]
+        for path in paths:
+            if not path.exists():
+                pieces = [self._piece(path.stem, first) for first in self._piece_starts(path.stem)]
+                join_tables(pieces).save(path)
+        shutil.rmtree(self.folder.table / "pieces", ignore_errors=True)
+        return paths
+
+    def _piece_starts(self, split: str) -> range:
+        return range(0, self.data.num_images(split), PIECE_BATCHES * EVALUATION_BATCH)
+
+    def _piece(self, split: str, first: int) -> RoutingTable:
+        """The table of the images from `first` on, of this call or an earlier one."""
+        path = self.folder.table / "pieces" / f"{split}-{first:08d}.safetensors"
+        if path.exists():
+            return RoutingTable.load(path)
+        supernet, normalization = self.trained
+        rows = slice(first, first + PIECE_BATCHES * EVALUATION_BATCH)
+        part = Batch(*(tensor[rows] for tensor in self.data.splits[split]))
+        data = replace(self.data, splits=MappingProxyType({split: part}))
+        self.check_stop()
+        table = build_routing_table(
+            supernet, data, split, normalization, on_progress=lambda done, total: self.check_stop()
+        )
+        table.save(path)
+        self.say(f"table: {split} {first + table.num_images}/{self.data.num_images(split)}")
+        return table
+
+
+class _StoppableImages:
+    """Training images that end recalibration, too, where a stop was asked for: it may take minutes."""
+
+    def __init__(self, images: TrainingImages, check_stop: Callable[[], None]) -> None:
+        self._images = images
+        self._check_stop = check_stop
+
+    @property
+    def labels(self) -> Tensor:
+        return self._images.labels
+
+    def augmented(self, batches: Iterable[tuple[Tensor, int]], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+        """See `TrainingImages.augmented`; the loop asks by itself at every step."""
+        return self._images.augmented(batches, device)
+
+    def clean(self, rows: Iterable[Tensor], device: torch.device) -> Iterator[Tensor]:
+        """See `TrainingImages.clean`."""
+        for images in self._images.clean(rows, device):
+            self._check_stop()
+            yield images
+
+
+class _Spoken:
+    """Says the loss curves, but not more often than one reads."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
+        self._spoken_at = float("-inf")
+
+    def on_curve(self, record: Mapping[str, Any]) -> None:
+        """See `dsnet.training.curves.Reporter`."""
+        is_last = record["step"] == record["num_steps"]
+        if not is_last and time.monotonic() - self._spoken_at < SPEAK_EVERY_S:
+            return
+        self._spoken_at = time.monotonic()
+        losses = {name.removeprefix("loss/"): value for name, value in record["metrics"].items() if "loss/" in name}
+        shown = "  ".join(f"{name} {value:.3f}" for name, value in list(losses.items())[:: max(1, len(losses) - 1)])
+        self._say(f"supernet: epoch {record['epoch']:.2f}  step {record['step']}/{record['num_steps']}  {shown}")

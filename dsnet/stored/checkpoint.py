@@ -1,0 +1,129 @@
+"""Checkpoints: tensors in safetensors, everything else in JSON beside them; nothing is ever unpickled.
+
+A checkpoint `<stem>` is `<stem>.safetensors` and `<stem>.json`. The JSON holds the tensor file's SHA-256 and is renamed into place
+last: a checkpoint whose JSON exists is whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dsnet.errors import CheckpointError
+from dsnet.families import rebuild
+from dsnet.files import atomic_write_json, file_sha256, read_json, replacing
+from dsnet.network.supernet import Supernet, state_for_saving
+from dsnet.space.spec import SubnetSet, SupernetSpec
+
+SCHEMA_VERSION = 1
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
+    """Write a safetensors file atomically; returns its SHA-256.
+
+    Raises:
+        CheckpointError: it cannot be written; an older file is untouched.
+    """
+    with replacing(path) as temporary:
+        try:
+            save_file(dict(tensors), temporary)
+        except SafetensorError as error:
+            raise CheckpointError(f"cannot write {path}: {error}; what was there before is untouched") from error
+        return file_sha256(temporary)
+
+
+def load_tensors(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
+    """Read a safetensors file, checking its hash where one is given.
+
+    Raises:
+        CheckpointError: the file is missing, truncated or does not match the hash.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file")
+    if sha256 is not None and (met := file_sha256(path)) != sha256:
+        raise CheckpointError(
+            f"{path}: its SHA-256 is {met[:12]}..., but {sha256[:12]}... was recorded; the file is damaged or was exchanged"
+        )
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path}: cannot be read as safetensors ({error}); the file is damaged or truncated"
+        ) from error
+
+
+def save_checkpoint(stem: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+    """Write a checkpoint; the JSON comes last and makes it valid."""
+    digest = save_tensors(stem.with_name(stem.name + ".safetensors"), tensors)
+    atomic_write_json(stem.with_name(stem.name + ".json"), {"schema_version": SCHEMA_VERSION, "sha256": digest, **meta})
+
+
+def load_checkpoint(stem: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read a checkpoint: (tensors, meta).
+
+    Raises:
+        CheckpointError: a part is missing, damaged, or of another schema version.
+    """
+    meta = read_json(stem.with_name(stem.name + ".json"))
+    if not isinstance(meta, dict):
+        raise CheckpointError(f"{stem}.json: holds no JSON object, so it describes no checkpoint; it was exchanged")
+    if meta.get("schema_version") != SCHEMA_VERSION:
+        raise CheckpointError(
+            f"{stem}.json: schema version {meta.get('schema_version')!r}, but this release reads {SCHEMA_VERSION}; "
+            "read it with the release that wrote it"
+        )
+    return load_tensors(stem.with_name(stem.name + ".safetensors"), meta.get("sha256")), meta
+
+
+def supernet_meta(supernet: Supernet) -> dict[str, Any]:
+    """What `load_supernet` needs beside the tensors."""
+    return {"spec": supernet.spec.to_json(), "subnets": supernet.subnets.to_json()}
+
+
+def save_supernet(stem: Path, supernet: Supernet, meta: Mapping[str, Any] | None = None) -> None:
+    """Store a supernet with its spec and its set of sub-networks."""
+    save_checkpoint(stem, state_for_saving(supernet), {**supernet_meta(supernet), **(meta or {})})
+
+
+def load_supernet(stem: Path) -> tuple[Supernet, dict[str, Any]]:
+    """Read a stored supernet, in eval mode: (supernet, meta).
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, or its tensors do not fit its spec.
+    """
+    tensors, meta = load_checkpoint(stem)
+    if "spec" not in meta or "subnets" not in meta:
+        raise CheckpointError(f"{stem}.json: holds no supernet (no 'spec' and 'subnets')")
+    subnets = SubnetSet.from_json(SupernetSpec.from_json(meta["spec"]), meta["subnets"])
+    supernet = rebuild(subnets)
+    load_exactly(supernet, tensors, str(stem))
+    return supernet.eval(), meta
+
+
+def load_exactly(supernet: Supernet, tensors: Mapping[str, Tensor], where: str) -> None:
+    """Load a state dict; missing, extra and misshapen tensors are listed in one error and nothing is skipped.
+
+    Raises:
+        CheckpointError: the tensors do not fit.
+    """
+    expected = {name: tuple(value.shape) for name, value in supernet.state_dict().items()}
+    problems = [f"missing {name} {shape}" for name, shape in expected.items() if name not in tensors]
+    problems += [f"unexpected {name}" for name in tensors if name not in expected]
+    problems += [
+        f"{name} has shape {tuple(tensors[name].shape)}, expected {shape}"
+        for name, shape in expected.items()
+        if name in tensors and tuple(tensors[name].shape) != shape
+    ]
+    if problems:
+        raise CheckpointError(f"{where}: the tensors do not fit {supernet.spec.family}: " + "; ".join(problems))
+    supernet.load_state_dict(dict(tensors))
+
+
+def tensors_below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with `prefix`, under the rest of their names."""
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

@@ -1,0 +1,5 @@
+"""Checkpoints of published code, read by our names. Nothing here runs code from a file."""
+
+from dsnet.stored.compat.dsnet_release import load_dsnet_checkpoint, load_dsnet_gate
+
+__all__ = ["load_dsnet_checkpoint", "load_dsnet_gate"]

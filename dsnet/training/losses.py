@@ -1,0 +1,19 @@
+"""Losses of Stage I: cross-entropy to a distribution, and label smoothing. They take logits, never probabilities."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def soft_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    """Mean over the batch of -sum_c target_c log softmax(logits)_c; both are [B, C], `target` is a distribution."""
+    return -(target * F.log_softmax(logits, dim=1)).sum(1).mean()
+
+
+def smoothed_one_hot(labels: Tensor, num_classes: int, smoothing: float) -> Tensor:
+    """Label-smoothed targets [B, C]: (1 - smoothing) on the label plus smoothing / C everywhere."""
+    share = smoothing / num_classes
+    target = torch.full((len(labels), num_classes), share, device=labels.device)
+    return target.scatter_(1, labels[:, None], 1.0 - smoothing + share)

@@ -1,0 +1,116 @@
+"""Re-checking what a bundle claims: files, stored examples, and accuracy on the data it was made with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dsnet.data import SplitSizes, TensorData, make_splits
+from dsnet.data.sources import load_source
+from dsnet.deploy.bundle import Bundle, check_bundle_examples, check_bundle_files, load_bundle, score_bundle
+from dsnet.errors import DataError, NotFoundError, VerificationError
+from dsnet.space.cost import subnet_cost
+from orchestration.config.loading import load_config
+
+TIED_IMAGES = 2
+"""So many images may be judged otherwise on another processor: their two best scores are equal up to rounding."""
+ROUNDING = 1e-9
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was found to be as claimed."""
+
+    name: str
+    finding: str
+
+
+def check_bundle(path: Path, data_path: str | None) -> list[Check]:
+    """Check a bundle.
+
+    Args:
+        path: its folder.
+        data_path: None checks files and examples only; "" uses embedded data; else the folder of the images.
+
+    Raises:
+        NotFoundError: no bundle there.
+        CheckpointError: it cannot be read.
+        DataError: the data is not what the claims were measured on.
+        VerificationError: something differs from what was claimed.
+    """
+    if not path.exists():
+        raise NotFoundError(f"{path}: no such bundle; make one with: dsnet-orch export RUN --pick knee")
+    bundle = load_bundle(path)
+    check_bundle_files(bundle)
+    checks = [Check("files", f"{len(bundle.manifest['files'])} files match their hashes")]
+    num_examples = check_bundle_examples(bundle)
+    checks.append(Check("examples", _examples_finding(num_examples)))
+    if data_path is not None:
+        checks += _check_claims(bundle, data_path)
+    return checks
+
+
+def _examples_finding(num_examples: int) -> str:
+    if num_examples == 0:
+        return "0 images are stored, so routes and logits were not checked; export it again, or check its accuracy with --data"
+    return f"{num_examples} stored images give the recorded routes and logits"
+
+
+def _check_claims(bundle: Bundle, data_path: str) -> list[Check]:
+    claims = bundle.claims
+    data = _claimed_data(claims["data"], data_path or _folder_of_the_run(bundle.path))
+    return [_check_split(bundle, claims[split], data, split) for split in ("val", "test") if split in claims]
+
+
+def _folder_of_the_run(bundle: Path) -> str:
+    """The folder of images that the sweep named whose run this bundle still lies in; empty where it lies elsewhere."""
+    for folder in bundle.resolve().parents:
+        if (folder / "sweep.yaml").is_file() and (folder / "manifest.json").is_file():
+            return load_config(folder / "sweep.yaml").config.data.path or ""
+    return ""
+
+
+def _claimed_data(facts: Mapping[str, Any], data_path: str) -> TensorData:
+    """The very splits that the claims were measured on."""
+    image_set = load_source(
+        facts["name"],
+        data_path or None,
+        facts["image_size"],
+        stream=facts.get("stream", False),  # bundles of earlier releases say neither
+        crop_fraction=facts.get("crop_fraction", 1.0),
+    )
+    splits = make_splits(
+        image_set.labels.numpy(), image_set.official_test, SplitSizes(**facts["sizes"]), facts["seed"], facts["limit"]
+    )
+    if image_set.fingerprint != facts["fingerprint"] or splits.hash != facts["splits"]:
+        raise DataError(
+            f"the images of {facts['name']}{f' in {data_path}' if data_path else ''} are not those the bundle's claims were measured on "
+            "(their fingerprint differs); give the original files with --data"
+        )
+    return image_set.tensor_data(splits, open_test=True)
+
+
+def _check_split(bundle: Bundle, claimed: Mapping[str, Any], data: TensorData, split: str) -> Check:
+    num_images = data.num_images(split)
+    with torch.inference_mode():
+        found = score_bundle(bundle, data.images(split), data.labels(split))
+    allowed = TIED_IMAGES / num_images
+    spec, size = bundle.net.subnets.spec, bundle.image_shape[-1]
+    # One undecided image exchanges one tail for another; with a router that may run several, it adds or drops one.
+    costs = [subnet_cost(spec, subnet, size) for subnet in bundle.net.subnets]
+    tail_m = max(cost.madds - cost.trunk_madds for cost in costs) / 1e6
+    is_equal = abs(found["top1"] - claimed["top1"]) <= allowed + ROUNDING
+    is_equal &= abs(found["madds_m"] - claimed["madds_m"]) <= allowed * tail_m + ROUNDING
+    if not is_equal:
+        raise VerificationError(
+            f"{bundle.path}: on {split} ({num_images} images) it reaches {_scores(found)}, but claims {_scores(claimed)}"
+        )
+    return Check(split, f"{_scores(found)} on {num_images} images, as claimed")
+
+
+def _scores(values: Mapping[str, Any]) -> str:
+    return f"top-1 {100 * values['top1']:.2f} % at {values['madds_m']:.5g} M MAdds"

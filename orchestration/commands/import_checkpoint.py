@@ -1,0 +1,158 @@
+"""A released checkpoint becomes a sweep that begins where Stage I would end: weights in our format, and the sweep file to launch."""
+
+from __future__ import annotations
+
+import errno
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dsnet.data.normalization import Normalization
+from dsnet.errors import CheckpointError, ConfigError, PreflightError
+from dsnet.files import atomic_write_text, file_sha256, read_json
+from dsnet.network.supernet import Supernet
+from dsnet.space.cost import subnet_cost
+from dsnet.stored.checkpoint import save_supernet
+from dsnet.stored.compat import load_dsnet_checkpoint
+from dsnet.training.start import find_checkpoint
+from dsnet.training.supernet import FINAL
+from orchestration.config.loading import load_source_text
+from orchestration.config.yaml_source import parse_yaml
+
+IMAGENET = Normalization((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
+"""What the released weights were trained with: ImageNet's mean and deviation, in units of pixel values."""
+SWEEP_FILE = "sweep.yaml"
+
+_TEMPLATE = """\
+# A sweep over imported weights: nothing is trained but gates. Made by `dsnet-orch import-checkpoint`.
+#
+# data.path: a folder with a folder per class, in the order of the checkpoint's classes, of images that the weights were NOT trained on
+# (for ImageNet: its validation images; on training images nearly everything is "easy"). `train` is not used, so it may be small.
+# data.crop_fraction: published accuracies are usually measured like this (for 224 pixels: shorter side resized to 256, centre of 224 cut
+# out); not verified for these weights. 1 keeps the whole shorter side.
+version: 1
+name: {name}
+data:
+  name: image_folder
+  path: {data}
+  image_size: {image_size}
+  crop_fraction: 0.875
+  splits: {{train: 0.02, gate: 0.3, val: 0.3, test: 0.38}}
+
+supernet:
+  model: checkpoint             # layout and sub-networks of init_from
+  init_from: {stem}
+  train: {{epochs: 0}}            # 0: keep the weights
+  recalibration: {{images: 0}}    # 0: keep the BatchNorm statistics too
+"""
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What an import made."""
+
+    sweep: Path
+    """The sweep file to launch."""
+    stem: Path
+    """The checkpoint in our format, as `supernet.init_from` takes it."""
+    supernet: Supernet
+
+    def summary(self) -> str:
+        """The checkpoint in one line."""
+        spec, subnets = self.supernet.spec, self.supernet.subnets
+        madds = [subnet_cost(spec, subnet, spec.image_size).madds / 1e6 for subnet in subnets]
+        return (
+            f"{spec.family}: {len(subnets)} sub-networks of {min(madds):.1f} to {max(madds):.1f} M MAdds at "
+            f"{spec.image_size} pixels, {spec.num_classes} classes"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportSettings:
+    """What an import is told."""
+
+    name: str
+    """Of the sweep."""
+    num_classes: int | None = None
+    """Of the checkpoint's classifier; None takes as many as it has."""
+    image_size: int = 224
+    """Side in pixels, as data.image_size of sweep.yaml."""
+    ema: bool = False
+    """Take the checkpoint's averaged weights."""
+    data: str | None = None
+    """Folder of the images; None leaves it to $DSNET_DATA or --data."""
+
+
+def import_checkpoint(source: Path, out: Path, settings: ImportSettings) -> Imported:
+    """Read a released DS-Net checkpoint and write it, with a sweep file, into the folder `out`.
+
+    Raises:
+        CheckpointError: the file is none of a released model, its tensors do not fit, or they hold NaN.
+        ConfigError: `out` holds an import already, sweep.yaml does not allow a setting, or `source` is a checkpoint in our format.
+        PreflightError: `out` cannot be used.
+    """
+    sweep = out / SWEEP_FILE
+    text = _sweep_text(out / FINAL, settings)
+    _check_settings(text, settings)
+    _check_out(out)
+    _refuse_own_format(source)
+    supernet, _ = load_dsnet_checkpoint(source, settings.num_classes, ema=settings.ema, image_size=settings.image_size)
+    with _usable(out):
+        out.mkdir(parents=True, exist_ok=True)
+    origin = {"file": source.name, "sha256": file_sha256(source), "weights": "ema" if settings.ema else "student"}
+    meta = {"run": {"normalization": IMAGENET.to_json(), "origin": origin}, "torch": torch.__version__}
+    save_supernet(out / FINAL, supernet, meta)
+    atomic_write_text(sweep, text)
+    return Imported(sweep, out / FINAL, supernet)
+
+
+def _sweep_text(stem: Path, settings: ImportSettings) -> str:
+    return _TEMPLATE.format(
+        name=_yaml_value(settings.name),
+        data=_yaml_value(settings.data),
+        image_size=settings.image_size,
+        stem=_yaml_value(str(stem.absolute())),
+    )
+
+
+def _yaml_value(value: str | None) -> str:
+    """A JSON value is a YAML value."""
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _check_settings(text: str, settings: ImportSettings) -> None:
+    """Refuse what a launch of the sweep file would refuse."""
+    given = {"name": settings.name, "data.path": settings.data, "data.image_size": settings.image_size}
+    load_source_text(parse_yaml(text, SWEEP_FILE), flags=given)
+
+
+def _check_out(out: Path) -> None:
+    with _usable(out):
+        if (out / SWEEP_FILE).exists():
+            raise ConfigError(f"{out / SWEEP_FILE}: is there already; choose another --out, or remove it")
+        if out.exists() and not out.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, "it is a file")
+
+
+@contextmanager
+def _usable(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise PreflightError(f"--out {out}: cannot be used ({error.strerror}); choose another") from error
+
+
+def _refuse_own_format(source: Path) -> None:
+    try:
+        stem = find_checkpoint(source)
+        content = read_json(stem.with_name(f"{stem.name}.json"))
+    except CheckpointError:
+        return  # none of ours: whoever reads it says what it is
+    if isinstance(content, dict) and "spec" in content:
+        raise ConfigError(
+            f"{source}: is a checkpoint of dsnet-orch and needs no import; name it in supernet.init_from of a sweep file"
+        )

@@ -1,0 +1,225 @@
+"""A first sweep file that fits a folder of images: what was seen, what was chosen and why stand in its comments."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dsnet.data import Splits, make_splits
+from dsnet.data.cifar10 import CLASS_NAMES, IMAGE_SIZE, holds_cifar10
+from dsnet.data.splits import FEW_IMAGES
+from dsnet.data.survey import Survey, survey_folder
+from dsnet.errors import ConfigError, DataError
+from dsnet.families import Task, family_names, layout
+from dsnet.files import atomic_write_text
+from dsnet.space.cost import subnet_cost
+from dsnet.training.data_defaults import DataDefault, DataFacts, data_defaults
+from orchestration.config.loading import load_source_text
+from orchestration.config.yaml_source import parse_yaml
+
+MODEL = "ds_resnet"
+"""Dense convolutions train several times faster on a CPU than depthwise ones, and to a higher accuracy in short trainings."""
+SIZES = (64, 48, 32)
+"""Sides in pixels that are proposed, the largest that the pictures have."""
+LARGE_STEM_FROM = 48
+"""Side in pixels from which the first layers reduce the resolution."""
+UNEVEN = 3
+"""Classes are called uneven from this ratio of the largest to the smallest on."""
+MAX_CLASSES = 12
+"""Classes whose numbers of images are listed."""
+CIFAR10_TRAIN, CIFAR10_TEST = 50_000, 10_000
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the file is written for."""
+
+    data_name: str
+    image_size: int | None
+    """To write; None = as stored."""
+    lines: tuple[str, ...]
+    """What was seen, in sentences."""
+    size_reason: str
+    facts: DataFacts
+    splits: Splits
+
+
+def init_sweep(folder: Path, out: Path | None, name: str | None, *, overwrite: bool = False) -> tuple[Path, Seen]:
+    """Look at the images and write a sweep file.
+
+    Args:
+        folder: of the images.
+        out: the file; None = NAME.yaml in the working directory.
+        name: of the sweep; None = the folder's.
+        overwrite: replace a file that is there.
+
+    Raises:
+        ConfigError: the file is there already.
+        DataError: the images cannot be used as they lie there.
+    """
+    folder = folder.expanduser()
+    name = name if name is not None else _name_of(folder)
+    path = out if out is not None else Path(f"{name}.yaml")
+    if path.exists() and not overwrite:
+        raise ConfigError(f"{path} is there already; write another with --out FILE, or replace it with --force")
+    seen = _look(folder)
+    text = sweep_text(folder.absolute(), name, seen)
+    load_source_text(parse_yaml(text, str(path)), known_models=family_names())  # it must be valid as it is
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write_text(path, text)
+    return path, seen
+
+
+def _name_of(folder: Path) -> str:
+    """The folder's name as a sweep may be called."""
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", folder.absolute().name).strip("-.")[:64]
+    return name or "photos"
+
+
+def _look(folder: Path) -> Seen:
+    if not folder.exists():
+        raise DataError(f"{folder}: does not exist; --data names the folder of the images")
+    if holds_cifar10(folder):
+        return _cifar10()
+    return _photos(survey_folder(folder))
+
+
+def _cifar10() -> Seen:
+    labels = np.tile(np.arange(len(CLASS_NAMES)), (CIFAR10_TRAIN + CIFAR10_TEST) // len(CLASS_NAMES))
+    splits = make_splits(labels, np.arange(len(labels)) >= CIFAR10_TRAIN)
+    lines = (
+        f"CIFAR-10: {CIFAR10_TRAIN:,} training and {CIFAR10_TEST:,} test images of 32 x 32 pixels in 10 even classes.",
+    )
+    return Seen("cifar10", None, lines, "", _facts(labels, splits, len(CLASS_NAMES), IMAGE_SIZE), splits)
+
+
+def _photos(survey: Survey) -> Seen:
+    labels = np.array(survey.listing.labels)
+    try:
+        splits = make_splits(labels, survey.listing.official_test)
+    except ConfigError as error:
+        fewest = min(survey.class_sizes.items(), key=lambda item: item[1])
+        raise DataError(
+            f"{survey.listing.root}: too few images: class {fewest[0]!r} has {fewest[1]}; train, gate, val and test each need one "
+            f"of every class ({error})"
+        ) from error
+    size = next((side for side in SIZES if side <= survey.short_side), max(8, survey.short_side // 4 * 4))
+    reason = f"pictures typically have {survey.short_side} pixels along their shorter side"
+    if size < survey.short_side:
+        reason += "; more pixels may tell more, and take longer"
+    facts = _facts(labels, splits, len(survey.class_sizes), size)
+    return Seen("image_folder", size, (*_sentences(survey), *_few_images(splits)), reason, facts, splits)
+
+
+def _few_images(splits: Splits) -> Iterator[str]:
+    """That routers cannot be compared on so few images."""
+    val, test = len(splits["val"]), len(splits["test"])
+    if min(val, test) < FEW_IMAGES:
+        yield (
+            f"Few pictures: {val} in val and {test} in test, so that one picture is {100 / min(val, test):.1f} points of accuracy; "
+            f"{FEW_IMAGES} in each are the least that can tell routers apart."
+        )
+
+
+def _sentences(survey: Survey) -> Iterator[str]:
+    counts = survey.class_sizes
+    fewest, most = min(counts.values()), max(counts.values())
+    widths, heights = zip(*survey.sizes, strict=True)
+    pixels = f"{_range(widths)} x {_range(heights)} pixels"
+    colour = "grey; they are read as three equal channels" if survey.is_grey else "in colour"
+    yield f"{survey.num_images:,} pictures in {len(counts)} classes, {pixels}, {colour}."
+    if len(set(survey.sizes)) > 1 or widths != heights:
+        yield "Each is resized by its shorter side, and the square in its middle is used."
+    if len(counts) <= MAX_CLASSES:
+        yield f"Classes: {', '.join(f'{name} {count:,}' for name, count in counts.items())}."
+    else:
+        yield f"A class has {fewest:,} to {most:,} pictures."
+    if most >= UNEVEN * fewest:
+        yield f"The classes are uneven ({fewest:,} to {most:,}): accuracy is over pictures, so that rare classes count for little."
+
+
+def _range(values: tuple[int, ...]) -> str:
+    return f"{min(values)}" if min(values) == max(values) else f"{min(values)} to {max(values)}"
+
+
+def _facts(labels: np.ndarray, splits: Splits, num_classes: int, size: int) -> DataFacts:
+    task = Task(num_classes=num_classes, in_channels=3, image_size=size)
+    subnets = layout(MODEL, task, model_options(size))
+    return DataFacts(
+        num_train=len(splits.train),
+        num_classes=num_classes,
+        smallest_class=int(np.bincount(labels[splits.train], minlength=num_classes).min()),
+        image_size=size,
+        channels=3,
+        can_mirror=True,
+        madds_m=subnet_cost(subnets.spec, subnets.largest, size).madds / 1e6,
+    )
+
+
+def model_options(size: int) -> dict[str, Any]:
+    """Options of `ds_resnet` that train well on a CPU at this image size."""
+    return {
+        "depth": 8,
+        "width": 2.0,
+        "ratios": [0.25, 0.5, 0.75, 1.0],
+        "paths": "uniform",
+        "stem": "large" if size >= LARGE_STEM_FROM else "small",
+    }
+
+
+_OPTION_COMMENTS = {
+    "depth": "blocks: 8, 14, 20, ...",
+    "width": "factor on all channels",
+    "ratios": "width ratios of the sub-networks",
+    "paths": "uniform: a sub-network for each ratio | all: a ratio for every stage",
+    "stem": "large: starts at a quarter of the resolution, for larger images | small: at all of it",
+}
+
+
+def sweep_text(folder: Path, name: str, seen: Seen) -> str:
+    """The file."""
+    lines = [
+        "# Written by dsnet-orch init. What it saw:",
+        *(f"#   {line}" for line in seen.lines),
+        "#",
+        "# Every key that is left out has a default: `dsnet-orch plan` shows its value, `dsnet-orch schema` its meaning.",
+        "version: 1",
+        f"name: {json.dumps(name)}",
+        "",
+        "data:",
+        f"  name: {seen.data_name}",
+        f"  path: {json.dumps(str(folder), ensure_ascii=False)}",
+    ]
+    if seen.image_size is not None:
+        lines.append(f"  image_size: {seen.image_size}    # {seen.size_reason}")
+    sizes = ", ".join(f"{split} {len(seen.splits[split]):,}" for split in ("train", "gate", "val", "test"))
+    lines += [f"  # splits: {sizes} (test is sealed until the end)", "", *_supernet_lines(seen), ""]
+    return "\n".join(lines)
+
+
+def _supernet_lines(seen: Seen) -> Iterator[str]:
+    yield "supernet:"
+    yield f"  model: {MODEL}    # trains faster on a CPU than networks of depthwise convolutions"
+    yield "  options:"
+    for key, value in model_options(seen.facts.image_size).items():
+        yield f"    {key}: {json.dumps(value) if not isinstance(value, str) else value}    # {_OPTION_COMMENTS[key]}"
+    yield "  train:"
+    yield "    channels_last: true    # the memory order in which convolutions train faster; results change by rounding alone"
+    yield "    # These follow from the images; remove the # to choose another value:"
+    defaults = data_defaults(seen.facts, MODEL)
+    train = {key.rpartition(".")[2]: each for key, each in defaults.items() if key.startswith("supernet.train.")}
+    for key, default in train.items():
+        yield f"    # {key}: {_written(default)}    # {default.reason}"
+    yield "  # recalibration:"
+    images = defaults["supernet.recalibration.images"]
+    yield f"  #   images: {_written(images)}    # {images.reason}"
+
+
+def _written(default: DataDefault) -> str:
+    return json.dumps(default.value)

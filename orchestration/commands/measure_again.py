@@ -1,0 +1,99 @@
+"""`dsnet-orch measure`: time a run's sub-networks and its front again, without training; what the search was told stays as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from dsnet.files import atomic_write_json
+from dsnet.measure.latency import LatencyTable, measure_latency
+from dsnet.network.supernet import Supernet
+from dsnet.stored.checkpoint import load_supernet
+from dsnet.training.supernet import FINAL
+from orchestration.commands.planning import prepare_again, report_again
+from orchestration.config.sweep import SweepConfig, conditions
+from orchestration.pipeline.agreement import DynamicLatency, time_front
+from orchestration.prepare.preparation import Prepared, latency_settings
+from orchestration.progress import ProgressView, Task
+from orchestration.results.run import RunResults
+from orchestration.runs.rundir import DriverLock, now_iso
+
+LATENCY = "latency_ms"
+"""What the names of latencies begin with."""
+
+
+@dataclass(frozen=True)
+class MeasuredAgain:
+    """Both timings, by the name of the device."""
+
+    before: Mapping[str, LatencyTable]
+    after: Mapping[str, LatencyTable]
+    front: Mapping[str, DynamicLatency]
+    """Of the verified front; empty where there is none."""
+    study: str
+    """What becomes of the study, in a sentence."""
+
+
+def measure_again(results: RunResults, progress: ProgressView) -> MeasuredAgain:
+    """Time everything on every device, store it beside the first timing, and build the report again.
+
+    The front runs on images of `val`: a timing is no reason to read `test` once more.
+
+    Raises:
+        NotFoundError: the run has not finished its measure stage.
+        LockedError: a driver is at work.
+        DataError, PreflightError: see `prepare_again` and `latency_settings`.
+    """
+    run, key = results.run, results.done_key("measure")
+    with DriverLock(run, f"dsnet-orch measure {run.name}"):
+        prepared = prepare_again(results)
+        supernet = load_supernet(run.stage_dir("supernet", results.done_key("supernet")) / FINAL)[0]
+        tables: dict[str, LatencyTable] = {}
+        for name, settings in latency_settings(results.config).items():
+            with progress.bar(Task(f"measure: latency {name}".rstrip(), settings.num_rounds, "round")) as bar:
+                tables[name] = measure_latency(
+                    supernet,
+                    prepared.image_size,
+                    settings,
+                    lambda done, total, bar=bar: bar.update(done),  # type: ignore[misc]
+                )
+        front = _time_front(results, prepared, supernet, tables)
+        content = {
+            "at": now_iso(),
+            "tables": {name: table.to_json() for name, table in tables.items()},
+            "front": {name: latency.to_json() for name, latency in front.items()},
+        }
+        atomic_write_json(run.timed_again_json(key), content)
+    again = RunResults(run)
+    report_again(again)
+    return MeasuredAgain(results.latencies, again.newest_latencies, front, study_sentence(results.config, run.name))
+
+
+def _time_front(
+    results: RunResults, prepared: Prepared, supernet: Supernet, tables: Mapping[str, LatencyTable]
+) -> dict[str, DynamicLatency]:
+    verified = results.verified
+    if verified is None:
+        return {}
+    routers = {slot: results.router(slot) for slot in verified.front}
+    images = prepared.data.images("val")
+    return {
+        name: time_front(supernet, routers, images, prepared.normalization, settings, split="val").beside(
+            tables[name], verified.val.points, verified.val.routes
+        )
+        for name, settings in latency_settings(results.config).items()
+    }
+
+
+def study_sentence(config: SweepConfig, run: str) -> str:
+    """Which numbers keep the timing of the search, and how to search by the new one."""
+    read = [metric.name for metric in config.metrics if metric.name.startswith(LATENCY)]
+    for comparison in conditions(config):
+        read += [name for name in sorted(comparison.names) if LATENCY in name]
+    if not read:
+        return "no objective or constraint reads a latency: the study stays as it is; latency_ms of single trials is of the first timing"
+    told = ", ".join(dict.fromkeys(read))
+    return (
+        f"the study of {run} was searched by the first timing ({told}) and stays as it is, with its front; "
+        "to search by a new one launch the sweep under another name (--name)"
+    )

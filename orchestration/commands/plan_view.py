@@ -1,0 +1,226 @@
+"""What `plan` prints: the data, the network, what a launch would do and take, and the settings, those that somebody chose first.
+
+`orchestration.commands.supernet_tables` prints the plan of a sweep of supernets with the same parts.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from orchestration.commands.tables import Column, show_table, terminal_width, wrapped
+from orchestration.commands.terminal import print_json, say
+from orchestration.config.sweep import (
+    SweepConfig,
+    enqueued_points,
+    resolve_cohort,
+    resolve_cores,
+    resolve_regime,
+    resolve_timeout_s,
+)
+from orchestration.config.wording import duration, plural, size
+from orchestration.pipeline.forecast import Forecast
+
+if TYPE_CHECKING:
+    from orchestration.commands.planning import SweepPlan
+    from orchestration.prepare.preparation import Prepared
+    from orchestration.runs.rundir import RunDir
+
+MAX_SUBNETS = 16
+"""Sub-networks that are listed without --all."""
+MAX_CLASSES = 30
+"""Classes that are named without --all."""
+SPLITS = ("train", "gate", "val", "test")
+_FILE_LINE = re.compile(r"^.+:(\d+)$")
+"""Origin of a setting of the sweep file, whose name the reader has just typed."""
+_SETTING = Column("setting", is_text=True)
+_VALUE = Column("value", is_text=True, wraps=True)
+
+
+def show_plan(plan: SweepPlan, *, as_json: bool, everything: bool = False) -> None:
+    """The plan of a sweep of gates under one supernet.
+
+    Args:
+        plan: from `make_plan`.
+        as_json: for scripts, always complete.
+        everything: also the settings that nobody chose, and every sub-network.
+    """
+    if as_json:
+        print_json(plan_content(plan))
+        return
+    show_data(plan.run, plan.prepared, everything=everything)
+    say()
+    made = plan.supernet.lines(plan.config.supernet.init_from)
+    network = [(what.removeprefix("supernet "), how) for what, how in made]
+    show_table((Column("supernet", is_text=True), Column("", is_text=True, wraps=True)), network, rest="")
+    say()
+    _show_subnets(plan, everything)
+    say()
+    _show_stages(plan)
+    say()
+    show_settings(plan_settings(plan), everything=everything)
+
+
+def plan_content(plan: SweepPlan) -> dict[str, Any]:
+    """The plan as JSON."""
+    data = plan.prepared
+    return {
+        "run": str(plan.run.path),
+        "data": data_content(data),
+        "stages": [
+            {"stage": stage.name, "status": stage.status, "key": stage.key, "because": list(stage.reasons)}
+            for stage in plan.stages
+        ],
+        "forecast": None if plan.forecast is None else plan.forecast.to_json(),
+        "subnets": [{"name": name, "madds_m": madds, "params_m": params} for name, madds, params in plan.routes],
+        "supernet": dict(plan.supernet.lines(plan.config.supernet.init_from)),
+        "settings": plan_settings(plan),
+    }
+
+
+def data_content(prepared: Prepared) -> dict[str, Any]:
+    """The data as JSON."""
+    return {
+        "name": prepared.image_set.name,
+        "image_shape": list(prepared.image_set.image_shape),
+        "classes": list(prepared.image_set.class_names),
+        "num_images": {split: len(prepared.splits[split]) for split in SPLITS},
+    }
+
+
+def plan_settings(plan: SweepPlan) -> dict[str, dict[str, Any]]:
+    """Every setting with its value and origin; `reason` where the data decided it, `effective` where null stands for something."""
+    settings = plan.settings()
+    for key, meant in effective_values(plan.config, plan.prepared).items():
+        if key in settings and settings[key]["value"] is None:
+            settings[key]["effective"] = meant
+    return settings
+
+
+def effective_values(config: SweepConfig, prepared: Prepared) -> dict[str, Any]:
+    """What nulls stand for, with the supernet that was prepared."""
+    supernet = prepared.config.supernet
+    regime = resolve_regime(supernet)
+    cores = resolve_cores(config)
+    points = plural(len(enqueued_points(config)), "point")
+    return {
+        "data.image_size": prepared.image_size,
+        **{f"data.splits.{split}": len(prepared.splits[split]) for split in SPLITS},
+        "supernet.regime": supernet.regime or "ib",
+        "supernet.threads": max(1, cores // supernet.workers),
+        "supernet.train.widths": regime.widths,
+        "supernet.train.num_random": regime.num_random,
+        "supernet.train.teacher": regime.teacher,
+        "supernet.train.bn": prepared.subnets.spec.norm,
+        "supernet.recalibration.images": "all",
+        "sampler.cohort": resolve_cohort(config),
+        "sampler.enqueue": f"the published settings ({points})",
+        "trial.timeout_s": resolve_timeout_s(config),
+        "ray.num_cpus": cores,
+        "ray.trial_actors": cores,
+        "tracking.uri": f"sqlite in {config.storage.runs}",
+        "tracking.experiment": config.name,
+    }
+
+
+def show_data(run: RunDir, prepared: Prepared, *, everything: bool) -> None:
+    """The run folder, the images, their splits and their classes."""
+    images, splits = prepared.image_set, prepared.splits
+    channels, height, width = images.image_shape
+    names = images.class_names if everything else images.class_names[:MAX_CLASSES]
+    more = f" and {len(images.class_names) - len(names)} more (--all)" if len(names) < len(images.class_names) else ""
+    sizes = ", ".join(f"{split} {len(splits[split])}" for split in SPLITS)
+    say_row("run", str(run.path))
+    say_row("data", f"{images.name}, {width} x {height} pixels, {plural(channels, 'channel')}: {sizes} (sealed)")
+    for note in prepared.notes():
+        say_row("note", note)
+    say_row("classes", f"{len(images.class_names)}: {', '.join(names)}{more}")
+
+
+def say_row(what: str, text: str) -> None:
+    """A name and its text, which goes on below itself."""
+    width = terminal_width()
+    first, *others = wrapped(text, None if width is None else max(20, width - 10))
+    say(f"{what:<10}{first}")
+    for line in others:
+        say(f"{'':<10}{line}")
+
+
+def _show_subnets(plan: SweepPlan, everything: bool) -> None:
+    routes = plan.routes
+    if not everything and len(routes) > MAX_SUBNETS:
+        routes = routes[:MAX_SUBNETS]
+    columns = (Column("sub-network", is_text=True), Column("MAdds M"), Column("params M"))
+    show_table(columns, [(name, f"{madds:.4g}", f"{params:.4g}") for name, madds, params in routes], rest="")
+    if len(routes) < len(plan.routes):
+        say(f"... and {len(plan.routes) - len(routes)} more (--all)")
+    if plan.supernet.naming:
+        for line in wrapped(plan.supernet.naming, terminal_width()):
+            say(line)
+
+
+def _show_stages(plan: SweepPlan) -> None:
+    """Each stage with what it would take and why it would run."""
+    told = [(stage.name, stage.status, stage.key[:12], "; ".join(stage.reasons)) for stage in plan.stages]
+    lines = [
+        (name, status, *_taken(plan.forecast, name), key, why)
+        for name, status, key, why in [*told, ("verify", "when the front is known", "", "")]
+    ]
+    columns = [
+        Column("stage", is_text=True),
+        Column("status", is_text=True, wraps=True),
+        *((Column("time"), Column("memory"), Column("disk")) if plan.forecast is not None else ()),
+        Column("key", is_text=True, drop=1),
+        Column("because", is_text=True, wraps=True),
+    ]
+    show_table(columns, lines)
+    if plan.forecast is not None:
+        say_row("forecast", f"about {forecast_text(plan.forecast)}")
+
+
+def forecast_text(found: Forecast) -> str:
+    """Time, memory, disk, and how the clock ran."""
+    gpu = f", {size(found.gpu_bytes)} of the GPU's" if found.gpu_bytes else ""
+    return (
+        f"{duration(found.seconds)}, {size(found.memory_bytes)} of memory{gpu}, {size(found.disk_bytes)} on disk; "
+        f"{found.timed}"
+    )
+
+
+def _taken(forecast: Forecast | None, name: str) -> tuple[str, ...]:
+    if forecast is None:
+        return ()
+    stage = forecast.of(name)
+    if stage is None or not stage.seconds:
+        return ("", "", "")
+    return (duration(stage.seconds), size(stage.memory_bytes), size(stage.disk_bytes))
+
+
+def show_settings(settings: Mapping[str, Mapping[str, Any]], *, everything: bool) -> None:
+    """Those that somebody wrote, those that the data decided, and the number of all others, or these too."""
+    groups: dict[str, list[tuple[str, str, str]]] = {"chosen": [], "data": [], "default": []}
+    for key, setting in settings.items():
+        if f"space.{key}" in settings:  # every trial or supernet has its own
+            continue
+        origin = setting["origin"]
+        group = origin if origin in ("data", "default") else "chosen"
+        groups[group].append((key, _value(setting), setting.get("reason", _FILE_LINE.sub(r"line \1", origin))))
+    show_table((_SETTING, _VALUE, Column("from", is_text=True)), groups["chosen"], rest="")
+    if groups["data"]:
+        say()
+        columns = (Column("decided by the data", is_text=True), _VALUE, Column("why", is_text=True, wraps=True))
+        show_table(columns, groups["data"], rest="")
+    say()
+    if everything:
+        show_table((Column("default", is_text=True), _VALUE), [row[:2] for row in groups["default"]], rest="")
+    else:
+        say(f"{plural(len(groups['default']), 'other setting')} at their defaults: --all shows them")
+
+
+def _value(setting: Mapping[str, Any]) -> str:
+    value = setting.get("effective", setting["value"])
+    if value is None:
+        return "none"
+    return value if isinstance(value, str) else json.dumps(value)

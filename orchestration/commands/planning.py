@@ -1,0 +1,171 @@
+"""Commands that look at a sweep or a run without running stages: plan, validate, report, sync, and what they share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dsnet.errors import DataError, NonFiniteLossError, NotFoundError, NothingFeasibleError, PreflightError
+from dsnet.space.cost import subnet_cost
+from orchestration.commands.terminal import flat_settings, warn
+from orchestration.config.loading import LoadedConfig
+from orchestration.config.sweep import SweepConfig
+from orchestration.pipeline.forecast import Forecast, forecast
+from orchestration.pipeline.search import continued, refuse_impossible_layout
+from orchestration.prepare.preparation import Images, Prepared, load_images, prepare, stage_definitions
+from orchestration.results.report import write_report
+from orchestration.results.run import RunResults
+from orchestration.results.supernet_facts import SupernetFacts
+from orchestration.runs.rundir import MLFLOW_DATABASE, DriverLock, RunDir, mlflow_artifact_root, mlflow_store_uri
+from orchestration.runs.stages import StagePlan, plan_stages
+from orchestration.tracking.rows import make_tracker, replay, store_uri, sweep_end_ms
+from orchestration.tracking.store import Status
+from search.front.points import save_points
+
+SYNC_TIMEOUT_S = 600.0
+FROM_THE_DATA = "data"
+"""Origin of a setting that nobody wrote and that follows from the images."""
+
+
+@dataclass(frozen=True)
+class SweepPlan:
+    """What a launch would do."""
+
+    config: SweepConfig
+    """With the data's defaults filled in."""
+    origins: dict[str, str]
+    prepared: Prepared
+    supernet: SupernetFacts
+    run: RunDir
+    stages: tuple[StagePlan, ...]
+    routes: tuple[tuple[str, float, float], ...]
+    """(name, M MAdds, M parameters) of each sub-network, the teacher last."""
+    forecast: Forecast | None = None
+    """What a launch would take; None where nothing was timed."""
+
+    def settings(self) -> dict[str, dict[str, Any]]:
+        """Every setting with its value and origin, and the reason where the data decided it."""
+        derived = self.prepared.derived
+        settings: dict[str, dict[str, Any]] = {}
+        for key, value in flat_settings(self.config.model_dump(mode="json")).items():
+            settings[key] = {"value": value, "origin": self.origins.get(key, "default")}
+            if key in derived:
+                settings[key] |= {"value": derived[key].value, "reason": derived[key].reason}
+        return settings
+
+
+def make_plan(loaded: LoadedConfig, *, is_dry: bool = False) -> SweepPlan:
+    """Load the data, lay out the network, and compare the stages' keys with what the run folder has; writes nothing to it.
+
+    Args:
+        loaded: the sweep.
+        is_dry: time no steps, and forecast nothing.
+
+    Raises:
+        DataError, ConfigError, PreflightError: as a launch would.
+    """
+    run = RunDir(Path(loaded.config.storage.runs), loaded.config.name)
+    prepared = prepare(loaded.config, run, warn)
+    config = prepared.config
+    for warning in prepared.warnings():
+        warn(warning)
+    try:
+        refuse_impossible_layout(config, prepared.subnets, prepared.image_size)
+    except NothingFeasibleError as error:  # the costs that a plan shows help to mend it
+        warn(f"a launch would end at once: {error}")
+    spec = prepared.subnets.spec
+    costs = [(subnet.name, subnet_cost(spec, subnet, prepared.image_size)) for subnet in prepared.subnets.all]
+    *others, search = plan_stages(run, stage_definitions(prepared))
+    stages = (*others, continued(run, search, config))
+    return SweepPlan(
+        config,
+        {**loaded.origins, **dict.fromkeys(prepared.derived, FROM_THE_DATA)},
+        prepared,
+        SupernetFacts.of_prepared(prepared),
+        run,
+        stages,
+        tuple((name, cost.madds / 1e6, cost.params / 1e6) for name, cost in costs),
+        None if is_dry else unless_it_diverges(lambda: forecast(prepared, stages)),
+    )
+
+
+def unless_it_diverges(make: Callable[[], Forecast | None]) -> Forecast | None:
+    """The forecast; None, with a warning, where the timed steps end in NaN: a plan is there to find that out."""
+    try:
+        return make()
+    except NonFiniteLossError as error:
+        warn(f"no forecast: the training diverges in its first steps ({error})")
+        return None
+
+
+def prepare_again(results: RunResults) -> Prepared:
+    """The data and layout of an existing run.
+
+    Raises:
+        DataError: the data is not what the run was made with.
+    """
+    images = load_images(results.config)
+    check_same_data(results.run, results.manifest, images)
+    return prepare(results.config, results.run, warn, images)
+
+
+def check_same_data(run: RunDir, manifest: Mapping[str, Any], images: Images) -> None:
+    """Refuse data that a run was not made with.
+
+    Raises:
+        DataError: its fingerprint differs.
+    """
+    recorded = manifest["data_hashes"]
+    if recorded.get("images") != images.image_set.fingerprint or recorded.get("splits") != images.splits.hash:
+        raise DataError(
+            f"the images of {images.image_set.name} are not those that run {run.name!r} was made with "
+            "(their fingerprint differs); point DSNET_DATA or --data at the original files"
+        )
+
+
+def report_again(results: RunResults) -> Path:
+    """Write points.parquet and report.html from what a run has."""
+    prepared = prepare_again(results)
+    save_points(results.run.points_parquet, results.points())
+    status = "complete" if results.verified is not None else "stopped"
+    return write_report(results, prepared.image_set.class_names, prepared.notes(), status)
+
+
+def sync_again(results: RunResults) -> str:
+    """Write a run to MLflow; returns a sentence about it.
+
+    Raises:
+        PreflightError: tracking is off, or the store does not take the results.
+        LockedError: a driver is at work; it writes to MLflow itself.
+    """
+    config = results.config
+    if not config.tracking.mlflow:
+        raise PreflightError(
+            f"run {results.run.name!r} was made with tracking.mlflow: false; launch it with --set tracking.mlflow=true"
+        )
+    warnings: list[str] = []
+    with DriverLock(results.run, f"dsnet-orch sync {results.run.name}"):
+        tracker = make_tracker(config, results.run, warnings.append)
+        replay(results, tracker)
+        status: Status = "FINISHED" if results.verified is not None else "KILLED"
+        summary = tracker.close(status, sweep_end_ms(results.manifest), SYNC_TIMEOUT_S)
+    if summary.num_unsent:
+        raise PreflightError(
+            f"{summary.num_unsent} writes to {store_uri(config, results.run)} failed: {summary.first_error}"
+        )
+    return f"{results.run.name}: {len(results.records)} trials are in {store_uri(config, results.run)}"
+
+
+def existing_store(runs: Path) -> tuple[str, Path]:
+    """(URI, artifact folder) of the default MLflow store of a runs folder.
+
+    Raises:
+        NotFoundError: nothing was tracked there yet.
+    """
+    if not (runs / MLFLOW_DATABASE).is_file():
+        raise NotFoundError(
+            f"{runs}: no {MLFLOW_DATABASE} here; launch a sweep first, or name the runs folder with --runs"
+        )
+    return mlflow_store_uri(runs), mlflow_artifact_root(runs)

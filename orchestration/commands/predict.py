@@ -1,0 +1,80 @@
+"""`dsnet-orch predict`: what a bundle says about photos, as a table or as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from dsnet.deploy.bundle import load_bundle
+from dsnet.deploy.prediction import PhotoPrediction
+from dsnet.errors import DataError, NotFoundError
+from orchestration.commands.tables import Column, show_table
+from orchestration.commands.terminal import percent, print_json
+from orchestration.config.wording import plural
+
+COLUMNS = (
+    Column("photo", is_text=True),
+    Column("class", is_text=True),
+    Column("probability\u00a0%"),
+    Column("route", is_text=True, drop=1),
+    Column("MAdds M", drop=1),
+)
+
+
+def predict_files(path: Path, photos: Sequence[Path], *, as_json: bool) -> int:
+    """Classify photos and print the answers; files that cannot be read are named.
+
+    Args:
+        path: of the bundle.
+        photos: files and folders.
+        as_json: print JSON instead of a table.
+
+    Returns:
+        0; the exit code of `DataError` where a photo could not be read.
+
+    Raises:
+        NotFoundError: no bundle there.
+        DataError: no photo could be read, or a folder holds none.
+    """
+    if not path.exists():
+        raise NotFoundError(f"{path}: no such bundle; make one with: dsnet-orch export RUN --pick knee")
+    unreadable: list[tuple[Path, DataError]] = []
+    answers = load_bundle(path).predict(photos, on_error=lambda file, error: unreadable.append((file, error)))
+    if as_json:
+        print_json(
+            {
+                "predictions": list(map(_json_row, answers)),
+                "unreadable": [{"file": str(file), "error": str(error)} for file, error in unreadable],
+            }
+        )
+    elif answers:
+        show_table(COLUMNS, list(map(_row, answers)))
+    for _, error in unreadable:
+        click.echo(f"error: {error}", err=True)
+    if not unreadable:
+        return 0
+    click.echo(f"{plural(len(unreadable), 'photo')} could not be read, {len(answers)} answered", err=True)
+    return DataError.exit_code
+
+
+def _row(answer: PhotoPrediction) -> tuple[str, ...]:
+    return (
+        str(answer.file),
+        answer.class_name,
+        percent(answer.probability),
+        answer.route,
+        f"{answer.madds / 1e6:.4g}",
+    )
+
+
+def _json_row(answer: PhotoPrediction) -> dict[str, Any]:
+    return {
+        "file": str(answer.file),
+        "class": answer.class_name,
+        "probability": answer.probability,
+        "route": answer.route,
+        "madds": answer.madds,
+    }

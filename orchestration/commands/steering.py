@@ -1,0 +1,229 @@
+"""What a person may change about a sweep that was launched: more trials, and points to try."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from optuna.distributions import FloatDistribution
+
+from dsnet.errors import ConfigError, NotFoundError
+from dsnet.families import family_names
+from dsnet.files import read_json
+from orchestration.config.loading import load_config
+from orchestration.config.sections import BudgetConfig
+from orchestration.config.sweep import SweepConfig, resolve_trials
+from orchestration.config.wording import shown
+from orchestration.config.yaml_source import parse_yaml
+from orchestration.pipeline.search import FOUND_ENOUGH, study_settings
+from orchestration.results.run import RunResults
+from orchestration.runs.queue import append_points
+from orchestration.runs.rundir import read_lock
+from orchestration.supernets.results import SupernetSweepResults
+from search.front.points import trial_name
+from search.study.runner import Scalar
+from search.suggest.space import Space, check_point
+
+Point = dict[str, Scalar]
+_NUMBER = re.compile(r"\+?[0-9]+")
+
+
+def extended(results: RunResults | SupernetSweepResults, trials: str, overrides: Sequence[str] = ()) -> SweepConfig:
+    """The configuration of a run with a larger budget, to be launched again.
+
+    Args:
+        results: the run.
+        trials: `+20` for so many more than the budget, `300` for so many in all.
+        overrides: further `--set KEY=VALUE`, of the budget only: another setting would be another sweep.
+
+    Raises:
+        ConfigError: not a number, or not above the budget; an override of another section.
+    """
+    run, budget = results.run, resolve_trials(results.config)
+    if not _NUMBER.fullmatch(trials):
+        raise ConfigError(f"--trials {trials}: expected +N (so many more) or N (so many in all), N a whole number")
+    wanted = budget + int(trials) if trials.startswith("+") else int(trials)
+    if wanted <= budget:
+        raise ConfigError(
+            f"--trials {trials}: run {run.name!r} has a budget of {budget} trials already, and extend only raises it; write --trials "
+            f"+N, or continue it as it is with: dsnet-orch launch {run.sweep_yaml}"
+        )
+    for text in overrides:
+        if text.partition("=")[0].strip() == "budget.trials":
+            raise ConfigError(f"--set {text}: --trials says how many already; remove one of the two")
+        if not text.startswith("budget."):
+            raise ConfigError(
+                f"--set {text}: extend changes budget.* only; for another sweep launch {run.sweep_yaml} with --set and --name"
+            )
+    # Where the run lies now: its folder may have been moved since it was launched.
+    flags = {"budget.trials": wanted, "storage.runs": str(run.root), "name": run.name}
+    return load_config(run.sweep_yaml, overrides=overrides, flags=flags, known_models=family_names()).config
+
+
+def extension_notes(results: RunResults | SupernetSweepResults, config: SweepConfig) -> list[str]:
+    """What a person should know before a run is extended."""
+    before, now = resolve_trials(results.config), resolve_trials(config)
+    notes = [f"{results.run.name}: budget raised from {before} to {now} trials"]
+    openings = results.manifest["test_openings"]
+    if openings:
+        times = "once" if openings == 1 else f"{openings} times"
+        notes.append(
+            f"test was read {times} already: a front that is chosen again is scored on it again, and its numbers there are optimistic"
+        )
+    end = _search_end(results)
+    if end in FOUND_ENOUGH and _is_the_same_rule(end, config.budget, results.config.budget):
+        notes.append(
+            f"the search had ended by itself ({end}), and more trials alone do not continue it: {_END_WAYS[end]}"
+        )
+    return notes
+
+
+def _is_the_same_rule(end: str, budget: BudgetConfig, before: BudgetConfig) -> bool:
+    """Whether what ended a search is as it was."""
+    rules = {"plateau": (budget.plateau, before.plateau), "target": (budget.target, before.target)}
+    now, then = rules.get(end, (None, None))
+    return now == then
+
+
+_END_WAYS = {
+    "plateau": "add --set budget.plateau=null, or another rule",
+    "target": "add --set budget.target=[], or another target",
+    "space": "its sampler has no further points",
+}
+
+
+def _search_end(results: RunResults | SupernetSweepResults) -> str | None:
+    key = results.stage_key("search")
+    path = None if key is None else results.run.search_end_json(key)
+    return str(read_json(path)["reason"]) if path is not None and path.is_file() else None
+
+
+def read_points(path: Path) -> list[Point]:
+    """The points of a file: a YAML or JSON list of mappings {key: value}.
+
+    Raises:
+        ConfigError: there is no such file, or it holds something else.
+    """
+    try:
+        content = parse_yaml(path.read_text(encoding="utf-8"), str(path)).data
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--from {path}: cannot be read ({error})") from error
+    if not isinstance(content, list) or not content or not all(isinstance(item, Mapping) for item in content):
+        raise ConfigError(
+            f"--from {path}: expected a list of points such as - {{gate.target: 0.3}}; got {shown(content)}"
+        )
+    return [{str(key): value for key, value in item.items()} for item in content]
+
+
+def set_values(texts: Sequence[str]) -> Point:
+    """The values of `--set KEY=VALUE`, read as YAML.
+
+    Raises:
+        ConfigError: one has no `=`, or no value.
+    """
+    values: dict[str, Any] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or not key.strip():
+            raise ConfigError(f"--set {text}: expected KEY=VALUE, for example --set gate.target=0.3")
+        values[key.strip()] = parse_yaml(value, f"--set {text}").data
+    return values
+
+
+def changed_point(params: Mapping[str, Scalar], changes: Point, space: Space) -> Point:
+    """A trial's parameters with changes; of its own, those that do not exist beside the changes are left out."""
+    point: Point = {}
+    for key in space.distributions:  # parents before their children
+        if key in changes:
+            point[key] = changes[key]
+        elif key in params and space.has(key, point):
+            point[key] = params[key]
+    return point | changes
+
+
+def _params_of(results: RunResults, name: str) -> Mapping[str, Scalar]:
+    slot = results.knee if name == "knee" else None
+    for record in results.records:
+        if record.slot == slot or trial_name(record.slot) == name:
+            return record.params
+    raise NotFoundError(
+        f"--like {name}: run {results.run.name!r} has no such trial; `dsnet-orch trials {results.run.name}` lists them"
+    )
+
+
+def enqueue_points(results: RunResults, points: Sequence[Point], like: str | None = None) -> list[str]:
+    """Check points against a run's space and put them in its queue.
+
+    Args:
+        results: a run whose search has begun.
+        points: {key: value}; what one leaves out is drawn.
+        like: a trial whose parameters the points change, or `knee`.
+
+    Returns:
+        what will happen, in sentences.
+
+    Raises:
+        ConfigError: a point does not fit the space.
+        NotFoundError: the search has not begun, or there is no trial of that name.
+    """
+    run, config, key = results.run, results.config, results.stage_key("search")
+    if key is None:
+        raise NotFoundError(
+            f"run {run.name!r} has not begun its search; write the points into sampler.enqueue of its sweep file, and launch it"
+        )
+    space = study_settings(config).space
+    if like is not None:
+        points = [changed_point(_params_of(results, like), changes, space) for changes in points]
+    if not any(points):
+        raise ConfigError(
+            "nothing to enqueue: name values with --set KEY=VALUE, a file with --from, or a trial with --like"
+        )
+    checked = [
+        _checked(space, point, f"point {number}: " if len(points) > 1 else "") for number, point in enumerate(points, 1)
+    ]
+    append_points(run.queue_jsonl(key), checked)
+    return [
+        *(f"enqueued {json.dumps(point)}" for point in checked),
+        _what_happens(results, len(checked), results.num_waiting),
+    ]
+
+
+def _checked(space: Space, point: Point, which: str) -> Point:
+    """The point as the sampler would write it: a real setting's whole number is a real one."""
+    for key, value in point.items():
+        if not isinstance(value, bool | int | float | str):
+            raise ConfigError(f"{which}{key} is {shown(value)}, but a point holds numbers, text, true and false")
+    try:
+        check_point(space, point)
+    except ConfigError as error:
+        raise ConfigError(f"{which}{error}") from error
+    for key in point:  # else it would be drawn whether the value is tried at all
+        for parent, values in space.conditions.get(key, ()):
+            if parent not in point and parent in space.distributions:
+                allowed = " or ".join(map(str, values))
+                raise ConfigError(
+                    f"{which}{key} is only tried when {parent} is {allowed}; name {parent} in the point too"
+                )
+    is_real = {key: isinstance(space.distributions[key], FloatDistribution) for key in point}
+    return {key: float(value) if is_real[key] else value for key, value in point.items()}
+
+
+def _what_happens(results: RunResults, number: int, num_waiting: int) -> str:
+    """When `number` new points are tried, the last of `num_waiting`."""
+    run, what = results.run, "it is" if number == 1 else "they are"
+    budget = resolve_trials(results.config)
+    left = budget - len(results.records)
+    extend = f"dsnet-orch extend {run.path} --trials +{num_waiting}"
+    holder = read_lock(run.lock_path)
+    is_running = holder is not None and (holder.is_on_another_host() or holder.is_alive())
+    if left <= 0:
+        return f"the budget of {budget} trials is spent: {what} tried after {extend}"
+    short = f"; its budget has {left} trials left, for more: {extend}" if left < num_waiting else ""
+    if is_running:
+        return f"the sweep is running ({holder}): {what} tried with its next cohort{short}"
+    if _search_end(results) in ("plateau", "target"):
+        return f"the search has ended by itself ({_search_end(results)}): {what} tried after {extend} and another rule{short}"
+    return f"{what} tried at the next launch: dsnet-orch launch {run.sweep_yaml}{short}"

@@ -1,0 +1,649 @@
+"""What commands print on stdout: tables for people, JSON for scripts."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shlex
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from dsnet.data.splits import FEW_IMAGES
+from dsnet.measure.latency import MAIN_DEVICE, latency_metric
+from orchestration.commands import tables
+from orchestration.commands.tables import Column, terminal_width, wrapped
+from orchestration.config.wording import duration, plural
+from orchestration.progress import json_state, read_task_state
+from orchestration.runs.rundir import RunDir, read_lock
+from search.front.analysis import optimism
+from search.front.points import trial_name
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from dsnet.measure.latency import LatencyTable
+    from orchestration.commands.bundle_check import Check
+    from orchestration.commands.measure_again import MeasuredAgain
+    from orchestration.pipeline.agreement import DynamicLatency
+    from orchestration.pipeline.launch import LaunchResult
+    from orchestration.results.run import RunResults, Verified
+    from orchestration.results.trial_list import ListedTrial, Selection, TrialList
+    from orchestration.supernets.results import SupernetSweepResults
+    from search.training_checks import TrainingWarning
+
+
+MAX_LISTED = 8
+"""Trials or reasons that are written out one by one."""
+PHOTOS = ("image_folder", "cifar10")
+"""Data sets whose networks answer photos."""
+INDENT = " " * 10
+"""Below the names at the beginning of lines such as `report    runs/...`."""
+
+
+def _console() -> Console:
+    """On a pipe a table keeps its whole width: nothing is cut or wrapped."""
+    is_terminal = sys.stdout.isatty()
+    return Console(highlight=False, width=None if is_terminal else 1000)
+
+
+def say(text: str = "") -> None:
+    """A line on stdout, for the terminal to break: what a person copies stays in one piece.
+
+    Where it does not fit, a remark in parentheses after three spaces gets a line of its own.
+    """
+    width = terminal_width()
+    place, gap, remark = text.partition("   (")
+    if gap and width is not None and len(text) > width:
+        text = f"{place}\n{INDENT}({remark}"
+    _console().print(text, markup=False, soft_wrap=True)
+
+
+def tell(text: str, indent: str = "") -> None:
+    """Prose on stdout, broken between words where it does not fit; further lines begin with `indent`."""
+    width = terminal_width()
+    first, *others = wrapped(text, None if width is None else width - len(indent))
+    for line in (first, *(indent + other for other in others)):
+        _console().print(line, markup=False, soft_wrap=True)
+
+
+def warn(text: str) -> None:
+    """A warning on stderr, broken between words where it does not fit: stdout is for data."""
+    console = Console(stderr=True, highlight=False)
+    for line in wrapped(f"warning: {text}", console.width if console.is_terminal else None):
+        console.print(line, markup=False, soft_wrap=True)
+
+
+def print_json(value: Any) -> None:
+    """A value as JSON on stdout."""
+    _console().print(json.dumps(value, indent=1, allow_nan=False), markup=False, soft_wrap=True)
+
+
+def show_table(
+    columns: Sequence[str | Column], rows: Sequence[Sequence[str]], title: str | None = None, num_left: int = 1
+) -> None:
+    """A table on stdout; of columns that are given by their title alone the first `num_left` are text, the others numbers."""
+    known = [
+        column if isinstance(column, Column) else Column(column, is_text=number < num_left)
+        for number, column in enumerate(columns)
+    ]
+    tables.show_table(known, rows, title)
+
+
+def percent(value: float | None, digits: int = 1) -> str:
+    """A fraction as percent; '-' where there is none."""
+    return "-" if value is None else f"{100 * value:.{digits}f}"
+
+
+def _interval(interval: Any) -> str:
+    return (
+        "-" if interval is None else f"{100 * interval.value:.1f} [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
+    )
+
+
+def _signed(interval: Any) -> str:
+    return (
+        "-"
+        if interval is None
+        else f"{100 * interval.value:+.1f} [{100 * interval.low:+.1f}, {100 * interval.high:+.1f}]"
+    )
+
+
+def say_training_warnings(warnings: Sequence[TrainingWarning], whose: str = "") -> None:
+    """What is to be said about the training of a supernet, one line each."""
+    for warning in warnings:
+        tell(f"warning   {whose}{warning}", INDENT)
+
+
+def show_launch(result: LaunchResult) -> None:
+    """The front, what is to be said against its supernet, and where everything is and how to open it."""
+    from orchestration.results.training_review import review
+
+    show_front(result.results, (), as_json=False)
+    say()
+    say_training_warnings(review(result.results))
+    say_places(result.results, result.bundles)
+    say_mlflow(result.results)
+
+
+def say_places(results: RunResults | SupernetSweepResults, bundles: Sequence[Path]) -> None:
+    """Where report, bundles and points of a run are, and how to open them."""
+    run = results.run
+    say(f"report    {run.report_html}   (open it in a browser; it needs no network)")
+    for bundle in bundles:
+        say(f'bundle    {bundle}   (python: dsnet.load_bundle("{bundle}"))')
+    if bundles and results.config.data.name in PHOTOS:
+        say(f"photos    dsnet-orch predict {shlex.quote(str(bundles[0]))} PHOTO...")
+    say(f"points    {run.points_parquet}")
+
+
+def say_mlflow(results: RunResults | SupernetSweepResults) -> None:
+    """Where a run is in MLflow; nothing where it is not."""
+    tracking, run = results.config.tracking, results.run
+    if tracking.mlflow:
+        how = f"dsnet-orch ui --runs {shlex.quote(str(run.root))}"
+        say(f"mlflow    {tracking.uri or run.root / 'mlflow.db'}   (open: {how})")
+
+
+def front_rows(results: RunResults) -> list[dict[str, Any]]:
+    """One JSON-able row per gate of the front, cheapest first, everything that was found out about it."""
+    verified = results.verified
+    rows = []
+    for slot in sorted(results.front, key=lambda slot: results.record(slot).metrics["madds_m"]):
+        record = results.record(slot)
+        row: dict[str, Any] = {
+            "name": trial_name(slot),
+            "slot": slot,
+            "router": results.router_kind(slot),
+            "params": dict(record.params),
+            "val": dict(record.metrics),
+        }
+        if verified is not None and slot in verified.front:
+            for split in ("val", "test"):
+                analysis = getattr(verified, split)
+                point = next(point for point in analysis.points if point.slot == slot)
+                row[f"{split}_analysis"] = {**asdict(point), "ties": [trial_name(tied) for tied in point.ties]}
+            by_device = {name: _latency_json(own, slot) for name, own in verified.latencies.items()}
+            row["latency"], row["device_latency"] = by_device.pop(MAIN_DEVICE), by_device
+        rows.append(row)
+    return rows
+
+
+def _latency_json(latency: DynamicLatency, slot: int) -> dict[str, dict[str, float]]:
+    """By batch size the ms of a batch: really measured, what the measured parts add up to, and the static extremes."""
+    return {
+        str(size): {
+            "gate_ms": timings[slot].median_ms,
+            "ideal_ms": latency.ideal[size][slot],
+            "widest_ms": latency.widest[size].median_ms,
+            "cheapest_ms": latency.cheapest[size].median_ms,
+        }
+        for size, timings in latency.gates.items()
+    }
+
+
+def front_content(results: RunResults, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The front as JSON: its gates, its optimism, and what each kind of router reaches on either split."""
+    verified = results.verified
+    found = None if verified is None else optimism(verified.val, verified.test)
+    return {
+        "run": str(results.run.path),
+        "objectives": [{"metric": metric.name, "goal": metric.goal} for metric in results.config.metrics],
+        "is_verified": verified is not None,
+        "test_openings": results.manifest["test_openings"],
+        "front": list(rows),
+        "optimism": None if found is None else asdict(found),
+        "routers": {}
+        if verified is None
+        else {
+            analysis.split: [{**asdict(share), "name": trial_name(share.slot)} for share in analysis.routers]
+            for analysis in (verified.val, verified.test)
+        },
+    }
+
+
+def show_front(results: RunResults, picks: Sequence[str], *, as_json: bool) -> None:
+    """The front as a table, with the static baseline above it."""
+    from orchestration.results.run import picked_slots
+
+    rows = front_rows(results)
+    if picks:
+        wanted = [trial_name(slot) for slot in picked_slots(results, picks)]
+        rows = [row for row in rows if row["name"] in wanted]
+    if as_json:
+        print_json(front_content(results, rows))
+    elif picks and not rows:
+        tell("none of these trials is on the front; `trials` lists them all, and `export --pick` takes any of them")
+    elif results.verified is None:
+        _show_unverified(results, rows)
+    else:
+        _show_verified(results, results.verified, rows)
+
+
+def _further_metrics(results: RunResults) -> list[str]:
+    """The objectives beside top-1 and MAdds."""
+    return [metric.name for metric in results.config.metrics if metric.name not in ("top1", "madds_m")]
+
+
+def _show_unverified(results: RunResults, rows: Sequence[Mapping[str, Any]]) -> None:
+    further = _further_metrics(results)
+    lines = [
+        (
+            row["name"],
+            row["router"],
+            *(metric_text(name, row["val"].get(name)) for name in ("top1", "madds_m", *further)),
+        )
+        for row in rows
+    ]
+    title = f"{results.run.name}: {plural(len(rows), 'gate')} on the front (not verified yet)"
+    if not rows:
+        say(title)
+        if not results.records:
+            tell(f"no trial has finished; continue with: dsnet-orch launch {shlex.quote(str(results.run.sweep_yaml))}")
+        return
+    show_table(("gate", "router", "top-1\u00a0% val", "MAdds M", *further), lines, title, num_left=2)
+
+
+def _show_verified(results: RunResults, verified: Verified, rows: Sequence[Mapping[str, Any]]) -> None:
+    from orchestration.results.report import timing_doubt
+
+    size = max(verified.latency.gates)
+    widest_ms, cheapest_ms = verified.latency.widest[size].median_ms, verified.latency.cheapest[size].median_ms
+    baseline = verified.test.routes.index(results.widest.name)
+    further = _further_metrics(results)
+    static_madds = [f"{analysis.static_madds_m[baseline]:.4g}" for analysis in (verified.val, verified.test)]
+    reached: list[tuple[str, ...]] = [
+        (
+            f"{results.widest.name} (static)",
+            "",
+            percent(verified.val.static_top1[baseline].value),
+            _interval(verified.test.static_top1[baseline]),
+            *static_madds,
+            *("" for _ in further),
+            f"{widest_ms:.2f}",
+            "1.00x",
+        )
+    ]
+    standing: list[tuple[str, ...]] = []
+    chosen = {point.slot: point for point in verified.val.points}
+    reported = {point.slot: point for point in verified.test.points}
+    shown = [row for row in rows if row["slot"] in reported]
+    for row in shown:
+        before, point = chosen[row["slot"]], reported[row["slot"]]
+        gate_ms = verified.latency.gates[size][row["slot"]].median_ms
+        name = row["name"] + (" (one route answers)" if point.is_collapsed else "")
+        reached.append(
+            (
+                name,
+                point.router,
+                percent(before.top1.value),
+                _interval(point.top1),
+                f"{before.metrics['madds_m']:.4g}",
+                f"{point.metrics['madds_m']:.4g}",
+                *(metric_text(metric, row["val"].get(metric)) for metric in further),
+                f"{gate_ms:.2f}",
+                f"{widest_ms / gate_ms:.2f}x",
+            )
+        )
+        standing.append(
+            (
+                name,
+                _signed(point.over_widest),
+                _signed(point.gain),
+                percent(point.random_top1),
+                percent(point.reachable_top1),
+                percent(point.oracle_top1),
+                percent(before.stability, 0),
+                percent(point.stability, 0),
+                str(len(before.ties)),
+                str(len(point.ties)),
+            )
+        )
+    title = f"{results.run.name}: gates of the front, chosen on val, run on {verified.test.num_images} test images"
+    columns = (
+        Column("top-1\u00a0% val"),
+        Column("top-1\u00a0% test [95\u00a0%]"),
+        Column("MAdds M val", drop=3),
+        Column("MAdds M test"),
+        *(Column(f"{metric} val") for metric in further),
+        Column(f"ms/batch {size}", drop=2),
+        Column("speed-up", drop=1),
+    )
+    show_table(("gate", "router", *columns), reached, title, num_left=2)
+    say()
+    columns = (
+        Column("over widest, points [95\u00a0%]"),
+        Column("over static, points [95\u00a0%]"),
+        Column("random\u00a0%"),
+        Column("reachable\u00a0%"),
+        Column("oracle\u00a0%"),
+        Column("on front\u00a0% val", drop=1),
+        Column("on front\u00a0% test", drop=1),
+        Column("tied val", drop=2),
+        Column("tied test", drop=2),
+    )
+    show_table(("gate, on test", *columns), standing)
+    if len(verified.latencies) > 1 or any(metric.startswith("latency_ms") for metric in further):
+        say()
+        _show_latencies(verified, [row["slot"] for row in shown])
+    say()
+    tell(
+        f"speed-up at batch {size} beside the widest static; ceiling {widest_ms / cheapest_ms:.2f}x: the cheapest alone"
+    )
+    if (doubt := timing_doubt(results)) is not None:
+        tell(doubt)
+    for text in _standing_lines(verified, [row["slot"] for row in shown]):
+        tell(text)
+    if len(reported) < len(results.front):
+        tell(
+            f"{len(reported)} of the front's {len(results.front)} gates ran on test, evenly along it (budget.verify); the others: --json"
+        )
+    fewest = min(verified.val.num_images, verified.test.num_images)
+    if fewest < FEW_IMAGES:
+        tell(
+            f"{verified.val.num_images} images in val and {verified.test.num_images} in test: one image is {100 / fewest:.1f} points, "
+            "too few to tell routers apart"
+        )
+    if verified.num_openings > 1:
+        tell(f"test was read {verified.num_openings} times: numbers chosen after the first time are optimistic")
+
+
+def _show_latencies(verified: Verified, slots: Sequence[int]) -> None:
+    """On every device and at every batch size what the objective is made of, and what really ran."""
+    timed = [(name, own, size) for name, own in verified.latencies.items() for size in own.gates]
+    columns = [
+        text for name, _, size in timed for text in (latency_metric(size, name), f"{latency_metric(size, name)} ran")
+    ]
+    lines = [
+        (
+            trial_name(slot),
+            *(f"{ms:.3g}" for _, own, size in timed for ms in (own.ideal[size][slot], own.gates[size][slot].median_ms)),
+        )
+        for slot in slots
+    ]
+    title = (
+        f"ms of a batch on {verified.latency.split}: put together from measured parts, as objectives are, and as it ran"
+    )
+    show_table(("gate", *columns), lines, title)
+
+
+def _standing_lines(verified: Verified, slots: Sequence[int]) -> list[str]:
+    """What qualifies the numbers above: the winner's curse, and who is tied with whom."""
+    found = optimism(verified.val, verified.test)
+    lines = []
+    if found is not None:
+        lines.append(
+            f"optimism: top-1 on val minus test, mean of {plural(len(verified.test.points), 'gate')}: {_signed(found)} points "
+            "(the splits share no image: unpaired, each resampled by itself)"
+        )
+    lines.append(
+        "on front: share of resamples in which no other gate of the table is as good in every objective and better in one"
+    )
+    for analysis in (verified.val, verified.test):
+        groups = [point for point in analysis.points if point.ties and point.slot in slots]
+        for point in groups[:MAX_LISTED]:
+            named = ", ".join(trial_name(slot) for slot in point.ties[:MAX_LISTED])
+            lines.append(f"tied on {analysis.split}: {trial_name(point.slot)} with {named}{_and_more(point.ties)}")
+        if len(groups) > MAX_LISTED:
+            lines.append(f"... and {len(groups) - MAX_LISTED} more gates with ties on {analysis.split} (--json)")
+    return lines
+
+
+def _and_more(listed: Sequence[Any]) -> str:
+    return f" and {len(listed) - MAX_LISTED} more" if len(listed) > MAX_LISTED else ""
+
+
+def flat_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted key to value; distributions of a space and options of a model stay whole."""
+    leaves: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping) and value and prefix + key not in ("space", "supernet.options"):
+            leaves |= flat_settings(value, f"{prefix}{key}.")
+        elif isinstance(value, Mapping) and value:
+            leaves |= {f"{prefix}{key}.{name}": item for name, item in value.items()}
+        else:
+            leaves[prefix + key] = value
+    return leaves
+
+
+def show_status(results: RunResults, *, as_json: bool) -> None:
+    """Stages, trials, who drives the run, and what is to be said about its training."""
+    from orchestration.results.training_review import review
+
+    warnings = review(results)
+    manifest = results.manifest
+    driver = driver_text(results.run)
+    task = read_task_state(results.run.progress_json)
+    is_driven = driver is not None and is_running(results.run)
+    stages = {
+        name: {
+            "status": "stopped" if entry["status"] == "running" and not is_driven else entry["status"],
+            "seconds": entry["seconds"],
+            "key": entry["key"],
+        }
+        for name, entry in manifest["stages"].items()
+    }
+    num_infeasible = len(results.completed) - len(results.feasible)
+    content = {
+        "run": str(results.run.path),
+        "driver": driver,
+        "progress": None if results.verified else json_state(task),
+        "stages": stages,
+        "trials": {
+            "completed": len(results.completed),
+            "infeasible": num_infeasible,
+            "pruned": len(results.pruned),
+            "failed": len(results.failed),
+            "enqueued": results.num_waiting,
+            "budget": results.config.budget.trials,
+        },
+        "front": [trial_name(slot) for slot in results.front],
+        "is_verified": results.verified is not None,
+        "test_openings": manifest["test_openings"],
+        "warnings": [warning.to_json() for warning in warnings],
+    }
+    journal = results.run.study_journal(results.stage_key("search") or "")
+    if journal.is_file():
+        content["journal"] = str(journal)
+    if as_json:
+        print_json(content)
+        return
+    say(f"run       {results.run.path}")
+    say(f"driver    {driver or 'none'}")
+    say_progress(results.run, is_finished=results.verified is not None)
+    show_table(
+        ("stage", "status", "time"),
+        [
+            (name, stage["status"], "" if stage["seconds"] is None else duration(stage["seconds"]))
+            for name, stage in stages.items()
+        ],
+        num_left=2,
+    )
+    counts = f"{len(results.completed)} completed" + (f" ({num_infeasible} infeasible)" if num_infeasible else "")
+    counts += f", {len(results.pruned)} pruned" if results.pruned else ""
+    counts += f", {len(results.failed)} failed" if results.failed else ""
+    end = f", ended by {results.search_end}" if results.search_end not in (None, "trials") else ""
+    say(f"trials    {counts}, of {results.config.budget.trials}{end}")
+    if results.num_waiting:
+        say(f"enqueued  {plural(results.num_waiting, 'point')} to be tried next")
+    say(f"front     {plural(len(results.front), 'gate')}" + ("" if results.verified else ", not verified yet"))
+    say_training_warnings(warnings)
+    if journal.is_file():
+        say(f"study     {journal}   (open: optuna-dashboard {shlex.quote(str(journal))})")
+    if results.verified is not None:
+        from orchestration.pipeline.export import KNEE
+
+        say_places(results, [path for path in (results.run.export_dir / KNEE,) if path.exists()])
+        say_mlflow(results)
+    elif driver is None:
+        say(f"continue  dsnet-orch launch {shlex.quote(str(results.run.sweep_yaml))}")
+
+
+def driver_text(run: RunDir) -> str | None:
+    """Who drives a run, or held it last; None where nobody does."""
+    holder = read_lock(run.lock_path)
+    if holder is None:
+        return None
+    return f"{holder}" + ("" if is_running(run) else ", which is gone")
+
+
+def is_running(run: RunDir) -> bool:
+    """Whether a driver holds the run; of one on another host it is believed."""
+    holder = read_lock(run.lock_path)
+    return holder is not None and (holder.is_on_another_host() or holder.is_alive())
+
+
+def progress_text(run: RunDir, *, is_finished: bool) -> str | None:
+    """How far the newest task of a run has come and how long the rest takes; None where nothing is known, or nothing is left."""
+    state = read_task_state(run.progress_json)
+    if state is None or (is_finished and not is_running(run)):
+        return None
+    return str(state) if is_running(run) else f"{state} when it is continued" if state.left_s else str(state)
+
+
+def say_progress(run: RunDir, *, is_finished: bool) -> None:
+    """The line of `status` about what is being done."""
+    text = progress_text(run, is_finished=is_finished)
+    if text is not None:
+        say(f"progress  {text}")
+
+
+def show_trials(trials: TrialList, selection: Selection, *, as_json: bool) -> None:
+    """The finished trials that were asked for."""
+    from orchestration.results.trial_list import json_row
+
+    chosen = trials.select(selection)
+    if as_json:
+        print_json([json_row(trial) for trial in chosen])
+        return
+    metrics = _listed_metrics(trials, selection)
+    keys = list(dict.fromkeys(key for trial in trials.trials for key in trial.record.params))
+    params = [
+        [short(trial.record.params[key]) if key in trial.record.params else "-" for key in keys] for trial in chosen
+    ]
+    has_origin = any(trial.supernet is not None for trial in chosen)
+    lines = [
+        (
+            trial.name + ("*" if trial.is_front else ""),
+            trial.standing,
+            *((trial.supernet or "-",) if has_origin else ()),
+            *(metric_text(name, trial.record.metrics.get(name)) for name in metrics),
+            *values,
+        )
+        for trial, values in zip(chosen, params, strict=True)
+    ]
+    origin = (Column("supernet", is_text=True, drop=ORIGIN),) if has_origin else ()
+    show_table(
+        ("trial", "state", *origin, *map(metric_head, metrics), *_param_columns(keys, params)), lines, num_left=2
+    )
+    tell(
+        "* on the front"
+        + (f"; {len(chosen)} of {len(trials.trials)} trials" if len(chosen) < len(trials.trials) else "")
+    )
+    _say_reasons(chosen)
+
+
+ORIGIN, CONSTANT, VARIED = 3, 2, 1
+"""Which columns of `trials` are left out first: the supernet, which the trial's name begins with; parameters that never vary; others."""
+
+
+def _param_columns(keys: Sequence[str], params: Sequence[Sequence[str]]) -> list[Column]:
+    """Columns for the parameters of trials, in order of their keys."""
+    seen = [{values[position] for values in params} for position in range(len(keys))]
+    return [
+        Column(
+            key.removeprefix("gate."),
+            is_text=not all(map(_is_number, values)),
+            drop=VARIED if len(values) > 1 else CONSTANT,
+        )
+        for key, values in zip(keys, seen, strict=True)
+    ]
+
+
+def _is_number(text: str) -> bool:
+    """Whether a cell holds a number or nothing."""
+    try:
+        return text == "-" or float(text) is not None
+    except ValueError:
+        return False
+
+
+def _listed_metrics(trials: TrialList, selection: Selection) -> list[str]:
+    """Top-1 and MAdds, the objectives, and what is sorted by or asked about."""
+    known = list(dict.fromkeys(name for trial in trials.trials for name in trial.record.metrics))
+    asked = [name for name in known if any(_is_named(name, text) for text in selection.where)]
+    if selection.sort in known:
+        asked.append(str(selection.sort))
+    return list(dict.fromkeys(["top1", "madds_m", *(name for name, _ in trials.objectives), *asked]))
+
+
+def _is_named(metric: str, text: str) -> bool:
+    return metric in re.findall(r"[A-Za-z_][A-Za-z0-9_.]*", text)
+
+
+def _say_reasons(trials: Sequence[ListedTrial]) -> None:
+    """Why trials failed, were pruned or are infeasible: one by one where they are few, by reason where they are many."""
+    for standing in ("failed", "pruned", "infeasible"):
+        own = [trial for trial in trials if trial.standing == standing]
+        if len(own) <= MAX_LISTED:
+            for trial in own:
+                tell(f"{trial.name} {standing}: {trial.reason}")
+            continue
+        counts = Counter(str(trial.reason) for trial in own).most_common()
+        for reason, number in counts[:MAX_LISTED]:
+            tell(f"{number} {standing}: {reason}")
+        if len(counts) > MAX_LISTED:
+            say(f"... and {len(counts) - MAX_LISTED} more reasons (--json)")
+
+
+def metric_head(name: str) -> str:
+    """A metric as a column is called."""
+    return {"top1": "top-1\u00a0% val", "top5": "top-5\u00a0% val", "madds_m": "MAdds M"}.get(name, name)
+
+
+def metric_text(name: str, value: float | None) -> str:
+    """A metric as displayed: accuracies in percent; '-' where there is none."""
+    if value is None or math.isnan(value):
+        return "-"
+    return percent(value) if name in ("top1", "top5") else f"{value:.4g}"
+
+
+def short(value: Any) -> str:
+    """A value in a narrow column."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def show_checks(checks: Sequence[Check], *, as_json: bool) -> None:
+    """What was checked of a bundle, and with which result."""
+    if as_json:
+        print_json([asdict(check) for check in checks])
+        return
+    for check in checks:
+        tell(f"ok    {check.name}: {check.finding}")
+
+
+def show_measured_again(again: MeasuredAgain) -> None:
+    """The first timing beside the new one, the widest sub-network's last, and what becomes of the study."""
+    for name, after in again.after.items():
+        before = again.before[name]
+        sizes = list(after.subnets)
+        columns = [text for size in sizes for text in (f"ms/batch {size} before", f"{size} now", f"{size} spread")]
+        lines = [
+            (subnet, *(text for size in sizes for text in _times(before, after, size, subnet)))
+            for subnet in after.subnets[sizes[0]]
+        ]
+        title = f"{after.device}, {plural(after.threads, 'thread')}" + (f" ({name})" if name else "")
+        show_table(("sub-network", *columns), lines, title)
+        if after.noise is not None:
+            tell(f"still busy or uneven: {after.noise}")
+    tell(again.study)
+
+
+def _times(before: LatencyTable, after: LatencyTable, size: int, subnet: str) -> tuple[str, str, str]:
+    first, now = before.subnets[size][subnet], after.subnets[size][subnet]
+    return f"{first.median_ms:.4g}", f"{now.median_ms:.4g}", percent(now.iqr_ms / now.median_ms, 0) + " %"

@@ -1,0 +1,93 @@
+"""`dsnet-orch status --watch`: the status again and again, until no driver holds the run."""
+
+from __future__ import annotations
+
+import io
+import sys
+import time
+from collections.abc import Callable
+from contextlib import redirect_stdout
+
+import click
+
+from dsnet.errors import NotFoundError
+from orchestration.commands.terminal import is_running, say, warn
+from orchestration.progress import read_task_state
+from orchestration.runs.rundir import Manifest, RunDir
+
+INTERVAL_S = 1.0
+
+
+def watch_status(
+    find: Callable[[], RunDir], show: Callable[[], None], sleep: Callable[[float], None] = time.sleep
+) -> None:
+    """Follow a run: on a terminal its status in place, on a pipe a line for every change and the status at the end.
+
+    A run that has not begun is waited for.
+
+    Args:
+        find: gives the run's folder; asked again while there is no such run.
+        show: prints the status of the run.
+        sleep: waits between two looks.
+    """
+    run = _begun(find, sleep)
+    in_place = sys.stdout.isatty()
+    last: str | None = None
+    while is_running(run):
+        line = change_line(run)
+        if line != last:
+            if in_place:
+                _show_in_place(show)
+            else:
+                say(line)
+                sys.stdout.flush()
+        last = line
+        sleep(INTERVAL_S)
+    if in_place:
+        _show_in_place(show)
+    else:
+        show()
+
+
+class _Frame(io.StringIO):
+    """What is printed into it is laid out as for the terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def _show_in_place(show: Callable[[], None]) -> None:
+    """Clear the screen only once the whole status is known: reading it may take a second."""
+    frame = _Frame()
+    with redirect_stdout(frame):
+        show()
+    click.clear()
+    sys.stdout.write(frame.getvalue())
+    sys.stdout.flush()
+
+
+def _begun(find: Callable[[], RunDir], sleep: Callable[[float], None]) -> RunDir:
+    """The run as soon as it has a status to show: its manifest and, written after it, its configuration."""
+    is_told = False
+    while True:
+        run = find()
+        try:
+            run.open_existing()
+        except NotFoundError as error:
+            if not is_told:
+                warn(f"{error}; waiting for its launch to begin it (Ctrl-C ends)")
+                is_told = True
+        else:
+            if run.sweep_yaml.is_file():
+                return run
+        sleep(INTERVAL_S)
+
+
+def change_line(run: RunDir) -> str:
+    """What is being done, on one line: the newest stage that runs, and the newest task with its count and time left."""
+    stages = Manifest(run.manifest_path).read()["stages"]
+    running = [name for name, entry in stages.items() if entry["status"] == "running"]
+    state = read_task_state(run.progress_json)
+    if state is not None:
+        return str(state)
+    return f"{running[-1]} begins" if running else "starting"

@@ -1,0 +1,41 @@
+"""Run folders of the first release: what their sweep.yaml left to defaults that have other values now.
+
+A run's sweep.yaml has every setting that its release knew. Read with today's defaults it would be another sweep: `extend`, and a launch
+that goes on, would train the supernet anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from orchestration.config.presets import BUILT_IN_PRESETS
+from orchestration.config.sections import BootstrappingConfig
+
+_NEWER = ("trust", "largest_first")
+"""Settings of supernet.bootstrapping that came later; it trained as the published values say."""
+_CHANGED_REGIMES = (None, "ib", "ieb")
+"""Values of supernet.regime whose number of random sub-networks is another now."""
+
+
+def first_release_settings(written: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings to lay over a file so that it means what it meant; none, unless the first release wrote it out whole.
+
+    Args:
+        written: the file, as YAML gives it.
+    """
+    supernet = _section(written, "supernet")
+    bootstrapping, train = _section(supernet, "bootstrapping"), _section(supernet, "train")
+    if bootstrapping.keys() != BootstrappingConfig.model_fields.keys() - set(_NEWER):
+        return {}
+    paper = BUILT_IN_PRESETS["paper"]["supernet"]
+    settings: dict[str, Any] = {"bootstrapping": {name: paper["bootstrapping"][name] for name in _NEWER}}
+    is_open = train.get("num_random") is None and bootstrapping["num_random"] is None
+    if is_open and train.get("widths") != "all" and supernet.get("regime") in _CHANGED_REGIMES:
+        settings["train"] = {"num_random": paper["train"]["num_random"]}
+    return {"supernet": settings}
+
+
+def _section(settings: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    found = settings.get(name)
+    return found if isinstance(found, Mapping) else {}

@@ -1,0 +1,582 @@
+"""From a file, a preset and the command line to one checked configuration that knows where each value came from.
+
+Settings are laid over each other in this order, the later one winning: default, environment (data.path only), file,
+preset, `--set`, flag. What pydantic finds wrong is told again in plain words, with the place of its cause.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from dsnet.errors import ConfigError
+from orchestration.config.default_space import default_space
+from orchestration.config.first_release import first_release_settings
+from orchestration.config.presets import BUILT_IN_PRESETS, built_in_settings
+from orchestration.config.space import impossible_supernets
+from orchestration.config.sweep import (
+    CHECKPOINT_MODEL,
+    Section,
+    SupernetConfig,
+    SweepConfig,
+    config_warnings,
+    is_nullable,
+    known_fields,
+    requirement,
+    resolve_regime,
+    section_class,
+    supernet_space,
+)
+from orchestration.config.wording import shown, way_out
+from orchestration.config.yaml_source import KeyPath, YamlSource, parse_yaml, read_yaml_file
+
+DATA_VARIABLE = "DSNET_DATA"
+_USUAL_SIZES: Mapping[str, int] = {"digits": 8}
+"""Side in pixels where nobody asks for another, of what is not 32."""
+_NAMES_WITH_OPTIONS: Mapping[str, str] = {"supernet": "model", "sampler": "name", "supernets": "scheduler"}
+"""Sections with `options` -> the key that says whose they are."""
+_FIRST_RELEASE = "first release"
+"""Origin of what a file of the first release left to defaults that have changed since."""
+_NEEDED = "version, name, data.name and supernet.model"
+
+
+@dataclass(frozen=True)
+class LoadedConfig:
+    """A checked configuration and its history."""
+
+    config: SweepConfig
+    """Resolved: presets applied (and gone), `~` and $VARIABLES expanded."""
+    origins: dict[str, str]
+    """Dotted key of every setting -> "flag", "--set", "preset NAME", "FILE:LINE", "$DSNET_DATA" or "default"."""
+    presets: tuple[str, ...] = ()
+    """Names of the presets that the file holds."""
+    warnings: tuple[str, ...] = ()
+    """What is allowed, but is probably not meant."""
+
+
+def load_config(
+    path: str | Path,
+    *,
+    overrides: Sequence[str] = (),
+    flags: Mapping[str, object] | None = None,
+    preset: str | None = None,
+    known_models: Sequence[str] | None = None,
+    environ: Mapping[str, str] | None = None,
+) -> LoadedConfig:
+    """Read sweep.yaml and lay preset, overrides and flags over it.
+
+    Args:
+        path: the file.
+        overrides: texts `a.b=value` as given to --set; the value is YAML. Mappings are merged,
+            anything else is replaced.
+        flags: dotted key -> value from dedicated options; None means that the option was not given.
+        preset: name of a preset in the file, or else of a built-in one.
+        known_models: names of the architecture families; None leaves supernet.model and its options unchecked.
+        environ: environment variables; None = those of this process.
+
+    Raises:
+        ConfigError: with one line for each thing that is wrong, in the order of the file.
+    """
+    source = read_yaml_file(Path(path))
+    return load_source_text(
+        source, overrides=overrides, flags=flags, preset=preset, known_models=known_models, environ=environ
+    )
+
+
+def load_source_text(
+    source: YamlSource,
+    *,
+    overrides: Sequence[str] = (),
+    flags: Mapping[str, object] | None = None,
+    preset: str | None = None,
+    known_models: Sequence[str] | None = None,
+    environ: Mapping[str, str] | None = None,
+) -> LoadedConfig:
+    """As `load_config`, of a text that need not be a file yet."""
+    file_settings = _top_level_mapping(source)
+    presets = _presets(source, file_settings)
+    file_layer = _Layer({key: value for key, value in file_settings.items() if key != "presets"}, source)
+    earlier = first_release_settings(file_settings)
+    earlier_layers = [_Layer(earlier, label=_FIRST_RELEASE, origin_label=_FIRST_RELEASE)] if earlier else []
+    top_layers = [_override_layer(text) for text in overrides]
+    top_layers += [_flag_layer(key, value) for key, value in (flags or {}).items() if value is not None]
+    preset_layers = [] if preset is None else [_preset_layer(source, presets, preset, file_settings)]
+
+    environment = os.environ if environ is None else environ
+    stack = _Stack.of([file_layer, *earlier_layers, *preset_layers, *top_layers])
+    config, problems = _checked(stack, known_models, environment)
+    others = [_preset_layer(source, presets, name, file_settings) for name in presets if name != preset]
+    problems += _problems_of_presets(file_layer, others, known_models, environment)
+    if problems or config is None:
+        raise ConfigError("\n".join(str(problem) for problem in _in_file_order(problems)))
+    origins = _origins(config, stack)
+    warnings = [*config_warnings(config), *_unused_settings(config, origins)]
+    return LoadedConfig(config, origins, tuple(presets), tuple(warnings))
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """Settings from one place."""
+
+    settings: Mapping[str, Any]
+    source: YamlSource | None = None
+    """The file, for settings that stand in it."""
+    prefix: KeyPath = ()
+    """Where in the file they stand: ("presets", name) for a preset."""
+    label: str = ""
+    """How messages call the place, where it is no file."""
+    origin_label: str = ""
+    """What `origins` says; empty = file and line."""
+
+    def origin(self, path: KeyPath) -> str:
+        if self.origin_label or self.source is None:
+            return self.origin_label
+        return f"{Path(self.source.name).name}:{self.source.position(self.prefix + path, at_key=True).line}"
+
+    def problem(self, path: KeyPath, message: str, *, at_key: bool) -> _Problem:
+        rank, place = (2, 0, 0), self.label
+        if self.source is not None:
+            position = self.source.position(self.prefix + path, at_key=at_key)
+            rank, place = (1, *position), self.source.place(self.prefix + path, at_key=at_key)
+        key = _dotted(path)
+        return _Problem(rank, f"{place}: {key}: {message}" if key else f"{place}: {message}")
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """One thing that is wrong, as the user reads it."""
+
+    rank: tuple[int, int, int]
+    """Those of the file first, by line and column."""
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def _in_file_order(problems: Iterable[_Problem]) -> list[_Problem]:
+    unique = {problem.text: problem for problem in problems}
+    return sorted(unique.values(), key=lambda problem: problem.rank)
+
+
+def _dotted(path: KeyPath) -> str:
+    return ".".join(map(str, path))
+
+
+def _top_level_mapping(source: YamlSource) -> dict[str, Any]:
+    if source.data is None:
+        raise ConfigError(f"{source.name}: is empty; a sweep file needs at least {_NEEDED}")
+    if not isinstance(source.data, dict):
+        met = "a list" if isinstance(source.data, list) else shown(source.data)
+        raise ConfigError(f"{source.place(())}: expected settings 'key: value', at least {_NEEDED}; got {met}")
+    return source.data
+
+
+def _presets(source: YamlSource, settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The file's presets, each one a mapping of settings."""
+    presets = settings.get("presets", {})
+    at = ("presets",)
+    if not isinstance(presets, dict):
+        raise ConfigError(f"{source.place(at)}: presets: expected NAME: settings; got {shown(presets)}")
+    for name, content in presets.items():
+        if not isinstance(content, dict):
+            raise ConfigError(f"{source.place((*at, name))}: presets.{name}: expected settings; got {shown(content)}")
+        if "presets" in content:
+            place = source.place((*at, name, "presets"), at_key=True)
+            raise ConfigError(f"{place}: presets.{name}.presets: a preset cannot hold presets; remove it")
+    return presets
+
+
+def _preset_layer(source: YamlSource, presets: Mapping[str, Any], name: str, settings: Mapping[str, Any]) -> _Layer:
+    """The file's preset of that name, else the built-in one."""
+    origin = f"preset {name}"
+    if name in presets:
+        return _Layer(presets[name], source, ("presets", name), origin_label=origin)
+    if name in BUILT_IN_PRESETS:
+        swept = _swept_keys(settings, BUILT_IN_PRESETS[name])
+        return _Layer(built_in_settings(name, swept), label=origin, origin_label=origin)
+    place = source.place(("presets",), at_key=True) if presets else source.name
+    known = [*presets, *BUILT_IN_PRESETS]
+    raise ConfigError(f"{place}: unknown preset '{name}'{way_out(name, known, 'known presets')}")
+
+
+def _swept_keys(settings: Mapping[str, Any], preset: Mapping[str, Any]) -> list[str]:
+    """The keys that the file's space sweeps, or those of the default one beside the preset's settings."""
+    space = settings.get("space", default_space([settings, preset]))
+    return list(space) if isinstance(space, Mapping) else []
+
+
+def _override_layer(text: str) -> _Layer:
+    """One `--set a.b=value`."""
+    label = f"--set {text}"
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise ConfigError(f"{label}: expected KEY=VALUE, for example --set supernet.train.epochs=5")
+    return _Layer(_nested(key.strip(), parse_yaml(value, label).data, label), label=label, origin_label="--set")
+
+
+def _flag_layer(key: str, value: object) -> _Layer:
+    written = os.fspath(value) if isinstance(value, os.PathLike) else value
+    return _Layer(_nested(key, written, "command line"), label="command line", origin_label="flag")
+
+
+def _nested(dotted: str, value: object, label: str) -> dict[str, Any]:
+    head, _, tail = dotted.partition(".")
+    # The keys of `space` hold dots themselves: space.gate.target is the entry "gate.target".
+    keys = [head, tail] if head == "space" and tail else dotted.split(".")
+    if not all(keys):
+        raise ConfigError(f"{label}: '{dotted}' is no dotted key such as supernet.train.epochs")
+    if head == "presets":
+        raise ConfigError(f"{label}: presets can be written in the file only; choose one with --preset NAME")
+    for key in reversed(keys):
+        value = {key: value}
+    assert isinstance(value, dict)
+    return value
+
+
+@dataclass(frozen=True)
+class _Stack:
+    """Layers laid over each other."""
+
+    settings: dict[str, Any]
+    owners: dict[KeyPath, _Layer]
+    """Who wrote what stands at a path; a section belongs to the first layer that has it."""
+    layers: list[_Layer]
+    """In the order in which they were laid."""
+
+    @classmethod
+    def of(cls, layers: Sequence[_Layer]) -> _Stack:
+        stack = cls({}, {(): layers[0]}, [])
+        if "space" not in layers[0].settings:  # so that a preset or --set changes the default space, not replaces it
+            stack.settings["space"] = default_space([layer.settings for layer in layers])
+        for layer in layers:
+            stack.lay(layer)
+        return stack
+
+    def lay(self, layer: _Layer) -> None:
+        self._forget_other_options(layer)
+        self.layers.append(layer)
+        self._merge(self.settings, layer.settings, (), layer)
+
+    def _forget_other_options(self, layer: _Layer) -> None:
+        """Options belong to what is named beside them: a layer that names another begins without those below."""
+        for section, name in _NAMES_WITH_OPTIONS.items():
+            below, above = self.settings.get(section), layer.settings.get(section)
+            if not isinstance(below, dict) or not isinstance(above, Mapping):
+                continue
+            if "options" in below and name in above and above[name] != below.get(name):
+                self._disown((section, "options"))
+                del below["options"]
+
+    def _merge(self, below: dict[str, Any], above: Mapping[str, Any], path: KeyPath, layer: _Layer) -> None:
+        for key, value in above.items():
+            here = (*path, key)
+            is_distribution = len(here) == 2 and here[0] == "space"
+            if not isinstance(value, Mapping) or is_distribution:
+                self._disown(here)
+                self.owners[here] = layer
+                below[key] = value
+                continue
+            if not isinstance(below.get(key), dict):
+                self._disown(here)
+                below[key] = {}
+            self.owners.setdefault(here, layer)
+            self._merge(below[key], value, here, layer)
+
+    def _disown(self, path: KeyPath) -> None:
+        for owned in [owned for owned in self.owners if owned[: len(path)] == path]:
+            del self.owners[owned]
+
+    def owner(self, path: KeyPath) -> _Layer:
+        """The layer that wrote the value at `path`, or the nearest section around it."""
+        for end in range(len(path), -1, -1):
+            if path[:end] in self.owners:
+                return self.owners[path[:end]]
+        raise AssertionError("the root always has an owner")
+
+    def last_spoken(self, paths: Sequence[KeyPath]) -> KeyPath:
+        """Of several settings the one that the uppermost layer wrote; the first where nobody wrote any."""
+
+        def height(path: KeyPath) -> int:
+            written = self.owners.get(path)
+            return max((number for number, layer in enumerate(self.layers) if layer is written), default=-1)
+
+        return max(paths, key=height)
+
+    def problem(self, path: KeyPath, message: str, *, at_key: bool = False) -> _Problem:
+        return self.owner(path).problem(path, message, at_key=at_key)
+
+
+def _checked(
+    stack: _Stack, known_models: Sequence[str] | None, environ: Mapping[str, str]
+) -> tuple[SweepConfig | None, list[_Problem]]:
+    """The configuration, or None and what is wrong."""
+    problems = [*_fill_paths(stack, environ), *_model_problems(stack, known_models)]
+    try:
+        config = SweepConfig.model_validate(stack.settings)
+    except ValidationError as error:
+        for details in _first_causes(error.errors(include_url=False)):
+            problems.extend(_explained(details, stack))
+        return None, problems
+    if not problems and known_models is not None:
+        problems += _option_problems(config, stack, known_models)
+    return config, problems
+
+
+def _first_causes(errors: Sequence[ErrorDetails]) -> list[ErrorDetails]:
+    """Without the complaint that a list is too short, where it only is so because its items are refused."""
+    places = [error["loc"] for error in errors]
+    return [
+        error
+        for error in errors
+        if error["type"] != "too_short"
+        or not any(place[: len(error["loc"])] == error["loc"] and place != error["loc"] for place in places)
+    ]
+
+
+def _problems_of_presets(
+    file_layer: _Layer, presets: Sequence[_Layer], known_models: Sequence[str] | None, environ: Mapping[str, str]
+) -> Iterator[_Problem]:
+    """What goes wrong once one of the presets that were not chosen is laid over the file, and does not without it."""
+    _, of_the_file = _checked(_Stack.of([file_layer]), known_models, environ) if presets else (None, [])
+    known = {problem.text for problem in of_the_file}
+    for preset in presets:
+        _, problems = _checked(_Stack.of([file_layer, preset]), known_models, environ)
+        for problem in problems:
+            if problem.text not in known:
+                yield replace(problem, text=f"{problem.text} (with --preset {preset.prefix[-1]})")
+
+
+def _fill_paths(stack: _Stack, environ: Mapping[str, str]) -> Iterator[_Problem]:
+    """Take data.path from the environment where it is not given, and expand `~` and $VARIABLES in paths."""
+    data = stack.settings.get("data")
+    if isinstance(data, dict) and data.get("name") in ("cifar10", "image_folder") and data.get("path") is None:
+        folder = environ.get(DATA_VARIABLE)
+        if folder:
+            label = f"environment variable {DATA_VARIABLE}"
+            stack.lay(_Layer({"data": {"path": folder}}, label=label, origin_label=f"${DATA_VARIABLE}"))
+    for section, key in (("data", "path"), ("supernet", "init_from"), ("storage", "runs")):
+        settings = stack.settings.get(section)
+        if isinstance(settings, dict) and isinstance(settings.get(key), str):
+            settings[key], missing = _expanded(settings[key], environ)
+            for name in missing:
+                message = f"the environment variable {name} is not set; set it or write the path out"
+                yield stack.problem((section, key), message)
+
+
+def _expanded(text: str, environ: Mapping[str, str]) -> tuple[str, list[str]]:
+    """The path with `~`, $NAME and ${NAME} replaced, and the names that are not set."""
+    pattern = re.compile(r"\$(?:\{(\w+)\}|(\w+))")
+    missing = [name for match in pattern.finditer(text) if (name := match[1] or match[2]) not in environ]
+    replaced = pattern.sub(lambda match: environ.get(match[1] or match[2], match[0]), text)
+    return os.path.expanduser(replaced), missing
+
+
+def _model_problems(stack: _Stack, known_models: Sequence[str] | None) -> Iterator[_Problem]:
+    supernet = stack.settings.get("supernet")
+    model = supernet.get("model") if isinstance(supernet, dict) else None
+    if known_models is None or not isinstance(model, str) or not model:
+        return
+    known = [*known_models, CHECKPOINT_MODEL]
+    if model not in known:
+        message = f"unknown model '{model}'{way_out(model, known, 'known models')}"
+        yield stack.problem(("supernet", "model"), message)
+
+
+def _option_problems(config: SweepConfig, stack: _Stack, known_models: Sequence[str]) -> Iterator[_Problem]:
+    """What the family says of its options; with the size of the images, as far as the file tells it."""
+    supernet = config.supernet
+    swept = supernet_space(config)
+    if "supernet.model" in swept:
+        for model in swept["supernet.model"].edge_values():
+            if model not in known_models:
+                message = f"unknown model '{model}'{way_out(str(model), known_models, 'known models')}"
+                yield stack.problem(("space", "supernet.model"), message)
+                return
+    if any(key == "supernet.model" or key.startswith("supernet.options.") for key in swept):
+        for rule in impossible_supernets(supernet, config.space, partial(_check_options, config)):
+            yield stack.problem(rule.path, rule.message)
+        return
+    if supernet.model == CHECKPOINT_MODEL:
+        return
+    try:
+        _check_options(config, supernet)
+    except ConfigError as error:
+        where, _, message = str(error).partition(": ")
+        named = [key for key in supernet.options if re.search(rf"\b{re.escape(key)}\b", where)]
+        named = named or [key for key in supernet.options if re.match(rf"{re.escape(key)}\b", message)]
+        path: KeyPath = ("supernet", "options", *named[:1])
+        yield stack.problem(path, message, at_key="unknown option" in message)
+
+
+def _check_options(config: SweepConfig, supernet: SupernetConfig) -> None:
+    """Lay the network out.
+
+    Raises:
+        ConfigError: the family refuses its options.
+    """
+    # Imported here: families need torch, which a check without known models does without.
+    from dsnet.families import Task, layout
+
+    usual_size = _USUAL_SIZES.get(config.data.name, 32)
+    task = Task(num_classes=10, in_channels=3, image_size=config.data.image_size or usual_size)
+    layout(supernet.model, task, supernet.options, resolve_regime(supernet).norm)
+
+
+def _explained(details: ErrorDetails, stack: _Stack) -> Iterator[_Problem]:
+    """One error of pydantic in plain words."""
+    path: KeyPath = tuple(details["loc"])
+    kind = details["type"]
+    if kind == "broken_rules":
+        for rule in details["ctx"]["rules"]:
+            place = stack.last_spoken([path + each for each in (rule.path, *rule.others)])
+            yield stack.problem(place, rule.message)
+    elif kind == "extra_forbidden":
+        yield stack.problem(path, _unknown_key(path), at_key=True)
+    elif kind == "missing":
+        yield stack.problem(path, _missing_key(path), at_key=True)
+    else:
+        yield stack.problem(path, _wrong_value(path, details))
+
+
+def _unknown_key(path: KeyPath) -> str:
+    word = str(path[-1])
+    section = _section_at(path[:-1])
+    known = [*section.model_fields] if section else []
+    return f"unknown key '{word}'{way_out(word, known, 'known keys', hint=_key_elsewhere(path))}"
+
+
+def _key_elsewhere(path: KeyPath) -> str:
+    """A hint for a key that stands in the wrong section; the places below the same top-level section are likelier."""
+    places = [dotted for dotted in known_fields() if dotted.endswith(f".{path[-1]}")]
+    places = [dotted for dotted in places if dotted.startswith(f"{path[0]}.")] or places
+    return f"; did you mean {' or '.join(map(repr, places))}?" if 1 <= len(places) <= 3 else ""
+
+
+def _section_at(path: KeyPath) -> type[BaseModel] | None:
+    if not path:
+        return SweepConfig
+    field = known_fields().get(_dotted(path))
+    if field is not None:
+        return section_class(field.annotation) or _section_inside(field.annotation)
+    around = known_fields().get(_dotted(path[:-1]))  # an item of a list or mapping, such as metrics.0
+    return _section_inside(around.annotation) if around is not None else None
+
+
+def _section_inside(annotation: object) -> type[Section] | None:
+    """The section class that an optional one, a list or a mapping of sections is made of."""
+    found = (section_class(argument) for argument in get_args(annotation))
+    return next((section for section in found if section is not None), None)
+
+
+def _missing_key(path: KeyPath) -> str:
+    section = _section_at(path[:-1])
+    field = section.model_fields.get(str(path[-1])) if section else None
+    meaning = field.description if field is not None else None
+    return (
+        f"is required and missing ({' '.join(meaning.split()).rstrip('.')})" if meaning else "is required and missing"
+    )
+
+
+_EXPECTED: Mapping[str, str] = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "string_type": "text",
+    "bool_type": "true or false",
+    "model_type": "a section of settings",
+    "model_attributes_type": "a section of settings",
+    "dict_type": "a section of settings",
+    "tuple_type": "a list",
+    "list_type": "a list",
+    "literal_error": "one of {expected}",
+}
+
+
+def _wrong_value(path: KeyPath, details: ErrorDetails) -> str:
+    kind, context, met = details["type"], details.get("ctx", {}), details["input"]
+    if kind == "value_error":
+        return str(context["error"])
+    if kind == "literal_error":
+        return _not_a_choice(path, met, context["expected"])
+    if kind == "string_pattern_mismatch":
+        return f"{shown(met)} is no name; use 1 to 64 letters, digits, '.', '_' or '-', and no '.' at the start"
+    if kind in ("too_short", "too_long"):
+        bound = context.get("min_length", context.get("max_length"))
+        direction = "at least" if kind == "too_short" else "at most"
+        return f"must hold {direction} {bound} entries; got {context['actual_length']}"
+    if kind in _EXPECTED:
+        return f"expected {_EXPECTED[kind]}{_or_null(path)}; got {shown(met)}{_spelling_hint(kind, met)}"
+    return f"{requirement(kind, context)}; got {shown(met)}"
+
+
+def _or_null(path: KeyPath) -> str:
+    field = known_fields().get(_dotted(path))
+    return " or null" if field is not None and is_nullable(field) else ""
+
+
+def _spelling_hint(kind: str, met: object) -> str:
+    """The commonest wrong types have one cause each: quotes missing or needless, or YAML 1.1's yes and no."""
+    if kind == "string_type" and isinstance(met, bool | int | float):
+        return f"; to mean text, quote it: '{shown(met)}'"
+    is_quoted_number = isinstance(met, str) and re.fullmatch(r"[-+]?[\d.]+(e[-+]?\d+)?", met, re.IGNORECASE)
+    if kind in ("int_type", "float_type") and is_quoted_number:
+        return "; remove the quotes"
+    if kind == "bool_type" and isinstance(met, str):
+        return {"yes": "; write true", "on": "; write true", "no": "; write false", "off": "; write false"}.get(met, "")
+    return ""
+
+
+_ALIASES: Mapping[str, str] = {
+    "bfloat16": "bf16",
+    "amp": "bf16",
+    "fp32": "float32",
+    "gpu": "cuda",
+    "inplace_bootstrapping": "ib",
+    "batchnorm": "private_stats",
+    "groupnorm": "group_norm",
+}
+"""What people write -> what is meant; spelling alone would guess wrong."""
+
+
+def _not_a_choice(path: KeyPath, met: object, expected: str) -> str:
+    known = re.findall(r"'([^']*)'", expected) or [expected]
+    what = path[-2] if path[-1] == "name" else path[-1]
+    if not isinstance(met, str):
+        return f"expected one of {', '.join(known)}; got {shown(met)}"
+    meant = _ALIASES.get(met.lower())
+    hint = f"; did you mean '{meant}'?" if meant in known else ""
+    return f"unknown {what} '{met}'{way_out(met, known, hint=hint)}"
+
+
+def _origins(config: SweepConfig, stack: _Stack) -> dict[str, str]:
+    return {
+        _dotted(path): stack.owners[path].origin(path) if path in stack.owners else "default"
+        for path in _setting_paths(config.model_dump(exclude={"presets"}), ())
+    }
+
+
+def _unused_settings(config: SweepConfig, origins: Mapping[str, str]) -> Iterator[str]:
+    """Settings asked for on the command line that the sweep overrides in every trial or supernet."""
+    for key in config.space:
+        if origins.get(key) == "--set":
+            yield f"--set {key} is not used: space sweeps it; to fix it write --set space.{key}=VALUE"
+
+
+def _setting_paths(settings: Mapping[str, Any], path: KeyPath) -> Iterator[KeyPath]:
+    """Paths of everything that is set on its own: a list or a distribution counts as one setting."""
+    for key, value in settings.items():
+        here = (*path, key)
+        if isinstance(value, Mapping) and value and path != ("space",):
+            yield from _setting_paths(value, here)
+        else:
+            yield here

@@ -1,0 +1,267 @@
+"""The verify stage: the frozen front runs for real on the sealed test split, and must do image by image what the table said."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dsnet.data import Normalization
+from dsnet.deploy.dynamic import DynamicNet
+from dsnet.deploy.materialize import materialize
+from dsnet.errors import VerificationError
+from dsnet.measure.latency import (
+    LatencySettings,
+    LatencyTable,
+    MachineLoad,
+    Timing,
+    device_name,
+    noise_of,
+    time_interleaved,
+    waiter,
+)
+from dsnet.network.precision import exact_float32
+from dsnet.network.supernet import Supernet
+from dsnet.routers import Router
+from dsnet.routing.retrace import Retrace
+from dsnet.routing.routing_table import RoutingTable
+from dsnet.routing.table_routing import TableRun, run_on_table
+from search.front.analysis import PointAnalysis
+
+CLASS_TIE = 1e-4
+"""Two largest probabilities nearer than this are a numerical tie."""
+SINGLE_IMAGES = 32
+"""At batch 1, one timed repeat runs so many images one after the other: they take different routes."""
+NUM_BATCHES = 3
+"""At larger batches, one timed repeat runs so many of them."""
+TIMING_SEED = 0
+"""Draws the timed images."""
+MAX_NAMED = 5
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How a router's real run compares with its table."""
+
+    slot: int
+    num_images: int
+    num_ties: int
+    """Images that differ where the table itself was undecided to within rounding."""
+    top1: float
+    madds_m: float
+    """Mean over the images, as really executed."""
+
+
+@exact_float32()
+@torch.inference_mode()
+def check_agreement(
+    slot: int,
+    supernet: Supernet,
+    router: Router,
+    table: RoutingTable,
+    images: Tensor,
+    normalization: Normalization,
+    batch_size: int = 256,
+) -> Agreement:
+    """Run a router through grouped dynamic inference and compare route, class and MAdds of every image with the table.
+
+    Args:
+        slot: the router's trial, for messages.
+        supernet: trained and recalibrated.
+        router: decides.
+        table: of the split that `images` are, in the same order.
+        images: uint8 [N, C, H, W].
+        normalization: what the supernet was trained with.
+        batch_size: images at a time.
+
+    Raises:
+        VerificationError: an image differs and is no numerical tie; the message names images.
+    """
+    device = next(supernet.parameters()).device
+    net = DynamicNet(supernet, router, image_size=images.shape[-1])
+    outputs = [net(normalization.apply(part.to(device))) for part in images.split(batch_size)]
+    routes = torch.cat([output.routes for output in outputs]).cpu().numpy()
+    classes = torch.cat([output.logits.argmax(1) for output in outputs]).cpu().numpy()
+    madds = torch.cat([output.madds for output in outputs]).cpu().numpy()
+    told_run = run_on_table(router, table)
+    rows = np.arange(table.num_images)
+    same_route = routes == told_run.routes
+    same_class = classes == table.predicted[rows, routes]
+    # Each kind of difference has its own excuse: an undecided router does not explain a wrong class on the route that ran.
+    retraced = _retraced(router, table, told_run, routes)
+    fine_class = same_class | (table.margin[rows, routes] < CLASS_TIE)
+    wrong = np.flatnonzero(~((routes == retraced.routes) & fine_class & (madds == retraced.madds)))
+    if len(wrong):
+        predicted = table.predicted[rows, told_run.routes]
+        told = [f"{table.routes[told_run.routes[row]]} -> class {predicted[row]}" for row in wrong[:MAX_NAMED]]
+        ran = [f"{table.routes[routes[row]]} -> class {classes[row]}" for row in wrong[:MAX_NAMED]]
+        raise VerificationError(_mismatch(slot, wrong, table, told, ran))
+    num_ties = int((~(same_route & same_class)).sum())
+    correct = classes == table.labels
+    return Agreement(slot, table.num_images, num_ties, float(correct.mean()), float(madds.mean() / 1e6))
+
+
+class _Retraced(NamedTuple):
+    routes: NDArray[np.int64]
+    """[N]"""
+    madds: NDArray[np.int64]
+    """[N]"""
+
+
+def _retraced(router: Router, table: RoutingTable, told: TableRun, ran: NDArray[np.int64]) -> _Retraced:
+    """What the table says where ties are broken towards the routes [N] that really ran: so far as ties explain them, it says the same."""
+    routes, madds = told.routes.copy(), told.madds.copy()
+    for route in np.unique(ran[ran != told.routes]):
+        again = run_on_table(Retrace(router, int(route), table.tree), table)
+        rows = (ran == route) & (ran != told.routes)
+        routes[rows], madds[rows] = again.routes[rows], again.madds[rows]
+    return _Retraced(routes, madds)
+
+
+def _mismatch(slot: int, wrong: NDArray[np.intp], table: RoutingTable, told: Sequence[str], ran: Sequence[str]) -> str:
+    named = "; ".join(
+        f"image {table.image_ids[row]}: the table says {expected}, it ran {met}"
+        for row, expected, met in zip(wrong, told, ran, strict=False)
+    )
+    more = f"; and {len(wrong) - MAX_NAMED} more" if len(wrong) > MAX_NAMED else ""
+    return (
+        f"trial-{slot:04d}: {len(wrong)} of {table.num_images} images of {table.split} differ between the routing table and the real "
+        f"run ({named}{more}). The table or the weights were changed; delete the run's table folder and launch again."
+    )
+
+
+@dataclass(frozen=True)
+class DynamicLatency:
+    """Measured latency of the front beside the static extremes: same run, same device, same images. All in ms of one batch."""
+
+    device: str
+    threads: int
+    gates: Mapping[int, Mapping[int, Timing]]
+    """batch size -> slot -> a call's time."""
+    widest: Mapping[int, Timing]
+    cheapest: Mapping[int, Timing]
+    ideal: Mapping[int, Mapping[int, float]] = field(default_factory=dict)
+    """batch size -> slot -> what the measured parts add up to for these images' routes: what the objective said, but on them."""
+    split: str = "test"
+    """Whose images were run; `dsnet-orch measure` takes those of `val`."""
+    load: MachineLoad | None = None
+    """Of the machine when all was timed; None in results of earlier releases."""
+
+    @property
+    def noise(self) -> str | None:
+        """What makes the times doubtful; None where nothing does."""
+        extremes = [*self.widest.values(), *self.cheapest.values()]
+        return noise_of([*extremes, *(timing for row in self.gates.values() for timing in row.values())], self.load)
+
+    def beside(self, table: LatencyTable, front: Sequence[PointAnalysis], routes: Sequence[str]) -> DynamicLatency:
+        """The same with `ideal` filled in.
+
+        Args:
+            table: of this device, from the measure stage.
+            front: the same gates on the images that were timed.
+            routes: names of the K sub-networks that `PointAnalysis.runs` counts.
+        """
+        clocks = {size: table.clock(size, routes) for size in self.gates}
+        ideal = {
+            size: {point.slot: clock.ms(np.array(point.runs), point.router) for point in front}
+            for size, clock in clocks.items()
+        }
+        return replace(self, ideal=ideal)
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-able mapping."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> DynamicLatency:
+        """Rebuild what `to_json` gave."""
+        gates = {int(n): {int(slot): Timing(**item) for slot, item in row.items()} for n, row in data["gates"].items()}
+        widest, cheapest = (
+            {int(n): Timing(**item) for n, item in data[name].items()} for name in ("widest", "cheapest")
+        )
+        ideal = {int(n): {int(slot): ms for slot, ms in row.items()} for n, row in data["ideal"].items()}
+        load = MachineLoad.from_json(data.get("load"))
+        return cls(data["device"], data["threads"], gates, widest, cheapest, ideal, data.get("split", "test"), load)
+
+
+@torch.inference_mode()
+def time_front(
+    supernet: Supernet,
+    routers: Mapping[int, Router],
+    images: Tensor,
+    normalization: Normalization,
+    settings: LatencySettings,
+    before_each: Callable[[], None] = lambda: None,
+    split: str = "test",
+) -> DynamicLatency:
+    """Time every router's dynamic network and the static extremes, interleaved, on real images.
+
+    Args:
+        supernet: trained and recalibrated.
+        routers: by slot.
+        images: uint8 [N, C, H, W] of a split: routes depend on the images.
+        normalization: what the supernet was trained with.
+        settings: device, threads, batch sizes, repeats.
+        before_each: runs untimed before every timed call; it may raise to give up.
+        split: whose images these are.
+    """
+    device = torch.device(settings.device)
+    supernet = supernet.to(device).eval()
+    order = supernet.subnets.by_madds(images.shape[-1])
+    nets: dict[str, Callable[[Tensor], object]] = {}
+    if routers:
+        shared = DynamicNet(supernet, next(iter(routers.values())), image_size=images.shape[-1])
+        nets |= {str(slot): shared.with_router(router) for slot, router in routers.items()}
+    nets["widest"] = materialize(supernet, supernet.subnets[order[-1]], fold_bn=True)
+    nets["cheapest"] = materialize(supernet, supernet.subnets[order[0]], fold_bn=True)
+    synchronize = waiter(device)
+    timings: dict[int, dict[str, Timing]] = {}
+    threads_before = torch.get_num_threads()
+    torch.set_num_threads(settings.threads)
+    try:
+        for size in settings.batch_sizes:
+            batches = [normalization.apply(part.to(device)) for part in _batches(images, size)]
+            calls = {name: _over(net, batches) for name, net in nets.items()}
+            measured = time_interleaved(
+                calls,
+                repeats=settings.repeats,
+                warmup=settings.warmup,
+                synchronize=synchronize,
+                before_each=before_each,
+            )
+            count = len(batches)
+            timings[size] = {
+                name: Timing(t.median_ms / count, t.iqr_ms / count, t.repeats) for name, t in measured.items()
+            }
+    finally:
+        torch.set_num_threads(threads_before)
+    return DynamicLatency(
+        device_name(device),
+        settings.threads,
+        {size: {slot: row[str(slot)] for slot in routers} for size, row in timings.items()},
+        {size: row["widest"] for size, row in timings.items()},
+        {size: row["cheapest"] for size, row in timings.items()},
+        split=split,
+        load=MachineLoad.now(),
+    )
+
+
+def _batches(images: Tensor, size: int) -> list[Tensor]:
+    """Random images (a split may be sorted by class, and routes depend on the image): many single ones, or a few batches."""
+    count = SINGLE_IMAGES if size == 1 else NUM_BATCHES
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(TIMING_SEED))
+    rows = order[torch.arange(size * count) % len(images)]
+    return list(images[rows].split(size))
+
+
+def _over(net: Callable[[Tensor], object], batches: list[Tensor]) -> Callable[[], object]:
+    def run() -> None:
+        for batch in batches:
+            net(batch)
+
+    return run

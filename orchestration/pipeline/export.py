@@ -1,0 +1,265 @@
+"""From points of a front to bundles that run."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from ruamel.yaml import YAML
+
+from dsnet.data import Normalization
+from dsnet.data.photos import PhotoDecoder
+from dsnet.deploy.bundle import NUM_EXAMPLES, save_bundle
+from dsnet.measure.latency import MAIN_DEVICE
+from dsnet.routers import CascadeRouter, LearnedCascadeRouter, Router
+from dsnet.routing.routing_table import RoutingTable
+from dsnet.routing.table_routing import run_on_table
+from dsnet.stored.checkpoint import load_supernet
+from dsnet.training.supernet import FINAL
+from orchestration.pipeline.agreement import DynamicLatency
+from orchestration.prepare.preparation import Prepared
+from orchestration.results.run import RunResults, picked_slots
+from search.front.analysis import PointAnalysis
+from search.front.points import trial_name
+
+CLEAR_LEAD = 100.0
+"""Examples are decided by a margin of at least so many times the router's `tie`."""
+EXAMPLE_SEED = 0
+"""Draws the examples among the clear images."""
+
+
+KNEE = "knee"
+"""Name of the link to the bundle of the front's knee, beside the bundles: a path that is known before the run."""
+
+
+def export_picks(prepared: Prepared, results: RunResults, picks: Sequence[str], folder: Path) -> list[Path]:
+    """Write a bundle for each picked trial, and the link `knee` to the bundle of the front's knee; the bundles' folders.
+
+    A link to an earlier knee is removed where the folder holds no bundle of the knee.
+
+    Args:
+        prepared: see `export_bundles`.
+        results: the run.
+        picks: see `orchestration.results.run.picked_slots`.
+        folder: receives one folder per trial.
+
+    Raises:
+        ConfigError, NotFoundError, CheckpointError: as `picked_slots` and `export_bundles`.
+    """
+    slots = picked_slots(results, picks)
+    paths = export_bundles(prepared, results, slots, folder)
+    if results.knee is not None:
+        link_knee(folder, folder / trial_name(results.knee))
+    return paths
+
+
+def link_knee(folder: Path, bundle: Path) -> None:
+    """Make `folder`/knee a relative link to a bundle below `folder`, or no link where there is no such bundle.
+
+    Anything but a link of that name is left alone.
+    """
+    link, new = folder / KNEE, folder / f".{KNEE}.{os.getpid()}"
+    if link.exists() and not link.is_symlink():
+        return
+    if not bundle.is_dir():
+        link.unlink(missing_ok=True)
+        return
+    with suppress(OSError):  # a file system without links: the bundle has its own name
+        new.symlink_to(bundle.relative_to(folder))
+        new.replace(link)
+
+
+def export_bundles(prepared: Prepared, results: RunResults, slots: Sequence[int], folder: Path) -> list[Path]:
+    """Write one bundle per trial.
+
+    Args:
+        prepared: the run's data (for class names and examples from `val`).
+        results: the run.
+        slots: the trials.
+        folder: receives one folder per trial.
+
+    Returns:
+        the bundles' folders.
+
+    Raises:
+        NotFoundError: the run has no trained supernet yet.
+        CheckpointError: a file of the run is damaged.
+    """
+    supernet, meta = load_supernet(results.run.stage_dir("supernet", results.done_key("supernet")) / FINAL)
+    val = RoutingTable.load(results.run.table(results.done_key("table"), "val"))
+    paths = []
+    for slot in slots:
+        router = results.router(slot)
+        claims = bundle_claims(prepared, results, slot)
+        path = folder / trial_name(slot)
+        save_bundle(
+            path,
+            supernet,
+            router,
+            normalization=Normalization.from_json(meta["run"]["normalization"]),
+            class_names=prepared.image_set.class_names,
+            examples=_examples(prepared, val, router),
+            claims=claims,
+            gate_yaml=_gate_yaml(prepared, results, slot, claims),
+            photos=_photo_decoder(prepared),
+        )
+        paths.append(path)
+    return paths
+
+
+def _photo_decoder(prepared: Prepared) -> PhotoDecoder | None:
+    """None where the images have other channels than photos."""
+    images = prepared.image_set
+    if images.image_shape[0] not in (1, 3):
+        return None
+    return PhotoDecoder.of_data(images.name, images.image_shape, prepared.config.data.crop_fraction)
+
+
+def _examples(prepared: Prepared, val: RoutingTable, router: Router) -> torch.Tensor:
+    """Images of `val`: the sealed split is never shown."""
+    return prepared.data.images("val")[torch.from_numpy(example_rows(router, val))]
+
+
+def example_rows(router: Router, table: RoutingTable) -> NDArray[np.int64]:
+    """Which images a bundle stores as examples: `NUM_EXAMPLES` rows of the table, or all where it has fewer; rising.
+
+    They are drawn in turns from the routes that answer, among the images that the router decides clearly. Where there are too few of
+    those, the clearest of the others follow: where rounding decides, another processor may take the other route, and
+    `check_bundle_examples` lets it.
+    """
+    run = run_on_table(router, table)
+    is_clear = run.lead >= CLEAR_LEAD
+    shuffled = np.random.default_rng(EXAMPLE_SEED).permutation(table.num_images)
+    turn = np.zeros(table.num_images)
+    for route in np.unique(run.routes):
+        own = shuffled[(is_clear & (run.routes == route))[shuffled]]
+        turn[own] = np.arange(len(own))
+    order = np.lexsort((np.where(is_clear, turn, -run.lead), ~is_clear))
+    return np.sort(order[:NUM_EXAMPLES])
+
+
+def bundle_claims(prepared: Prepared, results: RunResults, slot: int) -> dict[str, Any]:
+    """What a bundle says of itself: the numbers on `val`, and on `test` where the trial was verified."""
+    config = prepared.config
+    record = results.record(slot)
+    names = ("top1", "top5", "madds_m", "p95_madds_m", "params_m", "latency_ms")
+    claims: dict[str, Any] = {
+        "data": {
+            "name": prepared.image_set.name,
+            "image_size": config.data.image_size,
+            "stream": config.data.stream,
+            "crop_fraction": config.data.crop_fraction,
+            "sizes": config.data.splits.model_dump(mode="json"),
+            "seed": config.seed,
+            "limit": config.data.limit,
+            "fingerprint": prepared.image_set.fingerprint,
+            "splits": prepared.splits.hash,
+        },
+        "val": {"num_images": len(prepared.splits.val), **{name: record.metrics[name] for name in names}},
+    }
+    verified = results.verified
+    if verified is None:
+        return claims
+    point = next((point for point in verified.test.points if point.slot == slot), None)
+    if point is not None:
+        claims["test"] = _test_claims(point, verified.test.num_images)
+        claims["latency"] = _latency_claims(verified.latency, slot)
+        further = {name: own for name, own in verified.latencies.items() if name != MAIN_DEVICE}
+        if further:
+            claims["device_latency"] = {name: _latency_claims(own, slot) for name, own in further.items()}
+    return claims
+
+
+def _latency_claims(latency: DynamicLatency, slot: int) -> dict[str, Any]:
+    """What a batch really took on one device, beside the static extremes and what the measured parts add up to (`ideal_ms`)."""
+    return {
+        "device": latency.device,
+        "threads": latency.threads,
+        "batches": {
+            str(size): {
+                "gate_ms": asdict(row[slot]),
+                "ideal_ms": latency.ideal[size][slot],
+                "widest_ms": asdict(latency.widest[size]),
+                "cheapest_ms": asdict(latency.cheapest[size]),
+            }
+            for size, row in latency.gates.items()
+        },
+    }
+
+
+def _test_claims(point: PointAnalysis, num_images: int) -> dict[str, Any]:
+    gain = point.gain
+    return {
+        "num_images": num_images,
+        "top1": point.top1.value,
+        "top1_interval": [point.top1.low, point.top1.high],
+        "top5": point.metrics["top5"],
+        "madds_m": point.metrics["madds_m"],
+        "gain_over_static": None if gain is None else gain.value,
+        "gain_over_static_interval": None if gain is None else [gain.low, gain.high],
+        "random_routing_top1": point.random_top1,
+        "is_collapsed": point.is_collapsed,
+    }
+
+
+def _gate_yaml(prepared: Prepared, results: RunResults, slot: int, claims: Mapping[str, Any]) -> str:
+    """The same for people: what the gate is, and what it reached."""
+    record = results.record(slot)
+    router = results.router(slot)
+    content = {
+        "name": trial_name(slot),
+        "run": results.run.name,
+        "model": {"family": prepared.subnets.spec.family, "options": dict(results.config.supernet.options)},
+        "routes": [
+            {"name": prepared.subnets[k].name, "widths": list(prepared.subnets[k].widths)} for k in router.routes
+        ],
+        "router": router_facts(router, [subnet.name for subnet in prepared.subnets]),
+        "gate": _nested(record.params),
+        "claims": {name: dict(values) if isinstance(values, Mapping) else values for name, values in claims.items()},
+    }
+    writer = YAML(typ="safe", pure=True)
+    writer.default_flow_style = False
+    writer.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+    stream = io.StringIO()
+    writer.dump(content, stream)
+    return (
+        "# A gate configuration exported by dsnet-orch. dsnet reads bundle.json beside it; this file is for people.\n"
+        + stream.getvalue()
+    )
+
+
+def router_facts(router: Router, names: Sequence[str]) -> dict[str, Any]:
+    """How a router decides, in words and numbers: its kind, and of a cascade what it runs when."""
+    facts: dict[str, Any] = {"kind": router.kind, "reads": list(router.needs)}
+    match router:
+        case CascadeRouter():
+            facts |= {
+                "first": names[router.first],
+                "second": names[router.second],
+                "threshold": router.threshold,
+            }
+        case LearnedCascadeRouter():
+            wider = [names[option] for option in router.options if option != router.first]
+            facts |= {"first": names[router.first], "then_one_of": wider}
+        case _:
+            facts |= {"gates": router.num_gates}
+    return facts
+
+
+def _nested(params: Mapping[str, Any]) -> dict[str, Any]:
+    nested: dict[str, Any] = {}
+    for dotted, value in params.items():
+        *sections, leaf = dotted.removeprefix("gate.").split(".")
+        section = nested
+        for name in sections:
+            section = section.setdefault(name, {})
+        section[leaf] = value
+    return nested

@@ -1,0 +1,263 @@
+"""What a launch would take: minutes, memory and disk of each stage, from a few timed steps of the real network on the real images.
+
+What cannot be timed beforehand, such as the start of Ray or a trial of a router, stands here as a constant, measured on two cores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from dsnet.environment import resolve_device
+from dsnet.measure.latency import BUDGET_S, LatencySettings, MachineLoad
+from dsnet.process_memory import resident_bytes
+from dsnet.training.trial_run import TrialRun, trial_run
+from orchestration.config.sweep import SweepConfig, resolve_cores, resolve_trials
+from orchestration.config.wording import plural
+from orchestration.prepare.preparation import Prepared, latency_settings, supernet_run, training_images
+from orchestration.runs.stages import StagePlan
+
+MIB = 2**20
+RAY_START_S = 8.0
+SEARCH_START_S = 3.5
+TRIAL_S = 0.03
+"""Of one trial's share of a cohort with `TRIAL_STEPS` steps, mean over the kinds of router."""
+TRIAL_STEPS = 200
+END_TO_END_COST = 3.0
+"""A step of end-to-end training, relative to evaluating its images."""
+ANALYSIS_S = 3.5
+"""Resampling and the reachable ceiling."""
+CALL_S = 0.0003
+"""Of one timed call, however small the network."""
+ACCURACY_COST = 1.3
+"""Evaluating the sub-networks one by one, relative to the table, in which they share what they have in common."""
+RAY_BYTES = 600 * MIB
+TRACKING_BYTES = 250 * MIB
+WORKER_BYTES = 300 * MIB
+"""A process that has imported torch and holds no images yet."""
+TRIAL_BYTES = 15_000
+"""On disk: weights, journal and record of one trial."""
+REPORT_BYTES = 6 * MIB
+SUBNET_BYTES = 2_000
+BUSY_LOAD = 0.5
+"""Load average per core from which on other work slows the timed steps down: they take all cores."""
+
+
+@dataclass(frozen=True)
+class StageForecast:
+    """What one stage would take; 0 where it is done."""
+
+    stage: str
+    seconds: float
+    memory_bytes: int
+    """Peak of all processes together."""
+    disk_bytes: int
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a launch would take."""
+
+    stages: tuple[StageForecast, ...]
+    timed: str
+    """How the clock ran, in a sentence."""
+    gpu_bytes: int = 0
+    """Peak memory of the GPU; 0 where none trains."""
+
+    @property
+    def seconds(self) -> float:
+        """Of the whole launch."""
+        return sum(stage.seconds for stage in self.stages)
+
+    @property
+    def memory_bytes(self) -> int:
+        """Peak of the whole launch."""
+        return max((stage.memory_bytes for stage in self.stages), default=0)
+
+    @property
+    def disk_bytes(self) -> int:
+        """Of the whole launch."""
+        return sum(stage.disk_bytes for stage in self.stages)
+
+    def of(self, stage: str) -> StageForecast | None:
+        """That of one stage; None where nothing is said about it."""
+        return next((each for each in self.stages if each.stage == stage), None)
+
+    def to_json(self) -> dict[str, Any]:
+        """For scripts."""
+        total = {"seconds": self.seconds, "memory_bytes": self.memory_bytes, "disk_bytes": self.disk_bytes}
+        return {
+            "stages": [asdict(stage) for stage in self.stages],
+            **total,
+            "gpu_bytes": self.gpu_bytes,
+            "timed": self.timed,
+        }
+
+
+def forecast(prepared: Prepared, plans: Sequence[StagePlan]) -> Forecast | None:
+    """Time a few steps, unless nothing is left that depends on them, and say what each stage would take; writes nothing to the run.
+
+    Args:
+        prepared: the sweep's data and network.
+        plans: of supernet, measure, table and search.
+
+    Returns:
+        None where every stage before verify is done.
+    """
+    if all(plan.is_done for plan in plans):
+        return None
+    load = MachineLoad.now()  # before: the timed steps keep the machine busy themselves
+    timed = _timed(prepared)
+    on_gpu = timed.peak_bytes if timed.device == "cuda" else 0
+    return Forecast(_stages(prepared, timed, plans), _how(prepared.config, timed, load), on_gpu)
+
+
+def forecast_supernets(supernets: Sequence[tuple[Prepared, Sequence[StagePlan]]], concurrent: int) -> Forecast | None:
+    """Time a few steps of every supernet of a sweep and say what the stages of all together would take, if each were trained to its end.
+
+    Args:
+        supernets: data, network and plans of each that may still be trained or searched; see `forecast`.
+        concurrent: how many are trained at a time.
+
+    Returns:
+        None where every stage before verify is done.
+    """
+    left = [(prepared, plans) for prepared, plans in supernets if not all(plan.is_done for plan in plans)]
+    if not left:
+        return None
+    load = MachineLoad.now()
+    timed = [_timed(prepared, concurrent) for prepared, _ in left]
+    found = [_stages(prepared, each, plans) for (prepared, plans), each in zip(left, timed, strict=True)]
+    stages = []
+    for parts in zip(*found, strict=True):
+        seconds, memory = sum(part.seconds for part in parts), max(part.memory_bytes for part in parts)
+        if parts[0].stage == "supernet":
+            training = [part for part in parts if part.seconds]
+            at_a_time = min(concurrent, len(training))
+            if training:
+                seconds = RAY_START_S + (seconds - RAY_START_S * len(training)) / at_a_time
+                memory += (at_a_time - 1) * max(each.peak_bytes for each in timed)
+        stages.append(StageForecast(parts[0].stage, seconds, memory, sum(part.disk_bytes for part in parts)))
+    how = f"{_how(left[0][0].config, timed[0], load)}; each of {plural(len(left), 'supernet')}, trained to its end"
+    on_gpu = concurrent * max(each.peak_bytes for each in timed) if timed[0].device == "cuda" else 0
+    return Forecast(tuple(stages), how, on_gpu)
+
+
+def _stages(prepared: Prepared, timed: TrialRun, plans: Sequence[StagePlan]) -> tuple[StageForecast, ...]:
+    left = {plan.name for plan in plans if not plan.is_done}
+    work = _Work(prepared, timed)
+    stages = {
+        "supernet": work.supernet,
+        "measure": work.measure,
+        "table": work.table,
+        "search": work.search,
+        "verify": work.verify,
+    }
+    return tuple(
+        stage() if name in left or name == "verify" else StageForecast(name, 0.0, 0, 0)
+        for name, stage in stages.items()
+    )
+
+
+def _timed(prepared: Prepared, concurrent: int = 1) -> TrialRun:
+    """Time a few steps with the threads that one of so many supernets has."""
+    config, run = prepared.config, supernet_run(prepared)
+    return trial_run(
+        prepared.subnets,
+        run,
+        training=training_images(prepared, run.augmentation),
+        data=prepared.data,
+        device=resolve_device(config.supernet.device),
+        threads=config.supernet.threads or max(1, resolve_cores(config) // (config.supernet.workers * concurrent)),
+        workers=config.supernet.workers,
+    )
+
+
+def _how(config: SweepConfig, timed: TrialRun, load: MachineLoad | None) -> str:
+    """How the steps were timed, and that the launch will be quicker where other work slowed them down."""
+    name = "the GPU" if timed.device == "cuda" else "the CPU"
+    steps, threads = plural(timed.num_steps, "step"), plural(timed.threads, "thread")
+    how = f"timed: {steps} of {config.supernet.train.batch_size} images on {name}, {threads}"
+    if load is None or load.load_average <= BUSY_LOAD * load.num_cores:
+        return how
+    return (
+        f"{how}; other work kept the machine busy meanwhile (load average {load.load_average:.1f} on "
+        f"{plural(load.num_cores, 'core')}), so this is too long for a machine with nothing else to do: ask again then"
+    )
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What each stage has to do, in the units that were timed."""
+
+    prepared: Prepared
+    timed: TrialRun
+
+    @property
+    def config(self) -> SweepConfig:
+        return self.prepared.config
+
+    def _images(self, split: str) -> int:
+        return len(self.prepared.splits[split])
+
+    def supernet(self) -> StageForecast:
+        """Ray, the steps, recalibration."""
+        run = supernet_run(self.prepared)
+        num_train = self._images("train")
+        steps = run.train.epochs * max(1, num_train // min(run.train.batch_size, num_train))
+        estimated = num_train if run.recalibration_images is None else min(num_train, run.recalibration_images)
+        seconds = RAY_START_S + steps * self.timed.step_s + estimated * self.timed.recalibration_image_s
+        on_host = resident_bytes() if self.timed.device == "cuda" else self.timed.peak_bytes
+        memory = self._platform_bytes() + self.config.supernet.workers * on_host + self._image_bytes()
+        return StageForecast("supernet", seconds, memory, (run.keep_checkpoints + 1) * self.timed.checkpoint_bytes)
+
+    def measure(self) -> StageForecast:
+        """Accuracies on `val`, and latencies."""
+        seconds = ACCURACY_COST * self._images("val") * self.timed.table_image_s
+        seconds += sum(self._latency_s(settings) for settings in latency_settings(self.config).values())
+        return StageForecast("measure", seconds, self._platform_bytes(), SUBNET_BYTES * len(self.prepared.subnets.all))
+
+    def table(self) -> StageForecast:
+        """The answers to `gate` and `val`."""
+        images = self._images("gate") + self._images("val")
+        num_bytes = round(images * self.timed.table_image_bytes)
+        return StageForecast("table", images * self.timed.table_image_s, self._platform_bytes() + num_bytes, num_bytes)
+
+    def search(self) -> StageForecast:
+        """Every trial of the budget."""
+        trials, actors = resolve_trials(self.config), self.config.ray.trial_actors or resolve_cores(self.config)
+        tables = round((self._images("gate") + self._images("val")) * self.timed.table_image_bytes)
+        seconds = SEARCH_START_S + trials * self._trial_s() / actors
+        memory = self._platform_bytes() + actors * (WORKER_BYTES + 2 * tables)
+        return StageForecast("search", seconds, memory, trials * TRIAL_BYTES)
+
+    def verify(self) -> StageForecast:
+        """The front on `test`, its analysis, the report."""
+        images, subnets = self._images("test"), self.prepared.subnets
+        routes = min(self.config.budget.verify or len(subnets), resolve_trials(self.config))
+        seconds = ANALYSIS_S + images * self.timed.table_image_s * (1 + routes / len(subnets))
+        num_bytes = round(images * self.timed.table_image_bytes)
+        return StageForecast("verify", seconds, self._platform_bytes() + num_bytes, num_bytes + REPORT_BYTES)
+
+    def _trial_s(self) -> float:
+        gate = self.config.gate
+        if gate.trainer == "table":
+            return TRIAL_S * gate.optimizer.steps / TRIAL_STEPS
+        images = gate.end_to_end.epochs * self._images("gate")
+        return END_TO_END_COST * images * self.timed.table_image_s * self.timed.threads / gate.end_to_end.threads
+
+    def _latency_s(self, settings: LatencySettings) -> float:
+        """Every size on one device; the measurement itself ends after `BUDGET_S`."""
+        sizes = (*settings.batch_sizes, *settings.group_sizes)
+        image_s = self.timed.table_image_s * max(1.0, self.timed.threads / settings.threads)
+        calls = len(sizes) * len(self.prepared.subnets)
+        return min(BUDGET_S, (settings.repeats + settings.warmup) * (sum(sizes) * image_s + calls * CALL_S))
+
+    def _image_bytes(self) -> int:
+        """The training images in the object store."""
+        return 0 if self.config.data.stream else self.prepared.data.images("train").numel()
+
+    def _platform_bytes(self) -> int:
+        """The driver, Ray and the writer of MLflow."""
+        return resident_bytes() + RAY_BYTES + (TRACKING_BYTES if self.config.tracking.mlflow else 0)

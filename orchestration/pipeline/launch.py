@@ -1,0 +1,264 @@
+"""A sweep from its configuration to its front: stages in order, each done once, each continued where it was stopped."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dsnet.errors import NothingFeasibleError, StoppedError, TooManyFailedTrialsError
+from dsnet.files import atomic_write_text
+from dsnet.stored.checkpoint import load_supernet
+from dsnet.training.supernet import FINAL
+from orchestration.config.sweep import SweepConfig, to_yaml
+from orchestration.pipeline.context import Launch
+from orchestration.pipeline.export import export_picks
+from orchestration.pipeline.measure_and_table import measure_stage, table_stage
+from orchestration.pipeline.search import refuse_impossible_layout, search_stage, trials_left
+from orchestration.pipeline.signals import StopRequest
+from orchestration.pipeline.supernet import supernet_stage
+from orchestration.pipeline.verify import verify_stage
+from orchestration.prepare.adoption import adopt
+from orchestration.prepare.preparation import Prepared, prepare, stage_definitions, write_splits
+from orchestration.progress import FiledProgress, ProgressView
+from orchestration.results.report import write_report
+from orchestration.results.run import RunResults
+from orchestration.runs.rundir import DriverLock, Manifest, RunDir, describe_hardware
+from orchestration.runs.stages import StagePlan, plan_stages
+from orchestration.tracking.rows import (
+    Standing,
+    make_tracker,
+    store_uri,
+    sweep_end_ms,
+    sweep_row,
+    write_front,
+    write_overview,
+    write_subnets,
+)
+from orchestration.tracking.store import Status, Tracker
+from orchestration.workers.runtime import RaySettings, ray_session
+from search.front.points import save_points
+
+TRACKING_TIMEOUT_S = 30.0
+
+
+@dataclass(frozen=True)
+class LaunchResult:
+    """What a finished launch leaves behind."""
+
+    run: RunDir
+    results: RunResults
+    bundles: tuple[Path, ...]
+    num_failed: int
+
+
+def launch(
+    config: SweepConfig,
+    *,
+    command: str,
+    progress: ProgressView,
+    stop: Callable[[RunDir], AbstractContextManager[StopRequest]],
+    take_over: bool = False,
+) -> LaunchResult:
+    """Run a sweep, or continue it.
+
+    Args:
+        config: resolved.
+        command: what the user typed, for the lock.
+        progress: what a person sees.
+        stop: gives, for the run folder, a context manager that yields a `StopRequest`.
+        take_over: take the lock of another host.
+
+    Raises:
+        StoppedError: stopped early; launching again continues.
+        VerificationError, NothingFeasibleError, TooManyFailedTrialsError, LockedError, PreflightError, ...: see dsnet.errors.
+    """
+    config = anchored(config)
+    run = RunDir(Path(config.storage.runs), config.name)
+    prepared = prepare(config, run, progress.warn)
+    config = prepared.config
+    if decided := prepared.decided_by_data():
+        progress.say(f"decided by the data: {decided} (dsnet-orch plan says why)")
+    for warning in prepared.warnings():
+        progress.warn(warning)
+    if config.tracking.mlflow:
+        store_uri(config, run)  # refuses a folder that no store can lie in, before anything is made
+    run.create()
+    with DriverLock(run, command, take_over=take_over) as lock:
+        if lock.taken_over_from is not None:
+            progress.say(f"continuing after {lock.taken_over_from}, which is gone")
+        run.clear_stop()
+        with stop(run) as request:
+            manifest = write_facts(prepared, run)
+            tracker = make_tracker(config, run, progress.warn)
+            work = Launch(prepared, run, manifest, tracker, FiledProgress(progress, run.progress_json), request)
+            with closing_tracker(run, tracker, progress, lambda: sweep_end_ms(manifest.read())):
+                return _run_stages(work)
+
+
+def write_facts(prepared: Prepared, run: RunDir) -> Manifest:
+    """The run's own files: resolved configuration, manifest, splits."""
+    manifest = Manifest(run.manifest_path)
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    manifest.create(seed=prepared.config.seed, hardware=describe_hardware(gpu))
+    manifest.update(data_hashes={"images": prepared.image_set.fingerprint, "splits": prepared.splits.hash})
+    atomic_write_text(run.sweep_yaml, to_yaml(prepared.config))
+    write_splits(run.splits_json, prepared.splits)
+    return manifest
+
+
+def anchored(config: SweepConfig) -> SweepConfig:
+    """The same sweep with absolute folders, so that the stored sweep.yaml means the same from any working directory."""
+    runs = _absolute(config.storage.runs)
+    path, init_from = _absolute(config.data.path), _absolute(config.supernet.init_from)
+    return config.model_copy(
+        update={
+            "storage": config.storage.model_copy(update={"runs": runs}),
+            "data": config.data.model_copy(update={"path": path}),
+            "supernet": config.supernet.model_copy(update={"init_from": init_from}),
+        }
+    )
+
+
+def _absolute(path: str | None) -> str | None:
+    return None if path is None else str(Path(path).expanduser().absolute())
+
+
+@contextmanager
+def closing_tracker(
+    run: RunDir, tracker: Tracker, progress: ProgressView, finished_ms: Callable[[], int]
+) -> Iterator[None]:
+    """Whatever ends the launch, MLflow hears how.
+
+    Args:
+        run: of the launch, for the remedy in a warning.
+        tracker: is closed.
+        progress: hears of writes that were not made.
+        finished_ms: when the work ended, where it did; not now: a launch that had nothing to do changes nothing.
+    """
+    status: Status = "FAILED"
+    end_ms: int | None = None
+    try:
+        yield
+        status, end_ms = "FINISHED", finished_ms()
+    except (StoppedError, KeyboardInterrupt):
+        status = "KILLED"
+        raise
+    finally:
+        summary = tracker.close(status, end_ms or int(time.time() * 1000), TRACKING_TIMEOUT_S)
+        if summary.num_unsent:
+            progress.warn(f"{summary.num_unsent} writes to MLflow were not made; later: dsnet-orch sync {run.path}")
+
+
+def _run_stages(work: Launch) -> LaunchResult:
+    config, run = work.config, work.run
+    plans = stage_plans(work)
+    _say_what_runs_again(work, plans)
+    work.tracker.parent(sweep_row(work.manifest.read(), run, config))
+    prepared = work.prepared
+    refuse_impossible_layout(config, prepared.subnets, prepared.image_size)
+    needs_ray = not plans["supernet"].is_done or trials_left(run, plans["search"], config) > 0
+    with ray_where_needed(needs_ray, config, work.prepared, work.progress):
+        supernet_stage(work, plans["supernet"])
+        supernet = load_supernet(plans["supernet"].folder.path / FINAL)[0]
+        measure_stage(work, plans["measure"], supernet)
+        table_stage(work, plans["table"], supernet)
+        search_stage(work, plans["search"], plans["table"])
+    results = RunResults(run)
+    if not results.feasible:
+        raise NothingFeasibleError(_nothing_feasible(results))
+    if results.front_sample:  # a member of a sweep of supernets may have no gate on the front over all
+        verify_stage(work, plans, supernet, results)
+    return _finish(work)
+
+
+def _say_what_runs_again(work: Launch, plans: Mapping[str, StagePlan]) -> None:
+    """The first stage whose earlier result does not count any more, and why: those behind it follow from it."""
+    outdated = next((plan for plan in plans.values() if plan.status == "invalidated"), None)
+    if outdated is not None:
+        work.progress.say(f"{outdated.name}: runs again, since this changed: {'; '.join(outdated.reasons)}")
+
+
+def stage_plans(work: Launch) -> dict[str, StagePlan]:
+    """What there is to do, after taking over what `supernet.init_from` has finished already."""
+    definitions = stage_definitions(work.prepared)
+    plans = {plan.name: plan for plan in plan_stages(work.run, definitions)}
+    adoption = work.prepared.adoption
+    if adoption is None or not (taken := adopt(work.run, plans, adoption)):
+        return plans
+    outdated = ", ".join(adoption.outdated)
+    again = f"; another release made its {outdated}: made again" if outdated else ""
+    work.progress.say(f"taken over from {work.config.supernet.init_from}: {', '.join(taken)}{again}")
+    return {plan.name: plan for plan in plan_stages(work.run, definitions)}
+
+
+@contextmanager
+def ray_where_needed(
+    is_needed: bool, config: SweepConfig, prepared: Prepared, progress: ProgressView
+) -> Iterator[None]:
+    """Ray, where a stage still needs it."""
+    if not is_needed:
+        yield
+        return
+    num_bytes = 0 if config.data.stream else prepared.data.images("train").numel()
+    needed_mib = int(1.5 * num_bytes / 2**20) + 100  # the training images lie in the object store once
+    progress.say("starting Ray ...")
+    settings = RaySettings(
+        address=config.ray.address,
+        num_cpus=config.ray.num_cpus,
+        object_store_mib=max(config.ray.object_store_mib, needed_mib),
+    )
+    with ray_session(settings):
+        yield
+
+
+def _nothing_feasible(results: RunResults) -> str:
+    """What to do about a search that found nothing."""
+    if not results.completed and not results.pruned:
+        reasons = [record.reason for record in results.failed if record.reason]
+        return f"none of the {len(results.records)} trials completed; the last reason: {reasons[-1] if reasons else 'unknown'}"
+    broken = Counter(
+        name for record in results.records for name, value in record.constraints.items() if value > 0
+    ).most_common(1)
+    name, count = broken[0] if broken else ("being best at a rung", len(results.pruned))
+    return (
+        f"none of the {len(results.records)} trials is feasible; {count} break {name}. Loosen it, search longer "
+        f"(dsnet-orch extend {results.run.name} --trials +N), or enqueue a point that should hold it"
+    )
+
+
+def _finish(work: Launch) -> LaunchResult:
+    """Points, report, bundles, MLflow: projections of what the stages found."""
+    run, config = work.run, work.config
+    results = RunResults(run)
+    save_points(run.points_parquet, results.points())
+    write_report(results, work.prepared.image_set.class_names, work.prepared.notes(), "complete")
+    bundles = export_picks(work.prepared, results, config.export.picks, run.export_dir)
+    write_subnets(work.tracker, results)  # again, with what they reach on test
+    write_front(work.tracker, results, Standing.of(results), results.finished_ms)
+    for path in (run.sweep_yaml, run.points_parquet, run.report_html):
+        work.tracker.artifact(path)
+    if config.tracking.mlflow:
+        write_overview(work.tracker, results, redraw=True)
+    num_failed = len(results.failed)
+    return LaunchResult(run, results, tuple(bundles), num_failed)
+
+
+def check_failures(result: LaunchResult) -> None:
+    """Raise where more trials failed than the budget allows; the sweep itself is finished and reported.
+
+    Raises:
+        TooManyFailedTrialsError: it says how many, and the commonest reason.
+    """
+    total, allowed = len(result.results.records), result.results.config.budget.max_failed
+    if result.num_failed > allowed * total:
+        reasons = Counter(record.reason for record in result.results.records if record.reason)
+        raise TooManyFailedTrialsError(
+            f"{result.num_failed} of {total} trials failed, more than budget.max_failed {allowed:g} allows; "
+            f"most often: {reasons.most_common(1)[0][0]}"
+        )

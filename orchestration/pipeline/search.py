@@ -1,0 +1,347 @@
+"""The search stage: trials on warm Ray actors that share the routing tables."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save
+
+from dsnet.data import Augmentation
+from dsnet.errors import NothingFeasibleError, StoppedError
+from dsnet.files import atomic_write_bytes, atomic_write_json, read_json
+from dsnet.gates.end_to_end import EndToEndSettings, GateImages
+from dsnet.measure.latency import MAIN_DEVICE, LatencyTable
+from dsnet.routing.routing_table import RoutingTable
+from dsnet.space.spec import SubnetSet
+from dsnet.training.supernet import FINAL
+from orchestration.config.sweep import (
+    SweepConfig,
+    constraint_set,
+    enqueued_points,
+    gate_space,
+    resolve_cohort,
+    resolve_halving,
+    resolve_timeout_s,
+    resolve_trials,
+    target_set,
+)
+from orchestration.config.wording import plural
+from orchestration.pipeline.context import Launch
+from orchestration.prepare.baseline import layout_ranges, measured_ranges, spoken_reach
+from orchestration.prepare.preparation import Prepared
+from orchestration.progress import Bar, Task
+from orchestration.results.run import RunResults
+from orchestration.runs.queue import read_queue
+from orchestration.runs.rundir import RunDir
+from orchestration.runs.stages import StagePlan, flatten, run_stage
+from orchestration.tracking.rows import trial_row
+from orchestration.workers.end_to_end import EndToEndCheck, MakeEndToEndTrial, shared_images
+from orchestration.workers.self_check import ArithmeticReport, StartCheck
+from orchestration.workers.trials import MakeCohortFunction, RayRunner
+from search.conditions.constraints import BASELINE, ConstraintSet
+from search.front.points import trial_name
+from search.gate_check import Finding, GateCheck
+from search.gate_trial import GateScores, GateTrial
+from search.study.engine import Budget, Search
+from search.study.stopping import Plateau, StopRules
+from search.study.study import Objective, StudyJournal, StudySettings, TrialRecord, load_records
+from search.suggest.samplers import SamplerSettings
+from search.suggest.space import parse_space
+
+FOUND_ENOUGH = ("plateau", "target", "space")
+"""Ends that hold although the budget has trials left."""
+
+
+def trials_left(run: RunDir, plan: StagePlan, config: SweepConfig) -> int:
+    """Trials that the budget still asks for: none where the same rules as now have ended the search before."""
+    journal = run.study_journal(plan.key)
+    records = load_records(journal) if journal.exists() else []
+    if _has_found_enough(run, plan, config, len(records)):
+        return 0
+    return max(0, resolve_trials(config) - len(records))
+
+
+def _has_found_enough(run: RunDir, plan: StagePlan, config: SweepConfig, num_trials: int) -> bool:
+    path = run.search_end_json(plan.key)
+    if not path.exists():
+        return False
+    end = read_json(path)
+    if end["reason"] == "space" and len(read_queue(run.queue_jsonl(plan.key))) > end.get("enqueued", 0):
+        return False  # points that are tried although the grid has none left
+    return end["reason"] in FOUND_ENOUGH and end["rules"] == _rules_json(config) and end["trials"] == num_trials
+
+
+def _rules_json(config: SweepConfig) -> dict[str, Any]:
+    """What decides when enough was found, comparable."""
+    references = {metric.name: metric.ref for metric in config.metrics}
+    return {**config.budget.model_dump(mode="json", include={"plateau", "target"}), "references": references}
+
+
+def continued(run: RunDir, plan: StagePlan, config: SweepConfig) -> StagePlan:
+    """The plan of the search, which is not done while the budget still asks for trials."""
+    left = trials_left(run, plan, config)
+    if not plan.is_done or left == 0:
+        return plan
+    return replace(plan, status="resume", reasons=(f"{left} of {resolve_trials(config)} trials are left",))
+
+
+def search_stage(work: Launch, plan: StagePlan, table_plan: StagePlan) -> None:
+    """Search until the budget is spent or enough was found; continues a study that has fewer trials.
+
+    Raises:
+        NothingFeasibleError: no router of these sub-networks can hold a hard constraint.
+        StoppedError: it was asked to stop.
+    """
+    work.check_stop()
+    config, run = work.config, work.run
+    plan = continued(run, plan, config)
+    measured = RunResults(run)
+    constraints = constraint_set(config, named_baseline(measured))
+    refuse_impossible(constraints, measured_ranges(measured))
+
+    def search(folder: Path) -> Sequence[Path]:
+        journal = StudyJournal.open(run.study_journal(plan.key), study_settings(config))
+        report = ArithmeticReport(folder / "arithmetic.json", work.progress.warn)
+        num_finished = len(journal.trials())
+        task = Task("search", resolve_trials(config), "trial", line_every=resolve_cohort(config), start=num_finished)
+        with closing(_trial_runner(work, table_plan, report)) as runner, work.progress.bar(task) as bar:
+            result = Search(
+                journal=journal,
+                runner=runner,
+                constraints=constraints,
+                save_arrays=lambda slot, arrays: _save_gate(run.gate_weights(plan.key, slot), arrays),
+                progress=ProgressFiles(folder / "progress"),
+                queue=lambda: [item["params"] for item in read_queue(run.queue_jsonl(plan.key))],
+                observer=_Observer(work, bar, num_finished),
+                should_stop=work.stop,
+            ).run(Budget(resolve_trials(config), config.budget.time_s, stop_rules(measured)))
+        if result.stop_reason == "stop":
+            raise StoppedError("the search was stopped; its finished trials are kept")
+        end = {
+            "reason": result.stop_reason,
+            "rules": _rules_json(config),
+            "trials": len(result.records),
+            "enqueued": len(journal.enqueued),
+        }
+        atomic_write_json(run.search_end_json(plan.key), end)
+        if result.stop_reason in _END_SENTENCES:
+            work.progress.say(f"search: {_END_SENTENCES[result.stop_reason]} after {len(result.records)} trials")
+        return [run.study_journal(plan.key)]
+
+    run_stage(run, plan, search)
+    results = RunResults(run)
+    for (
+        record
+    ) in results.records:  # rows that an earlier launch could not write; those that MLflow has are not written twice
+        work.tracker.trial(trial_row(results.manifest, run, record))
+    work.progress.say(f"search: {count_sentence(results)}, {plural(len(results.front), 'gate')} on the front")
+
+
+_END_SENTENCES = {
+    "plateau": "the front does not grow any more (budget.plateau)",
+    "target": "a trial meets budget.target",
+    "space": "every point of the grid was tried",
+    "time": "its time is over (budget.time_s)",
+}
+
+
+def count_sentence(results: RunResults) -> str:
+    """How many trials came to what."""
+    counts = {
+        "infeasible": len(results.completed) - len(results.feasible),
+        "pruned": len(results.pruned),
+        "failed": len(results.failed),
+    }
+    return ", ".join(
+        [plural(len(results.completed), "trial"), *(f"{number} {what}" for what, number in counts.items() if number)]
+    )
+
+
+def named_baseline(results: RunResults) -> dict[str, float]:
+    """Every metric of the widest static sub-network under the name that conditions give it."""
+    return {f"{BASELINE}{name}": value for name, value in results.baseline.items()}
+
+
+def refuse_impossible_layout(config: SweepConfig, subnets: SubnetSet, image_size: int) -> None:
+    """Raise before anything is trained where no router over this layout can hold a hard constraint.
+
+    Raises:
+        NothingFeasibleError: it names the constraints.
+    """
+    ranges = layout_ranges(config, subnets, image_size)
+    unmeasured = {name: math.nan for name in ranges if name.startswith(BASELINE)}
+    refuse_impossible(constraint_set(config, unmeasured), ranges)
+
+
+def refuse_impossible(constraints: ConstraintSet, ranges: Mapping[str, tuple[float, float]]) -> None:
+    """Raise where nothing within `ranges` can hold a hard constraint: the sweep would find nothing.
+
+    Raises:
+        NothingFeasibleError: it names the constraints, and the ranges of what they read.
+    """
+    impossible = constraints.impossible(ranges)
+    if impossible:
+        names = {name for comparison in constraints.hard if comparison.text in impossible for name in comparison.names}
+        raise NothingFeasibleError(
+            f"constraints: no router of this network can hold {' or '.join(impossible)} (within reach: {spoken_reach(names, ranges)}); "
+            "loosen it, or change the network"
+        )
+
+
+def study_settings(config: SweepConfig) -> StudySettings:
+    """What the study's suggestions depend on."""
+    space = {key: distribution.written() for key, distribution in gate_space(config).items()}
+    return StudySettings(
+        name=config.name,
+        space=parse_space(space),
+        objectives=[Objective(metric.name, metric.goal) for metric in config.metrics],
+        sampler=SamplerSettings(config.sampler.name, config.sampler.options, config.sampler.startup),
+        seed=config.seed,
+        cohort=resolve_cohort(config),
+        order=config.sampler.order,
+        enqueue=enqueued_points(config),
+        halving=resolve_halving(config),
+    )
+
+
+def stop_rules(results: RunResults) -> StopRules:
+    """When the sweep has found enough."""
+    config = results.config
+    rules = config.budget.plateau
+    plateau = None if rules is None else Plateau(rules.trials, rules.gain, results.reference_point)
+    return StopRules(plateau, target_set(config, named_baseline(results)))
+
+
+class ProgressFiles:
+    """What staged trials need to go on, as files of the search's folder: a resumed sweep need not train them again."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def save(self, slot: int, rung: int, arrays: Mapping[str, NDArray[Any]]) -> None:
+        """Keep a slot's arrays at a rung; those of an earlier one go."""
+        self.forget(slot)
+        _save_gate(self._path(slot, rung), arrays)
+
+    def load(self, slot: int, rung: int) -> Mapping[str, NDArray[Any]]:
+        """What was kept at that rung; empty where there is nothing, or nothing readable."""
+        path = self._path(slot, rung)
+        if not path.is_file():
+            return {}
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError, ValueError):
+            return {}
+
+    def forget(self, slot: int) -> None:
+        """The trial has ended."""
+        for path in self._folder.glob(f"slot-{slot:05d}-*.safetensors"):
+            path.unlink(missing_ok=True)
+
+    def _path(self, slot: int, rung: int) -> Path:
+        return self._folder / f"slot-{slot:05d}-{rung}.safetensors"
+
+
+def gate_defaults(config: SweepConfig) -> dict[str, Any]:
+    """Every gate setting by its dotted key, for trials to override."""
+    return flatten({"gate": config.gate.model_dump(mode="json")})
+
+
+@dataclass(frozen=True)
+class MakeGateTrial:
+    """Puts a trial function together inside a worker, from arrays that lie in the object store."""
+
+    metas: dict[str, dict[str, Any]]
+    subnets: SubnetSet
+    latency: LatencyTable
+    """Of the main device."""
+    defaults: dict[str, Any]
+    devices: dict[str, LatencyTable] = field(default_factory=dict)
+    """Of further devices, by name."""
+
+    def __call__(self, arrays: Mapping[str, NDArray[Any]]) -> GateTrial:
+        """The trial function over the shared tables."""
+        gate, val = (
+            RoutingTable.from_arrays(
+                {name: arrays[f"{split}/{name}"] for name in RoutingTable.ARRAYS}, self.metas[split]
+            )
+            for split in ("gate", "val")
+        )
+        return GateTrial(gate, val, GateScores(self.subnets, self.latency, self.devices), self.defaults)
+
+
+def _trial_runner(work: Launch, table_plan: StagePlan, report: ArithmeticReport) -> RayRunner:
+    config, prepared = work.config, work.prepared
+    results = RunResults(work.run)
+    assert results.latency is not None
+    tables = {split: RoutingTable.load(work.run.table(table_plan.key, split)) for split in ("gate", "val")}
+    metas = {split: table.meta() for split, table in tables.items()}
+    devices = {name: table for name, table in results.latencies.items() if name != MAIN_DEVICE}
+    tables_only = MakeGateTrial(metas, prepared.subnets, results.latency, gate_defaults(config), devices)
+    make: MakeCohortFunction = tables_only
+    arrays = {f"{split}/{name}": array for split, table in tables.items() for name, array in table.arrays().items()}
+    threads = 1
+    look: Callable[[Any], Finding] = GateCheck.of_space(study_settings(config).space)
+    if config.gate.trainer == "end_to_end":
+        rules = config.gate.end_to_end
+        settings = EndToEndSettings(
+            epochs=rules.epochs, augmentation=_augmentation(prepared) if rules.augment else None
+        )
+        checkpoint = work.run.stage_dir("supernet", results.done_key("supernet")) / FINAL
+        make = MakeEndToEndTrial(tables_only, checkpoint.absolute(), prepared.normalization, settings)
+        data = prepared.data
+        arrays |= shared_images(GateImages(data.images("gate"), data.labels("gate"), prepared.normalization))
+        threads = rules.threads
+        look = EndToEndCheck()
+    return RayRunner(
+        make,
+        arrays=arrays,
+        num_actors=config.ray.trial_actors,
+        threads=threads,
+        resources=config.ray.trial_resources,
+        timeout_s=resolve_timeout_s(config),
+        retries=config.trial.retries,
+        check=StartCheck(look, report.hear),
+    )
+
+
+def _augmentation(prepared: Prepared) -> Augmentation:
+    return Augmentation.for_images(prepared.image_set, **prepared.config.data.augment.model_dump())
+
+
+class _Observer:
+    """Shows and tracks each recorded trial."""
+
+    def __init__(self, work: Launch, bar: Bar, num_finished: int) -> None:
+        self._work = work
+        self._bar = bar
+        self._manifest = work.manifest.read()
+        self._num_finished = num_finished
+
+    def on_trial(self, record: TrialRecord) -> None:
+        """A trial was recorded."""
+        self._work.tracker.trial(trial_row(self._manifest, self._work.run, record))
+        self._work.on_record(record)
+        self._num_finished += 1
+        if record.state == "complete":
+            metrics = record.metrics
+            text = f"last: top-1 {100 * metrics['top1']:.1f} %  {metrics['madds_m']:.3g} M MAdds"
+            self._bar.update(self._num_finished, text)
+            return
+        if record.state == "failed":
+            self._work.progress.warn(f"{trial_name(record.slot)} failed: {record.reason}")
+        self._bar.update(self._num_finished)
+
+
+def _save_gate(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
+    if arrays:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write_bytes(path, save({name: np.ascontiguousarray(array) for name, array in arrays.items()}))

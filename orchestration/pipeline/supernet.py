@@ -1,0 +1,84 @@
+"""The supernet stage: train on Ray, follow the curves, keep the recalibrated checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from dsnet.environment import resolve_device
+from orchestration.config.wording import duration
+from orchestration.pipeline.context import Launch
+from orchestration.prepare.preparation import StartPoint, supernet_run, training_images
+from orchestration.progress import Task
+from orchestration.results.supernet_facts import SupernetFacts
+from orchestration.runs.stages import StagePlan, run_stage
+from orchestration.tracking.rows import supernet_row
+from orchestration.tracking.store import CurvePoint
+from orchestration.workers.runtime import LOCAL, cluster_cpus
+from orchestration.workers.supernet import SupernetJob, train_on_ray
+
+
+def supernet_stage(work: Launch, plan: StagePlan) -> None:
+    """Train the supernet unless it is there; Ray must be initialised where it is not."""
+    config, run = work.config, work.run
+    if plan.is_done:
+        work.progress.say(f"supernet: done before ({plan.key[:12]})")
+    training = supernet_run(work.prepared)
+    device = resolve_device(config.supernet.device)
+    subnets, start = work.prepared.subnets, work.prepared.start
+    shown = (subnets.largest.name, subnets[subnets.by_madds()[0]].name)
+
+    def train(folder: Path) -> Sequence[Path]:
+        manifest = work.manifest.read()
+        work.tracker.supernet(supernet_row(manifest, run, config, is_done=False))
+        job = SupernetJob(
+            subnets=subnets,
+            run=training,
+            folder=folder,
+            stop_file=run.stop_path,
+            device=device,
+            threads=config.supernet.threads or max(1, cluster_cpus() // config.supernet.workers),
+            workers=config.supernet.workers,
+            is_local=config.ray.address == LOCAL,
+            init_from=None if start is None else start.path,
+        )
+        if start is not None:
+            work.progress.say(_start_sentence(start))
+        epochs = training.train.epochs
+        with work.progress.bar(Task("supernet", epochs, "epoch", line_every=1)) as bar:
+
+            def on_points(points: list[CurvePoint]) -> None:
+                work.tracker.curve(points)
+                if points:
+                    bar.update(points[-1].metrics["epoch"] or 0.0, _losses(points[-1], shown))
+
+            data = training_images(work.prepared, training.augmentation)
+            stem = train_on_ray(job, data, on_points=on_points, should_stop=work.stop)
+        return [stem.with_name(stem.name + suffix) for suffix in (".safetensors", ".json")]
+
+    was_done = plan.is_done
+    folder = run_stage(run, plan, train)
+    # Also where it was done before: the row may have been lost with an earlier store.
+    work.tracker.supernet(supernet_row(work.manifest.read(), run, config, is_done=True))
+    if not was_done:
+        facts = SupernetFacts.of_prepared(work.prepared)
+        work.progress.say(f"supernet: {done_sentence(facts, folder.seconds() or 0.0)}")
+
+
+def done_sentence(facts: SupernetFacts, seconds: float) -> str:
+    """What was done to make it."""
+    if facts.run.train.epochs > 0:
+        return f"trained in {duration(seconds)}"
+    return "taken as it is" if facts.keeps_statistics() else f"not trained; recalibrated in {duration(seconds)}"
+
+
+def _start_sentence(start: StartPoint) -> str:
+    fresh = f"; fresh: {', '.join(start.fresh)}" if start.fresh else ""
+    return f"supernet: starts from {start.path} ({start.sha256[:12]}){fresh}"
+
+
+def _losses(point: CurvePoint, names: Sequence[str]) -> str:
+    """The newest losses of the named sub-networks; empty where none is known."""
+    losses = {name: point.metrics.get(f"loss/{name}") for name in names}
+    known = [f"{name} {loss:.3f}" for name, loss in losses.items() if loss is not None]
+    return f"loss: {', '.join(known)}" if known else ""

@@ -1,0 +1,169 @@
+"""The verify stage: freeze the front, open the sealed split, run the front for real, judge it beside its controls."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from dsnet.environment import resolve_device
+from dsnet.files import atomic_write_json, read_json
+from dsnet.network.supernet import Supernet
+from dsnet.routers import Router
+from dsnet.routing.routing_table import RoutingTable
+from orchestration.config.wording import plural
+from orchestration.pipeline.agreement import Agreement, check_agreement, time_front
+from orchestration.pipeline.context import Launch
+from orchestration.pipeline.measure_and_table import build_table
+from orchestration.prepare.preparation import latency_settings, verify_definition
+from orchestration.progress import Task
+from orchestration.results.run import RunResults, load_router
+from orchestration.runs.rundir import RunDir
+from orchestration.runs.stages import StageDir, StagePlan, StageRecord, plan_stage, run_stage
+from search.front.analysis import Bootstrap, BudgetPick, SplitAnalysis, analyse_split
+from search.front.ceiling import RouteForecast
+
+VERIFY_FILE = "verify.json"
+
+
+def verify_stage(work: Launch, plans: Mapping[str, StagePlan], supernet: Supernet, results: RunResults) -> None:
+    """Verify the front of a search, or the sample of it; what is stored is all that report and export need of the test split."""
+    work.check_stop()
+    config, run, prepared = work.config, work.run, work.prepared
+    front, contenders = results.front_sample, results.contenders
+    definition = verify_definition(config, prepared.fingerprint, front, contenders)
+    plan = plan_stage(run, definition, {"search": plans["search"].key})
+
+    def verify(folder: Path) -> Sequence[Path]:
+        num_openings = work.count_test_opening("verify")
+        data = prepared.open_test()
+        table_key, search_key = plans["table"].key, plans["search"].key
+        sealed = run.sealed_table(table_key)
+        if not sealed.exists():
+            build_table(work, supernet, data, "test", sealed)
+        test, val = RoutingTable.load(sealed), RoutingTable.load(run.table(table_key, "val"))
+        routers = {slot: load_router(run.gate_weights(search_key, slot)) for slot in front}
+        known = known_agreements(run, plan.record)
+        agreements = []
+        with work.progress.bar(Task("verify: the front on test", len(routers), "gate")) as bar:
+            for slot, router in routers.items():
+                if slot not in known:
+                    work.check_stop()
+                    net = supernet.to(resolve_device(config.supernet.device))
+                    known[slot] = check_agreement(slot, net, router, test, data.images("test"), prepared.normalization)
+                agreements.append(known[slot])
+                bar.update(len(agreements))
+        timed = {
+            name: time_front(
+                supernet,
+                routers,
+                data.images("test"),
+                prepared.normalization,
+                settings,
+                before_each=work.check_stop,
+            )
+            for name, settings in latency_settings(config).items()
+        }
+        judge = _Judge.of(work, plans, val, routers, results)
+        on_test = judge.analysis(test)
+        latencies = {
+            name: latency.beside(results.latencies[name], on_test.points, on_test.routes).to_json()
+            for name, latency in timed.items()
+        }
+        content = {
+            "front": list(front),
+            "contenders": [asdict(pick) for pick in contenders],
+            "num_openings": num_openings,
+            "agreements": [asdict(agreement) for agreement in agreements],
+            "latencies": latencies,
+            "val": judge.analysis(val).to_json(),
+            "test": on_test.to_json(),
+        }
+        output = folder / VERIFY_FILE
+        atomic_write_json(output, content)
+        return [output]
+
+    num_before = 0 if plan.is_done else len(known_agreements(run, plan.record).keys() & set(front))
+    run_stage(run, plan, verify)
+    verified = RunResults(run).verified
+    assert verified is not None
+    ties = sum(agreement.num_ties for agreement in verified.agreements)
+    work.progress.say(
+        f"verify: {plural(len(front), 'gate')} ran on {verified.test.num_images} test images as the table said, image by image"
+        + (f" ({ties} numerical ties)" if ties else "")
+        + (f"; {num_before} of them did so in an earlier launch" if num_before else "")
+    )
+
+
+def known_agreements(run: RunDir, record: StageRecord) -> dict[int, Agreement]:
+    """By slot what earlier results of the stage found out about gates of the same search, hence of the same tables and weights.
+
+    A gate that agreed with its table once is not run again: nothing that could make it differ has changed. All gates of a front are
+    timed together, whether they are known or not: times of different hours do not compare.
+
+    Args:
+        run: its verify folders are read.
+        record: of the stage that is to be made.
+    """
+    found: dict[int, Agreement] = {}
+    for path in sorted((run.path / record.stage).glob("*/")):
+        folder = StageDir(path)
+        earlier = folder.record() if folder.is_done() else None
+        if earlier is None or (earlier.version, earlier.parent_keys) != (record.version, record.parent_keys):
+            continue
+        with suppress(KeyError, TypeError):  # another release wrote it
+            found |= {item["slot"]: Agreement(**item) for item in read_json(path / VERIFY_FILE)["agreements"]}
+    return found
+
+
+@dataclass(frozen=True)
+class _Judge:
+    """What a split is analysed with."""
+
+    forecast: RouteForecast
+    val: RoutingTable
+    front: Mapping[int, Router]
+    contenders: Mapping[BudgetPick, Router]
+    """The best trial of each kind of router for each budget, chosen on `val`."""
+    num_classes: int
+    bootstrap: Bootstrap
+
+    @classmethod
+    def of(
+        cls,
+        work: Launch,
+        plans: Mapping[str, StagePlan],
+        val: RoutingTable,
+        front: Mapping[int, Router],
+        results: RunResults,
+    ) -> _Judge:
+        """Fit the reachable ceiling on `gate`, and load who speaks for each kind of router."""
+        run = work.run
+        forecast = RouteForecast.fit(RoutingTable.load(run.table(plans["table"].key, "gate")))
+        contenders = {
+            pick: load_router(run.gate_weights(plans["search"].key, pick.slot)) for pick in results.contenders
+        }
+        return cls(
+            forecast,
+            val,
+            front,
+            contenders,
+            num_classes=len(work.prepared.image_set.class_names),
+            bootstrap=Bootstrap(
+                objectives=tuple((metric.name, metric.goal) for metric in results.config.metrics),
+                measured={slot: results.record(slot).metrics for slot in front},
+            ),
+        )
+
+    def analysis(self, reported: RoutingTable) -> SplitAnalysis:
+        """The front, and every kind of router, on a split."""
+        return analyse_split(
+            self.forecast,
+            self.val,
+            reported,
+            self.front,
+            self.contenders,
+            num_classes=self.num_classes,
+            bootstrap=self.bootstrap,
+        )

@@ -1,0 +1,151 @@
+"""What `python -m dsnet.training` made, taken over as finished stages instead of being made again.
+
+`supernet.init_from` may name its output folder. Where that was trained with this sweep's own settings, on these images and this network,
+there is nothing to train: the files become the stages' outputs. Where anything differs, the folder only gives start weights.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from dsnet.errors import CheckpointError, ConfigError
+from dsnet.files import file_sha256, read_json, replacing
+from dsnet.measure.latency import LatencySettings
+from dsnet.space.spec import SubnetSet
+from dsnet.standalone.output_folder import OutputFolder
+from dsnet.standalone.resolved import StandaloneConfig
+from dsnet.training.settings import SupernetRun
+from dsnet.training.supernet import FINAL
+from orchestration.config.sweep import REGIME_KEYS, SweepConfig, resolve_regime
+from orchestration.runs.rundir import RunDir
+from orchestration.runs.stages import StagePlan, run_stage
+
+_CURVES = "curves.jsonl"
+
+
+def standalone_config(config: SweepConfig) -> StandaloneConfig:
+    """The part of a sweep that `python -m dsnet.training` does, as it reads it; adoptable by the same sweep.
+
+    Args:
+        config: with the data's defaults filled in, as `prepare` gives it.
+    """
+    supernet = config.supernet
+    train = supernet.train.model_dump(mode="json", exclude=set(REGIME_KEYS))
+    bootstrapping = supernet.bootstrapping.model_dump(mode="json", exclude={"mode", "num_random"})
+    kept = ("model", "options", "init_from", "weights", "recalibration", "keep_checkpoints")
+    return StandaloneConfig.from_json(
+        {
+            "seed": config.seed,
+            "data": config.data.model_dump(mode="json"),
+            "supernet": {
+                **supernet.model_dump(mode="json", include=set(kept)),
+                "train": train,
+                "regime": asdict(resolve_regime(supernet)),
+                "bootstrapping": bootstrapping,
+            },
+            "measure": config.measure.model_dump(mode="json"),
+        }
+    )
+
+
+@dataclass(frozen=True)
+class Adoption:
+    """An output folder whose supernet is the one that a sweep would train."""
+
+    folder: OutputFolder
+    origin: Mapping[str, Any]
+    """Start weights of that training; empty where it began afresh. They enter the supernet's key in `init_from`'s place."""
+    stages: tuple[str, ...]
+    """What can be taken over: always the supernet."""
+    outdated: tuple[str, ...] = ()
+    """What another release made that gives other results; it is made again."""
+
+
+def find_adoption(
+    source: Path, run: SupernetRun, subnets: SubnetSet, fingerprint: str, measure: LatencySettings
+) -> Adoption | None:
+    """Look whether `init_from` names a finished training of just this supernet.
+
+    Args:
+        source: `supernet.init_from`.
+        run: what the sweep would train with; its origin does not count.
+        subnets: what the sweep would train.
+        fingerprint: of the sweep's images and splits.
+        measure: as the sweep writes it.
+
+    Returns:
+        None where the source is anything else, what another release wrote included: it then gives start weights.
+
+    Raises:
+        CheckpointError: the folder's files are torn.
+    """
+    folder = OutputFolder(Path(os.path.expandvars(source)).expanduser())
+    if not folder.is_readable() or not folder.is_done("supernet"):
+        return None
+    meta = read_json(folder.supernet / f"{FINAL}.json")
+    settings = read_json(folder.resolved_path)
+    try:
+        theirs, resolved = SupernetRun.from_json(meta["run"]), StandaloneConfig.from_json(settings)
+    except ConfigError:  # another release knows other settings
+        return None
+    is_same = (
+        folder.manifest()["data"]["fingerprint"] == fingerprint
+        and meta["subnets"] == json.loads(json.dumps(subnets.to_json()))  # with the fingerprint of the layout
+        and _without_housekeeping(run) == _without_housekeeping(theirs)
+    )
+    if not is_same:
+        return None
+    stages = ["supernet"]
+    if folder.is_done("measure") and resolved.measure == measure:
+        stages.append("measure")
+    if folder.is_done("table"):
+        stages.append("table")
+    outdated = tuple(stage for stage in ("measure", "table") if folder.is_outdated(stage))
+    return Adoption(folder, theirs.origin, tuple(stages), outdated)
+
+
+def _without_housekeeping(run: SupernetRun) -> SupernetRun:
+    """Without what decides no weight, and without the origin: what a folder was made from, it was made from."""
+    return replace(run, origin={}, keep_checkpoints=1, train=replace(run.train, checkpoint_every=1))
+
+
+def adopt(run: RunDir, plans: Mapping[str, StagePlan], adoption: Adoption) -> list[str]:
+    """Copy finished stages into a run, where it does not have them yet.
+
+    Args:
+        run: with its manifest written and its lock held.
+        plans: made with `adoption.origin` as the start weights.
+        adoption: from `find_adoption`.
+
+    Returns:
+        the names of the stages that were taken over.
+
+    Raises:
+        CheckpointError: a file is not what its training wrote; nothing is marked done then.
+    """
+    taken = [name for name in adoption.stages if not plans[name].is_done]
+    for name in taken:
+        source = adoption.folder.path / name
+        recorded = adoption.folder.manifest()["stages"][name]["files"]
+
+        def copy(target: Path, source: Path = source, recorded: Mapping[str, Any] = recorded) -> list[Path]:
+            if (source / _CURVES).is_file():
+                shutil.copyfile(source / _CURVES, target / _CURVES)
+            return [_copied(source / file, target / file, facts["sha256"]) for file, facts in recorded.items()]
+
+        run_stage(run, plans[name], copy)
+    return taken
+
+
+def _copied(source: Path, target: Path, sha256: str) -> Path:
+    with replacing(target) as temporary:
+        shutil.copyfile(source, temporary)
+        if file_sha256(temporary) != sha256:
+            raise CheckpointError(f"{source} is not the file that its training wrote (sha256); make it again")
+    return target

@@ -1,0 +1,287 @@
+"""What a sweep's numbers are held against: the widest static sub-network, and the range in which any router's metrics can lie."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dsnet.files import read_json
+from dsnet.gates.tree import NUM_EXTRA_POOLINGS
+from dsnet.measure.latency import MAIN_DEVICE, BatchClock, LatencyTable, latency_metric
+from dsnet.routers import RICH_EVIDENCE
+from dsnet.routers.cascade import num_answer_features
+from dsnet.space.cost import gate_madds, pooling_madds, shared_params, subnet_cost
+from dsnet.space.route_tree import RouteTree
+from dsnet.space.spec import Subnet, SubnetSet, SupernetSpec
+from dsnet.training.supernet import FINAL
+from orchestration.config.sweep import SweepConfig, constraint_set, possible_routers, target_set
+from search.conditions.constraints import BASELINE
+from search.gate_trial import ROUTING_KEYS, routing_ids
+
+if TYPE_CHECKING:
+    from orchestration.results.run import MeasuredSubnet, RunResults
+
+Range = tuple[float, float]
+"""(lowest, highest), both included."""
+MAX_RUNS: Mapping[str, int] = {"cascade": 2, "learned_cascade": 2}
+"""Routes that a kind of router may run for an image, where that is more than one."""
+_ROUNDING = 1e-9
+"""Ranges are wider by this share: sums in another order round otherwise."""
+
+
+def static_metrics(subnet: MeasuredSubnet, latencies: Mapping[str, LatencyTable]) -> dict[str, float]:
+    """The metrics of a static sub-network, under the names that trials use.
+
+    Args:
+        subnet: as the measure stage found it on `val`.
+        latencies: by device, the main one under `MAIN_DEVICE`; a latency is that of a call of the whole sub-network, without a decision.
+            The teacher's was not measured.
+    """
+    metrics = {
+        "top1": subnet.top1,
+        "top5": subnet.top5,
+        "madds_m": subnet.madds / 1e6,
+        "p95_madds_m": subnet.madds / 1e6,
+        "params_m": subnet.params / 1e6,
+    }
+    if not subnet.is_teacher:
+        for device, table in latencies.items():
+            for size in table.batch_sizes:
+                metrics[latency_metric(size, device)] = table.static_ms(subnet.name, size)
+    return metrics
+
+
+def baseline_metrics(results: RunResults) -> dict[str, float]:
+    """Every metric of the widest routable static sub-network on `val`: what `baseline.*` means in constraints.
+
+    Raises:
+        NotFoundError: the measure stage has not finished.
+    """
+    results.done_key("measure")
+    return static_metrics(results.widest, results.latencies)
+
+
+def measured_ranges(results: RunResults) -> dict[str, Range]:
+    """`metric_ranges` of a run whose measure stage has finished, latencies included.
+
+    Raises:
+        NotFoundError: it has not.
+    """
+    results.done_key("measure")
+    meta = read_json(results.run.stage_dir("supernet", results.done_key("supernet")) / f"{FINAL}.json")
+    subnets = SubnetSet.from_json(SupernetSpec.from_json(meta["spec"]), meta["subnets"])
+    return metric_ranges(results.config, subnets, subnets.spec.image_size, results.latencies)
+
+
+def layout_ranges(config: SweepConfig, subnets: SubnetSet, image_size: int) -> dict[str, Range]:
+    """`metric_ranges` before anything is measured, and the same for the names `baseline.*`: exact where the layout says it all."""
+    ranges = metric_ranges(config, subnets, image_size)
+    widest = subnets[subnets.by_madds()[-1]]
+    cost = subnet_cost(subnets.spec, widest, image_size)
+    exact = {"madds_m": cost.madds / 1e6, "p95_madds_m": cost.madds / 1e6, "params_m": cost.params / 1e6}
+    known = {name: (value, value) for name, value in exact.items()}
+    static = {name: known.get(name, (0.0, 1.0) if name.startswith("top") else (0.0, math.inf)) for name in ranges}
+    return ranges | {f"{BASELINE}{name}": reach for name, reach in static.items()}
+
+
+def hopeless_conditions(config: SweepConfig, subnets: SubnetSet, image_size: int) -> Iterator[str]:
+    """Warnings about soft constraints and targets that no router over this layout can hold: the search would find nothing, or not end."""
+    ranges = layout_ranges(config, subnets, image_size)
+    unmeasured = {name: math.nan for name in ranges if name.startswith(BASELINE)}
+    for key, these, end in (
+        ("constraints", constraint_set(config, unmeasured), "no trial will be feasible"),
+        ("budget.target", target_set(config, unmeasured), "no trial will meet it"),
+    ):
+        for comparison in these.soft:
+            if comparison.least_violation(ranges) > 0:
+                reach = spoken_reach(comparison.names, ranges)
+                yield f"{key}: no router of this network can hold {comparison} (within reach: {reach}): {end}"
+
+
+def spoken_reach(names: Collection[str], ranges: Mapping[str, Range]) -> str:
+    """The ranges of some metrics, in words."""
+    return ", ".join(
+        f"{name} {ranges[name][0]:.4g} to {ranges[name][1]:.4g}" for name in sorted(names) if name in ranges
+    )
+
+
+def metric_ranges(
+    config: SweepConfig, subnets: SubnetSet, image_size: int, latencies: Mapping[str, LatencyTable] | None = None
+) -> dict[str, Range]:
+    """For each metric a range that no trial of the sweep can leave, whatever its router learns; for refusing what is impossible early.
+
+    Args:
+        config: its kinds of router, routing space and perceptron sizes.
+        subnets: the routes.
+        image_size: side in pixels.
+        latencies: by device, once they are measured; None before, when any latency above 0 is possible.
+    """
+    reach = _Reach.of(config, subnets, image_size)
+    kinds = possible_routers(config.gate, config.space)
+    madds, params = _union(reach.madds(kind) for kind in kinds), _union(reach.params(kind) for kind in kinds)
+    in_m = {"madds_m": madds, "p95_madds_m": madds, "params_m": params}
+    ranges = {
+        "top1": (0.0, 1.0),
+        "top5": (0.0, 1.0),
+        **{name: _wider(a / 1e6, b / 1e6) for name, (a, b) in in_m.items()},
+    }
+    if latencies is None:
+        devices, sizes = (MAIN_DEVICE, *config.measure.devices), sorted({1, *config.measure.batch_sizes})
+        return ranges | {latency_metric(size, device): (0.0, math.inf) for device in devices for size in sizes}
+    names = [subnets[route].name for route in reach.routes]
+    for device, table in latencies.items():
+        for size in table.batch_sizes:
+            clock = table.clock(size, names)
+            ranges[latency_metric(size, device)] = _wider(*_union(_latency_range(clock, kind) for kind in kinds))
+    return ranges
+
+
+def _latency_range(clock: BatchClock, kind: str) -> Range:
+    """What a batch can take: every image runs one route, or up to `MAX_RUNS`, and each route that runs is one call."""
+    tails = clock.tails_ms[:, 1:]
+    num_images = tails.shape[1]
+    num_runs = min(MAX_RUNS.get(kind, 1), len(tails))
+    share = tails / np.arange(1, num_images + 1)
+    dearest_calls = np.sort(tails.max(1))[::-1][: num_runs * num_images]
+    fixed = clock.fixed_ms(kind)
+    most = min(float(dearest_calls.sum()), num_runs * num_images * float(share.max()))
+    return fixed + num_images * float(share.min()), fixed + most
+
+
+@dataclass(frozen=True)
+class _Reach:
+    """What routers over a set of sub-networks can cost."""
+
+    subnets: SubnetSet
+    image_size: int
+    routes: tuple[int, ...]
+    """Those that a trial may have."""
+    is_exact: bool
+    """Every trial has all of these routes; else some trials have fewer."""
+    units: tuple[int, int]
+    """Fewest and most hidden units of a perceptron."""
+
+    @classmethod
+    def of(cls, config: SweepConfig, subnets: SubnetSet, image_size: int) -> _Reach:
+        routing, space = config.gate.routing, config.space
+        key = "gate.perceptron.hidden_units"
+        units = [int(n) for n in space[key].edge_values()] if key in space else [config.gate.perceptron.hidden_units]
+        is_exact = routing.beam is None and not any(key in space for key in ROUTING_KEYS)
+        every = range(len(subnets))
+        routes = routing_ids(every, routing.first, routing.last, routing.stride) if is_exact else tuple(every)
+        return cls(subnets, image_size, routes, is_exact, (min(units), max(units)))
+
+    def madds(self, kind: str) -> Range:
+        """MAdds of one image, and so the mean and any percentile over images."""
+        costs = [subnet_cost(self.spec, self.subnets[route], self.image_size) for route in self.routes]
+        decisions = [self._decision(kind, route) for route in self.routes]
+        totals = [cost.madds for cost in costs]
+        tails = sorted((cost.madds - cost.trunk_madds for cost in costs), reverse=True)
+        highest = costs[0].trunk_madds + sum(tails[: MAX_RUNS.get(kind, 1)]) + max(most for _, most in decisions)
+        return min(total + least for total, (least, _) in zip(totals, decisions, strict=True)), highest
+
+    def params(self, kind: str) -> Range:
+        """Parameters of the smallest supernet that holds the router's routes, and of the router."""
+        members = [self.subnets[route] for route in self.routes]
+        most = shared_params(self.spec, members)
+        has_all = self.is_exact and kind not in MAX_RUNS
+        least = most if has_all else min(shared_params(self.spec, [member]) for member in members)
+        fewest, highest = self._numbers(kind)
+        return least + fewest, most + highest
+
+    @property
+    def spec(self) -> SupernetSpec:
+        return self.subnets.spec
+
+    @cached_property
+    def _tree(self) -> RouteTree:
+        return RouteTree.of(self.subnets)
+
+    @property
+    def _options(self) -> tuple[int, int]:
+        """Fewest and most routes that one decision chooses among."""
+        return len(self.routes) if self.is_exact else 1, len(self.routes)
+
+    def _decision(self, kind: str, route: int) -> Range:
+        """MAdds of all decisions on the way to a route."""
+        subnet = self.subnets[route]
+        if kind in ("gates", "evidence_gates"):
+            costs = [
+                self._head_madds(kind, number, subnet, branches.num_choices)
+                for number, branches in enumerate(self._tree.gates)
+            ]
+            return sum(least for least, _ in costs), sum(most for _, most in costs)
+        fewest, most = self._options
+        if kind == "learned_cascade":
+            fewest = min(fewest, 2)
+        return self._head_madds(kind, 0, subnet, fewest)[0], self._head_madds(kind, 0, subnet, most)[1]
+
+    def _head_madds(self, kind: str, gate: int, subnet: Subnet, num_options: int) -> Range:
+        if kind == "cascade":
+            return 0, 0
+        size = self._num_features(kind, gate, subnet)
+        if kind in ("gate", "gates"):
+            return (gate_madds(size, num_options),) * 2
+        pooled = 0 if kind == "learned_cascade" else pooling_madds(self.spec, subnet, gate, self.image_size)
+        few, many = (
+            NUM_EXTRA_POOLINGS * pooled + gate_madds(size, units) + gate_madds(units, num_options)
+            for units in self.units
+        )
+        return few, many
+
+    def _num_features(self, kind: str, gate: int, subnet: Subnet) -> int:
+        """What a decision of a kind reads at a gate, on the path of a sub-network."""
+        site = self.spec.gates[gate]
+        if kind in ("gate", "gates"):
+            return site.hidden
+        if kind == "learned_cascade":
+            return num_answer_features(self.spec.num_classes) + site.hidden
+        attention = next(op for op in self.spec.ops if op.name == site.attention)
+        return (len(RICH_EVIDENCE) - 1) * attention.input_width(subnet.widths) + site.hidden
+
+    def _numbers(self, kind: str) -> Range:
+        """Numbers that a router stores."""
+        if kind == "cascade":
+            return 1, 1
+        if kind not in ("gates", "evidence_gates"):
+            fewest, most = self._options
+            if kind == "learned_cascade":
+                fewest = min(fewest, 2)
+            first = self.subnets[self.routes[0]]
+            return self._head_numbers(kind, 0, first, fewest)[0], self._head_numbers(kind, 0, first, most)[1]
+        one_path, every_node = [], 0.0
+        for route in self.routes:
+            subnet = self.subnets[route]
+            heads = [
+                self._head_numbers(kind, gate, subnet, branches.num_choices)
+                for gate, branches in enumerate(self._tree.gates)
+            ]
+            one_path.append(sum(least for least, _ in heads))
+        for gate, branches in enumerate(self._tree.gates):
+            nodes = {branches.node_of[route]: self.subnets[route] for route in self.routes}
+            every_node += sum(self._head_numbers(kind, gate, own, branches.num_choices)[1] for own in nodes.values())
+        return min(one_path), every_node
+
+    def _head_numbers(self, kind: str, gate: int, subnet: Subnet, num_options: int) -> Range:
+        """Weights, biases and offsets of one decision."""
+        size = self._num_features(kind, gate, subnet)
+        if kind in ("gate", "gates"):
+            return ((size + 1) * num_options,) * 2
+        few, many = self.units
+        return size * few + few * (num_options + 1) + num_options, size * many + many * (
+            num_options + 1
+        ) + 2 * num_options
+
+
+def _union(ranges: Iterable[Range]) -> Range:
+    lows, highs = zip(*ranges, strict=True)
+    return min(lows), max(highs)
+
+
+def _wider(low: float, high: float) -> Range:
+    return low * (1 - _ROUNDING), high * (1 + _ROUNDING)

@@ -1,0 +1,96 @@
+"""The settings that a sweep leaves to its data, filled in once the data are read, each with the reason."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from pydantic import ValidationError
+
+from dsnet.data import Augmentation, Splits
+from dsnet.data.sources import ImageSource
+from dsnet.errors import ConfigError
+from dsnet.space.cost import subnet_cost
+from dsnet.space.spec import SubnetSet
+from dsnet.training.data_defaults import DERIVED_KEYS, RECALIBRATION, DataDefault, DataFacts, data_defaults
+from orchestration.config.sections import FROM_DATA
+from orchestration.config.space import is_of_supernet, rule_texts, supernet_with
+from orchestration.config.sweep import SweepConfig
+
+AUGMENT = "data.augment."
+
+
+@dataclass(frozen=True)
+class Derived:
+    """A configuration in which nothing is left to the data any more, and what was."""
+
+    config: SweepConfig
+    defaults: Mapping[str, DataDefault]
+    """Dotted key -> value and reason, of what the data decided. `data.augment.crop_padding` and `flip` are among them where the file
+    leaves them open, but stay null in `config`: their rule is part of the augmentation."""
+
+
+def data_facts(image_set: ImageSource, splits: Splits, subnets: SubnetSet) -> DataFacts:
+    """What the defaults depend on."""
+    channels, _, size = image_set.image_shape
+    num_classes = len(image_set.class_names)
+    counts = np.bincount(image_set.labels.numpy()[splits.train], minlength=num_classes)
+    return DataFacts(
+        num_train=len(splits.train),
+        num_classes=num_classes,
+        smallest_class=int(counts.min()),
+        image_size=size,
+        channels=channels,
+        can_mirror=Augmentation.for_images(image_set).flip,
+        madds_m=subnet_cost(subnets.spec, subnets.largest, size).madds / 1e6,
+    )
+
+
+def with_data_defaults(config: SweepConfig, image_set: ImageSource, splits: Splits, subnets: SubnetSet) -> Derived:
+    """Fill in what the configuration leaves to the data.
+
+    Raises:
+        ConfigError: what the data say does not go with a setting that somebody wrote.
+    """
+    facts = data_facts(image_set, splits, subnets)
+    found = data_defaults(facts, subnets.spec.family, _written(config))
+    supernet = {key: default.value for key, default in found.items() if is_of_supernet(key)}
+    augment = {key.removeprefix(AUGMENT): each.value for key, each in found.items() if key.startswith(AUGMENT)}
+    data = config.data.model_copy(update={"augment": config.data.augment.model_copy(update=augment)})
+    try:
+        filled = config.model_copy(update={"data": data, "supernet": supernet_with(config.supernet, supernet)})
+    except ValidationError as error:
+        reasons = "; ".join(f"{key} {found[key].value} follows from the data" for key in supernet)
+        raise ConfigError(f"{'; '.join(rule_texts(error))} ({reasons}); write them in the file") from error
+    return Derived(filled, {**found, **_of_the_augmentation(config, image_set)})
+
+
+def _written(config: SweepConfig) -> dict[str, Any]:
+    """What somebody wrote of the settings that the defaults are, or depend on."""
+    written = {}
+    for key in (*DERIVED_KEYS, "supernet.train.accumulate", "supernet.train.optimizer"):
+        value: Any = config
+        for name in key.split("."):
+            value = getattr(value, name)
+        is_open = value == FROM_DATA if key == RECALIBRATION else value is None
+        if not is_open:
+            written[key] = value
+    return written
+
+
+def _of_the_augmentation(config: SweepConfig, image_set: ImageSource) -> dict[str, DataDefault]:
+    """What the nulls of `data.augment` stand for."""
+    written = config.data.augment
+    if written.crop_scale is not None or config.data.stream:
+        return {}
+    made = Augmentation.for_images(image_set)
+    side = image_set.image_shape[-1]
+    found = {}
+    if written.crop_padding is None:
+        found[f"{AUGMENT}crop_padding"] = DataDefault(made.crop_padding, f"an eighth of {side} pixels")
+    if written.flip is None:
+        reason = "a mirrored photo shows the same thing" if made.flip else "a mirrored digit is no digit"
+        found[f"{AUGMENT}flip"] = DataDefault(made.flip, reason)
+    return found

@@ -1,0 +1,406 @@
+"""What stands before the first stage: the data and its splits, the network's layout, and what each stage depends on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from dsnet.data import Augmentation, Normalization, Splits, SplitSizes, TensorData, make_splits
+from dsnet.data.sources import ImageSource, load_source
+from dsnet.data.splits import data_fingerprint
+from dsnet.data.training_images import InMemoryImages, TrainingImages
+from dsnet.environment import resolve_device
+from dsnet.errors import CheckpointError, ConfigError
+from dsnet.families import Task
+from dsnet.files import atomic_write_text, read_json
+from dsnet.measure.latency import DeviceSettings, LatencySettings
+from dsnet.space.cost import subnet_cost
+from dsnet.space.spec import SubnetSet
+from dsnet.standalone.output_folder import RESULT_VERSIONS
+from dsnet.training.data_defaults import DataDefault
+from dsnet.training.settings import BootstrapSettings, SupernetRun, TrainSettings
+from dsnet.training.start import Start, check_start, find_checkpoint, first_weights, lay_out, load_start
+from dsnet.training.supernet import FINAL
+from orchestration.config.sections import FROM_DATA
+from orchestration.config.sweep import (
+    REGIME_KEYS,
+    Stage,
+    SweepConfig,
+    absolute_targets,
+    conditions,
+    possible_routers,
+    resolve_cores,
+    resolve_regime,
+    stage_subset,
+)
+from orchestration.prepare.adoption import Adoption, find_adoption, standalone_config
+from orchestration.prepare.baseline import hopeless_conditions
+from orchestration.prepare.data_defaults import with_data_defaults
+from orchestration.runs.rundir import Manifest, RunDir
+from orchestration.runs.stages import StageDefinition, StageDir, stage_record
+from search.conditions.constraints import BASELINE
+from search.front.analysis import BudgetPick
+
+logger = logging.getLogger(__name__)
+
+STAGE_VERSIONS: Mapping[str, int] = {**RESULT_VERSIONS, "search": 3, "verify": 3}
+"""Raised by hand when the code of a stage gives other results."""
+
+
+@dataclass(frozen=True)
+class StartPoint:
+    """The checkpoint that training starts from, without its tensors."""
+
+    path: Path
+    """Its stem, absolute: workers have other working directories."""
+    sha256: str
+    """Of the tensors."""
+    origin: Mapping[str, Any]
+    """For the record, as `SupernetRun.origin` takes it."""
+    fresh: tuple[str, ...]
+    """Names of the tensors that it does not have."""
+
+    @classmethod
+    def of(cls, start: Start, subnets: SubnetSet) -> StartPoint:
+        """Try the weights on, so that what does not fit is refused before anything runs.
+
+        Raises:
+            CheckpointError: they do not fit.
+        """
+        _, fresh = first_weights(subnets, 0, start)
+        return cls(start.stem.absolute(), start.sha256, start.origin(), tuple(fresh))
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything that the stages share."""
+
+    config: SweepConfig
+    """With the data's defaults filled in."""
+    image_set: ImageSource
+    """Facts about all images."""
+    splits: Splits
+    data: TensorData
+    """Without the test split; where `data.stream` is true, without the training split too."""
+    normalization: Normalization
+    subnets: SubnetSet
+    fingerprint: str
+    """Of pixels, labels and splits."""
+    start: StartPoint | None = None
+    """None for fresh weights."""
+    adoption: Adoption | None = None
+    """Finished stages that `supernet.init_from` already holds."""
+    derived: Mapping[str, DataDefault] = field(default_factory=dict)
+    """Settings that the data decided, by dotted key."""
+
+    @property
+    def start_sha256(self) -> str | None:
+        """What the supernet's weights began with, as its stage key says it: of an adopted training, what that began with."""
+        if self.adoption is not None:
+            return self.adoption.origin.get("sha256")
+        return None if self.start is None else self.start.sha256
+
+    @property
+    def image_size(self) -> int:
+        """Side in pixels."""
+        return self.image_set.image_shape[-1]
+
+    def decided_by_data(self) -> str:
+        """The settings of the training that follow from the images, by their last names; empty where all are written."""
+        prefix = "supernet.train."
+        own = {key.removeprefix(prefix): each.value for key, each in self.derived.items() if key.startswith(prefix)}
+        return ", ".join(f"{name} {value:g}" for name, value in own.items())
+
+    def open_test(self) -> TensorData:
+        """The data with the test split; only verify and report may ask, and count it in the manifest."""
+        return self.image_set.tensor_data(self.splits, open_test=True)
+
+    def warnings(self) -> tuple[str, ...]:
+        """What the routers of the sweep cannot do on this network, though it is allowed."""
+        gate, space = self.config.gate, self.config.space
+        trees = [kind for kind in possible_routers(gate, space) if kind in ("gates", "evidence_gates")]
+        warnings = []
+        if trees and len(self.subnets.spec.gates) == 1:
+            name = self.subnets.spec.family
+            warnings += [f"gate.router {kind}: {name} has one gate, so it is what {kind[:-1]} is" for kind in trees]
+        madds_m = [subnet_cost(self.subnets.spec, subnet, self.image_size).madds / 1e6 for subnet in self.subnets]
+        for target in absolute_targets(gate, space):
+            if not min(madds_m) <= target <= max(madds_m):
+                warnings.append(
+                    f"gate.target_madds_m {target:g} lies outside the sub-networks' {min(madds_m):.4g} to {max(madds_m):.4g} "
+                    "M MAdds; trials take the nearest"
+                )
+        return (*warnings, *self._too_fine(), *hopeless_conditions(self.config, self.subnets, self.image_size))
+
+    def _too_fine(self) -> Iterator[str]:
+        """Conditions that ask for less than one image of `val` can tell."""
+        num_val = len(self.splits.val)
+        for comparison in conditions(self.config):
+            reads_share = {name.removeprefix(BASELINE) for name in comparison.names} & {"top1", "top5"}
+            finest = min((number for number in map(abs, comparison.numbers) if number > 0), default=math.inf)
+            if reads_share and finest < 1 / num_val:
+                yield (
+                    f"condition {comparison}: {finest:g} is finer than one of the {num_val} images of val, which is {1 / num_val:.4f} "
+                    "of accuracy"
+                )
+
+    def notes(self) -> tuple[str, ...]:
+        """What qualifies every number of this run."""
+        num_val, num_test = len(self.splits.val), len(self.splits.test)
+        notes = []
+        if min(num_val, num_test) < 1000:
+            notes.append(
+                f"Smoke result: {num_val} images in val and {num_test} in test, so that one image is "
+                f"{100 / min(num_val, num_test):.2f} points of accuracy."
+            )
+        return tuple(notes)
+
+
+@dataclass(frozen=True)
+class Images:
+    """The data of a sweep, whatever network it trains."""
+
+    image_set: ImageSource
+    splits: Splits
+    data: TensorData
+
+    @property
+    def fingerprint(self) -> str:
+        """Of pixels, labels and splits."""
+        return data_fingerprint(self.image_set.fingerprint, self.splits)
+
+
+def load_images(config: SweepConfig) -> Images:
+    """Load the images and make the splits.
+
+    Raises:
+        DataError: data missing or broken.
+        ConfigError: split sizes that do not fit.
+    """
+    image_set = _open_images(config)
+    sizes = SplitSizes(**config.data.splits.model_dump())
+    splits = make_splits(image_set.labels.numpy(), image_set.official_test, sizes, config.seed, config.data.limit)
+    return Images(image_set, splits, image_set.tensor_data(splits))
+
+
+def prepare(
+    config: SweepConfig,
+    run: RunDir | None = None,
+    warn: Callable[[str], None] = logger.warning,
+    images: Images | None = None,
+) -> Prepared:
+    """Load the data, make the splits, lay out the network.
+
+    What `supernet.init_from` names may be gone once the supernet is trained: the finished stage then says all that is needed of it.
+
+    Args:
+        config: resolved.
+        run: where the sweep's results are, or will be; it need not exist. None: there are none to go on with.
+        warn: hears, in one sentence, that the start weights are gone.
+        images: what `load_images` gives for this `data` and `seed`; None: they are loaded here.
+
+    Raises:
+        DataError: data missing or broken.
+        ConfigError: options, split sizes or start weights that do not fit.
+        CheckpointError: the start weights are missing, broken, or of another network.
+        PreflightError: no such device.
+    """
+    source = config.supernet.init_from
+    if source is None:
+        return _checked(_laid_out(config, None, images), None)
+    try:
+        find_checkpoint(Path(source))
+    except CheckpointError:
+        if run is None or (finished := _from_finished_stage(config, run, images)) is None:
+            raise
+        warn(f"supernet.init_from: {source} is gone; run {run.name!r} goes on with the supernet that it made of it")
+        return finished
+    start = load_start(Path(source))
+    prepared = _checked(_laid_out(config, start, images), start)
+    return replace(prepared, adoption=_adoption(prepared))
+
+
+def _from_finished_stage(config: SweepConfig, run: RunDir, images: Images | None) -> Prepared | None:
+    """The same from what a run's finished supernet recorded of its origin; None where it is not the one that `config` asks for."""
+    if not run.manifest_path.is_file():
+        return None
+    entry = Manifest(run.manifest_path).read()["stages"].get("supernet")
+    if entry is None:
+        return None
+    folder = StageDir(run.stage_dir("supernet", entry["key"]))
+    if not folder.is_done():
+        return None
+    stem = folder.path.absolute() / FINAL
+    origin = read_json(stem.with_name(f"{FINAL}.json"))["run"]["origin"]  # empty: adopted, and trained afresh there
+    prepared = replace(
+        _laid_out(config, load_start(stem), images),
+        start=StartPoint(stem, origin["sha256"], origin, ()) if origin else None,
+    )
+    return prepared if stage_record(stage_definitions(prepared)[0], {}).key == entry["key"] else None
+
+
+def _checked(prepared: Prepared, start: Start | None) -> Prepared:
+    """With its start weights tried on."""
+    if start is not None:
+        prepared = replace(prepared, start=StartPoint.of(start, prepared.subnets))
+    fresh = () if prepared.start is None else prepared.start.fresh
+    check_start(supernet_run(prepared), start, fresh, len(prepared.image_set.class_names))
+    return prepared
+
+
+def _laid_out(config: SweepConfig, start: Start | None, images: Images | None) -> Prepared:
+    """Data, splits and network; of `start` the network and the normalisation."""
+    supernet = config.supernet
+    resolve_device(supernet.device)
+    latency_settings(config)
+    images = images or load_images(config)
+    image_set, splits, data = images.image_set, images.splits, images.data
+    channels, _, size = image_set.image_shape
+    task = Task(num_classes=len(image_set.class_names), in_channels=channels, image_size=size)
+    subnets = lay_out(supernet.model, task, supernet.options, resolve_regime(supernet).norm, start)
+    check_routing(config, len(subnets))
+    known = None if start is None else start.normalization
+    filled = with_data_defaults(config, image_set, splits, subnets)
+    return Prepared(
+        config=filled.config,
+        image_set=image_set,
+        splits=splits,
+        data=data,
+        normalization=known if known is not None else image_set.normalization(splits),
+        subnets=subnets,
+        fingerprint=images.fingerprint,
+        derived=filled.defaults,
+    )
+
+
+def _adoption(prepared: Prepared) -> Adoption | None:
+    config = prepared.config
+    if config.supernet.init_from is None:
+        return None
+    source, measure = Path(config.supernet.init_from), standalone_config(config).measure
+    return find_adoption(source, supernet_run(prepared), prepared.subnets, prepared.fingerprint, measure)
+
+
+def _open_images(config: SweepConfig) -> ImageSource:
+    data, supernet = config.data, config.supernet
+    num_threads = supernet.threads or max(1, resolve_cores(config) // supernet.workers)
+    return load_source(
+        data.name,
+        data.path,
+        data.image_size,
+        stream=data.stream,
+        num_threads=num_threads,
+        crop_fraction=data.crop_fraction,
+    )
+
+
+def check_routing(config: SweepConfig, num_routes: int) -> None:
+    """Refuse routing indices that the network does not have, before anything is trained.
+
+    Raises:
+        ConfigError: `first` or `last`, fixed or at an end of its range, names no sub-network.
+    """
+    num_left = min([num_routes, *_beams(config)])
+    beam = f", of which gate.routing.beam keeps {num_left}" if num_left < num_routes else ""
+    for key, lowest in (("first", 0), ("last", -num_left)):
+        name = f"gate.routing.{key}"
+        values = config.space[name].edge_values() if name in config.space else (getattr(config.gate.routing, key),)
+        where = f"space.{name}" if name in config.space else name
+        for value in values:
+            if not lowest <= int(value) < num_left:
+                raise ConfigError(
+                    f"{where}: {value} names no sub-network; {config.supernet.model} has {num_routes} here{beam}, "
+                    f"so it must lie in {lowest}..{num_left - 1}"
+                )
+
+
+def _beams(config: SweepConfig) -> list[int]:
+    """The smallest and the largest `gate.routing.beam` that trials may have; empty without one."""
+    if "gate.routing.beam" in config.space:
+        return [int(beam) for beam in config.space["gate.routing.beam"].edge_values()]
+    return [] if config.gate.routing.beam is None else [config.gate.routing.beam]
+
+
+def supernet_run(prepared: Prepared) -> SupernetRun:
+    """The training settings in the core's own terms."""
+    config, start = prepared.config, prepared.start
+    supernet, images = config.supernet, config.supernet.recalibration.images
+    assert images != FROM_DATA, "prepare fills it in"
+    return SupernetRun(
+        train=TrainSettings(**supernet.train.model_dump(exclude=set(REGIME_KEYS))),
+        regime=resolve_regime(supernet),
+        bootstrapping=BootstrapSettings(**supernet.bootstrapping.model_dump(exclude={"mode", "num_random"})),
+        augmentation=Augmentation.for_images(prepared.image_set, **config.data.augment.model_dump()),
+        normalization=prepared.normalization,
+        seed=config.seed,
+        weights=supernet.weights,
+        recalibration_images=images,
+        recalibration_batch=supernet.recalibration.batch_size,
+        keep_checkpoints=supernet.keep_checkpoints,
+        origin={} if start is None else start.origin,
+    )
+
+
+def training_images(prepared: Prepared, augmentation: Augmentation) -> TrainingImages:
+    """The training split as the training loop takes it; what is in memory already is not copied."""
+    if prepared.config.data.stream:
+        return prepared.image_set.training_images(prepared.splits, augmentation)
+    return InMemoryImages(prepared.data.images("train"), prepared.data.labels("train"), augmentation)
+
+
+def latency_settings(config: SweepConfig) -> dict[str, LatencySettings]:
+    """The measurement settings of each device in the core's own terms, the main one first.
+
+    Raises:
+        PreflightError: a device is not there.
+    """
+    measure = config.measure
+    devices = {name: DeviceSettings(device=own.device, threads=own.threads) for name, own in measure.devices.items()}
+    return LatencySettings(**{**measure.model_dump(), "devices": devices}).by_device(resolve_device)
+
+
+def stage_definitions(prepared: Prepared) -> list[StageDefinition]:
+    """What supernet, measure, table and search depend on, in order. Verify depends on the front, which comes later."""
+    parents: dict[Stage, tuple[Stage, ...]] = {
+        "supernet": (),
+        "measure": ("supernet",),
+        "table": ("supernet",),
+        "search": ("measure", "table"),
+    }
+    config = prepared.config
+    subsets = {name: stage_subset(config, name) for name in parents}
+    # The options name a layout, and a release may lay them out differently: what is trained is the layout itself.
+    subsets["supernet"]["layout"] = _digest(prepared.subnets.to_json())
+    subsets["supernet"]["start"] = prepared.start_sha256
+    return [
+        StageDefinition(name, STAGE_VERSIONS[name], subsets[name], prepared.fingerprint, above)
+        for name, above in parents.items()
+    ]
+
+
+def _digest(content: object) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def verify_definition(
+    config: SweepConfig, fingerprint: str, front: Sequence[int], contenders: Sequence[BudgetPick]
+) -> StageDefinition:
+    """What verify depends on: the frozen front, by the slots of its trials, and the trials that speak for the kinds of router."""
+    picks = [asdict(pick) for pick in contenders]
+    subset = {**stage_subset(config, "verify"), "front": list(front), "contenders": picks}
+    return StageDefinition("verify", STAGE_VERSIONS["verify"], subset, fingerprint, ("search",))
+
+
+def write_splits(path: Path, splits: Splits) -> None:
+    """Record the splits once; a record that differs is replaced (the stages' keys tell them apart)."""
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(splits.to_json()) + "\n"
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        atomic_write_text(path, text)

@@ -1,0 +1,543 @@
+"""From the results of a run to the report's data and file."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dashboards.front import (
+    Curve,
+    DynamicPoint,
+    FrontInfo,
+    FrontPanel,
+    Further,
+    dynamic_points,
+    front_figure,
+    static_points,
+)
+from dashboards.headline import Estimate, Headline, Latency, Row, Scores
+from dashboards.hypervolume import HypervolumeInfo
+from dashboards.images import write_figure
+from dashboards.report import ReportData, build_report
+from dashboards.routers import RouterResult, RoutersInfo, routers_figure
+from dashboards.routes import RoutesInfo
+from dashboards.training import TrainingInfo, training_info
+from dashboards.widths import LatencySeries, WidthsInfo
+from dsnet.errors import NotFoundError
+from dsnet.files import atomic_write_text, read_json
+from dsnet.gates.fit import COLLAPSE_SHARE
+from dsnet.measure.latency import MAIN_DEVICE
+from orchestration.config.sweep import constraint_set
+from orchestration.config.wording import plural
+from orchestration.prepare.baseline import static_metrics
+from orchestration.results.run import RunResults, Verified
+from orchestration.results.training_review import review
+from orchestration.results.trial_list import broken_constraints
+from search.conditions.constraints import BASELINE
+from search.front.analysis import Interval, PointAnalysis, RouterShare, SplitAnalysis, optimism
+from search.front.controls import StaticLine
+from search.front.pareto import hypervolume, hypervolume_trace
+from search.front.points import PointRow, trial_name
+from search.front.statistics import wilson_interval
+from search.study.study import TrialRecord
+
+
+def write_report(results: RunResults, class_names: tuple[str, ...], notes: tuple[str, ...], status: str) -> Path:
+    """Build report.html of a run from what it has; returns its path."""
+    atomic_write_text(results.run.report_html, build_report(report_data(results, class_names, notes, status)))
+    return results.run.report_html
+
+
+def report_data(results: RunResults, class_names: tuple[str, ...], notes: tuple[str, ...], status: str) -> ReportData:
+    """Everything the report shows; parts that the run does not have yet stay empty."""
+    manifest, config = results.manifest, results.config
+    made = results.supernet
+    return ReportData(
+        run_name=results.run.name,
+        status=status,  # type: ignore[arg-type]
+        created=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
+        data_name=config.data.name,
+        model=_model_name(results),
+        headline=headline(results),
+        num_completed=len(results.completed),
+        num_failed=len(results.failed),
+        num_pruned=len(results.pruned),
+        num_infeasible=len(results.completed) - len(results.feasible),
+        constraints=constraints_of(results),
+        endings=endings_of(results),
+        num_test_openings=manifest["test_openings"],
+        front=front_info(results),
+        hypervolume=hypervolume_of(results),
+        routes=routes_of(results, class_names),
+        routers=routers_of(results),
+        widths=widths_of(results),
+        training=training_of(results),
+        naming="" if made is None else made.naming,
+        making=() if made is None else made.lines(config.supernet.init_from),
+        notes=training_notes(results)
+        + _timing_notes(results)
+        + notes
+        + _objective_notes(results)
+        + _sample_notes(results),
+        commands=commands_of(results),
+        versions=tuple((key, str(value)) for key, value in manifest["versions"].items()),
+        hardware=tuple((key, str(value)) for key, value in manifest["hardware"].items() if value is not None),
+        seeds=(
+            ("seed", str(manifest["seed"])),
+            *((key, str(value)[:16]) for key, value in manifest["data_hashes"].items()),
+        ),
+    )
+
+
+def commands_of(results: RunResults) -> tuple[tuple[str, str], ...]:
+    """(what it does, command) of what can be done with a run, from whatever folder."""
+    run = results.run
+    sweep, path, root = (shlex.quote(str(part)) for part in (run.sweep_yaml, run.path, run.root))
+    return (
+        ("Continue this run, or extend it with a larger budget", f"dsnet-orch launch {sweep}"),
+        ("The front on the terminal", f"dsnet-orch pareto {path}"),
+        ("Export gates of the front as bundles that run", f"dsnet-orch export {path} --pick all"),
+        ("Browse every point in MLflow", f"dsnet-orch ui --runs {root}"),
+    )
+
+
+def _model_name(results: RunResults) -> str:
+    """The family; of a network that lay in a checkpoint, once it is known."""
+    model, made = results.config.supernet.model, results.supernet
+    return model if made is None or model == made.spec.family else f"{made.spec.family} (of a {model})"
+
+
+def training_notes(results: RunResults, whose: str = "") -> tuple[str, ...]:
+    """What is to be said about the training of the supernet, in sentences."""
+    return tuple(f"{whose}{_capital(warning.text)}. To change: {warning.way_out}." for warning in review(results))
+
+
+def timing_doubt(results: RunResults) -> str | None:
+    """What makes the times of a run doubtful, with the way out; None where nothing does."""
+    timed = [(f"sub-networks{_on(name)}", table.noise) for name, table in results.newest_latencies.items()]
+    if results.verified is not None:
+        timed += [(f"the front{_on(name)}", own.noise) for name, own in results.verified.latencies.items()]
+    found = [f"{what}: {why}" for what, why in timed if why is not None]
+    if not found:
+        return None
+    others = f"; and {plural(len(found) - 1, 'more timing')}" if len(found) > 1 else ""
+    return (
+        f"the machine was busy or uneven when latency was measured ({found[0]}{others}); "
+        f"measure again while nothing else runs: dsnet-orch measure {shlex.quote(str(results.run.path))}"
+    )
+
+
+def _on(device: str) -> str:
+    return f" on {device}" if device else ""
+
+
+def _timing_notes(results: RunResults) -> tuple[str, ...]:
+    doubt = timing_doubt(results)
+    return () if doubt is None else (f"{_capital(doubt)}.",)
+
+
+def _capital(text: str) -> str:
+    """As the beginning of a sentence; the name of a sub-network or trial stays as it is."""
+    return text if {"-", "_"} & set(text.split(" ", 1)[0]) else text[:1].upper() + text[1:]
+
+
+def _sample_notes(results: RunResults) -> tuple[str, ...]:
+    if results.verified is None or len(results.front_sample) == len(results.front):
+        return ()
+    return (
+        f"{len(results.front_sample)} of the front's {len(results.front)} gates ran on test, evenly along it (budget.verify); "
+        "the tables and pictures of test hold these.",
+    )
+
+
+def _objective_notes(results: RunResults) -> tuple[str, ...]:
+    names = [metric.name for metric in results.config.metrics]
+    if set(names) == {"top1", "madds_m"}:
+        return ()
+    drawn = "the figure draws top-1 against MAdds"
+    further = further_objective(results)
+    if further is not None:
+        drawn += f", with {further.metric} as colour" + (" and in a row of its own" if further.is_latency else "")
+    return (f"The front was chosen by {', '.join(names[:-1])} and {names[-1]}; {drawn}.",)
+
+
+def further_objective(results: RunResults) -> Further | None:
+    """The first objective beside top-1 and MAdds, which the front's figure shows too."""
+    others = [metric for metric in results.config.metrics if metric.name not in ("top1", "madds_m")]
+    return Further(others[0].name, others[0].goal) if others else None
+
+
+def constraints_of(results: RunResults) -> tuple[tuple[str, int], ...]:
+    """(constraint, completed trials that break it), in the order of the configuration."""
+    completed = results.completed
+    texts = dict.fromkeys(text for record in completed for text in record.constraints)
+    return tuple((text, sum(text in broken_constraints(record) for record in completed)) for text in texts)
+
+
+def endings_of(results: RunResults) -> tuple[tuple[str, str, int], ...]:
+    """(state, reason, number) of the trials that did not run to their end."""
+    counts = Counter((record.state, str(record.reason)) for record in (*results.failed, *results.pruned))
+    return tuple((state, reason, number) for (state, reason), number in counts.items())
+
+
+def draw_front(results: RunResults, path: Path) -> Path:
+    """Draw the front into a file; its ending decides the format.
+
+    Raises:
+        NotFoundError: the run has no measured sub-networks yet.
+        PreflightError: an image format whose tools are not installed.
+    """
+    info = front_info(results)
+    if info is None:
+        raise NotFoundError(
+            f"run {results.run.name!r} has no front yet; continue it with: dsnet-orch launch {results.run.sweep_yaml}"
+        )
+    return write_figure(front_figure(info), path)
+
+
+def draw_routers(results: RunResults, path: Path) -> Path:
+    """Draw what each kind of router reaches at the budgets into a file; its ending decides the format.
+
+    Raises:
+        NotFoundError: the front has not been verified yet.
+        PreflightError: an image format whose tools are not installed.
+    """
+    info = routers_of(results)
+    if info is None:
+        raise NotFoundError(
+            f"run {results.run.name!r} has not been verified yet; continue it with: dsnet-orch launch {results.run.sweep_yaml}"
+        )
+    return write_figure(routers_figure(info), path)
+
+
+def headline(results: RunResults) -> Headline:
+    """The table of the front: each gate on `val` and on `test` beside its controls."""
+    verified = results.verified
+    knee = results.knee
+    found = None if verified is None else optimism(verified.val, verified.test)
+    if verified is None:
+        rows = tuple(_unverified_row(results, slot) for slot in results.front_sample)
+    else:
+        pairs = zip(verified.val.points, verified.test.points, strict=True)
+        rows = tuple(_row(results, verified, chosen, reported) for chosen, reported in pairs)
+    return Headline(
+        baseline=None if verified is None else _baseline(verified),
+        rows=tuple(sorted(rows, key=lambda row: row.chosen.madds_m)),
+        knee=None if knee is None else trial_name(knee),
+        optimism=None if found is None else _estimate(found),
+    )
+
+
+def _estimate(interval: Interval) -> Estimate:
+    return Estimate(interval.value, interval.low, interval.high)
+
+
+def _scores(point: PointAnalysis) -> Scores:
+    return Scores(
+        top1=_estimate(point.top1),
+        madds_m=point.metrics["madds_m"],
+        gain=None if point.gain is None else _estimate(point.gain),
+        over_widest=None if point.over_widest is None else _estimate(point.over_widest),
+        random_top1=point.random_top1,
+        cascade_top1=point.cascade_top1,
+        oracle_top1=point.oracle_top1,
+        cascade_madds_m=point.cascade_madds_m,
+        oracle_share=point.share_of_oracle_gap,
+        stability=point.stability,
+        reachable_top1=point.reachable_top1,
+        reachable_share=point.clear_share_of_reachable_gap,
+        is_cascade_collapsed=point.is_cascade_collapsed,
+        ties=tuple(trial_name(slot) for slot in point.ties),
+    )
+
+
+def _row(results: RunResults, verified: Verified, chosen: PointAnalysis, reported: PointAnalysis) -> Row:
+    latency = verified.latency
+    size = max(latency.gates)
+    return Row(
+        name=trial_name(chosen.slot),
+        chosen=_scores(chosen),
+        reported=_scores(reported),
+        latency=Latency(
+            batch_size=size,
+            median_ms=latency.gates[size][chosen.slot].median_ms,
+            widest_ms=latency.widest[size].median_ms,
+            cheapest_ms=latency.cheapest[size].median_ms,
+        ),
+        max_route_share=reported.metrics["max_route_share"],
+        is_collapsed=reported.is_collapsed,
+        router=reported.router,
+        further=_further_values(results, chosen.slot),
+    )
+
+
+def _further_values(results: RunResults, slot: int) -> tuple[tuple[str, float], ...]:
+    """The objectives beside top-1 and MAdds, as the search measured them."""
+    metrics = results.record(slot).metrics
+    names = [metric.name for metric in results.config.metrics if metric.name not in ("top1", "madds_m")]
+    return tuple((name, metrics[name]) for name in names)
+
+
+def _unverified_row(results: RunResults, slot: int) -> Row:
+    """Without the verify stage there is no bootstrap; the interval of an accuracy needs only the number of images."""
+    metrics = results.record(slot).metrics
+    return Row(
+        name=trial_name(slot),
+        chosen=Scores(top1=Estimate(metrics["top1"], *_wilson(results, metrics["top1"])), madds_m=metrics["madds_m"]),
+        max_route_share=metrics["max_route_share"],
+        is_collapsed=metrics["max_route_share"] > COLLAPSE_SHARE,
+        router=results.router_kind(slot),
+        further=_further_values(results, slot),
+    )
+
+
+def _wilson(results: RunResults, top1: float) -> tuple[float, float]:
+    """95 % interval of an accuracy on `val`."""
+    return wilson_interval(round(top1 * results.num_val), results.num_val)
+
+
+def _baseline(verified: Verified) -> Row:
+    widest = int(np.argmax(verified.val.static_madds_m))
+    scores = [
+        Scores(top1=_estimate(analysis.static_top1[widest]), madds_m=analysis.static_madds_m[widest])
+        for analysis in (verified.val, verified.test)
+    ]
+    latency = verified.latency
+    size = max(latency.gates)
+    widest_ms = latency.widest[size].median_ms
+    return Row(
+        name=verified.val.routes[widest],
+        chosen=scores[0],
+        reported=scores[1],
+        latency=Latency(size, widest_ms, widest_ms, latency.cheapest[size].median_ms),
+    )
+
+
+def front_info(results: RunResults) -> FrontInfo | None:
+    """The front's panels: `val`, and `test` once verified."""
+    rows = results.points()
+    if not results.subnets:
+        return None
+    verified = results.verified
+    return FrontInfo(
+        chosen=_bare_panel(results, rows) if verified is None else _panel(results, rows, verified.val),
+        reported=None if verified is None else _panel(results, rows, verified.test),
+        further=further_objective(results),
+        objectives=tuple(metric.name for metric in results.config.metrics),
+    )
+
+
+def _bare_panel(results: RunResults, rows: list[PointRow]) -> FrontPanel:
+    members = results.members
+    madds = np.array([subnet.madds for subnet in members], dtype=float)
+    top1 = np.array([subnet.top1 for subnet in members])
+    line = StaticLine.through(madds, np.round(top1 * results.num_val))
+    intervals = {
+        trial_name(slot): _wilson(results, results.record(slot).metrics["top1"]) for slot in results.front_sample
+    }
+    return FrontPanel(
+        split="val",
+        num_images=results.num_val,
+        static=static_points(rows, "val", _further_name(results)),
+        static_line=Curve(_floats(line.madds / 1e6), _floats(top1[list(line.vertices)])),
+        dynamic=_dynamic(results, rows, "val", intervals),
+    )
+
+
+def _further_name(results: RunResults) -> str | None:
+    further = further_objective(results)
+    return None if further is None else further.metric
+
+
+def _dynamic(
+    results: RunResults, rows: list[PointRow], split: str, intervals: dict[str, tuple[float, float]]
+) -> tuple[DynamicPoint, ...]:
+    """The trials on a split, each with the constraints that it breaks."""
+    broken = {trial_name(record.slot): broken_constraints(record) for record in results.completed}
+    points = dynamic_points(rows, split, intervals, results.config.gate.router, _further_name(results))
+    return tuple(replace(point, broken=broken[point.name]) for point in points)
+
+
+def _panel(results: RunResults, rows: list[PointRow], analysis: SplitAnalysis) -> FrontPanel:
+    by_name = {trial_name(point.slot): point for point in analysis.points}
+    intervals = {name: (point.top1.low, point.top1.high) for name, point in by_name.items()}
+    points = sorted(analysis.points, key=lambda point: point.metrics["madds_m"])
+    return FrontPanel(
+        split=analysis.split,
+        num_images=analysis.num_images,
+        static=static_points(rows, analysis.split, _further_name(results)),
+        static_line=Curve(analysis.line_madds_m, analysis.line_top1),
+        dynamic=tuple(
+            _with_standing(point, by_name.get(point.name))
+            for point in _dynamic(results, rows, analysis.split, intervals)
+        ),
+        random=Curve(tuple(point.metrics["madds_m"] for point in points), tuple(point.random_top1 for point in points)),
+        cascade=Curve(analysis.cascade_madds_m, analysis.cascade_top1),
+        reachable=Curve(analysis.reachable_madds_m, analysis.reachable_top1),
+        oracle=Curve(analysis.oracle_madds_m, analysis.oracle_top1),
+    )
+
+
+def _with_standing(point: DynamicPoint, found: PointAnalysis | None) -> DynamicPoint:
+    if found is None:
+        return point
+    return replace(point, stability=found.stability, ties=tuple(trial_name(slot) for slot in found.ties))
+
+
+def hypervolume_of(results: RunResults) -> HypervolumeInfo | None:
+    """Hypervolume of the static sub-networks and all routers so far, after each trial, of the 2 or 3 objectives.
+
+    A trial adds what it has over the static sub-networks and the trials before it; trials that are not feasible add nothing.
+    """
+    if not results.records or not results.subnets:
+        return None
+    metrics = results.config.metrics
+    nothing = [math.nan] * len(metrics)
+    values = [
+        [record.metrics[metric.name] for metric in metrics] if record.is_feasible else nothing
+        for record in results.records
+    ]
+    reference, goals, static = results.reference_point, [metric.goal for metric in metrics], _static_values(results)
+    trace = hypervolume_trace([*static, *values], goals, reference)
+    return HypervolumeInfo(
+        slots=tuple(record.slot for record in results.records),
+        hypervolume=_floats(trace[len(static) :]),
+        failures=_reasons(results.failed),
+        split="val",
+        num_images=results.num_val,
+        reference=reference,
+        static_hypervolume=hypervolume(static, goals, reference) if static else 0.0,
+        objectives=tuple(metric.name for metric in metrics),
+        pruned=_reasons(results.pruned),
+        num_infeasible=len(results.completed) - len(results.feasible),
+        plateau=_plateau(results),
+    )
+
+
+def _plateau(results: RunResults) -> int | None:
+    """Over how many trials the stop rule found no growth; None where the search ended for another reason, or goes on."""
+    path = results.run.search_end_json(results.stage_key("search") or "")
+    if not path.is_file():
+        return None
+    end = read_json(path)
+    assert isinstance(end, dict)
+    is_last = end["reason"] == "plateau" and end["trials"] == len(results.records)
+    return int(end["rules"]["plateau"]["trials"]) if is_last else None
+
+
+def _reasons(records: Sequence[TrialRecord]) -> tuple[tuple[int, str], ...]:
+    return tuple((record.slot, str(record.reason)) for record in records)
+
+
+def _static_values(results: RunResults) -> list[list[float]]:
+    """The objectives of the static sub-networks that hold every constraint."""
+    baseline = {BASELINE + name: value for name, value in results.baseline.items()}
+    constraints = constraint_set(results.config, baseline)
+    static = [static_metrics(subnet, results.latencies) for subnet in results.members]
+    return [[row[metric.name] for metric in results.config.metrics] for row in static if constraints.hold(row)]
+
+
+def routes_of(results: RunResults, class_names: tuple[str, ...]) -> RoutesInfo | None:
+    """The routes of the front's gates on `test` (on `val` there is nothing more to learn from them)."""
+    verified = results.verified
+    if verified is None or not verified.test.points:
+        return None
+    test = verified.test
+    order = sorted(range(len(test.points)), key=lambda index: test.points[index].metrics["madds_m"])
+    by_class = np.array([test.class_counts[index] for index in order], dtype=np.int64)
+    return RoutesInfo(
+        split=test.split,
+        num_images=test.num_images,
+        routes=test.routes,
+        madds_m=test.static_madds_m,
+        gates=tuple(trial_name(test.points[index].slot) for index in order),
+        counts=by_class.sum(1),
+        classes=class_names,
+        class_counts=by_class,
+    )
+
+
+def routers_of(results: RunResults) -> RoutersInfo | None:
+    """What each kind of router reaches at the budgets, on `test`; None before the verify stage."""
+    verified = results.verified
+    if verified is None:
+        return None
+    test = verified.test
+    return RoutersInfo(test.split, test.num_images, tuple(_router_result(share) for share in test.routers))
+
+
+def _router_result(share: RouterShare) -> RouterResult:
+    gain = share.gain
+    return RouterResult(
+        router=share.router,
+        budget_share=share.budget_share,
+        name=trial_name(share.slot),
+        madds_m=share.madds_m,
+        top1=share.top1,
+        static_top1=share.static_top1,
+        reachable_top1=share.reachable_top1,
+        oracle_top1=share.oracle_top1,
+        gain=None if gain is None else (gain.value, gain.low, gain.high),
+        reachable_share=share.clear_share_of_reachable_gap,
+        oracle_share=share.share_of_oracle_gap,
+        is_collapsed=share.is_collapsed,
+    )
+
+
+def widths_of(results: RunResults) -> WidthsInfo | None:
+    """The static sub-networks by rising MAdds."""
+    members = results.members
+    if not members:
+        return None
+    latency = results.newest_latencies.get(MAIN_DEVICE)
+    series = []
+    for size, row in () if latency is None else latency.subnets.items():
+        timings = [row[subnet.name] for subnet in members]
+        series.append(
+            LatencySeries(
+                size,
+                tuple(t.median_ms for t in timings),
+                tuple(t.median_ms - t.iqr_ms / 2 for t in timings),
+                tuple(t.median_ms + t.iqr_ms / 2 for t in timings),
+            )
+        )
+    return WidthsInfo(
+        split="val",
+        num_images=results.num_val,
+        device=""
+        if latency is None
+        else f"{latency.device}, {latency.threads} thread{'s' if latency.threads > 1 else ''}",
+        subnets=tuple(subnet.name for subnet in members),
+        madds_m=tuple(subnet.madds / 1e6 for subnet in members),
+        params_m=tuple(subnet.params / 1e6 for subnet in members),
+        top1=tuple(subnet.top1 for subnet in members),
+        top5=tuple(subnet.top5 for subnet in members),
+        latency=tuple(series),
+    )
+
+
+def training_of(results: RunResults) -> TrainingInfo | None:
+    """The supernet's loss curves."""
+    key = results.stage_key("supernet")
+    path = None if key is None else results.run.curves_jsonl(key)
+    if path is None or not path.exists():
+        return None
+    return training_info(_json_lines(path.read_text(encoding="utf-8").splitlines()))
+
+
+def _json_lines(lines: Iterable[str]) -> Iterable[dict[str, Any]]:
+    for line in lines:
+        yield json.loads(line)
+
+
+def _floats(values: Any) -> tuple[float, ...]:
+    return tuple(float(value) for value in values)

@@ -1,0 +1,478 @@
+"""What a run folder holds, read back: for status, pareto, report, export and sync. Reads only, and never the sealed table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from dsnet.errors import CheckpointError, NotFoundError
+from dsnet.files import read_json
+from dsnet.measure.latency import MAIN_DEVICE, BatchClock, LatencyTable, device_of, latency_metric
+from dsnet.routers import Router
+from orchestration.config.loading import load_config
+from orchestration.config.sweep import SweepConfig
+from orchestration.pipeline.agreement import Agreement, DynamicLatency
+from orchestration.prepare.baseline import baseline_metrics, measured_ranges
+from orchestration.results.supernet_facts import SupernetFacts
+from orchestration.runs.queue import read_queue
+from orchestration.runs.rundir import Manifest, RunDir
+from orchestration.runs.stages import StageDir
+from search.front.analysis import BudgetPick, SplitAnalysis, budget_picks, front_slots, spread_along_front
+from search.front.pareto import apply_pick, parse_pick
+from search.front.points import PointRow, control_points, gate_points, subnet_points, trial_name
+from search.gate_trial import router_of
+from search.study.study import TrialRecord, load_enqueued, load_records
+
+
+@dataclass(frozen=True)
+class MeasuredSubnet:
+    """One sub-network as the measure stage found it on `val`."""
+
+    name: str
+    top1: float
+    top5: float
+    madds: int
+    params: int
+    is_teacher: bool
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What the verify stage found."""
+
+    front: tuple[int, ...]
+    contenders: tuple[BudgetPick, ...]
+    val: SplitAnalysis
+    test: SplitAnalysis
+    latencies: Mapping[str, DynamicLatency]
+    """By the name of the device, the main one under `MAIN_DEVICE`."""
+    agreements: tuple[Agreement, ...]
+    num_openings: int
+
+    @property
+    def latency(self) -> DynamicLatency:
+        """On the main device."""
+        return self.latencies[MAIN_DEVICE]
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Verified:
+        """Rebuild it from verify.json."""
+        return cls(
+            front=tuple(data["front"]),
+            contenders=tuple(BudgetPick(**item) for item in data["contenders"]),
+            val=SplitAnalysis.from_json(data["val"]),
+            test=SplitAnalysis.from_json(data["test"]),
+            latencies={name: DynamicLatency.from_json(item) for name, item in data["latencies"].items()},
+            agreements=tuple(Agreement(**item) for item in data["agreements"]),
+            num_openings=data["num_openings"],
+        )
+
+
+class RunResults:
+    """The results of one run, as far as it has come.
+
+    Args:
+        run: an existing run.
+
+    Raises:
+        NotFoundError: there is no such run.
+    """
+
+    def __init__(self, run: RunDir) -> None:
+        run.open_existing()
+        self.run = run
+        self.manifest: dict[str, Any] = Manifest(run.manifest_path).read()
+
+    @cached_property
+    def config(self) -> SweepConfig:
+        """The resolved configuration of the last launch."""
+        return load_config(self.run.sweep_yaml).config
+
+    def stage_key(self, stage: str) -> str | None:
+        """The key of the stage's current result, or None."""
+        entry = self.manifest["stages"].get(stage)
+        return None if entry is None else str(entry["key"])
+
+    def is_done(self, stage: str) -> bool:
+        """Whether the stage is complete, and for the very parents that are current."""
+        return self._is_current(stage) and self._folder(stage).is_done()
+
+    def _folder(self, stage: str) -> StageDir:
+        return StageDir(self.run.stage_dir(stage, self.stage_key(stage) or ""))
+
+    def _is_current(self, stage: str) -> bool:
+        """Whether the stage's last result belongs to the last results of all the stages above it."""
+        if self.stage_key(stage) is None:
+            return False
+        record = self._folder(stage).record()
+        return record is not None and all(
+            self.stage_key(name) == key and self._is_current(name) for name, key in record.parent_keys.items()
+        )
+
+    def done_key(self, stage: str) -> str:
+        """The key of a finished stage.
+
+        Raises:
+            NotFoundError: it has not finished.
+        """
+        key = self.stage_key(stage)
+        if key is None or not self.is_done(stage):
+            raise NotFoundError(
+                f"run {self.run.name!r} has not finished its {stage} stage; continue it with: dsnet-orch launch {self.run.sweep_yaml}"
+            )
+        return key
+
+    @cached_property
+    def supernet(self) -> SupernetFacts | None:
+        """How the supernet was made; None before its stage is done, or where another release made it."""
+        return SupernetFacts.of_stage(self._folder("supernet").path) if self.is_done("supernet") else None
+
+    @cached_property
+    def subnets(self) -> tuple[MeasuredSubnet, ...]:
+        """The measured sub-networks in the set's order, the teacher last; empty before the measure stage."""
+        return tuple(MeasuredSubnet(**item) for item in self._measured["subnets"])
+
+    @property
+    def members(self) -> tuple[MeasuredSubnet, ...]:
+        """The measured sub-networks by rising MAdds, without the teacher."""
+        return tuple(sorted((item for item in self.subnets if not item.is_teacher), key=lambda item: item.madds))
+
+    @property
+    def widest(self) -> MeasuredSubnet:
+        """The baseline: the widest routable sub-network."""
+        return self.members[-1]
+
+    @property
+    def num_val(self) -> int:
+        """Images of `val`; 0 before the measure stage."""
+        return int(self._measured["num_images"])
+
+    @cached_property
+    def _measured(self) -> dict[str, Any]:
+        if not self.is_done("measure"):
+            return {"subnets": [], "num_images": 0}
+        return _read(self.run.subnets_json(self.done_key("measure")))
+
+    @cached_property
+    def latencies(self) -> dict[str, LatencyTable]:
+        """The latency tables by the name of the device, the main one under `MAIN_DEVICE`; empty before the measure stage."""
+        if not self.is_done("measure"):
+            return {}
+        return {
+            name: LatencyTable.from_json(_read(path))
+            for file, path in sorted(self._folder("measure").outputs().items())
+            if (name := device_of(file)) is not None
+        }
+
+    @property
+    def latency(self) -> LatencyTable | None:
+        """The main device's latency table; None before the measure stage."""
+        return self.latencies.get(MAIN_DEVICE)
+
+    @cached_property
+    def _timed_again(self) -> dict[str, Any]:
+        """What `dsnet-orch measure` stored; empty where it was not asked for."""
+        path = self.run.timed_again_json(self.done_key("measure")) if self.is_done("measure") else None
+        return _read(path) if path is not None and path.is_file() else {}
+
+    @cached_property
+    def newest_latencies(self) -> dict[str, LatencyTable]:
+        """`latencies`, or what `dsnet-orch measure` found later: to be shown. The study keeps those that it was searched by."""
+        again = self._timed_again.get("tables", {})
+        return self.latencies | {name: LatencyTable.from_json(table) for name, table in again.items()}
+
+    @cached_property
+    def records(self) -> list[TrialRecord]:
+        """All finished trials in slot order; a search that still runs is read as far as it is."""
+        journal = self.run.study_journal(self.stage_key("search") or "")
+        return load_records(journal) if self._is_current("search") and journal.exists() else []
+
+    @property
+    def search_end(self) -> str | None:
+        """What ended the search: `trials`, `time`, `plateau`, ...; None before its end."""
+        path = self.run.search_end_json(self.stage_key("search") or "")
+        return str(_read(path)["reason"]) if path.is_file() else None
+
+    @property
+    def num_waiting(self) -> int:
+        """Points that people enqueued and that have no trial yet."""
+        key = self.stage_key("search") or ""
+        journal, queue = self.run.study_journal(key), read_queue(self.run.queue_jsonl(key))
+        return len(queue) - len(load_enqueued(journal)) if queue and journal.is_file() else len(queue)
+
+    @property
+    def completed(self) -> list[TrialRecord]:
+        """The trials that ran to their end, whether they hold the constraints or not."""
+        return [record for record in self.records if record.state == "complete"]
+
+    @property
+    def feasible(self) -> list[TrialRecord]:
+        """The completed trials that hold all constraints: only they are on a front, picked or exported."""
+        return [record for record in self.records if record.is_feasible]
+
+    @property
+    def pruned(self) -> list[TrialRecord]:
+        """The trials that were ended early: they fell behind, or broke a hard constraint."""
+        return [record for record in self.records if record.state == "pruned"]
+
+    @property
+    def failed(self) -> list[TrialRecord]:
+        """The trials that gave no result."""
+        return [record for record in self.records if record.state == "failed"]
+
+    @cached_property
+    def front(self) -> tuple[int, ...]:
+        """Slots of the front on `val`, the first metric's best last."""
+        metrics, feasible = self.config.metrics, self.feasible
+        values = np.array([[record.metrics[metric.name] for metric in metrics] for record in feasible])
+        return front_slots([record.slot for record in feasible], values, [metric.goal for metric in metrics])
+
+    @cached_property
+    def reference_point(self) -> tuple[float, ...]:
+        """The hypervolume's reference: as configured, else 0 for what is maximised and 1.05 x the widest for what is minimised.
+
+        Of a latency it is the widest as a gate runs it, decision included: what a router saves is told apart from what deciding costs.
+        Of parameters it is the most that a trial may have: a router and the norms of all its routes come on top of the widest.
+        """
+        names = [subnet.name for subnet in self.subnets if not subnet.is_teacher]
+        always_widest = np.array([float(name == self.widest.name) for name in names])
+        dynamic = {metric: clock.ms(always_widest) for metric, clock in self._clocks.items()}
+        costs = {name: max(value, dynamic.get(name, value)) for name, value in self.baseline.items()}
+        if any(metric.name == "params_m" for metric in self.config.metrics):
+            costs["params_m"] = max(costs["params_m"], measured_ranges(self)["params_m"][1])
+        return tuple(
+            metric.ref if metric.ref is not None else (0.0 if metric.goal == "maximize" else 1.05 * costs[metric.name])
+            for metric in self.config.metrics
+        )
+
+    @cached_property
+    def baseline(self) -> dict[str, float]:
+        """Every metric of the widest routable sub-network on `val`."""
+        return baseline_metrics(self)
+
+    @cached_property
+    def front_sample(self) -> tuple[int, ...]:
+        """The gates of the front that run on `test`: about as many as `budget.verify` says, evenly along it.
+
+        Both ends, the knee and what `export.picks` asks for by more than `all` are among them. Of a member of a sweep of supernets: those
+        that are on the front over all supernets.
+        """
+        chosen = self.run.chosen_json(self.stage_key("search") or "")
+        if chosen.is_file():
+            return tuple(slot for slot in self.front if slot in _read(chosen)["slots"])
+        size = self.config.budget.verify
+        if size is None or len(self.front) <= size:
+            return self.front
+        names = [metric.name for metric in self.config.metrics]
+        values = np.array([[self.record(slot).metrics[name] for name in names] for slot in self.front])
+        kept = [self.front.index(slot) for slot in self._named_slots() if slot in self.front]
+        return tuple(self.front[position] for position in spread_along_front(values, size, kept))
+
+    def _named_slots(self) -> list[int]:
+        slots = [] if self.knee is None else [self.knee]
+        for text in self.config.export.picks:
+            try:
+                slots += [] if parse_pick(text).kind == "all" else picked_slots(self, [text])
+            except NotFoundError:  # the export will say so, when everything else is done
+                continue
+        return list(dict.fromkeys(slots))
+
+    @cached_property
+    def contenders(self) -> tuple[BudgetPick, ...]:
+        """The trials that speak for each kind of router at the budgets, chosen on `val`."""
+        trials = [(record.slot, self.router_kind(record.slot), record.metrics) for record in self.feasible]
+        return budget_picks(trials, np.array([subnet.madds for subnet in self.members]))
+
+    @cached_property
+    def knee(self) -> int | None:
+        """The slot of the front's knee; None without a front."""
+        return picked_slots(self, ["knee"])[0] if self.front else None
+
+    @cached_property
+    def verified(self) -> Verified | None:
+        """What verify found; None where it has not run, or the trials that it is about have changed since."""
+        if not self.is_done("verify"):
+            return None
+        try:
+            verified = Verified.from_json(_read(self.run.verify_json(self.done_key("verify"))))
+        except (KeyError, TypeError):  # another release wrote it: launching again verifies anew
+            return None
+        is_current = verified.front == self.front_sample and verified.contenders == self.contenders
+        return self._with_newest_latencies(verified) if is_current else None
+
+    def _with_newest_latencies(self, verified: Verified) -> Verified:
+        """With the times of the front that `dsnet-orch measure` found later, where they are of all of its gates."""
+        again = {name: DynamicLatency.from_json(item) for name, item in self._timed_again.get("front", {}).items()}
+        of_front = {
+            name: latency
+            for name, latency in again.items()
+            if all(set(verified.front) <= set(row) for row in latency.gates.values())
+        }
+        return replace(verified, latencies={**verified.latencies, **of_front})
+
+    @property
+    def finished_ms(self) -> int:
+        """Unix time in ms at which the last trial ended."""
+        return max(record.finished_ms for record in self.records)
+
+    def record(self, slot: int) -> TrialRecord:
+        """One trial by its slot."""
+        return next(record for record in self.records if record.slot == slot)
+
+    def router_kind(self, slot: int) -> str:
+        """The kind of a trial's router."""
+        return str(self.record(slot).params.get("gate.router", self.config.gate.router))
+
+    def router(self, slot: int) -> Router:
+        """The router of a trial.
+
+        Raises:
+            CheckpointError: its file is missing or damaged.
+        """
+        return load_router(self.run.gate_weights(self.stage_key("search") or "", slot))
+
+    def points(self) -> list[PointRow]:
+        """All rows of points.parquet: static sub-networks, gates and controls, on `val` and, once verified, on `test`."""
+        rows: list[PointRow] = []
+        members = self.members
+        if members:
+            rows += subnet_points(
+                "val",
+                [subnet.name for subnet in members],
+                [subnet.top1 for subnet in members],
+                [subnet.madds for subnet in members],
+                top5=[subnet.top5 for subnet in members],
+                params=[subnet.params for subnet in members],
+                latencies=self._static_latencies([subnet.name for subnet in members]),
+            )
+        completed = self.completed
+        rows += gate_points(
+            "val",
+            [record.slot for record in completed],
+            [record.metrics for record in completed],
+            [record.params for record in completed],
+            [record.slot in self.front for record in completed],
+            [record.is_feasible for record in completed],
+        )
+        return rows + (self._verified_points(self.verified) if self.verified is not None else [])
+
+    def _static_latencies(self, names: Sequence[str]) -> dict[str, list[float]]:
+        """Every latency of whole sub-networks, by its metric: [K] for K names. They were measured once, for all splits."""
+        return {
+            latency_metric(size, device): [table.static_ms(name, size) for name in names]
+            for device, table in self.latencies.items()
+            for size in table.batch_sizes
+        }
+
+    @cached_property
+    def _clocks(self) -> dict[str, BatchClock]:
+        """Metric -> what tells the ideal latency of a gate, as for trials. What whole batches really took is in `verified.latency`."""
+        names = [subnet.name for subnet in self.subnets if not subnet.is_teacher]
+        return {
+            latency_metric(size, device): table.clock(size, names)
+            for device, table in self.latencies.items()
+            for size in table.batch_sizes
+        }
+
+    def _verified_points(self, verified: Verified) -> list[PointRow]:
+        test = verified.test
+        params = {subnet.name: subnet.params for subnet in self.subnets}
+        rows = subnet_points(
+            "test",
+            test.routes,
+            [interval.value for interval in test.static_top1],
+            [1e6 * cost for cost in test.static_madds_m],
+            top5=test.static_top5,
+            params=[params[name] for name in test.routes],
+            latencies=self._static_latencies(test.routes),
+        )
+        metrics = [
+            {
+                **point.metrics,
+                "params_m": self.record(point.slot).metrics["params_m"],
+                **{name: clock.ms(np.array(point.runs), point.router) for name, clock in self._clocks.items()},
+            }
+            for point in test.points
+        ]
+        slots = [point.slot for point in test.points]
+        rows += gate_points("test", slots, metrics, [self.record(slot).params for slot in slots], [True] * len(slots))
+        for analysis in (verified.val, test):
+            for name in ("cascade", "reachable", "oracle"):
+                madds_m, top1 = getattr(analysis, f"{name}_madds_m"), getattr(analysis, f"{name}_top1")
+                rows += control_points(analysis.split, name, [1e6 * cost for cost in madds_m], top1)
+        return rows
+
+
+def picked_slots(results: RunResults, picks: Sequence[str]) -> list[int]:
+    """The trials that `picks` mean, each once, in the order of the picks.
+
+    Args:
+        results: a run with a front.
+        picks: `knee`, `all`, `max:top1 where madds_m<=200`, `trial-0042`, ...; all read the metrics on `val`.
+
+    Raises:
+        ConfigError: a pick cannot be read.
+        NotFoundError: nothing matches.
+    """
+    rows = [{"name": trial_name(record.slot), "slot": record.slot, **record.metrics} for record in results.feasible]
+    on_front = [row for row in rows if row["slot"] in results.front]
+    objectives = tuple((metric.name, metric.goal) for metric in results.config.metrics)
+    slots: list[int] = []
+    for text in picks:
+        pick = parse_pick(text)
+        if pick.kind == "name":
+            refuse_unusable(text, [record for record in results.records if trial_name(record.slot) == pick.name])
+        # A front's own rows only where the pick asks for the front: copies of a front point are not exported twice.
+        chosen = apply_pick(pick, on_front if pick.kind in ("all", "knee") else rows, objectives)
+        slots += [int(row["slot"]) for row in chosen if row["slot"] not in slots]
+    return slots
+
+
+def refuse_unusable(pick: str, records: Sequence[TrialRecord]) -> None:
+    """Raise where a pick names trials that exist, but are all failed, pruned or infeasible.
+
+    Raises:
+        NotFoundError: it says what became of the first.
+    """
+    if not records or any(record.is_feasible for record in records):
+        return
+    record = records[0]
+    broken = [text for text, violation in record.constraints.items() if not violation <= 0]
+    standing = {
+        "complete": f"is infeasible: breaks {' and '.join(broken)}",
+        "pruned": "was pruned",
+        "failed": "failed",
+    }[record.state]
+    why = f": {record.reason}" if record.reason else ""
+    raise NotFoundError(f"pick {pick!r}: {trial_name(record.slot)} {standing}{why}; only feasible trials can be picked")
+
+
+def load_router(path: Path) -> Router:
+    """The router that a trial stored.
+
+    Raises:
+        CheckpointError: the file is missing or damaged.
+    """
+    if not path.is_file():
+        raise CheckpointError(
+            f"{path}: the gate of this trial is missing; delete the run's search folder and launch again"
+        )
+    try:
+        return router_of(load_file(path))
+    except (SafetensorError, OSError, ValueError, KeyError, CheckpointError) as error:
+        raise CheckpointError(
+            f"{path}: cannot be read ({error}); delete the run's search folder and launch again"
+        ) from error
+
+
+def _read(path: Path) -> dict[str, Any]:
+    content = read_json(path)
+    assert isinstance(content, dict)
+    return content

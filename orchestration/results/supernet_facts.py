@@ -1,0 +1,126 @@
+"""How a supernet was made, in words: what a regime, a checkpoint or a default comes to, for `plan`, the report and MLflow."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from dsnet.errors import ConfigError
+from dsnet.families import Task, get_family, layout
+from dsnet.files import read_json
+from dsnet.space.spec import SubnetSet, SupernetSpec
+from dsnet.training.settings import REGIMES, SupernetRun
+from dsnet.training.supernet import FINAL
+from orchestration.config.sweep import CHECKPOINT_MODEL, SweepConfig, resolve_regime
+from orchestration.prepare.preparation import Prepared, supernet_run
+
+
+@dataclass(frozen=True)
+class SupernetFacts:
+    """What was, or would be, trained."""
+
+    spec: SupernetSpec
+    run: SupernetRun
+    num_subnets: int
+
+    @classmethod
+    def of_stage(cls, folder: Path) -> SupernetFacts | None:
+        """As a finished supernet stage recorded it; None where another release did, whose settings are not known here."""
+        meta = read_json(folder / f"{FINAL}.json")
+        try:
+            run = SupernetRun.from_json(meta.get("run", {}))
+        except ConfigError:
+            return None
+        return cls(SupernetSpec.from_json(meta["spec"]), run, len(meta["subnets"]["members"]))
+
+    @classmethod
+    def of_prepared(cls, prepared: Prepared) -> SupernetFacts:
+        """As a launch would train it, or takes it over."""
+        run = supernet_run(prepared)
+        if prepared.adoption is not None:
+            run = replace(run, origin=prepared.adoption.origin)
+        return cls(prepared.subnets.spec, run, len(prepared.subnets))
+
+    @property
+    def naming(self) -> str:
+        """What the sub-networks' names mean; empty where they are plain numbers."""
+        return get_family(self.spec.family).naming
+
+    def lines(self, init_from: str | None) -> tuple[tuple[str, str], ...]:
+        """(what, how) for people.
+
+        Args:
+            init_from: `supernet.init_from` of the sweep.
+        """
+        run, train = self.run, self.run.train
+        lines = [("network", f"{self.spec.family} with {self.num_subnets} sub-networks, norm {self.spec.norm}")]
+        if train.epochs == 0:
+            lines.append(("supernet training", "0 epochs: the start weights as they are"))
+        else:
+            lines += [
+                ("supernet regime", self._regime()),
+                (
+                    "supernet training",
+                    f"{train.epochs} epochs, {train.batch_size} images a step, {train.optimizer}, lr {train.lr:g} ({train.schedule}), "
+                    f"precision {train.precision}; {run.weights} weights kept",
+                ),
+            ]
+        return (*lines, ("start weights", self._start(init_from)), ("BatchNorm statistics", self._statistics()))
+
+    def params(self) -> dict[str, Any]:
+        """For MLflow, beside the sweep's own settings."""
+        return {"network": {"family": self.spec.family, "norm": self.spec.norm}, "origin": dict(self.run.origin)}
+
+    def keeps_statistics(self) -> bool:
+        """Whether nothing is estimated after training: there is nothing to estimate, or it was asked for."""
+        return self.spec.norm == "group_norm" or self.run.recalibration_images == 0
+
+    def _regime(self) -> str:
+        regime = self.run.regime
+        name = next((name for name, known in REGIMES.items() if known == regime), "of its own")
+        drawn = f", num_random {regime.num_random}" if regime.widths == "sandwich" else ""
+        return f"{name}: widths {regime.widths}{drawn}, teacher {regime.teacher}"
+
+    def _start(self, init_from: str | None) -> str:
+        origin = self.run.origin
+        if origin:
+            return f"{origin['file']} (sha256 {origin['sha256'][:12]}), by supernet.init_from {init_from}"
+        return "fresh" if init_from is None else f"fresh, in the training that was taken over from {init_from}"
+
+    def _statistics(self) -> str:
+        if self.keeps_statistics():
+            return "none" if self.spec.norm == "group_norm" else "those of the start weights"
+        images = self.run.recalibration_images
+        return f"estimated again on {'all' if images is None else images} training images"
+
+
+def dry_layout(config: SweepConfig) -> SubnetSet | None:
+    """The sub-networks of a sweep's family without its data; None for a model that lies in a checkpoint, which is not opened.
+
+    Classes and channels are those of no particular data.
+
+    Raises:
+        ConfigError: unknown family or option, or a value out of its range.
+    """
+    supernet = config.supernet
+    if supernet.model == CHECKPOINT_MODEL:
+        return None
+    task = Task(num_classes=10, in_channels=3, image_size=config.data.image_size or 32)
+    return layout(supernet.model, task, supernet.options, resolve_regime(supernet).norm)
+
+
+def resolved_settings(config: SweepConfig) -> dict[str, Any]:
+    """`supernet` of the configuration with what its regime comes to in the nulls' place.
+
+    `train.bn` is the family's own where nothing asks for another, and `checkpoint` where only a checkpoint knows it.
+    """
+    settings = config.supernet.model_dump(mode="json")
+    regime, subnets = resolve_regime(config.supernet), dry_layout(config)
+    settings["train"] |= {
+        "widths": regime.widths,
+        "num_random": regime.num_random,
+        "teacher": regime.teacher,
+        "bn": CHECKPOINT_MODEL if subnets is None else subnets.spec.norm,
+    }
+    return settings

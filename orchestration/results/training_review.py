@@ -1,0 +1,122 @@
+"""Warnings about the training of a run's supernet, derived from what the run folder holds: runs of earlier releases get them too."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+
+from dsnet.errors import DsnetError
+from dsnet.files import read_json
+from dsnet.measure.evaluate import TRAIN_SAMPLE_FILE
+from dsnet.space.spec import SubnetSet, SupernetSpec
+from dsnet.training.supernet import FINAL
+from orchestration.results.run import RunResults
+from search.training_checks import Score, TrainingFacts, TrainingWarning, training_warnings
+
+LOSS = "loss/"
+LABELLED = "largest"
+"""The curve of the sub-network that learns from the labels, where the largest one is no route; a route's own name otherwise."""
+
+
+def review(results: RunResults) -> tuple[TrainingWarning, ...]:
+    """What is to be said about the training; nothing before it has ended.
+
+    Accuracies enter when the measure stage is done, image by image when the table stage is.
+    """
+    if not results.is_done("supernet"):
+        return ()
+    return training_warnings(facts_of(results))
+
+
+def facts_of(results: RunResults) -> TrainingFacts:
+    """Everything that the checks read, as far as the run has it; the supernet's stage is done."""
+    key = results.done_key("supernet")
+    made = results.supernet
+    facts = TrainingFacts()
+    if made is not None:
+        train, curves = made.run.train, read_curves(results.run.curves_jsonl(key), made.run.train.epochs)
+        facts = TrainingFacts(
+            num_steps=curves[0],
+            epochs=train.epochs,
+            batch_size=train.batch_size,
+            is_from_scratch=not made.run.origin,
+            teacher=made.run.regime.teacher,
+            trust=made.run.bootstrapping.trust,
+            curves=curves[1],
+        )
+    return facts if not results.subnets else _with_accuracies(results, facts)
+
+
+def read_curves(path: Path, epochs: int) -> tuple[int, dict[str, tuple[list[float], list[float]]]]:
+    """(steps of the training, sub-network -> its curve, the one that learns from the labels first); (0, {}) where there is none."""
+    if epochs == 0 or not path.is_file():
+        return 0, {}
+    rows: dict[int, Mapping[str, Any]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        rows[int(row["step"])] = row
+    curves: dict[str, tuple[list[float], list[float]]] = {}
+    for step in sorted(rows):
+        for name, loss in rows[step]["metrics"].items():
+            if name.startswith(LOSS):
+                steps, losses = curves.setdefault(name.removeprefix(LOSS), ([], []))
+                steps.append(float(step))
+                losses.append(float(loss))
+    first = LABELLED if LABELLED in curves else max(curves, default="", key=lambda name: len(curves[name][0]))
+    ordered = {first: curves[first], **curves} if curves else {}
+    return max((int(row["num_steps"]) for row in rows.values()), default=0), ordered
+
+
+def _with_accuracies(results: RunResults, facts: TrainingFacts) -> TrainingFacts:
+    routes, num_val = results.members, results.num_val
+    outside = next((subnet for subnet in results.subnets if subnet.is_teacher), None)
+    names = [subnet.name for subnet in routes]
+    sample = results.run.subnets_json(results.done_key("measure")).with_name(TRAIN_SAMPLE_FILE)
+    return replace(
+        facts,
+        routes=[Score(subnet.name, subnet.top1, num_val) for subnet in routes],
+        pairs=_nested_pairs(results, names),
+        correct=_correct(results, names),
+        outside=None if outside is None else Score(outside.name, outside.top1, num_val),
+        train=_train_score(read_json(sample)) if sample.is_file() else None,
+    )
+
+
+def _train_score(stored: Any) -> Score:
+    return Score(stored["name"], stored["top1"], stored["num_images"])
+
+
+def _nested_pairs(results: RunResults, names: Sequence[str]) -> list[tuple[int, int]]:
+    """(narrow, wide) positions where no layer of the wide one is narrower: only then it should be as good."""
+    meta = read_json(results.run.stage_dir("supernet", results.done_key("supernet")) / f"{FINAL}.json")
+    try:
+        subnets = SubnetSet.from_json(SupernetSpec.from_json(meta["spec"]), meta["subnets"])
+    except (DsnetError, KeyError, TypeError, ValueError):  # another release wrote it
+        return []
+    widths = {subnet.name: subnet.widths for subnet in subnets}
+    return [
+        (narrow, wide)
+        for wide in range(len(names))
+        for narrow in range(wide)
+        if all(a <= b for a, b in zip(widths[names[narrow]], widths[names[wide]], strict=True))
+    ]
+
+
+def _correct(results: RunResults, names: Sequence[str]) -> NDArray[np.bool_] | None:
+    """[N, K] of the table of `val`, without reading the rest of it; None before the table stage, and where it cannot be read."""
+    if not results.is_done("table"):
+        return None
+    try:
+        with safe_open(results.run.table(results.done_key("table"), "val"), framework="numpy") as stored:
+            told = json.loads((stored.metadata() or {})["routing_table"])["routes"]
+            correct = np.asarray(stored.get_tensor("correct1"), dtype=bool)
+        return correct[:, [told.index(name) for name in names]]
+    except (SafetensorError, OSError, ValueError, KeyError):
+        return None

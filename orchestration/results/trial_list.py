@@ -1,0 +1,190 @@
+"""Which trials of a run somebody wants to see, and in which order: states, conditions, sorting."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from itertools import chain
+from typing import Any, Literal, get_args
+
+from dsnet.errors import ConfigError
+from orchestration.results.run import RunResults
+from search.conditions.constraints import BASELINE
+from search.conditions.expressions import parse_comparison
+from search.front.points import trial_name
+from search.study.study import TrialRecord
+
+Standing = Literal["complete", "infeasible", "failed", "pruned"]
+"""What became of a trial, with those that completed divided by whether they hold every constraint."""
+Wanted = Literal["complete", "feasible", "infeasible", "failed", "pruned"]
+WANTED: tuple[str, ...] = get_args(Wanted)
+RISING = ("top1", "top5")
+"""Metrics of which more is better, where the sweep does not say."""
+
+
+@dataclass(frozen=True)
+class ListedTrial:
+    """A trial as lists show it."""
+
+    name: str
+    record: TrialRecord
+    is_front: bool
+    supernet: str | None = None
+    """Where it comes from, in a sweep of several supernets."""
+
+    @property
+    def standing(self) -> Standing:
+        """Its state; "infeasible" where it completed and breaks a constraint."""
+        record = self.record
+        return "infeasible" if record.state == "complete" and not record.is_feasible else record.state
+
+    @property
+    def broken(self) -> tuple[str, ...]:
+        """The constraints that it breaks."""
+        return broken_constraints(self.record)
+
+    @property
+    def reason(self) -> str | None:
+        """Why it is not on the front whatever its metrics are; None where nothing stands against it."""
+        return f"breaks {' and '.join(self.broken)}" if self.broken and not self.record.reason else self.record.reason
+
+    @property
+    def values(self) -> dict[str, float]:
+        """All numbers that a condition may be about: metrics, and parameters that are numbers."""
+        params = {
+            name: float(value)
+            for name, value in self.record.params.items()
+            if isinstance(value, int | float) and not isinstance(value, bool)
+        }
+        return {**params, **self.record.metrics}
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What somebody asked for."""
+
+    state: str | None = None
+    """One of `WANTED`; None = all."""
+    where: tuple[str, ...] = ()
+    """Conditions over metrics, parameters and `baseline.*`; all must hold."""
+    sort: str | None = None
+    """A metric or parameter, the best first; None = by slot."""
+    limit: int | None = None
+    """At most so many, >= 1."""
+
+
+@dataclass(frozen=True)
+class TrialList:
+    """Trials, and what they are judged by."""
+
+    trials: tuple[ListedTrial, ...]
+    objectives: tuple[tuple[str, str], ...]
+    """(metric, goal)."""
+    baseline: Callable[[str | None], Mapping[str, float]] = lambda _: {}
+    """Tells the metrics of the widest static sub-network of a supernet, without the prefix; called where a condition reads one."""
+
+    @classmethod
+    def of(cls, results: RunResults) -> TrialList:
+        """All finished trials of a run."""
+        objectives = tuple((metric.name, metric.goal) for metric in results.config.metrics)
+        return cls(listed_trials(results, results.front), objectives, lambda _: results.baseline)
+
+    def select(self, selection: Selection) -> tuple[ListedTrial, ...]:
+        """The trials that were asked for.
+
+        Raises:
+            ConfigError: a condition cannot be read, or nothing is called so.
+        """
+        chosen = [trial for trial in self.trials if _is_wanted(trial, selection.state)]
+        baselines = self._baselines() if any(BASELINE in text for text in selection.where) else {}
+        known = sorted({name for trial in self.trials for name in trial.values})
+        for text in selection.where:
+            comparison = parse_comparison(text, [*known, *dict.fromkeys(chain.from_iterable(baselines.values()))])
+            chosen = [
+                trial for trial in chosen if comparison.holds({**trial.values, **baselines.get(trial.supernet, {})})
+            ]
+        if selection.sort is not None:
+            _check_known(selection.sort, known)
+            sign = -1.0 if self._is_rising(selection.sort) else 1.0
+            chosen.sort(key=lambda trial: _rank(trial.values.get(selection.sort or ""), sign))
+        return tuple(chosen[: selection.limit])
+
+    def _baselines(self) -> dict[str | None, dict[str, float]]:
+        """By supernet: `baseline.top1` and so on -> value."""
+        supernets = dict.fromkeys(trial.supernet for trial in self.trials)
+        return {
+            supernet: {BASELINE + name: value for name, value in self.baseline(supernet).items()}
+            for supernet in supernets
+        }
+
+    def _is_rising(self, name: str) -> bool:
+        """Whether more of it is better."""
+        goals = dict(self.objectives)
+        return goals[name] == "maximize" if name in goals else name in RISING
+
+
+def listed_trials(results: RunResults, front: Collection[int], supernet: str | None = None) -> tuple[ListedTrial, ...]:
+    """The finished trials of a run in slot order.
+
+    Args:
+        results: of the run.
+        front: slots of those that are on the front; of a sweep of supernets, on the one over all of them.
+        supernet: its name in such a sweep, which becomes part of the trials' names.
+    """
+    prefix = "" if supernet is None else f"{supernet}/"
+    chosen = frozenset(front)
+    return tuple(
+        ListedTrial(prefix + trial_name(record.slot), record, record.slot in chosen, supernet)
+        for record in results.records
+    )
+
+
+def broken_constraints(record: TrialRecord) -> tuple[str, ...]:
+    """The constraints that a trial breaks, or of which nothing is known."""
+    return tuple(text for text, violation in record.constraints.items() if not violation <= 0)
+
+
+def json_row(trial: ListedTrial) -> dict[str, Any]:
+    """All that is known of a trial, as JSON: values that are not finite are null."""
+    record = trial.record
+    return {
+        "name": trial.name,
+        "supernet": trial.supernet,
+        "slot": record.slot,
+        "state": record.state,
+        "is_feasible": record.is_feasible,
+        "is_front": trial.is_front,
+        "reason": record.reason,
+        "breaks": list(trial.broken),
+        "params": dict(record.params),
+        "metrics": _finite(record.metrics),
+        "constraints": _finite(record.constraints),
+        "rungs": {str(rung): list(values) for rung, values in record.rungs.items()},
+        "duration_s": record.duration_s,
+    }
+
+
+def _finite(values: Mapping[str, float]) -> dict[str, float | None]:
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}
+
+
+def _is_wanted(trial: ListedTrial, state: str | None) -> bool:
+    if state in (None, trial.record.state):
+        return True
+    return trial.record.is_feasible if state == "feasible" else trial.standing == state
+
+
+def _check_known(name: str, known: Sequence[str]) -> None:
+    if name not in known:
+        close = get_close_matches(name, known, n=1)
+        hint = f" did you mean {close[0]!r}?" if close else ""
+        raise ConfigError(
+            f"--sort {name}: no trial has such a metric or parameter;{hint} known: {', '.join(known) or 'none'}"
+        )
+
+
+def _rank(value: float | None, sign: float) -> float:
+    """A sort key that puts the best first and a missing value last."""
+    return math.inf if value is None or math.isnan(value) else sign * value

@@ -1,0 +1,83 @@
+"""Points that a person asks for while a sweep is on: one JSON line each, appended under a lock and never changed.
+
+The driver reads them before every cohort; whoever appends needs no driver, and waits for nobody.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dsnet.errors import CheckpointError, PreflightError
+from dsnet.files import exclusive
+from orchestration.runs.rundir import now_iso
+from search.study.runner import Scalar
+
+
+def append_points(path: Path, points: Sequence[Mapping[str, Scalar]]) -> int:
+    """Add points to a queue; they are on disk when this returns.
+
+    Args:
+        path: the queue; its folder exists.
+        points: checked against the run's space.
+
+    Returns:
+        the number of points that the queue holds now.
+
+    Raises:
+        PreflightError: it cannot be written; the queue holds what it held before.
+        CheckpointError: the file is no queue.
+    """
+    lines = [json.dumps({"params": dict(point), "at": now_iso()}, allow_nan=False) + "\n" for point in points]
+    with exclusive(path.parent):
+        held = read_queue(path)
+        try:
+            with path.open("ab") as file:
+                file.truncate(_whole_lines(path))  # what a killed writer left half was never promised to anybody
+                file.write("".join(lines).encode())
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise PreflightError(f"cannot write {path}: {error.strerror}. Nothing was enqueued.") from error
+    return len(held) + len(points)
+
+
+def read_queue(path: Path) -> list[dict[str, Any]]:
+    """All points so far, oldest first: {"params": {key: value}, "at": time}; empty without a file.
+
+    Takes no lock: a last line that is not yet whole is left out.
+
+    Raises:
+        CheckpointError: another line is no such point.
+    """
+    try:
+        text = path.read_bytes()
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
+    whole = text[: text.rfind(b"\n") + 1]
+    return [_point(path, number, line) for number, line in enumerate(whole.splitlines(), start=1)]
+
+
+def _point(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    try:
+        point = json.loads(line)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{path}, line {number}: not a point ({error}); the file was edited. Restore the line, or write "
+            '{"params": {}} in its place: lines are counted, and none may be missing'
+        ) from error
+    if not isinstance(point, dict) or not isinstance(point.get("params"), dict):
+        raise CheckpointError(
+            f'{path}, line {number}: not a point {{"params": {{...}}, "at": "..."}}; restore the file'
+        )
+    return point
+
+
+def _whole_lines(path: Path) -> int:
+    """Bytes up to the last newline."""
+    return path.read_bytes().rfind(b"\n") + 1

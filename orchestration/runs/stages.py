@@ -1,0 +1,387 @@
+"""Stages: what a result depends on (its key), whether it is there already, and why not.
+
+A stage's folder is named after its key, so a changed configuration starts a new folder beside the old one and going
+back finds the old result again. Nothing is ever overwritten by an invalidation.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from dsnet.errors import CheckpointError
+from dsnet.files import atomic_write_json, file_sha256, plain_value, read_json
+from orchestration.runs.rundir import Manifest, RunDir, now_iso
+
+STAGE_FILE = "stage.json"
+DONE_FILE = "done"
+
+
+@dataclass(frozen=True)
+class StageDefinition:
+    """Everything a stage's result depends on, and nothing else.
+
+    Ray, the number of workers, the budget, tracking and export must not enter `config` (CONTRACTS.md).
+    """
+
+    name: str
+    version: int
+    """STAGE_VERSION of the code, raised by hand when its results change."""
+    config: Mapping[str, Any]
+    """The part of the configuration it reads, nested or flat."""
+    data_fingerprint: str
+    parents: tuple[str, ...] = ()
+    """Names of the stages whose output it reads."""
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """stage.json: the key of a stage's folder and all that went into it."""
+
+    stage: str
+    key: str
+    version: int
+    config: dict[str, Any]
+    """Dotted key to value."""
+    data_fingerprint: str
+    parent_keys: dict[str, str]
+    status: str = "running"
+    started_at: str = ""
+    num_starts: int = 0
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """What a launch would do with one stage, and why."""
+
+    record: StageRecord
+    status: Literal["done", "resume", "run", "invalidated"]
+    reasons: tuple[str, ...]
+    """Empty when done. For `invalidated`: what differs from the newest earlier result of this stage."""
+    folder: StageDir
+
+    @property
+    def name(self) -> str:
+        return self.record.stage
+
+    @property
+    def key(self) -> str:
+        return self.record.key
+
+    @property
+    def is_done(self) -> bool:
+        return self.status == "done"
+
+
+def stage_key(
+    stage: str, version: int, config_subset: Mapping[str, Any], data_fingerprint: str, parent_keys: Sequence[str]
+) -> str:
+    """The stage's identity: sha256 over the canonical JSON of all it depends on, as 64 hex digits.
+
+    The order of mapping keys does not matter, nor whether a subset is nested or dotted, nor whether a whole number was
+    written 1 or 1.0.
+
+    Raises:
+        ValueError: The subset holds NaN or infinity.
+    """
+    content = {
+        "stage": stage,
+        "version": version,
+        "config": flatten(config_subset),
+        "data": data_fingerprint,
+        "parents": list(parent_keys),
+    }
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return hashlib.sha256(canonical.encode("ascii")).hexdigest()
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested mapping as {dotted key: canonical JSON value}, sorted. An empty mapping stays as a value."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        dotted = f"{prefix}{key}"
+        if isinstance(value, Mapping) and value:
+            flat.update(flatten(value, f"{dotted}."))
+        else:
+            flat[dotted] = _canonical(value)
+    return dict(sorted(flat.items()))
+
+
+def _canonical(value: Any) -> Any:
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise ValueError(f"{value} cannot enter a stage key")
+        return int(value) if value.is_integer() else value
+    if isinstance(value, Mapping):
+        return {str(key): _canonical(value[key]) for key in sorted(value, key=str)}
+    if isinstance(value, Sequence):
+        return [_canonical(item) for item in value]
+    return _canonical(plain_value(value))
+
+
+class StageDir:
+    """One stage's folder: `stage.json` from the start, `done` when its outputs are complete.
+
+    A stage works inside the folder (the supernet resumes from its checkpoints there), so only the marker, written last
+    and atomically, says that the outputs can be trusted.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def stage_json(self) -> Path:
+        return self.path / STAGE_FILE
+
+    @property
+    def done_marker(self) -> Path:
+        return self.path / DONE_FILE
+
+    def begin(self, record: StageRecord) -> StageRecord:
+        """Create the folder, or go on in it; a former `done` marker is withdrawn first.
+
+        Returns:
+            The record as written: running, with its start time.
+        """
+        earlier = self.record()
+        if earlier is not None and earlier.key != record.key:
+            raise CheckpointError(
+                f"{self.stage_json} records key {earlier.key}, not {record.key}; the folder was copied or renamed. "
+                "Move it away and launch again."
+            )
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.done_marker.unlink(missing_ok=True)
+        except OSError as error:
+            raise CheckpointError(f"cannot prepare {self.path}: {error.strerror}.") from error
+        num_starts = 1 + (earlier.num_starts if earlier else 0)
+        started = replace(record, status="running", started_at=now_iso(), num_starts=num_starts)
+        atomic_write_json(self.stage_json, asdict(started))
+        return started
+
+    def finish(self, outputs: Sequence[Path], seconds: float) -> None:
+        """Mark the stage done.
+
+        Args:
+            outputs: Files below the folder that make up the result and will not change any more.
+            seconds: Wall-clock time of the work.
+
+        Raises:
+            CheckpointError: An output is missing.
+        """
+        files = {}
+        for path in sorted(outputs):
+            relative = path.relative_to(self.path).as_posix()
+            files[relative] = {"bytes": _size(path), "sha256": file_sha256(path)}
+        atomic_write_json(self.done_marker, {"finished_at": now_iso(), "seconds": round(seconds, 3), "files": files})
+        record = self.record()
+        if record is not None:
+            atomic_write_json(self.stage_json, asdict(replace(record, status="done")))
+
+    def record(self) -> StageRecord | None:
+        """What stage.json says; None if the stage never began.
+
+        Raises:
+            CheckpointError: The file is torn.
+        """
+        if not self.stage_json.exists():
+            return None
+        try:
+            return StageRecord(**read_json(self.stage_json))
+        except TypeError as error:
+            raise CheckpointError(f"{self.stage_json} is not a stage record ({error}); delete its folder.") from error
+
+    def outputs(self) -> dict[str, Path]:
+        """Relative name to path of the finished stage's files; empty while it is not done."""
+        return {name: self.path / name for name in self._marked_files()}
+
+    def seconds(self) -> float | None:
+        """Wall-clock time of the finished work (of its last start); None while it is not done."""
+        return float(read_json(self.done_marker)["seconds"]) if self.done_marker.exists() else None
+
+    def is_done(self) -> bool:
+        """Whether the marker is there and every file it lists has its recorded size."""
+        return self.done_marker.exists() and not self.damage()
+
+    def damage(self) -> tuple[str, ...]:
+        """Why a marked stage cannot be trusted: outputs that are gone or have another size."""
+        problems = []
+        for name, facts in self._marked_files().items():
+            path = self.path / name
+            if not path.is_file():
+                problems.append(f"output {name} is missing")
+            elif path.stat().st_size != facts["bytes"]:
+                problems.append(f"output {name} has {path.stat().st_size} bytes, not {facts['bytes']}")
+        return tuple(problems)
+
+    def check_hashes(self) -> None:
+        """Compare every output with its recorded sha256.
+
+        Raises:
+            CheckpointError: One differs, or is gone; the message names the file.
+        """
+        for name, facts in self._marked_files().items():
+            if file_sha256(self.path / name) != facts["sha256"]:
+                raise CheckpointError(
+                    f"{self.path / name} differs from what its stage wrote (sha256). "
+                    f"Delete {self.path} and launch again."
+                )
+
+    def _marked_files(self) -> dict[str, dict[str, Any]]:
+        if not self.done_marker.exists():
+            return {}
+        files: dict[str, dict[str, Any]] = read_json(self.done_marker)["files"]
+        return files
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError as error:
+        raise CheckpointError(f"{path} should have been written by its stage, but: {error.strerror}.") from error
+
+
+def plan_stages(run: RunDir, definitions: Sequence[StageDefinition]) -> list[StagePlan]:
+    """What a launch would do, stage by stage; reads the run folder and writes nothing.
+
+    Args:
+        run: The run, which need not exist yet.
+        definitions: In order: a stage after all its parents.
+    """
+    records: dict[str, StageRecord] = {}
+    plans = []
+    for definition in definitions:
+        record = stage_record(definition, {name: records[name].key for name in definition.parents})
+        records[definition.name] = record
+        plans.append(_plan_one(run, record))
+    return plans
+
+
+def plan_stage(run: RunDir, definition: StageDefinition, parent_keys: Mapping[str, str]) -> StagePlan:
+    """What a launch would do with one stage whose parents have these keys."""
+    return _plan_one(run, stage_record(definition, parent_keys))
+
+
+def stage_record(definition: StageDefinition, parent_keys: Mapping[str, str]) -> StageRecord:
+    """The record that a stage with these parents would begin with."""
+    key = stage_key(
+        definition.name,
+        definition.version,
+        definition.config,
+        definition.data_fingerprint,
+        [parent_keys[name] for name in definition.parents],
+    )
+    return StageRecord(
+        stage=definition.name,
+        key=key,
+        version=definition.version,
+        config=flatten(definition.config),
+        data_fingerprint=definition.data_fingerprint,
+        parent_keys=dict(parent_keys),
+    )
+
+
+def _plan_one(run: RunDir, record: StageRecord) -> StagePlan:
+    folder = StageDir(run.stage_dir(record.stage, record.key))
+
+    def plan(status: Literal["done", "resume", "run", "invalidated"], *reasons: str) -> StagePlan:
+        return StagePlan(record, status, reasons, folder)
+
+    if folder.is_done():
+        return plan("done")
+    if damage := folder.damage():
+        return plan("resume", *damage)
+    if folder.record() is not None:
+        return plan("resume", "it began but did not finish")
+    earlier = newest_record(run.path / record.stage)
+    if earlier is None:
+        return plan("run", "it has not run yet")
+    return plan("invalidated", *differences(earlier, record))
+
+
+def newest_record(stage_root: Path) -> StageRecord | None:
+    """The record of the stage's most recently started folder."""
+    records = [record for folder in stage_root.glob("*/") if (record := StageDir(folder).record()) is not None]
+    return max(records, key=lambda record: record.started_at, default=None)
+
+
+def differences(old: StageRecord, new: StageRecord) -> tuple[str, ...]:
+    """Why the new key is another one: changed configuration keys, code version, data, parents."""
+    return tuple(_differences(old, new))
+
+
+def _differences(old: StageRecord, new: StageRecord) -> Iterator[str]:
+    for key in sorted(old.config.keys() | new.config.keys()):
+        before, after = (record.config.get(key, "(absent)") for record in (old, new))
+        if before != after:
+            yield f"{key}: {_shown(before)} -> {_shown(after)}"
+    if old.version != new.version:
+        yield f"the stage's code changed: version {old.version} -> {new.version}"
+    if old.data_fingerprint != new.data_fingerprint:
+        yield "the data changed"
+    for name, parent_key in new.parent_keys.items():
+        if old.parent_keys.get(name) != parent_key:
+            yield f"it reads the {name} stage, which changed"
+
+
+def _shown(value: Any) -> str:
+    return value if value == "(absent)" else json.dumps(value, ensure_ascii=False)
+
+
+def run_stage(run: RunDir, plan: StagePlan, work: Callable[[Path], Sequence[Path]]) -> StageDir:
+    """Run a planned stage unless it is done, and record it in its folder and in the manifest.
+
+    Args:
+        run: The run, with its manifest written and its lock held.
+        plan: From `plan_stages`.
+        work: Does the work in the folder it is given, and returns its output files. It may find its own unfinished
+            files there and go on from them.
+
+    Returns:
+        The stage's folder, done.
+    """
+    if plan.is_done:
+        record_done(run, plan)
+        return plan.folder
+    begin_stage(run, plan)
+    clock_start = time.monotonic()
+    outputs = work(plan.folder.path)
+    finish_stage(run, plan, outputs, time.monotonic() - clock_start)
+    return plan.folder
+
+
+def begin_stage(run: RunDir, plan: StagePlan) -> None:
+    """Note in folder and manifest that a stage runs; for work that does not fit into one call, as supernets that train side by side."""
+    started = plan.folder.begin(plan.record)
+    Manifest(run.manifest_path).record_stage(plan.name, _manifest_entry(run, plan, "running", started.started_at, None))
+
+
+def finish_stage(run: RunDir, plan: StagePlan, outputs: Sequence[Path], seconds: float) -> None:
+    """Note that a stage that began is done; the arguments of `StageDir.finish`."""
+    plan.folder.finish(outputs, seconds)
+    record_done(run, plan)
+
+
+def record_done(run: RunDir, plan: StagePlan) -> None:
+    """Point the manifest at a finished stage, also after a kill in between or a return to an earlier configuration."""
+    manifest = Manifest(run.manifest_path)
+    record = plan.folder.record()
+    started_at = record.started_at if record else ""
+    entry = _manifest_entry(run, plan, "done", started_at, plan.folder.seconds())
+    if manifest.read()["stages"].get(plan.name) != entry:
+        manifest.record_stage(plan.name, entry)
+
+
+def _manifest_entry(
+    run: RunDir, plan: StagePlan, status: str, started_at: str, seconds: float | None
+) -> dict[str, Any]:
+    folder = plan.folder.path.relative_to(run.path).as_posix()
+    return {"key": plan.key, "dir": folder, "status": status, "started_at": started_at, "seconds": seconds}

@@ -1,0 +1,656 @@
+"""A sweep of supernets: each distinct one is trained once, measured and tabled, its gates are swept, and all compete for one front.
+
+Every member is a complete run of its own below `supernets/` of the sweep's folder. The sweep's folder itself holds what is common: which
+members there are, the front over all of them, one study and one points file, the report.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from dsnet.environment import resolve_device
+from dsnet.errors import ConfigError, NothingFeasibleError, TooManyFailedTrialsError
+from dsnet.files import atomic_write_json, read_json
+from dsnet.stored.checkpoint import load_supernet
+from dsnet.training.supernet import FINAL
+from orchestration.config.sweep import SweepConfig, supernet_space
+from orchestration.config.wording import plural
+from orchestration.pipeline.context import Launch
+from orchestration.pipeline.export import export_bundles, link_knee
+from orchestration.pipeline.launch import (
+    TRACKING_TIMEOUT_S,
+    LaunchResult,
+    anchored,
+    closing_tracker,
+    launch,
+    ray_where_needed,
+    stage_plans,
+    write_facts,
+)
+from orchestration.pipeline.measure_and_table import measure_stage, table_stage
+from orchestration.pipeline.search import search_stage, trials_left
+from orchestration.pipeline.signals import StopRequest
+from orchestration.pipeline.supernet import done_sentence
+from orchestration.pipeline.verify import verify_stage
+from orchestration.prepare.preparation import Images, Prepared, load_images, supernet_run, training_images
+from orchestration.progress import Bar, FiledProgress, ProgressView, Task
+from orchestration.results.report import write_report
+from orchestration.results.run import RunResults
+from orchestration.results.supernet_facts import SupernetFacts
+from orchestration.runs.rundir import DriverLock, Manifest, RunDir
+from orchestration.runs.stages import StagePlan, begin_stage, finish_stage, record_done
+from orchestration.supernets.members import Member, MemberEntry, draw_members, read_entries, write_entries
+from orchestration.supernets.report import write_supernets_report
+from orchestration.supernets.results import GateId, SupernetSweepResults
+from orchestration.supernets.study import SupernetStudy
+from orchestration.supernets.tracking import (
+    TreeTrackers,
+    parent_row,
+    running_row,
+    standing_of,
+    supernets_end_ms,
+    track_fate,
+    write_global_front,
+    write_global_overview,
+)
+from orchestration.tracking.rows import (
+    Standing,
+    store_uri,
+    sweep_end_ms,
+    sweep_row,
+    unix_ms,
+    write_front,
+    write_overview,
+    write_subnets,
+)
+from orchestration.tracking.store import CurvePoint, Tracker
+from orchestration.workers.runtime import LOCAL, cluster_cpus
+from orchestration.workers.supernet import SupernetJob
+from orchestration.workers.tune_ledger import MemberFate, TuneRules
+from orchestration.workers.tune_supernets import TuneMember, ValImages, check_scheduler, stored_fates, train_members
+from search.front.points import save_points, trial_name
+from search.study.study import TrialRecord
+
+Stop = Callable[[RunDir], AbstractContextManager[StopRequest]]
+
+
+@dataclass(frozen=True)
+class SupernetsResult:
+    """What a finished sweep of supernets leaves behind."""
+
+    run: RunDir
+    results: SupernetSweepResults
+    bundles: tuple[Path, ...]
+
+
+def launch_sweep(
+    config: SweepConfig, *, command: str, progress: ProgressView, stop: Stop, take_over: bool = False
+) -> LaunchResult | SupernetsResult:
+    """Run a sweep of whichever kind, or continue it; arguments and errors as `orchestration.pipeline.launch.launch`."""
+    run = launch_supernets if supernet_space(config) else launch
+    return run(config, command=command, progress=progress, stop=stop, take_over=take_over)
+
+
+def launch_supernets(
+    config: SweepConfig, *, command: str, progress: ProgressView, stop: Stop, take_over: bool = False
+) -> SupernetsResult:
+    """Run a sweep of supernets, or continue it; arguments and errors as `orchestration.pipeline.launch.launch`."""
+    config = anchored(config)
+    check_supernets(config)
+    run = RunDir(Path(config.storage.runs), config.name)
+    images = load_images(config)
+    members = draw_members(config, run, images, progress.warn)
+    usable = [member for member in members if member.prepared is not None]
+    if not usable:
+        reasons = "\n".join(f"  {_told(member.settings)}: {member.problem}" for member in members)
+        raise NothingFeasibleError(f"none of the {len(members)} supernets that were drawn can be:\n{reasons}")
+    if config.tracking.mlflow:
+        store_uri(config, run)  # refuses a folder that no store can lie in, before anything is made
+    run.create()
+    with ExitStack() as stack:
+        lock = stack.enter_context(DriverLock(run, command, take_over=take_over))
+        if lock.taken_over_from is not None:
+            progress.say(f"continuing after {lock.taken_over_from}, which is gone")
+        for member in usable:  # nobody launches one of them alone meanwhile
+            member.run.create()
+            stack.enter_context(DriverLock(member.run, command, take_over=take_over))
+            member.run.clear_stop()
+        run.clear_stop()
+        request = stack.enter_context(stop(run))
+        progress = FiledProgress(progress, run.progress_json)
+        sweep = _Sweep.begin(config, run, images, members, progress, request, stack)
+        return sweep.run_all()
+
+
+def check_supernets(config: SweepConfig) -> None:
+    """Refuse what a sweep of supernets cannot do, before anything is loaded.
+
+    Raises:
+        ConfigError: an unknown scheduler or option, or several workers for one supernet.
+    """
+    rules = config.supernets
+    check_scheduler(rules.scheduler, rules.options)
+    if config.supernet.workers != 1:
+        raise ConfigError(
+            f"supernet.workers is {config.supernet.workers}, but in a sweep of supernets each trains in one process; "
+            "set it to 1, and train several at a time with supernets.concurrent"
+        )
+
+
+def tune_rules(config: SweepConfig) -> TuneRules:
+    """How the supernets of a sweep are scheduled."""
+    rules = config.supernets
+    return TuneRules(rules.scheduler, rules.options, rules.concurrent, rules.report_every, config.seed)
+
+
+def tune_member(member: Member, plan: StagePlan, stop_file: Path, threads: int) -> TuneMember:
+    """A member as the scheduler takes it."""
+    prepared = member.prepared
+    assert prepared is not None
+    job = SupernetJob(
+        subnets=prepared.subnets,
+        run=supernet_run(prepared),
+        folder=plan.folder.path,
+        stop_file=stop_file,
+        device=resolve_device(prepared.config.supernet.device),
+        threads=threads,
+        workers=1,
+        is_local=prepared.config.ray.address == LOCAL,
+        init_from=None if prepared.start is None else prepared.start.path,
+    )
+    return TuneMember(member.name, member.key, job, is_done=plan.is_done)
+
+
+class _Book:
+    """What the sweep's folder records of its members while they are at work."""
+
+    def __init__(self, run: RunDir, members: tuple[Member, ...]) -> None:
+        self._run = run
+        earlier = {entry.key: entry for entry in read_entries(run, everything=True)}
+        self._entries = {member.name: _entry(member, earlier.get(member.key)) for member in members}
+        write_entries(run, list(self._entries.values()))
+
+    @property
+    def entries(self) -> list[MemberEntry]:
+        """Of all members, in order."""
+        return list(self._entries.values())
+
+    def __getitem__(self, name: str) -> MemberEntry:
+        return self._entries[name]
+
+    def update(self, entry: MemberEntry) -> None:
+        """Record a change."""
+        if self._entries[entry.name] != entry:
+            self._entries[entry.name] = entry
+            write_entries(self._run, self.entries)
+
+
+def _entry(member: Member, earlier: MemberEntry | None) -> MemberEntry:
+    if member.prepared is None:
+        return MemberEntry(member.name, member.key, dict(member.settings), "failed", member.problem)
+    entry = MemberEntry(
+        member.name, member.key, dict(member.settings), epochs=supernet_run(member.prepared).train.epochs
+    )
+    if earlier is None:
+        return entry
+    return replace(earlier, settings=entry.settings, epochs=entry.epochs)
+
+
+class _Named:
+    """The progress of one member: every line says whose it is."""
+
+    def __init__(self, progress: ProgressView, name: str) -> None:
+        self._progress = progress
+        self._name = name
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        self._progress.say(f"{self._name}: {text}")
+
+    def warn(self, text: str) -> None:
+        """A line that stays and matters."""
+        self._progress.warn(f"{self._name}: {text}")
+
+    def bar(self, task: Task) -> AbstractContextManager[Bar]:
+        """A bar for the length of a with-block."""
+        return self._progress.bar(replace(task, title=f"{self._name}: {task.title}"))
+
+
+@dataclass
+class _Opening:
+    """Counts how often the sweep has read `test`: once for a front, however many members its gates belong to."""
+
+    manifest: Manifest
+    _count: int | None = field(default=None, init=False)
+
+    def __call__(self) -> int:
+        if self._count is None:
+            self._count = self.manifest.count_test_opening("verify: the front over all supernets")
+        return self._count
+
+
+@dataclass(frozen=True)
+class _Sweep:
+    """One launch of a sweep of supernets."""
+
+    config: SweepConfig
+    run: RunDir
+    members: Mapping[str, Member]
+    """Those whose settings make a supernet."""
+    works: Mapping[str, Launch]
+    """The launch of each."""
+    manifest: Manifest
+    tracker: Tracker
+    progress: ProgressView
+    stop: StopRequest
+    book: _Book
+    study: SupernetStudy
+
+    @classmethod
+    def begin(
+        cls,
+        config: SweepConfig,
+        run: RunDir,
+        images: Images,
+        members: tuple[Member, ...],
+        progress: ProgressView,
+        request: StopRequest,
+        stack: ExitStack,
+    ) -> _Sweep:
+        """Write what is known before anything runs, and open what the launch writes to; `stack` closes it."""
+        usable = {member.name: _in_one_store(member, config, run) for member in members if member.prepared is not None}
+        first = next(iter(usable.values())).prepared
+        assert first is not None
+        for warning in dict.fromkeys(text for item in usable.values() for text in _prepared(item).warnings()):
+            progress.warn(warning)
+        manifest = write_facts(replace(first, config=config), run)
+        book = _Book(run, members)
+        study = SupernetStudy.open(run, config, book.entries)
+        trackers = TreeTrackers(config, run)
+        stack.callback(trackers.end)
+        tracker = trackers.make(progress.warn)
+        parent = parent_row(manifest.read(), run, config)
+        tracker.parent(parent)
+        stack.enter_context(
+            closing_tracker(run, tracker, progress, lambda: supernets_end_ms(SupernetSweepResults(run)))
+        )
+        works = {}
+        for name, member in usable.items():
+            own = write_facts(_prepared(member), member.run)
+            named = _Named(progress, name)
+            work = Launch(
+                _prepared(member),
+                member.run,
+                own,
+                trackers.make(named.warn),
+                named,
+                request,
+                on_record=_shown_in(study, name),
+            )
+            work.tracker.parent(replace(sweep_row(own.read(), member.run, member.config), under=parent))
+            stack.enter_context(closing_tracker(member.run, work.tracker, named, _end_of(own)))
+            works[name] = work
+        return cls(config, run, usable, works, manifest, tracker, progress, request, book, study)
+
+    def run_all(self) -> SupernetsResult:
+        """From the members to the report."""
+        self._tell_members()
+        plans = {name: stage_plans(work) for name, work in self.works.items()}
+        is_idle = self._is_idle(plans)
+        first = _prepared(next(iter(self.members.values())))
+        with ray_where_needed(self._needs_ray(plans), self.config, first, self.progress):
+            trained = self._train(plans)
+            for name in [] if is_idle else trained:
+                self._sweep_gates(name)
+        if is_idle:
+            self.progress.say("every supernet, every trial and the front are done: nothing is left to do")
+        results = SupernetSweepResults(self.run)
+        self.study.add_missing(results)
+        if not results.feasible:
+            raise NothingFeasibleError(self._nothing_feasible(results))
+        self._freeze(results)
+        self._verify(results)
+        return self._finish()
+
+    def _tell_members(self) -> None:
+        for entry in self.book.entries:
+            if entry.name in self.members:
+                self.progress.say(f"{entry.name}: {_told(entry.settings)}")
+            else:
+                self.progress.warn(f"{entry.name}: {_told(entry.settings)} cannot be: {entry.reason}")
+
+    def _tune_members(self, plans: Mapping[str, Mapping[str, StagePlan]], threads: int) -> list[TuneMember]:
+        return [
+            tune_member(member, plans[name]["supernet"], self.run.stop_path, threads)
+            for name, member in self.members.items()
+        ]
+
+    def _known_fates(self, plans: Mapping[str, Mapping[str, StagePlan]]) -> dict[str, MemberFate]:
+        return stored_fates(self._tune_members(plans, 1), tune_rules(self.config), self.run.tune_dir)
+
+    def _needs_ray(self, plans: Mapping[str, Mapping[str, StagePlan]]) -> bool:
+        known = self._known_fates(plans)
+        if known.keys() != self.members.keys():
+            return True
+        return any(
+            trials_left(self.works[name].run, plans[name]["search"], self.works[name].config) > 0
+            for name, fate in known.items()
+            if fate.state == "trained"
+        )
+
+    def _is_idle(self, plans: Mapping[str, Mapping[str, StagePlan]]) -> bool:
+        """Whether an earlier launch has done all there is to do."""
+        if self._needs_ray(plans):
+            return False
+        trained = [name for name, fate in self._known_fates(plans).items() if fate.state == "trained"]
+        are_done = all(plan.is_done for name in trained for plan in plans[name].values())
+        return are_done and SupernetSweepResults(self.run).is_verified
+
+    def _train(self, plans: Mapping[str, Mapping[str, StagePlan]]) -> list[str]:
+        """Train what is not trained, as the scheduler lets it; the names of those that are."""
+        rules = tune_rules(self.config)
+        known = self._known_fates(plans)
+        training = _Training(self, plans, known)
+        if known.keys() == self.members.keys():
+            fates = [known[name] for name in self.members]
+        else:
+            threads = self.config.supernet.threads or max(1, cluster_cpus() // self.config.supernets.concurrent)
+            prepared = _prepared(next(iter(self.members.values())))
+            data = prepared.data
+            total = sum(entry.epochs for entry in self.book.entries if entry.name in self.members)
+            with self.progress.bar(Task("supernets", total, "epoch", line_every=1)) as bar:
+                training.bar = bar
+                fates = train_members(
+                    self._tune_members(plans, threads),
+                    rules,
+                    data=training_images(prepared, supernet_run(prepared).augmentation),
+                    val=ValImages(data.images("val"), data.labels("val")),
+                    folder=self.run.tune_dir,
+                    on_report=training.on_report,
+                    on_points=training.on_points,
+                    on_fate=training.on_fate,
+                    should_stop=self.stop,
+                )
+        for fate in fates:  # those that an earlier launch has seen, too
+            training.on_fate(fate)
+        for entry in self.book.entries:  # now that all is known: in one order, whoever was the first to end
+            self.study.add_supernet(entry)
+        trained = [fate.name for fate in fates if fate.state == "trained"]
+        if not trained:
+            reasons = "; ".join(f"{fate.name}: {fate.reason}" for fate in fates)
+            raise NothingFeasibleError(f"no supernet was trained to its end; {reasons}")
+        return trained
+
+    def _sweep_gates(self, name: str) -> None:
+        """Measure a trained supernet, table it, and search its gates."""
+        work = self.works[name]
+        plans = stage_plans(work)
+        for record in RunResults(work.run).records:  # a kill may have come between its own study and the merged one
+            self.study.add_gate(name, record)
+        supernet = load_supernet(plans["supernet"].folder.path / FINAL)[0]
+        measure_stage(work, plans["measure"], supernet)
+        table_stage(work, plans["table"], supernet)
+        try:
+            search_stage(work, plans["search"], plans["table"])
+        except NothingFeasibleError as error:  # of this supernet; another may do
+            work.progress.warn(str(error))
+            self.book.update(replace(self.book[name], reason=str(error)))
+
+    def _nothing_feasible(self, results: SupernetSweepResults) -> str:
+        broken = Counter(
+            text
+            for member in results.members.values()
+            for record in member.records
+            for text, value in record.constraints.items()
+            if value > 0
+        )
+        most = f"; {broken.most_common(1)[0][1]} break {broken.most_common(1)[0][0]}" if broken else ""
+        reasons = [entry.reason for entry in results.entries if entry.reason]
+        last = f"; the last reason of a supernet: {reasons[-1]}" if reasons else ""
+        return f"none of the {results.num_trials} trials of {plural(len(results.members), 'supernet')} is feasible{most}{last}"
+
+    def _freeze(self, results: SupernetSweepResults) -> None:
+        """Write down the front over all supernets, and for each member which gates are to run on `test`: before that is opened."""
+        names = [metric.name for metric in self.config.metrics]
+        content = {
+            "metrics": [[metric.name, metric.goal] for metric in self.config.metrics],
+            "front": [
+                _gate_json(gate) | {"values": [results.feasible[gate].metrics[name] for name in names]}
+                for gate in results.front
+            ],
+            "sample": [_gate_json(gate) for gate in results.front_sample],
+        }
+        _write_changed(self.run.front_json, content)
+        for name, member in results.members.items():
+            if member.is_done("search"):
+                slots = sorted(gate.slot for gate in results.front_sample if gate.supernet == name)
+                _write_changed(member.run.chosen_json(member.done_key("search")), {"slots": slots})
+        shares = Counter(gate.supernet for gate in results.front)
+        told = ", ".join(f"{count} of {name}" for name, count in shares.items())
+        self.progress.say(
+            f"front over {plural(len(results.members), 'supernet')}: {plural(len(results.front), 'gate')} ({told})"
+        )
+
+    def _verify(self, results: SupernetSweepResults) -> None:
+        opening = _Opening(self.manifest)
+        for name in results.members:
+            if all(gate.supernet != name for gate in results.front_sample):
+                continue
+            work = replace(self.works[name], on_test_opening=opening)
+            plans = stage_plans(work)
+            supernet = load_supernet(plans["supernet"].folder.path / FINAL)[0]
+            verify_stage(work, plans, supernet, RunResults(work.run))
+
+    def _finish(self) -> SupernetsResult:
+        """Points, reports, bundles, MLflow: projections of what the stages found."""
+        results = SupernetSweepResults(self.run)
+        self.study.add_missing(results)
+        for name, member in results.members.items():
+            self._finish_member(name, member, standing_of(results, name))
+        save_points(self.run.points_parquet, results.points())
+        first = _prepared(next(iter(self.members.values())))
+        write_supernets_report(results, first.notes(), "complete")
+        prepared = {name: _prepared(member) for name, member in self.members.items()}
+        bundles = export_gates(results, self.config.export.picks, prepared, self.run.export_dir)
+        write_global_front(self.tracker, results)
+        for path in (self.run.sweep_yaml, self.run.points_parquet, self.run.report_html):
+            self.tracker.artifact(path)
+        if self.config.tracking.mlflow:
+            write_global_overview(self.tracker, results, redraw=True)
+        return SupernetsResult(self.run, results, tuple(bundles))
+
+    def _finish_member(self, name: str, member: RunResults, standing: Standing) -> None:
+        work = self.works[name]
+        save_points(member.run.points_parquet, member.points())
+        note = f"One of the supernets of the sweep {self.run.name}; of its gates those on the front over all supernets ran on test."
+        write_report(member, work.prepared.image_set.class_names, (*work.prepared.notes(), note), "complete")
+        if member.subnets:
+            write_subnets(work.tracker, member)  # again, with what they reach on test
+        if member.records:
+            write_front(work.tracker, member, standing, member.finished_ms)
+        for path in (member.run.sweep_yaml, member.run.points_parquet, member.run.report_html):
+            work.tracker.artifact(path)
+        if self.config.tracking.mlflow:
+            write_overview(work.tracker, member, redraw=True)
+        work.tracker.close("FINISHED", sweep_end_ms(member.manifest), TRACKING_TIMEOUT_S)
+
+
+class _Training:
+    """Hears what the scheduler and the supernets have to say, and records it."""
+
+    def __init__(
+        self, sweep: _Sweep, plans: Mapping[str, Mapping[str, StagePlan]], known: Mapping[str, MemberFate]
+    ) -> None:
+        self._sweep = sweep
+        self._plans = plans
+        self._began_s: dict[str, float] = {}
+        self._epochs = {name: float(fate.reports[-1][0]) if fate.reports else 0.0 for name, fate in known.items()}
+        self._ended: set[str] = set()
+        self.bar: Bar | None = None
+        for name in sweep.members:
+            if name not in known:
+                sweep.book.update(replace(sweep.book[name], state="waiting", reason=None))
+
+    def on_report(self, name: str, epoch: int, value: float) -> None:
+        """A supernet has reported the hypervolume of its sub-networks."""
+        entry = self._sweep.book[name]
+        reports = tuple(sorted({**dict(entry.reports), epoch: value}.items()))
+        self._sweep.book.update(replace(entry, reports=reports))
+        self._show(name, epoch, f"static hypervolume {value:.4f}")
+
+    def on_points(self, name: str, points: list[CurvePoint]) -> None:
+        """Its loss curves have grown."""
+        self._begin(name)
+        work = self._sweep.works[name]
+        work.tracker.curve(points)
+        if points:
+            self._show(name, points[-1].metrics.get("epoch") or 0.0, "")
+
+    def on_fate(self, fate: MemberFate) -> None:
+        """What became of it; heard again for those that an earlier launch, or this one, has seen already."""
+        if fate.name in self._ended:
+            return
+        self._ended.add(fate.name)
+        sweep, work, plan = self._sweep, self._sweep.works[fate.name], self._plans[fate.name]["supernet"]
+        is_new = not plan.is_done and sweep.book[fate.name].state != fate.state
+        if fate.state == "trained":
+            self._finish_training(fate.name, plan)
+        entry = replace(sweep.book[fate.name], state=fate.state, reason=fate.reason, reports=fate.reports)
+        entry = _with_times(entry, work)
+        sweep.book.update(entry)
+        self._track(entry, work)
+        if is_new:
+            self._tell(entry, work)
+
+    def _finish_training(self, name: str, plan: StagePlan) -> None:
+        work = self._sweep.works[name]
+        if plan.is_done:
+            record_done(work.run, plan)
+            return
+        self._begin(name)
+        seconds = time.monotonic() - self._began_s[name]
+        stem = plan.folder.path / FINAL
+        finish_stage(work.run, plan, [stem.with_name(stem.name + end) for end in (".safetensors", ".json")], seconds)
+
+    def _begin(self, name: str) -> None:
+        if name in self._began_s:
+            return
+        self._began_s[name] = time.monotonic()
+        work = self._sweep.works[name]
+        begin_stage(work.run, self._plans[name]["supernet"])
+        work.tracker.supernet(running_row(work.run, work.manifest, work.config))
+
+    def _track(self, entry: MemberEntry, work: Launch) -> None:
+        track_fate(work.tracker, entry, work)
+        if entry.state != "trained":
+            work.tracker.close("FAILED" if entry.state == "failed" else "FINISHED", entry.end_ms, TRACKING_TIMEOUT_S)
+
+    def _tell(self, entry: MemberEntry, work: Launch) -> None:
+        if entry.state == "trained":
+            seconds = (entry.end_ms - entry.start_ms) / 1000
+            work.progress.say(f"supernet: {done_sentence(SupernetFacts.of_prepared(work.prepared), seconds)}")
+        else:
+            work.progress.warn(f"supernet {entry.state}: {entry.reason}")
+
+    def _show(self, name: str, epoch: float, text: str) -> None:
+        self._epochs[name] = max(epoch, self._epochs.get(name, 0.0))
+        if self.bar is not None:
+            self.bar.update(sum(self._epochs.values()), f"{name}  epoch {epoch:.3g}  {text}")
+
+
+def _with_times(entry: MemberEntry, work: Launch) -> MemberEntry:
+    """When the training began and ended, once and for all: rows and records repeat them."""
+    if entry.start_ms and entry.end_ms:
+        return entry
+    stage = work.manifest.read()["stages"].get("supernet")
+    start_ms = round(1000 * time.time()) if stage is None else unix_ms(stage["started_at"])
+    if stage is not None and stage["seconds"] is not None:
+        return replace(entry, start_ms=start_ms, end_ms=start_ms + round(1000 * stage["seconds"]))
+    return replace(entry, start_ms=start_ms, end_ms=round(1000 * time.time()))
+
+
+def export_gates(
+    results: SupernetSweepResults, picks: Sequence[str], prepared: Mapping[str, Prepared], folder: Path
+) -> list[Path]:
+    """Write a bundle for each picked gate, below a folder for each supernet; the bundles' folders.
+
+    Args:
+        results: of the sweep.
+        picks: see `SupernetSweepResults.picked`.
+        prepared: data and layout of the supernets that they concern.
+        folder: receives the folders of the supernets.
+    """
+    slots: dict[str, list[int]] = {}
+    for gate in results.picked(picks):
+        slots.setdefault(gate.supernet, []).append(gate.slot)
+    bundles = {
+        (name, slot): path
+        for name, own in slots.items()
+        for slot, path in zip(
+            own, export_bundles(prepared[name], results.members[name], own, folder / name), strict=True
+        )
+    }
+    knee = results.knee
+    if knee is not None:
+        link_knee(folder, folder / knee.supernet / trial_name(knee.slot))
+    return list(bundles.values())
+
+
+def check_supernet_failures(result: SupernetsResult) -> None:
+    """Raise where more trials failed than the budget allows; the sweep itself is finished and reported.
+
+    Raises:
+        TooManyFailedTrialsError: it says how many, and the commonest reason.
+    """
+    results = result.results
+    allowed = results.config.budget.max_failed
+    if results.num_failed > allowed * results.num_trials:
+        reasons = Counter(record.reason for member in results.members.values() for record in member.failed)
+        raise TooManyFailedTrialsError(
+            f"{results.num_failed} of {results.num_trials} trials failed, more than budget.max_failed {allowed:g} allows; "
+            f"most often: {reasons.most_common(1)[0][0]}"
+        )
+
+
+def _prepared(member: Member) -> Prepared:
+    assert member.prepared is not None
+    return member.prepared
+
+
+def _in_one_store(member: Member, config: SweepConfig, run: RunDir) -> Member:
+    """The same member, told where the sweep is tracked: one that is launched or synced by itself writes to the same rows."""
+    prepared = _prepared(member)
+    if not config.tracking.mlflow:
+        return member
+    tracking = config.tracking.model_copy(
+        update={"uri": store_uri(config, run), "experiment": config.tracking.experiment or config.name}
+    )
+    own = prepared.config.model_copy(update={"tracking": tracking})
+    return replace(member, prepared=replace(prepared, config=own))
+
+
+def _shown_in(study: SupernetStudy, name: str) -> Callable[[TrialRecord], None]:
+    return lambda record: study.add_gate(name, record)
+
+
+def _end_of(manifest: Manifest) -> Callable[[], int]:
+    return lambda: sweep_end_ms(manifest.read())
+
+
+def _gate_json(gate: GateId) -> dict[str, object]:
+    return {"supernet": gate.supernet, "slot": gate.slot}
+
+
+def _write_changed(path: Path, content: dict[str, object]) -> None:
+    """Write a JSON file where it is missing or says something else."""
+    if not path.is_file() or read_json(path) != content:
+        atomic_write_json(path, content)
+
+
+def _told(settings: Mapping[str, object]) -> str:
+    return ", ".join(f"{key.removeprefix('supernet.')} {value}" for key, value in settings.items())

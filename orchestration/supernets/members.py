@@ -1,0 +1,234 @@
+"""The members of a sweep of supernets: drawn beforehand, each with its settings applied, each distinct supernet once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from dsnet.errors import CheckpointError, ConfigError, DsnetError
+from dsnet.files import atomic_write_json, read_json
+from orchestration.config.distribution import Distribution
+from orchestration.config.space import supernet_with
+from orchestration.config.sweep import SweepConfig, gate_space, supernet_space
+from orchestration.pipeline.search import refuse_impossible_layout
+from orchestration.prepare.preparation import Images, Prepared, prepare, stage_definitions
+from orchestration.runs.rundir import RunDir
+from orchestration.runs.stages import stage_record
+from search.study.runner import Scalar
+from search.suggest.drawing import drawn_points
+from search.suggest.samplers import SamplerSettings
+from search.suggest.space import Space, parse_space
+
+KEY_CHARACTERS = 8
+"""Of the supernet's stage key, in a member's name."""
+DRAWS_PER_SUPERNET = 50
+"""A space may hold fewer distinct supernets than asked for, and not know it: after so many draws without a new one it is exhausted."""
+_SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Member:
+    """One supernet of a sweep, with the gates that are searched under it."""
+
+    name: str
+    key: str
+    """Of its supernet stage; of its settings where they make no supernet."""
+    settings: Mapping[str, Scalar]
+    """What it has of the supernet part of the space, by dotted key."""
+    prepared: Prepared | None
+    """None where the settings make no supernet."""
+    problem: str | None = None
+    """Why they make none."""
+
+    @property
+    def config(self) -> SweepConfig:
+        """Its own sweep: that of the whole with these settings, and the gates' part of the space."""
+        assert self.prepared is not None
+        return self.prepared.config
+
+    @property
+    def run(self) -> RunDir:
+        """Its run folder."""
+        return RunDir(Path(self.config.storage.runs), self.name)
+
+
+@dataclass(frozen=True)
+class MemberEntry:
+    """What the parent's folder records of a member, for those who read it without its data."""
+
+    name: str
+    key: str
+    settings: Mapping[str, Scalar]
+    state: str = "waiting"
+    """waiting | trained | stopped | failed."""
+    reason: str | None = None
+    reports: tuple[tuple[int, float], ...] = ()
+    """(epoch, static hypervolume on `val`) while it trained."""
+    epochs: int = 0
+    """Of a whole training."""
+    start_ms: int = 0
+    end_ms: int = 0
+    """Of its training, Unix time in ms; 0 where it has not begun or ended."""
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> MemberEntry:
+        """Rebuild it."""
+        reports = tuple((int(epoch), float(value)) for epoch, value in data["reports"])
+        return cls(**{**data, "reports": reports})
+
+
+def supernet_part(config: SweepConfig) -> Space:
+    """The part of the space that says which supernets there are; choices that are lists stand there as their JSON."""
+    distributions = {key: _with_text(distribution) for key, distribution in supernet_space(config).items()}
+    return parse_space({key: distribution.written() for key, distribution in distributions.items()})
+
+
+def _with_text(distribution: Distribution) -> Distribution:
+    if distribution.kind != "choice":
+        return distribution
+    return replace(distribution, values=tuple(_text(choice) for choice in distribution.values))
+
+
+def _text(choice: Any) -> Any:
+    return json.dumps(choice) if isinstance(choice, tuple) else choice
+
+
+def draw_members(config: SweepConfig, run: RunDir, images: Images, warn: Callable[[str], None]) -> tuple[Member, ...]:
+    """The supernets of a sweep, in the order in which they are drawn.
+
+    Settings that come to the same supernet count once. Those that come to none are a member too, with the reason: a sweep does not
+    hide what it could not do.
+
+    Args:
+        config: of the sweep, resolved, with absolute folders.
+        run: its run folder; it need not exist.
+        images: its data.
+        warn: hears of start weights that are gone.
+    """
+    known = {entry.key: entry.name for entry in read_entries(run, everything=True)}
+    members: dict[str, Member] = {}
+    num_in_vain = 0
+    for settings in _drawn(config):
+        member = _member(config, run, settings, images, warn)
+        if member.key in members:
+            num_in_vain += 1
+            if num_in_vain >= DRAWS_PER_SUPERNET:
+                break
+            continue
+        num_in_vain = 0
+        name = known.setdefault(member.key, f"s{_next_number(known.values())}-{member.key[:KEY_CHARACTERS]}")
+        members[member.key] = _named(member, name)
+        if len(members) == config.supernets.number:
+            break
+    return tuple(members.values())
+
+
+def _drawn(config: SweepConfig) -> Iterator[dict[str, Scalar]]:
+    settings = SamplerSettings(config.supernets.sampler)
+    return islice(
+        drawn_points(supernet_part(config), settings, config.seed), DRAWS_PER_SUPERNET * config.supernets.number
+    )
+
+
+def _next_number(names: Sequence[str] | Any) -> int:
+    """Numbers are given once: a member keeps its name, and its folder, when another space draws it in another place."""
+    numbers = [int(name.partition("-")[0][1:]) for name in names]
+    return max(numbers, default=-1) + 1
+
+
+def _member(
+    config: SweepConfig,
+    run: RunDir,
+    settings: Mapping[str, Scalar],
+    images: Images,
+    warn: Callable[[str], None],
+) -> Member:
+    """A member that has no name yet."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    key, prepared = digest, None
+    try:
+        prepared = prepare(member_config(config, run, settings), None, warn, images)
+        key = stage_record(stage_definitions(prepared)[0], {}).key
+        refuse_impossible_layout(prepared.config, prepared.subnets, prepared.image_size)
+    except CheckpointError:
+        raise  # what is broken on the disk is no property of the settings
+    except DsnetError as error:
+        return Member("", key, settings, None, str(error))
+    return Member("", key, settings, prepared)
+
+
+def _named(member: Member, name: str) -> Member:
+    if member.prepared is None:
+        return replace(member, name=name)
+    config = member.prepared.config.model_copy(update={"name": name})
+    return replace(member, name=name, prepared=replace(member.prepared, config=config))
+
+
+def member_config(config: SweepConfig, run: RunDir, settings: Mapping[str, Scalar]) -> SweepConfig:
+    """A member's own sweep, but for its name.
+
+    Raises:
+        ConfigError: the settings contradict each other, or the rest of the sweep.
+    """
+    meant = {key: _meant(config, key, value) for key, value in settings.items()}
+    plain = config.model_dump(mode="json", exclude={"presets", "supernet"})
+    plain["space"] = {key: distribution.written() for key, distribution in gate_space(config).items()}
+    plain["storage"]["runs"] = str(run.supernets_dir)
+    try:
+        plain["supernet"] = supernet_with(config.supernet, meant).model_dump(mode="json")
+        return SweepConfig.model_validate(plain)
+    except ValidationError as error:
+        raise ConfigError("; ".join(_told(item) for item in error.errors(include_url=False))) from error
+
+
+def _told(error: Any) -> str:
+    place = ".".join(map(str, error["loc"]))
+    message = str(error["msg"]).removeprefix("Value error, ")
+    return f"{place}: {message}" if place and not message.startswith(place) else message
+
+
+def _meant(config: SweepConfig, key: str, value: Scalar) -> Any:
+    """The list that a drawn text stands for; other values are themselves."""
+    lists = [choice for choice in config.space[key].values if isinstance(choice, tuple)]
+    return json.loads(str(value)) if any(_text(choice) == value for choice in lists) else value
+
+
+def read_entries(run: RunDir, *, everything: bool = False) -> tuple[MemberEntry, ...]:
+    """The members that the run folder records, in order; none where it is no sweep of supernets.
+
+    Args:
+        run: the parent.
+        everything: also those of earlier launches with another space.
+    """
+    if not run.supernets_json.is_file():
+        return ()
+    content = read_json(run.supernets_json)
+    if not isinstance(content, dict) or content.get("schema") != _SCHEMA:
+        raise CheckpointError(
+            f"{run.supernets_json}: not the members of a sweep of supernets as this release writes them; launch again under another name"
+        )
+    entries = [MemberEntry.from_json(item) for item in content["members"]]
+    if everything:
+        entries += [MemberEntry.from_json(item) for item in content["earlier"]]
+    return tuple(entries)
+
+
+def write_entries(run: RunDir, entries: Sequence[MemberEntry]) -> None:
+    """Record the members; those of earlier launches that are not among them are kept apart."""
+    current = {entry.key for entry in entries}
+    earlier = [entry for entry in read_entries(run, everything=True) if entry.key not in current]
+    content = {
+        "schema": _SCHEMA,
+        "members": [asdict(entry) for entry in entries],
+        "earlier": [asdict(entry) for entry in earlier],
+    }
+    text = json.loads(json.dumps(content, default=list))
+    if not run.supernets_json.is_file() or read_json(run.supernets_json) != text:
+        atomic_write_json(run.supernets_json, text)

@@ -1,0 +1,196 @@
+"""From the results of a sweep of supernets to its report and its figure."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+
+from dashboards.front import DynamicPoint, dynamic_points, static_points
+from dashboards.headline import Headline, Row
+from dashboards.images import write_figure
+from dashboards.supernets import (
+    SupernetInfo,
+    SupernetsInfo,
+    SupernetsReport,
+    build_supernets_report,
+    supernets_figure,
+)
+from dsnet.errors import NotFoundError
+from dsnet.files import atomic_write_text
+from orchestration.results.report import headline, training_notes
+from orchestration.results.run import RunResults
+from orchestration.supernets.members import MemberEntry
+from orchestration.supernets.results import SupernetSweepResults
+from search.front.pareto import hypervolume
+from search.front.points import trial_name
+
+REFERENCE_MARGIN = 1.05
+"""The hypervolume's reference lies this much beyond the widest sub-network of all supernets."""
+
+
+def write_supernets_report(results: SupernetSweepResults, notes: tuple[str, ...], status: str) -> Path:
+    """Build report.html of a sweep of supernets; returns its path."""
+    atomic_write_text(results.run.report_html, build_supernets_report(report_data(results, notes, status)))
+    return results.run.report_html
+
+
+def report_data(results: SupernetSweepResults, notes: tuple[str, ...], status: str) -> SupernetsReport:
+    """Everything the report shows; parts that the sweep does not have yet stay empty."""
+    manifest, config = results.manifest, results.config
+    return SupernetsReport(
+        run_name=results.run.name,
+        status=status,  # type: ignore[arg-type]
+        created=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
+        data_name=config.data.name,
+        model=config.supernet.model,
+        info=supernets_info(results),
+        headline=global_headline(results),
+        num_test_openings=manifest["test_openings"],
+        objectives=tuple(metric.name for metric in config.metrics),
+        notes=sweep_training_notes(results) + notes + _sample_notes(results),
+        commands=_commands(results),
+        facts=(
+            *((key, str(value)) for key, value in manifest["hardware"].items() if value is not None),
+            ("seed", str(manifest["seed"])),
+            *((key, str(value)[:16]) for key, value in manifest["data_hashes"].items()),
+            *((key, str(value)) for key, value in manifest["versions"].items()),
+        ),
+    )
+
+
+def supernets_info(results: SupernetSweepResults) -> SupernetsInfo:
+    """All supernets with their points, on `val` and, once verified, on `test`."""
+    members = results.members
+    verified = [member.verified for member in members.values() if member.verified is not None]
+    return SupernetsInfo(
+        supernets=tuple(_supernet(results, entry) for entry in results.entries),
+        num_chosen_images=max((member.num_val for member in members.values()), default=0),
+        num_reported_images=verified[0].test.num_images if results.is_verified and verified else 0,
+    )
+
+
+def _supernet(results: SupernetSweepResults, entry: MemberEntry) -> SupernetInfo:
+    info = SupernetInfo(
+        name=entry.name,
+        settings=tuple(entry.settings.items()),
+        state=entry.state,  # type: ignore[arg-type]
+        reason=entry.reason or "",
+        reports=entry.reports,
+        epochs=entry.epochs,
+    )
+    member = results.members.get(entry.name)
+    if member is None or not member.subnets:
+        return info
+    rows, kind = member.points(), member.config.gate.router
+    intervals = _intervals(member)
+    link = member.run.report_html.relative_to(results.run.path).as_posix()
+    return replace(
+        info,
+        static_hypervolume=static_hypervolumes(results)[entry.name],
+        num_trials=len(member.records),
+        num_failed=len(member.failed),
+        static=static_points(rows, "val"),
+        reported_static=static_points(rows, "test"),
+        chosen=_on_front(results, entry.name, dynamic_points(rows, "val", intervals.get("val", {}), kind)),
+        reported=_on_front(results, entry.name, dynamic_points(rows, "test", intervals.get("test", {}), kind)),
+        link=link if member.run.report_html.is_file() else None,
+    )
+
+
+def _intervals(member: RunResults) -> dict[str, dict[str, tuple[float, float]]]:
+    if member.verified is None:
+        return {}
+    return {
+        analysis.split: {trial_name(point.slot): (point.top1.low, point.top1.high) for point in analysis.points}
+        for analysis in (member.verified.val, member.verified.test)
+    }
+
+
+def _on_front(
+    results: SupernetSweepResults, supernet: str, points: tuple[DynamicPoint, ...]
+) -> tuple[DynamicPoint, ...]:
+    """The same points on the front over all supernets, or not."""
+    names = {trial_name(gate.slot) for gate in results.front if gate.supernet == supernet}
+    return tuple(replace(point, is_front=point.name in names, supernet=supernet) for point in points)
+
+
+def static_hypervolumes(results: SupernetSweepResults) -> dict[str, float]:
+    """What the static sub-networks of each measured supernet dominate on `val`, as a share of what lies below a perfect, free network.
+
+    One reference for all, so that they compare: top-1 of 0, and 1.05 x the MAdds of the widest sub-network of any of them.
+    """
+    measured = {name: member.members for name, member in results.members.items() if member.subnets}
+    bound = REFERENCE_MARGIN * max((subnet.madds / 1e6 for own in measured.values() for subnet in own), default=1.0)
+    return {
+        name: hypervolume([[subnet.top1, subnet.madds / 1e6] for subnet in own], ("maximize", "minimize"), (0.0, bound))
+        / bound
+        for name, own in measured.items()
+    }
+
+
+def global_headline(results: SupernetSweepResults) -> Headline:
+    """The table of the front over all supernets; each gate's controls are those of its own supernet."""
+    rows: list[Row] = []
+    baselines: list[Row] = []
+    for name, member in results.members.items():
+        slots = [gate.slot for gate in results.front_sample if gate.supernet == name]
+        if not slots:
+            continue
+        own = headline(member)
+        kept = {trial_name(slot) for slot in slots}
+        rows += [_of_supernet(row, name) for row in own.rows if row.name in kept]
+        if own.baseline is not None:
+            baselines.append(_of_supernet(own.baseline, name))
+    best = max(baselines, key=lambda row: row.chosen.top1.value, default=None)
+    return Headline(
+        baseline=best,
+        rows=tuple(sorted(rows, key=lambda row: row.chosen.madds_m)),
+        knee=None if results.knee is None else results.knee.name,
+    )
+
+
+def _of_supernet(row: Row, name: str) -> Row:
+    return replace(row, name=f"{name}/{row.name}")
+
+
+def draw_supernets(results: SupernetSweepResults, path: Path) -> Path:
+    """Draw the front over all supernets into a file; its ending decides the format.
+
+    Raises:
+        NotFoundError: no supernet is measured yet.
+        PreflightError: an image format whose tools are not installed.
+    """
+    if not any(member.subnets for member in results.members.values()):
+        raise NotFoundError(
+            f"run {results.run.name!r} has no measured supernet yet; continue it with: dsnet-orch launch {results.run.sweep_yaml}"
+        )
+    return write_figure(supernets_figure(supernets_info(results)), path)
+
+
+def sweep_training_notes(results: SupernetSweepResults) -> tuple[str, ...]:
+    """What is to be said about the training of each supernet."""
+    return tuple(text for name, member in results.members.items() for text in training_notes(member, f"{name}: "))
+
+
+def _sample_notes(results: SupernetSweepResults) -> tuple[str, ...]:
+    if not results.is_verified or len(results.front_sample) == len(results.front):
+        return ()
+    return (
+        f"{len(results.front_sample)} of the front's {len(results.front)} gates ran on test, evenly along it (budget.verify).",
+    )
+
+
+def _commands(results: SupernetSweepResults) -> tuple[tuple[str, str], ...]:
+    run = results.run
+    sweep, path, root = (shlex.quote(str(part)) for part in (run.sweep_yaml, run.path, run.root))
+    example = next((gate.supernet for gate in results.front), results.entries[0].name if results.entries else "s0")
+    return (
+        ("Continue this sweep, or extend it with a larger budget for every supernet", f"dsnet-orch launch {sweep}"),
+        ("The front on the terminal", f"dsnet-orch pareto {path}"),
+        ("One supernet by itself", f"dsnet-orch pareto {shlex.quote(str(run.supernets_dir / example))}"),
+        ("Export gates of the front as bundles that run", f"dsnet-orch export {path} --pick all"),
+        ("All trials of all supernets in one Optuna study", f"optuna-dashboard {shlex.quote(str(run.merged_journal))}"),
+        ("Browse every point in MLflow", f"dsnet-orch ui --runs {root}"),
+    )

@@ -1,0 +1,224 @@
+"""What a sweep of supernets has found, read back: one front over all its members, each point with its origin. Reads only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dsnet.errors import NotFoundError
+from dsnet.files import read_json
+from orchestration.config.loading import load_config
+from orchestration.config.sweep import SweepConfig
+from orchestration.results.run import RunResults, refuse_unusable
+from orchestration.results.trial_list import TrialList, listed_trials
+from orchestration.runs.rundir import Manifest, RunDir
+from orchestration.supernets.members import MemberEntry, read_entries
+from search.front.analysis import front_slots, spread_along_front
+from search.front.pareto import apply_pick, parse_pick
+from search.front.points import PointRow, trial_name
+from search.study.study import TrialRecord
+
+
+@dataclass(frozen=True, order=True)
+class GateId:
+    """A gate of a sweep of supernets: whose it is, and its slot there."""
+
+    supernet: str
+    slot: int
+
+    @property
+    def name(self) -> str:
+        """As in every table: s0-3fa29c01/trial-0042."""
+        return f"{self.supernet}/{trial_name(self.slot)}"
+
+
+class SupernetSweepResults:
+    """The results of a sweep of supernets, as far as it has come.
+
+    Args:
+        run: an existing run.
+
+    Raises:
+        NotFoundError: there is no such run, or it is no sweep of supernets.
+    """
+
+    def __init__(self, run: RunDir) -> None:
+        run.open_existing()
+        if not run.supernets_json.is_file():
+            raise NotFoundError(f"run {run.name!r} in {run.root} is no sweep of supernets")
+        self.run = run
+        self.manifest: dict[str, Any] = Manifest(run.manifest_path).read()
+        self.entries: tuple[MemberEntry, ...] = read_entries(run)
+
+    @cached_property
+    def config(self) -> SweepConfig:
+        """The resolved configuration of the last launch."""
+        return load_config(self.run.sweep_yaml).config
+
+    @cached_property
+    def members(self) -> dict[str, RunResults]:
+        """The members whose supernet is trained, by name, in the order in which they were drawn."""
+        runs = {entry.name: RunDir(self.run.supernets_dir, entry.name) for entry in self.entries}
+        opened = {name: RunResults(run) for name, run in runs.items() if run.manifest_path.is_file()}
+        return {name: results for name, results in opened.items() if results.is_done("supernet")}
+
+    def stage_key(self, stage: str) -> str | None:
+        """The stages are its members' own."""
+        return None
+
+    def entry(self, name: str) -> MemberEntry:
+        """What is recorded of a member."""
+        return next(entry for entry in self.entries if entry.name == name)
+
+    @cached_property
+    def feasible(self) -> dict[GateId, TrialRecord]:
+        """All gates that hold all constraints: by supernet, then by slot."""
+        return {
+            GateId(name, record.slot): record for name, results in self.members.items() for record in results.feasible
+        }
+
+    @property
+    def num_trials(self) -> int:
+        """Finished trials of all members."""
+        return sum(len(results.records) for results in self.members.values())
+
+    @property
+    def num_failed(self) -> int:
+        """Failed trials of all members."""
+        return sum(len(results.failed) for results in self.members.values())
+
+    @cached_property
+    def front(self) -> tuple[GateId, ...]:
+        """The front over all supernets on `val`, the first metric's best last; of equal gates that of the supernet drawn first."""
+        gates = list(self.feasible)
+        order = front_slots(range(len(gates)), self._values(gates), [metric.goal for metric in self.config.metrics])
+        return tuple(gates[position] for position in order)
+
+    def _values(self, gates: Sequence[GateId]) -> NDArray[np.float64]:
+        names = [metric.name for metric in self.config.metrics]
+        return np.array([[self.feasible[gate].metrics[name] for name in names] for gate in gates])
+
+    @cached_property
+    def front_sample(self) -> tuple[GateId, ...]:
+        """The gates of the front that run on `test`: about as many as `budget.verify` says, evenly along it; both ends, the knee and
+        what `export.picks` names always."""
+        size = self.config.budget.verify
+        if size is None or len(self.front) <= size:
+            return self.front
+        kept = [self.front.index(gate) for gate in self._named_gates() if gate in self.front]
+        return tuple(self.front[position] for position in spread_along_front(self._values(self.front), size, kept))
+
+    def _named_gates(self) -> list[GateId]:
+        gates = [] if self.knee is None else [self.knee]
+        for text in self.config.export.picks:
+            try:
+                gates += [] if text.strip() == "all" else self.picked([text])
+            except NotFoundError:  # the export will say so, when everything else is done
+                continue
+        return list(dict.fromkeys(gates))
+
+    @cached_property
+    def knee(self) -> GateId | None:
+        """The front's knee; None without a front."""
+        return self.picked(["knee"])[0] if self.front else None
+
+    @cached_property
+    def frozen(self) -> tuple[GateId, ...]:
+        """The gates that the last launch chose to run on `test`; empty before."""
+        if not self.run.front_json.is_file():
+            return ()
+        return tuple(GateId(item["supernet"], item["slot"]) for item in _read(self.run.front_json)["sample"])
+
+    @property
+    def is_verified(self) -> bool:
+        """Whether the front of today ran on `test`."""
+        names = {gate.supernet for gate in self.frozen}
+        return (
+            bool(names)
+            and self.frozen == self.front_sample
+            and all(self.members[name].verified is not None for name in names)
+        )
+
+    def picked(self, picks: Sequence[str]) -> list[GateId]:
+        """The gates that `picks` mean, each once, in the order of the picks.
+
+        Args:
+            picks: as for any run, over all supernets; a trial by its whole name (`s0-3fa29c01/trial-0042`, `s0/trial-0042`), or without its
+                supernet where only one has such a trial.
+
+        Raises:
+            ConfigError: a pick cannot be read.
+            NotFoundError: nothing matches, or the supernet of a trial is not said.
+        """
+        rows = [{"name": gate.name, "gate": gate, **record.metrics} for gate, record in self.feasible.items()]
+        on_front = [row for row in rows if row["gate"] in self.front]
+        objectives = tuple((metric.name, metric.goal) for metric in self.config.metrics)
+        gates: list[GateId] = []
+        for text in picks:
+            if "/" in text and ":" not in text:
+                gates.append(self._by_name(text.strip()))
+                continue
+            pick = parse_pick(text)
+            if pick.kind == "name":
+                gates.append(self._by_name(pick.name))
+                continue
+            chosen = apply_pick(pick, on_front if pick.kind in ("all", "knee") else rows, objectives)
+            gates += [row["gate"] for row in chosen]
+        return list(dict.fromkeys(gates))
+
+    def _by_name(self, text: str) -> GateId:
+        supernet, _, trial = text.rpartition("/")
+        found = [
+            gate
+            for gate in self.feasible
+            if trial_name(gate.slot) == trial and supernet in ("", gate.supernet, gate.supernet.partition("-")[0])
+        ]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            listed = ", ".join(gate.name for gate in found[:4]) + (", ..." if len(found) > 4 else "")
+            raise NotFoundError(f"pick {text!r}: {len(found)} supernets have such a trial; write one of {listed}")
+        refuse_unusable(
+            text,
+            [
+                record
+                for name, results in self.members.items()
+                for record in results.records
+                if trial_name(record.slot) == trial and supernet in ("", name, name.partition("-")[0])
+            ],
+        )
+        known = ", ".join(self.members) or "none yet"
+        raise NotFoundError(
+            f"pick {text!r}: no feasible trial of this name; write SUPERNET/trial-NNNN with one of the supernets {known}"
+        )
+
+    def trial_list(self) -> TrialList:
+        """All finished trials of all members, as lists show them."""
+        trials = [
+            trial
+            for name, results in self.members.items()
+            for trial in listed_trials(results, [gate.slot for gate in self.front if gate.supernet == name], name)
+        ]
+        objectives = tuple((metric.name, metric.goal) for metric in self.config.metrics)
+        return TrialList(tuple(trials), objectives, lambda name: self.members[name or ""].baseline)
+
+    def points(self) -> list[PointRow]:
+        """All rows of all members, with the supernet that each comes from; `is_front` is that of the front over all."""
+        rows: list[PointRow] = []
+        for name, results in self.members.items():
+            for row in results.points():
+                if row["kind"] == "gate":
+                    row = {**row, "is_front": GateId(name, row["slot"]) in self.front}
+                rows.append({**row, "supernet": name})
+        return rows
+
+
+def _read(path: Any) -> Mapping[str, Any]:
+    content = read_json(path)
+    assert isinstance(content, dict)
+    return content

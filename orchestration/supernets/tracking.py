@@ -1,0 +1,200 @@
+"""A sweep of supernets in MLflow: one tree. The sweep; below it a row for each member; below that its supernet, sub-networks and trials."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from dashboards.supernets import supernets_front
+from orchestration.config.sweep import SweepConfig
+from orchestration.pipeline.context import Launch
+from orchestration.results.run import RunResults
+from orchestration.runs.rundir import Manifest, RunDir, mlflow_artifact_root
+from orchestration.runs.stages import flatten
+from orchestration.supernets.members import MemberEntry
+from orchestration.supernets.report import global_headline, supernets_info, sweep_training_notes
+from orchestration.supernets.results import SupernetSweepResults
+from orchestration.tracking.note import attach_front
+from orchestration.tracking.process import SharedWriter
+from orchestration.tracking.rows import (
+    Standing,
+    by_cost,
+    replay,
+    store_uri,
+    supernet_row,
+    sweep_end_ms,
+    sweep_uid,
+    test_metrics,
+    unix_ms,
+)
+from orchestration.tracking.store import CurvePoint, MlflowTracker, NullTracker, Status, TrackedRun, Tracker
+
+HYPERVOLUME = "static_hypervolume"
+"""By epoch, of a supernet's row."""
+
+
+def parent_row(manifest: Mapping[str, Any], run: RunDir, config: SweepConfig) -> TrackedRun:
+    """The sweep as a whole: its configuration as parameters."""
+    tags = {
+        "run": run.name,
+        "hardware": str(manifest["hardware"].get("cpu", "")),
+        "gpu": str(manifest["hardware"].get("gpu") or "none"),
+    }
+    return TrackedRun(
+        sweep_uid(manifest, run),
+        run.name,
+        "sweep",
+        unix_ms(manifest["created_at"]),
+        params=flatten(config.model_dump(mode="json", exclude={"presets"})),
+        tags=tags,
+    )
+
+
+class TreeTrackers:
+    """Makes the trackers of a sweep and of its members: each has its rows, all write through one process.
+
+    Args:
+        config: of the sweep.
+        run: its run folder.
+    """
+
+    def __init__(self, config: SweepConfig, run: RunDir) -> None:
+        self._run = run
+        self._where = (
+            store_uri(config, run),
+            config.tracking.experiment or config.name,
+            mlflow_artifact_root(run.root),
+        )
+        self._writer = SharedWriter(*self._where) if config.tracking.mlflow else None
+
+    def make(self, warn: Callable[[str], None]) -> Tracker:
+        """The tracker of the sweep, or of a member; `warn` hears of a store that takes nothing."""
+        if self._writer is None:
+            return NullTracker()
+        return MlflowTracker(*self._where, self._run.name, warn, store=self._writer)
+
+    def end(self) -> None:
+        """End the process; all trackers are closed."""
+        if self._writer is not None:
+            self._writer.end()
+
+
+def running_row(run: RunDir, manifest: Manifest, config: SweepConfig) -> TrackedRun:
+    """A member's supernet while it trains."""
+    return supernet_row(manifest.read(), run, config, is_done=False)
+
+
+def fate_row(entry: MemberEntry, run: RunDir, manifest: Manifest, config: SweepConfig) -> TrackedRun | None:
+    """A member's supernet once it is known what became of it; None where its training never began."""
+    content = manifest.read()
+    if "supernet" not in content["stages"]:
+        return None
+    if entry.state == "trained":
+        return replace(supernet_row(content, run, config, is_done=True), tags={"state": "trained"})
+    return replace(
+        supernet_row(content, run, config, is_done=False),
+        status="FAILED" if entry.state == "failed" else "FINISHED",
+        end_ms=entry.end_ms,
+        reason=entry.reason,
+        tags={"state": entry.state},
+    )
+
+
+def reports_as_points(entry: MemberEntry) -> list[CurvePoint]:
+    """What a supernet reported while it trained; the epoch is the step."""
+    return [CurvePoint(epoch, entry.end_ms, {HYPERVOLUME: value}) for epoch, value in entry.reports]
+
+
+def track_fate(tracker: Tracker, entry: MemberEntry, work: Launch) -> None:
+    """Write what became of a member's supernet, with what it reported."""
+    row = fate_row(entry, work.run, work.manifest, work.config)
+    if row is not None:
+        _write_supernet(tracker, row, entry)
+
+
+def _write_supernet(tracker: Tracker, row: TrackedRun, entry: MemberEntry) -> None:
+    tracker.supernet(replace(row, status="RUNNING", end_ms=None))
+    tracker.curve(reports_as_points(entry))
+    tracker.supernet(row)
+
+
+def standing_of(results: SupernetSweepResults, name: str) -> Standing:
+    """Where a supernet's trials stand among those of all supernets."""
+    member, knee = results.members[name], results.knee
+    return Standing(
+        front=frozenset(gate.slot for gate in results.front if gate.supernet == name),
+        knee=knee.slot if knee is not None and knee.supernet == name else None,
+        test=test_metrics(member),
+    )
+
+
+def write_global_front(tracker: Tracker, results: SupernetSweepResults) -> None:
+    """Repeat the front over all supernets as curves of the sweep's row; those on `test` where they are verified."""
+    end_ms = supernets_end_ms(results)
+    tracker.series(by_cost("front_val", [results.feasible[gate].metrics for gate in results.front], end_ms))
+    if results.is_verified:
+        rows = [standing_of(results, gate.supernet).test[gate.slot] for gate in results.frozen]
+        tracker.series(by_cost("front_test", rows, end_ms))
+
+
+def write_global_overview(tracker: Tracker, results: SupernetSweepResults, *, redraw: bool) -> None:
+    """The front over all supernets as a picture and as a table, in the description of the sweep's row."""
+    if results.front:
+        uid, info = sweep_uid(results.manifest, results.run), supernets_front(supernets_info(results))
+        warnings = sweep_training_notes(results)
+        attach_front(tracker, results.run, uid, info, global_headline(results), redraw=redraw, warnings=warnings)
+
+
+def member_end(entry: MemberEntry, member: RunResults) -> tuple[Status, int]:
+    """How a member's row ends, and when."""
+    if entry.state in ("stopped", "failed"):
+        return "FAILED" if entry.state == "failed" else "FINISHED", entry.end_ms
+    is_finished = entry.state == "trained" and member.is_done("search")
+    return "FINISHED" if is_finished else "KILLED", sweep_end_ms(member.manifest)
+
+
+def supernets_end_ms(results: SupernetSweepResults) -> int:
+    """When the last stage of any member ended. Not the time of writing: rows repeat."""
+    ends = [entry.end_ms for entry in results.entries]
+    ends += [sweep_end_ms(member.manifest) for member in results.members.values()]
+    return max([*ends, unix_ms(results.manifest["created_at"])])
+
+
+def replay_supernets(results: SupernetSweepResults, make: Callable[[], Tracker]) -> list[tuple[Tracker, Status, int]]:
+    """Write everything that a sweep of supernets has, as if it happened again.
+
+    Args:
+        results: of the sweep.
+        make: gives a tracker for the sweep, and for each member.
+
+    Returns:
+        the trackers, each with the status and the time to close it with; the sweep's own last.
+    """
+    run, config, tracker = results.run, results.config, make()
+    parent = parent_row(results.manifest, run, config)
+    tracker.parent(parent)
+    trackers: list[tuple[Tracker, Status, int]] = []
+    for entry in results.entries:
+        member_run = RunDir(run.supernets_dir, entry.name)
+        if not member_run.manifest_path.is_file():
+            continue
+        own, member = make(), RunResults(member_run)
+        replay(
+            member,
+            own,
+            under=parent,
+            standing=standing_of(results, entry.name) if entry.name in results.members else None,
+        )
+        row = fate_row(entry, member_run, Manifest(member_run.manifest_path), member.config)
+        if row is not None and entry.state != "waiting":
+            _write_supernet(own, row, entry)
+        trackers.append((own, *member_end(entry, member)))
+    if results.front:
+        write_global_front(tracker, results)
+    for path in (run.sweep_yaml, run.points_parquet, run.report_html):
+        if path.exists():
+            tracker.artifact(path)
+    write_global_overview(tracker, results, redraw=False)
+    trackers.append((tracker, "FINISHED" if results.is_verified else "KILLED", supernets_end_ms(results)))
+    return trackers

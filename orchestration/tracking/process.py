@@ -1,0 +1,224 @@
+"""MLflow in a process of its own.
+
+A row costs 10 ms of Python in MLflow and SQLAlchemy. In a thread of the driver that time is taken from the suggestions, which are Python
+too, and the thread, which gives the interpreter's lock away at every statement, gets less than it needs and falls behind by most of the
+sweep. Here the rows use the core that is idle while the driver suggests.
+
+The process being ours alone, it can also spare SQLite most of its syncs, of which a row otherwise takes a dozen: on a busy machine they
+decide how long a row takes, and not the Python.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from dsnet.arithmetic import fix_arithmetic
+from dsnet.import_path import child_variables
+from orchestration.tracking.database import SQLITE
+from orchestration.tracking.store import CurvePoint, MlflowStore, TrackedRun, first_line
+
+LOCAL_FILE_SYSTEMS = ("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "tmpfs", "overlay")
+STOP_TIMEOUT_S = 5.0
+
+
+@dataclass(frozen=True)
+class _Child:
+    process: subprocess.Popen[bytes]
+    connection: Connection[Any, Any]
+
+
+class MlflowWriter:
+    """An `MlflowStore` in a child process, with the same methods, to be called from one thread.
+
+    The child starts with the first call, and again with the next call after it died. It ends when this process does, however that
+    happens, after the call that it is in.
+    """
+
+    def __init__(self, store_uri: str, experiment: str, artifact_root: Path) -> None:
+        self._arguments = (store_uri, experiment, artifact_root)
+        self._child: _Child | None = None
+        self._is_stopped = False
+
+    def connect(self) -> None:
+        """As `MlflowStore.connect`."""
+        self._call("connect")
+
+    def open_sweep(self, parent: TrackedRun) -> None:
+        """As `MlflowStore.open_sweep`."""
+        self._call("open_sweep", parent)
+
+    def write(self, run: TrackedRun, parent: TrackedRun) -> None:
+        """As `MlflowStore.write`."""
+        self._call("write", run, parent)
+
+    def add_points(self, run: TrackedRun, parent: TrackedRun, points: Sequence[CurvePoint]) -> None:
+        """As `MlflowStore.add_points`."""
+        self._call("add_points", run, parent, points)
+
+    def add_artifact(self, parent: TrackedRun, path: Path) -> None:
+        """As `MlflowStore.add_artifact`."""
+        # The child has the folder in which this process was when it started.
+        self._call("add_artifact", parent, path.absolute())
+
+    def describe(self, parent: TrackedRun, text: str) -> None:
+        """As `MlflowStore.describe`."""
+        self._call("describe", parent, text)
+
+    def close_sweep(self, parent: TrackedRun) -> None:
+        """As `MlflowStore.close_sweep`."""
+        self._call("close_sweep", parent)
+
+    def stop(self, *, at_once: bool) -> None:
+        """End the child: at once from any thread, even while a call waits for it; else when no call does. Later calls raise."""
+        self._is_stopped = True
+        child, self._child = self._child, None
+        if child is None:
+            return
+        if not at_once:
+            child.connection.close()
+            with suppress(subprocess.TimeoutExpired):
+                child.process.wait(STOP_TIMEOUT_S)
+        # What was answered is in the store, and what is cut short there is a row that is RUNNING, which the next launch mends.
+        child.process.kill()
+        child.process.wait()
+
+    def _call(self, name: str, *arguments: Any) -> None:
+        child = self._child or self._start()
+        try:
+            child.connection.send((name, arguments))
+            error = child.connection.recv()
+        except (OSError, EOFError) as lost:
+            self._child = None
+            child.process.kill()
+            raise RuntimeError(f"the process that writes to MLflow ended with status {child.process.wait()}") from lost
+        if error is not None:
+            raise RuntimeError(error)
+
+    def _start(self) -> _Child:
+        if self._is_stopped:
+            raise RuntimeError("the process that writes to MLflow was stopped")
+        ours, theirs = Pipe()
+        with theirs:
+            process = subprocess.Popen(
+                # A session of its own: Ctrl-C reaches the driver alone, which then writes how the sweep ended.
+                [sys.executable, "-m", "orchestration.tracking.process", str(theirs.fileno())],
+                stdin=subprocess.DEVNULL,
+                stdout=2,  # whatever a library prints is no output of the command
+                env={**os.environ, **child_variables()},
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,
+            )
+        child = self._child = _Child(process, ours)
+        if self._is_stopped:  # meanwhile, by a thread that may have found no child yet
+            MlflowWriter.stop(self, at_once=True)
+            raise RuntimeError("the process that writes to MLflow was stopped")
+        ours.send(self._arguments)
+        return child
+
+
+class SharedWriter(MlflowWriter):
+    """One child process for several trackers, whose threads take turns.
+
+    A tracker that is closed leaves it to the others; `end` ends it.
+    """
+
+    def __init__(self, store_uri: str, experiment: str, artifact_root: Path) -> None:
+        super().__init__(store_uri, experiment, artifact_root)
+        self._turn = threading.Lock()
+
+    def stop(self, *, at_once: bool) -> None:
+        """Nothing: it is not this tracker's alone."""
+
+    def end(self) -> None:
+        """End the child; all trackers are closed."""
+        super().stop(at_once=self._turn.locked())  # by one that was closed without an answer
+
+    def _call(self, name: str, *arguments: Any) -> None:
+        with self._turn:
+            super()._call(name, *arguments)
+
+
+def serve(connection: Connection[Any, Any]) -> None:
+    """Make the calls that arrive, until the other side is gone; answer each with None, or with what went wrong in one line."""
+    with suppress(EOFError, OSError):
+        arguments = connection.recv()
+        store = MlflowStore(*arguments)
+        with few_syncs(arguments[0]):
+            while True:
+                name, arguments = connection.recv()
+                error = None
+                try:
+                    getattr(store, name)(*arguments)
+                except Exception as raised:  # noqa: BLE001 - MLflow's, SQLAlchemy's or a server's: the driver counts it
+                    error = first_line(raised)
+                connection.send(error)
+
+
+@contextmanager
+def few_syncs(store_uri: str) -> Iterator[None]:
+    """Have SQLite write ahead to a log inside the block, and this process's connections not wait for the disk at every commit.
+
+    A crash of any process loses nothing; a power failure can lose the last rows, which the study has. At the end the log goes back into the
+    database, which is one plain file again, unless somebody else has it open (`dsnet-orch ui`): then the next sweep does that. Such a log
+    is for one machine: a database on a file system that others may share is left as it is.
+    """
+    path = Path(store_uri.removeprefix(SQLITE))
+    if not store_uri.startswith(SQLITE) or not is_on_local_disk(path) or not _has_journal(path, "wal", wait_s=1.0):
+        yield
+        return
+    from sqlalchemy import Engine, event
+
+    opened: list[sqlite3.Connection] = []
+
+    def sync_seldom(connection: sqlite3.Connection, _: Any) -> None:
+        connection.execute("PRAGMA synchronous = NORMAL")
+        opened.append(connection)
+
+    event.listen(Engine, "connect", sync_seldom)
+    try:
+        yield
+    finally:
+        event.remove(Engine, "connect", sync_seldom)
+        for connection in opened:
+            connection.close()
+        _has_journal(path, "delete", wait_s=0.1)
+
+
+def is_on_local_disk(path: Path, mounts: Path = Path("/proc/self/mounts")) -> bool:
+    """Whether a file lies on a file system of `LOCAL_FILE_SYSTEMS`; False where that cannot be told."""
+    try:
+        lines = mounts.read_text().splitlines()
+    except OSError:
+        return False
+    kinds: dict[Path, str] = {}
+    for line in lines:  # a later mount hides an earlier one at the same place
+        _, place, kind, *_ = line.split()
+        kinds[Path(place.encode().decode("unicode_escape"))] = kind  # a space is \040
+    folders = [folder for folder in path.absolute().resolve().parents if folder in kinds]
+    return bool(folders) and kinds[folders[0]] in LOCAL_FILE_SYSTEMS
+
+
+def _has_journal(path: Path, mode: str, wait_s: float) -> bool:
+    """Set a database's journal mode; whether it has it now. A file that cannot be opened is for MLflow to report."""
+    try:
+        with closing(sqlite3.connect(path, timeout=wait_s)) as connection:
+            (found,) = connection.execute(f"PRAGMA journal_mode = {mode}").fetchone()
+    except sqlite3.Error:
+        return False
+    return bool(found == mode)
+
+
+if __name__ == "__main__":
+    fix_arithmetic()
+    serve(Connection(int(sys.argv[1])))

@@ -1,0 +1,301 @@
+"""Rows of MLflow from the results of a run: the same rows while it runs and when `dsnet-orch sync` writes them again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from typing import Any, Final
+
+from dashboards.theme import BLUE, INK, MUTED, SKY, VERMILION
+from orchestration.config.loading import load_config
+from orchestration.config.sweep import SweepConfig
+from orchestration.prepare.baseline import static_metrics
+from orchestration.results.report import front_info, headline, training_notes
+from orchestration.results.run import MeasuredSubnet, RunResults
+from orchestration.results.supernet_facts import SupernetFacts, resolved_settings
+from orchestration.runs.rundir import RUN_NAME, RunDir, mlflow_artifact_root, mlflow_store_uri
+from orchestration.runs.stages import flatten
+from orchestration.tracking.note import attach_front
+from orchestration.tracking.store import CurvePoint, CurveTail, MlflowTracker, NullTracker, TrackedRun, Tracker
+from search.front.points import trial_name
+from search.study.study import TrialRecord
+
+
+def store_uri(config: SweepConfig, run: RunDir) -> str:
+    """The MLflow store of a run: as configured, or the database in the runs folder.
+
+    One supernet of a larger sweep is tracked with that sweep, in the place where it lies today.
+    """
+    whole = whole_sweep(run)
+    uri = config.tracking.uri if whole is run else load_config(whole.sweep_yaml).config.tracking.uri
+    return uri or mlflow_store_uri(whole.root)
+
+
+def whole_sweep(run: RunDir) -> RunDir:
+    """The sweep of supernets that a run is part of, or the run itself."""
+    above = run.root.parent
+    if not RUN_NAME.fullmatch(above.name):
+        return run
+    whole = RunDir(above.parent, above.name)
+    return whole if whole.supernets_dir == run.root and whole.supernets_json.is_file() else run
+
+
+def row_name(run: RunDir, name: str) -> str:
+    """How a point of a run is called; of one of several supernets with its supernet, as in every table."""
+    return name if whole_sweep(run) is run else f"{run.name}/{name}"
+
+
+def make_tracker(config: SweepConfig, run: RunDir, warn: Any) -> Tracker:
+    """The tracker that the configuration asks for."""
+    if not config.tracking.mlflow:
+        return NullTracker()
+    return MlflowTracker(
+        store_uri(config, run),
+        config.tracking.experiment or config.name,
+        mlflow_artifact_root(whole_sweep(run).root),
+        run.name,
+        warn,
+    )
+
+
+def sweep_uid(manifest: Mapping[str, Any], run: RunDir) -> str:
+    """The uid of a run's parent row."""
+    return f"{run.name}/{manifest['run_id'][:12]}"
+
+
+def unix_ms(iso: str) -> int:
+    """Milliseconds since 1970 of an ISO 8601 time."""
+    return int(datetime.fromisoformat(iso).timestamp() * 1000)
+
+
+def sweep_end_ms(manifest: Mapping[str, Any]) -> int:
+    """When the last finished stage ended; the run's creation where none has. Not the time of writing: rows repeat."""
+    ends = [
+        unix_ms(stage["started_at"]) + round(1000 * stage["seconds"])
+        for stage in manifest["stages"].values()
+        if stage["seconds"] is not None
+    ]
+    return max(ends, default=unix_ms(manifest["created_at"]))
+
+
+def sweep_row(manifest: Mapping[str, Any], run: RunDir, config: SweepConfig) -> TrackedRun:
+    """The parent: the whole configuration as parameters, with the regime resolved."""
+    params = flatten({**config.model_dump(mode="json", exclude={"presets"}), "supernet": resolved_settings(config)})
+    tags = {
+        "run": run.name,
+        "hardware": str(manifest["hardware"].get("cpu", "")),
+        "gpu": str(manifest["hardware"].get("gpu") or "none"),
+    }
+    return TrackedRun(
+        sweep_uid(manifest, run), run.name, "sweep", unix_ms(manifest["created_at"]), params=params, tags=tags
+    )
+
+
+def supernet_row(manifest: Mapping[str, Any], run: RunDir, config: SweepConfig, *, is_done: bool) -> TrackedRun:
+    """The supernet's training; its curves are added by step. Once done, it also tells network and start weights."""
+    stage = manifest["stages"]["supernet"]
+    start = unix_ms(stage["started_at"])
+    end = start + int(1000 * stage["seconds"]) if is_done and stage["seconds"] is not None else None
+    settings = resolved_settings(config)
+    facts = SupernetFacts.of_stage(run.stage_dir("supernet", stage["key"])) if is_done else None
+    return TrackedRun(
+        f"{sweep_uid(manifest, run)}/{stage['key'][:12]}/supernet",
+        "supernet",
+        "supernet",
+        start,
+        end,
+        "FINISHED" if is_done else "RUNNING",
+        params=flatten(
+            {
+                "supernet": settings | ({} if facts is None else facts.params()),
+                "data": config.data.model_dump(mode="json"),
+            }
+        ),
+    )
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where a trial stands among all others; known when all of them are done."""
+
+    front: frozenset[int] = frozenset()
+    """Slots on the front: of the run, or over all supernets of the sweep that the run is part of."""
+    knee: int | None = None
+    """The slot of the front's knee."""
+    test: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
+    """Slot -> metrics on `test`, of those that ran there."""
+
+    @classmethod
+    def of(cls, results: RunResults) -> Standing:
+        """In a run by itself."""
+        return cls(frozenset(results.front), results.knee, test_metrics(results))
+
+    def tags(self, slot: int) -> dict[str, str]:
+        """Of a trial's row."""
+        is_on_front, is_knee = slot in self.front, slot == self.knee
+        role = "knee" if is_knee else "front" if is_on_front else "trial"
+        return {"on_front": str(is_on_front).lower(), "is_knee": str(is_knee).lower(), **_role_tags(role)}
+
+
+COLOURS: Final = {"front": BLUE, "knee": VERMILION, "route": INK, "teacher": MUTED, "trial": SKY}
+"""Role -> colour of the row's mark on MLflow's page. The page sorts by role, and shows 100 rows at first: the names are so chosen that
+the front comes first, then the static sub-networks."""
+COLOUR_TAG: Final = "mlflow.runColor"
+
+
+def test_metrics(results: RunResults) -> dict[int, Mapping[str, float]]:
+    """Slot -> metrics of the gates that ran on `test`; none before."""
+    verified = results.verified
+    return {} if verified is None else {point.slot: point.metrics for point in verified.test.points}
+
+
+def subnet_rows(manifest: Mapping[str, Any], run: RunDir, results: RunResults) -> list[TrackedRun]:
+    """One row per static sub-network, the teacher included; with its metrics on `test`, once they are known."""
+    stage = manifest["stages"]["measure"]
+    start = unix_ms(stage["started_at"])
+    end = start + int(1000 * (stage["seconds"] or 0))
+    on_test = _static_on_test(results)
+    return [
+        TrackedRun(
+            f"{sweep_uid(manifest, run)}/{stage['key'][:12]}/{subnet.name}",
+            row_name(run, subnet.name),
+            "subnet",
+            start,
+            end,
+            params={"subnet": subnet.name},
+            metrics={**subnet_metrics(subnet, results), **_prefixed("test", on_test.get(subnet.name, {}))},
+            tags=_role_tags("teacher" if subnet.is_teacher else "route"),
+        )
+        for subnet in results.subnets
+    ]
+
+
+def _role_tags(role: str) -> dict[str, str]:
+    return {"role": role, COLOUR_TAG: COLOURS[role]}
+
+
+def _static_on_test(results: RunResults) -> dict[str, dict[str, float]]:
+    if results.verified is None:
+        return {}
+    test = results.verified.test
+    columns = zip(test.routes, test.static_top1, test.static_top5, test.static_madds_m, strict=True)
+    return {name: {"top1": top1.value, "top5": top5, "madds_m": cost} for name, top1, top5, cost in columns}
+
+
+def subnet_metrics(subnet: MeasuredSubnet, results: RunResults) -> Mapping[str, float | None]:
+    """The metrics of a static sub-network, under the names that trials use."""
+    return static_metrics(subnet, results.latencies)
+
+
+def trial_row(
+    manifest: Mapping[str, Any], run: RunDir, record: TrialRecord, standing: Standing | None = None
+) -> TrackedRun:
+    """One row per trial; a failed or pruned one carries its reason.
+
+    Args:
+        manifest: of the run.
+        run: it.
+        record: the trial.
+        standing: of all trials; None while there may be more of them.
+    """
+    stage = manifest["stages"]["search"]
+    tags = {"state": record.state} | ({"feasible": str(record.is_feasible).lower()} if record.constraints else {})
+    judged = (standing or Standing()).tags(record.slot)
+    return TrackedRun(
+        f"{sweep_uid(manifest, run)}/{stage['key'][:12]}/{trial_name(record.slot)}",
+        row_name(run, trial_name(record.slot)),
+        "trial",
+        record.start_ms,
+        record.finished_ms,
+        "FAILED" if record.state == "failed" else "FINISHED",
+        record.reason,
+        params=record.params,
+        metrics={**record.metrics, **_prefixed("test", {} if standing is None else standing.test.get(record.slot, {}))},
+        tags=tags if standing is None else {**tags, **judged},
+        first_tags=judged,
+    )
+
+
+def _prefixed(prefix: str, metrics: Mapping[str, float]) -> dict[str, float]:
+    return {f"{prefix}/{name}": metrics[name] for name in ("top1", "top5", "madds_m", "p95_madds_m") if name in metrics}
+
+
+def by_cost(prefix: str, rows: Iterable[Mapping[str, float | None]], time_ms: int) -> list[CurvePoint]:
+    """Accuracies as curves of the parent. MLflow draws metrics over a whole number, the step; here it is the cost in thousands of MAdds."""
+    points = [
+        CurvePoint(
+            round(1000 * row["madds_m"]),
+            time_ms,
+            {f"{prefix}/{name}_by_kmadds": row.get(name) for name in ("top1", "top5")},
+        )
+        for row in rows
+        if row["madds_m"] is not None
+    ]
+    return sorted(points, key=lambda point: point.step)
+
+
+def write_subnets(tracker: Tracker, results: RunResults) -> None:
+    """The static sub-networks' rows, and their accuracies as a curve of the parent."""
+    rows = subnet_rows(results.manifest, results.run, results)
+    for row in rows:
+        tracker.subnet(row)
+    costs = [subnet_metrics(subnet, results) for subnet in results.members]
+    tracker.series(by_cost("width", costs, rows[0].end_ms or rows[0].start_ms))
+
+
+def write_front(tracker: Tracker, results: RunResults, standing: Standing, time_ms: int) -> None:
+    """The trials' rows with what is known when all are done: who is on the front, and what it reaches on `test`. The front as curves too.
+
+    Args:
+        tracker: takes it.
+        results: of the run.
+        standing: of its trials.
+        time_ms: of the curves' points.
+    """
+    for record in results.records:
+        tracker.trial(trial_row(results.manifest, results.run, record, standing))
+    tracker.series(by_cost("front_val", [results.record(slot).metrics for slot in results.front], time_ms))
+    tracker.series(by_cost("front_test", test_metrics(results).values(), time_ms))
+
+
+def write_overview(tracker: Tracker, results: RunResults, *, redraw: bool) -> None:
+    """The front as a picture and as a table, in the parent's description; nothing before there is a front."""
+    info = front_info(results)
+    if results.front and info is not None:
+        uid = sweep_uid(results.manifest, results.run)
+        warnings = training_notes(results)
+        attach_front(tracker, results.run, uid, info, headline(results), redraw=redraw, warnings=warnings)
+
+
+def replay(
+    results: RunResults, tracker: Tracker, under: TrackedRun | None = None, standing: Standing | None = None
+) -> None:
+    """Write everything that a run has, as if it happened again; what MLflow has already is not written twice.
+
+    Args:
+        results: of the run.
+        tracker: takes it.
+        under: the row below which the run's own row hangs, where it is part of a larger sweep.
+        standing: of its trials in the larger sweep.
+    """
+    run, manifest = results.run, results.manifest
+    tracker.parent(replace(sweep_row(manifest, run, results.config), under=under))
+    if results.stage_key("supernet") is not None:
+        _replay_supernet(results, tracker)
+    if results.is_done("measure"):
+        write_subnets(tracker, results)
+    if results.records:
+        write_front(tracker, results, standing or Standing.of(results), results.finished_ms)
+    for path in (run.sweep_yaml, run.points_parquet, run.report_html):
+        if path.exists():
+            tracker.artifact(path)
+    write_overview(tracker, results, redraw=False)
+
+
+def _replay_supernet(results: RunResults, tracker: Tracker) -> None:
+    run, manifest, config = results.run, results.manifest, results.config
+    tracker.supernet(supernet_row(manifest, run, config, is_done=False))
+    tracker.curve(CurveTail(run.curves_jsonl(results.stage_key("supernet") or "")).read())
+    if results.is_done("supernet"):
+        tracker.supernet(supernet_row(manifest, run, config, is_done=True))

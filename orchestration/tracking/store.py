@@ -1,0 +1,661 @@
+"""MLflow as a projection of the run folder: written for the driver alone, in the background, and never in its way.
+
+Everything written carries our own timestamps and steps and a `uid`, so writing it again (`dsnet-orch sync`) changes
+nothing. A store that is dead, slow or broken costs one warning; what it missed is in the run folder and can be synced
+later.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import math
+import os
+import posixpath
+import queue
+import re
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from orchestration.tracking.database import mend_artifact_locations
+from orchestration.tracking.view import points_view, view_tag
+
+if TYPE_CHECKING:
+    from mlflow.entities import Metric, Run
+    from mlflow.tracking import MlflowClient
+
+logger = logging.getLogger(__name__)
+
+Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
+Kind = Literal["sweep", "supernet", "subnet", "trial"]
+
+MAX_NAME_LENGTH = 250
+MAX_PARAM_LENGTH = 6000
+MAX_TAG_LENGTH = 8000
+MAX_METRICS_PER_BATCH = 900
+"""MLflow takes 1,000 entities a batch, of which at most 100 parameters and 100 tags."""
+MAX_PARAMS_PER_BATCH = 90
+
+FAILURES_BEFORE_PAUSE = 3
+PAUSE_S = 30.0
+PARENT_TAG = "mlflow.parentRunId"
+"""By which MLflow's page nests one row below another."""
+NOTE_TAG = "mlflow.note.content"
+"""The description that MLflow's page shows above a run, in Markdown."""
+RUN_ID, EXPERIMENT_ID = "{run_id}", "{experiment_id}"
+"""In a description: filled in where it is written."""
+_COMPLETE = ("FINISHED", "FAILED")
+
+
+@dataclass(frozen=True)
+class TrackedRun:
+    """One row of MLflow's run table."""
+
+    uid: str
+    """Deterministic, e.g. "digits/3f0c2b6a9d11/trial-0042": a second write with the same uid is the same row."""
+    name: str
+    kind: Kind
+    start_ms: int
+    """Unix time in milliseconds, from the run folder, never the time of writing."""
+    end_ms: int | None = None
+    """None while it runs."""
+    status: Status = "FINISHED"
+    reason: str | None = None
+    """Why it failed."""
+    params: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, float | None] = field(default_factory=dict)
+    """The names of the interface: top1, madds_m, ...; None, NaN and infinity are left out of MLflow."""
+    tags: Mapping[str, str] = field(default_factory=dict)
+    first_tags: Mapping[str, str] = field(default_factory=dict)
+    """Tags of a new row. A row that has them keeps its own: a later write with `tags` may have changed them."""
+    under: TrackedRun | None = None
+    """Of a sweep's own row, where it is part of a larger one: the row below which it hangs. It is created where it is missing, and
+    written and closed by the larger sweep's own tracker."""
+
+    @property
+    def root_uid(self) -> str:
+        """Of a sweep's own row: the uid of the outermost sweep."""
+        return self.uid if self.under is None else self.under.uid
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """Values of one training step: one line of curves.jsonl."""
+
+    step: int
+    time_ms: int
+    metrics: Mapping[str, float | None]
+
+
+@dataclass(frozen=True)
+class TrackingSummary:
+    """What became of a tracker's writes."""
+
+    num_written: int = 0
+    num_unsent: int = 0
+    first_error: str | None = None
+
+
+class Tracker(Protocol):
+    """Where a sweep shows its results. No method raises because of the store, none waits for it but `close`."""
+
+    def parent(self, run: TrackedRun) -> None:
+        """Open the sweep's own run, or go on with it. Comes first."""
+
+    def supernet(self, run: TrackedRun) -> None:
+        """Open the supernet's run (status RUNNING); called again with its final status, close it."""
+
+    def curve(self, points: Sequence[CurvePoint]) -> None:
+        """Add training curves to the supernet's run."""
+
+    def subnet(self, run: TrackedRun) -> None:
+        """Write the finished run of one static sub-network; written again, it gets the tags that differ and the metrics that it lacks."""
+
+    def trial(self, run: TrackedRun) -> None:
+        """Write the finished run of one trial; written again, it gets the tags that differ and the metrics that it lacks."""
+
+    def series(self, points: Sequence[CurvePoint]) -> None:
+        """Add metrics by step to the parent: accuracy by MAdds, for example."""
+
+    def artifact(self, path: Path) -> None:
+        """Attach a file to the parent."""
+
+    def describe(self, text: str) -> None:
+        """Give the parent a description, in Markdown; `RUN_ID` and `EXPERIMENT_ID` in it stand for the parent's own ids."""
+
+    def close(self, status: Status, end_ms: int, timeout_s: float) -> TrackingSummary:
+        """End the parent and whatever still runs below it; wait at most `timeout_s` for what is unwritten."""
+
+
+class NullTracker:
+    """Tracks nothing (`tracking.mlflow: false`)."""
+
+    def parent(self, run: TrackedRun) -> None: ...
+
+    def supernet(self, run: TrackedRun) -> None: ...
+
+    def curve(self, points: Sequence[CurvePoint]) -> None: ...
+
+    def subnet(self, run: TrackedRun) -> None: ...
+
+    def trial(self, run: TrackedRun) -> None: ...
+
+    def series(self, points: Sequence[CurvePoint]) -> None: ...
+
+    def artifact(self, path: Path) -> None: ...
+
+    def describe(self, text: str) -> None: ...
+
+    def close(self, status: Status, end_ms: int, timeout_s: float) -> TrackingSummary:
+        return TrackingSummary()
+
+
+class RowStore(Protocol):
+    """Takes rows, one call after the other, each of them repeatable; raises where the store does. See `MlflowStore`."""
+
+    def connect(self) -> None: ...
+
+    def open_sweep(self, parent: TrackedRun) -> None: ...
+
+    def write(self, run: TrackedRun, parent: TrackedRun) -> None: ...
+
+    def add_points(self, run: TrackedRun, parent: TrackedRun, points: Sequence[CurvePoint]) -> None: ...
+
+    def add_artifact(self, parent: TrackedRun, path: Path) -> None: ...
+
+    def describe(self, parent: TrackedRun, text: str) -> None: ...
+
+    def close_sweep(self, parent: TrackedRun) -> None: ...
+
+    def stop(self, *, at_once: bool) -> None: ...
+
+
+class MlflowTracker:
+    """Feeds a process that writes to MLflow from a queue, in one background thread.
+
+    After three failures in a row it drops writes for 30 s instead of queueing behind time-outs. One warning is given,
+    the rest is counted.
+
+    Args:
+        store_uri: `sqlite:///...` or the URI of a server.
+        experiment: Name of the experiment: one per sweep family.
+        artifact_root: Folder for artifacts of a database store; a server decides for itself.
+        run_name: The run's name, for the remedy in the warning.
+        warn: Where the one warning goes; called in the background thread.
+        store: What takes the rows; None = MLflow in a process of its own.
+    """
+
+    def __init__(
+        self,
+        store_uri: str,
+        experiment: str,
+        artifact_root: Path,
+        run_name: str,
+        warn: Callable[[str], None] = logger.warning,
+        *,
+        store: RowStore | None = None,
+    ) -> None:
+        self._store = store or _own_process(store_uri, experiment, artifact_root)
+        self._store_uri = store_uri
+        self._run_name = run_name
+        self._warn = warn
+        self._parent: TrackedRun | None = None
+        self._supernet: TrackedRun | None = None
+        self._summary = TrackingSummary()
+        self._closed = False
+        self._given_up = False
+        self._num_failures = 0
+        self._retry_at = 0.0
+        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        if store_uri.startswith("sqlite"):
+            # A database that is missing is created at once, and not with the first row.
+            self._jobs.put(self._store.connect)
+        self._thread = threading.Thread(target=self._drain, name="mlflow-tracker", daemon=True)
+        self._thread.start()
+
+    @property
+    def summary(self) -> TrackingSummary:
+        """What has been written and dropped so far."""
+        return self._summary
+
+    def parent(self, run: TrackedRun) -> None:
+        self._parent = run
+        self._jobs.put(lambda: self._store.open_sweep(run))
+
+    def supernet(self, run: TrackedRun) -> None:
+        parent, self._supernet = self._opened_parent(), run
+        self._jobs.put(lambda: self._store.write(run, parent))
+
+    def curve(self, points: Sequence[CurvePoint]) -> None:
+        parent, supernet = self._opened_parent(), self._supernet
+        assert supernet is not None, "curve() before supernet()"
+        if points:
+            kept = tuple(points)
+            self._jobs.put(lambda: self._store.add_points(supernet, parent, kept))
+
+    def subnet(self, run: TrackedRun) -> None:
+        self._write_child(run)
+
+    def trial(self, run: TrackedRun) -> None:
+        self._write_child(run)
+
+    def series(self, points: Sequence[CurvePoint]) -> None:
+        parent, kept = self._opened_parent(), tuple(points)
+        self._jobs.put(lambda: self._store.add_points(parent, parent, kept))
+
+    def artifact(self, path: Path) -> None:
+        parent = self._opened_parent()
+        self._jobs.put(lambda: self._store.add_artifact(parent, path))
+
+    def describe(self, text: str) -> None:
+        parent = self._opened_parent()
+        self._jobs.put(lambda: self._store.describe(parent, text))
+
+    def close(self, status: Status, end_ms: int, timeout_s: float) -> TrackingSummary:
+        if self._closed:
+            return self._summary
+        self._closed = True
+        if self._parent is not None:
+            parent = replace(self._parent, status=status, end_ms=end_ms)
+            self._jobs.put(lambda: self._store.close_sweep(parent))
+        self._jobs.put(None)
+        self._thread.join(timeout_s)
+        if self._thread.is_alive():
+            self._given_up = True
+            self._count_unsent(f"no answer within {timeout_s:g} s", max(1, self._jobs.qsize() - 1))
+        self._store.stop(at_once=self._given_up)
+        return self._summary
+
+    def _opened_parent(self) -> TrackedRun:
+        assert self._parent is not None, "parent() comes first"
+        return self._parent
+
+    def _write_child(self, run: TrackedRun) -> None:
+        parent = self._opened_parent()
+        self._jobs.put(lambda: self._store.write(run, parent))
+
+    def _drain(self) -> None:
+        while (job := self._jobs.get()) is not None and not self._given_up:
+            if time.monotonic() < self._retry_at:
+                self._count_unsent("paused after failures", 1)
+            else:
+                self._attempt(job)
+
+    def _attempt(self, job: Callable[[], None]) -> None:
+        try:
+            job()
+        except Exception as error:  # noqa: BLE001 - whatever MLflow, SQLAlchemy or a server raise must not end a sweep
+            if self._given_up:
+                return  # counted
+            self._num_failures += 1
+            if self._num_failures >= FAILURES_BEFORE_PAUSE:
+                self._retry_at = time.monotonic() + PAUSE_S
+            self._count_unsent(first_line(error), 1)
+        else:
+            self._num_failures = 0
+            self._summary = replace(self._summary, num_written=self._summary.num_written + 1)
+
+    def _count_unsent(self, why: str, count: int) -> None:
+        before = self._summary
+        self._summary = replace(before, num_unsent=before.num_unsent + count, first_error=before.first_error or why)
+        if before.first_error is None:
+            self._warn(
+                f"MLflow at {self._store_uri} does not take results ({why}). The sweep goes on and loses nothing; "
+                f"write them later with: dsnet-orch sync {self._run_name}"
+            )
+
+
+def _own_process(store_uri: str, experiment: str, artifact_root: Path) -> RowStore:
+    from orchestration.tracking.process import MlflowWriter  # it is made of what is defined here
+
+    return MlflowWriter(store_uri, experiment, artifact_root)
+
+
+@dataclass(frozen=True)
+class _KnownRun:
+    run_id: str
+    status: str
+    tags: Mapping[str, str] = field(default_factory=dict)
+    metrics: frozenset[str] = frozenset()
+    """The names of those it has."""
+
+
+class MlflowStore:
+    """Writes rows to MLflow, one call after the other, each of them repeatable.
+
+    A run is found again by its tag `uid`; the tag `sweep` on parent and children makes that one search per sweep, and
+    the tag `root`, of the outermost sweep, makes the points of a whole tree one search. A child that is FINISHED or
+    FAILED was written whole, since its status is set last; only tags that differ and metrics that it lacks are added. Points
+    of curves are written again, and MLflow drops those it has (same run, name, step, time and value).
+    """
+
+    def __init__(self, store_uri: str, experiment: str, artifact_root: Path) -> None:
+        """Take in where to write; nothing is opened yet. See `MlflowTracker` for the arguments."""
+        self._store_uri = store_uri
+        self._experiment = experiment
+        self._artifact_root = artifact_root
+        self._outer_ids: dict[str, str] = {}
+        self._client: MlflowClient | None = None
+        self._experiment_id = ""
+        self._sweeps: dict[str, dict[str, _KnownRun]] = {}
+        """Runs by uid, for each sweep that was written to."""
+        self._known: dict[str, _KnownRun] = {}
+        """Those of the sweep in hand."""
+
+    def connect(self) -> None:
+        """Open the store, and create the database and the experiment where they are missing."""
+        self._connected()
+
+    def open_sweep(self, parent: TrackedRun) -> None:
+        """Create or reopen the parent run; close (KILLED) what a killed driver left RUNNING below it."""
+        self._load(parent)
+        self._run_id(parent, parent)
+        for uid, known in list(self._known.items()):
+            if uid != parent.uid and known.status == "RUNNING":
+                self._end(uid, "KILLED", _now_ms())
+        tags = dict(parent.tags)
+        if parent.under is not None:
+            tags[PARENT_TAG] = self._outer_id(parent.under)  # also where the sweep was first launched by itself
+        self.write(replace(parent, status="RUNNING", end_ms=None, tags=tags), parent)
+        self._share_view(parent)
+
+    def write(self, run: TrackedRun, parent: TrackedRun) -> None:
+        """Write a run: parameters, metrics and tags in one batch, then its status."""
+        known = self._load(parent).get(run.uid)
+        if known is not None and known.status in _COMPLETE and run.uid != parent.uid:
+            self._amend(known, run, parent)
+            return
+        run_id = self._run_id(run, parent)
+        params = clean_params(run.params)
+        if known is not None:
+            # Parameters are immutable: those of the first launch stay; the present ones are in sweep.yaml.
+            written = self._connected().get_run(run_id).data.params
+            params = {name: value for name, value in params.items() if name not in written}
+        tags, time_ms = _tags(run, parent, known), _written_at(run)
+        self._log(run_id, [CurvePoint(0, time_ms, run.metrics)], params, tags)
+        self._remember(run, tags)
+        if run.status != "RUNNING":
+            self._end(run.uid, run.status, time_ms)
+        elif self._known[run.uid].status != "RUNNING":
+            self._connected().update_run(run_id, status="RUNNING")
+            self._known[run.uid] = replace(self._known[run.uid], status="RUNNING")
+
+    def _amend(self, known: _KnownRun, run: TrackedRun, parent: TrackedRun) -> None:
+        """Give a finished row the tags that differ and the metrics that it lacks: who is on the front, and what it reaches on `test`, is
+        known when all trials are done. A value that was written stays: MLflow keeps every one, and shows the largest of one time."""
+        tags = {name: value for name, value in _tags(run, parent, known).items() if known.tags.get(name) != value}
+        metrics = {
+            name: value
+            for name, value in run.metrics.items()
+            if value is not None and math.isfinite(value) and _clean_name(name) not in known.metrics
+        }
+        if tags or metrics:
+            self._log(known.run_id, [CurvePoint(0, _written_at(run), metrics)], {}, tags)
+            self._remember(run, tags)
+
+    def _remember(self, run: TrackedRun, tags: Mapping[str, str]) -> None:
+        known = self._known[run.uid]
+        metrics = known.metrics | {_clean_name(name) for name, value in run.metrics.items() if value is not None}
+        self._known[run.uid] = replace(known, tags={**known.tags, **tags}, metrics=metrics)
+
+    def add_points(self, run: TrackedRun, parent: TrackedRun, points: Sequence[CurvePoint]) -> None:
+        """Add metrics by step to a run."""
+        self._load(parent)
+        self._log(self._run_id(run, parent), points, {}, {})
+
+    def add_artifact(self, parent: TrackedRun, path: Path) -> None:
+        """Copy a file to the parent run; a second copy replaces the first."""
+        self._load(parent)
+        self._connected().log_artifact(self._run_id(parent, parent), str(path))
+
+    def describe(self, parent: TrackedRun, text: str) -> None:
+        """Give the parent run its description."""
+        self._load(parent)
+        run_id = self._run_id(parent, parent)
+        filled = text.replace(RUN_ID, run_id).replace(EXPERIMENT_ID, self._experiment_id)
+        self._connected().set_tag(run_id, NOTE_TAG, filled[:MAX_TAG_LENGTH])
+
+    def _share_view(self, parent: TrackedRun) -> None:
+        """Keep a prepared page of the sweep's points with the experiment, for `dsnet-orch ui`."""
+        is_outermost = self._known[parent.uid].tags["root"] == parent.uid
+        tag, content = view_tag(parent.uid), points_view(parent.uid, is_outermost=is_outermost)
+        client = self._connected()
+        if client.get_experiment(self._experiment_id).tags.get(tag) != content:
+            client.set_experiment_tag(self._experiment_id, tag, content)
+
+    def close_sweep(self, parent: TrackedRun) -> None:
+        """End the parent with its status, and children that still run as KILLED."""
+        self._load(parent)
+        self._run_id(parent, parent)
+        end_ms = parent.end_ms if parent.end_ms is not None else _now_ms()
+        for uid, known in list(self._known.items()):
+            if known.status == "RUNNING" and uid != parent.uid:
+                self._end(uid, "KILLED", end_ms)
+        self._end(parent.uid, parent.status, end_ms)
+
+    def stop(self, *, at_once: bool) -> None:
+        """Nothing is held."""
+
+    def _connected(self) -> MlflowClient:
+        if self._client is None:
+            os.environ.update(mlflow_environment())
+            from mlflow.tracking import MlflowClient
+
+            _check_sqlite(self._store_uri)
+            mend_artifact_locations(self._store_uri, self._artifact_root.absolute())
+            client = MlflowClient(self._store_uri)
+            with self._alone():
+                self._experiment_id = self._open_experiment(client)
+            self._client = client
+        return self._client
+
+    def _open_experiment(self, client: MlflowClient) -> str:
+        experiment = client.get_experiment_by_name(self._experiment)
+        if experiment is None:
+            is_server = self._store_uri.startswith("http")
+            location = None if is_server else (self._artifact_root.absolute() / self._experiment).as_uri()
+            tags = {"mlflow.experimentKind": "custom_model_development"}  # opens MLflow's "Model training" view
+            return str(client.create_experiment(self._experiment, artifact_location=location, tags=tags))
+        if experiment.lifecycle_stage == "deleted":
+            client.restore_experiment(experiment.experiment_id)  # its name stays taken, so there is no other way on
+        return str(experiment.experiment_id)
+
+    def _load(self, parent: TrackedRun) -> dict[str, _KnownRun]:
+        """The sweep's runs by uid; searched for once."""
+        if parent.uid not in self._sweeps:
+            self._sweeps[parent.uid] = dict(self._search(parent.uid))
+        self._known = self._sweeps[parent.uid]
+        return self._known
+
+    def _search(self, sweep_uid: str) -> Iterator[tuple[str, _KnownRun]]:
+        client, token = self._connected(), None
+        while True:
+            page = client.search_runs(
+                [self._experiment_id], f"tags.sweep = '{sweep_uid}'", max_results=1000, page_token=token
+            )
+            for run in page:
+                yield run.data.tags["uid"], _known_run(run)
+            token = page.token
+            if not token:
+                return
+
+    def _run_id(self, run: TrackedRun, parent: TrackedRun) -> str:
+        """The id of the run with this uid, and of its parent before it; created where missing."""
+        if run.uid not in self._known:
+            if run.uid == parent.uid:
+                above = None if parent.under is None else self._outer_id(parent.under)
+                self._known[run.uid] = self._sweep_row(run, above)
+            else:
+                self._known[run.uid] = self._create(run, parent.uid, self._run_id(parent, parent))
+        return self._known[run.uid].run_id
+
+    def _outer_id(self, outer: TrackedRun) -> str:
+        """The id of the row above the sweep's own."""
+        if outer.uid not in self._outer_ids:
+            self._outer_ids[outer.uid] = self._sweep_row(outer, None).run_id
+        return self._outer_ids[outer.uid]
+
+    def _sweep_row(self, run: TrackedRun, above: str | None) -> _KnownRun:
+        """The row of a sweep, which more than one tracker may look for at a time; created where it is missing."""
+        client = self._connected()
+        with self._alone():
+            found = client.search_runs([self._experiment_id], f"tags.uid = '{run.uid}'", max_results=1)
+            if found:
+                return _known_run(found[0])
+            return self._create(run, run.uid, above)
+
+    def _create(self, run: TrackedRun, sweep_uid: str, above: str | None) -> _KnownRun:
+        tags = {"uid": run.uid, "sweep": sweep_uid, "kind": run.kind, **({PARENT_TAG: above} if above else {})}
+        client = self._connected()
+        info = client.create_run(self._experiment_id, start_time=run.start_ms, run_name=run.name, tags=tags).info
+        return _KnownRun(info.run_id, "RUNNING")
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Keep the trackers of this machine from creating the same thing twice: MLflow has no uid that would refuse it."""
+        self._artifact_root.mkdir(parents=True, exist_ok=True)
+        with open(self._artifact_root / ".lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file is closed
+            yield
+
+    def _end(self, uid: str, status: str, end_ms: int) -> None:
+        run_id = self._known[uid].run_id
+        self._connected().set_terminated(run_id, status, end_time=end_ms)
+        self._known[uid] = replace(self._known[uid], status=status)
+
+    def _log(
+        self, run_id: str, points: Sequence[CurvePoint], params: Mapping[str, str], tags: Mapping[str, str]
+    ) -> None:
+        from mlflow.entities import Param, RunTag
+
+        client = self._connected()
+        metrics = list(_metrics(points))
+        named_tags = [RunTag(name, value) for name, value in tags.items()]
+        named_params = [Param(name, value) for name, value in params.items()]
+        # Nearly always one batch holds a whole run.
+        if len(metrics) + len(named_params) <= MAX_METRICS_PER_BATCH and len(named_params) <= MAX_PARAMS_PER_BATCH:
+            client.log_batch(run_id, metrics, named_params, named_tags)
+            return
+        for begin in range(0, len(named_params), MAX_PARAMS_PER_BATCH):
+            client.log_batch(run_id, params=named_params[begin : begin + MAX_PARAMS_PER_BATCH])
+        for begin in range(0, len(metrics), MAX_METRICS_PER_BATCH):
+            client.log_batch(run_id, metrics[begin : begin + MAX_METRICS_PER_BATCH])
+        client.log_batch(run_id, tags=named_tags)
+
+
+class CurveTail:
+    """Reads a growing curves.jsonl piece by piece.
+
+    The unfinished last line is left for the next read; a line torn by a kill is skipped; a file that became shorter (a
+    resumed training cut it back) is read from its beginning again, which a tracker tolerates.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._offset = 0
+
+    def read(self) -> list[CurvePoint]:
+        """The points written since the last call; none while there is no file."""
+        try:
+            with open(self._path, "rb") as file:
+                if file.seek(0, os.SEEK_END) < self._offset:
+                    self._offset = 0
+                file.seek(self._offset)
+                complete = file.read().rpartition(b"\n")
+        except FileNotFoundError:
+            return []
+        self._offset += len(complete[0]) + len(complete[1])
+        return [point for line in complete[0].splitlines() if (point := _parse_point(line)) is not None]
+
+
+def mlflow_environment() -> dict[str, str]:
+    """What must be in the environment before anything imports MLflow: no telemetry, no jobs, short time-outs, silence.
+
+    Time-outs, retries and the log level that the user has set are kept.
+    """
+    chosen = {
+        "MLFLOW_LOGGING_LEVEL": "WARNING",
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    }
+    return {
+        **{name: os.environ.get(name, value) for name, value in chosen.items()},
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    }
+
+
+def clean_params(params: Mapping[str, Any]) -> dict[str, str]:
+    """Parameters under names and in lengths that MLflow accepts; values as a YAML reader would expect them."""
+    return {_clean_name(name): _param_text(value)[:MAX_PARAM_LENGTH] for name, value in params.items()}
+
+
+def _clean_name(name: str) -> str:
+    """MLflow allows letters, digits and `_ - . : /` and space, and no name that reads as another path."""
+    allowed = re.sub(r"[^\w\-. :/]", "_", name)
+    return posixpath.normpath(allowed).strip("./ ")[:MAX_NAME_LENGTH].rstrip("./ ") or "_"
+
+
+def _param_text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
+
+
+def _metrics(points: Sequence[CurvePoint]) -> Iterator[Metric]:
+    from mlflow.entities import Metric
+
+    for point in points:
+        for name, value in point.metrics.items():
+            if value is not None and math.isfinite(value):
+                yield Metric(_clean_name(name), float(value), point.time_ms, point.step)
+
+
+def _known_run(run: Run) -> _KnownRun:
+    return _KnownRun(run.info.run_id, run.info.status, run.data.tags, frozenset(run.data.metrics))
+
+
+def _tags(run: TrackedRun, parent: TrackedRun, known: _KnownRun | None) -> dict[str, str]:
+    """The tags of a row as they are written, but for those that it is created with."""
+    root, reason = {"root": parent.root_uid}, {"reason": run.reason} if run.reason else {}
+    first, always = {**run.first_tags}, {**run.tags, **reason}
+    # One of several supernets that is launched by itself stays where its sweep has put it.
+    (first if parent.under is None else always).update(root)
+    new = {name: value for name, value in first.items() if known is None or name not in known.tags}
+    tags = {**new, **always}
+    return {_clean_name(name): str(value)[:MAX_TAG_LENGTH] for name, value in tags.items()}
+
+
+def _written_at(run: TrackedRun) -> int:
+    return run.end_ms if run.end_ms is not None else run.start_ms
+
+
+def _parse_point(line: bytes) -> CurvePoint | None:
+    try:
+        content = json.loads(line)
+        return CurvePoint(int(content["step"]), int(content["time_ms"]), dict(content["metrics"]))
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _check_sqlite(store_uri: str) -> None:
+    """Fail at once where MLflow would retry for 100 s: a database that cannot be opened."""
+    if store_uri.startswith("sqlite:///"):
+        with closing(sqlite3.connect(store_uri.removeprefix("sqlite:///"), timeout=5.0)) as connection:
+            connection.execute("PRAGMA schema_version")
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in one line."""
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:300]
+
+
+def _now_ms() -> int:
+    return int(time.time() * 1000)

@@ -1,0 +1,112 @@
+"""Trials whose gates train end to end: the supernet from its checkpoint, the gate split's images as arrays that all trials share.
+
+What follows training, calibration and scoring on the `val` table, is that of every other trial.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dsnet.data.normalization import Normalization
+from dsnet.errors import NonFiniteLossError
+from dsnet.gates.end_to_end import EndToEndSettings, GateImages, train_stage
+from dsnet.gates.fit import calibrate_heads
+from dsnet.network.supernet import Supernet
+from dsnet.stored.checkpoint import load_supernet
+from orchestration.workers.self_check import REPEATED
+from search.gate_check import Finding
+from search.gate_trial import GateTrial, arrays_of, gate_settings
+from search.study.runner import PROGRESS, CohortFunction, OneByOne, TrialSpec
+
+IMAGES, LABELS = "gate_images", "gate_labels"
+"""Names of the shared arrays: uint8 [N, C, H, W] and int64 [N]."""
+
+
+@dataclass(frozen=True)
+class EndToEndTrial:
+    """What every end-to-end trial of a sweep shares; calling it runs one trial."""
+
+    tables: GateTrial
+    """The routing tables, the defaults of all settings, and what makes metrics."""
+    supernet: Supernet
+    data: GateImages
+    rules: EndToEndSettings
+
+    def __call__(self, spec: TrialSpec) -> tuple[dict[str, float], dict[str, NDArray[Any]]]:
+        """Train the gate of `spec` on images, then calibrate and score it on the `val` table: metrics, arrays.
+
+        A trial that `spec.until` ends early is scored like one at its end, and its arrays hold what it goes on from.
+
+        Raises:
+            NonFiniteLossError: training diverged.
+            ValueError: parameters out of their range.
+        """
+        settings = gate_settings(spec.params, self.tables.defaults, self.tables.gate_table, spec.seed)
+        start = {name.removeprefix(PROGRESS): array for name, array in spec.progress.items()} or None
+        stage = train_stage(self.supernet, self.data, settings, self.rules, start=start, until=spec.until)
+        fit = calibrate_heads(self.tables.val_table, settings, stage.heads)
+        arrays = arrays_of(fit)
+        if spec.until is not None:
+            arrays |= {PROGRESS + name: array for name, array in stage.progress.items()}
+        return self.tables.scores.metrics(fit), arrays
+
+
+@dataclass(frozen=True)
+class MakeEndToEndTrial:
+    """Puts a trial function together inside a worker; it can be pickled, and holds no weights and no images itself."""
+
+    make_tables: Callable[[Mapping[str, NDArray[Any]]], GateTrial]
+    """What makes table trials from the shared arrays."""
+    checkpoint: Path
+    """Stem of the trained and recalibrated supernet."""
+    normalization: Normalization
+    rules: EndToEndSettings
+
+    def __call__(self, arrays: Mapping[str, NDArray[Any]]) -> OneByOne:
+        """The trial function over the shared arrays.
+
+        Raises:
+            CheckpointError: the supernet's checkpoint is damaged or missing.
+        """
+        supernet, _ = load_supernet(self.checkpoint)
+        # Copies: shared arrays are read-only, which a tensor cannot be.
+        images, labels = (torch.from_numpy(np.array(arrays[name])) for name in (IMAGES, LABELS))
+        data = GateImages(images, labels, self.normalization)
+        return OneByOne(EndToEndTrial(self.make_tables(arrays), supernet, data, self.rules))
+
+
+@dataclass(frozen=True)
+class EndToEndCheck:
+    """Trains a gate on a few images twice in a worker: there is no company, but the result must depend on the trial alone."""
+
+    num_images: int = 16
+
+    def __call__(self, function: CohortFunction) -> Finding:
+        """What the two trainings came to."""
+        assert isinstance(function, OneByOne)
+        trial = function.function
+        assert isinstance(trial, EndToEndTrial)
+        data = replace(
+            trial.data, images=trial.data.images[: self.num_images], labels=trial.data.labels[: self.num_images]
+        )
+        own = gate_settings({}, trial.tables.defaults, trial.tables.gate_table, seed=0)
+        settings = replace(own, router="gate", batch_size=max(1, len(data.labels) // 2))
+        try:
+            stages = [train_stage(trial.supernet, data, settings, trial.rules, until=1) for _ in range(2)]
+        except (NonFiniteLossError, ValueError):
+            return Finding("")  # settings with which trials fail, too
+        first, second = (b"".join(head.numpy().tobytes() for head in stage.heads) for stage in stages)
+        return Finding(hashlib.sha256(first).hexdigest(), () if first == second else (REPEATED,))
+
+
+def shared_images(data: GateImages) -> dict[str, NDArray[Any]]:
+    """The gate split as the arrays that `MakeEndToEndTrial` reads."""
+    return {IMAGES: data.images.cpu().numpy(), LABELS: data.labels.cpu().numpy()}

@@ -1,0 +1,245 @@
+"""Stage I on Ray Train workers: the same loop as `dsnet.training`, data-parallel, with its curves followed while it runs."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dsnet import errors
+from dsnet.arithmetic import fix_arithmetic
+from dsnet.data.augment import Augmentation
+from dsnet.data.training_images import InMemoryImages, TrainingImages
+from dsnet.errors import DsnetError, PreflightError, StoppedError
+from dsnet.files import atomic_write_json, read_json
+from dsnet.network.supernet import Supernet
+from dsnet.space.spec import SubnetSet
+from dsnet.training.settings import SupernetRun
+from dsnet.training.supernet import FINAL
+from orchestration.tracking.store import CurvePoint, CurveTail
+
+POLL_S = 0.3
+STOP_GRACE_S = 8.0
+"""How long training may take to reach its next step boundary once it was asked to stop."""
+WORKER_RETRIES = 2
+"""Lost workers are replaced so often; training then continues from the newest checkpoint."""
+
+
+@dataclass(frozen=True)
+class SupernetJob:
+    """What the workers need; everything in it can be pickled."""
+
+    subnets: SubnetSet
+    run: SupernetRun
+    folder: Path
+    """On storage that driver and workers share."""
+    stop_file: Path
+    """Its existence asks the workers to stop."""
+    device: str
+    threads: int
+    workers: int
+    is_local: bool = True
+    """All workers run on this machine: their group then listens on the loopback only."""
+    init_from: Path | None = None
+    """The checkpoint to start from, on storage that driver and workers share; None for fresh weights."""
+
+
+def train_on_ray(
+    job: SupernetJob,
+    data: TrainingImages,
+    *,
+    on_points: Callable[[list[CurvePoint]], None],
+    should_stop: Callable[[], bool],
+) -> Path:
+    """Train the supernet on `job.workers` Ray Train workers; Ray must be initialised.
+
+    Args:
+        job: the settings.
+        data: the training split; what is not in memory travels as it is, and must be picklable.
+        on_points: hears new points of the loss curves.
+        should_stop: asked several times a second; True stops training at the next step.
+
+    Returns:
+        the stem of the recalibrated checkpoint.
+
+    Raises:
+        StoppedError: it was stopped; the checkpoints stay, and the next launch continues.
+        PreflightError: the cluster has too few CPUs or GPUs for the workers.
+        NonFiniteLossError, CheckpointError: as the training loop.
+        DsnetError: the workers failed for another reason.
+    """
+    import ray
+
+    _check_room(job, ray.cluster_resources())
+    outcome = job.folder / "outcome.json"
+    outcome.unlink(missing_ok=True)
+    job.folder.mkdir(parents=True, exist_ok=True)
+    config = {"job": job, **send_images(data)}
+    failures: list[BaseException] = []
+    thread = threading.Thread(target=_fit, args=(config, failures), name="ray-train", daemon=True)
+    tail = CurveTail(job.folder / "curves.jsonl")
+    thread.start()
+    try:
+        _follow(thread, tail, on_points, should_stop, job.stop_file)
+    finally:
+        on_points(tail.read())
+        shutil.rmtree(job.folder / "ray", ignore_errors=True)
+    if outcome.exists():
+        _raise_outcome(read_json(outcome))
+    if should_stop():
+        raise StoppedError("training was stopped; its checkpoints are kept")
+    if failures:
+        raise DsnetError(f"the training workers failed: {root_cause(failures[0])}") from failures[0]
+    return job.folder / FINAL
+
+
+def send_images(data: TrainingImages) -> dict[str, Any]:
+    """How the training split travels to workers; `receive_images` is the other end."""
+    import ray
+
+    if not isinstance(data, InMemoryImages):
+        return {"data": data}
+    # numpy arrays are shared through the object store without a copy; tensors are not.
+    return {"images": ray.put(data.images.numpy()), "labels": ray.put(data.labels.numpy())}
+
+
+def receive_images(sent: Mapping[str, Any], augmentation: Augmentation) -> TrainingImages:
+    """The training split on a worker; what is in memory is augmented as `augmentation` says."""
+    import ray
+    import torch
+
+    if "data" in sent:
+        streamed: TrainingImages = sent["data"]
+        return streamed
+    images, labels = (torch.from_numpy(ray.get(sent[name]).copy()) for name in ("images", "labels"))
+    return InMemoryImages(images, labels, augmentation)
+
+
+def first_supernet(job: SupernetJob) -> Supernet:
+    """The network that a job's training starts from."""
+    from dsnet.training.start import first_weights, load_start
+
+    start = None if job.init_from is None else load_start(job.init_from)
+    supernet, _ = first_weights(job.subnets, job.run.seed, start)
+    return supernet
+
+
+def _check_room(job: SupernetJob, resources: Mapping[str, float]) -> None:
+    """Refuse what the cluster can never place: Ray would wait for it without end."""
+    num_cpus, num_gpus = int(resources.get("CPU", 0)), int(resources.get("GPU", 0))
+    if job.workers * job.threads > num_cpus:
+        raise PreflightError(
+            f"supernet.workers {job.workers} x supernet.threads {job.threads} need {job.workers * job.threads} CPUs, "
+            f"but the Ray cluster has {num_cpus}; lower them, or raise ray.num_cpus"
+        )
+    if job.device == "cuda" and job.workers > num_gpus:
+        raise PreflightError(
+            f"supernet.workers is {job.workers} on cuda, but the Ray cluster has {num_gpus} GPUs; lower supernet.workers"
+        )
+
+
+def _fit(config: dict[str, Any], failures: list[BaseException]) -> None:
+    """Run the trainer. Not in the main thread: there Ray would replace our handler of Ctrl-C by its own."""
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from orchestration.workers.loopback_group import LoopbackConfig
+
+    job: SupernetJob = config["job"]
+    meeting = job.folder / "ray"
+    meeting.mkdir(parents=True, exist_ok=True)
+    failure_limits: dict[str, Any] = {"max_failures": WORKER_RETRIES, "controller_failure_limit": WORKER_RETRIES}
+    trainer = TorchTrainer(
+        _train_loop,
+        train_loop_config=config,
+        torch_config=LoopbackConfig(folder=str(meeting)) if job.is_local or job.workers == 1 else TorchConfig(),
+        scaling_config=ScalingConfig(
+            num_workers=job.workers, use_gpu=job.device == "cuda", resources_per_worker={"CPU": job.threads}
+        ),
+        run_config=RunConfig(
+            name="train",
+            storage_path=str(meeting),
+            failure_config=FailureConfig(**failure_limits),
+        ),
+    )
+    try:
+        trainer.fit()
+    except Exception as error:  # noqa: BLE001 - reported by the main thread, whatever it is
+        failures.append(error)
+
+
+def _follow(
+    thread: threading.Thread,
+    tail: CurveTail,
+    on_points: Callable[[list[CurvePoint]], None],
+    should_stop: Callable[[], bool],
+    stop_file: Path,
+) -> None:
+    asked_at: float | None = None
+    while thread.is_alive():
+        thread.join(POLL_S)
+        on_points(tail.read())
+        if asked_at is None and should_stop():
+            stop_file.touch()
+            asked_at = time.monotonic()
+        if asked_at is not None and time.monotonic() - asked_at > STOP_GRACE_S:
+            return
+
+
+def _train_loop(config: Mapping[str, Any]) -> None:
+    """What each Ray Train worker runs. The user's errors are recorded, not raised: Ray would start them again."""
+    fix_arithmetic()
+    import ray.train
+    import torch
+
+    from dsnet.training.supernet import train_supernet
+    from dsnet.training.workers import DistributedWorkers, SingleWorker
+
+    job: SupernetJob = config["job"]
+    outcome = job.folder / "outcome.json"
+    if outcome.exists():
+        return  # an earlier attempt of this launch failed by itself, and would fail again
+    torch.set_num_threads(job.threads)
+    context = ray.train.get_context()
+    is_alone = context.get_world_size() == 1
+    try:
+        train_supernet(
+            first_supernet(job),
+            receive_images(config, job.run.augmentation),
+            job.run,
+            folder=job.folder,
+            device=job.device,
+            workers=SingleWorker() if is_alone else DistributedWorkers(),
+            should_stop=job.stop_file.exists,
+        )
+    except DsnetError as error:
+        record = {"error": type(error).__name__, "message": str(error), "rank": context.get_world_rank()}
+        atomic_write_json(outcome, record)
+        if not is_alone:
+            raise  # the others wait in an all-reduce; the group must end
+
+
+def _raise_outcome(record: Mapping[str, Any]) -> None:
+    kind = getattr(errors, record["error"], DsnetError)
+    raise kind(record["message"])
+
+
+def root_cause(error: BaseException) -> str:
+    """The innermost message of Ray's nested errors, on one line."""
+    workers = getattr(error, "worker_failures", None)
+    if workers:
+        error = next(iter(workers.values()))
+    while error.__cause__ is not None:
+        error = error.__cause__
+    is_memory = type(error).__name__ == "OutOfMemoryError" and type(error).__module__.startswith("ray.")
+    if is_memory or "low on memory" in str(error):
+        return (
+            "a process was ended because the machine ran out of memory; close other programs, or lower supernet.train.batch_size, "
+            "and launch again: training continues from its newest checkpoint"
+        )
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return f"{type(error).__name__}: {lines[-1]}"

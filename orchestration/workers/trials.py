@@ -1,0 +1,370 @@
+"""Trials on Ray: warm actors that read the routing tables from the object store without a copy.
+
+Whose fault a failure is decides what happens. A trial that raises or takes too long fails and is not tried again. A lost
+worker (a crash, the out-of-memory killer, a lost node) is the machine's fault: the trial is run again on a new worker, and
+fails with the reason when that has happened too often. An actor runs several trials in one program where the trial function
+can: what ends such a batch as a whole is nobody's yet, and its trials are run again one by one, so that the culprit alone fails.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dsnet.arithmetic import fix_arithmetic
+from dsnet.errors import PreflightError
+from orchestration.workers.self_check import StartCheck
+from search.gate_check import Finding
+from search.study.runner import CohortFunction, TrialOutcome, TrialSpec, describe_error, divide, run_batch
+
+MakeCohortFunction = Callable[[Mapping[str, NDArray[Any]]], CohortFunction]
+"""Builds the trial function inside a worker, once, from the shared arrays (read-only views of the object store). Must
+be picklable: a module-level function, a class, or functools.partial of one."""
+
+START_TIMEOUT_S = 120.0
+MAX_STARTS_LOST = 3
+_THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+
+class TrialWorker:
+    """What runs inside an actor: one process, its threads of computation, one trial function."""
+
+    def __init__(
+        self,
+        make_function: MakeCohortFunction,
+        arrays: Mapping[str, NDArray[Any]],
+        num_threads: int,
+        look: Callable[[CohortFunction], Finding] | None = None,
+    ) -> None:
+        fix_arithmetic()
+        # On two shared cores a gate trial took 12 s with torch's default threads and 1 s with one.
+        import torch
+
+        torch.set_num_threads(num_threads)
+        self._make_function = make_function
+        self._arrays = arrays
+        self._look = look
+        self._is_one_by_one = False
+
+    def prepare(self) -> tuple[int, Finding | None]:
+        """Build the trial function, and check it; apart from the constructor, so that its own errors reach the driver as they are.
+
+        Returns:
+            its lanes, and what the check came to.
+        """
+        self._function = self._make_function(self._arrays)
+        finding = None if self._look is None else self._look(self._function)
+        self._is_one_by_one = finding is not None and bool(finding.unequal)
+        return self._function.lanes, finding
+
+    def run(self, specs: Sequence[TrialSpec]) -> list[TrialOutcome] | None:
+        """As `run_batch`; one trial after the other where the check found that they are not the same in company."""
+        if not self._is_one_by_one:
+            return run_batch(self._function, specs)
+        return [outcome for spec in specs for outcome in run_batch(self._function, [spec]) or ()]
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Trials that one call runs."""
+
+    specs: tuple[TrialSpec, ...]
+    num_lost: int = 0
+    """How often these trials have lost their worker before, while they were alone."""
+
+    def alone(self) -> list[_Batch]:
+        """Its trials one by one. Who ended the batch is not known, so that it counts against none of them."""
+        return [_Batch((spec,)) for spec in self.specs]
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What an actor is busy with: trials, or (batch is None) its own start."""
+
+    actor: Any
+    batch: _Batch | None
+    started_s: float
+    num_starts_lost: int = 0
+    """How often the start of this place's actor has failed before."""
+
+
+class RayRunner:
+    """Runs trials on actors; to be used inside a `ray_session`.
+
+    An actor has one batch at a time. Actors start with the first `run` and stay warm until `close`.
+    """
+
+    def __init__(  # noqa: PLR0913 - all but one are given by name
+        self,
+        make_function: MakeCohortFunction,
+        *,
+        arrays: Mapping[str, NDArray[Any]],
+        num_actors: int | None = None,
+        threads: int = 1,
+        resources: Mapping[str, float] | None = None,
+        timeout_s: float = 120.0,
+        retries: int = 2,
+        check: StartCheck | None = None,
+    ) -> None:
+        """Take the work's description; nothing is started yet.
+
+        Args:
+            make_function: see `MakeCohortFunction`.
+            arrays: put into the object store once and shared by all actors.
+            num_actors: None = as many as the cluster has room for.
+            threads: threads of computation of an actor, and CPUs that it takes, >= 1.
+            resources: what else an actor takes, > 0, under Ray's names: "GPU" (a share, 0.5 = two actors on one), "memory" (bytes), or
+                a resource that the cluster's owner has named. Ray counts them, and does not hold an actor to them.
+            timeout_s: seconds that one trial may take, > 0, and as many for each trial of a batch; its actor is then killed and
+                replaced.
+            retries: how often a trial that lost its worker while it was alone is run again, >= 0.
+            check: what every worker does before its first trial; None = nothing.
+        """
+        self._make_function = make_function
+        self._arrays = arrays
+        self._num_actors = num_actors
+        self._threads = threads
+        self._resources = dict(resources or {})
+        self._timeout_s = timeout_s
+        self._retries = retries
+        self._check = check
+        self._arrays_ref: Any = None
+        self._lanes: int | None = None
+        """Those of the trial function; None until the first actor has made it."""
+        self._idle: list[Any] = []
+        self._jobs: dict[Any, _Job] = {}
+
+    def run(self, specs: Sequence[TrialSpec]) -> Generator[TrialOutcome, None, None]:
+        """Yield one outcome per spec as they come.
+
+        Raises:
+            PreflightError: the cluster has no room for the actors, or they die while they start.
+            Exception: what `make_function` raised in a worker.
+        """
+        num_places, lanes = self._open()
+        batches = (_Batch(batch) for batch in divide(specs, num_places, lanes))
+        yield from self._work(deque(batches), None)
+
+    def stream(self, take: Callable[[], Sequence[TrialSpec]]) -> Generator[TrialOutcome, None, None]:
+        """Yield outcomes as they come, and give a worker that is free what `take` returns; see `Runner.stream`.
+
+        More trials than one program of the trial function takes are several batches, which go before what `take` returns next. So do
+        those that lost their worker, and those of a batch that failed as a whole.
+
+        Raises:
+            PreflightError, Exception: as `run`.
+        """
+        _, lanes = self._open()
+        yield from self._work(deque(), lambda: [_Batch(batch) for batch in divide(take(), 1, lanes)])
+
+    def close(self) -> None:
+        """Kill the actors and release the arrays."""
+        import ray
+
+        for actor in [*self._idle, *(job.actor for job in self._jobs.values())]:
+            ray.kill(actor)
+        self._idle.clear()
+        self._jobs.clear()
+        self._arrays_ref = None
+
+    def _open(self) -> tuple[int, int]:
+        """Have actors, one of them ready; how many there are, and the lanes of the trial function."""
+        num_places = self._fill_places()
+        while self._lanes is None:
+            self._wait(deque())
+        return num_places, self._lanes
+
+    def _work(
+        self, waiting: deque[_Batch], take: Callable[[], Sequence[_Batch]] | None
+    ) -> Generator[TrialOutcome, None, None]:
+        """Run what waits, and what `take` adds to it, until there is neither and nothing runs."""
+        may_take = take is not None  # False once it had nothing, until the next outcome
+        try:
+            while True:
+                self._submit_waiting(waiting)
+                while take is not None and may_take and self._idle:
+                    waiting.extend(take())
+                    may_take = bool(waiting)
+                    self._submit_waiting(waiting)
+                if not (waiting or may_take or any(job.batch is not None for job in self._jobs.values())):
+                    return
+                outcomes = self._wait(waiting)
+                # The next trials first: their workers are busy while somebody looks at the outcomes.
+                self._submit_waiting(waiting)
+                may_take = may_take or (take is not None and bool(outcomes))
+                yield from outcomes
+        finally:
+            self._abandon_trials()
+
+    def _fill_places(self) -> int:
+        """Start the actors that are missing; the first time, put the arrays into the object store too. Returns how many there are."""
+        import ray
+
+        num_places = self._num_places(ray.cluster_resources())
+        if self._arrays_ref is None:
+            # numpy arrays are read where they lie in shared memory; torch tensors would be copied.
+            self._arrays_ref = ray.put({name: np.ascontiguousarray(array) for name, array in self._arrays.items()})
+        for _ in range(num_places - len(self._idle) - len(self._jobs)):
+            self._start_actor()
+        return num_places
+
+    def _num_places(self, available: Mapping[str, float]) -> int:
+        """How many actors to have, in a cluster with these resources."""
+        most = int(available.get("CPU", 0)) // self._threads
+        num_actors = self._num_actors or max(1, most)
+        if not 1 <= num_actors <= most:
+            each = "one" if self._threads == 1 else f"{self._threads} (gate.end_to_end.threads)"
+            raise PreflightError(
+                f"ray.trial_actors is {num_actors}, but the cluster has {int(available.get('CPU', 0))} CPUs and each actor takes "
+                f"{each}; lower ray.trial_actors or raise ray.num_cpus"
+            )
+        for name, amount in self._resources.items():
+            room = int(available.get(name, 0.0) / amount + 1e-9)
+            least = 1 if self._num_actors is None else self._num_actors
+            if room < least:
+                raise PreflightError(
+                    f"{least} trial actors take {amount:g} of the resource '{name}' each, but the cluster has "
+                    f"{available.get(name, 0.0):g}; lower ray.trial_actors, or what each takes"
+                )
+            num_actors = min(num_actors, room)
+        return num_actors
+
+    def _start_actor(self, num_starts_lost: int = 0) -> None:
+        import ray
+
+        variables = dict.fromkeys(_THREAD_VARIABLES, str(self._threads))
+        options = {
+            "num_cpus": self._threads,
+            "max_restarts": 0,
+            "max_task_retries": 0,
+            "runtime_env": {"env_vars": variables},
+            **_resource_options(self._resources),
+        }
+        remote = ray.remote(TrialWorker).options(**options)
+        actor: Any = remote.remote(
+            self._make_function, self._arrays_ref, self._threads, self._check and self._check.look
+        )
+        self._jobs[actor.prepare.remote()] = _Job(actor, None, time.monotonic(), num_starts_lost)
+
+    def _submit_waiting(self, waiting: deque[_Batch]) -> None:
+        while waiting and self._idle:
+            actor, batch = self._idle.pop(), waiting.popleft()
+            self._jobs[actor.run.remote(batch.specs)] = _Job(actor, batch, time.monotonic())
+
+    def _wait(self, waiting: deque[_Batch]) -> list[TrialOutcome]:
+        """Wait for the next job to end or to run out of time; the outcomes that are decided by it."""
+        import ray
+
+        nearest_s = min(self._deadline_s(job) for job in self._jobs.values())
+        ended, _ = ray.wait(list(self._jobs), num_returns=1, timeout=max(0.0, nearest_s - time.monotonic()))
+        if ended:
+            return self._finish(ended[0], waiting)
+        now_s = time.monotonic()
+        late = [ref for ref, job in self._jobs.items() if self._deadline_s(job) <= now_s]
+        return [outcome for ref in late for outcome in self._time_out(self._jobs.pop(ref), waiting)]
+
+    def _deadline_s(self, job: _Job) -> float:
+        if job.batch is None:
+            return job.started_s + START_TIMEOUT_S
+        return job.started_s + self._timeout_s * len(job.batch.specs)
+
+    def _finish(self, ref: Any, waiting: deque[_Batch]) -> list[TrialOutcome]:
+        """Take in a job that ended, well or not; empty where that decides no trial."""
+        import ray
+        from ray.exceptions import RayError, RayTaskError
+
+        job = self._jobs.pop(ref)
+        try:
+            result = ray.get(ref)
+        except RayTaskError as error:  # raised by Python code in a worker that lives on
+            if job.batch is None:
+                ray.kill(job.actor)
+                raise error.cause from error
+            self._idle.append(job.actor)
+            return self._fail(job, job.batch, describe_error(error.cause), waiting)
+        except RayError as error:
+            return self._replace_lost(job, error, waiting)
+        self._idle.append(job.actor)
+        if job.batch is None:
+            self._lanes, finding = result
+            if self._check is not None:
+                self._check.hear(finding)
+            return []
+        if result is None:
+            waiting.extendleft(reversed(job.batch.alone()))
+            return []
+        outcomes: list[TrialOutcome] = result
+        return outcomes
+
+    def _fail(self, job: _Job, batch: _Batch, reason: str, waiting: deque[_Batch]) -> list[TrialOutcome]:
+        """What a call that gave no outcomes decides: a trial that was alone has failed, those of a batch are run one by one."""
+        if len(batch.specs) > 1:
+            waiting.extendleft(reversed(batch.alone()))
+            return []
+        return [TrialOutcome.failed(batch.specs[0].slot, reason, _seconds_of(job))]
+
+    def _replace_lost(self, job: _Job, error: Exception, waiting: deque[_Batch]) -> list[TrialOutcome]:
+        """Put a new actor in the place of a lost one, and its trials back in the queue, or fail the one that was alone."""
+        if job.batch is None:
+            num_lost = job.num_starts_lost + 1
+            if num_lost >= MAX_STARTS_LOST:
+                raise PreflightError(
+                    f"trial workers die while they start, {num_lost} times now: {_cause_of_loss(error)}"
+                )
+            self._start_actor(num_lost)
+            return []
+        self._start_actor()
+        num_lost = job.batch.num_lost + 1
+        if len(job.batch.specs) == 1 and num_lost <= self._retries:
+            waiting.appendleft(_Batch(job.batch.specs, num_lost))
+            return []
+        return self._fail(job, job.batch, f"lost its worker {num_lost} times: {_cause_of_loss(error)}", waiting)
+
+    def _time_out(self, job: _Job, waiting: deque[_Batch]) -> list[TrialOutcome]:
+        import ray
+
+        ray.kill(job.actor)
+        if job.batch is None:
+            raise PreflightError(
+                f"a trial worker did not start within {START_TIMEOUT_S:g} s: the cluster is full or too slow"
+            )
+        self._start_actor()
+        return self._fail(job, job.batch, f"time-out after {self._timeout_s:g} s", waiting)
+
+    def _abandon_trials(self) -> None:
+        """Kill the actors whose trials nobody waits for any more; the next `run` fills their places."""
+        import ray
+
+        for ref, job in list(self._jobs.items()):
+            if job.batch is not None:
+                del self._jobs[ref]
+                ray.kill(job.actor)
+
+
+def _resource_options(resources: Mapping[str, float]) -> dict[str, Any]:
+    """Resources as options of an actor: Ray has two of its own, and takes all others together."""
+    own = {"GPU": "num_gpus", "memory": "memory"}
+    options: dict[str, Any] = {own[name]: amount for name, amount in resources.items() if name in own}
+    named = {name: amount for name, amount in resources.items() if name not in own}
+    return {**options, "resources": named} if named else options
+
+
+def _seconds_of(job: _Job) -> float:
+    return time.monotonic() - job.started_s
+
+
+def _cause_of_loss(error: Exception) -> str:
+    """One line on why a worker was lost, from Ray's page-long messages."""
+    from ray.exceptions import NodeDiedError, OutOfMemoryError
+
+    if isinstance(error, OutOfMemoryError) or "low on memory" in str(error):
+        return "killed because the machine ran out of memory"
+    if isinstance(error, NodeDiedError):
+        return "its machine left the cluster"
+    return f"the process died ({type(error).__name__})"

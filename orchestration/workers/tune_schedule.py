@@ -1,0 +1,411 @@
+"""A fixed list of trials under a Ray Tune scheduler whose decisions are stored before they are acted on, and replayed at a new launch.
+
+The scheduler knows all trials from the start. What a former launch stored is played to it in the stored order, so that it stands where it
+stood; Tune itself only ever sees the trials that still have something to train.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from ray import tune
+from ray.tune.experiment import Trial
+from ray.tune.schedulers import (
+    AsyncHyperBandScheduler,
+    FIFOScheduler,
+    HyperBandForBOHB,
+    HyperBandScheduler,
+    MedianStoppingRule,
+    PopulationBasedTraining,
+    PopulationBasedTrainingReplay,
+    ResourceChangingScheduler,
+    TrialScheduler,
+)
+from ray.tune.search.basic_variant import BasicVariantGenerator
+from ray.tune.stopper import Stopper
+
+from dsnet.seeds import derive_seed
+from orchestration.workers.tune_ledger import End, FateState, Ledger, Report
+
+METRIC = "static_hypervolume"
+TIME = "epoch"
+MEMBER = "member"
+
+SCHEDULERS: Mapping[str, type[TrialScheduler]] = {
+    "none": FIFOScheduler,
+    "asha": AsyncHyperBandScheduler,
+    "median": MedianStoppingRule,
+    "hyperband": HyperBandScheduler,
+}
+CHANGES_SETTINGS = (PopulationBasedTraining, PopulationBasedTrainingReplay, ResourceChangingScheduler)
+NEEDS_A_SEARCHER = (HyperBandForBOHB,)
+
+
+@dataclass(frozen=True)
+class Member:
+    """What scheduling needs to know of a supernet."""
+
+    name: str
+    key: str
+    epochs: int
+    """Its last report comes after so many."""
+    is_pending: bool
+    """It still has something to train."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a trial that returned by itself did."""
+
+    state: FateState
+    reason: str | None = None
+    is_lasting: bool = True
+
+
+class ReplayingScheduler(TrialScheduler):
+    """Stands between Tune and a scheduler: stores what is heard and decided, limits how many run, replays what was stored."""
+
+    _supports_buffered_results = False
+
+    def __init__(  # noqa: PLR0913 - all but three are given by name
+        self,
+        inner: TrialScheduler,
+        members: Sequence[Member],
+        ledger: Ledger,
+        *,
+        concurrent: int,
+        seed: int,
+        is_stopping: Callable[[], bool],
+        outcome_of: Callable[[str], Outcome | None],
+        hear: Callable[[str, Report | End], None],
+    ) -> None:
+        """Set out.
+
+        Args:
+            inner: decides; it has its metric already.
+            members: all of them, in the order in which they start.
+            ledger: what was stored before; receives what comes.
+            concurrent: trials that run at a time.
+            seed: of the scheduler's random choices, one stream a member.
+            is_stopping: True once no further trial shall start.
+            outcome_of: what a member's trial left behind when it returned; None where it was interrupted.
+            hear: (member name, event) of every event that is new, after it was stored.
+        """
+        super().__init__()
+        self._inner: Any = inner  # Any: its controller is Tune's, or what stands in for it
+        self._members = {member.name: member for member in members}
+        self._by_key = {member.key: member for member in members}
+        self._ledger = ledger
+        self._concurrent = concurrent
+        self._seed = seed
+        self.is_stopping = is_stopping
+        self._outcome_of = outcome_of
+        self._hear = hear
+        self._controller: Any = None
+        self._trials: dict[str, Trial] = {}
+        self._gone: set[str] = set()
+        """Names of those that the inner scheduler counts no longer."""
+        self._ended: set[str] = set()
+        """Names of those that ended in this launch."""
+        self._waiting: list[Trial] = []
+        self._started: list[Trial] = []
+
+    # What Tune's side of the list asks.
+
+    def adopt(self, trials: Sequence[Trial]) -> None:
+        """Take the whole list, once, before anything runs, and replay what is stored of it."""
+        self._trials = {trial.config[MEMBER]: trial for trial in trials}
+        replay = _Replay(self)
+        for trial in trials:
+            with _seeded(self._seed, trial.config[MEMBER]):
+                self._inner.on_trial_add(replay, trial)
+        for event in self._ledger.events():
+            if event.key in self._by_key:
+                replay.play(self._by_key[event.key], event)
+        for name, reason in replay.stopped.items():
+            self._store_end(name, Outcome("stopped", reason))
+        for name, trial in self._trials.items():
+            if not self._members[name].is_pending or name in replay.stopped:
+                self.leave(replay, trial)
+            elif trial.status != Trial.PAUSED:
+                trial.set_status(Trial.PENDING)
+        self._waiting = [trial for name, trial in self._trials.items() if self._is_open(name)]
+        # What pauses takes no place, and the scheduler may want it back at any time.
+        self._waiting.sort(key=lambda trial: trial.status != Trial.PAUSED)
+
+    def next_waiting(self) -> Trial | None:
+        """The next trial that Tune may have; None while as many run as may."""
+        if self.is_stopping():
+            self._waiting.clear()
+        if not self._waiting or (self._waiting[0].status != Trial.PAUSED and self._is_full()):
+            return None
+        self._started.append(self._waiting.pop(0))
+        return self._started[-1]
+
+    def drop_waiting(self) -> None:
+        """No more trials."""
+        self._waiting.clear()
+
+    @property
+    def has_waiting(self) -> bool:
+        """Whether there are trials that Tune has not had yet."""
+        return bool(self._waiting)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing runs."""
+        return all(trial.status != Trial.RUNNING for trial in self._started)
+
+    # The interface of a scheduler.
+
+    def set_search_properties(self, metric: str | None, mode: str | None, **spec: Any) -> bool:
+        """The inner scheduler has them already."""
+        return True
+
+    def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
+        """Nothing: the scheduler knows it since `adopt`, also one that comes back with a new worker."""
+
+    def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:
+        """Nothing yet: a lost worker is replaced; `lost` tells where it is not."""
+        self._controller = tune_controller
+
+    def on_trial_result(self, tune_controller: Any, trial: Trial, result: Mapping[str, Any]) -> str:
+        """Store a report with the decision on it; the last epoch's always ends the trial."""
+        member = self._members[trial.config[MEMBER]]
+        epoch, value = int(result[TIME]), float(result[METRIC])
+        if epoch in dict(self._ledger.reports(member.key)):
+            return TrialScheduler.CONTINUE
+        decision = TrialScheduler.CONTINUE
+        if member.name not in self._gone:
+            decision = self._inner.on_trial_result(tune_controller, trial, _result(epoch, value))
+        is_last = epoch >= member.epochs
+        if is_last:
+            decision = TrialScheduler.STOP
+        self._store(member.name, Report(member.key, epoch, value, decision))
+        if is_last:
+            self._store_end(member.name, Outcome("trained"))
+        elif decision == TrialScheduler.STOP:
+            self._store_end(member.name, Outcome("stopped", _reason(self._inner, epoch, value)))
+        return decision
+
+    def on_trial_complete(self, tune_controller: Any, trial: Trial, result: Mapping[str, Any]) -> None:
+        """A trial ended by itself, or was stopped while its pause was being prepared."""
+        name = trial.config[MEMBER]
+        if self._is_open(name):
+            outcome = self._outcome_of(name)
+            if outcome is None and self.is_stopping():
+                return  # interrupted: the next launch goes on with it
+            self._store_end(name, outcome if outcome is not None else self._stopped(name))
+        self.leave(tune_controller, trial)
+
+    def on_trial_remove(self, tune_controller: Any, trial: Trial) -> None:
+        """The scheduler stopped a trial that paused."""
+        name = trial.config[MEMBER]
+        if self._is_open(name):
+            self._store_end(name, self._stopped(name))
+        self.leave(tune_controller, trial)
+
+    def lost(self, trial: Trial, reason: str) -> None:
+        """A trial whose workers failed for good."""
+        name = trial.config[MEMBER]
+        self._store_end(name, Outcome("failed", reason, is_lasting=False))
+        self._gone.add(name)
+        self._inner.on_trial_error(self._controller, trial)
+
+    def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
+        """The scheduler's choice, where there is room for it."""
+        if self.is_stopping():
+            return None
+        trial = self._inner.choose_trial_to_run(tune_controller)
+        if trial is None or trial not in self._started or (trial.status == Trial.PAUSED and self._is_full()):
+            return None
+        return trial
+
+    def debug_string(self) -> str:
+        """The scheduler's."""
+        return str(self._inner.debug_string())
+
+    # What both share with the replay.
+
+    @property
+    def inner(self) -> Any:
+        """Who decides."""
+        return self._inner
+
+    def trials(self) -> list[Trial]:
+        """All of the list."""
+        return list(self._trials.values())
+
+    def trial(self, name: str) -> Trial:
+        """That of a member."""
+        return self._trials[name]
+
+    def is_gone(self, name: str) -> bool:
+        """Whether the inner scheduler counts it no longer."""
+        return name in self._gone
+
+    def stop_reason(self, name: str) -> str | None:
+        """Why a member that the scheduler ends now is stopped."""
+        return self._stopped(name).reason
+
+    def leave(self, controller: Any, trial: Trial) -> None:
+        """Tell the inner scheduler, once, that a trial ended."""
+        name = trial.config[MEMBER]
+        if name in self._gone:
+            return
+        self._gone.add(name)
+        reports = self._ledger.reports(self._members[name].key)
+        if reports and trial.status != Trial.PAUSED:
+            self._inner.on_trial_complete(controller, trial, _result(*reports[-1]))
+        else:
+            self._inner.on_trial_remove(controller, trial)
+
+    def _is_open(self, name: str) -> bool:
+        """Whether a member has something to train and no end of this launch."""
+        return self._members[name].is_pending and name not in self._ended
+
+    def _is_full(self) -> bool:
+        active = [trial for trial in self._started if trial.status in (Trial.PENDING, Trial.RUNNING)]
+        return len(active) >= self._concurrent
+
+    def _stopped(self, name: str) -> Outcome:
+        reports = self._ledger.reports(self._members[name].key)
+        return Outcome("stopped", _reason(self._inner, *reports[-1]) if reports else None)
+
+    def _store_end(self, name: str, outcome: Outcome) -> None:
+        self._ended.add(name)
+        self._store(name, End(self._members[name].key, outcome.state, outcome.reason, outcome.is_lasting))
+
+    def _store(self, name: str, event: Report | End) -> None:
+        self._ledger.append(event)
+        self._hear(name, event)
+
+
+class _Replay:
+    """What stands in for Tune's controller while stored events are played to the scheduler."""
+
+    def __init__(self, scheduler: ReplayingScheduler) -> None:
+        self._scheduler = scheduler
+        self.stopped: dict[str, str | None] = {}
+        """Whom the scheduler ended, without any later event that contradicts: a kill came between the decision and its record."""
+
+    def play(self, member: Member, event: Report | End) -> None:
+        """One event; its stored decision holds whatever the scheduler says now."""
+        trial = self._scheduler.trial(member.name)
+        self.stopped.pop(member.name, None)
+        if self._scheduler.is_gone(member.name):
+            return
+        if isinstance(event, End):
+            if event.is_lasting:
+                self._end(trial)
+            return
+        trial.set_status(Trial.RUNNING)
+        self._scheduler.inner.on_trial_result(self, trial, _result(event.epoch, event.value))
+        if event.decision == TrialScheduler.STOP:
+            self._end(trial)
+        elif event.decision == TrialScheduler.PAUSE:
+            trial.set_status(Trial.PAUSED)
+
+    def _end(self, trial: Trial) -> None:
+        self._scheduler.leave(self, trial)
+        trial.set_status(Trial.TERMINATED)
+
+    # What schedulers ask of the controller.
+
+    def get_trials(self) -> list[Trial]:
+        """All trials."""
+        return self._scheduler.trials()
+
+    def get_live_trials(self) -> set[Trial]:
+        """Those that have not ended."""
+        return {trial for trial in self.get_trials() if not trial.is_finished()}
+
+    def stop_trial(self, trial: Trial) -> None:
+        """The scheduler ends a trial that pauses."""
+        name = trial.config[MEMBER]
+        if not self._scheduler.is_gone(name):
+            self.stopped[name] = self._scheduler.stop_reason(name)
+            self._end(trial)
+
+
+class FixedList(BasicVariantGenerator):
+    """Hands Tune the trials one by one, as the scheduler lets them."""
+
+    def __init__(self, scheduler: ReplayingScheduler) -> None:
+        super().__init__()
+        self._scheduler = scheduler
+        self._has_all = False
+
+    def next_trial(self) -> Trial | None:
+        """See `ReplayingScheduler.next_waiting`; the first call makes and replays the whole list."""
+        if not self._has_all:
+            self._scheduler.adopt(list(iter(super().next_trial, None)))
+            self._has_all = True
+        return self._scheduler.next_waiting()
+
+    def is_finished(self) -> bool:
+        """Whether Tune has had all trials."""
+        return self._has_all and not self._scheduler.has_waiting
+
+    def set_finished(self) -> None:
+        """Give out no more."""
+        if self._has_all:
+            self._scheduler.drop_waiting()
+
+    def save_to_dir(self, dirpath: str, *names: Any, **more: Any) -> None:
+        """Nothing: the ledger is what a launch goes on from."""
+
+
+class WhenIdle(Stopper):
+    """Ends the experiment once it shall stop and every worker has stored where it stands."""
+
+    def __init__(self, scheduler: ReplayingScheduler) -> None:
+        self._scheduler = scheduler
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """Never a single trial."""
+        return False
+
+    def stop_all(self) -> bool:
+        """Whether all is to end now."""
+        return self._scheduler.is_stopping() and self._scheduler.is_idle
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: Tune stores it with its own state, which nobody restores."""
+        return {}
+
+
+class LossWatch(tune.Callback):
+    """Tells the scheduler of trials whose workers failed once too often."""
+
+    def __init__(self, scheduler: ReplayingScheduler, describe: Callable[[Trial], str]) -> None:
+        self._scheduler = scheduler
+        self._describe = describe
+
+    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        """Called when there are no attempts left."""
+        self._scheduler.lost(trial, self._describe(trial))
+
+
+def _result(epoch: int, value: float) -> dict[str, Any]:
+    """A report as schedulers see it, live and replayed: nothing in it depends on the clock."""
+    return {TIME: epoch, "training_iteration": epoch, METRIC: value}
+
+
+def _reason(scheduler: TrialScheduler, epoch: int, value: float) -> str:
+    return f"{type(scheduler).__name__} stopped it after epoch {epoch}, at a static hypervolume of {value:.4f}"
+
+
+@contextmanager
+def _seeded(seed: int, name: str) -> Iterator[None]:
+    """Let a scheduler's draw from numpy's global generator depend on seed and name alone, and leave that generator as it was."""
+    state = np.random.get_state()
+    np.random.seed(derive_seed(seed, "scheduler", name) % 2**32)
+    try:
+        yield
+    finally:
+        np.random.set_state(state)

@@ -1,0 +1,634 @@
+"""A sweep of supernets: a fixed list of them is trained, and Ray Tune's schedulers stop those that do poorly.
+
+Tune chooses nothing but who goes on. Each supernet is a trial in a process of its own that trains as `dsnet.training` does and now and then
+reports its *static hypervolume*: of (top-1 on val, MAdds) of all its static sub-networks, as a share of the box between the reference (0,
+1.05 x the widest one's MAdds) and a perfect, free network. That is in [0, 1], and comparable between supernets of equal widest MAdds.
+
+Reports and decisions are stored by the driver before anybody acts on them (`tune_ledger`). A launch that follows trains nothing twice and
+stops the same supernets: it replays what is stored, in the stored order, and goes on from the checkpoints. With several supernets at a
+time an asynchronous scheduler's decisions depend on who reported first, which is a matter of speed: what is stored is what holds, and two
+sweeps of equal seed may then differ. One at a time (`concurrent: 1`), or with `scheduler: none`, they do not.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import inspect
+import math
+import queue
+import shutil
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from dsnet.arithmetic import fix_arithmetic
+from dsnet.data.normalization import Normalization
+from dsnet.data.training_images import TrainingImages
+from dsnet.errors import ConfigError, DsnetError, NonFiniteLossError, PreflightError, StoppedError
+from dsnet.files import atomic_write_json, read_json
+from dsnet.import_path import import_object
+from dsnet.measure.evaluate import EVALUATION_BATCH
+from dsnet.network.batchnorm import recalibrate
+from dsnet.network.precision import exact_float32
+from dsnet.network.prefix_tree import each_logits
+from dsnet.network.supernet import Supernet
+from dsnet.space.cost import subnet_cost
+from dsnet.stored.checkpoint import load_supernet
+from dsnet.strict_json import NumberRange
+from dsnet.training.settings import SupernetRun
+from dsnet.training.supernet import FINAL, recalibration_batches, train_supernet
+from orchestration.tracking.store import CurvePoint, CurveTail
+from orchestration.workers.runtime import variables_set
+from orchestration.workers.supernet import (
+    POLL_S,
+    STOP_GRACE_S,
+    WORKER_RETRIES,
+    SupernetJob,
+    first_supernet,
+    receive_images,
+    root_cause,
+    send_images,
+)
+from orchestration.workers.tune_ledger import End, Ledger, MemberFate, Report, TuneRules, known_fates
+from search.front.pareto import DEFAULT_OBJECTIVES, hypervolume
+
+if TYPE_CHECKING:
+    from ray.tune.schedulers import TrialScheduler
+
+    from orchestration.workers.tune_schedule import Outcome
+
+__all__ = [
+    "MemberFate",
+    "TuneMember",
+    "TuneRules",
+    "ValImages",
+    "check_scheduler",
+    "static_hypervolume",
+    "stored_fates",
+    "stored_reports",
+    "train_members",
+]
+
+REFERENCE_MARGIN = 1.05
+"""The reference lies this much beyond the widest sub-network's MAdds, so that it too adds to the hypervolume."""
+CALIBRATION_IMAGES = 512
+"""Training images that stand for all where a norm keeps no statistics while it trains."""
+OUTCOME = "outcome.json"
+_LASTING = (NonFiniteLossError, ConfigError)
+"""What a member does to itself, and would do again."""
+_ENVIRONMENT = {
+    # Its loggers would write a folder of CSV, JSON and TensorBoard files beside each trial.
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    # A trial that ends before its first report is no error of the sweep.
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+    # Nobody reads the state that Tune would write all the time: the ledger is what a launch goes on from.
+    "TUNE_GLOBAL_CHECKPOINT_S": "86400",
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+}
+
+_COUNT = NumberRange(lowest=1, is_whole=True)
+_OPTIONS: Mapping[str, Mapping[str, NumberRange | type]] = {
+    "none": {},
+    "asha": {"grace_period": _COUNT, "reduction_factor": NumberRange(above=1), "brackets": _COUNT},
+    "median": {
+        "grace_period": NumberRange(lowest=0),
+        "min_samples_required": _COUNT,
+        "min_time_slice": NumberRange(lowest=0),
+        "hard_stop": bool,
+    },
+    "hyperband": {"reduction_factor": NumberRange(above=1)},
+}
+_OURS = ("metric", "mode", "time_attr", "max_t", "stop_last_trials")
+"""Options that follow from the sweep."""
+
+
+@dataclass(frozen=True)
+class TuneMember:
+    """A supernet of the sweep."""
+
+    name: str
+    key: str
+    """Of its supernet stage: what is stored of it is stored under this."""
+    job: SupernetJob
+    """`job.folder` is its stage folder; `job.workers` is 1; all members' `stop_file` may be one."""
+    is_done: bool = False
+    """Its supernet stage is done already: it is not trained."""
+
+
+@dataclass(frozen=True)
+class ValImages:
+    """The split that chooses."""
+
+    images: Tensor
+    """uint8 [N, C, H, W], on the CPU."""
+    labels: Tensor
+    """int64 [N], on the CPU."""
+
+
+def check_scheduler(name: str, options: Mapping[str, Any]) -> None:
+    """Refuse a scheduler that cannot be made. Ray is imported for an import path only.
+
+    Raises:
+        ConfigError: an unknown name, a path that leads to no scheduler or to one that changes settings, an option that it does not
+            have, that is out of range, or that the sweep sets itself.
+    """
+    ours = [option for option in options if option in _OURS]
+    if ours:
+        raise ConfigError(
+            f"supernets.options.{ours[0]} is set by the sweep: the metric is the static hypervolume on val, the time is in "
+            "epochs, up to supernet.train.epochs; remove it"
+        )
+    if name in _OPTIONS:
+        _check_known_options(name, options)
+    elif "." in name:
+        from orchestration.workers.runtime import prepare_environment
+
+        prepare_environment()
+        _scheduler_of_path(name, options, epochs=_epochs_to_try(options))
+    else:
+        close = difflib.get_close_matches(name, _OPTIONS, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ";"
+        raise ConfigError(
+            f"supernets.scheduler is {name!r}{hint} known: {', '.join(_OPTIONS)}, or the import path of a Ray Tune scheduler"
+        )
+
+
+def _check_known_options(name: str, options: Mapping[str, Any]) -> None:
+    allowed = _OPTIONS[name]
+    for option, value in options.items():
+        where = f"supernets.options.{option}"
+        if option not in allowed:
+            close = difflib.get_close_matches(option, allowed, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            has = f"has {', '.join(allowed)}" if allowed else "has none"
+            raise ConfigError(f"{where}: no option of supernets.scheduler {name}, which {has}{hint}")
+        rule = allowed[option]
+        if isinstance(rule, NumberRange):
+            rule.check(where, value)
+        elif not isinstance(value, rule):
+            raise ConfigError(f"{where} is {value!r}, but must be true or false")
+
+
+def _epochs_to_try(options: Mapping[str, Any]) -> int:
+    """A length with which the options of a scheduler can be tried before that of the training is known."""
+    grace = options.get("grace_period", 1)
+    return max(1000, math.ceil(grace)) if isinstance(grace, int | float) and math.isfinite(grace) else 1000
+
+
+def make_scheduler(rules: TuneRules, epochs: int) -> TrialScheduler:
+    """The scheduler of a sweep, told what to maximise.
+
+    Args:
+        rules: checked.
+        epochs: of the longest training, >= 1.
+
+    Raises:
+        ConfigError: as `check_scheduler`, or options that do not fit the number of epochs.
+    """
+    from orchestration.workers.tune_schedule import METRIC, SCHEDULERS, TIME
+
+    check_scheduler(rules.scheduler, rules.options)
+    if rules.scheduler in SCHEDULERS:
+        made = {
+            "none": {},
+            "asha": {
+                "time_attr": TIME,
+                "max_t": epochs,
+                "grace_period": max(1, epochs // 9),
+                "reduction_factor": 3,
+            },
+            "median": {"time_attr": TIME, "grace_period": max(1, epochs // 3), "min_samples_required": 2},
+            "hyperband": {"time_attr": TIME, "max_t": epochs},
+        }[rules.scheduler]
+        scheduler = _made(rules.scheduler, SCHEDULERS[rules.scheduler], {**made, **rules.options})
+    else:
+        scheduler = _scheduler_of_path(rules.scheduler, rules.options, epochs)
+    scheduler.set_search_properties(METRIC, "max")
+    return scheduler
+
+
+def _scheduler_of_path(path: str, options: Mapping[str, Any], epochs: int) -> TrialScheduler:
+    from ray.tune.schedulers import TrialScheduler
+
+    from orchestration.workers.tune_schedule import CHANGES_SETTINGS, NEEDS_A_SEARCHER, TIME
+
+    try:
+        found = import_object(path)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"supernets.scheduler {path!r} cannot be imported: {error}") from error
+    if not isinstance(found, type) or not issubclass(found, TrialScheduler):
+        raise ConfigError(f"supernets.scheduler {path!r} is no Ray Tune scheduler (ray.tune.schedulers.TrialScheduler)")
+    if issubclass(found, CHANGES_SETTINGS):
+        raise ConfigError(
+            f"supernets.scheduler {path!r} changes what a running trial was asked for, but each supernet here is fixed; "
+            f"choose one that only stops: {', '.join(_OPTIONS)}"
+        )
+    if issubclass(found, NEEDS_A_SEARCHER):
+        raise ConfigError(f"supernets.scheduler {path!r} works with a searcher of its own only; choose hyperband")
+    parameters = inspect.signature(found).parameters
+    takes_all = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
+    unknown = [option for option in options if option not in parameters and not takes_all]
+    if unknown:
+        known = ", ".join(name for name in parameters if name not in _OURS)
+        raise ConfigError(f"supernets.options.{unknown[0]}: no option of {path}, which has {known or 'none'}")
+    made = {name: value for name, value in (("time_attr", TIME), ("max_t", epochs)) if name in parameters}
+    return _made(path, found, {**made, **options})
+
+
+def _made(name: str, kind: type[TrialScheduler], keywords: Mapping[str, Any]) -> TrialScheduler:
+    try:
+        return kind(**keywords)
+    except Exception as error:
+        shown = ", ".join(f"{option}={value!r}" for option, value in keywords.items())
+        why = str(error) or type(error).__name__
+        raise ConfigError(f"supernets.options: {name} cannot be made with {shown}: {why}") from error
+
+
+def stored_reports(
+    members: Sequence[TuneMember], rules: TuneRules, folder: Path
+) -> dict[str, tuple[tuple[int, float], ...]]:
+    """What every member has reported so far, unfinished ones too: name to (epoch, static hypervolume). Needs no Ray.
+
+    Raises:
+        CheckpointError: the ledger was edited.
+    """
+    ledger = Ledger.of(folder, rules)
+    return {member.name: ledger.reports(member.key) for member in members}
+
+
+def stored_fates(members: Sequence[TuneMember], rules: TuneRules, folder: Path) -> dict[str, MemberFate]:
+    """What is known without training: by name, of those members only whose fate is settled. Needs no Ray.
+
+    Raises:
+        CheckpointError: the ledger was edited.
+    """
+    return _known(members, Ledger.of(folder, rules))
+
+
+def _known(members: Sequence[TuneMember], ledger: Ledger) -> dict[str, MemberFate]:
+    finished = [member.name for member in members if member.is_done or _is_trained(member, ledger)]
+    return known_fates(ledger, {member.name: member.key for member in members}, finished)
+
+
+def _is_trained(member: TuneMember, ledger: Ledger) -> bool:
+    end = ledger.end(member.key)
+    return end is not None and end.state == "trained" and _final_json(member.job).exists()
+
+
+def _final_json(job: SupernetJob) -> Path:
+    return job.folder / f"{FINAL}.json"
+
+
+@exact_float32()
+@torch.no_grad()
+def static_hypervolume(supernet: Supernet, val: ValImages, normalization: Normalization) -> float:
+    """The share of the reference box that the static sub-networks dominate, in [0, 1].
+
+    Args:
+        supernet: in eval mode, with statistics that every sub-network can run on; it is not changed.
+        val: the split that chooses.
+        normalization: what the supernet is trained with.
+    """
+    device = next(supernet.parameters()).device
+    members = supernet.subnets.members
+    num_right = dict.fromkeys((subnet.name for subnet in members), 0)
+    for start in range(0, len(val.labels), EVALUATION_BATCH):
+        rows = slice(start, start + EVALUATION_BATCH)
+        images, labels = normalization.apply(val.images[rows].to(device)), val.labels[rows].to(device)
+        for subnet, logits in each_logits(supernet, images, members):
+            num_right[subnet.name] += int((logits.argmax(1) == labels).sum())
+    size = val.images.shape[-1]
+    madds = [subnet_cost(supernet.spec, subnet, size).madds for subnet in members]
+    points = [(num_right[subnet.name] / len(val.labels), cost) for subnet, cost in zip(members, madds, strict=True)]
+    worst = REFERENCE_MARGIN * max(madds)
+    return hypervolume(points, [goal for _, goal in DEFAULT_OBJECTIVES], (0.0, worst)) / worst
+
+
+def measurable(supernet: Supernet, run: SupernetRun, data: TrainingImages) -> Supernet:
+    """A copy of a network in training whose sub-networks can be measured; training does not notice.
+
+    Private statistics are taken as they run; where a norm keeps none, they are estimated from a few hundred training images.
+    """
+    measured = copy.deepcopy(supernet).eval()
+    if measured.spec.norm == "recalibrate":
+        few = min(run.recalibration_images or CALIBRATION_IMAGES, CALIBRATION_IMAGES)
+        device = next(measured.parameters()).device
+        recalibrate(measured, recalibration_batches(data, replace(run, recalibration_images=few), device))
+    return measured
+
+
+def train_members(  # noqa: PLR0913 - all but two are given by name
+    members: Sequence[TuneMember],
+    rules: TuneRules,
+    *,
+    data: TrainingImages,
+    val: ValImages,
+    folder: Path,
+    on_report: Callable[[str, int, float], None] = lambda name, epoch, value: None,
+    on_points: Callable[[str, list[CurvePoint]], None] = lambda name, points: None,
+    on_fate: Callable[[MemberFate], None] = lambda fate: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> list[MemberFate]:
+    """Train every member that has not met its fate yet, or as far as the scheduler lets it; Ray must be initialised.
+
+    A member that was trained has its final checkpoint in its folder, to the bit as `ray_supernet.train_on_ray` with one worker leaves it
+    on the same CPU with the same threads.
+    The last epoch's report is of that checkpoint; earlier ones are of the weights as they stood.
+
+    Args:
+        members: in the order in which they start.
+        rules: how they are scheduled.
+        data: the training split, of all members; each augments as its own settings say.
+        val: the split on which they are compared.
+        folder: on storage that driver and workers share; the ledger of these rules lies in `<digest of the rules>/reports.jsonl`.
+        on_report: hears (member, epoch, value) of each report of this call. Like all three, in the caller's thread.
+        on_points: hears (member, new points of its loss curves).
+        on_fate: hears a member's fate as soon as it is settled in this call.
+        should_stop: asked several times a second; True stops all training at the next step.
+
+    Returns:
+        all members' fates, in their order. One that failed by itself stays failed in later calls; one whose worker was lost once too
+        often, or whose folder failed it, is tried again.
+
+    Raises:
+        StoppedError: it was stopped; the next call continues.
+        PreflightError: the cluster has too few CPUs or GPUs.
+        ConfigError: the scheduler cannot be made, or several workers were asked for.
+        CheckpointError: the ledger cannot be read or written.
+        DsnetError: Tune itself failed.
+    """
+    import ray
+
+    ledger = Ledger.of(folder, rules)
+    known = _known(members, ledger)
+    pending = [member for member in members if member.name not in known]
+    if pending:
+        _check_members(members, rules, ray.cluster_resources())
+        sweep = _Sweep(members, pending, rules, ledger, should_stop, (on_report, on_points, on_fate))
+        sweep.run(
+            {
+                "train": send_images(data),
+                "val": {name: ray.put(getattr(val, name).numpy()) for name in ("images", "labels")},
+            }
+        )
+        known |= sweep.fates
+    return [known[member.name] for member in members]
+
+
+def _check_members(members: Sequence[TuneMember], rules: TuneRules, resources: Mapping[str, float]) -> None:
+    names, keys = [member.name for member in members], [member.key for member in members]
+    assert len(set(names)) == len(set(keys)) == len(members), "each supernet is trained once"
+    if any(member.job.workers != 1 for member in members):
+        raise ConfigError(
+            "supernet.workers must be 1 in a sweep of supernets; several are trained by supernets.concurrent"
+        )
+    threads, num_cpus = max(member.job.threads for member in members), int(resources.get("CPU", 0))
+    at_a_time = min(rules.concurrent, len(members))
+    if at_a_time * threads > num_cpus:
+        raise PreflightError(
+            f"{at_a_time} supernets at a time (supernets.concurrent) x supernet.threads {threads} need {at_a_time * threads} CPUs, "
+            f"but the Ray cluster has {num_cpus}; lower them, or raise ray.num_cpus"
+        )
+    num_gpus = int(resources.get("GPU", 0))
+    if any(member.job.device == "cuda" for member in members) and at_a_time > num_gpus:
+        raise PreflightError(
+            f"supernets.concurrent is {at_a_time} on cuda, but the Ray cluster has {num_gpus} GPUs; lower supernets.concurrent"
+        )
+
+
+_Listeners = tuple[
+    Callable[[str, int, float], None], Callable[[str, list[CurvePoint]], None], Callable[[MemberFate], None]
+]
+
+
+class _Sweep:
+    """One launch: Tune in a side thread, everybody who listens in the caller's."""
+
+    def __init__(
+        self,
+        members: Sequence[TuneMember],
+        pending: Sequence[TuneMember],
+        rules: TuneRules,
+        ledger: Ledger,
+        should_stop: Callable[[], bool],
+        listeners: _Listeners,
+    ) -> None:
+        self._members = members
+        self._pending = {member.name: member for member in pending}
+        self._rules = rules
+        self._ledger = ledger
+        self._should_stop = should_stop
+        self._on_report, self._on_points, self._on_fate = listeners
+        self._heard: queue.SimpleQueue[tuple[str, Report | End]] = queue.SimpleQueue()
+        self._tails = {member.name: CurveTail(member.job.folder / "curves.jsonl") for member in pending}
+        self._stop_files = {member.job.stop_file for member in pending}
+        self._tune_folder = ledger.path.parent / "tune"
+        self._asked_to_stop = threading.Event()
+        self.fates: dict[str, MemberFate] = {}
+
+    def run(self, images: Mapping[str, Any]) -> None:
+        """Until every pending member has met its fate.
+
+        Raises:
+            StoppedError: it was stopped before.
+        """
+        scheduler = self._scheduler()
+        for member in self._pending.values():
+            member.job.folder.mkdir(parents=True, exist_ok=True)
+            (member.job.folder / OUTCOME).unlink(missing_ok=True)
+        shutil.rmtree(self._tune_folder, ignore_errors=True)
+        self._tune_folder.mkdir(parents=True)
+        failures: list[BaseException] = []
+        # Not in the main thread: there Tune would replace our handler of Ctrl-C by its own.
+        thread = threading.Thread(target=self._tune, args=(scheduler, images, failures), name="ray-tune", daemon=True)
+        with variables_set(_ENVIRONMENT):
+            thread.start()
+            try:
+                self._follow(thread)
+            finally:
+                self._pass_on()
+                if not thread.is_alive():
+                    shutil.rmtree(self._tune_folder, ignore_errors=True)
+        missing = [name for name in self._pending if name not in self.fates]
+        if missing and self._is_stopping():
+            raise StoppedError("training of the supernets was stopped; checkpoints and reports are kept")
+        if failures:
+            if isinstance(failures[0], DsnetError):
+                raise failures[0]
+            raise DsnetError(f"Ray Tune failed: {root_cause(failures[0])}") from failures[0]
+        if missing:
+            raise DsnetError(f"Ray Tune ended without a result of {', '.join(missing)}; launch again")
+
+    def _scheduler(self) -> Any:
+        from orchestration.workers.tune_schedule import Member, ReplayingScheduler
+
+        epochs = max(1, *(member.job.run.train.epochs for member in self._members))
+        members = [
+            Member(member.name, member.key, member.job.run.train.epochs, member.name in self._pending)
+            for member in self._members
+        ]
+        return ReplayingScheduler(
+            make_scheduler(self._rules, epochs),
+            members,
+            self._ledger,
+            concurrent=self._rules.concurrent,
+            seed=self._rules.seed,
+            is_stopping=self._is_stopping,
+            outcome_of=lambda name: _outcome_of(self._pending[name].job),
+            hear=lambda name, event: self._heard.put((name, event)),
+        )
+
+    def _is_stopping(self) -> bool:
+        return self._asked_to_stop.is_set() or any(path.exists() for path in self._stop_files)
+
+    def _tune(self, scheduler: Any, images: Mapping[str, Any], failures: list[BaseException]) -> None:
+        """What the side thread does."""
+        from ray import tune
+
+        from orchestration.workers.tune_schedule import MEMBER, FixedList, LossWatch, WhenIdle
+
+        jobs = {name: member.job for name, member in self._pending.items()}
+        keys = {name: member.key for name, member in self._pending.items()}
+        threads = max(job.threads for job in jobs.values())
+        is_on_gpu = any(job.device == "cuda" for job in jobs.values())
+        try:
+            tune.run(
+                tune.with_parameters(
+                    _train_member,
+                    jobs=jobs,
+                    keys=keys,
+                    images=dict(images),
+                    ledger_path=self._ledger.path,
+                    report_every=self._rules.report_every,
+                ),
+                name="supernets",
+                config={MEMBER: tune.grid_search([member.name for member in self._members])},
+                search_alg=FixedList(scheduler),
+                scheduler=scheduler,
+                stop=WhenIdle(scheduler),
+                callbacks=[LossWatch(scheduler, _describe_failure)],
+                resources_per_trial={"cpu": threads, "gpu": 1 if is_on_gpu else 0},
+                storage_path=str(self._tune_folder.absolute()),
+                max_failures=WORKER_RETRIES,
+                raise_on_failed_trial=False,
+                verbose=0,
+                trial_dirname_creator=lambda trial: trial.trial_id,
+            )
+        except Exception as error:  # noqa: BLE001 - reported by the caller's thread, whatever it is
+            failures.append(error)
+
+    def _follow(self, thread: threading.Thread) -> None:
+        asked_at: float | None = None
+        while thread.is_alive():
+            thread.join(POLL_S)
+            self._pass_on()
+            if asked_at is None and self._should_stop():
+                self._asked_to_stop.set()
+                for path in self._stop_files:
+                    path.touch()
+                asked_at = time.monotonic()
+            if asked_at is not None and time.monotonic() - asked_at > STOP_GRACE_S:
+                return
+
+    def _pass_on(self) -> None:
+        """Everything new, to those who listen."""
+        for name, tail in self._tails.items():
+            points = tail.read()
+            if points:
+                self._on_points(name, points)
+        while not self._heard.empty():
+            name, event = self._heard.get()
+            if isinstance(event, Report):
+                self._on_report(name, event.epoch, event.value)
+            else:
+                reports = self._ledger.reports(event.key)
+                self.fates[name] = MemberFate(name, event.state, reports, event.reason)
+                self._on_fate(self.fates[name])
+
+
+def _describe_failure(trial: Any) -> str:
+    error = trial.get_pickled_error() or trial.get_error()
+    why = f": {root_cause(error)}" if error is not None else ""
+    return f"its worker failed {WORKER_RETRIES + 1} times{why}"
+
+
+def _outcome_of(job: SupernetJob) -> Outcome | None:
+    """What a trial that returned left behind; None where it was interrupted."""
+    from orchestration.workers.tune_schedule import Outcome
+
+    outcome = job.folder / OUTCOME
+    if outcome.exists():
+        record = read_json(outcome)
+        return Outcome("failed", record["message"], record["is_lasting"])
+    if _final_json(job).exists():
+        return Outcome("trained")
+    return None
+
+
+def _train_member(
+    config: Mapping[str, Any],
+    jobs: Mapping[str, SupernetJob],
+    keys: Mapping[str, str],
+    images: Mapping[str, Any],
+    ledger_path: Path,
+    report_every: int,
+) -> None:
+    """A trial: trains one supernet, from its checkpoint if it has one. Its errors are recorded, not raised: Tune would start it again."""
+    fix_arithmetic()
+    name = config["member"]
+    job = jobs[name]
+    if (job.folder / OUTCOME).exists():
+        return  # an earlier attempt of this launch failed by itself, and would fail again
+    torch.set_num_threads(job.threads)
+    try:
+        # Read anew by every attempt: what was told before this worker came is not told again.
+        told = dict(Ledger(ledger_path).reports(keys[name]))
+        _train_and_report(job, images, told, report_every)
+    except Exception as error:  # noqa: BLE001 - whatever it is, the other members go on
+        message = str(error) if isinstance(error, DsnetError) else root_cause(error)
+        record = {"error": type(error).__name__, "message": message, "is_lasting": isinstance(error, _LASTING)}
+        atomic_write_json(job.folder / OUTCOME, record)
+
+
+def _train_and_report(
+    job: SupernetJob, images: Mapping[str, Any], told: Mapping[int, float], report_every: int
+) -> None:
+    import ray
+
+    data = receive_images(images["train"], job.run.augmentation)
+    val = ValImages(*(torch.from_numpy(ray.get(images["val"][part]).copy()) for part in ("images", "labels")))
+
+    def on_epoch(epochs: int, supernet: Supernet) -> None:
+        if epochs % report_every == 0 and epochs not in told:
+            _report(epochs, static_hypervolume(measurable(supernet, job.run, data), val, job.run.normalization))
+
+    stem = train_supernet(
+        first_supernet(job),
+        data,
+        job.run,
+        folder=job.folder,
+        device=job.device,
+        should_stop=job.stop_file.exists,
+        on_epoch=on_epoch,
+    )
+    if stem is not None and job.run.train.epochs not in told:
+        supernet, _ = load_supernet(stem)
+        value = static_hypervolume(supernet.to(job.device), val, job.run.normalization)
+        _report(job.run.train.epochs, value)
+
+
+def _report(epoch: int, value: float) -> None:
+    """Returns when the driver has stored the value and lets the trial go on; where it does not, the process ends here."""
+    from ray import tune
+
+    from orchestration.workers.tune_schedule import METRIC, TIME
+
+    tune.report({TIME: epoch, METRIC: value})

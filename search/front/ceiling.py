@@ -1,0 +1,377 @@
+"""The reachable ceiling: the best router that we find when it may look at the answers of *all* routes, its own cost not counted.
+
+The oracle knows the labels, and so also profits from luck; no router can reach it. This one sees every route's logits, which no router
+that saves anything does, but has to learn from `gate` which route will be right. What it reaches bounds what routing on this supernet is
+worth.
+
+A small model predicts for every route the probability of being right, and an image takes argmax_k(p_k - beta * cost_k). The model is
+cross-fitted: its size and training length are chosen by the curve of predictions on images that it has not seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Final, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+from dsnet.routing.routing_table import RoutingTable
+from search.front.controls import StaticLine
+
+Floats = NDArray[np.float64]
+
+NUM_FOLDS: Final = 5
+CHECKPOINTS: Final = (25, 75, 200)
+"""Training lengths to choose from, in steps."""
+BATCH_SIZE: Final = 512
+LEARNING_RATE: Final = 0.01
+MAX_LOGITS: Final = 1024
+"""Of so many logits, routes by classes, the components are computed; with more of them only some routes' logits are read."""
+NUM_BUDGETS: Final = 40
+TINY: Final = 1e-4
+
+
+class Shape(NamedTuple):
+    """One candidate for the model."""
+
+    num_components: int
+    """Principal components of everything known of an image; each route's score reads its own features besides."""
+    num_hidden: int
+    """Units between the components and the scores; 0 = linear."""
+    weight_decay: float
+
+
+SHAPES: Final = (Shape(0, 0, 0.0), Shape(24, 0, 0.01), Shape(24, 24, 0.1), Shape(96, 32, 0.1))
+
+
+@dataclass(frozen=True)
+class CeilingCurve:
+    """What the ceiling reaches on one split; between two points images are dealt to either at random, as on the static line."""
+
+    madds: Floats
+    """[V] mean MAdds, rising."""
+    top1: Floats
+    """[V]"""
+
+    def at(self, budget: ArrayLike) -> Floats:
+        """Top-1 at mean-MAdds budgets of any shape; NaN below the cheapest route."""
+        wanted = np.asarray(budget, dtype=np.float64)
+        return np.where(wanted >= self.madds[0], np.interp(wanted, self.madds, self.top1), np.nan)
+
+
+@dataclass(frozen=True)
+class RouteForecast:
+    """The fitted model: how probable it is that each route is right."""
+
+    shape: Shape
+    num_steps: int
+    _features: _Features
+    _weights: _Weights
+
+    @classmethod
+    def fit(cls, gate: RoutingTable, seed: int = 0) -> RouteForecast:
+        """Train on the table of `gate`, on one thread; equal arguments give equal forecasts.
+
+        Args:
+            gate: five images or more.
+            seed: of the folds, the initial weights and the order of the images.
+        """
+        if gate.num_images < NUM_FOLDS:
+            raise ValueError(
+                f"The {gate.split} table holds {gate.num_images} images, but must hold at least {NUM_FOLDS}."
+            )
+        with _one_thread():
+            features = _Features.fit(gate)
+            own, components = features.of(gate)
+            right = torch.from_numpy(gate.correct1).float()
+            fold_of = torch.randperm(gate.num_images, generator=_generator(seed)) % NUM_FOLDS
+            best: tuple[float, Shape, int, _Weights] | None = None
+            for shape in SHAPES:
+                for num_steps, weights in _trained(shape, own, components, right, fold_of, seed):
+                    unseen = weights.scores(own, components)[fold_of, torch.arange(len(right))]
+                    score = _mean_over_budgets(unseen.sigmoid().double().numpy(), gate)
+                    if best is None or score > best[0]:
+                        best = (score, shape, num_steps, weights)
+        assert best is not None
+        return cls(best[1], best[2], features, best[3])
+
+    def probabilities(self, table: RoutingTable) -> Floats:
+        """[N, K] that each route is right: the mean of the folds' models."""
+        with _one_thread():
+            own, components = self._features.of(table)
+            return self._weights.scores(own, components).sigmoid().mean(0).double().numpy()
+
+    def curve(self, val: RoutingTable, reported: RoutingTable) -> CeilingCurve:
+        """The ceiling on a split.
+
+        Operating points are calibrated to budgets on `val`; like the static line's vertices, those that are kept form the upper concave
+        envelope on `val`. The static sub-networks are among the candidates: whoever sees everything may also take one route for all.
+
+        Args:
+            val: chooses.
+            reported: the split of the numbers.
+        """
+        on_val = RoutingPath.of(self.probabilities(val), val.madds)
+        betas = on_val.betas_at(np.linspace(val.madds.min(), val.madds.max(), NUM_BUDGETS))
+        val_madds, val_top1 = on_val.run(betas, val.correct1)
+        kept = StaticLine.through(np.r_[val.madds, val_madds], np.r_[val.top1(), val_top1]).vertices
+        on_reported = RoutingPath.of(self.probabilities(reported), reported.madds)
+        madds, top1 = on_reported.run(betas, reported.correct1)
+        costs, accuracies = np.r_[reported.madds, madds][list(kept)], np.r_[reported.top1(), top1][list(kept)]
+        order = np.argsort(costs, kind="stable")  # two that lie close on `val` may change places here
+        return CeilingCurve(costs[order], accuracies[order])
+
+
+@dataclass(frozen=True)
+class RoutingPath:
+    """How the images of a split move from route to route as argmax_k(p_k - beta * cost_k) follows a falling beta down to 0.
+
+    At a large beta every image takes the cheapest route. It leaves a route for a costlier one when beta falls below what that one gains for
+    its cost; images move one after another, so that every mean cost is found exactly, without a search.
+    """
+
+    start: int
+    """The cheapest route."""
+    costs: Floats
+    """[K]"""
+    slope: Floats
+    """[M] the beta of each move, falling; above 0."""
+    image: NDArray[np.intp]
+    before: NDArray[np.intp]
+    """[M] the route that the image leaves."""
+    after: NDArray[np.intp]
+    num_images: int
+
+    @classmethod
+    def of(cls, scores: Floats, madds: ArrayLike) -> RoutingPath:
+        """All moves.
+
+        Args:
+            scores: [N, K].
+            madds: [K].
+        """
+        costs = np.asarray(madds, dtype=np.float64)
+        rows = np.arange(len(scores))
+        start = int(np.argmin(costs))
+        route = np.full(len(scores), start)
+        moves: list[tuple[Floats, NDArray[np.intp], NDArray[np.intp], NDArray[np.intp]]] = []
+        while len(rows):
+            gain = scores[rows] - scores[rows, route[rows]][:, None]
+            price = costs - costs[route[rows]][:, None]
+            slope = np.where(price > 0, gain / np.where(price > 0, price, 1.0), -np.inf)
+            # Of equal slopes the costliest route: the others lie on the way to it.
+            after = len(costs) - 1 - np.argmax(slope[:, ::-1], axis=1)
+            best = slope[np.arange(len(rows)), after]
+            is_moving = best > 0
+            rows, after, best = rows[is_moving], after[is_moving], best[is_moving]
+            moves.append((best, rows, route[rows], after))
+            route[rows] = after
+        slope, image, before, after = (np.concatenate(parts) for parts in zip(*moves, strict=True))
+        order = np.argsort(-slope, kind="stable")
+        return cls(start, costs, slope[order], image[order], before[order], after[order], len(scores))
+
+    def curve(self, correct: NDArray[np.bool_]) -> tuple[Floats, Floats]:
+        """(mean MAdds, top-1), [M + 1] each: before the first move, and after every one."""
+        paid = np.cumsum(self.costs[self.after] - self.costs[self.before]) / self.num_images
+        won = (
+            np.cumsum(correct[self.image, self.after].astype(int) - correct[self.image, self.before]) / self.num_images
+        )
+        return np.r_[0.0, paid] + self.costs[self.start], np.r_[0.0, won] + correct[:, self.start].mean()
+
+    def betas_at(self, madds: Floats) -> Floats:
+        """The beta that spends at most each of these mean MAdds, as far as whole moves allow; no labels are needed."""
+        paid = np.r_[0.0, np.cumsum(self.costs[self.after] - self.costs[self.before])] / self.num_images
+        num_moves = np.searchsorted(paid + self.costs[self.start], madds * (1 + 1e-12), side="right") - 1
+        ends = np.r_[np.inf, self.slope, 0.0]
+        # Between the last move that is made and the first that is not.
+        last, following = ends[num_moves], ends[num_moves + 1]
+        return np.where(np.isinf(last), 2 * following + 1.0, (last + following) / 2)
+
+    def run(self, betas: Floats, correct: NDArray[np.bool_]) -> tuple[Floats, Floats]:
+        """(mean MAdds, top-1) of these images at given betas."""
+        num_moves = np.searchsorted(-self.slope, -betas, side="left")
+        madds, top1 = self.curve(correct)
+        return madds[num_moves], top1[num_moves]
+
+
+def _mean_over_budgets(probabilities: Floats, table: RoutingTable) -> float:
+    """Mean top-1 over equally spaced budgets: the area above any fixed line, but for a constant."""
+    madds, top1 = RoutingPath.of(probabilities, table.madds).curve(table.correct1)
+    return float(np.interp(np.linspace(table.madds.min(), table.madds.max(), NUM_BUDGETS), madds, top1).mean())
+
+
+@dataclass(frozen=True)
+class _Features:
+    """What the model reads: own features of every route, and principal components of all routes' features and logits together."""
+
+    logit_routes: tuple[int, ...]
+    """The routes whose logits are read; none where a table keeps only the largest ones."""
+    own_mean: Tensor
+    own_scale: Tensor
+    all_mean: Tensor
+    all_scale: Tensor
+    basis: Tensor
+    """[D, C] to components of unit variance."""
+
+    @classmethod
+    def fit(cls, table: RoutingTable) -> _Features:
+        """Means, scales and components of a table; labels are not read."""
+        num_routes, num_classes = table.logits.shape[1:]
+        num_read = 0 if table.logit_classes.shape[2] else max(1, min(num_routes, MAX_LOGITS // num_classes))
+        logit_routes = tuple(np.unique(np.linspace(0, num_routes - 1, num_read).round().astype(int)).tolist())
+        own = own_features(table)
+        raw = _all_features(table, own, logit_routes)
+        all_mean, all_scale = _moments(raw)
+        centred = (raw - all_mean) / all_scale
+        values, vectors = torch.linalg.eigh((centred.T @ centred / len(centred)).double())
+        kept = values.flip(0)[: max(shape.num_components for shape in SHAPES)]
+        kept = kept[kept > 1e-6 * kept[0]]
+        basis = (vectors.flip(1)[:, : len(kept)] / kept.sqrt()).float()
+        return cls(logit_routes, *_moments(own), all_mean, all_scale, basis)
+
+    def of(self, table: RoutingTable) -> tuple[Tensor, Tensor]:
+        """(own features [N, K, F], components [N, C]), float32."""
+        own = own_features(table)
+        everything = (_all_features(table, own, self.logit_routes) - self.all_mean) / self.all_scale
+        return (own - self.own_mean) / self.own_scale, everything @ self.basis
+
+
+def _moments(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation over images; a constant feature gets the deviation 1."""
+    scale = values.std(0, correction=0)
+    return values.mean(0), torch.where(scale > 1e-6, scale, 1.0)
+
+
+def own_features(table: RoutingTable) -> Tensor:
+    """Of every route: confidence and margin (as log-odds), entropy, agreement, consensus and the consensus on its best rival.
+
+    *Agreement* is the share of routes that give the same answer, *consensus* the mean over routes of the probability that they give to it,
+    as log-odds. All of it is known where a table keeps the largest logits only.
+
+    Returns:
+        float32 [N, K, 6].
+    """
+    consensus = _mean_probability(table)
+    rows = np.arange(table.num_images)[:, None]
+    mine = consensus[rows, table.predicted]
+    agreement = (table.predicted[:, :, None] == table.predicted[:, None, :]).mean(2)
+    largest = np.partition(consensus, -2, axis=1)[:, -2:]
+    rival = np.where(mine >= largest[:, 1:], largest[:, :1], largest[:, 1:])
+    columns = [_log_odds(table.confidence), table.margin, table.entropy, agreement, _log_odds(mine), _log_odds(rival)]
+    return torch.from_numpy(np.stack(columns, axis=2).astype(np.float32))
+
+
+def _mean_probability(table: RoutingTable) -> NDArray[np.float32]:
+    """[N, classes] the mean of all routes' probabilities; what is not among the stored logits counts as 0."""
+    logits = table.logits.astype(np.float32)
+    # The largest logit is always stored, and its probability too: that gives the scale of the others.
+    probability = np.exp(logits - logits.max(2, keepdims=True)) * table.confidence[:, :, None]
+    if table.logit_classes.shape[2] == 0:
+        return probability.mean(1)
+    dense = np.zeros((table.num_images, table.num_classes), dtype=np.float32)
+    rows = np.arange(table.num_images)[:, None]
+    for route in range(table.num_routes):
+        dense[rows, table.logit_classes[:, route]] += probability[:, route] / table.num_routes
+    return dense
+
+
+def _log_odds(share: NDArray[np.floating]) -> NDArray[np.floating]:
+    clipped = np.clip(share, TINY, 1 - TINY)
+    return np.log(clipped / (1 - clipped))
+
+
+def _all_features(table: RoutingTable, own: Tensor, logit_routes: tuple[int, ...]) -> Tensor:
+    """[N, D] the own features of all routes and the centred logits of some."""
+    logits = torch.from_numpy(table.logits[:, list(logit_routes)].astype(np.float32))
+    return torch.cat([own.flatten(1), (logits - logits.mean(2, keepdim=True)).flatten(1)], dim=1)
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """The models of all folds, side by side."""
+
+    own: Tensor
+    """[folds, K, F]"""
+    bias: Tensor
+    """[folds, K]"""
+    layers: tuple[Tensor, ...]
+    """[folds, components, K], or [folds, components, hidden] and [folds, hidden, K]."""
+
+    @classmethod
+    def initial(cls, shape: Shape, own: Tensor, num_components: int, right: Tensor, seed: int) -> _Weights:
+        """Scores start at each route's accuracy, for all images."""
+        num_routes, num_features = own.shape[1:]
+        sizes = [num_components, shape.num_hidden, num_routes] if shape.num_hidden else [num_components, num_routes]
+        generator = _generator(seed + 1)
+        layers = [
+            torch.randn((NUM_FOLDS, ins, outs), generator=generator) / max(ins, 1) ** 0.5
+            for ins, outs in pairwise(sizes)
+        ]
+        layers[-1].zero_()
+        bias = right.mean(0).clamp(TINY, 1 - TINY).logit().expand(NUM_FOLDS, -1).clone()
+        return cls(torch.zeros(NUM_FOLDS, num_routes, num_features), bias, tuple(layers))
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.own, self.bias, *self.layers)
+
+    def frozen(self) -> _Weights:
+        """A copy that no longer trains."""
+        own, bias, *layers = (tensor.detach().clone() for tensor in self.tensors)
+        return _Weights(own, bias, tuple(layers))
+
+    def scores(self, own: Tensor, components: Tensor) -> Tensor:
+        """Logits [folds, N, K] for images [N, K, F] and [N, C] of all folds, or [folds, N, K, F] and [folds, N, C] of each."""
+        hidden = components[..., : self.layers[0].shape[1]].expand(NUM_FOLDS, -1, -1)
+        for layer in self.layers[:-1]:
+            hidden = torch.bmm(hidden, layer).relu()
+        direct = (own * self.own[:, None]).sum(-1)
+        return torch.baddbmm(direct + self.bias[:, None], hidden, self.layers[-1])
+
+
+def _trained(
+    shape: Shape, own: Tensor, components: Tensor, right: Tensor, fold_of: Tensor, seed: int
+) -> Iterator[tuple[int, _Weights]]:
+    """Each fold's model after each number of steps of `CHECKPOINTS`, trained on the images of the other folds."""
+    num_components = min(shape.num_components, components.shape[1])
+    weights = _Weights.initial(shape, own, num_components, right, seed)
+    components = components[:, :num_components].contiguous()
+    train_rows = [torch.nonzero(fold_of != fold)[:, 0] for fold in range(NUM_FOLDS)]
+    size = min(BATCH_SIZE, *(len(rows) for rows in train_rows))
+    generator = _generator(seed + 2)
+    for tensor in weights.tensors:
+        tensor.requires_grad_(True)
+    optimizer = torch.optim.AdamW(weights.tensors, lr=LEARNING_RATE, weight_decay=shape.weight_decay)
+    for step in range(1, CHECKPOINTS[-1] + 1):
+        rows = torch.stack(
+            [own_rows[torch.randint(len(own_rows), (size,), generator=generator)] for own_rows in train_rows]
+        )
+        scores = weights.scores(own[rows], components[rows])
+        loss = F.binary_cross_entropy_with_logits(scores, right[rows], reduction="sum") / (size * right.shape[1])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step in CHECKPOINTS:
+            yield step, weights.frozen()
+
+
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Sums in one order, whatever the machine: the forecast does not depend on the number of cores."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)

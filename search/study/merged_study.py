@@ -1,0 +1,178 @@
+"""One study over several: a journal that shows the trials of many studies side by side, with where each comes from.
+
+It is a projection. The studies that it is made of stay the truth; what is missing here is added again, and a file that was made for
+other dimensions or objectives is made anew. Finished trials only, one record each, in the order in which they are added.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.distributions import BaseDistribution
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from dsnet.errors import PreflightError
+from search.study.runner import Scalar, State
+from search.study.study import Objective, repair_journal
+from search.suggest.samplers import quiet_optuna
+
+_IDENTITY_ATTR = "dsnet_merged_study"
+_STATES = {"complete": TrialState.COMPLETE, "failed": TrialState.FAIL, "pruned": TrialState.PRUNED}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergedTrial:
+    """A finished trial of one of the studies.
+
+    Attributes:
+        origin: names it and its study, e.g. "s0-3fa29c01/trial-0042"; one record each.
+        state: as there.
+        params: by dotted name; those that its study does not vary are among them.
+        values: the objectives; None where it has none.
+        constraints: by name; feasible where <= 0.
+        metrics: everything it returned.
+        reason: why it failed or was stopped.
+        reports: what it reported on the way, by step.
+        start_ms: Unix time in ms.
+        finished_ms: Unix time in ms.
+    """
+
+    origin: str
+    state: State
+    params: Mapping[str, Scalar]
+    values: tuple[float, ...] | None
+    constraints: Mapping[str, float] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    reason: str | None = None
+    reports: Mapping[int, float] = field(default_factory=dict)
+    start_ms: int = 0
+    finished_ms: int = 0
+
+
+class MergedStudy:
+    """The writer's handle on a merged study; `open` makes one.
+
+    Attributes:
+        origins: of the trials that it holds, in the order of their numbers.
+    """
+
+    def __init__(self, path: Path, distributions: Mapping[str, BaseDistribution], study: optuna.Study) -> None:
+        self._path = path
+        self._distributions = distributions
+        self._study = study
+        self.origins = [str(trial.user_attrs["origin"]) for trial in study.get_trials(deepcopy=False)]
+        self._known = set(self.origins)
+
+    @classmethod
+    def open(
+        cls,
+        path: Path,
+        name: str,
+        objectives: Sequence[Objective],
+        distributions: Mapping[str, BaseDistribution],
+    ) -> MergedStudy:
+        """Open the study at `path`; made anew where there is none, or where it has other objectives or dimensions.
+
+        Only for the process that holds the run's lock.
+
+        Args:
+            path: of the journal file.
+            name: of a new study, as optuna-dashboard shows it.
+            objectives: in the order of the trials' values.
+            distributions: of every parameter that a trial may have.
+
+        Raises:
+            PreflightError: it cannot be written.
+        """
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            repair_journal(path)
+            study = _existing(path)
+            identity = _identity(objectives, distributions)
+            if study is None or study.user_attrs.get(_IDENTITY_ATTR) != identity:
+                path.unlink(missing_ok=True)
+                study = _created(path, name, objectives, identity)
+        except OSError as error:
+            raise _unwritable(path, error) from error
+        return cls(path, distributions, study)
+
+    def add(self, trial: MergedTrial) -> bool:
+        """Write a trial as one record, unless it is there already; whether it was written.
+
+        Raises:
+            PreflightError: it cannot be written.
+        """
+        if trial.origin in self._known:
+            return False
+        try:
+            self._study.add_trial(_frozen(trial, self._distributions))
+        except OSError as error:
+            raise _unwritable(self._path, error) from error
+        self.origins.append(trial.origin)
+        self._known.add(trial.origin)
+        return True
+
+
+def _existing(path: Path) -> optuna.Study | None:
+    """The study in the file; None without one, or where the file cannot be read: it holds nothing that is not elsewhere too."""
+    if not path.exists():
+        return None
+    try:
+        storage = JournalStorage(JournalFileBackend(str(path)))
+        studies = storage.get_all_studies()
+        with quiet_optuna():
+            return optuna.load_study(study_name=studies[0].study_name, storage=storage) if studies else None
+    except (ValueError, KeyError, TypeError, AssertionError):
+        return None
+
+
+def _created(path: Path, name: str, objectives: Sequence[Objective], identity: Mapping[str, Any]) -> optuna.Study:
+    """A new study. The file gets its name when it is whole: a kill in between leaves no half-made study."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.unlink(missing_ok=True)
+    with quiet_optuna():
+        storage = JournalStorage(JournalFileBackend(str(partial)))
+        directions = [objective.goal for objective in objectives]
+        study = optuna.create_study(study_name=name, storage=storage, directions=directions)
+        study.set_metric_names([objective.name for objective in objectives])
+        study.set_user_attr(_IDENTITY_ATTR, dict(identity))
+        os.replace(partial, path)
+        return optuna.load_study(study_name=name, storage=JournalStorage(JournalFileBackend(str(path))))
+
+
+def _identity(objectives: Sequence[Objective], distributions: Mapping[str, BaseDistribution]) -> dict[str, Any]:
+    return {
+        "objectives": [[objective.name, objective.goal] for objective in objectives],
+        "distributions": {
+            name: optuna.distributions.distribution_to_json(item) for name, item in sorted(distributions.items())
+        },
+    }
+
+
+def _frozen(trial: MergedTrial, distributions: Mapping[str, BaseDistribution]) -> FrozenTrial:
+    frozen = create_trial(
+        state=_STATES[trial.state],
+        values=trial.values if trial.state == "complete" else None,
+        params=dict(trial.params),
+        distributions={name: distributions[name] for name in trial.params},
+        user_attrs={"origin": trial.origin, "metrics": dict(trial.metrics), "reason": trial.reason},
+        intermediate_values=dict(trial.reports),
+        constraints=dict(trial.constraints),
+    )
+    frozen.datetime_start = datetime.fromtimestamp(trial.start_ms / 1000)
+    frozen.datetime_complete = datetime.fromtimestamp(max(trial.start_ms, trial.finished_ms) / 1000)
+    return frozen
+
+
+def _unwritable(path: Path, error: OSError) -> PreflightError:
+    return PreflightError(
+        f"cannot write {path}: {error.strerror or error}. Mend that and launch again: nothing is lost"
+    )

@@ -1,0 +1,453 @@
+"""The study on disk: an Optuna journal that holds finished trials only, one record each.
+
+A suggestion takes Optuna several records, so that a kill in the middle would leave a trial RUNNING for ever. Here a
+trial is written when it is finished, as one line, and optuna-dashboard opens the journal as it is. With cohorts trials are
+written in slot order, so that the trial in slot k is the study's trial number k. Decisions that a resumed sweep must
+repeat (points that a person enqueued, rungs of halving) are attributes of the study. One process writes (the driver, which
+holds the run's lock); any number may read meanwhile.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+import optuna
+from optuna.distributions import BaseDistribution
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from dsnet.errors import CheckpointError, ConfigError, NotFoundError, PreflightError
+from search.study.halving import ParetoHalving
+from search.study.runner import Scalar, State
+from search.suggest.samplers import SamplerSettings, check_sampler, quiet_optuna
+from search.suggest.space import Space, check_point, parse_space
+
+_IDENTITY_ATTR = "dsnet_study"
+_IDENTITY_VERSION = 2
+_ENQUEUED_ATTR = "dsnet_enqueued"
+_RUNG_ATTR = "dsnet_rung"
+_STATES: Mapping[TrialState, State] = {
+    TrialState.COMPLETE: "complete",
+    TrialState.FAIL: "failed",
+    TrialState.PRUNED: "pruned",
+}
+_OPTUNA_STATES = {name: state for state, name in _STATES.items()}
+
+
+@dataclass(frozen=True)
+class Objective:
+    """One of the metrics that a sweep trades off."""
+
+    name: str
+    goal: Literal["maximize", "minimize"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudySettings:
+    """What the suggestions of a study depend on; fixed when the study is created.
+
+    Attributes:
+        name: of the study, as optuna-dashboard shows it.
+        space: what is varied.
+        objectives: metrics that every trial must return, finite.
+        sampler: who suggests.
+        seed: of the whole sweep; every slot derives its own (`slot_seed`).
+        cohort: >= 1; trials asked before any of them is told. Independent of the number of workers.
+        order: `cohorts`: suggestions depend on the cohorts before them only. `asynchronous`: on whatever has finished when a worker
+            is free, which no two sweeps share.
+        enqueue: points of the first slots; what a point leaves out is drawn.
+        halving: ends trials that fall behind, rung by rung; None = every trial runs to its end. Needs cohorts.
+    """
+
+    name: str
+    space: Space
+    objectives: Sequence[Objective]
+    sampler: SamplerSettings = field(default_factory=SamplerSettings)
+    seed: int = 0
+    cohort: int = 8
+    order: Literal["cohorts", "asynchronous"] = "cohorts"
+    enqueue: Sequence[Mapping[str, Scalar]] = ()
+    halving: ParetoHalving | None = None
+
+    def __post_init__(self) -> None:
+        check_sampler(self.sampler, len(self.objectives))
+        if self.cohort < 1:
+            raise ConfigError(f"sampler.cohort is {self.cohort}, but must be 1 or more")
+        if not self.objectives:
+            raise ConfigError("metrics: a study needs at least one objective")
+        if self.halving is not None and self.order == "asynchronous":
+            raise ConfigError(
+                "sampler.order asynchronous has no rungs on which trials could be compared; set pruner.name to none"
+            )
+        for point in self.enqueue:
+            check_point(self.space, point)
+
+    def identity(self) -> dict[str, Any]:
+        """What must not change between two launches on one study, as plain JSON values."""
+        return {
+            "objectives": [[objective.name, objective.goal] for objective in self.objectives],
+            "space_hash": self.space.hash,
+            "sampler": self.sampler.name,
+            "sampler_options": dict(self.sampler.options),
+            "startup": self.sampler.startup,
+            "cohort": self.cohort,
+            "order": self.order,
+            "enqueue": [dict(point) for point in self.enqueue],
+            "halving": None
+            if self.halving is None
+            else [self.halving.factor, list(self.halving.rungs), self.halving.keeps_front],
+            "seed": self.seed,
+        }
+
+
+@dataclass(frozen=True)
+class TrialRecord:
+    """A finished trial, as reports and fronts read it.
+
+    Attributes:
+        slot: its place in the sweep, from 0.
+        number: Optuna's number of it, as optuna-dashboard shows it.
+        state: "complete", "failed", or "pruned": it was fine, and ended early.
+        params: by dotted name.
+        values: the objectives, in the study's order; None unless complete.
+        metrics: everything it returned; those of its last stage where it was pruned.
+        reason: why it failed or was pruned.
+        duration_s: seconds of work.
+        constraints: by name; feasible where <= 0.
+        finished_ms: Unix time at which it was judged, in ms.
+        rungs: of a trial that ran in stages, the objectives at each rung that it reached.
+    """
+
+    slot: int
+    number: int
+    state: State
+    params: Mapping[str, Scalar]
+    values: tuple[float, ...] | None
+    metrics: Mapping[str, float]
+    reason: str | None
+    duration_s: float
+    constraints: Mapping[str, float] = field(default_factory=dict)
+    finished_ms: int = 0
+    rungs: Mapping[int, tuple[float, ...]] = field(default_factory=dict)
+
+    @property
+    def is_feasible(self) -> bool:
+        """Whether it is complete and holds all constraints: only then may it be on a front."""
+        return self.state == "complete" and all(value <= 0 for value in self.constraints.values())
+
+    @property
+    def start_ms(self) -> int:
+        """Unix time at which its work began, in ms."""
+        return self.finished_ms - round(1000 * self.duration_s)
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """What a trial had come to at a rung.
+
+    Attributes:
+        metrics: there.
+        reason: why it ends here, failed or pruned by a hard constraint; None where it may go on.
+        state: "complete" where it may go on.
+        duration_s: seconds of work up to here.
+    """
+
+    state: State
+    metrics: dict[str, float]
+    reason: str | None
+    duration_s: float
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """What a sampler proposed for a slot, with the notes it keeps on the trial (a generation, for NSGA-II)."""
+
+    params: Mapping[str, Scalar]
+    distributions: Mapping[str, BaseDistribution]
+    sampler_notes: Mapping[str, Any]
+
+
+class StudyJournal:
+    """The writer's handle on a study; `open` makes one.
+
+    Attributes:
+        settings: those of the study.
+    """
+
+    def __init__(self, path: Path, settings: StudySettings, study: optuna.Study) -> None:
+        self.settings = settings
+        self._path = path
+        self._study = study
+        noted = study.user_attrs.get(_ENQUEUED_ATTR, {})
+        self._enqueued: dict[int, dict[str, Scalar]] = {int(slot): point for slot, point in noted.items()}
+
+    @classmethod
+    def open(cls, path: Path, settings: StudySettings) -> StudyJournal:
+        """Open the study at `path`, or create it. A torn last record is cut off first.
+
+        Only for the process that holds the run's lock.
+
+        Raises:
+            ConfigError: the study there was made with other settings.
+            CheckpointError: the file is no journal of ours.
+            PreflightError: it cannot be written.
+        """
+        with _writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            repair_journal(path)
+            with _reading(path):
+                storage = JournalStorage(JournalFileBackend(str(path)))
+            study = _load_or_create(storage, settings)
+            settings = _in_the_studys_order(study, settings)
+            _hold_to_identity(study, path, settings)
+        return cls(path, settings, study)
+
+    def trials(self) -> list[FrozenTrial]:
+        """All finished trials in the order of their numbers, as Optuna has them. Not copied: do not change them."""
+        return self._study.get_trials(deepcopy=False)
+
+    def records(self) -> list[TrialRecord]:
+        """All finished trials in slot order."""
+        return _by_slot(self.trials())
+
+    def append(self, suggestion: Suggestion, record: TrialRecord) -> None:
+        """Write a finished trial as one record; it is on disk when this returns.
+
+        Raises:
+            PreflightError: it cannot be written; nothing of the trial is kept, and the next `open` mends the file.
+        """
+        number = len(self.trials())
+        if record.number != number:
+            raise ValueError(
+                f"slot {record.slot} was to be trial number {record.number}, but the next number is {number}"
+            )
+        if self.settings.order == "cohorts" and record.slot != number:
+            raise ValueError(
+                f"slot {record.slot} was to be written as trial number {number}: slots are written in order"
+            )
+        with _writing(self._path):
+            self._study.add_trial(_frozen(suggestion, record))
+
+    @property
+    def enqueued(self) -> dict[int, dict[str, Scalar]]:
+        """Points that people enqueued while the sweep was on, by the slot that each was given."""
+        return dict(self._enqueued)
+
+    def note_enqueued(self, points: Mapping[int, Mapping[str, Scalar]]) -> None:
+        """Give points to slots, for good: on disk when this returns."""
+        noted = self._enqueued | {slot: dict(point) for slot, point in points.items()}
+        with _writing(self._path):
+            self._study.set_user_attr(_ENQUEUED_ATTR, {str(slot): point for slot, point in noted.items()})
+        self._enqueued = noted
+
+    def stage(self, first_slot: int, rung: int) -> dict[int, StageRecord]:
+        """What trials of the cohort that begins at a slot had come to at a rung, as far as it is known."""
+        noted = self._study.user_attrs.get(f"{_RUNG_ATTR}:{first_slot}:{rung}", {})
+        return {int(slot): StageRecord(**item) for slot, item in noted.items()}
+
+    def note_stage(self, first_slot: int, rung: int, stages: Mapping[int, StageRecord]) -> None:
+        """Keep what a cohort's trials have come to at a rung: on disk when this returns."""
+        noted = {str(slot): asdict(stage) for slot, stage in stages.items()}
+        with _writing(self._path):
+            self._study.set_user_attr(f"{_RUNG_ATTR}:{first_slot}:{rung}", noted)
+
+
+def load_records(path: Path) -> list[TrialRecord]:
+    """Read a study's finished trials, in slot order. Changes nothing and takes no lock: the driver may be writing.
+
+    Raises:
+        NotFoundError: there is no such file.
+        CheckpointError: the file is no journal.
+    """
+    if not path.is_file():
+        raise NotFoundError(f"no study at {path}: its search has not begun")
+    with _reading(path):
+        storage = JournalStorage(JournalFileBackend(str(path)))
+    studies = storage.get_all_studies()
+    if not studies:
+        return []
+    trials = storage.get_all_trials(studies[0]._study_id, deepcopy=False)
+    if trials and _IDENTITY_ATTR not in studies[0].user_attrs:
+        raise _foreign(path)
+    return _by_slot(trials)
+
+
+def load_enqueued(path: Path) -> dict[int, dict[str, Scalar]]:
+    """The points that people enqueued, by slot, as far as each has one. Changes nothing and takes no lock.
+
+    Raises:
+        CheckpointError: the file is no journal.
+    """
+    with _reading(path):
+        storage = JournalStorage(JournalFileBackend(str(path)))
+    studies = storage.get_all_studies()
+    noted = studies[0].user_attrs.get(_ENQUEUED_ATTR, {}) if studies else {}
+    return {int(slot): point for slot, point in noted.items()}
+
+
+def _by_slot(trials: Sequence[FrozenTrial]) -> list[TrialRecord]:
+    return sorted((record_of(trial) for trial in trials), key=lambda record: record.slot)
+
+
+def repair_journal(path: Path) -> int:
+    """Make a journal writable after its writer was killed; only for the process that holds the run's lock.
+
+    A torn last record would make every later write fail, so the file is cut back to its last newline; and a lock that
+    outlived its owner would hold up the first write for half a minute.
+
+    Returns:
+        The number of bytes that were cut off.
+    """
+    # Optuna's lock is a symbolic link beside the journal.
+    path.with_name(path.name + ".lock").unlink(missing_ok=True)
+    if not path.exists():
+        return 0
+    with path.open("r+b") as file:
+        size = file.seek(0, os.SEEK_END)
+        whole = _end_of_last_line(file, size)
+        if whole < size:
+            file.truncate(whole)
+            os.fsync(file.fileno())
+    return size - whole
+
+
+def record_of(trial: FrozenTrial) -> TrialRecord:
+    """The plain form of one of our finished trials."""
+    attrs = trial.user_attrs
+    return TrialRecord(
+        slot=attrs["slot"],
+        number=trial.number,
+        state=_STATES[trial.state],
+        params=trial.params,
+        values=None if trial.values is None else tuple(trial.values),
+        metrics=attrs["metrics"],
+        reason=attrs["reason"],
+        duration_s=attrs["duration_s"],
+        constraints=trial.constraints,
+        finished_ms=0 if trial.datetime_complete is None else round(1000 * trial.datetime_complete.timestamp()),
+        rungs={int(rung): tuple(values) for rung, values in attrs.get("rungs", {}).items()},
+    )
+
+
+def optuna_state(state: State) -> TrialState:
+    """What Optuna calls a trial's state."""
+    return _OPTUNA_STATES[state]
+
+
+def _frozen(suggestion: Suggestion, record: TrialRecord) -> FrozenTrial:
+    rungs = {str(rung): list(values) for rung, values in record.rungs.items()}
+    trial = create_trial(
+        state=optuna_state(record.state),
+        values=record.values,
+        params=dict(suggestion.params),
+        distributions=dict(suggestion.distributions),
+        user_attrs={
+            "slot": record.slot,
+            "metrics": dict(record.metrics),
+            "reason": record.reason,
+            "duration_s": record.duration_s,
+            **({"rungs": rungs} if rungs else {}),
+            # For those who look with a tool that knows nothing of constraints by name, such as optuna-dashboard.
+            **({"feasible": record.is_feasible} if record.constraints else {}),
+        },
+        system_attrs=dict(suggestion.sampler_notes),
+        constraints=dict(record.constraints),
+    )
+    trial.datetime_complete = datetime.fromtimestamp(record.finished_ms / 1000)
+    trial.datetime_start = trial.datetime_complete - timedelta(seconds=record.duration_s)
+    return trial
+
+
+def _load_or_create(storage: JournalStorage, settings: StudySettings) -> optuna.Study:
+    # By what the file holds and not by name: a sweep may be renamed, and a file holds one study.
+    studies = storage.get_all_studies()
+    with quiet_optuna():
+        if studies:
+            return optuna.load_study(study_name=studies[0].study_name, storage=storage)
+        directions = [objective.goal for objective in settings.objectives]
+        return optuna.create_study(study_name=settings.name, storage=storage, directions=directions)
+
+
+def _in_the_studys_order(study: optuna.Study, settings: StudySettings) -> StudySettings:
+    """The settings with the space as the study has it, where the two differ in the order of entries or in 1 for 1.0 only.
+
+    Neither makes another sweep, but samplers draw in the order of the space: it stays that of the first launch.
+    """
+    noted = study.user_attrs.get(_IDENTITY_ATTR, {}).get("space")
+    if noted is None or _regardless_of_order(noted) != _regardless_of_order(settings.space.written):
+        return settings
+    return replace(settings, space=parse_space(noted))
+
+
+def _regardless_of_order(written: Any) -> Any:
+    """A value by which two ways to write a space compare; true is not 1."""
+    if isinstance(written, Mapping):
+        return {name: _regardless_of_order(entry) for name, entry in written.items()}
+    if isinstance(written, Sequence) and not isinstance(written, str):
+        return [_regardless_of_order(item) for item in written]
+    return (isinstance(written, bool), written)
+
+
+def _hold_to_identity(study: optuna.Study, path: Path, settings: StudySettings) -> None:
+    """Compare the settings with those in the study; note them where it is new, or where its creation was cut short."""
+    noted = study.user_attrs.get(_IDENTITY_ATTR)
+    if noted is None:
+        if study.get_trials(deepcopy=False):
+            raise _foreign(path)
+        with quiet_optuna():
+            study.set_metric_names([objective.name for objective in settings.objectives])
+        note = {"version": _IDENTITY_VERSION, "optuna": optuna.__version__, "space": dict(settings.space.written)}
+        study.set_user_attr(_IDENTITY_ATTR, note | settings.identity())
+        return
+    for key, value in settings.identity().items():
+        if noted.get(key) != value:
+            raise ConfigError(
+                f"{path}: this study was made with {key} {noted.get(key)!r}, and now it is {value!r}. Its trials would "
+                "not fit together: restore the setting, or start a new study in another run"
+            )
+
+
+def _foreign(path: Path) -> CheckpointError:
+    return CheckpointError(f"{path}: holds a study that this program did not write; move it away and launch again")
+
+
+def _end_of_last_line(file: Any, size: int, block: int = 1 << 16) -> int:
+    """The offset behind the last newline of a file, 0 where it has none."""
+    end = size
+    while end > 0:
+        start = max(0, end - block)
+        file.seek(start)
+        newline = file.read(end - start).rfind(b"\n")
+        if newline >= 0:
+            return start + newline + 1
+        end = start
+    return 0
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """What Optuna raises on lines that are no records becomes a CheckpointError."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, AssertionError) as error:
+        raise CheckpointError(
+            f"{path}: not a readable Optuna journal ({error}); restore it, or move it away to start anew"
+        ) from error
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise PreflightError(
+            f"cannot write {path}: {reason}. Mend that and launch again: finished trials are kept"
+        ) from error

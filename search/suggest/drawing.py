@@ -1,0 +1,33 @@
+"""Points of a space that are all drawn beforehand: nothing is learnt between them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import count
+
+import optuna
+from optuna.storages import InMemoryStorage
+
+from search.study.runner import Scalar
+from search.suggest.samplers import SamplerSettings, make_sampler, num_points, quiet_optuna
+from search.suggest.space import Space, suggest
+
+
+def drawn_points(space: Space, settings: SamplerSettings, base_seed: int) -> Iterator[dict[str, Scalar]]:
+    """Points of `space`, slot after slot; without end but for a grid. The same for the same arguments, whoever asks and how far.
+
+    Args:
+        space: what is varied.
+        settings: of a sampler that needs no results: random, grid or qmc.
+        base_seed: of the sweep.
+    """
+    with quiet_optuna():
+        study = optuna.create_study(storage=InMemoryStorage())
+    limit = num_points(settings, space)
+    for slot in count() if limit is None else range(limit):
+        with quiet_optuna():
+            study.sampler = make_sampler(settings, space=space, base_seed=base_seed, slot=slot)
+            trial = study.ask()
+            point = suggest(trial, space)
+            study.tell(trial, 0.0)
+        yield point

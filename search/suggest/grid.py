@@ -1,0 +1,98 @@
+"""Every point of a discrete space by its number, without a list of them: conditions included, nothing twice."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from functools import lru_cache
+from itertools import accumulate
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dsnet.errors import ConfigError
+from dsnet.seeds import derive_seed
+from search.study.runner import Scalar
+from search.suggest.space import Space, nth_value, num_values
+
+MAX_POINTS = 1_000_000
+DEFAULT_POINTS = 5
+"""Values of a dimension without steps."""
+
+
+class Grid:
+    """The points of a space in a fixed order.
+
+    The parents of conditions split the space into branches; in a branch it is known which dimensions exist, and its points are numbered
+    as a number with mixed digits is.
+    """
+
+    def __init__(self, space: Space, num_continuous: int = DEFAULT_POINTS) -> None:
+        """
+        Args:
+            space: whose points are wanted.
+            num_continuous: values of a dimension without steps, both ends among them.
+
+        Raises:
+            ConfigError: it has more than `MAX_POINTS` points.
+        """
+        self._distributions = space.distributions
+        self._num_continuous = num_continuous
+        self._branches = space.branches
+        parents = {name for branch in space.branches for name in branch}
+        self._others = [
+            [name for name in space.distributions if name not in parents and space.has(name, branch)]
+            for branch in space.branches
+        ]
+        sizes = {name: num_values(distribution, num_continuous) for name, distribution in space.distributions.items()}
+        self._sizes = sizes
+        self._ends = list(accumulate(math.prod(sizes[name] for name in names) for names in self._others))
+        if self._ends[-1] > MAX_POINTS:  # may be more than `len` can say
+            largest = sorted(sizes, key=lambda name: -sizes[name])[:3]
+            raise ConfigError(
+                f"sampler.name grid: the space has {self._ends[-1]:,} points, and at most {MAX_POINTS:,} can be listed; give fewer values "
+                f"to {', '.join(f'{name} ({sizes[name]})' for name in largest)}, set sampler.options.points lower than "
+                f"{num_continuous} for dimensions without steps, or take another sampler"
+            )
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: int) -> dict[str, Scalar]:
+        """A point, in the order of the space."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"point {index} of {len(self)}")
+        place = bisect_right(self._ends, index)
+        digits = index - (self._ends[place - 1] if place else 0)
+        point = dict(self._branches[place])
+        for name in reversed(self._others[place]):
+            digits, digit = divmod(digits, self._sizes[name])
+            point[name] = nth_value(self._distributions[name], digit, self._num_continuous)
+        return {name: point[name] for name in self._distributions if name in point}
+
+    def shuffled(self, seed: int) -> Shuffled:
+        """The same points in an order without any: the first n of them are spread over the space."""
+        return Shuffled(self, seed)
+
+
+class Shuffled:
+    """A grid's points in an order that a seed decides."""
+
+    def __init__(self, grid: Grid, seed: int) -> None:
+        self._grid = grid
+        self._order = _order(len(grid), seed)
+
+    def __len__(self) -> int:
+        return len(self._grid)
+
+    def __getitem__(self, index: int) -> dict[str, Scalar]:
+        """The `index`-th point of this order."""
+        return self._grid[int(self._order[index])]
+
+
+@lru_cache(maxsize=2)
+def _order(length: int, seed: int) -> NDArray[np.int64]:
+    """0, 1, ..., length - 1 shuffled; kept, as every slot of a sweep asks for one place in the same order."""
+    order = np.random.default_rng(derive_seed(seed, "grid")).permutation(length)
+    order.setflags(write=False)
+    return order

@@ -1,0 +1,389 @@
+"""Samplers by name, and the seeds of everything random in a sweep.
+
+Every slot has a sampler of its own. What it suggests depends on the finished trials, on those of its cohort that run, on the sweep's seed
+and on the slot, and on nothing else: no sampler carries anything from one slot to the next, so that a sweep that was
+interrupted goes on as if it had not been.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
+from typing import Any, Literal
+
+import optuna
+from optuna.distributions import BaseDistribution
+from optuna.samplers import BaseSampler, GPSampler, NSGAIIISampler, NSGAIISampler, RandomSampler, TPESampler
+from optuna.study import Study
+from optuna.trial import FrozenTrial
+
+from dsnet.errors import ConfigError
+from dsnet.import_path import import_object
+from dsnet.seeds import derive_seed
+from search.study.runner import Scalar
+from search.suggest.genetic import ReplayableNSGAII, ReplayableNSGAIII
+from search.suggest.grid import DEFAULT_POINTS, Grid
+from search.suggest.qmc import sobol_point
+from search.suggest.space import Space, nth_value, parse_space, suggest
+
+KNOWN_SAMPLERS = ("random", "grid", "qmc", "tpe", "nsga2", "nsga3", "gp")
+POINT_LISTS = ("grid", "qmc")
+"""Those that walk along a list of points: slot k tries its k-th."""
+MAX_DIVISIONS = 100
+"""Of an objective by NSGA-III's reference lines: 5,151 of them with three objectives."""
+
+
+@contextmanager
+def quiet_optuna(level: int = optuna.logging.WARNING) -> Iterator[None]:
+    """Silence Optuna's lines below `level`, and its notes about experimental features, inside the block only."""
+    verbosity = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(max(verbosity, level))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            yield
+    finally:
+        optuna.logging.set_verbosity(verbosity)
+
+
+@dataclass(frozen=True)
+class SamplerSettings:
+    """Who suggests, and how.
+
+    Attributes:
+        name: one of `KNOWN_SAMPLERS`, or the import path of a class of Optuna's kind.
+        options: keyword arguments of its constructor; of `grid`, `points`: values of a dimension without steps.
+        startup: random trials before `tpe` and `gp` model; for `nsga2` and `nsga3` the first generation, and the size of every other
+            (at least 2). The others ignore it.
+    """
+
+    name: str = "tpe"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    startup: int = 16
+
+
+def slot_seed(base_seed: int, slot: int, stream: Literal["sampler", "trial"]) -> int:
+    """The seed of one random stream of one slot.
+
+    It depends on our own slot index and not on Optuna's trial number, which a restart may shift.
+
+    Returns:
+        0 <= seed < 2**32, which random, numpy and torch all accept.
+    """
+    return derive_seed(base_seed, stream, slot) % 2**32
+
+
+def is_foreign(name: str) -> bool:
+    """Whether a sampler is given by its import path: nothing is known then of what it keeps, and where."""
+    return name not in KNOWN_SAMPLERS
+
+
+def check_sampler(settings: SamplerSettings, num_objectives: int = 2) -> None:
+    """Find out beforehand whether a sampler can be made and asked.
+
+    Args:
+        settings: of the sampler.
+        num_objectives: of the sweep, 2 or 3.
+
+    Raises:
+        ConfigError: no such sampler, an option that it does not have, that is not for a file to say, or whose value it refuses; a
+            foreign one that cannot be imported, is no sampler, takes no seed, or cannot suggest for several objectives.
+    """
+    signature = inspect.signature(_constructor(settings.name))
+    for name, value in settings.options.items():
+        _check_option(settings.name, name, value, signature)
+    if is_foreign(settings.name) and not _takes(signature, "seed"):
+        raise ConfigError(
+            f"sampler.name {settings.name}: its constructor takes no `seed`, so that no sweep with it could be repeated; "
+            f"known: {', '.join(KNOWN_SAMPLERS)}"
+        )
+    try:
+        with quiet_optuna():
+            _rehearse(settings, num_objectives)
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever a constructor or a foreign sampler raises
+        options = f" with the options {dict(settings.options)}" if settings.options else ""
+        raise ConfigError(f"sampler.name {settings.name}{options}: {type(error).__name__}: {error}") from error
+
+
+def make_sampler(settings: SamplerSettings, *, space: Space, base_seed: int, slot: int) -> BaseSampler:
+    """A fresh sampler for one slot.
+
+    Args:
+        settings: checked (`check_sampler`).
+        space: of the sweep.
+        base_seed: of the sweep.
+        slot: its place in the sweep, from 0. For `POINT_LISTS` the place in their list, from which slots with points that were
+            enqueued take nothing.
+
+    Raises:
+        ConfigError: as `check_sampler`; or the space has too many points for a grid.
+    """
+    seed = slot_seed(base_seed, slot, "sampler")
+    with quiet_optuna():
+        match settings.name:
+            case "random":
+                return RandomSampler(seed=seed)
+            case "grid":
+                grid = Grid(space, settings.options.get("points", DEFAULT_POINTS))
+                return PointSampler(grid.shuffled(base_seed)[slot % len(grid)], space, seed)
+            case "qmc":
+                return PointSampler(sobol_point(space, base_seed, slot), space, seed)
+            case "tpe":
+                return GroupedTPE(space, seed=seed, n_startup_trials=settings.startup, **settings.options)
+            case "nsga2":
+                return ReplayableNSGAII(space, _population(settings), seed, dict(settings.options))
+            case "nsga3":
+                return ReplayableNSGAIII(
+                    space, _population(settings), seed, dict(settings.options), base_seed=base_seed
+                )
+            case "gp":
+                return QuietGP(space, seed=seed, n_startup_trials=max(1, settings.startup), **settings.options)
+        sampler: BaseSampler = _constructor(settings.name)(seed=seed, **settings.options)
+        return sampler
+
+
+def num_points(settings: SamplerSettings, space: Space) -> int | None:
+    """How many points there are to try; None where a sampler never runs out.
+
+    Raises:
+        ConfigError: too many for a list.
+    """
+    if settings.name != "grid":
+        return None
+    return len(Grid(space, settings.options.get("points", DEFAULT_POINTS)))
+
+
+def lasting_notes(notes: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a sampler's notes on a trial, those that matter when it has finished; what only its cohort needed is left out."""
+    return {name: value for name, value in notes.items() if ":relative_params:" not in name}
+
+
+class PointSampler(BaseSampler):
+    """Suggests one point that is known beforehand."""
+
+    def __init__(self, point: Mapping[str, Scalar], space: Space, seed: int) -> None:
+        """`seed` is of what the point leaves out: dimensions that exist only because something else was enqueued."""
+        self._point = dict(point)
+        self._space = space
+        self._rest = RandomSampler(seed=seed)
+
+    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        return {name: self._space.distributions[name] for name in self._point}
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        return self._point
+
+    def sample_independent(
+        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        return self._rest.sample_independent(study, trial, param_name, param_distribution)
+
+
+class GroupedTPE(TPESampler):
+    """TPE that models together what exists together.
+
+    Optuna's `group` finds those groups in the trials, anew in every slot; here the space says them. A group that does not exist beside
+    what was drawn before it costs nothing.
+    """
+
+    def __init__(self, space: Space, *, multivariate: bool = True, group: bool = True, **options: Any) -> None:
+        """`group` False leaves conditional dimensions out of the joint model: each is then modelled alone."""
+        # A cohort is asked before any of it is told: the constant liar keeps its members apart from each other.
+        super().__init__(multivariate=multivariate, **{"constant_liar": True, **options})
+        self._space = space
+        groups = space.groups if group else (_unconditional(space),)
+        wanted = [names for names in groups if names] if multivariate else []
+        self._groups = [{name: space.distributions[name] for name in names} for names in wanted]
+
+    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        return {name: distribution for group in self._groups for name, distribution in group.items()}
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        known = _given_values(self._space, trial)
+        drawn: dict[str, Any] = {}
+        for group in self._groups:
+            if self._space.has(next(iter(group)), {**drawn, **known}):
+                drawn |= super().sample_relative(study, trial, group)
+        return drawn
+
+
+class QuietGP(GPSampler):
+    """Gaussian processes over the dimensions that every point has; those with conditions are drawn at random.
+
+    On one thread, so that the number of cores does not move a suggestion by a rounding, and without warnings of the numerics inside.
+    """
+
+    def __init__(self, space: Space, **options: Any) -> None:
+        super().__init__(**{"warn_independent_sampling": False, **options})
+        self._modelled = {name: space.distributions[name] for name in _unconditional(space)}
+
+    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        return self._modelled
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        with _one_thread(), quiet_optuna(optuna.logging.ERROR), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return super().sample_relative(study, trial, search_space)
+
+
+def _unconditional(space: Space) -> tuple[str, ...]:
+    return tuple(name for name in space.free if name not in space.conditions)
+
+
+def _given_values(space: Space, trial: FrozenTrial) -> dict[str, Scalar]:
+    """What no sampler decides: values that are fixed, and those that were enqueued."""
+    fixed = {
+        name: nth_value(distribution, 0) for name, distribution in space.distributions.items() if distribution.single()
+    }
+    return {**fixed, **trial.system_attrs.get("fixed_params", {})}
+
+
+def _population(settings: SamplerSettings) -> int:
+    # Optuna's default of 50 would spend a sweep of this size on one or two generations.
+    return max(2, settings.startup)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    import torch
+    from threadpoolctl import threadpool_limits
+
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with threadpool_limits(1):
+            yield
+    finally:
+        torch.set_num_threads(num_threads)
+
+
+def _grid_options(*, points: int = DEFAULT_POINTS) -> None:
+    """The signature of `grid`."""
+
+
+def _no_options() -> None:
+    """The signature of `qmc`."""
+
+
+_CONSTRUCTORS: Mapping[str, Callable[..., Any]] = {
+    "random": RandomSampler,
+    "grid": _grid_options,
+    "qmc": _no_options,
+    "tpe": TPESampler,
+    "nsga2": NSGAIISampler,
+    "nsga3": NSGAIIISampler,
+    "gp": GPSampler,
+}
+"""What says which options there are."""
+_ELSEWHERE: Mapping[str, str] = {
+    "seed": "every slot derives its own from the sweep's `seed`",
+    "constraints_func": "write `constraints` in the sweep's file",
+}
+_STARTUP: Mapping[str, str] = {
+    "n_startup_trials": "set sampler.startup",
+    "population_size": "set sampler.startup, which is the size of a generation",
+}
+_OBJECTS = (
+    "independent_sampler",
+    "base_sampler",
+    "gamma",
+    "weights",
+    "mutation",
+    "crossover",
+    "elite_population_selection_strategy",
+    "child_generation_strategy",
+    "after_trial_strategy",
+)
+_UNFIT: Mapping[str, str] = {
+    "GridSampler": "keeps its place in the study, and a resumed sweep would start over; write grid, which does not",
+    "QMCSampler": "keeps its place in the study, and a resumed sweep would start over; write qmc, which does not",
+    "BruteForceSampler": "ends the study from within Optuna's own loop; write grid, which tries every point once too",
+}
+"""Samplers of Optuna that cannot work here."""
+
+
+def _constructor(name: str) -> Callable[..., Any]:
+    known = _CONSTRUCTORS.get(name)
+    if known is not None:
+        return known
+    _, dot, class_name = name.rpartition(".")
+    if not dot:
+        near = get_close_matches(name, KNOWN_SAMPLERS, n=1)
+        hint = f"; did you mean '{near[0]}'?" if near else ";"
+        raise ConfigError(
+            f"sampler.name: unknown sampler '{name}'{hint} known: {', '.join(KNOWN_SAMPLERS)}, or an import path such as "
+            "my_package.MySampler"
+        )
+    try:
+        found = import_object(name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"sampler.name: cannot import '{name}': {error}") from error
+    if not (isinstance(found, type) and issubclass(found, BaseSampler)):
+        raise ConfigError(f"sampler.name: '{name}' is no class of optuna.samplers.BaseSampler, but {found!r}")
+    if found.__module__.startswith("optuna.") and class_name in _UNFIT:
+        raise ConfigError(f"sampler.name: '{name}' {_UNFIT[class_name]}")
+    return found
+
+
+def _takes(signature: inspect.Signature, name: str) -> bool:
+    parameters = signature.parameters
+    return name in parameters or any(item.kind is item.VAR_KEYWORD for item in parameters.values())
+
+
+def _check_option(sampler: str, name: str, value: Any, signature: inspect.Signature) -> None:
+    path = f"sampler.options.{name}"
+    reason = _ELSEWHERE.get(name) or (None if is_foreign(sampler) else _STARTUP.get(name))
+    if reason is not None:
+        raise ConfigError(f"{path}: cannot be set here; {reason}")
+    if not _takes(signature, name):
+        offered = [known for known in signature.parameters if known not in (*_ELSEWHERE, *_STARTUP, *_OBJECTS)]
+        near = get_close_matches(name, offered, n=1)
+        hint = f"; did you mean '{near[0]}'?" if near else ";"
+        raise ConfigError(f"{path}: {sampler} has no such option{hint} it has {', '.join(offered) or 'none'}")
+    if name in _OBJECTS:
+        raise ConfigError(f"{path}: takes a Python object, which a file cannot hold; leave it out")
+    default = signature.parameters[name].default if name in signature.parameters else None
+    if not _is_like(value, default):
+        raise ConfigError(f"{path}: {sampler} takes a value like {default!r}; got {value!r}")
+    if (sampler, name) == ("grid", "points") and value < 1:
+        raise ConfigError(f"{path} is {value}, but must be 1 or more")
+    if (sampler, name) == ("nsga3", "dividing_parameter") and not (type(value) is int and 1 <= value <= MAX_DIVISIONS):
+        raise ConfigError(f"{path} is {value!r}, but must be a whole number in 1..{MAX_DIVISIONS}")
+
+
+def _is_like(value: Any, default: Any) -> bool:
+    """Whether a value has the type of a default, where that has one that says something."""
+    if isinstance(default, bool):
+        return isinstance(value, bool)
+    if isinstance(default, int):
+        return isinstance(value, int) and not isinstance(value, bool)
+    if isinstance(default, float):
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return True
+
+
+def _rehearse(settings: SamplerSettings, num_objectives: int) -> None:
+    """Make the sampler; a foreign one, or one with options (many values are looked at late), is also asked and told a few trials."""
+    space = parse_space({"a": {"int": [0, 3]}, "b": {"choice": ["x", "y"]}})
+    make_sampler(settings, space=space, base_seed=0, slot=0)
+    if settings.name in POINT_LISTS or not (settings.options or is_foreign(settings.name)):
+        return
+    settings = replace(settings, startup=2)
+    study = optuna.create_study(directions=["minimize"] * num_objectives)
+    for slot in range(6):
+        study.sampler = make_sampler(settings, space=space, base_seed=0, slot=slot)
+        trial = study.ask()
+        suggest(trial, space)
+        study.tell(trial, [float(slot)] * num_objectives)

@@ -1,0 +1,86 @@
+"""The sweep file that `init` writes: valid as it is, and fitted to the images."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from orchestration.config.loading import load_config
+from tests.dsnet.data.test_survey import GREY, fill
+from tests.orchestration.samples import call
+
+
+def photos(root: Path, **counts: int) -> Path:
+    for name, count in counts.items():
+        fill(root / name, count, size=(70, 90), colour=GREY)
+    return root
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DSNET_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.mark.usefixtures("cache")
+def test_the_file_fits_the_folder_and_is_planned_as_it_is(tmp_path: Path) -> None:
+    folder = photos(tmp_path / "My photos: 2", cats=31, dogs=9)
+    answer = call(tmp_path, "init", "--data", folder)
+    assert answer.code == 0, answer.err
+    assert "dsnet-orch launch My-photos-2.yaml" in answer.out
+    file = tmp_path / "My-photos-2.yaml"
+    config = load_config(file).config
+    assert (config.name, config.data.path, config.data.image_size) == ("My-photos-2", str(folder), 64)
+    assert (config.supernet.model, config.supernet.options["stem"]) == ("ds_resnet", "large")
+    assert config.supernet.train.epochs is None
+    text = file.read_text(encoding="utf-8")
+    for told in ("40 pictures in 2 classes, 70 x 90 pixels, grey", "cats 31, dogs 9", "uneven", "train 22"):
+        assert told in text
+    plan = call(tmp_path, "plan", file.name, "--dry", "--json").json
+    assert plan["data"]["num_images"] == {"train": 22, "gate": 6, "val": 6, "test": 6}
+    assert plan["data"]["classes"] == ["cats", "dogs"]
+    settings = plan["settings"]
+    for key in ("batch_size", "epochs", "warmup_epochs", "lr"):
+        setting = settings[f"supernet.train.{key}"]
+        assert f"    # {key}: {setting['value']}    # {setting['reason']}" in text
+
+
+def test_the_commented_settings_can_be_used_as_they_stand(tmp_path: Path) -> None:
+    call(tmp_path, "init", "--data", photos(tmp_path / "p", a=20, b=20), "--name", "mine", "--out", "sweeps/x.yaml")
+    file = tmp_path / "sweeps" / "x.yaml"
+    head, _, settings = file.read_text(encoding="utf-8").partition("to choose another value:")
+    file.write_text(head + re.sub(r"(?m)^( +)# ", r"\1", settings), encoding="utf-8")
+    config = load_config(file).config
+    assert config.name == "mine"
+    assert config.supernet.train.epochs
+    assert config.supernet.train.channels_last
+    assert config.supernet.recalibration.images is None
+
+
+def test_a_file_that_is_there_is_kept_unless_told_otherwise(tmp_path: Path) -> None:
+    folder = photos(tmp_path / "p", a=5, b=5)
+    (tmp_path / "p.yaml").write_text("mine", encoding="utf-8")
+    answer = call(tmp_path, "init", "--data", folder)
+    assert answer.code == 2
+    assert "--force" in answer.err
+    assert (tmp_path / "p.yaml").read_text(encoding="utf-8") == "mine"
+    assert call(tmp_path, "init", "--data", folder, "--force").code == 0
+    assert load_config(tmp_path / "p.yaml").config.name == "p"
+
+
+@pytest.mark.parametrize("counts", [{"a": 30, "rare": 1}, {"a": 2, "b": 2}])
+def test_too_few_images_of_a_class_are_told_before_a_file_is_written(tmp_path: Path, counts: dict[str, int]) -> None:
+    answer = call(tmp_path, "init", "--data", photos(tmp_path / "p", **counts))
+    assert answer.code == 3
+    rarest = min(counts, key=lambda name: counts[name])
+    assert f"class '{rarest}' has {counts[rarest]}" in answer.err
+    assert not (tmp_path / "p.yaml").exists()
+
+
+def test_a_file_for_cifar10_leaves_size_and_splits_as_they_are(tmp_path: Path) -> None:
+    (tmp_path / "c10").mkdir()
+    (tmp_path / "c10" / "train.parquet").touch()
+    assert call(tmp_path, "init", "--data", tmp_path / "c10").code == 0
+    config = load_config(tmp_path / "c10.yaml").config
+    assert (config.data.name, config.data.image_size, config.supernet.options["stem"]) == ("cifar10", None, "small")

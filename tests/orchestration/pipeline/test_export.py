@@ -1,0 +1,361 @@
+"""Bundles of a finished sweep: they classify as what was verified, claim what was found, and live without their run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import click
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from ruamel.yaml import YAML
+
+import dsnet
+from benchmarks.dynamic_inference import of_run
+from dsnet.deploy.bundle import NUM_EXAMPLES
+from dsnet.errors import ConfigError, NotFoundError
+from dsnet.routers import ROUTER_KINDS, CascadeRouter
+from dsnet.routing.routing_table import RoutingTable
+from dsnet.routing.table_routing import run_on_table
+from dsnet.stored.checkpoint import load_supernet
+from dsnet.training.supernet import FINAL
+from orchestration.commands.planning import prepare_again
+from orchestration.pipeline.export import CLEAR_LEAD, bundle_claims, example_rows, link_knee, router_facts
+from orchestration.results.run import RunResults, picked_slots
+from search.front.points import trial_name
+from tests.dsnet.samples import random_router, random_table
+from tests.orchestration.samples import Finished, call, problems_of_message
+
+
+@pytest.fixture(scope="module")
+def bundles(finished: Finished, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All of the front, exported outside the run."""
+    out = tmp_path_factory.mktemp("bundles")
+    answer = call(finished.folder, "export", "tiny", "--pick", "all", "--out", out)
+    assert answer.code == 0, answer.err
+    names = [Path(line).name for line in answer.out.split()]
+    assert sorted(names) == sorted(trial_name(slot) for slot in finished.results.front)
+    return out
+
+
+def test_the_knee_is_a_point_of_the_front_and_what_the_launch_exported(finished: Finished) -> None:
+    (knee,) = picked_slots(finished.results, ["knee"])
+    assert knee in finished.results.front
+    assert {path.name for path in finished.run.export_dir.iterdir()} == {trial_name(knee), "knee"}
+    assert (finished.run.export_dir / "knee").readlink() == Path(trial_name(knee)), (
+        "relative: a run folder may be moved"
+    )
+
+
+def test_the_link_to_the_knee_follows_it_and_replaces_nothing_but_a_link(tmp_path: Path) -> None:
+    for name in ("trial-0001", "s0/trial-0002"):
+        (tmp_path / name).mkdir(parents=True)
+        link_knee(tmp_path, tmp_path / name)
+        assert (tmp_path / "knee").resolve() == tmp_path / name
+    link_knee(tmp_path, tmp_path / "trial-0003")
+    assert not (tmp_path / "knee").is_symlink(), "a link to an earlier knee would give the wrong bundle"
+    (tmp_path / "knee").mkdir()
+    link_knee(tmp_path, tmp_path / "trial-0001")
+    assert not (tmp_path / "knee").is_symlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["knee", "s0", "trial-0001"]
+
+
+def test_picks_are_read_on_val_and_each_trial_is_taken_once(finished: Finished) -> None:
+    results = finished.results
+    assert sorted(picked_slots(results, ["all", "knee"])) == sorted(results.front)
+    assert picked_slots(results, ["trial-0003", "trial-0003"]) == [3]
+    (best,) = picked_slots(results, ["max:top1"])
+    assert results.record(best).metrics["top1"] == max(record.metrics["top1"] for record in results.completed)
+    limit = float(np.median([record.metrics["madds_m"] for record in results.completed]))
+    (chosen,) = picked_slots(results, [f"max:top1 where madds_m<={limit}"])
+    allowed = [record for record in results.completed if record.metrics["madds_m"] <= limit]
+    assert results.record(chosen).metrics["madds_m"] <= limit
+    assert results.record(chosen).metrics["top1"] == max(record.metrics["top1"] for record in allowed)
+
+
+@pytest.mark.parametrize(
+    ("pick", "error", "part"),
+    [
+        ("max:topp1", (ConfigError, NotFoundError), "topp1"),
+        ("max:top1 where madds_m<0", (NotFoundError,), "madds_m"),
+        ("trial-9999", (NotFoundError,), "trial-9999"),
+        ("max:top1 where madds_m is small", (ConfigError,), "madds_m is small"),
+        ("", (ConfigError, NotFoundError), "pick"),
+    ],
+)
+def test_a_pick_that_means_nothing_is_refused_and_writes_nothing(
+    finished: Finished, tmp_path: Path, pick: str, error: tuple[type[ConfigError], ...], part: str
+) -> None:
+    answer = call(finished.folder, "export", "tiny", "--pick", pick, "--out", tmp_path / "out")
+    assert answer.code in {kind.exit_code for kind in error}
+    assert problems_of_message(answer, [part]) == []
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_bundle_classifies_every_image_of_val_as_the_verified_run_did(finished: Finished, bundles: Path) -> None:
+    results = finished.results
+    prepared = prepare_again(results)
+    table = RoutingTable.load(results.run.table(results.done_key("table"), "val"))
+    rows = np.arange(table.num_images)
+    for slot in results.front:
+        bundle = dsnet.load_bundle(bundles / trial_name(slot))
+        found = bundle(prepared.data.images("val"))
+        run = run_on_table(results.router(slot), table)
+        routes = run.routes
+        decided = table.margin[rows, routes] > 1e-4
+        assert [bundle.route_names[route] for route in found.routes] == [table.routes[route] for route in routes]
+        assert np.array_equal(found.classes.numpy()[decided], table.predicted[rows, routes][decided])
+        assert np.array_equal(found.madds.numpy(), run.madds)
+        assert bundle.class_names == prepared.image_set.class_names
+
+
+@pytest.mark.parametrize("kind", ROUTER_KINDS)
+@pytest.mark.parametrize("num_gates", [1, 2])
+def test_examples_are_clear_ones_of_every_route_that_has_some(kind: str, num_gates: int) -> None:
+    table = random_table(400, 4, num_gates=num_gates)
+    router = random_router(kind, table)
+    rows, run = example_rows(router, table), run_on_table(router, table)
+    assert len(rows) == NUM_EXAMPLES
+    assert (np.diff(rows) > 0).all()
+    is_clear = run.lead >= CLEAR_LEAD
+    num_clear = np.bincount(run.routes[is_clear], minlength=4)
+    chosen = np.bincount(run.routes[rows], minlength=4)
+    if is_clear.sum() < NUM_EXAMPLES:
+        assert set(np.flatnonzero(is_clear)) <= set(rows)
+        assert run.lead[rows].min() >= np.sort(run.lead)[-NUM_EXAMPLES]
+        return
+    assert is_clear[rows].all()
+    # In turns: no route has two more than another that has clear images left.
+    for route in range(4):
+        assert chosen[route] == num_clear[route] or chosen[route] >= chosen.max() - 1
+
+
+def test_where_nothing_is_clear_the_clearest_are_examples() -> None:
+    distance = np.random.default_rng(0).uniform(-1e-4, 1e-4, (60, 4)).astype(np.float32)
+    table = replace(random_table(60, 4), confidence=0.5 + distance)
+    undecided = CascadeRouter(1, 3, 0.5)
+    assert run_on_table(undecided, table).lead.max() < CLEAR_LEAD
+    clearest = np.argsort(-np.abs(table.confidence[:, 1] - 0.5), kind="stable")
+    assert set(example_rows(undecided, table)) == set(clearest[:NUM_EXAMPLES])
+
+
+def test_a_table_of_few_images_gives_all_of_them() -> None:
+    table = random_table(5, 4)
+    assert example_rows(random_router("cascade", table), table).tolist() == [0, 1, 2, 3, 4]
+
+
+def test_verify_says_so_where_a_bundle_stores_no_examples(finished: Finished, tmp_path: Path) -> None:
+    results = finished.results
+    prepared = prepare_again(results)
+    claims = bundle_claims(prepared, results, results.front[0])
+    path = _export_with(prepared, results, results.front[0], claims, tmp_path, num_examples=0)
+    answer = call(tmp_path, "verify", path)
+    assert answer.code == 0, answer.err
+    assert "0 images are stored" in answer.out
+
+
+def test_a_bundle_claims_what_verify_found(finished: Finished, bundles: Path) -> None:
+    verified = finished.results.verified
+    assert verified is not None
+    for point in verified.test.points:
+        claims = dsnet.load_bundle(bundles / trial_name(point.slot)).claims
+        assert claims["test"]["top1"] == point.top1.value
+        assert claims["test"]["top1_interval"] == [point.top1.low, point.top1.high]
+        assert claims["test"]["madds_m"] == point.metrics["madds_m"]
+        assert claims["test"]["num_images"] == verified.test.num_images
+        assert claims["val"]["top1"] == finished.results.record(point.slot).metrics["top1"]
+        assert claims["data"]["crop_fraction"] == finished.results.config.data.crop_fraction
+        gate_ms = claims["latency"]["batches"]["8"]["gate_ms"]["median_ms"]
+        assert gate_ms == verified.latency.gates[8][point.slot].median_ms
+        found = {"": claims["latency"], **claims["device_latency"]}
+        assert {name: own["threads"] for name, own in found.items()} == {"": 1, "two": 2}
+        for name, table in finished.results.latencies.items():
+            ideal_ms = table.ideal_ms(8, np.array(point.runs), verified.test.routes, point.router)
+            assert found[name]["batches"]["8"]["ideal_ms"] == pytest.approx(ideal_ms)
+
+
+def test_gate_yaml_is_yaml_that_says_what_the_gate_is(finished: Finished, bundles: Path) -> None:
+    for slot in finished.results.front:
+        content = YAML(typ="safe", pure=True).load(bundles / trial_name(slot) / "gate.yaml")
+        record = finished.results.record(slot)
+        assert content["name"] == trial_name(slot)
+        assert content["gate"]["target"] == record.params["gate.target"]
+        assert content["gate"]["sgs"]["strategy"] == record.params["gate.sgs.strategy"]
+        assert [route["name"] for route in content["routes"]] == ["subnet-00", "subnet-01", "subnet-02"]
+        assert content["router"] == {"kind": "gate", "reads": ["hidden"], "gates": 1}
+        assert content["claims"]["val"]["top1"] == record.metrics["top1"]
+        manifest = json.loads((bundles / trial_name(slot) / "bundle.json").read_text())
+        assert json.loads(json.dumps(content["claims"])) == manifest["claims"]
+
+
+@pytest.mark.parametrize("kind", ROUTER_KINDS)
+def test_gate_yaml_says_how_the_router_decides(kind: str) -> None:
+    names = [f"net {k}" for k in range(4)]
+    router = random_router(kind, random_table(40, 4, num_gates=2), routes=(0, 2, 3))
+    facts = router_facts(router, names)
+    assert (facts["kind"], tuple(facts["reads"])) == (kind, router.needs)
+    if kind == "cascade":
+        assert (facts["first"], facts["second"], facts["threshold"]) == ("net 0", "net 3", router.threshold)  # type: ignore[attr-defined]
+    elif kind == "learned_cascade":
+        assert (facts["first"], facts["then_one_of"]) == ("net 0", ["net 2", "net 3"])
+    else:
+        assert facts["gates"] == (2 if kind in ("gates", "evidence_gates") else 1)
+
+
+def test_a_bundle_is_verified_from_any_folder_after_its_run_is_gone(finished: Finished, tmp_path: Path) -> None:
+    folder = finished.copy(tmp_path / "sweep")
+    answer = call(folder, "export", "tiny", "--out", tmp_path / "kept")
+    assert answer.code == 0, answer.err
+    shutil.rmtree(folder)
+    (bundle,) = (path for path in (tmp_path / "kept").iterdir() if not path.is_symlink())  # beside it: knee
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    checks = call(elsewhere, "verify", bundle, "--json").json
+    assert [check["name"] for check in checks] == ["files", "examples"]
+    answer = call(elsewhere, "verify", bundle, "--data")
+    assert answer.code == 0, answer.err
+    assert [line.split()[1] for line in answer.out.splitlines()] == ["files:", "examples:", "val:", "test:"]
+    assert call(elsewhere, "verify", Path("..") / "kept" / bundle.name).code == 0
+
+
+def test_a_bundle_needs_none_of_the_platforms(bundles: Path) -> None:
+    code = (
+        "import sys, dsnet\n"
+        "dsnet.load_bundle(sys.argv[1])\n"
+        "heavy = {'ray', 'mlflow', 'optuna', 'plotly', 'pydantic', 'yaml', 'ruamel', 'pandas', 'orchestration'}\n"
+        "print(*sorted(heavy & set(sys.modules)))\n"
+    )
+    path = next(bundles.iterdir())
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr
+
+
+def test_predict_answers_photos_as_the_bundle_answers_the_data_and_names_what_it_cannot_read(
+    finished: Finished, bundles: Path, tmp_path: Path
+) -> None:
+    pixels = prepare_again(finished.results).data.images("val")[:6]
+    for index, image in enumerate(pixels):
+        Image.fromarray(image[0].numpy()).save(tmp_path / f"scan-{index}.png")
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    path = next(bundles.iterdir())
+    bundle = dsnet.load_bundle(path)
+    expected = bundle(pixels)
+
+    answer = call(finished.folder, "predict", path, tmp_path, "--json")
+    assert answer.code == 3
+    assert [Path(item["file"]).name for item in answer.json["unreadable"]] == ["broken.png"]
+    rows = answer.json["predictions"]
+    assert [Path(row["file"]).name for row in rows] == [f"scan-{index}.png" for index in range(6)]
+    assert [row["class"] for row in rows] == [bundle.class_names[label] for label in expected.classes.tolist()]
+    assert [row["route"] for row in rows] == [bundle.route_names[route] for route in expected.routes.tolist()]
+    assert [row["madds"] for row in rows] == expected.madds.tolist()
+    assert [row["probability"] for row in rows] == pytest.approx(expected.probabilities.amax(1).tolist(), rel=1e-5)
+
+    answer = call(finished.folder, "predict", path, tmp_path / "scan-0.png", tmp_path / "gone.png")
+    assert answer.code == 3
+    assert answer.out.splitlines()[1].split()[:2] == [str(tmp_path / "scan-0.png"), rows[0]["class"]]
+    assert f"{tmp_path / 'gone.png'}: cannot be read" in answer.err
+    assert call(finished.folder, "predict", path, tmp_path / "scan-0.png").code == 0
+    assert call(finished.folder, "predict", tmp_path / "none", tmp_path / "scan-0.png").code == 9
+
+
+@pytest.mark.parametrize(
+    ("name", "code"),
+    [("weights.safetensors", 3), ("examples.safetensors", 7), ("gate.yaml", 7), ("bundle.json", 3)],
+)
+def test_every_file_of_a_bundle_that_is_tampered_with_is_noticed_and_named(
+    bundles: Path, tmp_path: Path, name: str, code: int
+) -> None:
+    copy = tmp_path / "bundle"
+    shutil.copytree(next(bundles.iterdir()), copy)
+    content = bytearray((copy / name).read_bytes())
+    content[len(content) // 2] ^= 0x01
+    (copy / name).write_bytes(content)
+    answer = call(tmp_path, "verify", "bundle")
+    assert answer.code == code
+    assert problems_of_message(answer, [name]) == []
+    (copy / name).unlink()
+    answer = call(tmp_path, "verify", "bundle")
+    assert answer.code in (3, 7)
+    assert problems_of_message(answer, [name]) == []
+
+
+def test_claims_that_the_data_does_not_bear_out_are_an_error(finished: Finished, tmp_path: Path) -> None:
+    # Exported by someone who wrote better numbers into the claims: files and examples are in order, the accuracy is not.
+    from orchestration.pipeline.launch import export
+
+    results = finished.results
+    prepared = prepare_again(results)
+    slot = results.front[0]
+    honest = export.bundle_claims(prepared, results, slot)
+    boasting = {**honest, "val": {**honest["val"], "top1": honest["val"]["top1"] + 0.1}}
+    path = _export_with(prepared, results, slot, boasting, tmp_path)
+    assert call(tmp_path, "verify", path).code == 0
+    answer = call(tmp_path, "verify", path, "--data")
+    assert answer.code == 7
+    assert problems_of_message(answer, ["on val", "claims", "reaches"]) == []
+    elsewhere = {**honest, "data": {**honest["data"], "seed": 1}}
+    answer = call(tmp_path, "verify", _export_with(prepared, results, slot, elsewhere, tmp_path), "--data")
+    assert answer.code == 3
+    assert problems_of_message(answer, ["digits", "fingerprint", "--data"]) == []
+
+
+def _export_with(  # type: ignore[no-untyped-def]
+    prepared, results: RunResults, slot: int, claims: dict[str, object], folder: Path, num_examples: int = 16
+) -> Path:
+    from dsnet.deploy.bundle import save_bundle
+    from dsnet.stored.checkpoint import load_supernet
+
+    supernet, _ = load_supernet(results.run.stage_dir("supernet", results.done_key("supernet")) / "final")
+    path = folder / "boasting"
+    save_bundle(
+        path,
+        supernet,
+        results.router(slot),
+        normalization=prepared.normalization,
+        class_names=prepared.image_set.class_names,
+        examples=prepared.data.images("val")[:num_examples],
+        claims=claims,
+        gate_yaml="claims: more than true\n",
+    )
+    return path
+
+
+def test_a_folder_that_is_no_bundle_is_not_overwritten(finished: Finished, tmp_path: Path) -> None:
+    (slot,) = picked_slots(finished.results, ["knee"])
+    precious = tmp_path / trial_name(slot) / "thesis.txt"
+    precious.parent.mkdir()
+    precious.write_text("years of work")
+    answer = call(finished.folder, "export", "tiny", "--out", tmp_path)
+    assert answer.code == 3
+    assert problems_of_message(answer, [trial_name(slot), "no bundle"]) == []
+    assert precious.read_text() == "years of work"
+
+
+def test_a_run_is_timed_on_its_own_images_beside_its_own_sub_networks(finished: Finished) -> None:
+    results = finished.results
+    supernet = load_supernet(results.run.stage_dir("supernet", results.done_key("supernet")) / FINAL)[0].eval()
+    name = supernet.subnets[1].name
+    work = of_run(finished.run.path, None, name, "cpu")
+    assert len(work.pool) == results.num_val
+    batch = work.batches(16, seed=0)[0]
+    assert {call.partition("/")[0] for call in work.contenders.calls([batch])} >= {
+        "dynamic",
+        "ideal",
+        "static widest",
+        "static cheapest",
+        "static equal",
+    }
+    order = supernet.subnets.by_madds()
+    for label, route in (("static widest", order[-1]), ("static cheapest", order[0]), ("static equal", 1)):
+        expected = supernet(batch, supernet.subnets[route])
+        torch.testing.assert_close(work.contenders.static[label](batch), expected, rtol=1e-4, atol=1e-4)
+    assert work.contenders.memory_bytes["cut"] > work.contenders.memory_bytes["sliced"]
+    with pytest.raises(click.BadParameter, match=f"no sub-network 'nope'; it has .*{name}"):
+        of_run(finished.run.path, None, "nope", "cpu")

@@ -1,0 +1,264 @@
+"""From the configuration to the core's own terms: training settings, stage keys, start weights."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dsnet.data import Normalization
+from dsnet.data.training_images import InMemoryImages
+from dsnet.errors import CheckpointError, ConfigError
+from dsnet.families import Task, create
+from dsnet.stored.checkpoint import save_supernet
+from dsnet.training.settings import REGIMES, Regime, SupernetRun
+from dsnet.training.start import CHECKPOINT_MODEL as CORE_CHECKPOINT_MODEL
+from orchestration.config.sweep import CHECKPOINT_MODEL, SweepConfig
+from orchestration.prepare.preparation import Prepared, prepare, stage_definitions, supernet_run, training_images
+
+RECORDED = Normalization((30.0,), (60.0,))
+
+
+def prepared_with(supernet: dict[str, Any], **sections: Any) -> Prepared:
+    """Digits, few of them, on a small network."""
+    settings = {"version": 1, "name": "t", "data": {"name": "digits", "limit": 60}}
+    options = {} if supernet.get("model") == CHECKPOINT_MODEL else {"options": {"num_routes": 3, "width": 0.5}}
+    written = {"model": "ds_tiny", "device": "cpu", **options, **supernet}
+    return prepare(SweepConfig.model_validate({**settings, "supernet": written, **sections}))
+
+
+def supernet_key_parts(prepared: Prepared) -> dict[str, Any]:
+    return dict(stage_definitions(prepared)[0].config)
+
+
+def checkpoint(stem: Path, *, num_classes: int = 10, seed: int = 7, in_channels: int = 1, **meta: Any) -> Path:
+    """A stored ds_tiny of 3 routes and half the width."""
+    task = Task(num_classes=num_classes, in_channels=in_channels, image_size=8)
+    supernet = create("ds_tiny", task, {"num_routes": 3, "width": 0.5}, seed=seed)
+    save_supernet(stem, supernet, meta)
+    return stem
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        (
+            {"gate": {"routing": {"beam": 2, "first": 2}}},
+            "gate.routing.first: 2 names .* has 3 here, of which gate.routing.beam keeps 2",
+        ),
+        ({"gate": {"routing": {"beam": 2, "last": -3}}}, "gate.routing.last: -3 names no sub-network; .* lie in -2..1"),
+        (
+            {"gate": {"routing": {"last": 2}}, "space": {"gate.routing.beam": {"int": [2, 5]}}},
+            "gate.routing.last: 2 names",
+        ),
+        ({"gate": {"routing": {"last": 3, "beam": 9}}}, r"has 3 here, so it must lie in -3\.\.2"),
+    ],
+)
+def test_routes_are_counted_in_what_the_beam_leaves(sections: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        prepared_with({}, **sections)
+    assert prepared_with({}, gate={"routing": {"beam": 2, "first": 1, "last": 1}})
+
+
+def test_training_settings_arrive_in_the_core() -> None:
+    prepared = prepared_with(
+        {
+            "regime": "us_net",
+            "train": {"num_random": 1, "schedule": "one_cycle", "accumulate": 2, "precision": "bf16"},
+            "bootstrapping": {"ema_decay": 0.9, "teacher_min_updates": 3},
+            "recalibration": {"images": 50},
+        },
+        data={
+            "name": "digits",
+            "limit": 60,
+            "augment": {"crop_scale": [0.5, 1], "erasing": 0.25, "randaugment_ops": 1},
+        },
+        seed=5,
+    )
+    run = supernet_run(prepared)
+    assert run.regime == replace(REGIMES["us_net"], num_random=1)
+    assert (run.train.schedule, run.train.accumulate, run.train.precision) == ("one_cycle", 2, "bf16")
+    assert (run.bootstrapping.ema_decay, run.bootstrapping.teacher_min_updates) == (0.9, 3)
+    assert (run.augmentation.crop_scale, run.augmentation.erasing, run.augmentation.crop_padding) == ((0.5, 1), 0.25, 0)
+    assert (run.recalibration_images, run.seed, dict(run.origin)) == (50, 5, {})
+    assert SupernetRun.from_json(run.to_json()) == run
+
+
+def test_the_regime_decides_how_the_network_is_laid_out() -> None:
+    assert prepared_with({"regime": "s_net"}).subnets.spec.norm == "private_affine"
+    assert prepared_with({"regime": "s_net", "train": {"bn": "group_norm"}}).subnets.spec.norm == "group_norm"
+    assert prepared_with({}).subnets.spec.norm == "private_stats"
+
+
+@pytest.mark.parametrize("written", [{"regime": "ib"}, {"bootstrapping": {"mode": "ib", "num_random": 3}}])
+def test_two_ways_to_write_a_regime_are_one_stage(written: dict[str, Any]) -> None:
+    assert stage_definitions(prepared_with(written)) == stage_definitions(prepared_with({}))
+
+
+@pytest.mark.parametrize(
+    "written", [{"regime": "ieb"}, {"train": {"bn": "group_norm"}}, {"train": {"accumulate": 2}}, {"regime": "ce"}]
+)
+def test_another_training_is_another_stage(written: dict[str, Any]) -> None:
+    assert supernet_key_parts(prepared_with(written)) != supernet_key_parts(prepared_with({}))
+
+
+def test_the_training_split_is_handed_to_the_loop_without_a_copy() -> None:
+    prepared = prepared_with({})
+    run = supernet_run(prepared)
+    data = training_images(prepared, run.augmentation)
+    assert isinstance(data, InMemoryImages)
+    assert data.images.data_ptr() == prepared.data.images("train").data_ptr()
+    assert torch.equal(data.labels, prepared.data.labels("train"))
+    assert data.augmentation == run.augmentation
+
+
+def test_a_streamed_folder_keeps_its_training_split_in_the_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DSNET_CACHE", str(tmp_path / "cache"))
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), dtype=np.uint8)
+    for number, image in enumerate(pixels):
+        folder = tmp_path / "images" / f"class{number % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(folder / f"{number:02d}.png")
+    data = {"name": "image_folder", "path": str(tmp_path / "images"), "image_size": 8}
+    streamed, in_memory = (prepared_with({}, data={**data, "stream": stream}) for stream in (True, False))
+    assert set(streamed.data.splits) == {"gate", "val"}
+    assert streamed.splits.hash == in_memory.splits.hash
+    assert torch.equal(streamed.data.images("val"), in_memory.data.images("val"))
+    assert set(streamed.open_test().splits) == {"gate", "val", "test"}
+    run = supernet_run(streamed)
+    images = training_images(streamed, run.augmentation)
+    (clean,) = images.clean([torch.arange(len(images.labels))], torch.device("cpu"))
+    assert torch.equal(clean, in_memory.data.images("train"))
+    assert torch.equal(images.labels, in_memory.data.labels("train"))
+    assert [plan.config for plan in stage_definitions(streamed)] != [
+        plan.config for plan in stage_definitions(in_memory)
+    ]
+
+
+# Start weights.
+
+
+def test_fresh_weights_have_no_origin() -> None:
+    prepared = prepared_with({})
+    assert prepared.start is None
+    assert supernet_key_parts(prepared)["start"] is None
+
+
+def test_start_weights_enter_the_key_by_their_content_and_not_by_their_path(tmp_path: Path) -> None:
+    here = checkpoint(tmp_path / "here")
+    for suffix in (".safetensors", ".json"):
+        shutil.copy(here.with_suffix(suffix), tmp_path / f"there{suffix}")
+    other = checkpoint(tmp_path / "other", seed=8)
+    keys = [supernet_key_parts(prepared_with({"init_from": str(path)})) for path in (here, tmp_path / "there", other)]
+    assert keys[0] == keys[1]
+    assert keys[0]["start"] != keys[2]["start"]
+    assert {**keys[0], "start": None} == supernet_key_parts(prepared_with({}))
+
+
+def test_what_a_checkpoint_records_of_normalisation_holds(tmp_path: Path) -> None:
+    stem = checkpoint(tmp_path / "final", run={"normalization": RECORDED.to_json()})
+    prepared = prepared_with({"init_from": str(tmp_path)})
+    run = supernet_run(prepared)
+    assert prepared.normalization == run.normalization == RECORDED
+    assert prepared.start is not None
+    assert prepared.start.path == stem
+    assert prepared.start.fresh == ()
+    assert run.origin["sha256"] == prepared.start.sha256
+    unknown = prepared_with({"init_from": str(checkpoint(tmp_path / "bare"))})
+    assert unknown.normalization == Normalization.from_images(unknown.data.images("train"))
+
+
+def test_a_relative_path_is_made_absolute_for_the_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint(tmp_path / "final")
+    monkeypatch.chdir(tmp_path)
+    start = prepared_with({"init_from": "final"}).start
+    assert start is not None
+    assert start.path == tmp_path / "final"
+
+
+def test_the_model_checkpoint_takes_the_network_that_is_stored(tmp_path: Path) -> None:
+    stem = checkpoint(tmp_path / "final", num_classes=4)
+    taken, same = prepared_with({"model": CHECKPOINT_MODEL, "init_from": str(stem)}), prepared_with({})
+    assert CHECKPOINT_MODEL == CORE_CHECKPOINT_MODEL
+    assert taken.subnets == same.subnets
+    assert taken.start is not None
+    assert set(taken.start.fresh) == {"classifier.weight", "classifier.bias"}
+    with pytest.raises(ConfigError, match=r"supernet\.train.bn is 'group_norm', but the network of"):
+        prepared_with({"model": CHECKPOINT_MODEL, "init_from": str(stem), "train": {"bn": "group_norm"}})
+
+
+def test_weights_are_taken_as_they_are_only_with_the_same_classes(tmp_path: Path) -> None:
+    as_they_are = {"train": {"epochs": 0}, "recalibration": {"images": 0}}
+    run = supernet_run(prepared_with({"init_from": str(checkpoint(tmp_path / "same")), **as_they_are}))
+    assert (run.train.epochs, run.recalibration_images) == (0, 0)
+    with pytest.raises(ConfigError, match=r"supernet\.train.epochs is 0, but .* 4 classes"):
+        prepared_with({"init_from": str(checkpoint(tmp_path / "other", num_classes=4)), **as_they_are})
+
+
+def test_start_weights_that_do_not_fit_are_refused_before_anything_runs(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"supernet\.init_from"):
+        prepared_with({"init_from": str(tmp_path / "nowhere")})
+    with pytest.raises(CheckpointError, match="does not fit"):
+        prepared_with({"init_from": str(checkpoint(tmp_path / "final")), "options": {"num_routes": 3, "width": 1.0}})
+    stem = checkpoint(tmp_path / "colour", in_channels=3)
+    with pytest.raises(ConfigError, match="reads images of 3 channel"):
+        prepared_with({"init_from": str(stem), "model": CHECKPOINT_MODEL})
+
+
+def test_without_a_regime_the_core_gets_in_place_bootstrapping() -> None:
+    assert supernet_run(prepared_with({})).regime == Regime() == REGIMES["ib"]
+
+
+@pytest.mark.parametrize(
+    ("gate", "space", "said"),
+    [
+        ({"router": "gates"}, {}, ["gate.router gates: ds_tiny has one gate, so it is what gate is"]),
+        (
+            {},
+            {"gate.router": {"choice": ["gate", "evidence_gates"]}},
+            ["gate.router evidence_gates: ds_tiny has one gate, so it is what evidence_gate is"],
+        ),
+        ({"target_madds_m": 1000.0}, {}, ["gate.target_madds_m 1000 lies outside the sub-networks'"]),
+        ({"router": "cascade"}, {}, []),
+    ],
+)
+def test_routers_that_the_network_cannot_use_are_warned_about(
+    gate: dict[str, Any], space: dict[str, Any], said: list[str]
+) -> None:
+    swept = space or {"gate.sgs.t_easy": {"uniform": [0.0, 0.5]}}
+    warnings = prepared_with({}, gate=gate, space=swept).warnings()
+    assert len(warnings) == len(said)
+    for warning, start in zip(warnings, said, strict=True):
+        assert warning.startswith(start)
+
+
+def test_a_condition_finer_than_one_image_of_val_is_warned_about() -> None:
+    num_val = len(prepared_with({}).splits.val)
+    fine, coarse = 0.5 / num_val, 2.0 / num_val
+    for constraint, is_warned in (
+        (f"top1 >= baseline.top1 - {fine:.6f}", True),
+        (f"top1 >= baseline.top1 - {coarse:.6f}", False),
+        ("top1 >= baseline.top1", False),
+        ("madds_m <= 0.0001", False),
+    ):
+        warnings = prepared_with({}, constraints=[constraint]).warnings()
+        assert any("finer than one of" in warning and constraint in warning for warning in warnings) == is_warned
+
+
+def test_conditions_that_nothing_on_this_network_can_hold_are_warned_about() -> None:
+    hopeless = prepared_with({}, constraints=["top1 >= 95"], budget={"trials": 4, "target": ["madds_m <= 0.0001"]})
+    first, second = (warning for warning in hopeless.warnings() if "no router of this network can hold" in warning)
+    assert first.startswith("constraints: ")
+    assert "top1 >= 95 (within reach: top1 0 to 1)" in first
+    assert second.startswith("budget.target: ")
+    assert "madds_m <= 0.0001" in second
+    open_to_all = prepared_with({}, constraints=["top1 >= 0.95"], budget={"trials": 4, "target": ["madds_m <= 1000"]})
+    assert not any("can hold" in warning for warning in open_to_all.warnings())

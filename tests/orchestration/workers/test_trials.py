@@ -1,0 +1,708 @@
+"""Trials on a real Ray cluster: every way in which one can end, and what is left when the cluster stops."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from ray.exceptions import ActorDiedError, OutOfMemoryError
+
+from dsnet.arithmetic import MKL_MODE, mkl_mode
+from dsnet.errors import ConfigError, PreflightError
+from dsnet.import_path import WORKER_HOOK
+from orchestration.config.sweep import GateConfig
+from orchestration.pipeline.search import MakeGateTrial
+from orchestration.runs.stages import flatten
+from orchestration.workers.runtime import (
+    RaySettings,
+    _connect,
+    _environment_of_workers,
+    prepare_environment,
+    ray_session,
+)
+from orchestration.workers.self_check import StartCheck
+from orchestration.workers.trials import RayRunner, TrialWorker, _cause_of_loss, _resource_options
+from search.front.pareto import front_mask
+from search.gate_check import Finding, GateCheck
+from search.study.engine import Budget, Search
+from search.study.runner import OneByOne, Runner, SerialRunner, TrialOutcome, TrialSpec, outcome_from
+from search.study.study import Objective, StudyJournal, StudySettings
+from search.suggest.samplers import SamplerSettings
+from search.suggest.space import parse_space
+from tests.dsnet.samples import needs_products_apart, random_table, small_set
+from tests.search.study.test_runner import RunnerContract, make_walks
+from tests.search.test_gate_trial import latency
+
+pytestmark = pytest.mark.ray
+
+ARRAYS: dict[str, np.ndarray] = {"ce": np.arange(200_000, dtype=np.float32).reshape(-1, 4), "labels": np.arange(50_000)}
+REPOSITORY = Path(__file__).parents[3]
+
+
+class ScriptedTrials:
+    """A trial function that does what the parameter `do` says; `folder` counts attempts across processes."""
+
+    def __init__(self, arrays: Mapping[str, np.ndarray], folder: Path) -> None:
+        self._arrays = arrays
+        self._folder = folder
+
+    def __call__(self, spec: TrialSpec) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+        attempt = len(list(self._folder.glob(f"{spec.slot}-*")))
+        (self._folder / f"{spec.slot}-{attempt}-{os.getpid()}").touch()
+        action = getattr(self, f"_{spec.params.get('do', 'work')}")
+        return action(spec, attempt)
+
+    def _work(self, spec: TrialSpec, attempt: int) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+        draw = np.random.default_rng(spec.seed).random()
+        mean = float(self._arrays["ce"].mean())
+        return {"top1": draw, "madds_m": mean + draw, "pid": os.getpid()}, {"weight": np.full(2, spec.slot)}
+
+    def _raise(self, spec: TrialSpec, attempt: int) -> Any:
+        raise ValueError("no route is right")
+
+    def _nan(self, spec: TrialSpec, attempt: int) -> Any:
+        return {"top1": float("nan"), "madds_m": 1.0}, {}
+
+    def _hang(self, spec: TrialSpec, attempt: int) -> Any:
+        time.sleep(600)
+
+    def _wait(self, spec: TrialSpec, attempt: int) -> Any:
+        while not (self._folder / "go").exists():
+            time.sleep(0.01)
+        return self._work(spec, attempt)
+
+    def _die_once(self, spec: TrialSpec, attempt: int) -> Any:
+        return self._work(spec, attempt) if attempt else self._die(spec, attempt)
+
+    def _die(self, spec: TrialSpec, attempt: int) -> Any:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def _look(self, spec: TrialSpec, attempt: int) -> Any:
+        import torch
+
+        array = self._arrays["ce"]
+        tensor_shares = torch.from_numpy(array.view()).data_ptr() == array.ctypes.data
+        facts = {
+            "owns_data": array.flags.owndata,
+            "writeable": array.flags.writeable,
+            "tensor_shares": tensor_shares,
+            "torch_threads": torch.get_num_threads(),
+            "omp_threads": int(os.environ["OMP_NUM_THREADS"]),
+            "has_mkl_mode": MKL_MODE in os.environ or mkl_mode() is None,
+            "in_shared_memory": _in_shared_memory(array),
+            "sum": float(array.sum(dtype=np.float64)),
+        }
+        return facts, {}
+
+
+def _in_shared_memory(array: np.ndarray) -> bool:
+    """Whether the array's first byte lies in a mapping of the object store (plasma, a file of /dev/shm or of Ray's folder)."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        span, *_, path = line.split(maxsplit=5)
+        low, high = (int(end, 16) for end in span.split("-"))
+        if low <= array.ctypes.data < high:
+            return "plasma" in path
+    return False
+
+
+class ScriptedCohort:
+    """`ScriptedTrials` four at a time, in one program: `raise` is its trial's own failure, `spoil` raises out of the whole batch.
+
+    A file `batch-0,1,2` in the folder says who ran beside whom.
+    """
+
+    lanes = 4
+
+    def __init__(self, arrays: Mapping[str, np.ndarray], folder: Path) -> None:
+        self._trials = ScriptedTrials(arrays, folder)
+        self._folder = folder
+
+    def __call__(self, specs: Sequence[TrialSpec]) -> list[TrialOutcome]:
+        (self._folder / ("batch-" + ",".join(str(spec.slot) for spec in specs))).touch()
+        if any(spec.params["do"] == "spoil" for spec in specs):
+            raise RuntimeError("the program ended")
+        return [outcome_from(self._trials, spec) for spec in specs]
+
+
+def one_by_one(arrays: Mapping[str, np.ndarray], folder: Path) -> OneByOne:
+    return OneByOne(ScriptedTrials(arrays, folder))
+
+
+def refuse_to_build(arrays: Mapping[str, np.ndarray]) -> OneByOne:
+    raise ConfigError("gate: unknown router 'mpl'")
+
+
+def die_while_building(arrays: Mapping[str, np.ndarray]) -> OneByOne:
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError("unreachable")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    attempts = tmp_path / "attempts"
+    attempts.mkdir()
+    return attempts
+
+
+@pytest.fixture
+def runner(ray_cluster: None, folder: Path) -> Iterator[RayRunner]:
+    made = RayRunner(
+        functools.partial(one_by_one, folder=folder), arrays=ARRAYS, num_actors=2, timeout_s=5.0, retries=1
+    )
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def cohort_runner(ray_cluster: None, folder: Path) -> Iterator[RayRunner]:
+    made = RayRunner(
+        functools.partial(ScriptedCohort, folder=folder), arrays=ARRAYS, num_actors=2, timeout_s=2.0, retries=1
+    )
+    yield made
+    made.close()
+
+
+def specs(*actions: str) -> list[TrialSpec]:
+    return [TrialSpec(slot, seed=100 + slot, params={"do": action}) for slot, action in enumerate(actions)]
+
+
+def by_slot(outcomes: Iterator[TrialOutcome]) -> dict[int, TrialOutcome]:
+    collected = list(outcomes)
+    answered = {outcome.slot: outcome for outcome in collected}
+    assert len(answered) == len(collected)
+    return answered
+
+
+def num_attempts(folder: Path, slot: int) -> int:
+    return len(list(folder.glob(f"{slot}-*")))
+
+
+def test_results_equal_those_of_the_serial_runner_and_actors_stay_warm(runner: RayRunner, folder: Path) -> None:
+    serial = by_slot(SerialRunner(one_by_one(ARRAYS, folder)).run(specs(*["work"] * 6)))
+    pids = set()
+    for _ in range(2):
+        outcomes = by_slot(runner.run(specs(*["work"] * 6)))
+        assert outcomes.keys() == serial.keys()
+        for slot, outcome in outcomes.items():
+            assert outcome.state == "complete"
+            assert outcome.metrics["madds_m"] == serial[slot].metrics["madds_m"]
+            np.testing.assert_array_equal(outcome.arrays["weight"], serial[slot].arrays["weight"])
+            pids.add(outcome.metrics["pid"])
+    assert len(pids) <= 2
+    assert os.getpid() not in pids
+
+
+def test_an_exception_fails_its_trial_alone_and_is_not_tried_again(runner: RayRunner, folder: Path) -> None:
+    outcomes = by_slot(runner.run(specs("work", "raise", "nan", "work")))
+    assert (outcomes[1].state, outcomes[1].reason) == ("failed", "ValueError: no route is right")
+    assert [outcomes[slot].state for slot in (0, 2, 3)] == ["complete"] * 3
+    assert np.isnan(outcomes[2].metrics["top1"])
+    assert num_attempts(folder, 1) == 1
+
+
+def test_a_trial_that_hangs_is_killed_and_the_others_go_on(runner: RayRunner, folder: Path) -> None:
+    outcomes = by_slot(runner.run(specs("hang", "work", "work", "work")))
+    assert (outcomes[0].state, outcomes[0].reason) == ("failed", "time-out after 5 s")
+    assert 5 <= outcomes[0].duration_s < 15
+    assert [outcomes[slot].state for slot in (1, 2, 3)] == ["complete"] * 3
+    assert num_attempts(folder, 0) == 1
+    pid = int(next(folder.glob("0-*")).name.split("-")[2])
+    assert vanishes(pid)
+    assert by_slot(runner.run(specs("work", "work")))[1].state == "complete"
+
+
+def test_a_trial_whose_worker_is_killed_is_run_again(runner: RayRunner, folder: Path) -> None:
+    outcomes = by_slot(runner.run(specs("die_once", "work", "work")))
+    assert [outcome.state for outcome in outcomes.values()] == ["complete"] * 3
+    assert num_attempts(folder, 0) == 2
+
+
+def test_a_trial_that_loses_every_worker_fails_with_the_reason(runner: RayRunner, folder: Path) -> None:
+    outcomes = by_slot(runner.run(specs("work", "die", "work")))
+    assert outcomes[1].state == "failed"
+    assert outcomes[1].reason == "lost its worker 2 times: the process died (ActorDiedError)"
+    assert num_attempts(folder, 1) == 2
+    assert outcomes[0].state == outcomes[2].state == "complete"
+
+
+def test_actors_read_the_arrays_in_place_with_one_thread(runner: RayRunner) -> None:
+    facts = by_slot(runner.run(specs("look")))[0].metrics
+    assert facts == {
+        "owns_data": 0,
+        "writeable": 0,
+        "tensor_shares": 1,
+        "torch_threads": 1,
+        "omp_threads": 1,
+        "has_mkl_mode": 1,
+        "in_shared_memory": 1,
+        "sum": float(ARRAYS["ce"].sum(dtype=np.float64)),
+    }
+
+
+def batches(folder: Path) -> set[tuple[int, ...]]:
+    return {tuple(map(int, path.name.partition("-")[2].split(","))) for path in folder.glob("batch-*")}
+
+
+def test_a_cohort_is_divided_over_the_actors_and_gives_what_single_trials_give(
+    cohort_runner: RayRunner, folder: Path
+) -> None:
+    serial = by_slot(SerialRunner(one_by_one(ARRAYS, folder)).run(specs(*["work"] * 12)))
+    outcomes = by_slot(cohort_runner.run(specs(*["work"] * 12)))
+    assert batches(folder) == {(0, 1, 2), (3, 4, 5), (6, 7, 8), (9, 10, 11)}
+    assert outcomes.keys() == serial.keys()
+    for slot, outcome in outcomes.items():
+        assert outcome.metrics["madds_m"] == serial[slot].metrics["madds_m"]
+        assert outcome.metrics["pid"] != os.getpid()
+
+
+def test_a_trial_that_kills_the_worker_of_its_batch_fails_alone(cohort_runner: RayRunner, folder: Path) -> None:
+    outcomes = by_slot(cohort_runner.run(specs("work", "work", "die", "work", "work", "raise", "work", "work")))
+    failed = {slot: outcome.reason for slot, outcome in outcomes.items() if outcome.state == "failed"}
+    assert failed == {
+        2: "lost its worker 2 times: the process died (ActorDiedError)",
+        5: "ValueError: no route is right",
+    }
+    assert len(outcomes) == 8
+    assert batches(folder) == {(0, 1, 2, 3), (4, 5, 6, 7), (0,), (1,), (2,), (3,)}
+    assert num_attempts(folder, 2) == 1 + 2, "the batch that was lost counts against none of its trials"
+    assert num_attempts(folder, 5) == 1
+
+
+def test_a_batch_whose_worker_is_lost_by_chance_completes(cohort_runner: RayRunner, folder: Path) -> None:
+    outcomes = by_slot(cohort_runner.run(specs("work", "die_once", "work", "work", "work")))
+    assert {outcome.state for outcome in outcomes.values()} == {"complete"}
+    assert len(outcomes) == 5
+
+
+def test_an_endless_trial_times_out_alone(cohort_runner: RayRunner, folder: Path) -> None:
+    started_s = time.monotonic()
+    outcomes = by_slot(cohort_runner.run(specs("work", "hang", "work", "work", "work", "work")))
+    assert {slot: outcome.reason for slot, outcome in outcomes.items() if outcome.state == "failed"} == {
+        1: "time-out after 2 s"
+    }
+    assert len(outcomes) == 6
+    assert time.monotonic() - started_s >= 3 * 2 + 2, (
+        "a batch of three has the time of three trials, then the trial its own"
+    )
+    assert num_attempts(folder, 1) == 2
+
+
+def test_an_exception_out_of_a_batch_fails_the_trial_that_raises_alone(cohort_runner: RayRunner, folder: Path) -> None:
+    outcomes = by_slot(cohort_runner.run(specs("work", "spoil", "work", "work", "work", "work")))
+    failed = {slot: outcome.reason for slot, outcome in outcomes.items() if outcome.state == "failed"}
+    assert failed == {1: "RuntimeError: the program ended"}
+    assert batches(folder) == {(0, 1, 2), (0,), (1,), (2,), (3, 4, 5)}
+    assert [num_attempts(folder, slot) for slot in range(6)] == [1, 0, 1, 1, 1, 1]
+
+
+def test_batches_that_nobody_waits_for_any_more_are_abandoned(cohort_runner: RayRunner, folder: Path) -> None:
+    outcomes = cohort_runner.run(specs("work", "work", "hang", "work"))
+    first = next(outcomes)
+    assert first.slot in (0, 1)
+    outcomes.close()
+    for started in folder.glob("2-*"):
+        assert vanishes(int(started.name.split("-")[2]))
+    assert len(by_slot(cohort_runner.run(specs(*["work"] * 8)))) == 8
+
+
+class TestRayRunner(RunnerContract):
+    """The real thing under the contract of all runners."""
+
+    @pytest.fixture(scope="class")
+    def warm(self, ray_cluster: None) -> Iterator[Runner]:
+        made = RayRunner(make_walks, arrays={}, num_actors=2)
+        yield made
+        made.close()
+
+    @pytest.fixture
+    def walking(self, warm: Runner) -> Runner:
+        return warm
+
+
+def test_a_stream_gives_a_worker_its_next_trial_while_others_are_busy(runner: RayRunner, folder: Path) -> None:
+    scripted = iter(specs("wait", *["work"] * 6))
+    ended: list[int] = []
+    for outcome in runner.stream(lambda: [spec] if (spec := next(scripted, None)) else ()):
+        ended.append(outcome.slot)
+        if len(ended) == 6:
+            assert ended == [1, 2, 3, 4, 5, 6], "nobody waited for the slow one"
+            (folder / "go").touch()
+    assert ended[6:] == [0]
+
+
+def test_what_ends_a_worker_in_a_stream_is_retried_where_the_machine_is_to_blame(
+    runner: RayRunner, folder: Path
+) -> None:
+    actions = ["work", "die_once", "raise", "die", "hang", "nan", "work"]
+    scripted = iter(specs(*actions))
+    outcomes = by_slot(runner.stream(lambda: [spec] if (spec := next(scripted, None)) else ()))
+    assert {slot: outcome.reason for slot, outcome in outcomes.items() if outcome.reason} == {
+        2: "ValueError: no route is right",
+        3: "lost its worker 2 times: the process died (ActorDiedError)",
+        4: "time-out after 5 s",
+    }
+    assert len(outcomes) == len(actions)
+    assert [num_attempts(folder, slot) for slot in range(7)] == [1, 2, 1, 2, 1, 1, 1]
+
+
+def test_a_batch_of_a_stream_that_loses_its_worker_goes_back_one_by_one(cohort_runner: RayRunner, folder: Path) -> None:
+    batches_left = iter([specs("work", "die", "work"), specs(*["work"] * 5)[3:]])
+    outcomes = by_slot(cohort_runner.stream(lambda: next(batches_left, ())))
+    assert {slot: outcome.reason for slot, outcome in outcomes.items() if outcome.reason} == {
+        1: "lost its worker 2 times: the process died (ActorDiedError)"
+    }
+    assert sorted(outcomes) == [0, 1, 2, 3, 4]
+    assert batches(folder) == {(0, 1, 2), (0,), (1,), (2,), (3, 4)}
+
+
+def test_a_stream_that_has_nothing_for_now_is_asked_again_after_the_next_outcome(
+    runner: RayRunner, folder: Path
+) -> None:
+    ended: list[int] = []
+    asked: list[int] = []
+    scripted = iter([specs("wait"), (), specs("work", "work")[1:], ()])
+
+    def take() -> Sequence[TrialSpec]:
+        asked.append(len(ended))
+        if len(asked) == 2:
+            (folder / "go").touch()
+        return next(scripted, ())
+
+    for outcome in runner.stream(take):
+        ended.append(outcome.slot)
+    assert ended == [0, 1]
+    assert asked[:2] == [0, 0], "the second worker was free and got nothing"
+    assert set(asked[2:]) == {1, 2}
+    assert len(asked) <= 5
+
+
+def test_more_trials_than_a_program_takes_are_several_batches_of_a_stream(
+    cohort_runner: RayRunner, folder: Path
+) -> None:
+    all_at_once = iter([specs(*["work"] * 9)])
+    assert len(by_slot(cohort_runner.stream(lambda: next(all_at_once, ())))) == 9
+    assert sorted(len(batch) for batch in batches(folder)) == [3, 3, 3]
+
+
+def test_a_stream_that_nobody_reads_any_more_is_abandoned(runner: RayRunner, folder: Path) -> None:
+    scripted = iter(specs("hang", "work"))
+    outcomes = runner.stream(lambda: [spec] if (spec := next(scripted, None)) else ())
+    assert next(outcomes).slot == 1
+    outcomes.close()
+    (started,) = folder.glob("0-*")
+    assert vanishes(int(started.name.split("-")[2]))
+    assert by_slot(runner.run(specs("work")))[0].state == "complete"
+
+
+def test_an_actor_that_wants_what_the_cluster_lacks_is_refused(ray_cluster: None) -> None:
+    for num_actors, message in ((None, "1 trial actors take 2"), (2, "2 trial actors take 2")):
+        runner = RayRunner(make_walks, arrays={}, num_actors=num_actors, resources={"board": 2})
+        with pytest.raises(PreflightError, match=f"{message} of the resource 'board' each, but the cluster has 0"):
+            next(runner.run(specs("work")))
+
+
+def test_actors_are_as_many_as_the_scarcest_resource_allows() -> None:
+    cluster = {"CPU": 4.0, "GPU": 1.0, "memory": 4e9}
+
+    def places(**options: Any) -> int:
+        return RayRunner(make_walks, arrays={}, **options)._num_places(cluster)
+
+    assert places() == 4
+    assert places(threads=2) == 2
+    assert places(resources={"GPU": 0.5}) == 2
+    assert places(resources={"GPU": 0.5, "memory": 3e9}) == 1
+    assert places(resources={"GPU": 0.1}) == 4
+    assert _resource_options({"GPU": 0.5, "memory": 3e9, "board": 1}) == {
+        "num_gpus": 0.5,
+        "memory": 3e9,
+        "resources": {"board": 1},
+    }
+
+
+def test_an_actor_computes_with_the_threads_that_it_takes(ray_cluster: None, folder: Path) -> None:
+    make = functools.partial(one_by_one, folder=folder)
+    runner = RayRunner(make, arrays=ARRAYS, threads=2)
+    facts = by_slot(runner.run(specs("look")))[0].metrics
+    assert (facts["torch_threads"], facts["omp_threads"]) == (2, 2)
+    assert facts["has_mkl_mode"]
+    runner.close()
+    with pytest.raises(PreflightError, match=r"has 2 CPUs and each actor takes 3 \(gate.end_to_end.threads\)"):
+        list(RayRunner(make, arrays=ARRAYS, threads=3).run(specs("work")))
+
+
+@pytest.mark.skipif(mkl_mode() is None, reason="MKL does not run on this processor")
+def test_a_worker_on_another_machine_chooses_mkls_mode_by_itself_unless_the_user_has(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv(MKL_MODE)
+    TrialWorker(make_walks, {}, num_threads=1)
+    assert os.environ[MKL_MODE] == mkl_mode()
+    hook = {"worker_process_setup_hook": WORKER_HOOK}
+    assert _environment_of_workers({MKL_MODE: str(mkl_mode())}) == {"runtime_env": hook}
+    chosen = {"env_vars": {MKL_MODE: "COMPATIBLE"}}
+    assert _environment_of_workers({MKL_MODE: "COMPATIBLE"}) == {"runtime_env": hook | chosen}
+
+
+def finders_and_path() -> tuple[list[str], str | None]:
+    """Of the process that runs it: the finders before Python's search of sys.path, and PYTHONSAFEPATH."""
+    names = [getattr(finder, "__name__", type(finder).__name__) for finder in sys.meta_path]
+    return names[: names.index("PathFinder")], os.environ.get("PYTHONSAFEPATH")
+
+
+def test_workers_search_for_our_packages_before_the_working_directory(ray_cluster: None) -> None:
+    import ray
+
+    before, is_safe = ray.get(ray.remote(num_cpus=0)(finders_and_path).remote())
+    assert "InstalledFirst" in before
+    assert is_safe == "1"
+
+
+def test_trials_that_nobody_waits_for_any_more_are_abandoned(runner: RayRunner, folder: Path) -> None:
+    outcomes = runner.run(specs("work", "hang", "work", "work"))
+    assert next(outcomes).state == "complete"
+    outcomes.close()
+    for started in folder.glob("1-*"):
+        assert vanishes(int(started.name.split("-")[2]))
+    assert by_slot(runner.run(specs("work", "work")))[0].state == "complete"
+
+
+def test_an_error_while_the_function_is_built_reaches_the_caller_as_it_is(ray_cluster: None) -> None:
+    runner = RayRunner(refuse_to_build, arrays=ARRAYS, num_actors=1)
+    with pytest.raises(ConfigError, match="unknown router 'mpl'"):
+        list(runner.run(specs("work")))
+    runner.close()
+
+
+def test_workers_that_die_while_they_start_end_the_sweep(ray_cluster: None) -> None:
+    runner = RayRunner(die_while_building, arrays=ARRAYS, num_actors=1)
+    with pytest.raises(PreflightError, match="trial workers die while they start, 3 times"):
+        list(runner.run(specs("work")))
+    runner.close()
+
+
+def test_more_actors_than_cpus_are_refused(ray_cluster: None) -> None:
+    with pytest.raises(PreflightError, match=r"ray\.trial_actors is 3, but the cluster has 2 CPUs"):
+        list(RayRunner(refuse_to_build, arrays=ARRAYS, num_actors=3).run(specs("work")))
+
+
+def test_the_out_of_memory_killer_is_named() -> None:
+    assert _cause_of_loss(OutOfMemoryError("...")) == "killed because the machine ran out of memory"
+    assert _cause_of_loss(ActorDiedError()) == "the process died (ActorDiedError)"
+
+
+def test_a_sweep_on_ray_makes_the_study_of_a_serial_one(runner: RayRunner, folder: Path, tmp_path: Path) -> None:
+    actions = ["work", "raise", "nan", "die_once"]
+    settings = StudySettings(
+        name="ray",
+        space=parse_space({"do": {"choice": actions}, "gate.target": {"uniform": [0.0, 1.0]}}),
+        objectives=(Objective("top1", "maximize"), Objective("madds_m", "minimize")),
+        sampler=SamplerSettings(startup=4),
+        cohort=4,
+    )
+
+    def made_by(name: str, some_runner: Any) -> list[tuple[Any, ...]]:
+        journal = StudyJournal.open(tmp_path / name, settings)
+        records = Search(journal=journal, runner=some_runner).run(Budget(10)).records
+        return [(r.slot, r.state, r.params, r.values, r.reason) for r in records]
+
+    on_ray = made_by("ray", runner)
+    # Every slot has been tried here, so that `die_once` works at the first attempt of this process.
+    assert made_by("serial", SerialRunner(one_by_one(ARRAYS, folder))) == on_ray
+
+
+SPACE: dict[str, Any] = {
+    "gate.router": {"choice": ["gate", "cascade"]},
+    "gate.target": {"uniform": [0.05, 0.9], "when": {"gate.router": "gate"}},
+    "gate.sgs.t_easy": {"uniform": [0.0, 0.9], "when": {"gate.router": "gate"}},
+    "gate.routing.first": {"int": [0, 2]},  # a cascade over one route is a trial that fails
+    "gate.optimizer.lr": {"loguniform": [0.01, 0.3]},
+}
+
+
+def gate_study(folder: Path, runner: Runner) -> list[Any]:
+    """A small sweep of real gate trials: every trial as JSON, and the slots of the front."""
+    settings = StudySettings(
+        name="gates",
+        space=parse_space(SPACE),
+        objectives=(Objective("top1", "maximize"), Objective("madds_m", "minimize")),
+        sampler=SamplerSettings("tpe", startup=8),
+        seed=3,
+        cohort=8,
+    )
+    records = Search(journal=StudyJournal.open(folder, settings), runner=runner).run(Budget(24)).records
+    complete = [record for record in records if record.values is not None]
+    front = np.flatnonzero(front_mask([record.values or () for record in complete], ["maximize", "minimize"]))
+    trials = [[r.slot, r.state, r.reason, dict(r.params), r.values, dict(r.metrics)] for r in records]
+    return json.loads(json.dumps([trials, [complete[index].slot for index in front]]))
+
+
+def gate_trials() -> tuple[MakeGateTrial, dict[str, np.ndarray]]:
+    subnets = small_set("ds_tiny")
+    tables = {
+        name: random_table(size, len(subnets), seed=size, split=name) for name, size in (("gate", 80), ("val", 90))
+    }
+    defaults = flatten({"gate": GateConfig().model_dump(mode="json")}) | {"gate.optimizer.steps": 40}
+    make = MakeGateTrial({name: table.meta() for name, table in tables.items()}, subnets, latency(subnets), defaults)
+    return make, {f"{name}/{key}": array for name, table in tables.items() for key, array in table.arrays().items()}
+
+
+def studies_by_workers(folder: Path) -> dict[str, list[Any]]:
+    """The same sweep with 1, 2 and 4 actors, in a cluster of its own, and what the actors' checks came to."""
+    make, arrays = gate_trials()
+    studies = {}
+    findings: list[Finding] = []
+    check = StartCheck(GateCheck.of_space(parse_space(SPACE)), findings.append)
+    with ray_session(RaySettings(num_cpus=4, object_store_mib=75)):
+        for num_actors in (1, 2, 4):
+            with closing(RayRunner(make, arrays=arrays, num_actors=num_actors, check=check)) as runner:
+                studies[str(num_actors)] = gate_study(folder / f"{num_actors}.log", runner)
+    return {**studies, "findings": [[finding.digest, list(finding.unequal)] for finding in findings]}
+
+
+@needs_products_apart
+def test_a_search_over_real_gate_trials_is_the_same_with_1_2_and_4_workers(tmp_path: Path) -> None:
+    script = (
+        "import json, sys; from pathlib import Path; from orchestration.workers.runtime import prepare_environment\n"
+        "prepare_environment()\n"
+        "from tests.orchestration.workers.test_trials import studies_by_workers\n"
+        "Path(sys.argv[1], 'studies.json').write_text(json.dumps(studies_by_workers(Path(sys.argv[1]))))\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], cwd=REPOSITORY, capture_output=True, text=True
+    )
+    assert ended.returncode == 0, ended.stderr
+    studies = json.loads((tmp_path / "studies.json").read_text())
+    make, arrays = gate_trials()
+    here = make(arrays)
+    findings = studies.pop("findings")
+    assert len(findings) >= 3
+    own = GateCheck.of_space(parse_space(SPACE))(here)
+    assert all(found == [own.digest, []] for found in findings), "every worker rounds as this process does"
+    trials, front = gate_study(tmp_path / "serial.log", SerialRunner(here))
+    assert studies == {num_actors: [trials, front] for num_actors in ("1", "2", "4")}
+    assert len(front) >= 2
+    assert {state for _, state, *_ in trials} == {"complete", "failed"}
+    assert {params["gate.router"] for *_, params, _, _ in trials[8:]} == {"gate", "cascade"}
+
+
+# --- the cluster itself ---
+
+
+def vanishes(pid: int, within_s: float = 15.0) -> bool:
+    """Whether a process ends (or is only waited for) within some seconds."""
+    deadline = time.monotonic() + within_s
+    while time.monotonic() < deadline:
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        if state == "Z":
+            return True
+        time.sleep(0.1)
+    return False
+
+
+LIFE_OF_A_CLUSTER = """
+import json, os, pathlib, sys
+from orchestration.workers.runtime import RaySettings, ray_session
+
+def children(pid):
+    found = []
+    for stat in pathlib.Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[1]) == pid:
+            found.append(int(stat.parent.name))
+    return [pid for child in found for pid in (child, *children(child))]
+
+def listening_addresses(pids):
+    inodes = set()
+    for pid in pids:
+        for link in pathlib.Path(f"/proc/{pid}/fd").iterdir():
+            try:
+                target = os.readlink(link)
+            except OSError:
+                continue
+            if target.startswith("socket:["):
+                inodes.add(target[8:-1])
+    addresses = []
+    for table in ("tcp", "tcp6"):
+        for line in pathlib.Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and fields[9] in inodes:
+                addresses.append(fields[1].split(":")[0])
+    return addresses
+
+with ray_session(RaySettings(num_cpus=1, object_store_mib=75)):
+    import ray
+    ray.get(ray.remote(lambda: None).remote())
+    with ray_session(RaySettings()):
+        assert ray.cluster_resources()["CPU"] == 1, "an inner session joins the outer one"
+    assert ray.is_initialized()
+    store = ray.cluster_resources()["object_store_memory"]
+    pids = children(os.getpid())
+    print(json.dumps({"pids": pids, "store": store, "addresses": listening_addresses([os.getpid(), *pids])}))
+assert not ray.is_initialized()
+"""
+
+
+def test_a_cluster_listens_on_localhost_only_and_leaves_no_process_behind() -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    ended = subprocess.run(
+        [sys.executable, "-c", LIFE_OF_A_CLUSTER],
+        cwd=REPOSITORY,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    facts = json.loads(ended.stdout.splitlines()[-1])
+    assert len(facts["pids"]) >= 3
+    assert all(vanishes(pid) for pid in facts["pids"])
+    assert facts["store"] == 75 * 2**20
+    assert facts["addresses"], "a cluster must listen somewhere"
+    localhost = {"0100007F", "00000000000000000000000001000000", "0000000000000000FFFF00000100007F"}
+    assert set(facts["addresses"]) <= localhost
+
+
+def test_the_users_own_environment_wins() -> None:
+    environment = {"RAY_USAGE_STATS_ENABLED": "1"}
+    prepare_environment(environment)
+    assert environment["RAY_USAGE_STATS_ENABLED"] == "1"
+    assert environment.get(MKL_MODE) == mkl_mode()
+    assert environment["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] == "0"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"object_store_mib": 74}, "object_store_mib is 74.*75 or more"), ({"num_cpus": 0}, r"ray\.num_cpus is 0")],
+)
+def test_settings_that_ray_would_refuse_are_refused_first(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        RaySettings(**changes)
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "[::1]:1"])
+def test_an_address_where_nobody_answers_is_named(address: str) -> None:
+    with pytest.raises(PreflightError, match="no Ray cluster answers at") as caught:
+        _connect(RaySettings(address=address))
+    assert f"'{address}'" in str(caught.value)
+
+
+def test_importing_the_runtime_does_not_import_ray() -> None:
+    code = "import sys, orchestration.workers.runtime, orchestration.workers.trials; sys.exit('ray' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=False).returncode == 0
