@@ -29,7 +29,8 @@ from dsnet.measure.latency import device_name
 from dsnet.network.batchnorm import recalibrate
 from dsnet.network.supernet import Supernet
 from dsnet.space.cost import subnet_cost
-from dsnet.space.spec import Subnet, SubnetSet
+from dsnet.space.spec import Subnet
+from dsnet.space.subnet_set import SubnetSet
 from dsnet.stored.checkpoint import load_supernet
 from dsnet.training.settings import REGIMES, BootstrapSettings, Regime, SupernetRun, TrainSettings
 from dsnet.training.supernet import recalibration_batches, train_supernet

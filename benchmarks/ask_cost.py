@@ -15,10 +15,9 @@ from optuna.trial import FrozenTrial, create_trial
 
 from benchmarks.harness import Headline, Options, Report, Samples, Section, run_benchmark
 from search.study.engine import Mirror
-from search.study.runner import Scalar
 from search.study.study import Objective, StudySettings
 from search.suggest.samplers import KNOWN_SAMPLERS, SamplerSettings
-from search.suggest.space import Space, at_share, parse_space
+from search.suggest.space import Scalar, Space, at_share, parse_space
 
 BENCHMARK = "milliseconds for a suggestion of each sampler after 100, 1,000 and 10,000 trials (goal: 15 ms for the default after 1,000)"
 GOAL_MS = 15.0

@@ -42,7 +42,7 @@ from dsnet.stored.checkpoint import load_supernet
 from dsnet.training.supernet import FINAL
 from orchestration.commands.planning import prepare_again
 from orchestration.results.run import RunResults
-from orchestration.runs.rundir import RunDir
+from orchestration.runs.folder import RunDir
 from search.front.points import trial_name
 
 BENCHMARK = "grouped dynamic inference over its ideal, beside static and masked, batch 1 to 256 (goal: at most 1.10 at batch 64)"

@@ -29,7 +29,7 @@ from dsnet.stored.checkpoint import load_supernet
 from dsnet.training.supernet import FINAL
 from orchestration.commands.planning import prepare_again
 from orchestration.results.run import RunResults
-from orchestration.runs.rundir import RunDir
+from orchestration.runs.folder import RunDir
 from search.front.controls import StaticLine
 from search.front.statistics import bootstrap_interval, resample_points
 

@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from benchmarks.harness import Estimate, Headline, Report, Section
 from benchmarks.regime_runs import ARMS, PLAN, RUNS
 from dashboards.regimes import RegimeDifferences, RegimeSeries, RegimesInfo
-from dashboards.theme import count
 from dsnet.errors import PreflightError
 from dsnet.files import read_json
+from dsnet.wording import plural
 
 LEVEL = 0.95
 BASELINES = ("ce", "inplace")
@@ -108,7 +108,7 @@ class Results:
         trained = tuple(record for record in ordered if "error" not in record)
         if not trained:
             raise PreflightError(
-                f"none of {count(len(records), 'run')} has been trained to its end: `train` first, into the same --folder"
+                f"none of {plural(len(records), 'run')} has been trained to its end: `train` first, into the same --folder"
             )
         rows = sorted(trained[0]["subnets"], key=lambda row: row["madds"])
         return cls(
@@ -178,9 +178,9 @@ def load_results(folder: Path) -> Results:
 def subject(results: Results) -> str:
     """What was trained, in a line."""
     scale, train = results.scale, results.scale["train"]
-    num_train = count(scale["num_train"], "training image") if scale["num_train"] else "the default training split"
+    num_train = plural(scale["num_train"], "training image") if scale["num_train"] else "the default training split"
     options = "".join(f", {name} {value}" for name, value in scale["options"].items())
-    epochs, steps = count(train["epochs"], "epoch"), count(results.records[0]["steps"], "step")
+    epochs, steps = plural(train["epochs"], "epoch"), plural(results.records[0]["steps"], "step")
     length = f"{epochs} = {steps} of {train['batch_size']} images"
     return f"{scale['family']}{options} on {scale['data']}, {num_train}, {length}, {train['precision']}"
 
@@ -275,7 +275,7 @@ def _cost_section(results: Results) -> Section:
                 "-" if took is None else f"{took * records[0]['steps']:.0f}",
             )
         )
-    devices = sorted({f"{r['device']}, {count(r['threads'], 'thread')}" for r in results.records})
+    devices = sorted({f"{r['device']}, {plural(r['threads'], 'thread')}" for r in results.records})
     columns = (
         "regime",
         "normalization",
@@ -308,7 +308,7 @@ def make_report(results: Results) -> Report:
     """All of it for the harness; the headline is in-place bootstrapping against in-place distillation."""
     ratio = error_ratio(results)
     half = ratio.half if ratio.half is not None else math.nan
-    label = f"test error of ib over inplace, {subject(results)}, {count(ratio.num_seeds, 'seed')}"
+    label = f"test error of ib over inplace, {subject(results)}, {plural(ratio.num_seeds, 'seed')}"
     headline = Headline(label, Estimate(ratio.mean, ratio.mean - half, ratio.mean + half), "", GOAL)
     return Report(make_sections(results), headline, figures(results))
 

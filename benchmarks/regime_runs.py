@@ -29,7 +29,7 @@ from dsnet.files import atomic_write_json, exclusive, read_json
 from dsnet.measure.evaluate import subnet_accuracy
 from dsnet.measure.latency import device_name
 from dsnet.space.cost import subnet_cost
-from dsnet.space.spec import SubnetSet
+from dsnet.space.subnet_set import SubnetSet
 from dsnet.stored.checkpoint import load_supernet
 from dsnet.training.settings import REGIMES, BootstrapSettings, Regime, SupernetRun, TrainSettings
 from dsnet.training.supernet import train_supernet

@@ -32,16 +32,15 @@ from dsnet.gates.fit import fit_gates
 from dsnet.gates.settings import GateSettings
 from dsnet.routing.routing_table import RoutingTable
 from orchestration.results.run import RunResults
-from orchestration.runs.rundir import RunDir
+from orchestration.runs.folder import RunDir
 from search.front.pareto import Goal, front_mask, hypervolume, hypervolume_trace
 from search.front.statistics import bootstrap_interval
 from search.gate_trial import FIELDS, LANES, gate_settings
 from search.study.engine import Mirror
-from search.study.runner import Scalar
 from search.study.study import Objective, StudySettings, TrialRecord
 from search.suggest.grid import Grid
 from search.suggest.samplers import SamplerSettings
-from search.suggest.space import Space, parse_space
+from search.suggest.space import Scalar, Space, parse_space
 
 BENCHMARK = "trials until 90, 95, 99 % of an exhaustive sweep's hypervolume, for each sampler (goal: the default needs at most random's)"
 OBJECTIVES = (Objective("top1", "maximize"), Objective("madds_m", "minimize"))

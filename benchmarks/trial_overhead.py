@@ -34,16 +34,18 @@ from dsnet.measure.latency import LatencyTable, Timing
 from orchestration.config.distribution import Distribution
 from orchestration.config.loading import load_config
 from orchestration.config.sweep import SweepConfig
+from orchestration.environment import prepare_environment
 from orchestration.pipeline.search import MakeGateTrial, gate_defaults, study_settings
-from orchestration.tracking.store import MlflowTracker, NullTracker, TrackedRun, Tracker
-from orchestration.workers.runtime import RaySettings, prepare_environment, ray_session
+from orchestration.tracking.background import MlflowTracker
+from orchestration.tracking.protocol import NullTracker, TrackedRun, Tracker
+from orchestration.workers.runtime import RaySettings, ray_session
 from orchestration.workers.trials import RayRunner
 from search.study import engine
 from search.study.engine import Budget, Mirror, Search
-from search.study.runner import OneByOne, Runner, Scalar, TrialSpec
+from search.study.runner import OneByOne, Runner, TrialSpec
 from search.study.study import Objective, StudyJournal, StudySettings, TrialRecord, quiet_optuna
 from search.suggest.samplers import KNOWN_SAMPLERS, SamplerSettings
-from search.suggest.space import parse_space
+from search.suggest.space import Scalar, parse_space
 
 BENCHMARK = (
     "overhead of a trial: ours, Ray Tune, plain Optuna; sweeps of 1,000 gate trials with MLflow (goals: 10 ms; 60 s)"

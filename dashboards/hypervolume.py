@@ -9,7 +9,8 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from dashboards.theme import BLUE, INK, MUTED, SKY, VERMILION, count, dressed, note, plain
+from dashboards.theme import BLUE, INK, MUTED, SKY, VERMILION, dressed, note, plain
+from dsnet.wording import plural
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def hypervolume_figure(info: HypervolumeInfo) -> go.Figure:
 
 def _subtitle(info: HypervolumeInfo) -> str:
     reference = ", ".join(f"{name} {value:.4g}" for name, value in zip(info.objectives, info.reference, strict=True))
-    trials = f"{count(len(info.slots), 'trial')}, {len(info.failures):,} failed"
+    trials = f"{plural(len(info.slots), 'trial')}, {len(info.failures):,} failed"
     if info.pruned:
         trials += f", {len(info.pruned):,} pruned"
     if info.num_infeasible:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from dashboards.theme import INK, MUTED, SERIES, SYMBOLS, count, dressed, note, percent, plain, signed
+from dashboards.theme import INK, MUTED, SERIES, SYMBOLS, dressed, note, percent, plain, signed
+from dsnet.wording import plural
 
 PANEL_PX = 300
 SPREAD = 0.7
@@ -97,7 +98,7 @@ def _subtitle(info: RegimesInfo) -> str:
     seeds = sorted({series.num_seeds for series in info.accuracy})
     if not seeds:
         return info.subject
-    extent = count(seeds[0], "seed") if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]} seeds"
+    extent = plural(seeds[0], "seed") if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]} seeds"
     interval = f"bars: {100 * info.level:g} % t-intervals over {extent}" if seeds[-1] > 1 else "one seed: no intervals"
     return f"{info.subject}\n{interval}, on the same test images"
 
@@ -137,6 +138,6 @@ def _texts(info: RegimesInfo, entry: RegimeSeries, worded: Callable[[float], str
     halves = entry.halves if entry.halves is not None else (None,) * len(entry.means)
     return [
         f"<b>{plain(entry.regime)}</b>, {plain(name)}, {madds:.3g} M MAdds<br>{worded(mean)}"
-        + (" (one seed)" if half is None else f" ± {100 * half:.1f}, {count(entry.num_seeds, 'seed')}")
+        + (" (one seed)" if half is None else f" ± {100 * half:.1f}, {plural(entry.num_seeds, 'seed')}")
         for name, madds, mean, half in zip(info.subnets, info.madds_m, entry.means, halves, strict=True)
     ]

@@ -17,9 +17,10 @@ from dashboards.hypervolume import HypervolumeInfo, hypervolume_figure
 from dashboards.page import chart, definition_list, page
 from dashboards.routers import RoutersInfo, routers_figure, routers_table
 from dashboards.routes import RoutesInfo, class_routes_figure, routes_figure
-from dashboards.theme import count, significant
+from dashboards.theme import significant
 from dashboards.training import TrainingInfo, training_figure
 from dashboards.widths import WidthsInfo, widths_figure
+from dsnet.wording import plural
 
 MAX_ENDINGS: Final = 12
 """Reasons that are listed."""
@@ -85,7 +86,7 @@ def build_report(data: ReportData) -> str:
 
 
 def _header(data: ReportData) -> str:
-    trials = count(data.num_completed, "completed trial")
+    trials = plural(data.num_completed, "completed trial")
     trials += f" ({data.num_infeasible:,} infeasible)" if data.num_infeasible else ""
     failed = f", {data.num_failed:,} failed" if data.num_failed else ""
     failed += f", {data.num_pruned:,} pruned" if data.num_pruned else ""
@@ -115,16 +116,16 @@ def _own_notes(data: ReportData) -> list[str]:
             "numbers chosen after a first look at it are optimistic."
         )
     if not data.num_completed and data.num_failed:
-        notes.append(f"No trial completed; {count(data.num_failed, 'trial')} failed.")
+        notes.append(f"No trial completed; {plural(data.num_failed, 'trial')} failed.")
     if data.num_completed and data.num_infeasible == data.num_completed:
         notes.append(
-            f"None of the {count(data.num_completed, 'completed trial')} holds every constraint, so that there is no front; "
+            f"None of the {plural(data.num_completed, 'completed trial')} holds every constraint, so that there is no front; "
             "'Search progress' says which constraint how many break."
         )
     num_collapsed = sum(row.is_collapsed for row in headline.rows)
     if num_collapsed:
         notes.append(
-            f"{num_collapsed} of {count(len(headline.rows), 'router')} on the front collapsed: one route answers (nearly) "
+            f"{num_collapsed} of {plural(len(headline.rows), 'router')} on the front collapsed: one route answers (nearly) "
             "all images, which is a static sub-network with a router's extra cost."
         )
     return notes

@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import plotly.graph_objects as go
 
-from dashboards.theme import INK, cost_colours, count, dressed, note, plain
+from dashboards.theme import INK, cost_colours, dressed, note, plain
+from dsnet.wording import plural
 
 ROW_HEIGHT_PX = 30
 MAX_ROWS_PX = 1000
@@ -100,7 +101,7 @@ def routes_figure(info: RoutesInfo) -> go.Figure:
                 name=f"{plain(info.routes[k])} ({info.madds_m[k]:.3g} M)",
                 marker={"color": colour, "line": {"color": "white", "width": 0.5}},
                 text=[
-                    f"<b>{gate}</b><br>{plain(info.routes[k])}: {count(int(n), 'image')} of {info.num_images:,}"
+                    f"<b>{gate}</b><br>{plain(info.routes[k])}: {plural(int(n), 'image')} of {info.num_images:,}"
                     for gate, n in zip(gates, taken, strict=True)
                 ],
                 textposition="none",

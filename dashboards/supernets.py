@@ -21,7 +21,6 @@ from dashboards.theme import (
     MIN_HEIGHT_PX,
     SERIES,
     SYMBOLS,
-    count,
     dressed,
     note,
     percent,
@@ -29,6 +28,7 @@ from dashboards.theme import (
     router_name,
     significant,
 )
+from dsnet.wording import plural
 
 SupernetState = Literal["waiting", "trained", "stopped", "failed"]
 
@@ -178,7 +178,7 @@ def supernets_figure(info: SupernetsInfo) -> go.Figure:
     figure.update_xaxes(title_text="mean MAdds per image (M)", matches="x")
     figure.update_yaxes(title_text="top-1 accuracy (%)", col=1)
     subtitle = (
-        f"{count(info.num_front, 'gate')} on one front over {count(len(info.supernets), 'supernet')}, chosen on "
+        f"{plural(info.num_front, 'gate')} on one front over {plural(len(info.supernets), 'supernet')}, chosen on "
         f"{info.chosen_split}\nfilled: on the front; faint: other trials; lines: static sub-networks of each supernet"
     )
     return dressed(figure, "One front over all supernets", subtitle, height_px=620)
@@ -354,8 +354,8 @@ def _header(data: SupernetsReport) -> str:
     num_trained = sum(supernet.state == "trained" for supernet in supernets)
     num_trials = sum(supernet.num_trials for supernet in supernets)
     facts = (
-        f"{data.model} on {data.data_name} · {count(len(supernets), 'supernet')}, {num_trained} trained · "
-        f"{count(num_trials, 'trial')} · status {data.status} · {data.created}"
+        f"{data.model} on {data.data_name} · {plural(len(supernets), 'supernet')}, {num_trained} trained · "
+        f"{plural(num_trials, 'trial')} · status {data.status} · {data.created}"
     )
     return f'<h1>{escape(data.run_name)}</h1>\n<p class="lead">{escape(facts)}</p>'
 

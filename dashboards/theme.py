@@ -122,11 +122,6 @@ def significant(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:#.3g}".rstrip(".")
 
 
-def count(number: int, singular: str, plural: str | None = None) -> str:
-    """'1 image', '270 images', '5,000 images'."""
-    return f"{number:,} {singular if number == 1 else plural or singular + 's'}"
-
-
 def finite(value: float | None) -> float | None:
     """`value` as a float, or None where it is missing, NaN or infinite: a gap in a figure, never a number."""
     if value is None:

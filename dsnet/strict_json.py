@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import types
 from collections.abc import Iterable, Mapping
@@ -10,6 +9,7 @@ from dataclasses import MISSING, dataclass, fields, is_dataclass
 from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from dsnet.errors import ConfigError
+from dsnet.wording import way_out
 
 T = TypeVar("T")
 
@@ -53,9 +53,7 @@ def check_known(data: Iterable[str], known: Iterable[str], where: str) -> None:
     names = list(known)
     for key in data:
         if key not in names:
-            near = difflib.get_close_matches(str(key), names, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ";"
-            raise ConfigError(f"{_dotted(where, key)}: unknown setting{hint} known: {', '.join(names)}")
+            raise ConfigError(f"{_dotted(where, key)}: unknown setting{way_out(str(key), names)}")
 
 
 @dataclass(frozen=True, kw_only=True)

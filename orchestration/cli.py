@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from orchestration.config.sweep import SweepConfig
     from orchestration.pipeline.signals import StopRequest
     from orchestration.results.run import RunResults
-    from orchestration.runs.rundir import RunDir
+    from orchestration.runs.folder import RunDir
     from orchestration.supernets.results import SupernetSweepResults
     from orchestration.tracking.links import Link
 
@@ -135,7 +135,7 @@ def _load(
 
 def _run_dir(run: str, runs: str) -> RunDir:
     """The folder of a run that is given by its path, or by its name below the runs folder (`NAME/supernets/MEMBER` too)."""
-    from orchestration.runs.rundir import RunDir
+    from orchestration.runs.folder import RunDir
 
     below = Path(runs) / run
     path = next((path.absolute() for path in (Path(run), below) if (path / "manifest.json").is_file()), below)
@@ -306,8 +306,8 @@ def plan(sweep: Path, as_json: bool, resolved: Path | None, is_dry: bool, everyt
 @config_options
 def validate(sweep: Path, **options: Any) -> None:
     """Check a sweep file without reading data or running anything."""
+    from dsnet.wording import plural
     from orchestration.config.sweep import supernet_space
-    from orchestration.config.wording import plural
 
     config = _load(sweep, **options).config
     trials = f"{config.budget.trials} trials"
@@ -644,7 +644,7 @@ def ui(run: str | None, runs: str, port: int, no_open: bool) -> None:
 def _pages(run: str | None, runs: str) -> tuple[str, Path, list[Link]]:
     """(store, its artifacts, pages of points), of a run or of a runs folder."""
     from orchestration.commands.planning import existing_store
-    from orchestration.runs.rundir import mlflow_artifact_root
+    from orchestration.runs.folder import mlflow_artifact_root
     from orchestration.tracking.links import certain_link, newest_links
     from orchestration.tracking.rows import store_uri, whole_sweep
 
@@ -659,8 +659,8 @@ def _pages(run: str | None, runs: str) -> tuple[str, Path, list[Link]]:
 
 def _quiet_platforms() -> None:
     """Settings that Ray and MLflow read when they are imported."""
+    from orchestration.environment import prepare_environment
     from orchestration.tracking.store import mlflow_environment
-    from orchestration.workers.runtime import prepare_environment
 
     prepare_environment()
     os.environ.update(mlflow_environment())

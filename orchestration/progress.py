@@ -17,8 +17,8 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from dsnet.errors import CheckpointError
 from dsnet.files import atomic_write_json, read_json
-from orchestration.commands.tables import wrapped
-from orchestration.config.wording import duration, plural
+from dsnet.wording import duration, plural
+from orchestration.wrapping import wrapped
 
 WRITE_EVERY_S = 1.0
 """The progress file is written so often at most."""

@@ -20,8 +20,7 @@ from dsnet.gates.settings import GateSettings
 from dsnet.routers import Head
 from dsnet.routing.routing_table import RoutingTable
 from search.gate_trial import GateTrial, gate_settings
-from search.study.runner import Scalar
-from search.suggest.space import Space, at_share
+from search.suggest.space import Scalar, Space, at_share
 
 NUM_POINTS = 48
 """Points of the space among which different shapes are looked for."""

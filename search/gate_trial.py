@@ -20,7 +20,7 @@ from dsnet.measure.latency import MAIN_DEVICE, BatchClock, LatencyTable, latency
 from dsnet.routers import Router, router_from_arrays
 from dsnet.routing.routing_table import RoutingTable
 from dsnet.space.cost import shared_params
-from dsnet.space.spec import SubnetSet
+from dsnet.space.subnet_set import SubnetSet
 from search.study.runner import TrialOutcome, TrialSpec, describe_error
 
 Scalar = float | int | str | bool | None

@@ -14,7 +14,8 @@ for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
 
-from orchestration.workers.runtime import RaySettings, prepare_environment, ray_session  # noqa: E402
+from orchestration.environment import prepare_environment  # noqa: E402
+from orchestration.workers.runtime import RaySettings, ray_session  # noqa: E402
 
 prepare_environment()  # MKL's mode too, as wherever the product starts
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from dsnet.data.digits import load_digits
 from dsnet.data.image_folder import load_image_folder
 from dsnet.data.images import ImageSet
 from dsnet.errors import ConfigError
+from dsnet.wording import way_out
 
 Loader = Callable[[str | Path | None, int | None], ImageSet]
 """(path, image_size) -> the set; a loader may leave the resizing to `load_images`."""
@@ -63,9 +63,7 @@ def load_images(name: str, path: str | Path | None = None, image_size: int | Non
         DataError: A file is missing, truncated or mislabelled; the message names it.
     """
     if name not in _LOADERS:
-        close = difflib.get_close_matches(name, _LOADERS, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ";"
-        raise ConfigError(f"unknown data set {name!r}{hint} known: {', '.join(data_set_names())}")
+        raise ConfigError(f"unknown data set {name!r}{way_out(name, data_set_names())}")
     if image_size is not None:
         check_image_size(image_size)
     image_set = _LOADERS[name](path, image_size)

@@ -30,7 +30,8 @@ from dsnet.network.supernet import Supernet, restrict, state_for_saving
 from dsnet.routers import Router, router_from_arrays
 from dsnet.routing.retrace import Retrace
 from dsnet.space.cost import subnet_cost
-from dsnet.space.spec import SubnetSet, SupernetSpec
+from dsnet.space.spec import SupernetSpec
+from dsnet.space.subnet_set import SubnetSet
 from dsnet.stored.checkpoint import load_exactly, load_tensors, save_tensors, tensors_below
 
 SCHEMA_VERSION = 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
@@ -13,7 +12,9 @@ import torch
 
 from dsnet.errors import ConfigError
 from dsnet.network.supernet import Supernet
-from dsnet.space.spec import SubnetSet, SupernetSpec
+from dsnet.space.spec import SupernetSpec
+from dsnet.space.subnet_set import SubnetSet
+from dsnet.wording import way_out
 
 
 @dataclass(frozen=True)
@@ -62,9 +63,7 @@ def get_family(name: str) -> Family:
         ConfigError: there is none.
     """
     if name not in _FAMILIES:
-        close = difflib.get_close_matches(name, _FAMILIES, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ";"
-        raise ConfigError(f"unknown model {name!r}{hint} known: {', '.join(family_names())}")
+        raise ConfigError(f"unknown model {name!r}{way_out(name, family_names())}")
     return _FAMILIES[name]
 
 
@@ -84,11 +83,7 @@ def layout(name: str, task: Task, options: Mapping[str, Any] | None = None, norm
     options = dict(options or {})
     for key in options:
         if key not in family.defaults:
-            close = difflib.get_close_matches(key, family.defaults, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ";"
-            raise ConfigError(
-                f"supernet.options.{key}: unknown option of {name}{hint} known: {', '.join(family.defaults)}"
-            )
+            raise ConfigError(f"supernet.options.{key}: unknown option of {name}{way_out(key, list(family.defaults))}")
     try:
         subnets = family.layout(task, {**family.defaults, **options})
         if norm is None or norm == subnets.spec.norm:

@@ -22,7 +22,8 @@ from dsnet.families.options import check_choice, check_number, is_integer, scale
 from dsnet.network.blocks import ConvShape, ResidualBlock, ResidualShape, SlicedConvNorm
 from dsnet.network.layers import SlicedAttention, SlicedLinear
 from dsnet.network.supernet import Supernet, TrunkOutput
-from dsnet.space.spec import CLASSES, IMAGE, IMAGE_CHANNELS, ChannelGroup, GateSpec, Op, Subnet, SubnetSet, SupernetSpec
+from dsnet.space.spec import CLASSES, IMAGE, IMAGE_CHANNELS, ChannelGroup, GateSpec, Op, Subnet, SupernetSpec
+from dsnet.space.subnet_set import SubnetSet
 
 ATTENTION = 0.25
 """Hidden channels of a stage's attention, relative to the widest stream that it reads."""

@@ -19,7 +19,8 @@ from dsnet.families.options import check_choice, check_number, is_integer, scale
 from dsnet.network.blocks import BlockShape, ConvNormSwish, PlainBlock, SeparableBlock, swish
 from dsnet.network.layers import SlicedConv2d, SlicedLinear, make_norm
 from dsnet.network.supernet import Supernet, TrunkOutput
-from dsnet.space.spec import CLASSES, IMAGE, IMAGE_CHANNELS, ChannelGroup, GateSpec, Op, Subnet, SubnetSet, SupernetSpec
+from dsnet.space.spec import CLASSES, IMAGE, IMAGE_CHANNELS, ChannelGroup, GateSpec, Op, Subnet, SupernetSpec
+from dsnet.space.subnet_set import SubnetSet
 
 MBNET_ATTENTION = 0.25
 """Hidden channels of an attention, relative to the block's largest input (METHODS 2)."""

@@ -32,7 +32,8 @@ from dsnet.gates.settings import GateSettings
 from dsnet.network.supernet import Supernet
 from dsnet.seeds import derive_seed
 from dsnet.space.cost import gate_madds, subnet_cost
-from dsnet.space.spec import Subnet, SubnetSet
+from dsnet.space.spec import Subnet
+from dsnet.space.subnet_set import SubnetSet
 
 END_TO_END_KINDS = ("gate", "gates")
 """The published gates: linear slimming heads on hidden vectors."""

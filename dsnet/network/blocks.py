@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from dsnet.network.layers import BatchNormBank, SlicedAttention, SlicedConv2d, SlicedDepthwiseConv2d, make_norm
-from dsnet.space.spec import Subnet, SubnetSet
+from dsnet.space.spec import Subnet
+from dsnet.space.subnet_set import SubnetSet
 
 
 def swish(x: Tensor) -> Tensor:

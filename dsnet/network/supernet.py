@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from dsnet.network.layers import BatchNormBank
-from dsnet.space.spec import Subnet, SubnetSet, SupernetSpec
+from dsnet.space.spec import Subnet, SupernetSpec
+from dsnet.space.subnet_set import SubnetSet
 
 EVIDENCE_PARTS = ("mean", "deviation", "maximum", "hidden")
 """The parts of an image's evidence, in the order in which the routing table stores them."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from dsnet.space.spec import SubnetSet
+from dsnet.space.subnet_set import SubnetSet
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -16,15 +16,21 @@ from dsnet.errors import CheckpointError
 
 IMAGE = "image"
 """The `reads` of an op that takes the network's input."""
+
+
 IMAGE_CHANNELS = -1
 """The `in_group` of an op whose input channels are those of the image."""
+
+
 CLASSES = -2
 """The `out_group` of an op whose output channels are the classes."""
+
 
 NORMS = ("private_stats", "private_affine", "recalibrate", "group_norm")
 """How sub-networks of different widths normalise (CONTRACTS, Supernet training): BatchNorm with private running statistics per prefix
 of widths and one shared affine pair; with private affine pairs too; with statistics that training leaves alone and recalibration makes;
 or GroupNorm, which keeps no statistics."""
+
 
 OpKind = Literal["conv", "depthwise", "attention", "maxpool", "pool", "linear"]
 
@@ -166,103 +172,3 @@ class SupernetSpec:
                 raise ValueError(
                     f"sub-network {subnet.name!r}: width {width} of channel group {group.name!r} must lie in 1..{group.max_width}"
                 )
-
-
-@dataclass(frozen=True)
-class SubnetSet:
-    """An immutable, ordered set of sub-networks of one supernet; `set[k]` is the declared id k.
-
-    `len` and iteration exclude `teacher`, the sub-network that is only trained (for DS-MBNet the 819.9 M MAdds `largest`).
-    """
-
-    spec: SupernetSpec
-    members: tuple[Subnet, ...]
-    teacher: Subnet | None = None
-
-    def __post_init__(self) -> None:
-        if not self.members:
-            raise ValueError("a SubnetSet needs at least one sub-network")
-        names = [subnet.name for subnet in self.all]
-        if len(set(names)) != len(names):
-            raise ValueError(f"sub-network names must be unique, but are {names}")
-        for subnet in self.all:
-            self.spec.check(subnet)
-
-    def __len__(self) -> int:
-        return len(self.members)
-
-    def __iter__(self) -> Iterator[Subnet]:
-        return iter(self.members)
-
-    def __getitem__(self, index: int) -> Subnet:
-        return self.members[index]
-
-    @property
-    def all(self) -> tuple[Subnet, ...]:
-        """The members and, last, the teacher where there is one."""
-        return self.members if self.teacher is None else (*self.members, self.teacher)
-
-    @property
-    def largest(self) -> Subnet:
-        """The sub-network that learns from labels: the teacher, or the costliest member where there is none."""
-        return self.teacher if self.teacher is not None else self.members[self.by_madds()[-1]]
-
-    def by_madds(self, image_size: int | None = None) -> tuple[int, ...]:
-        """Member ids from the cheapest to the costliest; ties keep the declared order."""
-        from dsnet.space.cost import subnet_cost  # cost is written in terms of this module
-
-        size = self.spec.image_size if image_size is None else image_size
-        return tuple(sorted(range(len(self)), key=lambda k: subnet_cost(self.spec, self.members[k], size).madds))
-
-    def prefixes(self, group: int) -> list[tuple[int, ...]]:
-        """Of every member and the teacher, the widths up to channel group `group`, itself included."""
-        return [subnet.prefix(group + 1) for subnet in self.all]
-
-    def prefix_upto(self, gate: int) -> tuple[int, ...]:
-        """The widths that all members share before gate number `gate`.
-
-        Raises:
-            ValueError: two members differ before the gate, so that no gate there could choose between them.
-        """
-        num_groups = self.spec.num_prefix_groups(gate)
-        prefixes = {subnet.prefix(num_groups) for subnet in self.members}
-        if len(prefixes) > 1:
-            raise ValueError(
-                f"all sub-networks must agree on the {num_groups} channel groups before gate {self.spec.gates[gate].name!r}, "
-                f"but their widths there are {sorted(prefixes)}"
-            )
-        return prefixes.pop()
-
-    def subset(self, ids: Sequence[int]) -> SubnetSet:
-        """The members `ids`, in that order, without the teacher."""
-        return SubnetSet(self.spec, tuple(self.members[k] for k in ids))
-
-    def to_json(self) -> dict[str, Any]:
-        """A JSON-able mapping, with the fingerprint of the supernet that it belongs to."""
-        return {
-            "supernet": self.spec.fingerprint,
-            "members": [asdict(subnet) for subnet in self.members],
-            "teacher": None if self.teacher is None else asdict(self.teacher),
-        }
-
-    @classmethod
-    def from_json(cls, spec: SupernetSpec, data: Mapping[str, Any]) -> SubnetSet:
-        """Rebuild a set for `spec`.
-
-        Raises:
-            CheckpointError: the set was made for another supernet, or its parts are missing or do not fit.
-        """
-        try:
-            if data["supernet"] != spec.fingerprint:
-                raise CheckpointError(
-                    f"the set of sub-networks belongs to supernet {data['supernet'][:12]}, not to {spec.fingerprint[:12]}; "
-                    "use the set that was saved beside this checkpoint"
-                )
-            members, teacher = data["members"], data["teacher"]
-            return cls(spec, tuple(map(_subnet, members)), None if teacher is None else _subnet(teacher))
-        except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"the stored set of sub-networks cannot be read: {error!r}") from error
-
-
-def _subnet(item: Mapping[str, Any]) -> Subnet:
-    return Subnet(item["name"], tuple(item["widths"]))

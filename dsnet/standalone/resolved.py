@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dsnet.data import Augmentation, Normalization, SplitSizes
 from dsnet.data.augment import DescribedImages
+from dsnet.dotted import flatten
 from dsnet.errors import ConfigError
 from dsnet.measure.latency import DEVICES, LatencySettings
 from dsnet.strict_json import check_known, read_strictly
@@ -155,7 +156,7 @@ class StandaloneConfig:
 
     def changes(self, earlier: StandaloneConfig) -> list[str]:
         """The dotted keys that differ and decide a result; where data and checkpoints lie does not."""
-        mine, theirs = dict(_flat(self.to_json())), dict(_flat(earlier.to_json()))
+        mine, theirs = flatten(self.to_json()), flatten(earlier.to_json())
         keys = [key for key in {**mine, **theirs} if not key.startswith(_HOUSEKEEPING)]
         return sorted(key for key in keys if mine.get(key) != theirs.get(key))
 
@@ -167,14 +168,6 @@ def _with_published(data: object) -> object:
     if not isinstance(written, Mapping) or not is_of_first_release(written):
         return data
     return {**data, "supernet": {**supernet, "bootstrapping": with_published(written)}}  # type: ignore[dict-item]
-
-
-def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, item in value.items():
-        if isinstance(item, dict):
-            yield from _flat(item, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", item
 
 
 def read_config(path: Path) -> StandaloneConfig:

@@ -18,7 +18,8 @@ from dsnet.errors import CheckpointError
 from dsnet.families import rebuild
 from dsnet.files import atomic_write_json, file_sha256, read_json, replacing
 from dsnet.network.supernet import Supernet, state_for_saving
-from dsnet.space.spec import SubnetSet, SupernetSpec
+from dsnet.space.spec import SupernetSpec
+from dsnet.space.subnet_set import SubnetSet
 
 SCHEMA_VERSION = 1
 

@@ -19,7 +19,8 @@ from dsnet.finite import check_finite
 from dsnet.network.layers import BatchNormBank
 from dsnet.network.supernet import Supernet
 from dsnet.seeds import derive_seed
-from dsnet.space.spec import CLASSES, SubnetSet, SupernetSpec
+from dsnet.space.spec import CLASSES, SupernetSpec
+from dsnet.space.subnet_set import SubnetSet
 from dsnet.stored.checkpoint import load_checkpoint, tensors_below
 from dsnet.training.settings import SupernetRun
 

@@ -20,7 +20,7 @@ from dsnet.measure.latency import waiter
 from dsnet.network.batchnorm import recalibrate
 from dsnet.network.supernet import Supernet
 from dsnet.process_memory import peak_bytes, restart_peak
-from dsnet.space.spec import SubnetSet
+from dsnet.space.subnet_set import SubnetSet
 from dsnet.training.settings import SupernetRun
 from dsnet.training.supernet import recalibration_batches, train_supernet
 

@@ -12,11 +12,13 @@ from dsnet.stored.checkpoint import load_supernet
 from dsnet.training.supernet import FINAL
 from orchestration.commands.planning import prepare_again, report_again
 from orchestration.config.sweep import SweepConfig, conditions
-from orchestration.pipeline.agreement import DynamicLatency, time_front
+from orchestration.pipeline.agreement import time_front
 from orchestration.prepare.preparation import Prepared, latency_settings
 from orchestration.progress import ProgressView, Task
 from orchestration.results.run import RunResults
-from orchestration.runs.rundir import DriverLock, now_iso
+from orchestration.results.verified import DynamicLatency
+from orchestration.runs.lock import DriverLock
+from orchestration.runs.manifest import now_iso
 
 LATENCY = "latency_ms"
 """What the names of latencies begin with."""

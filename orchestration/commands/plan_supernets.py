@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dsnet.dotted import flatten
 from dsnet.errors import PreflightError
 from dsnet.space.cost import subnet_cost
+from orchestration.commands.messages import warn
 from orchestration.commands.plan_view import effective_values
 from orchestration.commands.planning import (
     FROM_THE_DATA,
@@ -17,14 +19,14 @@ from orchestration.commands.planning import (
     report_again,
     unless_it_diverges,
 )
-from orchestration.commands.terminal import flat_settings, warn
 from orchestration.config.loading import LoadedConfig
 from orchestration.config.sweep import SweepConfig
 from orchestration.pipeline.forecast import Forecast, forecast_supernets
 from orchestration.pipeline.launch import anchored
 from orchestration.pipeline.search import continued
 from orchestration.prepare.preparation import Images, load_images, prepare, stage_definitions
-from orchestration.runs.rundir import DriverLock, RunDir
+from orchestration.runs.folder import RunDir
+from orchestration.runs.lock import DriverLock
 from orchestration.runs.stages import StagePlan, plan_stages
 from orchestration.supernets.launch import check_supernets, export_gates, tune_member, tune_rules
 from orchestration.supernets.members import Member, draw_members
@@ -61,7 +63,7 @@ class SupernetsPlan:
         derived = _of_all([{key: each.value for key, each in one.derived.items()} for one in prepared])
         reasons = _of_all([{key: each.reason for key, each in one.derived.items()} for one in prepared])
         settings: dict[str, dict[str, Any]] = {}
-        for key, value in flat_settings(self.config.model_dump(mode="json")).items():
+        for key, value in flatten(self.config.model_dump(mode="json"), whole=("space", "supernet.options")).items():
             settings[key] = {"value": value, "origin": self.origins.get(key, "default")}
             if key in derived and key not in self.config.space:
                 settings[key] |= {"value": derived[key], "origin": FROM_THE_DATA, "reason": reasons[key]}

@@ -10,7 +10,8 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from orchestration.commands.tables import Column, show_table, terminal_width, wrapped
+from dsnet.wording import duration, plural, size
+from orchestration.commands.tables import Column, show_table, terminal_width
 from orchestration.commands.terminal import print_json, say
 from orchestration.config.sweep import (
     SweepConfig,
@@ -20,13 +21,13 @@ from orchestration.config.sweep import (
     resolve_regime,
     resolve_timeout_s,
 )
-from orchestration.config.wording import duration, plural, size
 from orchestration.pipeline.forecast import Forecast
+from orchestration.wrapping import wrapped
 
 if TYPE_CHECKING:
     from orchestration.commands.planning import SweepPlan
     from orchestration.prepare.preparation import Prepared
-    from orchestration.runs.rundir import RunDir
+    from orchestration.runs.folder import RunDir
 
 MAX_SUBNETS = 16
 """Sub-networks that are listed without --all."""

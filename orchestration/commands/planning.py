@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dsnet.dotted import flatten
 from dsnet.errors import DataError, NonFiniteLossError, NotFoundError, NothingFeasibleError, PreflightError
 from dsnet.space.cost import subnet_cost
-from orchestration.commands.terminal import flat_settings, warn
+from orchestration.commands.messages import warn
 from orchestration.config.loading import LoadedConfig
 from orchestration.config.sweep import SweepConfig
 from orchestration.pipeline.forecast import Forecast, forecast
@@ -18,10 +19,11 @@ from orchestration.prepare.preparation import Images, Prepared, load_images, pre
 from orchestration.results.report import write_report
 from orchestration.results.run import RunResults
 from orchestration.results.supernet_facts import SupernetFacts
-from orchestration.runs.rundir import MLFLOW_DATABASE, DriverLock, RunDir, mlflow_artifact_root, mlflow_store_uri
+from orchestration.runs.folder import MLFLOW_DATABASE, RunDir, mlflow_artifact_root, mlflow_store_uri
+from orchestration.runs.lock import DriverLock
 from orchestration.runs.stages import StagePlan, plan_stages
+from orchestration.tracking.protocol import Status
 from orchestration.tracking.rows import make_tracker, replay, store_uri, sweep_end_ms
-from orchestration.tracking.store import Status
 from search.front.points import save_points
 
 SYNC_TIMEOUT_S = 600.0
@@ -49,7 +51,7 @@ class SweepPlan:
         """Every setting with its value and origin, and the reason where the data decided it."""
         derived = self.prepared.derived
         settings: dict[str, dict[str, Any]] = {}
-        for key, value in flat_settings(self.config.model_dump(mode="json")).items():
+        for key, value in flatten(self.config.model_dump(mode="json"), whole=("space", "supernet.options")).items():
             settings[key] = {"value": value, "origin": self.origins.get(key, "default")}
             if key in derived:
                 settings[key] |= {"value": derived[key].value, "reason": derived[key].reason}

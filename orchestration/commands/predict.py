@@ -11,9 +11,9 @@ import click
 from dsnet.deploy.bundle import load_bundle
 from dsnet.deploy.prediction import PhotoPrediction
 from dsnet.errors import DataError, NotFoundError
+from dsnet.wording import plural
 from orchestration.commands.tables import Column, show_table
 from orchestration.commands.terminal import percent, print_json
-from orchestration.config.wording import plural
 
 COLUMNS = (
     Column("photo", is_text=True),

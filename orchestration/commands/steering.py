@@ -13,19 +13,18 @@ from optuna.distributions import FloatDistribution
 from dsnet.errors import ConfigError, NotFoundError
 from dsnet.families import family_names
 from dsnet.files import read_json
+from dsnet.wording import shown
 from orchestration.config.loading import load_config
 from orchestration.config.sections import BudgetConfig
 from orchestration.config.sweep import SweepConfig, resolve_trials
-from orchestration.config.wording import shown
 from orchestration.config.yaml_source import parse_yaml
 from orchestration.pipeline.search import FOUND_ENOUGH, study_settings
 from orchestration.results.run import RunResults
+from orchestration.runs.lock import read_lock
 from orchestration.runs.queue import append_points
-from orchestration.runs.rundir import read_lock
 from orchestration.supernets.results import SupernetSweepResults
 from search.front.points import trial_name
-from search.study.runner import Scalar
-from search.suggest.space import Space, check_point
+from search.suggest.space import Scalar, Space, check_point
 
 Point = dict[str, Scalar]
 _NUMBER = re.compile(r"\+?[0-9]+")

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from dsnet.wording import plural
 from orchestration.commands.plan_view import forecast_text, say_row, show_data, show_settings
 from orchestration.commands.tables import Column
 from orchestration.commands.terminal import (
@@ -25,9 +26,9 @@ from orchestration.commands.terminal import (
     show_table,
     tell,
 )
-from orchestration.config.wording import plural
 from orchestration.progress import json_state, read_task_state
-from orchestration.runs.rundir import Manifest, RunDir
+from orchestration.runs.folder import RunDir
+from orchestration.runs.manifest import Manifest
 from search.front.points import trial_name
 
 if TYPE_CHECKING:

@@ -15,12 +15,20 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
+from orchestration.wrapping import wrapped
+
 GAP = "  "
 """Between two columns."""
+
+
 NO_BREAK = "\u00a0"
 """Between words of a title that stay together."""
+
+
 INDENT = "    "
 """Before the columns of a row that are stacked on a further line."""
+
+
 MIN_PROSE = 16
 """Characters that a column of prose has at least; narrower ones are hard to read."""
 
@@ -94,19 +102,6 @@ def left_out(columns: Sequence[Column], layout: Layout, width: int, rest: str = 
     names = ", ".join(columns[position].title.replace(NO_BREAK, " ") for position in layout.dropped)
     ways = f"a wider terminal, `| cat` or {rest} shows" if rest else "a wider terminal or `| cat` shows"
     return f"no room at {width} columns for: {names} ({ways} everything)"
-
-
-def wrapped(text: str, width: int | None) -> list[str]:
-    """Prose over several lines, broken at spaces only: a word that is longer than a line stays whole."""
-    if width is None or cell_len(text) <= width:
-        return [text]
-    lines: list[str] = []
-    for word in text.split(" "):
-        if lines and cell_len(lines[-1]) + 1 + cell_len(word) <= width:
-            lines[-1] += f" {word}"
-        else:
-            lines.append(word)
-    return lines
 
 
 def lay_out(columns: Sequence[Column], rows: Sequence[Sequence[str]], width: int | None) -> Layout:

@@ -16,11 +16,13 @@ from rich.console import Console
 
 from dsnet.data.splits import FEW_IMAGES
 from dsnet.measure.latency import MAIN_DEVICE, latency_metric
+from dsnet.wording import duration, plural
 from orchestration.commands import tables
-from orchestration.commands.tables import Column, terminal_width, wrapped
-from orchestration.config.wording import duration, plural
+from orchestration.commands.tables import Column, terminal_width
 from orchestration.progress import json_state, read_task_state
-from orchestration.runs.rundir import RunDir, read_lock
+from orchestration.runs.folder import RunDir
+from orchestration.runs.lock import read_lock
+from orchestration.wrapping import wrapped
 from search.front.analysis import optimism
 from search.front.points import trial_name
 
@@ -30,18 +32,22 @@ if TYPE_CHECKING:
     from dsnet.measure.latency import LatencyTable
     from orchestration.commands.bundle_check import Check
     from orchestration.commands.measure_again import MeasuredAgain
-    from orchestration.pipeline.agreement import DynamicLatency
     from orchestration.pipeline.launch import LaunchResult
-    from orchestration.results.run import RunResults, Verified
+    from orchestration.results.run import RunResults
     from orchestration.results.trial_list import ListedTrial, Selection, TrialList
+    from orchestration.results.verified import DynamicLatency, Verified
     from orchestration.supernets.results import SupernetSweepResults
     from search.training_checks import TrainingWarning
 
 
 MAX_LISTED = 8
 """Trials or reasons that are written out one by one."""
+
+
 PHOTOS = ("image_folder", "cifar10")
 """Data sets whose networks answer photos."""
+
+
 INDENT = " " * 10
 """Below the names at the beginning of lines such as `report    runs/...`."""
 
@@ -70,13 +76,6 @@ def tell(text: str, indent: str = "") -> None:
     first, *others = wrapped(text, None if width is None else width - len(indent))
     for line in (first, *(indent + other for other in others)):
         _console().print(line, markup=False, soft_wrap=True)
-
-
-def warn(text: str) -> None:
-    """A warning on stderr, broken between words where it does not fit: stdout is for data."""
-    console = Console(stderr=True, highlight=False)
-    for line in wrapped(f"warning: {text}", console.width if console.is_terminal else None):
-        console.print(line, markup=False, soft_wrap=True)
 
 
 def print_json(value: Any) -> None:
@@ -396,19 +395,6 @@ def _standing_lines(verified: Verified, slots: Sequence[int]) -> list[str]:
 
 def _and_more(listed: Sequence[Any]) -> str:
     return f" and {len(listed) - MAX_LISTED} more" if len(listed) > MAX_LISTED else ""
-
-
-def flat_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted key to value; distributions of a space and options of a model stay whole."""
-    leaves: dict[str, Any] = {}
-    for key, value in settings.items():
-        if isinstance(value, Mapping) and value and prefix + key not in ("space", "supernet.options"):
-            leaves |= flat_settings(value, f"{prefix}{key}.")
-        elif isinstance(value, Mapping) and value:
-            leaves |= {f"{prefix}{key}.{name}": item for name, item in value.items()}
-        else:
-            leaves[prefix + key] = value
-    return leaves
 
 
 def show_status(results: RunResults, *, as_json: bool) -> None:

@@ -11,9 +11,11 @@ from contextlib import redirect_stdout
 import click
 
 from dsnet.errors import NotFoundError
-from orchestration.commands.terminal import is_running, say, warn
+from orchestration.commands.messages import warn
+from orchestration.commands.terminal import is_running, say
 from orchestration.progress import read_task_state
-from orchestration.runs.rundir import Manifest, RunDir
+from orchestration.runs.folder import RunDir
+from orchestration.runs.manifest import Manifest
 
 INTERVAL_S = 1.0
 

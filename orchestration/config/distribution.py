@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import JsonValue
 
-from orchestration.config.wording import shown, way_out
+from dsnet.wording import shown, way_out
 
 Scalar = bool | int | float | str
 Value = Scalar | tuple[Any, ...]

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from dsnet.errors import ConfigError
+from dsnet.wording import shown, way_out
 from orchestration.config.default_space import default_space
 from orchestration.config.first_release import first_release_settings
 from orchestration.config.presets import BUILT_IN_PRESETS, built_in_settings
@@ -35,7 +36,6 @@ from orchestration.config.sweep import (
     section_class,
     supernet_space,
 )
-from orchestration.config.wording import shown, way_out
 from orchestration.config.yaml_source import KeyPath, YamlSource, parse_yaml, read_yaml_file
 
 DATA_VARIABLE = "DSNET_DATA"

@@ -29,7 +29,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
 from dsnet.errors import ConfigError
-from orchestration.config.wording import did_you_mean, plural, shown, way_out
+from dsnet.wording import did_you_mean, plural, shown, way_out
 from search.front.pareto import parse_pick
 
 if TYPE_CHECKING:

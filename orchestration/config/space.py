@@ -16,7 +16,9 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.config import ConfigDict
 from pydantic.fields import FieldInfo
 
+from dsnet.dotted import flatten
 from dsnet.errors import ConfigError
+from dsnet.wording import shown, way_out
 from orchestration.config.distribution import REAL_KINDS, Distribution, Scalar, is_same, thawed
 from orchestration.config.sections import (
     CHECKPOINT_MODEL,
@@ -31,7 +33,6 @@ from orchestration.config.sections import (
     section_class,
     walk_fields,
 )
-from orchestration.config.wording import shown, way_out
 
 Space = Mapping[str, Distribution]
 Point = dict[str, Any]
@@ -596,16 +597,7 @@ def _published_point(gate: GateConfig, space: Space, published: Mapping[str, Sca
 
 def flat_gate(gate: GateConfig) -> dict[str, Any]:
     """Every setting of the gate by its dotted key."""
-    found: dict[str, Any] = {}
-    left: list[tuple[str, Any]] = [("gate", gate.model_dump(mode="json"))]
-    while left:
-        prefix, section = left.pop()
-        for name, value in section.items():
-            if isinstance(value, dict):
-                left.append((f"{prefix}.{name}", value))
-            else:
-                found[f"{prefix}.{name}"] = value
-    return found
+    return flatten(gate.model_dump(mode="json"), "gate.")
 
 
 # ---- what is allowed, but has no effect

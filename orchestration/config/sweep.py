@@ -32,6 +32,7 @@ from ruamel.yaml.nodes import ScalarNode
 from ruamel.yaml.representer import RoundTripRepresenter
 
 from dsnet.errors import ConfigError
+from dsnet.wording import shown, way_out
 from orchestration.config.default_space import default_space
 from orchestration.config.distribution import DISTRIBUTION_SCHEMA, Distribution
 from orchestration.config.sections import (
@@ -88,7 +89,6 @@ from orchestration.config.space import (
     sweepable_keys,
     unread_warnings,
 )
-from orchestration.config.wording import shown, way_out
 from search.conditions.constraints import BASELINE, ConstraintSet
 from search.conditions.expressions import Comparison, parse_comparison
 from search.front.pareto import parse_pick
@@ -316,7 +316,7 @@ def _scheduler_problems(config: SweepConfig) -> Iterator[BrokenRule]:
 
 def _scheduler_option_problems(config: SweepConfig) -> Iterator[BrokenRule]:
     # Imported here: training needs torch, which `dsnet-orch schema` and --help do without.
-    from orchestration.workers.tune_supernets import check_scheduler
+    from orchestration.config.schedulers import check_scheduler
 
     scheduler, options = config.supernets.scheduler, config.supernets.options
     path: KeyPath = ("supernets", "options")

@@ -19,7 +19,7 @@ from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from ruamel.yaml.reader import ReaderError
 
 from dsnet.errors import ConfigError
-from orchestration.config.wording import did_you_mean
+from dsnet.wording import did_you_mean
 
 KeyPath = tuple[str | int, ...]
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,11 +16,9 @@ from dsnet.deploy.materialize import materialize
 from dsnet.errors import VerificationError
 from dsnet.measure.latency import (
     LatencySettings,
-    LatencyTable,
     MachineLoad,
     Timing,
     device_name,
-    noise_of,
     time_interleaved,
     waiter,
 )
@@ -31,30 +28,25 @@ from dsnet.routers import Router
 from dsnet.routing.retrace import Retrace
 from dsnet.routing.routing_table import RoutingTable
 from dsnet.routing.table_routing import TableRun, run_on_table
-from search.front.analysis import PointAnalysis
+from orchestration.results.verified import Agreement, DynamicLatency
 
 CLASS_TIE = 1e-4
 """Two largest probabilities nearer than this are a numerical tie."""
+
+
 SINGLE_IMAGES = 32
 """At batch 1, one timed repeat runs so many images one after the other: they take different routes."""
+
+
 NUM_BATCHES = 3
 """At larger batches, one timed repeat runs so many of them."""
+
+
 TIMING_SEED = 0
 """Draws the timed images."""
+
+
 MAX_NAMED = 5
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """How a router's real run compares with its table."""
-
-    slot: int
-    num_images: int
-    num_ties: int
-    """Images that differ where the table itself was undecided to within rounding."""
-    top1: float
-    madds_m: float
-    """Mean over the images, as really executed."""
 
 
 @exact_float32()
@@ -133,60 +125,6 @@ def _mismatch(slot: int, wrong: NDArray[np.intp], table: RoutingTable, told: Seq
         f"trial-{slot:04d}: {len(wrong)} of {table.num_images} images of {table.split} differ between the routing table and the real "
         f"run ({named}{more}). The table or the weights were changed; delete the run's table folder and launch again."
     )
-
-
-@dataclass(frozen=True)
-class DynamicLatency:
-    """Measured latency of the front beside the static extremes: same run, same device, same images. All in ms of one batch."""
-
-    device: str
-    threads: int
-    gates: Mapping[int, Mapping[int, Timing]]
-    """batch size -> slot -> a call's time."""
-    widest: Mapping[int, Timing]
-    cheapest: Mapping[int, Timing]
-    ideal: Mapping[int, Mapping[int, float]] = field(default_factory=dict)
-    """batch size -> slot -> what the measured parts add up to for these images' routes: what the objective said, but on them."""
-    split: str = "test"
-    """Whose images were run; `dsnet-orch measure` takes those of `val`."""
-    load: MachineLoad | None = None
-    """Of the machine when all was timed; None in results of earlier releases."""
-
-    @property
-    def noise(self) -> str | None:
-        """What makes the times doubtful; None where nothing does."""
-        extremes = [*self.widest.values(), *self.cheapest.values()]
-        return noise_of([*extremes, *(timing for row in self.gates.values() for timing in row.values())], self.load)
-
-    def beside(self, table: LatencyTable, front: Sequence[PointAnalysis], routes: Sequence[str]) -> DynamicLatency:
-        """The same with `ideal` filled in.
-
-        Args:
-            table: of this device, from the measure stage.
-            front: the same gates on the images that were timed.
-            routes: names of the K sub-networks that `PointAnalysis.runs` counts.
-        """
-        clocks = {size: table.clock(size, routes) for size in self.gates}
-        ideal = {
-            size: {point.slot: clock.ms(np.array(point.runs), point.router) for point in front}
-            for size, clock in clocks.items()
-        }
-        return replace(self, ideal=ideal)
-
-    def to_json(self) -> dict[str, Any]:
-        """A JSON-able mapping."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> DynamicLatency:
-        """Rebuild what `to_json` gave."""
-        gates = {int(n): {int(slot): Timing(**item) for slot, item in row.items()} for n, row in data["gates"].items()}
-        widest, cheapest = (
-            {int(n): Timing(**item) for n, item in data[name].items()} for name in ("widest", "cheapest")
-        )
-        ideal = {int(n): {int(slot): ms for slot, ms in row.items()} for n, row in data["ideal"].items()}
-        load = MachineLoad.from_json(data.get("load"))
-        return cls(data["device"], data["threads"], gates, widest, cheapest, ideal, data.get("split", "test"), load)
 
 
 @torch.inference_mode()

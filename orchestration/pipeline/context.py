@@ -10,8 +10,9 @@ from orchestration.config.sweep import SweepConfig
 from orchestration.pipeline.signals import StopRequest
 from orchestration.prepare.preparation import Prepared
 from orchestration.progress import ProgressView
-from orchestration.runs.rundir import Manifest, RunDir
-from orchestration.tracking.store import Tracker
+from orchestration.runs.folder import RunDir
+from orchestration.runs.manifest import Manifest
+from orchestration.tracking.protocol import Tracker
 from search.study.study import TrialRecord
 
 

@@ -18,15 +18,16 @@ from ruamel.yaml import YAML
 from dsnet.data import Normalization
 from dsnet.data.photos import PhotoDecoder
 from dsnet.deploy.bundle import NUM_EXAMPLES, save_bundle
+from dsnet.dotted import nest
 from dsnet.measure.latency import MAIN_DEVICE
 from dsnet.routers import CascadeRouter, LearnedCascadeRouter, Router
 from dsnet.routing.routing_table import RoutingTable
 from dsnet.routing.table_routing import run_on_table
 from dsnet.stored.checkpoint import load_supernet
 from dsnet.training.supernet import FINAL
-from orchestration.pipeline.agreement import DynamicLatency
 from orchestration.prepare.preparation import Prepared
 from orchestration.results.run import RunResults, picked_slots
+from orchestration.results.verified import DynamicLatency
 from search.front.analysis import PointAnalysis
 from search.front.points import trial_name
 
@@ -222,7 +223,7 @@ def _gate_yaml(prepared: Prepared, results: RunResults, slot: int, claims: Mappi
             {"name": prepared.subnets[k].name, "widths": list(prepared.subnets[k].widths)} for k in router.routes
         ],
         "router": router_facts(router, [subnet.name for subnet in prepared.subnets]),
-        "gate": _nested(record.params),
+        "gate": nest({key.removeprefix("gate."): value for key, value in record.params.items()}),
         "claims": {name: dict(values) if isinstance(values, Mapping) else values for name, values in claims.items()},
     }
     writer = YAML(typ="safe", pure=True)
@@ -252,14 +253,3 @@ def router_facts(router: Router, names: Sequence[str]) -> dict[str, Any]:
         case _:
             facts |= {"gates": router.num_gates}
     return facts
-
-
-def _nested(params: Mapping[str, Any]) -> dict[str, Any]:
-    nested: dict[str, Any] = {}
-    for dotted, value in params.items():
-        *sections, leaf = dotted.removeprefix("gate.").split(".")
-        section = nested
-        for name in sections:
-            section = section.setdefault(name, {})
-        section[leaf] = value
-    return nested

@@ -28,8 +28,11 @@ from orchestration.prepare.preparation import Prepared, prepare, stage_definitio
 from orchestration.progress import FiledProgress, ProgressView
 from orchestration.results.report import write_report
 from orchestration.results.run import RunResults
-from orchestration.runs.rundir import DriverLock, Manifest, RunDir, describe_hardware
+from orchestration.runs.folder import RunDir
+from orchestration.runs.lock import DriverLock
+from orchestration.runs.manifest import Manifest, describe_hardware
 from orchestration.runs.stages import StagePlan, plan_stages
+from orchestration.tracking.protocol import Status, Tracker
 from orchestration.tracking.rows import (
     Standing,
     make_tracker,
@@ -40,7 +43,6 @@ from orchestration.tracking.rows import (
     write_overview,
     write_subnets,
 )
-from orchestration.tracking.store import Status, Tracker
 from orchestration.workers.runtime import RaySettings, ray_session
 from search.front.points import save_points
 

@@ -20,8 +20,9 @@ from dsnet.files import atomic_write_bytes, atomic_write_json, read_json
 from dsnet.gates.end_to_end import EndToEndSettings, GateImages
 from dsnet.measure.latency import MAIN_DEVICE, LatencyTable
 from dsnet.routing.routing_table import RoutingTable
-from dsnet.space.spec import SubnetSet
+from dsnet.space.subnet_set import SubnetSet
 from dsnet.training.supernet import FINAL
+from dsnet.wording import plural
 from orchestration.config.sweep import (
     SweepConfig,
     constraint_set,
@@ -33,15 +34,14 @@ from orchestration.config.sweep import (
     resolve_trials,
     target_set,
 )
-from orchestration.config.wording import plural
 from orchestration.pipeline.context import Launch
-from orchestration.prepare.baseline import layout_ranges, measured_ranges, spoken_reach
 from orchestration.prepare.preparation import Prepared
+from orchestration.prepare.reach import layout_ranges, spoken_reach
 from orchestration.progress import Bar, Task
 from orchestration.results.run import RunResults
+from orchestration.runs.folder import RunDir
 from orchestration.runs.queue import read_queue
-from orchestration.runs.rundir import RunDir
-from orchestration.runs.stages import StagePlan, flatten, run_stage
+from orchestration.runs.stages import StagePlan, canonical_settings, run_stage
 from orchestration.tracking.rows import trial_row
 from orchestration.workers.end_to_end import EndToEndCheck, MakeEndToEndTrial, shared_images
 from orchestration.workers.self_check import ArithmeticReport, StartCheck
@@ -105,7 +105,7 @@ def search_stage(work: Launch, plan: StagePlan, table_plan: StagePlan) -> None:
     plan = continued(run, plan, config)
     measured = RunResults(run)
     constraints = constraint_set(config, named_baseline(measured))
-    refuse_impossible(constraints, measured_ranges(measured))
+    refuse_impossible(constraints, measured.metric_ranges)
 
     def search(folder: Path) -> Sequence[Path]:
         journal = StudyJournal.open(run.study_journal(plan.key), study_settings(config))
@@ -252,7 +252,7 @@ class ProgressFiles:
 
 def gate_defaults(config: SweepConfig) -> dict[str, Any]:
     """Every gate setting by its dotted key, for trials to override."""
-    return flatten({"gate": config.gate.model_dump(mode="json")})
+    return canonical_settings({"gate": config.gate.model_dump(mode="json")})
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dsnet.environment import resolve_device
-from orchestration.config.wording import duration
+from dsnet.wording import duration
 from orchestration.pipeline.context import Launch
 from orchestration.prepare.preparation import StartPoint, supernet_run, training_images
 from orchestration.progress import Task
 from orchestration.results.supernet_facts import SupernetFacts
+from orchestration.runs.curves import CurvePoint
 from orchestration.runs.stages import StagePlan, run_stage
 from orchestration.tracking.rows import supernet_row
-from orchestration.tracking.store import CurvePoint
 from orchestration.workers.runtime import LOCAL, cluster_cpus
 from orchestration.workers.supernet import SupernetJob, train_on_ray
 

@@ -12,14 +12,15 @@ from dsnet.files import atomic_write_json, read_json
 from dsnet.network.supernet import Supernet
 from dsnet.routers import Router
 from dsnet.routing.routing_table import RoutingTable
-from orchestration.config.wording import plural
-from orchestration.pipeline.agreement import Agreement, check_agreement, time_front
+from dsnet.wording import plural
+from orchestration.pipeline.agreement import check_agreement, time_front
 from orchestration.pipeline.context import Launch
 from orchestration.pipeline.measure_and_table import build_table
 from orchestration.prepare.preparation import latency_settings, verify_definition
 from orchestration.progress import Task
 from orchestration.results.run import RunResults, load_router
-from orchestration.runs.rundir import RunDir
+from orchestration.results.verified import Agreement
+from orchestration.runs.folder import RunDir
 from orchestration.runs.stages import StageDir, StagePlan, StageRecord, plan_stage, run_stage
 from search.front.analysis import Bootstrap, BudgetPick, SplitAnalysis, analyse_split
 from search.front.ceiling import RouteForecast

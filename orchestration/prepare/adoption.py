@@ -17,13 +17,13 @@ from typing import Any
 from dsnet.errors import CheckpointError, ConfigError
 from dsnet.files import file_sha256, read_json, replacing
 from dsnet.measure.latency import LatencySettings
-from dsnet.space.spec import SubnetSet
+from dsnet.space.subnet_set import SubnetSet
 from dsnet.standalone.output_folder import OutputFolder
 from dsnet.standalone.resolved import StandaloneConfig
 from dsnet.training.settings import SupernetRun
 from dsnet.training.supernet import FINAL
 from orchestration.config.sweep import REGIME_KEYS, SweepConfig, resolve_regime
-from orchestration.runs.rundir import RunDir
+from orchestration.runs.folder import RunDir
 from orchestration.runs.stages import StagePlan, run_stage
 
 _CURVES = "curves.jsonl"

@@ -21,7 +21,7 @@ from dsnet.families import Task
 from dsnet.files import atomic_write_text, read_json
 from dsnet.measure.latency import DeviceSettings, LatencySettings
 from dsnet.space.cost import subnet_cost
-from dsnet.space.spec import SubnetSet
+from dsnet.space.subnet_set import SubnetSet
 from dsnet.standalone.output_folder import RESULT_VERSIONS
 from dsnet.training.data_defaults import DataDefault
 from dsnet.training.settings import BootstrapSettings, SupernetRun, TrainSettings
@@ -40,9 +40,10 @@ from orchestration.config.sweep import (
     stage_subset,
 )
 from orchestration.prepare.adoption import Adoption, find_adoption, standalone_config
-from orchestration.prepare.baseline import hopeless_conditions
 from orchestration.prepare.data_defaults import with_data_defaults
-from orchestration.runs.rundir import Manifest, RunDir
+from orchestration.prepare.reach import hopeless_conditions
+from orchestration.runs.folder import RunDir
+from orchestration.runs.manifest import Manifest
 from orchestration.runs.stages import StageDefinition, StageDir, stage_record
 from search.conditions.constraints import BASELINE
 from search.front.analysis import BudgetPick

@@ -36,12 +36,13 @@ from dsnet.errors import NotFoundError
 from dsnet.files import atomic_write_text, read_json
 from dsnet.gates.fit import COLLAPSE_SHARE
 from dsnet.measure.latency import MAIN_DEVICE
+from dsnet.wording import plural
 from orchestration.config.sweep import constraint_set
-from orchestration.config.wording import plural
-from orchestration.prepare.baseline import static_metrics
-from orchestration.results.run import RunResults, Verified
+from orchestration.results.measured import static_metrics
+from orchestration.results.run import RunResults
 from orchestration.results.training_review import review
 from orchestration.results.trial_list import broken_constraints
+from orchestration.results.verified import Verified
 from search.conditions.constraints import BASELINE
 from search.front.analysis import Interval, PointAnalysis, RouterShare, SplitAnalysis, optimism
 from search.front.controls import StaticLine

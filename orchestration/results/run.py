@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,63 +16,24 @@ from dsnet.errors import CheckpointError, NotFoundError
 from dsnet.files import read_json
 from dsnet.measure.latency import MAIN_DEVICE, BatchClock, LatencyTable, device_of, latency_metric
 from dsnet.routers import Router
+from dsnet.space.spec import SupernetSpec
+from dsnet.space.subnet_set import SubnetSet
+from dsnet.training.supernet import FINAL
 from orchestration.config.loading import load_config
 from orchestration.config.sweep import SweepConfig
-from orchestration.pipeline.agreement import Agreement, DynamicLatency
-from orchestration.prepare.baseline import baseline_metrics, measured_ranges
+from orchestration.prepare.reach import Range, metric_ranges
+from orchestration.results.measured import MeasuredSubnet, static_metrics
 from orchestration.results.supernet_facts import SupernetFacts
+from orchestration.results.verified import DynamicLatency, Verified
+from orchestration.runs.folder import RunDir
+from orchestration.runs.manifest import Manifest
 from orchestration.runs.queue import read_queue
-from orchestration.runs.rundir import Manifest, RunDir
 from orchestration.runs.stages import StageDir
-from search.front.analysis import BudgetPick, SplitAnalysis, budget_picks, front_slots, spread_along_front
-from search.front.pareto import apply_pick, parse_pick
+from search.front.analysis import BudgetPick, budget_picks, front_slots, spread_along_front
+from search.front.pareto import REFERENCE_MARGIN, apply_pick, parse_pick
 from search.front.points import PointRow, control_points, gate_points, subnet_points, trial_name
 from search.gate_trial import router_of
 from search.study.study import TrialRecord, load_enqueued, load_records
-
-
-@dataclass(frozen=True)
-class MeasuredSubnet:
-    """One sub-network as the measure stage found it on `val`."""
-
-    name: str
-    top1: float
-    top5: float
-    madds: int
-    params: int
-    is_teacher: bool
-
-
-@dataclass(frozen=True)
-class Verified:
-    """What the verify stage found."""
-
-    front: tuple[int, ...]
-    contenders: tuple[BudgetPick, ...]
-    val: SplitAnalysis
-    test: SplitAnalysis
-    latencies: Mapping[str, DynamicLatency]
-    """By the name of the device, the main one under `MAIN_DEVICE`."""
-    agreements: tuple[Agreement, ...]
-    num_openings: int
-
-    @property
-    def latency(self) -> DynamicLatency:
-        """On the main device."""
-        return self.latencies[MAIN_DEVICE]
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Verified:
-        """Rebuild it from verify.json."""
-        return cls(
-            front=tuple(data["front"]),
-            contenders=tuple(BudgetPick(**item) for item in data["contenders"]),
-            val=SplitAnalysis.from_json(data["val"]),
-            test=SplitAnalysis.from_json(data["test"]),
-            latencies={name: DynamicLatency.from_json(item) for name, item in data["latencies"].items()},
-            agreements=tuple(Agreement(**item) for item in data["agreements"]),
-            num_openings=data["num_openings"],
-        )
 
 
 class RunResults:
@@ -246,16 +207,35 @@ class RunResults:
         dynamic = {metric: clock.ms(always_widest) for metric, clock in self._clocks.items()}
         costs = {name: max(value, dynamic.get(name, value)) for name, value in self.baseline.items()}
         if any(metric.name == "params_m" for metric in self.config.metrics):
-            costs["params_m"] = max(costs["params_m"], measured_ranges(self)["params_m"][1])
+            costs["params_m"] = max(costs["params_m"], self.metric_ranges["params_m"][1])
         return tuple(
-            metric.ref if metric.ref is not None else (0.0 if metric.goal == "maximize" else 1.05 * costs[metric.name])
+            metric.ref
+            if metric.ref is not None
+            else (0.0 if metric.goal == "maximize" else REFERENCE_MARGIN * costs[metric.name])
             for metric in self.config.metrics
         )
 
     @cached_property
     def baseline(self) -> dict[str, float]:
-        """Every metric of the widest routable sub-network on `val`."""
-        return baseline_metrics(self)
+        """Every metric of the widest routable static sub-network on `val`: what `baseline.*` means in constraints.
+
+        Raises:
+            NotFoundError: the measure stage has not finished.
+        """
+        self.done_key("measure")
+        return static_metrics(self.widest, self.latencies)
+
+    @cached_property
+    def metric_ranges(self) -> dict[str, Range]:
+        """The interval in which each metric of any router of this run lies, latencies included.
+
+        Raises:
+            NotFoundError: the measure stage has not finished.
+        """
+        self.done_key("measure")
+        meta = read_json(self.run.stage_dir("supernet", self.done_key("supernet")) / f"{FINAL}.json")
+        subnets = SubnetSet.from_json(SupernetSpec.from_json(meta["spec"]), meta["subnets"])
+        return metric_ranges(self.config, subnets, subnets.spec.image_size, self.latencies)
 
     @cached_property
     def front_sample(self) -> tuple[int, ...]:

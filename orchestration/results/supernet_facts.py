@@ -9,7 +9,8 @@ from typing import Any
 from dsnet.errors import ConfigError
 from dsnet.families import Task, get_family, layout
 from dsnet.files import read_json
-from dsnet.space.spec import SubnetSet, SupernetSpec
+from dsnet.space.spec import SupernetSpec
+from dsnet.space.subnet_set import SubnetSet
 from dsnet.training.settings import REGIMES, SupernetRun
 from dsnet.training.supernet import FINAL
 from orchestration.config.sweep import CHECKPOINT_MODEL, SweepConfig, resolve_regime

@@ -15,7 +15,8 @@ from safetensors import SafetensorError, safe_open
 from dsnet.errors import DsnetError
 from dsnet.files import read_json
 from dsnet.measure.evaluate import TRAIN_SAMPLE_FILE
-from dsnet.space.spec import SubnetSet, SupernetSpec
+from dsnet.space.spec import SupernetSpec
+from dsnet.space.subnet_set import SubnetSet
 from dsnet.training.supernet import FINAL
 from orchestration.results.run import RunResults
 from search.training_checks import Score, TrainingFacts, TrainingWarning, training_warnings

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from itertools import chain
 from typing import Any, Literal, get_args
 
 from dsnet.errors import ConfigError
+from dsnet.wording import did_you_mean
 from orchestration.results.run import RunResults
 from search.conditions.constraints import BASELINE
 from search.conditions.expressions import parse_comparison
@@ -178,10 +178,9 @@ def _is_wanted(trial: ListedTrial, state: str | None) -> bool:
 
 def _check_known(name: str, known: Sequence[str]) -> None:
     if name not in known:
-        close = get_close_matches(name, known, n=1)
-        hint = f" did you mean {close[0]!r}?" if close else ""
+        hint = did_you_mean(name, known) or ";"
         raise ConfigError(
-            f"--sort {name}: no trial has such a metric or parameter;{hint} known: {', '.join(known) or 'none'}"
+            f"--sort {name}: no trial has such a metric or parameter{hint} known: {', '.join(known) or 'none'}"
         )
 
 

@@ -13,8 +13,8 @@ from typing import Any
 
 from dsnet.errors import CheckpointError, PreflightError
 from dsnet.files import exclusive
-from orchestration.runs.rundir import now_iso
-from search.study.runner import Scalar
+from orchestration.runs.manifest import now_iso
+from search.suggest.space import Scalar
 
 
 def append_points(path: Path, points: Sequence[Mapping[str, Scalar]]) -> int:

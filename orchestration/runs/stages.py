@@ -15,9 +15,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from dsnet.dotted import flatten
 from dsnet.errors import CheckpointError
 from dsnet.files import atomic_write_json, file_sha256, plain_value, read_json
-from orchestration.runs.rundir import Manifest, RunDir, now_iso
+from orchestration.runs.folder import RunDir
+from orchestration.runs.manifest import Manifest, now_iso
 
 STAGE_FILE = "stage.json"
 DONE_FILE = "done"
@@ -93,7 +95,7 @@ def stage_key(
     content = {
         "stage": stage,
         "version": version,
-        "config": flatten(config_subset),
+        "config": canonical_settings(config_subset),
         "data": data_fingerprint,
         "parents": list(parent_keys),
     }
@@ -101,16 +103,9 @@ def stage_key(
     return hashlib.sha256(canonical.encode("ascii")).hexdigest()
 
 
-def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def canonical_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """A nested mapping as {dotted key: canonical JSON value}, sorted. An empty mapping stays as a value."""
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        dotted = f"{prefix}{key}"
-        if isinstance(value, Mapping) and value:
-            flat.update(flatten(value, f"{dotted}."))
-        else:
-            flat[dotted] = _canonical(value)
-    return dict(sorted(flat.items()))
+    return dict(sorted((key, _canonical(value)) for key, value in flatten(config).items()))
 
 
 def _canonical(value: Any) -> Any:
@@ -283,7 +278,7 @@ def stage_record(definition: StageDefinition, parent_keys: Mapping[str, str]) ->
         stage=definition.name,
         key=key,
         version=definition.version,
-        config=flatten(definition.config),
+        config=canonical_settings(definition.config),
         data_fingerprint=definition.data_fingerprint,
         parent_keys=dict(parent_keys),
     )

@@ -18,8 +18,9 @@ from dsnet.errors import ConfigError, NothingFeasibleError, TooManyFailedTrialsE
 from dsnet.files import atomic_write_json, read_json
 from dsnet.stored.checkpoint import load_supernet
 from dsnet.training.supernet import FINAL
+from dsnet.wording import plural
+from orchestration.config.schedulers import check_scheduler
 from orchestration.config.sweep import SweepConfig, supernet_space
-from orchestration.config.wording import plural
 from orchestration.pipeline.context import Launch
 from orchestration.pipeline.export import export_bundles, link_knee
 from orchestration.pipeline.launch import (
@@ -42,7 +43,10 @@ from orchestration.progress import Bar, FiledProgress, ProgressView, Task
 from orchestration.results.report import write_report
 from orchestration.results.run import RunResults
 from orchestration.results.supernet_facts import SupernetFacts
-from orchestration.runs.rundir import DriverLock, Manifest, RunDir
+from orchestration.runs.curves import CurvePoint
+from orchestration.runs.folder import RunDir
+from orchestration.runs.lock import DriverLock
+from orchestration.runs.manifest import Manifest
 from orchestration.runs.stages import StagePlan, begin_stage, finish_stage, record_done
 from orchestration.supernets.members import Member, MemberEntry, draw_members, read_entries, write_entries
 from orchestration.supernets.report import write_supernets_report
@@ -58,6 +62,7 @@ from orchestration.supernets.tracking import (
     write_global_front,
     write_global_overview,
 )
+from orchestration.tracking.protocol import Tracker
 from orchestration.tracking.rows import (
     Standing,
     store_uri,
@@ -68,11 +73,10 @@ from orchestration.tracking.rows import (
     write_overview,
     write_subnets,
 )
-from orchestration.tracking.store import CurvePoint, Tracker
 from orchestration.workers.runtime import LOCAL, cluster_cpus
 from orchestration.workers.supernet import SupernetJob
 from orchestration.workers.tune_ledger import MemberFate, TuneRules
-from orchestration.workers.tune_supernets import TuneMember, ValImages, check_scheduler, stored_fates, train_members
+from orchestration.workers.tune_supernets import TuneMember, ValImages, stored_fates, train_members
 from search.front.points import save_points, trial_name
 from search.study.study import TrialRecord
 

@@ -19,12 +19,11 @@ from orchestration.config.space import supernet_with
 from orchestration.config.sweep import SweepConfig, gate_space, supernet_space
 from orchestration.pipeline.search import refuse_impossible_layout
 from orchestration.prepare.preparation import Images, Prepared, prepare, stage_definitions
-from orchestration.runs.rundir import RunDir
+from orchestration.runs.folder import RunDir
 from orchestration.runs.stages import stage_record
-from search.study.runner import Scalar
 from search.suggest.drawing import drawn_points
 from search.suggest.samplers import SamplerSettings
-from search.suggest.space import Space, parse_space
+from search.suggest.space import Scalar, Space, parse_space
 
 KEY_CHARACTERS = 8
 """Of the supernet's stage key, in a member's name."""

@@ -23,10 +23,9 @@ from orchestration.results.report import headline, training_notes
 from orchestration.results.run import RunResults
 from orchestration.supernets.members import MemberEntry
 from orchestration.supernets.results import SupernetSweepResults
-from search.front.pareto import hypervolume
+from search.front.pareto import REFERENCE_MARGIN, hypervolume
 from search.front.points import trial_name
 
-REFERENCE_MARGIN = 1.05
 """The hypervolume's reference lies this much beyond the widest sub-network of all supernets."""
 
 

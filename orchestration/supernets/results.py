@@ -16,7 +16,8 @@ from orchestration.config.loading import load_config
 from orchestration.config.sweep import SweepConfig
 from orchestration.results.run import RunResults, refuse_unusable
 from orchestration.results.trial_list import TrialList, listed_trials
-from orchestration.runs.rundir import Manifest, RunDir
+from orchestration.runs.folder import RunDir
+from orchestration.runs.manifest import Manifest
 from orchestration.supernets.members import MemberEntry, read_entries
 from search.front.analysis import front_slots, spread_along_front
 from search.front.pareto import apply_pick, parse_pick

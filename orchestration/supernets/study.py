@@ -10,13 +10,12 @@ from collections.abc import Mapping, Sequence
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 
 from orchestration.config.sweep import SweepConfig, gate_space
-from orchestration.runs.rundir import RunDir
+from orchestration.runs.folder import RunDir
 from orchestration.supernets.members import MemberEntry, supernet_part
 from orchestration.supernets.results import GateId, SupernetSweepResults
 from search.study.merged_study import MergedStudy, MergedTrial
-from search.study.runner import Scalar
 from search.study.study import Objective, TrialRecord
-from search.suggest.space import parse_space
+from search.suggest.space import Scalar, parse_space
 
 SUPERNET = "supernet"
 """The parameter that names the member."""

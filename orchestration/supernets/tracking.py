@@ -10,13 +10,17 @@ from dashboards.supernets import supernets_front
 from orchestration.config.sweep import SweepConfig
 from orchestration.pipeline.context import Launch
 from orchestration.results.run import RunResults
-from orchestration.runs.rundir import Manifest, RunDir, mlflow_artifact_root
-from orchestration.runs.stages import flatten
+from orchestration.runs.curves import CurvePoint
+from orchestration.runs.folder import RunDir, mlflow_artifact_root
+from orchestration.runs.manifest import Manifest
+from orchestration.runs.stages import canonical_settings
 from orchestration.supernets.members import MemberEntry
 from orchestration.supernets.report import global_headline, supernets_info, sweep_training_notes
 from orchestration.supernets.results import SupernetSweepResults
+from orchestration.tracking.background import MlflowTracker
 from orchestration.tracking.note import attach_front
 from orchestration.tracking.process import SharedWriter
+from orchestration.tracking.protocol import NullTracker, Status, TrackedRun, Tracker
 from orchestration.tracking.rows import (
     Standing,
     by_cost,
@@ -28,7 +32,6 @@ from orchestration.tracking.rows import (
     test_metrics,
     unix_ms,
 )
-from orchestration.tracking.store import CurvePoint, MlflowTracker, NullTracker, Status, TrackedRun, Tracker
 
 HYPERVOLUME = "static_hypervolume"
 """By epoch, of a supernet's row."""
@@ -46,7 +49,7 @@ def parent_row(manifest: Mapping[str, Any], run: RunDir, config: SweepConfig) ->
         run.name,
         "sweep",
         unix_ms(manifest["created_at"]),
-        params=flatten(config.model_dump(mode="json", exclude={"presets"})),
+        params=canonical_settings(config.model_dump(mode="json", exclude={"presets"})),
         tags=tags,
     )
 

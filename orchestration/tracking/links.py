@@ -8,17 +8,22 @@ import webbrowser
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 from orchestration.results.run import RunResults
-from orchestration.runs.rundir import RunDir, list_runs
-from orchestration.supernets.results import SupernetSweepResults
+from orchestration.runs.folder import RunDir, list_runs
 from orchestration.tracking.database import experiment_of
 from orchestration.tracking.rows import sweep_uid
 from orchestration.tracking.view import view_path
 
 MAX_LINKS = 8
 
-Results = RunResults | SupernetSweepResults
+
+class ReadableRun(Protocol):
+    """A sweep's results, of one supernet or of several."""
+
+    run: RunDir
+    manifest: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -29,7 +34,7 @@ class Link:
     path: str
 
 
-def link_to(results: Results, uri: str) -> Link | None:
+def link_to(results: ReadableRun, uri: str) -> Link | None:
     """The page of a run's points; None where they are not in this store, or were written without the page.
 
     Args:
@@ -41,7 +46,7 @@ def link_to(results: Results, uri: str) -> Link | None:
     return None if experiment is None else Link(results.run.name, view_path(experiment, uid))
 
 
-def certain_link(results: Results, uri: str, write: Callable[[], object]) -> Link | None:
+def certain_link(results: ReadableRun, uri: str, write: Callable[[], object]) -> Link | None:
     """The page of a run's points, which are written to the store first where an earlier release wrote them or nobody did.
 
     Args:

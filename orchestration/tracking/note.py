@@ -8,10 +8,12 @@ from typing import Final
 from dashboards.front import FrontInfo
 from dashboards.front_picture import front_picture
 from dashboards.headline import Headline, Row
-from dashboards.theme import count, percent, router_name, significant
+from dashboards.theme import percent, router_name, significant
 from dsnet.files import atomic_write_bytes
-from orchestration.runs.rundir import RunDir
-from orchestration.tracking.store import EXPERIMENT_ID, RUN_ID, Tracker
+from dsnet.wording import plural
+from orchestration.runs.folder import RunDir
+from orchestration.tracking.protocol import Tracker
+from orchestration.tracking.store import EXPERIMENT_ID, RUN_ID
 from orchestration.tracking.view import view_path
 
 MAX_ROWS: Final = 16
@@ -75,7 +77,7 @@ def front_note(headline: Headline, uid: str, picture: str, report: str, warnings
 
 def _sentence(headline: Headline) -> str:
     """What is seen of a description before it is opened."""
-    found = f"{count(len(headline.rows), 'gate')} of the front"
+    found = f"{plural(len(headline.rows), 'gate')} of the front"
     knee = next((row for row in headline.rows if row.name == headline.knee), None)
     if knee is None:
         return f"{found}."

@@ -25,8 +25,10 @@ from typing import Any
 
 from dsnet.arithmetic import fix_arithmetic
 from dsnet.import_path import child_variables
+from orchestration.runs.curves import CurvePoint
 from orchestration.tracking.database import SQLITE
-from orchestration.tracking.store import CurvePoint, MlflowStore, TrackedRun, first_line
+from orchestration.tracking.protocol import TrackedRun, first_line
+from orchestration.tracking.store import MlflowStore
 
 LOCAL_FILE_SYSTEMS = ("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "tmpfs", "overlay")
 STOP_TIMEOUT_S = 5.0

@@ -10,14 +10,16 @@ from typing import Any, Final
 from dashboards.theme import BLUE, INK, MUTED, SKY, VERMILION
 from orchestration.config.loading import load_config
 from orchestration.config.sweep import SweepConfig
-from orchestration.prepare.baseline import static_metrics
+from orchestration.results.measured import MeasuredSubnet, static_metrics
 from orchestration.results.report import front_info, headline, training_notes
-from orchestration.results.run import MeasuredSubnet, RunResults
+from orchestration.results.run import RunResults
 from orchestration.results.supernet_facts import SupernetFacts, resolved_settings
-from orchestration.runs.rundir import RUN_NAME, RunDir, mlflow_artifact_root, mlflow_store_uri
-from orchestration.runs.stages import flatten
+from orchestration.runs.curves import CurvePoint, CurveTail
+from orchestration.runs.folder import RUN_NAME, RunDir, mlflow_artifact_root, mlflow_store_uri
+from orchestration.runs.stages import canonical_settings
+from orchestration.tracking.background import MlflowTracker
 from orchestration.tracking.note import attach_front
-from orchestration.tracking.store import CurvePoint, CurveTail, MlflowTracker, NullTracker, TrackedRun, Tracker
+from orchestration.tracking.protocol import NullTracker, TrackedRun, Tracker
 from search.front.points import trial_name
 from search.study.study import TrialRecord
 
@@ -81,7 +83,9 @@ def sweep_end_ms(manifest: Mapping[str, Any]) -> int:
 
 def sweep_row(manifest: Mapping[str, Any], run: RunDir, config: SweepConfig) -> TrackedRun:
     """The parent: the whole configuration as parameters, with the regime resolved."""
-    params = flatten({**config.model_dump(mode="json", exclude={"presets"}), "supernet": resolved_settings(config)})
+    params = canonical_settings(
+        {**config.model_dump(mode="json", exclude={"presets"}), "supernet": resolved_settings(config)}
+    )
     tags = {
         "run": run.name,
         "hardware": str(manifest["hardware"].get("cpu", "")),
@@ -106,7 +110,7 @@ def supernet_row(manifest: Mapping[str, Any], run: RunDir, config: SweepConfig, 
         start,
         end,
         "FINISHED" if is_done else "RUNNING",
-        params=flatten(
+        params=canonical_settings(
             {
                 "supernet": settings | ({} if facts is None else facts.params()),
                 "data": config.data.model_dump(mode="json"),

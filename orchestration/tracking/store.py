@@ -13,16 +13,14 @@ import logging
 import math
 import os
 import posixpath
-import queue
 import re
 import sqlite3
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any
 
 from orchestration.tracking.database import mend_artifact_locations
 from orchestration.tracking.view import points_view, view_tag
@@ -30,292 +28,41 @@ from orchestration.tracking.view import points_view, view_tag
 if TYPE_CHECKING:
     from mlflow.entities import Metric, Run
     from mlflow.tracking import MlflowClient
+from orchestration.runs.curves import CurvePoint
+from orchestration.tracking.protocol import TrackedRun
 
 logger = logging.getLogger(__name__)
 
-Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
-Kind = Literal["sweep", "supernet", "subnet", "trial"]
 
 MAX_NAME_LENGTH = 250
+
+
 MAX_PARAM_LENGTH = 6000
+
+
 MAX_TAG_LENGTH = 8000
+
+
 MAX_METRICS_PER_BATCH = 900
 """MLflow takes 1,000 entities a batch, of which at most 100 parameters and 100 tags."""
+
+
 MAX_PARAMS_PER_BATCH = 90
 
-FAILURES_BEFORE_PAUSE = 3
-PAUSE_S = 30.0
+
 PARENT_TAG = "mlflow.parentRunId"
 """By which MLflow's page nests one row below another."""
+
+
 NOTE_TAG = "mlflow.note.content"
 """The description that MLflow's page shows above a run, in Markdown."""
+
+
 RUN_ID, EXPERIMENT_ID = "{run_id}", "{experiment_id}"
 """In a description: filled in where it is written."""
+
+
 _COMPLETE = ("FINISHED", "FAILED")
-
-
-@dataclass(frozen=True)
-class TrackedRun:
-    """One row of MLflow's run table."""
-
-    uid: str
-    """Deterministic, e.g. "digits/3f0c2b6a9d11/trial-0042": a second write with the same uid is the same row."""
-    name: str
-    kind: Kind
-    start_ms: int
-    """Unix time in milliseconds, from the run folder, never the time of writing."""
-    end_ms: int | None = None
-    """None while it runs."""
-    status: Status = "FINISHED"
-    reason: str | None = None
-    """Why it failed."""
-    params: Mapping[str, Any] = field(default_factory=dict)
-    metrics: Mapping[str, float | None] = field(default_factory=dict)
-    """The names of the interface: top1, madds_m, ...; None, NaN and infinity are left out of MLflow."""
-    tags: Mapping[str, str] = field(default_factory=dict)
-    first_tags: Mapping[str, str] = field(default_factory=dict)
-    """Tags of a new row. A row that has them keeps its own: a later write with `tags` may have changed them."""
-    under: TrackedRun | None = None
-    """Of a sweep's own row, where it is part of a larger one: the row below which it hangs. It is created where it is missing, and
-    written and closed by the larger sweep's own tracker."""
-
-    @property
-    def root_uid(self) -> str:
-        """Of a sweep's own row: the uid of the outermost sweep."""
-        return self.uid if self.under is None else self.under.uid
-
-
-@dataclass(frozen=True)
-class CurvePoint:
-    """Values of one training step: one line of curves.jsonl."""
-
-    step: int
-    time_ms: int
-    metrics: Mapping[str, float | None]
-
-
-@dataclass(frozen=True)
-class TrackingSummary:
-    """What became of a tracker's writes."""
-
-    num_written: int = 0
-    num_unsent: int = 0
-    first_error: str | None = None
-
-
-class Tracker(Protocol):
-    """Where a sweep shows its results. No method raises because of the store, none waits for it but `close`."""
-
-    def parent(self, run: TrackedRun) -> None:
-        """Open the sweep's own run, or go on with it. Comes first."""
-
-    def supernet(self, run: TrackedRun) -> None:
-        """Open the supernet's run (status RUNNING); called again with its final status, close it."""
-
-    def curve(self, points: Sequence[CurvePoint]) -> None:
-        """Add training curves to the supernet's run."""
-
-    def subnet(self, run: TrackedRun) -> None:
-        """Write the finished run of one static sub-network; written again, it gets the tags that differ and the metrics that it lacks."""
-
-    def trial(self, run: TrackedRun) -> None:
-        """Write the finished run of one trial; written again, it gets the tags that differ and the metrics that it lacks."""
-
-    def series(self, points: Sequence[CurvePoint]) -> None:
-        """Add metrics by step to the parent: accuracy by MAdds, for example."""
-
-    def artifact(self, path: Path) -> None:
-        """Attach a file to the parent."""
-
-    def describe(self, text: str) -> None:
-        """Give the parent a description, in Markdown; `RUN_ID` and `EXPERIMENT_ID` in it stand for the parent's own ids."""
-
-    def close(self, status: Status, end_ms: int, timeout_s: float) -> TrackingSummary:
-        """End the parent and whatever still runs below it; wait at most `timeout_s` for what is unwritten."""
-
-
-class NullTracker:
-    """Tracks nothing (`tracking.mlflow: false`)."""
-
-    def parent(self, run: TrackedRun) -> None: ...
-
-    def supernet(self, run: TrackedRun) -> None: ...
-
-    def curve(self, points: Sequence[CurvePoint]) -> None: ...
-
-    def subnet(self, run: TrackedRun) -> None: ...
-
-    def trial(self, run: TrackedRun) -> None: ...
-
-    def series(self, points: Sequence[CurvePoint]) -> None: ...
-
-    def artifact(self, path: Path) -> None: ...
-
-    def describe(self, text: str) -> None: ...
-
-    def close(self, status: Status, end_ms: int, timeout_s: float) -> TrackingSummary:
-        return TrackingSummary()
-
-
-class RowStore(Protocol):
-    """Takes rows, one call after the other, each of them repeatable; raises where the store does. See `MlflowStore`."""
-
-    def connect(self) -> None: ...
-
-    def open_sweep(self, parent: TrackedRun) -> None: ...
-
-    def write(self, run: TrackedRun, parent: TrackedRun) -> None: ...
-
-    def add_points(self, run: TrackedRun, parent: TrackedRun, points: Sequence[CurvePoint]) -> None: ...
-
-    def add_artifact(self, parent: TrackedRun, path: Path) -> None: ...
-
-    def describe(self, parent: TrackedRun, text: str) -> None: ...
-
-    def close_sweep(self, parent: TrackedRun) -> None: ...
-
-    def stop(self, *, at_once: bool) -> None: ...
-
-
-class MlflowTracker:
-    """Feeds a process that writes to MLflow from a queue, in one background thread.
-
-    After three failures in a row it drops writes for 30 s instead of queueing behind time-outs. One warning is given,
-    the rest is counted.
-
-    Args:
-        store_uri: `sqlite:///...` or the URI of a server.
-        experiment: Name of the experiment: one per sweep family.
-        artifact_root: Folder for artifacts of a database store; a server decides for itself.
-        run_name: The run's name, for the remedy in the warning.
-        warn: Where the one warning goes; called in the background thread.
-        store: What takes the rows; None = MLflow in a process of its own.
-    """
-
-    def __init__(
-        self,
-        store_uri: str,
-        experiment: str,
-        artifact_root: Path,
-        run_name: str,
-        warn: Callable[[str], None] = logger.warning,
-        *,
-        store: RowStore | None = None,
-    ) -> None:
-        self._store = store or _own_process(store_uri, experiment, artifact_root)
-        self._store_uri = store_uri
-        self._run_name = run_name
-        self._warn = warn
-        self._parent: TrackedRun | None = None
-        self._supernet: TrackedRun | None = None
-        self._summary = TrackingSummary()
-        self._closed = False
-        self._given_up = False
-        self._num_failures = 0
-        self._retry_at = 0.0
-        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        if store_uri.startswith("sqlite"):
-            # A database that is missing is created at once, and not with the first row.
-            self._jobs.put(self._store.connect)
-        self._thread = threading.Thread(target=self._drain, name="mlflow-tracker", daemon=True)
-        self._thread.start()
-
-    @property
-    def summary(self) -> TrackingSummary:
-        """What has been written and dropped so far."""
-        return self._summary
-
-    def parent(self, run: TrackedRun) -> None:
-        self._parent = run
-        self._jobs.put(lambda: self._store.open_sweep(run))
-
-    def supernet(self, run: TrackedRun) -> None:
-        parent, self._supernet = self._opened_parent(), run
-        self._jobs.put(lambda: self._store.write(run, parent))
-
-    def curve(self, points: Sequence[CurvePoint]) -> None:
-        parent, supernet = self._opened_parent(), self._supernet
-        assert supernet is not None, "curve() before supernet()"
-        if points:
-            kept = tuple(points)
-            self._jobs.put(lambda: self._store.add_points(supernet, parent, kept))
-
-    def subnet(self, run: TrackedRun) -> None:
-        self._write_child(run)
-
-    def trial(self, run: TrackedRun) -> None:
-        self._write_child(run)
-
-    def series(self, points: Sequence[CurvePoint]) -> None:
-        parent, kept = self._opened_parent(), tuple(points)
-        self._jobs.put(lambda: self._store.add_points(parent, parent, kept))
-
-    def artifact(self, path: Path) -> None:
-        parent = self._opened_parent()
-        self._jobs.put(lambda: self._store.add_artifact(parent, path))
-
-    def describe(self, text: str) -> None:
-        parent = self._opened_parent()
-        self._jobs.put(lambda: self._store.describe(parent, text))
-
-    def close(self, status: Status, end_ms: int, timeout_s: float) -> TrackingSummary:
-        if self._closed:
-            return self._summary
-        self._closed = True
-        if self._parent is not None:
-            parent = replace(self._parent, status=status, end_ms=end_ms)
-            self._jobs.put(lambda: self._store.close_sweep(parent))
-        self._jobs.put(None)
-        self._thread.join(timeout_s)
-        if self._thread.is_alive():
-            self._given_up = True
-            self._count_unsent(f"no answer within {timeout_s:g} s", max(1, self._jobs.qsize() - 1))
-        self._store.stop(at_once=self._given_up)
-        return self._summary
-
-    def _opened_parent(self) -> TrackedRun:
-        assert self._parent is not None, "parent() comes first"
-        return self._parent
-
-    def _write_child(self, run: TrackedRun) -> None:
-        parent = self._opened_parent()
-        self._jobs.put(lambda: self._store.write(run, parent))
-
-    def _drain(self) -> None:
-        while (job := self._jobs.get()) is not None and not self._given_up:
-            if time.monotonic() < self._retry_at:
-                self._count_unsent("paused after failures", 1)
-            else:
-                self._attempt(job)
-
-    def _attempt(self, job: Callable[[], None]) -> None:
-        try:
-            job()
-        except Exception as error:  # noqa: BLE001 - whatever MLflow, SQLAlchemy or a server raise must not end a sweep
-            if self._given_up:
-                return  # counted
-            self._num_failures += 1
-            if self._num_failures >= FAILURES_BEFORE_PAUSE:
-                self._retry_at = time.monotonic() + PAUSE_S
-            self._count_unsent(first_line(error), 1)
-        else:
-            self._num_failures = 0
-            self._summary = replace(self._summary, num_written=self._summary.num_written + 1)
-
-    def _count_unsent(self, why: str, count: int) -> None:
-        before = self._summary
-        self._summary = replace(before, num_unsent=before.num_unsent + count, first_error=before.first_error or why)
-        if before.first_error is None:
-            self._warn(
-                f"MLflow at {self._store_uri} does not take results ({why}). The sweep goes on and loses nothing; "
-                f"write them later with: dsnet-orch sync {self._run_name}"
-            )
-
-
-def _own_process(store_uri: str, experiment: str, artifact_root: Path) -> RowStore:
-    from orchestration.tracking.process import MlflowWriter  # it is made of what is defined here
-
-    return MlflowWriter(store_uri, experiment, artifact_root)
 
 
 @dataclass(frozen=True)
@@ -550,31 +297,6 @@ class MlflowStore:
         client.log_batch(run_id, tags=named_tags)
 
 
-class CurveTail:
-    """Reads a growing curves.jsonl piece by piece.
-
-    The unfinished last line is left for the next read; a line torn by a kill is skipped; a file that became shorter (a
-    resumed training cut it back) is read from its beginning again, which a tracker tolerates.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._offset = 0
-
-    def read(self) -> list[CurvePoint]:
-        """The points written since the last call; none while there is no file."""
-        try:
-            with open(self._path, "rb") as file:
-                if file.seek(0, os.SEEK_END) < self._offset:
-                    self._offset = 0
-                file.seek(self._offset)
-                complete = file.read().rpartition(b"\n")
-        except FileNotFoundError:
-            return []
-        self._offset += len(complete[0]) + len(complete[1])
-        return [point for line in complete[0].splitlines() if (point := _parse_point(line)) is not None]
-
-
 def mlflow_environment() -> dict[str, str]:
     """What must be in the environment before anything imports MLflow: no telemetry, no jobs, short time-outs, silence.
 
@@ -636,25 +358,11 @@ def _written_at(run: TrackedRun) -> int:
     return run.end_ms if run.end_ms is not None else run.start_ms
 
 
-def _parse_point(line: bytes) -> CurvePoint | None:
-    try:
-        content = json.loads(line)
-        return CurvePoint(int(content["step"]), int(content["time_ms"]), dict(content["metrics"]))
-    except (ValueError, KeyError, TypeError):
-        return None
-
-
 def _check_sqlite(store_uri: str) -> None:
     """Fail at once where MLflow would retry for 100 s: a database that cannot be opened."""
     if store_uri.startswith("sqlite:///"):
         with closing(sqlite3.connect(store_uri.removeprefix("sqlite:///"), timeout=5.0)) as connection:
             connection.execute("PRAGMA schema_version")
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, in one line."""
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:300]
 
 
 def _now_ms() -> int:

@@ -11,26 +11,20 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from dsnet.arithmetic import MKL_MODE, fix_arithmetic, users_mode
+from dsnet.arithmetic import MKL_MODE, users_mode
 from dsnet.errors import ConfigError, PreflightError
 from dsnet.import_path import WORKER_HOOK, child_variables
+from orchestration.environment import prepare_environment
 
 LOCAL = "local"
+
+
 SMALLEST_OBJECT_STORE_MIB = 75
-_ENVIRONMENT = {
-    # On Linux, despite its name: puts every listener of a local cluster on 127.0.0.1. Ray reads it when it is imported.
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    # Workers run at nice 15 otherwise, which falsifies latency.
-    "RAY_worker_niceness": "0",
-    # Threads that wait must sleep, not spin: beside another busy process a training step of 0.3 s took 3 s, and 0.6 s with this.
-    "OMP_WAIT_POLICY": "PASSIVE",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,13 +47,6 @@ class RaySettings:
             raise ConfigError(f"ray.object_store_mib is {self.object_store_mib}, but Ray needs {least} or more")
         if self.num_cpus is not None and self.num_cpus < 1:
             raise ConfigError(f"ray.num_cpus is {self.num_cpus}, but must be 1 or more")
-
-
-def prepare_environment(environ: MutableMapping[str, str] = os.environ) -> None:
-    """Set what Ray and its workers read from the environment, where the user has not. Call it before anything imports ray."""
-    for name, value in _ENVIRONMENT.items():
-        environ.setdefault(name, value)
-    fix_arithmetic(environ)
 
 
 @contextmanager

@@ -17,10 +17,10 @@ from dsnet.data.training_images import InMemoryImages, TrainingImages
 from dsnet.errors import DsnetError, PreflightError, StoppedError
 from dsnet.files import atomic_write_json, read_json
 from dsnet.network.supernet import Supernet
-from dsnet.space.spec import SubnetSet
+from dsnet.space.subnet_set import SubnetSet
 from dsnet.training.settings import SupernetRun
 from dsnet.training.supernet import FINAL
-from orchestration.tracking.store import CurvePoint, CurveTail
+from orchestration.runs.curves import CurvePoint, CurveTail
 
 POLL_S = 0.3
 STOP_GRACE_S = 8.0

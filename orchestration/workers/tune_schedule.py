@@ -17,23 +17,22 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import (
     AsyncHyperBandScheduler,
     FIFOScheduler,
-    HyperBandForBOHB,
     HyperBandScheduler,
     MedianStoppingRule,
-    PopulationBasedTraining,
-    PopulationBasedTrainingReplay,
-    ResourceChangingScheduler,
     TrialScheduler,
 )
 from ray.tune.search.basic_variant import BasicVariantGenerator
 from ray.tune.stopper import Stopper
 
 from dsnet.seeds import derive_seed
+from orchestration.config.schedulers import TIME
 from orchestration.workers.tune_ledger import End, FateState, Ledger, Report
 
 METRIC = "static_hypervolume"
-TIME = "epoch"
+
+
 MEMBER = "member"
+
 
 SCHEDULERS: Mapping[str, type[TrialScheduler]] = {
     "none": FIFOScheduler,
@@ -41,8 +40,6 @@ SCHEDULERS: Mapping[str, type[TrialScheduler]] = {
     "median": MedianStoppingRule,
     "hyperband": HyperBandScheduler,
 }
-CHANGES_SETTINGS = (PopulationBasedTraining, PopulationBasedTrainingReplay, ResourceChangingScheduler)
-NEEDS_A_SEARCHER = (HyperBandForBOHB,)
 
 
 @dataclass(frozen=True)

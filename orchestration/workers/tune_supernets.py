@@ -13,9 +13,6 @@ sweeps of equal seed may then differ. One at a time (`concurrent: 1`), or with `
 from __future__ import annotations
 
 import copy
-import difflib
-import inspect
-import math
 import queue
 import shutil
 import threading
@@ -33,7 +30,6 @@ from dsnet.data.normalization import Normalization
 from dsnet.data.training_images import TrainingImages
 from dsnet.errors import ConfigError, DsnetError, NonFiniteLossError, PreflightError, StoppedError
 from dsnet.files import atomic_write_json, read_json
-from dsnet.import_path import import_object
 from dsnet.measure.evaluate import EVALUATION_BATCH
 from dsnet.network.batchnorm import recalibrate
 from dsnet.network.precision import exact_float32
@@ -41,10 +37,9 @@ from dsnet.network.prefix_tree import each_logits
 from dsnet.network.supernet import Supernet
 from dsnet.space.cost import subnet_cost
 from dsnet.stored.checkpoint import load_supernet
-from dsnet.strict_json import NumberRange
 from dsnet.training.settings import SupernetRun
 from dsnet.training.supernet import FINAL, recalibration_batches, train_supernet
-from orchestration.tracking.store import CurvePoint, CurveTail
+from orchestration.runs.curves import CurvePoint, CurveTail
 from orchestration.workers.runtime import variables_set
 from orchestration.workers.supernet import (
     POLL_S,
@@ -57,12 +52,12 @@ from orchestration.workers.supernet import (
     send_images,
 )
 from orchestration.workers.tune_ledger import End, Ledger, MemberFate, Report, TuneRules, known_fates
-from search.front.pareto import DEFAULT_OBJECTIVES, hypervolume
+from search.front.pareto import DEFAULT_OBJECTIVES, REFERENCE_MARGIN, hypervolume
 
 if TYPE_CHECKING:
-    from ray.tune.schedulers import TrialScheduler
-
     from orchestration.workers.tune_schedule import Outcome
+from orchestration.config.schedulers import check_scheduler
+from orchestration.workers.schedulers import make_scheduler
 
 __all__ = [
     "MemberFate",
@@ -76,13 +71,18 @@ __all__ = [
     "train_members",
 ]
 
-REFERENCE_MARGIN = 1.05
-"""The reference lies this much beyond the widest sub-network's MAdds, so that it too adds to the hypervolume."""
+
 CALIBRATION_IMAGES = 512
 """Training images that stand for all where a norm keeps no statistics while it trains."""
+
+
 OUTCOME = "outcome.json"
+
+
 _LASTING = (NonFiniteLossError, ConfigError)
 """What a member does to itself, and would do again."""
+
+
 _ENVIRONMENT = {
     # Its loggers would write a folder of CSV, JSON and TensorBoard files beside each trial.
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
@@ -93,21 +93,6 @@ _ENVIRONMENT = {
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
 }
-
-_COUNT = NumberRange(lowest=1, is_whole=True)
-_OPTIONS: Mapping[str, Mapping[str, NumberRange | type]] = {
-    "none": {},
-    "asha": {"grace_period": _COUNT, "reduction_factor": NumberRange(above=1), "brackets": _COUNT},
-    "median": {
-        "grace_period": NumberRange(lowest=0),
-        "min_samples_required": _COUNT,
-        "min_time_slice": NumberRange(lowest=0),
-        "hard_stop": bool,
-    },
-    "hyperband": {"reduction_factor": NumberRange(above=1)},
-}
-_OURS = ("metric", "mode", "time_attr", "max_t", "stop_last_trials")
-"""Options that follow from the sweep."""
 
 
 @dataclass(frozen=True)
@@ -131,125 +116,6 @@ class ValImages:
     """uint8 [N, C, H, W], on the CPU."""
     labels: Tensor
     """int64 [N], on the CPU."""
-
-
-def check_scheduler(name: str, options: Mapping[str, Any]) -> None:
-    """Refuse a scheduler that cannot be made. Ray is imported for an import path only.
-
-    Raises:
-        ConfigError: an unknown name, a path that leads to no scheduler or to one that changes settings, an option that it does not
-            have, that is out of range, or that the sweep sets itself.
-    """
-    ours = [option for option in options if option in _OURS]
-    if ours:
-        raise ConfigError(
-            f"supernets.options.{ours[0]} is set by the sweep: the metric is the static hypervolume on val, the time is in "
-            "epochs, up to supernet.train.epochs; remove it"
-        )
-    if name in _OPTIONS:
-        _check_known_options(name, options)
-    elif "." in name:
-        from orchestration.workers.runtime import prepare_environment
-
-        prepare_environment()
-        _scheduler_of_path(name, options, epochs=_epochs_to_try(options))
-    else:
-        close = difflib.get_close_matches(name, _OPTIONS, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ";"
-        raise ConfigError(
-            f"supernets.scheduler is {name!r}{hint} known: {', '.join(_OPTIONS)}, or the import path of a Ray Tune scheduler"
-        )
-
-
-def _check_known_options(name: str, options: Mapping[str, Any]) -> None:
-    allowed = _OPTIONS[name]
-    for option, value in options.items():
-        where = f"supernets.options.{option}"
-        if option not in allowed:
-            close = difflib.get_close_matches(option, allowed, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            has = f"has {', '.join(allowed)}" if allowed else "has none"
-            raise ConfigError(f"{where}: no option of supernets.scheduler {name}, which {has}{hint}")
-        rule = allowed[option]
-        if isinstance(rule, NumberRange):
-            rule.check(where, value)
-        elif not isinstance(value, rule):
-            raise ConfigError(f"{where} is {value!r}, but must be true or false")
-
-
-def _epochs_to_try(options: Mapping[str, Any]) -> int:
-    """A length with which the options of a scheduler can be tried before that of the training is known."""
-    grace = options.get("grace_period", 1)
-    return max(1000, math.ceil(grace)) if isinstance(grace, int | float) and math.isfinite(grace) else 1000
-
-
-def make_scheduler(rules: TuneRules, epochs: int) -> TrialScheduler:
-    """The scheduler of a sweep, told what to maximise.
-
-    Args:
-        rules: checked.
-        epochs: of the longest training, >= 1.
-
-    Raises:
-        ConfigError: as `check_scheduler`, or options that do not fit the number of epochs.
-    """
-    from orchestration.workers.tune_schedule import METRIC, SCHEDULERS, TIME
-
-    check_scheduler(rules.scheduler, rules.options)
-    if rules.scheduler in SCHEDULERS:
-        made = {
-            "none": {},
-            "asha": {
-                "time_attr": TIME,
-                "max_t": epochs,
-                "grace_period": max(1, epochs // 9),
-                "reduction_factor": 3,
-            },
-            "median": {"time_attr": TIME, "grace_period": max(1, epochs // 3), "min_samples_required": 2},
-            "hyperband": {"time_attr": TIME, "max_t": epochs},
-        }[rules.scheduler]
-        scheduler = _made(rules.scheduler, SCHEDULERS[rules.scheduler], {**made, **rules.options})
-    else:
-        scheduler = _scheduler_of_path(rules.scheduler, rules.options, epochs)
-    scheduler.set_search_properties(METRIC, "max")
-    return scheduler
-
-
-def _scheduler_of_path(path: str, options: Mapping[str, Any], epochs: int) -> TrialScheduler:
-    from ray.tune.schedulers import TrialScheduler
-
-    from orchestration.workers.tune_schedule import CHANGES_SETTINGS, NEEDS_A_SEARCHER, TIME
-
-    try:
-        found = import_object(path)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"supernets.scheduler {path!r} cannot be imported: {error}") from error
-    if not isinstance(found, type) or not issubclass(found, TrialScheduler):
-        raise ConfigError(f"supernets.scheduler {path!r} is no Ray Tune scheduler (ray.tune.schedulers.TrialScheduler)")
-    if issubclass(found, CHANGES_SETTINGS):
-        raise ConfigError(
-            f"supernets.scheduler {path!r} changes what a running trial was asked for, but each supernet here is fixed; "
-            f"choose one that only stops: {', '.join(_OPTIONS)}"
-        )
-    if issubclass(found, NEEDS_A_SEARCHER):
-        raise ConfigError(f"supernets.scheduler {path!r} works with a searcher of its own only; choose hyperband")
-    parameters = inspect.signature(found).parameters
-    takes_all = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
-    unknown = [option for option in options if option not in parameters and not takes_all]
-    if unknown:
-        known = ", ".join(name for name in parameters if name not in _OURS)
-        raise ConfigError(f"supernets.options.{unknown[0]}: no option of {path}, which has {known or 'none'}")
-    made = {name: value for name, value in (("time_attr", TIME), ("max_t", epochs)) if name in parameters}
-    return _made(path, found, {**made, **options})
-
-
-def _made(name: str, kind: type[TrialScheduler], keywords: Mapping[str, Any]) -> TrialScheduler:
-    try:
-        return kind(**keywords)
-    except Exception as error:
-        shown = ", ".join(f"{option}={value!r}" for option, value in keywords.items())
-        why = str(error) or type(error).__name__
-        raise ConfigError(f"supernets.options: {name} cannot be made with {shown}: {why}") from error
 
 
 def stored_reports(
@@ -629,6 +495,7 @@ def _report(epoch: int, value: float) -> None:
     """Returns when the driver has stored the value and lets the trial go on; where it does not, the process ends here."""
     from ray import tune
 
-    from orchestration.workers.tune_schedule import METRIC, TIME
+    from orchestration.config.schedulers import TIME
+    from orchestration.workers.tune_schedule import METRIC
 
     tune.report({TIME: epoch, METRIC: value})

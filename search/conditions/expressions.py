@@ -13,10 +13,10 @@ import re
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Literal, Protocol, TypeAlias, get_args
 
 from dsnet.errors import ConfigError
+from dsnet.wording import way_out
 
 Interval: TypeAlias = tuple[float, float]
 """(low, high), both ends included; an end may be infinite."""
@@ -368,9 +368,7 @@ class _Parser:
 
     def _metric(self, token: _Token) -> Expression:
         if token.text not in self._names:
-            near = get_close_matches(token.text, list(self._names), n=1)
-            hint = f"; did you mean '{near[0]}'?" if near else ";"
-            raise self._error(token, f"unknown metric '{token.text}'{hint} known: {', '.join(self._names)}")
+            raise self._error(token, f"unknown metric '{token.text}'{way_out(token.text, list(self._names))}")
         return Metric(token.text)
 
     def _error(self, token: _Token, message: str) -> ConfigError:

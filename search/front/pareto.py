@@ -6,7 +6,6 @@ per column. A point dominates another when it is at least as good in every objec
 
 from __future__ import annotations
 
-import difflib
 import math
 import operator
 import re
@@ -20,6 +19,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from dsnet.errors import ConfigError, NotFoundError
+from dsnet.wording import did_you_mean
+
+REFERENCE_MARGIN = 1.05
+"""A reference lies this much beyond the widest sub-network's cost, so that the widest too adds to the hypervolume."""
 
 Goal = Literal["maximize", "minimize"]
 
@@ -330,7 +333,7 @@ def _metric(metric: str, text: str, metrics: Collection[str]) -> str:
     if not re.fullmatch(_METRIC, metric):
         raise ConfigError(f"pick {text!r}: {metric!r} is not the name of a metric; {_EXAMPLE}")
     if metrics and metric not in metrics:
-        raise ConfigError(f"pick {text!r}: unknown metric {metric!r};{_did_you_mean(metric, metrics)}")
+        raise ConfigError(f"pick {text!r}: unknown metric {metric!r};{_way_out(metric, metrics)}")
     return metric
 
 
@@ -347,10 +350,9 @@ def _condition(part: str, text: str, metrics: Collection[str]) -> Condition:
     return Condition(_metric(metric, text, metrics), comparison, float(number))
 
 
-def _did_you_mean(word: str, known: Collection[str], num_shown: int = 12) -> str:
-    close = difflib.get_close_matches(word, known, n=1)
+def _way_out(word: str, known: Collection[str], num_shown: int = 12) -> str:
     listed = ", ".join(list(known)[:num_shown]) + (f", ... ({len(known)} in all)" if len(known) > num_shown else "")
-    return (f" did you mean {close[0]!r}?" if close else "") + f" known: {listed}"
+    return did_you_mean(word, list(known)).removeprefix(";") + f" known: {listed}"
 
 
 Row = Mapping[str, Any]
@@ -393,7 +395,7 @@ def apply_pick(
 def _by_name(pick: Pick, rows: Sequence[Row]) -> Row:
     names = [str(row["name"]) for row in rows]
     if pick.name not in names:
-        raise NotFoundError(f"pick {pick.text!r}: no point of this name;{_did_you_mean(pick.name, names)}; {_EXAMPLE}")
+        raise NotFoundError(f"pick {pick.text!r}: no point of this name;{_way_out(pick.name, names)}; {_EXAMPLE}")
     return rows[names.index(pick.name)]
 
 
@@ -404,9 +406,7 @@ def _best(pick: Pick, rows: Sequence[Row], objectives: Sequence[tuple[str, Goal]
         measured = [row for row in measured if not math.isnan(_value(row, metric))]
         if not measured:
             known = sorted({key for row in rows for key in row if not math.isnan(_value(row, key))})
-            raise NotFoundError(
-                f"pick {pick.text!r}: no point has a value of {metric!r};{_did_you_mean(metric, known)}"
-            )
+            raise NotFoundError(f"pick {pick.text!r}: no point has a value of {metric!r};{_way_out(metric, known)}")
     feasible = [row for row in measured if all(c.holds(_value(row, c.metric)) for c in pick.conditions)]
     if not feasible:
         nearest = min(measured, key=lambda row: _violation(row, pick.conditions))

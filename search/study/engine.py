@@ -27,7 +27,7 @@ from optuna.trial import FrozenTrial, Trial
 from dsnet.errors import ConfigError
 from search.conditions.constraints import ConstraintSet
 from search.study.halving import ParetoHalving
-from search.study.runner import PROGRESS, Runner, Scalar, State, TrialOutcome, TrialSpec
+from search.study.runner import PROGRESS, Runner, State, TrialOutcome, TrialSpec
 from search.study.stopping import StopRules
 from search.study.study import (
     StageRecord,
@@ -47,7 +47,7 @@ from search.suggest.samplers import (
     quiet_optuna,
     slot_seed,
 )
-from search.suggest.space import suggest
+from search.suggest.space import Scalar, suggest
 
 StopReason = Literal["trials", "time", "stop", "plateau", "target", "space"]
 SaveArrays = Callable[[int, Mapping[str, NDArray[Any]]], None]

@@ -20,9 +20,10 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from dsnet.errors import PreflightError
-from search.study.runner import Scalar, State
+from search.study.runner import State
 from search.study.study import Objective, repair_journal
 from search.suggest.samplers import quiet_optuna
+from search.suggest.space import Scalar
 
 _IDENTITY_ATTR = "dsnet_merged_study"
 _STATES = {"complete": TrialState.COMPLETE, "failed": TrialState.FAIL, "pruned": TrialState.PRUNED}

@@ -12,11 +12,15 @@ from typing import Any, Literal, Protocol
 
 from numpy.typing import NDArray
 
+from search.suggest.space import Scalar
+
 logger = logging.getLogger(__name__)
 
-Scalar = float | int | str | bool
+
 State = Literal["complete", "failed", "pruned"]
 """What became of a trial. Runners return the first two; the search prunes."""
+
+
 PROGRESS = "progress/"
 """Names of arrays that begin so are what a staged trial needs to go on."""
 

@@ -25,9 +25,9 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from dsnet.errors import CheckpointError, ConfigError, NotFoundError, PreflightError
 from search.study.halving import ParetoHalving
-from search.study.runner import Scalar, State
+from search.study.runner import State
 from search.suggest.samplers import SamplerSettings, check_sampler, quiet_optuna
-from search.suggest.space import Space, check_point, parse_space
+from search.suggest.space import Scalar, Space, check_point, parse_space
 
 _IDENTITY_ATTR = "dsnet_study"
 _IDENTITY_VERSION = 2

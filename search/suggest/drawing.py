@@ -8,9 +8,8 @@ from itertools import count
 import optuna
 from optuna.storages import InMemoryStorage
 
-from search.study.runner import Scalar
 from search.suggest.samplers import SamplerSettings, make_sampler, num_points, quiet_optuna
-from search.suggest.space import Space, suggest
+from search.suggest.space import Scalar, Space, suggest
 
 
 def drawn_points(space: Space, settings: SamplerSettings, base_seed: int) -> Iterator[dict[str, Scalar]]:

@@ -12,8 +12,7 @@ from numpy.typing import NDArray
 
 from dsnet.errors import ConfigError
 from dsnet.seeds import derive_seed
-from search.study.runner import Scalar
-from search.suggest.space import Space, nth_value, num_values
+from search.suggest.space import Scalar, Space, nth_value, num_values
 
 MAX_POINTS = 1_000_000
 DEFAULT_POINTS = 5

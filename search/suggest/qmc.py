@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from dsnet.seeds import derive_seed
-from search.study.runner import Scalar
-from search.suggest.space import Space, at_share
+from search.suggest.space import Scalar, Space, at_share
 
 
 def sobol_point(space: Space, seed: int, index: int) -> dict[str, Scalar]:

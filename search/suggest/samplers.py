@@ -12,7 +12,6 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
 from typing import Any, Literal
 
 import optuna
@@ -24,11 +23,11 @@ from optuna.trial import FrozenTrial
 from dsnet.errors import ConfigError
 from dsnet.import_path import import_object
 from dsnet.seeds import derive_seed
-from search.study.runner import Scalar
+from dsnet.wording import did_you_mean, way_out
 from search.suggest.genetic import ReplayableNSGAII, ReplayableNSGAIII
 from search.suggest.grid import DEFAULT_POINTS, Grid
 from search.suggest.qmc import sobol_point
-from search.suggest.space import Space, nth_value, parse_space, suggest
+from search.suggest.space import Scalar, Space, nth_value, parse_space, suggest
 
 KNOWN_SAMPLERS = ("random", "grid", "qmc", "tpe", "nsga2", "nsga3", "gp")
 POINT_LISTS = ("grid", "qmc")
@@ -320,11 +319,8 @@ def _constructor(name: str) -> Callable[..., Any]:
         return known
     _, dot, class_name = name.rpartition(".")
     if not dot:
-        near = get_close_matches(name, KNOWN_SAMPLERS, n=1)
-        hint = f"; did you mean '{near[0]}'?" if near else ";"
         raise ConfigError(
-            f"sampler.name: unknown sampler '{name}'{hint} known: {', '.join(KNOWN_SAMPLERS)}, or an import path such as "
-            "my_package.MySampler"
+            f"sampler.name: unknown sampler '{name}'{way_out(name, KNOWN_SAMPLERS)}, or an import path such as my_package.MySampler"
         )
     try:
         found = import_object(name)
@@ -349,8 +345,7 @@ def _check_option(sampler: str, name: str, value: Any, signature: inspect.Signat
         raise ConfigError(f"{path}: cannot be set here; {reason}")
     if not _takes(signature, name):
         offered = [known for known in signature.parameters if known not in (*_ELSEWHERE, *_STARTUP, *_OBJECTS)]
-        near = get_close_matches(name, offered, n=1)
-        hint = f"; did you mean '{near[0]}'?" if near else ";"
+        hint = did_you_mean(name, offered) or ";"
         raise ConfigError(f"{path}: {sampler} has no such option{hint} it has {', '.join(offered) or 'none'}")
     if name in _OBJECTS:
         raise ConfigError(f"{path}: takes a Python object, which a file cannot hold; leave it out")

@@ -13,7 +13,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
-from difflib import get_close_matches
 from functools import cached_property
 from typing import Any
 
@@ -21,8 +20,10 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.trial import Trial
 
 from dsnet.errors import ConfigError
-from search.study.runner import Scalar
+from dsnet.wording import did_you_mean, way_out
 
+Scalar = float | int | str | bool
+"""A value of a parameter."""
 Conditions = tuple[tuple[str, tuple[Scalar, ...]], ...]
 """(parent, values that it may have), all of which must hold."""
 MAX_BRANCHES = 100_000
@@ -193,8 +194,7 @@ def check_point(space: Space, point: Mapping[str, Scalar]) -> None:
     for name, value in point.items():
         distribution = space.distributions.get(name)
         if distribution is None:
-            near = get_close_matches(name, space.distributions, n=1)
-            hint = f"; did you mean '{near[0]}'?" if near else ";"
+            hint = did_you_mean(name, list(space.distributions)) or ";"
             raise ConfigError(f"'{name}' is not in the space{hint} it holds {', '.join(space.distributions)}")
         if not _holds(distribution, value):
             raise ConfigError(f"{name} = {value!r} is outside the space; it takes {_range_of(distribution)}")
@@ -261,8 +261,7 @@ def _parse_when(name: str, when: Any, distributions: Mapping[str, BaseDistributi
     conditions = []
     for parent, wanted in when.items():
         if parent not in distributions:
-            near = get_close_matches(str(parent), [other for other in distributions if other != name], n=1)
-            hint = f"; did you mean '{near[0]}'?" if near else ""
+            hint = did_you_mean(str(parent), [other for other in distributions if other != name])
             raise ConfigError(f"space.{name}: when names '{parent}', which the space does not hold{hint}")
         if isinstance(distributions[parent], FloatDistribution):
             raise ConfigError(
@@ -317,9 +316,7 @@ def _parse_entry(name: str, entry: Any) -> BaseDistribution:
     kind, arguments = next(iter(kinds.items()))
     parse = _KINDS.get(kind)
     if parse is None:
-        near = get_close_matches(str(kind), _KINDS, n=1)
-        hint = f"; did you mean '{near[0]}'?" if near else ";"
-        raise ConfigError(f"space.{name}: unknown distribution '{kind}'{hint} known: {', '.join(_KINDS)}")
+        raise ConfigError(f"space.{name}: unknown distribution '{kind}'{way_out(str(kind), list(_KINDS))}")
     return parse(name, arguments)
 
 

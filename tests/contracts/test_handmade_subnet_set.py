@@ -32,7 +32,8 @@ from dsnet.network.supernet import Supernet, restrict
 from dsnet.routers import ROUTER_KINDS
 from dsnet.routing.routing_table import RoutingTable
 from dsnet.space.cost import subnet_cost
-from dsnet.space.spec import IMAGE_CHANNELS, Subnet, SubnetSet
+from dsnet.space.spec import IMAGE_CHANNELS, Subnet
+from dsnet.space.subnet_set import SubnetSet
 from dsnet.stored.checkpoint import load_supernet, save_supernet
 from dsnet.training.supernet import train_supernet
 from tests.dsnet.samples import (

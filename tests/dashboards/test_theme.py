@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dashboards.theme import cost_colours, count, finite, percent, plain, signed, significant
+from dashboards.theme import cost_colours, finite, percent, plain, signed, significant
+from dsnet.wording import plural
 
 
 @pytest.mark.parametrize(
@@ -28,7 +29,7 @@ def test_percent_and_counts_read_well() -> None:
     assert percent(0.9634) == "96.3 %"
     assert percent(-0.001, 0) == "0 %"
     assert percent(-0.012, 0) == "-1 %"
-    assert (count(1, "image"), count(5000, "image"), count(0, "image")) == ("1 image", "5,000 images", "0 images")
+    assert (plural(1, "image"), plural(5000, "image"), plural(0, "image")) == ("1 image", "5,000 images", "0 images")
 
 
 def test_what_is_not_finite_is_missing() -> None:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from dsnet.families import family_names, layout, rebuild
 from dsnet.network.layers import BatchNormBank
 from dsnet.network.supernet import Supernet
-from dsnet.space.spec import NORMS, Subnet, SubnetSet
+from dsnet.space.spec import NORMS, Subnet
+from dsnet.space.subnet_set import SubnetSet
 from tests.dsnet.samples import SMALL_OPTIONS, shaken, task
 
 FURTHER_OPTIONS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {

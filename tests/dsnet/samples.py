@@ -37,7 +37,7 @@ from dsnet.routers import (
 from dsnet.routers.cascade import answer_features
 from dsnet.routing.routing_table import GateColumns, RoutingTable
 from dsnet.space.route_tree import GateBranches, RouteTree
-from dsnet.space.spec import SubnetSet
+from dsnet.space.subnet_set import SubnetSet
 from dsnet.training.settings import TEACHER_OF_MODE, BootstrapSettings, Regime, SupernetRun, TrainSettings
 
 SMALL_OPTIONS: Mapping[str, Mapping[str, Any]] = {

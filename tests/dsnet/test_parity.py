@@ -18,7 +18,7 @@ from dsnet.deploy.materialize import materialize
 from dsnet.network.supernet import Supernet
 from dsnet.routers import Evidence
 from dsnet.space.cost import subnet_cost
-from dsnet.space.spec import SubnetSet
+from dsnet.space.subnet_set import SubnetSet
 from dsnet.stored.compat import load_dsnet_checkpoint, load_dsnet_gate
 from dsnet.stored.compat.dsnet_release import HEAD, published_names
 

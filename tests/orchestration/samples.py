@@ -20,7 +20,7 @@ from typing import Any
 
 from orchestration.cli import main
 from orchestration.results.run import RunResults
-from orchestration.runs.rundir import RunDir
+from orchestration.runs.folder import RunDir
 from tests.hostile import REPOSITORY, write_hostile_modules
 
 TINY = """\

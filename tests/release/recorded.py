@@ -24,7 +24,7 @@ from orchestration.config.loading import load_config
 from orchestration.config.sweep import json_schema
 from orchestration.prepare.preparation import Images, Prepared, load_images, prepare, stage_definitions
 from orchestration.results.run import RunResults
-from orchestration.runs.rundir import RunDir
+from orchestration.runs.folder import RunDir
 from orchestration.runs.stages import stage_record
 from orchestration.supernets.members import draw_members
 from tests.hostile import REPOSITORY

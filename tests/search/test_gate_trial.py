@@ -17,14 +17,14 @@ from dsnet.gates.settings import GateSettings
 from dsnet.measure.latency import LatencyTable, Timing
 from dsnet.routers import ROUTER_KINDS, CascadeRouter
 from dsnet.routing.table_routing import run_on_table
-from dsnet.space.spec import SubnetSet
+from dsnet.space.subnet_set import SubnetSet
 from orchestration.config.sweep import GateConfig, sweepable_keys
-from orchestration.runs.stages import flatten
+from orchestration.runs.stages import canonical_settings
 from search.gate_trial import FIELDS, ROUTING_KEYS, GateScores, GateTrial, gate_settings, router_of, routing_ids
 from search.study.runner import TrialOutcome, TrialSpec
 from tests.dsnet.samples import THREE_GATES, random_table, small_set, task
 
-DEFAULTS = flatten({"gate": GateConfig().model_dump(mode="json")})
+DEFAULTS = canonical_settings({"gate": GateConfig().model_dump(mode="json")})
 QUICK: dict[str, Any] = {
     "gate.optimizer.steps": 30,
     "gate.optimizer.batch_size": 32,

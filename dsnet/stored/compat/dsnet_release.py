@@ -28,7 +28,7 @@ from dsnet.finite import check_finite
 from dsnet.network.layers import BatchNormBank
 from dsnet.network.supernet import Supernet
 from dsnet.routers import GateRouter
-from dsnet.space.spec import SubnetSet
+from dsnet.space.subnet_set import SubnetSet
 from dsnet.stored.checkpoint import load_exactly
 from dsnet.stored.compat.torch_files import read_torch_file
 

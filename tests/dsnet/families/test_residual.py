@@ -12,7 +12,8 @@ from dsnet.errors import ConfigError
 from dsnet.families import Task, create, layout, rebuild
 from dsnet.network.blocks import add_streams
 from dsnet.space.cost import subnet_cost
-from dsnet.space.spec import Subnet, SubnetSet
+from dsnet.space.spec import Subnet
+from dsnet.space.subnet_set import SubnetSet
 from tests.dsnet.samples import random_images, shaken, task
 
 IMAGENET = Task(1000, 3, 224)

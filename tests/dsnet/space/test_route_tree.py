@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from dsnet.families import layout
 from dsnet.space.route_tree import GateBranches, RouteTree
-from dsnet.space.spec import Subnet, SubnetSet
+from dsnet.space.spec import Subnet
+from dsnet.space.subnet_set import SubnetSet
 from tests.dsnet.cases import CASES, Case
 from tests.dsnet.samples import THREE_GATES, random_tree, small_set, task
 

@@ -12,7 +12,8 @@ import torch
 from dsnet.errors import CheckpointError, ConfigError
 from dsnet.families import Family, create, family_names, get_family, layout, rebuild, register
 from dsnet.space.cost import subnet_cost
-from dsnet.space.spec import Subnet, SubnetSet, SupernetSpec
+from dsnet.space.spec import Subnet, SupernetSpec
+from dsnet.space.subnet_set import SubnetSet
 from tests.dsnet.cases import CASES, Case
 from tests.dsnet.samples import small_set, task
 

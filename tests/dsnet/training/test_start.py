@@ -14,7 +14,7 @@ from dsnet.errors import CheckpointError, ConfigError
 from dsnet.families import family_names, layout, rebuild
 from dsnet.files import atomic_write_json, file_sha256
 from dsnet.network.supernet import Supernet
-from dsnet.space.spec import SubnetSet
+from dsnet.space.subnet_set import SubnetSet
 from dsnet.stored.checkpoint import save_checkpoint, save_supernet
 from dsnet.training.settings import SupernetRun, TrainSettings
 from dsnet.training.start import Start, apply_start, check_start, first_weights, lay_out, load_start, relayout

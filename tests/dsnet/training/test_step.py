@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from dsnet.families import create, family_names
 from dsnet.network.supernet import Supernet
-from dsnet.space.spec import Subnet, SubnetSet
+from dsnet.space.spec import Subnet
+from dsnet.space.subnet_set import SubnetSet
 from dsnet.training.losses import smoothed_one_hot, soft_cross_entropy
 from dsnet.training.settings import TEACHERS
 from dsnet.training.step import StepPlan, StepRules, supernet_step

@@ -19,7 +19,8 @@ from dsnet.stored.checkpoint import save_supernet
 from orchestration.config.sweep import CHECKPOINT_MODEL, SweepConfig
 from orchestration.prepare.adoption import adopt, standalone_config
 from orchestration.prepare.preparation import Prepared, prepare, stage_definitions, supernet_run
-from orchestration.runs.rundir import Manifest, RunDir
+from orchestration.runs.folder import RunDir
+from orchestration.runs.manifest import Manifest
 from orchestration.runs.stages import StagePlan, plan_stages, run_stage
 from tests.orchestration.samples import SWEEP, WITHOUT_MLFLOW, Finished, call, problems_of_message
 

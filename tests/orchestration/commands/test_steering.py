@@ -15,8 +15,8 @@ from orchestration.commands.steering import changed_point, extended
 from orchestration.config.sweep import resolve_cohort, resolve_trials
 from orchestration.pipeline.search import trials_left
 from orchestration.prepare.preparation import prepare, stage_definitions
+from orchestration.runs.lock import DriverLock
 from orchestration.runs.queue import read_queue
-from orchestration.runs.rundir import DriverLock
 from orchestration.runs.stages import plan_stages
 from search.front.points import trial_name
 from search.suggest.space import parse_space

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.cells import cell_len
 
-from orchestration.commands.tables import Column, lay_out, left_out, show_table, table_lines, wrapped
+from orchestration.commands.tables import Column, lay_out, left_out, show_table, table_lines
+from orchestration.wrapping import wrapped
 
 TRIALS = (
     Column("trial", is_text=True),

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from orchestration.commands.terminal import say_mlflow, say_places
-from orchestration.runs.rundir import RunDir
+from orchestration.runs.folder import RunDir
 
 
 @pytest.mark.parametrize(("data", "takes_photos"), [("image_folder", True), ("cifar10", True), ("digits", False)])

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestration.config.wording import duration, size
+from dsnet.wording import duration, size
 
 
 @pytest.mark.parametrize(

@@ -21,9 +21,11 @@ from dsnet.network.supernet import Supernet
 from dsnet.routers import ROUTER_KINDS, CascadeRouter, GateRouter, Router
 from dsnet.routing.routing_table import RoutingTable
 from dsnet.routing.table_routing import run_on_table
-from orchestration.pipeline.agreement import CLASS_TIE, Agreement, DynamicLatency, check_agreement, time_front
+from orchestration.pipeline.agreement import CLASS_TIE, check_agreement, time_front
 from orchestration.pipeline.verify import known_agreements
-from orchestration.runs.rundir import Manifest, RunDir
+from orchestration.results.verified import Agreement, DynamicLatency
+from orchestration.runs.folder import RunDir
+from orchestration.runs.manifest import Manifest
 from orchestration.runs.stages import StageDefinition, plan_stage, run_stage
 from search.front.analysis import analyse_split
 from search.front.ceiling import RouteForecast

@@ -13,7 +13,7 @@ from orchestration.config.loading import load_config
 from orchestration.pipeline import forecast as forecast_module
 from orchestration.pipeline.forecast import RAY_START_S, forecast, forecast_supernets
 from orchestration.prepare.preparation import prepare, stage_definitions
-from orchestration.runs.rundir import RunDir
+from orchestration.runs.folder import RunDir
 from orchestration.runs.stages import plan_stages
 from tests.orchestration.samples import SWEEP, TINY, Finished, call, snapshot, write_sweep
 

@@ -15,9 +15,8 @@ from dsnet.arithmetic import arithmetic_facts
 from dsnet.gates.fit import score_run
 from dsnet.routing.routing_table import RoutingTable
 from dsnet.routing.table_routing import run_on_table
-from orchestration.prepare.baseline import measured_ranges
 from orchestration.progress import read_task_state
-from orchestration.runs.rundir import mlflow_store_uri
+from orchestration.runs.folder import mlflow_store_uri
 from search.front.analysis import front_slots
 from search.front.points import load_points, trial_name
 from tests.orchestration.samples import (
@@ -147,7 +146,7 @@ def test_everything_is_timed_on_every_device_and_trials_are_scored_with_their_ta
             assert results.baseline[f"latency_ms_batch8{suffix}"] == table.subnets[8][results.widest.name].median_ms
     assert results.verified is not None
     assert {name: own.threads for name, own in results.verified.latencies.items()} == {"": 1, "two": 2}
-    ranges = measured_ranges(results)
+    ranges = results.metric_ranges
     for record in results.completed:
         assert all(low <= record.metrics[name] <= high for name, (low, high) in ranges.items())
 

@@ -20,7 +20,8 @@ from dsnet.standalone.stages import run_standalone
 from orchestration.config.sweep import SweepConfig
 from orchestration.prepare.adoption import Adoption, adopt, find_adoption, standalone_config
 from orchestration.prepare.preparation import Prepared, prepare, stage_definitions, supernet_run
-from orchestration.runs.rundir import Manifest, RunDir
+from orchestration.runs.folder import RunDir
+from orchestration.runs.manifest import Manifest
 from orchestration.runs.stages import plan_stages
 
 SWEEP: dict[str, Any] = {

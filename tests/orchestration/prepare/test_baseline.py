@@ -17,15 +17,15 @@ from dsnet.routers import ROUTER_KINDS
 from dsnet.routing.routing_table import RoutingTable
 from dsnet.routing.table_routing import run_on_table
 from dsnet.space.cost import subnet_cost
-from dsnet.space.spec import SubnetSet
+from dsnet.space.subnet_set import SubnetSet
 from orchestration.config.sweep import GateConfig, SweepConfig
-from orchestration.prepare.baseline import metric_ranges, static_metrics
-from orchestration.results.run import MeasuredSubnet
-from orchestration.runs.stages import flatten
+from orchestration.prepare.reach import metric_ranges
+from orchestration.results.measured import MeasuredSubnet, static_metrics
+from orchestration.runs.stages import canonical_settings
 from search.gate_trial import GateScores, gate_settings
 from tests.dsnet.samples import lively_supernet, random_router, small_supernet, supernet_table, three_gate_supernet
 
-DEFAULTS = flatten({"gate": GateConfig().model_dump(mode="json")})
+DEFAULTS = canonical_settings({"gate": GateConfig().model_dump(mode="json")})
 SUPERNETS = {"one gate": lively_supernet(), "three gates": three_gate_supernet()}
 TABLES = {name: supernet_table(supernet, 30) for name, supernet in SUPERNETS.items()}
 SIZE = 16

@@ -20,10 +20,10 @@ from dsnet.routing.routing_table import RoutingTable
 from dsnet.routing.table_routing import run_on_table
 from dsnet.space.cost import subnet_cost
 from orchestration.commands.planning import prepare_again
-from orchestration.prepare.baseline import measured_ranges, static_metrics
+from orchestration.results.measured import static_metrics
 from orchestration.results.report import hypervolume_of, report_data
 from orchestration.results.run import RunResults, load_router, refuse_unusable
-from orchestration.runs.rundir import RunDir
+from orchestration.runs.folder import RunDir
 from search.front.pareto import hypervolume
 from search.front.points import save_points, trial_name
 from search.gate_trial import arrays_of
@@ -229,7 +229,7 @@ def test_no_trial_lies_behind_the_reference_because_of_its_parameters(finished: 
     )
     metrics = (*finished.results.config.metrics, params)
     results.__dict__["config"] = results.config.model_copy(update={"metrics": metrics, "gate": large})
-    most = measured_ranges(results)["params_m"][1]
+    most = results.metric_ranges["params_m"][1]
     assert most > 1.05 * results.baseline["params_m"], "else there is nothing to show"
     assert results.reference_point[2] == pytest.approx(1.05 * most)
 

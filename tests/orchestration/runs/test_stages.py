@@ -10,8 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsnet.errors import CheckpointError
-from orchestration.runs.rundir import Manifest, RunDir
-from orchestration.runs.stages import StageDefinition, StageDir, StagePlan, flatten, plan_stages, run_stage, stage_key
+from orchestration.runs.folder import RunDir
+from orchestration.runs.manifest import Manifest
+from orchestration.runs.stages import (
+    StageDefinition,
+    StageDir,
+    StagePlan,
+    canonical_settings,
+    plan_stages,
+    run_stage,
+    stage_key,
+)
 
 SUPERNET = StageDefinition(
     "supernet", 1, {"supernet": {"model": "ds_tiny", "train": {"lr": 0.1, "epochs": 30}}}, "data-1"
@@ -80,7 +89,7 @@ def test_a_key_survives_writing_the_configuration_as_json(config: dict[str, Any]
 @given(configs, configs)
 def test_two_keys_are_equal_exactly_when_the_flat_configurations_are(one: dict[str, Any], two: dict[str, Any]) -> None:
     def typed(config: dict[str, Any]) -> dict[str, Any]:
-        return {key: (isinstance(value, bool), value) for key, value in flatten(config).items()}
+        return {key: (isinstance(value, bool), value) for key, value in canonical_settings(config).items()}
 
     assert (stage_key("s", 1, one, "d", []) == stage_key("s", 1, two, "d", [])) == (typed(one) == typed(two))
 

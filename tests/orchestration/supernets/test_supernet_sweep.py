@@ -29,7 +29,8 @@ from orchestration.config.loading import load_config
 from orchestration.config.sweep import SweepConfig
 from orchestration.pipeline.launch import anchored
 from orchestration.prepare.preparation import load_images
-from orchestration.runs.rundir import DriverLock, RunDir, mlflow_store_uri
+from orchestration.runs.folder import RunDir, mlflow_store_uri
+from orchestration.runs.lock import DriverLock
 from orchestration.supernets.members import Member, MemberEntry, draw_members
 from orchestration.supernets.results import GateId, SupernetSweepResults
 from orchestration.supernets.study import SupernetStudy

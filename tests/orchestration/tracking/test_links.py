@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestration.runs.rundir import RunDir
+from orchestration.runs.folder import RunDir
 from orchestration.tracking.links import certain_link, link_to, newest_links, open_in_browser
 from orchestration.tracking.rows import store_uri, sweep_uid, whole_sweep
 from orchestration.tracking.view import view_path

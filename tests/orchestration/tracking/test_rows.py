@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 from mlflow.tracking import MlflowClient
 
-from orchestration.runs.rundir import mlflow_store_uri
+from orchestration.runs.curves import CurvePoint
+from orchestration.runs.folder import mlflow_store_uri
+from orchestration.tracking.protocol import NullTracker, TrackedRun
 from orchestration.tracking.rows import replay, subnet_rows, supernet_row, sweep_end_ms, sweep_row, trial_row, unix_ms
-from orchestration.tracking.store import CurvePoint, NullTracker, TrackedRun
 from search.front.points import trial_name
 from tests.orchestration.samples import Finished, call, problems_of_message, results_in
 

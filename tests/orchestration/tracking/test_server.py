@@ -15,10 +15,12 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from dsnet.errors import ConfigError, PreflightError
+from orchestration.tracking.background import MlflowTracker
 from orchestration.tracking.database import experiment_of
+from orchestration.tracking.protocol import TrackedRun, TrackingSummary
 from orchestration.tracking.rows import COLOUR_TAG, COLOURS
 from orchestration.tracking.server import free_port, serve_ui
-from orchestration.tracking.store import RUN_ID, MlflowTracker, TrackedRun, TrackingSummary
+from orchestration.tracking.store import RUN_ID
 from orchestration.tracking.view import view_path
 from tests.hostile import write_hostile_modules
 

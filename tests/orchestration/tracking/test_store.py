@@ -17,21 +17,12 @@ import pytest
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 
+from orchestration.runs.curves import CurvePoint, CurveTail
 from orchestration.tracking import store as tracking
+from orchestration.tracking.background import FAILURES_BEFORE_PAUSE, MlflowTracker
 from orchestration.tracking.process import MlflowWriter, SharedWriter, is_on_local_disk
-from orchestration.tracking.store import (
-    FAILURES_BEFORE_PAUSE,
-    CurvePoint,
-    CurveTail,
-    MlflowStore,
-    MlflowTracker,
-    NullTracker,
-    TrackedRun,
-    Tracker,
-    TrackingSummary,
-    clean_params,
-    mlflow_environment,
-)
+from orchestration.tracking.protocol import NullTracker, TrackedRun, Tracker, TrackingSummary
+from orchestration.tracking.store import MlflowStore, clean_params, mlflow_environment
 from orchestration.tracking.view import view_tag
 
 TIMEOUT_S = 60.0

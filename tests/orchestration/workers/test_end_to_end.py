@@ -21,7 +21,7 @@ from dsnet.routing.table_routing import run_on_table
 from dsnet.stored.checkpoint import save_supernet
 from orchestration.config.sweep import GateConfig
 from orchestration.pipeline.search import MakeGateTrial
-from orchestration.runs.stages import flatten
+from orchestration.runs.stages import canonical_settings
 from orchestration.workers.end_to_end import EndToEndCheck, MakeEndToEndTrial, shared_images
 from orchestration.workers.self_check import REPEATED
 from search.gate_trial import gate_settings, router_of
@@ -46,7 +46,7 @@ def make_trial(folder: Path, rules: EndToEndSettings = RULES) -> MakeEndToEndTri
     millisecond = {1: Timing(1.0, 0.0, 3)}
     tails = {1: {subnet.name: Timing(float(k), 0.0, 3) for k, subnet in enumerate(SUPERNET.subnets)}}
     latency = LatencyTable("a clock", 1, {}, millisecond, millisecond, tails)
-    defaults = flatten({"gate": GateConfig(trainer="end_to_end").model_dump(mode="json")})
+    defaults = canonical_settings({"gate": GateConfig(trainer="end_to_end").model_dump(mode="json")})
     tables = MakeGateTrial(
         {split: table.meta() for split, table in TABLES.items()}, SUPERNET.subnets, latency, defaults
     )
@@ -78,7 +78,7 @@ def test_a_trial_deploys_the_heads_that_its_parameters_train(tmp_path: Path, rou
     assert deployed.kind == router
     assert metrics["madds_m"] == pytest.approx(run_on_table(deployed, TABLES["val"]).madds.mean() / 1e6)
     assert metrics["latency_ms"] >= 2.0
-    defaults = flatten({"gate": GateConfig().model_dump(mode="json")})
+    defaults = canonical_settings({"gate": GateConfig().model_dump(mode="json")})
     settings = gate_settings(spec.params, defaults, TABLES["gate"], 7)
     assert (settings.target, settings.batch_size, settings.seed) == (0.3, 8, 7)
     heads = train_end_to_end(SUPERNET, IMAGES, settings, RULES)

@@ -22,15 +22,10 @@ from dsnet.arithmetic import MKL_MODE, mkl_mode
 from dsnet.errors import ConfigError, PreflightError
 from dsnet.import_path import WORKER_HOOK
 from orchestration.config.sweep import GateConfig
+from orchestration.environment import prepare_environment
 from orchestration.pipeline.search import MakeGateTrial
-from orchestration.runs.stages import flatten
-from orchestration.workers.runtime import (
-    RaySettings,
-    _connect,
-    _environment_of_workers,
-    prepare_environment,
-    ray_session,
-)
+from orchestration.runs.stages import canonical_settings
+from orchestration.workers.runtime import RaySettings, _connect, _environment_of_workers, ray_session
 from orchestration.workers.self_check import StartCheck
 from orchestration.workers.trials import RayRunner, TrialWorker, _cause_of_loss, _resource_options
 from search.front.pareto import front_mask
@@ -552,7 +547,7 @@ def gate_trials() -> tuple[MakeGateTrial, dict[str, np.ndarray]]:
     tables = {
         name: random_table(size, len(subnets), seed=size, split=name) for name, size in (("gate", 80), ("val", 90))
     }
-    defaults = flatten({"gate": GateConfig().model_dump(mode="json")}) | {"gate.optimizer.steps": 40}
+    defaults = canonical_settings({"gate": GateConfig().model_dump(mode="json")}) | {"gate.optimizer.steps": 40}
     make = MakeGateTrial({name: table.meta() for name, table in tables.items()}, subnets, latency(subnets), defaults)
     return make, {f"{name}/{key}": array for name, table in tables.items() for key, array in table.arrays().items()}
 

@@ -37,6 +37,8 @@ from dsnet.stored.checkpoint import load_supernet
 from dsnet.training.settings import BootstrapSettings, SupernetRun, TrainSettings
 from dsnet.training.start import lay_out
 from dsnet.training.supernet import FINAL, recalibration_batches
+from orchestration.config.schedulers import check_scheduler
+from orchestration.workers.schedulers import make_scheduler
 from orchestration.workers.supernet import STOP_GRACE_S, SupernetJob, _train_loop, root_cause, train_on_ray
 from orchestration.workers.tune_ledger import End, Ledger, Report
 from orchestration.workers.tune_schedule import Member, ReplayingScheduler
@@ -46,8 +48,6 @@ from orchestration.workers.tune_supernets import (
     TuneRules,
     ValImages,
     _train_member,
-    check_scheduler,
-    make_scheduler,
     measurable,
     static_hypervolume,
     stored_fates,

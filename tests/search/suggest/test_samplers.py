@@ -22,7 +22,6 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from dsnet.errors import ConfigError
-from search.study.runner import Scalar
 from search.suggest.genetic import Inheritance, beats, dividing_parameter
 from search.suggest.grid import Grid
 from search.suggest.qmc import sobol_point
@@ -37,7 +36,7 @@ from search.suggest.samplers import (
     quiet_optuna,
     slot_seed,
 )
-from search.suggest.space import Space, check_point, parse_space, suggest
+from search.suggest.space import Scalar, Space, check_point, parse_space, suggest
 
 FLAT = parse_space(
     {

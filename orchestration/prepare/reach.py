@@ -1,4 +1,4 @@
-"""What a sweep's numbers are held against: the widest static sub-network, and the range in which any router's metrics can lie."""
+"""The interval in which each metric of any router on a network can lie, known before anything is trained."""
 
 from __future__ import annotations
 
@@ -6,76 +6,31 @@ import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dsnet.files import read_json
 from dsnet.gates.tree import NUM_EXTRA_POOLINGS
 from dsnet.measure.latency import MAIN_DEVICE, BatchClock, LatencyTable, latency_metric
 from dsnet.routers import RICH_EVIDENCE
 from dsnet.routers.cascade import num_answer_features
 from dsnet.space.cost import gate_madds, pooling_madds, shared_params, subnet_cost
 from dsnet.space.route_tree import RouteTree
-from dsnet.space.spec import Subnet, SubnetSet, SupernetSpec
-from dsnet.training.supernet import FINAL
+from dsnet.space.spec import Subnet, SupernetSpec
+from dsnet.space.subnet_set import SubnetSet
 from orchestration.config.sweep import SweepConfig, constraint_set, possible_routers, target_set
 from search.conditions.constraints import BASELINE
 from search.gate_trial import ROUTING_KEYS, routing_ids
 
-if TYPE_CHECKING:
-    from orchestration.results.run import MeasuredSubnet, RunResults
-
 Range = tuple[float, float]
 """(lowest, highest), both included."""
+
+
 MAX_RUNS: Mapping[str, int] = {"cascade": 2, "learned_cascade": 2}
 """Routes that a kind of router may run for an image, where that is more than one."""
+
+
 _ROUNDING = 1e-9
 """Ranges are wider by this share: sums in another order round otherwise."""
-
-
-def static_metrics(subnet: MeasuredSubnet, latencies: Mapping[str, LatencyTable]) -> dict[str, float]:
-    """The metrics of a static sub-network, under the names that trials use.
-
-    Args:
-        subnet: as the measure stage found it on `val`.
-        latencies: by device, the main one under `MAIN_DEVICE`; a latency is that of a call of the whole sub-network, without a decision.
-            The teacher's was not measured.
-    """
-    metrics = {
-        "top1": subnet.top1,
-        "top5": subnet.top5,
-        "madds_m": subnet.madds / 1e6,
-        "p95_madds_m": subnet.madds / 1e6,
-        "params_m": subnet.params / 1e6,
-    }
-    if not subnet.is_teacher:
-        for device, table in latencies.items():
-            for size in table.batch_sizes:
-                metrics[latency_metric(size, device)] = table.static_ms(subnet.name, size)
-    return metrics
-
-
-def baseline_metrics(results: RunResults) -> dict[str, float]:
-    """Every metric of the widest routable static sub-network on `val`: what `baseline.*` means in constraints.
-
-    Raises:
-        NotFoundError: the measure stage has not finished.
-    """
-    results.done_key("measure")
-    return static_metrics(results.widest, results.latencies)
-
-
-def measured_ranges(results: RunResults) -> dict[str, Range]:
-    """`metric_ranges` of a run whose measure stage has finished, latencies included.
-
-    Raises:
-        NotFoundError: it has not.
-    """
-    results.done_key("measure")
-    meta = read_json(results.run.stage_dir("supernet", results.done_key("supernet")) / f"{FINAL}.json")
-    subnets = SubnetSet.from_json(SupernetSpec.from_json(meta["spec"]), meta["subnets"])
-    return metric_ranges(results.config, subnets, subnets.spec.image_size, results.latencies)
 
 
 def layout_ranges(config: SweepConfig, subnets: SubnetSet, image_size: int) -> dict[str, Range]:

@@ -1,4 +1,4 @@
-"""How messages to users show values and guess what was meant."""
+"""How messages show values, counts and times, and guess what was meant."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ def way_out(word: str, known: Sequence[str], label: str = "known", *, hint: str 
     return f"{hint or did_you_mean(word, known) or ';'} {label}: {', '.join(known)}"
 
 
-def plural(number: int, singular: str) -> str:
-    """`1 supernet`, `2 supernets`."""
-    return f"{number:,} {singular}" + ("" if number == 1 else "s")
+def plural(number: int, singular: str, many: str | None = None) -> str:
+    """`1 supernet`, `5,000 supernets`; `many` where an s at the end will not do."""
+    return f"{number:,} {singular if number == 1 else many or singular + 's'}"
 
 
 _UNITS = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))

@@ -1,0 +1,38 @@
+"""Nested settings and their dotted keys, such as `gate.sgs.t_easy`."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+
+def flatten(settings: Mapping[str, Any], prefix: str = "", whole: Collection[str] = ()) -> dict[str, Any]:
+    """Dotted key to value, in the order of `settings`. An empty mapping is a value.
+
+    Args:
+        settings: nested mappings.
+        prefix: stands before every key, with its dot.
+        whole: dotted keys of mappings whose entries are values, whatever they are.
+    """
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        dotted = f"{prefix}{key}"
+        if not isinstance(value, Mapping) or not value:
+            flat[dotted] = value
+        elif dotted in whole:
+            flat |= {f"{dotted}.{name}": item for name, item in value.items()}
+        else:
+            flat |= flatten(value, f"{dotted}.", whole)
+    return flat
+
+
+def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The nested mapping that `flatten` made flat."""
+    nested: dict[str, Any] = {}
+    for dotted, value in flat.items():
+        *sections, leaf = dotted.split(".")
+        section = nested
+        for name in sections:
+            section = section.setdefault(name, {})
+        section[leaf] = value
+    return nested

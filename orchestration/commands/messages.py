@@ -1,0 +1,19 @@
+"""Warnings on stderr."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from orchestration.wrapping import wrapped
+
+if TYPE_CHECKING:
+    pass
+
+
+def warn(text: str) -> None:
+    """A warning on stderr, broken between words where it does not fit: stdout is for data."""
+    console = Console(stderr=True, highlight=False)
+    for line in wrapped(f"warning: {text}", console.width if console.is_terminal else None):
+        console.print(line, markup=False, soft_wrap=True)

@@ -1,0 +1,46 @@
+"""One static sub-network as the measure stage found it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from dsnet.measure.latency import LatencyTable, latency_metric
+
+if TYPE_CHECKING:
+    pass
+
+
+@dataclass(frozen=True)
+class MeasuredSubnet:
+    """One sub-network as the measure stage found it on `val`."""
+
+    name: str
+    top1: float
+    top5: float
+    madds: int
+    params: int
+    is_teacher: bool
+
+
+def static_metrics(subnet: MeasuredSubnet, latencies: Mapping[str, LatencyTable]) -> dict[str, float]:
+    """The metrics of a static sub-network, under the names that trials use.
+
+    Args:
+        subnet: as the measure stage found it on `val`.
+        latencies: by device, the main one under `MAIN_DEVICE`; a latency is that of a call of the whole sub-network, without a decision.
+            The teacher's was not measured.
+    """
+    metrics = {
+        "top1": subnet.top1,
+        "top5": subnet.top5,
+        "madds_m": subnet.madds / 1e6,
+        "p95_madds_m": subnet.madds / 1e6,
+        "params_m": subnet.params / 1e6,
+    }
+    if not subnet.is_teacher:
+        for device, table in latencies.items():
+            for size in table.batch_sizes:
+                metrics[latency_metric(size, device)] = table.static_ms(subnet.name, size)
+    return metrics

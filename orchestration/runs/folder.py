@@ -1,0 +1,244 @@
+"""The run folder: where everything lies."""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+from contextlib import suppress
+from pathlib import Path
+
+from dsnet.errors import ConfigError, NotFoundError, PreflightError
+from dsnet.wording import did_you_mean
+
+RUN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
+
+
+MLFLOW_DATABASE = "mlflow.db"
+
+
+MLFLOW_ARTIFACTS = "mlruns-artifacts"
+
+
+KEY_CHARACTERS = 12
+"""Characters of a stage key that name its folder."""
+
+
+class RunDir:
+    """Paths of one run below the runs folder. Nothing is created or read until a method says so.
+
+    Args:
+        root: The runs folder (`storage.runs`).
+        name: The run's name: 1 to 64 of `A-Z a-z 0-9 . _ -`, not starting with a dot.
+
+    Raises:
+        ConfigError: The name cannot be a folder's name.
+    """
+
+    def __init__(self, root: Path, name: str) -> None:
+        if not RUN_NAME.fullmatch(name) or name == MLFLOW_ARTIFACTS:
+            raise ConfigError(
+                f"name: {name!r} cannot name a run; use 1 to 64 letters, digits, '.', '_' or '-', "
+                f"not starting with '.', and not {MLFLOW_ARTIFACTS!r}."
+            )
+        self.root = root.expanduser().absolute()
+        self.name = name
+        self.path = self.root / name
+
+    def create(self) -> None:
+        """Make the run folder where it is missing; an existing one is kept as it is.
+
+        Raises:
+            PreflightError: The runs folder cannot be written. Nothing is left behind.
+        """
+        made: list[Path] = []
+        try:
+            for folder in [*reversed(self.root.parents), self.root, self.path]:
+                if not folder.exists():
+                    folder.mkdir(exist_ok=True)
+                    made.append(folder)
+            _probe_writable(self.path)
+        except OSError as error:
+            for folder in reversed(made):
+                with suppress(OSError):
+                    folder.rmdir()
+            raise PreflightError(
+                f"storage.runs: cannot write run {self.name!r} below {self.root}: {error.strerror or error}. "
+                "Choose another folder with --set storage.runs=FOLDER, or mend its permissions."
+            ) from error
+
+    def open_existing(self) -> None:
+        """Check that the run exists.
+
+        Raises:
+            NotFoundError: It does not; the message lists the runs that do.
+        """
+        if not self.manifest_path.is_file():
+            known = list_runs(self.root)
+            hint = did_you_mean(self.name, known)
+            listed = f"runs there: {', '.join(known)}" if known else "there are no runs there"
+            way_out = "" if known else f"; `dsnet-orch launch {self.name}.yaml` makes it"
+            raise NotFoundError(f"no run {self.name!r} in {self.root}{hint} ({listed}){way_out}")
+
+    # Files of the run as a whole.
+    @property
+    def sweep_yaml(self) -> Path:
+        return self.path / "sweep.yaml"
+
+    @property
+    def manifest_path(self) -> Path:
+        return self.path / "manifest.json"
+
+    @property
+    def lock_path(self) -> Path:
+        return self.path / "driver.lock"
+
+    @property
+    def stop_path(self) -> Path:
+        return self.path / "stop"
+
+    @property
+    def progress_json(self) -> Path:
+        """How far the newest task of a launch has come (`orchestration.progress`)."""
+        return self.path / "progress.json"
+
+    @property
+    def splits_json(self) -> Path:
+        return self.path / "data" / "splits.json"
+
+    @property
+    def points_parquet(self) -> Path:
+        return self.path / "points.parquet"
+
+    @property
+    def report_html(self) -> Path:
+        return self.path / "report.html"
+
+    @property
+    def front_png(self) -> Path:
+        return self.path / "front.png"
+
+    @property
+    def export_dir(self) -> Path:
+        return self.path / "export"
+
+    # Files of a sweep of supernets.
+    @property
+    def supernets_json(self) -> Path:
+        """The members of a sweep of supernets; other runs have none."""
+        return self.path / "supernets.json"
+
+    @property
+    def supernets_dir(self) -> Path:
+        """The runs folder of its members."""
+        return self.path / "supernets"
+
+    @property
+    def tune_dir(self) -> Path:
+        """What the supernets reported while they trained."""
+        return self.path / "tune"
+
+    @property
+    def merged_journal(self) -> Path:
+        """All its trials in one study."""
+        return self.path / "study.journal"
+
+    @property
+    def front_json(self) -> Path:
+        """The front over all supernets, frozen before `test` was opened."""
+        return self.path / "front.json"
+
+    # Files of a stage; `key` is the whole stage key.
+    def stage_dir(self, stage: str, key: str) -> Path:
+        return self.path / stage / key[:KEY_CHARACTERS]
+
+    def curves_jsonl(self, key: str) -> Path:
+        return self.stage_dir("supernet", key) / "curves.jsonl"
+
+    def subnets_json(self, key: str) -> Path:
+        return self.stage_dir("measure", key) / "subnets.json"
+
+    def latency_json(self, key: str, device: str = "") -> Path:
+        """The latency table of the main device, or of one of `measure.devices`."""
+        return self.stage_dir("measure", key) / (f"latency-{device}.json" if device else "latency.json")
+
+    def timed_again_json(self, key: str) -> Path:
+        """What `dsnet-orch measure` found for a result of the measure stage."""
+        return self.stage_dir("measure", key) / "timed_again.json"
+
+    def table(self, key: str, split: str) -> Path:
+        """The routing table of the `gate` or `val` split. The test split's is only behind `sealed_table`."""
+        if split not in ("gate", "val"):
+            raise ValueError(f"the open tables are 'gate' and 'val', not {split!r}")
+        return self.stage_dir("table", key) / f"{split}.safetensors"
+
+    def sealed_table(self, key: str) -> Path:
+        """The test split's table. Only verify and report ask for it, and count the opening in the manifest."""
+        return self.stage_dir("table", key) / "sealed" / "test.safetensors"
+
+    def study_journal(self, key: str) -> Path:
+        return self.stage_dir("search", key) / "study.journal"
+
+    def search_end_json(self, key: str) -> Path:
+        """What ended the search, by which rules and after how many trials; written when it ends."""
+        return self.stage_dir("search", key) / "end.json"
+
+    def queue_jsonl(self, key: str) -> Path:
+        """Points that a person asked for (`orchestration.runs.queue`)."""
+        return self.stage_dir("search", key) / "queue.jsonl"
+
+    def gate_weights(self, key: str, slot: int) -> Path:
+        return self.stage_dir("search", key) / "gates" / f"slot-{slot:05d}.safetensors"
+
+    def chosen_json(self, key: str) -> Path:
+        """In a member of a sweep of supernets: which gates of this search are to run on `test`."""
+        return self.stage_dir("search", key) / "chosen.json"
+
+    def verify_json(self, key: str) -> Path:
+        return self.stage_dir("verify", key) / "verify.json"
+
+    # A request to stop, from any process that can write the folder.
+    def request_stop(self) -> None:
+        """Ask the driver to stop at its next step or trial boundary."""
+        try:
+            self.stop_path.touch()
+        except OSError as error:
+            raise PreflightError(f"cannot write {self.stop_path}: {error.strerror}.") from error
+
+    def stop_requested(self) -> bool:
+        return self.stop_path.exists()
+
+    def clear_stop(self) -> None:
+        """Forget an earlier request; the driver calls it when it starts."""
+        self.stop_path.unlink(missing_ok=True)
+
+
+def list_runs(root: Path) -> list[str]:
+    """Names of the runs below the runs folder, sorted; empty where there is no such folder."""
+    return sorted(manifest.parent.name for manifest in root.expanduser().glob("*/manifest.json"))
+
+
+def mlflow_store_uri(root: Path) -> str:
+    """The default MLflow store: an SQLite database in the runs folder.
+
+    Raises:
+        PreflightError: The folder's path cannot be written in a database URI.
+    """
+    database = root.expanduser().absolute() / MLFLOW_DATABASE
+    if set("%?") & set(str(database)):
+        raise PreflightError(
+            f"storage.runs: MLflow cannot open a database below {root}, whose path holds '%' or '?'; "
+            "choose another folder, name a server in tracking.uri, or set tracking.mlflow to false."
+        )
+    return f"sqlite:///{database}"
+
+
+def mlflow_artifact_root(root: Path) -> Path:
+    """Where the default store keeps artifacts."""
+    return root.expanduser().absolute() / MLFLOW_ARTIFACTS
+
+
+def _probe_writable(folder: Path) -> None:
+    probe = folder / f".probe-{os.getpid()}-{secrets.token_hex(4)}"
+    probe.touch()
+    probe.unlink()

@@ -1,0 +1,160 @@
+"""Writes to MLflow on a thread of its own, so that tracking never holds up a launch."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from orchestration.runs.curves import CurvePoint
+from orchestration.tracking.protocol import RowStore, Status, TrackedRun, TrackingSummary, first_line
+from orchestration.tracking.store import logger
+
+FAILURES_BEFORE_PAUSE = 3
+
+
+PAUSE_S = 30.0
+
+
+class MlflowTracker:
+    """Feeds a process that writes to MLflow from a queue, in one background thread.
+
+    After three failures in a row it drops writes for 30 s instead of queueing behind time-outs. One warning is given,
+    the rest is counted.
+
+    Args:
+        store_uri: `sqlite:///...` or the URI of a server.
+        experiment: Name of the experiment: one per sweep family.
+        artifact_root: Folder for artifacts of a database store; a server decides for itself.
+        run_name: The run's name, for the remedy in the warning.
+        warn: Where the one warning goes; called in the background thread.
+        store: What takes the rows; None = MLflow in a process of its own.
+    """
+
+    def __init__(
+        self,
+        store_uri: str,
+        experiment: str,
+        artifact_root: Path,
+        run_name: str,
+        warn: Callable[[str], None] = logger.warning,
+        *,
+        store: RowStore | None = None,
+    ) -> None:
+        self._store = store or _own_process(store_uri, experiment, artifact_root)
+        self._store_uri = store_uri
+        self._run_name = run_name
+        self._warn = warn
+        self._parent: TrackedRun | None = None
+        self._supernet: TrackedRun | None = None
+        self._summary = TrackingSummary()
+        self._closed = False
+        self._given_up = False
+        self._num_failures = 0
+        self._retry_at = 0.0
+        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        if store_uri.startswith("sqlite"):
+            # A database that is missing is created at once, and not with the first row.
+            self._jobs.put(self._store.connect)
+        self._thread = threading.Thread(target=self._drain, name="mlflow-tracker", daemon=True)
+        self._thread.start()
+
+    @property
+    def summary(self) -> TrackingSummary:
+        """What has been written and dropped so far."""
+        return self._summary
+
+    def parent(self, run: TrackedRun) -> None:
+        self._parent = run
+        self._jobs.put(lambda: self._store.open_sweep(run))
+
+    def supernet(self, run: TrackedRun) -> None:
+        parent, self._supernet = self._opened_parent(), run
+        self._jobs.put(lambda: self._store.write(run, parent))
+
+    def curve(self, points: Sequence[CurvePoint]) -> None:
+        parent, supernet = self._opened_parent(), self._supernet
+        assert supernet is not None, "curve() before supernet()"
+        if points:
+            kept = tuple(points)
+            self._jobs.put(lambda: self._store.add_points(supernet, parent, kept))
+
+    def subnet(self, run: TrackedRun) -> None:
+        self._write_child(run)
+
+    def trial(self, run: TrackedRun) -> None:
+        self._write_child(run)
+
+    def series(self, points: Sequence[CurvePoint]) -> None:
+        parent, kept = self._opened_parent(), tuple(points)
+        self._jobs.put(lambda: self._store.add_points(parent, parent, kept))
+
+    def artifact(self, path: Path) -> None:
+        parent = self._opened_parent()
+        self._jobs.put(lambda: self._store.add_artifact(parent, path))
+
+    def describe(self, text: str) -> None:
+        parent = self._opened_parent()
+        self._jobs.put(lambda: self._store.describe(parent, text))
+
+    def close(self, status: Status, end_ms: int, timeout_s: float) -> TrackingSummary:
+        if self._closed:
+            return self._summary
+        self._closed = True
+        if self._parent is not None:
+            parent = replace(self._parent, status=status, end_ms=end_ms)
+            self._jobs.put(lambda: self._store.close_sweep(parent))
+        self._jobs.put(None)
+        self._thread.join(timeout_s)
+        if self._thread.is_alive():
+            self._given_up = True
+            self._count_unsent(f"no answer within {timeout_s:g} s", max(1, self._jobs.qsize() - 1))
+        self._store.stop(at_once=self._given_up)
+        return self._summary
+
+    def _opened_parent(self) -> TrackedRun:
+        assert self._parent is not None, "parent() comes first"
+        return self._parent
+
+    def _write_child(self, run: TrackedRun) -> None:
+        parent = self._opened_parent()
+        self._jobs.put(lambda: self._store.write(run, parent))
+
+    def _drain(self) -> None:
+        while (job := self._jobs.get()) is not None and not self._given_up:
+            if time.monotonic() < self._retry_at:
+                self._count_unsent("paused after failures", 1)
+            else:
+                self._attempt(job)
+
+    def _attempt(self, job: Callable[[], None]) -> None:
+        try:
+            job()
+        except Exception as error:  # noqa: BLE001 - whatever MLflow, SQLAlchemy or a server raise must not end a sweep
+            if self._given_up:
+                return  # counted
+            self._num_failures += 1
+            if self._num_failures >= FAILURES_BEFORE_PAUSE:
+                self._retry_at = time.monotonic() + PAUSE_S
+            self._count_unsent(first_line(error), 1)
+        else:
+            self._num_failures = 0
+            self._summary = replace(self._summary, num_written=self._summary.num_written + 1)
+
+    def _count_unsent(self, why: str, count: int) -> None:
+        before = self._summary
+        self._summary = replace(before, num_unsent=before.num_unsent + count, first_error=before.first_error or why)
+        if before.first_error is None:
+            self._warn(
+                f"MLflow at {self._store_uri} does not take results ({why}). The sweep goes on and loses nothing; "
+                f"write them later with: dsnet-orch sync {self._run_name}"
+            )
+
+
+def _own_process(store_uri: str, experiment: str, artifact_root: Path) -> RowStore:
+    from orchestration.tracking.process import MlflowWriter  # it is made of what is defined here
+
+    return MlflowWriter(store_uri, experiment, artifact_root)
