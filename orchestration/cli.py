@@ -16,9 +16,9 @@ from dsnet.arithmetic import fix_arithmetic
 from dsnet.errors import DsnetError, StoppedError
 
 if TYPE_CHECKING:
+    from dsnet.stop_signals import StopRequest
     from orchestration.config.loading import LoadedConfig
     from orchestration.config.sweep import SweepConfig
-    from orchestration.pipeline.signals import StopRequest
     from orchestration.results.run import RunResults
     from orchestration.runs.folder import RunDir
     from orchestration.supernets.results import SupernetSweepResults
@@ -178,10 +178,10 @@ def _run(config: SweepConfig, *, take_over: bool, again: str | None = None) -> i
         take_over: take the lock of another host.
         again: what continues it after a stop; None = the very command.
     """
+    from dsnet.stop_signals import stop_on_signals
     from orchestration.commands.supernet_tables import show_supernets_launch
     from orchestration.commands.terminal import show_launch
     from orchestration.pipeline.launch import LaunchResult, check_failures
-    from orchestration.pipeline.signals import stop_on_signals
     from orchestration.progress import TerminalProgress
     from orchestration.supernets.launch import check_supernet_failures, launch_sweep
 
@@ -279,7 +279,7 @@ def plan(sweep: Path, as_json: bool, resolved: Path | None, is_dry: bool, everyt
     """Show what a launch would do and take, and where settings come from."""
     from orchestration.commands.plan_view import show_plan
     from orchestration.commands.planning import make_plan
-    from orchestration.config.sweep import supernet_space
+    from orchestration.config.resolve import supernet_space
 
     loaded = _load(sweep, **options)
     if supernet_space(loaded.config):
@@ -307,7 +307,7 @@ def plan(sweep: Path, as_json: bool, resolved: Path | None, is_dry: bool, everyt
 def validate(sweep: Path, **options: Any) -> None:
     """Check a sweep file without reading data or running anything."""
     from dsnet.wording import plural
-    from orchestration.config.sweep import supernet_space
+    from orchestration.config.resolve import supernet_space
 
     config = _load(sweep, **options).config
     trials = f"{config.budget.trials} trials"
@@ -324,7 +324,7 @@ def schema() -> None:
     """Print the JSON schema of sweep files, for editors."""
     import json
 
-    from orchestration.config.sweep import json_schema
+    from orchestration.config.written import json_schema
 
     click.echo(json.dumps(json_schema(), indent=2))
 

@@ -11,7 +11,8 @@ from dsnet.network.supernet import Supernet
 from dsnet.stored.checkpoint import load_supernet
 from dsnet.training.supernet import FINAL
 from orchestration.commands.planning import prepare_again, report_again
-from orchestration.config.sweep import SweepConfig, conditions
+from orchestration.config.resolve import conditions
+from orchestration.config.sweep import SweepConfig
 from orchestration.pipeline.agreement import time_front
 from orchestration.prepare.preparation import Prepared, latency_settings
 from orchestration.progress import ProgressView, Task

@@ -13,14 +13,9 @@ from typing import TYPE_CHECKING, Any
 from dsnet.wording import duration, plural, size
 from orchestration.commands.tables import Column, show_table, terminal_width
 from orchestration.commands.terminal import print_json, say
-from orchestration.config.sweep import (
-    SweepConfig,
-    enqueued_points,
-    resolve_cohort,
-    resolve_cores,
-    resolve_regime,
-    resolve_timeout_s,
-)
+from orchestration.config.resolve import enqueued_points, resolve_cohort, resolve_cores, resolve_timeout_s
+from orchestration.config.supernet import resolve_regime
+from orchestration.config.sweep import SweepConfig
 from orchestration.pipeline.forecast import Forecast
 from orchestration.wrapping import wrapped
 

@@ -15,8 +15,9 @@ from dsnet.families import family_names
 from dsnet.files import read_json
 from dsnet.wording import shown
 from orchestration.config.loading import load_config
-from orchestration.config.sections import BudgetConfig
-from orchestration.config.sweep import SweepConfig, resolve_trials
+from orchestration.config.resolve import resolve_trials
+from orchestration.config.sweep import SweepConfig
+from orchestration.config.trials import BudgetConfig
 from orchestration.config.yaml_source import parse_yaml
 from orchestration.pipeline.search import FOUND_ENOUGH, study_settings
 from orchestration.results.run import RunResults

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from orchestration.config.presets import BUILT_IN_PRESETS
-from orchestration.config.sections import BootstrappingConfig
+from orchestration.config.supernet import BootstrappingConfig
 
 _NEWER = ("trust", "largest_first")
 """Settings of supernet.bootstrapping that came later; it trained as the published values say."""

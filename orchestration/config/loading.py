@@ -22,20 +22,12 @@ from dsnet.wording import shown, way_out
 from orchestration.config.default_space import default_space
 from orchestration.config.first_release import first_release_settings
 from orchestration.config.presets import BUILT_IN_PRESETS, built_in_settings
+from orchestration.config.resolve import known_fields, supernet_space
+from orchestration.config.section import Section, is_nullable, requirement, section_class
 from orchestration.config.space import impossible_supernets
-from orchestration.config.sweep import (
-    CHECKPOINT_MODEL,
-    Section,
-    SupernetConfig,
-    SweepConfig,
-    config_warnings,
-    is_nullable,
-    known_fields,
-    requirement,
-    resolve_regime,
-    section_class,
-    supernet_space,
-)
+from orchestration.config.supernet import CHECKPOINT_MODEL, SupernetConfig, resolve_regime
+from orchestration.config.sweep import SweepConfig
+from orchestration.config.warnings import config_warnings
 from orchestration.config.yaml_source import KeyPath, YamlSource, parse_yaml, read_yaml_file
 
 DATA_VARIABLE = "DSNET_DATA"

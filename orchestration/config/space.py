@@ -20,19 +20,9 @@ from dsnet.dotted import flatten
 from dsnet.errors import ConfigError
 from dsnet.wording import shown, way_out
 from orchestration.config.distribution import REAL_KINDS, Distribution, Scalar, is_same, thawed
-from orchestration.config.sections import (
-    CHECKPOINT_MODEL,
-    END_TO_END_ROUTERS,
-    BrokenRule,
-    GateConfig,
-    KeyPath,
-    RoutingConfig,
-    SupernetConfig,
-    annotated_type,
-    requirement,
-    section_class,
-    walk_fields,
-)
+from orchestration.config.gate import END_TO_END_ROUTERS, GateConfig, RoutingConfig
+from orchestration.config.section import BrokenRule, KeyPath, annotated_type, requirement, section_class, walk_fields
+from orchestration.config.supernet import CHECKPOINT_MODEL, SupernetConfig
 
 Space = Mapping[str, Distribution]
 Point = dict[str, Any]
@@ -317,6 +307,11 @@ def resolve(space: Space) -> dict[str, Distribution]:
     if router is None or router.kind == "fixed":
         return resolved
     return {key: _for_its_readers(key, distribution, router) for key, distribution in resolved.items()}
+
+
+def gate_part(space: Space) -> dict[str, Distribution]:
+    """The part of `resolve(space)` that is searched under each supernet."""
+    return {key: distribution for key, distribution in resolve(space).items() if not is_of_supernet(key)}
 
 
 def _for_its_readers(key: str, distribution: Distribution, router: Distribution) -> Distribution:

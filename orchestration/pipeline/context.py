@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from dsnet.errors import StoppedError
+from dsnet.stop_signals import StopRequest
 from orchestration.config.sweep import SweepConfig
-from orchestration.pipeline.signals import StopRequest
 from orchestration.prepare.preparation import Prepared
 from orchestration.progress import ProgressView
 from orchestration.runs.folder import RunDir

@@ -14,7 +14,8 @@ from dsnet.measure.latency import BUDGET_S, LatencySettings, MachineLoad
 from dsnet.process_memory import resident_bytes
 from dsnet.training.trial_run import TrialRun, trial_run
 from dsnet.wording import plural
-from orchestration.config.sweep import SweepConfig, resolve_cores, resolve_trials
+from orchestration.config.resolve import resolve_cores, resolve_trials
+from orchestration.config.sweep import SweepConfig
 from orchestration.prepare.preparation import Prepared, latency_settings, supernet_run, training_images
 from orchestration.runs.stages import StagePlan
 

@@ -13,14 +13,15 @@ import torch
 
 from dsnet.errors import NothingFeasibleError, StoppedError, TooManyFailedTrialsError
 from dsnet.files import atomic_write_text
+from dsnet.stop_signals import StopRequest
 from dsnet.stored.checkpoint import load_supernet
 from dsnet.training.supernet import FINAL
-from orchestration.config.sweep import SweepConfig, to_yaml
+from orchestration.config.sweep import SweepConfig
+from orchestration.config.written import to_yaml
 from orchestration.pipeline.context import Launch
 from orchestration.pipeline.export import export_picks
 from orchestration.pipeline.measure_and_table import measure_stage, table_stage
 from orchestration.pipeline.search import refuse_impossible_layout, search_stage, trials_left
-from orchestration.pipeline.signals import StopRequest
 from orchestration.pipeline.supernet import supernet_stage
 from orchestration.pipeline.verify import verify_stage
 from orchestration.prepare.adoption import adopt

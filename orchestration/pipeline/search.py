@@ -23,8 +23,7 @@ from dsnet.routing.routing_table import RoutingTable
 from dsnet.space.subnet_set import SubnetSet
 from dsnet.training.supernet import FINAL
 from dsnet.wording import plural
-from orchestration.config.sweep import (
-    SweepConfig,
+from orchestration.config.resolve import (
     constraint_set,
     enqueued_points,
     gate_space,
@@ -34,6 +33,7 @@ from orchestration.config.sweep import (
     resolve_trials,
     target_set,
 )
+from orchestration.config.sweep import SweepConfig
 from orchestration.pipeline.context import Launch
 from orchestration.prepare.preparation import Prepared
 from orchestration.prepare.reach import layout_ranges, spoken_reach

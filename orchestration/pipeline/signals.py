@@ -5,9 +5,7 @@ from __future__ import annotations
 import signal
 import time
 
-from dsnet.stop_signals import StopRequest, stop_on_signals
-
-__all__ = ["StopRequest", "stop_on_signals", "wait_for_stop"]
+from dsnet.stop_signals import stop_on_signals
 
 
 def wait_for_stop() -> None:

@@ -22,7 +22,8 @@ from dsnet.standalone.output_folder import OutputFolder
 from dsnet.standalone.resolved import StandaloneConfig
 from dsnet.training.settings import SupernetRun
 from dsnet.training.supernet import FINAL
-from orchestration.config.sweep import REGIME_KEYS, SweepConfig, resolve_regime
+from orchestration.config.supernet import REGIME_KEYS, resolve_regime
+from orchestration.config.sweep import SweepConfig
 from orchestration.runs.folder import RunDir
 from orchestration.runs.stages import StagePlan, run_stage
 

@@ -15,8 +15,8 @@ from dsnet.errors import ConfigError
 from dsnet.space.cost import subnet_cost
 from dsnet.space.subnet_set import SubnetSet
 from dsnet.training.data_defaults import DERIVED_KEYS, RECALIBRATION, DataDefault, DataFacts, data_defaults
-from orchestration.config.sections import FROM_DATA
 from orchestration.config.space import is_of_supernet, rule_texts, supernet_with
+from orchestration.config.supernet import FROM_DATA
 from orchestration.config.sweep import SweepConfig
 
 AUGMENT = "data.augment."

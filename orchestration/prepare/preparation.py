@@ -27,18 +27,11 @@ from dsnet.training.data_defaults import DataDefault
 from dsnet.training.settings import BootstrapSettings, SupernetRun, TrainSettings
 from dsnet.training.start import Start, check_start, find_checkpoint, first_weights, lay_out, load_start
 from dsnet.training.supernet import FINAL
-from orchestration.config.sections import FROM_DATA
-from orchestration.config.sweep import (
-    REGIME_KEYS,
-    Stage,
-    SweepConfig,
-    absolute_targets,
-    conditions,
-    possible_routers,
-    resolve_cores,
-    resolve_regime,
-    stage_subset,
-)
+from orchestration.config.resolve import conditions, resolve_cores
+from orchestration.config.space import absolute_targets, possible_routers
+from orchestration.config.stage_keys import Stage, stage_subset
+from orchestration.config.supernet import FROM_DATA, REGIME_KEYS, resolve_regime
+from orchestration.config.sweep import SweepConfig
 from orchestration.prepare.adoption import Adoption, find_adoption, standalone_config
 from orchestration.prepare.data_defaults import with_data_defaults
 from orchestration.prepare.reach import hopeless_conditions

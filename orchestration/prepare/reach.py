@@ -17,7 +17,9 @@ from dsnet.space.cost import gate_madds, pooling_madds, shared_params, subnet_co
 from dsnet.space.route_tree import RouteTree
 from dsnet.space.spec import Subnet, SupernetSpec
 from dsnet.space.subnet_set import SubnetSet
-from orchestration.config.sweep import SweepConfig, constraint_set, possible_routers, target_set
+from orchestration.config.resolve import constraint_set, target_set
+from orchestration.config.space import possible_routers
+from orchestration.config.sweep import SweepConfig
 from search.conditions.constraints import BASELINE
 from search.gate_trial import ROUTING_KEYS, routing_ids
 

@@ -37,7 +37,7 @@ from dsnet.files import atomic_write_text, read_json
 from dsnet.gates.fit import COLLAPSE_SHARE
 from dsnet.measure.latency import MAIN_DEVICE
 from dsnet.wording import plural
-from orchestration.config.sweep import constraint_set
+from orchestration.config.resolve import constraint_set
 from orchestration.results.measured import static_metrics
 from orchestration.results.run import RunResults
 from orchestration.results.training_review import review

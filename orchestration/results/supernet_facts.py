@@ -13,7 +13,8 @@ from dsnet.space.spec import SupernetSpec
 from dsnet.space.subnet_set import SubnetSet
 from dsnet.training.settings import REGIMES, SupernetRun
 from dsnet.training.supernet import FINAL
-from orchestration.config.sweep import CHECKPOINT_MODEL, SweepConfig, resolve_regime
+from orchestration.config.supernet import CHECKPOINT_MODEL, resolve_regime
+from orchestration.config.sweep import SweepConfig
 from orchestration.prepare.preparation import Prepared, supernet_run
 
 

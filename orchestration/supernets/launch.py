@@ -16,11 +16,13 @@ from pathlib import Path
 from dsnet.environment import resolve_device
 from dsnet.errors import ConfigError, NothingFeasibleError, TooManyFailedTrialsError
 from dsnet.files import atomic_write_json, read_json
+from dsnet.stop_signals import StopRequest
 from dsnet.stored.checkpoint import load_supernet
 from dsnet.training.supernet import FINAL
 from dsnet.wording import plural
+from orchestration.config.resolve import supernet_space
 from orchestration.config.schedulers import check_scheduler
-from orchestration.config.sweep import SweepConfig, supernet_space
+from orchestration.config.sweep import SweepConfig
 from orchestration.pipeline.context import Launch
 from orchestration.pipeline.export import export_bundles, link_knee
 from orchestration.pipeline.launch import (
@@ -35,7 +37,6 @@ from orchestration.pipeline.launch import (
 )
 from orchestration.pipeline.measure_and_table import measure_stage, table_stage
 from orchestration.pipeline.search import search_stage, trials_left
-from orchestration.pipeline.signals import StopRequest
 from orchestration.pipeline.supernet import done_sentence
 from orchestration.pipeline.verify import verify_stage
 from orchestration.prepare.preparation import Images, Prepared, load_images, supernet_run, training_images

@@ -15,8 +15,9 @@ from pydantic import ValidationError
 from dsnet.errors import CheckpointError, ConfigError, DsnetError
 from dsnet.files import atomic_write_json, read_json
 from orchestration.config.distribution import Distribution
+from orchestration.config.resolve import gate_space, supernet_space
 from orchestration.config.space import supernet_with
-from orchestration.config.sweep import SweepConfig, gate_space, supernet_space
+from orchestration.config.sweep import SweepConfig
 from orchestration.pipeline.search import refuse_impossible_layout
 from orchestration.prepare.preparation import Images, Prepared, prepare, stage_definitions
 from orchestration.runs.folder import RunDir

@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 
-from orchestration.config.sweep import SweepConfig, gate_space
+from orchestration.config.resolve import gate_space
+from orchestration.config.sweep import SweepConfig
 from orchestration.runs.folder import RunDir
 from orchestration.supernets.members import MemberEntry, supernet_part
 from orchestration.supernets.results import GateId, SupernetSweepResults

@@ -56,21 +56,7 @@ from search.front.pareto import DEFAULT_OBJECTIVES, REFERENCE_MARGIN, hypervolum
 
 if TYPE_CHECKING:
     from orchestration.workers.tune_schedule import Outcome
-from orchestration.config.schedulers import check_scheduler
 from orchestration.workers.schedulers import make_scheduler
-
-__all__ = [
-    "MemberFate",
-    "TuneMember",
-    "TuneRules",
-    "ValImages",
-    "check_scheduler",
-    "static_hypervolume",
-    "stored_fates",
-    "stored_reports",
-    "train_members",
-]
-
 
 CALIBRATION_IMAGES = 512
 """Training images that stand for all where a norm keeps no statistics while it trains."""

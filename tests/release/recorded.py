@@ -21,7 +21,7 @@ from dsnet.data.images import ImageSet
 from dsnet.data.sources import InMemorySource
 from dsnet.families import family_names
 from orchestration.config.loading import load_config
-from orchestration.config.sweep import json_schema
+from orchestration.config.written import json_schema
 from orchestration.prepare.preparation import Images, Prepared, load_images, prepare, stage_definitions
 from orchestration.results.run import RunResults
 from orchestration.runs.folder import RunDir

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from orchestration.config.sweep import json_schema
+from orchestration.config.written import json_schema
 from tests.orchestration.samples import call, results_in
 from tests.release.recorded import (
     DATA,

@@ -18,7 +18,8 @@ from dsnet.measure.latency import LatencyTable, Timing
 from dsnet.routers import ROUTER_KINDS, CascadeRouter
 from dsnet.routing.table_routing import run_on_table
 from dsnet.space.subnet_set import SubnetSet
-from orchestration.config.sweep import GateConfig, sweepable_keys
+from orchestration.config.gate import GateConfig
+from orchestration.config.space import sweepable_keys
 from orchestration.runs.stages import canonical_settings
 from search.gate_trial import FIELDS, ROUTING_KEYS, GateScores, GateTrial, gate_settings, router_of, routing_ids
 from search.study.runner import TrialOutcome, TrialSpec

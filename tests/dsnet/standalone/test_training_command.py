@@ -25,13 +25,13 @@ from dsnet.files import read_json
 from dsnet.measure.evaluate import build_routing_table, measure_subnets, subnet_accuracy
 from dsnet.measure.latency import LatencyTable
 from dsnet.routing.routing_table import RoutingTable
+from dsnet.standalone import __main__ as command
 from dsnet.standalone import stages as standalone
 from dsnet.standalone.output_folder import OutputFolder
 from dsnet.standalone.resolved import StandaloneConfig
 from dsnet.standalone.stages import run_standalone
 from dsnet.stored.checkpoint import load_supernet, save_supernet
 from dsnet.strict_json import read_strictly
-from dsnet.training import __main__ as command
 
 CONFIG: dict[str, Any] = {
     "seed": 5,

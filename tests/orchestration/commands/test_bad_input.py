@@ -253,7 +253,8 @@ def test_a_study_that_is_no_journal_is_named(finished: Finished, tmp_path: Path)
 def another_driver(runs: Path) -> Iterator[int]:
     """A second process that holds the lock of run `tiny`; yields its pid."""
     code = (
-        "import sys; from pathlib import Path; from orchestration.runs.rundir import DriverLock, RunDir\n"
+        "import sys; from pathlib import Path; from orchestration.runs.folder import RunDir\n"
+        "from orchestration.runs.lock import DriverLock\n"
         "with DriverLock(RunDir(Path(sys.argv[1]), 'tiny'), 'dsnet-orch launch elsewhere.yaml'):\n"
         "    print('held', flush=True); sys.stdin.read()"
     )

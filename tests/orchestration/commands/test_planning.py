@@ -16,7 +16,8 @@ from dsnet.errors import CheckpointError
 from dsnet.families import Task, create, rebuild
 from dsnet.standalone.stages import run_standalone
 from dsnet.stored.checkpoint import save_supernet
-from orchestration.config.sweep import CHECKPOINT_MODEL, SweepConfig
+from orchestration.config.supernet import CHECKPOINT_MODEL
+from orchestration.config.sweep import SweepConfig
 from orchestration.prepare.adoption import adopt, standalone_config
 from orchestration.prepare.preparation import Prepared, prepare, stage_definitions, supernet_run
 from orchestration.runs.folder import RunDir

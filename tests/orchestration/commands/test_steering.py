@@ -12,7 +12,7 @@ import yaml
 
 from dsnet.files import atomic_write_json, read_json
 from orchestration.commands.steering import changed_point, extended
-from orchestration.config.sweep import resolve_cohort, resolve_trials
+from orchestration.config.resolve import resolve_cohort, resolve_trials
 from orchestration.pipeline.search import trials_left
 from orchestration.prepare.preparation import prepare, stage_definitions
 from orchestration.runs.lock import DriverLock

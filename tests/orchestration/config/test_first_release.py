@@ -10,7 +10,8 @@ import pytest
 from dsnet.standalone.resolved import StandaloneConfig
 from orchestration.config.loading import load_config
 from orchestration.config.presets import BUILT_IN_PRESETS
-from orchestration.config.sweep import SweepConfig, resolve_regime
+from orchestration.config.supernet import resolve_regime
+from orchestration.config.sweep import SweepConfig
 from tests.orchestration.samples import write_sweep
 
 BOOTSTRAPPING = {"ema_decay": 0.997, "ema_warmup": True, "soft_ramp_epochs": 0.0, "teacher_min_updates": 100}

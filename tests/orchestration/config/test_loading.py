@@ -18,18 +18,11 @@ from ruamel.yaml import YAML
 from dsnet.errors import ConfigError
 from orchestration.config.distribution import Distribution
 from orchestration.config.loading import LoadedConfig, load_config
-from orchestration.config.sweep import (
-    SweepConfig,
-    enqueued_points,
-    json_schema,
-    known_fields,
-    resolve_cohort,
-    resolve_regime,
-    resolve_space,
-    resolve_trials,
-    section_class,
-    to_yaml,
-)
+from orchestration.config.resolve import enqueued_points, known_fields, resolve_cohort, resolve_space, resolve_trials
+from orchestration.config.section import section_class
+from orchestration.config.supernet import resolve_regime
+from orchestration.config.sweep import SweepConfig
+from orchestration.config.written import json_schema, to_yaml
 from orchestration.config.yaml_source import read_yaml_file
 
 EXAMPLES = Path(__file__).parents[3] / "examples"

@@ -34,28 +34,17 @@ from dsnet.training.settings import (
     Regime,
     TrainSettings,
 )
+from orchestration.config.data import AugmentConfig
 from orchestration.config.distribution import Distribution
-from orchestration.config.sweep import (
-    LARGEST_RATE,
-    NAME_PATTERN,
-    AugmentConfig,
-    BootstrappingConfig,
-    MeasureConfig,
-    SweepConfig,
-    TrainConfig,
-    config_warnings,
-    gate_space,
-    json_schema,
-    known_fields,
-    resolve_cohort,
-    resolve_regime,
-    resolve_timeout_s,
-    section_class,
-    stage_subset,
-    supernet_space,
-    sweepable_keys,
-    to_yaml,
-)
+from orchestration.config.measure import MeasureConfig
+from orchestration.config.resolve import gate_space, known_fields, resolve_cohort, resolve_timeout_s, supernet_space
+from orchestration.config.section import LARGEST_RATE, NAME_PATTERN, section_class
+from orchestration.config.space import sweepable_keys
+from orchestration.config.stage_keys import stage_subset
+from orchestration.config.supernet import BootstrappingConfig, TrainConfig, resolve_regime
+from orchestration.config.sweep import SweepConfig
+from orchestration.config.warnings import config_warnings
+from orchestration.config.written import json_schema, to_yaml
 from orchestration.config.yaml_source import parse_yaml
 from search.suggest.space import parse_space
 

@@ -18,26 +18,31 @@ from dsnet.gates.fit import fit_gates
 from dsnet.measure.latency import latency_metric
 from dsnet.routers import ROUTER_KINDS
 from orchestration.config.distribution import Distribution, thawed
+from orchestration.config.gate import GateConfig
 from orchestration.config.presets import BUILT_IN_PRESETS
-from orchestration.config.space import PUBLISHED, READERS, flat_gate, readers, supernet_combinations, supernet_with
-from orchestration.config.sweep import (
-    GateConfig,
-    SweepConfig,
-    config_warnings,
+from orchestration.config.resolve import (
     constraint_set,
     enqueued_points,
     gate_space,
     halving_rungs,
-    json_schema,
-    metric_names,
     resolve_cohort,
     resolve_space,
-    stage_subset,
     supernet_space,
-    sweepable_keys,
     target_set,
-    to_yaml,
 )
+from orchestration.config.space import (
+    PUBLISHED,
+    READERS,
+    flat_gate,
+    readers,
+    supernet_combinations,
+    supernet_with,
+    sweepable_keys,
+)
+from orchestration.config.stage_keys import stage_subset
+from orchestration.config.sweep import SweepConfig, metric_names
+from orchestration.config.warnings import config_warnings
+from orchestration.config.written import json_schema, to_yaml
 from orchestration.config.yaml_source import parse_yaml
 from search.gate_trial import FIELDS, ROUTING_KEYS, gate_settings
 from search.suggest.samplers import KNOWN_SAMPLERS
@@ -706,9 +711,7 @@ def test_start_weights_may_be_shared_by_supernets_of_one_shape() -> None:
 
 
 def test_the_schema_needs_no_sampler_library() -> None:
-    code = (
-        "import sys; from orchestration.config.sweep import json_schema; json_schema(); print('optuna' in sys.modules)"
-    )
+    code = "import sys; from orchestration.config.written import json_schema; json_schema(); print('optuna' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 

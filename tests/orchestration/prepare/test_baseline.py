@@ -18,7 +18,8 @@ from dsnet.routing.routing_table import RoutingTable
 from dsnet.routing.table_routing import run_on_table
 from dsnet.space.cost import subnet_cost
 from dsnet.space.subnet_set import SubnetSet
-from orchestration.config.sweep import GateConfig, SweepConfig
+from orchestration.config.gate import GateConfig
+from orchestration.config.sweep import SweepConfig
 from orchestration.prepare.reach import metric_ranges
 from orchestration.results.measured import MeasuredSubnet, static_metrics
 from orchestration.runs.stages import canonical_settings

@@ -11,7 +11,8 @@ import pytest
 from dsnet.errors import ConfigError
 from dsnet.standalone.resolved import StandaloneConfig
 from dsnet.training.data_defaults import DERIVED_KEYS
-from orchestration.config.sweep import SweepConfig, stage_subset
+from orchestration.config.stage_keys import stage_subset
+from orchestration.config.sweep import SweepConfig
 from orchestration.prepare.preparation import Prepared, prepare, stage_definitions, supernet_run
 from orchestration.runs.stages import stage_key
 from tests.orchestration.samples import call, write_sweep

@@ -19,7 +19,8 @@ from dsnet.families import Task, create
 from dsnet.stored.checkpoint import save_supernet
 from dsnet.training.settings import REGIMES, Regime, SupernetRun
 from dsnet.training.start import CHECKPOINT_MODEL as CORE_CHECKPOINT_MODEL
-from orchestration.config.sweep import CHECKPOINT_MODEL, SweepConfig
+from orchestration.config.supernet import CHECKPOINT_MODEL
+from orchestration.config.sweep import SweepConfig
 from orchestration.prepare.preparation import Prepared, prepare, stage_definitions, supernet_run, training_images
 
 RECORDED = Normalization((30.0,), (60.0,))

@@ -9,7 +9,8 @@ import pytest
 
 from dsnet.families import rebuild
 from dsnet.stored.checkpoint import save_supernet
-from orchestration.config.sweep import CHECKPOINT_MODEL, SweepConfig
+from orchestration.config.supernet import CHECKPOINT_MODEL
+from orchestration.config.sweep import SweepConfig
 from orchestration.pipeline.supernet import done_sentence
 from orchestration.prepare.preparation import Prepared, prepare, supernet_run
 from orchestration.results.supernet_facts import SupernetFacts, dry_layout, resolved_settings

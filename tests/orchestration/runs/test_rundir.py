@@ -253,7 +253,7 @@ def test_every_opening_of_the_test_split_is_counted_across_processes(run: RunDir
     manifest = Manifest(run.manifest_path)
     manifest.create(seed=0, hardware={}, versions={"python": "3"})
     script = (
-        "import sys; from pathlib import Path; from orchestration.runs.rundir import Manifest\n"
+        "import sys; from pathlib import Path; from orchestration.runs.manifest import Manifest\n"
         "for _ in range(10): Manifest(Path(sys.argv[1])).count_test_opening('report')"
     )
     others = [subprocess.Popen([sys.executable, "-c", script, str(run.manifest_path)]) for _ in range(2)]

@@ -18,7 +18,7 @@ from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 
 from orchestration.runs.curves import CurvePoint, CurveTail
-from orchestration.tracking import store as tracking
+from orchestration.tracking import background
 from orchestration.tracking.background import FAILURES_BEFORE_PAUSE, MlflowTracker
 from orchestration.tracking.process import MlflowWriter, SharedWriter, is_on_local_disk
 from orchestration.tracking.protocol import NullTracker, TrackedRun, Tracker, TrackingSummary
@@ -33,7 +33,7 @@ NUM_TRIALS = 4
 KILLED_DRIVER = """
 import os, signal, sys
 from pathlib import Path
-from tests.orchestration import test_tracking as t
+from tests.orchestration.tracking import test_store as t
 tracker = t.MlflowTracker(sys.argv[1], sys.argv[2], Path(sys.argv[3]), "digits")
 tracker.parent(t.parent_run("digits"))
 tracker.supernet(t.supernet_run("digits", "RUNNING"))
@@ -330,7 +330,8 @@ def test_a_writing_process_that_dies_costs_the_row_in_hand_and_is_replaced(datab
 
 def test_the_driver_itself_does_without_mlflow(database: Database, experiment: str) -> None:
     script = (
-        "import sys; from pathlib import Path; from orchestration.tracking.store import MlflowTracker, TrackedRun\n"
+        "import sys; from pathlib import Path; from orchestration.tracking.background import MlflowTracker\n"
+        "from orchestration.tracking.protocol import TrackedRun\n"
         "tracker = MlflowTracker(sys.argv[1], sys.argv[2], Path(sys.argv[3]), 'digits')\n"
         "tracker.parent(TrackedRun('digits', 'digits', 'sweep', 1))\n"
         "assert tracker.close('FINISHED', 2, 60).num_written == 3\n"
@@ -561,7 +562,7 @@ def test_a_store_that_comes_back_is_written_to_again(
     database: Database, experiment: str, tmp_path: Path, artifact: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     play(database.tracker(experiment), "before", artifact)
-    monkeypatch.setattr(tracking, "PAUSE_S", 0.05)
+    monkeypatch.setattr(background, "PAUSE_S", 0.05)
     warnings: list[str] = []
     away = Database(tmp_path)
     away.path.mkdir()
@@ -642,10 +643,10 @@ def test_the_null_tracker_takes_a_whole_sweep(artifact: Path) -> None:
 
 def test_importing_the_module_does_not_import_mlflow_and_using_it_sends_nothing_home(tmp_path: Path) -> None:
     script = (
-        "import sys; from pathlib import Path; from orchestration import tracking\n"
+        "import sys; from pathlib import Path; from orchestration.tracking import background, store as stores\n"
         "assert 'mlflow' not in sys.modules\n"
-        "store = tracking.MlflowStore('http://127.0.0.1:1', 'x', Path('.'))\n"
-        "tracking.MlflowTracker('http://127.0.0.1:1', 'x', Path('.'), 'x', warn=print, store=store)._attempt(store.connect)\n"
+        "store = stores.MlflowStore('http://127.0.0.1:1', 'x', Path('.'))\n"
+        "background.MlflowTracker('http://127.0.0.1:1', 'x', Path('.'), 'x', warn=print, store=store)._attempt(store.connect)\n"
         "from mlflow.telemetry import get_telemetry_client\n"
         "assert get_telemetry_client() is None\n"
     )

@@ -19,7 +19,7 @@ from dsnet.measure.evaluate import build_routing_table
 from dsnet.measure.latency import LatencyTable, Timing
 from dsnet.routing.table_routing import run_on_table
 from dsnet.stored.checkpoint import save_supernet
-from orchestration.config.sweep import GateConfig
+from orchestration.config.gate import GateConfig
 from orchestration.pipeline.search import MakeGateTrial
 from orchestration.runs.stages import canonical_settings
 from orchestration.workers.end_to_end import EndToEndCheck, MakeEndToEndTrial, shared_images

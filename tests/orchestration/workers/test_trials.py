@@ -21,7 +21,7 @@ from ray.exceptions import ActorDiedError, OutOfMemoryError
 from dsnet.arithmetic import MKL_MODE, mkl_mode
 from dsnet.errors import ConfigError, PreflightError
 from dsnet.import_path import WORKER_HOOK
-from orchestration.config.sweep import GateConfig
+from orchestration.config.gate import GateConfig
 from orchestration.environment import prepare_environment
 from orchestration.pipeline.search import MakeGateTrial
 from orchestration.runs.stages import canonical_settings
@@ -568,7 +568,7 @@ def studies_by_workers(folder: Path) -> dict[str, list[Any]]:
 @needs_products_apart
 def test_a_search_over_real_gate_trials_is_the_same_with_1_2_and_4_workers(tmp_path: Path) -> None:
     script = (
-        "import json, sys; from pathlib import Path; from orchestration.workers.runtime import prepare_environment\n"
+        "import json, sys; from pathlib import Path; from orchestration.environment import prepare_environment\n"
         "prepare_environment()\n"
         "from tests.orchestration.workers.test_trials import studies_by_workers\n"
         "Path(sys.argv[1], 'studies.json').write_text(json.dumps(studies_by_workers(Path(sys.argv[1]))))\n"

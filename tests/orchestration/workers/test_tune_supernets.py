@@ -40,12 +40,10 @@ from dsnet.training.supernet import FINAL, recalibration_batches
 from orchestration.config.schedulers import check_scheduler
 from orchestration.workers.schedulers import make_scheduler
 from orchestration.workers.supernet import STOP_GRACE_S, SupernetJob, _train_loop, root_cause, train_on_ray
-from orchestration.workers.tune_ledger import End, Ledger, Report
+from orchestration.workers.tune_ledger import End, Ledger, MemberFate, Report, TuneRules
 from orchestration.workers.tune_schedule import Member, ReplayingScheduler
 from orchestration.workers.tune_supernets import (
-    MemberFate,
     TuneMember,
-    TuneRules,
     ValImages,
     _train_member,
     measurable,
@@ -573,7 +571,7 @@ def test_every_known_scheduler_can_be_made_for_every_length(name: str, epochs: i
 
 def test_known_schedulers_are_checked_without_ray() -> None:
     code = (
-        "import sys; from orchestration.workers.tune_supernets import check_scheduler; "
+        "import sys; from orchestration.config.schedulers import check_scheduler; "
         "check_scheduler('asha', {'grace_period': 2}); sys.exit('ray' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

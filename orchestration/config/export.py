@@ -1,0 +1,40 @@
+"""The section `export`: which gates of the front become bundles."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import (
+    AfterValidator,
+    Field,
+)
+
+from dsnet.errors import ConfigError
+from dsnet.wording import did_you_mean
+from search.front.pareto import parse_pick
+
+if TYPE_CHECKING:
+    pass
+from orchestration.config.section import Section, Text
+
+
+def _pick(text: str) -> str:
+    try:
+        pick = parse_pick(text)
+    except ConfigError as error:
+        raise ValueError(str(error)) from error
+    if pick.kind == "name" and not re.fullmatch(r"trial-\d{4,}", text.strip()):
+        hint = did_you_mean(text, ["knee", "all"])
+        raise ValueError(
+            f'pick {text!r}: neither a keyword nor trial-NNNN{hint}; e.g. knee, all, trial-0042, "max:top1"'
+        )
+    return text
+
+
+class ExportConfig(Section):
+    """What is exported when a launch ends."""
+
+    picks: Annotated[tuple[Annotated[Text, AfterValidator(_pick)], ...], Field(strict=False, min_length=1)] = ("knee",)
+    """knee, all, trial-0042, "max:top1 where madds_m<=200", ...; each gate once."""
+    """Points of the front, as --pick of `dsnet-orch export` takes them."""

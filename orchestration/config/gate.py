@@ -1,0 +1,151 @@
+"""The section `gate`: which router is trained, and how."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import (
+    Field,
+    model_validator,
+)
+
+if TYPE_CHECKING:
+    pass
+from orchestration.config.section import (
+    LARGEST_RATE,
+    BrokenRule,
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+    refuse,
+)
+
+Router = Literal["gate", "evidence_gate", "gates", "evidence_gates", "cascade", "learned_cascade"]
+"""`dsnet.routers.ROUTER_KINDS`, which need torch."""
+
+
+END_TO_END_ROUTERS = ("gate", "gates")
+"""Routers with a slimming head inside the network, which can be trained through it."""
+
+
+class RoutingConfig(Section):
+    """Which sub-networks the gate may pick: members first, first + stride, ... up to last, in the set's order (with beam: by MAdds)."""
+
+    first: NonNegativeInt = 0
+    """Index of the first route."""
+    last: int = -1
+    """Inclusive; negative counts from the end, -1 = the widest."""
+    stride: PositiveInt = 1
+    """1 = every sub-network from first to last."""
+    beam: Annotated[int, Field(ge=2)] | None = None
+    """Keep so many sub-networks, both extremes among them: those nearest below the upper envelope of (MAdds, top-1 on `gate`).
+    first, last and stride then count in what is left, cheapest first; null = all."""
+
+
+class SgsConfig(Section):
+    """Sandwich gate sparsification: the labels that the gate learns from (arXiv 2103.13258, section 3.4)."""
+
+    t_easy: Fraction = 0.0
+    """Easy iff the smallest is right and p(y) >= t_easy; 0 = the paper's rule."""
+    t_hard: Fraction = 0.0
+    """Hard iff the largest is wrong or p(y) < t_hard; 0 = the paper's rule."""
+    strategy: Literal["try_best", "give_up"] = "try_best"
+    """Hard images go to the largest (try_best) or to the smallest (give_up)."""
+    target: Literal["extremes", "cheapest"] = "extremes"
+    """extremes: smallest or largest, as in the paper | cheapest: the cheapest sub-network that is right."""
+
+
+class LossesConfig(Section):
+    """Weights of the gate's loss terms; at least one is above 0."""
+
+    cls: NonNegativeFloat = 1.0
+    """Expected cross-entropy of the routed prediction."""
+    sgs: NonNegativeFloat = 1.0
+    """Cross-entropy to the SGS labels."""
+    complexity: NonNegativeFloat = 0.5
+    """Penalty on mean MAdds against the target."""
+    form: Literal["hinge", "quadratic", "paper", "paper_raw"] = "hinge"
+    """hinge: only above the target | quadratic: both sides | paper, paper_raw: as published, without a target."""
+    quality: NonNegativeFloat = 0.0
+    """Half the squared difference between each route's score and how good its answer is; with trainer table only."""
+    quality_of: Literal["correct", "probability"] = "correct"
+    """How good an answer is: correct 1 or 0 | the probability of the label."""
+
+
+class GateOptimizerConfig(Section):
+    """Stage II: how one gate is trained on the routing table."""
+
+    name: Literal["adam", "sgd"] = "adam"
+    """adam | sgd."""
+    lr: Annotated[float, Field(gt=0, le=LARGEST_RATE)] = 0.05
+    """> 0, at most 1e6."""
+    weight_decay: Annotated[float, Field(ge=0, le=LARGEST_RATE)] = 0.0
+    """>= 0, at most 1e6."""
+    steps: PositiveInt = 200
+    """Updates, with trainer table."""
+    batch_size: PositiveInt = 512
+    """Images per step; no more than `gate` holds are taken."""
+
+
+class TemperatureConfig(Section):
+    """Softmax temperature of the gate, annealed over its steps."""
+
+    start: PositiveFloat = 1.0
+    """At the first step, > 0."""
+    end: PositiveFloat = 0.3
+    """At the last step, > 0."""
+
+
+class PerceptronConfig(Section):
+    """The small perceptron of the routers that have one: evidence_gate, evidence_gates, learned_cascade."""
+
+    hidden_units: PositiveInt = 32
+    """Units of its hidden layer."""
+
+
+class EndToEndConfig(Section):
+    """Stage II through the network itself, as published; everything else, the batch size too, is gate.optimizer's."""
+
+    epochs: PositiveInt = 30
+    """Passes over `gate`; they take the place of gate.optimizer.steps."""
+    augment: bool = False
+    """Train on images that data.augment has changed."""
+    threads: PositiveInt = 1
+    """Torch threads of a trial, which takes as many CPUs; another number gives other last digits, hence other trials."""
+
+
+class GateConfig(Section):
+    """The gate: fixed settings, and defaults of what `space` sweeps."""
+
+    router: Router = "gate"
+    """gate: one decision, as published | evidence_gate: with richer evidence | gates, evidence_gates: one decision per gate
+    of the network | cascade: a cheap route first, one wider where it is unsure | learned_cascade: a cheap route's output picks the next."""
+    trainer: Literal["table", "end_to_end"] = "table"
+    """table: exact losses on the routing table, fractions of a second | end_to_end: through the network; routers gate and gates only."""
+    target: Fraction = 0.5
+    """Target MAdds t in [0, 1]: MAdds_min + t * (MAdds_max - MAdds_min) over the whole set of sub-networks."""
+    target_madds_m: PositiveFloat | None = None
+    """The target in million MAdds, > 0, in place of gate.target, which the default space then leaves out; null = gate.target counts."""
+    perceptron: PerceptronConfig = PerceptronConfig()
+    routing: RoutingConfig = RoutingConfig()
+    sgs: SgsConfig = SgsConfig()
+    losses: LossesConfig = LossesConfig()
+    optimizer: GateOptimizerConfig = GateOptimizerConfig()
+    temperature: TemperatureConfig = TemperatureConfig()
+    end_to_end: EndToEndConfig = EndToEndConfig()
+
+    @model_validator(mode="after")
+    def _can_route_and_learn(self) -> GateConfig:
+        problems = []
+        first, last = self.routing.first, self.routing.last
+        if 0 <= last < first:
+            problems.append(BrokenRule(("routing", "first"), f"{first} lies behind gate.routing.last {last}"))
+        losses = self.losses
+        if losses.cls == losses.sgs == losses.complexity == losses.quality == 0:
+            message = "cls, sgs, complexity and quality are all 0: the gate would learn nothing"
+            problems.append(BrokenRule(("losses",), message))
+        refuse(*problems)
+        return self

@@ -1,0 +1,109 @@
+"""The sections `metrics` and `constraints`: what a sweep optimises, and the conditions that its trials have to meet."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import (
+    JsonValue,
+    PlainSerializer,
+    PlainValidator,
+    WithJsonSchema,
+    model_validator,
+)
+
+from dsnet.wording import shown, way_out
+
+if TYPE_CHECKING:
+    pass
+from orchestration.config.section import BrokenRule, Section, Text, refuse
+
+OBJECTIVE_GOALS: Mapping[str, str] = {
+    "top1": "maximize",
+    "top5": "maximize",
+    "madds_m": "minimize",
+    "p95_madds_m": "minimize",
+    "params_m": "minimize",
+    "latency_ms": "minimize",
+}
+"""Metrics that a sweep can optimise, with the only goal that makes sense for each; `goal_of` knows the latencies' longer names too."""
+
+
+DEVICE_NAME_PATTERN = r"[A-Za-z_][A-Za-z0-9_]{0,31}"
+"""Names of `measure.devices`: they become part of metrics' names, which stand in expressions."""
+
+
+_LATENCY = re.compile(rf"latency_ms(_batch[1-9]\d*)?(\.{DEVICE_NAME_PATTERN})?")
+
+
+def goal_of(metric: str) -> str | None:
+    """Whether a metric is to maximize or to minimize; None for what can be no metric of any sweep."""
+    return "minimize" if _LATENCY.fullmatch(metric) else OBJECTIVE_GOALS.get(metric)
+
+
+class MetricConfig(Section):
+    """One objective of the sweep."""
+
+    name: Text
+    """One of top1, top5, madds_m, p95_madds_m, params_m, latency_ms, latency_ms_batchN, N > 1 of measure.batch_sizes; latencies also with
+    `.NAME` of measure.devices at the end."""
+    goal: Literal["maximize", "minimize"]
+    """maximize (accuracies) | minimize (costs)."""
+    ref: float | None = None
+    """This coordinate of the hypervolume's reference point; null = 1.05 x the widest sub-network's."""
+
+    @model_validator(mode="after")
+    def _is_known(self) -> MetricConfig:
+        wanted = goal_of(self.name)
+        if wanted is None:
+            message = f"unknown metric '{self.name}'{way_out(self.name, list(OBJECTIVE_GOALS))}"
+            refuse(BrokenRule(("name",), message))
+        if self.goal != wanted:
+            refuse(BrokenRule(("goal",), f"{self.name} is a metric to {wanted}; got '{self.goal}'"))
+        if self.goal == "maximize" and self.ref is not None and not 0 <= self.ref <= 1:
+            refuse(BrokenRule(("ref",), f"{self.name} is a fraction from 0 to 1; got {shown(self.ref)}"))
+        if self.goal == "minimize" and self.ref is not None and self.ref <= 0:
+            message = f"no {self.name} is better than {shown(self.ref)}: every hypervolume would be 0; write what is too much, or null"
+            refuse(BrokenRule(("ref",), message))
+        return self
+
+
+class HardConstraint(Section):
+    """A condition that ends what breaks it at once."""
+
+    hard: Text
+    """An expression as any other of `constraints`."""
+
+
+def _constraint(written: object) -> str | HardConstraint:
+    if isinstance(written, HardConstraint) or (isinstance(written, str) and written):
+        return written
+    if isinstance(written, Mapping) and list(written) == ["hard"] and isinstance(written["hard"], str):
+        return HardConstraint(hard=written["hard"])
+    raise ValueError(f'expected a condition such as "madds_m <= 180", or {{hard: "..."}}; got {shown(written)}')
+
+
+def _written_constraint(constraint: str | HardConstraint) -> JsonValue:
+    return constraint if isinstance(constraint, str) else {"hard": constraint.hard}
+
+
+Constraint = Annotated[
+    str | HardConstraint,
+    PlainValidator(_constraint),
+    PlainSerializer(_written_constraint),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string", "minLength": 1},
+                {
+                    "type": "object",
+                    "required": ["hard"],
+                    "additionalProperties": False,
+                    "properties": {"hard": {"type": "string", "minLength": 1}},
+                },
+            ]
+        }
+    ),
+]

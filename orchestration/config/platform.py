@@ -1,0 +1,46 @@
+"""The sections `ray`, `storage` and `tracking`: where a launch runs and where its results go."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import (
+    Field,
+)
+
+if TYPE_CHECKING:
+    pass
+from orchestration.config.section import PositiveFloat, PositiveInt, Section, Text
+
+
+class RayConfig(Section):
+    """Where the work runs; never changes a result."""
+
+    address: Text = "local"
+    """local = a private cluster on 127.0.0.1 for this run; else the address of a running one."""
+    num_cpus: PositiveInt | None = None
+    """Cores of the local cluster; null = all."""
+    object_store_mib: Annotated[int, Field(ge=75)] = 200
+    """Shared memory in MiB, at least 75."""
+    trial_actors: PositiveInt | None = None
+    """Processes that run trials; null = one per core."""
+    trial_resources: dict[Text, PositiveFloat] = Field(default_factory=dict)
+    """What each of them takes beside its cores, under Ray's names: GPU (0.5 = two on one), memory (bytes), or one that the cluster has."""
+
+
+class StorageConfig(Section):
+    """Where runs are kept."""
+
+    runs: Text = "runs"
+    """Folder that holds one folder per run; `~` and $VARIABLES are expanded."""
+
+
+class TrackingConfig(Section):
+    """MLflow."""
+
+    mlflow: bool = True
+    """Record the sweep in MLflow while it runs; `sync` can do it later."""
+    uri: Text | None = None
+    """Tracking server or database; null = sqlite in the runs folder."""
+    experiment: Text | None = None
+    """null = the sweep's name."""

@@ -1,0 +1,161 @@
+"""What every section of sweep.yaml is built of: strict models, the types of their values, and rules that were broken.
+
+Strict means: no unknown key, no silent conversion ("3" is not 3, 1 is not true), and every range checked when an object
+is built. Only a whole number where a real one is wanted is taken as it is meant.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    StringConstraints,
+    WithJsonSchema,
+)
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticCustomError
+
+from dsnet.wording import shown
+
+if TYPE_CHECKING:
+    pass
+
+
+KeyPath = tuple[str | int, ...]
+
+
+NAME_PATTERN = r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}$"
+
+
+@dataclass(frozen=True)
+class BrokenRule:
+    """A rule between settings that does not hold; `path` is relative to the section that checks it."""
+
+    path: KeyPath
+    message: str
+    others: tuple[KeyPath, ...] = ()
+    """Further settings that it is about: whoever spoke last, of all of them, is told."""
+
+    def __str__(self) -> str:
+        return f"{'.'.join(map(str, self.path))}: {self.message}" if self.path else self.message
+
+
+def refuse(*rules: BrokenRule) -> None:
+    """Report all broken rules of a section at once; config_loading finds the place in the file of each."""
+    if rules:
+        raise PydanticCustomError("broken_rules", "{text}", {"text": "; ".join(map(str, rules)), "rules": rules})
+
+
+def _printable(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError(f"{text!r} holds characters that cannot be printed")
+    return text
+
+
+Text = Annotated[str, StringConstraints(min_length=1), AfterValidator(_printable)]
+
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+PositiveFloat = Annotated[float, Field(gt=0)]
+
+
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+
+
+LARGEST_RATE = 1e6
+"""That of `dsnet.training.settings`, which needs torch."""
+
+
+PositiveInt = Annotated[int, Field(ge=1)]
+
+
+NonNegativeInt = Annotated[int, Field(ge=0)]
+
+
+# YAML and JSON know lists only; the list becomes a tuple, its items stay strict.
+IncreasingSizes = Annotated[tuple[PositiveInt, ...], Field(strict=False, min_length=1)]
+
+
+Device = Literal["auto", "cpu", "cuda"]
+
+
+class Section(BaseModel):
+    """Base of every section: frozen, strict, no unknown key, no NaN; docstrings under fields are their descriptions."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        validate_default=True,
+        use_attribute_docstrings=True,
+    )
+
+
+def _scalar(value: object) -> object:
+    if isinstance(value, bool | int | float | str):
+        return value
+    raise ValueError(f"expected a number, text, true or false; got {shown(value)}")
+
+
+PointValue = Annotated[
+    bool | int | float | str,
+    PlainValidator(_scalar),
+    WithJsonSchema({"type": ["number", "string", "boolean"]}),
+]
+
+
+def section_class(annotation: object) -> type[Section] | None:
+    """The annotation itself where it is a section, else None."""
+    return annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None
+
+
+def walk_fields(section: type[Section], prefix: str) -> Iterator[tuple[str, FieldInfo]]:
+    """Every dotted key below a section, sections included, with its field."""
+    for name, field in section.model_fields.items():
+        yield f"{prefix}{name}", field
+        inner = section_class(field.annotation)
+        if inner is not None:
+            yield from walk_fields(inner, f"{prefix}{name}.")
+
+
+def is_nullable(field: FieldInfo) -> bool:
+    """Whether null is a value of the field."""
+    return get_origin(field.annotation) in (Union, types.UnionType) and type(None) in get_args(field.annotation)
+
+
+def annotated_type(field: FieldInfo) -> Any:
+    """The type of a field with its bounds, for a validator of its own."""
+    return Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
+
+
+_REQUIREMENTS: Mapping[str, str] = {
+    "greater_than_equal": "must be at least {ge}",
+    "greater_than": "must be above {gt}",
+    "less_than_equal": "must be at most {le}",
+    "less_than": "must be below {lt}",
+    "literal_error": "must be one of {expected}",
+    "int_type": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "float_type": "must be a number",
+    "finite_number": "must be a finite number",
+    "string_type": "must be text",
+    "bool_type": "must be true or false",
+    "string_too_short": "must not be empty",
+}
+
+
+def requirement(error_type: str, context: Mapping[str, Any]) -> str:
+    """The rule that a pydantic error type stands for, in plain words."""
+    limits = {name: f"{limit:g}" if isinstance(limit, float) else limit for name, limit in context.items()}
+    return _REQUIREMENTS.get(error_type, "does not take this value").format(**limits)

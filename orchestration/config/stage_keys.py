@@ -1,0 +1,85 @@
+"""The part of the configuration that each stage depends on."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any, Literal, get_args
+
+from pydantic import (
+    JsonValue,
+)
+
+from orchestration.config.resolve import enqueued_points, halving_rungs, resolve_cohort, resolve_space
+from orchestration.config.supernet import (
+    resolve_regime,
+)
+from orchestration.config.sweep import SweepConfig
+
+Stage = Literal["supernet", "measure", "table", "search", "verify"]
+
+
+# Settings of the supernet that say where and how safely it is trained, not what is trained; and those that stand
+# for something else: the names of a regime for its parts, the path of a checkpoint for its tensors.
+_NOT_IN_SUPERNET_KEY: dict[str, Any] = {
+    "workers": True,
+    "threads": True,
+    "device": True,
+    "keep_checkpoints": True,
+    "init_from": True,
+    "regime": True,
+    "train": {"checkpoint_every", "widths", "num_random", "teacher", "bn"},
+    "bootstrapping": {"mode", "num_random"},
+}
+
+
+def stage_subset(config: SweepConfig, stage: Stage) -> dict[str, JsonValue]:
+    """The part of the configuration that a stage's result depends on and that enters its key, JSON-able.
+
+    Parents, the fingerprints of the data and of the start weights (hence no `data.path`, `data.crop_fraction` or `supernet.init_from`)
+    and the stage's version are the pipeline's to add.
+    Ray, workers, the device of training, budget, tracking and export never enter: the same sweep done elsewhere, or
+    for longer, is the same sweep.
+    """
+    if stage == "supernet":
+        from dsnet.training.settings import without_published  # torch comes with it
+
+        supernet = config.supernet.model_dump(mode="json", exclude=_NOT_IN_SUPERNET_KEY)
+        supernet["bootstrapping"] = without_published(supernet["bootstrapping"])
+        return {
+            "seed": config.seed,
+            "data": config.data.model_dump(mode="json", exclude={"path", "crop_fraction"}),
+            "supernet": {**supernet, "regime": asdict(resolve_regime(config.supernet))},
+        }
+    if stage == "measure":
+        return {"measure": _measure_subset(config)}
+    if stage == "search":
+        return _search_subset(config)
+    if stage == "verify":
+        return {"measure": {key: value for key, value in _measure_subset(config).items() if key != "group_sizes"}}
+    if stage == "table":
+        return {}
+    raise ValueError(f"unknown stage {stage!r}; known: {', '.join(get_args(Stage))}")
+
+
+def _measure_subset(config: SweepConfig) -> dict[str, JsonValue]:
+    """Without `devices` where there are none: what was measured before they existed stays valid."""
+    return config.measure.model_dump(mode="json", exclude=set() if config.measure.devices else {"devices"})
+
+
+def _search_subset(config: SweepConfig) -> dict[str, JsonValue]:
+    """As the search understands it: what a default stands for in place of the default, and no reference point, which scores it only."""
+    subset: dict[str, Any] = config.model_dump(
+        mode="json", include={"seed", "gate", "constraints", "sampler", "pruner"}
+    )
+    subset["space"] = {key: distribution.written() for key, distribution in resolve_space(config).items()}
+    subset["metrics"] = [{"name": metric.name, "goal": metric.goal} for metric in config.metrics]
+    subset["sampler"] |= {"cohort": resolve_cohort(config), "enqueue": enqueued_points(config)}
+    rungs = list(halving_rungs(config))
+    subset["pruner"] = {"name": "none"}
+    if config.pruner.name != "none":
+        subset["pruner"] = {"name": config.pruner.name, "factor": config.pruner.factor, "rungs": rungs}
+    if config.gate.trainer == "table":
+        del subset["gate"]["end_to_end"]
+    else:
+        del subset["gate"]["end_to_end"]["threads"]
+    return subset

@@ -1,0 +1,271 @@
+"""The sections `supernet` and `supernets`: the network, how it is trained, and how a sweep of several chooses among them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
+
+from pydantic import (
+    BeforeValidator,
+    Field,
+    JsonValue,
+    model_validator,
+)
+
+from dsnet.wording import plural, shown
+
+if TYPE_CHECKING:
+    from dsnet.training.settings import Regime
+from orchestration.config.section import (
+    LARGEST_RATE,
+    BrokenRule,
+    Device,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+    Text,
+    refuse,
+)
+
+CHECKPOINT_MODEL = "checkpoint"
+"""The `supernet.model` that takes layout and sub-networks from `supernet.init_from`."""
+
+
+def _recalibration_images(value: object) -> object:
+    is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    if value is None or value == FROM_DATA or is_count:
+        return value
+    raise ValueError(f"expected a whole number of images, {FROM_DATA}, or null; got {shown(value)}")
+
+
+FROM_DATA: Final = "auto"
+"""The value of a setting that follows from the data, where null has another meaning."""
+
+
+RecalibrationImages = Annotated[Literal["auto"] | NonNegativeInt | None, BeforeValidator(_recalibration_images)]
+
+
+class TrainConfig(Section):
+    """Stage I: how the supernet is trained."""
+
+    widths: Literal["sandwich", "all"] | None = None
+    """sandwich: largest, random ones and smallest | all: every width in every step; null = from supernet.regime."""
+    num_random: NonNegativeInt | None = None
+    """Random sub-networks of the sandwich; null = from supernet.regime."""
+    teacher: Literal["none", "inplace", "ema", "ema_ensemble"] | None = None
+    """none: labels | inplace: the widest | ema: the EMA copy's widest | ema_ensemble: its ensemble; null = from the regime."""
+    bn: Literal["private_stats", "private_affine", "recalibrate", "group_norm"] | None = None
+    """BatchNorm with statistics per width | and affine pairs per width | recalibrated | GroupNorm; null = the regime's or the family's."""
+    epochs: NonNegativeInt | None = None
+    """Passes over `train`; 0 keeps the weights of supernet.init_from; null = from the data."""
+    batch_size: PositiveInt | None = None
+    """Images per step, over all workers and micro-batches together; null = from the data."""
+    accumulate: PositiveInt = 1
+    """Micro-batches whose gradients add up to one step's; BatchNorm sees each one alone."""
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    """sgd (Nesterov) | adamw."""
+    lr: Annotated[float, Field(gt=0, le=LARGEST_RATE)] | None = None
+    """Peak learning rate, > 0, at most 1e6; null = from the batch size."""
+    schedule: Literal["cosine", "one_cycle", "constant"] = "cosine"
+    """cosine: to 0 after the warm-up | one_cycle: up during the warm-up, down to lr / 250,000 | constant."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """For sgd, [0, 1)."""
+    weight_decay: Annotated[float, Field(ge=0, le=LARGEST_RATE)] | None = None
+    """Not on one-dimensional parameters; null = from learning rate and steps."""
+    warmup_epochs: NonNegativeFloat | None = None
+    """Epochs of linear warm-up, part of `epochs`; null = from the epochs."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """[0, 1), of whoever learns from labels: the widest, and with teacher none all."""
+    grad_clip: PositiveFloat | None = None
+    """Largest norm of the gradient; null = no clipping."""
+    precision: Literal["float32", "bf16"] = "float32"
+    """float32 | bf16: autocast to bfloat16; weights, statistics and optimiser stay float32."""
+    channels_last: bool = False
+    """Images and weights in NHWC memory order: often faster on a GPU."""
+    checkpoint_every: PositiveInt = 1
+    """Epochs between checkpoints."""
+
+    @model_validator(mode="after")
+    def _warm_up_ends(self) -> TrainConfig:
+        if self.epochs and self.warmup_epochs and self.epochs < self.warmup_epochs:
+            message = f"{self.warmup_epochs:g} epochs of warm-up do not fit into {self.epochs} epochs of training"
+            refuse(BrokenRule(("warmup_epochs",), message))
+        return self
+
+
+class BootstrappingConfig(Section):
+    """Who teaches the narrower sub-networks (arXiv 2103.13258, section 3.3; arXiv 2109.10060)."""
+
+    mode: Literal["none", "inplace_distillation", "ib", "ieb"] | None = None
+    """The older way to name a teacher: none | inplace_distillation | ib | ieb; null = from supernet.regime."""
+    num_random: NonNegativeInt | None = None
+    """The older place of supernet.train.num_random; null = from supernet.regime."""
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.997
+    """Decay of the EMA copy per step, [0, 1)."""
+    ema_warmup: bool = True
+    """Raise the decay as min(ema_decay, (1 + t) / (10 + t)): a short run needs it; false is the paper's."""
+    soft_ramp_epochs: NonNegativeFloat = 0.0
+    """Epochs over which soft labels replace the true ones; 0 = from the start, as in the paper."""
+    trust: Literal["full", "label_probability"] = "label_probability"
+    """Share of the soft label in an image's target. full: all, as in the paper | label_probability: what the teacher gives the label."""
+    largest_first: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the steps, [0, 1), in which the largest sub-network trains alone before the others join."""
+    teacher_min_updates: NonNegativeInt = 100
+    """A teacher width with fewer updates of its statistics runs on those of the batch."""
+
+
+class RecalibrationConfig(Section):
+    """BatchNorm statistics, re-estimated for every width after training."""
+
+    images: RecalibrationImages = FROM_DATA
+    """Images of `train` to use: a number | null = all | auto = from the data. 0 keeps the statistics of supernet.init_from, and needs
+    0 epochs."""
+    batch_size: PositiveInt = 256
+    """Images per forward pass."""
+
+
+class SupernetConfig(Section):
+    """The network that holds all sub-networks, and its training."""
+
+    model: Text
+    """Architecture family, by its registered name; or checkpoint: layout and sub-networks of `init_from`."""
+    options: dict[str, JsonValue] = Field(default_factory=dict)
+    """Options of the family, which checks them: width, stem_stride, num_routes, ..."""
+    init_from: Text | None = None
+    """Start weights: a checkpoint, a run folder, or what `python -m dsnet.training` wrote; `~` and $VARIABLES are expanded."""
+    regime: Literal["ce", "s_net", "us_net", "ib", "ieb"] | None = None
+    """Who trains and who teaches, by name: ce | s_net | us_net | ib | ieb; null = in-place bootstrapping (ib)."""
+    workers: PositiveInt = 1
+    """Ray Train workers."""
+    threads: PositiveInt | None = None
+    """Torch threads per worker; null = cores // workers."""
+    device: Device = "auto"
+    """auto = cuda where there is one."""
+    train: TrainConfig = TrainConfig()
+    bootstrapping: BootstrappingConfig = BootstrappingConfig()
+    weights: Literal["ema", "student"] = "ema"
+    """Which weights are measured, tabled and exported."""
+    recalibration: RecalibrationConfig = RecalibrationConfig()
+    keep_checkpoints: PositiveInt = 2
+    """Training checkpoints kept on disk."""
+
+    @model_validator(mode="after")
+    def _can_start_and_train(self) -> SupernetConfig:
+        refuse(*_batch_problems(self), *_number_problems(self), *_regime_problems(self), *_start_problems(self))
+        return self
+
+
+def _batch_problems(supernet: SupernetConfig) -> Iterator[BrokenRule]:
+    from dsnet.training.settings import sharing_problem
+
+    train = supernet.train
+    if train.batch_size is None:
+        return
+    problem = sharing_problem(train.batch_size, supernet.workers, train.accumulate)
+    if problem is not None:
+        yield BrokenRule(("train", "batch_size"), problem, others=(("train", "accumulate"), ("workers",)))
+
+
+def _start_problems(supernet: SupernetConfig) -> Iterator[BrokenRule]:
+    """What needs a checkpoint to start from, or goes only with one."""
+    if supernet.init_from is None:
+        if supernet.model == CHECKPOINT_MODEL:
+            yield BrokenRule(("model",), "checkpoint takes the network from supernet.init_from, which is not set")
+        if supernet.train.epochs == 0:
+            message = (
+                "0 keeps the weights of supernet.init_from, which is not set; name a checkpoint, or train 1 or more"
+            )
+            yield BrokenRule(("train", "epochs"), message)
+    if supernet.model == CHECKPOINT_MODEL and supernet.options:
+        message = f"model checkpoint takes no options: the checkpoint has its own; remove {', '.join(supernet.options)}"
+        yield BrokenRule(("options",), message)
+    epochs = supernet.train.epochs
+    if supernet.recalibration.images == 0 and epochs != 0:
+        training = "training outdates" if epochs is None else f"{plural(epochs, 'epoch')} of training outdate"
+        message = f"0 keeps the statistics of supernet.init_from, but {training} them; write supernet.train.epochs 0, or auto here"
+        yield BrokenRule(("recalibration", "images"), message)
+
+
+def _regime_problems(supernet: SupernetConfig) -> Iterator[BrokenRule]:
+    """Names that contradict each other, and an ensemble of nobody."""
+    from dsnet.training.settings import REGIMES, TEACHER_OF_MODE
+
+    regime, bootstrapping = supernet.regime, supernet.bootstrapping
+    if regime is not None:
+        named = REGIMES[regime]
+        if bootstrapping.mode is not None and TEACHER_OF_MODE[bootstrapping.mode] != named.teacher:
+            message = f"{bootstrapping.mode} contradicts supernet.regime {regime}, whose teacher is {named.teacher}; "
+            yield BrokenRule(("bootstrapping", "mode"), message + "keep one of the two, the other null")
+        is_sandwich = named.widths == "sandwich"
+        if is_sandwich and bootstrapping.num_random not in (None, named.num_random):
+            message = (
+                f"{bootstrapping.num_random} contradicts supernet.regime {regime}, which draws {named.num_random}; "
+            )
+            yield BrokenRule(("bootstrapping", "num_random"), message + "write it as supernet.train.num_random")
+    parts = _regime_parts(supernet)
+    if (parts["teacher"], parts["widths"], parts["num_random"]) == ("ema_ensemble", "sandwich", 0):
+        section = "bootstrapping" if supernet.train.num_random is None and bootstrapping.num_random == 0 else "train"
+        message = "ieb averages the teacher with random sub-networks and needs at least 1; or choose regime ib"
+        yield BrokenRule((section, "num_random"), message)
+
+
+def _number_problems(supernet: SupernetConfig) -> Iterator[BrokenRule]:
+    """One setting written under both of its names, with two values."""
+    newer, older = supernet.train.num_random, supernet.bootstrapping.num_random
+    if None not in (newer, older) and newer != older:
+        message = f"{older} contradicts supernet.train.num_random {newer}, the newer name of this setting; remove one of the two"
+        yield BrokenRule(("bootstrapping", "num_random"), message)
+
+
+def _regime_parts(supernet: SupernetConfig) -> dict[str, Any]:
+    """The fields of the regime."""
+    # Imported here: the core's settings need torch, which `dsnet-orch schema` and --help do without.
+    from dsnet.training.settings import REGIMES, TEACHER_OF_MODE
+
+    train, bootstrapping = supernet.train, supernet.bootstrapping
+    parts = asdict(REGIMES[supernet.regime or "ib"])
+    if supernet.regime is None:
+        teacher = None if bootstrapping.mode is None else TEACHER_OF_MODE[bootstrapping.mode]
+        parts |= _given(teacher=teacher, num_random=bootstrapping.num_random)
+    parts |= _given(widths=train.widths, num_random=train.num_random, teacher=train.teacher, norm=train.bn)
+    if parts["widths"] == "all":
+        parts["num_random"] = 0  # nothing is drawn, whatever was written: one regime, one stage key
+    return parts
+
+
+def _given(**settings: Any) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+REGIME_KEYS = frozenset({"widths", "num_random", "teacher", "bn"})
+"""Settings below `supernet.train` that a regime gives; the core takes them resolved."""
+
+
+def resolve_regime(supernet: SupernetConfig) -> Regime:
+    """Which sub-networks a step trains and who teaches them.
+
+    First wins: supernet.train.{widths, num_random, teacher, bn}, supernet.regime, supernet.bootstrapping.{mode, num_random}, ib.
+    """
+    from dsnet.training.settings import Regime
+
+    return Regime(**_regime_parts(supernet))
+
+
+class SupernetsConfig(Section):
+    """How a sweep of supernets chooses and trains them; read only where `space` holds supernet.* keys."""
+
+    number: PositiveInt = 4
+    """Distinct supernets; fewer where the space has fewer."""
+    sampler: Literal["random", "grid", "qmc"] = "qmc"
+    """random | grid | qmc: draws the supernet.* part of the space, all of it beforehand."""
+    scheduler: Text = "asha"
+    """none | asha | median | hyperband, or the import path of a scheduler of Ray Tune's kind: who stops trainings that fall behind."""
+    options: dict[str, JsonValue] = Field(default_factory=dict)
+    """Keyword arguments of the scheduler; of asha grace_period, reduction_factor, ... in epochs."""
+    concurrent: PositiveInt = 1
+    """Supernets that train at the same time."""
+    report_every: PositiveInt = 1
+    """Epochs between two reports of the static hypervolume on `val`, on which the scheduler decides."""
