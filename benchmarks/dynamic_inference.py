@@ -37,7 +37,8 @@ from dsnet.deploy.segments import CutSegments, rows_by
 from dsnet.families import Task, create
 from dsnet.network.batchnorm import recalibrate
 from dsnet.network.supernet import Supernet
-from dsnet.routers import STOP, Evidence, Executed, GateRouter, Router
+from dsnet.routers.base import STOP, Evidence, Executed, Router
+from dsnet.routers.gate import GateRouter
 from dsnet.stored.checkpoint import load_supernet
 from dsnet.training.supernet import FINAL
 from orchestration.commands.planning import prepare_again

@@ -12,6 +12,8 @@ from typing import Final
 import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 
+from dsnet.routers.kinds import router_kinds
+
 # Okabe and Ito's palette, readable with every common form of colour blindness.
 INK: Final = "#1f2933"
 MUTED: Final = "#5f6b7a"
@@ -25,16 +27,6 @@ SKY: Final = "#56b4e9"
 SERIES: Final = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, INK, MUTED)
 SYMBOLS: Final = ("circle", "square", "diamond", "triangle-up", "cross", "star", "hexagon", "x")
 DASHES: Final = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
-
-ROUTERS: Final = {
-    "gate": ("gate", "circle"),
-    "evidence_gate": ("gate with richer evidence", "diamond"),
-    "gates": ("gate at every stage", "square"),
-    "evidence_gates": ("gate at every stage, richer evidence", "pentagon"),
-    "cascade": ("cascade", "triangle-up"),
-    "learned_cascade": ("learned cascade", "star"),
-}
-"""Kind of router -> its name and its symbol, in every figure and table."""
 
 # Only fonts that a system already has: the report may load nothing.
 FONT_FAMILY: Final = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
@@ -97,12 +89,14 @@ def plain(text: str) -> str:
 
 def router_name(kind: str) -> str:
     """A kind of router in words; one that this release does not know keeps its own name, not escaped."""
-    return ROUTERS[kind][0] if kind in ROUTERS else kind
+    known = router_kinds().get(kind)
+    return kind if known is None else known.label
 
 
 def router_symbol(kind: str) -> str:
     """Its marker."""
-    return ROUTERS[kind][1] if kind in ROUTERS else "hexagon"
+    known = router_kinds().get(kind)
+    return "hexagon" if known is None else known.symbol
 
 
 def percent(fraction: float, digits: int = 1) -> str:

@@ -15,9 +15,8 @@ import numpy as np
 
 from dsnet.gates.cohort import LANES
 from dsnet.gates.fit import train_heads
-from dsnet.gates.problem import PERCEPTRON_KINDS
 from dsnet.gates.settings import GateSettings
-from dsnet.routers import Head
+from dsnet.routers.head import Head
 from dsnet.routing.routing_table import RoutingTable
 from search.gate_trial import GateTrial, gate_settings
 from search.suggest.space import Scalar, Space, at_share
@@ -71,7 +70,7 @@ class GateCheck:
         """One trial for each shape that programs have, at most `MAX_SHAPES`: first one of every kind of router, then the next of each."""
         found: dict[tuple[object, ...], GateSettings] = {}
         for own in self._settings(trial):
-            hidden = own.hidden_units if own.router in PERCEPTRON_KINDS else 0
+            hidden = own.hidden_units if own.kind.head == "perceptron" else 0
             is_small = 2 * len(own.routes) <= trial.gate_table.num_routes
             found.setdefault((own.router, hidden, is_small, own.batch_size, own.optimizer), own)
         seen: Counter[str] = Counter()
@@ -88,7 +87,7 @@ class GateCheck:
                 own = gate_settings(params, trial.defaults, trial.gate_table, seed=0)
             except ValueError:
                 continue  # an impossible combination fails as a trial, too
-            if own.router != "cascade":
+            if own.kind.is_trained and own.kind.fit is None:
                 yield own
 
 

@@ -17,7 +17,8 @@ from dsnet.gates.fit import GateFit, fit_gates
 from dsnet.gates.problem import beam
 from dsnet.gates.settings import GateSettings
 from dsnet.measure.latency import MAIN_DEVICE, BatchClock, LatencyTable, latency_metric
-from dsnet.routers import Router, router_from_arrays
+from dsnet.routers.base import Router
+from dsnet.routers.kinds import router_from_arrays
 from dsnet.routing.routing_table import RoutingTable
 from dsnet.space.cost import shared_params
 from dsnet.space.subnet_set import SubnetSet

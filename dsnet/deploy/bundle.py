@@ -27,7 +27,8 @@ from dsnet.families import rebuild
 from dsnet.files import atomic_write_json, file_sha256, plain_value, read_json
 from dsnet.network.precision import exact_float32
 from dsnet.network.supernet import Supernet, restrict, state_for_saving
-from dsnet.routers import Router, router_from_arrays
+from dsnet.routers.base import Router
+from dsnet.routers.kinds import router_from_arrays
 from dsnet.routing.retrace import Retrace
 from dsnet.space.cost import subnet_cost
 from dsnet.space.spec import SupernetSpec

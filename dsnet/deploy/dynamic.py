@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dsnet.deploy.segments import CutSegments, SlicedSegments, rows_by
 from dsnet.network.supernet import Supernet, TrunkOutput
-from dsnet.routers import STOP, Evidence, Executed, Router
+from dsnet.routers.base import STOP, Evidence, Executed, Router
 from dsnet.space.cost import subnet_cost
 from dsnet.space.route_tree import RouteTree
 

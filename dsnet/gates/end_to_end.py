@@ -30,13 +30,12 @@ from dsnet.gates.mixing import Answers, Chooser, GatedSupernet, Mixed
 from dsnet.gates.problem import sgs_places
 from dsnet.gates.settings import GateSettings
 from dsnet.network.supernet import Supernet
+from dsnet.routers.kinds import kind_names
 from dsnet.seeds import derive_seed
 from dsnet.space.cost import gate_madds, subnet_cost
 from dsnet.space.spec import Subnet
 from dsnet.space.subnet_set import SubnetSet
 
-END_TO_END_KINDS = ("gate", "gates")
-"""The published gates: linear slimming heads on hidden vectors."""
 STREAMS = ("order", "noise", "augmentation")
 """What is random in training; each has a generator of its own."""
 SMALLEST_SCALE = 1e-6
@@ -190,12 +189,13 @@ class GateObjective:
         image_size: pixels a side.
 
         Raises:
-            ValueError: the router is none of `END_TO_END_KINDS`, a loss is on that only table training has, or the routing space holds
+            ValueError: the router cannot be trained end to end, a loss is on that only table training has, or the routing space holds
                 ids that the set does not have.
         """
-        if settings.router not in END_TO_END_KINDS:
+        if not settings.kind.trains_end_to_end:
+            able = kind_names(lambda kind: kind.trains_end_to_end)
             raise ValueError(
-                f"gate.trainer end_to_end trains the routers {' and '.join(END_TO_END_KINDS)}, not {settings.router!r}; "
+                f"gate.trainer end_to_end trains the routers {' and '.join(able)}, not {settings.router!r}; "
                 "use gate.trainer table"
             )
         if settings.lambda_quality:
@@ -208,7 +208,7 @@ class GateObjective:
         if list(routes) != sorted(set(routes)) or not 0 <= routes[0] <= routes[-1] < num_routes:
             raise ValueError(f"the routing space {routes} must be increasing ids in 0..{num_routes - 1}")
         self.settings = settings
-        self.gated = GatedSupernet(supernet, routes, decides_once=settings.router == "gate")
+        self.gated = GatedSupernet(supernet, routes, decides_once=not settings.kind.is_tree)
         self.costs = PathCosts.of(supernet.subnets, self.gated, settings, image_size)
         by_cost = self.costs.madds.argsort(stable=True).tolist()
         self.extremes = (by_cost[0], by_cost[-1])

@@ -16,9 +16,6 @@ from torch import Tensor
 from dsnet.errors import NonFiniteLossError
 from dsnet.gates.cohort import Lane, Lesson, TrainedHead, train_cohort
 from dsnet.gates.problem import (
-    CASCADE_EVIDENCE,
-    PERCEPTRON_KINDS,
-    TREE_KINDS,
     Costs,
     Problem,
     Scaling,
@@ -30,15 +27,10 @@ from dsnet.gates.problem import (
 )
 from dsnet.gates.settings import GateSettings
 from dsnet.gates.tree import NUM_EXTRA_POOLINGS, PricedTree
-from dsnet.routers import (
-    CascadeRouter,
-    EvidenceGateRouter,
-    GateRouter,
-    Head,
-    LearnedCascadeRouter,
-    Router,
-)
-from dsnet.routers.cascade import num_answer_features
+from dsnet.routers.base import CalibratedHead, Router
+from dsnet.routers.cascade import CASCADE_EVIDENCE, CascadeRouter, num_answer_features
+from dsnet.routers.head import Head
+from dsnet.routers.kinds import kind_names
 from dsnet.routing.calibration import calibrate, confidence_threshold, nearest_price
 from dsnet.routing.routing_table import RoutingTable
 from dsnet.routing.table_routing import TableRun, run_on_table
@@ -71,12 +63,15 @@ def fit_gates(
     results: dict[int, GateFit | Exception] = {}
     classes: dict[tuple[object, ...], list[tuple[int, _Plan]]] = {}
     for index, own in enumerate(settings):
+        if own.kind.fit is not None:
+            results[index] = _fit_own(gate_table, val_table, own)
+            continue
         try:
             plan = _Plan.of(gate_table, own)
         except ValueError as error:
             results[index] = error
             continue
-        if own.router == "cascade":
+        if own.kind.head == "none":
             results[index] = _fit_cascade(val_table, plan)
         else:
             classes.setdefault(plan.trains_with, []).append((index, plan))
@@ -131,14 +126,16 @@ def calibrate_heads(val_table: RoutingTable, settings: GateSettings, heads: Sequ
         NonFiniteLossError: a weight is NaN or infinite.
         ValueError: a router that has no such heads.
     """
-    if settings.router not in ("gate", "gates"):
-        raise ValueError(f"gate.router {settings.router} cannot be trained end to end; use gate or gates")
+    kind = settings.kind
+    if not kind.trains_end_to_end:
+        able = " or ".join(kind_names(lambda each: each.trains_end_to_end))
+        raise ValueError(f"gate.router {kind.name} cannot be trained end to end; use {able}")
     plan = _Plan.of(val_table, settings)
-    if settings.router == "gate":
+    if not kind.is_tree:
         full = torch.zeros(len(plan.columns), heads[0].shape[1], dtype=torch.float64)
         full[plan.places] = heads[0].double()
         heads = [full]
-    exam = _Exam(val_table, node_features(val_table, settings.router, plan.problem))
+    exam = _Exam(val_table, node_features(val_table, plan.problem))
     fit = _finish(exam, plan, [Head(head.double()) for head in heads])
     if isinstance(fit, Exception):
         raise fit
@@ -166,16 +163,17 @@ class _Plan:
         """Choose what a cascade runs first by the labels of `table`, and count what decisions cost."""
         routes, first = routing_space(table, settings), None
         no_decision = np.zeros(table.num_routes, dtype=np.int64)
-        if settings.router in ("cascade", "learned_cascade"):
+        kind = settings.kind
+        if kind.max_runs > 1:
             target = costs_of(table, settings, routes, no_decision, None).target
             first, second = best_pair(table, routes, target)
             wider = tuple(route for route in routes if table.madds[route] > table.madds[first])
-            routes = (first, second) if settings.router == "cascade" else tuple(sorted((first, *wider)))
+            routes = tuple(sorted((first, *wider))) if kind.is_trained else (first, second)
         columns = tuple(range(table.num_routes))
-        if settings.router not in TREE_KINDS and 2 * len(routes) <= table.num_routes:
+        if not kind.is_tree and 2 * len(routes) <= table.num_routes:
             columns = routes
-        problem = problem_of(table, settings.router, first, len(columns))
-        decision = no_decision if settings.router == "cascade" else _decision_madds(table, settings, problem, routes)
+        problem = problem_of(table, kind, first, len(columns))
+        decision = _decision_madds(table, settings, problem, routes) if kind.is_trained else no_decision
         costs = costs_of(table, settings, routes, decision, first)
         return cls(settings, routes, problem, decision, costs, first, columns)
 
@@ -183,7 +181,7 @@ class _Plan:
     def trains_with(self) -> tuple[object, ...]:
         """Trials with equal values train in one program."""
         own = self.settings
-        hidden = own.hidden_units if own.router in PERCEPTRON_KINDS else None
+        hidden = own.hidden_units if own.kind.head == "perceptron" else None
         return own.router, self.first, self.columns, own.optimizer, own.steps, own.batch_size, hidden
 
     @property
@@ -242,7 +240,7 @@ def _decision_madds(
 ) -> NDArray[np.int64]:
     """[K] MAdds of all decisions on the way to each route."""
     madds = np.zeros(table.num_routes, dtype=np.int64)
-    is_tree = settings.router in TREE_KINDS
+    is_tree = settings.kind.is_tree
     for node in problem.nodes:
         num_choices = node.num_choices if is_tree else len(routes)
         cost = _head_madds(table, settings, problem, (node.gate, node.node), num_choices)
@@ -273,14 +271,14 @@ def _length(span: tuple[int, int]) -> int:
 def _fit_class(gate_table: RoutingTable, val_table: RoutingTable, plans: Sequence[_Plan]) -> list[GateFit | Exception]:
     """Train plans that train together, then finish each."""
     heads_of = _train(gate_table, plans)
-    exam = _Exam(val_table, node_features(val_table, plans[0].settings.router, plans[0].problem))
+    exam = _Exam(val_table, node_features(val_table, plans[0].problem))
     return [_finish(exam, plan, heads) for plan, heads in zip(plans, heads_of, strict=True)]
 
 
 def _train(gate_table: RoutingTable, plans: Sequence[_Plan]) -> list[list[Head]]:
     """For each of the plans, which train together, its heads for raw features."""
-    problem, kind = plans[0].problem, plans[0].settings.router
-    features = node_features(gate_table, kind, problem)
+    problem = plans[0].problem
+    features = node_features(gate_table, problem)
     scalings = _scalings(problem, features)
     scaled = [scalings[node.head].apply(own) for node, own in zip(problem.nodes, features, strict=True)]
     columns = list(plans[0].columns)
@@ -324,7 +322,7 @@ def _finish(exam: _Exam, plan: _Plan, heads: Sequence[Head]) -> GateFit | Except
         return NonFiniteLossError(
             f"the router's weights are not finite after training; lower gate.optimizer.lr (now {own.lr})"
         )
-    is_tree = plan.settings.router in TREE_KINDS
+    is_tree = plan.settings.kind.is_tree
     router, beta, soft = _calibrated_tree(exam, plan, heads) if is_tree else _calibrated_flat(exam, plan, heads[0])
     val = exam.table
     run = run_on_table(router, val)
@@ -351,14 +349,16 @@ def _calibrated_flat(exam: _Exam, plan: _Plan, head: Head) -> tuple[Router, floa
 
 
 def _flat_router(val: RoutingTable, plan: _Plan, head: Head, offset: Tensor) -> Router:
-    match plan.settings.router:
-        case "gate":
-            return GateRouter(head.weight, offset, plan.routes)
-        case "evidence_gate":
-            pooling = NUM_EXTRA_POOLINGS * val.gates[0].pooling_madds[0]
-            return EvidenceGateRouter(head, offset, plan.routes, pooling)
-    assert plan.first is not None
-    return LearnedCascadeRouter(plan.first, head, offset, plan.routes, val.num_classes, CASCADE_EVIDENCE)
+    trained = CalibratedHead(
+        head=head,
+        offset=offset,
+        routes=plan.routes,
+        first=plan.first,
+        num_classes=val.num_classes,
+        pooling_madds=NUM_EXTRA_POOLINGS * val.gates[0].pooling_madds[0],
+    )
+    router: Router = plan.settings.kind.router_class.from_head(trained)
+    return router
 
 
 def _calibrated_tree(exam: _Exam, plan: _Plan, heads: Sequence[Head]) -> tuple[Router, float, NDArray[np.float64]]:
@@ -368,6 +368,16 @@ def _calibrated_tree(exam: _Exam, plan: _Plan, heads: Sequence[Head]) -> tuple[R
     beta = nearest_price(priced.mean_cost, plan.costs.target, priced.bound)
     router = priced.router(beta, exam.table, heads)
     return router, beta, priced.softmax(beta, plan.settings.temperature_end)
+
+
+def _fit_own(gate_table: RoutingTable, val_table: RoutingTable, settings: GateSettings) -> GateFit | Exception:
+    """A trial of a kind that brings its own training."""
+    assert settings.kind.fit is not None
+    try:
+        fit: GateFit = settings.kind.fit(gate_table, val_table, settings)
+    except (ValueError, NonFiniteLossError) as error:
+        return error
+    return fit
 
 
 def _fit_cascade(val: RoutingTable, plan: _Plan) -> GateFit:

@@ -16,18 +16,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dsnet.gates.settings import GateSettings
-from dsnet.routers import RICH_EVIDENCE, Executed
-from dsnet.routers.cascade import answer_features
+from dsnet.routers.base import Executed
+from dsnet.routers.cascade import CASCADE_EVIDENCE, answer_features
+from dsnet.routers.gate import RICH_EVIDENCE
+from dsnet.routers.kinds import RouterKind
 from dsnet.routing.routing_table import RoutingTable
 
-PERCEPTRON_KINDS = ("evidence_gate", "evidence_gates", "learned_cascade")
-"""The kinds whose heads have a hidden layer."""
-TREE_KINDS = ("gates", "evidence_gates")
-"""The kinds that decide at every gate."""
 CONSTANT = 1e-6
 """A feature whose spread is a smaller share of its root mean square says nothing."""
-CASCADE_EVIDENCE = ("hidden",)
-"""What a learned cascade reads beside the first route's answer: the hidden vector is there anyhow."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +84,9 @@ class Problem:
         return routes
 
 
-def problem_of(table: RoutingTable, kind: str, first: int | None = None, num_options: int | None = None) -> Problem:
+def problem_of(
+    table: RoutingTable, kind: RouterKind, first: int | None = None, num_options: int | None = None
+) -> Problem:
     """The decisions of a kind of router on a table's tree.
 
     Args:
@@ -98,8 +96,8 @@ def problem_of(table: RoutingTable, kind: str, first: int | None = None, num_opt
         num_options: of a router that decides once, where its program holds fewer routes than the table; their numbers are then places
             among those. None = all of the table's.
     """
-    is_perceptron = kind in PERCEPTRON_KINDS
-    if kind not in TREE_KINDS:
+    is_perceptron = kind.head == "perceptron"
+    if not kind.is_tree:
         num_leaves = table.num_routes if num_options is None else num_options
         leaves = tuple((place, place) for place in range(num_leaves))
         return Problem((Node(0, 0, 0, leaves, (), num_leaves),), 1, is_perceptron, first)
@@ -117,7 +115,7 @@ def problem_of(table: RoutingTable, kind: str, first: int | None = None, num_opt
             (choice, route if is_last else positions[gate + 1, table.tree.gates[gate + 1].node_of[route]])
             for choice, route in sorted(branches.first_routes(number).items())
         )
-        head = gate if kind == "gates" else position
+        head = position if is_perceptron else gate  # richer evidence has another length at each node
         nodes.append(
             Node(
                 gate,
@@ -128,10 +126,10 @@ def problem_of(table: RoutingTable, kind: str, first: int | None = None, num_opt
                 branches.num_choices,
             )
         )
-    return Problem(tuple(nodes), len(table.tree.gates) if kind == "gates" else len(nodes), is_perceptron)
+    return Problem(tuple(nodes), len(nodes) if is_perceptron else len(table.tree.gates), is_perceptron)
 
 
-def node_features(table: RoutingTable, kind: str, problem: Problem) -> list[Tensor]:
+def node_features(table: RoutingTable, problem: Problem) -> list[Tensor]:
     """For each node what its head reads of every image, float32 [N, D].
 
     Raises:

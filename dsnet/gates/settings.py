@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from dsnet.gates.losses import COMPLEXITY_FORMS
-from dsnet.routers import ROUTER_KINDS
+from dsnet.routers.kinds import RouterKind, kind_names, router_kind
 
 QUALITIES = ("correct", "probability")
 
@@ -16,7 +16,7 @@ class GateSettings:
     """One router's hyperparameters."""
 
     router: str = "gate"
-    """One of `dsnet.routers.ROUTER_KINDS`."""
+    """One of `dsnet.routers.kinds.kind_names()`."""
     target: float = 0.5
     """t in [0, 1]: MAdds_min + t (MAdds_max - MAdds_min) over the whole SubnetSet (the user's "target FLOPs")."""
     target_madds_m: float | None = None
@@ -55,7 +55,7 @@ class GateSettings:
     """First weights of a perceptron, and the noise of end-to-end training. A linear head begins at zero."""
 
     def __post_init__(self) -> None:
-        _check_choice("gate.router", self.router, ROUTER_KINDS)
+        _check_choice("gate.router", self.router, kind_names())
         _check_choice("gate.sgs.strategy", self.strategy, ("try_best", "give_up"))
         _check_choice("gate.sgs.target", self.sgs_target, ("extremes", "cheapest"))
         _check_choice("gate.losses.quality_of", self.quality_of, QUALITIES)
@@ -89,6 +89,11 @@ class GateSettings:
         ):
             if not 0.0 <= weight < math.inf:
                 raise ValueError(f"{name} is {weight}, but must be finite and at least 0")
+
+    @property
+    def kind(self) -> RouterKind:
+        """What is known of the kind of router."""
+        return router_kind(self.router)
 
     def wanted_madds(self, low: float, high: float) -> float:
         """The target in MAdds, for a set of sub-networks of `low` to `high` (CONTRACTS, Target); a routing space may not reach it."""

@@ -10,7 +10,9 @@ import torch
 from numpy.typing import NDArray
 
 from dsnet.gates.problem import Node, Problem
-from dsnet.routers import RICH_EVIDENCE, GatesRouter, Head
+from dsnet.routers.gate import RICH_EVIDENCE
+from dsnet.routers.head import Head
+from dsnet.routers.tree import GatesRouter
 from dsnet.routing.routing_table import RoutingTable
 
 NUM_EXTRA_POOLINGS = 2

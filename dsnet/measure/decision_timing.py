@@ -7,32 +7,17 @@ from collections.abc import Callable, Mapping
 import torch
 
 from dsnet.deploy.segments import CutSegments, rows_by
-from dsnet.gates.problem import CASCADE_EVIDENCE
 from dsnet.network.supernet import TrunkOutput
-from dsnet.routers import (
-    RICH_EVIDENCE,
-    STOP,
-    CascadeRouter,
-    Evidence,
-    EvidenceGateRouter,
-    Executed,
-    GateRouter,
-    GatesRouter,
-    Head,
-    LearnedCascadeRouter,
-    Router,
-)
-from dsnet.routers.cascade import num_answer_features
+from dsnet.routers.base import STOP, Evidence, Executed, NetworkShape, Router
+from dsnet.routers.gate import RICH_EVIDENCE
+from dsnet.routers.kinds import router_kinds
 from dsnet.space.spec import SupernetSpec
-
-HIDDEN_UNITS = 32
-"""Of the perceptrons that are timed, as `gate.perceptron.hidden_units` has by default: at these sizes it is the calls that cost."""
 
 
 def decision_calls(
     spec: SupernetSpec, segments: CutSegments, trunk: TrunkOutput, logits: torch.Tensor
 ) -> Mapping[str, Callable[[], object]]:
-    """For each kind of router (`ROUTER_KINDS`) all decisions on the way to its answer, ready to be timed.
+    """For each kind of router  all decisions on the way to its answer, ready to be timed.
 
     The routers choose among all routes and have weights of zero: what they decide does not matter, and what a decision takes does not
     depend on it. One gate per stage decides at every gate of the last route's path, for all images together.
@@ -44,7 +29,13 @@ def decision_calls(
         logits: [B, num_classes] as a route answers, for the cascades.
     """
     outputs = _along_last_route(segments, trunk)
-    routers = _routers(spec, segments, outputs)
+    shape = NetworkShape(
+        tree=segments.tree,
+        num_classes=spec.num_classes,
+        hidden=tuple(output.hidden.shape[1] for output in outputs),
+        rich=tuple(sum(output.evidence(part).shape[1] for part in RICH_EVIDENCE) for output in outputs),
+    )
+    routers = {name: kind.router_class.untrained(kind, shape) for name, kind in router_kinds().items()}
     return {kind: _decisions(router, outputs, logits) for kind, router in routers.items()}
 
 
@@ -54,43 +45,6 @@ def _along_last_route(segments: CutSegments, trunk: TrunkOutput) -> list[TrunkOu
     for gate, branches in enumerate(segments.tree.gates[1:], start=1):
         outputs.append(segments.upto_gate(gate, branches.node_of[-1], outputs[-1].features))
     return outputs
-
-
-def _routers(spec: SupernetSpec, segments: CutSegments, outputs: list[TrunkOutput]) -> dict[str, Router]:
-    tree = segments.tree
-    num_routes = tree.num_routes
-    routes = tuple(range(num_routes))
-    rich = [sum(output.evidence(part).shape[1] for part in RICH_EVIDENCE) for output in outputs]
-    hidden = [output.hidden.shape[1] for output in outputs]
-    answer = num_answer_features(spec.num_classes) + hidden[0]
-    price = _zeros(num_routes)
-    linear = [Head(_zeros(gate.num_choices, size)) for gate, size in zip(tree.gates, hidden, strict=True)]
-    deep = [_perceptron(gate.num_choices, size) for gate, size in zip(tree.gates, rich, strict=True)]
-    # Only the nodes on the last route's path are asked, so that the others may borrow their heads.
-    offsets = tuple((_zeros(gate.num_choices),) * gate.num_nodes for gate in tree.gates)
-    by_node = [
-        tuple((head,) * gate.num_nodes for head, gate in zip(heads, tree.gates, strict=True))
-        for heads in (linear, deep)
-    ]
-    return {
-        "gate": GateRouter(_zeros(num_routes, hidden[0]), price, routes),
-        "evidence_gate": EvidenceGateRouter(_perceptron(num_routes, rich[0]), price, routes, 0),
-        "gates": GatesRouter(tree, routes, by_node[0], offsets),
-        "evidence_gates": GatesRouter(tree, routes, by_node[1], offsets, RICH_EVIDENCE),
-        "cascade": CascadeRouter(0, num_routes - 1, 0.5),
-        "learned_cascade": LearnedCascadeRouter(
-            0, _perceptron(num_routes, answer), price, routes, spec.num_classes, CASCADE_EVIDENCE
-        ),
-    }
-
-
-def _zeros(*shape: int) -> torch.Tensor:
-    return torch.zeros(shape, dtype=torch.float64)
-
-
-def _perceptron(num_options: int, num_features: int) -> Head:
-    units = HIDDEN_UNITS
-    return Head(_zeros(num_options, units), _zeros(num_options), _zeros(units, num_features), _zeros(units))
 
 
 def _decisions(router: Router, outputs: list[TrunkOutput], logits: torch.Tensor) -> Callable[[], object]:

@@ -16,7 +16,7 @@ from dsnet.data.training_images import TrainingImages
 from dsnet.network.precision import exact_float32
 from dsnet.network.prefix_tree import OnNode, each_logits
 from dsnet.network.supernet import EVIDENCE_PARTS, Supernet, TrunkOutput
-from dsnet.routers import summary_of
+from dsnet.routers.base import summary_of
 from dsnet.routing.routing_table import MAX_FULL_CLASSES, NUM_TOP_LOGITS, GateColumns, RoutingTable
 from dsnet.seeds import derive_seed
 from dsnet.space.cost import pooling_madds, subnet_cost

@@ -11,6 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dsnet.routers.head import Head
+from dsnet.space.route_tree import RouteTree
+
 STOP = -1
 """The route that means: enough, answer with what the last executed route said."""
 
@@ -66,6 +69,44 @@ def summary_of(logits: Tensor) -> dict[str, Tensor]:
     p = log_p.exp()
     top2 = p.topk(2, dim=1).values
     return {"confidence": top2[:, 0], "margin": top2[:, 0] - top2[:, 1], "entropy": -(p * log_p).sum(1)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkShape:
+    """What a router has to know of a network to be built for it with weights of zero."""
+
+    tree: RouteTree
+    num_classes: int
+    hidden: tuple[int, ...]
+    """For each gate, the length of the hidden vector."""
+    rich: tuple[int, ...]
+    """For each gate, the length of the richer evidence."""
+
+    @property
+    def routes(self) -> tuple[int, ...]:
+        """All routes of the tree."""
+        return tuple(range(self.tree.num_routes))
+
+    @property
+    def no_offset(self) -> Tensor:
+        """An offset of zero for each route, float64 [R]."""
+        return torch.zeros(self.tree.num_routes, dtype=torch.float64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibratedHead:
+    """A trained and calibrated head of a router that decides once, with what its class needs beside it."""
+
+    head: Head
+    offset: Tensor
+    """float64 [R]: beta * cost of each route of the routing space."""
+    routes: tuple[int, ...]
+    """The routing space."""
+    first: int | None
+    """The route that runs first, for a kind that reads its answer."""
+    num_classes: int
+    pooling_madds: int
+    """MAdds of the poolings of richer evidence that the attention does not make anyhow."""
 
 
 class Router(Protocol):
@@ -126,6 +167,10 @@ class Router(Protocol):
 
     def over(self, position: Mapping[int, int]) -> Router:
         """The same router over other route ids: `position` maps each of `routes` to its new id."""
+        ...
+
+    def facts(self, names: Sequence[str]) -> dict[str, Any]:
+        """How it decides, for people: JSON-able facts beside its kind; `names` are those of the routes."""
         ...
 
     def to_arrays(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -11,9 +11,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dsnet.routers.base import STOP, Evidence, Executed
+from dsnet.routers.base import STOP, CalibratedHead, Evidence, Executed, NetworkShape
 from dsnet.routers.gate import ROUNDING_TIE
-from dsnet.routers.head import Head
+from dsnet.routers.head import TIMED_UNITS, Head
+from dsnet.routers.kinds import RouterKind
 
 Values = TypeVar("Values", Tensor, NDArray[np.float64])
 
@@ -77,12 +78,23 @@ class CascadeRouter:
         threshold = torch.tensor([self.threshold], dtype=torch.float64)
         return {"threshold": threshold}, {"kind": self.kind, "first": self.first, "second": self.second}
 
+    def facts(self, names: Sequence[str]) -> dict[str, Any]:
+        """Both routes and the threshold."""
+        return {"first": names[self.first], "second": names[self.second], "threshold": self.threshold}
+
+    @classmethod
+    def untrained(cls, kind: RouterKind, shape: NetworkShape) -> CascadeRouter:
+        """From the first route to the last, for timing."""
+        return cls(shape.routes[0], shape.routes[-1], 0.5)
+
     @classmethod
     def from_arrays(cls, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> CascadeRouter:
         """Rebuild it."""
         return cls(values["first"], values["second"], float(tensors["threshold"][0]))
 
 
+CASCADE_EVIDENCE = ("hidden",)
+"""What a learned cascade reads beside the first route's answer: the hidden vector is there anyhow."""
 NUM_SORTED = 10
 """The learned cascade reads so many of the largest logits, in falling order."""
 MAX_NAMED_CLASSES = 100
@@ -206,6 +218,24 @@ class LearnedCascadeRouter:
             "pooling_madds": self.pooling_madds,
         }
         return {**self.head.tensors("head."), "offset": self.offset}, values
+
+    def facts(self, names: Sequence[str]) -> dict[str, Any]:
+        """The first route, and those of which one may follow."""
+        wider = [names[option] for option in self.options if option != self.first]
+        return {"first": names[self.first], "then_one_of": wider}
+
+    @classmethod
+    def from_head(cls, trained: CalibratedHead) -> LearnedCascadeRouter:
+        """Build it from a trained perceptron."""
+        assert trained.first is not None, "a learned cascade has a first route"
+        return cls(trained.first, trained.head, trained.offset, trained.routes, trained.num_classes, CASCADE_EVIDENCE)
+
+    @classmethod
+    def untrained(cls, kind: RouterKind, shape: NetworkShape) -> LearnedCascadeRouter:
+        """A cascade over all routes with weights of zero, for timing."""
+        size = num_answer_features(shape.num_classes) + shape.hidden[0]
+        head = Head.zeros(shape.tree.num_routes, size, TIMED_UNITS)
+        return cls(shape.routes[0], head, shape.no_offset, shape.routes, shape.num_classes, CASCADE_EVIDENCE)
 
     @classmethod
     def from_arrays(cls, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> LearnedCascadeRouter:

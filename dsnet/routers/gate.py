@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsnet.routers.base import STOP, Evidence, Executed
-from dsnet.routers.head import Head
+from dsnet.routers.base import STOP, CalibratedHead, Evidence, Executed, NetworkShape
+from dsnet.routers.head import TIMED_UNITS, Head
+from dsnet.routers.kinds import RouterKind
 from dsnet.space.cost import gate_madds
 
 ROUNDING_TIE = 1e-5
@@ -73,7 +74,22 @@ class GateRouter:
 
     def to_arrays(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Weight and offset; the routing space."""
-        return {"weight": self.weight, "offset": self.offset}, {"kind": "gate", "routes": list(self.routes)}
+        return {"weight": self.weight, "offset": self.offset}, {"kind": self.kind, "routes": list(self.routes)}
+
+    def facts(self, names: Sequence[str]) -> dict[str, Any]:
+        """The number of gates at which it decides."""
+        return {"gates": self.num_gates}
+
+    @classmethod
+    def from_head(cls, trained: CalibratedHead) -> GateRouter:
+        """Build it from a trained linear head."""
+        return cls(trained.head.weight, trained.offset, trained.routes)
+
+    @classmethod
+    def untrained(cls, kind: RouterKind, shape: NetworkShape) -> GateRouter:
+        """A gate over all routes with weights of zero, for timing."""
+        head = Head.zeros(shape.tree.num_routes, shape.hidden[0])
+        return cls(head.weight, shape.no_offset, shape.routes)
 
     @classmethod
     def from_arrays(cls, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> GateRouter:
@@ -131,6 +147,20 @@ class EvidenceGateRouter:
         """Head and offset; routing space and cost."""
         values = {"kind": self.kind, "routes": list(self.routes), "pooling_madds": self.pooling_madds}
         return {**self.head.tensors("head."), "offset": self.offset}, values
+
+    def facts(self, names: Sequence[str]) -> dict[str, Any]:
+        """The number of gates at which it decides."""
+        return {"gates": self.num_gates}
+
+    @classmethod
+    def from_head(cls, trained: CalibratedHead) -> EvidenceGateRouter:
+        """Build it from a trained perceptron."""
+        return cls(trained.head, trained.offset, trained.routes, trained.pooling_madds)
+
+    @classmethod
+    def untrained(cls, kind: RouterKind, shape: NetworkShape) -> EvidenceGateRouter:
+        """A gate over all routes with weights of zero, for timing."""
+        return cls(Head.zeros(shape.tree.num_routes, shape.rich[0], TIMED_UNITS), shape.no_offset, shape.routes, 0)
 
     @classmethod
     def from_arrays(cls, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> EvidenceGateRouter:

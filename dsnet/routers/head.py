@@ -8,6 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+TIMED_UNITS = 32
+"""Hidden units of the perceptrons that are timed: the default of `gate.perceptron.hidden_units`. At these
+sizes the number of calls decides the time."""
+
 
 @dataclass(frozen=True)
 class Head:
@@ -69,6 +73,17 @@ class Head:
             "inner_bias": self.inner_bias,
         }
         return {prefix + name: value for name, value in parts.items() if value is not None}
+
+    @classmethod
+    def zeros(cls, num_options: int, num_features: int, units: int | None = None) -> Head:
+        """A head with weights of zero: one layer, or with `units` hidden units two."""
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.float64)
+
+        if units is None:
+            return cls(zeros(num_options, num_features))
+        return cls(zeros(num_options, units), zeros(num_options), zeros(units, num_features), zeros(units))
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], prefix: str) -> Head:

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsnet.routers.base import STOP, Evidence, Executed
+from dsnet.routers.base import STOP, Evidence, Executed, NetworkShape
 from dsnet.routers.gate import RICH_EVIDENCE, ROUNDING_TIE
-from dsnet.routers.head import Head
+from dsnet.routers.head import TIMED_UNITS, Head
+from dsnet.routers.kinds import RouterKind
 from dsnet.space.route_tree import RouteTree
 
 
@@ -126,6 +127,26 @@ class GatesRouter:
             "pooling_madds": [list(row) for row in self.pooling_madds],
         }
         return tensors, values
+
+    def facts(self, names: Sequence[str]) -> dict[str, Any]:
+        """The number of gates at which it decides."""
+        return {"gates": self.num_gates}
+
+    @classmethod
+    def untrained(cls, kind: RouterKind, shape: NetworkShape) -> GatesRouter:
+        """Gates over all routes with weights of zero, for timing. Nodes of a gate share a head here."""
+        is_rich = kind.head == "perceptron"
+        sizes = shape.rich if is_rich else shape.hidden
+        units = TIMED_UNITS if is_rich else None
+        gates = shape.tree.gates
+        heads = [Head.zeros(gate.num_choices, size, units) for gate, size in zip(gates, sizes, strict=True)]
+        return cls(
+            shape.tree,
+            shape.routes,
+            tuple((head,) * gate.num_nodes for head, gate in zip(heads, gates, strict=True)),
+            tuple((torch.zeros(gate.num_choices, dtype=torch.float64),) * gate.num_nodes for gate in gates),
+            RICH_EVIDENCE if is_rich else ("hidden",),
+        )
 
     @classmethod
     def from_arrays(cls, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> GatesRouter:

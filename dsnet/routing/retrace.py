@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsnet.routers import STOP, Evidence, Executed, Router
+from dsnet.routers.base import STOP, Evidence, Executed, Router
 from dsnet.space.route_tree import RouteTree
 
 
@@ -88,6 +88,10 @@ class Retrace:
             recorded=position[self.recorded],
             tree=self.tree.subset(old_ids),
         )
+
+    def facts(self, names: Sequence[str]) -> dict[str, Any]:
+        """Those of the router."""
+        return self.inner.facts(names)
 
     def to_arrays(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The inner router's: what was recorded is no part of it."""

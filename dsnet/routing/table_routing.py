@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dsnet.routers import STOP, Evidence, Executed, Router
+from dsnet.routers.base import STOP, Evidence, Executed, Router
 from dsnet.routing.routing_table import RoutingTable
 
 

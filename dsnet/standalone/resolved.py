@@ -156,7 +156,10 @@ class StandaloneConfig:
 
     def changes(self, earlier: StandaloneConfig) -> list[str]:
         """The dotted keys that differ and decide a result; where data and checkpoints lie does not."""
-        mine, theirs = flatten(self.to_json()), flatten(earlier.to_json())
+        mine, theirs = (
+            {key: value for key, value in flatten(config.to_json()).items() if value != {}}
+            for config in (self, earlier)
+        )
         keys = [key for key in {**mine, **theirs} if not key.startswith(_HOUSEKEEPING)]
         return sorted(key for key in keys if mine.get(key) != theirs.get(key))
 

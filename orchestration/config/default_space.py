@@ -5,15 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from dsnet.routers.kinds import kind_names
 from orchestration.config.distribution import Distribution
 from orchestration.config.space import ROUTER_KEY, readers
 
-DEFAULT_ROUTERS = ("gate", "evidence_gate", "cascade", "learned_cascade")
-"""Kinds of router that every network can have and that are worth their trials: the published gate, and those that were above the static
-line on the measured data (benchmarks/RESULTS.md). `gates` and `evidence_gates` need a network with several gates, and were not."""
-
 _DEFAULT_SPACE: Mapping[str, Distribution] = {
-    ROUTER_KEY: Distribution("choice", DEFAULT_ROUTERS),
     "gate.target": Distribution("uniform", (0.05, 0.9)),
     "gate.sgs.t_easy": Distribution("uniform", (0.0, 0.9)),
     "gate.sgs.t_hard": Distribution("uniform", (0.0, 0.5)),
@@ -21,7 +17,13 @@ _DEFAULT_SPACE: Mapping[str, Distribution] = {
     "gate.sgs.target": Distribution("choice", ("extremes", "cheapest")),
     "gate.optimizer.lr": Distribution("loguniform", (1.0e-3, 0.3)),
 }
-"""Which kinds read which key is in `space_rules.READERS`; conditions follow from it."""
+"""Beside the kinds of router. Which kinds read which key says `space.readers`; conditions follow from it."""
+
+
+def default_routers() -> tuple[str, ...]:
+    """Kinds of router that every network can have and that are worth their trials: the published gate, and those that were above the
+    static line on the measured data (benchmarks/RESULTS.md). `gates` and `evidence_gates` need several gates, and were not."""
+    return kind_names(lambda kind: kind.is_default)
 
 
 def default_space(layers: Sequence[Mapping[str, Any]] = ()) -> dict[str, Distribution]:
@@ -33,7 +35,7 @@ def default_space(layers: Sequence[Mapping[str, Any]] = ()) -> dict[str, Distrib
     Args:
         layers: the given settings, those that are laid over the others last.
     """
-    space = dict(_DEFAULT_SPACE)
+    space = {ROUTER_KEY: Distribution("choice", default_routers()), **_DEFAULT_SPACE}
     if any(_gate(layer).get("target_madds_m") is not None for layer in layers):
         del space["gate.target"]
     routers = [_gate(layer)["router"] for layer in layers if "router" in _gate(layer)]

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import (
-    Field,
-    model_validator,
-)
+from pydantic import Field, GetCoreSchemaHandler, GetJsonSchemaHandler, model_validator
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, PydanticKnownError, core_schema
 
-if TYPE_CHECKING:
-    pass
+from dsnet.routers.kinds import kind_names
 from orchestration.config.section import (
     LARGEST_RATE,
     BrokenRule,
@@ -23,12 +21,28 @@ from orchestration.config.section import (
     refuse,
 )
 
-Router = Literal["gate", "evidence_gate", "gates", "evidence_gates", "cascade", "learned_cascade"]
-"""`dsnet.routers.ROUTER_KINDS`, which need torch."""
+
+class _KnownKind:
+    """Names of the registered kinds of router, those of plugins too."""
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(cls._check, core_schema.str_schema(strict=True))
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        return {"enum": list(kind_names()), "type": "string"}
+
+    @staticmethod
+    def _check(name: str) -> str:
+        known = kind_names()
+        if name not in known:
+            expected = ", ".join(map(repr, known[:-1])) + f" or {known[-1]!r}"
+            raise PydanticKnownError("literal_error", {"expected": expected})
+        return name
 
 
-END_TO_END_ROUTERS = ("gate", "gates")
-"""Routers with a slimming head inside the network, which can be trained through it."""
+Router = Annotated[str, _KnownKind]
 
 
 class RoutingConfig(Section):

@@ -18,9 +18,10 @@ from pydantic.fields import FieldInfo
 
 from dsnet.dotted import flatten
 from dsnet.errors import ConfigError
+from dsnet.routers.kinds import kind_names
 from dsnet.wording import shown, way_out
 from orchestration.config.distribution import REAL_KINDS, Distribution, Scalar, is_same, thawed
-from orchestration.config.gate import END_TO_END_ROUTERS, GateConfig, RoutingConfig
+from orchestration.config.gate import GateConfig, RoutingConfig
 from orchestration.config.section import BrokenRule, KeyPath, annotated_type, requirement, section_class, walk_fields
 from orchestration.config.supernet import CHECKPOINT_MODEL, SupernetConfig
 
@@ -52,17 +53,9 @@ _NOT_SWEPT: Mapping[str, str] = {
 }
 """Keys, or sections of them, that no space may hold, and why."""
 
-_PERCEPTRON_KINDS = ("evidence_gate", "evidence_gates", "learned_cascade")
-_TRAINED_KINDS = ("gate", "gates", *_PERCEPTRON_KINDS)
-READERS: Mapping[str, Sequence[str]] = {
-    "gate.perceptron.": _PERCEPTRON_KINDS,
-    "gate.sgs.": _TRAINED_KINDS,
-    "gate.losses.": _TRAINED_KINDS,
-    "gate.optimizer.": _TRAINED_KINDS,
-    "gate.temperature.": _TRAINED_KINDS,
-}
-"""Beginning of keys -> the kinds of router that read them; all kinds read the others. A plain cascade is not trained: its pair of routes
-and its threshold follow from the target and the routing space."""
+_TRAINED_SECTIONS = ("gate.sgs.", "gate.losses.", "gate.optimizer.", "gate.temperature.")
+"""Settings that only a kind of router reads that is trained."""
+_PERCEPTRON_SECTION = "gate.perceptron."
 
 PUBLISHED: Mapping[str, Scalar] = {
     "gate.router": "gate",
@@ -325,8 +318,13 @@ def _for_its_readers(key: str, distribution: Distribution, router: Distribution)
 
 
 def readers(key: str) -> Sequence[str] | None:
-    """The kinds of router that read a key; None = all."""
-    return next((kinds for beginning, kinds in READERS.items() if key.startswith(beginning)), None)
+    """The kinds of router that read a key; None = all.
+
+    A plain cascade is not trained: its pair of routes and its threshold follow from the target and the routing space.
+    """
+    if key.startswith(_PERCEPTRON_SECTION):
+        return kind_names(lambda kind: kind.head in ("perceptron", "own"))
+    return kind_names(lambda kind: kind.is_trained) if key.startswith(_TRAINED_SECTIONS) else None
 
 
 def possible_routers(gate: GateConfig, space: Space) -> tuple[str, ...]:
@@ -393,11 +391,12 @@ def _trainer_problems(gate: GateConfig, space: Space) -> Iterator[BrokenRule]:
         path: KeyPath = ("space", key) if key in space else ("gate", "losses", "quality")
         message = "gate.trainer end_to_end knows the published losses only; set gate.losses.quality to 0, or choose gate.trainer table"
         yield BrokenRule(path, message, others=(("gate", "trainer"),))
-    impossible = [router for router in possible_routers(gate, space) if router not in END_TO_END_ROUTERS]
+    able = kind_names(lambda kind: kind.trains_end_to_end)
+    impossible = [router for router in possible_routers(gate, space) if router not in able]
     if impossible:
         path = ("space", ROUTER_KEY) if ROUTER_KEY in space else ("gate", "router")
         message = (
-            f"gate.trainer end_to_end trains {' and '.join(END_TO_END_ROUTERS)} only, not {', '.join(impossible)}; "
+            f"gate.trainer end_to_end trains {' and '.join(able)} only, not {', '.join(impossible)}; "
             "choose gate.trainer table, or another router"
         )
         yield BrokenRule(path, message, others=(("gate", "trainer"),))

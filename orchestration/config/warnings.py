@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from dsnet.routers.kinds import router_kind
 from orchestration.config.objectives import HardConstraint
 from orchestration.config.resolve import enqueued_points, gate_space, halving_rungs, resolve_cohort, supernet_space
 from orchestration.config.section import (
@@ -105,7 +106,7 @@ def _space_warnings(config: SweepConfig) -> Iterator[str]:
     if all(distribution.kind == "fixed" for distribution in gate_space(config).values()):
         (router,) = possible_routers(gate, space)
         # The images' order is the same for all trials; the seed draws a perceptron's first weights and end-to-end noise.
-        if gate.trainer == "table" and router not in ("evidence_gate", "evidence_gates", "learned_cascade"):
+        if gate.trainer == "table" and router_kind(router).head in ("none", "linear"):
             yield f"space holds fixed values only: all trials will be equal, as router {router} draws nothing from its seed"
         else:
             yield "space holds fixed values only: all trials differ by their seed alone"

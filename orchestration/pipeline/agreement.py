@@ -24,7 +24,7 @@ from dsnet.measure.latency import (
 )
 from dsnet.network.precision import exact_float32
 from dsnet.network.supernet import Supernet
-from dsnet.routers import Router
+from dsnet.routers.base import Router
 from dsnet.routing.retrace import Retrace
 from dsnet.routing.routing_table import RoutingTable
 from dsnet.routing.table_routing import TableRun, run_on_table

@@ -20,7 +20,7 @@ from dsnet.data.photos import PhotoDecoder
 from dsnet.deploy.bundle import NUM_EXAMPLES, save_bundle
 from dsnet.dotted import nest
 from dsnet.measure.latency import MAIN_DEVICE
-from dsnet.routers import CascadeRouter, LearnedCascadeRouter, Router
+from dsnet.routers.base import Router
 from dsnet.routing.routing_table import RoutingTable
 from dsnet.routing.table_routing import run_on_table
 from dsnet.stored.checkpoint import load_supernet
@@ -238,18 +238,5 @@ def _gate_yaml(prepared: Prepared, results: RunResults, slot: int, claims: Mappi
 
 
 def router_facts(router: Router, names: Sequence[str]) -> dict[str, Any]:
-    """How a router decides, in words and numbers: its kind, and of a cascade what it runs when."""
-    facts: dict[str, Any] = {"kind": router.kind, "reads": list(router.needs)}
-    match router:
-        case CascadeRouter():
-            facts |= {
-                "first": names[router.first],
-                "second": names[router.second],
-                "threshold": router.threshold,
-            }
-        case LearnedCascadeRouter():
-            wider = [names[option] for option in router.options if option != router.first]
-            facts |= {"first": names[router.first], "then_one_of": wider}
-        case _:
-            facts |= {"gates": router.num_gates}
-    return facts
+    """How a router decides, in words and numbers: its kind, what it reads, and what else its kind tells."""
+    return {"kind": router.kind, "reads": list(router.needs), **router.facts(names)}

@@ -10,7 +10,7 @@ from pathlib import Path
 from dsnet.environment import resolve_device
 from dsnet.files import atomic_write_json, read_json
 from dsnet.network.supernet import Supernet
-from dsnet.routers import Router
+from dsnet.routers.base import Router
 from dsnet.routing.routing_table import RoutingTable
 from dsnet.wording import plural
 from orchestration.pipeline.agreement import check_agreement, time_front

@@ -20,6 +20,7 @@ from dsnet.errors import CheckpointError, ConfigError
 from dsnet.families import Task
 from dsnet.files import atomic_write_text, read_json
 from dsnet.measure.latency import DeviceSettings, LatencySettings
+from dsnet.routers.kinds import router_kind
 from dsnet.space.cost import subnet_cost
 from dsnet.space.subnet_set import SubnetSet
 from dsnet.standalone.output_folder import RESULT_VERSIONS
@@ -118,7 +119,7 @@ class Prepared:
     def warnings(self) -> tuple[str, ...]:
         """What the routers of the sweep cannot do on this network, though it is allowed."""
         gate, space = self.config.gate, self.config.space
-        trees = [kind for kind in possible_routers(gate, space) if kind in ("gates", "evidence_gates")]
+        trees = [kind for kind in possible_routers(gate, space) if router_kind(kind).is_tree]
         warnings = []
         if trees and len(self.subnets.spec.gates) == 1:
             name = self.subnets.spec.family

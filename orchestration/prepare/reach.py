@@ -11,8 +11,9 @@ import numpy as np
 
 from dsnet.gates.tree import NUM_EXTRA_POOLINGS
 from dsnet.measure.latency import MAIN_DEVICE, BatchClock, LatencyTable, latency_metric
-from dsnet.routers import RICH_EVIDENCE
 from dsnet.routers.cascade import num_answer_features
+from dsnet.routers.gate import RICH_EVIDENCE
+from dsnet.routers.kinds import router_kind
 from dsnet.space.cost import gate_madds, pooling_madds, shared_params, subnet_cost
 from dsnet.space.route_tree import RouteTree
 from dsnet.space.spec import Subnet, SupernetSpec
@@ -27,10 +28,8 @@ Range = tuple[float, float]
 """(lowest, highest), both included."""
 
 
-MAX_RUNS: Mapping[str, int] = {"cascade": 2, "learned_cascade": 2}
-"""Routes that a kind of router may run for an image, where that is more than one."""
-
-
+_FIXED_HEADS: Mapping[str, Range] = {"none": (0.0, 0.0), "own": (0.0, math.inf)}
+"""MAdds of one decision, for heads whose size follows from nothing here."""
 _ROUNDING = 1e-9
 """Ranges are wider by this share: sums in another order round otherwise."""
 
@@ -99,10 +98,10 @@ def metric_ranges(
 
 
 def _latency_range(clock: BatchClock, kind: str) -> Range:
-    """What a batch can take: every image runs one route, or up to `MAX_RUNS`, and each route that runs is one call."""
+    """What a batch can take: every image runs one route, or as many as its kind of router may, and each route that runs is one call."""
     tails = clock.tails_ms[:, 1:]
     num_images = tails.shape[1]
-    num_runs = min(MAX_RUNS.get(kind, 1), len(tails))
+    num_runs = min(router_kind(kind).max_runs, len(tails))
     share = tails / np.arange(1, num_images + 1)
     dearest_calls = np.sort(tails.max(1))[::-1][: num_runs * num_images]
     fixed = clock.fixed_ms(kind)
@@ -139,14 +138,14 @@ class _Reach:
         decisions = [self._decision(kind, route) for route in self.routes]
         totals = [cost.madds for cost in costs]
         tails = sorted((cost.madds - cost.trunk_madds for cost in costs), reverse=True)
-        highest = costs[0].trunk_madds + sum(tails[: MAX_RUNS.get(kind, 1)]) + max(most for _, most in decisions)
+        highest = costs[0].trunk_madds + sum(tails[: router_kind(kind).max_runs]) + max(most for _, most in decisions)
         return min(total + least for total, (least, _) in zip(totals, decisions, strict=True)), highest
 
     def params(self, kind: str) -> Range:
         """Parameters of the smallest supernet that holds the router's routes, and of the router."""
         members = [self.subnets[route] for route in self.routes]
         most = shared_params(self.spec, members)
-        has_all = self.is_exact and kind not in MAX_RUNS
+        has_all = self.is_exact and router_kind(kind).max_runs == 1
         least = most if has_all else min(shared_params(self.spec, [member]) for member in members)
         fewest, highest = self._numbers(kind)
         return least + fewest, most + highest
@@ -167,24 +166,25 @@ class _Reach:
     def _decision(self, kind: str, route: int) -> Range:
         """MAdds of all decisions on the way to a route."""
         subnet = self.subnets[route]
-        if kind in ("gates", "evidence_gates"):
+        if router_kind(kind).is_tree:
             costs = [
                 self._head_madds(kind, number, subnet, branches.num_choices)
                 for number, branches in enumerate(self._tree.gates)
             ]
             return sum(least for least, _ in costs), sum(most for _, most in costs)
         fewest, most = self._options
-        if kind == "learned_cascade":
+        if router_kind(kind).reads_answer:
             fewest = min(fewest, 2)
         return self._head_madds(kind, 0, subnet, fewest)[0], self._head_madds(kind, 0, subnet, most)[1]
 
     def _head_madds(self, kind: str, gate: int, subnet: Subnet, num_options: int) -> Range:
-        if kind == "cascade":
-            return 0, 0
+        known = router_kind(kind)
+        if known.head in _FIXED_HEADS:
+            return _FIXED_HEADS[known.head]
         size = self._num_features(kind, gate, subnet)
-        if kind in ("gate", "gates"):
+        if known.head == "linear":
             return (gate_madds(size, num_options),) * 2
-        pooled = 0 if kind == "learned_cascade" else pooling_madds(self.spec, subnet, gate, self.image_size)
+        pooled = 0 if known.reads_answer else pooling_madds(self.spec, subnet, gate, self.image_size)
         few, many = (
             NUM_EXTRA_POOLINGS * pooled + gate_madds(size, units) + gate_madds(units, num_options)
             for units in self.units
@@ -194,20 +194,21 @@ class _Reach:
     def _num_features(self, kind: str, gate: int, subnet: Subnet) -> int:
         """What a decision of a kind reads at a gate, on the path of a sub-network."""
         site = self.spec.gates[gate]
-        if kind in ("gate", "gates"):
+        if router_kind(kind).head == "linear":
             return site.hidden
-        if kind == "learned_cascade":
+        if router_kind(kind).reads_answer:
             return num_answer_features(self.spec.num_classes) + site.hidden
         attention = next(op for op in self.spec.ops if op.name == site.attention)
         return (len(RICH_EVIDENCE) - 1) * attention.input_width(subnet.widths) + site.hidden
 
     def _numbers(self, kind: str) -> Range:
         """Numbers that a router stores."""
-        if kind == "cascade":
-            return 1, 1
-        if kind not in ("gates", "evidence_gates"):
+        known = router_kind(kind)
+        if known.head == "none":
+            return 1, 1  # a threshold
+        if not known.is_tree:
             fewest, most = self._options
-            if kind == "learned_cascade":
+            if known.reads_answer:
                 fewest = min(fewest, 2)
             first = self.subnets[self.routes[0]]
             return self._head_numbers(kind, 0, first, fewest)[0], self._head_numbers(kind, 0, first, most)[1]
@@ -226,8 +227,10 @@ class _Reach:
 
     def _head_numbers(self, kind: str, gate: int, subnet: Subnet, num_options: int) -> Range:
         """Weights, biases and offsets of one decision."""
+        if router_kind(kind).head == "own":
+            return 0.0, math.inf
         size = self._num_features(kind, gate, subnet)
-        if kind in ("gate", "gates"):
+        if router_kind(kind).head == "linear":
             return ((size + 1) * num_options,) * 2
         few, many = self.units
         return size * few + few * (num_options + 1) + num_options, size * many + many * (

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 from dsnet.errors import CheckpointError, NotFoundError
 from dsnet.files import read_json
 from dsnet.measure.latency import MAIN_DEVICE, BatchClock, LatencyTable, device_of, latency_metric
-from dsnet.routers import Router
+from dsnet.routers.base import Router
 from dsnet.space.spec import SupernetSpec
 from dsnet.space.subnet_set import SubnetSet
 from dsnet.training.supernet import FINAL

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dsnet.gates.fit import COLLAPSE_SHARE, score_run
-from dsnet.routers import Router
+from dsnet.routers.base import Router
 from dsnet.routing.routing_table import RoutingTable
 from dsnet.routing.table_routing import TableRun, run_on_table
 from search.front.ceiling import CeilingCurve, RouteForecast

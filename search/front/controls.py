@@ -15,7 +15,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from dsnet.routers import CascadeRouter
+from dsnet.routers.cascade import CascadeRouter
 
 Floats = NDArray[np.float64]
 

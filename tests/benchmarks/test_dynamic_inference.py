@@ -7,7 +7,8 @@ import torch
 
 from benchmarks.dynamic_inference import WIDE_LIST, Contenders, Spy, spread_gate, synthetic
 from dsnet.families import Task, create
-from dsnet.routers import CascadeRouter, Evidence
+from dsnet.routers.base import Evidence
+from dsnet.routers.cascade import CascadeRouter
 from dsnet.space.cost import subnet_cost
 from tests.dsnet.samples import random_images, random_supernet_router, small_supernet
 

@@ -29,7 +29,7 @@ from dsnet.measure.evaluate import build_routing_table
 from dsnet.measure.latency import LatencySettings, measure_latency
 from dsnet.network.batchnorm import recalibrate
 from dsnet.network.supernet import Supernet, restrict
-from dsnet.routers import ROUTER_KINDS
+from dsnet.routers.kinds import ROUTER_KINDS
 from dsnet.routing.routing_table import RoutingTable
 from dsnet.space.cost import subnet_cost
 from dsnet.space.spec import IMAGE_CHANNELS, Subnet

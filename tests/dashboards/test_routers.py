@@ -10,8 +10,8 @@ import plotly.graph_objects as go
 import pytest
 
 from dashboards.routers import RouterResult, RoutersInfo, routers_figure, routers_table
-from dashboards.theme import ROUTERS
-from dsnet.routers import ROUTER_KINDS
+from dashboards.theme import router_name, router_symbol
+from dsnet.routers.kinds import ROUTER_KINDS
 from tests.dashboards.samples import KINDS, make_routers
 
 RESULT = RouterResult("gate", 0.25, "trial-0007", 2.5, 0.93, 0.92, 0.95, 0.99, (0.01, 0.004, 0.016), 1 / 3, 1 / 7)
@@ -23,10 +23,8 @@ def drawn(figure: go.Figure, name: str) -> Any:
 
 
 def test_every_kind_of_router_has_a_name_and_a_symbol_of_its_own() -> None:
-    assert set(ROUTERS) == set(ROUTER_KINDS)
-    assert (
-        len({name for name, _ in ROUTERS.values()}) == len({symbol for _, symbol in ROUTERS.values()}) == len(ROUTERS)
-    )
+    assert len({router_name(kind) for kind in ROUTER_KINDS}) == len(ROUTER_KINDS)
+    assert len({router_symbol(kind) for kind in ROUTER_KINDS}) == len(ROUTER_KINDS)
 
 
 def test_gains_and_their_intervals_are_drawn_in_points() -> None:
@@ -34,7 +32,7 @@ def test_gains_and_their_intervals_are_drawn_in_points() -> None:
     figure = routers_figure(info)
     for kind in KINDS:
         own = [result for result in info.results if result.router == kind]
-        trace = drawn(figure, ROUTERS[kind][0])
+        trace = drawn(figure, router_name(kind))
         gains = [result.gain for result in own if result.gain is not None]
         assert list(trace.y) == pytest.approx([100 * value for value, _, _ in gains])
         assert [y + up for y, up in zip(trace.y, trace.error_y.array, strict=True)] == pytest.approx(

@@ -21,20 +21,11 @@ from dsnet.measure.evaluate import build_routing_table
 from dsnet.network.batchnorm import recalibrate
 from dsnet.network.layers import BatchNormBank
 from dsnet.network.supernet import EVIDENCE_PARTS, Supernet
-from dsnet.routers import (
-    RICH_EVIDENCE,
-    STOP,
-    CascadeRouter,
-    Evidence,
-    EvidenceGateRouter,
-    Executed,
-    GateRouter,
-    GatesRouter,
-    Head,
-    LearnedCascadeRouter,
-    Router,
-)
-from dsnet.routers.cascade import answer_features
+from dsnet.routers.base import STOP, Evidence, Executed, Router
+from dsnet.routers.cascade import CascadeRouter, LearnedCascadeRouter, answer_features
+from dsnet.routers.gate import RICH_EVIDENCE, EvidenceGateRouter, GateRouter
+from dsnet.routers.head import Head
+from dsnet.routers.tree import GatesRouter
 from dsnet.routing.routing_table import GateColumns, RoutingTable
 from dsnet.space.route_tree import GateBranches, RouteTree
 from dsnet.space.subnet_set import SubnetSet

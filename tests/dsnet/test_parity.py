@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dsnet.deploy.materialize import materialize
 from dsnet.network.supernet import Supernet
-from dsnet.routers import Evidence
+from dsnet.routers.base import Evidence
 from dsnet.space.cost import subnet_cost
 from dsnet.space.subnet_set import SubnetSet
 from dsnet.stored.compat import load_dsnet_checkpoint, load_dsnet_gate

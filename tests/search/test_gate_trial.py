@@ -15,7 +15,8 @@ from dsnet.gates.fit import fit_gate, score_run
 from dsnet.gates.problem import beam
 from dsnet.gates.settings import GateSettings
 from dsnet.measure.latency import LatencyTable, Timing
-from dsnet.routers import ROUTER_KINDS, CascadeRouter
+from dsnet.routers.cascade import CascadeRouter
+from dsnet.routers.kinds import ROUTER_KINDS
 from dsnet.routing.table_routing import run_on_table
 from dsnet.space.subnet_set import SubnetSet
 from orchestration.config.gate import GateConfig

@@ -27,7 +27,7 @@ from dsnet.families import Task, create, layout
 from dsnet.finite import check_finite
 from dsnet.network.layers import BatchNormBank
 from dsnet.network.supernet import Supernet
-from dsnet.routers import GateRouter
+from dsnet.routers.gate import GateRouter
 from dsnet.space.subnet_set import SubnetSet
 from dsnet.stored.checkpoint import load_exactly
 from dsnet.stored.compat.torch_files import read_torch_file

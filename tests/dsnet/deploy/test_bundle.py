@@ -32,7 +32,10 @@ from dsnet.files import file_sha256
 from dsnet.measure.evaluate import build_routing_table
 from dsnet.network.batchnorm import recalibrate
 from dsnet.network.supernet import Supernet
-from dsnet.routers import ROUTER_KINDS, CascadeRouter, Evidence, GateRouter, Router
+from dsnet.routers.base import Evidence, Router
+from dsnet.routers.cascade import CascadeRouter
+from dsnet.routers.gate import GateRouter
+from dsnet.routers.kinds import ROUTER_KINDS
 from dsnet.routing.table_routing import run_on_table
 from dsnet.space.cost import subnet_cost
 from dsnet.stored.checkpoint import load_tensors, save_tensors

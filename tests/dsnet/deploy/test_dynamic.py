@@ -14,7 +14,10 @@ from dsnet.deploy.dynamic import DynamicNet
 from dsnet.deploy.materialize import materialize, materialize_head, materialize_upto_gate
 from dsnet.families import family_names
 from dsnet.network.supernet import Supernet
-from dsnet.routers import ROUTER_KINDS, STOP, CascadeRouter, Evidence, Executed, GateRouter, Router
+from dsnet.routers.base import STOP, Evidence, Executed, Router
+from dsnet.routers.cascade import CascadeRouter
+from dsnet.routers.gate import GateRouter
+from dsnet.routers.kinds import ROUTER_KINDS
 from dsnet.routing.table_routing import run_on_table
 from dsnet.space.cost import subnet_cost
 from dsnet.space.route_tree import RouteTree

@@ -17,7 +17,8 @@ from dsnet.gates.fit import GateFit, fit_gates
 from dsnet.gates.losses import complexity
 from dsnet.gates.problem import node_features, problem_of, sgs_targets
 from dsnet.gates.settings import GateSettings
-from dsnet.routers import RICH_EVIDENCE, ROUTER_KINDS
+from dsnet.routers.gate import RICH_EVIDENCE
+from dsnet.routers.kinds import ROUTER_KINDS, router_kind
 from dsnet.routing.routing_table import RoutingTable
 from tests.dsnet.samples import needs_products_apart, random_table
 
@@ -42,9 +43,9 @@ def lane_of(table: RoutingTable, settings: GateSettings) -> Lane:
 
 def trained(table: RoutingTable, kind: str, lanes: Sequence[GateSettings]) -> list[list[dict[str, Tensor]]]:
     """For each lane and head the parameters after training."""
-    problem = problem_of(table, kind)
+    problem = problem_of(table, router_kind(kind))
     correct = torch.from_numpy(table.correct1.astype(np.float32))
-    lesson = Lesson(problem, node_features(table, kind, problem), torch.from_numpy(table.ce), correct)
+    lesson = Lesson(problem, node_features(table, problem), torch.from_numpy(table.ce), correct)
     heads_of = train_cohort(lesson, [lane_of(table, settings) for settings in lanes])
     names = ("inner_weight", "inner_bias", "weight", "bias")
     return [

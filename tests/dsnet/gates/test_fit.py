@@ -23,7 +23,10 @@ from dsnet.gates.fit import (
     score_run,
 )
 from dsnet.gates.settings import GateSettings
-from dsnet.routers import ROUTER_KINDS, CascadeRouter, GateRouter, GatesRouter, LearnedCascadeRouter
+from dsnet.routers.cascade import CascadeRouter, LearnedCascadeRouter
+from dsnet.routers.gate import GateRouter
+from dsnet.routers.kinds import ROUTER_KINDS
+from dsnet.routers.tree import GatesRouter
 from dsnet.routing.routing_table import GateColumns, RoutingTable
 from dsnet.routing.table_routing import TableRun, run_on_table
 from tests.dsnet.samples import random_head, random_table

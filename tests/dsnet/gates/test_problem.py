@@ -24,6 +24,7 @@ from dsnet.gates.problem import (
 )
 from dsnet.gates.settings import GateSettings
 from dsnet.routers.cascade import answer_features, num_answer_features
+from dsnet.routers.kinds import router_kind
 from dsnet.routing.routing_table import RoutingTable
 from tests.dsnet.samples import random_table
 
@@ -202,7 +203,7 @@ def test_features_come_out_at_unit_size_and_constant_ones_at_zero(is_centred: bo
 def test_a_tree_of_decisions_leads_every_route_to_its_own_leaf() -> None:
     table = random_table(10, 27, num_gates=3)
     for kind, num_heads in (("gates", 3), ("evidence_gates", 13)):
-        problem = problem_of(table, kind)
+        problem = problem_of(table, router_kind(kind))
         assert (len(problem.nodes), problem.num_heads) == (13, num_heads)
         assert {node.head for node in problem.nodes} == set(range(num_heads))
         for route in range(27):
@@ -220,12 +221,12 @@ def test_a_tree_of_decisions_leads_every_route_to_its_own_leaf() -> None:
 
 def test_features_are_those_of_the_nodes_and_of_the_first_answer() -> None:
     table = random_table(10, 8, num_gates=3)
-    problem = problem_of(table, "evidence_gates")
-    for node, met in zip(problem.nodes, node_features(table, "evidence_gates", problem), strict=True):
+    problem = problem_of(table, router_kind("evidence_gates"))
+    for node, met in zip(problem.nodes, node_features(table, problem), strict=True):
         parts = [table.part(name, node.gate, node.node) for name in ("mean", "deviation", "maximum", "hidden")]
         np.testing.assert_array_equal(met.numpy(), np.concatenate(parts, axis=1))
-    cascade = problem_of(table, "learned_cascade", first=2)
-    (met,) = node_features(table, "learned_cascade", cascade)
+    cascade = problem_of(table, router_kind("learned_cascade"), first=2)
+    (met,) = node_features(table, cascade)
     size = num_answer_features(table.num_classes)
     assert torch.equal(met[:, :size], answer_features(stored_answer(table, 2), table.num_classes))
     np.testing.assert_array_equal(met[:, size:].numpy(), table.part("hidden"))

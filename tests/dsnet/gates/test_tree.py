@@ -17,7 +17,9 @@ from dsnet.gates.problem import node_features, problem_of
 from dsnet.gates.settings import GateSettings
 from dsnet.gates.tree import PricedTree
 from dsnet.measure.evaluate import build_routing_table
-from dsnet.routers import GatesRouter, Head
+from dsnet.routers.head import Head
+from dsnet.routers.kinds import router_kind
+from dsnet.routers.tree import GatesRouter
 from dsnet.routing.table_routing import run_on_table
 from tests.dsnet.samples import NORMALIZATION, random_head, random_table, task, tensor_data
 
@@ -30,8 +32,8 @@ class Case:
     def __init__(self, kind: str, routes: tuple[int, ...], seed: int = 0) -> None:
         self.table = random_table(50, 8, seed=seed, num_gates=3)
         self.routes = routes
-        self.problem = problem_of(self.table, kind)
-        features = node_features(self.table, kind, self.problem)
+        self.problem = problem_of(self.table, router_kind(kind))
+        features = node_features(self.table, self.problem)
         generator = torch.Generator().manual_seed(seed)
         units = 4 if kind == "evidence_gates" else None
         sizes = {node.head: own.shape[1] for node, own in zip(self.problem.nodes, features, strict=True)}
@@ -122,8 +124,8 @@ def test_beyond_the_bound_price_alone_decides(routes: tuple[int, ...]) -> None:
 
 def test_with_one_gate_the_mean_cost_falls_with_the_price() -> None:
     table = random_table(50, 5)
-    problem = problem_of(table, "gates")
-    (features,) = node_features(table, "gates", problem)
+    problem = problem_of(table, router_kind("gates"))
+    (features,) = node_features(table, problem)
     logits = Head(torch.randn((5, 6), generator=torch.Generator().manual_seed(0), dtype=torch.float64))(features)
     priced = PricedTree(problem, tuple(range(5)), table.madds.astype(np.float64), [logits.numpy()])
     means = [priced.mean_cost(beta) for beta in np.linspace(-9, 9, 60)]

@@ -12,7 +12,9 @@ import torch
 from dsnet.deploy.segments import CutSegments
 from dsnet.measure.decision_timing import decision_calls
 from dsnet.network.supernet import Supernet, TrunkOutput
-from dsnet.routers import ROUTER_KINDS, GatesRouter, Head
+from dsnet.routers.head import Head
+from dsnet.routers.kinds import ROUTER_KINDS
+from dsnet.routers.tree import GatesRouter
 from dsnet.space.route_tree import RouteTree
 from tests.dsnet.samples import random_images, random_supernet_router, small_supernet, three_gate_supernet
 

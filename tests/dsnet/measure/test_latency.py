@@ -33,7 +33,7 @@ from dsnet.measure.latency import (
     noise_of,
     time_interleaved,
 )
-from dsnet.routers import ROUTER_KINDS
+from dsnet.routers.kinds import ROUTER_KINDS
 from tests.dsnet.samples import small_supernet, three_gate_supernet
 
 QUICK = LatencySettings(batch_sizes=(1, 3), group_sizes=(1, 2), repeats=2, warmup=1)

@@ -17,22 +17,12 @@ from torch import Tensor
 
 from dsnet.errors import CheckpointError
 from dsnet.network.supernet import EVIDENCE_PARTS
-from dsnet.routers import (
-    ROUTER_KINDS,
-    STOP,
-    CascadeRouter,
-    Evidence,
-    EvidenceGateRouter,
-    Executed,
-    GateRouter,
-    GatesRouter,
-    Head,
-    LearnedCascadeRouter,
-    Router,
-    router_from_arrays,
-    summary_of,
-)
-from dsnet.routers.cascade import answer_features
+from dsnet.routers.base import STOP, Evidence, Executed, Router, summary_of
+from dsnet.routers.cascade import CascadeRouter, LearnedCascadeRouter, answer_features
+from dsnet.routers.gate import EvidenceGateRouter, GateRouter
+from dsnet.routers.head import Head
+from dsnet.routers.kinds import ROUTER_KINDS, router_from_arrays
+from dsnet.routers.tree import GatesRouter
 from dsnet.routing.routing_table import RoutingTable
 from tests.dsnet.samples import random_router, random_table, stored_answers, table_evidence
 

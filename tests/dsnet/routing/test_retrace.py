@@ -11,7 +11,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsnet.routers import ROUTER_KINDS, CascadeRouter, GatesRouter, Head, Router
+from dsnet.routers.base import Router
+from dsnet.routers.cascade import CascadeRouter
+from dsnet.routers.head import Head
+from dsnet.routers.kinds import ROUTER_KINDS
+from dsnet.routers.tree import GatesRouter
 from dsnet.routing.retrace import Retrace
 from dsnet.routing.table_routing import run_on_table
 from tests.dsnet.samples import random_router, random_table

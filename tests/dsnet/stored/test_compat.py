@@ -18,7 +18,7 @@ from torch import Tensor
 from dsnet.errors import CheckpointError
 from dsnet.families import Task, create
 from dsnet.network.supernet import Supernet
-from dsnet.routers import Evidence
+from dsnet.routers.base import Evidence
 from dsnet.stored.compat import load_dsnet_checkpoint, load_dsnet_gate
 from dsnet.stored.compat.dsnet_release import HEAD, published_names, published_shape
 from dsnet.stored.compat.torch_files import read_torch_file

@@ -19,7 +19,7 @@ import dsnet.training.settings
 from dsnet.data import Augmentation
 from dsnet.gates.losses import COMPLEXITY_FORMS
 from dsnet.gates.settings import QUALITIES
-from dsnet.routers import ROUTER_KINDS
+from dsnet.routers.kinds import ROUTER_KINDS
 from dsnet.space.spec import NORMS
 from dsnet.training.settings import (
     KEPT_WEIGHTS,
@@ -594,7 +594,6 @@ def test_the_choices_of_the_configuration_are_those_of_the_core() -> None:
         "supernet.train.schedule": SCHEDULES,
         "supernet.train.precision": PRECISIONS,
         "supernet.weights": KEPT_WEIGHTS,
-        "gate.router": ROUTER_KINDS,
         "gate.losses.form": COMPLEXITY_FORMS,
         "gate.losses.quality_of": QUALITIES,
     }

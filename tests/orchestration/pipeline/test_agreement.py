@@ -18,7 +18,10 @@ from dsnet.measure.evaluate import build_routing_table
 from dsnet.measure.latency import LatencySettings, measure_latency
 from dsnet.network.batchnorm import recalibrate
 from dsnet.network.supernet import Supernet
-from dsnet.routers import ROUTER_KINDS, CascadeRouter, GateRouter, Router
+from dsnet.routers.base import Router
+from dsnet.routers.cascade import CascadeRouter
+from dsnet.routers.gate import GateRouter
+from dsnet.routers.kinds import ROUTER_KINDS
 from dsnet.routing.routing_table import RoutingTable
 from dsnet.routing.table_routing import run_on_table
 from orchestration.pipeline.agreement import CLASS_TIE, check_agreement, time_front

@@ -20,7 +20,8 @@ import dsnet
 from benchmarks.dynamic_inference import of_run
 from dsnet.deploy.bundle import NUM_EXAMPLES
 from dsnet.errors import ConfigError, NotFoundError
-from dsnet.routers import ROUTER_KINDS, CascadeRouter
+from dsnet.routers.cascade import CascadeRouter
+from dsnet.routers.kinds import ROUTER_KINDS
 from dsnet.routing.routing_table import RoutingTable
 from dsnet.routing.table_routing import run_on_table
 from dsnet.stored.checkpoint import load_supernet

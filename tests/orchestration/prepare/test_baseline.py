@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from dsnet.gates.fit import GateFit, fit_gate, fit_gates, score_run
 from dsnet.measure.latency import MAIN_DEVICE, LatencyTable, Timing
-from dsnet.routers import ROUTER_KINDS
+from dsnet.routers.kinds import ROUTER_KINDS
 from dsnet.routing.routing_table import RoutingTable
 from dsnet.routing.table_routing import run_on_table
 from dsnet.space.cost import subnet_cost

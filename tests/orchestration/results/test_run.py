@@ -15,7 +15,7 @@ from dashboards.report import build_report
 from dsnet.errors import CheckpointError, NotFoundError
 from dsnet.gates.fit import fit_gate
 from dsnet.gates.settings import GateSettings
-from dsnet.routers import ROUTER_KINDS
+from dsnet.routers.kinds import ROUTER_KINDS
 from dsnet.routing.routing_table import RoutingTable
 from dsnet.routing.table_routing import run_on_table
 from dsnet.space.cost import subnet_cost

@@ -14,7 +14,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsnet.routers import CascadeRouter, GateRouter, Router
+from dsnet.routers.base import Router
+from dsnet.routers.cascade import CascadeRouter
+from dsnet.routers.gate import GateRouter
 from dsnet.routing.routing_table import GateColumns, RoutingTable
 from search.front.analysis import (
     Bootstrap,

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial import ConvexHull
 
-from dsnet.routers import CascadeRouter
+from dsnet.routers.cascade import CascadeRouter
 from search.front.controls import (
     StaticLine,
     budgets,

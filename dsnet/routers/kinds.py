@@ -1,0 +1,187 @@
+"""The kinds of router by name: what the rest of the program has to know of each. Needs no torch.
+
+A new kind is a class that fulfils `dsnet.routers.base.Router` and one call of `register`, from
+inside or outside of this package (`dsnet.plugins`).
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from dsnet.errors import CheckpointError
+from dsnet.plugins import load_plugins
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dsnet.routers.base import Router
+
+Head = Literal["none", "linear", "perceptron", "own"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterKind:
+    """What is known of a kind of router before one is trained."""
+
+    name: str
+    """Its name in `gate.router` and in stored files."""
+    label: str
+    """Its name in figures and tables."""
+    router: str | type
+    """The class, or its import path "module:Class"."""
+    head: Head
+    """What decides: `none` (nothing is trained), a `linear` head, a `perceptron`, or the kind's `own`,
+    which `fit` trains and whose cost nobody else knows."""
+    symbol: str = "hexagon"
+    """Its marker in figures, one of Plotly's."""
+    is_tree: bool = False
+    """It decides at every gate of the network, each time the widths of the next stage."""
+    max_runs: int = 1
+    """It runs at most so many routes for an image."""
+    reads_answer: bool = False
+    """Its head reads what the first route has answered."""
+    trains_end_to_end: bool = False
+    """Its heads can be trained on images (`gate.trainer: end_to_end`)."""
+    is_default: bool = False
+    """It is in the search space of a sweep that has none."""
+    fit: Callable[..., Any] | None = None
+    """`fit(gate_table, val_table, settings) -> dsnet.gates.fit.GateFit` in place of the common training."""
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether it reads the settings of losses, labels and optimiser."""
+        return self.head != "none"
+
+    @property
+    def router_class(self) -> type[Any]:
+        """The class, imported where it is named by its path."""
+        if isinstance(self.router, type):
+            return self.router
+        module, _, name = self.router.partition(":")
+        found: type[Any] = getattr(importlib.import_module(module), name)
+        return found
+
+
+_KINDS: dict[str, RouterKind] = {}
+
+
+def register(kind: RouterKind) -> RouterKind:
+    """Make a kind of router known under its name; returns it.
+
+    Raises:
+        ValueError: another kind has this name.
+    """
+    known = _KINDS.setdefault(kind.name, kind)
+    if known != kind:
+        raise ValueError(f"there is a kind of router {kind.name!r} already; choose another name")
+    return kind
+
+
+def router_kinds() -> Mapping[str, RouterKind]:
+    """All kinds by name, those of plugins last."""
+    load_plugins()
+    return _KINDS
+
+
+def router_kind(name: str) -> RouterKind:
+    """The kind of this name.
+
+    Raises:
+        KeyError: there is none.
+    """
+    return router_kinds()[name]
+
+
+def kind_names(matches: Callable[[RouterKind], bool] = lambda kind: True) -> tuple[str, ...]:
+    """Names of the kinds that match, in the order of their registration."""
+    return tuple(name for name, kind in router_kinds().items() if matches(kind))
+
+
+def router_from_arrays(tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> Router:
+    """Rebuild a router from what its `to_arrays` gave.
+
+    Raises:
+        CheckpointError: unknown kind, or parts that are missing or no such thing.
+    """
+    try:
+        router: Router = router_kind(values["kind"]).router_class.from_arrays(tensors, values)
+    except KeyError as error:
+        raise CheckpointError(
+            f"the stored router {dict(values)} cannot be rebuilt: {error} is unknown or missing"
+        ) from error
+    except (TypeError, ValueError, IndexError) as error:
+        raise CheckpointError(f"the stored router {dict(values)} cannot be rebuilt: {error}") from error
+    return router
+
+
+register(
+    RouterKind(
+        name="gate",
+        label="gate",
+        symbol="circle",
+        router="dsnet.routers.gate:GateRouter",
+        head="linear",
+        trains_end_to_end=True,
+        is_default=True,
+    )
+)
+register(
+    RouterKind(
+        name="evidence_gate",
+        label="gate with richer evidence",
+        symbol="diamond",
+        router="dsnet.routers.gate:EvidenceGateRouter",
+        head="perceptron",
+        is_default=True,
+    )
+)
+register(
+    RouterKind(
+        name="gates",
+        label="gate at every stage",
+        symbol="square",
+        router="dsnet.routers.tree:GatesRouter",
+        head="linear",
+        is_tree=True,
+        trains_end_to_end=True,
+    )
+)
+register(
+    RouterKind(
+        name="evidence_gates",
+        label="gate at every stage, richer evidence",
+        symbol="pentagon",
+        router="dsnet.routers.tree:GatesRouter",
+        head="perceptron",
+        is_tree=True,
+    )
+)
+register(
+    RouterKind(
+        name="cascade",
+        label="cascade",
+        symbol="triangle-up",
+        router="dsnet.routers.cascade:CascadeRouter",
+        head="none",
+        max_runs=2,
+        is_default=True,
+    )
+)
+register(
+    RouterKind(
+        name="learned_cascade",
+        label="learned cascade",
+        symbol="star",
+        router="dsnet.routers.cascade:LearnedCascadeRouter",
+        head="perceptron",
+        max_runs=2,
+        reads_answer=True,
+        is_default=True,
+    )
+)
+
+ROUTER_KINDS = tuple(_KINDS)
+"""Names of the kinds that come with the package; `kind_names` knows those of plugins too."""
