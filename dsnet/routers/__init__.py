@@ -1,4 +1,7 @@
-"""Routers: what maps an image's evidence to a route. One interface for gates and cascades (CONTRACTS, Router)."""
+"""Routers: what maps an image's evidence to a route. One interface for gates and cascades.
+
+The interface is defined in docs/definitions.md, Router.
+"""
 
 from __future__ import annotations
 

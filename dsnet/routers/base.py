@@ -69,7 +69,7 @@ def summary_of(logits: Tensor) -> dict[str, Tensor]:
 
 
 class Router(Protocol):
-    """Maps evidence to routes, batched (CONTRACTS, Router)."""
+    """Maps evidence to routes, batched (docs/definitions.md, Router)."""
 
     @property
     def kind(self) -> str:
