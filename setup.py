@@ -17,6 +17,8 @@ setup(
     description="Train slimmable supernets, sweep input-adaptive gates, measure them and export what is Pareto-optimal.",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
     python_requires=">=3.11",
     py_modules=["dsnet_orch"],
     packages=find_packages(
@@ -31,6 +33,7 @@ setup(
             "dashboards.*",
         ]
     ),
+    package_data={name: ["py.typed"] for name in ("dsnet", "search", "orchestration", "dashboards")},
     # Lower bounds are the versions that the test suite ran with: older ones are not known to work, and Optuna 4 does not.
     install_requires=[
         "torch>=2.13",

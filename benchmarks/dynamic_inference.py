@@ -4,8 +4,9 @@ By default on random weights (accuracy plays no part) with a gate made by hand s
 batch holds equally many images of each route, in random order, and batch 1 is one image of each route in turn. With `--run` on a
 trained network, with a router of its sweep and the images of `val`, so that groups are as uneven as they are.
 
-The ideal is CONTRACTS' trunk(B) + decide(B) + sum of tail_k(n_k), its parts timed at exactly the group sizes that occur, in the same
-rounds. Every call of every contender is timed alone, between calls of others: weights are as cold for the ideal as for the network.
+The ideal is trunk(B) + decide(B) + sum of tail_k(n_k) (docs/definitions.md, Latency), its parts timed at exactly the
+group sizes that occur, in the same rounds. Every call of every contender is timed alone, between calls of others:
+weights are as cold for the ideal as for the network.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
 """What Pareto-rank halving prunes wrongly: the rule replayed on end-to-end trials that were all trained to their end.
 
-Gates with settings spread over the digits example's space train end to end in full, their objectives on `val` noted at every epoch where
-some rule has a rung. Then each rule runs over this complete table: cohorts of 8 in order, for many orders of the trials. Beside it stand
-pruning at random, with as many trials kept, and no pruning at all of as many trials as the same epochs pay for. Points that the images
-cannot tell from a front point (CONTRACTS, ties) are counted too: to lose one of two tied trials is no loss. A rule that keeps fewer trials
-than the front has points must lose some: the least that it can lose stands beside what it loses.
+Gates with settings spread over the digits example's space train end to end in full, their objectives on `val` noted at
+every epoch where some rule has a rung. Then each rule runs over this complete table: cohorts of 8 in order, for many
+orders of the trials. Beside it stand pruning at random, with as many trials kept, and no pruning at all of as many
+trials as the same epochs pay for. Points that the images cannot tell from a front point (docs/definitions.md, Controls
+and intervals: ties) are counted too: to lose one of two tied trials is no loss. A rule that keeps fewer trials than the
+front has points must lose some: the least that it can lose stands beside what it loses.
 
 Without `--run FOLDER` a supernet is trained on digits first; `test`, which nothing reads, is made small so that `val` is larger. The
 intervals are over orders of the trials; all is conditional on one supernet and one draw of settings.

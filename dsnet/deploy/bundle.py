@@ -1,7 +1,8 @@
-"""A bundle: one gate configuration that runs, checks itself, and needs neither YAML nor pickle (CONTRACTS, Bundle).
+"""A bundle: one gate configuration that runs, checks itself, and needs neither YAML nor pickle.
 
-A folder with `bundle.json` (what it is, what it claims, hashes), `weights.safetensors` (supernet cut to the routes in use, router),
-`examples.safetensors` (inputs with the routes and logits they must give) and `gate.yaml`, the same for people.
+The format is defined in docs/definitions.md, Bundle. A folder with `bundle.json` (what it is, what it claims, hashes),
+`weights.safetensors` (supernet cut to the routes in use, router), `examples.safetensors` (inputs with the routes and
+logits they must give) and `gate.yaml`, the same for people.
 """
 
 from __future__ import annotations

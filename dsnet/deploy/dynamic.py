@@ -1,7 +1,8 @@
 """Dynamic inference that is really sliced: shared trunk on the batch, decide, group by choice, run each group, scatter back.
 
-The published dynamic mode computes every channel and masks (METHODS 6); here an image pays only for the route it takes. With several
-gates the groups walk the tree of paths: images that agree so far go on together, and routers with a decision at every gate are asked again.
+The published dynamic mode computes every channel and masks (docs/methods.md, section 6); here an image pays only for
+the route it takes. With several gates the groups walk the tree of paths: images that agree so far go on together, and
+routers with a decision at every gate are asked again.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Residual supernets with one gate per stage: DS-ResNet (METHODS 2).
+"""Residual supernets with one gate per stage: DS-ResNet (docs/methods.md, section 2).
 
 Known of the published one: bottleneck stages, slimming ratios {0.25, 0.5, 0.75, 1} set stage by stage, a gate in the first block of each
 stage, BatchNorm bank or GroupNorm, and a residual attention x * (1 + tanh(a)) that begins as the identity. The rest is ours: the stem has
@@ -339,7 +339,7 @@ def _ds_resnet(task: Task, options: Mapping[str, Any]) -> SubnetSet:
         ops=_ops(options["stem"], builder.stages),
         gates=tuple(builder.gates),
         layout={"stem": options["stem"], "stages": builder.stages},
-        # A bank would hold statistics for every prefix of every path (CONTRACTS, SubnetSet).
+        # A bank would hold statistics for every prefix of every path (docs/definitions.md, SubnetSet).
         norm="group_norm" if options["paths"] == "all" else "private_stats",
     )
     members = tuple(builder.subnet(path) for path in paths)

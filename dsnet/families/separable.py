@@ -1,6 +1,7 @@
 """MobileNetV1-style supernets of depthwise-separable blocks with one gated stage: DS-MBNet and its small sibling DS-Tiny.
 
-DS-MBNet is that of DS-Net (arXiv 2103.13258), laid out as METHODS 2 gives it; `ds_tiny` is ours, for images of 8 to 32 pixels.
+DS-MBNet is that of DS-Net (arXiv 2103.13258), laid out as docs/methods.md, section 2, gives it; `ds_tiny` is ours, for
+images of 8 to 32 pixels.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from dsnet.space.spec import CLASSES, IMAGE, IMAGE_CHANNELS, ChannelGroup, GateS
 from dsnet.space.subnet_set import SubnetSet
 
 MBNET_ATTENTION = 0.25
-"""Hidden channels of an attention, relative to the block's largest input (METHODS 2)."""
+"""Hidden channels of an attention, relative to the block's largest input (docs/methods.md, section 2)."""
 TINY_ATTENTION = 1.0
 """The same for DS-Tiny: a quarter of its few channels would leave the gate next to no evidence."""
 MAX_WIDTH = 65536
@@ -107,7 +108,7 @@ class SeparableSupernet(Supernet):
         return self._finish(block.after_gate(attended, subnet), subnet, number + 1)
 
     def _finish(self, x: Tensor, subnet: Subnet, number: int) -> Tensor:
-        """Blocks from `number` on, pooling, dropout (for the largest only, METHODS 2), classifier."""
+        """Blocks from `number` on, pooling, dropout (for the largest only: docs/methods.md, section 2), classifier."""
         for block in self.blocks[number:]:
             x = block(x, subnet)
         x = x.mean((2, 3))

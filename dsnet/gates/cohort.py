@@ -1,4 +1,6 @@
-"""Training a cohort of routers in one program, by the exact expected Stage II loss of each (METHODS 5).
+"""Training a cohort of routers in one program, by the exact expected Stage II loss of each.
+
+The loss is defined in docs/methods.md, section 5.
 
 On a routing table every term of the loss is a sum over routes of stored constants times softmax probabilities: no Gumbel noise, no masks,
 no forward pass of the network. The gradient with respect to a decision's logits has a closed form, so there is no autograd either: for

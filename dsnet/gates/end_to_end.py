@@ -1,4 +1,4 @@
-"""Stage II on images: the slimming heads of a frozen supernet, trained end to end (METHODS 4 and 5).
+"""Stage II on images: the slimming heads of a frozen supernet, trained end to end (docs/methods.md, sections 4 and 5).
 
 What table training sums exactly is sampled here: straight-through Gumbel choices, the task's loss through the network, for one gate or
 for several whose choices multiply. It is the published way, and the oracle beside which table training is measured.
@@ -76,7 +76,10 @@ class GateImages:
 
 @dataclass(frozen=True)
 class PathCosts:
-    """MAdds of every route of a routing space, all its decisions included, and the target in the same unit (CONTRACTS, Target)."""
+    """MAdds of every route of a routing space, all its decisions included, and the target in the same unit.
+
+    The target is defined in docs/definitions.md, Target.
+    """
 
     madds: Tensor
     """float64 [R]"""

@@ -13,7 +13,7 @@ PAPER_WIDEST = 565.4e6
 
 
 def complexity(expected_madds: Tensor, target_madds: float, max_madds: float, form: str) -> Tensor:
-    """The complexity term of Stage II (CONTRACTS, "Target, losses, calibration").
+    """The complexity term of Stage II (docs/definitions.md, Target, losses, calibration).
 
     Args:
         expected_madds: mean expected MAdds of the batch, a scalar tensor.

@@ -1,10 +1,11 @@
 """A supernet whose gates choose by straight-through weights: forward it slices, backward every choice of a gate is heard.
 
-Ours (METHODS 4 only says "straight-through one-hot"; the published code masks channels): at a gate, all its choices run the segment that
-follows it, on the images that are at this node. Their results, padded with zero channels to the widest, are added up with the one-hot
-weights. What goes on to the next gate is hence exactly the chosen segment's result, and the gradient of a weight is what the later
-network would make of that choice's result. Layers take their input width from the tensor, so that the zero channels change nothing
-forward, and let a narrow choice learn what more channels would have brought.
+Ours (docs/methods.md, section 4: published is a straight-through one-hot choice, by code that masks channels): at a
+gate, all its choices run the segment that follows it, on the images that are at this node. Their results, padded with
+zero channels to the widest, are added up with the one-hot weights. What goes on to the next gate is hence exactly the
+chosen segment's result, and the gradient of a weight is what the later network would make of that choice's result.
+Layers take their input width from the tensor, so that the zero channels change nothing forward, and let a narrow choice
+learn what more channels would have brought.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""What a router learns on a routing table: decisions, what they may choose, what each choice costs and answers (METHODS 5).
+"""What a router learns on a routing table: decisions, what they may choose, what each choice costs and answers.
+
+The loss is defined in docs/methods.md, section 5.
 
 Every kind of router is the same problem. A decision is a node with a head on some features and a branch per choice; a branch leads to a
 route, or to the next gate's node. A gate that decides once has one node, whose choices are the routes; one gate per stage makes a tree of
@@ -164,7 +166,10 @@ def stored_answer(table: RoutingTable, route: int) -> Executed:
 
 @dataclass(frozen=True)
 class Costs:
-    """What ending on each route costs an image, decisions included, and the target in the same unit (CONTRACTS, Target)."""
+    """What ending on each route costs an image, decisions included, and the target in the same unit.
+
+    The target is defined in docs/definitions.md, Target.
+    """
 
     madds: NDArray[np.float64]
     """[K] of all routes of the table; those outside the routing space are not read."""

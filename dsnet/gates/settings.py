@@ -96,7 +96,10 @@ class GateSettings:
         return router_kind(self.router)
 
     def wanted_madds(self, low: float, high: float) -> float:
-        """The target in MAdds, for a set of sub-networks of `low` to `high` (CONTRACTS, Target); a routing space may not reach it."""
+        """The target in MAdds, for a set of sub-networks of `low` to `high` (docs/definitions.md, Target).
+
+        A routing space may not reach it.
+        """
         return low + self.target * (high - low) if self.target_madds_m is None else self.target_madds_m * 1e6
 
     def temperature(self, step: int) -> float:

@@ -118,7 +118,7 @@ def noise_of(timings: Iterable[Timing], load: MachineLoad | None) -> str | None:
 
 @dataclass(frozen=True)
 class LatencyTable:
-    """What the parts of the dynamic network cost on one device (CONTRACTS, Latency)."""
+    """What the parts of the dynamic network cost on one device (docs/definitions.md, Latency)."""
 
     device: str
     """What it is, in words."""

@@ -32,7 +32,10 @@ class BlockShape:
 
 
 class SeparableBlock(nn.Module):
-    """dw3x3 -> BN -> Swish -> attention | pw1x1 -> BN -> Swish (METHODS 2); `|` is where a gate may decide the pointwise width."""
+    """dw3x3 -> BN -> Swish -> attention | pw1x1 -> BN -> Swish; `|` is where a gate may decide the pointwise width.
+
+    The layout is given in docs/methods.md, section 2.
+    """
 
     def __init__(self, shape: BlockShape, subnets: SubnetSet, generator: torch.Generator) -> None:
         super().__init__()
@@ -276,7 +279,10 @@ class PlainResidualBlock(nn.Module):
 
 
 def add_streams(x: Tensor, y: Tensor) -> Tensor:
-    """x + y, [B, c, H, W] each; the channels that one of them lacks are zero in it (METHODS 8, zero-padding match)."""
+    """x + y, [B, c, H, W] each; the channels that one of them lacks are zero in it.
+
+    This is the zero-padding match of docs/methods.md, section 8.
+    """
     missing = y.shape[1] - x.shape[1]
     if missing > 0:
         x = F.pad(x, (0, 0, 0, 0, 0, missing))

@@ -84,8 +84,9 @@ class SlicedLinear(nn.Module):
 class BatchNormBank(nn.Module):
     """BatchNorm with private running statistics per prefix of widths, and one shared affine pair (or private ones).
 
-    The statistics of a layer depend on every width upstream of it, so they are keyed by that prefix (METHODS 3, CONTRACTS SubnetSet):
-    sub-networks that agree up to this layer share one set, which is what makes a shared trunk possible.
+    The statistics of a layer depend on every width upstream of it, so they are keyed by that prefix (docs/methods.md,
+    section 3; docs/definitions.md, SubnetSet): sub-networks that agree up to this layer share one set, which is what
+    makes a shared trunk possible.
     """
 
     def __init__(
@@ -271,7 +272,7 @@ class SlicedAttention(nn.Module):
     ) -> None:
         super().__init__()
         self.is_residual = is_residual
-        """False: x * sigmoid(a). True: x * (1 + tanh(a)), the identity at first (METHODS 2, DS-ResNet)."""
+        """False: x * sigmoid(a). True: x * (1 + tanh(a)), the identity at first; docs/methods.md, section 2, DS-ResNet."""
         self.reduce_weight = nn.Parameter(torch.empty(hidden, max_channels))
         self.reduce_bias = nn.Parameter(torch.zeros(hidden))
         self.expand_weight = nn.Parameter(torch.zeros(max_channels, hidden))

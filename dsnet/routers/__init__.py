@@ -1,1 +1,5 @@
-"""Routers: what maps an image's evidence to a route. One interface for gates and cascades (`base`), and the kinds by name (`kinds`)."""
+"""Routers map an image's evidence to a route.
+
+`base` is the one interface of gates and cascades (docs/definitions.md, Router); `kinds` knows them
+by name.
+"""

@@ -110,7 +110,7 @@ class CalibratedHead:
 
 
 class Router(Protocol):
-    """Maps evidence to routes, batched (CONTRACTS, Router)."""
+    """Maps evidence to routes, batched (docs/definitions.md, Router)."""
 
     @property
     def kind(self) -> str:

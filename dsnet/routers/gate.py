@@ -21,9 +21,11 @@ ROUNDING_TIE = 1e-5
 
 @dataclass(frozen=True)
 class GateRouter:
-    """The published gate: a bias-free slimming head on the attention's hidden vector; the largest calibrated logit wins (METHODS 4).
+    """The published gate: a bias-free slimming head on the attention's hidden vector; the largest calibrated logit
+    wins.
 
-    Decisions are taken in float64, from float32 inputs, so that the same hidden vector gives the same route on every path.
+    It is described in docs/methods.md, section 4. Decisions are taken in float64, from float32 inputs, so that the same
+    hidden vector gives the same route on every path.
     """
 
     weight: Tensor

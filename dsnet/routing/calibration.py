@@ -1,4 +1,7 @@
-"""Calibration: the price of compute at which a router's mean cost meets its target, exactly and without labels (CONTRACTS)."""
+"""Calibration: the price of compute at which a router's mean cost meets its target, exactly and without labels.
+
+It is defined in docs/definitions.md, Target, losses, calibration.
+"""
 
 from __future__ import annotations
 

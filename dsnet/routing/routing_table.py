@@ -1,8 +1,9 @@
 """The routing table: what every route answers to every image, stored once, so that any gate is scored exactly in about a second.
 
-On a frozen supernet, an image's cross-entropy, correctness and confidence under each route and every gate's input are constants
-(METHODS 5). With several gates a route is a path, and a gate's input depends on what was chosen before it: the table holds it once for
-every node of the tree of paths. A table is plain numpy in a safetensors file, and never holds more than one split.
+On a frozen supernet, an image's cross-entropy, correctness and confidence under each route and every gate's input are
+constants (docs/methods.md, section 5). With several gates a route is a path, and a gate's input depends on what was
+chosen before it: the table holds it once for every node of the tree of paths. A table is plain numpy in a safetensors
+file, and never holds more than one split.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 MAdds are multiply-accumulates of one image (1 MAC = 2 FLOPs). As the field does, convolutions, linear layers and pooling (C*H*W of
 its input) count; BatchNorm, activations, biases and element-wise products do not. Slimming heads do not count here:
-a route's dynamic cost is its sub-network's plus `gate_madds` (METHODS 2 and 4).
+a route's dynamic cost is its sub-network's plus `gate_madds` (docs/methods.md, sections 2 and 4).
 """
 
 from __future__ import annotations

@@ -27,9 +27,9 @@ CLASSES = -2
 
 
 NORMS = ("private_stats", "private_affine", "recalibrate", "group_norm")
-"""How sub-networks of different widths normalise (CONTRACTS, Supernet training): BatchNorm with private running statistics per prefix
-of widths and one shared affine pair; with private affine pairs too; with statistics that training leaves alone and recalibration makes;
-or GroupNorm, which keeps no statistics."""
+"""How sub-networks of different widths normalise (docs/definitions.md, Supernet training): BatchNorm with private
+running statistics per prefix of widths and one shared affine pair; with private affine pairs too; with statistics that
+training leaves alone and recalibration makes; or GroupNorm, which keeps no statistics."""
 
 
 OpKind = Literal["conv", "depthwise", "attention", "maxpool", "pool", "linear"]

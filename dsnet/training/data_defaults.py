@@ -35,7 +35,7 @@ LR_BATCH = 32
 DECAY = 0.7
 """Weight decay of SGD x peak learning rate x steps: the weights forget over about the same share of every training (arXiv 2405.13698)."""
 MIN_DECAY, MAX_DECAY = 1e-4, 0.01
-"""The smaller is the published value, for 400,000 steps (METHODS 3)."""
+"""The smaller is the published value, for 400,000 steps (docs/methods.md, section 3)."""
 ADAMW_DECAY = 1e-4
 WARMUP_SHARE = 0.05
 """Of the epochs."""

@@ -65,7 +65,10 @@ def sharing_problem(batch_size: int, workers: int, accumulate: int) -> str | Non
 
 @dataclass(frozen=True, kw_only=True)
 class Regime:
-    """Which sub-networks take part in a step, who teaches the smaller ones, and how each normalises (METHODS 3 and 7)."""
+    """Which sub-networks take part in a step, who teaches the smaller ones, and how each normalises.
+
+    The published regimes are described in docs/methods.md, sections 3 and 7.
+    """
 
     widths: str = "sandwich"
     """`sandwich`: the largest, `num_random` random ones and the smallest; `all`: every sub-network of the set, and the teacher."""
@@ -101,7 +104,7 @@ REGIMES: Mapping[str, Regime] = MappingProxyType(
 """Named combinations: plain cross-entropy on every width; slimmable networks (all widths, fully private BatchNorm); universally
 slimmable networks (sandwich of 4, in-place distillation, statistics re-estimated after training); in-place bootstrapping;
 in-place ensemble bootstrapping. Random widths always come from the declared set of sub-networks: for `us_net` that is ours, the
-paper draws any width (METHODS 7)."""
+paper draws any width (docs/methods.md, section 7)."""
 
 TEACHER_OF_MODE: Mapping[str, str] = MappingProxyType(
     {"none": "none", "inplace_distillation": "inplace", "ib": "ema", "ieb": "ema_ensemble"}

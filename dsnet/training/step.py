@@ -1,4 +1,4 @@
-"""One step of Stage I: the forward and backward of every sub-network that takes part (METHODS 3)."""
+"""One step of Stage I: the forward and backward of every sub-network that takes part (docs/methods.md, section 3)."""
 
 from __future__ import annotations
 
@@ -54,7 +54,9 @@ class StepRules:
 def supernet_step(
     student: Supernet, teacher: Supernet | None, images: Tensor, labels: Tensor, plan: StepPlan, rules: StepRules
 ) -> dict[str, Tensor]:
-    """Forward and backward of one step for every sub-network of `plan`; gradients accumulate unweighted (METHODS 3).
+    """Forward and backward of one step for every sub-network of `plan`; gradients accumulate unweighted.
+
+    The losses are those of docs/methods.md, section 3.
 
     Sub-networks that share a prefix of widths at a gate run everything up to it once, forward and backward: the gradients are the same
     up to summation order. Each tail's graph is freed before the next one runs, so that memory peaks at one sub-network's activations.

@@ -1,5 +1,6 @@
-"""Stage I: training a supernet with in-place bootstrapping (DS-Net, arXiv 2103.13258; METHODS 3) or another regime.
+"""Stage I: training a supernet with in-place bootstrapping (DS-Net, arXiv 2103.13258) or another regime.
 
+The method is described in docs/methods.md, section 3.
 `dsnet.training.step` is the whole method in one place; this is the loop around it: sandwich, schedule, EMA, curves, checkpoints, resume.
 """
 

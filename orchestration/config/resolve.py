@@ -116,7 +116,10 @@ def resolve_trials(config: SweepConfig) -> int:
 
 
 def resolve_cohort(config: SweepConfig) -> int:
-    """`sampler.cohort`, or its default for the sampler and the way in which trials are trained (CONTRACTS, Search)."""
+    """`sampler.cohort`, or its default for the sampler and the way in which trials are trained.
+
+    The defaults are explained in docs/definitions.md, Search.
+    """
     is_slow = config.gate.trainer == "end_to_end" or config.sampler.name == "gp"
     return config.sampler.cohort or (8 if is_slow else 64)
 

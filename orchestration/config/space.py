@@ -73,8 +73,8 @@ PUBLISHED: Mapping[str, Scalar] = {
     "gate.losses.form": "paper",
     "gate.losses.quality": 0.0,
 }
-"""Stage II as published (METHODS 4 and 5), without the optimiser, which is one for end-to-end training. That a beam chooses the four routes
-is ours."""
+"""Stage II as published (docs/methods.md, sections 4 and 5), without the optimiser, which is one for end-to-end
+training. That a beam chooses the four routes is ours."""
 _STRATEGY_KEY = "gate.sgs.strategy"
 """Try Best and Give Up are both published."""
 

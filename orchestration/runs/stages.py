@@ -29,7 +29,8 @@ DONE_FILE = "done"
 class StageDefinition:
     """Everything a stage's result depends on, and nothing else.
 
-    Ray, the number of workers, the budget, tracking and export must not enter `config` (CONTRACTS.md).
+    Ray, the number of workers, the budget, tracking and export must not enter `config`
+    (docs/definitions.md, Pipeline and storage).
     """
 
     name: str

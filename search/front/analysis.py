@@ -289,7 +289,7 @@ def analyse_split(
     num_classes: int,
     bootstrap: Bootstrap = Bootstrap(),
 ) -> SplitAnalysis:
-    """Score routers on a split beside their controls (CONTRACTS, Controls and intervals).
+    """Score routers on a split beside their controls (docs/definitions.md, Controls and intervals).
 
     Args:
         forecast: fitted on `gate`, for the reachable ceiling.

@@ -1,7 +1,8 @@
-"""A set of sub-networks as pruning or search would leave it goes through every part of the core (CONTRACTS, SubnetSet).
+"""A set of sub-networks as pruning or search would leave it goes through every part of the core.
 
-Widths after the gate are not monotone in each other, the declared order is not that of MAdds, the writers of a residual stream differ
-in width, and the channels of the supernet stand in another order.
+docs/definitions.md, SubnetSet, promises it. Widths after the gate are not monotone in each other, the declared order is
+not that of MAdds, the writers of a residual stream differ in width, and the channels of the supernet stand in another
+order.
 """
 
 from __future__ import annotations

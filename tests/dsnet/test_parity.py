@@ -1,4 +1,4 @@
-"""Agreement with what the method's published code computes (shared/parity/README.md)."""
+"""Agreement with what the method's published code computes (docs/methods.md, section 2)."""
 
 from __future__ import annotations
 

@@ -7,8 +7,9 @@ What is known of the format:
 - Blocks are named by stage: `blocks.<stage>.first_block`, then `blocks.<stage>.residual_blocks.<n>`. The attention is called `gate`.
 - A normalisation layer is a list `aux_bn.<i>`, an entry per width **of that layer**, narrowest first. Each has running statistics; the
   scale and shift stand in the last entry only, at full length, and every width uses a prefix of them.
-- So sub-network 13 and the teacher, which have equal widths from the gated stage on, share their statistics there. Ours are keyed by all
-  widths up to the layer (METHODS 3): both of our sets start from that one, and part as soon as they are recalibrated or trained.
+- So sub-network 13 and the teacher, which have equal widths from the gated stage on, share their statistics there. Ours
+  are keyed by all widths up to the layer (docs/methods.md, section 3): both of our sets start from that one, and part
+  as soon as they are recalibrated or trained.
 - The slimming head stands in the gated block's attention, a row per route. In our terms it is a router and no part of the supernet:
   `load_dsnet_gate` reads it. The model always has it, whatever stage of training wrote the file, so it is required.
 """
@@ -111,7 +112,7 @@ def load_dsnet_checkpoint(
 def load_dsnet_gate(source: Source, *, ema: bool = False) -> GateRouter:
     """The slimming head of a released checkpoint as a router over sub-networks 0..R-1, R being the head's rows; without an offset.
 
-    The published gate applies no noise at inference: its scores are the logits of METHODS 4.
+    The published gate applies no noise at inference: its scores are the logits of docs/methods.md, section 4.
 
     Args:
         source: as for `load_dsnet_checkpoint`, which checks everything else in it.

@@ -45,7 +45,7 @@ def test_full_networks_have_the_parameters_of_the_well_known_ones(
 def test_resnet_50_costs_about_what_the_field_says() -> None:
     subnets = layout("ds_resnet", IMAGENET, {"depth": 50, "stem": "large"})
     cost = subnet_cost(subnets.spec, subnets.largest, 224).madds
-    assert cost == pytest.approx(4.1e9, rel=0.01)  # METHODS 7: 4.1 G
+    assert cost == pytest.approx(4.1e9, rel=0.01)  # docs/methods.md, section 7: 4.1 G
 
 
 def test_resnet_20_of_small_images_has_its_size() -> None:

@@ -30,7 +30,10 @@ from tests.dsnet.samples import random_table
 
 
 def looped_targets(table: RoutingTable, routes: tuple[int, ...], gate: GateSettings) -> list[int]:
-    """Sandwich gate sparsification image by image, as METHODS 5 and CONTRACTS say it."""
+    """Sandwich gate sparsification image by image.
+
+    It is defined in docs/methods.md, section 5, and docs/definitions.md, Target.
+    """
     by_cost = sorted(range(len(routes)), key=lambda column: table.madds[routes[column]])
     smallest, largest = by_cost[0], by_cost[-1]
     targets = []

@@ -20,7 +20,7 @@ from tests.dsnet.cases import CASES, Case
 from tests.dsnet.samples import random_images, small_supernet
 
 PUBLISHED_MADDS_M = (132.9, 152.9, 175.2, 199.6, 226.2, 255.1, 286.2, 319.4, 354.9, 392.6, 432.5, 474.6, 518.9, 565.4)
-"""DS-MBNet at 224 pixels and 1,000 classes (METHODS 2)."""
+"""DS-MBNet at 224 pixels and 1,000 classes (docs/methods.md, section 2)."""
 
 
 class PooledElements(TorchDispatchMode):

@@ -53,7 +53,10 @@ def naive_step(
     kind: str,
     trust: str = "full",
 ) -> dict[str, float]:
-    """METHODS 3 line by line: one separate forward and backward for every sub-network; gradients accumulate."""
+    """docs/methods.md, section 3, line by line.
+
+    One separate forward and backward for every sub-network; gradients accumulate.
+    """
     hard = smoothed_one_hot(labels, 10, SMOOTHING)
     losses: dict[str, float] = {}
 

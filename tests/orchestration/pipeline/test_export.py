@@ -289,7 +289,7 @@ def test_every_file_of_a_bundle_that_is_tampered_with_is_noticed_and_named(
 
 def test_claims_that_the_data_does_not_bear_out_are_an_error(finished: Finished, tmp_path: Path) -> None:
     # Exported by someone who wrote better numbers into the claims: files and examples are in order, the accuracy is not.
-    from orchestration.pipeline.launch import export
+    from orchestration.pipeline import export
 
     results = finished.results
     prepared = prepare_again(results)

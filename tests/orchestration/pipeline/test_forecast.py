@@ -116,7 +116,7 @@ def test_nothing_that_identifies_is_cut_on_a_narrow_terminal(
     write_sweep(tmp_path)
     monkeypatch.setattr(forecast_module, "_timed", lambda prepared: TIMED)
     for module in ("tables", "plan_view"):
-        monkeypatch.setattr(f"orchestration.{module}.terminal_width", lambda: columns)
+        monkeypatch.setattr(f"orchestration.commands.{module}.terminal_width", lambda: columns)
     text = call(tmp_path, "plan", SWEEP, "--all").out
     settings = make_plan(load_config(tmp_path / SWEEP), is_dry=True).settings()
     assert all(key in text for key in settings)
