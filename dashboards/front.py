@@ -29,6 +29,7 @@ from dashboards.theme import (
     router_name,
     router_symbol,
 )
+from search.front.points import METRIC_PREFIX
 
 ParamValue = float | int | str | bool
 
@@ -173,7 +174,7 @@ def static_points(rows: Iterable[Mapping[str, Any]], split: str, further: str | 
             madds_m=float(r["madds_m"]),
             top1=float(r["top1"]),
             latency_ms=finite(r.get("latency_ms")),
-            further=None if further is None else finite(r.get(further)),
+            further=None if further is None else finite(r.get(further, r.get(METRIC_PREFIX + further))),
             supernet=r.get("supernet"),
         )
         for r in rows
@@ -210,7 +211,7 @@ def dynamic_points(
             params=_params(r),
             router=_router(r, router),
             is_feasible=bool(r.get("is_feasible", True) == 1),
-            further=None if further is None else finite(r.get(further)),
+            further=None if further is None else finite(r.get(further, r.get(METRIC_PREFIX + further))),
             supernet=r.get("supernet"),
         )
         for r in rows
@@ -310,7 +311,8 @@ def _colour_axis(info: FrontInfo) -> dict[str, Any]:
     values = [p.further for panel in info.panels for p in panel.front if p.further is not None]
     unit = " (ms)" if info.further.is_latency else ""
     return {
-        "colorscale": "Cividis" if info.further.goal == "minimize" else "Cividis_r",
+        "colorscale": "Cividis",
+        "reversescale": info.further.goal == "maximize",
         "cmin": min(values, default=0.0),
         "cmax": max(values, default=1.0),
         "colorbar": {

@@ -507,24 +507,29 @@ def _supernets_pareto(
     show_default=True,
     help="knee, all, max:METRIC [where ...], trial-NNNN.",
 )
+@click.option("--format", "formats", multiple=True, help="A further form of each gate, beside export.formats.")
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
     help="Folder that receives a folder per gate [default: the run's export/].",
 )
-def export(run: str, runs: str, picks: tuple[str, ...], out: Path | None) -> None:
+def export(run: str, runs: str, picks: tuple[str, ...], formats: tuple[str, ...], out: Path | None) -> None:
     """Export gates of a run as bundles that `dsnet.load_bundle` reads; prints their folders."""
+    from dsnet.deploy.exporters import check_format
     from orchestration.commands.planning import prepare_again
-    from orchestration.pipeline.export import export_picks
+    from orchestration.pipeline.export import export_picks, write_formats
 
+    further = tuple(map(check_format, formats))
     if (sweep := _open_supernets(run, runs)) is not None:
         from orchestration.commands.plan_supernets import export_supernets_again
 
         for path in export_supernets_again(sweep, picks, out):
+            write_formats(path, further)
             click.echo(path)
         return
     results = _open_run(run, runs)
     for path in export_picks(prepare_again(results), results, picks, out or results.run.export_dir):
+        write_formats(path, further)
         click.echo(path)
 
 

@@ -12,6 +12,7 @@ import torch
 
 from dsnet.errors import ConfigError
 from dsnet.network.supernet import Supernet
+from dsnet.plugins import load_plugins
 from dsnet.space.spec import SupernetSpec
 from dsnet.space.subnet_set import SubnetSet
 from dsnet.wording import way_out
@@ -53,6 +54,7 @@ def register(family: Family) -> None:
 
 def family_names() -> tuple[str, ...]:
     """The names of all registered families, sorted."""
+    load_plugins()
     return tuple(sorted(_FAMILIES))
 
 
@@ -62,7 +64,7 @@ def get_family(name: str) -> Family:
     Raises:
         ConfigError: there is none.
     """
-    if name not in _FAMILIES:
+    if name not in family_names():
         raise ConfigError(f"unknown model {name!r}{way_out(name, family_names())}")
     return _FAMILIES[name]
 

@@ -39,6 +39,19 @@ class TableRun:
         return self.ran.mean(0)
 
 
+def static_run(table: RoutingTable, route: int) -> TableRun:
+    """The run in which every image takes one route and nothing is decided."""
+    ran = np.zeros((table.num_images, table.num_routes), dtype=bool)
+    ran[:, route] = True
+    return TableRun(
+        routes=np.full(table.num_images, route, dtype=np.int64),
+        ran=ran,
+        madds=np.full(table.num_images, table.madds[route], dtype=np.int64),
+        is_tie=np.zeros(table.num_images, dtype=bool),
+        lead=np.full(table.num_images, np.inf),
+    )
+
+
 def run_on_table(router: Router, table: RoutingTable) -> TableRun:
     """Route every image of a table, by the same code that decides in dynamic inference.
 

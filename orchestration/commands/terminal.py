@@ -16,6 +16,7 @@ from rich.console import Console
 
 from dsnet.data.splits import FEW_IMAGES
 from dsnet.measure.latency import MAIN_DEVICE, latency_metric
+from dsnet.metrics import find_metric
 from dsnet.wording import duration, plural
 from orchestration.commands import tables
 from orchestration.commands.tables import Column, terminal_width
@@ -589,14 +590,18 @@ def _say_reasons(trials: Sequence[ListedTrial]) -> None:
 
 def metric_head(name: str) -> str:
     """A metric as a column is called."""
-    return {"top1": "top-1\u00a0% val", "top5": "top-5\u00a0% val", "madds_m": "MAdds M"}.get(name, name)
+    found = find_metric(name)
+    if found is None:
+        return name
+    return f"{found.label} val" if found.is_share else found.label
 
 
 def metric_text(name: str, value: float | None) -> str:
     """A metric as displayed: accuracies in percent; '-' where there is none."""
     if value is None or math.isnan(value):
         return "-"
-    return percent(value) if name in ("top1", "top5") else f"{value:.4g}"
+    found = find_metric(name)
+    return percent(value) if found is not None and found.is_share else f"{value:.4g}"
 
 
 def short(value: Any) -> str:

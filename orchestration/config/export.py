@@ -10,6 +10,7 @@ from pydantic import (
     Field,
 )
 
+from dsnet.deploy.exporters import BUNDLE, check_format
 from dsnet.errors import ConfigError
 from dsnet.wording import did_you_mean
 from search.front.pareto import parse_pick
@@ -32,9 +33,20 @@ def _pick(text: str) -> str:
     return text
 
 
+def _format(name: str) -> str:
+    try:
+        return check_format(name)
+    except ConfigError as error:
+        raise ValueError(str(error)) from error
+
+
 class ExportConfig(Section):
     """What is exported when a launch ends."""
 
     picks: Annotated[tuple[Annotated[Text, AfterValidator(_pick)], ...], Field(strict=False, min_length=1)] = ("knee",)
     """knee, all, trial-0042, "max:top1 where madds_m<=200", ...; each gate once."""
     """Points of the front, as --pick of `dsnet-orch export` takes them."""
+    formats: Annotated[tuple[Annotated[Text, AfterValidator(_format)], ...], Field(strict=False, min_length=1)] = (
+        BUNDLE,
+    )
+    """Forms of each gate. The bundle is always written; every other form lies in a folder of its name in it."""

@@ -14,7 +14,7 @@ from dsnet.wording import shown
 
 if TYPE_CHECKING:
     pass
-from orchestration.config.objectives import DEVICE_NAME_PATTERN
+from dsnet.metrics import DEVICE_NAME_PATTERN
 from orchestration.config.section import (
     BrokenRule,
     Device,

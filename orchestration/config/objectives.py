@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -14,33 +13,23 @@ from pydantic import (
     model_validator,
 )
 
+from dsnet.metrics import find_metric, metrics
 from dsnet.wording import shown, way_out
 
 if TYPE_CHECKING:
     pass
 from orchestration.config.section import BrokenRule, Section, Text, refuse
 
-OBJECTIVE_GOALS: Mapping[str, str] = {
-    "top1": "maximize",
-    "top5": "maximize",
-    "madds_m": "minimize",
-    "p95_madds_m": "minimize",
-    "params_m": "minimize",
-    "latency_ms": "minimize",
-}
-"""Metrics that a sweep can optimise, with the only goal that makes sense for each; `goal_of` knows the latencies' longer names too."""
 
-
-DEVICE_NAME_PATTERN = r"[A-Za-z_][A-Za-z0-9_]{0,31}"
-"""Names of `measure.devices`: they become part of metrics' names, which stand in expressions."""
-
-
-_LATENCY = re.compile(rf"latency_ms(_batch[1-9]\d*)?(\.{DEVICE_NAME_PATTERN})?")
+def objective_names() -> tuple[str, ...]:
+    """Metrics that a sweep can optimise; `latency_ms` stands for all latencies."""
+    return (*metrics(), "latency_ms")
 
 
 def goal_of(metric: str) -> str | None:
     """Whether a metric is to maximize or to minimize; None for what can be no metric of any sweep."""
-    return "minimize" if _LATENCY.fullmatch(metric) else OBJECTIVE_GOALS.get(metric)
+    found = find_metric(metric)
+    return None if found is None else found.goal
 
 
 class MetricConfig(Section):
@@ -58,7 +47,7 @@ class MetricConfig(Section):
     def _is_known(self) -> MetricConfig:
         wanted = goal_of(self.name)
         if wanted is None:
-            message = f"unknown metric '{self.name}'{way_out(self.name, list(OBJECTIVE_GOALS))}"
+            message = f"unknown metric '{self.name}'{way_out(self.name, objective_names())}"
             refuse(BrokenRule(("name",), message))
         if self.goal != wanted:
             refuse(BrokenRule(("goal",), f"{self.name} is a metric to {wanted}; got '{self.goal}'"))

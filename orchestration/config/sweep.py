@@ -22,6 +22,7 @@ from pydantic import (
 )
 
 from dsnet.errors import ConfigError
+from dsnet.metrics import metrics
 from dsnet.wording import shown, way_out
 from orchestration.config.data import DataConfig
 from orchestration.config.default_space import default_space
@@ -29,7 +30,7 @@ from orchestration.config.distribution import DISTRIBUTION_SCHEMA, Distribution
 from orchestration.config.export import ExportConfig
 from orchestration.config.gate import GateConfig
 from orchestration.config.measure import MeasureConfig
-from orchestration.config.objectives import OBJECTIVE_GOALS, Constraint, MetricConfig
+from orchestration.config.objectives import Constraint, MetricConfig
 from orchestration.config.platform import RayConfig, StorageConfig, TrackingConfig
 from orchestration.config.section import (
     NAME_PATTERN,
@@ -57,10 +58,6 @@ from search.front.pareto import parse_pick
 
 SCHEDULERS = ("none", "asha", "median", "hyperband")
 """Of supernets, by short names; others by their import path."""
-
-
-ACCURACIES = ("top1", "top5")
-"""Metrics that grow while a trial trains."""
 
 
 LEARNING_SAMPLERS = ("tpe", "nsga2", "nsga3", "gp")
@@ -141,7 +138,7 @@ def metric_names(config: SweepConfig) -> tuple[str, ...]:
     """Every metric of a sweep that may be an objective or stand in a condition."""
     latencies = ["latency_ms", *(f"latency_ms_batch{size}" for size in config.measure.batch_sizes if size > 1)]
     on_devices = [f"{name}.{device}" for device in config.measure.devices for name in latencies]
-    return (*OBJECTIVE_GOALS, *latencies[1:], *on_devices)
+    return (*metrics(), *latencies, *on_devices)
 
 
 def _metric_problems(config: SweepConfig) -> Iterator[BrokenRule]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from dsnet.metrics import share_names
 from dsnet.routers.kinds import router_kind
 from orchestration.config.objectives import HardConstraint
 from orchestration.config.resolve import enqueued_points, gate_space, halving_rungs, resolve_cohort, supernet_space
@@ -21,7 +22,6 @@ from orchestration.config.supernet import (
     resolve_regime,
 )
 from orchestration.config.sweep import (
-    ACCURACIES,
     LEARNING_SAMPLERS,
     SweepConfig,
     _longest_training,
@@ -77,7 +77,7 @@ def _stopping_warnings(config: SweepConfig) -> Iterator[str]:
         )
     rungs, names = halving_rungs(config), _names_in_conditions(config)
     for each in config.constraints if rungs else ():
-        if isinstance(each, HardConstraint) and parse_comparison(each.hard, names).names & set(ACCURACIES):
+        if isinstance(each, HardConstraint) and parse_comparison(each.hard, names).names & share_names():
             yield (
                 f"constraints: hard '{each.hard}' is also judged after {rungs[0]} epochs and at every further rung of pareto_halving: "
                 "trials that would hold it at their end are ended; write it without hard"

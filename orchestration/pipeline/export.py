@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -18,6 +19,7 @@ from ruamel.yaml import YAML
 from dsnet.data import Normalization
 from dsnet.data.photos import PhotoDecoder
 from dsnet.deploy.bundle import NUM_EXAMPLES, save_bundle
+from dsnet.deploy.exporters import BUNDLE, exporters
 from dsnet.dotted import nest
 from dsnet.measure.latency import MAIN_DEVICE
 from dsnet.routers.base import Router
@@ -112,8 +114,30 @@ def export_bundles(prepared: Prepared, results: RunResults, slots: Sequence[int]
             gate_yaml=_gate_yaml(prepared, results, slot, claims),
             photos=_photo_decoder(prepared),
         )
+        write_formats(path, prepared.config.export.formats)
         paths.append(path)
     return paths
+
+
+def write_formats(bundle: Path, formats: Sequence[str]) -> None:
+    """Write further forms of a bundle, each into a folder of its name in it; one that is there is replaced whole.
+
+    Args:
+        bundle: its folder.
+        formats: names of exporters; the bundle itself is left out.
+    """
+    for name in formats:
+        if name == BUNDLE:
+            continue
+        new, final = bundle / f".{name}.{os.getpid()}", bundle / name
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir()
+        try:
+            exporters()[name].write(bundle, new)
+            shutil.rmtree(final, ignore_errors=True)
+            new.replace(final)
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
 
 
 def _photo_decoder(prepared: Prepared) -> PhotoDecoder | None:

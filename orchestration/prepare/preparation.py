@@ -20,6 +20,7 @@ from dsnet.errors import CheckpointError, ConfigError
 from dsnet.families import Task
 from dsnet.files import atomic_write_text, read_json
 from dsnet.measure.latency import DeviceSettings, LatencySettings
+from dsnet.metrics import share_names
 from dsnet.routers.kinds import router_kind
 from dsnet.space.cost import subnet_cost
 from dsnet.space.subnet_set import SubnetSet
@@ -137,7 +138,7 @@ class Prepared:
         """Conditions that ask for less than one image of `val` can tell."""
         num_val = len(self.splits.val)
         for comparison in conditions(self.config):
-            reads_share = {name.removeprefix(BASELINE) for name in comparison.names} & {"top1", "top5"}
+            reads_share = {name.removeprefix(BASELINE) for name in comparison.names} & share_names()
             finest = min((number for number in map(abs, comparison.numbers) if number > 0), default=math.inf)
             if reads_share and finest < 1 / num_val:
                 yield (

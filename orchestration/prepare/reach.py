@@ -11,6 +11,7 @@ import numpy as np
 
 from dsnet.gates.tree import NUM_EXTRA_POOLINGS
 from dsnet.measure.latency import MAIN_DEVICE, BatchClock, LatencyTable, latency_metric
+from dsnet.metrics import metrics
 from dsnet.routers.cascade import num_answer_features
 from dsnet.routers.gate import RICH_EVIDENCE
 from dsnet.routers.kinds import router_kind
@@ -41,7 +42,9 @@ def layout_ranges(config: SweepConfig, subnets: SubnetSet, image_size: int) -> d
     cost = subnet_cost(subnets.spec, widest, image_size)
     exact = {"madds_m": cost.madds / 1e6, "p95_madds_m": cost.madds / 1e6, "params_m": cost.params / 1e6}
     known = {name: (value, value) for name, value in exact.items()}
-    static = {name: known.get(name, (0.0, 1.0) if name.startswith("top") else (0.0, math.inf)) for name in ranges}
+    static = {
+        name: known.get(name, (0.0, math.inf) if name not in metrics() else metrics()[name].range) for name in ranges
+    }
     return ranges | {f"{BASELINE}{name}": reach for name, reach in static.items()}
 
 
@@ -82,8 +85,7 @@ def metric_ranges(
     madds, params = _union(reach.madds(kind) for kind in kinds), _union(reach.params(kind) for kind in kinds)
     in_m = {"madds_m": madds, "p95_madds_m": madds, "params_m": params}
     ranges = {
-        "top1": (0.0, 1.0),
-        "top5": (0.0, 1.0),
+        **{name: metric.range for name, metric in metrics().items()},
         **{name: _wider(a / 1e6, b / 1e6) for name, (a, b) in in_m.items()},
     }
     if latencies is None:

@@ -15,7 +15,10 @@ from safetensors.numpy import load_file
 from dsnet.errors import CheckpointError, NotFoundError
 from dsnet.files import read_json
 from dsnet.measure.latency import MAIN_DEVICE, BatchClock, LatencyTable, device_of, latency_metric
+from dsnet.metrics import added_metrics
 from dsnet.routers.base import Router
+from dsnet.routing.routing_table import RoutingTable
+from dsnet.routing.table_routing import static_run
 from dsnet.space.spec import SupernetSpec
 from dsnet.space.subnet_set import SubnetSet
 from dsnet.training.supernet import FINAL
@@ -223,7 +226,16 @@ class RunResults:
             NotFoundError: the measure stage has not finished.
         """
         self.done_key("measure")
-        return static_metrics(self.widest, self.latencies)
+        return static_metrics(self.widest, self.latencies) | self._added_metrics(self.widest.name)
+
+    def _added_metrics(self, name: str) -> dict[str, float]:
+        """The metrics of plugins of a static sub-network on `val`; none are there before the table."""
+        added = added_metrics()
+        if not added or not self.is_done("table"):
+            return {}
+        table = RoutingTable.load(self.run.table(self.done_key("table"), "val"))
+        run = static_run(table, table.routes.index(name))
+        return {metric: float(of_run(run, table)) for metric, of_run in added.items()}
 
     @cached_property
     def metric_ranges(self) -> dict[str, Range]:

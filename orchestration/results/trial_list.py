@@ -9,6 +9,7 @@ from itertools import chain
 from typing import Any, Literal, get_args
 
 from dsnet.errors import ConfigError
+from dsnet.metrics import find_metric
 from dsnet.wording import did_you_mean
 from orchestration.results.run import RunResults
 from search.conditions.constraints import BASELINE
@@ -20,8 +21,6 @@ Standing = Literal["complete", "infeasible", "failed", "pruned"]
 """What became of a trial, with those that completed divided by whether they hold every constraint."""
 Wanted = Literal["complete", "feasible", "infeasible", "failed", "pruned"]
 WANTED: tuple[str, ...] = get_args(Wanted)
-RISING = ("top1", "top5")
-"""Metrics of which more is better, where the sweep does not say."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +121,8 @@ class TrialList:
     def _is_rising(self, name: str) -> bool:
         """Whether more of it is better."""
         goals = dict(self.objectives)
-        return goals[name] == "maximize" if name in goals else name in RISING
+        known = find_metric(name)
+        return goals[name] == "maximize" if name in goals else known is not None and known.goal == "maximize"
 
 
 def listed_trials(results: RunResults, front: Collection[int], supernet: str | None = None) -> tuple[ListedTrial, ...]:

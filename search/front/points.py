@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from numpy.typing import ArrayLike
 
 from dsnet.errors import DataError
+from dsnet.metrics import added_metrics
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -44,6 +45,8 @@ _TYPES: dict[str, pa.DataType] = {
 }
 POINT_COLUMNS: tuple[str, ...] = tuple(_TYPES)
 PARAM_PREFIX = "param."
+METRIC_PREFIX = "metric."
+"""Of metrics that plugins add: a file with them is read without the plugin too."""
 LATENCY = "latency_ms"
 KINDS = ("subnet", "gate", "control")
 SPLITS = ("val", "test")
@@ -134,6 +137,7 @@ def gate_points(
             is_feasible=bool(holds),
             **_latencies(values),
         )
+        | {METRIC_PREFIX + name: float(values[name]) for name in added_metrics() if name in values}
         | {PARAM_PREFIX + key: value for key, value in settings.items()}
         for slot, values, settings, front, holds in zip(slots, metrics, params, is_front, feasible, strict=True)
     ]
@@ -157,6 +161,10 @@ def _latencies(metrics: Mapping[str, float]) -> dict[str, float]:
 def _is_latency(column: str) -> bool:
     """Whether a column is a latency: `latency_ms`, `latency_ms.server`, `latency_ms_batch64`."""
     return column == LATENCY or column.startswith((f"{LATENCY}.", f"{LATENCY}_"))
+
+
+def _is_number(column: str) -> bool:
+    return _is_latency(column) or column.startswith(METRIC_PREFIX)
 
 
 def _row(**values: Any) -> PointRow:
@@ -202,7 +210,7 @@ def _column_problem(row: Mapping[str, Any]) -> str | None:
     if not (origin is None or isinstance(origin, str)):
         return f"`supernet` is {origin!r}, but must be a name or nothing"
     for column, value in row.items():
-        if column in _TYPES or _is_latency(column):
+        if column in _TYPES or _is_latency(column) or column.startswith(METRIC_PREFIX):
             continue
         if not column.startswith(PARAM_PREFIX):
             return f"the column `{column}` is unknown; known: {', '.join(POINT_COLUMNS)}, {LATENCY}_batchN, {LATENCY}.NAME, {PARAM_PREFIX}*"
@@ -214,7 +222,7 @@ def _column_problem(row: Mapping[str, Any]) -> str | None:
 
 
 def _number_problem(row: Mapping[str, Any]) -> str | None:
-    for column in dict.fromkeys((*_ACCURACIES, *_AMOUNTS, *filter(_is_latency, row))):
+    for column in dict.fromkeys((*_ACCURACIES, *_AMOUNTS, *filter(_is_number, row))):
         value = row.get(column)
         if value is None:
             continue

@@ -1,0 +1,72 @@
+"""Forms in which a gate can be exported, by name. Needs no torch.
+
+The bundle is always written, and every other form is made from it. A new form is one call of
+`register`, from inside or outside of this package (`dsnet.plugins`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+from dsnet.errors import ConfigError
+from dsnet.plugins import load_plugins
+from dsnet.wording import way_out
+
+BUNDLE = "bundle"
+"""The form that `dsnet.load_bundle` reads."""
+
+
+class Exporter(Protocol):
+    """Writes one form of a gate."""
+
+    @property
+    def name(self) -> str:
+        """Its name in `export.formats`, and the folder in the bundle that it fills."""
+        ...
+
+    def write(self, bundle: Path, folder: Path) -> None:
+        """Write the form of a bundle.
+
+        Args:
+            bundle: the bundle's folder, complete.
+            folder: empty, in the bundle's folder; receives the files.
+        """
+        ...
+
+
+_EXPORTERS: dict[str, Exporter] = {}
+
+
+def register(exporter: Exporter) -> Exporter:
+    """Make an exporter known under its name; returns it.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+    if exporter.name == BUNDLE or _EXPORTERS.setdefault(exporter.name, exporter) is not exporter:
+        raise ValueError(f"there is an exporter {exporter.name!r} already; choose another name")
+    return exporter
+
+
+def exporters() -> Mapping[str, Exporter]:
+    """All exporters by name but the bundle, which needs none."""
+    load_plugins()
+    return _EXPORTERS
+
+
+def format_names() -> tuple[str, ...]:
+    """What `export.formats` may name."""
+    return (BUNDLE, *exporters())
+
+
+def check_format(name: str) -> str:
+    """The name, if there is such a form.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if name not in format_names():
+        raise ConfigError(f"unknown format {name!r}{way_out(name, format_names())}")
+    return name

@@ -1,0 +1,93 @@
+"""The metrics that a sweep may optimise, constrain and show, by name. Needs no torch.
+
+A new metric is one call of `register`, from inside or outside of this package (`dsnet.plugins`).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from dsnet.plugins import load_plugins
+
+Goal = Literal["maximize", "minimize"]
+DEVICE_NAME_PATTERN = r"[A-Za-z_][A-Za-z0-9_]{0,31}"
+"""Names of `measure.devices`: they become part of metrics' names, which stand in expressions."""
+LATENCY_NAME = re.compile(rf"latency_ms(_batch[1-9]\d*)?(\.{DEVICE_NAME_PATTERN})?")
+"""Latency has a name for each batch size and device: `latency_ms`, `latency_ms_batch64.server`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """What is known of a metric before it is measured."""
+
+    name: str
+    """A Python identifier: it stands in expressions such as `top1 >= 0.9`."""
+    label: str
+    """Its name above a column."""
+    goal: Goal
+    """Whether more is better."""
+    is_share: bool = False
+    """It is a fraction from 0 to 1, shown in percent; else any number from 0 on."""
+    of_run: Callable[[Any, Any], float] | None = None
+    """`of_run(run, table)`: its value for a `dsnet.routing.table_routing.TableRun` on the
+    `dsnet.routing.routing_table.RoutingTable` of a split. A static sub-network is the run in which
+    every image takes its route. None for metrics that the program counts elsewhere."""
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """The interval in which it can lie for any router on any network."""
+        return (0.0, 1.0) if self.is_share else (0.0, math.inf)
+
+
+_METRICS: dict[str, Metric] = {}
+
+
+def register(metric: Metric) -> Metric:
+    """Make a metric known under its name; returns it.
+
+    Raises:
+        ValueError: the name is taken, or cannot stand in an expression.
+    """
+    if not metric.name.isidentifier() or LATENCY_NAME.fullmatch(metric.name):
+        raise ValueError(f"a metric cannot be called {metric.name!r}; choose an identifier that is no latency's")
+    known = _METRICS.setdefault(metric.name, metric)
+    if known != metric:
+        raise ValueError(f"there is a metric {metric.name!r} already; choose another name")
+    return metric
+
+
+def metrics() -> Mapping[str, Metric]:
+    """All metrics by name but latencies, those of plugins last."""
+    load_plugins()
+    return _METRICS
+
+
+def find_metric(name: str) -> Metric | None:
+    """The metric of this name, latencies included; None where there is none."""
+    if LATENCY_NAME.fullmatch(name):
+        return Metric(name=name, label=name, goal="minimize")
+    return metrics().get(name)
+
+
+def share_names() -> frozenset[str]:
+    """Names of the metrics that are fractions from 0 to 1."""
+    return frozenset(name for name, metric in metrics().items() if metric.is_share)
+
+
+def added_metrics() -> Mapping[str, Callable[[Any, Any], float]]:
+    """Name to `of_run` of the metrics that come from elsewhere than this package."""
+    return {name: metric.of_run for name, metric in metrics().items() if metric.of_run is not None}
+
+
+for _metric in (
+    Metric(name="top1", label="top-1\u00a0%", goal="maximize", is_share=True),
+    Metric(name="top5", label="top-5\u00a0%", goal="maximize", is_share=True),
+    Metric(name="madds_m", label="MAdds M", goal="minimize"),
+    Metric(name="p95_madds_m", label="p95_madds_m", goal="minimize"),
+    Metric(name="params_m", label="params_m", goal="minimize"),
+):
+    register(_metric)

@@ -1,0 +1,110 @@
+"""A family, a kind of router, a metric and an exporter from one file outside of the packages: sweep, report and export with them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.hostile import REPOSITORY
+from tests.orchestration.samples import Answer, Command
+
+SWEEP = """\
+version: 1
+name: mine
+data: {name: digits, limit: 300}
+supernet:
+  model: my_tiny
+  train: {epochs: 4, batch_size: 40, warmup_epochs: 0.5}
+  bootstrapping: {teacher_min_updates: 2}
+measure: {batch_sizes: [1], group_sizes: [1, 8], repeats: 2, warmup: 1}
+gate: {optimizer: {steps: 20, batch_size: 128}}
+space:
+  gate.router: {choice: [gate, sum]}
+  gate.target: {uniform: [0.1, 0.9]}
+metrics:
+  - {name: top1, goal: maximize}
+  - {name: madds_m, goal: minimize}
+  - {name: worst_class, goal: maximize}
+constraints: ["worst_class >= baseline.worst_class - 0.9"]
+sampler: {name: random, cohort: 4}
+budget: {trials: 8}
+export: {picks: [all], formats: [bundle, facts]}
+tracking: {mlflow: false}
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the user's module, its sweep file, and the finished run."""
+    folder = tmp_path_factory.mktemp("extending")
+    shutil.copy(Path(__file__).with_name("my_extension.py"), folder)
+    (folder / "mine.yaml").write_text(SWEEP, encoding="utf-8")
+    answer = run(folder, "launch", "mine.yaml")
+    assert answer.code == 0, answer
+    return folder
+
+
+def run(folder: Path, *arguments: str) -> Answer:
+    """A command in a process of its own, which knows the module by its environment alone."""
+    program = (
+        sys.executable,
+        "-c",
+        "import os; os.environ['DSNET_PLUGINS'] = 'my_extension'\nfrom dsnet_orch import main; main()",
+    )
+    return Command(folder, *arguments, program=program, python_path=[folder]).wait()
+
+
+def read(folder: Path, *arguments: str) -> Any:
+    answer = run(folder, *arguments, "--json")
+    assert answer.code == 0, answer
+    return json.loads(answer.out)
+
+
+@pytest.mark.ray
+def test_a_sweep_tries_the_router_on_the_family_and_optimises_the_metric(folder: Path) -> None:
+    trials = read(folder, "trials", "mine")
+    assert {trial["state"] for trial in trials} == {"complete"}
+    assert {trial["params"]["gate.router"] for trial in trials} == {"gate", "sum"}
+    assert all(0.0 <= trial["metrics"]["worst_class"] <= trial["metrics"]["top1"] for trial in trials)
+    front = read(folder, "pareto", "mine")
+    assert front["is_verified"], "the router ran for real as its table said"
+    assert [each["metric"] for each in front["objectives"]] == ["top1", "madds_m", "worst_class"]
+
+
+@pytest.mark.ray
+def test_the_report_shows_them(folder: Path) -> None:
+    page = (folder / "runs" / "mine" / "report.html").read_text(encoding="utf-8")
+    assert "sum of the hidden vector" in page
+    assert "worst_class" in page
+
+
+@pytest.mark.ray
+def test_the_exporter_writes_beside_the_bundle_which_loads_where_the_module_is_named(folder: Path) -> None:
+    bundles = sorted((folder / "runs" / "mine" / "export").glob("trial-*"))
+    facts = [json.loads((bundle / "facts" / "facts.json").read_text()) for bundle in bundles]
+    assert all(0.0 < each["val"]["top1"] <= 1.0 for each in facts)
+    kinds = {bundle: json.loads((bundle / "bundle.json").read_text())["router"]["kind"] for bundle in bundles}
+    mine = next(bundle for bundle, kind in kinds.items() if kind == "sum")
+    assert run(folder, "verify", str(mine), "--data").code == 0
+    code = "import dsnet, sys; dsnet.load_bundle(sys.argv[1])"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(REPOSITORY)])}
+    with_it = {**environment, "DSNET_PLUGINS": "my_extension"}
+    command = [sys.executable, "-c", code, str(mine)]
+    assert subprocess.run(command, env=with_it, check=False).returncode == 0
+    without = subprocess.run(command, env=environment, check=False, capture_output=True, text=True)
+    assert "unknown model 'my_tiny'" in without.stderr
+
+
+def test_a_plugin_that_cannot_be_imported_is_named(tmp_path: Path) -> None:
+    code = "import os; os.environ['DSNET_PLUGINS'] = 'not_there'\nfrom dsnet_orch import main; main()"
+    (tmp_path / "mine.yaml").write_text(SWEEP, encoding="utf-8")
+    answer = Command(tmp_path, "validate", "mine.yaml", program=(sys.executable, "-c", code)).wait()
+    assert answer.code == 2
+    assert "'not_there', named by the environment variable DSNET_PLUGINS, cannot be imported" in answer.err
