@@ -29,8 +29,8 @@ class Batch(NamedTuple):
 class TensorData:
     """Splits of one image set, each contiguous and on one device.
 
-    The test split is there only where `open_test=True` was said. `sealed()` leaves it out: not hidden, but absent, so
-    that what is handed to search code cannot reach it.
+    The test split is included only with `open_test=True`. `sealed()` removes it: it is absent
+    rather than hidden, so that search code cannot reach it.
     """
 
     splits: Mapping[str, Batch]
@@ -41,7 +41,13 @@ class TensorData:
 
     @classmethod
     def from_images(cls, image_set: ImageSet, splits: Splits, *, open_test: bool = False) -> TensorData:
-        """Take the splits out of a set; the test split only with `open_test`, which verify and report alone may say."""
+        """Build the splits from an image set.
+
+        Args:
+            image_set: The images.
+            splits: The ids of each split.
+            open_test: Include the test split; only verification and reports may do so.
+        """
         names = [name for name in SPLIT_NAMES if open_test or name != "test"]
         parts = {name: _take(image_set, torch.tensor(splits[name])) for name in names}
         return cls(MappingProxyType(parts), image_set.class_names, image_set.image_shape)
