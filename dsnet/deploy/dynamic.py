@@ -1,7 +1,9 @@
-"""Dynamic inference that is really sliced: shared trunk on the batch, decide, group by choice, run each group, scatter back.
+"""Grouped dynamic inference: run the trunk on the batch, decide, group images by choice, run each
+group sliced.
 
-The published dynamic mode computes every channel and masks (METHODS 6); here an image pays only for the route it takes. With several
-gates the groups walk the tree of paths: images that agree so far go on together, and routers with a decision at every gate are asked again.
+The published dynamic mode computes every channel and masks (METHODS 6); here an image costs only
+the route that it takes. With several gates the groups descend the tree of paths: images with the
+same choices so far stay together, and a router with a decision at every gate decides again at each.
 """
 
 from __future__ import annotations
@@ -21,25 +23,29 @@ from dsnet.space.route_tree import RouteTree
 
 
 class DynamicOutput(NamedTuple):
-    """What a dynamic network answers to a batch, in the batch's order."""
+    """Output of a dynamic network for a batch of B images, in the batch's order."""
 
     logits: Tensor
-    """[B, num_classes]"""
+    """[B, num_classes] logits of the last route that ran."""
     routes: Tensor
-    """int64 [B]: the route whose logits these are."""
+    """int64 [B] the route that gave the logits."""
     madds: Tensor
-    """int64 [B]: everything executed for the image: trunk once, every decision, each tail run."""
+    """int64 [B] MAdds of everything executed for the image: the trunk once, every decision, each
+    tail that ran."""
 
 
 class DynamicNet(nn.Module):
-    """A supernet with a router: classifies each image by the sub-network that the router picks for it.
+    """A supernet with a router: each image is classified by the sub-network that the router chooses
+    for it.
 
     Args:
-        supernet: trained and recalibrated; its set is what the router's route ids mean.
-        router: decides.
-        cut_weights: hold a contiguous copy of each segment's weights (faster, more memory) instead of slicing on the fly.
+        supernet: trained and recalibrated; the router's route ids are indices of its members.
+        router: the router.
+        cut_weights: hold a contiguous copy of each segment's weights (faster, more memory) instead
+            of slicing in every call.
         fold_bn: with `cut_weights`, fold BatchNorm into the convolutions.
-        image_size: side in pixels, for the MAdds it reports; None takes the size the supernet was laid out for.
+        image_size: height and width in pixels, for the MAdds that it reports; None: the size for
+            which the supernet was laid out.
     """
 
     def __init__(
@@ -68,20 +74,22 @@ class DynamicNet(nn.Module):
 
     def _adopt(self, router: Router) -> None:
         self.router = router
-        # Counted once: a decision's cost is a property of the route, and counting takes longer than deciding.
+        # Computed once: a decision's cost depends on the route only, and computing it takes longer
+        # than deciding.
         self._decision_madds = dict(
             zip(router.routes, router.decision_madds(torch.tensor(router.routes)).tolist(), strict=True)
         )
 
     def with_router(self, router: Router) -> DynamicNet:
-        """The same network, weights shared, under another router: many gates cost the memory of one."""
+        """The same network with another router; the weights are shared, so that many routers need
+        the memory of one network."""
         twin = copy.copy(self)
         twin._adopt(router)
         return twin
 
     @property
     def memory_bytes(self) -> int:
-        """Of all weights and statistics that it holds, shared ones once."""
+        """Bytes of all weights and statistics, with shared ones counted once."""
         return sum(value.nbytes for value in (*self.parameters(), *self.buffers()))
 
     @torch.inference_mode()
@@ -109,9 +117,11 @@ class DynamicNet(nn.Module):
 
 
 class _Rounds:
-    """One batch behind the trunk: ask, run the groups, ask again, until every image has stopped.
+    """Routing of one batch after the trunk: rounds of deciding and running groups until every image
+    has stopped.
 
-    What decides is kept in plain lists: the host must know the routes to launch the groups, and at batch 1 each tensor operation is felt.
+    Decisions are kept in plain lists: the host must know the routes to launch the groups, and at
+    batch 1 every tensor operation counts.
     """
 
     def __init__(self, net: DynamicNet, features: Tensor, evidence: Evidence) -> None:
@@ -121,14 +131,15 @@ class _Rounds:
         self.routes = [STOP] * len(features)
         self.madds = [net._trunk_madds] * len(features)
         self.may_run = list(range(len(features)))
-        """Not an image that has stopped, whatever the router says of it later."""
+        """Rows of the images that have not stopped; a router's later decisions for stopped images
+        are ignored."""
         self.executed: list[Executed] = []
 
     def run(self) -> DynamicOutput:
-        """The batch's answers.
+        """Run all rounds and return the batch's output.
 
         Raises:
-            RuntimeError: the router stops before a first route.
+            RuntimeError: the router stops before any route has run.
         """
         router = self.net.router
         for _ in range(router.max_runs):
@@ -143,7 +154,8 @@ class _Rounds:
         return self._output()
 
     def _execute(self, rows: list[int], chosen: list[int], answer: Tensor) -> None:
-        """Run one round: what `chosen` holds for the images `rows`; `answer` is what the router said of all."""
+        """Run one round: the routes `chosen` for the images `rows`; `answer` holds the router's
+        decisions for all images."""
         is_all = len(rows) == len(self.routes)
         asks = 1 if self.executed else self.net.router.num_gates
         logits, routes = _walk(self.net, asks, 0, self.features if is_all else _gather(self.features, rows), chosen)
@@ -167,14 +179,14 @@ class _Rounds:
 
 
 def _walk(net: DynamicNet, asks: int, gate: int, x: Tensor, chosen: list[int]) -> tuple[Tensor, list[int]]:
-    """Run images that stand at one node of a gate to the end.
+    """Run images that are at the same node of a gate to the end of the network.
 
     Args:
-        net: whose segments run.
-        asks: the router decides at so many gates.
-        gate: where they stand, its choice made.
-        x: what the gate handed over, [b, c, H, W].
-        chosen: for each, a route through the branch that it takes.
+        net: the network.
+        asks: number of gates at which the router decides.
+        gate: the gate that the images have passed.
+        x: features of the images at this gate, [b, c, H, W].
+        chosen: for each image, a route through the branch that was chosen at this gate.
 
     Returns:
         logits [b, num_classes] and the routes that ran, in the order of `x`.
@@ -196,7 +208,7 @@ def _walk(net: DynamicNet, asks: int, gate: int, x: Tensor, chosen: list[int]) -
 
 
 def _straight(net: DynamicNet, gate: int, x: Tensor, route: int) -> Tensor:
-    """Run one route from a gate on, without asking again: logits [b, num_classes]."""
+    """Run one route from a gate on, without further decisions: logits [b, num_classes]."""
     for later in range(gate, len(net.tree.gates)):
         x = net.segments.upto_gate(later, net.tree.gates[later].node_of[route], x).features
     return net.segments.head(route, x)
@@ -208,9 +220,10 @@ _Run = Callable[[int, Tensor, list[int]], tuple[Tensor, list[int]]]
 def _by_group(
     x: Tensor, chosen: list[int], run: _Run, node_of: Sequence[int] | None = None
 ) -> tuple[Tensor, list[int]]:
-    """Run each group of images that go the same way, and put the answers back into the order of `x`.
+    """Run each group of images with the same next branch, and return the results in the order of
+    `x`.
 
-    One gather before all groups and one after: a group is then a slice.
+    There is one gather before all groups and one after them, so that each group is a slice.
     """
     keys = chosen if node_of is None else [node_of[route] for route in chosen]
     groups = rows_by(keys)
@@ -228,7 +241,8 @@ def _by_group(
 
 
 def _gather(x: Tensor, rows: list[int]) -> Tensor:
-    """Some images [n, c, H, W] in channels last, as cut segments have them: torch's own selection would turn them into channels first."""
+    """Select images [n, c, H, W] in channels last, the format of cut segments; `index_select` alone
+    would change the format."""
     return x.permute(0, 2, 3, 1).index_select(0, _index(rows, x)).permute(0, 3, 1, 2)
 
 
