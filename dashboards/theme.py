@@ -1,6 +1,7 @@
-"""One look for every figure: a colour-blind safe palette, one font stack, one Plotly template, and safe text.
+"""Common style of all figures: a colour-blind safe palette, fonts, a Plotly template, and
+formatting of text and numbers.
 
-Colour never carries meaning alone: every role also has its own marker symbol or dash.
+Colour is never the only distinction: every role also has its own marker symbol or dash.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Final
 import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 
-# Okabe and Ito's palette, readable with every common form of colour blindness.
+# Okabe and Ito's palette, distinguishable with every common form of colour blindness.
 INK: Final = "#1f2933"
 MUTED: Final = "#5f6b7a"
 GRID: Final = "#e6e9ee"
@@ -34,9 +35,9 @@ ROUTERS: Final = {
     "cascade": ("cascade", "triangle-up"),
     "learned_cascade": ("learned cascade", "star"),
 }
-"""Kind of router -> its name and its symbol, in every figure and table."""
+"""Kind of router -> its name and its marker symbol, in every figure and table."""
 
-# Only fonts that a system already has: the report may load nothing.
+# System fonts only, since the report must not load anything.
 FONT_FAMILY: Final = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 MIN_HEIGHT_PX: Final = 460
 LEGEND_PX: Final = 112
@@ -74,9 +75,10 @@ def template() -> go.layout.Template:
 
 
 def dressed(figure: go.Figure, title: str, subtitle: str, height_px: int = MIN_HEIGHT_PX) -> go.Figure:
-    """Give `figure` the shared template, a title and the lines of `subtitle` below it; both are escaped here.
+    """Apply the common template, a title and a subtitle (which may have several lines) to a figure;
+    both are escaped.
 
-    A figure without a legend (one trace, or none that asks for it) gives the legend's room back to the plot.
+    Without a legend (fewer than two traces that would be in it) the plot uses the legend's space.
     """
     has_legend = sum(trace.showlegend is not False for trace in figure.data) > 1
     lines = plain(subtitle).split("\n")
@@ -91,39 +93,43 @@ def dressed(figure: go.Figure, title: str, subtitle: str, height_px: int = MIN_H
 
 
 def plain(text: str) -> str:
-    """Text from outside for use in a figure: Plotly reads a subset of HTML, links included, so it is escaped."""
+    """Escape text for use in a figure, since Plotly interprets a subset of HTML, including
+    links."""
     return html.escape(text, quote=False)
 
 
 def router_name(kind: str) -> str:
-    """A kind of router in words; one that this release does not know keeps its own name, not escaped."""
+    """Display name of a kind of router, not escaped; an unknown kind keeps its own name."""
     return ROUTERS[kind][0] if kind in ROUTERS else kind
 
 
 def router_symbol(kind: str) -> str:
-    """Its marker."""
+    """Marker symbol of a kind of router."""
     return ROUTERS[kind][1] if kind in ROUTERS else "hexagon"
 
 
 def percent(fraction: float, digits: int = 1) -> str:
-    """A fraction as displayed: 0.9634 -> '96.3 %'; never '-0 %'."""
+    """A fraction in percent: 0.9634 -> '96.3 %'; never '-0 %'."""
     text = f"{100 * fraction:.{digits}f}"
     return f"{text if float(text) else text.removeprefix('-')} %"
 
 
 def signed(points: float, digits: int = 1) -> str:
-    """A difference with its sign always shown, and a real minus: -0.74 -> '−0.7'; never '−0.0'."""
+    """A difference with its sign and a typographic minus: -0.74 -> '−0.7'; a rounded zero is
+    '±0.0'."""
     text = f"{points:+.{digits}f}"
     return text.replace("-", "−") if float(text) else f"±{0:.{digits}f}"
 
 
 def significant(value: float) -> str:
-    """Three significant digits, no exponent at ordinary sizes: 0.6 -> '0.600', 565.4 -> '565', 1234 -> '1,234'."""
+    """A number with three significant digits: 0.6 -> '0.600', 565.4 -> '565'; from 1,000 on all
+    digits: '1,234'."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:#.3g}".rstrip(".")
 
 
 def finite(value: float | None) -> float | None:
-    """`value` as a float, or None where it is missing, NaN or infinite: a gap in a figure, never a number."""
+    """`value` as a float, or None if it is missing, NaN or infinite, which gives a gap in a
+    figure."""
     if value is None:
         return None
     return float(value) if math.isfinite(value) else None
@@ -138,7 +144,7 @@ def cost_colours(num_colours: int) -> list[str]:
 
 
 def note(figure: go.Figure, text: str) -> None:
-    """An empty figure says why it is empty."""
+    """Write into an empty figure why it is empty."""
     figure.add_annotation(
         text=plain(text), x=0.5, y=0.5, xref="paper", yref="paper", showarrow=False, font={"size": 15, "color": MUTED}
     )
