@@ -295,8 +295,8 @@ def front_figure(info: FrontInfo) -> go.Figure:
     figure.update_annotations(font={"size": 14, "color": INK})
     frame = front_frame(info)
     for column, panel in enumerate(panels, start=1):
-        ghosts = info.chosen if column == 2 else None
-        _draw(figure, _madds_traces(panel, ghosts, info.further), 1, column)
+        chosen = info.chosen if column == 2 else None
+        _draw(figure, _madds_traces(panel, chosen, info.further), 1, column)
         _draw_outside(figure, panel, column, frame)
         if has_latency:
             assert info.further is not None
@@ -377,16 +377,16 @@ def _madds_traces(panel: FrontPanel, chosen: FrontPanel | None, further: Further
         ),
         _curve("confidence cascade", panel.cascade, {"color": GREEN, "dash": "dash", "width": 2}),
         _curve("static line (mix of two)", panel.static_line, {"color": INK, "width": 1.5}),
-        *_crowd(panel, _madds_m, further),
+        *_background_traces(panel, _madds_m, further),
         _random(panel),
-        *([] if chosen is None else _ghosts(chosen, panel, further)),
+        *([] if chosen is None else _shift_traces(chosen, panel, further)),
         *_fronts(panel, _madds_m, further),
     ]
 
 
 def _latency_traces(panel: FrontPanel, further: Further) -> list[go.Scatter]:
     """Traces of the same points against the latency; controls have no latency."""
-    return [*_crowd(panel, _further, further), *_fronts(panel, _further, further)]
+    return [*_background_traces(panel, _further, further), *_fronts(panel, _further, further)]
 
 
 Point = StaticPoint | DynamicPoint
@@ -416,7 +416,7 @@ def _marks(
     )
 
 
-def _crowd(panel: FrontPanel, cost: Cost, further: Further | None) -> list[go.Scatter]:
+def _background_traces(panel: FrontPanel, cost: Cost, further: Further | None) -> list[go.Scatter]:
     """Traces of the points that are not on the front: infeasible trials, other trials, static
     sub-networks."""
     trials = [p for p in panel.dynamic if not p.is_front and cost(p) is not None]
@@ -487,7 +487,7 @@ def _front(panel: FrontPanel, kind: str, cost: Cost, further: Further | None) ->
     )
 
 
-def _ghosts(chosen: FrontPanel, reported: FrontPanel, further: Further | None) -> tuple[go.Scatter, go.Scatter]:
+def _shift_traces(chosen: FrontPanel, reported: FrontPanel, further: Further | None) -> tuple[go.Scatter, go.Scatter]:
     """Traces of the front points' positions when they were chosen, joined to their reported
     positions.
 

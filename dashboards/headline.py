@@ -285,7 +285,7 @@ def _table_row(row: Row, headline: Headline, is_baseline: bool) -> str:
     kind = "baseline" if is_baseline else "knee" if row.name == headline.knee else ""
     cells = [
         f'<td class="name-cell">{_name_cell(row, headline, is_baseline)}</td>',
-        _number(f"{100 * row.chosen.top1.value:.1f}", _interval(row.chosen.top1), *_standing(row.chosen)),
+        _number(f"{100 * row.chosen.top1.value:.1f}", _interval(row.chosen.top1), *_rank_lines(row.chosen)),
         _reported_cell(row),
         _madds_cell(row, headline),
         _number("baseline", "widest static") if is_baseline else _gain_cell(row.shown),
@@ -321,10 +321,10 @@ def _name_cell(row: Row, headline: Headline, is_baseline: bool) -> str:
 def _reported_cell(row: Row) -> str:
     if row.reported is None:
         return _number("–", NOT_VERIFIED)
-    return _number(f"{100 * row.reported.top1.value:.1f}", _interval(row.reported.top1), *_standing(row.reported))
+    return _number(f"{100 * row.reported.top1.value:.1f}", _interval(row.reported.top1), *_rank_lines(row.reported))
 
 
-def _standing(scores: Scores) -> list[str]:
+def _rank_lines(scores: Scores) -> list[str]:
     """Lines on how certain a router's rank is on a split: its stability on the front, and its
     ties."""
     lines = [] if scores.stability is None else [f"on the front in {percent(scores.stability, 0)}"]

@@ -109,7 +109,7 @@ def routers_figure(info: RoutersInfo) -> go.Figure:
             )
         )
     for name, field, colour in (("reachable", "reachable_top1", VERMILION), ("oracle", "oracle_top1", PURPLE)):
-        figure.add_trace(_to_be_gained(info, f"{name}, at the same cost", field, colour))
+        figure.add_trace(_limit_trace(info, f"{name}, at the same cost", field, colour))
     if not info.results:
         note(figure, "no router within a budget yet")
     shares = info.budget_shares
@@ -131,7 +131,7 @@ def _place(info: RoutersInfo, result: RouterResult) -> float:
     return info.budget_shares.index(result.budget_share) + SPREAD * shift
 
 
-def _to_be_gained(info: RoutersInfo, name: str, field: str, colour: str) -> go.Scatter:
+def _limit_trace(info: RoutersInfo, name: str, field: str, colour: str) -> go.Scatter:
     """A dash for each router at the gain of a limit at its cost."""
     known = [
         (result, getattr(result, field) - result.static_top1)

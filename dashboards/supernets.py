@@ -162,7 +162,7 @@ def supernets_figure(info: SupernetsInfo) -> go.Figure:
     )
     figure.update_annotations(font={"size": 14, "color": INK})
     for index, supernet in enumerate(info.supernets):
-        colour, symbol = _look(index)
+        colour, symbol = _colour_and_symbol(index)
         traces = [
             (1, _static_trace(supernet, supernet.static, colour, symbol, info.chosen_split)),
             (1, _others_trace(supernet, colour, symbol, info.chosen_split)),
@@ -191,7 +191,7 @@ def supernets_figure(info: SupernetsInfo) -> go.Figure:
     return dressed(figure, "One front over all supernets", subtitle, height_px=620)
 
 
-def _look(index: int) -> tuple[str, str]:
+def _colour_and_symbol(index: int) -> tuple[str, str]:
     """Colour and symbol of a supernet; there are 8 x 8 combinations before they repeat."""
     return SERIES[index % len(SERIES)], SYMBOLS[(index + index // len(SERIES)) % len(SYMBOLS)]
 
@@ -268,7 +268,7 @@ def reports_figure(info: SupernetsInfo) -> go.Figure:
     may stop it."""
     figure = go.Figure()
     for index, supernet in enumerate(info.supernets):
-        colour, symbol = _look(index)
+        colour, symbol = _colour_and_symbol(index)
         if not supernet.reports:
             continue
         epochs = [epoch for epoch, _ in supernet.reports]

@@ -135,11 +135,11 @@ class AugmentationDraw:
     left: Tensor
     """int64: first column of the crop."""
     is_flipped: Tensor
-    """bool."""
+    """bool: whether the image is mirrored."""
     cutout_row: Tensor
     """int64: centre of the cutout in the finished image, 0..H - 1."""
     cutout_column: Tensor
-    """int64: 0..W - 1."""
+    """int64: its column, 0..W - 1."""
     crop: BoxDraw | None = None
     """The random resized crop."""
     randaugment: RandAugmentDraw | None = None

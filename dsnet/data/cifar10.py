@@ -75,7 +75,7 @@ def load_cifar10(path: str | Path | None = None, cache: ImageCache | None = None
 
 
 def holds_cifar10(root: Path) -> bool:
-    """Whether a folder, or an archive, looks like CIFAR-10; reads no image."""
+    """Whether a folder or an archive looks like CIFAR-10, judged by file names only."""
     if root.is_file():
         return root.name == ARCHIVE_NAME
     names = (*TRAIN_BATCHES, META, ARCHIVE_NAME)

@@ -1,4 +1,4 @@
-"""A labelled set of images in memory: what every data source returns and everything downstream reads."""
+"""Labelled sets of images in memory, and their resizing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The splits as tensors in memory, and the seal on the test split."""
+"""The splits as tensors in memory, with a sealed test split."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dsnet.data.splits import SPLIT_NAMES, Splits
 
 
 class Batch(NamedTuple):
-    """B images with what is known about them."""
+    """A batch of B images with their labels and ids."""
 
     images: Tensor
     """uint8 [B, C, H, W]."""
@@ -88,7 +88,8 @@ class TensorData:
         return Batch(*(tensor.index_select(0, positions) for tensor in part))
 
     def batches(self, split: str, batch_size: int) -> Iterator[Batch]:
-        """All images in ascending order of their ids; the last batch may be smaller. Batches are views."""
+        """Iterate over all images in ascending order of ids; batches are views, and the last one
+        may be smaller."""
         part = self._part(split)
         _check_batch_size(batch_size)
         for start in range(0, self.num_images(split), batch_size):
@@ -97,7 +98,7 @@ class TensorData:
     def shuffled(
         self, split: str, batch_size: int, generator: torch.Generator, *, drop_last: bool = False
     ) -> Iterator[Batch]:
-        """One epoch in random order.
+        """Iterate over one epoch in random order.
 
         Args:
             split: The split's name.

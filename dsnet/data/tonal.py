@@ -127,7 +127,7 @@ def _tables(pixels: Tensor, values: Tensor, luma: Tensor, tone: Tensor, strength
 def _autocontrast(lowest: Tensor, highest: Tensor, identity: Tensor) -> Tensor:
     """Tables that stretch each channel's range to 0..255."""
     span = highest - lowest
-    stretched = _whole((identity - lowest) * 255, span)
+    stretched = _floor_divide((identity - lowest) * 255, span)
     return torch.where(span > 0, stretched, identity).clamp_(0, 255).to(torch.uint8)
 
 
@@ -139,10 +139,10 @@ def _equalize(values: Tensor, highest: Tensor, identity: Tensor) -> Tensor:
     num_brightest = counts.gather(2, highest)
     step = (values.shape[2] - num_brightest) // 255
     num_below = counts.cumsum(2, dtype=torch.int32) - counts
-    spread = _whole(step // 2 + num_below, step)
+    spread = _floor_divide(step // 2 + num_below, step)
     return torch.where(step > 0, spread, identity).clamp_(0, 255).to(torch.uint8)
 
 
-def _whole(number: Tensor, divisor: Tensor) -> Tensor:
+def _floor_divide(number: Tensor, divisor: Tensor) -> Tensor:
     """number / divisor rounded down; a divisor of 0 counts as 1."""
     return torch.div(number, divisor.clamp(min=1), rounding_mode="floor")

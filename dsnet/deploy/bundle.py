@@ -149,7 +149,8 @@ class Bundle:
         return f"Bundle({str(self.path)!r})"
 
     def __str__(self) -> str:
-        """Five lines: the bundle and its classes, router and routes, input, claims, how to call it."""
+        """A summary in five lines: classes, router and routes, input, claims, and how to call
+        it."""
         return "\n".join(
             (
                 f"{self.path.name}: a {self.net.subnets.spec.family} classifier of {len(self.class_names)} classes: "

@@ -69,10 +69,10 @@ class DynamicNet(nn.Module):
         self.segments = (
             CutSegments(supernet, self.tree, fold_bn=fold_bn) if cut_weights else SlicedSegments(supernet, self.tree)
         )
-        self._adopt(router)
+        self._set_router(router)
         self.eval()
 
-    def _adopt(self, router: Router) -> None:
+    def _set_router(self, router: Router) -> None:
         self.router = router
         # Computed once: a decision's cost depends on the route only, and computing it takes longer
         # than deciding.
@@ -84,7 +84,7 @@ class DynamicNet(nn.Module):
         """The same network with another router; the weights are shared, so that many routers need
         the memory of one network."""
         twin = copy.copy(self)
-        twin._adopt(router)
+        twin._set_router(router)
         return twin
 
     @property
@@ -109,14 +109,14 @@ class DynamicNet(nn.Module):
             return DynamicOutput(images.new_zeros(0, self.num_classes), empty, empty)
         trunk = self.segments.upto_gate(0, 0, images)
         evidence = self._evidence(trunk, 0, STOP)
-        return _Rounds(self, trunk.features, evidence).run()
+        return _BatchRouting(self, trunk.features, evidence).run()
 
     def _evidence(self, output: TrunkOutput, gate: int, route: int) -> Evidence:
         parts = {part: output.evidence(part) for part in self.router.needs}
         return Evidence(parts, len(output.features), output.features.device, gate, route)
 
 
-class _Rounds:
+class _BatchRouting:
     """Routing of one batch after the trunk: rounds of deciding and running groups until every image
     has stopped.
 
@@ -157,15 +157,17 @@ class _Rounds:
         """Run one round: the routes `chosen` for the images `rows`; `answer` holds the router's
         decisions for all images."""
         is_all = len(rows) == len(self.routes)
-        asks = 1 if self.executed else self.net.router.num_gates
-        logits, routes = _walk(self.net, asks, 0, self.features if is_all else _gather(self.features, rows), chosen)
+        num_deciding = 1 if self.executed else self.net.router.num_gates
+        logits, routes = _run_from_gate(
+            self.net, num_deciding, 0, self.features if is_all else _gather(self.features, rows), chosen
+        )
         for row, route in zip(rows, routes, strict=True):
             self.routes[row] = route
             self.madds[row] += self.net._tail_madds[route]
         if not is_all:
             logits = self.executed[-1].logits.index_copy(0, _index(rows, logits), logits)
             answer = torch.full_like(answer, STOP).index_copy(0, _index(rows, answer), _index(routes, answer))
-        elif asks > 1:
+        elif num_deciding > 1:
             answer = _index(routes, answer)
         self.may_run = rows
         self.executed.append(Executed(answer, logits))
@@ -178,12 +180,14 @@ class _Rounds:
         return DynamicOutput(last.logits, routes, _index(madds, last.routes))
 
 
-def _walk(net: DynamicNet, asks: int, gate: int, x: Tensor, chosen: list[int]) -> tuple[Tensor, list[int]]:
+def _run_from_gate(
+    net: DynamicNet, num_deciding: int, gate: int, x: Tensor, chosen: list[int]
+) -> tuple[Tensor, list[int]]:
     """Run images that are at the same node of a gate to the end of the network.
 
     Args:
         net: the network.
-        asks: number of gates at which the router decides.
+        num_deciding: number of gates at which the router decides.
         gate: the gate that the images have passed.
         x: features of the images at this gate, [b, c, H, W].
         chosen: for each image, a route through the branch that was chosen at this gate.
@@ -192,33 +196,33 @@ def _walk(net: DynamicNet, asks: int, gate: int, x: Tensor, chosen: list[int]) -
         logits [b, num_classes] and the routes that ran, in the order of `x`.
     """
     following = gate + 1
-    if following >= asks and chosen.count(chosen[0]) == len(chosen):
-        return _straight(net, following, x, chosen[0]), chosen
+    if following >= num_deciding and chosen.count(chosen[0]) == len(chosen):
+        return _run_route(net, following, x, chosen[0]), chosen
     if following == len(net.tree.gates):
         return _by_group(x, chosen, lambda route, group, wanted: (net.segments.head(route, group), wanted))
     node_of = net.tree.gates[following].node_of
 
     def branch(node: int, group: Tensor, wanted: list[int]) -> tuple[Tensor, list[int]]:
         output = net.segments.upto_gate(following, node, group)
-        if following < asks:
+        if following < num_deciding:
             wanted = net.router.step(net._evidence(output, following, wanted[0]), ()).tolist()
-        return _walk(net, asks, following, output.features, wanted)
+        return _run_from_gate(net, num_deciding, following, output.features, wanted)
 
     return _by_group(x, chosen, branch, node_of)
 
 
-def _straight(net: DynamicNet, gate: int, x: Tensor, route: int) -> Tensor:
+def _run_route(net: DynamicNet, gate: int, x: Tensor, route: int) -> Tensor:
     """Run one route from a gate on, without further decisions: logits [b, num_classes]."""
     for later in range(gate, len(net.tree.gates)):
         x = net.segments.upto_gate(later, net.tree.gates[later].node_of[route], x).features
     return net.segments.head(route, x)
 
 
-_Run = Callable[[int, Tensor, list[int]], tuple[Tensor, list[int]]]
+_GroupFunction = Callable[[int, Tensor, list[int]], tuple[Tensor, list[int]]]
 
 
 def _by_group(
-    x: Tensor, chosen: list[int], run: _Run, node_of: Sequence[int] | None = None
+    x: Tensor, chosen: list[int], run: _GroupFunction, node_of: Sequence[int] | None = None
 ) -> tuple[Tensor, list[int]]:
     """Run each group of images with the same next branch, and return the results in the order of
     `x`.

@@ -133,6 +133,8 @@ class ResidualSupernet(Supernet):
 
 
 class _PlainSegment(nn.Module):
+    """Plain segment up to a gate: images or features -> TrunkOutput."""
+
     def __init__(self, body: nn.Module, attention: SlicedAttention) -> None:
         super().__init__()
         self.body = body

@@ -153,6 +153,8 @@ class SeparableSupernet(Supernet):
 
 
 class _PlainTrunk(nn.Module):
+    """Plain trunk: images -> TrunkOutput."""
+
     def __init__(self, body: nn.Module, gated: nn.Module) -> None:
         super().__init__()
         self.body = body

@@ -104,7 +104,7 @@ class SeparableBlock(nn.Module):
 
 
 class ConvNorm(nn.Module):
-    """Plain convolution and normalisation."""
+    """Plain convolution followed by normalisation."""
 
     def __init__(self, conv: nn.Conv2d, norm: nn.Module) -> None:
         super().__init__()
@@ -117,7 +117,7 @@ class ConvNorm(nn.Module):
 
 
 class ConvNormSwish(ConvNorm):
-    """Plain convolution, normalisation, Swish."""
+    """Plain convolution followed by normalisation and Swish."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, c, H, W] -> [B, c', H', W']."""
@@ -125,7 +125,8 @@ class ConvNormSwish(ConvNorm):
 
 
 class PlainBeforeGate(nn.Module):
-    """Plain first half of a block; returns what a gate and the second half need."""
+    """Plain first half of a separable block; returns the inputs of the gate and of the second
+    half."""
 
     def __init__(self, conv: ConvNormSwish, attention: SlicedAttention) -> None:
         super().__init__()

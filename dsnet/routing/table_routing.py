@@ -48,7 +48,7 @@ def run_on_table(router: Router, table: RoutingTable) -> TableRun:
     Raises:
         RuntimeError: the router stops before any route has run.
     """
-    run = _Run(router, table)
+    run = _TableRouting(router, table)
     executed: list[Executed] = []
     for _ in range(router.max_runs):
         chosen = run.choose(executed)
@@ -61,7 +61,7 @@ def run_on_table(router: Router, table: RoutingTable) -> TableRun:
     return run.result()
 
 
-class _Run:
+class _TableRouting:
     """State of routing a table: routes that ran and smallest margins so far."""
 
     def __init__(self, router: Router, table: RoutingTable) -> None:

@@ -28,7 +28,7 @@ class Cost:
 
     @property
     def trunk_madds(self) -> int:
-        """MAdds that every route pays before the first gate has decided."""
+        """MAdds that every route costs before the first gate decides."""
         return self.segments[0]
 
 

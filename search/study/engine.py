@@ -206,7 +206,7 @@ class Search:
         reason = limits.reason()
         if reason is None:
             is_free = self.journal.settings.order == "asynchronous"
-            reason = self._run_freely(limits) if is_free else self._run_cohorts(limits)
+            reason = self._run_asynchronously(limits) if is_free else self._run_cohorts(limits)
         return SearchResult(tuple(self.journal.records()), reason)
 
     def _run_cohorts(self, limits: _Limits) -> StopReason:
@@ -280,7 +280,7 @@ class Search:
         self.journal.append(suggestion, record)
         self.progress.forget(record.slot)
 
-    def _run_at_once(self, suggestions: Mapping[int, Suggestion]) -> Generator[_Judged, None, None]:
+    def _run_at_once(self, suggestions: Mapping[int, Suggestion]) -> Generator[_RecordWithArrays, None, None]:
         """Run trials from start to end; yields their records in slot order, each as early as
         possible."""
         with closing(_in_slot_order(self.runner, self._specs(suggestions))) as outcomes:
@@ -289,7 +289,7 @@ class Search:
 
     def _run_by_rungs(
         self, halving: ParetoHalving, first_slot: int, suggestions: Mapping[int, Suggestion]
-    ) -> Generator[_Judged, None, None]:
+    ) -> Generator[_RecordWithArrays, None, None]:
         """Run trials rung by rung and prune those that fall behind; results at a rung are read from
         the study where known.
 
@@ -398,7 +398,7 @@ class Search:
             rungs=dict(rungs),
         )
 
-    def _run_freely(self, limits: _Limits) -> StopReason:
+    def _run_asynchronously(self, limits: _Limits) -> StopReason:
         """Run the asynchronous order: each free worker gets suggestions based on the trials
         finished by then."""
         journal = self.journal
@@ -490,7 +490,7 @@ class Search:
         return {name: float(value) for name, value in self.constraints.violations(metrics).items()}
 
 
-_Judged = tuple[TrialRecord, Mapping[str, NDArray[Any]]]
+_RecordWithArrays = tuple[TrialRecord, Mapping[str, NDArray[Any]]]
 """A trial's record, and the arrays that it returned."""
 
 

@@ -211,8 +211,8 @@ class StudyJournal:
             with _reading(path):
                 storage = JournalStorage(JournalFileBackend(str(path)))
             study = _load_or_create(storage, settings)
-            settings = _in_the_studys_order(study, settings)
-            _hold_to_identity(study, path, settings)
+            settings = _with_order_of_study(study, settings)
+            _check_identity(study, path, settings)
         return cls(path, settings, study)
 
     def trials(self) -> list[FrozenTrial]:
@@ -389,7 +389,7 @@ def _load_or_create(storage: JournalStorage, settings: StudySettings) -> optuna.
         return optuna.create_study(study_name=settings.name, storage=storage, directions=directions)
 
 
-def _in_the_studys_order(study: optuna.Study, settings: StudySettings) -> StudySettings:
+def _with_order_of_study(study: optuna.Study, settings: StudySettings) -> StudySettings:
     """The settings with the study's own space, if the two spaces differ only in the order of
     entries or in 1 for 1.0.
 
@@ -397,22 +397,22 @@ def _in_the_studys_order(study: optuna.Study, settings: StudySettings) -> StudyS
     stay that of the first launch.
     """
     noted = study.user_attrs.get(_IDENTITY_ATTR, {}).get("space")
-    if noted is None or _regardless_of_order(noted) != _regardless_of_order(settings.space.written):
+    if noted is None or _order_free(noted) != _order_free(settings.space.written):
         return settings
     return replace(settings, space=parse_space(noted))
 
 
-def _regardless_of_order(written: Any) -> Any:
+def _order_free(written: Any) -> Any:
     """A form of a written space that is equal for spaces that differ only in order or in 1 for 1.0;
     true is not 1."""
     if isinstance(written, Mapping):
-        return {name: _regardless_of_order(entry) for name, entry in written.items()}
+        return {name: _order_free(entry) for name, entry in written.items()}
     if isinstance(written, Sequence) and not isinstance(written, str):
-        return [_regardless_of_order(item) for item in written]
+        return [_order_free(item) for item in written]
     return (isinstance(written, bool), written)
 
 
-def _hold_to_identity(study: optuna.Study, path: Path, settings: StudySettings) -> None:
+def _check_identity(study: optuna.Study, path: Path, settings: StudySettings) -> None:
     """Check the settings against those of the study; store them if it is new or its creation was
     interrupted.
 

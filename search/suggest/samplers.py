@@ -108,7 +108,7 @@ def check_sampler(settings: SamplerSettings, num_objectives: int = 2) -> None:
         )
     try:
         with quiet_optuna():
-            _rehearse(settings, num_objectives)
+            _try_out(settings, num_objectives)
     except ConfigError:
         raise
     except Exception as error:  # whatever a constructor or a foreign sampler raises
@@ -296,15 +296,15 @@ _CONSTRUCTORS: Mapping[str, Callable[..., Any]] = {
     "gp": GPSampler,
 }
 """Callables whose signatures define the options of the samplers."""
-_ELSEWHERE: Mapping[str, str] = {
+_SET_ELSEWHERE: Mapping[str, str] = {
     "seed": "every slot derives its own from the sweep's `seed`",
     "constraints_func": "write `constraints` in the sweep's file",
 }
-_STARTUP: Mapping[str, str] = {
+_SET_BY_STARTUP: Mapping[str, str] = {
     "n_startup_trials": "set sampler.startup",
     "population_size": "set sampler.startup, which is the size of a generation",
 }
-_OBJECTS = (
+_OBJECT_OPTIONS = (
     "independent_sampler",
     "base_sampler",
     "gamma",
@@ -315,7 +315,7 @@ _OBJECTS = (
     "child_generation_strategy",
     "after_trial_strategy",
 )
-_UNFIT: Mapping[str, str] = {
+_UNUSABLE: Mapping[str, str] = {
     "GridSampler": "keeps its place in the study, and a resumed sweep would start over; write grid, which does not",
     "QMCSampler": "keeps its place in the study, and a resumed sweep would start over; write qmc, which does not",
     "BruteForceSampler": "ends the study from within Optuna's own loop; write grid, which tries every point once too",
@@ -338,8 +338,8 @@ def _constructor(name: str) -> Callable[..., Any]:
         raise ConfigError(f"sampler.name: cannot import '{name}': {error}") from error
     if not (isinstance(found, type) and issubclass(found, BaseSampler)):
         raise ConfigError(f"sampler.name: '{name}' is no class of optuna.samplers.BaseSampler, but {found!r}")
-    if found.__module__.startswith("optuna.") and class_name in _UNFIT:
-        raise ConfigError(f"sampler.name: '{name}' {_UNFIT[class_name]}")
+    if found.__module__.startswith("optuna.") and class_name in _UNUSABLE:
+        raise ConfigError(f"sampler.name: '{name}' {_UNUSABLE[class_name]}")
     return found
 
 
@@ -350,14 +350,18 @@ def _takes(signature: inspect.Signature, name: str) -> bool:
 
 def _check_option(sampler: str, name: str, value: Any, signature: inspect.Signature) -> None:
     path = f"sampler.options.{name}"
-    reason = _ELSEWHERE.get(name) or (None if is_foreign(sampler) else _STARTUP.get(name))
+    reason = _SET_ELSEWHERE.get(name) or (None if is_foreign(sampler) else _SET_BY_STARTUP.get(name))
     if reason is not None:
         raise ConfigError(f"{path}: cannot be set here; {reason}")
     if not _takes(signature, name):
-        offered = [known for known in signature.parameters if known not in (*_ELSEWHERE, *_STARTUP, *_OBJECTS)]
+        offered = [
+            known
+            for known in signature.parameters
+            if known not in (*_SET_ELSEWHERE, *_SET_BY_STARTUP, *_OBJECT_OPTIONS)
+        ]
         hint = did_you_mean(name, offered) or ";"
         raise ConfigError(f"{path}: {sampler} has no such option{hint} it has {', '.join(offered) or 'none'}")
-    if name in _OBJECTS:
+    if name in _OBJECT_OPTIONS:
         raise ConfigError(f"{path}: takes a Python object, which a file cannot hold; leave it out")
     default = signature.parameters[name].default if name in signature.parameters else None
     if not _is_like(value, default):
@@ -380,7 +384,7 @@ def _is_like(value: Any, default: Any) -> bool:
     return True
 
 
-def _rehearse(settings: SamplerSettings, num_objectives: int) -> None:
+def _try_out(settings: SamplerSettings, num_objectives: int) -> None:
     """Create the sampler; if it is foreign or has options, also ask and tell a few trials, since
     many values are checked late."""
     space = parse_space({"a": {"int": [0, 3]}, "b": {"choice": ["x", "y"]}})

@@ -132,7 +132,7 @@ def parse_space(written: Mapping[str, Any]) -> Space:
     space = Space(dict(written), {name: distributions[name] for name in order}, conditions)
     for name in conditions:
         if not any(space.has(name, branch) for branch in space.branches):
-            raise ConfigError(f"space.{name}: its conditions can never hold together: {_spoken(conditions[name])}")
+            raise ConfigError(f"space.{name}: its conditions can never hold together: {_in_words(conditions[name])}")
     return space
 
 
@@ -209,18 +209,20 @@ def check_point(space: Space, point: Mapping[str, Scalar]) -> None:
             raise ConfigError(f"'{name}' is not in the space{hint} it holds {', '.join(space.distributions)}")
         if not _holds(distribution, value):
             raise ConfigError(f"{name} = {value!r} is outside the space; it takes {_range_of(distribution)}")
-        denied = _denied(space, name, point)
+        denied = _violated_condition(space, name, point)
         if denied is not None:
-            raise ConfigError(f"{name} is only tried when {_spoken((denied,))}, which this point denies; leave it out")
+            raise ConfigError(
+                f"{name} is only tried when {_in_words((denied,))}, which this point denies; leave it out"
+            )
 
 
-def _denied(space: Space, name: str, point: Mapping[str, Scalar]) -> tuple[str, tuple[Scalar, ...]] | None:
+def _violated_condition(space: Space, name: str, point: Mapping[str, Scalar]) -> tuple[str, tuple[Scalar, ...]] | None:
     """The first condition of a dimension, or of its parents, that the point's values violate; None
     if there is none."""
     for parent, values in space.conditions.get(name, ()):
         if parent in point and point[parent] not in values:
             return parent, values
-        above = _denied(space, parent, point)
+        above = _violated_condition(space, parent, point)
         if above is not None:
             return above
     return None
@@ -247,7 +249,7 @@ def _range_of(distribution: BaseDistribution) -> str:
     raise TypeError(f"no range of {distribution!r}")
 
 
-def _spoken(conditions: Conditions) -> str:
+def _in_words(conditions: Conditions) -> str:
     return " and ".join(f"{parent} is {' or '.join(map(str, values))}" for parent, values in conditions)
 
 
