@@ -143,8 +143,7 @@ class Further:
 
 @dataclass(frozen=True)
 class FrontInfo:
-    """The front on the split on which it was chosen and, after verification, on the split that
-    reports it."""
+    """The front on the split that chose it and, once verified, on the split that reports it."""
 
     chosen: FrontPanel
     reported: FrontPanel | None = None
@@ -238,8 +237,7 @@ def _params(row: Mapping[str, Any]) -> tuple[tuple[str, ParamValue], ...]:
 
 
 def front_frame(info: FrontInfo) -> Frame:
-    """Axis ranges that fit the static sub-networks and the fronts, extended by a limited amount for
-    the controls."""
+    """Axis ranges that fit static sub-networks and fronts, slightly extended for the controls."""
     panels = info.panels
     costs = [p.madds_m for panel in panels for p in _framing_points(panel)]
     accuracies = [a for panel in panels for a in _framing_accuracies(panel)]
@@ -332,8 +330,7 @@ def _colour_axis(info: FrontInfo) -> dict[str, Any]:
 
 
 def _latency_range(panels: Sequence[FrontPanel]) -> list[float]:
-    """Range of the latency axis, over static sub-networks and front; other trials may lie
-    outside."""
+    """Range of the latency axis: static sub-networks and front; other trials may lie outside."""
     values = [p.further for panel in panels for p in _framing_points(panel) if p.further is not None]
     if not values:
         return [0.0, 1.0]
@@ -488,8 +485,7 @@ def _front(panel: FrontPanel, kind: str, cost: Cost, further: Further | None) ->
 
 
 def _shift_traces(chosen: FrontPanel, reported: FrontPanel, further: Further | None) -> tuple[go.Scatter, go.Scatter]:
-    """Traces of the front points' positions when they were chosen, joined to their reported
-    positions.
+    """Traces from the front points as they looked when chosen to their reported positions.
 
     The distance shows the winner's curse.
     """
@@ -555,8 +551,7 @@ def _shown(value: ParamValue) -> str:
 
 
 def _draw_outside(figure: go.Figure, panel: FrontPanel, column: int, frame: Frame) -> None:
-    """Note in the corner what lies outside the frame, so that a clipped control is not taken for a
-    low one."""
+    """Note in the corner what lies outside the frame, so that it is not overlooked."""
     lines = _outside(panel, frame)
     if lines:
         figure.add_annotation(

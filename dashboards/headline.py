@@ -20,8 +20,7 @@ MAX_TIES: Final = 2
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value with its 95 % interval over images, as fractions; NaN bounds if no interval was
-    computed yet."""
+    """A value with its 95 % interval over images, as fractions; NaN bounds: no interval yet."""
 
     value: float
     low: float
@@ -30,8 +29,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Latency:
-    """Measured latency of a router's batch and of static sub-networks, for the same device and
-    batch size."""
+    """Measured latency of a router's batch and of static ones, same device and batch size."""
 
     batch_size: int
     median_ms: float
@@ -146,8 +144,7 @@ def headline_section(headline: Headline) -> str:
 
 
 def _optimism(headline: Headline) -> str:
-    """A paragraph about the mean optimism of the split that chose the front (the winner's
-    curse)."""
+    """A paragraph about the mean optimism of the split that chose the front."""
     found = headline.optimism
     if found is None:
         return ""
@@ -325,8 +322,7 @@ def _reported_cell(row: Row) -> str:
 
 
 def _rank_lines(scores: Scores) -> list[str]:
-    """Lines on how certain a router's rank is on a split: its stability on the front, and its
-    ties."""
+    """Lines on how certain a router's rank is: its stability on the front, its ties."""
     lines = [] if scores.stability is None else [f"on the front in {percent(scores.stability, 0)}"]
     if not scores.ties:
         return lines

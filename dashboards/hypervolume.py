@@ -52,8 +52,7 @@ class HypervolumeInfo:
 
 
 def hypervolume_figure(info: HypervolumeInfo) -> go.Figure:
-    """Step line of the hypervolume, with failed and pruned trials marked, and that of the static
-    sub-networks."""
+    """Step line of the hypervolume, with failed and pruned trials and the static level marked."""
     figure = go.Figure()
     if info.slots:
         figure.add_trace(_line(info))

@@ -1,5 +1,4 @@
-"""Frame of an offline HTML page: styles, plotly.js (once) and the data of charts, independent of
-runs.
+"""Frame of an offline HTML page: styles, plotly.js (once) and the data of charts.
 
 The page's Content-Security-Policy forbids all connections, so that anything that needs the network
 would always fail.

@@ -68,8 +68,7 @@ class RegimesInfo:
 
 
 def regimes_figure(info: RegimesInfo) -> go.Figure:
-    """Figure with top-1 (%) of each width at the top and, below, the difference to each baseline in
-    points.
+    """Figure with top-1 (%) of each width and, below, differences to each baseline in points.
 
     Differences are paired by seed. Widths are evenly spaced, with the regimes of a width side by
     side, so that intervals do not overlap.

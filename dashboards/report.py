@@ -72,8 +72,7 @@ class ReportData:
 
 
 def build_report(data: ReportData) -> str:
-    """Build the report as one self-contained HTML document; about 5 MB, nearly all of it
-    plotly.js."""
+    """Build the report as one self-contained HTML document of about 5 MB (mostly plotly.js)."""
     sections = [
         _notes(data),
         headline_section(data.headline),

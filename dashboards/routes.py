@@ -89,8 +89,7 @@ def _histogram(route: npt.NDArray[np.integer], num_routes: int) -> npt.NDArray[n
 
 
 def routes_figure(info: RoutesInfo) -> go.Figure:
-    """Figure with one stacked bar per router: the share of images (%) that takes each route, cheap
-    routes light."""
+    """Figure with a bar per router: the share of images (%) that takes each route."""
     figure = go.Figure()
     order = np.argsort(np.asarray(info.madds_m), kind="stable")
     gates = [plain(gate) for gate in info.gates]

@@ -123,8 +123,7 @@ class SupernetsReport:
 
 
 def supernets_front(info: SupernetsInfo) -> FrontInfo:
-    """The points of all supernets as one front, for a picture that does not distinguish
-    supernets."""
+    """The points of all supernets as one front, for a picture without distinct supernets."""
     supernets = info.supernets
     chosen = FrontPanel(
         split=info.chosen_split,

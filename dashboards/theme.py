@@ -93,8 +93,7 @@ def dressed(figure: go.Figure, title: str, subtitle: str, height_px: int = MIN_H
 
 
 def plain(text: str) -> str:
-    """Escape text for use in a figure, since Plotly interprets a subset of HTML, including
-    links."""
+    """Escape text for a figure: Plotly interprets a subset of HTML, including links."""
     return html.escape(text, quote=False)
 
 
@@ -115,8 +114,7 @@ def percent(fraction: float, digits: int = 1) -> str:
 
 
 def signed(points: float, digits: int = 1) -> str:
-    """A difference with its sign and a typographic minus: -0.74 -> '−0.7'; a rounded zero is
-    '±0.0'."""
+    """A difference with sign and typographic minus: -0.74 -> '−0.7'; a rounded zero is '±0.0'."""
     text = f"{points:+.{digits}f}"
     return text.replace("-", "−") if float(text) else f"±{0:.{digits}f}"
 
@@ -128,8 +126,7 @@ def significant(value: float) -> str:
 
 
 def finite(value: float | None) -> float | None:
-    """`value` as a float, or None if it is missing, NaN or infinite, which gives a gap in a
-    figure."""
+    """`value` as a float, or None if it is missing, NaN or infinite (a gap in a figure)."""
     if value is None:
         return None
     return float(value) if math.isfinite(value) else None

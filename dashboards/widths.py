@@ -1,5 +1,4 @@
-"""Figure of the static sub-networks: accuracy and measured latency against cost, and the ceiling of
-any speed-up."""
+"""Figure of the static sub-networks: accuracy and latency against cost, speed-up ceiling."""
 
 from __future__ import annotations
 
@@ -25,8 +24,7 @@ class LatencySeries:
 
     @property
     def ceiling(self) -> float:
-        """Largest possible speed-up by routing: latency of the widest / latency of the cheapest
-        sub-network."""
+        """Ceiling of the speed-up by routing: latency of the widest / cheapest sub-network."""
         return self.median_ms[-1] / self.median_ms[0]
 
 
@@ -96,8 +94,7 @@ def _log_ticks(info: WidthsInfo) -> list[float]:
 
 
 def ceiling_text(info: WidthsInfo) -> str:
-    """The ceiling of the speed-up by routing in one line; for more than two batch sizes its
-    range."""
+    """The speed-up ceiling of routing in one line; a range for more than two batch sizes."""
     if not info.latency or not info.subnets:
         return "latency not measured yet"
     if len(info.latency) > 2:

@@ -1,5 +1,4 @@
-"""Bit-reproducible matrix products on x86, by choosing the mode of MKL, the library that torch uses
-for them.
+"""Bit-reproducible matrix products on x86, by choosing the mode of MKL, which torch uses.
 
 By default MKL may choose another kernel, which sums in another order, depending on the alignment of
 the operands in memory and on the number of products in a call. A router that is trained alone then

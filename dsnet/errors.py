@@ -8,8 +8,7 @@ from __future__ import annotations
 
 
 class DsnetError(Exception):
-    """Base class of errors that the user can correct; `exit_code` is the exit code of the command
-    line."""
+    """Base class of errors that the user can correct; `exit_code` is for the command line."""
 
     exit_code = 1
 

@@ -68,8 +68,7 @@ def read_json(path: Path) -> Any:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Context manager that replaces a file atomically: it yields a temporary path for the block to
-    write.
+    """Context manager that replaces a file atomically; it yields a temporary path to write.
 
     At the end of the block the temporary file is synced and renamed to `path`; on any error it is
     removed.

@@ -90,8 +90,7 @@ def child_variables() -> dict[str, str]:
 
 
 def import_object(path: str) -> object:
-    """Import a class or function by its path, such as `my_package.MySampler`; also from the working
-    directory.
+    """Import a class or function by its path, e.g. `my_package.MySampler`.
 
     Raises:
         ImportError, AttributeError, ValueError: it cannot be imported.

@@ -14,8 +14,7 @@ _RESET_PEAK = "5"
 
 
 def restart_peak(device: str) -> None:
-    """Reset the peak; on systems without support the peak remains that of the process's
-    lifetime."""
+    """Reset the peak; where that is unsupported, it stays that of the process's lifetime."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         return

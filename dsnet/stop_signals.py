@@ -1,5 +1,4 @@
-"""Handling of Ctrl-C and SIGTERM as a request that long work checks at its next boundary. Needs no
-torch."""
+"""Ctrl-C and SIGTERM as a stop request that long work checks regularly. Needs no torch."""
 
 from __future__ import annotations
 

@@ -8,8 +8,7 @@ from itertools import pairwise
 
 
 def shown(value: object) -> str:
-    """A value for a message: text in quotes, null and booleans as in YAML, long values
-    shortened."""
+    """A value for a message: quoted text, YAML's null and booleans, long values shortened."""
     if value is None:
         return "nothing (null)"
     if isinstance(value, bool):
@@ -40,8 +39,7 @@ def way_out(word: str, known: Sequence[str], label: str = "known", *, hint: str 
 
 
 def plural(number: int, singular: str, many: str | None = None) -> str:
-    """A number with its noun, such as `1 supernet` or `5,000 supernets`; `many` is an irregular
-    plural."""
+    """A number with its noun, e.g. `5,000 supernets`; `many` is an irregular plural."""
     return f"{number:,} {singular if number == 1 else many or singular + 's'}"
 
 

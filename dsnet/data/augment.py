@@ -25,8 +25,7 @@ cost memory and time."""
 
 
 class DescribedImages(Protocol):
-    """Properties of a data set on which the defaults of an augmentation depend; an `ImageSet` has
-    them."""
+    """Properties of a data set that determine an augmentation's defaults, as of an `ImageSet`."""
 
     @property
     def name(self) -> str:

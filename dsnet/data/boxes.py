@@ -1,5 +1,4 @@
-"""Random rectangles inside images, drawn for a whole batch, for resized crops and random
-erasing."""
+"""Random rectangles for whole batches of images, for resized crops and random erasing."""
 
 from __future__ import annotations
 

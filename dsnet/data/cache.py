@@ -1,5 +1,4 @@
-"""Cache of decoded images in the user's cache folder; decoding CIFAR-10's 60,000 JPEGs takes
-seconds.
+"""Cache of decoded images in the user's cache folder; decoding CIFAR-10 takes seconds.
 
 The cache is neither trusted nor required: its files are checked against their fingerprints, a file
 that fails the check is written again, and if the folder cannot be written, images are merely
@@ -39,8 +38,7 @@ def default_cache_folder() -> Path:
 
 @dataclass(frozen=True)
 class ImageCache:
-    """Cache with one safetensors file per decoded data set; the folder may be deleted at any
-    time."""
+    """Cache with one safetensors file per decoded data set; its folder may be deleted."""
 
     folder: Path
 

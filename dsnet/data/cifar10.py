@@ -1,5 +1,4 @@
-"""CIFAR-10 (Krizhevsky, 2009) from local files: the hub's parquet files or the official Python
-batches."""
+"""CIFAR-10 (Krizhevsky, 2009) from local parquet files or official Python batches."""
 
 from __future__ import annotations
 

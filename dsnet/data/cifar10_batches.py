@@ -140,8 +140,7 @@ class _PickledType:
         self.code = code
 
     def __setstate__(self, _state: object) -> None:
-        """Ignore byte order and flags: they do not matter for one-byte values, the only type
-        accepted."""
+        """Ignore byte order and flags, which do not matter for one-byte values."""
 
 
 class _PickledArray:
@@ -223,6 +222,5 @@ def _load(content: bytes, where: str) -> dict[object, Any]:
 
 
 def _as_text(value: object) -> object:
-    """Decode bytes to text (batches written by Python 3 may have keys of bytes); other values are
-    unchanged."""
+    """Decode bytes, as batches written by Python 3 have for keys, to text; keep other values."""
     return value.decode("latin1") if isinstance(value, bytes) else value

@@ -1,5 +1,4 @@
-"""Reader of CIFAR-10 in the hub's parquet layout: `train*.parquet` and `test*.parquet`, whole or in
-shards.
+"""Reader of CIFAR-10 in the hub's parquet layout, `train*.parquet` and `test*.parquet`.
 
 Columns: `img` (or `image`) = struct {bytes: a JPEG or PNG file, path: "class/file.jpg" or any
 name}, `label` = integer.
@@ -162,8 +161,7 @@ def _read_labels(file: Path, table: pa.Table) -> np.ndarray:
 
 
 def _check_path(path: str | None, class_names: Sequence[str], label: int, where: str) -> None:
-    """Check the label against the folder in the image's stored path, where that folder is a class
-    name.
+    """Check the label against the folder in the image's path, if that is a class name.
 
     Raises:
         DataError: They contradict each other.

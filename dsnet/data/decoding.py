@@ -1,5 +1,4 @@
-"""Decoding of image files to RGB and resizing to a centred square; a broken file gives one clear
-error."""
+"""Decoding of image files to RGB, and centred square crops of a given size."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Random erasing (arXiv 1708.04896) of whole batches: some images get a rectangle of random
-pixels."""
+"""Random erasing (arXiv 1708.04896) of whole batches: rectangles of random pixels."""
 
 from __future__ import annotations
 
@@ -35,8 +34,7 @@ def draw_erasing(images: Tensor, generator: torch.Generator, probability: float)
 
 
 def erase(images: Tensor, draw: ErasingDraw) -> Tensor:
-    """Replace the pixels inside each erased image's rectangle: uint8 [B, C, H, W] -> uint8 [B, C,
-    H, W]."""
+    """Replace the pixels inside each erased image's rectangle, uint8 [B, C, H, W]."""
     y = torch.arange(images.shape[2], device=images.device)
     x = torch.arange(images.shape[3], device=images.device)
     boxes = draw.boxes

@@ -1,5 +1,4 @@
-"""Images in one folder per class: `root/class/*.png|jpg|jpeg`, or the same below `root/train` and
-`root/test`.
+"""Image folders: `root/class/*.png|jpg|jpeg`, or the same below `root/train` and `root/test`.
 
 A folder is first listed and then decoded: as a whole (`load_image_folder`) or selected images
 (`decode_images`).

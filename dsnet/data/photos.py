@@ -1,5 +1,4 @@
-"""Decoding of photo files to network inputs, in the same way as the images of the network's data
-set."""
+"""Decoding of photo files to network inputs, as the network's data set was decoded."""
 
 from __future__ import annotations
 

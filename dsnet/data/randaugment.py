@@ -92,8 +92,7 @@ def _apply(images: Tensor, draw: RandAugmentDraw, share: float) -> Tensor:
 
 
 def affine_maps(draw: RandAugmentDraw, share: float, size: torch.Size) -> tuple[Tensor, Tensor]:
-    """Compose the geometric operations of each image into one affine map from output to source
-    pixels.
+    """Compose each image's geometric operations into an affine map from output to source.
 
     Args:
         draw: The operations of each image.
@@ -128,8 +127,7 @@ def affine_maps(draw: RandAugmentDraw, share: float, size: torch.Size) -> tuple[
 
 
 def _move(images: Tensor, matrix: Tensor, offset: Tensor) -> Tensor:
-    """Resample each image by its affine map, nearest neighbour; middle grey where the source lies
-    outside."""
+    """Resample each image by its affine map, nearest neighbour; grey outside the source."""
     num_images, channels, height, width = images.shape
     y = torch.arange(height, device=images.device)[:, None] + (0.5 - height / 2)
     x = torch.arange(width, device=images.device) + (0.5 - width / 2)

@@ -1,5 +1,4 @@
-"""Random resized crops (Inception, arXiv 1409.4842): a crop of random area and aspect, resized to a
-fixed size."""
+"""Random resized crops (arXiv 1409.4842): crops of random area and aspect, resized."""
 
 from __future__ import annotations
 

@@ -66,8 +66,7 @@ class ImageSource(Protocol):
         """SHA-256 that identifies the data's content; stage keys depend on it."""
 
     def tensor_data(self, splits: Splits, *, open_test: bool = False) -> TensorData:
-        """The splits in memory; the test split only with `open_test`, for verification and
-        reports."""
+        """The splits in memory; the test split only with `open_test` (verification, reports)."""
 
     def normalization(self, splits: Splits) -> Normalization:
         """Mean and standard deviation of the training split."""

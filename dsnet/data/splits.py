@@ -1,5 +1,4 @@
-"""The four splits: `train` trains the supernet, `gate` trains gates, `val` selects, `test` stays
-sealed.
+"""The four splits: `train` trains supernets, `gate` trains gates, `val` selects, `test` is sealed.
 
 The images of a split depend on labels, sizes and seed alone, on every platform and with every
 version of numpy: the randomness is the raw 64-bit stream of PCG64, which numpy keeps stable, unlike

@@ -1,5 +1,4 @@
-"""Survey of an image folder before training: its layout, classes, image sizes, colours and broken
-files."""
+"""Survey of an image folder before training: layout, classes, sizes, colours, broken files."""
 
 from __future__ import annotations
 

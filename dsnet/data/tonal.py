@@ -74,8 +74,7 @@ def _luma(images: Tensor) -> Tensor:
 
 
 def _blended(images: Tensor, luma: Tensor, tone: Tensor, factor: Tensor) -> Tensor:
-    """Apply colour and sharpness: blend with the grey or the smoothed image; other images are
-    unchanged."""
+    """Apply colour and sharpness by blending with the grey or the smoothed image."""
     tone, factor = tone[:, None, None, None], factor[:, None, None, None]
     is_color = tone == Tone.COLOR
     other = torch.where(is_color, luma.to(torch.uint8), _smoothed(images))

@@ -49,8 +49,7 @@ class TrainingImages(Protocol):
 
 
 class InMemoryImages:
-    """A training split small enough for the device: copied there once and augmented there in
-    batches."""
+    """A training split that fits on the device: copied and augmented there."""
 
     def __init__(self, images: Tensor, labels: Tensor, augmentation: Augmentation) -> None:
         """Wrap a training split.

@@ -1,5 +1,4 @@
-"""Grouped dynamic inference: run the trunk on the batch, decide, group images by choice, run each
-group sliced.
+"""Grouped dynamic inference: run the trunk, decide, group images, run each group sliced.
 
 The published dynamic mode computes every channel and masks (METHODS 6); here an image costs only
 the route that it takes. With several gates the groups descend the tree of paths: images with the
@@ -224,8 +223,7 @@ _GroupFunction = Callable[[int, Tensor, list[int]], tuple[Tensor, list[int]]]
 def _by_group(
     x: Tensor, chosen: list[int], run: _GroupFunction, node_of: Sequence[int] | None = None
 ) -> tuple[Tensor, list[int]]:
-    """Run each group of images with the same next branch, and return the results in the order of
-    `x`.
+    """Run each group of images with the same next branch; results in the order of `x`.
 
     There is one gather before all groups and one after them, so that each group is a slice.
     """

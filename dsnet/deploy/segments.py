@@ -21,8 +21,7 @@ class Segments(Protocol):
     """Interface of the segments that dynamic inference runs."""
 
     def upto_gate(self, gate: int, node: int, x: Tensor) -> TrunkOutput:
-        """Run a segment from the images (gate 0) or the features of gate `gate - 1` to a node of
-        gate `gate`."""
+        """Run a segment: images (gate 0) or features of gate `gate - 1` -> a node of `gate`."""
         ...
 
     def head(self, route: int, x: Tensor) -> Tensor:
@@ -88,8 +87,7 @@ class CutSegments(nn.Module):
 
 
 class SlicedSegments(nn.Module):
-    """Segments sliced from the supernet's shared weights in every call: without copies, but
-    slower."""
+    """Segments sliced from the supernet's weights in every call: no copies, but slower."""
 
     def __init__(self, supernet: Supernet, tree: RouteTree) -> None:
         super().__init__()

@@ -22,8 +22,7 @@ from dsnet.wording import way_out
 
 @dataclass(frozen=True)
 class Task:
-    """The properties of a task that determine a network's input and output: its classes and
-    images."""
+    """Properties of a task on which a network's input and output depend."""
 
     num_classes: int
     in_channels: int

@@ -78,8 +78,7 @@ class ResidualStage(nn.Module):
         self.blocks = nn.ModuleList(ResidualBlock(shape, subnets, generator) for shape in shapes)
 
     def forward(self, x: Tensor, subnet: Subnet) -> Tensor:
-        """Run all blocks on the residual stream after attention, [B, c, H, W] -> [B, c', H',
-        W']."""
+        """Run all blocks on the stream after attention: [B, c, H, W] -> [B, c', H', W']."""
         for block in self.blocks:
             x = block(x, subnet)
         return x
@@ -155,8 +154,7 @@ def _stem_shape(stem: str) -> ConvShape:
 
 
 class _Builder:
-    """Builds a plan's layout stage by stage: channel groups with their width per ratio, blocks,
-    gates."""
+    """Builds a plan's layout stage by stage: channel groups, widths, blocks, gates."""
 
     def __init__(self, plan: Plan, options: Mapping[str, Any]) -> None:
         self.plan = plan
@@ -207,8 +205,7 @@ class _Builder:
         self.stages.append({"hidden": hidden, "blocks": blocks})
 
     def _block_groups(self, stage: int, name: str) -> tuple[int, int]:
-        """The groups of a block's inner and outer channels; the same group for a basic block with
-        tied streams."""
+        """The groups of a block's inner and outer channels; one group if basic and tied."""
         channels = self.plan.first_width * 2**stage
         if not self.is_padded and not self.plan.is_bottleneck:
             group = self._add_slimmed(name, stage, channels)

@@ -1,5 +1,4 @@
-"""MobileNetV1-style supernets of depthwise-separable blocks with one gated stage: DS-MBNet and
-DS-Tiny.
+"""MobileNetV1-style supernets with one gated stage: DS-MBNet and DS-Tiny.
 
 DS-MBNet is the network of DS-Net (arXiv 2103.13258), with the layout of METHODS 2; `ds_tiny` is
 ours, for images of 8 to 32 pixels.
@@ -116,8 +115,7 @@ class SeparableSupernet(Supernet):
         return self._finish(block.after_gate(attended, subnet), subnet, number + 1)
 
     def _finish(self, x: Tensor, subnet: Subnet, number: int) -> Tensor:
-        """Run the blocks from `number` on, pooling, dropout (the largest only, METHODS 2) and the
-        classifier."""
+        """Run the blocks from `number` on, pooling, dropout (largest only) and classifier."""
         for block in self.blocks[number:]:
             x = block(x, subnet)
         x = x.mean((2, 3))

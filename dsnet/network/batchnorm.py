@@ -1,5 +1,4 @@
-"""BatchNorm recalibration: re-estimation of the running statistics of every width after
-training."""
+"""BatchNorm recalibration: running statistics of every width, estimated after training."""
 
 from __future__ import annotations
 

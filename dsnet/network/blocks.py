@@ -50,8 +50,7 @@ class SeparableBlock(nn.Module):
         self.pointwise_norm = make_norm(norm, max_out, subnets.prefixes(shape.out_group))
 
     def before_gate(self, x: Tensor, subnet: Subnet) -> tuple[Tensor, Tensor, Tensor]:
-        """Run the first half: [B, c, H, W] -> (attended, the attention's input, its hidden
-        vector)."""
+        """Run the first half: [B, c, H, W] -> (attended, attention's input, hidden vector)."""
         x = swish(self._normalised_depthwise(x, subnet.prefix(self.shape.in_group + 1)))
         attended, hidden = self.attention(x)
         return attended, x, hidden
@@ -125,8 +124,7 @@ class ConvNormSwish(ConvNorm):
 
 
 class PlainBeforeGate(nn.Module):
-    """Plain first half of a separable block; returns the inputs of the gate and of the second
-    half."""
+    """Plain first half of a separable block, with the outputs for the gate and the second half."""
 
     def __init__(self, conv: ConvNormSwish, attention: SlicedAttention) -> None:
         super().__init__()

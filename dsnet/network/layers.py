@@ -82,8 +82,7 @@ class SlicedLinear(nn.Module):
 
 
 class BatchNormBank(nn.Module):
-    """BatchNorm with private running statistics per prefix of widths and a shared (or private)
-    affine pair.
+    """BatchNorm with running statistics per prefix of widths, and shared or private affine pairs.
 
     The statistics of a layer depend on every width upstream of it, so they are keyed by that prefix
     (METHODS 3, CONTRACTS SubnetSet). Sub-networks that agree up to this layer share one set, which
@@ -238,8 +237,7 @@ class BatchNormBank(nn.Module):
 
 
 class SlicedGroupNorm(nn.Module):
-    """GroupNorm sliced to the input's channels (Wu & He, arXiv 1803.08494); it keeps no running
-    statistics.
+    """GroupNorm sliced to the input's channels (Wu & He, arXiv 1803.08494), without statistics.
 
     Groups have 16 channels, or 8 or 4 where the width is not a multiple of 16; a width that is not
     a multiple of 4 is one group (ours).
@@ -313,8 +311,7 @@ class SlicedAttention(nn.Module):
         return x * scale[:, :, None, None], hidden
 
     def cut(self, num_channels: int) -> SlicedAttention:
-        """The slice with its own contiguous weights, as an attention of this class at its full
-        width."""
+        """The slice with its own contiguous weights, as a full-width attention."""
         hidden = self.reduce_bias.shape[0]
         plain = SlicedAttention(num_channels, hidden, torch.Generator(), is_residual=self.is_residual)
         with torch.no_grad():

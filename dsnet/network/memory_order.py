@@ -7,8 +7,7 @@ from torch import Tensor, nn
 
 
 def arranged(tensor: Tensor, channels_last: bool) -> Tensor:
-    """A tensor of four dimensions in NHWC or contiguous (NCHW) memory format; other tensors
-    unchanged."""
+    """A four-dimensional tensor in NHWC or contiguous memory format; others unchanged."""
     if tensor.ndim != 4:
         return tensor
     return tensor.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)

@@ -1,5 +1,4 @@
-"""Slicing of shared weights to the corner that a sub-network uses, and accumulation of its
-gradient."""
+"""Slicing of shared weights to a sub-network's corner, and accumulation of its gradient."""
 
 from __future__ import annotations
 

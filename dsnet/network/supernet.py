@@ -77,8 +77,7 @@ class Supernet(nn.Module, ABC):
 
     @abstractmethod
     def head(self, features: Tensor, subnet: Subnet) -> Tensor:
-        """Run the last segment: from the features at the last gate to the logits [B,
-        num_classes]."""
+        """Run the last segment: features at the last gate -> logits [B, num_classes]."""
 
     def start_heads(self, features: Tensor, subnets: Sequence[Subnet]) -> Tensor | None:
         """Run the first layers of several sub-networks' heads together, at the widest one's width.
@@ -90,8 +89,7 @@ class Supernet(nn.Module, ABC):
         return None
 
     def finish_head(self, start: Tensor, subnet: Subnet) -> Tensor:
-        """Run the rest of one sub-network's head after `start_heads`; returns logits [B,
-        num_classes]."""
+        """Run the rest of a sub-network's head after `start_heads`: logits [B, num_classes]."""
         raise NotImplementedError(f"{type(self).__name__} starts no heads together")
 
     @abstractmethod
@@ -126,8 +124,7 @@ class Supernet(nn.Module, ABC):
         return self.tail(self.trunk(images, subnet).features, subnet)
 
     def batch_norms(self) -> list[BatchNormBank]:
-        """All BatchNorm banks in module order; empty where the network normalises without
-        statistics."""
+        """All BatchNorm banks in module order; empty for a network without statistics."""
         return [module for module in self.modules() if isinstance(module, BatchNormBank)]
 
 

@@ -51,8 +51,7 @@ def _middle(edges: Floats, step: int) -> float:
 
 
 def _break_points(scores: Floats, cost: Floats) -> tuple[Floats, Floats]:
-    """(beta, drop in cost) of every move of every image from the most expensive option to the
-    cheapest.
+    """(beta, drop in cost) of every move of every image, from the most expensive option on.
 
     `scores` are [N, R]; `cost` [R] rises strictly.
     """

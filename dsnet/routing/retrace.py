@@ -85,8 +85,7 @@ class Retrace:
         return self.inner.margin(evidence, executed)
 
     def over(self, position: Mapping[int, int]) -> Retrace:
-        """The same router with renumbered routes; the new ids must keep the order of the tree's
-        routes."""
+        """The same router with renumbered routes; the ids must keep the order of the tree."""
         old_ids = sorted(position, key=position.__getitem__)
         return replace(
             self,

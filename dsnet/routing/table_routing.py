@@ -1,5 +1,4 @@
-"""Simulation of a router on a routing table: dynamic inference on stored answers instead of a
-network."""
+"""Simulation of routers on a routing table: dynamic inference without a network."""
 
 from __future__ import annotations
 

@@ -89,8 +89,7 @@ def pooling_madds(spec: SupernetSpec, subnet: Subnet, gate: int, image_size: int
 
 
 def gate_madds(hidden: int, num_routes: int) -> int:
-    """MAdds of a slimming head: the product of the hidden vector with a matrix of one row per
-    route."""
+    """MAdds of a slimming head: the hidden vector times one row per route."""
     return hidden * num_routes
 
 

@@ -1,5 +1,4 @@
-"""Sets of sub-networks: the members among which a gate may choose, the teacher, and the order by
-cost."""
+"""Sets of sub-networks: the members that a gate may choose, the teacher, the order by cost."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""The pipeline's first three stages (supernet, measure, table) with torch alone, for machines
-without Ray.
+"""The pipeline's first three stages (supernet, measure, table) without Ray.
 
 Every call continues where the previous one stopped, at a step, a sub-network or a piece of a table.
 On the CPU the results are bit-identical however the work was divided into calls, with the same
@@ -154,8 +153,7 @@ class _StageRunner:
 
     @cached_property
     def data(self) -> TensorData:
-        """The splits in memory: without the test split, and without the training split if it is
-        streamed."""
+        """The splits in memory, without test, and without train if it is streamed."""
         return self.images.tensor_data(self.splits)
 
     @cached_property

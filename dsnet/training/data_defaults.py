@@ -1,5 +1,4 @@
-"""Defaults of Stage I as a pure function of facts about the training data; each default comes with
-a reason."""
+"""Defaults of Stage I as a function of the training data; each comes with a reason."""
 
 from __future__ import annotations
 

@@ -119,8 +119,7 @@ def _candidates(source: Path) -> Iterator[Path]:
 
 
 def _recorded_folder(folder: Path) -> str | None:
-    """The supernet's folder according to the manifest of a run or output folder; None if it gives
-    none."""
+    """The supernet's folder according to the manifest in `folder`, or None."""
     if not (folder / _MANIFEST).is_file():
         return None
     try:

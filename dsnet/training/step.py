@@ -1,5 +1,4 @@
-"""One training step of Stage I: forward and backward of every participating sub-network (METHODS
-3)."""
+"""One training step of Stage I: forward and backward of every sub-network (METHODS 3)."""
 
 from __future__ import annotations
 

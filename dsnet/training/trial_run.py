@@ -1,5 +1,4 @@
-"""Trial run: a few timed training steps, from which the time and memory of a training are estimated
-in advance."""
+"""Trial run: a few timed steps, to estimate time and memory of a training in advance."""
 
 from __future__ import annotations
 

@@ -26,8 +26,7 @@ class Workers(Protocol):
         ...
 
     def agree_to_stop(self, wish: bool) -> bool:
-        """Decide at the start of a step whether the whole group stops here; all processes decide
-        alike.
+        """Decide at the start of a step whether the group stops; all processes agree.
 
         `wish` is whether this process wants to stop; the group may follow one or two steps later.
         """

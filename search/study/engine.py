@@ -1,5 +1,4 @@
-"""The search loop: ask for the suggestions of a cohort, run its trials, tell their results in slot
-order.
+"""The search loop: ask for a cohort's suggestions, run its trials, tell the results.
 
 Suggestions are computed on a mirror of the study in memory; the study on disk receives only
 finished trials. A suggestion is thus a pure function of the earlier cohorts, the sweep's seed and

@@ -1,5 +1,4 @@
-"""Runners of trials: the interface that the search uses, and a runner that runs trials serially in
-this process."""
+"""Runners of trials: the interface that the search uses, and a serial runner."""
 
 from __future__ import annotations
 

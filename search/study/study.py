@@ -143,8 +143,7 @@ class TrialRecord:
 
     @property
     def is_feasible(self) -> bool:
-        """Whether it is complete and all constraints hold; only feasible trials may be on a
-        front."""
+        """Whether it is complete and all constraints hold, as points of a front must be."""
         return self.state == "complete" and all(value <= 0 for value in self.constraints.values())
 
     @property

@@ -79,8 +79,7 @@ class Inheritance:
         return {name: value for name, value in child.items() if self._rng.random() >= rate}
 
     def _winner(self, trials: Sequence[FrozenTrial], directions: Sequence[StudyDirection]) -> FrozenTrial:
-        """Binary tournament: the better of two randomly drawn trials, or the second if neither is
-        better."""
+        """Binary tournament: the better of two random trials, or the second if neither is."""
         first, second = (trials[int(self._rng.integers(len(trials)))] for _ in range(2))
         return first if beats(first, second, directions) else second
 

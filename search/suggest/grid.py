@@ -1,5 +1,4 @@
-"""Grid over a search space, also with conditions: its distinct points by number, without listing
-them."""
+"""Grid over a search space, also with conditions: its distinct points by number."""
 
 from __future__ import annotations
 
@@ -93,8 +92,7 @@ class Shuffled:
 
 @lru_cache(maxsize=2)
 def _order(length: int, seed: int) -> NDArray[np.int64]:
-    """A random permutation of 0..length - 1; cached, since every slot of a sweep needs one entry of
-    it."""
+    """A random permutation of 0..length - 1, cached since every slot needs one entry."""
     order = np.random.default_rng(derive_seed(seed, "grid")).permutation(length)
     order.setflags(write=False)
     return order

@@ -81,8 +81,7 @@ def slot_seed(base_seed: int, slot: int, stream: Literal["sampler", "trial"]) ->
 
 
 def is_foreign(name: str) -> bool:
-    """Whether a sampler is given by its import path, so that it may keep state that we do not
-    know."""
+    """Whether a sampler is given by its import path; it may keep state unknown to us."""
     return name not in KNOWN_SAMPLERS
 
 

@@ -183,8 +183,7 @@ def nth_value(distribution: BaseDistribution, index: int, num_continuous: int = 
 
 
 def at_share(distribution: BaseDistribution, share: float) -> Any:
-    """The quantile of a dimension at `share`, 0 <= share <= 1; discrete values have equal
-    shares."""
+    """The quantile of a dimension at `share`, 0..1; discrete values have equal shares."""
     if not isinstance(distribution, FloatDistribution) or distribution.step is not None:
         number = num_values(distribution)
         return nth_value(distribution, min(number - 1, int(share * number)))

@@ -1,5 +1,4 @@
-"""Reader of the released checkpoint of DS-Net (arXiv 2103.13258): DS-MBNet with a BatchNorm per
-width.
+"""Reader of the released checkpoint of DS-Net (arXiv 2103.13258), a DS-MBNet.
 
 The format:
 

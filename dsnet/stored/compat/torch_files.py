@@ -44,8 +44,7 @@ WAY_OUT = (
 
 
 def read_torch_file(path: Path) -> Any:
-    """Read the object in a file of `torch.save` (zip or legacy format), with its tensors on the
-    CPU.
+    """Read the object in a file of `torch.save` (zip or legacy); tensors on the CPU.
 
     Raises:
         CheckpointError: the file is missing, damaged or truncated, or it needs a class or function
