@@ -1,7 +1,8 @@
-"""Accuracy against cost: the dynamic front beside everything that would make it unimpressive.
+"""Figure of accuracy against cost: the front of the routers beside its controls.
 
-Accuracies are fractions in the info and percent in the figure; costs are millions of MAdds per image. An objective beside
-top-1 and MAdds colours the front; a latency has a row of its own too.
+Accuracies are fractions in the info and percent in the figure; costs are millions of MAdds per
+image. An objective beside top-1 and MAdds is shown as the colour of the front; a latency also gets
+its own row.
 """
 
 from __future__ import annotations
@@ -34,60 +35,63 @@ from search.front.points import METRIC_PREFIX
 ParamValue = float | int | str | bool
 
 CONTROL_STRETCH: Final = 0.35
-"""How far the controls may stretch the vertical axis beyond the static sub-networks and the front, as a share of it."""
+"""Largest extension of the vertical axis for the controls, relative to the range of static
+sub-networks and front."""
 MIN_TOP1_SPAN: Final = 0.02
+"""Smallest range of the vertical axis, as a fraction."""
 MAX_TIES: Final = 4
-"""Named in a hover text."""
+"""Maximum number of ties that a hover text names."""
 PARAM_PREFIX: Final = "param."
 ROUTER_PARAM: Final = "gate.router"
 
 
 @dataclass(frozen=True)
 class StaticPoint:
-    """One static sub-network."""
+    """Scores of one static sub-network."""
 
     name: str
     madds_m: float
     top1: float
     latency_ms: float | None = None
     further: float | None = None
-    """As a dynamic point's."""
+    """The objective beside top-1 and MAdds, in the unit that its name says."""
     supernet: str | None = None
+    """Its supernet, in a sweep of several supernets."""
 
 
 @dataclass(frozen=True)
 class DynamicPoint:
-    """One trial's router, scored with the routes it really takes."""
+    """Scores of one trial's router, with the routes that it takes."""
 
     name: str
     madds_m: float
-    """Mean over the split's images, millions."""
+    """Mean MAdds over the split's images, in millions."""
     top1: float
     is_front: bool
     interval: tuple[float, float] | None = None
     """95 % interval of `top1`, fractions (low, high)."""
     latency_ms: float | None = None
     params: tuple[tuple[str, ParamValue], ...] = ()
-    """The gate parameters that the trial was given, for the hover text."""
+    """The trial's parameters, for the hover text."""
     router: str = "gate"
-    """Its kind."""
+    """Kind of router."""
     broken: tuple[str, ...] = ()
-    """The constraints that it breaks."""
+    """The constraints that it violates."""
     is_feasible: bool = True
-    """Whether it holds every constraint; only then may it be on the front."""
+    """Whether all constraints hold; only feasible points may be on the front."""
     further: float | None = None
     """The objective beside top-1 and MAdds, in the unit that its name says."""
     supernet: str | None = None
-    """Where it comes from, in a sweep of several supernets."""
+    """Its supernet, in a sweep of several supernets."""
     ties: tuple[str, ...] = ()
-    """Points that the images cannot tell from it."""
+    """Names of the points from which the images cannot distinguish it."""
     stability: float | None = None
-    """Share of resamples in which it is non-dominated."""
+    """Share of resamples in which it is non-dominated, 0..1."""
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Points of a control, in the order in which they are joined; empty means not available."""
+    """Points of a control curve in drawing order; empty if it is not available."""
 
     madds_m: tuple[float, ...] = ()
     top1: tuple[float, ...] = ()
@@ -101,21 +105,23 @@ class Curve:
 
 @dataclass(frozen=True)
 class FrontPanel:
-    """What is drawn for one split."""
+    """Content of the panel of one split."""
 
     split: str
     num_images: int
     static: tuple[StaticPoint, ...]
     static_line: Curve
-    """Upper concave envelope of the static sub-networks: vertices chosen on val, scored on this split."""
+    """Upper concave envelope of the static sub-networks, with vertices chosen on val and scored on
+    this split."""
     dynamic: tuple[DynamicPoint, ...]
     random: Curve = Curve()
-    """Random routing with the histogram of each front point, one point per front point."""
+    """Random routing with the route histogram of each front point; one point per front point."""
     cascade: Curve = Curve()
+    """Confidence cascade without training."""
     oracle: Curve = Curve()
-    """Best accuracy at a mean cost, choosing with the labels."""
+    """Best accuracy at a mean cost if routes are chosen with knowledge of the labels."""
     reachable: Curve = Curve()
-    """The best router that sees every route's output, its own cost not counted."""
+    """The best router found that sees every route's output; its own cost is not counted."""
 
     @property
     def front(self) -> tuple[DynamicPoint, ...]:
@@ -127,25 +133,25 @@ class Further:
     """An objective of the sweep beside top-1 and MAdds."""
 
     metric: str
-    """Its name among the metrics; accuracies are fractions, `*_m` millions, `latency_ms*` milliseconds."""
+    """Name of the metric; accuracies are fractions, `*_m` millions, `latency_ms*` milliseconds."""
     goal: Literal["maximize", "minimize"] = "minimize"
 
     @property
     def is_latency(self) -> bool:
-        """Whether it is one; then it has a row of its own."""
+        """Whether the objective is a latency, which gets its own row."""
         return self.metric.startswith("latency_ms")
 
 
 @dataclass(frozen=True)
 class FrontInfo:
-    """The split that chose the front and, once verified, the one that reports it."""
+    """The front on the split that chose it and, once verified, on the split that reports it."""
 
     chosen: FrontPanel
     reported: FrontPanel | None = None
     further: Further | None = None
-    """None where top-1 and MAdds are all there is."""
+    """The third objective; None if there are only top-1 and MAdds."""
     objectives: tuple[str, ...] = ("top1", "madds_m")
-    """By what the front was chosen."""
+    """The objectives by which the front was chosen."""
 
     @property
     def panels(self) -> tuple[FrontPanel, ...]:
@@ -154,7 +160,7 @@ class FrontInfo:
 
 @dataclass(frozen=True)
 class Frame:
-    """Axis ranges shared by the panels (top-1 in percent), so that the eye can compare them."""
+    """Axis ranges shared by the panels (top-1 in percent), so that they can be compared."""
 
     madds_m: tuple[float, float]
     top1_percent: tuple[float, float]
@@ -193,11 +199,12 @@ def dynamic_points(
     """The routers among rows of points.parquet, by rising cost.
 
     Args:
-        rows: as for `static_points`, with `is_front`, `is_feasible` and a `param.*` column per gate parameter (None or NaN:
-            not set).
+        rows: as for `static_points`, with `is_front`, `is_feasible` and a `param.*` column per gate
+            parameter (None or NaN: not set).
         split: rows of other splits are left out.
-        intervals: 95 % interval of top-1 (fractions) by point name; names without one are drawn without a bar.
-        router: the kind of the trials that were not given one.
+        intervals: 95 % interval of top-1 (fractions) by point name; names without one are drawn
+            without a bar.
+        router: kind of router of the trials that have no parameter for it.
         further: name of the objective beside top-1 and MAdds.
     """
     points = (
@@ -225,13 +232,13 @@ def _router(row: Mapping[str, Any], default: str) -> str:
 
 
 def _params(row: Mapping[str, Any]) -> tuple[tuple[str, ParamValue], ...]:
-    """The parameters that the trial has: a NaN is a column that only other trials fill."""
+    """The parameters of a trial; NaN or None means that only other trials have the parameter."""
     named = ((k.removeprefix(PARAM_PREFIX), v) for k, v in row.items() if k.startswith(PARAM_PREFIX))
     return tuple((name, value) for name, value in named if value is not None and value == value)
 
 
 def front_frame(info: FrontInfo) -> Frame:
-    """Axis ranges set by the static sub-networks and the fronts; the controls stretch them only a little."""
+    """Axis ranges that fit static sub-networks and fronts, slightly extended for the controls."""
     panels = info.panels
     costs = [p.madds_m for panel in panels for p in _framing_points(panel)]
     accuracies = [a for panel in panels for a in _framing_accuracies(panel)]
@@ -268,9 +275,10 @@ def _framing_accuracies(panel: FrontPanel) -> list[float]:
 
 
 def front_figure(info: FrontInfo) -> go.Figure:
-    """Top-1 (%) against mean MAdds (M): the split that chose on the left, the split that reports on the right.
+    """Figure of top-1 (%) against mean MAdds (M): left the split that chose the front, right the
+    split that reports it.
 
-    Where the sweep has a latency among its objectives, the row below draws the same trials against that.
+    If a latency is among the sweep's objectives, a second row shows the same trials against it.
     """
     panels = info.panels
     has_latency = info.further is not None and info.further.is_latency
@@ -286,8 +294,8 @@ def front_figure(info: FrontInfo) -> go.Figure:
     figure.update_annotations(font={"size": 14, "color": INK})
     frame = front_frame(info)
     for column, panel in enumerate(panels, start=1):
-        ghosts = info.chosen if column == 2 else None
-        _draw(figure, _madds_traces(panel, ghosts, info.further), 1, column)
+        chosen = info.chosen if column == 2 else None
+        _draw(figure, _madds_traces(panel, chosen, info.further), 1, column)
         _draw_outside(figure, panel, column, frame)
         if has_latency:
             assert info.further is not None
@@ -306,7 +314,7 @@ def front_figure(info: FrontInfo) -> go.Figure:
 
 
 def _colour_axis(info: FrontInfo) -> dict[str, Any]:
-    """One scale for all panels, dark where the objective is better."""
+    """The common colour scale of all panels, dark where the objective is better."""
     assert info.further is not None
     values = [p.further for panel in info.panels for p in panel.front if p.further is not None]
     unit = " (ms)" if info.further.is_latency else ""
@@ -324,7 +332,7 @@ def _colour_axis(info: FrontInfo) -> dict[str, Any]:
 
 
 def _latency_range(panels: Sequence[FrontPanel]) -> list[float]:
-    """Over the static sub-networks and the front; other trials may lie outside."""
+    """Range of the latency axis: static sub-networks and front; other trials may lie outside."""
     values = [p.further for panel in panels for p in _framing_points(panel) if p.further is not None]
     if not values:
         return [0.0, 1.0]
@@ -349,7 +357,7 @@ def _subtitle(info: FrontInfo) -> str:
 
 
 def _draw(figure: go.Figure, traces: Sequence[go.Scatter], row: int, column: int) -> None:
-    """Add what is not empty; a name has one entry in the legend, for all panels."""
+    """Add the traces that are not empty; each name has one legend entry for all panels."""
     seen = {trace.name for trace in figure.data if trace.showlegend is not False}
     for trace in traces:
         if trace.x:
@@ -368,21 +376,21 @@ def _madds_traces(panel: FrontPanel, chosen: FrontPanel | None, further: Further
         ),
         _curve("confidence cascade", panel.cascade, {"color": GREEN, "dash": "dash", "width": 2}),
         _curve("static line (mix of two)", panel.static_line, {"color": INK, "width": 1.5}),
-        *_crowd(panel, _madds_m, further),
+        *_background_traces(panel, _madds_m, further),
         _random(panel),
-        *([] if chosen is None else _ghosts(chosen, panel, further)),
+        *([] if chosen is None else _shift_traces(chosen, panel, further)),
         *_fronts(panel, _madds_m, further),
     ]
 
 
 def _latency_traces(panel: FrontPanel, further: Further) -> list[go.Scatter]:
-    """The points of the row above against the latency; the controls have none."""
-    return [*_crowd(panel, _further, further), *_fronts(panel, _further, further)]
+    """Traces of the same points against the latency; controls have no latency."""
+    return [*_background_traces(panel, _further, further), *_fronts(panel, _further, further)]
 
 
 Point = StaticPoint | DynamicPoint
 Cost = Callable[[Point], float | None]
-"""Where a point lies on the horizontal axis; None where that is not known."""
+"""Function that gives a point's horizontal coordinate; None if it is unknown."""
 
 
 def _madds_m(point: Point) -> float | None:
@@ -407,8 +415,9 @@ def _marks(
     )
 
 
-def _crowd(panel: FrontPanel, cost: Cost, further: Further | None) -> list[go.Scatter]:
-    """All that is not on the front."""
+def _background_traces(panel: FrontPanel, cost: Cost, further: Further | None) -> list[go.Scatter]:
+    """Traces of the points that are not on the front: infeasible trials, other trials, static
+    sub-networks."""
     trials = [p for p in panel.dynamic if not p.is_front and cost(p) is not None]
     infeasible = [p for p in trials if not p.is_feasible]
     others = [p for p in trials if p.is_feasible]
@@ -446,7 +455,7 @@ def _random(panel: FrontPanel) -> go.Scatter:
 
 
 def _fronts(panel: FrontPanel, cost: Cost, further: Further | None) -> list[go.Scatter]:
-    """One trace for each kind of router."""
+    """Traces of the front, one per kind of router."""
     return [_front(panel, kind, cost, further) for kind in sorted({point.router for point in panel.front})]
 
 
@@ -477,8 +486,11 @@ def _front(panel: FrontPanel, kind: str, cost: Cost, further: Further | None) ->
     )
 
 
-def _ghosts(chosen: FrontPanel, reported: FrontPanel, further: Further | None) -> tuple[go.Scatter, go.Scatter]:
-    """Where each reported front point stood when it was chosen, joined to where it stands: the winner's curse."""
+def _shift_traces(chosen: FrontPanel, reported: FrontPanel, further: Further | None) -> tuple[go.Scatter, go.Scatter]:
+    """Traces from the front points as they looked when chosen to their reported positions.
+
+    The distance shows the winner's curse.
+    """
     now = {p.name: p for p in reported.front}
     pairs = [(p, now[p.name]) for p in chosen.front if p.name in now]
     joins = go.Scatter(
@@ -541,7 +553,7 @@ def _shown(value: ParamValue) -> str:
 
 
 def _draw_outside(figure: go.Figure, panel: FrontPanel, column: int, frame: Frame) -> None:
-    """Say in the corner what the frame cuts off: a clipped oracle must not look like a low one."""
+    """Note in the corner what lies outside the frame, so that it is not overlooked."""
     lines = _outside(panel, frame)
     if lines:
         figure.add_annotation(

@@ -1,4 +1,4 @@
-"""The front as a plain PNG: accuracy against cost, without a browser, for pages that show pictures only."""
+"""Static PNG of the front (accuracy against cost), drawn without a browser."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 WIDTH_INCHES, HEIGHT_INCHES = 6.2, 3.3
 DOTS_PER_INCH: Final = 100
-"""620 pixels in all: MLflow's page shows a picture as wide as it is, beside a column of facts."""
+"""Resolution; the picture is 620 pixels wide, which fits beside MLflow's column of facts."""
 FONT_POINTS: Final = 8.0
 
 
@@ -27,7 +27,8 @@ def front_picture(info: FrontInfo) -> bytes:
     Returns:
         The bytes of a PNG.
     """
-    # Not needed by who draws nothing; and no pyplot, which has a state of its own and may look for a screen.
+    # Imported late, since it is slow; and not pyplot, which has global state and may look for a
+    # display.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,4 +1,5 @@
-"""The headline numbers of a report: cards for the knee and a table of the front, each number beside its control.
+"""The headline section of a report: cards for the knee and a table of the front, with controls
+beside the numbers.
 
 Accuracies are fractions in the data and percent on the page, costs are millions of MAdds per image.
 """
@@ -14,12 +15,12 @@ from dashboards.theme import percent, router_name, signed, significant
 
 NOT_VERIFIED: Final = "not verified yet"
 MAX_TIES: Final = 2
-"""Named in a cell; more are counted."""
+"""Maximum number of ties that a cell names; the others are counted."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value with its 95 % bootstrap interval over images; fractions. NaN bounds: no interval computed yet."""
+    """A value with its 95 % interval over images, as fractions; NaN bounds: no interval yet."""
 
     value: float
     low: float
@@ -28,14 +29,16 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Latency:
-    """A measured batch beside what it is compared with: same device, same batch size."""
+    """Measured latency of a router's batch and of static ones, same device and batch size."""
 
     batch_size: int
     median_ms: float
+    """Latency of the router."""
     widest_ms: float
-    """The widest static sub-network."""
+    """Latency of the widest static sub-network."""
     cheapest_ms: float
-    """The cheapest static sub-network: widest_ms / cheapest_ms is the ceiling of any speed-up."""
+    """Latency of the cheapest static sub-network; widest_ms / cheapest_ms is the ceiling of any
+    speed-up."""
 
     @property
     def speedup(self) -> float:
@@ -48,35 +51,38 @@ class Latency:
 
 @dataclass(frozen=True)
 class Scores:
-    """What one router, or one static sub-network, reaches on one split."""
+    """Scores of a router or a static sub-network on one split, with the controls of a router."""
 
     top1: Estimate
     madds_m: float
-    """Mean per image, millions."""
+    """Mean MAdds per image, in millions."""
     gain: Estimate | None = None
-    """Top-1 minus the static line at the same mean MAdds, paired over images; None for the baseline."""
+    """Top-1 minus that of the static line at the same mean MAdds, paired over images; None for the
+    baseline, and outside the range of the static line."""
     random_top1: float | None = None
-    """Random routing with the same histogram."""
+    """Top-1 of random routing with the same route histogram."""
     cascade_top1: float | None = None
-    """A confidence cascade whose threshold `val` set to the same budget; None where it cannot spend so little."""
+    """Top-1 of a confidence cascade whose threshold is set on `val` to the same budget; None if it
+    cannot be so cheap."""
     oracle_top1: float | None = None
-    """The oracle at the same mean MAdds."""
+    """Top-1 of the oracle at the same mean MAdds."""
     cascade_madds_m: float | None = None
-    """What that cascade really spends here."""
+    """Mean MAdds of that cascade on this split, in millions."""
     oracle_share: float | None = None
-    """How much of the way from the static line to the oracle the router goes."""
+    """Gain as a share of the gap from the static line to the oracle."""
     stability: float | None = None
     """Share of resamples in which no other router of the front dominates it; not a p-value."""
     reachable_top1: float | None = None
-    """The best router that sees every route's output, at the same mean MAdds."""
+    """Top-1 at the same mean MAdds of the best router found that sees every route's output."""
     reachable_share: float | None = None
-    """How much of the way from the static line to that one the router goes."""
+    """Gain as a share of the gap from the static line to `reachable_top1`."""
     is_cascade_collapsed: bool = False
-    """The cascade beside it never goes on, or always."""
+    """Whether that cascade runs its second route for no image or for all."""
     ties: tuple[str, ...] = ()
-    """Names of the routers that the images cannot tell from it."""
+    """Names of the routers from which the images cannot distinguish it."""
     over_widest: Estimate | None = None
-    """Top-1 minus that of the widest static sub-network, paired over images; None for the baseline, and where it is not known."""
+    """Top-1 minus that of the widest static sub-network, paired over images; None for the baseline,
+    and if it is unknown."""
 
 
 @dataclass(frozen=True)
@@ -85,39 +91,42 @@ class Row:
 
     name: str
     chosen: Scores
-    """On the split that chose (val)."""
+    """Scores on the split on which the front was chosen (val)."""
     reported: Scores | None = None
-    """On the sealed split (test); None before verification."""
+    """Scores on the sealed split (test); None before verification."""
     latency: Latency | None = None
     max_route_share: float | None = None
-    """Share of the images that the route with most of them answers, 0..1."""
+    """Share of the images, 0..1, that take the most frequent route."""
     is_collapsed: bool = False
-    """One route answers (nearly) every image: a static sub-network in disguise."""
+    """Whether one route answers (nearly) all images, as a static sub-network would."""
     router: str | None = None
     """Kind of router; None for a static sub-network."""
     further: tuple[tuple[str, float], ...] = ()
-    """Objectives beside top-1 and MAdds: (metric, value on the split that chose)."""
+    """Objectives beside top-1 and MAdds: (metric, value on the split on which the front was
+    chosen)."""
     supernet: str | None = None
-    """Where it comes from, in a sweep of several supernets."""
+    """Its supernet, in a sweep of several supernets."""
 
     @property
     def shown(self) -> Scores:
-        """The reported scores where there are any, else those of the split that chose."""
+        """The reported scores if there are any, else those on the split on which the front was
+        chosen."""
         return self.reported or self.chosen
 
 
 @dataclass(frozen=True)
 class Headline:
-    """The numbers that a reader sees first."""
+    """Content of the headline section."""
 
     baseline: Row | None = None
-    """The widest routable static sub-network (chosen on val)."""
+    """The widest static sub-network that routers may choose (determined on val)."""
     rows: tuple[Row, ...] = ()
     """The routers of the front, cheapest first."""
     knee: str | None = None
     """Name of the front's knee, one of `rows`."""
     optimism: Estimate | None = None
-    """Mean top-1 of the rows on the split that chose minus that on the reported one, unpaired; None before verification."""
+    """Mean top-1 of the rows on `chosen_split` minus that on `reported_split`, unpaired; None
+    before verification."""
     chosen_split: str = "val"
     reported_split: str = "test"
 
@@ -127,7 +136,7 @@ class Headline:
 
 
 def headline_section(headline: Headline) -> str:
-    """Cards and table as HTML; without a router, the baseline alone."""
+    """HTML of the cards and the table; without a router only the table with the baseline."""
     table = _table(headline) if headline.baseline or headline.rows else ""
     if not headline.rows:
         return f'<section><p class="empty">No router on the front yet.</p>{table}</section>'
@@ -135,7 +144,7 @@ def headline_section(headline: Headline) -> str:
 
 
 def _optimism(headline: Headline) -> str:
-    """The winner's curse in one sentence."""
+    """A paragraph about the mean optimism of the split that chose the front."""
     found = headline.optimism
     if found is None:
         return ""
@@ -200,7 +209,7 @@ def _gain_lines(gain: Estimate | None) -> tuple[str, list[str]]:
 
 
 def verdict(gain: Estimate) -> str:
-    """What the paired interval allows one to say."""
+    """The conclusion that the paired interval allows, in words."""
     if gain.low > 0:
         return "better than the static line"
     return "worse than the static line" if gain.high < 0 else "no difference shown"
@@ -222,7 +231,8 @@ def _saving_lines(row: Row, baseline: Row | None) -> list[str]:
 
 
 def _same_split(row: Row, baseline: Row | None) -> Scores | None:
-    """The baseline on the split that `row.shown` comes from: numbers of two splits are never subtracted."""
+    """The baseline's scores on the split of `row.shown`, since numbers of different splits must not
+    be subtracted."""
     if baseline is None:
         return None
     return baseline.chosen if row.reported is None else baseline.reported
@@ -272,7 +282,7 @@ def _table_row(row: Row, headline: Headline, is_baseline: bool) -> str:
     kind = "baseline" if is_baseline else "knee" if row.name == headline.knee else ""
     cells = [
         f'<td class="name-cell">{_name_cell(row, headline, is_baseline)}</td>',
-        _number(f"{100 * row.chosen.top1.value:.1f}", _interval(row.chosen.top1), *_standing(row.chosen)),
+        _number(f"{100 * row.chosen.top1.value:.1f}", _interval(row.chosen.top1), *_rank_lines(row.chosen)),
         _reported_cell(row),
         _madds_cell(row, headline),
         _number("baseline", "widest static") if is_baseline else _gain_cell(row.shown),
@@ -308,17 +318,17 @@ def _name_cell(row: Row, headline: Headline, is_baseline: bool) -> str:
 def _reported_cell(row: Row) -> str:
     if row.reported is None:
         return _number("–", NOT_VERIFIED)
-    return _number(f"{100 * row.reported.top1.value:.1f}", _interval(row.reported.top1), *_standing(row.reported))
+    return _number(f"{100 * row.reported.top1.value:.1f}", _interval(row.reported.top1), *_rank_lines(row.reported))
 
 
-def _standing(scores: Scores) -> list[str]:
-    """How sure its place is on a split: among the front's routers, and among those that the images cannot tell from it."""
+def _rank_lines(scores: Scores) -> list[str]:
+    """Lines on how certain a router's rank is: its stability on the front, its ties."""
     lines = [] if scores.stability is None else [f"on the front in {percent(scores.stability, 0)}"]
     if not scores.ties:
         return lines
     named = list(scores.ties[:MAX_TIES])
     more = [f"and {len(scores.ties) - MAX_TIES} more"] if len(scores.ties) > MAX_TIES else []
-    # A line each: the column stays as narrow as an interval.
+    # One line each, so that the column stays as narrow as an interval.
     return [*lines, f"tied: {named[0]}", *named[1:], *more]
 
 
@@ -376,7 +386,7 @@ def _table_legend(headline: Headline) -> str:
 
 
 def _chance(headline: Headline) -> str:
-    """Several intervals are looked at, so some exclude 0 by chance."""
+    """A remark on how many intervals exclude 0, and how many would by chance."""
     gains = [row.shown.gain for row in headline.rows if row.shown.gain is not None]
     known = [gain for gain in gains if not math.isnan(gain.low)]
     if not known:

@@ -1,4 +1,4 @@
-"""The hypervolume that the search has gained after each trial."""
+"""Figure of the hypervolume after each trial of a search."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from dsnet.wording import plural
 
 @dataclass(frozen=True)
 class HypervolumeInfo:
-    """One entry per finished trial, in slot order."""
+    """Hypervolume after each finished trial, in slot order."""
 
     slots: tuple[int, ...]
     hypervolume: tuple[float, ...]
-    """Entry k: the hypervolume that the static sub-networks and the feasible ones of the first k + 1 trials dominate together, in the
-    product of the objectives' units."""
+    """Entry k: hypervolume that the static sub-networks and the feasible trials among the first k +
+    1 dominate together, in the product of the objectives' units."""
     failures: tuple[tuple[int, str], ...]
     """(slot, reason) of each failed trial."""
     split: str
@@ -28,15 +28,17 @@ class HypervolumeInfo:
     reference: tuple[float, ...]
     """Reference point, in the objectives' own units (accuracies as fractions, `*_m` in millions)."""
     static_hypervolume: float | None = None
-    """That of the static sub-networks alone which hold every constraint, same reference: where the curve begins."""
+    """Hypervolume of the feasible static sub-networks alone, for the same reference point: the
+    start of the curve."""
     objectives: tuple[str, ...] = ("top1", "madds_m")
     """2 or 3 metric names, in the order of `reference`."""
     pruned: tuple[tuple[int, str], ...] = ()
     """(slot, reason) of each trial that was ended early."""
     num_infeasible: int = 0
-    """Completed trials that break a constraint, and so add nothing."""
+    """Completed trials that violate a constraint and therefore add nothing."""
     plateau: int | None = None
-    """The last `plateau` trials are those over which the stop rule found no growth; None where it did not stop the sweep."""
+    """Number of last trials over which the stop rule found no growth; None if it did not stop the
+    sweep."""
 
     def __post_init__(self) -> None:
         if len(self.slots) != len(self.hypervolume):
@@ -50,7 +52,7 @@ class HypervolumeInfo:
 
 
 def hypervolume_figure(info: HypervolumeInfo) -> go.Figure:
-    """A rising step line, with failed and pruned trials marked and the static sub-networks' hypervolume as a rule."""
+    """Step line of the hypervolume, with failed and pruned trials and the static level marked."""
     figure = go.Figure()
     if info.slots:
         figure.add_trace(_line(info))

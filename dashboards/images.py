@@ -1,4 +1,4 @@
-"""Figures as files: HTML and JSON always; PNG and SVG where kaleido and a Chromium are installed."""
+"""Writing of figures to files: HTML and JSON, and with kaleido and Chromium also PNG and SVG."""
 
 from __future__ import annotations
 
@@ -22,16 +22,18 @@ WAY_OUT: Final = (
 
 
 def write_figure(figure: go.Figure, path: str | Path, width_px: int = 1100) -> Path:
-    """Write `figure` in the format that the suffix of `path` names; the file appears whole or not at all.
+    """Write a figure atomically, in the format given by the suffix of `path`.
 
     Args:
         figure: a Plotly figure.
-        path: ends in .html (offline, plotly.js inside), .json, .png (two pixels per unit) or .svg.
+        path: file name with the suffix .html (offline, includes plotly.js), .json, .png (two pixels
+            per unit) or .svg.
         width_px: width of .png and .svg; the height is the figure's own.
 
     Raises:
-        ConfigError: another suffix.
-        PreflightError: .png or .svg without kaleido or Chromium, or a folder that cannot be written.
+        ConfigError: the suffix is another one.
+        PreflightError: kaleido or Chromium is missing for .png or .svg, or the folder cannot be
+            written.
     """
     path = Path(path)
     content = _content(figure, path, width_px)
@@ -48,7 +50,7 @@ def write_figure(figure: go.Figure, path: str | Path, width_px: int = 1100) -> P
 
 
 def front_svg(info: FrontInfo, width_px: int = 1100) -> str:
-    """The front as SVG text, for a README.
+    """Draw the front as SVG text, e.g. for a README.
 
     Raises:
         PreflightError: kaleido or Chromium is missing.
@@ -68,7 +70,7 @@ def _content(figure: go.Figure, path: Path, width_px: int) -> bytes:
 
 
 def check_suffix(path: Path) -> None:
-    """Refuse a file name before anything is drawn.
+    """Check the suffix of a file name before anything is drawn.
 
     Raises:
         ConfigError: no format has this suffix.

@@ -1,6 +1,7 @@
-"""The shell of an offline HTML page: styles, plotly.js once, the charts' data. Nothing in it knows about runs.
+"""Frame of an offline HTML page: styles, plotly.js (once) and the data of charts.
 
-The page's Content-Security-Policy forbids every connection: a part that needed the network would fail everywhere.
+The page's Content-Security-Policy forbids all connections, so that anything that needs the network
+would always fail.
 """
 
 from __future__ import annotations
@@ -87,8 +88,8 @@ dt { color: var(--muted); } dd { margin: 0; overflow-wrap: anywhere; }
 }
 """
 
-# Plotly's own "share chart" button uploads the chart's data to a public service: it is switched off.
-# A printed page is narrower than the window and prints what was last drawn, so charts are redrawn for it and back.
+# Plotly's button "share chart", which uploads the chart's data to a public service, is switched
+# off. A printed page is narrower than the window, so charts are redrawn before and after printing.
 SCRIPT: Final = """
 (function () {
   const slots = Array.from(document.querySelectorAll(".chart"));
@@ -106,12 +107,13 @@ SCRIPT: Final = """
 
 
 def chart(key: str, figure: go.Figure, is_wide: bool = False) -> str:
-    """The place of one chart together with its data; `key` is unique in the page.
+    """HTML of one chart with its data.
 
     Args:
-        key: identifier of the chart, [a-z0-9-]+.
-        figure: what is drawn; its layout's height is kept, its width follows the page.
-        is_wide: two panels side by side, which a narrow screen scrolls instead of squeezing.
+        key: identifier of the chart, unique in the page, [a-z0-9-]+.
+        figure: the figure; its layout's height is kept, its width follows the page.
+        is_wide: whether narrow screens scroll the chart instead of squeezing it, as for two panels
+            side by side.
     """
     height_px = int(figure.layout.height or 460)
     kind = "chart wide" if is_wide else "chart"
@@ -122,13 +124,13 @@ def chart(key: str, figure: go.Figure, is_wide: bool = False) -> str:
 
 
 def _inert_json(figure: go.Figure) -> str:
-    """JSON that cannot end its script element, whatever the names in it are."""
+    """The figure's JSON, escaped so that no text in it can end the script element."""
     text = str(figure.to_json())
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
 def page(title: str, header: str, body: str, footer: str = "") -> str:
-    """A whole offline page. `title` is escaped here; the other arguments are HTML already."""
+    """A complete offline page; `title` is escaped, the other arguments are HTML."""
     plotly_js = get_plotlyjs().replace("</script", "<\\/script")
     return f"""<!DOCTYPE html>
 <html lang="en">
@@ -153,15 +155,15 @@ def page(title: str, header: str, body: str, footer: str = "") -> str:
 
 
 def definition_list(pairs: Iterable[tuple[str, str]]) -> str:
-    """Name-value pairs, escaped."""
+    """HTML definition list of (name, value) pairs, which are escaped."""
     return "<dl>" + "".join(f"<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>" for k, v in pairs) + "</dl>"
 
 
 def figure_page(figure: go.Figure, title: str) -> str:
-    """One figure as an offline page of its own."""
+    """An offline page with a single figure."""
     return page(title, "", chart("figure", figure))
 
 
 def figure_json(figure: go.Figure) -> str:
-    """The figure as Plotly's JSON, keys sorted, so that equal figures are equal files."""
+    """The figure as Plotly's JSON with sorted keys, so that equal figures give equal files."""
     return json.dumps(json.loads(str(figure.to_json())), sort_keys=True, indent=1)

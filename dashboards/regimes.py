@@ -1,4 +1,5 @@
-"""Training regimes side by side: accuracy of every width, and paired differences to a baseline, with intervals over seeds."""
+"""Figure that compares training regimes: accuracy of every width and paired differences, with
+intervals over seeds."""
 
 from __future__ import annotations
 
@@ -13,24 +14,24 @@ from dsnet.wording import plural
 
 PANEL_PX = 300
 SPREAD = 0.7
-"""Of the distance between two widths: over how much of it the regimes lie side by side."""
+"""Share of the distance between two widths over which the regimes are placed side by side."""
 
 
 @dataclass(frozen=True)
 class RegimeSeries:
-    """One regime, one entry per width."""
+    """Results of one regime, one entry per width."""
 
     regime: str
     num_seeds: int
     means: tuple[float, ...]
-    """Over seeds; fractions."""
+    """Means over seeds, as fractions."""
     halves: tuple[float, ...] | None
-    """Half the width of the interval around each mean; None where one seed gives none."""
+    """Half the width of the interval around each mean; None for a single seed."""
 
 
 @dataclass(frozen=True)
 class RegimeDifferences:
-    """Other regimes' accuracy minus the baseline's, paired by seed."""
+    """Accuracy of other regimes minus that of a baseline, paired by seed."""
 
     baseline: str
     series: tuple[RegimeSeries, ...]
@@ -38,18 +39,18 @@ class RegimeDifferences:
 
 @dataclass(frozen=True)
 class RegimesInfo:
-    """Regimes that were trained for equally many steps; widths by rising MAdds."""
+    """Results of regimes that were trained for the same number of steps; widths by rising MAdds."""
 
     split: str
     num_images: int
     subject: str
-    """What was trained, for the subtitle."""
+    """Description of what was trained, for the subtitle."""
     level: float
     """Coverage of the intervals, in (0, 1)."""
     subnets: tuple[str, ...]
     madds_m: tuple[float, ...]
     accuracy: tuple[RegimeSeries, ...]
-    """Top-1."""
+    """Top-1 of each regime."""
     differences: tuple[RegimeDifferences, ...] = ()
 
     def __post_init__(self) -> None:
@@ -67,9 +68,10 @@ class RegimesInfo:
 
 
 def regimes_figure(info: RegimesInfo) -> go.Figure:
-    """Top: top-1 (%) of each width. Below, for each baseline: the difference in points, paired by seed.
+    """Figure with top-1 (%) of each width and, below, differences to each baseline in points.
 
-    Widths lie at equal distances, the regimes of a width side by side, so that intervals do not cover each other.
+    Differences are paired by seed. Widths are evenly spaced, with the regimes of a width side by
+    side, so that intervals do not overlap.
     """
     titles = [f"top-1 on {info.split} (n = {info.num_images:,})"]
     titles += [f"minus {group.baseline}, paired by seed" for group in info.differences]
@@ -106,7 +108,8 @@ def _subtitle(info: RegimesInfo) -> str:
 def _traces(
     info: RegimesInfo, series: tuple[RegimeSeries, ...], worded: Callable[[float], str], *, is_first: bool
 ) -> list[go.Scatter]:
-    """One trace per regime; place, colour and symbol are those of its position in `info.accuracy`, in every panel."""
+    """One trace per regime; position, colour and symbol follow from its index in `info.accuracy`,
+    in every panel."""
     names = [entry.regime for entry in info.accuracy]
     traces = []
     for entry in series:

@@ -1,7 +1,8 @@
-"""One offline HTML report of a run: headline numbers beside their controls, then every figure.
+"""Offline HTML report of a run: headline numbers beside their controls, then all figures.
 
-`ReportData` says what goes in, with units; each part may be missing, and the report then says so. Accuracies are
-fractions in the data and percent on the page, costs are millions of MAdds per image, latencies milliseconds per batch.
+`ReportData` holds its content; parts may be missing, and the report then says so. Accuracies are
+fractions in the data and percent on the page, costs are millions of MAdds per image, latencies
+milliseconds per batch.
 """
 
 from __future__ import annotations
@@ -23,17 +24,17 @@ from dashboards.widths import WidthsInfo, widths_figure
 from dsnet.wording import plural
 
 MAX_ENDINGS: Final = 12
-"""Reasons that are listed."""
+"""Maximum number of listed reasons why trials ended early."""
 
 
 @dataclass(frozen=True)
 class ReportData:
-    """Everything that the report shows."""
+    """Content of the report."""
 
     run_name: str
     status: Literal["running", "stopped", "complete", "failed"]
     created: str
-    """When the report was made, as displayed."""
+    """Time at which the report was made, as displayed."""
     data_name: str
     model: str
     headline: Headline = field(default_factory=Headline)
@@ -42,13 +43,13 @@ class ReportData:
     num_pruned: int = 0
     """Trials that were ended early."""
     num_infeasible: int = 0
-    """Completed trials that break a constraint: they are never on the front."""
+    """Completed trials that violate a constraint and therefore cannot be on the front."""
     constraints: tuple[tuple[str, int], ...] = ()
-    """(constraint, completed trials that break it)."""
+    """(constraint, number of completed trials that violate it)."""
     endings: tuple[tuple[str, str, int], ...] = ()
-    """("pruned" or "failed", reason, trials that ended for it)."""
+    """("pruned" or "failed", reason, number of trials that ended for it)."""
     num_test_openings: int = 0
-    """How often the sealed split was read: more than once weakens its numbers."""
+    """Number of times the sealed split was read; more than once weakens its numbers."""
     front: FrontInfo | None = None
     hypervolume: HypervolumeInfo | None = None
     routers: RoutersInfo | None = None
@@ -56,21 +57,22 @@ class ReportData:
     widths: WidthsInfo | None = None
     training: TrainingInfo | None = None
     naming: str = ""
-    """What the sub-networks' names mean."""
+    """Explanation of the sub-networks' names."""
     notes: tuple[str, ...] = ()
-    """Warnings that qualify the numbers, e.g. 'smoke result: 270 images a split'; shown above everything else."""
+    """Warnings that qualify the numbers, e.g. 'smoke result: 270 images a split'; shown at the
+    top."""
     commands: tuple[tuple[str, str], ...] = ()
-    """(what it does, command), e.g. ('Continue this run', 'dsnet-orch launch ...')."""
+    """(description, command), e.g. ('Continue this run', 'dsnet-orch launch ...')."""
     making: tuple[tuple[str, str], ...] = ()
-    """How the supernet was made."""
+    """Facts about the training of the supernet: (name, value)."""
     versions: tuple[tuple[str, str], ...] = ()
     hardware: tuple[tuple[str, str], ...] = ()
     seeds: tuple[tuple[str, str], ...] = ()
-    """Seeds and hashes that the numbers depend on."""
+    """Seeds and hashes on which the numbers depend: (name, value)."""
 
 
 def build_report(data: ReportData) -> str:
-    """The report as one HTML document that loads nothing from anywhere; about 5 MB, nearly all of it plotly.js."""
+    """Build the report as one self-contained HTML document of about 5 MB (mostly plotly.js)."""
     sections = [
         _notes(data),
         headline_section(data.headline),
@@ -102,7 +104,7 @@ def _notes(data: ReportData) -> str:
 
 
 def _own_notes(data: ReportData) -> list[str]:
-    """What the numbers themselves demand to be said."""
+    """Notes that follow from the numbers in the report."""
     notes = []
     headline = data.headline
     if headline.rows and not headline.is_verified:
@@ -132,7 +134,7 @@ def _own_notes(data: ReportData) -> list[str]:
 
 
 def _section(title: str, caption: str, content: str) -> str:
-    """`title` is ours; `caption` may quote names, so it is escaped; `content` is HTML already."""
+    """A section of the page; `caption` is escaped, `title` and `content` are HTML."""
     return f"<section><h2>{title}</h2>\n<p class='muted'>{escape(caption)}</p>\n{content}</section>"
 
 
@@ -216,7 +218,7 @@ def _endings_table(data: ReportData) -> str:
 
 
 def _small_table(heads: tuple[str, str, str], rows: Sequence[tuple[str, str, str]]) -> str:
-    """Everything in it is text, which is escaped."""
+    """HTML table of three columns; all cells are text, which is escaped."""
     kinds = ("", "number", "number")
     head = "".join(f'<th class="{kind}" scope="col">{escape(h)}</th>' for kind, h in zip(kinds, heads, strict=True))
     body = "".join(
@@ -273,7 +275,8 @@ def _widths_table(info: WidthsInfo) -> str:
 
 
 def _ceiling_row(info: WidthsInfo) -> str:
-    """What the widest costs over the cheapest: in MAdds, in parameters, and in milliseconds, the real ceiling."""
+    """Table row of the ratios widest / cheapest: MAdds, parameters, and latency, which is the
+    ceiling of any speed-up."""
     ratios = [info.madds_m[-1] / info.madds_m[0], info.params_m[-1] / info.params_m[0]]
     shown = [*(f"{r:.2f}x" for r in ratios), "", "", *(f"{s.ceiling:.2f}x" for s in info.latency)]
     cells = "".join(f'<td class="number">{text}</td>' for text in shown)

@@ -1,4 +1,5 @@
-"""What each kind of router reaches at a few budgets: its gain over the static line, and how far it goes of what can be gained."""
+"""Figure and table of the kinds of routers at a few budgets: gains over the static line and shares
+of the possible gain."""
 
 from __future__ import annotations
 
@@ -27,39 +28,42 @@ from dashboards.theme import (
 )
 
 COLOURS = (BLUE, GREEN, ORANGE, SKY, INK, MUTED)
-"""Of the kinds; without those of the two limits."""
+"""Colours of the kinds; those of the two limits are not among them."""
 SPREAD = 0.6
-"""Of the distance between two budgets: over how much of it the kinds lie side by side."""
+"""Share of the distance between two budgets over which the kinds are placed side by side."""
 
 
 @dataclass(frozen=True)
 class RouterResult:
-    """The trial that speaks for a kind of router at a budget; accuracies are fractions."""
+    """The best trial of a kind of router at a budget; accuracies are fractions."""
 
     router: str
-    """The kind."""
+    """Kind of router."""
     budget_share: float
     """The budget as a share of the range of MAdds."""
     name: str
-    """Of the trial."""
+    """Name of the trial."""
     madds_m: float
-    """What it really spends on the split, mean per image, millions."""
+    """Mean MAdds per image on the split, in millions."""
     top1: float
     static_top1: float | None
-    """The static line at `madds_m`; None where there is none."""
+    """Top-1 of the static line at `madds_m`; None outside its range."""
     reachable_top1: float | None
+    """Top-1 of the reachable curve at `madds_m`."""
     oracle_top1: float | None
+    """Top-1 of the oracle at `madds_m`."""
     gain: tuple[float, float, float] | None
-    """Over the static line: value and the ends of its 95 % interval."""
+    """Gain over the static line: value, and lower and upper end of its 95 % interval."""
     reachable_share: float | None
-    """Of the gap from the static line to the reachable ceiling."""
+    """Gain as a share of the gap from the static line to the reachable curve."""
     oracle_share: float | None
+    """Gain as a share of the gap from the static line to the oracle."""
     is_collapsed: bool = False
 
 
 @dataclass(frozen=True)
 class RoutersInfo:
-    """All kinds that a sweep tried, on one split."""
+    """Results of all kinds of routers in a sweep, on one split."""
 
     split: str
     num_images: int
@@ -67,17 +71,20 @@ class RoutersInfo:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """In order of first appearance."""
+        """Kinds of routers in order of first appearance."""
         return tuple(dict.fromkeys(result.router for result in self.results))
 
     @property
     def budget_shares(self) -> tuple[float, ...]:
-        """Rising."""
+        """Budgets as shares of the range of MAdds, rising."""
         return tuple(sorted({result.budget_share for result in self.results}))
 
 
 def routers_figure(info: RoutersInfo) -> go.Figure:
-    """Gain over the static line (points) by budget, kinds side by side; dashes show what was to be gained at the same cost."""
+    """Figure of the gain over the static line (points) by budget, with the kinds side by side.
+
+    Dashes show the possible gain at the same cost, for the reachable curve and the oracle.
+    """
     figure = go.Figure()
     figure.add_hline(y=0, line={"color": MUTED, "width": 1})
     for index, kind in enumerate(info.kinds):
@@ -102,7 +109,7 @@ def routers_figure(info: RoutersInfo) -> go.Figure:
             )
         )
     for name, field, colour in (("reachable", "reachable_top1", VERMILION), ("oracle", "oracle_top1", PURPLE)):
-        figure.add_trace(_to_be_gained(info, f"{name}, at the same cost", field, colour))
+        figure.add_trace(_limit_trace(info, f"{name}, at the same cost", field, colour))
     if not info.results:
         note(figure, "no router within a budget yet")
     shares = info.budget_shares
@@ -124,8 +131,8 @@ def _place(info: RoutersInfo, result: RouterResult) -> float:
     return info.budget_shares.index(result.budget_share) + SPREAD * shift
 
 
-def _to_be_gained(info: RoutersInfo, name: str, field: str, colour: str) -> go.Scatter:
-    """A dash for each router, at what its cost would have allowed."""
+def _limit_trace(info: RoutersInfo, name: str, field: str, colour: str) -> go.Scatter:
+    """A dash for each router at the gain of a limit at its cost."""
     known = [
         (result, getattr(result, field) - result.static_top1)
         for result in info.results
@@ -151,7 +158,7 @@ def _hover(result: RouterResult) -> str:
 
 
 def routers_table(info: RoutersInfo) -> str:
-    """The same numbers as an HTML table, a row for each budget and kind."""
+    """The same numbers as an HTML table with a row for each budget and kind."""
     heads = ["Budget", "Router", "Mean MAdds (M)", "Top-1 (%)", "Gain over static line (points)"]
     heads += ["Of the reachable gap", "Of the oracle gap", "Static, reachable, oracle (%)"]
     head = "".join(f'<th class="{"number" if k > 1 else ""}" scope="col">{h}</th>' for k, h in enumerate(heads))
@@ -186,7 +193,8 @@ def _gain(result: RouterResult) -> str:
 
 
 def _share(share: float | None) -> str:
-    """A share may be negative, or above the whole where a router beats what was taken for the ceiling."""
+    """A share in percent; it may be negative, or above 100 % if a router beats the supposed
+    ceiling."""
     return "–" if share is None else f"{signed(100 * share, 0)} %".removeprefix("+")
 
 

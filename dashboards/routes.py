@@ -1,4 +1,5 @@
-"""Which routes answer for the routers of the front: a histogram per gate, and per class for one of them."""
+"""Figures of the routes that the routers of the front take: histograms per router, and per class
+for one of them."""
 
 from __future__ import annotations
 
@@ -14,25 +15,25 @@ from dsnet.wording import plural
 
 ROW_HEIGHT_PX = 30
 MAX_ROWS_PX = 1000
-"""Beyond this, more classes make thinner rows and not a longer page."""
+"""Maximum height of the rows together; beyond it more classes make the rows thinner."""
 
 
 @dataclass(frozen=True)
 class RoutesInfo:
-    """Counts of images per gate and route, and per class where labels were given."""
+    """Numbers of images per router and route, and per class if labels were given."""
 
     split: str
     num_images: int
     routes: tuple[str, ...]
     madds_m: tuple[float, ...]
-    """Cost of each route, millions."""
+    """MAdds of each route, in millions."""
     gates: tuple[str, ...]
-    """Front points, cheapest first."""
+    """Names of the front's routers, cheapest first."""
     counts: npt.NDArray[np.int64]
-    """int64[gates, routes], each row sums to `num_images`."""
+    """int64 [gates, routes]; each row sums to `num_images`."""
     classes: tuple[str, ...] = ()
     class_counts: npt.NDArray[np.int64] | None = None
-    """int64[gates, classes, routes] or None."""
+    """int64 [gates, classes, routes]; None without labels."""
 
 
 def routes_info(
@@ -43,18 +44,19 @@ def routes_info(
     labels: npt.NDArray[np.integer] | None = None,
     classes: Sequence[str] = (),
 ) -> RoutesInfo:
-    """Info from the routes that each gate chose.
+    """Build the info from the routes that each router chose.
 
     Args:
-        chosen: gate name -> route index per image, int[N] in 0..K-1; every gate over the same N images.
-        routes: the K routes' names, in the order of the indices.
-        madds_m: cost of each route, millions.
+        chosen: router name -> route index per image, int [N] in 0..K-1, for the same N images.
+        routes: names of the K routes, in the order of the indices.
+        madds_m: MAdds of each route, in millions.
         split: the split of the images.
-        labels: class index per image, int[N]; None leaves out the per-class counts.
-        classes: names of the classes; needed with `labels`.
+        labels: class index per image, int [N]; None leaves out the counts per class.
+        classes: names of the classes; required with `labels`.
 
     Raises:
-        ValueError: a route index outside 0..K-1, or gates that saw different numbers of images.
+        ValueError: a route index is outside 0..K-1, or the routers have different numbers of
+            images.
     """
     sizes = {len(route) for route in chosen.values()}
     if len(sizes) > 1:
@@ -87,7 +89,7 @@ def _histogram(route: npt.NDArray[np.integer], num_routes: int) -> npt.NDArray[n
 
 
 def routes_figure(info: RoutesInfo) -> go.Figure:
-    """One stacked bar per front point: the share of images (%) that takes each route, cheap routes light."""
+    """Figure with a bar per router: the share of images (%) that takes each route."""
     figure = go.Figure()
     order = np.argsort(np.asarray(info.madds_m), kind="stable")
     gates = [plain(gate) for gate in info.gates]
@@ -121,7 +123,7 @@ def routes_figure(info: RoutesInfo) -> go.Figure:
 
 
 def class_routes_figure(info: RoutesInfo, gate: str) -> go.Figure:
-    """Heat map of one gate: the share (%) of each class's images that takes each route.
+    """Heat map of one router: the share (%) of each class's images that takes each route.
 
     Raises:
         ValueError: `gate` is not in the info, or the info has no classes.

@@ -1,4 +1,4 @@
-"""A sweep of supernets: one front over all of them, each point in its supernet's colour and symbol, and what became of each.
+"""Report of a sweep of supernets: one front over all of them, and the state and training of each.
 
 Accuracies are fractions in the data and percent on the page, costs are millions of MAdds per image.
 """
@@ -38,47 +38,49 @@ STATE_WORDS: Final = {
     "stopped": "stopped early",
     "failed": "failed",
 }
-"""State of a supernet, in every table."""
+"""State of a supernet -> its words in figures and tables."""
 
 
 @dataclass(frozen=True)
 class SupernetInfo:
-    """One supernet of the sweep, as far as it has come."""
+    """State and results of one supernet of the sweep."""
 
     name: str
     settings: tuple[tuple[str, ParamValue], ...]
-    """What it was trained with, of what the sweep varies."""
+    """Its values of the settings that the sweep varies."""
     state: SupernetState
     reason: str = ""
     """Why it was stopped or failed."""
     reports: tuple[tuple[int, float], ...] = ()
     """(epoch, hypervolume of its static sub-networks on val) as training reported them."""
     epochs: int = 0
-    """Epochs of a whole training."""
+    """Epochs of a complete training."""
     static_hypervolume: float | None = None
-    """The same of the finished supernet, in the objectives' units; None before it is measured."""
+    """Hypervolume of the finished supernet's static sub-networks, in the objectives' units; None
+    before it is measured."""
     num_trials: int = 0
     num_failed: int = 0
     """Trials that failed."""
     static: tuple[StaticPoint, ...] = ()
-    """Its sub-networks on the split that chose, by rising cost."""
+    """Its sub-networks on the split on which the front was chosen, by rising cost."""
     reported_static: tuple[StaticPoint, ...] = ()
-    """The same on the sealed split, where its gates ran there."""
+    """The same on the sealed split, if its gates ran there."""
     chosen: tuple[DynamicPoint, ...] = ()
-    """Its gates on the split that chose; `is_front` is that of the front over all supernets."""
+    """Its gates on the split on which the front was chosen; `is_front` refers to the front over all
+    supernets."""
     reported: tuple[DynamicPoint, ...] = ()
-    """Those that ran on the sealed split."""
+    """Its gates that ran on the sealed split."""
     link: str | None = None
-    """Its own report, relative to the page."""
+    """Path of its own report, relative to the page."""
 
     @property
     def num_front(self) -> int:
-        """Its gates on the front over all supernets."""
+        """Number of its gates on the front over all supernets."""
         return sum(point.is_front for point in self.chosen)
 
     @property
     def short_name(self) -> str:
-        """Without the digits of its key: s0-3fa29c01 -> s0."""
+        """Its name without the digits of its key: s0-3fa29c01 -> s0."""
         return self.name.partition("-")[0]
 
 
@@ -89,19 +91,19 @@ class SupernetsInfo:
     supernets: tuple[SupernetInfo, ...]
     num_chosen_images: int
     num_reported_images: int = 0
-    """0: nothing ran on the sealed split yet."""
+    """Number of images of the sealed split; 0 before anything ran on it."""
     chosen_split: str = "val"
     reported_split: str = "test"
 
     @property
     def num_front(self) -> int:
-        """Gates on the front over all supernets."""
+        """Number of gates on the front over all supernets."""
         return sum(supernet.num_front for supernet in self.supernets)
 
 
 @dataclass(frozen=True)
 class SupernetsReport:
-    """Everything that the report of a sweep of supernets shows."""
+    """Content of the report of a sweep of supernets."""
 
     run_name: str
     status: Literal["running", "stopped", "complete", "failed"]
@@ -115,13 +117,13 @@ class SupernetsReport:
     objectives: tuple[str, ...] = ("top1", "madds_m")
     notes: tuple[str, ...] = ()
     commands: tuple[tuple[str, str], ...] = ()
-    """(what it does, command)."""
+    """(description, command)."""
     facts: tuple[tuple[str, str], ...] = ()
-    """Seeds, hashes, versions, hardware."""
+    """Seeds, hashes, versions, hardware: (name, value)."""
 
 
 def supernets_front(info: SupernetsInfo) -> FrontInfo:
-    """All supernets as one front, for a picture that does not tell them apart."""
+    """The points of all supernets as one front, for a picture without distinct supernets."""
     supernets = info.supernets
     chosen = FrontPanel(
         split=info.chosen_split,
@@ -141,7 +143,11 @@ def supernets_front(info: SupernetsInfo) -> FrontInfo:
 
 
 def supernets_figure(info: SupernetsInfo) -> go.Figure:
-    """Top-1 (%) against mean MAdds (M): every supernet in its colour and symbol, filled where it is on the front over all."""
+    """Figure of top-1 (%) against mean MAdds (M), with a colour and symbol per supernet.
+
+    Marks are filled for gates on the front over all supernets, faint for other trials and open for
+    static sub-networks.
+    """
     is_paired = info.num_reported_images > 0
     titles = [f"{info.chosen_split} (n = {info.num_chosen_images:,}): the front was chosen here"]
     if is_paired:
@@ -155,7 +161,7 @@ def supernets_figure(info: SupernetsInfo) -> go.Figure:
     )
     figure.update_annotations(font={"size": 14, "color": INK})
     for index, supernet in enumerate(info.supernets):
-        colour, symbol = _look(index)
+        colour, symbol = _colour_and_symbol(index)
         traces = [
             (1, _static_trace(supernet, supernet.static, colour, symbol, info.chosen_split)),
             (1, _others_trace(supernet, colour, symbol, info.chosen_split)),
@@ -184,8 +190,8 @@ def supernets_figure(info: SupernetsInfo) -> go.Figure:
     return dressed(figure, "One front over all supernets", subtitle, height_px=620)
 
 
-def _look(index: int) -> tuple[str, str]:
-    """Colour and symbol of a supernet; 8 x 8 differ before they repeat."""
+def _colour_and_symbol(index: int) -> tuple[str, str]:
+    """Colour and symbol of a supernet; there are 8 x 8 combinations before they repeat."""
     return SERIES[index % len(SERIES)], SYMBOLS[(index + index // len(SERIES)) % len(SYMBOLS)]
 
 
@@ -257,10 +263,11 @@ def _value(value: Any) -> str:
 
 
 def reports_figure(info: SupernetsInfo) -> go.Figure:
-    """What each supernet reported while it trained, by epoch: the number by which the scheduler stopped some of them."""
+    """Figure of the hypervolume that each supernet reported during training, by which the scheduler
+    may stop it."""
     figure = go.Figure()
     for index, supernet in enumerate(info.supernets):
-        colour, symbol = _look(index)
+        colour, symbol = _colour_and_symbol(index)
         if not supernet.reports:
             continue
         epochs = [epoch for epoch, _ in supernet.reports]
@@ -289,7 +296,8 @@ def reports_figure(info: SupernetsInfo) -> go.Figure:
 
 
 def supernets_table(info: SupernetsInfo) -> str:
-    """One row per supernet: settings, state, rungs, static hypervolume, trials, share of the front."""
+    """HTML table with one row per supernet: settings, state, epochs, static hypervolume, trials,
+    share of the front."""
     keys = list(dict.fromkeys(key for supernet in info.supernets for key, _ in supernet.settings))
     heads = [("Supernet", ""), *((key.removeprefix("supernet."), "") for key in keys), ("State", "")]
     heads += [(name, "number") for name in ("Epochs", "Static hypervolume", "Trials", "On the front")]
@@ -327,7 +335,7 @@ def _epochs(supernet: SupernetInfo) -> str:
 
 
 def build_supernets_report(data: SupernetsReport) -> str:
-    """The report as one HTML document that loads nothing from anywhere."""
+    """Build the report as one self-contained HTML document."""
     info = data.info
     figure_caption = (
         "Every gate of every supernet competes for one front; colour and symbol say where a point comes from. A supernet's "

@@ -1,4 +1,4 @@
-"""Loss curves of the supernet, one per width."""
+"""Figure of the supernet's loss curves, one per width."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from dashboards.theme import DASHES, SERIES, dressed, finite, note, plain
 
 LOSS_PREFIX: Final = "loss/"
 MAX_POINTS: Final = 400
-"""Drawn points per curve: longer ones are averaged over equal runs of rows, so that the report stays small."""
+"""Maximum number of points per curve; longer curves are averaged over equal chunks, to keep the
+report small."""
 
 
 @dataclass(frozen=True)
 class LossCurve:
-    """Loss of one width; rows in which it is missing or not finite are left out and counted."""
+    """Loss of one width; non-finite values are left out and counted."""
 
     width: str
     epochs: tuple[float, ...]
@@ -28,18 +29,19 @@ class LossCurve:
 
 @dataclass(frozen=True)
 class TrainingInfo:
-    """The supernet's curves, in order of first appearance."""
+    """The supernet's loss curves, in order of first appearance."""
 
     curves: tuple[LossCurve, ...]
     num_steps: int
 
 
 def training_info(rows: Iterable[Mapping[str, Any]]) -> TrainingInfo:
-    """Info from the rows of curves.jsonl.
+    """Build the info from the rows of curves.jsonl.
 
     Args:
-        rows: {"step": int, "epoch": float, "metrics": {"loss/<width>": float, ...}}; other metrics are not drawn. A
-            step that comes twice, because a worker was restarted, counts as it came last.
+        rows: {"step": int, "epoch": float, "metrics": {"loss/<width>": float, ...}}; other metrics
+            are ignored. If a step occurs twice, because a worker was restarted, the last row
+            counts.
     """
     by_step = {int(row["step"]): row for row in rows}
     ordered = [by_step[step] for step in sorted(by_step)]
@@ -61,7 +63,7 @@ def _curve(name: str, rows: Sequence[Mapping[str, Any]]) -> LossCurve:
 
 
 def training_figure(info: TrainingInfo) -> go.Figure:
-    """Loss against epoch, one line per width."""
+    """Figure of loss against epoch, one line per width."""
     figure = go.Figure()
     for index, curve in enumerate(info.curves):
         figure.add_trace(

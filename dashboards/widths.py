@@ -1,4 +1,4 @@
-"""The static sub-networks: accuracy and measured latency against cost, and the ceiling of any acceleration."""
+"""Figure of the static sub-networks: accuracy and latency against cost, speed-up ceiling."""
 
 from __future__ import annotations
 
@@ -24,24 +24,25 @@ class LatencySeries:
 
     @property
     def ceiling(self) -> float:
-        """latency(widest) / latency(cheapest): no routing can speed up more than this. Subnets lie by rising cost."""
+        """Ceiling of the speed-up by routing: latency of the widest / cheapest sub-network."""
         return self.median_ms[-1] / self.median_ms[0]
 
 
 @dataclass(frozen=True)
 class WidthsInfo:
-    """The static sub-networks by rising MAdds."""
+    """Accuracy, cost and latency of the static sub-networks, by rising MAdds."""
 
     split: str
     num_images: int
     device: str
-    """Named device and threads of the latency measurement, e.g. 'cpu, 1 thread'."""
+    """Device and threads of the latency measurement, e.g. 'cpu, 1 thread'."""
     subnets: tuple[str, ...]
     madds_m: tuple[float, ...]
     params_m: tuple[float, ...]
     top1: tuple[float, ...]
-    """Fractions."""
+    """Top-1 accuracy as fractions."""
     top5: tuple[float, ...]
+    """Top-5 accuracy as fractions."""
     latency: tuple[LatencySeries, ...] = ()
 
     def __post_init__(self) -> None:
@@ -54,9 +55,11 @@ class WidthsInfo:
 
 
 def widths_figure(info: WidthsInfo) -> go.Figure:
-    """Left: top-1 and top-5 (%). Right: latency of a batch (ms, median and IQR); both against MAdds (M).
+    """Figure against MAdds (M) of top-1 and top-5 (%), left, and latency of a batch (ms, median and
+    IQR), right.
 
-    The latency axis is logarithmic, so that equal heights are equal ratios and the ceilings of the batch sizes compare.
+    The latency axis is logarithmic, so that equal heights are equal ratios and ceilings can be
+    compared across batch sizes.
     """
     titles = (f"accuracy on {info.split} (n = {info.num_images:,})", "measured latency, median and IQR")
     figure = make_subplots(rows=1, cols=2, horizontal_spacing=0.12, subplot_titles=[plain(t) for t in titles])
@@ -79,9 +82,9 @@ def widths_figure(info: WidthsInfo) -> go.Figure:
 
 
 def _log_ticks(info: WidthsInfo) -> list[float]:
-    """1, 2, 5, 10, 20, 50, ... over the measured range: Plotly's own labels leave the decade out.
+    """Ticks 1, 2, 5, 10, 20, 50, ... over the measured range; Plotly's own labels omit the decade.
 
-    On a disturbed machine half the quartile range can exceed the median: a bar that ends at or below 0 has no place on the axis.
+    Values at or below 0, possible as the lower end of a bar on a disturbed machine, are left out.
     """
     values = [v for s in info.latency for v in (*s.low_ms, *s.median_ms, *s.high_ms) if v > 0]
     if not values:
@@ -91,7 +94,7 @@ def _log_ticks(info: WidthsInfo) -> list[float]:
 
 
 def ceiling_text(info: WidthsInfo) -> str:
-    """One line: the most that routing could speed up; the range of it for more than two batch sizes."""
+    """The speed-up ceiling of routing in one line; a range for more than two batch sizes."""
     if not info.latency or not info.subnets:
         return "latency not measured yet"
     if len(info.latency) > 2:

@@ -12,13 +12,13 @@ if TYPE_CHECKING:
     from dsnet.deploy.bundle import Bundle, load_bundle
 
 __version__ = "0.1.0"
-"""The version of the distribution dsnet-orch; setup.py reads it here."""
+"""Version of the distribution dsnet-orch, read by setup.py."""
 
 __all__ = ["Bundle", "__version__", "load_bundle"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import what needs torch only when it is asked for (PEP 562)."""
+    """Import the names that need torch only when they are used (PEP 562)."""
     if name in __all__:
         from dsnet.deploy import bundle
 

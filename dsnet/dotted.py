@@ -1,4 +1,4 @@
-"""Nested settings and their dotted keys, such as `gate.sgs.t_easy`."""
+"""Conversion between nested settings and dotted keys such as `gate.sgs.t_easy`."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 
 
 def flatten(settings: Mapping[str, Any], prefix: str = "", whole: Collection[str] = ()) -> dict[str, Any]:
-    """Dotted key to value, in the order of `settings`. An empty mapping is a value.
+    """Dotted key -> value, in the order of `settings`; an empty mapping counts as a value.
 
     Args:
         settings: nested mappings.
-        prefix: stands before every key, with its dot.
-        whole: dotted keys of mappings whose entries are values, whatever they are.
+        prefix: prefix of every key, including its dot.
+        whole: dotted keys of mappings whose entries are not flattened further.
     """
     flat: dict[str, Any] = {}
     for key, value in settings.items():
@@ -27,7 +27,7 @@ def flatten(settings: Mapping[str, Any], prefix: str = "", whole: Collection[str
 
 
 def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """The nested mapping that `flatten` made flat."""
+    """Rebuild the nested mapping from the result of `flatten`."""
     nested: dict[str, Any] = {}
     for dotted, value in flat.items():
         *sections, leaf = dotted.split(".")

@@ -1,4 +1,4 @@
-"""What a result was made with: versions, and the device that a name stands for."""
+"""Facts about the environment of a run: versions of packages, and the device to use."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def installed_versions(packages: Iterable[str]) -> dict[str, str]:
 
 
 def resolve_device(name: str) -> str:
-    """`cpu` or `cuda`; `auto` takes cuda where there is one.
+    """The device `cpu` or `cuda` for a name; `auto` gives cuda if it is available.
 
     Raises:
-        PreflightError: cuda was asked for and is not there.
+        PreflightError: cuda is requested but not available.
     """
-    import torch  # asking for versions needs none
+    import torch  # imported late: `installed_versions` does not need it
 
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,26 +1,27 @@
-"""Every error that a user of the platform can meet, in one tree.
+"""The tree of all errors that are reported to users.
 
-Raise them where the cause is known; only the command line turns them into an exit code. A message says what is wrong, where,
-the value that was met, and the way out.
+They are raised where the cause is known; only the command line turns them into an exit code. A
+message says what is wrong, where, the value found, and what to do.
 """
 
 from __future__ import annotations
 
 
 class DsnetError(Exception):
-    """Base of all errors that are the user's to mend; `exit_code` is what the command line returns."""
+    """Base class of errors that the user can correct; `exit_code` is for the command line."""
 
     exit_code = 1
 
 
 class ConfigError(DsnetError):
-    """The configuration or the command line cannot be accepted."""
+    """The configuration or the command line is invalid."""
 
     exit_code = 2
 
 
 class PreflightError(DsnetError):
-    """The configuration is fine, but something it names (data, folder, device, checkpoint) is missing or broken."""
+    """The configuration is valid, but something it names (data, folder, device, checkpoint) is
+    missing or broken."""
 
     exit_code = 3
 
@@ -40,7 +41,7 @@ class TooManyFailedTrialsError(DsnetError):
 
 
 class NothingFeasibleError(DsnetError):
-    """The sweep finished without one usable point."""
+    """The sweep finished without any feasible point."""
 
     exit_code = 5
 
@@ -52,13 +53,13 @@ class StoppedError(DsnetError):
 
 
 class VerificationError(DsnetError):
-    """What really ran differs from what was claimed."""
+    """The results of the real network differ from the claimed ones."""
 
     exit_code = 7
 
 
 class LockedError(DsnetError):
-    """Another driver holds the run folder."""
+    """Another process holds the lock of the folder."""
 
     exit_code = 8
 
@@ -70,6 +71,6 @@ class NotFoundError(DsnetError):
 
 
 class NonFiniteLossError(DsnetError):
-    """A training loss became NaN or infinite; the message names the step and the sub-network. There is nothing to search."""
+    """A training loss became NaN or infinite; the message names the step and the sub-network."""
 
     exit_code = 5

@@ -1,4 +1,4 @@
-"""Files that are either the old version or the new one, never half of either; hashes; a short lock. Needs no torch."""
+"""Atomic writing of files, hashes, and a lock on folders. Needs no torch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ def atomic_write_bytes(path: Path, data: bytes) -> None:
     """Replace `path` by `data` through a synced temporary file in the same folder.
 
     Raises:
-        CheckpointError: The disk is full or the folder cannot be written; the old contents are untouched.
+        CheckpointError: The disk is full or the folder cannot be written; the old content stays
+            unchanged.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
@@ -37,12 +38,13 @@ def atomic_write_bytes(path: Path, data: bytes) -> None:
 
 
 def atomic_write_text(path: Path, text: str) -> None:
-    """Like `atomic_write_bytes`, in UTF-8."""
+    """Like `atomic_write_bytes`, for text in UTF-8."""
     atomic_write_bytes(path, text.encode("utf-8"))
 
 
 def atomic_write_json(path: Path, value: Any) -> None:
-    """Like `atomic_write_text`; paths become strings and numpy scalars numbers. NaN and infinity are refused."""
+    """Like `atomic_write_text`, for JSON; paths become strings and numpy scalars numbers. NaN and
+    infinity raise ValueError."""
     atomic_write_text(path, json.dumps(value, indent=2, allow_nan=False, default=plain_value) + "\n")
 
 
@@ -66,7 +68,10 @@ def read_json(path: Path) -> Any:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give the block a temporary file to write; at its end it is synced and renamed to `path`. On any error nothing is left of it.
+    """Context manager that replaces a file atomically; it yields a temporary path to write.
+
+    At the end of the block the temporary file is synced and renamed to `path`; on any error it is
+    removed.
 
     Raises:
         CheckpointError: as `atomic_write_bytes`.
@@ -86,7 +91,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def file_sha256(path: Path) -> str:
-    """sha256 of a file's bytes, in hex.
+    """SHA-256 of a file's bytes, in hex.
 
     Raises:
         CheckpointError: The file cannot be read.
@@ -99,7 +104,7 @@ def file_sha256(path: Path) -> str:
 
 
 def plain_value(value: Any) -> Any:
-    """What `json.dumps(default=...)` needs for paths and numpy scalars (without importing numpy)."""
+    """Convert paths and numpy scalars for `json.dumps(default=...)`, without importing numpy."""
     if isinstance(value, Path):
         return str(value)
     if callable(item := getattr(value, "item", None)):
@@ -109,9 +114,11 @@ def plain_value(value: Any) -> Any:
 
 @contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
-    """Hold the folder against every other process of this host that asks for it; released by the kernel on death.
+    """Context manager that locks a folder against other processes of this host; the kernel releases
+    it when a process dies.
 
-    Guards the few lines of a read-modify-write, never long work. Not re-entrant.
+    It is meant for short read-modify-write operations, not for long work. It waits for the lock and
+    is not re-entrant.
 
     Raises:
         PreflightError: The folder is missing, or its file system has no locks.
@@ -134,12 +141,12 @@ def exclusive(folder: Path) -> Iterator[None]:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make the rename itself survive a power cut."""
+    """Sync a folder, so that a rename in it survives a power failure."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        # Some network file systems cannot sync a folder; the file's own bytes are safe already.
+        # Some network file systems cannot sync a folder; the file's content is already synced.
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise
     finally:

@@ -1,4 +1,4 @@
-"""Weights that hold NaN or infinity: nothing can be computed with them, and what is made of them says so only much later."""
+"""Check of weights for NaN and infinity, which would otherwise be noticed only much later."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ _NUM_NAMED = 3
 
 
 def check_finite(where: str, tensors: Mapping[str, Tensor]) -> None:
-    """Refuse tensors that hold NaN or infinity.
+    """Check that tensors hold no NaN or infinity.
 
     Args:
-        where: what the message calls their place.
-        tensors: by name; those of whole numbers are finite.
+        where: the place of the tensors, for the message.
+        tensors: tensors by name; integer tensors always pass.
 
     Raises:
-        CheckpointError: it names the first of them and counts the rest.
+        CheckpointError: some do; the message names the first ones and counts the rest.
     """
     broken = [
         name for name, value in tensors.items() if value.is_floating_point() and not bool(torch.isfinite(value).all())

@@ -1,11 +1,14 @@
-"""Where imports come from: our packages from beside this file, and what is installed before what lies in a user's folder.
+"""Protection of imports: our packages and installed packages take precedence over modules in a
+user's folders.
 
-`dsnet`, `search`, `orchestration` and `dashboards` are names that people give to modules of their own, as are `ray` and `random`. Python
-looks into the working directory (`python -m`) and into PYTHONPATH before the installed packages, an editable install of ours comes last of
-all, and Ray puts the driver's working directory before everything in its workers. Every entry point therefore calls `protect_imports`
-first, and passes `child_variables` on to the processes that it starts.
+Users may have modules of their own called `dsnet`, `search`, `orchestration` or `dashboards`, or
+`ray` or `random`. Python searches the working directory (`python -m`) and PYTHONPATH before the
+installed packages and an editable install of ours last, and Ray puts the driver's working directory
+first in its workers. Every entry point therefore calls `protect_imports` first, and passes
+`child_variables` to the processes that it starts.
 
-This module is imported before anything is protected: it uses only modules that Python has loaded by then.
+This module is imported before the protection is active; it uses only modules that Python has
+already loaded by then.
 """
 
 from __future__ import annotations
@@ -19,34 +22,42 @@ OWN_PACKAGES = ("dsnet", "search", "orchestration", "dashboards")
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 """The folder that holds our packages: site-packages, or a checkout."""
 USER_PATH = "DSNET_USER_PATH"
-"""Environment variable with the user's folders of PYTHONPATH, for child processes, which find them after everything else."""
+"""Environment variable that passes the user's folders of PYTHONPATH to child processes, which
+search them last."""
 WORKER_HOOK = f"{__name__}.protect_imports"
-"""What Ray calls in each of its workers before the first task."""
+"""Import path of the function that Ray calls in each of its workers before the first task."""
 
 
 class InstalledFirst:
-    """Meta path finder for top-level modules. What it does not find is left to the finders behind it, which see all of `sys.path`."""
+    """Meta path finder for top-level modules in our packages and in installed ones.
+
+    Modules that it does not find are left to the next finders, which search all of `sys.path`.
+    """
 
     def __init__(self, folders: list[str]) -> None:
-        """`folders`: those of `sys.path` that hold the standard library and installed packages."""
+        """Create a finder for the folders of `sys.path` that hold the standard library and
+        installed packages."""
         self._folders = folders
 
     def find_spec(self, fullname: str, path: object = None, target: object = None) -> ModuleSpec | None:
-        """As `importlib.abc.MetaPathFinder.find_spec`."""
+        """See `importlib.abc.MetaPathFinder.find_spec`."""
         if "." in fullname:
             return None
         if fullname in OWN_PACKAGES:
             return PathFinder.find_spec(fullname, [ROOT])
         spec = PathFinder.find_spec(fullname, self._folders)
-        # A folder without __init__.py is a package only where no other folder of sys.path has a real one.
+        # A folder without __init__.py counts as a package only if no folder of sys.path has a
+        # regular one.
         return None if spec is None or spec.loader is None else spec
 
 
 def protect_imports() -> None:
-    """Let our packages, the standard library and installed packages win over the user's folders, wherever those are on `sys.path`.
+    """Give our packages, the standard library and installed packages precedence over the user's
+    folders.
 
-    The user's folders are the working directory, the script's folder, and folders of PYTHONPATH into which nothing was installed. Their
-    modules can still be imported where no installed one has the name.
+    The user's folders are the working directory, the script's folder, and folders of PYTHONPATH
+    into which nothing was installed, wherever they are on `sys.path`. Their modules can still be
+    imported if no installed module has the same name.
     """
     if any(isinstance(finder, InstalledFirst) for finder in sys.meta_path):
         return
@@ -58,9 +69,11 @@ def protect_imports() -> None:
 
 
 def child_variables() -> dict[str, str]:
-    """Environment variables with which a child process starts from installed packages, and finds ours.
+    """Environment variables for a child process, so that it finds our packages and searches
+    installed packages first.
 
-    Python puts neither the working directory nor a user's folder of PYTHONPATH on the path of such a child.
+    With them Python puts neither the working directory nor the user's folders of PYTHONPATH on the
+    child's path.
     """
     given = _split(os.environ.get("PYTHONPATH"))
     installed = [folder for folder in given if _is_installation(folder)]
@@ -77,10 +90,10 @@ def child_variables() -> dict[str, str]:
 
 
 def import_object(path: str) -> object:
-    """A class or function by its import path, as `my_package.MySampler`; also from the working directory.
+    """Import a class or function by its path, e.g. `my_package.MySampler`.
 
     Raises:
-        ImportError, AttributeError, ValueError: there is none.
+        ImportError, AttributeError, ValueError: it cannot be imported.
     """
     module_name, _, name = path.rpartition(".")
     if not {"", os.getcwd()} & set(sys.path):
@@ -97,7 +110,7 @@ def import_object(path: str) -> object:
 
 
 def _user_folders() -> set[str]:
-    """Real paths of the folders whose modules come last."""
+    """Real paths of the user's folders, whose modules are searched last."""
     script = (
         [sys.path[0]] if sys.path and sys.argv and _real(sys.path[0]) == _real(os.path.dirname(sys.argv[0])) else []
     )
@@ -113,12 +126,13 @@ def _split(variable: str | None) -> list[str]:
 def _real(folder: str) -> str:
     try:
         return os.path.realpath(folder or os.curdir)
-    except OSError:  # the working directory has been deleted: nothing can be imported from there
+    except OSError:  # the working directory has been deleted; nothing can be imported from it
         return folder
 
 
 def _is_installation(folder: str) -> bool:
-    """Whether an installer has put packages into a folder: `pip install --target`, or site-packages."""
+    """Whether an installer has put packages into a folder (`pip install --target`, or
+    site-packages)."""
     try:
         return any(name.endswith(".dist-info") for name in os.listdir(folder or os.curdir))
     except OSError:

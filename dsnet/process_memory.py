@@ -1,4 +1,4 @@
-"""Peak memory of this process, or of the GPU: what a piece of work needs while it runs."""
+"""Current and peak memory of this process or of the GPU."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ import torch
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _RESET_PEAK = "5"
-"""What Linux takes to begin a new peak."""
+"""Value that makes Linux reset a process's peak."""
 
 
 def restart_peak(device: str) -> None:
-    """Begin a new peak. Where the system cannot, the peak is that of the process's whole life."""
+    """Reset the peak; where that is unsupported, it stays that of the process's lifetime."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         return
-    with suppress(OSError):  # no Linux, or a container that refuses
+    with suppress(OSError):  # not Linux, or forbidden in a container
         _CLEAR.write_text(_RESET_PEAK, encoding="ascii")
 
 
 def peak_bytes(device: str) -> int:
-    """The largest memory since `restart_peak`; 0 where the system does not tell."""
+    """Peak memory in bytes since `restart_peak`; 0 where the system does not report it."""
     return torch.cuda.max_memory_allocated() if device == "cuda" else _status_bytes("VmHWM")
 
 
 def resident_bytes() -> int:
-    """Memory of this process now; 0 where the system does not tell."""
+    """Current memory of this process in bytes; 0 where the system does not report it."""
     return _status_bytes("VmRSS")
 
 

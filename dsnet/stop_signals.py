@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a request that long work hears at its next boundary. Needs no torch."""
+"""Ctrl-C and SIGTERM as a stop request that long work checks regularly. Needs no torch."""
 
 from __future__ import annotations
 
@@ -9,29 +9,31 @@ from types import FrameType
 
 
 class StopRequest:
-    """Whether, and by which signal, the process was asked to stop."""
+    """A request to stop, by a signal or by another source."""
 
     def __init__(self, also: Callable[[], bool] = lambda: False) -> None:
         self.signal: signal.Signals | None = None
         self._also = also
 
     def __call__(self) -> bool:
-        """True once a signal came, or the other source (a stop file, a deadline) says so."""
+        """Whether a signal has arrived or the other source (a stop file, a deadline) requests a
+        stop."""
         return self.signal is not None or self._also()
 
     @property
     def exit_code(self) -> int:
-        """130 after Ctrl-C, else 6."""
+        """Exit code of a stopped process: 130 after Ctrl-C, else 6."""
         return 130 if self.signal is signal.SIGINT else 6
 
 
 @contextmanager
 def stop_on_signals(also: Callable[[], bool], on_first: Callable[[str], None]) -> Iterator[StopRequest]:
-    """Handle SIGINT and SIGTERM while the block runs; a second one interrupts at once, as Python does by default.
+    """Context manager that turns SIGINT and SIGTERM into a stop request; a second signal raises
+    KeyboardInterrupt.
 
     Args:
         also: another source of the request.
-        on_first: hears the signal's name, once.
+        on_first: called with the first signal's name.
     """
     request = StopRequest(also)
 

@@ -1,4 +1,5 @@
-"""Plain JSON into frozen dataclasses, strictly: no unknown key, no silent conversion. Needs no torch and no pydantic."""
+"""Strict reading of JSON into frozen dataclasses, without unknown keys or silent conversions. Needs
+no torch or pydantic."""
 
 from __future__ import annotations
 
@@ -17,17 +18,19 @@ _WANTED = {int: "a whole number", float: "a number", bool: "true or false", str:
 
 
 def read_strictly(cls: type[T], data: object, where: str = "") -> T:
-    """Build a dataclass, and those inside it, from what `json.loads` gave.
+    """Build a dataclass, including nested ones, from the result of `json.loads`.
 
-    A list becomes a tuple where one is wanted, a whole number a real one; nothing else is converted.
+    A list is converted to a tuple and an integer to a float where the field requires it; nothing
+    else is converted.
 
     Args:
         cls: the dataclass; its own checks run when it is built.
-        data: a JSON object; what it leaves out takes its default.
+        data: a JSON object; missing keys take their defaults.
         where: the dotted key of `data`, for messages.
 
     Raises:
-        ConfigError: a key is unknown or missing, or a value has the wrong type; the message names the dotted key.
+        ConfigError: a key is unknown or missing, or a value has the wrong type; the message names
+            the dotted key.
     """
     if not isinstance(data, Mapping):
         raise ConfigError(f"{where or 'the configuration'} is {data!r}, but must be a JSON object")
@@ -45,10 +48,11 @@ def read_strictly(cls: type[T], data: object, where: str = "") -> T:
 
 
 def check_known(data: Iterable[str], known: Iterable[str], where: str) -> None:
-    """Refuse keys that nobody reads.
+    """Check that all keys are known.
 
     Raises:
-        ConfigError: it names the key, the nearest known one, and all that are known.
+        ConfigError: a key is unknown; the message names it, the nearest known one, and all known
+            ones.
     """
     names = list(known)
     for key in data:
@@ -58,25 +62,26 @@ def check_known(data: Iterable[str], known: Iterable[str], where: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class NumberRange:
-    """Which numbers a setting takes; never a truth value, NaN or infinity."""
+    """The numbers that a setting may have; booleans, NaN and infinity are never allowed."""
 
     lowest: float | None = None
-    """Included."""
+    """Inclusive lower limit."""
     above: float | None = None
-    """Not included."""
+    """Exclusive lower limit."""
     highest: float | None = None
-    """Included."""
+    """Inclusive upper limit."""
     below: float | None = None
-    """Not included."""
+    """Exclusive upper limit."""
     is_whole: bool = False
+    """Whether it must be an integer."""
     is_optional: bool = False
-    """Whether it may be None, too."""
+    """Whether None is allowed too."""
 
     def check(self, key: str, value: object) -> None:
-        """Refuse what is not in the range.
+        """Check that a value lies in the range.
 
         Raises:
-            ConfigError: it names the dotted key, the value and the range.
+            ConfigError: it does not; the message names the dotted key, the value and the range.
         """
         if value is None and self.is_optional:
             return
@@ -110,7 +115,7 @@ def _read(wanted: Any, value: object, where: str) -> Any:
         return read_strictly(wanted, value, where)
     if not _fits(wanted, value):
         raise ConfigError(f"{where} is {value!r}, but must be {_described(wanted)}")
-    if _is_union(wanted):  # a whole number stays one where the union has a place for it
+    if _is_union(wanted):  # an integer stays an integer if the union has int
         members = sorted(get_args(wanted), key=lambda each: each is float)
         return _read(next(each for each in members if _fits(each, value)), value, where)
     if get_origin(wanted) is tuple:

@@ -1,4 +1,4 @@
-"""How messages show values, counts and times, and guess what was meant."""
+"""Formatting of values, counts and times for messages, and suggestions for unknown words."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from itertools import pairwise
 
 
 def shown(value: object) -> str:
-    """A value as a message shows it: text in quotes, YAML's spelling of the rest, long things cut short."""
+    """A value for a message: quoted text, YAML's null and booleans, long values shortened."""
     if value is None:
         return "nothing (null)"
     if isinstance(value, bool):
@@ -27,18 +27,19 @@ def _cut(text: str, limit: int = 80) -> str:
 
 
 def did_you_mean(word: str, known: Sequence[str]) -> str:
-    """The clause `; did you mean 'x'?` when a known word is near, else an empty string."""
+    """The clause `; did you mean 'x'?` if a known word is similar, else an empty string."""
     near = get_close_matches(word, known, n=1, cutoff=0.6)
     return f"; did you mean '{near[0]}'?" if near else ""
 
 
 def way_out(word: str, known: Sequence[str], label: str = "known", *, hint: str = "") -> str:
-    """What follows an unknown word: a guess where there is one (or the `hint`), and all the words that are known."""
+    """The end of a message about an unknown word: the `hint` or a suggestion if there is one, and
+    all known words."""
     return f"{hint or did_you_mean(word, known) or ';'} {label}: {', '.join(known)}"
 
 
 def plural(number: int, singular: str, many: str | None = None) -> str:
-    """`1 supernet`, `5,000 supernets`; `many` where an s at the end will not do."""
+    """A number with its noun, e.g. `5,000 supernets`; `many` is an irregular plural."""
     return f"{number:,} {singular if number == 1 else many or singular + 's'}"
 
 
@@ -46,7 +47,8 @@ _UNITS = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
 
 
 def duration(seconds: float) -> str:
-    """A length of time as people say it, with two units at most: `0.4 s`, `42 s`, `3 min 20 s`, `2 h 5 min`, `3 d 4 h`.
+    """A duration in words, with at most two units: `0.4 s`, `42 s`, `3 min 20 s`, `2 h 5 min`, `3 d
+    4 h`.
 
     Args:
         seconds: >= 0.
@@ -61,7 +63,7 @@ def duration(seconds: float) -> str:
 
 
 def size(num_bytes: int) -> str:
-    """Bytes as people say them: `3 KiB`, `1.5 MiB`, `12 GiB`."""
+    """A number of bytes in words: `3 KiB`, `1.5 MiB`, `12 GiB`."""
     for unit, scale in (("GiB", 2**30), ("MiB", 2**20)):
         if num_bytes >= scale:
             return f"{num_bytes / scale:.1f} {unit}" if num_bytes < 10 * scale else f"{num_bytes / scale:.0f} {unit}"

@@ -1,6 +1,7 @@
-"""Data: digits (embedded), CIFAR-10, image folders; the four splits; augmentation and normalisation.
+"""Data: digits (embedded), CIFAR-10, image folders; the four splits; augmentation and
+normalisation.
 
-The way through: `load_images` -> `make_splits` -> `TensorData.from_images`.
+Typical use: `load_images` -> `make_splits` -> `TensorData.from_images`.
 """
 
 from dsnet.data.augment import Augmentation, augment

@@ -1,7 +1,8 @@
-"""Augmentation of whole batches on the device where they lie: crop, mirror image, RandAugment-style, cutout, erasing.
+"""Augmentation of whole batches on their own device: crop, mirroring, RandAugment style, cutout,
+random erasing.
 
-Nothing here waits for the device or looks at one image at a time. Drawing and applying are two functions: what was drawn
-can be looked at, repeated, and checked image by image.
+Nothing here synchronises with the device or processes images one by one. Drawing and applying are
+separate functions, so that a draw can be inspected, repeated, and checked image by image.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ from dsnet.data.resized_crop import crop_boxes, resize_crops
 from dsnet.errors import ConfigError
 
 MAX_OPERATIONS = len(Operation)
-"""As many as there are to choose from; more leave nothing of an image, and take memory and time."""
+"""Largest `randaugment_ops`: the number of different operations. More would destroy the image and
+cost memory and time."""
 
 
 class DescribedImages(Protocol):
-    """What the defaults of an augmentation depend on; an `ImageSet` is one."""
+    """Properties of a data set that determine an augmentation's defaults, as of an `ImageSet`."""
 
     @property
     def name(self) -> str:
@@ -36,7 +38,7 @@ class DescribedImages(Protocol):
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What may be done to a training image; the default does nothing."""
+    """Settings of the augmentation of training images; the defaults switch everything off."""
 
     crop_padding: int = 0
     """Pixels by which the image is padded on each side before a crop of its own size is cut out at random: mirrored at
@@ -47,14 +49,16 @@ class Augmentation:
     """Side in pixels of a square of zeros around a random pixel, clipped at the edges (DeVries & Taylor, 2017)."""
 
     randaugment_ops: int = 0
-    """Operations that each image draws (see `dsnet.data.randaugment`, after arXiv 1909.13719), 0..14; 0 = none."""
+    """Number of operations per image (see `dsnet.data.randaugment`, after arXiv 1909.13719), 0..14;
+    0 = none."""
     randaugment_magnitude: float = 9.0
-    """Their common strength, 0..10."""
+    """Common magnitude of these operations, 0..10."""
     erasing: float = 0.0
     """Probability, 0..1, that a rectangle of 2 to 33 % of the image becomes random pixels (arXiv 1708.04896)."""
     crop_scale: tuple[float, float] | None = None
-    """Least and greatest area of a random resized crop as shares of the image, 0 < least <= greatest <= 1; None = none,
-    for images that are streamed from files (0.08, 1). Aspects are 3:4 to 4:3."""
+    """Smallest and largest area of a random resized crop as shares of the image, 0 < smallest <=
+    largest <= 1. None = no such crop, but (0.08, 1) for images that are streamed from files.
+    Aspects are 3:4 to 4:3."""
 
     def __post_init__(self) -> None:
         _check_range("crop_padding", self.crop_padding, 0)
@@ -64,7 +68,7 @@ class Augmentation:
         _check_range("erasing", self.erasing, 0, 1)
         if self.crop_scale is None:
             return
-        object.__setattr__(self, "crop_scale", tuple(self.crop_scale))  # JSON knows lists only
+        object.__setattr__(self, "crop_scale", tuple(self.crop_scale))  # a list where it comes from JSON
         if len(self.crop_scale) != 2 or not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
             raise ConfigError(
                 f"data.augment.crop_scale is {list(self.crop_scale)}, must be two shares of the image's area, "
@@ -85,12 +89,12 @@ class Augmentation:
         cutout: int = 0,
         **others: Any,
     ) -> Augmentation:
-        """Fill in the defaults: an eighth of the image's size of padding, and mirroring except for digits.
+        """An augmentation with the defaults for a data set filled in.
 
         Args:
             images: The data set.
-            crop_padding: None: the default, with `crop_scale` none.
-            flip: None: the default.
+            crop_padding: None: an eighth of the image's width, or 0 where `crop_scale` is given.
+            flip: None: True, except for digits.
             cutout: As the field.
             others: The other fields.
 
@@ -106,12 +110,12 @@ class Augmentation:
         if crop_padding is None:
             crop_padding = images.image_shape[-1] // 8 if others.get("crop_scale") is None else 0
         if flip is None:
-            flip = images.name != "digits"  # a mirrored 2 is no 2
+            flip = images.name != "digits"  # a mirrored 2 is not a 2
         return cls(crop_padding, flip, cutout, **others)
 
     @property
     def needs_bytes(self) -> bool:
-        """Whether an operation is on that works on pixel values 0..255 alone."""
+        """Whether an operation is on that requires pixel values 0..255."""
         return self.randaugment_ops > 0 or self.erasing > 0 or self.crop_scale is not None
 
 
@@ -123,18 +127,18 @@ def _check_range(name: str, value: float, lowest: float, highest: float | None =
 
 @dataclass(frozen=True, eq=False)
 class AugmentationDraw:
-    """What chance decided for each of B images; all tensors [B]. What is None is off."""
+    """Random decisions for each of B images; all tensors are [B]. None: the operation is off."""
 
     top: Tensor
     """int64: first row of the crop in the padded image, 0..2 * crop_padding."""
     left: Tensor
     """int64: first column of the crop."""
     is_flipped: Tensor
-    """bool."""
+    """bool: whether the image is mirrored."""
     cutout_row: Tensor
     """int64: centre of the cutout in the finished image, 0..H - 1."""
     cutout_column: Tensor
-    """int64: 0..W - 1."""
+    """int64: its column, 0..W - 1."""
     crop: BoxDraw | None = None
     """The random resized crop."""
     randaugment: RandAugmentDraw | None = None
@@ -142,14 +146,14 @@ class AugmentationDraw:
 
 
 def augment(images: Tensor, generator: torch.Generator, augmentation: Augmentation) -> Tensor:
-    """Augment each image of a batch on its own.
+    """Augment each image of a batch independently.
 
-    Padding and cutout put zeros in: black for uint8 pixels, the data's mean after normalisation.
+    Padding and cutout insert zeros: black in uint8 pixels, the data's mean in normalised images.
 
     Args:
         images: [B, C, H, W], uint8; also float where only padding, mirroring and cutout are on.
-        generator: On the images' device. The same state gives the same result.
-        augmentation: What may be done.
+        generator: Random generator on the images' device. The same state gives the same result.
+        augmentation: The settings.
 
     Returns:
         A new tensor of the same shape, type and device.
@@ -158,10 +162,14 @@ def augment(images: Tensor, generator: torch.Generator, augmentation: Augmentati
 
 
 def draw_augmentation(images: Tensor, generator: torch.Generator, augmentation: Augmentation) -> AugmentationDraw:
-    """Draw the numbers for one batch [B, C, H, W].
+    """Draw the random numbers for one batch [B, C, H, W].
 
-    The same five are always drawn, so that switching one operation off leaves the others' numbers as they were. Resized
-    crop, RandAugment-style operations and erasing draw theirs afterwards, in this order, where they are on.
+    The numbers of crop, mirroring and cutout are always drawn, so that switching one of these off
+    does not change the others' numbers. Resized crop, RandAugment-style operations and erasing draw
+    afterwards, in this order, if on.
+
+    Raises:
+        ValueError: An operation is on that needs uint8, and the images are not.
     """
     if augmentation.needs_bytes and images.dtype != torch.uint8:
         raise ValueError(f"resized crops, RandAugment-style operations and erasing need uint8, not {images.dtype}")
@@ -181,7 +189,11 @@ def draw_augmentation(images: Tensor, generator: torch.Generator, augmentation: 
 
 
 def apply_augmentation(images: Tensor, draw: AugmentationDraw, augmentation: Augmentation) -> Tensor:
-    """Crop, mirror, apply the RandAugment-style operations, cut out, erase: as drawn, on the whole batch [B, C, H, W]."""
+    """Apply what was drawn to a whole batch [B, C, H, W].
+
+    In this order: resized crop, padded crop and mirroring, RandAugment-style operations, cutout,
+    random erasing.
+    """
     if draw.crop is not None and augmentation.crop_scale is not None:
         images = resize_crops(
             images, crop_boxes(draw.crop, (images.shape[2], images.shape[3]), augmentation.crop_scale)
@@ -195,7 +207,7 @@ def apply_augmentation(images: Tensor, draw: AugmentationDraw, augmentation: Aug
 
 
 def _crop_and_mirror(images: Tensor, draw: AugmentationDraw, augmentation: Augmentation) -> Tensor:
-    """One gather for the whole batch."""
+    """Padded crop and mirroring, by one gather for the whole batch."""
     num_images, channels, height, width = images.shape
     padding = augmentation.crop_padding
     y = torch.arange(height, device=images.device)
@@ -217,7 +229,8 @@ def _crop_and_mirror(images: Tensor, draw: AugmentationDraw, augmentation: Augme
 
 
 def _mirror(index: Tensor, size: int) -> Tensor:
-    """Reflect positions at 0 and size - 1, the edge pixel itself not repeated; for -size < index < 2 * size - 1."""
+    """Reflect positions at 0 and size - 1 without repeating the edge pixel; for -size < index < 2 *
+    size - 1."""
     return (size - 1) - ((size - 1) - index.abs()).abs()
 
 

@@ -1,4 +1,4 @@
-"""Random rectangles inside images, drawn for a whole batch: resized crops and random erasing both need them."""
+"""Random rectangles for whole batches of images, for resized crops and random erasing."""
 
 from __future__ import annotations
 
@@ -13,16 +13,18 @@ NUM_ATTEMPTS = 10
 
 @dataclass(frozen=True, eq=False)
 class BoxDraw:
-    """Uniform numbers in [0, 1) for one rectangle in each of B images; the images' sizes need not be known yet."""
+    """Uniform random numbers in [0, 1) for one rectangle in each of B images, independent of the
+    images' sizes."""
 
     area: Tensor
-    """float32 [B, NUM_ATTEMPTS]: where in the range of areas each attempt lies."""
+    """float32 [B, NUM_ATTEMPTS]: relative position of each attempt in the range of areas."""
     aspect: Tensor
-    """float32 [B, NUM_ATTEMPTS]: where in the range of aspects, on a logarithmic scale."""
+    """float32 [B, NUM_ATTEMPTS]: relative position in the range of aspect ratios, on a logarithmic
+    scale."""
     top: Tensor
-    """float32 [B]: where between the highest and the lowest place."""
+    """float32 [B]: relative position between the highest and the lowest possible place."""
     left: Tensor
-    """float32 [B]."""
+    """float32 [B]: relative position between the leftmost and the rightmost possible place."""
 
     def __getitem__(self, image: int) -> BoxDraw:
         """The draw of one image, as a batch of one."""
@@ -52,19 +54,20 @@ def draw_boxes(num_images: int, generator: torch.Generator) -> BoxDraw:
 def fit_boxes(
     draw: BoxDraw, size: tuple[int, int], areas: tuple[float, float], aspects: tuple[float, float]
 ) -> tuple[Boxes, Tensor]:
-    """For each image the first attempt that lies inside it.
+    """Choose for each image the first attempted rectangle that fits inside it.
 
-    The published samplers (arXiv 1409.4842, 1708.04896) try again until a rectangle fits; here a fixed number of
-    attempts is drawn at once, so that nothing waits for the device.
+    The published samplers (arXiv 1409.4842, 1708.04896) try again until a rectangle fits; here a
+    fixed number of attempts is drawn at once, so that the host need not wait for the device.
 
     Args:
-        draw: The numbers of B images.
+        draw: The random numbers of B images.
         size: Height and width of every image in pixels.
-        areas: Least and greatest area as shares of the image, 0..1.
-        aspects: Least and greatest width / height, > 0; drawn evenly on a logarithmic scale.
+        areas: Smallest and largest area as shares of the image, 0..1.
+        aspects: Smallest and largest width / height, > 0; uniform on a logarithmic scale.
 
     Returns:
-        The rectangles, and bool [B]: whether any attempt fitted. Where none did the rectangle means nothing.
+        The rectangles, and bool [B]: whether any attempt fitted; where none did, the rectangle is
+        meaningless.
     """
     height, width = size
     area = height * width * (areas[0] + (areas[1] - areas[0]) * draw.area)
@@ -81,5 +84,5 @@ def fit_boxes(
 
 
 def _place(share: Tensor, room: Tensor) -> Tensor:
-    """One of the places 0..room, all equally likely."""
+    """Map uniform numbers in [0, 1) to the integers 0..room, all equally likely."""
     return torch.minimum((share * (room + 1)).long(), room).clamp(min=0)

@@ -1,7 +1,8 @@
-"""Decoded images, kept between runs in the user's cache folder: decoding CIFAR-10's 60,000 JPEGs takes seconds.
+"""Cache of decoded images in the user's cache folder; decoding CIFAR-10 takes seconds.
 
-The cache is never trusted and never needed: what it holds is checked against its own fingerprint, a file that does not
-pass is made again, and a folder that cannot be written only costs the time of decoding.
+The cache is neither trusted nor required: its files are checked against their fingerprints, a file
+that fails the check is written again, and if the folder cannot be written, images are merely
+decoded again at the next start.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ _log = logging.getLogger(__name__)
 
 
 def default_cache_folder() -> Path:
-    """DSNET_CACHE, else XDG_CACHE_HOME/dsnet-orch, else ~/.cache/dsnet-orch."""
+    """The user's cache folder: DSNET_CACHE, else XDG_CACHE_HOME/dsnet-orch, else
+    ~/.cache/dsnet-orch."""
     own = os.environ.get(CACHE_VARIABLE)
     if own:
         return Path(own).expanduser()
@@ -36,20 +38,17 @@ def default_cache_folder() -> Path:
 
 @dataclass(frozen=True)
 class ImageCache:
-    """One safetensors file per decoded data set.
-
-    A user may delete the folder at any time.
-    """
+    """Cache with one safetensors file per decoded data set; its folder may be deleted."""
 
     folder: Path
 
     def load_or_make(self, name: str, key: str, make: Callable[[], ImageSet]) -> ImageSet:
-        """The cached set, or `make()`'s, which is then cached.
+        """Return the cached set, or call `make()` and cache its result.
 
         Args:
-            name: The data set's name; the start of the file's name.
+            name: The data set's name, with which the file's name begins.
             key: Hex digest of everything that the decoded pixels depend on.
-            make: Decodes the set; its errors pass through, and nothing is cached then.
+            make: Decodes the set; its errors are passed on, and nothing is cached then.
         """
         path = self.folder / "data" / f"{name}-{key[:24]}.safetensors"
         image_set = _read(path)

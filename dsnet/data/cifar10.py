@@ -1,4 +1,4 @@
-"""CIFAR-10 (Krizhevsky, 2009) from where the user keeps it: the hub's parquet files or the official python batches."""
+"""CIFAR-10 (Krizhevsky, 2009) from local parquet files or official Python batches."""
 
 from __future__ import annotations
 
@@ -25,11 +25,12 @@ from dsnet.data.location import data_root
 from dsnet.errors import DataError
 
 CLASS_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-"""In label order."""
+"""Class names in label order."""
 
 IMAGE_SIZE = 32
 
-# Below the given folder: as unpacked, as cloned from the hub (`plain_text` or `data`), or in a folder of its own.
+# Subfolders to search: as unpacked, as cloned from the hub (`plain_text` or `data`), or in a folder
+# of its own.
 _SUBFOLDERS = (
     "",
     "cifar10",
@@ -43,14 +44,17 @@ _SUBFOLDERS = (
 
 
 def load_cifar10(path: str | Path | None = None, cache: ImageCache | None = None) -> ImageSet:
-    """Load CIFAR-10: uint8 [60000, 3, 32, 32], the official train part first, then the official test part.
+    """Load CIFAR-10: uint8 [60000, 3, 32, 32], the official train part first, then the official
+    test part.
 
     Args:
-        path: The folder with the files, or one above it, or `cifar-10-python.tar.gz`; None: DSNET_DATA.
-        cache: Where decoded pixels are kept; None: the user's cache folder.
+        path: The folder with the files, its parent, or `cifar-10-python.tar.gz`; None: the folder
+            in the environment variable DSNET_DATA.
+        cache: Cache of decoded pixels; None: the user's cache folder.
 
     Raises:
-        DataError: Nothing is found, or a file is missing, truncated or mislabelled; names it.
+        DataError: Nothing is found, or a file is missing, truncated or mislabelled; the message
+            names it.
     """
     root = data_root("cifar10", path)
     if root.is_file():
@@ -70,7 +74,7 @@ def load_cifar10(path: str | Path | None = None, cache: ImageCache | None = None
 
 
 def holds_cifar10(root: Path) -> bool:
-    """Whether a folder, or an archive, looks like CIFAR-10; reads no image."""
+    """Whether a folder or an archive looks like CIFAR-10, judged by file names only."""
     if root.is_file():
         return root.name == ARCHIVE_NAME
     names = (*TRAIN_BATCHES, META, ARCHIVE_NAME)
@@ -81,7 +85,12 @@ def holds_cifar10(root: Path) -> bool:
 
 
 def _reader(folder: Path, cache: ImageCache) -> Callable[[], ImageSet] | None:
-    """What reads the files in the folder; None where it holds none of CIFAR-10's."""
+    """A function that loads CIFAR-10 from the folder, or None if the folder holds none of its
+    files.
+
+    Raises:
+        DataError: The folder holds the parquet files of only one of the two parts.
+    """
     train, test = find_parquet_files(folder, "train"), find_parquet_files(folder, "test")
     if train and test:
         return lambda: _load_parquet(train, test, cache)

@@ -1,8 +1,10 @@
-"""CIFAR-10's official python batches: the folder `cifar-10-batches-py`, or `cifar-10-python.tar.gz` with it inside.
+"""Reader of CIFAR-10's official Python batches: the folder `cifar-10-batches-py` or
+`cifar-10-python.tar.gz`.
 
-The batches are pickles. A pickle is a program, and this one came from the internet: it is read without running anything
-but the stand-ins below for the names that an array needs. They keep what they are given as plain values, so that not
-even numpy's own unpickling code sees the file's contents before they are checked.
+The batches are pickles from the internet, and unpickling can run any code. They are therefore read
+by a restricted unpickler: the names that an array needs are replaced by the stand-ins below, and
+all others are refused. The stand-ins keep their arguments as plain values, so that not even numpy's
+unpickling code sees the contents before they are checked.
 """
 
 from __future__ import annotations
@@ -47,15 +49,16 @@ Split = tuple[np.ndarray, np.ndarray]
 
 
 def read_batch_folder(folder: Path, class_names: Sequence[str], image_size: int) -> tuple[Split, Split]:
-    """Read the official train and test part from a folder.
+    """Read the official train and test parts from a folder.
 
     Args:
-        folder: Holds data_batch_1..5, test_batch and batches.meta.
-        class_names: In label order; batches.meta must say the same.
+        folder: The folder with data_batch_1..5, test_batch and batches.meta.
+        class_names: The expected class names in label order; batches.meta must list the same.
         image_size: Height and width of the images.
 
     Raises:
-        DataError: A file is missing, truncated, no CIFAR-10 batch, or mislabelled; names it.
+        DataError: A file is missing, truncated, not a CIFAR-10 batch, or mislabelled; the message
+            names it.
     """
     files: dict[str, bytes] = {}
     for name in (*TRAIN_BATCHES, TEST_BATCH, META):
@@ -69,10 +72,10 @@ def read_batch_folder(folder: Path, class_names: Sequence[str], image_size: int)
 
 
 def read_archive(archive: Path, class_names: Sequence[str], image_size: int) -> tuple[Split, Split]:
-    """Read the same from `cifar-10-python.tar.gz`, without unpacking it to disk.
+    """Read both parts from `cifar-10-python.tar.gz` without unpacking it to disk.
 
     Raises:
-        DataError: As `read_batch_folder`, and where the archive itself is truncated.
+        DataError: As for `read_batch_folder`, or the archive itself is truncated.
     """
     wanted = (*TRAIN_BATCHES, TEST_BATCH, META)
     files: dict[str, bytes] = {}
@@ -131,17 +134,17 @@ def _read_batch(content: bytes, where: str, num_images: object, class_names: Seq
 
 
 class _PickledType:
-    """Stands in for numpy.dtype: keeps the type's code, e.g. "u1"."""
+    """Stand-in for numpy.dtype that keeps the type's code, e.g. "u1"."""
 
     def __init__(self, code: object = None, *_flags: object) -> None:
         self.code = code
 
     def __setstate__(self, _state: object) -> None:
-        """The byte order and flags mean nothing for one-byte values, the only ones accepted."""
+        """Ignore byte order and flags, which do not matter for one-byte values."""
 
 
 class _PickledArray:
-    """Stands in for numpy.ndarray: keeps its shape, type and bytes until they are checked."""
+    """Stand-in for numpy.ndarray that keeps shape, type and bytes until they are checked."""
 
     def __init__(self, *_initial: object) -> None:
         self.state: Any = None
@@ -150,7 +153,11 @@ class _PickledArray:
         self.state = state
 
     def to_uint8(self, where: str) -> np.ndarray:
-        """The array that was pickled, if it is one of uint8 in C order."""
+        """The pickled array.
+
+        Raises:
+            DataError: It is not a plain uint8 array in C order, or its bytes do not fill its shape.
+        """
         match self.state:
             case (_, tuple(shape), _PickledType(code="u1"), 0 | False, bytes() | str() as raw):
                 values = raw.encode("latin1") if isinstance(raw, str) else raw
@@ -162,14 +169,15 @@ class _PickledArray:
 
 
 def _encode(text: str, codec: str) -> bytes:
-    """Stands in for _codecs.encode, with which Python 3 writes bytes in the batches' old pickle protocol."""
+    """Stand-in for _codecs.encode, which Python 3 uses to write bytes in the batches' old pickle
+    protocol."""
     if codec != "latin1":
         raise pickle.UnpicklingError(f"unexpected codec {codec!r}")
     return text.encode("latin1")
 
 
 def _reconstruct(_kind: object, *_initial: object) -> _PickledArray:
-    """Stands in for numpy's array factory."""
+    """Stand-in for numpy's array factory."""
     return _PickledArray()
 
 
@@ -183,11 +191,11 @@ _STAND_INS: Mapping[tuple[str, str], object] = {
 
 
 class _DataUnpickler(pickle._Unpickler):
-    """Builds containers, numbers, text and the stand-ins above; any other name in the file is refused.
+    """Unpickler that builds only containers, numbers, text and the stand-ins above.
 
-    The interpreter's own Python implementation, not the one in C: there, a single damaged byte can ask for a memo table
-    of many gigabytes, and gets it. Left out are the opcode that allocates before it reads, and that for integers of
-    unlimited length.
+    It derives from the implementation in Python, not the one in C, in which a single damaged byte
+    can allocate a memo table of many gigabytes. Two opcodes are disabled: the one that allocates
+    before it reads (BYTEARRAY8), and the one for integers of unlimited length (LONG4).
     """
 
     dispatch: ClassVar[dict[int, Callable[..., None]]] = {
@@ -214,5 +222,5 @@ def _load(content: bytes, where: str) -> dict[object, Any]:
 
 
 def _as_text(value: object) -> object:
-    """Python 3 programs that write batches keep the keys as bytes."""
+    """Decode bytes, as batches written by Python 3 have for keys, to text; keep other values."""
     return value.decode("latin1") if isinstance(value, bytes) else value

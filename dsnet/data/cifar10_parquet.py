@@ -1,6 +1,7 @@
-"""CIFAR-10 in the hub's parquet layout: `train*.parquet` and `test*.parquet`, whole or in shards.
+"""Reader of CIFAR-10 in the hub's parquet layout, `train*.parquet` and `test*.parquet`.
 
-Columns: `img` (or `image`) = struct {bytes: a JPEG or PNG file, path: "class/file.jpg" or any name}, `label` = integer.
+Columns: `img` (or `image`) = struct {bytes: a JPEG or PNG file, path: "class/file.jpg" or any
+name}, `label` = integer.
 """
 
 from __future__ import annotations
@@ -28,12 +29,13 @@ _KEY_VERSION = "1"  # raise it when the decoding below changes what it returns
 
 
 def find_parquet_files(folder: Path, split: str) -> list[Path]:
-    """The parquet files of one split in order: `split.parquet`, or all of `split-00000-of-0000N.parquet`.
+    """The parquet files of one split in order: `split.parquet`, or all shards
+    `split-00000-of-0000N.parquet`.
 
-    Empty where the folder holds none.
+    The list is empty where the folder holds none.
 
     Raises:
-        DataError: A shard is missing, or the same split is there twice.
+        DataError: A shard is missing, or the split is present twice.
     """
     files = sorted(folder.glob(f"{split}*.parquet"))
     shards = [match for file in files if (match := _SHARD.search(file.name))]
@@ -56,7 +58,7 @@ def find_parquet_files(folder: Path, split: str) -> list[Path]:
 
 
 def parquet_key(splits: Mapping[str, Sequence[Path]]) -> str:
-    """sha256 over the content of each split's files and over what decodes them: the cache's key."""
+    """Cache key: SHA-256 over the content of each split's files and the versions of the decoder."""
     digest = hashlib.sha256(f"{_KEY_VERSION} pillow {PIL.__version__}".encode())
     for split, files in splits.items():
         digest.update(split.encode())
@@ -72,15 +74,17 @@ def read_parquet_split(
 
     Args:
         files: Its parquet files, in order.
-        class_names: In label order. Where an image's path starts with a class name, its label must say the same.
+        class_names: Class names in label order. Where the folder in an image's path is a class
+            name, it must agree with the label.
         image_size: Height and width that every image must have.
 
     Returns:
         Pixels uint8 [N, 3, image_size, image_size] and labels int64 [N].
 
     Raises:
-        DataError: A file is truncated, lacks a column or has one of another type, an image does not decode or has
-            another size, a label is no class or contradicts the image's path. Names the file and the row (from 0).
+        DataError: A file is truncated, lacks a column or has one of another type, an image does not
+            decode or has another size, or a label is not a class or contradicts the image's path.
+            The message names the file and, for an image or a label, the row (from 0).
     """
     parts = [_read_file(file, class_names, image_size) for file in files]
     return np.concatenate([pixels for pixels, _ in parts]), np.concatenate([labels for _, labels in parts])
@@ -109,7 +113,7 @@ def _read_table(file: Path) -> pa.Table:
 
     try:
         table = pq.ParquetFile(file).read()
-        table.validate(full=True)  # damage inside a page shows as text that is no UTF-8, or offsets out of bounds
+        table.validate(full=True)  # detects damage inside a page: invalid UTF-8, offsets out of bounds
     except (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise DataError(f"{file}: not a whole parquet file ({reason}); fetch it again") from error
@@ -131,7 +135,7 @@ def _image_column(file: Path, table: pa.Table) -> str:
     is_expected = fields.get("bytes") in (pa.binary(), pa.large_binary()) and fields.get("path") in (
         pa.string(),
         pa.large_string(),
-        pa.null(),  # no row has one
+        pa.null(),  # where no row has a path
     )
     if not is_expected:
         raise DataError(
@@ -157,7 +161,11 @@ def _read_labels(file: Path, table: pa.Table) -> np.ndarray:
 
 
 def _check_path(path: str | None, class_names: Sequence[str], label: int, where: str) -> None:
-    """The folder in the stored path is a second witness for the label, where it names a class at all."""
+    """Check the label against the folder in the image's path, if that is a class name.
+
+    Raises:
+        DataError: They contradict each other.
+    """
     folder = PurePosixPath(path or "").parent.name
     if folder in class_names and folder != class_names[label]:
         raise DataError(

@@ -1,4 +1,4 @@
-"""From the bytes of an image file to an RGB image and to a square of one size, or one clear error."""
+"""Decoding of image files to RGB, and centred square crops of a given size."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from dsnet.errors import DataError
 
-# What Pillow raises on broken files: it has no common base class for them (a bad PNG chunk is a SyntaxError).
+# Errors that Pillow raises on broken files: they share no base class (a bad PNG chunk is a
+# SyntaxError).
 _BROKEN_FILE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 
 DATA_FORMATS = ("PNG", "JPEG")
@@ -23,21 +24,22 @@ def decode_rgb(data: bytes, where: str, formats: Sequence[str] = DATA_FORMATS) -
 
     Args:
         data: The file's bytes.
-        where: What the error message calls the image: a file, or a file and a row.
+        where: The image's name in error messages: a file, or a file and a row.
         formats: Pillow's names of the formats that are accepted.
 
     Raises:
-        DataError: The bytes are of no such format, are truncated, or hold more than 8 bits a channel.
+        DataError: The bytes are in none of these formats, are truncated, or hold more than 8 bits a
+            channel.
     """
     expected = " or ".join(formats) if len(formats) <= 2 else "image in a format that Pillow reads"
     try:
         with Image.open(io.BytesIO(data), formats=tuple(formats)) as image:
             if image.mode.startswith(("I", "F")):
-                # Pillow would clip these to white in silence.
+                # Pillow would silently clip these to white.
                 raise DataError(f"{where}: the image has more than 8 bits a channel; convert it to 8-bit PNG or JPEG")
             image.load()
             return ImageOps.exif_transpose(image).convert("RGB")
-    except UnidentifiedImageError as error:  # Pillow names the memory that holds the bytes
+    except UnidentifiedImageError as error:  # Pillow's text names only the buffer in memory
         raise DataError(f"{where}: the image does not decode: it is no {expected}; replace or remove it") from error
     except _BROKEN_FILE as error:
         raise DataError(
@@ -46,7 +48,7 @@ def decode_rgb(data: bytes, where: str, formats: Sequence[str] = DATA_FORMATS) -
 
 
 def read_rgb(file: Path, formats: Sequence[str] = DATA_FORMATS) -> Image.Image:
-    """One whole image file, upright RGB.
+    """Read and decode a whole image file to upright 8-bit RGB.
 
     Raises:
         DataError: The file cannot be read or does not decode; the message names it.
@@ -59,15 +61,17 @@ def read_rgb(file: Path, formats: Sequence[str] = DATA_FORMATS) -> Image.Image:
 
 
 def centre_square(image: Image.Image, image_size: int, crop_fraction: float = 1.0) -> Image.Image:
-    """The centre of an image as evaluation sees it, `image_size` pixels high and wide.
+    """The centre crop that evaluation uses, `image_size` pixels high and wide.
 
-    The shorter side is resized (antialiased bilinear) to image_size / crop_fraction pixels, rounded, and a square of
-    `image_size` cut out of the centre, both in one step: the centre may lie between two pixels.
+    The shorter side is resized (antialiased bilinear) to image_size / crop_fraction pixels,
+    rounded, and a square of `image_size` is cut out of the centre, both in one step: the centre may
+    lie between two pixels.
 
     Args:
-        image: Of any size.
+        image: The image, of any size.
         image_size: Height and width in pixels.
-        crop_fraction: The share of the shorter side that is kept, (0, 1]; models for ImageNet are often evaluated with 0.875.
+        crop_fraction: The share of the shorter side that is kept, (0, 1]; models for ImageNet are
+            often evaluated with 0.875.
     """
     cut_off = (1 - image_size / round(image_size / crop_fraction)) / 2  # at each edge
     return ImageOps.fit(image, (image_size, image_size), method=Image.Resampling.BILINEAR, bleed=cut_off)

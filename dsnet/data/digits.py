@@ -18,11 +18,11 @@ def load_digits(path: str | Path | None = None) -> ImageSet:
     """Load the set: uint8 [1797, 1, 8, 8], ten classes, no official test split.
 
     Raises:
-        ConfigError: A path is given: the set is embedded and would ignore it.
+        ConfigError: A path is given, although the set is embedded in scikit-learn.
     """
     if path is not None:
         raise ConfigError(f"data.path is {str(path)!r}, but the data set 'digits' is embedded: remove data.path")
-    from sklearn import datasets  # a second of import, needed by this set alone
+    from sklearn import datasets  # takes about a second to import, and only this set needs it
 
     scans = datasets.load_digits()
     pixels = np.rint(scans.images * (255 / _LARGEST_VALUE)).astype(np.uint8)[:, None]

@@ -1,4 +1,4 @@
-"""Random erasing (arXiv 1708.04896): a rectangle of random pixels in some of the images, for whole batches."""
+"""Random erasing (arXiv 1708.04896) of whole batches: rectangles of random pixels."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ ERASED_ASPECTS = (0.3, 3.3)
 
 @dataclass(frozen=True, eq=False)
 class ErasingDraw:
-    """What chance decided for each of B images."""
+    """Random decisions of random erasing for each of B images."""
 
     is_erased: Tensor
-    """bool [B]."""
+    """bool [B]: the images that get a rectangle."""
     boxes: Boxes
     noise: Tensor
-    """uint8 [B, C, H, W]: the pixels put in; of the paper's fillings the one that it found best."""
+    """uint8 [B, C, H, W]: the random pixels to fill in, the filling that the paper found best."""
 
 
 def draw_erasing(images: Tensor, generator: torch.Generator, probability: float) -> ErasingDraw:
-    """Draw the numbers for one batch [B, C, H, W]; the generator is on the images' device."""
+    """Draw random erasing for one batch [B, C, H, W]; the generator is on the images' device."""
     num_images, _, height, width = images.shape
     is_chosen = torch.rand(num_images, generator=generator, device=images.device) < probability
     boxes, is_found = fit_boxes(draw_boxes(num_images, generator), (height, width), ERASED_AREAS, ERASED_ASPECTS)
@@ -34,7 +34,7 @@ def draw_erasing(images: Tensor, generator: torch.Generator, probability: float)
 
 
 def erase(images: Tensor, draw: ErasingDraw) -> Tensor:
-    """Replace the pixels inside each erased image's rectangle; uint8 [B, C, H, W] to the same."""
+    """Replace the pixels inside each erased image's rectangle, uint8 [B, C, H, W]."""
     y = torch.arange(images.shape[2], device=images.device)
     x = torch.arange(images.shape[3], device=images.device)
     boxes = draw.boxes

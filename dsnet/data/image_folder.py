@@ -1,6 +1,7 @@
-"""Images in one folder per class: `root/class/*.png|jpg|jpeg`, or the same below `root/train` and `root/test`.
+"""Image folders: `root/class/*.png|jpg|jpeg`, or the same below `root/train` and `root/test`.
 
-A folder is listed first and decoded afterwards: as a whole (`load_image_folder`), or only the images asked for.
+A folder is first listed and then decoded: as a whole (`load_image_folder`) or selected images
+(`decode_images`).
 """
 
 from __future__ import annotations
@@ -30,13 +31,14 @@ _KEY_VERSION = "1"  # raise it when the decoding below changes what it returns
 
 
 _NAME = "image_folder"
-_NUM_AHEAD = 64  # decoded images that wait for their turn while a whole set is decoded
-_NUM_NAMED = 3  # broken files that a message names
+_NUM_AHEAD = 64  # maximum number of decoded images that wait to be collected
+_NUM_NAMED = 3  # maximum number of broken files that a message names
 
 
 @dataclass(frozen=True)
 class FolderListing:
-    """The files of an image folder in their final order, not decoded; an image's position is its id for good."""
+    """The files of an image folder in their final order, not decoded; an image's position is its
+    permanent id."""
 
     root: Path
     files: tuple[Path, ...]
@@ -45,7 +47,7 @@ class FolderListing:
     stats: tuple[tuple[int, int], ...]
     """Size in bytes and modification time in ns of each file."""
     num_test: int | None
-    """How many of the last files are the official test part; None where there is none."""
+    """Number of files of the official test part, which come last; None where there is none."""
 
     @property
     def official_test(self) -> np.ndarray | None:
@@ -55,14 +57,16 @@ class FolderListing:
 
     @cached_property
     def names(self) -> list[str]:
-        """The files' paths below the root, with `/`."""
+        """The files' paths relative to the root, with `/` as the separator."""
         return [file.relative_to(self.root).as_posix() for file in self.files]
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 over names, sizes and modification times: hashing the content would cost as much as reading it all.
+        """SHA-256 over names, sizes and modification times; hashing the content would mean reading
+        every file.
 
-        The root's own place is not part of it: a folder moved with its times kept is the same data.
+        The root's own path is not included: a folder that is moved with its times preserved counts
+        as the same data.
         """
         return _digest([_KEY_VERSION, list(self.class_names), self.num_test, self.names, self.stats])
 
@@ -75,19 +79,20 @@ def load_image_folder(
 ) -> ImageSet:
     """Load a folder of images as uint8 [N, 3, image_size, image_size], RGB.
 
-    Classes are the sub-folders in the order of their names, images are in the order of theirs. An image is decoded
-    once, as by `decode_file`. Where `root/train` and `root/test` both exist, `test` is the official test part. Hidden
-    folders and other files are passed over.
+    Classes are the sub-folders, sorted by name; the images of a class are sorted by name too and
+    decoded as by `decode_file`. Where `root/train` and `root/test` both exist, `test` is the
+    official test part. Hidden folders and other files are ignored.
 
     Args:
-        path: The root folder; None: DSNET_DATA.
-        image_size: Height and width in pixels; the files have no size in common, so it must be given.
-        cache: Where decoded pixels are kept; None: the user's cache folder.
+        path: The root folder; None: the folder in the environment variable DSNET_DATA.
+        image_size: Height and width in pixels; required, since the files vary in size.
+        cache: Cache of decoded pixels; None: the user's cache folder.
         crop_fraction: As for `decode_file`.
 
     Raises:
-        ConfigError: No image_size.
-        DataError: A folder is missing or empty, train and test differ in their classes, or a file does not decode.
+        ConfigError: No image_size is given.
+        DataError: A folder is missing or empty, train and test differ in their classes, or a file
+            does not decode.
     """
     image_size = required_size(image_size)
     listing = list_image_folder(path)
@@ -102,10 +107,10 @@ def load_image_folder(
 
 
 def required_size(image_size: int | None) -> int:
-    """The size itself.
+    """Return `image_size`, which an image folder requires.
 
     Raises:
-        ConfigError: There is none.
+        ConfigError: It is None.
     """
     if image_size is None:
         raise ConfigError(
@@ -115,10 +120,10 @@ def required_size(image_size: int | None) -> int:
 
 
 def list_image_folder(path: str | Path | None = None) -> FolderListing:
-    """List a folder of images without decoding one.
+    """List a folder of images without decoding any.
 
     Args:
-        path: The root folder; None: DSNET_DATA.
+        path: The root folder; None: the folder in the environment variable DSNET_DATA.
 
     Raises:
         DataError: A folder is missing or empty, or train and test differ in their classes.
@@ -150,7 +155,7 @@ def _listing(
 
 
 def _classes(folder: Path) -> dict[str, list[Path]]:
-    """Class name -> its image files, both in order."""
+    """Class name -> its image files, both sorted by name."""
     classes: dict[str, list[Path]] = {}
     for class_folder in sorted(_entries(folder), key=lambda entry: entry.name):
         if not class_folder.is_dir() or class_folder.name.startswith("."):
@@ -194,14 +199,14 @@ def decode_images(
     num_threads: int = 2,
     crop_fraction: float = 1.0,
 ) -> Tensor:
-    """Decode some images of a folder as evaluation sees them; the result is cached.
+    """Decode selected images of a folder for evaluation; the result is cached.
 
     Args:
         listing: The folder.
-        ids: Which images, at least one.
+        ids: Ids of the images, at least one.
         image_size: Height and width in pixels.
-        cache: Where decoded pixels are kept; None: the user's cache folder.
-        num_threads: Threads that decode, >= 1.
+        cache: Cache of decoded pixels; None: the user's cache folder.
+        num_threads: Decoding threads, >= 1.
         crop_fraction: As for `decode_file`.
 
     Returns:
@@ -218,12 +223,13 @@ def decode_images(
 
 
 def decode_file(file: Path, image_size: int, crop_fraction: float = 1.0) -> np.ndarray:
-    """One image as evaluation sees it: uint8 [3, image_size, image_size], RGB; the square of `centre_square`.
+    """Decode one image for evaluation: uint8 [3, image_size, image_size], RGB, cropped by
+    `centre_square`.
 
     Args:
-        file: PNG or JPEG.
+        file: A PNG or JPEG file.
         image_size: Height and width in pixels.
-        crop_fraction: The share of the shorter side that is kept, (0, 1].
+        crop_fraction: Share of the shorter side that is kept, (0, 1].
 
     Raises:
         DataError: The file cannot be read or does not decode; the message names it.
@@ -262,7 +268,7 @@ def _decode(
 
 
 def _decoded_or_error(file: Path, image_size: int, crop_fraction: float) -> np.ndarray | DataError:
-    """Of many files every broken one is to be told at once."""
+    """The decoded image, or the error as a value, so that one message can list all broken files."""
     try:
         return decode_file(file, image_size, crop_fraction)
     except DataError as error:

@@ -1,4 +1,4 @@
-"""A labelled set of images in memory: what every data source returns and everything downstream reads."""
+"""Labelled sets of images in memory, and their resizing."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _RESIZE_CHUNK = 1024  # images held as float32 at a time while resizing
 
 @dataclass(frozen=True, eq=False)
 class ImageSet:
-    """All images of one data set; the index of an image is its id for good.
+    """All images of one data set; the index of an image is its permanent id.
 
     Build it with `ImageSet.create`, which computes the fingerprint.
     """
@@ -29,9 +29,11 @@ class ImageSet:
     """int64 [N], each in 0..len(class_names) - 1."""
     class_names: tuple[str, ...]
     official_test: np.ndarray | None
-    """bool [N]: the images which the data's authors set aside for testing; None where they set none aside."""
+    """bool [N]: the images that the data's authors set aside for testing; None where there are
+    none."""
     fingerprint: str
-    """sha256 over pixels, labels, class names and the official test: stage keys depend on what the data *is*."""
+    """SHA-256 over pixels, labels, class names and the official test part; stage keys depend on
+    it."""
 
     def __post_init__(self) -> None:
         assert self.images.dtype == torch.uint8, self.images.dtype
@@ -52,7 +54,7 @@ class ImageSet:
         class_names: Sequence[str],
         official_test: np.ndarray | None = None,
     ) -> ImageSet:
-        """Build a set and its fingerprint.
+        """Build a set and compute its fingerprint.
 
         Args:
             name: The data set's registered name.
@@ -80,7 +82,8 @@ class ImageSet:
         return channels, height, width
 
     def resized(self, image_size: int) -> ImageSet:
-        """The same set at `image_size` x `image_size` pixels (antialiased bilinear); itself where nothing changes."""
+        """The set resized to `image_size` x `image_size` pixels (antialiased bilinear); itself if
+        it has that size."""
         if self.image_shape[1:] == (image_size, image_size):
             return self
         images = resize_images(self.images, image_size)

@@ -1,4 +1,4 @@
-"""The one check that every source of labels passes."""
+"""The check that all labels pass, whatever file they come from."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from dsnet.errors import DataError
 
 
 def check_labels(labels: np.ndarray, class_names: Sequence[str], where: str) -> None:
-    """Refuse a label that is no class.
+    """Check that every label is the index of a class.
 
     Args:
         labels: Integers [N].
-        class_names: Label k means class_names[k].
+        class_names: Label k stands for class_names[k].
         where: The file, for the message.
 
     Raises:
-        DataError: A label lies outside 0..len(class_names) - 1; names the first such row, counted from 0.
+        DataError: A label lies outside 0..len(class_names) - 1; the message names the first such
+            row, from 0.
     """
     outside = np.flatnonzero((labels < 0) | (labels >= len(class_names)))
     if len(outside):

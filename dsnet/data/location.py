@@ -1,4 +1,4 @@
-"""Where the user's data lies: the configured path, or the environment variable DSNET_DATA."""
+"""Location of the user's data: the configured path, or the environment variable DSNET_DATA."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ DATA_VARIABLE = "DSNET_DATA"
 
 
 def data_root(name: str, path: str | Path | None) -> Path:
-    """The existing file or folder to look in.
+    """The existing file or folder that holds a data set.
 
     Args:
         name: The data set's name, for the message.
-        path: `data.path`; `~` and environment variables are expanded, a relative one starts at the working directory.
-            None: the environment variable DSNET_DATA.
+        path: `data.path`; `~` and environment variables are expanded, a relative path starts at the
+            working directory. None: the value of the environment variable DSNET_DATA.
 
     Raises:
-        DataError: Neither is given, or nothing is there.
+        DataError: Neither is given, or the path does not exist.
     """
     given = path if path is not None else os.environ.get(DATA_VARIABLE)
     origin = "" if path is not None else f" (from the environment variable {DATA_VARIABLE})"

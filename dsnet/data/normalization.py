@@ -1,4 +1,5 @@
-"""Pixels to network inputs, exactly the same in training, in the table and in a bundle loaded years later."""
+"""Normalisation of pixels to network inputs, identical in training, in the routing table and in a
+loaded bundle."""
 
 from __future__ import annotations
 
@@ -18,10 +19,10 @@ _NUM_VALUES = 256
 
 @dataclass(frozen=True)
 class Normalization:
-    """Per channel (pixel - mean) / std, in units of pixel values (0..255).
+    """Normalisation (pixel - mean) / std per channel, in units of pixel values (0..255).
 
-    Python floats pass through JSON unchanged, and applying is one subtraction and one division in float32, each rounded
-    correctly: the same bundle gives the same inputs to the bit.
+    Python floats survive JSON unchanged, and `apply` is one subtraction and one division in
+    float32, each correctly rounded: the same bundle gives bit-identical inputs.
     """
 
     mean: tuple[float, ...]
@@ -45,8 +46,8 @@ class Normalization:
     def from_images(cls, images: Tensor) -> Normalization:
         """Mean and standard deviation of the training split, uint8 [N, C, H, W].
 
-        Computed from integer histograms, so the result does not depend on the order of a floating-point sum. A channel
-        that is constant gets std 1.
+        Computed from integer histograms, so that the result does not depend on the order of a
+        floating-point sum. A constant channel gets std 1.
         """
         moments = [_mean_and_std(channel) for channel in images.transpose(0, 1)]
         return cls(tuple(mean for mean, _ in moments), tuple(std for _, std in moments))
@@ -71,10 +72,10 @@ class Normalization:
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> Normalization:
-        """The inverse of `to_json`.
+        """Rebuild a normalisation from the result of `to_json`.
 
         Raises:
-            DataError: `mean` or `std` is missing, no list of numbers, or out of range.
+            DataError: `mean` or `std` is missing, not a list of numbers, or out of range.
         """
         try:
             return cls(tuple(map(float, record["mean"])), tuple(map(float, record["std"])))
@@ -84,7 +85,8 @@ class Normalization:
 
 @lru_cache(maxsize=32)
 def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """float32 [C, 1, 1], moved to the device once: a copy in every step would make it wait for the host."""
+    """float32 [C, 1, 1] on the device; cached, since a copy in every step would make the device
+    wait for the host."""
     return torch.tensor(values, dtype=torch.float32, device=device)[:, None, None]
 
 

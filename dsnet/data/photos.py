@@ -1,4 +1,4 @@
-"""From the file of a photo to the pixels that a network takes, as the images of its data set were decoded and resized."""
+"""Decoding of photo files to network inputs, as the network's data set was decoded."""
 
 from __future__ import annotations
 
@@ -19,33 +19,34 @@ from dsnet.data.registry import native_image_size
 from dsnet.errors import DataError
 
 _UNSAFE_FORMATS = ("EPS",)
-"""To read EPS Pillow starts Ghostscript, which runs the file as a program."""
+"""Formats that are refused: for EPS Pillow starts Ghostscript, which runs the file as a program."""
 
 
 @dataclass(frozen=True)
 class PhotoDecoder:
     """Decodes photo files of any size to images of one size.
 
-    A photo is turned upright (EXIF), made RGB, and the centre of it resized to `native_size`, in grey where the network takes one
-    channel. Where the run's data set has images of a fixed size and was enlarged or reduced, the photo is resized from `native_size`
-    to `image_size` in the same second step.
+    A photo is turned upright (EXIF) and converted to RGB, and its centre square is resized to
+    `native_size`; it becomes grey where the network takes one channel. If the run resized a data
+    set whose images have a fixed size, the photo is resized from `native_size` to `image_size` in a
+    second step, as those images were.
     """
 
     channels: int
     """3: RGB; 1: grey."""
     native_size: int
-    """Height and width in pixels, as the data set's own images have before they are resized."""
+    """Height and width in pixels of the data set's images before any resizing."""
     image_size: int
-    """Height and width in pixels that the network takes."""
+    """Height and width in pixels of the network's input."""
     crop_fraction: float = 1.0
-    """The share of the shorter side that is kept, (0, 1]."""
+    """Share of the shorter side that is kept, (0, 1]."""
 
     @classmethod
     def of_data(cls, name: str, image_shape: tuple[int, int, int], crop_fraction: float = 1.0) -> PhotoDecoder:
-        """The decoder that treats photos as a data set's images were treated.
+        """The decoder that processes photos as the images of a data set were processed.
 
         Args:
-            name: Of the data set.
+            name: The data set's name.
             image_shape: (channels, height, width) of the images that the network was trained on.
             crop_fraction: `data.crop_fraction` of the run.
 
@@ -58,10 +59,11 @@ class PhotoDecoder:
         return cls(channels, native_image_size(name) or image_size, image_size, crop_fraction)
 
     def __call__(self, file: Path) -> Tensor:
-        """One photo as uint8 [channels, image_size, image_size].
+        """Decode one photo to uint8 [channels, image_size, image_size].
 
         Raises:
-            DataError: The file cannot be read or is no image that Pillow reads; the message names it.
+            DataError: The file cannot be read or is no image that Pillow reads; the message names
+                it.
         """
         image = centre_square(read_rgb(file, photo_formats()), self.native_size, self.crop_fraction)
         pixels = np.asarray(image.convert("L"))[None] if self.channels == 1 else np.asarray(image).transpose(2, 0, 1)
@@ -74,7 +76,7 @@ class PhotoDecoder:
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> PhotoDecoder:
-        """The inverse of `to_json`."""
+        """Rebuild a decoder from the result of `to_json`."""
         return cls(**record)
 
 
@@ -86,10 +88,11 @@ def photo_formats() -> tuple[str, ...]:
 
 
 def photo_files(paths: Iterable[Path]) -> list[Path]:
-    """The photos among files and folders, in order; a folder stands for the images in it and below it, by name.
+    """Expand files and folders to a list of photo files, in order.
 
-    Files are taken whatever their name is, whether they exist or not; in folders those whose suffix is one of an image format and
-    whose name does not begin with a dot.
+    A folder stands for the images in it and below it, sorted by name: the files with the suffix of
+    an image format whose names do not begin with a dot. A path that is not a folder is kept,
+    whatever its name and whether or not it exists.
 
     Raises:
         DataError: A folder holds no image.

@@ -1,4 +1,4 @@
-"""Work done ahead of whoever needs its results, on threads, in order and within a bound."""
+"""Ordered prefetching on threads, with a bounded number of results that wait."""
 
 from __future__ import annotations
 
@@ -14,16 +14,18 @@ Result = TypeVar("Result")
 def in_order(
     function: Callable[[Item], Result], items: Iterable[Item], *, num_threads: int, num_ahead: int
 ) -> Generator[Result, None, None]:
-    """`function` of each item, in the items' order; threads suit work that releases the interpreter, as Pillow's does.
+    """Apply `function` to each item on threads; yields the results in the items' order.
 
-    Nothing starts before the first result is asked for. At most `num_ahead` items beyond the one that is asked for are
-    taken. When the caller stops early (`close()`), or an item fails, the threads finish what they have in hand and end.
+    Threads suit work that releases the interpreter lock, as Pillow's does. Nothing starts before
+    the first result is requested, and at most `num_ahead` items beyond the requested one are taken.
+    When the caller stops early (`close()`) or an item fails, the threads finish the items they are
+    working on and end.
 
     Args:
-        function: Called on the threads; its error is raised in the item's turn.
-        items: Taken lazily, on the caller's thread.
-        num_threads: >= 1; decides the speed, never the results.
-        num_ahead: >= 1; what bounds the memory.
+        function: Called on the threads; its error is raised when the item's turn comes.
+        items: Consumed lazily, on the caller's thread.
+        num_threads: >= 1; affects the speed, never the results.
+        num_ahead: >= 1; bounds the memory.
     """
     executor = ThreadPoolExecutor(num_threads, thread_name_prefix="dsnet-decode")
     pending: deque[Future[Result]] = deque()

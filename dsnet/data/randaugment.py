@@ -1,9 +1,11 @@
-"""RandAugment-style augmentation of whole batches: each image draws a few operations, all of one magnitude.
+"""RandAugment-style augmentation of whole batches: each image gets a few random operations of one
+common magnitude.
 
-The operations and the two numbers that choose among them (how many, how strong) are those of RandAugment (arXiv
-1909.13719). Ours: the geometric operations of an image are composed and read its pixels once, before its tonal ones,
-which keep their order; shears turn about the centre; pixels from outside are middle grey, which leaves the range that
-autocontrast stretches alone; enhancements and moves go both ways with probability 1/2.
+The operations and the two parameters (number of operations, magnitude) are those of RandAugment
+(arXiv 1909.13719). Ours: the geometric operations of an image are composed into one resampling,
+before its tonal operations, which keep their order; shears are relative to the centre; pixels from
+outside the image are middle grey, so that they do not widen the range that autocontrast stretches;
+enhancements and geometric operations have either sign with probability 1/2.
 """
 
 from __future__ import annotations
@@ -18,17 +20,17 @@ from torch import Tensor
 from dsnet.data.tonal import Strength, Tone, adjust
 
 MAX_MAGNITUDE = 10.0
-MAX_ROTATION = 30.0  # degrees; this and the next ones at magnitude 10
+MAX_ROTATION = 30.0  # degrees; this and the next constants hold at magnitude 10
 MAX_SHEAR = 0.3
-MAX_TRANSLATION = 0.45  # of the image's side
+MAX_TRANSLATION = 0.45  # relative to the image's side
 MAX_ENHANCEMENT = 0.9
 FEWEST_BITS = 4
 FILL = 128
-_CPU_CHUNK = 2**20  # pixel values that a CPU works on at a time: what lies in its caches (3 times faster at 224 pixels)
+_CPU_CHUNK = 2**20  # pixel values per chunk on a CPU, so that a chunk fits its caches (3x faster at 224 px)
 
 
 class Operation(IntEnum):
-    """What an image may draw, each with the same probability."""
+    """The operations that may be drawn for an image, each with the same probability."""
 
     IDENTITY = Tone.IDENTITY
     AUTOCONTRAST = Tone.AUTOCONTRAST
@@ -48,16 +50,16 @@ class Operation(IntEnum):
 
 @dataclass(frozen=True, eq=False)
 class RandAugmentDraw:
-    """What chance decided for each of B images with N operations each."""
+    """Random decisions for each of B images with N operations each."""
 
     operation: Tensor
     """int64 [B, N], values of `Operation`, in the order in which they apply."""
     sign: Tensor
-    """float32 [B, N], -1 or 1: which way an operation goes that can go both ways."""
+    """float32 [B, N], -1 or 1: the direction of an operation that has two."""
 
 
 def draw_randaugment(images: Tensor, generator: torch.Generator, num_operations: int) -> RandAugmentDraw:
-    """Draw the numbers for one batch [B, C, H, W]; the generator is on the images' device."""
+    """Draw the operations of one batch [B, C, H, W]; the generator is on the images' device."""
     shape = (len(images), num_operations)
     operation = torch.randint(len(Operation), shape, generator=generator, device=images.device)
     sign = torch.randint(2, shape, generator=generator, device=images.device) * 2.0 - 1.0
@@ -69,8 +71,8 @@ def apply_randaugment(images: Tensor, draw: RandAugmentDraw, magnitude: float) -
 
     Args:
         images: uint8 [B, C, H, W].
-        draw: What each image drew.
-        magnitude: 0..10; 0 leaves only autocontrast and equalize an effect.
+        draw: The operations of each image.
+        magnitude: 0..10; at 0 only autocontrast and equalize have an effect.
 
     Returns:
         uint8 [B, C, H, W].
@@ -90,16 +92,16 @@ def _apply(images: Tensor, draw: RandAugmentDraw, share: float) -> Tensor:
 
 
 def affine_maps(draw: RandAugmentDraw, share: float, size: torch.Size) -> tuple[Tensor, Tensor]:
-    """Where each image's pixels come from, its geometric operations composed.
+    """Compose each image's geometric operations into an affine map from output to source.
 
     Args:
-        draw: What each image drew.
-        share: Magnitude as a share of the greatest, 0..1.
+        draw: The operations of each image.
+        share: Magnitude relative to the greatest, 0..1.
         size: Height and width in pixels.
 
     Returns:
-        matrix [B, 2, 2] and offset [B, 2], float32: the pixel at p = (x, y), counted from the image's centre, is taken
-        from matrix @ p + offset.
+        matrix [B, 2, 2] and offset [B, 2], float32: the pixel at p = (x, y), counted from the
+        image's centre, is taken from matrix @ p + offset.
     """
 
     def amount(which: Operation, greatest: float) -> Tensor:
@@ -118,14 +120,14 @@ def affine_maps(draw: RandAugmentDraw, share: float, size: torch.Size) -> tuple[
         -1,
     )
     matrix, offset = matrices[:, 0], moves[:, 0]
-    for number in range(1, matrices.shape[1]):  # a later operation reads from the result of the earlier ones
+    for number in range(1, matrices.shape[1]):  # a later operation reads the result of the earlier ones
         offset = offset + (matrix * moves[:, number, None]).sum(-1)
         matrix = matrix @ matrices[:, number]
     return matrix, offset
 
 
 def _move(images: Tensor, matrix: Tensor, offset: Tensor) -> Tensor:
-    """Take each pixel from the nearest one of its source; middle grey where that lies outside."""
+    """Resample each image by its affine map, nearest neighbour; grey outside the source."""
     num_images, channels, height, width = images.shape
     y = torch.arange(height, device=images.device)[:, None] + (0.5 - height / 2)
     x = torch.arange(width, device=images.device) + (0.5 - width / 2)

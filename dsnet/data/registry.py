@@ -1,4 +1,4 @@
-"""The data sets by name."""
+"""Registry of data sets by name."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dsnet.errors import ConfigError
 from dsnet.wording import way_out
 
 Loader = Callable[[str | Path | None, int | None], ImageSet]
-"""(path, image_size) -> the set; a loader may leave the resizing to `load_images`."""
+"""Function (path, image_size) -> image set; it may leave the resizing to `load_images`."""
 
 MIN_IMAGE_SIZE, MAX_IMAGE_SIZE = 8, 512
 
@@ -23,12 +23,13 @@ _NATIVE_SIZES: dict[str, int] = {}
 
 
 def register_data_set(name: str, loader: Loader, native_size: int | None = None) -> None:
-    """Make a data set known as `data.name`; call it at import.
+    """Register a data set under the name that `data.name` may give; to be called at import.
 
     Args:
-        name: Of the data set.
-        loader: Reads it.
-        native_size: Height and width of its images before any resizing; None: the loader decodes files at the size asked for.
+        name: The data set's name.
+        loader: Function that reads it.
+        native_size: Height and width of its images before any resizing; None: the loader decodes
+            files at the requested size.
 
     Raises:
         ConfigError: The name is taken.
@@ -41,7 +42,10 @@ def register_data_set(name: str, loader: Loader, native_size: int | None = None)
 
 
 def native_image_size(name: str) -> int | None:
-    """Height and width of a data set's images before any resizing; None where its files are decoded at the size asked for."""
+    """Height and width of a data set's images before any resizing.
+
+    None where its files are decoded at the requested size.
+    """
     return _NATIVE_SIZES.get(name)
 
 
@@ -55,8 +59,10 @@ def load_images(name: str, path: str | Path | None = None, image_size: int | Non
 
     Args:
         name: A registered name: digits, cifar10, image_folder, ...
-        path: The folder that holds it; None: the environment variable DSNET_DATA (digits needs none).
-        image_size: Height and width in pixels, 8..512; None: as the data is. Resized once, here.
+        path: The folder that holds the data; None: the folder in the environment variable
+            DSNET_DATA (digits needs none).
+        image_size: Height and width in pixels, 8..512, to which the images are resized once, here;
+            None: the data's own size.
 
     Raises:
         ConfigError: The name is unknown, or the size is out of range.
@@ -71,7 +77,7 @@ def load_images(name: str, path: str | Path | None = None, image_size: int | Non
 
 
 def check_image_size(image_size: int) -> None:
-    """Refuse a size that no network here takes.
+    """Check that an image size lies in the range that networks accept, 8..512 pixels.
 
     Raises:
         ConfigError: The size is out of range.

@@ -1,4 +1,4 @@
-"""Random resized crops (Inception's, arXiv 1409.4842): a part of random area and aspect, resized to a fixed size."""
+"""Random resized crops (arXiv 1409.4842): crops of random area and aspect, resized."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ CROP_ASPECTS = (3 / 4, 4 / 3)
 def crop_boxes(draw: BoxDraw, size: tuple[int, int], scale: tuple[float, float]) -> Boxes:
     """The crops of B images of one size.
 
-    Where no attempt lies inside the image, the largest centred part whose aspect is allowed is taken.
+    Where no attempt fits inside the image, the largest centred crop with an allowed aspect is
+    taken.
 
     Args:
-        draw: The numbers of B images.
+        draw: The random numbers of B images.
         size: Height and width of every image in pixels.
-        scale: Least and greatest area as shares of the image.
+        scale: Smallest and largest area as shares of the image.
     """
     boxes, is_found = fit_boxes(draw, size, scale, CROP_ASPECTS)
     height, width = size
@@ -35,13 +36,14 @@ def crop_boxes(draw: BoxDraw, size: tuple[int, int], scale: tuple[float, float])
 
 
 def resize_crops(images: Tensor, boxes: Boxes) -> Tensor:
-    """Cut each image's box out and enlarge it to the image's own size, bilinear.
+    """Cut each image's box out and enlarge it to the image's size, bilinear.
 
-    Rows and columns are two batched matrix products: the weights reach no pixel outside the box.
+    Rows and columns are interpolated by two batched matrix products; pixels outside the box have
+    weight 0.
 
     Args:
         images: uint8 [B, C, H, W].
-        boxes: Inside the images.
+        boxes: One box per image, inside the image.
 
     Returns:
         uint8 [B, C, H, W].
@@ -54,7 +56,7 @@ def resize_crops(images: Tensor, boxes: Boxes) -> Tensor:
 
 
 def _weights(first: Tensor, length: Tensor, size: int) -> Tensor:
-    """float32 [B, size, size]: what each input position gives to each output position along one axis."""
+    """Interpolation weights along one axis, float32 [B, size (output), size (input)]."""
     positions = torch.arange(size, device=first.device)
     source = (positions + 0.5) * (length / size)[:, None] - 0.5
     source = torch.minimum(source.clamp(min=0), (length - 1)[:, None]) + first[:, None]

@@ -1,6 +1,8 @@
-"""A data set as a run sees it: facts about all images, the splits that are evaluated, and the split that is trained on.
+"""Image sources: the interface through which a run reads a data set, its evaluated splits and its
+training split.
 
-Two kinds: all images in memory, or an image folder whose training split is streamed from its files.
+There are two kinds: all images in memory, or an image folder whose training split is streamed from
+its files.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ NUM_NORMALIZATION_IMAGES = 2048
 
 
 class ImageSource(Protocol):
-    """What a run needs of its data before, during and after training."""
+    """Interface of a data set that a run trains and evaluates on."""
 
     @property
     def name(self) -> str:
@@ -41,41 +43,41 @@ class ImageSource(Protocol):
 
     @property
     def labels(self) -> Tensor:
-        """int64 [N]: of all images."""
+        """int64 [N]: the labels of all images."""
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """One per class, in label order."""
+        """One name per class, in label order."""
 
     @property
     def num_classes(self) -> int:
-        """How many classes there are."""
+        """Number of classes."""
 
     @property
     def official_test(self) -> np.ndarray | None:
-        """bool [N]; None where the data has no test part of its own."""
+        """bool [N]: the images of the official test part; None where the data has none."""
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """(channels, height, width) of what the network sees."""
+        """(channels, height, width) of the network's input."""
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of what the data is: stage keys depend on it."""
+        """SHA-256 that identifies the data's content; stage keys depend on it."""
 
     def tensor_data(self, splits: Splits, *, open_test: bool = False) -> TensorData:
-        """The splits in memory; the test split only with `open_test`, which verify and report alone may say."""
+        """The splits in memory; the test split only with `open_test` (verification, reports)."""
 
     def normalization(self, splits: Splits) -> Normalization:
         """Mean and standard deviation of the training split."""
 
     def training_images(self, splits: Splits, augmentation: Augmentation) -> TrainingImages:
-        """The training split for the training loop."""
+        """The training split in the form that the training loop reads."""
 
 
 @dataclass(frozen=True, eq=False)
 class InMemorySource:
-    """A data set that is decoded as a whole."""
+    """A data set whose images are all decoded into memory."""
 
     images: ImageSet
 
@@ -108,11 +110,11 @@ class InMemorySource:
         return self.images.fingerprint
 
     def tensor_data(self, splits: Splits, *, open_test: bool = False) -> TensorData:
-        """See `ImageSource.tensor_data`; has `train` too."""
+        """See `ImageSource.tensor_data`; `train` is included."""
         return TensorData.from_images(self.images, splits, open_test=open_test)
 
     def normalization(self, splits: Splits) -> Normalization:
-        """See `ImageSource.normalization`; exact."""
+        """See `ImageSource.normalization`; computed from the whole training split."""
         return Normalization.from_images(self._train(splits)[0])
 
     def training_images(self, splits: Splits, augmentation: Augmentation) -> TrainingImages:
@@ -126,17 +128,18 @@ class InMemorySource:
 
 @dataclass(frozen=True, eq=False)
 class StreamedFolder:
-    """An image folder whose training split stays in its files; the other splits are decoded into memory."""
+    """An image folder whose training split is streamed from its files; the other splits are decoded
+    into memory."""
 
     listing: FolderListing
     image_size: int
     """Height and width in pixels."""
     num_threads: int = 2
-    """Threads that decode."""
+    """Decoding threads."""
     cache: ImageCache | None = None
-    """Where the pixels of the other splits are kept; None: the user's cache folder."""
+    """Cache of the other splits' pixels; None: the user's cache folder."""
     crop_fraction: float = 1.0
-    """Share of the shorter side that evaluation keeps, (0, 1]; training cuts its own random crops."""
+    """Share of the shorter side that evaluation keeps, (0, 1]; training uses random crops."""
 
     @property
     def name(self) -> str:
@@ -164,12 +167,16 @@ class StreamedFolder:
 
     @property
     def fingerprint(self) -> str:
-        """Of names, sizes and modification times: a file touched counts as changed, unlike where pixels are in memory."""
+        """SHA-256 over file names, sizes and modification times.
+
+        A file with a new modification time counts as changed; a set in memory is hashed by its
+        pixels instead.
+        """
         crop = "" if self.crop_fraction == 1 else f"/{self.crop_fraction}"
         return hashlib.sha256(f"streamed/{self.image_size}{crop}/{self.listing.fingerprint}".encode()).hexdigest()
 
     def tensor_data(self, splits: Splits, *, open_test: bool = False) -> TensorData:
-        """See `ImageSource.tensor_data`; has no `train`.
+        """See `ImageSource.tensor_data`; `train` is left out.
 
         Raises:
             DataError: A file does not decode; the message names it.
@@ -179,7 +186,8 @@ class StreamedFolder:
         return TensorData(MappingProxyType(parts), self.class_names, self.image_shape)
 
     def normalization(self, splits: Splits) -> Normalization:
-        """Mean and standard deviation of up to 2,048 images of the training split, the same ones for the same split.
+        """Mean and standard deviation of up to 2,048 images, always the same for the same training
+        split.
 
         Raises:
             DataError: A file does not decode; the message names it.
@@ -189,7 +197,7 @@ class StreamedFolder:
         return Normalization.from_images(self._decoded(ids).images)
 
     def training_images(self, splits: Splits, augmentation: Augmentation) -> TrainingImages:
-        """See `ImageSource.training_images`; decodes nothing yet."""
+        """See `ImageSource.training_images`; nothing is decoded before iteration."""
         files = tuple(str(self.listing.files[row].absolute()) for row in splits.train.tolist())
         labels = self.labels.index_select(0, torch.tensor(splits.train))
         return StreamedImages(
@@ -217,15 +225,18 @@ def load_source(
 
     Args:
         name: A registered name.
-        path: The folder that holds it; None: the environment variable DSNET_DATA.
-        image_size: Height and width in pixels, 8..512; None: as the data is.
-        stream: Leave the training split in its files; image folders only.
-        num_threads: Threads that decode, >= 1, where the set is streamed.
-        crop_fraction: Share of the shorter side that the centre crop keeps, (0, 1]; below 1 for image folders only. Where nothing is
-            streamed, training sees the same crops as evaluation.
+        path: The folder that holds the data; None: the folder in the environment variable
+            DSNET_DATA.
+        image_size: Height and width in pixels, 8..512; None: the data's own size.
+        stream: Stream the training split from its files; image folders only.
+        num_threads: Decoding threads of a streamed set, >= 1.
+        crop_fraction: Share of the shorter side that the centre crop keeps, (0, 1]; below 1 for
+            image folders only. Where nothing is streamed, training uses the same crops as
+            evaluation.
 
     Raises:
-        ConfigError: The name is unknown, a number out of its range, the size missing, or a set that cannot be streamed or cropped.
+        ConfigError: The name is unknown, a number is out of range, the size is missing, or the set
+            cannot be streamed or cropped.
         DataError: A file is missing, truncated or mislabelled; the message names it.
     """
     NumberRange(above=0, highest=1).check("data.crop_fraction", crop_fraction)

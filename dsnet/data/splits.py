@@ -1,7 +1,8 @@
-"""The four splits: `train` (the supernet), `gate` (gates learn), `val` (chooses), `test` (sealed).
+"""The four splits: `train` trains supernets, `gate` trains gates, `val` selects, `test` is sealed.
 
-Which images a split gets depends on labels, sizes and seed alone, on every platform and with every version of numpy:
-the randomness is the raw 64-bit stream of PCG64, which numpy guarantees (its distributions it does not).
+The images of a split depend on labels, sizes and seed alone, on every platform and with every
+version of numpy: the randomness is the raw 64-bit stream of PCG64, which numpy keeps stable, unlike
+its distributions.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from dsnet.errors import ConfigError, DataError
 
 SPLIT_NAMES = ("train", "gate", "val", "test")
 FEW_IMAGES = 100
-"""With fewer images in `val` or `test`, one image is more than a point of accuracy: too few to tell routers apart."""
+"""Below this many images in `val` or `test` one image is worth more than a percentage point of
+accuracy: too few to tell routers apart."""
 
 _SHARES = {"train": 0.55, "gate": 0.15, "val": 0.15, "test": 0.15}
 _SHARES_BESIDE_OFFICIAL_TEST = {"train": 0.8, "gate": 0.1, "val": 0.1}  # CIFAR-10: 40,000 / 5,000 / 5,000
@@ -39,11 +41,13 @@ def _check_size(name: str, size: Size) -> None:
 
 @dataclass(frozen=True)
 class SplitSizes:
-    """How large each split is.
+    """Size of each split.
 
-    An integer is a number of images (>= 1), a float a fraction in (0, 1), None the default. Fractions are of all
-    images; where the data has an official test part, `train`, `gate` and `val` are of the rest, and `test` is of the
-    official test part (default: all of it). Defaults: 55/15/15/15 %, beside an official test part 80/10/10 %.
+    An integer is a number of images (>= 1), a float a fraction in (0, 1), None the default.
+    Fractions refer to all images; where the data has an official test part, those of `train`,
+    `gate` and `val` refer to the other images and that of `test` to the official test part
+    (default: all of it). Defaults: 55/15/15/15 %, or 80/10/10 % for `train`, `gate` and `val` where
+    there is an official test part.
     """
 
     train: Size = None
@@ -58,7 +62,7 @@ class SplitSizes:
 
 @dataclass(frozen=True, eq=False)
 class Splits:
-    """Four disjoint, sorted int64 arrays of image ids; compare two by their `hash`."""
+    """Four disjoint, sorted int64 arrays of image ids; compare two objects by their `hash`."""
 
     train: np.ndarray
     gate: np.ndarray
@@ -94,7 +98,7 @@ class Splits:
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> Splits:
-        """The inverse of `to_json`.
+        """Rebuild splits from the result of `to_json`.
 
         Raises:
             DataError: The record is incomplete or does not match its own hash.
@@ -115,7 +119,8 @@ class Splits:
 
 
 def data_fingerprint(images: str, splits: Splits) -> str:
-    """sha256 of what a stage's result depends on in its data: the images' own fingerprint and who lies in which split."""
+    """SHA-256 over the images' fingerprint and the splits: the part of a stage's key that stands
+    for its data."""
     return hashlib.sha256(f"{images}/{splits.hash}".encode()).hexdigest()
 
 
@@ -128,19 +133,20 @@ def make_splits(
 ) -> Splits:
     """Divide a labelled set into four stratified, disjoint splits.
 
-    Every split has exactly its size, and of every class the exact proportional number of images, rounded up or down.
+    Every split has exactly its size and contains each class in proportion, rounded up or down.
 
     Args:
         labels: int64 [N].
-        official_test: bool [N]; None where the data has no test part of its own.
-        sizes: How large each split is.
-        seed: >= 0; decides which images, never how many.
-        limit: For smoke runs: each split is cut to at most so many images, stratified again. A limited split is a
-            subset of the same split without the limit.
+        official_test: bool [N]; None where the data has no official test part.
+        sizes: Size of each split.
+        seed: >= 0; decides which images a split gets, never how many.
+        limit: For smoke runs: at most this many images per split, stratified again. A limited split
+            is a subset of the same split without the limit.
 
     Raises:
-        ConfigError: The sizes exceed the images there are, a split would be empty, a class has fewer images than there
-            are splits to fill, or the limit is smaller than the number of classes.
+        ConfigError: The sizes exceed the number of images, a split would be empty, a class has
+            fewer images than there are splits to fill, or the limit is smaller than the number of
+            classes.
     """
     labels = np.asarray(labels, dtype=np.int64)
     if seed < 0:
@@ -159,7 +165,8 @@ def make_splits(
 
 
 def _pools(official_test: np.ndarray | None, num_images: int) -> list[tuple[np.ndarray, Mapping[str, Size], str]]:
-    """What is divided: (image ids, default shares of the splits drawn from them, its name in messages)."""
+    """The pools of images to divide: (image ids, default sizes of the splits drawn from them, name
+    in messages)."""
     if official_test is None:
         return [(np.arange(num_images), _SHARES, "the data set")]
     rest, test = np.flatnonzero(~official_test), np.flatnonzero(official_test)
@@ -170,7 +177,10 @@ def _pools(official_test: np.ndarray | None, num_images: int) -> list[tuple[np.n
 
 
 def _counts(sizes: Mapping[str, Size], num_images: int, what: str) -> dict[str, int]:
-    """Sizes as numbers of images; fractions are rounded by largest remainder, so that fractions of sum 1 use all."""
+    """Sizes as numbers of images.
+
+    Fractions are rounded by largest remainder, so that fractions that sum to 1 use all images.
+    """
     exact = {name: float(size) * num_images for name, size in sizes.items() if isinstance(size, float)}
     counts = {name: size if isinstance(size, int) else int(exact[name]) for name, size in sizes.items()}
     num_left = round(sum(exact.values())) - sum(counts[name] for name in exact)
@@ -206,7 +216,7 @@ def _check_limit(limit: int, num_classes: int) -> None:
 
 
 def _stratified(ids: np.ndarray, labels: np.ndarray, keys: np.ndarray, counts: Sequence[int]) -> list[np.ndarray]:
-    """Draw `len(counts)` disjoint stratified subsets of `ids`, sorted."""
+    """Draw disjoint stratified subsets of `ids`, one of each size in `counts`; each is sorted."""
     order = ids[np.argsort(keys[ids], kind="stable")]
     members = [order[labels[order] == label] for label in np.unique(labels[ids])]
     quotas = apportion([len(member) for member in members], counts)
@@ -219,15 +229,16 @@ def _stratified(ids: np.ndarray, labels: np.ndarray, keys: np.ndarray, counts: S
 
 
 def apportion(class_sizes: Sequence[int], split_sizes: Sequence[int]) -> np.ndarray:
-    """How many images of each class go to each split: int64 [classes, splits].
+    """Number of images of each class in each split: int64 [classes, splits].
 
-    Columns sum to `split_sizes` exactly, rows to at most the class's size, and each entry is its exact proportion
-    class_size * split_size / total rounded up or down. Such a table always exists: the exact proportions are a feasible
-    flow, and a flow through integer capacities has an integer solution.
+    Columns sum to `split_sizes` exactly, rows to at most the class's size, and each entry is the
+    exact proportion class_size * split_size / total rounded up or down. Such a table always exists:
+    the exact proportions are a feasible flow, and a feasible flow with integer capacities implies
+    an integer one.
 
     Args:
-        class_sizes: Images of each class.
-        split_sizes: Images of each split, at most as many as there are.
+        class_sizes: Number of images of each class.
+        split_sizes: Number of images of each split; their sum is at most the number of images.
     """
     total = sum(class_sizes)
     rows = np.array(class_sizes, dtype=np.int64)
@@ -238,12 +249,14 @@ def apportion(class_sizes: Sequence[int], split_sizes: Sequence[int]) -> np.ndar
 
 
 def _round_up(is_allowed: np.ndarray, row_sums: np.ndarray, column_sums: np.ndarray) -> np.ndarray:
-    """A 0/1 table with the given sums whose ones lie on allowed cells, by augmenting paths (Kuhn's algorithm)."""
+    """A 0/1 table with the given sums and ones in allowed cells only, by augmenting paths (Kuhn's
+    algorithm)."""
     is_up = np.zeros(is_allowed.shape, dtype=bool)
     num_missing = column_sums.copy()
 
     def place(row: int, visited: set[int]) -> bool:
-        """Put one more in the row, if need be by moving another row's out of the way."""
+        """Place one more 1 in the row, if necessary by moving a 1 of another row; whether that was
+        possible."""
         for column in np.flatnonzero(is_allowed[row] & ~is_up[row]).tolist():
             if column in visited:
                 continue

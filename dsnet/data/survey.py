@@ -1,4 +1,4 @@
-"""Looks through a folder of images before anything is trained on it, and reports layout, classes, sizes, colours and broken files."""
+"""Survey of an image folder before training: layout, classes, sizes, colours, broken files."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from dsnet.data.image_folder import IMAGE_EXTENSIONS, FolderListing, list_image_
 from dsnet.errors import DataError
 
 MAX_OPENED = 400
-"""Files that are decoded at most, evenly from the whole folder; of the others only the names are read."""
+"""Maximum number of files that are decoded, evenly spaced over the folder; of the others only the
+names are read."""
 NUM_NAMED = 3
-"""Broken files that a message names."""
+"""Maximum number of broken files that a message names."""
 GREY_TOLERANCE = 8
-"""Channels of a grey photo that was stored in colour differ by no more."""
+"""Largest difference between the channels (0..255) of a grey photo that was stored in colour."""
 
 
 @dataclass(frozen=True)
@@ -29,11 +30,11 @@ class Survey:
     sizes: tuple[tuple[int, int], ...]
     """(width, height) of the files that were opened."""
     is_grey: bool
-    """Whether every one of these is."""
+    """Whether all files that were opened are grey."""
 
     @property
     def num_images(self) -> int:
-        """In all classes, an official test part included."""
+        """Number of images in all classes, including an official test part."""
         return len(self.listing.files)
 
     @property
@@ -49,10 +50,11 @@ class Survey:
 
 
 def survey_folder(root: Path) -> Survey:
-    """Look at a folder of images.
+    """Survey a folder of images.
 
     Raises:
-        DataError: it is laid out otherwise than FOLDER/CLASS/*.png|jpg (the message says how), or files do not decode.
+        DataError: its layout is not FOLDER/CLASS/*.png|jpg (the message says what was found), or
+            files do not decode.
     """
     refuse_other_layouts(root)
     listing = list_image_folder(root)
@@ -81,7 +83,7 @@ def _is_grey(pixels: np.ndarray) -> bool:
 
 
 def refuse_other_layouts(root: Path) -> None:
-    """Say what was found where the images do not lie one folder below the root, or below its `train` and `test`.
+    """Check that the images lie in class folders below the root, or below its `train` and `test`.
 
     Raises:
         DataError: no folder, images beside the class folders only, or images deeper down.

@@ -1,4 +1,4 @@
-"""The splits as tensors in memory, and the seal on the test split."""
+"""The splits as tensors in memory, with a sealed test split."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dsnet.data.splits import SPLIT_NAMES, Splits
 
 
 class Batch(NamedTuple):
-    """B images with what is known about them."""
+    """A batch of B images with their labels and ids."""
 
     images: Tensor
     """uint8 [B, C, H, W]."""
@@ -29,8 +29,8 @@ class Batch(NamedTuple):
 class TensorData:
     """Splits of one image set, each contiguous and on one device.
 
-    The test split is there only where `open_test=True` was said. `sealed()` leaves it out: not hidden, but absent, so
-    that what is handed to search code cannot reach it.
+    The test split is included only with `open_test=True`. `sealed()` removes it: it is absent
+    rather than hidden, so that search code cannot reach it.
     """
 
     splits: Mapping[str, Batch]
@@ -41,7 +41,13 @@ class TensorData:
 
     @classmethod
     def from_images(cls, image_set: ImageSet, splits: Splits, *, open_test: bool = False) -> TensorData:
-        """Take the splits out of a set; the test split only with `open_test`, which verify and report alone may say."""
+        """Build the splits from an image set.
+
+        Args:
+            image_set: The images.
+            splits: The ids of each split.
+            open_test: Include the test split; only verification and reports may do so.
+        """
         names = [name for name in SPLIT_NAMES if open_test or name != "test"]
         parts = {name: _take(image_set, torch.tensor(splits[name])) for name in names}
         return cls(MappingProxyType(parts), image_set.class_names, image_set.image_shape)
@@ -82,7 +88,8 @@ class TensorData:
         return Batch(*(tensor.index_select(0, positions) for tensor in part))
 
     def batches(self, split: str, batch_size: int) -> Iterator[Batch]:
-        """All images in ascending order of their ids; the last batch may be smaller. Batches are views."""
+        """Iterate over all images in ascending order of ids; batches are views, and the last one
+        may be smaller."""
         part = self._part(split)
         _check_batch_size(batch_size)
         for start in range(0, self.num_images(split), batch_size):
@@ -91,7 +98,7 @@ class TensorData:
     def shuffled(
         self, split: str, batch_size: int, generator: torch.Generator, *, drop_last: bool = False
     ) -> Iterator[Batch]:
-        """One epoch in random order.
+        """Iterate over one epoch in random order.
 
         Args:
             split: The split's name.

@@ -1,8 +1,8 @@
-"""Tonal operations on whole batches in which every image has an operation of its own.
+"""Tonal operations on whole batches, with a different operation for each image.
 
-All but two of them give each pixel value a new one: they are one table of 256 entries per image and channel, applied
-by one gather. Colour and sharpness blend the image with another one. Results are those of Pillow's `ImageOps` and
-`ImageEnhance`, in integers, on every device.
+All but two operations map pixel values to pixel values: they are one table of 256 entries per image
+and channel, applied by one gather. Colour and sharpness blend the image with a second one. Results
+equal those of Pillow's `ImageOps` and `ImageEnhance`, in integers, on every device.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _NUM_VALUES = 256
 
 
 class Tone(IntEnum):
-    """The tonal operations; their values are those of the first of `randaugment.Operation`."""
+    """The tonal operations; `randaugment.Operation` begins with the same values."""
 
     IDENTITY = 0
     AUTOCONTRAST = 1
@@ -32,23 +32,24 @@ class Tone(IntEnum):
 
 @dataclass(frozen=True, eq=False)
 class Strength:
-    """How strong the operations are that have a strength."""
+    """Strength of the operations that have one."""
 
     factor: Tensor
-    """float32 [B]: contrast, brightness, colour and sharpness; 1 changes nothing, 0 takes all of it away."""
+    """float32 [B]: factor of contrast, brightness, colour and sharpness; 1 changes nothing, 0
+    removes the property."""
     threshold: int
-    """0..256: pixels from here on are inverted by solarize."""
+    """0..256: solarize inverts pixel values from here on."""
     num_bits: int
-    """1..8: what posterize keeps."""
+    """1..8: bits that posterize keeps."""
 
 
 def adjust(images: Tensor, tone: Tensor, strength: Strength) -> Tensor:
-    """Apply to each image its own operation.
+    """Apply one operation to each image.
 
     Args:
         images: uint8 [B, C, H, W].
-        tone: int64 [B], values of `Tone`; any other value leaves the image alone.
-        strength: How strongly.
+        tone: int64 [B], values of `Tone`; any other value leaves the image unchanged.
+        strength: Strength of the operations.
 
     Returns:
         uint8 [B, C, H, W].
@@ -61,7 +62,11 @@ def adjust(images: Tensor, tone: Tensor, strength: Strength) -> Tensor:
 
 
 def _luma(images: Tensor) -> Tensor:
-    """int32 [B, 1, H, W]: ITU-R 601 of three channels in Pillow's fixed-point weights, of any other number the mean."""
+    """Luminance, int32 [B, 1, H, W].
+
+    ITU-R 601 with Pillow's fixed-point weights for three channels; the mean for any other number of
+    channels.
+    """
     if images.shape[1] != 3:
         return images.float().mean(1, keepdim=True).round_().int()
     red, green, blue = images.int().split(1, dim=1)
@@ -69,7 +74,7 @@ def _luma(images: Tensor) -> Tensor:
 
 
 def _blended(images: Tensor, luma: Tensor, tone: Tensor, factor: Tensor) -> Tensor:
-    """Colour and sharpness: away from, or towards, the grey or the smoothed image."""
+    """Apply colour and sharpness by blending with the grey or the smoothed image."""
     tone, factor = tone[:, None, None, None], factor[:, None, None, None]
     is_color = tone == Tone.COLOR
     other = torch.where(is_color, luma.to(torch.uint8), _smoothed(images))
@@ -78,7 +83,8 @@ def _blended(images: Tensor, luma: Tensor, tone: Tensor, factor: Tensor) -> Tens
 
 
 def _smoothed(images: Tensor) -> Tensor:
-    """Pillow's SMOOTH: the 3x3 mean with the centre counted five times; the outermost pixels stay as they are."""
+    """Pillow's SMOOTH filter: the 3x3 mean with the centre weighted five times; the outermost
+    pixels are unchanged."""
     pixels = images.short()
     rows = pixels[:, :, :-2] + pixels[:, :, 1:-1] + pixels[:, :, 2:]
     total = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:] + 4 * pixels[:, :, 1:-1, 1:-1]
@@ -88,13 +94,16 @@ def _smoothed(images: Tensor) -> Tensor:
 
 
 def _blend(other: Tensor, values: Tensor, factor: Tensor) -> Tensor:
-    """other + factor * (values - other), cut off like Pillow's, to uint8."""
+    """other + factor * (values - other), clipped to 0..255 and truncated to uint8 as in Pillow."""
     base = other.float()
     return (base + factor * (values.float() - base)).clamp_(0, 255).to(torch.uint8)
 
 
 def _tables(pixels: Tensor, values: Tensor, luma: Tensor, tone: Tensor, strength: Strength) -> Tensor:
-    """uint8 [B, C, 256]: the new value of each pixel value. `pixels` are uint8 [B, C, H * W], `values` the same in int64."""
+    """Lookup tables uint8 [B, C, 256]: the new value of each pixel value.
+
+    `pixels` are uint8 [B, C, H * W], `values` the same in int64.
+    """
     tone, factor = tone[:, None, None], strength.factor[:, None, None]
     lowest, highest = pixels.amin(2, keepdim=True), pixels.amax(2, keepdim=True)
     identity = torch.arange(_NUM_VALUES, dtype=torch.int32, device=values.device)
@@ -115,24 +124,24 @@ def _tables(pixels: Tensor, values: Tensor, luma: Tensor, tone: Tensor, strength
 
 
 def _autocontrast(lowest: Tensor, highest: Tensor, identity: Tensor) -> Tensor:
-    """Stretch each channel's range to 0..255."""
+    """Tables that stretch each channel's range to 0..255."""
     span = highest - lowest
-    stretched = _whole((identity - lowest) * 255, span)
+    stretched = _floor_divide((identity - lowest) * 255, span)
     return torch.where(span > 0, stretched, identity).clamp_(0, 255).to(torch.uint8)
 
 
 def _equalize(values: Tensor, highest: Tensor, identity: Tensor) -> Tensor:
-    """Spread each channel's histogram evenly."""
+    """Tables that equalise each channel's histogram."""
     one = torch.ones((), dtype=torch.int32, device=values.device)
     counts = torch.zeros((*values.shape[:2], _NUM_VALUES), dtype=torch.int32, device=values.device)
     counts.scatter_add_(2, values, one.expand_as(values))
     num_brightest = counts.gather(2, highest)
     step = (values.shape[2] - num_brightest) // 255
     num_below = counts.cumsum(2, dtype=torch.int32) - counts
-    spread = _whole(step // 2 + num_below, step)
+    spread = _floor_divide(step // 2 + num_below, step)
     return torch.where(step > 0, spread, identity).clamp_(0, 255).to(torch.uint8)
 
 
-def _whole(number: Tensor, divisor: Tensor) -> Tensor:
-    """Whole part of number / divisor; a divisor of 0 counts as 1."""
+def _floor_divide(number: Tensor, divisor: Tensor) -> Tensor:
+    """number / divisor rounded down; a divisor of 0 counts as 1."""
     return torch.div(number, divisor.clamp(min=1), rounding_mode="floor")

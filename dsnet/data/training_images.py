@@ -1,4 +1,5 @@
-"""Where the training loop gets its images from: a set that lives on the device, or files decoded as they are needed."""
+"""Training images for the training loop: a set kept on the device, or files that are decoded when
+they are needed."""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ from dsnet.seeds import derive_seed
 
 
 class TrainingImages(Protocol):
-    """The training split, however it is stored."""
+    """Interface of a training split, independent of how it is stored."""
 
     @property
     def labels(self) -> Tensor:
@@ -33,27 +34,30 @@ class TrainingImages(Protocol):
         ...
 
     def augmented(self, batches: Iterable[tuple[Tensor, int]], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-        """For each (rows int64 [B], seed): uint8 images [B, C, H, W], augmented, and labels [B], on `device`.
+        """For each (rows int64 [B], seed): augmented uint8 images [B, C, H, W] and labels [B], on
+        `device`.
 
-        The same rows and seed give the same bits, whatever came before, on one kind of device.
+        The same rows and seed give bit-identical images on one kind of device, independent of
+        earlier batches.
         """
         ...
 
     def clean(self, rows: Iterable[Tensor], device: torch.device) -> Iterator[Tensor]:
-        """For each rows int64 [B]: uint8 images [B, C, H, W] as evaluation sees them, on `device`."""
+        """For each rows int64 [B]: uint8 images [B, C, H, W] without augmentation, as in
+        evaluation, on `device`."""
         ...
 
 
 class InMemoryImages:
-    """A set small enough to live on the device, moved there once and augmented there in batches."""
+    """A training split that fits on the device: copied and augmented there."""
 
     def __init__(self, images: Tensor, labels: Tensor, augmentation: Augmentation) -> None:
-        """Take a training split.
+        """Wrap a training split.
 
         Args:
             images: uint8 [N, C, H, W], on the CPU.
             labels: int64 [N], on the CPU.
-            augmentation: What may be done to an image.
+            augmentation: The augmentation of `augmented`.
         """
         self.images = images
         self.labels = labels
@@ -85,30 +89,33 @@ class InMemoryImages:
 
 @dataclass(frozen=True, eq=False)
 class StreamedImages:
-    """PNG or JPEG files too many for memory, decoded by threads a little ahead of the training step.
+    """PNG or JPEG files that need not fit in memory, decoded by threads a little ahead of the
+    training step.
 
-    A file's random resized crop is cut and resized (antialiased bilinear) right after decoding; whatever else the
-    augmentation asks for is done in batches on the device. Nothing depends on the number of threads. It can be pickled:
-    it holds paths and labels, no pixels.
+    A file's random resized crop is cut and resized (antialiased bilinear) right after decoding; the
+    rest of the augmentation is done in batches on the device. Results do not depend on the number
+    of threads. The object can be pickled: it holds paths and labels, no pixels.
     """
 
     files: tuple[str, ...]
-    """N files."""
+    """Paths of the N files."""
     labels: Tensor
     """int64 [N], on the CPU."""
     image_size: int
-    """Height and width in pixels of what comes out."""
+    """Height and width in pixels of the images that are returned."""
     augmentation: Augmentation
-    """Its `crop_padding` is not used: a random resized crop of `crop_scale`, by default (0.08, 1), takes its place."""
+    """Its `crop_padding` is ignored: a random resized crop of `crop_scale`, by default (0.08, 1),
+    takes its place."""
     num_threads: int = 2
     """Decoding threads of each iteration."""
     num_ahead: int = 512
-    """Decoded images that may wait for the training step, 3 * image_size**2 bytes each; a batch or more keeps it fed."""
+    """Decoded images that may wait for the training step, 3 * image_size**2 bytes each; should be
+    at least a batch."""
     crop_fraction: float = 1.0
-    """Of clean images: share of the shorter side that the centre crop keeps, (0, 1]."""
+    """Share of the shorter side that the centre crop of `clean` keeps, (0, 1]."""
 
     def augmented(self, batches: Iterable[tuple[Tensor, int]], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-        """See `TrainingImages.augmented`; takes the batches lazily, a little ahead.
+        """See `TrainingImages.augmented`; `batches` is consumed lazily, a little ahead.
 
         Raises:
             DataError: A file cannot be read or does not decode; the message names it.
@@ -124,7 +131,8 @@ class StreamedImages:
                 yield augment(images, generator, on_device), self.labels[rows].to(device, non_blocking=True)
 
     def clean(self, rows: Iterable[Tensor], device: torch.device) -> Iterator[Tensor]:
-        """See `TrainingImages.clean`; the shorter side is resized and the centre cut out, as for the other splits.
+        """See `TrainingImages.clean`; the shorter side is resized and the centre cropped, as for
+        the other splits.
 
         Raises:
             DataError: A file cannot be read or does not decode; the message names it.
@@ -142,7 +150,10 @@ class StreamedImages:
             yield Path(self.files[row]), draw[position]
 
     def _batch(self, decoded: Iterator[np.ndarray], num_images: int, device: torch.device) -> Tensor:
-        """The next images, uint8 [B, 3, H, W]; from pinned memory, so that the copy to a GPU does not hold up the step."""
+        """Collect the next images as uint8 [B, 3, H, W].
+
+        The copy to a GPU comes from pinned memory, so that it does not delay the training step.
+        """
         shape = (num_images, 3, self.image_size, self.image_size)
         batch = torch.empty(shape, dtype=torch.uint8, pin_memory=device.type == "cuda")
         pixels = batch.numpy()
@@ -152,7 +163,7 @@ class StreamedImages:
 
 
 def _decode_crop(job: tuple[Path, BoxDraw], scale: tuple[float, float], image_size: int) -> np.ndarray:
-    """One random resized crop: uint8 [3, image_size, image_size]."""
+    """Decode a file and cut its random resized crop: uint8 [3, image_size, image_size]."""
     file, draw = job
     image = read_rgb(file)
     box = crop_boxes(draw, (image.height, image.width), scale)

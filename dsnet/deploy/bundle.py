@@ -1,8 +1,9 @@
-"""A bundle: one gate configuration that runs, checks itself, and needs neither YAML nor pickle.
+"""Bundles: one exported router with its supernet, which runs and can be verified without YAML and
+pickle (docs/definitions.md, Bundle).
 
-The format is defined in docs/definitions.md, Bundle. A folder with `bundle.json` (what it is, what it claims, hashes),
-`weights.safetensors` (supernet cut to the routes in use, router), `examples.safetensors` (inputs with the routes and
-logits they must give) and `gate.yaml`, the same for people.
+A bundle is a folder with `bundle.json` (description, claims, hashes), `weights.safetensors`
+(supernet cut to the routes in use, and router), `examples.safetensors` (inputs with the routes and
+logits that they must give) and `gate.yaml` (a description for people).
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ from dsnet.stored.checkpoint import load_exactly, load_tensors, save_tensors, te
 SCHEMA_VERSION = 1
 NUM_EXAMPLES = 16
 LOGIT_TOLERANCE = 1e-4
-"""Largest accepted difference to a stored logit, relative to the largest stored one: other processors sum in another order."""
+"""Largest accepted difference to a stored logit, relative to the largest stored one: processors
+differ in the order of sums."""
 MANIFEST = "bundle.json"
 
 
@@ -54,7 +56,7 @@ class Bundle:
     class_names: tuple[str, ...]
     route_names: tuple[str, ...]
     image_shape: tuple[int, int, int]
-    """(channels, height, width) of the images it takes."""
+    """(channels, height, width) of its input images."""
 
     def __call__(self, images: Tensor) -> Predictions:
         """Classify a batch of images.
@@ -63,7 +65,7 @@ class Bundle:
             images: uint8 [B, C, H, W] pixels in 0..255, of `image_shape`; B may be 0.
 
         Raises:
-            DsnetError: another type or shape.
+            DsnetError: the images have another type or shape.
         """
         if images.dtype != torch.uint8 or images.ndim != 4 or tuple(images.shape[1:]) != self.image_shape:
             raise DsnetError(
@@ -93,19 +95,23 @@ class Bundle:
         on_error: Callable[[Path, DataError], None] | None = None,
         batch_size: int = BATCH_SIZE,
     ) -> PhotoPrediction | list[PhotoPrediction]:
-        """Classify photos: files of any size that Pillow reads, decoded and resized as the training data was.
+        """Classify photos: image files of any size that Pillow reads, decoded and resized like the
+        training data.
 
         Args:
-            photos: one file, or a list of files and folders; a folder stands for all images in it and below it.
-            on_error: is told of each file that cannot be read, and the others are answered; None: the first one is an error.
-            batch_size: photos that go through the network together.
+            photos: one file, or a list of files and folders; a folder stands for all images in it
+                and below it.
+            on_error: called with each file that cannot be read and its error, while the others are
+                classified; None: the first such error is raised.
+            batch_size: photos per batch.
 
         Returns:
-            the answer for one file; for a list an answer for every photo that could be read, in order.
+            The prediction for one file; for a list, the predictions for all photos that could be
+            read, in order.
 
         Raises:
             DataError: a photo cannot be read, or a folder holds none.
-            DsnetError: the bundle does not say how photos are decoded.
+            DsnetError: the bundle has no record of how photos are decoded.
         """
         if isinstance(photos, str | Path):
             if Path(photos).is_dir():
@@ -122,12 +128,13 @@ class Bundle:
 
     @property
     def photo_decoder(self) -> PhotoDecoder:
-        """Decodes photo files and resizes them to the images that this bundle takes.
+        """The decoder that turns photo files into inputs of this bundle.
 
-        A bundle of an earlier release has no record of its own; the description of its data says the same.
+        For a bundle of an earlier release, which has no record of it, it follows from the
+        description of the data.
 
         Raises:
-            DsnetError: neither is there.
+            DsnetError: the bundle has neither.
         """
         if self.manifest.get("photos") is not None:
             return PhotoDecoder.from_json(self.manifest["photos"])
@@ -143,7 +150,8 @@ class Bundle:
         return f"Bundle({str(self.path)!r})"
 
     def __str__(self) -> str:
-        """Five lines: the bundle and its classes, router and routes, input, claims, how to call it."""
+        """A summary in five lines: classes, router and routes, input, claims, and how to call
+        it."""
         return "\n".join(
             (
                 f"{self.path.name}: a {self.net.subnets.spec.family} classifier of {len(self.class_names)} classes: "
@@ -164,17 +172,17 @@ class Bundle:
 
     @property
     def device(self) -> torch.device:
-        """Where it runs."""
+        """The device that holds the network."""
         return next(self.net.parameters()).device
 
     @property
     def claims(self) -> Mapping[str, Any]:
-        """The numbers it was exported with."""
+        """The numbers with which it was exported: accuracies, MAdds, latency."""
         return self.manifest["claims"]
 
 
 _NUM_LISTED = 6
-"""Names that a line of `print(bundle)` holds at most."""
+"""Maximum number of names in a line of `print(bundle)`."""
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -184,7 +192,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _claims_sentence(claims: Mapping[str, Any]) -> str:
-    """Accuracy with its interval, and mean MAdds, on the best evidence that was recorded."""
+    """Accuracy with its interval and mean MAdds in words, on `test` if recorded, else on `val`."""
     split = next((split for split in ("test", "val") if split in claims), None)
     if split is None:
         return "none"
@@ -215,21 +223,23 @@ def save_bundle(  # noqa: PLR0913 - all but three are given by name
     gate_yaml: str,
     photos: PhotoDecoder | None = None,
 ) -> None:
-    """Write a bundle, whole or not at all: it is put together beside `folder` and renamed into place, replacing an older one.
+    """Write a bundle atomically: it is built beside `folder` and then renamed, replacing an older
+    bundle.
 
     Args:
-        folder: where the bundle will lie.
+        folder: the bundle's folder.
         supernet: trained and recalibrated.
-        router: decides; only the routes that it may run are stored.
-        normalization: what the supernet was trained with.
-        class_names: in label order.
-        examples: uint8 [n, C, H, W], images whose routes and logits are stored for `verify`.
-        claims: JSON values: accuracies, MAdds, latency, and what they were measured on.
+        router: the router; only the routes that it may run are stored.
+        normalization: the normalisation with which the supernet was trained.
+        class_names: class names in label order.
+        examples: uint8 [n, C, H, W], images whose routes and logits are stored for verification.
+        claims: JSON values: accuracies, MAdds, latency, and the data on which they were measured.
         gate_yaml: the text of gate.yaml.
-        photos: how files of photos become images as the supernet was trained on; None: `predict` is not for this bundle.
+        photos: decoder of photo files; None stores none, so that `predict` relies on the
+            description of the data in `claims`.
 
     Raises:
-        PreflightError: `folder` holds something else than a bundle, which would be lost.
+        PreflightError: `folder` holds something other than a bundle, which would be lost.
     """
     if folder.exists() and not (folder / MANIFEST).is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise PreflightError(f"{folder}: is there already and no bundle; remove it, or export to another folder")
@@ -299,14 +309,16 @@ def _swap(draft: Path, folder: Path) -> None:
 def load_bundle(
     path: str | Path, *, device: torch.device | str = "cpu", cut_weights: bool = True, fold_bn: bool = True
 ) -> Bundle:
-    """Read a bundle; what it runs on is checked against its hash, and nothing of it is executed or unpickled.
+    """Read a bundle; manifest and weights are checked against their hashes, and no code or pickle
+    is loaded.
 
-    The examples and gate.yaml, which it does not run on, are checked by `check_bundle_files`.
+    The examples and gate.yaml, which are not needed to run it, are checked by `check_bundle_files`.
 
     Args:
         path: the bundle's folder.
-        device: where it will run; images must be there too.
-        cut_weights: keep contiguous weights per route (fastest); False slices shared weights on the fly (least memory).
+        device: the device on which it runs; images must be there too.
+        cut_weights: keep contiguous weights per route (fastest); False slices shared weights in
+            every call (least memory).
         fold_bn: with `cut_weights`, fold BatchNorm into the convolutions.
 
     Raises:
@@ -364,7 +376,7 @@ def _router(path: Path, tensors: Mapping[str, Tensor], values: Mapping[str, Any]
 
 
 def check_bundle_files(bundle: Bundle) -> None:
-    """Compare every file with its recorded hash.
+    """Check every file of a bundle against its recorded hash.
 
     Raises:
         VerificationError: a file is missing or differs.
@@ -377,12 +389,13 @@ def check_bundle_files(bundle: Bundle) -> None:
 
 @exact_float32()
 def check_bundle_examples(bundle: Bundle) -> int:
-    """Run the stored inputs and compare routes and logits with what was exported.
+    """Run the stored examples and compare their routes and logits with the exported ones.
 
-    Where rounding alone decides between routes, the recorded one counts as taken, and its logits must still agree.
+    Where the router's decision is a numerical tie, the recorded route is taken; its logits must
+    still agree.
 
     Returns:
-        the number of examples checked; 0 where none are stored, so that nothing was checked.
+        The number of examples checked; 0 if none are stored.
 
     Raises:
         VerificationError: a route or a logit differs.
@@ -409,7 +422,8 @@ def check_bundle_examples(bundle: Bundle) -> int:
 
 
 def _retraced(bundle: Bundle, pixels: Tensor, recorded: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits and routes of images on the CPU, along the recorded routes wherever the router's decision was a tie."""
+    """Logits and routes of images, on the CPU; recorded routes are taken where the router's
+    decision is a tie."""
     net = bundle.net
     images = bundle.normalization.apply(pixels.to(bundle.device))
     output = net(images)
@@ -424,7 +438,11 @@ def _retraced(bundle: Bundle, pixels: Tensor, recorded: Tensor) -> tuple[Tensor,
 
 @exact_float32()
 def score_bundle(bundle: Bundle, images: Tensor, labels: Tensor, batch_size: int = 256) -> dict[str, float]:
-    """top1 and mean madds_m of a bundle on labelled images (uint8 [N, C, H, W], int64 [N])."""
+    """Accuracy and cost of a bundle on labelled images (uint8 [N, C, H, W], int64 [N]).
+
+    Returns:
+        `top1`, 0..1, and `madds_m`, the mean MAdds per image in millions.
+    """
     right, madds = 0, 0
     for start in range(0, len(labels), batch_size):
         answer = bundle(images[start : start + batch_size].to(bundle.device))

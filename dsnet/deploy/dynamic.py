@@ -1,8 +1,8 @@
-"""Dynamic inference that is really sliced: shared trunk on the batch, decide, group by choice, run each group, scatter back.
+"""Grouped dynamic inference: run the trunk, decide, group images, run each group sliced.
 
-The published dynamic mode computes every channel and masks (docs/methods.md, section 6); here an image pays only for
-the route it takes. With several gates the groups walk the tree of paths: images that agree so far go on together, and
-routers with a decision at every gate are asked again.
+The published dynamic mode computes every channel and masks (docs/methods.md, section 6); here an image costs only
+the route that it takes. With several gates the groups descend the tree of paths: images with the
+same choices so far stay together, and a router with a decision at every gate decides again at each.
 """
 
 from __future__ import annotations
@@ -22,25 +22,29 @@ from dsnet.space.route_tree import RouteTree
 
 
 class DynamicOutput(NamedTuple):
-    """What a dynamic network answers to a batch, in the batch's order."""
+    """Output of a dynamic network for a batch of B images, in the batch's order."""
 
     logits: Tensor
-    """[B, num_classes]"""
+    """[B, num_classes] logits of the last route that ran."""
     routes: Tensor
-    """int64 [B]: the route whose logits these are."""
+    """int64 [B] the route that gave the logits."""
     madds: Tensor
-    """int64 [B]: everything executed for the image: trunk once, every decision, each tail run."""
+    """int64 [B] MAdds of everything executed for the image: the trunk once, every decision, each
+    tail that ran."""
 
 
 class DynamicNet(nn.Module):
-    """A supernet with a router: classifies each image by the sub-network that the router picks for it.
+    """A supernet with a router: each image is classified by the sub-network that the router chooses
+    for it.
 
     Args:
-        supernet: trained and recalibrated; its set is what the router's route ids mean.
-        router: decides.
-        cut_weights: hold a contiguous copy of each segment's weights (faster, more memory) instead of slicing on the fly.
+        supernet: trained and recalibrated; the router's route ids are indices of its members.
+        router: the router.
+        cut_weights: hold a contiguous copy of each segment's weights (faster, more memory) instead
+            of slicing in every call.
         fold_bn: with `cut_weights`, fold BatchNorm into the convolutions.
-        image_size: side in pixels, for the MAdds it reports; None takes the size the supernet was laid out for.
+        image_size: height and width in pixels, for the MAdds that it reports; None: the size for
+            which the supernet was laid out.
     """
 
     def __init__(
@@ -64,25 +68,27 @@ class DynamicNet(nn.Module):
         self.segments = (
             CutSegments(supernet, self.tree, fold_bn=fold_bn) if cut_weights else SlicedSegments(supernet, self.tree)
         )
-        self._adopt(router)
+        self._set_router(router)
         self.eval()
 
-    def _adopt(self, router: Router) -> None:
+    def _set_router(self, router: Router) -> None:
         self.router = router
-        # Counted once: a decision's cost is a property of the route, and counting takes longer than deciding.
+        # Computed once: a decision's cost depends on the route only, and computing it takes longer
+        # than deciding.
         self._decision_madds = dict(
             zip(router.routes, router.decision_madds(torch.tensor(router.routes)).tolist(), strict=True)
         )
 
     def with_router(self, router: Router) -> DynamicNet:
-        """The same network, weights shared, under another router: many gates cost the memory of one."""
+        """The same network with another router; the weights are shared, so that many routers need
+        the memory of one network."""
         twin = copy.copy(self)
-        twin._adopt(router)
+        twin._set_router(router)
         return twin
 
     @property
     def memory_bytes(self) -> int:
-        """Of all weights and statistics that it holds, shared ones once."""
+        """Bytes of all weights and statistics, with shared ones counted once."""
         return sum(value.nbytes for value in (*self.parameters(), *self.buffers()))
 
     @torch.inference_mode()
@@ -102,17 +108,19 @@ class DynamicNet(nn.Module):
             return DynamicOutput(images.new_zeros(0, self.num_classes), empty, empty)
         trunk = self.segments.upto_gate(0, 0, images)
         evidence = self._evidence(trunk, 0, STOP)
-        return _Rounds(self, trunk.features, evidence).run()
+        return _BatchRouting(self, trunk.features, evidence).run()
 
     def _evidence(self, output: TrunkOutput, gate: int, route: int) -> Evidence:
         parts = {part: output.evidence(part) for part in self.router.needs}
         return Evidence(parts, len(output.features), output.features.device, gate, route)
 
 
-class _Rounds:
-    """One batch behind the trunk: ask, run the groups, ask again, until every image has stopped.
+class _BatchRouting:
+    """Routing of one batch after the trunk: rounds of deciding and running groups until every image
+    has stopped.
 
-    What decides is kept in plain lists: the host must know the routes to launch the groups, and at batch 1 each tensor operation is felt.
+    Decisions are kept in plain lists: the host must know the routes to launch the groups, and at
+    batch 1 every tensor operation counts.
     """
 
     def __init__(self, net: DynamicNet, features: Tensor, evidence: Evidence) -> None:
@@ -122,14 +130,15 @@ class _Rounds:
         self.routes = [STOP] * len(features)
         self.madds = [net._trunk_madds] * len(features)
         self.may_run = list(range(len(features)))
-        """Not an image that has stopped, whatever the router says of it later."""
+        """Rows of the images that have not stopped; a router's later decisions for stopped images
+        are ignored."""
         self.executed: list[Executed] = []
 
     def run(self) -> DynamicOutput:
-        """The batch's answers.
+        """Run all rounds and return the batch's output.
 
         Raises:
-            RuntimeError: the router stops before a first route.
+            RuntimeError: the router stops before any route has run.
         """
         router = self.net.router
         for _ in range(router.max_runs):
@@ -144,17 +153,20 @@ class _Rounds:
         return self._output()
 
     def _execute(self, rows: list[int], chosen: list[int], answer: Tensor) -> None:
-        """Run one round: what `chosen` holds for the images `rows`; `answer` is what the router said of all."""
+        """Run one round: the routes `chosen` for the images `rows`; `answer` holds the router's
+        decisions for all images."""
         is_all = len(rows) == len(self.routes)
-        asks = 1 if self.executed else self.net.router.num_gates
-        logits, routes = _walk(self.net, asks, 0, self.features if is_all else _gather(self.features, rows), chosen)
+        num_deciding = 1 if self.executed else self.net.router.num_gates
+        logits, routes = _run_from_gate(
+            self.net, num_deciding, 0, self.features if is_all else _gather(self.features, rows), chosen
+        )
         for row, route in zip(rows, routes, strict=True):
             self.routes[row] = route
             self.madds[row] += self.net._tail_madds[route]
         if not is_all:
             logits = self.executed[-1].logits.index_copy(0, _index(rows, logits), logits)
             answer = torch.full_like(answer, STOP).index_copy(0, _index(rows, answer), _index(routes, answer))
-        elif asks > 1:
+        elif num_deciding > 1:
             answer = _index(routes, answer)
         self.may_run = rows
         self.executed.append(Executed(answer, logits))
@@ -167,51 +179,53 @@ class _Rounds:
         return DynamicOutput(last.logits, routes, _index(madds, last.routes))
 
 
-def _walk(net: DynamicNet, asks: int, gate: int, x: Tensor, chosen: list[int]) -> tuple[Tensor, list[int]]:
-    """Run images that stand at one node of a gate to the end.
+def _run_from_gate(
+    net: DynamicNet, num_deciding: int, gate: int, x: Tensor, chosen: list[int]
+) -> tuple[Tensor, list[int]]:
+    """Run images that are at the same node of a gate to the end of the network.
 
     Args:
-        net: whose segments run.
-        asks: the router decides at so many gates.
-        gate: where they stand, its choice made.
-        x: what the gate handed over, [b, c, H, W].
-        chosen: for each, a route through the branch that it takes.
+        net: the network.
+        num_deciding: number of gates at which the router decides.
+        gate: the gate that the images have passed.
+        x: features of the images at this gate, [b, c, H, W].
+        chosen: for each image, a route through the branch that was chosen at this gate.
 
     Returns:
         logits [b, num_classes] and the routes that ran, in the order of `x`.
     """
     following = gate + 1
-    if following >= asks and chosen.count(chosen[0]) == len(chosen):
-        return _straight(net, following, x, chosen[0]), chosen
+    if following >= num_deciding and chosen.count(chosen[0]) == len(chosen):
+        return _run_route(net, following, x, chosen[0]), chosen
     if following == len(net.tree.gates):
         return _by_group(x, chosen, lambda route, group, wanted: (net.segments.head(route, group), wanted))
     node_of = net.tree.gates[following].node_of
 
     def branch(node: int, group: Tensor, wanted: list[int]) -> tuple[Tensor, list[int]]:
         output = net.segments.upto_gate(following, node, group)
-        if following < asks:
+        if following < num_deciding:
             wanted = net.router.step(net._evidence(output, following, wanted[0]), ()).tolist()
-        return _walk(net, asks, following, output.features, wanted)
+        return _run_from_gate(net, num_deciding, following, output.features, wanted)
 
     return _by_group(x, chosen, branch, node_of)
 
 
-def _straight(net: DynamicNet, gate: int, x: Tensor, route: int) -> Tensor:
-    """Run one route from a gate on, without asking again: logits [b, num_classes]."""
+def _run_route(net: DynamicNet, gate: int, x: Tensor, route: int) -> Tensor:
+    """Run one route from a gate on, without further decisions: logits [b, num_classes]."""
     for later in range(gate, len(net.tree.gates)):
         x = net.segments.upto_gate(later, net.tree.gates[later].node_of[route], x).features
     return net.segments.head(route, x)
 
 
-_Run = Callable[[int, Tensor, list[int]], tuple[Tensor, list[int]]]
+_GroupFunction = Callable[[int, Tensor, list[int]], tuple[Tensor, list[int]]]
 
 
 def _by_group(
-    x: Tensor, chosen: list[int], run: _Run, node_of: Sequence[int] | None = None
+    x: Tensor, chosen: list[int], run: _GroupFunction, node_of: Sequence[int] | None = None
 ) -> tuple[Tensor, list[int]]:
-    """Run each group of images that go the same way, and put the answers back into the order of `x`.
+    """Run each group of images with the same next branch; results in the order of `x`.
 
-    One gather before all groups and one after: a group is then a slice.
+    There is one gather before all groups and one after them, so that each group is a slice.
     """
     keys = chosen if node_of is None else [node_of[route] for route in chosen]
     groups = rows_by(keys)
@@ -229,7 +243,8 @@ def _by_group(
 
 
 def _gather(x: Tensor, rows: list[int]) -> Tensor:
-    """Some images [n, c, H, W] in channels last, as cut segments have them: torch's own selection would turn them into channels first."""
+    """Select images [n, c, H, W] in channels last, the format of cut segments; `index_select` alone
+    would change the format."""
     return x.permute(0, 2, 3, 1).index_select(0, _index(rows, x)).permute(0, 3, 1, 2)
 
 

@@ -1,4 +1,5 @@
-"""A sub-network as a plain module with its own contiguous weights: for evaluation, latency and export."""
+"""Conversion of a sub-network to a plain module with its own contiguous weights, for evaluation,
+latency and export."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from dsnet.space.spec import Subnet
 
 
 class PlainSubnet(nn.Module):
-    """Trunk and tail of one sub-network, without width arguments."""
+    """One sub-network as a plain module (trunk and tail) without width arguments."""
 
     def __init__(self, trunk: nn.Module, tail: nn.Module) -> None:
         super().__init__()
@@ -34,13 +35,17 @@ def materialize_trunk(supernet: Supernet, subnet: Subnet, *, fold_bn: bool = Fal
 
 @torch.no_grad()
 def materialize_upto_gate(supernet: Supernet, gate: int, subnet: Subnet, *, fold_bn: bool = False) -> nn.Module:
-    """One segment of one sub-network as a plain module in eval mode: images, or the features of the gate before -> TrunkOutput."""
+    """One segment of a sub-network up to a gate, as a plain module in eval mode.
+
+    It maps images (gate 0) or the features of the previous gate to a `TrunkOutput`.
+    """
     return _ready(supernet.cut_upto_gate(gate, subnet), supernet, fold_bn)
 
 
 @torch.no_grad()
 def materialize_head(supernet: Supernet, subnet: Subnet, *, fold_bn: bool = False) -> nn.Module:
-    """The last segment of one sub-network as a plain module in eval mode: what the last gate handed over -> logits."""
+    """The last segment of a sub-network as a plain module in eval mode: features of the last gate
+    -> logits."""
     return _ready(supernet.cut_head(subnet), supernet, fold_bn)
 
 
@@ -54,7 +59,7 @@ def materialize(supernet: Supernet, subnet: Subnet, *, fold_bn: bool = False) ->
     """One sub-network as a plain module in eval mode; equal to `supernet(x, subnet)` in eval mode.
 
     Args:
-        supernet: where the weights come from; they are copied.
+        supernet: the supernet, whose weights are copied.
         subnet: a member of its set, or its teacher.
         fold_bn: fold BatchNorm into the convolutions (same function up to rounding).
     """

@@ -1,6 +1,6 @@
-"""Answers for photos: files are decoded ahead on threads, and whole batches of them go through a classifier.
+"""Classification of photo files: they are decoded ahead on threads and classified in batches.
 
-The classifier is anything that turns a batch of pixels into `Predictions`; a bundle is one.
+A classifier is any function from a batch of pixels to `Predictions`; a bundle is one.
 """
 
 from __future__ import annotations
@@ -24,39 +24,39 @@ _NUM_THREADS = 2
 
 
 class Predictions(NamedTuple):
-    """What a classifier answers, in the batch's order."""
+    """Output of a classifier for a batch of B images, in the batch's order."""
 
     classes: Tensor
-    """int64 [B] index into `class_names`."""
+    """int64 [B] predicted class, an index into `class_names`."""
     probabilities: Tensor
-    """float32 [B, num_classes]."""
+    """float32 [B, num_classes] probability of each class."""
     routes: Tensor
-    """int64 [B] index into `route_names`."""
+    """int64 [B] route that gave the answer, an index into `route_names`."""
     madds: Tensor
     """int64 [B] MAdds spent on each image."""
 
 
 @dataclass(frozen=True)
 class PhotoPrediction:
-    """What a classifier says about one photo."""
+    """Prediction for one photo."""
 
     file: Path
     class_name: str
     """The most probable class."""
     probability: float
-    """Of that class, 0..1."""
+    """Probability of that class, 0..1."""
     route: str
-    """The sub-network whose answer this is."""
+    """Name of the sub-network that gave the answer."""
     madds: int
-    """MAdds spent on the photo, those of the router included."""
+    """MAdds spent on the photo, including those of the router."""
 
 
 @dataclass(frozen=True)
 class Classifier:
-    """A network for batches of pixels, and the names of what it answers."""
+    """A function that classifies batches of pixels, with the names of its classes and routes."""
 
     classify: Callable[[Tensor], Predictions]
-    """Takes uint8 [B, C, H, W]."""
+    """Function of uint8 [B, C, H, W]."""
     class_names: Sequence[str]
     route_names: Sequence[str]
 
@@ -72,10 +72,12 @@ def predict_photos(
 
     Args:
         files: The photos.
-        decode: From a file to uint8 [C, H, W]; raises a `DataError` for a file that it cannot read. It is called on threads.
-        classifier: Answers.
-        on_error: Hears of each file that cannot be read; the others are answered.
-        batch_size: Photos that go through the network together, >= 1.
+        decode: Function from a file to uint8 [C, H, W], called on threads; it raises a `DataError`
+            for a file that it cannot read.
+        classifier: The classifier.
+        on_error: Called with each file that cannot be read and its error; the other photos are
+            classified.
+        batch_size: Photos per batch, >= 1.
     """
     attempt = partial(_decoded_or_error, decode)
     with closing(in_order(attempt, files, num_threads=_NUM_THREADS, num_ahead=batch_size)) as decoded:

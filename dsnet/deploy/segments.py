@@ -1,7 +1,8 @@
-"""The segments of a supernet between its gates, as the routes of a set run them: cut out as plain modules, or sliced on the fly.
+"""The segments of a supernet between its gates for dynamic inference: cut out as plain modules, or
+sliced in every call.
 
-Routes that agree up to a gate share everything before it: each segment is there once for every distinct prefix of widths, so that many
-paths cost the memory of their tree, not of their sum.
+Routes that agree up to a gate share everything before it: each segment exists once per distinct
+prefix of widths, so that many paths need the memory of their tree, not of their sum.
 """
 
 from __future__ import annotations
@@ -17,27 +18,27 @@ from dsnet.space.route_tree import RouteTree
 
 
 class Segments(Protocol):
-    """What dynamic inference runs."""
+    """Interface of the segments that dynamic inference runs."""
 
     def upto_gate(self, gate: int, node: int, x: Tensor) -> TrunkOutput:
-        """From the images (gate 0) or what gate `gate - 1` handed over, up to a node of gate `gate`."""
+        """Run a segment: images (gate 0) or features of gate `gate - 1` -> a node of `gate`."""
         ...
 
     def head(self, route: int, x: Tensor) -> Tensor:
-        """From what the last gate handed over to the logits of a route."""
+        """Run a route's last segment: features of the last gate -> logits [B, num_classes]."""
         ...
 
     def check_mode(self) -> None:
-        """Raise RuntimeError where the network is in training mode."""
+        """Raise RuntimeError if the network is in training mode."""
         ...
 
 
 class CutSegments(nn.Module):
-    """Each segment with its own contiguous weights, in eval mode.
+    """Segments as plain modules with their own contiguous weights, in eval mode.
 
     Args:
-        supernet: where the weights come from; they are copied.
-        tree: of its members.
+        supernet: the supernet, whose weights are copied.
+        tree: the route tree of its members.
         fold_bn: fold BatchNorm into the convolutions.
     """
 
@@ -53,25 +54,27 @@ class CutSegments(nn.Module):
             for gate, branches in enumerate(tree.gates)
         )
         self.heads = nn.ModuleList(materialize_head(supernet, subnet, fold_bn=fold_bn) for subnet in members)
-        # Looked up in every call: a ModuleList of ModuleLists costs microseconds, which batch 1 feels.
+        # Tuples for lookups in every call: a ModuleList of ModuleLists costs microseconds, which
+        # matter at batch 1.
         self._nodes: tuple[tuple[nn.Module, ...], ...] = tuple(tuple(row) for row in self.nodes)  # type: ignore[arg-type]
         self._heads = tuple(self.heads)
 
     @property
     def trunk(self) -> nn.Module:
-        """Everything before the first gate: images -> TrunkOutput."""
+        """The module before the first gate: images -> TrunkOutput."""
         return self._nodes[0][0]
 
     def upto_gate(self, gate: int, node: int, x: Tensor) -> TrunkOutput:
-        """Run one segment."""
+        """See `Segments.upto_gate`."""
         return self._nodes[gate][node](x)
 
     def head(self, route: int, x: Tensor) -> Tensor:
-        """Run the last segment."""
+        """See `Segments.head`."""
         return self._heads[route](x)
 
     def tail(self, route: int) -> nn.Module:
-        """Everything after the first gate on one route, made of the shared segments: features -> logits."""
+        """All segments of a route after the first gate as one module, with shared weights: features
+        -> logits."""
         between = [
             PlainFeatures(self._nodes[gate][branches.node_of[route]])
             for gate, branches in enumerate(self.tree.gates)
@@ -80,11 +83,11 @@ class CutSegments(nn.Module):
         return nn.Sequential(*between, self._heads[route]).eval() if between else self._heads[route]
 
     def check_mode(self) -> None:
-        """Cut segments have no training mode of their own."""
+        """Do nothing: cut segments are always in eval mode."""
 
 
 class SlicedSegments(nn.Module):
-    """Each segment sliced out of the supernet's shared weights in every call: no copies, but slower."""
+    """Segments sliced from the supernet's weights in every call: no copies, but slower."""
 
     def __init__(self, supernet: Supernet, tree: RouteTree) -> None:
         super().__init__()
@@ -92,22 +95,23 @@ class SlicedSegments(nn.Module):
         self.tree = tree
 
     def upto_gate(self, gate: int, node: int, x: Tensor) -> TrunkOutput:
-        """Run one segment."""
+        """See `Segments.upto_gate`."""
         route = self.tree.gates[gate].node_of.index(node)
         return self.supernet.upto_gate(gate, x, self.supernet.subnets[route])
 
     def head(self, route: int, x: Tensor) -> Tensor:
-        """Run the last segment."""
+        """See `Segments.head`."""
         return self.supernet.head(x, self.supernet.subnets[route])
 
     def check_mode(self) -> None:
-        """The supernet is shared: somebody else may have set it to training."""
+        """See `Segments.check_mode`; the supernet is shared, and other code may have put it in
+        training mode."""
         if self.supernet.training:
             raise RuntimeError("dynamic inference is for evaluation only, but the supernet that it slices is training")
 
 
 def rows_by(keys: Sequence[int]) -> dict[int, list[int]]:
-    """The positions of each key."""
+    """Key -> its positions in `keys`, in order of first appearance."""
     groups: dict[int, list[int]] = {}
     for row, key in enumerate(keys):
         groups.setdefault(key, []).append(row)

@@ -1,4 +1,7 @@
-"""Architecture families, registered by name. Adding one is one file in this folder: it calls `register` when it is imported."""
+"""Architecture families, registered by name.
+
+A new family is one file in this folder that calls `register` when it is imported.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ from dsnet.wording import way_out
 
 @dataclass(frozen=True)
 class Task:
-    """What a network must fit: the task's classes and images."""
+    """Properties of a task on which a network's input and output depend."""
 
     num_classes: int
     in_channels: int
@@ -33,20 +36,25 @@ class Family:
 
     name: str
     defaults: Mapping[str, Any]
-    """Every option with its default; an option not named here is refused."""
+    """Every option with its default; other options are refused."""
     layout: Callable[[Task, Mapping[str, Any]], SubnetSet]
-    """(task, complete options) -> the spec's sub-networks; raises ValueError naming a bad option. Needs no weights. The spec's `norm` is
-    what suits the family where the user asks for none."""
+    """Function (task, complete options) -> sub-networks with their spec, without weights; it raises
+    ValueError for a bad option. The spec's `norm` is the family's default."""
     build: Callable[[SupernetSpec, SubnetSet, torch.Generator], Supernet]
     naming: str = ""
-    """What the names of its sub-networks tell, in a sentence; empty where they are plain numbers."""
+    """A sentence that explains the names of its sub-networks; empty where they are plain
+    numbers."""
 
 
 _FAMILIES: dict[str, Family] = {}
 
 
 def register(family: Family) -> None:
-    """Make a family known; two of one name are an error."""
+    """Register a family.
+
+    Raises:
+        ValueError: a family of this name is registered already.
+    """
     if family.name in _FAMILIES:
         raise ValueError(f"the family {family.name!r} is registered twice")
     _FAMILIES[family.name] = family
@@ -62,7 +70,7 @@ def get_family(name: str) -> Family:
     """The family registered as `name`.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: no family has this name.
     """
     if name not in family_names():
         raise ConfigError(f"unknown model {name!r}{way_out(name, family_names())}")
@@ -70,13 +78,13 @@ def get_family(name: str) -> Family:
 
 
 def layout(name: str, task: Task, options: Mapping[str, Any] | None = None, norm: str | None = None) -> SubnetSet:
-    """The sub-networks (and with them the spec) of a family for a task, without building weights.
+    """The sub-networks of a family for a task, and through them the spec, without building weights.
 
     Args:
         name: the family's registered name.
-        task: what it must fit.
-        options: of the family; the rest take its defaults.
-        norm: one of `dsnet.space.spec.NORMS`; None for the family's own choice.
+        task: the task's classes and images.
+        options: options of the family; options that are not given take its defaults.
+        norm: one of `dsnet.space.spec.NORMS`; None for the family's default.
 
     Raises:
         ConfigError: unknown family or option, or an option out of its range.
@@ -98,7 +106,7 @@ def layout(name: str, task: Task, options: Mapping[str, Any] | None = None, norm
 def create(
     name: str, task: Task, options: Mapping[str, Any] | None = None, *, norm: str | None = None, seed: int = 0
 ) -> Supernet:
-    """A freshly initialised supernet; equal seeds give equal weights.
+    """Build a freshly initialised supernet; equal seeds give equal weights.
 
     Raises:
         ConfigError: as `layout`.
@@ -107,10 +115,10 @@ def create(
 
 
 def rebuild(subnets: SubnetSet, generator: torch.Generator | None = None) -> Supernet:
-    """The supernet that a (stored) set of sub-networks belongs to, with fresh weights.
+    """Build the supernet of a (stored) set of sub-networks, with fresh weights.
 
     Raises:
-        ConfigError: its family is not known here.
+        ConfigError: its family is not registered.
     """
     family = get_family(subnets.spec.family)
     return family.build(subnets.spec, subnets, generator if generator is not None else torch.Generator().manual_seed(0))

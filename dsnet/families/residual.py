@@ -1,9 +1,11 @@
 """Residual supernets with one gate per stage: DS-ResNet (docs/methods.md, section 2).
 
-Known of the published one: bottleneck stages, slimming ratios {0.25, 0.5, 0.75, 1} set stage by stage, a gate in the first block of each
-stage, BatchNorm bank or GroupNorm, and a residual attention x * (1 + tanh(a)) that begins as the identity. The rest is ours: the stem has
-one width, the attention stands on the stage's input stream, and the last scale of a block begins at one (a zero would leave the branches
-without gradient in the first step, and the attention is the identity already).
+From the publication: bottleneck stages, slimming ratios {0.25, 0.5, 0.75, 1} chosen stage by stage,
+a gate in the first block of each stage, a BatchNorm bank or GroupNorm, and a residual attention x *
+(1 + tanh(a)) that is initially the identity. The rest is ours: the stem has one width, the
+attention acts on the stage's input stream, and the last scale of a block is initialised to one (a
+zero would leave the branches without gradient in the first step, and the attention is the identity
+already).
 """
 
 from __future__ import annotations
@@ -28,29 +30,31 @@ from dsnet.space.subnet_set import SubnetSet
 ATTENTION = 0.25
 """Hidden channels of a stage's attention, relative to the widest stream that it reads."""
 MIN_HIDDEN = 8
-"""A gate reads the hidden vector: less would be next to no evidence (ours)."""
+"""Fewest hidden channels of an attention (ours): a gate reads the hidden vector, and fewer carry
+almost no evidence."""
 EXPANSION = 4
-"""Stream channels of a bottleneck per inner channel."""
+"""Channels of a bottleneck's residual stream per inner channel."""
 MAX_DEPTH = 200
 MAX_PATHS = 1024
-"""Every path is evaluated, tabled and timed one by one."""
+"""Largest number of paths: each of them is evaluated, tabled and timed."""
 STEMS = ("small", "large")
 STREAMS = ("tied", "padded")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a depth means."""
+    """The stages of a network of one depth."""
 
     num_blocks: tuple[int, ...]
-    """Of each stage; each stage after the first halves the resolution and doubles the channels."""
+    """Blocks of each stage; each stage after the first halves the resolution and doubles the
+    channels."""
     first_width: int
     """Channels of the stem and, inside the blocks, of the first stage."""
     is_bottleneck: bool = False
 
     @property
     def num_stages(self) -> int:
-        """Also the number of gates."""
+        """Number of stages, which is also the number of gates."""
         return len(self.num_blocks)
 
 
@@ -62,7 +66,8 @@ _PLANS: Mapping[int, Plan] = {
 
 
 class ResidualStage(nn.Module):
-    """The attention that a gate shares, and the blocks whose width the gate decides."""
+    """The attention whose hidden vector the stage's gate reads, and the blocks whose width the gate
+    decides."""
 
     def __init__(self, stage: Mapping[str, Any], subnets: SubnetSet, generator: torch.Generator) -> None:
         super().__init__()
@@ -73,7 +78,7 @@ class ResidualStage(nn.Module):
         self.blocks = nn.ModuleList(ResidualBlock(shape, subnets, generator) for shape in shapes)
 
     def forward(self, x: Tensor, subnet: Subnet) -> Tensor:
-        """The attended stream [B, c, H, W] through all blocks."""
+        """Run all blocks on the stream after attention: [B, c, H, W] -> [B, c', H', W']."""
         for block in self.blocks:
             x = block(x, subnet)
         return x
@@ -101,13 +106,13 @@ class ResidualSupernet(Supernet):
         self.classifier = SlicedLinear(widest, spec.num_classes, generator)
 
     def upto_gate(self, gate: int, x: Tensor, subnet: Subnet) -> TrunkOutput:
-        """The stem, or the stage before, and the attention of the gate's stage."""
+        """Run the stem (gate 0) or the previous stage, and the attention of the gate's stage."""
         x = self.pool(F.relu(self.stem(x, subnet))) if gate == 0 else self.stages[gate - 1](x, subnet)
         attended, hidden = self.stages[gate].attention(x)  # type: ignore[operator]
         return TrunkOutput(attended, x, hidden)
 
     def head(self, features: Tensor, subnet: Subnet) -> Tensor:
-        """The last stage's blocks and the classifier."""
+        """Run the last stage's blocks and the classifier."""
         return self.classifier(self.stages[-1](features, subnet).mean((2, 3)))
 
     def cut_upto_gate(self, gate: int, subnet: Subnet) -> nn.Module:
@@ -127,6 +132,8 @@ class ResidualSupernet(Supernet):
 
 
 class _PlainSegment(nn.Module):
+    """Plain segment up to a gate: images or features -> TrunkOutput."""
+
     def __init__(self, body: nn.Module, attention: SlicedAttention) -> None:
         super().__init__()
         self.body = body
@@ -147,7 +154,7 @@ def _stem_shape(stem: str) -> ConvShape:
 
 
 class _Builder:
-    """Lays a plan out stage by stage: groups with their width per ratio, blocks, gates."""
+    """Builds a plan's layout stage by stage: channel groups, widths, blocks, gates."""
 
     def __init__(self, plan: Plan, options: Mapping[str, Any]) -> None:
         self.plan = plan
@@ -157,7 +164,7 @@ class _Builder:
         self.groups: list[ChannelGroup] = []
         self.stage_of_group: list[int | None] = []
         self.widths: list[tuple[int, ...]] = []
-        """For each group its width at each ratio."""
+        """The widths of each group, one per ratio."""
         self.stages: list[dict[str, Any]] = []
         self.gates: list[GateSpec] = []
         (stem,) = scaled_widths([plan.first_width], self.factor, "")
@@ -190,14 +197,15 @@ class _Builder:
                     number, f"stage{number}.block{index}" if self.is_padded else f"stage{number}"
                 )
             stride = 2 if index == 0 and number > 0 else 1
-            # The first block always projects: its stage has several widths where the stem has one, later ones a stride too.
+            # The first block always projects: the first stage has several widths and the stem only
+            # one; later stages also have a stride.
             shape = ResidualShape(self.stream, inner, out, stride, self.plan.is_bottleneck, projects=index == 0)
             blocks.append({**asdict(shape), "in_groups": list(shape.in_groups)})
             self.stream = shape.stream
         self.stages.append({"hidden": hidden, "blocks": blocks})
 
     def _block_groups(self, stage: int, name: str) -> tuple[int, int]:
-        """The groups of a block's inner and outer channels; a basic block's are the same where streams are tied."""
+        """The groups of a block's inner and outer channels; one group if basic and tied."""
         channels = self.plan.first_width * 2**stage
         if not self.is_padded and not self.plan.is_bottleneck:
             group = self._add_slimmed(name, stage, channels)
@@ -245,7 +253,11 @@ def _ops(stem: str, stages: Sequence[Mapping[str, Any]]) -> tuple[Op, ...]:
 
 
 def _block_ops(name: str, shape: ResidualShape, reads: str, segment: int) -> list[Op]:
-    """The shortcut's convolution comes first, so that what follows the block reads the end of its branch."""
+    """The costed operations of a residual block.
+
+    The shortcut's convolution comes first, so that the op after the block reads the end of its
+    branch.
+    """
     ops = [_conv_op(f"{name}.projection", reads, shape.projection, segment)] if shape.projects else []
     for index, conv in enumerate(shape.convs):
         ops.append(_conv_op(f"{name}.convs.{index}", reads, conv, segment))
@@ -270,10 +282,11 @@ def _conv_op(name: str, reads: str, conv: ConvShape, segment: int) -> Op:
 
 
 def _plan(depth: Any) -> Plan:
-    """The plan of a depth: those of the ImageNet nets, or 6 n + 2 for three stages of n basic blocks.
+    """The plan of a depth: 18, 34 or 50 as for ImageNet, or 6 n + 2 for three stages of n basic
+    blocks.
 
     Raises:
-        ValueError: no net has this depth.
+        ValueError: no plan has this depth.
     """
     if is_integer(depth, 8, MAX_DEPTH):
         if depth in _PLANS:
@@ -294,10 +307,11 @@ def _check_ratios(ratios: Any) -> None:
 
 
 def _paths(paths: Any, num_stages: int, num_ratios: int) -> list[tuple[int, ...]]:
-    """One index into the ratios per stage, for each member.
+    """The paths of the members: for each, one index into the ratios per stage.
 
     Raises:
-        ValueError: neither a known name nor a list of such indices, or too many.
+        ValueError: `paths` is neither a known name nor a valid list of paths, or there are too
+            many.
     """
     if paths == "uniform":
         return [(index,) * num_stages for index in range(num_ratios)]
@@ -339,7 +353,8 @@ def _ds_resnet(task: Task, options: Mapping[str, Any]) -> SubnetSet:
         ops=_ops(options["stem"], builder.stages),
         gates=tuple(builder.gates),
         layout={"stem": options["stem"], "stages": builder.stages},
-        # A bank would hold statistics for every prefix of every path (docs/definitions.md, SubnetSet).
+        # A BatchNorm bank would hold statistics for every prefix of every path (docs/definitions.md,
+        # SubnetSet).
         norm="group_norm" if options["paths"] == "all" else "private_stats",
     )
     members = tuple(builder.subnet(path) for path in paths)

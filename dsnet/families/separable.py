@@ -1,7 +1,7 @@
-"""MobileNetV1-style supernets of depthwise-separable blocks with one gated stage: DS-MBNet and its small sibling DS-Tiny.
+"""MobileNetV1-style supernets with one gated stage: DS-MBNet and DS-Tiny.
 
-DS-MBNet is that of DS-Net (arXiv 2103.13258), laid out as docs/methods.md, section 2, gives it; `ds_tiny` is ours, for
-images of 8 to 32 pixels.
+DS-MBNet is the network of DS-Net (arXiv 2103.13258), with the layout of docs/methods.md, section 2; `ds_tiny` is
+ours, for images of 8 to 32 pixels.
 """
 
 from __future__ import annotations
@@ -26,18 +26,20 @@ from dsnet.space.subnet_set import SubnetSet
 MBNET_ATTENTION = 0.25
 """Hidden channels of an attention, relative to the block's largest input (docs/methods.md, section 2)."""
 TINY_ATTENTION = 1.0
-"""The same for DS-Tiny: a quarter of its few channels would leave the gate next to no evidence."""
+"""The same for DS-Tiny: a quarter of its few channels would leave the gate almost no evidence."""
 MAX_WIDTH = 65536
-"""Of a width that a user writes: a wrong unit or a slipped digit is told before it takes all memory."""
+"""Largest width that a user may set, so that a typing error is reported before it exhausts the
+memory."""
 
 
 NESTED_NORMS = ("private_stats", "recalibrate")
-"""Norms under which a channel of a batch is normalised alike in every sub-network while training."""
+"""Norms under which training normalises a channel of a batch in the same way in every
+sub-network."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Blocks that write one channel group; the first has the stride."""
+    """Consecutive blocks that write one channel group; the first has the stride."""
 
     num_blocks: int
     stride: int
@@ -47,7 +49,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Plan:
-    """A family member before it meets a task."""
+    """Layout of a network, independent of the task."""
 
     family: str
     stem: Stage
@@ -58,7 +60,10 @@ class Plan:
 
 
 class SeparableSupernet(Supernet):
-    """Stem, stages of separable blocks, global average pool, classifier; the gate sits in the first block of the gated stage."""
+    """Supernet of a stem, stages of separable blocks, a global average pool and a classifier.
+
+    The gate lies in the first block of the gated stage.
+    """
 
     def __init__(self, spec: SupernetSpec, subnets: SubnetSet, generator: torch.Generator | None = None) -> None:
         super().__init__(spec, subnets)
@@ -74,7 +79,7 @@ class SeparableSupernet(Supernet):
         self.dropout: float = spec.layout["dropout"]
 
     def upto_gate(self, gate: int, x: Tensor, subnet: Subnet) -> TrunkOutput:
-        """Stem and blocks up to the gated block's attention."""
+        """Run the stem and the blocks up to the gated block's attention."""
         assert gate == 0, gate
         x = swish(self.stem_norm(self.stem(x, subnet.widths[0]), subnet.prefix(1)))
         for block in self.blocks[: self.gated_block]:
@@ -82,14 +87,16 @@ class SeparableSupernet(Supernet):
         return TrunkOutput(*self.blocks[self.gated_block].before_gate(x, subnet))  # type: ignore[operator]
 
     def head(self, features: Tensor, subnet: Subnet) -> Tensor:
-        """The gated block's pointwise half, the rest, and the classifier."""
+        """Run the gated block's pointwise half, the remaining blocks and the classifier."""
         return self._finish(self._block(self.gated_block).after_gate(features, subnet), subnet, self.gated_block + 1)
 
     def start_heads(self, features: Tensor, subnets: Sequence[Subnet]) -> Tensor | None:
-        """The gated block's pointwise half and the next block up to its attention, which is the first layer to mix channels again.
+        """Run the gated block's pointwise half and the next block up to its attention, once for all
+        sub-networks.
 
-        All sub-networks read the same features here, so that each one's filters are a prefix of the widest's (ours; the gradients
-        are those of separate runs).
+        All sub-networks read the same features here and their filters are prefixes of the widest's;
+        the attention is the first layer that mixes channels again. (Ours; the gradients equal those
+        of separate runs.)
         """
         number = self.gated_block
         is_nested = self.training and self.spec.norm in NESTED_NORMS
@@ -101,14 +108,14 @@ class SeparableSupernet(Supernet):
         )
 
     def finish_head(self, start: Tensor, subnet: Subnet) -> Tensor:
-        """From the next block's attention on."""
+        """Run one sub-network's head from the next block's attention on."""
         number = self.gated_block + 1
         block = self._block(number)
         attended, _ = block.attention(start[:, : subnet.widths[block.shape.in_group]])
         return self._finish(block.after_gate(attended, subnet), subnet, number + 1)
 
     def _finish(self, x: Tensor, subnet: Subnet, number: int) -> Tensor:
-        """Blocks from `number` on, pooling, dropout (for the largest only: docs/methods.md, section 2), classifier."""
+        """Run the blocks from `number` on, pooling, dropout (largest only) and classifier."""
         for block in self.blocks[number:]:
             x = block(x, subnet)
         x = x.mean((2, 3))
@@ -144,6 +151,8 @@ class SeparableSupernet(Supernet):
 
 
 class _PlainTrunk(nn.Module):
+    """Plain trunk: images -> TrunkOutput."""
+
     def __init__(self, body: nn.Module, gated: nn.Module) -> None:
         super().__init__()
         self.body = body
@@ -215,7 +224,11 @@ def _block_ops(number: int, shape: BlockShape, reads: str, gated_block: int) -> 
 
 
 def _subnets(spec: SupernetSpec, stages: Sequence[Stage], gated_stage: int) -> SubnetSet:
-    """Route k: the small width before the gate, width k after it; the teacher: the largest width everywhere."""
+    """The sub-networks of a network.
+
+    Route k has the small width before the gate and width k after it; the teacher has the largest
+    width everywhere.
+    """
     num_routes = len(stages[gated_stage + 1].widths)
     members = []
     for k in range(num_routes):
@@ -248,10 +261,12 @@ def _check(options: Mapping[str, Any], max_routes: int) -> None:
 
 
 def _gated(options: Mapping[str, Any], defaults: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
-    """The widths of each stage from the gated one on: those that `gated_widths` lists, as they stand, or the scaled defaults.
+    """The widths of each stage from the gated one on: `gated_widths` unscaled, or the scaled
+    defaults.
 
     Raises:
-        ValueError: it is no list of equally long, rising lists of widths, one for each of these stages.
+        ValueError: `gated_widths` is not a list of equally long, rising lists of widths, one for
+            each of these stages.
     """
     given = options["gated_widths"]
     if given is None:

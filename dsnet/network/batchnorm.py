@@ -1,4 +1,4 @@
-"""BatchNorm recalibration: the statistics of every width, re-estimated after training."""
+"""BatchNorm recalibration: running statistics of every width, estimated after training."""
 
 from __future__ import annotations
 
@@ -14,24 +14,29 @@ from dsnet.network.supernet import Supernet
 
 @torch.no_grad()
 def recalibrate(supernet: Supernet, batches: Iterable[Tensor]) -> None:
-    """Replace all running statistics by cumulative averages over `batches` of clean, normalised images [B, C, H, W].
+    """Replace all running statistics by cumulative averages over batches of images.
 
-    Every sub-network takes part, the teacher too, and each shared segment runs once a batch, so that each set of statistics sees every
-    batch equally often: once, or as often as there are sub-networks that agree up to its layer and part only between two gates. (Ours:
-    the published recalibration skips the teacher and keeps a momentum of 0.1.)
+    Every sub-network takes part, including the teacher, and each shared segment runs once per
+    batch, so that a set of statistics sees every batch equally often: once, or once for each group
+    of sub-networks that share the set but run its segment separately because they differ in later
+    widths of it. (Ours: the published recalibration skips the teacher and keeps a momentum of 0.1.)
+
+    Args:
+        supernet: The network, changed in place.
+        batches: Unaugmented, normalised images [B, C, H, W].
 
     Raises:
         ValueError: there is no batch.
     """
     norms = supernet.batch_norms()
     if not norms:
-        return  # nothing to estimate, and no reason to run anything
+        return  # the network has no statistics
     was_training = supernet.training
     supernet.eval()
     for norm in norms:
         norm.reset_statistics()
         norm.momentum = None
-        norm.train()  # the norms alone: dropout would draw from the global generator
+        norm.train()  # only the norms: dropout would draw from the global generator
     num_batches = 0
     try:
         for images in batches:

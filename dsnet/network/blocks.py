@@ -1,4 +1,5 @@
-"""The blocks that families are built of, sliced and plain: the separable one of DS-MBNet, the residual one of DS-ResNet."""
+"""Building blocks of the families, sliced and plain: the separable block of DS-MBNet, the residual
+block of DS-ResNet."""
 
 from __future__ import annotations
 
@@ -16,13 +17,13 @@ from dsnet.space.subnet_set import SubnetSet
 
 
 def swish(x: Tensor) -> Tensor:
-    """Swish of a tensor that nobody else reads: in its own memory where no gradient will ask for it."""
+    """Swish, computed in place where gradients are off; the caller must not use `x` afterwards."""
     return F.silu(x, inplace=not torch.is_grad_enabled())
 
 
 @dataclass(frozen=True)
 class BlockShape:
-    """Where a block stands in its network."""
+    """Channel groups, stride and attention size of a separable block."""
 
     in_group: int
     out_group: int
@@ -32,9 +33,9 @@ class BlockShape:
 
 
 class SeparableBlock(nn.Module):
-    """dw3x3 -> BN -> Swish -> attention | pw1x1 -> BN -> Swish; `|` is where a gate may decide the pointwise width.
+    """Separable block: dw3x3 -> BN -> Swish -> attention | pw1x1 -> BN -> Swish (docs/methods.md, section 2).
 
-    The layout is given in docs/methods.md, section 2.
+    At `|` a gate may decide the width of the pointwise convolution.
     """
 
     def __init__(self, shape: BlockShape, subnets: SubnetSet, generator: torch.Generator) -> None:
@@ -49,37 +50,43 @@ class SeparableBlock(nn.Module):
         self.pointwise_norm = make_norm(norm, max_out, subnets.prefixes(shape.out_group))
 
     def before_gate(self, x: Tensor, subnet: Subnet) -> tuple[Tensor, Tensor, Tensor]:
-        """[B, c, H, W] -> (attended, the attention's input, its hidden vector)."""
+        """Run the first half: [B, c, H, W] -> (attended, attention's input, hidden vector)."""
         x = swish(self._normalised_depthwise(x, subnet.prefix(self.shape.in_group + 1)))
         attended, hidden = self.attention(x)
         return attended, x, hidden
 
     def _normalised_depthwise(self, x: Tensor, prefix: tuple[int, ...]) -> Tensor:
-        """Depthwise convolution and norm; as one operation where statistics are fixed and nothing is learned, as in a teacher's forward."""
+        """Depthwise convolution and norm, fused into one operation where statistics are fixed and
+        gradients off."""
         norm = self.depthwise_norm
         if isinstance(norm, BatchNormBank) and not norm.training and not torch.is_grad_enabled():
             return self.depthwise(x, *norm.scale_and_shift(prefix))
         return norm(self.depthwise(x), prefix)
 
     def after_gate_nested(self, x: Tensor, prefixes: Sequence[tuple[int, ...]]) -> Tensor:
-        """The pointwise half for several sub-networks that read the same `x`, at the widest's width (while training)."""
+        """Run the pointwise half once for several sub-networks that read the same `x`, at the
+        largest width (training only)."""
         norm = self.pointwise_norm
         assert isinstance(norm, BatchNormBank)
         return F.silu(norm.forward_nested(self.pointwise(x, max(prefix[-1] for prefix in prefixes)), prefixes))
 
     def before_attention_nested(self, x: Tensor, prefixes: Sequence[tuple[int, ...]]) -> Tensor:
-        """Depthwise convolution, BatchNorm and Swish for several sub-networks whose inputs are prefixes of `x` (while training)."""
+        """Run depthwise convolution, BatchNorm and Swish once for several sub-networks (training
+        only).
+
+        The input of each is a prefix of the channels of `x`.
+        """
         norm = self.depthwise_norm
         assert isinstance(norm, BatchNormBank)
         return F.silu(norm.forward_nested(self.depthwise(x), prefixes))
 
     def after_gate(self, x: Tensor, subnet: Subnet) -> Tensor:
-        """The pointwise half, at the sub-network's output width."""
+        """Run the pointwise half at the sub-network's output width."""
         prefix = subnet.prefix(self.shape.out_group + 1)
         return swish(self.pointwise_norm(self.pointwise(x, prefix[-1]), prefix))
 
     def forward(self, x: Tensor, subnet: Subnet) -> Tensor:
-        """Both halves."""
+        """Run both halves: [B, c, H, W] -> [B, c', H', W']."""
         return self.after_gate(self.before_gate(x, subnet)[0], subnet)
 
     def cut_before(self, subnet: Subnet) -> PlainBeforeGate:
@@ -96,7 +103,7 @@ class SeparableBlock(nn.Module):
 
 
 class ConvNorm(nn.Module):
-    """Plain convolution and normalisation."""
+    """Plain convolution followed by normalisation."""
 
     def __init__(self, conv: nn.Conv2d, norm: nn.Module) -> None:
         super().__init__()
@@ -109,7 +116,7 @@ class ConvNorm(nn.Module):
 
 
 class ConvNormSwish(ConvNorm):
-    """Plain convolution, normalisation, Swish."""
+    """Plain convolution followed by normalisation and Swish."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, c, H, W] -> [B, c', H', W']."""
@@ -117,7 +124,7 @@ class ConvNormSwish(ConvNorm):
 
 
 class PlainBeforeGate(nn.Module):
-    """Plain first half of a block; returns what a gate and the second half need."""
+    """Plain first half of a separable block, with the outputs for the gate and the second half."""
 
     def __init__(self, conv: ConvNormSwish, attention: SlicedAttention) -> None:
         super().__init__()
@@ -132,7 +139,7 @@ class PlainBeforeGate(nn.Module):
 
 
 class PlainBlock(nn.Module):
-    """Both plain halves."""
+    """Plain separable block: both halves."""
 
     def __init__(self, before: PlainBeforeGate, after: ConvNormSwish) -> None:
         super().__init__()
@@ -146,22 +153,29 @@ class PlainBlock(nn.Module):
 
 @dataclass(frozen=True)
 class ConvShape:
-    """Where a dense convolution with its normalisation stands in its network."""
+    """Channel groups, kernel and stride of a dense convolution with normalisation."""
 
     in_groups: tuple[int, ...]
-    """The channel groups that write what it reads, which has the channels of the widest; none: it reads the image."""
+    """The channel groups that write its input, which has as many channels as the widest of them;
+    empty: the image."""
     out_group: int
     kernel: int
     stride: int = 1
     upstream: int = 0
-    """The last channel group that its input depends on."""
+    """The last channel group on which its input depends."""
 
     def num_in(self, widths: Sequence[int], in_channels: int) -> int:
-        """Channels that it reads, for one width per group."""
+        """Number of input channels for one width per group; `in_channels` where it reads the
+        image."""
         return max((widths[group] for group in self.in_groups), default=in_channels)
 
     def check_statistics(self, subnets: SubnetSet) -> None:
-        """Raise ValueError where statistics keyed by the prefix up to `out_group` would be shared by sub-networks that differ upstream."""
+        """Check that sub-networks with the same prefix up to `out_group` also agree on all groups
+        upstream.
+
+        Raises:
+            ValueError: two of them would share BatchNorm statistics although their inputs differ.
+        """
         known: dict[tuple[int, ...], Subnet] = {}
         for subnet in subnets.all:
             other = known.setdefault(subnet.prefix(self.out_group + 1), subnet)
@@ -175,7 +189,7 @@ class ConvShape:
 
 
 class SlicedConvNorm(nn.Module):
-    """Sliced convolution and normalisation that write one channel group."""
+    """Sliced convolution and normalisation whose output is one channel group."""
 
     def __init__(self, shape: ConvShape, subnets: SubnetSet, generator: torch.Generator) -> None:
         super().__init__()
@@ -195,7 +209,7 @@ class SlicedConvNorm(nn.Module):
         return self.norm(self.conv(x, prefix[-1]), prefix)
 
     def cut(self, subnet: Subnet) -> ConvNorm:
-        """Those of one sub-network as plain modules."""
+        """The slice of one sub-network as a plain module."""
         prefix = subnet.prefix(self.shape.out_group + 1)
         num_in = self.shape.num_in(subnet.widths, self.in_channels)
         return ConvNorm(self.conv.cut(num_in, prefix[-1]), self.norm.cut(prefix))
@@ -203,20 +217,20 @@ class SlicedConvNorm(nn.Module):
 
 @dataclass(frozen=True)
 class ResidualShape:
-    """Where a residual block stands in its network."""
+    """Channel groups, stride and kind of a residual block."""
 
     in_groups: tuple[int, ...]
-    """The channel groups whose layers have written the residual stream that it reads."""
+    """The channel groups whose layers have written to the residual stream that it reads."""
     inner_group: int
     out_group: int
     stride: int
     is_bottleneck: bool
     projects: bool
-    """Whether a 1x1 convolution makes the shortcut, so that a new residual stream begins."""
+    """Whether the shortcut is a 1x1 convolution, so that a new residual stream begins."""
 
     @property
     def convs(self) -> tuple[ConvShape, ...]:
-        """The convolutions of the branch, in order; the 3x3 that comes first has the stride."""
+        """The convolutions of the branch, in order; the first 3x3 convolution has the stride."""
         inner, out = self.inner_group, self.out_group
         upstream = max(self.in_groups)
         if self.is_bottleneck:
@@ -232,17 +246,21 @@ class ResidualShape:
 
     @property
     def projection(self) -> ConvShape:
-        """The convolution of the shortcut, for a block that has one."""
+        """The 1x1 convolution of the shortcut, for a block with `projects`."""
         return ConvShape(self.in_groups, self.out_group, 1, self.stride, max(self.in_groups))
 
     @property
     def stream(self) -> tuple[int, ...]:
-        """The channel groups that have written the residual stream after this block."""
+        """The channel groups that have written to the residual stream after this block."""
         return tuple(dict.fromkeys((*(() if self.projects else self.in_groups), self.out_group)))
 
 
 class ResidualBlock(nn.Module):
-    """relu(shortcut + branch); the branch is 3x3-3x3 (basic) or 1x1-3x3-1x1 (bottleneck), each with its normalisation."""
+    """Residual block: relu(shortcut + branch).
+
+    The branch is 3x3-3x3 (basic) or 1x1-3x3-1x1 (bottleneck), with a normalisation after each
+    convolution.
+    """
 
     def __init__(self, shape: ResidualShape, subnets: SubnetSet, generator: torch.Generator) -> None:
         super().__init__()
@@ -250,7 +268,7 @@ class ResidualBlock(nn.Module):
         self.projection = SlicedConvNorm(shape.projection, subnets, generator) if shape.projects else None
 
     def forward(self, x: Tensor, subnet: Subnet) -> Tensor:
-        """The residual stream [B, c, H, W] -> the stream after this block [B, c', H', W']."""
+        """Residual stream [B, c, H, W] -> residual stream after this block [B, c', H', W']."""
         branch = x
         for index, conv in enumerate(self.convs):
             branch = conv(F.relu(branch) if index else branch, subnet)
@@ -266,7 +284,7 @@ class ResidualBlock(nn.Module):
 
 
 class PlainResidualBlock(nn.Module):
-    """Plain branch and shortcut."""
+    """Plain residual block: branch and shortcut."""
 
     def __init__(self, branch: nn.Module, shortcut: nn.Module) -> None:
         super().__init__()
@@ -279,10 +297,8 @@ class PlainResidualBlock(nn.Module):
 
 
 def add_streams(x: Tensor, y: Tensor) -> Tensor:
-    """x + y, [B, c, H, W] each; the channels that one of them lacks are zero in it.
-
-    This is the zero-padding match of docs/methods.md, section 8.
-    """
+    """x + y, [B, c, H, W] each; the narrower one is padded with zero channels (docs/methods.md, section 8,
+    zero-padding match)."""
     missing = y.shape[1] - x.shape[1]
     if missing > 0:
         x = F.pad(x, (0, 0, 0, 0, 0, missing))

@@ -1,4 +1,4 @@
-"""The exponential moving average that teaches in in-place bootstrapping."""
+"""The exponential moving average (EMA) of a supernet, the teacher of in-place bootstrapping."""
 
 from __future__ import annotations
 
@@ -11,15 +11,25 @@ from dsnet.network.supernet import Supernet
 
 
 def ema_decay(step: int, decay: float, warm_up: bool) -> float:
-    """Decay at `step` (0-based). With warm-up min(decay, (1 + step) / (10 + step)): ours; a fixed 0.997 is wrong for short runs."""
+    """Decay at a training step.
+
+    With warm-up it is min(decay, (1 + step) / (10 + step)) (ours: a fixed 0.997 averages too long
+    in short runs).
+
+    Args:
+        step: Number of the step, from 0.
+        decay: The final decay, 0..1.
+        warm_up: Whether to warm up.
+    """
     return min(decay, (1 + step) / (10 + step)) if warm_up else decay
 
 
 class Ema:
-    """The averaged copy of a supernet: in eval mode, without gradients.
+    """The exponential moving average of a supernet, as a copy in eval mode without gradients.
 
-    The pairs of tensors are looked up once, so that an update is two fused operations however many tensors there are; the student's tensors
-    must stay where they are (optimisers and `load_state_dict` write in place).
+    The pairs of tensors are collected once, so that an update is two fused operations for any
+    number of tensors. The student's tensors must therefore not be replaced (optimisers and
+    `load_state_dict` write in place).
     """
 
     def __init__(self, student: Supernet) -> None:
@@ -30,7 +40,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self, decay: float) -> None:
-        """copy <- decay * copy + (1 - decay) * student for parameters and float buffers; integer buffers are copied."""
+        """Set average <- decay * average + (1 - decay) * student; integer buffers are copied."""
         torch._foreach_lerp_(self._averaged, self._sources, 1.0 - decay)
         if self._copied:
             torch._foreach_copy_(self._copied, self._originals)

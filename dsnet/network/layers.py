@@ -1,7 +1,7 @@
-"""Width-sliced layers: parameters only, no modes; the width travels with the tensor.
+"""Width-sliced layers, which hold parameters but no state about the current width.
 
-A layer takes its input width from the tensor; only a layer that changes the number of channels is told its output width.
-`cut` copies the slice that one sub-network uses into a plain torch module.
+A layer takes its input width from the tensor; only a layer that changes the number of channels is
+given its output width. `cut` copies the slice that one sub-network uses into a plain torch module.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class SlicedDepthwiseConv2d(nn.Module):
 
 
 class SlicedLinear(nn.Module):
-    """Classifier, sliced along its input features."""
+    """Linear classifier, sliced along its input features."""
 
     def __init__(self, max_in: int, num_out: int, generator: torch.Generator) -> None:
         super().__init__()
@@ -82,10 +82,10 @@ class SlicedLinear(nn.Module):
 
 
 class BatchNormBank(nn.Module):
-    """BatchNorm with private running statistics per prefix of widths, and one shared affine pair (or private ones).
+    """BatchNorm with running statistics per prefix of widths, and shared or private affine pairs.
 
-    The statistics of a layer depend on every width upstream of it, so they are keyed by that prefix (docs/methods.md,
-    section 3; docs/definitions.md, SubnetSet): sub-networks that agree up to this layer share one set, which is what
+    The statistics of a layer depend on every width upstream of it, so they are keyed by that prefix
+    (docs/methods.md, section 3, docs/definitions.md, SubnetSet). Sub-networks that agree up to this layer share one set, which
     makes a shared trunk possible.
     """
 
@@ -99,13 +99,14 @@ class BatchNormBank(nn.Module):
     ) -> None:
         super().__init__()
         self.momentum: float | None = BN_MOMENTUM
-        """Weight of the newest batch; None is the cumulative average of recalibration, 0.0 leaves the statistics untouched."""
+        """Weight of the newest batch; None: cumulative average, for recalibration; 0.0: statistics
+        stay unchanged."""
         self.tracks = tracks
-        """Whether training updates the statistics; where it does not, only recalibration makes them."""
+        """Whether training updates the statistics; if not, only recalibration does."""
         self.private_affine = private_affine
         known = sorted(set(prefixes))
         self.depth = len(known[0])
-        """How many channel groups a prefix of this layer names."""
+        """Number of channel groups in a prefix of this layer."""
         if not private_affine:
             self.weight = nn.Parameter(torch.ones(max_features))
             self.bias = nn.Parameter(torch.zeros(max_features))
@@ -117,7 +118,7 @@ class BatchNormBank(nn.Module):
             self.register_buffer(f"mean_{suffix}", torch.zeros(prefix[-1]))
             self.register_buffer(f"var_{suffix}", torch.ones(prefix[-1]))
             self.register_buffer(f"updates_{suffix}", torch.zeros((), dtype=torch.int64))
-        # Looked up in every forward: putting the names together anew costs a percent of a training step.
+        # Used in every forward: building the names anew would cost 1 % of a training step.
         self._names = {
             prefix: tuple(f"{part}_{_key(prefix)}" for part in ("mean", "var", "updates")) for prefix in known
         }
@@ -140,7 +141,7 @@ class BatchNormBank(nn.Module):
         return mean, var, updates
 
     def num_updates(self, widths: tuple[int, ...]) -> int:
-        """How often the statistics were updated that a sub-network of these widths uses here."""
+        """Number of updates of the statistics that a sub-network of these widths uses."""
         return int(self.statistics(widths[: self.depth])[2])
 
     def affine(self, prefix: tuple[int, ...]) -> tuple[Tensor, Tensor]:
@@ -157,17 +158,30 @@ class BatchNormBank(nn.Module):
         return F.batch_norm(x, mean, var, *self.affine(prefix), self.training, factor, BN_EPS)
 
     def scale_and_shift(self, prefix: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """What normalisation by the running statistics of `prefix` multiplies and adds, each [c]."""
+        """Scale and shift, each [c], that are equivalent to normalising by the running statistics
+        of `prefix`."""
         mean, var, _ = self.statistics(prefix)
         weight, bias = self.affine(prefix)
         scale = weight * torch.rsqrt(var + BN_EPS)
         return scale, bias - mean * scale
 
     def forward_nested(self, x: Tensor, prefixes: Collection[tuple[int, ...]]) -> Tensor:
-        """Normalise the widest of several sub-networks by the batch, for all of them: [B, c, H, W], c being its width.
+        """Normalise several nested sub-networks at once by batch statistics (training only, shared
+        affine pair).
 
-        Where the narrower ones' inputs are this input's first channels, so are their results: a channel's batch statistics do not depend on
-        the channels beside it. Everyone's running statistics are updated. For training, with a shared affine pair.
+        The input of each narrower sub-network must be a prefix of the channels of `x`. Its output
+        is then the same prefix of the result, since a channel's batch statistics do not depend on
+        other channels. The running statistics of all `prefixes` are updated.
+
+        Args:
+            x: [B, c, H, W], where c is the largest width.
+            prefixes: The widths of each sub-network up to this layer.
+
+        Returns:
+            [B, c, H, W].
+
+        Raises:
+            ValueError: the batch has fewer than two values per channel.
         """
         assert self.training
         assert not self.private_affine
@@ -191,14 +205,15 @@ class BatchNormBank(nn.Module):
         return y
 
     def _count(self, updates: Tensor) -> float:
-        """The weight of the newest batch in the running statistics; counts the update where there is one."""
+        """The newest batch's weight in the running statistics; increments `updates` where there is
+        an update."""
         if not self.training or self.momentum == 0.0 or not (self.tracks or self.momentum is None):
             return 0.0
         updates += 1
         return 1.0 / float(updates) if self.momentum is None else self.momentum
 
     def reset_statistics(self) -> None:
-        """Forget every running statistic, as recalibration starts."""
+        """Reset all running statistics to mean 0, variance 1 and no updates."""
         for name, buffer in self._buffers.items():
             if buffer is not None:
                 buffer.fill_(1.0) if name.startswith("var_") else buffer.zero_()
@@ -222,9 +237,10 @@ class BatchNormBank(nn.Module):
 
 
 class SlicedGroupNorm(nn.Module):
-    """GroupNorm sliced to the input's channels: no statistics, so no bank (Wu & He, arXiv 1803.08494).
+    """GroupNorm sliced to the input's channels (Wu & He, arXiv 1803.08494), without statistics.
 
-    Groups have 16 channels, or 8 or 4 where the width is no multiple; a width that is no multiple of 4 is one group (ours).
+    Groups have 16 channels, or 8 or 4 where the width is not a multiple of 16; a width that is not
+    a multiple of 4 is one group (ours).
     """
 
     def __init__(self, max_features: int) -> None:
@@ -233,7 +249,7 @@ class SlicedGroupNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(max_features))
 
     def forward(self, x: Tensor, prefix: tuple[int, ...]) -> Tensor:
-        """Normalise [B, c, H, W] image by image; `prefix[-1]` is c."""
+        """Normalise each image of [B, c, H, W] independently; `prefix[-1]` is c."""
         width = prefix[-1]
         return F.group_norm(x, _num_norm_groups(width), corner(self.weight, width), corner(self.bias, width), BN_EPS)
 
@@ -252,12 +268,12 @@ def _num_norm_groups(width: int) -> int:
 
 
 def make_norm(kind: str, max_features: int, prefixes: Iterable[tuple[int, ...]]) -> BatchNormBank | SlicedGroupNorm:
-    """The normalisation of one layer.
+    """Build the normalisation of one layer.
 
     Args:
         kind: one of `dsnet.space.spec.NORMS`.
         max_features: channels of the widest sub-network.
-        prefixes: of every sub-network, the widths up to this layer.
+        prefixes: the widths of every sub-network up to this layer.
     """
     if kind == "group_norm":
         return SlicedGroupNorm(max_features)
@@ -265,14 +281,18 @@ def make_norm(kind: str, max_features: int, prefixes: Iterable[tuple[int, ...]])
 
 
 class SlicedAttention(nn.Module):
-    """Squeeze-and-excitation whose hidden layer is never sliced; in a gated block its hidden vector also feeds the slimming head."""
+    """Squeeze-and-excitation attention whose hidden layer is never sliced.
+
+    In a gated block its hidden vector is also the input of the slimming head.
+    """
 
     def __init__(
         self, max_channels: int, hidden: int, generator: torch.Generator, *, is_residual: bool = False
     ) -> None:
         super().__init__()
         self.is_residual = is_residual
-        """False: x * sigmoid(a). True: x * (1 + tanh(a)), the identity at first; docs/methods.md, section 2, DS-ResNet."""
+        """False: x * sigmoid(a). True: x * (1 + tanh(a)), initially the identity (docs/methods.md, section 2,
+        DS-ResNet)."""
         self.reduce_weight = nn.Parameter(torch.empty(hidden, max_channels))
         self.reduce_bias = nn.Parameter(torch.zeros(hidden))
         self.expand_weight = nn.Parameter(torch.zeros(max_channels, hidden))
@@ -291,7 +311,7 @@ class SlicedAttention(nn.Module):
         return x * scale[:, :, None, None], hidden
 
     def cut(self, num_channels: int) -> SlicedAttention:
-        """The slice with its own contiguous weights (the same class: cut to full width it is a plain module)."""
+        """The slice with its own contiguous weights, as a full-width attention."""
         hidden = self.reduce_bias.shape[0]
         plain = SlicedAttention(num_channels, hidden, torch.Generator(), is_residual=self.is_residual)
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The order of a tensor's values in memory: the same function, another speed."""
+"""Memory format of tensors and parameters (NCHW or NHWC), which affects speed but not results."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 def arranged(tensor: Tensor, channels_last: bool) -> Tensor:
-    """[B, C, H, W] or [O, I, k, k] in NHWC order, or in the usual one; other tensors as they are."""
+    """A four-dimensional tensor in NHWC or contiguous memory format; others unchanged."""
     if tensor.ndim != 4:
         return tensor
     return tensor.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
@@ -15,6 +15,6 @@ def arranged(tensor: Tensor, channels_last: bool) -> Tensor:
 
 @torch.no_grad()
 def arrange(module: nn.Module, channels_last: bool) -> None:
-    """Put every parameter of a module into one order, in place."""
+    """Convert every parameter of a module to one memory format, in place."""
     for parameter in module.parameters():
         parameter.data = arranged(parameter.data, channels_last)

@@ -1,4 +1,4 @@
-"""Float32 that means it: what a table, a check or a claim is computed with."""
+"""Full float32 precision, for routing tables, checks and claims."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from torch.backends import cudnn
 
 @contextmanager
 def exact_float32() -> Iterator[None]:
-    """Keep convolutions from rounding their inputs to TF32 (GPUs do by default): it moves a gate's evidence by 1e-3, enough to flip routes.
+    """Context manager that disables TF32, to which GPUs otherwise round inputs of convolutions and
+    matrix products.
 
-    Also usable as a decorator. Training and timing are left as the user has them.
+    TF32 changes a gate's evidence by 1e-3, enough to change routes. Also usable as a decorator.
+    Training and timing keep the user's setting.
     """
     flags = {
         "enabled": cudnn.enabled,

@@ -1,4 +1,7 @@
-"""Sub-networks as a tree: those that agree on all widths before a gate share everything up to it, so that it runs once."""
+"""Evaluation of several sub-networks as a tree: segments that they share run only once.
+
+Sub-networks that agree on all widths before a gate share everything up to it.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,11 @@ from dsnet.network.supernet import Supernet, TrunkOutput
 from dsnet.space.spec import Subnet
 
 OnNode = Callable[[int, Subnet, TrunkOutput], None]
-"""Hears a gate, a sub-network that passes it, and what the gate sees."""
+"""Callback (gate, a sub-network that passes it, the segment's output at the gate)."""
 
 
 def _ignore(gate: int, subnet: Subnet, output: TrunkOutput) -> None:
-    """Nobody asked."""
+    """The callback that does nothing."""
 
 
 def by_prefix(supernet: Supernet, subnets: Sequence[Subnet], gate: int) -> list[list[Subnet]]:
@@ -28,14 +31,18 @@ def by_prefix(supernet: Supernet, subnets: Sequence[Subnet], gate: int) -> list[
 def each_logits(
     supernet: Supernet, images: Tensor, subnets: Sequence[Subnet], gate: int = 0, on_node: OnNode = _ignore
 ) -> Iterator[tuple[Subnet, Tensor]]:
-    """Run several sub-networks on the same images, each shared segment once; yields (sub-network, logits [B, num_classes]).
+    """Run several sub-networks on the same images, each shared segment once.
 
     Args:
-        supernet: holds them.
-        images: [B, C, H, W], normalised; the features that gate `gate - 1` handed over where `gate` is not 0.
-        subnets: which; the order of the answers may differ where sub-networks that share a prefix are not neighbours.
-        gate: the segment to begin with.
-        on_node: called once for every gate and prefix.
+        supernet: The supernet that holds them.
+        images: [B, C, H, W], normalised; where `gate` is not 0, the features after gate `gate - 1`.
+        subnets: The sub-networks.
+        gate: The first segment to run.
+        on_node: Called once for every gate and prefix.
+
+    Yields:
+        (sub-network, logits [B, num_classes]); the order differs from that of `subnets` where
+        sub-networks that share a prefix are not neighbours.
     """
     if gate == len(supernet.spec.gates):
         for subnet in subnets:

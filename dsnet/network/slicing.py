@@ -1,4 +1,4 @@
-"""The corner of a shared weight that one sub-network uses, and the way its gradient takes back."""
+"""Slicing of shared weights to a sub-network's corner, and accumulation of its gradient."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ _adds_in_place: ContextVar[bool] = ContextVar("adds_in_place", default=False)
 
 @contextmanager
 def gradients_added_in_place() -> Iterator[None]:
-    """Within: a corner's gradient is added straight into the corner of `weight.grad`.
+    """Context manager in which the gradient of a corner is added directly to the corner of
+    `weight.grad`.
 
-    Autograd's own way makes, for every slice, a gradient as large as the whole weight, mostly zeros, and adds all of it: on a sandwich
-    of four sub-networks that costs 1 to 5 % of a step. What it gives up: only `backward()` sees these gradients, not
-    `torch.autograd.grad`, nor hooks on the parameters. So it is asked for by the training step alone.
+    By default autograd creates, for every slice, a gradient of the size of the whole weight, mostly
+    zeros, and adds all of it: for a sandwich of four sub-networks this costs 1 to 5 % of a step. In
+    exchange, these gradients are visible only to `backward()`, not to `torch.autograd.grad` or to
+    hooks on the parameters, so that only the training step uses this.
     """
     token = _adds_in_place.set(True)
     try:
@@ -29,17 +31,20 @@ def gradients_added_in_place() -> Iterator[None]:
 
 
 def corner(weight: Tensor, *sizes: int) -> Tensor:
-    """`weight[:sizes[0], :sizes[1], ...]`; the weight itself where nothing is cut off."""
+    """The slice `weight[:sizes[0], :sizes[1], ...]`; the weight itself where that is all of it."""
     if tuple(weight.shape[: len(sizes)]) == sizes:
         return weight
-    pays = weight.ndim > 1  # a vector's zeros are cheaper than a call of ours
+    pays = weight.ndim > 1  # for a vector, autograd's zeros are cheaper than a custom function
     if pays and _adds_in_place.get() and weight.requires_grad and weight.is_leaf and torch.is_grad_enabled():
         return _Corner.apply(weight, sizes)
     return weight[_index(sizes)]
 
 
 class _Corner(torch.autograd.Function):
-    """A contiguous copy of a corner: forward and backward of a convolution would each make one of their own."""
+    """Contiguous copy of a corner whose backward adds to the corner of `weight.grad`.
+
+    Without the copy, forward and backward of a convolution would each make their own.
+    """
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, sizes: tuple[int, ...]) -> Tensor:

@@ -1,4 +1,4 @@
-"""What every supernet can do: `net(images, subnet)`, and the same in segments between its gates."""
+"""Base class of supernets: `net(images, subnet)`, and the same in segments between the gates."""
 
 from __future__ import annotations
 
@@ -13,25 +13,30 @@ from dsnet.space.spec import Subnet, SupernetSpec
 from dsnet.space.subnet_set import SubnetSet
 
 EVIDENCE_PARTS = ("mean", "deviation", "maximum", "hidden")
-"""The parts of an image's evidence, in the order in which the routing table stores them."""
+"""Names of the parts of an image's evidence, in the order in which the routing table stores
+them."""
 
 
 @dataclass(frozen=True)
 class TrunkOutput:
-    """What a segment hands over at its gate."""
+    """Output of a segment that ends at a gate."""
 
     features: Tensor
-    """[B, c, H, W]: the attended features that everything after the gate continues from."""
+    """[B, c, H, W]: the features after attention, the input of the next segment."""
     gate_input: Tensor
-    """[B, c, H, W]: the same before attention."""
+    """[B, c, H, W]: the features before attention."""
     hidden: Tensor
     """[B, hidden]: the attention's hidden vector h, which the published slimming head reads."""
 
     def evidence(self, part: str) -> Tensor:
-        """One part of the evidence a router may read: [B, c] of the gate's input, or [B, hidden].
+        """One part of the evidence that a router may read.
+
+        Returns:
+            [B, c] for the mean, standard deviation and maximum of the gate's input per channel; [B,
+            hidden] for `hidden`.
 
         Raises:
-            KeyError: no such part.
+            KeyError: there is no such part.
         """
         match part:
             case "mean":
@@ -46,10 +51,11 @@ class TrunkOutput:
 
 
 class Supernet(nn.Module, ABC):
-    """A weight-sharing network over one `SubnetSet`; families subclass it.
+    """A weight-sharing network over one `SubnetSet`; base class of the families' networks.
 
-    There are no modes to set: the sub-network is an argument of every call. A network with G gates has G + 1 segments: up to the first
-    gate (the trunk, on which all members agree), from gate to gate, and from the last gate to the logits.
+    The sub-network is an argument of every call, not a mode of the network. A network with G gates
+    has G + 1 segments: up to the first gate (the trunk, on which all members agree), from gate to
+    gate, and from the last gate to the logits.
     """
 
     def __init__(self, spec: SupernetSpec, subnets: SubnetSet) -> None:
@@ -57,7 +63,7 @@ class Supernet(nn.Module, ABC):
         if subnets.spec != spec:
             raise ValueError("the set of sub-networks was made for another supernet")
         if spec.gates:
-            subnets.prefix_upto(0)  # a later gate chooses among those that agree before it
+            subnets.prefix_upto(0)  # raises where members differ before the first gate
         self.spec = spec
         self.subnets = subnets
 
@@ -65,23 +71,25 @@ class Supernet(nn.Module, ABC):
     def upto_gate(self, gate: int, x: Tensor, subnet: Subnet) -> TrunkOutput:
         """Run one segment at the widths of `subnet`, up to gate number `gate`.
 
-        `x`: for gate 0 the images [B, C, H, W], float, normalised; else the features that the gate before handed over.
+        `x` is, for gate 0, the images [B, C, H, W], float, normalised; otherwise the features of
+        the previous segment.
         """
 
     @abstractmethod
     def head(self, features: Tensor, subnet: Subnet) -> Tensor:
-        """Run the last segment: from what the last gate handed over to the logits [B, num_classes]."""
+        """Run the last segment: features at the last gate -> logits [B, num_classes]."""
 
     def start_heads(self, features: Tensor, subnets: Sequence[Subnet]) -> Tensor | None:
-        """What the heads of several sub-networks have in common, run once: the widest's first layers, of which narrower ones take a prefix.
+        """Run the first layers of several sub-networks' heads together, at the widest one's width.
 
-        Exact in training mode for layers that treat every channel alone once their input is shared; None where there are none.
-        `finish_head` goes on from here.
+        A narrower sub-network uses a prefix of the result's channels. In training mode this is
+        exact for layers that treat each output channel separately and read a shared input. None
+        where a family has no such layers. `finish_head` continues from the result.
         """
         return None
 
     def finish_head(self, start: Tensor, subnet: Subnet) -> Tensor:
-        """The rest of one sub-network's head after `start_heads`: logits [B, num_classes]."""
+        """Run the rest of a sub-network's head after `start_heads`: logits [B, num_classes]."""
         raise NotImplementedError(f"{type(self).__name__} starts no heads together")
 
     @abstractmethod
@@ -116,12 +124,12 @@ class Supernet(nn.Module, ABC):
         return self.tail(self.trunk(images, subnet).features, subnet)
 
     def batch_norms(self) -> list[BatchNormBank]:
-        """Every BatchNorm bank, in module order; none where the network normalises without statistics."""
+        """All BatchNorm banks in module order; empty for a network without statistics."""
         return [module for module in self.modules() if isinstance(module, BatchNormBank)]
 
 
 class PlainFeatures(nn.Module):
-    """A plain segment of which only the features go on."""
+    """A plain segment that returns only the features of its `TrunkOutput`."""
 
     def __init__(self, segment: nn.Module) -> None:
         super().__init__()
@@ -133,9 +141,10 @@ class PlainFeatures(nn.Module):
 
 
 def restrict(supernet: Supernet, members: Sequence[int]) -> Supernet:
-    """A smaller supernet that holds just the members `members`: weights cut to the widest of them, other statistics dropped.
+    """A smaller supernet with only the given members.
 
-    Its sub-networks compute exactly what they computed before; a bundle stores this.
+    Its weights are cut to the widest of them, and the statistics of other sub-networks are dropped;
+    the sub-networks compute exactly the same as before. A bundle stores such a supernet.
     """
     kept = supernet.subnets.subset(members)
     groups = tuple(
@@ -154,5 +163,5 @@ def _corner(like: Tensor) -> tuple[slice, ...]:
 
 
 def state_for_saving(supernet: Supernet) -> dict[str, Tensor]:
-    """The state dict on the CPU, contiguous, ready for safetensors."""
+    """The state dict as contiguous tensors on the CPU, as safetensors requires."""
     return {name: value.detach().to("cpu", copy=False).contiguous() for name, value in supernet.state_dict().items()}

@@ -1,7 +1,5 @@
-"""Calibration: the price of compute at which a router's mean cost meets its target, exactly and without labels.
-
-It is defined in docs/definitions.md, Target, losses, calibration.
-"""
+"""Calibration of the price of compute (beta) so that a router's mean cost meets its target, without
+labels (docs/definitions.md)."""
 
 from __future__ import annotations
 
@@ -12,20 +10,23 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 RESOLUTION = 1e-12
-"""Of `nearest_price`, relative to its bound: finer than the images' break points lie, coarser than rounding."""
+"""Resolution of `nearest_price` relative to its bound: finer than the spacing of break points,
+coarser than rounding."""
 
 
 def calibrate(scores: Floats, madds: Floats, target: float) -> float:
-    """The beta for which options argmax_k(l_k - beta * cost_k) have a mean cost nearest to `target`.
+    """The beta for which the choices argmax_k(l_k - beta * cost_k) have the mean cost nearest to
+    `target`.
 
-    An image's best option is the upper envelope of the lines l_k - beta * cost_k over beta: it moves to cheaper options at a few break
-    points. All break points in order make the mean cost as a falling step function of beta; the middle of the step nearest to the target
-    is returned, away from its ties.
+    The best option of an image follows the upper envelope of the lines l_k - beta * cost_k: as beta
+    rises it moves to cheaper options at a few break points. The break points of all images make the
+    mean cost a falling step function of beta. The middle of the step nearest to the target is
+    returned, since at its ends options tie.
 
     Args:
         scores: [N, R] logits.
-        madds: [R] cost of each option; beta is in logits per cost of the widest of them.
-        target: wanted mean, in the unit of `madds`.
+        madds: [R] cost of each option; beta is in logits per cost of the most expensive option.
+        target: wanted mean cost, in the unit of `madds`.
     """
     cost = madds / madds.max()
     distinct = np.unique(cost)
@@ -45,12 +46,15 @@ def calibrate(scores: Floats, madds: Floats, target: float) -> float:
 
 
 def _middle(edges: Floats, step: int) -> float:
-    """A number between two neighbouring edges; an edge itself where no float lies between them."""
+    """The middle of a step; an edge itself where no float lies between its two edges."""
     return 0.5 * edges[step] + 0.5 * edges[step + 1]
 
 
 def _break_points(scores: Floats, cost: Floats) -> tuple[Floats, Floats]:
-    """(beta, drop in cost) of every move of every image from the costliest option to the cheapest; `cost` [R] rises strictly."""
+    """(beta, drop in cost) of every move of every image, from the most expensive option on.
+
+    `scores` are [N, R]; `cost` [R] rises strictly.
+    """
     rows = np.arange(len(scores))
     current = np.full(len(scores), len(cost) - 1)
     betas, drops = [], []
@@ -58,7 +62,8 @@ def _break_points(scores: Floats, cost: Floats) -> tuple[Floats, Floats]:
         gap = cost[current][:, None] - cost
         with np.errstate(divide="ignore", invalid="ignore"):
             meets = np.where(gap > 0, (scores[rows, current][:, None] - scores[rows]) / gap, np.inf)
-        # Of options met at the same beta the cheapest, which is the first, is the next piece of the envelope.
+        # Among options that meet at the same beta the cheapest, which is the first, continues the
+        # envelope.
         following = meets.argmin(1)
         betas.append(meets[np.arange(len(rows)), following])
         drops.append(cost[current] - cost[following])
@@ -68,11 +73,18 @@ def _break_points(scores: Floats, cost: Floats) -> tuple[Floats, Floats]:
 
 
 def nearest_price(mean_cost: Callable[[float], float], target: float, bound: float) -> float:
-    """The beta in -bound..bound for which a mean cost that falls with beta, up to noise, comes nearest to `target`.
+    """The beta in -bound..bound for which the mean cost comes nearest to `target`, found by
+    bisection.
 
-    For decisions one after the other: there the next one sees other evidence when an earlier one changes, so that the mean cost need not
-    fall everywhere. Bisection finds a crossing; of all values met on the way the nearest is taken, and of its step the middle: at its
-    ends rounding decides for some image.
+    For routers that decide at several gates: a later gate sees other evidence when an earlier
+    decision changes, so that the mean cost falls with beta in general but not everywhere. Bisection
+    finds a crossing of the target; among all values evaluated the nearest is taken, and the middle
+    of its step is returned, since at the ends of a step rounding decides for some image.
+
+    Args:
+        mean_cost: Mean cost as a function of beta.
+        target: Wanted mean cost.
+        bound: Largest absolute value of beta, > 0.
     """
     low, high = -bound, bound
     met = {low: mean_cost(low), high: mean_cost(high)}
@@ -93,7 +105,8 @@ def nearest_price(mean_cost: Callable[[float], float], target: float, bound: flo
 
 
 def _end_of_step(mean_cost: Callable[[float], float], inside: float, outside: float, resolution: float) -> float:
-    """How far the level at `inside` reaches towards `outside`, where it is another one (or the range ends)."""
+    """The last beta, from `inside` towards `outside`, with the mean cost of `inside`; `outside` if
+    it has that too."""
     level = mean_cost(inside)
     if mean_cost(outside) == level:
         return outside
@@ -107,19 +120,24 @@ def _end_of_step(mean_cost: Callable[[float], float], inside: float, outside: fl
 
 
 def confidence_threshold(confidence: NDArray[np.floating], first: float, extra: float, target: float) -> float:
-    """The threshold below which a cascade goes on, so that first + share * extra is nearest to `target`.
+    """The confidence below which a cascade runs its second route, for a mean cost nearest to
+    `target`.
+
+    The mean cost is first + share * extra, where share is the share of images that run the second
+    route.
 
     Args:
-        confidence: [N] of the first route.
+        confidence: [N] confidence of the first route.
         first: cost of running the first route.
-        extra: cost of running the second route too, > 0.
+        extra: additional cost of running the second route, > 0.
         target: wanted mean cost.
 
     Returns:
-        the middle between two neighbouring confidences; -inf where none goes on, +inf where all do.
+        The middle between two neighbouring confidences; -inf if no image runs the second route,
+        +inf if all do.
     """
     ordered = np.sort(confidence.astype(np.float64))
-    # Images of equal confidence go on together.
+    # Images of equal confidence cannot be separated by a threshold.
     counts = np.r_[0, np.flatnonzero(np.diff(ordered)) + 1, len(ordered)]
     count = int(counts[np.abs(first + counts / len(ordered) * extra - target).argmin()])
     if count == 0:

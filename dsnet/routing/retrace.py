@@ -1,4 +1,5 @@
-"""Taking a recorded route again: where a router's own decision is a numerical tie, what was recorded decides."""
+"""Reproduction of a recorded route: where a router's decision is a numerical tie, the recorded
+route is taken."""
 
 from __future__ import annotations
 
@@ -15,52 +16,56 @@ from dsnet.space.route_tree import RouteTree
 
 @dataclass(frozen=True)
 class Retrace:
-    """A router that ends on `recorded` wherever rounding alone speaks against it; its clear decisions stay.
+    """A router that takes the route `recorded` where the inner router's decision is a tie, and
+    otherwise decides like it.
 
-    It holds one route for all images, because a later gate is asked for the images at one node, and not told which those are.
+    It holds one route for all images, because a later gate is asked about the images at one node
+    without their identities.
     """
 
     inner: Router
     recorded: int
     tree: RouteTree
-    """Of the network or table that it runs on: tells which nodes the recorded route passes."""
+    """The tree of the network or table on which it runs; it says which nodes the recorded route
+    passes."""
 
     @property
     def kind(self) -> str:
-        """The inner router's."""
+        """The inner router's kind."""
         return self.inner.kind
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """The inner router's."""
+        """The parts of the evidence that the inner router reads."""
         return self.inner.needs
 
     @property
     def num_gates(self) -> int:
-        """The inner router's."""
+        """Number of gates at which the inner router decides."""
         return self.inner.num_gates
 
     @property
     def max_runs(self) -> int:
-        """The inner router's."""
+        """Largest number of routes that the inner router runs for an image."""
         return self.inner.max_runs
 
     @property
     def routes(self) -> tuple[int, ...]:
-        """The inner router's."""
+        """The routes that the inner router may choose."""
         return self.inner.routes
 
     @property
     def tie(self) -> float:
-        """The inner router's."""
+        """The inner router's margin below which a decision counts as a tie."""
         return self.inner.tie
 
     def decision_madds(self, routes: Tensor) -> Tensor:
-        """The inner router's."""
+        """MAdds of the inner router's decisions."""
         return self.inner.decision_madds(routes)
 
     def step(self, evidence: Evidence, executed: Sequence[Executed]) -> Tensor:
-        """The inner router's answer, or the recorded route (STOP once that has run) where its margin is a tie."""
+        """The inner router's decision, or the recorded route (STOP once it has run) where the
+        decision is a tie."""
         chosen = self.inner.step(evidence, executed)
         if not self._is_open(evidence):
             return chosen
@@ -71,16 +76,16 @@ class Retrace:
         return torch.where(self.margin(evidence, executed) < self.tie, wanted, chosen)
 
     def _is_open(self, evidence: Evidence) -> bool:
-        """Whether the recorded route passes the node that asks."""
+        """Whether the recorded route passes the node for which the decision is made."""
         node_of = self.tree.gates[evidence.gate].node_of
         return evidence.gate == 0 or node_of[self.recorded] == node_of[evidence.route]
 
     def margin(self, evidence: Evidence, executed: Sequence[Executed]) -> Tensor:
-        """The inner router's."""
+        """The margins of the inner router's decisions."""
         return self.inner.margin(evidence, executed)
 
     def over(self, position: Mapping[int, int]) -> Retrace:
-        """The same over other route ids; the new ids must keep the order of the tree's routes."""
+        """The same router with renumbered routes; the ids must keep the order of the tree."""
         old_ids = sorted(position, key=position.__getitem__)
         return replace(
             self,
@@ -94,5 +99,5 @@ class Retrace:
         return self.inner.facts(names)
 
     def to_arrays(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The inner router's: what was recorded is no part of it."""
+        """The inner router's arrays and metadata; the recorded route is not included."""
         return self.inner.to_arrays()

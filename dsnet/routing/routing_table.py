@@ -1,9 +1,11 @@
-"""The routing table: what every route answers to every image, stored once, so that any gate is scored exactly in about a second.
+"""The routing table: every route's answer to every image of a split, from which any router can be
+scored exactly.
 
-On a frozen supernet, an image's cross-entropy, correctness and confidence under each route and every gate's input are
-constants (docs/methods.md, section 5). With several gates a route is a path, and a gate's input depends on what was
-chosen before it: the table holds it once for every node of the tree of paths. A table is plain numpy in a safetensors
-file, and never holds more than one split.
+On a frozen supernet, an image's cross-entropy, correctness and confidence under each route and
+every gate's input are constants (docs/methods.md, section 5); with the table, scoring a router takes about a second.
+With several gates a route is a path, and a gate's input depends on earlier choices: the table holds
+it once for every node of the tree of paths. A table is plain numpy in a safetensors file and never
+holds more than one split.
 """
 
 from __future__ import annotations
@@ -31,66 +33,67 @@ NUM_TOP_LOGITS = 32
 
 @dataclass(frozen=True)
 class GateColumns:
-    """Where a table keeps what one gate sees."""
+    """The columns of a table's `evidence` that belong to one gate."""
 
     layouts: tuple[Mapping[str, tuple[int, int]], ...]
-    """For each node of the gate, the columns of `evidence`: mean, deviation and maximum of the gate's input, and the hidden vector."""
+    """For each node of the gate: part of the evidence -> (first column, end). The parts are the
+    mean, deviation and maximum of the gate's input, and the hidden vector."""
     pooling_madds: tuple[int, ...]
-    """For each node, the MAdds of one pooling of the gate's input."""
+    """For each node, the MAdds of pooling the gate's input once."""
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON-able mapping."""
+        """A JSON-able mapping that `from_json` reads."""
         layouts = [{name: list(span) for name, span in layout.items()} for layout in self.layouts]
         return {"layouts": layouts, "pooling_madds": list(self.pooling_madds)}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> GateColumns:
-        """Rebuild what `to_json` gave."""
+        """Rebuild the columns from the result of `to_json`."""
         layouts = tuple({name: (span[0], span[1]) for name, span in layout.items()} for layout in data["layouts"])
         return cls(layouts, tuple(data["pooling_madds"]))
 
 
 @dataclass(frozen=True)
 class RoutingTable:
-    """N images of one split by K routes (members of the SubnetSet, in its order)."""
+    """Answers of K routes (members of the SubnetSet, in its order) to the N images of one split."""
 
     split: str
     routes: tuple[str, ...]
     """Names of the sub-networks."""
     tree: RouteTree
-    """How the gates tell the routes apart."""
+    """The decision tree of the routes over the gates."""
     gates: tuple[GateColumns, ...]
-    """What each gate sees."""
+    """The columns of `evidence` of each gate."""
     trunk_madds: int
-    """MAdds that every route pays before the gate decides."""
+    """MAdds that every route costs before the first gate decides."""
     num_classes: int
-    """Of the task; `logits` may hold fewer."""
+    """Number of classes of the task; `logits` may hold fewer."""
     image_ids: NDArray[np.int64]
     """[N] index in the data set."""
     labels: NDArray[np.int64]
-    """[N]"""
+    """[N] class of each image."""
     madds: NDArray[np.int64]
-    """[K] whole sub-network, without the gate's own head."""
+    """[K] MAdds of the whole sub-network, without the gate's head."""
     ce: NDArray[np.float32]
     """[N, K] unsmoothed cross-entropy: p(y) = exp(-ce)."""
     predicted: NDArray[np.int64]
-    """[N, K] class."""
+    """[N, K] predicted class."""
     correct1: NDArray[np.bool_]
-    """[N, K] the prediction is right."""
+    """[N, K] whether the prediction is correct."""
     correct5: NDArray[np.bool_]
-    """[N, K] the label is among the five largest logits."""
+    """[N, K] whether the label is among the five largest logits."""
     confidence: NDArray[np.float32]
     """[N, K] largest probability."""
     margin: NDArray[np.float32]
     """[N, K] largest minus second largest probability."""
     entropy: NDArray[np.float32]
-    """[N, K] in nats."""
+    """[N, K] entropy of the probabilities in nats."""
     logits: NDArray[np.float16]
-    """[N, K, L]: all classes, or the 32 largest where there are more than 100."""
+    """[N, K, L] logits of all classes, or the 32 largest where there are more than 100 classes."""
     logit_classes: NDArray[np.int32]
-    """[N, K, L] the classes of `logits`, or an empty [N, K, 0] where they stand in class order."""
+    """[N, K, L] the classes of `logits`, or empty, [N, K, 0], where `logits` are in class order."""
     evidence: NDArray[np.float32]
-    """[N, E]: what all gates see at all their nodes, side by side; `gates` tells the columns."""
+    """[N, E] evidence of all gates at all their nodes, side by side; `gates` gives the columns."""
 
     def __post_init__(self) -> None:
         shape = (len(self.labels), len(self.routes))
@@ -122,36 +125,37 @@ class RoutingTable:
 
     @property
     def num_images(self) -> int:
-        """N."""
+        """Number of images, N."""
         return len(self.labels)
 
     @property
     def num_routes(self) -> int:
-        """K."""
+        """Number of routes, K."""
         return len(self.routes)
 
     def part(self, name: str, gate: int = 0, node: int = 0) -> NDArray[np.float32]:
-        """One part of the evidence at a node of a gate, [N, its length].
+        """One part of the evidence at a node of a gate, [N, length of the part].
 
         Raises:
-            KeyError: no such part, or one that is kept at the first gate alone.
+            KeyError: there is no such part at this gate; some parts are kept only at the first
+                gate.
         """
         start, stop = self.gates[gate].layouts[node][name]
         return self.evidence[:, start:stop]
 
     def top1(self) -> NDArray[np.float64]:
-        """[K] accuracy of every route alone."""
+        """[K] top-1 accuracy of each route on its own, 0..1."""
         return self.correct1.mean(0, dtype=np.float64)
 
     ARRAYS: ClassVar[tuple[str, ...]]
     """Names of the array fields."""
 
     def arrays(self) -> dict[str, NDArray[Any]]:
-        """The arrays alone, for a shared object store."""
+        """The array fields by name, e.g. for a shared object store."""
         return {name: getattr(self, name) for name in self.ARRAYS}
 
     def meta(self) -> dict[str, Any]:
-        """Everything but the arrays, as JSON values."""
+        """All fields except the arrays, as JSON values."""
         return {
             "schema_version": SCHEMA_VERSION,
             "split": self.split,
@@ -164,10 +168,10 @@ class RoutingTable:
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, NDArray[Any]], meta: Mapping[str, Any]) -> RoutingTable:
-        """Put a table together from `arrays()` and `meta()`; the arrays are not copied.
+        """Build a table from the results of `arrays()` and `meta()`; the arrays are not copied.
 
         Raises:
-            CheckpointError: another schema version, or arrays that do not belong together.
+            CheckpointError: the schema version is another one, or the arrays do not fit together.
         """
         if meta.get("schema_version") != SCHEMA_VERSION:
             raise CheckpointError(
@@ -193,7 +197,8 @@ class RoutingTable:
             CheckpointError: it cannot be written.
         """
         arrays = {name: np.ascontiguousarray(value) for name, value in self.arrays().items()}
-        # One entry: safetensors writes several in no fixed order, and equal tables shall be equal files.
+        # A single entry, so that equal tables give equal files: safetensors writes several in no
+        # fixed order.
         metadata = {"routing_table": json.dumps({**self.meta(), "sha256": _digest(arrays)})}
         with replacing(path) as temporary:
             try:
@@ -224,7 +229,10 @@ class RoutingTable:
 
 
 def _digest(arrays: Mapping[str, NDArray[Any]]) -> str:
-    """SHA-256 over the contiguous arrays in the order of their names; a safetensors file checks only its header."""
+    """SHA-256 over the contiguous arrays in the order of their names.
+
+    Needed because safetensors itself checks only a file's header.
+    """
     digest = hashlib.sha256()
     for name in sorted(arrays):
         digest.update(arrays[name].data)

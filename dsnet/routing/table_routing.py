@@ -1,4 +1,4 @@
-"""A router on a routing table: what dynamic inference would do to every image, from stored answers instead of a network."""
+"""Simulation of routers on a routing table: dynamic inference without a network."""
 
 from __future__ import annotations
 
@@ -15,27 +15,29 @@ from dsnet.routing.routing_table import RoutingTable
 
 @dataclass(frozen=True)
 class TableRun:
-    """What a router does to the N images of a table."""
+    """Result of routing the N images of a table."""
 
     routes: NDArray[np.int64]
-    """[N] the route that gives the answer: the last that ran."""
+    """[N] route whose answer counts: the last one that ran."""
     ran: NDArray[np.bool_]
-    """[N, K] every route that ran."""
+    """[N, K] whether the route ran."""
     madds: NDArray[np.int64]
-    """[N] everything executed: trunk once, every tail, every decision."""
+    """[N] MAdds of everything that was executed: the trunk once, every tail, every decision."""
     is_tie: NDArray[np.bool_]
-    """[N] some decision on the way was a numerical tie, so that another processor may decide otherwise."""
+    """[N] whether a decision was a numerical tie, so that another processor may decide
+    otherwise."""
     lead: NDArray[np.float64]
-    """[N] the smallest margin of all decisions on the way, relative to the router's own `tie`."""
+    """[N] smallest margin of all decisions, relative to the router's `tie`."""
 
     @property
     def histogram(self) -> NDArray[np.float64]:
-        """[K] share of the images by the route that answers."""
+        """[K] share of the images whose answer comes from each route."""
         return np.bincount(self.routes, minlength=self.ran.shape[1]) / len(self.routes)
 
     @property
     def runs(self) -> NDArray[np.float64]:
-        """[K] share of the images that ran each route; a cascade's add up to more than one."""
+        """[K] share of the images that ran each route; for a cascade the shares may sum to more
+        than 1."""
         return self.ran.mean(0)
 
 
@@ -53,12 +55,12 @@ def static_run(table: RoutingTable, route: int) -> TableRun:
 
 
 def run_on_table(router: Router, table: RoutingTable) -> TableRun:
-    """Route every image of a table, by the same code that decides in dynamic inference.
+    """Route every image of a table, with the same decision code as dynamic inference.
 
     Raises:
-        RuntimeError: the router stops before a first route.
+        RuntimeError: the router stops before any route has run.
     """
-    run = _Run(router, table)
+    run = _TableRouting(router, table)
     executed: list[Executed] = []
     for _ in range(router.max_runs):
         chosen = run.choose(executed)
@@ -71,7 +73,9 @@ def run_on_table(router: Router, table: RoutingTable) -> TableRun:
     return run.result()
 
 
-class _Run:
+class _TableRouting:
+    """State of routing a table: routes that ran and smallest margins so far."""
+
     def __init__(self, router: Router, table: RoutingTable) -> None:
         self.router = router
         self.table = table
@@ -92,7 +96,8 @@ class _Run:
         return torch.where(executed[-1].routes == STOP, STOP, chosen) if executed else chosen
 
     def _ask(self, gate: int, route: int, rows: Tensor, executed: list[Executed]) -> Tensor:
-        """What the router says to images that stand at the node of `route`."""
+        """The router's decisions for the images `rows`, which are at the node of `route`; notes
+        their margins."""
         index = rows.numpy()
         node = self.table.tree.gates[gate].node_of[route] if gate > 0 else 0
         parts = {
@@ -107,13 +112,13 @@ class _Run:
         return self.router.step(evidence, executed)
 
     def execute(self, chosen: Tensor) -> None:
-        """Note what runs."""
+        """Record which route each image runs."""
         rows = np.flatnonzero(chosen.numpy() != STOP)
         self.routes[rows] = chosen.numpy()[rows]
         self.ran[rows, self.routes[rows]] = True
 
     def answers(self, chosen: Tensor) -> Executed:
-        """What the newest routes said, as stored."""
+        """The stored answers of the newest routes."""
         rows = np.arange(self.table.num_images)
         stored = {
             name: torch.from_numpy(getattr(self.table, name)[rows, self.routes])
@@ -123,7 +128,7 @@ class _Run:
         return Executed(chosen, logits, stored)
 
     def result(self) -> TableRun:
-        """Costs added up."""
+        """The result, with all costs summed."""
         tails = self.table.madds - self.table.trunk_madds
         decisions = self.router.decision_madds(torch.from_numpy(self.routes)).numpy()
         madds = self.table.trunk_madds + self.ran @ tails + decisions

@@ -1,8 +1,9 @@
-"""Analytic cost of a sub-network: MAdds and parameters, from the spec alone (no torch, no stale attributes).
+"""Analytic cost of a sub-network, MAdds and parameters, from the spec alone (without torch).
 
-MAdds are multiply-accumulates of one image (1 MAC = 2 FLOPs). As the field does, convolutions, linear layers and pooling (C*H*W of
-its input) count; BatchNorm, activations, biases and element-wise products do not. Slimming heads do not count here:
-a route's dynamic cost is its sub-network's plus `gate_madds` (docs/methods.md, sections 2 and 4).
+MAdds are multiply-accumulates of one image (1 MAC = 2 FLOPs). As usual in the field, convolutions,
+linear layers and pooling (C*H*W of its input) count; BatchNorm, activations, biases and
+element-wise products do not. Slimming heads are not included: a route's dynamic cost is its
+sub-network's plus `gate_madds` (docs/methods.md, sections 2 and 4).
 """
 
 from __future__ import annotations
@@ -20,13 +21,14 @@ class Cost:
     madds: int
     """MAdds of one image."""
     params: int
-    """Parameters, BatchNorm's affine pair included, running statistics not."""
+    """Number of parameters, including the affine pairs of norms, without running statistics."""
     segments: tuple[int, ...]
-    """MAdds before the first gate, between the gates, after the last; they add up to `madds`."""
+    """MAdds before the first gate, between the gates and after the last gate; they sum to
+    `madds`."""
 
     @property
     def trunk_madds(self) -> int:
-        """MAdds that every route pays before the first gate has decided."""
+        """MAdds that every route costs before the first gate decides."""
         return self.segments[0]
 
 
@@ -53,9 +55,10 @@ def subnet_cost(spec: SupernetSpec, subnet: Subnet, image_size: int) -> Cost:
 
 
 def shared_params(spec: SupernetSpec, subnets: Iterable[Subnet]) -> int:
-    """Parameters of the smallest supernet that holds all of `subnets`: every group at its widest among them.
+    """Parameters of the smallest supernet that holds all of `subnets`, with every group at its
+    widest among them.
 
-    Private affine pairs (`norm="private_affine"`) count once for each prefix of widths.
+    Private affine pairs (`norm="private_affine"`) count once per prefix of widths.
     """
     members = tuple(subnets)
     widest = tuple(max(widths) for widths in zip(*(subnet.widths for subnet in members), strict=True))
@@ -69,7 +72,11 @@ def shared_params(spec: SupernetSpec, subnets: Iterable[Subnet]) -> int:
 
 
 def pooling_madds(spec: SupernetSpec, subnet: Subnet, gate: int, image_size: int) -> int:
-    """MAdds of one pooling of what a gate's attention reads (C*H*W), on the path of `subnet`."""
+    """MAdds of pooling the input of a gate's attention once (C*H*W), on the path of `subnet`.
+
+    Raises:
+        ValueError: the spec has no op with the name of the gate's attention.
+    """
     sizes = {IMAGE: image_size}
     for op in spec.ops:
         size = sizes[op.reads]
@@ -82,7 +89,7 @@ def pooling_madds(spec: SupernetSpec, subnet: Subnet, gate: int, image_size: int
 
 
 def gate_madds(hidden: int, num_routes: int) -> int:
-    """MAdds of a slimming head: one product of the hidden vector with a row per route."""
+    """MAdds of a slimming head: the hidden vector times one row per route."""
     return hidden * num_routes
 
 

@@ -1,7 +1,8 @@
-"""The sub-networks of a set as a tree of decisions: which routes a gate may still choose among, once earlier gates have chosen.
+"""The routes of a set of sub-networks as a decision tree over the gates.
 
-A route is a path through the gates. What has been chosen before a gate is a *node* of that gate; what it chooses is the widths of the
-channel groups up to the next gate. Routes that agree before a gate pass the same node, and share everything computed there. No torch.
+A route is a path through the gates. A *node* of a gate stands for the choices made before it; the
+gate then chooses the widths of the channel groups up to the next gate. Routes that agree before a
+gate pass the same node and share all computation up to it. This module needs no torch.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ from dsnet.space.subnet_set import SubnetSet
 
 @dataclass(frozen=True)
 class GateBranches:
-    """What one gate sees of the K routes."""
+    """The nodes of one gate and the choices of the K routes there."""
 
     node_of: tuple[int, ...]
-    """[K] the node that each route passes, numbered from 0 in order of first appearance."""
+    """[K] node that each route passes, numbered from 0 in order of first appearance."""
     choice_of: tuple[int, ...]
-    """[K] what each route chooses there: a number that means the same widths at every node of the gate, narrow ones first."""
+    """[K] choice of each route: a number that stands for the same widths at every node of the gate;
+    narrow widths first."""
 
     def __post_init__(self) -> None:
         if not self.node_of or len(self.node_of) != len(self.choice_of):
@@ -31,16 +33,16 @@ class GateBranches:
 
     @cached_property
     def num_nodes(self) -> int:
-        """Nodes of this gate."""
+        """Number of nodes of this gate."""
         return max(self.node_of) + 1
 
     @cached_property
     def num_choices(self) -> int:
-        """Different choices over all nodes; a node may lack some of them."""
+        """Number of different choices over all nodes; not every node offers all of them."""
         return max(self.choice_of) + 1
 
     def first_routes(self, node: int) -> dict[int, int]:
-        """For each choice that a node has, the first route that takes it, in order of first appearance."""
+        """Choice -> the first route that takes it at a node, in order of first appearance."""
         found: dict[int, int] = {}
         for route, (met, choice) in enumerate(zip(self.node_of, self.choice_of, strict=True)):
             if met == node:
@@ -54,7 +56,7 @@ class GateBranches:
 
 @dataclass(frozen=True)
 class RouteTree:
-    """All gates of a set, in order; at gate 0 there is one node."""
+    """The decision tree of all gates of a set, in order; gate 0 has one node."""
 
     gates: tuple[GateBranches, ...]
 
@@ -69,8 +71,8 @@ class RouteTree:
         """The tree of a set's members.
 
         Raises:
-            ValueError: the supernet has no gate, its members differ before the first one, or two of them have the same widths, so that
-                no gate could tell them apart.
+            ValueError: the supernet has no gate, its members differ before the first gate, or two
+                of them have the same widths, so that no gate could tell them apart.
         """
         spec = subnets.spec
         if not spec.gates:
@@ -90,7 +92,7 @@ class RouteTree:
 
     @property
     def num_routes(self) -> int:
-        """K."""
+        """Number of routes, K."""
         return len(self.gates[0].node_of)
 
     def subset(self, routes: Sequence[int]) -> RouteTree:
@@ -106,16 +108,17 @@ class RouteTree:
         )
 
     def to_json(self) -> list[dict[str, Any]]:
-        """A JSON-able list, a mapping for each gate."""
+        """A JSON-able list with one mapping per gate."""
         return [{"node_of": list(gate.node_of), "choice_of": list(gate.choice_of)} for gate in self.gates]
 
     @classmethod
     def from_json(cls, data: Sequence[Mapping[str, Any]]) -> RouteTree:
-        """Rebuild a tree from `to_json`."""
+        """Rebuild a tree from the result of `to_json`."""
         return cls(tuple(GateBranches(tuple(gate["node_of"]), tuple(gate["choice_of"])) for gate in data))
 
 
 def _numbered(items: Sequence[Any]) -> tuple[int, ...]:
-    """Items as numbers from 0, in order of first appearance."""
+    """The number of each item; equal items share a number, counted from 0 in order of first
+    appearance."""
     numbers: dict[Any, int] = {}
     return tuple(numbers.setdefault(item, len(numbers)) for item in items)

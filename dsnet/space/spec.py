@@ -1,7 +1,8 @@
-"""The common currency of the platform: a supernet's channel groups, its sub-networks, and sets of them.
+"""Description of a supernet: its channel groups, operations, gates and sub-networks.
 
-Every method of the field (slimmable, universally slimmable, pruned, gated) only differs in how it makes a `SubnetSet`;
-measuring, tabling, routing, exporting consume nothing else. This module needs no torch.
+The methods of the field (slimmable, universally slimmable, pruned, gated) differ only in how they
+make a `SubnetSet`; measuring, tabling, routing and exporting use nothing else. This module needs no
+torch.
 """
 
 from __future__ import annotations
@@ -27,9 +28,10 @@ CLASSES = -2
 
 
 NORMS = ("private_stats", "private_affine", "recalibrate", "group_norm")
-"""How sub-networks of different widths normalise (docs/definitions.md, Supernet training): BatchNorm with private
-running statistics per prefix of widths and one shared affine pair; with private affine pairs too; with statistics that
-training leaves alone and recalibration makes; or GroupNorm, which keeps no statistics."""
+"""Kinds of normalisation for sub-networks of different widths (docs/definitions.md, Supernet training), in
+this order: BatchNorm with private running statistics per prefix of widths and one shared affine
+pair; with private affine pairs too; with private statistics that only recalibration computes, not
+training; or GroupNorm, which keeps no statistics."""
 
 
 OpKind = Literal["conv", "depthwise", "attention", "maxpool", "pool", "linear"]
@@ -37,7 +39,7 @@ OpKind = Literal["conv", "depthwise", "attention", "maxpool", "pool", "linear"]
 
 @dataclass(frozen=True)
 class ChannelGroup:
-    """Channels that are always cut together: one width decides all layers that write them."""
+    """Channels that are always sliced together: one width applies to all layers that write them."""
 
     name: str
     max_width: int
@@ -45,10 +47,10 @@ class ChannelGroup:
 
 @dataclass(frozen=True)
 class Op:
-    """One costed operation of the supernet, in execution order.
+    """One operation of the supernet whose cost is counted.
 
-    Spatial size: `conv`, `depthwise` and `maxpool` pad by `kernel // 2`, so n pixels become ceil(n / stride); `pool` and `linear` have
-    size 1; `attention` keeps its input's size.
+    Spatial size: `conv`, `depthwise` and `maxpool` pad by `kernel // 2`, so n pixels become ceil(n
+    / stride); `pool` and `linear` have size 1; `attention` keeps its input's size.
     """
 
     name: str
@@ -62,25 +64,29 @@ class Op:
     """Channels of an attention's hidden layer; never sliced."""
     has_norm: bool = False
     segment: int = 0
-    """0: before the first gate decides; s: after gate s - 1 decided."""
+    """Segment that the op belongs to: 0 before the first gate's decision, s after the decision of
+    gate s - 1."""
     in_union: tuple[int, ...] = ()
-    """Further groups that write what the op reads: a residual stream holds the channels of its widest writer."""
+    """Further groups that write the op's input; a residual stream has as many channels as its
+    widest writer."""
 
     def input_width(self, widths: Sequence[int]) -> int:
-        """Channels that the op reads, for a sub-network's widths (not for an op that reads the image)."""
+        """Number of input channels for a sub-network's widths (not for an op that reads the
+        image)."""
         return max(widths[group] for group in (self.in_group, *self.in_union))
 
 
 @dataclass(frozen=True)
 class GateSpec:
-    """Where a gate sits: it reads the hidden vector of the attention op `attention`."""
+    """Position of a gate, which reads the hidden vector of the attention op `attention`."""
 
     name: str
     attention: str
     hidden: int
     """Length of the hidden vector h that the slimming head reads."""
     num_prefix_groups: int
-    """The first so many channel groups lie before the gate; the routes that it chooses among agree on them."""
+    """Number of channel groups before the gate; the routes among which it chooses agree on their
+    widths."""
 
 
 @dataclass(frozen=True)
@@ -91,25 +97,29 @@ class Subnet:
     widths: tuple[int, ...]
 
     def prefix(self, num_groups: int) -> tuple[int, ...]:
-        """The widths of the first `num_groups` groups: the key of BatchNorm statistics at that depth."""
+        """The widths of the first `num_groups` groups, the key of the BatchNorm statistics at that
+        depth."""
         return self.widths[:num_groups]
 
 
 @dataclass(frozen=True)
 class SupernetSpec:
-    """Everything that decides a supernet's shape; JSON-able, and enough to count its cost without building it."""
+    """Everything that determines a supernet's shape; it is JSON-able and suffices to count costs
+    without building it."""
 
     family: str
     num_classes: int
     in_channels: int
     image_size: int
-    """Side in pixels that the network is laid out for; cost may be asked at any other."""
+    """Height and width in pixels for which the network is laid out; costs can be computed for any
+    other size."""
     groups: tuple[ChannelGroup, ...]
-    """In topological order."""
+    """The channel groups in topological order."""
     ops: tuple[Op, ...]
+    """The operations in execution order."""
     gates: tuple[GateSpec, ...]
     layout: Mapping[str, Any] = field(default_factory=dict)
-    """What the family's builder needs beside the groups, as plain JSON values."""
+    """Further values that the family's builder needs beside the groups, as plain JSON values."""
     norm: str = "private_stats"
     """One of `NORMS`."""
 
@@ -118,9 +128,10 @@ class SupernetSpec:
             raise ValueError(f"norm is {self.norm!r}; known: {', '.join(NORMS)}")
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON-able mapping that `from_json` reads back to an equal spec.
+        """A JSON-able mapping that `from_json` turns back into an equal spec.
 
-        What came after the first release is left out where it holds its default, so that older fingerprints stay.
+        Fields added after the first release are omitted where they have their default, so that
+        fingerprints of older specs do not change.
         """
         data = asdict(self)
         if data["norm"] == "private_stats":
@@ -132,7 +143,7 @@ class SupernetSpec:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> SupernetSpec:
-        """Rebuild a spec.
+        """Rebuild a spec from the result of `to_json`.
 
         Raises:
             CheckpointError: a field is missing or unknown.
@@ -152,7 +163,7 @@ class SupernetSpec:
             ) from error
 
     def num_prefix_groups(self, gate: int) -> int:
-        """How many channel groups lie before a gate; all of them for a gate that is not there."""
+        """Number of channel groups before a gate; for a number past the last gate, all of them."""
         return self.gates[gate].num_prefix_groups if gate < len(self.gates) else len(self.groups)
 
     @property
@@ -162,7 +173,7 @@ class SupernetSpec:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def check(self, subnet: Subnet) -> None:
-        """Raise ValueError where `subnet` does not fit this supernet."""
+        """Raise ValueError if `subnet` does not fit this supernet."""
         if len(subnet.widths) != len(self.groups):
             raise ValueError(
                 f"sub-network {subnet.name!r} has {len(subnet.widths)} widths, but {self.family} has {len(self.groups)} channel groups"

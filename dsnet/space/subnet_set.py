@@ -1,4 +1,4 @@
-"""Sets of sub-networks: the members that a gate may choose, the teacher, and their order by cost."""
+"""Sets of sub-networks: the members that a gate may choose, the teacher, the order by cost."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from dsnet.space.spec import Subnet, SupernetSpec
 
 @dataclass(frozen=True)
 class SubnetSet:
-    """An immutable, ordered set of sub-networks of one supernet; `set[k]` is the declared id k.
+    """An immutable, ordered set of sub-networks of one supernet; `subnets[k]` is the member with id
+    k.
 
-    `len` and iteration exclude `teacher`, the sub-network that is only trained (for DS-MBNet the 819.9 M MAdds `largest`).
+    `len` and iteration exclude `teacher`, a sub-network that is trained but never chosen (for
+    DS-MBNet `largest`, with 819.9 M MAdds).
     """
 
     spec: SupernetSpec
@@ -41,23 +43,25 @@ class SubnetSet:
 
     @property
     def all(self) -> tuple[Subnet, ...]:
-        """The members and, last, the teacher where there is one."""
+        """The members, followed by the teacher if there is one."""
         return self.members if self.teacher is None else (*self.members, self.teacher)
 
     @property
     def largest(self) -> Subnet:
-        """The sub-network that learns from labels: the teacher, or the costliest member where there is none."""
+        """The sub-network that learns from labels: the teacher, or the most expensive member if
+        there is none."""
         return self.teacher if self.teacher is not None else self.members[self.by_madds()[-1]]
 
     def by_madds(self, image_size: int | None = None) -> tuple[int, ...]:
-        """Member ids from the cheapest to the costliest; ties keep the declared order."""
-        from dsnet.space.cost import subnet_cost  # cost is written in terms of this module
+        """Member ids from the cheapest to the most expensive; members of equal cost keep their
+        order."""
+        from dsnet.space.cost import subnet_cost  # only this method needs costs
 
         size = self.spec.image_size if image_size is None else image_size
         return tuple(sorted(range(len(self)), key=lambda k: subnet_cost(self.spec, self.members[k], size).madds))
 
     def prefixes(self, group: int) -> list[tuple[int, ...]]:
-        """Of every member and the teacher, the widths up to channel group `group`, itself included."""
+        """The widths of every member and the teacher up to and including channel group `group`."""
         return [subnet.prefix(group + 1) for subnet in self.all]
 
     def prefix_upto(self, gate: int) -> tuple[int, ...]:
@@ -80,7 +84,7 @@ class SubnetSet:
         return SubnetSet(self.spec, tuple(self.members[k] for k in ids))
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON-able mapping, with the fingerprint of the supernet that it belongs to."""
+        """A JSON-able mapping, including the fingerprint of the supernet's spec."""
         return {
             "supernet": self.spec.fingerprint,
             "members": [asdict(subnet) for subnet in self.members],
@@ -89,10 +93,11 @@ class SubnetSet:
 
     @classmethod
     def from_json(cls, spec: SupernetSpec, data: Mapping[str, Any]) -> SubnetSet:
-        """Rebuild a set for `spec`.
+        """Rebuild a set for `spec` from the result of `to_json`.
 
         Raises:
-            CheckpointError: the set was made for another supernet, or its parts are missing or do not fit.
+            CheckpointError: the set was made for another supernet, or its parts are missing or
+                invalid.
         """
         try:
             if data["supernet"] != spec.fingerprint:

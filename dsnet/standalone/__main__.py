@@ -1,14 +1,16 @@
-"""`python -m dsnet.training`: Stage I, measure and table with torch alone, in calls of limited length.
+"""`python -m dsnet.training`: train, measure and tabulate a supernet with torch alone, in calls of
+limited duration.
 
-Exit codes: 0 all is done; 6 there is more to do, repeat the command (also after SIGTERM); 130 Ctrl-C; else those of `dsnet.errors`.
-Progress goes to stderr; stdout gets one line of JSON at the end.
+Exit codes: 0 everything is done; 6 more is to be done, repeat the command (also after SIGTERM); 130
+Ctrl-C; others as in `dsnet.errors`. Progress is written to stderr, and one line of JSON to stdout
+at the end.
 """
 
 from __future__ import annotations
 
 from dsnet.import_path import protect_imports
 
-protect_imports()  # before anything that the working directory may have a module of the same name for
+protect_imports()  # before all imports that a module in the working directory could shadow
 
 # ruff: noqa: E402
 import argparse
@@ -26,7 +28,8 @@ from dsnet.stop_signals import StopRequest, stop_on_signals
 
 EXIT_MORE = 6
 RESERVE = (0.1, 15.0)
-"""What is kept of --max-seconds to end in: this share of it, and no more than so many seconds."""
+"""Part of --max-seconds reserved for stopping cleanly: a share of it, and at most so many
+seconds."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -51,7 +54,7 @@ def _run(options: argparse.Namespace, stop: StopRequest) -> int:
         raise ConfigError(f"--max-seconds is {options.max_seconds:g}, but must be above 0")
     if options.threads < 1:
         raise ConfigError(f"--threads is {options.threads}, but must be at least 1")
-    import torch  # after the arguments: --help is quick
+    import torch  # imported late, so that --help is fast
 
     from dsnet.standalone.output_folder import OutputFolder
     from dsnet.standalone.resolved import read_config
@@ -75,7 +78,7 @@ def _run(options: argparse.Namespace, stop: StopRequest) -> int:
 
 
 def _report(folder: Any, status: str) -> None:
-    """The one line of stdout."""
+    """Write the line of JSON to stdout."""
     stages = {name: entry["status"] for name, entry in folder.manifest().get("stages", {}).items()}
     seconds = sum(entry["seconds"] for entry in folder.manifest().get("stages", {}).values())
     line = {"status": status, "out": str(folder.path), "stages": stages, "seconds": round(seconds, 1)}

@@ -1,13 +1,14 @@
-"""The output folder of `python -m dsnet.training`: where everything lies, and what of it is finished.
+"""The output folder of `python -m dsnet.training`: its paths, and the record of finished stages.
 
     resolved.json   the configuration
-    manifest.json   versions, seed, device, the data's fingerprint, the stages with the hashes of their files and of the supernet they
+    manifest.json   versions, seed, device, the data's fingerprint, the stages with the hashes of
+    their files and of the supernet they
                     were made from
     supernet/       epoch-*, curves.jsonl, final.safetensors|json
-    measure/        subnets.json, train_sample.json, latency.json, latency-NAME.json of each of `measure.devices`
-    table/          gate.safetensors, val.safetensors
+    measure/        subnets.json, train_sample.json, latency.json, latency-NAME.json of each of
+    `measure.devices` table/          gate.safetensors, val.safetensors
 
-The files of a stage are those that the pipeline's stage of that name writes.
+A stage writes the same files as the pipeline's stage of that name.
 """
 
 from __future__ import annotations
@@ -27,13 +28,14 @@ from dsnet.training.supernet import FINAL
 
 STAGES = ("supernet", "measure", "table")
 RESULT_VERSIONS: Mapping[str, int] = {"supernet": 2, "measure": 3, "table": 2}
-"""Raised by hand when the code of a stage gives other results. A folder with another supernet version belongs to another release; of one
-that differs in a later stage only, that stage is made again."""
+"""Version of each stage's results, to be raised when its code gives other results. A folder with
+another version of `supernet` belongs to another release; if only a later stage's version differs,
+that stage is repeated."""
 _SCHEMA = 1
 
 
 class OutputFolder:
-    """The paths below a folder, and its manifest."""
+    """The paths in an output folder, and its manifest."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -46,11 +48,12 @@ class OutputFolder:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Hold the folder against a second call, for as long as the process lives; it is made where it is missing.
+        """Context manager that locks the folder against other calls; a missing folder is created.
 
         Raises:
-            LockedError: another call works in it.
-            PreflightError: it cannot be made, holds something else, or its file system has no locks.
+            LockedError: another call is using the folder.
+            PreflightError: it cannot be created, holds other files, or its file system has no
+                locks.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -76,7 +79,14 @@ class OutputFolder:
             os.close(descriptor)
 
     def _check_is_ours(self) -> None:
-        """A first call that was killed early leaves the configuration, or an unfinished file of ours, without a manifest."""
+        """Check that a folder without a manifest holds no files of others.
+
+        A first call that was killed early leaves the configuration or a temporary file of ours
+        without a manifest.
+
+        Raises:
+            PreflightError: it holds other files.
+        """
         if self.manifest_path.exists():
             return
         own = (self.resolved_path.name, f".{self.resolved_path.name}.", f".{self.manifest_path.name}.")
@@ -88,10 +98,11 @@ class OutputFolder:
             )
 
     def check_config(self, config: StandaloneConfig) -> None:
-        """Refuse a folder that was begun with settings that give other results; writes nothing.
+        """Check that the folder was not begun with settings that give other results; writes
+        nothing.
 
         Raises:
-            ConfigError: it was.
+            ConfigError: it was; the message names the settings.
         """
         if not self.resolved_path.exists():
             return
@@ -100,10 +111,10 @@ class OutputFolder:
             raise ConfigError(f"{self.path} was begun with other settings ({', '.join(changed)}); choose another --out")
 
     def begin(self, config: StandaloneConfig, facts: Mapping[str, Any]) -> None:
-        """Record the configuration, and with what it is run now.
+        """Record the configuration and the environment of the current call.
 
         Args:
-            config: checked by `check_config`.
+            config: the configuration, after `check_config`.
             facts: versions, device, and `data` with its `fingerprint`.
 
         Raises:
@@ -123,10 +134,11 @@ class OutputFolder:
         atomic_write_json(self.manifest_path, {**fixed, **facts, "stages": stages})
 
     def manifest(self) -> dict[str, Any]:
-        """What manifest.json holds; empty before the first call.
+        """The content of manifest.json; empty before the first call.
 
         Raises:
-            CheckpointError: it is torn, or of another schema, or its supernet is of another result version.
+            CheckpointError: the file is torn, has another schema, or its supernet has another
+                result version.
         """
         if not self.manifest_path.exists():
             return {}
@@ -139,7 +151,7 @@ class OutputFolder:
         return manifest
 
     def is_readable(self) -> bool:
-        """Whether a call was begun here whose supernet this release would train alike.
+        """Whether the folder was begun by a release that trains the same supernet as this one.
 
         Raises:
             CheckpointError: the manifest is torn.
@@ -148,9 +160,11 @@ class OutputFolder:
         return has_both and _is_of_this_release(read_json(self.manifest_path))
 
     def is_done(self, stage: str) -> bool:
-        """Whether a stage was finished by code that gives today's results, its files are whole, and its supernet is the one here.
+        """Whether a stage is finished: by code of the current version, with intact files, and for
+        the current supernet.
 
-        A supernet that was lost and trained again may have other bits (on a GPU): what was measured of the first says nothing of it.
+        A supernet that was lost and trained again may have other weights (on a GPU), for which
+        measurements of the first are not valid.
         """
         entry = self._entry(stage)
         has_files = (
@@ -161,14 +175,16 @@ class OutputFolder:
         return has_files and (stage == "supernet" or self._is_of_this_supernet(entry))
 
     def is_outdated(self, stage: str) -> bool:
-        """Whether a stage was begun by a release that gives other results."""
+        """Whether a stage was begun by a release whose code gives other results."""
         return self._entry(stage)["version"] != RESULT_VERSIONS[stage]
 
     def begin_stage(self, stage: str) -> None:
-        """Make a stage's folder and note that it is worked in. What is there stays, unless it is damaged, outdated or of another supernet.
+        """Create a stage's folder and record the stage as running.
+
+        Files in it are kept, unless they are damaged, outdated or of another supernet.
 
         Raises:
-            PreflightError: the old files cannot be removed.
+            PreflightError: old files cannot be removed.
         """
         folder = self.path / stage
         for name, facts in self._entry(stage)["files"].items():
@@ -177,19 +193,22 @@ class OutputFolder:
         made_from = {} if stage == "supernet" else {"supernet": self._supernet_sha256()}
         if made_from and (self.is_outdated(stage) or not self._is_of_this_supernet(self._entry(stage))):
             _remove(folder)
-        # After the old files are gone: a call that is killed in between removes them again.
+        # Only after the old files are removed: if this call is killed in between, the next one
+        # removes the rest.
         self._write_entry(stage, {"status": "running", "files": {}, "version": RESULT_VERSIONS[stage], **made_from})
         folder.mkdir(exist_ok=True)
 
     def record(self, stage: str, seconds: float, outputs: Sequence[Path] = ()) -> None:
-        """Add what a call spent on a stage; with its outputs the stage is finished."""
+        """Add the seconds that a call spent on a stage; given outputs mark the stage as
+        finished."""
         files = {path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in outputs}
         status = "done" if outputs else "running"
         spent = round(self._entry(stage)["seconds"] + seconds, 3)
         self._write_entry(stage, {"status": status, "seconds": spent, "files": files})
 
     def footprint(self) -> set[tuple[str, int]]:
-        """Name and size of everything that a later call goes on from: equal before and after a call that got nowhere."""
+        """Name and size of all files from which a later call continues; unchanged by a call that
+        made no progress."""
         files = (path for path in self.path.rglob("*") if path.is_file() and path.name != "curves.jsonl")
         return {(str(path), path.stat().st_size) for path in files if path != self.manifest_path}
 
@@ -205,7 +224,8 @@ class OutputFolder:
         atomic_write_json(self.manifest_path, manifest)
 
     def _is_whole(self, path: Path, facts: Mapping[str, Any]) -> bool:
-        """Whether a finished file is what was recorded; its hash is computed again only when the file has changed."""
+        """Whether a file is as recorded; its hash is computed again only if size or modification
+        time changed."""
         if not path.is_file() or path.stat().st_size != facts["bytes"]:
             return False
         seen = (str(path), path.stat().st_size, path.stat().st_mtime_ns)
@@ -217,7 +237,7 @@ class OutputFolder:
         return self.is_done("supernet") and entry.get("supernet") == self._supernet_sha256()
 
     def _supernet_sha256(self) -> str:
-        """Of the finished supernet's tensors."""
+        """SHA-256 of the finished supernet's tensors."""
         return str(read_json(self.supernet / f"{FINAL}.json")["sha256"])
 
 

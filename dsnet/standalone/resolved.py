@@ -1,4 +1,5 @@
-"""The configuration of `python -m dsnet.training`: plain JSON, the same sections and names as sweep.yaml has, everything written out."""
+"""The configuration of `python -m dsnet.training`: plain JSON with the sections and names of
+sweep.yaml, fully written out."""
 
 from __future__ import annotations
 
@@ -35,18 +36,19 @@ class DataSettings:
     name: str
     """A registered data set: digits, cifar10, image_folder, ..."""
     path: str | None = None
-    """Its folder; null = the environment variable DSNET_DATA."""
+    """The data set's folder; null = the environment variable DSNET_DATA."""
     image_size: int | None = None
-    """Side in pixels; null = as stored."""
+    """Height and width in pixels; null = the data's own size."""
     crop_fraction: float = 1.0
     """Image folders only: share of the shorter side that the centre crop keeps, (0, 1]."""
     splits: SplitSizes = field(default_factory=SplitSizes)
     limit: int | None = None
-    """At most so many images per split."""
+    """Maximum number of images per split; null = no limit."""
     augment: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of `dsnet.data.Augmentation`; one that is null or absent takes the data set's default."""
+    """Fields of `dsnet.data.Augmentation`; fields that are null or absent take the data set's
+    defaults."""
     stream: bool = False
-    """Image folders only: `train` is read from its files while it trains."""
+    """Image folders only: stream `train` from its files during training."""
 
     def __post_init__(self) -> None:
         check_known(self.augment, Augmentation.__dataclass_fields__, "data.augment")
@@ -56,17 +58,18 @@ class DataSettings:
         return {name: value for name, value in self.augment.items() if value is not None}
 
     def augmentation(self, images: DescribedImages) -> Augmentation:
-        """With the defaults that suit the images."""
+        """The augmentation, with the defaults for the data set filled in."""
         return Augmentation.for_images(images, **self._given())
 
 
 @dataclass(frozen=True, kw_only=True)
 class RecalibrationSettings:
-    """BatchNorm statistics, re-estimated for every width after training."""
+    """Settings of BatchNorm recalibration after training."""
 
     images: int | None = None
-    """Images of `train`; null = all; 0 = keep those of the start weights."""
+    """Number of images of `train`; null = all; 0 = keep the statistics of the start weights."""
     batch_size: int = 256
+    """Images per batch."""
 
     def __post_init__(self) -> None:
         check_recalibration(self.images, self.batch_size)
@@ -77,11 +80,12 @@ class SupernetSettings:
     """The network and its training."""
 
     model: str
-    """A registered family; or checkpoint: network and sub-networks of `init_from`."""
+    """A registered family; or `checkpoint` for the network and sub-networks of `init_from`."""
     options: Mapping[str, Any] = field(default_factory=dict)
-    """Of the family."""
+    """Options of the family."""
     init_from: str | None = None
-    """Start weights, as `dsnet.training.start.load_start` takes them; their normalization is used too."""
+    """Path of start weights (see `dsnet.training.start.load_start`); their normalisation is used
+    too."""
     train: TrainSettings = field(default_factory=TrainSettings)
     regime: Regime = field(default_factory=Regime)
     bootstrapping: BootstrapSettings = field(default_factory=BootstrapSettings)
@@ -92,11 +96,11 @@ class SupernetSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class StandaloneConfig:
-    """All that decides what `python -m dsnet.training` makes, but for the device."""
+    """Everything except the device that determines the results of `python -m dsnet.training`."""
 
     version: int = VERSION
     seed: int = 0
-    """Of the splits and of training, as in sweep.yaml."""
+    """Seed of the splits and of training, as in sweep.yaml."""
     data: DataSettings
     supernet: SupernetSettings
     measure: LatencySettings = field(default_factory=LatencySettings)
@@ -115,12 +119,12 @@ class StandaloneConfig:
     def supernet_run(
         self, images: DescribedImages, normalization: Normalization, origin: Mapping[str, Any] | None = None
     ) -> SupernetRun:
-        """The training settings, once data and start weights are known.
+        """The training settings for given data and start weights.
 
         Args:
             images: the data, for the defaults of its augmentation.
-            normalization: of the training split, or of the start weights.
-            origin: of the start weights.
+            normalization: normalisation of the training split, or of the start weights.
+            origin: record of the start weights.
 
         Raises:
             ConfigError: a setting is out of its range.
@@ -141,13 +145,13 @@ class StandaloneConfig:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values, that `from_json` reads back to an equal object."""
+        """Plain JSON values that `from_json` turns back into an equal object."""
         plain: dict[str, Any] = json.loads(json.dumps(asdict(self), allow_nan=False))
         return plain
 
     @classmethod
     def from_json(cls, data: object) -> StandaloneConfig:
-        """Read what `to_json` wrote, in this release or the first, or a person.
+        """Read a configuration written by hand or by `to_json` of this or the first release.
 
         Raises:
             ConfigError: a key is unknown or missing, or a value has the wrong type or range.
@@ -155,7 +159,8 @@ class StandaloneConfig:
         return read_strictly(cls, _with_published(data))
 
     def changes(self, earlier: StandaloneConfig) -> list[str]:
-        """The dotted keys that differ and decide a result; where data and checkpoints lie does not."""
+        """The dotted keys that differ and affect results; the places of data and checkpoints do
+        not."""
         mine, theirs = (
             {key: value for key, value in flatten(config.to_json()).items() if value != {}}
             for config in (self, earlier)
@@ -165,7 +170,8 @@ class StandaloneConfig:
 
 
 def _with_published(data: object) -> object:
-    """A file of the first release with the settings that came later at the values by which it trained; any other as it is."""
+    """Complete a file of the first release: newer settings get the values by which it trained;
+    other files are unchanged."""
     supernet = data.get("supernet") if isinstance(data, Mapping) else None
     written = supernet.get("bootstrapping") if isinstance(supernet, Mapping) else None
     if not isinstance(written, Mapping) or not is_of_first_release(written):
@@ -177,7 +183,7 @@ def read_config(path: Path) -> StandaloneConfig:
     """Read a configuration file.
 
     Raises:
-        ConfigError: there is no such file, it is no JSON, or its content cannot be accepted.
+        ConfigError: the file is missing, is not JSON, or its content is invalid.
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))

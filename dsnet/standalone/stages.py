@@ -1,7 +1,8 @@
-"""Stage I, measure and table with torch alone: what the pipeline's first three stages do, for machines without Ray.
+"""The pipeline's first three stages (supernet, measure, table) without Ray.
 
-Every call goes on where the one before was stopped, at a step, a sub-network or a piece of a table. On the CPU the results are
-bit-identical however the work was cut, with the same number of threads of one kind of processor.
+Every call continues where the previous one stopped, at a step, a sub-network or a piece of a table.
+On the CPU the results are bit-identical however the work was divided into calls, with the same
+number of threads and the same kind of processor.
 """
 
 from __future__ import annotations
@@ -47,8 +48,9 @@ from dsnet.training.supernet import FINAL, train_supernet
 
 PACKAGES = ("dsnet-orch", "torch", "numpy", "safetensors", "Pillow", "pyarrow", "scikit-learn")
 PIECE_BATCHES = 8
-"""Batches of a table's piece: what a stopped call may lose of it."""
+"""Batches per stored piece of a table; a call that is stopped loses at most one piece."""
 SPEAK_EVERY_S = 5.0
+"""Least number of seconds between two lines about the losses."""
 
 
 def run_standalone(
@@ -59,27 +61,30 @@ def run_standalone(
     should_stop: Callable[[], bool] = lambda: False,
     say: Callable[[str], None] = lambda text: None,
 ) -> OutputFolder:
-    """Train, measure and tabulate, or go on with it; never touches the test split.
+    """Train, measure and tabulate a supernet, or continue an earlier call; the test split is never
+    read.
 
     Args:
-        config: what to make.
+        config: the configuration.
         out: the output folder (see `dsnet.standalone.output_folder`).
-        device: cpu, cuda or auto; it trains, evaluates and tabulates. Latency is measured on `measure.device`.
-        should_stop: asked at every step, batch and timed call.
-        say: hears one line at a time about how it goes.
+        device: cpu, cuda or auto, for training, evaluation and tables. Latency is measured on
+            `measure.device`.
+        should_stop: called at every step, batch and timed call.
+        say: called with single lines about the progress.
 
     Returns:
         the folder, with all stages finished.
 
     Raises:
-        StoppedError: `should_stop` said so; calling again continues.
-        ConfigError, DataError, CheckpointError, PreflightError, LockedError, NonFiniteLossError: see `dsnet.errors`.
+        StoppedError: `should_stop` returned True; calling again continues.
+        ConfigError, DataError, CheckpointError, PreflightError, LockedError, NonFiniteLossError:
+        see `dsnet.errors`.
     """
     folder = OutputFolder(out)
     with folder.held():
-        work = _Work(config, folder, resolve_device(device), should_stop, say)
-        work.begin()
-        makers = {"supernet": work.train, "measure": work.measure, "table": work.tabulate}
+        runner = _StageRunner(config, folder, resolve_device(device), should_stop, say)
+        runner.begin()
+        makers = {"supernet": runner.train, "measure": runner.measure, "table": runner.tabulate}
         for stage in STAGES:
             if not folder.is_done(stage):
                 if folder.is_outdated(stage):
@@ -101,8 +106,8 @@ def _run_stage(folder: OutputFolder, stage: str, make: Callable[[], Sequence[Pat
 
 
 @dataclass(frozen=True)
-class _Work:
-    """One call."""
+class _StageRunner:
+    """Runs the stages of one call; data and networks are loaded when they are first needed."""
 
     config: StandaloneConfig
     folder: OutputFolder
@@ -111,11 +116,11 @@ class _Work:
     say: Callable[[str], None]
 
     def begin(self) -> None:
-        """Check everything that can be checked before the first step."""
+        """Check everything that can be checked before the first step, and begin the folder."""
         self.folder.check_config(self.config)
-        self.config.measure.by_device(resolve_device)  # refuses a device that is not there
+        self.config.measure.by_device(resolve_device)  # raises if a device is missing
         if not self.folder.is_done("supernet"):
-            _ = self.first  # refuses start weights that do not fit
+            _ = self.first  # raises if start weights do not fit
         facts = {
             "versions": installed_versions(PACKAGES),
             "device": {"kind": self.device, "name": device_name(self.device), "threads": torch.get_num_threads()},
@@ -148,12 +153,12 @@ class _Work:
 
     @cached_property
     def data(self) -> TensorData:
-        """Without the test split, and where it is streamed without the training split."""
+        """The splits in memory, without test, and without train if it is streamed."""
         return self.images.tensor_data(self.splits)
 
     @cached_property
     def first(self) -> tuple[Supernet, SupernetRun]:
-        """What training begins with, and how it goes."""
+        """The supernet with its initial weights, and the settings of its training."""
         supernet, images = self.config.supernet, self.images
         channels, _, size = images.image_shape
         task = Task(num_classes=images.num_classes, in_channels=channels, image_size=size)
@@ -188,7 +193,7 @@ class _Work:
             run,
             folder=self.folder.supernet,
             device=self.device,
-            reporter=_Spoken(self.say),
+            reporter=_LossLines(self.say),
             should_stop=self.should_stop,
         )
         if stem is None:
@@ -216,7 +221,7 @@ class _Work:
         return [subnets, self._train_sample(), *self._latencies()]
 
     def _train_sample(self) -> Path:
-        """What the widest route knows of the images that it was trained on."""
+        """Evaluate the widest route on a sample of its training images; returns the file."""
         path = self.folder.measure / TRAIN_SAMPLE_FILE
         if not path.exists():
             supernet, normalization = self.trained
@@ -229,7 +234,8 @@ class _Work:
         return path
 
     def _latencies(self) -> list[Path]:
-        """Each device's table, timed here or by an earlier call."""
+        """Measure the latency table of each device, unless an earlier call has; returns the
+        files."""
         paths = []
         for name, settings in self.config.measure.by_device(resolve_device).items():
             path = self.folder.measure / latency_file(name)
@@ -261,7 +267,8 @@ class _Work:
         return range(0, self.data.num_images(split), PIECE_BATCHES * EVALUATION_BATCH)
 
     def _piece(self, split: str, first: int) -> RoutingTable:
-        """The table of the images from `first` on, of this call or an earlier one."""
+        """The piece of a table from image `first` on; stored by an earlier call, or computed and
+        stored now."""
         path = self.folder.table / "pieces" / f"{split}-{first:08d}.safetensors"
         if path.exists():
             return RoutingTable.load(path)
@@ -279,7 +286,7 @@ class _Work:
 
 
 class _StoppableImages:
-    """Training images that end recalibration, too, where a stop was asked for: it may take minutes."""
+    """Training images that also check for a stop during recalibration, which may take minutes."""
 
     def __init__(self, images: TrainingImages, check_stop: Callable[[], None]) -> None:
         self._images = images
@@ -290,29 +297,31 @@ class _StoppableImages:
         return self._images.labels
 
     def augmented(self, batches: Iterable[tuple[Tensor, int]], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-        """See `TrainingImages.augmented`; the loop asks by itself at every step."""
+        """See `TrainingImages.augmented`; the training loop itself checks for a stop at every
+        step."""
         return self._images.augmented(batches, device)
 
     def clean(self, rows: Iterable[Tensor], device: torch.device) -> Iterator[Tensor]:
-        """See `TrainingImages.clean`."""
+        """See `TrainingImages.clean`; checks for a stop at every batch."""
         for images in self._images.clean(rows, device):
             self._check_stop()
             yield images
 
 
-class _Spoken:
-    """Says the loss curves, but not more often than one reads."""
+class _LossLines:
+    """Reporter that writes the losses as lines of text, at most one every `SPEAK_EVERY_S`
+    seconds."""
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self._say = say
-        self._spoken_at = float("-inf")
+        self._said_at = float("-inf")
 
     def on_curve(self, record: Mapping[str, Any]) -> None:
         """See `dsnet.training.curves.Reporter`."""
         is_last = record["step"] == record["num_steps"]
-        if not is_last and time.monotonic() - self._spoken_at < SPEAK_EVERY_S:
+        if not is_last and time.monotonic() - self._said_at < SPEAK_EVERY_S:
             return
-        self._spoken_at = time.monotonic()
+        self._said_at = time.monotonic()
         losses = {name.removeprefix("loss/"): value for name, value in record["metrics"].items() if "loss/" in name}
         shown = "  ".join(f"{name} {value:.3f}" for name, value in list(losses.items())[:: max(1, len(losses) - 1)])
         self._say(f"supernet: epoch {record['epoch']:.2f}  step {record['step']}/{record['num_steps']}  {shown}")

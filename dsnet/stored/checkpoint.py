@@ -1,7 +1,7 @@
-"""Checkpoints: tensors in safetensors, everything else in JSON beside them; nothing is ever unpickled.
+"""Checkpoints: tensors in safetensors and everything else in JSON, without pickle.
 
-A checkpoint `<stem>` is `<stem>.safetensors` and `<stem>.json`. The JSON holds the tensor file's SHA-256 and is renamed into place
-last: a checkpoint whose JSON exists is whole.
+A checkpoint `<stem>` is `<stem>.safetensors` and `<stem>.json`. The JSON file holds the SHA-256 of
+the tensor file and is renamed into place last: a checkpoint whose JSON exists is complete.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
     """Write a safetensors file atomically; returns its SHA-256.
 
     Raises:
-        CheckpointError: it cannot be written; an older file is untouched.
+        CheckpointError: the file cannot be written; an older file stays unchanged.
     """
     with replacing(path) as temporary:
         try:
@@ -39,7 +39,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
 
 
 def load_tensors(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
-    """Read a safetensors file, checking its hash where one is given.
+    """Read a safetensors file and check its hash if one is given.
 
     Raises:
         CheckpointError: the file is missing, truncated or does not match the hash.
@@ -59,7 +59,7 @@ def load_tensors(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
 
 
 def save_checkpoint(stem: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
-    """Write a checkpoint; the JSON comes last and makes it valid."""
+    """Write a checkpoint; the JSON file is written last and makes it valid."""
     digest = save_tensors(stem.with_name(stem.name + ".safetensors"), tensors)
     atomic_write_json(stem.with_name(stem.name + ".json"), {"schema_version": SCHEMA_VERSION, "sha256": digest, **meta})
 
@@ -82,7 +82,7 @@ def load_checkpoint(stem: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def supernet_meta(supernet: Supernet) -> dict[str, Any]:
-    """What `load_supernet` needs beside the tensors."""
+    """The metadata that `load_supernet` needs beside the tensors: spec and sub-networks."""
     return {"spec": supernet.spec.to_json(), "subnets": supernet.subnets.to_json()}
 
 
@@ -92,7 +92,7 @@ def save_supernet(stem: Path, supernet: Supernet, meta: Mapping[str, Any] | None
 
 
 def load_supernet(stem: Path) -> tuple[Supernet, dict[str, Any]]:
-    """Read a stored supernet, in eval mode: (supernet, meta).
+    """Read a stored supernet: (supernet in eval mode, meta).
 
     Raises:
         CheckpointError: the checkpoint is damaged, or its tensors do not fit its spec.
@@ -107,10 +107,11 @@ def load_supernet(stem: Path) -> tuple[Supernet, dict[str, Any]]:
 
 
 def load_exactly(supernet: Supernet, tensors: Mapping[str, Tensor], where: str) -> None:
-    """Load a state dict; missing, extra and misshapen tensors are listed in one error and nothing is skipped.
+    """Load a state dict that must fit exactly.
 
     Raises:
-        CheckpointError: the tensors do not fit.
+        CheckpointError: tensors are missing, unexpected or misshapen; the message lists all of
+            them.
     """
     expected = {name: tuple(value.shape) for name, value in supernet.state_dict().items()}
     problems = [f"missing {name} {shape}" for name, shape in expected.items() if name not in tensors]
@@ -126,5 +127,5 @@ def load_exactly(supernet: Supernet, tensors: Mapping[str, Tensor], where: str) 
 
 
 def tensors_below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors whose names begin with `prefix`, under the rest of their names."""
+    """The tensors whose names begin with `prefix`, with the prefix removed from their names."""
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

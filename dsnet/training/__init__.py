@@ -1,1 +1,1 @@
-"""Training and evaluation: one pure step and one loop each."""
+"""Stage I: training of supernets."""

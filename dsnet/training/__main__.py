@@ -1,4 +1,4 @@
-"""`python -m dsnet.training` runs `dsnet.standalone`, whose name it had before the standalone run got a folder of its own."""
+"""Entry point of `python -m dsnet.training`, which runs `dsnet.standalone`."""
 
 if __name__ == "__main__":
     import runpy

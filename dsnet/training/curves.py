@@ -1,4 +1,4 @@
-"""The loss curves of a run: means between reports, and the first loss that is no number."""
+"""Loss curves of a run: means between reports, and detection of non-finite losses."""
 
 from __future__ import annotations
 
@@ -18,34 +18,37 @@ from dsnet.files import atomic_write_text
 
 
 class Reporter(Protocol):
-    """Hears how training goes."""
+    """Receiver of the loss curves of a training."""
 
     def on_curve(self, record: Mapping[str, Any]) -> None:
-        """A point of the loss curves: step, num_steps, epoch, time_ms, metrics."""
+        """Receive a point of the loss curves: step, num_steps, epoch, time_ms, metrics."""
         ...
 
 
 class SilentReporter:
-    """Hears and says nothing."""
+    """Reporter that ignores the loss curves."""
 
     def on_curve(self, record: Mapping[str, Any]) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands."""
+    """Progress of a training run."""
 
     step: int
     """Steps done."""
     num_steps: int
+    """Steps of the whole run."""
     epoch: float
-    """Epochs done, with the fraction of the current one."""
+    """Epochs done, including the fraction of the current one."""
     lr: float
+    """Current learning rate."""
 
 
 class Curves:
-    """Averages losses between reports; finds the step and the sub-network of the first non-finite loss."""
+    """Averages losses between reports and finds the step and sub-network of the first non-finite
+    loss."""
 
     def __init__(self, path: Path | None, reporter: Reporter, start_step: int) -> None:
         self._path = path
@@ -55,11 +58,12 @@ class Curves:
             _keep_lines_upto(path, start_step)
 
     def add(self, step: int, losses: dict[str, Tensor]) -> None:
-        """Remember a step's losses, without reading them from the device."""
+        """Store a step's losses without reading them from the device."""
         self._pending.append((step, losses))
 
     def pending(self, at: Progress) -> list[tuple[int, dict[str, float]]]:
-        """What was added since the last report, as plain values, for a checkpoint in the middle of an epoch.
+        """The losses since the last report as (step, name -> loss), for a checkpoint within an
+        epoch.
 
         Raises:
             NonFiniteLossError: one of them is NaN or infinite.
@@ -70,14 +74,15 @@ class Curves:
         return list(rows.items())
 
     def restore(self, pending: list[tuple[int, dict[str, float]]], device: torch.device) -> None:
-        """Take back what `pending` gave, so that the next mean is that of an uninterrupted run."""
+        """Restore the result of `pending`, so that the next mean equals that of an uninterrupted
+        run."""
         self._pending = [
             (step, {name: torch.tensor(loss, device=device) for name, loss in losses.items()})
             for step, losses in pending
         ]
 
     def flush(self, at: Progress) -> None:
-        """Read the pending losses, check them, report their means.
+        """Read and check the pending losses and report their means.
 
         Raises:
             NonFiniteLossError: one of them is NaN or infinite.
@@ -102,7 +107,11 @@ class Curves:
         self._reporter.on_curve(record)
 
     def _read(self, at: Progress) -> list[tuple[int, str, float]]:
-        """The pending losses from the device, at once: (step, sub-network, loss)."""
+        """Read all pending losses from the device at once: (step, sub-network, loss).
+
+        Raises:
+            NonFiniteLossError: one of them is NaN or infinite.
+        """
         if not self._pending:
             return []
         rows = [(step, name, loss) for step, losses in self._pending for name, loss in losses.items()]
@@ -117,7 +126,8 @@ class Curves:
 
 
 def _keep_lines_upto(path: Path, step: int) -> None:
-    """Drop what a killed run wrote after the checkpoint that is continued, and a torn last line."""
+    """Remove the records after `step`, which an interrupted run wrote after its last checkpoint,
+    and a torn line."""
     if not path.exists():
         return
     kept = []

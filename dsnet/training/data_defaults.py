@@ -1,7 +1,4 @@
-"""Defaults of Stage I that follow from the training images: a pure function from facts about the data to settings with reasons.
-
-The constants stand first, so that a measurement changes a number and nothing else.
-"""
+"""Defaults of Stage I as a function of the training data; each comes with a reason."""
 
 from __future__ import annotations
 
@@ -12,37 +9,47 @@ from types import MappingProxyType
 from typing import Any
 
 MIN_BATCH, MAX_BATCH = 32, 128
-"""Images a step, powers of two."""
+"""Bounds of the default batch size, powers of two."""
 MIN_STEPS_PER_EPOCH = 32
-"""The batch is halved until an epoch has so many steps."""
+"""The batch is halved, down to `MIN_BATCH`, until an epoch has this many steps."""
 MIN_BATCHES = 2
-"""Of tiny sets the batch is halved further until an epoch has so many steps."""
+"""For tiny sets the batch is reduced below `MIN_BATCH` until an epoch has this many steps."""
 MIN_STEPS = 3000
-"""Short trainings get epochs until they have so many steps."""
+"""Smallest total number of steps; short trainings get more epochs to reach it."""
 USUAL_EPOCHS = 30
-"""Passes over the images where steps and time do not speak against it."""
+"""Default number of epochs where neither the number of steps nor the time suggests another."""
 MIN_EPOCHS, MAX_EPOCHS = 10, 200
 SENSIBLE_CPU_MINUTES = 30.0
-"""On two cores. A training that would take longer gets fewer than `USUAL_EPOCHS`, but not fewer than `MIN_EPOCHS` or `MIN_STEPS`."""
+"""Estimated minutes on two cores above which a training gets fewer than `USUAL_EPOCHS`, but at
+least `MIN_EPOCHS` and `MIN_STEPS`."""
 CPU_GMADDS_PER_S = 25.0
-"""MAdds of the widest sub-network's inference, in 10^9 per second, that a sandwich step trains on two cores."""
+"""Training speed on two cores: MAdds of the widest sub-network's forward pass, in 10^9 per second,
+that sandwich steps process."""
 CPU_GMADDS_PER_S_OF_FAMILY: Mapping[str, float] = MappingProxyType({"ds_mbnet": 3.0, "ds_tiny": 3.0})
-"""Depthwise convolutions train about eight times slower per MAdd on a CPU."""
+"""The same for families of depthwise convolutions, which train about eight times slower per MAdd on
+a CPU."""
 LR = 0.08
-"""Peak learning rate of SGD at `LR_BATCH` images; it grows with the square root of the batch."""
+"""Peak learning rate of SGD at batch size `LR_BATCH`; it grows with the square root of the batch
+size."""
 ADAMW_LR = 0.0005
+"""The same for AdamW."""
 LR_BATCH = 32
 DECAY = 0.7
-"""Weight decay of SGD x peak learning rate x steps: the weights forget over about the same share of every training (arXiv 2405.13698)."""
+"""Product of SGD's weight decay, peak learning rate and steps: it fixes the share of a training
+over which weights decay (arXiv
+2405.13698)."""
 MIN_DECAY, MAX_DECAY = 1e-4, 0.01
-"""The smaller is the published value, for 400,000 steps (docs/methods.md, section 3)."""
+"""Bounds of SGD's weight decay; the lower one is the published value, for 400,000 steps
+(docs/methods.md, section 3)."""
 ADAMW_DECAY = 1e-4
 WARMUP_SHARE = 0.05
-"""Of the epochs."""
+"""Epochs of warm-up as a share of all epochs."""
 RECALIBRATION_IMAGES = 4000
-"""From more images the means and variances of BatchNorm hardly change."""
+"""Default number of recalibration images; with more, means and variances of BatchNorm hardly
+change."""
 RANDAUGMENT_OPS = 0
-"""Beside the crop and the mirror image, for images of at least `RANDAUGMENT_SIDE` pixels that may be mirrored (natural images)."""
+"""RandAugment operations for natural images: those of at least `RANDAUGMENT_SIDE` pixels that may
+be mirrored."""
 RANDAUGMENT_SIDE = 32
 
 EPOCHS = "supernet.train.epochs"
@@ -58,7 +65,7 @@ DERIVED_KEYS = (BATCH_SIZE, EPOCHS, WARMUP, RATE, WEIGHT_DECAY, RECALIBRATION, R
 
 @dataclass(frozen=True, kw_only=True)
 class DataFacts:
-    """What the defaults depend on."""
+    """Facts about the training data and the network on which the defaults depend."""
 
     num_train: int
     """Images of the training split, at least 1."""
@@ -66,31 +73,35 @@ class DataFacts:
     smallest_class: int
     """Training images of the rarest class."""
     image_size: int
-    """Side in pixels."""
+    """Height and width in pixels."""
     channels: int
     can_mirror: bool
-    """Whether a mirrored image is of the same class."""
+    """Whether a mirrored image belongs to the same class."""
     madds_m: float
     """MAdds of one image through the widest sub-network, in millions."""
 
 
 @dataclass(frozen=True)
 class DataDefault:
-    """One setting and why it has its value."""
+    """The default of one setting and the reason for its value."""
 
     value: Any
     reason: str
-    """A sentence without its full stop."""
+    """The reason as a phrase without a full stop."""
 
 
 def data_defaults(facts: DataFacts, family: str, given: Mapping[str, Any] | None = None) -> dict[str, DataDefault]:
-    """Settings for those of `DERIVED_KEYS` that nobody wrote; each follows from what was written and from those before it.
+    """Defaults for those of `DERIVED_KEYS` that are not given; each depends on the given settings
+    and on earlier defaults.
 
     Args:
-        facts: about the training split.
-        family: the network's registered family; an unknown one counts as dense.
-        given: dotted key of sweep.yaml -> value that somebody wrote. Beside `DERIVED_KEYS` it may hold `supernet.train.accumulate`
-            and `supernet.train.optimizer`.
+        facts: facts about the training data.
+        family: the network's registered family; an unknown one is treated as dense.
+        given: dotted key of sweep.yaml -> value that the user set. Beside `DERIVED_KEYS` it may
+            hold `supernet.train.accumulate` and `supernet.train.optimizer`.
+
+    Returns:
+        dotted key -> default.
     """
     found: dict[str, DataDefault] = {}
     known = dict(given or {})
@@ -130,7 +141,8 @@ def _batch(facts: DataFacts, accumulate: int) -> DataDefault:
 
 
 def _power_of_two(value: float, lowest: int, highest: int) -> int:
-    """The largest power of two up to `value`, within bounds that are powers of two themselves."""
+    """The largest power of two that is at most `value`, clipped to bounds that are powers of
+    two."""
     return min(highest, max(lowest, 2 ** int(math.log2(max(1.0, value)))))
 
 

@@ -1,4 +1,4 @@
-"""Losses of Stage I: cross-entropy to a distribution, and label smoothing. They take logits, never probabilities."""
+"""Losses of Stage I: cross-entropy to a target distribution, and label smoothing."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from torch import Tensor
 
 
 def soft_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    """Mean over the batch of -sum_c target_c log softmax(logits)_c; both are [B, C], `target` is a distribution."""
+    """Mean over the batch of -sum_c target_c log softmax(logits)_c.
+
+    Both are [B, C]; `logits` are not normalised, `target` is a distribution.
+    """
     return -(target * F.log_softmax(logits, dim=1)).sum(1).mean()
 
 

@@ -1,4 +1,4 @@
-"""How the weights move: learning rate schedules and optimisers."""
+"""Learning rate schedules and optimisers of Stage I."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import nn
 from dsnet.training.settings import TrainSettings
 
 ONE_CYCLE_START = 25.0
-"""The peak learning rate over the first one of `one_cycle`."""
+"""Ratio of the peak learning rate to the first one of `one_cycle`."""
 ONE_CYCLE_END = 25e4
-"""The peak over the last one."""
+"""Ratio of the peak learning rate to the last one of `one_cycle`."""
 
 
 def learning_rate(step: int, num_steps: int, warmup_steps: int, settings: TrainSettings) -> float:
-    """The learning rate of one step, 0-based (see `TrainSettings.schedule`)."""
+    """The learning rate of step `step`, counted from 0 (see `TrainSettings.schedule`)."""
     peak = settings.lr
     progress = (step - warmup_steps) / max(1, num_steps - warmup_steps)
     match settings.schedule:
@@ -35,9 +35,10 @@ def _cosine(start: float, end: float, progress: float) -> float:
 
 
 def make_optimizer(module: nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:
-    """SGD with Nesterov momentum or AdamW, in the foreach form; 1-d parameters are not decayed.
+    """SGD with Nesterov momentum or AdamW, in torch's foreach form; 1-d parameters are not decayed.
 
-    Not torch's fused form: for SGD it fails on parameters that get their first gradient late, as private affine pairs in a sandwich do.
+    The fused form is not used: for SGD it fails on parameters that get their first gradient late,
+    as private affine pairs do in a sandwich.
     """
     decayed = [parameter for parameter in module.parameters() if parameter.ndim > 1]
     plain = [parameter for parameter in module.parameters() if parameter.ndim <= 1]

@@ -1,4 +1,7 @@
-"""The settings of Stage I: which sub-networks a step trains, who teaches them, how the weights move. Plain values, checked when built."""
+"""Settings of Stage I: the sub-networks of a step, their teacher, and the optimisation.
+
+They are plain values that are checked when an object is built.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,8 @@ _COUNT_FROM_0 = NumberRange(lowest=0, is_whole=True)
 _POSITIVE = NumberRange(above=0)
 _NOT_NEGATIVE = NumberRange(lowest=0)
 LARGEST_RATE = 1e6
-"""Above any learning rate or weight decay that trains; far larger ones do not fit into float32 and end in the optimiser."""
+"""Largest learning rate and weight decay: far above any useful value; much larger ones overflow
+float32 in the optimiser."""
 _BELOW_ONE = NumberRange(lowest=0, below=1)
 
 
@@ -41,19 +45,21 @@ def _check_ranges(section: str, settings: object, ranges: Mapping[str, NumberRan
 
 
 def check_recalibration(images: int | None, batch_size: int) -> None:
-    """Refuse sizes with which no statistics can be estimated.
+    """Check the number of images and the batch size of BatchNorm recalibration.
 
     Raises:
-        ConfigError: fewer than 0 images (None takes all), or batches of fewer than 1.
+        ConfigError: `images` is below 0 (None takes all), or `batch_size` below 1.
     """
     replace(_COUNT_FROM_0, is_optional=True).check("supernet.recalibration.images", images)
     _COUNT.check("supernet.recalibration.batch_size", batch_size)
 
 
 def sharing_problem(batch_size: int, workers: int, accumulate: int) -> str | None:
-    """What is wrong with a batch of so many images; None where each micro-batch of each worker gets equally many, at least 2.
+    """The problem of dividing a batch among workers and micro-batches, as a phrase for a message;
+    None if there is none.
 
-    A step's gradient is the mean over equal shares, and BatchNorm needs 2 images.
+    Each micro-batch of each worker must get equally many images, at least 2: a step's gradient is
+    the mean over equal shares, and BatchNorm needs 2 images.
     """
     shares = workers * accumulate
     if batch_size % shares == 0 and batch_size >= 2 * shares:
@@ -65,20 +71,23 @@ def sharing_problem(batch_size: int, workers: int, accumulate: int) -> str | Non
 
 @dataclass(frozen=True, kw_only=True)
 class Regime:
-    """Which sub-networks take part in a step, who teaches the smaller ones, and how each normalises.
-
-    The published regimes are described in docs/methods.md, sections 3 and 7.
-    """
+    """The sub-networks of a step, the teacher of the smaller ones, and their normalisation
+    (docs/methods.md, sections 3 and 7)."""
 
     widths: str = "sandwich"
-    """`sandwich`: the largest, `num_random` random ones and the smallest; `all`: every sub-network of the set, and the teacher."""
+    """`sandwich`: the largest, `num_random` random sub-networks and the smallest; `all`: every
+    sub-network of the set and its teacher."""
     num_random: int = 3
-    """Random sub-networks a step, for the sandwich; the papers have 2, and 3 is ours: the more take part, the better all of them train."""
+    """Random sub-networks per step of the sandwich; the papers use 2, 3 is ours: the more take
+    part, the better all of them train."""
     teacher: str = "ema"
-    """`none`: labels for everyone; `inplace`: today's largest; `ema`: the EMA copy's largest (in-place bootstrapping);
-    `ema_ensemble`: as `ema`, and the smallest learns from the mean of the EMA copy's largest and random ones (IEB)."""
+    """`none`: all learn from labels; `inplace`: the others learn from the largest in the same step;
+    `ema`: from the largest of the EMA copy (in-place bootstrapping); `ema_ensemble`: as `ema`, but
+    the smallest learns from the mean over the largest and the random sub-networks of the EMA copy
+    (IEB)."""
     norm: str | None = None
-    """One of `dsnet.space.spec.NORMS`, None for the family's own; takes effect when the supernet is laid out."""
+    """One of `dsnet.space.spec.NORMS`, or None for the family's default; it takes effect when the
+    supernet is laid out."""
 
     def __post_init__(self) -> None:
         _check_choice("supernet.train.widths", self.widths, WIDTHS)
@@ -101,15 +110,16 @@ REGIMES: Mapping[str, Regime] = MappingProxyType(
         "ieb": Regime(widths="sandwich", teacher="ema_ensemble"),
     }
 )
-"""Named combinations: plain cross-entropy on every width; slimmable networks (all widths, fully private BatchNorm); universally
-slimmable networks (sandwich of 4, in-place distillation, statistics re-estimated after training); in-place bootstrapping;
-in-place ensemble bootstrapping. Random widths always come from the declared set of sub-networks: for `us_net` that is ours, the
-paper draws any width (docs/methods.md, section 7)."""
+"""Named regimes: plain cross-entropy on every width; slimmable networks (all widths, fully private
+BatchNorm); universally slimmable networks (sandwich of 4, in-place distillation, statistics
+re-estimated after training); in-place bootstrapping; in-place ensemble bootstrapping. Random widths
+are always drawn from the declared set of sub-networks; for `us_net` this is ours, the paper draws
+any width (docs/methods.md, section 7)."""
 
 TEACHER_OF_MODE: Mapping[str, str] = MappingProxyType(
     {"none": "none", "inplace_distillation": "inplace", "ib": "ema", "ieb": "ema_ensemble"}
 )
-"""What each `supernet.bootstrapping.mode` means."""
+"""`supernet.bootstrapping.mode` -> `Regime.teacher`."""
 
 
 _TRAIN_RANGES: Mapping[str, NumberRange] = MappingProxyType(
@@ -130,35 +140,38 @@ _TRAIN_RANGES: Mapping[str, NumberRange] = MappingProxyType(
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings:
-    """The optimisation of Stage I."""
+    """Settings of the optimisation of Stage I."""
 
     epochs: int = 30
-    """0 keeps the weights that training would start from (of a checkpoint, say) and recalibrates only."""
+    """Passes over the training split; 0 keeps the start weights (e.g. of a checkpoint) and only
+    recalibrates."""
     batch_size: int = 128
-    """Images a step, over all workers and micro-batches together."""
+    """Images per step, over all workers and micro-batches."""
     accumulate: int = 1
-    """Micro-batches a step: their gradients add up to that of the whole batch (BatchNorm sees each one alone)."""
+    """Micro-batches per step: their gradients add up to that of the whole batch (BatchNorm
+    normalises each one separately)."""
     optimizer: str = "sgd"
     """`sgd` (Nesterov) or `adamw`."""
     lr: float = 0.1
     """Peak learning rate, > 0, at most `LARGEST_RATE`."""
     schedule: str = "cosine"
-    """`cosine`: linear warm-up, then half a cosine to 0; `one_cycle`: cosine up from lr / 25 over the warm-up, cosine down to
-    lr / 250,000; `constant` after the warm-up."""
+    """`cosine`: linear warm-up, then half a cosine to 0; `one_cycle`: cosine up from lr / 25 over
+    the warm-up, cosine down to lr / 250,000; `constant`: linear warm-up, then constant."""
     momentum: float = 0.9
-    """[0, 1)."""
+    """Momentum of SGD, [0, 1)."""
     weight_decay: float = 1e-4
-    """>= 0, at most `LARGEST_RATE`; not applied to 1-d parameters."""
+    """Weight decay, >= 0 and at most `LARGEST_RATE`; not applied to 1-d parameters."""
     warmup_epochs: float = 1.0
-    """0 to `epochs`; where `epochs` is 0 nothing reads it."""
+    """Epochs of warm-up, 0 to `epochs`; ignored where `epochs` is 0."""
     label_smoothing: float = 0.1
-    """[0, 1): of whoever learns from labels, the largest, and with teacher `none` all."""
+    """Smoothing of hard labels, [0, 1): for the largest sub-network, for all with teacher `none`,
+    and in mixtures with soft labels."""
     grad_clip: float | None = None
-    """Largest gradient norm, > 0, or None."""
+    """Largest gradient norm, > 0; None does not clip."""
     precision: str = "float32"
     """`float32`, or `bf16`: autocast to bfloat16 (weights, statistics and optimiser stay float32)."""
     channels_last: bool = False
-    """Images and weights in NHWC memory order: same function, often faster."""
+    """Whether images and weights have NHWC memory format: the same function, often faster."""
     checkpoint_every: int = 1
     """Epochs between checkpoints."""
 
@@ -188,23 +201,24 @@ _BOOTSTRAP_RANGES: Mapping[str, NumberRange] = MappingProxyType(
 
 @dataclass(frozen=True, kw_only=True)
 class BootstrapSettings:
-    """How the EMA copy that teaches is kept, and how soft labels come in."""
+    """Settings of the EMA copy and of the soft labels."""
 
     ema_decay: float = 0.997
-    """[0, 1)."""
+    """Decay of the EMA per step, [0, 1)."""
     ema_warmup: bool = True
-    """Ours: start with a short memory (see `ema.ema_decay`)."""
+    """Ours: start with a small decay (see `dsnet.network.ema.ema_decay`)."""
     soft_ramp_epochs: float = 0.0
-    """Ours: epochs over which the soft labels take over from the hard ones, >= 0."""
+    """Ours: epochs over which the weight of the soft labels rises from 0 to 1, >= 0."""
     trust: str = "label_probability"
-    """How much of an image's target is the soft label: `full`, all of it, as published; `label_probability` (ours), as much as the
-    probability that the teacher gives to the image's label, and the label itself is the rest."""
+    """Share of the soft label in an image's target: `full`, all of it, as published;
+    `label_probability` (ours), the probability that the teacher gives to the image's label, with
+    the hard label as the rest."""
     largest_first: float = 0.0
     """Ours: share of the steps, [0, 1), in which the largest sub-network trains alone before the others join."""
     teacher_min_updates: int = 100
-    """A teacher width with fewer updates of its statistics runs on those of the batch. Start weights bring their count along; where those
-    were recalibrated, it is the number of recalibration's batches: fewer than this many, and the width counts as new until training
-    has added the rest. 0 takes every width's own statistics from the first step."""
+    """Updates of its running statistics below which a width of the teacher normalises by the batch.
+    Start weights keep their count; after recalibration it is the number of recalibration batches,
+    to which training adds. With 0, every width uses its running statistics from the first step."""
 
     def __post_init__(self) -> None:
         _check_ranges("supernet.bootstrapping", self, _BOOTSTRAP_RANGES)
@@ -212,27 +226,30 @@ class BootstrapSettings:
 
 
 _PUBLISHED: Mapping[str, Any] = MappingProxyType({"trust": "full", "largest_first": 0.0})
-"""Settings that came after the first release, at the values by which it trained."""
+"""Settings added after the first release, with the values that reproduce its training."""
 
 
 def without_published(bootstrapping: Mapping[str, Any]) -> dict[str, Any]:
-    """Leave out newer settings that stand at their published values, so that records and keys of the first release stay valid."""
+    """Remove newer settings with their published values, so that records and keys of the first
+    release stay valid."""
     return {name: value for name, value in bootstrapping.items() if name not in _PUBLISHED or value != _PUBLISHED[name]}
 
 
 def with_published(bootstrapping: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a record, whole: what one of the first release has no word for stands at its published value."""
+    """Complete the settings of a record: settings that the first release lacks get their published
+    values."""
     return {**_PUBLISHED, **bootstrapping}
 
 
 def is_of_first_release(bootstrapping: Mapping[str, Any]) -> bool:
-    """Whether all settings are written out as the first release knew them; a person leaves out what is to be the default."""
+    """Whether exactly the settings of the first release are given, as its records do; a person
+    omits defaults."""
     return bootstrapping.keys() == BootstrapSettings.__dataclass_fields__.keys() - _PUBLISHED.keys()
 
 
 @dataclass(frozen=True, kw_only=True)
 class SupernetRun:
-    """Everything that decides a supernet's weights beside its architecture and data."""
+    """Everything beside architecture and data that determines a supernet's weights."""
 
     train: TrainSettings = TrainSettings()
     regime: Regime = Regime()
@@ -241,13 +258,17 @@ class SupernetRun:
     normalization: Normalization
     seed: int = 0
     weights: str = "ema"
-    """Which weights are kept at the end: `ema` or `student`."""
+    """Weights that are kept at the end: `ema` or `student`."""
     recalibration_images: int | None = None
-    """Images of the training split for BatchNorm recalibration; None takes all; 0 leaves the statistics as they are."""
+    """Images of the training split for BatchNorm recalibration; None takes all; 0 does not
+    recalibrate."""
     recalibration_batch: int = 256
+    """Images per batch of recalibration."""
     keep_checkpoints: int = 2
+    """Training checkpoints that are kept, >= 1."""
     origin: Mapping[str, Any] = field(default_factory=dict)
-    """Where the first weights come from, for the record: empty for fresh ones, else the checkpoint's file and SHA-256."""
+    """Record of the start weights: the checkpoint's file name and SHA-256; empty for fresh
+    weights."""
 
     def __post_init__(self) -> None:
         _check_choice("supernet.weights", self.weights, KEPT_WEIGHTS)
@@ -256,13 +277,14 @@ class SupernetRun:
         check_recalibration(self.recalibration_images, self.recalibration_batch)
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON-able mapping, saved with every checkpoint; `from_json` reads it back to an equal object."""
+        """A JSON-able mapping, saved with every checkpoint, that `from_json` turns back into an
+        equal object."""
         data = asdict(self)
         return {**data, "bootstrapping": without_published(data["bootstrapping"])}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> SupernetRun:
-        """Rebuild settings from `to_json`.
+        """Rebuild settings from the result of `to_json`.
 
         Raises:
             ConfigError: a field is unknown, missing or out of its range.

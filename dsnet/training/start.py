@@ -1,4 +1,4 @@
-"""Start weights: a stored supernet that another one begins from, for the same task or another one."""
+"""Start weights: initialisation of a supernet from a stored one, for the same or another task."""
 
 from __future__ import annotations
 
@@ -25,33 +25,33 @@ from dsnet.stored.checkpoint import load_checkpoint, tensors_below
 from dsnet.training.settings import SupernetRun
 
 CHECKPOINT_MODEL = "checkpoint"
-"""The name in a family's place that takes network and sub-networks from the start weights."""
+"""Value of `supernet.model` that takes the network and its sub-networks from the start weights."""
 _FINAL = "final"
 _MANIFEST = "manifest.json"
 _NUM_LISTED = 2
-"""Tensors of each kind that a message about a checkpoint that does not fit names."""
+"""Maximum number of tensors of each kind that a message about an unsuitable checkpoint names."""
 
 
 @dataclass(frozen=True, eq=False)
 class Start:
-    """A stored supernet to begin from."""
+    """A stored supernet from which training starts."""
 
     stem: Path
     subnets: SubnetSet
     tensors: Mapping[str, Tensor]
     """The supernet's state dict, on the CPU."""
     sha256: str
-    """Of the tensor file."""
+    """SHA-256 of the tensor file."""
     normalization: Normalization | None
-    """What it was trained with; None where nobody recorded it."""
+    """The normalisation it was trained with; None if that was not recorded."""
 
     @property
     def num_classes(self) -> int:
-        """Classes that it tells apart."""
+        """Number of classes of its classifier."""
         return self.subnets.spec.num_classes
 
     def origin(self) -> dict[str, Any]:
-        """What `SupernetRun.origin` records: enough to recognise the file, and nothing about where it lay."""
+        """The record for `SupernetRun.origin`, which identifies the file without its folder."""
         return {"file": f"{self.stem.name}.safetensors", "sha256": self.sha256}
 
 
@@ -59,12 +59,14 @@ def load_start(source: Path) -> Start:
     """Read start weights.
 
     Args:
-        source: a checkpoint (its stem or one of its two files; final or of an epoch), a folder that holds `final.*`, the output folder of
-            `python -m dsnet.training`, or a run folder of the pipeline. `~` and $VARIABLES are expanded. Of an epoch's checkpoint
-            the weights are taken that its run would keep (the EMA copy or the student).
+        source: a checkpoint (its stem or one of its two files; final or of an epoch), a folder that
+            holds `final.*`, the output folder of `python -m dsnet.training`, or a run folder of the
+            pipeline. `~` and $VARIABLES are expanded. From an epoch's checkpoint the weights are
+            taken that its run would keep (the EMA copy or the student).
 
     Raises:
-        CheckpointError: there is no finished checkpoint (the message lists where it was looked for), it is damaged, or holds NaN.
+        CheckpointError: there is no finished checkpoint (the message lists the places searched), it
+            is damaged, or it holds NaN or infinity.
     """
     stem = find_checkpoint(source)
     tensors, meta = load_checkpoint(stem)
@@ -85,10 +87,10 @@ def load_start(source: Path) -> Start:
 
 
 def find_checkpoint(source: Path) -> Path:
-    """The stem of the checkpoint that `source` means (see `load_start`).
+    """The stem of the checkpoint that `source` denotes (see `load_start`).
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there is no finished checkpoint.
     """
     source = Path(os.path.expandvars(source)).expanduser()
     candidates = list(_candidates(source))
@@ -103,7 +105,7 @@ def find_checkpoint(source: Path) -> Path:
 
 
 def _candidates(source: Path) -> Iterator[Path]:
-    """Stems that `source` may mean, the likeliest first."""
+    """Stems that `source` may denote, in the order in which they are tried."""
     if not source.is_dir():
         yield source.with_suffix("") if source.suffix in (".json", ".safetensors") else source
         return
@@ -117,7 +119,7 @@ def _candidates(source: Path) -> Iterator[Path]:
 
 
 def _recorded_folder(folder: Path) -> str | None:
-    """Where the manifest of a run or an output folder says that the supernet lies."""
+    """The supernet's folder according to the manifest in `folder`, or None."""
     if not (folder / _MANIFEST).is_file():
         return None
     try:
@@ -137,18 +139,19 @@ def _json_of(stem: Path) -> Path:
 
 @torch.no_grad()
 def apply_start(supernet: Supernet, start: Start) -> list[str]:
-    """Copy weights and BatchNorm statistics into a supernet, as far as both have them.
+    """Copy weights and BatchNorm statistics from start weights into a supernet.
 
-    Two things may stay as they are, and are returned: the classifier where the class counts differ, and the statistics of those prefixes
-    of widths that the checkpoint's set does not have. What belongs only to prefixes that this supernet's set does not have is left out.
-    Everything else must fit exactly; nothing is copied where it does not.
+    Two kinds of tensors may keep their fresh values and are returned: the classifier where the
+    numbers of classes differ, and the tensors of BatchNorm banks for prefixes of widths that the
+    checkpoint's set lacks. Tensors for prefixes that this supernet's set lacks are ignored. All
+    others must fit exactly; otherwise nothing is copied.
 
     Returns:
-        the names of the tensors that stayed fresh, in the supernet's order.
+        The names of the tensors that kept fresh values, in the supernet's order.
 
     Raises:
-        CheckpointError: parameters are missing, left over, or of another shape; the message says how the two networks differ,
-            and names some of the tensors.
+        CheckpointError: tensors are missing, unexpected or of another shape; the message says how
+            the two networks differ, and names some of the tensors.
     """
     target = supernet.state_dict()
     fresh = _fresh(supernet, start)
@@ -180,13 +183,14 @@ def apply_start(supernet: Supernet, start: Start) -> list[str]:
 
 
 def _in_words(spec: SupernetSpec) -> str:
-    """The network in half a sentence: what can make its tensors differ from another one's."""
+    """A phrase for messages with the properties on which a network's tensors depend."""
     widest = max(group.max_width for group in spec.groups)
     return f"{spec.family} with {len(spec.ops)} layers of up to {widest} channels, {spec.norm}"
 
 
 def _fresh(supernet: Supernet, start: Start) -> set[str]:
-    """Names of the tensors that `start` need not have."""
+    """Names of the tensors that may keep fresh values because `start` lacks them or has other
+    classes."""
     other_classes = start.num_classes != supernet.spec.num_classes
     fresh = {name for name in supernet.state_dict() if other_classes and name.startswith(_classifiers(supernet.spec))}
     known = {subnet.prefix(depth) for subnet in start.subnets.all for depth in range(1, len(subnet.widths) + 1)}
@@ -197,32 +201,33 @@ def _fresh(supernet: Supernet, start: Start) -> set[str]:
 
 
 def _prefix(name: str) -> tuple[int, ...]:
-    """The widths in the name of a bank's buffer."""
+    """The prefix of widths in the name of a bank's buffer."""
     return tuple(map(int, name.split("_")[1:]))
 
 
 def _of_banks(supernet: Supernet) -> tuple[str, ...]:
-    """Beginnings of the names of all that BatchNorm banks keep per prefix of widths."""
+    """Beginnings of the names of all tensors that BatchNorm banks hold per prefix of widths."""
     banks = [name for name, module in supernet.named_modules() if isinstance(module, BatchNormBank)]
     return tuple(f"{bank}.{kind}_" for bank in banks for kind in ("mean", "var", "updates", "weight", "bias"))
 
 
 def _classifiers(spec: SupernetSpec) -> tuple[str, ...]:
-    """Beginnings of the names of the tensors whose shape depends on the class count."""
+    """Beginnings of the names of the tensors whose shape depends on the number of classes."""
     return tuple(f"{op.name}." for op in spec.ops if op.out_group == CLASSES)
 
 
 def check_start(run: SupernetRun, start: Start | None, fresh: Sequence[str], num_classes: int) -> None:
-    """Refuse a run that would hand on tensors which nobody has trained or estimated.
+    """Check that a run leaves no tensor untrained and no statistics unestimated.
 
     Args:
         run: the settings.
-        start: what training starts from; None for fresh weights.
-        fresh: what `apply_start` returned.
-        num_classes: of the task.
+        start: the start weights; None for fresh weights.
+        fresh: the result of `apply_start`.
+        num_classes: number of classes of the task.
 
     Raises:
-        ConfigError: 0 epochs with random weights, or 0 images of recalibration with statistics that do not fit the weights.
+        ConfigError: 0 epochs with random weights, or 0 images of recalibration with statistics that
+            do not fit the weights.
     """
     if run.train.epochs == 0 and start is None:
         raise ConfigError(
@@ -245,7 +250,7 @@ def check_start(run: SupernetRun, start: Start | None, fresh: Sequence[str], num
 
 
 def relayout(subnets: SubnetSet, task: Task) -> SubnetSet:
-    """The same network and the same sub-networks for another image size and class count.
+    """The same network and sub-networks, laid out for a task's image size and number of classes.
 
     Raises:
         ConfigError: the images have another number of channels.
@@ -265,18 +270,21 @@ def _check_channels(spec: SupernetSpec, task: Task) -> None:
 def lay_out(
     model: str, task: Task, options: Mapping[str, Any], norm: str | None = None, start: Start | None = None
 ) -> SubnetSet:
-    """The sub-networks to train: of a family, or with model `checkpoint` those of the start weights.
+    """The sub-networks to train: those of a family, or with model `checkpoint` those of the start
+    weights.
 
     Args:
         model: a family's registered name, or `checkpoint`.
-        task: what they must fit.
-        options: of the family.
-        norm: one of `dsnet.space.spec.NORMS`; None for the family's or the checkpoint's own.
+        task: the task's classes and images.
+        options: options of the family.
+        norm: one of `dsnet.space.spec.NORMS`; None for the default of the family or the norm of the
+            checkpoint.
         start: the start weights.
 
     Raises:
-        ConfigError: unknown model or option, start weights for images of another number of channels, model `checkpoint` without
-            a checkpoint, with options or with another norm than it has.
+        ConfigError: the model or an option is unknown, the start weights are for images of another
+            number of channels, or model `checkpoint` is used without a checkpoint, with options, or
+            with a norm other than the checkpoint's.
     """
     if model != CHECKPOINT_MODEL:
         if start is not None:
@@ -298,7 +306,8 @@ def lay_out(
 
 
 def first_weights(subnets: SubnetSet, seed: int, start: Start | None = None) -> tuple[Supernet, list[str]]:
-    """The supernet that training begins with, and the names of those of its tensors that are not from `start`'s.
+    """The supernet with its initial weights, and the names of the tensors that do not come from
+    `start`.
 
     Equal seeds and start weights give equal weights, on Ray workers and without Ray.
 

@@ -1,4 +1,4 @@
-"""One step of Stage I: the forward and backward of every sub-network that takes part (docs/methods.md, section 3)."""
+"""One training step of Stage I: forward and backward of every sub-network (docs/methods.md, section 3)."""
 
 from __future__ import annotations
 
@@ -18,65 +18,70 @@ from dsnet.training.losses import smoothed_one_hot, soft_cross_entropy
 
 @dataclass(frozen=True)
 class StepPlan:
-    """Which sub-networks take part in one step (the sandwich, or all), and how they are taught."""
+    """The sub-networks of one step (the sandwich, or all) and the weight of their soft labels."""
 
     largest: Subnet
     randoms: tuple[Subnet, ...]
-    """Those between largest and smallest."""
+    """The sub-networks between the largest and the smallest."""
     smallest: Subnet
-    """The largest itself where it trains alone, as in a set of one member."""
+    """The smallest sub-network; the largest where it trains alone, as in a set of one member."""
     soft_weight: float
-    """Weight of the soft labels in 0..1; the rest goes to the hard ones."""
+    """Weight of the soft labels, 0..1; the hard labels have the remaining weight."""
     cold: frozenset[str]
-    """Names of sub-networks whose teacher copy has had too few updates for its running statistics."""
+    """Names of the sub-networks whose running statistics have had too few updates for the teacher
+    to use them."""
 
     @property
     def smaller(self) -> tuple[Subnet, ...]:
-        """All but the largest."""
+        """The sub-networks of the step without the largest."""
         return self.randoms if self.smallest == self.largest else (*self.randoms, self.smallest)
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepRules:
-    """What is the same in every step of a run."""
+    """Settings that are the same in every step of a run."""
 
     teacher: str
     """One of `dsnet.training.settings.TEACHERS`."""
     smoothing: float
-    """Label smoothing of whoever learns from labels."""
+    """Label smoothing of the hard labels, [0, 1)."""
     precision: str = "float32"
+    """One of `dsnet.training.settings.PRECISIONS`."""
     trust: str = "full"
     """One of `dsnet.training.settings.TRUSTS`."""
     scale: float = 1.0
-    """Factor of every gradient: one over the number of micro-batches."""
+    """Factor of every gradient: 1 / number of micro-batches."""
 
 
 def supernet_step(
     student: Supernet, teacher: Supernet | None, images: Tensor, labels: Tensor, plan: StepPlan, rules: StepRules
 ) -> dict[str, Tensor]:
-    """Forward and backward of one step for every sub-network of `plan`; gradients accumulate unweighted.
+    """Run forward and backward of one step for every sub-network of `plan`; gradients add up
+    unweighted (docs/methods.md, section 3).
 
-    The losses are those of docs/methods.md, section 3.
-
-    Sub-networks that share a prefix of widths at a gate run everything up to it once, forward and backward: the gradients are the same
-    up to summation order. Each tail's graph is freed before the next one runs, so that memory peaks at one sub-network's activations.
+    Sub-networks that share a prefix of widths at a gate run everything up to it once, forward and
+    backward; the gradients are the same up to the order of summation. Each head's graph is freed
+    before the next one runs, so that the peak of memory is that of one sub-network's activations.
 
     Args:
-        student: the supernet in training mode.
-        teacher: its EMA copy; needed by the teachers `ema` and `ema_ensemble`.
+        student: The supernet in training mode.
+        teacher: Its EMA copy; required by the teachers `ema` and `ema_ensemble`.
         images: [B, C, H, W], normalised.
         labels: [B].
-        plan: the step's sub-networks.
-        rules: who teaches, and how.
+        plan: The step's sub-networks.
+        rules: The run's rules for teacher, labels and precision.
 
     Returns:
-        the detached loss of each sub-network, by name.
+        The detached loss of each sub-network, by name.
     """
     return _Step(student, teacher, images, labels, plan, rules).run()
 
 
 class _Step:
-    """The largest comes first: with in-place distillation the others learn from what it has just said."""
+    """State of one step.
+
+    The largest sub-network runs first: with in-place distillation the others learn from its output.
+    """
 
     def __init__(
         self,
@@ -105,7 +110,8 @@ class _Step:
         return self.losses
 
     def _learn(self, x: Tensor, subnets: Sequence[Subnet], gate: int) -> None:
-        """Forward and backward of `subnets` from the features (or images) `x` on; their gradient is left in `x.grad`."""
+        """Run forward and backward of `subnets` from the features (or images) `x`; features'
+        gradient is in `x.grad`."""
         if gate == len(self.student.spec.gates):
             self._learn_heads(x, subnets)
             return
@@ -117,7 +123,7 @@ class _Step:
             features.backward(received.grad)
 
     def _learn_heads(self, features: Tensor, subnets: Sequence[Subnet]) -> None:
-        """The last segment: what the heads have in common once, then each of them."""
+        """Run the last segment: the heads' common layers once, then the rest of each head."""
         with _autocast(features, self.rules.precision):
             start = self.student.start_heads(features, subnets)
         if start is None:
@@ -140,18 +146,23 @@ class _Step:
             self.soft = {smaller.name: probabilities for smaller in self.plan.smaller}
 
     def _target(self, subnet: Subnet) -> Tensor:
-        """The distribution [B, C] that a sub-network learns from."""
+        """The target distribution [B, num_classes] of a sub-network."""
         if subnet == self.plan.largest or self.rules.teacher == "none":
             return self.hard
         soft, weight = self.soft[subnet.name], self.plan.soft_weight
         if self.rules.trust == "label_probability":
-            known = soft.gather(1, self.labels[:, None])  # [B, 1]: what the teacher knows of each image
+            known = soft.gather(1, self.labels[:, None])  # [B, 1]: teacher's probability of the label
             return self.hard + weight * known * (soft - self.hard)
         return soft if weight == 1.0 else weight * soft + (1.0 - weight) * self.hard
 
     @torch.no_grad()
     def _teach(self) -> dict[str, Tensor]:
-        """What the EMA copy's largest says, and for the smallest of an ensemble the mean with its random sub-networks."""
+        """Soft labels of the smaller sub-networks, by name: the probabilities of the EMA copy's
+        largest.
+
+        With the teacher `ema_ensemble`, the smallest gets the mean over the largest and the random
+        sub-networks.
+        """
         plan = self.plan
         largest = self._probabilities(plan.largest)
         targets = {subnet.name: largest for subnet in plan.smaller}
@@ -162,7 +173,11 @@ class _Step:
         return targets
 
     def _probabilities(self, subnet: Subnet) -> Tensor:
-        """Of the teacher; a width with too few updates normalises by the batch and leaves its running statistics alone."""
+        """Probabilities [B, num_classes] of a sub-network of the teacher.
+
+        A cold sub-network normalises by the statistics of the batch and does not update its running
+        statistics.
+        """
         assert self.teacher is not None, "the teachers ema and ema_ensemble need the EMA copy"
         for norm in self.teacher.batch_norms():
             norm.momentum = 0.0
@@ -177,5 +192,5 @@ def _autocast(x: Tensor, precision: str) -> AbstractContextManager[None]:
 
 
 def _widened(logits: Tensor) -> Tensor:
-    """Losses and probabilities are computed in float32 at least."""
+    """Logits in at least float32, for losses and probabilities."""
     return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits

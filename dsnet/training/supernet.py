@@ -1,7 +1,8 @@
-"""Stage I: training a supernet with in-place bootstrapping (DS-Net, arXiv 2103.13258) or another regime.
+"""Stage I: training a supernet with in-place bootstrapping (DS-Net, arXiv 2103.13258; docs/methods.md, section 3) or
+another regime.
 
-The method is described in docs/methods.md, section 3.
-`dsnet.training.step` is the whole method in one place; this is the loop around it: sandwich, schedule, EMA, curves, checkpoints, resume.
+`dsnet.training.step` holds the method; this module is the loop around it: sandwich, schedule, EMA,
+curves, checkpoints, resuming.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ REPORTS_PER_EPOCH = 4
 
 
 class _Session:
-    """The state of one training run: what a checkpoint holds."""
+    """State of one training run, as a checkpoint stores it."""
 
     def __init__(self, supernet: Supernet, run: SupernetRun, steps_per_epoch: int, device: torch.device) -> None:
         self.run = run
@@ -53,7 +54,7 @@ class _Session:
         self.steps_per_epoch = steps_per_epoch
         self.num_steps = run.train.epochs * steps_per_epoch
         self.step = 0
-        # Weights that a run starts from bring their statistics along.
+        # Start weights keep the update counts of their statistics.
         norms = supernet.batch_norms()
         self.updates = {
             subnet.name: min((norm.num_updates(subnet.widths) for norm in norms), default=0)
@@ -74,17 +75,18 @@ class _Session:
 
     @property
     def kept(self) -> Supernet:
-        """The network whose weights are the result."""
+        """The network whose weights are the result: the EMA copy or the student."""
         return self.ema.module if self.run.weights == "ema" else self.student
 
     @property
     def at(self) -> Progress:
-        """Where the run stands."""
+        """The progress of the run."""
         lr = self.optimizer.param_groups[0]["lr"]
         return Progress(self.step, self.num_steps, self.step / self.steps_per_epoch, lr)
 
     def draw(self, generator: torch.Generator) -> list[int]:
-        """The sandwich's random sub-networks of one step, as positions in `between`; all of them where every width trains."""
+        """Draw one step's random sub-networks, as positions in `between`; all of them where every
+        width trains."""
         regime = self.run.regime
         if regime.widths == "all":
             return list(range(len(self.between)))
@@ -92,7 +94,7 @@ class _Session:
         return torch.randperm(len(self.between), generator=generator)[:count].tolist()
 
     def plan(self, picks: Sequence[int]) -> StepPlan:
-        """The step's sub-networks and how they are taught."""
+        """The plan of the current step, for the drawn positions in `between`."""
         bootstrap = self.run.bootstrapping
         ramp_steps = bootstrap.soft_ramp_epochs * self.steps_per_epoch
         soft_weight = 1.0 if ramp_steps <= 0 else min(1.0, self.step / ramp_steps)
@@ -107,7 +109,8 @@ class _Session:
         return StepPlan(self.largest, tuple(self.between[pick] for pick in picks), self.smallest, soft_weight, cold)
 
     def update(self, images: Tensor, labels: Tensor, plan: StepPlan, workers: Workers) -> dict[str, Tensor]:
-        """One optimiser step and one EMA step on normalised images [B, C, H, W]."""
+        """Run one optimiser step and one EMA update on normalised images [B, C, H, W]; returns the
+        mean losses by name."""
         settings, bootstrap = self.run.train, self.run.bootstrapping
         warmup_steps = round(settings.warmup_epochs * self.steps_per_epoch)
         for group in self.optimizer.param_groups:
@@ -132,9 +135,10 @@ class _Session:
         )
 
     def save(self, stem: Path, pending: list[Any]) -> None:
-        """Write a checkpoint; `pending` are losses that no report covers yet.
+        """Write a checkpoint; `pending` are losses that have not been reported yet.
 
-        Training continues from it as if it had not stopped: to the bit on the CPU, with one kind of processor and one number of threads.
+        Training continues from it as if it had not stopped: bit-identically on the CPU with the
+        same kind of processor and the same number of threads.
         """
         tensors = {f"student.{name}": value for name, value in state_for_saving(self.student).items()}
         tensors |= {f"ema.{name}": value for name, value in state_for_saving(self.ema.module).items()}
@@ -152,10 +156,11 @@ class _Session:
         save_checkpoint(stem, tensors, {**meta, **supernet_meta(self.student)})
 
     def load(self, stem: Path) -> list[Any]:
-        """Continue from a checkpoint of the same run; returns its losses that no report covers yet.
+        """Restore the state from a checkpoint of the same run; returns its losses that were not
+        reported yet.
 
         Raises:
-            CheckpointError: it is damaged or belongs to another run.
+            CheckpointError: the checkpoint is damaged or belongs to another run.
         """
         tensors, meta = load_checkpoint(stem)
         expected = json.loads(json.dumps({"run": self.run.to_json(), **supernet_meta(self.student)}))
@@ -171,7 +176,8 @@ class _Session:
         state: dict[int, dict[str, Any]] = {}
         for name, value in tensors_below(tensors, "optimizer.").items():
             index, key = name.split(".", 1)
-            # In the weights' own memory order, as they were: optimisers are slow, or wrong, where the orders differ.
+            # In the memory format of the weights: optimisers are slow, or wrong, where the formats
+            # differ.
             state.setdefault(int(index), {})[key] = arranged(value, self.run.train.channels_last)
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
         if not {"step", "updates", "steps_per_epoch"} <= meta.keys():
@@ -188,8 +194,11 @@ class _Session:
 
 
 def _without_housekeeping(run: Any) -> Any:
-    """The settings that decide the weights: how often and how many checkpoints are kept, and the name of the file that training
-    started from, may change between launches."""
+    """The settings of a run that determine its weights.
+
+    Frequency and number of checkpoints and the name of the start weights' file are left out: they
+    may change between launches.
+    """
     if not isinstance(run, dict) or not isinstance(run.get("train"), dict):
         return run
     train = {name: value for name, value in run["train"].items() if name != "checkpoint_every"}
@@ -198,7 +207,7 @@ def _without_housekeeping(run: Any) -> Any:
 
 
 def checkpoint_stems(folder: Path) -> list[Path]:
-    """The training checkpoints of a folder, oldest first."""
+    """Stems of the training checkpoints in a folder, oldest first."""
     return sorted(path.with_suffix("") for path in folder.glob("epoch-*.json"))
 
 
@@ -214,28 +223,32 @@ def train_supernet(  # noqa: PLR0913 - all but three are given by name
     should_stop: Callable[[], bool] = lambda: False,
     on_epoch: Callable[[int, Supernet], None] = lambda epochs, supernet: None,
 ) -> Path | None:
-    """Train, recalibrate and store a supernet; continues from the newest whole checkpoint in `folder`.
+    """Train, recalibrate and store a supernet; continues from the newest complete checkpoint in
+    `folder`.
 
     Args:
-        supernet: freshly initialised, or holding the weights to start from; equal on every worker.
-        data: the training split.
-        run: the settings.
-        folder: receives `epoch-*.safetensors|json`, `curves.jsonl`, and at the end `final.safetensors|json`.
-        device: where to train.
-        workers: the data-parallel group; None trains alone.
-        reporter: hears the loss curves.
-        should_stop: asked at every step; True ends the call at that step's boundary. A single worker then stores where it stands, several
-            continue from the last epoch's end.
-        on_epoch: hears on worker 0, at the end of every epoch but the last and after its checkpoint, the epochs done and the network whose
-            weights would be kept now (to look at, not to change); also of the epoch's end that a call continues from. It may raise.
+        supernet: Freshly initialised, or with the start weights; equal on every worker.
+        data: The training split.
+        run: The settings.
+        folder: Folder for `epoch-*.safetensors|json`, `curves.jsonl`, and at the end
+            `final.safetensors|json`.
+        device: The device to train on.
+        workers: The data-parallel group; None trains in this process alone.
+        reporter: Receives the loss curves.
+        should_stop: Called at every step; True ends training before that step. A single worker then
+            stores a checkpoint; several continue from the end of the last epoch.
+        on_epoch: Called on worker 0 with the number of epochs done and the network whose weights
+            would be kept now (not to be changed): at the end of every epoch except the last, after
+            its checkpoint, and for the epoch's end from which a call continues. It may raise.
 
     Returns:
-        the stem of the final checkpoint, or None where it was stopped or this is not worker 0.
+        The stem of the final checkpoint, or None where training was stopped or this is not worker
+        0.
 
     Raises:
         NonFiniteLossError: a loss became NaN or infinite; the message names step and sub-network.
         CheckpointError: the checkpoint in `folder` is damaged or of another run.
-        ConfigError: a batch too small for its workers and micro-batches.
+        ConfigError: the batch is too small for the workers and micro-batches.
     """
     workers = workers if workers is not None else SingleWorker()
     batch_size = whole_batch(run.train.batch_size, len(data.labels), workers.size, run.train.accumulate)
@@ -270,9 +283,10 @@ def _train_epoch(
     curves: Curves,
     should_stop: Callable[[], bool],
 ) -> bool:
-    """One epoch, or what is left of it; False where it was stopped.
+    """Train one epoch, or the rest of it; returns False if it was stopped.
 
-    Every random choice derives from the seed and the epoch or step, so that a resumed run repeats it.
+    Every random choice derives from the seed and the epoch or step, so that a resumed run repeats
+    it.
     """
     run = session.run
     epoch, first = divmod(session.step, session.steps_per_epoch)
@@ -299,22 +313,26 @@ def _train_epoch(
 
 
 def _inputs(images: Tensor, run: SupernetRun) -> Tensor:
-    """Normalised images in the memory order that the network trains in."""
+    """Normalised images in the memory format of the training."""
     return arranged(run.normalization.apply(images), run.train.channels_last)
 
 
 def _epoch_batches(num_images: int, batch_size: int, generator: torch.Generator, workers: Workers) -> list[Tensor]:
-    """This worker's rows of every whole batch of a fresh permutation."""
+    """The rows of this worker in every full batch of a new random permutation."""
     order = torch.randperm(num_images, generator=generator)
     starts = range(0, num_images - batch_size + 1, batch_size)
     return [order[start : start + batch_size][workers.rank :: workers.size] for start in starts]
 
 
 def whole_batch(wanted: int, num_images: int, num_workers: int, accumulate: int) -> int:
-    """The batch over all workers: equal shares, since the mean of unequal shares' gradients is not the batch's gradient.
+    """The batch size over all workers, rounded down so that all micro-batches of all workers are
+    equally large.
+
+    With unequal shares the mean of their gradients would not be the batch's gradient.
 
     Raises:
-        ConfigError: a micro-batch of a worker would get fewer than two images, of which BatchNorm can make no statistics.
+        ConfigError: a micro-batch would have fewer than two images, too few for BatchNorm
+            statistics.
     """
     shares = num_workers * accumulate
     batch_size = min(wanted, num_images) // shares * shares
@@ -328,9 +346,9 @@ def whole_batch(wanted: int, num_images: int, num_workers: int, accumulate: int)
 
 def _prune(folder: Path, keep: int) -> None:
     for stem in checkpoint_stems(folder)[:-keep]:
-        stem.with_suffix(".json").unlink()  # first: without its JSON a checkpoint does not count
+        stem.with_suffix(".json").unlink()  # first: a checkpoint without its JSON is not valid
     for tensors in folder.glob("epoch-*.safetensors"):
-        if not tensors.with_suffix(".json").exists():  # pruned just now, or left by a kill between the two files
+        if not tensors.with_suffix(".json").exists():  # pruned above, or killed between the two files
             tensors.unlink()
 
 
@@ -345,9 +363,11 @@ def _finish(session: _Session, data: TrainingImages, folder: Path) -> Path:
 
 
 def recalibration_batches(data: TrainingImages, run: SupernetRun, device: torch.device) -> Iterator[Tensor]:
-    """The clean, normalised images [B, C, H, W] from which a run's BatchNorm statistics are re-estimated; a function of its seed."""
+    """Unaugmented, normalised images [B, C, H, W] for BatchNorm recalibration; they are a function
+    of the run's seed."""
     generator = torch.Generator().manual_seed(derive_seed(run.seed, "recalibration"))
     rows = torch.randperm(len(data.labels), generator=generator)[: run.recalibration_images]
-    # Batches of equal size, as the cumulative average weighs them equally; a last batch of one image has no variance at 1x1 pixels.
+    # Batches of about equal size: the cumulative average weighs them equally, and a batch of one
+    # image has no variance at 1x1 pixels.
     parts = rows.tensor_split(math.ceil(len(rows) / run.recalibration_batch))
     return (_inputs(images, run) for images in data.clean(parts, device))

@@ -1,4 +1,4 @@
-"""The compute that a training step spends, counted in MAdds (no torch): for comparisons at equal cost."""
+"""Cost of a training step in MAdds, for comparisons at equal cost. Needs no torch."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from dsnet.space.cost import subnet_cost
 from dsnet.space.spec import Subnet, SupernetSpec
 
 BACKWARD = 2
-"""A backward pass costs twice its forward pass: one product for the inputs' gradient, one for the weights'."""
+"""Cost of a backward pass relative to its forward pass: a product for the inputs' gradient and one
+for the weights'."""
 
 
 def shared_forward_madds(spec: SupernetSpec, subnets: Sequence[Subnet], image_size: int) -> int:
-    """Forward MAdds of one image through several sub-networks, each segment that they share counted once.
+    """Forward MAdds of one image through several sub-networks, with shared segments counted once.
 
     Args:
         spec: the supernet.
-        subnets: which sub-networks run; none cost nothing.
+        subnets: the sub-networks that run; for an empty sequence the result is 0.
         image_size: side of the square images, in pixels.
     """
     total = 0
@@ -29,12 +30,15 @@ def shared_forward_madds(spec: SupernetSpec, subnets: Sequence[Subnet], image_si
 
 
 def step_madds(spec: SupernetSpec, trained: Sequence[Subnet], taught: Sequence[Subnet], image_size: int) -> int:
-    """MAdds of one image in one training step: forward and backward of the trained, forward alone of those that teach.
+    """MAdds of one image in one training step.
+
+    They are forward and backward passes of the trained sub-networks, and forward passes of those
+    that teach.
 
     Args:
         spec: the supernet.
         trained: the sub-networks that learn in the step.
-        taught: the sub-networks of the averaged copy that run to teach.
+        taught: the sub-networks of the EMA copy that run as teachers.
         image_size: side of the square images, in pixels.
     """
     learning = (1 + BACKWARD) * shared_forward_madds(spec, trained, image_size)

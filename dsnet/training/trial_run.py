@@ -1,4 +1,4 @@
-"""A few timed steps of the real network on the real images: what a training will take, before it begins."""
+"""Trial run: a few timed steps, to estimate time and memory of a training in advance."""
 
 from __future__ import annotations
 
@@ -25,17 +25,18 @@ from dsnet.training.settings import SupernetRun
 from dsnet.training.supernet import recalibration_batches, train_supernet
 
 MAX_STEPS = 8
-"""Timed steps, behind one that is not timed: a network's first step is slower."""
+"""Maximum number of timed steps, after a first one that is not timed since it is slower."""
 MAX_SECONDS = 2.0
-"""No further step begins after so long."""
+"""Time after which no further step begins."""
 EVALUATED_IMAGES = 64
-"""Images that every sub-network answers; fewer where there are many sub-networks."""
+"""Images on which every sub-network is evaluated; fewer where there are many sub-networks."""
 EVALUATED_ANSWERS = 512
+"""Maximum of images times sub-networks that are evaluated, but at least 2 images."""
 
 
 @dataclass(frozen=True)
 class TrialRun:
-    """What was measured."""
+    """Measurements of a trial run."""
 
     device: str
     """cpu or cuda."""
@@ -43,17 +44,18 @@ class TrialRun:
     num_steps: int
     """Steps that were timed."""
     step_s: float
-    """Seconds of one optimiser step, with the images' way to the device."""
+    """Seconds of one optimiser step, including the transfer of the images to the device."""
     recalibration_image_s: float
-    """Seconds in which all sub-networks estimate statistics from one image."""
+    """Seconds of recalibration per image, for all sub-networks."""
     table_image_s: float
-    """Seconds in which all sub-networks answer one image."""
+    """Seconds of building a routing table per image, for all sub-networks."""
     table_image_bytes: float
-    """Of a routing table."""
+    """Bytes of a routing table per image."""
     checkpoint_bytes: int
-    """Of one training checkpoint."""
+    """Bytes of the tensors of one training checkpoint."""
     peak_bytes: int
-    """Memory of this process, its images included, while it trained; on a GPU that of the GPU."""
+    """Peak memory while training: of this process, including its images, or on a GPU that of the
+    GPU."""
 
 
 def trial_run(
@@ -66,16 +68,17 @@ def trial_run(
     threads: int,
     workers: int = 1,
 ) -> TrialRun:
-    """Train a fresh supernet for a few steps, estimate its statistics and tabulate a few images of `val`.
+    """Time a few training steps, recalibration and the routing table of a fresh supernet on a few
+    images.
 
     Args:
-        subnets: what is trained.
-        run: the settings; at least 1 epoch is assumed.
+        subnets: the sub-networks to train.
+        run: the settings; 0 epochs are treated as 1.
         training: the training split.
-        data: holds `val`.
+        data: data with the split `val`.
         device: cpu or cuda.
-        threads: torch threads while it runs; the process has its own again afterwards.
-        workers: processes among which a step's images are shared.
+        threads: torch threads during the trial run; the previous number is restored afterwards.
+        workers: number of processes among which a step's images are divided.
     """
     train = run.train
     share = max(2 * train.accumulate, train.batch_size // workers // train.accumulate * train.accumulate)
@@ -118,14 +121,15 @@ def trial_run(
 
 
 class _StepClock:
-    """Asked at every step whether to stop: it notes when, and says yes after enough of them."""
+    """Records the time of every step, as the `should_stop` of a training, and stops it after enough
+    steps."""
 
     def __init__(self, synchronize: Callable[[], None]) -> None:
         self._synchronize = synchronize
         self._times: list[float] = []
 
     def should_stop(self) -> bool:
-        """Whether enough steps have been timed."""
+        """Record the time; returns whether enough steps have been timed."""
         self._synchronize()
         self._times.append(time.monotonic())
         is_late = self._times[-1] - self._times[0] > MAX_SECONDS
@@ -133,13 +137,13 @@ class _StepClock:
 
     @property
     def intervals(self) -> list[float]:
-        """Seconds of the timed steps: without the first, where there are others."""
+        """Seconds of the timed steps; the first step is left out if there are others."""
         found = [later - earlier for earlier, later in zip(self._times, self._times[1:], strict=False)]
         return found[1:] or found
 
     @property
     def step_s(self) -> float:
-        """The median."""
+        """Median seconds of a step; 0 if no step was timed."""
         found = sorted(self.intervals)
         return found[len(found) // 2] if found else 0.0
 
@@ -149,7 +153,7 @@ def _few_images(subnets: SubnetSet) -> int:
 
 
 def _recalibration_s(supernet: Supernet, training: TrainingImages, run: SupernetRun, few: int, device: str) -> float:
-    """Of one image; the first of two equal batches is not timed."""
+    """Seconds of recalibration per image, timed on the second of two runs on the same batch."""
     one = replace(run, recalibration_images=few, recalibration_batch=few)
     images = next(recalibration_batches(training, one, torch.device(device)))
     recalibrate(supernet, [images])
@@ -157,7 +161,7 @@ def _recalibration_s(supernet: Supernet, training: TrainingImages, run: Supernet
 
 
 def _table(supernet: Supernet, data: TensorData, run: SupernetRun, few: int) -> tuple[float, float]:
-    """(seconds, bytes) of one image."""
+    """(seconds, bytes) of a routing table per image."""
     part = Batch(*(tensor[:few] for tensor in data.splits["val"]))
     small = replace(data, splits=MappingProxyType({"val": part}))
     device = next(supernet.parameters()).device

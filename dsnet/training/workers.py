@@ -1,4 +1,5 @@
-"""How the training loop talks to its fellow workers: alone, or through torch.distributed."""
+"""Communication between data-parallel training processes: a single process, or
+torch.distributed."""
 
 from __future__ import annotations
 
@@ -16,52 +17,54 @@ class Workers(Protocol):
 
     @property
     def rank(self) -> int:
-        """This process's number, from 0."""
+        """Number of this process, from 0."""
         ...
 
     @property
     def size(self) -> int:
-        """How many processes take part."""
+        """Number of processes."""
         ...
 
     def agree_to_stop(self, wish: bool) -> bool:
-        """Asked at the start of every step: whether the group stops here, all of it at the same step.
+        """Decide at the start of a step whether the group stops; all processes agree.
 
-        `wish` is this process's own; that of others may be heard a step or two later.
+        `wish` is whether this process wants to stop; the group may follow one or two steps later.
         """
         ...
 
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Replace every gradient by its mean over the group, in one all-reduce a step."""
+        """Replace every gradient by its mean over the group, in one all-reduce per step."""
         ...
 
     def average_buffers(self, modules: Iterable[nn.Module]) -> None:
-        """Replace every float buffer by its mean over the group, so that all go on from one state, which a checkpoint can hold."""
+        """Replace every float buffer by its mean over the group, so that one checkpoint can hold
+        the state of all."""
         ...
 
 
 class SingleWorker:
-    """A group of one."""
+    """A group of one process."""
 
     rank = 0
     size = 1
 
     def agree_to_stop(self, wish: bool) -> bool:
-        """The wish itself."""
+        """Return `wish`."""
         return wish
 
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Nothing to average."""
+        """Do nothing: the gradients are their own mean."""
 
     def average_buffers(self, modules: Iterable[nn.Module]) -> None:
-        """Nothing to average."""
+        """Do nothing: the buffers are their own mean."""
 
 
 class DistributedWorkers:
     """The processes of the default torch.distributed group.
 
-    Wishes to stop travel with the gradients, so that a step has one all-reduce. On a GPU the answer is read two steps later, when it has
-    long arrived: reading it at once would make every step wait for the device.
+    Wishes to stop are sent with the gradients, so that a step has a single all-reduce. On a GPU the
+    result is read two steps later, when it has certainly arrived: reading it at once would make
+    every step wait for the device.
     """
 
     def __init__(self) -> None:
@@ -71,7 +74,7 @@ class DistributedWorkers:
         self._votes: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
 
     def agree_to_stop(self, wish: bool) -> bool:
-        """Logical or over the group, of one step ago (two on a GPU)."""
+        """Logical or of the group's wishes one step ago (two steps on a GPU)."""
         self._wish = wish
         lag = 1 if not self._votes or self._votes[0][1] is None else 2
         if len(self._votes) < lag:
@@ -85,7 +88,7 @@ class DistributedWorkers:
         return False
 
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """One all-reduce of all gradients, and of the wishes to stop, as a flat vector."""
+        """Average all gradients, and the wishes to stop, by one all-reduce of a flat vector."""
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         wish = gradients[0].new_full((1,), float(self._wish))
         self._average([*gradients, wish])
@@ -98,7 +101,7 @@ class DistributedWorkers:
             self._votes.append((wish, None))
 
     def average_buffers(self, modules: Iterable[nn.Module]) -> None:
-        """One all-reduce of all float buffers as a flat vector."""
+        """Average all float buffers by one all-reduce of a flat vector."""
         self._average([b for module in modules for b in module.buffers() if b.is_floating_point()])
 
     def _average(self, tensors: list[Tensor]) -> None:

@@ -1,12 +1,14 @@
-"""The search loop: ask a cohort, run it, tell it, in slot order.
+"""The search loop: ask for a cohort's suggestions, run its trials, tell the results.
 
-Suggestions are computed on a mirror of the study in memory; the study on disk receives finished trials only. A
-suggestion is thus a pure function of the cohorts before it, the sweep's seed and the slot: neither the number of
-workers, nor the order in which they finish, nor an interruption changes it. An interrupted cohort is asked again from
-its first slot; what it had finished is told from the study, the rest runs.
+Suggestions are computed on a mirror of the study in memory; the study on disk receives only
+finished trials. A suggestion is thus a pure function of the earlier cohorts, the sweep's seed and
+the slot: neither the number of workers, nor the order in which they finish, nor an interruption
+changes it. An interrupted cohort is asked again from its first slot; its finished trials are told
+from the study, and the others run.
 
-The asynchronous order gives that up: a worker gets a suggestion as soon as it is free, made from whatever has finished by then.
-No finished trial is lost or repeated there either, but no two sweeps are the same.
+The asynchronous order is not reproducible: a free worker gets a suggestion at once, based on the
+trials that have finished by then. Finished trials are neither lost nor repeated there either, but
+two sweeps differ.
 """
 
 from __future__ import annotations
@@ -51,23 +53,28 @@ from search.suggest.space import Scalar, suggest
 
 StopReason = Literal["trials", "time", "stop", "plateau", "target", "space"]
 SaveArrays = Callable[[int, Mapping[str, NDArray[Any]]], None]
-"""Keeps a slot's arrays. Called before the trial is recorded, so that a recorded trial always has them; after a kill it
-may be called again for the same slot, and replaces what is there."""
+"""Function that stores a slot's arrays. It is called before the trial is recorded, so that a
+recorded trial always has them; after a kill it may be called again for the same slot and must
+replace the stored arrays."""
 Queue = Callable[[], Sequence[Mapping[str, Scalar]]]
-"""Gives all points that people have enqueued so far, oldest first; it only ever grows."""
+"""Function that returns all points that people have enqueued so far, oldest first; the list only
+grows."""
 NO_OUTCOME = "the runner returned no outcome for this trial"
 BATCHES_PER_COHORT = 8
-"""In the asynchronous order a worker gets a cohort's eighth at a time: trials that train in one program are cheaper together."""
+"""In the asynchronous order a worker gets this fraction of a cohort at a time: trials that train in
+one program are cheaper."""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """When a sweep ends.
+    """Limits that end a sweep.
 
     Attributes:
-        trials: finished trials in the study, failed ones included, those of earlier launches too.
-        time_s: seconds of searching in this launch; None = no limit. The trial in hand is finished first.
-        rules: when it has found enough.
+        trials: number of finished trials in the study, including failed ones and those of earlier
+            launches.
+        time_s: seconds of search in this launch; None = no limit. Checked when a trial has been
+            recorded.
+        rules: rules that end it early because of its results.
     """
 
     trials: int
@@ -77,12 +84,14 @@ class Budget:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What a search came to.
+    """Result of a search.
 
     Attributes:
-        records: all finished trials of the study in slot order, those of earlier launches too.
-        stop_reason: what ended it: "trials" (the sweep is complete), "plateau" or "target" (enough was found), "space" (every point
-            of the grid was tried), "time", or "stop" (asked to; resumable).
+        records: all finished trials of the study in slot order, including those of earlier
+            launches.
+        stop_reason: why it ended: "trials" (the sweep is complete), "plateau" or "target" (a stop
+            rule), "space" (every point of the grid was tried), "time", or "stop" (on request;
+            resumable).
     """
 
     records: tuple[TrialRecord, ...]
@@ -94,38 +103,39 @@ class SearchResult:
 
 
 class SearchObserver(Protocol):
-    """Hears of trials as they are recorded."""
+    """Receiver of trials as they are recorded."""
 
     def on_trial(self, record: TrialRecord) -> None:
-        """A trial of this launch was recorded; with cohorts, in slot order."""
+        """Receive a recorded trial of this launch; with cohorts, in slot order."""
         ...
 
 
 class NullObserver:
-    """Hears and does nothing."""
+    """Observer that ignores all trials."""
 
     def on_trial(self, record: TrialRecord) -> None:
-        """Nothing to do."""
+        """Do nothing."""
 
 
 class ProgressStore(Protocol):
-    """Keeps what staged trials need to go on. Losing it costs time, and nothing else."""
+    """Store of the arrays from which staged trials resume; if they are lost, trials start again
+    from their beginning."""
 
     def save(self, slot: int, rung: int, arrays: Mapping[str, NDArray[Any]]) -> None:
-        """Keep a slot's arrays at a rung, in place of those of an earlier one."""
+        """Store a slot's arrays at a rung, replacing those of an earlier rung."""
         ...
 
     def load(self, slot: int, rung: int) -> Mapping[str, NDArray[Any]]:
-        """What was kept at that rung; empty where there is nothing."""
+        """The arrays stored at that rung; empty if there are none."""
         ...
 
     def forget(self, slot: int) -> None:
-        """The trial has ended."""
+        """Remove a slot's arrays, since the trial has ended."""
         ...
 
 
 class ProgressInMemory:
-    """Keeps it as long as the process lives."""
+    """Progress store in the memory of this process."""
 
     def __init__(self) -> None:
         self._kept: dict[int, tuple[int, Mapping[str, NDArray[Any]]]] = {}
@@ -142,16 +152,16 @@ class ProgressInMemory:
 
 
 def keep_no_arrays(slot: int, arrays: Mapping[str, NDArray[Any]]) -> None:
-    """A `SaveArrays` for sweeps whose numbers are all that matters."""
+    """A `SaveArrays` that discards the arrays."""
 
 
 def never() -> bool:
-    """A `should_stop` for sweeps that nobody stops."""
+    """A `should_stop` that never requests a stop."""
     return False
 
 
 def nothing_enqueued() -> Sequence[Mapping[str, Scalar]]:
-    """The `Queue` of a sweep to which nobody adds points."""
+    """A `Queue` that is always empty."""
     return ()
 
 
@@ -160,14 +170,16 @@ class Search:
     """A sweep over one study.
 
     Attributes:
-        journal: the study, where finished trials go.
-        runner: runs the trials; stays open, it is the caller's to close.
-        constraints: told to the sampler; a hard one ends a trial as soon as it is seen to be broken.
-        save_arrays: keeps what trials return beside their numbers.
-        progress: keeps what trials that run in stages need to go on.
-        queue: points that people add while the sweep is on; each is tried in the next slot that nobody has had yet.
-        observer: hears of every recorded trial.
-        should_stop: asked between trials; True ends the search after what is recorded.
+        journal: the study to which finished trials are written.
+        runner: runs the trials; it is not closed here.
+        constraints: constraints, which are told to the sampler; a hard one ends a trial as soon as
+            it is known to be violated.
+        save_arrays: stores the arrays that trials return.
+        progress: store of the arrays from which staged trials resume.
+        queue: points that people add during the sweep; each is tried in the next slot that has not
+            begun yet.
+        observer: receives every recorded trial.
+        should_stop: called between trials; True ends the search, keeping the recorded trials.
     """
 
     journal: StudyJournal
@@ -180,7 +192,8 @@ class Search:
     should_stop: Callable[[], bool] = never
 
     def run(self, budget: Budget) -> SearchResult:
-        """Search until the budget is spent, enough was found, or a stop is asked for. Running again continues.
+        """Search until the budget is spent, a stop rule applies, or a stop is requested; running
+        again continues.
 
         Raises:
             ConfigError: the study cannot be continued with the libraries installed here.
@@ -192,15 +205,16 @@ class Search:
         reason = limits.reason()
         if reason is None:
             is_free = self.journal.settings.order == "asynchronous"
-            reason = self._run_freely(limits) if is_free else self._run_cohorts(limits)
+            reason = self._run_asynchronously(limits) if is_free else self._run_cohorts(limits)
         return SearchResult(tuple(self.journal.records()), reason)
 
     def _run_cohorts(self, limits: _Limits) -> StopReason:
         settings = self.journal.settings
         mirror = Mirror(settings, self.journal.trials())
         while (reason := limits.reason()) is None:
-            # What a foreign sampler notes on the study is lost by an interruption: it must not have it without one either. And a cohort
-            # that ended early, at the end of a grid, goes on when points are enqueued: cohorts begin where they do after an interruption.
+            # The mirror is rebuilt as after an interruption: for a foreign sampler, whose notes on
+            # the study an interruption would lose; and after a shorter cohort (the end of a grid)
+            # that continues because points were enqueued.
             if is_foreign(settings.sampler.name) or mirror.num_told % settings.cohort:
                 mirror = Mirror(settings, self.journal.trials())
             num_trials, first_slot = limits.num_trials(), mirror.num_told
@@ -215,21 +229,24 @@ class Search:
         return reason
 
     def _num_enqueued(self) -> int:
-        """Points that people have enqueued so far, those too that no slot has yet."""
+        """Number of points that people have enqueued so far, including those without a slot."""
         return max(len(self.journal.enqueued), len(self.queue()))
 
     def _num_begun(self, first_slot: int) -> int:
-        """Slots whose points cannot change any more: they are recorded, or the study knows a stage of theirs or of a later one.
+        """Number of first slots whose points cannot change any more.
+
+        They are recorded, or the study has a stage of them or of a later slot.
 
         Args:
-            first_slot: of the cohort in hand.
+            first_slot: first slot of the current cohort.
         """
         halving = self.journal.settings.halving
         noted = {} if halving is None else self.journal.stage(first_slot, halving.rungs[0])
         return max([len(self.journal.trials()), *(slot + 1 for slot in noted)])
 
     def _fixed_points(self, slots: Iterable[int], num_begun: int) -> Mapping[int, Mapping[str, Scalar]]:
-        """All enqueued points by slot; new ones get those of `slots` that have not begun yet, and keep them."""
+        """All enqueued points by slot; new points are permanently assigned to those of `slots` that
+        have not begun yet."""
         settings, noted = self.journal.settings, self.journal.enqueued
         taken = dict(enumerate(settings.enqueue)) | noted
         new = self.queue()[len(noted) :]
@@ -242,7 +259,8 @@ class Search:
         return taken
 
     def _run_cohort(self, mirror: Mirror, suggestions: Mapping[int, Suggestion]) -> Generator[TrialRecord, None, None]:
-        """Run what is missing of an asked cohort; yield its trials as they are recorded."""
+        """Run the trials of a cohort that the study lacks; yields their records as they are
+        written."""
         first_slot, waiting = mirror.num_told, dict(suggestions)
         for trial in self.journal.trials()[first_slot:]:
             record = record_of(trial)
@@ -261,19 +279,22 @@ class Search:
         self.journal.append(suggestion, record)
         self.progress.forget(record.slot)
 
-    def _run_at_once(self, suggestions: Mapping[int, Suggestion]) -> Generator[_Judged, None, None]:
-        """Run trials from start to end; yield each as soon as it and those of all slots before it are there."""
+    def _run_at_once(self, suggestions: Mapping[int, Suggestion]) -> Generator[_RecordWithArrays, None, None]:
+        """Run trials from start to end; yields their records in slot order, each as early as
+        possible."""
         with closing(_in_slot_order(self.runner, self._specs(suggestions))) as outcomes:
             for outcome in outcomes:
                 yield self._judge(outcome, suggestions[outcome.slot], outcome.slot), outcome.arrays
 
     def _run_by_rungs(
         self, halving: ParetoHalving, first_slot: int, suggestions: Mapping[int, Suggestion]
-    ) -> Generator[_Judged, None, None]:
-        """Run trials rung by rung, those that fall behind no further; what was found at a rung is read from the study where it is known.
+    ) -> Generator[_RecordWithArrays, None, None]:
+        """Run trials rung by rung and prune those that fall behind; results at a rung are read from
+        the study where known.
 
-        The comparison at a rung is over the cohort and all cohorts before it: it does not depend on who finishes first. Asked to stop
-        within a stage, it ends without the cohort's records.
+        Trials are compared at a rung with their cohort and all earlier cohorts, so that the order
+        in which they finish does not matter. If a stop is requested within a stage, it ends without
+        yielding the cohort's records.
         """
         alive, ended = dict(suggestions), dict[int, TrialRecord]()
         rungs: dict[int, dict[int, tuple[float, ...]]] = {slot: {} for slot in suggestions}
@@ -323,9 +344,11 @@ class Search:
         alive: Mapping[int, Suggestion],
         spent_s: Mapping[int, float],
     ) -> dict[int, StageRecord] | None:
-        """What the cohort's trials have come to at a rung: read from the study where it is known, else run from the rung `before`.
+        """The results of a cohort's trials at a rung: read from the study where known, else run
+        from the rung `before`.
 
-        Each is noted as soon as it is there. None: the search was asked to stop; what is noted is kept.
+        Each result is stored as soon as it is available. None: a stop was requested; stored results
+        are kept.
         """
         stages = self.journal.stage(first_slot, rung)
         missing = {slot: item for slot, item in alive.items() if slot not in stages}
@@ -339,12 +362,12 @@ class Search:
                 self.journal.note_stage(first_slot, rung, stages)
                 if self.should_stop():
                     return None
-        for slot in missing:  # a runner that breaks its promise must not leave a hole in the study
+        for slot in missing:  # a faulty runner must not leave a gap in the study
             stages[slot] = StageRecord("failed", {}, NO_OUTCOME, spent_s[slot])
         return stages
 
     def _violation(self, metrics: Mapping[str, float]) -> float:
-        """By how much a trial breaks its constraints in all."""
+        """Sum of a trial's constraint violations."""
         return sum(max(0.0, value) for value in self._constraint_values(metrics).values())
 
     def _values(self, metrics: Mapping[str, float]) -> tuple[float, ...]:
@@ -358,7 +381,7 @@ class Search:
         rung: int,
         rungs: Mapping[int, tuple[float, ...]],
     ) -> TrialRecord:
-        """The record of a trial that goes no further than a rung."""
+        """The record of a trial that ends at a rung."""
         is_behind = stage.state == "complete"
         return TrialRecord(
             slot=slot,
@@ -374,8 +397,9 @@ class Search:
             rungs=dict(rungs),
         )
 
-    def _run_freely(self, limits: _Limits) -> StopReason:
-        """Give every free worker a suggestion made from what has finished by then."""
+    def _run_asynchronously(self, limits: _Limits) -> StopReason:
+        """Run the asynchronous order: each free worker gets suggestions based on the trials
+        finished by then."""
         journal = self.journal
         mirror = Mirror(journal.settings, journal.trials())
         asked: dict[int, Suggestion] = {}
@@ -386,7 +410,8 @@ class Search:
         def take() -> list[TrialSpec]:
             if reason is not None:
                 return []
-            # Slots that a killed sweep had begun come first: at its end there is no hole.
+            # Slots that a killed sweep had begun come first, so that its study has no gaps at the
+            # end.
             free = (slot for slot in range(limits.num_trials()) if slot not in known)
             slots = [slot for slot, _ in zip(free, range(size), strict=False)]
             known.update(slots)
@@ -428,7 +453,11 @@ class Search:
         ]
 
     def _judge(self, outcome: TrialOutcome, suggestion: Suggestion, number: int) -> TrialRecord:
-        """What the study will say of a trial: complete, all numbers finite; pruned by a hard constraint; or failed with a reason."""
+        """The record of an outcome.
+
+        It is complete if objectives and constraints are present and finite, pruned if a hard
+        constraint is violated, and failed otherwise.
+        """
         metrics = {name: float(value) for name, value in outcome.metrics.items()}
         record = TrialRecord(
             slot=outcome.slot,
@@ -460,12 +489,13 @@ class Search:
         return {name: float(value) for name, value in self.constraints.violations(metrics).items()}
 
 
-_Judged = tuple[TrialRecord, Mapping[str, NDArray[Any]]]
+_RecordWithArrays = tuple[TrialRecord, Mapping[str, NDArray[Any]]]
 """A trial's record, and the arrays that it returned."""
 
 
 class _Limits:
-    """What ends a search, trial by trial."""
+    """State of the limits that end a search: budget, stop rules, size of the space, stop
+    requests."""
 
     def __init__(
         self,
@@ -484,18 +514,18 @@ class _Limits:
         self._num_finished = 0
 
     def add(self, record: TrialRecord) -> None:
-        """Take in a finished trial."""
+        """Count a finished trial."""
         self._num_finished += 1
         self._watch.add(record)
 
     def num_trials(self) -> int:
-        """How many slots the sweep has at most; a grid's grow with the points that people enqueue."""
+        """Maximum number of slots of the sweep; for a grid it grows with the enqueued points."""
         if self._num_points is None:
             return self._budget.trials
         return min(self._budget.trials, self._num_points + self._num_configured + self._num_enqueued())
 
     def reason(self) -> StopReason | None:
-        """Why to end now; None = go on."""
+        """The reason to end now; None = continue."""
         if self._num_finished >= self._budget.trials:
             return "trials"
         if self._watch.reason is not None:
@@ -508,15 +538,17 @@ class _Limits:
 
 
 class Mirror:
-    """The study in memory, on which suggestions are computed; whole cohorts enter and leave it.
+    """Copy of the study in memory, on which suggestions are computed.
 
-    Rebuilt from the finished trials, it continues as if it had never been away.
+    A mirror that is rebuilt from the finished trials makes the same suggestions as one that was
+    never interrupted.
     """
 
     def __init__(self, settings: StudySettings, history: Sequence[FrozenTrial]) -> None:
-        """Take in all complete cohorts of `history` (finished trials in slot order); a rest is asked again.
+        """Build a mirror from the complete cohorts of `history` (finished trials in slot order).
 
-        In the asynchronous order there are no cohorts: all of it is taken in.
+        The trials of an incomplete cohort are asked again. In the asynchronous order, which has no
+        cohorts, all trials are taken.
         """
         self._settings = settings
         is_free = settings.order == "asynchronous"
@@ -528,17 +560,22 @@ class Mirror:
             self._study.add_trials(history[: self.num_told])
 
     def next_end(self, num_trials: int) -> int:
-        """The slot behind the next cohort, where the sweep ends at `num_trials`."""
+        """The slot after the last one of the next cohort, for a sweep of `num_trials` slots."""
         return min(self.num_told + self._settings.cohort, num_trials)
 
     def ask(self, num_trials: int, points: Mapping[int, Mapping[str, Scalar]] | None = None) -> dict[int, Suggestion]:
-        """Suggestions for the next cohort by slot, in slot order; fewer where the sweep ends at `num_trials`.
+        """Suggestions for the next cohort by slot, in slot order; fewer at the end of the sweep.
 
-        Each slot has its own sampler with its own seed. All of the cohort must be told before the next is asked.
+        Each slot has its own sampler with its own seed. All trials of a cohort must be told before
+        the next cohort is asked.
 
         Args:
-            num_trials: of the whole sweep.
-            points: by slot, of the whole sweep, what is fixed beforehand; the sampler draws the rest.
+            num_trials: number of slots of the whole sweep.
+            points: enqueued points of the whole sweep, by slot; the sampler draws missing
+                parameters.
+
+        Raises:
+            RuntimeError: earlier suggestions have not been told.
         """
         if self._asked:
             raise RuntimeError(f"slots {sorted(self._asked)} were asked and not told")
@@ -547,13 +584,13 @@ class Mirror:
     def ask_slots(
         self, slots: Iterable[int], points: Mapping[int, Mapping[str, Scalar]] | None = None
     ) -> dict[int, Suggestion]:
-        """Suggestions for these slots, while others may still be out."""
+        """Suggestions for the given slots, even if other suggestions have not been told yet."""
         settings, points = self._settings, points or {}
         suggestions = {}
         with quiet_optuna():
             for slot in slots:
                 place = slot
-                if settings.sampler.name in POINT_LISTS:  # an enqueued point takes none of the list
+                if settings.sampler.name in POINT_LISTS:  # enqueued points do not use up points of the list
                     place -= sum(other < slot for other in points)
                 self._study.sampler = make_sampler(
                     settings.sampler, space=settings.space, base_seed=settings.seed, slot=place
@@ -568,7 +605,7 @@ class Mirror:
         return suggestions
 
     def tell(self, record: TrialRecord) -> None:
-        """Enter a finished trial that was asked."""
+        """Add the result of a trial that was asked."""
         trial = self._asked.pop(record.slot)
         for name, value in record.constraints.items():
             trial.set_constraint(name, value)
@@ -578,12 +615,12 @@ class Mirror:
 
 
 def _reached(stages: Mapping[int, StageRecord]) -> dict[int, StageRecord]:
-    """Those that may go on."""
+    """The stages of trials that may go on."""
     return {slot: stage for slot, stage in stages.items() if stage.state == "complete"}
 
 
 def _in_slot_order(runner: Runner, specs: Sequence[TrialSpec]) -> Generator[TrialOutcome, None, None]:
-    """Run trials; yield each outcome as soon as it and those of all specs before it are there."""
+    """Run trials; yields their outcomes in the order of `specs`, each as early as possible."""
     due = deque(spec.slot for spec in specs)
     early: dict[int, TrialOutcome] = {}
     with closing(runner.run(specs)) as outcomes:
@@ -591,7 +628,7 @@ def _in_slot_order(runner: Runner, specs: Sequence[TrialSpec]) -> Generator[Tria
             early[outcome.slot] = outcome
             while due and due[0] in early:
                 yield early.pop(due.popleft())
-    for slot in due:  # a runner that breaks its promise must not leave a hole in the study
+    for slot in due:  # a faulty runner must not leave a gap in the study
         missing = TrialOutcome.failed(slot, NO_OUTCOME)
         yield early.get(slot, missing)
 

@@ -1,9 +1,11 @@
-"""Pareto-rank successive halving: which of the trials that have come so far are worth going on with.
+"""Successive halving by Pareto rank: the choice of the trials that go on from a rung.
 
-Trials stop at rungs. Of all that have reached a rung, those of earlier cohorts too, about one in `factor` goes on: the best Pareto ranks,
-within a rank the points that stand most alone, so that the whole front is kept and not one end of it. This is the asynchronous form
-(ASHA, arXiv 1810.05934) of the rule, cohort by cohort, with non-dominated sorting and crowding distance (Deb et al., 2002) for more than
-one objective. A decision depends on objective values and slots alone: a study that stores them prunes the same trials again.
+Trials are compared at rungs. Of all that have reached a rung, including those of earlier cohorts,
+about one in `factor` goes on: the best Pareto ranks and, within a rank, the least crowded points,
+so that the whole front is kept and not one end of it. This is the asynchronous form of the rule
+(ASHA, arXiv 1810.05934), cohort by cohort, with non-dominated sorting and crowding distance (Deb et
+al., 2002) for more than one objective. A decision depends only on objective values, constraint
+violations and slots: a resumed study that stores them prunes the same trials.
 """
 
 from __future__ import annotations
@@ -20,14 +22,15 @@ from search.front.pareto import Goal, front_mask
 
 @dataclass(frozen=True)
 class ParetoHalving:
-    """The rule.
+    """The rule of Pareto-rank successive halving.
 
     Attributes:
-        factor: of the trials that reach a rung about 1/factor goes on, >= 2.
+        factor: about 1/factor of the trials that reach a rung go on, >= 2.
         rungs: epochs at which trials are compared, rising, all below a trial's full length.
-        keeps_front: also let everybody go on whom no feasible trial at the rung dominates, of copies the first. A front with more points
-            than the quota holds is then not thinned out, and more epochs are spent: without it less is found than by training fewer
-            trials in full (benchmarks/pruning.py).
+        keeps_front: raise the quota to the size of the feasible front at the rung (copies of a
+            point count once). A front with more points than the quota is then kept whole, which
+            costs more epochs; without it, less is found than by training fewer trials in full
+            (benchmarks/pruning.py).
     """
 
     factor: int
@@ -42,10 +45,11 @@ class ParetoHalving:
 
     @classmethod
     def geometric(cls, factor: int, first: int, epochs: int, *, keeps_front: bool = True) -> ParetoHalving:
-        """Rungs at `first`, `first * factor`, `first * factor**2`, ... below a trial's full length of `epochs`.
+        """Rungs at `first`, `first * factor`, `first * factor**2`, ... below a trial's full length
+        of `epochs`.
 
         Raises:
-            ValueError: there is no such rung, or a factor below 2.
+            ValueError: `first` is not in 1..epochs - 1, or `factor` is below 2.
         """
         if not 1 <= first < epochs:
             raise ValueError(
@@ -69,20 +73,24 @@ class ParetoHalving:
     ) -> frozenset[int]:
         """The slots that go on from a rung.
 
-        They are those within the best ceil(n / factor) of all n trials that have reached it, with `keeps_front` at least as many as there
-        are on the feasible front; where none is, the best candidate goes on. Trials that break constraints come behind all that hold
-        them, the least broken first (constrained domination, Deb et al., 2002).
-        Neither the order of `candidates` nor that of `earlier` matters.
+        They are the candidates among the best ceil(n / factor) of all n trials that have reached
+        the rung; with `keeps_front` among at least as many as are on the feasible front. If that is
+        none, the best candidate goes on. Trials that violate constraints rank behind all that hold
+        them, the smallest violation first (constrained domination, Deb et al., 2002). The order of
+        `candidates` and of `earlier` does not matter.
 
         Args:
-            candidates: this cohort's objective values at the rung by slot. Failed trials are not among them.
-            earlier: those of the cohorts before it, whatever became of these trials afterwards.
+            candidates: objective values of this cohort at the rung by slot, without failed trials.
+            earlier: objective values of the earlier cohorts at the rung, whatever happened to these
+                trials afterwards.
             goals: one per objective, 2 or 3.
-            violations: by slot how much a candidate breaks its constraints in all, > 0 where it does; None: nobody breaks any.
+            violations: sum of constraint violations of the candidates by slot, > 0 if any is
+                violated; None: no violations.
             earlier_violations: the same for `earlier`, in its order.
 
         Raises:
-            ValueError: a value that is not finite, or another number of values than of goals.
+            ValueError: a value is not finite, or the number of values differs from that of the
+                goals.
         """
         if not candidates:
             return frozenset()
@@ -108,7 +116,7 @@ class ParetoHalving:
 
 
 def halving_order(values: ArrayLike, goals: Sequence[Goal]) -> NDArray[np.int64]:
-    """Rows from the best to the worst: by Pareto rank, then by crowding distance, then as they stand.
+    """Rows from best to worst: by Pareto rank, then by crowding distance, then in the given order.
 
     Args:
         values: [n, d] finite objective values, d = 2 or 3.
@@ -127,17 +135,20 @@ def halving_order(values: ArrayLike, goals: Sequence[Goal]) -> NDArray[np.int64]
 
 
 def pareto_ranks(values: ArrayLike, goals: Sequence[Goal]) -> NDArray[np.int64]:
-    """Non-dominated sorting: 0 for the front, 1 for the front of the rest, and so on; copies of a point share its rank.
+    """Pareto ranks by non-dominated sorting: 0 for the front, 1 for the front of the rest, and so
+    on.
+
+    Copies of a point have the same rank.
 
     Args:
-        values: [n, d], d = 2 or 3, no NaN.
+        values: [n, d], d = 2 or 3, without NaN.
         goals: d goals.
 
     Returns:
-        int64 [n].
+        int64 [n] ranks.
 
     Raises:
-        ValueError: a NaN, which has no place in any order.
+        ValueError: a value is NaN.
     """
     array = np.asarray(values, dtype=np.float64)
     if np.isnan(array).any():
@@ -154,16 +165,18 @@ def pareto_ranks(values: ArrayLike, goals: Sequence[Goal]) -> NDArray[np.int64]:
 
 
 def crowding_distances(values: ArrayLike) -> NDArray[np.float64]:
-    """How alone each point of one rank stands: the sum over objectives of the gap between its neighbours, in shares of the range.
+    """Crowding distance of each point of one rank: the sum over objectives of the gap between its
+    neighbours, relative to the range.
 
-    The ends of every objective get infinity. Of several copies of a point the first stands for all and the rest get 0, else many trials
-    that came to the same end of the front would be kept before everything between.
+    The ends of every objective get infinity. The first of several copies of a point gets the
+    point's distance and the others 0; otherwise many trials at the same end of the front would be
+    kept before all points in between.
 
     Args:
         values: [n, d] finite points of which none dominates another; goals do not matter.
 
     Returns:
-        float64 [n], >= 0; that of a first copy does not depend on the order of the rows.
+        float64 [n], >= 0; the value of a first copy does not depend on the order of the rows.
     """
     array = np.asarray(values, dtype=np.float64)
     if not len(array):

@@ -1,7 +1,8 @@
-"""One study over several: a journal that shows the trials of many studies side by side, with where each comes from.
+"""A merged study: a journal with the trials of several studies and the origin of each.
 
-It is a projection. The studies that it is made of stay the truth; what is missing here is added again, and a file that was made for
-other dimensions or objectives is made anew. Finished trials only, one record each, in the order in which they are added.
+It is derived from those studies: missing trials are added again, and a file made for other
+dimensions or objectives is replaced. It holds only finished trials, one record each, in the order
+in which they are added.
 """
 
 from __future__ import annotations
@@ -34,16 +35,16 @@ class MergedTrial:
     """A finished trial of one of the studies.
 
     Attributes:
-        origin: names it and its study, e.g. "s0-3fa29c01/trial-0042"; one record each.
-        state: as there.
-        params: by dotted name; those that its study does not vary are among them.
-        values: the objectives; None where it has none.
-        constraints: by name; feasible where <= 0.
-        metrics: everything it returned.
+        origin: unique name of its study and trial, e.g. "s0-3fa29c01/trial-0042".
+        state: its state in its study.
+        params: parameter values by dotted name, including those that its study does not vary.
+        values: values of the objectives; None if it has none.
+        constraints: constraint values by name; a constraint holds where its value is <= 0.
+        metrics: all metrics that it returned.
         reason: why it failed or was stopped.
-        reports: what it reported on the way, by step.
-        start_ms: Unix time in ms.
-        finished_ms: Unix time in ms.
+        reports: intermediate values by step.
+        start_ms: Unix time in ms at which it started.
+        finished_ms: Unix time in ms at which it finished.
     """
 
     origin: str
@@ -59,10 +60,10 @@ class MergedTrial:
 
 
 class MergedStudy:
-    """The writer's handle on a merged study; `open` makes one.
+    """A merged study that is open for writing; created by `open`.
 
     Attributes:
-        origins: of the trials that it holds, in the order of their numbers.
+        origins: origins of its trials, in the order of their numbers.
     """
 
     def __init__(self, path: Path, distributions: Mapping[str, BaseDistribution], study: optuna.Study) -> None:
@@ -80,15 +81,16 @@ class MergedStudy:
         objectives: Sequence[Objective],
         distributions: Mapping[str, BaseDistribution],
     ) -> MergedStudy:
-        """Open the study at `path`; made anew where there is none, or where it has other objectives or dimensions.
+        """Open the study at `path`; it is created if there is none, or replaced if it has other
+        objectives or dimensions.
 
         Only for the process that holds the run's lock.
 
         Args:
-            path: of the journal file.
-            name: of a new study, as optuna-dashboard shows it.
-            objectives: in the order of the trials' values.
-            distributions: of every parameter that a trial may have.
+            path: path of the journal file.
+            name: name of a new study in optuna-dashboard.
+            objectives: the objectives, in the order of the trials' values.
+            distributions: distribution of every parameter that a trial may have.
 
         Raises:
             PreflightError: it cannot be written.
@@ -106,7 +108,7 @@ class MergedStudy:
         return cls(path, distributions, study)
 
     def add(self, trial: MergedTrial) -> bool:
-        """Write a trial as one record, unless it is there already; whether it was written.
+        """Write a trial as one record unless the study has it; returns whether it was written.
 
         Raises:
             PreflightError: it cannot be written.
@@ -123,7 +125,8 @@ class MergedStudy:
 
 
 def _existing(path: Path) -> optuna.Study | None:
-    """The study in the file; None without one, or where the file cannot be read: it holds nothing that is not elsewhere too."""
+    """The study in the file; None if there is none or the file is unreadable, since all of it can
+    be derived again."""
     if not path.exists():
         return None
     try:
@@ -136,7 +139,8 @@ def _existing(path: Path) -> optuna.Study | None:
 
 
 def _created(path: Path, name: str, objectives: Sequence[Objective], identity: Mapping[str, Any]) -> optuna.Study:
-    """A new study. The file gets its name when it is whole: a kill in between leaves no half-made study."""
+    """Create a study; its file is renamed when it is complete, so that a kill leaves no incomplete
+    study."""
     partial = path.with_name(f".{path.name}.partial")
     partial.unlink(missing_ok=True)
     with quiet_optuna():

@@ -1,4 +1,4 @@
-"""Where trials run: what the search asks of a runner, and the one that runs them here, one batch after the other."""
+"""Runners of trials: the interface that the search uses, and a serial runner."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ logger = logging.getLogger(__name__)
 
 
 State = Literal["complete", "failed", "pruned"]
-"""What became of a trial. Runners return the first two; the search prunes."""
+"""State of a finished trial. Runners return the first two; the search itself prunes."""
 
 
 PROGRESS = "progress/"
-"""Names of arrays that begin so are what a staged trial needs to go on."""
+"""Prefix of the names of the arrays from which a staged trial resumes."""
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,15 @@ class TrialSpec:
     """One trial to run.
 
     Attributes:
-        slot: the trial's place in the sweep, from 0; the same on every launch and with any number of workers.
-        seed: of the trial's own randomness, 0 <= seed < 2**32; derived from the sweep's seed and the slot.
+        slot: the trial's index in the sweep, from 0; the same on every launch and with any number
+            of workers.
+        seed: seed of the trial's own randomness, 0 <= seed < 2**32; derived from the sweep's seed
+            and the slot.
         params: suggested values by dotted name, e.g. {"gate.target": 0.4}.
-        until: where this stage of the trial ends, in its own unit (epochs); None = at its end. For trials that run in stages.
-        progress: the arrays named `PROGRESS...` that an earlier stage returned. Without any a trial runs from its start, to the same
-            result.
+        until: for trials that run in stages, the end of this stage in epochs; None = the trial's
+            end.
+        progress: the arrays with the prefix `PROGRESS` that an earlier stage returned. Without them
+            the trial runs from its start, with the same result.
     """
 
     slot: int
@@ -47,15 +50,17 @@ class TrialSpec:
 
 @dataclass(frozen=True)
 class TrialOutcome:
-    """What became of a trial.
+    """Result of running a trial.
 
     Attributes:
-        slot: of the spec that it answers.
-        state: "complete" has metrics and no reason; "failed" has a reason and no metrics.
-        metrics: by name.
+        slot: slot of the trial's spec.
+        state: "complete" (with metrics, without a reason) or "failed" (with a reason, without
+            metrics).
+        metrics: metrics by name.
         reason: why it failed, in one line.
-        arrays: small results worth keeping, e.g. the gate's weights.
-        duration_s: seconds of work, without waiting for a worker; in a batch, its equal share.
+        arrays: small arrays to keep, e.g. the gate's weights.
+        duration_s: seconds of work, without waiting for a worker; in a batch, an equal share of the
+            batch's time.
     """
 
     slot: int
@@ -72,70 +77,77 @@ class TrialOutcome:
 
 
 TrialFunction = Callable[[TrialSpec], tuple[Mapping[str, float], Mapping[str, NDArray[Any]]]]
-"""Metrics and arrays of one trial. Raising is how a trial fails. It may be called twice for one spec (a worker can be
-lost after the work is done): it must have no effect but its result, and the result must depend on the spec alone."""
+"""Function that runs one trial and returns its metrics and arrays; the trial fails if it raises. It
+may be called twice for a spec (a worker can be lost after the work is done): it must have no side
+effects, and its result must depend on the spec alone."""
 
 
 class CohortFunction(Protocol):
-    """Runs several trials in one program; a trial's result is the same alone and beside any others.
+    """Function that runs several trials in one program; the result of a trial does not depend on
+    the other trials.
 
-    As a `TrialFunction`, it has no effect but its result and may be called again for the same specs.
+    Like a `TrialFunction`, it has no side effects and may be called again for the same specs.
     """
 
     @property
     def lanes(self) -> int:
-        """The most trials that one call takes, >= 1."""
+        """Maximum number of trials per call, >= 1."""
         ...
 
     def __call__(self, specs: Sequence[TrialSpec]) -> Sequence[TrialOutcome]:
-        """One outcome per spec, in any order.
+        """Run the trials and return one outcome per spec, in any order.
 
-        A trial's failure is its own outcome. An exception fails nobody: it makes the runner call for each of the trials alone.
+        A trial that fails has an outcome that says so. After an exception the runner calls the
+        function for each trial separately.
         """
         ...
 
 
 @dataclass(frozen=True)
 class OneByOne:
-    """A trial function as a cohort function of one lane."""
+    """Adapter from a trial function to a cohort function with one trial per call."""
 
     function: TrialFunction
 
     @property
     def lanes(self) -> int:
-        """One."""
+        """Always 1."""
         return 1
 
     def __call__(self, specs: Sequence[TrialSpec]) -> Sequence[TrialOutcome]:
-        """Each trial after the one before; an exception is that trial's failure."""
+        """Run the trials one after the other; a trial that raises has a failed outcome."""
         return [outcome_from(self.function, spec) for spec in specs]
 
 
 class Runner(Protocol):
-    """Runs trials; how many at a time, and where, is its own affair."""
+    """Interface of runners, which decide where trials run and how many at a time."""
 
     def run(self, specs: Sequence[TrialSpec]) -> Generator[TrialOutcome, None, None]:
-        """Yield one outcome per spec, in any order, as they come. Closing the generator early abandons the rest."""
+        """Run trials; yields one outcome per spec in order of completion. Closing the generator
+        abandons the rest."""
         ...
 
     def stream(self, take: Callable[[], Sequence[TrialSpec]]) -> Generator[TrialOutcome, None, None]:
-        """Run trials without waiting for their like: whenever a worker is free, it gets what `take` returns.
+        """Run trials asynchronously: each free worker gets the trials that `take` returns.
 
-        Outcomes are yielded as they come, and `take` is asked only between them, so that it can learn from those before. It ends when
-        `take` returns nothing and no trial runs any more. Closing the generator early abandons what runs.
+        Outcomes are yielded in order of completion, and `take` is called only between them, so that
+        it can use earlier outcomes. It ends when `take` returns nothing and no trial is running.
+        Closing the generator abandons the running trials.
 
         Args:
-            take: the next trials for one worker; empty when there is nothing to run (it is asked again after the next outcome).
+            take: returns the next trials for one worker; empty if there is nothing to run (it is
+                called again after the next outcome).
         """
         ...
 
     def close(self) -> None:
-        """Release the workers. The runner cannot be used afterwards."""
+        """Release the workers; the runner cannot be used afterwards."""
         ...
 
 
 class SerialRunner:
-    """Runs trials in this process, in the order in which they are given, each batch when its first outcome is asked for."""
+    """Runner in this process: batches run in the given order, each when its first outcome is
+    requested."""
 
     def __init__(self, function: CohortFunction) -> None:
         self._function = function
@@ -154,11 +166,14 @@ class SerialRunner:
             yield from self.run(specs)
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing: there are no workers to release."""
 
 
 def divide(specs: Sequence[TrialSpec], num_workers: int, lanes: int) -> list[tuple[TrialSpec, ...]]:
-    """Batches of at most `lanes` trials in the given order, as many for each worker, of sizes that differ by at most one."""
+    """Divide trials, in order, into batches of at most `lanes` whose sizes differ by at most one.
+
+    The number of batches is a multiple of `num_workers`, except that there are no empty batches.
+    """
     num_batches = num_workers * math.ceil(len(specs) / (num_workers * lanes))
     ends = [len(specs) * number // num_batches for number in range(num_batches + 1)] if specs else []
     return [tuple(specs[start:end]) for start, end in pairwise(ends) if start < end]
@@ -168,8 +183,9 @@ def run_batch(function: CohortFunction, specs: Sequence[TrialSpec]) -> list[Tria
     """Call a cohort function for a batch.
 
     Returns:
-        one outcome per spec; or None where a batch of several gave none as a whole and its trials are to be called for one by one.
-        A trial that is alone fails with the reason instead. KeyboardInterrupt passes.
+        One outcome per spec; None if a batch of several trials failed as a whole, so that its
+        trials should be run one by one. A single trial gets a failed outcome instead.
+        KeyboardInterrupt is not caught.
     """
     start = time.perf_counter()
     try:
@@ -177,7 +193,7 @@ def run_batch(function: CohortFunction, specs: Sequence[TrialSpec]) -> list[Tria
         answered = sorted(outcome.slot for outcome in outcomes)
         if answered != sorted(spec.slot for spec in specs):
             raise RuntimeError(f"asked for slots {[spec.slot for spec in specs]}, the trials answered for {answered}")
-    except Exception as error:  # whatever trials raise is their failure, not the sweep's
+    except Exception as error:  # an error in trials must not end the sweep
         logger.debug("a batch of %d trials failed", len(specs), exc_info=True)
         if len(specs) > 1:
             return None
@@ -186,12 +202,13 @@ def run_batch(function: CohortFunction, specs: Sequence[TrialSpec]) -> list[Tria
 
 
 def outcome_from(function: TrialFunction, spec: TrialSpec) -> TrialOutcome:
-    """Call a trial function; an exception becomes a failed outcome with its reason (KeyboardInterrupt passes)."""
+    """Call a trial function; an exception gives a failed outcome with its reason (KeyboardInterrupt
+    is not caught)."""
     start = time.perf_counter()
     try:
         metrics, arrays = function(spec)
         metrics = {name: float(value) for name, value in metrics.items()}
-    except Exception as error:  # whatever a trial raises is that trial's failure, not the sweep's
+    except Exception as error:  # an error in a trial must not end the sweep
         logger.debug("trial of slot %d failed", spec.slot, exc_info=True)
         return TrialOutcome.failed(spec.slot, describe_error(error), time.perf_counter() - start)
     return TrialOutcome(spec.slot, "complete", metrics, None, arrays, time.perf_counter() - start)

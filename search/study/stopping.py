@@ -1,4 +1,8 @@
-"""Rules that end a sweep because of what it found: functions of the finished trials in their order, hence the same after a resume."""
+"""Rules that end a sweep early because of its results.
+
+They are functions of the finished trials in their order, so that a resumed sweep ends at the same
+trial.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +18,14 @@ from search.study.study import Objective, TrialRecord
 
 @dataclass(frozen=True)
 class Plateau:
-    """The front does not grow any more.
+    """Rule that ends a sweep when the hypervolume of its front no longer grows.
 
     Attributes:
-        trials: finished trials over which growth is counted, failed ones included, >= 1.
-        gain: share of the present hypervolume, > 0, below which growth counts as none.
-        reference: of the hypervolume; one finite value per objective, worse than every point of interest.
+        trials: number of finished trials, including failed ones, over which growth is measured, >=
+            1.
+        gain: growth below this share of the current hypervolume ends the sweep, > 0.
+        reference: reference point of the hypervolume; one finite value per objective, worse than
+            every point of interest.
     """
 
     trials: int
@@ -29,23 +35,24 @@ class Plateau:
 
 @dataclass(frozen=True)
 class StopRules:
-    """When a sweep has found enough.
+    """The rules that end a sweep early.
 
     Attributes:
-        plateau: None = search on however little is found.
-        target: conditions that one feasible trial must meet together; without any there is no target.
+        plateau: rule on the growth of the front; None = no such rule.
+        target: conditions all of which one feasible trial must meet to end the sweep; empty = no
+            target.
     """
 
     plateau: Plateau | None = None
     target: ConstraintSet = field(default_factory=ConstraintSet)
 
     def watch(self, objectives: Sequence[Objective]) -> StopWatch:
-        """A fresh watch over the trials of a study."""
+        """The state of these rules at the start of a study."""
         return StopWatch(self, objectives)
 
 
 class StopWatch:
-    """Hears of finished trials in their order, and says when to stop."""
+    """State of the stop rules, updated with each finished trial in order."""
 
     def __init__(self, rules: StopRules, objectives: Sequence[Objective]) -> None:
         self._rules = rules
@@ -54,11 +61,12 @@ class StopWatch:
         if rules.plateau is not None:
             goals = [objective.goal for objective in objectives]
             self._front = RunningHypervolume(goals, rules.plateau.reference)
-            # The oldest is the hypervolume before the last `trials` trials: none before any.
+            # The first entry is the hypervolume before the last `trials` trials: 0 before any
+            # trial.
             self._volumes = deque([0.0], maxlen=rules.plateau.trials + 1)
 
     def add(self, record: TrialRecord) -> None:
-        """Take in the next finished trial."""
+        """Add the next finished trial."""
         target = self._rules.target
         if record.is_feasible and target.all:
             self._is_met |= target.hold(record.metrics)
@@ -69,7 +77,10 @@ class StopWatch:
 
     @property
     def reason(self) -> Literal["plateau", "target"] | None:
-        """Why to stop now; None = search on. A plateau needs a front: while nothing feasible was found the search goes on."""
+        """The rule that ends the sweep now; None = continue.
+
+        A plateau requires a front: as long as no feasible trial was found, the search continues.
+        """
         if self._is_met:
             return "target"
         plateau = self._rules.plateau

@@ -1,10 +1,11 @@
-"""The study on disk: an Optuna journal that holds finished trials only, one record each.
+"""The study on disk: an Optuna journal that holds only finished trials, one record each.
 
-A suggestion takes Optuna several records, so that a kill in the middle would leave a trial RUNNING for ever. Here a
-trial is written when it is finished, as one line, and optuna-dashboard opens the journal as it is. With cohorts trials are
-written in slot order, so that the trial in slot k is the study's trial number k. Decisions that a resumed sweep must
-repeat (points that a person enqueued, rungs of halving) are attributes of the study. One process writes (the driver, which
-holds the run's lock); any number may read meanwhile.
+Optuna itself writes several records per trial, so that a kill in between would leave the trial
+RUNNING for ever. Here a trial is written as one line when it is finished; optuna-dashboard can open
+the journal. With cohorts, trials are written in slot order, so that the trial in slot k is the
+study's trial number k. Decisions that a resumed sweep must repeat (points that a person enqueued,
+rungs of halving) are attributes of the study. One process writes (the driver, which holds the run's
+lock); any number may read at the same time.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ _OPTUNA_STATES = {name: state for state, name in _STATES.items()}
 
 @dataclass(frozen=True)
 class Objective:
-    """One of the metrics that a sweep trades off."""
+    """A metric that a sweep optimises, and its direction."""
 
     name: str
     goal: Literal["maximize", "minimize"]
@@ -51,19 +52,22 @@ class Objective:
 
 @dataclass(frozen=True, kw_only=True)
 class StudySettings:
-    """What the suggestions of a study depend on; fixed when the study is created.
+    """Settings on which the suggestions of a study depend; they are fixed when the study is
+    created.
 
     Attributes:
-        name: of the study, as optuna-dashboard shows it.
-        space: what is varied.
-        objectives: metrics that every trial must return, finite.
-        sampler: who suggests.
-        seed: of the whole sweep; every slot derives its own (`slot_seed`).
-        cohort: >= 1; trials asked before any of them is told. Independent of the number of workers.
-        order: `cohorts`: suggestions depend on the cohorts before them only. `asynchronous`: on whatever has finished when a worker
-            is free, which no two sweeps share.
-        enqueue: points of the first slots; what a point leaves out is drawn.
-        halving: ends trials that fall behind, rung by rung; None = every trial runs to its end. Needs cohorts.
+        name: name of the study in optuna-dashboard.
+        space: the search space.
+        objectives: metrics that every trial must return as finite values.
+        sampler: the sampler and its options.
+        seed: seed of the whole sweep, from which every slot derives its own (`slot_seed`).
+        cohort: >= 1; number of trials that are suggested before any of them is told. Independent of
+            the number of workers.
+        order: `cohorts`: suggestions depend only on earlier cohorts. `asynchronous`: they depend on
+            the trials that have finished when a worker is free, which differ from sweep to sweep.
+        enqueue: points of the first slots; missing parameters are drawn.
+        halving: rule that prunes trials at rungs; None = every trial runs to its end. Requires
+            cohorts.
     """
 
     name: str
@@ -90,7 +94,7 @@ class StudySettings:
             check_point(self.space, point)
 
     def identity(self) -> dict[str, Any]:
-        """What must not change between two launches on one study, as plain JSON values."""
+        """The settings that must not change between launches on one study, as plain JSON values."""
         return {
             "objectives": [[objective.name, objective.goal] for objective in self.objectives],
             "space_hash": self.space.hash,
@@ -109,20 +113,20 @@ class StudySettings:
 
 @dataclass(frozen=True)
 class TrialRecord:
-    """A finished trial, as reports and fronts read it.
+    """A finished trial, for reports and fronts.
 
     Attributes:
-        slot: its place in the sweep, from 0.
-        number: Optuna's number of it, as optuna-dashboard shows it.
-        state: "complete", "failed", or "pruned": it was fine, and ended early.
-        params: by dotted name.
-        values: the objectives, in the study's order; None unless complete.
-        metrics: everything it returned; those of its last stage where it was pruned.
-        reason: why it failed or was pruned.
+        slot: its index in the sweep, from 0.
+        number: its number in Optuna's study.
+        state: "complete", "failed", or "pruned" (ended early without an error).
+        params: parameter values by dotted name.
+        values: values of the objectives, in the study's order; None unless complete.
+        metrics: all metrics that it returned; for a pruned trial those of its last stage.
+        reason: why it failed or was pruned; None if it is complete.
         duration_s: seconds of work.
-        constraints: by name; feasible where <= 0.
-        finished_ms: Unix time at which it was judged, in ms.
-        rungs: of a trial that ran in stages, the objectives at each rung that it reached.
+        constraints: constraint values by name; a constraint holds where its value is <= 0.
+        finished_ms: Unix time in ms at which its record was made.
+        rungs: for a trial in stages, values of the objectives at each rung that it reached.
     """
 
     slot: int
@@ -139,24 +143,24 @@ class TrialRecord:
 
     @property
     def is_feasible(self) -> bool:
-        """Whether it is complete and holds all constraints: only then may it be on a front."""
+        """Whether it is complete and all constraints hold, as points of a front must be."""
         return self.state == "complete" and all(value <= 0 for value in self.constraints.values())
 
     @property
     def start_ms(self) -> int:
-        """Unix time at which its work began, in ms."""
+        """Unix time in ms at which its work began."""
         return self.finished_ms - round(1000 * self.duration_s)
 
 
 @dataclass(frozen=True)
 class StageRecord:
-    """What a trial had come to at a rung.
+    """Result of a trial at a rung.
 
     Attributes:
-        metrics: there.
-        reason: why it ends here, failed or pruned by a hard constraint; None where it may go on.
-        state: "complete" where it may go on.
-        duration_s: seconds of work up to here.
+        state: "complete" if it may go on.
+        metrics: its metrics at the rung.
+        reason: why it ends here (failed, or pruned by a hard constraint); None if it may go on.
+        duration_s: seconds of work up to the rung.
     """
 
     state: State
@@ -167,7 +171,8 @@ class StageRecord:
 
 @dataclass(frozen=True)
 class Suggestion:
-    """What a sampler proposed for a slot, with the notes it keeps on the trial (a generation, for NSGA-II)."""
+    """A sampler's suggestion for a slot, with the sampler's own attributes of the trial (e.g.
+    NSGA-II's generation)."""
 
     params: Mapping[str, Scalar]
     distributions: Mapping[str, BaseDistribution]
@@ -175,10 +180,10 @@ class Suggestion:
 
 
 class StudyJournal:
-    """The writer's handle on a study; `open` makes one.
+    """A study that is open for writing; created by `open`.
 
     Attributes:
-        settings: those of the study.
+        settings: the study's settings.
     """
 
     def __init__(self, path: Path, settings: StudySettings, study: optuna.Study) -> None:
@@ -190,13 +195,13 @@ class StudyJournal:
 
     @classmethod
     def open(cls, path: Path, settings: StudySettings) -> StudyJournal:
-        """Open the study at `path`, or create it. A torn last record is cut off first.
+        """Open the study at `path`, or create it; a torn last record is removed first.
 
         Only for the process that holds the run's lock.
 
         Raises:
-            ConfigError: the study there was made with other settings.
-            CheckpointError: the file is no journal of ours.
+            ConfigError: the existing study was made with other settings.
+            CheckpointError: the file is not a journal of ours.
             PreflightError: it cannot be written.
         """
         with _writing(path):
@@ -205,12 +210,13 @@ class StudyJournal:
             with _reading(path):
                 storage = JournalStorage(JournalFileBackend(str(path)))
             study = _load_or_create(storage, settings)
-            settings = _in_the_studys_order(study, settings)
-            _hold_to_identity(study, path, settings)
+            settings = _with_order_of_study(study, settings)
+            _check_identity(study, path, settings)
         return cls(path, settings, study)
 
     def trials(self) -> list[FrozenTrial]:
-        """All finished trials in the order of their numbers, as Optuna has them. Not copied: do not change them."""
+        """All finished trials as Optuna's objects, in the order of their numbers; not copies, and
+        not to be changed."""
         return self._study.get_trials(deepcopy=False)
 
     def records(self) -> list[TrialRecord]:
@@ -221,7 +227,9 @@ class StudyJournal:
         """Write a finished trial as one record; it is on disk when this returns.
 
         Raises:
-            PreflightError: it cannot be written; nothing of the trial is kept, and the next `open` mends the file.
+            ValueError: the record's number or slot is not the next one.
+            PreflightError: it cannot be written; nothing of the trial is kept, and the next `open`
+                repairs the file.
         """
         number = len(self.trials())
         if record.number != number:
@@ -237,34 +245,37 @@ class StudyJournal:
 
     @property
     def enqueued(self) -> dict[int, dict[str, Scalar]]:
-        """Points that people enqueued while the sweep was on, by the slot that each was given."""
+        """Points that people enqueued during the sweep, by the slots assigned to them."""
         return dict(self._enqueued)
 
     def note_enqueued(self, points: Mapping[int, Mapping[str, Scalar]]) -> None:
-        """Give points to slots, for good: on disk when this returns."""
+        """Assign points to slots permanently; the assignment is on disk when this returns."""
         noted = self._enqueued | {slot: dict(point) for slot, point in points.items()}
         with _writing(self._path):
             self._study.set_user_attr(_ENQUEUED_ATTR, {str(slot): point for slot, point in noted.items()})
         self._enqueued = noted
 
     def stage(self, first_slot: int, rung: int) -> dict[int, StageRecord]:
-        """What trials of the cohort that begins at a slot had come to at a rung, as far as it is known."""
+        """Known results, by slot, of the trials of one cohort at a rung; the cohort is given by its
+        first slot."""
         noted = self._study.user_attrs.get(f"{_RUNG_ATTR}:{first_slot}:{rung}", {})
         return {int(slot): StageRecord(**item) for slot, item in noted.items()}
 
     def note_stage(self, first_slot: int, rung: int, stages: Mapping[int, StageRecord]) -> None:
-        """Keep what a cohort's trials have come to at a rung: on disk when this returns."""
+        """Store the results of a cohort's trials at a rung; they are on disk when this returns."""
         noted = {str(slot): asdict(stage) for slot, stage in stages.items()}
         with _writing(self._path):
             self._study.set_user_attr(f"{_RUNG_ATTR}:{first_slot}:{rung}", noted)
 
 
 def load_records(path: Path) -> list[TrialRecord]:
-    """Read a study's finished trials, in slot order. Changes nothing and takes no lock: the driver may be writing.
+    """Read a study's finished trials, in slot order.
+
+    It changes nothing and takes no lock, so that it may be called while the driver writes.
 
     Raises:
-        NotFoundError: there is no such file.
-        CheckpointError: the file is no journal.
+        NotFoundError: the file does not exist.
+        CheckpointError: the file is not a journal of ours.
     """
     if not path.is_file():
         raise NotFoundError(f"no study at {path}: its search has not begun")
@@ -280,10 +291,11 @@ def load_records(path: Path) -> list[TrialRecord]:
 
 
 def load_enqueued(path: Path) -> dict[int, dict[str, Scalar]]:
-    """The points that people enqueued, by slot, as far as each has one. Changes nothing and takes no lock.
+    """Read the enqueued points to which slots are assigned, by slot; it changes nothing and takes
+    no lock.
 
     Raises:
-        CheckpointError: the file is no journal.
+        CheckpointError: the file is not a journal.
     """
     with _reading(path):
         storage = JournalStorage(JournalFileBackend(str(path)))
@@ -297,13 +309,14 @@ def _by_slot(trials: Sequence[FrozenTrial]) -> list[TrialRecord]:
 
 
 def repair_journal(path: Path) -> int:
-    """Make a journal writable after its writer was killed; only for the process that holds the run's lock.
+    """Repair a journal whose writer was killed; only for the process that holds the run's lock.
 
-    A torn last record would make every later write fail, so the file is cut back to its last newline; and a lock that
-    outlived its owner would hold up the first write for half a minute.
+    A torn last record would make every later write fail, so the file is truncated after its last
+    newline. Optuna's lock file is removed, since one left by a killed process would delay the first
+    write by half a minute.
 
     Returns:
-        The number of bytes that were cut off.
+        The number of bytes that were removed.
     """
     # Optuna's lock is a symbolic link beside the journal.
     path.with_name(path.name + ".lock").unlink(missing_ok=True)
@@ -319,7 +332,7 @@ def repair_journal(path: Path) -> int:
 
 
 def record_of(trial: FrozenTrial) -> TrialRecord:
-    """The plain form of one of our finished trials."""
+    """Convert a finished trial of ours from Optuna's form."""
     attrs = trial.user_attrs
     return TrialRecord(
         slot=attrs["slot"],
@@ -337,7 +350,7 @@ def record_of(trial: FrozenTrial) -> TrialRecord:
 
 
 def optuna_state(state: State) -> TrialState:
-    """What Optuna calls a trial's state."""
+    """Optuna's value for a trial's state."""
     return _OPTUNA_STATES[state]
 
 
@@ -354,7 +367,7 @@ def _frozen(suggestion: Suggestion, record: TrialRecord) -> FrozenTrial:
             "reason": record.reason,
             "duration_s": record.duration_s,
             **({"rungs": rungs} if rungs else {}),
-            # For those who look with a tool that knows nothing of constraints by name, such as optuna-dashboard.
+            # For tools that do not show named constraints, such as optuna-dashboard.
             **({"feasible": record.is_feasible} if record.constraints else {}),
         },
         system_attrs=dict(suggestion.sampler_notes),
@@ -366,7 +379,7 @@ def _frozen(suggestion: Suggestion, record: TrialRecord) -> FrozenTrial:
 
 
 def _load_or_create(storage: JournalStorage, settings: StudySettings) -> optuna.Study:
-    # By what the file holds and not by name: a sweep may be renamed, and a file holds one study.
+    # The one study in the file, whatever its name: a sweep may have been renamed.
     studies = storage.get_all_studies()
     with quiet_optuna():
         if studies:
@@ -375,28 +388,37 @@ def _load_or_create(storage: JournalStorage, settings: StudySettings) -> optuna.
         return optuna.create_study(study_name=settings.name, storage=storage, directions=directions)
 
 
-def _in_the_studys_order(study: optuna.Study, settings: StudySettings) -> StudySettings:
-    """The settings with the space as the study has it, where the two differ in the order of entries or in 1 for 1.0 only.
+def _with_order_of_study(study: optuna.Study, settings: StudySettings) -> StudySettings:
+    """The settings with the study's own space, if the two spaces differ only in the order of
+    entries or in 1 for 1.0.
 
-    Neither makes another sweep, but samplers draw in the order of the space: it stays that of the first launch.
+    Such spaces describe the same sweep, but samplers draw in the order of the space, which must
+    stay that of the first launch.
     """
     noted = study.user_attrs.get(_IDENTITY_ATTR, {}).get("space")
-    if noted is None or _regardless_of_order(noted) != _regardless_of_order(settings.space.written):
+    if noted is None or _order_free(noted) != _order_free(settings.space.written):
         return settings
     return replace(settings, space=parse_space(noted))
 
 
-def _regardless_of_order(written: Any) -> Any:
-    """A value by which two ways to write a space compare; true is not 1."""
+def _order_free(written: Any) -> Any:
+    """A form of a written space that is equal for spaces that differ only in order or in 1 for 1.0;
+    true is not 1."""
     if isinstance(written, Mapping):
-        return {name: _regardless_of_order(entry) for name, entry in written.items()}
+        return {name: _order_free(entry) for name, entry in written.items()}
     if isinstance(written, Sequence) and not isinstance(written, str):
-        return [_regardless_of_order(item) for item in written]
+        return [_order_free(item) for item in written]
     return (isinstance(written, bool), written)
 
 
-def _hold_to_identity(study: optuna.Study, path: Path, settings: StudySettings) -> None:
-    """Compare the settings with those in the study; note them where it is new, or where its creation was cut short."""
+def _check_identity(study: optuna.Study, path: Path, settings: StudySettings) -> None:
+    """Check the settings against those of the study; store them if it is new or its creation was
+    interrupted.
+
+    Raises:
+        CheckpointError: the study was not written by this program.
+        ConfigError: a setting differs.
+    """
     noted = study.user_attrs.get(_IDENTITY_ATTR)
     if noted is None:
         if study.get_trials(deepcopy=False):
@@ -419,7 +441,7 @@ def _foreign(path: Path) -> CheckpointError:
 
 
 def _end_of_last_line(file: Any, size: int, block: int = 1 << 16) -> int:
-    """The offset behind the last newline of a file, 0 where it has none."""
+    """The offset after the last newline of a file; 0 if it has none."""
     end = size
     while end > 0:
         start = max(0, end - block)
@@ -433,7 +455,7 @@ def _end_of_last_line(file: Any, size: int, block: int = 1 << 16) -> int:
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """What Optuna raises on lines that are no records becomes a CheckpointError."""
+    """Context manager that turns Optuna's errors on invalid lines into a CheckpointError."""
     try:
         yield
     except (ValueError, KeyError, TypeError, AssertionError) as error:
@@ -444,6 +466,7 @@ def _reading(path: Path) -> Iterator[None]:
 
 @contextmanager
 def _writing(path: Path) -> Iterator[None]:
+    """Context manager that turns an OSError into a PreflightError."""
     try:
         yield
     except OSError as error:

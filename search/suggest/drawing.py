@@ -1,4 +1,4 @@
-"""Points of a space that are all drawn beforehand: nothing is learnt between them."""
+"""Drawing of points of a space in advance, with samplers that need no results."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ from search.suggest.space import Scalar, Space, suggest
 
 
 def drawn_points(space: Space, settings: SamplerSettings, base_seed: int) -> Iterator[dict[str, Scalar]]:
-    """Points of `space`, slot after slot; without end but for a grid. The same for the same arguments, whoever asks and how far.
+    """Iterate over points of `space`, slot by slot; endless, except for a grid.
+
+    Equal arguments give the same points, independent of how many are drawn.
 
     Args:
-        space: what is varied.
-        settings: of a sampler that needs no results: random, grid or qmc.
-        base_seed: of the sweep.
+        space: the search space.
+        settings: settings of a sampler that needs no results: random, grid or qmc.
+        base_seed: seed of the sweep.
     """
     with quiet_optuna():
         study = optuna.create_study(storage=InMemoryStorage())

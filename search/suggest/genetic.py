@@ -1,4 +1,5 @@
-"""NSGA-II and NSGA-III as functions of the finished trials, for spaces with conditions too."""
+"""NSGA-II and NSGA-III samplers whose suggestions are functions of the finished trials; they
+support conditional spaces."""
 
 from __future__ import annotations
 
@@ -19,10 +20,12 @@ from search.suggest.space import Space
 
 
 class Inheritance:
-    """Makes a child of two parents, dimension by dimension; what one parent does not have it takes from the other.
+    """Uniform crossover of two parents and mutation to random values, for spaces with conditional
+    dimensions.
 
-    Optuna's own crosses only what all parents have, so that a dimension with a condition would never be inherited. For a space without
-    conditions it is the same: uniform crossover, and mutation to a random value.
+    A dimension that one parent lacks is taken from the other. Optuna's own crossover uses only
+    dimensions that all parents have, so that conditional ones would never be inherited. For a space
+    without conditions the method is the same.
     """
 
     def __init__(
@@ -34,16 +37,18 @@ class Inheritance:
         swapping_prob: float = 0.5,
         mutation_prob: float | None = None,
     ) -> None:
-        """
+        """Create the strategy for one child.
+
         Args:
-            space: of the sweep.
-            seed: of the child.
-            crossover_prob: that there are two parents and not one.
-            swapping_prob: that a dimension comes from the second.
-            mutation_prob: that a dimension is drawn anew; None = one in so many as the child has.
+            space: the search space of the sweep.
+            seed: seed of the child.
+            crossover_prob: probability that there are two parents instead of one.
+            swapping_prob: probability that a dimension comes from the second parent.
+            mutation_prob: probability that a dimension is drawn at random; None = 1 / number of the
+                child's dimensions.
 
         Raises:
-            ValueError: a probability outside 0..1.
+            ValueError: a probability is outside 0..1.
         """
         shares = {"crossover_prob": crossover_prob, "swapping_prob": swapping_prob, "mutation_prob": mutation_prob}
         for name, share in shares.items():
@@ -58,7 +63,7 @@ class Inheritance:
     def __call__(
         self, study: Study, search_space: dict[str, BaseDistribution], parents: list[FrozenTrial]
     ) -> dict[str, Any]:
-        """A child's values; what is left out is drawn at random."""
+        """The values that a child inherits; missing dimensions are drawn at random."""
         mother = self._winner(parents, study.directions)
         others = [trial for trial in parents if trial is not mother]
         father = mother
@@ -74,13 +79,17 @@ class Inheritance:
         return {name: value for name, value in child.items() if self._rng.random() >= rate}
 
     def _winner(self, trials: Sequence[FrozenTrial], directions: Sequence[StudyDirection]) -> FrozenTrial:
-        """The better of two trials that are drawn, the second where neither is."""
+        """Binary tournament: the better of two random trials, or the second if neither is."""
         first, second = (trials[int(self._rng.integers(len(trials)))] for _ in range(2))
         return first if beats(first, second, directions) else second
 
 
 def beats(first: FrozenTrial, second: FrozenTrial, directions: Sequence[StudyDirection]) -> bool:
-    """Constrained domination (Deb et al. 2002, definition 1): the smaller violation, and where both are feasible Pareto's."""
+    """Whether the first trial dominates the second: constrained domination (Deb et al. 2002,
+    definition 1).
+
+    The smaller constraint violation wins; if both trials are feasible, Pareto dominance decides.
+    """
     violations = [sum(max(0.0, value) for value in trial.constraints.values()) for trial in (first, second)]
     if any(violations):
         return violations[0] < violations[1]
@@ -96,11 +105,14 @@ def _costs(trial: FrozenTrial, directions: Sequence[StudyDirection]) -> list[flo
 
 
 class _Replayable(BaseGASampler):
-    """What both share.
+    """Common base of both samplers, which makes the population of parents independent of
+    interruptions.
 
-    Optuna returns the parents of a generation in the order of selection when it selects them, and in the order of their
-    numbers when it reads them back from the study; crossover draws parents by position, so that a resumed sweep would
-    mate others. And it goes back through all generations by recursion, for which a long sweep has too many.
+    Optuna returns the parents of a generation in the order of selection when it selects them, but
+    in the order of their numbers when it reads them from the study. Crossover draws parents by
+    position, so that a resumed sweep would draw others; here they are always in the order of their
+    numbers. Optuna also recurses through all generations, which exceeds the recursion limit in long
+    sweeps; here it is a loop.
     """
 
     _free: dict[str, BaseDistribution]
@@ -119,21 +131,23 @@ class _Replayable(BaseGASampler):
 
 
 class ReplayableNSGAII(_Replayable, NSGAIISampler):
-    """NSGA-II whose suggestions depend on the finished trials only, and not on who selected the parents."""
+    """NSGA-II whose suggestions depend only on finished trials, seed and slot, also in a resumed
+    sweep."""
 
     def __init__(self, space: Space, population_size: int, seed: int, options: Mapping[str, Any]) -> None:
-        # Optuna seeds mutation and mating alike, so that in a sampler that makes one child a mutated value would follow from whether
-        # its parents crossed: ours have a seed each.
+        # Optuna uses one seed for mutation and crossover; in a sampler that makes a single child,
+        # mutated values would then depend on whether its parents crossed. Ours have separate seeds.
         child = Inheritance(space, derive_seed(seed, "child"), **options)
         super().__init__(population_size=population_size, seed=seed, child_generation_strategy=child)
         self._free = space.free
 
 
 class ReplayableNSGAIII(_Replayable, NSGAIIISampler):
-    """NSGA-III whose suggestions depend on the finished trials only.
+    """NSGA-III whose suggestions depend only on finished trials, seed and slot, also in a resumed
+    sweep.
 
-    Its selection draws random numbers. They depend on the sweep's seed and the generation, not on the slot that happens to be the first
-    to need the parents.
+    The random numbers of its selection depend on the sweep's seed and the generation, not on the
+    first slot that needs the parents.
     """
 
     def __init__(
@@ -157,10 +171,11 @@ class ReplayableNSGAIII(_Replayable, NSGAIIISampler):
 
 
 class _Selection(NSGAIIISampler):
-    """One selection of NSGA-III among given trials, all of whose objectives are turned into costs.
+    """One selection of NSGA-III among given trials, with all objectives converted to costs.
 
-    Optuna's measures the distance from the reference lines in the objectives as they are, which is right where all are minimised; with
-    one to maximise the lines would run along the front and not across it.
+    Optuna measures distances to the reference lines in the raw objectives, which is correct only if
+    all are minimised: with an objective to maximise the lines would run along the front instead of
+    across it.
     """
 
     def __init__(
@@ -192,7 +207,8 @@ class _Selection(NSGAIIISampler):
 
 
 def dividing_parameter(num_objectives: int, population_size: int) -> int:
-    """The finest division with at most one reference line for each of the population (Deb and Jain 2014, section IV-A)."""
+    """The finest division with at most as many reference lines as the population (Deb and Jain
+    2014, section IV-A)."""
     parts = 1
     while math.comb(parts + num_objectives, num_objectives - 1) <= population_size:
         parts += 1

@@ -1,4 +1,4 @@
-"""Every point of a discrete space by its number, without a list of them: conditions included, nothing twice."""
+"""Grid over a search space, also with conditions: its distinct points by number."""
 
 from __future__ import annotations
 
@@ -16,24 +16,25 @@ from search.suggest.space import Scalar, Space, nth_value, num_values
 
 MAX_POINTS = 1_000_000
 DEFAULT_POINTS = 5
-"""Values of a dimension without steps."""
+"""Default number of grid values of a dimension without steps."""
 
 
 class Grid:
     """The points of a space in a fixed order.
 
-    The parents of conditions split the space into branches; in a branch it is known which dimensions exist, and its points are numbered
-    as a number with mixed digits is.
+    The parents of conditions split the space into branches. Within a branch the same dimensions
+    exist, and its points are numbered as mixed-radix numbers.
     """
 
     def __init__(self, space: Space, num_continuous: int = DEFAULT_POINTS) -> None:
-        """
+        """Create the grid of a space.
+
         Args:
-            space: whose points are wanted.
-            num_continuous: values of a dimension without steps, both ends among them.
+            space: the search space.
+            num_continuous: number of values of a dimension without steps, including both ends.
 
         Raises:
-            ConfigError: it has more than `MAX_POINTS` points.
+            ConfigError: the grid has more than `MAX_POINTS` points.
         """
         self._distributions = space.distributions
         self._num_continuous = num_continuous
@@ -46,7 +47,7 @@ class Grid:
         sizes = {name: num_values(distribution, num_continuous) for name, distribution in space.distributions.items()}
         self._sizes = sizes
         self._ends = list(accumulate(math.prod(sizes[name] for name in names) for names in self._others))
-        if self._ends[-1] > MAX_POINTS:  # may be more than `len` can say
+        if self._ends[-1] > MAX_POINTS:  # may exceed the range of `len`
             largest = sorted(sizes, key=lambda name: -sizes[name])[:3]
             raise ConfigError(
                 f"sampler.name grid: the space has {self._ends[-1]:,} points, and at most {MAX_POINTS:,} can be listed; give fewer values "
@@ -58,7 +59,7 @@ class Grid:
         return self._ends[-1]
 
     def __getitem__(self, index: int) -> dict[str, Scalar]:
-        """A point, in the order of the space."""
+        """Point number `index`, with its dimensions in the order of the space."""
         if not 0 <= index < len(self):
             raise IndexError(f"point {index} of {len(self)}")
         place = bisect_right(self._ends, index)
@@ -70,12 +71,12 @@ class Grid:
         return {name: point[name] for name in self._distributions if name in point}
 
     def shuffled(self, seed: int) -> Shuffled:
-        """The same points in an order without any: the first n of them are spread over the space."""
+        """The points in random order, so that the first n are spread over the space."""
         return Shuffled(self, seed)
 
 
 class Shuffled:
-    """A grid's points in an order that a seed decides."""
+    """A grid's points in a random order given by a seed."""
 
     def __init__(self, grid: Grid, seed: int) -> None:
         self._grid = grid
@@ -91,7 +92,7 @@ class Shuffled:
 
 @lru_cache(maxsize=2)
 def _order(length: int, seed: int) -> NDArray[np.int64]:
-    """0, 1, ..., length - 1 shuffled; kept, as every slot of a sweep asks for one place in the same order."""
+    """A random permutation of 0..length - 1, cached since every slot needs one entry."""
     order = np.random.default_rng(derive_seed(seed, "grid")).permutation(length)
     order.setflags(write=False)
     return order

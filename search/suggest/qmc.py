@@ -1,4 +1,4 @@
-"""Scrambled Sobol points over a whole space, by their number."""
+"""Points of a scrambled Sobol sequence over a search space, by number."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from search.suggest.space import Scalar, Space, at_share
 
 
 def sobol_point(space: Space, seed: int, index: int) -> dict[str, Scalar]:
-    """The `index`-th point of the sequence that `seed` scrambles.
+    """Point number `index` of the sequence scrambled by `seed`.
 
-    Every free dimension has a coordinate of its own, choices and conditional ones too, so that a point is the same whether or not
-    another dimension exists beside it.
+    Every free dimension has its own coordinate, including choices and conditional dimensions, so
+    that its value does not depend on which other dimensions exist.
 
     Returns:
-        all free dimensions, those too that do not exist beside the others.
+        Values of all free dimensions, including those whose conditions do not hold.
     """
-    from scipy.stats.qmc import Sobol  # a third of a second, which only this sampler needs
+    from scipy.stats.qmc import Sobol  # takes a third of a second to import, and only this sampler needs it
 
     free = space.free
     if not free:
         return {}
     sequence = Sobol(len(free), scramble=True, rng=derive_seed(seed, "qmc") % 2**32)
-    if index:  # SciPy cannot move on by nothing
+    if index:  # SciPy does not accept 0
         sequence.fast_forward(index)
     shares = sequence.random(1)[0]
     return {

@@ -1,8 +1,8 @@
-"""Samplers by name, and the seeds of everything random in a sweep.
+"""Samplers by name, and the seeds of all randomness in a sweep.
 
-Every slot has a sampler of its own. What it suggests depends on the finished trials, on those of its cohort that run, on the sweep's seed
-and on the slot, and on nothing else: no sampler carries anything from one slot to the next, so that a sweep that was
-interrupted goes on as if it had not been.
+Every slot has its own sampler. Its suggestion depends only on the finished trials, the running
+trials of its cohort, the sweep's seed and the slot: no sampler keeps state from one slot to the
+next, so that an interrupted sweep continues as if it had not been interrupted.
 """
 
 from __future__ import annotations
@@ -31,14 +31,16 @@ from search.suggest.space import Scalar, Space, nth_value, parse_space, suggest
 
 KNOWN_SAMPLERS = ("random", "grid", "qmc", "tpe", "nsga2", "nsga3", "gp")
 POINT_LISTS = ("grid", "qmc")
-"""Those that walk along a list of points: slot k tries its k-th."""
+"""Samplers with a fixed list of points, of which slot k tries the k-th."""
 MAX_DIVISIONS = 100
-"""Of an objective by NSGA-III's reference lines: 5,151 of them with three objectives."""
+"""Largest `dividing_parameter` of NSGA-III; with three objectives it gives 5,151 reference
+lines."""
 
 
 @contextmanager
 def quiet_optuna(level: int = optuna.logging.WARNING) -> Iterator[None]:
-    """Silence Optuna's lines below `level`, and its notes about experimental features, inside the block only."""
+    """Context manager that silences Optuna's log below `level` and its warnings about experimental
+    features."""
     verbosity = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(max(verbosity, level))
     try:
@@ -51,13 +53,15 @@ def quiet_optuna(level: int = optuna.logging.WARNING) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class SamplerSettings:
-    """Who suggests, and how.
+    """Settings of a sampler.
 
     Attributes:
-        name: one of `KNOWN_SAMPLERS`, or the import path of a class of Optuna's kind.
-        options: keyword arguments of its constructor; of `grid`, `points`: values of a dimension without steps.
-        startup: random trials before `tpe` and `gp` model; for `nsga2` and `nsga3` the first generation, and the size of every other
-            (at least 2). The others ignore it.
+        name: one of `KNOWN_SAMPLERS`, or the import path of a subclass of Optuna's `BaseSampler`.
+        options: keyword arguments of its constructor; `grid` has `points`, the number of values of
+            a dimension without steps.
+        startup: number of random trials before `tpe` and `gp` use their models; for `nsga2` and
+            `nsga3` the size of a generation (at least 2), of which the first is random. The other
+            samplers ignore it.
     """
 
     name: str = "tpe"
@@ -68,7 +72,7 @@ class SamplerSettings:
 def slot_seed(base_seed: int, slot: int, stream: Literal["sampler", "trial"]) -> int:
     """The seed of one random stream of one slot.
 
-    It depends on our own slot index and not on Optuna's trial number, which a restart may shift.
+    It depends on our slot index and not on Optuna's trial number, which may change after a restart.
 
     Returns:
         0 <= seed < 2**32, which random, numpy and torch all accept.
@@ -77,20 +81,21 @@ def slot_seed(base_seed: int, slot: int, stream: Literal["sampler", "trial"]) ->
 
 
 def is_foreign(name: str) -> bool:
-    """Whether a sampler is given by its import path: nothing is known then of what it keeps, and where."""
+    """Whether a sampler is given by its import path; it may keep state unknown to us."""
     return name not in KNOWN_SAMPLERS
 
 
 def check_sampler(settings: SamplerSettings, num_objectives: int = 2) -> None:
-    """Find out beforehand whether a sampler can be made and asked.
+    """Check in advance that a sampler can be created and used.
 
     Args:
-        settings: of the sampler.
-        num_objectives: of the sweep, 2 or 3.
+        settings: the sampler's settings.
+        num_objectives: number of the sweep's objectives, 2 or 3.
 
     Raises:
-        ConfigError: no such sampler, an option that it does not have, that is not for a file to say, or whose value it refuses; a
-            foreign one that cannot be imported, is no sampler, takes no seed, or cannot suggest for several objectives.
+        ConfigError: the sampler is unknown; an option is unknown, cannot be set in a file, or has a
+            value that the sampler refuses; or a foreign sampler cannot be imported, is not a
+            sampler, takes no seed, or cannot suggest for several objectives.
     """
     signature = inspect.signature(_constructor(settings.name))
     for name, value in settings.options.items():
@@ -102,7 +107,7 @@ def check_sampler(settings: SamplerSettings, num_objectives: int = 2) -> None:
         )
     try:
         with quiet_optuna():
-            _rehearse(settings, num_objectives)
+            _try_out(settings, num_objectives)
     except ConfigError:
         raise
     except Exception as error:  # whatever a constructor or a foreign sampler raises
@@ -111,14 +116,14 @@ def check_sampler(settings: SamplerSettings, num_objectives: int = 2) -> None:
 
 
 def make_sampler(settings: SamplerSettings, *, space: Space, base_seed: int, slot: int) -> BaseSampler:
-    """A fresh sampler for one slot.
+    """Create the sampler of one slot.
 
     Args:
-        settings: checked (`check_sampler`).
-        space: of the sweep.
-        base_seed: of the sweep.
-        slot: its place in the sweep, from 0. For `POINT_LISTS` the place in their list, from which slots with points that were
-            enqueued take nothing.
+        settings: settings that have passed `check_sampler`.
+        space: the search space.
+        base_seed: seed of the sweep.
+        slot: index of the slot in the sweep, from 0; for `POINT_LISTS` the index in their list, in
+            which slots with enqueued points are not counted.
 
     Raises:
         ConfigError: as `check_sampler`; or the space has too many points for a grid.
@@ -148,10 +153,10 @@ def make_sampler(settings: SamplerSettings, *, space: Space, base_seed: int, slo
 
 
 def num_points(settings: SamplerSettings, space: Space) -> int | None:
-    """How many points there are to try; None where a sampler never runs out.
+    """Number of points of a grid; None for samplers with unlimited points.
 
     Raises:
-        ConfigError: too many for a list.
+        ConfigError: the grid has too many points.
     """
     if settings.name != "grid":
         return None
@@ -159,15 +164,17 @@ def num_points(settings: SamplerSettings, space: Space) -> int | None:
 
 
 def lasting_notes(notes: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a sampler's notes on a trial, those that matter when it has finished; what only its cohort needed is left out."""
+    """A sampler's attributes of a trial that are needed after it has finished; those only for its
+    cohort are left out."""
     return {name: value for name, value in notes.items() if ":relative_params:" not in name}
 
 
 class PointSampler(BaseSampler):
-    """Suggests one point that is known beforehand."""
+    """Sampler that suggests one given point."""
 
     def __init__(self, point: Mapping[str, Scalar], space: Space, seed: int) -> None:
-        """`seed` is of what the point leaves out: dimensions that exist only because something else was enqueued."""
+        """Create the sampler; `seed` is for dimensions that the point lacks and that exist because
+        of enqueued values."""
         self._point = dict(point)
         self._space = space
         self._rest = RandomSampler(seed=seed)
@@ -187,15 +194,15 @@ class PointSampler(BaseSampler):
 
 
 class GroupedTPE(TPESampler):
-    """TPE that models together what exists together.
+    """TPE with a joint model for each group of dimensions that exist together.
 
-    Optuna's `group` finds those groups in the trials, anew in every slot; here the space says them. A group that does not exist beside
-    what was drawn before it costs nothing.
+    Optuna's `group` derives these groups from the trials, again in every slot; here they follow
+    from the space. Groups whose conditions do not hold for the values drawn so far are skipped.
     """
 
     def __init__(self, space: Space, *, multivariate: bool = True, group: bool = True, **options: Any) -> None:
-        """`group` False leaves conditional dimensions out of the joint model: each is then modelled alone."""
-        # A cohort is asked before any of it is told: the constant liar keeps its members apart from each other.
+        """Create the sampler; with `group` False conditional dimensions are modelled separately."""
+        # A cohort is asked before any of it is told: the constant liar keeps its suggestions apart.
         super().__init__(multivariate=multivariate, **{"constant_liar": True, **options})
         self._space = space
         groups = space.groups if group else (_unconditional(space),)
@@ -217,9 +224,11 @@ class GroupedTPE(TPESampler):
 
 
 class QuietGP(GPSampler):
-    """Gaussian processes over the dimensions that every point has; those with conditions are drawn at random.
+    """Gaussian-process sampler over the unconditional dimensions; conditional dimensions are drawn
+    at random.
 
-    On one thread, so that the number of cores does not move a suggestion by a rounding, and without warnings of the numerics inside.
+    It runs on one thread, so that suggestions do not depend on the number of cores, and without
+    numerical warnings.
     """
 
     def __init__(self, space: Space, **options: Any) -> None:
@@ -242,7 +251,7 @@ def _unconditional(space: Space) -> tuple[str, ...]:
 
 
 def _given_values(space: Space, trial: FrozenTrial) -> dict[str, Scalar]:
-    """What no sampler decides: values that are fixed, and those that were enqueued."""
+    """The values that no sampler decides: fixed and enqueued ones."""
     fixed = {
         name: nth_value(distribution, 0) for name, distribution in space.distributions.items() if distribution.single()
     }
@@ -250,7 +259,7 @@ def _given_values(space: Space, trial: FrozenTrial) -> dict[str, Scalar]:
 
 
 def _population(settings: SamplerSettings) -> int:
-    # Optuna's default of 50 would spend a sweep of this size on one or two generations.
+    # With Optuna's default of 50 a typical sweep would have only one or two generations.
     return max(2, settings.startup)
 
 
@@ -285,16 +294,16 @@ _CONSTRUCTORS: Mapping[str, Callable[..., Any]] = {
     "nsga3": NSGAIIISampler,
     "gp": GPSampler,
 }
-"""What says which options there are."""
-_ELSEWHERE: Mapping[str, str] = {
+"""Callables whose signatures define the options of the samplers."""
+_SET_ELSEWHERE: Mapping[str, str] = {
     "seed": "every slot derives its own from the sweep's `seed`",
     "constraints_func": "write `constraints` in the sweep's file",
 }
-_STARTUP: Mapping[str, str] = {
+_SET_BY_STARTUP: Mapping[str, str] = {
     "n_startup_trials": "set sampler.startup",
     "population_size": "set sampler.startup, which is the size of a generation",
 }
-_OBJECTS = (
+_OBJECT_OPTIONS = (
     "independent_sampler",
     "base_sampler",
     "gamma",
@@ -305,12 +314,12 @@ _OBJECTS = (
     "child_generation_strategy",
     "after_trial_strategy",
 )
-_UNFIT: Mapping[str, str] = {
+_UNUSABLE: Mapping[str, str] = {
     "GridSampler": "keeps its place in the study, and a resumed sweep would start over; write grid, which does not",
     "QMCSampler": "keeps its place in the study, and a resumed sweep would start over; write qmc, which does not",
     "BruteForceSampler": "ends the study from within Optuna's own loop; write grid, which tries every point once too",
 }
-"""Samplers of Optuna that cannot work here."""
+"""Samplers of Optuna that cannot be used here, with the reason."""
 
 
 def _constructor(name: str) -> Callable[..., Any]:
@@ -328,8 +337,8 @@ def _constructor(name: str) -> Callable[..., Any]:
         raise ConfigError(f"sampler.name: cannot import '{name}': {error}") from error
     if not (isinstance(found, type) and issubclass(found, BaseSampler)):
         raise ConfigError(f"sampler.name: '{name}' is no class of optuna.samplers.BaseSampler, but {found!r}")
-    if found.__module__.startswith("optuna.") and class_name in _UNFIT:
-        raise ConfigError(f"sampler.name: '{name}' {_UNFIT[class_name]}")
+    if found.__module__.startswith("optuna.") and class_name in _UNUSABLE:
+        raise ConfigError(f"sampler.name: '{name}' {_UNUSABLE[class_name]}")
     return found
 
 
@@ -340,14 +349,18 @@ def _takes(signature: inspect.Signature, name: str) -> bool:
 
 def _check_option(sampler: str, name: str, value: Any, signature: inspect.Signature) -> None:
     path = f"sampler.options.{name}"
-    reason = _ELSEWHERE.get(name) or (None if is_foreign(sampler) else _STARTUP.get(name))
+    reason = _SET_ELSEWHERE.get(name) or (None if is_foreign(sampler) else _SET_BY_STARTUP.get(name))
     if reason is not None:
         raise ConfigError(f"{path}: cannot be set here; {reason}")
     if not _takes(signature, name):
-        offered = [known for known in signature.parameters if known not in (*_ELSEWHERE, *_STARTUP, *_OBJECTS)]
+        offered = [
+            known
+            for known in signature.parameters
+            if known not in (*_SET_ELSEWHERE, *_SET_BY_STARTUP, *_OBJECT_OPTIONS)
+        ]
         hint = did_you_mean(name, offered) or ";"
         raise ConfigError(f"{path}: {sampler} has no such option{hint} it has {', '.join(offered) or 'none'}")
-    if name in _OBJECTS:
+    if name in _OBJECT_OPTIONS:
         raise ConfigError(f"{path}: takes a Python object, which a file cannot hold; leave it out")
     default = signature.parameters[name].default if name in signature.parameters else None
     if not _is_like(value, default):
@@ -359,7 +372,8 @@ def _check_option(sampler: str, name: str, value: Any, signature: inspect.Signat
 
 
 def _is_like(value: Any, default: Any) -> bool:
-    """Whether a value has the type of a default, where that has one that says something."""
+    """Whether a value has the type of a default; always True for defaults other than booleans and
+    numbers."""
     if isinstance(default, bool):
         return isinstance(value, bool)
     if isinstance(default, int):
@@ -369,8 +383,9 @@ def _is_like(value: Any, default: Any) -> bool:
     return True
 
 
-def _rehearse(settings: SamplerSettings, num_objectives: int) -> None:
-    """Make the sampler; a foreign one, or one with options (many values are looked at late), is also asked and told a few trials."""
+def _try_out(settings: SamplerSettings, num_objectives: int) -> None:
+    """Create the sampler; if it is foreign or has options, also ask and tell a few trials, since
+    many values are checked late."""
     space = parse_space({"a": {"int": [0, 3]}, "b": {"choice": ["x", "y"]}})
     make_sampler(settings, space=space, base_seed=0, slot=0)
     if settings.name in POINT_LISTS or not (settings.options or is_foreign(settings.name)):

@@ -1,7 +1,8 @@
-"""The search space: from the configuration's plain form to Optuna distributions. All ranges include both ends.
+"""The search space: conversion of the configuration's form to Optuna distributions. All ranges
+include both ends.
 
-A dimension may have conditions: it exists only in points where its parents have certain values. A parent is itself a
-dimension, one whose values can be named: choice, fixed or int.
+A dimension may have conditions: it exists only in points where its parents have certain values. A
+parent is itself a dimension whose values can be listed: choice, fixed or int.
 """
 
 from __future__ import annotations
@@ -25,19 +26,22 @@ from dsnet.wording import did_you_mean, way_out
 Scalar = float | int | str | bool
 """A value of a parameter."""
 Conditions = tuple[tuple[str, tuple[Scalar, ...]], ...]
-"""(parent, values that it may have), all of which must hold."""
+"""Conditions of a dimension, all of which must hold: (parent, values that it may have)."""
 MAX_BRANCHES = 100_000
-"""Ways in which the parents of a space can be set; more than a person would write."""
+"""Maximum number of combinations of the parents' values."""
 
 
 @dataclass(frozen=True)
 class Space:
-    """What a sweep varies, in the order in which the file lists it, but parents before their children.
+    """The dimensions that a sweep varies, in the order of the file, but with parents before their
+    children.
 
     Attributes:
-        written: the configuration's own form, e.g. {"gate.target": {"uniform": [0.05, 0.9]}}; JSON-able.
-        distributions: the same as Optuna distributions. A fixed value is a choice of one, so that the study shows it.
-        conditions: of the dimensions that have any: when they exist.
+        written: the space as written in the configuration, e.g. {"gate.target": {"uniform": [0.05,
+            0.9]}}; JSON-able.
+        distributions: Optuna distributions by name. A fixed value is a choice of one, so that the
+            study shows it.
+        conditions: conditions by name, for the dimensions that have any.
     """
 
     written: Mapping[str, Any]
@@ -46,30 +50,34 @@ class Space:
 
     @property
     def hash(self) -> str:
-        """Hex digest of names, distributions and their order: two spaces with one hash give the same suggestions."""
+        """SHA-256 of the written space, including its order; spaces with the same hash give the
+        same suggestions."""
         canonical = json.dumps(list(self.written.items()), separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
 
     @property
     def free(self) -> dict[str, BaseDistribution]:
-        """The dimensions that hold more than one value."""
+        """The dimensions with more than one value."""
         return {name: distribution for name, distribution in self.distributions.items() if not distribution.single()}
 
     @cached_property
     def groups(self) -> tuple[tuple[str, ...], ...]:
-        """The free dimensions, those together that exist in exactly the same points; in the order of their first."""
+        """The free dimensions grouped by the branches in which they exist, in order of each group's
+        first dimension."""
         grouped: dict[tuple[bool, ...], list[str]] = {}
         for name in self.free:
             grouped.setdefault(tuple(self.has(name, branch) for branch in self.branches), []).append(name)
         return tuple(tuple(names) for names in grouped.values())
 
     def has(self, name: str, point: Mapping[str, Scalar]) -> bool:
-        """Whether a dimension exists in a point that holds all that come before it."""
+        """Whether a dimension exists in a point, which must hold the existing dimensions before
+        it."""
         return all(parent in point and point[parent] in values for parent, values in self.conditions.get(name, ()))
 
     @cached_property
     def branches(self) -> tuple[dict[str, Scalar], ...]:
-        """Every way to set the parents, each with the parents that exist in it; one empty way where nothing is conditional.
+        """All combinations of the values of existing parents; a single empty one if the space has
+        no conditions.
 
         Raises:
             ConfigError: there are more than `MAX_BRANCHES`.
@@ -104,12 +112,13 @@ def parse_space(written: Mapping[str, Any]) -> Space:
     """Read the `space` section.
 
     Args:
-        written: dotted name -> {kind: arguments} or a bare value that stays fixed. Kinds: uniform [low, high],
-            loguniform [low, high] (low > 0), int [low, high] or [low, high, step], step [low, high, step],
-            choice [a, b, ...], fixed value. Beside the kind may stand `when: {parent: value or list of values}`.
+        written: dotted name -> {kind: arguments}, or a plain value that stays fixed. Kinds: uniform
+            [low, high], loguniform [low, high] (low > 0), int [low, high] or [low, high, step],
+            step [low, high, step], choice [a, b, ...], fixed value. Conditions may be given beside
+            the kind as `when: {parent: value or list of values}`.
 
     Raises:
-        ConfigError: an entry cannot be read, or can never be drawn; the message names it.
+        ConfigError: an entry is invalid or its conditions can never hold; the message names it.
     """
     if not written:
         raise ConfigError(
@@ -123,14 +132,15 @@ def parse_space(written: Mapping[str, Any]) -> Space:
     space = Space(dict(written), {name: distributions[name] for name in order}, conditions)
     for name in conditions:
         if not any(space.has(name, branch) for branch in space.branches):
-            raise ConfigError(f"space.{name}: its conditions can never hold together: {_spoken(conditions[name])}")
+            raise ConfigError(f"space.{name}: its conditions can never hold together: {_in_words(conditions[name])}")
     return space
 
 
 def suggest(trial: Trial, space: Space) -> dict[str, Scalar]:
-    """Draw for `trial` every dimension that exists in its point, in the order of the space.
+    """Suggest a value of every existing dimension for `trial`, in the order of the space.
 
-    The order matters: a sampler that draws one dimension at a time spends its random stream in this order.
+    The order matters: a sampler that draws dimensions one by one consumes its random numbers in
+    this order.
     """
     point: dict[str, Scalar] = {}
     for name, distribution in space.distributions.items():
@@ -140,7 +150,7 @@ def suggest(trial: Trial, space: Space) -> dict[str, Scalar]:
 
 
 def num_values(distribution: BaseDistribution, num_continuous: int = 1) -> int:
-    """How many values a dimension has; `num_continuous` where it has no steps."""
+    """Number of values of a dimension; `num_continuous` if it has no steps."""
     match distribution:
         case CategoricalDistribution(choices=choices):
             return len(choices)
@@ -154,13 +164,13 @@ def num_values(distribution: BaseDistribution, num_continuous: int = 1) -> int:
 
 
 def nth_value(distribution: BaseDistribution, index: int, num_continuous: int = 1) -> Any:
-    """A dimension's value by its place, rising or as its choice lists them.
+    """The value of a dimension with a given index, in rising order or in the order of its choice.
 
     Args:
-        distribution: of the dimension.
+        distribution: distribution of the dimension.
         index: 0 <= index < `num_values`.
-        num_continuous: >= 1; into how many values a dimension without steps is divided, evenly (by ratio where it is drawn so), both
-            ends among them. One is its middle.
+        num_continuous: >= 1; number of values of a dimension without steps, evenly spaced (by ratio
+            for loguniform), including both ends; 1 gives its middle.
     """
     match distribution:
         case CategoricalDistribution(choices=choices):
@@ -168,28 +178,28 @@ def nth_value(distribution: BaseDistribution, index: int, num_continuous: int = 
         case IntDistribution(low=low, step=step):
             return low + index * step
         case FloatDistribution(low=low, high=high, step=float(step)):
-            return min(high, low + index * step)  # the sum by which Optuna computes it too
+            return min(high, low + index * step)  # the same expression as in Optuna
     return at_share(distribution, 0.5 if num_continuous == 1 else index / (num_continuous - 1))
 
 
 def at_share(distribution: BaseDistribution, share: float) -> Any:
-    """The value that `share` of a dimension lies below, 0 <= share <= 1; values with steps have equal parts of it."""
+    """The quantile of a dimension at `share`, 0..1; discrete values have equal shares."""
     if not isinstance(distribution, FloatDistribution) or distribution.step is not None:
         number = num_values(distribution)
         return nth_value(distribution, min(number - 1, int(share * number)))
     low, high = distribution.low, distribution.high
     if share in (0.0, 1.0):
-        return high if share else low  # exactly, where a logarithm and back would miss it by a little
+        return high if share else low  # exactly, without the rounding of the logarithm
     value = low * (high / low) ** share if distribution.log else low + share * (high - low)
     return min(high, max(low, value))
 
 
 def check_point(space: Space, point: Mapping[str, Scalar]) -> None:
-    """Check values that somebody wants tried. What the point leaves out is drawn.
+    """Check a point that is to be enqueued; it may lack dimensions, which are drawn.
 
     Raises:
-        ConfigError: a key that the space does not hold, a value outside its dimension, or a dimension that does not exist beside
-            the point's other values.
+        ConfigError: a key is not in the space, a value is outside its dimension, or a dimension
+            cannot exist together with the point's other values.
     """
     for name, value in point.items():
         distribution = space.distributions.get(name)
@@ -198,17 +208,20 @@ def check_point(space: Space, point: Mapping[str, Scalar]) -> None:
             raise ConfigError(f"'{name}' is not in the space{hint} it holds {', '.join(space.distributions)}")
         if not _holds(distribution, value):
             raise ConfigError(f"{name} = {value!r} is outside the space; it takes {_range_of(distribution)}")
-        denied = _denied(space, name, point)
+        denied = _violated_condition(space, name, point)
         if denied is not None:
-            raise ConfigError(f"{name} is only tried when {_spoken((denied,))}, which this point denies; leave it out")
+            raise ConfigError(
+                f"{name} is only tried when {_in_words((denied,))}, which this point denies; leave it out"
+            )
 
 
-def _denied(space: Space, name: str, point: Mapping[str, Scalar]) -> tuple[str, tuple[Scalar, ...]] | None:
-    """The first condition of a dimension, or of its parents, that the point does not leave open."""
+def _violated_condition(space: Space, name: str, point: Mapping[str, Scalar]) -> tuple[str, tuple[Scalar, ...]] | None:
+    """The first condition of a dimension, or of its parents, that the point's values violate; None
+    if there is none."""
     for parent, values in space.conditions.get(name, ()):
         if parent in point and point[parent] not in values:
             return parent, values
-        above = _denied(space, parent, point)
+        above = _violated_condition(space, parent, point)
         if above is not None:
             return above
     return None
@@ -235,7 +248,7 @@ def _range_of(distribution: BaseDistribution) -> str:
     raise TypeError(f"no range of {distribution!r}")
 
 
-def _spoken(conditions: Conditions) -> str:
+def _in_words(conditions: Conditions) -> str:
     return " and ".join(f"{parent} is {' or '.join(map(str, values))}" for parent, values in conditions)
 
 
@@ -255,7 +268,8 @@ def _has_when(entry: Any) -> bool:
 
 
 def _parse_when(name: str, when: Any, distributions: Mapping[str, BaseDistribution]) -> Conditions:
-    """Read one entry's conditions; each value becomes the parent's own (1 and True are equal, and only one is meant)."""
+    """Read one entry's conditions; each value is replaced by the parent's equal value, since 1 ==
+    True in Python."""
     if not isinstance(when, Mapping) or not when:
         raise ConfigError(f"space.{name}: when is written when: {{other.setting: value}}; got {when!r}")
     conditions = []
@@ -284,7 +298,7 @@ def _own_value(name: str, parent: str, value: Any, distribution: BaseDistributio
 
 
 def _parents_first(distributions: Mapping[str, BaseDistribution], conditions: Mapping[str, Conditions]) -> list[str]:
-    """The names as they are listed, but each behind its parents.
+    """The names in the given order, but each after its parents.
 
     Raises:
         ConfigError: a dimension depends on itself.
@@ -372,7 +386,8 @@ _KINDS: Mapping[str, Callable[[str, Any], BaseDistribution]] = {
 
 
 def _range(name: str, kind: str, arguments: Any, *, form: str, lengths: tuple[int, ...]) -> list[float]:
-    """Numbers low <= high and, where there is one, a step that leads from low exactly to high."""
+    """Read the numbers of a range: low <= high and, if given, a step that leads exactly from low to
+    high."""
     if not isinstance(arguments, Sequence) or len(arguments) not in lengths or not all(map(_is_finite, arguments)):
         raise ConfigError(f"space.{name}: {kind} is written {kind}: {form} with finite numbers; got {arguments!r}")
     low, high, *step = arguments

@@ -1,4 +1,4 @@
-"""Checkpoints of published code, read by our names. Nothing here runs code from a file."""
+"""Import of checkpoints of published code. Nothing here runs code from a file."""
 
 from dsnet.stored.compat.dsnet_release import load_dsnet_checkpoint, load_dsnet_gate
 

@@ -1,17 +1,25 @@
-"""The released checkpoint of DS-Net (arXiv 2103.13258): its one model, DS-MBNet with a BatchNorm per width.
+"""Reader of the released checkpoint of DS-Net (arXiv 2103.13258), a DS-MBNet.
 
-What is known of the format:
+The format:
 
-- The file is `torch.save` of a dict: "state_dict", mostly "state_dict_ema" (the weights' moving average), "epoch", the optimiser's state,
-  and "args", the command line as an `argparse.Namespace`. Names may carry the `module.` of a data-parallel wrapper.
-- Blocks are named by stage: `blocks.<stage>.first_block`, then `blocks.<stage>.residual_blocks.<n>`. The attention is called `gate`.
-- A normalisation layer is a list `aux_bn.<i>`, an entry per width **of that layer**, narrowest first. Each has running statistics; the
-  scale and shift stand in the last entry only, at full length, and every width uses a prefix of them.
-- So sub-network 13 and the teacher, which have equal widths from the gated stage on, share their statistics there. Ours
-  are keyed by all widths up to the layer (docs/methods.md, section 3): both of our sets start from that one, and part
-  as soon as they are recalibrated or trained.
-- The slimming head stands in the gated block's attention, a row per route. In our terms it is a router and no part of the supernet:
-  `load_dsnet_gate` reads it. The model always has it, whatever stage of training wrote the file, so it is required.
+- The file is `torch.save` of a dict: "state_dict", mostly "state_dict_ema" (the weights' moving
+average), "epoch", the optimiser's state,
+  and "args", the command line as an `argparse.Namespace`. Names may have the prefix `module.` of a
+  data-parallel wrapper.
+- Blocks are named by stage: `blocks.<stage>.first_block`, then
+`blocks.<stage>.residual_blocks.<n>`. The attention is called `gate`.
+- A normalisation layer is a list `aux_bn.<i>` with one entry per width **of that layer**, narrowest
+first. Each has running statistics;
+  scale and shift are stored in the last entry only, at full length, and every width uses a prefix
+  of them.
+- Sub-network 13 and the teacher have equal widths from the gated stage on, and therefore share
+their statistics there. Ours are keyed
+  by all widths up to the layer (docs/methods.md, section 3): two sets of ours start with the same values, and differ
+  after recalibration or training.
+- The slimming head is stored in the gated block's attention, with one row per route. In our terms
+it is a router and not a part of the
+  supernet; `load_dsnet_gate` reads it. The model always has it, after any stage of training, so it
+  is required.
 """
 
 from __future__ import annotations
@@ -36,7 +44,7 @@ from dsnet.stored.compat.torch_files import read_torch_file
 FAMILY = "ds_mbnet"
 NORM = "private_stats"
 HEAD = "blocks.3.first_block.gate.gate.0.weight"
-"""The slimming head, [routes, hidden, 1, 1]: row r is the logit of sub-network r."""
+"""Name of the slimming head, [routes, hidden, 1, 1]; row r gives the logit of sub-network r."""
 BLOCKS = tuple(
     f"blocks.{stage}." + ("first_block" if number == 0 else f"residual_blocks.{number - 1}")
     for stage, num_blocks in enumerate((1, 2, 2, 6, 2))
@@ -68,30 +76,34 @@ NORM_PARTS: Mapping[str, str] = {
     "var": "running_var",
     "updates": "num_batches_tracked",
 }
-"""What a normalisation layer holds: our names -> the published ones."""
+"""Our names within a normalisation layer -> the published ones."""
 
 Source = str | Path | Mapping[str, Any]
 _USUAL_CLASSES = 1000
-"""Of ImageNet: what a classifier that is missing is described with."""
+"""Number of classes of ImageNet, used in messages about a missing classifier."""
 
 
 def load_dsnet_checkpoint(
     source: Source, num_classes: int | None = None, *, ema: bool = False, image_size: int = 224
 ) -> tuple[Supernet, SubnetSet]:
-    """A released checkpoint as a supernet in eval mode, and its sub-networks.
+    """Load a released checkpoint as a supernet in eval mode, with its sub-networks.
 
-    `subnets[k]` is sub-network k = 0..13, `subnets.largest` the teacher outside the routing space; `supernet(images, subnets[k])` gives
-    logits [B, classes]. The counts of BatchNorm updates are the checkpoint's. The weights are copies.
+    `subnets[k]` is sub-network k = 0..13, `subnets.largest` the teacher outside the routing space;
+    `supernet(images, subnets[k])` gives logits [B, classes]. The counts of BatchNorm updates are
+    those of the checkpoint. The weights are copies.
 
     Args:
-        source: a file of `torch.save` (read without running code from it), what such a file holds, or the state dict alone.
-        num_classes: of the classifier in the checkpoint; None takes as many as it has.
-        ema: take the moving average of the weights.
-        image_size: side in pixels that the supernet is laid out for; the weights do not depend on it.
+        source: a file of `torch.save` (read without running code from it), its content, or the
+            state dict alone.
+        num_classes: expected number of classes of the classifier; None takes the checkpoint's.
+        ema: whether to take the moving average of the weights.
+        image_size: height and width in pixels for which the supernet is laid out; the weights do
+            not depend on it.
 
     Raises:
-        CheckpointError: the file cannot be read; it holds no (averaged) weights; weights are NaN or infinite; or tensors are
-            missing, unexpected or misshapen, all of which are listed by their published names.
+        CheckpointError: the file cannot be read; it holds no (averaged) weights; weights are NaN or
+            infinite; or tensors are missing, unexpected or misshapen, all of which are listed by
+            their published names.
     """
     where, tensors, problems = _read(source, ema)
     if num_classes is None:
@@ -110,16 +122,19 @@ def load_dsnet_checkpoint(
 
 
 def load_dsnet_gate(source: Source, *, ema: bool = False) -> GateRouter:
-    """The slimming head of a released checkpoint as a router over sub-networks 0..R-1, R being the head's rows; without an offset.
+    """Load the slimming head of a released checkpoint as a router over sub-networks 0..R-1, for a
+    head of R rows.
 
-    The published gate applies no noise at inference: its scores are the logits of docs/methods.md, section 4.
+    The router has no bias. The published gate applies no noise at inference: its scores are the
+    logits of docs/methods.md, section 4.
 
     Args:
-        source: as for `load_dsnet_checkpoint`, which checks everything else in it.
-        ema: take the moving average of the weights.
+        source: as for `load_dsnet_checkpoint`, which also checks all other tensors.
+        ema: whether to take the moving average of the weights.
 
     Raises:
-        CheckpointError: the file cannot be read, it holds no (averaged) weights, or the head is missing, misshapen or not finite.
+        CheckpointError: the file cannot be read, it holds no (averaged) weights, or the head is
+            missing, misshapen or not finite.
     """
     where, tensors, problems = _read(source, ema)
     subnets = layout(FAMILY, Task(_USUAL_CLASSES, 3, 224), norm=NORM)
@@ -132,7 +147,10 @@ def load_dsnet_gate(source: Source, *, ema: bool = False) -> GateRouter:
 
 
 def published_names(supernet: Supernet) -> dict[str, str]:
-    """The name of each of our parameters and buffers -> its published name (two of ours may share one: the module's docstring)."""
+    """Name of each of our parameters and buffers -> its published name.
+
+    Two of ours may have the same published name (see the module's docstring).
+    """
     names: dict[str, str] = {}
     for path, module in supernet.named_modules():
         leaves = [name for name, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))]
@@ -144,7 +162,8 @@ def published_names(supernet: Supernet) -> dict[str, str]:
 
 
 def published_shape(name: str, ours: Tensor) -> tuple[int, ...]:
-    """The published shape of our tensor `name`: the attention's linear maps are 1x1 convolutions there."""
+    """The published shape of our tensor `name`; the attention's linear maps are published as 1x1
+    convolutions."""
     is_map = name.endswith(("attention.reduce_weight", "attention.expand_weight"))
     return (*ours.shape, 1, 1) if is_map else tuple(ours.shape)
 
@@ -157,7 +176,8 @@ def _published_path(path: str) -> str:
 
 
 def _bank_names(bank: str, leaves: Iterable[str]) -> dict[str, str]:
-    """Our names in one BatchNorm bank -> the published ones; a name of ours ends with the widths up to the layer."""
+    """Our names in one BatchNorm bank -> the published ones; our names end with the widths up to
+    the layer."""
     parts = {leaf: leaf.split("_") for leaf in leaves}
     widths = sorted({int(prefix[-1]) for _, *prefix in parts.values() if prefix})
     return {
@@ -167,7 +187,8 @@ def _bank_names(bank: str, leaves: Iterable[str]) -> dict[str, str]:
 
 
 def _read(source: Source, ema: bool) -> tuple[str, dict[str, Any], list[str]]:
-    """(where the source is, its state dict without `module.`, what is wrong with its names)."""
+    """Read a source: (its place for messages, its state dict without the prefix `module.`, problems
+    with its names)."""
     if isinstance(source, (str, Path)):
         where, content = str(source), read_torch_file(Path(source))
     else:
@@ -207,7 +228,10 @@ def _num_rows(value: Any) -> int | None:
 def _classifier_shapes(
     tensors: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]]
 ) -> dict[str, tuple[int, ...]]:
-    """The classifier's shapes for the classes it has: another count than asked for is one problem and told once."""
+    """The expected shapes of the classifier for its own number of classes.
+
+    A number of classes other than the requested one is thus reported once, by `_class_problems`.
+    """
     num_found = _num_rows(tensors.get("classifier.weight"))
     names = ("classifier.weight", "classifier.bias")
     return {name: expected[name] if num_found is None else (num_found, *expected[name][1:]) for name in names}
@@ -223,7 +247,8 @@ def _class_problems(tensors: Mapping[str, Any], num_classes: int) -> list[str]:
 
 
 def _head_shape(tensors: Mapping[str, Any], subnets: SubnetSet) -> dict[str, tuple[int, ...]]:
-    """The head may have any number of routes; one that is absent is reported with a route per sub-network."""
+    """The expected shape of the slimming head, for its own number of routes; if it is missing, for
+    one per sub-network."""
     num_routes = _num_rows(tensors.get(HEAD))
     return {HEAD: (len(subnets) if num_routes is None else num_routes, subnets.spec.gates[0].hidden, 1, 1)}
 

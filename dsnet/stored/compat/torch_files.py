@@ -1,8 +1,9 @@
-"""Files of `torch.save`, read without running code from them.
+"""Reader of `torch.save` files that runs no code from them.
 
-Such a file is a pickle: read in full, it may call anything. Here torch's restricted reader builds plain values and tensors only. What
-research code commonly leaves beside its tensors (its command line, NumPy numbers) is stepped over: an inert object takes its place,
-so that neither argparse nor NumPy is asked to rebuild it.
+Such a file is a pickle, and unpickling can call anything. torch's restricted unpickler builds only
+plain values and tensors. Other objects that research code commonly stores beside its tensors (its
+command line, NumPy numbers) are skipped: an inert object takes their place, so that neither
+argparse nor NumPy rebuilds them.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ from dsnet.errors import CheckpointError
 
 
 class Skipped:
-    """Stands where the file holds a value that is not read; it keeps nothing of it."""
+    """Placeholder for a value in the file that is not read; it stores nothing."""
 
     def __init__(self, *args: object) -> None:
-        """Takes what the real class would have been built from."""
+        """Ignore the arguments of the real class."""
 
     def __setstate__(self, state: object) -> None:
-        """Takes what the real object would have held."""
+        """Ignore the state of the real object."""
 
 
 SKIPPED_GLOBALS = (
@@ -33,7 +34,8 @@ SKIPPED_GLOBALS = (
     "numpy.core.multiarray.scalar",
     "numpy._core.multiarray.scalar",
 )
-"""Classes and functions that a file may name; `Skipped` answers for each of them. NumPy 2 renamed `numpy.core`."""
+"""Classes and functions that a file may name and that `Skipped` replaces. NumPy 2 renamed
+`numpy.core`."""
 
 WAY_OUT = (
     "If the file is whole and comes from a source you trust, load it with torch.load(weights_only=False) on a machine that may be lost "
@@ -42,10 +44,11 @@ WAY_OUT = (
 
 
 def read_torch_file(path: Path) -> Any:
-    """The object in a file of `torch.save`, zip or legacy, its tensors on the CPU.
+    """Read the object in a file of `torch.save` (zip or legacy); tensors on the CPU.
 
     Raises:
-        CheckpointError: the file is missing, damaged or truncated, or it needs a class or function that is not allowed.
+        CheckpointError: the file is missing, damaged or truncated, or it needs a class or function
+            that is not allowed.
     """
     if path.is_dir():
         raise CheckpointError(f"{path}: is a folder; name the file in it")
@@ -59,7 +62,8 @@ def read_torch_file(path: Path) -> Any:
 
 
 def _reason(path: Path, error: Exception) -> str:
-    # torch wraps what its restricted reader says into advice to read the file in full, which is not what to do.
+    # torch wraps the restricted unpickler's message in the advice to load the file unrestricted,
+    # which would be unsafe.
     cause = error.__context__ if isinstance(error, pickle.UnpicklingError) and error.__context__ else error
     refused = re.search(r"GLOBAL (\S*\w)", str(cause))
     if refused is not None:
@@ -70,7 +74,7 @@ def _reason(path: Path, error: Exception) -> str:
 
 
 def _kind(path: Path) -> str:
-    """What a file is that torch cannot read."""
+    """The kind of a file that torch cannot read, as a phrase for a message."""
     with path.open("rb") as stream:
         beginning = stream.read(2)
     if not beginning:
