@@ -1,6 +1,7 @@
 """The program `dsnet-orch`, under a name of its own: `python -m dsnet_orch` is the same.
 
-Where the user has a module `orchestration`, Python may find that one first. Here our packages are found beside this file.
+Where the user has a module `orchestration`, Python may find that one first. Here our packages are
+found beside this file.
 """
 
 from __future__ import annotations

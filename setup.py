@@ -1,4 +1,5 @@
-"""Metadata of the dsnet-orch distribution; tool settings live in pyproject.toml, tested versions in constraints.txt."""
+"""Metadata of the dsnet-orch distribution; tool settings live in pyproject.toml, tested versions in
+constraints.txt."""
 
 import re
 from pathlib import Path
@@ -34,7 +35,8 @@ setup(
         ]
     ),
     package_data={name: ["py.typed"] for name in ("dsnet", "search", "orchestration", "dashboards")},
-    # Lower bounds are the versions that the test suite ran with: older ones are not known to work, and Optuna 4 does not.
+    # Lower bounds are the versions that the test suite ran with: older ones are not known to work,
+    # and Optuna 4 does not.
     install_requires=[
         "torch>=2.13",
         "ray[train,tune]>=2.60",

@@ -1,18 +1,20 @@
-"""Every sub-network of a supernet against the same network trained alone with fresh weights: is sharing free?
+"""Every sub-network of a supernet against the same network trained alone with fresh weights: is
+sharing free?
 
-Equal are data, batches, steps, augmentation, weight averaging and evaluation (recalibrated; `test`, on which nothing is chosen). Every
-network, shared or alone, takes the best of four learning rates, chosen on `val` with the first seed (a supernet's by the mean of its
-sub-networks). Supernets are also trained at a third of the compute that all their sub-networks need alone, and at as much.
+Equal are data, batches, steps, augmentation, weight averaging and evaluation (recalibrated; `test`,
+on which nothing is chosen). Every network, shared or alone, takes the best of four learning rates,
+chosen on `val` with the first seed (a supernet's by the mean of its sub-networks). Supernets are
+also trained at a third of the compute that all their sub-networks need alone, and at as much.
 
-    python -m benchmarks.alone train --scale cifar --folder F --data DIR --max-seconds 540      (repeat until exit code 0)
+    python -m benchmarks.alone train --scale cifar --folder F --data DIR --max-seconds 540  # until 0
     python -m benchmarks.alone train --scale photos --folder F --data FOLDER_OF_CLASSES
     python -m benchmarks.alone train --scale gpu --folder F --data DIR --device cuda
-    python -m benchmarks.alone train --sweep SWEEP.yaml --folder F       (the network, images and settings of a sweep)
+    python -m benchmarks.alone train --sweep SWEEP.yaml --folder F   # the network of a sweep
     python -m benchmarks.alone report --folder F
     python -m benchmarks.alone --quick
 
-`train --scale` needs torch and dsnet alone. `train` may be repeated and killed at will, and shares its folder with further processes of the
-same host.
+`train --scale` needs torch and dsnet alone. `train` may be repeated and killed at will, and shares
+its folder with further processes of the same host.
 """
 
 from __future__ import annotations
@@ -41,7 +43,8 @@ BENCHMARK = "sub-networks against the same networks trained alone: points below 
 
 
 def measure(options: Options) -> Report:
-    """A tiny set of digits with --quick, else the `digits` scale (about a quarter of an hour on one thread)."""
+    """A tiny set of digits with --quick, else the `digits` scale (about a quarter of an hour on one
+    thread)."""
     from benchmarks.alone_report import make_report  # `train` has to work without rich
 
     scale = SCALES["quick" if options.quick else "digits"]
@@ -76,7 +79,8 @@ def train(arguments: argparse.Namespace) -> None:
 
 
 def scale_of_sweep(path: Path) -> Scale:
-    """The network, the images and the training settings of a sweep file, those that its data decides included.
+    """The network, the images and the training settings of a sweep file, those that its data
+    decides included.
 
     Raises:
         DsnetError: the file or its data is wrong, or its splits cannot be made again here.

@@ -1,4 +1,5 @@
-"""What the runs of `alone` say: the gap of every sub-network to the same network trained alone, with intervals over seeds."""
+"""What the runs of `alone` say: the gap of every sub-network to the same network trained alone,
+with intervals over seeds."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ GOAL = 0.5
 
 @dataclass(frozen=True)
 class Gap:
-    """A supernet's sub-networks beside the same networks alone, for one way of training and one length."""
+    """A supernet's sub-networks beside the same networks alone, for one way of training and one
+    length."""
 
     arm: str
     length: float
@@ -46,7 +48,8 @@ class Gap:
 
 
 def find_gaps(records: Sequence[Mapping[str, Any]]) -> list[Gap]:
-    """All gaps that the finished runs allow: those of an arm's seeds for which every sub-network was trained alone."""
+    """All gaps that the finished runs allow: those of an arm's seeds for which every sub-network
+    was trained alone."""
     found = []
     for length in sorted({record["length"] for record in records}, reverse=True):
         of_length = [record for record in best_rates(records) if record["length"] == length]
@@ -58,7 +61,8 @@ def find_gaps(records: Sequence[Mapping[str, Any]]) -> list[Gap]:
 
 
 def best_rates(records: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Keep one run per arm, sub-network, length and seed: the learning rate with the best `val` accuracy. Diverged runs are left out."""
+    """Keep one run per arm, sub-network, length and seed: the learning rate with the best `val`
+    accuracy. Diverged runs are left out."""
     best: dict[tuple[Any, ...], Mapping[str, Any]] = {}
     for record in records:
         key = tuple(record[name] for name in ("arm", "subnet", "length", "seed"))
@@ -137,7 +141,8 @@ def make_sections(records: Sequence[Mapping[str, Any]], what: str) -> list[Secti
 
 
 def _length_sections(records: Sequence[Mapping[str, Any]]) -> list[Section]:
-    """The ways of training side by side at every length: the mean over sub-networks, and its difference to cross-entropy."""
+    """The ways of training side by side at every length: the mean over sub-networks, and its
+    difference to cross-entropy."""
     rows = []
     for length in sorted({record["length"] for record in records}, reverse=True):
         means: dict[str, dict[int, float]] = {}
@@ -205,7 +210,8 @@ def _curve(runs: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def make_report(folder: Path) -> Report:
-    """Tables, and as the headline how far `ib` is below networks trained alone at equal steps, in the mean.
+    """Tables, and as the headline how far `ib` is below networks trained alone at equal steps, in
+    the mean.
 
     Raises:
         PreflightError: there are no finished runs of `ib` beside all of its sub-networks alone.

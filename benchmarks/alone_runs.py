@@ -1,7 +1,9 @@
-"""The runs of `alone`: supernets, and each of their sub-networks as a network of its own, one run after the other until all are done.
+"""The runs of `alone`: supernets, and each of their sub-networks as a network of its own, one run
+after the other until all are done.
 
-Imports torch and dsnet alone: a GPU machine without the platform's other packages trains with it. Several processes may share a
-folder: each run is claimed by a lock file, continues from its last checkpoint, and leaves one JSON file.
+Imports torch and dsnet alone: a GPU machine without the platform's other packages trains with it.
+Several processes may share a folder: each run is claimed by a lock file, continues from its last
+checkpoint, and leaves one JSON file.
 """
 
 from __future__ import annotations
@@ -53,7 +55,8 @@ class Arm:
     regime: Regime
     bootstrapping: BootstrapSettings = field(default_factory=BootstrapSettings)
     cost_share: float | None = None
-    """None: as many steps as a network alone; else so many that the supernet costs this share of training every sub-network alone."""
+    """None: as many steps as a network alone; else so many that the supernet costs this share of
+    training every sub-network alone."""
 
 
 ARMS: Mapping[str, Arm] = MappingProxyType(
@@ -71,10 +74,11 @@ ARMS: Mapping[str, Arm] = MappingProxyType(
         "ieb": Arm(REGIMES["ieb"]),
     }
 )
-"""`ib` is in-place bootstrapping with our defaults; `ib_published` has the published soft labels and two random sub-networks; `ce` trains
-every width with labels. `ib_third` costs a third of training all alone, `ib_equal_cost` as much. The others change one thing of `ib`:
-full soft labels, two random sub-networks, labels for everyone in the sandwich, today's largest as teacher, a quarter of the steps for the
-largest alone, and the ensemble."""
+"""`ib` is in-place bootstrapping with our defaults; `ib_published` has the published soft labels
+and two random sub-networks; `ce` trains every width with labels. `ib_third` costs a third of
+training all alone, `ib_equal_cost` as much. The others change one thing of `ib`: full soft labels,
+two random sub-networks, labels for everyone in the sandwich, today's largest as teacher, a quarter
+of the steps for the largest alone, and the ensemble."""
 USUAL_ARMS = ("ib", "ib_published", "ce", "ib_third", "ib_equal_cost")
 
 
@@ -85,20 +89,23 @@ class Scale:
     data: str
     """Name of a data set."""
     path: str | None = None
-    """Default folder of the images; `--data` takes precedence. None for data sets that need no folder."""
+    """Default folder of the images; `--data` takes precedence. None for data sets that need no
+    folder."""
     image_size: int | None = None
     """Pixels; None for the data's own."""
     sizes: Mapping[str, int] = field(default_factory=dict)
     """Images of a split, where it is not the data set's default."""
     is_balanced: bool = False
-    """Whether accuracy is the mean over classes of the accuracy within each: for data of which one class is the most."""
+    """Whether accuracy is the mean over classes of the accuracy within each: for data of which one
+    class is the most."""
     augmentation: Mapping[str, Any] | None = None
     """Settings of `dsnet.data.Augmentation`; None: the data's usual ones."""
     family: str
     options: Mapping[str, Any] = field(default_factory=dict)
     train: TrainSettings
     lengths: tuple[float, ...] = (1.0,)
-    """Shares of `train.epochs`: supernets are trained at each of these lengths, networks alone at the first."""
+    """Shares of `train.epochs`: supernets are trained at each of these lengths, networks alone at
+    the first."""
     alone: tuple[str, ...] | None = None
     """Names of the sub-networks that are trained alone; None: all of them."""
 
@@ -176,9 +183,10 @@ SCALES: Mapping[str, Scale] = MappingProxyType(
         ),
     }
 )
-"""`quick`: seconds; `digits`, `cifar`, `photos`: a few seconds to a few minutes a run on one thread; `cifar_paths` has the same network
-with 20 sub-networks (every path along which the stages' ratios do not fall), four of them also alone; `photos` reads a folder with one
-folder of images per class (`--data`); `gpu`: all of CIFAR-10."""
+"""`quick`: seconds; `digits`, `cifar`, `photos`: a few seconds to a few minutes a run on one
+thread; `cifar_paths` has the same network with 20 sub-networks (every path along which the stages'
+ratios do not fall), four of them also alone; `photos` reads a folder with one folder of images per
+class (`--data`); `gpu`: all of CIFAR-10."""
 
 
 def load_material(scale: Scale, path: Path | None) -> Material:
@@ -219,7 +227,8 @@ def jobs(arms: Sequence[str], subnets: Sequence[str], seeds: Sequence[int], leng
         arms: ways of training the supernet.
         subnets: names of the sub-networks.
         seeds: one after the other.
-        lengths: the first is also that of the networks alone; a shorter one has no arms that are defined by their cost.
+        lengths: the first is also that of the networks alone; a shorter one has no arms that are
+            defined by their cost.
     """
     found = []
     for number, seed in enumerate(seeds):
@@ -234,7 +243,8 @@ def jobs(arms: Sequence[str], subnets: Sequence[str], seeds: Sequence[int], leng
 
 
 def alone(supernet: Supernet, subnet: Subnet, seed: int) -> Supernet:
-    """One sub-network as a network of its own with fresh weights: a supernet of one member, which any training loop takes."""
+    """One sub-network as a network of its own with fresh weights: a supernet of one member, which
+    any training loop takes."""
     groups = tuple(
         replace(group, max_width=width) for group, width in zip(supernet.spec.groups, subnet.widths, strict=True)
     )
@@ -243,7 +253,8 @@ def alone(supernet: Supernet, subnet: Subnet, seed: int) -> Supernet:
 
 
 def image_madds(supernet: Supernet, regime: Regime, largest_first: float = 0.0) -> float:
-    """MAdds that training spends on one image of a batch, the mean over the sandwich's random sub-networks and over the steps.
+    """MAdds that training spends on one image of a batch, the mean over the sandwich's random
+    sub-networks and over the steps.
 
     Args:
         supernet: what is trained.
@@ -272,7 +283,8 @@ class _Looks:
     path: Path
 
     def keep(self, steps: int, val: Mapping[str, float]) -> None:
-        """Store the accuracies after so many steps; a repeated point takes the place of the earlier one."""
+        """Store the accuracies after so many steps; a repeated point takes the place of the earlier
+        one."""
         found = {row["steps"]: row for row in self.rows()} | {steps: {"steps": steps, "val": dict(val)}}
         atomic_write_json(self.path, sorted(found.values(), key=lambda row: row["steps"]))
 
@@ -299,11 +311,13 @@ class Trainer:
 
     @cached_property
     def all_alone_madds(self) -> float:
-        """MAdds that training every sub-network alone spends on one image, summed over the sub-networks."""
+        """MAdds that training every sub-network alone spends on one image, summed over the
+        sub-networks."""
         return sum(image_madds(alone(self.blueprint, subnet, 0), REGIMES["ce"]) for subnet in self.blueprint.subnets)
 
     def __call__(self, job: Job, folder: Path, should_stop: Callable[[], bool]) -> dict[str, Any] | None:
-        """Train, continuing what `folder` holds; then test every width. None where it was stopped, or has to wait for other runs."""
+        """Train, continuing what `folder` holds; then test every width. None where it was stopped,
+        or has to wait for other runs."""
         factor = self._factor(job)
         if factor is None:
             return None
@@ -351,7 +365,8 @@ class Trainer:
         return record | {"curve": looks.rows(), "subnets": list(self._tested(trained))}
 
     def _factor(self, job: Job) -> float | None:
-        """The learning rate of a run relative to the scale's; None where the runs that decide it are not done."""
+        """The learning rate of a run relative to the scale's; None where the runs that decide it
+        are not done."""
         if job.factor is not None:
             return job.factor
         found = {}
@@ -397,7 +412,8 @@ class Trainer:
         )
 
     def _look(self, kept: Supernet, run: SupernetRun) -> dict[str, float]:
-        """Accuracy of every sub-network on some images of `val`, in the middle of training, with statistics of some of `train`."""
+        """Accuracy of every sub-network on some images of `val`, in the middle of training, with
+        statistics of some of `train`."""
         network = copy.deepcopy(kept)
         settings = replace(run, recalibration_images=LOOK_IMAGES)
         recalibrate(network, recalibration_batches(self.material.training, settings, self.device))
@@ -432,13 +448,15 @@ class Trainer:
 
 
 def score(record: Mapping[str, Any]) -> float:
-    """Mean `val` accuracy over the run's routable sub-networks, by which its learning rate is chosen; -1 if the run diverged."""
+    """Mean `val` accuracy over the run's routable sub-networks, by which its learning rate is
+    chosen; -1 if the run diverged."""
     members = [row["val"] for row in record["subnets"] if row["is_member"]]
     return float(np.mean(members)) if members else -1.0
 
 
 def accuracy(predicted: Tensor, labels: Tensor, is_balanced: bool) -> float:
-    """The share of right answers; balanced: the mean over classes of the share within each class. Both tensors are int64 [N]."""
+    """The share of right answers; balanced: the mean over classes of the share within each class.
+    Both tensors are int64 [N]."""
     right = (predicted == labels).double()
     if not is_balanced:
         return float(right.mean())

@@ -1,7 +1,9 @@
-"""What a suggestion costs: each sampler, after 100, 1,000 and 10,000 finished trials, asked for a cohort as a sweep asks.
+"""What a suggestion costs: each sampler, after 100, 1,000 and 10,000 finished trials, asked for a
+cohort as a sweep asks.
 
-The finished trials are made up: random points of a space like the digits example's, objectives with noise. One suggestion before the
-clock runs pays for imports and for what a generation pays once (its parents); every other is a sweep's everyday.
+The finished trials are made up: random points of a space like the digits example's, objectives with
+noise. One suggestion before the clock runs pays for imports and for what a generation pays once
+(its parents); every other is a sweep's everyday.
 """
 
 from __future__ import annotations
@@ -39,7 +41,8 @@ SPACE: Mapping[str, Any] = {
 
 
 def finished_trials(space: Space, number: int, seed: int) -> list[FrozenTrial]:
-    """Trials whose accuracy rises with the target, and is noisy; each with the generation that a genetic sampler would note."""
+    """Trials whose accuracy rises with the target, and is noisy; each with the generation that a
+    genetic sampler would note."""
     rng = np.random.default_rng(seed)
     trials = []
     for index in range(number):
@@ -70,7 +73,8 @@ def ask_seconds(
         num_finished: trials in the study.
         cohort: suggestions, none of which is told before the next is asked.
         seed: of the made-up trials and of the sweep.
-        space: must hold gate.target, and a value for each other name that chance may give; None = `SPACE`.
+        space: must hold gate.target, and a value for each other name that chance may give; None =
+            `SPACE`.
     """
     space = parse_space(SPACE) if space is None else space
     study = StudySettings(

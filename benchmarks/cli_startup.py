@@ -34,7 +34,8 @@ def commands() -> dict[str, list[str]]:
 
 
 def measure(options: Options) -> Report:
-    """Wall time of fresh processes side by side, and their CPU time (which the machine's other work does not lengthen)."""
+    """Wall time of fresh processes side by side, and their CPU time (which the machine's other work
+    does not lengthen)."""
     cpu_s: dict[str, list[float]] = {}
 
     def started(name: str, argv: list[str]) -> Callable[[], None]:

@@ -1,4 +1,5 @@
-"""The newcomer's first sweep as a whole: wall time, where it goes, and the memory of all its processes together."""
+"""The newcomer's first sweep as a whole: wall time, where it goes, and the memory of all its
+processes together."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ POLL_S = 0.5
 
 
 def peak_pss_mib(process: subprocess.Popen[bytes], mark: str) -> float:
-    """The largest sum of proportional set sizes over all processes that carry the mark, until `process` ends."""
+    """The largest sum of proportional set sizes over all processes that carry the mark, until
+    `process` ends."""
     peak = 0.0
     while process.poll() is None:
         peak = max(peak, sum(_pss_mib(pid, mark) for pid in os.listdir("/proc") if pid.isdecimal()))
@@ -68,7 +70,8 @@ def sweep_once(arguments: tuple[str, ...]) -> dict[str, Any]:
 
 
 def measure(options: Options) -> Report:
-    """A few launches one after the other; a launch takes the threads that its own configuration says."""
+    """A few launches one after the other; a launch takes the threads that its own configuration
+    says."""
     runs = [sweep_once(SHORTER if options.quick else ()) for _ in range(1 if options.quick else 3)]
     names = list(runs[0]["stages_s"])
     rows = [(name, *(f"{run['stages_s'][name]:.1f}" for run in runs)) for name in names]

@@ -1,12 +1,14 @@
-"""Grouped dynamic inference against the static networks, the masked way of the published code, and its own ideal.
+"""Grouped dynamic inference against the static networks, the masked way of the published code, and
+its own ideal.
 
-By default on random weights (accuracy plays no part) with a gate made by hand so that it spreads the images evenly over its routes: every
-batch holds equally many images of each route, in random order, and batch 1 is one image of each route in turn. With `--run` on a
-trained network, with a router of its sweep and the images of `val`, so that groups are as uneven as they are.
+By default on random weights (accuracy plays no part) with a gate made by hand so that it spreads
+the images evenly over its routes: every batch holds equally many images of each route, in random
+order, and batch 1 is one image of each route in turn. With `--run` on a trained network, with a
+router of its sweep and the images of `val`, so that groups are as uneven as they are.
 
-The ideal is trunk(B) + decide(B) + sum of tail_k(n_k) (docs/definitions.md, Latency), its parts timed at exactly the
-group sizes that occur, in the same rounds. Every call of every contender is timed alone, between calls of others:
-weights are as cold for the ideal as for the network.
+The ideal is trunk(B) + decide(B) + sum of tail_k(n_k) (docs/definitions.md, Latency), its parts
+timed at exactly the group sizes that occur, in the same rounds. Every call of every contender is
+timed alone, between calls of others: weights are as cold for the ideal as for the network.
 """
 
 from __future__ import annotations
@@ -85,14 +87,16 @@ WIDE_LIST = Network(
     (("depth", 8), ("width", 2.0), ("ratios", (0.125, 0.25, 0.5, 1.0)), ("paths", "uniform")),
     (0, 1, 2, 3),
 )
-"""The named width list on which an acceleration is stated: the widest route takes at least 2.5 times as long as the cheapest."""
+"""The named width list on which an acceleration is stated: the widest route takes at least 2.5
+times as long as the cheapest."""
 
 
 def spread_gate(hidden: Tensor, routes: tuple[int, ...]) -> GateRouter:
-    """A gate that sends equally many of the images with these hidden vectors [N, H] down each route.
+    """A gate that sends equally many of the images with these hidden vectors [N, H] down each
+    route.
 
-    Route k scores k * s - offset_k for one projection s of the hidden vector: the lines cross at s = offset_k - offset_(k-1), which is put
-    on the quantiles of s.
+    Route k scores k * s - offset_k for one projection s of the hidden vector: the lines cross at s
+    = offset_k - offset_(k-1), which is put on the quantiles of s.
     """
     scaled = hidden.double() - hidden.double().mean(0)
     direction = torch.linalg.svd(scaled, full_matrices=False).Vh[0]
@@ -104,9 +108,11 @@ def spread_gate(hidden: Tensor, routes: tuple[int, ...]) -> GateRouter:
 
 
 class MaskedTail(nn.Module):
-    """The published way: every channel of the widest route is computed, those beyond an image's own width are then zeroed.
+    """The published way: every channel of the widest route is computed, those beyond an image's own
+    width are then zeroed.
 
-    A lower bound of it: the published code also picks each image's BatchNorm statistics; here the widest route's are folded in.
+    A lower bound of it: the published code also picks each image's BatchNorm statistics; here the
+    widest route's are folded in.
     """
 
     def __init__(self, supernet: Supernet, routes: tuple[int, ...]) -> None:
@@ -133,7 +139,8 @@ class MaskedTail(nn.Module):
 
 
 class Spy:
-    """A router that keeps what it was asked, to time its decisions alone and to know the groups that ran.
+    """A router that keeps what it was asked, to time its decisions alone and to know the groups
+    that ran.
 
     Whatever it does not define is its router's.
     """
@@ -199,7 +206,8 @@ class Contenders:
             )
 
     def calls(self, batches: Sequence[Tensor]) -> Calls:
-        """What is timed; the part of a name before the first slash is the contender, whose calls are added up."""
+        """What is timed; the part of a name before the first slash is the contender, whose calls
+        are added up."""
         calls: Calls = {}
         for number, batch in enumerate(batches):
             calls[f"dynamic/{number}"] = _bind(self.dynamic, batch)
@@ -231,7 +239,8 @@ class Contenders:
         return self.masked(trunk.features, self.dynamic.router.step(evidence, ()))
 
     def largest_difference(self, batch: Tensor) -> float:
-        """Between dynamic logits and those of each image's route alone, relative to the largest logit."""
+        """Between dynamic logits and those of each image's route alone, relative to the largest
+        logit."""
         output = self.dynamic(batch)
         alone = torch.stack(
             [

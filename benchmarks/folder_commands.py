@@ -1,4 +1,5 @@
-"""The command line of benchmarks whose runs are kept in a folder: shared options of `train`, how it ends, and `main`."""
+"""The command line of benchmarks whose runs are kept in a folder: shared options of `train`, how it
+ends, and `main`."""
 
 from __future__ import annotations
 

@@ -1,9 +1,11 @@
-"""What training gates on the routing table saves, and whether its front is as good: the same gates trained end to end, on images.
+"""What training gates on the routing table saves, and whether its front is as good: the same gates
+trained end to end, on images.
 
-Needs a run whose supernet and tables are done (`--run FOLDER`). For a few targets the published gate is trained twice with the same
-settings: on the table, in one cohort, and end to end through the frozen supernet (straight-through Gumbel choices). Both are calibrated on
-`val` and scored there, side by side with a paired interval over images. The headline is what an end-to-end trial of 30 epochs costs over
-a table trial's share of its cohort.
+Needs a run whose supernet and tables are done (`--run FOLDER`). For a few targets the published
+gate is trained twice with the same settings: on the table, in one cohort, and end to end through
+the frozen supernet (straight-through Gumbel choices). Both are calibrated on `val` and scored
+there, side by side with a paired interval over images. The headline is what an end-to-end trial of
+30 epochs costs over a table trial's share of its cohort.
 """
 
 from __future__ import annotations
@@ -64,7 +66,8 @@ class Material:
 
 
 def settings_for(targets: Sequence[float], table: RoutingTable, seed: int) -> list[GateSettings]:
-    """The published gate over four routes of the static front, with a target; losses without SGS and with it."""
+    """The published gate over four routes of the static front, with a target; losses without SGS
+    and with it."""
     routes = tuple(sorted(beam(table, NUM_CHOICES)))
     base = GateSettings(
         routes=routes, lr=0.02, complexity_form="quadratic", lambda_complexity=3.0, temperature_end=0.5, seed=seed
@@ -146,7 +149,8 @@ def _checked(fit: GateFit | Exception) -> GateFit:
 
 
 def _compared(material: Material, settings: GateSettings, table: GateFit, images: GateFit) -> dict[str, Any]:
-    """Both gates on val; the static line's vertices come from `gate`, since val is what is reported."""
+    """Both gates on val; the static line's vertices come from `gate`, since val is what is
+    reported."""
     val = material.val
     line = StaticLine.fit(val.madds, material.gate.correct1)
     rows = np.arange(val.num_images)

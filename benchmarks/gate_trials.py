@@ -1,8 +1,11 @@
-"""How many gate trials a second: cohorts of 1, 8 and 64 in one program, beside one trial at a time by autograd.
+"""How many gate trials a second: cohorts of 1, 8 and 64 in one program, beside one trial at a time
+by autograd.
 
-A trial is a whole one: it trains, calibrates and scores. The tables are made up (a latent difficulty decides which routes are right and
-leaks into the hidden vector); their shapes, route costs and hyperparameters are those of the digits example and of DS-MBNet on CIFAR-10,
-and only these decide the time. `benchmarks.gate_fronts` compares the fronts, and the cost of training end to end, on a real supernet.
+A trial is a whole one: it trains, calibrates and scores. The tables are made up (a latent
+difficulty decides which routes are right and leaks into the hidden vector); their shapes, route
+costs and hyperparameters are those of the digits example and of DS-MBNet on CIFAR-10, and only
+these decide the time. `benchmarks.gate_fronts` compares the fronts, and the cost of training end to
+end, on a real supernet.
 """
 
 from __future__ import annotations
@@ -49,7 +52,8 @@ LARGE = Workload("large", "ds_mbnet", Task(num_classes=10, in_channels=3, image_
 
 
 def synthetic_table(workload: Workload, split: str, seed: int) -> RoutingTable:
-    """A table of the workload's shape: wider routes are right more often, the hidden vector hints at an image's difficulty."""
+    """A table of the workload's shape: wider routes are right more often, the hidden vector hints
+    at an image's difficulty."""
     subnets = layout(workload.model, workload.task)
     spec, num_images, num_routes = subnets.spec, workload.num_images, len(subnets)
     num_hidden = spec.gates[0].hidden
@@ -105,7 +109,8 @@ def trial_settings(num_routes: int, seed: int) -> Iterator[GateSettings]:
 
 
 def train_by_autograd(table: RoutingTable, settings: GateSettings) -> torch.Tensor:
-    """What one trial's training costs in the usual way: autograd and torch's optimiser, one gate at a time."""
+    """What one trial's training costs in the usual way: autograd and torch's optimiser, one gate at
+    a time."""
     routes = list(settings.routes)
     hidden = torch.from_numpy(table.part("hidden").copy())
     hidden = hidden / hidden.pow(2).mean(0).sqrt().clamp_min(1e-6)
@@ -168,7 +173,8 @@ def rate_on_two_cores(workload: Workload, options: Options) -> float:
 
 
 def measure(options: Options) -> Report:
-    """Every round runs a cohort of each size; the headline is a trial's share of a cohort of 64 on two cores."""
+    """Every round runs a cohort of each size; the headline is a trial's share of a cohort of 64 on
+    two cores."""
     workloads = (DIGITS, LARGE)
     sweeps = {workload.name: Sweep(workload, options.seed) for workload in workloads}
     calls: dict[str, Callable[[], None]] = {}

@@ -1,4 +1,5 @@
-"""What all benchmarks share: options, machine facts, paired timing with intervals, child processes for peak memory, tables, JSON."""
+"""What all benchmarks share: options, machine facts, paired timing with intervals, child processes
+for peak memory, tables, JSON."""
 
 from __future__ import annotations
 
@@ -97,7 +98,8 @@ class Report:
 
 
 class Samples:
-    """Milliseconds of several calls, [rounds] each; round i of all calls ran side by side, so differences are paired."""
+    """Milliseconds of several calls, [rounds] each; round i of all calls ran side by side, so
+    differences are paired."""
 
     def __init__(self, ms: Mapping[str, NDArray[np.float64]]) -> None:
         self.ms = dict(ms)
@@ -121,7 +123,8 @@ class Samples:
         return _estimate(lambda rows: 1e3 / np.mean(self.ms[name][rows], axis=-1), len(self.ms[name]))
 
     def ratio(self, numerator: Sequence[str], denominator: Sequence[str]) -> Estimate:
-        """Median of the sum of some calls over the median of the sum of others, rounds resampled jointly."""
+        """Median of the sum of some calls over the median of the sum of others, rounds resampled
+        jointly."""
         top = np.sum([self.ms[name] for name in numerator], axis=0)
         bottom = np.sum([self.ms[name] for name in denominator], axis=0)
         return _estimate(lambda rows: np.median(top[rows], axis=-1) / np.median(bottom[rows], axis=-1), len(top))
@@ -162,13 +165,15 @@ def sample_interleaved(
     budget_s: float = math.inf,
     device: torch.device | str = "cpu",
 ) -> Samples:
-    """Time calls side by side, each round in a fresh order, and keep every round (which `time_interleaved` summarises).
+    """Time calls side by side, each round in a fresh order, and keep every round (which
+    `time_interleaved` summarises).
 
     Args:
         calls: what to time, by name.
         rounds: how often each call runs.
         warmup: rounds before these that are not kept.
-        budget_s: on a slow or busy machine stop after this long, but with no fewer than `MIN_ROUNDS`.
+        budget_s: on a slow or busy machine stop after this long, but with no fewer than
+            `MIN_ROUNDS`.
         device: what the calls run on.
     """
     order = list(calls)
@@ -188,7 +193,8 @@ def sample_interleaved(
 
 
 def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """The result of a module-level function in a new interpreter: for peak memory, which a process never gives back."""
+    """The result of a module-level function in a new interpreter: for peak memory, which a process
+    never gives back."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
 

@@ -1,14 +1,18 @@
-"""What Pareto-rank halving prunes wrongly: the rule replayed on end-to-end trials that were all trained to their end.
+"""What Pareto-rank halving prunes wrongly: the rule replayed on end-to-end trials that were all
+trained to their end.
 
-Gates with settings spread over the digits example's space train end to end in full, their objectives on `val` noted at
-every epoch where some rule has a rung. Then each rule runs over this complete table: cohorts of 8 in order, for many
-orders of the trials. Beside it stand pruning at random, with as many trials kept, and no pruning at all of as many
-trials as the same epochs pay for. Points that the images cannot tell from a front point (docs/definitions.md, Controls
-and intervals: ties) are counted too: to lose one of two tied trials is no loss. A rule that keeps fewer trials than the
-front has points must lose some: the least that it can lose stands beside what it loses.
+Gates with settings spread over the digits example's space train end to end in full, their
+objectives on `val` noted at every epoch where some rule has a rung. Then each rule runs over this
+complete table: cohorts of 8 in order, for many orders of the trials. Beside it stand pruning at
+random, with as many trials kept, and no pruning at all of as many trials as the same epochs pay
+for. Points that the images cannot tell from a front point (docs/definitions.md, Controls and
+intervals: ties) are counted too: to lose one of two tied trials is no loss. A rule that keeps fewer
+trials than the front has points must lose some: the least that it can lose stands beside what it
+loses.
 
-Without `--run FOLDER` a supernet is trained on digits first; `test`, which nothing reads, is made small so that `val` is larger. The
-intervals are over orders of the trials; all is conditional on one supernet and one draw of settings.
+Without `--run FOLDER` a supernet is trained on digits first; `test`, which nothing reads, is made
+small so that `val` is larger. The intervals are over orders of the trials; all is conditional on
+one supernet and one draw of settings.
 """
 
 from __future__ import annotations
@@ -104,7 +108,8 @@ class FullTrial:
 def train_in_full(
     material: Material, settings: Sequence[GateSettings], rules: EndToEndSettings, noted: Sequence[int]
 ) -> list[FullTrial | None]:
-    """Train each trial to its end, in stages that end after the epochs `noted`; None where it diverged. One thread."""
+    """Train each trial to its end, in stages that end after the epochs `noted`; None where it
+    diverged. One thread."""
     torch.set_num_threads(1)
     return [_full_trial(material, own, rules, noted) for own in settings]
 
@@ -161,7 +166,8 @@ class CompleteTable:
 
     @cached_property
     def tied(self) -> tuple[frozenset[int], ...]:
-        """For each point of the front the trials at it or tied with it: within 1 % of its MAdds and the noise of the images."""
+        """For each point of the front the trials at it or tied with it: within 1 % of its MAdds and
+        the noise of the images."""
         correct = np.column_stack([trial.correct for trial in self.trials])
         madds = np.column_stack([trial.madds for trial in self.trials])
         groups = tied_groups(resample_points(correct, madds), self.is_front)
@@ -169,7 +175,8 @@ class CompleteTable:
 
     @cached_property
     def reference(self) -> tuple[float, float]:
-        """Of the hypervolume: a twentieth of the table's range worse than its worst, so that shares are not flattered."""
+        """Of the hypervolume: a twentieth of the table's range worse than its worst, so that shares
+        are not flattered."""
         low, high = self.final.min(axis=0), self.final.max(axis=0)
         margin = 0.05 * np.where(high > low, high - low, np.abs(high))
         return float(low[0] - margin[0]), float(high[1] + margin[1])
@@ -190,7 +197,8 @@ class Replay:
 
 
 def replay(table: CompleteTable, halving: ParetoHalving, order: Sequence[int], cohort: int = COHORT) -> Replay:
-    """Run the rule over the trials in an order, as a search does: slots are places in the order, cohorts go rung by rung."""
+    """Run the rule over the trials in an order, as a search does: slots are places in the order,
+    cohorts go rung by rung."""
     is_kept = np.zeros(table.num_trials, dtype=bool)
     reached: dict[int, list[tuple[float, ...]]] = {rung: [] for rung in halving.rungs}
     num_epochs = 0
@@ -289,7 +297,8 @@ def ratio_of_means(numerator: NDArray[np.float64], denominator: NDArray[np.float
 
 
 def rules_for(epochs: int) -> list[ParetoHalving]:
-    """Every factor with every first rung that leaves something to save, with and without keeping the front."""
+    """Every factor with every first rung that leaves something to save, with and without keeping
+    the front."""
     cases = itertools.product(FIRST_EPOCHS, FACTORS, (False, True))
     return [
         ParetoHalving.geometric(factor, first, epochs, keeps_front=keeps_front)
@@ -301,7 +310,8 @@ def rules_for(epochs: int) -> list[ParetoHalving]:
 def complete_table(
     material: Material, settings: Sequence[GateSettings], epochs: int, rules: Sequence[ParetoHalving]
 ) -> tuple[CompleteTable, float]:
-    """Train all trials in full on two processes; the table of those that did not diverge, and the seconds that it took."""
+    """Train all trials in full on two processes; the table of those that did not diverge, and the
+    seconds that it took."""
     noted = tuple(sorted({epochs}.union(*(rule.rungs for rule in rules))))
     shares = [list(settings[part::NUM_PROCESSES]) for part in range(NUM_PROCESSES)]
     training = EndToEndSettings(epochs=epochs)

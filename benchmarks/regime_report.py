@@ -1,7 +1,8 @@
-"""What the runs of `supernet_accuracy` say: t-intervals over seeds, differences paired by seed, tables, and the figure's numbers.
+"""What the runs of `supernet_accuracy` say: t-intervals over seeds, differences paired by seed,
+tables, and the figure's numbers.
 
-Intervals speak about new seeds (weights, order, augmentation) on the same training and test images. With few seeds they are wide, and
-they rest on differences between seeds being roughly normal.
+Intervals speak about new seeds (weights, order, augmentation) on the same training and test images.
+With few seeds they are wide, and they rest on differences between seeds being roughly normal.
 """
 
 from __future__ import annotations
@@ -60,7 +61,8 @@ def t_quantile(level: float, degrees: int) -> float:
 
 
 def _central_probability(angle: float, degrees: int) -> float:
-    """P(|T| <= sqrt(degrees) tan(angle)): the finite sums of Abramowitz and Stegun, 26.7.3 and 26.7.4."""
+    """P(|T| <= sqrt(degrees) tan(angle)): the finite sums of Abramowitz and Stegun, 26.7.3 and
+    26.7.4."""
     cosine, sine = math.cos(angle), math.sin(angle)
     term, total = (cosine, 0.0) if degrees % 2 else (1.0, 0.0)
     for power in range(1 if degrees % 2 else 0, degrees - 1, 2):
@@ -131,7 +133,8 @@ class Results:
         return int(self.records[0]["num_test_images"])
 
     def top1(self, regime: str) -> dict[int, NDArray[np.float64]]:
-        """Seed -> top-1 of each width and, last, the mean of the sub-networks (without a largest that only teaches): [W + 1]."""
+        """Seed -> top-1 of each width and, last, the mean of the sub-networks (without a largest
+        that only teaches): [W + 1]."""
         found = {}
         for record in self.records:
             if record["regime"] == regime:
@@ -141,11 +144,13 @@ class Results:
         return found
 
     def accuracy(self, regime: str) -> list[Interval]:
-        """Top-1 of each width and the mean of the sub-networks, over the regime's seeds: [W + 1]."""
+        """Top-1 of each width and the mean of the sub-networks, over the regime's seeds: [W +
+        1]."""
         return _columns(list(self.top1(regime).values()))
 
     def difference(self, regime: str, baseline: str) -> list[Interval]:
-        """Top-1 minus the baseline's of the same seed, as `accuracy`; empty where they have no seed in common."""
+        """Top-1 minus the baseline's of the same seed, as `accuracy`; empty where they have no seed
+        in common."""
         ours, theirs = self.top1(regime), self.top1(baseline)
         return _columns([ours[seed] - theirs[seed] for seed in ours if seed in theirs])
 
@@ -295,7 +300,8 @@ def _step_seconds(records: Sequence[Mapping[str, Any]]) -> float | None:
 
 
 def error_ratio(results: Results, regime: str = "ib", baseline: str = "inplace") -> Interval:
-    """Test error of a regime over the baseline's of the same seed, mean of the sub-networks; below 1 the regime is better.
+    """Test error of a regime over the baseline's of the same seed, mean of the sub-networks; below
+    1 the regime is better.
 
     Raises:
         ValueError: they have no seed in common.
@@ -305,7 +311,8 @@ def error_ratio(results: Results, regime: str = "ib", baseline: str = "inplace")
 
 
 def make_report(results: Results) -> Report:
-    """All of it for the harness; the headline is in-place bootstrapping against in-place distillation."""
+    """All of it for the harness; the headline is in-place bootstrapping against in-place
+    distillation."""
     ratio = error_ratio(results)
     half = ratio.half if ratio.half is not None else math.nan
     label = f"test error of ib over inplace, {subject(results)}, {plural(ratio.num_seeds, 'seed')}"
@@ -314,7 +321,8 @@ def make_report(results: Results) -> Report:
 
 
 def figures(results: Results) -> dict[str, Any]:
-    """Every number of the tables and every record, JSON-able; accuracies are fractions, the last entry of each list the mean."""
+    """Every number of the tables and every record, JSON-able; accuracies are fractions, the last
+    entry of each list the mean."""
     return {
         "subject": subject(results),
         "scale": dict(results.scale),

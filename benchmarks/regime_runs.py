@@ -1,7 +1,9 @@
-"""The runs of `supernet_accuracy`: what is compared, at which scale, and one run after the other until all are done.
+"""The runs of `supernet_accuracy`: what is compared, at which scale, and one run after the other
+until all are done.
 
-Imports torch and dsnet alone: a GPU machine without the platform's other packages trains with it. A run is one (regime, seed). Several
-processes may share a folder: each run is claimed by a lock file, continues from its last checkpoint, and leaves one JSON file.
+Imports torch and dsnet alone: a GPU machine without the platform's other packages trains with it. A
+run is one (regime, seed). Several processes may share a folder: each run is claimed by a lock file,
+continues from its last checkpoint, and leaves one JSON file.
 """
 
 from __future__ import annotations
@@ -45,7 +47,8 @@ class Arm:
 
     regime: Regime
     ema_warmup: bool = True
-    """False: the published fixed decay, for the teacher and for the averaged weights that are tested."""
+    """False: the published fixed decay, for the teacher and for the averaged weights that are
+    tested."""
 
 
 ARMS: Mapping[str, Arm] = MappingProxyType(
@@ -61,11 +64,13 @@ ARMS: Mapping[str, Arm] = MappingProxyType(
         "ib_fixed_ema": Arm(REGIMES["ib"], ema_warmup=False),
     }
 )
-"""By name, in the order of the tables: the named regimes; `inplace` is `ib` with today's largest as teacher, so that the two differ in the
-teacher alone; `_gn` normalises in groups of channels instead of over the batch."""
+"""By name, in the order of the tables: the named regimes; `inplace` is `ib` with today's largest as
+teacher, so that the two differ in the teacher alone; `_gn` normalises in groups of channels instead
+of over the batch."""
 USUAL_ARMS = tuple(name for name in ARMS if name not in ("us_net", "ib_fixed_ema"))
-"""`us_net` differs from `inplace` in running statistics alone, which no student reads and recalibration replaces: their tested weights are
-equal to the bit, so that training both would say nothing. The fixed decay is an option."""
+"""`us_net` differs from `inplace` in running statistics alone, which no student reads and
+recalibration replaces: their tested weights are equal to the bit, so that training both would say
+nothing. The fixed decay is an option."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,12 +125,14 @@ SCALES: Mapping[str, Scale] = MappingProxyType(
         ),
     }
 )
-"""`quick`: seconds a run on one thread; `cpu`: about a minute and a half a run on one thread; `gpu`: the full network, minutes a run."""
+"""`quick`: seconds a run on one thread; `cpu`: about a minute and a half a run on one thread;
+`gpu`: the full network, minutes a run."""
 
 
 @dataclass(frozen=True, eq=False)
 class Material:
-    """The images, divided once for all runs: the seed of a run decides weights, order and augmentation, never the split."""
+    """The images, divided once for all runs: the seed of a run decides weights, order and
+    augmentation, never the split."""
 
     training: InMemoryImages
     data: TensorData
@@ -136,7 +143,8 @@ class Material:
 
 
 def load_material(scale: Scale, path: Path | None) -> Material:
-    """Read the data set; CIFAR-10's test split is its official 10,000 images, digits' a stratified 15 %.
+    """Read the data set; CIFAR-10's test split is its official 10,000 images, digits' a stratified
+    15 %.
 
     Raises:
         DataError: the images are not there.
@@ -179,7 +187,8 @@ def passes_of(regime: Regime, subnets: SubnetSet) -> Passes:
 
 
 def run_settings(arm: Arm, seed: int, scale: Scale, material: Material) -> SupernetRun:
-    """Stage I's settings of one run: all but regime, EMA warm-up and seed are equal within a folder."""
+    """Stage I's settings of one run: all but regime, EMA warm-up and seed are equal within a
+    folder."""
     return SupernetRun(
         train=scale.train,
         regime=arm.regime,
@@ -228,9 +237,11 @@ class Trainer:
     device: torch.device
 
     def __call__(self, job: Job, folder: Path, should_stop: Callable[[], bool]) -> dict[str, Any] | None:
-        """Train, continuing what `folder` holds; then test every width. Recalibration and test are not cut short.
+        """Train, continuing what `folder` holds; then test every width. Recalibration and test are
+        not cut short.
 
-        A loss that is no number is a finding about the regime: the record says it under `error`, and the other runs go on.
+        A loss that is no number is a finding about the regime: the record says it under `error`,
+        and the other runs go on.
         """
         arm, scale = ARMS[job.arm], self.scale
         supernet = create(scale.family, self.material.task, scale.options, norm=arm.regime.norm, seed=job.seed)
@@ -276,7 +287,8 @@ class Trainer:
 
 
 def _speed(curves: Path) -> dict[str, Any]:
-    """Steps, and the median seconds of a step between two reports of the curves: a pause between two launches is an outlier to it."""
+    """Steps, and the median seconds of a step between two reports of the curves: a pause between
+    two launches is an outlier to it."""
     rows = [json.loads(line) for line in curves.read_text(encoding="utf-8").splitlines()]
     found = [(b["time_ms"] - a["time_ms"]) / 1e3 / (b["step"] - a["step"]) for a, b in pairwise(rows)]
     return {"steps": rows[-1]["num_steps"], "seconds_per_step": float(np.median(found)) if found else None}
@@ -321,7 +333,8 @@ def begin(folder: Path, scale: _Described, material: _Divided) -> None:
 
 @contextmanager
 def claimed(path: Path) -> Iterator[bool]:
-    """Whether this process now holds the lock file at `path`; never waits. The kernel lets go of it when the process dies.
+    """Whether this process now holds the lock file at `path`; never waits. The kernel lets go of it
+    when the process dies.
 
     Raises:
         PreflightError: the file cannot be made, or its file system has no locks.

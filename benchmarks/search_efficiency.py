@@ -1,12 +1,15 @@
-"""How many trials each sampler needs: until 90, 95 and 99 % of what an exhaustive sweep of the same space finds.
+"""How many trials each sampler needs: until 90, 95 and 99 % of what an exhaustive sweep of the same
+space finds.
 
-A discrete space of gate settings is swept whole on one pair of routing tables, and the result is kept (`--cache`). Then every sampler
-searches that space by looking its trials up, so that twenty seeds of each cost minutes. There are two spaces: `routers` holds several
-kinds of router, with settings that only some of them have; `gate` is one kind, whose settings all exist everywhere.
+A discrete space of gate settings is swept whole on one pair of routing tables, and the result is
+kept (`--cache`). Then every sampler searches that space by looking its trials up, so that twenty
+seeds of each cost minutes. There are two spaces: `routers` holds several kinds of router, with
+settings that only some of them have; `gate` is one kind, whose settings all exist everywhere.
 
-The measure is hypervolume. Its reference is the worst value of each objective on the exhaustive front, moved out by a tenth of the
-front's range, so that the front's ends count and what no front would hold does not. Different settings often train the same router: a
-trial counts as one whether or not it finds anything new, and how many suggestions repeat an earlier one is shown.
+The measure is hypervolume. Its reference is the worst value of each objective on the exhaustive
+front, moved out by a tenth of the front's range, so that the front's ends count and what no front
+would hold does not. Different settings often train the same router: a trial counts as one whether
+or not it finds anything new, and how many suggestions repeat an earlier one is shown.
 """
 
 from __future__ import annotations
@@ -65,7 +68,8 @@ DEFAULTS: Mapping[str, float | int | str | bool | None] = {
 
 @dataclass(frozen=True)
 class Source:
-    """Where the routing tables come from: files, or the made-up ones of `benchmarks.gate_trials`."""
+    """Where the routing tables come from: files, or the made-up ones of
+    `benchmarks.gate_trials`."""
 
     files: tuple[Path, Path] | None
     is_small: bool
@@ -190,7 +194,8 @@ def sweep_all(source: Source, space: Space, processes: int, cache: Path) -> Exha
     if path.is_file():
         with np.load(path) as kept:
             return Exhaustive(space, kept["values"], float(kept["seconds"]))
-    # Neighbours train in one program: those of one router are next to each other in the grid's own order.
+    # Neighbours train in one program: those of one router are next to each other in the grid's own
+    # order.
     chunks = pieces(range(len(Grid(space))), CHUNK)
     start = time.perf_counter()
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
@@ -235,7 +240,8 @@ class Searched:
 
 
 def search(exhaustive: Exhaustive, contender: Contender, seed: int) -> Searched:
-    """Search by looking trials up, through the mirror that a sweep's suggestions are computed on."""
+    """Search by looking trials up, through the mirror that a sweep's suggestions are computed
+    on."""
     torch.set_num_threads(1)
     table = exhaustive.table()
     settings = StudySettings(
@@ -280,7 +286,8 @@ def _record(slot: int, params: Mapping[str, Scalar], values: tuple[float, float]
 
 
 def contenders(trials: int, seeds: int, gp_trials: int, gp_seeds: int) -> list[Contender]:
-    """Every sampler with a sweep's defaults, generations of a cohort's size, and smaller cohorts for the one that learns most from them."""
+    """Every sampler with a sweep's defaults, generations of a cohort's size, and smaller cohorts
+    for the one that learns most from them."""
     listed = [
         *((name, SamplerSettings(name)) for name in ("random", "grid", "qmc", "tpe", "nsga2", "nsga3")),
         *((f"{name}, generations of 64", SamplerSettings(name, startup=TABLE_COHORT)) for name in ("nsga2", "nsga3")),
@@ -410,7 +417,8 @@ def _or_none(trials: float) -> int | None:
 
 
 def _ratio(efforts: Mapping[tuple[str, str], NDArray[np.float64]], trials: int, seed: int) -> Estimate:
-    """Geometric mean over spaces of the ratio of medians, seeds resampled; never counts as all trials."""
+    """Geometric mean over spaces of the ratio of medians, seeds resampled; never counts as all
+    trials."""
     rng = np.random.default_rng(seed)
     names = sorted({space for space, _ in efforts})
 

@@ -1,13 +1,16 @@
-"""Training regimes side by side at equal steps: accuracy of every width, paired differences with intervals over seeds, seconds beside.
+"""Training regimes side by side at equal steps: accuracy of every width, paired differences with
+intervals over seeds, seconds beside.
 
-Equal are data, batches, epochs, optimiser, augmentation and evaluation (averaged weights, recalibrated, the test split, on which nothing is
-chosen). Not equal is what a step does: `ce` and `s_net` train every width in each, the others four; the tables say passes and time.
+Equal are data, batches, epochs, optimiser, augmentation and evaluation (averaged weights,
+recalibrated, the test split, on which nothing is chosen). Not equal is what a step does: `ce` and
+`s_net` train every width in each, the others four; the tables say passes and time.
 
-    python -m benchmarks.supernet_accuracy train --scale gpu --folder F --data DIR --device cuda --max-seconds 540   (until all are done)
-    python -m benchmarks.supernet_accuracy report --folder F
-    python -m benchmarks.supernet_accuracy --quick
+    python -m benchmarks.supernet_accuracy train --scale gpu --folder F --data DIR --device cuda
+    --max-seconds 540   (until all are done) python -m benchmarks.supernet_accuracy report --folder
+    F python -m benchmarks.supernet_accuracy --quick
 
-`train` needs torch and dsnet alone, may be repeated and killed at will, and shares its folder with further processes of the same host.
+`train` needs torch and dsnet alone, may be repeated and killed at will, and shares its folder with
+further processes of the same host.
 """
 
 from __future__ import annotations
@@ -33,7 +36,8 @@ BENCHMARK = "training regimes at equal steps, all widths: test error of in-place
 
 
 def measure(options: Options) -> Report:
-    """All usual regimes, three seeds: digits with --quick, else the `cpu` scale on CIFAR-10 from DSNET_DATA (about half an hour)."""
+    """All usual regimes, three seeds: digits with --quick, else the `cpu` scale on CIFAR-10 from
+    DSNET_DATA (about half an hour)."""
     from benchmarks.regime_report import load_results, make_report  # `train` has to work without Plotly and rich
 
     scale = SCALES["quick" if options.quick else "cpu"]

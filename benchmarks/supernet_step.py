@@ -1,9 +1,11 @@
-"""(a) our in-place bootstrapping step against (b) the sum of the same networks trained as plain static modules.
+"""(a) our in-place bootstrapping step against (b) the sum of the same networks trained as plain
+static modules.
 
-(b) is the physical floor of doing it naively: forward and backward of largest, two randoms and smallest, each as a plain module
-with its own contiguous weights, and the teacher's forward. Both compute the same losses (the largest difference is in the JSON), in
-the same dtype, layout and threads; neither counts the optimiser and the EMA, which have their own row. Sharing the trunk before the
-gate is what lets (a) go below (b).
+(b) is the physical floor of doing it naively: forward and backward of largest, two randoms and
+smallest, each as a plain module with its own contiguous weights, and the teacher's forward. Both
+compute the same losses (the largest difference is in the JSON), in the same dtype, layout and
+threads; neither counts the optimiser and the EMA, which have their own row. Sharing the trunk
+before the gate is what lets (a) go below (b).
 """
 
 from __future__ import annotations
@@ -68,7 +70,8 @@ class Workload:
 
 
 class Networks:
-    """One supernet, its teacher, a batch, and the step's sub-networks; dropout is off so that both ways compute the same losses."""
+    """One supernet, its teacher, a batch, and the step's sub-networks; dropout is off so that both
+    ways compute the same losses."""
 
     def __init__(self, workload: Workload) -> None:
         self.workload = workload
@@ -101,7 +104,8 @@ class Networks:
         return step
 
     def ours_with_update(self) -> Callable[[], None]:
-        """(a), the optimiser's step and the EMA; the learning rate is 0 so that every call does the same work."""
+        """(a), the optimiser's step and the EMA; the learning rate is 0 so that every call does the
+        same work."""
         optimizer = make_optimizer(self.student, TrainSettings())
         for group in optimizer.param_groups:
             group["lr"] = 0.0
@@ -161,7 +165,8 @@ def peak_memory_mib(workload: Workload, way: str) -> dict[str, float]:
     """Memory of two steps of one way, in a process of its own.
 
     Returns:
-        `step`: what the steps added at their peak to what the networks took (gradients included); `peak`: of the whole process, the
+        `step`: what the steps added at their peak to what the networks took (gradients included);
+            `peak`: of the whole process, the
         supernet that (b)'s networks were cut from included.
     """
     torch.set_num_threads(workload.threads)
@@ -182,7 +187,8 @@ def peak_memory_mib(workload: Workload, way: str) -> dict[str, float]:
 
 
 def workloads(options: Options) -> list[Workload]:
-    """64 px and batch 32 on the CPU in both memory orders (32 px and 16 with --quick); 32 and 224 px, batch 256, bf16 on a GPU."""
+    """64 px and batch 32 on the CPU in both memory orders (32 px and 16 with --quick); 32 and 224
+    px, batch 256, bf16 on a GPU."""
     sizes = {"cpu": [(32, 16)] if options.quick else [(64, 32)], "cuda": [(32, 256), (224, 256)]}
     precisions = {"cpu": "float32", "cuda": "bf16"}
     layouts = {"cpu": (False, True), "cuda": (True,)}

@@ -1,13 +1,16 @@
-"""What a trial costs beside its own work, and how long whole sweeps of 1,000 gate trials take with everything that a launch records.
+"""What a trial costs beside its own work, and how long whole sweeps of 1,000 gate trials take with
+everything that a launch records.
 
-Trials that do nothing, and trials that sleep 0.2 s, by our engine (cohorts and asynchronous, with and without MLflow), by Ray Tune with
-`OptunaSearch`, and by plain Optuna in one process; each in a fresh process, so that the cold time (until the first trial is done) holds
-everything but imports of torch and Optuna. Overhead is (wall time - asking - work / workers) / trials. All of them suggest by TPE with the
-same settings. Tune is told one objective (it compares trials by one); the other two have both.
+Trials that do nothing, and trials that sleep 0.2 s, by our engine (cohorts and asynchronous, with
+and without MLflow), by Ray Tune with `OptunaSearch`, and by plain Optuna in one process; each in a
+fresh process, so that the cold time (until the first trial is done) holds everything but imports of
+torch and Optuna. Overhead is (wall time - asking - work / workers) / trials. All of them suggest by
+TPE with the same settings. Tune is told one objective (it compares trials by one); the other two
+have both.
 
-The sweeps are of real gate trials on made-up tables (`benchmarks.gate_trials`) over the space of the digits example, less the router whose
-evidence these tables lack, on two actors with the journal and MLflow. Start-up is apart: the clock runs from the first `ask` until
-MLflow has the last row.
+The sweeps are of real gate trials on made-up tables (`benchmarks.gate_trials`) over the space of
+the digits example, less the router whose evidence these tables lack, on two actors with the journal
+and MLflow. Start-up is apart: the clock runs from the first `ask` until MLflow has the last row.
 """
 
 from __future__ import annotations
@@ -59,7 +62,8 @@ NUM_WARMING = 4 * NUM_WORKERS
 STARTUP = 16
 COHORT = 8
 SWEEP_LIMIT_S = 240.0
-"""A sweep is stopped after so long, and says how far it came: a sampler can be slower than all of its trials."""
+"""A sweep is stopped after so long, and says how far it came: a sampler can be slower than all of
+its trials."""
 EXAMPLE = Path(__file__).parents[1] / "examples" / "digits.yaml"
 UID = "overhead"
 SPACE = {"x": {"uniform": [0.0, 1.0]}, "y": {"uniform": [0.0, 1.0]}, "kind": {"choice": ["a", "b", "c"]}}
@@ -188,7 +192,8 @@ def close_tracker(tracker: Tracker) -> None:
 
 
 def warm_up(runner: Runner, params: Mapping[str, Scalar]) -> None:
-    """Have every actor make its trial function and run it: each must be busy while the others start."""
+    """Have every actor make its trial function and run it: each must be busy while the others
+    start."""
     for _ in range(3):
         for _ in runner.run([TrialSpec(slot, slot, params) for slot in range(NUM_WARMING)]):
             pass
@@ -247,7 +252,8 @@ def _searched(
 
 
 def by_tune(loads: Sequence[Load]) -> list[Timed]:
-    """Ray Tune with OptunaSearch, its actors reused, as many trials at a time as we have workers."""
+    """Ray Tune with OptunaSearch, its actors reused, as many trials at a time as we have
+    workers."""
     begun = time.perf_counter()
     prepare_environment()
     os.environ |= {"RAY_AIR_NEW_OUTPUT": "0", "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1"}
@@ -261,7 +267,8 @@ def by_tune(loads: Sequence[Load]) -> list[Timed]:
 
 
 def _tuned(load: Load) -> tuple[float, float, float]:
-    """When the first trial was done; seconds of those after warming up, and what of these went into asking."""
+    """When the first trial was done; seconds of those after warming up, and what of these went into
+    asking."""
     from ray import tune
     from ray.tune.search.optuna import OptunaSearch
 

@@ -170,7 +170,8 @@ def static_points(rows: Iterable[Mapping[str, Any]], split: str, further: str | 
     """The static sub-networks among rows of points.parquet, by rising cost.
 
     Args:
-        rows: mappings with `kind`, `name`, `split`, `top1` (fraction), `madds_m` and optionally `latency_ms`.
+        rows: mappings with `kind`, `name`, `split`, `top1` (fraction), `madds_m` and optionally
+            `latency_ms`.
         split: rows of other splits are left out.
         further: name of the objective beside top-1 and MAdds.
     """

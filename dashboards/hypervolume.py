@@ -26,7 +26,8 @@ class HypervolumeInfo:
     split: str
     num_images: int
     reference: tuple[float, ...]
-    """Reference point, in the objectives' own units (accuracies as fractions, `*_m` in millions)."""
+    """Reference point, in the objectives' own units (accuracies as fractions, `*_m` in
+    millions)."""
     static_hypervolume: float | None = None
     """Hypervolume of the feasible static sub-networks alone, for the same reference point: the
     start of the curve."""

@@ -1,4 +1,5 @@
-"""One look for every figure: a colour-blind safe palette, one font stack, one Plotly template, and safe text.
+"""One look for every figure: a colour-blind safe palette, one font stack, one Plotly template, and
+safe text.
 
 Colour never carries meaning alone: every role also has its own marker symbol or dash.
 """
@@ -66,9 +67,11 @@ def template() -> go.layout.Template:
 
 
 def dressed(figure: go.Figure, title: str, subtitle: str, height_px: int = MIN_HEIGHT_PX) -> go.Figure:
-    """Give `figure` the shared template, a title and the lines of `subtitle` below it; both are escaped here.
+    """Give `figure` the shared template, a title and the lines of `subtitle` below it; both are
+    escaped here.
 
-    A figure without a legend (one trace, or none that asks for it) gives the legend's room back to the plot.
+    A figure without a legend (one trace, or none that asks for it) gives the legend's room back to
+    the plot.
     """
     has_legend = sum(trace.showlegend is not False for trace in figure.data) > 1
     lines = plain(subtitle).split("\n")
@@ -83,12 +86,14 @@ def dressed(figure: go.Figure, title: str, subtitle: str, height_px: int = MIN_H
 
 
 def plain(text: str) -> str:
-    """Text from outside for use in a figure: Plotly reads a subset of HTML, links included, so it is escaped."""
+    """Text from outside for use in a figure: Plotly reads a subset of HTML, links included, so it
+    is escaped."""
     return html.escape(text, quote=False)
 
 
 def router_name(kind: str) -> str:
-    """A kind of router in words; one that this release does not know keeps its own name, not escaped."""
+    """A kind of router in words; one that this release does not know keeps its own name, not
+    escaped."""
     known = router_kinds().get(kind)
     return kind if known is None else known.label
 
@@ -112,12 +117,14 @@ def signed(points: float, digits: int = 1) -> str:
 
 
 def significant(value: float) -> str:
-    """Three significant digits, no exponent at ordinary sizes: 0.6 -> '0.600', 565.4 -> '565', 1234 -> '1,234'."""
+    """Three significant digits, no exponent at ordinary sizes: 0.6 -> '0.600', 565.4 -> '565', 1234
+    -> '1,234'."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:#.3g}".rstrip(".")
 
 
 def finite(value: float | None) -> float | None:
-    """`value` as a float, or None where it is missing, NaN or infinite: a gap in a figure, never a number."""
+    """`value` as a float, or None where it is missing, NaN or infinite: a gap in a figure, never a
+    number."""
     if value is None:
         return None
     return float(value) if math.isfinite(value) else None

@@ -1,7 +1,8 @@
-"""Dynamic slimmable networks: supernets, gates, routing tables, grouped dynamic inference and bundles.
+"""Dynamic slimmable networks: supernets, gates, routing tables, grouped dynamic inference and
+bundles.
 
-`dsnet.load_bundle(path)` gives a classifier; everything else is imported from its own module. Importing this package imports no
-torch, so that a command line can answer `--help` at once.
+`dsnet.load_bundle(path)` gives a classifier; everything else is imported from its own module.
+Importing this package imports no torch, so that a command line can answer `--help` at once.
 """
 
 from __future__ import annotations

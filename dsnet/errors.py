@@ -31,7 +31,8 @@ class DataError(PreflightError):
 
 
 class CheckpointError(PreflightError):
-    """A checkpoint, table or bundle is missing, truncated, of another version, or does not match its hash."""
+    """A checkpoint, table or bundle is missing, truncated, of another version, or does not match
+    its hash."""
 
 
 class TooManyFailedTrialsError(DsnetError):

@@ -3,7 +3,8 @@
 import os
 import sys
 
-# Before any other import of ours: `python -m orchestration.cli` may run in a folder that has a `dsnet.py` of its own.
+# Before any other import of ours: `python -m orchestration.cli` may run in a folder that has a
+# `dsnet.py` of its own.
 sys.path.insert(0, _root := os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 try:
     from dsnet.import_path import protect_imports

@@ -1,4 +1,5 @@
-"""The command line: options to calls, errors to exit codes. Heavy imports happen inside the commands, so that --help is quick."""
+"""The command line: options to calls, errors to exit codes. Heavy imports happen inside the
+commands, so that --help is quick."""
 
 from __future__ import annotations
 
@@ -57,7 +58,8 @@ def config_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _WholeSummaries(click.Group):
-    """A group whose help shows the first sentence of every command whole; click cuts it at the width of the terminal."""
+    """A group whose help shows the first sentence of every command whole; click cuts it at the
+    width of the terminal."""
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List the commands."""
@@ -73,7 +75,8 @@ class _WholeSummaries(click.Group):
 )
 @click.version_option(package_name="dsnet-orch")
 def cli() -> None:
-    """Train a slimmable supernet, sweep input-adaptive gates over it, measure everything, export what is Pareto-optimal."""
+    """Train a slimmable supernet, sweep input-adaptive gates over it, measure everything, export
+    what is Pareto-optimal."""
 
 
 def main() -> None:
@@ -134,7 +137,8 @@ def _load(
 
 
 def _run_dir(run: str, runs: str) -> RunDir:
-    """The folder of a run that is given by its path, or by its name below the runs folder (`NAME/supernets/MEMBER` too)."""
+    """The folder of a run that is given by its path, or by its name below the runs folder
+    (`NAME/supernets/MEMBER` too)."""
     from orchestration.runs.folder import RunDir
 
     below = Path(runs) / run
@@ -355,7 +359,8 @@ def init(folder: Path, out: Path | None, name: str | None, force: bool) -> None:
 @click.option("--ema", is_flag=True, help="Take the averaged weights (state_dict_ema).")
 @click.option("--data", help="Folder of held-out images, a folder per class [default: $DSNET_DATA or launch --data].")
 def import_checkpoint(checkpoint: Path, out: Path | None, name: str | None, **options: Any) -> None:
-    """Make a sweep out of a released DS-Net checkpoint, which skips Stage I; prints the sweep file to launch."""
+    """Make a sweep out of a released DS-Net checkpoint, which skips Stage I; prints the sweep file
+    to launch."""
     from orchestration.commands.import_checkpoint import ImportSettings
     from orchestration.commands.import_checkpoint import import_checkpoint as make_import
 
@@ -451,7 +456,8 @@ def trials(
 def pareto(
     run: str, runs: str, picks: tuple[str, ...], figure: Path | None, routers_figure: Path | None, as_json: bool
 ) -> None:
-    """Show the front of a run: each gate on val and on test, beside what would make it unimpressive."""
+    """Show the front of a run: each gate on val and on test, beside what would make it
+    unimpressive."""
     from orchestration.commands.terminal import show_front
 
     if figure is not None or routers_figure is not None:
@@ -545,7 +551,8 @@ def export(run: str, runs: str, picks: tuple[str, ...], formats: tuple[str, ...]
 )
 @AS_JSON
 def verify(path: Path, data_path: str | None, as_json: bool) -> None:
-    """Check a bundle: its files, its stored examples and, with --data, the accuracy and MAdds that it claims."""
+    """Check a bundle: its files, its stored examples and, with --data, the accuracy and MAdds that
+    it claims."""
     from orchestration.commands.bundle_check import check_bundle
     from orchestration.commands.terminal import show_checks
 
@@ -559,8 +566,9 @@ def verify(path: Path, data_path: str | None, as_json: bool) -> None:
 def predict(bundle: Path, photos: tuple[Path, ...], as_json: bool) -> int:
     """Classify photos with a bundle.
 
-    PHOTOS are image files of any size, or folders of them. Each is decoded and resized as the training images were. Photos that cannot
-    be read are named on stderr, the others are answered, and the exit code is 3.
+    PHOTOS are image files of any size, or folders of them. Each is decoded and resized as the
+    training images were. Photos that cannot be read are named on stderr, the others are answered,
+    and the exit code is 3.
     """
     from orchestration.commands.predict import predict_files
 
@@ -608,7 +616,8 @@ def sync(run: str, runs: str) -> None:
 
 
 def _sync(results: RunResults | SupernetSweepResults) -> str:
-    """Write a run to MLflow; one of several supernets with its whole sweep, whose front says which of its points count."""
+    """Write a run to MLflow; one of several supernets with its whole sweep, whose front says which
+    of its points count."""
     from orchestration.commands.plan_supernets import sync_supernets_again
     from orchestration.commands.planning import sync_again
     from orchestration.results.run import RunResults
@@ -627,7 +636,8 @@ def _sync(results: RunResults | SupernetSweepResults) -> str:
 @click.option("--port", type=int, default=5000, show_default=True, help="A free one is taken where it is busy.")
 @click.option("--no-open", is_flag=True, help="Print the link only; do not open a browser.")
 def ui(run: str | None, runs: str, port: int, no_open: bool) -> None:
-    """Serve MLflow on 127.0.0.1 until Ctrl-C, and open the page with the points of a run [default: of the newest]."""
+    """Serve MLflow on 127.0.0.1 until Ctrl-C, and open the page with the points of a run [default:
+    of the newest]."""
     _quiet_platforms()
     from orchestration.pipeline.signals import wait_for_stop
     from orchestration.tracking.links import open_in_browser

@@ -8,18 +8,21 @@ from collections.abc import MutableMapping
 from dsnet.arithmetic import fix_arithmetic
 
 _ENVIRONMENT = {
-    # On Linux, despite its name: puts every listener of a local cluster on 127.0.0.1. Ray reads it when it is imported.
+    # On Linux, despite its name: puts every listener of a local cluster on 127.0.0.1. Ray reads it
+    # when it is imported.
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     # Workers run at nice 15 otherwise, which falsifies latency.
     "RAY_worker_niceness": "0",
-    # Threads that wait must sleep, not spin: beside another busy process a training step of 0.3 s took 3 s, and 0.6 s with this.
+    # Threads that wait must sleep, not spin: beside another busy process a training step of 0.3 s
+    # took 3 s, and 0.6 s with this.
     "OMP_WAIT_POLICY": "PASSIVE",
 }
 
 
 def prepare_environment(environ: MutableMapping[str, str] = os.environ) -> None:
-    """Set what Ray and its workers read from the environment, where the user has not. Call it before anything imports ray."""
+    """Set what Ray and its workers read from the environment, where the user has not. Call it
+    before anything imports ray."""
     for name, value in _ENVIRONMENT.items():
         environ.setdefault(name, value)
     fix_arithmetic(environ)

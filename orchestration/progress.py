@@ -1,6 +1,8 @@
-"""How far a launch has come: bars and lines on stderr for a person, and a small file in the run folder for `dsnet-orch status`.
+"""How far a launch has come: bars and lines on stderr for a person, and a small file in the run
+folder for `dsnet-orch status`.
 
-stdout is for data. On a terminal a bar moves; on a pipe there is a plain line for every epoch and every cohort of trials.
+stdout is for data. On a terminal a bar moves; on a pipe there is a plain line for every epoch and
+every cohort of trials.
 """
 
 from __future__ import annotations
@@ -97,7 +99,8 @@ BAR_WIDTH = 16
 
 
 def fitting(count: str, remarks: str, room: int) -> str:
-    """A count and as many of the remarks beside it, which two spaces divide, as there is room for: none is cut.
+    """A count and as many of the remarks beside it, which two spaces divide, as there is room for:
+    none is cut.
 
     Args:
         count: always shown.
@@ -252,7 +255,8 @@ class _FiledBar:
 
 
 class FiledProgress:
-    """Hands everything on to another view, and keeps a file with the state of the newest task; that of an earlier launch is removed."""
+    """Hands everything on to another view, and keeps a file with the state of the newest task; that
+    of an earlier launch is removed."""
 
     def __init__(self, view: ProgressView, path: Path) -> None:
         path.unlink(missing_ok=True)

@@ -6,7 +6,8 @@ from rich.cells import cell_len
 
 
 def wrapped(text: str, width: int | None) -> list[str]:
-    """Prose over several lines, broken at spaces only: a word that is longer than a line stays whole."""
+    """Prose over several lines, broken at spaces only: a word that is longer than a line stays
+    whole."""
     if width is None or cell_len(text) <= width:
         return [text]
     lines: list[str] = []

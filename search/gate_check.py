@@ -1,7 +1,9 @@
-"""Whether a gate trial comes out the same alone and beside others, on the processor and with the libraries at hand.
+"""Whether a gate trial comes out the same alone and beside others, on the processor and with the
+libraries at hand.
 
-The study is the same whatever the number of workers only if that holds, and it rests on how the libraries below torch round. So every
-worker checks it before its first trial, in milliseconds: a few steps of training, with products of the shapes that the trials have.
+The study is the same whatever the number of workers only if that holds, and it rests on how the
+libraries below torch round. So every worker checks it before its first trial, in milliseconds: a
+few steps of training, with products of the shapes that the trials have.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ NUM_POINTS = 48
 """Points of the space among which different shapes are looked for."""
 MAX_SHAPES = 8
 NUM_STEPS = 3
-"""Steps of training: the first one's gradient is all that a head which begins at zero has to show, the second's logits show it."""
+"""Steps of training: the first one's gradient is all that a head which begins at zero has to show,
+the second's logits show it."""
 SMALL_COMPANY = 3
 """Lanes of the second program, beside one of `LANES`: how many there are may decide the kernel."""
 
@@ -54,7 +57,8 @@ class GateCheck:
         return cls(tuple(_point(space, shares) for _ in range(NUM_POINTS)))
 
     def __call__(self, trial: GateTrial) -> Finding:
-        """Train routers of every shape alone and beside others, and compare their weights to the bit."""
+        """Train routers of every shape alone and beside others, and compare their weights to the
+        bit."""
         digest, unequal = hashlib.sha256(), set()
         for own in self.shapes(trial):
             try:
@@ -67,7 +71,8 @@ class GateCheck:
         return Finding(digest.hexdigest(), tuple(sorted(unequal)))
 
     def shapes(self, trial: GateTrial) -> list[GateSettings]:
-        """One trial for each shape that programs have, at most `MAX_SHAPES`: first one of every kind of router, then the next of each."""
+        """One trial for each shape that programs have, at most `MAX_SHAPES`: first one of every
+        kind of router, then the next of each."""
         found: dict[tuple[object, ...], GateSettings] = {}
         for own in self._settings(trial):
             hidden = own.hidden_units if own.kind.head == "perceptron" else 0
@@ -100,7 +105,8 @@ def _point(space: Space, shares: np.random.Generator) -> dict[str, Scalar]:
 
 
 def _trained(table: RoutingTable, settings: GateSettings) -> tuple[list[bytes], list[bytes]]:
-    """The weights of some routers after a few steps, each trained alone, and the same ones trained beside others."""
+    """The weights of some routers after a few steps, each trained alone, and the same ones trained
+    beside others."""
     table = _first_images(table, settings.batch_size)
     lanes = [
         replace(settings, steps=NUM_STEPS, lr=settings.lr * (1.0 + index / LANES), seed=index)

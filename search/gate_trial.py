@@ -1,4 +1,5 @@
-"""Trials of the search: hyperparameters in, a trained router and its exact metrics out. A pure function of the routing tables."""
+"""Trials of the search: hyperparameters in, a trained router and its exact metrics out. A pure
+function of the routing tables."""
 
 from __future__ import annotations
 
@@ -59,7 +60,8 @@ NOT_OF_ROUTER = ("histogram", "runs", ROUTER_VALUES)
 
 
 def routing_ids(kept: Sequence[int], first: int, last: int, stride: int) -> tuple[int, ...]:
-    """Of the routes `kept`, those at first, first + stride, ... up to last (inclusive; negative counts from the end), rising.
+    """Of the routes `kept`, those at first, first + stride, ... up to last (inclusive; negative
+    counts from the end), rising.
 
     Raises:
         ValueError: nothing is left of the routing space.
@@ -110,7 +112,8 @@ class GateScores:
     """Of further devices, by name."""
 
     def metrics(self, fit: GateFit) -> dict[str, float]:
-        """The fit's own, the parameters of its bundle, and the ideal latency of each batch size on each device (`latency_metric`)."""
+        """The fit's own, the parameters of its bundle, and the ideal latency of each batch size on
+        each device (`latency_metric`)."""
         tensors, _ = fit.router.to_arrays()
         members = [self.subnets[route] for route in fit.router.routes]
         params = shared_params(self.subnets.spec, members) + sum(value.numel() for value in tensors.values())
@@ -132,7 +135,8 @@ class GateScores:
 
 
 def arrays_of(fit: GateFit) -> dict[str, NDArray[Any]]:
-    """What a trial keeps: the router, `histogram` [K] of the answering routes, and `runs` [K], the share of images that ran each."""
+    """What a trial keeps: the router, `histogram` [K] of the answering routes, and `runs` [K], the
+    share of images that ran each."""
     tensors, values = fit.router.to_arrays()
     return {
         **{name: value.numpy() for name, value in tensors.items()},
@@ -155,7 +159,8 @@ def router_of(arrays: Mapping[str, NDArray[Any]]) -> Router:
 
 @dataclass(frozen=True)
 class GateTrial:
-    """What every trial of a sweep shares; calling it runs a cohort of trials on the routing tables."""
+    """What every trial of a sweep shares; calling it runs a cohort of trials on the routing
+    tables."""
 
     gate_table: RoutingTable
     val_table: RoutingTable
@@ -165,7 +170,8 @@ class GateTrial:
     lanes = LANES
 
     def __call__(self, specs: Sequence[TrialSpec]) -> Sequence[TrialOutcome]:
-        """Train, calibrate and score the router of each spec; a trial that diverges or has impossible settings fails alone."""
+        """Train, calibrate and score the router of each spec; a trial that diverges or has
+        impossible settings fails alone."""
         start = time.perf_counter()
         settings: dict[int, GateSettings] = {}
         results: dict[int, GateFit | Exception] = {}

@@ -1,7 +1,9 @@
-"""What the curves and the measured sub-networks of a trained supernet say against it: too few steps, widths out of order, and the like.
+"""What the curves and the measured sub-networks of a trained supernet say against it: too few
+steps, widths out of order, and the like.
 
-Pure functions: facts in, warnings out. A check that lacks its facts says nothing, so that runs of earlier releases can be read too. Every
-threshold is a constant with its reason; each is set so that a training that went well does not meet it.
+Pure functions: facts in, warnings out. A check that lacks its facts says nothing, so that runs of
+earlier releases can be read too. Every threshold is a constant with its reason; each is set so that
+a training that went well does not meet it.
 """
 
 from __future__ import annotations
@@ -20,23 +22,29 @@ from dsnet.training.data_defaults import MAX_EPOCHS
 Floats = NDArray[np.float64]
 
 MIN_STEPS = 400
-"""Below so many updates even small networks had not learnt their task: 240 left a depthwise network 12 points below a plain one trained for
-as long (2,062 photos of ten classes), 450 are enough for 8 x 8 digits."""
+"""Below so many updates even small networks had not learnt their task: 240 left a depthwise network
+12 points below a plain one trained for as long (2,062 photos of ten classes), 450 are enough for 8
+x 8 digits."""
 ENOUGH_STEPS = 2000
-"""From here on a loss that falls at the end is the schedule's doing: a learning rate that goes to 0 lowers every loss once more."""
+"""From here on a loss that falls at the end is the schedule's doing: a learning rate that goes to 0
+lowers every loss once more."""
 FALLING_SHARE = 0.10
 """Of the whole fall of the loss, what the last fifth of a short training may still bring."""
 ADVISED_STEPS = 1000
-"""What the way out of too few steps aims at: the photos above came within 2 points of the plain network there."""
+"""What the way out of too few steps aims at: the photos above came within 2 points of the plain
+network there."""
 STILL_SHARE = 0.15
-"""Of the training, how long a loss may stand still before it falls on. Digits' students begin after 6 %, those of the photos after 25 %."""
+"""Of the training, how long a loss may stand still before it falls on. Digits' students begin after
+6 %, those of the photos after 25 %."""
 STILL_CHANGE = 0.02
 """Of the whole fall of the loss, what counts as standing still."""
 FALLS_ON = 0.50
-"""A plateau counts only while at least this share of the loss's total decrease is still to come. Later plateaus are normal: the loss
-settles at a level set by the learning rate and decreases again when the rate does."""
+"""A plateau counts only while at least this share of the loss's total decrease is still to come.
+Later plateaus are normal: the loss settles at a level set by the learning rate and decreases again
+when the rate does."""
 SPIKE_SHARE = 0.5
-"""Of what a loss had fallen by, what it must rise again to be called a spike; the noise of a batch is far below."""
+"""Of what a loss had fallen by, what it must rise again to be called a spike; the noise of a batch
+is far below."""
 LEARNT_SHARE = 0.2
 """Of the loss at the start, what must have been learnt before a spike is one."""
 MIN_ROWS = 12
@@ -46,9 +54,11 @@ SMOOTH_ROWS = 5
 LEVEL = 0.05
 """Of all comparisons of one check together, the chance of a false alarm."""
 TEACHER_GAP = 0.02
-"""Top-1 that a teacher outside the routing space may have over the widest route; it is larger, after all."""
+"""Top-1 that a teacher outside the routing space may have over the widest route; it is larger,
+after all."""
 OVERFIT_GAP = 0.10
-"""Top-1 on images of `train` minus top-1 on `val`. Networks that generalise well lose 5 points or so."""
+"""Top-1 on images of `train` minus top-1 on `val`. Networks that generalise well lose 5 points or
+so."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +97,8 @@ class TrainingFacts:
     pairs: Sequence[tuple[int, int]] = ()
     """(narrow, wide) positions in `routes`, where the wide one holds the narrow one."""
     correct: NDArray[np.bool_] | None = None
-    """[N, K]: which image of `val` which route gets right, in the order of `routes`; None = only the shares are known."""
+    """[N, K]: which image of `val` which route gets right, in the order of `routes`; None = only
+    the shares are known."""
     outside: Score | None = None
     """On `val`: the teacher that is no route."""
     train: Score | None = None
@@ -124,7 +135,8 @@ def training_warnings(facts: TrainingFacts) -> tuple[TrainingWarning, ...]:
 
 
 def few_steps(facts: TrainingFacts) -> TrainingWarning | None:
-    """Too few updates, by their number or by a loss that still falls where a short training ends."""
+    """Too few updates, by their number or by a loss that still falls where a short training
+    ends."""
     if not 0 < facts.num_steps < ENOUGH_STEPS or not facts.is_from_scratch:
         return None
     falling = _falling_share(facts)
@@ -148,7 +160,8 @@ def few_steps(facts: TrainingFacts) -> TrainingWarning | None:
 
 
 def _falling_share(facts: TrainingFacts) -> float | None:
-    """What the last fifth of the steps adds to the fall of the loss that learns from the labels, as a share of the whole fall."""
+    """What the last fifth of the steps adds to the fall of the loss that learns from the labels, as
+    a share of the whole fall."""
     if not facts.curves:
         return None
     steps, losses = _curve(next(iter(facts.curves.values())))
@@ -163,7 +176,8 @@ def _falling_share(facts: TrainingFacts) -> float | None:
 
 
 def stood_still(facts: TrainingFacts) -> TrainingWarning | None:
-    """A loss that did not move for a large part of the training, and fell later; or one that never fell."""
+    """A loss that did not move for a large part of the training, and fell later; or one that never
+    fell."""
     if not facts.is_from_scratch or facts.num_steps <= 0:
         return None
     shares = {
@@ -183,14 +197,16 @@ def stood_still(facts: TrainingFacts) -> TrainingWarning | None:
 
 
 def _labels_too(facts: TrainingFacts) -> str:
-    """The further way out where sub-networks learn from nothing but a teacher, who knows nothing at first."""
+    """The further way out where sub-networks learn from nothing but a teacher, who knows nothing at
+    first."""
     if facts.teacher == "none" or facts.trust != "full":
         return ""
     return "; or let soft labels count as far as the teacher knows the label (supernet.bootstrapping.trust: label_probability)"
 
 
 def _still_share(curve: tuple[Sequence[float], Sequence[float]], num_steps: int) -> float:
-    """The longest stretch, as a share of the steps, over which the loss fell by nearly nothing of all that it fell by later."""
+    """The longest stretch, as a share of the steps, over which the loss fell by nearly nothing of
+    all that it fell by later."""
     steps, losses = _curve(curve)
     if len(steps) < MIN_ROWS:
         return 0.0
@@ -233,7 +249,8 @@ def spike(facts: TrainingFacts) -> TrainingWarning | None:
 
 
 def _rises(curve: tuple[Sequence[float], Sequence[float]]) -> Iterator[tuple[float, int, float, float]]:
-    """The highest rise over the lowest loss so far that is large enough: (share of what was learnt, step, from, to)."""
+    """The highest rise over the lowest loss so far that is large enough: (share of what was learnt,
+    step, from, to)."""
     steps, losses = _curve(curve)
     if len(steps) < MIN_ROWS:
         return
@@ -255,7 +272,8 @@ def _curve(curve: tuple[Sequence[float], Sequence[float]]) -> tuple[Floats, Floa
 
 
 def not_ordered(facts: TrainingFacts) -> TrainingWarning | None:
-    """A sub-network that holds another one and is worse on `val`, beyond what chance gives among so many pairs."""
+    """A sub-network that holds another one and is worse on `val`, beyond what chance gives among so
+    many pairs."""
     if not facts.pairs:
         return None
     chances = _worse_by_chance(facts)
@@ -281,10 +299,12 @@ def not_ordered(facts: TrainingFacts) -> TrainingWarning | None:
 
 
 def _worse_by_chance(facts: TrainingFacts) -> list[float]:
-    """For each pair the chance of the wide one being so much worse if the two were equally good; one-sided, 1 where it is not worse.
+    """For each pair the chance of the wide one being so much worse if the two were equally good;
+    one-sided, 1 where it is not worse.
 
-    With the images known McNemar's test: the images that one gets right and the other wrong fall to either side alike. Without them
-    both are taken as independent, which is cautious: sub-networks of one supernet err on the same images.
+    With the images known McNemar's test: the images that one gets right and the other wrong fall to
+    either side alike. Without them both are taken as independent, which is cautious: sub-networks
+    of one supernet err on the same images.
     """
     narrow, wide = np.asarray(facts.pairs, dtype=np.int64).T
     if facts.correct is None:
@@ -302,7 +322,8 @@ def _normal_tail(z: float) -> float:
 
 @cache
 def _binomial_tail(count: int, total: int) -> float:
-    """P(X >= count) for X of `total` fair coins; by the normal distribution where there are many."""
+    """P(X >= count) for X of `total` fair coins; by the normal distribution where there are
+    many."""
     if total > 200:
         return _normal_tail((count - 0.5 - total / 2) / math.sqrt(total / 4))
     ways = tail = math.comb(total, count)
@@ -313,7 +334,8 @@ def _binomial_tail(count: int, total: int) -> float:
 
 
 def teacher_above(facts: TrainingFacts) -> TrainingWarning | None:
-    """A teacher that no image is ever routed to and that is far better than the widest route: what it can was not handed down."""
+    """A teacher that no image is ever routed to and that is far better than the widest route: what
+    it can was not handed down."""
     if facts.outside is None or not facts.routes:
         return None
     widest = facts.routes[-1]
@@ -348,6 +370,7 @@ def overfit(facts: TrainingFacts) -> TrainingWarning | None:
 
 
 def _is_above(high: Score, low: Score, gap: float) -> bool:
-    """Whether the difference is at least `gap`, and more than chance gives (one-sided, as independent samples)."""
+    """Whether the difference is at least `gap`, and more than chance gives (one-sided, as
+    independent samples)."""
     difference = high.top1 - low.top1
     return difference >= gap and _normal_tail(difference / math.sqrt(high.variance + low.variance)) < LEVEL

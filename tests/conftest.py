@@ -1,4 +1,5 @@
-"""What all tests share: one thread per process, MKL's mode, no telemetry, and one small Ray cluster."""
+"""What all tests share: one thread per process, MKL's mode, no telemetry, and one small Ray
+cluster."""
 
 from __future__ import annotations
 
@@ -8,7 +9,8 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import settings
 
-# Before anything imports numpy, torch, ray or mlflow. Two shared cores: more threads only wait for each other.
+# Before anything imports numpy, torch, ray or mlflow. Two shared cores: more threads only wait for
+# each other.
 for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(variable, "1")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -19,7 +21,8 @@ from orchestration.workers.runtime import RaySettings, ray_session  # noqa: E402
 
 prepare_environment()  # MKL's mode too, as wherever the product starts
 
-# The suite that decides looks at the same cases every time; HYPOTHESIS_PROFILE=explore looks for new ones.
+# The suite that decides looks at the same cases every time; HYPOTHESIS_PROFILE=explore looks for
+# new ones.
 settings.register_profile("suite", derandomize=True)
 settings.register_profile("explore")
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
@@ -27,6 +30,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
-    """A Ray cluster of this process: 2 CPUs, a small object store, no dashboard; stopped when the last test is done."""
+    """A Ray cluster of this process: 2 CPUs, a small object store, no dashboard; stopped when the
+    last test is done."""
     with ray_session(RaySettings(num_cpus=2, object_store_mib=100)):
         yield

@@ -1,4 +1,5 @@
-"""A user's folder with modules that have the names of ours, of the standard library's and of packages that we need."""
+"""A user's folder with modules that have the names of ours, of the standard library's and of
+packages that we need."""
 
 from __future__ import annotations
 

@@ -41,12 +41,13 @@ class Augmentation:
     """Settings of the augmentation of training images; the defaults switch everything off."""
 
     crop_padding: int = 0
-    """Pixels by which the image is padded on each side before a crop of its own size is cut out at random: mirrored at
-    the edge, or with zeros where the padding reaches the image's size."""
+    """Pixels by which the image is padded on each side before a crop of its own size is cut out at
+    random: mirrored at the edge, or with zeros where the padding reaches the image's size."""
     flip: bool = False
     """Mirror left and right with probability 1/2."""
     cutout: int = 0
-    """Side in pixels of a square of zeros around a random pixel, clipped at the edges (DeVries & Taylor, 2017)."""
+    """Side in pixels of a square of zeros around a random pixel, clipped at the edges (DeVries &
+    Taylor, 2017)."""
 
     randaugment_ops: int = 0
     """Number of operations per image (see `dsnet.data.randaugment`, after arXiv 1909.13719), 0..14;
@@ -54,7 +55,8 @@ class Augmentation:
     randaugment_magnitude: float = 9.0
     """Common magnitude of these operations, 0..10."""
     erasing: float = 0.0
-    """Probability, 0..1, that a rectangle of 2 to 33 % of the image becomes random pixels (arXiv 1708.04896)."""
+    """Probability, 0..1, that a rectangle of 2 to 33 % of the image becomes random pixels (arXiv
+    1708.04896)."""
     crop_scale: tuple[float, float] | None = None
     """Smallest and largest area of a random resized crop as shares of the image, 0 < smallest <=
     largest <= 1. None = no such crop, but (0.08, 1) for images that are streamed from files.

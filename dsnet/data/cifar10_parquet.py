@@ -123,7 +123,8 @@ def _read_table(file: Path) -> pa.Table:
 
 
 def _image_column(file: Path, table: pa.Table) -> str:
-    """The name of the column that holds the images, checked to be struct {bytes: binary, path: string}."""
+    """The name of the column that holds the images, checked to be struct {bytes: binary, path:
+    string}."""
     import pyarrow as pa
 
     found = [name for name in _IMAGE_COLUMNS if name in table.column_names]

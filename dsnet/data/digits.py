@@ -1,4 +1,5 @@
-"""scikit-learn's handwritten digits: 1,797 real 8x8 scans, shipped inside the package (no download)."""
+"""scikit-learn's handwritten digits: 1,797 real 8x8 scans, shipped inside the package (no
+download)."""
 
 from __future__ import annotations
 

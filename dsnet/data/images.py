@@ -91,7 +91,8 @@ class ImageSet:
 
 
 def resize_images(images: Tensor, image_size: int) -> Tensor:
-    """Resize uint8 [N, C, H, W] to uint8 [N, C, image_size, image_size], antialiased bilinear, rounded."""
+    """Resize uint8 [N, C, H, W] to uint8 [N, C, image_size, image_size], antialiased bilinear,
+    rounded."""
     channels = images.shape[1]
     resized = torch.empty((len(images), channels, image_size, image_size), dtype=torch.uint8)
     for start in range(0, len(images), _RESIZE_CHUNK):

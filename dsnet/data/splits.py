@@ -151,7 +151,8 @@ def make_splits(
     labels = np.asarray(labels, dtype=np.int64)
     if seed < 0:
         raise ConfigError(f"seed is {seed}, must be >= 0")
-    # One key per image: the order of the keys is the random order, within a class as well as within a split.
+    # One key per image: the order of the keys is the random order, within a class as well as within
+    # a split.
     keys = np.random.PCG64(seed).random_raw(len(labels))
     parts: dict[str, np.ndarray] = {}
     for ids, shares, what in _pools(official_test, len(labels)):

@@ -1,8 +1,9 @@
 """Grouped dynamic inference: run the trunk, decide, group images, run each group sliced.
 
-The published dynamic mode computes every channel and masks (docs/methods.md, section 6); here an image costs only
-the route that it takes. With several gates the groups descend the tree of paths: images with the
-same choices so far stay together, and a router with a decision at every gate decides again at each.
+The published dynamic mode computes every channel and masks (docs/methods.md, section 6); here an
+image costs only the route that it takes. With several gates the groups descend the tree of paths:
+images with the same choices so far stay together, and a router with a decision at every gate
+decides again at each.
 """
 
 from __future__ import annotations

@@ -353,8 +353,8 @@ def _ds_resnet(task: Task, options: Mapping[str, Any]) -> SubnetSet:
         ops=_ops(options["stem"], builder.stages),
         gates=tuple(builder.gates),
         layout={"stem": options["stem"], "stages": builder.stages},
-        # A BatchNorm bank would hold statistics for every prefix of every path (docs/definitions.md,
-        # SubnetSet).
+        # A BatchNorm bank would hold statistics for every prefix of every path
+        # (docs/definitions.md, SubnetSet).
         norm="group_norm" if options["paths"] == "all" else "private_stats",
     )
     members = tuple(builder.subnet(path) for path in paths)

@@ -1,7 +1,7 @@
 """MobileNetV1-style supernets with one gated stage: DS-MBNet and DS-Tiny.
 
-DS-MBNet is the network of DS-Net (arXiv 2103.13258), with the layout of docs/methods.md, section 2; `ds_tiny` is
-ours, for images of 8 to 32 pixels.
+DS-MBNet is the network of DS-Net (arXiv 2103.13258), with the layout of docs/methods.md, section 2;
+`ds_tiny` is ours, for images of 8 to 32 pixels.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from dsnet.space.spec import CLASSES, IMAGE, IMAGE_CHANNELS, ChannelGroup, GateS
 from dsnet.space.subnet_set import SubnetSet
 
 MBNET_ATTENTION = 0.25
-"""Hidden channels of an attention, relative to the block's largest input (docs/methods.md, section 2)."""
+"""Hidden channels of an attention, relative to the block's largest input (docs/methods.md, section
+2)."""
 TINY_ATTENTION = 1.0
 """The same for DS-Tiny: a quarter of its few channels would leave the gate almost no evidence."""
 MAX_WIDTH = 65536

@@ -2,17 +2,20 @@
 
 The loss is defined in docs/methods.md, section 5.
 
-On a routing table every term of the loss is a sum over routes of stored constants times softmax probabilities: no Gumbel noise, no masks,
-no forward pass of the network. The gradient with respect to a decision's logits has a closed form, so there is no autograd either: for
-q = softmax(l / tau) and V = the expected loss from a decision on,
+On a routing table every term of the loss is a sum over routes of stored constants times softmax
+probabilities: no Gumbel noise, no masks, no forward pass of the network. The gradient with respect
+to a decision's logits has a closed form, so there is no autograd either: for q = softmax(l / tau)
+and V = the expected loss from a decision on,
 
     dV/dl_c = reach * q_c * (V_c - V) / tau,
 
-where V_c is the expected loss after choice c and reach the probability of getting to the decision. Trials (*lanes*) are stacked in front
-of every tensor. They see the same images in the same order: what differs between two trials is their settings, not their luck (ours). Each
-lane's arithmetic is its own, so that a trial's result is the same to the bit alone and in any cohort: products are batched, not fused,
-because what a library computes for a row depends on how many rows there are. That a batched product does not depend on its neighbours is
-the library's affair: `dsnet.arithmetic` makes MKL hold it, and every worker of a search checks it (`search.gate_check`).
+where V_c is the expected loss after choice c and reach the probability of getting to the decision.
+Trials (*lanes*) are stacked in front of every tensor. They see the same images in the same order:
+what differs between two trials is their settings, not their luck (ours). Each lane's arithmetic is
+its own, so that a trial's result is the same to the bit alone and in any cohort: products are
+batched, not fused, because what a library computes for a row depends on how many rows there are.
+That a batched product does not depend on its neighbours is the library's affair: `dsnet.arithmetic`
+makes MKL hold it, and every worker of a search checks it (`search.gate_check`).
 """
 
 from __future__ import annotations
@@ -31,11 +34,13 @@ from dsnet.gates.settings import GateSettings
 LANES = 8
 """Trials in one program: more of them do not fit into the cache, fewer leave the processor idle."""
 MIN_LANES = 2
-"""A lone trial is trained twice: a batch of one product takes another path, whose sums differ in the last bits."""
+"""A lone trial is trained twice: a batch of one product takes another path, whose sums differ in
+the last bits."""
 ORDER_SEED = 0
 """Of the images' order, the same for every trial."""
 TINY = 1e-20
-"""Probabilities below count as 0: they teach nothing, and arithmetic on denormal numbers is slow."""
+"""Probabilities below count as 0: they teach nothing, and arithmetic on denormal numbers is
+slow."""
 MOMENTUM = 0.9
 ADAM_BETAS = (0.9, 0.999)
 ADAM_EPS = 1e-8
@@ -120,7 +125,8 @@ class _LinearHead:
 
 
 class _PerceptronHead:
-    """Two layers per lane; the first from random weights, the second from zero, so that all choices begin equal."""
+    """Two layers per lane; the first from random weights, the second from zero, so that all choices
+    begin equal."""
 
     def __init__(self, num_features: int, num_choices: int, lanes: Sequence[Lane]) -> None:
         hidden = lanes[0].settings.hidden_units
@@ -202,7 +208,8 @@ class _Program:
         return choice_of
 
     def _shares(self, node: Node) -> Tensor:
-        """[T, C, K]: for each choice the share of each allowed route behind it; zeros where none is."""
+        """[T, C, K]: for each choice the share of each allowed route behind it; zeros where none
+        is."""
         allowed = torch.stack([lane.allowed for lane in self.lanes]).float()
         shares = torch.zeros(len(self.lanes), node.num_choices, allowed.shape[1])
         for choice, routes in self.lesson.problem.routes_behind(node).items():
@@ -257,7 +264,8 @@ class _Program:
         )
 
     def _branches(self, position: int, ce: Tensor, q: Tensor, passes: dict[int, _Pass]) -> tuple[Tensor, Tensor]:
-        """Expected cross-entropy and cost after each choice; anything finite for a choice that the node lacks."""
+        """Expected cross-entropy and cost after each choice; anything finite for a choice that the
+        node lacks."""
         behind = self.behind[position]
         if behind.cost is not None:
             return behind.of_routes(ce, 0), behind.cost
@@ -269,7 +277,8 @@ class _Program:
         return branch_ce, branch_cost
 
     def _add_sgs(self, gradient: Tensor, logits: Tensor, choices: Tensor) -> None:
-        """Add that of the cross-entropy on the logits, for images [T, B] whose target's path passes the node (choice >= 0)."""
+        """Add that of the cross-entropy on the logits, for images [T, B] whose target's path passes
+        the node (choice >= 0)."""
         if not self.weights.has_sgs:
             return
         error = _softmax(logits)
@@ -285,7 +294,8 @@ class _Program:
         return torch.where(self.weights.is_probability, ce.neg().exp_(), correct)
 
     def _add_quality(self, gradient: Tensor, logits: Tensor, position: int, quality: Tensor | None) -> None:
-        """Add that of half the squared difference to how good the answers behind each choice are, on average over its routes."""
+        """Add that of half the squared difference to how good the answers behind each choice are,
+        on average over its routes."""
         if quality is None:
             return
         difference = logits - self.behind[position].mean(quality)
@@ -299,13 +309,15 @@ def _softmax(logits: Tensor) -> Tensor:
 
 
 def _gradient(done: _Pass, cls: Tensor, slope: Tensor) -> Tensor:
-    """[T, C, B]: of cls * CE + slope * cost, as expected from this node on, with respect to its logits times the temperature."""
+    """[T, C, B]: of cls * CE + slope * cost, as expected from this node on, with respect to its
+    logits times the temperature."""
     value = torch.addcmul(slope * done.branch_cost, cls, done.branch_ce)
     return value.sub_(cls * done.ce + slope * done.cost).mul_(done.q)
 
 
 def _mask(is_open: Tensor) -> Tensor:
-    """[T, C, 1]: 0 for a choice that leads to an allowed route, -inf for others; zeros where the node itself cannot be reached."""
+    """[T, C, 1]: 0 for a choice that leads to an allowed route, -inf for others; zeros where the
+    node itself cannot be reached."""
     is_shut = ~is_open & is_open.any(1, keepdim=True)
     return torch.zeros(is_open.shape).masked_fill_(is_shut, -torch.inf)
 
@@ -319,7 +331,8 @@ class _Behind:
     cost: Tensor | None
     """[T, C, 1] where the choices are routes."""
     route_of: Tensor | None
-    """int64 [C], any route for a choice that the node lacks; None where the choices are all routes in order, or no routes."""
+    """int64 [C], any route for a choice that the node lacks; None where the choices are all routes
+    in order, or no routes."""
 
     @classmethod
     def of(cls, node: Node, shares: Tensor, madds: Tensor) -> _Behind:
@@ -364,7 +377,8 @@ class _Weights:
         self._unit = torch.tensor([_paper_unit(lane) for lane in lanes])
 
     def slope(self, expected: Tensor) -> Tensor:
-        """[T, 1, 1]: lambda * dC/dE for the mean expected cost [T] of a batch (`dsnet.gates.losses.complexity`)."""
+        """[T, 1, 1]: lambda * dC/dE for the mean expected cost [T] of a batch
+        (`dsnet.gates.losses.complexity`)."""
         excess = torch.maximum(expected / self._target - 1.0, self._floor)
         slope = torch.where(self._has_target, 2.0 * excess / self._target, 2.0 * expected / self._unit**2)
         return (self._complexity * slope)[:, None, None]
@@ -415,7 +429,8 @@ class _Optimizer:
 
 
 def batches(num_images: int, batch_size: int, steps: int) -> Iterator[Tensor]:
-    """Rows of each step: epochs in a fixed random order, of which an incomplete last batch is left out."""
+    """Rows of each step: epochs in a fixed random order, of which an incomplete last batch is left
+    out."""
     generator = torch.Generator().manual_seed(ORDER_SEED)
     size = min(batch_size, num_images)
     order, start = torch.randperm(num_images, generator=generator), 0

@@ -1,10 +1,13 @@
-"""Stage II on images: the slimming heads of a frozen supernet, trained end to end (docs/methods.md, sections 4 and 5).
+"""Stage II on images: the slimming heads of a frozen supernet, trained end to end (docs/methods.md,
+sections 4 and 5).
 
-What table training sums exactly is sampled here: straight-through Gumbel choices, the task's loss through the network, for one gate or
-for several whose choices multiply. It is the published way, and the oracle beside which table training is measured.
+What table training sums exactly is sampled here: straight-through Gumbel choices, the task's loss
+through the network, for one gate or for several whose choices multiply. It is the published way,
+and the oracle beside which table training is measured.
 
-Training may be cut at epochs and go on in another process as if it had not been: everything that it depends on is in its progress. On the
-CPU that holds to the bit, with one kind of processor and one number of threads.
+Training may be cut at epochs and go on in another process as if it had not been: everything that it
+depends on is in its progress. On the CPU that holds to the bit, with one kind of processor and one
+number of threads.
 """
 
 from __future__ import annotations
@@ -76,7 +79,8 @@ class GateImages:
 
 @dataclass(frozen=True)
 class PathCosts:
-    """MAdds of every route of a routing space, all its decisions included, and the target in the same unit.
+    """MAdds of every route of a routing space, all its decisions included, and the target in the
+    same unit.
 
     The target is defined in docs/definitions.md, Target.
     """
@@ -84,7 +88,8 @@ class PathCosts:
     madds: Tensor
     """float64 [R]"""
     switched: tuple[Tensor, ...]
-    """For each gate float64 [R, K]: MAdds of each route with that gate's choice exchanged and all others kept."""
+    """For each gate float64 [R, K]: MAdds of each route with that gate's choice exchanged and all
+    others kept."""
     target: float
     """Clamped into the routing space's range."""
     widest: float
@@ -118,8 +123,9 @@ class PathCosts:
     def expected(self, mixed: Mixed) -> Tensor:
         """Mean MAdds of a batch (scalar).
 
-        In value exactly those of the chosen routes; the gradient of a gate's weight is what a route costs with that choice and the
-        others as they fell: that of the sum over all paths of the product of their weights.
+        In value exactly those of the chosen routes; the gradient of a gate's weight is what a route
+        costs with that choice and the others as they fell: that of the sum over all paths of the
+        product of their weights.
         """
         total = self._relative(self.madds, mixed)
         for weights, table in zip(mixed.weights, self.switched, strict=True):
@@ -127,13 +133,15 @@ class PathCosts:
         return total.mean() * self.widest
 
     def _relative(self, table: Tensor, mixed: Mixed) -> Tensor:
-        """Of each image's route, in units of the widest: float32 would not hold MAdds to the digit."""
+        """Of each image's route, in units of the widest: float32 would not hold MAdds to the
+        digit."""
         rows = table[mixed.positions.cpu()] / self.widest
         return rows.to(mixed.logits.device, mixed.logits.dtype)
 
 
 def _widths_by_choice(subnets: SubnetSet, gated: GatedSupernet, gate: int) -> dict[int, tuple[int, tuple[int, ...]]]:
-    """For each choice of a gate that some route takes: the first channel group that it decides, and the widths that it gives."""
+    """For each choice of a gate that some route takes: the first channel group that it decides, and
+    the widths that it gives."""
     spec = subnets.spec
     start = spec.num_prefix_groups(gate)
     stop = spec.num_prefix_groups(gate + 1) if gate + 1 < gated.num_gates else len(spec.groups)
@@ -146,10 +154,12 @@ def _exchanged(widths: tuple[int, ...], start: int, new: tuple[int, ...]) -> tup
 
 
 def sgs_targets(answers: Tensor, labels: Tensor, settings: GateSettings) -> Tensor:
-    """What sandwich gate sparsification asks for, image by image (precedence easy > hard > dependent).
+    """What sandwich gate sparsification asks for, image by image (precedence easy > hard >
+    dependent).
 
     Args:
-        answers: logits [B, R, num_classes] of routes from the cheapest to the costliest; `extremes` reads the first and the last.
+        answers: logits [B, R, num_classes] of routes from the cheapest to the costliest; `extremes`
+            reads the first and the last.
         labels: int64 [B].
         settings: strategy, target and thresholds.
 
@@ -162,7 +172,8 @@ def sgs_targets(answers: Tensor, labels: Tensor, settings: GateSettings) -> Tens
 
 
 def sgs_loss(gated: GatedSupernet, answers: Answers, choosers: Sequence[Chooser], targets: Tensor) -> Tensor:
-    """Mean cross-entropy of the gates' logits against the target paths: the sum over the gates that each path passes (scalar).
+    """Mean cross-entropy of the gates' logits against the target paths: the sum over the gates that
+    each path passes (scalar).
 
     A gate is asked at the path's own node, wherever the sampled choices have led the image.
 
@@ -192,8 +203,8 @@ class GateObjective:
         image_size: pixels a side.
 
         Raises:
-            ValueError: the router cannot be trained end to end, a loss is on that only table training has, or the routing space holds
-                ids that the set does not have.
+            ValueError: the router cannot be trained end to end, a loss is on that only table
+                training has, or the routing space holds ids that the set does not have.
         """
         if not settings.kind.trains_end_to_end:
             able = kind_names(lambda kind: kind.trains_end_to_end)
@@ -220,7 +231,8 @@ class GateObjective:
         """Positions in the routing space of the routes whose answers a batch needs, by cost."""
 
     def __call__(self, images: Tensor, labels: Tensor, choosers: Sequence[Chooser]) -> Tensor:
-        """lambda_cls CE + lambda_sgs SGS + lambda_complexity C(E[MAdds]) of normalised images [B, C, H, W] (scalar)."""
+        """lambda_cls CE + lambda_sgs SGS + lambda_complexity C(E[MAdds]) of normalised images [B,
+        C, H, W] (scalar)."""
         settings, gated = self.settings, self.gated
         answers = gated.answers(images, self.asked)
         mixed = self.mixed(answers, choosers)
@@ -252,7 +264,8 @@ def frozen(supernet: Supernet) -> Iterator[None]:
 
 
 Progress = Mapping[str, NDArray[Any]]
-"""All that the rest of a training depends on beside what it was given: about 20 kB for a head of a few hundred weights."""
+"""All that the rest of a training depends on beside what it was given: about 20 kB for a head of a
+few hundred weights."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -286,7 +299,8 @@ class _Training:
         self.heads = [
             torch.zeros(shape, device=self.device, requires_grad=True) for shape in self.objective.gated.head_shapes
         ]
-        """For hidden vectors of unit size; zero as in table training: at first all choices are equally likely."""
+        """For hidden vectors of unit size; zero as in table training: at first all choices are
+        equally likely."""
         self.optimizer = _optimizer(self.heads, settings)
         self.order, self.noise, self.pixels = (
             torch.Generator().manual_seed(derive_seed(settings.seed, "end_to_end", stream)) for stream in STREAMS
@@ -304,7 +318,8 @@ class _Training:
         return self.num_done // self.steps_per_epoch
 
     def progress(self) -> dict[str, NDArray[Any]]:
-        """Copies of everything that changes, and of the scales, which need not be measured again; between epochs only."""
+        """Copies of everything that changes, and of the scales, which need not be measured again;
+        between epochs only."""
         state = {"num_done": torch.tensor(self.num_done)}
         for stream, generator in zip(STREAMS, (self.order, self.noise, self.pixels), strict=True):
             state[f"random/{stream}"] = generator.get_state()
@@ -340,7 +355,8 @@ class _Training:
                 self.scales.append(state[f"scale/{gate}"].to(self.device))
 
     def _root_mean_squares(self) -> list[Tensor]:
-        """[hidden] of each gate's hidden vectors, over the cheapest and the costliest route; folds exactly into the heads (ours)."""
+        """[hidden] of each gate's hidden vectors, over the cheapest and the costliest route; folds
+        exactly into the heads (ours)."""
         shapes = self.objective.gated.head_shapes
         sums = [torch.zeros(hidden, device=self.device, dtype=torch.float64) for _, hidden in shapes]
         counts = [0] * len(shapes)
@@ -404,7 +420,8 @@ def train_end_to_end(
     should_stop: Callable[[], bool] = lambda: False,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Tensor]:
-    """Train the slimming head of a `gate`, or those of `gates`, on images through the frozen supernet.
+    """Train the slimming head of a `gate`, or those of `gates`, on images through the frozen
+    supernet.
 
     Args:
         supernet: trained and recalibrated; it is as it was afterwards.
@@ -415,8 +432,10 @@ def train_end_to_end(
         on_progress: hears (steps done, steps in all).
 
     Returns:
-        a head per gate that decides, float64 [K, hidden], for raw hidden vectors. `gate`: one, a row per route of the routing space.
-        `gates`: one per gate, a row per choice over the whole set, those that no route of the routing space takes among them.
+        a head per gate that decides, float64 [K, hidden], for raw hidden vectors. `gate`: one, a
+        row per route of the routing space.
+        `gates`: one per gate, a row per choice over the whole set, those that no route of the
+            routing space takes among them.
 
     Raises:
         NonFiniteLossError: the loss or a weight became NaN or infinite.
@@ -437,17 +456,21 @@ def train_stage(  # noqa: PLR0913 - all but four are given by name
     should_stop: Callable[[], bool] = lambda: False,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> GateStage:
-    """A stage of `train_end_to_end`: stages that follow each other end bit by bit where one pass ends.
+    """A stage of `train_end_to_end`: stages that follow each other end bit by bit where one pass
+    ends.
 
     Temperatures are those of the whole training: a stage is its beginning, not a shorter one.
 
     Args:
-        supernet, data, settings, rules, should_stop, on_progress: as for the whole training, the same in all of its stages.
+        supernet, data, settings, rules, should_stop, on_progress: as for the whole training, the
+            same in all of its stages.
         start: the progress that the stage before returned; None = from the beginning.
-        until: the epoch after which the stage ends, 1..rules.epochs and no earlier than `start`; None = at the very end.
+        until: the epoch after which the stage ends, 1..rules.epochs and no earlier than `start`;
+            None = at the very end.
 
     Raises:
-        As `train_end_to_end`; and ValueError: `until` is out of its range, or `start` is not of this training.
+        As `train_end_to_end`; and ValueError: `until` is out of its range, or `start` is not of
+        this training.
     """
     if until is None:
         until = rules.epochs

@@ -1,4 +1,5 @@
-"""Stage II on the routing table: a router is trained, calibrated to its target MAdds, and scored by its deployed routes.
+"""Stage II on the routing table: a router is trained, calibrated to its target MAdds, and scored by
+its deployed routes.
 
 Whole cohorts of trials are fitted at once; each comes out as it would alone.
 """
@@ -55,11 +56,13 @@ def fit_gates(
 ) -> list[GateFit | Exception]:
     """Whole trials: train each router on `gate`, calibrate and score it on `val`.
 
-    Trials of one kind with equal optimiser, steps, batch size and hidden units train together, small routing spaces apart. Beside the
-    deployed routes' metrics a gate reports the softmax expectation (`soft_top1`, `soft_madds_m`): the soft-hard gap.
+    Trials of one kind with equal optimiser, steps, batch size and hidden units train together,
+    small routing spaces apart. Beside the deployed routes' metrics a gate reports the softmax
+    expectation (`soft_top1`, `soft_madds_m`): the soft-hard gap.
 
     Returns:
-        for each trial, in order, its result, or why it has none: NonFiniteLossError, or ValueError for a setting out of its range.
+        for each trial, in order, its result, or why it has none: NonFiniteLossError, or ValueError
+            for a setting out of its range.
     """
     results: dict[int, GateFit | Exception] = {}
     classes: dict[tuple[object, ...], list[tuple[int, _Plan]]] = {}
@@ -121,7 +124,8 @@ def calibrate_heads(val_table: RoutingTable, settings: GateSettings, heads: Sequ
     Args:
         val_table: calibrates and scores.
         settings: of the trial; its router is `gate` or `gates`.
-        heads: float64 weights: [R, hidden] of the routing space for `gate`; one [choices, hidden] per gate for `gates`.
+        heads: float64 weights: [R, hidden] of the routing space for `gate`; one [choices, hidden]
+            per gate for `gates`.
 
     Raises:
         NonFiniteLossError: a weight is NaN or infinite.
@@ -156,12 +160,14 @@ class _Plan:
     costs: Costs
     first: int | None
     columns: tuple[int, ...]
-    """The routes that the program holds: all of the table, of which a lane allows some; or the routing space alone where that is at most
-    half of them, which is less work but trains with equal routing spaces only."""
+    """The routes that the program holds: all of the table, of which a lane allows some; or the
+    routing space alone where that is at most half of them, which is less work but trains with equal
+    routing spaces only."""
 
     @classmethod
     def of(cls, table: RoutingTable, settings: GateSettings) -> _Plan:
-        """Choose what a cascade runs first by the labels of `table`, and count what decisions cost."""
+        """Choose what a cascade runs first by the labels of `table`, and count what decisions
+        cost."""
         routes, first = routing_space(table, settings), None
         no_decision = np.zeros(table.num_routes, dtype=np.int64)
         kind = settings.kind
@@ -206,7 +212,8 @@ class _Plan:
 
 
 def best_pair(table: RoutingTable, routes: Sequence[int], target: float) -> tuple[int, int]:
-    """(first, second) of the confidence cascade with the most right answers on `table` at a mean cost of `target`, by its labels.
+    """(first, second) of the confidence cascade with the most right answers on `table` at a mean
+    cost of `target`, by its labels.
 
     Raises:
         ValueError: fewer than two routes of different cost.
@@ -363,7 +370,8 @@ def _flat_router(val: RoutingTable, plan: _Plan, head: Head, offset: Tensor) -> 
 
 
 def _calibrated_tree(exam: _Exam, plan: _Plan, heads: Sequence[Head]) -> tuple[Router, float, NDArray[np.float64]]:
-    """A router that decides at every gate; beta; its softmax over the paths at the last temperature [N, R]."""
+    """A router that decides at every gate; beta; its softmax over the paths at the last temperature
+    [N, R]."""
     logits = [heads[node.head](own).numpy() for node, own in zip(plan.problem.nodes, exam.features, strict=True)]
     priced = PricedTree(plan.problem, plan.routes, plan.costs.madds, logits)
     beta = nearest_price(priced.mean_cost, plan.costs.target, priced.bound)
@@ -392,7 +400,8 @@ def _fit_cascade(val: RoutingTable, plan: _Plan) -> GateFit:
 
 
 def score_run(run: TableRun, table: RoutingTable) -> dict[str, float]:
-    """Metrics of a routing, exact: top1, top5, ce, madds_m, p95_madds_m, route_entropy, max_route_share (of the answering routes)."""
+    """Metrics of a routing, exact: top1, top5, ce, madds_m, p95_madds_m, route_entropy,
+    max_route_share (of the answering routes)."""
     rows = np.arange(table.num_images)
     share = run.histogram
     used = share[share > 0]

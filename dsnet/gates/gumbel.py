@@ -1,4 +1,5 @@
-"""Choices that are hard in the forward pass and soft in the backward pass: the straight-through Gumbel-softmax (arXiv 1611.01144)."""
+"""Choices that are hard in the forward pass and soft in the backward pass: the straight-through
+Gumbel-softmax (arXiv 1611.01144)."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ def gumbel_noise(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
 
 
 def straight_through(logits: Tensor, noise: Tensor, temperature: float) -> Tensor:
-    """Weights [B, K] whose value is exactly the one-hot argmax of p = softmax((logits + noise) / temperature), with the gradient of p.
+    """Weights [B, K] whose value is exactly the one-hot argmax of p = softmax((logits + noise) /
+    temperature), with the gradient of p.
 
     Args:
         logits: [B, K]; -inf for what cannot be chosen: it gets neither weight nor gradient.

@@ -19,7 +19,8 @@ def complexity(expected_madds: Tensor, target_madds: float, max_madds: float, fo
         expected_madds: mean expected MAdds of the batch, a scalar tensor.
         target_madds: the target in MAdds.
         max_madds: MAdds of the widest sub-network of the whole set.
-        form: `hinge` relu(r - 1)^2, `quadratic` (r - 1)^2 with r = E/target; `paper` (E / (1e9 max / 565.4e6))^2; `paper_raw` (E / 1e9)^2.
+        form: `hinge` relu(r - 1)^2, `quadratic` (r - 1)^2 with r = E/target; `paper` (E / (1e9 max
+            / 565.4e6))^2; `paper_raw` (E / 1e9)^2.
 
     Raises:
         ValueError: unknown form.

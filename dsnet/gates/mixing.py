@@ -1,11 +1,13 @@
-"""A supernet whose gates choose by straight-through weights: forward it slices, backward every choice of a gate is heard.
+"""A supernet whose gates choose by straight-through weights: forward it slices, backward every
+choice of a gate is heard.
 
-Ours (docs/methods.md, section 4: published is a straight-through one-hot choice, by code that masks channels): at a
-gate, all its choices run the segment that follows it, on the images that are at this node. Their results, padded with
-zero channels to the widest, are added up with the one-hot weights. What goes on to the next gate is hence exactly the
-chosen segment's result, and the gradient of a weight is what the later network would make of that choice's result.
-Layers take their input width from the tensor, so that the zero channels change nothing forward, and let a narrow choice
-learn what more channels would have brought.
+Ours (docs/methods.md, section 4: published is a straight-through one-hot choice, by code that masks
+channels): at a gate, all its choices run the segment that follows it, on the images that are at
+this node. Their results, padded with zero channels to the widest, are added up with the one-hot
+weights. What goes on to the next gate is hence exactly the chosen segment's result, and the
+gradient of a weight is what the later network would make of that choice's result. Layers take their
+input width from the tensor, so that the zero channels change nothing forward, and let a narrow
+choice learn what more channels would have brought.
 """
 
 from __future__ import annotations
@@ -61,7 +63,8 @@ class Mixed:
     """What the chosen routes say to a batch."""
 
     logits: Tensor
-    """[B, num_classes]: in value those of each image's route; gradients reach all heads on its way."""
+    """[B, num_classes]: in value those of each image's route; gradients reach all heads on its
+    way."""
     weights: tuple[Tensor, ...]
     """[B, K] of each gate."""
     positions: Tensor
@@ -102,7 +105,8 @@ class GatedSupernet:
         self.num_choices: tuple[int, ...] = (
             (len(routes),) if decides_once else tuple(branches.num_choices for branches in whole.gates)
         )
-        """Rows of each gate's head: its choices over the whole set, as choices keep their numbers, or the routes."""
+        """Rows of each gate's head: its choices over the whole set, as choices keep their numbers,
+        or the routes."""
 
     @property
     def num_gates(self) -> int:
@@ -117,7 +121,8 @@ class GatedSupernet:
 
     @cached_property
     def _first_routes(self) -> dict[tuple[int, int], dict[int, int]]:
-        """For every (gate, node), by choice, the first position in the routing space that takes it."""
+        """For every (gate, node), by choice, the first position in the routing space that takes
+        it."""
         return {
             (gate, node): branches.first_routes(node)
             for gate, branches in enumerate(self.tree.gates)
@@ -135,7 +140,8 @@ class GatedSupernet:
 
     @torch.no_grad()
     def answers(self, images: Tensor, positions: Sequence[int]) -> Answers:
-        """Run the routes at `positions` of the routing space on normalised images [B, C, H, W], what they share once."""
+        """Run the routes at `positions` of the routing space on normalised images [B, C, H, W],
+        what they share once."""
         trunk = self.supernet.upto_gate(0, images, self.subnets[0])
         hidden = {(0, 0): trunk.hidden}
         position_of = {subnet.name: position for position, subnet in enumerate(self.subnets)}
@@ -152,7 +158,8 @@ class GatedSupernet:
         return Answers(torch.stack([said[self.subnets[p].name] for p in positions], dim=1), hidden, trunk)
 
     def mix_answers(self, answers: Answers, positions: Sequence[int], chooser: Chooser) -> Mixed:
-        """The only gate's choice among the answers of all routes: no gradient has to pass the network.
+        """The only gate's choice among the answers of all routes: no gradient has to pass the
+        network.
 
         Args:
             answers: of every route of the routing space.
@@ -186,7 +193,8 @@ class GatedSupernet:
         return Mixed(_in_order(groups, [logits for (logits,) in mixed]), tuple(weights), _in_order(groups, routes))
 
     def _mix(self, gate: int, group: _Group, weights: Tensor) -> tuple[Tensor, ...]:
-        """The segment after `gate` by all choices of a node, added up: (features, hidden), or (logits,) after the last gate."""
+        """The segment after `gate` by all choices of a node, added up: (features, hidden), or
+        (logits,) after the last gate."""
         branch = self._first_routes[gate, group.node]
         with torch.set_grad_enabled(torch.is_grad_enabled() and group.features.requires_grad):
             results = [self._segment(gate + 1, group.features, self.subnets[position]) for position in branch.values()]
@@ -220,7 +228,8 @@ class GatedSupernet:
 
 
 def _add_up(results: Sequence[Tensor], weights: Tensor) -> Tensor:
-    """Weighted sum of tensors [b, c_k, ...] by weights [b, k]; channels that one lacks are zero in it."""
+    """Weighted sum of tensors [b, c_k, ...] by weights [b, k]; channels that one lacks are zero in
+    it."""
     widest = max(result.shape[1] for result in results)
     terms = [
         F.pad(result, (*(0, 0) * (result.ndim - 2), 0, widest - result.shape[1]))

@@ -1,10 +1,13 @@
-"""What a router learns on a routing table: decisions, what they may choose, what each choice costs and answers.
+"""What a router learns on a routing table: decisions, what they may choose, what each choice costs
+and answers.
 
 The loss is defined in docs/methods.md, section 5.
 
-Every kind of router is the same problem. A decision is a node with a head on some features and a branch per choice; a branch leads to a
-route, or to the next gate's node. A gate that decides once has one node, whose choices are the routes; one gate per stage makes a tree of
-nodes; a learned cascade has one node, whose features come from the first route's answer and whose choices are to stop or to go on.
+Every kind of router is the same problem. A decision is a node with a head on some features and a
+branch per choice; a branch leads to a route, or to the next gate's node. A gate that decides once
+has one node, whose choices are the routes; one gate per stage makes a tree of nodes; a learned
+cascade has one node, whose features come from the first route's answer and whose choices are to
+stop or to go on.
 """
 
 from __future__ import annotations
@@ -30,16 +33,19 @@ CONSTANT = 1e-6
 
 @dataclass(frozen=True)
 class Scaling:
-    """How features are brought to unit size for training; it folds exactly into a head's first layer."""
+    """How features are brought to unit size for training; it folds exactly into a head's first
+    layer."""
 
     mean: Tensor
     """[D]; zero for a head without biases."""
     scale: Tensor
-    """[D]; inf for a constant feature, of which nothing can be learnt: it shall not count where another split has it alive."""
+    """[D]; inf for a constant feature, of which nothing can be learnt: it shall not count where
+    another split has it alive."""
 
     @classmethod
     def of(cls, features: Tensor, *, is_centred: bool) -> Scaling:
-        """From the features [N, D] that train: standard deviations, or root mean squares where the head cannot centre."""
+        """From the features [N, D] that train: standard deviations, or root mean squares where the
+        head cannot centre."""
         exact = features.double()
         mean = exact.mean(0) if is_centred else torch.zeros(features.shape[1], dtype=torch.float64)
         scale = (exact - mean).square().mean(0).sqrt()
@@ -69,7 +75,8 @@ class Node:
 
 @dataclass(frozen=True)
 class Problem:
-    """The decisions of one kind of router, the same for all its trials (a learned cascade's depend on its first route)."""
+    """The decisions of one kind of router, the same for all its trials (a learned cascade's depend
+    on its first route)."""
 
     nodes: tuple[Node, ...]
     """Each after the nodes that lead to it; the first is where every image begins."""
@@ -95,8 +102,8 @@ def problem_of(
         table: any split's.
         kind: of the router.
         first: the route that a learned cascade runs first.
-        num_options: of a router that decides once, where its program holds fewer routes than the table; their numbers are then places
-            among those. None = all of the table's.
+        num_options: of a router that decides once, where its program holds fewer routes than the
+            table; their numbers are then places among those. None = all of the table's.
     """
     is_perceptron = kind.head == "perceptron"
     if not kind.is_tree:
@@ -166,7 +173,8 @@ def stored_answer(table: RoutingTable, route: int) -> Executed:
 
 @dataclass(frozen=True)
 class Costs:
-    """What ending on each route costs an image, decisions included, and the target in the same unit.
+    """What ending on each route costs an image, decisions included, and the target in the same
+    unit.
 
     The target is defined in docs/definitions.md, Target.
     """
@@ -220,16 +228,18 @@ def routing_space(table: RoutingTable, settings: GateSettings) -> tuple[int, ...
 def sgs_targets(
     table: RoutingTable, routes: Sequence[int], settings: GateSettings, madds: NDArray[np.float64] | None = None
 ) -> NDArray[np.int64]:
-    """[N] the route that sandwich gate sparsification asks for (precedence easy > hard > dependent).
+    """[N] the route that sandwich gate sparsification asks for (precedence easy > hard >
+    dependent).
 
-    Smallest and largest are the routing space's cheapest and costliest route; `cheapest` falls back to the strategy where no route is
-    right.
+    Smallest and largest are the routing space's cheapest and costliest route; `cheapest` falls back
+    to the strategy where no route is right.
 
     Args:
         table: of the images.
         routes: the routing space.
         settings: strategy, target and thresholds.
-        madds: [K] what each route costs; the table's own where not given (a cascade pays for its first route too).
+        madds: [K] what each route costs; the table's own where not given (a cascade pays for its
+            first route too).
     """
     cost = table.madds if madds is None else madds
     columns = np.array(routes)[np.argsort(cost[list(routes)], kind="stable")]
@@ -239,7 +249,8 @@ def sgs_targets(
 
 
 def sgs_places(correct: Tensor, probability: Tensor, settings: GateSettings) -> Tensor:
-    """int64 [N] which of R routes, from the cheapest to the costliest, SGS asks for (precedence easy > hard > dependent).
+    """int64 [N] which of R routes, from the cheapest to the costliest, SGS asks for (precedence
+    easy > hard > dependent).
 
     Args:
         correct: bool [N, R].
@@ -256,7 +267,8 @@ def sgs_places(correct: Tensor, probability: Tensor, settings: GateSettings) -> 
 
 
 def beam(table: RoutingTable, size: int) -> tuple[int, ...]:
-    """The `size` routes that lie nearest below the upper concave envelope of (MAdds, top-1), both extremes of MAdds among them; by MAdds.
+    """The `size` routes that lie nearest below the upper concave envelope of (MAdds, top-1), both
+    extremes of MAdds among them; by MAdds.
 
     Raises:
         ValueError: fewer than 2 routes are asked for.
@@ -274,7 +286,8 @@ def beam(table: RoutingTable, size: int) -> tuple[int, ...]:
 
 
 def _hull(x: NDArray[np.float64], y: NDArray[np.float64]) -> list[int]:
-    """Corners of the upper concave envelope of points by rising x, and falling y where x is equal."""
+    """Corners of the upper concave envelope of points by rising x, and falling y where x is
+    equal."""
     hull: list[int] = []
     for index in np.unique(x, return_index=True)[1]:
         while len(hull) > 1 and (y[hull[-1]] - y[hull[-2]]) * (x[index] - x[hull[-2]]) <= (y[index] - y[hull[-2]]) * (

@@ -18,13 +18,15 @@ class GateSettings:
     router: str = "gate"
     """One of `dsnet.routers.kinds.kind_names()`."""
     target: float = 0.5
-    """t in [0, 1]: MAdds_min + t (MAdds_max - MAdds_min) over the whole SubnetSet (the user's "target FLOPs")."""
+    """t in [0, 1]: MAdds_min + t (MAdds_max - MAdds_min) over the whole SubnetSet (the user's
+    "target FLOPs")."""
     target_madds_m: float | None = None
     """The target in million MAdds, in place of `target`; None = not given."""
     routes: tuple[int, ...] = ()
     """The routing space: increasing ids of the SubnetSet; empty takes all."""
     t_easy: float = 0.0
-    """SGS: an image is easy iff the smallest route is right with p(y) >= t_easy; 0 is the paper's rule."""
+    """SGS: an image is easy iff the smallest route is right with p(y) >= t_easy; 0 is the paper's
+    rule."""
     t_hard: float = 0.0
     """SGS: an image is hard iff the largest route is wrong or has p(y) < t_hard."""
     strategy: str = "try_best"
@@ -35,8 +37,9 @@ class GateSettings:
     lambda_sgs: float = 1.0
     lambda_complexity: float = 0.5
     lambda_quality: float = 0.0
-    """Of half the squared difference between each route's score and how good its answer is (ours): the score is then an estimate of the
-    route's accuracy on the image, and calibration trades accuracy for MAdds at one price."""
+    """Of half the squared difference between each route's score and how good its answer is (ours):
+    the score is then an estimate of the route's accuracy on the image, and calibration trades
+    accuracy for MAdds at one price."""
     quality_of: str = "correct"
     """How good an answer is: `correct` 1 or 0, or the `probability` of the label."""
     complexity_form: str = "hinge"
@@ -48,11 +51,13 @@ class GateSettings:
     batch_size: int = 512
     temperature_start: float = 1.0
     temperature_end: float = 0.3
-    """The softmax temperature falls geometrically, so that its expectation approaches the deployed argmax."""
+    """The softmax temperature falls geometrically, so that its expectation approaches the deployed
+    argmax."""
     hidden_units: int = 32
     """Of the perceptron, for the kinds that have one."""
     seed: int = 0
-    """First weights of a perceptron, and the noise of end-to-end training. A linear head begins at zero."""
+    """First weights of a perceptron, and the noise of end-to-end training. A linear head begins at
+    zero."""
 
     def __post_init__(self) -> None:
         _check_choice("gate.router", self.router, kind_names())
@@ -96,7 +101,8 @@ class GateSettings:
         return router_kind(self.router)
 
     def wanted_madds(self, low: float, high: float) -> float:
-        """The target in MAdds, for a set of sub-networks of `low` to `high` (docs/definitions.md, Target).
+        """The target in MAdds, for a set of sub-networks of `low` to `high` (docs/definitions.md,
+        Target).
 
         A routing space may not reach it.
         """

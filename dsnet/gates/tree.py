@@ -1,4 +1,5 @@
-"""Decisions at every gate of a network, at any price of compute: how one gate per stage is calibrated and deployed."""
+"""Decisions at every gate of a network, at any price of compute: how one gate per stage is
+calibrated and deployed."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ Floats = NDArray[np.float64]
 class PricedTree:
     """At each node argmax_c(l_c - beta * price_c), for the images of one split.
 
-    A branch is priced at the mean cost of the routes behind it, relative to the costliest route: which of them is taken is decided later.
+    A branch is priced at the mean cost of the routes behind it, relative to the costliest route:
+    which of them is taken is decided later.
     """
 
     def __init__(self, problem: Problem, routes: Sequence[int], madds: Floats, logits: Sequence[Floats]) -> None:
@@ -42,7 +44,8 @@ class PricedTree:
         self._prices = [self._branch_prices(node) for node in problem.nodes]
 
     def _branch_prices(self, node: Node) -> Floats:
-        """[choices]; inf for a choice that the node lacks or that leads out of the routing space."""
+        """[choices]; inf for a choice that the node lacks or that leads out of the routing
+        space."""
         relative = self._madds / self._madds[list(self._routes)].max()
         prices = np.full(node.num_choices, np.inf)
         for choice, behind in self._problem.routes_behind(node).items():
@@ -87,7 +90,8 @@ class PricedTree:
         return float(self._madds[self.routes_at(beta)].mean())
 
     def softmax(self, beta: float, temperature: float) -> Floats:
-        """[N, R] probability of each route of the routing space when every gate draws from its softmax."""
+        """[N, R] probability of each route of the routing space when every gate draws from its
+        softmax."""
         reach = {0: np.ones(len(self._logits[0]))}
         ends: dict[int, Floats] = {}
         for position, node in enumerate(self._problem.nodes):

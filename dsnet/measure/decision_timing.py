@@ -1,4 +1,5 @@
-"""What a router's decisions take beside the network: reading the evidence, deciding, and telling the host how to group the images."""
+"""What a router's decisions take beside the network: reading the evidence, deciding, and telling
+the host how to group the images."""
 
 from __future__ import annotations
 
@@ -19,8 +20,9 @@ def decision_calls(
 ) -> Mapping[str, Callable[[], object]]:
     """For each kind of router  all decisions on the way to its answer, ready to be timed.
 
-    The routers choose among all routes and have weights of zero: what they decide does not matter, and what a decision takes does not
-    depend on it. One gate per stage decides at every gate of the last route's path, for all images together.
+    The routers choose among all routes and have weights of zero: what they decide does not matter,
+    and what a decision takes does not depend on it. One gate per stage decides at every gate of the
+    last route's path, for all images together.
 
     Args:
         spec: of the supernet.
@@ -48,7 +50,8 @@ def _along_last_route(segments: CutSegments, trunk: TrunkOutput) -> list[TrunkOu
 
 
 def _decisions(router: Router, outputs: list[TrunkOutput], logits: torch.Tensor) -> Callable[[], object]:
-    """All decisions of one router, each as dynamic inference asks for it and takes its answer to the host."""
+    """All decisions of one router, each as dynamic inference asks for it and takes its answer to
+    the host."""
     size, device = len(logits), logits.device
     routes = torch.zeros(size, dtype=torch.int64, device=device)
 

@@ -28,7 +28,8 @@ EVALUATION_BATCH = 256
 MAX_EVIDENCE_COLUMNS = 20_000
 """Numbers of evidence that a table keeps for an image, where there is a choice."""
 TRAIN_SAMPLE = 1000
-"""Images of `train` on which the widest route is tried too: a point or so either way is exact enough to see learning by heart."""
+"""Images of `train` on which the widest route is tried too: a point or so either way is exact
+enough to see learning by heart."""
 TRAIN_SAMPLE_FILE = "train_sample.json"
 """Where the measure stage keeps it; runs of earlier releases have none."""
 
@@ -101,7 +102,8 @@ def measure_subnets(
 def sample_training_images(
     supernet: Supernet, images: TrainingImages, normalization: Normalization, limit: int = TRAIN_SAMPLE
 ) -> dict[str, Any]:
-    """Top-1 of the widest route on some images of `train`, as evaluation sees them: beside top-1 on `val` it shows learning by heart.
+    """Top-1 of the widest route on some images of `train`, as evaluation sees them: beside top-1 on
+    `val` it shows learning by heart.
 
     Args:
         supernet: trained and recalibrated.
@@ -136,10 +138,12 @@ def build_routing_table(
     batch_size: int = EVALUATION_BATCH,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> RoutingTable:
-    """Run every member of the supernet's set once over a split; what they share runs once for all of them.
+    """Run every member of the supernet's set once over a split; what they share runs once for all
+    of them.
 
     Args:
-        supernet: trained and recalibrated; with several gates every path of its set is run, shared segments once.
+        supernet: trained and recalibrated; with several gates every path of its set is run, shared
+            segments once.
         data: holds the split.
         split: which one.
         normalization: what the supernet was trained with.
@@ -186,8 +190,9 @@ def build_routing_table(
 class _EvidencePlan:
     """Which parts of the evidence are kept at every node, and in which columns.
 
-    The first gate's always all; a later gate's poolings only where the nodes of all gates together need no more than
-    `MAX_EVIDENCE_COLUMNS`: 64 nodes with a thousand channels would be 800 kB an image.
+    The first gate's always all; a later gate's poolings only where the nodes of all gates together
+    need no more than `MAX_EVIDENCE_COLUMNS`: 64 nodes with a thousand channels would be 800 kB an
+    image.
     """
 
     def __init__(self, supernet: Supernet, tree: RouteTree, image_size: int) -> None:
@@ -242,8 +247,8 @@ class _EvidencePlan:
 def join_tables(parts: Sequence[RoutingTable]) -> RoutingTable:
     """The table of a split from those of its consecutive pieces.
 
-    Where every piece but the last holds a multiple of the batch size, the result is bit-equal to the table built at once
-    with the same number of threads of the same processor.
+    Where every piece but the last holds a multiple of the batch size, the result is bit-equal to
+    the table built at once with the same number of threads of the same processor.
     """
     arrays = parts[0].arrays()
     per_image = [name for name in arrays if name != "madds"]  # that is of the routes, hence equal in all pieces

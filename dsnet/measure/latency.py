@@ -1,4 +1,5 @@
-"""Latency as a person meets it: named device, fixed threads, warm-up, interleaved repeats, median and interquartile range."""
+"""Latency as a person meets it: named device, fixed threads, warm-up, interleaved repeats, median
+and interquartile range."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ MIN_REPEATS = 3
 """Fewer say nothing about spread."""
 BUDGET_S = 120.0
 TRUNK, DECIDE = "/trunk", "/decide/"
-"""Beside the names of tails, which are those of sub-networks and hold no slash; a kind of router follows the second."""
+"""Beside the names of tails, which are those of sub-networks and hold no slash; a kind of router
+follows the second."""
 PUBLISHED = "gate"
 """The kind of router whose decision counts where its own was not timed."""
 DEVICES = ("auto", "cpu", "cuda")
@@ -40,7 +42,8 @@ DEVICE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,31}")
 
 
 def latency_metric(batch_size: int = 1, device: str = MAIN_DEVICE) -> str:
-    """The name of a latency among the metrics: `latency_ms`, `latency_ms_batch64`, `latency_ms.server`, `latency_ms_batch64.server`.
+    """The name of a latency among the metrics: `latency_ms`, `latency_ms_batch64`,
+    `latency_ms.server`, `latency_ms_batch64.server`.
 
     Always milliseconds of one call: of one image, or of a whole batch of so many.
     """
@@ -69,10 +72,11 @@ class Timing:
 
 
 NOISY_SPREAD = 0.2
-"""Interquartile range over median of the typical call from which on times are noisy: sub-networks that differ by a tenth look alike then.
-On an idle machine it is some hundredths."""
+"""Interquartile range over median of the typical call from which on times are noisy: sub-networks
+that differ by a tenth look alike then. On an idle machine it is some hundredths."""
 BUSY_LOAD = 2.0
-"""Processes that want a core, for each core: training that has just ended leaves about 1 behind, twice as many are somebody else's."""
+"""Processes that want a core, for each core: training that has just ended leaves about 1 behind,
+twice as many are somebody else's."""
 
 
 @dataclass(frozen=True)
@@ -124,15 +128,18 @@ class LatencyTable:
     """What it is, in words."""
     threads: int
     subnets: Mapping[int, Mapping[str, Timing]]
-    """batch size -> sub-network -> the whole sub-network as a plain module with folded BatchNorm."""
+    """batch size -> sub-network -> the whole sub-network as a plain module with folded
+    BatchNorm."""
     trunk: Mapping[int, Timing]
     """n images -> the shared trunk."""
     decide: Mapping[int, Timing]
-    """n images -> the published gate's decision: a slimming head over all routes, its argmax on the host, and the grouping."""
+    """n images -> the published gate's decision: a slimming head over all routes, its argmax on the
+    host, and the grouping."""
     tails: Mapping[int, Mapping[str, Timing]]
     """n images -> route -> its tail."""
     decisions: Mapping[str, Mapping[int, Timing]] = field(default_factory=dict)
-    """Other kind of router -> n images -> all its decisions (`dsnet.measure.decision_timing`); a missing one counts as the published."""
+    """Other kind of router -> n images -> all its decisions (`dsnet.measure.decision_timing`); a
+    missing one counts as the published."""
     load: MachineLoad | None = None
     """Of the machine when all was timed; None in tables of earlier releases."""
 
@@ -143,11 +150,13 @@ class LatencyTable:
 
     @property
     def batch_sizes(self) -> tuple[int, ...]:
-        """Sizes of batches that have a metric of their own: 1, and every size at which whole sub-networks were timed."""
+        """Sizes of batches that have a metric of their own: 1, and every size at which whole
+        sub-networks were timed."""
         return tuple(sorted({1, *self.subnets}))
 
     def static_ms(self, subnet: str, batch_size: int = 1) -> float:
-        """A call of a whole sub-network, as measured; where batch 1 was not, its trunk and its tail.
+        """A call of a whole sub-network, as measured; where batch 1 was not, its trunk and its
+        tail.
 
         Raises:
             KeyError: another batch size that was not measured.
@@ -171,10 +180,12 @@ class LatencyTable:
     def ideal_ms(
         self, batch_size: int, runs: NDArray[np.float64], routes: Sequence[str], kind: str = PUBLISHED
     ) -> float:
-        """Ideal latency of a batch of random images: trunk + decide + the expected time of each tail over its binomial group size.
+        """Ideal latency of a batch of random images: trunk + decide + the expected time of each
+        tail over its binomial group size.
 
         Args:
-            batch_size: B; between the measured sizes times are interpolated, beyond them they grow in proportion.
+            batch_size: B; between the measured sizes times are interpolated, beyond them they grow
+                in proportion.
             runs: [K] share of the images that run each route.
             routes: their K names.
             kind: of the router.
@@ -243,14 +254,16 @@ class BatchClock:
 
 
 def _at(measured: Mapping[int, Timing], sizes: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Milliseconds for numbers of images 0, 1, ...: none for 0, linear between the measured numbers, in proportion beyond the last."""
+    """Milliseconds for numbers of images 0, 1, ...: none for 0, linear between the measured
+    numbers, in proportion beyond the last."""
     known = sorted(measured)
     ms = np.interp(sizes, known, [measured[size].median_ms for size in known])
     return np.where(sizes == 0, 0.0, ms * np.maximum(sizes / known[-1], 1.0))
 
 
 def _binomials(count: int, shares: NDArray[np.float64]) -> NDArray[np.float64]:
-    """[K, count + 1] the probability that so many of `count` images run a route that a share [K] of all images runs."""
+    """[K, count + 1] the probability that so many of `count` images run a route that a share [K] of
+    all images runs."""
     numbers = np.arange(count + 1)
     ways = np.array([math.lgamma(count + 1) - math.lgamma(n + 1) - math.lgamma(count - n + 1) for n in numbers])
     inside = np.clip(shares, np.finfo(np.float64).tiny, 1.0 - np.finfo(np.float64).epsneg)[:, None]
@@ -280,13 +293,15 @@ def time_interleaved(
     synchronize: Callable[[], None] = lambda: None,
     before_each: Callable[[], None] = lambda: None,
 ) -> dict[str, Timing]:
-    """Time several calls side by side: each round runs all of them, in a fresh random order, so that drift hits all alike.
+    """Time several calls side by side: each round runs all of them, in a fresh random order, so
+    that drift hits all alike.
 
     Args:
         calls: what to time, by name.
         repeats: rounds that count.
         warmup: rounds before these.
-        budget_s: where this does not suffice, fewer rounds, but no fewer than `MIN_REPEATS` of those asked for.
+        budget_s: where this does not suffice, fewer rounds, but no fewer than `MIN_REPEATS` of
+            those asked for.
         synchronize: waits until the device is done.
         before_each: runs untimed before every call; it may raise to give up.
     """
@@ -311,7 +326,8 @@ def time_interleaved(
 
 
 def _rounds(repeats: int, warmup: int, budget_s: float) -> Iterator[bool]:
-    """For each round whether it counts; warm-up takes no more than a quarter of the budget, but a round."""
+    """For each round whether it counts; warm-up takes no more than a quarter of the budget, but a
+    round."""
     start = time.monotonic()
     for number in range(warmup):
         if number and time.monotonic() - start > budget_s / 4:
@@ -395,7 +411,8 @@ def measure_latency(
     before_each: Callable[[], None] = lambda: None,
     budget_s: float = BUDGET_S,
 ) -> LatencyTable:
-    """Time every sub-network and every part of the dynamic network on random images, on the main device; the process keeps its threads.
+    """Time every sub-network and every part of the dynamic network on random images, on the main
+    device; the process keeps its threads.
 
     Args:
         supernet: trained; paths through several gates are timed as what they share, put together.
@@ -403,7 +420,8 @@ def measure_latency(
         settings: device, threads, sizes, repeats.
         on_progress: hears (sizes done, sizes in all).
         before_each: runs untimed before every timed call; it may raise to give up.
-        budget_s: seconds for all sizes together, shared evenly; many paths or large images then have fewer repeats than asked for.
+        budget_s: seconds for all sizes together, shared evenly; many paths or large images then
+            have fewer repeats than asked for.
     """
     device = torch.device(settings.device)
     parts = _Parts(supernet.to(device).eval(), image_size, device)
@@ -446,7 +464,8 @@ def measure_latency(
 
 
 class _Parts:
-    """What is timed: shared segments, put together to tails and whole sub-networks; every one on the same random images."""
+    """What is timed: shared segments, put together to tails and whole sub-networks; every one on
+    the same random images."""
 
     def __init__(self, supernet: Supernet, image_size: int, device: torch.device) -> None:
         members = supernet.subnets.members

@@ -33,7 +33,8 @@ class BlockShape:
 
 
 class SeparableBlock(nn.Module):
-    """Separable block: dw3x3 -> BN -> Swish -> attention | pw1x1 -> BN -> Swish (docs/methods.md, section 2).
+    """Separable block: dw3x3 -> BN -> Swish -> attention | pw1x1 -> BN -> Swish (docs/methods.md,
+    section 2).
 
     At `|` a gate may decide the width of the pointwise convolution.
     """
@@ -297,8 +298,8 @@ class PlainResidualBlock(nn.Module):
 
 
 def add_streams(x: Tensor, y: Tensor) -> Tensor:
-    """x + y, [B, c, H, W] each; the narrower one is padded with zero channels (docs/methods.md, section 8,
-    zero-padding match)."""
+    """x + y, [B, c, H, W] each; the narrower one is padded with zero channels (docs/methods.md,
+    section 8, zero-padding match)."""
     missing = y.shape[1] - x.shape[1]
     if missing > 0:
         x = F.pad(x, (0, 0, 0, 0, 0, missing))
@@ -308,7 +309,8 @@ def add_streams(x: Tensor, y: Tensor) -> Tensor:
 
 
 def fold_batch_norms(module: nn.Module) -> nn.Module:
-    """Fold every plain BatchNorm into the convolution before it, in place (eval mode only); returns `module`."""
+    """Fold every plain BatchNorm into the convolution before it, in place (eval mode only); returns
+    `module`."""
     for part in module.modules():
         if isinstance(part, ConvNorm) and isinstance(part.norm, nn.BatchNorm2d):
             part.conv = fuse_conv_bn_eval(part.conv.eval(), part.norm.eval())

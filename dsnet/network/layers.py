@@ -19,7 +19,8 @@ BN_MOMENTUM = 0.1
 
 
 class SlicedConv2d(nn.Module):
-    """Dense convolution without bias, sliced to the first `width` filters and the input's channels."""
+    """Dense convolution without bias, sliced to the first `width` filters and the input's
+    channels."""
 
     def __init__(self, max_in: int, max_out: int, kernel: int, stride: int, generator: torch.Generator) -> None:
         super().__init__()
@@ -47,7 +48,8 @@ class SlicedDepthwiseConv2d(nn.Module):
         nn.init.kaiming_normal_(self.weight, mode="fan_in", nonlinearity="relu", generator=generator)
 
     def forward(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
-        """[B, c, H, W] -> [B, c, ceil(H / stride), ceil(W / stride)], then times `scale` plus `shift` (each [c]) where given."""
+        """[B, c, H, W] -> [B, c, ceil(H / stride), ceil(W / stride)], then times `scale` plus
+        `shift` (each [c]) where given."""
         num_channels = x.shape[1]
         weight = corner(self.weight, num_channels)
         if scale is not None:
@@ -85,8 +87,8 @@ class BatchNormBank(nn.Module):
     """BatchNorm with running statistics per prefix of widths, and shared or private affine pairs.
 
     The statistics of a layer depend on every width upstream of it, so they are keyed by that prefix
-    (docs/methods.md, section 3, docs/definitions.md, SubnetSet). Sub-networks that agree up to this layer share one set, which
-    makes a shared trunk possible.
+    (docs/methods.md, section 3, docs/definitions.md, SubnetSet). Sub-networks that agree up to this
+    layer share one set, which makes a shared trunk possible.
     """
 
     def __init__(
@@ -152,7 +154,8 @@ class BatchNormBank(nn.Module):
         return corner(self.weight, prefix[-1]), corner(self.bias, prefix[-1])
 
     def forward(self, x: Tensor, prefix: tuple[int, ...]) -> Tensor:
-        """Normalise [B, c, H, W] with the statistics of `prefix` (batch statistics while training)."""
+        """Normalise [B, c, H, W] with the statistics of `prefix` (batch statistics while
+        training)."""
         mean, var, updates = self.statistics(prefix)
         factor = self._count(updates)
         return F.batch_norm(x, mean, var, *self.affine(prefix), self.training, factor, BN_EPS)
@@ -291,8 +294,8 @@ class SlicedAttention(nn.Module):
     ) -> None:
         super().__init__()
         self.is_residual = is_residual
-        """False: x * sigmoid(a). True: x * (1 + tanh(a)), initially the identity (docs/methods.md, section 2,
-        DS-ResNet)."""
+        """False: x * sigmoid(a). True: x * (1 + tanh(a)), initially the identity (docs/methods.md,
+        section 2, DS-ResNet)."""
         self.reduce_weight = nn.Parameter(torch.empty(hidden, max_channels))
         self.reduce_bias = nn.Parameter(torch.zeros(hidden))
         self.expand_weight = nn.Parameter(torch.zeros(max_channels, hidden))

@@ -21,7 +21,8 @@ def _ignore(gate: int, subnet: Subnet, output: TrunkOutput) -> None:
 
 
 def by_prefix(supernet: Supernet, subnets: Sequence[Subnet], gate: int) -> list[list[Subnet]]:
-    """Group sub-networks that agree on every channel group before gate number `gate`, in order of first appearance."""
+    """Group sub-networks that agree on every channel group before gate number `gate`, in order of
+    first appearance."""
     groups: dict[tuple[int, ...], list[Subnet]] = {}
     for subnet in subnets:
         groups.setdefault(subnet.prefix(supernet.spec.num_prefix_groups(gate)), []).append(subnet)

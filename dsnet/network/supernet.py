@@ -94,7 +94,8 @@ class Supernet(nn.Module, ABC):
 
     @abstractmethod
     def cut_upto_gate(self, gate: int, subnet: Subnet) -> nn.Module:
-        """A segment at the widths of `subnet` as a plain module: images or features -> TrunkOutput."""
+        """A segment at the widths of `subnet` as a plain module: images or features ->
+        TrunkOutput."""
 
     @abstractmethod
     def cut_head(self, subnet: Subnet) -> nn.Module:

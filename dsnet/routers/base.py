@@ -1,4 +1,5 @@
-"""What every router is: it maps the evidence of an image, and what routes that already ran have said, to the next route."""
+"""What every router is: it maps the evidence of an image, and what routes that already ran have
+said, to the next route."""
 
 from __future__ import annotations
 
@@ -23,15 +24,17 @@ class Evidence:
     """What a router may read of a batch at one gate."""
 
     parts: Mapping[str, Tensor]
-    """The parts that the router needs, float [B, d] each; names as in `dsnet.network.supernet.EVIDENCE_PARTS`."""
+    """The parts that the router needs, float [B, d] each; names as in
+    `dsnet.network.supernet.EVIDENCE_PARTS`."""
     num_images: int
     """B."""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     gate: int = 0
     """Which gate decides."""
     route: int = STOP
-    """At a gate after the first, one of the router's routes through the node where all images of the batch are; nodes have numbers only
-    within one tree, and a router's need not be the network's."""
+    """At a gate after the first, one of the router's routes through the node where all images of
+    the batch are; nodes have numbers only within one tree, and a router's need not be the
+    network's."""
 
     def same(self, value: int) -> Tensor:
         """One route for all images, int64 [B]."""
@@ -48,23 +51,27 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Executed:
-    """What the routes that ran in one round have said, for all images of a batch (rows that ran none are not read)."""
+    """What the routes that ran in one round have said, for all images of a batch (rows that ran
+    none are not read)."""
 
     routes: Tensor
     """int64 [B] the route each image ran in this round, or STOP where it ran none."""
     logits: Tensor
     """[B, L] the newest logits of each image; on a routing table the stored half-precision ones."""
     stored: Mapping[str, Tensor] | None = None
-    """A routing table's own `confidence`, `margin` and `entropy`, [B] each, where the logits are not all there."""
+    """A routing table's own `confidence`, `margin` and `entropy`, [B] each, where the logits are
+    not all there."""
 
     @cached_property
     def summary(self) -> Mapping[str, Tensor]:
-        """Float32 [B] each: `confidence` (largest probability), `margin` (to the second), `entropy` (nats)."""
+        """Float32 [B] each: `confidence` (largest probability), `margin` (to the second), `entropy`
+        (nats)."""
         return summary_of(self.logits) if self.stored is None else self.stored
 
 
 def summary_of(logits: Tensor) -> dict[str, Tensor]:
-    """Largest probability, its lead over the second, and entropy in nats of logits [B, C]; float32 [B] each."""
+    """Largest probability, its lead over the second, and entropy in nats of logits [B, C]; float32
+    [B] each."""
     log_p = F.log_softmax(logits.float(), dim=1)
     p = log_p.exp()
     top2 = p.topk(2, dim=1).values
@@ -95,7 +102,8 @@ class NetworkShape:
 
 @dataclass(frozen=True, kw_only=True)
 class CalibratedHead:
-    """A trained and calibrated head of a router that decides once, with what its class needs beside it."""
+    """A trained and calibrated head of a router that decides once, with what its class needs beside
+    it."""
 
     head: Head
     offset: Tensor
@@ -129,7 +137,8 @@ class Router(Protocol):
 
     @property
     def max_runs(self) -> int:
-        """It runs at most so many routes for an image, one after the other; after that many it is not asked again."""
+        """It runs at most so many routes for an image, one after the other; after that many it is
+        not asked again."""
         ...
 
     @property
@@ -144,8 +153,8 @@ class Router(Protocol):
     def step(self, evidence: Evidence, executed: Sequence[Executed]) -> Tensor:
         """The next route of every image (int64 [B]), or STOP; the first one is never STOP.
 
-        At a gate after the first (`evidence.gate`) the answer is a route through the node of `evidence.route`; what earlier gates
-        answered only fixed the path up to here.
+        At a gate after the first (`evidence.gate`) the answer is a route through the node of
+        `evidence.route`; what earlier gates answered only fixed the path up to here.
 
         Args:
             evidence: of the gate that asks.
@@ -155,13 +164,16 @@ class Router(Protocol):
 
     @property
     def tie(self) -> float:
-        """A `margin` below this is a numerical tie: another processor, or a table's half-precision logits, may decide otherwise."""
+        """A `margin` below this is a numerical tie: another processor, or a table's half-precision
+        logits, may decide otherwise."""
         ...
 
     def margin(self, evidence: Evidence, executed: Sequence[Executed]) -> Tensor:
-        """By how much all that it reads would have to be off, relatively, for `step` to answer otherwise; inf where it has no choice.
+        """By how much all that it reads would have to be off, relatively, for `step` to answer
+        otherwise; inf where it has no choice.
 
-        Float64 [B]; to first order, and for errors that are independent of each other. It does not depend on the rest of the batch.
+        Float64 [B]; to first order, and for errors that are independent of each other. It does not
+        depend on the rest of the batch.
         """
         ...
 
@@ -170,7 +182,8 @@ class Router(Protocol):
         ...
 
     def facts(self, names: Sequence[str]) -> dict[str, Any]:
-        """How it decides, for people: JSON-able facts beside its kind; `names` are those of the routes."""
+        """How it decides, for people: JSON-able facts beside its kind; `names` are those of the
+        routes."""
         ...
 
     def to_arrays(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

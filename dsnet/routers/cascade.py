@@ -1,4 +1,5 @@
-"""Cascades: run a cheap route, look at what it says, then stop or run a wider one too. They pay for both, the trunk once."""
+"""Cascades: run a cheap route, look at what it says, then stop or run a wider one too. They pay for
+both, the trunk once."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ PROBABILITY_TIE = 1e-4
 
 @dataclass(frozen=True)
 class CascadeRouter:
-    """Run the first route; where its largest probability is below the threshold, run the second too.
+    """Run the first route; where its largest probability is below the threshold, run the second
+    too.
 
     Where both are the same route, there is nothing to go on to.
     """
@@ -60,7 +62,8 @@ class CascadeRouter:
         return evidence.same(STOP)
 
     def goes_on(self, confidence: Values) -> Values:
-        """Whether the second route runs too, for float64 confidences of the first: a tensor or an array."""
+        """Whether the second route runs too, for float64 confidences of the first: a tensor or an
+        array."""
         return confidence < self.threshold  # type: ignore[return-value]
 
     def margin(self, evidence: Evidence, executed: Sequence[Executed]) -> Tensor:
@@ -94,13 +97,16 @@ class CascadeRouter:
 
 
 CASCADE_EVIDENCE = ("hidden",)
-"""What a learned cascade reads beside the first route's answer: the hidden vector is there anyhow."""
+"""What a learned cascade reads beside the first route's answer: the hidden vector is there
+anyhow."""
 NUM_SORTED = 10
 """The learned cascade reads so many of the largest logits, in falling order."""
 MAX_NAMED_CLASSES = 100
-"""It also reads the logits by class where there are no more classes: some classes are harder than others."""
+"""It also reads the logits by class where there are no more classes: some classes are harder than
+others."""
 HALF_TIE = 2e-3
-"""A routing table holds logits in half precision, 2 ** -11 of their size off: two such steps, where one is rounded otherwise."""
+"""A routing table holds logits in half precision, 2 ** -11 of their size off: two such steps, where
+one is rounded otherwise."""
 EXACT_SHARE = ROUNDING_TIE / HALF_TIE
 """Of that, what is stored in single precision is off by this share."""
 
@@ -108,8 +114,9 @@ EXACT_SHARE = ROUNDING_TIE / HALF_TIE
 def answer_features(executed: Executed, num_classes: int) -> Tensor:
     """What a learned cascade reads of a route's answer: float32 [B, D].
 
-    Confidence, margin and entropy; the largest logits by rank, relative to the largest; and where there are few classes the centred logits
-    by class. Logits are rounded to half precision first, as a routing table keeps them.
+    Confidence, margin and entropy; the largest logits by rank, relative to the largest; and where
+    there are few classes the centred logits by class. Logits are rounded to half precision first,
+    as a routing table keeps them.
     """
     logits = executed.logits.half().float()
     summary = executed.summary
@@ -129,7 +136,8 @@ def num_answer_features(num_classes: int) -> int:
 
 
 def answer_error_sizes(executed: Executed, num_classes: int) -> Tensor:
-    """How far the features of an answer may be off, [B, D] in units of `HALF_TIE`: logits are rounded, the summary is of exact ones."""
+    """How far the features of an answer may be off, [B, D] in units of `HALF_TIE`: logits are
+    rounded, the summary is of exact ones."""
     logits = executed.logits.half().float().abs()
     ranked = executed.logits.half().float().topk(min(NUM_SORTED, logits.shape[1]), dim=1).values.abs()
     summary = torch.stack([executed.summary[name].float() for name in ("confidence", "margin", "entropy")], dim=1)
@@ -141,11 +149,13 @@ def answer_error_sizes(executed: Executed, num_classes: int) -> Tensor:
 
 @dataclass(frozen=True)
 class LearnedCascadeRouter:
-    """Run the first route; from its answer and the gate's evidence decide to stop or which wider route to run too (ours)."""
+    """Run the first route; from its answer and the gate's evidence decide to stop or which wider
+    route to run too (ours)."""
 
     first: int
     head: Head
-    """Scores of stopping and of each wider route, in the order of `options`, from the answer's features and the evidence."""
+    """Scores of stopping and of each wider route, in the order of `options`, from the answer's
+    features and the evidence."""
     offset: Tensor
     """float64 [R]: beta * cost, subtracted from the scores."""
     options: tuple[int, ...]

@@ -21,11 +21,11 @@ ROUNDING_TIE = 1e-5
 
 @dataclass(frozen=True)
 class GateRouter:
-    """The published gate: a bias-free slimming head on the attention's hidden vector; the largest calibrated logit
-    wins.
+    """The published gate: a bias-free slimming head on the attention's hidden vector; the largest
+    calibrated logit wins.
 
-    It is described in docs/methods.md, section 4. Decisions are taken in float64, from float32 inputs, so that the same
-    hidden vector gives the same route on every path.
+    It is described in docs/methods.md, section 4. Decisions are taken in float64, from float32
+    inputs, so that the same hidden vector gives the same route on every path.
     """
 
     weight: Tensor
@@ -100,12 +100,14 @@ class GateRouter:
 
 
 RICH_EVIDENCE = ("mean", "deviation", "maximum", "hidden")
-"""What a gate with richer evidence reads: three poolings of the gate's input, and the hidden vector."""
+"""What a gate with richer evidence reads: three poolings of the gate's input, and the hidden
+vector."""
 
 
 @dataclass(frozen=True)
 class EvidenceGateRouter:
-    """A gate at the published place that sees more: mean, deviation and maximum of each channel, through a small perceptron (ours)."""
+    """A gate at the published place that sees more: mean, deviation and maximum of each channel,
+    through a small perceptron (ours)."""
 
     head: Head
     """On the parts of `RICH_EVIDENCE`, one after the other."""

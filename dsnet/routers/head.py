@@ -1,4 +1,5 @@
-"""From features to a score per option: the published bias-free linear head, or a small perceptron. Decisions are taken in float64."""
+"""From features to a score per option: the published bias-free linear head, or a small perceptron.
+Decisions are taken in float64."""
 
 from __future__ import annotations
 
@@ -9,20 +10,22 @@ import torch
 from torch import Tensor
 
 TIMED_UNITS = 32
-"""Hidden units of the perceptrons that are timed: the default of `gate.perceptron.hidden_units`. At these
-sizes the number of calls decides the time."""
+"""Hidden units of the perceptrons that are timed: the default of `gate.perceptron.hidden_units`. At
+these sizes the number of calls decides the time."""
 
 
 @dataclass(frozen=True)
 class Head:
-    """One or two layers; in float64, from float32 inputs, so that the same features give the same route on every path."""
+    """One or two layers; in float64, from float32 inputs, so that the same features give the same
+    route on every path."""
 
     weight: Tensor
     """float64 [R, hidden], or [R, D] where there is one layer."""
     bias: Tensor | None = None
     """float64 [R]"""
     inner_weight: Tensor | None = None
-    """float64 [hidden, D] of the first of two layers, which a ReLU follows; None where there is one."""
+    """float64 [hidden, D] of the first of two layers, which a ReLU follows; None where there is
+    one."""
     inner_bias: Tensor | None = None
     """float64 [hidden]"""
 
@@ -36,16 +39,19 @@ class Head:
         return x @ weight if self.bias is None else torch.addmm(self.bias.to(device), x, weight)
 
     def lead(self, features: Tensor, offset: Tensor, sizes: Tensor | None = None) -> Tensor:
-        """How far the best calibrated score is ahead of the next, relative to what errors of the features do to it: float64 [B].
+        """How far the best calibrated score is ahead of the next, relative to what errors of the
+        features do to it: float64 [B].
 
-        With independent errors of standard deviation e * `sizes`, the difference of the two scores is off by about e in the unit of what
-        is returned; hidden units count as independent, and as if all were active, since an error may switch one on. Infinite for a single
-        option; 0 for equal scores.
+        With independent errors of standard deviation e * `sizes`, the difference of the two scores
+        is off by about e in the unit of what is returned; hidden units count as independent, and as
+        if all were active, since an error may switch one on. Infinite for a single option; 0 for
+        equal scores.
 
         Args:
             features: [B, D].
             offset: float64 [R], subtracted from the scores; +inf for an option that is not there.
-            sizes: [B, D] of the features' errors, in units of the relative one; their own magnitude where not given.
+            sizes: [B, D] of the features' errors, in units of the relative one; their own magnitude
+                where not given.
         """
         scores = self(features) - offset.to(features.device)
         if scores.shape[1] == 1:

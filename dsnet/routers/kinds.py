@@ -33,8 +33,8 @@ class RouterKind:
     router: str | type
     """The class, or its import path "module:Class"."""
     head: Head
-    """What decides: `none` (nothing is trained), a `linear` head, a `perceptron`, or the kind's `own`,
-    which `fit` trains and whose cost nobody else knows."""
+    """What decides: `none` (nothing is trained), a `linear` head, a `perceptron`, or the kind's
+    `own`, which `fit` trains and whose cost nobody else knows."""
     symbol: str = "hexagon"
     """Its marker in figures, one of Plotly's."""
     is_tree: bool = False
@@ -48,7 +48,8 @@ class RouterKind:
     is_default: bool = False
     """It is in the search space of a sweep that has none."""
     fit: Callable[..., Any] | None = None
-    """`fit(gate_table, val_table, settings) -> dsnet.gates.fit.GateFit` in place of the common training."""
+    """`fit(gate_table, val_table, settings) -> dsnet.gates.fit.GateFit` in place of the common
+    training."""
 
     @property
     def is_trained(self) -> bool:

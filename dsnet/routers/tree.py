@@ -1,4 +1,5 @@
-"""Gates at every stage: each chooses the next stage's widths from what the stages before it have computed."""
+"""Gates at every stage: each chooses the next stage's widths from what the stages before it have
+computed."""
 
 from __future__ import annotations
 
@@ -19,10 +20,12 @@ from dsnet.space.route_tree import RouteTree
 
 @dataclass(frozen=True)
 class GatesRouter:
-    """A head at every node of every gate that has a choice; the largest calibrated score decides which branch an image takes.
+    """A head at every node of every gate that has a choice; the largest calibrated score decides
+    which branch an image takes.
 
-    The published DS-ResNet has one slimming head per gate, on the hidden vector, which all nodes of the gate share; with richer evidence,
-    whose length depends on the widths so far, each node has its own small perceptron (ours).
+    The published DS-ResNet has one slimming head per gate, on the hidden vector, which all nodes of
+    the gate share; with richer evidence, whose length depends on the widths so far, each node has
+    its own small perceptron (ours).
     """
 
     tree: RouteTree
@@ -32,11 +35,13 @@ class GatesRouter:
     heads: tuple[tuple[Head, ...], ...]
     """[gate][node] scores of the gate's choices, in their order. Nodes may share one head."""
     offsets: tuple[tuple[Tensor, ...], ...]
-    """[gate][node] float64 [choices]: beta * cost of the branch; +inf for a choice that the node lacks."""
+    """[gate][node] float64 [choices]: beta * cost of the branch; +inf for a choice that the node
+    lacks."""
     needs: tuple[str, ...] = ("hidden",)
     """`("hidden",)` as published, or `RICH_EVIDENCE`."""
     pooling_madds: tuple[tuple[int, ...], ...] = ()
-    """[gate][node] MAdds of the poolings that the attention does not make anyhow; empty for none."""
+    """[gate][node] MAdds of the poolings that the attention does not make anyhow; empty for
+    none."""
 
     tie = ROUNDING_TIE
     max_runs = 1
@@ -70,7 +75,8 @@ class GatesRouter:
 
     @cached_property
     def _first_routes(self) -> tuple[tuple[Tensor, ...], ...]:
-        """[gate][node] int64 [choices]: the first route of each branch; STOP for a choice that the node lacks."""
+        """[gate][node] int64 [choices]: the first route of each branch; STOP for a choice that the
+        node lacks."""
         found = []
         for branches in self.tree.gates:
             firsts = [torch.full((branches.num_choices,), STOP, dtype=torch.int64) for _ in range(branches.num_nodes)]
@@ -88,7 +94,8 @@ class GatesRouter:
         return torch.cat([evidence[part] for part in self.needs], dim=1)
 
     def step(self, evidence: Evidence, executed: Sequence[Executed]) -> Tensor:
-        """The best branch's first route (any route of the branch fixes the path up to the next gate); STOP once a route has run."""
+        """The best branch's first route (any route of the branch fixes the path up to the next
+        gate); STOP once a route has run."""
         if executed:
             return evidence.same(STOP)
         node = self._node(evidence)
@@ -134,7 +141,8 @@ class GatesRouter:
 
     @classmethod
     def untrained(cls, kind: RouterKind, shape: NetworkShape) -> GatesRouter:
-        """Gates over all routes with weights of zero, for timing. Nodes of a gate share a head here."""
+        """Gates over all routes with weights of zero, for timing. Nodes of a gate share a head
+        here."""
         is_rich = kind.head == "perceptron"
         sizes = shape.rich if is_rich else shape.hidden
         units = TIMED_UNITS if is_rich else None

@@ -2,10 +2,10 @@
 scored exactly.
 
 On a frozen supernet, an image's cross-entropy, correctness and confidence under each route and
-every gate's input are constants (docs/methods.md, section 5); with the table, scoring a router takes about a second.
-With several gates a route is a path, and a gate's input depends on earlier choices: the table holds
-it once for every node of the tree of paths. A table is plain numpy in a safetensors file and never
-holds more than one split.
+every gate's input are constants (docs/methods.md, section 5); with the table, scoring a router
+takes about a second. With several gates a route is a path, and a gate's input depends on earlier
+choices: the table holds it once for every node of the tree of paths. A table is plain numpy in a
+safetensors file and never holds more than one split.
 """
 
 from __future__ import annotations

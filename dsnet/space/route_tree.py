@@ -96,7 +96,8 @@ class RouteTree:
         return len(self.gates[0].node_of)
 
     def subset(self, routes: Sequence[int]) -> RouteTree:
-        """The tree of some of the routes, renumbered in the order given; choices keep their numbers."""
+        """The tree of some of the routes, renumbered in the order given; choices keep their
+        numbers."""
         return RouteTree(
             tuple(
                 GateBranches(

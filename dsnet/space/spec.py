@@ -28,10 +28,10 @@ CLASSES = -2
 
 
 NORMS = ("private_stats", "private_affine", "recalibrate", "group_norm")
-"""Kinds of normalisation for sub-networks of different widths (docs/definitions.md, Supernet training), in
-this order: BatchNorm with private running statistics per prefix of widths and one shared affine
-pair; with private affine pairs too; with private statistics that only recalibration computes, not
-training; or GroupNorm, which keeps no statistics."""
+"""Kinds of normalisation for sub-networks of different widths (docs/definitions.md, Supernet
+training), in this order: BatchNorm with private running statistics per prefix of widths and one
+shared affine pair; with private affine pairs too; with private statistics that only recalibration
+computes, not training; or GroupNorm, which keeps no statistics."""
 
 
 OpKind = Literal["conv", "depthwise", "attention", "maxpool", "pool", "linear"]

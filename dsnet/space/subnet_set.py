@@ -68,7 +68,8 @@ class SubnetSet:
         """The widths that all members share before gate number `gate`.
 
         Raises:
-            ValueError: two members differ before the gate, so that no gate there could choose between them.
+            ValueError: two members differ before the gate, so that no gate there could choose
+                between them.
         """
         num_groups = self.spec.num_prefix_groups(gate)
         prefixes = {subnet.prefix(num_groups) for subnet in self.members}

@@ -169,7 +169,8 @@ class TrainSettings:
     grad_clip: float | None = None
     """Largest gradient norm, > 0; None does not clip."""
     precision: str = "float32"
-    """`float32`, or `bf16`: autocast to bfloat16 (weights, statistics and optimiser stay float32)."""
+    """`float32`, or `bf16`: autocast to bfloat16 (weights, statistics and optimiser stay
+    float32)."""
     channels_last: bool = False
     """Whether images and weights have NHWC memory format: the same function, often faster."""
     checkpoint_every: int = 1
@@ -214,7 +215,8 @@ class BootstrapSettings:
     `label_probability` (ours), the probability that the teacher gives to the image's label, with
     the hard label as the rest."""
     largest_first: float = 0.0
-    """Ours: share of the steps, [0, 1), in which the largest sub-network trains alone before the others join."""
+    """Ours: share of the steps, [0, 1), in which the largest sub-network trains alone before the
+    others join."""
     teacher_min_updates: int = 100
     """Updates of its running statistics below which a width of the teacher normalises by the batch.
     Start weights keep their count; after recalibration it is the number of recalibration batches,

@@ -1,4 +1,5 @@
-"""One training step of Stage I: forward and backward of every sub-network (docs/methods.md, section 3)."""
+"""One training step of Stage I: forward and backward of every sub-network (docs/methods.md, section
+3)."""
 
 from __future__ import annotations
 
@@ -167,7 +168,8 @@ class _Step:
         largest = self._probabilities(plan.largest)
         targets = {subnet.name: largest for subnet in plan.smaller}
         if self.rules.teacher == "ema_ensemble" and plan.randoms:
-            # Ours: the ensemble uses the students' own random widths; the published code draws them again.
+            # Ours: the ensemble uses the students' own random widths; the published code draws them
+            # again.
             ensemble = [largest, *(self._probabilities(subnet) for subnet in plan.randoms)]
             targets[plan.smallest.name] = torch.stack(ensemble).mean(0)
         return targets

@@ -1,5 +1,5 @@
-"""Stage I: training a supernet with in-place bootstrapping (DS-Net, arXiv 2103.13258; docs/methods.md, section 3) or
-another regime.
+"""Stage I: training a supernet with in-place bootstrapping (DS-Net, arXiv 2103.13258;
+docs/methods.md, section 3) or another regime.
 
 `dsnet.training.step` holds the method; this module is the loop around it: sandwich, schedule, EMA,
 curves, checkpoints, resuming.

@@ -23,7 +23,8 @@ def shared_forward_madds(spec: SupernetSpec, subnets: Sequence[Subnet], image_si
     total = 0
     costs = {subnet.name: subnet_cost(spec, subnet, image_size) for subnet in subnets}
     for segment in range(len(spec.gates) + 1):
-        # Two sub-networks share a segment where they agree on every channel group before the gate that ends it.
+        # Two sub-networks share a segment where they agree on every channel group before the gate
+        # that ends it.
         nodes = {subnet.prefix(spec.num_prefix_groups(segment)): costs[subnet.name] for subnet in subnets}
         total += sum(cost.segments[segment] for cost in nodes.values())
     return total

@@ -1,4 +1,5 @@
-"""Re-checking what a bundle claims: files, stored examples, and accuracy on the data it was made with."""
+"""Re-checking what a bundle claims: files, stored examples, and accuracy on the data it was made
+with."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ from dsnet.space.cost import subnet_cost
 from orchestration.config.loading import load_config
 
 TIED_IMAGES = 2
-"""So many images may be judged otherwise on another processor: their two best scores are equal up to rounding."""
+"""So many images may be judged otherwise on another processor: their two best scores are equal up
+to rounding."""
 ROUNDING = 1e-9
 
 
@@ -34,7 +36,8 @@ def check_bundle(path: Path, data_path: str | None) -> list[Check]:
 
     Args:
         path: its folder.
-        data_path: None checks files and examples only; "" uses embedded data; else the folder of the images.
+        data_path: None checks files and examples only; "" uses embedded data; else the folder of
+            the images.
 
     Raises:
         NotFoundError: no bundle there.
@@ -67,7 +70,8 @@ def _check_claims(bundle: Bundle, data_path: str) -> list[Check]:
 
 
 def _folder_of_the_run(bundle: Path) -> str:
-    """The folder of images that the sweep named whose run this bundle still lies in; empty where it lies elsewhere."""
+    """The folder of images that the sweep named whose run this bundle still lies in; empty where it
+    lies elsewhere."""
     for folder in bundle.resolve().parents:
         if (folder / "sweep.yaml").is_file() and (folder / "manifest.json").is_file():
             return load_config(folder / "sweep.yaml").config.data.path or ""
@@ -100,7 +104,8 @@ def _check_split(bundle: Bundle, claimed: Mapping[str, Any], data: TensorData, s
         found = score_bundle(bundle, data.images(split), data.labels(split))
     allowed = TIED_IMAGES / num_images
     spec, size = bundle.net.subnets.spec, bundle.image_shape[-1]
-    # One undecided image exchanges one tail for another; with a router that may run several, it adds or drops one.
+    # One undecided image exchanges one tail for another; with a router that may run several, it
+    # adds or drops one.
     costs = [subnet_cost(spec, subnet, size) for subnet in bundle.net.subnets]
     tail_m = max(cost.madds - cost.trunk_madds for cost in costs) / 1e6
     is_equal = abs(found["top1"] - claimed["top1"]) <= allowed + ROUNDING

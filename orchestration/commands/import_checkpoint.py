@@ -1,4 +1,5 @@
-"""A released checkpoint becomes a sweep that begins where Stage I would end: weights in our format, and the sweep file to launch."""
+"""A released checkpoint becomes a sweep that begins where Stage I would end: weights in our format,
+and the sweep file to launch."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ from orchestration.config.loading import load_source_text
 from orchestration.config.yaml_source import parse_yaml
 
 IMAGENET = Normalization((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
-"""What the released weights were trained with: ImageNet's mean and deviation, in units of pixel values."""
+"""What the released weights were trained with: ImageNet's mean and deviation, in units of pixel
+values."""
 SWEEP_FILE = "sweep.yaml"
 
 _TEMPLATE = """\
@@ -91,8 +93,10 @@ def import_checkpoint(source: Path, out: Path, settings: ImportSettings) -> Impo
     """Read a released DS-Net checkpoint and write it, with a sweep file, into the folder `out`.
 
     Raises:
-        CheckpointError: the file is none of a released model, its tensors do not fit, or they hold NaN.
-        ConfigError: `out` holds an import already, sweep.yaml does not allow a setting, or `source` is a checkpoint in our format.
+        CheckpointError: the file is none of a released model, its tensors do not fit, or they hold
+            NaN.
+        ConfigError: `out` holds an import already, sweep.yaml does not allow a setting, or `source`
+            is a checkpoint in our format.
         PreflightError: `out` cannot be used.
     """
     sweep = out / SWEEP_FILE

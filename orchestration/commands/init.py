@@ -1,4 +1,5 @@
-"""A first sweep file that fits a folder of images: what was seen, what was chosen and why stand in its comments."""
+"""A first sweep file that fits a folder of images: what was seen, what was chosen and why stand in
+its comments."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ from orchestration.config.loading import load_source_text
 from orchestration.config.yaml_source import parse_yaml
 
 MODEL = "ds_resnet"
-"""Dense convolutions train several times faster on a CPU than depthwise ones, and to a higher accuracy in short trainings."""
+"""Dense convolutions train several times faster on a CPU than depthwise ones, and to a higher
+accuracy in short trainings."""
 SIZES = (64, 48, 32)
 """Sides in pixels that are proposed, the largest that the pictures have."""
 LARGE_STEM_FROM = 48

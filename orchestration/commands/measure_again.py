@@ -1,4 +1,5 @@
-"""`dsnet-orch measure`: time a run's sub-networks and its front again, without training; what the search was told stays as it was."""
+"""`dsnet-orch measure`: time a run's sub-networks and its front again, without training; what the
+search was told stays as it was."""
 
 from __future__ import annotations
 
@@ -38,7 +39,8 @@ class MeasuredAgain:
 
 
 def measure_again(results: RunResults, progress: ProgressView) -> MeasuredAgain:
-    """Time everything on every device, store it beside the first timing, and build the report again.
+    """Time everything on every device, store it beside the first timing, and build the report
+    again.
 
     The front runs on images of `val`: a timing is no reason to read `test` once more.
 

@@ -54,10 +54,12 @@ class SupernetsPlan:
     madds_m: Mapping[str, tuple[float, float]]
     """(cheapest, widest) sub-network of each member, millions."""
     forecast: Forecast | None = None
-    """An upper bound: no supernet is stopped early. None where it was not wanted, or nothing is left to do."""
+    """An upper bound: no supernet is stopped early. None where it was not wanted, or nothing is
+    left to do."""
 
     def settings(self) -> dict[str, dict[str, Any]]:
-        """Every setting with its value and origin; `effective` where null stands for something, of all supernets that can be."""
+        """Every setting with its value and origin; `effective` where null stands for something, of
+        all supernets that can be."""
         prepared = [member.prepared for member in self.members if member.prepared is not None]
         effective = _of_all([effective_values(self.config, each) for each in prepared])
         derived = _of_all([{key: each.value for key, each in one.derived.items()} for one in prepared])
@@ -82,7 +84,8 @@ def _of_all(mappings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def plan_supernets(loaded: LoadedConfig, *, is_dry: bool = False) -> SupernetsPlan:
-    """Load the data, draw the supernets, and compare the stages' keys with what the run folder has; writes nothing.
+    """Load the data, draw the supernets, and compare the stages' keys with what the run folder has;
+    writes nothing.
 
     Args:
         loaded: the sweep.

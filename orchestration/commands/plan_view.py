@@ -1,6 +1,8 @@
-"""What `plan` prints: the data, the network, what a launch would do and take, and the settings, those that somebody chose first.
+"""What `plan` prints: the data, the network, what a launch would do and take, and the settings,
+those that somebody chose first.
 
-`orchestration.commands.supernet_tables` prints the plan of a sweep of supernets with the same parts.
+`orchestration.commands.supernet_tables` prints the plan of a sweep of supernets with the same
+parts.
 """
 
 from __future__ import annotations
@@ -87,7 +89,8 @@ def data_content(prepared: Prepared) -> dict[str, Any]:
 
 
 def plan_settings(plan: SweepPlan) -> dict[str, dict[str, Any]]:
-    """Every setting with its value and origin; `reason` where the data decided it, `effective` where null stands for something."""
+    """Every setting with its value and origin; `reason` where the data decided it, `effective`
+    where null stands for something."""
     settings = plan.settings()
     for key, meant in effective_values(plan.config, plan.prepared).items():
         if key in settings and settings[key]["value"] is None:
@@ -195,7 +198,8 @@ def _taken(forecast: Forecast | None, name: str) -> tuple[str, ...]:
 
 
 def show_settings(settings: Mapping[str, Mapping[str, Any]], *, everything: bool) -> None:
-    """Those that somebody wrote, those that the data decided, and the number of all others, or these too."""
+    """Those that somebody wrote, those that the data decided, and the number of all others, or
+    these too."""
     groups: dict[str, list[tuple[str, str, str]]] = {"chosen": [], "data": [], "default": []}
     for key, setting in settings.items():
         if f"space.{key}" in settings:  # every trial or supernet has its own

@@ -1,4 +1,5 @@
-"""Commands that look at a sweep or a run without running stages: plan, validate, report, sync, and what they share."""
+"""Commands that look at a sweep or a run without running stages: plan, validate, report, sync, and
+what they share."""
 
 from __future__ import annotations
 
@@ -59,7 +60,8 @@ class SweepPlan:
 
 
 def make_plan(loaded: LoadedConfig, *, is_dry: bool = False) -> SweepPlan:
-    """Load the data, lay out the network, and compare the stages' keys with what the run folder has; writes nothing to it.
+    """Load the data, lay out the network, and compare the stages' keys with what the run folder
+    has; writes nothing to it.
 
     Args:
         loaded: the sweep.
@@ -94,7 +96,8 @@ def make_plan(loaded: LoadedConfig, *, is_dry: bool = False) -> SweepPlan:
 
 
 def unless_it_diverges(make: Callable[[], Forecast | None]) -> Forecast | None:
-    """The forecast; None, with a warning, where the timed steps end in NaN: a plan is there to find that out."""
+    """The forecast; None, with a warning, where the timed steps end in NaN: a plan is there to find
+    that out."""
     try:
         return make()
     except NonFiniteLossError as error:

@@ -37,7 +37,8 @@ def extended(results: RunResults | SupernetSweepResults, trials: str, overrides:
     Args:
         results: the run.
         trials: `+20` for so many more than the budget, `300` for so many in all.
-        overrides: further `--set KEY=VALUE`, of the budget only: another setting would be another sweep.
+        overrides: further `--set KEY=VALUE`, of the budget only: another setting would be another
+            sweep.
 
     Raises:
         ConfigError: not a number, or not above the budget; an override of another section.
@@ -134,7 +135,8 @@ def set_values(texts: Sequence[str]) -> Point:
 
 
 def changed_point(params: Mapping[str, Scalar], changes: Point, space: Space) -> Point:
-    """A trial's parameters with changes; of its own, those that do not exist beside the changes are left out."""
+    """A trial's parameters with changes; of its own, those that do not exist beside the changes are
+    left out."""
     point: Point = {}
     for key in space.distributions:  # parents before their children
         if key in changes:

@@ -1,4 +1,5 @@
-"""What commands print about a sweep of supernets: the same tables as for any run, with the supernet that each line comes from."""
+"""What commands print about a sweep of supernets: the same tables as for any run, with the supernet
+that each line comes from."""
 
 from __future__ import annotations
 
@@ -39,7 +40,8 @@ if TYPE_CHECKING:
 
 
 def show_supernets_launch(result: SupernetsResult) -> None:
-    """The front over all supernets, what is to be said against each of them, and where everything is and how to open it."""
+    """The front over all supernets, what is to be said against each of them, and where everything
+    is and how to open it."""
     from orchestration.results.training_review import review
 
     run, results = result.run, result.results
@@ -200,7 +202,8 @@ def _status(results: SupernetSweepResults, entry: MemberEntry) -> dict[str, Any]
 
 
 def state_and_epochs(sweep: RunDir, entry: MemberEntry) -> tuple[str, int]:
-    """What has become of a supernet, "training" where it is at work; and how many epochs are behind it, as its checkpoints say."""
+    """What has become of a supernet, "training" where it is at work; and how many epochs are behind
+    it, as its checkpoints say."""
     from dsnet.training.supernet import checkpoint_stems
 
     if entry.state == "trained":
@@ -219,7 +222,8 @@ def told(settings: Mapping[str, Any]) -> str:
 
 
 def show_supernets_plan(plan: SupernetsPlan, *, as_json: bool, everything: bool = False) -> None:
-    """Which supernets there would be, each with what would run of it and why; then the settings, as for any sweep.
+    """Which supernets there would be, each with what would run of it and why; then the settings, as
+    for any sweep.
 
     Args:
         plan: from `plan_supernets`.
@@ -277,7 +281,8 @@ def _plan_content(plan: SupernetsPlan) -> dict[str, Any]:
 
 
 def _planned(plan: SupernetsPlan, member: Member) -> tuple[str, ...]:
-    """A supernet's row: its settings, what has become of it, the cost of its cheapest and widest sub-network, and its stages."""
+    """A supernet's row: its settings, what has become of it, the cost of its cheapest and widest
+    sub-network, and its stages."""
     if member.prepared is None:
         return (member.name, told(member.settings), "cannot be", "", member.problem or "")
     fate = plan.fates.get(member.name)

@@ -1,4 +1,5 @@
-"""Tables for people that fit the terminal: no cell is ever cut, and what has no room is stacked, or left out and named.
+"""Tables for people that fit the terminal: no cell is ever cut, and what has no room is stacked, or
+left out and named.
 
 On a pipe a table has no width: every column is printed on one line.
 """
@@ -42,8 +43,8 @@ class Column:
     is_text: bool = False
     """Text is set to the left, numbers to the right."""
     drop: int = 0
-    """0: always shown, on a further line of each row where there is no room. Else it may be left out: the largest number goes first,
-    and of equal ones the rightmost."""
+    """0: always shown, on a further line of each row where there is no room. Else it may be left
+    out: the largest number goes first, and of equal ones the rightmost."""
     wraps: bool = False
     """Prose, which may go on over several lines; it is broken between words only."""
 
@@ -61,14 +62,16 @@ class Layout:
 
 
 def terminal_width() -> int | None:
-    """Characters in a line of stdout; None where it is no terminal, so that nothing needs to fit."""
+    """Characters in a line of stdout; None where it is no terminal, so that nothing needs to
+    fit."""
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
 def show_table(
     columns: Sequence[Column], rows: Sequence[Sequence[str]], title: str | None = None, *, rest: str = "--json"
 ) -> None:
-    """Print a table that fits the terminal, and below it the names of the columns that were left out.
+    """Print a table that fits the terminal, and below it the names of the columns that were left
+    out.
 
     Args:
         columns: in order.
@@ -105,7 +108,8 @@ def left_out(columns: Sequence[Column], layout: Layout, width: int, rest: str = 
 
 
 def lay_out(columns: Sequence[Column], rows: Sequence[Sequence[str]], width: int | None) -> Layout:
-    """Fit a table into a width: titles go over several lines first, then columns are left out, then stacked.
+    """Fit a table into a width: titles go over several lines first, then columns are left out, then
+    stacked.
 
     Args:
         columns: in order.
@@ -154,7 +158,8 @@ def _fitted(
 ) -> dict[int, int] | None:
     """Widths with which the columns fit side by side; None where they do not.
 
-    Room to spare goes to the tallest titles first, then to the columns of prose in equal shares, as far as they need them.
+    Room to spare goes to the tallest titles first, then to the columns of prose in equal shares, as
+    far as they need them.
     """
     widths = {position: _narrowest(columns, rows, position) for position in shown}
     spare = width - sum(widths.values()) - len(GAP) * (len(shown) - 1)
@@ -171,7 +176,8 @@ def _fitted(
 
 
 def _flatten_titles(columns: Sequence[Column], widths: dict[int, int], spare: int) -> int:
-    """Widen columns until no room is left with which the header would need fewer lines; what is left of the spare room."""
+    """Widen columns until no room is left with which the header would need fewer lines; what is
+    left of the spare room."""
 
     def height(position: int, width: int) -> int:
         return len(wrapped(columns[position].title, width))
@@ -213,7 +219,8 @@ def _header(columns: Sequence[Column], layout: Layout) -> list[str]:
 
 
 def _cells(columns: Sequence[Column], layout: Layout, row: Sequence[str], *, breaks_all: bool = False) -> list[str]:
-    """The lines of one row; `breaks_all`: every cell may go on over several lines, as titles do, which stand at the bottom."""
+    """The lines of one row; `breaks_all`: every cell may go on over several lines, as titles do,
+    which stand at the bottom."""
     lines: list[str] = []
     for number, positions in enumerate(layout.lines):
         parts = [

@@ -72,7 +72,8 @@ def say(text: str = "") -> None:
 
 
 def tell(text: str, indent: str = "") -> None:
-    """Prose on stdout, broken between words where it does not fit; further lines begin with `indent`."""
+    """Prose on stdout, broken between words where it does not fit; further lines begin with
+    `indent`."""
     width = terminal_width()
     first, *others = wrapped(text, None if width is None else width - len(indent))
     for line in (first, *(indent + other for other in others)):
@@ -87,7 +88,8 @@ def print_json(value: Any) -> None:
 def show_table(
     columns: Sequence[str | Column], rows: Sequence[Sequence[str]], title: str | None = None, num_left: int = 1
 ) -> None:
-    """A table on stdout; of columns that are given by their title alone the first `num_left` are text, the others numbers."""
+    """A table on stdout; of columns that are given by their title alone the first `num_left` are
+    text, the others numbers."""
     known = [
         column if isinstance(column, Column) else Column(column, is_text=number < num_left)
         for number, column in enumerate(columns)
@@ -121,7 +123,8 @@ def say_training_warnings(warnings: Sequence[TrainingWarning], whose: str = "") 
 
 
 def show_launch(result: LaunchResult) -> None:
-    """The front, what is to be said against its supernet, and where everything is and how to open it."""
+    """The front, what is to be said against its supernet, and where everything is and how to open
+    it."""
     from orchestration.results.training_review import review
 
     show_front(result.results, (), as_json=False)
@@ -151,7 +154,8 @@ def say_mlflow(results: RunResults | SupernetSweepResults) -> None:
 
 
 def front_rows(results: RunResults) -> list[dict[str, Any]]:
-    """One JSON-able row per gate of the front, cheapest first, everything that was found out about it."""
+    """One JSON-able row per gate of the front, cheapest first, everything that was found out about
+    it."""
     verified = results.verified
     rows = []
     for slot in sorted(results.front, key=lambda slot: results.record(slot).metrics["madds_m"]):
@@ -175,7 +179,8 @@ def front_rows(results: RunResults) -> list[dict[str, Any]]:
 
 
 def _latency_json(latency: DynamicLatency, slot: int) -> dict[str, dict[str, float]]:
-    """By batch size the ms of a batch: really measured, what the measured parts add up to, and the static extremes."""
+    """By batch size the ms of a batch: really measured, what the measured parts add up to, and the
+    static extremes."""
     return {
         str(size): {
             "gate_ms": timings[slot].median_ms,
@@ -188,7 +193,8 @@ def _latency_json(latency: DynamicLatency, slot: int) -> dict[str, dict[str, flo
 
 
 def front_content(results: RunResults, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The front as JSON: its gates, its optimism, and what each kind of router reaches on either split."""
+    """The front as JSON: its gates, its optimism, and what each kind of router reaches on either
+    split."""
     verified = results.verified
     found = None if verified is None else optimism(verified.val, verified.test)
     return {
@@ -354,7 +360,8 @@ def _show_verified(results: RunResults, verified: Verified, rows: Sequence[Mappi
 
 
 def _show_latencies(verified: Verified, slots: Sequence[int]) -> None:
-    """On every device and at every batch size what the objective is made of, and what really ran."""
+    """On every device and at every batch size what the objective is made of, and what really
+    ran."""
     timed = [(name, own, size) for name, own in verified.latencies.items() for size in own.gates]
     columns = [
         text for name, _, size in timed for text in (latency_metric(size, name), f"{latency_metric(size, name)} ran")
@@ -486,7 +493,8 @@ def is_running(run: RunDir) -> bool:
 
 
 def progress_text(run: RunDir, *, is_finished: bool) -> str | None:
-    """How far the newest task of a run has come and how long the rest takes; None where nothing is known, or nothing is left."""
+    """How far the newest task of a run has come and how long the rest takes; None where nothing is
+    known, or nothing is left."""
     state = read_task_state(run.progress_json)
     if state is None or (is_finished and not is_running(run)):
         return None
@@ -536,7 +544,8 @@ def show_trials(trials: TrialList, selection: Selection, *, as_json: bool) -> No
 
 
 ORIGIN, CONSTANT, VARIED = 3, 2, 1
-"""Which columns of `trials` are left out first: the supernet, which the trial's name begins with; parameters that never vary; others."""
+"""Which columns of `trials` are left out first: the supernet, which the trial's name begins with;
+parameters that never vary; others."""
 
 
 def _param_columns(keys: Sequence[str], params: Sequence[Sequence[str]]) -> list[Column]:
@@ -574,7 +583,8 @@ def _is_named(metric: str, text: str) -> bool:
 
 
 def _say_reasons(trials: Sequence[ListedTrial]) -> None:
-    """Why trials failed, were pruned or are infeasible: one by one where they are few, by reason where they are many."""
+    """Why trials failed, were pruned or are infeasible: one by one where they are few, by reason
+    where they are many."""
     for standing in ("failed", "pruned", "infeasible"):
         own = [trial for trial in trials if trial.standing == standing]
         if len(own) <= MAX_LISTED:
@@ -619,7 +629,8 @@ def show_checks(checks: Sequence[Check], *, as_json: bool) -> None:
 
 
 def show_measured_again(again: MeasuredAgain) -> None:
-    """The first timing beside the new one, the widest sub-network's last, and what becomes of the study."""
+    """The first timing beside the new one, the widest sub-network's last, and what becomes of the
+    study."""
     for name, after in again.after.items():
         before = again.before[name]
         sizes = list(after.subnets)

@@ -23,7 +23,8 @@ INTERVAL_S = 1.0
 def watch_status(
     find: Callable[[], RunDir], show: Callable[[], None], sleep: Callable[[float], None] = time.sleep
 ) -> None:
-    """Follow a run: on a terminal its status in place, on a pipe a line for every change and the status at the end.
+    """Follow a run: on a terminal its status in place, on a pipe a line for every change and the
+    status at the end.
 
     A run that has not begun is waited for.
 
@@ -69,7 +70,8 @@ def _show_in_place(show: Callable[[], None]) -> None:
 
 
 def _begun(find: Callable[[], RunDir], sleep: Callable[[float], None]) -> RunDir:
-    """The run as soon as it has a status to show: its manifest and, written after it, its configuration."""
+    """The run as soon as it has a status to show: its manifest and, written after it, its
+    configuration."""
     is_told = False
     while True:
         run = find()
@@ -86,7 +88,8 @@ def _begun(find: Callable[[], RunDir], sleep: Callable[[float], None]) -> RunDir
 
 
 def change_line(run: RunDir) -> str:
-    """What is being done, on one line: the newest stage that runs, and the newest task with its count and time left."""
+    """What is being done, on one line: the newest stage that runs, and the newest task with its
+    count and time left."""
     stages = Manifest(run.manifest_path).read()["stages"]
     running = [name for name, entry in stages.items() if entry["status"] == "running"]
     state = read_task_state(run.progress_json)

@@ -44,9 +44,11 @@ class AugmentConfig(Section):
     cutout: NonNegativeInt = 0
     """Side in pixels of one square set to zero; 0 = none."""
     crop_scale: CropScale | None = None
-    """[low, high]: cut out low to high of the image's area and resize it; null = none, or [0.08, 1] for streamed images."""
+    """[low, high]: cut out low to high of the image's area and resize it; null = none, or [0.08, 1]
+    for streamed images."""
     randaugment_ops: Annotated[int, Field(ge=0, le=14)] | None = None
-    """RandAugment: random operations per image, one after the other, at most 14; 0 = none; null = from the data."""
+    """RandAugment: random operations per image, one after the other, at most 14; 0 = none; null =
+    from the data."""
     randaugment_magnitude: Annotated[float, Field(ge=0, le=10)] = 9.0
     """RandAugment: strength of each operation, 0 to 10."""
     erasing: Fraction = 0.0
@@ -67,9 +69,11 @@ class AugmentConfig(Section):
 
 
 class SplitsConfig(Section):
-    """Size of each split: a fraction of the images in (0, 1), a number of images, or null for the default.
+    """Size of each split: a fraction of the images in (0, 1), a number of images, or null for the
+    default.
 
-    Defaults: the data's own test split where it has one, else 55/15/15/15 %; CIFAR-10 40k/5k/5k/10k.
+    Defaults: the data's own test split where it has one, else 55/15/15/15 %; CIFAR-10
+    40k/5k/5k/10k.
     """
 
     train: SplitSize = None
@@ -83,7 +87,8 @@ class SplitsConfig(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> SplitsConfig:
-        # `test` may be a share of the data's own test part; where it is not, make_splits refuses what does not fit.
+        # `test` may be a share of the data's own test part; where it is not, make_splits refuses
+        # what does not fit.
         shares = {name: size for name, size in self if isinstance(size, float) and name != "test"}
         if sum(shares.values()) > 1 + 1e-9:
             written = " + ".join(f"{name} {share:g}" for name, share in shares.items())
@@ -95,19 +100,23 @@ class DataConfig(Section):
     """The images."""
 
     name: Literal["digits", "cifar10", "image_folder"]
-    """digits: inside scikit-learn | cifar10: parquet or official batches | image_folder: root/class/*.png or *.jpg."""
+    """digits: inside scikit-learn | cifar10: parquet or official batches | image_folder:
+    root/class/*.png or *.jpg."""
     path: Text | None = None
-    """Folder of the images; `~` and $VARIABLES are expanded, relative to the working directory. null = $DSNET_DATA."""
+    """Folder of the images; `~` and $VARIABLES are expanded, relative to the working directory.
+    null = $DSNET_DATA."""
     image_size: Annotated[int, Field(ge=8, le=512)] | None = None
     """Side in pixels, 8 to 512; null = as stored. An image folder needs it."""
     crop_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Image folders only: share of the shorter side that the centre crop keeps, (0, 1]; 0.875 with 224 pixels: resize to 256, cut 224."""
+    """Image folders only: share of the shorter side that the centre crop keeps, (0, 1]; 0.875 with
+    224 pixels: resize to 256, cut 224."""
     augment: AugmentConfig = AugmentConfig()
     splits: SplitsConfig = SplitsConfig()
     limit: PositiveInt | None = None
     """At most so many images per split, drawn evenly from the classes; null = all."""
     stream: bool = False
-    """Image folders only: read `train` from disk while it trains, for sets that do not fit into memory."""
+    """Image folders only: read `train` from disk while it trains, for sets that do not fit into
+    memory."""
 
     @model_validator(mode="after")
     def _suits_the_source(self) -> DataConfig:

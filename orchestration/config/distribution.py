@@ -13,7 +13,8 @@ from dsnet.wording import shown, way_out
 
 Scalar = bool | int | float | str
 Value = Scalar | tuple[Any, ...]
-"""What a choice may hold: lists (width lists, say) become tuples, lists inside them too, so that a point can be hashed."""
+"""What a choice may hold: lists (width lists, say) become tuples, lists inside them too, so that a
+point can be hashed."""
 Conditions = tuple[tuple[str, tuple[Scalar, ...]], ...]
 Kind = Literal["uniform", "loguniform", "int", "step", "choice", "fixed"]
 REAL_KINDS = ("uniform", "loguniform", "step")
@@ -31,10 +32,12 @@ class Distribution:
     """What one dimension of the search space draws from; ranges are inclusive at both ends.
 
     Attributes:
-        kind: uniform, loguniform and step are real; int is whole; choice is unordered; fixed is one value.
-        values: (low, high), (low, high, step), the choices, or the one value. `int` without a step has step 1. Choices may be
-            tuples, which the file writes as lists.
-        when: (key, values) pairs: drawn only in trials in which every key is drawn too and has one of its values.
+        kind: uniform, loguniform and step are real; int is whole; choice is unordered; fixed is one
+            value.
+        values: (low, high), (low, high, step), the choices, or the one value. `int` without a step
+            has step 1. Choices may be tuples, which the file writes as lists.
+        when: (key, values) pairs: drawn only in trials in which every key is drawn too and has one
+            of its values.
     """
 
     kind: Kind

@@ -49,4 +49,5 @@ class ExportConfig(Section):
     formats: Annotated[tuple[Annotated[Text, AfterValidator(_format)], ...], Field(strict=False, min_length=1)] = (
         BUNDLE,
     )
-    """Forms of each gate. The bundle is always written; every other form lies in a folder of its name in it."""
+    """Forms of each gate. The bundle is always written; every other form lies in a folder of its
+    name in it."""

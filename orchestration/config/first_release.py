@@ -1,7 +1,8 @@
-"""Run folders of the first release: what their sweep.yaml left to defaults that have other values now.
+"""Run folders of the first release: what their sweep.yaml left to defaults that have other values
+now.
 
-A run's sweep.yaml has every setting that its release knew. Read with today's defaults it would be another sweep: `extend`, and a launch
-that goes on, would train the supernet anew.
+A run's sweep.yaml has every setting that its release knew. Read with today's defaults it would be
+another sweep: `extend`, and a launch that goes on, would train the supernet anew.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ _CHANGED_REGIMES = (None, "ib", "ieb")
 
 
 def first_release_settings(written: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings to lay over a file so that it means what it meant; none, unless the first release wrote it out whole.
+    """Settings to lay over a file so that it means what it meant; none, unless the first release
+    wrote it out whole.
 
     Args:
         written: the file, as YAML gives it.

@@ -46,7 +46,8 @@ Router = Annotated[str, _KnownKind]
 
 
 class RoutingConfig(Section):
-    """Which sub-networks the gate may pick: members first, first + stride, ... up to last, in the set's order (with beam: by MAdds)."""
+    """Which sub-networks the gate may pick: members first, first + stride, ... up to last, in the
+    set's order (with beam: by MAdds)."""
 
     first: NonNegativeInt = 0
     """Index of the first route."""
@@ -55,12 +56,14 @@ class RoutingConfig(Section):
     stride: PositiveInt = 1
     """1 = every sub-network from first to last."""
     beam: Annotated[int, Field(ge=2)] | None = None
-    """Keep so many sub-networks, both extremes among them: those nearest below the upper envelope of (MAdds, top-1 on `gate`).
-    first, last and stride then count in what is left, cheapest first; null = all."""
+    """Keep so many sub-networks, both extremes among them: those nearest below the upper envelope
+    of (MAdds, top-1 on `gate`). first, last and stride then count in what is left, cheapest first;
+    null = all."""
 
 
 class SgsConfig(Section):
-    """Sandwich gate sparsification: the labels that the gate learns from (arXiv 2103.13258, section 3.4)."""
+    """Sandwich gate sparsification: the labels that the gate learns from (arXiv 2103.13258, section
+    3.4)."""
 
     t_easy: Fraction = 0.0
     """Easy iff the smallest is right and p(y) >= t_easy; 0 = the paper's rule."""
@@ -69,7 +72,8 @@ class SgsConfig(Section):
     strategy: Literal["try_best", "give_up"] = "try_best"
     """Hard images go to the largest (try_best) or to the smallest (give_up)."""
     target: Literal["extremes", "cheapest"] = "extremes"
-    """extremes: smallest or largest, as in the paper | cheapest: the cheapest sub-network that is right."""
+    """extremes: smallest or largest, as in the paper | cheapest: the cheapest sub-network that is
+    right."""
 
 
 class LossesConfig(Section):
@@ -82,9 +86,11 @@ class LossesConfig(Section):
     complexity: NonNegativeFloat = 0.5
     """Penalty on mean MAdds against the target."""
     form: Literal["hinge", "quadratic", "paper", "paper_raw"] = "hinge"
-    """hinge: only above the target | quadratic: both sides | paper, paper_raw: as published, without a target."""
+    """hinge: only above the target | quadratic: both sides | paper, paper_raw: as published,
+    without a target."""
     quality: NonNegativeFloat = 0.0
-    """Half the squared difference between each route's score and how good its answer is; with trainer table only."""
+    """Half the squared difference between each route's score and how good its answer is; with
+    trainer table only."""
     quality_of: Literal["correct", "probability"] = "correct"
     """How good an answer is: correct 1 or 0 | the probability of the label."""
 
@@ -114,35 +120,42 @@ class TemperatureConfig(Section):
 
 
 class PerceptronConfig(Section):
-    """The small perceptron of the routers that have one: evidence_gate, evidence_gates, learned_cascade."""
+    """The small perceptron of the routers that have one: evidence_gate, evidence_gates,
+    learned_cascade."""
 
     hidden_units: PositiveInt = 32
     """Units of its hidden layer."""
 
 
 class EndToEndConfig(Section):
-    """Stage II through the network itself, as published; everything else, the batch size too, is gate.optimizer's."""
+    """Stage II through the network itself, as published; everything else, the batch size too, is
+    gate.optimizer's."""
 
     epochs: PositiveInt = 30
     """Passes over `gate`; they take the place of gate.optimizer.steps."""
     augment: bool = False
     """Train on images that data.augment has changed."""
     threads: PositiveInt = 1
-    """Torch threads of a trial, which takes as many CPUs; another number gives other last digits, hence other trials."""
+    """Torch threads of a trial, which takes as many CPUs; another number gives other last digits,
+    hence other trials."""
 
 
 class GateConfig(Section):
     """The gate: fixed settings, and defaults of what `space` sweeps."""
 
     router: Router = "gate"
-    """gate: one decision, as published | evidence_gate: with richer evidence | gates, evidence_gates: one decision per gate
-    of the network | cascade: a cheap route first, one wider where it is unsure | learned_cascade: a cheap route's output picks the next."""
+    """gate: one decision, as published | evidence_gate: with richer evidence | gates,
+    evidence_gates: one decision per gate of the network | cascade: a cheap route first, one wider
+    where it is unsure | learned_cascade: a cheap route's output picks the next."""
     trainer: Literal["table", "end_to_end"] = "table"
-    """table: exact losses on the routing table, fractions of a second | end_to_end: through the network; routers gate and gates only."""
+    """table: exact losses on the routing table, fractions of a second | end_to_end: through the
+    network; routers gate and gates only."""
     target: Fraction = 0.5
-    """Target MAdds t in [0, 1]: MAdds_min + t * (MAdds_max - MAdds_min) over the whole set of sub-networks."""
+    """Target MAdds t in [0, 1]: MAdds_min + t * (MAdds_max - MAdds_min) over the whole set of
+    sub-networks."""
     target_madds_m: PositiveFloat | None = None
-    """The target in million MAdds, > 0, in place of gate.target, which the default space then leaves out; null = gate.target counts."""
+    """The target in million MAdds, > 0, in place of gate.target, which the default space then
+    leaves out; null = gate.target counts."""
     perceptron: PerceptronConfig = PerceptronConfig()
     routing: RoutingConfig = RoutingConfig()
     sgs: SgsConfig = SgsConfig()

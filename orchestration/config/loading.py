@@ -1,7 +1,9 @@
-"""From a file, a preset and the command line to one checked configuration that knows where each value came from.
+"""From a file, a preset and the command line to one checked configuration that knows where each
+value came from.
 
-Settings are laid over each other in this order, the later one winning: default, environment (data.path only), file,
-preset, `--set`, flag. What pydantic finds wrong is told again in plain words, with the place of its cause.
+Settings are laid over each other in this order, the later one winning: default, environment
+(data.path only), file, preset, `--set`, flag. What pydantic finds wrong is told again in plain
+words, with the place of its cause.
 """
 
 from __future__ import annotations
@@ -47,7 +49,8 @@ class LoadedConfig:
     config: SweepConfig
     """Resolved: presets applied (and gone), `~` and $VARIABLES expanded."""
     origins: dict[str, str]
-    """Dotted key of every setting -> "flag", "--set", "preset NAME", "FILE:LINE", "$DSNET_DATA" or "default"."""
+    """Dotted key of every setting -> "flag", "--set", "preset NAME", "FILE:LINE", "$DSNET_DATA" or
+    "default"."""
     presets: tuple[str, ...] = ()
     """Names of the presets that the file holds."""
     warnings: tuple[str, ...] = ()
@@ -71,7 +74,8 @@ def load_config(
             anything else is replaced.
         flags: dotted key -> value from dedicated options; None means that the option was not given.
         preset: name of a preset in the file, or else of a built-in one.
-        known_models: names of the architecture families; None leaves supernet.model and its options unchecked.
+        known_models: names of the architecture families; None leaves supernet.model and its options
+            unchecked.
         environ: environment variables; None = those of this process.
 
     Raises:
@@ -201,7 +205,8 @@ def _preset_layer(source: YamlSource, presets: Mapping[str, Any], name: str, set
 
 
 def _swept_keys(settings: Mapping[str, Any], preset: Mapping[str, Any]) -> list[str]:
-    """The keys that the file's space sweeps, or those of the default one beside the preset's settings."""
+    """The keys that the file's space sweeps, or those of the default one beside the preset's
+    settings."""
     space = settings.get("space", default_space([settings, preset]))
     return list(space) if isinstance(space, Mapping) else []
 
@@ -259,7 +264,8 @@ class _Stack:
         self._merge(self.settings, layer.settings, (), layer)
 
     def _forget_other_options(self, layer: _Layer) -> None:
-        """Options belong to what is named beside them: a layer that names another begins without those below."""
+        """Options belong to what is named beside them: a layer that names another begins without
+        those below."""
         for section, name in _NAMES_WITH_OPTIONS.items():
             below, above = self.settings.get(section), layer.settings.get(section)
             if not isinstance(below, dict) or not isinstance(above, Mapping):
@@ -295,7 +301,8 @@ class _Stack:
         raise AssertionError("the root always has an owner")
 
     def last_spoken(self, paths: Sequence[KeyPath]) -> KeyPath:
-        """Of several settings the one that the uppermost layer wrote; the first where nobody wrote any."""
+        """Of several settings the one that the uppermost layer wrote; the first where nobody wrote
+        any."""
 
         def height(path: KeyPath) -> int:
             written = self.owners.get(path)
@@ -324,7 +331,8 @@ def _checked(
 
 
 def _first_causes(errors: Sequence[ErrorDetails]) -> list[ErrorDetails]:
-    """Without the complaint that a list is too short, where it only is so because its items are refused."""
+    """Without the complaint that a list is too short, where it only is so because its items are
+    refused."""
     places = [error["loc"] for error in errors]
     return [
         error
@@ -337,7 +345,8 @@ def _first_causes(errors: Sequence[ErrorDetails]) -> list[ErrorDetails]:
 def _problems_of_presets(
     file_layer: _Layer, presets: Sequence[_Layer], known_models: Sequence[str] | None, environ: Mapping[str, str]
 ) -> Iterator[_Problem]:
-    """What goes wrong once one of the presets that were not chosen is laid over the file, and does not without it."""
+    """What goes wrong once one of the presets that were not chosen is laid over the file, and does
+    not without it."""
     _, of_the_file = _checked(_Stack.of([file_layer]), known_models, environ) if presets else (None, [])
     known = {problem.text for problem in of_the_file}
     for preset in presets:
@@ -348,7 +357,8 @@ def _problems_of_presets(
 
 
 def _fill_paths(stack: _Stack, environ: Mapping[str, str]) -> Iterator[_Problem]:
-    """Take data.path from the environment where it is not given, and expand `~` and $VARIABLES in paths."""
+    """Take data.path from the environment where it is not given, and expand `~` and $VARIABLES in
+    paths."""
     data = stack.settings.get("data")
     if isinstance(data, dict) and data.get("name") in ("cifar10", "image_folder") and data.get("path") is None:
         folder = environ.get(DATA_VARIABLE)
@@ -384,7 +394,8 @@ def _model_problems(stack: _Stack, known_models: Sequence[str] | None) -> Iterat
 
 
 def _option_problems(config: SweepConfig, stack: _Stack, known_models: Sequence[str]) -> Iterator[_Problem]:
-    """What the family says of its options; with the size of the images, as far as the file tells it."""
+    """What the family says of its options; with the size of the images, as far as the file tells
+    it."""
     supernet = config.supernet
     swept = supernet_space(config)
     if "supernet.model" in swept:
@@ -447,7 +458,8 @@ def _unknown_key(path: KeyPath) -> str:
 
 
 def _key_elsewhere(path: KeyPath) -> str:
-    """A hint for a key that stands in the wrong section; the places below the same top-level section are likelier."""
+    """A hint for a key that stands in the wrong section; the places below the same top-level
+    section are likelier."""
     places = [dotted for dotted in known_fields() if dotted.endswith(f".{path[-1]}")]
     places = [dotted for dotted in places if dotted.startswith(f"{path[0]}.")] or places
     return f"; did you mean {' or '.join(map(repr, places))}?" if 1 <= len(places) <= 3 else ""
@@ -517,7 +529,8 @@ def _or_null(path: KeyPath) -> str:
 
 
 def _spelling_hint(kind: str, met: object) -> str:
-    """The commonest wrong types have one cause each: quotes missing or needless, or YAML 1.1's yes and no."""
+    """The commonest wrong types have one cause each: quotes missing or needless, or YAML 1.1's yes
+    and no."""
     if kind == "string_type" and isinstance(met, bool | int | float):
         return f"; to mean text, quote it: '{shown(met)}'"
     is_quoted_number = isinstance(met, str) and re.fullmatch(r"[-+]?[\d.]+(e[-+]?\d+)?", met, re.IGNORECASE)
@@ -558,14 +571,16 @@ def _origins(config: SweepConfig, stack: _Stack) -> dict[str, str]:
 
 
 def _unused_settings(config: SweepConfig, origins: Mapping[str, str]) -> Iterator[str]:
-    """Settings asked for on the command line that the sweep overrides in every trial or supernet."""
+    """Settings asked for on the command line that the sweep overrides in every trial or
+    supernet."""
     for key in config.space:
         if origins.get(key) == "--set":
             yield f"--set {key} is not used: space sweeps it; to fix it write --set space.{key}=VALUE"
 
 
 def _setting_paths(settings: Mapping[str, Any], path: KeyPath) -> Iterator[KeyPath]:
-    """Paths of everything that is set on its own: a list or a distribution counts as one setting."""
+    """Paths of everything that is set on its own: a list or a distribution counts as one
+    setting."""
     for key, value in settings.items():
         here = (*path, key)
         if isinstance(value, Mapping) and value and path != ("space",):

@@ -51,7 +51,8 @@ class MeasureConfig(Section):
     warmup: NonNegativeInt = 3
     """Untimed repeats before them."""
     devices: dict[str, DeviceConfig] = Field(default_factory=dict)
-    """NAME -> device: everything is timed there too, and gives the metrics latency_ms.NAME and latency_ms_batchN.NAME."""
+    """NAME -> device: everything is timed there too, and gives the metrics latency_ms.NAME and
+    latency_ms_batchN.NAME."""
 
     @model_validator(mode="after")
     def _sizes_increase_and_devices_have_names(self) -> MeasureConfig:

@@ -1,4 +1,5 @@
-"""The sections `metrics` and `constraints`: what a sweep optimises, and the conditions that its trials have to meet."""
+"""The sections `metrics` and `constraints`: what a sweep optimises, and the conditions that its
+trials have to meet."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ def objective_names() -> tuple[str, ...]:
 
 
 def goal_of(metric: str) -> str | None:
-    """Whether a metric is to maximize or to minimize; None for what can be no metric of any sweep."""
+    """Whether a metric is to maximize or to minimize; None for what can be no metric of any
+    sweep."""
     found = find_metric(metric)
     return None if found is None else found.goal
 
@@ -36,12 +38,13 @@ class MetricConfig(Section):
     """One objective of the sweep."""
 
     name: Text
-    """One of top1, top5, madds_m, p95_madds_m, params_m, latency_ms, latency_ms_batchN, N > 1 of measure.batch_sizes; latencies also with
-    `.NAME` of measure.devices at the end."""
+    """One of top1, top5, madds_m, p95_madds_m, params_m, latency_ms, latency_ms_batchN, N > 1 of
+    measure.batch_sizes; latencies also with `.NAME` of measure.devices at the end."""
     goal: Literal["maximize", "minimize"]
     """maximize (accuracies) | minimize (costs)."""
     ref: float | None = None
-    """This coordinate of the hypervolume's reference point; null = 1.05 x the widest sub-network's."""
+    """This coordinate of the hypervolume's reference point; null = 1.05 x the widest
+    sub-network's."""
 
     @model_validator(mode="after")
     def _is_known(self) -> MetricConfig:

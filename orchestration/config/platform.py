@@ -25,7 +25,8 @@ class RayConfig(Section):
     trial_actors: PositiveInt | None = None
     """Processes that run trials; null = one per core."""
     trial_resources: dict[Text, PositiveFloat] = Field(default_factory=dict)
-    """What each of them takes beside its cores, under Ray's names: GPU (0.5 = two on one), memory (bytes), or one that the cluster has."""
+    """What each of them takes beside its cores, under Ray's names: GPU (0.5 = two on one), memory
+    (bytes), or one that the cluster has."""
 
 
 class StorageConfig(Section):

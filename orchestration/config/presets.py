@@ -48,14 +48,16 @@ _PAPER: Mapping[str, Any] = {
 }
 
 BUILT_IN_PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType({"paper": _PAPER})
-"""`paper`: Stage I and Stage II as published (arXiv 2103.13258; docs/methods.md, sections 3 to 5). The published
-augmentation is RandAugment; its 2 operations of magnitude 9 are ours. The learning rates are those of batch 512 and are
-not scaled to another batch. The published gate picks among four sub-networks; that a beam chooses these four is ours.
-Try Best and Give Up are both published: the strategy stays as the file has it."""
+"""`paper`: Stage I and Stage II as published (arXiv 2103.13258; docs/methods.md, sections 3 to 5).
+The published augmentation is RandAugment; its 2 operations of magnitude 9 are ours. The learning
+rates are those of batch 512 and are not scaled to another batch. The published gate picks among
+four sub-networks; that a beam chooses these four is ours. Try Best and Give Up are both published:
+the strategy stays as the file has it."""
 
 
 def built_in_settings(name: str, swept: Iterable[str]) -> dict[str, Any]:
-    """The settings of a built-in preset, with what it fixes of supernet and gate also fixed in `space`, where it would be swept otherwise.
+    """The settings of a built-in preset, with what it fixes of supernet and gate also fixed in
+    `space`, where it would be swept otherwise.
 
     Args:
         name: a key of `BUILT_IN_PRESETS`.

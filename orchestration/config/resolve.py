@@ -1,4 +1,5 @@
-"""What the settings of a sweep come to: spaces, conditions, points to try first, and the defaults that follow from other settings."""
+"""What the settings of a sweep come to: spaces, conditions, points to try first, and the defaults
+that follow from other settings."""
 
 from __future__ import annotations
 
@@ -34,13 +35,14 @@ def known_fields() -> Mapping[str, FieldInfo]:
 
 
 def resolve_space(config: SweepConfig) -> dict[str, Distribution]:
-    """The space as it is searched: where the router is swept, each key only for the kinds of router that read it; conditions on fixed
-    keys decided."""
+    """The space as it is searched: where the router is swept, each key only for the kinds of router
+    that read it; conditions on fixed keys decided."""
     return resolve(config.space)
 
 
 def supernet_space(config: SweepConfig) -> dict[str, Distribution]:
-    """The part of `resolve_space` that says which supernets are trained; empty for a sweep of gates under one."""
+    """The part of `resolve_space` that says which supernets are trained; empty for a sweep of gates
+    under one."""
     return {key: distribution for key, distribution in resolve_space(config).items() if is_of_supernet(key)}
 
 
@@ -66,7 +68,8 @@ def constraint_set(config: SweepConfig, baseline: Mapping[str, float]) -> Constr
 
 
 def target_set(config: SweepConfig, baseline: Mapping[str, float]) -> ConstraintSet:
-    """`budget.target`, as conditions that one trial must hold together; with none of them nothing is ever enough.
+    """`budget.target`, as conditions that one trial must hold together; with none of them nothing
+    is ever enough.
 
     Raises:
         ConfigError: as `constraint_set`.
@@ -83,7 +86,8 @@ def conditions(config: SweepConfig) -> tuple[Comparison, ...]:
 
 
 def enqueued_points(config: SweepConfig) -> list[dict[str, Any]]:
-    """The points that are tried first: `sampler.enqueue`, or the published settings as far as the space holds them.
+    """The points that are tried first: `sampler.enqueue`, or the published settings as far as the
+    space holds them.
 
     A grid has its own points, and gets none by default; nor does a space in which nothing varies.
     """
@@ -104,13 +108,15 @@ def resolve_halving(config: SweepConfig) -> ParetoHalving | None:
 
 
 def halving_rungs(config: SweepConfig) -> tuple[int, ...]:
-    """Epochs at which pareto_halving compares end-to-end trials, rising and below their full length; empty without a pruner."""
+    """Epochs at which pareto_halving compares end-to-end trials, rising and below their full
+    length; empty without a pruner."""
     halving = resolve_halving(config)
     return () if halving is None else halving.rungs
 
 
 def resolve_trials(config: SweepConfig) -> int:
-    """`budget.trials`; with a pruner rounded up to whole cohorts, which are compared as a whole: a longer sweep prunes the same trials."""
+    """`budget.trials`; with a pruner rounded up to whole cohorts, which are compared as a whole: a
+    longer sweep prunes the same trials."""
     trials, cohort = config.budget.trials, resolve_cohort(config)
     return -(-trials // cohort) * cohort if halving_rungs(config) else trials
 
@@ -130,5 +136,6 @@ def resolve_timeout_s(config: SweepConfig) -> float:
 
 
 def resolve_cores(config: SweepConfig) -> int:
-    """`ray.num_cpus`, or the cores that this process may use: fewer than the machine has in a container or under `taskset`."""
+    """`ray.num_cpus`, or the cores that this process may use: fewer than the machine has in a
+    container or under `taskset`."""
     return config.ray.num_cpus or len(os.sched_getaffinity(0))

@@ -1,4 +1,5 @@
-"""Ray Tune's schedulers by name, the options that each takes, and the check of what a sweep file asks for."""
+"""Ray Tune's schedulers by name, the options that each takes, and the check of what a sweep file
+asks for."""
 
 from __future__ import annotations
 
@@ -40,8 +41,9 @@ def check_scheduler(name: str, options: Mapping[str, Any]) -> None:
     """Refuse a scheduler that cannot be made. Ray is imported for an import path only.
 
     Raises:
-        ConfigError: an unknown name, a path that leads to no scheduler or to one that changes settings, an option that it does not
-            have, that is out of range, or that the sweep sets itself.
+        ConfigError: an unknown name, a path that leads to no scheduler or to one that changes
+            settings, an option that it does not have, that is out of range, or that the sweep sets
+            itself.
     """
     ours = [option for option in options if option in _OURS]
     if ours:
@@ -78,7 +80,8 @@ def _check_known_options(name: str, options: Mapping[str, Any]) -> None:
 
 
 def _epochs_to_try(options: Mapping[str, Any]) -> int:
-    """A length with which the options of a scheduler can be tried before that of the training is known."""
+    """A length with which the options of a scheduler can be tried before that of the training is
+    known."""
     grace = options.get("grace_period", 1)
     return max(1000, math.ceil(grace)) if isinstance(grace, int | float) and math.isfinite(grace) else 1000
 

@@ -1,7 +1,9 @@
-"""What every section of sweep.yaml is built of: strict models, the types of their values, and rules that were broken.
+"""What every section of sweep.yaml is built of: strict models, the types of their values, and rules
+that were broken.
 
-Strict means: no unknown key, no silent conversion ("3" is not 3, 1 is not true), and every range checked when an object
-is built. Only a whole number where a real one is wanted is taken as it is meant.
+Strict means: no unknown key, no silent conversion ("3" is not 3, 1 is not true), and every range
+checked when an object is built. Only a whole number where a real one is wanted is taken as it is
+meant.
 """
 
 from __future__ import annotations
@@ -37,7 +39,8 @@ NAME_PATTERN = r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}$"
 
 @dataclass(frozen=True)
 class BrokenRule:
-    """A rule between settings that does not hold; `path` is relative to the section that checks it."""
+    """A rule between settings that does not hold; `path` is relative to the section that checks
+    it."""
 
     path: KeyPath
     message: str
@@ -49,7 +52,8 @@ class BrokenRule:
 
 
 def refuse(*rules: BrokenRule) -> None:
-    """Report all broken rules of a section at once; config_loading finds the place in the file of each."""
+    """Report all broken rules of a section at once; config_loading finds the place in the file of
+    each."""
     if rules:
         raise PydanticCustomError("broken_rules", "{text}", {"text": "; ".join(map(str, rules)), "rules": rules})
 
@@ -90,7 +94,8 @@ Device = Literal["auto", "cpu", "cuda"]
 
 
 class Section(BaseModel):
-    """Base of every section: frozen, strict, no unknown key, no NaN; docstrings under fields are their descriptions."""
+    """Base of every section: frozen, strict, no unknown key, no NaN; docstrings under fields are
+    their descriptions."""
 
     model_config = ConfigDict(
         frozen=True,

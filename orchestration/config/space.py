@@ -1,7 +1,7 @@
 """What `space` may hold, when each of its keys is drawn, and which of its points come first.
 
-A key with conditions (`when`) is drawn only in trials that they let through. Conditions that only follow from what a kind of router reads
-need not be written: `resolve` adds them.
+A key with conditions (`when`) is drawn only in trials that they let through. Conditions that only
+follow from what a kind of router reads need not be written: `resolve` adds them.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ PUBLISHED: Mapping[str, Scalar] = {
     "gate.losses.form": "paper",
     "gate.losses.quality": 0.0,
 }
-"""Stage II as published (docs/methods.md, sections 4 and 5), without the optimiser, which is one for end-to-end
-training. That a beam chooses the four routes is ours."""
+"""Stage II as published (docs/methods.md, sections 4 and 5), without the optimiser, which is one
+for end-to-end training. That a beam chooses the four routes is ours."""
 _STRATEGY_KEY = "gate.sgs.strategy"
 """Try Best and Give Up are both published."""
 
@@ -112,7 +112,8 @@ def is_of_supernet(key: str) -> bool:
 
 
 def entry_problems(space: Space) -> Iterator[BrokenRule]:
-    """Keys that cannot be swept, values outside their field's own range, and conditions that mean nothing."""
+    """Keys that cannot be swept, values outside their field's own range, and conditions that mean
+    nothing."""
     for key, distribution in space.items():
         for message in _entry_messages(key, distribution):
             yield BrokenRule(("space", key), message)
@@ -194,7 +195,8 @@ def _unknown_value_message(distribution: Distribution, parent: str, values: Sequ
 
 
 def parents_first(space: Space) -> list[str]:
-    """The keys in the file's order, but each behind those that it depends on; those of a cycle are left out."""
+    """The keys in the file's order, but each behind those that it depends on; those of a cycle are
+    left out."""
     order: list[str] = []
     left = list(space)
     while left:
@@ -207,7 +209,8 @@ def parents_first(space: Space) -> list[str]:
 
 
 def cycle_problems(space: Space) -> Iterator[BrokenRule]:
-    """Keys that depend on each other in a circle, and keys whose conditions cannot hold together."""
+    """Keys that depend on each other in a circle, and keys whose conditions cannot hold
+    together."""
     order = parents_first(space)
     circle = [key for key in space if key not in order]
     if circle:
@@ -244,7 +247,8 @@ def _ancestors(space: Space, keys: Iterable[str]) -> set[str]:
 
 
 def branches(space: Space, keys: Iterable[str]) -> Iterator[Point]:
-    """Every way in which what `keys` depend on can be set (the first `MAX_BRANCHES`); one empty way where they depend on nothing."""
+    """Every way in which what `keys` depend on can be set (the first `MAX_BRANCHES`); one empty way
+    where they depend on nothing."""
     parents = _ancestors(space, keys)
     names = [key for key in parents_first(space) if key in parents]
     return islice(_settings(space, names, _named_values), MAX_BRANCHES)
@@ -271,7 +275,8 @@ def _settings(space: Space, names: Sequence[str], values_of: Any) -> Iterator[Po
 
 
 def values_in(space: Space, key: str, fixed: Any, branch: Point) -> tuple[Any, ...]:
-    """What a setting can be at its extremes in one branch: as drawn, or as fixed outside of space."""
+    """What a setting can be at its extremes in one branch: as drawn, or as fixed outside of
+    space."""
     return space[key].edge_values() if key in space and is_active(space[key], branch) else (fixed,)
 
 
@@ -279,7 +284,8 @@ def values_in(space: Space, key: str, fixed: Any, branch: Point) -> tuple[Any, .
 
 
 def resolve_conditions(space: Space) -> dict[str, Distribution]:
-    """The space without conditions that always hold, and without keys whose conditions never do, as a fixed parent decides."""
+    """The space without conditions that always hold, and without keys whose conditions never do, as
+    a fixed parent decides."""
     found: dict[str, Distribution] = {}
     for key in parents_first(space):
         when = []
@@ -294,7 +300,8 @@ def resolve_conditions(space: Space) -> dict[str, Distribution]:
 
 
 def resolve(space: Space) -> dict[str, Distribution]:
-    """The space as it is searched: `resolve_conditions`, and where the router is swept, each key only for kinds of router that read it."""
+    """The space as it is searched: `resolve_conditions`, and where the router is swept, each key
+    only for kinds of router that read it."""
     resolved = resolve_conditions(space)
     router = resolved.get(ROUTER_KEY)
     if router is None or router.kind == "fixed":
@@ -320,7 +327,8 @@ def _for_its_readers(key: str, distribution: Distribution, router: Distribution)
 def readers(key: str) -> Sequence[str] | None:
     """The kinds of router that read a key; None = all.
 
-    A plain cascade is not trained: its pair of routes and its threshold follow from the target and the routing space.
+    A plain cascade is not trained: its pair of routes and its threshold follow from the target and
+    the routing space.
     """
     if key.startswith(_PERCEPTRON_SECTION):
         return kind_names(lambda kind: kind.head in ("perceptron", "own"))
@@ -406,7 +414,8 @@ def _trainer_problems(gate: GateConfig, space: Space) -> Iterator[BrokenRule]:
 
 
 def supernet_problems(supernet: SupernetConfig, space: Space) -> Iterator[BrokenRule]:
-    """Sweeps of supernets that could not be: of a network that exists already, of contradictions, or without gates."""
+    """Sweeps of supernets that could not be: of a network that exists already, of contradictions,
+    or without gates."""
     keys = [key for key in space if is_of_supernet(key)]
     if not keys:
         return
@@ -438,7 +447,8 @@ def _is_built(model: object) -> bool:
 
 
 def supernet_combinations(space: Space) -> list[Point]:
-    """The settings of supernets at the ends of their ranges; empty where there are more than `MAX_COMBINATIONS`, or none."""
+    """The settings of supernets at the ends of their ranges; empty where there are more than
+    `MAX_COMBINATIONS`, or none."""
     part = {key: distribution for key, distribution in resolve_conditions(space).items() if is_of_supernet(key)}
     if not part:
         return []
@@ -517,7 +527,8 @@ def impossible_supernets(
 
 
 def supernet_warnings(supernet: SupernetConfig, space: Space) -> Iterator[str]:
-    """Combinations of settings that make no supernet, although each of them alone does in others."""
+    """Combinations of settings that make no supernet, although each of them alone does in
+    others."""
     refused = [(point, why) for point, why in _refusals(supernet, space) if why]
     if refused:
         point, why = refused[0]
@@ -565,9 +576,11 @@ def _either(values: Sequence[Scalar]) -> str:
 
 
 def published_points(gate: GateConfig, space: Space) -> tuple[Point, ...]:
-    """The published settings, as far as a resolved space holds them: with Try Best and, where that is swept, with Give Up.
+    """The published settings, as far as a resolved space holds them: with Try Best and, where that
+    is swept, with Give Up.
 
-    What was not published stays as in `gate`. What the space cannot give is left out, for the sampler to draw; so is what depends on it.
+    What was not published stays as in `gate`. What the space cannot give is left out, for the
+    sampler to draw; so is what depends on it.
     """
     strategies = ("try_best", "give_up") if _STRATEGY_KEY in space else ("try_best",)
     points = [_published_point(gate, space, {**PUBLISHED, _STRATEGY_KEY: strategy}) for strategy in strategies]

@@ -18,8 +18,9 @@ from orchestration.config.sweep import SweepConfig
 Stage = Literal["supernet", "measure", "table", "search", "verify"]
 
 
-# Settings of the supernet that say where and how safely it is trained, not what is trained; and those that stand
-# for something else: the names of a regime for its parts, the path of a checkpoint for its tensors.
+# Settings of the supernet that say where and how safely it is trained, not what is trained; and
+# those that stand for something else: the names of a regime for its parts, the path of a checkpoint
+# for its tensors.
 _NOT_IN_SUPERNET_KEY: dict[str, Any] = {
     "workers": True,
     "threads": True,
@@ -33,12 +34,13 @@ _NOT_IN_SUPERNET_KEY: dict[str, Any] = {
 
 
 def stage_subset(config: SweepConfig, stage: Stage) -> dict[str, JsonValue]:
-    """The part of the configuration that a stage's result depends on and that enters its key, JSON-able.
+    """The part of the configuration that a stage's result depends on and that enters its key,
+    JSON-able.
 
-    Parents, the fingerprints of the data and of the start weights (hence no `data.path`, `data.crop_fraction` or `supernet.init_from`)
-    and the stage's version are the pipeline's to add.
-    Ray, workers, the device of training, budget, tracking and export never enter: the same sweep done elsewhere, or
-    for longer, is the same sweep.
+    Parents, the fingerprints of the data and of the start weights (hence no `data.path`,
+    `data.crop_fraction` or `supernet.init_from`) and the stage's version are the pipeline's to add.
+    Ray, workers, the device of training, budget, tracking and export never enter: the same sweep
+    done elsewhere, or for longer, is the same sweep.
     """
     if stage == "supernet":
         from dsnet.training.settings import without_published  # torch comes with it
@@ -67,7 +69,8 @@ def _measure_subset(config: SweepConfig) -> dict[str, JsonValue]:
 
 
 def _search_subset(config: SweepConfig) -> dict[str, JsonValue]:
-    """As the search understands it: what a default stands for in place of the default, and no reference point, which scores it only."""
+    """As the search understands it: what a default stands for in place of the default, and no
+    reference point, which scores it only."""
     subset: dict[str, Any] = config.model_dump(
         mode="json", include={"seed", "gate", "constraints", "sampler", "pruner"}
     )

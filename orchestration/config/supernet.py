@@ -1,4 +1,5 @@
-"""The sections `supernet` and `supernets`: the network, how it is trained, and how a sweep of several chooses among them."""
+"""The sections `supernet` and `supernets`: the network, how it is trained, and how a sweep of
+several chooses among them."""
 
 from __future__ import annotations
 
@@ -52,13 +53,16 @@ class TrainConfig(Section):
     """Stage I: how the supernet is trained."""
 
     widths: Literal["sandwich", "all"] | None = None
-    """sandwich: largest, random ones and smallest | all: every width in every step; null = from supernet.regime."""
+    """sandwich: largest, random ones and smallest | all: every width in every step; null = from
+    supernet.regime."""
     num_random: NonNegativeInt | None = None
     """Random sub-networks of the sandwich; null = from supernet.regime."""
     teacher: Literal["none", "inplace", "ema", "ema_ensemble"] | None = None
-    """none: labels | inplace: the widest | ema: the EMA copy's widest | ema_ensemble: its ensemble; null = from the regime."""
+    """none: labels | inplace: the widest | ema: the EMA copy's widest | ema_ensemble: its ensemble;
+    null = from the regime."""
     bn: Literal["private_stats", "private_affine", "recalibrate", "group_norm"] | None = None
-    """BatchNorm with statistics per width | and affine pairs per width | recalibrated | GroupNorm; null = the regime's or the family's."""
+    """BatchNorm with statistics per width | and affine pairs per width | recalibrated | GroupNorm;
+    null = the regime's or the family's."""
     epochs: NonNegativeInt | None = None
     """Passes over `train`; 0 keeps the weights of supernet.init_from; null = from the data."""
     batch_size: PositiveInt | None = None
@@ -70,7 +74,8 @@ class TrainConfig(Section):
     lr: Annotated[float, Field(gt=0, le=LARGEST_RATE)] | None = None
     """Peak learning rate, > 0, at most 1e6; null = from the batch size."""
     schedule: Literal["cosine", "one_cycle", "constant"] = "cosine"
-    """cosine: to 0 after the warm-up | one_cycle: up during the warm-up, down to lr / 250,000 | constant."""
+    """cosine: to 0 after the warm-up | one_cycle: up during the warm-up, down to lr / 250,000 |
+    constant."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """For sgd, [0, 1)."""
     weight_decay: Annotated[float, Field(ge=0, le=LARGEST_RATE)] | None = None
@@ -100,19 +105,23 @@ class BootstrappingConfig(Section):
     """Who teaches the narrower sub-networks (arXiv 2103.13258, section 3.3; arXiv 2109.10060)."""
 
     mode: Literal["none", "inplace_distillation", "ib", "ieb"] | None = None
-    """The older way to name a teacher: none | inplace_distillation | ib | ieb; null = from supernet.regime."""
+    """The older way to name a teacher: none | inplace_distillation | ib | ieb; null = from
+    supernet.regime."""
     num_random: NonNegativeInt | None = None
     """The older place of supernet.train.num_random; null = from supernet.regime."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.997
     """Decay of the EMA copy per step, [0, 1)."""
     ema_warmup: bool = True
-    """Raise the decay as min(ema_decay, (1 + t) / (10 + t)): a short run needs it; false is the paper's."""
+    """Raise the decay as min(ema_decay, (1 + t) / (10 + t)): a short run needs it; false is the
+    paper's."""
     soft_ramp_epochs: NonNegativeFloat = 0.0
     """Epochs over which soft labels replace the true ones; 0 = from the start, as in the paper."""
     trust: Literal["full", "label_probability"] = "label_probability"
-    """Share of the soft label in an image's target. full: all, as in the paper | label_probability: what the teacher gives the label."""
+    """Share of the soft label in an image's target. full: all, as in the paper | label_probability:
+    what the teacher gives the label."""
     largest_first: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of the steps, [0, 1), in which the largest sub-network trains alone before the others join."""
+    """Share of the steps, [0, 1), in which the largest sub-network trains alone before the others
+    join."""
     teacher_min_updates: NonNegativeInt = 100
     """A teacher width with fewer updates of its statistics runs on those of the batch."""
 
@@ -121,8 +130,8 @@ class RecalibrationConfig(Section):
     """BatchNorm statistics, re-estimated for every width after training."""
 
     images: RecalibrationImages = FROM_DATA
-    """Images of `train` to use: a number | null = all | auto = from the data. 0 keeps the statistics of supernet.init_from, and needs
-    0 epochs."""
+    """Images of `train` to use: a number | null = all | auto = from the data. 0 keeps the
+    statistics of supernet.init_from, and needs 0 epochs."""
     batch_size: PositiveInt = 256
     """Images per forward pass."""
 
@@ -131,13 +140,16 @@ class SupernetConfig(Section):
     """The network that holds all sub-networks, and its training."""
 
     model: Text
-    """Architecture family, by its registered name; or checkpoint: layout and sub-networks of `init_from`."""
+    """Architecture family, by its registered name; or checkpoint: layout and sub-networks of
+    `init_from`."""
     options: dict[str, JsonValue] = Field(default_factory=dict)
     """Options of the family, which checks them: width, stem_stride, num_routes, ..."""
     init_from: Text | None = None
-    """Start weights: a checkpoint, a run folder, or what `python -m dsnet.training` wrote; `~` and $VARIABLES are expanded."""
+    """Start weights: a checkpoint, a run folder, or what `python -m dsnet.training` wrote; `~` and
+    $VARIABLES are expanded."""
     regime: Literal["ce", "s_net", "us_net", "ib", "ieb"] | None = None
-    """Who trains and who teaches, by name: ce | s_net | us_net | ib | ieb; null = in-place bootstrapping (ib)."""
+    """Who trains and who teaches, by name: ce | s_net | us_net | ib | ieb; null = in-place
+    bootstrapping (ib)."""
     workers: PositiveInt = 1
     """Ray Train workers."""
     threads: PositiveInt | None = None
@@ -222,7 +234,8 @@ def _number_problems(supernet: SupernetConfig) -> Iterator[BrokenRule]:
 
 def _regime_parts(supernet: SupernetConfig) -> dict[str, Any]:
     """The fields of the regime."""
-    # Imported here: the core's settings need torch, which `dsnet-orch schema` and --help do without.
+    # Imported here: the core's settings need torch, which `dsnet-orch schema` and --help do
+    # without.
     from dsnet.training.settings import REGIMES, TEACHER_OF_MODE
 
     train, bootstrapping = supernet.train, supernet.bootstrapping
@@ -247,7 +260,8 @@ REGIME_KEYS = frozenset({"widths", "num_random", "teacher", "bn"})
 def resolve_regime(supernet: SupernetConfig) -> Regime:
     """Which sub-networks a step trains and who teaches them.
 
-    First wins: supernet.train.{widths, num_random, teacher, bn}, supernet.regime, supernet.bootstrapping.{mode, num_random}, ib.
+    First wins: supernet.train.{widths, num_random, teacher, bn}, supernet.regime,
+    supernet.bootstrapping.{mode, num_random}, ib.
     """
     from dsnet.training.settings import Regime
 
@@ -255,17 +269,20 @@ def resolve_regime(supernet: SupernetConfig) -> Regime:
 
 
 class SupernetsConfig(Section):
-    """How a sweep of supernets chooses and trains them; read only where `space` holds supernet.* keys."""
+    """How a sweep of supernets chooses and trains them; read only where `space` holds supernet.*
+    keys."""
 
     number: PositiveInt = 4
     """Distinct supernets; fewer where the space has fewer."""
     sampler: Literal["random", "grid", "qmc"] = "qmc"
     """random | grid | qmc: draws the supernet.* part of the space, all of it beforehand."""
     scheduler: Text = "asha"
-    """none | asha | median | hyperband, or the import path of a scheduler of Ray Tune's kind: who stops trainings that fall behind."""
+    """none | asha | median | hyperband, or the import path of a scheduler of Ray Tune's kind: who
+    stops trainings that fall behind."""
     options: dict[str, JsonValue] = Field(default_factory=dict)
     """Keyword arguments of the scheduler; of asha grace_period, reduction_factor, ... in epochs."""
     concurrent: PositiveInt = 1
     """Supernets that train at the same time."""
     report_every: PositiveInt = 1
-    """Epochs between two reports of the static hypervolume on `val`, on which the scheduler decides."""
+    """Epochs between two reports of the static hypervolume on `val`, on which the scheduler
+    decides."""

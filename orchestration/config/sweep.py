@@ -1,7 +1,9 @@
-"""The whole of sweep.yaml as one frozen, strict, typed object; config_loading.py reads files into it.
+"""The whole of sweep.yaml as one frozen, strict, typed object; config_loading.py reads files into
+it.
 
-Strict means: no unknown key, no silent conversion ("3" is not 3, 1 is not true), and every range checked when an object
-is built. Only a whole number where a real one is wanted is taken as it is meant.
+Strict means: no unknown key, no silent conversion ("3" is not 3, 1 is not true), and every range
+checked when an object is built. Only a whole number where a real one is wanted is taken as it is
+meant.
 """
 
 from __future__ import annotations
@@ -90,20 +92,23 @@ class SweepConfig(Section):
     version: Annotated[Literal[1], BeforeValidator(_version)]
     """Version of this file's format."""
     name: Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
-    """Name of the run and of its folder: 1 to 64 letters, digits, '.', '_' or '-', not starting with '.'."""
+    """Name of the run and of its folder: 1 to 64 letters, digits, '.', '_' or '-', not starting
+    with '.'."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """All randomness derives from it, 0 to 2^32 - 1."""
     data: DataConfig
     supernet: SupernetConfig
     gate: GateConfig = GateConfig()
     space: dict[str, SpaceEntry] = Field(default_factory=default_space, min_length=1)
-    """Dotted key below `gate.` or `supernet.` -> distribution. A `space` in the file replaces the default one, which sweeps the kind of
-    router (gate, evidence_gate, cascade, learned_cascade), the target, the SGS settings and the learning rate."""
+    """Dotted key below `gate.` or `supernet.` -> distribution. A `space` in the file replaces the
+    default one, which sweeps the kind of router (gate, evidence_gate, cascade, learned_cascade),
+    the target, the SGS settings and the learning rate."""
     metrics: Annotated[tuple[MetricConfig, ...], Field(strict=False, min_length=2, max_length=3)] = _DEFAULT_METRICS
     """The 2 or 3 objectives, at least one to maximise and one to minimise."""
     constraints: Annotated[tuple[Constraint, ...], Field(strict=False)] = ()
-    """Conditions over metrics and `baseline.METRIC`, the widest routable sub-network's: "top1 >= baseline.top1 - 0.003". A trial that
-    breaks one is never on the front; {hard: "params_m <= 5"} ends a trial at once, and the sweep where nothing can hold it."""
+    """Conditions over metrics and `baseline.METRIC`, the widest routable sub-network's: "top1 >=
+    baseline.top1 - 0.003". A trial that breaks one is never on the front; {hard: "params_m <= 5"}
+    ends a trial at once, and the sweep where nothing can hold it."""
     sampler: SamplerConfig = SamplerConfig()
     budget: BudgetConfig = BudgetConfig()
     pruner: PrunerConfig = PrunerConfig()

@@ -105,7 +105,8 @@ def _space_warnings(config: SweepConfig) -> Iterator[str]:
     gate, space = config.gate, config.space
     if all(distribution.kind == "fixed" for distribution in gate_space(config).values()):
         (router,) = possible_routers(gate, space)
-        # The images' order is the same for all trials; the seed draws a perceptron's first weights and end-to-end noise.
+        # The images' order is the same for all trials; the seed draws a perceptron's first weights
+        # and end-to-end noise.
         if gate.trainer == "table" and router_kind(router).head in ("none", "linear"):
             yield f"space holds fixed values only: all trials will be equal, as router {router} draws nothing from its seed"
         else:

@@ -14,7 +14,8 @@ from orchestration.config.sweep import SweepConfig
 
 
 def to_yaml(config: SweepConfig) -> str:
-    """The configuration as a complete sweep.yaml, in the order of the schema; reading it back gives an equal object."""
+    """The configuration as a complete sweep.yaml, in the order of the schema; reading it back gives
+    an equal object."""
     plain = config.model_dump(mode="json", exclude=set() if config.presets else {"presets"})
     writer = YAML(typ="rt", pure=True)
     writer.width = 120
@@ -30,7 +31,8 @@ def _null(representer: RoundTripRepresenter, value: None) -> ScalarNode:
 
 
 def _styled(value: Any, *, is_top: bool = True) -> Any:
-    """Block style for sections, flow style for lists and for mappings that hold a list only, such as distributions."""
+    """Block style for sections, flow style for lists and for mappings that hold a list only, such
+    as distributions."""
     if isinstance(value, list):
         sequence = CommentedSeq(_styled(item, is_top=False) for item in value)
         if not any(isinstance(item, dict) for item in value):

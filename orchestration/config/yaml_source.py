@@ -1,7 +1,8 @@
 """YAML 1.2 as plain data, with the line and column of every key and value.
 
-The node tree is walked here instead of letting the library construct objects: so no tag can build a Python object,
-duplicate keys are seen with both their places, and every later complaint about a value can point at it.
+The node tree is walked here instead of letting the library construct objects: so no tag can build a
+Python object, duplicate keys are seen with both their places, and every later complaint about a
+value can point at it.
 """
 
 from __future__ import annotations
@@ -118,7 +119,8 @@ def parse_yaml(text: str, name: str) -> YamlSource:
         name: shown in front of line and column in every message.
 
     Raises:
-        ConfigError: the text is not YAML, holds a key twice, or a tag that asks for more than plain data.
+        ConfigError: the text is not YAML, holds a key twice, or a tag that asks for more than plain
+            data.
     """
     directive = _NO_YAML_1_1.search(text)
     if directive:
@@ -234,7 +236,8 @@ class _Walk:
         return str(node.value)
 
     def merged_mappings(self, node: MappingNode) -> Iterator[MappingNode]:
-        """The mappings that `<<: *name` or `<<: [*a, *b]` asks to take over, in order of precedence."""
+        """The mappings that `<<: *name` or `<<: [*a, *b]` asks to take over, in order of
+        precedence."""
         for key_node, value_node in node.value:
             if str(key_node.tag) != _MERGE:
                 continue
@@ -244,7 +247,8 @@ class _Walk:
                 yield merged
 
     def take_over(self, merged: MappingNode, path: KeyPath, found: dict[str, object]) -> None:
-        """Add what `merged` holds and `found` does not; its places are those of the anchored text."""
+        """Add what `merged` holds and `found` does not; its places are those of the anchored
+        text."""
         inner = _Walk(self.name, num_values=self.num_values, open_nodes=self.open_nodes)
         if id(merged) in self.open_nodes:
             raise self.fail(merged, "an alias stands inside the value that it names")

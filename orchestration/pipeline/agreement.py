@@ -1,4 +1,5 @@
-"""The verify stage: the frozen front runs for real on the sealed test split, and must do image by image what the table said."""
+"""The verify stage: the frozen front runs for real on the sealed test split, and must do image by
+image what the table said."""
 
 from __future__ import annotations
 
@@ -35,7 +36,8 @@ CLASS_TIE = 1e-4
 
 
 SINGLE_IMAGES = 32
-"""At batch 1, one timed repeat runs so many images one after the other: they take different routes."""
+"""At batch 1, one timed repeat runs so many images one after the other: they take different
+routes."""
 
 
 NUM_BATCHES = 3
@@ -60,7 +62,8 @@ def check_agreement(
     normalization: Normalization,
     batch_size: int = 256,
 ) -> Agreement:
-    """Run a router through grouped dynamic inference and compare route, class and MAdds of every image with the table.
+    """Run a router through grouped dynamic inference and compare route, class and MAdds of every
+    image with the table.
 
     Args:
         slot: the router's trial, for messages.
@@ -84,7 +87,8 @@ def check_agreement(
     rows = np.arange(table.num_images)
     same_route = routes == told_run.routes
     same_class = classes == table.predicted[rows, routes]
-    # Each kind of difference has its own excuse: an undecided router does not explain a wrong class on the route that ran.
+    # Each kind of difference has its own excuse: an undecided router does not explain a wrong class
+    # on the route that ran.
     retraced = _retraced(router, table, told_run, routes)
     fine_class = same_class | (table.margin[rows, routes] < CLASS_TIE)
     wrong = np.flatnonzero(~((routes == retraced.routes) & fine_class & (madds == retraced.madds)))
@@ -106,7 +110,8 @@ class _Retraced(NamedTuple):
 
 
 def _retraced(router: Router, table: RoutingTable, told: TableRun, ran: NDArray[np.int64]) -> _Retraced:
-    """What the table says where ties are broken towards the routes [N] that really ran: so far as ties explain them, it says the same."""
+    """What the table says where ties are broken towards the routes [N] that really ran: so far as
+    ties explain them, it says the same."""
     routes, madds = told.routes.copy(), told.madds.copy()
     for route in np.unique(ran[ran != told.routes]):
         again = run_on_table(Retrace(router, int(route), table.tree), table)
@@ -190,7 +195,8 @@ def time_front(
 
 
 def _batches(images: Tensor, size: int) -> list[Tensor]:
-    """Random images (a split may be sorted by class, and routes depend on the image): many single ones, or a few batches."""
+    """Random images (a split may be sorted by class, and routes depend on the image): many single
+    ones, or a few batches."""
     count = SINGLE_IMAGES if size == 1 else NUM_BATCHES
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(TIMING_SEED))
     rows = order[torch.arange(size * count) % len(images)]

@@ -31,9 +31,11 @@ class Launch:
     progress: ProgressView
     stop: StopRequest
     on_record: Callable[[TrialRecord], None] = _nobody
-    """Hears of every recorded trial: a sweep of supernets shows those of all its members in one study."""
+    """Hears of every recorded trial: a sweep of supernets shows those of all its members in one
+    study."""
     on_test_opening: Callable[[], int] | None = None
-    """Of a member of a sweep of supernets: counts the opening for the whole sweep, and says how often that has read `test`."""
+    """Of a member of a sweep of supernets: counts the opening for the whole sweep, and says how
+    often that has read `test`."""
 
     @property
     def config(self) -> SweepConfig:
@@ -41,7 +43,8 @@ class Launch:
         return self.prepared.config
 
     def count_test_opening(self, who: str) -> int:
-        """Record that `test` is read; how often it has been, by the whole sweep where this run is a part of one."""
+        """Record that `test` is read; how often it has been, by the whole sweep where this run is a
+        part of one."""
         own = self.manifest.count_test_opening(who)
         return own if self.on_test_opening is None else max(own, self.on_test_opening())
 

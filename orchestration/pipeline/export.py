@@ -40,11 +40,13 @@ EXAMPLE_SEED = 0
 
 
 KNEE = "knee"
-"""Name of the link to the bundle of the front's knee, beside the bundles: a path that is known before the run."""
+"""Name of the link to the bundle of the front's knee, beside the bundles: a path that is known
+before the run."""
 
 
 def export_picks(prepared: Prepared, results: RunResults, picks: Sequence[str], folder: Path) -> list[Path]:
-    """Write a bundle for each picked trial, and the link `knee` to the bundle of the front's knee; the bundles' folders.
+    """Write a bundle for each picked trial, and the link `knee` to the bundle of the front's knee;
+    the bundles' folders.
 
     A link to an earlier knee is removed where the folder holds no bundle of the knee.
 
@@ -65,7 +67,8 @@ def export_picks(prepared: Prepared, results: RunResults, picks: Sequence[str], 
 
 
 def link_knee(folder: Path, bundle: Path) -> None:
-    """Make `folder`/knee a relative link to a bundle below `folder`, or no link where there is no such bundle.
+    """Make `folder`/knee a relative link to a bundle below `folder`, or no link where there is no
+    such bundle.
 
     Anything but a link of that name is left alone.
     """
@@ -120,7 +123,8 @@ def export_bundles(prepared: Prepared, results: RunResults, slots: Sequence[int]
 
 
 def write_formats(bundle: Path, formats: Sequence[str]) -> None:
-    """Write further forms of a bundle, each into a folder of its name in it; one that is there is replaced whole.
+    """Write further forms of a bundle, each into a folder of its name in it; one that is there is
+    replaced whole.
 
     Args:
         bundle: its folder.
@@ -154,11 +158,12 @@ def _examples(prepared: Prepared, val: RoutingTable, router: Router) -> torch.Te
 
 
 def example_rows(router: Router, table: RoutingTable) -> NDArray[np.int64]:
-    """Which images a bundle stores as examples: `NUM_EXAMPLES` rows of the table, or all where it has fewer; rising.
+    """Which images a bundle stores as examples: `NUM_EXAMPLES` rows of the table, or all where it
+    has fewer; rising.
 
-    They are drawn in turns from the routes that answer, among the images that the router decides clearly. Where there are too few of
-    those, the clearest of the others follow: where rounding decides, another processor may take the other route, and
-    `check_bundle_examples` lets it.
+    They are drawn in turns from the routes that answer, among the images that the router decides
+    clearly. Where there are too few of those, the clearest of the others follow: where rounding
+    decides, another processor may take the other route, and `check_bundle_examples` lets it.
     """
     run = run_on_table(router, table)
     is_clear = run.lead >= CLEAR_LEAD
@@ -172,7 +177,8 @@ def example_rows(router: Router, table: RoutingTable) -> NDArray[np.int64]:
 
 
 def bundle_claims(prepared: Prepared, results: RunResults, slot: int) -> dict[str, Any]:
-    """What a bundle says of itself: the numbers on `val`, and on `test` where the trial was verified."""
+    """What a bundle says of itself: the numbers on `val`, and on `test` where the trial was
+    verified."""
     config = prepared.config
     record = results.record(slot)
     names = ("top1", "top5", "madds_m", "p95_madds_m", "params_m", "latency_ms")
@@ -204,7 +210,8 @@ def bundle_claims(prepared: Prepared, results: RunResults, slot: int) -> dict[st
 
 
 def _latency_claims(latency: DynamicLatency, slot: int) -> dict[str, Any]:
-    """What a batch really took on one device, beside the static extremes and what the measured parts add up to (`ideal_ms`)."""
+    """What a batch really took on one device, beside the static extremes and what the measured
+    parts add up to (`ideal_ms`)."""
     return {
         "device": latency.device,
         "threads": latency.threads,
@@ -262,5 +269,6 @@ def _gate_yaml(prepared: Prepared, results: RunResults, slot: int, claims: Mappi
 
 
 def router_facts(router: Router, names: Sequence[str]) -> dict[str, Any]:
-    """How a router decides, in words and numbers: its kind, what it reads, and what else its kind tells."""
+    """How a router decides, in words and numbers: its kind, what it reads, and what else its kind
+    tells."""
     return {"kind": router.kind, "reads": list(router.needs), **router.facts(names)}

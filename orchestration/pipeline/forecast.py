@@ -1,6 +1,8 @@
-"""What a launch would take: minutes, memory and disk of each stage, from a few timed steps of the real network on the real images.
+"""What a launch would take: minutes, memory and disk of each stage, from a few timed steps of the
+real network on the real images.
 
-What cannot be timed beforehand, such as the start of Ray or a trial of a router, stands here as a constant, measured on two cores.
+What cannot be timed beforehand, such as the start of Ray or a trial of a router, stands here as a
+constant, measured on two cores.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ ANALYSIS_S = 3.5
 CALL_S = 0.0003
 """Of one timed call, however small the network."""
 ACCURACY_COST = 1.3
-"""Evaluating the sub-networks one by one, relative to the table, in which they share what they have in common."""
+"""Evaluating the sub-networks one by one, relative to the table, in which they share what they have
+in common."""
 RAY_BYTES = 600 * MIB
 TRACKING_BYTES = 250 * MIB
 WORKER_BYTES = 300 * MIB
@@ -42,7 +45,8 @@ TRIAL_BYTES = 15_000
 REPORT_BYTES = 6 * MIB
 SUBNET_BYTES = 2_000
 BUSY_LOAD = 0.5
-"""Load average per core from which on other work slows the timed steps down: they take all cores."""
+"""Load average per core from which on other work slows the timed steps down: they take all
+cores."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,8 @@ class Forecast:
 
 
 def forecast(prepared: Prepared, plans: Sequence[StagePlan]) -> Forecast | None:
-    """Time a few steps, unless nothing is left that depends on them, and say what each stage would take; writes nothing to the run.
+    """Time a few steps, unless nothing is left that depends on them, and say what each stage would
+    take; writes nothing to the run.
 
     Args:
         prepared: the sweep's data and network.
@@ -115,10 +120,12 @@ def forecast(prepared: Prepared, plans: Sequence[StagePlan]) -> Forecast | None:
 
 
 def forecast_supernets(supernets: Sequence[tuple[Prepared, Sequence[StagePlan]]], concurrent: int) -> Forecast | None:
-    """Time a few steps of every supernet of a sweep and say what the stages of all together would take, if each were trained to its end.
+    """Time a few steps of every supernet of a sweep and say what the stages of all together would
+    take, if each were trained to its end.
 
     Args:
-        supernets: data, network and plans of each that may still be trained or searched; see `forecast`.
+        supernets: data, network and plans of each that may still be trained or searched; see
+            `forecast`.
         concurrent: how many are trained at a time.
 
     Returns:
@@ -176,7 +183,8 @@ def _timed(prepared: Prepared, concurrent: int = 1) -> TrialRun:
 
 
 def _how(config: SweepConfig, timed: TrialRun, load: MachineLoad | None) -> str:
-    """How the steps were timed, and that the launch will be quicker where other work slowed them down."""
+    """How the steps were timed, and that the launch will be quicker where other work slowed them
+    down."""
     name = "the GPU" if timed.device == "cuda" else "the CPU"
     steps, threads = plural(timed.num_steps, "step"), plural(timed.threads, "thread")
     how = f"timed: {steps} of {config.supernet.train.batch_size} images on {name}, {threads}"

@@ -1,4 +1,5 @@
-"""A sweep from its configuration to its front: stages in order, each done once, each continued where it was stopped."""
+"""A sweep from its configuration to its front: stages in order, each done once, each continued
+where it was stopped."""
 
 from __future__ import annotations
 
@@ -79,7 +80,8 @@ def launch(
 
     Raises:
         StoppedError: stopped early; launching again continues.
-        VerificationError, NothingFeasibleError, TooManyFailedTrialsError, LockedError, PreflightError, ...: see dsnet.errors.
+        VerificationError, NothingFeasibleError, TooManyFailedTrialsError, LockedError,
+        PreflightError, ...: see dsnet.errors.
     """
     config = anchored(config)
     run = RunDir(Path(config.storage.runs), config.name)
@@ -116,7 +118,8 @@ def write_facts(prepared: Prepared, run: RunDir) -> Manifest:
 
 
 def anchored(config: SweepConfig) -> SweepConfig:
-    """The same sweep with absolute folders, so that the stored sweep.yaml means the same from any working directory."""
+    """The same sweep with absolute folders, so that the stored sweep.yaml means the same from any
+    working directory."""
     runs = _absolute(config.storage.runs)
     path, init_from = _absolute(config.data.path), _absolute(config.supernet.init_from)
     return config.model_copy(
@@ -142,7 +145,8 @@ def closing_tracker(
         run: of the launch, for the remedy in a warning.
         tracker: is closed.
         progress: hears of writes that were not made.
-        finished_ms: when the work ended, where it did; not now: a launch that had nothing to do changes nothing.
+        finished_ms: when the work ended, where it did; not now: a launch that had nothing to do
+            changes nothing.
     """
     status: Status = "FAILED"
     end_ms: int | None = None
@@ -181,7 +185,8 @@ def _run_stages(work: Launch) -> LaunchResult:
 
 
 def _say_what_runs_again(work: Launch, plans: Mapping[str, StagePlan]) -> None:
-    """The first stage whose earlier result does not count any more, and why: those behind it follow from it."""
+    """The first stage whose earlier result does not count any more, and why: those behind it follow
+    from it."""
     outdated = next((plan for plan in plans.values() if plan.status == "invalidated"), None)
     if outdated is not None:
         work.progress.say(f"{outdated.name}: runs again, since this changed: {'; '.join(outdated.reasons)}")
@@ -253,7 +258,8 @@ def _finish(work: Launch) -> LaunchResult:
 
 
 def check_failures(result: LaunchResult) -> None:
-    """Raise where more trials failed than the budget allows; the sweep itself is finished and reported.
+    """Raise where more trials failed than the budget allows; the sweep itself is finished and
+    reported.
 
     Raises:
         TooManyFailedTrialsError: it says how many, and the commonest reason.

@@ -1,4 +1,5 @@
-"""The measure and table stages: every sub-network's numbers, and what each answers to each held-out image."""
+"""The measure and table stages: every sub-network's numbers, and what each answers to each held-out
+image."""
 
 from __future__ import annotations
 
@@ -62,7 +63,8 @@ def measure_stage(work: Launch, plan: StagePlan, supernet: Supernet) -> None:
 
 
 def table_stage(work: Launch, plan: StagePlan, supernet: Supernet) -> None:
-    """The routing tables of `gate` and `val`; that of `test` is made by verify, after the front is frozen."""
+    """The routing tables of `gate` and `val`; that of `test` is made by verify, after the front is
+    frozen."""
     work.check_stop()
 
     def tabulate(folder: Path) -> Sequence[Path]:

@@ -61,7 +61,8 @@ FOUND_ENOUGH = ("plateau", "target", "space")
 
 
 def trials_left(run: RunDir, plan: StagePlan, config: SweepConfig) -> int:
-    """Trials that the budget still asks for: none where the same rules as now have ended the search before."""
+    """Trials that the budget still asks for: none where the same rules as now have ended the search
+    before."""
     journal = run.study_journal(plan.key)
     records = load_records(journal) if journal.exists() else []
     if _has_found_enough(run, plan, config, len(records)):
@@ -94,7 +95,8 @@ def continued(run: RunDir, plan: StagePlan, config: SweepConfig) -> StagePlan:
 
 
 def search_stage(work: Launch, plan: StagePlan, table_plan: StagePlan) -> None:
-    """Search until the budget is spent or enough was found; continues a study that has fewer trials.
+    """Search until the budget is spent or enough was found; continues a study that has fewer
+    trials.
 
     Raises:
         NothingFeasibleError: no router of these sub-networks can hold a hard constraint.
@@ -221,7 +223,8 @@ def stop_rules(results: RunResults) -> StopRules:
 
 
 class ProgressFiles:
-    """What staged trials need to go on, as files of the search's folder: a resumed sweep need not train them again."""
+    """What staged trials need to go on, as files of the search's folder: a resumed sweep need not
+    train them again."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder

@@ -9,7 +9,8 @@ from dsnet.stop_signals import stop_on_signals
 
 
 def wait_for_stop() -> None:
-    """Sleep until SIGINT, SIGTERM, or SIGHUP (the terminal closes), which stays ignored where it is, as under nohup."""
+    """Sleep until SIGINT, SIGTERM, or SIGHUP (the terminal closes), which stays ignored where it
+    is, as under nohup."""
     closed: list[int] = []
     before = signal.getsignal(signal.SIGHUP)
     if before is not signal.SIG_IGN:

@@ -1,4 +1,5 @@
-"""The verify stage: freeze the front, open the sealed split, run the front for real, judge it beside its controls."""
+"""The verify stage: freeze the front, open the sealed split, run the front for real, judge it
+beside its controls."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ VERIFY_FILE = "verify.json"
 
 
 def verify_stage(work: Launch, plans: Mapping[str, StagePlan], supernet: Supernet, results: RunResults) -> None:
-    """Verify the front of a search, or the sample of it; what is stored is all that report and export need of the test split."""
+    """Verify the front of a search, or the sample of it; what is stored is all that report and
+    export need of the test split."""
     work.check_stop()
     config, run, prepared = work.config, work.run, work.prepared
     front, contenders = results.front_sample, results.contenders
@@ -98,10 +100,12 @@ def verify_stage(work: Launch, plans: Mapping[str, StagePlan], supernet: Superne
 
 
 def known_agreements(run: RunDir, record: StageRecord) -> dict[int, Agreement]:
-    """By slot what earlier results of the stage found out about gates of the same search, hence of the same tables and weights.
+    """By slot what earlier results of the stage found out about gates of the same search, hence of
+    the same tables and weights.
 
-    A gate that agreed with its table once is not run again: nothing that could make it differ has changed. All gates of a front are
-    timed together, whether they are known or not: times of different hours do not compare.
+    A gate that agreed with its table once is not run again: nothing that could make it differ has
+    changed. All gates of a front are timed together, whether they are known or not: times of
+    different hours do not compare.
 
     Args:
         run: its verify folders are read.

@@ -1,7 +1,8 @@
 """What `python -m dsnet.training` made, taken over as finished stages instead of being made again.
 
-`supernet.init_from` may name its output folder. Where that was trained with this sweep's own settings, on these images and this network,
-there is nothing to train: the files become the stages' outputs. Where anything differs, the folder only gives start weights.
+`supernet.init_from` may name its output folder. Where that was trained with this sweep's own
+settings, on these images and this network, there is nothing to train: the files become the stages'
+outputs. Where anything differs, the folder only gives start weights.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ _CURVES = "curves.jsonl"
 
 
 def standalone_config(config: SweepConfig) -> StandaloneConfig:
-    """The part of a sweep that `python -m dsnet.training` does, as it reads it; adoptable by the same sweep.
+    """The part of a sweep that `python -m dsnet.training` does, as it reads it; adoptable by the
+    same sweep.
 
     Args:
         config: with the data's defaults filled in, as `prepare` gives it.
@@ -61,7 +63,8 @@ class Adoption:
 
     folder: OutputFolder
     origin: Mapping[str, Any]
-    """Start weights of that training; empty where it began afresh. They enter the supernet's key in `init_from`'s place."""
+    """Start weights of that training; empty where it began afresh. They enter the supernet's key in
+    `init_from`'s place."""
     stages: tuple[str, ...]
     """What can be taken over: always the supernet."""
     outdated: tuple[str, ...] = ()
@@ -81,7 +84,8 @@ def find_adoption(
         measure: as the sweep writes it.
 
     Returns:
-        None where the source is anything else, what another release wrote included: it then gives start weights.
+        None where the source is anything else, what another release wrote included: it then gives
+        start weights.
 
     Raises:
         CheckpointError: the folder's files are torn.
@@ -112,7 +116,8 @@ def find_adoption(
 
 
 def _without_housekeeping(run: SupernetRun) -> SupernetRun:
-    """Without what decides no weight, and without the origin: what a folder was made from, it was made from."""
+    """Without what decides no weight, and without the origin: what a folder was made from, it was
+    made from."""
     return replace(run, origin={}, keep_checkpoints=1, train=replace(run.train, checkpoint_every=1))
 
 

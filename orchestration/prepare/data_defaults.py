@@ -1,4 +1,5 @@
-"""The settings that a sweep leaves to its data, filled in once the data are read, each with the reason."""
+"""The settings that a sweep leaves to its data, filled in once the data are read, each with the
+reason."""
 
 from __future__ import annotations
 
@@ -28,8 +29,9 @@ class Derived:
 
     config: SweepConfig
     defaults: Mapping[str, DataDefault]
-    """Dotted key -> value and reason, of what the data decided. `data.augment.crop_padding` and `flip` are among them where the file
-    leaves them open, but stay null in `config`: their rule is part of the augmentation."""
+    """Dotted key -> value and reason, of what the data decided. `data.augment.crop_padding` and
+    `flip` are among them where the file leaves them open, but stay null in `config`: their rule is
+    part of the augmentation."""
 
 
 def data_facts(image_set: ImageSource, splits: Splits, subnets: SubnetSet) -> DataFacts:

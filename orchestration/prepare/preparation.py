@@ -1,4 +1,5 @@
-"""What stands before the first stage: the data and its splits, the network's layout, and what each stage depends on."""
+"""What stands before the first stage: the data and its splits, the network's layout, and what each
+stage depends on."""
 
 from __future__ import annotations
 
@@ -97,7 +98,8 @@ class Prepared:
 
     @property
     def start_sha256(self) -> str | None:
-        """What the supernet's weights began with, as its stage key says it: of an adopted training, what that began with."""
+        """What the supernet's weights began with, as its stage key says it: of an adopted training,
+        what that began with."""
         if self.adoption is not None:
             return self.adoption.origin.get("sha256")
         return None if self.start is None else self.start.sha256
@@ -108,13 +110,15 @@ class Prepared:
         return self.image_set.image_shape[-1]
 
     def decided_by_data(self) -> str:
-        """The settings of the training that follow from the images, by their last names; empty where all are written."""
+        """The settings of the training that follow from the images, by their last names; empty
+        where all are written."""
         prefix = "supernet.train."
         own = {key.removeprefix(prefix): each.value for key, each in self.derived.items() if key.startswith(prefix)}
         return ", ".join(f"{name} {value:g}" for name, value in own.items())
 
     def open_test(self) -> TensorData:
-        """The data with the test split; only verify and report may ask, and count it in the manifest."""
+        """The data with the test split; only verify and report may ask, and count it in the
+        manifest."""
         return self.image_set.tensor_data(self.splits, open_test=True)
 
     def warnings(self) -> tuple[str, ...]:
@@ -193,11 +197,13 @@ def prepare(
 ) -> Prepared:
     """Load the data, make the splits, lay out the network.
 
-    What `supernet.init_from` names may be gone once the supernet is trained: the finished stage then says all that is needed of it.
+    What `supernet.init_from` names may be gone once the supernet is trained: the finished stage
+    then says all that is needed of it.
 
     Args:
         config: resolved.
-        run: where the sweep's results are, or will be; it need not exist. None: there are none to go on with.
+        run: where the sweep's results are, or will be; it need not exist. None: there are none to
+            go on with.
         warn: hears, in one sentence, that the start weights are gone.
         images: what `load_images` gives for this `data` and `seed`; None: they are loaded here.
 
@@ -223,7 +229,8 @@ def prepare(
 
 
 def _from_finished_stage(config: SweepConfig, run: RunDir, images: Images | None) -> Prepared | None:
-    """The same from what a run's finished supernet recorded of its origin; None where it is not the one that `config` asks for."""
+    """The same from what a run's finished supernet recorded of its origin; None where it is not the
+    one that `config` asks for."""
     if not run.manifest_path.is_file():
         return None
     entry = Manifest(run.manifest_path).read()["stages"].get("supernet")
@@ -362,7 +369,8 @@ def latency_settings(config: SweepConfig) -> dict[str, LatencySettings]:
 
 
 def stage_definitions(prepared: Prepared) -> list[StageDefinition]:
-    """What supernet, measure, table and search depend on, in order. Verify depends on the front, which comes later."""
+    """What supernet, measure, table and search depend on, in order. Verify depends on the front,
+    which comes later."""
     parents: dict[Stage, tuple[Stage, ...]] = {
         "supernet": (),
         "measure": ("supernet",),
@@ -371,7 +379,8 @@ def stage_definitions(prepared: Prepared) -> list[StageDefinition]:
     }
     config = prepared.config
     subsets = {name: stage_subset(config, name) for name in parents}
-    # The options name a layout, and a release may lay them out differently: what is trained is the layout itself.
+    # The options name a layout, and a release may lay them out differently: what is trained is the
+    # layout itself.
     subsets["supernet"]["layout"] = _digest(prepared.subnets.to_json())
     subsets["supernet"]["start"] = prepared.start_sha256
     return [
@@ -387,14 +396,16 @@ def _digest(content: object) -> str:
 def verify_definition(
     config: SweepConfig, fingerprint: str, front: Sequence[int], contenders: Sequence[BudgetPick]
 ) -> StageDefinition:
-    """What verify depends on: the frozen front, by the slots of its trials, and the trials that speak for the kinds of router."""
+    """What verify depends on: the frozen front, by the slots of its trials, and the trials that
+    speak for the kinds of router."""
     picks = [asdict(pick) for pick in contenders]
     subset = {**stage_subset(config, "verify"), "front": list(front), "contenders": picks}
     return StageDefinition("verify", STAGE_VERSIONS["verify"], subset, fingerprint, ("search",))
 
 
 def write_splits(path: Path, splits: Splits) -> None:
-    """Record the splits once; a record that differs is replaced (the stages' keys tell them apart)."""
+    """Record the splits once; a record that differs is replaced (the stages' keys tell them
+    apart)."""
 
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(splits.to_json()) + "\n"

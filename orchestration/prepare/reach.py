@@ -1,4 +1,5 @@
-"""The interval in which each metric of any router on a network can lie, known before anything is trained."""
+"""The interval in which each metric of any router on a network can lie, known before anything is
+trained."""
 
 from __future__ import annotations
 
@@ -36,7 +37,8 @@ _ROUNDING = 1e-9
 
 
 def layout_ranges(config: SweepConfig, subnets: SubnetSet, image_size: int) -> dict[str, Range]:
-    """`metric_ranges` before anything is measured, and the same for the names `baseline.*`: exact where the layout says it all."""
+    """`metric_ranges` before anything is measured, and the same for the names `baseline.*`: exact
+    where the layout says it all."""
     ranges = metric_ranges(config, subnets, image_size)
     widest = subnets[subnets.by_madds()[-1]]
     cost = subnet_cost(subnets.spec, widest, image_size)
@@ -49,7 +51,8 @@ def layout_ranges(config: SweepConfig, subnets: SubnetSet, image_size: int) -> d
 
 
 def hopeless_conditions(config: SweepConfig, subnets: SubnetSet, image_size: int) -> Iterator[str]:
-    """Warnings about soft constraints and targets that no router over this layout can hold: the search would find nothing, or not end."""
+    """Warnings about soft constraints and targets that no router over this layout can hold: the
+    search would find nothing, or not end."""
     ranges = layout_ranges(config, subnets, image_size)
     unmeasured = {name: math.nan for name in ranges if name.startswith(BASELINE)}
     for key, these, end in (
@@ -72,13 +75,15 @@ def spoken_reach(names: Collection[str], ranges: Mapping[str, Range]) -> str:
 def metric_ranges(
     config: SweepConfig, subnets: SubnetSet, image_size: int, latencies: Mapping[str, LatencyTable] | None = None
 ) -> dict[str, Range]:
-    """For each metric a range that no trial of the sweep can leave, whatever its router learns; for refusing what is impossible early.
+    """For each metric a range that no trial of the sweep can leave, whatever its router learns; for
+    refusing what is impossible early.
 
     Args:
         config: its kinds of router, routing space and perceptron sizes.
         subnets: the routes.
         image_size: side in pixels.
-        latencies: by device, once they are measured; None before, when any latency above 0 is possible.
+        latencies: by device, once they are measured; None before, when any latency above 0 is
+            possible.
     """
     reach = _Reach.of(config, subnets, image_size)
     kinds = possible_routers(config.gate, config.space)
@@ -100,7 +105,8 @@ def metric_ranges(
 
 
 def _latency_range(clock: BatchClock, kind: str) -> Range:
-    """What a batch can take: every image runs one route, or as many as its kind of router may, and each route that runs is one call."""
+    """What a batch can take: every image runs one route, or as many as its kind of router may, and
+    each route that runs is one call."""
     tails = clock.tails_ms[:, 1:]
     num_images = tails.shape[1]
     num_runs = min(router_kind(kind).max_runs, len(tails))

@@ -29,8 +29,8 @@ def static_metrics(subnet: MeasuredSubnet, latencies: Mapping[str, LatencyTable]
 
     Args:
         subnet: as the measure stage found it on `val`.
-        latencies: by device, the main one under `MAIN_DEVICE`; a latency is that of a call of the whole sub-network, without a decision.
-            The teacher's was not measured.
+        latencies: by device, the main one under `MAIN_DEVICE`; a latency is that of a call of the
+            whole sub-network, without a decision. The teacher's was not measured.
     """
     metrics = {
         "top1": subnet.top1,

@@ -206,7 +206,8 @@ def draw_front(results: RunResults, path: Path) -> Path:
 
 
 def draw_routers(results: RunResults, path: Path) -> Path:
-    """Draw what each kind of router reaches at the budgets into a file; its ending decides the format.
+    """Draw what each kind of router reaches at the budgets into a file; its ending decides the
+    format.
 
     Raises:
         NotFoundError: the front has not been verified yet.
@@ -289,7 +290,8 @@ def _further_values(results: RunResults, slot: int) -> tuple[tuple[str, float], 
 
 
 def _unverified_row(results: RunResults, slot: int) -> Row:
-    """Without the verify stage there is no bootstrap; the interval of an accuracy needs only the number of images."""
+    """Without the verify stage there is no bootstrap; the interval of an accuracy needs only the
+    number of images."""
     metrics = results.record(slot).metrics
     return Row(
         name=trial_name(slot),
@@ -395,9 +397,11 @@ def _with_standing(point: DynamicPoint, found: PointAnalysis | None) -> DynamicP
 
 
 def hypervolume_of(results: RunResults) -> HypervolumeInfo | None:
-    """Hypervolume of the static sub-networks and all routers so far, after each trial, of the 2 or 3 objectives.
+    """Hypervolume of the static sub-networks and all routers so far, after each trial, of the 2 or
+    3 objectives.
 
-    A trial adds what it has over the static sub-networks and the trials before it; trials that are not feasible add nothing.
+    A trial adds what it has over the static sub-networks and the trials before it; trials that are
+    not feasible add nothing.
     """
     if not results.records or not results.subnets:
         return None
@@ -425,7 +429,8 @@ def hypervolume_of(results: RunResults) -> HypervolumeInfo | None:
 
 
 def _plateau(results: RunResults) -> int | None:
-    """Over how many trials the stop rule found no growth; None where the search ended for another reason, or goes on."""
+    """Over how many trials the stop rule found no growth; None where the search ended for another
+    reason, or goes on."""
     path = results.run.search_end_json(results.stage_key("search") or "")
     if not path.is_file():
         return None
@@ -448,7 +453,8 @@ def _static_values(results: RunResults) -> list[list[float]]:
 
 
 def routes_of(results: RunResults, class_names: tuple[str, ...]) -> RoutesInfo | None:
-    """The routes of the front's gates on `test` (on `val` there is nothing more to learn from them)."""
+    """The routes of the front's gates on `test` (on `val` there is nothing more to learn from
+    them)."""
     verified = results.verified
     if verified is None or not verified.test.points:
         return None

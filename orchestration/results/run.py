@@ -1,4 +1,5 @@
-"""What a run folder holds, read back: for status, pareto, report, export and sync. Reads only, and never the sealed table."""
+"""What a run folder holds, read back: for status, pareto, report, export and sync. Reads only, and
+never the sealed table."""
 
 from __future__ import annotations
 
@@ -72,7 +73,8 @@ class RunResults:
         return StageDir(self.run.stage_dir(stage, self.stage_key(stage) or ""))
 
     def _is_current(self, stage: str) -> bool:
-        """Whether the stage's last result belongs to the last results of all the stages above it."""
+        """Whether the stage's last result belongs to the last results of all the stages above
+        it."""
         if self.stage_key(stage) is None:
             return False
         record = self._folder(stage).record()
@@ -95,12 +97,14 @@ class RunResults:
 
     @cached_property
     def supernet(self) -> SupernetFacts | None:
-        """How the supernet was made; None before its stage is done, or where another release made it."""
+        """How the supernet was made; None before its stage is done, or where another release made
+        it."""
         return SupernetFacts.of_stage(self._folder("supernet").path) if self.is_done("supernet") else None
 
     @cached_property
     def subnets(self) -> tuple[MeasuredSubnet, ...]:
-        """The measured sub-networks in the set's order, the teacher last; empty before the measure stage."""
+        """The measured sub-networks in the set's order, the teacher last; empty before the measure
+        stage."""
         return tuple(MeasuredSubnet(**item) for item in self._measured["subnets"])
 
     @property
@@ -126,7 +130,8 @@ class RunResults:
 
     @cached_property
     def latencies(self) -> dict[str, LatencyTable]:
-        """The latency tables by the name of the device, the main one under `MAIN_DEVICE`; empty before the measure stage."""
+        """The latency tables by the name of the device, the main one under `MAIN_DEVICE`; empty
+        before the measure stage."""
         if not self.is_done("measure"):
             return {}
         return {
@@ -148,7 +153,8 @@ class RunResults:
 
     @cached_property
     def newest_latencies(self) -> dict[str, LatencyTable]:
-        """`latencies`, or what `dsnet-orch measure` found later: to be shown. The study keeps those that it was searched by."""
+        """`latencies`, or what `dsnet-orch measure` found later: to be shown. The study keeps those
+        that it was searched by."""
         again = self._timed_again.get("tables", {})
         return self.latencies | {name: LatencyTable.from_json(table) for name, table in again.items()}
 
@@ -178,7 +184,8 @@ class RunResults:
 
     @property
     def feasible(self) -> list[TrialRecord]:
-        """The completed trials that hold all constraints: only they are on a front, picked or exported."""
+        """The completed trials that hold all constraints: only they are on a front, picked or
+        exported."""
         return [record for record in self.records if record.is_feasible]
 
     @property
@@ -200,10 +207,12 @@ class RunResults:
 
     @cached_property
     def reference_point(self) -> tuple[float, ...]:
-        """The hypervolume's reference: as configured, else 0 for what is maximised and 1.05 x the widest for what is minimised.
+        """The hypervolume's reference: as configured, else 0 for what is maximised and 1.05 x the
+        widest for what is minimised.
 
-        Of a latency it is the widest as a gate runs it, decision included: what a router saves is told apart from what deciding costs.
-        Of parameters it is the most that a trial may have: a router and the norms of all its routes come on top of the widest.
+        Of a latency it is the widest as a gate runs it, decision included: what a router saves is
+        told apart from what deciding costs. Of parameters it is the most that a trial may have: a
+        router and the norms of all its routes come on top of the widest.
         """
         names = [subnet.name for subnet in self.subnets if not subnet.is_teacher]
         always_widest = np.array([float(name == self.widest.name) for name in names])
@@ -220,7 +229,8 @@ class RunResults:
 
     @cached_property
     def baseline(self) -> dict[str, float]:
-        """Every metric of the widest routable static sub-network on `val`: what `baseline.*` means in constraints.
+        """Every metric of the widest routable static sub-network on `val`: what `baseline.*` means
+        in constraints.
 
         Raises:
             NotFoundError: the measure stage has not finished.
@@ -229,7 +239,8 @@ class RunResults:
         return static_metrics(self.widest, self.latencies) | self._added_metrics(self.widest.name)
 
     def _added_metrics(self, name: str) -> dict[str, float]:
-        """The metrics of plugins of a static sub-network on `val`; none are there before the table."""
+        """The metrics of plugins of a static sub-network on `val`; none are there before the
+        table."""
         added = added_metrics()
         if not added or not self.is_done("table"):
             return {}
@@ -251,10 +262,11 @@ class RunResults:
 
     @cached_property
     def front_sample(self) -> tuple[int, ...]:
-        """The gates of the front that run on `test`: about as many as `budget.verify` says, evenly along it.
+        """The gates of the front that run on `test`: about as many as `budget.verify` says, evenly
+        along it.
 
-        Both ends, the knee and what `export.picks` asks for by more than `all` are among them. Of a member of a sweep of supernets: those
-        that are on the front over all supernets.
+        Both ends, the knee and what `export.picks` asks for by more than `all` are among them. Of a
+        member of a sweep of supernets: those that are on the front over all supernets.
         """
         chosen = self.run.chosen_json(self.stage_key("search") or "")
         if chosen.is_file():
@@ -289,7 +301,8 @@ class RunResults:
 
     @cached_property
     def verified(self) -> Verified | None:
-        """What verify found; None where it has not run, or the trials that it is about have changed since."""
+        """What verify found; None where it has not run, or the trials that it is about have changed
+        since."""
         if not self.is_done("verify"):
             return None
         try:
@@ -300,7 +313,8 @@ class RunResults:
         return self._with_newest_latencies(verified) if is_current else None
 
     def _with_newest_latencies(self, verified: Verified) -> Verified:
-        """With the times of the front that `dsnet-orch measure` found later, where they are of all of its gates."""
+        """With the times of the front that `dsnet-orch measure` found later, where they are of all
+        of its gates."""
         again = {name: DynamicLatency.from_json(item) for name, item in self._timed_again.get("front", {}).items()}
         of_front = {
             name: latency
@@ -331,7 +345,8 @@ class RunResults:
         return load_router(self.run.gate_weights(self.stage_key("search") or "", slot))
 
     def points(self) -> list[PointRow]:
-        """All rows of points.parquet: static sub-networks, gates and controls, on `val` and, once verified, on `test`."""
+        """All rows of points.parquet: static sub-networks, gates and controls, on `val` and, once
+        verified, on `test`."""
         rows: list[PointRow] = []
         members = self.members
         if members:
@@ -356,7 +371,8 @@ class RunResults:
         return rows + (self._verified_points(self.verified) if self.verified is not None else [])
 
     def _static_latencies(self, names: Sequence[str]) -> dict[str, list[float]]:
-        """Every latency of whole sub-networks, by its metric: [K] for K names. They were measured once, for all splits."""
+        """Every latency of whole sub-networks, by its metric: [K] for K names. They were measured
+        once, for all splits."""
         return {
             latency_metric(size, device): [table.static_ms(name, size) for name in names]
             for device, table in self.latencies.items()
@@ -365,7 +381,8 @@ class RunResults:
 
     @cached_property
     def _clocks(self) -> dict[str, BatchClock]:
-        """Metric -> what tells the ideal latency of a gate, as for trials. What whole batches really took is in `verified.latency`."""
+        """Metric -> what tells the ideal latency of a gate, as for trials. What whole batches
+        really took is in `verified.latency`."""
         names = [subnet.name for subnet in self.subnets if not subnet.is_teacher]
         return {
             latency_metric(size, device): table.clock(size, names)
@@ -407,7 +424,8 @@ def picked_slots(results: RunResults, picks: Sequence[str]) -> list[int]:
 
     Args:
         results: a run with a front.
-        picks: `knee`, `all`, `max:top1 where madds_m<=200`, `trial-0042`, ...; all read the metrics on `val`.
+        picks: `knee`, `all`, `max:top1 where madds_m<=200`, `trial-0042`, ...; all read the metrics
+            on `val`.
 
     Raises:
         ConfigError: a pick cannot be read.
@@ -421,7 +439,8 @@ def picked_slots(results: RunResults, picks: Sequence[str]) -> list[int]:
         pick = parse_pick(text)
         if pick.kind == "name":
             refuse_unusable(text, [record for record in results.records if trial_name(record.slot) == pick.name])
-        # A front's own rows only where the pick asks for the front: copies of a front point are not exported twice.
+        # A front's own rows only where the pick asks for the front: copies of a front point are not
+        # exported twice.
         chosen = apply_pick(pick, on_front if pick.kind in ("all", "knee") else rows, objectives)
         slots += [int(row["slot"]) for row in chosen if row["slot"] not in slots]
     return slots

@@ -1,4 +1,5 @@
-"""How a supernet was made, in words: what a regime, a checkpoint or a default comes to, for `plan`, the report and MLflow."""
+"""How a supernet was made, in words: what a regime, a checkpoint or a default comes to, for `plan`,
+the report and MLflow."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ class SupernetFacts:
 
     @classmethod
     def of_stage(cls, folder: Path) -> SupernetFacts | None:
-        """As a finished supernet stage recorded it; None where another release did, whose settings are not known here."""
+        """As a finished supernet stage recorded it; None where another release did, whose settings
+        are not known here."""
         meta = read_json(folder / f"{FINAL}.json")
         try:
             run = SupernetRun.from_json(meta.get("run", {}))
@@ -75,7 +77,8 @@ class SupernetFacts:
         return {"network": {"family": self.spec.family, "norm": self.spec.norm}, "origin": dict(self.run.origin)}
 
     def keeps_statistics(self) -> bool:
-        """Whether nothing is estimated after training: there is nothing to estimate, or it was asked for."""
+        """Whether nothing is estimated after training: there is nothing to estimate, or it was
+        asked for."""
         return self.spec.norm == "group_norm" or self.run.recalibration_images == 0
 
     def _regime(self) -> str:
@@ -98,7 +101,8 @@ class SupernetFacts:
 
 
 def dry_layout(config: SweepConfig) -> SubnetSet | None:
-    """The sub-networks of a sweep's family without its data; None for a model that lies in a checkpoint, which is not opened.
+    """The sub-networks of a sweep's family without its data; None for a model that lies in a
+    checkpoint, which is not opened.
 
     Classes and channels are those of no particular data.
 
@@ -115,7 +119,8 @@ def dry_layout(config: SweepConfig) -> SubnetSet | None:
 def resolved_settings(config: SweepConfig) -> dict[str, Any]:
     """`supernet` of the configuration with what its regime comes to in the nulls' place.
 
-    `train.bn` is the family's own where nothing asks for another, and `checkpoint` where only a checkpoint knows it.
+    `train.bn` is the family's own where nothing asks for another, and `checkpoint` where only a
+    checkpoint knows it.
     """
     settings = config.supernet.model_dump(mode="json")
     regime, subnets = resolve_regime(config.supernet), dry_layout(config)

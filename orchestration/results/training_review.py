@@ -1,4 +1,5 @@
-"""Warnings about the training of a run's supernet, derived from what the run folder holds: runs of earlier releases get them too."""
+"""Warnings about the training of a run's supernet, derived from what the run folder holds: runs of
+earlier releases get them too."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ from search.training_checks import Score, TrainingFacts, TrainingWarning, traini
 
 LOSS = "loss/"
 LABELLED = "largest"
-"""The curve of the sub-network that learns from the labels, where the largest one is no route; a route's own name otherwise."""
+"""The curve of the sub-network that learns from the labels, where the largest one is no route; a
+route's own name otherwise."""
 
 
 def review(results: RunResults) -> tuple[TrainingWarning, ...]:
@@ -56,7 +58,8 @@ def facts_of(results: RunResults) -> TrainingFacts:
 
 
 def read_curves(path: Path, epochs: int) -> tuple[int, dict[str, tuple[list[float], list[float]]]]:
-    """(steps of the training, sub-network -> its curve, the one that learns from the labels first); (0, {}) where there is none."""
+    """(steps of the training, sub-network -> its curve, the one that learns from the labels first);
+    (0, {}) where there is none."""
     if epochs == 0 or not path.is_file():
         return 0, {}
     rows: dict[int, Mapping[str, Any]] = {}
@@ -95,7 +98,8 @@ def _train_score(stored: Any) -> Score:
 
 
 def _nested_pairs(results: RunResults, names: Sequence[str]) -> list[tuple[int, int]]:
-    """(narrow, wide) positions where no layer of the wide one is narrower: only then it should be as good."""
+    """(narrow, wide) positions where no layer of the wide one is narrower: only then it should be
+    as good."""
     meta = read_json(results.run.stage_dir("supernet", results.done_key("supernet")) / f"{FINAL}.json")
     try:
         subnets = SubnetSet.from_json(SupernetSpec.from_json(meta["spec"]), meta["subnets"])
@@ -111,7 +115,8 @@ def _nested_pairs(results: RunResults, names: Sequence[str]) -> list[tuple[int, 
 
 
 def _correct(results: RunResults, names: Sequence[str]) -> NDArray[np.bool_] | None:
-    """[N, K] of the table of `val`, without reading the rest of it; None before the table stage, and where it cannot be read."""
+    """[N, K] of the table of `val`, without reading the rest of it; None before the table stage,
+    and where it cannot be read."""
     if not results.is_done("table"):
         return None
     try:

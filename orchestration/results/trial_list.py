@@ -18,7 +18,8 @@ from search.front.points import trial_name
 from search.study.study import TrialRecord
 
 Standing = Literal["complete", "infeasible", "failed", "pruned"]
-"""What became of a trial, with those that completed divided by whether they hold every constraint."""
+"""What became of a trial, with those that completed divided by whether they hold every
+constraint."""
 Wanted = Literal["complete", "feasible", "infeasible", "failed", "pruned"]
 WANTED: tuple[str, ...] = get_args(Wanted)
 
@@ -46,7 +47,8 @@ class ListedTrial:
 
     @property
     def reason(self) -> str | None:
-        """Why it is not on the front whatever its metrics are; None where nothing stands against it."""
+        """Why it is not on the front whatever its metrics are; None where nothing stands against
+        it."""
         return f"breaks {' and '.join(self.broken)}" if self.broken and not self.record.reason else self.record.reason
 
     @property
@@ -82,7 +84,8 @@ class TrialList:
     objectives: tuple[tuple[str, str], ...]
     """(metric, goal)."""
     baseline: Callable[[str | None], Mapping[str, float]] = lambda _: {}
-    """Tells the metrics of the widest static sub-network of a supernet, without the prefix; called where a condition reads one."""
+    """Tells the metrics of the widest static sub-network of a supernet, without the prefix; called
+    where a condition reads one."""
 
     @classmethod
     def of(cls, results: RunResults) -> TrialList:
@@ -130,7 +133,8 @@ def listed_trials(results: RunResults, front: Collection[int], supernet: str | N
 
     Args:
         results: of the run.
-        front: slots of those that are on the front; of a sweep of supernets, on the one over all of them.
+        front: slots of those that are on the front; of a sweep of supernets, on the one over all of
+            them.
         supernet: its name in such a sweep, which becomes part of the trials' names.
     """
     prefix = "" if supernet is None else f"{supernet}/"

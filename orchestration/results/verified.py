@@ -33,7 +33,8 @@ class Agreement:
 
 @dataclass(frozen=True)
 class DynamicLatency:
-    """Measured latency of the front beside the static extremes: same run, same device, same images. All in ms of one batch."""
+    """Measured latency of the front beside the static extremes: same run, same device, same images.
+    All in ms of one batch."""
 
     device: str
     threads: int
@@ -42,7 +43,8 @@ class DynamicLatency:
     widest: Mapping[int, Timing]
     cheapest: Mapping[int, Timing]
     ideal: Mapping[int, Mapping[int, float]] = field(default_factory=dict)
-    """batch size -> slot -> what the measured parts add up to for these images' routes: what the objective said, but on them."""
+    """batch size -> slot -> what the measured parts add up to for these images' routes: what the
+    objective said, but on them."""
     split: str = "test"
     """Whose images were run; `dsnet-orch measure` takes those of `val`."""
     load: MachineLoad | None = None

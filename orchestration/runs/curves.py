@@ -21,8 +21,9 @@ class CurvePoint:
 class CurveTail:
     """Reads a growing curves.jsonl piece by piece.
 
-    The unfinished last line is left for the next read; a line torn by a kill is skipped; a file that became shorter (a
-    resumed training cut it back) is read from its beginning again, which a tracker tolerates.
+    The unfinished last line is left for the next read; a line torn by a kill is skipped; a file
+    that became shorter (a resumed training cut it back) is read from its beginning again, which a
+    tracker tolerates.
     """
 
     def __init__(self, path: Path) -> None:

@@ -167,13 +167,15 @@ class RunDir:
         return self.stage_dir("measure", key) / "timed_again.json"
 
     def table(self, key: str, split: str) -> Path:
-        """The routing table of the `gate` or `val` split. The test split's is only behind `sealed_table`."""
+        """The routing table of the `gate` or `val` split. The test split's is only behind
+        `sealed_table`."""
         if split not in ("gate", "val"):
             raise ValueError(f"the open tables are 'gate' and 'val', not {split!r}")
         return self.stage_dir("table", key) / f"{split}.safetensors"
 
     def sealed_table(self, key: str) -> Path:
-        """The test split's table. Only verify and report ask for it, and count the opening in the manifest."""
+        """The test split's table. Only verify and report ask for it, and count the opening in the
+        manifest."""
         return self.stage_dir("table", key) / "sealed" / "test.safetensors"
 
     def study_journal(self, key: str) -> Path:

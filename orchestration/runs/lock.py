@@ -1,4 +1,5 @@
-"""One driver per run: a lock file that a dead process does not hold, on this host and for others to read."""
+"""One driver per run: a lock file that a dead process does not hold, on this host and for others to
+read."""
 
 from __future__ import annotations
 
@@ -20,8 +21,8 @@ from orchestration.runs.manifest import now_iso
 class LockHolder:
     """Who holds a run folder.
 
-    A pid alone is not an identity: it is used again after the process is gone. With the process's start time (clock
-    ticks since boot) and the boot's id it is.
+    A pid alone is not an identity: it is used again after the process is gone. With the process's
+    start time (clock ticks since boot) and the boot's id it is.
     """
 
     pid: int
@@ -39,8 +40,8 @@ class LockHolder:
     def is_on_another_host(self) -> bool:
         """True unless it surely ran here.
 
-        A lock of the same host name but another boot is ours only if it is older than this boot: a younger one belongs
-        to a machine that happens to have the same name.
+        A lock of the same host name but another boot is ours only if it is older than this boot: a
+        younger one belongs to a machine that happens to have the same name.
         """
         if self.host != socket.gethostname():
             return True
@@ -65,8 +66,8 @@ class DriverLock:
     Args:
         run: The run; its folder exists.
         command: What the user typed, shown to whoever meets the lock.
-        take_over: Also replace a lock of another host, or one that cannot be read. A process known to be alive on this
-            host is never robbed.
+        take_over: Also replace a lock of another host, or one that cannot be read. A process known
+            to be alive on this host is never robbed.
 
     Attributes:
         taken_over_from: The dead holder whose lock was replaced, or None.
@@ -85,8 +86,8 @@ class DriverLock:
 
     def __enter__(self) -> DriverLock:
         with exclusive(self._run.path):
-            # `exclusive` orders the processes of this host; hosts sharing the folder are ordered by link(2), which is
-            # atomic on network file systems too.
+            # `exclusive` orders the processes of this host; hosts sharing the folder are ordered by
+            # link(2), which is atomic on network file systems too.
             holder = LockHolder.this_process(self._command)
             if not self._try_create(holder):
                 self.taken_over_from = self._holder_to_replace()
@@ -153,7 +154,8 @@ def read_lock(path: Path) -> LockHolder | None:
 
 
 def process_start_time(pid: int) -> int | None:
-    """Clock ticks between boot and the start of a process; None if it is gone, a zombie, or there is no /proc."""
+    """Clock ticks between boot and the start of a process; None if it is gone, a zombie, or there
+    is no /proc."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:

@@ -33,15 +33,16 @@ def now_iso() -> str:
 class Manifest:
     """manifest.json of a run: what made it, and what was done.
 
-    Every change is a read-modify-write under a short file lock, so the driver and a `verify` or `report` beside it
-    never lose each other's.
+    Every change is a read-modify-write under a short file lock, so the driver and a `verify` or
+    `report` beside it never lose each other's.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def create(self, *, seed: int, hardware: Mapping[str, Any], versions: Mapping[str, str] | None = None) -> None:
-        """Write a fresh manifest; that of an earlier launch is kept, and given today's versions and hardware."""
+        """Write a fresh manifest; that of an earlier launch is kept, and given today's versions and
+        hardware."""
         facts = {"versions": dict(versions or installed_versions()), "seed": seed, "hardware": dict(hardware)}
         if self.path.exists():
             self.update(**facts)
@@ -107,7 +108,8 @@ def installed_versions() -> dict[str, str]:
 
 
 def describe_hardware(gpu: str | None = None) -> dict[str, Any]:
-    """CPU model, usable cores, memory in GiB, MKL's mode, and the GPU's name (which the caller knows, if torch is loaded)."""
+    """CPU model, usable cores, memory in GiB, MKL's mode, and the GPU's name (which the caller
+    knows, if torch is loaded)."""
     return {
         "cpu": _cpu_model(),
         "num_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),

@@ -1,4 +1,5 @@
-"""Points that a person asks for while a sweep is on: one JSON line each, appended under a lock and never changed.
+"""Points that a person asks for while a sweep is on: one JSON line each, appended under a lock and
+never changed.
 
 The driver reads them before every cohort; whoever appends needs no driver, and waits for nobody.
 """

@@ -1,7 +1,7 @@
 """Stages: what a result depends on (its key), whether it is there already, and why not.
 
-A stage's folder is named after its key, so a changed configuration starts a new folder beside the old one and going
-back finds the old result again. Nothing is ever overwritten by an invalidation.
+A stage's folder is named after its key, so a changed configuration starts a new folder beside the
+old one and going back finds the old result again. Nothing is ever overwritten by an invalidation.
 """
 
 from __future__ import annotations
@@ -66,7 +66,8 @@ class StagePlan:
     record: StageRecord
     status: Literal["done", "resume", "run", "invalidated"]
     reasons: tuple[str, ...]
-    """Empty when done. For `invalidated`: what differs from the newest earlier result of this stage."""
+    """Empty when done. For `invalidated`: what differs from the newest earlier result of this
+    stage."""
     folder: StageDir
 
     @property
@@ -87,8 +88,8 @@ def stage_key(
 ) -> str:
     """The stage's identity: sha256 over the canonical JSON of all it depends on, as 64 hex digits.
 
-    The order of mapping keys does not matter, nor whether a subset is nested or dotted, nor whether a whole number was
-    written 1 or 1.0.
+    The order of mapping keys does not matter, nor whether a subset is nested or dotted, nor whether
+    a whole number was written 1 or 1.0.
 
     Raises:
         ValueError: The subset holds NaN or infinity.
@@ -105,7 +106,8 @@ def stage_key(
 
 
 def canonical_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A nested mapping as {dotted key: canonical JSON value}, sorted. An empty mapping stays as a value."""
+    """A nested mapping as {dotted key: canonical JSON value}, sorted. An empty mapping stays as a
+    value."""
     return dict(sorted((key, _canonical(value)) for key, value in flatten(config).items()))
 
 
@@ -126,8 +128,8 @@ def _canonical(value: Any) -> Any:
 class StageDir:
     """One stage's folder: `stage.json` from the start, `done` when its outputs are complete.
 
-    A stage works inside the folder (the supernet resumes from its checkpoints there), so only the marker, written last
-    and atomically, says that the outputs can be trusted.
+    A stage works inside the folder (the supernet resumes from its checkpoints there), so only the
+    marker, written last and atomically, says that the outputs can be trusted.
     """
 
     def __init__(self, path: Path) -> None:
@@ -338,8 +340,8 @@ def run_stage(run: RunDir, plan: StagePlan, work: Callable[[Path], Sequence[Path
     Args:
         run: The run, with its manifest written and its lock held.
         plan: From `plan_stages`.
-        work: Does the work in the folder it is given, and returns its output files. It may find its own unfinished
-            files there and go on from them.
+        work: Does the work in the folder it is given, and returns its output files. It may find its
+            own unfinished files there and go on from them.
 
     Returns:
         The stage's folder, done.
@@ -355,7 +357,8 @@ def run_stage(run: RunDir, plan: StagePlan, work: Callable[[Path], Sequence[Path
 
 
 def begin_stage(run: RunDir, plan: StagePlan) -> None:
-    """Note in folder and manifest that a stage runs; for work that does not fit into one call, as supernets that train side by side."""
+    """Note in folder and manifest that a stage runs; for work that does not fit into one call, as
+    supernets that train side by side."""
     started = plan.folder.begin(plan.record)
     Manifest(run.manifest_path).record_stage(plan.name, _manifest_entry(run, plan, "running", started.started_at, None))
 
@@ -367,7 +370,8 @@ def finish_stage(run: RunDir, plan: StagePlan, outputs: Sequence[Path], seconds:
 
 
 def record_done(run: RunDir, plan: StagePlan) -> None:
-    """Point the manifest at a finished stage, also after a kill in between or a return to an earlier configuration."""
+    """Point the manifest at a finished stage, also after a kill in between or a return to an
+    earlier configuration."""
     manifest = Manifest(run.manifest_path)
     record = plan.folder.record()
     started_at = record.started_at if record else ""

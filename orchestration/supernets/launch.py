@@ -1,7 +1,9 @@
-"""A sweep of supernets: each distinct one is trained once, measured and tabled, its gates are swept, and all compete for one front.
+"""A sweep of supernets: each distinct one is trained once, measured and tabled, its gates are
+swept, and all compete for one front.
 
-Every member is a complete run of its own below `supernets/` of the sweep's folder. The sweep's folder itself holds what is common: which
-members there are, the front over all of them, one study and one points file, the report.
+Every member is a complete run of its own below `supernets/` of the sweep's folder. The sweep's
+folder itself holds what is common: which members there are, the front over all of them, one study
+and one points file, the report.
 """
 
 from __future__ import annotations
@@ -96,7 +98,8 @@ class SupernetsResult:
 def launch_sweep(
     config: SweepConfig, *, command: str, progress: ProgressView, stop: Stop, take_over: bool = False
 ) -> LaunchResult | SupernetsResult:
-    """Run a sweep of whichever kind, or continue it; arguments and errors as `orchestration.pipeline.launch.launch`."""
+    """Run a sweep of whichever kind, or continue it; arguments and errors as
+    `orchestration.pipeline.launch.launch`."""
     run = launch_supernets if supernet_space(config) else launch
     return run(config, command=command, progress=progress, stop=stop, take_over=take_over)
 
@@ -104,7 +107,8 @@ def launch_sweep(
 def launch_supernets(
     config: SweepConfig, *, command: str, progress: ProgressView, stop: Stop, take_over: bool = False
 ) -> SupernetsResult:
-    """Run a sweep of supernets, or continue it; arguments and errors as `orchestration.pipeline.launch.launch`."""
+    """Run a sweep of supernets, or continue it; arguments and errors as
+    `orchestration.pipeline.launch.launch`."""
     config = anchored(config)
     check_supernets(config)
     run = RunDir(Path(config.storage.runs), config.name)
@@ -228,7 +232,8 @@ class _Named:
 
 @dataclass
 class _Opening:
-    """Counts how often the sweep has read `test`: once for a front, however many members its gates belong to."""
+    """Counts how often the sweep has read `test`: once for a front, however many members its gates
+    belong to."""
 
     manifest: Manifest
     _count: int | None = field(default=None, init=False)
@@ -267,7 +272,8 @@ class _Sweep:
         request: StopRequest,
         stack: ExitStack,
     ) -> _Sweep:
-        """Write what is known before anything runs, and open what the launch writes to; `stack` closes it."""
+        """Write what is known before anything runs, and open what the launch writes to; `stack`
+        closes it."""
         usable = {member.name: _in_one_store(member, config, run) for member in members if member.prepared is not None}
         first = next(iter(usable.values())).prepared
         assert first is not None
@@ -420,7 +426,8 @@ class _Sweep:
         return f"none of the {results.num_trials} trials of {plural(len(results.members), 'supernet')} is feasible{most}{last}"
 
     def _freeze(self, results: SupernetSweepResults) -> None:
-        """Write down the front over all supernets, and for each member which gates are to run on `test`: before that is opened."""
+        """Write down the front over all supernets, and for each member which gates are to run on
+        `test`: before that is opened."""
         names = [metric.name for metric in self.config.metrics]
         content = {
             "metrics": [[metric.name, metric.goal] for metric in self.config.metrics],
@@ -517,7 +524,8 @@ class _Training:
             self._show(name, points[-1].metrics.get("epoch") or 0.0, "")
 
     def on_fate(self, fate: MemberFate) -> None:
-        """What became of it; heard again for those that an earlier launch, or this one, has seen already."""
+        """What became of it; heard again for those that an earlier launch, or this one, has seen
+        already."""
         if fate.name in self._ended:
             return
         self._ended.add(fate.name)
@@ -607,7 +615,8 @@ def export_gates(
 
 
 def check_supernet_failures(result: SupernetsResult) -> None:
-    """Raise where more trials failed than the budget allows; the sweep itself is finished and reported.
+    """Raise where more trials failed than the budget allows; the sweep itself is finished and
+    reported.
 
     Raises:
         TooManyFailedTrialsError: it says how many, and the commonest reason.
@@ -628,7 +637,8 @@ def _prepared(member: Member) -> Prepared:
 
 
 def _in_one_store(member: Member, config: SweepConfig, run: RunDir) -> Member:
-    """The same member, told where the sweep is tracked: one that is launched or synced by itself writes to the same rows."""
+    """The same member, told where the sweep is tracked: one that is launched or synced by itself
+    writes to the same rows."""
     prepared = _prepared(member)
     if not config.tracking.mlflow:
         return member

@@ -1,4 +1,5 @@
-"""The members of a sweep of supernets: drawn beforehand, each with its settings applied, each distinct supernet once."""
+"""The members of a sweep of supernets: drawn beforehand, each with its settings applied, each
+distinct supernet once."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ from search.suggest.space import Scalar, Space, parse_space
 KEY_CHARACTERS = 8
 """Of the supernet's stage key, in a member's name."""
 DRAWS_PER_SUPERNET = 50
-"""A space may hold fewer distinct supernets than asked for, and not know it: after so many draws without a new one it is exhausted."""
+"""A space may hold fewer distinct supernets than asked for, and not know it: after so many draws
+without a new one it is exhausted."""
 _SCHEMA = 1
 
 
@@ -49,7 +51,8 @@ class Member:
 
     @property
     def config(self) -> SweepConfig:
-        """Its own sweep: that of the whole with these settings, and the gates' part of the space."""
+        """Its own sweep: that of the whole with these settings, and the gates' part of the
+        space."""
         assert self.prepared is not None
         return self.prepared.config
 
@@ -85,7 +88,8 @@ class MemberEntry:
 
 
 def supernet_part(config: SweepConfig) -> Space:
-    """The part of the space that says which supernets there are; choices that are lists stand there as their JSON."""
+    """The part of the space that says which supernets there are; choices that are lists stand there
+    as their JSON."""
     distributions = {key: _with_text(distribution) for key, distribution in supernet_space(config).items()}
     return parse_space({key: distribution.written() for key, distribution in distributions.items()})
 
@@ -103,8 +107,8 @@ def _text(choice: Any) -> Any:
 def draw_members(config: SweepConfig, run: RunDir, images: Images, warn: Callable[[str], None]) -> tuple[Member, ...]:
     """The supernets of a sweep, in the order in which they are drawn.
 
-    Settings that come to the same supernet count once. Those that come to none are a member too, with the reason: a sweep does not
-    hide what it could not do.
+    Settings that come to the same supernet count once. Those that come to none are a member too,
+    with the reason: a sweep does not hide what it could not do.
 
     Args:
         config: of the sweep, resolved, with absolute folders.
@@ -138,7 +142,8 @@ def _drawn(config: SweepConfig) -> Iterator[dict[str, Scalar]]:
 
 
 def _next_number(names: Sequence[str] | Any) -> int:
-    """Numbers are given once: a member keeps its name, and its folder, when another space draws it in another place."""
+    """Numbers are given once: a member keeps its name, and its folder, when another space draws it
+    in another place."""
     numbers = [int(name.partition("-")[0][1:]) for name in names]
     return max(numbers, default=-1) + 1
 

@@ -116,9 +116,11 @@ def _on_front(
 
 
 def static_hypervolumes(results: SupernetSweepResults) -> dict[str, float]:
-    """What the static sub-networks of each measured supernet dominate on `val`, as a share of what lies below a perfect, free network.
+    """What the static sub-networks of each measured supernet dominate on `val`, as a share of what
+    lies below a perfect, free network.
 
-    One reference for all, so that they compare: top-1 of 0, and 1.05 x the MAdds of the widest sub-network of any of them.
+    One reference for all, so that they compare: top-1 of 0, and 1.05 x the MAdds of the widest
+    sub-network of any of them.
     """
     measured = {name: member.members for name, member in results.members.items() if member.subnets}
     bound = REFERENCE_MARGIN * max((subnet.madds / 1e6 for own in measured.values() for subnet in own), default=1.0)
@@ -130,7 +132,8 @@ def static_hypervolumes(results: SupernetSweepResults) -> dict[str, float]:
 
 
 def global_headline(results: SupernetSweepResults) -> Headline:
-    """The table of the front over all supernets; each gate's controls are those of its own supernet."""
+    """The table of the front over all supernets; each gate's controls are those of its own
+    supernet."""
     rows: list[Row] = []
     baselines: list[Row] = []
     for name, member in results.members.items():

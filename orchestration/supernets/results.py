@@ -1,4 +1,5 @@
-"""What a sweep of supernets has found, read back: one front over all its members, each point with its origin. Reads only."""
+"""What a sweep of supernets has found, read back: one front over all its members, each point with
+its origin. Reads only."""
 
 from __future__ import annotations
 
@@ -95,7 +96,8 @@ class SupernetSweepResults:
 
     @cached_property
     def front(self) -> tuple[GateId, ...]:
-        """The front over all supernets on `val`, the first metric's best last; of equal gates that of the supernet drawn first."""
+        """The front over all supernets on `val`, the first metric's best last; of equal gates that
+        of the supernet drawn first."""
         gates = list(self.feasible)
         order = front_slots(range(len(gates)), self._values(gates), [metric.goal for metric in self.config.metrics])
         return tuple(gates[position] for position in order)
@@ -106,8 +108,8 @@ class SupernetSweepResults:
 
     @cached_property
     def front_sample(self) -> tuple[GateId, ...]:
-        """The gates of the front that run on `test`: about as many as `budget.verify` says, evenly along it; both ends, the knee and
-        what `export.picks` names always."""
+        """The gates of the front that run on `test`: about as many as `budget.verify` says, evenly
+        along it; both ends, the knee and what `export.picks` names always."""
         size = self.config.budget.verify
         if size is None or len(self.front) <= size:
             return self.front
@@ -149,8 +151,9 @@ class SupernetSweepResults:
         """The gates that `picks` mean, each once, in the order of the picks.
 
         Args:
-            picks: as for any run, over all supernets; a trial by its whole name (`s0-3fa29c01/trial-0042`, `s0/trial-0042`), or without its
-                supernet where only one has such a trial.
+            picks: as for any run, over all supernets; a trial by its whole name
+                (`s0-3fa29c01/trial-0042`, `s0/trial-0042`), or without its supernet where only one
+                has such a trial.
 
         Raises:
             ConfigError: a pick cannot be read.
@@ -209,7 +212,8 @@ class SupernetSweepResults:
         return TrialList(tuple(trials), objectives, lambda name: self.members[name or ""].baseline)
 
     def points(self) -> list[PointRow]:
-        """All rows of all members, with the supernet that each comes from; `is_front` is that of the front over all."""
+        """All rows of all members, with the supernet that each comes from; `is_front` is that of
+        the front over all."""
         rows: list[PointRow] = []
         for name, results in self.members.items():
             for row in results.points():

@@ -1,6 +1,8 @@
-"""The merged study of a sweep of supernets: every gate of every member, and every supernet that was stopped or failed.
+"""The merged study of a sweep of supernets: every gate of every member, and every supernet that was
+stopped or failed.
 
-The members' own studies and records are the truth; this file shows them side by side, and what it misses is added again.
+The members' own studies and records are the truth; this file shows them side by side, and what it
+misses is added again.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ class SupernetStudy:
 
     @classmethod
     def open(cls, run: RunDir, config: SweepConfig, entries: Sequence[MemberEntry]) -> SupernetStudy:
-        """Open the study of a sweep; it is made anew where space, metrics or members have changed."""
+        """Open the study of a sweep; it is made anew where space, metrics or members have
+        changed."""
         names = tuple(entry.name for entry in entries)
         gates = parse_space({key: distribution.written() for key, distribution in gate_space(config).items()})
         distributions: dict[str, BaseDistribution] = {
@@ -77,7 +80,8 @@ class SupernetStudy:
         )
 
     def add_missing(self, results: SupernetSweepResults) -> None:
-        """Add what a kill has kept from it: supernets first, then the gates of each in the order of slots, as they are recorded."""
+        """Add what a kill has kept from it: supernets first, then the gates of each in the order of
+        slots, as they are recorded."""
         for entry in results.entries:
             self.add_supernet(entry)
         for name, member in results.members.items():

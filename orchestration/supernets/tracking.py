@@ -1,4 +1,5 @@
-"""A sweep of supernets in MLflow: one tree. The sweep; below it a row for each member; below that its supernet, sub-networks and trials."""
+"""A sweep of supernets in MLflow: one tree. The sweep; below it a row for each member; below that
+its supernet, sub-networks and trials."""
 
 from __future__ import annotations
 
@@ -55,7 +56,8 @@ def parent_row(manifest: Mapping[str, Any], run: RunDir, config: SweepConfig) ->
 
 
 class TreeTrackers:
-    """Makes the trackers of a sweep and of its members: each has its rows, all write through one process.
+    """Makes the trackers of a sweep and of its members: each has its rows, all write through one
+    process.
 
     Args:
         config: of the sweep.
@@ -89,7 +91,8 @@ def running_row(run: RunDir, manifest: Manifest, config: SweepConfig) -> Tracked
 
 
 def fate_row(entry: MemberEntry, run: RunDir, manifest: Manifest, config: SweepConfig) -> TrackedRun | None:
-    """A member's supernet once it is known what became of it; None where its training never began."""
+    """A member's supernet once it is known what became of it; None where its training never
+    began."""
     content = manifest.read()
     if "supernet" not in content["stages"]:
         return None
@@ -133,7 +136,8 @@ def standing_of(results: SupernetSweepResults, name: str) -> Standing:
 
 
 def write_global_front(tracker: Tracker, results: SupernetSweepResults) -> None:
-    """Repeat the front over all supernets as curves of the sweep's row; those on `test` where they are verified."""
+    """Repeat the front over all supernets as curves of the sweep's row; those on `test` where they
+    are verified."""
     end_ms = supernets_end_ms(results)
     tracker.series(by_cost("front_val", [results.feasible[gate].metrics for gate in results.front], end_ms))
     if results.is_verified:
@@ -142,7 +146,8 @@ def write_global_front(tracker: Tracker, results: SupernetSweepResults) -> None:
 
 
 def write_global_overview(tracker: Tracker, results: SupernetSweepResults, *, redraw: bool) -> None:
-    """The front over all supernets as a picture and as a table, in the description of the sweep's row."""
+    """The front over all supernets as a picture and as a table, in the description of the sweep's
+    row."""
     if results.front:
         uid, info = sweep_uid(results.manifest, results.run), supernets_front(supernets_info(results))
         warnings = sweep_training_notes(results)

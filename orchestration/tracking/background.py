@@ -22,8 +22,8 @@ PAUSE_S = 30.0
 class MlflowTracker:
     """Feeds a process that writes to MLflow from a queue, in one background thread.
 
-    After three failures in a row it drops writes for 30 s instead of queueing behind time-outs. One warning is given,
-    the rest is counted.
+    After three failures in a row it drops writes for 30 s instead of queueing behind time-outs. One
+    warning is given, the rest is counted.
 
     Args:
         store_uri: `sqlite:///...` or the URI of a server.

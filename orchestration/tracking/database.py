@@ -1,7 +1,9 @@
-"""MLflow's database in a runs folder, without MLflow: which experiment holds a sweep, and where artifacts lie.
+"""MLflow's database in a runs folder, without MLflow: which experiment holds a sweep, and where
+artifacts lie.
 
-MLflow writes the absolute folder of artifacts beside every experiment and every run, so that a runs folder that was moved or copied serves
-nothing, or what lies in the old place. The database lies beside its artifacts: what is recorded is made right whenever it is opened.
+MLflow writes the absolute folder of artifacts beside every experiment and every run, so that a runs
+folder that was moved or copied serves nothing, or what lies in the old place. The database lies
+beside its artifacts: what is recorded is made right whenever it is opened.
 """
 
 from __future__ import annotations
@@ -25,12 +27,14 @@ _LOCATIONS = (
 
 
 def database_of(store_uri: str) -> Path | None:
-    """The file of a store that is an SQLite database; None where it is a server or another database."""
+    """The file of a store that is an SQLite database; None where it is a server or another
+    database."""
     return Path(store_uri.removeprefix(SQLITE)) if store_uri.startswith(SQLITE) else None
 
 
 def experiment_of(store_uri: str, uid: str) -> str | None:
-    """The id of the experiment that holds a sweep's prepared view; None where no such view was written.
+    """The id of the experiment that holds a sweep's prepared view; None where no such view was
+    written.
 
     Args:
         store_uri: an SQLite database.
@@ -50,8 +54,9 @@ def experiment_of(store_uri: str, uid: str) -> str | None:
 def mend_artifact_locations(store_uri: str, artifact_root: Path) -> int:
     """Make the recorded locations of artifacts right after the runs folder was moved or copied.
 
-    Only a database that lies beside its artifacts is looked at, and only locations below a folder with the name of `artifact_root`; one is
-    kept where it exists and what it names does not lie below `artifact_root`.
+    Only a database that lies beside its artifacts is looked at, and only locations below a folder
+    with the name of `artifact_root`; one is kept where it exists and what it names does not lie
+    below `artifact_root`.
 
     Args:
         store_uri: of the store.
@@ -78,7 +83,8 @@ def mend_artifact_locations(store_uri: str, artifact_root: Path) -> int:
 def _mend(connection: sqlite3.Connection, table: str, column: str, artifact_root: Path) -> int:
     here, num_changed = artifact_root.as_uri(), 0
     for there, family in _elsewhere(connection, table, column, artifact_root):
-        # Most runs have no artifacts, and no folder: the folder of the experiment decides for all of them.
+        # Most runs have no artifacts, and no folder: the folder of the experiment decides for all
+        # of them.
         if (artifact_root / unquote(family)).exists() or not (_path(there) / unquote(family)).exists():
             old = f"{there}/{family}"
             update = f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE {column} = ? OR substr({column}, 1, ?) = ?"
@@ -88,7 +94,8 @@ def _mend(connection: sqlite3.Connection, table: str, column: str, artifact_root
 
 
 def _elsewhere(connection: sqlite3.Connection, table: str, column: str, artifact_root: Path) -> set[tuple[str, str]]:
-    """(recorded folder of all artifacts, folder of an experiment in it) of the locations that are not below today's folder."""
+    """(recorded folder of all artifacts, folder of an experiment in it) of the locations that are
+    not below today's folder."""
     here, marker = artifact_root.as_uri(), f"/{artifact_root.name}/"
     query = f"SELECT DISTINCT {column} FROM {table} WHERE {column} LIKE ? AND substr({column}, 1, ?) != ?"
     rows = connection.execute(query, (f"file:%{marker}%", len(here) + 1, f"{here}/"))

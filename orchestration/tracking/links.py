@@ -35,7 +35,8 @@ class Link:
 
 
 def link_to(results: ReadableRun, uri: str) -> Link | None:
-    """The page of a run's points; None where they are not in this store, or were written without the page.
+    """The page of a run's points; None where they are not in this store, or were written without
+    the page.
 
     Args:
         results: of the run.
@@ -47,7 +48,8 @@ def link_to(results: ReadableRun, uri: str) -> Link | None:
 
 
 def certain_link(results: ReadableRun, uri: str, write: Callable[[], object]) -> Link | None:
-    """The page of a run's points, which are written to the store first where an earlier release wrote them or nobody did.
+    """The page of a run's points, which are written to the store first where an earlier release
+    wrote them or nobody did.
 
     Args:
         results: of the run.
@@ -73,6 +75,7 @@ def _age_s(run: RunDir) -> float:
 
 
 def open_in_browser(url: str) -> bool:
-    """Open a page in the browser of a person at a screen; False where there is none, or the output goes to a program."""
+    """Open a page in the browser of a person at a screen; False where there is none, or the output
+    goes to a program."""
     has_screen = sys.platform == "darwin" or any(map(os.environ.get, ("DISPLAY", "WAYLAND_DISPLAY")))
     return has_screen and sys.stdout.isatty() and webbrowser.open(url)

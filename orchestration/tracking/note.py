@@ -1,4 +1,5 @@
-"""What MLflow's page says about a sweep above its parameters: a picture of the front, its table, and where the rest is."""
+"""What MLflow's page says about a sweep above its parameters: a picture of the front, its table,
+and where the rest is."""
 
 from __future__ import annotations
 

@@ -1,11 +1,12 @@
 """MLflow in a process of its own.
 
-A row costs 10 ms of Python in MLflow and SQLAlchemy. In a thread of the driver that time is taken from the suggestions, which are Python
-too, and the thread, which gives the interpreter's lock away at every statement, gets less than it needs and falls behind by most of the
-sweep. Here the rows use the core that is idle while the driver suggests.
+A row costs 10 ms of Python in MLflow and SQLAlchemy. In a thread of the driver that time is taken
+from the suggestions, which are Python too, and the thread, which gives the interpreter's lock away
+at every statement, gets less than it needs and falls behind by most of the sweep. Here the rows use
+the core that is idle while the driver suggests.
 
-The process being ours alone, it can also spare SQLite most of its syncs, of which a row otherwise takes a dozen: on a busy machine they
-decide how long a row takes, and not the Python.
+The process being ours alone, it can also spare SQLite most of its syncs, of which a row otherwise
+takes a dozen: on a busy machine they decide how long a row takes, and not the Python.
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ class _Child:
 class MlflowWriter:
     """An `MlflowStore` in a child process, with the same methods, to be called from one thread.
 
-    The child starts with the first call, and again with the next call after it died. It ends when this process does, however that
-    happens, after the call that it is in.
+    The child starts with the first call, and again with the next call after it died. It ends when
+    this process does, however that happens, after the call that it is in.
     """
 
     def __init__(self, store_uri: str, experiment: str, artifact_root: Path) -> None:
@@ -82,7 +83,8 @@ class MlflowWriter:
         self._call("close_sweep", parent)
 
     def stop(self, *, at_once: bool) -> None:
-        """End the child: at once from any thread, even while a call waits for it; else when no call does. Later calls raise."""
+        """End the child: at once from any thread, even while a call waits for it; else when no call
+        does. Later calls raise."""
         self._is_stopped = True
         child, self._child = self._child, None
         if child is None:
@@ -91,7 +93,8 @@ class MlflowWriter:
             child.connection.close()
             with suppress(subprocess.TimeoutExpired):
                 child.process.wait(STOP_TIMEOUT_S)
-        # What was answered is in the store, and what is cut short there is a row that is RUNNING, which the next launch mends.
+        # What was answered is in the store, and what is cut short there is a row that is RUNNING,
+        # which the next launch mends.
         child.process.kill()
         child.process.wait()
 
@@ -113,7 +116,8 @@ class MlflowWriter:
         ours, theirs = Pipe()
         with theirs:
             process = subprocess.Popen(
-                # A session of its own: Ctrl-C reaches the driver alone, which then writes how the sweep ended.
+                # A session of its own: Ctrl-C reaches the driver alone, which then writes how the
+                # sweep ended.
                 [sys.executable, "-m", "orchestration.tracking.process", str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
                 stdout=2,  # whatever a library prints is no output of the command
@@ -152,7 +156,8 @@ class SharedWriter(MlflowWriter):
 
 
 def serve(connection: Connection[Any, Any]) -> None:
-    """Make the calls that arrive, until the other side is gone; answer each with None, or with what went wrong in one line."""
+    """Make the calls that arrive, until the other side is gone; answer each with None, or with what
+    went wrong in one line."""
     with suppress(EOFError, OSError):
         arguments = connection.recv()
         store = MlflowStore(*arguments)
@@ -169,11 +174,13 @@ def serve(connection: Connection[Any, Any]) -> None:
 
 @contextmanager
 def few_syncs(store_uri: str) -> Iterator[None]:
-    """Have SQLite write ahead to a log inside the block, and this process's connections not wait for the disk at every commit.
+    """Have SQLite write ahead to a log inside the block, and this process's connections not wait
+    for the disk at every commit.
 
-    A crash of any process loses nothing; a power failure can lose the last rows, which the study has. At the end the log goes back into the
-    database, which is one plain file again, unless somebody else has it open (`dsnet-orch ui`): then the next sweep does that. Such a log
-    is for one machine: a database on a file system that others may share is left as it is.
+    A crash of any process loses nothing; a power failure can lose the last rows, which the study
+    has. At the end the log goes back into the database, which is one plain file again, unless
+    somebody else has it open (`dsnet-orch ui`): then the next sweep does that. Such a log is for
+    one machine: a database on a file system that others may share is left as it is.
     """
     path = Path(store_uri.removeprefix(SQLITE))
     if not store_uri.startswith(SQLITE) or not is_on_local_disk(path) or not _has_journal(path, "wal", wait_s=1.0):
@@ -198,7 +205,8 @@ def few_syncs(store_uri: str) -> Iterator[None]:
 
 
 def is_on_local_disk(path: Path, mounts: Path = Path("/proc/self/mounts")) -> bool:
-    """Whether a file lies on a file system of `LOCAL_FILE_SYSTEMS`; False where that cannot be told."""
+    """Whether a file lies on a file system of `LOCAL_FILE_SYSTEMS`; False where that cannot be
+    told."""
     try:
         lines = mounts.read_text().splitlines()
     except OSError:
@@ -212,7 +220,8 @@ def is_on_local_disk(path: Path, mounts: Path = Path("/proc/self/mounts")) -> bo
 
 
 def _has_journal(path: Path, mode: str, wait_s: float) -> bool:
-    """Set a database's journal mode; whether it has it now. A file that cannot be opened is for MLflow to report."""
+    """Set a database's journal mode; whether it has it now. A file that cannot be opened is for
+    MLflow to report."""
     try:
         with closing(sqlite3.connect(path, timeout=wait_s)) as connection:
             (found,) = connection.execute(f"PRAGMA journal_mode = {mode}").fetchone()

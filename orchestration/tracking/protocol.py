@@ -18,7 +18,8 @@ class TrackedRun:
     """One row of MLflow's run table."""
 
     uid: str
-    """Deterministic, e.g. "digits/3f0c2b6a9d11/trial-0042": a second write with the same uid is the same row."""
+    """Deterministic, e.g. "digits/3f0c2b6a9d11/trial-0042": a second write with the same uid is the
+    same row."""
     name: str
     kind: Kind
     start_ms: int
@@ -30,13 +31,15 @@ class TrackedRun:
     """Why it failed."""
     params: Mapping[str, Any] = field(default_factory=dict)
     metrics: Mapping[str, float | None] = field(default_factory=dict)
-    """The names of the interface: top1, madds_m, ...; None, NaN and infinity are left out of MLflow."""
+    """The names of the interface: top1, madds_m, ...; None, NaN and infinity are left out of
+    MLflow."""
     tags: Mapping[str, str] = field(default_factory=dict)
     first_tags: Mapping[str, str] = field(default_factory=dict)
-    """Tags of a new row. A row that has them keeps its own: a later write with `tags` may have changed them."""
+    """Tags of a new row. A row that has them keeps its own: a later write with `tags` may have
+    changed them."""
     under: TrackedRun | None = None
-    """Of a sweep's own row, where it is part of a larger one: the row below which it hangs. It is created where it is missing, and
-    written and closed by the larger sweep's own tracker."""
+    """Of a sweep's own row, where it is part of a larger one: the row below which it hangs. It is
+    created where it is missing, and written and closed by the larger sweep's own tracker."""
 
     @property
     def root_uid(self) -> str:
@@ -54,22 +57,26 @@ class TrackingSummary:
 
 
 class Tracker(Protocol):
-    """Where a sweep shows its results. No method raises because of the store, none waits for it but `close`."""
+    """Where a sweep shows its results. No method raises because of the store, none waits for it but
+    `close`."""
 
     def parent(self, run: TrackedRun) -> None:
         """Open the sweep's own run, or go on with it. Comes first."""
 
     def supernet(self, run: TrackedRun) -> None:
-        """Open the supernet's run (status RUNNING); called again with its final status, close it."""
+        """Open the supernet's run (status RUNNING); called again with its final status, close
+        it."""
 
     def curve(self, points: Sequence[CurvePoint]) -> None:
         """Add training curves to the supernet's run."""
 
     def subnet(self, run: TrackedRun) -> None:
-        """Write the finished run of one static sub-network; written again, it gets the tags that differ and the metrics that it lacks."""
+        """Write the finished run of one static sub-network; written again, it gets the tags that
+        differ and the metrics that it lacks."""
 
     def trial(self, run: TrackedRun) -> None:
-        """Write the finished run of one trial; written again, it gets the tags that differ and the metrics that it lacks."""
+        """Write the finished run of one trial; written again, it gets the tags that differ and the
+        metrics that it lacks."""
 
     def series(self, points: Sequence[CurvePoint]) -> None:
         """Add metrics by step to the parent: accuracy by MAdds, for example."""
@@ -78,10 +85,12 @@ class Tracker(Protocol):
         """Attach a file to the parent."""
 
     def describe(self, text: str) -> None:
-        """Give the parent a description, in Markdown; `RUN_ID` and `EXPERIMENT_ID` in it stand for the parent's own ids."""
+        """Give the parent a description, in Markdown; `RUN_ID` and `EXPERIMENT_ID` in it stand for
+        the parent's own ids."""
 
     def close(self, status: Status, end_ms: int, timeout_s: float) -> TrackingSummary:
-        """End the parent and whatever still runs below it; wait at most `timeout_s` for what is unwritten."""
+        """End the parent and whatever still runs below it; wait at most `timeout_s` for what is
+        unwritten."""
 
 
 class NullTracker:
@@ -108,7 +117,8 @@ class NullTracker:
 
 
 class RowStore(Protocol):
-    """Takes rows, one call after the other, each of them repeatable; raises where the store does. See `MlflowStore`."""
+    """Takes rows, one call after the other, each of them repeatable; raises where the store does.
+    See `MlflowStore`."""
 
     def connect(self) -> None: ...
 

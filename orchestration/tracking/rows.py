@@ -1,4 +1,5 @@
-"""Rows of MLflow from the results of a run: the same rows while it runs and when `dsnet-orch sync` writes them again."""
+"""Rows of MLflow from the results of a run: the same rows while it runs and when `dsnet-orch sync`
+writes them again."""
 
 from __future__ import annotations
 
@@ -44,7 +45,8 @@ def whole_sweep(run: RunDir) -> RunDir:
 
 
 def row_name(run: RunDir, name: str) -> str:
-    """How a point of a run is called; of one of several supernets with its supernet, as in every table."""
+    """How a point of a run is called; of one of several supernets with its supernet, as in every
+    table."""
     return name if whole_sweep(run) is run else f"{run.name}/{name}"
 
 
@@ -72,7 +74,8 @@ def unix_ms(iso: str) -> int:
 
 
 def sweep_end_ms(manifest: Mapping[str, Any]) -> int:
-    """When the last finished stage ended; the run's creation where none has. Not the time of writing: rows repeat."""
+    """When the last finished stage ended; the run's creation where none has. Not the time of
+    writing: rows repeat."""
     ends = [
         unix_ms(stage["started_at"]) + round(1000 * stage["seconds"])
         for stage in manifest["stages"].values()
@@ -97,7 +100,8 @@ def sweep_row(manifest: Mapping[str, Any], run: RunDir, config: SweepConfig) -> 
 
 
 def supernet_row(manifest: Mapping[str, Any], run: RunDir, config: SweepConfig, *, is_done: bool) -> TrackedRun:
-    """The supernet's training; its curves are added by step. Once done, it also tells network and start weights."""
+    """The supernet's training; its curves are added by step. Once done, it also tells network and
+    start weights."""
     stage = manifest["stages"]["supernet"]
     start = unix_ms(stage["started_at"])
     end = start + int(1000 * stage["seconds"]) if is_done and stage["seconds"] is not None else None
@@ -124,7 +128,8 @@ class Standing:
     """Where a trial stands among all others; known when all of them are done."""
 
     front: frozenset[int] = frozenset()
-    """Slots on the front: of the run, or over all supernets of the sweep that the run is part of."""
+    """Slots on the front: of the run, or over all supernets of the sweep that the run is part
+    of."""
     knee: int | None = None
     """The slot of the front's knee."""
     test: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
@@ -143,8 +148,8 @@ class Standing:
 
 
 COLOURS: Final = {"front": BLUE, "knee": VERMILION, "route": INK, "teacher": MUTED, "trial": SKY}
-"""Role -> colour of the row's mark on MLflow's page. The page sorts by role, and shows 100 rows at first: the names are so chosen that
-the front comes first, then the static sub-networks."""
+"""Role -> colour of the row's mark on MLflow's page. The page sorts by role, and shows 100 rows at
+first: the names are so chosen that the front comes first, then the static sub-networks."""
 COLOUR_TAG: Final = "mlflow.runColor"
 
 
@@ -155,7 +160,8 @@ def test_metrics(results: RunResults) -> dict[int, Mapping[str, float]]:
 
 
 def subnet_rows(manifest: Mapping[str, Any], run: RunDir, results: RunResults) -> list[TrackedRun]:
-    """One row per static sub-network, the teacher included; with its metrics on `test`, once they are known."""
+    """One row per static sub-network, the teacher included; with its metrics on `test`, once they
+    are known."""
     stage = manifest["stages"]["measure"]
     start = unix_ms(stage["started_at"])
     end = start + int(1000 * (stage["seconds"] or 0))
@@ -226,7 +232,8 @@ def _prefixed(prefix: str, metrics: Mapping[str, float]) -> dict[str, float]:
 
 
 def by_cost(prefix: str, rows: Iterable[Mapping[str, float | None]], time_ms: int) -> list[CurvePoint]:
-    """Accuracies as curves of the parent. MLflow draws metrics over a whole number, the step; here it is the cost in thousands of MAdds."""
+    """Accuracies as curves of the parent. MLflow draws metrics over a whole number, the step; here
+    it is the cost in thousands of MAdds."""
     points = [
         CurvePoint(
             round(1000 * row["madds_m"]),
@@ -249,7 +256,8 @@ def write_subnets(tracker: Tracker, results: RunResults) -> None:
 
 
 def write_front(tracker: Tracker, results: RunResults, standing: Standing, time_ms: int) -> None:
-    """The trials' rows with what is known when all are done: who is on the front, and what it reaches on `test`. The front as curves too.
+    """The trials' rows with what is known when all are done: who is on the front, and what it
+    reaches on `test`. The front as curves too.
 
     Args:
         tracker: takes it.
@@ -264,7 +272,8 @@ def write_front(tracker: Tracker, results: RunResults, standing: Standing, time_
 
 
 def write_overview(tracker: Tracker, results: RunResults, *, redraw: bool) -> None:
-    """The front as a picture and as a table, in the parent's description; nothing before there is a front."""
+    """The front as a picture and as a table, in the parent's description; nothing before there is a
+    front."""
     info = front_info(results)
     if results.front and info is not None:
         uid = sweep_uid(results.manifest, results.run)
@@ -275,7 +284,8 @@ def write_overview(tracker: Tracker, results: RunResults, *, redraw: bool) -> No
 def replay(
     results: RunResults, tracker: Tracker, under: TrackedRun | None = None, standing: Standing | None = None
 ) -> None:
-    """Write everything that a run has, as if it happened again; what MLflow has already is not written twice.
+    """Write everything that a run has, as if it happened again; what MLflow has already is not
+    written twice.
 
     Args:
         results: of the run.

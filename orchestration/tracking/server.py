@@ -55,7 +55,8 @@ def serve_ui(store_uri: str, artifact_root: Path, port: int = 5000, host: str = 
     mend_artifact_locations(store_uri, artifact_root.absolute())
     port = free_port(port)
     url = f"http://{LOOPBACK}:{port}"
-    # MLflow's workers put their working directory first on the import path, so that it must hold no modules of the user's.
+    # MLflow's workers put their working directory first on the import path, so that it must hold no
+    # modules of the user's.
     with tempfile.TemporaryFile("w+b") as log, tempfile.TemporaryDirectory() as empty:
         process = _start(_absolute(store_uri), artifact_root, port, log, Path(empty))
         try:
@@ -66,7 +67,8 @@ def serve_ui(store_uri: str, artifact_root: Path, port: int = 5000, host: str = 
 
 
 def free_port(wanted: int) -> int:
-    """The wanted port if nothing listens on it on the loopback, else one that the system chooses."""
+    """The wanted port if nothing listens on it on the loopback, else one that the system
+    chooses."""
     for port in (wanted, 0):
         with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -1,8 +1,9 @@
-"""MLflow as a projection of the run folder: written for the driver alone, in the background, and never in its way.
+"""MLflow as a projection of the run folder: written for the driver alone, in the background, and
+never in its way.
 
-Everything written carries our own timestamps and steps and a `uid`, so writing it again (`dsnet-orch sync`) changes
-nothing. A store that is dead, slow or broken costs one warning; what it missed is in the run folder and can be synced
-later.
+Everything written carries our own timestamps and steps and a `uid`, so writing it again
+(`dsnet-orch sync`) changes nothing. A store that is dead, slow or broken costs one warning; what it
+missed is in the run folder and can be synced later.
 """
 
 from __future__ import annotations
@@ -77,10 +78,11 @@ class _KnownRun:
 class MlflowStore:
     """Writes rows to MLflow, one call after the other, each of them repeatable.
 
-    A run is found again by its tag `uid`; the tag `sweep` on parent and children makes that one search per sweep, and
-    the tag `root`, of the outermost sweep, makes the points of a whole tree one search. A child that is FINISHED or
-    FAILED was written whole, since its status is set last; only tags that differ and metrics that it lacks are added. Points
-    of curves are written again, and MLflow drops those it has (same run, name, step, time and value).
+    A run is found again by its tag `uid`; the tag `sweep` on parent and children makes that one
+    search per sweep, and the tag `root`, of the outermost sweep, makes the points of a whole tree
+    one search. A child that is FINISHED or FAILED was written whole, since its status is set last;
+    only tags that differ and metrics that it lacks are added. Points of curves are written again,
+    and MLflow drops those it has (same run, name, step, time and value).
     """
 
     def __init__(self, store_uri: str, experiment: str, artifact_root: Path) -> None:
@@ -101,7 +103,8 @@ class MlflowStore:
         self._connected()
 
     def open_sweep(self, parent: TrackedRun) -> None:
-        """Create or reopen the parent run; close (KILLED) what a killed driver left RUNNING below it."""
+        """Create or reopen the parent run; close (KILLED) what a killed driver left RUNNING below
+        it."""
         self._load(parent)
         self._run_id(parent, parent)
         for uid, known in list(self._known.items()):
@@ -122,7 +125,8 @@ class MlflowStore:
         run_id = self._run_id(run, parent)
         params = clean_params(run.params)
         if known is not None:
-            # Parameters are immutable: those of the first launch stay; the present ones are in sweep.yaml.
+            # Parameters are immutable: those of the first launch stay; the present ones are in
+            # sweep.yaml.
             written = self._connected().get_run(run_id).data.params
             params = {name: value for name, value in params.items() if name not in written}
         tags, time_ms = _tags(run, parent, known), _written_at(run)
@@ -135,8 +139,9 @@ class MlflowStore:
             self._known[run.uid] = replace(self._known[run.uid], status="RUNNING")
 
     def _amend(self, known: _KnownRun, run: TrackedRun, parent: TrackedRun) -> None:
-        """Give a finished row the tags that differ and the metrics that it lacks: who is on the front, and what it reaches on `test`, is
-        known when all trials are done. A value that was written stays: MLflow keeps every one, and shows the largest of one time."""
+        """Give a finished row the tags that differ and the metrics that it lacks: who is on the
+        front, and what it reaches on `test`, is known when all trials are done. A value that was
+        written stays: MLflow keeps every one, and shows the largest of one time."""
         tags = {name: value for name, value in _tags(run, parent, known).items() if known.tags.get(name) != value}
         metrics = {
             name: value
@@ -250,7 +255,8 @@ class MlflowStore:
         return self._outer_ids[outer.uid]
 
     def _sweep_row(self, run: TrackedRun, above: str | None) -> _KnownRun:
-        """The row of a sweep, which more than one tracker may look for at a time; created where it is missing."""
+        """The row of a sweep, which more than one tracker may look for at a time; created where it
+        is missing."""
         client = self._connected()
         with self._alone():
             found = client.search_runs([self._experiment_id], f"tags.uid = '{run.uid}'", max_results=1)
@@ -266,7 +272,8 @@ class MlflowStore:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """Keep the trackers of this machine from creating the same thing twice: MLflow has no uid that would refuse it."""
+        """Keep the trackers of this machine from creating the same thing twice: MLflow has no uid
+        that would refuse it."""
         self._artifact_root.mkdir(parents=True, exist_ok=True)
         with open(self._artifact_root / ".lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file is closed
@@ -298,7 +305,8 @@ class MlflowStore:
 
 
 def mlflow_environment() -> dict[str, str]:
-    """What must be in the environment before anything imports MLflow: no telemetry, no jobs, short time-outs, silence.
+    """What must be in the environment before anything imports MLflow: no telemetry, no jobs, short
+    time-outs, silence.
 
     Time-outs, retries and the log level that the user has set are kept.
     """
@@ -316,12 +324,14 @@ def mlflow_environment() -> dict[str, str]:
 
 
 def clean_params(params: Mapping[str, Any]) -> dict[str, str]:
-    """Parameters under names and in lengths that MLflow accepts; values as a YAML reader would expect them."""
+    """Parameters under names and in lengths that MLflow accepts; values as a YAML reader would
+    expect them."""
     return {_clean_name(name): _param_text(value)[:MAX_PARAM_LENGTH] for name, value in params.items()}
 
 
 def _clean_name(name: str) -> str:
-    """MLflow allows letters, digits and `_ - . : /` and space, and no name that reads as another path."""
+    """MLflow allows letters, digits and `_ - . : /` and space, and no name that reads as another
+    path."""
     allowed = re.sub(r"[^\w\-. :/]", "_", name)
     return posixpath.normpath(allowed).strip("./ ")[:MAX_NAME_LENGTH].rstrip("./ ") or "_"
 

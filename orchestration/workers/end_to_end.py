@@ -1,4 +1,5 @@
-"""Trials whose gates train end to end: the supernet from its checkpoint, the gate split's images as arrays that all trials share.
+"""Trials whose gates train end to end: the supernet from its checkpoint, the gate split's images as
+arrays that all trials share.
 
 What follows training, calibration and scoring on the `val` table, is that of every other trial.
 """
@@ -41,9 +42,11 @@ class EndToEndTrial:
     rules: EndToEndSettings
 
     def __call__(self, spec: TrialSpec) -> tuple[dict[str, float], dict[str, NDArray[Any]]]:
-        """Train the gate of `spec` on images, then calibrate and score it on the `val` table: metrics, arrays.
+        """Train the gate of `spec` on images, then calibrate and score it on the `val` table:
+        metrics, arrays.
 
-        A trial that `spec.until` ends early is scored like one at its end, and its arrays hold what it goes on from.
+        A trial that `spec.until` ends early is scored like one at its end, and its arrays hold what
+        it goes on from.
 
         Raises:
             NonFiniteLossError: training diverged.
@@ -61,7 +64,8 @@ class EndToEndTrial:
 
 @dataclass(frozen=True)
 class MakeEndToEndTrial:
-    """Puts a trial function together inside a worker; it can be pickled, and holds no weights and no images itself."""
+    """Puts a trial function together inside a worker; it can be pickled, and holds no weights and
+    no images itself."""
 
     make_tables: Callable[[Mapping[str, NDArray[Any]]], GateTrial]
     """What makes table trials from the shared arrays."""
@@ -85,7 +89,8 @@ class MakeEndToEndTrial:
 
 @dataclass(frozen=True)
 class EndToEndCheck:
-    """Trains a gate on a few images twice in a worker: there is no company, but the result must depend on the trial alone."""
+    """Trains a gate on a few images twice in a worker: there is no company, but the result must
+    depend on the trial alone."""
 
     num_images: int = 16
 

@@ -1,7 +1,9 @@
-"""A torch process group for Ray Train workers of one machine that nobody outside can reach. Import it lazily: it imports Ray.
+"""A torch process group for Ray Train workers of one machine that nobody outside can reach. Import
+it lazily: it imports Ray.
 
-Ray's own `TorchConfig` meets through torch's TCPStore, which listens on every interface of the machine, without a password,
-and can be told no address. Here the workers meet in a file and talk over the loopback; a lone worker needs no group at all.
+Ray's own `TorchConfig` meets through torch's TCPStore, which listens on every interface of the
+machine, without a password, and can be told no address. Here the workers meet in a file and talk
+over the loopback; a lone worker needs no group at all.
 """
 
 from __future__ import annotations
@@ -37,7 +39,8 @@ class LoopbackBackend(Backend):
     share_cuda_visible_devices = True
 
     def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
-        """Join all workers; after a lost worker it is called again for the new ones, who meet in a new file."""
+        """Join all workers; after a lost worker it is called again for the new ones, who meet in a
+        new file."""
         assert isinstance(backend_config, LoopbackConfig)
         size = len(worker_group)
         if size == 1:

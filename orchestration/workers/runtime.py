@@ -1,6 +1,7 @@
 """A Ray cluster for the length of a block: started here on 127.0.0.1, or joined by address.
 
-Ray is imported inside functions: it takes a second, and reads part of its environment when it is imported.
+Ray is imported inside functions: it takes a second, and reads part of its environment when it is
+imported.
 """
 
 from __future__ import annotations
@@ -32,9 +33,11 @@ class RaySettings:
     """Which cluster to use.
 
     Attributes:
-        address: "local" starts one for this process; "auto" joins this machine's; else ray://HOST:PORT or HOST:PORT.
+        address: "local" starts one for this process; "auto" joins this machine's; else
+            ray://HOST:PORT or HOST:PORT.
         num_cpus: of a local cluster; None = all that this process may use.
-        object_store_mib: size of a local cluster's object store in MiB, >= 75. Ray's default is 30 % of the memory.
+        object_store_mib: size of a local cluster's object store in MiB, >= 75. Ray's default is 30
+            % of the memory.
     """
 
     address: str = LOCAL
@@ -51,7 +54,8 @@ class RaySettings:
 
 @contextmanager
 def ray_session(settings: RaySettings) -> Iterator[None]:
-    """Connect to Ray for the length of the block; a cluster that was started for it is stopped at its end.
+    """Connect to Ray for the length of the block; a cluster that was started for it is stopped at
+    its end.
 
     Inside another session it joins that one and leaves it running.
 
@@ -91,7 +95,8 @@ def variables_set(values: Mapping[str, str]) -> Iterator[None]:
 
 @contextmanager
 def _keeping_signal_handlers() -> Iterator[None]:
-    """Put the program's own handlers back: `ray.init` replaces that of SIGTERM, and a sweep would die instead of stopping."""
+    """Put the program's own handlers back: `ray.init` replaces that of SIGTERM, and a sweep would
+    die instead of stopping."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -109,7 +114,8 @@ def _connect(settings: RaySettings) -> None:
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     try:
         if settings.address == LOCAL:
-            # The hook of `runtime_env` is this variable; as an option it would cost the workers that Ray starts beforehand.
+            # The hook of `runtime_env` is this variable; as an option it would cost the workers
+            # that Ray starts beforehand.
             with variables_set({**child_variables(), HOOK: WORKER_HOOK}):
                 ray.init(
                     address=LOCAL,
@@ -132,9 +138,11 @@ def _connect(settings: RaySettings) -> None:
 
 
 def _environment_of_workers(environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
-    """Options of `ray.init` for the workers of a cluster that is joined: where imports come from, and what the user has set here.
+    """Options of `ray.init` for the workers of a cluster that is joined: where imports come from,
+    and what the user has set here.
 
-    They have the environment of their own machine otherwise, and choose MKL's mode by its processor.
+    They have the environment of their own machine otherwise, and choose MKL's mode by its
+    processor.
     """
     mode = users_mode(environ)
     variables = {} if mode is None else {"env_vars": {MKL_MODE: mode}}
@@ -142,7 +150,8 @@ def _environment_of_workers(environ: Mapping[str, str] = os.environ) -> dict[str
 
 
 def _knock(address: str, timeout_s: float = 5.0) -> None:
-    """Raise OSError where nobody listens at HOST:PORT. Ray would end the whole process there instead of raising."""
+    """Raise OSError where nobody listens at HOST:PORT. Ray would end the whole process there
+    instead of raising."""
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if colon and port.isdecimal():
         socket.create_connection((host.strip("[]"), int(port)), timeout_s).close()

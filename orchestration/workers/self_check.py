@@ -12,7 +12,8 @@ from search.gate_check import Finding
 from search.study.runner import CohortFunction
 
 VERSION = 1
-"""Raised by hand when the checks give another digest on the same machine: what an earlier release found is not compared."""
+"""Raised by hand when the checks give another digest on the same machine: what an earlier release
+found is not compared."""
 REPEATED = "end to end"
 """In place of a kind of router: training the same gate twice gave two results."""
 
@@ -28,7 +29,8 @@ class StartCheck:
 
 
 class ArithmeticReport:
-    """Compares what workers found with each other and with what began the search, and warns once of each difference."""
+    """Compares what workers found with each other and with what began the search, and warns once of
+    each difference."""
 
     def __init__(self, path: Path, warn: Callable[[str], None]) -> None:
         """Take where the search keeps what began it, and who is told."""

@@ -1,4 +1,5 @@
-"""Stage I on Ray Train workers: the same loop as `dsnet.training`, data-parallel, with its curves followed while it runs."""
+"""Stage I on Ray Train workers: the same loop as `dsnet.training`, data-parallel, with its curves
+followed while it runs."""
 
 from __future__ import annotations
 
@@ -45,7 +46,8 @@ class SupernetJob:
     is_local: bool = True
     """All workers run on this machine: their group then listens on the loopback only."""
     init_from: Path | None = None
-    """The checkpoint to start from, on storage that driver and workers share; None for fresh weights."""
+    """The checkpoint to start from, on storage that driver and workers share; None for fresh
+    weights."""
 
 
 def train_on_ray(
@@ -143,7 +145,8 @@ def _check_room(job: SupernetJob, resources: Mapping[str, float]) -> None:
 
 
 def _fit(config: dict[str, Any], failures: list[BaseException]) -> None:
-    """Run the trainer. Not in the main thread: there Ray would replace our handler of Ctrl-C by its own."""
+    """Run the trainer. Not in the main thread: there Ray would replace our handler of Ctrl-C by its
+    own."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -191,7 +194,8 @@ def _follow(
 
 
 def _train_loop(config: Mapping[str, Any]) -> None:
-    """What each Ray Train worker runs. The user's errors are recorded, not raised: Ray would start them again."""
+    """What each Ray Train worker runs. The user's errors are recorded, not raised: Ray would start
+    them again."""
     fix_arithmetic()
     import ray.train
     import torch

@@ -1,9 +1,11 @@
 """Trials on Ray: warm actors that read the routing tables from the object store without a copy.
 
-Whose fault a failure is decides what happens. A trial that raises or takes too long fails and is not tried again. A lost
-worker (a crash, the out-of-memory killer, a lost node) is the machine's fault: the trial is run again on a new worker, and
-fails with the reason when that has happened too often. An actor runs several trials in one program where the trial function
-can: what ends such a batch as a whole is nobody's yet, and its trials are run again one by one, so that the culprit alone fails.
+Whose fault a failure is decides what happens. A trial that raises or takes too long fails and is
+not tried again. A lost worker (a crash, the out-of-memory killer, a lost node) is the machine's
+fault: the trial is run again on a new worker, and fails with the reason when that has happened too
+often. An actor runs several trials in one program where the trial function can: what ends such a
+batch as a whole is nobody's yet, and its trials are run again one by one, so that the culprit alone
+fails.
 """
 
 from __future__ import annotations
@@ -24,8 +26,8 @@ from search.gate_check import Finding
 from search.study.runner import CohortFunction, TrialOutcome, TrialSpec, describe_error, divide, run_batch
 
 MakeCohortFunction = Callable[[Mapping[str, NDArray[Any]]], CohortFunction]
-"""Builds the trial function inside a worker, once, from the shared arrays (read-only views of the object store). Must
-be picklable: a module-level function, a class, or functools.partial of one."""
+"""Builds the trial function inside a worker, once, from the shared arrays (read-only views of the
+object store). Must be picklable: a module-level function, a class, or functools.partial of one."""
 
 START_TIMEOUT_S = 120.0
 MAX_STARTS_LOST = 3
@@ -53,7 +55,8 @@ class TrialWorker:
         self._is_one_by_one = False
 
     def prepare(self) -> tuple[int, Finding | None]:
-        """Build the trial function, and check it; apart from the constructor, so that its own errors reach the driver as they are.
+        """Build the trial function, and check it; apart from the constructor, so that its own
+        errors reach the driver as they are.
 
         Returns:
             its lanes, and what the check came to.
@@ -64,7 +67,8 @@ class TrialWorker:
         return self._function.lanes, finding
 
     def run(self, specs: Sequence[TrialSpec]) -> list[TrialOutcome] | None:
-        """As `run_batch`; one trial after the other where the check found that they are not the same in company."""
+        """As `run_batch`; one trial after the other where the check found that they are not the
+        same in company."""
         if not self._is_one_by_one:
             return run_batch(self._function, specs)
         return [outcome for spec in specs for outcome in run_batch(self._function, [spec]) or ()]
@@ -79,7 +83,8 @@ class _Batch:
     """How often these trials have lost their worker before, while they were alone."""
 
     def alone(self) -> list[_Batch]:
-        """Its trials one by one. Who ended the batch is not known, so that it counts against none of them."""
+        """Its trials one by one. Who ended the batch is not known, so that it counts against none
+        of them."""
         return [_Batch((spec,)) for spec in self.specs]
 
 
@@ -119,10 +124,11 @@ class RayRunner:
             arrays: put into the object store once and shared by all actors.
             num_actors: None = as many as the cluster has room for.
             threads: threads of computation of an actor, and CPUs that it takes, >= 1.
-            resources: what else an actor takes, > 0, under Ray's names: "GPU" (a share, 0.5 = two actors on one), "memory" (bytes), or
-                a resource that the cluster's owner has named. Ray counts them, and does not hold an actor to them.
-            timeout_s: seconds that one trial may take, > 0, and as many for each trial of a batch; its actor is then killed and
-                replaced.
+            resources: what else an actor takes, > 0, under Ray's names: "GPU" (a share, 0.5 = two
+                actors on one), "memory" (bytes), or a resource that the cluster's owner has named.
+                Ray counts them, and does not hold an actor to them.
+            timeout_s: seconds that one trial may take, > 0, and as many for each trial of a batch;
+                its actor is then killed and replaced.
             retries: how often a trial that lost its worker while it was alone is run again, >= 0.
             check: what every worker does before its first trial; None = nothing.
         """
@@ -152,10 +158,12 @@ class RayRunner:
         yield from self._work(deque(batches), None)
 
     def stream(self, take: Callable[[], Sequence[TrialSpec]]) -> Generator[TrialOutcome, None, None]:
-        """Yield outcomes as they come, and give a worker that is free what `take` returns; see `Runner.stream`.
+        """Yield outcomes as they come, and give a worker that is free what `take` returns; see
+        `Runner.stream`.
 
-        More trials than one program of the trial function takes are several batches, which go before what `take` returns next. So do
-        those that lost their worker, and those of a batch that failed as a whole.
+        More trials than one program of the trial function takes are several batches, which go
+        before what `take` returns next. So do those that lost their worker, and those of a batch
+        that failed as a whole.
 
         Raises:
             PreflightError, Exception: as `run`.
@@ -174,7 +182,8 @@ class RayRunner:
         self._arrays_ref = None
 
     def _open(self) -> tuple[int, int]:
-        """Have actors, one of them ready; how many there are, and the lanes of the trial function."""
+        """Have actors, one of them ready; how many there are, and the lanes of the trial
+        function."""
         num_places = self._fill_places()
         while self._lanes is None:
             self._wait(deque())
@@ -195,7 +204,8 @@ class RayRunner:
                 if not (waiting or may_take or any(job.batch is not None for job in self._jobs.values())):
                     return
                 outcomes = self._wait(waiting)
-                # The next trials first: their workers are busy while somebody looks at the outcomes.
+                # The next trials first: their workers are busy while somebody looks at the
+                # outcomes.
                 self._submit_waiting(waiting)
                 may_take = may_take or (take is not None and bool(outcomes))
                 yield from outcomes
@@ -203,7 +213,8 @@ class RayRunner:
             self._abandon_trials()
 
     def _fill_places(self) -> int:
-        """Start the actors that are missing; the first time, put the arrays into the object store too. Returns how many there are."""
+        """Start the actors that are missing; the first time, put the arrays into the object store
+        too. Returns how many there are."""
         import ray
 
         num_places = self._num_places(ray.cluster_resources())
@@ -258,7 +269,8 @@ class RayRunner:
             self._jobs[actor.run.remote(batch.specs)] = _Job(actor, batch, time.monotonic())
 
     def _wait(self, waiting: deque[_Batch]) -> list[TrialOutcome]:
-        """Wait for the next job to end or to run out of time; the outcomes that are decided by it."""
+        """Wait for the next job to end or to run out of time; the outcomes that are decided by
+        it."""
         import ray
 
         nearest_s = min(self._deadline_s(job) for job in self._jobs.values())
@@ -303,14 +315,16 @@ class RayRunner:
         return outcomes
 
     def _fail(self, job: _Job, batch: _Batch, reason: str, waiting: deque[_Batch]) -> list[TrialOutcome]:
-        """What a call that gave no outcomes decides: a trial that was alone has failed, those of a batch are run one by one."""
+        """What a call that gave no outcomes decides: a trial that was alone has failed, those of a
+        batch are run one by one."""
         if len(batch.specs) > 1:
             waiting.extendleft(reversed(batch.alone()))
             return []
         return [TrialOutcome.failed(batch.specs[0].slot, reason, _seconds_of(job))]
 
     def _replace_lost(self, job: _Job, error: Exception, waiting: deque[_Batch]) -> list[TrialOutcome]:
-        """Put a new actor in the place of a lost one, and its trials back in the queue, or fail the one that was alone."""
+        """Put a new actor in the place of a lost one, and its trials back in the queue, or fail the
+        one that was alone."""
         if job.batch is None:
             num_lost = job.num_starts_lost + 1
             if num_lost >= MAX_STARTS_LOST:
@@ -338,7 +352,8 @@ class RayRunner:
         return self._fail(job, job.batch, f"time-out after {self._timeout_s:g} s", waiting)
 
     def _abandon_trials(self) -> None:
-        """Kill the actors whose trials nobody waits for any more; the next `run` fills their places."""
+        """Kill the actors whose trials nobody waits for any more; the next `run` fills their
+        places."""
         import ray
 
         for ref, job in list(self._jobs.items()):

@@ -1,7 +1,9 @@
-"""What a sweep of supernets has heard and decided so far: a file with one line an event, written by the driver alone.
+"""What a sweep of supernets has heard and decided so far: a file with one line an event, written by
+the driver alone.
 
-The scheduler may depend on the order in which reports arrive, and with several supernets at a time that order is a matter of speed. So the
-order is kept, and every decision with its report: what is stored is what holds when the sweep is launched again.
+The scheduler may depend on the order in which reports arrive, and with several supernets at a time
+that order is a matter of speed. So the order is kept, and every decision with its report: what is
+stored is what holds when the sweep is launched again.
 """
 
 from __future__ import annotations
@@ -35,7 +37,8 @@ class TuneRules:
     seed: int = 0
 
     def digest(self) -> str:
-        """Of everything that decides; how many train at a time only changes the order in which reports arrive."""
+        """Of everything that decides; how many train at a time only changes the order in which
+        reports arrive."""
         content = [self.scheduler, dict(self.options), self.report_every, self.seed]
         text = json.dumps(content, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
@@ -164,7 +167,8 @@ def known_fates(ledger: Ledger, keys: Mapping[str, str], finished: Sequence[str]
     for name, key in keys.items():
         end, reports = ledger.end(key), ledger.reports(key)
         if name in finished:
-            # A stopped one whose checkpoint is there all the same was trained under other rules: these stop it nevertheless.
+            # A stopped one whose checkpoint is there all the same was trained under other rules:
+            # these stop it nevertheless.
             is_stopped = end is not None and end.state == "stopped"
             reason = end.reason if end is not None and is_stopped else None
             fates[name] = MemberFate(name, "stopped" if is_stopped else "trained", reports, reason)

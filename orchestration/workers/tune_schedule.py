@@ -1,7 +1,9 @@
-"""A fixed list of trials under a Ray Tune scheduler whose decisions are stored before they are acted on, and replayed at a new launch.
+"""A fixed list of trials under a Ray Tune scheduler whose decisions are stored before they are
+acted on, and replayed at a new launch.
 
-The scheduler knows all trials from the start. What a former launch stored is played to it in the stored order, so that it stands where it
-stood; Tune itself only ever sees the trials that still have something to train.
+The scheduler knows all trials from the start. What a former launch stored is played to it in the
+stored order, so that it stands where it stood; Tune itself only ever sees the trials that still
+have something to train.
 """
 
 from __future__ import annotations
@@ -64,7 +66,8 @@ class Outcome:
 
 
 class ReplayingScheduler(TrialScheduler):
-    """Stands between Tune and a scheduler: stores what is heard and decided, limits how many run, replays what was stored."""
+    """Stands between Tune and a scheduler: stores what is heard and decided, limits how many run,
+    replays what was stored."""
 
     _supports_buffered_results = False
 
@@ -89,7 +92,8 @@ class ReplayingScheduler(TrialScheduler):
             concurrent: trials that run at a time.
             seed: of the scheduler's random choices, one stream a member.
             is_stopping: True once no further trial shall start.
-            outcome_of: what a member's trial left behind when it returned; None where it was interrupted.
+            outcome_of: what a member's trial left behind when it returned; None where it was
+                interrupted.
             hear: (member name, event) of every event that is new, after it was stored.
         """
         super().__init__()
@@ -164,7 +168,8 @@ class ReplayingScheduler(TrialScheduler):
         return True
 
     def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
-        """Nothing: the scheduler knows it since `adopt`, also one that comes back with a new worker."""
+        """Nothing: the scheduler knows it since `adopt`, also one that comes back with a new
+        worker."""
 
     def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:
         """Nothing yet: a lost worker is replaced; `lost` tells where it is not."""
@@ -288,7 +293,8 @@ class _Replay:
     def __init__(self, scheduler: ReplayingScheduler) -> None:
         self._scheduler = scheduler
         self.stopped: dict[str, str | None] = {}
-        """Whom the scheduler ended, without any later event that contradicts: a kill came between the decision and its record."""
+        """Whom the scheduler ended, without any later event that contradicts: a kill came between
+        the decision and its record."""
 
     def play(self, member: Member, event: Report | End) -> None:
         """One event; its stored decision holds whatever the scheduler says now."""
@@ -338,7 +344,8 @@ class FixedList(BasicVariantGenerator):
         self._has_all = False
 
     def next_trial(self) -> Trial | None:
-        """See `ReplayingScheduler.next_waiting`; the first call makes and replays the whole list."""
+        """See `ReplayingScheduler.next_waiting`; the first call makes and replays the whole
+        list."""
         if not self._has_all:
             self._scheduler.adopt(list(iter(super().next_trial, None)))
             self._has_all = True
@@ -399,7 +406,8 @@ def _reason(scheduler: TrialScheduler, epoch: int, value: float) -> str:
 
 @contextmanager
 def _seeded(seed: int, name: str) -> Iterator[None]:
-    """Let a scheduler's draw from numpy's global generator depend on seed and name alone, and leave that generator as it was."""
+    """Let a scheduler's draw from numpy's global generator depend on seed and name alone, and leave
+    that generator as it was."""
     state = np.random.get_state()
     np.random.seed(derive_seed(seed, "scheduler", name) % 2**32)
     try:

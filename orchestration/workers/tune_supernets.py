@@ -1,13 +1,18 @@
-"""A sweep of supernets: a fixed list of them is trained, and Ray Tune's schedulers stop those that do poorly.
+"""A sweep of supernets: a fixed list of them is trained, and Ray Tune's schedulers stop those that
+do poorly.
 
-Tune chooses nothing but who goes on. Each supernet is a trial in a process of its own that trains as `dsnet.training` does and now and then
-reports its *static hypervolume*: of (top-1 on val, MAdds) of all its static sub-networks, as a share of the box between the reference (0,
-1.05 x the widest one's MAdds) and a perfect, free network. That is in [0, 1], and comparable between supernets of equal widest MAdds.
+Tune chooses nothing but who goes on. Each supernet is a trial in a process of its own that trains
+as `dsnet.training` does and now and then reports its *static hypervolume*: of (top-1 on val, MAdds)
+of all its static sub-networks, as a share of the box between the reference (0, 1.05 x the widest
+one's MAdds) and a perfect, free network. That is in [0, 1], and comparable between supernets of
+equal widest MAdds.
 
-Reports and decisions are stored by the driver before anybody acts on them (`tune_ledger`). A launch that follows trains nothing twice and
-stops the same supernets: it replays what is stored, in the stored order, and goes on from the checkpoints. With several supernets at a
-time an asynchronous scheduler's decisions depend on who reported first, which is a matter of speed: what is stored is what holds, and two
-sweeps of equal seed may then differ. One at a time (`concurrent: 1`), or with `scheduler: none`, they do not.
+Reports and decisions are stored by the driver before anybody acts on them (`tune_ledger`). A launch
+that follows trains nothing twice and stops the same supernets: it replays what is stored, in the
+stored order, and goes on from the checkpoints. With several supernets at a time an asynchronous
+scheduler's decisions depend on who reported first, which is a matter of speed: what is stored is
+what holds, and two sweeps of equal seed may then differ. One at a time (`concurrent: 1`), or with
+`scheduler: none`, they do not.
 """
 
 from __future__ import annotations
@@ -74,7 +79,8 @@ _ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     # A trial that ends before its first report is no error of the sweep.
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
-    # Nobody reads the state that Tune would write all the time: the ledger is what a launch goes on from.
+    # Nobody reads the state that Tune would write all the time: the ledger is what a launch goes on
+    # from.
     "TUNE_GLOBAL_CHECKPOINT_S": "86400",
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
@@ -107,7 +113,8 @@ class ValImages:
 def stored_reports(
     members: Sequence[TuneMember], rules: TuneRules, folder: Path
 ) -> dict[str, tuple[tuple[int, float], ...]]:
-    """What every member has reported so far, unfinished ones too: name to (epoch, static hypervolume). Needs no Ray.
+    """What every member has reported so far, unfinished ones too: name to (epoch, static
+    hypervolume). Needs no Ray.
 
     Raises:
         CheckpointError: the ledger was edited.
@@ -117,7 +124,8 @@ def stored_reports(
 
 
 def stored_fates(members: Sequence[TuneMember], rules: TuneRules, folder: Path) -> dict[str, MemberFate]:
-    """What is known without training: by name, of those members only whose fate is settled. Needs no Ray.
+    """What is known without training: by name, of those members only whose fate is settled. Needs
+    no Ray.
 
     Raises:
         CheckpointError: the ledger was edited.
@@ -145,7 +153,8 @@ def static_hypervolume(supernet: Supernet, val: ValImages, normalization: Normal
     """The share of the reference box that the static sub-networks dominate, in [0, 1].
 
     Args:
-        supernet: in eval mode, with statistics that every sub-network can run on; it is not changed.
+        supernet: in eval mode, with statistics that every sub-network can run on; it is not
+            changed.
         val: the split that chooses.
         normalization: what the supernet is trained with.
     """
@@ -167,7 +176,8 @@ def static_hypervolume(supernet: Supernet, val: ValImages, normalization: Normal
 def measurable(supernet: Supernet, run: SupernetRun, data: TrainingImages) -> Supernet:
     """A copy of a network in training whose sub-networks can be measured; training does not notice.
 
-    Private statistics are taken as they run; where a norm keeps none, they are estimated from a few hundred training images.
+    Private statistics are taken as they run; where a norm keeps none, they are estimated from a few
+    hundred training images.
     """
     measured = copy.deepcopy(supernet).eval()
     if measured.spec.norm == "recalibrate":
@@ -189,26 +199,29 @@ def train_members(  # noqa: PLR0913 - all but two are given by name
     on_fate: Callable[[MemberFate], None] = lambda fate: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> list[MemberFate]:
-    """Train every member that has not met its fate yet, or as far as the scheduler lets it; Ray must be initialised.
+    """Train every member that has not met its fate yet, or as far as the scheduler lets it; Ray
+    must be initialised.
 
-    A member that was trained has its final checkpoint in its folder, to the bit as `ray_supernet.train_on_ray` with one worker leaves it
-    on the same CPU with the same threads.
-    The last epoch's report is of that checkpoint; earlier ones are of the weights as they stood.
+    A member that was trained has its final checkpoint in its folder, to the bit as
+    `ray_supernet.train_on_ray` with one worker leaves it on the same CPU with the same threads. The
+    last epoch's report is of that checkpoint; earlier ones are of the weights as they stood.
 
     Args:
         members: in the order in which they start.
         rules: how they are scheduled.
         data: the training split, of all members; each augments as its own settings say.
         val: the split on which they are compared.
-        folder: on storage that driver and workers share; the ledger of these rules lies in `<digest of the rules>/reports.jsonl`.
-        on_report: hears (member, epoch, value) of each report of this call. Like all three, in the caller's thread.
+        folder: on storage that driver and workers share; the ledger of these rules lies in `<digest
+            of the rules>/reports.jsonl`.
+        on_report: hears (member, epoch, value) of each report of this call. Like all three, in the
+            caller's thread.
         on_points: hears (member, new points of its loss curves).
         on_fate: hears a member's fate as soon as it is settled in this call.
         should_stop: asked several times a second; True stops all training at the next step.
 
     Returns:
-        all members' fates, in their order. One that failed by itself stays failed in later calls; one whose worker was lost once too
-        often, or whose folder failed it, is tried again.
+        all members' fates, in their order. One that failed by itself stays failed in later calls;
+        one whose worker was lost once too often, or whose folder failed it, is tried again.
 
     Raises:
         StoppedError: it was stopped; the next call continues.
@@ -433,7 +446,8 @@ def _train_member(
     ledger_path: Path,
     report_every: int,
 ) -> None:
-    """A trial: trains one supernet, from its checkpoint if it has one. Its errors are recorded, not raised: Tune would start it again."""
+    """A trial: trains one supernet, from its checkpoint if it has one. Its errors are recorded, not
+    raised: Tune would start it again."""
     fix_arithmetic()
     name = config["member"]
     job = jobs[name]
@@ -478,7 +492,8 @@ def _train_and_report(
 
 
 def _report(epoch: int, value: float) -> None:
-    """Returns when the driver has stored the value and lets the trial go on; where it does not, the process ends here."""
+    """Returns when the driver has stored the value and lets the trial go on; where it does not, the
+    process ends here."""
     from ray import tune
 
     from orchestration.config.schedulers import TIME

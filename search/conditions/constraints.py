@@ -42,9 +42,11 @@ class ConstraintSet:
         return self.soft + self.hard
 
     def violations(self, metrics: Mapping[str, float]) -> dict[str, float]:
-        """By the condition's text how much it is broken (<= 0: it holds); the same names in the same order for every trial.
+        """By the condition's text how much it is broken (<= 0: it holds); the same names in the
+        same order for every trial.
 
-        NaN where a metric is NaN or missing: the trial is then nothing that a sampler may be told of.
+        NaN where a metric is NaN or missing: the trial is then nothing that a sampler may be told
+        of.
         """
         values = self._values(metrics)
         return {comparison.text: comparison.violation(values) for comparison in self.all}
@@ -55,7 +57,8 @@ class ConstraintSet:
         return all(comparison.holds(values) for comparison in self.all)
 
     def broken(self, metrics: Mapping[str, float]) -> str | None:
-        """What a trial breaks first of the hard conditions, with the values that do it; None where they all hold.
+        """What a trial breaks first of the hard conditions, with the values that do it; None where
+        they all hold.
 
         A condition that reads a metric that is not among `metrics` yet is passed over.
         """

@@ -1,4 +1,5 @@
-"""Conditions over metrics, such as "top1 >= baseline.top1 - 0.003": read by a parser of their own, so that nothing of a file is ever run.
+"""Conditions over metrics, such as "top1 >= baseline.top1 - 0.003": read by a parser of their own,
+so that nothing of a file is ever run.
 
 condition := sum ("<=" | ">=" | "<" | ">") sum
 sum       := product (("+" | "-") product)*
@@ -151,7 +152,8 @@ def _combined(left: float, operator: str, right: float) -> float:
 
 
 def _combined_intervals(left: Interval, operator: str, right: Interval) -> Interval:
-    """Rounding is monotone: the corners, rounded as values are, bound every rounded value between them. No outward rounding is needed."""
+    """Rounding is monotone: the corners, rounded as values are, bound every rounded value between
+    them. No outward rounding is needed."""
     if operator == "/" and right[0] <= 0 <= right[1]:
         return EVERYTHING
     corners = [_combined(one, operator, other) for one in left for other in right]
@@ -182,13 +184,16 @@ class Comparison:
         return self.text
 
     def violation(self, values: Mapping[str, float]) -> float:
-        """By how much the condition is broken, in units of the size of its larger side; <= 0 iff it holds.
+        """By how much the condition is broken, in units of the size of its larger side; <= 0 iff it
+        holds.
 
-        Conditions over other metrics, in other units, are comparable so; the size is that before anything cancelled out, so that
-        `top1 - baseline.top1 >= 0` and `top1 >= baseline.top1` are broken by the same amount.
+        Conditions over other metrics, in other units, are comparable so; the size is that before
+        anything cancelled out, so that `top1 - baseline.top1 >= 0` and `top1 >= baseline.top1` are
+        broken by the same amount.
 
         Returns:
-            -2 to 2; NaN where a value is NaN or not there, where something is divided by zero, or a side is infinite.
+            -2 to 2; NaN where a value is NaN or not there, where something is divided by zero, or a
+            side is infinite.
         """
         left, right = self.left.value(values), self.right.value(values)
         if not (math.isfinite(left) and math.isfinite(right)):
@@ -203,8 +208,8 @@ class Comparison:
     def least_violation(self, ranges: Mapping[str, Interval]) -> float:
         """No point of these ranges breaks the condition by less: above 0, none can hold it.
 
-        Interval arithmetic: a name that stands twice counts as two that vary freely, so that the answer may be lower than the least
-        violation there is, never higher.
+        Interval arithmetic: a name that stands twice counts as two that vary freely, so that the
+        answer may be lower than the least violation there is, never higher.
 
         Args:
             ranges: name -> (low, high); a name that is not there may have any value.
@@ -217,7 +222,8 @@ class Comparison:
         return LEAST_VIOLATION if math.isnan(excess) else self._relative(excess, size)
 
     def _relative(self, excess: float, size: float) -> float:
-        """Rises with the excess; of equal excess above 0 falls with the size, below 0 rises with it."""
+        """Rises with the excess; of equal excess above 0 falls with the size, below 0 rises with
+        it."""
         is_broken = excess >= 0 if self.order in ("<", ">") else excess > 0
         share = max(min(excess / size, -LEAST_VIOLATION), LEAST_VIOLATION) if 0 < size < math.inf else 0.0
         if is_broken:
@@ -258,11 +264,13 @@ def parse_comparison(text: str, names: Collection[str]) -> Comparison:
     """Read a condition.
 
     Args:
-        text: two sums around one of <= >= < >, of numbers, names, + - * / and parentheses; names may hold dots.
+        text: two sums around one of <= >= < >, of numbers, names, + - * / and parentheses; names
+            may hold dots.
         names: those that exist.
 
     Raises:
-        ConfigError: names the column of what cannot be read, an unknown name with the one that may be meant.
+        ConfigError: names the column of what cannot be read, an unknown name with the one that may
+            be meant.
     """
     return _Parser(text, names).comparison()
 

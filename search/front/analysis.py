@@ -1,7 +1,8 @@
-"""What a front is worth on one split: every dynamic point beside its controls, with paired intervals over images.
+"""What a front is worth on one split: every dynamic point beside its controls, with paired
+intervals over images.
 
-Pure: tables and routers in, numbers out. Everything returned is JSON-able, so that what was read from the sealed split is stored once
-and never has to be read again.
+Pure: tables and routers in, numbers out. Everything returned is JSON-able, so that what was read
+from the sealed split is stored once and never has to be read again.
 """
 
 from __future__ import annotations
@@ -52,13 +53,15 @@ BUDGET_SLACK = 0.005
 
 @dataclass(frozen=True)
 class Bootstrap:
-    """How sure a front is, and in what: the joint resampling of images, and the objectives in which points dominate each other."""
+    """How sure a front is, and in what: the joint resampling of images, and the objectives in which
+    points dominate each other."""
 
     num_resamples: int = NUM_RESAMPLES
     objectives: tuple[tuple[str, Goal], ...] = DEFAULT_OBJECTIVES
     """(metric, goal) of the sweep."""
     measured: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
-    """Slot -> metrics of the front's trials: objectives other than top1, top5 and madds_m have these values in every resample."""
+    """Slot -> metrics of the front's trials: objectives other than top1, top5 and madds_m have
+    these values in every resample."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,8 @@ class Interval:
 
 @dataclass(frozen=True)
 class PointAnalysis:
-    """One router on one split. Whatever ran for an image is paid for; the route that ran last answers."""
+    """One router on one split. Whatever ran for an image is paid for; the route that ran last
+    answers."""
 
     slot: int
     router: str
@@ -81,13 +85,16 @@ class PointAnalysis:
     """As a trial's: top1, top5, ce, madds_m, p95_madds_m, route_entropy, max_route_share."""
     top1: Interval
     gain: Interval | None
-    """Over the static line at the same mean MAdds; None below the cheapest sub-network, where there is no line."""
+    """Over the static line at the same mean MAdds; None below the cheapest sub-network, where there
+    is no line."""
     gain_over_random: Interval
     random_top1: float
-    """Random routing with the same histogram: images dealt to the answering routes at random. For a cascade that is a cascade which sends
-    the same share of the images on, but drawn at random: it runs as much, and answers with the same routes equally often."""
+    """Random routing with the same histogram: images dealt to the answering routes at random. For a
+    cascade that is a cascade which sends the same share of the images on, but drawn at random: it
+    runs as much, and answers with the same routes equally often."""
     cascade_top1: float | None
-    """A confidence cascade whose pair and threshold `val` chose for the same budget; None where it cannot spend so little."""
+    """A confidence cascade whose pair and threshold `val` chose for the same budget; None where it
+    cannot spend so little."""
     cascade_madds_m: float | None
     """What that cascade really spends on this split: the budget holds on `val`."""
     cascade_escalated: float | None
@@ -99,20 +106,24 @@ class PointAnalysis:
     share_of_reachable_gap: float | None
     """None where the ceiling is not above the static line by more than one image."""
     stability: float
-    """Share of resamples in which the point is not dominated by another of these points, in the objectives of the sweep."""
+    """Share of resamples in which the point is not dominated by another of these points, in the
+    objectives of the sweep."""
     ties: tuple[int, ...]
-    """Slots of the other points, and of the trials that speak for a kind of router, which these images cannot tell from this one: the 95 %
-    interval of the paired difference in top-1 includes 0, and mean MAdds is within 1 %. Being tied is not handed on."""
+    """Slots of the other points, and of the trials that speak for a kind of router, which these
+    images cannot tell from this one: the 95 % interval of the paired difference in top-1 includes
+    0, and mean MAdds is within 1 %. Being tied is not handed on."""
     histogram: tuple[float, ...]
     """Share of the images by the route that answers."""
     runs: tuple[float, ...]
     """Share of the images that run each route; a cascade's add up to more than one."""
     over_widest: Interval | None = None
-    """Top-1 minus that of the widest static sub-network on the same images; None in results of an earlier release."""
+    """Top-1 minus that of the widest static sub-network on the same images; None in results of an
+    earlier release."""
 
     @property
     def clear_share_of_reachable_gap(self) -> float | None:
-        """`share_of_reachable_gap`, but None where the gap is within its noise: see `_clear_share`."""
+        """`share_of_reachable_gap`, but None where the gap is within its noise: see
+        `_clear_share`."""
         static = None if self.gain is None else self.top1.value - self.gain.value
         return _clear_share(self.share_of_reachable_gap, static, self.reachable_top1, self.gain)
 
@@ -141,7 +152,8 @@ class BudgetPick:
 
 @dataclass(frozen=True)
 class RouterShare:
-    """What a kind of router reaches at a budget, at the mean MAdds that it really spends on the split."""
+    """What a kind of router reaches at a budget, at the mean MAdds that it really spends on the
+    split."""
 
     router: str
     budget_share: float
@@ -162,17 +174,20 @@ class RouterShare:
 
     @property
     def clear_share_of_reachable_gap(self) -> float | None:
-        """`share_of_reachable_gap`, but None where the gap is within its noise: see `_clear_share`."""
+        """`share_of_reachable_gap`, but None where the gap is within its noise: see
+        `_clear_share`."""
         return _clear_share(self.share_of_reachable_gap, self.static_top1, self.reachable_top1, self.gain)
 
 
 def _clear_share(
     share: float | None, static: float | None, reachable: float | None, gain: Interval | None
 ) -> float | None:
-    """A share of the gap from the static line to the reachable ceiling; None where it could be a share of nothing.
+    """A share of the gap from the static line to the reachable ceiling; None where it could be a
+    share of nothing.
 
-    The gap's noise is taken from the interval of the router's own gain over the same line at the same cost: both are paired differences
-    of a router and the line over the same images, so that they vary alike. A gap must be larger than half of that interval.
+    The gap's noise is taken from the interval of the router's own gain over the same line at the
+    same cost: both are paired differences of a router and the line over the same images, so that
+    they vary alike. A gap must be larger than half of that interval.
     """
     if share is None or static is None or reachable is None or gain is None:
         return None
@@ -242,10 +257,11 @@ def _interval_or_none(item: Mapping[str, float] | None) -> Interval | None:
 
 
 def optimism(chosen: SplitAnalysis, reported: SplitAnalysis) -> Interval | None:
-    """How much better the front looks on the split that chose it: mean top-1 of its points there, minus that on the other.
+    """How much better the front looks on the split that chose it: mean top-1 of its points there,
+    minus that on the other.
 
-    The two splits share no image, so nothing is paired: each mean has the interval of its own images, all points together, and
-    `unpaired_difference` combines the two. None without a point.
+    The two splits share no image, so nothing is paired: each mean has the interval of its own
+    images, all points together, and `unpaired_difference` combines the two. None without a point.
     """
     if chosen.mean_top1 is None or reported.mean_top1 is None:
         return None
@@ -256,10 +272,12 @@ def optimism(chosen: SplitAnalysis, reported: SplitAnalysis) -> Interval | None:
 def budget_picks(
     trials: Iterable[tuple[int, str, Mapping[str, float]]], madds: NDArray[np.int64]
 ) -> tuple[BudgetPick, ...]:
-    """For every kind of router and budget the trial that is best on `val` within the budget; of equal ones the cheapest.
+    """For every kind of router and budget the trial that is best on `val` within the budget; of
+    equal ones the cheapest.
 
     Args:
-        trials: (slot, kind of router, metrics on `val` with top1 and madds_m) of the completed trials.
+        trials: (slot, kind of router, metrics on `val` with top1 and madds_m) of the completed
+            trials.
         madds: [K] of all routes: their range defines the budgets.
 
     Returns:
@@ -293,7 +311,8 @@ def analyse_split(
 
     Args:
         forecast: fitted on `gate`, for the reachable ceiling.
-        val: chooses the static line's vertices, the cascade's thresholds and the ceiling's operating points.
+        val: chooses the static line's vertices, the cascade's thresholds and the ceiling's
+            operating points.
         reported: the split of every number; may be `val` itself.
         front: routers by slot.
         contenders: the routers that speak for their kinds, as `budget_picks` chose them.
@@ -442,7 +461,8 @@ def _points(
 
 
 def _stability(bench: _Bench, sample: PointSample, runs: Mapping[int, TableRun]) -> NDArray[np.float64]:
-    """[P], in the objectives of the sweep: what images decide is resampled, what is left is as it was measured."""
+    """[P], in the objectives of the sweep: what images decide is resampled, what is left is as it
+    was measured."""
     resampled = {"top1": sample.resampled_top1, "madds_m": sample.resampled_madds / 1e6}
     names = [name for name, _ in bench.bootstrap.objectives]
     if "top5" in names:
@@ -456,7 +476,8 @@ def _stability(bench: _Bench, sample: PointSample, runs: Mapping[int, TableRun])
 
 
 def _ties(bench: _Bench, front: Mapping[int, TableRun], others: Mapping[int, TableRun]) -> dict[int, tuple[int, ...]]:
-    """Slot of each front point -> slots of the points tied with it, its like on the front and `others`."""
+    """Slot of each front point -> slots of the points tied with it, its like on the front and
+    `others`."""
     runs = {**front, **others}
     spent = np.column_stack([run.madds for run in runs.values()])
     sample = resample_points(_answers(bench.table.correct1, list(runs.values())), spent, bench.bootstrap.num_resamples)
@@ -513,7 +534,8 @@ def _interval_at(gain: Gain, index: int) -> Interval | None:
 
 
 def _decisions(runs: Sequence[TableRun]) -> NDArray[np.int64]:
-    """[N, P] equal numbers where two runs did the same to an image: ran the same routes, answered with the same one."""
+    """[N, P] equal numbers where two runs did the same to an image: ran the same routes, answered
+    with the same one."""
     did = [np.column_stack([run.routes, np.packbits(run.ran, axis=1)]) for run in runs]
     _, number = np.unique(np.concatenate(did), axis=0, return_inverse=True)
     return number.reshape(len(runs), -1).T
@@ -533,9 +555,11 @@ def _class_counts(table: RoutingTable, routes: NDArray[np.int64], num_classes: i
 
 
 def front_slots(slots: Sequence[int], values: NDArray[np.float64], goals: Sequence[Goal]) -> tuple[int, ...]:
-    """The slots on the Pareto front of `values` [n, d], first objective's best last; of equal points the earliest stays.
+    """The slots on the Pareto front of `values` [n, d], first objective's best last; of equal
+    points the earliest stays.
 
-    With 3 objectives, points that are equal in the first follow the second: its best last, then the third.
+    With 3 objectives, points that are equal in the first follow the second: its best last, then the
+    third.
 
     Args:
         slots: of the n points.
@@ -552,9 +576,10 @@ def front_slots(slots: Sequence[int], values: NDArray[np.float64], goals: Sequen
 def spread_along_front(values: NDArray[np.float64], size: int, kept: Sequence[int] = ()) -> tuple[int, ...]:
     """About `size` of the points of a front, evenly over it: both ends, and those of `kept`.
 
-    With 2 objectives the front is a line and the points are evenly far apart along it. With 3 it is a surface: the ends
-    of the first objective, the extremes of the others as far as `size` allows, then again and again the point that is
-    farthest from all chosen so far. Objectives are scaled to their range on the front.
+    With 2 objectives the front is a line and the points are evenly far apart along it. With 3 it is
+    a surface: the ends of the first objective, the extremes of the others as far as `size` allows,
+    then again and again the point that is farthest from all chosen so far. Objectives are scaled to
+    their range on the front.
 
     Args:
         values: [n, d] objectives in the front's order, d = 2 or 3.

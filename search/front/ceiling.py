@@ -1,11 +1,13 @@
-"""The reachable ceiling: the best router that we find when it may look at the answers of *all* routes, its own cost not counted.
+"""The reachable ceiling: the best router that we find when it may look at the answers of *all*
+routes, its own cost not counted.
 
-The oracle knows the labels, and so also profits from luck; no router can reach it. This one sees every route's logits, which no router
-that saves anything does, but has to learn from `gate` which route will be right. What it reaches bounds what routing on this supernet is
-worth.
+The oracle knows the labels, and so also profits from luck; no router can reach it. This one sees
+every route's logits, which no router that saves anything does, but has to learn from `gate` which
+route will be right. What it reaches bounds what routing on this supernet is worth.
 
-A small model predicts for every route the probability of being right, and an image takes argmax_k(p_k - beta * cost_k). The model is
-cross-fitted: its size and training length are chosen by the curve of predictions on images that it has not seen.
+A small model predicts for every route the probability of being right, and an image takes
+argmax_k(p_k - beta * cost_k). The model is cross-fitted: its size and training length are chosen by
+the curve of predictions on images that it has not seen.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ CHECKPOINTS: Final = (25, 75, 200)
 BATCH_SIZE: Final = 512
 LEARNING_RATE: Final = 0.01
 MAX_LOGITS: Final = 1024
-"""Of so many logits, routes by classes, the components are computed; with more of them only some routes' logits are read."""
+"""Of so many logits, routes by classes, the components are computed; with more of them only some
+routes' logits are read."""
 NUM_BUDGETS: Final = 40
 TINY: Final = 1e-4
 
@@ -42,7 +45,8 @@ class Shape(NamedTuple):
     """One candidate for the model."""
 
     num_components: int
-    """Principal components of everything known of an image; each route's score reads its own features besides."""
+    """Principal components of everything known of an image; each route's score reads its own
+    features besides."""
     num_hidden: int
     """Units between the components and the scores; 0 = linear."""
     weight_decay: float
@@ -53,7 +57,8 @@ SHAPES: Final = (Shape(0, 0, 0.0), Shape(24, 0, 0.01), Shape(24, 24, 0.1), Shape
 
 @dataclass(frozen=True)
 class CeilingCurve:
-    """What the ceiling reaches on one split; between two points images are dealt to either at random, as on the static line."""
+    """What the ceiling reaches on one split; between two points images are dealt to either at
+    random, as on the static line."""
 
     madds: Floats
     """[V] mean MAdds, rising."""
@@ -111,8 +116,9 @@ class RouteForecast:
     def curve(self, val: RoutingTable, reported: RoutingTable) -> CeilingCurve:
         """The ceiling on a split.
 
-        Operating points are calibrated to budgets on `val`; like the static line's vertices, those that are kept form the upper concave
-        envelope on `val`. The static sub-networks are among the candidates: whoever sees everything may also take one route for all.
+        Operating points are calibrated to budgets on `val`; like the static line's vertices, those
+        that are kept form the upper concave envelope on `val`. The static sub-networks are among
+        the candidates: whoever sees everything may also take one route for all.
 
         Args:
             val: chooses.
@@ -131,10 +137,12 @@ class RouteForecast:
 
 @dataclass(frozen=True)
 class RoutingPath:
-    """How the images of a split move from route to route as argmax_k(p_k - beta * cost_k) follows a falling beta down to 0.
+    """How the images of a split move from route to route as argmax_k(p_k - beta * cost_k) follows a
+    falling beta down to 0.
 
-    At a large beta every image takes the cheapest route. It leaves a route for a costlier one when beta falls below what that one gains for
-    its cost; images move one after another, so that every mean cost is found exactly, without a search.
+    At a large beta every image takes the cheapest route. It leaves a route for a costlier one when
+    beta falls below what that one gains for its cost; images move one after another, so that every
+    mean cost is found exactly, without a search.
     """
 
     start: int
@@ -186,7 +194,8 @@ class RoutingPath:
         return np.r_[0.0, paid] + self.costs[self.start], np.r_[0.0, won] + correct[:, self.start].mean()
 
     def betas_at(self, madds: Floats) -> Floats:
-        """The beta that spends at most each of these mean MAdds, as far as whole moves allow; no labels are needed."""
+        """The beta that spends at most each of these mean MAdds, as far as whole moves allow; no
+        labels are needed."""
         paid = np.r_[0.0, np.cumsum(self.costs[self.after] - self.costs[self.before])] / self.num_images
         num_moves = np.searchsorted(paid + self.costs[self.start], madds * (1 + 1e-12), side="right") - 1
         ends = np.r_[np.inf, self.slope, 0.0]
@@ -209,7 +218,8 @@ def _mean_over_budgets(probabilities: Floats, table: RoutingTable) -> float:
 
 @dataclass(frozen=True)
 class _Features:
-    """What the model reads: own features of every route, and principal components of all routes' features and logits together."""
+    """What the model reads: own features of every route, and principal components of all routes'
+    features and logits together."""
 
     logit_routes: tuple[int, ...]
     """The routes whose logits are read; none where a table keeps only the largest ones."""
@@ -250,10 +260,12 @@ def _moments(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def own_features(table: RoutingTable) -> Tensor:
-    """Of every route: confidence and margin (as log-odds), entropy, agreement, consensus and the consensus on its best rival.
+    """Of every route: confidence and margin (as log-odds), entropy, agreement, consensus and the
+    consensus on its best rival.
 
-    *Agreement* is the share of routes that give the same answer, *consensus* the mean over routes of the probability that they give to it,
-    as log-odds. All of it is known where a table keeps the largest logits only.
+    *Agreement* is the share of routes that give the same answer, *consensus* the mean over routes
+    of the probability that they give to it, as log-odds. All of it is known where a table keeps the
+    largest logits only.
 
     Returns:
         float32 [N, K, 6].
@@ -269,9 +281,11 @@ def own_features(table: RoutingTable) -> Tensor:
 
 
 def _mean_probability(table: RoutingTable) -> NDArray[np.float32]:
-    """[N, classes] the mean of all routes' probabilities; what is not among the stored logits counts as 0."""
+    """[N, classes] the mean of all routes' probabilities; what is not among the stored logits
+    counts as 0."""
     logits = table.logits.astype(np.float32)
-    # The largest logit is always stored, and its probability too: that gives the scale of the others.
+    # The largest logit is always stored, and its probability too: that gives the scale of the
+    # others.
     probability = np.exp(logits - logits.max(2, keepdims=True)) * table.confidence[:, :, None]
     if table.logit_classes.shape[2] == 0:
         return probability.mean(1)
@@ -328,7 +342,8 @@ class _Weights:
         return _Weights(own, bias, tuple(layers))
 
     def scores(self, own: Tensor, components: Tensor) -> Tensor:
-        """Logits [folds, N, K] for images [N, K, F] and [N, C] of all folds, or [folds, N, K, F] and [folds, N, C] of each."""
+        """Logits [folds, N, K] for images [N, K, F] and [N, C] of all folds, or [folds, N, K, F]
+        and [folds, N, C] of each."""
         hidden = components[..., : self.layers[0].shape[1]].expand(NUM_FOLDS, -1, -1)
         for layer in self.layers[:-1]:
             hidden = torch.bmm(hidden, layer).relu()
@@ -339,7 +354,8 @@ class _Weights:
 def _trained(
     shape: Shape, own: Tensor, components: Tensor, right: Tensor, fold_of: Tensor, seed: int
 ) -> Iterator[tuple[int, _Weights]]:
-    """Each fold's model after each number of steps of `CHECKPOINTS`, trained on the images of the other folds."""
+    """Each fold's model after each number of steps of `CHECKPOINTS`, trained on the images of the
+    other folds."""
     num_components = min(shape.num_components, components.shape[1])
     weights = _Weights.initial(shape, own, num_components, right, seed)
     components = components[:, :num_components].contiguous()
@@ -368,7 +384,8 @@ def _generator(seed: int) -> torch.Generator:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Sums in one order, whatever the machine: the forecast does not depend on the number of cores."""
+    """Sums in one order, whatever the machine: the forecast does not depend on the number of
+    cores."""
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -1,9 +1,10 @@
-"""The controls of a dynamic network: static line, random routing, confidence cascade; and the oracle above them all.
+"""The controls of a dynamic network: static line, random routing, confidence cascade; and the
+oracle above them all.
 
-Everything is computed from the arrays of a routing table: N images, K routes; correct [N, K] bool, confidence [N, K]
-(largest probability), madds [K] of each whole route (the caller adds a gate's own cost where it applies). Choices
-(vertices, pairs, thresholds) are made on `val` and reported on the given split. Accuracies are fractions, budgets are
-mean MAdds an image.
+Everything is computed from the arrays of a routing table: N images, K routes; correct [N, K] bool,
+confidence [N, K] (largest probability), madds [K] of each whole route (the caller adds a gate's own
+cost where it applies). Choices (vertices, pairs, thresholds) are made on `val` and reported on the
+given split. Accuracies are fractions, budgets are mean MAdds an image.
 """
 
 from __future__ import annotations
@@ -33,18 +34,20 @@ class RouteScores(Protocol):
 
 
 def budgets(madds: ArrayLike, fractions: Sequence[float] = (0.25, 0.5, 0.75)) -> Floats:
-    """Mean-MAdds budgets at the given fractions of the range from the cheapest to the widest route."""
+    """Mean-MAdds budgets at the given fractions of the range from the cheapest to the widest
+    route."""
     costs = np.asarray(madds, dtype=np.float64)
     return costs.min() + np.asarray(fractions, dtype=np.float64) * np.ptp(costs)
 
 
 @dataclass(frozen=True)
 class StaticLine:
-    """The best that static sub-networks and random mixes of two of them reach at a mean-MAdds budget.
+    """The best that static sub-networks and random mixes of two of them reach at a mean-MAdds
+    budget.
 
-    The vertices are the upper concave envelope of (MAdds, top-1 on `val`), from the cheapest sub-network to the most
-    accurate one. It is cut there, because nobody has to spend a budget: a wider and worse sub-network would only
-    lower the bar.
+    The vertices are the upper concave envelope of (MAdds, top-1 on `val`), from the cheapest
+    sub-network to the most accurate one. It is cut there, because nobody has to spend a budget: a
+    wider and worse sub-network would only lower the bar.
     """
 
     vertices: tuple[int, ...]
@@ -60,7 +63,8 @@ class StaticLine:
             madds: [K].
             val_correct: bool [N, K] on `val`.
         """
-        # Counts rather than accuracies: three sub-networks on one straight line are then recognised as such.
+        # Counts rather than accuracies: three sub-networks on one straight line are then recognised
+        # as such.
         return cls.through(madds, np.asarray(val_correct, dtype=bool).sum(axis=0))
 
     @classmethod
@@ -83,11 +87,12 @@ class StaticLine:
         return cls(vertices=tuple(hull), madds=costs[hull])
 
     def value_at(self, madds: ArrayLike, correct: ArrayLike) -> Floats:
-        """Expected top-1 on a split at mean-MAdds budgets, each image drawn to one of the two neighbouring vertices.
+        """Expected top-1 on a split at mean-MAdds budgets, each image drawn to one of the two
+        neighbouring vertices.
 
         Args:
-            madds: budgets of any shape. Below the cheapest sub-network the value is NaN, above the last vertex it is
-                that vertex's top-1.
+            madds: budgets of any shape. Below the cheapest sub-network the value is NaN, above the
+                last vertex it is that vertex's top-1.
             correct: bool [N, K] of all sub-networks on the reported split.
 
         Returns:
@@ -97,7 +102,8 @@ class StaticLine:
         return self.mix(np.asarray(madds, dtype=np.float64), vertex_top1)
 
     def mix(self, madds: Floats, vertex_top1: Floats) -> Floats:
-        """The line at given budgets for given accuracies of its vertices; as `value_at`, for resampled accuracies.
+        """The line at given budgets for given accuracies of its vertices; as `value_at`, for
+        resampled accuracies.
 
         Args:
             madds: budgets [...] or [R, P].
@@ -123,7 +129,8 @@ def _take_last(values: Floats, indices: NDArray[np.intp]) -> Floats:
 
 
 def random_routing(correct: ArrayLike, histogram: ArrayLike) -> float:
-    """Expected top-1 when images are dealt to routes at random with a given histogram; exact, no sampling.
+    """Expected top-1 when images are dealt to routes at random with a given histogram; exact, no
+    sampling.
 
     Args:
         correct: bool [N, K].
@@ -137,7 +144,8 @@ def random_routing(correct: ArrayLike, histogram: ArrayLike) -> float:
 
 @dataclass(frozen=True)
 class CascadePoint:
-    """The best cascade for one budget: run `first`, stop if its confidence reaches `threshold`, else run `second`."""
+    """The best cascade for one budget: run `first`, stop if its confidence reaches `threshold`,
+    else run `second`."""
 
     budget: float
     """Mean MAdds it may spend on `val`."""
@@ -159,9 +167,9 @@ def cascade_curve(
 ) -> list[CascadePoint]:
     """The best confidence cascade of two routes for each budget.
 
-    A cascade costs everything that it executes, the shared trunk once: trunk + tail_first + [escalated] *
-    tail_second. Pair (cheaper route first) and threshold are those with the highest top-1 on `val` whose mean cost on
-    `val` is within the budget; of equal ones the cheapest.
+    A cascade costs everything that it executes, the shared trunk once: trunk + tail_first +
+    [escalated] * tail_second. Pair (cheaper route first) and threshold are those with the highest
+    top-1 on `val` whose mean cost on `val` is within the budget; of equal ones the cheapest.
 
     Args:
         val: chooses.
@@ -259,11 +267,13 @@ def _pairs_on_val(val: RouteScores, madds: Floats, trunk_madds: float) -> Iterat
         # Sorted once for all partners: the least confident images are the first to go on.
         images = np.argsort(val.confidence[:, first], kind="stable")
         confidence = val.confidence[images, first].astype(np.float64)
-        # Images of equal confidence stop or go on together: only the ends of such runs can be cut at.
+        # Images of equal confidence stop or go on together: only the ends of such runs can be cut
+        # at.
         num_escalated = np.r_[0, np.flatnonzero(np.diff(confidence)) + 1, len(images)]
         threshold = np.r_[-np.inf, confidence[num_escalated[1:-1]], np.inf]
         for second in by_cost[position + 1 :]:
-            # The m least confident images going on changes the number of right answers by their differences.
+            # The m least confident images going on changes the number of right answers by their
+            # differences.
             change = val.correct1[images, second].astype(np.int64) - val.correct1[images, first]
             top1 = (val.correct1[:, first].sum() + np.r_[0, np.cumsum(change)][num_escalated]) / len(images)
             is_record = np.r_[True, top1[1:] > np.maximum.accumulate(top1)[:-1]]
@@ -277,7 +287,8 @@ def _pairs_on_val(val: RouteScores, madds: Floats, trunk_madds: float) -> Iterat
 
 
 class OracleCurve(NamedTuple):
-    """The best accuracy that any assignment of images to routes reaches at a mean cost, knowing the labels."""
+    """The best accuracy that any assignment of images to routes reaches at a mean cost, knowing the
+    labels."""
 
     madds: Floats
     """[M] mean MAdds, not decreasing; the first is that of the cheapest route for all images."""
@@ -293,9 +304,10 @@ class OracleCurve(NamedTuple):
 def oracle_curve(correct: ArrayLike, madds: ArrayLike) -> OracleCurve:
     """The oracle, greedy by gain per cost.
 
-    Images that the cheapest route gets wrong move to their cheapest right route, the cheapest move first. Every such
-    move gains exactly one image, so that the greedy order is exact at each of the returned points; between two of
-    them the curve is a step (an optimum over fractions of images would be at most one image higher).
+    Images that the cheapest route gets wrong move to their cheapest right route, the cheapest move
+    first. Every such move gains exactly one image, so that the greedy order is exact at each of the
+    returned points; between two of them the curve is a step (an optimum over fractions of images
+    would be at most one image higher).
 
     Args:
         correct: bool [N, K].
@@ -316,10 +328,12 @@ def oracle_curve(correct: ArrayLike, madds: ArrayLike) -> OracleCurve:
 def share_of_gap(
     router_top1: ArrayLike, static_top1: ArrayLike, upper_top1: ArrayLike, resolution: float = 0.0
 ) -> Floats:
-    """(router - static) / (upper - static) at equal budgets: how far a router goes towards the oracle, or the reachable ceiling.
+    """(router - static) / (upper - static) at equal budgets: how far a router goes towards the
+    oracle, or the reachable ceiling.
 
     Args:
-        resolution: a gap that does not exceed it (one image, say) is none, and a share of it means nothing.
+        resolution: a gap that does not exceed it (one image, say) is none, and a share of it means
+            nothing.
 
     Returns:
         NaN where there is no gap.

@@ -1,7 +1,8 @@
 """Pareto fronts, hypervolume, the knee, and the small language that picks points from a front.
 
-Every function takes objective values as an array [n, d], one row a point, and `goals`, one "maximize" or "minimize"
-per column. A point dominates another when it is at least as good in every objective and better in one.
+Every function takes objective values as an array [n, d], one row a point, and `goals`, one
+"maximize" or "minimize" per column. A point dominates another when it is at least as good in every
+objective and better in one.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from dsnet.errors import ConfigError, NotFoundError
 from dsnet.wording import did_you_mean
 
 REFERENCE_MARGIN = 1.05
-"""A reference lies this much beyond the widest sub-network's cost, so that the widest too adds to the hypervolume."""
+"""A reference lies this much beyond the widest sub-network's cost, so that the widest too adds to
+the hypervolume."""
 
 Goal = Literal["maximize", "minimize"]
 
@@ -33,10 +35,11 @@ def front_mask(values: ArrayLike, goals: Sequence[Goal], *, keep_duplicates: boo
     """Which points are non-dominated, in O(n log n).
 
     Args:
-        values: [n, d] objective values, d = 2 or 3. Infinite values are ordered as usual; a row that holds a NaN is
-            never on the front and dominates nothing.
+        values: [n, d] objective values, d = 2 or 3. Infinite values are ordered as usual; a row
+            that holds a NaN is never on the front and dominates nothing.
         goals: d goals.
-        keep_duplicates: True keeps every copy of a non-dominated point, False only the first in row order.
+        keep_duplicates: True keeps every copy of a non-dominated point, False only the first in row
+            order.
 
     Returns:
         bool [n].
@@ -71,13 +74,15 @@ def _front_mask_2d(costs: NDArray[np.float64], keep_duplicates: bool) -> NDArray
 
 
 def hypervolume(values: ArrayLike, goals: Sequence[Goal], reference: ArrayLike) -> float:
-    """The volume that the points dominate, bounded by `reference`; O(n log n) for 2 and 3 objectives.
+    """The volume that the points dominate, bounded by `reference`; O(n log n) for 2 and 3
+    objectives.
 
     Args:
-        values: [n, d], d = 2 or 3. Rows with a NaN, and points that are not better than the reference in every
-            objective, add nothing.
+        values: [n, d], d = 2 or 3. Rows with a NaN, and points that are not better than the
+            reference in every objective, add nothing.
         goals: d goals.
-        reference: [d], a finite point in the units of `values` that is worse than every point of interest.
+        reference: [d], a finite point in the units of `values` that is worse than every point of
+            interest.
 
     Raises:
         ValueError: an infinitely good value, or a reference that is not finite.
@@ -96,8 +101,8 @@ def hypervolume(values: ArrayLike, goals: Sequence[Goal], reference: ArrayLike) 
 def hypervolume_trace(values: ArrayLike, goals: Sequence[Goal], reference: ArrayLike) -> NDArray[np.float64]:
     """The hypervolume of the first 1, 2, ..., n points; never decreasing.
 
-    Failed trials may stay in as rows of NaN: they repeat the value before them. With 2 objectives one step costs
-    O(log front) plus the points that it pushes off the front.
+    Failed trials may stay in as rows of NaN: they repeat the value before them. With 2 objectives
+    one step costs O(log front) plus the points that it pushes off the front.
 
     Args and errors: as `hypervolume`.
 
@@ -130,7 +135,8 @@ class RunningHypervolume:
         return self._front.volume
 
     def add(self, values: ArrayLike) -> None:
-        """Take in one point [d]; a NaN, or no better than the reference in some objective, adds nothing."""
+        """Take in one point [d]; a NaN, or no better than the reference in some objective, adds
+        nothing."""
         point = _as_costs(np.atleast_2d(np.asarray(values, dtype=np.float64)), self._goals)[0]
         if np.all(point < self._bound):  # false for NaN
             _refuse_infinite(point)
@@ -164,7 +170,8 @@ class _Front2d:
 
 
 class _Front3d:
-    """A front of three costs, and its volume up to the bound; recomputed only when the front changes."""
+    """A front of three costs, and its volume up to the bound; recomputed only when the front
+    changes."""
 
     def __init__(self, bound: NDArray[np.float64]) -> None:
         self.volume = 0.0
@@ -176,21 +183,23 @@ class _Front3d:
             return
         is_dominated = (point <= self._front).all(axis=1)
         self._front = np.vstack([self._front[~is_dominated], point])
-        # The sum is taken in another order each time: without max, rounding could let the trace fall by one ulp.
+        # The sum is taken in another order each time: without max, rounding could let the trace
+        # fall by one ulp.
         self.volume = max(self.volume, float(moocore.hypervolume(self._front, self._bound)))
 
 
 def knee(values: ArrayLike, goals: Sequence[Goal]) -> int:
     """The point of the front that gives the most in all objectives together.
 
-    Every objective is scaled to [0, 1] over the front first, so that the answer does not depend on units; the knee has
-    the least sum of scaled costs. With 2 objectives that is the greatest distance above the chord between the front's
-    two ends. With 3 every objective counts as much as any other: two costs that rise together count twice. An
-    objective in which the whole front is equal counts nothing.
+    Every objective is scaled to [0, 1] over the front first, so that the answer does not depend on
+    units; the knee has the least sum of scaled costs. With 2 objectives that is the greatest
+    distance above the chord between the front's two ends. With 3 every objective counts as much as
+    any other: two costs that rise together count twice. An objective in which the whole front is
+    equal counts nothing.
 
-    Of equally good points the one that is better in the *first* objective wins, then in the second; this also decides
-    a front of two points, and one that bends the other way, where both ends (distance 0) win over all between. Of
-    copies of a point the first row is meant.
+    Of equally good points the one that is better in the *first* objective wins, then in the second;
+    this also decides a front of two points, and one that bends the other way, where both ends
+    (distance 0) win over all between. Of copies of a point the first row is meant.
 
     Args:
         values: [n, d], n >= 1, d = 2 or 3; rows with a value that is not finite are left out.
@@ -209,7 +218,8 @@ def knee(values: ArrayLike, goals: Sequence[Goal]) -> int:
             f"A knee needs at least one finite point, but all {len(costs)} rows have a NaN or an infinity."
         )
     rows = finite[front_mask(costs[finite], ("minimize",) * costs.shape[1], keep_duplicates=False)]
-    # Best in the first objective first, then in the second: argmin below takes the first of equal sums.
+    # Best in the first objective first, then in the second: argmin below takes the first of equal
+    # sums.
     rows = rows[np.lexsort(costs[rows].T[::-1])]
     front = costs[rows]
     extent = np.ptp(front, axis=0)
@@ -243,7 +253,8 @@ def _reference_costs(goals: Sequence[Goal], reference: ArrayLike) -> NDArray[np.
 def _inside_reference(
     values: ArrayLike, goals: Sequence[Goal], reference: ArrayLike
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """The costs that are better than the reference in every objective, and the reference as costs."""
+    """The costs that are better than the reference in every objective, and the reference as
+    costs."""
     costs, bound = _as_costs(values, goals), _reference_costs(goals, reference)
     inside = costs[(costs < bound).all(axis=1)]
     _refuse_infinite(inside)
@@ -301,7 +312,8 @@ class Pick:
 
 
 def parse_pick(text: str, metrics: Collection[str] = ()) -> Pick:
-    """Read `knee`, `all`, `max:METRIC` or `min:METRIC` (also with ` where METRIC<=NUMBER and ...`), or a point's name.
+    """Read `knee`, `all`, `max:METRIC` or `min:METRIC` (also with ` where METRIC<=NUMBER and ...`),
+    or a point's name.
 
     Args:
         text: what the user wrote.
@@ -363,9 +375,10 @@ def apply_pick(
 ) -> list[Row]:
     """The rows that `pick` means, in the order of `rows`.
 
-    `knee` and `all` look at the front of `rows` (copies of a front point are all on it), `max:` and `min:` at every
-    row and return one: of equally good rows the one that is better in the objectives, in their order, then the first.
-    A row without a value for a metric that is asked about is passed over.
+    `knee` and `all` look at the front of `rows` (copies of a front point are all on it), `max:` and
+    `min:` at every row and return one: of equally good rows the one that is better in the
+    objectives, in their order, then the first. A row without a value for a metric that is asked
+    about is passed over.
 
     Args:
         pick: from `parse_pick`.
@@ -422,7 +435,8 @@ def _best(pick: Pick, rows: Sequence[Row], objectives: Sequence[tuple[str, Goal]
 
 
 def _violation(row: Row, conditions: Sequence[Condition]) -> float:
-    """How far a row is from holding all conditions: the sum of the excesses, each relative to its bound."""
+    """How far a row is from holding all conditions: the sum of the excesses, each relative to its
+    bound."""
     broken = [c for c in conditions if not c.holds(_value(row, c.metric))]
     return sum(abs(_value(row, c.metric) - c.bound) / (abs(c.bound) or 1.0) for c in broken)
 

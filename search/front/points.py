@@ -1,9 +1,11 @@
-"""Points: one row for every sub-network, gate and control that is drawn or listed, and the file that holds them.
+"""Points: one row for every sub-network, gate and control that is drawn or listed, and the file
+that holds them.
 
-A row is a dict with the keys of `POINT_COLUMNS`, None where a value does not apply. Further latencies have columns of
-their own, as the metrics are called (`latency_ms_batch64`, `latency_ms.server`); a gate's row also has one
-`param.<dotted name>` key for each of the trial's parameters. Accuracies are fractions, `*_m` millions, latencies
-milliseconds: `latency_ms` of an image, `latency_ms_batchN` of N.
+A row is a dict with the keys of `POINT_COLUMNS`, None where a value does not apply. Further
+latencies have columns of their own, as the metrics are called (`latency_ms_batch64`,
+`latency_ms.server`); a gate's row also has one `param.<dotted name>` key for each of the trial's
+parameters. Accuracies are fractions, `*_m` millions, latencies milliseconds: `latency_ms` of an
+image, `latency_ms_batchN` of N.
 """
 
 from __future__ import annotations
@@ -116,8 +118,8 @@ def gate_points(
     Args:
         split: "val" or "test".
         slots: of P trials; they give the names.
-        metrics: with at least `top1` and `madds_m`; the other measured columns are taken where they are there and not
-            NaN.
+        metrics: with at least `top1` and `madds_m`; the other measured columns are taken where they
+            are there and not NaN.
         params: dotted names, e.g. "gate.target".
         is_front: whether the trial is on the front of its study.
         is_feasible: whether it holds every constraint; left out, all do.
@@ -144,7 +146,8 @@ def gate_points(
 
 
 def control_points(split: str, name: str, madds: ArrayLike, top1: ArrayLike) -> list[PointRow]:
-    """Rows along one control (e.g. "cascade"): absolute mean MAdds [B], top-1 [B]; none where top-1 is NaN."""
+    """Rows along one control (e.g. "cascade"): absolute mean MAdds [B], top-1 [B]; none where top-1
+    is NaN."""
     costs, accuracies = np.atleast_1d(np.asarray(madds, dtype=float)), np.atleast_1d(np.asarray(top1, dtype=float))
     return [
         _row(kind="control", name=name, split=split, top1=float(accuracy), madds_m=float(cost) / 1e6)
@@ -250,7 +253,8 @@ def _gate_problem(row: Mapping[str, Any]) -> str | None:
 def points_frame(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     """Rows as a DataFrame: `POINT_COLUMNS`, then further latencies and parameters sorted by name.
 
-    `slot`, the flags and whole-number parameters keep their type beside missing values (pandas' nullable types).
+    `slot`, the flags and whole-number parameters keep their type beside missing values (pandas'
+    nullable types).
     """
     import pandas as pd
 
@@ -317,7 +321,8 @@ def _arrow_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
 
 
 def _param_array(values: list[Any]) -> pa.Array:
-    """A parameter's column in the one type that fits all its values; text where a choice mixes types."""
+    """A parameter's column in the one type that fits all its values; text where a choice mixes
+    types."""
     types = {type(value) for value in values if value is not None}
     if types == {int, float}:
         return pa.array([None if value is None else float(value) for value in values], type=pa.float64())

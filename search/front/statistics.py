@@ -1,9 +1,10 @@
-"""Intervals over images: the paired bootstrap of accuracy and mean MAdds, and what is concluded from it.
+"""Intervals over images: the paired bootstrap of accuracy and mean MAdds, and what is concluded
+from it.
 
-All points are resampled with the same images (joint and paired), and both objectives of a point come from the same
-resample. Resamples are held as integer counts, and MAdds are integers, so that sums are exact and points that agree
-on a resample tie exactly. Everything here is conditional on one trained supernet; a claim about methods needs
-several.
+All points are resampled with the same images (joint and paired), and both objectives of a point
+come from the same resample. Resamples are held as integer counts, and MAdds are integers, so that
+sums are exact and points that agree on a resample tie exactly. Everything here is conditional on
+one trained supernet; a claim about methods needs several.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ CHUNK_BYTES = 8 * 2**20
 def bootstrap_counts(num_images: int, num_resamples: int, seed: int) -> Iterator[NDArray[np.float32]]:
     """How often each image is drawn in each resample: whole numbers whose rows sum to `num_images`.
 
-    The rows do not depend on how they are cut into chunks; equal arguments give equal rows, which is what pairs two
-    quantities.
+    The rows do not depend on how they are cut into chunks; equal arguments give equal rows, which
+    is what pairs two quantities.
 
     Yields:
         float32 [r, num_images], at most 8 MiB each (one row at least); r sums to `num_resamples`.
@@ -60,7 +61,8 @@ def bootstrap_interval(samples: ArrayLike, level: float = 0.95) -> tuple[Floats,
 
 
 def wilson_interval(num_correct: int, num_images: int, level: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval of one accuracy, as fractions; honest also at 0 and 1, where a bootstrap has no width."""
+    """Wilson's score interval of one accuracy, as fractions; honest also at 0 and 1, where a
+    bootstrap has no width."""
     _check_level(level)
     if not 0 <= num_correct <= num_images or num_images == 0:
         raise ValueError(f"{num_correct} correct of {num_images} images is not an accuracy.")
@@ -83,11 +85,12 @@ def _check_level(level: float) -> None:
 def unpaired_difference(
     first: tuple[float, float, float], second: tuple[float, float, float]
 ) -> tuple[float, float, float]:
-    """The difference of two values of independent samples, with an interval as wide as theirs together.
+    """The difference of two values of independent samples, with an interval as wide as theirs
+    together.
 
-    Each end lies as far from the difference as the square root of the sum of the squares of the two distances that it
-    comes from (Zou and Donner 2008, "recovering variance estimates"): for symmetric intervals the usual formula, and
-    skewed ones stay skewed.
+    Each end lies as far from the difference as the square root of the sum of the squares of the two
+    distances that it comes from (Zou and Donner 2008, "recovering variance estimates"): for
+    symmetric intervals the usual formula, and skewed ones stay skewed.
 
     Args:
         first: (value, low, high), low <= value <= high.
@@ -124,7 +127,8 @@ def resample_points(correct: ArrayLike, madds: ArrayLike, num_resamples: int = 1
 
     Args:
         correct: [n, P] bool, whether the point classifies the image rightly.
-        madds: [n, P] MAdds spent on the image, or any shape that broadcasts to it ([P] for static points).
+        madds: [n, P] MAdds spent on the image, or any shape that broadcasts to it ([P] for static
+            points).
         num_resamples: R.
         seed: equal seeds and n pair the resamples of two calls.
     """
@@ -140,7 +144,8 @@ def resample_points(correct: ArrayLike, madds: ArrayLike, num_resamples: int = 1
         top1[rows] = exact @ hits
         mean_madds[rows] = exact @ spent
         start += len(counts)
-    # Dividing sums, rather than weighting with counts / n, keeps equal resamples of two points exactly equal.
+    # Dividing sums, rather than weighting with counts / n, keeps equal resamples of two points
+    # exactly equal.
     return PointSample(
         top1=hits.sum(axis=0) / num_images,
         madds=spent.sum(axis=0) / num_images,
@@ -151,7 +156,8 @@ def resample_points(correct: ArrayLike, madds: ArrayLike, num_resamples: int = 1
 
 @dataclass(frozen=True)
 class Gain:
-    """Differences in top-1 (fractions), one for each of P points, with the ends of their intervals."""
+    """Differences in top-1 (fractions), one for each of P points, with the ends of their
+    intervals."""
 
     value: Floats
     low: Floats
@@ -169,15 +175,16 @@ def gain_over_static(
 ) -> Gain:
     """Top-1 of P dynamic points minus the static line at their mean MAdds, on the same images.
 
-    In every resample the points' mean MAdds, hence the mixing weights of the line, and the accuracies of its
-    sub-networks are computed anew; the line's vertices stay those that were chosen on `val`.
+    In every resample the points' mean MAdds, hence the mixing weights of the line, and the
+    accuracies of its sub-networks are computed anew; the line's vertices stay those that were
+    chosen on `val`.
 
     Args:
         correct: [n, P] bool.
         madds: [n, P] MAdds spent on each image, the gate's own included.
         line: fitted on `val`.
-        static_correct: [n, K] bool of all K sub-networks on the reported split, in the order that `line` was fitted
-            with.
+        static_correct: [n, K] bool of all K sub-networks on the reported split, in the order that
+            `line` was fitted with.
 
     Returns:
         The gains; NaN for a point below the cheapest sub-network, where there is no line.
@@ -209,7 +216,8 @@ def gain_over_one(
 def gain_over_random(
     routes: ArrayLike, route_correct: ArrayLike, num_resamples: int = 1000, seed: int = 0, level: float = 0.95
 ) -> Gain:
-    """Top-1 of P routers minus random routing with the same histogram, which every resample computes anew.
+    """Top-1 of P routers minus random routing with the same histogram, which every resample
+    computes anew.
 
     Args:
         routes: int [n, P], the route that each router takes for each image.
@@ -232,10 +240,12 @@ def front_stability(objectives: Sequence[Floats], goals: Sequence[Goal], decisio
     """The share of resamples in which each point is non-dominated; not a p-value.
 
     Args:
-        objectives: 2 or 3; each [R, P] as resampled with the same images, or [P] for what is the same in every resample.
+        objectives: 2 or 3; each [R, P] as resampled with the same images, or [P] for what is the
+            same in every resample.
         goals: one for each objective.
-        decisions: int [n, P], the route of each image under each point. Points that decide alike everywhere, and are
-            equal in all that images do not change, are one point, and all of them get its share.
+        decisions: int [n, P], the route of each image under each point. Points that decide alike
+            everywhere, and are equal in all that images do not change, are one point, and all of
+            them get its share.
 
     Returns:
         float64 [P].
@@ -255,9 +265,9 @@ def tied_groups(
 ) -> dict[int, tuple[int, ...]]:
     """For every front point the other points that the images cannot tell from it.
 
-    A point is tied with a front point when the interval of their paired top-1 difference includes 0 and its mean
-    MAdds is within `madds_tolerance` (relative) of the front point's. Groups are anchored: a point may stand in
-    several, and being tied is not handed on.
+    A point is tied with a front point when the interval of their paired top-1 difference includes 0
+    and its mean MAdds is within `madds_tolerance` (relative) of the front point's. Groups are
+    anchored: a point may stand in several, and being tied is not handed on.
 
     Args:
         sample: P points.

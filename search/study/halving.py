@@ -185,7 +185,8 @@ def crowding_distances(values: ArrayLike) -> NDArray[np.float64]:
     own = np.zeros(len(points))
     for objective in range(points.shape[1]):
         others = [column for column in range(points.shape[1]) if column != objective]
-        # `lexsort` takes the main key last. Other objectives break ties, so that the sum is a function of the set of points.
+        # `lexsort` takes the main key last. Other objectives break ties, so that the sum is a
+        # function of the set of points.
         order = np.lexsort((*points[:, others].T, points[:, objective]))
         steps = points[order, objective]
         span = steps[-1] - steps[0]

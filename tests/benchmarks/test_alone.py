@@ -1,4 +1,5 @@
-"""Sub-networks beside the same networks alone: the network, its cost, the choice of the learning rate, the gaps, and a small real run."""
+"""Sub-networks beside the same networks alone: the network, its cost, the choice of the learning
+rate, the gaps, and a small real run."""
 
 from __future__ import annotations
 

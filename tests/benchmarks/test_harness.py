@@ -1,4 +1,5 @@
-"""The benchmarks' shared parts, and that each benchmark's arithmetic means what its table says. No test here looks at a duration."""
+"""The benchmarks' shared parts, and that each benchmark's arithmetic means what its table says. No
+test here looks at a duration."""
 
 from __future__ import annotations
 

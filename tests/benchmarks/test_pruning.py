@@ -1,4 +1,5 @@
-"""The replay of halving on a complete table: hand-made tables whose right answer is known, and the training that fills real ones."""
+"""The replay of halving on a complete table: hand-made tables whose right answer is known, and the
+training that fills real ones."""
 
 from __future__ import annotations
 
@@ -98,7 +99,8 @@ def test_a_rung_that_says_the_opposite_loses_the_front() -> None:
 
 
 def test_losses_are_those_counted_by_hand() -> None:
-    # 90 right at 2000; 89 at 2010: within 1 % and one image; 60 at 1000 alone; 30 at 9000: nowhere near.
+    # 90 right at 2000; 89 at 2010: within 1 % and one image; 60 at 1000 alone; 30 at 9000: nowhere
+    # near.
     table = table_of(steady(90, 2000), steady(89, 2010), steady(60, 1000), steady(30, 9000))
     assert table.front == (frozenset({2}), frozenset({0}))
     assert table.tied == (frozenset({2}), frozenset({0, 1}))

@@ -1,4 +1,5 @@
-"""The arithmetic of the efficiency table, and that searches look up what the exhaustive sweep found. No test here looks at a duration."""
+"""The arithmetic of the efficiency table, and that searches look up what the exhaustive sweep
+found. No test here looks at a duration."""
 
 from __future__ import annotations
 
@@ -34,7 +35,8 @@ PLANE = parse_space({"gate.target": {"step": [0.0, 0.9, 0.1]}, "gate.sgs.t_easy"
 
 
 def plane() -> Exhaustive:
-    """Accuracy and cost rise with the target; the other dimension only costs accuracy. A fifth of the points fails."""
+    """Accuracy and cost rise with the target; the other dimension only costs accuracy. A fifth of
+    the points fails."""
     grid = Grid(PLANE)
     points = [grid[k] for k in range(len(grid))]
     values = [

@@ -1,4 +1,5 @@
-"""Regimes side by side: the statistics against scipy, claims and resume with a fake run, and a small real one."""
+"""Regimes side by side: the statistics against scipy, claims and resume with a fake run, and a
+small real one."""
 
 from __future__ import annotations
 

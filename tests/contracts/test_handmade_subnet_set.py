@@ -1,8 +1,8 @@
 """A set of sub-networks as pruning or search would leave it goes through every part of the core.
 
-docs/definitions.md, SubnetSet, promises it. Widths after the gate are not monotone in each other, the declared order is
-not that of MAdds, the writers of a residual stream differ in width, and the channels of the supernet stand in another
-order.
+docs/definitions.md, SubnetSet, promises it. Widths after the gate are not monotone in each other,
+the declared order is not that of MAdds, the writers of a residual stream differ in width, and the
+channels of the supernet stand in another order.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ SETTINGS = GateSettings(steps=30, batch_size=16, target=0.4)
 
 @dataclass(frozen=True)
 class Handmade:
-    """Members for a family's supernet: a wide, a narrow ("tiny"), and others that are wide in different places."""
+    """Members for a family's supernet: a wide, a narrow ("tiny"), and others that are wide in
+    different places."""
 
     family: str
     options: Mapping[str, Any]
@@ -82,7 +83,8 @@ SETS = {
             "middle": (8, 20, 41, 80),
         },
     ),
-    # One group per stage, of 8, 16 and 32 channels after a stem of 8; the first gate after the stem.
+    # One group per stage, of 8, 16 and 32 channels after a stem of 8; the first gate after the
+    # stem.
     "tied streams": Handmade(
         "ds_resnet",
         SMALL_RESNET,
@@ -132,7 +134,8 @@ def block_permutation(boundaries: Iterable[int], generator: torch.Generator) -> 
 
 
 class Reordering:
-    """Another channel order, the same wherever channels are written and read: the functions stay the same."""
+    """Another channel order, the same wherever channels are written and read: the functions stay
+    the same."""
 
     def __init__(self, supernet: Supernet) -> None:
         self.supernet = supernet
@@ -178,7 +181,8 @@ class Reordering:
 
 
 def permuted(supernet: Supernet) -> Supernet:
-    """The same functions with the channels of every group in another order within each nested slice."""
+    """The same functions with the channels of every group in another order within each nested
+    slice."""
     other = Reordering(supernet)
     if supernet.spec.family == "ds_resnet":
         _reorder_residual(other)

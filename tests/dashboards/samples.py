@@ -1,4 +1,5 @@
-"""A synthetic run: 6 routes, 64 trials, 270 images a split. Only tests use it; nothing here is a result."""
+"""A synthetic run: 6 routes, 64 trials, 270 images a split. Only tests use it; nothing here is a
+result."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ FloatArray = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Split:
-    """Per image and route: correctness; per image: how hard it looks; per trial: the route of each image."""
+    """Per image and route: correctness; per image: how hard it looks; per trial: the route of each
+    image."""
 
     name: str
     correct: npt.NDArray[np.bool_]

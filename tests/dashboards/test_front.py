@@ -131,7 +131,8 @@ def test_names_from_outside_cannot_bring_markup_into_the_figure() -> None:
 
 
 def with_further(metric: str = "latency_ms.server") -> FrontInfo:
-    """The sample's front with a third objective: 1 ms and 3 ms more for each M MAdds; every fourth other trial breaks a constraint."""
+    """The sample's front with a third objective: 1 ms and 3 ms more for each M MAdds; every fourth
+    other trial breaks a constraint."""
     info = make_front()
 
     def panel(own: FrontPanel) -> FrontPanel:

@@ -1,4 +1,5 @@
-"""The figures and the report of a sweep of supernets show every point under its supernet's name, and nothing that is not there."""
+"""The figures and the report of a sweep of supernets show every point under its supernet's name,
+and nothing that is not there."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The fenced blocks and the commands of README.md and docs/*.md, in the order in which a reader meets them."""
+"""The fenced blocks and the commands of README.md and docs/*.md, in the order in which a reader
+meets them."""
 
 from __future__ import annotations
 

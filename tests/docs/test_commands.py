@@ -1,5 +1,6 @@
-"""README and docs say nothing that does not work: every command exists with its options, every file is there or made by an earlier
-command, every YAML block is valid; and, in the long test, everything runs as pasted, in order."""
+"""README and docs say nothing that does not work: every command exists with its options, every file
+is there or made by an earlier command, every YAML block is valid; and, in the long test, everything
+runs as pasted, in order."""
 
 from __future__ import annotations
 
@@ -101,7 +102,8 @@ def tracked_files() -> set[str]:
 
 
 def written(words: list[str]) -> set[str]:
-    """Files and folders that a command writes because an option names them, and the sweep file that `init` names after its folder."""
+    """Files and folders that a command writes because an option names them, and the sweep file that
+    `init` names after its folder."""
     named = {value for option, value in pairwise(words) if option in MAKES}
     if words[:2] == ["dsnet-orch", "init"] and "--out" not in words:
         named |= {f"{Path(value).name}.yaml" for option, value in pairwise(words) if option == "--data"}
@@ -109,7 +111,8 @@ def written(words: list[str]) -> set[str]:
 
 
 def missing_files(words: list[str], made: set[str]) -> list[str]:
-    """Files that a command reads and that neither the repository holds nor an earlier command has made."""
+    """Files that a command reads and that neither the repository holds nor an earlier command has
+    made."""
     outputs = written(words)
     paths = [word.partition("=")[2] or word for word in words[1:] if not word.startswith(("-", "~", "http", "."))]
     named = [path for path in paths if re.search(r"\.(yaml|json|txt|html|tar|journal)$|/|trained$", path)]

@@ -1,7 +1,7 @@
 """Every block of README.md and docs/*.md runs as pasted, in order, in a fresh folder.
 
-Images are small ones made here, in the places that the commands name. Commands for which a test is no place follow `RULES`, each with its
-reason; everything else runs as it stands.
+Images are small ones made here, in the places that the commands name. Commands for which a test is
+no place follow `RULES`, each with its reason; everything else runs as it stands.
 """
 
 from __future__ import annotations

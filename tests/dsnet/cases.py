@@ -1,6 +1,8 @@
-"""What every family is tested with: its options, ways to normalise, and sets of sub-networks that it does not make itself.
+"""What every family is tested with: its options, ways to normalise, and sets of sub-networks that
+it does not make itself.
 
-A family that registers gets all of it for its small (or default) options; `FURTHER_OPTIONS` holds what else it can be.
+A family that registers gets all of it for its small (or default) options; `FURTHER_OPTIONS` holds
+what else it can be.
 """
 
 from __future__ import annotations
@@ -67,9 +69,11 @@ class Case:
 
 
 def neighbours(own: SubnetSet) -> SubnetSet:
-    """A member of odd widths, and others that differ from it in a single group: prefixes are shared up to anywhere.
+    """A member of odd widths, and others that differ from it in a single group: prefixes are shared
+    up to anywhere.
 
-    Streams that several layers write get writers of different widths, and widths that a family ties become untied.
+    Streams that several layers write get writers of different widths, and widths that a family ties
+    become untied.
     """
     spec = own.spec
     shared = spec.num_prefix_groups(0)

@@ -36,7 +36,8 @@ SMALL_OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "ds_resnet": {"depth": 14, "width": 0.5, "ratios": [0.5, 1.0], "paths": [[0, 0, 0], [0, 1, 0], [1, 0, 1]]},
     "ds_tiny": {"width": 0.5, "num_routes": 3},
 }
-"""Options that make a family quick to run; a family without an entry is tested with its defaults."""
+"""Options that make a family quick to run; a family without an entry is tested with its
+defaults."""
 THREE_GATES: Mapping[str, Any] = {"depth": 8, "width": 0.5, "ratios": [0.5, 1.0], "paths": "all"}
 """Options of a quick DS-ResNet with three gates and eight paths."""
 NORMALIZATION = Normalization((120.0, 130.0, 125.0), (60.0, 55.0, 65.0))
@@ -53,13 +54,15 @@ def small_set(family: str, num_classes: int = 10, image_size: int = 16) -> Subne
 
 
 def small_supernet(family: str = "ds_tiny", seed: int = 0, num_classes: int = 10, image_size: int = 16) -> Supernet:
-    """A small supernet in eval mode, every parameter and statistic of which is away from its initial value."""
+    """A small supernet in eval mode, every parameter and statistic of which is away from its
+    initial value."""
     supernet = create(family, task(num_classes, image_size), SMALL_OPTIONS.get(family, {}), seed=seed)
     return shaken(supernet, seed).eval()
 
 
 def lively_supernet(family: str = "ds_tiny", seed: int = 0, num_classes: int = 10, image_size: int = 16) -> Supernet:
-    """A small supernet whose answers depend on the image: statistics at random let the signal die out before the logits."""
+    """A small supernet whose answers depend on the image: statistics at random let the signal die
+    out before the logits."""
     supernet = small_supernet(family, seed, num_classes, image_size)
     recalibrate(supernet, [NORMALIZATION.apply(random_pixels(128, image_size, seed + 1))])
     return supernet.eval()
@@ -73,7 +76,8 @@ def three_gate_supernet(seed: int = 0, **options: Any) -> Supernet:
 
 @torch.no_grad()
 def shaken(supernet: Supernet, seed: int = 0) -> Supernet:
-    """The supernet itself, with random affine pairs, biases and running statistics and logits of order 1."""
+    """The supernet itself, with random affine pairs, biases and running statistics and logits of
+    order 1."""
     generator = torch.Generator().manual_seed(seed + 1000)
     for name, parameter in supernet.named_parameters():
         if parameter.ndim == 1:
@@ -133,7 +137,8 @@ def small_run(mode: str = "ib", **changes: Any) -> SupernetRun:
 
 
 def random_tree(num_routes: int, num_gates: int = 1) -> RouteTree:
-    """Every path through gates of equally many choices each; `num_routes` is that number to the power of `num_gates`."""
+    """Every path through gates of equally many choices each; `num_routes` is that number to the
+    power of `num_gates`."""
     choices = round(num_routes ** (1 / num_gates))
     if choices**num_gates != num_routes:
         raise ValueError(f"{num_routes} routes are no full tree of {num_gates} gates")
@@ -158,10 +163,11 @@ def random_table(
     split: str = "gate",
     num_gates: int = 1,
 ) -> RoutingTable:
-    """A table with consistent columns in which routes of a higher number cost more and tend to be right.
+    """A table with consistent columns in which routes of a higher number cost more and tend to be
+    right.
 
-    With several gates the routes are all paths through gates of equally many choices, and a node's poolings have as many channels as its
-    number tells.
+    With several gates the routes are all paths through gates of equally many choices, and a node's
+    poolings have as many channels as its number tells.
     """
     rng = np.random.default_rng(seed)
     num_classes = 7
@@ -225,7 +231,8 @@ def supernet_table(supernet: Supernet, num_images: int = 24) -> RoutingTable:
 
 
 def stored_answers(table: RoutingTable, routes: Tensor, rows: Sequence[int] | None = None) -> Executed:
-    """What a table says of one route (int64 [B], none of them STOP) of some images each, by default of all."""
+    """What a table says of one route (int64 [B], none of them STOP) of some images each, by default
+    of all."""
     rows = list(range(table.num_images) if rows is None else rows)
     names = ("confidence", "margin", "entropy")
     stored = {name: torch.from_numpy(getattr(table, name)[rows, routes.numpy()]) for name in names}
@@ -235,7 +242,8 @@ def stored_answers(table: RoutingTable, routes: Tensor, rows: Sequence[int] | No
 def table_evidence(
     router: Router, table: RoutingTable, rows: Sequence[int], gate: int = 0, route: int = STOP, node: int = 0
 ) -> Evidence:
-    """What a router sees of some images of a table that stand at a node of a gate, through which `route` passes."""
+    """What a router sees of some images of a table that stand at a node of a gate, through which
+    `route` passes."""
     parts = {name: torch.from_numpy(table.part(name, gate, node)[list(rows)]) for name in router.needs}
     return Evidence(parts, len(rows), gate=gate, route=route)
 
@@ -252,7 +260,8 @@ def random_head(generator: torch.Generator, num_features: int, num_options: int,
 
 
 def random_router(kind: str, table: RoutingTable, seed: int = 0, routes: Sequence[int] | None = None) -> Router:
-    """A router of any kind over some routes (rising; all by default), its scores balanced so that images of the table part ways."""
+    """A router of any kind over some routes (rising; all by default), its scores balanced so that
+    images of the table part ways."""
     generator = torch.Generator().manual_seed(seed)
     ids = tuple(range(table.num_routes)) if routes is None else tuple(routes)
     if kind in ("gates", "evidence_gates"):
@@ -314,7 +323,8 @@ def _random_gates(
 
 
 def products_keep_apart() -> bool:
-    """Whether a batched product of torch is the same to the bit beside others, at the sizes of gates; MKL in its mode does that."""
+    """Whether a batched product of torch is the same to the bit beside others, at the sizes of
+    gates; MKL in its mode does that."""
     draw = torch.Generator().manual_seed(0)
     for rows, inner, columns in itertools.product((1, 3, 8, 14), (1, 5, 24, 66), (1, 7, 17, 51, 100, 270)):
         left = torch.randn(8, rows, inner, generator=draw)

@@ -1,4 +1,5 @@
-"""MKL's mode: chosen by the processor, the user's own where there is one, and in effect in this very process."""
+"""MKL's mode: chosen by the processor, the user's own where there is one, and in effect in this
+very process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Modules of the user that have the names of ours, of the standard library's or of installed packages, in all places where Python looks."""
+"""Modules of the user that have the names of ours, of the standard library's or of installed
+packages, in all places where Python looks."""
 
 from __future__ import annotations
 
@@ -66,7 +67,8 @@ def test_the_program_finds_our_packages_and_the_installed_ones_before_the_users(
 
 
 def test_an_editable_install_is_found_too(hostile: Path) -> None:
-    """Its finder comes after the search of sys.path, where `-c` and PYTHONPATH put the user's folder."""
+    """Its finder comes after the search of sys.path, where `-c` and PYTHONPATH put the user's
+    folder."""
     finder = (
         "import sys; from importlib.util import spec_from_file_location as at\n"
         "class Editable:\n"
@@ -82,7 +84,8 @@ def test_an_editable_install_is_found_too(hostile: Path) -> None:
 
 
 def test_modules_run_by_python_survive_what_lies_beside_them(tmp_path: Path) -> None:
-    """`python -m` looks into the working directory first: only a namesake of the module's own package is in its way."""
+    """`python -m` looks into the working directory first: only a namesake of the module's own
+    package is in its way."""
     others = ("search", "dashboards", "json", "random", "numpy", "torch", "ray", "optuna")
     folder = write_hostile_modules(tmp_path / "photos", others)
     ended = run(folder, "-m", "dsnet.training", "--help", **path_of(REPOSITORY))

@@ -49,5 +49,6 @@ for name in names:
 
 
 def test_every_module_imports_where_the_platforms_are_absent() -> None:
-    """Setting a module to None makes its import fail, also one that a dependency of ours would do unasked."""
+    """Setting a module to None makes its import fail, also one that a dependency of ours would do
+    unasked."""
     assert "dsnet" in loaded_modules(IMPORT_ALL % (FORBIDDEN,))

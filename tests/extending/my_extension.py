@@ -1,4 +1,5 @@
-"""One file outside of the packages that adds a network family, a kind of router, a metric and an exporter.
+"""One file outside of the packages that adds a network family, a kind of router, a metric and an
+exporter.
 
 The recipes of CONTRIBUTING.md follow it. It is found by `DSNET_PLUGINS=my_extension`.
 """
@@ -45,7 +46,8 @@ families.register(Family("my_tiny", {**TINY.defaults, "num_routes": 3}, _layout,
 # A kind of router: the sum of the hidden vector decides between two routes.
 @dataclass(frozen=True)
 class SumRouter:
-    """Images whose hidden vector sums to less than the threshold take the first route, the others the second."""
+    """Images whose hidden vector sums to less than the threshold take the first route, the others
+    the second."""
 
     first: int
     second: int

@@ -1,4 +1,5 @@
-"""A family, a kind of router, a metric and an exporter from one file outside of the packages: sweep, report and export with them."""
+"""A family, a kind of router, a metric and an exporter from one file outside of the packages:
+sweep, report and export with them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""One tiny sweep, run to its end once in a process of its own, for all tests that only look at it."""
+"""One tiny sweep, run to its end once in a process of its own, for all tests that only look at
+it."""
 
 from __future__ import annotations
 

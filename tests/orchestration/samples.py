@@ -1,4 +1,5 @@
-"""A tiny sweep, the real command line inside this process or in one of its own, and what a process leaves on the machine."""
+"""A tiny sweep, the real command line inside this process or in one of its own, and what a process
+leaves on the machine."""
 
 from __future__ import annotations
 
@@ -43,7 +44,8 @@ SWEEP = "tiny.yaml"
 WITHOUT_MLFLOW = ("--set", "tracking.mlflow=false")
 PROGRAM = (sys.executable, "-c", "from dsnet_orch import main; main()")
 MARK = "DSNET_TEST_MARK"
-"""Environment variable by which all processes of one command are found, whoever their parent is by now."""
+"""Environment variable by which all processes of one command are found, whoever their parent is by
+now."""
 
 
 @dataclass(frozen=True)
@@ -68,9 +70,11 @@ def write_sweep(folder: Path, text: str = TINY, name: str = SWEEP) -> Path:
 
 
 def call(folder: Path, *arguments: str | Path) -> Answer:
-    """The entry point of `dsnet-orch` inside this process: quick, and a launch shares the tests' Ray cluster.
+    """The entry point of `dsnet-orch` inside this process: quick, and a launch shares the tests'
+    Ray cluster.
 
-    An exception that the entry point lets through is the test's failure, so that no traceback can hide here.
+    An exception that the entry point lets through is the test's failure, so that no traceback can
+    hide here.
     """
     out, err, argv, code = io.StringIO(), io.StringIO(), sys.argv, 0
     sys.argv = ["dsnet-orch", *map(str, arguments)]
@@ -230,14 +234,16 @@ class Finished:
         return RunResults(self.run)
 
     def copy(self, folder: Path) -> Path:
-        """A copy that a test may change: `folder` with the sweep file and `runs/`, MLflow left out."""
+        """A copy that a test may change: `folder` with the sweep file and `runs/`, MLflow left
+        out."""
         write_sweep(folder)
         shutil.copytree(self.run.path, folder / "runs" / "tiny", symlinks=True)
         return folder
 
 
 def run_tiny_sweep(folder: Path) -> Finished:
-    """Launch the tiny sweep and wait for its end, in a folder whose modules have the names of ours and of what we need."""
+    """Launch the tiny sweep and wait for its end, in a folder whose modules have the names of ours
+    and of what we need."""
     write_sweep(folder)
     write_hostile_modules(folder)
     command = Command(folder, "launch", SWEEP, python_path=[folder])
@@ -266,7 +272,8 @@ def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 TIMES = "latency_ms"
-"""What the names of metrics begin with that no two runs measure alike, of any batch size and device."""
+"""What the names of metrics begin with that no two runs measure alike, of any batch size and
+device."""
 
 
 def study_of(results: RunResults) -> list[tuple[Any, ...]]:
@@ -282,7 +289,8 @@ def study_of(results: RunResults) -> list[tuple[Any, ...]]:
 
 
 def problems_of_message(answer: Answer, parts: Sequence[str]) -> list[str]:
-    """What a user would object to in a refusal: a traceback, an internal error, more than one message, missing parts."""
+    """What a user would object to in a refusal: a traceback, an internal error, more than one
+    message, missing parts."""
     problems = [f"{bad!r} in stderr" for bad in ("Traceback", "internal error") if bad in answer.err]
     if sum(line.lower().startswith("error:") for line in answer.err.splitlines()) != 1:
         problems.append("not exactly one message")

@@ -1,4 +1,5 @@
-"""What a launch tells while it runs: lines on a pipe, a file for `status`, and how long the rest takes."""
+"""What a launch tells while it runs: lines on a pipe, a file for `status`, and how long the rest
+takes."""
 
 from __future__ import annotations
 

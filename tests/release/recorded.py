@@ -1,7 +1,8 @@
-"""What release 0.1.0 computed, recorded once: `python -m tests.release.recorded` writes data/*.json again with the code at hand.
+"""What release 0.1.0 computed, recorded once: `python -m tests.release.recorded` writes data/*.json
+again with the code at hand.
 
-A change of these files is a change of behaviour: of stage keys, it makes every user's finished stages run again. Change them on
-purpose, and say so in CHANGELOG.md.
+A change of these files is a change of behaviour: of stage keys, it makes every user's finished
+stages run again. Change them on purpose, and say so in CHANGELOG.md.
 """
 
 from __future__ import annotations
@@ -59,7 +60,8 @@ def study_of_release(results: RunResults) -> list[dict[str, Any]]:
 
 
 def stage_keys() -> dict[str, dict[str, str]]:
-    """Keys of the stages before verify, by "file" or "file --preset name", and of every supernet of the sweep of supernets."""
+    """Keys of the stages before verify, by "file" or "file --preset name", and of every supernet of
+    the sweep of supernets."""
     found = {}
     for name, presets in SWEEPS.items():
         for preset in presets:
@@ -102,7 +104,8 @@ def _keys_of(prepared: Prepared) -> dict[str, str]:
 
 
 def _like_cifar10(sizes: Mapping[str, Any]) -> Images:
-    """60,000 small images in the split of CIFAR-10: stage keys depend on the data, and these are the same everywhere."""
+    """60,000 small images in the split of CIFAR-10: stage keys depend on the data, and these are
+    the same everywhere."""
     count, num_test = 60_000, 10_000
     pixels = torch.arange(251, dtype=torch.uint8).repeat(count * 3 * SIZE * SIZE // 251 + 1)
     images = pixels[: count * 3 * SIZE * SIZE].view(count, 3, SIZE, SIZE)
@@ -116,7 +119,8 @@ def _like_cifar10(sizes: Mapping[str, Any]) -> Images:
 
 
 def write() -> None:
-    """Record everything but the run folder, which `dsnet-orch launch` made of the settings in data/run/sweep.yaml."""
+    """Record everything but the run folder, which `dsnet-orch launch` made of the settings in
+    data/run/sweep.yaml."""
     DATA.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         copy_of_run(Path(folder))

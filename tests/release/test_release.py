@@ -1,6 +1,8 @@
-"""What release 0.1.0 computed and stored stays: stage keys, the schema of sweep files, the draws of a study, and a run folder.
+"""What release 0.1.0 computed and stored stays: stage keys, the schema of sweep files, the draws of
+a study, and a run folder.
 
-Whatever depends on the processor (weights, hence gates, to the bit) is compared within one run elsewhere, not with these records.
+Whatever depends on the processor (weights, hence gates, to the bit) is compared within one run
+elsewhere, not with these records.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""The check before a search: quiet where products are each their own, and loud where one depends on its company."""
+"""The check before a search: quiet where products are each their own, and loud where one depends on
+its company."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ from tests.search.test_gate_trial import DEFAULTS, latency
 
 LEARNING = ["gate", "evidence_gate", "gates", "evidence_gates", "learned_cascade"]
 SMALL = {**DEFAULTS, "gate.optimizer.batch_size": 17, "gate.perceptron.hidden_units": 3}
-"""Sizes at which MKL's kernels for AMD processors round by the company where `MKL_CBWR` is not set."""
+"""Sizes at which MKL's kernels for AMD processors round by the company where `MKL_CBWR` is not
+set."""
 
 
 def check_of(**space: Any) -> GateCheck:

@@ -1,4 +1,5 @@
-"""Warnings about a training, on made-up curves and accuracies: each fires where it should, and not on a training that went well."""
+"""Warnings about a training, on made-up curves and accuracies: each fires where it should, and not
+on a training that went well."""
 
 from __future__ import annotations
 

@@ -14,7 +14,8 @@ first. Each has running statistics;
   of them.
 - Sub-network 13 and the teacher have equal widths from the gated stage on, and therefore share
 their statistics there. Ours are keyed
-  by all widths up to the layer (docs/methods.md, section 3): two sets of ours start with the same values, and differ
+  by all widths up to the layer (docs/methods.md, section 3): two sets of ours start with the same
+      values, and differ
   after recalibration or training.
 - The slimming head is stored in the gated block's attention, with one row per route. In our terms
 it is a router and not a part of the

@@ -173,7 +173,8 @@ def test_cutout_and_erasing_come_after_the_tonal_operations() -> None:
 
 
 class RefusesToWait(TorchDispatchMode):
-    """Stops at operations whose result the host must know before it can go on: on a GPU they wait for it."""
+    """Stops at operations whose result the host must know before it can go on: on a GPU they wait
+    for it."""
 
     WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "bincount", "unique", "equal", "is_nonzero")
 

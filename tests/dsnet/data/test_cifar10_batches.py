@@ -1,4 +1,5 @@
-"""CIFAR-10's official python batches, made by the tests as Python 2 and Python 3 write them, and hostile ones."""
+"""CIFAR-10's official python batches, made by the tests as Python 2 and Python 3 write them, and
+hostile ones."""
 
 from __future__ import annotations
 
@@ -35,7 +36,8 @@ def labels_of(number: int) -> list[int]:
 
 
 def by_python_2(data: np.ndarray, labels: list[int]) -> bytes:
-    """What cPickle of Python 2 wrote for the official files, opcode by opcode: all strings are bytes (U, T)."""
+    """What cPickle of Python 2 wrote for the official files, opcode by opcode: all strings are
+    bytes (U, T)."""
 
     def text(value: bytes) -> bytes:
         return b"U" + bytes([len(value)]) + value

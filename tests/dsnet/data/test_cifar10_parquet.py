@@ -1,4 +1,5 @@
-"""CIFAR-10 in the hub's parquet layout, made by the tests: whole, in shards, broken, and the real one where it lies."""
+"""CIFAR-10 in the hub's parquet layout, made by the tests: whole, in shards, broken, and the real
+one where it lies."""
 
 from __future__ import annotations
 
@@ -37,7 +38,8 @@ def encoded(pixels: np.ndarray, kind: str = "PNG") -> bytes:
 
 
 def make_rows(num_rows: int, first_seed: int = 0) -> Rows:
-    """Lossless images of noise, one class after the other; the path names the class as the hub's files do."""
+    """Lossless images of noise, one class after the other; the path names the class as the hub's
+    files do."""
     return [
         {
             "img": {"bytes": encoded(noise(first_seed + row)), "path": f"{CLASS_NAMES[row % 10]}/{row:04d}.png"},

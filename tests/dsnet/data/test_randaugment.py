@@ -1,4 +1,5 @@
-"""RandAugment-style augmentation: what is drawn, and where pixels go, against Pillow and a pixel-by-pixel oracle."""
+"""RandAugment-style augmentation: what is drawn, and where pixels go, against Pillow and a
+pixel-by-pixel oracle."""
 
 from __future__ import annotations
 
@@ -70,7 +71,8 @@ def test_a_move_does_what_pillow_does(operation: Operation, sign: float) -> None
 
 
 def test_several_moves_are_composed_in_their_order() -> None:
-    """Following each pixel through the moves one by one, in double precision, ends at the same source."""
+    """Following each pixel through the moves one by one, in double precision, ends at the same
+    source."""
     images = pictures(1, 20, 20)
     order = (Operation.ROTATE, Operation.TRANSLATE_X, Operation.SHEAR_Y)
     result = apply_randaugment(images, drawn(order), 5.0)[0]

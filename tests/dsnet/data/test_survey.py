@@ -1,4 +1,5 @@
-"""Folders of images as a person has them: seen as they are, or refused with what was found and what is expected."""
+"""Folders of images as a person has them: seen as they are, or refused with what was found and what
+is expected."""
 
 from __future__ import annotations
 

@@ -67,7 +67,8 @@ def test_an_operation_does_what_pillow_does(tone: Tone, kind: str, channels: int
     result = adjust(images, torch.full((5,), int(tone)), strength(factors))
     assert result.dtype == torch.uint8
     difference = np.abs(result.numpy().astype(int) - with_pillow(images, tone, factors))
-    # Autocontrast: Pillow's table is rounded in floating point; blends: a product that ends on a whole number.
+    # Autocontrast: Pillow's table is rounded in floating point; blends: a product that ends on a
+    # whole number.
     assert difference.max() <= 1
     assert (difference > 0).mean() < (0.1 if tone == Tone.AUTOCONTRAST else 1e-3)
 

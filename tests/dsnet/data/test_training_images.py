@@ -1,4 +1,5 @@
-"""Training images from memory and from files: same bits for the same rows and seed, on any number of threads."""
+"""Training images from memory and from files: same bits for the same rows and seed, on any number
+of threads."""
 
 from __future__ import annotations
 

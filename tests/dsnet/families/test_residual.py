@@ -21,7 +21,8 @@ SMALL = {"depth": 14, "width": 0.5, "ratios": [0.5, 1.0]}
 
 
 def published_params(subnets: SubnetSet, extra_projection: int) -> int:
-    """Parameters of the full network without what this family adds: attentions and a projection in the first stage of basic blocks."""
+    """Parameters of the full network without what this family adds: attentions and a projection in
+    the first stage of basic blocks."""
     spec = subnets.spec
     attentions = 0
     for op in spec.ops:

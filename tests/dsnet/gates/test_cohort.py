@@ -56,7 +56,8 @@ def trained(table: RoutingTable, kind: str, lanes: Sequence[GateSettings]) -> li
 
 @dataclass
 class Spelled:
-    """Stage II on one gate or a tree of gates as docs/methods.md, section 5, writes it, in float64, by autograd."""
+    """Stage II on one gate or a tree of gates as docs/methods.md, section 5, writes it, in float64,
+    by autograd."""
 
     table: RoutingTable
     settings: GateSettings

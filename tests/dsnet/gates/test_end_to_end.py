@@ -1,4 +1,5 @@
-"""Gates trained on images, against the routing table, against slicing image by image, and against finite differences."""
+"""Gates trained on images, against the routing table, against slicing image by image, and against
+finite differences."""
 
 from __future__ import annotations
 
@@ -187,7 +188,8 @@ def test_one_gate_says_what_each_images_own_route_says() -> None:
 
 
 def switched_madds(supernet: Supernet, path: Sequence[int], gate: int, choice: int, size: int) -> int:
-    """MAdds of a path of ratios with one exchanged, by the name of the sub-network that takes it."""
+    """MAdds of a path of ratios with one exchanged, by the name of the sub-network that takes
+    it."""
     other = list(path)
     other[gate] = choice
     name = "path-" + "".join(map(str, other))
@@ -196,8 +198,9 @@ def switched_madds(supernet: Supernet, path: Sequence[int], gate: int, choice: i
 
 
 class PlainRelaxation:
-    """The loss near a sample, image by image and without autograd: every gate's weights are its one-hot sample at the heads `start`,
-    plus what softmax has moved since. Its slope is what straight-through training must follow."""
+    """The loss near a sample, image by image and without autograd: every gate's weights are its
+    one-hot sample at the heads `start`, plus what softmax has moved since. Its slope is what
+    straight-through training must follow."""
 
     def __init__(self, supernet: Supernet, objective: GateObjective, images: Tensor, labels: Tensor) -> None:
         self.supernet, self.objective, self.images, self.labels = supernet, objective, images, labels

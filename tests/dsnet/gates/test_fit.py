@@ -1,4 +1,5 @@
-"""Stage II as a whole: what a trained, calibrated router does, against known optima, its target and independent sums."""
+"""Stage II as a whole: what a trained, calibrated router does, against known optima, its target and
+independent sums."""
 
 from __future__ import annotations
 
@@ -48,7 +49,8 @@ def with_hidden(table: RoutingTable, hidden: np.ndarray[Any, Any]) -> RoutingTab
 
 
 def telling_table(seed: int, *, is_monotone: bool, easy_share: float = 0.0) -> RoutingTable:
-    """240 images by 8 routes: each image has one cheapest right route, which the hidden vector names; wider ones are right too, or none is.
+    """240 images by 8 routes: each image has one cheapest right route, which the hidden vector
+    names; wider ones are right too, or none is.
 
     The confidence of every route tells exactly whether it is right.
     """
@@ -187,7 +189,8 @@ def test_no_other_price_brings_a_router_that_decides_once_nearer_to_its_target(k
 
 @pytest.mark.parametrize("kind", ["gates", "evidence_gates"])
 def test_no_other_price_brings_gates_nearer_to_their_target_by_more_than_an_image(kind: str) -> None:
-    """Few hidden units leave many images alike, which then move together: the nearest step may be far, but it is found."""
+    """Few hidden units leave many images alike, which then move together: the nearest step may be
+    far, but it is found."""
     gate, val = (random_table(100, 8, seed=seed, num_gates=3) for seed in (1, 2))
     for target in (0.1, 0.5):
         fit = fit_gate(gate, val, replace(QUICK, router=kind, target=target))
@@ -228,7 +231,8 @@ def ending_cost(fit: GateFit, table: RoutingTable, route: int) -> float:
 
 
 def path_probabilities(fit: GateFit, table: RoutingTable, image: int) -> dict[int, float]:
-    """Of each route, if every decision drew from the softmax of its calibrated scores at temperature 0.5."""
+    """Of each route, if every decision drew from the softmax of its calibrated scores at
+    temperature 0.5."""
     router: Any = fit.router
     if isinstance(router, GatesRouter):
         result = dict.fromkeys(router.routes, 1.0)
@@ -369,7 +373,8 @@ def test_features_that_are_dead_on_the_gate_split_count_for_nothing_on_val(kind:
 
 
 def right_answers(table: RoutingTable, first: int, second: int, target: float) -> int:
-    """Of a cascade of which as many images go on as the target pays for, the least confident first."""
+    """Of a cascade of which as many images go on as the target pays for, the least confident
+    first."""
     share = min(max((target - table.madds[first]) / (table.madds[second] - table.trunk_madds), 0.0), 1.0)
     order = sorted(range(table.num_images), key=lambda image: table.confidence[image, first])
     going = set(order[: round(share * table.num_images)])

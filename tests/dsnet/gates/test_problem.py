@@ -1,4 +1,5 @@
-"""What a router learns: targets, costs, routing spaces, beams and features, against loops and brute force."""
+"""What a router learns: targets, costs, routing spaces, beams and features, against loops and brute
+force."""
 
 from __future__ import annotations
 
@@ -90,7 +91,8 @@ def test_thresholds_are_inclusive_where_the_contract_says_so() -> None:
 
 
 def test_smallest_and_largest_are_by_the_cost_that_is_paid() -> None:
-    """A learned cascade's first route is its cheapest, though its tail alone may cost more than another's."""
+    """A learned cascade's first route is its cheapest, though its tail alone may cost more than
+    another's."""
     table = random_table(30, 3)
     paid = np.array([9.0, 1.0, 5.0])
     met = sgs_targets(table, (0, 1, 2), GateSettings(), paid)
@@ -153,7 +155,8 @@ def test_an_empty_routing_space_means_all_routes() -> None:
 
 
 def below_envelope(table: RoutingTable) -> list[float]:
-    """How far each route lies below every chord between two routes that spans its cost, by brute force."""
+    """How far each route lies below every chord between two routes that spans its cost, by brute
+    force."""
     cost, top1 = table.madds, table.top1()
     depth = [max(top1[cost == cost[k]]) - top1[k] for k in range(table.num_routes)]
     for i, j in combinations(range(table.num_routes), 2):

@@ -1,4 +1,5 @@
-"""One gate per stage at a price: routes, costs and softmax against path by path enumeration, and the deployed router."""
+"""One gate per stage at a price: routes, costs and softmax against path by path enumeration, and
+the deployed router."""
 
 from __future__ import annotations
 

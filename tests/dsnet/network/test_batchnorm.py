@@ -66,7 +66,8 @@ def test_every_set_of_every_sub_network_is_touched_and_nothing_else(case: Case) 
 
 
 def _times_each_batch_was_seen(updates: Tensor | None, batches: list[Tensor]) -> int:
-    """Sub-networks that agree beyond a gate update what they share in turn: every batch equally often, so the average is the same."""
+    """Sub-networks that agree beyond a gate update what they share in turn: every batch equally
+    often, so the average is the same."""
     assert updates is not None
     times, rest = divmod(int(updates), len(batches))
     assert rest == 0

@@ -36,7 +36,8 @@ def test_update_equals_the_recurrence_for_parameters_and_float_buffers() -> None
 
 
 def test_it_follows_a_student_whose_state_was_loaded() -> None:
-    """Loading writes in place, so the pairs of tensors that were looked up once stay the right ones."""
+    """Loading writes in place, so the pairs of tensors that were looked up once stay the right
+    ones."""
     student = small_supernet(seed=0)
     ema = Ema(student)
     student.load_state_dict(small_supernet(seed=1).state_dict())

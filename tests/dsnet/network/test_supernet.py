@@ -1,4 +1,5 @@
-"""What holds for every registered family, whatever its options, its normalisation and its sub-networks."""
+"""What holds for every registered family, whatever its options, its normalisation and its
+sub-networks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What every router keeps to, whatever its kind; and what each kind decides, against a calculation of its own in numpy."""
+"""What every router keeps to, whatever its kind; and what each kind decides, against a calculation
+of its own in numpy."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ from dsnet.routing.routing_table import RoutingTable
 from tests.dsnet.samples import random_router, random_table, stored_answers, table_evidence
 
 SPACES = {1: (None, (0, 2, 3)), 3: (None, (1, 4, 5, 7))}
-"""Routing spaces by number of gates; in the second of three gates the router's nodes have other numbers than the table's."""
+"""Routing spaces by number of gates; in the second of three gates the router's nodes have other
+numbers than the table's."""
 
 
 @lru_cache
@@ -72,7 +74,8 @@ class Asked:
 def round_of(
     router: Router, table: RoutingTable, rows: Sequence[int], executed: tuple[Executed, ...], ids: Sequence[int]
 ) -> tuple[list[Asked], Tensor]:
-    """Everything that a router is asked in one round about images of a table, and the route that each runs.
+    """Everything that a router is asked in one round about images of a table, and the route that
+    each runs.
 
     `ids` holds the router's id of each of the table's routes.
     """
@@ -269,7 +272,8 @@ class TestRouterContract:
 
 
 def margin_of_images(router: Router, table: RoutingTable, rows: Sequence[int]) -> list[float]:
-    """The smallest margin of every image, asked at the first gate, and once the first route has run."""
+    """The smallest margin of every image, asked at the first gate, and once the first route has
+    run."""
     evidence = table_evidence(router, table, rows)
     first = router.step(evidence, ())
     answers = stored_answers(table, first, rows)
@@ -383,7 +387,8 @@ def shifted(offset: Tensor, index: int, shift: float) -> Tensor:
 
 
 def counted_decision(case: Case, router: Router, route: int) -> int:
-    """MAdds of all decisions on the way to a route: products, and two poolings of 4 x 4 positions where they are read."""
+    """MAdds of all decisions on the way to a route: products, and two poolings of 4 x 4 positions
+    where they are read."""
     hidden, channels, positions = 6, 3, 16
     num_routes = len(router.routes)
     match case.kind:
@@ -469,7 +474,8 @@ def test_a_summary_equals_the_calculation_in_numpy() -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_a_learned_cascade_that_is_no_tie_survives_the_other_rounding_of_a_logit(seed: int) -> None:
-    """Between a table's half precision and another processor's float32 a logit may come out as the next half number."""
+    """Between a table's half precision and another processor's float32 a logit may come out as the
+    next half number."""
     table = table_of(1)
     router = random_router("learned_cascade", table, seed)
     assert isinstance(router, LearnedCascadeRouter)

@@ -15,7 +15,8 @@ from dsnet.routing.calibration import calibrate, confidence_threshold, nearest_p
 
 
 def steps_of(scores: NDArray[np.float64], cost: NDArray[np.float64]) -> list[tuple[float, float, float]]:
-    """(low, high, mean cost) of every interval of beta on which no image changes its cost, from all breakpoints."""
+    """(low, high, mean cost) of every interval of beta on which no image changes its cost, from all
+    breakpoints."""
     num_images, num_routes = scores.shape
     points = {
         float((scores[i, k] - scores[i, j]) / (cost[k] - cost[j]))

@@ -1,4 +1,5 @@
-"""Retracing: ties go to what was recorded, clear decisions do not, and nothing else of the router changes."""
+"""Retracing: ties go to what was recorded, clear decisions do not, and nothing else of the router
+changes."""
 
 from __future__ import annotations
 
@@ -80,7 +81,8 @@ def test_an_undecided_cascade_retraced_to_its_first_route_pays_for_that_alone() 
 
 
 def test_at_a_later_gate_only_images_on_the_recorded_path_follow_it() -> None:
-    # Gate 0 decides clearly, the second gate's scores are all equal: images that gate 0 sends elsewhere keep the router's own choice there.
+    # Gate 0 decides clearly, the second gate's scores are all equal: images that gate 0 sends
+    # elsewhere keep the router's own choice there.
     table = TABLES[2]
     router = random_router("gates", table)
     assert isinstance(router, GatesRouter)

@@ -1,4 +1,5 @@
-"""Routing on a table: the walk of each image alone, what it costs, and what the network itself does."""
+"""Routing on a table: the walk of each image alone, what it costs, and what the network itself
+does."""
 
 from __future__ import annotations
 
@@ -55,7 +56,8 @@ def images() -> Tensor:
     return NORMALIZATION.apply(tensor_data(NUM_IMAGES).images("val"))
 
 
-# The second spaces leave nodes out, so that the router's nodes have other numbers than the network's.
+# The second spaces leave nodes out, so that the router's nodes have other numbers than the
+# network's.
 SPACES = (
     ("ds_tiny", None),
     ("ds_mbnet", None),
@@ -217,7 +219,8 @@ class Stubborn:
 
 
 class Restless(Stubborn):
-    """Stops every second image after its first route, and the rest after the second; it has no memory of whom it has stopped."""
+    """Stops every second image after its first route, and the rest after the second; it has no
+    memory of whom it has stopped."""
 
     routes = (0, 1, 2)
 

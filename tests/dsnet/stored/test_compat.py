@@ -1,4 +1,5 @@
-"""Released checkpoints: read exactly or refused whole, and never run. (That the names mean what we think is in test_parity.)"""
+"""Released checkpoints: read exactly or refused whole, and never run. (That the names mean what we
+think is in test_parity.)"""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ NUM_CLASSES, SIZE = 7, 32
 
 
 def released_from(supernet: Supernet, seed: int) -> dict[str, Tensor]:
-    """The supernet's tensors as a released state dict; statistics that the format shares take one of our values for both."""
+    """The supernet's tensors as a released state dict; statistics that the format shares take one
+    of our values for both."""
     names = published_names(supernet)
     generator = torch.Generator().manual_seed(seed)
     released = {HEAD: torch.randn((4, 66, 1, 1), generator=generator)}

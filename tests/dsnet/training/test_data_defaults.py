@@ -1,4 +1,5 @@
-"""Defaults that follow from the training images: sane for every size of data, and consistent among themselves."""
+"""Defaults that follow from the training images: sane for every size of data, and consistent among
+themselves."""
 
 from __future__ import annotations
 

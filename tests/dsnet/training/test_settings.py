@@ -125,7 +125,8 @@ def test_settings_survive_json() -> None:
 
 
 def test_records_of_the_first_release_are_read_as_it_trained() -> None:
-    """It had no `trust` and no `largest_first`; records of runs by the published settings still have neither."""
+    """It had no `trust` and no `largest_first`; records of runs by the published settings still
+    have neither."""
     published = small_run(bootstrapping=BootstrapSettings(trust="full"))
     assert not {"trust", "largest_first"} & published.to_json()["bootstrapping"].keys()
     assert SupernetRun.from_json(published.to_json()).bootstrapping.trust == "full"

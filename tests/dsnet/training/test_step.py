@@ -196,7 +196,8 @@ def test_a_set_without_random_members_trains_with_every_teacher() -> None:
 @pytest.mark.parametrize("family", family_names())
 @pytest.mark.parametrize("kind", TEACHERS)
 def test_a_set_of_one_member_takes_a_plain_step(family: str, kind: str) -> None:
-    """One forward and backward with the labels: the same gradients and statistics as the network on its own, to the bit."""
+    """One forward and backward with the labels: the same gradients and statistics as the network on
+    its own, to the bit."""
     blueprint = small_supernet(family, seed=0)
     only = SubnetSet(blueprint.spec, (blueprint.subnets.largest,))
     nets = [type(blueprint)(blueprint.spec, only, torch.Generator().manual_seed(0)).train() for _ in range(2)]
@@ -218,7 +219,8 @@ def test_a_set_of_one_member_takes_a_plain_step(family: str, kind: str) -> None:
 
 
 def test_a_teacher_that_knows_nothing_leaves_the_labels_and_a_sure_one_replaces_them() -> None:
-    """The share of the soft label is the probability that the teacher gives to the label: here 0 or 1."""
+    """The share of the soft label is the probability that the teacher gives to the label: here 0 or
+    1."""
     student, _ = student_and_teacher()
     labels = random_labels(6)
     losses = {}

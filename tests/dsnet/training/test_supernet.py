@@ -55,7 +55,8 @@ class Killed(BaseException):
 
 
 class KillAt:
-    """A stop question that raises at its n-th call, as a kill at that step would end the process."""
+    """A stop question that raises at its n-th call, as a kill at that step would end the
+    process."""
 
     def __init__(self, call: int, outcome: Callable[[], bool]) -> None:
         self.call = call
@@ -142,7 +143,8 @@ def test_whoever_looks_at_the_end_of_an_epoch_changes_nothing(uninterrupted: Pat
     assert final is None
     assert [epochs for epochs, *_ in seen] == [1, 2]
     final = train(tmp_path, on_epoch=look)
-    # The run stopped inside the third epoch, so the second one's end is not met again; the last one's is the result's.
+    # The run stopped inside the third epoch, so the second one's end is not met again; the last
+    # one's is the result's.
     assert seen == [(epochs, [f"epoch-{epochs:05d}"], True) for epochs in (1, 2, 3)]
     assert final is not None
     assert load_checkpoint(final)[1]["sha256"] == load_checkpoint(uninterrupted / "final")[1]["sha256"]
@@ -163,7 +165,8 @@ def test_a_run_that_goes_on_from_the_end_of_an_epoch_shows_it_again(tmp_path: Pa
 
 
 def test_curves_do_not_tell_where_a_run_was_stopped(tmp_path: Path) -> None:
-    """Nine steps an epoch make a report of every second one: a stop between two reports must not change the means."""
+    """Nine steps an epoch make a report of every second one: a stop between two reports must not
+    change the means."""
     run = small_run(train=replace(small_run().train, epochs=2, batch_size=4))
     images, labels = random_pixels(36, 8), random_labels(36)
     train(tmp_path / "a", run, images=images, labels=labels)
@@ -240,7 +243,8 @@ def test_statistics_that_only_recalibration_makes_are_left_alone_by_training(tmp
 
 
 def test_one_step_of_micro_batches_is_the_mean_of_their_gradients() -> None:
-    """Without BatchNorm, whose statistics are those of a micro-batch, it is the step on the whole batch."""
+    """Without BatchNorm, whose statistics are those of a micro-batch, it is the step on the whole
+    batch."""
     states = []
     for parts in (1, 4):
         net = create("ds_tiny", task(image_size=8), {**OPTIONS, "dropout": 0.0}, norm="group_norm", seed=4)
@@ -337,7 +341,8 @@ def test_what_a_kill_left_half_written_is_removed(tmp_path: Path) -> None:
 
 
 def test_another_number_of_steps_an_epoch_is_refused(tmp_path: Path) -> None:
-    """Three workers would make smaller whole batches of these, and a step would mean something else."""
+    """Three workers would make smaller whole batches of these, and a step would mean something
+    else."""
     run = small_run(train=TrainSettings(epochs=2, batch_size=11))
     train(tmp_path, run, should_stop=KillAt(3, lambda: True))
     three = SingleWorker()
@@ -405,7 +410,8 @@ def test_the_chosen_weights_are_kept_and_recalibrated(tmp_path: Path, weights: s
 
 
 def test_recalibration_of_all_images_sees_each_once_in_batches_of_like_size(tmp_path: Path) -> None:
-    """A last batch of one image would weigh as much as a full one, and has no variance where a layer has one pixel."""
+    """A last batch of one image would weigh as much as a full one, and has no variance where a
+    layer has one pixel."""
     run = small_run(train=TrainSettings(epochs=1, batch_size=16), recalibration_batch=NUM_IMAGES - 1)
     stem = train(tmp_path, run, net=supernet(stem_stride=2))
     assert stem is not None
@@ -596,7 +602,8 @@ GOLDEN = {
     "largest": (2.30634, 2.32298, 2.25550, 2.17323),
     "subnet-00": (2.30039, 2.29993, 2.29950, 2.29930),
 }
-"""Losses of the last four steps of the run below. A change that moves them changes the method, not only the code."""
+"""Losses of the last four steps of the run below. A change that moves them changes the method, not
+only the code."""
 
 
 def test_a_tiny_golden_run_does_not_move(uninterrupted: Path) -> None:
@@ -622,7 +629,8 @@ def test_learning_rate_rises_linearly_and_falls_as_half_a_cosine() -> None:
 def test_one_cycle_equals_torchs() -> None:
     parameter = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([parameter], lr=0.5)
-    # torch counts both ends of each flank: its last step stands at the end value, and its peak one step before the warm-up's end.
+    # torch counts both ends of each flank: its last step stands at the end value, and its peak one
+    # step before the warm-up's end.
     cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.5, total_steps=101, pct_start=21 / 101)
     expected = []
     for _ in range(101):

@@ -49,7 +49,8 @@ def _after(steps: int) -> Callable[[], bool]:
 
 
 def _votes(workers: DistributedWorkers, rank: int) -> list[bool]:
-    """What five steps hear: the first process wishes to stop in the second, the other one in the fourth."""
+    """What five steps hear: the first process wishes to stop in the second, the other one in the
+    fourth."""
     heard = []
     parameter = torch.nn.Parameter(torch.ones(2))
     for step in range(5):
@@ -117,7 +118,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict]]
 
 
 def test_averaged_gradients_are_the_mean_of_what_each_half_gives_alone(results: tuple[Path, list[dict]]) -> None:
-    """Each process normalises by its own half of the batch, so this is what data-parallel BatchNorm training means."""
+    """Each process normalises by its own half of the batch, so this is what data-parallel BatchNorm
+    training means."""
     images, labels = random_images(8), random_labels(8)
     halves = [_step_gradients(images[rank::2], labels[rank::2], SingleWorker()) for rank in range(2)]
     first, second = (result["gradients"] for result in results[1])
@@ -146,7 +148,8 @@ def test_both_processes_hold_equal_parameters_and_the_first_alone_writes(results
 
 
 def test_several_processes_resume_bit_identically(results: tuple[Path, list[dict]]) -> None:
-    """Float buffers are averaged at every epoch's end, so that one checkpoint holds the state of all."""
+    """Float buffers are averaged at every epoch's end, so that one checkpoint holds the state of
+    all."""
     folder, _ = results
     assert not list((folder / "resumed").glob("epoch-*-step-*"))  # in the middle of an epoch they differ
     finals = [(folder / name / "final.safetensors").read_bytes() for name in ("training", "resumed")]

@@ -1,4 +1,5 @@
-"""Bad input through the real command line: one message with what, where, the value and the way out, and nothing half-written."""
+"""Bad input through the real command line: one message with what, where, the value and the way out,
+and nothing half-written."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What of a bundle's claims is checked, and on which data. (What the command says of whole bundles is in test_export.)"""
+"""What of a bundle's claims is checked, and on which data. (What the command says of whole bundles
+is in test_export.)"""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The command line: help, what commands print for people and for scripts, and how little it imports to do so."""
+"""The command line: help, what commands print for people and for scripts, and how little it imports
+to do so."""
 
 from __future__ import annotations
 

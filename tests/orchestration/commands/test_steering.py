@@ -1,4 +1,5 @@
-"""More trials for a run, and points that a person wants tried: through the command line, on a run that has ended."""
+"""More trials for a run, and points that a person wants tried: through the command line, on a run
+that has ended."""
 
 from __future__ import annotations
 

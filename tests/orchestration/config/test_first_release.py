@@ -1,4 +1,5 @@
-"""A run folder of the first release goes on as it began: its sweep.yaml, and what it gave to `python -m dsnet.training`."""
+"""A run folder of the first release goes on as it began: its sweep.yaml, and what it gave to
+`python -m dsnet.training`."""
 
 from __future__ import annotations
 

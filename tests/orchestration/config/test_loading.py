@@ -1,4 +1,5 @@
-"""From files, presets, --set and flags to one configuration: precedence, origins, messages that point at the cause."""
+"""From files, presets, --set and flags to one configuration: precedence, origins, messages that
+point at the cause."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The configuration objects: ranges, rules between settings, distributions, YAML and JSON Schema, stage subsets."""
+"""The configuration objects: ranges, rules between settings, distributions, YAML and JSON Schema,
+stage subsets."""
 
 from __future__ import annotations
 

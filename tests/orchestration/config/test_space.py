@@ -1,4 +1,5 @@
-"""What the configuration says of the search: conditions of a space, constraints, first points, sampler, pruner, sweeps of supernets."""
+"""What the configuration says of the search: conditions of a space, constraints, first points,
+sampler, pruner, sweeps of supernets."""
 
 from __future__ import annotations
 
@@ -232,7 +233,8 @@ def test_a_condition_that_means_nothing_is_refused(space: dict[str, Any], messag
 
 
 def test_rules_between_settings_look_at_what_can_come_together() -> None:
-    """A first route behind the last one, and two kinds of target, are refused only where a trial could have both."""
+    """A first route behind the last one, and two kinds of target, are refused only where a trial
+    could have both."""
     router = {"gate.router": {"choice": ["gate", "evidence_gate"]}}
     for last_when, first_when, is_refused in (("gate", "gate", True), ("gate", "evidence_gate", False)):
         space = {

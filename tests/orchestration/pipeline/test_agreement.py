@@ -1,4 +1,5 @@
-"""Verify notices every image that does not do what the table said, and lets pass what rounding explains."""
+"""Verify notices every image that does not do what the table said, and lets pass what rounding
+explains."""
 
 from __future__ import annotations
 

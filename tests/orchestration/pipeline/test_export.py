@@ -1,4 +1,5 @@
-"""Bundles of a finished sweep: they classify as what was verified, claim what was found, and live without their run."""
+"""Bundles of a finished sweep: they classify as what was verified, claim what was found, and live
+without their run."""
 
 from __future__ import annotations
 
@@ -288,7 +289,8 @@ def test_every_file_of_a_bundle_that_is_tampered_with_is_noticed_and_named(
 
 
 def test_claims_that_the_data_does_not_bear_out_are_an_error(finished: Finished, tmp_path: Path) -> None:
-    # Exported by someone who wrote better numbers into the claims: files and examples are in order, the accuracy is not.
+    # Exported by someone who wrote better numbers into the claims: files and examples are in order,
+    # the accuracy is not.
     from orchestration.pipeline import export
 
     results = finished.results

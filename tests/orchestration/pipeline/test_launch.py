@@ -1,4 +1,5 @@
-"""One command from a sweep file to a verified front: what it leaves behind, and what launching again does and does not do."""
+"""One command from a sweep file to a verified front: what it leaves behind, and what launching
+again does and does not do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Interrupting a sweep loses nothing: by Ctrl-C, SIGTERM, `kill -9` or a stop file, it ends as if it had not been interrupted."""
+"""Interrupting a sweep loses nothing: by Ctrl-C, SIGTERM, `kill -9` or a stop file, it ends as if
+it had not been interrupted."""
 
 from __future__ import annotations
 
@@ -59,7 +60,8 @@ def signal_search(folder: Path, number: signal.Signals, trials: int) -> Answer:
         command.wait_for(lambda: num_trials(folder / "runs" / "tiny") >= trials)
         command.process.send_signal(number)
         answer = command.wait()
-        # After a kill Ray's own agents look for their lost parent for up to a minute; everything else is gone at once.
+        # After a kill Ray's own agents look for their lost parent for up to a minute; everything
+        # else is gone at once.
         is_killed = number == signal.SIGKILL
         left = command.left_behind(patience_s=3.0 if is_killed else 15.0)
         assert [name for name in left if not (is_killed and "Agent" in name)] == []

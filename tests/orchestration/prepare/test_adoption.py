@@ -231,7 +231,8 @@ def test_what_another_release_wrote_gives_start_weights_alone(
 
 
 def with_an_older_table(folder: OutputFolder) -> None:
-    """As the release before wrote it: versions of the stages beside them, not in them, and another version of the table."""
+    """As the release before wrote it: versions of the stages beside them, not in them, and another
+    version of the table."""
     manifest = read_json(folder.manifest_path)
     stages = {
         name: {key: entry[key] for key in entry if key != "version"} for name, entry in manifest["stages"].items()

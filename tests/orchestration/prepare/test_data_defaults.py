@@ -1,4 +1,5 @@
-"""Settings that a sweep leaves to its data: filled in before stage keys, in what plan shows and in what is written."""
+"""Settings that a sweep leaves to its data: filled in before stage keys, in what plan shows and in
+what is written."""
 
 from __future__ import annotations
 

@@ -189,7 +189,8 @@ def test_of_a_long_front_only_some_gates_run_on_test(finished: Finished) -> None
 
 
 def with_three_objectives(finished: Finished) -> RunResults:
-    """The run as if it had minimised latency too, its first trial had been pruned and half of the others broke a constraint."""
+    """The run as if it had minimised latency too, its first trial had been pruned and half of the
+    others broke a constraint."""
     results = RunResults(finished.run)
     config = results.config
     latency = config.metrics[1].model_copy(update={"name": "latency_ms_batch8", "ref": 1e3})

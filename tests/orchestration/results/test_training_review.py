@@ -1,4 +1,5 @@
-"""Warnings about the training of a real run, where they are shown, and runs that lack what they are derived from."""
+"""Warnings about the training of a real run, where they are shown, and runs that lack what they are
+derived from."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""A sweep of supernets through the real pipeline: each distinct one trained once, one front over all, one study, one tree in MLflow."""
+"""A sweep of supernets through the real pipeline: each distinct one trained once, one front over
+all, one study, one tree in MLflow."""
 
 from __future__ import annotations
 
@@ -85,7 +86,8 @@ def timeless(trial: FrozenTrial) -> tuple[Any, ...]:
 
 @dataclass(frozen=True)
 class Swept:
-    """A finished sweep of two supernets, and a third that cannot hold the constraint; only to be read."""
+    """A finished sweep of two supernets, and a third that cannot hold the constraint; only to be
+    read."""
 
     folder: Path
     answer: Answer

@@ -37,7 +37,8 @@ STATES = {"complete": "Complete", "failed": "Fail", "pruned": "Pruned"}
 
 
 def write_study(path: Path) -> list[TrialRecord]:
-    """A study with trials of every state, one branch of the space each second trial, and a constraint that some break."""
+    """A study with trials of every state, one branch of the space each second trial, and a
+    constraint that some break."""
     objectives = [
         Objective("top1", "maximize"),
         Objective("madds_m", "minimize"),
@@ -155,7 +156,8 @@ def test_its_search_space_is_the_conditional_one(dashboard: Dashboard) -> None:
 
 
 def test_its_best_trials_are_the_front_whatever_the_constraints_say(dashboard: Dashboard) -> None:
-    """As docs/cli.md warns: it knows Optuna's older, nameless constraints only. Should this fail one day, the warning can go."""
+    """As docs/cli.md warns: it knows Optuna's older, nameless constraints only. Should this fail
+    one day, the warning can go."""
     (study,) = dashboard.ask("/api/studies")["study_summaries"]
     best = {trial["number"] for trial in dashboard.ask(f"/api/studies/{study['study_id']}")["best_trials"]}
     assert best == front_of(dashboard.records)

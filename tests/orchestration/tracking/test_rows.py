@@ -1,4 +1,5 @@
-"""MLflow is a projection: written while a sweep runs, or from its folder afterwards, the rows are the same."""
+"""MLflow is a projection: written while a sweep runs, or from its folder afterwards, the rows are
+the same."""
 
 from __future__ import annotations
 

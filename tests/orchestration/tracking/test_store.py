@@ -47,7 +47,8 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 class Database:
-    """One MLflow database for the whole module: creating one takes seconds. Every test has its own experiment."""
+    """One MLflow database for the whole module: creating one takes seconds. Every test has its own
+    experiment."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "mlflow.db"
@@ -575,7 +576,8 @@ def test_a_store_that_comes_back_is_written_to_again(
         time.sleep(0.01)
     time.sleep(0.05)
     away.path.rmdir()
-    # Not as a file: to open and close one that SQLite has open in this process would take its locks away.
+    # Not as a file: to open and close one that SQLite has open in this process would take its locks
+    # away.
     with closing(sqlite3.connect(database.path)) as source, closing(sqlite3.connect(away.path)) as target:
         source.backup(target)
     tracker.trial(trial_run("digits", 3))

@@ -1,4 +1,5 @@
-"""The prepared page as MLflow stores it; that MLflow's own page draws it is in test_mlflow_server."""
+"""The prepared page as MLflow stores it; that MLflow's own page draws it is in
+test_mlflow_server."""
 
 import json
 from urllib.parse import parse_qs

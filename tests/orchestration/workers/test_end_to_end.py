@@ -1,4 +1,5 @@
-"""End-to-end trials as a worker puts them together: from a pickled maker, a checkpoint and shared read-only arrays."""
+"""End-to-end trials as a worker puts them together: from a pickled maker, a checkpoint and shared
+read-only arrays."""
 
 from __future__ import annotations
 

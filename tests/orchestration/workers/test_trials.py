@@ -1,4 +1,5 @@
-"""Trials on a real Ray cluster: every way in which one can end, and what is left when the cluster stops."""
+"""Trials on a real Ray cluster: every way in which one can end, and what is left when the cluster
+stops."""
 
 from __future__ import annotations
 
@@ -46,7 +47,8 @@ REPOSITORY = Path(__file__).parents[3]
 
 
 class ScriptedTrials:
-    """A trial function that does what the parameter `do` says; `folder` counts attempts across processes."""
+    """A trial function that does what the parameter `do` says; `folder` counts attempts across
+    processes."""
 
     def __init__(self, arrays: Mapping[str, np.ndarray], folder: Path) -> None:
         self._arrays = arrays
@@ -102,7 +104,8 @@ class ScriptedTrials:
 
 
 def _in_shared_memory(array: np.ndarray) -> bool:
-    """Whether the array's first byte lies in a mapping of the object store (plasma, a file of /dev/shm or of Ray's folder)."""
+    """Whether the array's first byte lies in a mapping of the object store (plasma, a file of
+    /dev/shm or of Ray's folder)."""
     for line in Path("/proc/self/maps").read_text().splitlines():
         span, *_, path = line.split(maxsplit=5)
         low, high = (int(end, 16) for end in span.split("-"))
@@ -112,7 +115,8 @@ def _in_shared_memory(array: np.ndarray) -> bool:
 
 
 class ScriptedCohort:
-    """`ScriptedTrials` four at a time, in one program: `raise` is its trial's own failure, `spoil` raises out of the whole batch.
+    """`ScriptedTrials` four at a time, in one program: `raise` is its trial's own failure, `spoil`
+    raises out of the whole batch.
 
     A file `batch-0,1,2` in the folder says who ran beside whom.
     """
@@ -450,7 +454,8 @@ def test_a_worker_on_another_machine_chooses_mkls_mode_by_itself_unless_the_user
 
 
 def finders_and_path() -> tuple[list[str], str | None]:
-    """Of the process that runs it: the finders before Python's search of sys.path, and PYTHONSAFEPATH."""
+    """Of the process that runs it: the finders before Python's search of sys.path, and
+    PYTHONSAFEPATH."""
     names = [getattr(finder, "__name__", type(finder).__name__) for finder in sys.meta_path]
     return names[: names.index("PathFinder")], os.environ.get("PYTHONSAFEPATH")
 
@@ -553,7 +558,8 @@ def gate_trials() -> tuple[MakeGateTrial, dict[str, np.ndarray]]:
 
 
 def studies_by_workers(folder: Path) -> dict[str, list[Any]]:
-    """The same sweep with 1, 2 and 4 actors, in a cluster of its own, and what the actors' checks came to."""
+    """The same sweep with 1, 2 and 4 actors, in a cluster of its own, and what the actors' checks
+    came to."""
     make, arrays = gate_trials()
     studies = {}
     findings: list[Finding] = []

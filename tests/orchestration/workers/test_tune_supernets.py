@@ -1,4 +1,5 @@
-"""A fixed list of supernets under Ray Tune's schedulers: who is stopped, what is stored, and that a later launch does the same."""
+"""A fixed list of supernets under Ray Tune's schedulers: who is stopped, what is stored, and that a
+later launch does the same."""
 
 from __future__ import annotations
 
@@ -60,7 +61,8 @@ ASHA = TuneRules(scheduler="asha", options={"grace_period": 1, "reduction_factor
 
 
 class Sweep:
-    """Members that differ in their learning rate, on 220 digits, in folders below one; keeps what it hears."""
+    """Members that differ in their learning rate, on 220 digits, in folders below one; keeps what
+    it hears."""
 
     def __init__(self, folder: Path, rates: Mapping[str, float] = RATES, norm: str | None = None) -> None:
         source = load_source("digits")
@@ -279,7 +281,8 @@ def test_a_lost_worker_is_replaced_and_a_failing_supernet_fails_alone(ray_cluste
 
 
 class PausesAll(FIFOScheduler):
-    """Pauses everybody after the first report; when all have made theirs, the worst ends and the others go on."""
+    """Pauses everybody after the first report; when all have made theirs, the worst ends and the
+    others go on."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -330,7 +333,8 @@ def test_a_scheduler_that_pauses_trains_the_survivors_to_the_end(ray_cluster: No
 
 
 class SmallTune:
-    """Tune's side of the list, without processes: trials report as soon as they may, in an order drawn by `rng`."""
+    """Tune's side of the list, without processes: trials report as soon as they may, in an order
+    drawn by `rng`."""
 
     def __init__(self, ledger: Ledger, rules: TuneRules, curves: Mapping[str, list[float]], seed: int) -> None:
         self.ledger = ledger
@@ -528,7 +532,8 @@ def test_static_hypervolume_is_the_area_under_the_stairs(norm: str, tmp_path: Pa
         top1 = float((logits.argmax(1) == sweep.val.labels).double().mean())
         points.append((subnet_cost(sweep.subnets.spec, subnet, 8).madds, top1))
     worst = 1.05 * max(cost for cost, _ in points)
-    # The best accuracy that is to be had at each price, averaged over all prices up to the reference.
+    # The best accuracy that is to be had at each price, averaged over all prices up to the
+    # reference.
     costs = [*sorted(cost for cost, _ in points), worst]
     stairs = [(end - start) * max(t for c, t in points if c <= start) for start, end in pairwise(costs)]
     assert value == pytest.approx(sum(stairs) / worst, rel=1e-9)

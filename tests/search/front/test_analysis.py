@@ -42,7 +42,8 @@ LABELS = np.array([0, 1, 2, 0, 1, 2])
 
 
 def table_of(**changes: Any) -> RoutingTable:
-    """Six images, three routes, three classes; the hidden vector tells the first three from the last three."""
+    """Six images, three routes, three classes; the hidden vector tells the first three from the
+    last three."""
     source = random_table(6, 3, hidden=2)
     confidence = np.where(CORRECT, 0.9, 0.4).astype(np.float32)
     fields = {
@@ -94,11 +95,13 @@ def test_a_point_is_what_one_computes_by_hand() -> None:
     static = 4 / 6 + (madds_m - 2) / 2 / 6
     assert point.gain is not None
     assert point.gain.value == pytest.approx(4 / 6 - static)
-    # The widest static sub-network has 5 of 6; image 2 is the one that only it gets right, so that a resample never favours the router.
+    # The widest static sub-network has 5 of 6; image 2 is the one that only it gets right, so that
+    # a resample never favours the router.
     assert point.over_widest is not None
     assert point.over_widest.value == pytest.approx(4 / 6 - 5 / 6)
     assert point.over_widest.low < point.over_widest.value < point.over_widest.high == 0
-    # The oracle: 1 M for all, then images 2 and 4 to route 1 (+1 M each), image 3 to route 2 (+3 M): 5 of 6 at 11/6 M.
+    # The oracle: 1 M for all, then images 2 and 4 to route 1 (+1 M each), image 3 to route 2 (+3
+    # M): 5 of 6 at 11/6 M.
     assert point.oracle_top1 == pytest.approx(5 / 6)
     assert point.share_of_oracle_gap == pytest.approx((4 / 6 - static) / (5 / 6 - static))
     # The ceiling keeps the static sub-networks within reach, and nothing beats the oracle.
@@ -115,7 +118,8 @@ def test_the_split_as_a_whole_is_what_one_computes_by_hand() -> None:
     assert found.line_madds_m == (1.0, 2.0, 4.0)
     assert found.line_top1 == pytest.approx((2 / 6, 4 / 6, 5 / 6))
     assert found.budgets_m == pytest.approx((1.75, 2.5, 3.25))
-    # [gate][class][route]: class 0 holds images 0 and 3, one on each of the gate's routes, and so on.
+    # [gate][class][route]: class 0 holds images 0 and 3, one on each of the gate's routes, and so
+    # on.
     assert found.class_counts[0] == ((1, 0, 1),) * 3
     assert found.class_counts[1] == ((0, 1, 1),) * 3
     assert found.oracle_top1[-1] == pytest.approx(5 / 6)
@@ -125,7 +129,8 @@ def test_the_split_as_a_whole_is_what_one_computes_by_hand() -> None:
 def test_the_cascade_beside_a_point_spends_no_more_than_the_point() -> None:
     found = analysis_of({5: gate(0, 2)})
     (point,) = found.points
-    # Confidence tells right from wrong here: 0 -> 1 escalates 4 images at 1.5 M each: 2 M a mean, right like route 1 or better.
+    # Confidence tells right from wrong here: 0 -> 1 escalates 4 images at 1.5 M each: 2 M a mean,
+    # right like route 1 or better.
     assert point.cascade_top1 == pytest.approx(4 / 6)
     assert point.cascade_top1 is not None
     assert point.oracle_top1 is not None
@@ -163,14 +168,16 @@ def test_intervals_hold_their_values_and_shrink_with_more_images() -> None:
 
 
 def test_a_cascade_pays_for_all_that_ran_and_answers_with_the_last() -> None:
-    # Confidence below 0.5 sends images 2 to 5 on to route 2: right are 0, 1, 2, 3, 4, as route 2 alone.
+    # Confidence below 0.5 sends images 2 to 5 on to route 2: right are 0, 1, 2, 3, 4, as route 2
+    # alone.
     (point,) = analysis_of({3: CascadeRouter(0, 2, 0.5)}).points
     assert point.router == "cascade"
     assert point.top1.value == pytest.approx(5 / 6)
     assert point.metrics["madds_m"] == pytest.approx(1.0 + 4 / 6 * (4.0 - 0.5))
     assert point.histogram == pytest.approx((2 / 6, 0.0, 4 / 6))
     assert point.runs == pytest.approx((1.0, 0.0, 4 / 6))
-    # The same share sent on at random: a third at route 0 (2/6 right), two thirds at route 2 (5/6 right).
+    # The same share sent on at random: a third at route 0 (2/6 right), two thirds at route 2 (5/6
+    # right).
     assert point.random_top1 == pytest.approx(1 / 3 * 2 / 6 + 2 / 3 * 5 / 6)
     assert point.gain_over_random.value == pytest.approx(5 / 6 - point.random_top1)
     assert not point.is_collapsed
@@ -211,7 +218,8 @@ def always(position: int) -> GateRouter:
 
 
 def large_table(num_images: int, *, seed: int = 0, split: str = "val") -> RoutingTable:
-    """Routes 0 and 1 cost nearly the same and are right on 80 %; route 2 costs that too and is right on 40 %."""
+    """Routes 0 and 1 cost nearly the same and are right on 80 %; route 2 costs that too and is
+    right on 40 %."""
     rng = np.random.default_rng(seed)
     right = rng.random((num_images, 3)) < [0.8, 0.8, 0.4]
     right[:, 1] = right[:, 0]

@@ -1,4 +1,5 @@
-"""The reachable ceiling: against tables whose best router is known, and the path of routes against a search for beta."""
+"""The reachable ceiling: against tables whose best router is known, and the path of routes against
+a search for beta."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ MADDS = np.array([1000, 1700, 3800, 7300])
 
 
 def table_of(right: np.ndarray, seed: int, *, is_readable: bool) -> RoutingTable:
-    """Four routes of which `right` [N, 4] are; their confidence tells it, or nothing tells anything."""
+    """Four routes of which `right` [N, 4] are; their confidence tells it, or nothing tells
+    anything."""
     rng = np.random.default_rng(seed + 100)
     num_images = len(right)
     source = random_table(num_images, 4, seed=seed)
@@ -132,7 +134,8 @@ def test_the_path_stands_where_the_argmax_stands_at_any_beta(
     scores, costs = np.array(case[0]), np.array(case[1], dtype=float)
     correct = np.random.default_rng(0).random(scores.shape) < 0.5
     path = RoutingPath.of(scores, costs)
-    # A beta away from every tie of an image's scores: there the argmax is one, whatever the rounding.
+    # A beta away from every tie of an image's scores: there the argmax is one, whatever the
+    # rounding.
     clear = np.array([beta for beta in betas if np.abs(path.slope - beta).min(initial=1.0) > 1e-9])
     madds, top1 = path.run(clear, correct)
     for beta, cost, accuracy in zip(clear, madds, top1, strict=True):

@@ -32,7 +32,8 @@ class FakeScores:
 
 
 def make_scores(seed, num_images=60, num_routes=4, num_levels=None):
-    """Wider routes are more often right; confidence tells something about it. `num_levels` makes it tie."""
+    """Wider routes are more often right; confidence tells something about it. `num_levels` makes it
+    tie."""
     rng = np.random.default_rng(seed)
     ability = np.linspace(0.55, 0.8, num_routes)
     difficulty = rng.random((num_images, 1))

@@ -1,4 +1,5 @@
-"""Fronts, hypervolume, the knee and the pick language, against brute force, counted cells and moocore."""
+"""Fronts, hypervolume, the knee and the pick language, against brute force, counted cells and
+moocore."""
 
 from __future__ import annotations
 

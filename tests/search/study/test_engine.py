@@ -63,7 +63,8 @@ def study_settings(sampler: str | SamplerSettings = "tpe", **changes: Any) -> St
 
 
 def trade_off(spec: TrialSpec) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-    """A cheap stand-in for a gate trial: accuracy saturates in cost; the noise comes from the trial's own seed."""
+    """A cheap stand-in for a gate trial: accuracy saturates in cost; the noise comes from the
+    trial's own seed."""
     target, lr, first = (float(spec.params[f"gate.{key}"]) for key in ("target", "optimizer.lr", "routing.first"))
     cost = target + 0.1 * first
     noise = np.random.default_rng(spec.seed).normal(0, 0.01)
@@ -78,7 +79,8 @@ def sometimes_broken(spec: TrialSpec) -> tuple[dict[str, float], dict[str, np.nd
 
 
 class ThreadedRunner:
-    """Runs trials on threads and yields them as they come, in an order that changes from run to run."""
+    """Runs trials on threads and yields them as they come, in an order that changes from run to
+    run."""
 
     def __init__(self, function: TrialFunction, num_workers: int) -> None:
         self._function = function
@@ -212,8 +214,8 @@ def test_the_number_of_lanes_changes_nothing(tmp_path: Path, lanes: int) -> None
     assert essence(sweep(tmp_path / "batches", runner=SerialRunner(ManyAtOnce(lanes)))) == essence(alone)
 
 
-# 40 trials in cohorts of 8: generations of 6 begin anew with each cohort, generations of 12 span two, so that a resume
-# falls into the middle of one.
+# 40 trials in cohorts of 8: generations of 6 begin anew with each cohort, generations of 12 span
+# two, so that a resume falls into the middle of one.
 @pytest.mark.parametrize(
     ("sampler", "startup"),
     [

@@ -1,4 +1,5 @@
-"""Sweeps whose trials run in stages: who falls behind at a rung is pruned, the same trials whatever happens to the sweep."""
+"""Sweeps whose trials run in stages: who falls behind at a rung is pruned, the same trials whatever
+happens to the sweep."""
 
 from __future__ import annotations
 
@@ -48,7 +49,8 @@ class Killed(BaseException):
 
 @dataclass
 class Staged:
-    """A stand-in for training: a state that every epoch changes beyond recognition, so that a wrong start shows in the metrics.
+    """A stand-in for training: a state that every epoch changes beyond recognition, so that a wrong
+    start shows in the metrics.
 
     Attributes:
         epochs_left: how many epochs run before the process is killed.
@@ -192,7 +194,8 @@ def test_the_order_in_which_trials_finish_changes_nothing(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("pace", [1, 4, 7, 20])
 def test_a_sweep_killed_again_and_again_prunes_the_same_trials(tmp_path: Path, pace: int) -> None:
-    """Each launch gets some epochs further than what the study knows; the progress is lost with each."""
+    """Each launch gets some epochs further than what the study knows; the progress is lost with
+    each."""
     whole = sweep(tmp_path / "whole", Staged())
     path, launches = tmp_path / "killed", 0
     allowance = pace

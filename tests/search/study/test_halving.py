@@ -1,4 +1,5 @@
-"""Non-dominated sorting and crowding against brute force, and what Pareto halving promises whatever the trials."""
+"""Non-dominated sorting and crowding against brute force, and what Pareto halving promises whatever
+the trials."""
 
 from __future__ import annotations
 
@@ -120,7 +121,8 @@ def test_an_objective_in_which_all_agree_says_nothing() -> None:
 
 def test_the_order_is_by_rank_then_by_distance_then_as_the_rows_stand() -> None:
     values = [(0.5, 9.0), (0.7, 5.0), (0.6, 4.9), (0.5, 1.0), (0.9, 9.0), (0.4, 2.0)]
-    # On the front 3 and 4 are the ends; 1 has the wider gap to its neighbours than 2; 5 and 0 are dominated, in this order.
+    # On the front 3 and 4 are the ends; 1 has the wider gap to its neighbours than 2; 5 and 0 are
+    # dominated, in this order.
     ranks = pareto_ranks(values, GOALS[2]).tolist()
     assert ranks == [1, 0, 0, 0, 0, 1]
     assert halving_order(values, GOALS[2]).tolist() == [3, 4, 1, 2, 0, 5]

@@ -31,7 +31,8 @@ def specs(number: int) -> list[TrialSpec]:
 
 @dataclass
 class Recorded:
-    """Answers in reverse order, raises for any batch that holds a broken slot, and forgets or invents others."""
+    """Answers in reverse order, raises for any batch that holds a broken slot, and forgets or
+    invents others."""
 
     lanes: int
     broken: frozenset[int] = frozenset()

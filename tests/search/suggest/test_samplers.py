@@ -1,4 +1,5 @@
-"""Every sampler keeps one contract: suggestions lie in the space, and they are a function of history, seed and slot."""
+"""Every sampler keeps one contract: suggestions lie in the space, and they are a function of
+history, seed and slot."""
 
 from __future__ import annotations
 
@@ -188,7 +189,8 @@ class TestEverySampler:
 @pytest.mark.parametrize("name", ["tpe", "nsga2", "nsga3"])
 @pytest.mark.parametrize("space_name", SPACES)
 def test_what_is_learned_shows(name: str, space_name: str) -> None:
-    """Objectives that only a small target serves: a model of them must propose smaller targets than chance does."""
+    """Objectives that only a small target serves: a model of them must propose smaller targets than
+    chance does."""
     sweep = Sweep(settings_of(name), SPACES[space_name], is_constrained=False)
     targets = []
     for first in range(0, 12 * SIZE, SIZE):
@@ -294,7 +296,8 @@ class TestGridAndQmc:
             "d": {"step": [0.0, 0.2, 0.1], "when": {"c": [2]}},
             "e": "fixed",
         }
-        # Counted by hand: d is there for one c of three, so that c and d have 1 + 1 + 3 ways; x: 4 * 5, y: 5, z: 1.
+        # Counted by hand: d is there for one c of three, so that c and d have 1 + 1 + 3 ways; x: 4
+        # * 5, y: 5, z: 1.
         settings = SamplerSettings("grid", {"points": 4})
         space = parse_space(written)
         assert num_points(settings, space) == 26
@@ -320,7 +323,8 @@ class TestGridAndQmc:
             num_points(SamplerSettings("grid"), space)
 
     def test_every_eight_sobol_points_lie_in_different_eighths(self) -> None:
-        """What distinguishes the sequence from chance: each aligned block of 8 has one point in each eighth of every dimension."""
+        """What distinguishes the sequence from chance: each aligned block of 8 has one point in
+        each eighth of every dimension."""
         space = parse_space(
             {
                 "a": {"uniform": [0, 8]},
