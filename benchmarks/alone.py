@@ -6,15 +6,15 @@ on which nothing is chosen). Every network, shared or alone, takes the best of f
 chosen on `val` with the first seed (a supernet's by the mean of its sub-networks). Supernets are
 also trained at a third of the compute that all their sub-networks need alone, and at as much.
 
-    python -m benchmarks.alone train --scale cifar --folder F --data DIR --max-seconds 540  # until 0
+    python -m benchmarks.alone train --scale cifar --folder F --data DIR --max-seconds 540
     python -m benchmarks.alone train --scale photos --folder F --data FOLDER_OF_CLASSES
     python -m benchmarks.alone train --scale gpu --folder F --data DIR --device cuda
     python -m benchmarks.alone train --sweep SWEEP.yaml --folder F   # the network of a sweep
     python -m benchmarks.alone report --folder F
     python -m benchmarks.alone --quick
 
-`train --scale` needs torch and dsnet alone. `train` may be repeated and killed at will, and shares
-its folder with further processes of the same host.
+`train --scale` needs torch and dsnet alone. `train` may be repeated (until its exit code is 0) and
+killed at will, and shares its folder with further processes of the same host.
 """
 
 from __future__ import annotations

@@ -59,6 +59,21 @@ def study_of_release(results: RunResults) -> list[dict[str, Any]]:
     ]
 
 
+def schema() -> Any:
+    """The JSON schema of sweep files; where its descriptions are broken into lines does not
+    matter."""
+    return _unbroken(json.loads(json.dumps(json_schema())))
+
+
+def _unbroken(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {
+            key: " ".join(item.split()) if key == "description" and isinstance(item, str) else _unbroken(item)
+            for key, item in value.items()
+        }
+    return [_unbroken(item) for item in value] if isinstance(value, list) else value
+
+
 def stage_keys() -> dict[str, dict[str, str]]:
     """Keys of the stages before verify, by "file" or "file --preset name", and of every supernet of
     the sweep of supernets."""
@@ -127,7 +142,7 @@ def write() -> None:
         study = study_of_release(results_in(Path(folder), RELEASE_RUN))
         front = json.loads(call(Path(folder), "pareto", RELEASE_RUN, "--json").out)
         del front["run"]  # its path
-    contents = {STAGE_KEYS: stage_keys(), SCHEMA: json_schema(), STUDY: study, FRONT: front}
+    contents = {STAGE_KEYS: stage_keys(), SCHEMA: schema(), STUDY: study, FRONT: front}
     for name, content in contents.items():
         (DATA / name).write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 
-from orchestration.config.written import json_schema
 from tests.orchestration.samples import call, results_in
 from tests.release.recorded import (
     DATA,
@@ -24,6 +23,7 @@ from tests.release.recorded import (
     STAGE_KEYS,
     STUDY,
     copy_of_run,
+    schema,
     stage_keys,
     study_of_release,
 )
@@ -73,7 +73,7 @@ def test_stage_keys_of_every_example_and_preset_are_those_of_the_release() -> No
 
 
 def test_the_schema_of_sweep_files_is_that_of_the_release() -> None:
-    assert differences(json.loads(json.dumps(json_schema())), recorded(SCHEMA)) == []
+    assert differences(schema(), recorded(SCHEMA)) == []
 
 
 def test_commands_read_a_run_of_the_release_as_it_did(folder: Path) -> None:
