@@ -11,7 +11,6 @@ from typing import Final
 
 import plotly.graph_objects as go
 
-from dashboards.front import FrontInfo, front_figure
 from dashboards.page import figure_json, figure_page
 from dsnet.errors import ConfigError, PreflightError
 
@@ -47,15 +46,6 @@ def write_figure(figure: go.Figure, path: str | Path, width_px: int = 1100) -> P
             partial.unlink()
         raise PreflightError(f"cannot write the figure {path}: {error.strerror}; choose a writable folder") from error
     return path
-
-
-def front_svg(info: FrontInfo, width_px: int = 1100) -> str:
-    """Draw the front as SVG text, e.g. for a README.
-
-    Raises:
-        PreflightError: kaleido or Chromium is missing.
-    """
-    return _image(front_figure(info), "svg", width_px).decode("utf-8")
 
 
 def _content(figure: go.Figure, path: Path, width_px: int) -> bytes:

@@ -183,31 +183,6 @@ class TerminalProgress:
             yield _RichBar(progress, task, self.console.width - len(task.title) - BAR_WIDTH - 2)
 
 
-class _SilentBar:
-    def update(self, done: float, text: str = "") -> None:
-        """Nothing."""
-
-
-class SilentProgress:
-    """Says nothing, and remembers what it was told: for tests and for use as a library."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def say(self, text: str) -> None:
-        """Remember a line."""
-        self.lines.append(text)
-
-    def warn(self, text: str) -> None:
-        """Remember a warning."""
-        self.lines.append(f"warning: {text}")
-
-    @contextmanager
-    def bar(self, task: Task) -> Iterator[Bar]:
-        """A bar that shows nothing."""
-        yield _SilentBar()
-
-
 @dataclass(frozen=True)
 class TaskState:
     """Where the newest task of a run stands, as its file says."""

@@ -165,18 +165,6 @@ class LatencyTable:
             return self.trunk[1].median_ms + self.tails[1][subnet].median_ms
         return self.subnets[batch_size][subnet].median_ms
 
-    def batch1_ms(self, runs: NDArray[np.float64], routes: Sequence[str], kind: str = PUBLISHED) -> float:
-        """Ideal latency at batch 1: trunk + decide + the tails that run.
-
-        Args:
-            runs: [K] share of the images that run each route; a cascade's add up to more than one.
-            routes: their K names.
-            kind: of the router.
-        """
-        tails = np.array([self.tails[1][name].median_ms for name in routes])
-        decide = self.decisions.get(kind, self.decide)
-        return self.trunk[1].median_ms + decide[1].median_ms + float(runs @ tails)
-
     def ideal_ms(
         self, batch_size: int, runs: NDArray[np.float64], routes: Sequence[str], kind: str = PUBLISHED
     ) -> float:

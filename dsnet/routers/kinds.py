@@ -183,6 +183,3 @@ register(
         is_default=True,
     )
 )
-
-ROUTER_KINDS = tuple(_KINDS)
-"""Names of the kinds that come with the package; `kind_names` knows those of plugins too."""

@@ -105,11 +105,6 @@ class Ledger:
         ends = [event for event in self._of(key, End) if event.is_lasting]
         return ends[-1] if ends else None
 
-    def latest_end(self, key: str) -> End | None:
-        """How one supernet ended the last time, for good or not."""
-        ends = self._of(key, End)
-        return ends[-1] if ends else None
-
     def append(self, event: Report | End) -> None:
         """Store an event; it is on the disk when this returns.
 

@@ -110,19 +110,6 @@ class ValImages:
     """int64 [N], on the CPU."""
 
 
-def stored_reports(
-    members: Sequence[TuneMember], rules: TuneRules, folder: Path
-) -> dict[str, tuple[tuple[int, float], ...]]:
-    """What every member has reported so far, unfinished ones too: name to (epoch, static
-    hypervolume). Needs no Ray.
-
-    Raises:
-        CheckpointError: the ledger was edited.
-    """
-    ledger = Ledger.of(folder, rules)
-    return {member.name: ledger.reports(member.key) for member in members}
-
-
 def stored_fates(members: Sequence[TuneMember], rules: TuneRules, folder: Path) -> dict[str, MemberFate]:
     """What is known without training: by name, of those members only whose fate is settled. Needs
     no Ray.

@@ -30,7 +30,6 @@ from dsnet.measure.evaluate import build_routing_table
 from dsnet.measure.latency import LatencySettings, measure_latency
 from dsnet.network.batchnorm import recalibrate
 from dsnet.network.supernet import Supernet, restrict
-from dsnet.routers.kinds import ROUTER_KINDS
 from dsnet.routing.routing_table import RoutingTable
 from dsnet.space.cost import subnet_cost
 from dsnet.space.spec import IMAGE_CHANNELS, Subnet
@@ -39,6 +38,7 @@ from dsnet.stored.checkpoint import load_supernet, save_supernet
 from dsnet.training.supernet import train_supernet
 from tests.dsnet.samples import (
     NORMALIZATION,
+    ROUTER_KINDS,
     random_images,
     random_labels,
     random_pixels,

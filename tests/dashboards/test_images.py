@@ -10,7 +10,8 @@ from pathlib import Path
 import plotly.graph_objects as go
 import pytest
 
-from dashboards.images import front_svg, write_figure
+from dashboards.front import front_figure
+from dashboards.images import write_figure
 from dsnet.errors import ConfigError, PreflightError
 from tests.dashboards.samples import make_front
 
@@ -60,8 +61,9 @@ def test_images_without_kaleido_say_how_to_get_it_and_leave_no_file(tmp_path: Pa
 
 @pytest.mark.browser
 @pytest.mark.skipif(not (HAS_KALEIDO and HAS_CHROMIUM), reason="needs kaleido and Chromium")
-def test_front_svg_is_a_picture_that_loads_nothing() -> None:
-    text = front_svg(make_front())
+def test_a_front_as_svg_is_a_picture_that_loads_nothing(tmp_path: Path) -> None:
+    write_figure(front_figure(make_front()), tmp_path / "front.svg")
+    text = (tmp_path / "front.svg").read_text(encoding="utf-8")
     assert text.startswith("<svg")
     assert 'href="http' not in text
     assert "front: gate" in text

@@ -11,8 +11,8 @@ import pytest
 
 from dashboards.routers import RouterResult, RoutersInfo, routers_figure, routers_table
 from dashboards.theme import router_name, router_symbol
-from dsnet.routers.kinds import ROUTER_KINDS
 from tests.dashboards.samples import KINDS, make_routers
+from tests.dsnet.samples import ROUTER_KINDS
 
 RESULT = RouterResult("gate", 0.25, "trial-0007", 2.5, 0.93, 0.92, 0.95, 0.99, (0.01, 0.004, 0.016), 1 / 3, 1 / 7)
 

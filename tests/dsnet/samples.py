@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dsnet.data.augment import Augmentation
@@ -18,6 +19,7 @@ from dsnet.data.normalization import Normalization
 from dsnet.data.tensors import Batch, TensorData
 from dsnet.families import Task, create, layout
 from dsnet.measure.evaluate import build_routing_table
+from dsnet.measure.latency import LatencyTable
 from dsnet.network.batchnorm import recalibrate
 from dsnet.network.layers import BatchNormBank
 from dsnet.network.supernet import EVIDENCE_PARTS, Supernet
@@ -25,6 +27,7 @@ from dsnet.routers.base import STOP, Evidence, Executed, Router
 from dsnet.routers.cascade import CascadeRouter, LearnedCascadeRouter, answer_features
 from dsnet.routers.gate import RICH_EVIDENCE, EvidenceGateRouter, GateRouter
 from dsnet.routers.head import Head
+from dsnet.routers.kinds import kind_names
 from dsnet.routers.tree import GatesRouter
 from dsnet.routing.routing_table import GateColumns, RoutingTable
 from dsnet.space.route_tree import GateBranches, RouteTree
@@ -41,6 +44,10 @@ defaults."""
 THREE_GATES: Mapping[str, Any] = {"depth": 8, "width": 0.5, "ratios": [0.5, 1.0], "paths": "all"}
 """Options of a quick DS-ResNet with three gates and eight paths."""
 NORMALIZATION = Normalization((120.0, 130.0, 125.0), (60.0, 55.0, 65.0))
+
+
+ROUTER_KINDS = kind_names()
+"""Every kind of router: a new one is tested wherever these are."""
 
 
 def task(num_classes: int = 10, image_size: int = 16) -> Task:
@@ -339,3 +346,10 @@ needs_products_apart = pytest.mark.skipif(
     not torch.backends.mkl.is_available() and not products_keep_apart(),
     reason="torch computes without MKL here, and a product depends on those beside it: a search runs trials one by one",
 )
+
+
+def batch1_ms(table: LatencyTable, runs: NDArray[np.float64], routes: Sequence[str], kind: str = "gate") -> float:
+    """Ideal latency at batch 1: the trunk, the decision and the tails that run."""
+    tails = np.array([table.tails[1][name].median_ms for name in routes])
+    decide = table.decisions.get(kind, table.decide)
+    return table.trunk[1].median_ms + decide[1].median_ms + float(runs @ tails)

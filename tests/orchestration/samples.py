@@ -13,13 +13,14 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import chdir, redirect_stderr, redirect_stdout, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import chdir, contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from orchestration.cli import main
+from orchestration.progress import Bar, Task
 from orchestration.results.run import RunResults
 from orchestration.runs.folder import RunDir
 from tests.hostile import REPOSITORY, write_hostile_modules
@@ -296,3 +297,28 @@ def problems_of_message(answer: Answer, parts: Sequence[str]) -> list[str]:
         problems.append("not exactly one message")
     problems += [f"{part!r} is not said" for part in parts if part not in answer.err]
     return [*problems, answer.err] if problems else []
+
+
+class _SilentBar:
+    def update(self, done: float, text: str = "") -> None:
+        """Nothing."""
+
+
+class SilentProgress:
+    """A progress view that shows nothing and remembers what it was told."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, text: str) -> None:
+        """Remember a line."""
+        self.lines.append(text)
+
+    def warn(self, text: str) -> None:
+        """Remember a warning."""
+        self.lines.append(f"warning: {text}")
+
+    @contextmanager
+    def bar(self, task: Task) -> Iterator[Bar]:
+        """A bar that shows nothing."""
+        yield _SilentBar()

@@ -10,7 +10,6 @@ import pytest
 from orchestration import progress as module
 from orchestration.progress import (
     FiledProgress,
-    SilentProgress,
     Task,
     TaskState,
     TerminalProgress,
@@ -18,6 +17,7 @@ from orchestration.progress import (
     fitting,
     read_task_state,
 )
+from tests.orchestration.samples import SilentProgress
 
 
 class Clock:

@@ -16,7 +16,6 @@ from dsnet.gates.problem import beam
 from dsnet.gates.settings import GateSettings
 from dsnet.measure.latency import LatencyTable, Timing
 from dsnet.routers.cascade import CascadeRouter
-from dsnet.routers.kinds import ROUTER_KINDS
 from dsnet.routing.table_routing import run_on_table
 from dsnet.space.subnet_set import SubnetSet
 from orchestration.config.gate import GateConfig
@@ -24,7 +23,7 @@ from orchestration.config.space import sweepable_keys
 from orchestration.runs.stages import canonical_settings
 from search.gate_trial import FIELDS, ROUTING_KEYS, GateScores, GateTrial, gate_settings, router_of, routing_ids
 from search.study.runner import TrialOutcome, TrialSpec
-from tests.dsnet.samples import THREE_GATES, random_table, small_set, task
+from tests.dsnet.samples import ROUTER_KINDS, THREE_GATES, random_table, small_set, task
 
 DEFAULTS = canonical_settings({"gate": GateConfig().model_dump(mode="json")})
 QUICK: dict[str, Any] = {

@@ -35,12 +35,12 @@ from dsnet.network.supernet import Supernet
 from dsnet.routers.base import Evidence, Router
 from dsnet.routers.cascade import CascadeRouter
 from dsnet.routers.gate import GateRouter
-from dsnet.routers.kinds import ROUTER_KINDS
 from dsnet.routing.table_routing import run_on_table
 from dsnet.space.cost import subnet_cost
 from dsnet.stored.checkpoint import load_tensors, save_tensors
 from tests.dsnet.samples import (
     NORMALIZATION,
+    ROUTER_KINDS,
     random_labels,
     random_pixels,
     random_router,

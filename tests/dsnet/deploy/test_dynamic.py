@@ -17,12 +17,12 @@ from dsnet.network.supernet import Supernet
 from dsnet.routers.base import STOP, Evidence, Executed, Router
 from dsnet.routers.cascade import CascadeRouter
 from dsnet.routers.gate import GateRouter
-from dsnet.routers.kinds import ROUTER_KINDS
 from dsnet.routing.table_routing import run_on_table
 from dsnet.space.cost import subnet_cost
 from dsnet.space.route_tree import RouteTree
 from tests.dsnet.samples import (
     NORMALIZATION,
+    ROUTER_KINDS,
     lively_supernet,
     random_images,
     random_router,

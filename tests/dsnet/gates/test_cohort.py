@@ -18,9 +18,9 @@ from dsnet.gates.losses import complexity
 from dsnet.gates.problem import node_features, problem_of, sgs_targets
 from dsnet.gates.settings import GateSettings
 from dsnet.routers.gate import RICH_EVIDENCE
-from dsnet.routers.kinds import ROUTER_KINDS, router_kind
+from dsnet.routers.kinds import router_kind
 from dsnet.routing.routing_table import RoutingTable
-from tests.dsnet.samples import needs_products_apart, random_table
+from tests.dsnet.samples import ROUTER_KINDS, needs_products_apart, random_table
 
 TARGET = 0.4
 """Of the widest route's MAdds."""

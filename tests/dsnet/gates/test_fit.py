@@ -26,11 +26,10 @@ from dsnet.gates.fit import (
 from dsnet.gates.settings import GateSettings
 from dsnet.routers.cascade import CascadeRouter, LearnedCascadeRouter
 from dsnet.routers.gate import GateRouter
-from dsnet.routers.kinds import ROUTER_KINDS
 from dsnet.routers.tree import GatesRouter
 from dsnet.routing.routing_table import GateColumns, RoutingTable
 from dsnet.routing.table_routing import TableRun, run_on_table
-from tests.dsnet.samples import random_head, random_table
+from tests.dsnet.samples import ROUTER_KINDS, random_head, random_table
 
 QUICK = GateSettings(steps=40, batch_size=32, hidden_units=5)
 TRAINED = ("gate", "evidence_gate", "gates", "evidence_gates", "learned_cascade")

@@ -13,10 +13,9 @@ from dsnet.deploy.segments import CutSegments
 from dsnet.measure.decision_timing import decision_calls
 from dsnet.network.supernet import Supernet, TrunkOutput
 from dsnet.routers.head import Head
-from dsnet.routers.kinds import ROUTER_KINDS
 from dsnet.routers.tree import GatesRouter
 from dsnet.space.route_tree import RouteTree
-from tests.dsnet.samples import random_images, random_supernet_router, small_supernet, three_gate_supernet
+from tests.dsnet.samples import ROUTER_KINDS, random_images, random_supernet_router, small_supernet, three_gate_supernet
 
 
 @dataclass(frozen=True)

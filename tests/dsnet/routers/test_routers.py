@@ -22,10 +22,10 @@ from dsnet.routers.base import STOP, Evidence, Executed, Router, summary_of
 from dsnet.routers.cascade import CascadeRouter, LearnedCascadeRouter, answer_features
 from dsnet.routers.gate import EvidenceGateRouter, GateRouter
 from dsnet.routers.head import Head
-from dsnet.routers.kinds import ROUTER_KINDS, router_from_arrays
+from dsnet.routers.kinds import router_from_arrays
 from dsnet.routers.tree import GatesRouter
 from dsnet.routing.routing_table import RoutingTable
-from tests.dsnet.samples import random_router, random_table, stored_answers, table_evidence
+from tests.dsnet.samples import ROUTER_KINDS, random_router, random_table, stored_answers, table_evidence
 
 SPACES = {1: (None, (0, 2, 3)), 3: (None, (1, 4, 5, 7))}
 """Routing spaces by number of gates; in the second of three gates the router's nodes have other

@@ -15,11 +15,10 @@ from hypothesis import strategies as st
 from dsnet.routers.base import Router
 from dsnet.routers.cascade import CascadeRouter
 from dsnet.routers.head import Head
-from dsnet.routers.kinds import ROUTER_KINDS
 from dsnet.routers.tree import GatesRouter
 from dsnet.routing.retrace import Retrace
 from dsnet.routing.table_routing import run_on_table
-from tests.dsnet.samples import random_router, random_table
+from tests.dsnet.samples import ROUTER_KINDS, random_router, random_table
 
 TABLES = {1: random_table(40, 4), 2: random_table(40, 4, num_gates=2)}
 

@@ -17,12 +17,12 @@ from dsnet.deploy.dynamic import DynamicNet
 from dsnet.network.supernet import Supernet
 from dsnet.routers.base import STOP, Evidence, Executed
 from dsnet.routers.cascade import CascadeRouter
-from dsnet.routers.kinds import ROUTER_KINDS
 from dsnet.routing.routing_table import RoutingTable
 from dsnet.routing.table_routing import run_on_table
 from dsnet.space.cost import subnet_cost
 from tests.dsnet.samples import (
     NORMALIZATION,
+    ROUTER_KINDS,
     lively_supernet,
     random_router,
     random_table,

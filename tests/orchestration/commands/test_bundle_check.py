@@ -21,11 +21,10 @@ from dsnet.families import Task, create
 from dsnet.gates.fit import score_run
 from dsnet.measure.evaluate import build_routing_table
 from dsnet.network.batchnorm import recalibrate
-from dsnet.routers.kinds import ROUTER_KINDS
 from dsnet.routing.table_routing import run_on_table
 from orchestration.commands.bundle_check import _claimed_data, _folder_of_the_run, check_bundle
 from orchestration.pipeline.export import example_rows
-from tests.dsnet.samples import random_router
+from tests.dsnet.samples import ROUTER_KINDS, random_router
 from tests.orchestration.samples import TINY, write_sweep
 
 

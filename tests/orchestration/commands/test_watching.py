@@ -12,10 +12,11 @@ from orchestration.commands import watching
 from orchestration.commands.tables import terminal_width
 from orchestration.commands.terminal import say
 from orchestration.commands.watching import watch_status
-from orchestration.progress import FiledProgress, SilentProgress, Task
+from orchestration.progress import FiledProgress, Task
 from orchestration.runs.folder import RunDir
 from orchestration.runs.lock import DriverLock
 from orchestration.runs.manifest import Manifest
+from tests.orchestration.samples import SilentProgress
 
 
 def test_on_a_pipe_every_change_is_a_line_and_the_status_comes_at_the_end(

@@ -20,7 +20,6 @@ import dsnet.training.settings
 from dsnet.data import Augmentation
 from dsnet.gates.losses import COMPLEXITY_FORMS
 from dsnet.gates.settings import QUALITIES
-from dsnet.routers.kinds import ROUTER_KINDS
 from dsnet.space.spec import NORMS
 from dsnet.training.settings import (
     KEPT_WEIGHTS,
@@ -48,6 +47,7 @@ from orchestration.config.warnings import config_warnings
 from orchestration.config.written import json_schema, to_yaml
 from orchestration.config.yaml_source import parse_yaml
 from search.suggest.space import parse_space
+from tests.dsnet.samples import ROUTER_KINDS
 
 MINIMAL: dict[str, Any] = {
     "version": 1,

@@ -17,7 +17,6 @@ from pydantic import ValidationError
 from dsnet.errors import ConfigError
 from dsnet.gates.fit import fit_gates
 from dsnet.measure.latency import latency_metric
-from dsnet.routers.kinds import ROUTER_KINDS
 from orchestration.config.distribution import Distribution, thawed
 from orchestration.config.gate import GateConfig
 from orchestration.config.presets import BUILT_IN_PRESETS
@@ -47,7 +46,7 @@ from orchestration.config.yaml_source import parse_yaml
 from search.gate_trial import FIELDS, ROUTING_KEYS, gate_settings
 from search.suggest.samplers import KNOWN_SAMPLERS
 from search.suggest.space import check_point, parse_space
-from tests.dsnet.samples import random_table
+from tests.dsnet.samples import ROUTER_KINDS, random_table
 
 MINIMAL: dict[str, Any] = {"version": 1, "name": "tiny", "data": {"name": "digits"}, "supernet": {"model": "ds_tiny"}}
 TARGET = {"gate.target": {"uniform": [0.05, 0.9]}}

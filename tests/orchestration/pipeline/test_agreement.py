@@ -22,7 +22,6 @@ from dsnet.network.supernet import Supernet
 from dsnet.routers.base import Router
 from dsnet.routers.cascade import CascadeRouter
 from dsnet.routers.gate import GateRouter
-from dsnet.routers.kinds import ROUTER_KINDS
 from dsnet.routing.routing_table import RoutingTable
 from dsnet.routing.table_routing import run_on_table
 from orchestration.pipeline.agreement import CLASS_TIE, check_agreement, time_front
@@ -33,7 +32,15 @@ from orchestration.runs.manifest import Manifest
 from orchestration.runs.stages import StageDefinition, plan_stage, run_stage
 from search.front.analysis import analyse_split
 from search.front.ceiling import RouteForecast
-from tests.dsnet.samples import NORMALIZATION, random_router, small_supernet, tensor_data, three_gate_supernet
+from tests.dsnet.samples import (
+    NORMALIZATION,
+    ROUTER_KINDS,
+    batch1_ms,
+    random_router,
+    small_supernet,
+    tensor_data,
+    three_gate_supernet,
+)
 
 SLOT = 42
 
@@ -230,7 +237,7 @@ def test_what_the_parts_add_up_to_stands_beside_what_was_measured(
     beside = found.beside(parts, analysis.points, table.routes)
     runs = run_on_table(router, table).runs
     assert beside.ideal == {
-        1: {3: pytest.approx(parts.batch1_ms(runs, table.routes))},
+        1: {3: pytest.approx(batch1_ms(parts, runs, table.routes))},
         8: {3: pytest.approx(parts.ideal_ms(8, runs, table.routes))},
     }
     assert replace(beside, ideal={}) == found

@@ -22,7 +22,6 @@ from benchmarks.dynamic_inference import of_run
 from dsnet.deploy.bundle import NUM_EXAMPLES
 from dsnet.errors import ConfigError, NotFoundError
 from dsnet.routers.cascade import CascadeRouter
-from dsnet.routers.kinds import ROUTER_KINDS
 from dsnet.routing.routing_table import RoutingTable
 from dsnet.routing.table_routing import run_on_table
 from dsnet.stored.checkpoint import load_supernet
@@ -31,7 +30,7 @@ from orchestration.commands.planning import prepare_again
 from orchestration.pipeline.export import CLEAR_LEAD, bundle_claims, example_rows, link_knee, router_facts
 from orchestration.results.run import RunResults, picked_slots
 from search.front.points import trial_name
-from tests.dsnet.samples import random_router, random_table
+from tests.dsnet.samples import ROUTER_KINDS, random_router, random_table
 from tests.orchestration.samples import Finished, call, problems_of_message
 
 

@@ -20,6 +20,7 @@ from orchestration.progress import read_task_state
 from orchestration.runs.folder import mlflow_store_uri
 from search.front.analysis import front_slots
 from search.front.points import load_points, trial_name
+from tests.dsnet.samples import batch1_ms
 from tests.orchestration.samples import (
     LOOPBACK,
     SWEEP,
@@ -141,7 +142,7 @@ def test_everything_is_timed_on_every_device_and_trials_are_scored_with_their_ta
         kind = results.router_kind(record.slot)
         for name, table in results.latencies.items():
             suffix = f".{name}" if name else ""
-            assert record.metrics[f"latency_ms{suffix}"] == pytest.approx(table.batch1_ms(shares, val.routes, kind))
+            assert record.metrics[f"latency_ms{suffix}"] == pytest.approx(batch1_ms(table, shares, val.routes, kind))
             ideal_ms = table.ideal_ms(8, shares, val.routes, kind)
             assert record.metrics[f"latency_ms_batch8{suffix}"] == pytest.approx(ideal_ms)
             assert results.baseline[f"latency_ms_batch8{suffix}"] == table.subnets[8][results.widest.name].median_ms

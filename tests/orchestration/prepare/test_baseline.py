@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from dsnet.gates.fit import GateFit, fit_gate, fit_gates, score_run
 from dsnet.measure.latency import MAIN_DEVICE, LatencyTable, Timing
-from dsnet.routers.kinds import ROUTER_KINDS
 from dsnet.routing.routing_table import RoutingTable
 from dsnet.routing.table_routing import run_on_table
 from dsnet.space.cost import subnet_cost
@@ -24,7 +23,14 @@ from orchestration.prepare.reach import metric_ranges
 from orchestration.results.measured import MeasuredSubnet, static_metrics
 from orchestration.runs.stages import canonical_settings
 from search.gate_trial import GateScores, gate_settings
-from tests.dsnet.samples import lively_supernet, random_router, small_supernet, supernet_table, three_gate_supernet
+from tests.dsnet.samples import (
+    ROUTER_KINDS,
+    lively_supernet,
+    random_router,
+    small_supernet,
+    supernet_table,
+    three_gate_supernet,
+)
 
 DEFAULTS = canonical_settings({"gate": GateConfig().model_dump(mode="json")})
 SUPERNETS = {"one gate": lively_supernet(), "three gates": three_gate_supernet()}

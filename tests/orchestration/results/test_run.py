@@ -15,7 +15,6 @@ from dashboards.report import build_report
 from dsnet.errors import CheckpointError, NotFoundError
 from dsnet.gates.fit import fit_gate
 from dsnet.gates.settings import GateSettings
-from dsnet.routers.kinds import ROUTER_KINDS
 from dsnet.routing.routing_table import RoutingTable
 from dsnet.routing.table_routing import run_on_table
 from dsnet.space.cost import subnet_cost
@@ -27,7 +26,7 @@ from orchestration.runs.folder import RunDir
 from search.front.pareto import hypervolume
 from search.front.points import save_points, trial_name
 from search.gate_trial import arrays_of
-from tests.dsnet.samples import random_table
+from tests.dsnet.samples import ROUTER_KINDS, random_table
 from tests.orchestration.samples import Finished, results_in
 
 STAGES = ("supernet", "measure", "table", "search", "verify")

@@ -50,7 +50,6 @@ from orchestration.workers.tune_supernets import (
     measurable,
     static_hypervolume,
     stored_fates,
-    stored_reports,
     train_members,
 )
 from tests.orchestration.samples import Command
@@ -232,11 +231,8 @@ def test_a_killed_sweep_goes_on_as_if_it_had_not_been(swept: Swept, tmp_path: Pa
     finally:
         command.end()
     resumed = Sweep(tmp_path)
-    before = {
-        (name, *report)
-        for name, reports in stored_reports(resumed.members, ASHA, tmp_path / "tune").items()
-        for report in reports
-    }
+    ledger = Ledger.of(tmp_path / "tune", ASHA)
+    before = {(member.name, *report) for member in resumed.members for report in ledger.reports(member.key)}
     assert len(before) >= 4
     assert resumed.launch() == swept.answer
     assert before.isdisjoint(resumed.reports)
