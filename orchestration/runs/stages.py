@@ -358,7 +358,13 @@ def run_stage(run: RunDir, plan: StagePlan, work: Callable[[Path], Sequence[Path
 
 def begin_stage(run: RunDir, plan: StagePlan) -> None:
     """Note in folder and manifest that a stage runs; for work that does not fit into one call, as
-    supernets that train side by side."""
+    supernets that train side by side.
+
+    Raises:
+        CheckpointError: an output of a stage that it reads is not what that stage wrote.
+    """
+    for parent, key in plan.record.parent_keys.items():
+        StageDir(run.stage_dir(parent, key)).check_hashes()
     started = plan.folder.begin(plan.record)
     Manifest(run.manifest_path).record_stage(plan.name, _manifest_entry(run, plan, "running", started.started_at, None))
 

@@ -239,6 +239,9 @@ def test_a_changed_byte_is_found_by_its_hash(run: RunDir) -> None:
     assert folder.is_done(), "the size is the same"
     with pytest.raises(CheckpointError, match=r"weights\.safetensors differs"):
         folder.check_hashes()
+    with pytest.raises(CheckpointError, match=r"weights\.safetensors differs .* launch again"):
+        run_all(run, [SUPERNET, TABLE])  # a stage that would read it does not begin
+    assert not plan_stages(run, [SUPERNET, TABLE])[1].folder.path.exists()
 
 
 def test_a_stage_that_did_not_write_what_it_said_is_not_done(run: RunDir) -> None:
