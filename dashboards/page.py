@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import html
 import json
+import re
+from collections import Counter
 from collections.abc import Iterable
 from typing import Final
 
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
+
+_HEADING = re.compile(r"<h2>(.*?)</h2>", re.DOTALL)
 
 POLICY: Final = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; "
@@ -31,6 +35,9 @@ header { padding-top: 36px; padding-bottom: 20px; }
 h1 { font-size: 28px; line-height: 1.2; margin: 0 0 6px; overflow-wrap: anywhere; }
 h2 { font-size: 19px; margin: 44px 0 6px; padding-top: 16px; border-top: 1px solid var(--line); }
 p { margin: 0 0 12px; max-width: 80ch; }
+nav ol { list-style: none; display: flex; flex-wrap: wrap; gap: 2px 18px; margin: 14px 0 0; padding: 0; font-size: 13.5px; }
+nav a { color: var(--accent); text-decoration: none; }
+nav a:hover { text-decoration: underline; }
 .lead { color: var(--muted); margin: 0; }
 .muted, .sub { color: var(--muted); }
 .sub { display: block; font-size: 12.5px; line-height: 1.4; }
@@ -78,7 +85,7 @@ dt { color: var(--muted); } dd { margin: 0; overflow-wrap: anywhere; }
   body { font-size: 11px; }
   main, header, footer { max-width: none; padding-left: 0; padding-right: 0; }
   h2, h2 + p { break-after: avoid; } h2 { margin-top: 24px; }
-  .modebar-container { display: none; }
+  .modebar-container, nav { display: none; }
   .card .value { font-size: 18px; }
   .cards { grid-template-columns: repeat(4, 1fr); gap: 8px; }
   table, th { font-size: 10px; } .sub { font-size: 9px; }
@@ -129,8 +136,36 @@ def _inert_json(figure: go.Figure) -> str:
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
+def with_contents(body: str, footer: str) -> tuple[str, str, str]:
+    """Give every heading of second order an address, and make the list of them.
+
+    Returns:
+        (contents, body, footer); the contents are empty for a page with fewer than two headings.
+
+    Raises:
+        ValueError: two headings are equal.
+    """
+    titles = _HEADING.findall(body) + _HEADING.findall(footer)
+    repeated = [title for title, number in Counter(titles).items() if number > 1]
+    if repeated:
+        raise ValueError(f"the page has two headings {repeated[0]!r}; a link to one of them would be ambiguous")
+    links = "".join(f'<li><a href="#{_address(title)}">{title}</a></li>' for title in titles)
+    contents = f'<nav aria-label="Contents"><ol>{links}</ol></nav>' if len(titles) > 1 else ""
+    return contents, _addressed(body), _addressed(footer)
+
+
+def _addressed(part: str) -> str:
+    return _HEADING.sub(lambda found: f'<h2 id="{_address(found[1])}">{found[1]}</h2>', part)
+
+
+def _address(title: str) -> str:
+    words = re.sub(r"<[^>]*>|&[a-z]+;", " ", title).lower()
+    return re.sub(r"[^a-z0-9]+", "-", words).strip("-")
+
+
 def page(title: str, header: str, body: str, footer: str = "") -> str:
     """A complete offline page; `title` is escaped, the other arguments are HTML."""
+    contents, body, footer = with_contents(body, footer)
     plotly_js = get_plotlyjs().replace("</script", "<\\/script")
     return f"""<!DOCTYPE html>
 <html lang="en">
@@ -142,7 +177,7 @@ def page(title: str, header: str, body: str, footer: str = "") -> str:
 <style>{STYLE}</style>
 </head>
 <body>
-<header>{header}</header>
+<header>{header}{contents}</header>
 <main>
 {body}
 </main>

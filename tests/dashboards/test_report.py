@@ -18,6 +18,7 @@ from plotly.offline import get_plotlyjs
 
 from dashboards.front import Curve, FrontInfo, FrontPanel, StaticPoint
 from dashboards.headline import Estimate, Headline, Latency, Row, Scores, headline_section, verdict
+from dashboards.page import with_contents
 from dashboards.report import ReportData, build_report
 from tests.dashboards.samples import make_report
 
@@ -61,11 +62,24 @@ def chart_data(page: str) -> dict[str, dict[str, list[dict[str, object]]]]:
 
 def test_the_report_refers_to_nothing_outside_itself() -> None:
     page = build_report(make_report())
-    assert tags(page).loads == []
+    assert [each for each in tags(page).loads if not str(each[1]).startswith("#")] == []
     own = own_part(page)
     assert not re.search(r"https?:|//[a-z0-9-]+\.[a-z]", own)
     assert not re.search(r"@import|url\(", own)
     assert not {"link", "img", "iframe", "object", "embed"} & set(tags(page).names)
+
+
+def test_the_contents_lead_to_every_heading() -> None:
+    page = build_report(make_report())
+    links = [str(address) for name, address in tags(page).loads if name == "href"]
+    addresses = re.findall(r'<h2 id="([^"]+)">', page)
+    assert links == [f"#{address}" for address in addresses]
+    assert len(set(addresses)) == len(addresses) == page.count("<h2") > 5
+
+
+def test_two_equal_headings_are_refused_for_a_link_would_be_ambiguous() -> None:
+    with pytest.raises(ValueError, match="two headings 'A'"):
+        with_contents("<h2>A</h2><h2>B</h2>", "<h2>A</h2>")
 
 
 def test_plotlys_button_that_uploads_charts_is_off() -> None:
