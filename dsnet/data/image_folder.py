@@ -162,6 +162,16 @@ def _classes(folder: Path) -> dict[str, list[Path]]:
             continue
         files = [entry for entry in _entries(class_folder) if _is_image(entry)]
         if not files:
+            below = [
+                entry
+                for entry in sorted(_entries(class_folder))
+                if entry.is_dir() and any(map(_is_image, _entries(entry)))
+            ]
+            if len(below) > 1:
+                raise DataError(
+                    f"{class_folder}: holds no images but class folders ({below[0].name}, ...); "
+                    f"pass --data {class_folder} (data.path) if these are the classes"
+                )
             raise DataError(f"{class_folder}: this class folder holds no .png, .jpg or .jpeg; fill or remove it")
         classes[class_folder.name] = sorted(files, key=lambda entry: entry.name)
     if len(classes) < 2:

@@ -98,6 +98,10 @@ def refuse_other_layouts(root: Path) -> None:
     if flat:
         return
     deeper = [below for folder in folders for below in _folders(folder) if _images(below)]
+    if deeper and len(parents := {below.parent for below in deeper}) == 1 and len(deeper) > 1:
+        (parent,) = parents
+        names = ", ".join(below.name for below in deeper[:3]) + (", ..." if len(deeper) > 3 else "")
+        raise DataError(f"{root}: the class folders ({names}) lie in {parent}; pass --data {parent} (data.path)")
     if deeper:
         kinds = Counter(file.suffix.lower() for file in _images(deeper[0]))
         found = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())

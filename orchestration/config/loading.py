@@ -383,14 +383,28 @@ def _expanded(text: str, environ: Mapping[str, str]) -> tuple[str, list[str]]:
 
 
 def _model_problems(stack: _Stack, known_models: Sequence[str] | None) -> Iterator[_Problem]:
-    supernet = stack.settings.get("supernet")
-    model = supernet.get("model") if isinstance(supernet, dict) else None
+    written = stack.settings.get("supernet")
+    supernet: Mapping[str, Any] = written if isinstance(written, dict) else {}
+    model = supernet.get("model")
     if known_models is None or not isinstance(model, str) or not model:
         return
     known = [*known_models, CHECKPOINT_MODEL]
     if model not in known:
         message = f"unknown model '{model}'{way_out(model, known, 'known models')}"
         yield stack.problem(("supernet", "model"), message)
+    elif model != CHECKPOINT_MODEL and isinstance(supernet.get("options"), dict):
+        yield from _unknown_options(stack, model, supernet["options"])
+
+
+def _unknown_options(stack: _Stack, model: str, options: Mapping[str, Any]) -> Iterator[_Problem]:
+    # Imported here: families need torch, which a check without known models does without.
+    from dsnet.families import get_family
+
+    known = list(get_family(model).defaults)
+    for key in options:
+        if key not in known:
+            message = f"supernet.options.{key}: unknown option of {model}{way_out(str(key), known)}"
+            yield stack.problem(("supernet", "options", key), message.partition(": ")[2], at_key=True)
 
 
 def _option_problems(config: SweepConfig, stack: _Stack, known_models: Sequence[str]) -> Iterator[_Problem]:

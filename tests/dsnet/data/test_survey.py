@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from dsnet.data import load_images
 from dsnet.data.cifar10 import holds_cifar10
 from dsnet.data.survey import survey_folder
 from dsnet.errors import DataError
@@ -72,6 +73,15 @@ def test_images_that_lie_deeper_are_found_and_told(tmp_path: Path) -> None:
     ) as met:
         survey_folder(tmp_path)
     assert f"expected {tmp_path}/CLASS/x.jpg" in str(met.value)
+
+
+def test_a_folder_one_level_too_high_names_the_one_below(tmp_path: Path) -> None:
+    fill(tmp_path / "photos" / "cat", 2)
+    fill(tmp_path / "photos" / "dog", 2)
+    with pytest.raises(DataError, match=r"class folders \(cat, dog\) lie in .*photos; pass --data .*photos"):
+        survey_folder(tmp_path)
+    with pytest.raises(DataError, match=r"holds no images but class folders \(cat, \.\.\.\).*--data .*photos"):
+        load_images("image_folder", tmp_path, 32)
 
 
 @pytest.mark.parametrize(("place", "message"), [("", "1 images lie in the folder itself"), ("a", "found 1 class")])
