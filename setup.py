@@ -61,7 +61,13 @@ setup(
     extras_require={
         "dashboard": ["optuna-dashboard>=0.20"],
         "images": ["kaleido>=1.5"],
-        "test": ["pytest>=8.0", "pytest-timeout>=2.3", "hypothesis>=6.100", "optuna-dashboard>=0.20"],
+        "test": [
+            "pytest>=8.0",
+            "pytest-timeout>=2.3",
+            "pytest-xdist>=3.8",
+            "hypothesis>=6.100",
+            "optuna-dashboard>=0.20",
+        ],
         "check": ["ruff>=0.6", "mypy>=1.11", "import-linter>=2.1"],
     },
     entry_points={"console_scripts": ["dsnet-orch=dsnet_orch:main"]},
