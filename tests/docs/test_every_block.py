@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 
 from tests.docs.blocks import REPOSITORY, Block, blocks
-from tests.dsnet.stored.test_compat import NUM_CLASSES, whole_checkpoint
+from tests.dsnet.stored.released import NUM_CLASSES, whole_checkpoint
 
 pytestmark = [pytest.mark.long, pytest.mark.ray, pytest.mark.timeout(7200)]
 

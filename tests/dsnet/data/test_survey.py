@@ -12,14 +12,7 @@ from dsnet.data import load_images
 from dsnet.data.cifar10 import holds_cifar10
 from dsnet.data.survey import survey_folder
 from dsnet.errors import DataError
-
-RED, GREY = (200, 10, 10), (90, 90, 90)
-
-
-def fill(folder: Path, count: int, size: tuple[int, int] = (40, 30), colour: tuple[int, int, int] = RED) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for number in range(count):
-        Image.new("RGB", size, colour).save(folder / f"{number}.png")
+from tests.dsnet.data.folders import GREY, fill
 
 
 def test_a_folder_is_told_by_its_classes_sizes_and_colours(tmp_path: Path) -> None:

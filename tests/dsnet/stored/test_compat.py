@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,54 +16,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dsnet.errors import CheckpointError
-from dsnet.families import Task, create
 from dsnet.network.supernet import Supernet
 from dsnet.routers.base import Evidence
 from dsnet.stored.compat import load_dsnet_checkpoint, load_dsnet_gate
-from dsnet.stored.compat.dsnet_release import HEAD, published_names, published_shape
+from dsnet.stored.compat.dsnet_release import HEAD
 from dsnet.stored.compat.torch_files import read_torch_file
-from tests.dsnet.samples import random_images, shaken
-
-NUM_CLASSES, SIZE = 7, 32
-
-
-def released_from(supernet: Supernet, seed: int) -> dict[str, Tensor]:
-    """The supernet's tensors as a released state dict; statistics that the format shares take one
-    of our values for both."""
-    names = published_names(supernet)
-    generator = torch.Generator().manual_seed(seed)
-    released = {HEAD: torch.randn((4, 66, 1, 1), generator=generator)}
-    for index, (name, value) in enumerate(supernet.state_dict().items()):
-        if name.rpartition(".")[2].startswith("updates_"):
-            value = torch.tensor(100 + index)
-        released[names[name]] = value.detach().reshape(published_shape(name, value)).clone()
-    own = supernet.state_dict()
-    supernet.load_state_dict({name: released[names[name]].reshape(own[name].shape) for name in own})
-    return released
-
-
-def shaken_release(seed: int) -> tuple[Supernet, dict[str, Tensor]]:
-    """A random DS-MBNet and its released form."""
-    supernet = shaken(create("ds_mbnet", Task(NUM_CLASSES, 3, SIZE), seed=seed), seed).eval()
-    return supernet, released_from(supernet, seed)
-
-
-STUDENT, RELEASED = shaken_release(1)
-TEACHER, AVERAGED = shaken_release(2)
-
-
-def whole_checkpoint() -> dict[str, Any]:
-    """What a training script of that time stores."""
-    return {
-        "epoch": 149,
-        "arch": "slimmable_mbnet_v1_bn_uniform",
-        "state_dict": {f"module.{name}": value for name, value in RELEASED.items()},
-        "state_dict_ema": AVERAGED,
-        "optimizer": {"state": {0: {"momentum_buffer": torch.zeros(3)}}, "param_groups": [{"lr": 0.08, "params": [0]}]},
-        "args": argparse.Namespace(lr=0.08, mean=(0.5, 0.5), sched="cosine", bound=np.float64(0.25), resume=None),
-        "version": 2,
-        "metric": np.float32(74.6),
-    }
+from tests.dsnet.samples import random_images
+from tests.dsnet.stored.released import AVERAGED, NUM_CLASSES, RELEASED, SIZE, STUDENT, TEACHER, whole_checkpoint
 
 
 @pytest.fixture(scope="module")

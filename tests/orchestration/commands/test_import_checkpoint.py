@@ -14,7 +14,7 @@ from dsnet.training.start import load_start
 from orchestration.commands.import_checkpoint import IMAGENET
 from orchestration.config.loading import load_config
 from orchestration.prepare.preparation import prepare, supernet_run
-from tests.dsnet.stored.test_compat import AVERAGED, NUM_CLASSES, RELEASED, SIZE, STUDENT, TEACHER, whole_checkpoint
+from tests.dsnet.stored.released import AVERAGED, NUM_CLASSES, RELEASED, SIZE, STUDENT, TEACHER, whole_checkpoint
 from tests.orchestration.samples import call
 
 

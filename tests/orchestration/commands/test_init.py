@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from orchestration.config.loading import load_config
-from tests.dsnet.data.test_survey import GREY, fill
+from tests.dsnet.data.folders import GREY, fill
 from tests.orchestration.samples import call
 
 
