@@ -32,6 +32,7 @@ SHARED = {"ray_cluster", "finished"}
 """Fixtures that a process makes once, at some expense: their tests run in one process, first."""
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests of one file run in one process, and so do all that share what is expensive to make."""
     for item in items:
