@@ -34,7 +34,7 @@ launch: $(READY)
 	$(BIN)/dsnet-orch launch examples/digits.yaml
 
 test: check
-	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(ONE_THREAD) $(BIN)/python -m pytest
 
 test-long: $(READY)
 	$(ONE_THREAD) $(BIN)/python -m pytest -m long

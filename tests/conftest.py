@@ -28,19 +28,6 @@ settings.register_profile("explore")
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
 
 
-SHARED = {"ray_cluster", "finished"}
-"""Fixtures that a process makes once, at some expense: their tests run in one process, first."""
-
-
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of one file run in one process, and so do all that share what is expensive to make."""
-    for item in items:
-        shares = bool(SHARED.intersection(getattr(item, "fixturenames", ())))
-        item.add_marker(pytest.mark.xdist_group("shared" if shares else item.nodeid.partition("::")[0]))
-    items.sort(key=lambda item: item.get_closest_marker("xdist_group").args != ("shared",))  # type: ignore[union-attr]
-
-
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     """A Ray cluster of this process: 2 CPUs, a small object store, no dashboard; stopped when the
