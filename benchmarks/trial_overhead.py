@@ -46,8 +46,8 @@ from orchestration.workers.trials import RayRunner
 from search.study import engine
 from search.study.engine import Budget, Mirror, Search
 from search.study.runner import OneByOne, Runner, TrialSpec
-from search.study.study import Objective, StudyJournal, StudySettings, TrialRecord, quiet_optuna
-from search.suggest.samplers import KNOWN_SAMPLERS, SamplerSettings
+from search.study.study import Objective, StudyJournal, StudySettings, TrialRecord
+from search.suggest.samplers import KNOWN_SAMPLERS, SamplerSettings, quiet_optuna
 from search.suggest.space import Scalar, parse_space
 
 BENCHMARK = (

@@ -330,7 +330,7 @@ def _binomial_tail(count: int, total: int) -> float:
     for k in range(count, total):
         ways = ways * (total - k) // (k + 1)  # C(total, k + 1)
         tail += ways
-    return tail / 2**total
+    return float(tail / 2**total)
 
 
 def teacher_above(facts: TrainingFacts) -> TrainingWarning | None:

@@ -201,7 +201,8 @@ class RoutingPath:
         ends = np.r_[np.inf, self.slope, 0.0]
         # Between the last move that is made and the first that is not.
         last, following = ends[num_moves], ends[num_moves + 1]
-        return np.where(np.isinf(last), 2 * following + 1.0, (last + following) / 2)
+        prices: NDArray[np.float64] = np.where(np.isinf(last), 2 * following + 1.0, (last + following) / 2)
+        return prices
 
     def run(self, betas: Floats, correct: NDArray[np.bool_]) -> tuple[Floats, Floats]:
         """(mean MAdds, top-1) of these images at given betas."""
@@ -286,9 +287,10 @@ def _mean_probability(table: RoutingTable) -> NDArray[np.float32]:
     logits = table.logits.astype(np.float32)
     # The largest logit is always stored, and its probability too: that gives the scale of the
     # others.
-    probability = np.exp(logits - logits.max(2, keepdims=True)) * table.confidence[:, :, None]
+    probability: NDArray[np.float32] = np.exp(logits - logits.max(2, keepdims=True)) * table.confidence[:, :, None]
     if table.logit_classes.shape[2] == 0:
-        return probability.mean(1)
+        mean: NDArray[np.float32] = probability.mean(1)
+        return mean
     dense = np.zeros((table.num_images, table.num_classes), dtype=np.float32)
     rows = np.arange(table.num_images)[:, None]
     for route in range(table.num_routes):
@@ -298,7 +300,8 @@ def _mean_probability(table: RoutingTable) -> NDArray[np.float32]:
 
 def _log_odds(share: NDArray[np.floating]) -> NDArray[np.floating]:
     clipped = np.clip(share, TINY, 1 - TINY)
-    return np.log(clipped / (1 - clipped))
+    odds: NDArray[np.floating] = np.log(clipped / (1 - clipped))
+    return odds
 
 
 def _all_features(table: RoutingTable, own: Tensor, logit_routes: tuple[int, ...]) -> Tensor:
@@ -372,7 +375,7 @@ def _trained(
         scores = weights.scores(own[rows], components[rows])
         loss = F.binary_cross_entropy_with_logits(scores, right[rows], reduction="sum") / (size * right.shape[1])
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         if step in CHECKPOINTS:
             yield step, weights.frozen()

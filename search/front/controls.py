@@ -37,7 +37,8 @@ def budgets(madds: ArrayLike, fractions: Sequence[float] = (0.25, 0.5, 0.75)) ->
     """Mean-MAdds budgets at the given fractions of the range from the cheapest to the widest
     route."""
     costs = np.asarray(madds, dtype=np.float64)
-    return costs.min() + np.asarray(fractions, dtype=np.float64) * np.ptp(costs)
+    found: Floats = costs.min() + np.asarray(fractions, dtype=np.float64) * np.ptp(costs)
+    return found
 
 
 @dataclass(frozen=True)

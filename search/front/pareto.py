@@ -240,11 +240,12 @@ def _as_costs(values: ArrayLike, goals: Sequence[Goal]) -> NDArray[np.float64]:
         return np.empty((0, len(goals)))
     if array.ndim != 2 or array.shape[1] != len(goals):
         raise ValueError(f"The shape of `values` is {array.shape}, but must be [n, {len(goals)}].")
-    return array * np.array([-1.0 if goal == "maximize" else 1.0 for goal in goals])
+    costs: NDArray[np.float64] = array * np.array([-1.0 if goal == "maximize" else 1.0 for goal in goals])
+    return costs
 
 
 def _reference_costs(goals: Sequence[Goal], reference: ArrayLike) -> NDArray[np.float64]:
-    bound = _as_costs(np.atleast_2d(np.asarray(reference, dtype=np.float64)), goals)[0]
+    bound: NDArray[np.float64] = _as_costs(np.atleast_2d(np.asarray(reference, dtype=np.float64)), goals)[0]
     if not np.isfinite(bound).all():
         raise ValueError(f"The reference point {reference!r} must be finite.")
     return bound

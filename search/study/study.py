@@ -446,7 +446,7 @@ def _end_of_last_line(file: Any, size: int, block: int = 1 << 16) -> int:
     while end > 0:
         start = max(0, end - block)
         file.seek(start)
-        newline = file.read(end - start).rfind(b"\n")
+        newline: int = file.read(end - start).rfind(b"\n")
         if newline >= 0:
             return start + newline + 1
         end = start

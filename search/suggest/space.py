@@ -292,7 +292,7 @@ def _own_value(name: str, parent: str, value: Any, distribution: BaseDistributio
     if _is_scalar(value) and _holds(distribution, value):
         if not isinstance(distribution, CategoricalDistribution):
             return int(value)
-        own: Any = distribution.choices[distribution.choices.index(value)]
+        own: Scalar = distribution.choices[distribution.choices.index(value)]  # type: ignore[assignment]
         return own
     raise ConfigError(f"space.{name}: when {parent} is {value!r}, but it only takes {_range_of(distribution)}")
 
