@@ -15,9 +15,7 @@ from dashboards.page import figure_json, figure_page
 from dsnet.errors import ConfigError, PreflightError
 
 SUFFIXES: Final = (".html", ".json", ".png", ".svg")
-WAY_OUT: Final = (
-    "install the images extra (pip install 'dsnet-orch[images]') and Chromium or Chrome, or write .html or .json"
-)
+WAY_OUT: Final = "install kaleido (pip install kaleido) and Chromium or Chrome, or write .html or .json"
 
 
 def write_figure(figure: go.Figure, path: str | Path, width_px: int = 1100) -> Path:

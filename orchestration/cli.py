@@ -445,7 +445,7 @@ def trials(
 @click.option(
     "--figure",
     type=click.Path(path_type=Path),
-    help="Also draw the front into this file: .html, .json, or .svg and .png with the extra [images].",
+    help="Also draw the front into this file: .html, .json, or .svg and .png with kaleido.",
 )
 @click.option(
     "--routers-figure",

@@ -22,7 +22,7 @@ from search.suggest.space import parse_space
 
 pytestmark = pytest.mark.skipif(
     find_spec("optuna_dashboard") is None,
-    reason="optuna-dashboard is not installed (pip install 'dsnet-orch[dashboard]')",
+    reason="optuna-dashboard is not installed (pip install optuna-dashboard)",
 )
 
 SPACE = parse_space(
