@@ -1,4 +1,4 @@
-"""`dsnet-orch predict`: what a bundle says about photos, as a table or as JSON."""
+"""`dsnet-orch predict`: classify photos with a bundle and print a table or JSON."""
 
 from __future__ import annotations
 
