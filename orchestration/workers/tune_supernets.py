@@ -224,7 +224,7 @@ def train_members(  # noqa: PLR0913 - all but two are given by name
     pending = [member for member in members if member.name not in known]
     if pending:
         _check_members(members, rules, ray.cluster_resources())
-        sweep = _Sweep(members, pending, rules, ledger, should_stop, (on_report, on_points, on_fate))
+        sweep = _TuneRun(members, pending, rules, ledger, should_stop, (on_report, on_points, on_fate))
         sweep.run(
             {
                 "train": send_images(data),
@@ -261,7 +261,7 @@ _Listeners = tuple[
 ]
 
 
-class _Sweep:
+class _TuneRun:
     """One launch: Tune in a side thread, everybody who listens in the caller's."""
 
     def __init__(
