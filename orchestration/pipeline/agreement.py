@@ -1,5 +1,5 @@
-"""The verify stage: the frozen front runs for real on the sealed test split, and must do image by
-image what the table said."""
+"""Run the frozen front on the sealed test split, and compare every image with the routing
+tables."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ from dsnet.routing.table_routing import TableRun, run_on_table
 from orchestration.results.verified import Agreement, DynamicLatency
 
 CLASS_TIE = 1e-4
-"""Two largest probabilities nearer than this are a numerical tie."""
+"""Difference between the two largest probabilities below which they count as a numerical tie."""
 
 
 SINGLE_IMAGES = 32
-"""At batch 1, one timed repeat runs so many images one after the other: they take different
+"""Images per timed repeat at batch size 1, one after the other, because images take different
 routes."""
 
 
 NUM_BATCHES = 3
-"""At larger batches, one timed repeat runs so many of them."""
+"""Batches per timed repeat at larger batch sizes."""
 
 
 TIMING_SEED = 0
-"""Draws the timed images."""
+"""Seed of the draw of the timed images."""
 
 
 MAX_NAMED = 5
@@ -104,14 +104,14 @@ def check_agreement(
 
 class _Retraced(NamedTuple):
     routes: NDArray[np.int64]
-    """[N]"""
+    """Routes [N]."""
     madds: NDArray[np.int64]
-    """[N]"""
+    """MAdds [N]."""
 
 
 def _retraced(router: Router, table: RoutingTable, told: TableRun, ran: NDArray[np.int64]) -> _Retraced:
-    """What the table says where ties are broken towards the routes [N] that really ran: so far as
-    ties explain them, it says the same."""
+    """Replay the table with ties broken towards the routes [N] that really ran; it equals the real
+    run if only ties explain the differences."""
     routes, madds = told.routes.copy(), told.madds.copy()
     for route in np.unique(ran[ran != told.routes]):
         again = run_on_table(Retrace(router, int(route), table.tree), table)
@@ -195,8 +195,8 @@ def time_front(
 
 
 def _batches(images: Tensor, size: int) -> list[Tensor]:
-    """Random images (a split may be sorted by class, and routes depend on the image): many single
-    ones, or a few batches."""
+    """Randomly drawn batches (a split may be sorted by class, and routes depend on the image):
+    `SINGLE_IMAGES` of one image, or `NUM_BATCHES` larger ones."""
     count = SINGLE_IMAGES if size == 1 else NUM_BATCHES
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(TIMING_SEED))
     rows = order[torch.arange(size * count) % len(images)]

@@ -1,4 +1,4 @@
-"""The verify stage: freeze the front, open the sealed split, run the front for real, judge it
+"""The verify stage: freeze the front, open the sealed split, run the front for real, and analyse it
 beside its controls."""
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ VERIFY_FILE = "verify.json"
 
 
 def verify_stage(work: Launch, plans: Mapping[str, StagePlan], supernet: Supernet, results: RunResults) -> None:
-    """Verify the front of a search, or the sample of it; what is stored is all that report and
+    """Verify the front of a search, or its sample; the stored result holds all that report and
     export need of the test split."""
     work.check_stop()
     config, run, prepared = work.config, work.run, work.prepared
@@ -100,8 +100,8 @@ def verify_stage(work: Launch, plans: Mapping[str, StagePlan], supernet: Superne
 
 
 def known_agreements(run: RunDir, record: StageRecord) -> dict[int, Agreement]:
-    """By slot what earlier results of the stage found out about gates of the same search, hence of
-    the same tables and weights.
+    """Agreements by slot, from earlier results of the stage about gates of the same search, and so
+    of the same tables and weights.
 
     A gate that agreed with its table once is not run again: nothing that could make it differ has
     changed. All gates of a front are timed together, whether they are known or not: times of
@@ -124,13 +124,13 @@ def known_agreements(run: RunDir, record: StageRecord) -> dict[int, Agreement]:
 
 @dataclass(frozen=True)
 class _Judge:
-    """What a split is analysed with."""
+    """Everything with which a split is analysed."""
 
     forecast: RouteForecast
     val: RoutingTable
     front: Mapping[int, Router]
     contenders: Mapping[BudgetPick, Router]
-    """The best trial of each kind of router for each budget, chosen on `val`."""
+    """The router of the best trial of each kind for each budget, chosen on `val`."""
     num_classes: int
     bootstrap: Bootstrap
 
@@ -143,7 +143,7 @@ class _Judge:
         front: Mapping[int, Router],
         results: RunResults,
     ) -> _Judge:
-        """Fit the reachable ceiling on `gate`, and load who speaks for each kind of router."""
+        """Fit the reachable ceiling on `gate`, and load the routers of the contenders."""
         run = work.run
         forecast = RouteForecast.fit(RoutingTable.load(run.table(plans["table"].key, "gate")))
         contenders = {
@@ -162,7 +162,7 @@ class _Judge:
         )
 
     def analysis(self, reported: RoutingTable) -> SplitAnalysis:
-        """The front, and every kind of router, on a split."""
+        """Analyse the front and every kind of router on a split."""
         return analyse_split(
             self.forecast,
             self.val,

@@ -1,5 +1,5 @@
-"""MLflow's database in a runs folder, without MLflow: which experiment holds a sweep, and where
-artifacts lie.
+"""MLflow's database in a runs folder, read without MLflow: the experiment of a sweep, and the
+locations of artifacts.
 
 MLflow writes the absolute folder of artifacts beside every experiment and every run, so that a runs
 folder that was moved or copied serves nothing, or what lies in the old place. The database lies
@@ -27,13 +27,13 @@ _LOCATIONS = (
 
 
 def database_of(store_uri: str) -> Path | None:
-    """The file of a store that is an SQLite database; None where it is a server or another
+    """The file of a store that is an SQLite database; None if it is a server or another
     database."""
     return Path(store_uri.removeprefix(SQLITE)) if store_uri.startswith(SQLITE) else None
 
 
 def experiment_of(store_uri: str, uid: str) -> str | None:
-    """The id of the experiment that holds a sweep's prepared view; None where no such view was
+    """The id of the experiment that holds a sweep's prepared view; None if no such view was
     written.
 
     Args:
@@ -52,7 +52,7 @@ def experiment_of(store_uri: str, uid: str) -> str | None:
 
 
 def mend_artifact_locations(store_uri: str, artifact_root: Path) -> int:
-    """Make the recorded locations of artifacts right after the runs folder was moved or copied.
+    """Correct the recorded locations of artifacts after the runs folder was moved or copied.
 
     Only a database that lies beside its artifacts is looked at, and only locations below a folder
     with the name of `artifact_root`; one is kept where it exists and what it names does not lie

@@ -1,5 +1,5 @@
-"""What MLflow's page says about a sweep above its parameters: a picture of the front, its table,
-and where the rest is."""
+"""The description of a sweep on MLflow's page: a picture of the front, its table, and where the
+rest is."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def attach_front(
 
 
 def front_note(headline: Headline, uid: str, picture: str, report: str, warnings: Sequence[str] = ()) -> str:
-    """The description, in Markdown; MLflow shows pictures that it serves itself.
+    """The description in Markdown; its pictures are artifacts, which MLflow serves itself.
 
     Args:
         headline: the front's table.
@@ -77,7 +77,7 @@ def front_note(headline: Headline, uid: str, picture: str, report: str, warnings
 
 
 def _sentence(headline: Headline) -> str:
-    """What is seen of a description before it is opened."""
+    """The first sentence of the description, visible before it is opened."""
     found = f"{plural(len(headline.rows), 'gate')} of the front"
     knee = next((row for row in headline.rows if row.name == headline.knee), None)
     if knee is None:
@@ -96,5 +96,5 @@ def _line(row: Row, knee: str | None) -> str:
 
 
 def _cells(*texts: str) -> str:
-    """A row of a table; MLflow's page leaves no room between cells."""
+    """A row of a Markdown table, with space between cells, which MLflow's page does not add."""
     return "".join(f"| {text} &ensp;" for text in texts) + "|"
