@@ -1,4 +1,4 @@
-"""One static sub-network as the measure stage found it."""
+"""The measured numbers of one static sub-network."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MeasuredSubnet:
-    """One sub-network as the measure stage found it on `val`."""
+    """The numbers of one static sub-network, measured on `val`."""
 
     name: str
     top1: float
