@@ -1,4 +1,4 @@
-"""The loss curves of a training as its file holds them, read while it grows."""
+"""The loss curves of a training, read from their file while it grows."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class CurveTail:
         self._offset = 0
 
     def read(self) -> list[CurvePoint]:
-        """The points written since the last call; none while there is no file."""
+        """The points written since the last call; empty if there is no file."""
         try:
             with open(self._path, "rb") as file:
                 if file.seek(0, os.SEEK_END) < self._offset:

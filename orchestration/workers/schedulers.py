@@ -13,7 +13,7 @@ from orchestration.config.schedulers import TIME, check_scheduler, made_schedule
 
 
 def make_scheduler(rules: TuneRules, epochs: int) -> TrialScheduler:
-    """The scheduler of a sweep, told what to maximise.
+    """Make the scheduler of a sweep, with the metric to maximise.
 
     Args:
         rules: checked.

@@ -1,5 +1,5 @@
-"""A sweep of supernets: a fixed list of them is trained, and Ray Tune's schedulers stop those that
-do poorly.
+"""Training of a fixed list of supernets, in which schedulers of Ray Tune stop those that fall
+behind.
 
 Tune chooses nothing but who goes on. Each supernet is a trial in a process of its own that trains
 as `dsnet.training` does and now and then reports its *static hypervolume*: of (top-1 on val, MAdds)
@@ -64,14 +64,15 @@ if TYPE_CHECKING:
 from orchestration.workers.schedulers import make_scheduler
 
 CALIBRATION_IMAGES = 512
-"""Training images that stand for all where a norm keeps no statistics while it trains."""
+"""Number of training images from which statistics are estimated if a norm keeps none while it
+trains."""
 
 
 OUTCOME = "outcome.json"
 
 
 _LASTING = (NonFiniteLossError, ConfigError)
-"""What a member does to itself, and would do again."""
+"""Errors of a member itself, which would occur again in a later launch."""
 
 
 _ENVIRONMENT = {
@@ -79,8 +80,7 @@ _ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     # A trial that ends before its first report is no error of the sweep.
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
-    # Nobody reads the state that Tune would write all the time: the ledger is what a launch goes on
-    # from.
+    # The state that Tune would write all the time is not read: a launch continues from the ledger.
     "TUNE_GLOBAL_CHECKPOINT_S": "86400",
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
@@ -93,16 +93,17 @@ class TuneMember:
 
     name: str
     key: str
-    """Of its supernet stage: what is stored of it is stored under this."""
+    """Key of its supernet stage, under which its events are stored."""
     job: SupernetJob
-    """`job.folder` is its stage folder; `job.workers` is 1; all members' `stop_file` may be one."""
+    """Its training: `job.folder` is its stage folder and `job.workers` is 1; members may share a
+    `stop_file`."""
     is_done: bool = False
-    """Its supernet stage is done already: it is not trained."""
+    """Whether its supernet stage is done, so that it is not trained."""
 
 
 @dataclass(frozen=True)
 class ValImages:
-    """The split that chooses."""
+    """Images and labels of `val`, on which supernets are compared."""
 
     images: Tensor
     """uint8 [N, C, H, W], on the CPU."""
@@ -111,8 +112,7 @@ class ValImages:
 
 
 def stored_fates(members: Sequence[TuneMember], rules: TuneRules, folder: Path) -> dict[str, MemberFate]:
-    """What is known without training: by name, of those members only whose fate is settled. Needs
-    no Ray.
+    """Fates by name of those members whose fate is settled already; needs no Ray.
 
     Raises:
         CheckpointError: the ledger was edited.
@@ -161,7 +161,8 @@ def static_hypervolume(supernet: Supernet, val: ValImages, normalization: Normal
 
 
 def measurable(supernet: Supernet, run: SupernetRun, data: TrainingImages) -> Supernet:
-    """A copy of a network in training whose sub-networks can be measured; training does not notice.
+    """A copy of a network in training whose sub-networks can be measured; the training is not
+    affected.
 
     Private statistics are taken as they run; where a norm keeps none, they are estimated from a few
     hundred training images.
@@ -186,11 +187,10 @@ def train_members(  # noqa: PLR0913 - all but two are given by name
     on_fate: Callable[[MemberFate], None] = lambda fate: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> list[MemberFate]:
-    """Train every member that has not met its fate yet, or as far as the scheduler lets it; Ray
-    must be initialised.
+    """Train every member without a fate as far as the scheduler allows; Ray must be initialised.
 
     A member that was trained has its final checkpoint in its folder, to the bit as
-    `ray_supernet.train_on_ray` with one worker leaves it on the same CPU with the same threads. The
+    `orchestration.workers.supernet.train_on_ray` with one worker leaves it on the same CPU with the same threads. The
     last epoch's report is of that checkpoint; earlier ones are of the weights as they stood.
 
     Args:
@@ -224,14 +224,14 @@ def train_members(  # noqa: PLR0913 - all but two are given by name
     pending = [member for member in members if member.name not in known]
     if pending:
         _check_members(members, rules, ray.cluster_resources())
-        sweep = _TuneRun(members, pending, rules, ledger, should_stop, (on_report, on_points, on_fate))
-        sweep.run(
+        tune_run = _TuneRun(members, pending, rules, ledger, should_stop, (on_report, on_points, on_fate))
+        tune_run.run(
             {
                 "train": send_images(data),
                 "val": {name: ray.put(getattr(val, name).numpy()) for name in ("images", "labels")},
             }
         )
-        known |= sweep.fates
+        known |= tune_run.fates
     return [known[member.name] for member in members]
 
 
@@ -262,7 +262,7 @@ _Listeners = tuple[
 
 
 class _TuneRun:
-    """One launch: Tune in a side thread, everybody who listens in the caller's."""
+    """One launch of Ray Tune in a side thread; the listeners are called in the caller's thread."""
 
     def __init__(
         self,
@@ -287,7 +287,7 @@ class _TuneRun:
         self.fates: dict[str, MemberFate] = {}
 
     def run(self, images: Mapping[str, Any]) -> None:
-        """Until every pending member has met its fate.
+        """Run until every pending member has its fate.
 
         Raises:
             StoppedError: it was stopped before.
@@ -342,7 +342,7 @@ class _TuneRun:
         return self._asked_to_stop.is_set() or any(path.exists() for path in self._stop_files)
 
     def _tune(self, scheduler: Any, images: Mapping[str, Any], failures: list[BaseException]) -> None:
-        """What the side thread does."""
+        """The work of the side thread."""
         from ray import tune
 
         from orchestration.workers.tune_schedule import MEMBER, FixedList, LossWatch, WhenIdle
@@ -391,7 +391,7 @@ class _TuneRun:
                 return
 
     def _pass_on(self) -> None:
-        """Everything new, to those who listen."""
+        """Pass new points, reports and fates to the listeners."""
         for name, tail in self._tails.items():
             points = tail.read()
             if points:
@@ -413,7 +413,7 @@ def _describe_failure(trial: Any) -> str:
 
 
 def _outcome_of(job: SupernetJob) -> Outcome | None:
-    """What a trial that returned left behind; None where it was interrupted."""
+    """The outcome that a trial left when it returned; None if it was interrupted."""
     from orchestration.workers.tune_schedule import Outcome
 
     outcome = job.folder / OUTCOME
@@ -433,8 +433,8 @@ def _train_member(
     ledger_path: Path,
     report_every: int,
 ) -> None:
-    """A trial: trains one supernet, from its checkpoint if it has one. Its errors are recorded, not
-    raised: Tune would start it again."""
+    """The function of a trial: trains one supernet, from its checkpoint if it has one. Errors are
+    recorded, not raised, because Tune would start it again."""
     fix_arithmetic()
     name = config["member"]
     job = jobs[name]
@@ -479,7 +479,7 @@ def _train_and_report(
 
 
 def _report(epoch: int, value: float) -> None:
-    """Returns when the driver has stored the value and lets the trial go on; where it does not, the
+    """Report a value to the driver; returns when it is stored and the trial may go on, else the
     process ends here."""
     from ray import tune
 
