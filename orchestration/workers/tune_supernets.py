@@ -189,9 +189,10 @@ def train_members(  # noqa: PLR0913 - all but two are given by name
 ) -> list[MemberFate]:
     """Train every member without a fate as far as the scheduler allows; Ray must be initialised.
 
-    A member that was trained has its final checkpoint in its folder, to the bit as
-    `orchestration.workers.supernet.train_on_ray` with one worker leaves it on the same CPU with the same threads. The
-    last epoch's report is of that checkpoint; earlier ones are of the weights as they stood.
+    A member that was trained has its final checkpoint in its folder, bit for bit as
+    `orchestration.workers.supernet.train_on_ray` with one worker leaves it on the same CPU with the
+    same threads. The report of the last epoch is of that checkpoint; earlier reports are of the
+    weights at that time.
 
     Args:
         members: in the order in which they start.
