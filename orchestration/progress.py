@@ -1,7 +1,7 @@
 """Progress of a launch: bars and lines on stderr for people, and a small file in the run folder for
 `dsnet-orch status`.
 
-stdout is for data. On a terminal a bar moves; on a pipe there is a plain line for every epoch and
+stdout is for data. On a terminal a bar moves; on a pipe a plain line is printed for every epoch and
 every cohort of trials.
 """
 
@@ -105,7 +105,7 @@ def fitting(count: str, remarks: str, room: int) -> str:
     Args:
         count: always shown.
         remarks: the most important first.
-        room: in characters.
+        room: width in characters.
     """
     shown = count
     for remark in filter(None, remarks.split("  ")):

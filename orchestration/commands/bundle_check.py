@@ -34,7 +34,7 @@ def check_bundle(path: Path, data_path: str | None) -> list[Check]:
     """Check a bundle.
 
     Args:
-        path: its folder.
+        path: folder of the bundle.
         data_path: None checks files and examples only; "" uses embedded data; else the folder of
             the images.
 

@@ -56,9 +56,9 @@ def init_sweep(folder: Path, out: Path | None, name: str | None, *, overwrite: b
     """Look at the images and write a sweep file.
 
     Args:
-        folder: of the images.
+        folder: folder of the images.
         out: the file; None = NAME.yaml in the working directory.
-        name: of the sweep; None = the folder's.
+        name: name of the sweep; None = the folder's name.
         overwrite: replace a file that is there.
 
     Raises:

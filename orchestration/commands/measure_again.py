@@ -42,7 +42,7 @@ def measure_again(results: RunResults, progress: ProgressView) -> MeasuredAgain:
     """Time everything on every device, store the result beside the first timing, and rebuild the
     report.
 
-    The front runs on images of `val`: a timing is no reason to read `test` once more.
+    The front runs on images of `val`, because a new timing is no reason to read `test` again.
 
     Raises:
         NotFoundError: the run has not finished its measure stage.

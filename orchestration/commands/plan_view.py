@@ -41,9 +41,9 @@ def show_plan(plan: SweepPlan, *, as_json: bool, everything: bool = False) -> No
     """Print the plan of a sweep of gates under one supernet.
 
     Args:
-        plan: from `make_plan`.
+        plan: result of `make_plan`.
         as_json: for scripts, always complete.
-        everything: also the settings that nobody chose, and every sub-network.
+        everything: also show settings with default values, and every sub-network.
     """
     if as_json:
         print_json(plan_content(plan))

@@ -225,9 +225,9 @@ def show_supernets_plan(plan: SupernetsPlan, *, as_json: bool, everything: bool 
     settings.
 
     Args:
-        plan: from `plan_supernets`.
+        plan: result of `plan_supernets`.
         as_json: for scripts, always complete.
-        everything: also the settings that nobody chose.
+        everything: also show settings with default values.
     """
     if as_json:
         print_json(_plan_content(plan))

@@ -73,10 +73,10 @@ def show_table(
     out.
 
     Args:
-        columns: in order.
+        columns: columns in order.
         rows: a text for every column.
         title: a line above.
-        rest: which option of the command shows everything; an empty text where there is none.
+        rest: option of the command that shows everything; empty if there is none.
     """
     console = Console(highlight=False, soft_wrap=True)
     width = terminal_width()
@@ -111,7 +111,7 @@ def lay_out(columns: Sequence[Column], rows: Sequence[Sequence[str]], width: int
     """Fit a table into a width: first titles are wrapped, then columns are left out, then stacked.
 
     Args:
-        columns: in order.
+        columns: columns in order.
         rows: a text for every column.
         width: characters in a line; None: without limit.
     """
@@ -157,8 +157,8 @@ def _fitted(
 ) -> dict[int, int] | None:
     """Widths with which the columns fit side by side; None if they do not fit.
 
-    Room to spare goes to the tallest titles first, then to the columns of prose in equal shares, as
-    far as they need them.
+    Spare room goes first to the titles with the most lines, then in equal shares to columns of
+    prose that need it.
     """
     widths = {position: _narrowest(columns, rows, position) for position in shown}
     spare = width - sum(widths.values()) - len(GAP) * (len(shown) - 1)

@@ -63,7 +63,7 @@ def _console() -> Console:
 def say(text: str = "") -> None:
     """Print a line without wrapping it, so that what a person copies stays in one piece.
 
-    Where it does not fit, a remark in parentheses after three spaces gets a line of its own.
+    If it does not fit, a remark in parentheses after three spaces gets a line of its own.
     """
     width = terminal_width()
     place, gap, remark = text.partition("   (")

@@ -26,7 +26,7 @@ def watch_status(
     """Follow a run: on a terminal update its status in place; on a pipe print a line per change,
     and the status at the end.
 
-    A run that has not begun is waited for.
+    Waits for a run that has not begun.
 
     Args:
         find: gives the run's folder; asked again while there is no such run.

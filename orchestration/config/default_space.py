@@ -31,9 +31,9 @@ def default_routers() -> tuple[str, ...]:
 def default_space(layers: Sequence[Mapping[str, Any]] = ()) -> dict[str, Distribution]:
     """The default space, given the settings of a file, a preset or the command line.
 
-    A setting that somebody has given is not swept: `gate.router` leaves the kinds out, and with
-    them what the given kind does not read; `gate.target_madds_m` leaves `gate.target` out.
-    End-to-end training has no cascades, so there the router is not swept either.
+    A setting that is given is not swept: `gate.router` removes the kinds and every key that the
+    given kind does not read; `gate.target_madds_m` removes `gate.target`. End-to-end training has
+    no cascades, so there the router is not swept either.
 
     Args:
         layers: the given settings, those that are laid over the others last.

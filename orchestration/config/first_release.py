@@ -1,8 +1,8 @@
 """Run folders of the first release: settings that their sweep.yaml left to defaults whose values
 have changed.
 
-A run's sweep.yaml has every setting that its release knew. Read with today's defaults it would be
-another sweep: `extend`, and a launch that goes on, would train the supernet anew.
+A run's sweep.yaml has every setting of its release. With today's defaults it would describe another
+sweep, and `extend`, or a launch that continues the run, would train the supernet anew.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Loading of a sweep: from file, preset and command line to one checked configuration that records
 the origin of each value.
 
-Settings are laid over each other in this order, the later one winning: default, environment
-(data.path only), file, preset, `--set`, flag. What pydantic finds wrong is told again in plain
-words, with the place of its cause.
+Settings are merged in this order, later ones win: default, environment (data.path only), file,
+preset, `--set`, flag. Errors of pydantic are repeated in plain words, with the place of their
+cause.
 """
 
 from __future__ import annotations

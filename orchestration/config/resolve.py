@@ -55,7 +55,7 @@ def constraint_set(config: SweepConfig, baseline: Mapping[str, float]) -> Constr
     """`constraints` in the form in which trials evaluate them.
 
     Args:
-        config: of the sweep.
+        config: configuration of the sweep.
         baseline: "baseline.top1" -> value.
 
     Raises:
@@ -89,7 +89,8 @@ def enqueued_points(config: SweepConfig) -> list[dict[str, Any]]:
     """The points that are tried first: `sampler.enqueue`, or the published settings as far as the
     space holds them.
 
-    A grid has its own points, and gets none by default; nor does a space in which nothing varies.
+    By default a grid gets none, because it has points of its own, and neither does a space in which
+    nothing varies.
     """
     space = gate_space(config)
     if config.sampler.enqueue is not None:

@@ -1,9 +1,8 @@
 """Building blocks of the sections of sweep.yaml: strict models, the types of their values, and
 broken rules.
 
-Strict means: no unknown key, no silent conversion ("3" is not 3, 1 is not true), and every range
-checked when an object is built. Only a whole number where a real one is wanted is taken as it is
-meant.
+Strict means: no unknown key, no silent conversion ("3" is not 3, 1 is not true), and every range is
+checked when an object is built. The only exception: a whole number is accepted for a real one.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Rules about `space`: its keys, their conditions, and the points that are tried first.
 
-A key with conditions (`when`) is drawn only in trials that they let through. Conditions that only
-follow from what a kind of router reads need not be written: `resolve` adds them.
+A key with conditions (`when`) is drawn only in trials in which they hold. Conditions that follow
+from what a kind of router reads need not be written: `resolve` adds them.
 """
 
 from __future__ import annotations
@@ -462,7 +462,7 @@ def supernet_with(supernet: SupernetConfig, point: Mapping[str, Any]) -> Superne
     """The section `supernet` with some settings of the space filled in.
 
     Args:
-        supernet: of the sweep.
+        supernet: section `supernet` of the sweep.
         point: dotted key below `supernet.` -> value.
 
     Raises:
@@ -516,7 +516,7 @@ def impossible_supernets(
 
     Args:
         supernet: the section, which is as the sweep has it where space says nothing.
-        space: of the sweep.
+        space: space of the sweep.
         check: raises ConfigError for a supernet that is refused for more than contradictions.
     """
     refusals = _refusals(supernet, space, check)
@@ -582,8 +582,8 @@ def published_points(gate: GateConfig, space: Space) -> tuple[Point, ...]:
     """The published settings as far as a resolved space holds them: with Try Best, and also with
     Give Up if the strategy is swept.
 
-    What was not published stays as in `gate`. What the space cannot give is left out, for the
-    sampler to draw; so is what depends on it.
+    Settings that were not published stay as in `gate`. Settings that the space does not hold, and
+    those that depend on them, are left out, for the sampler to draw.
     """
     strategies = ("try_best", "give_up") if _STRATEGY_KEY in space else ("try_best",)
     points = [_published_point(gate, space, {**PUBLISHED, _STRATEGY_KEY: strategy}) for strategy in strategies]

@@ -37,10 +37,10 @@ def stage_subset(config: SweepConfig, stage: Stage) -> dict[str, JsonValue]:
     """The part of the configuration on which a stage's result depends and that enters its key,
     JSON-able.
 
-    Parents, the fingerprints of the data and of the start weights (hence no `data.path`,
-    `data.crop_fraction` or `supernet.init_from`) and the stage's version are the pipeline's to add.
-    Ray, workers, the device of training, budget, tracking and export never enter: the same sweep
-    done elsewhere, or for longer, is the same sweep.
+    The pipeline adds the parents, the fingerprints of the data and of the start weights (hence no
+    `data.path`, `data.crop_fraction` or `supernet.init_from`) and the stage's version. Ray,
+    workers, the device of training, budget, tracking and export never enter: the same sweep run
+    elsewhere, or for longer, is the same sweep.
     """
     if stage == "supernet":
         from dsnet.training.settings import without_published  # torch comes with it

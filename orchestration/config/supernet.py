@@ -261,7 +261,7 @@ REGIME_KEYS = frozenset({"widths", "num_random", "teacher", "bn"})
 def resolve_regime(supernet: SupernetConfig) -> Regime:
     """The sub-networks that a step trains and their teacher.
 
-    First wins: supernet.train.{widths, num_random, teacher, bn}, supernet.regime,
+    In order of precedence: supernet.train.{widths, num_random, teacher, bn}, supernet.regime,
     supernet.bootstrapping.{mode, num_random}, ib.
     """
     from dsnet.training.settings import Regime

@@ -1,9 +1,8 @@
 """The whole of sweep.yaml as one frozen, strict, typed object; `orchestration.config.loading` reads
 files into it.
 
-Strict means: no unknown key, no silent conversion ("3" is not 3, 1 is not true), and every range
-checked when an object is built. Only a whole number where a real one is wanted is taken as it is
-meant.
+Strict means: no unknown key, no silent conversion ("3" is not 3, 1 is not true), and every range is
+checked when an object is built. The only exception: a whole number is accepted for a real one.
 """
 
 from __future__ import annotations

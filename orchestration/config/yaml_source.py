@@ -1,8 +1,8 @@
 """YAML 1.2 as plain data, with the line and column of every key and value.
 
-The node tree is walked here instead of letting the library construct objects: so no tag can build a
-Python object, duplicate keys are seen with both their places, and every later complaint about a
-value can point at it.
+The node tree is walked here, and the library does not construct objects. Thus no tag can build a
+Python object, duplicate keys are reported with both places, and later errors about a value can name
+its place.
 """
 
 from __future__ import annotations

@@ -68,10 +68,10 @@ def check_agreement(
     Args:
         slot: the router's trial, for messages.
         supernet: trained and recalibrated.
-        router: decides.
-        table: of the split that `images` are, in the same order.
+        router: chooses the routes.
+        table: routing table of the same images, in the same order.
         images: uint8 [N, C, H, W].
-        normalization: what the supernet was trained with.
+        normalization: normalisation with which the supernet was trained.
         batch_size: images at a time.
 
     Raises:
@@ -148,10 +148,10 @@ def time_front(
         supernet: trained and recalibrated.
         routers: by slot.
         images: uint8 [N, C, H, W] of a split: routes depend on the images.
-        normalization: what the supernet was trained with.
+        normalization: normalisation with which the supernet was trained.
         settings: device, threads, batch sizes, repeats.
         before_each: runs untimed before every timed call; it may raise to give up.
-        split: whose images these are.
+        split: name of the split of these images.
     """
     device = torch.device(settings.device)
     supernet = supernet.to(device).eval()

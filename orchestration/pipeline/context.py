@@ -16,7 +16,7 @@ from orchestration.tracking.protocol import Tracker
 from search.study.study import TrialRecord
 
 
-def _nobody(record: TrialRecord) -> None:
+def _ignore(record: TrialRecord) -> None:
     """Ignore a recorded trial."""
 
 
@@ -30,7 +30,7 @@ class Launch:
     tracker: Tracker
     progress: ProgressView
     stop: StopRequest
-    on_record: Callable[[TrialRecord], None] = _nobody
+    on_record: Callable[[TrialRecord], None] = _ignore
     """Called with every recorded trial; a sweep of supernets adds the trials of all members to one
     study."""
     on_test_opening: Callable[[], int] | None = None

@@ -49,7 +49,7 @@ def export_picks(prepared: Prepared, results: RunResults, picks: Sequence[str], 
     """Write a bundle for each picked trial, and the link `knee` to the bundle of the front's knee;
     returns the bundles' folders.
 
-    A link to an earlier knee is removed where the folder holds no bundle of the knee.
+    A link to an earlier knee is removed if the folder holds no bundle of the knee.
 
     Args:
         prepared: see `export_bundles`.
@@ -71,7 +71,7 @@ def link_knee(folder: Path, bundle: Path) -> None:
     """Make `folder`/knee a relative link to a bundle below `folder`; remove the link if there is no
     such bundle.
 
-    Anything but a link of that name is left alone.
+    Anything of that name that is no link is left alone.
     """
     link, new = folder / KNEE, folder / f".{KNEE}.{os.getpid()}"
     if link.exists() and not link.is_symlink():
@@ -128,7 +128,7 @@ def write_formats(bundle: Path, formats: Sequence[str]) -> None:
     is replaced.
 
     Args:
-        bundle: its folder.
+        bundle: folder of the bundle.
         formats: names of exporters; the bundle itself is left out.
     """
     for name in formats:
@@ -162,9 +162,9 @@ def example_rows(router: Router, table: RoutingTable) -> NDArray[np.int64]:
     """Choose the images that a bundle stores as examples: `NUM_EXAMPLES` rows of the table, or all
     if it has fewer, ascending.
 
-    They are drawn in turns from the routes that answer, among the images that the router decides
-    clearly. Where there are too few of those, the clearest of the others follow: where rounding
-    decides, another processor may take the other route, and `check_bundle_examples` lets it.
+    They are taken in turn from the routes that answer, among images with clear decisions. If there
+    are too few of those, the clearest of the others follow; there another processor may take
+    another route because of rounding, which `check_bundle_examples` allows.
     """
     run = run_on_table(router, table)
     is_clear = run.lead >= CLEAR_LEAD

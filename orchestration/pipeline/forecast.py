@@ -1,8 +1,8 @@
 """Estimates of the time, memory and disk of each stage of a launch, from a few timed steps of the
 real network on the real images.
 
-What cannot be timed beforehand, such as the start of Ray or a trial of a router, stands here as a
-constant, measured on two cores.
+Costs that cannot be timed beforehand, such as the start of Ray or a trial of a router, are
+constants here, measured on two cores.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def forecast(prepared: Prepared, plans: Sequence[StagePlan]) -> Forecast | None:
 
     Args:
         prepared: the sweep's data and network.
-        plans: of supernet, measure, table and search.
+        plans: plans of supernet, measure, table and search.
 
     Returns:
         None where every stage before verify is done.
@@ -127,7 +127,7 @@ def forecast_supernets(supernets: Sequence[tuple[Prepared, Sequence[StagePlan]]]
     Args:
         supernets: data, network and plans of each that may still be trained or searched; see
             `forecast`.
-        concurrent: how many are trained at a time.
+        concurrent: number of supernets trained at a time.
 
     Returns:
         None where every stage before verify is done.
@@ -155,13 +155,13 @@ def forecast_supernets(supernets: Sequence[tuple[Prepared, Sequence[StagePlan]]]
 
 def _stages(prepared: Prepared, timed: TrialRun, plans: Sequence[StagePlan]) -> tuple[StageForecast, ...]:
     left = {plan.name for plan in plans if not plan.is_done}
-    work = _Work(prepared, timed)
+    estimates = _StageEstimates(prepared, timed)
     stages = {
-        "supernet": work.supernet,
-        "measure": work.measure,
-        "table": work.table,
-        "search": work.search,
-        "verify": work.verify,
+        "supernet": estimates.supernet,
+        "measure": estimates.measure,
+        "table": estimates.table,
+        "search": estimates.search,
+        "verify": estimates.verify,
     }
     return tuple(
         stage() if name in left or name == "verify" else StageForecast(name, 0.0, 0, 0)
@@ -198,7 +198,7 @@ def _how(config: SweepConfig, timed: TrialRun, load: MachineLoad | None) -> str:
 
 
 @dataclass(frozen=True)
-class _Work:
+class _StageEstimates:
     """The work of each stage, priced with the timed steps."""
 
     prepared: Prepared

@@ -74,7 +74,7 @@ def launch(
     Args:
         config: resolved.
         command: what the user typed, for the lock.
-        progress: what a person sees.
+        progress: shows progress to the user.
         stop: gives, for the run folder, a context manager that yields a `StopRequest`.
         take_over: take the lock of another host.
 
@@ -143,8 +143,8 @@ def closing_tracker(
 
     Args:
         run: of the launch, for the remedy in a warning.
-        tracker: is closed.
-        progress: hears of writes that were not made.
+        tracker: tracker to close.
+        progress: receives a warning about missing writes.
         finished_ms: when the work ended, where it did; not now: a launch that had nothing to do
             changes nothing.
     """
@@ -262,7 +262,7 @@ def check_failures(result: LaunchResult) -> None:
     then.
 
     Raises:
-        TooManyFailedTrialsError: it says how many, and the commonest reason.
+        TooManyFailedTrialsError: the message has the number, and the commonest reason.
     """
     total, allowed = len(result.results.records), result.results.config.budget.max_failed
     if result.num_failed > allowed * total:

@@ -100,7 +100,7 @@ def search_stage(work: Launch, plan: StagePlan, table_plan: StagePlan) -> None:
 
     Raises:
         NothingFeasibleError: no router of these sub-networks can hold a hard constraint.
-        StoppedError: it was asked to stop.
+        StoppedError: a stop was requested.
     """
     work.check_stop()
     config, run = work.config, work.run
@@ -176,7 +176,7 @@ def refuse_impossible_layout(config: SweepConfig, subnets: SubnetSet, image_size
     """Raise, before anything is trained, if no router over this layout can hold a hard constraint.
 
     Raises:
-        NothingFeasibleError: it names the constraints.
+        NothingFeasibleError: the message names the constraints.
     """
     ranges = layout_ranges(config, subnets, image_size)
     unmeasured = {name: math.nan for name in ranges if name.startswith(BASELINE)}
@@ -188,7 +188,7 @@ def refuse_impossible(constraints: ConstraintSet, ranges: Mapping[str, tuple[flo
     nothing.
 
     Raises:
-        NothingFeasibleError: it names the constraints, and the ranges of what they read.
+        NothingFeasibleError: the message names the constraints, and the ranges of their metrics.
     """
     impossible = constraints.impossible(ranges)
     if impossible:

@@ -68,8 +68,8 @@ def verify_stage(work: Launch, plans: Mapping[str, StagePlan], supernet: Superne
             )
             for name, settings in latency_settings(config).items()
         }
-        judge = _Judge.of(work, plans, val, routers, results)
-        on_test = judge.analysis(test)
+        analyser = _SplitAnalyser.of(work, plans, val, routers, results)
+        on_test = analyser.analysis(test)
         latencies = {
             name: latency.beside(results.latencies[name], on_test.points, on_test.routes).to_json()
             for name, latency in timed.items()
@@ -80,7 +80,7 @@ def verify_stage(work: Launch, plans: Mapping[str, StagePlan], supernet: Superne
             "num_openings": num_openings,
             "agreements": [asdict(agreement) for agreement in agreements],
             "latencies": latencies,
-            "val": judge.analysis(val).to_json(),
+            "val": analyser.analysis(val).to_json(),
             "test": on_test.to_json(),
         }
         output = folder / VERIFY_FILE
@@ -103,13 +103,13 @@ def known_agreements(run: RunDir, record: StageRecord) -> dict[int, Agreement]:
     """Agreements by slot, from earlier results of the stage about gates of the same search, and so
     of the same tables and weights.
 
-    A gate that agreed with its table once is not run again: nothing that could make it differ has
-    changed. All gates of a front are timed together, whether they are known or not: times of
-    different hours do not compare.
+    A gate that has agreed with its table is not run again, because nothing that could change the
+    result has changed. All gates of a front are timed together, whether their agreement is known or
+    not, because times of different hours cannot be compared.
 
     Args:
-        run: its verify folders are read.
-        record: of the stage that is to be made.
+        run: run whose verify folders are read.
+        record: record of the stage that will run.
     """
     found: dict[int, Agreement] = {}
     for path in sorted((run.path / record.stage).glob("*/")):
@@ -123,7 +123,7 @@ def known_agreements(run: RunDir, record: StageRecord) -> dict[int, Agreement]:
 
 
 @dataclass(frozen=True)
-class _Judge:
+class _SplitAnalyser:
     """Everything with which a split is analysed."""
 
     forecast: RouteForecast
@@ -142,7 +142,7 @@ class _Judge:
         val: RoutingTable,
         front: Mapping[int, Router],
         results: RunResults,
-    ) -> _Judge:
+    ) -> _SplitAnalyser:
         """Fit the reachable ceiling on `gate`, and load the routers of the contenders."""
         run = work.run
         forecast = RouteForecast.fit(RoutingTable.load(run.table(plans["table"].key, "gate")))

@@ -1,9 +1,9 @@
 """Adoption of results of `python -m dsnet.training` as finished stages, instead of making them
 again.
 
-`supernet.init_from` may name its output folder. Where that was trained with this sweep's own
-settings, on these images and this network, there is nothing to train: the files become the stages'
-outputs. Where anything differs, the folder only gives start weights.
+`supernet.init_from` may name its output folder. If that was trained with this sweep's own settings,
+images and network, its files become the outputs of the stages. If anything differs, the folder only
+gives start weights.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def standalone_config(config: SweepConfig) -> StandaloneConfig:
     can adopt the result.
 
     Args:
-        config: with the data's defaults filled in, as `prepare` gives it.
+        config: configuration from `prepare`, with defaults derived from the data filled in.
     """
     supernet = config.supernet
     train = supernet.train.model_dump(mode="json", exclude=set(REGIME_KEYS))
@@ -79,10 +79,10 @@ def find_adoption(
 
     Args:
         source: `supernet.init_from`.
-        run: what the sweep would train with; its origin does not count.
-        subnets: what the sweep would train.
-        fingerprint: of the sweep's images and splits.
-        measure: as the sweep writes it.
+        run: settings with which the sweep would train; the origin is ignored.
+        subnets: sub-networks that the sweep would train.
+        fingerprint: fingerprint of the sweep's images and splits.
+        measure: measurement settings of the sweep.
 
     Returns:
         None where the source is anything else, what another release wrote included: it then gives
@@ -125,9 +125,9 @@ def adopt(run: RunDir, plans: Mapping[str, StagePlan], adoption: Adoption) -> li
     """Copy finished stages into a run that does not have them yet.
 
     Args:
-        run: with its manifest written and its lock held.
+        run: the run; its manifest is written and its lock is held.
         plans: made with `adoption.origin` as the start weights.
-        adoption: from `find_adoption`.
+        adoption: result of `find_adoption`.
 
     Returns:
         the names of the stages that were taken over.

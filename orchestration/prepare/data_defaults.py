@@ -52,7 +52,7 @@ def with_data_defaults(config: SweepConfig, image_set: ImageSource, splits: Spli
     """Fill in the settings that the configuration leaves to the data.
 
     Raises:
-        ConfigError: what the data say does not go with a setting that somebody wrote.
+        ConfigError: a derived default contradicts a setting that was written.
     """
     facts = data_facts(image_set, splits, subnets)
     found = data_defaults(facts, subnets.spec.family, _written(config))

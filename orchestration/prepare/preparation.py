@@ -199,14 +199,14 @@ def prepare(
 ) -> Prepared:
     """Load the data, make the splits, lay out the network.
 
-    What `supernet.init_from` names may be gone once the supernet is trained: the finished stage
-    then says all that is needed of it.
+    The source in `supernet.init_from` may be gone once the supernet is trained: the finished stage
+    then holds all that is needed of it.
 
     Args:
         config: resolved.
         run: where the sweep's results are, or will be; it need not exist. None: there are none to
             go on with.
-        warn: hears, in one sentence, that the start weights are gone.
+        warn: called with one sentence if the start weights are gone.
         images: what `load_images` gives for this `data` and `seed`; None: they are loaded here.
 
     Raises:

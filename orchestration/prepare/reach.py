@@ -84,9 +84,9 @@ def metric_ranges(
         latencies: by device, once they are measured; None before, when any latency above 0 is
             possible.
     """
-    reach = _Reach.of(config, subnets, image_size)
+    bounds = _CostBounds.of(config, subnets, image_size)
     kinds = possible_routers(config.gate, config.space)
-    madds, params = _union(reach.madds(kind) for kind in kinds), _union(reach.params(kind) for kind in kinds)
+    madds, params = _union(bounds.madds(kind) for kind in kinds), _union(bounds.params(kind) for kind in kinds)
     in_m = {"madds_m": madds, "p95_madds_m": madds, "params_m": params}
     ranges = {
         **{name: metric.range for name, metric in metrics().items()},
@@ -95,7 +95,7 @@ def metric_ranges(
     if latencies is None:
         devices, sizes = (MAIN_DEVICE, *config.measure.devices), sorted({1, *config.measure.batch_sizes})
         return ranges | {latency_metric(size, device): (0.0, math.inf) for device in devices for size in sizes}
-    names = [subnets[route].name for route in reach.routes]
+    names = [subnets[route].name for route in bounds.routes]
     for device, table in latencies.items():
         for size in table.batch_sizes:
             clock = table.clock(size, names)
@@ -117,7 +117,7 @@ def _latency_range(clock: BatchClock, kind: str) -> Range:
 
 
 @dataclass(frozen=True)
-class _Reach:
+class _CostBounds:
     """Bounds of the costs of routers over a set of sub-networks."""
 
     subnets: SubnetSet
@@ -130,7 +130,7 @@ class _Reach:
     """Smallest and largest number of hidden units of a perceptron."""
 
     @classmethod
-    def of(cls, config: SweepConfig, subnets: SubnetSet, image_size: int) -> _Reach:
+    def of(cls, config: SweepConfig, subnets: SubnetSet, image_size: int) -> _CostBounds:
         routing, space = config.gate.routing, config.space
         key = "gate.perceptron.hidden_units"
         units = [int(n) for n in space[key].edge_values()] if key in space else [config.gate.perceptron.hidden_units]

@@ -28,7 +28,7 @@ def static_metrics(subnet: MeasuredSubnet, latencies: Mapping[str, LatencyTable]
     """The metrics of a static sub-network, under the names that trials use.
 
     Args:
-        subnet: as the measure stage found it on `val`.
+        subnet: numbers of the sub-network, measured on `val`.
         latencies: by device, the main one under `MAIN_DEVICE`; a latency is that of a call of the
             whole sub-network, without a decision. The teacher's was not measured.
     """

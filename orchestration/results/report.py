@@ -402,8 +402,8 @@ def hypervolume_of(results: RunResults) -> HypervolumeInfo | None:
     """Hypervolume of the static sub-networks and all routers so far, after each trial, of the 2 or
     3 objectives.
 
-    A trial adds what it has over the static sub-networks and the trials before it; trials that are
-    not feasible add nothing.
+    A trial adds its gain over the static sub-networks and the trials before it; infeasible trials
+    add nothing.
     """
     if not results.records or not results.subnets:
         return None

@@ -210,9 +210,10 @@ class RunResults:
         """Reference point of the hypervolume: as configured, else 0 for a maximised metric and 1.05
         x the widest sub-network for a minimised one.
 
-        Of a latency it is the widest as a gate runs it, decision included: what a router saves is
-        told apart from what deciding costs. Of parameters it is the most that a trial may have: a
-        router and the norms of all its routes come on top of the widest.
+        For a latency, the widest is timed as a gate runs it, with the decision, so that the savings
+        of a router are separated from the cost of deciding. For parameters it is the largest number
+        that a trial may have, because a router and the norms of all its routes are added to the
+        widest.
         """
         names = [subnet.name for subnet in self.subnets if not subnet.is_teacher]
         always_widest = np.array([float(name == self.widest.name) for name in names])
@@ -265,8 +266,8 @@ class RunResults:
         """The gates of the front that run on `test`: about `budget.verify` of them, spread evenly
         along it.
 
-        Both ends, the knee and what `export.picks` asks for by more than `all` are among them. Of a
-        member of a sweep of supernets: those that are on the front over all supernets.
+        Both ends, the knee and the picks of `export.picks` other than `all` are always among them.
+        In a member of a sweep of supernets: the gates chosen from the front over all supernets.
         """
         chosen = self.run.chosen_json(self.stage_key("search") or "")
         if chosen.is_file():
@@ -450,7 +451,7 @@ def refuse_unusable(pick: str, records: Sequence[TrialRecord]) -> None:
     """Raise if a pick names trials that exist, but are all failed, pruned or infeasible.
 
     Raises:
-        NotFoundError: it says what became of the first.
+        NotFoundError: the message says what became of the first.
     """
     if not records or any(record.is_feasible for record in records):
         return

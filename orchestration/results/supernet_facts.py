@@ -104,7 +104,7 @@ def dry_layout(config: SweepConfig) -> SubnetSet | None:
     """The sub-networks of a sweep's family, laid out without its data; None for a model from a
     checkpoint, which is not opened.
 
-    Classes and channels are those of no particular data.
+    The numbers of classes and channels are placeholders.
 
     Raises:
         ConfigError: unknown family or option, or a value out of its range.
@@ -119,8 +119,8 @@ def dry_layout(config: SweepConfig) -> SubnetSet | None:
 def resolved_settings(config: SweepConfig) -> dict[str, Any]:
     """The settings of `supernet`, with the nulls that its regime decides filled in.
 
-    `train.bn` is the family's own where nothing asks for another, and `checkpoint` where only a
-    checkpoint knows it.
+    `train.bn` is the family's own norm if none is set, and `checkpoint` if it is known only from a
+    checkpoint.
     """
     settings = config.supernet.model_dump(mode="json")
     regime, subnets = resolve_regime(config.supernet), dry_layout(config)

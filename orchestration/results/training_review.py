@@ -31,7 +31,8 @@ a route has the name of that route."""
 def review(results: RunResults) -> tuple[TrainingWarning, ...]:
     """Warnings about the training; empty before it has ended.
 
-    Accuracies enter when the measure stage is done, image by image when the table stage is.
+    Accuracies are used once the measure stage is done, and answers to single images once the table
+    stage is.
     """
     if not results.is_done("supernet"):
         return ()

@@ -130,10 +130,10 @@ def listed_trials(results: RunResults, front: Collection[int], supernet: str | N
     """The finished trials of a run in slot order.
 
     Args:
-        results: of the run.
+        results: results of the run.
         front: slots of those that are on the front; of a sweep of supernets, on the one over all of
             them.
-        supernet: its name in such a sweep, which becomes part of the trials' names.
+        supernet: name of the supernet in such a sweep; becomes part of the trials' names.
     """
     prefix = "" if supernet is None else f"{supernet}/"
     chosen = frozenset(front)

@@ -60,7 +60,7 @@ class DynamicLatency:
         """A copy with `ideal` filled in.
 
         Args:
-            table: of this device, from the measure stage.
+            table: latency table of this device, from the measure stage.
             front: the same gates on the images that were timed.
             routes: names of the K sub-networks that `PointAnalysis.runs` counts.
         """

@@ -21,9 +21,9 @@ class CurvePoint:
 class CurveTail:
     """Reads a growing curves.jsonl piece by piece.
 
-    The unfinished last line is left for the next read; a line torn by a kill is skipped; a file
-    that became shorter (a resumed training cut it back) is read from its beginning again, which a
-    tracker tolerates.
+    An unfinished last line is left for the next read; a line torn by a kill is skipped. A file that
+    became shorter, because a resumed training cut it back, is read again from its beginning; a
+    tracker tolerates repeated points.
     """
 
     def __init__(self, path: Path) -> None:

@@ -21,8 +21,8 @@ from orchestration.runs.manifest import now_iso
 class LockHolder:
     """The process that holds a run folder.
 
-    A pid alone is not an identity: it is used again after the process is gone. With the process's
-    start time (clock ticks since boot) and the boot's id it is.
+    A pid alone is not an identity, because it is reused after the process is gone. Together with
+    the process's start time (clock ticks since boot) and the boot's id it is one.
     """
 
     pid: int
@@ -40,8 +40,8 @@ class LockHolder:
     def is_on_another_host(self) -> bool:
         """Whether it may run on another host; False only if it surely ran here.
 
-        A lock of the same host name but another boot is ours only if it is older than this boot: a
-        younger one belongs to a machine that happens to have the same name.
+        A lock with this host's name but another boot id is of this host only if it is older than
+        this boot; a younger one belongs to another machine with the same name.
         """
         if self.host != socket.gethostname():
             return True
@@ -65,7 +65,7 @@ class DriverLock:
 
     Args:
         run: The run; its folder exists.
-        command: What the user typed, shown to whoever meets the lock.
+        command: The user's command line, shown to a driver that finds the lock.
         take_over: Also replace a lock of another host, or one that cannot be read. A process known
             to be alive on this host is never robbed.
 

@@ -1,7 +1,7 @@
 """Points that a user enqueues while a sweep runs: one JSON line each, appended under a lock and
 never changed.
 
-The driver reads them before every cohort; whoever appends needs no driver, and waits for nobody.
+The driver reads them before every cohort; appending needs no driver, and waits for none.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def read_queue(path: Path) -> list[dict[str, Any]]:
     """All points so far, oldest first: {"params": {key: value}, "at": time}; empty if there is no
     file.
 
-    Takes no lock: a last line that is not yet whole is left out.
+    Takes no lock; an incomplete last line is left out.
 
     Raises:
         CheckpointError: another line is no such point.

@@ -1,8 +1,9 @@
 """Stages: the key of a result (all that it depends on), whether the result is there already, and
 why not.
 
-A stage's folder is named after its key, so a changed configuration starts a new folder beside the
-old one and going back finds the old result again. Nothing is ever overwritten by an invalidation.
+A stage's folder is named after its key. A changed configuration thus starts a new folder beside the
+old one, and a return to the old configuration finds the old result. An invalidation never
+overwrites anything.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 find one front over all of them.
 
 Every member is a complete run of its own below `supernets/` of the sweep's folder. The sweep's
-folder itself holds what is common: which members there are, the front over all of them, one study
-and one points file, the report.
+folder itself holds what is common: the list of members, the front over all of them, one study, one
+points file and the report.
 """
 
 from __future__ import annotations
@@ -596,7 +596,7 @@ def export_gates(
     folders.
 
     Args:
-        results: of the sweep.
+        results: results of the sweep.
         picks: see `SupernetSweepResults.picked`.
         prepared: data and layout of the supernets that they concern.
         folder: receives the folders of the supernets.
@@ -622,7 +622,7 @@ def check_supernet_failures(result: SupernetsResult) -> None:
     then.
 
     Raises:
-        TooManyFailedTrialsError: it says how many, and the commonest reason.
+        TooManyFailedTrialsError: the message has the number, and the commonest reason.
     """
     results = result.results
     allowed = results.config.budget.max_failed

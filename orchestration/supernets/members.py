@@ -107,14 +107,14 @@ def _text(choice: Any) -> Any:
 def draw_members(config: SweepConfig, run: RunDir, images: Images, warn: Callable[[str], None]) -> tuple[Member, ...]:
     """Draw the supernets of a sweep, in order.
 
-    Settings that come to the same supernet count once. Those that come to none are a member too,
-    with the reason: a sweep does not hide what it could not do.
+    Settings that give the same supernet count once. Settings that give none are a member too, with
+    the reason, so that the sweep shows what failed.
 
     Args:
-        config: of the sweep, resolved, with absolute folders.
-        run: its run folder; it need not exist.
-        images: its data.
-        warn: hears of start weights that are gone.
+        config: configuration of the sweep, resolved, with absolute folders.
+        run: the sweep's run folder; it need not exist.
+        images: the sweep's data.
+        warn: called with a warning if start weights are gone.
     """
     known = {entry.key: entry.name for entry in read_entries(run, everything=True)}
     members: dict[str, Member] = {}
@@ -210,7 +210,7 @@ def read_entries(run: RunDir, *, everything: bool = False) -> tuple[MemberEntry,
 
     Args:
         run: the parent.
-        everything: also those of earlier launches with another space.
+        everything: include those of earlier launches with another space.
     """
     if not run.supernets_json.is_file():
         return ()

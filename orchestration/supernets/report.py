@@ -120,8 +120,8 @@ def static_hypervolumes(results: SupernetSweepResults) -> dict[str, float]:
     """Static hypervolume of each measured supernet on `val`, as a share of the whole box between
     the reference point and a perfect network without cost.
 
-    One reference for all, so that they compare: top-1 of 0, and 1.05 x the MAdds of the widest
-    sub-network of any of them.
+    The reference is the same for all, so that the values compare: top-1 of 0, and 1.05 x the MAdds
+    of the widest sub-network of all supernets.
     """
     measured = {name: member.members for name, member in results.members.items() if member.subnets}
     bound = REFERENCE_MARGIN * max((subnet.madds / 1e6 for own in measured.values() for subnet in own), default=1.0)

@@ -60,8 +60,8 @@ class TreeTrackers:
     one process.
 
     Args:
-        config: of the sweep.
-        run: its run folder.
+        config: configuration of the sweep.
+        run: the sweep's run folder.
     """
 
     def __init__(self, config: SweepConfig, run: RunDir) -> None:
@@ -174,7 +174,7 @@ def replay_supernets(results: SupernetSweepResults, make: Callable[[], Tracker])
     """Write all rows of a sweep of supernets, as its launch would.
 
     Args:
-        results: of the sweep.
+        results: results of the sweep.
         make: gives a tracker for the sweep, and for each member.
 
     Returns:

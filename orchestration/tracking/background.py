@@ -23,8 +23,8 @@ PAUSE_S = 30.0
 class MlflowTracker:
     """Queues rows, and writes them through a process in one background thread.
 
-    After three failures in a row it drops writes for 30 s instead of queueing behind time-outs. One
-    warning is given, the rest is counted.
+    After three failures in a row it drops writes for 30 s, so that none queue behind time-outs. It
+    warns once, and counts the rest.
 
     Args:
         store_uri: `sqlite:///...` or the URI of a server.

@@ -39,8 +39,8 @@ def link_to(results: ReadableRun, uri: str) -> Link | None:
     the page.
 
     Args:
-        results: of the run.
-        uri: of the store.
+        results: results of the run.
+        uri: URI of the store.
     """
     uid = sweep_uid(results.manifest, results.run)
     experiment = experiment_of(uri, uid)
@@ -51,8 +51,8 @@ def certain_link(results: ReadableRun, uri: str, write: Callable[[], object]) ->
     """The page of a run's points; writes the run to the store first if it has no page there.
 
     Args:
-        results: of the run.
-        uri: of the store.
+        results: results of the run.
+        uri: URI of the store.
         write: writes the run to the store.
     """
     link = link_to(results, uri)

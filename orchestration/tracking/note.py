@@ -33,12 +33,12 @@ def attach_front(
     """Put the front's picture among the files of a sweep's row, and into its description.
 
     Args:
-        tracker: takes both.
-        run: of the sweep; holds the picture.
-        uid: of the sweep's own row.
-        info: of the picture.
-        headline: of the table.
-        redraw: also where the run has a picture already.
+        tracker: receives picture and description.
+        run: run folder of the sweep; holds the picture.
+        uid: uid of the sweep's own row.
+        info: data of the picture.
+        headline: data of the table.
+        redraw: draw the picture even if the run has one already.
         warnings: about the training, in sentences.
     """
     if redraw or not run.front_png.is_file():
@@ -52,7 +52,7 @@ def front_note(headline: Headline, uid: str, picture: str, report: str, warnings
 
     Args:
         headline: the front's table.
-        uid: of the sweep's own row.
+        uid: uid of the sweep's own row.
         picture: name of the picture among the row's files.
         report: name of the report among them.
         warnings: about the training, in sentences; they stand above the picture.

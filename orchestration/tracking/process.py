@@ -1,12 +1,12 @@
 """MLflow in a separate process.
 
-A row costs 10 ms of Python in MLflow and SQLAlchemy. In a thread of the driver that time is taken
-from the suggestions, which are Python too, and the thread, which gives the interpreter's lock away
-at every statement, gets less than it needs and falls behind by most of the sweep. Here the rows use
-the core that is idle while the driver suggests.
+A row costs 10 ms of Python in MLflow and SQLAlchemy. In a thread of the driver that time would be
+taken from the suggestions, which are Python too, and the thread, which must share the interpreter's
+lock, would fall behind by most of the sweep. A separate process uses the core that is idle while
+the driver suggests.
 
-The process being ours alone, it can also spare SQLite most of its syncs, of which a row otherwise
-takes a dozen: on a busy machine they decide how long a row takes, and not the Python.
+Because the process is ours alone, it can also spare SQLite most of its syncs, of which a row
+otherwise takes a dozen; on a busy machine these, and not Python, determine the time of a row.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class MlflowWriter:
     """An `MlflowStore` in a child process, with the same methods, to be called from one thread.
 
     The child starts with the first call, and again with the next call after it died. It ends when
-    this process does, however that happens, after the call that it is in.
+    this process does, in whatever way, after the call that it is executing.
     """
 
     def __init__(self, store_uri: str, experiment: str, artifact_root: Path) -> None:
@@ -136,7 +136,7 @@ class MlflowWriter:
 class SharedWriter(MlflowWriter):
     """One child process for several trackers, whose threads take turns.
 
-    A tracker that is closed leaves it to the others; `end` ends it.
+    Closing one tracker leaves the process to the others; `end` ends it.
     """
 
     def __init__(self, store_uri: str, experiment: str, artifact_root: Path) -> None:
@@ -178,9 +178,9 @@ def few_syncs(store_uri: str) -> Iterator[None]:
     for the disk at every commit.
 
     A crash of any process loses nothing; a power failure can lose the last rows, which the study
-    has. At the end the log goes back into the database, which is one plain file again, unless
-    somebody else has it open (`dsnet-orch ui`): then the next sweep does that. Such a log is for
-    one machine: a database on a file system that others may share is left as it is.
+    has. At the end the log is merged back into the database, which is one plain file again, unless
+    another process has it open (`dsnet-orch ui`); then the next sweep merges it. Such a log works
+    on one machine only, so a database on a file system that others may share is left unchanged.
     """
     path = Path(store_uri.removeprefix(SQLITE))
     if not store_uri.startswith(SQLITE) or not is_on_local_disk(path) or not _has_journal(path, "wal", wait_s=1.0):

@@ -28,7 +28,7 @@ from search.study.study import TrialRecord
 def store_uri(config: SweepConfig, run: RunDir) -> str:
     """The MLflow store of a run: as configured, or the database in the runs folder.
 
-    One supernet of a larger sweep is tracked with that sweep, in the place where it lies today.
+    A member of a sweep of supernets is tracked with that sweep, at the sweep's present location.
     """
     whole = whole_sweep(run)
     uri = config.tracking.uri if whole is run else load_config(whole.sweep_yaml).config.tracking.uri
@@ -204,10 +204,10 @@ def trial_row(
     """The row of a trial; a failed or pruned one has its reason.
 
     Args:
-        manifest: of the run.
-        run: it.
+        manifest: manifest of the run.
+        run: the run.
         record: the trial.
-        standing: of all trials; None while there may be more of them.
+        standing: standing of all trials; None while there may be more trials.
     """
     stage = manifest["stages"]["search"]
     tags = {"state": record.state} | ({"feasible": str(record.is_feasible).lower()} if record.constraints else {})
@@ -260,10 +260,10 @@ def write_front(tracker: Tracker, results: RunResults, standing: Standing, time_
     front as curves.
 
     Args:
-        tracker: takes it.
-        results: of the run.
-        standing: of its trials.
-        time_ms: of the curves' points.
+        tracker: receives the rows.
+        results: results of the run.
+        standing: standing of the run's trials.
+        time_ms: time of the curves' points, Unix time in ms.
     """
     for record in results.records:
         tracker.trial(trial_row(results.manifest, results.run, record, standing))
@@ -288,10 +288,10 @@ def replay(
     twice.
 
     Args:
-        results: of the run.
-        tracker: takes it.
+        results: results of the run.
+        tracker: receives the rows.
         under: the row below which the run's own row hangs, where it is part of a larger sweep.
-        standing: of its trials in the larger sweep.
+        standing: standing of the run's trials in the larger sweep.
     """
     run, manifest = results.run, results.manifest
     tracker.parent(replace(sweep_row(manifest, run, results.config), under=under))

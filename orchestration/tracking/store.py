@@ -1,8 +1,8 @@
 """The store that writes rows to MLflow; all of them are derived from the run folder.
 
-Everything written carries our own timestamps and steps and a `uid`, so writing it again
-(`dsnet-orch sync`) changes nothing. A store that is dead, slow or broken costs one warning; what it
-missed is in the run folder and can be synced later.
+Every row has its own timestamps, steps and `uid`, so that writing it again (`dsnet-orch sync`)
+changes nothing. A store that is dead, slow or broken causes one warning; rows that it missed are in
+the run folder and can be synced later.
 """
 
 from __future__ import annotations
@@ -78,11 +78,11 @@ class _KnownRun:
 class MlflowStore:
     """Writes rows to MLflow, one call after the other; every call may be repeated.
 
-    A run is found again by its tag `uid`; the tag `sweep` on parent and children makes that one
-    search per sweep, and the tag `root`, of the outermost sweep, makes the points of a whole tree
-    one search. A child that is FINISHED or FAILED was written whole, since its status is set last;
+    A run is found by its tag `uid`. The tag `sweep` on parent and children allows one search per
+    sweep, and the tag `root`, of the outermost sweep, allows one search for the points of a whole
+    tree. A child that is FINISHED or FAILED was written completely, because its status is set last;
     only tags that differ and metrics that it lacks are added. Points of curves are written again,
-    and MLflow drops those it has (same run, name, step, time and value).
+    and MLflow drops those that it has (same run, name, step, time and value).
     """
 
     def __init__(self, store_uri: str, experiment: str, artifact_root: Path) -> None:

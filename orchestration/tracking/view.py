@@ -1,9 +1,9 @@
 """The page of MLflow that shows a sweep's points: a prepared chart view, kept as a tag of the
 experiment, and its link.
 
-MLflow's page stores a view that somebody shares as JSON in an experiment's tag, under a key that
-the link names. What is written here is what its button "Share" writes: a filter, the order of the
-rows, and the charts. Without it no chart of the points is there at first.
+MLflow's page stores a shared view as JSON in an experiment's tag, under a key that the link names.
+The tag written here equals that of its button "Share": a filter, the order of the rows, and the
+charts. Without it the page has no chart of the points at first.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def points_view(uid: str, *, is_outermost: bool) -> str:
     teacher is left out, because it cannot be chosen.
 
     Args:
-        uid: of the sweep's own row.
+        uid: uid of the sweep's own row.
         is_outermost: a sweep of its own, or one of several supernets with all of their rows; else
             it is one of those supernets.
     """

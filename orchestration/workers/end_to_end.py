@@ -1,7 +1,7 @@
 """Trials with end-to-end training: the supernet comes from its checkpoint, the images of the gate
 split from arrays that all trials share.
 
-What follows training, calibration and scoring on the `val` table, is that of every other trial.
+After training, calibration and scoring on the `val` table are those of every other trial.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class EndToEndTrial:
         """Train the gate of `spec` on images, then calibrate and score it on the `val` table;
         returns metrics and arrays.
 
-        A trial that `spec.until` ends early is scored like one at its end, and its arrays hold what
-        it goes on from.
+        A trial that `spec.until` ends early is scored like one at its end, and its arrays include
+        those from which it resumes.
 
         Raises:
             NonFiniteLossError: training diverged.

@@ -1,9 +1,9 @@
 """A torch process group for Ray Train workers of one machine, on the loopback interface only.
 Import it lazily: it imports Ray.
 
-Ray's own `TorchConfig` meets through torch's TCPStore, which listens on every interface of the
-machine, without a password, and can be told no address. Here the workers meet in a file and talk
-over the loopback; a lone worker needs no group at all.
+With Ray's own `TorchConfig` the workers meet through torch's TCPStore, which listens on every
+interface of the machine, without a password, and cannot be bound to an address. Here they meet
+through a file and communicate over the loopback interface; a single worker needs no group.
 """
 
 from __future__ import annotations

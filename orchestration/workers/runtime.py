@@ -57,7 +57,7 @@ def ray_session(settings: RaySettings) -> Iterator[None]:
     """Connect to Ray for the length of the block; a cluster that was started for it is stopped at
     its end.
 
-    Inside another session it joins that one and leaves it running.
+    Inside another session it uses that one and leaves it running.
 
     Raises:
         PreflightError: no cluster could be started, or none answers at the address.
@@ -125,7 +125,7 @@ def _connect(settings: RaySettings) -> None:
                     **quiet,
                 )
         else:
-            _knock(settings.address)
+            _check_reachable(settings.address)
             ray.init(address=settings.address, **_environment_of_workers(), **quiet)
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         first_line = str(error).strip().partition("\n")[0] or type(error).__name__
@@ -141,7 +141,7 @@ def _environment_of_workers(environ: Mapping[str, str] = os.environ) -> dict[str
     """Options of `ray.init` for the workers of a cluster that is joined: a set-up hook, and MKL's
     mode if the user has set it here.
 
-    They have the environment of their own machine otherwise, and choose MKL's mode by its
+    Otherwise they have the environment of their own machine, and choose MKL's mode by its
     processor.
     """
     mode = users_mode(environ)
@@ -149,7 +149,7 @@ def _environment_of_workers(environ: Mapping[str, str] = os.environ) -> dict[str
     return {"runtime_env": {"worker_process_setup_hook": WORKER_HOOK, **variables}}
 
 
-def _knock(address: str, timeout_s: float = 5.0) -> None:
+def _check_reachable(address: str, timeout_s: float = 5.0) -> None:
     """Raise OSError if nothing listens at HOST:PORT; Ray would end the whole process instead."""
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if colon and port.isdecimal():

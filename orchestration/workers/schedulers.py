@@ -17,7 +17,7 @@ def make_scheduler(rules: TuneRules, epochs: int) -> TrialScheduler:
 
     Args:
         rules: checked.
-        epochs: of the longest training, >= 1.
+        epochs: number of epochs of the longest training, >= 1.
 
     Raises:
         ConfigError: as `check_scheduler`, or options that do not fit the number of epochs.

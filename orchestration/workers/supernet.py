@@ -64,7 +64,7 @@ def train_on_ray(
     Args:
         job: the settings.
         data: the training split; what is not in memory travels as it is, and must be picklable.
-        on_points: hears new points of the loss curves.
+        on_points: called with new points of the loss curves.
         should_stop: asked several times a second; True stops training at the next step.
 
     Returns:

@@ -1,12 +1,11 @@
 """Trials on Ray: persistent actors that read the routing tables from the object store without a
 copy.
 
-Whose fault a failure is decides what happens. A trial that raises or takes too long fails and is
-not tried again. A lost worker (a crash, the out-of-memory killer, a lost node) is the machine's
-fault: the trial is run again on a new worker, and fails with the reason when that has happened too
-often. An actor runs several trials in one program where the trial function can: what ends such a
-batch as a whole is nobody's yet, and its trials are run again one by one, so that the culprit alone
-fails.
+The cause of a failure decides what follows. A trial that raises or takes too long fails and is not
+repeated. A lost worker (a crash, the out-of-memory killer, a lost node) is a fault of the machine:
+the trial is run again on a new worker, and fails with the reason after too many losses. An actor
+runs several trials in one program if the trial function can. If such a batch fails as a whole, its
+trials are run again one by one, so that only the trial that causes the failure fails.
 """
 
 from __future__ import annotations
@@ -103,7 +102,7 @@ class _Job:
 class RayRunner:
     """Runs trials on Ray actors; to be used inside a `ray_session`.
 
-    An actor has one batch at a time. Actors start with the first `run` and stay warm until `close`.
+    An actor has one batch at a time. Actors start with the first `run` and persist until `close`.
     """
 
     def __init__(  # noqa: PLR0913 - all but one are given by name
@@ -130,8 +129,9 @@ class RayRunner:
                 Ray counts them, and does not hold an actor to them.
             timeout_s: seconds that one trial may take, > 0, and as many for each trial of a batch;
                 its actor is then killed and replaced.
-            retries: how often a trial that lost its worker while it was alone is run again, >= 0.
-            check: what every worker does before its first trial; None = nothing.
+            retries: number of times that a trial is run again if it lost its worker while alone,
+                >= 0.
+            check: check that every worker makes before its first trial; None = no check.
         """
         self._make_function = make_function
         self._arrays = arrays
@@ -152,7 +152,7 @@ class RayRunner:
 
         Raises:
             PreflightError: the cluster has no room for the actors, or they die while they start.
-            Exception: what `make_function` raised in a worker.
+            Exception: the exception that `make_function` raised in a worker.
         """
         num_places, lanes = self._open()
         batches = (_Batch(batch) for batch in divide(specs, num_places, lanes))
@@ -162,9 +162,9 @@ class RayRunner:
         """Yield outcomes as they come, and give each free worker the trials that `take` returns;
         see `Runner.stream`.
 
-        More trials than one program of the trial function takes are several batches, which go
-        before what `take` returns next. So do those that lost their worker, and those of a batch
-        that failed as a whole.
+        More trials than one program of the trial function takes are split into several batches,
+        which are run before the next call of `take`. So are trials that lost their worker, and
+        those of a batch that failed as a whole.
 
         Raises:
             PreflightError, Exception: as `run`.

@@ -2,8 +2,8 @@
 driver alone.
 
 The scheduler may depend on the order in which reports arrive, and with several supernets at a time
-that order is a matter of speed. So the order is kept, and every decision with its report: what is
-stored is what holds when the sweep is launched again.
+that order depends on their speed. Therefore the order is stored, with the decision on every report,
+and holds when the sweep is launched again.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ def known_fates(ledger: Ledger, keys: Mapping[str, str], finished: Sequence[str]
     """Fates that are known without any training.
 
     Args:
-        ledger: of the sweep.
+        ledger: ledger of the sweep.
         keys: member name to key.
         finished: names of those whose final checkpoint is there.
     """

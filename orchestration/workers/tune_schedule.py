@@ -1,9 +1,9 @@
 """A fixed list of trials under a Ray Tune scheduler whose decisions are stored before they take
 effect, and replayed in a later launch.
 
-The scheduler knows all trials from the start. What a former launch stored is played to it in the
-stored order, so that it stands where it stood; Tune itself only ever sees the trials that still
-have something to train.
+The scheduler knows all trials from the start. Events that an earlier launch stored are replayed to
+it in the stored order, which restores its state; Tune itself only sees the trials that still have
+something to train.
 """
 
 from __future__ import annotations
@@ -86,15 +86,15 @@ class ReplayingScheduler(TrialScheduler):
         """Keep the scheduler, its members and the ledger; nothing is replayed yet.
 
         Args:
-            inner: decides; it has its metric already.
+            inner: scheduler that decides; its metric is set already.
             members: all of them, in the order in which they start.
-            ledger: what was stored before; receives what comes.
+            ledger: ledger of earlier events; receives new ones.
             concurrent: trials that run at a time.
-            seed: of the scheduler's random choices, one stream a member.
+            seed: seed of the scheduler's random choices, with one stream per member.
             is_stopping: True once no further trial shall start.
             outcome_of: what a member's trial left behind when it returned; None where it was
                 interrupted.
-            hear: (member name, event) of every event that is new, after it was stored.
+            hear: called with (member name, event) for every new event, after it was stored.
         """
         super().__init__()
         self._inner: Any = inner  # Any: its controller is Tune's, or a `_Replay`

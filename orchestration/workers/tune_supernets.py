@@ -1,17 +1,17 @@
 """Training of a fixed list of supernets, in which schedulers of Ray Tune stop those that fall
 behind.
 
-Tune chooses nothing but who goes on. Each supernet is a trial in a process of its own that trains
-as `dsnet.training` does and now and then reports its *static hypervolume*: of (top-1 on val, MAdds)
-of all its static sub-networks, as a share of the box between the reference (0, 1.05 x the widest
-one's MAdds) and a perfect, free network. That is in [0, 1], and comparable between supernets of
-equal widest MAdds.
+Tune only decides which supernets continue. Each supernet is a trial in a separate process that
+trains as `dsnet.training` does and regularly reports its *static hypervolume*: that of (top-1 on
+val, MAdds) of all its static sub-networks, as a share of the box between the reference (0, 1.05 x
+the widest one's MAdds) and a perfect network without cost. It lies in [0, 1], and is comparable
+between supernets of equal widest MAdds.
 
-Reports and decisions are stored by the driver before anybody acts on them (`tune_ledger`). A launch
-that follows trains nothing twice and stops the same supernets: it replays what is stored, in the
-stored order, and goes on from the checkpoints. With several supernets at a time an asynchronous
-scheduler's decisions depend on who reported first, which is a matter of speed: what is stored is
-what holds, and two sweeps of equal seed may then differ. One at a time (`concurrent: 1`), or with
+The driver stores reports and decisions before they take effect (`tune_ledger`). A later launch
+trains nothing twice and stops the same supernets: it replays the stored events in the stored order
+and continues from the checkpoints. With several supernets at a time the decisions of an
+asynchronous scheduler depend on the order of the reports, hence on speed: the stored decisions
+hold, and two sweeps of equal seed may differ. With one at a time (`concurrent: 1`), or with
 `scheduler: none`, they do not.
 """
 
@@ -143,7 +143,7 @@ def static_hypervolume(supernet: Supernet, val: ValImages, normalization: Normal
         supernet: in eval mode, with statistics that every sub-network can run on; it is not
             changed.
         val: the split that chooses.
-        normalization: what the supernet is trained with.
+        normalization: normalisation with which the supernet is trained.
     """
     device = next(supernet.parameters()).device
     members = supernet.subnets.members
@@ -164,7 +164,7 @@ def measurable(supernet: Supernet, run: SupernetRun, data: TrainingImages) -> Su
     """A copy of a network in training whose sub-networks can be measured; the training is not
     affected.
 
-    Private statistics are taken as they run; where a norm keeps none, they are estimated from a few
+    Private statistics are taken as they are; if a norm keeps none, they are estimated from a few
     hundred training images.
     """
     measured = copy.deepcopy(supernet).eval()
@@ -196,15 +196,15 @@ def train_members(  # noqa: PLR0913 - all but two are given by name
 
     Args:
         members: in the order in which they start.
-        rules: how they are scheduled.
+        rules: rules by which they are scheduled.
         data: the training split, of all members; each augments as its own settings say.
         val: the split on which they are compared.
         folder: on storage that driver and workers share; the ledger of these rules lies in `<digest
             of the rules>/reports.jsonl`.
-        on_report: hears (member, epoch, value) of each report of this call. Like all three, in the
-            caller's thread.
-        on_points: hears (member, new points of its loss curves).
-        on_fate: hears a member's fate as soon as it is settled in this call.
+        on_report: called with (member, epoch, value) for each report of this call. All three are
+            called in the caller's thread.
+        on_points: called with (member, new points of its loss curves).
+        on_fate: called with a member's fate as soon as it is settled in this call.
         should_stop: asked several times a second; True stops all training at the next step.
 
     Returns:
@@ -443,7 +443,7 @@ def _train_member(
         return  # an earlier attempt of this launch failed by itself, and would fail again
     torch.set_num_threads(job.threads)
     try:
-        # Read anew by every attempt: what was told before this worker came is not told again.
+        # Read anew by every attempt: values reported before this worker started are not repeated.
         told = dict(Ledger(ledger_path).reports(keys[name]))
         _train_and_report(job, images, told, report_every)
     except Exception as error:  # noqa: BLE001 - whatever it is, the other members go on
