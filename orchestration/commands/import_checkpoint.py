@@ -55,7 +55,7 @@ supernet:
 
 @dataclass(frozen=True)
 class Imported:
-    """The files that an import wrote, and facts about the checkpoint."""
+    """The files that an import wrote, and the imported network."""
 
     sweep: Path
     """The sweep file to launch."""

@@ -92,7 +92,7 @@ def launch(
     for warning in prepared.warnings():
         progress.warn(warning)
     if config.tracking.mlflow:
-        store_uri(config, run)  # refuses a folder without room for a store, before anything is written
+        store_uri(config, run)  # refuses a path that no database URI can hold, before anything is written
     run.create()
     with DriverLock(run, command, take_over=take_over) as lock:
         if lock.taken_over_from is not None:

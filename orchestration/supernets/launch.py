@@ -119,7 +119,7 @@ def launch_supernets(
         reasons = "\n".join(f"  {_told(member.settings)}: {member.problem}" for member in members)
         raise NothingFeasibleError(f"none of the {len(members)} supernets that were drawn can be:\n{reasons}")
     if config.tracking.mlflow:
-        store_uri(config, run)  # refuses a folder without room for a store, before anything is written
+        store_uri(config, run)  # refuses a path that no database URI can hold, before anything is written
     run.create()
     with ExitStack() as stack:
         lock = stack.enter_context(DriverLock(run, command, take_over=take_over))
