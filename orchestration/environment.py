@@ -1,4 +1,4 @@
-"""What Ray and its workers read from the environment, set before anything imports Ray."""
+"""Environment variables of Ray and its workers, to be set before anything imports Ray."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ _ENVIRONMENT = {
 
 
 def prepare_environment(environ: MutableMapping[str, str] = os.environ) -> None:
-    """Set what Ray and its workers read from the environment, where the user has not. Call it
-    before anything imports ray."""
+    """Set environment variables of Ray and its workers that the user has not set; call it before
+    anything imports Ray."""
     for name, value in _ENVIRONMENT.items():
         environ.setdefault(name, value)
     fix_arithmetic(environ)

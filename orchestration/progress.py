@@ -1,7 +1,7 @@
-"""How far a launch has come: bars and lines on stderr for a person, and a small file in the run
-folder for `dsnet-orch status`.
+"""Progress of a launch: bars and lines on stderr for people, and a small file in the run folder for
+`dsnet-orch status`.
 
-stdout is for data. On a terminal a bar moves; on a pipe there is a plain line for every epoch and
+stdout is for data. On a terminal a bar moves; on a pipe a plain line is printed for every epoch and
 every cohort of trials.
 """
 
@@ -23,49 +23,49 @@ from dsnet.wording import duration, plural
 from orchestration.wrapping import wrapped
 
 WRITE_EVERY_S = 1.0
-"""The progress file is written so often at most."""
+"""Least seconds between two writes of the progress file."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """A piece of work whose progress is told."""
+    """A piece of work whose progress is shown."""
 
     title: str
     total: float
     unit: str = ""
-    """What is counted, in the singular: "epoch"; empty where nobody wants to know the number."""
+    """Unit of the count in the singular, e.g. "epoch"; empty for a bare count."""
     line_every: float | None = None
-    """On a pipe a line after every so many; None: no lines."""
+    """Amount of work between two lines on a pipe; None prints no lines."""
     start: float | None = None
-    """How many earlier launches have done; None: the first report says it."""
+    """Amount that earlier launches have done; None takes it from the first report."""
 
 
 class Bar(Protocol):
-    """One running bar."""
+    """A running progress bar."""
 
     def update(self, done: float, text: str = "") -> None:
-        """Set how much is done, and what is said beside it."""
+        """Set the amount done, and the text beside it."""
         ...
 
 
 class ProgressView(Protocol):
-    """Hears what a sweep does."""
+    """Interface through which a sweep shows its progress."""
 
     def say(self, text: str) -> None:
-        """A line that stays."""
+        """Print a line."""
         ...
 
     def warn(self, text: str) -> None:
-        """A line that stays and matters."""
+        """Print a warning."""
         ...
 
     def bar(self, task: Task) -> AbstractContextManager[Bar]:
-        """A bar for the length of a with-block."""
+        """Show a bar for the length of a with-block."""
         ...
 
 
 class TimeLeft:
-    """Forecasts the rest of a task from its pace in this launch."""
+    """Estimates the remaining time of a task from its pace in this launch."""
 
     def __init__(self, task: Task, clock: Callable[[], float] | None = None) -> None:
         self._total = task.total
@@ -75,7 +75,7 @@ class TimeLeft:
         self._start = task.start
 
     def after(self, done: float) -> float | None:
-        """Seconds that the rest will take; None where no pace is known yet."""
+        """Seconds that the rest will take; None if no pace is known yet."""
         now = self._clock()
         if self._start is None:  # a continued task reports at once what was done before: that is no pace
             self._start = 0.0 if done <= self._small else done
@@ -85,27 +85,27 @@ class TimeLeft:
 
 
 def count_text(done: float, total: float, unit: str) -> str:
-    """`7 of 30 epochs`."""
+    """A count such as `7 of 30 epochs`."""
     return f"{int(done):,} of {plural(int(total), unit)}" if unit else f"{int(done):,} of {int(total):,}"
 
 
 def left_text(seconds: float | None) -> str:
-    """`, 42 s left`; empty where nobody knows, and at the end."""
+    """A text such as `, 42 s left`; empty if the time is unknown, or at the end."""
     return "" if not seconds else f", {duration(seconds)} left"
 
 
 BAR_WIDTH = 16
-"""Characters of a bar."""
+"""Width of a bar in characters."""
 
 
 def fitting(count: str, remarks: str, room: int) -> str:
-    """A count and as many of the remarks beside it, which two spaces divide, as there is room for:
-    none is cut.
+    """A count with as many of the remarks (separated by two spaces) as there is room for; none is
+    cut.
 
     Args:
         count: always shown.
         remarks: the most important first.
-        room: in characters.
+        room: width in characters.
     """
     shown = count
     for remark in filter(None, remarks.split("  ")):
@@ -131,7 +131,7 @@ class _RichBar:
 
 
 class _LineBar:
-    """Lines instead of a bar, one whenever another `line_every` are done."""
+    """Prints lines in place of a bar, one whenever another `line_every` are done."""
 
     def __init__(self, say: Callable[[str], None], task: Task) -> None:
         self._say = say
@@ -149,17 +149,17 @@ class _LineBar:
 
 
 class TerminalProgress:
-    """Bars and lines on stderr; on a pipe only lines."""
+    """Shows bars and lines on stderr; on a pipe only lines."""
 
     def __init__(self) -> None:
         self.console = Console(stderr=True, highlight=False)
 
     def say(self, text: str) -> None:
-        """A line that stays."""
+        """Print a line."""
         self._print(text)
 
     def warn(self, text: str) -> None:
-        """A line in yellow."""
+        """Print a warning in yellow."""
         self._print(f"warning: {text}", style="yellow")
 
     def _print(self, text: str, style: str | None = None) -> None:
@@ -170,7 +170,7 @@ class TerminalProgress:
 
     @contextmanager
     def bar(self, task: Task) -> Iterator[Bar]:
-        """A bar with count, time left, and room for a text; on a pipe lines."""
+        """Show a bar with count, time left, and room for a text; on a pipe lines."""
         if not self.console.is_terminal:
             yield _LineBar(self.say, task)
             return
@@ -185,21 +185,21 @@ class TerminalProgress:
 
 @dataclass(frozen=True)
 class TaskState:
-    """Where the newest task of a run stands, as its file says."""
+    """State of the newest task of a run, as stored in its progress file."""
 
     title: str
     unit: str
     done: float
     total: float
     left_s: float | None
-    """At the pace of the launch that wrote it."""
+    """Remaining seconds at the pace of the launch that wrote it."""
 
     def __str__(self) -> str:
         return f"{self.title}: {count_text(self.done, self.total, self.unit)}{left_text(self.left_s)}"
 
 
 def read_task_state(path: Path) -> TaskState | None:
-    """What a run's progress file says; None where there is none that can be read."""
+    """Read a run's progress file; None if there is none, or it cannot be read."""
     if not path.is_file():
         return None
     try:
@@ -230,8 +230,8 @@ class _FiledBar:
 
 
 class FiledProgress:
-    """Hands everything on to another view, and keeps a file with the state of the newest task; that
-    of an earlier launch is removed."""
+    """Passes everything on to another view, and keeps a file with the state of the newest task; a
+    file of an earlier launch is removed."""
 
     def __init__(self, view: ProgressView, path: Path) -> None:
         path.unlink(missing_ok=True)
@@ -239,16 +239,16 @@ class FiledProgress:
         self._path = path
 
     def say(self, text: str) -> None:
-        """A line that stays."""
+        """Print a line."""
         self._view.say(text)
 
     def warn(self, text: str) -> None:
-        """A line that stays and matters."""
+        """Print a warning."""
         self._view.warn(text)
 
     @contextmanager
     def bar(self, task: Task) -> Iterator[Bar]:
-        """A bar of the other view, whose reports are written down too."""
+        """Show a bar of the other view, whose updates are also written to the file."""
         with self._view.bar(task) as bar:
             filed = _FiledBar(bar, task, self._path)
             filed.write(task.start or 0.0, None)

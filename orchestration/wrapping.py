@@ -1,4 +1,4 @@
-"""Prose broken between words, by the cells that it takes on a terminal."""
+"""Word wrapping of prose by the width of its characters on a terminal."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ from rich.cells import cell_len
 
 
 def wrapped(text: str, width: int | None) -> list[str]:
-    """Prose over several lines, broken at spaces only: a word that is longer than a line stays
-    whole."""
+    """Wrap prose at spaces only; a word longer than a line stays whole."""
     if width is None or cell_len(text) <= width:
         return [text]
     lines: list[str] = []

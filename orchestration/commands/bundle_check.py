@@ -1,5 +1,4 @@
-"""Re-checking what a bundle claims: files, stored examples, and accuracy on the data it was made
-with."""
+"""Checks of what a bundle claims: its files, its stored examples, and its accuracy on its data."""
 
 from __future__ import annotations
 
@@ -18,14 +17,14 @@ from dsnet.space.cost import subnet_cost
 from orchestration.config.loading import load_config
 
 TIED_IMAGES = 2
-"""So many images may be judged otherwise on another processor: their two best scores are equal up
-to rounding."""
+"""Number of images that another processor may classify differently, because their two best scores
+are equal up to rounding."""
 ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was found to be as claimed."""
+    """One claim of a bundle that was checked and holds."""
 
     name: str
     finding: str
@@ -35,7 +34,7 @@ def check_bundle(path: Path, data_path: str | None) -> list[Check]:
     """Check a bundle.
 
     Args:
-        path: its folder.
+        path: folder of the bundle.
         data_path: None checks files and examples only; "" uses embedded data; else the folder of
             the images.
 
@@ -70,8 +69,8 @@ def _check_claims(bundle: Bundle, data_path: str) -> list[Check]:
 
 
 def _folder_of_the_run(bundle: Path) -> str:
-    """The folder of images that the sweep named whose run this bundle still lies in; empty where it
-    lies elsewhere."""
+    """The image folder that the sweep named, if the bundle still lies in the run that made it; else
+    empty."""
     for folder in bundle.resolve().parents:
         if (folder / "sweep.yaml").is_file() and (folder / "manifest.json").is_file():
             return load_config(folder / "sweep.yaml").config.data.path or ""
@@ -79,7 +78,7 @@ def _folder_of_the_run(bundle: Path) -> str:
 
 
 def _claimed_data(facts: Mapping[str, Any], data_path: str) -> TensorData:
-    """The very splits that the claims were measured on."""
+    """Load the data and the very splits on which the claims were measured."""
     image_set = load_source(
         facts["name"],
         data_path or None,

@@ -1,5 +1,5 @@
-"""A released checkpoint becomes a sweep that begins where Stage I would end: weights in our format,
-and the sweep file to launch."""
+"""Import of a released checkpoint: its weights in our format, and a sweep file that skips Stage
+I."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from orchestration.config.loading import load_source_text
 from orchestration.config.yaml_source import parse_yaml
 
 IMAGENET = Normalization((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
-"""What the released weights were trained with: ImageNet's mean and deviation, in units of pixel
-values."""
+"""The normalisation with which the released weights were trained: ImageNet's mean and deviation, in
+units of pixel values."""
 SWEEP_FILE = "sweep.yaml"
 
 _TEMPLATE = """\
@@ -55,7 +55,7 @@ supernet:
 
 @dataclass(frozen=True)
 class Imported:
-    """What an import made."""
+    """The files that an import wrote, and the imported network."""
 
     sweep: Path
     """The sweep file to launch."""
@@ -64,7 +64,7 @@ class Imported:
     supernet: Supernet
 
     def summary(self) -> str:
-        """The checkpoint in one line."""
+        """One line about the checkpoint."""
         spec, subnets = self.supernet.spec, self.supernet.subnets
         madds = [subnet_cost(spec, subnet, spec.image_size).madds / 1e6 for subnet in subnets]
         return (
@@ -75,16 +75,16 @@ class Imported:
 
 @dataclass(frozen=True, kw_only=True)
 class ImportSettings:
-    """What an import is told."""
+    """Settings of an import."""
 
     name: str
-    """Of the sweep."""
+    """Name of the sweep."""
     num_classes: int | None = None
-    """Of the checkpoint's classifier; None takes as many as it has."""
+    """Number of the checkpoint's classes; None reads it from the checkpoint."""
     image_size: int = 224
     """Side in pixels, as data.image_size of sweep.yaml."""
     ema: bool = False
-    """Take the checkpoint's averaged weights."""
+    """Whether to take the checkpoint's averaged weights."""
     data: str | None = None
     """Folder of the images; None leaves it to $DSNET_DATA or --data."""
 
@@ -124,7 +124,7 @@ def _sweep_text(stem: Path, settings: ImportSettings) -> str:
 
 
 def _yaml_value(value: str | None) -> str:
-    """A JSON value is a YAML value."""
+    """The value as JSON, which is also YAML."""
     return json.dumps(value, ensure_ascii=False)
 
 

@@ -1,5 +1,5 @@
-"""A first sweep file that fits a folder of images: what was seen, what was chosen and why stand in
-its comments."""
+"""A first sweep file for a folder of images; its comments say what was found and why values were
+chosen."""
 
 from __future__ import annotations
 
@@ -25,28 +25,28 @@ from orchestration.config.loading import load_source_text
 from orchestration.config.yaml_source import parse_yaml
 
 MODEL = "ds_resnet"
-"""Dense convolutions train several times faster on a CPU than depthwise ones, and to a higher
-accuracy in short trainings."""
+"""Default model: dense convolutions train several times faster on a CPU than depthwise ones, and to
+a higher accuracy in short trainings."""
 SIZES = (64, 48, 32)
-"""Sides in pixels that are proposed, the largest that the pictures have."""
+"""Proposed image sizes (side in pixels); the largest that does not exceed the pictures is taken."""
 LARGE_STEM_FROM = 48
-"""Side in pixels from which the first layers reduce the resolution."""
+"""Side in pixels from which on the first layers reduce the resolution."""
 UNEVEN = 3
-"""Classes are called uneven from this ratio of the largest to the smallest on."""
+"""Ratio of the largest to the smallest class from which on the classes are called uneven."""
 MAX_CLASSES = 12
-"""Classes whose numbers of images are listed."""
+"""Largest number of classes whose image counts are listed."""
 CIFAR10_TRAIN, CIFAR10_TEST = 50_000, 10_000
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What the file is written for."""
+    """What was found in the image folder, from which the file is written."""
 
     data_name: str
     image_size: int | None
-    """To write; None = as stored."""
+    """Image size for the file, side in pixels; None keeps the stored size."""
     lines: tuple[str, ...]
-    """What was seen, in sentences."""
+    """Findings, one sentence each."""
     size_reason: str
     facts: DataFacts
     splits: Splits
@@ -56,9 +56,9 @@ def init_sweep(folder: Path, out: Path | None, name: str | None, *, overwrite: b
     """Look at the images and write a sweep file.
 
     Args:
-        folder: of the images.
+        folder: folder of the images.
         out: the file; None = NAME.yaml in the working directory.
-        name: of the sweep; None = the folder's.
+        name: name of the sweep; None = the folder's name.
         overwrite: replace a file that is there.
 
     Raises:
@@ -79,7 +79,7 @@ def init_sweep(folder: Path, out: Path | None, name: str | None, *, overwrite: b
 
 
 def _name_of(folder: Path) -> str:
-    """The folder's name as a sweep may be called."""
+    """The folder's name, changed into a valid name of a sweep."""
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", folder.absolute().name).strip("-.")[:64]
     return name or "photos"
 
@@ -120,7 +120,7 @@ def _photos(survey: Survey) -> Seen:
 
 
 def _few_images(splits: Splits) -> Iterator[str]:
-    """That routers cannot be compared on so few images."""
+    """Warn if `val` or `test` has too few images to compare routers."""
     val, test = len(splits["val"]), len(splits["test"])
     if min(val, test) < FEW_IMAGES:
         yield (
@@ -185,7 +185,7 @@ _OPTION_COMMENTS = {
 
 
 def sweep_text(folder: Path, name: str, seen: Seen) -> str:
-    """The file."""
+    """The text of the sweep file."""
     lines = [
         "# Written by dsnet-orch init. What it saw:",
         *(f"#   {line}" for line in seen.lines),

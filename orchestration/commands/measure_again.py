@@ -1,5 +1,5 @@
-"""`dsnet-orch measure`: time a run's sub-networks and its front again, without training; what the
-search was told stays as it was."""
+"""`dsnet-orch measure`: time the sub-networks and the front of a run again, without training;
+metrics that the search was given do not change."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ from orchestration.runs.lock import DriverLock
 from orchestration.runs.manifest import now_iso
 
 LATENCY = "latency_ms"
-"""What the names of latencies begin with."""
+"""Prefix of the names of latency metrics."""
 
 
 @dataclass(frozen=True)
 class MeasuredAgain:
-    """Both timings, by the name of the device."""
+    """The first and the new timing, by the name of the device."""
 
     before: Mapping[str, LatencyTable]
     after: Mapping[str, LatencyTable]
     front: Mapping[str, DynamicLatency]
-    """Of the verified front; empty where there is none."""
+    """New timing of the verified front; empty if there is none."""
     study: str
-    """What becomes of the study, in a sentence."""
+    """A sentence about what the new timing means for the study."""
 
 
 def measure_again(results: RunResults, progress: ProgressView) -> MeasuredAgain:
-    """Time everything on every device, store it beside the first timing, and build the report
-    again.
+    """Time everything on every device, store the result beside the first timing, and rebuild the
+    report.
 
-    The front runs on images of `val`: a timing is no reason to read `test` once more.
+    The front runs on images of `val`, because a new timing is no reason to read `test` again.
 
     Raises:
         NotFoundError: the run has not finished its measure stage.
@@ -91,7 +91,8 @@ def _time_front(
 
 
 def study_sentence(config: SweepConfig, run: str) -> str:
-    """Which numbers keep the timing of the search, and how to search by the new one."""
+    """A sentence: which metrics keep the timing of the search, and how to search with the new
+    one."""
     read = [metric.name for metric in config.metrics if metric.name.startswith(LATENCY)]
     for comparison in conditions(config):
         read += [name for name in sorted(comparison.names) if LATENCY in name]

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
 
 def warn(text: str) -> None:
-    """A warning on stderr, broken between words where it does not fit: stdout is for data."""
+    """Write a warning to stderr (stdout is for data), wrapped between words at the width of the
+    terminal."""
     console = Console(stderr=True, highlight=False)
     for line in wrapped(f"warning: {text}", console.width if console.is_terminal else None):
         console.print(line, markup=False, soft_wrap=True)

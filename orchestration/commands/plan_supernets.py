@@ -41,25 +41,25 @@ from search.front.points import save_points
 
 @dataclass(frozen=True)
 class SupernetsPlan:
-    """What a launch of a sweep of supernets would do."""
+    """The plan of a launch of a sweep of supernets."""
 
     config: SweepConfig
     origins: Mapping[str, str]
     run: RunDir
     members: tuple[Member, ...]
     stages: Mapping[str, tuple[StagePlan, ...]]
-    """Of each member that can be."""
+    """Stage plans of each valid member."""
     fates: Mapping[str, MemberFate]
-    """Those that earlier launches have decided."""
+    """Fates that earlier launches have decided."""
     madds_m: Mapping[str, tuple[float, float]]
-    """(cheapest, widest) sub-network of each member, millions."""
+    """(cheapest, widest) sub-network of each member, in millions of MAdds."""
     forecast: Forecast | None = None
-    """An upper bound: no supernet is stopped early. None where it was not wanted, or nothing is
-    left to do."""
+    """Upper bound of the costs, as if no supernet were stopped early; None if it was not wanted or
+    nothing is left to do."""
 
     def settings(self) -> dict[str, dict[str, Any]]:
-        """Every setting with its value and origin; `effective` where null stands for something, of
-        all supernets that can be."""
+        """Every setting with its value and origin; `effective` is what a null stands for, over all
+        valid supernets."""
         prepared = [member.prepared for member in self.members if member.prepared is not None]
         effective = _of_all([effective_values(self.config, each) for each in prepared])
         derived = _of_all([{key: each.value for key, each in one.derived.items()} for one in prepared])
@@ -75,7 +75,8 @@ class SupernetsPlan:
 
 
 def _of_all(mappings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """For each key the value that all have; where they differ, a text with each distinct one."""
+    """For each key the value common to all mappings; if they differ, a text with each distinct
+    value."""
     found: dict[str, Any] = {}
     for key in dict.fromkeys(key for mapping in mappings for key in mapping):
         values = list({repr(mapping[key]): mapping[key] for mapping in mappings if key in mapping}.values())
@@ -123,7 +124,7 @@ def plan_supernets(loaded: LoadedConfig, *, is_dry: bool = False) -> SupernetsPl
 
 
 def _images_again(results: SupernetSweepResults) -> Images:
-    """The data of an existing sweep.
+    """Load the data of an existing sweep and check that they are the same.
 
     Raises:
         DataError: the data is not what the sweep was made with.
@@ -134,7 +135,8 @@ def _images_again(results: SupernetSweepResults) -> Images:
 
 
 def report_supernets_again(results: SupernetSweepResults) -> Path:
-    """Write points.parquet and report.html of the sweep and of its members from what there is."""
+    """Write points.parquet and report.html of the sweep and of its members from the present
+    results."""
     for member in results.members.values():
         report_again(member)
     save_points(results.run.points_parquet, results.points())
@@ -147,7 +149,7 @@ def report_supernets_again(results: SupernetSweepResults) -> Path:
 
 
 def export_supernets_again(results: SupernetSweepResults, picks: tuple[str, ...], folder: Path | None) -> list[Path]:
-    """Write bundles of gates of any of the supernets; their folders."""
+    """Write bundles of picked gates of any of the supernets; returns their folders."""
     images = _images_again(results)
     wanted = {gate.supernet for gate in results.picked(picks)}
     prepared = {

@@ -1,5 +1,4 @@
-"""What `plan` prints: the data, the network, what a launch would do and take, and the settings,
-those that somebody chose first.
+"""Output of `plan`: the data, the network, what a launch would do and take, and the settings.
 
 `orchestration.commands.supernet_tables` prints the plan of a sweep of supernets with the same
 parts.
@@ -27,23 +26,24 @@ if TYPE_CHECKING:
     from orchestration.runs.folder import RunDir
 
 MAX_SUBNETS = 16
-"""Sub-networks that are listed without --all."""
+"""Number of sub-networks that are listed without --all."""
 MAX_CLASSES = 30
-"""Classes that are named without --all."""
+"""Number of classes that are named without --all."""
 SPLITS = ("train", "gate", "val", "test")
 _FILE_LINE = re.compile(r"^.+:(\d+)$")
-"""Origin of a setting of the sweep file, whose name the reader has just typed."""
+"""Matches an origin that is a line of the sweep file; its name is left out, for the reader has just
+typed it."""
 _SETTING = Column("setting", is_text=True)
 _VALUE = Column("value", is_text=True, wraps=True)
 
 
 def show_plan(plan: SweepPlan, *, as_json: bool, everything: bool = False) -> None:
-    """The plan of a sweep of gates under one supernet.
+    """Print the plan of a sweep of gates under one supernet.
 
     Args:
-        plan: from `make_plan`.
+        plan: result of `make_plan`.
         as_json: for scripts, always complete.
-        everything: also the settings that nobody chose, and every sub-network.
+        everything: also show settings with default values, and every sub-network.
     """
     if as_json:
         print_json(plan_content(plan))
@@ -79,7 +79,7 @@ def plan_content(plan: SweepPlan) -> dict[str, Any]:
 
 
 def data_content(prepared: Prepared) -> dict[str, Any]:
-    """The data as JSON."""
+    """Facts about the data as JSON."""
     return {
         "name": prepared.image_set.name,
         "image_shape": list(prepared.image_set.image_shape),
@@ -89,8 +89,8 @@ def data_content(prepared: Prepared) -> dict[str, Any]:
 
 
 def plan_settings(plan: SweepPlan) -> dict[str, dict[str, Any]]:
-    """Every setting with its value and origin; `reason` where the data decided it, `effective`
-    where null stands for something."""
+    """Every setting with its value and origin; `reason` if the data decided it, `effective` is what
+    a null stands for."""
     settings = plan.settings()
     for key, meant in effective_values(plan.config, plan.prepared).items():
         if key in settings and settings[key]["value"] is None:
@@ -99,7 +99,7 @@ def plan_settings(plan: SweepPlan) -> dict[str, dict[str, Any]]:
 
 
 def effective_values(config: SweepConfig, prepared: Prepared) -> dict[str, Any]:
-    """What nulls stand for, with the supernet that was prepared."""
+    """The values that nulls stand for, given the prepared supernet."""
     supernet = prepared.config.supernet
     regime = resolve_regime(supernet)
     cores = resolve_cores(config)
@@ -125,7 +125,7 @@ def effective_values(config: SweepConfig, prepared: Prepared) -> dict[str, Any]:
 
 
 def show_data(run: RunDir, prepared: Prepared, *, everything: bool) -> None:
-    """The run folder, the images, their splits and their classes."""
+    """Print the run folder, the images, their splits and their classes."""
     images, splits = prepared.image_set, prepared.splits
     channels, height, width = images.image_shape
     names = images.class_names if everything else images.class_names[:MAX_CLASSES]
@@ -139,7 +139,7 @@ def show_data(run: RunDir, prepared: Prepared, *, everything: bool) -> None:
 
 
 def say_row(what: str, text: str) -> None:
-    """A name and its text, which goes on below itself."""
+    """Print a name and its text, whose further lines are indented below its beginning."""
     width = terminal_width()
     first, *others = wrapped(text, None if width is None else max(20, width - 10))
     say(f"{what:<10}{first}")
@@ -161,7 +161,7 @@ def _show_subnets(plan: SweepPlan, everything: bool) -> None:
 
 
 def _show_stages(plan: SweepPlan) -> None:
-    """Each stage with what it would take and why it would run."""
+    """Print each stage with its estimated costs and the reasons why it would run."""
     told = [(stage.name, stage.status, stage.key[:12], "; ".join(stage.reasons)) for stage in plan.stages]
     lines = [
         (name, status, *_taken(plan.forecast, name), key, why)
@@ -180,7 +180,7 @@ def _show_stages(plan: SweepPlan) -> None:
 
 
 def forecast_text(found: Forecast) -> str:
-    """Time, memory, disk, and how the clock ran."""
+    """A text about time, memory and disk, and how the steps were timed."""
     gpu = f", {size(found.gpu_bytes)} of the GPU's" if found.gpu_bytes else ""
     return (
         f"{duration(found.seconds)}, {size(found.memory_bytes)} of memory{gpu}, {size(found.disk_bytes)} on disk; "
@@ -198,8 +198,8 @@ def _taken(forecast: Forecast | None, name: str) -> tuple[str, ...]:
 
 
 def show_settings(settings: Mapping[str, Mapping[str, Any]], *, everything: bool) -> None:
-    """Those that somebody wrote, those that the data decided, and the number of all others, or
-    these too."""
+    """Print the settings that somebody chose, those that the data decided, and either all others or
+    only their number."""
     groups: dict[str, list[tuple[str, str, str]]] = {"chosen": [], "data": [], "default": []}
     for key, setting in settings.items():
         if f"space.{key}" in settings:  # every trial or supernet has its own

@@ -29,15 +29,15 @@ from search.front.points import save_points
 
 SYNC_TIMEOUT_S = 600.0
 FROM_THE_DATA = "data"
-"""Origin of a setting that nobody wrote and that follows from the images."""
+"""Origin of a setting that nobody wrote and that is derived from the images."""
 
 
 @dataclass(frozen=True)
 class SweepPlan:
-    """What a launch would do."""
+    """The plan of a launch."""
 
     config: SweepConfig
-    """With the data's defaults filled in."""
+    """The configuration with defaults derived from the data filled in."""
     origins: dict[str, str]
     prepared: Prepared
     supernet: SupernetFacts
@@ -46,10 +46,10 @@ class SweepPlan:
     routes: tuple[tuple[str, float, float], ...]
     """(name, M MAdds, M parameters) of each sub-network, the teacher last."""
     forecast: Forecast | None = None
-    """What a launch would take; None where nothing was timed."""
+    """Estimated time, memory and disk; None if nothing was timed."""
 
     def settings(self) -> dict[str, dict[str, Any]]:
-        """Every setting with its value and origin, and the reason where the data decided it."""
+        """Every setting with its value and origin, and the reason if the data decided it."""
         derived = self.prepared.derived
         settings: dict[str, dict[str, Any]] = {}
         for key, value in flatten(self.config.model_dump(mode="json"), whole=("space", "supernet.options")).items():
@@ -96,8 +96,8 @@ def make_plan(loaded: LoadedConfig, *, is_dry: bool = False) -> SweepPlan:
 
 
 def unless_it_diverges(make: Callable[[], Forecast | None]) -> Forecast | None:
-    """The forecast; None, with a warning, where the timed steps end in NaN: a plan is there to find
-    that out."""
+    """The forecast; None, with a warning, if the timed steps end in NaN: the plan is shown all the
+    same."""
     try:
         return make()
     except NonFiniteLossError as error:
@@ -106,7 +106,7 @@ def unless_it_diverges(make: Callable[[], Forecast | None]) -> Forecast | None:
 
 
 def prepare_again(results: RunResults) -> Prepared:
-    """The data and layout of an existing run.
+    """Load the data and lay out the network of an existing run.
 
     Raises:
         DataError: the data is not what the run was made with.
@@ -117,7 +117,7 @@ def prepare_again(results: RunResults) -> Prepared:
 
 
 def check_same_data(run: RunDir, manifest: Mapping[str, Any], images: Images) -> None:
-    """Refuse data that a run was not made with.
+    """Refuse data with which the run was not made.
 
     Raises:
         DataError: its fingerprint differs.
@@ -131,7 +131,7 @@ def check_same_data(run: RunDir, manifest: Mapping[str, Any], images: Images) ->
 
 
 def report_again(results: RunResults) -> Path:
-    """Write points.parquet and report.html from what a run has."""
+    """Write points.parquet and report.html from the present results of a run."""
     prepared = prepare_again(results)
     save_points(results.run.points_parquet, results.points())
     status = "complete" if results.verified is not None else "stopped"

@@ -1,4 +1,4 @@
-"""`dsnet-orch predict`: what a bundle says about photos, as a table or as JSON."""
+"""`dsnet-orch predict`: classify photos with a bundle and print a table or JSON."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def predict_files(path: Path, photos: Sequence[Path], *, as_json: bool) -> int:
     """Classify photos and print the answers; files that cannot be read are named.
 
     Args:
-        path: of the bundle.
+        path: folder of the bundle.
         photos: files and folders.
         as_json: print JSON instead of a table.
 

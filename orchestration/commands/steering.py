@@ -1,4 +1,4 @@
-"""What a person may change about a sweep that was launched: more trials, and points to try."""
+"""Changes to a sweep that was launched already: a larger budget, and points to try."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def extended(results: RunResults | SupernetSweepResults, trials: str, overrides:
 
 
 def extension_notes(results: RunResults | SupernetSweepResults, config: SweepConfig) -> list[str]:
-    """What a person should know before a run is extended."""
+    """Notes for the user before a run is extended."""
     before, now = resolve_trials(results.config), resolve_trials(config)
     notes = [f"{results.run.name}: budget raised from {before} to {now} trials"]
     openings = results.manifest["test_openings"]
@@ -83,7 +83,7 @@ def extension_notes(results: RunResults | SupernetSweepResults, config: SweepCon
 
 
 def _is_the_same_rule(end: str, budget: BudgetConfig, before: BudgetConfig) -> bool:
-    """Whether what ended a search is as it was."""
+    """Whether the rule that ended a search is unchanged."""
     rules = {"plateau": (budget.plateau, before.plateau), "target": (budget.target, before.target)}
     now, then = rules.get(end, (None, None))
     return now == then
@@ -103,7 +103,7 @@ def _search_end(results: RunResults | SupernetSweepResults) -> str | None:
 
 
 def read_points(path: Path) -> list[Point]:
-    """The points of a file: a YAML or JSON list of mappings {key: value}.
+    """Read points from a YAML or JSON file: a list of mappings {key: value}.
 
     Raises:
         ConfigError: there is no such file, or it holds something else.
@@ -120,7 +120,7 @@ def read_points(path: Path) -> list[Point]:
 
 
 def set_values(texts: Sequence[str]) -> Point:
-    """The values of `--set KEY=VALUE`, read as YAML.
+    """Parse `--set KEY=VALUE`; values are read as YAML.
 
     Raises:
         ConfigError: one has no `=`, or no value.
@@ -135,8 +135,8 @@ def set_values(texts: Sequence[str]) -> Point:
 
 
 def changed_point(params: Mapping[str, Scalar], changes: Point, space: Space) -> Point:
-    """A trial's parameters with changes; of its own, those that do not exist beside the changes are
-    left out."""
+    """A trial's parameters with changes; parameters of the trial that do not exist under the
+    changed values are left out."""
     point: Point = {}
     for key in space.distributions:  # parents before their children
         if key in changes:
@@ -194,7 +194,8 @@ def enqueue_points(results: RunResults, points: Sequence[Point], like: str | Non
 
 
 def _checked(space: Space, point: Point, which: str) -> Point:
-    """The point as the sampler would write it: a real setting's whole number is a real one."""
+    """The point as the sampler would write it: whole numbers of real-valued settings become
+    floats."""
     for key, value in point.items():
         if not isinstance(value, bool | int | float | str):
             raise ConfigError(f"{which}{key} is {shown(value)}, but a point holds numbers, text, true and false")
@@ -214,7 +215,7 @@ def _checked(space: Space, point: Point, which: str) -> Point:
 
 
 def _what_happens(results: RunResults, number: int, num_waiting: int) -> str:
-    """When `number` new points are tried, the last of `num_waiting`."""
+    """A sentence: when `number` new points will be tried, of `num_waiting` that wait with them."""
     run, what = results.run, "it is" if number == 1 else "they are"
     budget = resolve_trials(results.config)
     left = budget - len(results.records)

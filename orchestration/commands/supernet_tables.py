@@ -1,5 +1,4 @@
-"""What commands print about a sweep of supernets: the same tables as for any run, with the supernet
-that each line comes from."""
+"""Output about a sweep of supernets: the tables of any run, with the supernet of each line."""
 
 from __future__ import annotations
 
@@ -40,8 +39,8 @@ if TYPE_CHECKING:
 
 
 def show_supernets_launch(result: SupernetsResult) -> None:
-    """The front over all supernets, what is to be said against each of them, and where everything
-    is and how to open it."""
+    """Print the front over all supernets, warnings about the supernets on it, and where the files
+    are."""
     from orchestration.results.training_review import review
 
     run, results = result.run, result.results
@@ -80,7 +79,7 @@ def _settings(results: SupernetSweepResults, gate: Any) -> dict[str, Any]:
 
 
 def show_supernets_front(results: SupernetSweepResults, picks: Sequence[str], *, as_json: bool) -> None:
-    """The front over all supernets as a table; the origin of each gate is in its name."""
+    """The front over all supernets as a table; a gate's name begins with its supernet."""
     rows = supernet_front_rows(results)
     if picks:
         wanted = [gate.name for gate in results.picked(picks)]
@@ -138,7 +137,7 @@ def _show_openings(results: SupernetSweepResults) -> None:
 
 
 def show_supernets_status(results: SupernetSweepResults, *, as_json: bool) -> None:
-    """What has become of each supernet, trials, and who drives the sweep."""
+    """Print the state of each supernet, the numbers of trials, and the driver of the sweep."""
     driver = driver_text(results.run)
     members = [_status(results, entry) for entry in results.entries]
     content = {
@@ -202,8 +201,8 @@ def _status(results: SupernetSweepResults, entry: MemberEntry) -> dict[str, Any]
 
 
 def state_and_epochs(sweep: RunDir, entry: MemberEntry) -> tuple[str, int]:
-    """What has become of a supernet, "training" where it is at work; and how many epochs are behind
-    it, as its checkpoints say."""
+    """State of a supernet ("training" while it trains), and the number of epochs that it has
+    done."""
     from dsnet.training.supernet import checkpoint_stems
 
     if entry.state == "trained":
@@ -222,13 +221,13 @@ def told(settings: Mapping[str, Any]) -> str:
 
 
 def show_supernets_plan(plan: SupernetsPlan, *, as_json: bool, everything: bool = False) -> None:
-    """Which supernets there would be, each with what would run of it and why; then the settings, as
-    for any sweep.
+    """Print the supernets of a plan, each with the stages that would run and why; then the
+    settings.
 
     Args:
-        plan: from `plan_supernets`.
+        plan: result of `plan_supernets`.
         as_json: for scripts, always complete.
-        everything: also the settings that nobody chose.
+        everything: also show settings with default values.
     """
     if as_json:
         print_json(_plan_content(plan))

@@ -1,5 +1,5 @@
-"""Tables for people that fit the terminal: no cell is ever cut, and what has no room is stacked, or
-left out and named.
+"""Tables for people that fit the terminal: cells are never cut; columns without room are stacked or
+left out, and those left out are named.
 
 On a pipe a table has no width: every column is printed on one line.
 """
@@ -19,51 +19,50 @@ from rich.text import Text
 from orchestration.wrapping import wrapped
 
 GAP = "  "
-"""Between two columns."""
+"""Separator of two columns."""
 
 
 NO_BREAK = "\u00a0"
-"""Between words of a title that stay together."""
+"""No-break space: keeps words of a title together."""
 
 
 INDENT = "    "
-"""Before the columns of a row that are stacked on a further line."""
+"""Indentation of the columns of a row that are stacked on a further line."""
 
 
 MIN_PROSE = 16
-"""Characters that a column of prose has at least; narrower ones are hard to read."""
+"""Least width of a column of prose, in characters; narrower ones are hard to read."""
 
 
 @dataclass(frozen=True)
 class Column:
-    """How one column of a table behaves where the terminal is too narrow for all of them."""
+    """A column of a table, and how it behaves on a terminal too narrow for all columns."""
 
     title: str
-    """A no-break space in it is printed as a space."""
+    """The title; a no-break space in it is printed as a space."""
     is_text: bool = False
-    """Text is set to the left, numbers to the right."""
+    """Whether the cells are text, aligned left; numbers are aligned right."""
     drop: int = 0
     """0: always shown, on a further line of each row where there is no room. Else it may be left
     out: the largest number goes first, and of equal ones the rightmost."""
     wraps: bool = False
-    """Prose, which may go on over several lines; it is broken between words only."""
+    """Whether the cells are prose, which may wrap onto several lines, between words only."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Which columns are shown where, for one width."""
+    """The arrangement of the columns for one width: which are shown, and on which line."""
 
     lines: tuple[tuple[int, ...], ...]
-    """Positions of the columns on the first line of a row, on its second, ..."""
+    """Positions of the columns on the first line of a row, on its second, and so on."""
     widths: dict[int, int]
-    """Position of a column that is shown -> its width in characters."""
+    """Width in characters of each shown column, by its position."""
     dropped: tuple[int, ...]
-    """Positions of the columns that are left out, rising."""
+    """Positions of the columns that are left out, ascending."""
 
 
 def terminal_width() -> int | None:
-    """Characters in a line of stdout; None where it is no terminal, so that nothing needs to
-    fit."""
+    """Width of stdout in characters; None if it is no terminal, so that nothing needs to fit."""
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
@@ -74,10 +73,10 @@ def show_table(
     out.
 
     Args:
-        columns: in order.
+        columns: columns in order.
         rows: a text for every column.
         title: a line above.
-        rest: which option of the command shows everything; an empty text where there is none.
+        rest: option of the command that shows everything; empty if there is none.
     """
     console = Console(highlight=False, soft_wrap=True)
     width = terminal_width()
@@ -95,7 +94,8 @@ def show_table(
 
 
 def table_lines(columns: Sequence[Column], rows: Sequence[Sequence[str]], width: int | None) -> list[str]:
-    """The lines of a table, its header first; without the line about columns that were left out."""
+    """The lines of a table, its header first, without the sentence about columns that were left
+    out."""
     layout = lay_out(columns, rows, width)
     return [*_header(columns, layout), *(line for row in rows for line in _cells(columns, layout, row))]
 
@@ -108,11 +108,10 @@ def left_out(columns: Sequence[Column], layout: Layout, width: int, rest: str = 
 
 
 def lay_out(columns: Sequence[Column], rows: Sequence[Sequence[str]], width: int | None) -> Layout:
-    """Fit a table into a width: titles go over several lines first, then columns are left out, then
-    stacked.
+    """Fit a table into a width: first titles are wrapped, then columns are left out, then stacked.
 
     Args:
-        columns: in order.
+        columns: columns in order.
         rows: a text for every column.
         width: characters in a line; None: without limit.
     """
@@ -138,12 +137,12 @@ def _longest_word(text: str) -> int:
 
 
 def _widest(columns: Sequence[Column], rows: Sequence[Sequence[str]], position: int) -> int:
-    """The width at which neither the title nor a cell needs a second line."""
+    """The width at which neither the title nor a cell is wrapped."""
     return max(cell_len(text) for text in (columns[position].title, *(row[position] for row in rows)))
 
 
 def _narrowest(columns: Sequence[Column], rows: Sequence[Sequence[str]], position: int) -> int:
-    """The width below which a word would have to be cut, or prose gets hard to read."""
+    """The least width at which no word is cut and prose stays readable."""
     column = columns[position]
     cells = [row[position] for row in rows]
     title = _longest_word(column.title)
@@ -156,10 +155,10 @@ def _narrowest(columns: Sequence[Column], rows: Sequence[Sequence[str]], positio
 def _fitted(
     columns: Sequence[Column], rows: Sequence[Sequence[str]], shown: Sequence[int], width: int
 ) -> dict[int, int] | None:
-    """Widths with which the columns fit side by side; None where they do not.
+    """Widths with which the columns fit side by side; None if they do not fit.
 
-    Room to spare goes to the tallest titles first, then to the columns of prose in equal shares, as
-    far as they need them.
+    Spare room goes first to the titles with the most lines, then in equal shares to columns of
+    prose that need it.
     """
     widths = {position: _narrowest(columns, rows, position) for position in shown}
     spare = width - sum(widths.values()) - len(GAP) * (len(shown) - 1)

@@ -1,4 +1,4 @@
-"""What commands print on stdout: tables for people, JSON for scripts."""
+"""Output of commands on stdout: tables for people, JSON for scripts."""
 
 from __future__ import annotations
 
@@ -42,27 +42,28 @@ if TYPE_CHECKING:
 
 
 MAX_LISTED = 8
-"""Trials or reasons that are written out one by one."""
+"""Largest number of trials or reasons that are listed one by one."""
 
 
 PHOTOS = ("image_folder", "cifar10")
-"""Data sets whose networks answer photos."""
+"""Data sets whose networks can classify photos."""
 
 
 INDENT = " " * 10
-"""Below the names at the beginning of lines such as `report    runs/...`."""
+"""Indentation of continuation lines under a leading word such as `report runs/...`."""
 
 
 def _console() -> Console:
-    """On a pipe a table keeps its whole width: nothing is cut or wrapped."""
+    """The console on stdout; on a pipe a table keeps its whole width, so that nothing is cut or
+    wrapped."""
     is_terminal = sys.stdout.isatty()
     return Console(highlight=False, width=None if is_terminal else 1000)
 
 
 def say(text: str = "") -> None:
-    """A line on stdout, for the terminal to break: what a person copies stays in one piece.
+    """Print a line without wrapping it, so that what a person copies stays in one piece.
 
-    Where it does not fit, a remark in parentheses after three spaces gets a line of its own.
+    If it does not fit, a remark in parentheses after three spaces gets a line of its own.
     """
     width = terminal_width()
     place, gap, remark = text.partition("   (")
@@ -72,7 +73,7 @@ def say(text: str = "") -> None:
 
 
 def tell(text: str, indent: str = "") -> None:
-    """Prose on stdout, broken between words where it does not fit; further lines begin with
+    """Print prose, wrapped between words at the terminal's width; further lines begin with
     `indent`."""
     width = terminal_width()
     first, *others = wrapped(text, None if width is None else width - len(indent))
@@ -81,15 +82,15 @@ def tell(text: str, indent: str = "") -> None:
 
 
 def print_json(value: Any) -> None:
-    """A value as JSON on stdout."""
+    """Print a value as JSON."""
     _console().print(json.dumps(value, indent=1, allow_nan=False), markup=False, soft_wrap=True)
 
 
 def show_table(
     columns: Sequence[str | Column], rows: Sequence[Sequence[str]], title: str | None = None, num_left: int = 1
 ) -> None:
-    """A table on stdout; of columns that are given by their title alone the first `num_left` are
-    text, the others numbers."""
+    """Print a table; of the columns given by their title alone the first `num_left` are text, the
+    others numbers."""
     known = [
         column if isinstance(column, Column) else Column(column, is_text=number < num_left)
         for number, column in enumerate(columns)
@@ -98,7 +99,7 @@ def show_table(
 
 
 def percent(value: float | None, digits: int = 1) -> str:
-    """A fraction as percent; '-' where there is none."""
+    """A fraction as percent; '-' if there is none."""
     return "-" if value is None else f"{100 * value:.{digits}f}"
 
 
@@ -117,14 +118,14 @@ def _signed(interval: Any) -> str:
 
 
 def say_training_warnings(warnings: Sequence[TrainingWarning], whose: str = "") -> None:
-    """What is to be said about the training of a supernet, one line each."""
+    """Print the warnings about the training of a supernet, one line each."""
     for warning in warnings:
         tell(f"warning   {whose}{warning}", INDENT)
 
 
 def show_launch(result: LaunchResult) -> None:
-    """The front, what is to be said against its supernet, and where everything is and how to open
-    it."""
+    """Print the front, warnings about its supernet, and where the files are and how to open
+    them."""
     from orchestration.results.training_review import review
 
     show_front(result.results, (), as_json=False)
@@ -135,7 +136,7 @@ def show_launch(result: LaunchResult) -> None:
 
 
 def say_places(results: RunResults | SupernetSweepResults, bundles: Sequence[Path]) -> None:
-    """Where report, bundles and points of a run are, and how to open them."""
+    """Print where report, bundles and points of a run are, and how to open them."""
     run = results.run
     say(f"report    {run.report_html}   (open it in a browser; it needs no network)")
     for bundle in bundles:
@@ -146,7 +147,7 @@ def say_places(results: RunResults | SupernetSweepResults, bundles: Sequence[Pat
 
 
 def say_mlflow(results: RunResults | SupernetSweepResults) -> None:
-    """Where a run is in MLflow; nothing where it is not."""
+    """Print where a run is in MLflow; nothing if it is not tracked."""
     tracking, run = results.config.tracking, results.run
     if tracking.mlflow:
         how = f"dsnet-orch ui --runs {shlex.quote(str(run.root))}"
@@ -154,8 +155,7 @@ def say_mlflow(results: RunResults | SupernetSweepResults) -> None:
 
 
 def front_rows(results: RunResults) -> list[dict[str, Any]]:
-    """One JSON-able row per gate of the front, cheapest first, everything that was found out about
-    it."""
+    """One JSON-able row per gate of the front, cheapest first, with every result about it."""
     verified = results.verified
     rows = []
     for slot in sorted(results.front, key=lambda slot: results.record(slot).metrics["madds_m"]):
@@ -179,8 +179,8 @@ def front_rows(results: RunResults) -> list[dict[str, Any]]:
 
 
 def _latency_json(latency: DynamicLatency, slot: int) -> dict[str, dict[str, float]]:
-    """By batch size the ms of a batch: really measured, what the measured parts add up to, and the
-    static extremes."""
+    """By batch size the latency of a batch in ms: measured, summed from the measured parts, and of
+    the static extremes."""
     return {
         str(size): {
             "gate_ms": timings[slot].median_ms,
@@ -193,8 +193,8 @@ def _latency_json(latency: DynamicLatency, slot: int) -> dict[str, dict[str, flo
 
 
 def front_content(results: RunResults, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The front as JSON: its gates, its optimism, and what each kind of router reaches on either
-    split."""
+    """The front as JSON: its gates, its optimism, and the accuracy of each kind of router on both
+    splits."""
     verified = results.verified
     found = None if verified is None else optimism(verified.val, verified.test)
     return {
@@ -232,7 +232,7 @@ def show_front(results: RunResults, picks: Sequence[str], *, as_json: bool) -> N
 
 
 def _further_metrics(results: RunResults) -> list[str]:
-    """The objectives beside top-1 and MAdds."""
+    """The objectives other than top-1 and MAdds."""
     return [metric.name for metric in results.config.metrics if metric.name not in ("top1", "madds_m")]
 
 
@@ -360,8 +360,8 @@ def _show_verified(results: RunResults, verified: Verified, rows: Sequence[Mappi
 
 
 def _show_latencies(verified: Verified, slots: Sequence[int]) -> None:
-    """On every device and at every batch size what the objective is made of, and what really
-    ran."""
+    """Print for every device and batch size the latency that the objective is made of and the
+    measured one."""
     timed = [(name, own, size) for name, own in verified.latencies.items() for size in own.gates]
     columns = [
         text for name, _, size in timed for text in (latency_metric(size, name), f"{latency_metric(size, name)} ran")
@@ -380,7 +380,7 @@ def _show_latencies(verified: Verified, slots: Sequence[int]) -> None:
 
 
 def _standing_lines(verified: Verified, slots: Sequence[int]) -> list[str]:
-    """What qualifies the numbers above: the winner's curse, and who is tied with whom."""
+    """Lines that qualify the table: the optimism of `val`, and which gates are tied."""
     found = optimism(verified.val, verified.test)
     lines = []
     if found is not None:
@@ -406,7 +406,7 @@ def _and_more(listed: Sequence[Any]) -> str:
 
 
 def show_status(results: RunResults, *, as_json: bool) -> None:
-    """Stages, trials, who drives the run, and what is to be said about its training."""
+    """Print stages, trials, the driver of the run, and warnings about its training."""
     from orchestration.results.training_review import review
 
     warnings = review(results)
@@ -479,7 +479,7 @@ def show_status(results: RunResults, *, as_json: bool) -> None:
 
 
 def driver_text(run: RunDir) -> str | None:
-    """Who drives a run, or held it last; None where nobody does."""
+    """The current or last driver of a run; None if no lock is recorded."""
     holder = read_lock(run.lock_path)
     if holder is None:
         return None
@@ -487,14 +487,14 @@ def driver_text(run: RunDir) -> str | None:
 
 
 def is_running(run: RunDir) -> bool:
-    """Whether a driver holds the run; of one on another host it is believed."""
+    """Whether a driver holds the run; a driver on another host is taken to be alive."""
     holder = read_lock(run.lock_path)
     return holder is not None and (holder.is_on_another_host() or holder.is_alive())
 
 
 def progress_text(run: RunDir, *, is_finished: bool) -> str | None:
-    """How far the newest task of a run has come and how long the rest takes; None where nothing is
-    known, or nothing is left."""
+    """Progress of the newest task of a run, and its remaining time; None if none is known or
+    nothing is left to do."""
     state = read_task_state(run.progress_json)
     if state is None or (is_finished and not is_running(run)):
         return None
@@ -502,14 +502,14 @@ def progress_text(run: RunDir, *, is_finished: bool) -> str | None:
 
 
 def say_progress(run: RunDir, *, is_finished: bool) -> None:
-    """The line of `status` about what is being done."""
+    """Print the progress line of `status`."""
     text = progress_text(run, is_finished=is_finished)
     if text is not None:
         say(f"progress  {text}")
 
 
 def show_trials(trials: TrialList, selection: Selection, *, as_json: bool) -> None:
-    """The finished trials that were asked for."""
+    """Print the selected finished trials."""
     from orchestration.results.trial_list import json_row
 
     chosen = trials.select(selection)
@@ -544,8 +544,8 @@ def show_trials(trials: TrialList, selection: Selection, *, as_json: bool) -> No
 
 
 ORIGIN, CONSTANT, VARIED = 3, 2, 1
-"""Which columns of `trials` are left out first: the supernet, which the trial's name begins with;
-parameters that never vary; others."""
+"""Order in which columns of `trials` are left out, largest first: the supernet, which the trial's
+name begins with; parameters that never vary; parameters that vary."""
 
 
 def _param_columns(keys: Sequence[str], params: Sequence[Sequence[str]]) -> list[Column]:
@@ -570,7 +570,8 @@ def _is_number(text: str) -> bool:
 
 
 def _listed_metrics(trials: TrialList, selection: Selection) -> list[str]:
-    """Top-1 and MAdds, the objectives, and what is sorted by or asked about."""
+    """Columns for top-1 and MAdds, the objectives, and the metrics used for sorting or in
+    conditions."""
     known = list(dict.fromkeys(name for trial in trials.trials for name in trial.record.metrics))
     asked = [name for name in known if any(_is_named(name, text) for text in selection.where)]
     if selection.sort in known:
@@ -583,8 +584,8 @@ def _is_named(metric: str, text: str) -> bool:
 
 
 def _say_reasons(trials: Sequence[ListedTrial]) -> None:
-    """Why trials failed, were pruned or are infeasible: one by one where they are few, by reason
-    where they are many."""
+    """Print why trials failed, were pruned or are infeasible: one by one if they are few, else by
+    reason."""
     for standing in ("failed", "pruned", "infeasible"):
         own = [trial for trial in trials if trial.standing == standing]
         if len(own) <= MAX_LISTED:
@@ -599,7 +600,7 @@ def _say_reasons(trials: Sequence[ListedTrial]) -> None:
 
 
 def metric_head(name: str) -> str:
-    """A metric as a column is called."""
+    """The title of a metric's column."""
     found = find_metric(name)
     if found is None:
         return name
@@ -607,7 +608,7 @@ def metric_head(name: str) -> str:
 
 
 def metric_text(name: str, value: float | None) -> str:
-    """A metric as displayed: accuracies in percent; '-' where there is none."""
+    """A metric for display: accuracies in percent; '-' if there is none."""
     if value is None or math.isnan(value):
         return "-"
     found = find_metric(name)
@@ -615,12 +616,12 @@ def metric_text(name: str, value: float | None) -> str:
 
 
 def short(value: Any) -> str:
-    """A value in a narrow column."""
+    """A value shortened for a narrow column."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def show_checks(checks: Sequence[Check], *, as_json: bool) -> None:
-    """What was checked of a bundle, and with which result."""
+    """Print the checks of a bundle with their findings."""
     if as_json:
         print_json([asdict(check) for check in checks])
         return
@@ -629,8 +630,8 @@ def show_checks(checks: Sequence[Check], *, as_json: bool) -> None:
 
 
 def show_measured_again(again: MeasuredAgain) -> None:
-    """The first timing beside the new one, the widest sub-network's last, and what becomes of the
-    study."""
+    """Print the first timing beside the new one, the widest sub-network last, and what it means for
+    the study."""
     for name, after in again.after.items():
         before = again.before[name]
         sizes = list(after.subnets)

@@ -1,4 +1,4 @@
-"""`dsnet-orch status --watch`: the status again and again, until no driver holds the run."""
+"""`dsnet-orch status --watch`: repeat the status until no driver holds the run."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ INTERVAL_S = 1.0
 def watch_status(
     find: Callable[[], RunDir], show: Callable[[], None], sleep: Callable[[float], None] = time.sleep
 ) -> None:
-    """Follow a run: on a terminal its status in place, on a pipe a line for every change and the
-    status at the end.
+    """Follow a run: on a terminal update its status in place; on a pipe print a line per change,
+    and the status at the end.
 
-    A run that has not begun is waited for.
+    Waits for a run that has not begun.
 
     Args:
         find: gives the run's folder; asked again while there is no such run.
@@ -53,7 +53,7 @@ def watch_status(
 
 
 class _Frame(io.StringIO):
-    """What is printed into it is laid out as for the terminal."""
+    """A buffer for one screen; output into it is laid out as for the terminal."""
 
     def isatty(self) -> bool:
         return True
@@ -70,8 +70,8 @@ def _show_in_place(show: Callable[[], None]) -> None:
 
 
 def _begun(find: Callable[[], RunDir], sleep: Callable[[float], None]) -> RunDir:
-    """The run as soon as it has a status to show: its manifest and, written after it, its
-    configuration."""
+    """Wait until the run has a status to show: its manifest and the configuration, which is written
+    later."""
     is_told = False
     while True:
         run = find()
@@ -88,8 +88,8 @@ def _begun(find: Callable[[], RunDir], sleep: Callable[[float], None]) -> RunDir
 
 
 def change_line(run: RunDir) -> str:
-    """What is being done, on one line: the newest stage that runs, and the newest task with its
-    count and time left."""
+    """The current activity on one line: the newest task with its count and remaining time, or else
+    the stage that begins."""
     stages = Manifest(run.manifest_path).read()["stages"]
     running = [name for name, entry in stages.items() if entry["status"] == "running"]
     state = read_task_state(run.progress_json)

@@ -17,23 +17,23 @@ _DEFAULT_SPACE: Mapping[str, Distribution] = {
     "gate.sgs.target": Distribution("choice", ("extremes", "cheapest")),
     "gate.optimizer.lr": Distribution("loguniform", (1.0e-3, 0.3)),
 }
-"""Beside the kinds of router. Which kinds read which key says `space.readers`; conditions follow
-from it."""
+"""Default dimensions besides the kinds of router. `space.readers` gives the kinds that read a key,
+from which conditions follow."""
 
 
 def default_routers() -> tuple[str, ...]:
-    """Kinds of router that every network can have and that are worth their trials: the published
-    gate, and those that were above the static line on the measured data (benchmarks/RESULTS.md).
-    `gates` and `evidence_gates` need several gates, and were not."""
+    """The default kinds of router, which every network supports: the published gate, and those that
+    were above the static line on the measured data (benchmarks/RESULTS.md). `gates` and
+    `evidence_gates` need several gates, and were not."""
     return kind_names(lambda kind: kind.is_default)
 
 
 def default_space(layers: Sequence[Mapping[str, Any]] = ()) -> dict[str, Distribution]:
-    """The default space beside settings that a file, a preset or the command line gives.
+    """The default space, given the settings of a file, a preset or the command line.
 
-    A setting that somebody has given is not swept: `gate.router` leaves the kinds out, and with
-    them what the given kind does not read; `gate.target_madds_m` leaves `gate.target` out.
-    End-to-end training has no cascades, so there the router is not swept either.
+    A setting that is given is not swept: `gate.router` removes the kinds and every key that the
+    given kind does not read; `gate.target_madds_m` removes `gate.target`. End-to-end training has
+    no cascades, so there the router is not swept either.
 
     Args:
         layers: the given settings, those that are laid over the others last.
@@ -57,7 +57,7 @@ def _gate(layer: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _section(layer: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """A section as given; nothing where it is missing or no section at all, which the configuration
-    refuses later."""
+    """A section as given; empty if it is missing or not a mapping, which the configuration refuses
+    later."""
     section = layer.get(name)
     return section if isinstance(section, Mapping) else {}

@@ -1,4 +1,4 @@
-"""What one dimension of the search space draws from, as sweep.yaml writes it."""
+"""Distributions: the values of one dimension of the search space, as sweep.yaml writes them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dsnet.wording import shown, way_out
 
 Scalar = bool | int | float | str
 Value = Scalar | tuple[Any, ...]
-"""What a choice may hold: lists (width lists, say) become tuples, lists inside them too, so that a
+"""A value of a choice; lists (width lists, say) become tuples, lists inside them too, so that a
 point can be hashed."""
 Conditions = tuple[tuple[str, tuple[Scalar, ...]], ...]
 Kind = Literal["uniform", "loguniform", "int", "step", "choice", "fixed"]
@@ -29,7 +29,7 @@ _WRITTEN_KINDS: Mapping[str, str] = {
 
 @dataclass(frozen=True)
 class Distribution:
-    """What one dimension of the search space draws from; ranges are inclusive at both ends.
+    """The distribution of one dimension of the search space; ranges are inclusive at both ends.
 
     Attributes:
         kind: uniform, loguniform and step are real; int is whole; choice is unordered; fixed is one
@@ -53,7 +53,7 @@ class Distribution:
 
     @classmethod
     def parse(cls, written: object) -> Distribution:
-        """Read what stands in the file: `{uniform: [0.05, 0.9]}`, or a bare value that stays fixed.
+        """Read the form of the file: `{uniform: [0.05, 0.9]}`, or a bare value that stays fixed.
 
         Raises:
             ValueError: the form, the kind or the range is wrong; the message says how to write it.
@@ -110,7 +110,7 @@ class Distribution:
 
     @property
     def size(self) -> int | None:
-        """How many values there are; None for a continuous range."""
+        """Number of values; None for a continuous range."""
         if self.kind in ("choice", "fixed"):
             return len(self.values)
         if self.kind in ("uniform", "loguniform"):
@@ -119,12 +119,12 @@ class Distribution:
         return round((high - low) / (steps[0] if steps else 1)) + 1
 
     def edge_values(self) -> tuple[Any, ...]:
-        """The values that bound all others: both ends, or every choice."""
+        """The extreme values: both ends of a range, or every choice."""
         return self.values if self.kind in ("choice", "fixed") else self.values[:2]
 
 
 def _parse_conditions(written: object) -> Conditions:
-    """{key: value} or {key: [value, ...]}."""
+    """Read {key: value} or {key: [value, ...]}."""
     if not isinstance(written, Mapping) or not written:
         raise ValueError(f"when is written {{KEY: value}} or {{KEY: [value, ...]}}; got {shown(written)}")
     return tuple((str(key), _parse_condition(str(key), values)) for key, values in written.items())
@@ -142,7 +142,7 @@ def _parse_condition(key: str, written: object) -> tuple[Scalar, ...]:
 
 
 def is_same(one: object, other: object) -> bool:
-    """Equality of values of a space: 1 is 1.0, true is not 1."""
+    """Equality of values of a space: 1 equals 1.0, true does not equal 1."""
     return one == other and isinstance(one, bool) == isinstance(other, bool)
 
 
@@ -151,7 +151,7 @@ def _frozen(value: Any) -> Any:
 
 
 def thawed(value: Any) -> Any:
-    """A value as files hold it: lists in place of tuples."""
+    """A value in the form of files, with lists in place of tuples."""
     return [thawed(item) for item in value] if isinstance(value, tuple) else value
 
 

@@ -1,8 +1,8 @@
-"""Run folders of the first release: what their sweep.yaml left to defaults that have other values
-now.
+"""Run folders of the first release: settings that their sweep.yaml left to defaults whose values
+have changed.
 
-A run's sweep.yaml has every setting that its release knew. Read with today's defaults it would be
-another sweep: `extend`, and a launch that goes on, would train the supernet anew.
+A run's sweep.yaml has every setting of its release. With today's defaults it would describe another
+sweep, and `extend`, or a launch that continues the run, would train the supernet anew.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ from orchestration.config.presets import BUILT_IN_PRESETS
 from orchestration.config.supernet import BootstrappingConfig
 
 _NEWER = ("trust", "largest_first")
-"""Settings of supernet.bootstrapping that came later; it trained as the published values say."""
+"""Settings of supernet.bootstrapping that the first release did not have; it trained with their
+published values."""
 _CHANGED_REGIMES = (None, "ib", "ieb")
-"""Values of supernet.regime whose number of random sub-networks is another now."""
+"""Values of supernet.regime whose number of random sub-networks has changed."""
 
 
 def first_release_settings(written: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings to lay over a file so that it means what it meant; none, unless the first release
-    wrote it out whole.
+    """Settings to lay over a file so that it keeps its meaning; empty unless the first release
+    wrote it out in full.
 
     Args:
         written: the file, as YAML gives it.

@@ -1,9 +1,9 @@
-"""From a file, a preset and the command line to one checked configuration that knows where each
-value came from.
+"""Loading of a sweep: from file, preset and command line to one checked configuration that records
+the origin of each value.
 
-Settings are laid over each other in this order, the later one winning: default, environment
-(data.path only), file, preset, `--set`, flag. What pydantic finds wrong is told again in plain
-words, with the place of its cause.
+Settings are merged in this order, later ones win: default, environment (data.path only), file,
+preset, `--set`, flag. Errors of pydantic are repeated in plain words, with the place of their
+cause.
 """
 
 from __future__ import annotations
@@ -34,17 +34,18 @@ from orchestration.config.yaml_source import KeyPath, YamlSource, parse_yaml, re
 
 DATA_VARIABLE = "DSNET_DATA"
 _USUAL_SIZES: Mapping[str, int] = {"digits": 8}
-"""Side in pixels where nobody asks for another, of what is not 32."""
+"""Image size, side in pixels, that is assumed if none is given, for data sets where it is not
+32."""
 _NAMES_WITH_OPTIONS: Mapping[str, str] = {"supernet": "model", "sampler": "name", "supernets": "scheduler"}
-"""Sections with `options` -> the key that says whose they are."""
+"""Key of the name to which the `options` of a section belong, by section."""
 _FIRST_RELEASE = "first release"
-"""Origin of what a file of the first release left to defaults that have changed since."""
+"""Origin of values that a file of the first release left to defaults that have changed since."""
 _NEEDED = "version, name, data.name and supernet.model"
 
 
 @dataclass(frozen=True)
 class LoadedConfig:
-    """A checked configuration and its history."""
+    """A checked configuration with the origin of each setting."""
 
     config: SweepConfig
     """Resolved: presets applied (and gone), `~` and $VARIABLES expanded."""
@@ -54,7 +55,7 @@ class LoadedConfig:
     presets: tuple[str, ...] = ()
     """Names of the presets that the file holds."""
     warnings: tuple[str, ...] = ()
-    """What is allowed, but is probably not meant."""
+    """Warnings about settings that are allowed, but probably not meant."""
 
 
 def load_config(
@@ -96,7 +97,7 @@ def load_source_text(
     known_models: Sequence[str] | None = None,
     environ: Mapping[str, str] | None = None,
 ) -> LoadedConfig:
-    """As `load_config`, of a text that need not be a file yet."""
+    """The same as `load_config` for a text, which need not be in a file."""
     file_settings = _top_level_mapping(source)
     presets = _presets(source, file_settings)
     file_layer = _Layer({key: value for key, value in file_settings.items() if key != "presets"}, source)
@@ -120,17 +121,17 @@ def load_source_text(
 
 @dataclass(frozen=True)
 class _Layer:
-    """Settings from one place."""
+    """Settings from one source: the file, a preset or an option."""
 
     settings: Mapping[str, Any]
     source: YamlSource | None = None
-    """The file, for settings that stand in it."""
+    """The file that holds the settings; None if they come from elsewhere."""
     prefix: KeyPath = ()
-    """Where in the file they stand: ("presets", name) for a preset."""
+    """Path of the settings in the file: ("presets", name) for a preset."""
     label: str = ""
-    """How messages call the place, where it is no file."""
+    """Name of the source in messages, if it is not a file."""
     origin_label: str = ""
-    """What `origins` says; empty = file and line."""
+    """Origin to record for the settings; empty = file and line."""
 
     def origin(self, path: KeyPath) -> str:
         if self.origin_label or self.source is None:
@@ -148,10 +149,10 @@ class _Layer:
 
 @dataclass(frozen=True)
 class _Problem:
-    """One thing that is wrong, as the user reads it."""
+    """One error in the configuration, as shown to the user."""
 
     rank: tuple[int, int, int]
-    """Those of the file first, by line and column."""
+    """Sort key: errors in the file come first, by line and column."""
     text: str
 
     def __str__(self) -> str:
@@ -192,7 +193,7 @@ def _presets(source: YamlSource, settings: Mapping[str, Any]) -> Mapping[str, An
 
 
 def _preset_layer(source: YamlSource, presets: Mapping[str, Any], name: str, settings: Mapping[str, Any]) -> _Layer:
-    """The file's preset of that name, else the built-in one."""
+    """The file's preset of that name, or else the built-in one."""
     origin = f"preset {name}"
     if name in presets:
         return _Layer(presets[name], source, ("presets", name), origin_label=origin)
@@ -205,14 +206,14 @@ def _preset_layer(source: YamlSource, presets: Mapping[str, Any], name: str, set
 
 
 def _swept_keys(settings: Mapping[str, Any], preset: Mapping[str, Any]) -> list[str]:
-    """The keys that the file's space sweeps, or those of the default one beside the preset's
+    """The keys that the file's space sweeps, or those of the default space under the preset's
     settings."""
     space = settings.get("space", default_space([settings, preset]))
     return list(space) if isinstance(space, Mapping) else []
 
 
 def _override_layer(text: str) -> _Layer:
-    """One `--set a.b=value`."""
+    """The settings of one `--set a.b=value`."""
     label = f"--set {text}"
     key, equals, value = text.partition("=")
     if not equals:
@@ -241,13 +242,14 @@ def _nested(dotted: str, value: object, label: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Stack:
-    """Layers laid over each other."""
+    """Layers of settings, merged in order."""
 
     settings: dict[str, Any]
     owners: dict[KeyPath, _Layer]
-    """Who wrote what stands at a path; a section belongs to the first layer that has it."""
+    """The layer that wrote the value at each path; a section belongs to the first layer that has
+    it."""
     layers: list[_Layer]
-    """In the order in which they were laid."""
+    """The layers in the order in which they were laid."""
 
     @classmethod
     def of(cls, layers: Sequence[_Layer]) -> _Stack:
@@ -264,8 +266,8 @@ class _Stack:
         self._merge(self.settings, layer.settings, (), layer)
 
     def _forget_other_options(self, layer: _Layer) -> None:
-        """Options belong to what is named beside them: a layer that names another begins without
-        those below."""
+        """Drop options of another name: they belong to the name beside them, so a layer with
+        another name begins without the options below it."""
         for section, name in _NAMES_WITH_OPTIONS.items():
             below, above = self.settings.get(section), layer.settings.get(section)
             if not isinstance(below, dict) or not isinstance(above, Mapping):
@@ -301,7 +303,7 @@ class _Stack:
         raise AssertionError("the root always has an owner")
 
     def last_spoken(self, paths: Sequence[KeyPath]) -> KeyPath:
-        """Of several settings the one that the uppermost layer wrote; the first where nobody wrote
+        """The one of several settings that the topmost layer wrote; the first if no layer wrote
         any."""
 
         def height(path: KeyPath) -> int:
@@ -317,7 +319,7 @@ class _Stack:
 def _checked(
     stack: _Stack, known_models: Sequence[str] | None, environ: Mapping[str, str]
 ) -> tuple[SweepConfig | None, list[_Problem]]:
-    """The configuration, or None and what is wrong."""
+    """The configuration, or None, and the errors found."""
     problems = [*_fill_paths(stack, environ), *_model_problems(stack, known_models)]
     try:
         config = SweepConfig.model_validate(stack.settings)
@@ -331,8 +333,7 @@ def _checked(
 
 
 def _first_causes(errors: Sequence[ErrorDetails]) -> list[ErrorDetails]:
-    """Without the complaint that a list is too short, where it only is so because its items are
-    refused."""
+    """The errors without complaints that a list is too short only because its items are refused."""
     places = [error["loc"] for error in errors]
     return [
         error
@@ -345,8 +346,8 @@ def _first_causes(errors: Sequence[ErrorDetails]) -> list[ErrorDetails]:
 def _problems_of_presets(
     file_layer: _Layer, presets: Sequence[_Layer], known_models: Sequence[str] | None, environ: Mapping[str, str]
 ) -> Iterator[_Problem]:
-    """What goes wrong once one of the presets that were not chosen is laid over the file, and does
-    not without it."""
+    """Errors that occur when a preset that was not chosen is laid over the file, and not without
+    it."""
     _, of_the_file = _checked(_Stack.of([file_layer]), known_models, environ) if presets else (None, [])
     known = {problem.text for problem in of_the_file}
     for preset in presets:
@@ -357,7 +358,7 @@ def _problems_of_presets(
 
 
 def _fill_paths(stack: _Stack, environ: Mapping[str, str]) -> Iterator[_Problem]:
-    """Take data.path from the environment where it is not given, and expand `~` and $VARIABLES in
+    """Take data.path from the environment if it is not given, and expand `~` and $VARIABLES in
     paths."""
     data = stack.settings.get("data")
     if isinstance(data, dict) and data.get("name") in ("cifar10", "image_folder") and data.get("path") is None:
@@ -408,8 +409,7 @@ def _unknown_options(stack: _Stack, model: str, options: Mapping[str, Any]) -> I
 
 
 def _option_problems(config: SweepConfig, stack: _Stack, known_models: Sequence[str]) -> Iterator[_Problem]:
-    """What the family says of its options; with the size of the images, as far as the file tells
-    it."""
+    """Errors that the family finds in its options, at the image size that the file gives."""
     supernet = config.supernet
     swept = supernet_space(config)
     if "supernet.model" in swept:
@@ -435,7 +435,7 @@ def _option_problems(config: SweepConfig, stack: _Stack, known_models: Sequence[
 
 
 def _check_options(config: SweepConfig, supernet: SupernetConfig) -> None:
-    """Lay the network out.
+    """Lay out the network, to check the options of its family.
 
     Raises:
         ConfigError: the family refuses its options.
@@ -472,8 +472,8 @@ def _unknown_key(path: KeyPath) -> str:
 
 
 def _key_elsewhere(path: KeyPath) -> str:
-    """A hint for a key that stands in the wrong section; the places below the same top-level
-    section are likelier."""
+    """A hint for a key that belongs to another section; places below the same top-level section are
+    preferred."""
     places = [dotted for dotted in known_fields() if dotted.endswith(f".{path[-1]}")]
     places = [dotted for dotted in places if dotted.startswith(f"{path[0]}.")] or places
     return f"; did you mean {' or '.join(map(repr, places))}?" if 1 <= len(places) <= 3 else ""
@@ -490,7 +490,8 @@ def _section_at(path: KeyPath) -> type[BaseModel] | None:
 
 
 def _section_inside(annotation: object) -> type[Section] | None:
-    """The section class that an optional one, a list or a mapping of sections is made of."""
+    """The section class inside an optional, a list or a mapping of sections; None if there is
+    none."""
     found = (section_class(argument) for argument in get_args(annotation))
     return next((section for section in found if section is not None), None)
 
@@ -543,8 +544,8 @@ def _or_null(path: KeyPath) -> str:
 
 
 def _spelling_hint(kind: str, met: object) -> str:
-    """The commonest wrong types have one cause each: quotes missing or needless, or YAML 1.1's yes
-    and no."""
+    """A hint for the commonest wrong types: missing or needless quotes, or yes and no of YAML
+    1.1."""
     if kind == "string_type" and isinstance(met, bool | int | float):
         return f"; to mean text, quote it: '{shown(met)}'"
     is_quoted_number = isinstance(met, str) and re.fullmatch(r"[-+]?[\d.]+(e[-+]?\d+)?", met, re.IGNORECASE)
@@ -564,7 +565,8 @@ _ALIASES: Mapping[str, str] = {
     "batchnorm": "private_stats",
     "groupnorm": "group_norm",
 }
-"""What people write -> what is meant; spelling alone would guess wrong."""
+"""Correct values for common other spellings, by spelling; similarity of letters would guess
+wrong."""
 
 
 def _not_a_choice(path: KeyPath, met: object, expected: str) -> str:
@@ -585,7 +587,7 @@ def _origins(config: SweepConfig, stack: _Stack) -> dict[str, str]:
 
 
 def _unused_settings(config: SweepConfig, origins: Mapping[str, str]) -> Iterator[str]:
-    """Settings asked for on the command line that the sweep overrides in every trial or
+    """Warnings about settings of the command line that the space overrides in every trial or
     supernet."""
     for key in config.space:
         if origins.get(key) == "--set":
@@ -593,8 +595,7 @@ def _unused_settings(config: SweepConfig, origins: Mapping[str, str]) -> Iterato
 
 
 def _setting_paths(settings: Mapping[str, Any], path: KeyPath) -> Iterator[KeyPath]:
-    """Paths of everything that is set on its own: a list or a distribution counts as one
-    setting."""
+    """Paths of all single settings; a list or a distribution counts as one setting."""
     for key, value in settings.items():
         here = (*path, key)
         if isinstance(value, Mapping) and value and path != ("space",):

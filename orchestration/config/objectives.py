@@ -28,8 +28,7 @@ def objective_names() -> tuple[str, ...]:
 
 
 def goal_of(metric: str) -> str | None:
-    """Whether a metric is to maximize or to minimize; None for what can be no metric of any
-    sweep."""
+    """The goal of a metric, maximize or minimize; None if no sweep has such a metric."""
     found = find_metric(metric)
     return None if found is None else found.goal
 

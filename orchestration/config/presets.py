@@ -1,4 +1,4 @@
-"""Presets that every sweep file has without writing them."""
+"""Presets that are available to every sweep file."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ the strategy stays as the file has it."""
 
 
 def built_in_settings(name: str, swept: Iterable[str]) -> dict[str, Any]:
-    """The settings of a built-in preset, with what it fixes of supernet and gate also fixed in
-    `space`, where it would be swept otherwise.
+    """The settings of a built-in preset; keys of supernet and gate that `space` would sweep are
+    fixed there too.
 
     Args:
         name: a key of `BUILT_IN_PRESETS`.

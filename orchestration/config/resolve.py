@@ -1,5 +1,5 @@
-"""What the settings of a sweep come to: spaces, conditions, points to try first, and the defaults
-that follow from other settings."""
+"""Values derived from the settings of a sweep: spaces, conditions, points to try first, and
+defaults that follow from other settings."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ from search.study.halving import ParetoHalving
 
 @cache
 def known_fields() -> Mapping[str, FieldInfo]:
-    """Every dotted key of sweep.yaml, sections included, with its field."""
+    """The field of every dotted key of sweep.yaml, sections included."""
     return types.MappingProxyType(dict(walk_fields(SweepConfig, "")))
 
 
 def resolve_space(config: SweepConfig) -> dict[str, Distribution]:
-    """The space as it is searched: where the router is swept, each key only for the kinds of router
-    that read it; conditions on fixed keys decided."""
+    """The space that is searched: if the router is swept, each key is drawn only for kinds of
+    router that read it; conditions on fixed keys are resolved."""
     return resolve(config.space)
 
 
 def supernet_space(config: SweepConfig) -> dict[str, Distribution]:
-    """The part of `resolve_space` that says which supernets are trained; empty for a sweep of gates
-    under one."""
+    """The part of `resolve_space` that varies the supernet; empty for a sweep of gates under one
+    supernet."""
     return {key: distribution for key, distribution in resolve_space(config).items() if is_of_supernet(key)}
 
 
@@ -52,10 +52,10 @@ def gate_space(config: SweepConfig) -> dict[str, Distribution]:
 
 
 def constraint_set(config: SweepConfig, baseline: Mapping[str, float]) -> ConstraintSet:
-    """`constraints`, ready for trials.
+    """`constraints` in the form in which trials evaluate them.
 
     Args:
-        config: of the sweep.
+        config: configuration of the sweep.
         baseline: "baseline.top1" -> value.
 
     Raises:
@@ -68,8 +68,8 @@ def constraint_set(config: SweepConfig, baseline: Mapping[str, float]) -> Constr
 
 
 def target_set(config: SweepConfig, baseline: Mapping[str, float]) -> ConstraintSet:
-    """`budget.target`, as conditions that one trial must hold together; with none of them nothing
-    is ever enough.
+    """`budget.target` as conditions that one trial must meet together; without conditions the
+    target is never met.
 
     Raises:
         ConfigError: as `constraint_set`.
@@ -89,7 +89,8 @@ def enqueued_points(config: SweepConfig) -> list[dict[str, Any]]:
     """The points that are tried first: `sampler.enqueue`, or the published settings as far as the
     space holds them.
 
-    A grid has its own points, and gets none by default; nor does a space in which nothing varies.
+    By default a grid gets none, because it has points of its own, and neither does a space in which
+    nothing varies.
     """
     space = gate_space(config)
     if config.sampler.enqueue is not None:
@@ -100,7 +101,7 @@ def enqueued_points(config: SweepConfig) -> list[dict[str, Any]]:
 
 
 def resolve_halving(config: SweepConfig) -> ParetoHalving | None:
-    """The pruner of end-to-end trials; None without one."""
+    """The pruner of end-to-end trials; None if there is none."""
     pruner = config.pruner
     if pruner.name == "none":
         return None
@@ -108,15 +109,15 @@ def resolve_halving(config: SweepConfig) -> ParetoHalving | None:
 
 
 def halving_rungs(config: SweepConfig) -> tuple[int, ...]:
-    """Epochs at which pareto_halving compares end-to-end trials, rising and below their full
+    """Epochs at which pareto_halving compares end-to-end trials, ascending and below their full
     length; empty without a pruner."""
     halving = resolve_halving(config)
     return () if halving is None else halving.rungs
 
 
 def resolve_trials(config: SweepConfig) -> int:
-    """`budget.trials`; with a pruner rounded up to whole cohorts, which are compared as a whole: a
-    longer sweep prunes the same trials."""
+    """`budget.trials`; with a pruner rounded up to whole cohorts, which are compared as a whole, so
+    that a longer sweep prunes the same trials."""
     trials, cohort = config.budget.trials, resolve_cohort(config)
     return -(-trials // cohort) * cohort if halving_rungs(config) else trials
 
@@ -136,6 +137,6 @@ def resolve_timeout_s(config: SweepConfig) -> float:
 
 
 def resolve_cores(config: SweepConfig) -> int:
-    """`ray.num_cpus`, or the cores that this process may use: fewer than the machine has in a
-    container or under `taskset`."""
+    """`ray.num_cpus`, or the cores that this process may use, which are fewer than the machine has
+    in a container or under `taskset`."""
     return config.ray.num_cpus or len(os.sched_getaffinity(0))

@@ -1,5 +1,4 @@
-"""Ray Tune's schedulers by name, the options that each takes, and the check of what a sweep file
-asks for."""
+"""Names and options of Ray Tune's schedulers, and the check of a sweep file's choice."""
 
 from __future__ import annotations
 
@@ -34,11 +33,11 @@ SCHEDULER_OPTIONS: Mapping[str, Mapping[str, NumberRange | type]] = {
 
 
 _OURS = ("metric", "mode", "time_attr", "max_t", "stop_last_trials")
-"""Options that follow from the sweep."""
+"""Options of a scheduler that the sweep sets."""
 
 
 def check_scheduler(name: str, options: Mapping[str, Any]) -> None:
-    """Refuse a scheduler that cannot be made. Ray is imported for an import path only.
+    """Refuse a scheduler that cannot be made. Ray is imported only for an import path.
 
     Raises:
         ConfigError: an unknown name, a path that leads to no scheduler or to one that changes
@@ -80,8 +79,8 @@ def _check_known_options(name: str, options: Mapping[str, Any]) -> None:
 
 
 def _epochs_to_try(options: Mapping[str, Any]) -> int:
-    """A length with which the options of a scheduler can be tried before that of the training is
-    known."""
+    """A number of epochs with which the options of a scheduler can be tried before the length of
+    the training is known."""
     grace = options.get("grace_period", 1)
     return max(1000, math.ceil(grace)) if isinstance(grace, int | float) and math.isfinite(grace) else 1000
 
@@ -122,6 +121,6 @@ def made_scheduler(name: str, kind: type[TrialScheduler], keywords: Mapping[str,
 
 
 TIME = "epoch"
-"""What Ray Tune counts time in."""
+"""Ray Tune's unit of time in a sweep of supernets."""
 _CHANGES_SETTINGS = ("PopulationBasedTraining", "PopulationBasedTrainingReplay", "ResourceChangingScheduler")
-"""Schedulers of Ray Tune that change what a running trial was asked for."""
+"""Schedulers of Ray Tune that change the settings of a running trial."""

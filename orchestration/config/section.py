@@ -1,9 +1,8 @@
-"""What every section of sweep.yaml is built of: strict models, the types of their values, and rules
-that were broken.
+"""Building blocks of the sections of sweep.yaml: strict models, the types of their values, and
+broken rules.
 
-Strict means: no unknown key, no silent conversion ("3" is not 3, 1 is not true), and every range
-checked when an object is built. Only a whole number where a real one is wanted is taken as it is
-meant.
+Strict means: no unknown key, no silent conversion ("3" is not 3, 1 is not true), and every range is
+checked when an object is built. The only exception: a whole number is accepted for a real one.
 """
 
 from __future__ import annotations
@@ -45,15 +44,16 @@ class BrokenRule:
     path: KeyPath
     message: str
     others: tuple[KeyPath, ...] = ()
-    """Further settings that it is about: whoever spoke last, of all of them, is told."""
+    """Paths of further settings in the rule; the message is placed at the one that the topmost
+    layer wrote."""
 
     def __str__(self) -> str:
         return f"{'.'.join(map(str, self.path))}: {self.message}" if self.path else self.message
 
 
 def refuse(*rules: BrokenRule) -> None:
-    """Report all broken rules of a section at once; config_loading finds the place in the file of
-    each."""
+    """Report all broken rules of a section at once; `orchestration.config.loading` finds the place
+    of each in the file."""
     if rules:
         raise PydanticCustomError("broken_rules", "{text}", {"text": "; ".join(map(str, rules)), "rules": rules})
 
@@ -77,7 +77,8 @@ NonNegativeFloat = Annotated[float, Field(ge=0)]
 
 
 LARGEST_RATE = 1e6
-"""That of `dsnet.training.settings`, which needs torch."""
+"""Largest learning rate and weight decay; a copy from `dsnet.training.settings`, which needs
+torch."""
 
 
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -121,7 +122,7 @@ PointValue = Annotated[
 
 
 def section_class(annotation: object) -> type[Section] | None:
-    """The annotation itself where it is a section, else None."""
+    """The annotation itself if it is a section, else None."""
     return annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None
 
 
@@ -135,12 +136,12 @@ def walk_fields(section: type[Section], prefix: str) -> Iterator[tuple[str, Fiel
 
 
 def is_nullable(field: FieldInfo) -> bool:
-    """Whether null is a value of the field."""
+    """Whether a field may be null."""
     return get_origin(field.annotation) in (Union, types.UnionType) and type(None) in get_args(field.annotation)
 
 
 def annotated_type(field: FieldInfo) -> Any:
-    """The type of a field with its bounds, for a validator of its own."""
+    """The type of a field with its bounds, for a separate validator."""
     return Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
 
 
@@ -161,6 +162,6 @@ _REQUIREMENTS: Mapping[str, str] = {
 
 
 def requirement(error_type: str, context: Mapping[str, Any]) -> str:
-    """The rule that a pydantic error type stands for, in plain words."""
+    """A plain description of the rule that a pydantic error type stands for."""
     limits = {name: f"{limit:g}" if isinstance(limit, float) else limit for name, limit in context.items()}
     return _REQUIREMENTS.get(error_type, "does not take this value").format(**limits)

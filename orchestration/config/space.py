@@ -1,7 +1,7 @@
-"""What `space` may hold, when each of its keys is drawn, and which of its points come first.
+"""Rules about `space`: its keys, their conditions, and the points that are tried first.
 
-A key with conditions (`when`) is drawn only in trials that they let through. Conditions that only
-follow from what a kind of router reads need not be written: `resolve` adds them.
+A key with conditions (`when`) is drawn only in trials in which they hold. Conditions that follow
+from what a kind of router reads need not be written: `resolve` adds them.
 """
 
 from __future__ import annotations
@@ -31,12 +31,14 @@ Point = dict[str, Any]
 ROUTER_KEY = "gate.router"
 SUPERNET = "supernet."
 OPTIONS = "supernet.options."
-"""Options of a model are its own to check: any name may be swept."""
+"""Prefix of a model's options; any name may be swept, because the model checks its options
+itself."""
 PARENT_KINDS = ("choice", "fixed", "int")
-"""Distributions that others may be conditional on: those whose values can be named."""
+"""Kinds of distributions on which others may be conditional, because their values can be listed."""
 MAX_BRANCHES = 10_000
 MAX_COMBINATIONS = 256
-"""Of settings of supernets that are tried out while the file is checked."""
+"""Largest number of combinations of supernet settings that are tried out when the file is
+checked."""
 
 _HOW_TRIALS_RUN = "it says how trials run, the same for all"
 _WHERE_IT_TRAINS = "it says where and how safely a supernet is trained, not what is trained"
@@ -51,10 +53,10 @@ _NOT_SWEPT: Mapping[str, str] = {
     "supernet.keep_checkpoints": _WHERE_IT_TRAINS,
     "supernet.train.checkpoint_every": _WHERE_IT_TRAINS,
 }
-"""Keys, or sections of them, that no space may hold, and why."""
+"""Keys, or sections, that no space may hold, with the reason."""
 
 _TRAINED_SECTIONS = ("gate.sgs.", "gate.losses.", "gate.optimizer.", "gate.temperature.")
-"""Settings that only a kind of router reads that is trained."""
+"""Prefixes of settings that only trained kinds of router read."""
 _PERCEPTRON_SECTION = "gate.perceptron."
 
 PUBLISHED: Mapping[str, Scalar] = {
@@ -73,10 +75,10 @@ PUBLISHED: Mapping[str, Scalar] = {
     "gate.losses.form": "paper",
     "gate.losses.quality": 0.0,
 }
-"""Stage II as published (docs/methods.md, sections 4 and 5), without the optimiser, which is one
-for end-to-end training. That a beam chooses the four routes is ours."""
+"""Stage II as published (docs/methods.md, sections 4 and 5), without the optimiser, because the
+published one is for end-to-end training. That a beam chooses the four routes is ours."""
 _STRATEGY_KEY = "gate.sgs.strategy"
-"""Try Best and Give Up are both published."""
+"""Key of the strategy; Try Best and Give Up are both published."""
 
 
 @cache
@@ -104,7 +106,7 @@ def _adapter(key: str) -> TypeAdapter[Any]:
 
 
 def is_of_supernet(key: str) -> bool:
-    """Whether a key of the space says what supernet is trained, not what gate."""
+    """Whether a key of the space is a setting of the supernet, not of the gate."""
     return key.startswith(SUPERNET)
 
 
@@ -112,8 +114,8 @@ def is_of_supernet(key: str) -> bool:
 
 
 def entry_problems(space: Space) -> Iterator[BrokenRule]:
-    """Keys that cannot be swept, values outside their field's own range, and conditions that mean
-    nothing."""
+    """Errors: keys that cannot be swept, values outside their field's range, and conditions without
+    a meaning."""
     for key, distribution in space.items():
         for message in _entry_messages(key, distribution):
             yield BrokenRule(("space", key), message)
@@ -151,7 +153,7 @@ def _edge_message(key: str, distribution: Distribution, value: Any, error: Valid
 
 
 def _condition_message(space: Space, key: str, parent: str, values: Sequence[Scalar]) -> str:
-    """Why a condition cannot be; empty where it can."""
+    """Why a condition is refused; empty if it is valid."""
     if key == ROUTER_KEY:
         return "gate.router has no conditions: every trial has a router; remove when"
     if parent not in space:
@@ -195,7 +197,7 @@ def _unknown_value_message(distribution: Distribution, parent: str, values: Sequ
 
 
 def parents_first(space: Space) -> list[str]:
-    """The keys in the file's order, but each behind those that it depends on; those of a cycle are
+    """The keys in the file's order, but each after those on which it depends; keys of a cycle are
     left out."""
     order: list[str] = []
     left = list(space)
@@ -209,7 +211,7 @@ def parents_first(space: Space) -> list[str]:
 
 
 def cycle_problems(space: Space) -> Iterator[BrokenRule]:
-    """Keys that depend on each other in a circle, and keys whose conditions cannot hold
+    """Errors: keys that depend on each other in a cycle, and keys whose conditions cannot hold
     together."""
     order = parents_first(space)
     circle = [key for key in space if key not in order]
@@ -229,7 +231,7 @@ def cycle_problems(space: Space) -> Iterator[BrokenRule]:
 
 
 def is_active(distribution: Distribution, branch: Mapping[str, Any]) -> bool:
-    """Whether a dimension is drawn where its parents are as in `branch`."""
+    """Whether a dimension is drawn if its parents have the values of `branch`."""
     return all(
         parent in branch and any(is_same(branch[parent], value) for value in values)
         for parent, values in distribution.when
@@ -247,8 +249,8 @@ def _ancestors(space: Space, keys: Iterable[str]) -> set[str]:
 
 
 def branches(space: Space, keys: Iterable[str]) -> Iterator[Point]:
-    """Every way in which what `keys` depend on can be set (the first `MAX_BRANCHES`); one empty way
-    where they depend on nothing."""
+    """The possible settings of everything on which `keys` depend (the first `MAX_BRANCHES`); one
+    empty setting if they depend on nothing."""
     parents = _ancestors(space, keys)
     names = [key for key in parents_first(space) if key in parents]
     return islice(_settings(space, names, _named_values), MAX_BRANCHES)
@@ -275,8 +277,8 @@ def _settings(space: Space, names: Sequence[str], values_of: Any) -> Iterator[Po
 
 
 def values_in(space: Space, key: str, fixed: Any, branch: Point) -> tuple[Any, ...]:
-    """What a setting can be at its extremes in one branch: as drawn, or as fixed outside of
-    space."""
+    """The extreme values of a setting in one branch, if it is drawn there; else its fixed value
+    outside of space."""
     return space[key].edge_values() if key in space and is_active(space[key], branch) else (fixed,)
 
 
@@ -284,8 +286,8 @@ def values_in(space: Space, key: str, fixed: Any, branch: Point) -> tuple[Any, .
 
 
 def resolve_conditions(space: Space) -> dict[str, Distribution]:
-    """The space without conditions that always hold, and without keys whose conditions never do, as
-    a fixed parent decides."""
+    """The space with conditions on fixed keys resolved: conditions that always hold are removed,
+    and so are keys whose conditions never hold."""
     found: dict[str, Distribution] = {}
     for key in parents_first(space):
         when = []
@@ -300,8 +302,8 @@ def resolve_conditions(space: Space) -> dict[str, Distribution]:
 
 
 def resolve(space: Space) -> dict[str, Distribution]:
-    """The space as it is searched: `resolve_conditions`, and where the router is swept, each key
-    only for kinds of router that read it."""
+    """The space that is searched: `resolve_conditions`, and if the router is swept, each key only
+    for kinds of router that read it."""
     resolved = resolve_conditions(space)
     router = resolved.get(ROUTER_KEY)
     if router is None or router.kind == "fixed":
@@ -325,7 +327,7 @@ def _for_its_readers(key: str, distribution: Distribution, router: Distribution)
 
 
 def readers(key: str) -> Sequence[str] | None:
-    """The kinds of router that read a key; None = all.
+    """The kinds of router that read a key; None if all do.
 
     A plain cascade is not trained: its pair of routes and its threshold follow from the target and
     the routing space.
@@ -341,7 +343,7 @@ def possible_routers(gate: GateConfig, space: Space) -> tuple[str, ...]:
 
 
 def absolute_targets(gate: GateConfig, space: Space) -> tuple[float, ...]:
-    """`gate.target_madds_m`, fixed or at the ends of its range; empty where it is not used."""
+    """`gate.target_madds_m`, fixed or at the ends of its range; empty if it is not used."""
     key = "gate.target_madds_m"
     found = [value for branch in branches(space, [key]) for value in values_in(space, key, gate.target_madds_m, branch)]
     return tuple(dict.fromkeys(float(value) for value in found if value is not None))
@@ -351,14 +353,14 @@ def absolute_targets(gate: GateConfig, space: Space) -> tuple[float, ...]:
 
 
 def gate_problems(gate: GateConfig, space: Space) -> Iterator[BrokenRule]:
-    """Trials that the space allows and that could not run."""
+    """Errors: trials that the space allows and that could not run."""
     yield from _empty_routing_problems(gate.routing, space)
     yield from _target_problems(gate, space)
     yield from _trainer_problems(gate, space)
 
 
 def _empty_routing_problems(routing: RoutingConfig, space: Space) -> Iterator[BrokenRule]:
-    """Refuse a space in which some trial's first route lies behind its last one."""
+    """Refuse a space in which some trial's first route comes after its last one."""
     first_key, last_key = "gate.routing.first", "gate.routing.last"
     if first_key not in space and last_key not in space:
         return
@@ -373,7 +375,7 @@ def _empty_routing_problems(routing: RoutingConfig, space: Space) -> Iterator[Br
 
 
 def _target_problems(gate: GateConfig, space: Space) -> Iterator[BrokenRule]:
-    """Refuse a target that is given in both ways."""
+    """Refuse a target that is given both relative and absolute."""
     relative, absolute = "gate.target", "gate.target_madds_m"
     if relative not in space:
         return
@@ -414,7 +416,7 @@ def _trainer_problems(gate: GateConfig, space: Space) -> Iterator[BrokenRule]:
 
 
 def supernet_problems(supernet: SupernetConfig, space: Space) -> Iterator[BrokenRule]:
-    """Sweeps of supernets that could not be: of a network that exists already, of contradictions,
+    """Errors of sweeps of supernets: of a network that exists already, with contradicting settings,
     or without gates."""
     keys = [key for key in space if is_of_supernet(key)]
     if not keys:
@@ -447,8 +449,8 @@ def _is_built(model: object) -> bool:
 
 
 def supernet_combinations(space: Space) -> list[Point]:
-    """The settings of supernets at the ends of their ranges; empty where there are more than
-    `MAX_COMBINATIONS`, or none."""
+    """Combinations of supernet settings at the ends of their ranges; empty if there are none, or
+    more than `MAX_COMBINATIONS`."""
     part = {key: distribution for key, distribution in resolve_conditions(space).items() if is_of_supernet(key)}
     if not part:
         return []
@@ -457,10 +459,10 @@ def supernet_combinations(space: Space) -> list[Point]:
 
 
 def supernet_with(supernet: SupernetConfig, point: Mapping[str, Any]) -> SupernetConfig:
-    """The section with some settings of the space in it.
+    """The section `supernet` with some settings of the space filled in.
 
     Args:
-        supernet: of the sweep.
+        supernet: section `supernet` of the sweep.
         point: dotted key below `supernet.` -> value.
 
     Raises:
@@ -479,13 +481,13 @@ def supernet_with(supernet: SupernetConfig, point: Mapping[str, Any]) -> Superne
 
 
 def _nothing_more(supernet: SupernetConfig) -> None:
-    """Accepts every supernet whose settings go together."""
+    """Accept every supernet whose settings do not contradict each other."""
 
 
 def _refusals(
     supernet: SupernetConfig, space: Space, check: Callable[[SupernetConfig], None] = _nothing_more
 ) -> list[tuple[Point, str]]:
-    """Each combination with what is wrong with it; empty = nothing."""
+    """Each combination with the reason why it is refused; an empty reason if it is not."""
     found = []
     for point in supernet_combinations(space):
         try:
@@ -499,7 +501,7 @@ def _refusals(
 
 
 def rule_texts(error: ValidationError) -> Iterator[str]:
-    """What is wrong with a `supernet` section, each with its dotted key."""
+    """The errors of a `supernet` section, each with its dotted key."""
     for details in error.errors(include_url=False):
         context = details.get("ctx", {})
         message = requirement(details["type"], context)
@@ -510,11 +512,11 @@ def rule_texts(error: ValidationError) -> Iterator[str]:
 def impossible_supernets(
     supernet: SupernetConfig, space: Space, check: Callable[[SupernetConfig], None] = _nothing_more
 ) -> Iterator[BrokenRule]:
-    """Values with which no supernet can be trained, whatever the others are.
+    """Errors: values with which no supernet can be trained, whatever the others are.
 
     Args:
         supernet: the section, which is as the sweep has it where space says nothing.
-        space: of the sweep.
+        space: space of the sweep.
         check: raises ConfigError for a supernet that is refused for more than contradictions.
     """
     refusals = _refusals(supernet, space, check)
@@ -527,8 +529,8 @@ def impossible_supernets(
 
 
 def supernet_warnings(supernet: SupernetConfig, space: Space) -> Iterator[str]:
-    """Combinations of settings that make no supernet, although each of them alone does in
-    others."""
+    """A warning about combinations of settings that make no supernet, although each of them makes
+    one with others."""
     refused = [(point, why) for point, why in _refusals(supernet, space) if why]
     if refused:
         point, why = refused[0]
@@ -540,7 +542,8 @@ def supernet_warnings(supernet: SupernetConfig, space: Space) -> Iterator[str]:
 
 
 def point_problems(space: Space, points: Sequence[Mapping[str, Scalar]], path: KeyPath) -> Iterator[BrokenRule]:
-    """What the space cannot give. `space` is resolved; a point need not name all of its keys."""
+    """Errors: points outside the space. `space` is resolved; a point need not name all of its
+    keys."""
     for index, point in enumerate(points):
         if not point:
             yield BrokenRule((*path, index), "names no setting; write {KEY: value}, or [] for no points")
@@ -576,11 +579,11 @@ def _either(values: Sequence[Scalar]) -> str:
 
 
 def published_points(gate: GateConfig, space: Space) -> tuple[Point, ...]:
-    """The published settings, as far as a resolved space holds them: with Try Best and, where that
-    is swept, with Give Up.
+    """The published settings as far as a resolved space holds them: with Try Best, and also with
+    Give Up if the strategy is swept.
 
-    What was not published stays as in `gate`. What the space cannot give is left out, for the
-    sampler to draw; so is what depends on it.
+    Settings that were not published stay as in `gate`. Settings that the space does not hold, and
+    those that depend on them, are left out, for the sampler to draw.
     """
     strategies = ("try_best", "give_up") if _STRATEGY_KEY in space else ("try_best",)
     points = [_published_point(gate, space, {**PUBLISHED, _STRATEGY_KEY: strategy}) for strategy in strategies]
@@ -611,7 +614,7 @@ def flat_gate(gate: GateConfig) -> dict[str, Any]:
 
 
 def unread_warnings(gate: GateConfig, space: Space) -> Iterator[str]:
-    """Dimensions that no trial feels."""
+    """Warnings about dimensions that have no effect on any trial."""
     routers = possible_routers(gate, space)
     resolved = resolve(space)
     for key in space:
@@ -634,7 +637,7 @@ _CAUSES: Mapping[str, str] = {"gate.trainer": ": gate.end_to_end.epochs counts"}
 
 
 def _unread_because(gate: GateConfig, space: Space, cause: str, value: object, keys: Sequence[str]) -> Iterator[str]:
-    """Dimensions that a fixed setting makes idle."""
+    """Warnings about dimensions that have no effect because of a fixed setting."""
     held = space[cause].values[0] if cause in space and space[cause].kind == "fixed" else flat_gate(gate).get(cause)
     if (cause in space and space[cause].kind != "fixed") or held != value:
         return

@@ -34,13 +34,13 @@ _NOT_IN_SUPERNET_KEY: dict[str, Any] = {
 
 
 def stage_subset(config: SweepConfig, stage: Stage) -> dict[str, JsonValue]:
-    """The part of the configuration that a stage's result depends on and that enters its key,
+    """The part of the configuration on which a stage's result depends and that enters its key,
     JSON-able.
 
-    Parents, the fingerprints of the data and of the start weights (hence no `data.path`,
-    `data.crop_fraction` or `supernet.init_from`) and the stage's version are the pipeline's to add.
-    Ray, workers, the device of training, budget, tracking and export never enter: the same sweep
-    done elsewhere, or for longer, is the same sweep.
+    The pipeline adds the parents, the fingerprints of the data and of the start weights (hence no
+    `data.path`, `data.crop_fraction` or `supernet.init_from`) and the stage's version. Ray,
+    workers, the device of training, budget, tracking and export never enter: the same sweep run
+    elsewhere, or for longer, is the same sweep.
     """
     if stage == "supernet":
         from dsnet.training.settings import without_published  # torch comes with it
@@ -64,13 +64,14 @@ def stage_subset(config: SweepConfig, stage: Stage) -> dict[str, JsonValue]:
 
 
 def _measure_subset(config: SweepConfig) -> dict[str, JsonValue]:
-    """Without `devices` where there are none: what was measured before they existed stays valid."""
+    """The measurement settings, without `devices` if there are none, so that keys from before that
+    setting stay valid."""
     return config.measure.model_dump(mode="json", exclude=set() if config.measure.devices else {"devices"})
 
 
 def _search_subset(config: SweepConfig) -> dict[str, JsonValue]:
-    """As the search understands it: what a default stands for in place of the default, and no
-    reference point, which scores it only."""
+    """The settings of the search with defaults resolved, and without reference points, which only
+    score it."""
     subset: dict[str, Any] = config.model_dump(
         mode="json", include={"seed", "gate", "constraints", "sampler", "pruner"}
     )

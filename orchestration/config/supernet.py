@@ -32,7 +32,7 @@ from orchestration.config.section import (
 )
 
 CHECKPOINT_MODEL = "checkpoint"
-"""The `supernet.model` that takes layout and sub-networks from `supernet.init_from`."""
+"""Value of `supernet.model` that takes layout and sub-networks from `supernet.init_from`."""
 
 
 def _recalibration_images(value: object) -> object:
@@ -43,7 +43,7 @@ def _recalibration_images(value: object) -> object:
 
 
 FROM_DATA: Final = "auto"
-"""The value of a setting that follows from the data, where null has another meaning."""
+"""Value of a setting that is derived from the data, if null has another meaning."""
 
 
 RecalibrationImages = Annotated[Literal["auto"] | NonNegativeInt | None, BeforeValidator(_recalibration_images)]
@@ -182,7 +182,7 @@ def _batch_problems(supernet: SupernetConfig) -> Iterator[BrokenRule]:
 
 
 def _start_problems(supernet: SupernetConfig) -> Iterator[BrokenRule]:
-    """What needs a checkpoint to start from, or goes only with one."""
+    """Errors: settings that need a checkpoint to start from, or that are allowed only with one."""
     if supernet.init_from is None:
         if supernet.model == CHECKPOINT_MODEL:
             yield BrokenRule(("model",), "checkpoint takes the network from supernet.init_from, which is not set")
@@ -202,7 +202,7 @@ def _start_problems(supernet: SupernetConfig) -> Iterator[BrokenRule]:
 
 
 def _regime_problems(supernet: SupernetConfig) -> Iterator[BrokenRule]:
-    """Names that contradict each other, and an ensemble of nobody."""
+    """Errors: names that contradict the regime, and an ensemble without random sub-networks."""
     from dsnet.training.settings import REGIMES, TEACHER_OF_MODE
 
     regime, bootstrapping = supernet.regime, supernet.bootstrapping
@@ -225,7 +225,8 @@ def _regime_problems(supernet: SupernetConfig) -> Iterator[BrokenRule]:
 
 
 def _number_problems(supernet: SupernetConfig) -> Iterator[BrokenRule]:
-    """One setting written under both of its names, with two values."""
+    """Errors: the number of random sub-networks, written under both of its names with two
+    values."""
     newer, older = supernet.train.num_random, supernet.bootstrapping.num_random
     if None not in (newer, older) and newer != older:
         message = f"{older} contradicts supernet.train.num_random {newer}, the newer name of this setting; remove one of the two"
@@ -233,7 +234,7 @@ def _number_problems(supernet: SupernetConfig) -> Iterator[BrokenRule]:
 
 
 def _regime_parts(supernet: SupernetConfig) -> dict[str, Any]:
-    """The fields of the regime."""
+    """The fields of the resolved regime."""
     # Imported here: the core's settings need torch, which `dsnet-orch schema` and --help do
     # without.
     from dsnet.training.settings import REGIMES, TEACHER_OF_MODE
@@ -254,13 +255,13 @@ def _given(**settings: Any) -> dict[str, Any]:
 
 
 REGIME_KEYS = frozenset({"widths", "num_random", "teacher", "bn"})
-"""Settings below `supernet.train` that a regime gives; the core takes them resolved."""
+"""Settings below `supernet.train` that are part of a regime; the core takes them resolved."""
 
 
 def resolve_regime(supernet: SupernetConfig) -> Regime:
-    """Which sub-networks a step trains and who teaches them.
+    """The sub-networks that a step trains and their teacher.
 
-    First wins: supernet.train.{widths, num_random, teacher, bn}, supernet.regime,
+    In order of precedence: supernet.train.{widths, num_random, teacher, bn}, supernet.regime,
     supernet.bootstrapping.{mode, num_random}, ib.
     """
     from dsnet.training.settings import Regime

@@ -1,9 +1,8 @@
-"""The whole of sweep.yaml as one frozen, strict, typed object; config_loading.py reads files into
-it.
+"""The whole of sweep.yaml as one frozen, strict, typed object; `orchestration.config.loading` reads
+files into it.
 
-Strict means: no unknown key, no silent conversion ("3" is not 3, 1 is not true), and every range
-checked when an object is built. Only a whole number where a real one is wanted is taken as it is
-meant.
+Strict means: no unknown key, no silent conversion ("3" is not 3, 1 is not true), and every range is
+checked when an object is built. The only exception: a whole number is accepted for a real one.
 """
 
 from __future__ import annotations
@@ -59,11 +58,11 @@ from search.conditions.expressions import parse_comparison
 from search.front.pareto import parse_pick
 
 SCHEDULERS = ("none", "asha", "median", "hyperband")
-"""Of supernets, by short names; others by their import path."""
+"""Short names of schedulers of supernets; others are named by their import path."""
 
 
 LEARNING_SAMPLERS = ("tpe", "nsga2", "nsga3", "gp")
-"""Those that suggest from what earlier cohorts gave."""
+"""Samplers whose suggestions depend on the results of earlier cohorts."""
 
 
 def _version(value: object) -> object:
@@ -140,7 +139,7 @@ class SweepConfig(Section):
 
 
 def metric_names(config: SweepConfig) -> tuple[str, ...]:
-    """Every metric of a sweep that may be an objective or stand in a condition."""
+    """Every metric of a sweep that may be an objective or be part of a condition."""
     latencies = ["latency_ms", *(f"latency_ms_batch{size}" for size in config.measure.batch_sizes if size > 1)]
     on_devices = [f"{name}.{device}" for device in config.measure.devices for name in latencies]
     return (*metrics(), *latencies, *on_devices)
@@ -177,7 +176,7 @@ def _names_in_conditions(config: SweepConfig) -> tuple[str, ...]:
 
 
 def _condition_problems(config: SweepConfig) -> Iterator[BrokenRule]:
-    """Constraints and targets that cannot be read, or stand there twice."""
+    """Errors: constraints and targets that cannot be read, or that are repeated."""
     names = _names_in_conditions(config)
     constraints = [text if isinstance(text, str) else text.hard for text in config.constraints]
     for path, texts in ((("constraints",), constraints), (("budget", "target"), list(config.budget.target))):
@@ -194,7 +193,7 @@ def _condition_problems(config: SweepConfig) -> Iterator[BrokenRule]:
 
 
 def _search_problems(config: SweepConfig) -> Iterator[BrokenRule]:
-    """What sampler, pruner and scheduler cannot do."""
+    """Errors: settings that the sampler, the pruner or the scheduler does not support."""
     yield from _sampler_problems(config)
     if config.sampler.enqueue:
         yield from point_problems(gate_part(config.space), config.sampler.enqueue, ("sampler", "enqueue"))
@@ -278,6 +277,6 @@ def _pick_problems(config: SweepConfig) -> Iterator[BrokenRule]:
 
 
 def _longest_training(config: SweepConfig) -> int | None:
-    """Epochs of the supernet that trains longest; None where the data will say."""
+    """Epochs of the supernet that trains longest; None if the data decide."""
     swept = config.space.get("supernet.train.epochs")
     return config.supernet.train.epochs if swept is None else max(int(value) for value in swept.edge_values())

@@ -1,4 +1,4 @@
-"""Settings that are allowed and yet unlikely to be meant."""
+"""Warnings about settings that are allowed and yet unlikely to be meant."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from search.conditions.expressions import parse_comparison
 
 
 def config_warnings(config: SweepConfig) -> list[str]:
-    """What is allowed, but is probably not meant."""
+    """Warnings about settings that are allowed, but probably not meant."""
     return [
         *_sampler_warnings(config),
         *_stopping_warnings(config),
@@ -91,7 +91,7 @@ def _stopping_warnings(config: SweepConfig) -> Iterator[str]:
 
 
 def _scheduler_warnings(config: SweepConfig) -> Iterator[str]:
-    """Settings with which a scheduler ends no training."""
+    """Warnings about settings with which a scheduler stops no training."""
     rules, epochs = config.supernets, _longest_training(config)
     if rules.scheduler == "none" or epochs is None:
         return

@@ -47,6 +47,6 @@ def _styled(value: Any, *, is_top: bool = True) -> Any:
 
 
 def json_schema() -> dict[str, Any]:
-    """JSON Schema of sweep.yaml, for editors that complete and check while one types."""
+    """JSON Schema of sweep.yaml, for editors that complete and check while the user types."""
     schema = SweepConfig.model_json_schema()
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "dsnet-orch sweep"}

@@ -1,8 +1,8 @@
 """YAML 1.2 as plain data, with the line and column of every key and value.
 
-The node tree is walked here instead of letting the library construct objects: so no tag can build a
-Python object, duplicate keys are seen with both their places, and every later complaint about a
-value can point at it.
+The node tree is walked here, and the library does not construct objects. Thus no tag can build a
+Python object, duplicate keys are reported with both places, and later errors about a value can name
+its place.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _NO_YAML_1_1 = re.compile(r"^%YAML\s+1\.[01]\b", re.MULTILINE)
 
 
 class Position(NamedTuple):
-    """A place in a text, both counted from 1."""
+    """A place in a text; line and column are counted from 1."""
 
     line: int
     column: int
@@ -39,19 +39,19 @@ class Position(NamedTuple):
 
 @dataclass(frozen=True)
 class YamlSource:
-    """What a YAML text holds and where each part stands."""
+    """The content of a YAML text, and the position of each part."""
 
     name: str
     """The file as the user named it."""
     data: object
     """dict, list, str, int, float, bool or None, nested."""
     keys: Mapping[KeyPath, Position]
-    """Where each key stands (for items of a list: the item)."""
+    """Position of each key (for items of a list: of the item)."""
     values: Mapping[KeyPath, Position]
-    """Where each value starts; () is the whole text."""
+    """Position of the start of each value; () is the whole text."""
 
     def position(self, path: KeyPath, *, at_key: bool = False) -> Position:
-        """The place of a key or value, or of the nearest enclosing one that stands in the text."""
+        """The position of a key or value, or of the nearest enclosing one in the text."""
         for end in range(len(path), -1, -1):
             table = self.keys if (at_key or end < len(path)) and end else self.values
             if path[:end] in table:
@@ -59,7 +59,7 @@ class YamlSource:
         return Position(1, 1)
 
     def place(self, path: KeyPath, *, at_key: bool = False) -> str:
-        """`file:line:column` of `position`."""
+        """`position` as text, `file:line:column`."""
         line, column = self.position(path, at_key=at_key)
         return f"{self.name}:{line}:{column}"
 
@@ -136,7 +136,7 @@ def parse_yaml(text: str, name: str) -> YamlSource:
 
 
 def _broken(error: YAMLError, text: str, name: str) -> str:
-    """The library's complaint as one line with its place."""
+    """The library's error message on one line with its place."""
     if isinstance(error, ReaderError):
         before = text[: error.position]
         line, column = before.count("\n") + 1, error.position - before.rfind("\n")
@@ -161,14 +161,14 @@ def _indentation(text: str, line: int) -> str:
 
 @dataclass
 class _Walk:
-    """One pass over a node tree."""
+    """State of one pass over a node tree."""
 
     name: str
     keys: dict[KeyPath, Position] = field(default_factory=dict)
     values: dict[KeyPath, Position] = field(default_factory=dict)
     num_values: int = 0
     open_nodes: set[int] = field(default_factory=set)
-    """Ids of the nodes being walked, to notice an anchor that holds itself."""
+    """Ids of the nodes being walked, to detect an anchor that contains itself."""
 
     def source(self, root: Node | None) -> YamlSource:
         data = None if root is None else self.value(root, ())
@@ -236,8 +236,7 @@ class _Walk:
         return str(node.value)
 
     def merged_mappings(self, node: MappingNode) -> Iterator[MappingNode]:
-        """The mappings that `<<: *name` or `<<: [*a, *b]` asks to take over, in order of
-        precedence."""
+        """The mappings that `<<: *name` or `<<: [*a, *b]` merges, in order of precedence."""
         for key_node, value_node in node.value:
             if str(key_node.tag) != _MERGE:
                 continue
@@ -247,8 +246,8 @@ class _Walk:
                 yield merged
 
     def take_over(self, merged: MappingNode, path: KeyPath, found: dict[str, object]) -> None:
-        """Add what `merged` holds and `found` does not; its places are those of the anchored
-        text."""
+        """Add the keys of `merged` that `found` does not have; their positions are those of the
+        anchored text."""
         inner = _Walk(self.name, num_values=self.num_values, open_nodes=self.open_nodes)
         if id(merged) in self.open_nodes:
             raise self.fail(merged, "an alias stands inside the value that it names")

@@ -1,5 +1,5 @@
-"""The verify stage: the frozen front runs for real on the sealed test split, and must do image by
-image what the table said."""
+"""Run the frozen front on the sealed test split, and compare every image with the routing
+tables."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ from dsnet.routing.table_routing import TableRun, run_on_table
 from orchestration.results.verified import Agreement, DynamicLatency
 
 CLASS_TIE = 1e-4
-"""Two largest probabilities nearer than this are a numerical tie."""
+"""Difference between the two largest probabilities below which they count as a numerical tie."""
 
 
 SINGLE_IMAGES = 32
-"""At batch 1, one timed repeat runs so many images one after the other: they take different
+"""Images per timed repeat at batch size 1, one after the other, because images take different
 routes."""
 
 
 NUM_BATCHES = 3
-"""At larger batches, one timed repeat runs so many of them."""
+"""Batches per timed repeat at larger batch sizes."""
 
 
 TIMING_SEED = 0
-"""Draws the timed images."""
+"""Seed of the draw of the timed images."""
 
 
 MAX_NAMED = 5
@@ -68,10 +68,10 @@ def check_agreement(
     Args:
         slot: the router's trial, for messages.
         supernet: trained and recalibrated.
-        router: decides.
-        table: of the split that `images` are, in the same order.
+        router: chooses the routes.
+        table: routing table of the same images, in the same order.
         images: uint8 [N, C, H, W].
-        normalization: what the supernet was trained with.
+        normalization: normalisation with which the supernet was trained.
         batch_size: images at a time.
 
     Raises:
@@ -104,14 +104,14 @@ def check_agreement(
 
 class _Retraced(NamedTuple):
     routes: NDArray[np.int64]
-    """[N]"""
+    """Routes [N]."""
     madds: NDArray[np.int64]
-    """[N]"""
+    """MAdds [N]."""
 
 
 def _retraced(router: Router, table: RoutingTable, told: TableRun, ran: NDArray[np.int64]) -> _Retraced:
-    """What the table says where ties are broken towards the routes [N] that really ran: so far as
-    ties explain them, it says the same."""
+    """Replay the table with ties broken towards the routes [N] that really ran; it equals the real
+    run if only ties explain the differences."""
     routes, madds = told.routes.copy(), told.madds.copy()
     for route in np.unique(ran[ran != told.routes]):
         again = run_on_table(Retrace(router, int(route), table.tree), table)
@@ -148,10 +148,10 @@ def time_front(
         supernet: trained and recalibrated.
         routers: by slot.
         images: uint8 [N, C, H, W] of a split: routes depend on the images.
-        normalization: what the supernet was trained with.
+        normalization: normalisation with which the supernet was trained.
         settings: device, threads, batch sizes, repeats.
         before_each: runs untimed before every timed call; it may raise to give up.
-        split: whose images these are.
+        split: name of the split of these images.
     """
     device = torch.device(settings.device)
     supernet = supernet.to(device).eval()
@@ -195,8 +195,8 @@ def time_front(
 
 
 def _batches(images: Tensor, size: int) -> list[Tensor]:
-    """Random images (a split may be sorted by class, and routes depend on the image): many single
-    ones, or a few batches."""
+    """Randomly drawn batches (a split may be sorted by class, and routes depend on the image):
+    `SINGLE_IMAGES` of one image, or `NUM_BATCHES` larger ones."""
     count = SINGLE_IMAGES if size == 1 else NUM_BATCHES
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(TIMING_SEED))
     rows = order[torch.arange(size * count) % len(images)]

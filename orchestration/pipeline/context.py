@@ -1,4 +1,4 @@
-"""What the stages of one launch share."""
+"""The state that the stages of one launch share."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from orchestration.tracking.protocol import Tracker
 from search.study.study import TrialRecord
 
 
-def _nobody(record: TrialRecord) -> None:
-    """Hears and does nothing."""
+def _ignore(record: TrialRecord) -> None:
+    """Ignore a recorded trial."""
 
 
 @dataclass(frozen=True)
 class Launch:
-    """What the stages of one launch share."""
+    """The state that the stages of one launch share."""
 
     prepared: Prepared
     run: RunDir
@@ -30,12 +30,12 @@ class Launch:
     tracker: Tracker
     progress: ProgressView
     stop: StopRequest
-    on_record: Callable[[TrialRecord], None] = _nobody
-    """Hears of every recorded trial: a sweep of supernets shows those of all its members in one
+    on_record: Callable[[TrialRecord], None] = _ignore
+    """Called with every recorded trial; a sweep of supernets adds the trials of all members to one
     study."""
     on_test_opening: Callable[[], int] | None = None
-    """Of a member of a sweep of supernets: counts the opening for the whole sweep, and says how
-    often that has read `test`."""
+    """In a member of a sweep of supernets: counts the opening for the whole sweep, and returns how
+    often the sweep has read `test`."""
 
     @property
     def config(self) -> SweepConfig:
@@ -43,12 +43,12 @@ class Launch:
         return self.prepared.config
 
     def count_test_opening(self, who: str) -> int:
-        """Record that `test` is read; how often it has been, by the whole sweep where this run is a
-        part of one."""
+        """Record that `test` is read; returns how often it has been read, by the whole sweep if
+        this run is part of one."""
         own = self.manifest.count_test_opening(who)
         return own if self.on_test_opening is None else max(own, self.on_test_opening())
 
     def check_stop(self) -> None:
-        """Raise StoppedError where a stop was asked for."""
+        """Raise StoppedError if a stop was requested."""
         if self.stop():
             raise StoppedError("the sweep was stopped")

@@ -1,4 +1,4 @@
-"""From points of a front to bundles that run."""
+"""Export of gates: from points of a front to bundles that run."""
 
 from __future__ import annotations
 
@@ -34,9 +34,10 @@ from search.front.analysis import PointAnalysis
 from search.front.points import trial_name
 
 CLEAR_LEAD = 100.0
-"""Examples are decided by a margin of at least so many times the router's `tie`."""
+"""Least lead of a clear decision, in units of the router's `tie`; examples are chosen among clear
+images first."""
 EXAMPLE_SEED = 0
-"""Draws the examples among the clear images."""
+"""Seed of the draw of the examples."""
 
 
 KNEE = "knee"
@@ -46,9 +47,9 @@ before the run."""
 
 def export_picks(prepared: Prepared, results: RunResults, picks: Sequence[str], folder: Path) -> list[Path]:
     """Write a bundle for each picked trial, and the link `knee` to the bundle of the front's knee;
-    the bundles' folders.
+    returns the bundles' folders.
 
-    A link to an earlier knee is removed where the folder holds no bundle of the knee.
+    A link to an earlier knee is removed if the folder holds no bundle of the knee.
 
     Args:
         prepared: see `export_bundles`.
@@ -67,10 +68,10 @@ def export_picks(prepared: Prepared, results: RunResults, picks: Sequence[str], 
 
 
 def link_knee(folder: Path, bundle: Path) -> None:
-    """Make `folder`/knee a relative link to a bundle below `folder`, or no link where there is no
+    """Make `folder`/knee a relative link to a bundle below `folder`; remove the link if there is no
     such bundle.
 
-    Anything but a link of that name is left alone.
+    Anything of that name that is no link is left alone.
     """
     link, new = folder / KNEE, folder / f".{KNEE}.{os.getpid()}"
     if link.exists() and not link.is_symlink():
@@ -123,11 +124,11 @@ def export_bundles(prepared: Prepared, results: RunResults, slots: Sequence[int]
 
 
 def write_formats(bundle: Path, formats: Sequence[str]) -> None:
-    """Write further forms of a bundle, each into a folder of its name in it; one that is there is
-    replaced whole.
+    """Write further formats of a bundle, each into a folder of its name inside it; an existing one
+    is replaced.
 
     Args:
-        bundle: its folder.
+        bundle: folder of the bundle.
         formats: names of exporters; the bundle itself is left out.
     """
     for name in formats:
@@ -145,7 +146,7 @@ def write_formats(bundle: Path, formats: Sequence[str]) -> None:
 
 
 def _photo_decoder(prepared: Prepared) -> PhotoDecoder | None:
-    """None where the images have other channels than photos."""
+    """The decoder of photos for the bundle; None if the images do not have 1 or 3 channels."""
     images = prepared.image_set
     if images.image_shape[0] not in (1, 3):
         return None
@@ -153,17 +154,17 @@ def _photo_decoder(prepared: Prepared) -> PhotoDecoder | None:
 
 
 def _examples(prepared: Prepared, val: RoutingTable, router: Router) -> torch.Tensor:
-    """Images of `val`: the sealed split is never shown."""
+    """Example images, from `val`, because the sealed split must not be published."""
     return prepared.data.images("val")[torch.from_numpy(example_rows(router, val))]
 
 
 def example_rows(router: Router, table: RoutingTable) -> NDArray[np.int64]:
-    """Which images a bundle stores as examples: `NUM_EXAMPLES` rows of the table, or all where it
-    has fewer; rising.
+    """Choose the images that a bundle stores as examples: `NUM_EXAMPLES` rows of the table, or all
+    if it has fewer, ascending.
 
-    They are drawn in turns from the routes that answer, among the images that the router decides
-    clearly. Where there are too few of those, the clearest of the others follow: where rounding
-    decides, another processor may take the other route, and `check_bundle_examples` lets it.
+    They are taken in turn from the routes that answer, among images with clear decisions. If there
+    are too few of those, the clearest of the others follow; there another processor may take
+    another route because of rounding, which `check_bundle_examples` allows.
     """
     run = run_on_table(router, table)
     is_clear = run.lead >= CLEAR_LEAD
@@ -177,8 +178,7 @@ def example_rows(router: Router, table: RoutingTable) -> NDArray[np.int64]:
 
 
 def bundle_claims(prepared: Prepared, results: RunResults, slot: int) -> dict[str, Any]:
-    """What a bundle says of itself: the numbers on `val`, and on `test` where the trial was
-    verified."""
+    """The claims of a bundle: its results on `val`, and on `test` if the trial was verified."""
     config = prepared.config
     record = results.record(slot)
     names = ("top1", "top5", "madds_m", "p95_madds_m", "params_m", "latency_ms")
@@ -210,8 +210,8 @@ def bundle_claims(prepared: Prepared, results: RunResults, slot: int) -> dict[st
 
 
 def _latency_claims(latency: DynamicLatency, slot: int) -> dict[str, Any]:
-    """What a batch really took on one device, beside the static extremes and what the measured
-    parts add up to (`ideal_ms`)."""
+    """Measured latency of a batch on one device, beside that of the static extremes and the sum of
+    the measured parts (`ideal_ms`)."""
     return {
         "device": latency.device,
         "threads": latency.threads,
@@ -243,7 +243,7 @@ def _test_claims(point: PointAnalysis, num_images: int) -> dict[str, Any]:
 
 
 def _gate_yaml(prepared: Prepared, results: RunResults, slot: int, claims: Mapping[str, Any]) -> str:
-    """The same for people: what the gate is, and what it reached."""
+    """YAML for people: the gate's settings and its results."""
     record = results.record(slot)
     router = results.router(slot)
     content = {
@@ -269,6 +269,6 @@ def _gate_yaml(prepared: Prepared, results: RunResults, slot: int, claims: Mappi
 
 
 def router_facts(router: Router, names: Sequence[str]) -> dict[str, Any]:
-    """How a router decides, in words and numbers: its kind, what it reads, and what else its kind
-    tells."""
+    """Description of a router: its kind, the evidence that it reads, and further facts of its
+    kind."""
     return {"kind": router.kind, "reads": list(router.needs), **router.facts(names)}

@@ -1,8 +1,8 @@
-"""What a launch would take: minutes, memory and disk of each stage, from a few timed steps of the
+"""Estimates of the time, memory and disk of each stage of a launch, from a few timed steps of the
 real network on the real images.
 
-What cannot be timed beforehand, such as the start of Ray or a trial of a router, stands here as a
-constant, measured on two cores.
+Costs that cannot be timed beforehand, such as the start of Ray or a trial of a router, are
+constants here, measured on two cores.
 """
 
 from __future__ import annotations
@@ -25,72 +25,73 @@ MIB = 2**20
 RAY_START_S = 8.0
 SEARCH_START_S = 3.5
 TRIAL_S = 0.03
-"""Of one trial's share of a cohort with `TRIAL_STEPS` steps, mean over the kinds of router."""
+"""Seconds of one trial, as its share of a cohort, with `TRIAL_STEPS` steps; mean over the kinds of
+router."""
 TRIAL_STEPS = 200
 END_TO_END_COST = 3.0
-"""A step of end-to-end training, relative to evaluating its images."""
+"""Cost of an end-to-end training step relative to evaluating its images."""
 ANALYSIS_S = 3.5
-"""Resampling and the reachable ceiling."""
+"""Seconds of resampling and fitting the reachable ceiling."""
 CALL_S = 0.0003
-"""Of one timed call, however small the network."""
+"""Least seconds of one timed call, however small the network."""
 ACCURACY_COST = 1.3
-"""Evaluating the sub-networks one by one, relative to the table, in which they share what they have
-in common."""
+"""Cost of evaluating the sub-networks one by one, relative to the table, in which they share common
+parts."""
 RAY_BYTES = 600 * MIB
 TRACKING_BYTES = 250 * MIB
 WORKER_BYTES = 300 * MIB
-"""A process that has imported torch and holds no images yet."""
+"""Memory of a process that has imported torch and holds no images yet."""
 TRIAL_BYTES = 15_000
-"""On disk: weights, journal and record of one trial."""
+"""Disk space of one trial: weights, journal and record."""
 REPORT_BYTES = 6 * MIB
 SUBNET_BYTES = 2_000
 BUSY_LOAD = 0.5
-"""Load average per core from which on other work slows the timed steps down: they take all
-cores."""
+"""Load average per core from which on the timed steps, which use all cores, are taken to be slowed
+down by other work."""
 
 
 @dataclass(frozen=True)
 class StageForecast:
-    """What one stage would take; 0 where it is done."""
+    """Estimated costs of one stage; 0 if it is done."""
 
     stage: str
     seconds: float
     memory_bytes: int
-    """Peak of all processes together."""
+    """Peak memory of all processes together."""
     disk_bytes: int
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a launch would take."""
+    """Estimated costs of a launch."""
 
     stages: tuple[StageForecast, ...]
     timed: str
-    """How the clock ran, in a sentence."""
+    """A sentence about how the steps were timed."""
     gpu_bytes: int = 0
-    """Peak memory of the GPU; 0 where none trains."""
+    """Peak memory of the GPU; 0 if nothing trains on one."""
 
     @property
     def seconds(self) -> float:
-        """Of the whole launch."""
+        """Seconds of the whole launch."""
         return sum(stage.seconds for stage in self.stages)
 
     @property
     def memory_bytes(self) -> int:
-        """Peak of the whole launch."""
+        """Peak memory of the whole launch."""
         return max((stage.memory_bytes for stage in self.stages), default=0)
 
     @property
     def disk_bytes(self) -> int:
-        """Of the whole launch."""
+        """Disk space of the whole launch."""
         return sum(stage.disk_bytes for stage in self.stages)
 
     def of(self, stage: str) -> StageForecast | None:
-        """That of one stage; None where nothing is said about it."""
+        """The estimate of one stage; None if there is none."""
         return next((each for each in self.stages if each.stage == stage), None)
 
     def to_json(self) -> dict[str, Any]:
-        """For scripts."""
+        """The forecast as JSON, for scripts."""
         total = {"seconds": self.seconds, "memory_bytes": self.memory_bytes, "disk_bytes": self.disk_bytes}
         return {
             "stages": [asdict(stage) for stage in self.stages],
@@ -101,12 +102,12 @@ class Forecast:
 
 
 def forecast(prepared: Prepared, plans: Sequence[StagePlan]) -> Forecast | None:
-    """Time a few steps, unless nothing is left that depends on them, and say what each stage would
-    take; writes nothing to the run.
+    """Time a few steps, unless nothing that depends on them is left, and estimate the costs of each
+    stage; writes nothing to the run.
 
     Args:
         prepared: the sweep's data and network.
-        plans: of supernet, measure, table and search.
+        plans: plans of supernet, measure, table and search.
 
     Returns:
         None where every stage before verify is done.
@@ -120,13 +121,13 @@ def forecast(prepared: Prepared, plans: Sequence[StagePlan]) -> Forecast | None:
 
 
 def forecast_supernets(supernets: Sequence[tuple[Prepared, Sequence[StagePlan]]], concurrent: int) -> Forecast | None:
-    """Time a few steps of every supernet of a sweep and say what the stages of all together would
-    take, if each were trained to its end.
+    """Time a few steps of every supernet of a sweep and estimate the stages of all together, as if
+    each were trained to its end.
 
     Args:
         supernets: data, network and plans of each that may still be trained or searched; see
             `forecast`.
-        concurrent: how many are trained at a time.
+        concurrent: number of supernets trained at a time.
 
     Returns:
         None where every stage before verify is done.
@@ -154,13 +155,13 @@ def forecast_supernets(supernets: Sequence[tuple[Prepared, Sequence[StagePlan]]]
 
 def _stages(prepared: Prepared, timed: TrialRun, plans: Sequence[StagePlan]) -> tuple[StageForecast, ...]:
     left = {plan.name for plan in plans if not plan.is_done}
-    work = _Work(prepared, timed)
+    estimates = _StageEstimates(prepared, timed)
     stages = {
-        "supernet": work.supernet,
-        "measure": work.measure,
-        "table": work.table,
-        "search": work.search,
-        "verify": work.verify,
+        "supernet": estimates.supernet,
+        "measure": estimates.measure,
+        "table": estimates.table,
+        "search": estimates.search,
+        "verify": estimates.verify,
     }
     return tuple(
         stage() if name in left or name == "verify" else StageForecast(name, 0.0, 0, 0)
@@ -169,7 +170,7 @@ def _stages(prepared: Prepared, timed: TrialRun, plans: Sequence[StagePlan]) -> 
 
 
 def _timed(prepared: Prepared, concurrent: int = 1) -> TrialRun:
-    """Time a few steps with the threads that one of so many supernets has."""
+    """Time a few steps with the threads of one of `concurrent` supernets."""
     config, run = prepared.config, supernet_run(prepared)
     return trial_run(
         prepared.subnets,
@@ -183,8 +184,8 @@ def _timed(prepared: Prepared, concurrent: int = 1) -> TrialRun:
 
 
 def _how(config: SweepConfig, timed: TrialRun, load: MachineLoad | None) -> str:
-    """How the steps were timed, and that the launch will be quicker where other work slowed them
-    down."""
+    """A sentence about how the steps were timed; if other work slowed them down, it says that the
+    estimate is too long."""
     name = "the GPU" if timed.device == "cuda" else "the CPU"
     steps, threads = plural(timed.num_steps, "step"), plural(timed.threads, "thread")
     how = f"timed: {steps} of {config.supernet.train.batch_size} images on {name}, {threads}"
@@ -197,8 +198,8 @@ def _how(config: SweepConfig, timed: TrialRun, load: MachineLoad | None) -> str:
 
 
 @dataclass(frozen=True)
-class _Work:
-    """What each stage has to do, in the units that were timed."""
+class _StageEstimates:
+    """The work of each stage, priced with the timed steps."""
 
     prepared: Prepared
     timed: TrialRun
@@ -211,7 +212,7 @@ class _Work:
         return len(self.prepared.splits[split])
 
     def supernet(self) -> StageForecast:
-        """Ray, the steps, recalibration."""
+        """Costs of the supernet stage: starting Ray, the steps, and recalibration."""
         run = supernet_run(self.prepared)
         num_train = self._images("train")
         steps = run.train.epochs * max(1, num_train // min(run.train.batch_size, num_train))
@@ -222,19 +223,19 @@ class _Work:
         return StageForecast("supernet", seconds, memory, (run.keep_checkpoints + 1) * self.timed.checkpoint_bytes)
 
     def measure(self) -> StageForecast:
-        """Accuracies on `val`, and latencies."""
+        """Costs of the measure stage: accuracies on `val`, and latencies."""
         seconds = ACCURACY_COST * self._images("val") * self.timed.table_image_s
         seconds += sum(self._latency_s(settings) for settings in latency_settings(self.config).values())
         return StageForecast("measure", seconds, self._platform_bytes(), SUBNET_BYTES * len(self.prepared.subnets.all))
 
     def table(self) -> StageForecast:
-        """The answers to `gate` and `val`."""
+        """Costs of the table stage: the answers of all routes to `gate` and `val`."""
         images = self._images("gate") + self._images("val")
         num_bytes = round(images * self.timed.table_image_bytes)
         return StageForecast("table", images * self.timed.table_image_s, self._platform_bytes() + num_bytes, num_bytes)
 
     def search(self) -> StageForecast:
-        """Every trial of the budget."""
+        """Costs of the search: every trial of the budget."""
         trials, actors = resolve_trials(self.config), self.config.ray.trial_actors or resolve_cores(self.config)
         tables = round((self._images("gate") + self._images("val")) * self.timed.table_image_bytes)
         seconds = SEARCH_START_S + trials * self._trial_s() / actors
@@ -242,7 +243,7 @@ class _Work:
         return StageForecast("search", seconds, memory, trials * TRIAL_BYTES)
 
     def verify(self) -> StageForecast:
-        """The front on `test`, its analysis, the report."""
+        """Costs of the verify stage: the front on `test`, its analysis, and the report."""
         images, subnets = self._images("test"), self.prepared.subnets
         routes = min(self.config.budget.verify or len(subnets), resolve_trials(self.config))
         seconds = ANALYSIS_S + images * self.timed.table_image_s * (1 + routes / len(subnets))
@@ -257,16 +258,17 @@ class _Work:
         return END_TO_END_COST * images * self.timed.table_image_s * self.timed.threads / gate.end_to_end.threads
 
     def _latency_s(self, settings: LatencySettings) -> float:
-        """Every size on one device; the measurement itself ends after `BUDGET_S`."""
+        """Seconds of measuring every size on one device; a measurement is cut off after
+        `BUDGET_S`."""
         sizes = (*settings.batch_sizes, *settings.group_sizes)
         image_s = self.timed.table_image_s * max(1.0, self.timed.threads / settings.threads)
         calls = len(sizes) * len(self.prepared.subnets)
         return min(BUDGET_S, (settings.repeats + settings.warmup) * (sum(sizes) * image_s + calls * CALL_S))
 
     def _image_bytes(self) -> int:
-        """The training images in the object store."""
+        """Bytes of the training images in the object store."""
         return 0 if self.config.data.stream else self.prepared.data.images("train").numel()
 
     def _platform_bytes(self) -> int:
-        """The driver, Ray and the writer of MLflow."""
+        """Bytes of the driver, Ray and the process that writes to MLflow."""
         return resident_bytes() + RAY_BYTES + (TRACKING_BYTES if self.config.tracking.mlflow else 0)

@@ -1,5 +1,5 @@
-"""A sweep from its configuration to its front: stages in order, each done once, each continued
-where it was stopped."""
+"""A sweep from its configuration to its front: stages in order, each run once and continued where
+it was stopped."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ TRACKING_TIMEOUT_S = 30.0
 
 @dataclass(frozen=True)
 class LaunchResult:
-    """What a finished launch leaves behind."""
+    """Results and bundles of a finished launch."""
 
     run: RunDir
     results: RunResults
@@ -74,7 +74,7 @@ def launch(
     Args:
         config: resolved.
         command: what the user typed, for the lock.
-        progress: what a person sees.
+        progress: shows progress to the user.
         stop: gives, for the run folder, a context manager that yields a `StopRequest`.
         take_over: take the lock of another host.
 
@@ -92,7 +92,7 @@ def launch(
     for warning in prepared.warnings():
         progress.warn(warning)
     if config.tracking.mlflow:
-        store_uri(config, run)  # refuses a folder that no store can lie in, before anything is made
+        store_uri(config, run)  # refuses a path that no database URI can hold, before anything is written
     run.create()
     with DriverLock(run, command, take_over=take_over) as lock:
         if lock.taken_over_from is not None:
@@ -107,7 +107,7 @@ def launch(
 
 
 def write_facts(prepared: Prepared, run: RunDir) -> Manifest:
-    """The run's own files: resolved configuration, manifest, splits."""
+    """Write the run's own files: resolved configuration, manifest, splits."""
     manifest = Manifest(run.manifest_path)
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     manifest.create(seed=prepared.config.seed, hardware=describe_hardware(gpu))
@@ -118,7 +118,7 @@ def write_facts(prepared: Prepared, run: RunDir) -> Manifest:
 
 
 def anchored(config: SweepConfig) -> SweepConfig:
-    """The same sweep with absolute folders, so that the stored sweep.yaml means the same from any
+    """The configuration with absolute folders, so that the stored sweep.yaml means the same in any
     working directory."""
     runs = _absolute(config.storage.runs)
     path, init_from = _absolute(config.data.path), _absolute(config.supernet.init_from)
@@ -139,12 +139,12 @@ def _absolute(path: str | None) -> str | None:
 def closing_tracker(
     run: RunDir, tracker: Tracker, progress: ProgressView, finished_ms: Callable[[], int]
 ) -> Iterator[None]:
-    """Whatever ends the launch, MLflow hears how.
+    """Close the tracker at the end of the block, with the status in which the launch ended.
 
     Args:
         run: of the launch, for the remedy in a warning.
-        tracker: is closed.
-        progress: hears of writes that were not made.
+        tracker: tracker to close.
+        progress: receives a warning about missing writes.
         finished_ms: when the work ended, where it did; not now: a launch that had nothing to do
             changes nothing.
     """
@@ -185,7 +185,7 @@ def _run_stages(work: Launch) -> LaunchResult:
 
 
 def _say_what_runs_again(work: Launch, plans: Mapping[str, StagePlan]) -> None:
-    """The first stage whose earlier result does not count any more, and why: those behind it follow
+    """Say which is the first stage whose earlier result is outdated, and why; later stages follow
     from it."""
     outdated = next((plan for plan in plans.values() if plan.status == "invalidated"), None)
     if outdated is not None:
@@ -193,7 +193,7 @@ def _say_what_runs_again(work: Launch, plans: Mapping[str, StagePlan]) -> None:
 
 
 def stage_plans(work: Launch) -> dict[str, StagePlan]:
-    """What there is to do, after taking over what `supernet.init_from` has finished already."""
+    """Plan the stages, after taking over those that `supernet.init_from` has finished already."""
     definitions = stage_definitions(work.prepared)
     plans = {plan.name: plan for plan in plan_stages(work.run, definitions)}
     adoption = work.prepared.adoption
@@ -209,7 +209,7 @@ def stage_plans(work: Launch) -> dict[str, StagePlan]:
 def ray_where_needed(
     is_needed: bool, config: SweepConfig, prepared: Prepared, progress: ProgressView
 ) -> Iterator[None]:
-    """Ray, where a stage still needs it."""
+    """A Ray session for the length of the block if a stage needs it."""
     if not is_needed:
         yield
         return
@@ -226,7 +226,7 @@ def ray_where_needed(
 
 
 def _nothing_feasible(results: RunResults) -> str:
-    """What to do about a search that found nothing."""
+    """A message for a search without a feasible trial, with ways out if trials completed."""
     if not results.completed and not results.pruned:
         reasons = [record.reason for record in results.failed if record.reason]
         return f"none of the {len(results.records)} trials completed; the last reason: {reasons[-1] if reasons else 'unknown'}"
@@ -241,13 +241,13 @@ def _nothing_feasible(results: RunResults) -> str:
 
 
 def _finish(work: Launch) -> LaunchResult:
-    """Points, report, bundles, MLflow: projections of what the stages found."""
+    """Write points, report, bundles and MLflow rows, all derived from the results of the stages."""
     run, config = work.run, work.config
     results = RunResults(run)
     save_points(run.points_parquet, results.points())
     write_report(results, work.prepared.image_set.class_names, work.prepared.notes(), "complete")
     bundles = export_picks(work.prepared, results, config.export.picks, run.export_dir)
-    write_subnets(work.tracker, results)  # again, with what they reach on test
+    write_subnets(work.tracker, results)  # again, now with metrics on test
     write_front(work.tracker, results, Standing.of(results), results.finished_ms)
     for path in (run.sweep_yaml, run.points_parquet, run.report_html):
         work.tracker.artifact(path)
@@ -258,11 +258,11 @@ def _finish(work: Launch) -> LaunchResult:
 
 
 def check_failures(result: LaunchResult) -> None:
-    """Raise where more trials failed than the budget allows; the sweep itself is finished and
-    reported.
+    """Raise if more trials failed than the budget allows; the sweep is finished and reported by
+    then.
 
     Raises:
-        TooManyFailedTrialsError: it says how many, and the commonest reason.
+        TooManyFailedTrialsError: the message has the number, and the commonest reason.
     """
     total, allowed = len(result.results.records), result.results.config.budget.max_failed
     if result.num_failed > allowed * total:

@@ -1,4 +1,4 @@
-"""The measure and table stages: every sub-network's numbers, and what each answers to each held-out
+"""The measure and table stages: numbers of every sub-network, and its answer to each held-out
 image."""
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from orchestration.tracking.rows import write_subnets
 
 
 def measure_stage(work: Launch, plan: StagePlan, supernet: Supernet) -> None:
-    """Accuracy on `val`, MAdds, parameters and latency of every sub-network."""
+    """Measure accuracy on `val`, MAdds, parameters and latency of every sub-network."""
     work.check_stop()
     data, subnets, size = work.prepared.data, work.prepared.subnets, work.prepared.image_size
 
@@ -63,8 +63,8 @@ def measure_stage(work: Launch, plan: StagePlan, supernet: Supernet) -> None:
 
 
 def table_stage(work: Launch, plan: StagePlan, supernet: Supernet) -> None:
-    """The routing tables of `gate` and `val`; that of `test` is made by verify, after the front is
-    frozen."""
+    """Build the routing tables of `gate` and `val`; the verify stage builds that of `test` after
+    the front is frozen."""
     work.check_stop()
 
     def tabulate(folder: Path) -> Sequence[Path]:

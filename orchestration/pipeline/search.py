@@ -1,4 +1,4 @@
-"""The search stage: trials on warm Ray actors that share the routing tables."""
+"""The search stage: trials on persistent Ray actors that share the routing tables."""
 
 from __future__ import annotations
 
@@ -57,12 +57,12 @@ from search.suggest.samplers import SamplerSettings
 from search.suggest.space import parse_space
 
 FOUND_ENOUGH = ("plateau", "target", "space")
-"""Ends that hold although the budget has trials left."""
+"""Reasons for which a search ends for good although the budget has trials left."""
 
 
 def trials_left(run: RunDir, plan: StagePlan, config: SweepConfig) -> int:
-    """Trials that the budget still asks for: none where the same rules as now have ended the search
-    before."""
+    """Number of trials that the budget still asks for; 0 if the search ended before under the same
+    stop rules."""
     journal = run.study_journal(plan.key)
     records = load_records(journal) if journal.exists() else []
     if _has_found_enough(run, plan, config, len(records)):
@@ -76,18 +76,18 @@ def _has_found_enough(run: RunDir, plan: StagePlan, config: SweepConfig, num_tri
         return False
     end = read_json(path)
     if end["reason"] == "space" and len(read_queue(run.queue_jsonl(plan.key))) > end.get("enqueued", 0):
-        return False  # points that are tried although the grid has none left
+        return False  # enqueued points are tried even if the grid has none left
     return end["reason"] in FOUND_ENOUGH and end["rules"] == _rules_json(config) and end["trials"] == num_trials
 
 
 def _rules_json(config: SweepConfig) -> dict[str, Any]:
-    """What decides when enough was found, comparable."""
+    """The stop rules that end a search before its budget, in a form that can be compared."""
     references = {metric.name: metric.ref for metric in config.metrics}
     return {**config.budget.model_dump(mode="json", include={"plateau", "target"}), "references": references}
 
 
 def continued(run: RunDir, plan: StagePlan, config: SweepConfig) -> StagePlan:
-    """The plan of the search, which is not done while the budget still asks for trials."""
+    """The plan of the search: it is not done while the budget still asks for trials."""
     left = trials_left(run, plan, config)
     if not plan.is_done or left == 0:
         return plan
@@ -95,12 +95,12 @@ def continued(run: RunDir, plan: StagePlan, config: SweepConfig) -> StagePlan:
 
 
 def search_stage(work: Launch, plan: StagePlan, table_plan: StagePlan) -> None:
-    """Search until the budget is spent or enough was found; continues a study that has fewer
-    trials.
+    """Search until the budget is spent or a stop rule ends the search; continues a study that has
+    fewer trials.
 
     Raises:
         NothingFeasibleError: no router of these sub-networks can hold a hard constraint.
-        StoppedError: it was asked to stop.
+        StoppedError: a stop was requested.
     """
     work.check_stop()
     config, run = work.config, work.run
@@ -156,7 +156,7 @@ _END_SENTENCES = {
 
 
 def count_sentence(results: RunResults) -> str:
-    """How many trials came to what."""
+    """A text that counts the trials by outcome."""
     counts = {
         "infeasible": len(results.completed) - len(results.feasible),
         "pruned": len(results.pruned),
@@ -168,15 +168,15 @@ def count_sentence(results: RunResults) -> str:
 
 
 def named_baseline(results: RunResults) -> dict[str, float]:
-    """Every metric of the widest static sub-network under the name that conditions give it."""
+    """Every metric of the widest static sub-network under its name in conditions."""
     return {f"{BASELINE}{name}": value for name, value in results.baseline.items()}
 
 
 def refuse_impossible_layout(config: SweepConfig, subnets: SubnetSet, image_size: int) -> None:
-    """Raise before anything is trained where no router over this layout can hold a hard constraint.
+    """Raise, before anything is trained, if no router over this layout can hold a hard constraint.
 
     Raises:
-        NothingFeasibleError: it names the constraints.
+        NothingFeasibleError: the message names the constraints.
     """
     ranges = layout_ranges(config, subnets, image_size)
     unmeasured = {name: math.nan for name in ranges if name.startswith(BASELINE)}
@@ -184,10 +184,11 @@ def refuse_impossible_layout(config: SweepConfig, subnets: SubnetSet, image_size
 
 
 def refuse_impossible(constraints: ConstraintSet, ranges: Mapping[str, tuple[float, float]]) -> None:
-    """Raise where nothing within `ranges` can hold a hard constraint: the sweep would find nothing.
+    """Raise if nothing within `ranges` can hold a hard constraint, for then the sweep would find
+    nothing.
 
     Raises:
-        NothingFeasibleError: it names the constraints, and the ranges of what they read.
+        NothingFeasibleError: the message names the constraints, and the ranges of their metrics.
     """
     impossible = constraints.impossible(ranges)
     if impossible:
@@ -199,7 +200,7 @@ def refuse_impossible(constraints: ConstraintSet, ranges: Mapping[str, tuple[flo
 
 
 def study_settings(config: SweepConfig) -> StudySettings:
-    """What the study's suggestions depend on."""
+    """Everything on which the study's suggestions depend."""
     space = {key: distribution.written() for key, distribution in gate_space(config).items()}
     return StudySettings(
         name=config.name,
@@ -215,7 +216,7 @@ def study_settings(config: SweepConfig) -> StudySettings:
 
 
 def stop_rules(results: RunResults) -> StopRules:
-    """When the sweep has found enough."""
+    """The rules that end the search before its budget."""
     config = results.config
     rules = config.budget.plateau
     plateau = None if rules is None else Plateau(rules.trials, rules.gain, results.reference_point)
@@ -223,19 +224,19 @@ def stop_rules(results: RunResults) -> StopRules:
 
 
 class ProgressFiles:
-    """What staged trials need to go on, as files of the search's folder: a resumed sweep need not
-    train them again."""
+    """Files in the search's folder with the arrays from which staged trials resume, so that a
+    resumed sweep need not train them again."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     def save(self, slot: int, rung: int, arrays: Mapping[str, NDArray[Any]]) -> None:
-        """Keep a slot's arrays at a rung; those of an earlier one go."""
+        """Store a slot's arrays at a rung and remove those of earlier rungs."""
         self.forget(slot)
         _save_gate(self._path(slot, rung), arrays)
 
     def load(self, slot: int, rung: int) -> Mapping[str, NDArray[Any]]:
-        """What was kept at that rung; empty where there is nothing, or nothing readable."""
+        """The arrays stored at a rung; empty if there are none that can be read."""
         path = self._path(slot, rung)
         if not path.is_file():
             return {}
@@ -245,7 +246,7 @@ class ProgressFiles:
             return {}
 
     def forget(self, slot: int) -> None:
-        """The trial has ended."""
+        """Remove the files of a trial that has ended."""
         for path in self._folder.glob(f"slot-{slot:05d}-*.safetensors"):
             path.unlink(missing_ok=True)
 
@@ -260,15 +261,15 @@ def gate_defaults(config: SweepConfig) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class MakeGateTrial:
-    """Puts a trial function together inside a worker, from arrays that lie in the object store."""
+    """Builds a trial function inside a worker, from arrays in the object store."""
 
     metas: dict[str, dict[str, Any]]
     subnets: SubnetSet
     latency: LatencyTable
-    """Of the main device."""
+    """Latency table of the main device."""
     defaults: dict[str, Any]
     devices: dict[str, LatencyTable] = field(default_factory=dict)
-    """Of further devices, by name."""
+    """Latency tables of further devices, by name."""
 
     def __call__(self, arrays: Mapping[str, NDArray[Any]]) -> GateTrial:
         """The trial function over the shared tables."""
@@ -321,7 +322,7 @@ def _augmentation(prepared: Prepared) -> Augmentation:
 
 
 class _Observer:
-    """Shows and tracks each recorded trial."""
+    """Shows each recorded trial as progress and writes it to the tracker."""
 
     def __init__(self, work: Launch, bar: Bar, num_finished: int) -> None:
         self._work = work
@@ -330,7 +331,7 @@ class _Observer:
         self._num_finished = num_finished
 
     def on_trial(self, record: TrialRecord) -> None:
-        """A trial was recorded."""
+        """Handle a recorded trial."""
         self._work.tracker.trial(trial_row(self._manifest, self._work.run, record))
         self._work.on_record(record)
         self._num_finished += 1

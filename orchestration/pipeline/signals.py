@@ -1,4 +1,4 @@
-"""Waiting for the signal that ends a server in the foreground."""
+"""Waiting for a signal that ends a server in the foreground."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from dsnet.stop_signals import stop_on_signals
 
 
 def wait_for_stop() -> None:
-    """Sleep until SIGINT, SIGTERM, or SIGHUP (the terminal closes), which stays ignored where it
-    is, as under nohup."""
+    """Sleep until SIGINT, SIGTERM, or SIGHUP (the terminal closes); SIGHUP stays ignored if it is,
+    as under nohup."""
     closed: list[int] = []
     before = signal.getsignal(signal.SIGHUP)
     if before is not signal.SIG_IGN:

@@ -1,4 +1,4 @@
-"""The supernet stage: train on Ray, follow the curves, keep the recalibrated checkpoint."""
+"""The supernet stage: train on Ray, follow the loss curves, keep the recalibrated checkpoint."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from orchestration.workers.supernet import SupernetJob, train_on_ray
 
 
 def supernet_stage(work: Launch, plan: StagePlan) -> None:
-    """Train the supernet unless it is there; Ray must be initialised where it is not."""
+    """Train the supernet unless that is done; Ray must be initialised if it is not."""
     config, run = work.config, work.run
     if plan.is_done:
         work.progress.say(f"supernet: done before ({plan.key[:12]})")
@@ -66,7 +66,7 @@ def supernet_stage(work: Launch, plan: StagePlan) -> None:
 
 
 def done_sentence(facts: SupernetFacts, seconds: float) -> str:
-    """What was done to make it."""
+    """A phrase that says how the supernet was made."""
     if facts.run.train.epochs > 0:
         return f"trained in {duration(seconds)}"
     return "taken as it is" if facts.keeps_statistics() else f"not trained; recalibrated in {duration(seconds)}"
@@ -78,7 +78,7 @@ def _start_sentence(start: StartPoint) -> str:
 
 
 def _losses(point: CurvePoint, names: Sequence[str]) -> str:
-    """The newest losses of the named sub-networks; empty where none is known."""
+    """The newest losses of the named sub-networks as text; empty if none is known."""
     losses = {name: point.metrics.get(f"loss/{name}") for name in names}
     known = [f"{name} {loss:.3f}" for name, loss in losses.items() if loss is not None]
     return f"loss: {', '.join(known)}" if known else ""

@@ -1,4 +1,4 @@
-"""The verify stage: freeze the front, open the sealed split, run the front for real, judge it
+"""The verify stage: freeze the front, open the sealed split, run the front for real, and analyse it
 beside its controls."""
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ VERIFY_FILE = "verify.json"
 
 
 def verify_stage(work: Launch, plans: Mapping[str, StagePlan], supernet: Supernet, results: RunResults) -> None:
-    """Verify the front of a search, or the sample of it; what is stored is all that report and
+    """Verify the front of a search, or its sample; the stored result holds all that report and
     export need of the test split."""
     work.check_stop()
     config, run, prepared = work.config, work.run, work.prepared
@@ -68,8 +68,8 @@ def verify_stage(work: Launch, plans: Mapping[str, StagePlan], supernet: Superne
             )
             for name, settings in latency_settings(config).items()
         }
-        judge = _Judge.of(work, plans, val, routers, results)
-        on_test = judge.analysis(test)
+        analyser = _SplitAnalyser.of(work, plans, val, routers, results)
+        on_test = analyser.analysis(test)
         latencies = {
             name: latency.beside(results.latencies[name], on_test.points, on_test.routes).to_json()
             for name, latency in timed.items()
@@ -80,7 +80,7 @@ def verify_stage(work: Launch, plans: Mapping[str, StagePlan], supernet: Superne
             "num_openings": num_openings,
             "agreements": [asdict(agreement) for agreement in agreements],
             "latencies": latencies,
-            "val": judge.analysis(val).to_json(),
+            "val": analyser.analysis(val).to_json(),
             "test": on_test.to_json(),
         }
         output = folder / VERIFY_FILE
@@ -100,16 +100,16 @@ def verify_stage(work: Launch, plans: Mapping[str, StagePlan], supernet: Superne
 
 
 def known_agreements(run: RunDir, record: StageRecord) -> dict[int, Agreement]:
-    """By slot what earlier results of the stage found out about gates of the same search, hence of
-    the same tables and weights.
+    """Agreements by slot, from earlier results of the stage about gates of the same search, and so
+    of the same tables and weights.
 
-    A gate that agreed with its table once is not run again: nothing that could make it differ has
-    changed. All gates of a front are timed together, whether they are known or not: times of
-    different hours do not compare.
+    A gate that has agreed with its table is not run again, because nothing that could change the
+    result has changed. All gates of a front are timed together, whether their agreement is known or
+    not, because times of different hours cannot be compared.
 
     Args:
-        run: its verify folders are read.
-        record: of the stage that is to be made.
+        run: run whose verify folders are read.
+        record: record of the stage that will run.
     """
     found: dict[int, Agreement] = {}
     for path in sorted((run.path / record.stage).glob("*/")):
@@ -123,14 +123,14 @@ def known_agreements(run: RunDir, record: StageRecord) -> dict[int, Agreement]:
 
 
 @dataclass(frozen=True)
-class _Judge:
-    """What a split is analysed with."""
+class _SplitAnalyser:
+    """Everything with which a split is analysed."""
 
     forecast: RouteForecast
     val: RoutingTable
     front: Mapping[int, Router]
     contenders: Mapping[BudgetPick, Router]
-    """The best trial of each kind of router for each budget, chosen on `val`."""
+    """The router of the best trial of each kind for each budget, chosen on `val`."""
     num_classes: int
     bootstrap: Bootstrap
 
@@ -142,8 +142,8 @@ class _Judge:
         val: RoutingTable,
         front: Mapping[int, Router],
         results: RunResults,
-    ) -> _Judge:
-        """Fit the reachable ceiling on `gate`, and load who speaks for each kind of router."""
+    ) -> _SplitAnalyser:
+        """Fit the reachable ceiling on `gate`, and load the routers of the contenders."""
         run = work.run
         forecast = RouteForecast.fit(RoutingTable.load(run.table(plans["table"].key, "gate")))
         contenders = {
@@ -162,7 +162,7 @@ class _Judge:
         )
 
     def analysis(self, reported: RoutingTable) -> SplitAnalysis:
-        """The front, and every kind of router, on a split."""
+        """Analyse the front and every kind of router on a split."""
         return analyse_split(
             self.forecast,
             self.val,

@@ -1,8 +1,9 @@
-"""What `python -m dsnet.training` made, taken over as finished stages instead of being made again.
+"""Adoption of results of `python -m dsnet.training` as finished stages, instead of making them
+again.
 
-`supernet.init_from` may name its output folder. Where that was trained with this sweep's own
-settings, on these images and this network, there is nothing to train: the files become the stages'
-outputs. Where anything differs, the folder only gives start weights.
+`supernet.init_from` may name its output folder. If that was trained with this sweep's own settings,
+images and network, its files become the outputs of the stages. If anything differs, the folder only
+gives start weights.
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ _CURVES = "curves.jsonl"
 
 
 def standalone_config(config: SweepConfig) -> StandaloneConfig:
-    """The part of a sweep that `python -m dsnet.training` does, as it reads it; adoptable by the
-    same sweep.
+    """The part of a sweep that `python -m dsnet.training` runs, in its own settings; the same sweep
+    can adopt the result.
 
     Args:
-        config: with the data's defaults filled in, as `prepare` gives it.
+        config: configuration from `prepare`, with defaults derived from the data filled in.
     """
     supernet = config.supernet
     train = supernet.train.model_dump(mode="json", exclude=set(REGIME_KEYS))
@@ -63,25 +64,25 @@ class Adoption:
 
     folder: OutputFolder
     origin: Mapping[str, Any]
-    """Start weights of that training; empty where it began afresh. They enter the supernet's key in
-    `init_from`'s place."""
+    """Start weights of that training; empty if it began with fresh ones. They take the place of
+    `init_from` in the supernet's key."""
     stages: tuple[str, ...]
-    """What can be taken over: always the supernet."""
+    """Names of the stages that can be taken over, always including the supernet."""
     outdated: tuple[str, ...] = ()
-    """What another release made that gives other results; it is made again."""
+    """Names of the stages that another release made with other results; they are made again."""
 
 
 def find_adoption(
     source: Path, run: SupernetRun, subnets: SubnetSet, fingerprint: str, measure: LatencySettings
 ) -> Adoption | None:
-    """Look whether `init_from` names a finished training of just this supernet.
+    """Check whether `init_from` names a finished training of exactly this supernet.
 
     Args:
         source: `supernet.init_from`.
-        run: what the sweep would train with; its origin does not count.
-        subnets: what the sweep would train.
-        fingerprint: of the sweep's images and splits.
-        measure: as the sweep writes it.
+        run: settings with which the sweep would train; the origin is ignored.
+        subnets: sub-networks that the sweep would train.
+        fingerprint: fingerprint of the sweep's images and splits.
+        measure: measurement settings of the sweep.
 
     Returns:
         None where the source is anything else, what another release wrote included: it then gives
@@ -116,18 +117,17 @@ def find_adoption(
 
 
 def _without_housekeeping(run: SupernetRun) -> SupernetRun:
-    """Without what decides no weight, and without the origin: what a folder was made from, it was
-    made from."""
+    """The settings without those that do not influence the weights, and without the origin."""
     return replace(run, origin={}, keep_checkpoints=1, train=replace(run.train, checkpoint_every=1))
 
 
 def adopt(run: RunDir, plans: Mapping[str, StagePlan], adoption: Adoption) -> list[str]:
-    """Copy finished stages into a run, where it does not have them yet.
+    """Copy finished stages into a run that does not have them yet.
 
     Args:
-        run: with its manifest written and its lock held.
+        run: the run; its manifest is written and its lock is held.
         plans: made with `adoption.origin` as the start weights.
-        adoption: from `find_adoption`.
+        adoption: result of `find_adoption`.
 
     Returns:
         the names of the stages that were taken over.

@@ -1,5 +1,4 @@
-"""The settings that a sweep leaves to its data, filled in once the data are read, each with the
-reason."""
+"""Defaults that depend on the data, filled in once the data are read, each with its reason."""
 
 from __future__ import annotations
 
@@ -25,17 +24,16 @@ AUGMENT = "data.augment."
 
 @dataclass(frozen=True)
 class Derived:
-    """A configuration in which nothing is left to the data any more, and what was."""
+    """A configuration with all defaults filled in, and the defaults that came from the data."""
 
     config: SweepConfig
     defaults: Mapping[str, DataDefault]
-    """Dotted key -> value and reason, of what the data decided. `data.augment.crop_padding` and
-    `flip` are among them where the file leaves them open, but stay null in `config`: their rule is
-    part of the augmentation."""
+    """Value and reason by dotted key. `data.augment.crop_padding` and `flip` are listed if the file
+    leaves them open, but stay null in `config`, because the augmentation itself derives them."""
 
 
 def data_facts(image_set: ImageSource, splits: Splits, subnets: SubnetSet) -> DataFacts:
-    """What the defaults depend on."""
+    """The facts about the data and the network on which the defaults depend."""
     channels, _, size = image_set.image_shape
     num_classes = len(image_set.class_names)
     counts = np.bincount(image_set.labels.numpy()[splits.train], minlength=num_classes)
@@ -51,10 +49,10 @@ def data_facts(image_set: ImageSource, splits: Splits, subnets: SubnetSet) -> Da
 
 
 def with_data_defaults(config: SweepConfig, image_set: ImageSource, splits: Splits, subnets: SubnetSet) -> Derived:
-    """Fill in what the configuration leaves to the data.
+    """Fill in the settings that the configuration leaves to the data.
 
     Raises:
-        ConfigError: what the data say does not go with a setting that somebody wrote.
+        ConfigError: a derived default contradicts a setting that was written.
     """
     facts = data_facts(image_set, splits, subnets)
     found = data_defaults(facts, subnets.spec.family, _written(config))
@@ -70,7 +68,8 @@ def with_data_defaults(config: SweepConfig, image_set: ImageSource, splits: Spli
 
 
 def _written(config: SweepConfig) -> dict[str, Any]:
-    """What somebody wrote of the settings that the defaults are, or depend on."""
+    """The written values among the settings that are derived from the data or that influence
+    them."""
     written = {}
     for key in (*DERIVED_KEYS, "supernet.train.accumulate", "supernet.train.optimizer"):
         value: Any = config
@@ -83,7 +82,7 @@ def _written(config: SweepConfig) -> dict[str, Any]:
 
 
 def _of_the_augmentation(config: SweepConfig, image_set: ImageSource) -> dict[str, DataDefault]:
-    """What the nulls of `data.augment` stand for."""
+    """The values that the nulls of `data.augment.crop_padding` and `flip` stand for."""
     written = config.data.augment
     if written.crop_scale is not None or config.data.stream:
         return {}

@@ -1,5 +1,5 @@
-"""What stands before the first stage: the data and its splits, the network's layout, and what each
-stage depends on."""
+"""Preparation before the first stage: the data and its splits, the network's layout, and the
+dependencies of each stage."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ from search.front.analysis import BudgetPick
 logger = logging.getLogger(__name__)
 
 STAGE_VERSIONS: Mapping[str, int] = {**RESULT_VERSIONS, "search": 3, "verify": 3}
-"""Raised by hand when the code of a stage gives other results."""
+"""Version of each stage's code; raised by hand when its results change."""
 
 
 @dataclass(frozen=True)
@@ -55,17 +55,18 @@ class StartPoint:
     """The checkpoint that training starts from, without its tensors."""
 
     path: Path
-    """Its stem, absolute: workers have other working directories."""
+    """Stem of the checkpoint, absolute, because workers have other working directories."""
     sha256: str
-    """Of the tensors."""
+    """SHA-256 of the tensors."""
     origin: Mapping[str, Any]
-    """For the record, as `SupernetRun.origin` takes it."""
+    """Origin for the record, see `SupernetRun.origin`."""
     fresh: tuple[str, ...]
-    """Names of the tensors that it does not have."""
+    """Names of the network's tensors that the checkpoint does not have."""
 
     @classmethod
     def of(cls, start: Start, subnets: SubnetSet) -> StartPoint:
-        """Try the weights on, so that what does not fit is refused before anything runs.
+        """Load the weights into the network on trial, so that weights that do not fit are refused
+        before anything runs.
 
         Raises:
             CheckpointError: they do not fit.
@@ -76,30 +77,31 @@ class StartPoint:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Everything that the stages share."""
+    """Data, network and settings that all stages share."""
 
     config: SweepConfig
-    """With the data's defaults filled in."""
+    """The configuration with defaults derived from the data filled in."""
     image_set: ImageSource
     """Facts about all images."""
     splits: Splits
     data: TensorData
-    """Without the test split; where `data.stream` is true, without the training split too."""
+    """The images without the test split, and without the training split if `data.stream` is
+    true."""
     normalization: Normalization
     subnets: SubnetSet
     fingerprint: str
-    """Of pixels, labels and splits."""
+    """Digest of pixels, labels and splits."""
     start: StartPoint | None = None
-    """None for fresh weights."""
+    """The start weights; None for fresh ones."""
     adoption: Adoption | None = None
-    """Finished stages that `supernet.init_from` already holds."""
+    """Finished stages that `supernet.init_from` holds already."""
     derived: Mapping[str, DataDefault] = field(default_factory=dict)
-    """Settings that the data decided, by dotted key."""
+    """Settings decided by the data, by dotted key."""
 
     @property
     def start_sha256(self) -> str | None:
-        """What the supernet's weights began with, as its stage key says it: of an adopted training,
-        what that began with."""
+        """SHA-256 of the start weights for the supernet's stage key; for an adopted training that
+        of its own start weights."""
         if self.adoption is not None:
             return self.adoption.origin.get("sha256")
         return None if self.start is None else self.start.sha256
@@ -110,19 +112,19 @@ class Prepared:
         return self.image_set.image_shape[-1]
 
     def decided_by_data(self) -> str:
-        """The settings of the training that follow from the images, by their last names; empty
-        where all are written."""
+        """The training settings that were derived from the images, by their last names; empty if
+        all are written."""
         prefix = "supernet.train."
         own = {key.removeprefix(prefix): each.value for key, each in self.derived.items() if key.startswith(prefix)}
         return ", ".join(f"{name} {value:g}" for name, value in own.items())
 
     def open_test(self) -> TensorData:
-        """The data with the test split; only verify and report may ask, and count it in the
-        manifest."""
+        """The data with the test split; only verify and report may call it, and they count it in
+        the manifest."""
         return self.image_set.tensor_data(self.splits, open_test=True)
 
     def warnings(self) -> tuple[str, ...]:
-        """What the routers of the sweep cannot do on this network, though it is allowed."""
+        """Warnings about allowed settings that have no effect or cannot be met on this network."""
         gate, space = self.config.gate, self.config.space
         trees = [kind for kind in possible_routers(gate, space) if router_kind(kind).is_tree]
         warnings = []
@@ -139,7 +141,7 @@ class Prepared:
         return (*warnings, *self._too_fine(), *hopeless_conditions(self.config, self.subnets, self.image_size))
 
     def _too_fine(self) -> Iterator[str]:
-        """Conditions that ask for less than one image of `val` can tell."""
+        """Warnings about conditions finer than one image of `val`."""
         num_val = len(self.splits.val)
         for comparison in conditions(self.config):
             reads_share = {name.removeprefix(BASELINE) for name in comparison.names} & share_names()
@@ -151,7 +153,7 @@ class Prepared:
                 )
 
     def notes(self) -> tuple[str, ...]:
-        """What qualifies every number of this run."""
+        """Notes that qualify every number of this run."""
         num_val, num_test = len(self.splits.val), len(self.splits.test)
         notes = []
         if min(num_val, num_test) < 1000:
@@ -164,7 +166,7 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Images:
-    """The data of a sweep, whatever network it trains."""
+    """The data of a sweep, independent of the network that it trains."""
 
     image_set: ImageSource
     splits: Splits
@@ -172,7 +174,7 @@ class Images:
 
     @property
     def fingerprint(self) -> str:
-        """Of pixels, labels and splits."""
+        """Digest of pixels, labels and splits."""
         return data_fingerprint(self.image_set.fingerprint, self.splits)
 
 
@@ -197,14 +199,14 @@ def prepare(
 ) -> Prepared:
     """Load the data, make the splits, lay out the network.
 
-    What `supernet.init_from` names may be gone once the supernet is trained: the finished stage
-    then says all that is needed of it.
+    The source in `supernet.init_from` may be gone once the supernet is trained: the finished stage
+    then holds all that is needed of it.
 
     Args:
         config: resolved.
         run: where the sweep's results are, or will be; it need not exist. None: there are none to
             go on with.
-        warn: hears, in one sentence, that the start weights are gone.
+        warn: called with one sentence if the start weights are gone.
         images: what `load_images` gives for this `data` and `seed`; None: they are loaded here.
 
     Raises:
@@ -229,8 +231,8 @@ def prepare(
 
 
 def _from_finished_stage(config: SweepConfig, run: RunDir, images: Images | None) -> Prepared | None:
-    """The same from what a run's finished supernet recorded of its origin; None where it is not the
-    one that `config` asks for."""
+    """The preparation with the recorded origin of a run's finished supernet; None if that is not
+    the supernet that `config` asks for."""
     if not run.manifest_path.is_file():
         return None
     entry = Manifest(run.manifest_path).read()["stages"].get("supernet")
@@ -249,7 +251,7 @@ def _from_finished_stage(config: SweepConfig, run: RunDir, images: Images | None
 
 
 def _checked(prepared: Prepared, start: Start | None) -> Prepared:
-    """With its start weights tried on."""
+    """The preparation with its start weights checked against the network."""
     if start is not None:
         prepared = replace(prepared, start=StartPoint.of(start, prepared.subnets))
     fresh = () if prepared.start is None else prepared.start.fresh
@@ -258,7 +260,7 @@ def _checked(prepared: Prepared, start: Start | None) -> Prepared:
 
 
 def _laid_out(config: SweepConfig, start: Start | None, images: Images | None) -> Prepared:
-    """Data, splits and network; of `start` the network and the normalisation."""
+    """Prepare data, splits and network; `start` may give the network and the normalisation."""
     supernet = config.supernet
     resolve_device(supernet.device)
     latency_settings(config)
@@ -324,14 +326,14 @@ def check_routing(config: SweepConfig, num_routes: int) -> None:
 
 
 def _beams(config: SweepConfig) -> list[int]:
-    """The smallest and the largest `gate.routing.beam` that trials may have; empty without one."""
+    """The extreme values of `gate.routing.beam` in the trials; empty if there is no beam."""
     if "gate.routing.beam" in config.space:
         return [int(beam) for beam in config.space["gate.routing.beam"].edge_values()]
     return [] if config.gate.routing.beam is None else [config.gate.routing.beam]
 
 
 def supernet_run(prepared: Prepared) -> SupernetRun:
-    """The training settings in the core's own terms."""
+    """The training settings as the core's own type."""
     config, start = prepared.config, prepared.start
     supernet, images = config.supernet, config.supernet.recalibration.images
     assert images != FROM_DATA, "prepare fills it in"
@@ -351,14 +353,14 @@ def supernet_run(prepared: Prepared) -> SupernetRun:
 
 
 def training_images(prepared: Prepared, augmentation: Augmentation) -> TrainingImages:
-    """The training split as the training loop takes it; what is in memory already is not copied."""
+    """The training split for the training loop; images in memory are not copied."""
     if prepared.config.data.stream:
         return prepared.image_set.training_images(prepared.splits, augmentation)
     return InMemoryImages(prepared.data.images("train"), prepared.data.labels("train"), augmentation)
 
 
 def latency_settings(config: SweepConfig) -> dict[str, LatencySettings]:
-    """The measurement settings of each device in the core's own terms, the main one first.
+    """The measurement settings of each device as the core's own type, the main device first.
 
     Raises:
         PreflightError: a device is not there.
@@ -369,8 +371,8 @@ def latency_settings(config: SweepConfig) -> dict[str, LatencySettings]:
 
 
 def stage_definitions(prepared: Prepared) -> list[StageDefinition]:
-    """What supernet, measure, table and search depend on, in order. Verify depends on the front,
-    which comes later."""
+    """Everything on which supernet, measure, table and search depend, in this order. The verify
+    stage depends on the front, which is known later."""
     parents: dict[Stage, tuple[Stage, ...]] = {
         "supernet": (),
         "measure": ("supernet",),
@@ -396,16 +398,16 @@ def _digest(content: object) -> str:
 def verify_definition(
     config: SweepConfig, fingerprint: str, front: Sequence[int], contenders: Sequence[BudgetPick]
 ) -> StageDefinition:
-    """What verify depends on: the frozen front, by the slots of its trials, and the trials that
-    speak for the kinds of router."""
+    """Everything on which the verify stage depends: the slots of the frozen front, and the
+    contenders of each kind of router."""
     picks = [asdict(pick) for pick in contenders]
     subset = {**stage_subset(config, "verify"), "front": list(front), "contenders": picks}
     return StageDefinition("verify", STAGE_VERSIONS["verify"], subset, fingerprint, ("search",))
 
 
 def write_splits(path: Path, splits: Splits) -> None:
-    """Record the splits once; a record that differs is replaced (the stages' keys tell them
-    apart)."""
+    """Write the splits; a file with other content is replaced (the stages' keys distinguish
+    them)."""
 
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(splits.to_json()) + "\n"

@@ -1,5 +1,4 @@
-"""The interval in which each metric of any router on a network can lie, known before anything is
-trained."""
+"""Bounds of each metric of any router on a network, known before anything is trained."""
 
 from __future__ import annotations
 
@@ -27,18 +26,18 @@ from search.conditions.constraints import BASELINE
 from search.gate_trial import ROUTING_KEYS, routing_ids
 
 Range = tuple[float, float]
-"""(lowest, highest), both included."""
+"""(lowest, highest), both inclusive."""
 
 
 _FIXED_HEADS: Mapping[str, Range] = {"none": (0.0, 0.0), "own": (0.0, math.inf)}
-"""MAdds of one decision, for heads whose size follows from nothing here."""
+"""MAdds of one decision, for heads whose size is not derived here."""
 _ROUNDING = 1e-9
-"""Ranges are wider by this share: sums in another order round otherwise."""
+"""Relative widening of the ranges, because sums in another order round differently."""
 
 
 def layout_ranges(config: SweepConfig, subnets: SubnetSet, image_size: int) -> dict[str, Range]:
-    """`metric_ranges` before anything is measured, and the same for the names `baseline.*`: exact
-    where the layout says it all."""
+    """`metric_ranges` before anything is measured, and ranges of the names `baseline.*`, exact
+    where the layout decides the metric."""
     ranges = metric_ranges(config, subnets, image_size)
     widest = subnets[subnets.by_madds()[-1]]
     cost = subnet_cost(subnets.spec, widest, image_size)
@@ -51,8 +50,8 @@ def layout_ranges(config: SweepConfig, subnets: SubnetSet, image_size: int) -> d
 
 
 def hopeless_conditions(config: SweepConfig, subnets: SubnetSet, image_size: int) -> Iterator[str]:
-    """Warnings about soft constraints and targets that no router over this layout can hold: the
-    search would find nothing, or not end."""
+    """Warnings about soft constraints and targets that no router over this layout can meet, so that
+    the search finds nothing or does not end."""
     ranges = layout_ranges(config, subnets, image_size)
     unmeasured = {name: math.nan for name in ranges if name.startswith(BASELINE)}
     for key, these, end in (
@@ -75,8 +74,8 @@ def spoken_reach(names: Collection[str], ranges: Mapping[str, Range]) -> str:
 def metric_ranges(
     config: SweepConfig, subnets: SubnetSet, image_size: int, latencies: Mapping[str, LatencyTable] | None = None
 ) -> dict[str, Range]:
-    """For each metric a range that no trial of the sweep can leave, whatever its router learns; for
-    refusing what is impossible early.
+    """For each metric a range that no trial of the sweep can leave, whatever its router learns;
+    used to refuse impossible conditions early.
 
     Args:
         config: its kinds of router, routing space and perceptron sizes.
@@ -85,9 +84,9 @@ def metric_ranges(
         latencies: by device, once they are measured; None before, when any latency above 0 is
             possible.
     """
-    reach = _Reach.of(config, subnets, image_size)
+    bounds = _CostBounds.of(config, subnets, image_size)
     kinds = possible_routers(config.gate, config.space)
-    madds, params = _union(reach.madds(kind) for kind in kinds), _union(reach.params(kind) for kind in kinds)
+    madds, params = _union(bounds.madds(kind) for kind in kinds), _union(bounds.params(kind) for kind in kinds)
     in_m = {"madds_m": madds, "p95_madds_m": madds, "params_m": params}
     ranges = {
         **{name: metric.range for name, metric in metrics().items()},
@@ -96,7 +95,7 @@ def metric_ranges(
     if latencies is None:
         devices, sizes = (MAIN_DEVICE, *config.measure.devices), sorted({1, *config.measure.batch_sizes})
         return ranges | {latency_metric(size, device): (0.0, math.inf) for device in devices for size in sizes}
-    names = [subnets[route].name for route in reach.routes]
+    names = [subnets[route].name for route in bounds.routes]
     for device, table in latencies.items():
         for size in table.batch_sizes:
             clock = table.clock(size, names)
@@ -105,7 +104,7 @@ def metric_ranges(
 
 
 def _latency_range(clock: BatchClock, kind: str) -> Range:
-    """What a batch can take: every image runs one route, or as many as its kind of router may, and
+    """Range of a batch's latency: every image runs one route, or as many as its kind of router may;
     each route that runs is one call."""
     tails = clock.tails_ms[:, 1:]
     num_images = tails.shape[1]
@@ -118,20 +117,20 @@ def _latency_range(clock: BatchClock, kind: str) -> Range:
 
 
 @dataclass(frozen=True)
-class _Reach:
-    """What routers over a set of sub-networks can cost."""
+class _CostBounds:
+    """Bounds of the costs of routers over a set of sub-networks."""
 
     subnets: SubnetSet
     image_size: int
     routes: tuple[int, ...]
-    """Those that a trial may have."""
+    """Routes that a trial may have."""
     is_exact: bool
-    """Every trial has all of these routes; else some trials have fewer."""
+    """Whether every trial has all of these routes; else some have fewer."""
     units: tuple[int, int]
-    """Fewest and most hidden units of a perceptron."""
+    """Smallest and largest number of hidden units of a perceptron."""
 
     @classmethod
-    def of(cls, config: SweepConfig, subnets: SubnetSet, image_size: int) -> _Reach:
+    def of(cls, config: SweepConfig, subnets: SubnetSet, image_size: int) -> _CostBounds:
         routing, space = config.gate.routing, config.space
         key = "gate.perceptron.hidden_units"
         units = [int(n) for n in space[key].edge_values()] if key in space else [config.gate.perceptron.hidden_units]
@@ -141,7 +140,7 @@ class _Reach:
         return cls(subnets, image_size, routes, is_exact, (min(units), max(units)))
 
     def madds(self, kind: str) -> Range:
-        """MAdds of one image, and so the mean and any percentile over images."""
+        """Range of the MAdds of one image, and so of the mean and of any percentile over images."""
         costs = [subnet_cost(self.spec, self.subnets[route], self.image_size) for route in self.routes]
         decisions = [self._decision(kind, route) for route in self.routes]
         totals = [cost.madds for cost in costs]
@@ -150,7 +149,8 @@ class _Reach:
         return min(total + least for total, (least, _) in zip(totals, decisions, strict=True)), highest
 
     def params(self, kind: str) -> Range:
-        """Parameters of the smallest supernet that holds the router's routes, and of the router."""
+        """Range of the parameters of the smallest supernet with the router's routes, plus those of
+        the router."""
         members = [self.subnets[route] for route in self.routes]
         most = shared_params(self.spec, members)
         has_all = self.is_exact and router_kind(kind).max_runs == 1
@@ -168,11 +168,11 @@ class _Reach:
 
     @property
     def _options(self) -> tuple[int, int]:
-        """Fewest and most routes that one decision chooses among."""
+        """Smallest and largest number of routes between which one decision chooses."""
         return len(self.routes) if self.is_exact else 1, len(self.routes)
 
     def _decision(self, kind: str, route: int) -> Range:
-        """MAdds of all decisions on the way to a route."""
+        """Range of the MAdds of all decisions on the way to a route."""
         subnet = self.subnets[route]
         if router_kind(kind).is_tree:
             costs = [
@@ -200,7 +200,7 @@ class _Reach:
         return few, many
 
     def _num_features(self, kind: str, gate: int, subnet: Subnet) -> int:
-        """What a decision of a kind reads at a gate, on the path of a sub-network."""
+        """Number of features that a decision reads at a gate, on the path of a sub-network."""
         site = self.spec.gates[gate]
         if router_kind(kind).head == "linear":
             return site.hidden
@@ -210,7 +210,7 @@ class _Reach:
         return (len(RICH_EVIDENCE) - 1) * attention.input_width(subnet.widths) + site.hidden
 
     def _numbers(self, kind: str) -> Range:
-        """Numbers that a router stores."""
+        """Range of the number of values that a router stores."""
         known = router_kind(kind)
         if known.head == "none":
             return 1, 1  # a threshold
@@ -234,7 +234,7 @@ class _Reach:
         return min(one_path), every_node
 
     def _head_numbers(self, kind: str, gate: int, subnet: Subnet, num_options: int) -> Range:
-        """Weights, biases and offsets of one decision."""
+        """Range of the number of weights, biases and offsets of one decision."""
         if router_kind(kind).head == "own":
             return 0.0, math.inf
         size = self._num_features(kind, gate, subnet)

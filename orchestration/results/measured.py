@@ -1,4 +1,4 @@
-"""One static sub-network as the measure stage found it."""
+"""The measured numbers of one static sub-network."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MeasuredSubnet:
-    """One sub-network as the measure stage found it on `val`."""
+    """The numbers of one static sub-network, measured on `val`."""
 
     name: str
     top1: float
@@ -28,7 +28,7 @@ def static_metrics(subnet: MeasuredSubnet, latencies: Mapping[str, LatencyTable]
     """The metrics of a static sub-network, under the names that trials use.
 
     Args:
-        subnet: as the measure stage found it on `val`.
+        subnet: numbers of the sub-network, measured on `val`.
         latencies: by device, the main one under `MAIN_DEVICE`; a latency is that of a call of the
             whole sub-network, without a decision. The teacher's was not measured.
     """

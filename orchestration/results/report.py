@@ -1,4 +1,4 @@
-"""From the results of a run to the report's data and file."""
+"""The data and the file of a run's report, from its results."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def write_report(results: RunResults, class_names: tuple[str, ...], notes: tuple
 
 
 def report_data(results: RunResults, class_names: tuple[str, ...], notes: tuple[str, ...], status: str) -> ReportData:
-    """Everything the report shows; parts that the run does not have yet stay empty."""
+    """The content of the report; parts without results stay empty."""
     manifest, config = results.manifest, results.config
     made = results.supernet
     return ReportData(
@@ -100,7 +100,7 @@ def report_data(results: RunResults, class_names: tuple[str, ...], notes: tuple[
 
 
 def commands_of(results: RunResults) -> tuple[tuple[str, str], ...]:
-    """(what it does, command) of what can be done with a run, from whatever folder."""
+    """(what it does, command) pairs for working with the run from any folder."""
     run = results.run
     sweep, path, root = (shlex.quote(str(part)) for part in (run.sweep_yaml, run.path, run.root))
     return (
@@ -112,18 +112,19 @@ def commands_of(results: RunResults) -> tuple[tuple[str, str], ...]:
 
 
 def _model_name(results: RunResults) -> str:
-    """The family; of a network that lay in a checkpoint, once it is known."""
+    """The family's name; for a network from a checkpoint, once it is known."""
     model, made = results.config.supernet.model, results.supernet
     return model if made is None or model == made.spec.family else f"{made.spec.family} (of a {model})"
 
 
 def training_notes(results: RunResults, whose: str = "") -> tuple[str, ...]:
-    """What is to be said about the training of the supernet, in sentences."""
+    """Warnings about the training of the supernet, in sentences."""
     return tuple(f"{whose}{_capital(warning.text)}. To change: {warning.way_out}." for warning in review(results))
 
 
 def timing_doubt(results: RunResults) -> str | None:
-    """What makes the times of a run doubtful, with the way out; None where nothing does."""
+    """A sentence that says why the measured times are doubtful and what to do; None if nothing is
+    wrong."""
     timed = [(f"sub-networks{_on(name)}", table.noise) for name, table in results.newest_latencies.items()]
     if results.verified is not None:
         timed += [(f"the front{_on(name)}", own.noise) for name, own in results.verified.latencies.items()]
@@ -147,7 +148,8 @@ def _timing_notes(results: RunResults) -> tuple[str, ...]:
 
 
 def _capital(text: str) -> str:
-    """As the beginning of a sentence; the name of a sub-network or trial stays as it is."""
+    """The text with a capital first letter, unless it begins with the name of a sub-network or
+    trial."""
     return text if {"-", "_"} & set(text.split(" ", 1)[0]) else text[:1].upper() + text[1:]
 
 
@@ -172,7 +174,7 @@ def _objective_notes(results: RunResults) -> tuple[str, ...]:
 
 
 def further_objective(results: RunResults) -> Further | None:
-    """The first objective beside top-1 and MAdds, which the front's figure shows too."""
+    """The first objective other than top-1 and MAdds, which the front's figure shows too."""
     others = [metric for metric in results.config.metrics if metric.name not in ("top1", "madds_m")]
     return Further(others[0].name, others[0].goal) if others else None
 
@@ -191,7 +193,7 @@ def endings_of(results: RunResults) -> tuple[tuple[str, str, int], ...]:
 
 
 def draw_front(results: RunResults, path: Path) -> Path:
-    """Draw the front into a file; its ending decides the format.
+    """Draw the front into a file; its suffix decides the format.
 
     Raises:
         NotFoundError: the run has no measured sub-networks yet.
@@ -206,7 +208,7 @@ def draw_front(results: RunResults, path: Path) -> Path:
 
 
 def draw_routers(results: RunResults, path: Path) -> Path:
-    """Draw what each kind of router reaches at the budgets into a file; its ending decides the
+    """Draw the accuracy of each kind of router at the budgets into a file; its suffix decides the
     format.
 
     Raises:
@@ -283,15 +285,15 @@ def _row(results: RunResults, verified: Verified, chosen: PointAnalysis, reporte
 
 
 def _further_values(results: RunResults, slot: int) -> tuple[tuple[str, float], ...]:
-    """The objectives beside top-1 and MAdds, as the search measured them."""
+    """The measured objectives other than top-1 and MAdds."""
     metrics = results.record(slot).metrics
     names = [metric.name for metric in results.config.metrics if metric.name not in ("top1", "madds_m")]
     return tuple((name, metrics[name]) for name in names)
 
 
 def _unverified_row(results: RunResults, slot: int) -> Row:
-    """Without the verify stage there is no bootstrap; the interval of an accuracy needs only the
-    number of images."""
+    """Intervals without a bootstrap, before the verify stage; for an accuracy only the number of
+    images is needed."""
     metrics = results.record(slot).metrics
     return Row(
         name=trial_name(slot),
@@ -400,8 +402,8 @@ def hypervolume_of(results: RunResults) -> HypervolumeInfo | None:
     """Hypervolume of the static sub-networks and all routers so far, after each trial, of the 2 or
     3 objectives.
 
-    A trial adds what it has over the static sub-networks and the trials before it; trials that are
-    not feasible add nothing.
+    A trial adds its gain over the static sub-networks and the trials before it; infeasible trials
+    add nothing.
     """
     if not results.records or not results.subnets:
         return None
@@ -429,8 +431,8 @@ def hypervolume_of(results: RunResults) -> HypervolumeInfo | None:
 
 
 def _plateau(results: RunResults) -> int | None:
-    """Over how many trials the stop rule found no growth; None where the search ended for another
-    reason, or goes on."""
+    """Number of trials over which the stop rule found no growth; None if the search ended for
+    another reason or can go on."""
     path = results.run.search_end_json(results.stage_key("search") or "")
     if not path.is_file():
         return None
@@ -453,8 +455,7 @@ def _static_values(results: RunResults) -> list[list[float]]:
 
 
 def routes_of(results: RunResults, class_names: tuple[str, ...]) -> RoutesInfo | None:
-    """The routes of the front's gates on `test` (on `val` there is nothing more to learn from
-    them)."""
+    """The routes of the front's gates on `test`; None before the verify stage."""
     verified = results.verified
     if verified is None or not verified.test.points:
         return None
@@ -474,7 +475,7 @@ def routes_of(results: RunResults, class_names: tuple[str, ...]) -> RoutesInfo |
 
 
 def routers_of(results: RunResults) -> RoutersInfo | None:
-    """What each kind of router reaches at the budgets, on `test`; None before the verify stage."""
+    """Accuracy of each kind of router at the budgets, on `test`; None before the verify stage."""
     verified = results.verified
     if verified is None:
         return None
@@ -501,7 +502,7 @@ def _router_result(share: RouterShare) -> RouterResult:
 
 
 def widths_of(results: RunResults) -> WidthsInfo | None:
-    """The static sub-networks by rising MAdds."""
+    """The static sub-networks by ascending MAdds."""
     members = results.members
     if not members:
         return None

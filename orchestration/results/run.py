@@ -1,5 +1,5 @@
-"""What a run folder holds, read back: for status, pareto, report, export and sync. Reads only, and
-never the sealed table."""
+"""Results of a run, read from its folder, for status, pareto, report, export and sync. Reads only,
+and never the sealed table."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from search.study.study import TrialRecord, load_enqueued, load_records
 
 
 class RunResults:
-    """The results of one run, as far as it has come.
+    """The results of one run so far.
 
     Args:
         run: an existing run.
@@ -66,15 +66,14 @@ class RunResults:
         return None if entry is None else str(entry["key"])
 
     def is_done(self, stage: str) -> bool:
-        """Whether the stage is complete, and for the very parents that are current."""
+        """Whether the stage is complete, for the current results of its parents."""
         return self._is_current(stage) and self._folder(stage).is_done()
 
     def _folder(self, stage: str) -> StageDir:
         return StageDir(self.run.stage_dir(stage, self.stage_key(stage) or ""))
 
     def _is_current(self, stage: str) -> bool:
-        """Whether the stage's last result belongs to the last results of all the stages above
-        it."""
+        """Whether the stage's last result was made from the last results of all its ancestors."""
         if self.stage_key(stage) is None:
             return False
         record = self._folder(stage).record()
@@ -97,8 +96,8 @@ class RunResults:
 
     @cached_property
     def supernet(self) -> SupernetFacts | None:
-        """How the supernet was made; None before its stage is done, or where another release made
-        it."""
+        """Facts about how the supernet was made; None before its stage is done, or if another
+        release made it."""
         return SupernetFacts.of_stage(self._folder("supernet").path) if self.is_done("supernet") else None
 
     @cached_property
@@ -109,7 +108,7 @@ class RunResults:
 
     @property
     def members(self) -> tuple[MeasuredSubnet, ...]:
-        """The measured sub-networks by rising MAdds, without the teacher."""
+        """The measured sub-networks by ascending MAdds, without the teacher."""
         return tuple(sorted((item for item in self.subnets if not item.is_teacher), key=lambda item: item.madds))
 
     @property
@@ -119,7 +118,7 @@ class RunResults:
 
     @property
     def num_val(self) -> int:
-        """Images of `val`; 0 before the measure stage."""
+        """Number of images in `val`; 0 before the measure stage."""
         return int(self._measured["num_images"])
 
     @cached_property
@@ -147,32 +146,33 @@ class RunResults:
 
     @cached_property
     def _timed_again(self) -> dict[str, Any]:
-        """What `dsnet-orch measure` stored; empty where it was not asked for."""
+        """Timings stored by `dsnet-orch measure`; empty if there are none."""
         path = self.run.timed_again_json(self.done_key("measure")) if self.is_done("measure") else None
         return _read(path) if path is not None and path.is_file() else {}
 
     @cached_property
     def newest_latencies(self) -> dict[str, LatencyTable]:
-        """`latencies`, or what `dsnet-orch measure` found later: to be shown. The study keeps those
-        that it was searched by."""
+        """`latencies`, replaced by later timings of `dsnet-orch measure`, for display. The study
+        keeps those with which it was searched."""
         again = self._timed_again.get("tables", {})
         return self.latencies | {name: LatencyTable.from_json(table) for name, table in again.items()}
 
     @cached_property
     def records(self) -> list[TrialRecord]:
-        """All finished trials in slot order; a search that still runs is read as far as it is."""
+        """All finished trials by slot, including those of a search that still runs."""
         journal = self.run.study_journal(self.stage_key("search") or "")
         return load_records(journal) if self._is_current("search") and journal.exists() else []
 
     @property
     def search_end(self) -> str | None:
-        """What ended the search: `trials`, `time`, `plateau`, ...; None before its end."""
+        """The reason for which the search ended: `trials`, `time`, `plateau`, ...; None before its
+        end."""
         path = self.run.search_end_json(self.stage_key("search") or "")
         return str(_read(path)["reason"]) if path.is_file() else None
 
     @property
     def num_waiting(self) -> int:
-        """Points that people enqueued and that have no trial yet."""
+        """Number of enqueued points that have no trial yet."""
         key = self.stage_key("search") or ""
         journal, queue = self.run.study_journal(key), read_queue(self.run.queue_jsonl(key))
         return len(queue) - len(load_enqueued(journal)) if queue and journal.is_file() else len(queue)
@@ -184,13 +184,13 @@ class RunResults:
 
     @property
     def feasible(self) -> list[TrialRecord]:
-        """The completed trials that hold all constraints: only they are on a front, picked or
+        """The completed trials that hold all constraints; only these may be on a front, picked or
         exported."""
         return [record for record in self.records if record.is_feasible]
 
     @property
     def pruned(self) -> list[TrialRecord]:
-        """The trials that were ended early: they fell behind, or broke a hard constraint."""
+        """The trials that were ended early, because they fell behind or broke a hard constraint."""
         return [record for record in self.records if record.state == "pruned"]
 
     @property
@@ -207,12 +207,13 @@ class RunResults:
 
     @cached_property
     def reference_point(self) -> tuple[float, ...]:
-        """The hypervolume's reference: as configured, else 0 for what is maximised and 1.05 x the
-        widest for what is minimised.
+        """Reference point of the hypervolume: as configured, else 0 for a maximised metric and 1.05
+        x the widest sub-network for a minimised one.
 
-        Of a latency it is the widest as a gate runs it, decision included: what a router saves is
-        told apart from what deciding costs. Of parameters it is the most that a trial may have: a
-        router and the norms of all its routes come on top of the widest.
+        For a latency, the widest is timed as a gate runs it, with the decision, so that the savings
+        of a router are separated from the cost of deciding. For parameters it is the largest number
+        that a trial may have, because a router and the norms of all its routes are added to the
+        widest.
         """
         names = [subnet.name for subnet in self.subnets if not subnet.is_teacher]
         always_widest = np.array([float(name == self.widest.name) for name in names])
@@ -229,8 +230,8 @@ class RunResults:
 
     @cached_property
     def baseline(self) -> dict[str, float]:
-        """Every metric of the widest routable static sub-network on `val`: what `baseline.*` means
-        in constraints.
+        """Every metric of the widest routable static sub-network on `val`: the values of
+        `baseline.*` in constraints.
 
         Raises:
             NotFoundError: the measure stage has not finished.
@@ -239,8 +240,8 @@ class RunResults:
         return static_metrics(self.widest, self.latencies) | self._added_metrics(self.widest.name)
 
     def _added_metrics(self, name: str) -> dict[str, float]:
-        """The metrics of plugins of a static sub-network on `val`; none are there before the
-        table."""
+        """Metrics that plugins add, for a static sub-network on `val`; empty before the table
+        stage."""
         added = added_metrics()
         if not added or not self.is_done("table"):
             return {}
@@ -250,7 +251,7 @@ class RunResults:
 
     @cached_property
     def metric_ranges(self) -> dict[str, Range]:
-        """The interval in which each metric of any router of this run lies, latencies included.
+        """An interval that contains each metric of any router of this run, latencies included.
 
         Raises:
             NotFoundError: the measure stage has not finished.
@@ -262,11 +263,11 @@ class RunResults:
 
     @cached_property
     def front_sample(self) -> tuple[int, ...]:
-        """The gates of the front that run on `test`: about as many as `budget.verify` says, evenly
+        """The gates of the front that run on `test`: about `budget.verify` of them, spread evenly
         along it.
 
-        Both ends, the knee and what `export.picks` asks for by more than `all` are among them. Of a
-        member of a sweep of supernets: those that are on the front over all supernets.
+        Both ends, the knee and the picks of `export.picks` other than `all` are always among them.
+        In a member of a sweep of supernets: the gates chosen from the front over all supernets.
         """
         chosen = self.run.chosen_json(self.stage_key("search") or "")
         if chosen.is_file():
@@ -290,19 +291,19 @@ class RunResults:
 
     @cached_property
     def contenders(self) -> tuple[BudgetPick, ...]:
-        """The trials that speak for each kind of router at the budgets, chosen on `val`."""
+        """The trials that represent each kind of router at the budgets, chosen on `val`."""
         trials = [(record.slot, self.router_kind(record.slot), record.metrics) for record in self.feasible]
         return budget_picks(trials, np.array([subnet.madds for subnet in self.members]))
 
     @cached_property
     def knee(self) -> int | None:
-        """The slot of the front's knee; None without a front."""
+        """The slot of the front's knee; None if there is no front."""
         return picked_slots(self, ["knee"])[0] if self.front else None
 
     @cached_property
     def verified(self) -> Verified | None:
-        """What verify found; None where it has not run, or the trials that it is about have changed
-        since."""
+        """The result of the verify stage; None if it has not run, or if the trials that it is about
+        have changed since."""
         if not self.is_done("verify"):
             return None
         try:
@@ -313,8 +314,8 @@ class RunResults:
         return self._with_newest_latencies(verified) if is_current else None
 
     def _with_newest_latencies(self, verified: Verified) -> Verified:
-        """With the times of the front that `dsnet-orch measure` found later, where they are of all
-        of its gates."""
+        """The result with later timings of `dsnet-orch measure`, if these cover all gates of the
+        front."""
         again = {name: DynamicLatency.from_json(item) for name, item in self._timed_again.get("front", {}).items()}
         of_front = {
             name: latency
@@ -329,7 +330,7 @@ class RunResults:
         return max(record.finished_ms for record in self.records)
 
     def record(self, slot: int) -> TrialRecord:
-        """One trial by its slot."""
+        """The record of the trial with this slot."""
         return next(record for record in self.records if record.slot == slot)
 
     def router_kind(self, slot: int) -> str:
@@ -371,8 +372,8 @@ class RunResults:
         return rows + (self._verified_points(self.verified) if self.verified is not None else [])
 
     def _static_latencies(self, names: Sequence[str]) -> dict[str, list[float]]:
-        """Every latency of whole sub-networks, by its metric: [K] for K names. They were measured
-        once, for all splits."""
+        """Every latency of the named static sub-networks, by metric: [K] for K names. They were
+        measured once, for all splits."""
         return {
             latency_metric(size, device): [table.static_ms(name, size) for name in names]
             for device, table in self.latencies.items()
@@ -381,8 +382,8 @@ class RunResults:
 
     @cached_property
     def _clocks(self) -> dict[str, BatchClock]:
-        """Metric -> what tells the ideal latency of a gate, as for trials. What whole batches
-        really took is in `verified.latency`."""
+        """A function for each latency metric that gives a gate's ideal latency, as for trials.
+        Measured times of whole batches are in `verified.latency`."""
         names = [subnet.name for subnet in self.subnets if not subnet.is_teacher]
         return {
             latency_metric(size, device): table.clock(size, names)
@@ -420,7 +421,7 @@ class RunResults:
 
 
 def picked_slots(results: RunResults, picks: Sequence[str]) -> list[int]:
-    """The trials that `picks` mean, each once, in the order of the picks.
+    """The slots of the trials selected by `picks`, each once, in the order of the picks.
 
     Args:
         results: a run with a front.
@@ -447,10 +448,10 @@ def picked_slots(results: RunResults, picks: Sequence[str]) -> list[int]:
 
 
 def refuse_unusable(pick: str, records: Sequence[TrialRecord]) -> None:
-    """Raise where a pick names trials that exist, but are all failed, pruned or infeasible.
+    """Raise if a pick names trials that exist, but are all failed, pruned or infeasible.
 
     Raises:
-        NotFoundError: it says what became of the first.
+        NotFoundError: the message says what became of the first.
     """
     if not records or any(record.is_feasible for record in records):
         return
@@ -466,7 +467,7 @@ def refuse_unusable(pick: str, records: Sequence[TrialRecord]) -> None:
 
 
 def load_router(path: Path) -> Router:
-    """The router that a trial stored.
+    """Load the router that a trial stored.
 
     Raises:
         CheckpointError: the file is missing or damaged.

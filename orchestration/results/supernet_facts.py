@@ -1,5 +1,5 @@
-"""How a supernet was made, in words: what a regime, a checkpoint or a default comes to, for `plan`,
-the report and MLflow."""
+"""Facts about how a supernet was made: the meaning of its regime, checkpoint and defaults, for
+`plan`, the report and MLflow."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from orchestration.prepare.preparation import Prepared, supernet_run
 
 @dataclass(frozen=True)
 class SupernetFacts:
-    """What was, or would be, trained."""
+    """The network and the training settings of a supernet that was, or would be, made."""
 
     spec: SupernetSpec
     run: SupernetRun
@@ -29,8 +29,8 @@ class SupernetFacts:
 
     @classmethod
     def of_stage(cls, folder: Path) -> SupernetFacts | None:
-        """As a finished supernet stage recorded it; None where another release did, whose settings
-        are not known here."""
+        """The facts recorded by a finished supernet stage; None if it is of another release, whose
+        settings are not known here."""
         meta = read_json(folder / f"{FINAL}.json")
         try:
             run = SupernetRun.from_json(meta.get("run", {}))
@@ -40,7 +40,7 @@ class SupernetFacts:
 
     @classmethod
     def of_prepared(cls, prepared: Prepared) -> SupernetFacts:
-        """As a launch would train it, or takes it over."""
+        """The facts of a supernet that a launch would train or take over."""
         run = supernet_run(prepared)
         if prepared.adoption is not None:
             run = replace(run, origin=prepared.adoption.origin)
@@ -48,11 +48,11 @@ class SupernetFacts:
 
     @property
     def naming(self) -> str:
-        """What the sub-networks' names mean; empty where they are plain numbers."""
+        """The meaning of the sub-networks' names; empty if they are plain numbers."""
         return get_family(self.spec.family).naming
 
     def lines(self, init_from: str | None) -> tuple[tuple[str, str], ...]:
-        """(what, how) for people.
+        """(topic, text) lines for people.
 
         Args:
             init_from: `supernet.init_from` of the sweep.
@@ -73,12 +73,12 @@ class SupernetFacts:
         return (*lines, ("start weights", self._start(init_from)), ("BatchNorm statistics", self._statistics()))
 
     def params(self) -> dict[str, Any]:
-        """For MLflow, beside the sweep's own settings."""
+        """Parameters of MLflow's row, beside the sweep's own settings."""
         return {"network": {"family": self.spec.family, "norm": self.spec.norm}, "origin": dict(self.run.origin)}
 
     def keeps_statistics(self) -> bool:
-        """Whether nothing is estimated after training: there is nothing to estimate, or it was
-        asked for."""
+        """Whether BatchNorm statistics are not estimated after training: the norm has none, or the
+        settings say so."""
         return self.spec.norm == "group_norm" or self.run.recalibration_images == 0
 
     def _regime(self) -> str:
@@ -101,10 +101,10 @@ class SupernetFacts:
 
 
 def dry_layout(config: SweepConfig) -> SubnetSet | None:
-    """The sub-networks of a sweep's family without its data; None for a model that lies in a
+    """The sub-networks of a sweep's family, laid out without its data; None for a model from a
     checkpoint, which is not opened.
 
-    Classes and channels are those of no particular data.
+    The numbers of classes and channels are placeholders.
 
     Raises:
         ConfigError: unknown family or option, or a value out of its range.
@@ -117,10 +117,10 @@ def dry_layout(config: SweepConfig) -> SubnetSet | None:
 
 
 def resolved_settings(config: SweepConfig) -> dict[str, Any]:
-    """`supernet` of the configuration with what its regime comes to in the nulls' place.
+    """The settings of `supernet`, with the nulls that its regime decides filled in.
 
-    `train.bn` is the family's own where nothing asks for another, and `checkpoint` where only a
-    checkpoint knows it.
+    `train.bn` is the family's own norm if none is set, and `checkpoint` if it is known only from a
+    checkpoint.
     """
     settings = config.supernet.model_dump(mode="json")
     regime, subnets = resolve_regime(config.supernet), dry_layout(config)

@@ -1,5 +1,5 @@
-"""Warnings about the training of a run's supernet, derived from what the run folder holds: runs of
-earlier releases get them too."""
+"""Warnings about the training of a run's supernet, derived from the run folder, so that runs of
+earlier releases have them too."""
 
 from __future__ import annotations
 
@@ -24,14 +24,15 @@ from search.training_checks import Score, TrainingFacts, TrainingWarning, traini
 
 LOSS = "loss/"
 LABELLED = "largest"
-"""The curve of the sub-network that learns from the labels, where the largest one is no route; a
-route's own name otherwise."""
+"""Curve of the sub-network that learns from the labels if the largest one is no route; the curve of
+a route has the name of that route."""
 
 
 def review(results: RunResults) -> tuple[TrainingWarning, ...]:
-    """What is to be said about the training; nothing before it has ended.
+    """Warnings about the training; empty before it has ended.
 
-    Accuracies enter when the measure stage is done, image by image when the table stage is.
+    Accuracies are used once the measure stage is done, and answers to single images once the table
+    stage is.
     """
     if not results.is_done("supernet"):
         return ()
@@ -39,7 +40,8 @@ def review(results: RunResults) -> tuple[TrainingWarning, ...]:
 
 
 def facts_of(results: RunResults) -> TrainingFacts:
-    """Everything that the checks read, as far as the run has it; the supernet's stage is done."""
+    """The facts that the checks read, as far as the run has them; the supernet's stage must be
+    done."""
     key = results.done_key("supernet")
     made = results.supernet
     facts = TrainingFacts()
@@ -58,8 +60,8 @@ def facts_of(results: RunResults) -> TrainingFacts:
 
 
 def read_curves(path: Path, epochs: int) -> tuple[int, dict[str, tuple[list[float], list[float]]]]:
-    """(steps of the training, sub-network -> its curve, the one that learns from the labels first);
-    (0, {}) where there is none."""
+    """(number of training steps, curve of each sub-network, the one that learns from the labels
+    first); (0, {}) if there are no curves."""
     if epochs == 0 or not path.is_file():
         return 0, {}
     rows: dict[int, Mapping[str, Any]] = {}
@@ -98,8 +100,8 @@ def _train_score(stored: Any) -> Score:
 
 
 def _nested_pairs(results: RunResults, names: Sequence[str]) -> list[tuple[int, int]]:
-    """(narrow, wide) positions where no layer of the wide one is narrower: only then it should be
-    as good."""
+    """(narrow, wide) positions of sub-networks where no layer of the wide one is narrower, so that
+    it should be at least as accurate."""
     meta = read_json(results.run.stage_dir("supernet", results.done_key("supernet")) / f"{FINAL}.json")
     try:
         subnets = SubnetSet.from_json(SupernetSpec.from_json(meta["spec"]), meta["subnets"])
@@ -115,8 +117,8 @@ def _nested_pairs(results: RunResults, names: Sequence[str]) -> list[tuple[int, 
 
 
 def _correct(results: RunResults, names: Sequence[str]) -> NDArray[np.bool_] | None:
-    """[N, K] of the table of `val`, without reading the rest of it; None before the table stage,
-    and where it cannot be read."""
+    """Whether each route is right [N, K] on `val`, read from the table without its other arrays;
+    None before the table stage, or if it cannot be read."""
     if not results.is_done("table"):
         return None
     try:

@@ -1,4 +1,4 @@
-"""Which trials of a run somebody wants to see, and in which order: states, conditions, sorting."""
+"""Selection and order of a run's trials for lists: states, conditions, sorting."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ from search.front.points import trial_name
 from search.study.study import TrialRecord
 
 Standing = Literal["complete", "infeasible", "failed", "pruned"]
-"""What became of a trial, with those that completed divided by whether they hold every
-constraint."""
+"""Outcome of a trial; completed ones are divided by whether they hold every constraint."""
 Wanted = Literal["complete", "feasible", "infeasible", "failed", "pruned"]
 WANTED: tuple[str, ...] = get_args(Wanted)
 
@@ -32,11 +31,11 @@ class ListedTrial:
     record: TrialRecord
     is_front: bool
     supernet: str | None = None
-    """Where it comes from, in a sweep of several supernets."""
+    """Name of its supernet in a sweep of several; else None."""
 
     @property
     def standing(self) -> Standing:
-        """Its state; "infeasible" where it completed and breaks a constraint."""
+        """Its state, or "infeasible" if it completed and breaks a constraint."""
         record = self.record
         return "infeasible" if record.state == "complete" and not record.is_feasible else record.state
 
@@ -47,13 +46,12 @@ class ListedTrial:
 
     @property
     def reason(self) -> str | None:
-        """Why it is not on the front whatever its metrics are; None where nothing stands against
-        it."""
+        """Why it cannot be on the front whatever its metrics are; None if it can."""
         return f"breaks {' and '.join(self.broken)}" if self.broken and not self.record.reason else self.record.reason
 
     @property
     def values(self) -> dict[str, float]:
-        """All numbers that a condition may be about: metrics, and parameters that are numbers."""
+        """The numbers that a condition may use: metrics, and parameters that are numbers."""
         params = {
             name: float(value)
             for name, value in self.record.params.items()
@@ -64,28 +62,28 @@ class ListedTrial:
 
 @dataclass(frozen=True)
 class Selection:
-    """What somebody asked for."""
+    """The user's selection of trials."""
 
     state: str | None = None
-    """One of `WANTED`; None = all."""
+    """One of `WANTED`; None selects all."""
     where: tuple[str, ...] = ()
     """Conditions over metrics, parameters and `baseline.*`; all must hold."""
     sort: str | None = None
-    """A metric or parameter, the best first; None = by slot."""
+    """A metric or parameter to sort by, the best first; None sorts by slot."""
     limit: int | None = None
-    """At most so many, >= 1."""
+    """Largest number of trials, >= 1; None has no limit."""
 
 
 @dataclass(frozen=True)
 class TrialList:
-    """Trials, and what they are judged by."""
+    """Finished trials, with the objectives and baselines by which they are judged."""
 
     trials: tuple[ListedTrial, ...]
     objectives: tuple[tuple[str, str], ...]
-    """(metric, goal)."""
+    """(metric, goal) of each objective."""
     baseline: Callable[[str | None], Mapping[str, float]] = lambda _: {}
-    """Tells the metrics of the widest static sub-network of a supernet, without the prefix; called
-    where a condition reads one."""
+    """Returns the metrics of the widest static sub-network of a supernet, without the prefix;
+    called only if a condition reads one."""
 
     @classmethod
     def of(cls, results: RunResults) -> TrialList:
@@ -94,7 +92,7 @@ class TrialList:
         return cls(listed_trials(results, results.front), objectives, lambda _: results.baseline)
 
     def select(self, selection: Selection) -> tuple[ListedTrial, ...]:
-        """The trials that were asked for.
+        """The trials that match a selection.
 
         Raises:
             ConfigError: a condition cannot be read, or nothing is called so.
@@ -114,7 +112,7 @@ class TrialList:
         return tuple(chosen[: selection.limit])
 
     def _baselines(self) -> dict[str | None, dict[str, float]]:
-        """By supernet: `baseline.top1` and so on -> value."""
+        """Values of `baseline.top1` and so on, by supernet."""
         supernets = dict.fromkeys(trial.supernet for trial in self.trials)
         return {
             supernet: {BASELINE + name: value for name, value in self.baseline(supernet).items()}
@@ -122,7 +120,7 @@ class TrialList:
         }
 
     def _is_rising(self, name: str) -> bool:
-        """Whether more of it is better."""
+        """Whether larger values of a metric or parameter are better."""
         goals = dict(self.objectives)
         known = find_metric(name)
         return goals[name] == "maximize" if name in goals else known is not None and known.goal == "maximize"
@@ -132,10 +130,10 @@ def listed_trials(results: RunResults, front: Collection[int], supernet: str | N
     """The finished trials of a run in slot order.
 
     Args:
-        results: of the run.
+        results: results of the run.
         front: slots of those that are on the front; of a sweep of supernets, on the one over all of
             them.
-        supernet: its name in such a sweep, which becomes part of the trials' names.
+        supernet: name of the supernet in such a sweep; becomes part of the trials' names.
     """
     prefix = "" if supernet is None else f"{supernet}/"
     chosen = frozenset(front)
@@ -146,12 +144,12 @@ def listed_trials(results: RunResults, front: Collection[int], supernet: str | N
 
 
 def broken_constraints(record: TrialRecord) -> tuple[str, ...]:
-    """The constraints that a trial breaks, or of which nothing is known."""
+    """The constraints that a trial breaks, or whose outcome is not known."""
     return tuple(text for text, violation in record.constraints.items() if not violation <= 0)
 
 
 def json_row(trial: ListedTrial) -> dict[str, Any]:
-    """All that is known of a trial, as JSON: values that are not finite are null."""
+    """Everything about a trial as JSON; values that are not finite become null."""
     record = trial.record
     return {
         "name": trial.name,

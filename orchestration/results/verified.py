@@ -20,12 +20,12 @@ from search.front.analysis import BudgetPick, PointAnalysis, SplitAnalysis
 
 @dataclass(frozen=True)
 class Agreement:
-    """How a router's real run compares with its table."""
+    """Comparison of a router's real run with its table."""
 
     slot: int
     num_images: int
     num_ties: int
-    """Images that differ where the table itself was undecided to within rounding."""
+    """Number of images that differ because the table itself was undecided to within rounding."""
     top1: float
     madds_m: float
     """Mean over the images, as really executed."""
@@ -33,34 +33,34 @@ class Agreement:
 
 @dataclass(frozen=True)
 class DynamicLatency:
-    """Measured latency of the front beside the static extremes: same run, same device, same images.
-    All in ms of one batch."""
+    """Measured latency of the front beside the static extremes, from the same run, device and
+    images. All times are ms per batch."""
 
     device: str
     threads: int
     gates: Mapping[int, Mapping[int, Timing]]
-    """batch size -> slot -> a call's time."""
+    """Time of a call, by batch size and slot."""
     widest: Mapping[int, Timing]
     cheapest: Mapping[int, Timing]
     ideal: Mapping[int, Mapping[int, float]] = field(default_factory=dict)
-    """batch size -> slot -> what the measured parts add up to for these images' routes: what the
-    objective said, but on them."""
+    """By batch size and slot, the sum of the measured parts over these images' routes: the
+    objective's latency, but on these images."""
     split: str = "test"
-    """Whose images were run; `dsnet-orch measure` takes those of `val`."""
+    """The split of the timed images; `dsnet-orch measure` uses `val`."""
     load: MachineLoad | None = None
-    """Of the machine when all was timed; None in results of earlier releases."""
+    """Load of the machine when the timing was done; None in results of earlier releases."""
 
     @property
     def noise(self) -> str | None:
-        """What makes the times doubtful; None where nothing does."""
+        """Why the times are doubtful; None if nothing is wrong."""
         extremes = [*self.widest.values(), *self.cheapest.values()]
         return noise_of([*extremes, *(timing for row in self.gates.values() for timing in row.values())], self.load)
 
     def beside(self, table: LatencyTable, front: Sequence[PointAnalysis], routes: Sequence[str]) -> DynamicLatency:
-        """The same with `ideal` filled in.
+        """A copy with `ideal` filled in.
 
         Args:
-            table: of this device, from the measure stage.
+            table: latency table of this device, from the measure stage.
             front: the same gates on the images that were timed.
             routes: names of the K sub-networks that `PointAnalysis.runs` counts.
         """
@@ -72,12 +72,12 @@ class DynamicLatency:
         return replace(self, ideal=ideal)
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON-able mapping."""
+        """The fields as JSON."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> DynamicLatency:
-        """Rebuild what `to_json` gave."""
+        """Build it from the result of `to_json`."""
         gates = {int(n): {int(slot): Timing(**item) for slot, item in row.items()} for n, row in data["gates"].items()}
         widest, cheapest = (
             {int(n): Timing(**item) for n, item in data[name].items()} for name in ("widest", "cheapest")
@@ -89,7 +89,7 @@ class DynamicLatency:
 
 @dataclass(frozen=True)
 class Verified:
-    """What the verify stage found."""
+    """The result of the verify stage."""
 
     front: tuple[int, ...]
     contenders: tuple[BudgetPick, ...]
@@ -102,12 +102,12 @@ class Verified:
 
     @property
     def latency(self) -> DynamicLatency:
-        """On the main device."""
+        """The latency on the main device."""
         return self.latencies[MAIN_DEVICE]
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Verified:
-        """Rebuild it from verify.json."""
+        """Build it from the content of verify.json."""
         return cls(
             front=tuple(data["front"]),
             contenders=tuple(BudgetPick(**item) for item in data["contenders"]),

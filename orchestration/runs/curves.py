@@ -1,4 +1,4 @@
-"""The loss curves of a training as its file holds them, read while it grows."""
+"""The loss curves of a training, read from their file while it grows."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class CurvePoint:
 class CurveTail:
     """Reads a growing curves.jsonl piece by piece.
 
-    The unfinished last line is left for the next read; a line torn by a kill is skipped; a file
-    that became shorter (a resumed training cut it back) is read from its beginning again, which a
-    tracker tolerates.
+    An unfinished last line is left for the next read; a line torn by a kill is skipped. A file that
+    became shorter, because a resumed training cut it back, is read again from its beginning; a
+    tracker tolerates repeated points.
     """
 
     def __init__(self, path: Path) -> None:
@@ -31,7 +31,7 @@ class CurveTail:
         self._offset = 0
 
     def read(self) -> list[CurvePoint]:
-        """The points written since the last call; none while there is no file."""
+        """The points written since the last call; empty if there is no file."""
         try:
             with open(self._path, "rb") as file:
                 if file.seek(0, os.SEEK_END) < self._offset:

@@ -1,4 +1,4 @@
-"""The run folder: where everything lies."""
+"""The run folder: the paths of everything in it."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ MLFLOW_ARTIFACTS = "mlruns-artifacts"
 
 
 KEY_CHARACTERS = 12
-"""Characters of a stage key that name its folder."""
+"""Number of characters of a stage key in the name of its folder."""
 
 
 class RunDir:
-    """Paths of one run below the runs folder. Nothing is created or read until a method says so.
+    """Paths of one run below the runs folder. Creating the object touches no file.
 
     Args:
         root: The runs folder (`storage.runs`).
@@ -46,7 +46,7 @@ class RunDir:
         self.path = self.root / name
 
     def create(self) -> None:
-        """Make the run folder where it is missing; an existing one is kept as it is.
+        """Create the run folder if it is missing; an existing one is kept.
 
         Raises:
             PreflightError: The runs folder cannot be written. Nothing is left behind.
@@ -99,7 +99,7 @@ class RunDir:
 
     @property
     def progress_json(self) -> Path:
-        """How far the newest task of a launch has come (`orchestration.progress`)."""
+        """State of the newest task of a launch (see `orchestration.progress`)."""
         return self.path / "progress.json"
 
     @property
@@ -125,22 +125,22 @@ class RunDir:
     # Files of a sweep of supernets.
     @property
     def supernets_json(self) -> Path:
-        """The members of a sweep of supernets; other runs have none."""
+        """The members of a sweep of supernets; other runs do not have this file."""
         return self.path / "supernets.json"
 
     @property
     def supernets_dir(self) -> Path:
-        """The runs folder of its members."""
+        """The runs folder of the members."""
         return self.path / "supernets"
 
     @property
     def tune_dir(self) -> Path:
-        """What the supernets reported while they trained."""
+        """Ledgers of the supernets' reports while they trained."""
         return self.path / "tune"
 
     @property
     def merged_journal(self) -> Path:
-        """All its trials in one study."""
+        """One study with all trials of all members."""
         return self.path / "study.journal"
 
     @property
@@ -163,37 +163,38 @@ class RunDir:
         return self.stage_dir("measure", key) / (f"latency-{device}.json" if device else "latency.json")
 
     def timed_again_json(self, key: str) -> Path:
-        """What `dsnet-orch measure` found for a result of the measure stage."""
+        """Later timings of `dsnet-orch measure`, beside a result of the measure stage."""
         return self.stage_dir("measure", key) / "timed_again.json"
 
     def table(self, key: str, split: str) -> Path:
-        """The routing table of the `gate` or `val` split. The test split's is only behind
+        """The routing table of the `gate` or `val` split; that of `test` is behind
         `sealed_table`."""
         if split not in ("gate", "val"):
             raise ValueError(f"the open tables are 'gate' and 'val', not {split!r}")
         return self.stage_dir("table", key) / f"{split}.safetensors"
 
     def sealed_table(self, key: str) -> Path:
-        """The test split's table. Only verify and report ask for it, and count the opening in the
-        manifest."""
+        """The routing table of `test`. Only verify and report call this, and they count the opening
+        in the manifest."""
         return self.stage_dir("table", key) / "sealed" / "test.safetensors"
 
     def study_journal(self, key: str) -> Path:
         return self.stage_dir("search", key) / "study.journal"
 
     def search_end_json(self, key: str) -> Path:
-        """What ended the search, by which rules and after how many trials; written when it ends."""
+        """The reason for which the search ended, its rules and its number of trials; written when
+        it ends."""
         return self.stage_dir("search", key) / "end.json"
 
     def queue_jsonl(self, key: str) -> Path:
-        """Points that a person asked for (`orchestration.runs.queue`)."""
+        """Points that a user enqueued (see `orchestration.runs.queue`)."""
         return self.stage_dir("search", key) / "queue.jsonl"
 
     def gate_weights(self, key: str, slot: int) -> Path:
         return self.stage_dir("search", key) / "gates" / f"slot-{slot:05d}.safetensors"
 
     def chosen_json(self, key: str) -> Path:
-        """In a member of a sweep of supernets: which gates of this search are to run on `test`."""
+        """In a member of a sweep of supernets: the gates of this search that run on `test`."""
         return self.stage_dir("search", key) / "chosen.json"
 
     def verify_json(self, key: str) -> Path:
@@ -211,12 +212,12 @@ class RunDir:
         return self.stop_path.exists()
 
     def clear_stop(self) -> None:
-        """Forget an earlier request; the driver calls it when it starts."""
+        """Remove an earlier request to stop; the driver calls it when it starts."""
         self.stop_path.unlink(missing_ok=True)
 
 
 def list_runs(root: Path) -> list[str]:
-    """Names of the runs below the runs folder, sorted; empty where there is no such folder."""
+    """Names of the runs below the runs folder, sorted; empty if there is no such folder."""
     return sorted(manifest.parent.name for manifest in root.expanduser().glob("*/manifest.json"))
 
 
@@ -236,7 +237,7 @@ def mlflow_store_uri(root: Path) -> str:
 
 
 def mlflow_artifact_root(root: Path) -> Path:
-    """Where the default store keeps artifacts."""
+    """Artifact folder of the default MLflow store."""
     return root.expanduser().absolute() / MLFLOW_ARTIFACTS
 
 

@@ -1,5 +1,5 @@
-"""One driver per run: a lock file that a dead process does not hold, on this host and for others to
-read."""
+"""A lock that admits one driver per run: a file that names the holder, and that is not held by a
+dead process."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from orchestration.runs.manifest import now_iso
 
 @dataclass(frozen=True)
 class LockHolder:
-    """Who holds a run folder.
+    """The process that holds a run folder.
 
-    A pid alone is not an identity: it is used again after the process is gone. With the process's
-    start time (clock ticks since boot) and the boot's id it is.
+    A pid alone is not an identity, because it is reused after the process is gone. Together with
+    the process's start time (clock ticks since boot) and the boot's id it is one.
     """
 
     pid: int
@@ -38,17 +38,17 @@ class LockHolder:
         return cls(pid, process_start_time(pid), _boot_id(), socket.gethostname(), command, now_iso())
 
     def is_on_another_host(self) -> bool:
-        """True unless it surely ran here.
+        """Whether it may run on another host; False only if it surely ran here.
 
-        A lock of the same host name but another boot is ours only if it is older than this boot: a
-        younger one belongs to a machine that happens to have the same name.
+        A lock with this host's name but another boot id is of this host only if it is older than
+        this boot; a younger one belongs to another machine with the same name.
         """
         if self.host != socket.gethostname():
             return True
         return self.boot_id != _boot_id() and datetime.fromisoformat(self.since).timestamp() >= _boot_time()
 
     def is_alive(self) -> bool:
-        """Whether that very process still runs. Only meaningful on its own host."""
+        """Whether this very process still runs; only meaningful on its own host."""
         if self.boot_id != _boot_id():
             return False
         if self.start_time is None:
@@ -65,7 +65,7 @@ class DriverLock:
 
     Args:
         run: The run; its folder exists.
-        command: What the user typed, shown to whoever meets the lock.
+        command: The user's command line, shown to a driver that finds the lock.
         take_over: Also replace a lock of another host, or one that cannot be read. A process known
             to be alive on this host is never robbed.
 
@@ -154,8 +154,8 @@ def read_lock(path: Path) -> LockHolder | None:
 
 
 def process_start_time(pid: int) -> int | None:
-    """Clock ticks between boot and the start of a process; None if it is gone, a zombie, or there
-    is no /proc."""
+    """Clock ticks between boot and the start of a process; None if it is gone or a zombie, or if
+    there is no /proc."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -184,7 +184,7 @@ def _boot_id() -> str:
 
 
 def _boot_time() -> float:
-    """Seconds since the epoch at which this machine started; 0 where that cannot be known."""
+    """Seconds since the epoch at which this machine started; 0 if that is not known."""
     try:
         lines = Path("/proc/stat").read_text(encoding="ascii").splitlines()
     except OSError:

@@ -26,12 +26,12 @@ _MANIFEST_SCHEMA = 1
 
 
 def now_iso() -> str:
-    """The present moment in UTC, ISO 8601, to the millisecond."""
+    """The current time in UTC, ISO 8601, to the millisecond."""
     return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
 class Manifest:
-    """manifest.json of a run: what made it, and what was done.
+    """manifest.json of a run: versions, hardware and data, and the state of each stage.
 
     Every change is a read-modify-write under a short file lock, so the driver and a `verify` or
     `report` beside it never lose each other's.
@@ -41,7 +41,7 @@ class Manifest:
         self.path = path
 
     def create(self, *, seed: int, hardware: Mapping[str, Any], versions: Mapping[str, str] | None = None) -> None:
-        """Write a fresh manifest; that of an earlier launch is kept, and given today's versions and
+        """Write a new manifest, or update that of an earlier launch with today's versions and
         hardware."""
         facts = {"versions": dict(versions or installed_versions()), "seed": seed, "hardware": dict(hardware)}
         if self.path.exists():
@@ -89,7 +89,7 @@ class Manifest:
             atomic_write_json(self.path, content)
 
     def count_test_opening(self, who: str) -> int:
-        """Record that the sealed test split was read.
+        """Record that the sealed test split was read; returns how often it has been.
 
         Returns:
             How many times it has been read, this time included.
@@ -108,8 +108,8 @@ def installed_versions() -> dict[str, str]:
 
 
 def describe_hardware(gpu: str | None = None) -> dict[str, Any]:
-    """CPU model, usable cores, memory in GiB, MKL's mode, and the GPU's name (which the caller
-    knows, if torch is loaded)."""
+    """CPU model, usable cores, memory in GiB, MKL's mode, and the GPU's name, which the caller
+    passes if it is known."""
     return {
         "cpu": _cpu_model(),
         "num_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),

@@ -1,7 +1,7 @@
-"""Points that a person asks for while a sweep is on: one JSON line each, appended under a lock and
+"""Points that a user enqueues while a sweep runs: one JSON line each, appended under a lock and
 never changed.
 
-The driver reads them before every cohort; whoever appends needs no driver, and waits for nobody.
+The driver reads them before every cohort; appending needs no driver, and waits for none.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def append_points(path: Path, points: Sequence[Mapping[str, Scalar]]) -> int:
         held = read_queue(path)
         try:
             with path.open("ab") as file:
-                file.truncate(_whole_lines(path))  # what a killed writer left half was never promised to anybody
+                file.truncate(_whole_lines(path))  # drop a partial line of a killed writer
                 file.write("".join(lines).encode())
                 file.flush()
                 os.fsync(file.fileno())
@@ -47,9 +47,10 @@ def append_points(path: Path, points: Sequence[Mapping[str, Scalar]]) -> int:
 
 
 def read_queue(path: Path) -> list[dict[str, Any]]:
-    """All points so far, oldest first: {"params": {key: value}, "at": time}; empty without a file.
+    """All points so far, oldest first: {"params": {key: value}, "at": time}; empty if there is no
+    file.
 
-    Takes no lock: a last line that is not yet whole is left out.
+    Takes no lock; an incomplete last line is left out.
 
     Raises:
         CheckpointError: another line is no such point.
@@ -80,5 +81,5 @@ def _point(path: Path, number: int, line: bytes) -> dict[str, Any]:
 
 
 def _whole_lines(path: Path) -> int:
-    """Bytes up to the last newline."""
+    """Number of bytes up to the last newline."""
     return path.read_bytes().rfind(b"\n") + 1

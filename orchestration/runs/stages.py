@@ -1,7 +1,9 @@
-"""Stages: what a result depends on (its key), whether it is there already, and why not.
+"""Stages: the key of a result (all that it depends on), whether the result is there already, and
+why not.
 
-A stage's folder is named after its key, so a changed configuration starts a new folder beside the
-old one and going back finds the old result again. Nothing is ever overwritten by an invalidation.
+A stage's folder is named after its key. A changed configuration thus starts a new folder beside the
+old one, and a return to the old configuration finds the old result. An invalidation never
+overwrites anything.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ class StageDefinition:
 
     name: str
     version: int
-    """STAGE_VERSION of the code, raised by hand when its results change."""
+    """Version of the stage's code, raised by hand when its results change."""
     config: Mapping[str, Any]
     """The part of the configuration it reads, nested or flat."""
     data_fingerprint: str
@@ -45,13 +47,13 @@ class StageDefinition:
 
 @dataclass(frozen=True)
 class StageRecord:
-    """stage.json: the key of a stage's folder and all that went into it."""
+    """Content of stage.json: the key of a stage's folder and everything that entered the key."""
 
     stage: str
     key: str
     version: int
     config: dict[str, Any]
-    """Dotted key to value."""
+    """Values by dotted key."""
     data_fingerprint: str
     parent_keys: dict[str, str]
     status: str = "running"
@@ -61,12 +63,12 @@ class StageRecord:
 
 @dataclass(frozen=True)
 class StagePlan:
-    """What a launch would do with one stage, and why."""
+    """The plan of a launch for one stage, and the reasons."""
 
     record: StageRecord
     status: Literal["done", "resume", "run", "invalidated"]
     reasons: tuple[str, ...]
-    """Empty when done. For `invalidated`: what differs from the newest earlier result of this
+    """Empty when done. For `invalidated`: the differences from the newest earlier result of this
     stage."""
     folder: StageDir
 
@@ -106,7 +108,7 @@ def stage_key(
 
 
 def canonical_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A nested mapping as {dotted key: canonical JSON value}, sorted. An empty mapping stays as a
+    """A nested mapping as {dotted key: canonical JSON value}, sorted. An empty mapping is kept as a
     value."""
     return dict(sorted((key, _canonical(value)) for key, value in flatten(config).items()))
 
@@ -126,7 +128,7 @@ def _canonical(value: Any) -> Any:
 
 
 class StageDir:
-    """One stage's folder: `stage.json` from the start, `done` when its outputs are complete.
+    """A stage's folder: `stage.json` from the start, `done` when its outputs are complete.
 
     A stage works inside the folder (the supernet resumes from its checkpoints there), so only the
     marker, written last and atomically, says that the outputs can be trusted.
@@ -144,7 +146,7 @@ class StageDir:
         return self.path / DONE_FILE
 
     def begin(self, record: StageRecord) -> StageRecord:
-        """Create the folder, or go on in it; a former `done` marker is withdrawn first.
+        """Create the folder, or continue in it; an earlier `done` marker is removed first.
 
         Returns:
             The record as written: running, with its start time.
@@ -185,7 +187,7 @@ class StageDir:
             atomic_write_json(self.stage_json, asdict(replace(record, status="done")))
 
     def record(self) -> StageRecord | None:
-        """What stage.json says; None if the stage never began.
+        """The content of stage.json; None if the stage never began.
 
         Raises:
             CheckpointError: The file is torn.
@@ -198,7 +200,7 @@ class StageDir:
             raise CheckpointError(f"{self.stage_json} is not a stage record ({error}); delete its folder.") from error
 
     def outputs(self) -> dict[str, Path]:
-        """Relative name to path of the finished stage's files; empty while it is not done."""
+        """Paths of the finished stage's files by relative name; empty while it is not done."""
         return {name: self.path / name for name in self._marked_files()}
 
     def seconds(self) -> float | None:
@@ -206,11 +208,11 @@ class StageDir:
         return float(read_json(self.done_marker)["seconds"]) if self.done_marker.exists() else None
 
     def is_done(self) -> bool:
-        """Whether the marker is there and every file it lists has its recorded size."""
+        """Whether the marker is there and every file that it lists has its recorded size."""
         return self.done_marker.exists() and not self.damage()
 
     def damage(self) -> tuple[str, ...]:
-        """Why a marked stage cannot be trusted: outputs that are gone or have another size."""
+        """Why a marked stage cannot be trusted: outputs that are missing or have another size."""
         problems = []
         for name, facts in self._marked_files().items():
             path = self.path / name
@@ -248,7 +250,7 @@ def _size(path: Path) -> int:
 
 
 def plan_stages(run: RunDir, definitions: Sequence[StageDefinition]) -> list[StagePlan]:
-    """What a launch would do, stage by stage; reads the run folder and writes nothing.
+    """Plan each stage; reads the run folder and writes nothing.
 
     Args:
         run: The run, which need not exist yet.
@@ -264,12 +266,12 @@ def plan_stages(run: RunDir, definitions: Sequence[StageDefinition]) -> list[Sta
 
 
 def plan_stage(run: RunDir, definition: StageDefinition, parent_keys: Mapping[str, str]) -> StagePlan:
-    """What a launch would do with one stage whose parents have these keys."""
+    """Plan one stage whose parents have these keys."""
     return _plan_one(run, stage_record(definition, parent_keys))
 
 
 def stage_record(definition: StageDefinition, parent_keys: Mapping[str, str]) -> StageRecord:
-    """The record that a stage with these parents would begin with."""
+    """The record with which a stage with these parents would begin."""
     key = stage_key(
         definition.name,
         definition.version,
@@ -312,7 +314,7 @@ def newest_record(stage_root: Path) -> StageRecord | None:
 
 
 def differences(old: StageRecord, new: StageRecord) -> tuple[str, ...]:
-    """Why the new key is another one: changed configuration keys, code version, data, parents."""
+    """Why the keys of two records differ: configuration keys, code version, data, parents."""
     return tuple(_differences(old, new))
 
 
@@ -357,8 +359,8 @@ def run_stage(run: RunDir, plan: StagePlan, work: Callable[[Path], Sequence[Path
 
 
 def begin_stage(run: RunDir, plan: StagePlan) -> None:
-    """Note in folder and manifest that a stage runs; for work that does not fit into one call, as
-    supernets that train side by side.
+    """Record in folder and manifest that a stage runs; for work that does not fit into one call,
+    such as supernets that train side by side.
 
     Raises:
         CheckpointError: an output of a stage that it reads is not what that stage wrote.
@@ -370,13 +372,13 @@ def begin_stage(run: RunDir, plan: StagePlan) -> None:
 
 
 def finish_stage(run: RunDir, plan: StagePlan, outputs: Sequence[Path], seconds: float) -> None:
-    """Note that a stage that began is done; the arguments of `StageDir.finish`."""
+    """Record that a stage is done; arguments as for `StageDir.finish`."""
     plan.folder.finish(outputs, seconds)
     record_done(run, plan)
 
 
 def record_done(run: RunDir, plan: StagePlan) -> None:
-    """Point the manifest at a finished stage, also after a kill in between or a return to an
+    """Point the manifest at a finished stage, also after a kill before that, or a return to an
     earlier configuration."""
     manifest = Manifest(run.manifest_path)
     record = plan.folder.record()

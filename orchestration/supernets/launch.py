@@ -1,9 +1,9 @@
-"""A sweep of supernets: each distinct one is trained once, measured and tabled, its gates are
-swept, and all compete for one front.
+"""Launch of a sweep of supernets: train each distinct one once, measure it, sweep its gates, and
+find one front over all of them.
 
 Every member is a complete run of its own below `supernets/` of the sweep's folder. The sweep's
-folder itself holds what is common: which members there are, the front over all of them, one study
-and one points file, the report.
+folder itself holds what is common: the list of members, the front over all of them, one study, one
+points file and the report.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ Stop = Callable[[RunDir], AbstractContextManager[StopRequest]]
 
 @dataclass(frozen=True)
 class SupernetsResult:
-    """What a finished sweep of supernets leaves behind."""
+    """Results and bundles of a finished sweep of supernets."""
 
     run: RunDir
     results: SupernetSweepResults
@@ -98,7 +98,7 @@ class SupernetsResult:
 def launch_sweep(
     config: SweepConfig, *, command: str, progress: ProgressView, stop: Stop, take_over: bool = False
 ) -> LaunchResult | SupernetsResult:
-    """Run a sweep of whichever kind, or continue it; arguments and errors as
+    """Run a sweep of either kind, or continue it; arguments and errors are those of
     `orchestration.pipeline.launch.launch`."""
     run = launch_supernets if supernet_space(config) else launch
     return run(config, command=command, progress=progress, stop=stop, take_over=take_over)
@@ -107,7 +107,7 @@ def launch_sweep(
 def launch_supernets(
     config: SweepConfig, *, command: str, progress: ProgressView, stop: Stop, take_over: bool = False
 ) -> SupernetsResult:
-    """Run a sweep of supernets, or continue it; arguments and errors as
+    """Run a sweep of supernets, or continue it; arguments and errors are those of
     `orchestration.pipeline.launch.launch`."""
     config = anchored(config)
     check_supernets(config)
@@ -119,25 +119,25 @@ def launch_supernets(
         reasons = "\n".join(f"  {_told(member.settings)}: {member.problem}" for member in members)
         raise NothingFeasibleError(f"none of the {len(members)} supernets that were drawn can be:\n{reasons}")
     if config.tracking.mlflow:
-        store_uri(config, run)  # refuses a folder that no store can lie in, before anything is made
+        store_uri(config, run)  # refuses a path that no database URI can hold, before anything is written
     run.create()
     with ExitStack() as stack:
         lock = stack.enter_context(DriverLock(run, command, take_over=take_over))
         if lock.taken_over_from is not None:
             progress.say(f"continuing after {lock.taken_over_from}, which is gone")
-        for member in usable:  # nobody launches one of them alone meanwhile
+        for member in usable:  # so that no other driver launches a member by itself
             member.run.create()
             stack.enter_context(DriverLock(member.run, command, take_over=take_over))
             member.run.clear_stop()
         run.clear_stop()
         request = stack.enter_context(stop(run))
         progress = FiledProgress(progress, run.progress_json)
-        sweep = _Sweep.begin(config, run, images, members, progress, request, stack)
+        sweep = _SupernetsLaunch.begin(config, run, images, members, progress, request, stack)
         return sweep.run_all()
 
 
 def check_supernets(config: SweepConfig) -> None:
-    """Refuse what a sweep of supernets cannot do, before anything is loaded.
+    """Refuse settings that a sweep of supernets does not support, before anything is loaded.
 
     Raises:
         ConfigError: an unknown scheduler or option, or several workers for one supernet.
@@ -152,13 +152,13 @@ def check_supernets(config: SweepConfig) -> None:
 
 
 def tune_rules(config: SweepConfig) -> TuneRules:
-    """How the supernets of a sweep are scheduled."""
+    """The rules by which the supernets of a sweep are scheduled."""
     rules = config.supernets
     return TuneRules(rules.scheduler, rules.options, rules.concurrent, rules.report_every, config.seed)
 
 
 def tune_member(member: Member, plan: StagePlan, stop_file: Path, threads: int) -> TuneMember:
-    """A member as the scheduler takes it."""
+    """The description of a member that the scheduler takes."""
     prepared = member.prepared
     assert prepared is not None
     job = SupernetJob(
@@ -175,8 +175,8 @@ def tune_member(member: Member, plan: StagePlan, stop_file: Path, threads: int) 
     return TuneMember(member.name, member.key, job, is_done=plan.is_done)
 
 
-class _Book:
-    """What the sweep's folder records of its members while they are at work."""
+class _MemberRecords:
+    """Records of the sweep's members; every change is written to the sweep's folder."""
 
     def __init__(self, run: RunDir, members: tuple[Member, ...]) -> None:
         self._run = run
@@ -186,14 +186,14 @@ class _Book:
 
     @property
     def entries(self) -> list[MemberEntry]:
-        """Of all members, in order."""
+        """The records of all members, in order."""
         return list(self._entries.values())
 
     def __getitem__(self, name: str) -> MemberEntry:
         return self._entries[name]
 
     def update(self, entry: MemberEntry) -> None:
-        """Record a change."""
+        """Replace a member's record and write the file if it changed."""
         if self._entries[entry.name] != entry:
             self._entries[entry.name] = entry
             write_entries(self._run, self.entries)
@@ -210,30 +210,30 @@ def _entry(member: Member, earlier: MemberEntry | None) -> MemberEntry:
     return replace(earlier, settings=entry.settings, epochs=entry.epochs)
 
 
-class _Named:
-    """The progress of one member: every line says whose it is."""
+class _PrefixedProgress:
+    """A progress view for one member: its name precedes every line and title."""
 
     def __init__(self, progress: ProgressView, name: str) -> None:
         self._progress = progress
         self._name = name
 
     def say(self, text: str) -> None:
-        """A line that stays."""
+        """Print a line."""
         self._progress.say(f"{self._name}: {text}")
 
     def warn(self, text: str) -> None:
-        """A line that stays and matters."""
+        """Print a warning."""
         self._progress.warn(f"{self._name}: {text}")
 
     def bar(self, task: Task) -> AbstractContextManager[Bar]:
-        """A bar for the length of a with-block."""
+        """Show a progress bar for the length of a with-block."""
         return self._progress.bar(replace(task, title=f"{self._name}: {task.title}"))
 
 
 @dataclass
-class _Opening:
-    """Counts how often the sweep has read `test`: once for a front, however many members its gates
-    belong to."""
+class _TestOpeningCounter:
+    """Counts in the manifest that the sweep reads `test`: once per launch, however many members
+    have gates on the front."""
 
     manifest: Manifest
     _count: int | None = field(default=None, init=False)
@@ -245,20 +245,20 @@ class _Opening:
 
 
 @dataclass(frozen=True)
-class _Sweep:
+class _SupernetsLaunch:
     """One launch of a sweep of supernets."""
 
     config: SweepConfig
     run: RunDir
     members: Mapping[str, Member]
-    """Those whose settings make a supernet."""
-    works: Mapping[str, Launch]
-    """The launch of each."""
+    """Members whose settings make a valid supernet, by name."""
+    launches: Mapping[str, Launch]
+    """What the stages of each member share, by the member's name."""
     manifest: Manifest
     tracker: Tracker
     progress: ProgressView
     stop: StopRequest
-    book: _Book
+    records: _MemberRecords
     study: SupernetStudy
 
     @classmethod
@@ -271,17 +271,17 @@ class _Sweep:
         progress: ProgressView,
         request: StopRequest,
         stack: ExitStack,
-    ) -> _Sweep:
-        """Write what is known before anything runs, and open what the launch writes to; `stack`
-        closes it."""
+    ) -> _SupernetsLaunch:
+        """Write what is known before anything runs, and open the launch's outputs; `stack` closes
+        them."""
         usable = {member.name: _in_one_store(member, config, run) for member in members if member.prepared is not None}
         first = next(iter(usable.values())).prepared
         assert first is not None
         for warning in dict.fromkeys(text for item in usable.values() for text in _prepared(item).warnings()):
             progress.warn(warning)
         manifest = write_facts(replace(first, config=config), run)
-        book = _Book(run, members)
-        study = SupernetStudy.open(run, config, book.entries)
+        records = _MemberRecords(run, members)
+        study = SupernetStudy.open(run, config, records.entries)
         trackers = TreeTrackers(config, run)
         stack.callback(trackers.end)
         tracker = trackers.make(progress.warn)
@@ -290,28 +290,28 @@ class _Sweep:
         stack.enter_context(
             closing_tracker(run, tracker, progress, lambda: supernets_end_ms(SupernetSweepResults(run)))
         )
-        works = {}
+        launches = {}
         for name, member in usable.items():
             own = write_facts(_prepared(member), member.run)
-            named = _Named(progress, name)
+            own_progress = _PrefixedProgress(progress, name)
             work = Launch(
                 _prepared(member),
                 member.run,
                 own,
-                trackers.make(named.warn),
-                named,
+                trackers.make(own_progress.warn),
+                own_progress,
                 request,
                 on_record=_shown_in(study, name),
             )
             work.tracker.parent(replace(sweep_row(own.read(), member.run, member.config), under=parent))
-            stack.enter_context(closing_tracker(member.run, work.tracker, named, _end_of(own)))
-            works[name] = work
-        return cls(config, run, usable, works, manifest, tracker, progress, request, book, study)
+            stack.enter_context(closing_tracker(member.run, work.tracker, own_progress, _end_of(own)))
+            launches[name] = work
+        return cls(config, run, usable, launches, manifest, tracker, progress, request, records, study)
 
     def run_all(self) -> SupernetsResult:
-        """From the members to the report."""
+        """Train the supernets, sweep their gates, verify the front and write the report."""
         self._tell_members()
-        plans = {name: stage_plans(work) for name, work in self.works.items()}
+        plans = {name: stage_plans(work) for name, work in self.launches.items()}
         is_idle = self._is_idle(plans)
         first = _prepared(next(iter(self.members.values())))
         with ray_where_needed(self._needs_ray(plans), self.config, first, self.progress):
@@ -329,7 +329,7 @@ class _Sweep:
         return self._finish()
 
     def _tell_members(self) -> None:
-        for entry in self.book.entries:
+        for entry in self.records.entries:
             if entry.name in self.members:
                 self.progress.say(f"{entry.name}: {_told(entry.settings)}")
             else:
@@ -349,13 +349,13 @@ class _Sweep:
         if known.keys() != self.members.keys():
             return True
         return any(
-            trials_left(self.works[name].run, plans[name]["search"], self.works[name].config) > 0
+            trials_left(self.launches[name].run, plans[name]["search"], self.launches[name].config) > 0
             for name, fate in known.items()
             if fate.state == "trained"
         )
 
     def _is_idle(self, plans: Mapping[str, Mapping[str, StagePlan]]) -> bool:
-        """Whether an earlier launch has done all there is to do."""
+        """Whether earlier launches have done everything."""
         if self._needs_ray(plans):
             return False
         trained = [name for name, fate in self._known_fates(plans).items() if fate.state == "trained"]
@@ -363,17 +363,18 @@ class _Sweep:
         return are_done and SupernetSweepResults(self.run).is_verified
 
     def _train(self, plans: Mapping[str, Mapping[str, StagePlan]]) -> list[str]:
-        """Train what is not trained, as the scheduler lets it; the names of those that are."""
+        """Train the supernets that have no fate yet, under the scheduler; returns the names of the
+        trained ones."""
         rules = tune_rules(self.config)
         known = self._known_fates(plans)
-        training = _Training(self, plans, known)
+        training = _TrainingListener(self, plans, known)
         if known.keys() == self.members.keys():
             fates = [known[name] for name in self.members]
         else:
             threads = self.config.supernet.threads or max(1, cluster_cpus() // self.config.supernets.concurrent)
             prepared = _prepared(next(iter(self.members.values())))
             data = prepared.data
-            total = sum(entry.epochs for entry in self.book.entries if entry.name in self.members)
+            total = sum(entry.epochs for entry in self.records.entries if entry.name in self.members)
             with self.progress.bar(Task("supernets", total, "epoch", line_every=1)) as bar:
                 training.bar = bar
                 fates = train_members(
@@ -387,9 +388,9 @@ class _Sweep:
                     on_fate=training.on_fate,
                     should_stop=self.stop,
                 )
-        for fate in fates:  # those that an earlier launch has seen, too
+        for fate in fates:  # also fates that an earlier launch has recorded
             training.on_fate(fate)
-        for entry in self.book.entries:  # now that all is known: in one order, whoever was the first to end
+        for entry in self.records.entries:  # in the order of drawing, not the order in which they ended
             self.study.add_supernet(entry)
         trained = [fate.name for fate in fates if fate.state == "trained"]
         if not trained:
@@ -399,18 +400,18 @@ class _Sweep:
 
     def _sweep_gates(self, name: str) -> None:
         """Measure a trained supernet, table it, and search its gates."""
-        work = self.works[name]
+        work = self.launches[name]
         plans = stage_plans(work)
-        for record in RunResults(work.run).records:  # a kill may have come between its own study and the merged one
+        for record in RunResults(work.run).records:  # the merged study may lack some after a kill
             self.study.add_gate(name, record)
         supernet = load_supernet(plans["supernet"].folder.path / FINAL)[0]
         measure_stage(work, plans["measure"], supernet)
         table_stage(work, plans["table"], supernet)
         try:
             search_stage(work, plans["search"], plans["table"])
-        except NothingFeasibleError as error:  # of this supernet; another may do
+        except NothingFeasibleError as error:  # another supernet may have feasible gates
             work.progress.warn(str(error))
-            self.book.update(replace(self.book[name], reason=str(error)))
+            self.records.update(replace(self.records[name], reason=str(error)))
 
     def _nothing_feasible(self, results: SupernetSweepResults) -> str:
         broken = Counter(
@@ -426,8 +427,8 @@ class _Sweep:
         return f"none of the {results.num_trials} trials of {plural(len(results.members), 'supernet')} is feasible{most}{last}"
 
     def _freeze(self, results: SupernetSweepResults) -> None:
-        """Write down the front over all supernets, and for each member which gates are to run on
-        `test`: before that is opened."""
+        """Write the front over all supernets, and for each member the gates that will run on
+        `test`, before `test` is opened."""
         names = [metric.name for metric in self.config.metrics]
         content = {
             "metrics": [[metric.name, metric.goal] for metric in self.config.metrics],
@@ -449,17 +450,18 @@ class _Sweep:
         )
 
     def _verify(self, results: SupernetSweepResults) -> None:
-        opening = _Opening(self.manifest)
+        counter = _TestOpeningCounter(self.manifest)
         for name in results.members:
             if all(gate.supernet != name for gate in results.front_sample):
                 continue
-            work = replace(self.works[name], on_test_opening=opening)
+            work = replace(self.launches[name], on_test_opening=counter)
             plans = stage_plans(work)
             supernet = load_supernet(plans["supernet"].folder.path / FINAL)[0]
             verify_stage(work, plans, supernet, RunResults(work.run))
 
     def _finish(self) -> SupernetsResult:
-        """Points, reports, bundles, MLflow: projections of what the stages found."""
+        """Write points, reports, bundles and MLflow rows, all derived from the results of the
+        stages."""
         results = SupernetSweepResults(self.run)
         self.study.add_missing(results)
         for name, member in results.members.items():
@@ -477,12 +479,12 @@ class _Sweep:
         return SupernetsResult(self.run, results, tuple(bundles))
 
     def _finish_member(self, name: str, member: RunResults, standing: Standing) -> None:
-        work = self.works[name]
+        work = self.launches[name]
         save_points(member.run.points_parquet, member.points())
         note = f"One of the supernets of the sweep {self.run.name}; of its gates those on the front over all supernets ran on test."
         write_report(member, work.prepared.image_set.class_names, (*work.prepared.notes(), note), "complete")
         if member.subnets:
-            write_subnets(work.tracker, member)  # again, with what they reach on test
+            write_subnets(work.tracker, member)  # again, now with metrics on test
         if member.records:
             write_front(work.tracker, member, standing, member.finished_ms)
         for path in (member.run.sweep_yaml, member.run.points_parquet, member.run.report_html):
@@ -492,11 +494,11 @@ class _Sweep:
         work.tracker.close("FINISHED", sweep_end_ms(member.manifest), TRACKING_TIMEOUT_S)
 
 
-class _Training:
-    """Hears what the scheduler and the supernets have to say, and records it."""
+class _TrainingListener:
+    """Records events of the supernets' training: reports, points of loss curves, and fates."""
 
     def __init__(
-        self, sweep: _Sweep, plans: Mapping[str, Mapping[str, StagePlan]], known: Mapping[str, MemberFate]
+        self, sweep: _SupernetsLaunch, plans: Mapping[str, Mapping[str, StagePlan]], known: Mapping[str, MemberFate]
     ) -> None:
         self._sweep = sweep
         self._plans = plans
@@ -506,42 +508,41 @@ class _Training:
         self.bar: Bar | None = None
         for name in sweep.members:
             if name not in known:
-                sweep.book.update(replace(sweep.book[name], state="waiting", reason=None))
+                sweep.records.update(replace(sweep.records[name], state="waiting", reason=None))
 
     def on_report(self, name: str, epoch: int, value: float) -> None:
-        """A supernet has reported the hypervolume of its sub-networks."""
-        entry = self._sweep.book[name]
+        """Record a report: the hypervolume of a supernet's static sub-networks after an epoch."""
+        entry = self._sweep.records[name]
         reports = tuple(sorted({**dict(entry.reports), epoch: value}.items()))
-        self._sweep.book.update(replace(entry, reports=reports))
+        self._sweep.records.update(replace(entry, reports=reports))
         self._show(name, epoch, f"static hypervolume {value:.4f}")
 
     def on_points(self, name: str, points: list[CurvePoint]) -> None:
-        """Its loss curves have grown."""
+        """Record new points of a supernet's loss curves."""
         self._begin(name)
-        work = self._sweep.works[name]
+        work = self._sweep.launches[name]
         work.tracker.curve(points)
         if points:
             self._show(name, points[-1].metrics.get("epoch") or 0.0, "")
 
     def on_fate(self, fate: MemberFate) -> None:
-        """What became of it; heard again for those that an earlier launch, or this one, has seen
-        already."""
+        """Record the fate of a supernet; a second call for the same one does nothing."""
         if fate.name in self._ended:
             return
         self._ended.add(fate.name)
-        sweep, work, plan = self._sweep, self._sweep.works[fate.name], self._plans[fate.name]["supernet"]
-        is_new = not plan.is_done and sweep.book[fate.name].state != fate.state
+        sweep, work, plan = self._sweep, self._sweep.launches[fate.name], self._plans[fate.name]["supernet"]
+        is_new = not plan.is_done and sweep.records[fate.name].state != fate.state
         if fate.state == "trained":
             self._finish_training(fate.name, plan)
-        entry = replace(sweep.book[fate.name], state=fate.state, reason=fate.reason, reports=fate.reports)
+        entry = replace(sweep.records[fate.name], state=fate.state, reason=fate.reason, reports=fate.reports)
         entry = _with_times(entry, work)
-        sweep.book.update(entry)
+        sweep.records.update(entry)
         self._track(entry, work)
         if is_new:
             self._tell(entry, work)
 
     def _finish_training(self, name: str, plan: StagePlan) -> None:
-        work = self._sweep.works[name]
+        work = self._sweep.launches[name]
         if plan.is_done:
             record_done(work.run, plan)
             return
@@ -554,7 +555,7 @@ class _Training:
         if name in self._began_s:
             return
         self._began_s[name] = time.monotonic()
-        work = self._sweep.works[name]
+        work = self._sweep.launches[name]
         begin_stage(work.run, self._plans[name]["supernet"])
         work.tracker.supernet(running_row(work.run, work.manifest, work.config))
 
@@ -577,7 +578,8 @@ class _Training:
 
 
 def _with_times(entry: MemberEntry, work: Launch) -> MemberEntry:
-    """When the training began and ended, once and for all: rows and records repeat them."""
+    """The entry with the start and end of its training; times that are set do not change, as rows
+    repeat them."""
     if entry.start_ms and entry.end_ms:
         return entry
     stage = work.manifest.read()["stages"].get("supernet")
@@ -590,10 +592,11 @@ def _with_times(entry: MemberEntry, work: Launch) -> MemberEntry:
 def export_gates(
     results: SupernetSweepResults, picks: Sequence[str], prepared: Mapping[str, Prepared], folder: Path
 ) -> list[Path]:
-    """Write a bundle for each picked gate, below a folder for each supernet; the bundles' folders.
+    """Write a bundle for each picked gate, in one folder per supernet; returns the bundles'
+    folders.
 
     Args:
-        results: of the sweep.
+        results: results of the sweep.
         picks: see `SupernetSweepResults.picked`.
         prepared: data and layout of the supernets that they concern.
         folder: receives the folders of the supernets.
@@ -615,11 +618,11 @@ def export_gates(
 
 
 def check_supernet_failures(result: SupernetsResult) -> None:
-    """Raise where more trials failed than the budget allows; the sweep itself is finished and
-    reported.
+    """Raise if more trials failed than the budget allows; the sweep is finished and reported by
+    then.
 
     Raises:
-        TooManyFailedTrialsError: it says how many, and the commonest reason.
+        TooManyFailedTrialsError: the message has the number, and the commonest reason.
     """
     results = result.results
     allowed = results.config.budget.max_failed
@@ -637,8 +640,8 @@ def _prepared(member: Member) -> Prepared:
 
 
 def _in_one_store(member: Member, config: SweepConfig, run: RunDir) -> Member:
-    """The same member, told where the sweep is tracked: one that is launched or synced by itself
-    writes to the same rows."""
+    """The member with the sweep's MLflow store, so that it writes to the same rows when launched or
+    synced alone."""
     prepared = _prepared(member)
     if not config.tracking.mlflow:
         return member
@@ -662,7 +665,7 @@ def _gate_json(gate: GateId) -> dict[str, object]:
 
 
 def _write_changed(path: Path, content: dict[str, object]) -> None:
-    """Write a JSON file where it is missing or says something else."""
+    """Write a JSON file if it is missing or has other content."""
     if not path.is_file() or read_json(path) != content:
         atomic_write_json(path, content)
 

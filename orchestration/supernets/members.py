@@ -1,5 +1,4 @@
-"""The members of a sweep of supernets: drawn beforehand, each with its settings applied, each
-distinct supernet once."""
+"""The members of a sweep of supernets: drawn before training, each distinct supernet once."""
 
 from __future__ import annotations
 
@@ -28,10 +27,10 @@ from search.suggest.samplers import SamplerSettings
 from search.suggest.space import Scalar, Space, parse_space
 
 KEY_CHARACTERS = 8
-"""Of the supernet's stage key, in a member's name."""
+"""Number of characters of the supernet's stage key in a member's name."""
 DRAWS_PER_SUPERNET = 50
-"""A space may hold fewer distinct supernets than asked for, and not know it: after so many draws
-without a new one it is exhausted."""
+"""Draws per wanted supernet, and draws in a row without a new supernet, after which the space
+counts as exhausted."""
 _SCHEMA = 1
 
 
@@ -41,18 +40,18 @@ class Member:
 
     name: str
     key: str
-    """Of its supernet stage; of its settings where they make no supernet."""
+    """Key of its supernet stage; a digest of its settings if they make no supernet."""
     settings: Mapping[str, Scalar]
-    """What it has of the supernet part of the space, by dotted key."""
+    """Its values of the supernet part of the space, by dotted key."""
     prepared: Prepared | None
-    """None where the settings make no supernet."""
+    """Its data and network; None if the settings make no valid supernet."""
     problem: str | None = None
-    """Why they make none."""
+    """Why the settings make no valid supernet; None if they do."""
 
     @property
     def config(self) -> SweepConfig:
-        """Its own sweep: that of the whole with these settings, and the gates' part of the
-        space."""
+        """The configuration of its own sweep: the whole sweep's, with these settings and only the
+        gates' part of the space."""
         assert self.prepared is not None
         return self.prepared.config
 
@@ -64,7 +63,7 @@ class Member:
 
 @dataclass(frozen=True)
 class MemberEntry:
-    """What the parent's folder records of a member, for those who read it without its data."""
+    """Record of a member in the sweep's folder, readable without loading its data."""
 
     name: str
     key: str
@@ -73,23 +72,24 @@ class MemberEntry:
     """waiting | trained | stopped | failed."""
     reason: str | None = None
     reports: tuple[tuple[int, float], ...] = ()
-    """(epoch, static hypervolume on `val`) while it trained."""
+    """(epoch, static hypervolume on `val`), as reported while it trained."""
     epochs: int = 0
-    """Of a whole training."""
+    """Number of epochs of its whole training."""
     start_ms: int = 0
     end_ms: int = 0
-    """Of its training, Unix time in ms; 0 where it has not begun or ended."""
+    """Start (`start_ms`) and end of its training, Unix time in ms; 0 if it has not begun or
+    ended."""
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> MemberEntry:
-        """Rebuild it."""
+        """Build it from its JSON."""
         reports = tuple((int(epoch), float(value)) for epoch, value in data["reports"])
         return cls(**{**data, "reports": reports})
 
 
 def supernet_part(config: SweepConfig) -> Space:
-    """The part of the space that says which supernets there are; choices that are lists stand there
-    as their JSON."""
+    """The part of the space that varies the supernet; choices that are lists are given as JSON
+    text."""
     distributions = {key: _with_text(distribution) for key, distribution in supernet_space(config).items()}
     return parse_space({key: distribution.written() for key, distribution in distributions.items()})
 
@@ -105,16 +105,16 @@ def _text(choice: Any) -> Any:
 
 
 def draw_members(config: SweepConfig, run: RunDir, images: Images, warn: Callable[[str], None]) -> tuple[Member, ...]:
-    """The supernets of a sweep, in the order in which they are drawn.
+    """Draw the supernets of a sweep, in order.
 
-    Settings that come to the same supernet count once. Those that come to none are a member too,
-    with the reason: a sweep does not hide what it could not do.
+    Settings that give the same supernet count once. Settings that give none are a member too, with
+    the reason, so that the sweep shows what failed.
 
     Args:
-        config: of the sweep, resolved, with absolute folders.
-        run: its run folder; it need not exist.
-        images: its data.
-        warn: hears of start weights that are gone.
+        config: configuration of the sweep, resolved, with absolute folders.
+        run: the sweep's run folder; it need not exist.
+        images: the sweep's data.
+        warn: called with a warning if start weights are gone.
     """
     known = {entry.key: entry.name for entry in read_entries(run, everything=True)}
     members: dict[str, Member] = {}
@@ -142,8 +142,8 @@ def _drawn(config: SweepConfig) -> Iterator[dict[str, Scalar]]:
 
 
 def _next_number(names: Sequence[str] | Any) -> int:
-    """Numbers are given once: a member keeps its name, and its folder, when another space draws it
-    in another place."""
+    """The number of a new member's name; numbers are never reused, so that a member keeps its name
+    and folder when another space draws it at another position."""
     numbers = [int(name.partition("-")[0][1:]) for name in names]
     return max(numbers, default=-1) + 1
 
@@ -155,7 +155,7 @@ def _member(
     images: Images,
     warn: Callable[[str], None],
 ) -> Member:
-    """A member that has no name yet."""
+    """A member without its name."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     key, prepared = digest, None
     try:
@@ -177,7 +177,7 @@ def _named(member: Member, name: str) -> Member:
 
 
 def member_config(config: SweepConfig, run: RunDir, settings: Mapping[str, Scalar]) -> SweepConfig:
-    """A member's own sweep, but for its name.
+    """The configuration of a member's own sweep, except its name.
 
     Raises:
         ConfigError: the settings contradict each other, or the rest of the sweep.
@@ -200,17 +200,17 @@ def _told(error: Any) -> str:
 
 
 def _meant(config: SweepConfig, key: str, value: Scalar) -> Any:
-    """The list that a drawn text stands for; other values are themselves."""
+    """The list that a drawn text encodes; other values are returned as they are."""
     lists = [choice for choice in config.space[key].values if isinstance(choice, tuple)]
     return json.loads(str(value)) if any(_text(choice) == value for choice in lists) else value
 
 
 def read_entries(run: RunDir, *, everything: bool = False) -> tuple[MemberEntry, ...]:
-    """The members that the run folder records, in order; none where it is no sweep of supernets.
+    """The members recorded in the run folder, in order; empty if the run is no sweep of supernets.
 
     Args:
         run: the parent.
-        everything: also those of earlier launches with another space.
+        everything: include those of earlier launches with another space.
     """
     if not run.supernets_json.is_file():
         return ()
@@ -226,7 +226,8 @@ def read_entries(run: RunDir, *, everything: bool = False) -> tuple[MemberEntry,
 
 
 def write_entries(run: RunDir, entries: Sequence[MemberEntry]) -> None:
-    """Record the members; those of earlier launches that are not among them are kept apart."""
+    """Record the members; earlier members that are no longer among them are kept in a list of their
+    own."""
     current = {entry.key for entry in entries}
     earlier = [entry for entry in read_entries(run, everything=True) if entry.key not in current]
     content = {

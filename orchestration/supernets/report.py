@@ -1,4 +1,4 @@
-"""From the results of a sweep of supernets to its report and its figure."""
+"""The report and the figure of a sweep of supernets, from its results."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ from orchestration.supernets.results import SupernetSweepResults
 from search.front.pareto import REFERENCE_MARGIN, hypervolume
 from search.front.points import trial_name
 
-"""The hypervolume's reference lies this much beyond the widest sub-network of all supernets."""
+"""The reference point of the hypervolume has this many times the MAdds of the widest sub-network of
+all supernets."""
 
 
 def write_supernets_report(results: SupernetSweepResults, notes: tuple[str, ...], status: str) -> Path:
@@ -36,7 +37,7 @@ def write_supernets_report(results: SupernetSweepResults, notes: tuple[str, ...]
 
 
 def report_data(results: SupernetSweepResults, notes: tuple[str, ...], status: str) -> SupernetsReport:
-    """Everything the report shows; parts that the sweep does not have yet stay empty."""
+    """The content of the report; parts without results stay empty."""
     manifest, config = results.manifest, results.config
     return SupernetsReport(
         run_name=results.run.name,
@@ -110,17 +111,17 @@ def _intervals(member: RunResults) -> dict[str, dict[str, tuple[float, float]]]:
 def _on_front(
     results: SupernetSweepResults, supernet: str, points: tuple[DynamicPoint, ...]
 ) -> tuple[DynamicPoint, ...]:
-    """The same points on the front over all supernets, or not."""
+    """The same points, with `is_front` relative to the front over all supernets."""
     names = {trial_name(gate.slot) for gate in results.front if gate.supernet == supernet}
     return tuple(replace(point, is_front=point.name in names, supernet=supernet) for point in points)
 
 
 def static_hypervolumes(results: SupernetSweepResults) -> dict[str, float]:
-    """What the static sub-networks of each measured supernet dominate on `val`, as a share of what
-    lies below a perfect, free network.
+    """Static hypervolume of each measured supernet on `val`, as a share of the whole box between
+    the reference point and a perfect network without cost.
 
-    One reference for all, so that they compare: top-1 of 0, and 1.05 x the MAdds of the widest
-    sub-network of any of them.
+    The reference is the same for all, so that the values compare: top-1 of 0, and 1.05 x the MAdds
+    of the widest sub-network of all supernets.
     """
     measured = {name: member.members for name, member in results.members.items() if member.subnets}
     bound = REFERENCE_MARGIN * max((subnet.madds / 1e6 for own in measured.values() for subnet in own), default=1.0)
@@ -132,7 +133,7 @@ def static_hypervolumes(results: SupernetSweepResults) -> dict[str, float]:
 
 
 def global_headline(results: SupernetSweepResults) -> Headline:
-    """The table of the front over all supernets; each gate's controls are those of its own
+    """The table of the front over all supernets; each gate's controls come from its own
     supernet."""
     rows: list[Row] = []
     baselines: list[Row] = []
@@ -158,7 +159,7 @@ def _of_supernet(row: Row, name: str) -> Row:
 
 
 def draw_supernets(results: SupernetSweepResults, path: Path) -> Path:
-    """Draw the front over all supernets into a file; its ending decides the format.
+    """Draw the front over all supernets into a file; its suffix decides the format.
 
     Raises:
         NotFoundError: no supernet is measured yet.
@@ -172,7 +173,7 @@ def draw_supernets(results: SupernetSweepResults, path: Path) -> Path:
 
 
 def sweep_training_notes(results: SupernetSweepResults) -> tuple[str, ...]:
-    """What is to be said about the training of each supernet."""
+    """Warnings about the training of each supernet, in sentences."""
     return tuple(text for name, member in results.members.items() for text in training_notes(member, f"{name}: "))
 
 

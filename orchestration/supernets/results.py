@@ -1,5 +1,4 @@
-"""What a sweep of supernets has found, read back: one front over all its members, each point with
-its origin. Reads only."""
+"""Results of a sweep of supernets, read from its folder: one front over all members. Reads only."""
 
 from __future__ import annotations
 
@@ -28,19 +27,19 @@ from search.study.study import TrialRecord
 
 @dataclass(frozen=True, order=True)
 class GateId:
-    """A gate of a sweep of supernets: whose it is, and its slot there."""
+    """Identifies a gate of a sweep of supernets by its supernet and its slot."""
 
     supernet: str
     slot: int
 
     @property
     def name(self) -> str:
-        """As in every table: s0-3fa29c01/trial-0042."""
+        """The gate's name in every table, e.g. s0-3fa29c01/trial-0042."""
         return f"{self.supernet}/{trial_name(self.slot)}"
 
 
 class SupernetSweepResults:
-    """The results of a sweep of supernets, as far as it has come.
+    """The results of a sweep of supernets so far.
 
     Args:
         run: an existing run.
@@ -64,22 +63,22 @@ class SupernetSweepResults:
 
     @cached_property
     def members(self) -> dict[str, RunResults]:
-        """The members whose supernet is trained, by name, in the order in which they were drawn."""
+        """The members whose supernet is trained, by name, in the order of drawing."""
         runs = {entry.name: RunDir(self.run.supernets_dir, entry.name) for entry in self.entries}
         opened = {name: RunResults(run) for name, run in runs.items() if run.manifest_path.is_file()}
         return {name: results for name, results in opened.items() if results.is_done("supernet")}
 
     def stage_key(self, stage: str) -> str | None:
-        """The stages are its members' own."""
+        """None: a sweep of supernets has no stages of its own."""
         return None
 
     def entry(self, name: str) -> MemberEntry:
-        """What is recorded of a member."""
+        """The record of a member."""
         return next(entry for entry in self.entries if entry.name == name)
 
     @cached_property
     def feasible(self) -> dict[GateId, TrialRecord]:
-        """All gates that hold all constraints: by supernet, then by slot."""
+        """All gates that hold every constraint, ordered by supernet, then by slot."""
         return {
             GateId(name, record.slot): record for name, results in self.members.items() for record in results.feasible
         }
@@ -96,8 +95,8 @@ class SupernetSweepResults:
 
     @cached_property
     def front(self) -> tuple[GateId, ...]:
-        """The front over all supernets on `val`, the first metric's best last; of equal gates that
-        of the supernet drawn first."""
+        """The front over all supernets on `val`, the first metric's best last; of equal gates the
+        one whose supernet was drawn first."""
         gates = list(self.feasible)
         order = front_slots(range(len(gates)), self._values(gates), [metric.goal for metric in self.config.metrics])
         return tuple(gates[position] for position in order)
@@ -108,8 +107,8 @@ class SupernetSweepResults:
 
     @cached_property
     def front_sample(self) -> tuple[GateId, ...]:
-        """The gates of the front that run on `test`: about as many as `budget.verify` says, evenly
-        along it; both ends, the knee and what `export.picks` names always."""
+        """The gates of the front that run on `test`: about `budget.verify` of them, spread evenly
+        along it; always both ends, the knee and the picks of `export.picks`."""
         size = self.config.budget.verify
         if size is None or len(self.front) <= size:
             return self.front
@@ -127,19 +126,19 @@ class SupernetSweepResults:
 
     @cached_property
     def knee(self) -> GateId | None:
-        """The front's knee; None without a front."""
+        """The front's knee; None if there is no front."""
         return self.picked(["knee"])[0] if self.front else None
 
     @cached_property
     def frozen(self) -> tuple[GateId, ...]:
-        """The gates that the last launch chose to run on `test`; empty before."""
+        """The gates that the last launch chose to run on `test`; empty if it has not chosen yet."""
         if not self.run.front_json.is_file():
             return ()
         return tuple(GateId(item["supernet"], item["slot"]) for item in _read(self.run.front_json)["sample"])
 
     @property
     def is_verified(self) -> bool:
-        """Whether the front of today ran on `test`."""
+        """Whether the current front ran on `test`."""
         names = {gate.supernet for gate in self.frozen}
         return (
             bool(names)
@@ -148,7 +147,7 @@ class SupernetSweepResults:
         )
 
     def picked(self, picks: Sequence[str]) -> list[GateId]:
-        """The gates that `picks` mean, each once, in the order of the picks.
+        """The gates selected by `picks`, each once, in the order of the picks.
 
         Args:
             picks: as for any run, over all supernets; a trial by its whole name
@@ -202,7 +201,7 @@ class SupernetSweepResults:
         )
 
     def trial_list(self) -> TrialList:
-        """All finished trials of all members, as lists show them."""
+        """All finished trials of all members, as listed by `trials`."""
         trials = [
             trial
             for name, results in self.members.items()
@@ -212,8 +211,8 @@ class SupernetSweepResults:
         return TrialList(tuple(trials), objectives, lambda name: self.members[name or ""].baseline)
 
     def points(self) -> list[PointRow]:
-        """All rows of all members, with the supernet that each comes from; `is_front` is that of
-        the front over all."""
+        """All rows of all members with their supernet; `is_front` refers to the front over all
+        supernets."""
         rows: list[PointRow] = []
         for name, results in self.members.items():
             for row in results.points():

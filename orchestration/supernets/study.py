@@ -1,8 +1,8 @@
-"""The merged study of a sweep of supernets: every gate of every member, and every supernet that was
+"""The merged study of a sweep of supernets: the gates of all members, and the supernets that were
 stopped or failed.
 
-The members' own studies and records are the truth; this file shows them side by side, and what it
-misses is added again.
+The members' own studies and records are authoritative; this file shows them side by side, and
+records that it lacks are added again.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from search.study.study import Objective, TrialRecord
 from search.suggest.space import Scalar, parse_space
 
 SUPERNET = "supernet"
-"""The parameter that names the member."""
+"""The parameter whose value is the member's name."""
 
 
 class SupernetStudy:
-    """The writer's handle on the merged study; `open` makes one."""
+    """Write access to the merged study; create it with `open`."""
 
     def __init__(self, study: MergedStudy, settings: Mapping[str, Mapping[str, Scalar]]) -> None:
         self._study = study
@@ -33,7 +33,7 @@ class SupernetStudy:
 
     @classmethod
     def open(cls, run: RunDir, config: SweepConfig, entries: Sequence[MemberEntry]) -> SupernetStudy:
-        """Open the study of a sweep; it is made anew where space, metrics or members have
+        """Open the study of a sweep; it is created anew if space, metrics or members have
         changed."""
         names = tuple(entry.name for entry in entries)
         gates = parse_space({key: distribution.written() for key, distribution in gate_space(config).items()})
@@ -47,7 +47,7 @@ class SupernetStudy:
         return cls(study, {entry.name: entry.settings for entry in entries})
 
     def add_gate(self, supernet: str, record: TrialRecord) -> None:
-        """Show a gate trial of a member."""
+        """Add a gate trial of a member."""
         self._study.add(
             MergedTrial(
                 origin=GateId(supernet, record.slot).name,
@@ -63,7 +63,7 @@ class SupernetStudy:
         )
 
     def add_supernet(self, entry: MemberEntry) -> None:
-        """Show a supernet that was stopped or failed; others are seen through their gates."""
+        """Add a supernet that was stopped or failed; the others are represented by their gates."""
         if entry.state not in ("stopped", "failed"):
             return
         self._study.add(
@@ -80,8 +80,8 @@ class SupernetStudy:
         )
 
     def add_missing(self, results: SupernetSweepResults) -> None:
-        """Add what a kill has kept from it: supernets first, then the gates of each in the order of
-        slots, as they are recorded."""
+        """Add the records that a killed launch did not write: supernets first, then the gates of
+        each by slot."""
         for entry in results.entries:
             self.add_supernet(entry)
         for name, member in results.members.items():

@@ -1,5 +1,5 @@
-"""A sweep of supernets in MLflow: one tree. The sweep; below it a row for each member; below that
-its supernet, sub-networks and trials."""
+"""A sweep of supernets in MLflow, as one tree: the sweep, its members, and below each its supernet,
+sub-networks and trials."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ from orchestration.tracking.rows import (
 )
 
 HYPERVOLUME = "static_hypervolume"
-"""By epoch, of a supernet's row."""
+"""Metric by epoch in a supernet's row."""
 
 
 def parent_row(manifest: Mapping[str, Any], run: RunDir, config: SweepConfig) -> TrackedRun:
-    """The sweep as a whole: its configuration as parameters."""
+    """The row of the whole sweep, with its configuration as parameters."""
     tags = {
         "run": run.name,
         "hardware": str(manifest["hardware"].get("cpu", "")),
@@ -56,12 +56,12 @@ def parent_row(manifest: Mapping[str, Any], run: RunDir, config: SweepConfig) ->
 
 
 class TreeTrackers:
-    """Makes the trackers of a sweep and of its members: each has its rows, all write through one
-    process.
+    """Makes the trackers of a sweep and of its members: each has its own rows; all write through
+    one process.
 
     Args:
-        config: of the sweep.
-        run: its run folder.
+        config: configuration of the sweep.
+        run: the sweep's run folder.
     """
 
     def __init__(self, config: SweepConfig, run: RunDir) -> None:
@@ -74,25 +74,24 @@ class TreeTrackers:
         self._writer = SharedWriter(*self._where) if config.tracking.mlflow else None
 
     def make(self, warn: Callable[[str], None]) -> Tracker:
-        """The tracker of the sweep, or of a member; `warn` hears of a store that takes nothing."""
+        """A tracker for the sweep or a member; `warn` is called if the store cannot be written."""
         if self._writer is None:
             return NullTracker()
         return MlflowTracker(*self._where, self._run.name, warn, store=self._writer)
 
     def end(self) -> None:
-        """End the process; all trackers are closed."""
+        """End the writing process; all trackers are closed by then."""
         if self._writer is not None:
             self._writer.end()
 
 
 def running_row(run: RunDir, manifest: Manifest, config: SweepConfig) -> TrackedRun:
-    """A member's supernet while it trains."""
+    """The row of a member's supernet while it trains."""
     return supernet_row(manifest.read(), run, config, is_done=False)
 
 
 def fate_row(entry: MemberEntry, run: RunDir, manifest: Manifest, config: SweepConfig) -> TrackedRun | None:
-    """A member's supernet once it is known what became of it; None where its training never
-    began."""
+    """The row of a member's supernet once its fate is known; None if its training never began."""
     content = manifest.read()
     if "supernet" not in content["stages"]:
         return None
@@ -108,12 +107,12 @@ def fate_row(entry: MemberEntry, run: RunDir, manifest: Manifest, config: SweepC
 
 
 def reports_as_points(entry: MemberEntry) -> list[CurvePoint]:
-    """What a supernet reported while it trained; the epoch is the step."""
+    """The reports of a supernet as points; the step is the epoch."""
     return [CurvePoint(epoch, entry.end_ms, {HYPERVOLUME: value}) for epoch, value in entry.reports]
 
 
 def track_fate(tracker: Tracker, entry: MemberEntry, work: Launch) -> None:
-    """Write what became of a member's supernet, with what it reported."""
+    """Write the fate of a member's supernet and its reports."""
     row = fate_row(entry, work.run, work.manifest, work.config)
     if row is not None:
         _write_supernet(tracker, row, entry)
@@ -126,7 +125,8 @@ def _write_supernet(tracker: Tracker, row: TrackedRun, entry: MemberEntry) -> No
 
 
 def standing_of(results: SupernetSweepResults, name: str) -> Standing:
-    """Where a supernet's trials stand among those of all supernets."""
+    """The role of a supernet's trials on the front over all supernets, and their metrics on
+    `test`."""
     member, knee = results.members[name], results.knee
     return Standing(
         front=frozenset(gate.slot for gate in results.front if gate.supernet == name),
@@ -136,8 +136,8 @@ def standing_of(results: SupernetSweepResults, name: str) -> Standing:
 
 
 def write_global_front(tracker: Tracker, results: SupernetSweepResults) -> None:
-    """Repeat the front over all supernets as curves of the sweep's row; those on `test` where they
-    are verified."""
+    """Write the front over all supernets as curves of the sweep's row; on `test` too, once
+    verified."""
     end_ms = supernets_end_ms(results)
     tracker.series(by_cost("front_val", [results.feasible[gate].metrics for gate in results.front], end_ms))
     if results.is_verified:
@@ -146,7 +146,7 @@ def write_global_front(tracker: Tracker, results: SupernetSweepResults) -> None:
 
 
 def write_global_overview(tracker: Tracker, results: SupernetSweepResults, *, redraw: bool) -> None:
-    """The front over all supernets as a picture and as a table, in the description of the sweep's
+    """Put a picture and a table of the front over all supernets into the description of the sweep's
     row."""
     if results.front:
         uid, info = sweep_uid(results.manifest, results.run), supernets_front(supernets_info(results))
@@ -155,7 +155,7 @@ def write_global_overview(tracker: Tracker, results: SupernetSweepResults, *, re
 
 
 def member_end(entry: MemberEntry, member: RunResults) -> tuple[Status, int]:
-    """How a member's row ends, and when."""
+    """Final status of a member's row, and its end in ms."""
     if entry.state in ("stopped", "failed"):
         return "FAILED" if entry.state == "failed" else "FINISHED", entry.end_ms
     is_finished = entry.state == "trained" and member.is_done("search")
@@ -163,17 +163,18 @@ def member_end(entry: MemberEntry, member: RunResults) -> tuple[Status, int]:
 
 
 def supernets_end_ms(results: SupernetSweepResults) -> int:
-    """When the last stage of any member ended. Not the time of writing: rows repeat."""
+    """End of the last stage of any member, Unix time in ms; not the time of writing, because rows
+    repeat."""
     ends = [entry.end_ms for entry in results.entries]
     ends += [sweep_end_ms(member.manifest) for member in results.members.values()]
     return max([*ends, unix_ms(results.manifest["created_at"])])
 
 
 def replay_supernets(results: SupernetSweepResults, make: Callable[[], Tracker]) -> list[tuple[Tracker, Status, int]]:
-    """Write everything that a sweep of supernets has, as if it happened again.
+    """Write all rows of a sweep of supernets, as its launch would.
 
     Args:
-        results: of the sweep.
+        results: results of the sweep.
         make: gives a tracker for the sweep, and for each member.
 
     Returns:

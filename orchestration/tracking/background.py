@@ -1,4 +1,5 @@
-"""Writes to MLflow on a thread of its own, so that tracking never holds up a launch."""
+"""A tracker that writes to MLflow in a background thread, so that tracking never delays a
+launch."""
 
 from __future__ import annotations
 
@@ -20,10 +21,10 @@ PAUSE_S = 30.0
 
 
 class MlflowTracker:
-    """Feeds a process that writes to MLflow from a queue, in one background thread.
+    """Queues rows, and writes them through a process in one background thread.
 
-    After three failures in a row it drops writes for 30 s instead of queueing behind time-outs. One
-    warning is given, the rest is counted.
+    After three failures in a row it drops writes for 30 s, so that none queue behind time-outs. It
+    warns once, and counts the rest.
 
     Args:
         store_uri: `sqlite:///...` or the URI of a server.
@@ -64,7 +65,7 @@ class MlflowTracker:
 
     @property
     def summary(self) -> TrackingSummary:
-        """What has been written and dropped so far."""
+        """Counts of written and dropped rows so far."""
         return self._summary
 
     def parent(self, run: TrackedRun) -> None:

@@ -1,9 +1,9 @@
-"""MLflow's database in a runs folder, without MLflow: which experiment holds a sweep, and where
-artifacts lie.
+"""MLflow's database in a runs folder, read without MLflow: the experiment of a sweep, and the
+locations of artifacts.
 
-MLflow writes the absolute folder of artifacts beside every experiment and every run, so that a runs
-folder that was moved or copied serves nothing, or what lies in the old place. The database lies
-beside its artifacts: what is recorded is made right whenever it is opened.
+MLflow records the absolute folder of artifacts for every experiment and every run, so that a runs
+folder that was moved or copied serves no artifacts, or those in the old place. The database lies
+beside its artifacts, so the recorded folders are corrected whenever it is opened.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ _LOCATIONS = (
 
 
 def database_of(store_uri: str) -> Path | None:
-    """The file of a store that is an SQLite database; None where it is a server or another
+    """The file of a store that is an SQLite database; None if it is a server or another
     database."""
     return Path(store_uri.removeprefix(SQLITE)) if store_uri.startswith(SQLITE) else None
 
 
 def experiment_of(store_uri: str, uid: str) -> str | None:
-    """The id of the experiment that holds a sweep's prepared view; None where no such view was
+    """The id of the experiment that holds a sweep's prepared view; None if no such view was
     written.
 
     Args:
         store_uri: an SQLite database.
-        uid: of the sweep's own row.
+        uid: uid of the sweep's own row.
     """
     database = database_of(store_uri)
     if database is None or not database.is_file():
@@ -52,15 +52,15 @@ def experiment_of(store_uri: str, uid: str) -> str | None:
 
 
 def mend_artifact_locations(store_uri: str, artifact_root: Path) -> int:
-    """Make the recorded locations of artifacts right after the runs folder was moved or copied.
+    """Correct the recorded locations of artifacts after the runs folder was moved or copied.
 
-    Only a database that lies beside its artifacts is looked at, and only locations below a folder
-    with the name of `artifact_root`; one is kept where it exists and what it names does not lie
-    below `artifact_root`.
+    Only a database that lies beside its artifacts is changed, and only locations below a folder
+    with the name of `artifact_root`. A location is kept if it exists and its counterpart below
+    `artifact_root` does not.
 
     Args:
-        store_uri: of the store.
-        artifact_root: where it keeps artifacts today.
+        store_uri: URI of the store.
+        artifact_root: present folder of the artifacts.
 
     Returns:
         how many locations were rewritten.

@@ -35,12 +35,12 @@ class Link:
 
 
 def link_to(results: ReadableRun, uri: str) -> Link | None:
-    """The page of a run's points; None where they are not in this store, or were written without
+    """The page of a run's points; None if the points are not in this store, or were written without
     the page.
 
     Args:
-        results: of the run.
-        uri: of the store.
+        results: results of the run.
+        uri: URI of the store.
     """
     uid = sweep_uid(results.manifest, results.run)
     experiment = experiment_of(uri, uid)
@@ -48,12 +48,11 @@ def link_to(results: ReadableRun, uri: str) -> Link | None:
 
 
 def certain_link(results: ReadableRun, uri: str, write: Callable[[], object]) -> Link | None:
-    """The page of a run's points, which are written to the store first where an earlier release
-    wrote them or nobody did.
+    """The page of a run's points; writes the run to the store first if it has no page there.
 
     Args:
-        results: of the run.
-        uri: of the store.
+        results: results of the run.
+        uri: URI of the store.
         write: writes the run to the store.
     """
     link = link_to(results, uri)
@@ -64,7 +63,8 @@ def certain_link(results: ReadableRun, uri: str, write: Callable[[], object]) ->
 
 
 def newest_links(root: Path, uri: str) -> list[Link]:
-    """The pages of the runs in a runs folder that are in this store, the newest run first."""
+    """Pages of the newest runs in a runs folder that are in this store, newest first, at most
+    `MAX_LINKS`."""
     runs = sorted((RunDir(root, name) for name in list_runs(root)), key=_age_s)
     links = (link_to(RunResults(run), uri) for run in runs)
     return [link for link in links if link is not None][:MAX_LINKS]
@@ -75,7 +75,6 @@ def _age_s(run: RunDir) -> float:
 
 
 def open_in_browser(url: str) -> bool:
-    """Open a page in the browser of a person at a screen; False where there is none, or the output
-    goes to a program."""
+    """Open a page in the user's browser; False if there is no screen, or stdout is no terminal."""
     has_screen = sys.platform == "darwin" or any(map(os.environ.get, ("DISPLAY", "WAYLAND_DISPLAY")))
     return has_screen and sys.stdout.isatty() and webbrowser.open(url)

@@ -1,5 +1,5 @@
-"""What MLflow's page says about a sweep above its parameters: a picture of the front, its table,
-and where the rest is."""
+"""The description of a sweep on MLflow's page: a picture of the front, its table, and where the
+rest is."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ def attach_front(
     """Put the front's picture among the files of a sweep's row, and into its description.
 
     Args:
-        tracker: takes both.
-        run: of the sweep; holds the picture.
-        uid: of the sweep's own row.
-        info: of the picture.
-        headline: of the table.
-        redraw: also where the run has a picture already.
+        tracker: receives picture and description.
+        run: run folder of the sweep; holds the picture.
+        uid: uid of the sweep's own row.
+        info: data of the picture.
+        headline: data of the table.
+        redraw: draw the picture even if the run has one already.
         warnings: about the training, in sentences.
     """
     if redraw or not run.front_png.is_file():
@@ -48,11 +48,11 @@ def attach_front(
 
 
 def front_note(headline: Headline, uid: str, picture: str, report: str, warnings: Sequence[str] = ()) -> str:
-    """The description, in Markdown; MLflow shows pictures that it serves itself.
+    """The description in Markdown; its pictures are artifacts, which MLflow serves itself.
 
     Args:
         headline: the front's table.
-        uid: of the sweep's own row.
+        uid: uid of the sweep's own row.
         picture: name of the picture among the row's files.
         report: name of the report among them.
         warnings: about the training, in sentences; they stand above the picture.
@@ -77,7 +77,7 @@ def front_note(headline: Headline, uid: str, picture: str, report: str, warnings
 
 
 def _sentence(headline: Headline) -> str:
-    """What is seen of a description before it is opened."""
+    """The first sentence of the description, visible before it is opened."""
     found = f"{plural(len(headline.rows), 'gate')} of the front"
     knee = next((row for row in headline.rows if row.name == headline.knee), None)
     if knee is None:
@@ -96,5 +96,5 @@ def _line(row: Row, knee: str | None) -> str:
 
 
 def _cells(*texts: str) -> str:
-    """A row of a table; MLflow's page leaves no room between cells."""
+    """A row of a Markdown table, with space between cells, which MLflow's page does not add."""
     return "".join(f"| {text} &ensp;" for text in texts) + "|"

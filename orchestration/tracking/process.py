@@ -1,12 +1,12 @@
-"""MLflow in a process of its own.
+"""MLflow in a separate process.
 
-A row costs 10 ms of Python in MLflow and SQLAlchemy. In a thread of the driver that time is taken
-from the suggestions, which are Python too, and the thread, which gives the interpreter's lock away
-at every statement, gets less than it needs and falls behind by most of the sweep. Here the rows use
-the core that is idle while the driver suggests.
+A row costs 10 ms of Python in MLflow and SQLAlchemy. In a thread of the driver that time would be
+taken from the suggestions, which are Python too, and the thread, which must share the interpreter's
+lock, would fall behind by most of the sweep. A separate process uses the core that is idle while
+the driver suggests.
 
-The process being ours alone, it can also spare SQLite most of its syncs, of which a row otherwise
-takes a dozen: on a busy machine they decide how long a row takes, and not the Python.
+Because the process is ours alone, it can also spare SQLite most of its syncs, of which a row
+otherwise takes a dozen; on a busy machine these, and not Python, determine the time of a row.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class MlflowWriter:
     """An `MlflowStore` in a child process, with the same methods, to be called from one thread.
 
     The child starts with the first call, and again with the next call after it died. It ends when
-    this process does, however that happens, after the call that it is in.
+    this process does, in whatever way, after the call that it is executing.
     """
 
     def __init__(self, store_uri: str, experiment: str, artifact_root: Path) -> None:
@@ -54,37 +54,37 @@ class MlflowWriter:
         self._is_stopped = False
 
     def connect(self) -> None:
-        """As `MlflowStore.connect`."""
+        """See `MlflowStore.connect`."""
         self._call("connect")
 
     def open_sweep(self, parent: TrackedRun) -> None:
-        """As `MlflowStore.open_sweep`."""
+        """See `MlflowStore.open_sweep`."""
         self._call("open_sweep", parent)
 
     def write(self, run: TrackedRun, parent: TrackedRun) -> None:
-        """As `MlflowStore.write`."""
+        """See `MlflowStore.write`."""
         self._call("write", run, parent)
 
     def add_points(self, run: TrackedRun, parent: TrackedRun, points: Sequence[CurvePoint]) -> None:
-        """As `MlflowStore.add_points`."""
+        """See `MlflowStore.add_points`."""
         self._call("add_points", run, parent, points)
 
     def add_artifact(self, parent: TrackedRun, path: Path) -> None:
-        """As `MlflowStore.add_artifact`."""
+        """See `MlflowStore.add_artifact`."""
         # The child has the folder in which this process was when it started.
         self._call("add_artifact", parent, path.absolute())
 
     def describe(self, parent: TrackedRun, text: str) -> None:
-        """As `MlflowStore.describe`."""
+        """See `MlflowStore.describe`."""
         self._call("describe", parent, text)
 
     def close_sweep(self, parent: TrackedRun) -> None:
-        """As `MlflowStore.close_sweep`."""
+        """See `MlflowStore.close_sweep`."""
         self._call("close_sweep", parent)
 
     def stop(self, *, at_once: bool) -> None:
-        """End the child: at once from any thread, even while a call waits for it; else when no call
-        does. Later calls raise."""
+        """End the child. `at_once` kills it, from any thread, even while a call waits for it; else
+        it may finish its work for `STOP_TIMEOUT_S`. Later calls raise."""
         self._is_stopped = True
         child, self._child = self._child, None
         if child is None:
@@ -136,7 +136,7 @@ class MlflowWriter:
 class SharedWriter(MlflowWriter):
     """One child process for several trackers, whose threads take turns.
 
-    A tracker that is closed leaves it to the others; `end` ends it.
+    Closing one tracker leaves the process to the others; `end` ends it.
     """
 
     def __init__(self, store_uri: str, experiment: str, artifact_root: Path) -> None:
@@ -144,11 +144,11 @@ class SharedWriter(MlflowWriter):
         self._turn = threading.Lock()
 
     def stop(self, *, at_once: bool) -> None:
-        """Nothing: it is not this tracker's alone."""
+        """Do nothing: the process also serves the other trackers."""
 
     def end(self) -> None:
-        """End the child; all trackers are closed."""
-        super().stop(at_once=self._turn.locked())  # by one that was closed without an answer
+        """End the child; all trackers are closed by then."""
+        super().stop(at_once=self._turn.locked())  # locked by a call that got no answer
 
     def _call(self, name: str, *arguments: Any) -> None:
         with self._turn:
@@ -156,8 +156,8 @@ class SharedWriter(MlflowWriter):
 
 
 def serve(connection: Connection[Any, Any]) -> None:
-    """Make the calls that arrive, until the other side is gone; answer each with None, or with what
-    went wrong in one line."""
+    """Execute the calls that arrive until the connection closes; answer each with None, or with an
+    error in one line."""
     with suppress(EOFError, OSError):
         arguments = connection.recv()
         store = MlflowStore(*arguments)
@@ -174,13 +174,13 @@ def serve(connection: Connection[Any, Any]) -> None:
 
 @contextmanager
 def few_syncs(store_uri: str) -> Iterator[None]:
-    """Have SQLite write ahead to a log inside the block, and this process's connections not wait
+    """Inside the block, let SQLite use a write-ahead log, and this process's connections not wait
     for the disk at every commit.
 
     A crash of any process loses nothing; a power failure can lose the last rows, which the study
-    has. At the end the log goes back into the database, which is one plain file again, unless
-    somebody else has it open (`dsnet-orch ui`): then the next sweep does that. Such a log is for
-    one machine: a database on a file system that others may share is left as it is.
+    has. At the end the log is merged back into the database, which is one plain file again, unless
+    another process has it open (`dsnet-orch ui`); then the next sweep merges it. Such a log works
+    on one machine only, so a database on a file system that others may share is left unchanged.
     """
     path = Path(store_uri.removeprefix(SQLITE))
     if not store_uri.startswith(SQLITE) or not is_on_local_disk(path) or not _has_journal(path, "wal", wait_s=1.0):
@@ -205,8 +205,8 @@ def few_syncs(store_uri: str) -> Iterator[None]:
 
 
 def is_on_local_disk(path: Path, mounts: Path = Path("/proc/self/mounts")) -> bool:
-    """Whether a file lies on a file system of `LOCAL_FILE_SYSTEMS`; False where that cannot be
-    told."""
+    """Whether a file lies on a file system of `LOCAL_FILE_SYSTEMS`; False if that cannot be
+    determined."""
     try:
         lines = mounts.read_text().splitlines()
     except OSError:
@@ -220,8 +220,8 @@ def is_on_local_disk(path: Path, mounts: Path = Path("/proc/self/mounts")) -> bo
 
 
 def _has_journal(path: Path, mode: str, wait_s: float) -> bool:
-    """Set a database's journal mode; whether it has it now. A file that cannot be opened is for
-    MLflow to report."""
+    """Set a database's journal mode; returns whether the database has it now. A file that cannot be
+    opened is left for MLflow to report."""
     try:
         with closing(sqlite3.connect(path, timeout=wait_s)) as connection:
             (found,) = connection.execute(f"PRAGMA journal_mode = {mode}").fetchone()

@@ -1,4 +1,4 @@
-"""What a launch tells a tracker: rows of MLflow and their values, whoever writes them."""
+"""The interface between a launch and a tracker: rows of MLflow and their values."""
 
 from __future__ import annotations
 
@@ -18,38 +18,37 @@ class TrackedRun:
     """One row of MLflow's run table."""
 
     uid: str
-    """Deterministic, e.g. "digits/3f0c2b6a9d11/trial-0042": a second write with the same uid is the
-    same row."""
+    """Deterministic identity, e.g. "digits/3f0c2b6a9d11/trial-0042"; a second write with the same
+    uid updates the same row."""
     name: str
     kind: Kind
     start_ms: int
-    """Unix time in milliseconds, from the run folder, never the time of writing."""
+    """Start, Unix time in milliseconds, taken from the run folder, never the time of writing."""
     end_ms: int | None = None
-    """None while it runs."""
+    """End, Unix time in milliseconds; None while it runs."""
     status: Status = "FINISHED"
     reason: str | None = None
     """Why it failed."""
     params: Mapping[str, Any] = field(default_factory=dict)
     metrics: Mapping[str, float | None] = field(default_factory=dict)
-    """The names of the interface: top1, madds_m, ...; None, NaN and infinity are left out of
+    """Values by public name: top1, madds_m, ...; None, NaN and infinity are not written to
     MLflow."""
     tags: Mapping[str, str] = field(default_factory=dict)
     first_tags: Mapping[str, str] = field(default_factory=dict)
-    """Tags of a new row. A row that has them keeps its own: a later write with `tags` may have
-    changed them."""
+    """Tags that are set only when the row is created; `tags` of a later write may change them."""
     under: TrackedRun | None = None
-    """Of a sweep's own row, where it is part of a larger one: the row below which it hangs. It is
-    created where it is missing, and written and closed by the larger sweep's own tracker."""
+    """For the row of a sweep that is part of a larger one: the row below which it is nested. It is
+    created if it is missing; the larger sweep's own tracker writes and closes it."""
 
     @property
     def root_uid(self) -> str:
-        """Of a sweep's own row: the uid of the outermost sweep."""
+        """For the row of a sweep: the uid of the outermost sweep."""
         return self.uid if self.under is None else self.under.uid
 
 
 @dataclass(frozen=True)
 class TrackingSummary:
-    """What became of a tracker's writes."""
+    """Counts of a tracker's writes, and the first error."""
 
     num_written: int = 0
     num_unsent: int = 0
@@ -57,11 +56,11 @@ class TrackingSummary:
 
 
 class Tracker(Protocol):
-    """Where a sweep shows its results. No method raises because of the store, none waits for it but
-    `close`."""
+    """Interface to which a sweep writes its results. No method raises because of the store, and
+    only `close` waits for it."""
 
     def parent(self, run: TrackedRun) -> None:
-        """Open the sweep's own run, or go on with it. Comes first."""
+        """Open the sweep's own run, or reopen it; must be called first."""
 
     def supernet(self, run: TrackedRun) -> None:
         """Open the supernet's run (status RUNNING); called again with its final status, close
@@ -89,12 +88,12 @@ class Tracker(Protocol):
         the parent's own ids."""
 
     def close(self, status: Status, end_ms: int, timeout_s: float) -> TrackingSummary:
-        """End the parent and whatever still runs below it; wait at most `timeout_s` for what is
-        unwritten."""
+        """End the parent and all runs below it that still run; wait at most `timeout_s` for
+        unwritten rows."""
 
 
 class NullTracker:
-    """Tracks nothing (`tracking.mlflow: false`)."""
+    """A tracker that does nothing (`tracking.mlflow: false`)."""
 
     def parent(self, run: TrackedRun) -> None: ...
 
@@ -117,8 +116,8 @@ class NullTracker:
 
 
 class RowStore(Protocol):
-    """Takes rows, one call after the other, each of them repeatable; raises where the store does.
-    See `MlflowStore`."""
+    """A store of rows, called from one thread at a time. Every call may be repeated, and raises if
+    the store fails. See `MlflowStore`."""
 
     def connect(self) -> None: ...
 
@@ -144,6 +143,6 @@ Kind = Literal["sweep", "supernet", "subnet", "trial"]
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, in one line."""
+    """The first line of an error's message, at most 300 characters."""
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0][:300]

@@ -28,7 +28,7 @@ from search.study.study import TrialRecord
 def store_uri(config: SweepConfig, run: RunDir) -> str:
     """The MLflow store of a run: as configured, or the database in the runs folder.
 
-    One supernet of a larger sweep is tracked with that sweep, in the place where it lies today.
+    A member of a sweep of supernets is tracked with that sweep, at the sweep's present location.
     """
     whole = whole_sweep(run)
     uri = config.tracking.uri if whole is run else load_config(whole.sweep_yaml).config.tracking.uri
@@ -45,8 +45,8 @@ def whole_sweep(run: RunDir) -> RunDir:
 
 
 def row_name(run: RunDir, name: str) -> str:
-    """How a point of a run is called; of one of several supernets with its supernet, as in every
-    table."""
+    """The name of a point's row; in a member of a sweep of supernets it begins with the supernet's
+    name, as in every table."""
     return name if whole_sweep(run) is run else f"{run.name}/{name}"
 
 
@@ -74,8 +74,8 @@ def unix_ms(iso: str) -> int:
 
 
 def sweep_end_ms(manifest: Mapping[str, Any]) -> int:
-    """When the last finished stage ended; the run's creation where none has. Not the time of
-    writing: rows repeat."""
+    """End of the last finished stage, Unix time in ms, or the run's creation if none has finished;
+    not the time of writing, because rows repeat."""
     ends = [
         unix_ms(stage["started_at"]) + round(1000 * stage["seconds"])
         for stage in manifest["stages"].values()
@@ -85,7 +85,7 @@ def sweep_end_ms(manifest: Mapping[str, Any]) -> int:
 
 
 def sweep_row(manifest: Mapping[str, Any], run: RunDir, config: SweepConfig) -> TrackedRun:
-    """The parent: the whole configuration as parameters, with the regime resolved."""
+    """The parent row: the whole configuration as parameters, with the regime resolved."""
     params = canonical_settings(
         {**config.model_dump(mode="json", exclude={"presets"}), "supernet": resolved_settings(config)}
     )
@@ -100,8 +100,8 @@ def sweep_row(manifest: Mapping[str, Any], run: RunDir, config: SweepConfig) -> 
 
 
 def supernet_row(manifest: Mapping[str, Any], run: RunDir, config: SweepConfig, *, is_done: bool) -> TrackedRun:
-    """The supernet's training; its curves are added by step. Once done, it also tells network and
-    start weights."""
+    """The row of the supernet's training; its curves are added by step. Once done, it also holds
+    network and start weights."""
     stage = manifest["stages"]["supernet"]
     start = unix_ms(stage["started_at"])
     end = start + int(1000 * stage["seconds"]) if is_done and stage["seconds"] is not None else None
@@ -125,43 +125,43 @@ def supernet_row(manifest: Mapping[str, Any], run: RunDir, config: SweepConfig, 
 
 @dataclass(frozen=True)
 class Standing:
-    """Where a trial stands among all others; known when all of them are done."""
+    """The front, its knee and the results on `test`; known when all trials are done."""
 
     front: frozenset[int] = frozenset()
-    """Slots on the front: of the run, or over all supernets of the sweep that the run is part
-    of."""
+    """Slots on the front of the run, or on the front over all supernets if the run is part of such
+    a sweep."""
     knee: int | None = None
     """The slot of the front's knee."""
     test: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
-    """Slot -> metrics on `test`, of those that ran there."""
+    """Metrics on `test` by slot, of the gates that ran there."""
 
     @classmethod
     def of(cls, results: RunResults) -> Standing:
-        """In a run by itself."""
+        """The standing of the trials in a run by itself."""
         return cls(frozenset(results.front), results.knee, test_metrics(results))
 
     def tags(self, slot: int) -> dict[str, str]:
-        """Of a trial's row."""
+        """Tags of a trial's row."""
         is_on_front, is_knee = slot in self.front, slot == self.knee
         role = "knee" if is_knee else "front" if is_on_front else "trial"
         return {"on_front": str(is_on_front).lower(), "is_knee": str(is_knee).lower(), **_role_tags(role)}
 
 
 COLOURS: Final = {"front": BLUE, "knee": VERMILION, "route": INK, "teacher": MUTED, "trial": SKY}
-"""Role -> colour of the row's mark on MLflow's page. The page sorts by role, and shows 100 rows at
-first: the names are so chosen that the front comes first, then the static sub-networks."""
+"""Colour of a row's mark on MLflow's page, by role. The page sorts by role and shows 100 rows at
+first: the names make the front come first, then the static sub-networks."""
 COLOUR_TAG: Final = "mlflow.runColor"
 
 
 def test_metrics(results: RunResults) -> dict[int, Mapping[str, float]]:
-    """Slot -> metrics of the gates that ran on `test`; none before."""
+    """Metrics by slot of the gates that ran on `test`; empty before the verify stage."""
     verified = results.verified
     return {} if verified is None else {point.slot: point.metrics for point in verified.test.points}
 
 
 def subnet_rows(manifest: Mapping[str, Any], run: RunDir, results: RunResults) -> list[TrackedRun]:
-    """One row per static sub-network, the teacher included; with its metrics on `test`, once they
-    are known."""
+    """One row per static sub-network, including the teacher; with metrics on `test` once they are
+    known."""
     stage = manifest["stages"]["measure"]
     start = unix_ms(stage["started_at"])
     end = start + int(1000 * (stage["seconds"] or 0))
@@ -201,13 +201,13 @@ def subnet_metrics(subnet: MeasuredSubnet, results: RunResults) -> Mapping[str, 
 def trial_row(
     manifest: Mapping[str, Any], run: RunDir, record: TrialRecord, standing: Standing | None = None
 ) -> TrackedRun:
-    """One row per trial; a failed or pruned one carries its reason.
+    """The row of a trial; a failed or pruned one has its reason.
 
     Args:
-        manifest: of the run.
-        run: it.
+        manifest: manifest of the run.
+        run: the run.
         record: the trial.
-        standing: of all trials; None while there may be more of them.
+        standing: standing of all trials; None while there may be more trials.
     """
     stage = manifest["stages"]["search"]
     tags = {"state": record.state} | ({"feasible": str(record.is_feasible).lower()} if record.constraints else {})
@@ -232,7 +232,7 @@ def _prefixed(prefix: str, metrics: Mapping[str, float]) -> dict[str, float]:
 
 
 def by_cost(prefix: str, rows: Iterable[Mapping[str, float | None]], time_ms: int) -> list[CurvePoint]:
-    """Accuracies as curves of the parent. MLflow draws metrics over a whole number, the step; here
+    """Accuracies as curves of the parent over cost. MLflow draws metrics over an integer step; here
     it is the cost in thousands of MAdds."""
     points = [
         CurvePoint(
@@ -247,7 +247,7 @@ def by_cost(prefix: str, rows: Iterable[Mapping[str, float | None]], time_ms: in
 
 
 def write_subnets(tracker: Tracker, results: RunResults) -> None:
-    """The static sub-networks' rows, and their accuracies as a curve of the parent."""
+    """Write the static sub-networks' rows, and their accuracies as a curve of the parent."""
     rows = subnet_rows(results.manifest, results.run, results)
     for row in rows:
         tracker.subnet(row)
@@ -256,14 +256,14 @@ def write_subnets(tracker: Tracker, results: RunResults) -> None:
 
 
 def write_front(tracker: Tracker, results: RunResults, standing: Standing, time_ms: int) -> None:
-    """The trials' rows with what is known when all are done: who is on the front, and what it
-    reaches on `test`. The front as curves too.
+    """Write the trials' rows, now with their place on the front and metrics on `test`, and the
+    front as curves.
 
     Args:
-        tracker: takes it.
-        results: of the run.
-        standing: of its trials.
-        time_ms: of the curves' points.
+        tracker: receives the rows.
+        results: results of the run.
+        standing: standing of the run's trials.
+        time_ms: time of the curves' points, Unix time in ms.
     """
     for record in results.records:
         tracker.trial(trial_row(results.manifest, results.run, record, standing))
@@ -272,7 +272,7 @@ def write_front(tracker: Tracker, results: RunResults, standing: Standing, time_
 
 
 def write_overview(tracker: Tracker, results: RunResults, *, redraw: bool) -> None:
-    """The front as a picture and as a table, in the parent's description; nothing before there is a
+    """Put a picture and a table of the front into the parent's description; does nothing without a
     front."""
     info = front_info(results)
     if results.front and info is not None:
@@ -284,14 +284,14 @@ def write_overview(tracker: Tracker, results: RunResults, *, redraw: bool) -> No
 def replay(
     results: RunResults, tracker: Tracker, under: TrackedRun | None = None, standing: Standing | None = None
 ) -> None:
-    """Write everything that a run has, as if it happened again; what MLflow has already is not
-    written twice.
+    """Write all rows of a run, as its launch would; rows that MLflow has already are not written
+    twice.
 
     Args:
-        results: of the run.
-        tracker: takes it.
+        results: results of the run.
+        tracker: receives the rows.
         under: the row below which the run's own row hangs, where it is part of a larger sweep.
-        standing: of its trials in the larger sweep.
+        standing: standing of the run's trials in the larger sweep.
     """
     run, manifest = results.run, results.manifest
     tracker.parent(replace(sweep_row(manifest, run, results.config), under=under))

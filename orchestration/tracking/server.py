@@ -30,7 +30,7 @@ _NUM_LOG_LINES = 8
 
 @contextmanager
 def serve_ui(store_uri: str, artifact_root: Path, port: int = 5000, host: str = LOOPBACK) -> Iterator[str]:
-    """Run MLflow's server as long as the context lasts.
+    """Run MLflow's server for the length of the block.
 
     Args:
         store_uri: The database, `sqlite:///...`.
@@ -67,8 +67,8 @@ def serve_ui(store_uri: str, artifact_root: Path, port: int = 5000, host: str = 
 
 
 def free_port(wanted: int) -> int:
-    """The wanted port if nothing listens on it on the loopback, else one that the system
-    chooses."""
+    """The wanted port if nothing listens on it on the loopback interface, else a free one that the
+    system chooses."""
     for port in (wanted, 0):
         with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -81,7 +81,7 @@ def free_port(wanted: int) -> int:
 
 
 def _absolute(store_uri: str) -> str:
-    """The same database, whatever the working directory; other kinds of store as they are."""
+    """The store's URI with an absolute path if it is an SQLite database; other stores unchanged."""
     path = store_uri.removeprefix(SQLITE)
     return store_uri if path == store_uri else f"{SQLITE}{Path(path).absolute()}"
 

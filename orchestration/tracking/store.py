@@ -1,9 +1,8 @@
-"""MLflow as a projection of the run folder: written for the driver alone, in the background, and
-never in its way.
+"""The store that writes rows to MLflow; all of them are derived from the run folder.
 
-Everything written carries our own timestamps and steps and a `uid`, so writing it again
-(`dsnet-orch sync`) changes nothing. A store that is dead, slow or broken costs one warning; what it
-missed is in the run folder and can be synced later.
+Every row has its own timestamps, steps and `uid`, so that writing it again (`dsnet-orch sync`)
+changes nothing. A store that is dead, slow or broken causes one warning; rows that it missed are in
+the run folder and can be synced later.
 """
 
 from __future__ import annotations
@@ -45,22 +44,23 @@ MAX_TAG_LENGTH = 8000
 
 
 MAX_METRICS_PER_BATCH = 900
-"""MLflow takes 1,000 entities a batch, of which at most 100 parameters and 100 tags."""
+"""Largest number of metrics per batch; MLflow takes 1,000 entities, of which at most 100 parameters
+and 100 tags."""
 
 
 MAX_PARAMS_PER_BATCH = 90
 
 
 PARENT_TAG = "mlflow.parentRunId"
-"""By which MLflow's page nests one row below another."""
+"""Tag with which MLflow's page nests one row below another."""
 
 
 NOTE_TAG = "mlflow.note.content"
-"""The description that MLflow's page shows above a run, in Markdown."""
+"""Tag of the Markdown description that MLflow's page shows above a run."""
 
 
 RUN_ID, EXPERIMENT_ID = "{run_id}", "{experiment_id}"
-"""In a description: filled in where it is written."""
+"""Placeholders in a description, replaced when it is written."""
 
 
 _COMPLETE = ("FINISHED", "FAILED")
@@ -72,21 +72,21 @@ class _KnownRun:
     status: str
     tags: Mapping[str, str] = field(default_factory=dict)
     metrics: frozenset[str] = frozenset()
-    """The names of those it has."""
+    """Names of the metrics that it has."""
 
 
 class MlflowStore:
-    """Writes rows to MLflow, one call after the other, each of them repeatable.
+    """Writes rows to MLflow, one call after the other; every call may be repeated.
 
-    A run is found again by its tag `uid`; the tag `sweep` on parent and children makes that one
-    search per sweep, and the tag `root`, of the outermost sweep, makes the points of a whole tree
-    one search. A child that is FINISHED or FAILED was written whole, since its status is set last;
+    A run is found by its tag `uid`. The tag `sweep` on parent and children allows one search per
+    sweep, and the tag `root`, of the outermost sweep, allows one search for the points of a whole
+    tree. A child that is FINISHED or FAILED was written completely, because its status is set last;
     only tags that differ and metrics that it lacks are added. Points of curves are written again,
-    and MLflow drops those it has (same run, name, step, time and value).
+    and MLflow drops those that it has (same run, name, step, time and value).
     """
 
     def __init__(self, store_uri: str, experiment: str, artifact_root: Path) -> None:
-        """Take in where to write; nothing is opened yet. See `MlflowTracker` for the arguments."""
+        """Keep the arguments (see `MlflowTracker`); nothing is opened yet."""
         self._store_uri = store_uri
         self._experiment = experiment
         self._artifact_root = artifact_root
@@ -96,15 +96,15 @@ class MlflowStore:
         self._sweeps: dict[str, dict[str, _KnownRun]] = {}
         """Runs by uid, for each sweep that was written to."""
         self._known: dict[str, _KnownRun] = {}
-        """Those of the sweep in hand."""
+        """Runs of the current sweep by uid."""
 
     def connect(self) -> None:
-        """Open the store, and create the database and the experiment where they are missing."""
+        """Open the store; create the database and the experiment if they are missing."""
         self._connected()
 
     def open_sweep(self, parent: TrackedRun) -> None:
-        """Create or reopen the parent run; close (KILLED) what a killed driver left RUNNING below
-        it."""
+        """Create or reopen the parent run; close with KILLED the rows below it that a killed driver
+        left RUNNING."""
         self._load(parent)
         self._run_id(parent, parent)
         for uid, known in list(self._known.items()):
@@ -139,9 +139,9 @@ class MlflowStore:
             self._known[run.uid] = replace(self._known[run.uid], status="RUNNING")
 
     def _amend(self, known: _KnownRun, run: TrackedRun, parent: TrackedRun) -> None:
-        """Give a finished row the tags that differ and the metrics that it lacks: who is on the
-        front, and what it reaches on `test`, is known when all trials are done. A value that was
-        written stays: MLflow keeps every one, and shows the largest of one time."""
+        """Add to a finished row the tags that differ and the metrics that it lacks: the front and
+        metrics on `test` are known only when all trials are done. A value that was written stays,
+        because MLflow keeps every value and shows the largest of one time."""
         tags = {name: value for name, value in _tags(run, parent, known).items() if known.tags.get(name) != value}
         metrics = {
             name: value
@@ -168,14 +168,15 @@ class MlflowStore:
         self._connected().log_artifact(self._run_id(parent, parent), str(path))
 
     def describe(self, parent: TrackedRun, text: str) -> None:
-        """Give the parent run its description."""
+        """Set the description of the parent run."""
         self._load(parent)
         run_id = self._run_id(parent, parent)
         filled = text.replace(RUN_ID, run_id).replace(EXPERIMENT_ID, self._experiment_id)
         self._connected().set_tag(run_id, NOTE_TAG, filled[:MAX_TAG_LENGTH])
 
     def _share_view(self, parent: TrackedRun) -> None:
-        """Keep a prepared page of the sweep's points with the experiment, for `dsnet-orch ui`."""
+        """Store a prepared page of the sweep's points as a tag of the experiment, for `dsnet-orch
+        ui`."""
         is_outermost = self._known[parent.uid].tags["root"] == parent.uid
         tag, content = view_tag(parent.uid), points_view(parent.uid, is_outermost=is_outermost)
         client = self._connected()
@@ -183,7 +184,7 @@ class MlflowStore:
             client.set_experiment_tag(self._experiment_id, tag, content)
 
     def close_sweep(self, parent: TrackedRun) -> None:
-        """End the parent with its status, and children that still run as KILLED."""
+        """End the parent with its status, and its running children with KILLED."""
         self._load(parent)
         self._run_id(parent, parent)
         end_ms = parent.end_ms if parent.end_ms is not None else _now_ms()
@@ -193,7 +194,7 @@ class MlflowStore:
         self._end(parent.uid, parent.status, end_ms)
 
     def stop(self, *, at_once: bool) -> None:
-        """Nothing is held."""
+        """Do nothing: the store holds no resources."""
 
     def _connected(self) -> MlflowClient:
         if self._client is None:
@@ -220,7 +221,7 @@ class MlflowStore:
         return str(experiment.experiment_id)
 
     def _load(self, parent: TrackedRun) -> dict[str, _KnownRun]:
-        """The sweep's runs by uid; searched for once."""
+        """The sweep's runs by uid; MLflow is searched only once per sweep."""
         if parent.uid not in self._sweeps:
             self._sweeps[parent.uid] = dict(self._search(parent.uid))
         self._known = self._sweeps[parent.uid]
@@ -239,7 +240,8 @@ class MlflowStore:
                 return
 
     def _run_id(self, run: TrackedRun, parent: TrackedRun) -> str:
-        """The id of the run with this uid, and of its parent before it; created where missing."""
+        """The id of the run with this uid, and of its parent before it; both are created if they
+        are missing."""
         if run.uid not in self._known:
             if run.uid == parent.uid:
                 above = None if parent.under is None else self._outer_id(parent.under)
@@ -255,8 +257,8 @@ class MlflowStore:
         return self._outer_ids[outer.uid]
 
     def _sweep_row(self, run: TrackedRun, above: str | None) -> _KnownRun:
-        """The row of a sweep, which more than one tracker may look for at a time; created where it
-        is missing."""
+        """The row of a sweep, created if it is missing; several trackers may look for it at the
+        same time."""
         client = self._connected()
         with self._alone():
             found = client.search_runs([self._experiment_id], f"tags.uid = '{run.uid}'", max_results=1)
@@ -272,8 +274,8 @@ class MlflowStore:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """Keep the trackers of this machine from creating the same thing twice: MLflow has no uid
-        that would refuse it."""
+        """Lock that keeps trackers on this machine from creating the same thing twice, which MLflow
+        would allow."""
         self._artifact_root.mkdir(parents=True, exist_ok=True)
         with open(self._artifact_root / ".lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file is closed
@@ -305,8 +307,8 @@ class MlflowStore:
 
 
 def mlflow_environment() -> dict[str, str]:
-    """What must be in the environment before anything imports MLflow: no telemetry, no jobs, short
-    time-outs, silence.
+    """Environment variables to set before anything imports MLflow: no telemetry, no jobs, short
+    time-outs, few log lines.
 
     Time-outs, retries and the log level that the user has set are kept.
     """
@@ -324,14 +326,13 @@ def mlflow_environment() -> dict[str, str]:
 
 
 def clean_params(params: Mapping[str, Any]) -> dict[str, str]:
-    """Parameters under names and in lengths that MLflow accepts; values as a YAML reader would
-    expect them."""
+    """Parameters with names and lengths that MLflow accepts; values in the notation of YAML."""
     return {_clean_name(name): _param_text(value)[:MAX_PARAM_LENGTH] for name, value in params.items()}
 
 
 def _clean_name(name: str) -> str:
-    """MLflow allows letters, digits and `_ - . : /` and space, and no name that reads as another
-    path."""
+    """The name with characters that MLflow accepts: letters, digits, `_ - . : /` and space, and no
+    name that reads as another path."""
     allowed = re.sub(r"[^\w\-. :/]", "_", name)
     return posixpath.normpath(allowed).strip("./ ")[:MAX_NAME_LENGTH].rstrip("./ ") or "_"
 
@@ -354,7 +355,8 @@ def _known_run(run: Run) -> _KnownRun:
 
 
 def _tags(run: TrackedRun, parent: TrackedRun, known: _KnownRun | None) -> dict[str, str]:
-    """The tags of a row as they are written, but for those that it is created with."""
+    """The tags to write for a row: its `tags`, and those of its `first_tags` that it does not have
+    yet."""
     root, reason = {"root": parent.root_uid}, {"reason": run.reason} if run.reason else {}
     first, always = {**run.first_tags}, {**run.tags, **reason}
     # One of several supernets that is launched by itself stays where its sweep has put it.
@@ -369,7 +371,7 @@ def _written_at(run: TrackedRun) -> int:
 
 
 def _check_sqlite(store_uri: str) -> None:
-    """Fail at once where MLflow would retry for 100 s: a database that cannot be opened."""
+    """Fail at once on a database that cannot be opened, for which MLflow would retry for 100 s."""
     if store_uri.startswith("sqlite:///"):
         with closing(sqlite3.connect(store_uri.removeprefix("sqlite:///"), timeout=5.0)) as connection:
             connection.execute("PRAGMA schema_version")

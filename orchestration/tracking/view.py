@@ -1,9 +1,9 @@
-"""The page of MLflow that shows a sweep's points: a chart view, prepared and kept as a tag of the
-experiment, and the link to it.
+"""The page of MLflow that shows a sweep's points: a prepared chart view, kept as a tag of the
+experiment, and its link.
 
-MLflow's page stores a view that somebody shares as JSON in an experiment's tag, under a key that
-the link names. What is written here is what its button "Share" writes: a filter, the order of the
-rows, and the charts. Without it no chart of the points is there at first.
+MLflow's page stores a shared view as JSON in an experiment's tag, under a key that the link names.
+The tag written here equals that of its button "Share": a filter, the order of the rows, and the
+charts. Without it the page has no chart of the points at first.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ TAG_PREFIX: Final = "mlflow.sharedViewState."
 POINTS: Final = "Accuracy against cost"
 CARD_HEIGHT_PX: Final = 520
 CHARTS: Final = (("val", "madds_m", "top1"), ("test", "test/madds_m", "test/top1"))
-"""(split, horizontal axis, vertical axis); the names of metrics are the axes' titles."""
+"""(split, horizontal axis, vertical axis) of each chart; the axes' titles are names of metrics."""
 COLLAPSED: Final = ("test", "Model metrics", "System metrics")
-"""Sections of the bar charts that MLflow makes by itself, one for each metric: a click opens them.
-The last two are its own names."""
+"""Sections of MLflow's automatic bar charts, one chart per metric; they are closed at first. The
+last two have names that MLflow gives."""
 
 
 def view_tag(uid: str) -> str:
@@ -36,10 +36,10 @@ def view_path(experiment_id: str, uid: str) -> str:
 
 def points_view(uid: str, *, is_outermost: bool) -> str:
     """The view of a sweep's points, those on the front first: static sub-networks and trials. The
-    teacher is no choice, and left out.
+    teacher is left out, because it cannot be chosen.
 
     Args:
-        uid: of the sweep's own row.
+        uid: uid of the sweep's own row.
         is_outermost: a sweep of its own, or one of several supernets with all of their rows; else
             it is one of those supernets.
     """

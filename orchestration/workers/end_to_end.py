@@ -1,7 +1,7 @@
-"""Trials whose gates train end to end: the supernet from its checkpoint, the gate split's images as
-arrays that all trials share.
+"""Trials with end-to-end training: the supernet comes from its checkpoint, the images of the gate
+split from arrays that all trials share.
 
-What follows training, calibration and scoring on the `val` table, is that of every other trial.
+After training, calibration and scoring on the `val` table are those of every other trial.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ IMAGES, LABELS = "gate_images", "gate_labels"
 
 @dataclass(frozen=True)
 class EndToEndTrial:
-    """What every end-to-end trial of a sweep shares; calling it runs one trial."""
+    """The state that all end-to-end trials of a sweep share; calling it runs one trial."""
 
     tables: GateTrial
-    """The routing tables, the defaults of all settings, and what makes metrics."""
+    """The routing tables, the default settings, and the computation of metrics."""
     supernet: Supernet
     data: GateImages
     rules: EndToEndSettings
 
     def __call__(self, spec: TrialSpec) -> tuple[dict[str, float], dict[str, NDArray[Any]]]:
-        """Train the gate of `spec` on images, then calibrate and score it on the `val` table:
-        metrics, arrays.
+        """Train the gate of `spec` on images, then calibrate and score it on the `val` table;
+        returns metrics and arrays.
 
-        A trial that `spec.until` ends early is scored like one at its end, and its arrays hold what
-        it goes on from.
+        A trial that `spec.until` ends early is scored like one at its end, and its arrays include
+        those from which it resumes.
 
         Raises:
             NonFiniteLossError: training diverged.
@@ -64,18 +64,18 @@ class EndToEndTrial:
 
 @dataclass(frozen=True)
 class MakeEndToEndTrial:
-    """Puts a trial function together inside a worker; it can be pickled, and holds no weights and
-    no images itself."""
+    """Builds the trial function inside a worker; it can be pickled, and holds no weights or images
+    itself."""
 
     make_tables: Callable[[Mapping[str, NDArray[Any]]], GateTrial]
-    """What makes table trials from the shared arrays."""
+    """Builds table trials from the shared arrays."""
     checkpoint: Path
     """Stem of the trained and recalibrated supernet."""
     normalization: Normalization
     rules: EndToEndSettings
 
     def __call__(self, arrays: Mapping[str, NDArray[Any]]) -> OneByOne:
-        """The trial function over the shared arrays.
+        """Build the trial function over the shared arrays.
 
         Raises:
             CheckpointError: the supernet's checkpoint is damaged or missing.
@@ -89,13 +89,13 @@ class MakeEndToEndTrial:
 
 @dataclass(frozen=True)
 class EndToEndCheck:
-    """Trains a gate on a few images twice in a worker: there is no company, but the result must
-    depend on the trial alone."""
+    """Check of a worker: trains a gate on a few images twice, because the result must depend on the
+    trial alone."""
 
     num_images: int = 16
 
     def __call__(self, function: CohortFunction) -> Finding:
-        """What the two trainings came to."""
+        """Digest of the first training, and whether the second gave another result."""
         assert isinstance(function, OneByOne)
         trial = function.function
         assert isinstance(trial, EndToEndTrial)

@@ -1,9 +1,9 @@
-"""A torch process group for Ray Train workers of one machine that nobody outside can reach. Import
-it lazily: it imports Ray.
+"""A torch process group for Ray Train workers of one machine, on the loopback interface only.
+Import it lazily: it imports Ray.
 
-Ray's own `TorchConfig` meets through torch's TCPStore, which listens on every interface of the
-machine, without a password, and can be told no address. Here the workers meet in a file and talk
-over the loopback; a lone worker needs no group at all.
+With Ray's own `TorchConfig` the workers meet through torch's TCPStore, which listens on every
+interface of the machine, without a password, and cannot be bound to an address. Here they meet
+through a file and communicate over the loopback interface; a single worker needs no group.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from ray.train.torch import TorchConfig
 
 @dataclass
 class LoopbackConfig(TorchConfig):
-    """What `TorchTrainer` takes as its `torch_config`."""
+    """The `torch_config` of `TorchTrainer` for a group on the loopback interface."""
 
     folder: str = ""
-    """Where the workers meet."""
+    """Folder of the file through which the workers find each other."""
 
     @property
     def backend_cls(self) -> type[Backend]:
-        """Who sets the group up."""
+        """The class that sets the group up."""
         return LoopbackBackend
 
 
@@ -39,7 +39,7 @@ class LoopbackBackend(Backend):
     share_cuda_visible_devices = True
 
     def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
-        """Join all workers; after a lost worker it is called again for the new ones, who meet in a
+        """Join all workers. After the loss of a worker it is called again for new ones, which use a
         new file."""
         assert isinstance(backend_config, LoopbackConfig)
         size = len(worker_group)

@@ -30,7 +30,7 @@ SMALLEST_OBJECT_STORE_MIB = 75
 
 @dataclass(frozen=True, kw_only=True)
 class RaySettings:
-    """Which cluster to use.
+    """Settings of the Ray cluster to start or join.
 
     Attributes:
         address: "local" starts one for this process; "auto" joins this machine's; else
@@ -57,7 +57,7 @@ def ray_session(settings: RaySettings) -> Iterator[None]:
     """Connect to Ray for the length of the block; a cluster that was started for it is stopped at
     its end.
 
-    Inside another session it joins that one and leaves it running.
+    Inside another session it uses that one and leaves it running.
 
     Raises:
         PreflightError: no cluster could be started, or none answers at the address.
@@ -80,7 +80,7 @@ def ray_session(settings: RaySettings) -> Iterator[None]:
 
 @contextmanager
 def variables_set(values: Mapping[str, str]) -> Iterator[None]:
-    """Environment variables inside the block: a local cluster and its workers start with them."""
+    """Set environment variables inside the block; a local cluster and its workers inherit them."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:
@@ -95,8 +95,8 @@ def variables_set(values: Mapping[str, str]) -> Iterator[None]:
 
 @contextmanager
 def _keeping_signal_handlers() -> Iterator[None]:
-    """Put the program's own handlers back: `ray.init` replaces that of SIGTERM, and a sweep would
-    die instead of stopping."""
+    """Restore the program's signal handlers after the block: `ray.init` replaces that of SIGTERM,
+    and a sweep would die instead of stopping."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -125,7 +125,7 @@ def _connect(settings: RaySettings) -> None:
                     **quiet,
                 )
         else:
-            _knock(settings.address)
+            _check_reachable(settings.address)
             ray.init(address=settings.address, **_environment_of_workers(), **quiet)
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         first_line = str(error).strip().partition("\n")[0] or type(error).__name__
@@ -138,10 +138,10 @@ def _connect(settings: RaySettings) -> None:
 
 
 def _environment_of_workers(environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
-    """Options of `ray.init` for the workers of a cluster that is joined: where imports come from,
-    and what the user has set here.
+    """Options of `ray.init` for the workers of a cluster that is joined: a set-up hook, and MKL's
+    mode if the user has set it here.
 
-    They have the environment of their own machine otherwise, and choose MKL's mode by its
+    Otherwise they have the environment of their own machine, and choose MKL's mode by its
     processor.
     """
     mode = users_mode(environ)
@@ -149,16 +149,15 @@ def _environment_of_workers(environ: Mapping[str, str] = os.environ) -> dict[str
     return {"runtime_env": {"worker_process_setup_hook": WORKER_HOOK, **variables}}
 
 
-def _knock(address: str, timeout_s: float = 5.0) -> None:
-    """Raise OSError where nobody listens at HOST:PORT. Ray would end the whole process there
-    instead of raising."""
+def _check_reachable(address: str, timeout_s: float = 5.0) -> None:
+    """Raise OSError if nothing listens at HOST:PORT; Ray would end the whole process instead."""
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if colon and port.isdecimal():
         socket.create_connection((host.strip("[]"), int(port)), timeout_s).close()
 
 
 def cluster_cpus() -> int:
-    """CPUs of the connected cluster."""
+    """Number of CPUs of the connected cluster."""
     import ray
 
     return int(ray.cluster_resources().get("CPU", 1))

@@ -13,11 +13,11 @@ from orchestration.config.schedulers import TIME, check_scheduler, made_schedule
 
 
 def make_scheduler(rules: TuneRules, epochs: int) -> TrialScheduler:
-    """The scheduler of a sweep, told what to maximise.
+    """Make the scheduler of a sweep, with the metric to maximise.
 
     Args:
         rules: checked.
-        epochs: of the longest training, >= 1.
+        epochs: number of epochs of the longest training, >= 1.
 
     Raises:
         ConfigError: as `check_scheduler`, or options that do not fit the number of epochs.

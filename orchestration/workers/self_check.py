@@ -1,4 +1,4 @@
-"""What the workers' checks of their arithmetic mean for a search, said once."""
+"""Warnings about a search, from the workers' checks of their arithmetic; each is given once."""
 
 from __future__ import annotations
 
@@ -12,35 +12,36 @@ from search.gate_check import Finding
 from search.study.runner import CohortFunction
 
 VERSION = 1
-"""Raised by hand when the checks give another digest on the same machine: what an earlier release
-found is not compared."""
+"""Raised by hand when the checks give another digest on the same machine; a digest of another
+version is not compared."""
 REPEATED = "end to end"
-"""In place of a kind of router: training the same gate twice gave two results."""
+"""Stands in place of a kind of router in `Finding.unequal`: training the same gate twice gave two
+results."""
 
 
 @dataclass(frozen=True)
 class StartCheck:
-    """What every worker does before its first trial."""
+    """A check that every worker makes before its first trial."""
 
     look: Callable[[CohortFunction], Finding]
-    """Runs in the worker, on its trial function; must be picklable."""
+    """Makes the check in the worker, on its trial function; must be picklable."""
     hear: Callable[[Finding], None]
-    """Runs here, with what it came to."""
+    """Called in the driver with the finding."""
 
 
 class ArithmeticReport:
-    """Compares what workers found with each other and with what began the search, and warns once of
-    each difference."""
+    """Compares workers' findings with each other and with the one that began the search; warns once
+    of each difference."""
 
     def __init__(self, path: Path, warn: Callable[[str], None]) -> None:
-        """Take where the search keeps what began it, and who is told."""
+        """Keep the file with the finding that began the search, and the function that warns."""
         self._path = path
         self._warn = warn
         self._first: str | None = None
         self._told: set[str] = set()
 
     def hear(self, finding: Finding) -> None:
-        """A worker has started."""
+        """Compare the finding of a worker that has started."""
         if self._first is None:
             self._first = finding.digest
             self._compare_with_the_beginning(finding.digest)
@@ -82,7 +83,7 @@ class ArithmeticReport:
 
 
 def _way_out() -> str:
-    """What helps against products that depend on their company."""
+    """A remedy for products that depend on what is computed beside them."""
     if arithmetic_facts()["mkl_cbwr"] == "not set":
         return "Where torch computes with MKL (Intel and AMD), MKL_CBWR=COMPATIBLE mends it; elsewhere nothing needs to be done"
     return "Unset MKL_CBWR, or set it to COMPATIBLE, if torch computes with MKL; elsewhere nothing needs to be done"

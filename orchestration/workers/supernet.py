@@ -1,4 +1,4 @@
-"""Stage I on Ray Train workers: the same loop as `dsnet.training`, data-parallel, with its curves
+"""Stage I on Ray Train workers: the loop of `dsnet.training`, data-parallel, with its curves
 followed while it runs."""
 
 from __future__ import annotations
@@ -25,26 +25,28 @@ from orchestration.runs.curves import CurvePoint, CurveTail
 
 POLL_S = 0.3
 STOP_GRACE_S = 8.0
-"""How long training may take to reach its next step boundary once it was asked to stop."""
+"""Seconds that training may take to reach its next step boundary after it was asked to stop."""
 WORKER_RETRIES = 2
-"""Lost workers are replaced so often; training then continues from the newest checkpoint."""
+"""Number of times that lost workers are replaced; training then continues from the newest
+checkpoint."""
 
 
 @dataclass(frozen=True)
 class SupernetJob:
-    """What the workers need; everything in it can be pickled."""
+    """Everything that the workers need to train a supernet; it can be pickled."""
 
     subnets: SubnetSet
     run: SupernetRun
     folder: Path
-    """On storage that driver and workers share."""
+    """Folder of the stage, on storage that driver and workers share."""
     stop_file: Path
-    """Its existence asks the workers to stop."""
+    """A file whose existence asks the workers to stop."""
     device: str
     threads: int
     workers: int
     is_local: bool = True
-    """All workers run on this machine: their group then listens on the loopback only."""
+    """Whether all workers run on this machine; their group then listens on the loopback interface
+    only."""
     init_from: Path | None = None
     """The checkpoint to start from, on storage that driver and workers share; None for fresh
     weights."""
@@ -62,7 +64,7 @@ def train_on_ray(
     Args:
         job: the settings.
         data: the training split; what is not in memory travels as it is, and must be picklable.
-        on_points: hears new points of the loss curves.
+        on_points: called with new points of the loss curves.
         should_stop: asked several times a second; True stops training at the next step.
 
     Returns:
@@ -100,7 +102,8 @@ def train_on_ray(
 
 
 def send_images(data: TrainingImages) -> dict[str, Any]:
-    """How the training split travels to workers; `receive_images` is the other end."""
+    """Put the training split into a form that travels to workers; `receive_images` is the
+    counterpart."""
     import ray
 
     if not isinstance(data, InMemoryImages):
@@ -110,7 +113,7 @@ def send_images(data: TrainingImages) -> dict[str, Any]:
 
 
 def receive_images(sent: Mapping[str, Any], augmentation: Augmentation) -> TrainingImages:
-    """The training split on a worker; what is in memory is augmented as `augmentation` says."""
+    """The training split on a worker; images in memory are augmented by `augmentation`."""
     import ray
     import torch
 
@@ -131,7 +134,7 @@ def first_supernet(job: SupernetJob) -> Supernet:
 
 
 def _check_room(job: SupernetJob, resources: Mapping[str, float]) -> None:
-    """Refuse what the cluster can never place: Ray would wait for it without end."""
+    """Refuse workers that the cluster can never place, for Ray would wait for ever."""
     num_cpus, num_gpus = int(resources.get("CPU", 0)), int(resources.get("GPU", 0))
     if job.workers * job.threads > num_cpus:
         raise PreflightError(
@@ -145,8 +148,8 @@ def _check_room(job: SupernetJob, resources: Mapping[str, float]) -> None:
 
 
 def _fit(config: dict[str, Any], failures: list[BaseException]) -> None:
-    """Run the trainer. Not in the main thread: there Ray would replace our handler of Ctrl-C by its
-    own."""
+    """Run the trainer. Must not run in the main thread, where Ray would replace our handler of
+    Ctrl-C."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -194,8 +197,8 @@ def _follow(
 
 
 def _train_loop(config: Mapping[str, Any]) -> None:
-    """What each Ray Train worker runs. The user's errors are recorded, not raised: Ray would start
-    them again."""
+    """The function of each Ray Train worker. Errors of the user are recorded, not raised, because
+    Ray would start it again."""
     fix_arithmetic()
     import ray.train
     import torch

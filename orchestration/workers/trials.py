@@ -1,11 +1,11 @@
-"""Trials on Ray: warm actors that read the routing tables from the object store without a copy.
+"""Trials on Ray: persistent actors that read the routing tables from the object store without a
+copy.
 
-Whose fault a failure is decides what happens. A trial that raises or takes too long fails and is
-not tried again. A lost worker (a crash, the out-of-memory killer, a lost node) is the machine's
-fault: the trial is run again on a new worker, and fails with the reason when that has happened too
-often. An actor runs several trials in one program where the trial function can: what ends such a
-batch as a whole is nobody's yet, and its trials are run again one by one, so that the culprit alone
-fails.
+The cause of a failure decides what follows. A trial that raises or takes too long fails and is not
+repeated. A lost worker (a crash, the out-of-memory killer, a lost node) is a fault of the machine:
+the trial is run again on a new worker, and fails with the reason after too many losses. An actor
+runs several trials in one program if the trial function can. If such a batch fails as a whole, its
+trials are run again one by one, so that only the trial that causes the failure fails.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS
 
 
 class TrialWorker:
-    """What runs inside an actor: one process, its threads of computation, one trial function."""
+    """The class of an actor: one process with its computing threads and one trial function."""
 
     def __init__(
         self,
@@ -55,8 +55,8 @@ class TrialWorker:
         self._is_one_by_one = False
 
     def prepare(self) -> tuple[int, Finding | None]:
-        """Build the trial function, and check it; apart from the constructor, so that its own
-        errors reach the driver as they are.
+        """Build the trial function and check it; separate from the constructor, so that its errors
+        reach the driver unchanged.
 
         Returns:
             its lanes, and what the check came to.
@@ -67,8 +67,8 @@ class TrialWorker:
         return self._function.lanes, finding
 
     def run(self, specs: Sequence[TrialSpec]) -> list[TrialOutcome] | None:
-        """As `run_batch`; one trial after the other where the check found that they are not the
-        same in company."""
+        """See `run_batch`; runs one trial after the other if the check found that trained together
+        they give other results."""
         if not self._is_one_by_one:
             return run_batch(self._function, specs)
         return [outcome for spec in specs for outcome in run_batch(self._function, [spec]) or ()]
@@ -76,33 +76,33 @@ class TrialWorker:
 
 @dataclass(frozen=True)
 class _Batch:
-    """Trials that one call runs."""
+    """Trials of one call."""
 
     specs: tuple[TrialSpec, ...]
     num_lost: int = 0
-    """How often these trials have lost their worker before, while they were alone."""
+    """Number of times that these trials have lost their worker while they ran alone."""
 
     def alone(self) -> list[_Batch]:
-        """Its trials one by one. Who ended the batch is not known, so that it counts against none
-        of them."""
+        """Its trials one by one, with no loss counted, because it is not known which of them ended
+        the batch."""
         return [_Batch((spec,)) for spec in self.specs]
 
 
 @dataclass(frozen=True)
 class _Job:
-    """What an actor is busy with: trials, or (batch is None) its own start."""
+    """The current work of an actor: trials, or its own start if `batch` is None."""
 
     actor: Any
     batch: _Batch | None
     started_s: float
     num_starts_lost: int = 0
-    """How often the start of this place's actor has failed before."""
+    """Number of times that an actor of this place has failed to start."""
 
 
 class RayRunner:
-    """Runs trials on actors; to be used inside a `ray_session`.
+    """Runs trials on Ray actors; to be used inside a `ray_session`.
 
-    An actor has one batch at a time. Actors start with the first `run` and stay warm until `close`.
+    An actor has one batch at a time. Actors start with the first `run` and persist until `close`.
     """
 
     def __init__(  # noqa: PLR0913 - all but one are given by name
@@ -117,7 +117,7 @@ class RayRunner:
         retries: int = 2,
         check: StartCheck | None = None,
     ) -> None:
-        """Take the work's description; nothing is started yet.
+        """Keep the description of the work; nothing is started yet.
 
         Args:
             make_function: see `MakeCohortFunction`.
@@ -129,8 +129,9 @@ class RayRunner:
                 Ray counts them, and does not hold an actor to them.
             timeout_s: seconds that one trial may take, > 0, and as many for each trial of a batch;
                 its actor is then killed and replaced.
-            retries: how often a trial that lost its worker while it was alone is run again, >= 0.
-            check: what every worker does before its first trial; None = nothing.
+            retries: number of times that a trial is run again if it lost its worker while alone,
+                >= 0.
+            check: check that every worker makes before its first trial; None = no check.
         """
         self._make_function = make_function
         self._arrays = arrays
@@ -142,7 +143,7 @@ class RayRunner:
         self._check = check
         self._arrays_ref: Any = None
         self._lanes: int | None = None
-        """Those of the trial function; None until the first actor has made it."""
+        """Lanes of the trial function; None until the first actor has built it."""
         self._idle: list[Any] = []
         self._jobs: dict[Any, _Job] = {}
 
@@ -151,19 +152,19 @@ class RayRunner:
 
         Raises:
             PreflightError: the cluster has no room for the actors, or they die while they start.
-            Exception: what `make_function` raised in a worker.
+            Exception: the exception that `make_function` raised in a worker.
         """
         num_places, lanes = self._open()
         batches = (_Batch(batch) for batch in divide(specs, num_places, lanes))
         yield from self._work(deque(batches), None)
 
     def stream(self, take: Callable[[], Sequence[TrialSpec]]) -> Generator[TrialOutcome, None, None]:
-        """Yield outcomes as they come, and give a worker that is free what `take` returns; see
-        `Runner.stream`.
+        """Yield outcomes as they come, and give each free worker the trials that `take` returns;
+        see `Runner.stream`.
 
-        More trials than one program of the trial function takes are several batches, which go
-        before what `take` returns next. So do those that lost their worker, and those of a batch
-        that failed as a whole.
+        More trials than one program of the trial function takes are split into several batches,
+        which are run before the next call of `take`. So are trials that lost their worker, and
+        those of a batch that failed as a whole.
 
         Raises:
             PreflightError, Exception: as `run`.
@@ -182,7 +183,7 @@ class RayRunner:
         self._arrays_ref = None
 
     def _open(self) -> tuple[int, int]:
-        """Have actors, one of them ready; how many there are, and the lanes of the trial
+        """Start the actors and wait for the first; returns their number and the lanes of the trial
         function."""
         num_places = self._fill_places()
         while self._lanes is None:
@@ -192,8 +193,9 @@ class RayRunner:
     def _work(
         self, waiting: deque[_Batch], take: Callable[[], Sequence[_Batch]] | None
     ) -> Generator[TrialOutcome, None, None]:
-        """Run what waits, and what `take` adds to it, until there is neither and nothing runs."""
-        may_take = take is not None  # False once it had nothing, until the next outcome
+        """Run the waiting trials and those that `take` adds, until there are no more and nothing
+        runs."""
+        may_take = take is not None  # False after `take` returned nothing, until the next outcome
         try:
             while True:
                 self._submit_waiting(waiting)
@@ -204,8 +206,7 @@ class RayRunner:
                 if not (waiting or may_take or any(job.batch is not None for job in self._jobs.values())):
                     return
                 outcomes = self._wait(waiting)
-                # The next trials first: their workers are busy while somebody looks at the
-                # outcomes.
+                # Submit first, so that workers are busy while the caller handles the outcomes.
                 self._submit_waiting(waiting)
                 may_take = may_take or (take is not None and bool(outcomes))
                 yield from outcomes
@@ -213,8 +214,8 @@ class RayRunner:
             self._abandon_trials()
 
     def _fill_places(self) -> int:
-        """Start the actors that are missing; the first time, put the arrays into the object store
-        too. Returns how many there are."""
+        """Start the missing actors, and first put the arrays into the object store; returns the
+        number of actors."""
         import ray
 
         num_places = self._num_places(ray.cluster_resources())
@@ -226,7 +227,7 @@ class RayRunner:
         return num_places
 
     def _num_places(self, available: Mapping[str, float]) -> int:
-        """How many actors to have, in a cluster with these resources."""
+        """Number of actors for a cluster with these resources."""
         most = int(available.get("CPU", 0)) // self._threads
         num_actors = self._num_actors or max(1, most)
         if not 1 <= num_actors <= most:
@@ -269,8 +270,8 @@ class RayRunner:
             self._jobs[actor.run.remote(batch.specs)] = _Job(actor, batch, time.monotonic())
 
     def _wait(self, waiting: deque[_Batch]) -> list[TrialOutcome]:
-        """Wait for the next job to end or to run out of time; the outcomes that are decided by
-        it."""
+        """Wait for the next job to end or to run out of time; returns the outcomes that this
+        decides."""
         import ray
 
         nearest_s = min(self._deadline_s(job) for job in self._jobs.values())
@@ -287,7 +288,7 @@ class RayRunner:
         return job.started_s + self._timeout_s * len(job.batch.specs)
 
     def _finish(self, ref: Any, waiting: deque[_Batch]) -> list[TrialOutcome]:
-        """Take in a job that ended, well or not; empty where that decides no trial."""
+        """Handle a job that ended, well or not; the result is empty if that decides no trial."""
         import ray
         from ray.exceptions import RayError, RayTaskError
 
@@ -315,16 +316,16 @@ class RayRunner:
         return outcomes
 
     def _fail(self, job: _Job, batch: _Batch, reason: str, waiting: deque[_Batch]) -> list[TrialOutcome]:
-        """What a call that gave no outcomes decides: a trial that was alone has failed, those of a
-        batch are run one by one."""
+        """Handle a call without outcomes: a trial that ran alone has failed; the trials of a batch
+        are queued one by one."""
         if len(batch.specs) > 1:
             waiting.extendleft(reversed(batch.alone()))
             return []
         return [TrialOutcome.failed(batch.specs[0].slot, reason, _seconds_of(job))]
 
     def _replace_lost(self, job: _Job, error: Exception, waiting: deque[_Batch]) -> list[TrialOutcome]:
-        """Put a new actor in the place of a lost one, and its trials back in the queue, or fail the
-        one that was alone."""
+        """Replace a lost actor, and queue its trials again; a trial that ran alone fails after its
+        retries."""
         if job.batch is None:
             num_lost = job.num_starts_lost + 1
             if num_lost >= MAX_STARTS_LOST:
@@ -352,8 +353,7 @@ class RayRunner:
         return self._fail(job, job.batch, f"time-out after {self._timeout_s:g} s", waiting)
 
     def _abandon_trials(self) -> None:
-        """Kill the actors whose trials nobody waits for any more; the next `run` fills their
-        places."""
+        """Kill the actors whose trials are no longer wanted; the next `run` starts new ones."""
         import ray
 
         for ref, job in list(self._jobs.items()):
@@ -363,7 +363,8 @@ class RayRunner:
 
 
 def _resource_options(resources: Mapping[str, float]) -> dict[str, Any]:
-    """Resources as options of an actor: Ray has two of its own, and takes all others together."""
+    """Resources as options of an actor: Ray has options of their own for GPU and memory, and one
+    for all others."""
     own = {"GPU": "num_gpus", "memory": "memory"}
     options: dict[str, Any] = {own[name]: amount for name, amount in resources.items() if name in own}
     named = {name: amount for name, amount in resources.items() if name not in own}
@@ -375,7 +376,7 @@ def _seconds_of(job: _Job) -> float:
 
 
 def _cause_of_loss(error: Exception) -> str:
-    """One line on why a worker was lost, from Ray's page-long messages."""
+    """The reason for the loss of a worker in one line, from Ray's long messages."""
     from ray.exceptions import NodeDiedError, OutOfMemoryError
 
     if isinstance(error, OutOfMemoryError) or "low on memory" in str(error):

@@ -1,9 +1,9 @@
-"""What a sweep of supernets has heard and decided so far: a file with one line an event, written by
-the driver alone.
+"""The ledger of a sweep of supernets: reports and ends so far, one line per event, written by the
+driver alone.
 
 The scheduler may depend on the order in which reports arrive, and with several supernets at a time
-that order is a matter of speed. So the order is kept, and every decision with its report: what is
-stored is what holds when the sweep is launched again.
+that order depends on their speed. Therefore the order is stored, with the decision on every report,
+and holds when the sweep is launched again.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _STATES = ("trained", "stopped", "failed")
 
 @dataclass(frozen=True)
 class TuneRules:
-    """How the supernets of a sweep are scheduled."""
+    """Rules by which the supernets of a sweep are scheduled."""
 
     scheduler: str = "asha"
     """`none`, `asha`, `median`, `hyperband`, or the import path of a Ray Tune scheduler."""
@@ -37,8 +37,8 @@ class TuneRules:
     seed: int = 0
 
     def digest(self) -> str:
-        """Of everything that decides; how many train at a time only changes the order in which
-        reports arrive."""
+        """Digest of the rules that decide; `concurrent` is left out, as it only changes the order
+        in which reports arrive."""
         content = [self.scheduler, dict(self.options), self.report_every, self.seed]
         text = json.dumps(content, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
@@ -46,40 +46,41 @@ class TuneRules:
 
 @dataclass(frozen=True)
 class MemberFate:
-    """What became of a supernet."""
+    """The outcome of a supernet's training."""
 
     name: str
     state: FateState
     reports: tuple[tuple[int, float], ...]
-    """(epochs done, static hypervolume on val in [0, 1]), in the order of the epochs."""
+    """(epochs done, static hypervolume on val in [0, 1]) by ascending epoch."""
     reason: str | None = None
     """Why it was stopped, or failed."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """A value that was heard, and what the scheduler said to it."""
+    """A reported value and the scheduler's decision on it."""
 
     key: str
     epoch: int
     value: float
     decision: str
-    """A Ray Tune scheduler's: CONTINUE, PAUSE, STOP or NOOP."""
+    """Decision of a Ray Tune scheduler: CONTINUE, PAUSE, STOP or NOOP."""
 
 
 @dataclass(frozen=True)
 class End:
-    """A supernet's training ended."""
+    """The end of a supernet's training."""
 
     key: str
     state: FateState
     reason: str | None
     is_lasting: bool
-    """False where the machine was the cause: the next launch tries again."""
+    """Whether it holds in later launches; False if the machine was the cause, so that the next
+    launch tries again."""
 
 
 class Ledger:
-    """The events in their order, on disk before anybody acts on them."""
+    """The events in their order; each is on disk before anything acts on it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -89,19 +90,19 @@ class Ledger:
 
     @classmethod
     def of(cls, folder: Path, rules: TuneRules) -> Ledger:
-        """The ledger of these rules; others have their own beside it."""
+        """The ledger of these rules; other rules have their own beside it."""
         return cls(folder / rules.digest() / "reports.jsonl")
 
     def events(self) -> Iterator[Report | End]:
-        """All of them, oldest first."""
+        """All events, oldest first."""
         return iter(tuple(self._events))
 
     def reports(self, key: str) -> tuple[tuple[int, float], ...]:
-        """(epoch, value) of one supernet, in the order of the epochs."""
+        """(epoch, value) of one supernet by ascending epoch."""
         return tuple(sorted((event.epoch, event.value) for event in self._of(key, Report)))
 
     def end(self, key: str) -> End | None:
-        """How one supernet ended for good; None where it did not."""
+        """The lasting end of one supernet; None if there is none."""
         ends = [event for event in self._of(key, End) if event.is_lasting]
         return ends[-1] if ends else None
 
@@ -151,10 +152,10 @@ class Ledger:
 
 
 def known_fates(ledger: Ledger, keys: Mapping[str, str], finished: Sequence[str]) -> dict[str, MemberFate]:
-    """Fates that hold without any training.
+    """Fates that are known without any training.
 
     Args:
-        ledger: of the sweep.
+        ledger: ledger of the sweep.
         keys: member name to key.
         finished: names of those whose final checkpoint is there.
     """

@@ -1,9 +1,9 @@
-"""A fixed list of trials under a Ray Tune scheduler whose decisions are stored before they are
-acted on, and replayed at a new launch.
+"""A fixed list of trials under a Ray Tune scheduler whose decisions are stored before they take
+effect, and replayed in a later launch.
 
-The scheduler knows all trials from the start. What a former launch stored is played to it in the
-stored order, so that it stands where it stood; Tune itself only ever sees the trials that still
-have something to train.
+The scheduler knows all trials from the start. Events that an earlier launch stored are replayed to
+it in the stored order, which restores its state; Tune itself only sees the trials that still have
+something to train.
 """
 
 from __future__ import annotations
@@ -46,19 +46,19 @@ SCHEDULERS: Mapping[str, type[TrialScheduler]] = {
 
 @dataclass(frozen=True)
 class Member:
-    """What scheduling needs to know of a supernet."""
+    """The facts about a supernet that scheduling needs."""
 
     name: str
     key: str
     epochs: int
-    """Its last report comes after so many."""
+    """Number of its epochs; the last report comes after them."""
     is_pending: bool
-    """It still has something to train."""
+    """Whether it has something left to train."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a trial that returned by itself did."""
+    """The outcome of a trial that returned by itself."""
 
     state: FateState
     reason: str | None = None
@@ -66,8 +66,8 @@ class Outcome:
 
 
 class ReplayingScheduler(TrialScheduler):
-    """Stands between Tune and a scheduler: stores what is heard and decided, limits how many run,
-    replays what was stored."""
+    """Wraps a scheduler of Ray Tune: stores reports and decisions, limits the number of running
+    trials, and replays stored events."""
 
     _supports_buffered_results = False
 
@@ -83,21 +83,21 @@ class ReplayingScheduler(TrialScheduler):
         outcome_of: Callable[[str], Outcome | None],
         hear: Callable[[str, Report | End], None],
     ) -> None:
-        """Set out.
+        """Keep the scheduler, its members and the ledger; nothing is replayed yet.
 
         Args:
-            inner: decides; it has its metric already.
+            inner: scheduler that decides; its metric is set already.
             members: all of them, in the order in which they start.
-            ledger: what was stored before; receives what comes.
+            ledger: ledger of earlier events; receives new ones.
             concurrent: trials that run at a time.
-            seed: of the scheduler's random choices, one stream a member.
+            seed: seed of the scheduler's random choices, with one stream per member.
             is_stopping: True once no further trial shall start.
             outcome_of: what a member's trial left behind when it returned; None where it was
                 interrupted.
-            hear: (member name, event) of every event that is new, after it was stored.
+            hear: called with (member name, event) for every new event, after it was stored.
         """
         super().__init__()
-        self._inner: Any = inner  # Any: its controller is Tune's, or what stands in for it
+        self._inner: Any = inner  # Any: its controller is Tune's, or a `_Replay`
         self._members = {member.name: member for member in members}
         self._by_key = {member.key: member for member in members}
         self._ledger = ledger
@@ -109,16 +109,16 @@ class ReplayingScheduler(TrialScheduler):
         self._controller: Any = None
         self._trials: dict[str, Trial] = {}
         self._gone: set[str] = set()
-        """Names of those that the inner scheduler counts no longer."""
+        """Names of the members that have left the inner scheduler."""
         self._ended: set[str] = set()
-        """Names of those that ended in this launch."""
+        """Names of the members that ended in this launch."""
         self._waiting: list[Trial] = []
         self._started: list[Trial] = []
 
-    # What Tune's side of the list asks.
+    # Called by the list of trials that Tune reads.
 
     def adopt(self, trials: Sequence[Trial]) -> None:
-        """Take the whole list, once, before anything runs, and replay what is stored of it."""
+        """Take the whole list once, before anything runs, and replay the stored events."""
         self._trials = {trial.config[MEMBER]: trial for trial in trials}
         replay = _Replay(self)
         for trial in trials:
@@ -135,11 +135,11 @@ class ReplayingScheduler(TrialScheduler):
             elif trial.status != Trial.PAUSED:
                 trial.set_status(Trial.PENDING)
         self._waiting = [trial for name, trial in self._trials.items() if self._is_open(name)]
-        # What pauses takes no place, and the scheduler may want it back at any time.
+        # A paused trial counts as none that runs, and the scheduler may resume it at any time.
         self._waiting.sort(key=lambda trial: trial.status != Trial.PAUSED)
 
     def next_waiting(self) -> Trial | None:
-        """The next trial that Tune may have; None while as many run as may."""
+        """The next trial for Tune; None if there is none, or if no more may run at a time."""
         if self.is_stopping():
             self._waiting.clear()
         if not self._waiting or (self._waiting[0].status != Trial.PAUSED and self._is_full()):
@@ -148,35 +148,37 @@ class ReplayingScheduler(TrialScheduler):
         return self._started[-1]
 
     def drop_waiting(self) -> None:
-        """No more trials."""
+        """Drop the trials that Tune has not been given."""
         self._waiting.clear()
 
     @property
     def has_waiting(self) -> bool:
-        """Whether there are trials that Tune has not had yet."""
+        """Whether there are trials that Tune has not been given."""
         return bool(self._waiting)
 
     @property
     def is_idle(self) -> bool:
-        """Whether nothing runs."""
+        """Whether no trial runs."""
         return all(trial.status != Trial.RUNNING for trial in self._started)
 
     # The interface of a scheduler.
 
     def set_search_properties(self, metric: str | None, mode: str | None, **spec: Any) -> bool:
-        """The inner scheduler has them already."""
+        """Do nothing: the inner scheduler has its metric already."""
         return True
 
     def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
-        """Nothing: the scheduler knows it since `adopt`, also one that comes back with a new
+        """Do nothing: the scheduler knows the trial since `adopt`, also if it comes back with a new
         worker."""
 
     def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:
-        """Nothing yet: a lost worker is replaced; `lost` tells where it is not."""
+        """Keep the controller only: a lost worker is replaced, and `lost` is called when it is
+        not."""
         self._controller = tune_controller
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: Mapping[str, Any]) -> str:
-        """Store a report with the decision on it; the last epoch's always ends the trial."""
+        """Store a report with the decision on it; the report of the last epoch always ends the
+        trial."""
         member = self._members[trial.config[MEMBER]]
         epoch, value = int(result[TIME]), float(result[METRIC])
         if epoch in dict(self._ledger.reports(member.key)):
@@ -195,7 +197,8 @@ class ReplayingScheduler(TrialScheduler):
         return decision
 
     def on_trial_complete(self, tune_controller: Any, trial: Trial, result: Mapping[str, Any]) -> None:
-        """A trial ended by itself, or was stopped while its pause was being prepared."""
+        """Handle a trial that ended by itself, or was stopped while its pause was being
+        prepared."""
         name = trial.config[MEMBER]
         if self._is_open(name):
             outcome = self._outcome_of(name)
@@ -205,21 +208,21 @@ class ReplayingScheduler(TrialScheduler):
         self.leave(tune_controller, trial)
 
     def on_trial_remove(self, tune_controller: Any, trial: Trial) -> None:
-        """The scheduler stopped a trial that paused."""
+        """Handle a paused trial that the scheduler stopped."""
         name = trial.config[MEMBER]
         if self._is_open(name):
             self._store_end(name, self._stopped(name))
         self.leave(tune_controller, trial)
 
     def lost(self, trial: Trial, reason: str) -> None:
-        """A trial whose workers failed for good."""
+        """Record a trial whose workers failed for good."""
         name = trial.config[MEMBER]
         self._store_end(name, Outcome("failed", reason, is_lasting=False))
         self._gone.add(name)
         self._inner.on_trial_error(self._controller, trial)
 
     def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
-        """The scheduler's choice, where there is room for it."""
+        """The inner scheduler's choice, if there is room for it."""
         if self.is_stopping():
             return None
         trial = self._inner.choose_trial_to_run(tune_controller)
@@ -228,34 +231,34 @@ class ReplayingScheduler(TrialScheduler):
         return trial
 
     def debug_string(self) -> str:
-        """The scheduler's."""
+        """The inner scheduler's text."""
         return str(self._inner.debug_string())
 
-    # What both share with the replay.
+    # Also used by the replay.
 
     @property
     def inner(self) -> Any:
-        """Who decides."""
+        """The scheduler that decides."""
         return self._inner
 
     def trials(self) -> list[Trial]:
-        """All of the list."""
+        """All trials of the list."""
         return list(self._trials.values())
 
     def trial(self, name: str) -> Trial:
-        """That of a member."""
+        """The trial of a member."""
         return self._trials[name]
 
     def is_gone(self, name: str) -> bool:
-        """Whether the inner scheduler counts it no longer."""
+        """Whether a member has left the inner scheduler."""
         return name in self._gone
 
     def stop_reason(self, name: str) -> str | None:
-        """Why a member that the scheduler ends now is stopped."""
+        """The reason to record for a member that the scheduler stops now."""
         return self._stopped(name).reason
 
     def leave(self, controller: Any, trial: Trial) -> None:
-        """Tell the inner scheduler, once, that a trial ended."""
+        """Tell the inner scheduler, once, that a trial has ended."""
         name = trial.config[MEMBER]
         if name in self._gone:
             return
@@ -267,7 +270,7 @@ class ReplayingScheduler(TrialScheduler):
             self._inner.on_trial_remove(controller, trial)
 
     def _is_open(self, name: str) -> bool:
-        """Whether a member has something to train and no end of this launch."""
+        """Whether a member has something to train and has not ended in this launch."""
         return self._members[name].is_pending and name not in self._ended
 
     def _is_full(self) -> bool:
@@ -288,16 +291,16 @@ class ReplayingScheduler(TrialScheduler):
 
 
 class _Replay:
-    """What stands in for Tune's controller while stored events are played to the scheduler."""
+    """Stands in for Tune's controller while stored events are replayed to the scheduler."""
 
     def __init__(self, scheduler: ReplayingScheduler) -> None:
         self._scheduler = scheduler
         self.stopped: dict[str, str | None] = {}
-        """Whom the scheduler ended, without any later event that contradicts: a kill came between
-        the decision and its record."""
+        """Members that the scheduler stopped without a later event, with the reason: a kill came
+        between the decision and its record."""
 
     def play(self, member: Member, event: Report | End) -> None:
-        """One event; its stored decision holds whatever the scheduler says now."""
+        """Replay one event; its stored decision holds whatever the scheduler answers now."""
         trial = self._scheduler.trial(member.name)
         self.stopped.pop(member.name, None)
         if self._scheduler.is_gone(member.name):
@@ -317,18 +320,18 @@ class _Replay:
         self._scheduler.leave(self, trial)
         trial.set_status(Trial.TERMINATED)
 
-    # What schedulers ask of the controller.
+    # The part of a controller that schedulers use.
 
     def get_trials(self) -> list[Trial]:
         """All trials."""
         return self._scheduler.trials()
 
     def get_live_trials(self) -> set[Trial]:
-        """Those that have not ended."""
+        """The trials that have not ended."""
         return {trial for trial in self.get_trials() if not trial.is_finished()}
 
     def stop_trial(self, trial: Trial) -> None:
-        """The scheduler ends a trial that pauses."""
+        """End a paused trial for the scheduler."""
         name = trial.config[MEMBER]
         if not self._scheduler.is_gone(name):
             self.stopped[name] = self._scheduler.stop_reason(name)
@@ -336,7 +339,7 @@ class _Replay:
 
 
 class FixedList(BasicVariantGenerator):
-    """Hands Tune the trials one by one, as the scheduler lets them."""
+    """Gives Tune the trials one by one, when the scheduler allows."""
 
     def __init__(self, scheduler: ReplayingScheduler) -> None:
         super().__init__()
@@ -344,59 +347,60 @@ class FixedList(BasicVariantGenerator):
         self._has_all = False
 
     def next_trial(self) -> Trial | None:
-        """See `ReplayingScheduler.next_waiting`; the first call makes and replays the whole
-        list."""
+        """See `ReplayingScheduler.next_waiting`; the first call builds the whole list and replays
+        it."""
         if not self._has_all:
             self._scheduler.adopt(list(iter(super().next_trial, None)))
             self._has_all = True
         return self._scheduler.next_waiting()
 
     def is_finished(self) -> bool:
-        """Whether Tune has had all trials."""
+        """Whether Tune has been given all trials."""
         return self._has_all and not self._scheduler.has_waiting
 
     def set_finished(self) -> None:
-        """Give out no more."""
+        """Give out no further trials."""
         if self._has_all:
             self._scheduler.drop_waiting()
 
     def save_to_dir(self, dirpath: str, *names: Any, **more: Any) -> None:
-        """Nothing: the ledger is what a launch goes on from."""
+        """Do nothing: a launch continues from the ledger."""
 
 
 class WhenIdle(Stopper):
-    """Ends the experiment once it shall stop and every worker has stored where it stands."""
+    """Ends the experiment when a stop was requested and no started trial runs any more."""
 
     def __init__(self, scheduler: ReplayingScheduler) -> None:
         self._scheduler = scheduler
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        """Never a single trial."""
+        """False: a single trial is never stopped here."""
         return False
 
     def stop_all(self) -> bool:
-        """Whether all is to end now."""
+        """Whether the whole experiment ends now."""
         return self._scheduler.is_stopping() and self._scheduler.is_idle
 
     def __getstate__(self) -> dict[str, Any]:
-        """Nothing: Tune stores it with its own state, which nobody restores."""
+        """Nothing: Tune pickles it with its own state, which is never restored."""
         return {}
 
 
 class LossWatch(tune.Callback):
-    """Tells the scheduler of trials whose workers failed once too often."""
+    """Tells the scheduler of trials whose workers failed more often than they are replaced."""
 
     def __init__(self, scheduler: ReplayingScheduler, describe: Callable[[Trial], str]) -> None:
         self._scheduler = scheduler
         self._describe = describe
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        """Called when there are no attempts left."""
+        """Called when no attempts are left."""
         self._scheduler.lost(trial, self._describe(trial))
 
 
 def _result(epoch: int, value: float) -> dict[str, Any]:
-    """A report as schedulers see it, live and replayed: nothing in it depends on the clock."""
+    """A report in the form that schedulers read, live and in a replay; it does not depend on the
+    clock."""
     return {TIME: epoch, "training_iteration": epoch, METRIC: value}
 
 
@@ -406,8 +410,8 @@ def _reason(scheduler: TrialScheduler, epoch: int, value: float) -> str:
 
 @contextmanager
 def _seeded(seed: int, name: str) -> Iterator[None]:
-    """Let a scheduler's draw from numpy's global generator depend on seed and name alone, and leave
-    that generator as it was."""
+    """Make a scheduler's draws from numpy's global generator depend on seed and name alone; the
+    generator is restored after the block."""
     state = np.random.get_state()
     np.random.seed(derive_seed(seed, "scheduler", name) % 2**32)
     try:

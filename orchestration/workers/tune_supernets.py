@@ -1,17 +1,17 @@
-"""A sweep of supernets: a fixed list of them is trained, and Ray Tune's schedulers stop those that
-do poorly.
+"""Training of a fixed list of supernets, in which schedulers of Ray Tune stop those that fall
+behind.
 
-Tune chooses nothing but who goes on. Each supernet is a trial in a process of its own that trains
-as `dsnet.training` does and now and then reports its *static hypervolume*: of (top-1 on val, MAdds)
-of all its static sub-networks, as a share of the box between the reference (0, 1.05 x the widest
-one's MAdds) and a perfect, free network. That is in [0, 1], and comparable between supernets of
-equal widest MAdds.
+Tune only decides which supernets continue. Each supernet is a trial in a separate process that
+trains as `dsnet.training` does and regularly reports its *static hypervolume*: that of (top-1 on
+val, MAdds) of all its static sub-networks, as a share of the box between the reference (0, 1.05 x
+the widest one's MAdds) and a perfect network without cost. It lies in [0, 1], and is comparable
+between supernets of equal widest MAdds.
 
-Reports and decisions are stored by the driver before anybody acts on them (`tune_ledger`). A launch
-that follows trains nothing twice and stops the same supernets: it replays what is stored, in the
-stored order, and goes on from the checkpoints. With several supernets at a time an asynchronous
-scheduler's decisions depend on who reported first, which is a matter of speed: what is stored is
-what holds, and two sweeps of equal seed may then differ. One at a time (`concurrent: 1`), or with
+The driver stores reports and decisions before they take effect (`tune_ledger`). A later launch
+trains nothing twice and stops the same supernets: it replays the stored events in the stored order
+and continues from the checkpoints. With several supernets at a time the decisions of an
+asynchronous scheduler depend on the order of the reports, hence on speed: the stored decisions
+hold, and two sweeps of equal seed may differ. With one at a time (`concurrent: 1`), or with
 `scheduler: none`, they do not.
 """
 
@@ -64,14 +64,15 @@ if TYPE_CHECKING:
 from orchestration.workers.schedulers import make_scheduler
 
 CALIBRATION_IMAGES = 512
-"""Training images that stand for all where a norm keeps no statistics while it trains."""
+"""Number of training images from which statistics are estimated if a norm keeps none while it
+trains."""
 
 
 OUTCOME = "outcome.json"
 
 
 _LASTING = (NonFiniteLossError, ConfigError)
-"""What a member does to itself, and would do again."""
+"""Errors of a member itself, which would occur again in a later launch."""
 
 
 _ENVIRONMENT = {
@@ -79,8 +80,7 @@ _ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     # A trial that ends before its first report is no error of the sweep.
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
-    # Nobody reads the state that Tune would write all the time: the ledger is what a launch goes on
-    # from.
+    # The state that Tune would write all the time is not read: a launch continues from the ledger.
     "TUNE_GLOBAL_CHECKPOINT_S": "86400",
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
@@ -93,16 +93,17 @@ class TuneMember:
 
     name: str
     key: str
-    """Of its supernet stage: what is stored of it is stored under this."""
+    """Key of its supernet stage, under which its events are stored."""
     job: SupernetJob
-    """`job.folder` is its stage folder; `job.workers` is 1; all members' `stop_file` may be one."""
+    """Its training: `job.folder` is its stage folder and `job.workers` is 1; members may share a
+    `stop_file`."""
     is_done: bool = False
-    """Its supernet stage is done already: it is not trained."""
+    """Whether its supernet stage is done, so that it is not trained."""
 
 
 @dataclass(frozen=True)
 class ValImages:
-    """The split that chooses."""
+    """Images and labels of `val`, on which supernets are compared."""
 
     images: Tensor
     """uint8 [N, C, H, W], on the CPU."""
@@ -111,8 +112,7 @@ class ValImages:
 
 
 def stored_fates(members: Sequence[TuneMember], rules: TuneRules, folder: Path) -> dict[str, MemberFate]:
-    """What is known without training: by name, of those members only whose fate is settled. Needs
-    no Ray.
+    """Fates by name of those members whose fate is settled already; needs no Ray.
 
     Raises:
         CheckpointError: the ledger was edited.
@@ -143,7 +143,7 @@ def static_hypervolume(supernet: Supernet, val: ValImages, normalization: Normal
         supernet: in eval mode, with statistics that every sub-network can run on; it is not
             changed.
         val: the split that chooses.
-        normalization: what the supernet is trained with.
+        normalization: normalisation with which the supernet is trained.
     """
     device = next(supernet.parameters()).device
     members = supernet.subnets.members
@@ -161,9 +161,10 @@ def static_hypervolume(supernet: Supernet, val: ValImages, normalization: Normal
 
 
 def measurable(supernet: Supernet, run: SupernetRun, data: TrainingImages) -> Supernet:
-    """A copy of a network in training whose sub-networks can be measured; training does not notice.
+    """A copy of a network in training whose sub-networks can be measured; the training is not
+    affected.
 
-    Private statistics are taken as they run; where a norm keeps none, they are estimated from a few
+    Private statistics are taken as they are; if a norm keeps none, they are estimated from a few
     hundred training images.
     """
     measured = copy.deepcopy(supernet).eval()
@@ -186,24 +187,24 @@ def train_members(  # noqa: PLR0913 - all but two are given by name
     on_fate: Callable[[MemberFate], None] = lambda fate: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> list[MemberFate]:
-    """Train every member that has not met its fate yet, or as far as the scheduler lets it; Ray
-    must be initialised.
+    """Train every member without a fate as far as the scheduler allows; Ray must be initialised.
 
-    A member that was trained has its final checkpoint in its folder, to the bit as
-    `ray_supernet.train_on_ray` with one worker leaves it on the same CPU with the same threads. The
-    last epoch's report is of that checkpoint; earlier ones are of the weights as they stood.
+    A member that was trained has its final checkpoint in its folder, bit for bit as
+    `orchestration.workers.supernet.train_on_ray` with one worker leaves it on the same CPU with the
+    same threads. The report of the last epoch is of that checkpoint; earlier reports are of the
+    weights at that time.
 
     Args:
         members: in the order in which they start.
-        rules: how they are scheduled.
+        rules: rules by which they are scheduled.
         data: the training split, of all members; each augments as its own settings say.
         val: the split on which they are compared.
         folder: on storage that driver and workers share; the ledger of these rules lies in `<digest
             of the rules>/reports.jsonl`.
-        on_report: hears (member, epoch, value) of each report of this call. Like all three, in the
-            caller's thread.
-        on_points: hears (member, new points of its loss curves).
-        on_fate: hears a member's fate as soon as it is settled in this call.
+        on_report: called with (member, epoch, value) for each report of this call. All three are
+            called in the caller's thread.
+        on_points: called with (member, new points of its loss curves).
+        on_fate: called with a member's fate as soon as it is settled in this call.
         should_stop: asked several times a second; True stops all training at the next step.
 
     Returns:
@@ -224,14 +225,14 @@ def train_members(  # noqa: PLR0913 - all but two are given by name
     pending = [member for member in members if member.name not in known]
     if pending:
         _check_members(members, rules, ray.cluster_resources())
-        sweep = _Sweep(members, pending, rules, ledger, should_stop, (on_report, on_points, on_fate))
-        sweep.run(
+        tune_run = _TuneRun(members, pending, rules, ledger, should_stop, (on_report, on_points, on_fate))
+        tune_run.run(
             {
                 "train": send_images(data),
                 "val": {name: ray.put(getattr(val, name).numpy()) for name in ("images", "labels")},
             }
         )
-        known |= sweep.fates
+        known |= tune_run.fates
     return [known[member.name] for member in members]
 
 
@@ -261,8 +262,8 @@ _Listeners = tuple[
 ]
 
 
-class _Sweep:
-    """One launch: Tune in a side thread, everybody who listens in the caller's."""
+class _TuneRun:
+    """One launch of Ray Tune in a side thread; the listeners are called in the caller's thread."""
 
     def __init__(
         self,
@@ -287,7 +288,7 @@ class _Sweep:
         self.fates: dict[str, MemberFate] = {}
 
     def run(self, images: Mapping[str, Any]) -> None:
-        """Until every pending member has met its fate.
+        """Run until every pending member has its fate.
 
         Raises:
             StoppedError: it was stopped before.
@@ -342,7 +343,7 @@ class _Sweep:
         return self._asked_to_stop.is_set() or any(path.exists() for path in self._stop_files)
 
     def _tune(self, scheduler: Any, images: Mapping[str, Any], failures: list[BaseException]) -> None:
-        """What the side thread does."""
+        """The work of the side thread."""
         from ray import tune
 
         from orchestration.workers.tune_schedule import MEMBER, FixedList, LossWatch, WhenIdle
@@ -391,7 +392,7 @@ class _Sweep:
                 return
 
     def _pass_on(self) -> None:
-        """Everything new, to those who listen."""
+        """Pass new points, reports and fates to the listeners."""
         for name, tail in self._tails.items():
             points = tail.read()
             if points:
@@ -413,7 +414,7 @@ def _describe_failure(trial: Any) -> str:
 
 
 def _outcome_of(job: SupernetJob) -> Outcome | None:
-    """What a trial that returned left behind; None where it was interrupted."""
+    """The outcome that a trial left when it returned; None if it was interrupted."""
     from orchestration.workers.tune_schedule import Outcome
 
     outcome = job.folder / OUTCOME
@@ -433,8 +434,8 @@ def _train_member(
     ledger_path: Path,
     report_every: int,
 ) -> None:
-    """A trial: trains one supernet, from its checkpoint if it has one. Its errors are recorded, not
-    raised: Tune would start it again."""
+    """The function of a trial: trains one supernet, from its checkpoint if it has one. Errors are
+    recorded, not raised, because Tune would start it again."""
     fix_arithmetic()
     name = config["member"]
     job = jobs[name]
@@ -442,7 +443,7 @@ def _train_member(
         return  # an earlier attempt of this launch failed by itself, and would fail again
     torch.set_num_threads(job.threads)
     try:
-        # Read anew by every attempt: what was told before this worker came is not told again.
+        # Read anew by every attempt: values reported before this worker started are not repeated.
         told = dict(Ledger(ledger_path).reports(keys[name]))
         _train_and_report(job, images, told, report_every)
     except Exception as error:  # noqa: BLE001 - whatever it is, the other members go on
@@ -479,7 +480,7 @@ def _train_and_report(
 
 
 def _report(epoch: int, value: float) -> None:
-    """Returns when the driver has stored the value and lets the trial go on; where it does not, the
+    """Report a value to the driver; returns when it is stored and the trial may go on, else the
     process ends here."""
     from ray import tune
 
