@@ -28,8 +28,6 @@ from dsnet.errors import ConfigError, DataError
 
 IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg")
 _KEY_VERSION = "1"  # raise it when the decoding below changes what it returns
-
-
 _NAME = "image_folder"
 _NUM_AHEAD = 64  # maximum number of decoded images that wait to be collected
 _NUM_NAMED = 3  # maximum number of broken files that a message names

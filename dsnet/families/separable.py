@@ -31,8 +31,6 @@ TINY_ATTENTION = 1.0
 MAX_WIDTH = 65536
 """Largest width that a user may set, so that a typing error is reported before it exhausts the
 memory."""
-
-
 NESTED_NORMS = ("private_stats", "recalibrate")
 """Norms under which training normalises a channel of a batch in the same way in every
 sub-network."""

@@ -17,23 +17,15 @@ from dsnet.errors import CheckpointError
 
 IMAGE = "image"
 """The `reads` of an op that takes the network's input."""
-
-
 IMAGE_CHANNELS = -1
 """The `in_group` of an op whose input channels are those of the image."""
-
-
 CLASSES = -2
 """The `out_group` of an op whose output channels are the classes."""
-
-
 NORMS = ("private_stats", "private_affine", "recalibrate", "group_norm")
 """Kinds of normalisation for sub-networks of different widths (docs/definitions.md, Supernet
 training), in this order: BatchNorm with private running statistics per prefix of widths and one
 shared affine pair; with private affine pairs too; with private statistics that only recalibration
 computes, not training; or GroupNorm, which keeps no statistics."""
-
-
 OpKind = Literal["conv", "depthwise", "attention", "maxpool", "pool", "linear"]
 
 

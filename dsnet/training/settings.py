@@ -120,8 +120,6 @@ TEACHER_OF_MODE: Mapping[str, str] = MappingProxyType(
     {"none": "none", "inplace_distillation": "inplace", "ib": "ema", "ieb": "ema_ensemble"}
 )
 """`supernet.bootstrapping.mode` -> `Regime.teacher`."""
-
-
 _TRAIN_RANGES: Mapping[str, NumberRange] = MappingProxyType(
     {
         "epochs": _COUNT_FROM_0,

@@ -20,16 +20,10 @@ from orchestration.wrapping import wrapped
 
 GAP = "  "
 """Separator of two columns."""
-
-
 NO_BREAK = "\u00a0"
 """No-break space: keeps words of a title together."""
-
-
 INDENT = "    "
 """Indentation of the columns of a row that are stacked on a further line."""
-
-
 MIN_PROSE = 16
 """Least width of a column of prose, in characters; narrower ones are hard to read."""
 

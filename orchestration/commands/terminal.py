@@ -43,12 +43,8 @@ if TYPE_CHECKING:
 
 MAX_LISTED = 8
 """Largest number of trials or reasons that are listed one by one."""
-
-
 PHOTOS = ("image_folder", "cifar10")
 """Data sets whose networks can classify photos."""
-
-
 INDENT = " " * 10
 """Indentation of continuation lines under a leading word such as `report runs/...`."""
 

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
 
 _COUNT = NumberRange(lowest=1, is_whole=True)
-
-
 SCHEDULER_OPTIONS: Mapping[str, Mapping[str, NumberRange | type]] = {
     "none": {},
     "asha": {"grace_period": _COUNT, "reduction_factor": NumberRange(above=1), "brackets": _COUNT},
@@ -30,8 +28,6 @@ SCHEDULER_OPTIONS: Mapping[str, Mapping[str, NumberRange | type]] = {
     },
     "hyperband": {"reduction_factor": NumberRange(above=1)},
 }
-
-
 _OURS = ("metric", "mode", "time_attr", "max_t", "stop_last_trials")
 """Options of a scheduler that the sweep sets."""
 

@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 
 
 KeyPath = tuple[str | int, ...]
-
-
 NAME_PATTERN = r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}$"
 
 
@@ -65,32 +63,18 @@ def _printable(text: str) -> str:
 
 
 Text = Annotated[str, StringConstraints(min_length=1), AfterValidator(_printable)]
-
-
 Fraction = Annotated[float, Field(ge=0, le=1)]
-
-
 PositiveFloat = Annotated[float, Field(gt=0)]
-
-
 NonNegativeFloat = Annotated[float, Field(ge=0)]
-
-
 LARGEST_RATE = 1e6
 """Largest learning rate and weight decay; a copy from `dsnet.training.settings`, which needs
 torch."""
-
-
 PositiveInt = Annotated[int, Field(ge=1)]
-
-
 NonNegativeInt = Annotated[int, Field(ge=0)]
 
 
 # YAML and JSON know lists only; the list becomes a tuple, its items stay strict.
 IncreasingSizes = Annotated[tuple[PositiveInt, ...], Field(strict=False, min_length=1)]
-
-
 Device = Literal["auto", "cpu", "cuda"]
 
 

@@ -44,8 +44,6 @@ def _recalibration_images(value: object) -> object:
 
 FROM_DATA: Final = "auto"
 """Value of a setting that is derived from the data, if null has another meaning."""
-
-
 RecalibrationImages = Annotated[Literal["auto"] | NonNegativeInt | None, BeforeValidator(_recalibration_images)]
 
 

@@ -59,8 +59,6 @@ from search.front.pareto import parse_pick
 
 SCHEDULERS = ("none", "asha", "median", "hyperband")
 """Short names of schedulers of supernets; others are named by their import path."""
-
-
 LEARNING_SAMPLERS = ("tpe", "nsga2", "nsga3", "gp")
 """Samplers whose suggestions depend on the results of earlier cohorts."""
 
@@ -77,8 +75,6 @@ SpaceEntry = Annotated[
     PlainSerializer(Distribution.written),
     WithJsonSchema(DISTRIBUTION_SCHEMA),
 ]
-
-
 _DEFAULT_METRICS = (
     MetricConfig(name="top1", goal="maximize", ref=0.0),
     MetricConfig(name="madds_m", goal="minimize"),

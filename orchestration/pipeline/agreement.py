@@ -33,21 +33,13 @@ from orchestration.results.verified import Agreement, DynamicLatency
 
 CLASS_TIE = 1e-4
 """Difference between the two largest probabilities below which they count as a numerical tie."""
-
-
 SINGLE_IMAGES = 32
 """Images per timed repeat at batch size 1, one after the other, because images take different
 routes."""
-
-
 NUM_BATCHES = 3
 """Batches per timed repeat at larger batch sizes."""
-
-
 TIMING_SEED = 0
 """Seed of the draw of the timed images."""
-
-
 MAX_NAMED = 5
 
 

@@ -38,8 +38,6 @@ CLEAR_LEAD = 100.0
 images first."""
 EXAMPLE_SEED = 0
 """Seed of the draw of the examples."""
-
-
 KNEE = "knee"
 """Name of the link to the bundle of the front's knee, beside the bundles: a path that is known
 before the run."""

@@ -27,8 +27,6 @@ from search.gate_trial import ROUTING_KEYS, routing_ids
 
 Range = tuple[float, float]
 """(lowest, highest), both inclusive."""
-
-
 _FIXED_HEADS: Mapping[str, Range] = {"none": (0.0, 0.0), "own": (0.0, math.inf)}
 """MAdds of one decision, for heads whose size is not derived here."""
 _ROUNDING = 1e-9

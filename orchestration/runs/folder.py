@@ -12,14 +12,8 @@ from dsnet.errors import ConfigError, NotFoundError, PreflightError
 from dsnet.wording import did_you_mean
 
 RUN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
-
-
 MLFLOW_DATABASE = "mlflow.db"
-
-
 MLFLOW_ARTIFACTS = "mlruns-artifacts"
-
-
 KEY_CHARACTERS = 12
 """Number of characters of a stage key in the name of its folder."""
 

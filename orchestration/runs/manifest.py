@@ -20,8 +20,6 @@ RECORDED_PACKAGES = (
     "dsnet-orch", "torch", "numpy", "ray", "optuna", "mlflow", "pandas", "plotly", "pyarrow", "safetensors",
     "scikit-learn", "Pillow", "pydantic", "moocore",
 )  # fmt: skip
-
-
 _MANIFEST_SCHEMA = 1
 
 

@@ -15,8 +15,6 @@ from orchestration.tracking.protocol import RowStore, Status, TrackedRun, Tracki
 from orchestration.tracking.store import logger
 
 FAILURES_BEFORE_PAUSE = 3
-
-
 PAUSE_S = 30.0
 
 

@@ -137,8 +137,6 @@ class RowStore(Protocol):
 
 
 Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
-
-
 Kind = Literal["sweep", "supernet", "subnet", "trial"]
 
 

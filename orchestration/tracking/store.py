@@ -32,37 +32,19 @@ from orchestration.runs.curves import CurvePoint
 from orchestration.tracking.protocol import TrackedRun
 
 logger = logging.getLogger(__name__)
-
-
 MAX_NAME_LENGTH = 250
-
-
 MAX_PARAM_LENGTH = 6000
-
-
 MAX_TAG_LENGTH = 8000
-
-
 MAX_METRICS_PER_BATCH = 900
 """Largest number of metrics per batch; MLflow takes 1,000 entities, of which at most 100 parameters
 and 100 tags."""
-
-
 MAX_PARAMS_PER_BATCH = 90
-
-
 PARENT_TAG = "mlflow.parentRunId"
 """Tag with which MLflow's page nests one row below another."""
-
-
 NOTE_TAG = "mlflow.note.content"
 """Tag of the Markdown description that MLflow's page shows above a run."""
-
-
 RUN_ID, EXPERIMENT_ID = "{run_id}", "{experiment_id}"
 """Placeholders in a description, replaced when it is written."""
-
-
 _COMPLETE = ("FINISHED", "FAILED")
 
 

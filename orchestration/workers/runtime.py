@@ -23,8 +23,6 @@ from dsnet.import_path import WORKER_HOOK, child_variables
 from orchestration.environment import prepare_environment
 
 LOCAL = "local"
-
-
 SMALLEST_OBJECT_STORE_MIB = 75
 
 

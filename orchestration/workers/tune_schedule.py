@@ -31,11 +31,7 @@ from orchestration.config.schedulers import TIME
 from orchestration.workers.tune_ledger import End, FateState, Ledger, Report
 
 METRIC = "static_hypervolume"
-
-
 MEMBER = "member"
-
-
 SCHEDULERS: Mapping[str, type[TrialScheduler]] = {
     "none": FIFOScheduler,
     "asha": AsyncHyperBandScheduler,

@@ -66,15 +66,9 @@ from orchestration.workers.schedulers import make_scheduler
 CALIBRATION_IMAGES = 512
 """Number of training images from which statistics are estimated if a norm keeps none while it
 trains."""
-
-
 OUTCOME = "outcome.json"
-
-
 _LASTING = (NonFiniteLossError, ConfigError)
 """Errors of a member itself, which would occur again in a later launch."""
-
-
 _ENVIRONMENT = {
     # Its loggers would write a folder of CSV, JSON and TensorBoard files beside each trial.
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",

@@ -44,8 +44,6 @@ defaults."""
 THREE_GATES: Mapping[str, Any] = {"depth": 8, "width": 0.5, "ratios": [0.5, 1.0], "paths": "all"}
 """Options of a quick DS-ResNet with three gates and eight paths."""
 NORMALIZATION = Normalization((120.0, 130.0, 125.0), (60.0, 55.0, 65.0))
-
-
 ROUTER_KINDS = kind_names()
 """Every kind of router: a new one is tested wherever these are."""
 

@@ -39,8 +39,6 @@ def shaken_release(seed: int) -> tuple[Supernet, dict[str, Tensor]]:
 
 
 STUDENT, RELEASED = shaken_release(1)
-
-
 TEACHER, AVERAGED = shaken_release(2)
 
 
