@@ -276,7 +276,7 @@ class Workload:
 
 
 def synthetic(network: Network, device: str, seed: int) -> Workload:
-    """Random weights and images."""
+    """A workload of random weights and images."""
     pool = torch.randn((NUM_POOL, 3, IMAGE_SIZE, IMAGE_SIZE), generator=torch.Generator().manual_seed(seed)).to(device)
     supernet = create(network.family, Task(10, 3, IMAGE_SIZE), dict(network.options), seed=seed).to(device)
     recalibrate(supernet, [pool[:64]])  # else activations shrink to denormals, which are slow
