@@ -37,8 +37,8 @@ BENCHMARK = "training regimes at equal steps, all widths: test error of in-place
 
 
 def measure(options: Options) -> Report:
-    """All usual regimes, three seeds: digits with --quick, else the `cpu` scale on CIFAR-10 from
-    DSNET_DATA (about half an hour)."""
+    """Train all usual regimes with three seeds: on digits with --quick, otherwise at the `cpu`
+    scale on CIFAR-10 from DSNET_DATA (about half an hour)."""
     from benchmarks.regime_report import load_results, make_report  # `train` has to work without Plotly and rich
 
     scale = SCALES["quick" if options.quick else "cpu"]
@@ -51,7 +51,7 @@ def measure(options: Options) -> Report:
 
 
 def chosen_scale(arguments: argparse.Namespace) -> Scale:
-    """The named scale with what the command line overrides."""
+    """The named scale with the overrides of the command line."""
     scale = SCALES[arguments.scale]
     if arguments.epochs is not None:
         scale = replace(scale, train=replace(scale.train, epochs=arguments.epochs))
