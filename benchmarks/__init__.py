@@ -1,9 +1,9 @@
 """Speed and memory, measured: `python -m benchmarks` lists them, `python -m benchmarks.NAME
 [--quick] [--json FILE]` runs one.
 
-A benchmark is one module of this folder with a description in `BENCHMARK`; there is no list to
-edit. Ratios of things that ran side by side are what to compare; milliseconds belong to one machine
-and one hour. None of them can fail on a slow machine.
+A benchmark is a module of this folder with a description in `BENCHMARK`; there is no list to edit.
+Compare ratios of calls that ran side by side; milliseconds hold only for one machine at one time.
+No benchmark can fail because a machine is slow.
 """
 
 from dsnet.arithmetic import fix_arithmetic

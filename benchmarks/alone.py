@@ -1,10 +1,11 @@
-"""Every sub-network of a supernet against the same network trained alone with fresh weights: is
-sharing free?
+"""The cost of weight sharing in accuracy: every sub-network of a supernet against the same network
+trained alone with fresh weights.
 
-Equal are data, batches, steps, augmentation, weight averaging and evaluation (recalibrated; `test`,
-on which nothing is chosen). Every network, shared or alone, takes the best of four learning rates,
-chosen on `val` with the first seed (a supernet's by the mean of its sub-networks). Supernets are
-also trained at a third of the compute that all their sub-networks need alone, and at as much.
+Data, batches, steps, augmentation, weight averaging and evaluation (recalibrated; on `test`, on
+which nothing is chosen) are equal. Every network, shared or alone, takes the best of three
+learning rates, chosen on `val` with the first seed (that of a supernet by the mean of its
+sub-networks). Supernets are also trained with a third of the compute that all their sub-networks
+need alone, and with as much.
 
     python -m benchmarks.alone train --scale cifar --folder F --data DIR --max-seconds 540
     python -m benchmarks.alone train --scale photos --folder F --data FOLDER_OF_CLASSES
@@ -65,10 +66,10 @@ def compared(scale: Scale, material: Material) -> list[str]:
 
 
 def train(arguments: argparse.Namespace) -> None:
-    """Do what is left of the wanted runs.
+    """Do the wanted runs that are not done yet.
 
     Raises:
-        StoppedError: some are left, because time ran out or other processes hold them.
+        StoppedError: some runs are left, because time ran out or other processes hold them.
     """
     device = chosen_device(arguments)
     scale = SCALES[arguments.scale] if arguments.sweep is None else scale_of_sweep(arguments.sweep)
@@ -79,8 +80,8 @@ def train(arguments: argparse.Namespace) -> None:
 
 
 def scale_of_sweep(path: Path) -> Scale:
-    """The network, the images and the training settings of a sweep file, those that its data
-    decides included.
+    """The network, the images and the training settings of a sweep file, including settings that
+    depend on its data.
 
     Raises:
         DsnetError: the file or its data is wrong, or its splits cannot be made again here.
@@ -108,7 +109,7 @@ def scale_of_sweep(path: Path) -> Scale:
 
 
 def report(arguments: argparse.Namespace) -> None:
-    """Tables to the terminal and, with all numbers, into the folder."""
+    """Print the tables, and write them with all numbers into the folder."""
     from benchmarks.alone_report import make_report
     from benchmarks.regime_report import markdown
 
@@ -141,7 +142,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str]) -> int:
-    """A command on a folder, or the benchmark as the harness runs every one."""
+    """Run a command on a folder, or the benchmark by the harness."""
     return run_main(argv, parser(), BENCHMARK, measure)
 
 

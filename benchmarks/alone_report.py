@@ -1,4 +1,4 @@
-"""What the runs of `alone` say: the gap of every sub-network to the same network trained alone,
+"""Report on the runs of `alone`: the gap of every sub-network to the same network trained alone,
 with intervals over seeds."""
 
 from __future__ import annotations
@@ -17,39 +17,39 @@ from dsnet.errors import PreflightError
 from dsnet.files import read_json
 
 GOAL = 0.5
-"""Points that sub-networks may be below the same networks trained alone, in the mean."""
+"""Largest mean gap, in percentage points, of sub-networks to the same networks trained alone."""
 
 
 @dataclass(frozen=True)
 class Gap:
-    """A supernet's sub-networks beside the same networks alone, for one way of training and one
-    length."""
+    """Gaps of a supernet's sub-networks to the same networks trained alone, for one way of training
+    and one length."""
 
     arm: str
     length: float
     names: tuple[str, ...]
-    """Sub-networks by rising MAdds."""
+    """Sub-networks by increasing MAdds."""
     madds: tuple[int, ...]
     supernet: tuple[float, ...]
-    """Top-1 on `test` of each, the mean over seeds."""
+    """Top-1 of each on `test`, mean over seeds."""
     alone: tuple[float, ...]
     factors: tuple[float, ...]
-    """The learning rate that each took alone, relative to the scale's."""
+    """Learning rate of each network alone, relative to the scale's."""
     factor: float
-    """The learning rate that the supernet took with the first seed, relative to the scale's."""
+    """Learning rate of the supernet with the first seed, relative to the scale's."""
     gaps: tuple[Interval, ...]
     """Supernet minus alone, paired by seed."""
     mean: Interval
-    """The mean over the sub-networks."""
+    """Mean gap over the sub-networks."""
     cost: float
-    """Compute of the supernet over that of training all its sub-networks alone, once each."""
+    """Compute of training the supernet, relative to training all its sub-networks alone once."""
     steps: tuple[int, int]
     """Steps of the supernet, and of a network alone."""
 
 
 def find_gaps(records: Sequence[Mapping[str, Any]]) -> list[Gap]:
-    """All gaps that the finished runs allow: those of an arm's seeds for which every sub-network
-    was trained alone."""
+    """Compute all gaps from the finished runs, over the seeds for which every sub-network was
+    trained alone too."""
     found = []
     for length in sorted({record["length"] for record in records}, reverse=True):
         of_length = [record for record in best_rates(records) if record["length"] == length]
@@ -110,7 +110,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def make_sections(records: Sequence[Mapping[str, Any]], what: str) -> list[Section]:
-    """A summary, the gaps by width, and the curves over steps."""
+    """Sections of the report: a summary, the gaps by width, and the curves over steps."""
     gaps = find_gaps(records)
     columns = ("way of training", "steps", "rate", "cost", "seeds", "mean", "smallest", "largest", "points below 0")
     rows = [
@@ -141,7 +141,7 @@ def make_sections(records: Sequence[Mapping[str, Any]], what: str) -> list[Secti
 
 
 def _length_sections(records: Sequence[Mapping[str, Any]]) -> list[Section]:
-    """The ways of training side by side at every length: the mean over sub-networks, and its
+    """Comparison of the ways of training at every length: the mean over sub-networks, and its
     difference to cross-entropy."""
     rows = []
     for length in sorted({record["length"] for record in records}, reverse=True):
@@ -183,7 +183,7 @@ def _width_section(gap: Gap) -> Section:
 
 
 def _curve_sections(records: Sequence[Mapping[str, Any]]) -> list[Section]:
-    """Mean over the sub-networks on `val` in the middle of training: of each way, and alone."""
+    """Mean accuracy over the sub-networks on `val` during training, for each way and alone."""
     sections = []
     for length in sorted({record["length"] for record in records}, reverse=True):
         rows = []
@@ -210,8 +210,8 @@ def _curve(runs: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def make_report(folder: Path) -> Report:
-    """Tables, and as the headline how far `ib` is below networks trained alone at equal steps, in
-    the mean.
+    """Make the report; the headline is the mean gap of `ib` to networks trained alone at equal
+    steps.
 
     Raises:
         PreflightError: there are no finished runs of `ib` beside all of its sub-networks alone.

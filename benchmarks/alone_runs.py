@@ -1,7 +1,8 @@
-"""The runs of `alone`: supernets, and each of their sub-networks as a network of its own, one run
+"""The runs of `alone`: supernets, and each of their sub-networks as a separate network, one run
 after the other until all are done.
 
-Imports torch and dsnet alone: a GPU machine without the platform's other packages trains with it.
+It imports only torch and dsnet, so that it runs on a GPU machine without the platform's other
+packages.
 Several processes may share a folder: each run is claimed by a lock file, continues from its last
 checkpoint, and leaves one JSON file.
 """
@@ -40,11 +41,11 @@ from dsnet.training.train_cost import step_madds
 
 EVALUATION_BATCH = 256
 NUM_LOOKS = 6
-"""Points of a curve over steps, the end not counted."""
+"""Number of points of a curve over steps, without the end."""
 LOOK_IMAGES = 1_000
-"""Images of `val`, and of `train` for recalibration, at such a point."""
+"""Number of images of `val`, and of `train` for recalibration, at such a point."""
 RATE_FACTORS = (0.5, 1.0, 2.0)
-"""Learning rates that every run may choose from, relative to the scale's."""
+"""Learning rates from which the best is chosen, relative to the scale's."""
 ALONE = "alone"
 
 
@@ -55,8 +56,8 @@ class Arm:
     regime: Regime
     bootstrapping: BootstrapSettings = field(default_factory=BootstrapSettings)
     cost_share: float | None = None
-    """None: as many steps as a network alone; else so many that the supernet costs this share of
-    training every sub-network alone."""
+    """Compute of training the supernet, as a share of training every sub-network alone; it sets the
+    number of steps. None = as many steps as a network alone."""
 
 
 ARMS: Mapping[str, Arm] = MappingProxyType(
@@ -92,12 +93,12 @@ class Scale:
     """Default folder of the images; `--data` takes precedence. None for data sets that need no
     folder."""
     image_size: int | None = None
-    """Pixels; None for the data's own."""
+    """Side in pixels; None for the data set's own."""
     sizes: Mapping[str, int] = field(default_factory=dict)
-    """Images of a split, where it is not the data set's default."""
+    """Numbers of images of splits that differ from the data set's default."""
     is_balanced: bool = False
-    """Whether accuracy is the mean over classes of the accuracy within each: for data of which one
-    class is the most."""
+    """Whether accuracy is the mean over classes of the accuracy within each class, for data in
+    which one class dominates."""
     augmentation: Mapping[str, Any] | None = None
     """Settings of `dsnet.data.Augmentation`; None: the data's usual ones."""
     family: str
@@ -210,7 +211,7 @@ class Job:
     subnet: str | None = None
     """The sub-network that is trained alone."""
     factor: float | None = None
-    """The learning rate relative to the scale's; None: the best one of the first seed, on `val`."""
+    """Learning rate relative to the scale's; None = the best one of the first seed on `val`."""
 
     @property
     def name(self) -> str:
@@ -221,7 +222,7 @@ class Job:
 
 
 def jobs(arms: Sequence[str], subnets: Sequence[str], seeds: Sequence[int], lengths: Sequence[float]) -> list[Job]:
-    """All runs: of the first seed every learning rate, of later seeds the best one.
+    """All runs: every learning rate for the first seed, and the best one for later seeds.
 
     Args:
         arms: ways of training the supernet.
@@ -243,8 +244,8 @@ def jobs(arms: Sequence[str], subnets: Sequence[str], seeds: Sequence[int], leng
 
 
 def alone(supernet: Supernet, subnet: Subnet, seed: int) -> Supernet:
-    """One sub-network as a network of its own with fresh weights: a supernet of one member, which
-    any training loop takes."""
+    """One sub-network as a separate network with fresh weights: a supernet of one member, which
+    every training loop accepts."""
     groups = tuple(
         replace(group, max_width=width) for group, width in zip(supernet.spec.groups, subnet.widths, strict=True)
     )
@@ -253,13 +254,13 @@ def alone(supernet: Supernet, subnet: Subnet, seed: int) -> Supernet:
 
 
 def image_madds(supernet: Supernet, regime: Regime, largest_first: float = 0.0) -> float:
-    """MAdds that training spends on one image of a batch, the mean over the sandwich's random
-    sub-networks and over the steps.
+    """MAdds of training for one image of a batch, mean over the random sub-networks of the sandwich
+    rule and over the steps.
 
     Args:
-        supernet: what is trained.
-        regime: who takes part in a step.
-        largest_first: the share of the steps in which the largest trains alone.
+        supernet: the supernet that is trained.
+        regime: the sub-networks and the teacher of a step.
+        largest_first: share of the steps in which the largest sub-network trains alone.
     """
     subnets = supernet.subnets
     smallest = subnets[subnets.by_madds()[0]]
@@ -278,18 +279,18 @@ def image_madds(supernet: Supernet, regime: Regime, largest_first: float = 0.0) 
 
 @dataclass(frozen=True)
 class _Looks:
-    """The points of a run's curve, in a file, since a run may take several calls."""
+    """The points of a run's curve, stored in a file because a run may take several calls."""
 
     path: Path
 
     def keep(self, steps: int, val: Mapping[str, float]) -> None:
-        """Store the accuracies after so many steps; a repeated point takes the place of the earlier
+        """Store the accuracies after a number of steps; a repeated point replaces the earlier
         one."""
         found = {row["steps"]: row for row in self.rows()} | {steps: {"steps": steps, "val": dict(val)}}
         atomic_write_json(self.path, sorted(found.values(), key=lambda row: row["steps"]))
 
     def rows(self) -> list[Mapping[str, Any]]:
-        """All points by rising steps."""
+        """All points by increasing steps."""
         return read_json(self.path) if self.path.exists() else []
 
 
@@ -301,23 +302,23 @@ class Trainer:
     material: Material
     device: torch.device
     folder: Path
-    """Holds the records: the learning rate of a later seed is read from those of the first."""
+    """Folder of the records; the learning rate of a later seed is read from those of the first."""
     first_seed: int
 
     @cached_property
     def blueprint(self) -> Supernet:
-        """The supernet, to read its sub-networks and costs."""
+        """An untrained supernet, from which sub-networks and costs are read."""
         return create(self.scale.family, self.material.task, self.scale.options, seed=0)
 
     @cached_property
     def all_alone_madds(self) -> float:
-        """MAdds that training every sub-network alone spends on one image, summed over the
+        """MAdds of training every sub-network alone for one image, summed over the
         sub-networks."""
         return sum(image_madds(alone(self.blueprint, subnet, 0), REGIMES["ce"]) for subnet in self.blueprint.subnets)
 
     def __call__(self, job: Job, folder: Path, should_stop: Callable[[], bool]) -> dict[str, Any] | None:
-        """Train, continuing what `folder` holds; then test every width. None where it was stopped,
-        or has to wait for other runs."""
+        """Train, from the last checkpoint in `folder`, and then test every width; None if it was
+        stopped, or has to wait for other runs."""
         factor = self._factor(job)
         if factor is None:
             return None
@@ -365,7 +366,7 @@ class Trainer:
         return record | {"curve": looks.rows(), "subnets": list(self._tested(trained))}
 
     def _factor(self, job: Job) -> float | None:
-        """The learning rate of a run relative to the scale's; None where the runs that decide it
+        """Learning rate of a run relative to the scale's; None if the runs from which it is chosen
         are not done."""
         if job.factor is not None:
             return job.factor
@@ -412,8 +413,8 @@ class Trainer:
         )
 
     def _look(self, kept: Supernet, run: SupernetRun) -> dict[str, float]:
-        """Accuracy of every sub-network on some images of `val`, in the middle of training, with
-        statistics of some of `train`."""
+        """Accuracy of every sub-network on some images of `val` during training, with BatchNorm
+        statistics from some of `train`."""
         network = copy.deepcopy(kept)
         settings = replace(run, recalibration_images=LOOK_IMAGES)
         recalibrate(network, recalibration_batches(self.material.training, settings, self.device))
@@ -455,8 +456,8 @@ def score(record: Mapping[str, Any]) -> float:
 
 
 def accuracy(predicted: Tensor, labels: Tensor, is_balanced: bool) -> float:
-    """The share of right answers; balanced: the mean over classes of the share within each class.
-    Both tensors are int64 [N]."""
+    """Accuracy as a fraction; if balanced, the mean over classes of the accuracy within each. Both
+    tensors are int64 [N]."""
     right = (predicted == labels).double()
     if not is_balanced:
         return float(right.mean())

@@ -1,9 +1,9 @@
-"""What a suggestion costs: each sampler, after 100, 1,000 and 10,000 finished trials, asked for a
-cohort as a sweep asks.
+"""Time of a suggestion: each sampler, after 100, 1,000 and 10,000 finished trials, suggests a
+cohort as in a sweep.
 
-The finished trials are made up: random points of a space like the digits example's, objectives with
-noise. One suggestion before the clock runs pays for imports and for what a generation pays once
-(its parents); every other is a sweep's everyday.
+The finished trials are synthetic: random points of a space like the digits example's, with noisy
+objectives. One suggestion before the timed ones includes imports and the work done once per
+generation (choosing parents); the timed ones are then typical of a sweep.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ BENCHMARK = "milliseconds for a suggestion of each sampler after 100, 1,000 and 
 GOAL_MS = 15.0
 COHORT = 64
 GP_COHORT = 8
-"""As a sweep's: a Gaussian process takes longer for a suggestion than a gate takes to train."""
+"""Cohort for the Gaussian process, which takes longer for a suggestion than a gate takes to
+train."""
 GP_TRIALS = (100, 300)
 OBJECTIVES = (Objective("top1", "maximize"), Objective("madds_m", "minimize"))
 SPACE: Mapping[str, Any] = {
@@ -41,8 +42,8 @@ SPACE: Mapping[str, Any] = {
 
 
 def finished_trials(space: Space, number: int, seed: int) -> list[FrozenTrial]:
-    """Trials whose accuracy rises with the target, and is noisy; each with the generation that a
-    genetic sampler would note."""
+    """Synthetic trials whose accuracy increases with the target and is noisy; each has the
+    generation that a genetic sampler would note."""
     rng = np.random.default_rng(seed)
     trials = []
     for index in range(number):
@@ -69,12 +70,11 @@ def ask_seconds(
     """Seconds of each suggestion of one cohort.
 
     Args:
-        settings: of the sampler.
-        num_finished: trials in the study.
-        cohort: suggestions, none of which is told before the next is asked.
-        seed: of the made-up trials and of the sweep.
-        space: must hold gate.target, and a value for each other name that chance may give; None =
-            `SPACE`.
+        settings: settings of the sampler.
+        num_finished: number of trials in the study.
+        cohort: number of suggestions, of which none is told before the next is asked.
+        seed: seed of the synthetic trials and of the sweep.
+        space: search space, which must hold gate.target; None = `SPACE`.
     """
     space = parse_space(SPACE) if space is None else space
     study = StudySettings(
@@ -91,7 +91,7 @@ def ask_seconds(
 
 
 def measure(options: Options) -> Report:
-    """All samplers; the headline is the default one's."""
+    """Time all samplers; the headline is that of the default one."""
     sizes = (100, 1000) if options.quick else (100, 1000, 10_000)
     samples: dict[str, Samples] = {}
     rows = []

@@ -1,4 +1,4 @@
-"""How long a person waits for `dsnet-orch --help`, beside the interpreter alone."""
+"""Time of `dsnet-orch --help`, compared with the interpreter alone."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ GOAL_S = 0.3
 
 
 def commands() -> dict[str, list[str]]:
-    """What is started, by the name it is reported under.
+    """The commands to start, by their names in the report.
 
     Raises:
         click.ClickException: dsnet-orch is not installed beside this interpreter.
@@ -34,8 +34,8 @@ def commands() -> dict[str, list[str]]:
 
 
 def measure(options: Options) -> Report:
-    """Wall time of fresh processes side by side, and their CPU time (which the machine's other work
-    does not lengthen)."""
+    """Measure wall time of new processes, interleaved, and their CPU time (which does not depend on
+    other work of the machine)."""
     cpu_s: dict[str, list[float]] = {}
 
     def started(name: str, argv: list[str]) -> Callable[[], None]:

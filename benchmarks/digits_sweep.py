@@ -1,5 +1,5 @@
-"""The newcomer's first sweep as a whole: wall time, where it goes, and the memory of all its
-processes together."""
+"""The digits example as a whole, a new user's first sweep: wall time and its parts, and the memory
+of all its processes together."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ GOAL_S = 180.0
 GOAL_MIB = 4096.0
 EXAMPLE = Path(__file__).parents[1] / "examples" / "digits.yaml"
 MARK = "DSNET_BENCHMARK_MARK"
-"""Environment variable by which all processes of a launch are found, whoever their parent is."""
+"""Environment variable by which all processes of a launch are found, whatever their parent."""
 SHORTER = ("--set", "supernet.train.epochs=5", "--set", "supernet.train.warmup_epochs=1", "--trials", "16")
 POLL_S = 0.5
 
 
 def peak_pss_mib(process: subprocess.Popen[bytes], mark: str) -> float:
-    """The largest sum of proportional set sizes over all processes that carry the mark, until
-    `process` ends."""
+    """Peak sum of proportional set sizes, in MiB, over all processes with the mark, until `process`
+    ends."""
     peak = 0.0
     while process.poll() is None:
         peak = max(peak, sum(_pss_mib(pid, mark) for pid in os.listdir("/proc") if pid.isdecimal()))
@@ -70,8 +70,8 @@ def sweep_once(arguments: tuple[str, ...]) -> dict[str, Any]:
 
 
 def measure(options: Options) -> Report:
-    """A few launches one after the other; a launch takes the threads that its own configuration
-    says."""
+    """Run a few launches one after the other; a launch uses the number of threads in its own
+    configuration."""
     runs = [sweep_once(SHORTER if options.quick else ()) for _ in range(1 if options.quick else 3)]
     names = list(runs[0]["stages_s"])
     rows = [(name, *(f"{run['stages_s'][name]:.1f}" for run in runs)) for name in names]

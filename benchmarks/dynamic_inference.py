@@ -1,14 +1,15 @@
-"""Grouped dynamic inference against the static networks, the masked way of the published code, and
-its own ideal.
+"""Latency of grouped dynamic inference, compared with the static networks, with the masking of the
+published code, and with the ideal latency.
 
-By default on random weights (accuracy plays no part) with a gate made by hand so that it spreads
-the images evenly over its routes: every batch holds equally many images of each route, in random
-order, and batch 1 is one image of each route in turn. With `--run` on a trained network, with a
-router of its sweep and the images of `val`, so that groups are as uneven as they are.
+By default it uses random weights (accuracy does not matter here) and a constructed gate that
+spreads the images evenly over its routes: every batch holds equally many images of each route, in
+random order, and batch 1 is one image of each route in turn. With `--run` it uses a trained
+network, a router of its sweep and the images of `val`, so that groups are as uneven as in use.
 
-The ideal is trunk(B) + decide(B) + sum of tail_k(n_k) (docs/definitions.md, Latency), its parts
-timed at exactly the group sizes that occur, in the same rounds. Every call of every contender is
-timed alone, between calls of others: weights are as cold for the ideal as for the network.
+The ideal is trunk(B) + decide(B) + sum of tail_k(n_k) (docs/definitions.md, Latency), whose parts
+are timed at exactly the group sizes that occur, in the same rounds. Every call of every contender
+is timed separately, between calls of others, so that caches are as cold for the ideal as for the
+network.
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ HEADLINE_BATCH = 64
 IMAGE_SIZE = 32
 NUM_POOL = 512
 NUM_REAL_BATCHES = {1: 16, 16: 4}
-"""Real images fall unevenly over the routes: several batches of a small size; of others, one."""
+"""Number of batches of real images by batch size, several for small ones because groups differ
+between batches; one for other sizes."""
 PARAMS = (
     click.Option(
         ["--run"],
@@ -75,11 +77,11 @@ class Network:
     family: str
     options: tuple[tuple[str, Any], ...]
     routes: tuple[int, ...]
-    """Rising in cost."""
+    """Ids of the routes, by increasing cost."""
 
 
 DS_MBNET = Network("DS-MBNet, 4 routes", "ds_mbnet", (("stem_stride", 1),), (0, 4, 9, 13))
-"""As many routes as the published gate has, evenly over the set."""
+"""A network with as many routes as the published gate, spread evenly over the set."""
 ALL_ROUTES = Network("DS-MBNet, 14 routes", "ds_mbnet", (("stem_stride", 1),), tuple(range(14)))
 WIDE_LIST = Network(
     "DS-ResNet-8 x2, 1/8 to 1",
@@ -87,13 +89,12 @@ WIDE_LIST = Network(
     (("depth", 8), ("width", 2.0), ("ratios", (0.125, 0.25, 0.5, 1.0)), ("paths", "uniform")),
     (0, 1, 2, 3),
 )
-"""The named width list on which an acceleration is stated: the widest route takes at least 2.5
-times as long as the cheapest."""
+"""A network for stating the acceleration by routing: its widest route takes at least 2.5 times as
+long as the cheapest."""
 
 
 def spread_gate(hidden: Tensor, routes: tuple[int, ...]) -> GateRouter:
-    """A gate that sends equally many of the images with these hidden vectors [N, H] down each
-    route.
+    """A gate that sends equal numbers of the images with these hidden vectors [N, H] to each route.
 
     Route k scores k * s - offset_k for one projection s of the hidden vector: the lines cross at s
     = offset_k - offset_(k-1), which is put on the quantiles of s.
@@ -108,11 +109,11 @@ def spread_gate(hidden: Tensor, routes: tuple[int, ...]) -> GateRouter:
 
 
 class MaskedTail(nn.Module):
-    """The published way: every channel of the widest route is computed, those beyond an image's own
-    width are then zeroed.
+    """The published masking: every channel of the widest route is computed, and those beyond an
+    image's own width are then set to zero.
 
-    A lower bound of it: the published code also picks each image's BatchNorm statistics; here the
-    widest route's are folded in.
+    Its time is a lower bound: the published code also selects BatchNorm statistics for each image;
+    here those of the widest route are folded in.
     """
 
     def __init__(self, supernet: Supernet, routes: tuple[int, ...]) -> None:
@@ -129,7 +130,7 @@ class MaskedTail(nn.Module):
             self.register_buffer(f"mask_{number}", mask.float()[:, :, None, None])
 
     def forward(self, features: Tensor, chosen: Tensor) -> Tensor:
-        """Features [B, c, H, W] and routes [B] -> logits."""
+        """Map features [B, c, H, W] and routes [B] to logits."""
         x = features
         for number, part in enumerate(self.tail.children()):
             x = part(x)
@@ -139,10 +140,10 @@ class MaskedTail(nn.Module):
 
 
 class Spy:
-    """A router that keeps what it was asked, to time its decisions alone and to know the groups
-    that ran.
+    """A wrapper of a router that records the calls of `step`, so that the decisions can be timed
+    alone and the groups that ran are known.
 
-    Whatever it does not define is its router's.
+    All other attributes are those of the wrapped router.
     """
 
     def __init__(self, router: Router) -> None:
@@ -155,11 +156,12 @@ class Spy:
 
     @property
     def max_runs(self) -> int:
-        """One more: it is asked after the last round too, and so sees what ran in it."""
+        """One more than the router's, so that `step` is also called after the last round and
+        records what ran in it."""
         return self.router.max_runs + 1
 
     def step(self, evidence: Evidence, executed: Sequence[Executed]) -> Tensor:
-        """The router's own answer."""
+        """The router's own decision."""
         answer = self.router.step(evidence, executed)
         self.executed = tuple(executed)
         if (answer != STOP).any():
@@ -167,7 +169,8 @@ class Spy:
         return answer
 
     def decide_again(self) -> None:
-        """All decisions of the batch, their answers on the host, the images by answer."""
+        """Repeat all decisions of the batch, with their transfer to the host and the grouping of
+        the images."""
         for evidence, executed in self.asked:
             rows_by(self.router.step(evidence, executed).tolist())
 
@@ -180,8 +183,8 @@ class Contenders:
 
     Args:
         supernet: in eval mode, on the device.
-        router: over its routes, which rise in cost.
-        equal: a route that is timed alone, beside the widest and the cheapest.
+        router: router over its routes, which are ordered by increasing cost.
+        equal: a route that is timed alone, like the widest and the cheapest.
     """
 
     def __init__(self, supernet: Supernet, router: Router, equal: int | None = None) -> None:
@@ -206,8 +209,8 @@ class Contenders:
             )
 
     def calls(self, batches: Sequence[Tensor]) -> Calls:
-        """What is timed; the part of a name before the first slash is the contender, whose calls
-        are added up."""
+        """Calls to time; the part of a name before the first slash is the contender, the times of
+        whose calls are added up."""
         calls: Calls = {}
         for number, batch in enumerate(batches):
             calls[f"dynamic/{number}"] = _bind(self.dynamic, batch)
@@ -239,8 +242,8 @@ class Contenders:
         return self.masked(trunk.features, self.dynamic.router.step(evidence, ()))
 
     def largest_difference(self, batch: Tensor) -> float:
-        """Between dynamic logits and those of each image's route alone, relative to the largest
-        logit."""
+        """Largest difference between the dynamic logits and those of each image's route alone,
+        relative to the largest logit."""
         output = self.dynamic(batch)
         alone = torch.stack(
             [
@@ -263,17 +266,17 @@ class Workload:
     device: str
     contenders: Contenders
     pool: Tensor
-    """Normalised, on the device."""
+    """Normalised images, on the device."""
     draw: Callable[[int, int], list[Tensor]]
-    """(batch size, seed) -> for each batch its rows of the pool."""
+    """(batch size, seed) -> rows of the pool for each batch."""
 
     def batches(self, batch_size: int, seed: int) -> list[Tensor]:
-        """Images."""
+        """The images of each batch."""
         return [self.pool[rows.to(self.pool.device)].contiguous() for rows in self.draw(batch_size, seed)]
 
 
 def synthetic(network: Network, device: str, seed: int) -> Workload:
-    """Random weights and images."""
+    """A workload of random weights and images."""
     pool = torch.randn((NUM_POOL, 3, IMAGE_SIZE, IMAGE_SIZE), generator=torch.Generator().manual_seed(seed)).to(device)
     supernet = create(network.family, Task(10, 3, IMAGE_SIZE), dict(network.options), seed=seed).to(device)
     recalibrate(supernet, [pool[:64]])  # else activations shrink to denormals, which are slow
@@ -294,7 +297,7 @@ def synthetic(network: Network, device: str, seed: int) -> Workload:
 
 
 def of_run(folder: Path, trial: int | None, equal: str | None, device: str) -> Workload:
-    """A router of a run on the images of `val`: real ones, and the sealed split stays sealed.
+    """A workload of a run's router on real images, those of `val`, because `test` stays sealed.
 
     Raises:
         click.BadParameter: the run has no front, or no sub-network called `equal`.
@@ -324,7 +327,7 @@ def of_run(folder: Path, trial: int | None, equal: str | None, device: str) -> W
 
 @dataclass(frozen=True)
 class Row:
-    """What one workload gave at one batch size."""
+    """Result of one workload at one batch size."""
 
     title: str
     device: str
@@ -333,15 +336,15 @@ class Row:
     """Milliseconds of each call."""
     num_batches: int
     routes_taken: dict[str, int]
-    """Images by the route that answered."""
+    """Number of images by the route that answered."""
 
     @property
     def contenders(self) -> tuple[str, ...]:
-        """In the order in which they were first called."""
+        """Contenders in the order of their first calls."""
         return tuple(dict.fromkeys(name.partition("/")[0] for name in self.samples.ms))
 
     def ratio(self, numerator: str, denominator: str) -> Estimate | None:
-        """Of two contenders, each all its calls together; None where one did not run."""
+        """Ratio of the times of two contenders, over all their calls; None if one did not run."""
         if not {numerator, denominator} <= set(self.contenders):
             return None
         return self.samples.ratio(self._calls(numerator), self._calls(denominator))
@@ -350,7 +353,7 @@ class Row:
         return [name for name in self.samples.ms if name.partition("/")[0] == contender]
 
     def per_batch(self, contender: str) -> Estimate:
-        """Median milliseconds of a batch."""
+        """Median milliseconds per batch."""
         total = np.sum([self.samples.ms[name] for name in self._calls(contender)], axis=0)
         return Samples({contender: total / self.num_batches}).median_ms(contender)
 
@@ -365,7 +368,7 @@ RATIOS = (
 
 
 def workloads(options: Options, run: Path | None, trial: int | None, equal: str | None) -> list[Workload]:
-    """On every device: the run's router, or the networks with random weights."""
+    """Workloads on every device: the run's router, or the networks with random weights."""
     if run is not None:
         return [of_run(run, trial, equal, device.type) for device in devices()]
     networks = (DS_MBNET, WIDE_LIST, ALL_ROUTES)
@@ -374,7 +377,8 @@ def workloads(options: Options, run: Path | None, trial: int | None, equal: str 
 
 @torch.inference_mode()
 def measure(options: Options, run: Path | None = None, trial: int | None = None, equal: str | None = None) -> Report:
-    """Each row's contenders side by side; the headline is the first workload on the CPU."""
+    """Time the contenders of each row interleaved; the headline is the first workload on the
+    CPU."""
     sizes = (1, 16, 64) if options.quick else (1, 16, 64, 256)
     works = workloads(options, run, trial, equal)
     rows = [

@@ -1,5 +1,5 @@
-"""The command line of benchmarks whose runs are kept in a folder: shared options of `train`, how it
-ends, and `main`."""
+"""The command line of benchmarks that keep their runs in a folder: shared options of `train`, its
+exit codes, and `main`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NUM_SEEDS = 3
 
 
 def add_train_options(parser: argparse.ArgumentParser) -> None:
-    """Where, on what, how long and for which seeds `train` works."""
+    """Add the options of `train`: folder, data, device, time limit and seeds."""
     parser.add_argument("--folder", type=Path, required=True, help="receives checkpoints and one JSON file per run")
     parser.add_argument("--data", type=Path, help="folder of the images; default: DSNET_DATA (digits need none)")
     parser.add_argument("--device", default="cpu")
@@ -45,10 +45,10 @@ def chosen_device(arguments: argparse.Namespace) -> torch.device:
 
 
 def work_off(arguments: argparse.Namespace, todo: Sequence[JobT], run: Runner[JobT]) -> None:
-    """Do what is left of the wanted runs.
+    """Do the wanted runs that are not done yet.
 
     Raises:
-        StoppedError: some are left, because time ran out or other processes hold them.
+        StoppedError: some runs are left, because time ran out or other processes hold them.
     """
     deadline = time.monotonic() + arguments.max_seconds
     left = do_jobs(arguments.folder, todo, run, should_stop=lambda: time.monotonic() > deadline, say=_say)
@@ -67,7 +67,7 @@ def _say(text: str) -> None:
 def run_main(
     argv: Sequence[str], parser: argparse.ArgumentParser, benchmark: str, measure: Callable[[Options], Report]
 ) -> int:
-    """A command on a folder, or the benchmark as the harness runs every one; the exit code."""
+    """Run a command on a folder, or the benchmark by the harness; returns the exit code."""
     try:
         if argv and argv[0] in ("train", "report"):
             arguments = parser.parse_args(argv)

@@ -1,11 +1,11 @@
-"""What training gates on the routing table saves, and whether its front is as good: the same gates
-trained end to end, on images.
+"""Training of gates on the routing table compared with training end to end on images: time, and
+quality of the front.
 
-Needs a run whose supernet and tables are done (`--run FOLDER`). For a few targets the published
+It needs a run whose supernet and tables are done (`--run FOLDER`). For a few targets the published
 gate is trained twice with the same settings: on the table, in one cohort, and end to end through
-the frozen supernet (straight-through Gumbel choices). Both are calibrated on `val` and scored
-there, side by side with a paired interval over images. The headline is what an end-to-end trial of
-30 epochs costs over a table trial's share of its cohort.
+the frozen supernet (straight-through Gumbel choices). Both are calibrated and scored on `val`, with
+a paired interval over images. The headline is the ratio of the time of an end-to-end trial of 30
+epochs and a table trial's share of its cohort's time.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ GOAL_PPM = 100.0
 PUBLISHED_EPOCHS = 30
 COHORT = 64
 NUM_CHOICES = 4
-"""As many routes as the published gate has."""
+"""Number of routes, that of the published gate."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Material:
 
     @classmethod
     def of(cls, folder: Path) -> Material:
-        """Read them."""
+        """Read the material of a run."""
         results = RunResults(RunDir(folder.parent, folder.name))
         prepared = prepare_again(results)
         supernet, _ = load_supernet(results.run.stage_dir("supernet", results.done_key("supernet")) / FINAL)
@@ -66,8 +66,8 @@ class Material:
 
 
 def settings_for(targets: Sequence[float], table: RoutingTable, seed: int) -> list[GateSettings]:
-    """The published gate over four routes of the static front, with a target; losses without SGS
-    and with it."""
+    """Settings of the published gate over four routes of the static front, with a target; with
+    losses without and with SGS."""
     routes = tuple(sorted(beam(table, NUM_CHOICES)))
     base = GateSettings(
         routes=routes, lr=0.02, complexity_form="quadratic", lambda_complexity=3.0, temperature_end=0.5, seed=seed
@@ -76,7 +76,7 @@ def settings_for(targets: Sequence[float], table: RoutingTable, seed: int) -> li
 
 
 def measure(options: Options, run: Path, epochs: int, pairs: int) -> Report:
-    """Trains and compares."""
+    """Train the gates in both ways and compare them."""
     material = Material.of(run)
     targets = (0.3,) if options.quick else (0.15, 0.3, 0.5)
     compared_settings = settings_for(targets, material.gate, options.seed)[:pairs]
@@ -132,7 +132,7 @@ def measure(options: Options, run: Path, epochs: int, pairs: int) -> Report:
 
 
 def _table_seconds(material: Material, pairs: Sequence[GateSettings]) -> list[float]:
-    """Seconds of a trial's share of a cohort, five times after one for warming up."""
+    """Seconds of a trial's share of a cohort, measured five times after a warm-up."""
     cohort = [replace(pairs[index % len(pairs)], target=0.05 + 0.9 * index / COHORT) for index in range(COHORT)]
     seconds = []
     for _ in range(6):
@@ -149,8 +149,8 @@ def _checked(fit: GateFit | Exception) -> GateFit:
 
 
 def _compared(material: Material, settings: GateSettings, table: GateFit, images: GateFit) -> dict[str, Any]:
-    """Both gates on val; the static line's vertices come from `gate`, since val is what is
-    reported."""
+    """Compare both gates on `val`; the vertices of the static line are chosen on `gate`, because
+    `val` is the reported split."""
     val = material.val
     line = StaticLine.fit(val.madds, material.gate.correct1)
     rows = np.arange(val.num_images)

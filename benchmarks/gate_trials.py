@@ -1,10 +1,10 @@
-"""How many gate trials a second: cohorts of 1, 8 and 64 in one program, beside one trial at a time
-by autograd.
+"""Rate of gate trials: cohorts of 1, 8 and 64 in one program, compared with one trial at a time by
+autograd.
 
-A trial is a whole one: it trains, calibrates and scores. The tables are made up (a latent
-difficulty decides which routes are right and leaks into the hidden vector); their shapes, route
-costs and hyperparameters are those of the digits example and of DS-MBNet on CIFAR-10, and only
-these decide the time. `benchmarks.gate_fronts` compares the fronts, and the cost of training end to
+Trials are complete: they train, calibrate and score. The tables are synthetic (a latent difficulty
+decides which routes are right and is partly visible in the hidden vector); their shapes, route
+costs and hyperparameters, on which alone the time depends, are those of the digits example and of
+DS-MBNet on CIFAR-10. `benchmarks.gate_fronts` compares the fronts, and the time of training end to
 end, on a real supernet.
 """
 
@@ -39,7 +39,7 @@ NUM_PROCESSES = 2
 
 @dataclass(frozen=True)
 class Workload:
-    """The size of a sweep's tables; `gate` and `val` are alike."""
+    """Sizes of a sweep's tables, the same for `gate` and `val`."""
 
     name: str
     model: str
@@ -52,8 +52,8 @@ LARGE = Workload("large", "ds_mbnet", Task(num_classes=10, in_channels=3, image_
 
 
 def synthetic_table(workload: Workload, split: str, seed: int) -> RoutingTable:
-    """A table of the workload's shape: wider routes are right more often, the hidden vector hints
-    at an image's difficulty."""
+    """A synthetic table of the workload's shape: wider routes are right more often, and the hidden
+    vector depends on the difficulty of an image."""
     subnets = layout(workload.model, workload.task)
     spec, num_images, num_routes = subnets.spec, workload.num_images, len(subnets)
     num_hidden = spec.gates[0].hidden
@@ -93,7 +93,7 @@ def synthetic_table(workload: Workload, split: str, seed: int) -> RoutingTable:
 
 
 def trial_settings(num_routes: int, seed: int) -> Iterator[GateSettings]:
-    """Random trials from the digits example's space, without end."""
+    """Yield random trials from the digits example's space, endlessly."""
     rng = np.random.default_rng(seed)
     for number in itertools.count():
         yield GateSettings(
@@ -109,8 +109,7 @@ def trial_settings(num_routes: int, seed: int) -> Iterator[GateSettings]:
 
 
 def train_by_autograd(table: RoutingTable, settings: GateSettings) -> torch.Tensor:
-    """What one trial's training costs in the usual way: autograd and torch's optimiser, one gate at
-    a time."""
+    """Train one gate in the usual way, by autograd and torch's optimiser, for its time."""
     routes = list(settings.routes)
     hidden = torch.from_numpy(table.part("hidden").copy())
     hidden = hidden / hidden.pow(2).mean(0).sqrt().clamp_min(1e-6)
@@ -142,19 +141,19 @@ class Sweep:
         self.settings = trial_settings(self.gate.num_routes, seed)
 
     def cohort(self, size: int) -> None:
-        """The next `size` random trials, together."""
+        """Run the next `size` random trials as one cohort."""
         fits = fit_gates(self.gate, self.val, list(itertools.islice(self.settings, size)))
         for fit in fits:
             if isinstance(fit, Exception):
                 raise fit
 
     def by_autograd(self) -> None:
-        """Training alone, of the next random trial."""
+        """Train the next random trial by autograd, without calibration and scoring."""
         train_by_autograd(self.gate, next(self.settings))
 
 
 def _work(workload: Workload, seed: int, num_cohorts: int) -> float:
-    """Seconds for cohorts of 64 in this process, one thread, after one for warming up."""
+    """Seconds of cohorts of 64 in this process, on one thread, after a warm-up."""
     torch.set_num_threads(1)
     sweep = Sweep(workload, seed)
     sweep.cohort(COHORTS[-1])
@@ -165,7 +164,7 @@ def _work(workload: Workload, seed: int, num_cohorts: int) -> float:
 
 
 def rate_on_two_cores(workload: Workload, options: Options) -> float:
-    """Trials a second of two processes side by side; start-up and warming up apart."""
+    """Trials a second of two parallel processes, without start-up and warm-up."""
     num_cohorts = 1 if options.quick else 5
     with ProcessPoolExecutor(NUM_PROCESSES, mp_context=get_context("spawn")) as pool:
         seconds = list(pool.map(_work, [workload] * NUM_PROCESSES, range(NUM_PROCESSES), [num_cohorts] * NUM_PROCESSES))
@@ -173,8 +172,8 @@ def rate_on_two_cores(workload: Workload, options: Options) -> float:
 
 
 def measure(options: Options) -> Report:
-    """Every round runs a cohort of each size; the headline is a trial's share of a cohort of 64 on
-    two cores."""
+    """Run a cohort of each size in every round; the headline is a trial's share of a cohort of 64
+    on two cores."""
     workloads = (DIGITS, LARGE)
     sweeps = {workload.name: Sweep(workload, options.seed) for workload in workloads}
     calls: dict[str, Callable[[], None]] = {}

@@ -1,5 +1,5 @@
-"""What all benchmarks share: options, machine facts, paired timing with intervals, child processes
-for peak memory, tables, JSON."""
+"""Common parts of all benchmarks: options, machine facts, paired timing with intervals, child
+processes for peak memory, tables, JSON."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ from search.front.statistics import bootstrap_interval
 
 NUM_RESAMPLES = 2000
 MIN_ROUNDS = 5
-"""Fewer say nothing about spread."""
+"""Fewest rounds from which the spread can be estimated."""
 TABLE_WIDTH = 160
-"""Columns of a table that is not written to a terminal."""
+"""Width in characters of tables that are not written to a terminal."""
 DISTRIBUTIONS = ("torch", "numpy", "ray", "optuna", "mlflow", "pandas", "plotly", "click", "pydantic")
-"""Whose versions are recorded."""
+"""Distributions whose versions are recorded."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line says."""
+    """Common options of the command line."""
 
     quick: bool
     threads: int
-    """torch's intra-op threads."""
+    """Number of torch's intra-op threads."""
     seed: int
 
 
@@ -58,18 +58,18 @@ class Estimate:
     high: float
 
     def text(self, digits: int = 3) -> str:
-        """`value [low, high]`."""
+        """The estimate as text, `value [low, high]`."""
         return f"{self.value:.{digits}f} [{self.low:.{digits}f}, {self.high:.{digits}f}]"
 
 
 @dataclass(frozen=True)
 class Headline:
-    """The one figure that a benchmark is about; smaller is better."""
+    """The main figure of a benchmark; smaller is better."""
 
     label: str
     estimate: Estimate
     unit: str
-    """` s`, or nothing for a ratio."""
+    """Unit with its leading space, such as ` s`; empty for a ratio."""
     goal: float
 
     def text(self) -> str:
@@ -80,7 +80,7 @@ class Headline:
 
 @dataclass(frozen=True)
 class Section:
-    """A table for people; its figures go to the JSON file by way of `Report.figures`."""
+    """A table to print; the JSON file gets its figures from `Report.figures`."""
 
     title: str
     columns: tuple[str, ...]
@@ -89,24 +89,24 @@ class Section:
 
 @dataclass(frozen=True)
 class Report:
-    """What a benchmark found."""
+    """Results of a benchmark."""
 
     sections: Sequence[Section]
     headline: Headline
     figures: Mapping[str, Any]
-    """Every figure, JSON-able, times in the unit that the key names."""
+    """All figures, JSON-able, with times in the unit that the key names."""
 
 
 class Samples:
-    """Milliseconds of several calls, [rounds] each; round i of all calls ran side by side, so
-    differences are paired."""
+    """Milliseconds of several calls, [rounds] each; the calls of a round ran one after
+    the other, so that differences are paired."""
 
     def __init__(self, ms: Mapping[str, NDArray[np.float64]]) -> None:
         self.ms = dict(ms)
 
     @property
     def num_rounds(self) -> int:
-        """How often each call was timed."""
+        """Number of times that each call was timed."""
         return len(next(iter(self.ms.values())))
 
     def median_ms(self, name: str) -> Estimate:
@@ -123,7 +123,7 @@ class Samples:
         return _estimate(lambda rows: 1e3 / np.mean(self.ms[name][rows], axis=-1), len(self.ms[name]))
 
     def ratio(self, numerator: Sequence[str], denominator: Sequence[str]) -> Estimate:
-        """Median of the sum of some calls over the median of the sum of others, rounds resampled
+        """Ratio of the median of the sum of some calls to that of others, with rounds resampled
         jointly."""
         top = np.sum([self.ms[name] for name in numerator], axis=0)
         bottom = np.sum([self.ms[name] for name in denominator], axis=0)
@@ -165,16 +165,16 @@ def sample_interleaved(
     budget_s: float = math.inf,
     device: torch.device | str = "cpu",
 ) -> Samples:
-    """Time calls side by side, each round in a fresh order, and keep every round (which
+    """Time calls interleaved, each round in a new order, and keep every round (which
     `time_interleaved` summarises).
 
     Args:
-        calls: what to time, by name.
-        rounds: how often each call runs.
-        warmup: rounds before these that are not kept.
-        budget_s: on a slow or busy machine stop after this long, but with no fewer than
-            `MIN_ROUNDS`.
-        device: what the calls run on.
+        calls: the calls to time, by name.
+        rounds: number of rounds that are kept.
+        warmup: number of rounds before these, which are not kept.
+        budget_s: time limit in seconds, after which no further round starts, but with no fewer than
+            `MIN_ROUNDS` rounds.
+        device: device on which the calls run.
     """
     order = list(calls)
     shuffle = random.Random(0)
@@ -193,8 +193,8 @@ def sample_interleaved(
 
 
 def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """The result of a module-level function in a new interpreter: for peak memory, which a process
-    never gives back."""
+    """Result of a module-level function in a new interpreter, for measuring peak memory, which
+    never decreases within a process."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
 
@@ -207,12 +207,12 @@ def memory_mib(field: str) -> float:
 
 
 def devices() -> list[torch.device]:
-    """The CPU, and the GPU where there is one."""
+    """The CPU, and the GPU if there is one."""
     return [torch.device("cpu")] + [torch.device("cuda")] * torch.cuda.is_available()
 
 
 def machine_facts() -> dict[str, Any]:
-    """What a figure must be read with."""
+    """Facts about the machine and the software on which figures depend."""
     return {
         "devices": [device_name(device) for device in devices()],
         "cores": len(os.sched_getaffinity(0)),
@@ -244,13 +244,13 @@ def find_benchmarks() -> dict[str, str]:
 def run_benchmark(
     description: str, measure: Callable[..., Report], *, threads: int = 2, params: Sequence[click.Parameter] = ()
 ) -> None:
-    """A benchmark's command line.
+    """Run a benchmark from the command line.
 
     Args:
         description: the module's `BENCHMARK`.
-        measure: does the work, given the `Options` and by name the values of `params`.
+        measure: runs the benchmark, with the `Options` and, by name, the values of `params`.
         threads: default of `--threads`.
-        params: options of its own.
+        params: the benchmark's own options.
     """
 
     @click.command(help=description)

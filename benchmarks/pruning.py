@@ -1,18 +1,17 @@
-"""What Pareto-rank halving prunes wrongly: the rule replayed on end-to-end trials that were all
-trained to their end.
+"""Errors of Pareto-rank halving: the rule is replayed on end-to-end trials that were all trained to
+their end.
 
-Gates with settings spread over the digits example's space train end to end in full, their
+Gates with settings spread over the digits example's space are fully trained end to end, with their
 objectives on `val` noted at every epoch where some rule has a rung. Then each rule runs over this
-complete table: cohorts of 8 in order, for many orders of the trials. Beside it stand pruning at
-random, with as many trials kept, and no pruning at all of as many trials as the same epochs pay
-for. Points that the images cannot tell from a front point (docs/definitions.md, Controls and
-intervals: ties) are counted too: to lose one of two tied trials is no loss. A rule that keeps fewer
-trials than the front has points must lose some: the least that it can lose stands beside what it
-loses.
+complete table: cohorts of 8 in order, for many orders of the trials. It is compared with pruning at
+random, with as many trials kept, and with as many unpruned trials as the same number of epochs
+allows. Trials that are tied with a front point (docs/definitions.md, Controls and intervals: ties)
+are counted too: losing one of two tied trials is no loss. A rule that keeps fewer trials than the
+front has points must lose some; the least possible loss is reported beside the actual one.
 
-Without `--run FOLDER` a supernet is trained on digits first; `test`, which nothing reads, is made
-small so that `val` is larger. The intervals are over orders of the trials; all is conditional on
-one supernet and one draw of settings.
+Without `--run FOLDER` a supernet is trained on digits first; `test`, which is not used, is made
+small so that `val` is larger. The intervals are over orders of the trials; the results are
+conditional on one supernet and one draw of settings.
 """
 
 from __future__ import annotations
@@ -57,7 +56,7 @@ BENCHMARK = (
 )
 GOAL = 0.5
 GOALS: tuple[Goal, Goal] = ("maximize", "minimize")
-"""Of top-1 and mean MAdds."""
+"""Goals of top-1 and mean MAdds."""
 COHORT = 8
 FACTORS = (2, 3, 4)
 FIRST_EPOCHS = (1, 3)
@@ -100,9 +99,9 @@ class FullTrial:
     values: NDArray[np.float64]
     """[C, 2] top-1 and mean MAdds on `val` after each noted epoch."""
     correct: NDArray[np.bool_]
-    """[N] at the end."""
+    """[images] of `val`, at the end: whether each is classified rightly."""
     madds: NDArray[np.int64]
-    """[N] at the end."""
+    """[images] of `val`, at the end: MAdds spent on each."""
 
 
 def train_in_full(
@@ -132,42 +131,42 @@ def _full_trial(
 
 @dataclass(frozen=True, eq=False)
 class CompleteTable:
-    """All trials at all noted epochs."""
+    """Results of all trials at all noted epochs."""
 
     epochs: tuple[int, ...]
-    """[C]; the last is a trial's full length."""
+    """[C] noted epochs; the last is the length of a whole trial."""
     trials: Sequence[FullTrial]
 
     @property
     def num_trials(self) -> int:
-        """N."""
+        """Number of trials, N."""
         return len(self.trials)
 
     @cached_property
     def values(self) -> NDArray[np.float64]:
-        """[N, C, 2]"""
+        """[N, C, 2] top-1 and mean MAdds of all trials at all noted epochs."""
         return np.stack([trial.values for trial in self.trials])
 
     @property
     def final(self) -> NDArray[np.float64]:
-        """[N, 2]"""
+        """[N, 2] top-1 and mean MAdds at the end."""
         return self.values[:, -1]
 
     @cached_property
     def is_front(self) -> NDArray[np.bool_]:
-        """[N] non-dominated at the end, all copies of a point."""
+        """[N] whether each trial is non-dominated at the end; all copies of a point are."""
         return front_mask(self.final, GOALS)
 
     @cached_property
     def front(self) -> tuple[frozenset[int], ...]:
-        """For each point of the front the trials that are at it."""
+        """For each point of the front, the trials with its values."""
         points = np.unique(self.final[self.is_front], axis=0)
         return tuple(frozenset(np.flatnonzero((self.final == point).all(axis=1)).tolist()) for point in points)
 
     @cached_property
     def tied(self) -> tuple[frozenset[int], ...]:
-        """For each point of the front the trials at it or tied with it: within 1 % of its MAdds and
-        the noise of the images."""
+        """For each point of the front, the trials with its values or tied with it: within 1 % of
+        its MAdds, and in top-1 within the noise of the images."""
         correct = np.column_stack([trial.correct for trial in self.trials])
         madds = np.column_stack([trial.madds for trial in self.trials])
         groups = tied_groups(resample_points(correct, madds), self.is_front)
@@ -175,30 +174,30 @@ class CompleteTable:
 
     @cached_property
     def reference(self) -> tuple[float, float]:
-        """Of the hypervolume: a twentieth of the table's range worse than its worst, so that shares
-        are not flattered."""
+        """Reference of the hypervolume: worse than the table's worst values by only a twentieth of
+        their range, so that shares are not inflated."""
         low, high = self.final.min(axis=0), self.final.max(axis=0)
         margin = 0.05 * np.where(high > low, high - low, np.abs(high))
         return float(low[0] - margin[0]), float(high[1] + margin[1])
 
     def at(self, epoch: int) -> NDArray[np.float64]:
-        """[N, 2] after an epoch that was noted."""
+        """[N, 2] top-1 and mean MAdds after a noted epoch."""
         return self.values[:, self.epochs.index(epoch)]
 
 
 @dataclass(frozen=True, eq=False)
 class Replay:
-    """What a rule did to the table's trials in one order."""
+    """Result of a rule on the trials of the table in one order."""
 
     is_kept: NDArray[np.bool_]
-    """[N] trained to the end."""
+    """[N] whether each trial is trained to the end."""
     num_epochs: int
-    """Of all trials together."""
+    """Number of epochs of all trials together."""
 
 
 def replay(table: CompleteTable, halving: ParetoHalving, order: Sequence[int], cohort: int = COHORT) -> Replay:
-    """Run the rule over the trials in an order, as a search does: slots are places in the order,
-    cohorts go rung by rung."""
+    """Run the rule over the trials in an order, as a search does: slots are positions in the order,
+    and cohorts advance rung by rung."""
     is_kept = np.zeros(table.num_trials, dtype=bool)
     reached: dict[int, list[tuple[float, ...]]] = {rung: [] for rung in halving.rungs}
     num_epochs = 0
@@ -219,20 +218,20 @@ def replay(table: CompleteTable, halving: ParetoHalving, order: Sequence[int], c
 
 @dataclass(frozen=True)
 class Loss:
-    """What is missing where only some trials were trained to the end."""
+    """Losses by pruning: parts of the complete front that the kept trials lack."""
 
     front: float
-    """Share of the front's points at which no trial is kept."""
+    """Share of the front's points without a kept trial."""
     front_and_tied: float
     """Share of the trials on the front or tied with one of its points that are not kept."""
     unmatched: float
-    """Share of the front's points of which no tied trial is kept either."""
+    """Share of the front's points without a kept trial, even a tied one."""
     hypervolume: float
-    """Of the kept trials, as a share of all trials'."""
+    """Hypervolume of the kept trials, as a share of that of all trials."""
 
     @classmethod
     def of(cls, table: CompleteTable, is_kept: NDArray[np.bool_]) -> Loss:
-        """Compare with the complete table."""
+        """Compute the losses of kept trials against the complete table."""
         kept = set(np.flatnonzero(is_kept).tolist())
         wanted = frozenset().union(*table.tied)
         whole = hypervolume(table.final, GOALS, table.reference)
@@ -245,7 +244,8 @@ class Loss:
 
 
 WAYS = ("halving", "random", "unpruned")
-"""The rule; as many trials kept at random; as many whole trials as the rule's epochs pay for."""
+"""Ways of pruning: the rule; as many trials kept at random; and as many unpruned trials as the
+rule's epochs allow."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -258,10 +258,10 @@ class RuleResult:
     epochs: NDArray[np.float64]
     """[orders] share of the complete table's epochs that were trained."""
     losses: Mapping[str, Sequence[Loss]]
-    """By way, [orders]."""
+    """Way of pruning -> losses [orders]."""
 
     def samples(self, way: str, field: str) -> NDArray[np.float64]:
-        """[orders] of a figure."""
+        """Values of one figure, [orders]."""
         return np.array([getattr(loss, field) for loss in self.losses[way]])
 
 
@@ -284,20 +284,20 @@ def judge(table: CompleteTable, halving: ParetoHalving, seed: int, num_orders: i
 
 
 def over_orders(samples: NDArray[np.float64]) -> Estimate:
-    """The mean, and the range in which 95 % of the orders lie."""
+    """The mean, and the range that holds 95 % of the orders."""
     low, high = bootstrap_interval(samples)
     return Estimate(float(samples.mean()), float(low), float(high))
 
 
 def ratio_of_means(numerator: NDArray[np.float64], denominator: NDArray[np.float64]) -> Estimate:
-    """With an interval over orders, resampled in pairs."""
+    """Ratio of two means with its interval over orders, resampled in pairs."""
     rows = np.random.default_rng(0).integers(len(numerator), size=(NUM_RESAMPLES, len(numerator)))
     low, high = bootstrap_interval(numerator[rows].mean(axis=1) / denominator[rows].mean(axis=1))
     return Estimate(float(numerator.mean() / denominator.mean()), float(low), float(high))
 
 
 def rules_for(epochs: int) -> list[ParetoHalving]:
-    """Every factor with every first rung that leaves something to save, with and without keeping
+    """All rules: every factor with every first rung that can save epochs, with and without keeping
     the front."""
     cases = itertools.product(FIRST_EPOCHS, FACTORS, (False, True))
     return [
@@ -310,8 +310,8 @@ def rules_for(epochs: int) -> list[ParetoHalving]:
 def complete_table(
     material: Material, settings: Sequence[GateSettings], epochs: int, rules: Sequence[ParetoHalving]
 ) -> tuple[CompleteTable, float]:
-    """Train all trials in full on two processes; the table of those that did not diverge, and the
-    seconds that it took."""
+    """Train all trials to their end on two processes; returns the table of those that did not
+    diverge, and the seconds of the training."""
     noted = tuple(sorted({epochs}.union(*(rule.rungs for rule in rules))))
     shares = [list(settings[part::NUM_PROCESSES]) for part in range(NUM_PROCESSES)]
     training = EndToEndSettings(epochs=epochs)
@@ -333,7 +333,7 @@ def measure(
     orders: int,
     markdown: Path | None,
 ) -> Report:
-    """The complete table, then every rule on it."""
+    """Make the complete table, then replay every rule on it."""
     trials = trials if trials is not None else 16 if options.quick else 64
     epochs = epochs if epochs is not None else 9 if options.quick else 27
     start = time.perf_counter()
@@ -421,7 +421,7 @@ def _ways_section(table: CompleteTable, results: Sequence[RuleResult]) -> Sectio
 
 
 def _rungs_section(table: CompleteTable) -> Section:
-    """How much a rung knows of the end."""
+    """Section on how well the results at a rung predict those at the end."""
     columns = (
         "epoch",
         "top-1 from the end's, points",

@@ -1,8 +1,8 @@
-"""What the runs of `supernet_accuracy` say: t-intervals over seeds, differences paired by seed,
+"""Report on the runs of `supernet_accuracy`: t-intervals over seeds, differences paired by seed,
 tables, and the figure's numbers.
 
-Intervals speak about new seeds (weights, order, augmentation) on the same training and test images.
-With few seeds they are wide, and they rest on differences between seeds being roughly normal.
+Intervals hold for new seeds (weights, order, augmentation) on the same training and test images.
+With few seeds they are wide, and they assume that differences between seeds are roughly normal.
 """
 
 from __future__ import annotations
@@ -35,21 +35,22 @@ class Interval:
 
     mean: float
     half: float | None
-    """None for one seed."""
+    """Half the width of the interval; None for one seed."""
     num_seeds: int
 
     @property
     def excludes_zero(self) -> bool:
-        """Whether 0 lies outside; False where there is no interval."""
+        """Whether 0 is outside the interval; False if there is no interval."""
         return self.half is not None and abs(self.mean) > self.half
 
 
 def t_quantile(level: float, degrees: int) -> float:
-    """The t for which a Student variable lies within ±t with probability `level`.
+    """The t for which a variable with Student's distribution lies within ±t with probability
+    `level`.
 
     Args:
         level: in (0, 1).
-        degrees: of freedom, at least 1.
+        degrees: degrees of freedom, at least 1.
     """
     if not 0 < level < 1 or degrees < 1:
         raise ValueError(f"level is {level} and degrees {degrees}, but must be in (0, 1) and at least 1")
@@ -87,23 +88,23 @@ def t_interval(values: Sequence[float], level: float = LEVEL) -> Interval:
 
 @dataclass(frozen=True)
 class Results:
-    """The records of a folder, put together; widths by rising MAdds."""
+    """The records of a folder by regime and seed; widths are ordered by increasing MAdds."""
 
     scale: Mapping[str, Any]
     records: tuple[Mapping[str, Any], ...]
-    """Of the runs that trained, in the order of the regimes, then by seed."""
+    """Records of the runs that trained, in the order of the regimes, then by seed."""
     failures: tuple[Mapping[str, Any], ...]
     widths: tuple[str, ...]
     madds: tuple[int, ...]
     is_member: tuple[bool, ...]
-    """False for the largest where it only teaches."""
+    """Whether each width is routable; False for a largest sub-network that only teaches."""
 
     @classmethod
     def from_records(cls, scale: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> Results:
-        """Sort records out.
+        """Order the records, and separate those of failed runs.
 
         Raises:
-            PreflightError: no run of them has trained.
+            PreflightError: no run has trained.
         """
         order = list(ARMS)
         ordered = sorted(records, key=lambda record: (order.index(record["regime"]), record["seed"]))
@@ -129,12 +130,12 @@ class Results:
 
     @property
     def num_test_images(self) -> int:
-        """Of the test split."""
+        """Number of images of the test split."""
         return int(self.records[0]["num_test_images"])
 
     def top1(self, regime: str) -> dict[int, NDArray[np.float64]]:
-        """Seed -> top-1 of each width and, last, the mean of the sub-networks (without a largest
-        that only teaches): [W + 1]."""
+        """Seed -> [W + 1] top-1 of each width and, last, the mean over the sub-networks (without a
+        largest that only teaches)."""
         found = {}
         for record in self.records:
             if record["regime"] == regime:
@@ -149,13 +150,13 @@ class Results:
         return _columns(list(self.top1(regime).values()))
 
     def difference(self, regime: str, baseline: str) -> list[Interval]:
-        """Top-1 minus the baseline's of the same seed, as `accuracy`; empty where they have no seed
-        in common."""
+        """Top-1 minus that of the baseline with the same seed, in the form of `accuracy`; empty if
+        they have no seed in common."""
         ours, theirs = self.top1(regime), self.top1(baseline)
         return _columns([ours[seed] - theirs[seed] for seed in ours if seed in theirs])
 
     def comparisons(self) -> dict[str, dict[str, list[Interval]]]:
-        """Baseline -> regime -> differences, of all that can be compared."""
+        """Baseline -> regime -> differences, for all pairs that can be compared."""
         found = {
             baseline: {name: self.difference(name, baseline) for name in self.regimes if name != baseline}
             for baseline in BASELINES
@@ -172,7 +173,7 @@ def load_results(folder: Path) -> Results:
     """The finished runs of a folder.
 
     Raises:
-        PreflightError: none has been trained, or the folder is not one of `train`'s.
+        PreflightError: no run has been trained, or the folder was not made by `train`.
     """
     if not (folder / PLAN).exists():
         raise PreflightError(f"{folder} holds no runs: `train` first, into the same --folder")
@@ -181,7 +182,7 @@ def load_results(folder: Path) -> Results:
 
 
 def subject(results: Results) -> str:
-    """What was trained, in a line."""
+    """Description of what was trained, in one line."""
     scale, train = results.scale, results.scale["train"]
     num_train = plural(scale["num_train"], "training image") if scale["num_train"] else "the default training split"
     options = "".join(f", {name} {value}" for name, value in scale["options"].items())
@@ -217,7 +218,7 @@ def regimes_info(results: Results) -> RegimesInfo:
 
 
 def make_sections(results: Results) -> list[Section]:
-    """Accuracy, differences, what a step costs, and the runs that failed."""
+    """Sections of the report: accuracy, differences, cost of a step, and failed runs."""
     accuracy = {regime: results.accuracy(regime) for regime in results.regimes}
     title = f"Top-1 on the {results.num_test_images:,} test images, %; mean over seeds ± half of its {100 * LEVEL:g} % t-interval"
     sections = [_table(results, title, accuracy, "{:.1f}")]
@@ -241,7 +242,7 @@ def _difference_title(baseline: str, group: Mapping[str, Sequence[Interval]]) ->
 
 
 def _table(results: Results, title: str, columns: Mapping[str, Sequence[Interval]], form: str) -> Section:
-    """Widths down, regimes across."""
+    """A table with a row per width and a column per regime."""
     is_signed = "+" in form
     labels = [
         f"{name} ({madds / 1e6:.3g} M{'' if is_member else ', teacher'})"
@@ -300,18 +301,18 @@ def _step_seconds(records: Sequence[Mapping[str, Any]]) -> float | None:
 
 
 def error_ratio(results: Results, regime: str = "ib", baseline: str = "inplace") -> Interval:
-    """Test error of a regime over the baseline's of the same seed, mean of the sub-networks; below
-    1 the regime is better.
+    """Ratio of a regime's test error to that of the baseline with the same seed, mean over the
+    sub-networks; the regime is better below 1.
 
     Raises:
-        ValueError: they have no seed in common.
+        ValueError: regime and baseline have no seed in common.
     """
     ours, theirs = results.top1(regime), results.top1(baseline)
     return t_interval([(1 - ours[seed][-1]) / (1 - theirs[seed][-1]) for seed in ours if seed in theirs])
 
 
 def make_report(results: Results) -> Report:
-    """All of it for the harness; the headline is in-place bootstrapping against in-place
+    """Make the report for the harness; the headline compares in-place bootstrapping with in-place
     distillation."""
     ratio = error_ratio(results)
     half = ratio.half if ratio.half is not None else math.nan
@@ -321,8 +322,8 @@ def make_report(results: Results) -> Report:
 
 
 def figures(results: Results) -> dict[str, Any]:
-    """Every number of the tables and every record, JSON-able; accuracies are fractions, the last
-    entry of each list the mean."""
+    """All numbers of the tables and all records, JSON-able; accuracies are fractions, and the last
+    entry of each list is the mean."""
     return {
         "subject": subject(results),
         "scale": dict(results.scale),

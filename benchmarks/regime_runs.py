@@ -1,9 +1,9 @@
-"""The runs of `supernet_accuracy`: what is compared, at which scale, and one run after the other
+"""The runs of `supernet_accuracy`: regimes, scales, and the loop that does one run after the other
 until all are done.
 
-Imports torch and dsnet alone: a GPU machine without the platform's other packages trains with it. A
-run is one (regime, seed). Several processes may share a folder: each run is claimed by a lock file,
-continues from its last checkpoint, and leaves one JSON file.
+It imports only torch and dsnet, so that it runs on a GPU machine without the platform's other
+packages. A run is one (regime, seed). Several processes may share a folder: each run is claimed by
+a lock file, continues from its last checkpoint, and leaves one JSON file.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class Arm:
 
     regime: Regime
     ema_warmup: bool = True
-    """False: the published fixed decay, for the teacher and for the averaged weights that are
-    tested."""
+    """Whether the EMA decay is warmed up; False = the published fixed decay, for the teacher and
+    for the averaged weights that are tested."""
 
 
 ARMS: Mapping[str, Arm] = MappingProxyType(
@@ -64,23 +64,23 @@ ARMS: Mapping[str, Arm] = MappingProxyType(
         "ib_fixed_ema": Arm(REGIMES["ib"], ema_warmup=False),
     }
 )
-"""By name, in the order of the tables: the named regimes; `inplace` is `ib` with today's largest as
-teacher, so that the two differ in the teacher alone; `_gn` normalises in groups of channels instead
-of over the batch."""
+"""Ways of training by name, in the order of the tables: the named regimes; `inplace` is `ib` with
+the current largest sub-network as teacher, so that the two differ only in the teacher; `_gn`
+normalises in groups of channels instead of over the batch."""
 USUAL_ARMS = tuple(name for name in ARMS if name not in ("us_net", "ib_fixed_ema"))
-"""`us_net` differs from `inplace` in running statistics alone, which no student reads and
-recalibration replaces: their tested weights are equal to the bit, so that training both would say
-nothing. The fixed decay is an option."""
+"""Ways of training that are compared by default. `us_net` is left out: it differs from `inplace`
+only in running statistics, which no student reads and recalibration replaces, so that their tested
+weights are equal to the bit. The fixed decay is an option."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """What all runs of a folder have in common."""
+    """Settings that all runs of a folder share."""
 
     data: str
     """Name of a data set."""
     num_train: int | None
-    """Training images; None for the data set's default."""
+    """Number of training images; None for the data set's default."""
     family: str
     options: Mapping[str, Any] = field(default_factory=dict)
     train: TrainSettings
@@ -131,12 +131,12 @@ SCALES: Mapping[str, Scale] = MappingProxyType(
 
 @dataclass(frozen=True, eq=False)
 class Material:
-    """The images, divided once for all runs: the seed of a run decides weights, order and
-    augmentation, never the split."""
+    """The images with their splits, which are the same for all runs: the seed of a run decides
+    weights, order and augmentation, but not the split."""
 
     training: InMemoryImages
     data: TensorData
-    """With the test split, which is only ever measured: nothing is chosen on it."""
+    """Tensors of all splits; on the test split nothing is chosen."""
     task: Task
     normalization: Normalization
     split_hash: str
@@ -153,7 +153,8 @@ def load_material(scale: Scale, path: Path | None) -> Material:
 
 
 def divided(image_set: ImageSet, sizes: SplitSizes, augmentation: Augmentation | None = None) -> Material:
-    """Divide a data set for all runs of a folder; None: the data's usual augmentation."""
+    """Split a data set for all runs of a folder; an augmentation of None is the data's usual
+    one."""
     splits = make_splits(image_set.labels.numpy(), image_set.official_test, sizes)
     data = TensorData.from_images(image_set, splits, open_test=True)
     images = data.images("train")
@@ -169,12 +170,12 @@ def divided(image_set: ImageSet, sizes: SplitSizes, augmentation: Augmentation |
 
 @dataclass(frozen=True)
 class Passes:
-    """What one step runs; regimes of equal steps differ here."""
+    """Forward and backward passes of one training step, in which regimes of equal steps differ."""
 
     trained: int
-    """Sub-networks that run forward and backward."""
+    """Number of sub-networks that run forward and backward."""
     taught: int
-    """Forward passes of the EMA teacher."""
+    """Number of forward passes of the EMA teacher."""
 
 
 def passes_of(regime: Regime, subnets: SubnetSet) -> Passes:
@@ -187,8 +188,7 @@ def passes_of(regime: Regime, subnets: SubnetSet) -> Passes:
 
 
 def run_settings(arm: Arm, seed: int, scale: Scale, material: Material) -> SupernetRun:
-    """Stage I's settings of one run: all but regime, EMA warm-up and seed are equal within a
-    folder."""
+    """Stage I's settings of one run; within a folder only regime, EMA warm-up and seed differ."""
     return SupernetRun(
         train=scale.train,
         regime=arm.regime,
@@ -225,7 +225,7 @@ class Named(Protocol):
 JobT = TypeVar("JobT", bound=Named)
 
 Runner = Callable[[JobT, Path, Callable[[], bool]], dict[str, Any] | None]
-"""(job, folder for checkpoints, should_stop) -> the run's record, or None where it was stopped."""
+"""(job, folder for checkpoints, should_stop) -> the run's record, or None if it was stopped."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -237,11 +237,11 @@ class Trainer:
     device: torch.device
 
     def __call__(self, job: Job, folder: Path, should_stop: Callable[[], bool]) -> dict[str, Any] | None:
-        """Train, continuing what `folder` holds; then test every width. Recalibration and test are
-        not cut short.
+        """Train, from the last checkpoint in `folder`, and then test every width. Recalibration and
+        test are not interrupted.
 
-        A loss that is no number is a finding about the regime: the record says it under `error`,
-        and the other runs go on.
+        A loss that is not finite is a result about the regime: it is recorded under `error`, and
+        the other runs go on.
         """
         arm, scale = ARMS[job.arm], self.scale
         supernet = create(scale.family, self.material.task, scale.options, norm=arm.regime.norm, seed=job.seed)
@@ -265,7 +265,7 @@ class Trainer:
         return None if final is None else record | self._tested(final) | _speed(folder / "curves.jsonl")
 
     def _tested(self, final: Path) -> dict[str, Any]:
-        """Top-1 and top-5 of every width, the largest included."""
+        """Top-1 and top-5 of every width, including the largest."""
         data, normalization = self.material.data, self.material.normalization
         supernet = load_supernet(final)[0].to(self.device)
         rows = []
@@ -287,15 +287,16 @@ class Trainer:
 
 
 def _speed(curves: Path) -> dict[str, Any]:
-    """Steps, and the median seconds of a step between two reports of the curves: a pause between
-    two launches is an outlier to it."""
+    """Number of steps, and the median seconds of a step between two rows of the curves, on which a
+    pause between two launches has no influence."""
     rows = [json.loads(line) for line in curves.read_text(encoding="utf-8").splitlines()]
     found = [(b["time_ms"] - a["time_ms"]) / 1e3 / (b["step"] - a["step"]) for a, b in pairwise(rows)]
     return {"steps": rows[-1]["num_steps"], "seconds_per_step": float(np.median(found)) if found else None}
 
 
 def jobs(arms: Iterable[str], seeds: Sequence[int]) -> list[Job]:
-    """All regimes of the first seed, then of the next: what is cut short can still be compared."""
+    """All regimes with the first seed, then with the next, so that unfinished runs can already be
+    compared."""
     names = list(arms)
     return [Job(name, seed) for seed in seeds for name in names]
 
@@ -310,10 +311,10 @@ class _Divided(Protocol):
 
 
 def begin(folder: Path, scale: _Described, material: _Divided) -> None:
-    """Make the folder, or see that it was begun with the same settings and images.
+    """Make the folder, or check that it was made with the same settings and images.
 
     Raises:
-        ConfigError: it was not.
+        ConfigError: the folder was made with other settings or images.
     """
     (folder / RUNS).mkdir(parents=True, exist_ok=True)
     (folder / WORK).mkdir(exist_ok=True)
@@ -333,8 +334,8 @@ def begin(folder: Path, scale: _Described, material: _Divided) -> None:
 
 @contextmanager
 def claimed(path: Path) -> Iterator[bool]:
-    """Whether this process now holds the lock file at `path`; never waits. The kernel lets go of it
-    when the process dies.
+    """Try to take the lock file at `path` without waiting; yields whether this process holds it.
+    The kernel releases it when the process ends.
 
     Raises:
         PreflightError: the file cannot be made, or its file system has no locks.
@@ -364,7 +365,7 @@ def _try_lock(descriptor: int, path: Path) -> bool:
 
 
 def record_path(folder: Path, job: Named) -> Path:
-    """Where a finished run's record lies."""
+    """Path of a finished run's record."""
     return folder / RUNS / f"{job.name}.json"
 
 
@@ -378,14 +379,14 @@ def do_jobs(
     """Do the jobs that are neither done nor held by another process, in order, until told to stop.
 
     Args:
-        folder: made by `begin`.
+        folder: folder made by `begin`.
         todo: the wanted runs.
-        run: does one.
-        should_stop: asked before every run and at every step.
-        say: hears a line for each finished run.
+        run: the function that does one run.
+        should_stop: called before every run and at every step.
+        say: called with a line for each finished run.
 
     Returns:
-        the jobs without a record when the call ends, those that other processes hold included.
+        the jobs without a record when the call ends, including those that other processes hold.
     """
     for job in todo:
         target, work = record_path(folder, job), folder / WORK / job.name

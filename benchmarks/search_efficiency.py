@@ -1,15 +1,16 @@
-"""How many trials each sampler needs: until 90, 95 and 99 % of what an exhaustive sweep of the same
-space finds.
+"""Number of trials that each sampler needs for 90, 95 and 99 % of the result of an exhaustive sweep
+of the same space.
 
-A discrete space of gate settings is swept whole on one pair of routing tables, and the result is
-kept (`--cache`). Then every sampler searches that space by looking its trials up, so that twenty
-seeds of each cost minutes. There are two spaces: `routers` holds several kinds of router, with
-settings that only some of them have; `gate` is one kind, whose settings all exist everywhere.
+All points of a discrete space of gate settings are run on one pair of routing tables, and the
+results are stored (`--cache`). Then every sampler searches that space by looking its trials up, so
+that twenty seeds of each take minutes. There are two spaces: `routers` holds several kinds of
+router, with settings that only some of them have; `gate` is one kind, all of whose settings always
+apply.
 
 The measure is hypervolume. Its reference is the worst value of each objective on the exhaustive
-front, moved out by a tenth of the front's range, so that the front's ends count and what no front
-would hold does not. Different settings often train the same router: a trial counts as one whether
-or not it finds anything new, and how many suggestions repeat an earlier one is shown.
+front, moved out by a tenth of the front's range, so that the ends of the front count and points far
+from any front do not. Different settings often train the same router: every trial counts, whether
+or not it finds anything new, and the number of suggestions that repeat an earlier one is shown.
 """
 
 from __future__ import annotations
@@ -50,10 +51,10 @@ OBJECTIVES = (Objective("top1", "maximize"), Objective("madds_m", "minimize"))
 GOALS: tuple[Goal, ...] = ("maximize", "minimize")
 SHARES = (0.90, 0.95, 0.99)
 MARGIN = 0.1
-"""Of the front's range, between its worst values and the reference."""
+"""Distance of the reference from the worst values of the front, as a share of its range."""
 TABLE_COHORT = 64
 SMALL_COHORT = 16
-"""To show what it costs to learn from 64 trials at a time."""
+"""Smaller cohort, which shows the cost of learning from 64 trials at a time."""
 GP_COHORT = 8
 GP_NOTE = "gp takes about a second for a suggestion: it runs fewer seeds and trials, in cohorts of 8"
 CHUNK = 4 * LANES
@@ -68,8 +69,7 @@ DEFAULTS: Mapping[str, float | int | str | bool | None] = {
 
 @dataclass(frozen=True)
 class Source:
-    """Where the routing tables come from: files, or the made-up ones of
-    `benchmarks.gate_trials`."""
+    """Source of the routing tables: files, or the synthetic ones of `benchmarks.gate_trials`."""
 
     files: tuple[Path, Path] | None
     is_small: bool
@@ -77,7 +77,8 @@ class Source:
 
     @classmethod
     def of(cls, run: Path | None, is_small: bool, seed: int) -> Source:
-        """`run`: a run's folder, or one that holds gate.safetensors and val.safetensors."""
+        """The source for `run`: the folder of a run, or one with gate.safetensors and
+        val.safetensors."""
         if run is None:
             return cls(None, is_small, seed)
         plain = (run / "gate.safetensors", run / "val.safetensors")
@@ -88,7 +89,7 @@ class Source:
         return cls((results.run.table(key, "gate"), results.run.table(key, "val")), is_small, seed)
 
     def tables(self) -> tuple[RoutingTable, RoutingTable]:
-        """Those of `gate` and `val`."""
+        """Routing tables of `gate` and `val`."""
         if self.files is not None:
             return RoutingTable.load(self.files[0]), RoutingTable.load(self.files[1])
         workload = DIGITS if self.is_small else LARGE
@@ -96,16 +97,16 @@ class Source:
 
     @property
     def name(self) -> str:
-        """For people."""
+        """Name in the report."""
         return f"made-up {'digits' if self.is_small else 'large'} tables" if self.files is None else str(self.files[1])
 
 
 def spaces(num_routes: int, is_small: bool) -> dict[str, Space]:
-    """The spaces that are swept whole, by name.
+    """The spaces that are swept exhaustively, by name.
 
     Args:
-        num_routes: of the tables.
-        is_small: about a tenth of the points.
+        num_routes: number of routes of the tables.
+        is_small: whether to take only about a tenth of the points.
     """
     target = {"step": [0.05, 0.85, 0.2 if is_small else 0.05]}
     t_easy = {"step": [0.0, 0.6, 0.6 if is_small else 0.3]}
@@ -139,7 +140,7 @@ def pieces(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
 
 
 def key_of(point: Mapping[str, Scalar]) -> tuple[tuple[str, Scalar], ...]:
-    """A point as a key; a step that was reached by another sum is the same step."""
+    """Key of a point, in which equal steps with different rounding are equal."""
     return tuple(
         sorted((name, round(value, 9) if isinstance(value, float) else value) for name, value in point.items())
     )
@@ -147,24 +148,24 @@ def key_of(point: Mapping[str, Scalar]) -> tuple[tuple[str, Scalar], ...]:
 
 @dataclass(frozen=True)
 class Exhaustive:
-    """Every point of a space, and what it comes to."""
+    """Every point of a space, and its results."""
 
     space: Space
     values: NDArray[np.float64]
     """[points, 2] top-1 and mean million MAdds; NaN where the trial failed."""
     seconds: float
-    """Of the sweep, all processes together."""
+    """Seconds of the sweep, summed over all processes."""
 
     @property
     def reference(self) -> tuple[float, float]:
-        """See the module."""
+        """Reference of the hypervolume (see the module)."""
         front = self.values[front_mask(self.values, GOALS)]
         best, worst = front.max(axis=0), front.min(axis=0)
         span = best - worst
         return float(worst[0] - MARGIN * span[0]), float(best[1] + MARGIN * span[1])
 
     def table(self) -> dict[tuple[tuple[str, Scalar], ...], tuple[float, float]]:
-        """Values by `key_of` the point."""
+        """Values of each point, by its `key_of`."""
         grid = Grid(self.space)
         return {key_of(grid[k]): (float(row[0]), float(row[1])) for k, row in enumerate(self.values)}
 
@@ -185,7 +186,7 @@ def run_points(source: Source, space: Space, indices: Sequence[int]) -> list[tup
 
 
 def sweep_all(source: Source, space: Space, processes: int, cache: Path) -> Exhaustive:
-    """Every point; read from `cache` where it is there."""
+    """Train and score every point, or read the results from `cache` if they are there."""
     gate, val = source.tables()
     digest = hashlib.sha256(space.hash.encode())
     for table in (gate, val):
@@ -210,7 +211,7 @@ def sweep_all(source: Source, space: Space, processes: int, cache: Path) -> Exha
 
 @dataclass(frozen=True)
 class Contender:
-    """A sampler as a sweep would use it."""
+    """A sampler with the settings that a sweep would use."""
 
     label: str
     settings: SamplerSettings
@@ -221,12 +222,12 @@ class Contender:
 
 @dataclass(frozen=True)
 class Searched:
-    """One search.
+    """Result of one search.
 
     Attributes:
-        shares: [trials] of the exhaustive hypervolume, after 1, 2, ... trials.
+        shares: [trials] share of the exhaustive hypervolume after 1, 2, ... trials.
         ask_s: seconds of all suggestions.
-        num_repeated: suggestions that were made before.
+        num_repeated: number of suggestions that repeat an earlier one.
     """
 
     shares: NDArray[np.float64]
@@ -234,14 +235,13 @@ class Searched:
     num_repeated: int
 
     def trials_until(self, share: float) -> float:
-        """The number of trials after which it had that share; infinite where it never had."""
+        """Number of trials until a share is reached; infinite if it never is."""
         reached = np.flatnonzero(self.shares >= share)
         return float(reached[0] + 1) if len(reached) else np.inf
 
 
 def search(exhaustive: Exhaustive, contender: Contender, seed: int) -> Searched:
-    """Search by looking trials up, through the mirror that a sweep's suggestions are computed
-    on."""
+    """Search by looking trials up; suggestions are computed on a `Mirror` as in a sweep."""
     torch.set_num_threads(1)
     table = exhaustive.table()
     settings = StudySettings(
@@ -286,8 +286,8 @@ def _record(slot: int, params: Mapping[str, Scalar], values: tuple[float, float]
 
 
 def contenders(trials: int, seeds: int, gp_trials: int, gp_seeds: int) -> list[Contender]:
-    """Every sampler with a sweep's defaults, generations of a cohort's size, and smaller cohorts
-    for the one that learns most from them."""
+    """All contenders: every sampler with a sweep's defaults and generations of a cohort's size, and
+    with smaller cohorts the one that gains most from them."""
     listed = [
         *((name, SamplerSettings(name)) for name in ("random", "grid", "qmc", "tpe", "nsga2", "nsga3")),
         *((f"{name}, generations of 64", SamplerSettings(name, startup=TABLE_COHORT)) for name in ("nsga2", "nsga3")),
@@ -300,12 +300,12 @@ def contenders(trials: int, seeds: int, gp_trials: int, gp_seeds: int) -> list[C
 
 @dataclass(frozen=True)
 class Effort:
-    """Trials until a share, over seeds; infinite ones never got there."""
+    """Number of trials until a share is reached, over seeds; infinite where it is never reached."""
 
     trials: NDArray[np.float64]
 
     def text(self) -> str:
-        """Median, quartiles, and how many got there where not all did."""
+        """Median and quartiles, and the number of seeds that reached the share if not all did."""
         first, median, third = np.quantile(self.trials, [0.25, 0.5, 0.75], method="inverted_cdf")
         reached = np.isfinite(self.trials).mean()
         shown = " ".join((f"{_count(median)}", f"[{_count(first)}, {_count(third)}]"))
@@ -319,7 +319,8 @@ def _count(trials: float) -> str:
 def measure(
     options: Options, run: Path | None, cache: Path, processes: int, seeds: int, trials: int, gp: str
 ) -> Report:
-    """Both spaces; the headline is the default sampler's trials until 95 %, over random's."""
+    """Measure both spaces; the headline is the ratio of the default sampler's trials until 95 % to
+    those of random search."""
     source = Source.of(run, options.quick, options.seed)
     gp_trials, gp_seeds = map(int, gp.split("x"))
     if options.quick:
@@ -417,8 +418,8 @@ def _or_none(trials: float) -> int | None:
 
 
 def _ratio(efforts: Mapping[tuple[str, str], NDArray[np.float64]], trials: int, seed: int) -> Estimate:
-    """Geometric mean over spaces of the ratio of medians, seeds resampled; never counts as all
-    trials."""
+    """Geometric mean over spaces of the ratio of medians, with seeds resampled; a share that is
+    never reached counts as all trials."""
     rng = np.random.default_rng(seed)
     names = sorted({space for space, _ in efforts})
 

@@ -1,16 +1,17 @@
-"""Training regimes side by side at equal steps: accuracy of every width, paired differences with
-intervals over seeds, seconds beside.
+"""Comparison of training regimes at equal steps: accuracy of every width, paired differences with
+intervals over seeds, and time.
 
-Equal are data, batches, epochs, optimiser, augmentation and evaluation (averaged weights,
-recalibrated, the test split, on which nothing is chosen). Not equal is what a step does: `ce` and
-`s_net` train every width in each, the others four; the tables say passes and time.
+Data, batches, epochs, optimiser, augmentation and evaluation (averaged weights, recalibrated, on
+the test split, on which nothing is chosen) are equal. The work of a step is not: `ce` and `s_net`
+train every width in each step, the others four; the tables give passes and time.
 
-    python -m benchmarks.supernet_accuracy train --scale gpu --folder F --data DIR --device cuda
-    --max-seconds 540   (until all are done) python -m benchmarks.supernet_accuracy report --folder
-    F python -m benchmarks.supernet_accuracy --quick
+    python -m benchmarks.supernet_accuracy train --scale gpu --folder F --data DIR --device cuda \\
+        --max-seconds 540   # repeat until all are done
+    python -m benchmarks.supernet_accuracy report --folder F
+    python -m benchmarks.supernet_accuracy --quick
 
-`train` needs torch and dsnet alone, may be repeated and killed at will, and shares its folder with
-further processes of the same host.
+`train` needs only torch and dsnet, may be repeated and killed at any time, and can share its folder
+with other processes of the same host.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ BENCHMARK = "training regimes at equal steps, all widths: test error of in-place
 
 
 def measure(options: Options) -> Report:
-    """All usual regimes, three seeds: digits with --quick, else the `cpu` scale on CIFAR-10 from
-    DSNET_DATA (about half an hour)."""
+    """Train all usual regimes with three seeds: on digits with --quick, otherwise at the `cpu`
+    scale on CIFAR-10 from DSNET_DATA (about half an hour)."""
     from benchmarks.regime_report import load_results, make_report  # `train` has to work without Plotly and rich
 
     scale = SCALES["quick" if options.quick else "cpu"]
@@ -50,7 +51,7 @@ def measure(options: Options) -> Report:
 
 
 def chosen_scale(arguments: argparse.Namespace) -> Scale:
-    """The named scale with what the command line overrides."""
+    """The named scale with the overrides of the command line."""
     scale = SCALES[arguments.scale]
     if arguments.epochs is not None:
         scale = replace(scale, train=replace(scale.train, epochs=arguments.epochs))
@@ -60,10 +61,10 @@ def chosen_scale(arguments: argparse.Namespace) -> Scale:
 
 
 def train(arguments: argparse.Namespace) -> None:
-    """Do what is left of the wanted runs.
+    """Do the wanted runs that are not done yet.
 
     Raises:
-        StoppedError: some are left, because time ran out or other processes hold them.
+        StoppedError: some runs are left, because time ran out or other processes hold them.
     """
     device = chosen_device(arguments)
     scale = chosen_scale(arguments)
@@ -73,7 +74,7 @@ def train(arguments: argparse.Namespace) -> None:
 
 
 def report(arguments: argparse.Namespace) -> None:
-    """Tables to the terminal and, with the figure and all numbers, into the folder."""
+    """Print the tables, and write them with the figure and all numbers into the folder."""
     from benchmarks.regime_report import figures, load_results, make_sections, markdown, regimes_info, subject
     from dashboards.images import write_figure
     from dashboards.regimes import regimes_figure
@@ -109,7 +110,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str]) -> int:
-    """A command on a folder, or the benchmark as the harness runs every one."""
+    """Run a command on a folder, or the benchmark by the harness."""
     return run_main(argv, parser(), BENCHMARK, measure)
 
 

@@ -1,11 +1,11 @@
-"""(a) our in-place bootstrapping step against (b) the sum of the same networks trained as plain
-static modules.
+"""Time of (a) our in-place bootstrapping step, compared with (b) the sum of the same networks
+trained as plain static modules.
 
-(b) is the physical floor of doing it naively: forward and backward of largest, two randoms and
-smallest, each as a plain module with its own contiguous weights, and the teacher's forward. Both
-compute the same losses (the largest difference is in the JSON), in the same dtype, layout and
-threads; neither counts the optimiser and the EMA, which have their own row. Sharing the trunk
-before the gate is what lets (a) go below (b).
+(b) is the least time of a naive step: forward and backward of largest, two randoms and smallest,
+each as a plain module with its own contiguous weights, and the teacher's forward. Both compute the
+same losses (the largest difference is in the JSON), with the same dtype, layout and threads;
+neither includes the optimiser and the EMA, which have their own row. (a) can be faster than (b)
+because the trunk before the gate is shared.
 """
 
 from __future__ import annotations
@@ -59,18 +59,18 @@ class Workload:
 
     @property
     def title(self) -> str:
-        """What it is, in words."""
+        """Description of the workload."""
         layout = "channels_last" if self.channels_last else "contiguous"
         size = f"{self.image_size} px, batch {self.batch_size}"
         return f"DS-MBNet, {self.device}, {size}, {self.precision}, {layout}, {self.threads} thread(s)"
 
     def autocast(self) -> torch.autocast:
-        """bfloat16 where the workload says so."""
+        """Context of bfloat16 autocast, if the workload uses it."""
         return torch.autocast(self.device, torch.bfloat16, enabled=self.precision == "bf16")
 
 
 class Networks:
-    """One supernet, its teacher, a batch, and the step's sub-networks; dropout is off so that both
+    """A supernet, its teacher, a batch, and the sub-networks of a step; dropout is off so that both
     ways compute the same losses."""
 
     def __init__(self, workload: Workload) -> None:
@@ -94,7 +94,7 @@ class Networks:
         )
 
     def ours(self) -> Callable[[], dict[str, Tensor]]:
-        """(a)."""
+        """Forward and backward of (a)."""
         rules = StepRules(teacher="ema", smoothing=SMOOTHING, precision=self.workload.precision)
 
         def step() -> dict[str, Tensor]:
@@ -104,8 +104,8 @@ class Networks:
         return step
 
     def ours_with_update(self) -> Callable[[], None]:
-        """(a), the optimiser's step and the EMA; the learning rate is 0 so that every call does the
-        same work."""
+        """(a) with the optimiser's step and the EMA; the learning rate is 0, so that every call
+        does the same work."""
         optimizer = make_optimizer(self.student, TrainSettings())
         for group in optimizer.param_groups:
             group["lr"] = 0.0
@@ -119,7 +119,7 @@ class Networks:
         return update
 
     def static(self) -> Callable[[], dict[str, Tensor]]:
-        """(b)."""
+        """Forward and backward of (b)."""
         plan = self.plan
         largest, *smaller = [
             (subnet.name, self._plain(materialize(self.student, subnet)).train().requires_grad_(True))
@@ -187,8 +187,8 @@ def peak_memory_mib(workload: Workload, way: str) -> dict[str, float]:
 
 
 def workloads(options: Options) -> list[Workload]:
-    """64 px and batch 32 on the CPU in both memory orders (32 px and 16 with --quick); 32 and 224
-    px, batch 256, bf16 on a GPU."""
+    """Workloads: 64 px and batch 32 on the CPU in both memory orders (32 px and 16 with --quick);
+    32 and 224 px, batch 256, bf16 on a GPU."""
     sizes = {"cpu": [(32, 16)] if options.quick else [(64, 32)], "cuda": [(32, 256), (224, 256)]}
     precisions = {"cpu": "float32", "cuda": "bf16"}
     layouts = {"cpu": (False, True), "cuda": (True,)}
@@ -202,7 +202,7 @@ def workloads(options: Options) -> list[Workload]:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What one workload gave."""
+    """Result of one workload."""
 
     workload: Workload
     plan: StepPlan
@@ -212,7 +212,8 @@ class Comparison:
 
 
 def compare(workload: Workload, options: Options) -> Comparison:
-    """Both ways side by side in one process; memory in one fresh process each."""
+    """Time both ways interleaved in one process, and measure the memory of each in a new
+    process."""
     networks = Networks(workload)
     ours, static = networks.ours(), networks.static()
     difference = _largest_difference(ours(), static())
@@ -229,7 +230,7 @@ def compare(workload: Workload, options: Options) -> Comparison:
 
 
 def measure(options: Options) -> Report:
-    """Every workload; the first, on the CPU, makes the headline."""
+    """Measure every workload; the headline is the first, on the CPU."""
     found = [compare(workload, options) for workload in workloads(options)]
     first = found[0]
     return Report(
@@ -240,7 +241,7 @@ def measure(options: Options) -> Report:
 
 
 def _largest_difference(ours: dict[str, Tensor], static: dict[str, Tensor]) -> float:
-    """Between the two ways' losses of the same networks."""
+    """Largest difference between the losses of the same networks by the two ways."""
     return max(abs(float(ours[name]) - float(loss)) for name, loss in static.items())
 
 

@@ -1,16 +1,17 @@
-"""What a trial costs beside its own work, and how long whole sweeps of 1,000 gate trials take with
+"""Overhead of a trial beside its own work, and time of whole sweeps of 1,000 gate trials with
 everything that a launch records.
 
-Trials that do nothing, and trials that sleep 0.2 s, by our engine (cohorts and asynchronous, with
-and without MLflow), by Ray Tune with `OptunaSearch`, and by plain Optuna in one process; each in a
-fresh process, so that the cold time (until the first trial is done) holds everything but imports of
-torch and Optuna. Overhead is (wall time - asking - work / workers) / trials. All of them suggest by
-TPE with the same settings. Tune is told one objective (it compares trials by one); the other two
-have both.
+Trials that do nothing, and trials that sleep 0.2 s, are run by our engine (cohorts and
+asynchronous, with and without MLflow), by Ray Tune with `OptunaSearch`, and by plain Optuna in one
+process. Each runs in a new process, so that the cold time (until the first trial is done) includes
+everything except imports of torch and Optuna. Overhead is (wall time - asking - work / workers) /
+trials. All suggest by TPE with the same settings. Tune has one objective (it compares trials by
+one); the other two have both.
 
-The sweeps are of real gate trials on made-up tables (`benchmarks.gate_trials`) over the space of
-the digits example, less the router whose evidence these tables lack, on two actors with the journal
-and MLflow. Start-up is apart: the clock runs from the first `ask` until MLflow has the last row.
+The sweeps run real gate trials on synthetic tables (`benchmarks.gate_trials`) over the space of the
+digits example, without the router whose evidence these tables lack, on two actors with the journal
+and MLflow. Start-up is not included: time is measured from the first `ask` until MLflow has the
+last row.
 """
 
 from __future__ import annotations
@@ -58,12 +59,12 @@ GOAL_S = 60.0
 NUM_WORKERS = 2
 SLEEP_S = 0.2
 NUM_WARMING = 4 * NUM_WORKERS
-"""Trials that do not count where actors start with the first ones."""
+"""Number of first trials that are not counted if actors start with them."""
 STARTUP = 16
 COHORT = 8
 SWEEP_LIMIT_S = 240.0
-"""A sweep is stopped after so long, and says how far it came: a sampler can be slower than all of
-its trials."""
+"""Seconds after which a sweep is stopped, with a report of the trials so far, because a sampler can
+be slower than all of its trials."""
 EXAMPLE = Path(__file__).parents[1] / "examples" / "digits.yaml"
 UID = "overhead"
 SPACE = {"x": {"uniform": [0.0, 1.0]}, "y": {"uniform": [0.0, 1.0]}, "kind": {"choice": ["a", "b", "c"]}}
@@ -75,31 +76,31 @@ class Load:
     """Trials of one kind."""
 
     work_s: float
-    """Each sleeps so long."""
+    """Seconds that each trial sleeps."""
     num_trials: int
 
     @property
     def name(self) -> str:
-        """For people."""
+        """Name in the report."""
         return f"sleeps {self.work_s:g} s" if self.work_s else "nothing"
 
 
 @dataclass(frozen=True)
 class Timed:
-    """How one contender did with one load, in one process."""
+    """Times of one contender with one load, in one process."""
 
     load: Load
     cold_s: float
-    """From nothing until the very first trial of the process is done."""
+    """Seconds from the start until the first trial of the process is done."""
     wall_s: float
-    """Of the load's trials, when all is warm."""
+    """Seconds of the load's trials after warm-up."""
     ask_s: float
-    """Of these seconds, those in which suggestions were made."""
+    """Seconds of suggestions within `wall_s`."""
     recorded_s: float | None = None
-    """From the first of these trials until MLflow had them all."""
+    """Seconds from the first of these trials until MLflow had them all."""
 
     def overhead_ms(self, workers: int) -> float:
-        """Milliseconds a trial beside its work and its suggestion."""
+        """Milliseconds per trial beside its work and its suggestion."""
         num_trials = self.load.num_trials
         return 1e3 * (self.wall_s - self.ask_s - self.load.work_s * num_trials / workers) / num_trials
 
@@ -110,24 +111,24 @@ def numbers(x: float, y: float) -> dict[str, float]:
 
 
 def sleep(spec: TrialSpec) -> tuple[Mapping[str, float], Mapping[str, NDArray[Any]]]:
-    """A trial that is all waiting."""
+    """A trial that only sleeps."""
     time.sleep(float(spec.params["work_s"]))
     return numbers(float(spec.params["x"]), float(spec.params["y"])), {}
 
 
 def make_sleep(arrays: Mapping[str, NDArray[Any]]) -> OneByOne:
-    """Builds it in an actor."""
+    """Build the sleeping trial function in an actor."""
     return OneByOne(sleep)
 
 
 class Stopwatch:
-    """Adds up the time spent in calls of one kind."""
+    """Sum of the time spent in calls of one function."""
 
     def __init__(self) -> None:
         self.total_s = 0.0
 
     def timing(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function, timed."""
+        """Wrap a function so that its calls are timed."""
 
         def timed(*arguments: Any, **named: Any) -> Any:
             start = time.perf_counter()
@@ -141,7 +142,7 @@ class Stopwatch:
 
 @contextmanager
 def timed_asking() -> Iterator[Stopwatch]:
-    """The time that searches of this block spend on suggestions."""
+    """Context that measures the time that searches within it spend on suggestions."""
     watch = Stopwatch()
 
     class TimedMirror(Mirror):
@@ -152,7 +153,7 @@ def timed_asking() -> Iterator[Stopwatch]:
 
 
 def tracker_at(folder: Path) -> MlflowTracker:
-    """An MLflow database of its own, with the row of the sweep in it."""
+    """A tracker with a new MLflow database, which holds the row of the sweep."""
     tracker = MlflowTracker(f"sqlite:///{folder}/mlflow.db", UID, folder / "artifacts", UID)
     tracker.parent(TrackedRun(UID, UID, "sweep", 1))
     wait_for_rows(tracker, 2)  # with the creation of the database
@@ -160,7 +161,7 @@ def tracker_at(folder: Path) -> MlflowTracker:
 
 
 def wait_for_rows(tracker: MlflowTracker, number: int) -> None:
-    """Wait until so many writes were made."""
+    """Wait until a number of writes has been made."""
     while tracker.summary.num_written < number:
         if tracker.summary.num_unsent:
             raise RuntimeError(f"MLflow does not take rows: {tracker.summary.first_error}")
@@ -168,14 +169,14 @@ def wait_for_rows(tracker: MlflowTracker, number: int) -> None:
 
 
 class Recording:
-    """Writes a row of MLflow for every trial, as a launch does."""
+    """Recorder that writes a row of MLflow for every trial, as a launch does."""
 
     def __init__(self, tracker: Tracker, study: str) -> None:
         self._tracker = tracker
         self._study = study
 
     def on_trial(self, record: TrialRecord) -> None:
-        """A trial was recorded."""
+        """Write the row of a recorded trial."""
         status: Literal["FINISHED", "FAILED"] = "FINISHED" if record.state == "complete" else "FAILED"
         name = f"trial-{record.slot:04d}"
         times = (record.start_ms, record.finished_ms)
@@ -192,7 +193,7 @@ def close_tracker(tracker: Tracker) -> None:
 
 
 def warm_up(runner: Runner, params: Mapping[str, Scalar]) -> None:
-    """Have every actor make its trial function and run it: each must be busy while the others
+    """Let every actor build its trial function and run it; each must be busy while the others
     start."""
     for _ in range(3):
         for _ in runner.run([TrialSpec(slot, slot, params) for slot in range(NUM_WARMING)]):
@@ -200,7 +201,7 @@ def warm_up(runner: Runner, params: Mapping[str, Scalar]) -> None:
 
 
 def by_our_engine(loads: Sequence[Load], order: Literal["cohorts", "asynchronous"], has_mlflow: bool) -> list[Timed]:
-    """Search, RayRunner and StudyJournal."""
+    """Run the load by our engine: Search, RayRunner and StudyJournal."""
     begun = time.perf_counter()
     prepare_environment()
     point: dict[str, Scalar] = {"x": 0.5, "y": 0.5, "kind": "a", "work_s": 0.0}
@@ -252,8 +253,8 @@ def _searched(
 
 
 def by_tune(loads: Sequence[Load]) -> list[Timed]:
-    """Ray Tune with OptunaSearch, its actors reused, as many trials at a time as we have
-    workers."""
+    """Run the load by Ray Tune with OptunaSearch, with reused actors and as many trials at a time
+    as our engine has workers."""
     begun = time.perf_counter()
     prepare_environment()
     os.environ |= {"RAY_AIR_NEW_OUTPUT": "0", "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1"}
@@ -267,8 +268,8 @@ def by_tune(loads: Sequence[Load]) -> list[Timed]:
 
 
 def _tuned(load: Load) -> tuple[float, float, float]:
-    """When the first trial was done; seconds of those after warming up, and what of these went into
-    asking."""
+    """Time at which the first trial was done, seconds of the trials after warm-up, and seconds of
+    suggestions within these."""
     from ray import tune
     from ray.tune.search.optuna import OptunaSearch
 
@@ -310,7 +311,8 @@ def _tuned(load: Load) -> tuple[float, float, float]:
 
 
 def by_optuna(loads: Sequence[Load]) -> list[Timed]:
-    """Plain Optuna in one process, one trial after the other, its study in a journal file."""
+    """Run the load by plain Optuna in one process, one trial after the other, with the study in a
+    journal file."""
     begun = time.perf_counter()
     timed: list[Timed] = []
     for load in loads:
@@ -321,7 +323,7 @@ def by_optuna(loads: Sequence[Load]) -> list[Timed]:
 
 
 def _optimized(load: Load) -> tuple[float, float, float]:
-    """As `_tuned`."""
+    """The same times as `_tuned`, for plain Optuna."""
     asking = Stopwatch()
 
     def ask(study: optuna.Study) -> tuple[optuna.Trial, float, float]:
@@ -350,7 +352,7 @@ def _optimized(load: Load) -> tuple[float, float, float]:
 
 @dataclass(frozen=True)
 class Contender:
-    """Who runs the trials."""
+    """A way of running the trials."""
 
     name: str
     function: Callable[..., list[Timed]]
@@ -358,7 +360,7 @@ class Contender:
     workers: int = NUM_WORKERS
 
     def run(self, loads: Sequence[Load]) -> list[Timed]:
-        """Its trials, in a fresh process."""
+        """Run its trials in a new process."""
         timed: list[Timed] = in_fresh_process(self.function, loads, *self.arguments)
         return timed
 
@@ -375,7 +377,7 @@ CONTENDERS = (
 
 @dataclass(frozen=True)
 class Swept:
-    """A sweep of gate trials with everything that a launch records, start-up apart."""
+    """Times of a sweep of gate trials with everything that a launch records, without start-up."""
 
     workload: str
     sampler: str
@@ -383,20 +385,21 @@ class Swept:
     num_failed: int
     search_s: float
     recorded_s: float
-    """Until MLflow had the last row."""
+    """Seconds until MLflow had the last row."""
     ask_s: float
     work_s: float
-    """Of all trials in their actors, added up."""
+    """Seconds of work, summed over all trials in their actors."""
     driver_cpu_s: float
 
     @property
     def per_second(self) -> float:
-        """Trials, end to end."""
+        """Trials per second, from the first suggestion to the last row."""
         return self.num_trials / self.recorded_s
 
 
 def gate_sweep(workload: Workload, sampler: str, num_trials: int, limit_s: float) -> Swept:
-    """The digits example's search with another sampler, over made-up tables, by two actors."""
+    """Run the digits example's search with another sampler, over synthetic tables, by two
+    actors."""
     prepare_environment()
     loaded = load_config(EXAMPLE, overrides=[f"sampler.name={sampler}", "sampler.cohort=null"]).config
     make, arrays = gate_trials(workload, gate_defaults(loaded))
@@ -431,7 +434,7 @@ def gate_sweep(workload: Workload, sampler: str, num_trials: int, limit_s: float
 
 
 def sweep_settings(config: SweepConfig, num_routes: int) -> StudySettings:
-    """The example's study, for made-up tables of so many routes."""
+    """Settings of the example's study, for synthetic tables with a number of routes."""
     changes = {
         "gate.router": Distribution("choice", ("gate", "cascade", "learned_cascade")),
         "gate.routing.last": Distribution("int", (4, num_routes - 1)),
@@ -440,7 +443,8 @@ def sweep_settings(config: SweepConfig, num_routes: int) -> StudySettings:
 
 
 def gate_trials(workload: Workload, defaults: dict[str, Any]) -> tuple[MakeGateTrial, dict[str, NDArray[Any]]]:
-    """What the search stage gives to its actors: a recipe, and the tables' arrays."""
+    """Arguments that the search stage gives to its actors: a recipe, and the arrays of the
+    tables."""
     tables = {split: synthetic_table(workload, split, seed) for seed, split in enumerate(("gate", "val"))}
     subnets = layout(workload.model, workload.task)
     tails = {subnet.name: _timing(1.0 + index) for index, subnet in enumerate(subnets)}
@@ -456,7 +460,7 @@ def _timing(ms: float) -> Timing:
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is measured."""
+    """Numbers of trials, rounds and sweeps to measure."""
 
     loads: Sequence[Load]
     rounds: int
@@ -474,7 +478,7 @@ QUICK = Sizes(loads=(Load(0.0, 40), Load(SLEEP_S, 8)), rounds=1, sweeps=((DIGITS
 
 
 def measure(options: Options) -> Report:
-    """All contenders in turn, round by round; then the sweeps."""
+    """Time all contenders in turn, round by round, and then the sweeps."""
     sizes = QUICK if options.quick else FULL
     timed: dict[tuple[str, Load], list[Timed]] = {}
     for _ in range(sizes.rounds):

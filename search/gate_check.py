@@ -1,9 +1,9 @@
-"""Whether a gate trial comes out the same alone and beside others, on the processor and with the
-libraries at hand.
+"""Check that a gate trial has the same result alone and together with others, on the given
+processor and libraries.
 
-The study is the same whatever the number of workers only if that holds, and it rests on how the
-libraries below torch round. So every worker checks it before its first trial, in milliseconds: a
-few steps of training, with products of the shapes that the trials have.
+Only then is the study the same for every number of workers, and it depends on how the libraries
+below torch round. Every worker therefore checks it before its first trial, in milliseconds: a few
+steps of training, with products of the shapes that the trials have.
 """
 
 from __future__ import annotations
@@ -24,55 +24,57 @@ from search.gate_trial import GateTrial, gate_settings
 from search.suggest.space import Scalar, Space, at_share
 
 NUM_POINTS = 48
-"""Points of the space among which different shapes are looked for."""
+"""Number of points of the search space from which trials of different shapes are taken."""
 MAX_SHAPES = 8
 NUM_STEPS = 3
-"""Steps of training: the first one's gradient is all that a head which begins at zero has to show,
-the second's logits show it."""
+"""Steps of training. A head that is initialised to zero has only its gradient in the first step;
+its logits differ from zero from the second step on."""
 SMALL_COMPANY = 3
-"""Lanes of the second program, beside one of `LANES`: how many there are may decide the kernel."""
+"""Lanes of the second program, beside a first one of `LANES`: the library may choose its kernel by
+their number."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What a worker's check came to."""
+    """Result of a worker's check."""
 
     digest: str
-    """Of all weights of the routers that were trained alone; equal on machines that round alike."""
+    """Hash of all weights of the routers that were trained alone; equal on machines that round
+    alike."""
     unequal: tuple[str, ...] = ()
-    """Kinds of router that come out otherwise beside others."""
+    """Kinds of router whose weights differ when trained together with others."""
 
 
 @dataclass(frozen=True)
 class GateCheck:
-    """The check of trials on routing tables; called in a worker with its trial function."""
+    """The check for trials on routing tables; it is called in a worker with its trial function."""
 
     points: tuple[Mapping[str, Scalar], ...]
     """Trial parameters, as the search may suggest them."""
 
     @classmethod
     def of_space(cls, space: Space) -> GateCheck:
-        """Points from everywhere in the space; always the same."""
+        """A check at random points of the whole space, which are the same in every call."""
         shares = np.random.default_rng(0)
         return cls(tuple(_point(space, shares) for _ in range(NUM_POINTS)))
 
     def __call__(self, trial: GateTrial) -> Finding:
-        """Train routers of every shape alone and beside others, and compare their weights to the
-        bit."""
+        """Train routers of every shape alone and together with others, and compare their weights to
+        the bit."""
         digest, unequal = hashlib.sha256(), set()
         for own in self.shapes(trial):
             try:
                 alone, together = _trained(trial.gate_table, own)
             except ValueError:
-                continue  # a routing space or a table that such a router cannot use: it fails as a trial, too
+                continue  # the router cannot use this routing space or table; such a trial fails too
             digest.update(b"".join(alone))
             if alone != together:
                 unequal.add(own.router)
         return Finding(digest.hexdigest(), tuple(sorted(unequal)))
 
     def shapes(self, trial: GateTrial) -> list[GateSettings]:
-        """One trial for each shape that programs have, at most `MAX_SHAPES`: first one of every
-        kind of router, then the next of each."""
+        """Settings of one trial for each shape of a program, at most `MAX_SHAPES`: first one of
+        every kind of router, then the second of each, and so on."""
         found: dict[tuple[object, ...], GateSettings] = {}
         for own in self._settings(trial):
             hidden = own.hidden_units if own.kind.head == "perceptron" else 0
@@ -86,12 +88,12 @@ class GateCheck:
         return [own for *_, own in sorted(ranked, key=lambda item: item[:2])[:MAX_SHAPES]]
 
     def _settings(self, trial: GateTrial) -> Iterator[GateSettings]:
-        """Those of the points that are a trial which learns something."""
+        """Settings at those points whose router is trained by the common training."""
         for params in self.points:
             try:
                 own = gate_settings(params, trial.defaults, trial.gate_table, seed=0)
             except ValueError:
-                continue  # an impossible combination fails as a trial, too
+                continue  # the combination is impossible; such a trial fails too
             if own.kind.is_trained and own.kind.fit is None:
                 yield own
 
@@ -105,8 +107,8 @@ def _point(space: Space, shares: np.random.Generator) -> dict[str, Scalar]:
 
 
 def _trained(table: RoutingTable, settings: GateSettings) -> tuple[list[bytes], list[bytes]]:
-    """The weights of some routers after a few steps, each trained alone, and the same ones trained
-    beside others."""
+    """Weights of some routers after a few steps: first each trained alone, then the same ones
+    trained together with others."""
     table = _first_images(table, settings.batch_size)
     lanes = [
         replace(settings, steps=NUM_STEPS, lr=settings.lr * (1.0 + index / LANES), seed=index)
@@ -119,12 +121,12 @@ def _trained(table: RoutingTable, settings: GateSettings) -> tuple[list[bytes], 
 
 
 def _first_images(table: RoutingTable, batch_size: int) -> RoutingTable:
-    """A table of one batch: more images would only take longer."""
+    """The table of one batch of images; more would only take longer."""
     count = min(batch_size, table.num_images)
     arrays = {name: array if name == "madds" else array[:count] for name, array in table.arrays().items()}
     return RoutingTable.from_arrays(arrays, table.meta())
 
 
 def _bytes(heads: Sequence[Head]) -> bytes:
-    """All weights of a router."""
+    """All weights of a router, as bytes."""
     return b"".join(part.numpy().tobytes() for head in heads for part in head.tensors("").values())

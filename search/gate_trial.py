@@ -1,5 +1,5 @@
-"""Trials of the search: hyperparameters in, a trained router and its exact metrics out. A pure
-function of the routing tables."""
+"""Trials of the search: a pure function of the routing tables that maps hyperparameters to a
+trained router and its exact metrics."""
 
 from __future__ import annotations
 
@@ -53,18 +53,18 @@ FIELDS: Mapping[str, str] = {
 """Configuration key -> field of `GateSettings`."""
 ROUTING_KEYS = ("gate.routing.first", "gate.routing.last", "gate.routing.stride", "gate.routing.beam")
 LANES = 32
-"""Trials that one call takes: those of one kind among them train in one program."""
+"""Largest number of trials in one call; those of the same kind among them train together."""
 ROUTER_VALUES = "router"
 """Name of the array that holds a router's JSON values, as UTF-8 bytes."""
 NOT_OF_ROUTER = ("histogram", "runs", ROUTER_VALUES)
 
 
 def routing_ids(kept: Sequence[int], first: int, last: int, stride: int) -> tuple[int, ...]:
-    """Of the routes `kept`, those at first, first + stride, ... up to last (inclusive; negative
-    counts from the end), rising.
+    """Select from the routes `kept` those at positions first, first + stride, ... up to last
+    (inclusive; negative counts from the end); the ids are returned in increasing order.
 
     Raises:
-        ValueError: nothing is left of the routing space.
+        ValueError: the selection is empty.
     """
     stop = last if last >= 0 else len(kept) + last
     ids = tuple(sorted(kept[first : min(stop, len(kept) - 1) + 1 : stride])) if stop >= 0 else ()
@@ -83,8 +83,8 @@ def gate_settings(
     Args:
         params: dotted configuration keys, as the sampler suggested them.
         defaults: every key of `FIELDS` and `ROUTING_KEYS`.
-        table: that of the `gate` split, whose labels a beam of routes is chosen by.
-        seed: of a perceptron's first weights.
+        table: table of the `gate` split, by whose labels a beam of routes is chosen.
+        seed: seed of the trial, for the initial weights of a perceptron.
 
     Raises:
         ValueError: an unknown parameter, or an empty routing space.
@@ -103,17 +103,17 @@ def gate_settings(
 
 @dataclass(frozen=True)
 class GateScores:
-    """What turns a fitted router into a trial's metrics and arrays."""
+    """Sub-networks and latency tables from which the metrics of a fitted router are computed."""
 
     subnets: SubnetSet
     latency: LatencyTable
-    """Of the main device."""
+    """Latencies on the main device."""
     devices: Mapping[str, LatencyTable] = field(default_factory=dict)
-    """Of further devices, by name."""
+    """Latencies on further devices, by name."""
 
     def metrics(self, fit: GateFit) -> dict[str, float]:
-        """The fit's own, the parameters of its bundle, and the ideal latency of each batch size on
-        each device (`latency_metric`)."""
+        """The metrics of the fit, the number of parameters of its bundle, and the ideal latency for
+        each batch size on each device (`latency_metric`)."""
         tensors, _ = fit.router.to_arrays()
         members = [self.subnets[route] for route in fit.router.routes]
         params = shared_params(self.subnets.spec, members) + sum(value.numel() for value in tensors.values())
@@ -125,7 +125,8 @@ class GateScores:
 
     @cached_property
     def _clocks(self) -> dict[str, BatchClock]:
-        """Name of a metric -> what tells its value; made once, as thousands of trials ask."""
+        """Name of each latency metric -> the clock that computes it; built once, because thousands
+        of trials use it."""
         routes = [subnet.name for subnet in self.subnets]
         return {
             latency_metric(size, device): table.clock(size, routes)
@@ -135,8 +136,8 @@ class GateScores:
 
 
 def arrays_of(fit: GateFit) -> dict[str, NDArray[Any]]:
-    """What a trial keeps: the router, `histogram` [K] of the answering routes, and `runs` [K], the
-    share of images that ran each."""
+    """The arrays to store for a trial: the router, `histogram` [K] of the answering routes, and
+    `runs` [K], the share of images that ran each route."""
     tensors, values = fit.router.to_arrays()
     return {
         **{name: value.numpy() for name, value in tensors.items()},
@@ -147,10 +148,10 @@ def arrays_of(fit: GateFit) -> dict[str, NDArray[Any]]:
 
 
 def router_of(arrays: Mapping[str, NDArray[Any]]) -> Router:
-    """The router that a trial's arrays hold.
+    """Rebuild the router from the arrays of a trial.
 
     Raises:
-        CheckpointError: of an unknown kind, or incomplete.
+        CheckpointError: the router is of an unknown kind, or incomplete.
     """
     values = json.loads(bytes(np.asarray(arrays[ROUTER_VALUES])).decode())
     tensors = {name: torch.from_numpy(np.array(value)) for name, value in arrays.items() if name not in NOT_OF_ROUTER}
@@ -159,8 +160,8 @@ def router_of(arrays: Mapping[str, NDArray[Any]]) -> Router:
 
 @dataclass(frozen=True)
 class GateTrial:
-    """What every trial of a sweep shares; calling it runs a cohort of trials on the routing
-    tables."""
+    """The trial function of a sweep, with the data that all its trials share; a call runs several
+    trials on the routing tables."""
 
     gate_table: RoutingTable
     val_table: RoutingTable

@@ -1,9 +1,9 @@
-"""What the curves and the measured sub-networks of a trained supernet say against it: too few
+"""Warnings about a trained supernet, from its training curves and measured sub-networks: too few
 steps, widths out of order, and the like.
 
-Pure functions: facts in, warnings out. A check that lacks its facts says nothing, so that runs of
-earlier releases can be read too. Every threshold is a constant with its reason; each is set so that
-a training that went well does not meet it.
+The checks are pure functions from facts to warnings. A check whose facts are missing gives no
+warning, so that runs of earlier releases can be read too. Every threshold is a constant with its
+reason, chosen so that a successful training gives no warning.
 """
 
 from __future__ import annotations
@@ -22,43 +22,44 @@ from dsnet.training.data_defaults import MAX_EPOCHS
 Floats = NDArray[np.float64]
 
 MIN_STEPS = 400
-"""Below so many updates even small networks had not learnt their task: 240 left a depthwise network
-12 points below a plain one trained for as long (2,062 photos of ten classes), 450 are enough for 8
-x 8 digits."""
+"""Fewest updates without a warning. With fewer, even small networks had not learnt their task: 240
+left a depthwise network 12 points below a plain one trained for as long (2,062 photos of ten
+classes), 450 are enough for 8 x 8 digits."""
 ENOUGH_STEPS = 2000
-"""From here on a loss that falls at the end is the schedule's doing: a learning rate that goes to 0
-lowers every loss once more."""
+"""Updates from which on a loss that still decreases at the end is no reason for a warning: the
+learning rate that goes to 0 lowers every loss once more."""
 FALLING_SHARE = 0.10
-"""Of the whole fall of the loss, what the last fifth of a short training may still bring."""
+"""Largest part of the total decrease of the loss that the last fifth of a short training may
+contribute without a warning."""
 ADVISED_STEPS = 1000
-"""What the way out of too few steps aims at: the photos above came within 2 points of the plain
-network there."""
+"""Fewest updates that the advice for too few steps recommends: with as many, the photos above came
+within 2 points of the plain network."""
 STILL_SHARE = 0.15
-"""Of the training, how long a loss may stand still before it falls on. Digits' students begin after
-6 %, those of the photos after 25 %."""
+"""Length of a plateau of the loss that gives a warning, as a share of the training. The students'
+losses begin to decrease after 6 % on digits, and after 25 % on the photos."""
 STILL_CHANGE = 0.02
-"""Of the whole fall of the loss, what counts as standing still."""
+"""Largest decrease of the loss on a plateau, as a share of its total decrease."""
 FALLS_ON = 0.50
 """A plateau counts only while at least this share of the loss's total decrease is still to come.
 Later plateaus are normal: the loss settles at a level set by the learning rate and decreases again
 when the rate does."""
 SPIKE_SHARE = 0.5
-"""Of what a loss had fallen by, what it must rise again to be called a spike; the noise of a batch
-is far below."""
+"""A rise of the loss is a spike if it is larger than this share of the decrease so far; the noise
+of batches is far smaller."""
 LEARNT_SHARE = 0.2
-"""Of the loss at the start, what must have been learnt before a spike is one."""
+"""A spike counts only after the loss has decreased by this share of its initial value."""
 MIN_ROWS = 12
-"""Points of a curve below which its shape says nothing."""
+"""Fewest points of a curve whose shape is checked."""
 SMOOTH_ROWS = 5
-"""Points of a curve that are averaged before standing still is looked for."""
+"""Number of points of a curve that are averaged before plateaus are searched."""
 LEVEL = 0.05
-"""Of all comparisons of one check together, the chance of a false alarm."""
+"""Probability of a false alarm over all comparisons of one check together."""
 TEACHER_GAP = 0.02
-"""Top-1 that a teacher outside the routing space may have over the widest route; it is larger,
-after all."""
+"""Lead in top-1 over the widest route from which a teacher outside the routing space gives a
+warning; a small lead is expected, because the teacher is larger."""
 OVERFIT_GAP = 0.10
-"""Top-1 on images of `train` minus top-1 on `val`. Networks that generalise well lose 5 points or
-so."""
+"""Difference of top-1 on images of `train` and on `val` from which there is a warning. It is about
+0.05 for networks that generalise well."""
 
 
 @dataclass(frozen=True)
@@ -71,50 +72,51 @@ class Score:
 
     @property
     def variance(self) -> float:
-        """Of the share, with one image more of either kind: 100 % of few images is not certain."""
+        """Variance of the accuracy, estimated with one more right and one more wrong image, so that
+        it is not 0 for 100 % of few images."""
         share = (self.top1 * self.num_images + 1) / (self.num_images + 2)
         return share * (1 - share) / (self.num_images + 2)
 
 
 @dataclass(frozen=True)
 class TrainingFacts:
-    """What is known of a trained supernet; what is not known stays empty."""
+    """Known facts about a trained supernet; unknown ones keep their empty defaults."""
 
     num_steps: int = 0
-    """0: not trained here, or its curves are lost."""
+    """Number of updates; 0 = not trained here, or its curves are lost."""
     epochs: int = 0
     batch_size: int = 0
     is_from_scratch: bool = True
-    """Not from weights that somebody trained before."""
+    """Whether training did not start from pretrained weights."""
     teacher: str = "none"
-    """Who taught the narrower sub-networks, as `supernet.train.teacher` names it."""
+    """Teacher of the narrower sub-networks, as in `supernet.train.teacher`."""
     trust: str = "label_probability"
-    """How soft labels count, as `supernet.bootstrapping.trust` names it."""
+    """Weighting of soft labels, as in `supernet.bootstrapping.trust`."""
     curves: Mapping[str, tuple[Sequence[float], Sequence[float]]] = field(default_factory=dict)
-    """Sub-network -> (steps, losses), rising in steps; the first one learns from the labels."""
+    """Sub-network -> (steps, losses), in increasing steps; the first one learns from the labels."""
     routes: Sequence[Score] = ()
-    """The routable sub-networks on `val`, by rising MAdds."""
+    """Scores of the routable sub-networks on `val`, by increasing MAdds."""
     pairs: Sequence[tuple[int, int]] = ()
-    """(narrow, wide) positions in `routes`, where the wide one holds the narrow one."""
+    """(narrow, wide) positions in `routes`, where the wide sub-network contains the narrow one."""
     correct: NDArray[np.bool_] | None = None
-    """[N, K]: which image of `val` which route gets right, in the order of `routes`; None = only
-    the shares are known."""
+    """[N, K]: whether each route is right on each image of `val`, in the order of `routes`; None =
+    only the accuracies are known."""
     outside: Score | None = None
-    """On `val`: the teacher that is no route."""
+    """Score on `val` of a teacher that is not a route."""
     train: Score | None = None
-    """Of one of the routes, on images of `train` without augmentation."""
+    """Score of one of the routes on images of `train` without augmentation."""
 
 
 @dataclass(frozen=True)
 class TrainingWarning:
-    """Something that a person should know before believing the numbers of a run."""
+    """A finding that puts the numbers of a run into question."""
 
     code: str
     """few_steps | stood_still | spike | not_ordered | teacher_above | overfit."""
     text: str
-    """What was found, with its numbers; a sentence without its full stop."""
+    """The finding with its numbers; a sentence without its full stop."""
     way_out: str
-    """What to change, by the names of the settings."""
+    """Advice on what to change, with the names of the settings."""
     numbers: Mapping[str, Any]
 
     def __str__(self) -> str:
@@ -126,7 +128,7 @@ class TrainingWarning:
 
 
 def training_warnings(facts: TrainingFacts) -> tuple[TrainingWarning, ...]:
-    """Everything that the checks find, the gravest causes first."""
+    """The warnings of all checks, the gravest causes first."""
     checks = (few_steps, stood_still, spike, not_ordered, teacher_above, overfit)
     return tuple(found for check in checks if (found := check(facts)) is not None)
 
@@ -135,8 +137,8 @@ def training_warnings(facts: TrainingFacts) -> tuple[TrainingWarning, ...]:
 
 
 def few_steps(facts: TrainingFacts) -> TrainingWarning | None:
-    """Too few updates, by their number or by a loss that still falls where a short training
-    ends."""
+    """Warn of too few updates, by their number or by a loss that still decreases at the end of a
+    short training."""
     if not 0 < facts.num_steps < ENOUGH_STEPS or not facts.is_from_scratch:
         return None
     falling = _falling_share(facts)
@@ -160,8 +162,8 @@ def few_steps(facts: TrainingFacts) -> TrainingWarning | None:
 
 
 def _falling_share(facts: TrainingFacts) -> float | None:
-    """What the last fifth of the steps adds to the fall of the loss that learns from the labels, as
-    a share of the whole fall."""
+    """Share of the total decrease of the loss from the labels that the last fifth of the steps
+    contributes; None if it cannot be estimated."""
     if not facts.curves:
         return None
     steps, losses = _curve(next(iter(facts.curves.values())))
@@ -176,8 +178,8 @@ def _falling_share(facts: TrainingFacts) -> float | None:
 
 
 def stood_still(facts: TrainingFacts) -> TrainingWarning | None:
-    """A loss that did not move for a large part of the training, and fell later; or one that never
-    fell."""
+    """Warn of a loss that did not change for a large part of the training and decreased later, or
+    that never decreased."""
     if not facts.is_from_scratch or facts.num_steps <= 0:
         return None
     shares = {
@@ -197,16 +199,15 @@ def stood_still(facts: TrainingFacts) -> TrainingWarning | None:
 
 
 def _labels_too(facts: TrainingFacts) -> str:
-    """The further way out where sub-networks learn from nothing but a teacher, who knows nothing at
-    first."""
+    """Further advice if sub-networks learn only from a teacher, which is untrained at first."""
     if facts.teacher == "none" or facts.trust != "full":
         return ""
     return "; or let soft labels count as far as the teacher knows the label (supernet.bootstrapping.trust: label_probability)"
 
 
 def _still_share(curve: tuple[Sequence[float], Sequence[float]], num_steps: int) -> float:
-    """The longest stretch, as a share of the steps, over which the loss fell by nearly nothing of
-    all that it fell by later."""
+    """Length of the longest plateau of the loss before its main decrease, as a share of the steps;
+    1 if the loss never decreased."""
     steps, losses = _curve(curve)
     if len(steps) < MIN_ROWS:
         return 0.0
@@ -222,17 +223,17 @@ def _still_share(curve: tuple[Sequence[float], Sequence[float]], num_steps: int)
             break
         while lowest[start] - lowest[end] > STILL_CHANGE * fall:
             start += 1
-        if end - start < SMOOTH_ROWS:  # two means with rows in common are alike whatever the loss does
+        if end - start < SMOOTH_ROWS:  # means that share rows are similar whatever the loss does
             continue
         begin = float(
             steps[0] if start == 0 else at[start]
-        )  # the first row is late where the largest trained alone at first
+        )  # the first row is late if the largest sub-network trained alone at first
         longest = max(longest, (float(at[end]) - begin) / num_steps)
     return longest
 
 
 def spike(facts: TrainingFacts) -> TrainingWarning | None:
-    """A loss that rose again by a large part of what it had fallen by."""
+    """Warn of a loss that rose again by a large part of its decrease."""
     found = [
         (rise, name, step, low, high) for name, curve in facts.curves.items() for rise, step, low, high in _rises(curve)
     ]
@@ -249,8 +250,8 @@ def spike(facts: TrainingFacts) -> TrainingWarning | None:
 
 
 def _rises(curve: tuple[Sequence[float], Sequence[float]]) -> Iterator[tuple[float, int, float, float]]:
-    """The highest rise over the lowest loss so far that is large enough: (share of what was learnt,
-    step, from, to)."""
+    """Yield the highest rise over the lowest loss so far, if it is a spike: (share of the decrease
+    so far, step, from, to)."""
     steps, losses = _curve(curve)
     if len(steps) < MIN_ROWS:
         return
@@ -272,8 +273,8 @@ def _curve(curve: tuple[Sequence[float], Sequence[float]]) -> tuple[Floats, Floa
 
 
 def not_ordered(facts: TrainingFacts) -> TrainingWarning | None:
-    """A sub-network that holds another one and is worse on `val`, beyond what chance gives among so
-    many pairs."""
+    """Warn of a sub-network that contains another one and is significantly worse on `val`,
+    corrected for the number of pairs."""
     if not facts.pairs:
         return None
     chances = _worse_by_chance(facts)
@@ -299,12 +300,12 @@ def not_ordered(facts: TrainingFacts) -> TrainingWarning | None:
 
 
 def _worse_by_chance(facts: TrainingFacts) -> list[float]:
-    """For each pair the chance of the wide one being so much worse if the two were equally good;
-    one-sided, 1 where it is not worse.
+    """One-sided p-value of each pair: the probability that the wide sub-network is so much worse if
+    the two are equally good.
 
-    With the images known McNemar's test: the images that one gets right and the other wrong fall to
-    either side alike. Without them both are taken as independent, which is cautious: sub-networks
-    of one supernet err on the same images.
+    If the images are known, it is McNemar's test on the images that only one of the two gets right,
+    and 1 if the wide one is not worse. Otherwise the two accuracies are taken as independent, which
+    is conservative, because sub-networks of one supernet err on the same images.
     """
     narrow, wide = np.asarray(facts.pairs, dtype=np.int64).T
     if facts.correct is None:
@@ -322,8 +323,8 @@ def _normal_tail(z: float) -> float:
 
 @cache
 def _binomial_tail(count: int, total: int) -> float:
-    """P(X >= count) for X of `total` fair coins; by the normal distribution where there are
-    many."""
+    """P(X >= count) for the number X of heads of `total` fair coins; a normal approximation above
+    200."""
     if total > 200:
         return _normal_tail((count - 0.5 - total / 2) / math.sqrt(total / 4))
     ways = tail = math.comb(total, count)
@@ -334,8 +335,8 @@ def _binomial_tail(count: int, total: int) -> float:
 
 
 def teacher_above(facts: TrainingFacts) -> TrainingWarning | None:
-    """A teacher that no image is ever routed to and that is far better than the widest route: what
-    it can was not handed down."""
+    """Warn of a teacher that is not a route and is far better than the widest route, so that its
+    knowledge was not distilled."""
     if facts.outside is None or not facts.routes:
         return None
     widest = facts.routes[-1]
@@ -353,7 +354,7 @@ def teacher_above(facts: TrainingFacts) -> TrainingWarning | None:
 
 
 def overfit(facts: TrainingFacts) -> TrainingWarning | None:
-    """A network that knows its training images far better than others."""
+    """Warn of a network that is far better on its training images than on others."""
     on_val = None if facts.train is None else next((own for own in facts.routes if own.name == facts.train.name), None)
     if facts.train is None or on_val is None or not _is_above(facts.train, on_val, OVERFIT_GAP):
         return None
@@ -370,7 +371,7 @@ def overfit(facts: TrainingFacts) -> TrainingWarning | None:
 
 
 def _is_above(high: Score, low: Score, gap: float) -> bool:
-    """Whether the difference is at least `gap`, and more than chance gives (one-sided, as
-    independent samples)."""
+    """Whether the difference is at least `gap` and significant (one-sided, for independent
+    samples)."""
     difference = high.top1 - low.top1
     return difference >= gap and _normal_tail(difference / math.sqrt(high.variance + low.variance)) < LEVEL

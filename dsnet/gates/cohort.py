@@ -32,57 +32,60 @@ from dsnet.gates.problem import Node, Problem
 from dsnet.gates.settings import GateSettings
 
 LANES = 8
-"""Trials in one program: more of them do not fit into the cache, fewer leave the processor idle."""
+"""Most trials in one program: more of them do not fit into the cache, fewer leave the processor
+idle."""
 MIN_LANES = 2
-"""A lone trial is trained twice: a batch of one product takes another path, whose sums differ in
-the last bits."""
+"""Fewest trials in one program. A single trial is trained twice, side by side, because a batch of
+one product takes another code path, whose sums differ in the last bits."""
 ORDER_SEED = 0
-"""Of the images' order, the same for every trial."""
+"""Seed of the order of the images, the same for every trial."""
 TINY = 1e-20
-"""Probabilities below count as 0: they teach nothing, and arithmetic on denormal numbers is
-slow."""
+"""Probabilities below this are set to 0: their gradients are negligible, and arithmetic on denormal
+numbers is slow."""
 MOMENTUM = 0.9
 ADAM_BETAS = (0.9, 0.999)
 ADAM_EPS = 1e-8
 
 
 @dataclass(frozen=True)
-class Lane:
-    """What one trial brings; costs are relative to the set's widest route."""
+class TrialSetup:
+    """Settings and routing space of one trial; costs are relative to the widest route of the
+    set."""
 
     settings: GateSettings
     allowed: Tensor
     """bool [K]: the routing space."""
     madds: Tensor
-    """[K]"""
+    """[K]: relative cost of each route."""
     target: float
+    """Target cost, relative."""
     targets: Tensor
-    """int64 [N]: the route that SGS asks for."""
+    """int64 [N]: the target route of each image for SGS (sandwich gate sparsification)."""
     widest_madds: float
-    """What 1 stands for."""
+    """MAdds of the widest route, the unit of the relative costs."""
 
 
 @dataclass(frozen=True)
-class Lesson:
-    """What all lanes of a cohort share."""
+class CohortData:
+    """Decisions, features and stored results of the routes, shared by all lanes of a cohort."""
 
     problem: Problem
     features: Sequence[Tensor]
     """For each node [N, D], scaled."""
     ce: Tensor
-    """[N, K]"""
+    """[N, K]: cross-entropy of each route on each image."""
     correct: Tensor
-    """float [N, K]: 1 where a route is right."""
+    """float [N, K]: 1 where a route's prediction is correct, else 0."""
 
     @property
     def num_images(self) -> int:
-        """N."""
+        """Number of images, N."""
         return len(self.ce)
 
 
 @dataclass(frozen=True)
 class TrainedHead:
-    """One head of one lane, for scaled features."""
+    """A trained head of one lane, for scaled features."""
 
     weight: Tensor
     bias: Tensor | None = None
@@ -90,29 +93,31 @@ class TrainedHead:
     inner_bias: Tensor | None = None
 
 
-def train_cohort(lesson: Lesson, lanes: Sequence[Lane]) -> list[list[TrainedHead]]:
+def train_cohort(data: CohortData, lanes: Sequence[TrialSetup]) -> list[list[TrainedHead]]:
     """Train the heads of every lane; lanes share optimiser, steps, batch size and hidden units.
 
     Returns:
-        for each lane its heads, in the problem's order; not finite where training diverged.
+        for each lane its heads, in the order of the problem; their weights are not finite where
+            training diverged.
     """
     trained: list[list[TrainedHead]] = []
     for start in range(0, len(lanes), LANES):
         own = list(lanes[start : start + LANES])
         padded = own + own[:1] * (MIN_LANES - len(own))
-        trained += _Program(lesson, padded).run()[: len(own)]
+        trained += _Program(data, padded).run()[: len(own)]
     return trained
 
 
 class _LinearHead:
-    """One bias-free layer per lane, from zero: the published slimming head."""
+    """The published slimming head: one layer without bias per lane, initialised to zero."""
 
-    def __init__(self, num_features: int, num_choices: int, lanes: Sequence[Lane]) -> None:
+    def __init__(self, num_features: int, num_choices: int, lanes: Sequence[TrialSetup]) -> None:
         self.parameters = [torch.zeros(len(lanes), num_choices, num_features)]
         self.gradients = [torch.zeros_like(self.parameters[0])]
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, D] -> logits [T, C, B], and nothing to remember."""
+        """Map features [B, D] to logits [T, C, B]; the second result is `x`, which `backward` does
+        not need."""
         (weight,) = self.parameters
         return torch.bmm(weight, x.T.expand(len(weight), -1, -1)), x
 
@@ -125,10 +130,10 @@ class _LinearHead:
 
 
 class _PerceptronHead:
-    """Two layers per lane; the first from random weights, the second from zero, so that all choices
-    begin equal."""
+    """A perceptron of two layers per lane; the first is initialised at random and the second to
+    zero, so that all choices are equally likely at first."""
 
-    def __init__(self, num_features: int, num_choices: int, lanes: Sequence[Lane]) -> None:
+    def __init__(self, num_features: int, num_choices: int, lanes: Sequence[TrialSetup]) -> None:
         hidden = lanes[0].settings.hidden_units
         draws = [torch.Generator().manual_seed(lane.settings.seed) for lane in lanes]
         inner = torch.stack([torch.randn(hidden, num_features, generator=draw) for draw in draws])
@@ -141,7 +146,8 @@ class _PerceptronHead:
         self.gradients = [torch.zeros_like(parameter) for parameter in self.parameters]
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, D] -> logits [T, C, B] and the hidden layer [T, hidden, B]."""
+        """Map features [B, D] to logits [T, C, B]; the second result is the hidden layer
+        [T, hidden, B], which `backward` needs."""
         inner, inner_bias, outer, outer_bias = self.parameters
         active = torch.bmm(inner, x.T.expand(len(inner), -1, -1)).add_(inner_bias).relu_()
         return torch.baddbmm(outer_bias, outer, active), active
@@ -161,77 +167,80 @@ class _PerceptronHead:
 
 @dataclass
 class _Pass:
-    """One node in one step; T lanes, C choices, B images."""
+    """Forward pass of one node in one training step; T lanes, C choices, B images."""
 
     logits: Tensor
     """[T, C, B]"""
     q: Tensor
     """[T, C, B]: softmax at the step's temperature."""
     memory: Tensor
+    """The second result of the head's `forward`."""
     branch_ce: Tensor
     """[C, B] or [T, C, B]: expected cross-entropy after each choice."""
     branch_cost: Tensor
-    """[T, C, 1] or [T, C, B]"""
+    """[T, C, 1] or [T, C, B]: expected cost after each choice."""
     ce: Tensor
-    """[T, 1, B]: expected from here on."""
+    """[T, 1, B]: expected cross-entropy from this node on."""
     cost: Tensor
-    """[T, 1, B]"""
+    """[T, 1, B]: expected cost from this node on."""
 
 
 class _Program:
-    """The training of up to `LANES` trials."""
+    """Joint training of up to `LANES` trials."""
 
-    def __init__(self, lesson: Lesson, lanes: Sequence[Lane]) -> None:
-        self.lesson = lesson
-        self.nodes = lesson.problem.nodes
+    def __init__(self, data: CohortData, lanes: Sequence[TrialSetup]) -> None:
+        self.data = data
+        self.nodes = data.problem.nodes
         self.lanes = lanes
-        kind = _PerceptronHead if lesson.problem.is_perceptron else _LinearHead
+        kind = _PerceptronHead if data.problem.is_perceptron else _LinearHead
         shapes: dict[int, tuple[int, int]] = {}
-        for node, features in zip(self.nodes, lesson.features, strict=True):
+        for node, features in zip(self.nodes, data.features, strict=True):
             shapes.setdefault(node.head, (features.shape[1], node.num_choices))
-        self.heads = [kind(*shapes[index], lanes) for index in range(lesson.problem.num_heads)]
+        self.heads = [kind(*shapes[index], lanes) for index in range(data.problem.num_heads)]
         self.madds = torch.stack([lane.madds for lane in lanes])
         self.targets = torch.stack([lane.targets for lane in lanes])
         shares = [self._shares(node) for node in self.nodes]
         self.is_open = [(share > 0).any(2, keepdim=True) for share in shares]
         self.masks = [_mask(is_open) for is_open in self.is_open]
         self.choice_of = [self._choice_of(node) for node in self.nodes]
-        self.behind = [_Behind.of(node, share, self.madds) for node, share in zip(self.nodes, shares, strict=True)]
+        self.choice_routes = [
+            _ChoiceRoutes.of(node, share, self.madds) for node, share in zip(self.nodes, shares, strict=True)
+        ]
         self.weights = _Weights(lanes)
         self.optimizer = _Optimizer(lanes, self.heads)
 
     def _choice_of(self, node: Node) -> Tensor:
-        """int64 [K]: which choice leads to each route; -1 where none does."""
-        choice_of = torch.full((self.lesson.ce.shape[1],), -1, dtype=torch.int64)
-        for choice, routes in self.lesson.problem.routes_behind(node).items():
+        """int64 [K]: the choice of a node that leads to each route; -1 where none does."""
+        choice_of = torch.full((self.data.ce.shape[1],), -1, dtype=torch.int64)
+        for choice, routes in self.data.problem.routes_behind(node).items():
             choice_of[routes] = choice
         return choice_of
 
     def _shares(self, node: Node) -> Tensor:
-        """[T, C, K]: for each choice the share of each allowed route behind it; zeros where none
-        is."""
+        """[T, C, K]: averaging weights of the routes behind each choice: 1 / n for each of the n
+        allowed ones, zeros where there are none."""
         allowed = torch.stack([lane.allowed for lane in self.lanes]).float()
         shares = torch.zeros(len(self.lanes), node.num_choices, allowed.shape[1])
-        for choice, routes in self.lesson.problem.routes_behind(node).items():
+        for choice, routes in self.data.problem.routes_behind(node).items():
             shares[:, choice, routes] = allowed[:, routes]
         return shares / shares.sum(2, keepdim=True).clamp_min(1.0)
 
     def run(self) -> list[list[TrainedHead]]:
         settings = self.lanes[0].settings
-        for step, rows in enumerate(batches(self.lesson.num_images, settings.batch_size, settings.steps)):
+        for step, rows in enumerate(batches(self.data.num_images, settings.batch_size, settings.steps)):
             self._step(rows, self.weights.temperatures[step])
             self.optimizer.step()
         return [[head.trained(lane) for head in self.heads] for lane in range(len(self.lanes))]
 
     def _step(self, rows: Tensor, temperature: Tensor) -> None:
-        """Leave the gradients of one batch in the heads."""
-        images = [features.index_select(0, rows) for features in self.lesson.features]
-        ce = self.lesson.ce.index_select(0, rows).T
+        """Add the gradients of one batch to those that the heads hold."""
+        images = [features.index_select(0, rows) for features in self.data.features]
+        ce = self.data.ce.index_select(0, rows).T
         targets = self.targets[:, rows]
         quality = self._quality(rows, ce)
         passes: dict[int, _Pass] = {}
         for position in reversed(range(len(self.nodes))):
-            passes[position] = self._look(position, images[position], ce, temperature, passes)
+            passes[position] = self._forward_node(position, images[position], ce, temperature, passes)
         slope = self.weights.slope(passes[0].cost.mean((1, 2))) / (temperature * len(rows))
         cls = self.weights.cls / (temperature * len(rows))
         reach: dict[int, Tensor] = {}
@@ -247,8 +256,10 @@ class _Program:
             self._add_quality(gradient, done.logits, position, quality)
             self.heads[node.head].backward(images[position], done.memory, gradient)
 
-    def _look(self, position: int, x: Tensor, ce: Tensor, temperature: Tensor, passes: dict[int, _Pass]) -> _Pass:
-        """Forward of one node, whose children are known."""
+    def _forward_node(
+        self, position: int, x: Tensor, ce: Tensor, temperature: Tensor, passes: dict[int, _Pass]
+    ) -> _Pass:
+        """Forward pass of one node; `passes` holds those of its children."""
         logits, memory = self.heads[self.nodes[position].head].forward(x)
         logits += self.masks[position]
         q = _softmax(logits / temperature)
@@ -264,11 +275,11 @@ class _Program:
         )
 
     def _branches(self, position: int, ce: Tensor, q: Tensor, passes: dict[int, _Pass]) -> tuple[Tensor, Tensor]:
-        """Expected cross-entropy and cost after each choice; anything finite for a choice that the
-        node lacks."""
-        behind = self.behind[position]
-        if behind.cost is not None:
-            return behind.of_routes(ce, 0), behind.cost
+        """Expected cross-entropy and cost after each choice; arbitrary finite values for a choice
+        that the node does not have."""
+        choice_routes = self.choice_routes[position]
+        if choice_routes.cost is not None:
+            return choice_routes.of_routes(ce, 0), choice_routes.cost
         node = self.nodes[position]
         branch_ce, branch_cost = torch.zeros_like(q), torch.zeros_like(q)
         for choice, child in node.children:
@@ -277,8 +288,8 @@ class _Program:
         return branch_ce, branch_cost
 
     def _add_sgs(self, gradient: Tensor, logits: Tensor, choices: Tensor) -> None:
-        """Add that of the cross-entropy on the logits, for images [T, B] whose target's path passes
-        the node (choice >= 0)."""
+        """Add the gradient of the SGS loss, the cross-entropy of the logits against the target
+        choices [T, B], for images whose target path passes the node (choice >= 0)."""
         if not self.weights.has_sgs:
             return
         error = _softmax(logits)
@@ -287,56 +298,58 @@ class _Program:
         gradient.addcmul_(error, self.weights.sgs * is_on_path, value=1.0 / choices.shape[1])
 
     def _quality(self, rows: Tensor, ce: Tensor) -> Tensor | None:
-        """[T, K, B]: how good each route's answer is; None where no lane asks."""
+        """[T, K, B]: quality of each route's answer, its correctness or the probability of the
+        label; None if no lane has a quality loss."""
         if not self.weights.has_quality:
             return None
-        correct = self.lesson.correct.index_select(0, rows).T
+        correct = self.data.correct.index_select(0, rows).T
         return torch.where(self.weights.is_probability, ce.neg().exp_(), correct)
 
     def _add_quality(self, gradient: Tensor, logits: Tensor, position: int, quality: Tensor | None) -> None:
-        """Add that of half the squared difference to how good the answers behind each choice are,
-        on average over its routes."""
+        """Add the gradient of the quality loss: half the squared difference between each logit and
+        the mean quality of the routes behind its choice."""
         if quality is None:
             return
-        difference = logits - self.behind[position].mean(quality)
+        difference = logits - self.choice_routes[position].mean(quality)
         difference = torch.where(self.is_open[position], difference, 0.0)
         gradient.addcmul_(difference, self.weights.quality, value=1.0 / logits.shape[2])
 
 
 def _softmax(logits: Tensor) -> Tensor:
-    """Over the choices of [T, C, B]."""
+    """Softmax over the choices of logits [T, C, B]; probabilities of at most `TINY` become 0."""
     return F.threshold(torch.softmax(logits, dim=1), TINY, 0.0, inplace=True)
 
 
 def _gradient(done: _Pass, cls: Tensor, slope: Tensor) -> Tensor:
-    """[T, C, B]: of cls * CE + slope * cost, as expected from this node on, with respect to its
-    logits times the temperature."""
+    """[T, C, B]: the temperature times the gradient of cls * CE + slope * cost, expected from this
+    node on, with respect to the node's logits."""
     value = torch.addcmul(slope * done.branch_cost, cls, done.branch_ce)
     return value.sub_(cls * done.ce + slope * done.cost).mul_(done.q)
 
 
 def _mask(is_open: Tensor) -> Tensor:
-    """[T, C, 1]: 0 for a choice that leads to an allowed route, -inf for others; zeros where the
-    node itself cannot be reached."""
+    """[T, C, 1]: mask to add to logits: 0 for a choice that leads to an allowed route, -inf for
+    others; all zeros where the node itself cannot be reached."""
     is_shut = ~is_open & is_open.any(1, keepdim=True)
     return torch.zeros(is_open.shape).masked_fill_(is_shut, -torch.inf)
 
 
 @dataclass(frozen=True)
-class _Behind:
+class _ChoiceRoutes:
     """The routes behind the choices of one node."""
 
     shares: Tensor
-    """[T, C, K]: for each choice the share of each allowed route behind it."""
+    """[T, C, K]: averaging weights of the allowed routes behind each choice."""
     cost: Tensor | None
-    """[T, C, 1] where the choices are routes."""
+    """[T, C, 1]: cost of each choice's route; None where the choices lead to further nodes."""
     route_of: Tensor | None
-    """int64 [C], any route for a choice that the node lacks; None where the choices are all routes
-    in order, or no routes."""
+    """int64 [C]: route of each choice, an arbitrary one for a choice that the node does not have;
+    None where the choices are all routes in order, or lead to further nodes."""
 
     @classmethod
-    def of(cls, node: Node, shares: Tensor, madds: Tensor) -> _Behind:
-        """Of a node, from the routes' costs [T, K]."""
+    def of(cls, node: Node, shares: Tensor, madds: Tensor) -> _ChoiceRoutes:
+        """Collect the routes behind a node's choices; `madds` [T, K] are the costs of all
+        routes."""
         if node.children:
             return cls(shares, None, None)
         if node.leaves == tuple((route, route) for route in range(madds.shape[1])):
@@ -347,18 +360,18 @@ class _Behind:
         return cls(shares, madds[:, route_of, None], route_of)
 
     def of_routes(self, values: Tensor, dim: int) -> Tensor:
-        """The choices' values from those of all routes along `dim`."""
+        """Select the values of the choices' routes from those of all routes along `dim`."""
         return values if self.route_of is None else values.index_select(dim, self.route_of)
 
     def mean(self, values: Tensor) -> Tensor:
-        """[T, K, B] -> [T, C, B], over the allowed routes behind each choice."""
+        """Mean over the allowed routes behind each choice: [T, K, B] -> [T, C, B]."""
         return torch.bmm(self.shares, values) if self.cost is None else self.of_routes(values, 1)
 
 
 class _Weights:
-    """The knobs of the loss, a value per lane."""
+    """Weights, temperatures and targets of the loss, a value per lane."""
 
-    def __init__(self, lanes: Sequence[Lane]) -> None:
+    def __init__(self, lanes: Sequence[TrialSetup]) -> None:
         settings = [lane.settings for lane in lanes]
         self.cls = _column([item.lambda_cls for item in settings])
         self.sgs = _column([item.lambda_sgs for item in settings])
@@ -384,21 +397,22 @@ class _Weights:
         return (self._complexity * slope)[:, None, None]
 
 
-def _paper_unit(lane: Lane) -> float:
-    """What the published forms divide the cost by, in units of the widest route."""
+def _paper_unit(lane: TrialSetup) -> float:
+    """Divisor of the cost in the published complexity terms, in units of the widest route."""
     unit = PAPER_UNIT / lane.widest_madds
     return unit if lane.settings.complexity_form == "paper_raw" else unit * lane.widest_madds / PAPER_WIDEST
 
 
 def _column(values: Sequence[float]) -> Tensor:
-    """[T, 1, 1]"""
+    """A tensor [T, 1, 1] of one value per lane."""
     return torch.tensor(values)[:, None, None]
 
 
 class _Optimizer:
-    """Adam, or SGD with Nesterov momentum, as torch's, with a rate and a decay per lane."""
+    """Adam, or SGD with Nesterov momentum, with the update rules of torch, and a learning rate and
+    a weight decay per lane."""
 
-    def __init__(self, lanes: Sequence[Lane], heads: Sequence[_LinearHead | _PerceptronHead]) -> None:
+    def __init__(self, lanes: Sequence[TrialSetup], heads: Sequence[_LinearHead | _PerceptronHead]) -> None:
         self._is_adam = lanes[0].settings.optimizer == "adam"
         self._lr = _column([lane.settings.lr for lane in lanes])
         self._decay = _column([lane.settings.weight_decay for lane in lanes])
@@ -429,8 +443,8 @@ class _Optimizer:
 
 
 def batches(num_images: int, batch_size: int, steps: int) -> Iterator[Tensor]:
-    """Rows of each step: epochs in a fixed random order, of which an incomplete last batch is left
-    out."""
+    """Yield the rows of each step's batch: every epoch is in a fixed random order, and its
+    incomplete last batch is left out."""
     generator = torch.Generator().manual_seed(ORDER_SEED)
     size = min(batch_size, num_images)
     order, start = torch.randperm(num_images, generator=generator), 0

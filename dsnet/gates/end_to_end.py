@@ -1,13 +1,14 @@
 """Stage II on images: the slimming heads of a frozen supernet, trained end to end (docs/methods.md,
 sections 4 and 5).
 
-What table training sums exactly is sampled here: straight-through Gumbel choices, the task's loss
-through the network, for one gate or for several whose choices multiply. It is the published way,
-and the oracle beside which table training is measured.
+The expectation over routes, which table training sums exactly, is sampled here: choices are drawn
+by the straight-through Gumbel-softmax, and the task's loss is propagated back through the network,
+for one gate or for several whose choices multiply. It is the published method, and the reference
+with which table training is compared.
 
-Training may be cut at epochs and go on in another process as if it had not been: everything that it
-depends on is in its progress. On the CPU that holds to the bit, with one kind of processor and one
-number of threads.
+Training may be interrupted after any epoch and resumed in another process with the same result:
+everything that the rest depends on is in its progress. On the CPU the result is the same to the
+bit, for one kind of processor and one number of threads.
 """
 
 from __future__ import annotations
@@ -40,19 +41,20 @@ from dsnet.space.spec import Subnet
 from dsnet.space.subnet_set import SubnetSet
 
 STREAMS = ("order", "noise", "augmentation")
-"""What is random in training; each has a generator of its own."""
+"""Names of the random streams of training; each has its own generator."""
 SMALLEST_SCALE = 1e-6
-"""A hidden unit that is always zero is left alone."""
+"""Lower bound of the scale of a hidden unit, for units that are always zero."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EndToEndSettings:
-    """What only training on images needs; the rest, the batch size too, is `GateSettings`."""
+    """Settings that only training on images needs; the others, the batch size among them, are in
+    `GateSettings`."""
 
     epochs: int = 30
     """Passes over the gate split; they take the place of `GateSettings.steps`."""
     augmentation: Augmentation | None = None
-    """Of the images that train; None = none."""
+    """Augmentation of the training images; None = none."""
 
     def __post_init__(self) -> None:
         if self.epochs < 1:
@@ -68,7 +70,7 @@ class GateImages:
     labels: Tensor
     """int64 [N]"""
     normalization: Normalization
-    """What the supernet was trained with."""
+    """The normalisation that the supernet was trained with."""
 
     def __post_init__(self) -> None:
         if not 0 < len(self.images) == len(self.labels):
@@ -86,18 +88,18 @@ class PathCosts:
     """
 
     madds: Tensor
-    """float64 [R]"""
+    """float64 [R]: MAdds of each route."""
     switched: tuple[Tensor, ...]
     """For each gate float64 [R, K]: MAdds of each route with that gate's choice exchanged and all
     others kept."""
     target: float
-    """Clamped into the routing space's range."""
+    """Target MAdds, clamped into the range of the routing space."""
     widest: float
     """MAdds of the costliest member of the whole set."""
 
     @classmethod
     def of(cls, subnets: SubnetSet, gated: GatedSupernet, settings: GateSettings, image_size: int) -> PathCosts:
-        """Count them, for square images of `image_size` pixels."""
+        """Count the MAdds of all routes, for square images of `image_size` pixels a side."""
         costs: dict[tuple[int, ...], float] = {}
 
         def madds_of(widths: tuple[int, ...]) -> float:
@@ -123,9 +125,9 @@ class PathCosts:
     def expected(self, mixed: Mixed) -> Tensor:
         """Mean MAdds of a batch (scalar).
 
-        In value exactly those of the chosen routes; the gradient of a gate's weight is what a route
-        costs with that choice and the others as they fell: that of the sum over all paths of the
-        product of their weights.
+        The value is exactly that of the chosen routes. The gradient with respect to a gate's weight
+        is the cost of the route with that choice and all other choices as drawn: the gradient of
+        the sum, over all paths, of cost times the product of the weights.
         """
         total = self._relative(self.madds, mixed)
         for weights, table in zip(mixed.weights, self.switched, strict=True):
@@ -133,15 +135,15 @@ class PathCosts:
         return total.mean() * self.widest
 
     def _relative(self, table: Tensor, mixed: Mixed) -> Tensor:
-        """Of each image's route, in units of the widest: float32 would not hold MAdds to the
-        digit."""
+        """Rows of `table` for each image's route, in units of the widest route, because float32
+        does not represent MAdds exactly."""
         rows = table[mixed.positions.cpu()] / self.widest
         return rows.to(mixed.logits.device, mixed.logits.dtype)
 
 
 def _widths_by_choice(subnets: SubnetSet, gated: GatedSupernet, gate: int) -> dict[int, tuple[int, tuple[int, ...]]]:
-    """For each choice of a gate that some route takes: the first channel group that it decides, and
-    the widths that it gives."""
+    """For each choice of a gate that some route takes: the first channel group that it sets, and
+    the widths of its groups."""
     spec = subnets.spec
     start = spec.num_prefix_groups(gate)
     stop = spec.num_prefix_groups(gate + 1) if gate + 1 < gated.num_gates else len(spec.groups)
@@ -154,8 +156,7 @@ def _exchanged(widths: tuple[int, ...], start: int, new: tuple[int, ...]) -> tup
 
 
 def sgs_targets(answers: Tensor, labels: Tensor, settings: GateSettings) -> Tensor:
-    """What sandwich gate sparsification asks for, image by image (precedence easy > hard >
-    dependent).
+    """The targets of sandwich gate sparsification for a batch (precedence easy > hard > dependent).
 
     Args:
         answers: logits [B, R, num_classes] of routes from the cheapest to the costliest; `extremes`
@@ -164,7 +165,7 @@ def sgs_targets(answers: Tensor, labels: Tensor, settings: GateSettings) -> Tens
         settings: strategy, target and thresholds.
 
     Returns:
-        int64 [B]: which of these routes.
+        int64 [B]: positions among these routes.
     """
     is_right = answers.argmax(2) == labels[:, None]
     p = answers[:, [0, -1]].float().softmax(2).gather(2, labels[:, None, None].expand(-1, 2, 1))[:, :, 0]
@@ -175,11 +176,12 @@ def sgs_loss(gated: GatedSupernet, answers: Answers, choosers: Sequence[Chooser]
     """Mean cross-entropy of the gates' logits against the target paths: the sum over the gates that
     each path passes (scalar).
 
-    A gate is asked at the path's own node, wherever the sampled choices have led the image.
+    A gate is evaluated at the node of the target path, wherever the sampled choices have led the
+    image.
 
     Args:
-        gated: the gates.
-        answers: hold the hidden vectors at the nodes of all target paths.
+        gated: the supernet with its gates.
+        answers: the answers, with the hidden vectors at the nodes of all target paths.
         choosers: one for each gate; noise and temperature are not used.
         targets: int64 [B], positions in the routing space.
     """
@@ -194,7 +196,7 @@ def sgs_loss(gated: GatedSupernet, answers: Answers, choosers: Sequence[Chooser]
 
 
 class GateObjective:
-    """The loss of Stage II on a batch of images."""
+    """The loss of Stage II for a batch of images."""
 
     def __init__(self, supernet: Supernet, settings: GateSettings, image_size: int) -> None:
         """Args:
@@ -203,8 +205,8 @@ class GateObjective:
         image_size: pixels a side.
 
         Raises:
-            ValueError: the router cannot be trained end to end, a loss is on that only table
-                training has, or the routing space holds ids that the set does not have.
+            ValueError: the router cannot be trained end to end, a loss is used that only table
+                training has, or the routing space is not a list of increasing ids of the set.
         """
         if not settings.kind.trains_end_to_end:
             able = kind_names(lambda kind: kind.trains_end_to_end)
@@ -228,11 +230,12 @@ class GateObjective:
         self.extremes = (by_cost[0], by_cost[-1])
         needs_all = self.gated.num_gates == 1 or settings.sgs_target == "cheapest"
         self.asked: tuple[int, ...] = tuple(by_cost) if needs_all else self.extremes
-        """Positions in the routing space of the routes whose answers a batch needs, by cost."""
+        """Routes whose answers a batch needs, as positions in the routing space, from the cheapest
+        to the costliest."""
 
     def __call__(self, images: Tensor, labels: Tensor, choosers: Sequence[Chooser]) -> Tensor:
-        """lambda_cls CE + lambda_sgs SGS + lambda_complexity C(E[MAdds]) of normalised images [B,
-        C, H, W] (scalar)."""
+        """The loss lambda_cls CE + lambda_sgs SGS + lambda_complexity C(E[MAdds]) of normalised
+        images [B, C, H, W] (scalar)."""
         settings, gated = self.settings, self.gated
         answers = gated.answers(images, self.asked)
         mixed = self.mixed(answers, choosers)
@@ -243,7 +246,7 @@ class GateObjective:
         return settings.lambda_cls * cls + settings.lambda_sgs * sgs + settings.lambda_complexity * cost
 
     def mixed(self, answers: Answers, choosers: Sequence[Chooser]) -> Mixed:
-        """The batch by straight-through choices."""
+        """Run the batch with straight-through choices."""
         if self.gated.num_gates == 1:
             return self.gated.mix_answers(answers, self.asked, choosers[0])
         return self.gated.mix_segments(answers.trunk, choosers)
@@ -251,7 +254,8 @@ class GateObjective:
 
 @contextmanager
 def frozen(supernet: Supernet) -> Iterator[None]:
-    """Within: eval mode, and no parameter takes a gradient."""
+    """Context in which the supernet is in eval mode and none of its parameters requires a
+    gradient; the previous state is restored afterwards."""
     was_training = supernet.training
     took_gradient = [parameter.requires_grad for parameter in supernet.parameters()]
     supernet.eval().requires_grad_(False)
@@ -264,22 +268,22 @@ def frozen(supernet: Supernet) -> Iterator[None]:
 
 
 Progress = Mapping[str, NDArray[Any]]
-"""All that the rest of a training depends on beside what it was given: about 20 kB for a head of a
-few hundred weights."""
+"""State from which training resumes, by name: together with the arguments, all that the rest of it
+depends on; about 20 kB for a head of a few hundred weights."""
 
 
 @dataclass(frozen=True, eq=False)
 class GateStage:
-    """Where a stage of training ended."""
+    """Result of a stage of training."""
 
     heads: list[Tensor]
-    """As `train_end_to_end` returns them."""
+    """The heads, in the form that `train_end_to_end` returns."""
     progress: Progress
-    """What the next stage starts from."""
+    """The state from which the next stage starts."""
 
 
 class _Training:
-    """Heads under training; within `frozen`."""
+    """A training of heads; to be used within `frozen`."""
 
     def __init__(
         self,
@@ -299,8 +303,8 @@ class _Training:
         self.heads = [
             torch.zeros(shape, device=self.device, requires_grad=True) for shape in self.objective.gated.head_shapes
         ]
-        """For hidden vectors of unit size; zero as in table training: at first all choices are
-        equally likely."""
+        """Weights for hidden vectors scaled to unit size; initialised to zero as in table training,
+        so that all choices are equally likely at first."""
         self.optimizer = _optimizer(self.heads, settings)
         self.order, self.noise, self.pixels = (
             torch.Generator().manual_seed(derive_seed(settings.seed, "end_to_end", stream)) for stream in STREAMS
@@ -314,27 +318,27 @@ class _Training:
 
     @property
     def num_epochs(self) -> int:
-        """Whole epochs done."""
+        """Number of completed epochs."""
         return self.num_done // self.steps_per_epoch
 
     def progress(self) -> dict[str, NDArray[Any]]:
-        """Copies of everything that changes, and of the scales, which need not be measured again;
-        between epochs only."""
+        """Copies of the changing state, and of the scales, so that they need not be measured again;
+        valid only between epochs."""
         state = {"num_done": torch.tensor(self.num_done)}
         for stream, generator in zip(STREAMS, (self.order, self.noise, self.pixels), strict=True):
             state[f"random/{stream}"] = generator.get_state()
         moments = self.optimizer.state_dict()["state"]
         for gate, (head, scale) in enumerate(zip(self.heads, self.scales, strict=True)):
             state |= {f"head/{gate}": head.detach(), f"scale/{gate}": scale}
-            own = moments.get(gate, {})  # none yet where no choice was ever to be learnt
+            own = moments.get(gate, {})  # empty for a head that never had a gradient
             state |= {f"optimizer/{gate}/{name}": value for name, value in own.items() if isinstance(value, Tensor)}
         return {name: np.array(value.cpu().numpy()) for name, value in state.items()}
 
     def _resume(self, state: Mapping[str, Tensor]) -> None:
-        """Go on where `progress` was taken.
+        """Restore the state that `progress` returned.
 
         Raises:
-            ValueError: it is not that of this training.
+            ValueError: the shapes of its heads are not those of this training.
         """
         shapes = {f"head/{gate}": tuple(head.shape) for gate, head in enumerate(self.heads)}
         met = {name: tuple(tensor.shape) for name, tensor in state.items() if name.startswith("head/")}
@@ -355,8 +359,8 @@ class _Training:
                 self.scales.append(state[f"scale/{gate}"].to(self.device))
 
     def _root_mean_squares(self) -> list[Tensor]:
-        """[hidden] of each gate's hidden vectors, over the cheapest and the costliest route; folds
-        exactly into the heads (ours)."""
+        """Root mean square [hidden] of each gate's hidden vectors, over the cheapest and the
+        costliest route; this scaling is folded exactly into the heads (ours)."""
         shapes = self.objective.gated.head_shapes
         sums = [torch.zeros(hidden, device=self.device, dtype=torch.float64) for _, hidden in shapes]
         counts = [0] * len(shapes)
@@ -370,11 +374,12 @@ class _Training:
         ]
 
     def epoch(self) -> Iterator[Tensor]:
-        """int64 [b] rows of one batch after another, in random order; the last may be smaller."""
+        """Yield the rows, int64 [b], of the batches of one epoch in random order; the last batch
+        may be smaller."""
         yield from torch.randperm(len(self.data.labels), generator=self.order).split(self.batch_size)
 
     def step(self, rows: Tensor) -> None:
-        """One batch.
+        """Train on one batch.
 
         Raises:
             NonFiniteLossError: its loss is NaN or infinite.
@@ -401,7 +406,11 @@ class _Training:
         return self.data.normalization.apply(pixels.to(self.device))
 
     def result(self) -> list[Tensor]:
-        """float64 [K, hidden] each, for raw hidden vectors, on the CPU."""
+        """The heads, float64 [K, hidden] each, for raw hidden vectors, on the CPU.
+
+        Raises:
+            NonFiniteLossError: a weight is NaN or infinite.
+        """
         if not all(bool(torch.isfinite(head).all()) for head in self.heads):
             raise NonFiniteLossError(
                 f"the gate's weights are not finite after training; lower gate.optimizer.lr (now {self.settings.lr})"
@@ -424,22 +433,22 @@ def train_end_to_end(
     supernet.
 
     Args:
-        supernet: trained and recalibrated; it is as it was afterwards.
+        supernet: trained and recalibrated; it is left unchanged.
         data: the `gate` split.
-        settings: router, losses, optimiser, batch size, temperatures, seed; `steps` is not read.
+        settings: router, losses, optimiser, batch size, temperatures, seed; `steps` is not used.
         rules: epochs and augmentation.
-        should_stop: asked before every step.
-        on_progress: hears (steps done, steps in all).
+        should_stop: called before every step; training stops when it returns True.
+        on_progress: called with (steps done, steps in all).
 
     Returns:
-        a head per gate that decides, float64 [K, hidden], for raw hidden vectors. `gate`: one, a
-        row per route of the routing space.
-        `gates`: one per gate, a row per choice over the whole set, those that no route of the
-            routing space takes among them.
+        a head per gate that decides, float64 [K, hidden], for raw hidden vectors.
+        `gate`: one head, with a row per route of the routing space.
+        `gates`: one head per gate, with a row per choice over the whole set, including choices that
+            no route of the routing space takes.
 
     Raises:
         NonFiniteLossError: the loss or a weight became NaN or infinite.
-        StoppedError: `should_stop` said so.
+        StoppedError: `should_stop` returned True.
         ValueError: a setting out of its range.
     """
     return train_stage(supernet, data, settings, rules, should_stop=should_stop, on_progress=on_progress).heads
@@ -456,21 +465,21 @@ def train_stage(  # noqa: PLR0913 - all but four are given by name
     should_stop: Callable[[], bool] = lambda: False,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> GateStage:
-    """A stage of `train_end_to_end`: stages that follow each other end bit by bit where one pass
-    ends.
+    """Run one stage of `train_end_to_end`: consecutive stages give the same heads, to the bit, as
+    one uninterrupted training.
 
-    Temperatures are those of the whole training: a stage is its beginning, not a shorter one.
+    Temperatures follow the schedule of the whole training, not that of a shorter one.
 
     Args:
         supernet, data, settings, rules, should_stop, on_progress: as for the whole training, the
             same in all of its stages.
-        start: the progress that the stage before returned; None = from the beginning.
+        start: the progress that the previous stage returned; None = from the beginning.
         until: the epoch after which the stage ends, 1..rules.epochs and no earlier than `start`;
-            None = at the very end.
+            None = the last epoch.
 
     Raises:
-        As `train_end_to_end`; and ValueError: `until` is out of its range, or `start` is not of
-        this training.
+        As `train_end_to_end`; and ValueError: `until` is out of its range, or `start` is the
+        progress of another training.
     """
     if until is None:
         until = rules.epochs
@@ -494,9 +503,10 @@ def train_stage(  # noqa: PLR0913 - all but four are given by name
 def seconds_per_epoch(
     supernet: Supernet, data: GateImages, settings: GateSettings, rules: EndToEndSettings, *, num_steps: int = 3
 ) -> float:
-    """How long one epoch over `data` takes, from a few of its steps after one that is not timed.
+    """Estimated seconds of one epoch over `data`, from a few timed steps after one that is not
+    timed.
 
-    Full batches are timed, and the time is scaled by the number of images.
+    Full batches are timed, and the time is scaled to the number of images.
     """
     with frozen(supernet):
         training = _Training(supernet, data, settings, rules)

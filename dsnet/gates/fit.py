@@ -1,7 +1,7 @@
 """Stage II on the routing table: a router is trained, calibrated to its target MAdds, and scored by
 its deployed routes.
 
-Whole cohorts of trials are fitted at once; each comes out as it would alone.
+Whole cohorts of trials are fitted at once; each has the result that it would have alone.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dsnet.errors import NonFiniteLossError
-from dsnet.gates.cohort import Lane, Lesson, TrainedHead, train_cohort
+from dsnet.gates.cohort import CohortData, TrainedHead, TrialSetup, train_cohort
 from dsnet.gates.problem import (
     Costs,
     Problem,
@@ -44,7 +44,7 @@ COLLAPSE_SHARE = 0.99
 
 @dataclass(frozen=True)
 class GateFit:
-    """A trained and calibrated router, and what it does on the calibration split."""
+    """A trained and calibrated router, with its routes and metrics on the calibration split."""
 
     router: Router
     metrics: Mapping[str, float]
@@ -54,15 +54,16 @@ class GateFit:
 def fit_gates(
     gate_table: RoutingTable, val_table: RoutingTable, settings: Sequence[GateSettings]
 ) -> list[GateFit | Exception]:
-    """Whole trials: train each router on `gate`, calibrate and score it on `val`.
+    """Run whole trials: train each router on `gate`, calibrate and score it on `val`.
 
-    Trials of one kind with equal optimiser, steps, batch size and hidden units train together,
-    small routing spaces apart. Beside the deployed routes' metrics a gate reports the softmax
-    expectation (`soft_top1`, `soft_madds_m`): the soft-hard gap.
+    Trials of one kind with equal optimiser, steps, batch size and hidden units train together;
+    trials with small routing spaces only with those of the same routing space. Beside the metrics
+    of the deployed routes, a trained router reports the expectation over its softmax (`soft_top1`,
+    `soft_madds_m`), which shows the soft-hard gap.
 
     Returns:
-        for each trial, in order, its result, or why it has none: NonFiniteLossError, or ValueError
-            for a setting out of its range.
+        for each trial, in order, its result, or the error for which it has none:
+            NonFiniteLossError, or ValueError for a setting out of its range.
     """
     results: dict[int, GateFit | Exception] = {}
     classes: dict[tuple[object, ...], list[tuple[int, _Plan]]] = {}
@@ -83,14 +84,14 @@ def fit_gates(
         plans = [plan for _, plan in members]
         try:
             fits = _fit_class(gate_table, val_table, plans)
-        except ValueError as error:  # what the table lacks, all of them lack
+        except ValueError as error:  # the table lacks evidence that all of them need
             fits = [error] * len(plans)
         results |= {index: fit for (index, _), fit in zip(members, fits, strict=True)}
     return [results[index] for index in range(len(settings))]
 
 
 def fit_gate(gate_table: RoutingTable, val_table: RoutingTable, settings: GateSettings) -> GateFit:
-    """One trial.
+    """Run one trial.
 
     Raises:
         NonFiniteLossError, ValueError: as `fit_gates`.
@@ -102,10 +103,10 @@ def fit_gate(gate_table: RoutingTable, val_table: RoutingTable, settings: GateSe
 
 
 def train_heads(gate_table: RoutingTable, lanes: Sequence[GateSettings]) -> list[list[Head]]:
-    """Train variants of a router in one program, and leave it at that: no calibration, no score.
+    """Train variants of a router in one program, without calibrating or scoring them.
 
     Args:
-        gate_table: trains.
+        gate_table: routing table on which the heads are trained.
         lanes: settings that differ in `lr` and `seed` alone.
 
     Returns:
@@ -122,14 +123,15 @@ def calibrate_heads(val_table: RoutingTable, settings: GateSettings, heads: Sequ
     """Calibrate and score a gate whose slimming heads were trained elsewhere, end to end.
 
     Args:
-        val_table: calibrates and scores.
-        settings: of the trial; its router is `gate` or `gates`.
+        val_table: routing table on which the router is calibrated and scored.
+        settings: settings of the trial; its router must be one that trains end to end, as `gate`
+            and `gates`.
         heads: float64 weights: [R, hidden] of the routing space for `gate`; one [choices, hidden]
             per gate for `gates`.
 
     Raises:
         NonFiniteLossError: a weight is NaN or infinite.
-        ValueError: a router that has no such heads.
+        ValueError: the kind of router cannot be trained end to end.
     """
     kind = settings.kind
     if not kind.trains_end_to_end:
@@ -140,8 +142,8 @@ def calibrate_heads(val_table: RoutingTable, settings: GateSettings, heads: Sequ
         full = torch.zeros(len(plan.columns), heads[0].shape[1], dtype=torch.float64)
         full[plan.places] = heads[0].double()
         heads = [full]
-    exam = _Exam(val_table, node_features(val_table, plan.problem))
-    fit = _finish(exam, plan, [Head(head.double()) for head in heads])
+    calibration = _CalibrationData(val_table, node_features(val_table, plan.problem))
+    fit = _finish(calibration, plan, [Head(head.double()) for head in heads])
     if isinstance(fit, Exception):
         raise fit
     return fit
@@ -149,25 +151,28 @@ def calibrate_heads(val_table: RoutingTable, settings: GateSettings, heads: Sequ
 
 @dataclass(frozen=True)
 class _Plan:
-    """What is known of a trial before it trains."""
+    """Routes, decisions and costs of a trial, fixed before it trains."""
 
     settings: GateSettings
     routes: tuple[int, ...]
-    """The routing space; of a cascade what it may end on, of a plain one its two routes."""
+    """The routing space; for a learned cascade the routes on which it may end, for a plain one its
+    two routes."""
     problem: Problem
     decision: NDArray[np.int64]
-    """[K]"""
+    """[K]: MAdds of all decisions on the way to each route."""
     costs: Costs
     first: int | None
+    """The route that a cascade runs first; None for other kinds."""
     columns: tuple[int, ...]
-    """The routes that the program holds: all of the table, of which a lane allows some; or the
-    routing space alone where that is at most half of them, which is less work but trains with equal
-    routing spaces only."""
+    """The routes that the training program holds: all routes of the table, of which a lane allows
+    some; or the routing space alone where that is at most half of them and the router decides once.
+    The latter is less work, but such a trial trains together only with those of the same routing
+    space."""
 
     @classmethod
     def of(cls, table: RoutingTable, settings: GateSettings) -> _Plan:
-        """Choose what a cascade runs first by the labels of `table`, and count what decisions
-        cost."""
+        """Choose the first route of a cascade by the labels of `table`, and count the cost of
+        decisions."""
         routes, first = routing_space(table, settings), None
         no_decision = np.zeros(table.num_routes, dtype=np.int64)
         kind = settings.kind
@@ -193,15 +198,15 @@ class _Plan:
 
     @property
     def places(self) -> list[int]:
-        """Where the routes of the routing space stand among the columns."""
+        """Positions of the routing space's routes among the columns."""
         return [self.columns.index(route) for route in self.routes]
 
-    def lane(self, table: RoutingTable) -> Lane:
-        """What the trainer needs of it; `table` is that of the `gate` split."""
+    def setup(self, table: RoutingTable) -> TrialSetup:
+        """The trial as the trainer needs it; `table` is that of the `gate` split."""
         allowed = torch.zeros(len(self.columns), dtype=torch.bool)
         allowed[self.places] = True
         targets = sgs_targets(table, self.routes, self.settings, self.costs.madds)
-        return Lane(
+        return TrialSetup(
             self.settings,
             allowed,
             torch.from_numpy(self.costs.madds[list(self.columns)] / self.costs.widest).float(),
@@ -228,7 +233,7 @@ def best_pair(table: RoutingTable, routes: Sequence[int], target: float) -> tupl
         extra = (table.madds[wider] - table.trunk_madds).astype(np.float64)
         share = np.clip((target - table.madds[first]) / extra, 0.0, 1.0)
         if table.madds[first] > target and pair is not None:
-            break  # dearer than the target from the start, as are all that follow
+            break  # the first route alone costs more than the target, and so do all that follow
         images = np.argsort(table.confidence[:, first], kind="stable")
         stays = correct[first].take(images)
         for second, count in zip(wider, np.rint(share * table.num_images).astype(int), strict=True):
@@ -279,26 +284,26 @@ def _length(span: tuple[int, int]) -> int:
 def _fit_class(gate_table: RoutingTable, val_table: RoutingTable, plans: Sequence[_Plan]) -> list[GateFit | Exception]:
     """Train plans that train together, then finish each."""
     heads_of = _train(gate_table, plans)
-    exam = _Exam(val_table, node_features(val_table, plans[0].problem))
-    return [_finish(exam, plan, heads) for plan, heads in zip(plans, heads_of, strict=True)]
+    calibration = _CalibrationData(val_table, node_features(val_table, plans[0].problem))
+    return [_finish(calibration, plan, heads) for plan, heads in zip(plans, heads_of, strict=True)]
 
 
 def _train(gate_table: RoutingTable, plans: Sequence[_Plan]) -> list[list[Head]]:
-    """For each of the plans, which train together, its heads for raw features."""
+    """Train plans that train together; returns for each its heads, for raw features."""
     problem = plans[0].problem
     features = node_features(gate_table, problem)
     scalings = _scalings(problem, features)
     scaled = [scalings[node.head].apply(own) for node, own in zip(problem.nodes, features, strict=True)]
     columns = list(plans[0].columns)
     correct = torch.from_numpy(gate_table.correct1[:, columns].astype(np.float32))
-    lesson = Lesson(problem, scaled, torch.from_numpy(gate_table.ce[:, columns].copy()), correct)
-    trained = train_cohort(lesson, [plan.lane(gate_table) for plan in plans])
+    data = CohortData(problem, scaled, torch.from_numpy(gate_table.ce[:, columns].copy()), correct)
+    trained = train_cohort(data, [plan.setup(gate_table) for plan in plans])
     return [[_unscaled(head, scaling) for head, scaling in zip(heads, scalings, strict=True)] for heads in trained]
 
 
 @dataclass(frozen=True)
-class _Exam:
-    """What calibrates and scores the trials of one problem."""
+class _CalibrationData:
+    """Routing table and features on which the trials of one problem are calibrated and scored."""
 
     table: RoutingTable
     features: Sequence[Tensor]
@@ -306,7 +311,7 @@ class _Exam:
 
 
 def _scalings(problem: Problem, features: Sequence[Tensor]) -> list[Scaling]:
-    """One for each head, over all nodes that share it."""
+    """One scaling for each head, over all nodes that share the head."""
     shared: list[list[Tensor]] = [[] for _ in range(problem.num_heads)]
     for node, own in zip(problem.nodes, features, strict=True):
         shared[node.head].append(own)
@@ -314,7 +319,7 @@ def _scalings(problem: Problem, features: Sequence[Tensor]) -> list[Scaling]:
 
 
 def _unscaled(head: TrainedHead, scaling: Scaling) -> Head:
-    """The head for raw features: the scaling folds exactly into the first layer."""
+    """The equivalent head for raw features: the scaling is folded exactly into the first layer."""
     scale, mean = scaling.scale.double(), scaling.mean.double()
     if head.inner_weight is None or head.inner_bias is None:
         return Head(head.weight.double() / scale)
@@ -323,16 +328,18 @@ def _unscaled(head: TrainedHead, scaling: Scaling) -> Head:
     return Head(head.weight.double(), bias, inner, head.inner_bias.double() - inner @ mean)
 
 
-def _finish(exam: _Exam, plan: _Plan, heads: Sequence[Head]) -> GateFit | Exception:
-    """Calibrate on `val` without its labels, and score."""
+def _finish(calibration: _CalibrationData, plan: _Plan, heads: Sequence[Head]) -> GateFit | Exception:
+    """Calibrate on `val`, without its labels, and score."""
     if not all(bool(torch.isfinite(part).all()) for head in heads for part in head.tensors("").values()):
         own = plan.settings
         return NonFiniteLossError(
             f"the router's weights are not finite after training; lower gate.optimizer.lr (now {own.lr})"
         )
     is_tree = plan.settings.kind.is_tree
-    router, beta, soft = _calibrated_tree(exam, plan, heads) if is_tree else _calibrated_flat(exam, plan, heads[0])
-    val = exam.table
+    router, beta, soft = (
+        _calibrated_tree(calibration, plan, heads) if is_tree else _calibrated_flat(calibration, plan, heads[0])
+    )
+    val = calibration.table
     run = run_on_table(router, val)
     metrics = score_run(run, val) | _target_metrics(plan) | {"beta": beta}
     correct, cost = val.correct1[:, list(plan.routes)], plan.costs.madds[list(plan.routes)]
@@ -344,16 +351,22 @@ def _target_metrics(plan: _Plan) -> dict[str, float]:
     return {"target_madds_m": plan.costs.target / 1e6, "target_clamped": float(plan.costs.is_clamped)}
 
 
-def _calibrated_flat(exam: _Exam, plan: _Plan, head: Head) -> tuple[Router, float, NDArray[np.float64]]:
-    """A router that decides once; beta; its softmax at the last temperature [N, R]."""
+def _calibrated_flat(
+    calibration: _CalibrationData, plan: _Plan, head: Head
+) -> tuple[Router, float, NDArray[np.float64]]:
+    """Calibrate a router that decides once.
+
+    Returns:
+        the router, its beta, and its softmax at the last temperature [N, R].
+    """
     rows = plan.places
     own = Head(head.weight[rows], None if head.bias is None else head.bias[rows], head.inner_weight, head.inner_bias)
-    logits = own(exam.features[0])
+    logits = own(calibration.features[0])
     madds = plan.costs.madds[list(plan.routes)]
     beta = calibrate(logits.numpy(), madds, plan.costs.target)
     offset = torch.from_numpy(beta * madds / madds.max())
     soft = ((logits - offset) / plan.settings.temperature_end).softmax(1).numpy()
-    return _flat_router(exam.table, plan, own, offset), beta, soft
+    return _flat_router(calibration.table, plan, own, offset), beta, soft
 
 
 def _flat_router(val: RoutingTable, plan: _Plan, head: Head, offset: Tensor) -> Router:
@@ -369,18 +382,23 @@ def _flat_router(val: RoutingTable, plan: _Plan, head: Head, offset: Tensor) -> 
     return router
 
 
-def _calibrated_tree(exam: _Exam, plan: _Plan, heads: Sequence[Head]) -> tuple[Router, float, NDArray[np.float64]]:
-    """A router that decides at every gate; beta; its softmax over the paths at the last temperature
-    [N, R]."""
-    logits = [heads[node.head](own).numpy() for node, own in zip(plan.problem.nodes, exam.features, strict=True)]
+def _calibrated_tree(
+    calibration: _CalibrationData, plan: _Plan, heads: Sequence[Head]
+) -> tuple[Router, float, NDArray[np.float64]]:
+    """Calibrate a router that decides at every gate.
+
+    Returns:
+        the router, its beta, and the probabilities of its paths at the last temperature [N, R].
+    """
+    logits = [heads[node.head](own).numpy() for node, own in zip(plan.problem.nodes, calibration.features, strict=True)]
     priced = PricedTree(plan.problem, plan.routes, plan.costs.madds, logits)
     beta = nearest_price(priced.mean_cost, plan.costs.target, priced.bound)
-    router = priced.router(beta, exam.table, heads)
+    router = priced.router(beta, calibration.table, heads)
     return router, beta, priced.softmax(beta, plan.settings.temperature_end)
 
 
 def _fit_own(gate_table: RoutingTable, val_table: RoutingTable, settings: GateSettings) -> GateFit | Exception:
-    """A trial of a kind that brings its own training."""
+    """Run a trial of a kind of router that brings its own training."""
     assert settings.kind.fit is not None
     try:
         fit: GateFit = settings.kind.fit(gate_table, val_table, settings)
@@ -390,7 +408,8 @@ def _fit_own(gate_table: RoutingTable, val_table: RoutingTable, settings: GateSe
 
 
 def _fit_cascade(val: RoutingTable, plan: _Plan) -> GateFit:
-    """A plain cascade learns nothing but its pair; the threshold meets the target on `val`."""
+    """Calibrate a plain cascade, whose pair of routes is already chosen: the threshold is set so
+    that the mean cost on `val` meets the target."""
     first, second = plan.routes
     extra = float(val.madds[second] - val.trunk_madds)
     threshold = confidence_threshold(val.confidence[:, first], float(val.madds[first]), extra, plan.costs.target)
@@ -400,8 +419,8 @@ def _fit_cascade(val: RoutingTable, plan: _Plan) -> GateFit:
 
 
 def score_run(run: TableRun, table: RoutingTable) -> dict[str, float]:
-    """Metrics of a routing, exact: top1, top5, ce, madds_m, p95_madds_m, route_entropy,
-    max_route_share (of the answering routes)."""
+    """Exact metrics of a routing: top1, top5, ce, madds_m, p95_madds_m, route_entropy and
+    max_route_share (of the answering routes), and the metrics that plugins add."""
     rows = np.arange(table.num_images)
     share = run.histogram
     used = share[share > 0]

@@ -20,8 +20,9 @@ def straight_through(logits: Tensor, noise: Tensor, temperature: float) -> Tenso
     temperature), with the gradient of p.
 
     Args:
-        logits: [B, K]; -inf for what cannot be chosen: it gets neither weight nor gradient.
-        noise: [B, K]; zeros for none.
+        logits: [B, K]; -inf for an option that cannot be chosen, which gets neither weight nor
+            gradient.
+        noise: [B, K]; zeros for no noise.
         temperature: above 0.
     """
     p = ((logits + noise) / temperature).softmax(1)

@@ -1,4 +1,4 @@
-"""The complexity term of Stage II: what spending compute costs a gate."""
+"""The complexity term of the loss of Stage II: the penalty on a gate's expected compute."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ PAPER_WIDEST = 565.4e6
 
 
 def complexity(expected_madds: Tensor, target_madds: float, max_madds: float, form: str) -> Tensor:
-    """The complexity term of Stage II (docs/definitions.md, Target, losses, calibration).
+    """The complexity term of the loss of Stage II (docs/definitions.md, Target, losses,
+    calibration).
 
     Args:
         expected_madds: mean expected MAdds of the batch, a scalar tensor.

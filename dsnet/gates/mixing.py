@@ -1,13 +1,13 @@
-"""A supernet whose gates choose by straight-through weights: forward it slices, backward every
-choice of a gate is heard.
+"""A supernet whose gates choose by straight-through weights: the forward pass has the value of the
+chosen slices, and in the backward pass every choice of a gate gets a gradient.
 
-Ours (docs/methods.md, section 4: published is a straight-through one-hot choice, by code that masks
-channels): at a gate, all its choices run the segment that follows it, on the images that are at
-this node. Their results, padded with zero channels to the widest, are added up with the one-hot
-weights. What goes on to the next gate is hence exactly the chosen segment's result, and the
-gradient of a weight is what the later network would make of that choice's result. Layers take their
-input width from the tensor, so that the zero channels change nothing forward, and let a narrow
-choice learn what more channels would have brought.
+This is ours (docs/methods.md, section 4; published is a straight-through one-hot choice, with code
+that masks channels). At a gate, all its choices run the segment that follows it, on the images that
+are at this node. Their results, padded with zero channels to the widest, are added up with the
+one-hot weights. The next gate hence gets exactly the result of the chosen segment, and the gradient
+with respect to a weight is the first-order effect of that choice's result on the loss. Layers take
+their input width from the tensor, so that the zero channels do not change the forward result, and a
+narrow choice still learns what more channels would have contributed.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ class Chooser:
     temperature: float
 
     def logits(self, hidden: Tensor, allowed: Tensor) -> Tensor:
-        """[b, hidden] -> [b, K]; -inf where `allowed` (bool [K]) says no."""
+        """Logits of hidden vectors, [b, hidden] -> [b, K]; -inf where `allowed` (bool [K]) is
+        False."""
         return (hidden @ self.weight.T).masked_fill(~allowed, -torch.inf)
 
     def weights(self, hidden: Tensor, allowed: Tensor, rows: Tensor) -> Tensor:
@@ -48,25 +49,25 @@ class Chooser:
 
 @dataclass(frozen=True)
 class Answers:
-    """What some routes, run one by one without gradients, say to a batch."""
+    """Logits and hidden vectors of some routes for a batch, computed without gradients."""
 
     logits: Tensor
-    """[B, number of these routes, num_classes], in the order in which they were asked for."""
+    """[B, number of these routes, num_classes], in the order in which they were requested."""
     hidden: Mapping[tuple[int, int], Tensor]
-    """[B, hidden] at every (gate, node) that they pass."""
+    """[B, hidden] at every (gate, node) that the routes pass."""
     trunk: TrunkOutput
-    """At the first gate."""
+    """Output of the trunk at the first gate."""
 
 
 @dataclass(frozen=True)
 class Mixed:
-    """What the chosen routes say to a batch."""
+    """Logits of a batch by the chosen routes, with gradients for the choices."""
 
     logits: Tensor
-    """[B, num_classes]: in value those of each image's route; gradients reach all heads on its
-    way."""
+    """[B, num_classes]: their values are those of each image's route; gradients reach all heads on
+    the way."""
     weights: tuple[Tensor, ...]
-    """[B, K] of each gate."""
+    """Straight-through weights [B, K] of each gate."""
     positions: Tensor
     """int64 [B]: each image's route, as a position in the routing space."""
 
@@ -77,40 +78,41 @@ class _Group:
 
     node: int
     rows: Tensor
-    """int64 [b]"""
+    """int64 [b]: rows of the batch."""
     features: Tensor
-    """[b, c, H, W], zero channels behind those of their own width."""
+    """[b, c, H, W]; channels beyond the width of the chosen path are zero."""
     hidden: Tensor
     """[b, hidden]"""
 
 
 class GatedSupernet:
-    """Some routes of a frozen supernet in eval mode, and the decisions between them."""
+    """Routes of a frozen supernet in eval mode, and the decisions between them."""
 
     def __init__(self, supernet: Supernet, routes: Sequence[int], *, decides_once: bool) -> None:
         """Args:
         supernet: frozen: no parameter may require a gradient.
         routes: the routing space.
-        decides_once: the first gate chooses a whole route; else every gate chooses up to the next.
+        decides_once: the first gate chooses a whole route; otherwise every gate chooses the widths
+            up to the next gate.
 
         Raises:
-            ValueError: the supernet has no gate, or sub-networks that none can tell apart.
+            ValueError: the supernet has no gate, or sub-networks that no gate tells apart.
         """
         self.supernet = supernet
         self.subnets: tuple[Subnet, ...] = tuple(supernet.subnets[route] for route in routes)
         whole = RouteTree.of(supernet.subnets)
         same = GateBranches((0,) * len(routes), tuple(range(len(routes))))
         self.tree = RouteTree((same,)) if decides_once else whole.subset(routes)
-        """Of the routing space; positions in it are what this class calls a route."""
+        """Tree of the routing space; its routes are positions in the routing space."""
         self.num_choices: tuple[int, ...] = (
             (len(routes),) if decides_once else tuple(branches.num_choices for branches in whole.gates)
         )
-        """Rows of each gate's head: its choices over the whole set, as choices keep their numbers,
-        or the routes."""
+        """Number of rows of each gate's head: its choices over the whole set, because choices keep
+        their numbers in a smaller routing space; or the routes, if it decides once."""
 
     @property
     def num_gates(self) -> int:
-        """Gates that decide."""
+        """Number of gates that decide."""
         return len(self.tree.gates)
 
     @property
@@ -121,8 +123,8 @@ class GatedSupernet:
 
     @cached_property
     def _first_routes(self) -> dict[tuple[int, int], dict[int, int]]:
-        """For every (gate, node), by choice, the first position in the routing space that takes
-        it."""
+        """For every (gate, node): each choice and the first route (position in the routing space)
+        that takes it."""
         return {
             (gate, node): branches.first_routes(node)
             for gate, branches in enumerate(self.tree.gates)
@@ -130,7 +132,7 @@ class GatedSupernet:
         }
 
     def allowed(self, gate: int, node: int) -> Tensor:
-        """bool [K]: the choices that a node has."""
+        """bool [K]: whether a node has each choice."""
         has = self._first_routes[gate, node]
         return torch.tensor([choice in has for choice in range(self.num_choices[gate])], device=self._device)
 
@@ -140,8 +142,8 @@ class GatedSupernet:
 
     @torch.no_grad()
     def answers(self, images: Tensor, positions: Sequence[int]) -> Answers:
-        """Run the routes at `positions` of the routing space on normalised images [B, C, H, W],
-        what they share once."""
+        """Run the routes at `positions` of the routing space on normalised images [B, C, H, W];
+        shared parts run once."""
         trunk = self.supernet.upto_gate(0, images, self.subnets[0])
         hidden = {(0, 0): trunk.hidden}
         position_of = {subnet.name: position for position, subnet in enumerate(self.subnets)}
@@ -158,13 +160,13 @@ class GatedSupernet:
         return Answers(torch.stack([said[self.subnets[p].name] for p in positions], dim=1), hidden, trunk)
 
     def mix_answers(self, answers: Answers, positions: Sequence[int], chooser: Chooser) -> Mixed:
-        """The only gate's choice among the answers of all routes: no gradient has to pass the
-        network.
+        """Weight the answers of all routes by the choices of the only gate: no gradient has to pass
+        through the network.
 
         Args:
-            answers: of every route of the routing space.
+            answers: answers of every route of the routing space.
             positions: the routes in the order of `answers`.
-            chooser: the gate's.
+            chooser: the head of the gate.
         """
         (branches,) = self.tree.gates
         rows = torch.arange(len(answers.logits), device=self._device)
@@ -174,7 +176,8 @@ class GatedSupernet:
         return Mixed(torch.einsum("br,brc->bc", of_routes, answers.logits), (weights,), chosen)
 
     def mix_segments(self, trunk: TrunkOutput, choosers: Sequence[Chooser]) -> Mixed:
-        """Every gate's choice, segment by segment, from what the first gate sees of the batch."""
+        """Run the batch segment by segment, from the output of the trunk, with the choices of every
+        gate."""
         assert self.num_gates == len(self.supernet.spec.gates)
         groups = [_Group(0, torch.arange(len(trunk.hidden), device=self._device), trunk.features, trunk.hidden)]
         weights: list[Tensor] = []
@@ -193,8 +196,8 @@ class GatedSupernet:
         return Mixed(_in_order(groups, [logits for (logits,) in mixed]), tuple(weights), _in_order(groups, routes))
 
     def _mix(self, gate: int, group: _Group, weights: Tensor) -> tuple[Tensor, ...]:
-        """The segment after `gate` by all choices of a node, added up: (features, hidden), or
-        (logits,) after the last gate."""
+        """Weighted sum of the results of the segment after `gate` over all choices of a node:
+        (features, hidden), or (logits,) after the last gate."""
         branch = self._first_routes[gate, group.node]
         with torch.set_grad_enabled(torch.is_grad_enabled() and group.features.requires_grad):
             results = [self._segment(gate + 1, group.features, self.subnets[position]) for position in branch.values()]
@@ -208,7 +211,7 @@ class GatedSupernet:
         return output.features, output.hidden
 
     def _split(self, gate: int, group: _Group, parts: tuple[Tensor, ...], weights: Tensor) -> list[_Group]:
-        """Send the images of a node to the next gate's nodes."""
+        """Group the images of a node by the node of the next gate that they reach."""
         features, hidden = parts
         chosen = weights.detach().argmax(1)
         arrived = []
@@ -220,7 +223,8 @@ class GatedSupernet:
         return arrived
 
     def _positions(self, gate: int, group: _Group, weights: Tensor) -> Tensor:
-        """int64 [b]: the route that each image of a node of the last gate has ended on."""
+        """int64 [b]: the route of each image of a node of the last gate, a position in the routing
+        space."""
         by_choice = torch.zeros(weights.shape[1], dtype=torch.int64)
         for choice, position in self._first_routes[gate, group.node].items():
             by_choice[choice] = position
@@ -228,8 +232,7 @@ class GatedSupernet:
 
 
 def _add_up(results: Sequence[Tensor], weights: Tensor) -> Tensor:
-    """Weighted sum of tensors [b, c_k, ...] by weights [b, k]; channels that one lacks are zero in
-    it."""
+    """Weighted sum of tensors [b, c_k, ...] by weights [b, k]; missing channels count as zero."""
     widest = max(result.shape[1] for result in results)
     terms = [
         F.pad(result, (*(0, 0) * (result.ndim - 2), 0, widest - result.shape[1]))
@@ -240,5 +243,5 @@ def _add_up(results: Sequence[Tensor], weights: Tensor) -> Tensor:
 
 
 def _in_order(groups: Sequence[_Group], values: Sequence[Tensor]) -> Tensor:
-    """Rows of all groups, put back into the order of the batch."""
+    """Concatenate the rows of all groups in the order of the batch."""
     return torch.cat(list(values))[torch.cat([group.rows for group in groups]).argsort()]

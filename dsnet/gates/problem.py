@@ -1,13 +1,13 @@
-"""What a router learns on a routing table: decisions, what they may choose, what each choice costs
-and answers.
+"""The learning problem of a router on a routing table: its decisions, their choices, and the cost
+and targets of each route.
 
 The loss is defined in docs/methods.md, section 5.
 
-Every kind of router is the same problem. A decision is a node with a head on some features and a
-branch per choice; a branch leads to a route, or to the next gate's node. A gate that decides once
-has one node, whose choices are the routes; one gate per stage makes a tree of nodes; a learned
-cascade has one node, whose features come from the first route's answer and whose choices are to
-stop or to go on.
+All kinds of router have a problem of the same form. A decision is a node with a head on some
+features and a branch per choice; a branch leads to a route, or to a node of the next gate. A gate
+that decides once has one node, whose choices are the routes; one gate per stage makes a tree of
+nodes; a learned cascade has one node, whose features come from the first route's answer and whose
+choices are to stop or to run a wider route.
 """
 
 from __future__ import annotations
@@ -28,24 +28,24 @@ from dsnet.routers.kinds import RouterKind
 from dsnet.routing.routing_table import RoutingTable
 
 CONSTANT = 1e-6
-"""A feature whose spread is a smaller share of its root mean square says nothing."""
+"""A feature is constant if its standard deviation is at most this share of its root mean square."""
 
 
 @dataclass(frozen=True)
 class Scaling:
-    """How features are brought to unit size for training; it folds exactly into a head's first
+    """Scaling of features to unit size for training; it can be folded exactly into a head's first
     layer."""
 
     mean: Tensor
     """[D]; zero for a head without biases."""
     scale: Tensor
-    """[D]; inf for a constant feature, of which nothing can be learnt: it shall not count where
-    another split has it alive."""
+    """[D]; inf for a feature that is constant in training, so that it is ignored even where it
+    varies on another split."""
 
     @classmethod
     def of(cls, features: Tensor, *, is_centred: bool) -> Scaling:
-        """From the features [N, D] that train: standard deviations, or root mean squares where the
-        head cannot centre."""
+        """Measure the scaling on training features [N, D]: the standard deviation, or the root mean
+        square for a head that cannot centre."""
         exact = features.double()
         mean = exact.mean(0) if is_centred else torch.zeros(features.shape[1], dtype=torch.float64)
         scale = (exact - mean).square().mean(0).sqrt()
@@ -53,40 +53,40 @@ class Scaling:
         return cls(mean.float(), torch.where(is_constant, torch.inf, scale).float())
 
     def apply(self, features: Tensor) -> Tensor:
-        """[N, D] -> [N, D]."""
+        """Scale features, [N, D] -> [N, D]."""
         return (features - self.mean) / self.scale
 
 
 @dataclass(frozen=True)
 class Node:
-    """One decision."""
+    """One decision of a router."""
 
     gate: int
     node: int
-    """Its number at the gate."""
+    """Number of the node at its gate."""
     head: int
-    """Which head decides; nodes may share one."""
+    """Index of the head that decides; nodes may share one."""
     leaves: tuple[tuple[int, int], ...]
-    """(choice, route) of the branches that end."""
+    """(choice, route) of the branches that end on a route."""
     children: tuple[tuple[int, int], ...]
-    """(choice, position in the problem's nodes) of those that lead to another decision."""
+    """(choice, position in the problem's nodes) of the branches that lead to another decision."""
     num_choices: int
 
 
 @dataclass(frozen=True)
 class Problem:
-    """The decisions of one kind of router, the same for all its trials (a learned cascade's depend
-    on its first route)."""
+    """The decisions of one kind of router, the same for all its trials (those of a learned cascade
+    depend on its first route)."""
 
     nodes: tuple[Node, ...]
-    """Each after the nodes that lead to it; the first is where every image begins."""
+    """The nodes, each after the nodes that lead to it; every image starts at the first."""
     num_heads: int
     is_perceptron: bool
     first: int | None = None
-    """The route that a learned cascade has run."""
+    """The route that a cascade runs first; None for other kinds."""
 
     def routes_behind(self, node: Node) -> dict[int, list[int]]:
-        """choice -> every route that is still possible after it."""
+        """Each choice of a node, with all routes that are still possible after it."""
         routes = {choice: [route] for choice, route in node.leaves}
         for choice, child in node.children:
             routes[choice] = [route for behind in self.routes_behind(self.nodes[child]).values() for route in behind]
@@ -99,11 +99,12 @@ def problem_of(
     """The decisions of a kind of router on a table's tree.
 
     Args:
-        table: any split's.
-        kind: of the router.
-        first: the route that a learned cascade runs first.
-        num_options: of a router that decides once, where its program holds fewer routes than the
-            table; their numbers are then places among those. None = all of the table's.
+        table: routing table of any split.
+        kind: the kind of router.
+        first: the route that a cascade runs first; None for other kinds.
+        num_options: for a router that decides once, the number of routes that its program holds if
+            these are fewer than the table's; routes are then numbered among these. None = all
+            routes of the table.
     """
     is_perceptron = kind.head == "perceptron"
     if not kind.is_tree:
@@ -124,7 +125,7 @@ def problem_of(
             (choice, route if is_last else positions[gate + 1, table.tree.gates[gate + 1].node_of[route]])
             for choice, route in sorted(branches.first_routes(number).items())
         )
-        head = position if is_perceptron else gate  # richer evidence has another length at each node
+        head = position if is_perceptron else gate  # the length of richer evidence differs between nodes
         nodes.append(
             Node(
                 gate,
@@ -139,7 +140,7 @@ def problem_of(
 
 
 def node_features(table: RoutingTable, problem: Problem) -> list[Tensor]:
-    """For each node what its head reads of every image, float32 [N, D].
+    """For each node the input features of its head for every image, float32 [N, D].
 
     Raises:
         ValueError: the table keeps too little evidence for this kind of router.
@@ -163,8 +164,8 @@ def _part(table: RoutingTable, name: str, gate: int, node: int) -> Tensor:
 
 
 def stored_answer(table: RoutingTable, route: int) -> Executed:
-    """What a route said to every image, as a cascade sees it."""
-    # Copies: arrays in a shared store are read-only, which torch warns of.
+    """The stored answers of a route to every image, in the form that a cascade reads."""
+    # Copied, because arrays in a shared store are read-only, of which torch would warn.
     names = ("confidence", "margin", "entropy")
     stored = {name: torch.from_numpy(getattr(table, name)[:, route].copy()) for name in names}
     routes = torch.full((table.num_images,), route, dtype=torch.int64)
@@ -173,17 +174,17 @@ def stored_answer(table: RoutingTable, route: int) -> Executed:
 
 @dataclass(frozen=True)
 class Costs:
-    """What ending on each route costs an image, decisions included, and the target in the same
-    unit.
+    """Costs of an image that ends on each route, decisions included, and the target, all in MAdds.
 
     The target is defined in docs/definitions.md, Target.
     """
 
     madds: NDArray[np.float64]
-    """[K] of all routes of the table; those outside the routing space are not read."""
+    """[K]: costs of all routes of the table; those outside the routing space are not used."""
     target: float
-    """Clamped into the routing space's range."""
+    """Target MAdds, clamped into the range of the routing space."""
     is_clamped: bool
+    """Whether clamping has changed the target."""
     widest: float
     """MAdds of the costliest member of the whole set."""
 
@@ -194,11 +195,12 @@ def costs_of(
     """Costs and target of a trial.
 
     Args:
-        table: any split's.
-        settings: the target.
+        table: routing table of any split.
+        settings: settings with the target.
         routes: the routing space.
         decision: [K] MAdds of all decisions on the way to each route.
-        first: the route that a cascade runs first, which all its other routes pay for too.
+        first: the route that a cascade runs first; its cost beyond the trunk is added to that of
+            all other routes. None for other kinds.
     """
     madds = table.madds.astype(np.float64) + decision
     if first is not None:
@@ -212,10 +214,10 @@ def costs_of(
 
 
 def routing_space(table: RoutingTable, settings: GateSettings) -> tuple[int, ...]:
-    """The trial's routes: as set, or all.
+    """The routes of a trial: those in the settings, or all.
 
     Raises:
-        ValueError: an id that the table does not hold, or not increasing ids.
+        ValueError: the ids do not increase, or the table does not hold one of them.
     """
     routes = settings.routes or tuple(range(table.num_routes))
     if list(routes) != sorted(set(routes)) or not 0 <= routes[0] <= routes[-1] < table.num_routes:
@@ -228,18 +230,17 @@ def routing_space(table: RoutingTable, settings: GateSettings) -> tuple[int, ...
 def sgs_targets(
     table: RoutingTable, routes: Sequence[int], settings: GateSettings, madds: NDArray[np.float64] | None = None
 ) -> NDArray[np.int64]:
-    """[N] the route that sandwich gate sparsification asks for (precedence easy > hard >
-    dependent).
+    """Target routes [N] of sandwich gate sparsification (precedence easy > hard > dependent).
 
-    Smallest and largest are the routing space's cheapest and costliest route; `cheapest` falls back
-    to the strategy where no route is right.
+    The smallest and largest route are the cheapest and the costliest of the routing space;
+    `cheapest` falls back to the strategy where no route is right.
 
     Args:
-        table: of the images.
+        table: routing table of the images.
         routes: the routing space.
         settings: strategy, target and thresholds.
-        madds: [K] what each route costs; the table's own where not given (a cascade pays for its
-            first route too).
+        madds: [K] cost of each route, needed for cascades, whose routes also pay for the first
+            route; None = the MAdds of the table.
     """
     cost = table.madds if madds is None else madds
     columns = np.array(routes)[np.argsort(cost[list(routes)], kind="stable")]
@@ -249,12 +250,12 @@ def sgs_targets(
 
 
 def sgs_places(correct: Tensor, probability: Tensor, settings: GateSettings) -> Tensor:
-    """int64 [N] which of R routes, from the cheapest to the costliest, SGS asks for (precedence
-    easy > hard > dependent).
+    """SGS targets as positions, int64 [N], among R routes ordered from the cheapest to the
+    costliest (precedence easy > hard > dependent).
 
     Args:
-        correct: bool [N, R].
-        probability: [N, 2] of the label, by the cheapest and the costliest route.
+        correct: bool [N, R], whether each route is right.
+        probability: [N, 2] probability of the label by the cheapest and by the costliest route.
         settings: strategy, target and thresholds.
     """
     largest = correct.shape[1] - 1
@@ -267,11 +268,11 @@ def sgs_places(correct: Tensor, probability: Tensor, settings: GateSettings) -> 
 
 
 def beam(table: RoutingTable, size: int) -> tuple[int, ...]:
-    """The `size` routes that lie nearest below the upper concave envelope of (MAdds, top-1), both
-    extremes of MAdds among them; by MAdds.
+    """The `size` routes nearest to the upper concave envelope of (MAdds, top-1), in the order of
+    MAdds; both ends of the envelope are always among them.
 
     Raises:
-        ValueError: fewer than 2 routes are asked for.
+        ValueError: `size` is less than 2.
     """
     if size < 2:
         raise ValueError(f"gate.routing.beam is {size}, but must be at least 2: the cheapest and the widest route stay")
@@ -286,8 +287,8 @@ def beam(table: RoutingTable, size: int) -> tuple[int, ...]:
 
 
 def _hull(x: NDArray[np.float64], y: NDArray[np.float64]) -> list[int]:
-    """Corners of the upper concave envelope of points by rising x, and falling y where x is
-    equal."""
+    """Indices of the corners of the upper concave envelope of points, which must be ordered by
+    rising x, and by falling y where x is equal."""
     hull: list[int] = []
     for index in np.unique(x, return_index=True)[1]:
         while len(hull) > 1 and (y[hull[-1]] - y[hull[-2]]) * (x[index] - x[hull[-2]]) <= (y[index] - y[hull[-2]]) * (

@@ -37,11 +37,11 @@ class GateSettings:
     lambda_sgs: float = 1.0
     lambda_complexity: float = 0.5
     lambda_quality: float = 0.0
-    """Of half the squared difference between each route's score and how good its answer is (ours):
-    the score is then an estimate of the route's accuracy on the image, and calibration trades
-    accuracy for MAdds at one price."""
+    """Weight of the quality loss: half the squared difference between each route's score and the
+    quality of its answer (ours). The score is then an estimate of the route's accuracy on the
+    image, and calibration trades accuracy for MAdds at one price."""
     quality_of: str = "correct"
-    """How good an answer is: `correct` 1 or 0, or the `probability` of the label."""
+    """Quality of an answer: `correct` (1 or 0), or the `probability` of the label."""
     complexity_form: str = "hinge"
     optimizer: str = "adam"
     """`adam` or `sgd` (Nesterov momentum 0.9)."""
@@ -54,10 +54,10 @@ class GateSettings:
     """The softmax temperature falls geometrically, so that its expectation approaches the deployed
     argmax."""
     hidden_units: int = 32
-    """Of the perceptron, for the kinds that have one."""
+    """Hidden units of the perceptron, for the kinds that have one."""
     seed: int = 0
-    """First weights of a perceptron, and the noise of end-to-end training. A linear head begins at
-    zero."""
+    """Seed of a perceptron's initial weights, and of all that is random in end-to-end training. A
+    linear head is initialised to zero."""
 
     def __post_init__(self) -> None:
         _check_choice("gate.router", self.router, kind_names())
@@ -97,19 +97,19 @@ class GateSettings:
 
     @property
     def kind(self) -> RouterKind:
-        """What is known of the kind of router."""
+        """The record of the router's kind."""
         return router_kind(self.router)
 
     def wanted_madds(self, low: float, high: float) -> float:
-        """The target in MAdds, for a set of sub-networks of `low` to `high` (docs/definitions.md,
-        Target).
+        """The target in MAdds, for a set of sub-networks of `low` to `high` MAdds
+        (docs/definitions.md, Target).
 
-        A routing space may not reach it.
+        It may lie outside the range of the routing space.
         """
         return low + self.target * (high - low) if self.target_madds_m is None else self.target_madds_m * 1e6
 
     def temperature(self, step: int) -> float:
-        """Of the softmax at a step of training."""
+        """Temperature of the softmax at a step of training, counted from 0."""
         ratio = step / max(1, self.steps - 1)
         return self.temperature_start * (self.temperature_end / self.temperature_start) ** ratio
 

@@ -1,5 +1,5 @@
-"""Decisions at every gate of a network, at any price of compute: how one gate per stage is
-calibrated and deployed."""
+"""Calibration and deployment of routers with one gate per stage: decisions at every gate for any
+price of compute (beta)."""
 
 from __future__ import annotations
 
@@ -17,24 +17,26 @@ from dsnet.routers.tree import GatesRouter
 from dsnet.routing.routing_table import RoutingTable
 
 NUM_EXTRA_POOLINGS = 2
-"""Poolings that richer evidence needs beside the attention's own mean: deviation and maximum."""
+"""Number of poolings that richer evidence needs beside the mean, which the attention computes:
+deviation and maximum."""
 Floats = NDArray[np.float64]
 
 
 class PricedTree:
-    """At each node argmax_c(l_c - beta * price_c), for the images of one split.
+    """A tree of gates on the images of one split: each node decides by argmax_c(l_c - beta *
+    price_c).
 
-    A branch is priced at the mean cost of the routes behind it, relative to the costliest route:
-    which of them is taken is decided later.
+    The price of a branch is the mean cost of the routes behind it, relative to the costliest route,
+    because later gates decide which of them is taken.
     """
 
     def __init__(self, problem: Problem, routes: Sequence[int], madds: Floats, logits: Sequence[Floats]) -> None:
-        """Prices the branches.
+        """Compute the prices of all branches.
 
         Args:
             problem: the tree of decisions.
             routes: the routing space.
-            madds: [K] of every route, decisions included.
+            madds: [K] MAdds of every route, decisions included.
             logits: for each node [N, choices].
         """
         self._problem = problem
@@ -44,8 +46,8 @@ class PricedTree:
         self._prices = [self._branch_prices(node) for node in problem.nodes]
 
     def _branch_prices(self, node: Node) -> Floats:
-        """[choices]; inf for a choice that the node lacks or that leads out of the routing
-        space."""
+        """Prices of a node's branches, [choices]; inf for a choice that the node does not have or
+        that leads out of the routing space."""
         relative = self._madds / self._madds[list(self._routes)].max()
         prices = np.full(node.num_choices, np.inf)
         for choice, behind in self._problem.routes_behind(node).items():
@@ -56,19 +58,19 @@ class PricedTree:
 
     @cached_property
     def bound(self) -> float:
-        """A beta beyond which price alone decides everywhere."""
+        """A beta beyond which the prices alone decide at every node."""
         spread = max(float(np.ptp(own)) for own in self._logits) + 1.0
         gaps = [np.diff(np.unique(own[np.isfinite(own)])).min(initial=1.0) for own in self._prices]
         return 2.0 * spread / float(min(gaps))
 
     def _offsets(self, position: int, beta: float) -> Floats:
-        """[choices] what is subtracted from a node's logits; inf for a choice without a branch."""
+        """Offsets [choices], subtracted from a node's logits; inf for a choice without a branch."""
         prices = self._prices[position]
         has_branch = np.isfinite(prices)
         return np.where(has_branch, beta * np.where(has_branch, prices, 0.0), np.inf)
 
     def routes_at(self, beta: float) -> NDArray[np.int64]:
-        """[N] the route that each image takes."""
+        """The route of each image, [N]."""
         place = np.zeros(len(self._logits[0]), dtype=np.int64)
         taken = np.full(len(place), -1, dtype=np.int64)
         for position, node in enumerate(self._problem.nodes):
@@ -86,11 +88,11 @@ class PricedTree:
         return taken
 
     def mean_cost(self, beta: float) -> float:
-        """Mean MAdds, decisions included."""
+        """Mean MAdds of the images, decisions included."""
         return float(self._madds[self.routes_at(beta)].mean())
 
     def softmax(self, beta: float, temperature: float) -> Floats:
-        """[N, R] probability of each route of the routing space when every gate draws from its
+        """Probability of each route of the routing space, [N, R], if every gate drew from its
         softmax."""
         reach = {0: np.ones(len(self._logits[0]))}
         ends: dict[int, Floats] = {}
@@ -104,12 +106,12 @@ class PricedTree:
         return np.column_stack([ends[route] for route in self._routes])
 
     def router(self, beta: float, table: RoutingTable, heads: Sequence[Head]) -> GatesRouter:
-        """What is deployed: heads and offsets at every node that the routing space reaches.
+        """The router to deploy: heads and offsets at every node that the routing space reaches.
 
         Args:
-            beta: the price.
-            table: of any split, for the tree and the cost of pooling.
-            heads: the problem's, in order.
+            beta: price of compute.
+            table: routing table of any split, for the tree and the cost of pooling.
+            heads: heads of the problem, in order.
         """
         tree = table.tree.subset(self._routes)
         position_of = {(node.gate, node.node): position for position, node in enumerate(self._problem.nodes)}

@@ -1,5 +1,5 @@
-"""What a router's decisions take beside the network: reading the evidence, deciding, and telling
-the host how to group the images."""
+"""Timing of a router's decisions apart from the network: reading the evidence, deciding, and
+transferring the routes to the host, which groups the images."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from dsnet.space.spec import SupernetSpec
 def decision_calls(
     spec: SupernetSpec, segments: CutSegments, trunk: TrunkOutput, logits: torch.Tensor
 ) -> Mapping[str, Callable[[], object]]:
-    """For each kind of router  all decisions on the way to its answer, ready to be timed.
+    """For each kind of router a call that makes all decisions on the way to an answer, to be timed.
 
-    The routers choose among all routes and have weights of zero: what they decide does not matter,
-    and what a decision takes does not depend on it. One gate per stage decides at every gate of the
-    last route's path, for all images together.
+    The routers choose among all routes and have weights of zero, because the time of a decision
+    does not depend on its result. A router with one gate per stage decides at every gate on the
+    path of the last route, for all images together.
 
     Args:
-        spec: of the supernet.
-        segments: cut out of it.
-        trunk: what the first gate hands over for a batch of B images.
-        logits: [B, num_classes] as a route answers, for the cascades.
+        spec: specification of the supernet.
+        segments: segments of the supernet.
+        trunk: output of the trunk for a batch of B images.
+        logits: [B, num_classes] answer of a route, for the cascades.
     """
     outputs = _along_last_route(segments, trunk)
     shape = NetworkShape(
@@ -42,7 +42,7 @@ def decision_calls(
 
 
 def _along_last_route(segments: CutSegments, trunk: TrunkOutput) -> list[TrunkOutput]:
-    """What every gate hands over on the path of the last route."""
+    """Output of the segment before each gate on the path of the last route."""
     outputs = [trunk]
     for gate, branches in enumerate(segments.tree.gates[1:], start=1):
         outputs.append(segments.upto_gate(gate, branches.node_of[-1], outputs[-1].features))
@@ -50,8 +50,8 @@ def _along_last_route(segments: CutSegments, trunk: TrunkOutput) -> list[TrunkOu
 
 
 def _decisions(router: Router, outputs: list[TrunkOutput], logits: torch.Tensor) -> Callable[[], object]:
-    """All decisions of one router, each as dynamic inference asks for it and takes its answer to
-    the host."""
+    """A call that makes all decisions of one router, each as in dynamic inference, with the
+    transfer of the routes to the host."""
     size, device = len(logits), logits.device
     routes = torch.zeros(size, dtype=torch.int64, device=device)
 

@@ -1,4 +1,4 @@
-"""Running sub-networks over a split: static accuracies and the routing table."""
+"""Evaluation of sub-networks on a split: static accuracies and the routing table."""
 
 from __future__ import annotations
 
@@ -24,14 +24,16 @@ from dsnet.space.route_tree import RouteTree
 from dsnet.space.spec import Subnet
 
 EVALUATION_BATCH = 256
-"""Images at a time wherever a number is kept: sums in float32 depend on it in their last bits."""
+"""Batch size of every evaluation whose numbers are stored: the last bits of sums in float32 depend
+on it."""
 MAX_EVIDENCE_COLUMNS = 20_000
-"""Numbers of evidence that a table keeps for an image, where there is a choice."""
+"""Most values of evidence that a table stores for an image if it includes the poolings of later
+gates."""
 TRAIN_SAMPLE = 1000
-"""Images of `train` on which the widest route is tried too: a point or so either way is exact
-enough to see learning by heart."""
+"""Number of images of `train` on which the widest route is evaluated too: an error of about one
+percentage point is small enough to see overfitting."""
 TRAIN_SAMPLE_FILE = "train_sample.json"
-"""Where the measure stage keeps it; runs of earlier releases have none."""
+"""File of this accuracy in the folder of the measure stage; runs of earlier releases have none."""
 
 
 @exact_float32()
@@ -65,18 +67,18 @@ def measure_subnets(
     known: Sequence[Mapping[str, Any]] = (),
     on_row: Callable[[list[Mapping[str, Any]]], None] = lambda rows: None,
 ) -> dict[str, Any]:
-    """Accuracy on a split and cost of every sub-network, the teacher too.
+    """Measure the accuracy on a split, and the cost, of every sub-network and the teacher.
 
     Args:
         supernet: trained and recalibrated.
-        data: holds the split.
-        split: which one.
-        normalization: what the supernet was trained with.
-        known: the first rows, where an earlier call was stopped.
-        on_row: hears all rows so far after each sub-network; it may raise to give up.
+        data: data with the split.
+        split: name of the split.
+        normalization: the normalisation that the supernet was trained with.
+        known: the rows that an earlier, interrupted call has measured.
+        on_row: called with all rows so far after each sub-network; it may raise to stop.
 
     Returns:
-        what `subnets.json` of the measure stage holds.
+        the content of `subnets.json` of the measure stage.
     """
     subnets = supernet.subnets
     rows = list(known)
@@ -102,17 +104,17 @@ def measure_subnets(
 def sample_training_images(
     supernet: Supernet, images: TrainingImages, normalization: Normalization, limit: int = TRAIN_SAMPLE
 ) -> dict[str, Any]:
-    """Top-1 of the widest route on some images of `train`, as evaluation sees them: beside top-1 on
-    `val` it shows learning by heart.
+    """Measure top-1 of the widest route on a sample of `train` without augmentation; compared with
+    top-1 on `val` it shows overfitting.
 
     Args:
         supernet: trained and recalibrated.
         images: the training split.
-        normalization: what the supernet was trained with.
-        limit: images that are drawn, the same ones for the same number of images.
+        normalization: the normalisation that the supernet was trained with.
+        limit: number of images in the sample, which is the same for splits of the same size.
 
     Returns:
-        what `train_sample.json` of the measure stage holds.
+        the content of `train_sample.json` of the measure stage.
     """
     device = next(supernet.parameters()).device
     widest = supernet.subnets[supernet.subnets.by_madds()[-1]]
@@ -138,17 +140,16 @@ def build_routing_table(
     batch_size: int = EVALUATION_BATCH,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> RoutingTable:
-    """Run every member of the supernet's set once over a split; what they share runs once for all
-    of them.
+    """Run every member of the supernet's set once over a split; segments that they share run once
+    for all of them.
 
     Args:
-        supernet: trained and recalibrated; with several gates every path of its set is run, shared
-            segments once.
-        data: holds the split.
-        split: which one.
-        normalization: what the supernet was trained with.
+        supernet: trained and recalibrated; with several gates every path of its set is run.
+        data: data with the split.
+        split: name of the split.
+        normalization: the normalisation that the supernet was trained with.
         batch_size: images at a time.
-        on_progress: hears (images done, images in all).
+        on_progress: called with (images done, images in all).
     """
     subnets = supernet.subnets
     tree = RouteTree.of(subnets)
@@ -188,11 +189,11 @@ def build_routing_table(
 
 
 class _EvidencePlan:
-    """Which parts of the evidence are kept at every node, and in which columns.
+    """Plan of which parts of the evidence a table stores at every node, and in which columns.
 
-    The first gate's always all; a later gate's poolings only where the nodes of all gates together
-    need no more than `MAX_EVIDENCE_COLUMNS`: 64 nodes with a thousand channels would be 800 kB an
-    image.
+    All parts are stored at the first gate. The poolings of later gates are stored only if the nodes
+    of all gates together need no more than `MAX_EVIDENCE_COLUMNS`: 64 nodes with a thousand
+    channels would be 800 kB an image.
     """
 
     def __init__(self, supernet: Supernet, tree: RouteTree, image_size: int) -> None:
@@ -214,7 +215,7 @@ class _EvidencePlan:
         return {part: spec.gates[gate].hidden if part == "hidden" else channels for part in EVIDENCE_PARTS}
 
     def collector(self, seen: dict[tuple[int, int], Tensor]) -> OnNode:
-        """What takes in each node's evidence of a batch."""
+        """A callback that puts the evidence of a batch at each node into `seen`."""
         index = {subnet.name: k for k, subnet in enumerate(self._subnets)}
 
         def collect(gate: int, subnet: Subnet, output: TrunkOutput) -> None:
@@ -224,7 +225,7 @@ class _EvidencePlan:
         return collect
 
     def columns(self) -> tuple[GateColumns, ...]:
-        """Layout and cost of every gate's evidence."""
+        """Column layout and pooling cost of the evidence at every gate."""
         layouts: dict[tuple[int, int], dict[str, tuple[int, int]]] = {}
         start = 0
         for place in self.places:
@@ -245,13 +246,13 @@ class _EvidencePlan:
 
 
 def join_tables(parts: Sequence[RoutingTable]) -> RoutingTable:
-    """The table of a split from those of its consecutive pieces.
+    """Join the tables of consecutive pieces of a split into the table of the split.
 
-    Where every piece but the last holds a multiple of the batch size, the result is bit-equal to
-    the table built at once with the same number of threads of the same processor.
+    If every piece but the last holds a multiple of the batch size, the result is bit-equal to the
+    table built in one pass with the same number of threads on the same processor.
     """
     arrays = parts[0].arrays()
-    per_image = [name for name in arrays if name != "madds"]  # that is of the routes, hence equal in all pieces
+    per_image = [name for name in arrays if name != "madds"]  # MAdds are per route, hence equal in all pieces
     joined = {name: np.concatenate([part.arrays()[name] for part in parts]) for name in per_image}
     return RoutingTable.from_arrays({**arrays, **joined}, parts[0].meta())
 
@@ -261,7 +262,8 @@ def _in_top5(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _answers(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """What a table keeps of one route's logits [B, C]; every value is [B] or [B, L]."""
+    """The columns of a table for one route, from its logits [B, C]; every value is [B] or
+    [B, L]."""
     predicted = logits.argmax(1)
     kept, classes = logits, torch.zeros(len(labels), 0, dtype=torch.int32, device=logits.device)
     if logits.shape[1] > MAX_FULL_CLASSES:

@@ -1,5 +1,5 @@
-"""Latency as a person meets it: named device, fixed threads, warm-up, interleaved repeats, median
-and interquartile range."""
+"""Measurement of latency on a named device with a fixed number of threads: warm-up, interleaved
+repeats, median and interquartile range."""
 
 from __future__ import annotations
 
@@ -27,25 +27,27 @@ from dsnet.space.route_tree import RouteTree
 from dsnet.strict_json import NumberRange
 
 MIN_REPEATS = 3
-"""Fewer say nothing about spread."""
+"""Fewest repeats from which the spread of a time can be estimated."""
 BUDGET_S = 120.0
+"""Default time for all measurements on one device, in seconds."""
 TRUNK, DECIDE = "/trunk", "/decide/"
-"""Beside the names of tails, which are those of sub-networks and hold no slash; a kind of router
-follows the second."""
+"""Names of the timed calls of the trunk and of decisions; the kind of router follows the second.
+Tails are named like sub-networks, whose names hold no slash."""
 PUBLISHED = "gate"
-"""The kind of router whose decision counts where its own was not timed."""
+"""The kind of router whose decision time stands in for kinds that were not timed."""
 DEVICES = ("auto", "cpu", "cuda")
 MAIN_DEVICE = ""
-"""The name of the device that `measure.device` says, among those of `measure.devices`."""
+"""The name of the device of `measure.device`, beside the names in `measure.devices`."""
 DEVICE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,31}")
-"""Names of further devices: they stand in metric names, in expressions and in file names."""
+"""Pattern of the names of further devices, which are used in metric names, expressions and file
+names."""
 
 
 def latency_metric(batch_size: int = 1, device: str = MAIN_DEVICE) -> str:
     """The name of a latency among the metrics: `latency_ms`, `latency_ms_batch64`,
     `latency_ms.server`, `latency_ms_batch64.server`.
 
-    Always milliseconds of one call: of one image, or of a whole batch of so many.
+    The metric is in milliseconds per call, on one image or on a whole batch of `batch_size`.
     """
     return ("latency_ms" if batch_size == 1 else f"latency_ms_batch{batch_size}") + (f".{device}" if device else "")
 
@@ -72,11 +74,12 @@ class Timing:
 
 
 NOISY_SPREAD = 0.2
-"""Interquartile range over median of the typical call from which on times are noisy: sub-networks
-that differ by a tenth look alike then. On an idle machine it is some hundredths."""
+"""Times are noisy if the ratio of interquartile range to median of the typical call is above this:
+sub-networks that differ by a tenth can then not be told apart. On an idle machine the ratio is a
+few hundredths."""
 BUSY_LOAD = 2.0
-"""Processes that want a core, for each core: training that has just ended leaves about 1 behind,
-twice as many are somebody else's."""
+"""The machine is busy if the load average per core is above this. It is about 1 right after
+training; twice as much must come from other programs."""
 
 
 @dataclass(frozen=True)
@@ -84,13 +87,13 @@ class MachineLoad:
     """How busy the machine was when something was timed."""
 
     load_average: float
-    """Processes that ran or wanted to, mean over a minute."""
+    """Number of processes running or waiting to run, averaged over the last minute."""
     num_cores: int
-    """Usable by this process."""
+    """Number of cores that this process may use."""
 
     @classmethod
     def now(cls) -> MachineLoad | None:
-        """At this moment; None where the system does not say."""
+        """The current load; None if the system does not report it."""
         try:
             return cls(os.getloadavg()[0], len(os.sched_getaffinity(0)))
         except OSError:
@@ -98,16 +101,18 @@ class MachineLoad:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any] | None) -> MachineLoad | None:
-        """Rebuild what `asdict` gave; None stays None, as timings of earlier releases have none."""
+        """Rebuild a load from the result of `asdict`; None, as in timings of earlier releases,
+        stays None."""
         return None if data is None else cls(**data)
 
 
 def noise_of(timings: Iterable[Timing], load: MachineLoad | None) -> str | None:
-    """What makes times doubtful, in words; None where nothing does.
+    """Describe why times are unreliable: their spread, or the load of the machine; None if they are
+    reliable.
 
     Args:
-        timings: of comparable calls.
-        load: of the machine after them; None where it is not known.
+        timings: timings of comparable calls.
+        load: load of the machine after the calls; None if it is not known.
     """
     shares = [timing.iqr_ms / timing.median_ms for timing in timings if timing.median_ms > 0]
     spread = float(np.median(shares)) if shares else 0.0
@@ -122,10 +127,11 @@ def noise_of(timings: Iterable[Timing], load: MachineLoad | None) -> str | None:
 
 @dataclass(frozen=True)
 class LatencyTable:
-    """What the parts of the dynamic network cost on one device (docs/definitions.md, Latency)."""
+    """Times of sub-networks and of the parts of the dynamic network on one device
+    (docs/definitions.md, Latency)."""
 
     device: str
-    """What it is, in words."""
+    """The device's model, as `device_name` returns it."""
     threads: int
     subnets: Mapping[int, Mapping[str, Timing]]
     """batch size -> sub-network -> the whole sub-network as a plain module with folded
@@ -139,13 +145,13 @@ class LatencyTable:
     """n images -> route -> its tail."""
     decisions: Mapping[str, Mapping[int, Timing]] = field(default_factory=dict)
     """Other kind of router -> n images -> all its decisions (`dsnet.measure.decision_timing`); a
-    missing one counts as the published."""
+    missing kind counts as the published one."""
     load: MachineLoad | None = None
-    """Of the machine when all was timed; None in tables of earlier releases."""
+    """Load of the machine after the measurement; None in tables of earlier releases."""
 
     @property
     def noise(self) -> str | None:
-        """What makes the times of whole sub-networks doubtful; None where nothing does."""
+        """Why the times of whole sub-networks are unreliable; None if they are reliable."""
         return noise_of([timing for row in self.subnets.values() for timing in row.values()], self.load)
 
     @property
@@ -155,8 +161,8 @@ class LatencyTable:
         return tuple(sorted({1, *self.subnets}))
 
     def static_ms(self, subnet: str, batch_size: int = 1) -> float:
-        """A call of a whole sub-network, as measured; where batch 1 was not, its trunk and its
-        tail.
+        """Milliseconds of a call of a whole sub-network, as measured; if batch size 1 was not
+        measured, the sum of its trunk and its tail.
 
         Raises:
             KeyError: another batch size that was not measured.
@@ -175,8 +181,8 @@ class LatencyTable:
             batch_size: B; between the measured sizes times are interpolated, beyond them they grow
                 in proportion.
             runs: [K] share of the images that run each route.
-            routes: their K names.
-            kind: of the router.
+            routes: the names of these K routes.
+            kind: kind of router.
 
         Returns:
             milliseconds of the whole batch.
@@ -221,37 +227,38 @@ class LatencyTable:
 
 @dataclass(frozen=True)
 class BatchClock:
-    """What the parts of the dynamic network take for one batch of B images."""
+    """Times of the parts of the dynamic network for one batch of B images."""
 
     trunk_ms: float
     decide_ms: float
-    """Of the published gate."""
+    """Decision of the published gate."""
     decisions_ms: Mapping[str, float]
-    """Of other kinds of router."""
+    """All decisions of each other kind of router."""
     tails_ms: NDArray[np.float64]
-    """[K, B + 1] each route's tail for 0, 1, ..., B images."""
+    """[K, B + 1]: the tail of each route for 0, 1, ..., B images."""
 
     def fixed_ms(self, kind: str = PUBLISHED) -> float:
-        """What every batch pays: trunk and decisions."""
+        """Time that every batch takes whatever its routes: trunk and decisions."""
         return self.trunk_ms + self.decisions_ms.get(kind, self.decide_ms)
 
     def ms(self, runs: NDArray[np.float64], kind: str = PUBLISHED) -> float:
-        """Ideal latency of a batch of random images, of which shares `runs` [K] run each route."""
+        """Ideal latency of a batch of random images; `runs` [K] are the shares of images that run
+        each route."""
         chances = _binomials(self.tails_ms.shape[1] - 1, np.asarray(runs, dtype=np.float64))
         return self.fixed_ms(kind) + float((chances * self.tails_ms).sum())
 
 
 def _at(measured: Mapping[int, Timing], sizes: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Milliseconds for numbers of images 0, 1, ...: none for 0, linear between the measured
-    numbers, in proportion beyond the last."""
+    """Milliseconds for `sizes` images: 0 for none, linear between the measured numbers, in
+    proportion beyond the last; below the first measured number, its own time."""
     known = sorted(measured)
     ms = np.interp(sizes, known, [measured[size].median_ms for size in known])
     return np.where(sizes == 0, 0.0, ms * np.maximum(sizes / known[-1], 1.0))
 
 
 def _binomials(count: int, shares: NDArray[np.float64]) -> NDArray[np.float64]:
-    """[K, count + 1] the probability that so many of `count` images run a route that a share [K] of
-    all images runs."""
+    """Binomial probabilities [K, count + 1] that 0, 1, ... of `count` images run a route, given the
+    `shares` [K] of all images that run each route."""
     numbers = np.arange(count + 1)
     ways = np.array([math.lgamma(count + 1) - math.lgamma(n + 1) - math.lgamma(count - n + 1) for n in numbers])
     inside = np.clip(shares, np.finfo(np.float64).tiny, 1.0 - np.finfo(np.float64).epsneg)[:, None]
@@ -262,7 +269,8 @@ def _binomials(count: int, shares: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def device_name(device: torch.device | str) -> str:
-    """The device in words: the GPU's or the processor's own name and how many cores are usable."""
+    """The model of the device: the name of the GPU, or that of the processor and the number of
+    usable cores."""
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
@@ -281,17 +289,17 @@ def time_interleaved(
     synchronize: Callable[[], None] = lambda: None,
     before_each: Callable[[], None] = lambda: None,
 ) -> dict[str, Timing]:
-    """Time several calls side by side: each round runs all of them, in a fresh random order, so
-    that drift hits all alike.
+    """Time several calls interleaved: each round runs all of them, in a new random order, so that
+    drift affects all alike.
 
     Args:
-        calls: what to time, by name.
-        repeats: rounds that count.
-        warmup: rounds before these.
-        budget_s: where this does not suffice, fewer rounds, but no fewer than `MIN_REPEATS` of
-            those asked for.
-        synchronize: waits until the device is done.
-        before_each: runs untimed before every call; it may raise to give up.
+        calls: the calls to time, by name.
+        repeats: number of timed rounds.
+        warmup: number of rounds before these, which are not timed.
+        budget_s: time limit in seconds, after which no further round starts; `MIN_REPEATS` rounds,
+            or `repeats` if these are fewer, are timed in any case.
+        synchronize: waits until the device has finished.
+        before_each: called, untimed, before every call; it may raise to stop.
     """
     order = list(calls)
     shuffle = random.Random(0)
@@ -314,8 +322,8 @@ def time_interleaved(
 
 
 def _rounds(repeats: int, warmup: int, budget_s: float) -> Iterator[bool]:
-    """For each round whether it counts; warm-up takes no more than a quarter of the budget, but a
-    round."""
+    """Yield for each round whether it is timed; after the first warm-up round, another starts only
+    within a quarter of the budget."""
     start = time.monotonic()
     for number in range(warmup):
         if number and time.monotonic() - start > budget_s / 4:
@@ -329,7 +337,7 @@ def _rounds(repeats: int, warmup: int, budget_s: float) -> Iterator[bool]:
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceSettings:
-    """A further device on which everything is timed."""
+    """Settings of a further device on which everything is timed."""
 
     device: str = "cpu"
     threads: int = 1
@@ -337,16 +345,16 @@ class DeviceSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class LatencySettings:
-    """What to time."""
+    """Devices, sizes and repeats of the measurement of latency."""
 
     device: str = "cpu"
     threads: int = 1
     devices: Mapping[str, DeviceSettings] = field(default_factory=dict)
     """Name -> further device; everything is timed on each of them as on the main one."""
     batch_sizes: tuple[int, ...] = (1, 64)
-    """For whole sub-networks; increasing."""
+    """Batch sizes of whole sub-networks; increasing."""
     group_sizes: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-    """For trunk, decision and tails; increasing from 1."""
+    """Numbers of images for trunk, decisions and tails; increasing from 1."""
     repeats: int = 15
     warmup: int = 3
 
@@ -374,14 +382,14 @@ class LatencySettings:
 
     @property
     def num_rounds(self) -> int:
-        """Batch and group sizes that are timed on each device."""
+        """Number of batch and group sizes that are timed on each device."""
         return len(self.batch_sizes) + len(self.group_sizes)
 
     def by_device(self, resolve: Callable[[str], str] = lambda device: device) -> dict[str, LatencySettings]:
-        """The settings of each device alone, by its name, the main one first.
+        """Settings for each single device, by its name, the main one first.
 
         Args:
-            resolve: makes `cpu` or `cuda` of what was asked for.
+            resolve: maps a device setting to `cpu` or `cuda`.
         """
         further = {
             name: replace(self, device=resolve(own.device), threads=own.threads, devices={})
@@ -400,16 +408,17 @@ def measure_latency(
     budget_s: float = BUDGET_S,
 ) -> LatencyTable:
     """Time every sub-network and every part of the dynamic network on random images, on the main
-    device; the process keeps its threads.
+    device of `settings`; the number of threads of the process is restored afterwards.
 
     Args:
-        supernet: trained; paths through several gates are timed as what they share, put together.
+        supernet: trained; paths through several gates are timed as sequences of the segments that
+            they share.
         image_size: side in pixels.
         settings: device, threads, sizes, repeats.
-        on_progress: hears (sizes done, sizes in all).
-        before_each: runs untimed before every timed call; it may raise to give up.
+        on_progress: called with (sizes done, sizes in all).
+        before_each: called, untimed, before every timed call; it may raise to stop.
         budget_s: seconds for all sizes together, shared evenly; many paths or large images then
-            have fewer repeats than asked for.
+            have fewer repeats than `settings` asks for.
     """
     device = torch.device(settings.device)
     parts = _Parts(supernet.to(device).eval(), image_size, device)
@@ -452,8 +461,8 @@ def measure_latency(
 
 
 class _Parts:
-    """What is timed: shared segments, put together to tails and whole sub-networks; every one on
-    the same random images."""
+    """The modules to time: tails and whole sub-networks, composed of shared segments; all modules
+    of a call get the same random images."""
 
     def __init__(self, supernet: Supernet, image_size: int, device: torch.device) -> None:
         members = supernet.subnets.members
@@ -470,12 +479,13 @@ class _Parts:
         return torch.randn((size, *self.shape), generator=self.generator).to(self.device)
 
     def whole_calls(self, size: int) -> dict[str, Callable[[], object]]:
-        """Every sub-network."""
+        """Calls of every sub-network on `size` images."""
         images = self._images(size)
         return {name: _bind(module, images) for name, module in self.whole.items()}
 
     def part_calls(self, size: int) -> dict[str, Callable[[], object]]:
-        """Every tail, the trunk and each kind of router's decisions."""
+        """Calls of every tail, of the trunk and of the decisions of each kind of router, on `size`
+        images."""
         images = self._images(size)
         output = self.trunk(images)
         calls: dict[str, Callable[[], object]] = {
@@ -495,9 +505,9 @@ def _bind(module: Callable[[torch.Tensor], object], argument: torch.Tensor) -> C
 
 
 def waiter(device: torch.device) -> Callable[[], None]:
-    """What waits until the device has done all that it was given."""
+    """A function that waits until the device has finished all its work."""
     return torch.cuda.synchronize if device.type == "cuda" else _no_wait
 
 
 def _no_wait() -> None:
-    """The CPU has nothing to wait for."""
+    """Do nothing: calls on the CPU are synchronous."""

@@ -1,5 +1,5 @@
 """Routers map an image's evidence to a route.
 
-`base` is the one interface of gates and cascades (docs/definitions.md, Router); `kinds` knows them
-by name.
+`base` defines the common interface of gates and cascades (docs/definitions.md, Router); `kinds` is
+the registry of the kinds of router.
 """

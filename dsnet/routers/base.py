@@ -1,5 +1,5 @@
-"""What every router is: it maps the evidence of an image, and what routes that already ran have
-said, to the next route."""
+"""The interface of routers: a router maps the evidence of an image, and the answers of the routes
+that have run, to the next route."""
 
 from __future__ import annotations
 
@@ -16,33 +16,33 @@ from dsnet.routers.head import Head
 from dsnet.space.route_tree import RouteTree
 
 STOP = -1
-"""The route that means: enough, answer with what the last executed route said."""
+"""Value in place of a route: run no further route and answer with the output of the last one."""
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a router may read of a batch at one gate."""
+    """Input features of a router for a batch at one gate."""
 
     parts: Mapping[str, Tensor]
     """The parts that the router needs, float [B, d] each; names as in
     `dsnet.network.supernet.EVIDENCE_PARTS`."""
     num_images: int
-    """B."""
+    """Number of images, B."""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     gate: int = 0
-    """Which gate decides."""
+    """Number of the gate that decides."""
     route: int = STOP
     """At a gate after the first, one of the router's routes through the node where all images of
-    the batch are; nodes have numbers only within one tree, and a router's need not be the
-    network's."""
+    the batch are. It stands for the node, because nodes have numbers only within one tree, and the
+    router's tree may differ from the network's."""
 
     def same(self, value: int) -> Tensor:
-        """One route for all images, int64 [B]."""
+        """The same route for all images, int64 [B]."""
         return torch.full((self.num_images,), value, dtype=torch.int64, device=self.device)
 
     @property
     def no_choice(self) -> Tensor:
-        """The margin where there is nothing to decide: inf, float64 [B]."""
+        """Margins where there is nothing to decide: inf, float64 [B]."""
         return torch.full((self.num_images,), torch.inf, dtype=torch.float64, device=self.device)
 
     def __getitem__(self, part: str) -> Tensor:
@@ -51,27 +51,28 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Executed:
-    """What the routes that ran in one round have said, for all images of a batch (rows that ran
-    none are not read)."""
+    """Routes that ran in one round, and their logits, for all images of a batch (rows of images
+    that ran none are not used)."""
 
     routes: Tensor
-    """int64 [B] the route each image ran in this round, or STOP where it ran none."""
+    """int64 [B]: the route that each image ran in this round, or STOP where it ran none."""
     logits: Tensor
-    """[B, L] the newest logits of each image; on a routing table the stored half-precision ones."""
+    """[B, L]: the latest logits of each image; on a routing table those stored in half
+    precision."""
     stored: Mapping[str, Tensor] | None = None
-    """A routing table's own `confidence`, `margin` and `entropy`, [B] each, where the logits are
-    not all there."""
+    """`confidence`, `margin` and `entropy` from a routing table, [B] each, because its logits are
+    rounded and may be only the largest."""
 
     @cached_property
     def summary(self) -> Mapping[str, Tensor]:
-        """Float32 [B] each: `confidence` (largest probability), `margin` (to the second), `entropy`
-        (nats)."""
+        """`confidence` (largest probability), `margin` (its lead over the second) and `entropy`
+        (nats), float32 [B] each."""
         return summary_of(self.logits) if self.stored is None else self.stored
 
 
 def summary_of(logits: Tensor) -> dict[str, Tensor]:
-    """Largest probability, its lead over the second, and entropy in nats of logits [B, C]; float32
-    [B] each."""
+    """`confidence` (largest probability), `margin` (its lead over the second) and `entropy` (nats)
+    of logits [B, C], float32 [B] each."""
     log_p = F.log_softmax(logits.float(), dim=1)
     p = log_p.exp()
     top2 = p.topk(2, dim=1).values
@@ -80,7 +81,7 @@ def summary_of(logits: Tensor) -> dict[str, Tensor]:
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkShape:
-    """What a router has to know of a network to be built for it with weights of zero."""
+    """Sizes of a network from which an untrained router is built for it."""
 
     tree: RouteTree
     num_classes: int
@@ -102,8 +103,8 @@ class NetworkShape:
 
 @dataclass(frozen=True, kw_only=True)
 class CalibratedHead:
-    """A trained and calibrated head of a router that decides once, with what its class needs beside
-    it."""
+    """A trained and calibrated head of a router that decides once, with the other facts from which
+    its class is built."""
 
     head: Head
     offset: Tensor
@@ -111,39 +112,41 @@ class CalibratedHead:
     routes: tuple[int, ...]
     """The routing space."""
     first: int | None
-    """The route that runs first, for a kind that reads its answer."""
+    """The route that runs first, for a kind that reads its answer; None for other kinds."""
     num_classes: int
     pooling_madds: int
-    """MAdds of the poolings of richer evidence that the attention does not make anyhow."""
+    """MAdds of the poolings of richer evidence that the attention does not compute already."""
 
 
 class Router(Protocol):
-    """Maps evidence to routes, batched (docs/definitions.md, Router)."""
+    """Interface of a router, which maps the evidence of a batch to routes (docs/definitions.md,
+    Router)."""
 
     @property
     def kind(self) -> str:
-        """Its name in `gate.router` and in stored files."""
+        """Name of its kind in `gate.router` and in stored files."""
         ...
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """The parts of the evidence that `step` reads."""
+        """Names of the parts of the evidence that `step` reads."""
         ...
 
     @property
     def num_gates(self) -> int:
-        """It decides at so many gates, from the first on; 1 = once, for the whole route."""
+        """Number of gates at which it decides, from the first on; 1 = it decides once, for the
+        whole route."""
         ...
 
     @property
     def max_runs(self) -> int:
-        """It runs at most so many routes for an image, one after the other; after that many it is
-        not asked again."""
+        """Largest number of routes that it runs for an image, one after the other; after so many
+        `step` is not called again."""
         ...
 
     @property
     def routes(self) -> tuple[int, ...]:
-        """Every route that it may run, rising."""
+        """All routes that it may run, in increasing order."""
         ...
 
     def decision_madds(self, routes: Tensor) -> Tensor:
@@ -153,27 +156,28 @@ class Router(Protocol):
     def step(self, evidence: Evidence, executed: Sequence[Executed]) -> Tensor:
         """The next route of every image (int64 [B]), or STOP; the first one is never STOP.
 
-        At a gate after the first (`evidence.gate`) the answer is a route through the node of
-        `evidence.route`; what earlier gates answered only fixed the path up to here.
+        At a gate after the first (`evidence.gate`) the result is a route through the node of
+        `evidence.route`; the routes returned at earlier gates only fix the path up to this gate.
 
         Args:
-            evidence: of the gate that asks.
+            evidence: the evidence at the gate that decides.
             executed: the rounds that have run, oldest first.
         """
         ...
 
     @property
     def tie(self) -> float:
-        """A `margin` below this is a numerical tie: another processor, or a table's half-precision
-        logits, may decide otherwise."""
+        """Threshold of `margin` below which a decision is a numerical tie: it may differ on another
+        processor, or with the half-precision logits of a table."""
         ...
 
     def margin(self, evidence: Evidence, executed: Sequence[Executed]) -> Tensor:
-        """By how much all that it reads would have to be off, relatively, for `step` to answer
-        otherwise; inf where it has no choice.
+        """Error of the router's inputs that would change the result of `step`, compared with
+        `tie`; inf where it has no choice.
 
-        Float64 [B]; to first order, and for errors that are independent of each other. It does not
-        depend on the rest of the batch.
+        Float64 [B]. For a head it is a relative error of all features, to first order, with errors
+        that are independent of each other; for a plain cascade, a difference of probability. It
+        does not depend on the rest of the batch.
         """
         ...
 
@@ -182,8 +186,8 @@ class Router(Protocol):
         ...
 
     def facts(self, names: Sequence[str]) -> dict[str, Any]:
-        """How it decides, for people: JSON-able facts beside its kind; `names` are those of the
-        routes."""
+        """Description of how it decides, for reports: JSON-able values beside its kind; `names` are
+        those of the routes."""
         ...
 
     def to_arrays(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

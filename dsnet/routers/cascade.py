@@ -1,5 +1,5 @@
-"""Cascades: run a cheap route, look at what it says, then stop or run a wider one too. They pay for
-both, the trunk once."""
+"""Cascades: run a cheap route, read its answer, then stop or run a wider route too. An image that
+goes on pays for both routes, and for the trunk once."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Values = TypeVar("Values", Tensor, NDArray[np.float64])
 
 
 PROBABILITY_TIE = 1e-4
-"""Probabilities differ by so much between processors and batch sizes where logits are large."""
+"""Largest difference of probabilities between processors and batch sizes where logits are large."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class CascadeRouter:
     """Run the first route; where its largest probability is below the threshold, run the second
     too.
 
-    Where both are the same route, there is nothing to go on to.
+    If both are the same route, it runs only once.
     """
 
     first: int
@@ -45,15 +45,15 @@ class CascadeRouter:
 
     @property
     def routes(self) -> tuple[int, ...]:
-        """Both."""
+        """Both routes, in increasing order."""
         return tuple(sorted({self.first, self.second}))
 
     def decision_madds(self, routes: Tensor) -> Tensor:
-        """A comparison: none."""
+        """Zero: a comparison has no MAdds."""
         return torch.zeros_like(routes)
 
     def step(self, evidence: Evidence, executed: Sequence[Executed]) -> Tensor:
-        """First, then second or STOP, then STOP."""
+        """The first route, then the second or STOP, then STOP."""
         if not executed:
             return evidence.same(self.first)
         if len(executed) == 1 and self.first != self.second:
@@ -77,17 +77,17 @@ class CascadeRouter:
         return replace(self, first=position[self.first], second=position[self.second])
 
     def to_arrays(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Two routes; the threshold as a tensor, which unlike JSON holds an infinity."""
+        """The two routes, and the threshold as a tensor, because JSON cannot hold an infinity."""
         threshold = torch.tensor([self.threshold], dtype=torch.float64)
         return {"threshold": threshold}, {"kind": self.kind, "first": self.first, "second": self.second}
 
     def facts(self, names: Sequence[str]) -> dict[str, Any]:
-        """Both routes and the threshold."""
+        """Names of both routes, and the threshold."""
         return {"first": names[self.first], "second": names[self.second], "threshold": self.threshold}
 
     @classmethod
     def untrained(cls, kind: RouterKind, shape: NetworkShape) -> CascadeRouter:
-        """From the first route to the last, for timing."""
+        """A cascade from the first route to the last, for timing."""
         return cls(shape.routes[0], shape.routes[-1], 0.5)
 
     @classmethod
@@ -97,26 +97,26 @@ class CascadeRouter:
 
 
 CASCADE_EVIDENCE = ("hidden",)
-"""What a learned cascade reads beside the first route's answer: the hidden vector is there
-anyhow."""
+"""Evidence that a learned cascade reads beside the first route's answer: the hidden vector, which
+the trunk computes in any case."""
 NUM_SORTED = 10
-"""The learned cascade reads so many of the largest logits, in falling order."""
+"""Number of the largest logits that a learned cascade reads, in falling order."""
 MAX_NAMED_CLASSES = 100
-"""It also reads the logits by class where there are no more classes: some classes are harder than
-others."""
+"""A learned cascade also reads the logits by class if there are at most so many classes, because
+some classes are harder than others."""
 HALF_TIE = 2e-3
-"""A routing table holds logits in half precision, 2 ** -11 of their size off: two such steps, where
-one is rounded otherwise."""
+"""Margin below which a decision from half-precision logits is a tie. Rounding to half precision has
+a relative error of 2 ** -11; this allows for logits that are rounded to neighbouring values."""
 EXACT_SHARE = ROUNDING_TIE / HALF_TIE
-"""Of that, what is stored in single precision is off by this share."""
+"""Relative rounding error of values stored in float32, in units of `HALF_TIE`."""
 
 
 def answer_features(executed: Executed, num_classes: int) -> Tensor:
-    """What a learned cascade reads of a route's answer: float32 [B, D].
+    """Features of a route's answer for a learned cascade: float32 [B, D].
 
-    Confidence, margin and entropy; the largest logits by rank, relative to the largest; and where
-    there are few classes the centred logits by class. Logits are rounded to half precision first,
-    as a routing table keeps them.
+    They are confidence, margin and entropy; the largest logits by rank, relative to the largest;
+    and, if there are few classes, the centred logits by class. Logits are rounded to half precision
+    first, as a routing table stores them.
     """
     logits = executed.logits.half().float()
     summary = executed.summary
@@ -131,13 +131,13 @@ def answer_features(executed: Executed, num_classes: int) -> Tensor:
 
 
 def num_answer_features(num_classes: int) -> int:
-    """Columns of `answer_features`."""
+    """Number of columns of `answer_features`."""
     return 3 + min(NUM_SORTED, num_classes) - 1 + (num_classes if num_classes <= MAX_NAMED_CLASSES else 0)
 
 
 def answer_error_sizes(executed: Executed, num_classes: int) -> Tensor:
-    """How far the features of an answer may be off, [B, D] in units of `HALF_TIE`: logits are
-    rounded, the summary is of exact ones."""
+    """Error sizes of the features of an answer, [B, D] in units of `HALF_TIE`: logits are rounded
+    to half precision, the summary is computed from exact ones."""
     logits = executed.logits.half().float().abs()
     ranked = executed.logits.half().float().topk(min(NUM_SORTED, logits.shape[1]), dim=1).values.abs()
     summary = torch.stack([executed.summary[name].float() for name in ("confidence", "margin", "entropy")], dim=1)
@@ -149,20 +149,20 @@ def answer_error_sizes(executed: Executed, num_classes: int) -> Tensor:
 
 @dataclass(frozen=True)
 class LearnedCascadeRouter:
-    """Run the first route; from its answer and the gate's evidence decide to stop or which wider
-    route to run too (ours)."""
+    """Run the first route; from its answer and the gate's evidence, decide whether to stop or which
+    wider route to run too (ours)."""
 
     first: int
     head: Head
-    """Scores of stopping and of each wider route, in the order of `options`, from the answer's
-    features and the evidence."""
+    """Head that scores `options`, in their order, from the features of the answer and the
+    evidence."""
     offset: Tensor
     """float64 [R]: beta * cost, subtracted from the scores."""
     options: tuple[int, ...]
-    """The first route itself, which means to stop, and the wider routes."""
+    """The wider routes, and the first route itself, which means to stop."""
     num_classes: int
     evidence_parts: tuple[str, ...] = ()
-    """Parts of the evidence that it reads beside the answer."""
+    """Names of the parts of the evidence that it reads beside the answer."""
     pooling_madds: int = 0
 
     kind = "learned_cascade"
@@ -178,16 +178,16 @@ class LearnedCascadeRouter:
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """What it reads beside the first route's answer."""
+        """Names of the parts of the evidence that it reads beside the first route's answer."""
         return self.evidence_parts
 
     @property
     def routes(self) -> tuple[int, ...]:
-        """All of them, rising."""
+        """All options, in increasing order."""
         return tuple(sorted(self.options))
 
     def decision_madds(self, routes: Tensor) -> Tensor:
-        """Poolings and head, after the first route."""
+        """MAdds of poolings and head; every image decides once, after the first route."""
         return torch.full_like(routes, self.pooling_madds + self.head.madds)
 
     def _features(self, evidence: Evidence, answer: Executed) -> Tensor:
@@ -195,7 +195,7 @@ class LearnedCascadeRouter:
         return torch.cat(parts, dim=1)
 
     def step(self, evidence: Evidence, executed: Sequence[Executed]) -> Tensor:
-        """First, then one of the wider routes or STOP, then STOP."""
+        """The first route, then one of the wider routes or STOP, then STOP."""
         if not executed:
             return evidence.same(self.first)
         if len(executed) > 1:
@@ -205,7 +205,8 @@ class LearnedCascadeRouter:
         return torch.tensor(answers, device=evidence.device)[scores.argmax(1)]
 
     def margin(self, evidence: Evidence, executed: Sequence[Executed]) -> Tensor:
-        """Of the winning score over the next."""
+        """Lead of the best score over the second, relative to the errors of its features
+        (`Head.lead`)."""
         if len(executed) != 1:
             return evidence.no_choice
         answer = executed[0]
@@ -218,7 +219,7 @@ class LearnedCascadeRouter:
         return replace(self, first=position[self.first], options=tuple(position[option] for option in self.options))
 
     def to_arrays(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Head and offset; routes and what it reads."""
+        """Head and offset as tensors; routes and names of the evidence as JSON values."""
         values = {
             "kind": self.kind,
             "first": self.first,
@@ -230,7 +231,7 @@ class LearnedCascadeRouter:
         return {**self.head.tensors("head."), "offset": self.offset}, values
 
     def facts(self, names: Sequence[str]) -> dict[str, Any]:
-        """The first route, and those of which one may follow."""
+        """Names of the first route and of the routes of which one may follow."""
         wider = [names[option] for option in self.options if option != self.first]
         return {"first": names[self.first], "then_one_of": wider}
 

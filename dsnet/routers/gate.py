@@ -16,7 +16,7 @@ from dsnet.routers.kinds import RouterKind
 from dsnet.space.cost import gate_madds
 
 ROUNDING_TIE = 1e-5
-"""Float32 features differ by so much, relatively, between processors and batch sizes."""
+"""Relative difference of float32 features between processors and batch sizes."""
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,8 @@ class GateRouter:
     """The published gate: a bias-free slimming head on the attention's hidden vector; the largest
     calibrated logit wins.
 
-    It is described in docs/methods.md, section 4. Decisions are taken in float64, from float32
-    inputs, so that the same hidden vector gives the same route on every path.
+    It is described in docs/methods.md, section 4. Decisions are computed in float64 from float32
+    inputs, so that the same hidden vector gives the same route wherever it is evaluated.
     """
 
     weight: Tensor
@@ -50,7 +50,7 @@ class GateRouter:
         return ("hidden",)
 
     def decision_madds(self, routes: Tensor) -> Tensor:
-        """One product with the head, whatever the route."""
+        """MAdds of the head, the same for every route."""
         return torch.full_like(routes, gate_madds(self.weight.shape[1], self.weight.shape[0]))
 
     def scores(self, hidden: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ class GateRouter:
         return replace(self, routes=tuple(position[route] for route in self.routes))
 
     def to_arrays(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Weight and offset; the routing space."""
+        """Weight and offset as tensors; the routing space as a JSON value."""
         return {"weight": self.weight, "offset": self.offset}, {"kind": self.kind, "routes": list(self.routes)}
 
     def facts(self, names: Sequence[str]) -> dict[str, Any]:
@@ -100,22 +100,22 @@ class GateRouter:
 
 
 RICH_EVIDENCE = ("mean", "deviation", "maximum", "hidden")
-"""What a gate with richer evidence reads: three poolings of the gate's input, and the hidden
-vector."""
+"""Parts of the evidence that a gate with richer evidence reads: three poolings of the gate's input,
+and the hidden vector."""
 
 
 @dataclass(frozen=True)
 class EvidenceGateRouter:
-    """A gate at the published place that sees more: mean, deviation and maximum of each channel,
-    through a small perceptron (ours)."""
+    """A gate at the published place with richer evidence: mean, deviation and maximum of each
+    channel and the hidden vector are the input of a small perceptron (ours)."""
 
     head: Head
-    """On the parts of `RICH_EVIDENCE`, one after the other."""
+    """Head on the concatenated parts of `RICH_EVIDENCE`."""
     offset: Tensor
     """float64 [R]: beta * cost, subtracted from the scores."""
     routes: tuple[int, ...]
     pooling_madds: int
-    """MAdds of the poolings that the attention does not make anyhow: deviation and maximum."""
+    """MAdds of the poolings that the attention does not compute already: deviation and maximum."""
 
     kind = "evidence_gate"
     num_gates = 1
@@ -124,7 +124,7 @@ class EvidenceGateRouter:
     needs = RICH_EVIDENCE
 
     def decision_madds(self, routes: Tensor) -> Tensor:
-        """Poolings and head, whatever the route."""
+        """MAdds of poolings and head, the same for every route."""
         return torch.full_like(routes, self.pooling_madds + self.head.madds)
 
     def _features(self, evidence: Evidence) -> Tensor:
@@ -148,7 +148,8 @@ class EvidenceGateRouter:
         return replace(self, routes=tuple(position[route] for route in self.routes))
 
     def to_arrays(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Head and offset; routing space and cost."""
+        """Head and offset as tensors; the routing space and the MAdds of poolings as JSON
+        values."""
         values = {"kind": self.kind, "routes": list(self.routes), "pooling_madds": self.pooling_madds}
         return {**self.head.tensors("head."), "offset": self.offset}, values
 

@@ -1,5 +1,5 @@
-"""From features to a score per option: the published bias-free linear head, or a small perceptron.
-Decisions are taken in float64."""
+"""Heads, which map features to a score per option: the published linear head without bias, or a
+small perceptron. Both compute in float64."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from torch import Tensor
 
 TIMED_UNITS = 32
 """Hidden units of the perceptrons that are timed: the default of `gate.perceptron.hidden_units`. At
-these sizes the number of calls decides the time."""
+these sizes the time depends on the number of operations called, not on the number of units."""
 
 
 @dataclass(frozen=True)
 class Head:
-    """One or two layers; in float64, from float32 inputs, so that the same features give the same
-    route on every path."""
+    """A head of one or two layers; it computes in float64 from float32 inputs, so that the same
+    features give the same route wherever it is evaluated."""
 
     weight: Tensor
-    """float64 [R, hidden], or [R, D] where there is one layer."""
+    """float64 [R, hidden] of the last of two layers, or [R, D] of a single one."""
     bias: Tensor | None = None
-    """float64 [R]"""
+    """float64 [R]; None = no bias."""
     inner_weight: Tensor | None = None
-    """float64 [hidden, D] of the first of two layers, which a ReLU follows; None where there is
-    one."""
+    """float64 [hidden, D] of the first of two layers, which is followed by a ReLU; None for a
+    single layer."""
     inner_bias: Tensor | None = None
-    """float64 [hidden]"""
+    """float64 [hidden]; None for a single layer."""
 
     def __call__(self, features: Tensor) -> Tensor:
-        """[B, D] -> float64 [B, R]."""
+        """Scores of features, [B, D] -> float64 [B, R]."""
         device = features.device
         x = features.double()
         if self.inner_weight is not None and self.inner_bias is not None:
@@ -39,19 +39,18 @@ class Head:
         return x @ weight if self.bias is None else torch.addmm(self.bias.to(device), x, weight)
 
     def lead(self, features: Tensor, offset: Tensor, sizes: Tensor | None = None) -> Tensor:
-        """How far the best calibrated score is ahead of the next, relative to what errors of the
-        features do to it: float64 [B].
+        """Lead of the best calibrated score over the second, divided by its sensitivity to errors
+        of the features: float64 [B].
 
-        With independent errors of standard deviation e * `sizes`, the difference of the two scores
-        is off by about e in the unit of what is returned; hidden units count as independent, and as
-        if all were active, since an error may switch one on. Infinite for a single option; 0 for
-        equal scores.
+        If the features have independent errors of standard deviation e * `sizes`, the returned lead
+        has an error of about e. Hidden units count as independent, and as if all were active, since
+        an error may activate one. The lead is infinite for a single option and 0 for equal scores.
 
         Args:
             features: [B, D].
-            offset: float64 [R], subtracted from the scores; +inf for an option that is not there.
-            sizes: [B, D] of the features' errors, in units of the relative one; their own magnitude
-                where not given.
+            offset: float64 [R], subtracted from the scores; +inf for an option that does not exist.
+            sizes: [B, D] error of each feature per unit of e; None = the features' own magnitudes,
+                so that e is a relative error.
         """
         scores = self(features) - offset.to(features.device)
         if scores.shape[1] == 1:
@@ -67,11 +66,11 @@ class Head:
 
     @property
     def madds(self) -> int:
-        """Of one image; biases are free."""
+        """MAdds for one image; biases are not counted."""
         return self.weight.numel() + (0 if self.inner_weight is None else self.inner_weight.numel())
 
     def tensors(self, prefix: str) -> dict[str, Tensor]:
-        """What `from_tensors` reads back."""
+        """Its tensors by name, for `from_tensors`."""
         parts = {
             "weight": self.weight,
             "bias": self.bias,
@@ -82,7 +81,7 @@ class Head:
 
     @classmethod
     def zeros(cls, num_options: int, num_features: int, units: int | None = None) -> Head:
-        """A head with weights of zero: one layer, or with `units` hidden units two."""
+        """A head with weights of zero: one layer, or two with `units` hidden units."""
 
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.float64)
@@ -93,10 +92,10 @@ class Head:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], prefix: str) -> Head:
-        """Rebuild a head.
+        """Rebuild a head from `tensors`.
 
         Raises:
-            KeyError: it has no weight.
+            KeyError: the weight is missing.
         """
         names = ("bias", "inner_weight", "inner_bias")
         optional = {name: tensors[prefix + name].double() for name in names if prefix + name in tensors}

@@ -1,4 +1,5 @@
-"""The kinds of router by name: what the rest of the program has to know of each. Needs no torch.
+"""The registry of the kinds of router, with the facts about each kind that the rest of the program
+needs. It needs no torch.
 
 A new kind is a class that fulfils `dsnet.routers.base.Router` and one call of `register`, from
 inside or outside of this package (`dsnet.plugins`).
@@ -24,7 +25,7 @@ Head = Literal["none", "linear", "perceptron", "own"]
 
 @dataclass(frozen=True, kw_only=True)
 class RouterKind:
-    """What is known of a kind of router before one is trained."""
+    """Record of a kind of router: the facts that hold for all routers of the kind."""
 
     name: str
     """Its name in `gate.router` and in stored files."""
@@ -33,32 +34,34 @@ class RouterKind:
     router: str | type
     """The class, or its import path "module:Class"."""
     head: Head
-    """What decides: `none` (nothing is trained), a `linear` head, a `perceptron`, or the kind's
-    `own`, which `fit` trains and whose cost nobody else knows."""
+    """Type of its head: `none` (nothing is trained), `linear`, `perceptron`, or the kind's `own`,
+    which `fit` trains and of which only the kind itself knows the cost."""
     symbol: str = "hexagon"
     """Its marker in figures, one of Plotly's."""
     is_tree: bool = False
-    """It decides at every gate of the network, each time the widths of the next stage."""
+    """Whether it decides at every gate of the network, each time on the widths of the next
+    stage."""
     max_runs: int = 1
-    """It runs at most so many routes for an image."""
+    """Largest number of routes that it runs for an image."""
     reads_answer: bool = False
-    """Its head reads what the first route has answered."""
+    """Whether its head reads the answer of the first route."""
     trains_end_to_end: bool = False
-    """Its heads can be trained on images (`gate.trainer: end_to_end`)."""
+    """Whether its heads can be trained on images (`gate.trainer: end_to_end`)."""
     is_default: bool = False
-    """It is in the search space of a sweep that has none."""
+    """Whether it is in the default search space, which a sweep without its own uses."""
     fit: Callable[..., Any] | None = None
     """`fit(gate_table, val_table, settings) -> dsnet.gates.fit.GateFit` in place of the common
     training."""
 
     @property
     def is_trained(self) -> bool:
-        """Whether it reads the settings of losses, labels and optimiser."""
+        """Whether it has a head to train, and so uses the settings of losses, labels and
+        optimiser."""
         return self.head != "none"
 
     @property
     def router_class(self) -> type[Any]:
-        """The class, imported where it is named by its path."""
+        """The class of its routers, imported if it is given as a path."""
         if isinstance(self.router, type):
             return self.router
         module, _, name = self.router.partition(":")
@@ -70,7 +73,7 @@ _KINDS: dict[str, RouterKind] = {}
 
 
 def register(kind: RouterKind) -> RouterKind:
-    """Make a kind of router known under its name; returns it.
+    """Register a kind of router under its name; returns the kind.
 
     Raises:
         ValueError: another kind has this name.
@@ -102,10 +105,10 @@ def kind_names(matches: Callable[[RouterKind], bool] = lambda kind: True) -> tup
 
 
 def router_from_arrays(tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> Router:
-    """Rebuild a router from what its `to_arrays` gave.
+    """Rebuild a router from the result of its `to_arrays`.
 
     Raises:
-        CheckpointError: unknown kind, or parts that are missing or no such thing.
+        CheckpointError: the kind is unknown, or parts are missing or invalid.
     """
     try:
         router: Router = router_kind(values["kind"]).router_class.from_arrays(tensors, values)

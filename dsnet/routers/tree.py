@@ -1,5 +1,5 @@
-"""Gates at every stage: each chooses the next stage's widths from what the stages before it have
-computed."""
+"""Routers with a gate at every stage: each chooses the widths of the next stage from the features
+of the stages before it."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from dsnet.space.route_tree import RouteTree
 
 @dataclass(frozen=True)
 class GatesRouter:
-    """A head at every node of every gate that has a choice; the largest calibrated score decides
-    which branch an image takes.
+    """A router with a head at every node of every gate; an image takes the branch with the largest
+    calibrated score.
 
     The published DS-ResNet has one slimming head per gate, on the hidden vector, which all nodes of
     the gate share; with richer evidence, whose length depends on the widths so far, each node has
@@ -29,35 +29,37 @@ class GatesRouter:
     """
 
     tree: RouteTree
-    """Of `routes`, in their order."""
+    """Tree of `routes`, in their order."""
     routes: tuple[int, ...]
     """The routing space: a route id per column of the tree."""
     heads: tuple[tuple[Head, ...], ...]
-    """[gate][node] scores of the gate's choices, in their order. Nodes may share one head."""
+    """[gate][node] heads, which score the choices of the gate in their order; nodes may share one
+    head."""
     offsets: tuple[tuple[Tensor, ...], ...]
     """[gate][node] float64 [choices]: beta * cost of the branch; +inf for a choice that the node
-    lacks."""
+    does not have."""
     needs: tuple[str, ...] = ("hidden",)
     """`("hidden",)` as published, or `RICH_EVIDENCE`."""
     pooling_madds: tuple[tuple[int, ...], ...] = ()
-    """[gate][node] MAdds of the poolings that the attention does not make anyhow; empty for
-    none."""
+    """[gate][node] MAdds of the poolings that the attention does not compute already; empty if
+    there are none."""
 
     tie = ROUNDING_TIE
     max_runs = 1
 
     @property
     def kind(self) -> str:
-        """`gates`, or `evidence_gates` where they see more."""
+        """`gates`, or `evidence_gates` if it reads richer evidence."""
         return "evidence_gates" if self.needs == RICH_EVIDENCE else "gates"
 
     @property
     def num_gates(self) -> int:
-        """All of the network's."""
+        """Number of gates, which is that of the network."""
         return len(self.tree.gates)
 
     def decision_madds(self, routes: Tensor) -> Tensor:
-        """Every decision on the way: head and poolings of each node passed."""
+        """MAdds of all decisions on the way to each route: heads and poolings of the nodes
+        passed."""
         by_route = torch.zeros(max(self.routes) + 1, dtype=torch.int64)
         for column, route in enumerate(self.routes):
             by_route[route] = sum(
@@ -76,7 +78,7 @@ class GatesRouter:
     @cached_property
     def _first_routes(self) -> tuple[tuple[Tensor, ...], ...]:
         """[gate][node] int64 [choices]: the first route of each branch; STOP for a choice that the
-        node lacks."""
+        node does not have."""
         found = []
         for branches in self.tree.gates:
             firsts = [torch.full((branches.num_choices,), STOP, dtype=torch.int64) for _ in range(branches.num_nodes)]
@@ -87,14 +89,14 @@ class GatesRouter:
         return tuple(found)
 
     def _node(self, evidence: Evidence) -> int:
-        """In this router's own tree."""
+        """Node of `evidence` in this router's own tree."""
         return self.tree.gates[evidence.gate].node_of[self._column_of[evidence.route]] if evidence.gate > 0 else 0
 
     def _features(self, evidence: Evidence) -> Tensor:
         return torch.cat([evidence[part] for part in self.needs], dim=1)
 
     def step(self, evidence: Evidence, executed: Sequence[Executed]) -> Tensor:
-        """The best branch's first route (any route of the branch fixes the path up to the next
+        """The first route of the best branch (any route of the branch fixes the path up to the next
         gate); STOP once a route has run."""
         if executed:
             return evidence.same(STOP)
@@ -104,7 +106,8 @@ class GatesRouter:
         return self._first_routes[evidence.gate][node].to(evidence.device)[scores.argmax(1)]
 
     def margin(self, evidence: Evidence, executed: Sequence[Executed]) -> Tensor:
-        """Of the winning branch over the next one."""
+        """Lead of the best branch over the second, relative to the errors of the features
+        (`Head.lead`)."""
         if executed:
             return evidence.no_choice
         node = self._node(evidence)
@@ -115,7 +118,8 @@ class GatesRouter:
         return replace(self, routes=tuple(position[route] for route in self.routes))
 
     def to_arrays(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Heads and offsets by gate and node; a head that nodes share is stored once."""
+        """Heads and offsets by gate and node as tensors, a shared head once; the rest as JSON
+        values."""
         tensors: dict[str, Tensor] = {}
         owners: list[list[int]] = []
         for gate, heads in enumerate(self.heads):
@@ -141,8 +145,8 @@ class GatesRouter:
 
     @classmethod
     def untrained(cls, kind: RouterKind, shape: NetworkShape) -> GatesRouter:
-        """Gates over all routes with weights of zero, for timing. Nodes of a gate share a head
-        here."""
+        """Gates over all routes with weights of zero, for timing; the nodes of a gate share a
+        head."""
         is_rich = kind.head == "perceptron"
         sizes = shape.rich if is_rich else shape.hidden
         units = TIMED_UNITS if is_rich else None

@@ -1,4 +1,4 @@
-"""The conditions that a sweep's trials have to meet, and what each trial makes of them."""
+"""The conditions that the trials of a sweep must meet, and their evaluation for a trial."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from dsnet.errors import ConfigError
 from search.conditions.expressions import Comparison, Interval, Metric, Number
 
 BASELINE = "baseline."
-"""What names of the widest routable static sub-network's metrics begin with."""
+"""Prefix of the names of the baseline's metrics; the baseline is the widest routable static
+sub-network."""
 
 
 @dataclass(frozen=True)
@@ -17,9 +18,11 @@ class ConstraintSet:
     """Conditions over a trial's metrics and those of the baseline.
 
     Attributes:
-        soft: reported to the sampler; a trial that breaks one is never on the front.
-        hard: also end a trial that breaks one at once.
-        baseline: "baseline.top1" -> value; every such name that a condition reads.
+        soft: conditions that are reported to the sampler; a trial that breaks one is never on the
+            front.
+        hard: conditions that, in addition, end a trial at once if it breaks one.
+        baseline: values of the baseline's metrics by name, such as "baseline.top1"; it must hold
+            every such name that a condition reads.
 
     Raises:
         ConfigError: a condition reads a metric of the baseline that was not measured.
@@ -38,15 +41,15 @@ class ConstraintSet:
 
     @property
     def all(self) -> tuple[Comparison, ...]:
-        """Soft ones, then hard ones."""
+        """All conditions, first the soft, then the hard ones."""
         return self.soft + self.hard
 
     def violations(self, metrics: Mapping[str, float]) -> dict[str, float]:
-        """By the condition's text how much it is broken (<= 0: it holds); the same names in the
-        same order for every trial.
+        """Violation of each condition, by its text (<= 0: it holds); the names and their order are
+        the same for every trial.
 
-        NaN where a metric is NaN or missing: the trial is then nothing that a sampler may be told
-        of.
+        A violation is NaN if a metric is NaN or missing; the trial must then not be told to a
+        sampler.
         """
         values = self._values(metrics)
         return {comparison.text: comparison.violation(values) for comparison in self.all}
@@ -57,10 +60,10 @@ class ConstraintSet:
         return all(comparison.holds(values) for comparison in self.all)
 
     def broken(self, metrics: Mapping[str, float]) -> str | None:
-        """What a trial breaks first of the hard conditions, with the values that do it; None where
+        """Message with the first hard condition that a trial breaks and the values in it; None if
         they all hold.
 
-        A condition that reads a metric that is not among `metrics` yet is passed over.
+        Conditions on metrics that are not among `metrics` yet are skipped.
         """
         values = self._values(metrics)
         for comparison in self.hard:
@@ -69,7 +72,7 @@ class ConstraintSet:
         return None
 
     def impossible(self, ranges: Mapping[str, Interval]) -> tuple[str, ...]:
-        """The hard conditions that nothing in these ranges of the metrics can hold."""
+        """The hard conditions that no point of these ranges of the metrics can meet."""
         known = {name: (value, value) for name, value in self.baseline.items()} | dict(ranges)
         return tuple(comparison.text for comparison in self.hard if comparison.least_violation(known) > 0)
 

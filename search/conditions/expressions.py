@@ -1,5 +1,5 @@
-"""Conditions over metrics, such as "top1 >= baseline.top1 - 0.003": read by a parser of their own,
-so that nothing of a file is ever run.
+"""Conditions over metrics, such as "top1 >= baseline.top1 - 0.003", and their parser, which never
+executes text from a file.
 
 condition := sum ("<=" | ">=" | "<" | ">") sum
 sum       := product (("+" | "-") product)*
@@ -24,33 +24,34 @@ Interval: TypeAlias = tuple[float, float]
 Order = Literal["<=", ">=", "<", ">"]
 ORDERS: tuple[Order, ...] = get_args(Order)
 MAX_LENGTH = 200
-"""Characters of a condition."""
+"""Largest number of characters of a condition."""
 MAX_DEPTH = 40
-"""Parentheses and signs inside each other."""
+"""Largest number of nested parentheses and signs."""
 LEAST_VIOLATION = -2.0
-"""No condition is held by more: two sides differ by twice the larger one's size at most."""
+"""Lower bound of a violation: two sides differ by at most twice the size of the larger one."""
 EVERYTHING: Interval = (-math.inf, math.inf)
 BARELY = sys.float_info.epsilon
-"""By how much a strict condition is broken, at least, in units of the size of its sides."""
+"""Smallest violation of a broken condition, in units of the size of its sides, so that a strict
+condition with equal sides counts as broken."""
 
 
 class Expression(Protocol):
     """One side of a condition, or a part of it."""
 
     def value(self, values: Mapping[str, float]) -> float:
-        """NaN where a value is NaN or not there, or where something is divided by zero."""
+        """Value of the expression; NaN if a value is NaN or missing, or for a division by zero."""
         ...
 
     def size(self, values: Mapping[str, float]) -> float:
-        """The value's magnitude, had nothing cancelled out: that of x - y is |x| + |y|."""
+        """Magnitude of the value without cancellation: that of x - y is |x| + |y|."""
         ...
 
     def bounds(self, ranges: Mapping[str, Interval]) -> Interval:
-        """What holds every value that floating-point evaluation gives anywhere in the ranges."""
+        """Interval that contains the floating-point value at every point of the ranges."""
         ...
 
     def size_bounds(self, ranges: Mapping[str, Interval]) -> Interval:
-        """The same for the size."""
+        """Interval that contains the size at every point of the ranges."""
         ...
 
 
@@ -125,7 +126,7 @@ class Operation:
 
     def size(self, values: Mapping[str, float]) -> float:
         left = self.left.size(values)
-        if self.operator == "/":  # by what it really is: a small divisor makes the quotient large
+        if self.operator == "/":  # by the divisor's actual value: a small one makes the quotient large
             return _combined(left, "/", abs(self.right.value(values)))
         return _combined(left, "*" if self.operator == "*" else "+", self.right.size(values))
 
@@ -152,8 +153,11 @@ def _combined(left: float, operator: str, right: float) -> float:
 
 
 def _combined_intervals(left: Interval, operator: str, right: Interval) -> Interval:
-    """Rounding is monotone: the corners, rounded as values are, bound every rounded value between
-    them. No outward rounding is needed."""
+    """Interval of the results of an operation on two intervals.
+
+    Rounding is monotone, so that the rounded results at the corners bound every rounded result
+    between them; no outward rounding is needed.
+    """
     if operator == "/" and right[0] <= 0 <= right[1]:
         return EVERYTHING
     corners = [_combined(one, operator, other) for one in left for other in right]
@@ -171,7 +175,7 @@ class Comparison:
     """A condition; `parse_comparison` builds it."""
 
     text: str
-    """As it was written, with single spaces."""
+    """The condition as it was written, with single spaces."""
     left: Expression
     order: Order
     right: Expression
@@ -184,16 +188,15 @@ class Comparison:
         return self.text
 
     def violation(self, values: Mapping[str, float]) -> float:
-        """By how much the condition is broken, in units of the size of its larger side; <= 0 iff it
-        holds.
+        """Violation of the condition, in units of the size of its larger side; <= 0 iff it holds.
 
-        Conditions over other metrics, in other units, are comparable so; the size is that before
-        anything cancelled out, so that `top1 - baseline.top1 >= 0` and `top1 >= baseline.top1` are
-        broken by the same amount.
+        Violations of conditions over different metrics, in different units, are so comparable. The
+        size is the magnitude without cancellation, so that `top1 - baseline.top1 >= 0` and `top1 >=
+        baseline.top1` are broken by the same amount.
 
         Returns:
-            -2 to 2; NaN where a value is NaN or not there, where something is divided by zero, or a
-            side is infinite.
+            -2 to 2; NaN if a value is NaN or missing, for a division by zero, or if a side is
+            infinite.
         """
         left, right = self.left.value(values), self.right.value(values)
         if not (math.isfinite(left) and math.isfinite(right)):
@@ -202,17 +205,18 @@ class Comparison:
         return self._relative(excess, max(self.left.size(values), self.right.size(values)))
 
     def holds(self, values: Mapping[str, float]) -> bool:
-        """Whether it holds; a NaN holds nothing."""
+        """Whether the condition holds; it does not if its violation is NaN."""
         return self.violation(values) <= 0
 
     def least_violation(self, ranges: Mapping[str, Interval]) -> float:
-        """No point of these ranges breaks the condition by less: above 0, none can hold it.
+        """Lower bound of the violation over all points of these ranges; above 0, no point meets the
+        condition.
 
-        Interval arithmetic: a name that stands twice counts as two that vary freely, so that the
-        answer may be lower than the least violation there is, never higher.
+        It uses interval arithmetic, in which two occurrences of a name vary independently, so that
+        the bound may be lower than the least violation, but never higher.
 
         Args:
-            ranges: name -> (low, high); a name that is not there may have any value.
+            ranges: name -> (low, high); a missing name may have any value.
         """
         left, right = self.left.bounds(ranges), self.right.bounds(ranges)
         smaller, larger = (left, right) if self.order in ("<=", "<") else (right, left)
@@ -222,8 +226,11 @@ class Comparison:
         return LEAST_VIOLATION if math.isnan(excess) else self._relative(excess, size)
 
     def _relative(self, excess: float, size: float) -> float:
-        """Rises with the excess; of equal excess above 0 falls with the size, below 0 rises with
-        it."""
+        """Relative violation from the excess of one side over the other and the size of the sides.
+
+        It increases with the excess. For equal excess it decreases with the size where the excess
+        is above 0, and increases with it where the excess is below 0.
+        """
         is_broken = excess >= 0 if self.order in ("<", ">") else excess > 0
         share = max(min(excess / size, -LEAST_VIOLATION), LEAST_VIOLATION) if 0 < size < math.inf else 0.0
         if is_broken:
@@ -236,7 +243,7 @@ class _Token:
     kind: Literal["number", "name", "order", "operator", "end"]
     text: str
     column: int
-    """From 1."""
+    """Column of its first character, from 1."""
 
 
 _TOKEN = re.compile(
@@ -257,7 +264,7 @@ _HINTS: Mapping[str, str] = {
     "|": "only conditions that all must hold can be written, one each",
     ",": "a decimal point is written '.'",
 }
-"""What people write that cannot be read -> the way out."""
+"""Unreadable characters that people write -> advice for the error message."""
 
 
 def parse_comparison(text: str, names: Collection[str]) -> Comparison:
@@ -266,17 +273,18 @@ def parse_comparison(text: str, names: Collection[str]) -> Comparison:
     Args:
         text: two sums around one of <= >= < >, of numbers, names, + - * / and parentheses; names
             may hold dots.
-        names: those that exist.
+        names: the names that exist.
 
     Raises:
-        ConfigError: names the column of what cannot be read, an unknown name with the one that may
-            be meant.
+        ConfigError: the text cannot be read, or a name is unknown; the message gives the column,
+            and for an unknown name those that may be meant.
     """
     return _Parser(text, names).comparison()
 
 
 class _Parser:
-    """Reads from left to right; each method leaves `self._at` behind what it has read."""
+    """Recursive-descent parser of a condition; each method moves `self._at` past the tokens that it
+    has read."""
 
     def __init__(self, text: str, names: Collection[str]) -> None:
         self._text = text

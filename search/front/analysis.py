@@ -1,8 +1,8 @@
-"""What a front is worth on one split: every dynamic point beside its controls, with paired
-intervals over images.
+"""Analysis of a front on one split: every dynamic point beside its controls, with paired intervals
+over images.
 
-Pure: tables and routers in, numbers out. Everything returned is JSON-able, so that what was read
-from the sealed split is stored once and never has to be read again.
+The functions are pure: they map tables and routers to numbers. All results are JSON-able, so that
+those of the sealed split are stored once and the split never has to be read again.
 """
 
 from __future__ import annotations
@@ -46,22 +46,23 @@ from search.front.statistics import (
 NUM_CURVE_POINTS = 60
 NUM_RESAMPLES = 1000
 BUDGET_SHARES = (0.25, 0.5, 0.75)
-"""Of the range of MAdds: where kinds of routers are compared."""
+"""Budgets at which kinds of router are compared, as shares of the range of MAdds."""
 BUDGET_SLACK = 0.005
-"""A router calibrated to a budget hits it to the nearest step, which may lie a little above."""
+"""Relative excess over a budget that is allowed: a router is calibrated to the nearest step, which
+may lie a little above the budget."""
 
 
 @dataclass(frozen=True)
 class Bootstrap:
-    """How sure a front is, and in what: the joint resampling of images, and the objectives in which
-    points dominate each other."""
+    """Settings of the uncertainty of a front: the joint resampling of images, and the objectives in
+    which points dominate each other."""
 
     num_resamples: int = NUM_RESAMPLES
     objectives: tuple[tuple[str, Goal], ...] = DEFAULT_OBJECTIVES
     """(metric, goal) of the sweep."""
     measured: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
-    """Slot -> metrics of the front's trials: objectives other than top1, top5 and madds_m have
-    these values in every resample."""
+    """Slot -> metrics of the front's trials. Objectives other than top1, top5 and madds_m are not
+    resampled, but have these values in every resample."""
 
 
 @dataclass(frozen=True)
@@ -75,49 +76,55 @@ class Interval:
 
 @dataclass(frozen=True)
 class PointAnalysis:
-    """One router on one split. Whatever ran for an image is paid for; the route that ran last
-    answers."""
+    """Metrics of one router on one split, beside those of its controls. All routes that run for an
+    image are paid for; the last one answers."""
 
     slot: int
     router: str
     """Its kind, as in `gate.router`."""
     metrics: dict[str, float]
-    """As a trial's: top1, top5, ce, madds_m, p95_madds_m, route_entropy, max_route_share."""
+    """Metrics as of a trial: top1, top5, ce, madds_m, p95_madds_m, route_entropy, max_route_share,
+    and those that plugins add."""
     top1: Interval
     gain: Interval | None
-    """Over the static line at the same mean MAdds; None below the cheapest sub-network, where there
-    is no line."""
+    """Gain in top-1 over the static line at the same mean MAdds; None below the cheapest
+    sub-network, where there is no line."""
     gain_over_random: Interval
+    """Gain in top-1 over random routing with the same histogram."""
     random_top1: float
-    """Random routing with the same histogram: images dealt to the answering routes at random. For a
-    cascade that is a cascade which sends the same share of the images on, but drawn at random: it
-    runs as much, and answers with the same routes equally often."""
+    """Expected top-1 of random routing with the same histogram: images are assigned to the
+    answering routes at random. For a cascade that is a cascade which sends the same share of the
+    images on, but drawn at random: it runs as much, and answers with the same routes equally
+    often."""
     cascade_top1: float | None
-    """A confidence cascade whose pair and threshold `val` chose for the same budget; None where it
-    cannot spend so little."""
+    """Top-1 of the confidence cascade whose pair and threshold were chosen on `val` for the same
+    budget; None if no cascade is as cheap."""
     cascade_madds_m: float | None
-    """What that cascade really spends on this split: the budget holds on `val`."""
+    """Mean MAdds of that cascade on this split, in millions: the budget holds on `val`."""
     cascade_escalated: float | None
     """Share of the images that it sends on to its second route."""
     oracle_top1: float | None
+    """Top-1 of the oracle at the same mean MAdds."""
     share_of_oracle_gap: float | None
+    """Share of the gap from the static line to the oracle that the router closes."""
     reachable_top1: float | None
-    """The reachable ceiling at the same mean MAdds."""
+    """Top-1 of the reachable ceiling at the same mean MAdds."""
     share_of_reachable_gap: float | None
-    """None where the ceiling is not above the static line by more than one image."""
+    """Share of the gap from the static line to the reachable ceiling that the router closes; None
+    if the ceiling is not above the line by more than one image."""
     stability: float
-    """Share of resamples in which the point is not dominated by another of these points, in the
+    """Share of resamples in which the point is not dominated by another point of the front, in the
     objectives of the sweep."""
     ties: tuple[int, ...]
-    """Slots of the other points, and of the trials that speak for a kind of router, which these
-    images cannot tell from this one: the 95 % interval of the paired difference in top-1 includes
-    0, and mean MAdds is within 1 %. Being tied is not handed on."""
+    """Slots of the other points, and of the trials that represent a kind of router, that are tied
+    with this one: the 95 % interval of the paired difference in top-1 includes 0, and mean MAdds is
+    within 1 %. Ties are not transitive."""
     histogram: tuple[float, ...]
     """Share of the images by the route that answers."""
     runs: tuple[float, ...]
-    """Share of the images that run each route; a cascade's add up to more than one."""
+    """Share of the images that run each route; the shares of a cascade add up to more than one."""
     over_widest: Interval | None = None
-    """Top-1 minus that of the widest static sub-network on the same images; None in results of an
+    """Gain in top-1 over the widest static sub-network on the same images; None in results of an
     earlier release."""
 
     @property
@@ -129,22 +136,23 @@ class PointAnalysis:
 
     @property
     def is_collapsed(self) -> bool:
-        """One route answers more than 99 % of the images."""
+        """Whether one route answers more than 99 % of the images."""
         return self.metrics["max_route_share"] > COLLAPSE_SHARE
 
     @property
     def is_cascade_collapsed(self) -> bool:
-        """The cascade beside it stops, or goes on, for more than 99 % of the images."""
+        """Whether the confidence cascade of the same budget stops, or goes on, for more than 99 %
+        of the images."""
         share = self.cascade_escalated
         return share is not None and max(share, 1 - share) > COLLAPSE_SHARE
 
 
 @dataclass(frozen=True)
 class BudgetPick:
-    """The trial that speaks for a kind of router at a budget, chosen on `val`."""
+    """The trial that represents a kind of router at a budget, chosen on `val`."""
 
     router: str
-    """The kind."""
+    """The kind of router."""
     budget_share: float
     """The budget as a share of the range of MAdds."""
     slot: int
@@ -152,22 +160,23 @@ class BudgetPick:
 
 @dataclass(frozen=True)
 class RouterShare:
-    """What a kind of router reaches at a budget, at the mean MAdds that it really spends on the
-    split."""
+    """Result of a kind of router at a budget, beside its controls at the mean MAdds that it spends
+    on the split."""
 
     router: str
     budget_share: float
     budget_m: float
-    """The budget in MAdds; holds on `val`."""
+    """The budget in million MAdds; it holds on `val`."""
     slot: int
     madds_m: float
     top1: float
     static_top1: float | None
-    """The static line at `madds_m`; None below the cheapest sub-network, as all that follows."""
+    """Top-1 of the static line at `madds_m`; None below the cheapest sub-network, like the fields
+    that follow, except `is_collapsed`."""
     oracle_top1: float | None
     reachable_top1: float | None
     gain: Interval | None
-    """Over the static line, paired."""
+    """Paired gain in top-1 over the static line."""
     share_of_oracle_gap: float | None
     share_of_reachable_gap: float | None
     is_collapsed: bool
@@ -182,12 +191,12 @@ class RouterShare:
 def _clear_share(
     share: float | None, static: float | None, reachable: float | None, gain: Interval | None
 ) -> float | None:
-    """A share of the gap from the static line to the reachable ceiling; None where it could be a
-    share of nothing.
+    """A share of the gap from the static line to the reachable ceiling; None if the gap is within
+    its noise.
 
-    The gap's noise is taken from the interval of the router's own gain over the same line at the
-    same cost: both are paired differences of a router and the line over the same images, so that
-    they vary alike. A gap must be larger than half of that interval.
+    The noise of the gap is estimated by the interval of the router's own gain over the same line at
+    the same cost: both are paired differences of a router and the line over the same images, and so
+    vary alike. The gap must be larger than half of that interval.
     """
     if share is None or static is None or reachable is None or gain is None:
         return None
@@ -212,17 +221,18 @@ class SplitAnalysis:
     oracle_madds_m: tuple[float, ...]
     oracle_top1: tuple[float, ...]
     reachable_madds_m: tuple[float, ...]
-    """The reachable ceiling; between its points images are dealt to either."""
+    """Points of the reachable ceiling; between two of them, images are assigned to either at
+    random."""
     reachable_top1: tuple[float, ...]
     budgets_m: tuple[float, ...]
-    """25, 50, 75 % of the range of MAdds."""
+    """25, 50 and 75 % of the range of MAdds, in millions."""
     points: tuple[PointAnalysis, ...]
     mean_top1: Interval | None
     """Mean top-1 of the points, all on the same resampled images; None without a point."""
     routers: tuple[RouterShare, ...]
-    """Every kind of router that the sweep has tried at those budgets."""
+    """Every kind of router that the sweep has tried, at those budgets."""
     class_counts: tuple[tuple[tuple[int, ...], ...], ...] = ()
-    """[points][classes][routes] images."""
+    """[points][classes][routes] numbers of images."""
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-able mapping."""
@@ -230,7 +240,7 @@ class SplitAnalysis:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> SplitAnalysis:
-        """Rebuild what `to_json` gave."""
+        """Rebuild an analysis from the result of `to_json`."""
         fields = {name: _tuples(value) for name, value in data.items()}
         fields["static_top1"] = tuple(Interval(**item) for item in data["static_top1"])
         fields["points"] = tuple(_point(item) for item in data["points"])
@@ -257,11 +267,11 @@ def _interval_or_none(item: Mapping[str, float] | None) -> Interval | None:
 
 
 def optimism(chosen: SplitAnalysis, reported: SplitAnalysis) -> Interval | None:
-    """How much better the front looks on the split that chose it: mean top-1 of its points there,
-    minus that on the other.
+    """Optimism of the front on the split that it was chosen on: mean top-1 of its points there,
+    minus that on the other split; None without a point.
 
-    The two splits share no image, so nothing is paired: each mean has the interval of its own
-    images, all points together, and `unpaired_difference` combines the two. None without a point.
+    The two splits share no image, so nothing is paired: each mean, over all points, has the
+    interval over its own images, and `unpaired_difference` combines the two.
     """
     if chosen.mean_top1 is None or reported.mean_top1 is None:
         return None
@@ -272,16 +282,16 @@ def optimism(chosen: SplitAnalysis, reported: SplitAnalysis) -> Interval | None:
 def budget_picks(
     trials: Iterable[tuple[int, str, Mapping[str, float]]], madds: NDArray[np.int64]
 ) -> tuple[BudgetPick, ...]:
-    """For every kind of router and budget the trial that is best on `val` within the budget; of
-    equal ones the cheapest.
+    """For every kind of router and budget the trial with the highest top-1 on `val` within the
+    budget; of equal ones the cheapest.
 
     Args:
         trials: (slot, kind of router, metrics on `val` with top1 and madds_m) of the completed
             trials.
-        madds: [K] of all routes: their range defines the budgets.
+        madds: [K] MAdds of all routes, whose range defines the budgets.
 
     Returns:
-        By kind, then budget; a kind that has no trial within a budget is left out there.
+        the picks, by kind, then budget; a kind without a trial within a budget has none there.
     """
     known = list(trials)
     picks = []
@@ -310,18 +320,18 @@ def analyse_split(
     """Score routers on a split beside their controls (docs/definitions.md, Controls and intervals).
 
     Args:
-        forecast: fitted on `gate`, for the reachable ceiling.
-        val: chooses the static line's vertices, the cascade's thresholds and the ceiling's
-            operating points.
-        reported: the split of every number; may be `val` itself.
+        forecast: model fitted on `gate`, for the reachable ceiling.
+        val: table on which the vertices of the static line, the thresholds of the cascade and the
+            operating points of the ceiling are chosen.
+        reported: table of the split of every number; may be `val` itself.
         front: routers by slot.
-        contenders: the routers that speak for their kinds, as `budget_picks` chose them.
-        num_classes: for the routes by class.
-        bootstrap: of all intervals, and of the front's stability.
+        contenders: the routers that represent their kinds, as `budget_picks` chose them.
+        num_classes: number of classes, for the routes by class.
+        bootstrap: settings of all intervals, and of the stability of the front.
     """
     madds = reported.madds.astype(np.float64)
     correct = reported.correct1
-    bench = _Bench(
+    controls = _SplitControls(
         table=reported,
         line=StaticLine.fit(madds, val.correct1),
         oracle=oracle_curve(correct, madds),
@@ -333,11 +343,11 @@ def analyse_split(
     others = {
         pick.slot: run_on_table(router, reported) for pick, router in contenders.items() if pick.slot not in front
     }
-    points = _points(val, bench, {slot: router.kind for slot, router in front.items()}, runs, others)
+    points = _points(val, controls, {slot: router.kind for slot, router in front.items()}, runs, others)
     low, high = bootstrap_interval(static.resampled_top1)
     spread = np.linspace(madds.min(), madds.max() + madds.min() - reported.trunk_madds, NUM_CURVE_POINTS)
     cascade = cascade_curve(val, reported, madds, reported.trunk_madds, spread)
-    thinned = np.unique(np.linspace(0, len(bench.oracle.top1) - 1, NUM_CURVE_POINTS).astype(int))
+    thinned = np.unique(np.linspace(0, len(controls.oracle.top1) - 1, NUM_CURVE_POINTS).astype(int))
     return SplitAnalysis(
         split=reported.split,
         num_images=reported.num_images,
@@ -345,25 +355,25 @@ def analyse_split(
         static_madds_m=_floats(madds / 1e6),
         static_top1=tuple(Interval(*map(float, row)) for row in zip(static.top1, low, high, strict=True)),
         static_top5=_floats(reported.correct5.mean(0)),
-        line_madds_m=_floats(bench.line.madds / 1e6),
-        line_top1=_floats(correct[:, list(bench.line.vertices)].mean(0)),
+        line_madds_m=_floats(controls.line.madds / 1e6),
+        line_top1=_floats(correct[:, list(controls.line.vertices)].mean(0)),
         cascade_madds_m=tuple(point.madds / 1e6 for point in cascade),
         cascade_top1=tuple(point.top1 for point in cascade),
-        oracle_madds_m=_floats(bench.oracle.madds[thinned] / 1e6),
-        oracle_top1=_floats(bench.oracle.top1[thinned]),
-        reachable_madds_m=_floats(bench.ceiling.madds / 1e6),
-        reachable_top1=_floats(bench.ceiling.top1),
+        oracle_madds_m=_floats(controls.oracle.madds[thinned] / 1e6),
+        oracle_top1=_floats(controls.oracle.top1[thinned]),
+        reachable_madds_m=_floats(controls.ceiling.madds / 1e6),
+        reachable_top1=_floats(controls.ceiling.top1),
         budgets_m=_floats(budgets(madds, BUDGET_SHARES) / 1e6),
         points=points,
-        mean_top1=_mean_top1(bench, list(runs.values())),
-        routers=router_shares(bench, contenders),
+        mean_top1=_mean_top1(controls, list(runs.values())),
+        routers=router_shares(controls, contenders),
         class_counts=tuple(_class_counts(reported, run.routes, num_classes) for run in runs.values()),
     )
 
 
 @dataclass(frozen=True)
-class _Bench:
-    """A split and what routers are measured against on it."""
+class _SplitControls:
+    """The routing table of a split, and the controls of its routers."""
 
     table: RoutingTable
     line: StaticLine
@@ -371,8 +381,9 @@ class _Bench:
     ceiling: CeilingCurve
     bootstrap: Bootstrap
 
-    def judge(self, runs: Sequence[TableRun]) -> _Judgement:
-        """Runs beside the static line, the oracle and the ceiling, each at its own mean MAdds."""
+    def score(self, runs: Sequence[TableRun]) -> _RunScores:
+        """Score runs beside the static line, the oracle and the ceiling, each at its own mean
+        MAdds."""
         table = self.table
         correct = _answers(table.correct1, runs)
         spent = np.column_stack([run.madds for run in runs]).astype(np.float64)
@@ -382,7 +393,7 @@ class _Bench:
             self.oracle.at(madds),
             self.ceiling.at(madds),
         )
-        return _Judgement(
+        return _RunScores(
             correct=correct,
             spent=spent,
             gain=gain_over_static(correct, spent, self.line, table.correct1, self.bootstrap.num_resamples),
@@ -395,11 +406,11 @@ class _Bench:
 
 
 @dataclass(frozen=True)
-class _Judgement:
-    """P runs; [P] each, but for the first two."""
+class _RunScores:
+    """Scores of P runs and their controls; all fields are [P], except for the first two."""
 
     correct: NDArray[np.bool_]
-    """[N, P]"""
+    """[N, P]: whether each run answers each image rightly."""
     spent: NDArray[np.float64]
     """[N, P] MAdds."""
     gain: Gain
@@ -412,22 +423,22 @@ class _Judgement:
 
 def _points(
     val: RoutingTable,
-    bench: _Bench,
+    controls: _SplitControls,
     kinds: Mapping[int, str],
     runs: Mapping[int, TableRun],
     others: Mapping[int, TableRun],
 ) -> tuple[PointAnalysis, ...]:
     if not runs:
         return ()
-    table, judged = bench.table, bench.judge(list(runs.values()))
-    sample = resample_points(judged.correct, judged.spent, bench.bootstrap.num_resamples)
+    table, scored = controls.table, controls.score(list(runs.values()))
+    sample = resample_points(scored.correct, scored.spent, controls.bootstrap.num_resamples)
     low, high = bootstrap_interval(sample.resampled_top1)
     answering = np.column_stack([run.routes for run in runs.values()])
-    chance = gain_over_random(answering, table.correct1, bench.bootstrap.num_resamples)
+    chance = gain_over_random(answering, table.correct1, controls.bootstrap.num_resamples)
     widest = table.correct1[:, int(table.madds.argmax())]
-    beside_widest = gain_over_one(judged.correct, widest, bench.bootstrap.num_resamples)
-    stability = _stability(bench, sample, runs)
-    ties = _ties(bench, runs, others)
+    beside_widest = gain_over_one(scored.correct, widest, controls.bootstrap.num_resamples)
+    stability = _stability(controls, sample, runs)
+    ties = _ties(controls, runs, others)
     cascade = _cascade_at(val, table, sample.madds)
     points = []
     for index, (slot, run) in enumerate(runs.items()):
@@ -438,7 +449,7 @@ def _points(
                 router=kinds[slot],
                 metrics=score_run(run, table),
                 top1=Interval(float(sample.top1[index]), float(low[index]), float(high[index])),
-                gain=_interval_at(judged.gain, index),
+                gain=_interval_at(scored.gain, index),
                 gain_over_random=Interval(
                     float(chance.value[index]), float(chance.low[index]), float(chance.high[index])
                 ),
@@ -446,10 +457,10 @@ def _points(
                 cascade_top1=None if beside is None else beside.top1,
                 cascade_madds_m=None if beside is None else beside.madds / 1e6,
                 cascade_escalated=None if beside is None else beside.escalated,
-                oracle_top1=_finite(judged.oracle[index]),
-                share_of_oracle_gap=_finite(judged.oracle_share[index]),
-                reachable_top1=_finite(judged.ceiling[index]),
-                share_of_reachable_gap=_finite(judged.ceiling_share[index]),
+                oracle_top1=_finite(scored.oracle[index]),
+                share_of_oracle_gap=_finite(scored.oracle_share[index]),
+                reachable_top1=_finite(scored.ceiling[index]),
+                share_of_reachable_gap=_finite(scored.ceiling_share[index]),
                 stability=float(stability[index]),
                 ties=ties[slot],
                 histogram=_floats(run.histogram),
@@ -460,52 +471,58 @@ def _points(
     return tuple(points)
 
 
-def _stability(bench: _Bench, sample: PointSample, runs: Mapping[int, TableRun]) -> NDArray[np.float64]:
-    """[P], in the objectives of the sweep: what images decide is resampled, what is left is as it
-    was measured."""
+def _stability(controls: _SplitControls, sample: PointSample, runs: Mapping[int, TableRun]) -> NDArray[np.float64]:
+    """Stability [P] of the points in the objectives of the sweep: objectives that depend on the
+    images are resampled, the others keep their measured values."""
     resampled = {"top1": sample.resampled_top1, "madds_m": sample.resampled_madds / 1e6}
-    names = [name for name, _ in bench.bootstrap.objectives]
+    names = [name for name, _ in controls.bootstrap.objectives]
     if "top5" in names:
-        among5 = _answers(bench.table.correct5, list(runs.values()))
-        resampled["top5"] = resample_points(among5, 0, bench.bootstrap.num_resamples).resampled_top1
+        among5 = _answers(controls.table.correct5, list(runs.values()))
+        resampled["top5"] = resample_points(among5, 0, controls.bootstrap.num_resamples).resampled_top1
     columns = [
-        resampled[name] if name in resampled else np.array([bench.bootstrap.measured[slot][name] for slot in runs])
+        resampled[name] if name in resampled else np.array([controls.bootstrap.measured[slot][name] for slot in runs])
         for name in names
     ]
-    return front_stability(columns, [goal for _, goal in bench.bootstrap.objectives], _decisions(list(runs.values())))
+    return front_stability(
+        columns, [goal for _, goal in controls.bootstrap.objectives], _decisions(list(runs.values()))
+    )
 
 
-def _ties(bench: _Bench, front: Mapping[int, TableRun], others: Mapping[int, TableRun]) -> dict[int, tuple[int, ...]]:
-    """Slot of each front point -> slots of the points tied with it, its like on the front and
+def _ties(
+    controls: _SplitControls, front: Mapping[int, TableRun], others: Mapping[int, TableRun]
+) -> dict[int, tuple[int, ...]]:
+    """Slot of each front point -> slots of the points tied with it, both on the front and in
     `others`."""
     runs = {**front, **others}
     spent = np.column_stack([run.madds for run in runs.values()])
-    sample = resample_points(_answers(bench.table.correct1, list(runs.values())), spent, bench.bootstrap.num_resamples)
+    sample = resample_points(
+        _answers(controls.table.correct1, list(runs.values())), spent, controls.bootstrap.num_resamples
+    )
     groups = tied_groups(sample, [slot in front for slot in runs])
     slots = list(runs)
     return {slots[anchor]: tuple(slots[index] for index in group) for anchor, group in groups.items()}
 
 
 def _answers(right: NDArray[np.bool_], runs: Sequence[TableRun]) -> NDArray[np.bool_]:
-    """[N, P] whether the route that answers is right, for `right` [N, K]."""
+    """Whether the answering route of each run is right, [N, P], from `right` [N, K]."""
     return np.column_stack([right[np.arange(len(right)), run.routes] for run in runs])
 
 
-def _mean_top1(bench: _Bench, runs: Sequence[TableRun]) -> Interval | None:
+def _mean_top1(controls: _SplitControls, runs: Sequence[TableRun]) -> Interval | None:
     if not runs:
         return None
-    sample = resample_points(_answers(bench.table.correct1, runs), 0, bench.bootstrap.num_resamples)
+    sample = resample_points(_answers(controls.table.correct1, runs), 0, controls.bootstrap.num_resamples)
     low, high = bootstrap_interval(sample.resampled_top1.mean(axis=1))
     return Interval(float(sample.top1.mean()), float(low), float(high))
 
 
-def router_shares(bench: _Bench, contenders: Mapping[BudgetPick, Router]) -> tuple[RouterShare, ...]:
-    """What the trial that speaks for a kind of router reaches, in the order of `contenders`."""
+def router_shares(controls: _SplitControls, contenders: Mapping[BudgetPick, Router]) -> tuple[RouterShare, ...]:
+    """Results of the trials that represent kinds of router, in the order of `contenders`."""
     if not contenders:
         return ()
-    table = bench.table
+    table = controls.table
     runs = [run_on_table(router, table) for router in contenders.values()]
-    judged = bench.judge(runs)
+    scored = controls.score(runs)
     limits = dict(zip(BUDGET_SHARES, budgets(table.madds, BUDGET_SHARES) / 1e6, strict=True))
     return tuple(
         RouterShare(
@@ -513,14 +530,14 @@ def router_shares(bench: _Bench, contenders: Mapping[BudgetPick, Router]) -> tup
             budget_share=pick.budget_share,
             budget_m=float(limits[pick.budget_share]),
             slot=pick.slot,
-            madds_m=float(judged.spent[:, index].mean() / 1e6),
-            top1=float(judged.correct[:, index].mean()),
-            static_top1=_finite(judged.static[index]),
-            oracle_top1=_finite(judged.oracle[index]),
-            reachable_top1=_finite(judged.ceiling[index]),
-            gain=_interval_at(judged.gain, index),
-            share_of_oracle_gap=_finite(judged.oracle_share[index]),
-            share_of_reachable_gap=_finite(judged.ceiling_share[index]),
+            madds_m=float(scored.spent[:, index].mean() / 1e6),
+            top1=float(scored.correct[:, index].mean()),
+            static_top1=_finite(scored.static[index]),
+            oracle_top1=_finite(scored.oracle[index]),
+            reachable_top1=_finite(scored.ceiling[index]),
+            gain=_interval_at(scored.gain, index),
+            share_of_oracle_gap=_finite(scored.oracle_share[index]),
+            share_of_reachable_gap=_finite(scored.ceiling_share[index]),
             is_collapsed=bool(runs[index].histogram.max() > COLLAPSE_SHARE),
         )
         for index, pick in enumerate(contenders)
@@ -528,21 +545,22 @@ def router_shares(bench: _Bench, contenders: Mapping[BudgetPick, Router]) -> tup
 
 
 def _interval_at(gain: Gain, index: int) -> Interval | None:
-    """None where there is no static line."""
+    """The gain of one point; None below the static line's first vertex."""
     found = Interval(float(gain.value[index]), float(gain.low[index]), float(gain.high[index]))
     return found if np.isfinite(found.value) else None
 
 
 def _decisions(runs: Sequence[TableRun]) -> NDArray[np.int64]:
-    """[N, P] equal numbers where two runs did the same to an image: ran the same routes, answered
-    with the same one."""
+    """Numbers [N, P] that are equal where two runs treat an image alike: they run the same routes
+    and answer with the same one."""
     did = [np.column_stack([run.routes, np.packbits(run.ran, axis=1)]) for run in runs]
     _, number = np.unique(np.concatenate(did), axis=0, return_inverse=True)
     return number.reshape(len(runs), -1).T
 
 
 def _cascade_at(val: RoutingTable, table: RoutingTable, madds: NDArray[np.float64]) -> dict[int, CascadePoint]:
-    """Index of a budget -> the cascade that val chose for it."""
+    """Index of each budget -> the cascade chosen for it on `val`; budgets below the cheapest route
+    have none."""
     points = cascade_curve(val, table, table.madds, table.trunk_madds, madds)
     by_budget = {point.budget: point for point in points}
     return {index: by_budget[float(budget)] for index, budget in enumerate(madds) if float(budget) in by_budget}
@@ -555,14 +573,14 @@ def _class_counts(table: RoutingTable, routes: NDArray[np.int64], num_classes: i
 
 
 def front_slots(slots: Sequence[int], values: NDArray[np.float64], goals: Sequence[Goal]) -> tuple[int, ...]:
-    """The slots on the Pareto front of `values` [n, d], first objective's best last; of equal
-    points the earliest stays.
+    """The slots on the Pareto front of `values` [n, d], with the best in the first objective last;
+    of equal points the first is kept.
 
-    With 3 objectives, points that are equal in the first follow the second: its best last, then the
-    third.
+    With 3 objectives, points that are equal in the first are ordered by the second, best last, then
+    by the third.
 
     Args:
-        slots: of the n points.
+        slots: slots of the n points.
         values: their 2 or 3 objectives.
         goals: "maximize" or "minimize" for each objective.
     """
@@ -574,20 +592,21 @@ def front_slots(slots: Sequence[int], values: NDArray[np.float64], goals: Sequen
 
 
 def spread_along_front(values: NDArray[np.float64], size: int, kept: Sequence[int] = ()) -> tuple[int, ...]:
-    """About `size` of the points of a front, evenly over it: both ends, and those of `kept`.
+    """Choose about `size` points of a front, spread evenly over it; both ends and the points of
+    `kept` are always chosen.
 
-    With 2 objectives the front is a line and the points are evenly far apart along it. With 3 it is
-    a surface: the ends of the first objective, the extremes of the others as far as `size` allows,
-    then again and again the point that is farthest from all chosen so far. Objectives are scaled to
-    their range on the front.
+    With 2 objectives the front is a line, and the points are evenly spaced along it. With 3 it is a
+    surface: chosen are the ends of the first objective, the extremes of the others as far as `size`
+    allows, then repeatedly the point that is farthest from all chosen so far. Objectives are scaled
+    to their range on the front.
 
     Args:
         values: [n, d] objectives in the front's order, d = 2 or 3.
         size: at least 2; no more points than that are added to those of `kept`.
-        kept: positions that are in whatever their place.
+        kept: positions that are always chosen.
 
     Returns:
-        positions, rising; all of them where there are no more than `size`.
+        positions in increasing order; all of them if there are no more than `size`.
     """
     if len(values) <= size:
         return tuple(range(len(values)))

@@ -1,13 +1,13 @@
-"""The reachable ceiling: the best router that we find when it may look at the answers of *all*
-routes, its own cost not counted.
+"""The reachable ceiling: the best router that we find if it may read the answers of *all* routes
+and its own cost is not counted.
 
-The oracle knows the labels, and so also profits from luck; no router can reach it. This one sees
-every route's logits, which no router that saves anything does, but has to learn from `gate` which
-route will be right. What it reaches bounds what routing on this supernet is worth.
+The oracle knows the labels and so also profits from chance; no router can reach it. The ceiling
+instead reads the logits of every route, which no router that saves compute can, but has to learn
+from `gate` which route will be right. It estimates how much routing on this supernet can gain.
 
 A small model predicts for every route the probability of being right, and an image takes
 argmax_k(p_k - beta * cost_k). The model is cross-fitted: its size and training length are chosen by
-the curve of predictions on images that it has not seen.
+its accuracy over all budgets on images that it was not trained on.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ CHECKPOINTS: Final = (25, 75, 200)
 BATCH_SIZE: Final = 512
 LEARNING_RATE: Final = 0.01
 MAX_LOGITS: Final = 1024
-"""Of so many logits, routes by classes, the components are computed; with more of them only some
-routes' logits are read."""
+"""Largest number of logits (routes times classes) from which the components are computed; if there
+are more, only the logits of some routes are read."""
 NUM_BUDGETS: Final = 40
 TINY: Final = 1e-4
 
 
 class Shape(NamedTuple):
-    """One candidate for the model."""
+    """Size and regularisation of one candidate for the model."""
 
     num_components: int
-    """Principal components of everything known of an image; each route's score reads its own
-    features besides."""
+    """Number of principal components of all features of an image; the score of each route also
+    reads the route's own features."""
     num_hidden: int
-    """Units between the components and the scores; 0 = linear."""
+    """Number of hidden units between the components and the scores; 0 = linear."""
     weight_decay: float
 
 
@@ -57,13 +57,13 @@ SHAPES: Final = (Shape(0, 0, 0.0), Shape(24, 0, 0.01), Shape(24, 24, 0.1), Shape
 
 @dataclass(frozen=True)
 class CeilingCurve:
-    """What the ceiling reaches on one split; between two points images are dealt to either at
-    random, as on the static line."""
+    """Cost and top-1 of the ceiling on one split; between two points, images are assigned to either
+    at random, as on the static line."""
 
     madds: Floats
-    """[V] mean MAdds, rising."""
+    """[V] mean MAdds, increasing."""
     top1: Floats
-    """[V]"""
+    """[V] top-1 as fractions."""
 
     def at(self, budget: ArrayLike) -> Floats:
         """Top-1 at mean-MAdds budgets of any shape; NaN below the cheapest route."""
@@ -73,7 +73,7 @@ class CeilingCurve:
 
 @dataclass(frozen=True)
 class RouteForecast:
-    """The fitted model: how probable it is that each route is right."""
+    """The fitted model, which predicts the probability that each route is right."""
 
     shape: Shape
     num_steps: int
@@ -85,8 +85,8 @@ class RouteForecast:
         """Train on the table of `gate`, on one thread; equal arguments give equal forecasts.
 
         Args:
-            gate: five images or more.
-            seed: of the folds, the initial weights and the order of the images.
+            gate: table of `NUM_FOLDS` images or more.
+            seed: seed of the folds, the initial weights and the batches.
         """
         if gate.num_images < NUM_FOLDS:
             raise ValueError(
@@ -108,7 +108,7 @@ class RouteForecast:
         return cls(best[1], best[2], features, best[3])
 
     def probabilities(self, table: RoutingTable) -> Floats:
-        """[N, K] that each route is right: the mean of the folds' models."""
+        """Probabilities [N, K] that each route is right: the mean over the models of the folds."""
         with _one_thread():
             own, components = self._features.of(table)
             return self._weights.scores(own, components).sigmoid().mean(0).double().numpy()
@@ -116,13 +116,13 @@ class RouteForecast:
     def curve(self, val: RoutingTable, reported: RoutingTable) -> CeilingCurve:
         """The ceiling on a split.
 
-        Operating points are calibrated to budgets on `val`; like the static line's vertices, those
-        that are kept form the upper concave envelope on `val`. The static sub-networks are among
-        the candidates: whoever sees everything may also take one route for all.
+        Operating points are calibrated to budgets on `val`; like the vertices of the static line,
+        those that are kept form the upper concave envelope on `val`. The static sub-networks are
+        among the candidates, because a router may also use one route for all images.
 
         Args:
-            val: chooses.
-            reported: the split of the numbers.
+            val: table on which operating points are chosen.
+            reported: table of the split of the numbers.
         """
         on_val = RoutingPath.of(self.probabilities(val), val.madds)
         betas = on_val.betas_at(np.linspace(val.madds.min(), val.madds.max(), NUM_BUDGETS))
@@ -131,39 +131,41 @@ class RouteForecast:
         on_reported = RoutingPath.of(self.probabilities(reported), reported.madds)
         madds, top1 = on_reported.run(betas, reported.correct1)
         costs, accuracies = np.r_[reported.madds, madds][list(kept)], np.r_[reported.top1(), top1][list(kept)]
-        order = np.argsort(costs, kind="stable")  # two that lie close on `val` may change places here
+        order = np.argsort(costs, kind="stable")  # points that are close on `val` may have another order here
         return CeilingCurve(costs[order], accuracies[order])
 
 
 @dataclass(frozen=True)
 class RoutingPath:
-    """How the images of a split move from route to route as argmax_k(p_k - beta * cost_k) follows a
-    falling beta down to 0.
+    """The moves of the images of a split from route to route, as beta in argmax_k(p_k - beta *
+    cost_k) falls to 0.
 
     At a large beta every image takes the cheapest route. It leaves a route for a costlier one when
-    beta falls below what that one gains for its cost; images move one after another, so that every
-    mean cost is found exactly, without a search.
+    beta falls below the gain per additional cost; images move one after another, so that every mean
+    cost is found exactly, without a search.
     """
 
     start: int
     """The cheapest route."""
     costs: Floats
-    """[K]"""
+    """[K] cost of each route."""
     slope: Floats
-    """[M] the beta of each move, falling; above 0."""
+    """[M] beta of each move, decreasing; above 0."""
     image: NDArray[np.intp]
+    """[M] the image that moves."""
     before: NDArray[np.intp]
     """[M] the route that the image leaves."""
     after: NDArray[np.intp]
+    """[M] the route that the image takes."""
     num_images: int
 
     @classmethod
     def of(cls, scores: Floats, madds: ArrayLike) -> RoutingPath:
-        """All moves.
+        """Compute all moves.
 
         Args:
-            scores: [N, K].
-            madds: [K].
+            scores: [N, K] score of each route for each image.
+            madds: [K] cost of each route.
         """
         costs = np.asarray(madds, dtype=np.float64)
         rows = np.arange(len(scores))
@@ -186,7 +188,7 @@ class RoutingPath:
         return cls(start, costs, slope[order], image[order], before[order], after[order], len(scores))
 
     def curve(self, correct: NDArray[np.bool_]) -> tuple[Floats, Floats]:
-        """(mean MAdds, top-1), [M + 1] each: before the first move, and after every one."""
+        """(mean MAdds, top-1), [M + 1] each: before the first move, and after every move."""
         paid = np.cumsum(self.costs[self.after] - self.costs[self.before]) / self.num_images
         won = (
             np.cumsum(correct[self.image, self.after].astype(int) - correct[self.image, self.before]) / self.num_images
@@ -194,46 +196,47 @@ class RoutingPath:
         return np.r_[0.0, paid] + self.costs[self.start], np.r_[0.0, won] + correct[:, self.start].mean()
 
     def betas_at(self, madds: Floats) -> Floats:
-        """The beta that spends at most each of these mean MAdds, as far as whole moves allow; no
-        labels are needed."""
+        """The smallest beta, up to the spacing of moves, at which the mean cost is at most each of
+        these mean MAdds; no labels are needed."""
         paid = np.r_[0.0, np.cumsum(self.costs[self.after] - self.costs[self.before])] / self.num_images
         num_moves = np.searchsorted(paid + self.costs[self.start], madds * (1 + 1e-12), side="right") - 1
         ends = np.r_[np.inf, self.slope, 0.0]
-        # Between the last move that is made and the first that is not.
+        # Halfway between the last move that is made and the first that is not.
         last, following = ends[num_moves], ends[num_moves + 1]
         prices: NDArray[np.float64] = np.where(np.isinf(last), 2 * following + 1.0, (last + following) / 2)
         return prices
 
     def run(self, betas: Floats, correct: NDArray[np.bool_]) -> tuple[Floats, Floats]:
-        """(mean MAdds, top-1) of these images at given betas."""
+        """(mean MAdds, top-1) of the images at given betas."""
         num_moves = np.searchsorted(-self.slope, -betas, side="left")
         madds, top1 = self.curve(correct)
         return madds[num_moves], top1[num_moves]
 
 
 def _mean_over_budgets(probabilities: Floats, table: RoutingTable) -> float:
-    """Mean top-1 over equally spaced budgets: the area above any fixed line, but for a constant."""
+    """Mean top-1 over equally spaced budgets, which is the area above any fixed line up to a
+    constant."""
     madds, top1 = RoutingPath.of(probabilities, table.madds).curve(table.correct1)
     return float(np.interp(np.linspace(table.madds.min(), table.madds.max(), NUM_BUDGETS), madds, top1).mean())
 
 
 @dataclass(frozen=True)
 class _Features:
-    """What the model reads: own features of every route, and principal components of all routes'
-    features and logits together."""
+    """Scaling of the inputs of the model: own features of every route, and principal components of
+    the features and logits of all routes together."""
 
     logit_routes: tuple[int, ...]
-    """The routes whose logits are read; none where a table keeps only the largest ones."""
+    """The routes whose logits are read; none if the table stores only the largest logits."""
     own_mean: Tensor
     own_scale: Tensor
     all_mean: Tensor
     all_scale: Tensor
     basis: Tensor
-    """[D, C] to components of unit variance."""
+    """[D, C] projection to components of unit variance."""
 
     @classmethod
     def fit(cls, table: RoutingTable) -> _Features:
-        """Means, scales and components of a table; labels are not read."""
+        """Compute means, scales and components on a table, without its labels."""
         num_routes, num_classes = table.logits.shape[1:]
         num_read = 0 if table.logit_classes.shape[2] else max(1, min(num_routes, MAX_LOGITS // num_classes))
         logit_routes = tuple(np.unique(np.linspace(0, num_routes - 1, num_read).round().astype(int)).tolist())
@@ -248,25 +251,25 @@ class _Features:
         return cls(logit_routes, *_moments(own), all_mean, all_scale, basis)
 
     def of(self, table: RoutingTable) -> tuple[Tensor, Tensor]:
-        """(own features [N, K, F], components [N, C]), float32."""
+        """(own features [N, K, F], components [N, C]) of a table, float32."""
         own = own_features(table)
         everything = (_all_features(table, own, self.logit_routes) - self.all_mean) / self.all_scale
         return (own - self.own_mean) / self.own_scale, everything @ self.basis
 
 
 def _moments(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and deviation over images; a constant feature gets the deviation 1."""
+    """Mean and standard deviation over images; the deviation of a constant feature is set to 1."""
     scale = values.std(0, correction=0)
     return values.mean(0), torch.where(scale > 1e-6, scale, 1.0)
 
 
 def own_features(table: RoutingTable) -> Tensor:
-    """Of every route: confidence and margin (as log-odds), entropy, agreement, consensus and the
-    consensus on its best rival.
+    """Features of every route: confidence as log-odds, margin, entropy, agreement, consensus, and
+    the consensus on the best other answer.
 
-    *Agreement* is the share of routes that give the same answer, *consensus* the mean over routes
-    of the probability that they give to it, as log-odds. All of it is known where a table keeps the
-    largest logits only.
+    *Agreement* is the share of routes with the same answer, *consensus* the mean over routes of the
+    probability of that answer, as log-odds. All of them can be computed if a table stores only the
+    largest logits.
 
     Returns:
         float32 [N, K, 6].
@@ -282,11 +285,10 @@ def own_features(table: RoutingTable) -> Tensor:
 
 
 def _mean_probability(table: RoutingTable) -> NDArray[np.float32]:
-    """[N, classes] the mean of all routes' probabilities; what is not among the stored logits
-    counts as 0."""
+    """[N, classes] mean probabilities over all routes; classes that are not among the stored logits
+    count as 0."""
     logits = table.logits.astype(np.float32)
-    # The largest logit is always stored, and its probability too: that gives the scale of the
-    # others.
+    # The largest logit and its probability are always stored; they give the scale of the others.
     probability: NDArray[np.float32] = np.exp(logits - logits.max(2, keepdims=True)) * table.confidence[:, :, None]
     if table.logit_classes.shape[2] == 0:
         mean: NDArray[np.float32] = probability.mean(1)
@@ -305,14 +307,14 @@ def _log_odds(share: NDArray[np.floating]) -> NDArray[np.floating]:
 
 
 def _all_features(table: RoutingTable, own: Tensor, logit_routes: tuple[int, ...]) -> Tensor:
-    """[N, D] the own features of all routes and the centred logits of some."""
+    """[N, D] own features of all routes, and centred logits of some of them."""
     logits = torch.from_numpy(table.logits[:, list(logit_routes)].astype(np.float32))
     return torch.cat([own.flatten(1), (logits - logits.mean(2, keepdim=True)).flatten(1)], dim=1)
 
 
 @dataclass(frozen=True)
 class _Weights:
-    """The models of all folds, side by side."""
+    """Weights of the models of all folds, stacked."""
 
     own: Tensor
     """[folds, K, F]"""
@@ -323,7 +325,7 @@ class _Weights:
 
     @classmethod
     def initial(cls, shape: Shape, own: Tensor, num_components: int, right: Tensor, seed: int) -> _Weights:
-        """Scores start at each route's accuracy, for all images."""
+        """Initial weights, with which the score of each route is its accuracy for all images."""
         num_routes, num_features = own.shape[1:]
         sizes = [num_components, shape.num_hidden, num_routes] if shape.num_hidden else [num_components, num_routes]
         generator = _generator(seed + 1)
@@ -340,13 +342,13 @@ class _Weights:
         return (self.own, self.bias, *self.layers)
 
     def frozen(self) -> _Weights:
-        """A copy that no longer trains."""
+        """A detached copy, which does not change with further training."""
         own, bias, *layers = (tensor.detach().clone() for tensor in self.tensors)
         return _Weights(own, bias, tuple(layers))
 
     def scores(self, own: Tensor, components: Tensor) -> Tensor:
-        """Logits [folds, N, K] for images [N, K, F] and [N, C] of all folds, or [folds, N, K, F]
-        and [folds, N, C] of each."""
+        """Logits [folds, N, K] from features [N, K, F] and components [N, C] that all folds share,
+        or [folds, N, K, F] and [folds, N, C] for each fold."""
         hidden = components[..., : self.layers[0].shape[1]].expand(NUM_FOLDS, -1, -1)
         for layer in self.layers[:-1]:
             hidden = torch.bmm(hidden, layer).relu()
@@ -357,8 +359,8 @@ class _Weights:
 def _trained(
     shape: Shape, own: Tensor, components: Tensor, right: Tensor, fold_of: Tensor, seed: int
 ) -> Iterator[tuple[int, _Weights]]:
-    """Each fold's model after each number of steps of `CHECKPOINTS`, trained on the images of the
-    other folds."""
+    """Train the model of each fold on the images of the other folds; yields (steps, weights) at
+    each of `CHECKPOINTS`."""
     num_components = min(shape.num_components, components.shape[1])
     weights = _Weights.initial(shape, own, num_components, right, seed)
     components = components[:, :num_components].contiguous()
@@ -387,8 +389,8 @@ def _generator(seed: int) -> torch.Generator:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Sums in one order, whatever the machine: the forecast does not depend on the number of
-    cores."""
+    """Context in which torch uses one thread, so that sums have one order and the forecast does not
+    depend on the number of cores."""
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

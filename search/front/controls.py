@@ -1,5 +1,5 @@
-"""The controls of a dynamic network: static line, random routing, confidence cascade; and the
-oracle above them all.
+"""The controls of a dynamic network: static line, random routing and confidence cascade; and the
+oracle, their upper bound.
 
 Everything is computed from the arrays of a routing table: N images, K routes; correct [N, K] bool,
 confidence [N, K] (largest probability), madds [K] of each whole route (the caller adds a gate's own
@@ -26,11 +26,11 @@ class RouteScores(Protocol):
 
     @property
     def correct1(self) -> NDArray[np.bool_]:
-        """bool [N, K]."""
+        """bool [N, K]: whether each route is right."""
 
     @property
     def confidence(self) -> NDArray[np.float32]:
-        """float [N, K]."""
+        """float [N, K]: largest probability of each route."""
 
 
 def budgets(madds: ArrayLike, fractions: Sequence[float] = (0.25, 0.5, 0.75)) -> Floats:
@@ -43,29 +43,29 @@ def budgets(madds: ArrayLike, fractions: Sequence[float] = (0.25, 0.5, 0.75)) ->
 
 @dataclass(frozen=True)
 class StaticLine:
-    """The best that static sub-networks and random mixes of two of them reach at a mean-MAdds
+    """The best top-1 of static sub-networks, and of random mixtures of two of them, at a mean-MAdds
     budget.
 
     The vertices are the upper concave envelope of (MAdds, top-1 on `val`), from the cheapest
-    sub-network to the most accurate one. It is cut there, because nobody has to spend a budget: a
-    wider and worse sub-network would only lower the bar.
+    sub-network to the most accurate one. The line ends there, because a budget need not be spent: a
+    wider and worse sub-network would only lower the line.
     """
 
     vertices: tuple[int, ...]
     """Indices of the sub-networks, cheapest first."""
     madds: Floats
-    """[V] of the vertices, increasing."""
+    """[V] MAdds of the vertices, increasing."""
 
     @classmethod
     def fit(cls, madds: ArrayLike, val_correct: ArrayLike) -> StaticLine:
-        """Choose the vertices.
+        """Choose the vertices by the number of right answers.
 
         Args:
-            madds: [K].
-            val_correct: bool [N, K] on `val`.
+            madds: [K] MAdds of the sub-networks.
+            val_correct: bool [N, K], whether each is right on `val`.
         """
-        # Counts rather than accuracies: three sub-networks on one straight line are then recognised
-        # as such.
+        # Counts rather than accuracies, because with whole numbers it is decided exactly whether
+        # three sub-networks lie on one straight line.
         return cls.through(madds, np.asarray(val_correct, dtype=bool).sum(axis=0))
 
     @classmethod
@@ -73,8 +73,8 @@ class StaticLine:
         """Choose the vertices by a score of each sub-network on `val`: right answers, or top-1.
 
         Args:
-            madds: [K].
-            val_score: [K].
+            madds: [K] MAdds of the sub-networks.
+            val_score: [K] their scores.
         """
         costs = np.asarray(madds, dtype=np.float64)
         num_correct = np.asarray(val_score, dtype=np.float64)
@@ -88,8 +88,8 @@ class StaticLine:
         return cls(vertices=tuple(hull), madds=costs[hull])
 
     def value_at(self, madds: ArrayLike, correct: ArrayLike) -> Floats:
-        """Expected top-1 on a split at mean-MAdds budgets, each image drawn to one of the two
-        neighbouring vertices.
+        """Expected top-1 on a split at mean-MAdds budgets, with each image assigned at random to
+        one of the two neighbouring vertices.
 
         Args:
             madds: budgets of any shape. Below the cheapest sub-network the value is NaN, above the
@@ -103,8 +103,8 @@ class StaticLine:
         return self.mix(np.asarray(madds, dtype=np.float64), vertex_top1)
 
     def mix(self, madds: Floats, vertex_top1: Floats) -> Floats:
-        """The line at given budgets for given accuracies of its vertices; as `value_at`, for
-        resampled accuracies.
+        """The line at given budgets for given accuracies of its vertices: `value_at` for resampled
+        accuracies.
 
         Args:
             madds: budgets [...] or [R, P].
@@ -130,11 +130,11 @@ def _take_last(values: Floats, indices: NDArray[np.intp]) -> Floats:
 
 
 def random_routing(correct: ArrayLike, histogram: ArrayLike) -> float:
-    """Expected top-1 when images are dealt to routes at random with a given histogram; exact, no
-    sampling.
+    """Expected top-1 if images are assigned to routes at random with a given histogram; exact, not
+    sampled.
 
     Args:
-        correct: bool [N, K].
+        correct: bool [N, K], whether each route is right.
         histogram: [K] counts or shares of the routes, with a positive sum.
     """
     shares = np.asarray(histogram, dtype=np.float64)
@@ -149,7 +149,7 @@ class CascadePoint:
     else run `second`."""
 
     budget: float
-    """Mean MAdds it may spend on `val`."""
+    """Largest mean MAdds on `val`."""
     first: int
     second: int
     threshold: float
@@ -173,8 +173,8 @@ def cascade_curve(
     top-1 on `val` whose mean cost on `val` is within the budget; of equal ones the cheapest.
 
     Args:
-        val: chooses.
-        reported: the split of `top1` and `madds`.
+        val: table on which pairs and thresholds are chosen.
+        reported: table of the split of `top1` and `madds`.
         madds: [K], K >= 2.
         trunk_madds: the part of every route's `madds` that they share.
         budgets: [B] mean MAdds.
@@ -196,7 +196,7 @@ def cascade_curve(
 def run_cascade(
     cascade: CascadeRouter, scores: RouteScores, madds: ArrayLike, trunk_madds: float
 ) -> tuple[NDArray[np.bool_], Floats, NDArray[np.bool_]]:
-    """A cascade image by image, by the rule of the router itself.
+    """Run a cascade on the stored scores of each image, by the rule of the router itself.
 
     Returns:
         (correct bool [N], MAdds spent [N], escalated bool [N]).
@@ -210,7 +210,7 @@ def run_cascade(
 
 
 class _Cut(NamedTuple):
-    """One threshold of a pair, as it does on `val`."""
+    """One threshold of a pair, with its top-1 and mean MAdds on `val`."""
 
     threshold: float
     top1: float
@@ -253,7 +253,7 @@ class _Pair:
     """Index of the best (then cheapest) threshold among the first 1, 2, ... ones."""
 
     def best_within(self, budget: float) -> _Cut | None:
-        """None where the first route alone is too dear."""
+        """The best threshold within a budget; None if the first route alone costs more."""
         num_affordable = int(np.searchsorted(self.madds, _with_slack(budget), side="right"))
         if num_affordable == 0:
             return None
@@ -262,19 +262,19 @@ class _Pair:
 
 
 def _pairs_on_val(val: RouteScores, madds: Floats, trunk_madds: float) -> Iterator[tuple[int, int, _Pair]]:
-    """Every (cheaper route, dearer route) with its thresholds."""
+    """Yield every (cheaper route, costlier route) with its thresholds."""
     by_cost = np.argsort(madds, kind="stable").tolist()
     for position, first in enumerate(by_cost):
         # Sorted once for all partners: the least confident images are the first to go on.
         images = np.argsort(val.confidence[:, first], kind="stable")
         confidence = val.confidence[images, first].astype(np.float64)
-        # Images of equal confidence stop or go on together: only the ends of such runs can be cut
-        # at.
+        # Images of equal confidence stop or go on together, so that a threshold can only lie
+        # between such groups.
         num_escalated = np.r_[0, np.flatnonzero(np.diff(confidence)) + 1, len(images)]
         threshold = np.r_[-np.inf, confidence[num_escalated[1:-1]], np.inf]
         for second in by_cost[position + 1 :]:
-            # The m least confident images going on changes the number of right answers by their
-            # differences.
+            # If the m least confident images go on, the number of right answers changes by the sum
+            # of their differences.
             change = val.correct1[images, second].astype(np.int64) - val.correct1[images, first]
             top1 = (val.correct1[:, first].sum() + np.r_[0, np.cumsum(change)][num_escalated]) / len(images)
             is_record = np.r_[True, top1[1:] > np.maximum.accumulate(top1)[:-1]]
@@ -294,7 +294,7 @@ class OracleCurve(NamedTuple):
     madds: Floats
     """[M] mean MAdds, not decreasing; the first is that of the cheapest route for all images."""
     top1: Floats
-    """[M], increasing by one image a step."""
+    """[M] top-1, increasing by one image a step."""
 
     def at(self, budget: ArrayLike) -> Floats:
         """The best top-1 at mean MAdds <= budget (any shape); NaN below the cheapest route."""
@@ -303,7 +303,7 @@ class OracleCurve(NamedTuple):
 
 
 def oracle_curve(correct: ArrayLike, madds: ArrayLike) -> OracleCurve:
-    """The oracle, greedy by gain per cost.
+    """Compute the oracle by greedy assignment in the order of gain per cost.
 
     Images that the cheapest route gets wrong move to their cheapest right route, the cheapest move
     first. Every such move gains exactly one image, so that the greedy order is exact at each of the
@@ -329,15 +329,15 @@ def oracle_curve(correct: ArrayLike, madds: ArrayLike) -> OracleCurve:
 def share_of_gap(
     router_top1: ArrayLike, static_top1: ArrayLike, upper_top1: ArrayLike, resolution: float = 0.0
 ) -> Floats:
-    """(router - static) / (upper - static) at equal budgets: how far a router goes towards the
-    oracle, or the reachable ceiling.
+    """Share of the gap from the static line to the oracle, or to the reachable ceiling, that a
+    router closes: (router - static) / (upper - static) at equal budgets.
 
     Args:
-        resolution: a gap that does not exceed it (one image, say) is none, and a share of it means
-            nothing.
+        resolution: largest gap (one image, say) that counts as none, because a share of it has no
+            meaning.
 
     Returns:
-        NaN where there is no gap.
+        the share; NaN where there is no gap.
     """
     router, static, upper = (np.asarray(x, dtype=np.float64) for x in (router_top1, static_top1, upper_top1))
     gap = upper - static
@@ -346,5 +346,5 @@ def share_of_gap(
 
 
 def _with_slack(budget: ArrayLike) -> Floats:
-    """A budget that admits a cost equal to it but for rounding."""
+    """The budget, increased so that a cost that equals it up to rounding is within it."""
     return np.asarray(budget, dtype=np.float64) * (1.0 + 1e-12)

@@ -23,8 +23,8 @@ from dsnet.errors import ConfigError, NotFoundError
 from dsnet.wording import did_you_mean
 
 REFERENCE_MARGIN = 1.05
-"""A reference lies this much beyond the widest sub-network's cost, so that the widest too adds to
-the hypervolume."""
+"""Ratio of a reference's cost to that of the widest sub-network, so that the widest adds to the
+hypervolume too."""
 
 Goal = Literal["maximize", "minimize"]
 
@@ -74,8 +74,7 @@ def _front_mask_2d(costs: NDArray[np.float64], keep_duplicates: bool) -> NDArray
 
 
 def hypervolume(values: ArrayLike, goals: Sequence[Goal], reference: ArrayLike) -> float:
-    """The volume that the points dominate, bounded by `reference`; O(n log n) for 2 and 3
-    objectives.
+    """Volume that the points dominate, bounded by `reference`; O(n log n) for 2 and 3 objectives.
 
     Args:
         values: [n, d], d = 2 or 3. Rows with a NaN, and points that are not better than the
@@ -131,12 +130,12 @@ class RunningHypervolume:
 
     @property
     def volume(self) -> float:
-        """Of all points so far."""
+        """Hypervolume of all points so far."""
         return self._front.volume
 
     def add(self, values: ArrayLike) -> None:
-        """Take in one point [d]; a NaN, or no better than the reference in some objective, adds
-        nothing."""
+        """Add one point [d]; a point with a NaN, or one that is not better than the reference in
+        every objective, adds nothing."""
         point = _as_costs(np.atleast_2d(np.asarray(values, dtype=np.float64)), self._goals)[0]
         if np.all(point < self._bound):  # false for NaN
             _refuse_infinite(point)
@@ -297,19 +296,20 @@ class Condition:
 
 @dataclass(frozen=True)
 class Pick:
-    """Which points somebody wants. Build it with `parse_pick`, use it with `apply_pick`."""
+    """A choice of points from a front, as the user wrote it; `parse_pick` builds it, and
+    `apply_pick` applies it."""
 
     kind: Literal["knee", "all", "best", "name"]
     text: str
     """As the user wrote it, for messages."""
     metric: str = ""
-    """Of kind "best": what is optimised."""
+    """The metric to optimise; only for kind "best"."""
     goal: Goal = "maximize"
-    """Of kind "best"."""
+    """Direction of the metric; only for kind "best"."""
     conditions: tuple[Condition, ...] = ()
-    """Of kind "best": all of them must hold."""
+    """Conditions that must all hold; only for kind "best"."""
     name: str = ""
-    """Of kind "name"."""
+    """Name of the point; only for kind "name"."""
 
 
 def parse_pick(text: str, metrics: Collection[str] = ()) -> Pick:
@@ -374,12 +374,12 @@ Row = Mapping[str, Any]
 def apply_pick(
     pick: Pick, rows: Sequence[Row], objectives: Sequence[tuple[str, Goal]] = DEFAULT_OBJECTIVES
 ) -> list[Row]:
-    """The rows that `pick` means, in the order of `rows`.
+    """Select the rows that match `pick`, in the order of `rows`.
 
-    `knee` and `all` look at the front of `rows` (copies of a front point are all on it), `max:` and
-    `min:` at every row and return one: of equally good rows the one that is better in the
-    objectives, in their order, then the first. A row without a value for a metric that is asked
-    about is passed over.
+    `knee` and `all` select from the front of `rows` (copies of a front point are all on it), `max:`
+    and `min:` from all rows. The latter return one: of equally good rows the one that is better in
+    the objectives, in their order, then the first. Rows without a value for a metric of the pick
+    are skipped.
 
     Args:
         pick: from `parse_pick`.
@@ -387,7 +387,7 @@ def apply_pick(
         objectives: (metric, goal) pairs that make the front.
 
     Raises:
-        NotFoundError: nothing matches; the message says what comes nearest.
+        NotFoundError: nothing matches; the message names the nearest point or name.
     """
     if not rows:
         raise NotFoundError(f"pick {pick.text!r}: there are no points to pick from")
@@ -436,7 +436,7 @@ def _best(pick: Pick, rows: Sequence[Row], objectives: Sequence[tuple[str, Goal]
 
 
 def _violation(row: Row, conditions: Sequence[Condition]) -> float:
-    """How far a row is from holding all conditions: the sum of the excesses, each relative to its
+    """Total violation of the conditions by a row: the sum of the excesses, each relative to its
     bound."""
     broken = [c for c in conditions if not c.holds(_value(row, c.metric))]
     return sum(abs(_value(row, c.metric) - c.bound) / (abs(c.bound) or 1.0) for c in broken)

@@ -1,11 +1,11 @@
-"""Points: one row for every sub-network, gate and control that is drawn or listed, and the file
-that holds them.
+"""The table of points, with one row for every sub-network, gate and control that is drawn or
+listed, and the file that holds it.
 
 A row is a dict with the keys of `POINT_COLUMNS`, None where a value does not apply. Further
-latencies have columns of their own, as the metrics are called (`latency_ms_batch64`,
+latencies have their own columns, named like the metrics (`latency_ms_batch64`,
 `latency_ms.server`); a gate's row also has one `param.<dotted name>` key for each of the trial's
-parameters. Accuracies are fractions, `*_m` millions, latencies milliseconds: `latency_ms` of an
-image, `latency_ms_batchN` of N.
+parameters. Accuracies are fractions, `*_m` are in millions, and latencies in milliseconds:
+`latency_ms` for one image, `latency_ms_batchN` for a batch of N.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ _TYPES: dict[str, pa.DataType] = {
 POINT_COLUMNS: tuple[str, ...] = tuple(_TYPES)
 PARAM_PREFIX = "param."
 METRIC_PREFIX = "metric."
-"""Of metrics that plugins add: a file with them is read without the plugin too."""
+"""Prefix of the columns of metrics that plugins add, so that a file with them can be read without
+the plugin."""
 LATENCY = "latency_ms"
 KINDS = ("subnet", "gate", "control")
 SPLITS = ("val", "test")
@@ -81,7 +82,7 @@ def subnet_points(
         names: K member names.
         top1: fractions.
         madds: absolute MAdds.
-        top5: fractions; columns that are left out become None.
+        top5: fractions; columns that are not given are None.
         params: absolute numbers of parameters.
         latencies: milliseconds by the metric's name, each [K].
     """
@@ -117,12 +118,12 @@ def gate_points(
 
     Args:
         split: "val" or "test".
-        slots: of P trials; they give the names.
-        metrics: with at least `top1` and `madds_m`; the other measured columns are taken where they
-            are there and not NaN.
-        params: dotted names, e.g. "gate.target".
-        is_front: whether the trial is on the front of its study.
-        is_feasible: whether it holds every constraint; left out, all do.
+        slots: slots of P trials, from which their names are made.
+        metrics: metrics of each trial, with at least `top1` and `madds_m`; other measured columns
+            are filled if they are present and not NaN.
+        params: parameters of each trial by dotted name, e.g. "gate.target".
+        is_front: whether each trial is on the front of its study.
+        is_feasible: whether each trial meets every constraint; None = all do.
     """
     feasible = [True] * len(slots) if is_feasible is None else is_feasible
     measured = [column for column in (*_ACCURACIES, *_AMOUNTS) if column not in _REQUIRED and column != LATENCY]
@@ -146,8 +147,8 @@ def gate_points(
 
 
 def control_points(split: str, name: str, madds: ArrayLike, top1: ArrayLike) -> list[PointRow]:
-    """Rows along one control (e.g. "cascade"): absolute mean MAdds [B], top-1 [B]; none where top-1
-    is NaN."""
+    """Rows along one control (e.g. "cascade"), from absolute mean MAdds [B] and top-1 [B]; points
+    whose top-1 is NaN have no row."""
     costs, accuracies = np.atleast_1d(np.asarray(madds, dtype=float)), np.atleast_1d(np.asarray(top1, dtype=float))
     return [
         _row(kind="control", name=name, split=split, top1=float(accuracy), madds_m=float(cost) / 1e6)
@@ -157,7 +158,7 @@ def control_points(split: str, name: str, madds: ArrayLike, top1: ArrayLike) -> 
 
 
 def _latencies(metrics: Mapping[str, float]) -> dict[str, float]:
-    """All latencies among metrics, without those that are not known."""
+    """All latencies among metrics, except for those that are NaN."""
     return {name: float(value) for name, value in metrics.items() if _is_latency(name) and not math.isnan(value)}
 
 
@@ -182,7 +183,8 @@ def validate_points(rows: Sequence[Mapping[str, Any]]) -> None:
     """Check rows against the schema above.
 
     Raises:
-        ValueError: names the row, the column and the value.
+        ValueError: a row does not follow the schema; the message names the row, the column and the
+            value.
     """
     for index, row in enumerate(rows):
         problem = _problem(row)
@@ -263,7 +265,7 @@ def points_frame(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
 
 
 def save_points(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows as Parquet: the whole file or, whatever happens, none of it.
+    """Write rows as Parquet; the file is replaced as a whole or not at all.
 
     Raises:
         ValueError: a row does not follow the schema; nothing is written.
@@ -321,7 +323,7 @@ def _arrow_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
 
 
 def _param_array(values: list[Any]) -> pa.Array:
-    """A parameter's column in the one type that fits all its values; text where a choice mixes
+    """Column of a parameter in the one type that fits all its values; text if a choice mixes
     types."""
     types = {type(value) for value in values if value is not None}
     if types == {int, float}:

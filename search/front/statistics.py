@@ -1,5 +1,5 @@
-"""Intervals over images: the paired bootstrap of accuracy and mean MAdds, and what is concluded
-from it.
+"""Intervals over images: the paired bootstrap of accuracy and mean MAdds, and the gains, stability
+and ties that are computed from it.
 
 All points are resampled with the same images (joint and paired), and both objectives of a point
 come from the same resample. Resamples are held as integer counts, and MAdds are integers, so that
@@ -25,10 +25,11 @@ CHUNK_BYTES = 8 * 2**20
 
 
 def bootstrap_counts(num_images: int, num_resamples: int, seed: int) -> Iterator[NDArray[np.float32]]:
-    """How often each image is drawn in each resample: whole numbers whose rows sum to `num_images`.
+    """Number of times that each image is drawn in each resample: whole numbers whose rows sum to
+    `num_images`.
 
-    The rows do not depend on how they are cut into chunks; equal arguments give equal rows, which
-    is what pairs two quantities.
+    The rows do not depend on how they are divided into chunks. Equal arguments give equal rows, so
+    that two quantities are paired.
 
     Yields:
         float32 [r, num_images], at most 8 MiB each (one row at least); r sums to `num_resamples`.
@@ -61,8 +62,8 @@ def bootstrap_interval(samples: ArrayLike, level: float = 0.95) -> tuple[Floats,
 
 
 def wilson_interval(num_correct: int, num_images: int, level: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval of one accuracy, as fractions; honest also at 0 and 1, where a
-    bootstrap has no width."""
+    """Wilson's score interval of one accuracy, as fractions; valid also at 0 and 1, where a
+    bootstrap interval has no width."""
     _check_level(level)
     if not 0 <= num_correct <= num_images or num_images == 0:
         raise ValueError(f"{num_correct} correct of {num_images} images is not an accuracy.")
@@ -85,16 +86,16 @@ def _check_level(level: float) -> None:
 def unpaired_difference(
     first: tuple[float, float, float], second: tuple[float, float, float]
 ) -> tuple[float, float, float]:
-    """The difference of two values of independent samples, with an interval as wide as theirs
-    together.
+    """The difference of two values from independent samples, with an interval from both of their
+    intervals.
 
-    Each end lies as far from the difference as the square root of the sum of the squares of the two
-    distances that it comes from (Zou and Donner 2008, "recovering variance estimates"): for
-    symmetric intervals the usual formula, and skewed ones stay skewed.
+    The distance of each end from the difference is the root of the sum of squares of the two
+    distances that contribute to it (Zou and Donner 2008, "recovering variance estimates"). For
+    symmetric intervals this is the usual formula, and skewed ones stay skewed.
 
     Args:
         first: (value, low, high), low <= value <= high.
-        second: subtracted; of other images.
+        second: the value to subtract, in the same form; from other images.
 
     Returns:
         (value, low, high).
@@ -240,12 +241,12 @@ def front_stability(objectives: Sequence[Floats], goals: Sequence[Goal], decisio
     """The share of resamples in which each point is non-dominated; not a p-value.
 
     Args:
-        objectives: 2 or 3; each [R, P] as resampled with the same images, or [P] for what is the
-            same in every resample.
+        objectives: 2 or 3; each [R, P] as resampled with the same images, or [P] if it is the same
+            in every resample.
         goals: one for each objective.
-        decisions: int [n, P], the route of each image under each point. Points that decide alike
-            everywhere, and are equal in all that images do not change, are one point, and all of
-            them get its share.
+        decisions: int [n, P], number of each point's treatment of each image. Points with equal
+            decisions on all images, and equal objectives [P], count as one point, and all of them
+            get its share.
 
     Returns:
         float64 [P].
@@ -263,18 +264,18 @@ def front_stability(objectives: Sequence[Floats], goals: Sequence[Goal], decisio
 def tied_groups(
     sample: PointSample, is_front: ArrayLike, level: float = 0.95, madds_tolerance: float = 0.01
 ) -> dict[int, tuple[int, ...]]:
-    """For every front point the other points that the images cannot tell from it.
+    """For every front point the other points that are tied with it.
 
     A point is tied with a front point when the interval of their paired top-1 difference includes 0
-    and its mean MAdds is within `madds_tolerance` (relative) of the front point's. Groups are
-    anchored: a point may stand in several, and being tied is not handed on.
+    and its mean MAdds is within `madds_tolerance` (relative) of the front point's. Each group
+    belongs to one front point: a point may be in several groups, and ties are not transitive.
 
     Args:
         sample: P points.
         is_front: bool [P].
 
     Returns:
-        Index of each front point -> indices of the points tied with it, itself left out.
+        index of each front point -> indices of the points tied with it, except itself.
     """
     groups = {}
     for anchor in np.flatnonzero(np.asarray(is_front, dtype=bool)):

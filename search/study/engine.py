@@ -32,7 +32,7 @@ from search.study.halving import ParetoHalving
 from search.study.runner import PROGRESS, Runner, State, TrialOutcome, TrialSpec
 from search.study.stopping import StopRules
 from search.study.study import (
-    StageRecord,
+    RungRecord,
     StudyJournal,
     StudySettings,
     Suggestion,
@@ -343,7 +343,7 @@ class Search:
         before: int | None,
         alive: Mapping[int, Suggestion],
         spent_s: Mapping[int, float],
-    ) -> dict[int, StageRecord] | None:
+    ) -> dict[int, RungRecord] | None:
         """The results of a cohort's trials at a rung: read from the study where known, else run
         from the rung `before`.
 
@@ -358,12 +358,12 @@ class Search:
                 self.progress.save(outcome.slot, rung, progress)
                 record = self._judge(outcome, missing.pop(outcome.slot), outcome.slot)
                 spent = spent_s[outcome.slot] + record.duration_s
-                stages[outcome.slot] = StageRecord(record.state, dict(record.metrics), record.reason, spent)
+                stages[outcome.slot] = RungRecord(record.state, dict(record.metrics), record.reason, spent)
                 self.journal.note_stage(first_slot, rung, stages)
                 if self.should_stop():
                     return None
         for slot in missing:  # a faulty runner must not leave a gap in the study
-            stages[slot] = StageRecord("failed", {}, NO_OUTCOME, spent_s[slot])
+            stages[slot] = RungRecord("failed", {}, NO_OUTCOME, spent_s[slot])
         return stages
 
     def _violation(self, metrics: Mapping[str, float]) -> float:
@@ -377,7 +377,7 @@ class Search:
         self,
         slot: int,
         suggestion: Suggestion,
-        stage: StageRecord,
+        stage: RungRecord,
         rung: int,
         rungs: Mapping[int, tuple[float, ...]],
     ) -> TrialRecord:
@@ -614,7 +614,7 @@ class Mirror:
         self.num_told += 1
 
 
-def _reached(stages: Mapping[int, StageRecord]) -> dict[int, StageRecord]:
+def _reached(stages: Mapping[int, RungRecord]) -> dict[int, RungRecord]:
     """The stages of trials that may go on."""
     return {slot: stage for slot, stage in stages.items() if stage.state == "complete"}
 

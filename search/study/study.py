@@ -153,7 +153,7 @@ class TrialRecord:
 
 
 @dataclass(frozen=True)
-class StageRecord:
+class RungRecord:
     """Result of a trial at a rung.
 
     Attributes:
@@ -255,13 +255,13 @@ class StudyJournal:
             self._study.set_user_attr(_ENQUEUED_ATTR, {str(slot): point for slot, point in noted.items()})
         self._enqueued = noted
 
-    def stage(self, first_slot: int, rung: int) -> dict[int, StageRecord]:
+    def stage(self, first_slot: int, rung: int) -> dict[int, RungRecord]:
         """Known results, by slot, of the trials of one cohort at a rung; the cohort is given by its
         first slot."""
         noted = self._study.user_attrs.get(f"{_RUNG_ATTR}:{first_slot}:{rung}", {})
-        return {int(slot): StageRecord(**item) for slot, item in noted.items()}
+        return {int(slot): RungRecord(**item) for slot, item in noted.items()}
 
-    def note_stage(self, first_slot: int, rung: int, stages: Mapping[int, StageRecord]) -> None:
+    def note_stage(self, first_slot: int, rung: int, stages: Mapping[int, RungRecord]) -> None:
         """Store the results of a cohort's trials at a rung; they are on disk when this returns."""
         noted = {str(slot): asdict(stage) for slot, stage in stages.items()}
         with _writing(self._path):

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsnet.gates.cohort import LANES, Lane, Lesson, batches, train_cohort
+from dsnet.gates.cohort import LANES, CohortData, TrialSetup, batches, train_cohort
 from dsnet.gates.fit import GateFit, fit_gates
 from dsnet.gates.losses import complexity
 from dsnet.gates.problem import node_features, problem_of, sgs_targets
@@ -33,19 +33,19 @@ def big_table(num_routes: int, num_gates: int = 1) -> RoutingTable:
     return replace(table, madds=table.madds * 100_000, trunk_madds=50_000_000)
 
 
-def lane_of(table: RoutingTable, settings: GateSettings) -> Lane:
+def lane_of(table: RoutingTable, settings: GateSettings) -> TrialSetup:
     widest = float(table.madds.max())
     allowed = torch.zeros(table.num_routes, dtype=torch.bool)
     allowed[list(settings.routes)] = True
     targets = torch.from_numpy(sgs_targets(table, settings.routes, settings))
-    return Lane(settings, allowed, torch.from_numpy(table.madds / widest).float(), TARGET, targets, widest)
+    return TrialSetup(settings, allowed, torch.from_numpy(table.madds / widest).float(), TARGET, targets, widest)
 
 
 def trained(table: RoutingTable, kind: str, lanes: Sequence[GateSettings]) -> list[list[dict[str, Tensor]]]:
     """For each lane and head the parameters after training."""
     problem = problem_of(table, router_kind(kind))
     correct = torch.from_numpy(table.correct1.astype(np.float32))
-    lesson = Lesson(problem, node_features(table, problem), torch.from_numpy(table.ce), correct)
+    lesson = CohortData(problem, node_features(table, problem), torch.from_numpy(table.ce), correct)
     heads_of = train_cohort(lesson, [lane_of(table, settings) for settings in lanes])
     names = ("inner_weight", "inner_bias", "weight", "bias")
     return [
