@@ -44,7 +44,7 @@ def _pss_mib(pid: str, mark: str) -> float:
             return 0.0
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     except OSError:
-        return 0.0  # it ended, or is not ours to read
+        return 0.0  # the process has ended, or we may not read it
     return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("Pss:")), 0.0)
 
 

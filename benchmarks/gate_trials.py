@@ -66,7 +66,7 @@ def synthetic_table(workload: Workload, split: str, seed: int) -> RoutingTable:
     log_p = logits - np.log(np.exp(logits).sum(2, keepdims=True))
     p = np.sort(np.exp(log_p), axis=2)
     rank = (logits > logits[np.arange(num_images), :, labels][:, :, None]).sum(2)
-    loadings = np.random.default_rng(0).normal(size=num_hidden)  # the same hint on every split
+    loadings = np.random.default_rng(0).normal(size=num_hidden)  # the same dependence on difficulty in every split
     hidden = np.maximum(difficulty[:, None] * loadings + rng.normal(size=(num_images, num_hidden)), 0.0)
     costs = [subnet_cost(spec, subnet, spec.image_size) for subnet in subnets]
     return RoutingTable(

@@ -210,7 +210,7 @@ class Job:
 
     @property
     def name(self) -> str:
-        """Of its files."""
+        """Name of the run's files."""
         return f"{self.arm}-seed{self.seed}"
 
 
@@ -219,7 +219,7 @@ class Named(Protocol):
 
     @property
     def name(self) -> str:
-        """Of its files."""
+        """Name of the run's files."""
 
 
 JobT = TypeVar("JobT", bound=Named)

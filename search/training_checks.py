@@ -269,7 +269,7 @@ def _curve(curve: tuple[Sequence[float], Sequence[float]]) -> tuple[Floats, Floa
     return np.asarray(curve[0], dtype=np.float64), np.asarray(curve[1], dtype=np.float64)
 
 
-# ---- what was measured
+# ---- the measured sub-networks
 
 
 def not_ordered(facts: TrainingFacts) -> TrainingWarning | None:

@@ -71,7 +71,7 @@ class CohortData:
 
     problem: Problem
     features: Sequence[Tensor]
-    """For each node [N, D], scaled."""
+    """Scaled features of each node, [N, D]."""
     ce: Tensor
     """[N, K]: cross-entropy of each route on each image."""
     correct: Tensor

@@ -307,7 +307,7 @@ class _CalibrationData:
 
     table: RoutingTable
     features: Sequence[Tensor]
-    """For each node of the problem [N, D]."""
+    """Features of each node of the problem, [N, D]."""
 
 
 def _scalings(problem: Problem, features: Sequence[Tensor]) -> list[Scaling]:

@@ -277,7 +277,7 @@ def beam(table: RoutingTable, size: int) -> tuple[int, ...]:
     if size < 2:
         raise ValueError(f"gate.routing.beam is {size}, but must be at least 2: the cheapest and the widest route stay")
     top1 = table.top1()
-    order = np.lexsort((-top1, table.madds))  # of equally dear routes the best first
+    order = np.lexsort((-top1, table.madds))  # among routes of equal cost the best first
     cost, top1 = table.madds[order].astype(np.float64), top1[order]
     hull = _hull(cost, top1)
     below = np.interp(cost, cost[hull], top1[hull]) - top1

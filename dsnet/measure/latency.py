@@ -84,7 +84,7 @@ training; twice as much must come from other programs."""
 
 @dataclass(frozen=True)
 class MachineLoad:
-    """How busy the machine was when something was timed."""
+    """Load of the machine at the time of a measurement."""
 
     load_average: float
     """Number of processes running or waiting to run, averaged over the last minute."""

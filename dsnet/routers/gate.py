@@ -65,7 +65,8 @@ class GateRouter:
         return self._route_ids.to(evidence.device)[self.scores(evidence["hidden"]).argmax(1)]
 
     def margin(self, evidence: Evidence, executed: Sequence[Executed]) -> Tensor:
-        """Of the winning score over the next."""
+        """Lead of the best score over the second, relative to the errors of the features
+        (`Head.lead`)."""
         if executed:
             return evidence.no_choice
         return Head(self.weight).lead(evidence["hidden"], self.offset)
@@ -138,7 +139,8 @@ class EvidenceGateRouter:
         return torch.tensor(self.routes, device=evidence.device)[scores.argmax(1)]
 
     def margin(self, evidence: Evidence, executed: Sequence[Executed]) -> Tensor:
-        """Of the winning score over the next."""
+        """Lead of the best score over the second, relative to the errors of the features
+        (`Head.lead`)."""
         if executed:
             return evidence.no_choice
         return self.head.lead(self._features(evidence), self.offset)

@@ -32,7 +32,7 @@ DEFAULT_OBJECTIVES: tuple[tuple[str, Goal], ...] = (("top1", "maximize"), ("madd
 
 
 def front_mask(values: ArrayLike, goals: Sequence[Goal], *, keep_duplicates: bool = True) -> NDArray[np.bool_]:
-    """Which points are non-dominated, in O(n log n).
+    """Mask of the non-dominated points, in O(n log n).
 
     Args:
         values: [n, d] objective values, d = 2 or 3. Infinite values are ordered as usual; a row
@@ -301,7 +301,7 @@ class Pick:
 
     kind: Literal["knee", "all", "best", "name"]
     text: str
-    """As the user wrote it, for messages."""
+    """The pick as the user wrote it, for messages."""
     metric: str = ""
     """The metric to optimise; only for kind "best"."""
     goal: Goal = "maximize"

@@ -45,8 +45,8 @@ def trained(table: RoutingTable, kind: str, lanes: Sequence[GateSettings]) -> li
     """For each lane and head the parameters after training."""
     problem = problem_of(table, router_kind(kind))
     correct = torch.from_numpy(table.correct1.astype(np.float32))
-    lesson = CohortData(problem, node_features(table, problem), torch.from_numpy(table.ce), correct)
-    heads_of = train_cohort(lesson, [lane_of(table, settings) for settings in lanes])
+    data = CohortData(problem, node_features(table, problem), torch.from_numpy(table.ce), correct)
+    heads_of = train_cohort(data, [lane_of(table, settings) for settings in lanes])
     names = ("inner_weight", "inner_bias", "weight", "bias")
     return [
         [{name: getattr(head, name) for name in names if getattr(head, name) is not None} for head in heads]
