@@ -22,7 +22,7 @@ LATENCY_NAME = re.compile(rf"latency_ms(_batch[1-9]\d*)?(\.{DEVICE_NAME_PATTERN}
 
 @dataclass(frozen=True, kw_only=True)
 class Metric:
-    """What is known of a metric before it is measured."""
+    """Description of a metric: its name, its goal and how it is computed."""
 
     name: str
     """A Python identifier: it stands in expressions such as `top1 >= 0.9`."""

@@ -57,7 +57,7 @@ def exporters() -> Mapping[str, Exporter]:
 
 
 def format_names() -> tuple[str, ...]:
-    """What `export.formats` may name."""
+    """Names that `export.formats` accepts: the bundle and every exporter."""
     return (BUNDLE, *exporters())
 
 

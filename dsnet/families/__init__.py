@@ -77,6 +77,12 @@ def get_family(name: str) -> Family:
     return _FAMILIES[name]
 
 
+def unknown_options(name: str, options: Mapping[str, Any]) -> dict[str, str]:
+    """Every option that a family does not have, with the end of a message that says so."""
+    known = list(get_family(name).defaults)
+    return {key: f"unknown option of {name}{way_out(str(key), known)}" for key in options if key not in known}
+
+
 def layout(name: str, task: Task, options: Mapping[str, Any] | None = None, norm: str | None = None) -> SubnetSet:
     """The sub-networks of a family for a task, and through them the spec, without building weights.
 
@@ -91,9 +97,8 @@ def layout(name: str, task: Task, options: Mapping[str, Any] | None = None, norm
     """
     family = get_family(name)
     options = dict(options or {})
-    for key in options:
-        if key not in family.defaults:
-            raise ConfigError(f"supernet.options.{key}: unknown option of {name}{way_out(key, list(family.defaults))}")
+    for key, message in unknown_options(name, options).items():
+        raise ConfigError(f"supernet.options.{key}: {message}")
     try:
         subnets = family.layout(task, {**family.defaults, **options})
         if norm is None or norm == subnets.spec.norm:

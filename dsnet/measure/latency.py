@@ -22,6 +22,7 @@ from dsnet.deploy.materialize import PlainSubnet
 from dsnet.deploy.segments import CutSegments
 from dsnet.errors import ConfigError
 from dsnet.measure.decision_timing import decision_calls
+from dsnet.metrics import DEVICE_NAME_PATTERN
 from dsnet.network.supernet import Supernet
 from dsnet.space.route_tree import RouteTree
 from dsnet.strict_json import NumberRange
@@ -38,7 +39,7 @@ PUBLISHED = "gate"
 DEVICES = ("auto", "cpu", "cuda")
 MAIN_DEVICE = ""
 """The name of the device of `measure.device`, beside the names in `measure.devices`."""
-DEVICE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,31}")
+DEVICE_NAME = re.compile(DEVICE_NAME_PATTERN)
 """Pattern of the names of further devices, which are used in metric names, expressions and file
 names."""
 

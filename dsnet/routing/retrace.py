@@ -95,7 +95,7 @@ class Retrace:
         )
 
     def facts(self, names: Sequence[str]) -> dict[str, Any]:
-        """Those of the router."""
+        """Facts of the inner router."""
         return self.inner.facts(names)
 
     def to_arrays(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

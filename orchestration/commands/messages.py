@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from rich.console import Console
 
 from orchestration.wrapping import wrapped
-
-if TYPE_CHECKING:
-    pass
 
 
 def warn(text: str) -> None:

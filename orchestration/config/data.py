@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 from pydantic import (
     BeforeValidator,
@@ -11,9 +11,6 @@ from pydantic import (
 )
 
 from dsnet.wording import shown
-
-if TYPE_CHECKING:
-    pass
 from orchestration.config.section import BrokenRule, Fraction, NonNegativeInt, PositiveInt, Section, Text, refuse
 
 CropScale = Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], Field(strict=False, min_length=2, max_length=2)]

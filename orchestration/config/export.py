@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from pydantic import (
     AfterValidator,
@@ -13,11 +13,8 @@ from pydantic import (
 from dsnet.deploy.exporters import BUNDLE, check_format
 from dsnet.errors import ConfigError
 from dsnet.wording import did_you_mean
-from search.front.pareto import parse_pick
-
-if TYPE_CHECKING:
-    pass
 from orchestration.config.section import Section, Text
+from search.front.pareto import parse_pick
 
 
 def _pick(text: str) -> str:

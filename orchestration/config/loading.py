@@ -399,13 +399,10 @@ def _model_problems(stack: _Stack, known_models: Sequence[str] | None) -> Iterat
 
 def _unknown_options(stack: _Stack, model: str, options: Mapping[str, Any]) -> Iterator[_Problem]:
     # Imported here: families need torch, which a check without known models does without.
-    from dsnet.families import get_family
+    from dsnet.families import unknown_options
 
-    known = list(get_family(model).defaults)
-    for key in options:
-        if key not in known:
-            message = f"supernet.options.{key}: unknown option of {model}{way_out(str(key), known)}"
-            yield stack.problem(("supernet", "options", key), message.partition(": ")[2], at_key=True)
+    for key, message in unknown_options(model, options).items():
+        yield stack.problem(("supernet", "options", key), message, at_key=True)
 
 
 def _option_problems(config: SweepConfig, stack: _Stack, known_models: Sequence[str]) -> Iterator[_Problem]:

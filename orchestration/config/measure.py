@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
 
 from pydantic import (
     Field,
     model_validator,
 )
 
-from dsnet.wording import shown
-
-if TYPE_CHECKING:
-    pass
 from dsnet.metrics import DEVICE_NAME_PATTERN
+from dsnet.wording import shown
 from orchestration.config.section import (
     BrokenRule,
     Device,

@@ -4,7 +4,7 @@ trials have to meet."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 from pydantic import (
     JsonValue,
@@ -16,9 +16,6 @@ from pydantic import (
 
 from dsnet.metrics import find_metric, metrics
 from dsnet.wording import shown, way_out
-
-if TYPE_CHECKING:
-    pass
 from orchestration.config.section import BrokenRule, Section, Text, refuse
 
 

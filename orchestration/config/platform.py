@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from pydantic import (
     Field,
 )
 
-if TYPE_CHECKING:
-    pass
 from orchestration.config.section import PositiveFloat, PositiveInt, Section, Text
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import types
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -25,10 +25,6 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
 from dsnet.wording import shown
-
-if TYPE_CHECKING:
-    pass
-
 
 KeyPath = tuple[str | int, ...]
 NAME_PATTERN = r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}$"

@@ -33,6 +33,7 @@ from orchestration.config.gate import GateConfig
 from orchestration.config.measure import MeasureConfig
 from orchestration.config.objectives import Constraint, MetricConfig
 from orchestration.config.platform import RayConfig, StorageConfig, TrackingConfig
+from orchestration.config.schedulers import SCHEDULER_OPTIONS, check_scheduler
 from orchestration.config.section import (
     NAME_PATTERN,
     BrokenRule,
@@ -57,7 +58,7 @@ from search.conditions.constraints import BASELINE
 from search.conditions.expressions import parse_comparison
 from search.front.pareto import parse_pick
 
-SCHEDULERS = ("none", "asha", "median", "hyperband")
+SCHEDULERS = tuple(SCHEDULER_OPTIONS)
 """Short names of schedulers of supernets; others are named by their import path."""
 LEARNING_SAMPLERS = ("tpe", "nsga2", "nsga3", "gp")
 """Samplers whose suggestions depend on the results of earlier cohorts."""
@@ -225,9 +226,6 @@ def _scheduler_problems(config: SweepConfig) -> Iterator[BrokenRule]:
 
 
 def _scheduler_option_problems(config: SweepConfig) -> Iterator[BrokenRule]:
-    # Imported here: training needs torch, which `dsnet-orch schema` and --help do without.
-    from orchestration.config.schedulers import check_scheduler
-
     scheduler, options = config.supernets.scheduler, config.supernets.options
     path: KeyPath = ("supernets", "options")
     try:

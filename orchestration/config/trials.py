@@ -3,15 +3,13 @@ long."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 from pydantic import (
     Field,
     JsonValue,
 )
 
-if TYPE_CHECKING:
-    pass
 from orchestration.config.section import Fraction, NonNegativeInt, PointValue, PositiveFloat, PositiveInt, Section, Text
 
 

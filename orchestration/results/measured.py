@@ -4,12 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from dsnet.measure.latency import LatencyTable, latency_metric
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)

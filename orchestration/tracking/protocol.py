@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from orchestration.runs.curves import CurvePoint
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)

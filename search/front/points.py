@@ -215,7 +215,7 @@ def _column_problem(row: Mapping[str, Any]) -> str | None:
     if not (origin is None or isinstance(origin, str)):
         return f"`supernet` is {origin!r}, but must be a name or nothing"
     for column, value in row.items():
-        if column in _TYPES or _is_latency(column) or column.startswith(METRIC_PREFIX):
+        if column in _TYPES or _is_number(column):
             continue
         if not column.startswith(PARAM_PREFIX):
             return f"the column `{column}` is unknown; known: {', '.join(POINT_COLUMNS)}, {LATENCY}_batchN, {LATENCY}.NAME, {PARAM_PREFIX}*"
