@@ -87,10 +87,10 @@ def scale_of_sweep(path: Path) -> Scale:
         DsnetError: the file or its data is wrong, or its splits cannot be made again here.
     """
     from orchestration.config.loading import load_config  # `train --scale` works without the platform's packages
-    from orchestration.prepare.preparation import prepare, supernet_run
+    from orchestration.prepare.preparation import prepare
 
     prepared = prepare(load_config(path, known_models=family_names()).config)
-    config, run = prepared.config, supernet_run(prepared)
+    config, run = prepared.config, prepared.supernet_run
     if config.seed != 0 or config.data.limit is not None:
         raise ConfigError(
             f"{path}: the benchmark divides images as seed 0 does, and takes all of them; leave out seed and data.limit"

@@ -18,7 +18,7 @@ from dsnet.training.trial_run import TrialRun, trial_run
 from dsnet.wording import plural
 from orchestration.config.resolve import resolve_cores, resolve_trials
 from orchestration.config.sweep import SweepConfig
-from orchestration.prepare.preparation import Prepared, latency_settings, supernet_run, training_images
+from orchestration.prepare.preparation import Prepared, latency_settings
 from orchestration.runs.stages import StagePlan
 
 MIB = 2**20
@@ -171,11 +171,11 @@ def _stages(prepared: Prepared, timed: TrialRun, plans: Sequence[StagePlan]) -> 
 
 def _timed(prepared: Prepared, concurrent: int = 1) -> TrialRun:
     """Time a few steps with the threads of one of `concurrent` supernets."""
-    config, run = prepared.config, supernet_run(prepared)
+    config, run = prepared.config, prepared.supernet_run
     return trial_run(
         prepared.subnets,
         run,
-        training=training_images(prepared, run.augmentation),
+        training=prepared.training_images(),
         data=prepared.data,
         device=resolve_device(config.supernet.device),
         threads=config.supernet.threads or max(1, resolve_cores(config) // (config.supernet.workers * concurrent)),
@@ -213,7 +213,7 @@ class _StageEstimates:
 
     def supernet(self) -> StageForecast:
         """Costs of the supernet stage: starting Ray, the steps, and recalibration."""
-        run = supernet_run(self.prepared)
+        run = self.prepared.supernet_run
         num_train = self._images("train")
         steps = run.train.epochs * max(1, num_train // min(run.train.batch_size, num_train))
         estimated = num_train if run.recalibration_images is None else min(num_train, run.recalibration_images)

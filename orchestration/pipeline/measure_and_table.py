@@ -13,7 +13,7 @@ from dsnet.measure.evaluate import TRAIN_SAMPLE_FILE, build_routing_table, measu
 from dsnet.measure.latency import latency_file, measure_latency
 from dsnet.network.supernet import Supernet
 from orchestration.pipeline.context import Launch
-from orchestration.prepare.preparation import latency_settings, supernet_run, training_images
+from orchestration.prepare.preparation import latency_settings
 from orchestration.progress import Task
 from orchestration.results.run import RunResults
 from orchestration.results.training_review import review
@@ -37,7 +37,7 @@ def measure_stage(work: Launch, plan: StagePlan, supernet: Supernet) -> None:
             measured = measure_subnets(supernet, data, "val", work.prepared.normalization, on_row=on_row)
         outputs = [folder / "subnets.json"]
         atomic_write_json(outputs[0], measured)
-        images = training_images(work.prepared, supernet_run(work.prepared).augmentation)
+        images = work.prepared.training_images()
         outputs.append(folder / TRAIN_SAMPLE_FILE)
         atomic_write_json(outputs[-1], sample_training_images(supernet, images, work.prepared.normalization))
         for name, settings in latency_settings(work.config).items():

@@ -8,7 +8,7 @@ from pathlib import Path
 from dsnet.environment import resolve_device
 from dsnet.wording import duration
 from orchestration.pipeline.context import Launch
-from orchestration.prepare.preparation import StartPoint, supernet_run, training_images
+from orchestration.prepare.preparation import StartPoint
 from orchestration.progress import Task
 from orchestration.results.supernet_facts import SupernetFacts
 from orchestration.runs.curves import CurvePoint
@@ -23,7 +23,7 @@ def supernet_stage(work: Launch, plan: StagePlan) -> None:
     config, run = work.config, work.run
     if plan.is_done:
         work.progress.say(f"supernet: done before ({plan.key[:12]})")
-    training = supernet_run(work.prepared)
+    training = work.prepared.supernet_run
     device = resolve_device(config.supernet.device)
     subnets, start = work.prepared.subnets, work.prepared.start
     shown = (subnets.largest.name, subnets[subnets.by_madds()[0]].name)
@@ -52,7 +52,7 @@ def supernet_stage(work: Launch, plan: StagePlan) -> None:
                 if points:
                     bar.update(points[-1].metrics["epoch"] or 0.0, _losses(points[-1], shown))
 
-            data = training_images(work.prepared, training.augmentation)
+            data = work.prepared.training_images()
             stem = train_on_ray(job, data, on_points=on_points, should_stop=work.stop)
         return [stem.with_name(stem.name + suffix) for suffix in (".safetensors", ".json")]
 

@@ -9,6 +9,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,33 @@ class Prepared:
     def image_size(self) -> int:
         """Side in pixels."""
         return self.image_set.image_shape[-1]
+
+    @cached_property
+    def supernet_run(self) -> SupernetRun:
+        """The training settings as the core's own type."""
+        config, start = self.config, self.start
+        supernet, images = config.supernet, config.supernet.recalibration.images
+        assert images != FROM_DATA, "prepare fills it in"
+        return SupernetRun(
+            train=TrainSettings(**supernet.train.model_dump(exclude=set(REGIME_KEYS))),
+            regime=resolve_regime(supernet),
+            bootstrapping=BootstrapSettings(**supernet.bootstrapping.model_dump(exclude={"mode", "num_random"})),
+            augmentation=Augmentation.for_images(self.image_set, **config.data.augment.model_dump()),
+            normalization=self.normalization,
+            seed=config.seed,
+            weights=supernet.weights,
+            recalibration_images=images,
+            recalibration_batch=supernet.recalibration.batch_size,
+            keep_checkpoints=supernet.keep_checkpoints,
+            origin={} if start is None else start.origin,
+        )
+
+    def training_images(self) -> TrainingImages:
+        """The training split for the training loop; images in memory are not copied."""
+        augmentation = self.supernet_run.augmentation
+        if self.config.data.stream:
+            return self.image_set.training_images(self.splits, augmentation)
+        return InMemoryImages(self.data.images("train"), self.data.labels("train"), augmentation)
 
     def decided_by_data(self) -> str:
         """The training settings that were derived from the images, by their last names; empty if
@@ -255,7 +283,7 @@ def _checked(prepared: Prepared, start: Start | None) -> Prepared:
     if start is not None:
         prepared = replace(prepared, start=StartPoint.of(start, prepared.subnets))
     fresh = () if prepared.start is None else prepared.start.fresh
-    check_start(supernet_run(prepared), start, fresh, len(prepared.image_set.class_names))
+    check_start(prepared.supernet_run, start, fresh, len(prepared.image_set.class_names))
     return prepared
 
 
@@ -289,7 +317,7 @@ def _adoption(prepared: Prepared) -> Adoption | None:
     if config.supernet.init_from is None:
         return None
     source, measure = Path(config.supernet.init_from), standalone_config(config).measure
-    return find_adoption(source, supernet_run(prepared), prepared.subnets, prepared.fingerprint, measure)
+    return find_adoption(source, prepared.supernet_run, prepared.subnets, prepared.fingerprint, measure)
 
 
 def _open_images(config: SweepConfig) -> ImageSource:
@@ -330,33 +358,6 @@ def _beams(config: SweepConfig) -> list[int]:
     if "gate.routing.beam" in config.space:
         return [int(beam) for beam in config.space["gate.routing.beam"].edge_values()]
     return [] if config.gate.routing.beam is None else [config.gate.routing.beam]
-
-
-def supernet_run(prepared: Prepared) -> SupernetRun:
-    """The training settings as the core's own type."""
-    config, start = prepared.config, prepared.start
-    supernet, images = config.supernet, config.supernet.recalibration.images
-    assert images != FROM_DATA, "prepare fills it in"
-    return SupernetRun(
-        train=TrainSettings(**supernet.train.model_dump(exclude=set(REGIME_KEYS))),
-        regime=resolve_regime(supernet),
-        bootstrapping=BootstrapSettings(**supernet.bootstrapping.model_dump(exclude={"mode", "num_random"})),
-        augmentation=Augmentation.for_images(prepared.image_set, **config.data.augment.model_dump()),
-        normalization=prepared.normalization,
-        seed=config.seed,
-        weights=supernet.weights,
-        recalibration_images=images,
-        recalibration_batch=supernet.recalibration.batch_size,
-        keep_checkpoints=supernet.keep_checkpoints,
-        origin={} if start is None else start.origin,
-    )
-
-
-def training_images(prepared: Prepared, augmentation: Augmentation) -> TrainingImages:
-    """The training split for the training loop; images in memory are not copied."""
-    if prepared.config.data.stream:
-        return prepared.image_set.training_images(prepared.splits, augmentation)
-    return InMemoryImages(prepared.data.images("train"), prepared.data.labels("train"), augmentation)
 
 
 def latency_settings(config: SweepConfig) -> dict[str, LatencySettings]:

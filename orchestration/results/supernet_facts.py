@@ -16,7 +16,7 @@ from dsnet.training.settings import REGIMES, SupernetRun
 from dsnet.training.supernet import FINAL
 from orchestration.config.supernet import CHECKPOINT_MODEL, resolve_regime
 from orchestration.config.sweep import SweepConfig
-from orchestration.prepare.preparation import Prepared, supernet_run
+from orchestration.prepare.preparation import Prepared
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class SupernetFacts:
     @classmethod
     def of_prepared(cls, prepared: Prepared) -> SupernetFacts:
         """The facts of a supernet that a launch would train or take over."""
-        run = supernet_run(prepared)
+        run = prepared.supernet_run
         if prepared.adoption is not None:
             run = replace(run, origin=prepared.adoption.origin)
         return cls(prepared.subnets.spec, run, len(prepared.subnets))

@@ -41,7 +41,7 @@ from orchestration.pipeline.measure_and_table import measure_stage, table_stage
 from orchestration.pipeline.search import search_stage, trials_left
 from orchestration.pipeline.supernet import done_sentence
 from orchestration.pipeline.verify import verify_stage
-from orchestration.prepare.preparation import Images, Prepared, load_images, supernet_run, training_images
+from orchestration.prepare.preparation import Images, Prepared, load_images
 from orchestration.progress import Bar, FiledProgress, ProgressView, Task
 from orchestration.results.report import write_report
 from orchestration.results.run import RunResults
@@ -163,7 +163,7 @@ def tune_member(member: Member, plan: StagePlan, stop_file: Path, threads: int) 
     assert prepared is not None
     job = SupernetJob(
         subnets=prepared.subnets,
-        run=supernet_run(prepared),
+        run=prepared.supernet_run,
         folder=plan.folder.path,
         stop_file=stop_file,
         device=resolve_device(prepared.config.supernet.device),
@@ -203,7 +203,7 @@ def _entry(member: Member, earlier: MemberEntry | None) -> MemberEntry:
     if member.prepared is None:
         return MemberEntry(member.name, member.key, dict(member.settings), "failed", member.problem)
     entry = MemberEntry(
-        member.name, member.key, dict(member.settings), epochs=supernet_run(member.prepared).train.epochs
+        member.name, member.key, dict(member.settings), epochs=member.prepared.supernet_run.train.epochs
     )
     if earlier is None:
         return entry
@@ -380,7 +380,7 @@ class _SupernetsLaunch:
                 fates = train_members(
                     self._tune_members(plans, threads),
                     rules,
-                    data=training_images(prepared, supernet_run(prepared).augmentation),
+                    data=prepared.training_images(),
                     val=ValImages(data.images("val"), data.labels("val")),
                     folder=self.run.tune_dir,
                     on_report=training.on_report,

@@ -37,7 +37,7 @@ from dsnet.space.cost import pooling_madds, subnet_cost
 from dsnet.training.settings import REGIMES
 from dsnet.training.train_cost import shared_forward_madds, step_madds
 from orchestration.config.loading import load_config
-from orchestration.prepare.preparation import prepare, supernet_run
+from orchestration.prepare.preparation import prepare
 from tests.dsnet.samples import random_images, small_supernet
 
 TINY = replace(SCALES["quick"], train=replace(SCALES["quick"].train, epochs=2), lengths=(1.0,))
@@ -157,8 +157,8 @@ def test_a_sweep_file_is_a_scale_with_the_same_images_and_settings(tmp_path: Pat
     prepared = prepare(load_config(sweep, known_models=family_names()).config)
     material = load_material(scale, None)
     assert material.split_hash.endswith(f"/{prepared.splits.hash}")
-    assert scale.train == supernet_run(prepared).train
-    assert material.training.augmentation == supernet_run(prepared).augmentation
+    assert scale.train == prepared.supernet_run.train
+    assert material.training.augmentation == prepared.supernet_run.augmentation
     assert material.training.augmentation.cutout == 2
     assert scale.train.epochs == 4
     assert [subnet.name for subnet in create(scale.family, material.task, scale.options).subnets] == [

@@ -13,7 +13,7 @@ from dsnet.data.image_folder import decode_file, list_image_folder
 from dsnet.training.start import load_start
 from orchestration.commands.import_checkpoint import IMAGENET
 from orchestration.config.loading import load_config
-from orchestration.prepare.preparation import prepare, supernet_run
+from orchestration.prepare.preparation import prepare
 from tests.dsnet.stored.released import AVERAGED, NUM_CLASSES, RELEASED, SIZE, STUDENT, TEACHER, whole_checkpoint
 from tests.orchestration.samples import call
 
@@ -63,7 +63,7 @@ def test_the_sweep_begins_with_the_checkpoints_weights(
     file = list_image_folder(folder).files[val[0]]
     assert np.array_equal(prepared.data.images("val")[0].numpy(), decode_file(file, SIZE, 0.875))
     assert not np.array_equal(prepared.data.images("val")[0].numpy(), decode_file(file, SIZE))
-    run = supernet_run(prepared)
+    run = prepared.supernet_run
     assert (run.train.epochs, run.recalibration_images) == (0, 0)
     expected = (TEACHER if averaged else STUDENT).state_dict()
     met = load_start(sweep.parent / "final").tensors

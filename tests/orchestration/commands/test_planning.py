@@ -19,7 +19,7 @@ from dsnet.stored.checkpoint import save_supernet
 from orchestration.config.supernet import CHECKPOINT_MODEL
 from orchestration.config.sweep import SweepConfig
 from orchestration.prepare.adoption import adopt, standalone_config
-from orchestration.prepare.preparation import Prepared, prepare, stage_definitions, supernet_run
+from orchestration.prepare.preparation import Prepared, prepare, stage_definitions
 from orchestration.runs.folder import RunDir
 from orchestration.runs.manifest import Manifest
 from orchestration.runs.stages import StagePlan, plan_stages, run_stage
@@ -56,7 +56,7 @@ def finish_supernet(run: RunDir, prepared: Prepared) -> None:
     """What the supernet stage leaves, without the training."""
 
     def save(folder: Path) -> Sequence[Path]:
-        save_supernet(folder / "final", rebuild(prepared.subnets), {"run": supernet_run(prepared).to_json()})
+        save_supernet(folder / "final", rebuild(prepared.subnets), {"run": prepared.supernet_run.to_json()})
         return [folder / "final.safetensors", folder / "final.json"]
 
     run_stage(run, plans_of(run, prepared)["supernet"], save)
@@ -84,7 +84,7 @@ def test_a_finished_supernet_stands_in_for_start_weights_that_are_gone(
     assert plans_of(run, after)["supernet"].is_done
     assert after.subnets == before.subnets
     assert after.normalization == before.normalization
-    assert supernet_run(after) == supernet_run(before)
+    assert after.supernet_run == before.supernet_run
     assert len(warnings) == 1
     assert str(source) in warnings[0]
 

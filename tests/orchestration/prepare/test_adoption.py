@@ -19,7 +19,7 @@ from dsnet.standalone.resolved import StandaloneConfig
 from dsnet.standalone.stages import run_standalone
 from orchestration.config.sweep import SweepConfig
 from orchestration.prepare.adoption import Adoption, adopt, find_adoption, standalone_config
-from orchestration.prepare.preparation import Prepared, prepare, stage_definitions, supernet_run
+from orchestration.prepare.preparation import Prepared, prepare, stage_definitions
 from orchestration.runs.folder import RunDir
 from orchestration.runs.manifest import Manifest
 from orchestration.runs.stages import plan_stages
@@ -63,7 +63,7 @@ def found(config: SweepConfig) -> tuple[Adoption | None, Prepared]:
     assert config.supernet.init_from is not None
     measure = standalone_config(prepared.config).measure
     where = Path(config.supernet.init_from)
-    return find_adoption(where, supernet_run(prepared), prepared.subnets, prepared.fingerprint, measure), prepared
+    return find_adoption(where, prepared.supernet_run, prepared.subnets, prepared.fingerprint, measure), prepared
 
 
 def test_the_written_configuration_is_complete_and_survives_json() -> None:
@@ -71,7 +71,7 @@ def test_the_written_configuration_is_complete_and_survives_json() -> None:
     assert written.supernet.train.lr == 0.05
     assert StandaloneConfig.from_json(written.to_json()) == written
     plain = prepare(sweep(train={"lr": 0.05}))
-    assert written.supernet_run(plain.image_set, plain.normalization) == supernet_run(plain)
+    assert written.supernet_run(plain.image_set, plain.normalization) == plain.supernet_run
 
 
 def test_what_the_same_settings_made_becomes_finished_stages_under_the_key_of_training_afresh(

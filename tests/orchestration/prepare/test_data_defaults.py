@@ -14,7 +14,7 @@ from dsnet.standalone.resolved import StandaloneConfig
 from dsnet.training.data_defaults import DERIVED_KEYS
 from orchestration.config.stage_keys import stage_subset
 from orchestration.config.sweep import SweepConfig
-from orchestration.prepare.preparation import Prepared, prepare, stage_definitions, supernet_run
+from orchestration.prepare.preparation import Prepared, prepare, stage_definitions
 from orchestration.runs.stages import stage_key
 from tests.orchestration.samples import call, write_sweep
 
@@ -55,7 +55,7 @@ def test_what_the_data_decide_enters_the_stage_key_as_if_it_had_been_written() -
     same = {"train": {name: getattr(train, name) for name in names}, "recalibration": {"images": None}}
     assert supernet_key(prepare(sweep(same))) == supernet_key(left_open)
     assert supernet_key(prepare(sweep({}, data={"name": "digits", "limit": 60}))) != supernet_key(left_open)
-    assert supernet_run(left_open).train.epochs == train.epochs
+    assert left_open.supernet_run.train.epochs == train.epochs
     assert f"batch_size {train.batch_size}, epochs {train.epochs}, " in left_open.decided_by_data()
     again = prepare(SweepConfig.model_validate(left_open.config.model_dump(mode="json")))
     assert stage_definitions(again) == stage_definitions(left_open)
@@ -64,7 +64,7 @@ def test_what_the_data_decide_enters_the_stage_key_as_if_it_had_been_written() -
 @pytest.mark.parametrize("images", [7, None])
 def test_a_number_of_images_and_all_of_them_can_be_asked_for(images: int | None) -> None:
     prepared = prepare(sweep({"recalibration": {"images": images}}))
-    assert supernet_run(prepared).recalibration_images == images
+    assert prepared.supernet_run.recalibration_images == images
     assert "supernet.recalibration.images" not in prepared.derived
 
 

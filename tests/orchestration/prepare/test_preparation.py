@@ -21,7 +21,7 @@ from dsnet.training.settings import REGIMES, Regime, SupernetRun
 from dsnet.training.start import CHECKPOINT_MODEL as CORE_CHECKPOINT_MODEL
 from orchestration.config.supernet import CHECKPOINT_MODEL
 from orchestration.config.sweep import SweepConfig
-from orchestration.prepare.preparation import Prepared, prepare, stage_definitions, supernet_run, training_images
+from orchestration.prepare.preparation import Prepared, prepare, stage_definitions
 
 RECORDED = Normalization((30.0,), (60.0,))
 
@@ -82,7 +82,7 @@ def test_training_settings_arrive_in_the_core() -> None:
         },
         seed=5,
     )
-    run = supernet_run(prepared)
+    run = prepared.supernet_run
     assert run.regime == replace(REGIMES["us_net"], num_random=1)
     assert (run.train.schedule, run.train.accumulate, run.train.precision) == ("one_cycle", 2, "bf16")
     assert (run.bootstrapping.ema_decay, run.bootstrapping.teacher_min_updates) == (0.9, 3)
@@ -111,8 +111,8 @@ def test_another_training_is_another_stage(written: dict[str, Any]) -> None:
 
 def test_the_training_split_is_handed_to_the_loop_without_a_copy() -> None:
     prepared = prepared_with({})
-    run = supernet_run(prepared)
-    data = training_images(prepared, run.augmentation)
+    run = prepared.supernet_run
+    data = prepared.training_images()
     assert isinstance(data, InMemoryImages)
     assert data.images.data_ptr() == prepared.data.images("train").data_ptr()
     assert torch.equal(data.labels, prepared.data.labels("train"))
@@ -134,8 +134,7 @@ def test_a_streamed_folder_keeps_its_training_split_in_the_files(
     assert streamed.splits.hash == in_memory.splits.hash
     assert torch.equal(streamed.data.images("val"), in_memory.data.images("val"))
     assert set(streamed.open_test().splits) == {"gate", "val", "test"}
-    run = supernet_run(streamed)
-    images = training_images(streamed, run.augmentation)
+    images = streamed.training_images()
     (clean,) = images.clean([torch.arange(len(images.labels))], torch.device("cpu"))
     assert torch.equal(clean, in_memory.data.images("train"))
     assert torch.equal(images.labels, in_memory.data.labels("train"))
@@ -167,7 +166,7 @@ def test_start_weights_enter_the_key_by_their_content_and_not_by_their_path(tmp_
 def test_what_a_checkpoint_records_of_normalisation_holds(tmp_path: Path) -> None:
     stem = checkpoint(tmp_path / "final", run={"normalization": RECORDED.to_json()})
     prepared = prepared_with({"init_from": str(tmp_path)})
-    run = supernet_run(prepared)
+    run = prepared.supernet_run
     assert prepared.normalization == run.normalization == RECORDED
     assert prepared.start is not None
     assert prepared.start.path == stem
@@ -198,7 +197,7 @@ def test_the_model_checkpoint_takes_the_network_that_is_stored(tmp_path: Path) -
 
 def test_weights_are_taken_as_they_are_only_with_the_same_classes(tmp_path: Path) -> None:
     as_they_are = {"train": {"epochs": 0}, "recalibration": {"images": 0}}
-    run = supernet_run(prepared_with({"init_from": str(checkpoint(tmp_path / "same")), **as_they_are}))
+    run = prepared_with({"init_from": str(checkpoint(tmp_path / "same")), **as_they_are}).supernet_run
     assert (run.train.epochs, run.recalibration_images) == (0, 0)
     with pytest.raises(ConfigError, match=r"supernet\.train.epochs is 0, but .* 4 classes"):
         prepared_with({"init_from": str(checkpoint(tmp_path / "other", num_classes=4)), **as_they_are})
@@ -215,7 +214,7 @@ def test_start_weights_that_do_not_fit_are_refused_before_anything_runs(tmp_path
 
 
 def test_without_a_regime_the_core_gets_in_place_bootstrapping() -> None:
-    assert supernet_run(prepared_with({})).regime == Regime() == REGIMES["ib"]
+    assert prepared_with({}).supernet_run.regime == Regime() == REGIMES["ib"]
 
 
 @pytest.mark.parametrize(

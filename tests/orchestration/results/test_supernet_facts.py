@@ -12,7 +12,7 @@ from dsnet.stored.checkpoint import save_supernet
 from orchestration.config.supernet import CHECKPOINT_MODEL
 from orchestration.config.sweep import SweepConfig
 from orchestration.pipeline.supernet import done_sentence
-from orchestration.prepare.preparation import Prepared, prepare, supernet_run
+from orchestration.prepare.preparation import Prepared, prepare
 from orchestration.results.supernet_facts import SupernetFacts, dry_layout, resolved_settings
 from tests.orchestration.samples import Finished
 
@@ -24,7 +24,7 @@ def config_with(supernet: dict[str, Any]) -> SweepConfig:
 
 def stored(folder: Path, prepared: Prepared) -> Path:
     """A finished supernet as its stage leaves it, with weights that nobody trained."""
-    save_supernet(folder / "final", rebuild(prepared.subnets), {"run": supernet_run(prepared).to_json()})
+    save_supernet(folder / "final", rebuild(prepared.subnets), {"run": prepared.supernet_run.to_json()})
     return folder
 
 
