@@ -20,10 +20,7 @@ if TYPE_CHECKING:
     from dsnet.stop_signals import StopRequest
     from orchestration.config.loading import LoadedConfig
     from orchestration.config.sweep import SweepConfig
-    from orchestration.results.run import RunResults
     from orchestration.runs.folder import RunDir
-    from orchestration.supernets.results import SupernetSweepResults
-    from orchestration.tracking.links import Link
 
 EXIT_INTERNAL = 1
 EXIT_USAGE = 2
@@ -136,32 +133,6 @@ def _load(
     return loaded
 
 
-def _run_dir(run: str, runs: str) -> RunDir:
-    """The folder of a run that is given by its path, or by its name below the runs folder
-    (`NAME/supernets/MEMBER` too)."""
-    from orchestration.runs.folder import RunDir
-
-    below = Path(runs) / run
-    path = next((path.absolute() for path in (Path(run), below) if (path / "manifest.json").is_file()), below)
-    return RunDir(path.parent, path.name)
-
-
-def _open_run(run: str, runs: str) -> RunResults:
-    from orchestration.results.run import RunResults
-
-    return RunResults(_run_dir(run, runs))
-
-
-def _open_supernets(run: str, runs: str) -> SupernetSweepResults | None:
-    """The results of a sweep of supernets; None where the run is of the other kind."""
-    folder = _run_dir(run, runs)
-    if not folder.supernets_json.is_file():
-        return None
-    from orchestration.supernets.results import SupernetSweepResults
-
-    return SupernetSweepResults(folder)
-
-
 @cli.command()
 @SWEEP
 @config_options
@@ -183,11 +154,10 @@ def _run(config: SweepConfig, *, take_over: bool, again: str | None = None) -> i
         again: what continues it after a stop; None = the very command.
     """
     from dsnet.stop_signals import stop_on_signals
-    from orchestration.commands.supernet_tables import show_supernets_launch
-    from orchestration.commands.terminal import show_launch
-    from orchestration.pipeline.launch import LaunchResult, check_failures
+    from orchestration.commands.sweep import sweep_of
+    from orchestration.pipeline.launch import check_failures
     from orchestration.progress import TerminalProgress
-    from orchestration.supernets.launch import check_supernet_failures, launch_sweep
+    from orchestration.supernets.launch import launch_sweep
 
     progress = TerminalProgress()
     command = shlex.join(["dsnet-orch", *sys.argv[1:]])
@@ -207,12 +177,8 @@ def _run(config: SweepConfig, *, take_over: bool, again: str | None = None) -> i
     except (StoppedError, KeyboardInterrupt):
         click.echo(f"stopped; nothing is lost. Continue with:\n  {again or command}", err=True)
         return requests[-1].exit_code if requests else EXIT_INTERRUPTED
-    if isinstance(result, LaunchResult):
-        show_launch(result)
-        check_failures(result)
-    else:
-        show_supernets_launch(result)
-        check_supernet_failures(result)
+    sweep_of(result.results).show_launch(result.bundles)
+    check_failures(result.results)
     return 0
 
 
@@ -234,8 +200,9 @@ def extend(run: str, runs: str, trials: str, overrides: tuple[str, ...], take_ov
     """Raise the budget of a run and continue it; its finished trials count."""
     _quiet_platforms()
     from orchestration.commands.steering import extended, extension_notes
+    from orchestration.commands.sweep import open_sweep
 
-    results = _open_supernets(run, runs) or _open_run(run, runs)
+    results = open_sweep(run, runs).results
     config = extended(results, trials, overrides)
     for note in extension_notes(results, config):
         click.echo(note, err=True)
@@ -255,16 +222,13 @@ def extend(run: str, runs: str, trials: str, overrides: tuple[str, ...], take_ov
 @click.option("--like", metavar="TRIAL", help="Begin with the parameters of this trial: knee, or e.g. trial-0042.")
 def enqueue(run: str, runs: str, values: tuple[str, ...], source: Path | None, like: str | None) -> None:
     """Ask for points to be tried next; what a point leaves out is drawn by the sampler."""
-    from orchestration.commands.steering import enqueue_points, read_points, set_values
+    from orchestration.commands.steering import read_points, set_values
+    from orchestration.commands.sweep import open_sweep
 
     if source is not None and (values or like):
         raise click.UsageError("--from stands alone: write the values into the file")
-    if (sweep := _open_supernets(run, runs)) is not None:
-        raise click.UsageError(
-            f"{run} is a sweep of supernets: enqueue for one of them, e.g. {sweep.run.supernets_dir / sweep.entries[0].name}"
-        )
     points = read_points(source) if source is not None else [set_values(values)]
-    for line in enqueue_points(_open_run(run, runs), points, like):
+    for line in open_sweep(run, runs).enqueue(points, like):
         click.echo(line)
 
 
@@ -281,28 +245,9 @@ def enqueue(run: str, runs: str, values: tuple[str, ...], source: Path | None, l
 @click.option("--all", "everything", is_flag=True, help="Show every setting and every sub-network.")
 def plan(sweep: Path, as_json: bool, resolved: Path | None, is_dry: bool, everything: bool, **options: Any) -> None:
     """Show what a launch would do and take, and where settings come from."""
-    from orchestration.commands.plan_view import show_plan
-    from orchestration.commands.planning import make_plan
-    from orchestration.config.resolve import supernet_space
+    from orchestration.commands.sweep import PlanOptions, show_plan_of
 
-    loaded = _load(sweep, **options)
-    if supernet_space(loaded.config):
-        if resolved is not None:
-            raise click.UsageError(
-                "--resolved describes one supernet, but space holds several; write it for one of them"
-            )
-        from orchestration.commands.plan_supernets import plan_supernets
-        from orchestration.commands.supernet_tables import show_supernets_plan
-
-        show_supernets_plan(plan_supernets(loaded, is_dry=is_dry), as_json=as_json, everything=everything)
-        return
-    plan = make_plan(loaded, is_dry=is_dry)
-    if resolved is not None:
-        from dsnet.files import atomic_write_json
-        from orchestration.prepare.adoption import standalone_config
-
-        atomic_write_json(resolved, standalone_config(plan.config).to_json())
-    show_plan(plan, as_json=as_json, everything=everything)
+    show_plan_of(_load(sweep, **options), PlanOptions(is_dry, as_json, everything, resolved))
 
 
 @cli.command()
@@ -310,16 +255,10 @@ def plan(sweep: Path, as_json: bool, resolved: Path | None, is_dry: bool, everyt
 @config_options
 def validate(sweep: Path, **options: Any) -> None:
     """Check a sweep file without reading data or running anything."""
-    from dsnet.wording import plural
-    from orchestration.config.resolve import supernet_space
+    from orchestration.commands.sweep import check_sweep
 
     config = _load(sweep, **options).config
-    trials = f"{config.budget.trials} trials"
-    if supernet_space(config):
-        from orchestration.supernets.launch import check_supernets
-
-        check_supernets(config)
-        trials = f"up to {plural(config.supernets.number, 'supernet')}, {trials} for each"
+    trials = check_sweep(config)
     click.echo(f"{sweep}: fine ({config.name}: {config.supernet.model} on {config.data.name}, {trials})")
 
 
@@ -388,21 +327,16 @@ def import_checkpoint(checkpoint: Path, out: Path | None, name: str | None, **op
 @AS_JSON
 def status(run: str, runs: str, watch: bool, as_json: bool) -> None:
     """Show how far a run has come."""
+    from orchestration.commands.sweep import find_run, open_sweep
     from orchestration.commands.watching import watch_status
 
     def show() -> None:
-        from orchestration.commands.supernet_tables import show_supernets_status
-        from orchestration.commands.terminal import show_status
-
-        if (sweep := _open_supernets(run, runs)) is not None:
-            show_supernets_status(sweep, as_json=as_json)
-            return
-        show_status(_open_run(run, runs), as_json=as_json)
+        open_sweep(run, runs).show_status(as_json=as_json)
 
     if watch and as_json:
         raise click.UsageError("--watch is for people: it has no --json; call `status --json` again instead")
     if watch:
-        watch_status(lambda: _run_dir(run, runs), show)
+        watch_status(lambda: find_run(run, runs), show)
     else:
         show()
 
@@ -427,13 +361,12 @@ def trials(
     run: str, runs: str, state: str | None, where: tuple[str, ...], sort: str | None, limit: int | None, as_json: bool
 ) -> None:
     """List the trials of a run: what became of each, its metrics and its parameters."""
+    from orchestration.commands.sweep import open_sweep
     from orchestration.commands.terminal import show_trials
     from orchestration.results.trial_list import Selection, TrialList
 
     selection = Selection(state, where, sort, limit)
-    sweep = _open_supernets(run, runs)
-    listed = TrialList.of(_open_run(run, runs)) if sweep is None else sweep.trial_list()
-    show_trials(listed, selection, as_json=as_json)
+    show_trials(TrialList.of(open_sweep(run, runs).results), selection, as_json=as_json)
 
 
 @cli.command()
@@ -458,7 +391,7 @@ def pareto(
 ) -> None:
     """Show the front of a run: each gate on val and on test, beside what would make it
     unimpressive."""
-    from orchestration.commands.terminal import show_front
+    from orchestration.commands.sweep import open_sweep
 
     if figure is not None or routers_figure is not None:
         from dashboards.images import check_suffix
@@ -467,39 +400,12 @@ def pareto(
             if path is not None:
                 check_suffix(path)
 
-    if (sweep := _open_supernets(run, runs)) is not None:
-        _supernets_pareto(sweep, picks, figure, routers_figure, as_json=as_json)
-        return
-    results = _open_run(run, runs)
-    show_front(results, picks, as_json=as_json)
+    sweep = open_sweep(run, runs)
+    sweep.show_front(picks, as_json=as_json)
     if figure is not None:
-        from orchestration.results.report import draw_front
-
-        click.echo(draw_front(results, figure), err=True)
+        click.echo(sweep.draw_front(figure), err=True)
     if routers_figure is not None:
-        from orchestration.results.report import draw_routers
-
-        click.echo(draw_routers(results, routers_figure), err=True)
-
-
-def _supernets_pareto(
-    sweep: SupernetSweepResults,
-    picks: tuple[str, ...],
-    figure: Path | None,
-    routers_figure: Path | None,
-    *,
-    as_json: bool,
-) -> None:
-    from orchestration.commands.supernet_tables import show_supernets_front
-    from orchestration.supernets.report import draw_supernets
-
-    if routers_figure is not None:
-        raise click.UsageError(
-            f"--routers-figure is of one supernet: ask for it with {sweep.run.supernets_dir / sweep.entries[0].name}"
-        )
-    show_supernets_front(sweep, picks, as_json=as_json)
-    if figure is not None:
-        click.echo(draw_supernets(sweep, figure), err=True)
+        click.echo(sweep.draw_routers(routers_figure), err=True)
 
 
 @cli.command()
@@ -522,19 +428,11 @@ def _supernets_pareto(
 def export(run: str, runs: str, picks: tuple[str, ...], formats: tuple[str, ...], out: Path | None) -> None:
     """Export gates of a run as bundles that `dsnet.load_bundle` reads; prints their folders."""
     from dsnet.deploy.exporters import check_format
-    from orchestration.commands.planning import prepare_again
-    from orchestration.pipeline.export import export_picks, write_formats
+    from orchestration.commands.sweep import open_sweep
+    from orchestration.pipeline.export import write_formats
 
     further = tuple(map(check_format, formats))
-    if (sweep := _open_supernets(run, runs)) is not None:
-        from orchestration.commands.plan_supernets import export_supernets_again
-
-        for path in export_supernets_again(sweep, picks, out):
-            write_formats(path, further)
-            click.echo(path)
-        return
-    results = _open_run(run, runs)
-    for path in export_picks(prepare_again(results), results, picks, out or results.run.export_dir):
+    for path in open_sweep(run, runs).export(picks, out):
         write_formats(path, further)
         click.echo(path)
 
@@ -580,15 +478,11 @@ def predict(bundle: Path, photos: tuple[Path, ...], as_json: bool) -> int:
 @RUNS
 def measure(run: str, runs: str) -> None:
     """Time a run's sub-networks and its front again, without training."""
-    from orchestration.commands.measure_again import measure_again
+    from orchestration.commands.sweep import open_sweep
     from orchestration.commands.terminal import show_measured_again
     from orchestration.progress import TerminalProgress
 
-    if (sweep := _open_supernets(run, runs)) is not None:
-        raise click.UsageError(
-            f"measure times one supernet: name it, such as {sweep.run.supernets_dir / sweep.entries[0].name}"
-        )
-    show_measured_again(measure_again(_open_run(run, runs), TerminalProgress()))
+    show_measured_again(open_sweep(run, runs).measure(TerminalProgress()))
 
 
 @cli.command()
@@ -596,14 +490,9 @@ def measure(run: str, runs: str) -> None:
 @RUNS
 def report(run: str, runs: str) -> None:
     """Build a run's report.html again; prints its path."""
-    from orchestration.commands.planning import report_again
+    from orchestration.commands.sweep import open_sweep
 
-    if (sweep := _open_supernets(run, runs)) is not None:
-        from orchestration.commands.plan_supernets import report_supernets_again
-
-        click.echo(report_supernets_again(sweep))
-        return
-    click.echo(report_again(_open_run(run, runs)))
+    click.echo(open_sweep(run, runs).report())
 
 
 @cli.command()
@@ -612,22 +501,10 @@ def report(run: str, runs: str) -> None:
 def sync(run: str, runs: str) -> None:
     """Write a run to MLflow again; what is there already is not written twice."""
     _quiet_platforms()
-    click.echo(_sync(_open_supernets(run, runs) or _open_run(run, runs)))
+    from orchestration.commands.mlflow import sync_again
+    from orchestration.commands.sweep import open_sweep
 
-
-def _sync(results: RunResults | SupernetSweepResults) -> str:
-    """Write a run to MLflow; one of several supernets with its whole sweep, whose front says which
-    of its points count."""
-    from orchestration.commands.plan_supernets import sync_supernets_again
-    from orchestration.commands.planning import sync_again
-    from orchestration.results.run import RunResults
-    from orchestration.supernets.results import SupernetSweepResults
-    from orchestration.tracking.rows import whole_sweep
-
-    if not isinstance(results, RunResults):
-        return sync_supernets_again(results)
-    whole = whole_sweep(results.run)
-    return sync_again(results) if whole is results.run else sync_supernets_again(SupernetSweepResults(whole))
+    click.echo(sync_again(open_sweep(run, runs).results))
 
 
 @cli.command()
@@ -639,37 +516,23 @@ def ui(run: str | None, runs: str, port: int, no_open: bool) -> None:
     """Serve MLflow on 127.0.0.1 until Ctrl-C, and open the page with the points of a run [default:
     of the newest]."""
     _quiet_platforms()
+    from orchestration.commands.mlflow import newest_pages, pages_of
+    from orchestration.commands.sweep import open_sweep
     from orchestration.pipeline.signals import wait_for_stop
     from orchestration.tracking.links import open_in_browser
     from orchestration.tracking.server import serve_ui
 
     click.echo("starting MLflow ...", err=True)
-    uri, artifacts, links = _pages(run, runs)
-    with serve_ui(uri, artifacts, port) as url:
-        for link in links:
+    pages = newest_pages(Path(runs)) if run is None else pages_of(open_sweep(run, runs).results)
+    with serve_ui(pages.uri, pages.artifacts, port) as url:
+        for link in pages.links:
             click.echo(f"{link.name}: {url}{link.path}")
-        if not links:
+        if not pages.links:
             click.echo("no page shows the points of a run yet; make one with: dsnet-orch ui RUN")
         click.echo(f"all of MLflow: {url}   (Ctrl-C ends it)")
-        if links and not no_open:
-            open_in_browser(url + links[0].path)
+        if pages.links and not no_open:
+            open_in_browser(url + pages.links[0].path)
         wait_for_stop()
-
-
-def _pages(run: str | None, runs: str) -> tuple[str, Path, list[Link]]:
-    """(store, its artifacts, pages of points), of a run or of a runs folder."""
-    from orchestration.commands.planning import existing_store
-    from orchestration.runs.folder import mlflow_artifact_root
-    from orchestration.tracking.links import certain_link, newest_links
-    from orchestration.tracking.rows import store_uri, whole_sweep
-
-    if run is None:
-        uri, artifacts = existing_store(Path(runs))
-        return uri, artifacts, newest_links(Path(runs), uri)
-    results = _open_supernets(run, runs) or _open_run(run, runs)
-    uri = store_uri(results.config, results.run)
-    link = None if uri.startswith("http") else certain_link(results, uri, lambda: _sync(results))
-    return uri, mlflow_artifact_root(whole_sweep(results.run).root), [] if link is None else [link]
 
 
 def _quiet_platforms() -> None:

@@ -69,9 +69,9 @@ def measure_again(results: RunResults, progress: ProgressView) -> MeasuredAgain:
             "front": {name: latency.to_json() for name, latency in front.items()},
         }
         atomic_write_json(run.timed_again_json(key), content)
-    again = RunResults(run)
-    report_again(again)
-    return MeasuredAgain(results.latencies, again.newest_latencies, front, study_sentence(results.config, run.name))
+    results.refresh()
+    report_again(results)
+    return MeasuredAgain(results.latencies, results.newest_latencies, front, study_sentence(results.config, run.name))
 
 
 def _time_front(

@@ -1,4 +1,4 @@
-"""Commands that look at a sweep of supernets without running stages: plan, report, sync, export."""
+"""Commands that look at a sweep of supernets without running stages: plan, report, export."""
 
 from __future__ import annotations
 
@@ -8,13 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from dsnet.dotted import flatten
-from dsnet.errors import PreflightError
 from dsnet.space.cost import subnet_cost
 from orchestration.commands.messages import warn
 from orchestration.commands.plan_view import effective_values
 from orchestration.commands.planning import (
     FROM_THE_DATA,
-    SYNC_TIMEOUT_S,
     check_same_data,
     report_again,
     unless_it_diverges,
@@ -26,14 +24,11 @@ from orchestration.pipeline.launch import anchored
 from orchestration.pipeline.search import continued
 from orchestration.prepare.preparation import Images, load_images, prepare, stage_definitions
 from orchestration.runs.folder import RunDir
-from orchestration.runs.lock import DriverLock
 from orchestration.runs.stages import StagePlan, plan_stages
 from orchestration.supernets.launch import check_supernets, export_gates, tune_member, tune_rules
 from orchestration.supernets.members import Member, draw_members
 from orchestration.supernets.report import write_supernets_report
 from orchestration.supernets.results import SupernetSweepResults
-from orchestration.supernets.tracking import TreeTrackers, replay_supernets
-from orchestration.tracking.rows import store_uri
 from orchestration.workers.tune_ledger import MemberFate
 from orchestration.workers.tune_supernets import stored_fates
 from search.front.points import save_points
@@ -137,53 +132,24 @@ def _images_again(results: SupernetSweepResults) -> Images:
 def report_supernets_again(results: SupernetSweepResults) -> Path:
     """Write points.parquet and report.html of the sweep and of its members from the present
     results."""
-    for member in results.members.values():
+    for member in results.supernets.values():
         report_again(member)
     save_points(results.run.points_parquet, results.points())
     images = _images_again(results)
     notes: tuple[str, ...] = ()
-    for member in results.members.values():
+    for member in results.supernets.values():
         notes = prepare(member.config, member.run, warn, images).notes()
         break
     return write_supernets_report(results, notes, "complete" if results.is_verified else "stopped")
 
 
-def export_supernets_again(results: SupernetSweepResults, picks: tuple[str, ...], folder: Path | None) -> list[Path]:
+def export_supernets_again(results: SupernetSweepResults, picks: Sequence[str], folder: Path | None) -> list[Path]:
     """Write bundles of picked gates of any of the supernets; returns their folders."""
     images = _images_again(results)
     wanted = {gate.supernet for gate in results.picked(picks)}
     prepared = {
         name: prepare(member.config, member.run, warn, images)
-        for name, member in results.members.items()
+        for name, member in results.supernets.items()
         if name in wanted
     }
     return export_gates(results, picks, prepared, folder or results.run.export_dir)
-
-
-def sync_supernets_again(results: SupernetSweepResults) -> str:
-    """Write a sweep of supernets to MLflow; returns a sentence about it.
-
-    Raises:
-        PreflightError: tracking is off, or the store does not take the results.
-        LockedError: a driver is at work; it writes to MLflow itself.
-    """
-    run, config = results.run, results.config
-    if not config.tracking.mlflow:
-        raise PreflightError(
-            f"run {run.name!r} was made with tracking.mlflow: false; launch it with --set tracking.mlflow=true"
-        )
-    warnings: list[str] = []
-    with DriverLock(run, f"dsnet-orch sync {run.name}"):
-        trees = TreeTrackers(config, run)
-        try:
-            trackers = replay_supernets(results, lambda: trees.make(warnings.append))
-            summaries = [own.close(status, end_ms, SYNC_TIMEOUT_S) for own, status, end_ms in trackers]
-        finally:
-            trees.end()
-    num_unsent = sum(summary.num_unsent for summary in summaries)
-    if num_unsent:
-        first = next(summary.first_error for summary in summaries if summary.num_unsent)
-        raise PreflightError(f"{num_unsent} writes to {store_uri(config, run)} failed: {first}")
-    return (
-        f"{run.name}: {results.num_trials} trials of {len(results.members)} supernets are in {store_uri(config, run)}"
-    )

@@ -1,5 +1,5 @@
-"""Commands that look at a sweep or a run without running stages: plan, validate, report, sync, and
-what they share."""
+"""Commands that look at a sweep or a run without running stages: plan, report, and what they
+share."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dsnet.dotted import flatten
-from dsnet.errors import DataError, NonFiniteLossError, NotFoundError, NothingFeasibleError, PreflightError
+from dsnet.errors import DataError, NonFiniteLossError, NothingFeasibleError
 from dsnet.space.cost import subnet_cost
 from orchestration.commands.messages import warn
 from orchestration.config.loading import LoadedConfig
@@ -20,14 +20,10 @@ from orchestration.prepare.preparation import Images, Prepared, load_images, pre
 from orchestration.results.report import write_report
 from orchestration.results.run import RunResults
 from orchestration.results.supernet_facts import SupernetFacts
-from orchestration.runs.folder import MLFLOW_DATABASE, RunDir, mlflow_artifact_root, mlflow_store_uri
-from orchestration.runs.lock import DriverLock
+from orchestration.runs.folder import RunDir
 from orchestration.runs.stages import StagePlan, plan_stages
-from orchestration.tracking.protocol import Status
-from orchestration.tracking.rows import make_tracker, replay, store_uri, sweep_end_ms
 from search.front.points import save_points
 
-SYNC_TIMEOUT_S = 600.0
 FROM_THE_DATA = "data"
 """Origin of a setting that nobody wrote and that is derived from the images."""
 
@@ -136,41 +132,3 @@ def report_again(results: RunResults) -> Path:
     save_points(results.run.points_parquet, results.points())
     status = "complete" if results.verified is not None else "stopped"
     return write_report(results, prepared.image_set.class_names, prepared.notes(), status)
-
-
-def sync_again(results: RunResults) -> str:
-    """Write a run to MLflow; returns a sentence about it.
-
-    Raises:
-        PreflightError: tracking is off, or the store does not take the results.
-        LockedError: a driver is at work; it writes to MLflow itself.
-    """
-    config = results.config
-    if not config.tracking.mlflow:
-        raise PreflightError(
-            f"run {results.run.name!r} was made with tracking.mlflow: false; launch it with --set tracking.mlflow=true"
-        )
-    warnings: list[str] = []
-    with DriverLock(results.run, f"dsnet-orch sync {results.run.name}"):
-        tracker = make_tracker(config, results.run, warnings.append)
-        replay(results, tracker)
-        status: Status = "FINISHED" if results.verified is not None else "KILLED"
-        summary = tracker.close(status, sweep_end_ms(results.manifest), SYNC_TIMEOUT_S)
-    if summary.num_unsent:
-        raise PreflightError(
-            f"{summary.num_unsent} writes to {store_uri(config, results.run)} failed: {summary.first_error}"
-        )
-    return f"{results.run.name}: {len(results.records)} trials are in {store_uri(config, results.run)}"
-
-
-def existing_store(runs: Path) -> tuple[str, Path]:
-    """(URI, artifact folder) of the default MLflow store of a runs folder.
-
-    Raises:
-        NotFoundError: nothing was tracked there yet.
-    """
-    if not (runs / MLFLOW_DATABASE).is_file():
-        raise NotFoundError(
-            f"{runs}: no {MLFLOW_DATABASE} here; launch a sweep first, or name the runs folder with --runs"
-        )
-    return mlflow_store_uri(runs), mlflow_artifact_root(runs)

@@ -12,7 +12,6 @@ from optuna.distributions import FloatDistribution
 
 from dsnet.errors import ConfigError, NotFoundError
 from dsnet.families import family_names
-from dsnet.files import read_json
 from dsnet.wording import shown
 from orchestration.config.loading import load_config
 from orchestration.config.resolve import resolve_trials
@@ -20,10 +19,10 @@ from orchestration.config.sweep import SweepConfig
 from orchestration.config.trials import BudgetConfig
 from orchestration.config.yaml_source import parse_yaml
 from orchestration.pipeline.search import FOUND_ENOUGH, study_settings
+from orchestration.results.protocol import Results
 from orchestration.results.run import RunResults
 from orchestration.runs.lock import read_lock
 from orchestration.runs.queue import append_points
-from orchestration.supernets.results import SupernetSweepResults
 from search.front.points import trial_name
 from search.suggest.space import Scalar, Space, check_point
 
@@ -31,7 +30,7 @@ Point = dict[str, Scalar]
 _NUMBER = re.compile(r"\+?[0-9]+")
 
 
-def extended(results: RunResults | SupernetSweepResults, trials: str, overrides: Sequence[str] = ()) -> SweepConfig:
+def extended(results: Results, trials: str, overrides: Sequence[str] = ()) -> SweepConfig:
     """The configuration of a run with a larger budget, to be launched again.
 
     Args:
@@ -64,7 +63,7 @@ def extended(results: RunResults | SupernetSweepResults, trials: str, overrides:
     return load_config(run.sweep_yaml, overrides=overrides, flags=flags, known_models=family_names()).config
 
 
-def extension_notes(results: RunResults | SupernetSweepResults, config: SweepConfig) -> list[str]:
+def extension_notes(results: Results, config: SweepConfig) -> list[str]:
     """Notes for the user before a run is extended."""
     before, now = resolve_trials(results.config), resolve_trials(config)
     notes = [f"{results.run.name}: budget raised from {before} to {now} trials"]
@@ -74,7 +73,7 @@ def extension_notes(results: RunResults | SupernetSweepResults, config: SweepCon
         notes.append(
             f"test was read {times} already: a front that is chosen again is scored on it again, and its numbers there are optimistic"
         )
-    end = _search_end(results)
+    end = results.search_end
     if end in FOUND_ENOUGH and _is_the_same_rule(end, config.budget, results.config.budget):
         notes.append(
             f"the search had ended by itself ({end}), and more trials alone do not continue it: {_END_WAYS[end]}"
@@ -94,12 +93,6 @@ _END_WAYS = {
     "target": "add --set budget.target=[], or another target",
     "space": "its sampler has no further points",
 }
-
-
-def _search_end(results: RunResults | SupernetSweepResults) -> str | None:
-    key = results.stage_key("search")
-    path = None if key is None else results.run.search_end_json(key)
-    return str(read_json(path)["reason"]) if path is not None and path.is_file() else None
 
 
 def read_points(path: Path) -> list[Point]:
@@ -227,6 +220,6 @@ def _what_happens(results: RunResults, number: int, num_waiting: int) -> str:
     short = f"; its budget has {left} trials left, for more: {extend}" if left < num_waiting else ""
     if is_running:
         return f"the sweep is running ({holder}): {what} tried with its next cohort{short}"
-    if _search_end(results) in ("plateau", "target"):
-        return f"the search has ended by itself ({_search_end(results)}): {what} tried after {extend} and another rule{short}"
+    if results.search_end in ("plateau", "target"):
+        return f"the search has ended by itself ({results.search_end}): {what} tried after {extend} and another rule{short}"
     return f"{what} tried at the next launch: dsnet-orch launch {run.sweep_yaml}{short}"

@@ -32,23 +32,24 @@ from orchestration.runs.manifest import Manifest
 from search.front.points import trial_name
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from orchestration.commands.plan_supernets import SupernetsPlan
-    from orchestration.supernets.launch import SupernetsResult
     from orchestration.supernets.members import Member, MemberEntry
     from orchestration.supernets.results import SupernetSweepResults
 
 
-def show_supernets_launch(result: SupernetsResult) -> None:
+def show_supernets_launch(results: SupernetSweepResults, bundles: Sequence[Path]) -> None:
     """Print the front over all supernets, warnings about the supernets on it, and where the files
     are."""
     from orchestration.results.training_review import review
 
-    run, results = result.run, result.results
+    run = results.run
     show_supernets_front(results, (), as_json=False)
     say()
-    for name, member in results.members.items():
+    for name, member in results.supernets.items():
         say_training_warnings(review(member), f"{name}: ")
-    say_places(results, result.bundles)
+    say_places(results, bundles)
     say(f"study     {run.merged_journal}   (every trial of every supernet: optuna-dashboard opens it)")
     say(f"supernets {run.supernets_dir}   (each is a run of its own: dsnet-orch pareto {run.supernets_dir}/NAME)")
     say_mlflow(results)
@@ -58,7 +59,7 @@ def supernet_front_rows(results: SupernetSweepResults) -> list[dict[str, Any]]:
     """One JSON-able row per gate of the front over all supernets, cheapest first."""
     own = {
         (name, row["slot"]): row
-        for name, member in results.members.items()
+        for name, member in results.supernets.items()
         if member.subnets
         for row in front_rows(member)
     }
@@ -69,7 +70,7 @@ def supernet_front_rows(results: SupernetSweepResults) -> list[dict[str, Any]]:
             "supernet": gate.supernet,
             "settings": _settings(results, gate),
         }
-        for gate in results.front
+        for gate in results.front_gates
     ]
     return sorted(rows, key=lambda row: row["val"]["madds_m"])
 
@@ -113,7 +114,7 @@ def show_supernets_front(results: SupernetSweepResults, picks: Sequence[str], *,
         for row in rows
     ]
     verified = "" if results.is_verified else " (not verified yet)"
-    num_measured = sum(bool(member.subnets) for member in results.members.values())
+    num_measured = sum(bool(member.subnets) for member in results.supernets.values())
     if not rows:
         say(f"{results.run.name}: no gate on the front yet")
         return
@@ -150,7 +151,7 @@ def show_supernets_status(results: SupernetSweepResults, *, as_json: bool) -> No
             "failed": results.num_failed,
             "budget": results.config.budget.trials,
         },
-        "front": [gate.name for gate in results.front],
+        "front": [gate.name for gate in results.front_gates],
         "is_verified": results.is_verified,
         "test_openings": results.manifest["test_openings"],
     }
@@ -172,7 +173,7 @@ def show_supernets_status(results: SupernetSweepResults, *, as_json: bool) -> No
         for warning in item["warnings"]:
             tell(f"warning   {item['name']}: {warning['text']}; {warning['way_out']}", INDENT)
     say(f"trials    {results.num_trials} finished; {results.config.budget.trials} for each supernet that is trained")
-    say(f"front     {plural(len(results.front), 'gate')}" + ("" if results.is_verified else ", not verified yet"))
+    say(f"front     {plural(len(results.front_gates), 'gate')}" + ("" if results.is_verified else ", not verified yet"))
     journal = results.run.merged_journal
     if journal.is_file():
         say(f"study     {journal}   (open: optuna-dashboard {shlex.quote(str(journal))})")
@@ -183,7 +184,7 @@ def show_supernets_status(results: SupernetSweepResults, *, as_json: bool) -> No
 def _status(results: SupernetSweepResults, entry: MemberEntry) -> dict[str, Any]:
     from orchestration.results.training_review import review
 
-    member = results.members.get(entry.name)
+    member = results.supernets.get(entry.name)
     state, done = state_and_epochs(results.run, entry)
     return {
         "name": entry.name,
@@ -194,7 +195,7 @@ def _status(results: SupernetSweepResults, entry: MemberEntry) -> dict[str, Any]
         "epochs": f"{done}/{entry.epochs}",
         "reports": [list(report) for report in entry.reports],
         "trials": 0 if member is None else len(member.records),
-        "front": sum(gate.supernet == entry.name for gate in results.front),
+        "front": sum(gate.supernet == entry.name for gate in results.front_gates),
         "run": str(RunDir(results.run.supernets_dir, entry.name).path),
         "warnings": [] if member is None else [warning.to_json() for warning in review(member)],
     }

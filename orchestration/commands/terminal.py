@@ -33,11 +33,10 @@ if TYPE_CHECKING:
     from dsnet.measure.latency import LatencyTable
     from orchestration.commands.bundle_check import Check
     from orchestration.commands.measure_again import MeasuredAgain
-    from orchestration.pipeline.launch import LaunchResult
+    from orchestration.results.protocol import Results
     from orchestration.results.run import RunResults
     from orchestration.results.trial_list import ListedTrial, Selection, TrialList
     from orchestration.results.verified import DynamicLatency, Verified
-    from orchestration.supernets.results import SupernetSweepResults
     from search.training_checks import TrainingWarning
 
 
@@ -119,19 +118,19 @@ def say_training_warnings(warnings: Sequence[TrainingWarning], whose: str = "") 
         tell(f"warning   {whose}{warning}", INDENT)
 
 
-def show_launch(result: LaunchResult) -> None:
+def show_launch(results: RunResults, bundles: Sequence[Path]) -> None:
     """Print the front, warnings about its supernet, and where the files are and how to open
     them."""
     from orchestration.results.training_review import review
 
-    show_front(result.results, (), as_json=False)
+    show_front(results, (), as_json=False)
     say()
-    say_training_warnings(review(result.results))
-    say_places(result.results, result.bundles)
-    say_mlflow(result.results)
+    say_training_warnings(review(results))
+    say_places(results, bundles)
+    say_mlflow(results)
 
 
-def say_places(results: RunResults | SupernetSweepResults, bundles: Sequence[Path]) -> None:
+def say_places(results: Results, bundles: Sequence[Path]) -> None:
     """Print where report, bundles and points of a run are, and how to open them."""
     run = results.run
     say(f"report    {run.report_html}   (open it in a browser; it needs no network)")
@@ -142,7 +141,7 @@ def say_places(results: RunResults | SupernetSweepResults, bundles: Sequence[Pat
     say(f"points    {run.points_parquet}")
 
 
-def say_mlflow(results: RunResults | SupernetSweepResults) -> None:
+def say_mlflow(results: Results) -> None:
     """Print where a run is in MLflow; nothing if it is not tracked."""
     tracking, run = results.config.tracking, results.run
     if tracking.mlflow:

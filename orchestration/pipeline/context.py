@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from dsnet.errors import StoppedError
 from dsnet.stop_signals import StopRequest
 from orchestration.config.sweep import SweepConfig
 from orchestration.prepare.preparation import Prepared
 from orchestration.progress import ProgressView
+from orchestration.results.run import RunResults
 from orchestration.runs.folder import RunDir
 from orchestration.runs.manifest import Manifest
+from orchestration.runs.stages import StageDir, StagePlan, run_stage
 from orchestration.tracking.protocol import Tracker
 from search.study.study import TrialRecord
 
@@ -25,7 +28,8 @@ class Launch:
     """The state that the stages of one launch share."""
 
     prepared: Prepared
-    run: RunDir
+    results: RunResults
+    """The results of the run so far."""
     manifest: Manifest
     tracker: Tracker
     progress: ProgressView
@@ -38,9 +42,21 @@ class Launch:
     often the sweep has read `test`."""
 
     @property
+    def run(self) -> RunDir:
+        """The run folder."""
+        return self.results.run
+
+    @property
     def config(self) -> SweepConfig:
         """The resolved configuration."""
         return self.prepared.config
+
+    def run_stage(self, plan: StagePlan, work: Callable[[Path], Sequence[Path]]) -> StageDir:
+        """Run a planned stage unless it is done; `results` hold its outputs afterwards. Arguments
+        are those of `orchestration.runs.stages.run_stage`."""
+        folder = run_stage(self.run, plan, work)
+        self.results.refresh()
+        return folder
 
     def count_test_opening(self, who: str) -> int:
         """Record that `test` is read; returns how often it has been read, by the whole sweep if

@@ -28,6 +28,7 @@ from orchestration.pipeline.verify import verify_stage
 from orchestration.prepare.adoption import adopt
 from orchestration.prepare.preparation import Prepared, prepare, stage_definitions, write_splits
 from orchestration.progress import FiledProgress, ProgressView
+from orchestration.results.protocol import Results
 from orchestration.results.report import write_report
 from orchestration.results.run import RunResults
 from orchestration.runs.folder import RunDir
@@ -53,12 +54,10 @@ TRACKING_TIMEOUT_S = 30.0
 
 @dataclass(frozen=True)
 class LaunchResult:
-    """Results and bundles of a finished launch."""
+    """Results and bundles of a finished launch, of one supernet or of several."""
 
-    run: RunDir
-    results: RunResults
+    results: Results
     bundles: tuple[Path, ...]
-    num_failed: int
 
 
 def launch(
@@ -101,7 +100,8 @@ def launch(
         with stop(run) as request:
             manifest = write_facts(prepared, run)
             tracker = make_tracker(config, run, progress.warn)
-            work = Launch(prepared, run, manifest, tracker, FiledProgress(progress, run.progress_json), request)
+            results = RunResults(run, config)
+            work = Launch(prepared, results, manifest, tracker, FiledProgress(progress, run.progress_json), request)
             with closing_tracker(run, tracker, progress, lambda: sweep_end_ms(manifest.read())):
                 return _run_stages(work)
 
@@ -176,11 +176,11 @@ def _run_stages(work: Launch) -> LaunchResult:
         measure_stage(work, plans["measure"], supernet)
         table_stage(work, plans["table"], supernet)
         search_stage(work, plans["search"], plans["table"])
-    results = RunResults(run)
+    results = work.results
     if not results.feasible:
         raise NothingFeasibleError(_nothing_feasible(results))
     if results.front_sample:  # a member of a sweep of supernets may have no gate on the front over all
-        verify_stage(work, plans, supernet, results)
+        verify_stage(work, plans, supernet)
     return _finish(work)
 
 
@@ -242,32 +242,44 @@ def _nothing_feasible(results: RunResults) -> str:
 
 def _finish(work: Launch) -> LaunchResult:
     """Write points, report, bundles and MLflow rows, all derived from the results of the stages."""
-    run, config = work.run, work.config
-    results = RunResults(run)
+    results = work.results
+    write_outputs(work, work.prepared.notes(), Standing.of(results))
+    bundles = export_picks(work.prepared, results, work.config.export.picks, work.run.export_dir)
+    return LaunchResult(results, tuple(bundles))
+
+
+def write_outputs(work: Launch, notes: tuple[str, ...], standing: Standing) -> None:
+    """Write points, report and MLflow rows of a supernet and its gates, as far as it has results.
+
+    Args:
+        work: the launch, its stages done.
+        notes: notes of the report.
+        standing: standing of the trials on the front of the sweep.
+    """
+    run, results = work.run, work.results
     save_points(run.points_parquet, results.points())
-    write_report(results, work.prepared.image_set.class_names, work.prepared.notes(), "complete")
-    bundles = export_picks(work.prepared, results, config.export.picks, run.export_dir)
-    write_subnets(work.tracker, results)  # again, now with metrics on test
-    write_front(work.tracker, results, Standing.of(results), results.finished_ms)
+    write_report(results, work.prepared.image_set.class_names, notes, "complete")
+    if results.subnets:
+        write_subnets(work.tracker, results)  # again, now with metrics on test
+    if results.records:
+        write_front(work.tracker, results, standing, results.finished_ms)
     for path in (run.sweep_yaml, run.points_parquet, run.report_html):
         work.tracker.artifact(path)
-    if config.tracking.mlflow:
+    if work.config.tracking.mlflow:
         write_overview(work.tracker, results, redraw=True)
-    num_failed = len(results.failed)
-    return LaunchResult(run, results, tuple(bundles), num_failed)
 
 
-def check_failures(result: LaunchResult) -> None:
+def check_failures(results: Results) -> None:
     """Raise if more trials failed than the budget allows; the sweep is finished and reported by
     then.
 
     Raises:
         TooManyFailedTrialsError: the message has the number, and the commonest reason.
     """
-    total, allowed = len(result.results.records), result.results.config.budget.max_failed
-    if result.num_failed > allowed * total:
-        reasons = Counter(record.reason for record in result.results.records if record.reason)
+    allowed = results.config.budget.max_failed
+    if results.num_failed > allowed * results.num_trials:
+        reasons = Counter(record.reason for own in results.supernets.values() for record in own.failed)
         raise TooManyFailedTrialsError(
-            f"{result.num_failed} of {total} trials failed, more than budget.max_failed {allowed:g} allows; "
+            f"{results.num_failed} of {results.num_trials} trials failed, more than budget.max_failed {allowed:g} allows; "
             f"most often: {reasons.most_common(1)[0][0]}"
         )

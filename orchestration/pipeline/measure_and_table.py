@@ -15,9 +15,8 @@ from dsnet.network.supernet import Supernet
 from orchestration.pipeline.context import Launch
 from orchestration.prepare.preparation import latency_settings
 from orchestration.progress import Task
-from orchestration.results.run import RunResults
 from orchestration.results.training_review import review
-from orchestration.runs.stages import StagePlan, run_stage
+from orchestration.runs.stages import StagePlan
 from orchestration.tracking.rows import write_subnets
 
 
@@ -54,8 +53,8 @@ def measure_stage(work: Launch, plan: StagePlan, supernet: Supernet) -> None:
         supernet.cpu()
         return outputs
 
-    run_stage(work.run, plan, measure)
-    results = RunResults(work.run)
+    work.run_stage(plan, measure)
+    results = work.results
     write_subnets(work.tracker, results)
     widest = results.widest
     found = f"{widest.name} (widest) has top-1 {100 * widest.top1:.1f} % on val at {widest.madds / 1e6:.3g} M MAdds"
@@ -73,9 +72,9 @@ def table_stage(work: Launch, plan: StagePlan, supernet: Supernet) -> None:
             for split in ("gate", "val")
         ]
 
-    run_stage(work.run, plan, tabulate)
+    work.run_stage(plan, tabulate)
     if not plan.is_done:  # said once, as soon as it is known; `status` and the report say it again
-        for warning in review(RunResults(work.run)):
+        for warning in review(work.results):
             work.progress.warn(str(warning))
 
 

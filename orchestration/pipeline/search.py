@@ -41,7 +41,7 @@ from orchestration.progress import Bar, Task
 from orchestration.results.run import RunResults
 from orchestration.runs.folder import RunDir
 from orchestration.runs.queue import read_queue
-from orchestration.runs.stages import StagePlan, canonical_settings, run_stage
+from orchestration.runs.stages import StagePlan, canonical_settings
 from orchestration.tracking.rows import trial_row
 from orchestration.workers.end_to_end import EndToEndCheck, MakeEndToEndTrial, shared_images
 from orchestration.workers.self_check import ArithmeticReport, StartCheck
@@ -105,9 +105,9 @@ def search_stage(work: Launch, plan: StagePlan, table_plan: StagePlan) -> None:
     work.check_stop()
     config, run = work.config, work.run
     plan = continued(run, plan, config)
-    measured = RunResults(run)
-    constraints = constraint_set(config, named_baseline(measured))
-    refuse_impossible(constraints, measured.metric_ranges)
+    results = work.results
+    constraints = constraint_set(config, named_baseline(results))
+    refuse_impossible(constraints, results.metric_ranges)
 
     def search(folder: Path) -> Sequence[Path]:
         journal = StudyJournal.open(run.study_journal(plan.key), study_settings(config))
@@ -124,7 +124,7 @@ def search_stage(work: Launch, plan: StagePlan, table_plan: StagePlan) -> None:
                 queue=lambda: [item["params"] for item in read_queue(run.queue_jsonl(plan.key))],
                 observer=_Observer(work, bar, num_finished),
                 should_stop=work.stop,
-            ).run(Budget(resolve_trials(config), config.budget.time_s, stop_rules(measured)))
+            ).run(Budget(resolve_trials(config), config.budget.time_s, stop_rules(results)))
         if result.stop_reason == "stop":
             raise StoppedError("the search was stopped; its finished trials are kept")
         end = {
@@ -138,11 +138,9 @@ def search_stage(work: Launch, plan: StagePlan, table_plan: StagePlan) -> None:
             work.progress.say(f"search: {_END_SENTENCES[result.stop_reason]} after {len(result.records)} trials")
         return [run.study_journal(plan.key)]
 
-    run_stage(run, plan, search)
-    results = RunResults(run)
-    for (
-        record
-    ) in results.records:  # rows that an earlier launch could not write; those that MLflow has are not written twice
+    work.run_stage(plan, search)
+    # Rows that an earlier launch could not write; those that MLflow has are not written twice.
+    for record in results.records:
         work.tracker.trial(trial_row(results.manifest, run, record))
     work.progress.say(f"search: {count_sentence(results)}, {plural(len(results.front), 'gate')} on the front")
 
@@ -284,7 +282,7 @@ class MakeGateTrial:
 
 def _trial_runner(work: Launch, table_plan: StagePlan, report: ArithmeticReport) -> RayRunner:
     config, prepared = work.config, work.prepared
-    results = RunResults(work.run)
+    results = work.results
     assert results.latency is not None
     tables = {split: RoutingTable.load(work.run.table(table_plan.key, split)) for split in ("gate", "val")}
     metas = {split: table.meta() for split, table in tables.items()}

@@ -12,7 +12,7 @@ from orchestration.prepare.preparation import StartPoint
 from orchestration.progress import Task
 from orchestration.results.supernet_facts import SupernetFacts
 from orchestration.runs.curves import CurvePoint
-from orchestration.runs.stages import StagePlan, run_stage
+from orchestration.runs.stages import StagePlan
 from orchestration.tracking.rows import supernet_row
 from orchestration.workers.runtime import LOCAL, cluster_cpus
 from orchestration.workers.supernet import SupernetJob, train_on_ray
@@ -57,7 +57,7 @@ def supernet_stage(work: Launch, plan: StagePlan) -> None:
         return [stem.with_name(stem.name + suffix) for suffix in (".safetensors", ".json")]
 
     was_done = plan.is_done
-    folder = run_stage(run, plan, train)
+    folder = work.run_stage(plan, train)
     # Also where it was done before: the row may have been lost with an earlier store.
     work.tracker.supernet(supernet_row(work.manifest.read(), run, config, is_done=True))
     if not was_done:

@@ -19,21 +19,21 @@ from orchestration.pipeline.context import Launch
 from orchestration.pipeline.measure_and_table import build_table
 from orchestration.prepare.preparation import latency_settings, verify_definition
 from orchestration.progress import Task
-from orchestration.results.run import RunResults, load_router
+from orchestration.results.run import load_router
 from orchestration.results.verified import Agreement
 from orchestration.runs.folder import RunDir
-from orchestration.runs.stages import StageDir, StagePlan, StageRecord, plan_stage, run_stage
+from orchestration.runs.stages import StageDir, StagePlan, StageRecord, plan_stage
 from search.front.analysis import Bootstrap, BudgetPick, SplitAnalysis, analyse_split
 from search.front.ceiling import RouteForecast
 
 VERIFY_FILE = "verify.json"
 
 
-def verify_stage(work: Launch, plans: Mapping[str, StagePlan], supernet: Supernet, results: RunResults) -> None:
+def verify_stage(work: Launch, plans: Mapping[str, StagePlan], supernet: Supernet) -> None:
     """Verify the front of a search, or its sample; the stored result holds all that report and
     export need of the test split."""
     work.check_stop()
-    config, run, prepared = work.config, work.run, work.prepared
+    config, run, prepared, results = work.config, work.run, work.prepared, work.results
     front, contenders = results.front_sample, results.contenders
     definition = verify_definition(config, prepared.fingerprint, front, contenders)
     plan = plan_stage(run, definition, {"search": plans["search"].key})
@@ -68,7 +68,7 @@ def verify_stage(work: Launch, plans: Mapping[str, StagePlan], supernet: Superne
             )
             for name, settings in latency_settings(config).items()
         }
-        analyser = _SplitAnalyser.of(work, plans, val, routers, results)
+        analyser = _SplitAnalyser.of(work, plans, val, routers)
         on_test = analyser.analysis(test)
         latencies = {
             name: latency.beside(results.latencies[name], on_test.points, on_test.routes).to_json()
@@ -88,8 +88,8 @@ def verify_stage(work: Launch, plans: Mapping[str, StagePlan], supernet: Superne
         return [output]
 
     num_before = 0 if plan.is_done else len(known_agreements(run, plan.record).keys() & set(front))
-    run_stage(run, plan, verify)
-    verified = RunResults(run).verified
+    work.run_stage(plan, verify)
+    verified = results.verified
     assert verified is not None
     ties = sum(agreement.num_ties for agreement in verified.agreements)
     work.progress.say(
@@ -141,10 +141,9 @@ class _SplitAnalyser:
         plans: Mapping[str, StagePlan],
         val: RoutingTable,
         front: Mapping[int, Router],
-        results: RunResults,
     ) -> _SplitAnalyser:
         """Fit the reachable ceiling on `gate`, and load the routers of the contenders."""
-        run = work.run
+        run, results = work.run, work.results
         forecast = RouteForecast.fit(RoutingTable.load(run.table(plans["table"].key, "gate")))
         contenders = {
             pick: load_router(run.gate_weights(plans["search"].key, pick.slot)) for pick in results.contenders

@@ -26,6 +26,7 @@ from dsnet.training.supernet import FINAL
 from orchestration.config.loading import load_config
 from orchestration.config.sweep import SweepConfig
 from orchestration.prepare.reach import Range, metric_ranges
+from orchestration.results.gate_id import GateId
 from orchestration.results.measured import MeasuredSubnet, static_metrics
 from orchestration.results.supernet_facts import SupernetFacts
 from orchestration.results.verified import DynamicLatency, Verified
@@ -43,22 +44,39 @@ from search.study.study import TrialRecord, load_enqueued, load_records
 class RunResults:
     """The results of one run so far.
 
+    What was read is kept until `refresh`, so that one object serves a whole launch.
+
     Args:
         run: an existing run.
+        config: its resolved configuration; None reads it from the run folder.
 
     Raises:
         NotFoundError: there is no such run.
     """
 
-    def __init__(self, run: RunDir) -> None:
+    def __init__(self, run: RunDir, config: SweepConfig | None = None) -> None:
         run.open_existing()
         self.run = run
         self.manifest: dict[str, Any] = Manifest(run.manifest_path).read()
+        if config is not None:
+            self.config = config
+
+    def refresh(self) -> None:
+        """Read the run folder again; called when a stage has finished."""
+        for name in vars(self).keys() - {"run", "config"}:
+            delattr(self, name)
+        self.manifest = Manifest(self.run.manifest_path).read()
 
     @cached_property
     def config(self) -> SweepConfig:
         """The resolved configuration of the last launch."""
         return load_config(self.run.sweep_yaml).config
+
+    @property
+    def supernets(self) -> dict[str, RunResults]:
+        """This run under the empty name, once its supernet is trained; as
+        `orchestration.results.protocol` asks."""
+        return {"": self} if self.is_done("supernet") else {}
 
     def stage_key(self, stage: str) -> str | None:
         """The key of the stage's current result, or None."""
@@ -204,6 +222,26 @@ class RunResults:
         metrics, feasible = self.config.metrics, self.feasible
         values = np.array([[record.metrics[metric.name] for metric in metrics] for record in feasible])
         return front_slots([record.slot for record in feasible], values, [metric.goal for metric in metrics])
+
+    @property
+    def front_gates(self) -> tuple[GateId, ...]:
+        """The front as gates; as `orchestration.results.protocol` asks."""
+        return tuple(GateId("", slot) for slot in self.front)
+
+    @property
+    def num_trials(self) -> int:
+        """Number of finished trials."""
+        return len(self.records)
+
+    @property
+    def num_failed(self) -> int:
+        """Number of failed trials."""
+        return len(self.failed)
+
+    @property
+    def is_verified(self) -> bool:
+        """Whether the current front ran on `test`."""
+        return self.verified is not None
 
     @cached_property
     def reference_point(self) -> tuple[float, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Literal, get_args
@@ -11,10 +11,10 @@ from typing import Any, Literal, get_args
 from dsnet.errors import ConfigError
 from dsnet.metrics import find_metric
 from dsnet.wording import did_you_mean
-from orchestration.results.run import RunResults
+from orchestration.results.gate_id import GateId
+from orchestration.results.protocol import Results
 from search.conditions.constraints import BASELINE
 from search.conditions.expressions import parse_comparison
-from search.front.points import trial_name
 from search.study.study import TrialRecord
 
 Standing = Literal["complete", "infeasible", "failed", "pruned"]
@@ -86,10 +86,17 @@ class TrialList:
     called only if a condition reads one."""
 
     @classmethod
-    def of(cls, results: RunResults) -> TrialList:
-        """All finished trials of a run."""
+    def of(cls, results: Results) -> TrialList:
+        """All finished trials of a sweep, by supernet, then by slot."""
         objectives = tuple((metric.name, metric.goal) for metric in results.config.metrics)
-        return cls(listed_trials(results, results.front), objectives, lambda _: results.baseline)
+        front = frozenset(results.front_gates)
+        trials = [
+            ListedTrial(gate.name, record, gate in front, name or None)
+            for name, supernet in results.supernets.items()
+            for record in supernet.records
+            for gate in (GateId(name, record.slot),)
+        ]
+        return cls(tuple(trials), objectives, lambda name: results.supernets[name or ""].baseline)
 
     def select(self, selection: Selection) -> tuple[ListedTrial, ...]:
         """The trials that match a selection.
@@ -124,23 +131,6 @@ class TrialList:
         goals = dict(self.objectives)
         known = find_metric(name)
         return goals[name] == "maximize" if name in goals else known is not None and known.goal == "maximize"
-
-
-def listed_trials(results: RunResults, front: Collection[int], supernet: str | None = None) -> tuple[ListedTrial, ...]:
-    """The finished trials of a run in slot order.
-
-    Args:
-        results: results of the run.
-        front: slots of those that are on the front; of a sweep of supernets, on the one over all of
-            them.
-        supernet: name of the supernet in such a sweep; becomes part of the trials' names.
-    """
-    prefix = "" if supernet is None else f"{supernet}/"
-    chosen = frozenset(front)
-    return tuple(
-        ListedTrial(prefix + trial_name(record.slot), record, record.slot in chosen, supernet)
-        for record in results.records
-    )
 
 
 def broken_constraints(record: TrialRecord) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from dsnet.environment import resolve_device
-from dsnet.errors import ConfigError, NothingFeasibleError, TooManyFailedTrialsError
+from dsnet.errors import ConfigError, NothingFeasibleError
 from dsnet.files import atomic_write_json, read_json
 from dsnet.stop_signals import StopRequest
 from dsnet.stored.checkpoint import load_supernet
@@ -36,6 +36,7 @@ from orchestration.pipeline.launch import (
     ray_where_needed,
     stage_plans,
     write_facts,
+    write_outputs,
 )
 from orchestration.pipeline.measure_and_table import measure_stage, table_stage
 from orchestration.pipeline.search import search_stage, trials_left
@@ -43,7 +44,6 @@ from orchestration.pipeline.supernet import done_sentence
 from orchestration.pipeline.verify import verify_stage
 from orchestration.prepare.preparation import Images, Prepared, load_images
 from orchestration.progress import Bar, FiledProgress, ProgressView, Task
-from orchestration.results.report import write_report
 from orchestration.results.run import RunResults
 from orchestration.results.supernet_facts import SupernetFacts
 from orchestration.runs.curves import CurvePoint
@@ -57,7 +57,6 @@ from orchestration.supernets.results import GateId, SupernetSweepResults
 from orchestration.supernets.study import SupernetStudy
 from orchestration.supernets.tracking import (
     TreeTrackers,
-    parent_row,
     running_row,
     standing_of,
     supernets_end_ms,
@@ -72,9 +71,6 @@ from orchestration.tracking.rows import (
     sweep_end_ms,
     sweep_row,
     unix_ms,
-    write_front,
-    write_overview,
-    write_subnets,
 )
 from orchestration.workers.runtime import LOCAL, cluster_cpus
 from orchestration.workers.supernet import SupernetJob
@@ -86,18 +82,9 @@ from search.study.study import TrialRecord
 Stop = Callable[[RunDir], AbstractContextManager[StopRequest]]
 
 
-@dataclass(frozen=True)
-class SupernetsResult:
-    """Results and bundles of a finished sweep of supernets."""
-
-    run: RunDir
-    results: SupernetSweepResults
-    bundles: tuple[Path, ...]
-
-
 def launch_sweep(
     config: SweepConfig, *, command: str, progress: ProgressView, stop: Stop, take_over: bool = False
-) -> LaunchResult | SupernetsResult:
+) -> LaunchResult:
     """Run a sweep of either kind, or continue it; arguments and errors are those of
     `orchestration.pipeline.launch.launch`."""
     run = launch_supernets if supernet_space(config) else launch
@@ -106,7 +93,7 @@ def launch_sweep(
 
 def launch_supernets(
     config: SweepConfig, *, command: str, progress: ProgressView, stop: Stop, take_over: bool = False
-) -> SupernetsResult:
+) -> LaunchResult:
     """Run a sweep of supernets, or continue it; arguments and errors are those of
     `orchestration.pipeline.launch.launch`."""
     config = anchored(config)
@@ -249,7 +236,7 @@ class _SupernetsLaunch:
     """One launch of a sweep of supernets."""
 
     config: SweepConfig
-    run: RunDir
+    results: SupernetSweepResults
     members: Mapping[str, Member]
     """Members whose settings make a valid supernet, by name."""
     launches: Mapping[str, Launch]
@@ -285,18 +272,19 @@ class _SupernetsLaunch:
         trackers = TreeTrackers(config, run)
         stack.callback(trackers.end)
         tracker = trackers.make(progress.warn)
-        parent = parent_row(manifest.read(), run, config)
+        parent = sweep_row(manifest.read(), run, config)
         tracker.parent(parent)
-        stack.enter_context(
-            closing_tracker(run, tracker, progress, lambda: supernets_end_ms(SupernetSweepResults(run)))
-        )
+        manifests = {name: write_facts(_prepared(member), member.run) for name, member in usable.items()}
+        opened = {name: RunResults(member.run, member.config) for name, member in usable.items()}
+        results = SupernetSweepResults(run, opened)
+        stack.enter_context(closing_tracker(run, tracker, progress, lambda: supernets_end_ms(results)))
         launches = {}
         for name, member in usable.items():
-            own = write_facts(_prepared(member), member.run)
+            own = manifests[name]
             own_progress = _PrefixedProgress(progress, name)
             work = Launch(
                 _prepared(member),
-                member.run,
+                opened[name],
                 own,
                 trackers.make(own_progress.warn),
                 own_progress,
@@ -306,9 +294,14 @@ class _SupernetsLaunch:
             work.tracker.parent(replace(sweep_row(own.read(), member.run, member.config), under=parent))
             stack.enter_context(closing_tracker(member.run, work.tracker, own_progress, _end_of(own)))
             launches[name] = work
-        return cls(config, run, usable, launches, manifest, tracker, progress, request, records, study)
+        return cls(config, results, usable, launches, manifest, tracker, progress, request, records, study)
 
-    def run_all(self) -> SupernetsResult:
+    @property
+    def run(self) -> RunDir:
+        """The sweep's run folder."""
+        return self.results.run
+
+    def run_all(self) -> LaunchResult:
         """Train the supernets, sweep their gates, verify the front and write the report."""
         self._tell_members()
         plans = {name: stage_plans(work) for name, work in self.launches.items()}
@@ -320,12 +313,12 @@ class _SupernetsLaunch:
                 self._sweep_gates(name)
         if is_idle:
             self.progress.say("every supernet, every trial and the front are done: nothing is left to do")
-        results = SupernetSweepResults(self.run)
-        self.study.add_missing(results)
-        if not results.feasible:
-            raise NothingFeasibleError(self._nothing_feasible(results))
-        self._freeze(results)
-        self._verify(results)
+        self.results.refresh()
+        self.study.add_missing(self.results)
+        if not self.results.feasible:
+            raise NothingFeasibleError(self._nothing_feasible())
+        self._freeze()
+        self._verify()
         return self._finish()
 
     def _tell_members(self) -> None:
@@ -402,7 +395,7 @@ class _SupernetsLaunch:
         """Measure a trained supernet, table it, and search its gates."""
         work = self.launches[name]
         plans = stage_plans(work)
-        for record in RunResults(work.run).records:  # the merged study may lack some after a kill
+        for record in work.results.records:  # the merged study may lack some after a kill
             self.study.add_gate(name, record)
         supernet = load_supernet(plans["supernet"].folder.path / FINAL)[0]
         measure_stage(work, plans["measure"], supernet)
@@ -413,10 +406,11 @@ class _SupernetsLaunch:
             work.progress.warn(str(error))
             self.records.update(replace(self.records[name], reason=str(error)))
 
-    def _nothing_feasible(self, results: SupernetSweepResults) -> str:
+    def _nothing_feasible(self) -> str:
+        results = self.results
         broken = Counter(
             text
-            for member in results.members.values()
+            for member in results.supernets.values()
             for record in member.records
             for text, value in record.constraints.items()
             if value > 0
@@ -424,48 +418,50 @@ class _SupernetsLaunch:
         most = f"; {broken.most_common(1)[0][1]} break {broken.most_common(1)[0][0]}" if broken else ""
         reasons = [entry.reason for entry in results.entries if entry.reason]
         last = f"; the last reason of a supernet: {reasons[-1]}" if reasons else ""
-        return f"none of the {results.num_trials} trials of {plural(len(results.members), 'supernet')} is feasible{most}{last}"
+        return f"none of the {results.num_trials} trials of {plural(len(results.supernets), 'supernet')} is feasible{most}{last}"
 
-    def _freeze(self, results: SupernetSweepResults) -> None:
+    def _freeze(self) -> None:
         """Write the front over all supernets, and for each member the gates that will run on
         `test`, before `test` is opened."""
+        results = self.results
         names = [metric.name for metric in self.config.metrics]
         content = {
             "metrics": [[metric.name, metric.goal] for metric in self.config.metrics],
             "front": [
                 _gate_json(gate) | {"values": [results.feasible[gate].metrics[name] for name in names]}
-                for gate in results.front
+                for gate in results.front_gates
             ],
             "sample": [_gate_json(gate) for gate in results.front_sample],
         }
         _write_changed(self.run.front_json, content)
-        for name, member in results.members.items():
+        for name, member in results.supernets.items():
             if member.is_done("search"):
                 slots = sorted(gate.slot for gate in results.front_sample if gate.supernet == name)
                 _write_changed(member.run.chosen_json(member.done_key("search")), {"slots": slots})
-        shares = Counter(gate.supernet for gate in results.front)
+        shares = Counter(gate.supernet for gate in results.front_gates)
         told = ", ".join(f"{count} of {name}" for name, count in shares.items())
         self.progress.say(
-            f"front over {plural(len(results.members), 'supernet')}: {plural(len(results.front), 'gate')} ({told})"
+            f"front over {plural(len(results.supernets), 'supernet')}: {plural(len(results.front_gates), 'gate')} ({told})"
         )
 
-    def _verify(self, results: SupernetSweepResults) -> None:
+    def _verify(self) -> None:
         counter = _TestOpeningCounter(self.manifest)
-        for name in results.members:
-            if all(gate.supernet != name for gate in results.front_sample):
-                continue
+        self.results.refresh()  # the members read which of their gates were chosen
+        chosen = {gate.supernet for gate in self.results.front_sample}
+        for name in [name for name in self.results.supernets if name in chosen]:
             work = replace(self.launches[name], on_test_opening=counter)
             plans = stage_plans(work)
             supernet = load_supernet(plans["supernet"].folder.path / FINAL)[0]
-            verify_stage(work, plans, supernet, RunResults(work.run))
+            verify_stage(work, plans, supernet)
 
-    def _finish(self) -> SupernetsResult:
+    def _finish(self) -> LaunchResult:
         """Write points, reports, bundles and MLflow rows, all derived from the results of the
         stages."""
-        results = SupernetSweepResults(self.run)
+        results = self.results
+        results.refresh()
         self.study.add_missing(results)
-        for name, member in results.members.items():
-            self._finish_member(name, member, standing_of(results, name))
+        for name in results.supernets:
+            self._finish_member(name, standing_of(results, name))
         save_points(self.run.points_parquet, results.points())
         first = _prepared(next(iter(self.members.values())))
         write_supernets_report(results, first.notes(), "complete")
@@ -476,22 +472,13 @@ class _SupernetsLaunch:
             self.tracker.artifact(path)
         if self.config.tracking.mlflow:
             write_global_overview(self.tracker, results, redraw=True)
-        return SupernetsResult(self.run, results, tuple(bundles))
+        return LaunchResult(results, tuple(bundles))
 
-    def _finish_member(self, name: str, member: RunResults, standing: Standing) -> None:
+    def _finish_member(self, name: str, standing: Standing) -> None:
         work = self.launches[name]
-        save_points(member.run.points_parquet, member.points())
         note = f"One of the supernets of the sweep {self.run.name}; of its gates those on the front over all supernets ran on test."
-        write_report(member, work.prepared.image_set.class_names, (*work.prepared.notes(), note), "complete")
-        if member.subnets:
-            write_subnets(work.tracker, member)  # again, now with metrics on test
-        if member.records:
-            write_front(work.tracker, member, standing, member.finished_ms)
-        for path in (member.run.sweep_yaml, member.run.points_parquet, member.run.report_html):
-            work.tracker.artifact(path)
-        if self.config.tracking.mlflow:
-            write_overview(work.tracker, member, redraw=True)
-        work.tracker.close("FINISHED", sweep_end_ms(member.manifest), TRACKING_TIMEOUT_S)
+        write_outputs(work, (*work.prepared.notes(), note), standing)
+        work.tracker.close("FINISHED", sweep_end_ms(work.results.manifest), TRACKING_TIMEOUT_S)
 
 
 class _TrainingListener:
@@ -608,30 +595,13 @@ def export_gates(
         (name, slot): path
         for name, own in slots.items()
         for slot, path in zip(
-            own, export_bundles(prepared[name], results.members[name], own, folder / name), strict=True
+            own, export_bundles(prepared[name], results.supernets[name], own, folder / name), strict=True
         )
     }
     knee = results.knee
     if knee is not None:
         link_knee(folder, folder / knee.supernet / trial_name(knee.slot))
     return list(bundles.values())
-
-
-def check_supernet_failures(result: SupernetsResult) -> None:
-    """Raise if more trials failed than the budget allows; the sweep is finished and reported by
-    then.
-
-    Raises:
-        TooManyFailedTrialsError: the message has the number, and the commonest reason.
-    """
-    results = result.results
-    allowed = results.config.budget.max_failed
-    if results.num_failed > allowed * results.num_trials:
-        reasons = Counter(record.reason for member in results.members.values() for record in member.failed)
-        raise TooManyFailedTrialsError(
-            f"{results.num_failed} of {results.num_trials} trials failed, more than budget.max_failed {allowed:g} allows; "
-            f"most often: {reasons.most_common(1)[0][0]}"
-        )
 
 
 def _prepared(member: Member) -> Prepared:

@@ -62,7 +62,7 @@ def report_data(results: SupernetSweepResults, notes: tuple[str, ...], status: s
 
 def supernets_info(results: SupernetSweepResults) -> SupernetsInfo:
     """All supernets with their points, on `val` and, once verified, on `test`."""
-    members = results.members
+    members = results.supernets
     verified = [member.verified for member in members.values() if member.verified is not None]
     return SupernetsInfo(
         supernets=tuple(_supernet(results, entry) for entry in results.entries),
@@ -80,7 +80,7 @@ def _supernet(results: SupernetSweepResults, entry: MemberEntry) -> SupernetInfo
         reports=entry.reports,
         epochs=entry.epochs,
     )
-    member = results.members.get(entry.name)
+    member = results.supernets.get(entry.name)
     if member is None or not member.subnets:
         return info
     rows, kind = member.points(), member.config.gate.router
@@ -112,7 +112,7 @@ def _on_front(
     results: SupernetSweepResults, supernet: str, points: tuple[DynamicPoint, ...]
 ) -> tuple[DynamicPoint, ...]:
     """The same points, with `is_front` relative to the front over all supernets."""
-    names = {trial_name(gate.slot) for gate in results.front if gate.supernet == supernet}
+    names = {trial_name(gate.slot) for gate in results.front_gates if gate.supernet == supernet}
     return tuple(replace(point, is_front=point.name in names, supernet=supernet) for point in points)
 
 
@@ -123,7 +123,7 @@ def static_hypervolumes(results: SupernetSweepResults) -> dict[str, float]:
     The reference is the same for all, so that the values compare: top-1 of 0, and 1.05 x the MAdds
     of the widest sub-network of all supernets.
     """
-    measured = {name: member.members for name, member in results.members.items() if member.subnets}
+    measured = {name: member.members for name, member in results.supernets.items() if member.subnets}
     bound = REFERENCE_MARGIN * max((subnet.madds / 1e6 for own in measured.values() for subnet in own), default=1.0)
     return {
         name: hypervolume([[subnet.top1, subnet.madds / 1e6] for subnet in own], ("maximize", "minimize"), (0.0, bound))
@@ -137,7 +137,7 @@ def global_headline(results: SupernetSweepResults) -> Headline:
     supernet."""
     rows: list[Row] = []
     baselines: list[Row] = []
-    for name, member in results.members.items():
+    for name, member in results.supernets.items():
         slots = [gate.slot for gate in results.front_sample if gate.supernet == name]
         if not slots:
             continue
@@ -165,7 +165,7 @@ def draw_supernets(results: SupernetSweepResults, path: Path) -> Path:
         NotFoundError: no supernet is measured yet.
         PreflightError: an image format whose tools are not installed.
     """
-    if not any(member.subnets for member in results.members.values()):
+    if not any(member.subnets for member in results.supernets.values()):
         raise NotFoundError(
             f"run {results.run.name!r} has no measured supernet yet; continue it with: dsnet-orch launch {results.run.sweep_yaml}"
         )
@@ -174,21 +174,23 @@ def draw_supernets(results: SupernetSweepResults, path: Path) -> Path:
 
 def sweep_training_notes(results: SupernetSweepResults) -> tuple[str, ...]:
     """Warnings about the training of each supernet, in sentences."""
-    return tuple(text for name, member in results.members.items() for text in training_notes(member, f"{name}: "))
+    return tuple(text for name, member in results.supernets.items() for text in training_notes(member, f"{name}: "))
 
 
 def _sample_notes(results: SupernetSweepResults) -> tuple[str, ...]:
-    if not results.is_verified or len(results.front_sample) == len(results.front):
+    if not results.is_verified or len(results.front_sample) == len(results.front_gates):
         return ()
     return (
-        f"{len(results.front_sample)} of the front's {len(results.front)} gates ran on test, evenly along it (budget.verify).",
+        f"{len(results.front_sample)} of the front's {len(results.front_gates)} gates ran on test, evenly along it (budget.verify).",
     )
 
 
 def _commands(results: SupernetSweepResults) -> tuple[tuple[str, str], ...]:
     run = results.run
     sweep, path, root = (shlex.quote(str(part)) for part in (run.sweep_yaml, run.path, run.root))
-    example = next((gate.supernet for gate in results.front), results.entries[0].name if results.entries else "s0")
+    example = next(
+        (gate.supernet for gate in results.front_gates), results.entries[0].name if results.entries else "s0"
+    )
     return (
         ("Continue this sweep, or extend it with a larger budget for every supernet", f"dsnet-orch launch {sweep}"),
         ("The front on the terminal", f"dsnet-orch pareto {path}"),

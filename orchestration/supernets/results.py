@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -14,8 +13,8 @@ from dsnet.errors import NotFoundError
 from dsnet.files import read_json
 from orchestration.config.loading import load_config
 from orchestration.config.sweep import SweepConfig
+from orchestration.results.gate_id import GateId
 from orchestration.results.run import RunResults, refuse_unusable
-from orchestration.results.trial_list import TrialList, listed_trials
 from orchestration.runs.folder import RunDir
 from orchestration.runs.manifest import Manifest
 from orchestration.supernets.members import MemberEntry, read_entries
@@ -25,36 +24,35 @@ from search.front.points import PointRow, trial_name
 from search.study.study import TrialRecord
 
 
-@dataclass(frozen=True, order=True)
-class GateId:
-    """Identifies a gate of a sweep of supernets by its supernet and its slot."""
-
-    supernet: str
-    slot: int
-
-    @property
-    def name(self) -> str:
-        """The gate's name in every table, e.g. s0-3fa29c01/trial-0042."""
-        return f"{self.supernet}/{trial_name(self.slot)}"
-
-
 class SupernetSweepResults:
     """The results of a sweep of supernets so far.
 
+    What was read is kept until `refresh`, so that one object serves a whole launch.
+
     Args:
         run: an existing run.
+        opened: results of members that are open already, by name; the others are opened here.
 
     Raises:
         NotFoundError: there is no such run, or it is no sweep of supernets.
     """
 
-    def __init__(self, run: RunDir) -> None:
+    def __init__(self, run: RunDir, opened: Mapping[str, RunResults] | None = None) -> None:
         run.open_existing()
         if not run.supernets_json.is_file():
             raise NotFoundError(f"run {run.name!r} in {run.root} is no sweep of supernets")
         self.run = run
+        self._opened = dict(opened or {})
         self.manifest: dict[str, Any] = Manifest(run.manifest_path).read()
-        self.entries: tuple[MemberEntry, ...] = read_entries(run)
+
+    def refresh(self) -> None:
+        """Read the folders of the sweep and of its members again; called when a stage has
+        finished."""
+        for results in self._opened.values():
+            results.refresh()
+        for name in vars(self).keys() - {"run", "config", "_opened"}:
+            delattr(self, name)
+        self.manifest = Manifest(self.run.manifest_path).read()
 
     @cached_property
     def config(self) -> SweepConfig:
@@ -62,14 +60,23 @@ class SupernetSweepResults:
         return load_config(self.run.sweep_yaml).config
 
     @cached_property
-    def members(self) -> dict[str, RunResults]:
-        """The members whose supernet is trained, by name, in the order of drawing."""
-        runs = {entry.name: RunDir(self.run.supernets_dir, entry.name) for entry in self.entries}
-        opened = {name: RunResults(run) for name, run in runs.items() if run.manifest_path.is_file()}
-        return {name: results for name, results in opened.items() if results.is_done("supernet")}
+    def entries(self) -> tuple[MemberEntry, ...]:
+        """The records of all members, in the order of drawing."""
+        return read_entries(self.run)
 
-    def stage_key(self, stage: str) -> str | None:
-        """None: a sweep of supernets has no stages of its own."""
+    @cached_property
+    def supernets(self) -> dict[str, RunResults]:
+        """The members whose supernet is trained, by name, in the order of drawing."""
+        for entry in self.entries:
+            run = RunDir(self.run.supernets_dir, entry.name)
+            if entry.name not in self._opened and run.manifest_path.is_file():
+                self._opened[entry.name] = RunResults(run)
+        known = {entry.name: self._opened.get(entry.name) for entry in self.entries}
+        return {name: own for name, own in known.items() if own is not None and own.is_done("supernet")}
+
+    @property
+    def search_end(self) -> None:
+        """None: each search of a sweep of supernets ends by itself."""
         return None
 
     def entry(self, name: str) -> MemberEntry:
@@ -80,21 +87,21 @@ class SupernetSweepResults:
     def feasible(self) -> dict[GateId, TrialRecord]:
         """All gates that hold every constraint, ordered by supernet, then by slot."""
         return {
-            GateId(name, record.slot): record for name, results in self.members.items() for record in results.feasible
+            GateId(name, record.slot): record for name, results in self.supernets.items() for record in results.feasible
         }
 
     @property
     def num_trials(self) -> int:
         """Finished trials of all members."""
-        return sum(len(results.records) for results in self.members.values())
+        return sum(len(results.records) for results in self.supernets.values())
 
     @property
     def num_failed(self) -> int:
         """Failed trials of all members."""
-        return sum(len(results.failed) for results in self.members.values())
+        return sum(len(results.failed) for results in self.supernets.values())
 
     @cached_property
-    def front(self) -> tuple[GateId, ...]:
+    def front_gates(self) -> tuple[GateId, ...]:
         """The front over all supernets on `val`, the first metric's best last; of equal gates the
         one whose supernet was drawn first."""
         gates = list(self.feasible)
@@ -110,10 +117,12 @@ class SupernetSweepResults:
         """The gates of the front that run on `test`: about `budget.verify` of them, spread evenly
         along it; always both ends, the knee and the picks of `export.picks`."""
         size = self.config.budget.verify
-        if size is None or len(self.front) <= size:
-            return self.front
-        kept = [self.front.index(gate) for gate in self._named_gates() if gate in self.front]
-        return tuple(self.front[position] for position in spread_along_front(self._values(self.front), size, kept))
+        if size is None or len(self.front_gates) <= size:
+            return self.front_gates
+        kept = [self.front_gates.index(gate) for gate in self._named_gates() if gate in self.front_gates]
+        return tuple(
+            self.front_gates[position] for position in spread_along_front(self._values(self.front_gates), size, kept)
+        )
 
     def _named_gates(self) -> list[GateId]:
         gates = [] if self.knee is None else [self.knee]
@@ -127,7 +136,7 @@ class SupernetSweepResults:
     @cached_property
     def knee(self) -> GateId | None:
         """The front's knee; None if there is no front."""
-        return self.picked(["knee"])[0] if self.front else None
+        return self.picked(["knee"])[0] if self.front_gates else None
 
     @cached_property
     def frozen(self) -> tuple[GateId, ...]:
@@ -143,7 +152,7 @@ class SupernetSweepResults:
         return (
             bool(names)
             and self.frozen == self.front_sample
-            and all(self.members[name].verified is not None for name in names)
+            and all(self.supernets[name].verified is not None for name in names)
         )
 
     def picked(self, picks: Sequence[str]) -> list[GateId]:
@@ -159,7 +168,7 @@ class SupernetSweepResults:
             NotFoundError: nothing matches, or the supernet of a trial is not said.
         """
         rows = [{"name": gate.name, "gate": gate, **record.metrics} for gate, record in self.feasible.items()]
-        on_front = [row for row in rows if row["gate"] in self.front]
+        on_front = [row for row in rows if row["gate"] in self.front_gates]
         objectives = tuple((metric.name, metric.goal) for metric in self.config.metrics)
         gates: list[GateId] = []
         for text in picks:
@@ -190,34 +199,24 @@ class SupernetSweepResults:
             text,
             [
                 record
-                for name, results in self.members.items()
+                for name, results in self.supernets.items()
                 for record in results.records
                 if trial_name(record.slot) == trial and supernet in ("", name, name.partition("-")[0])
             ],
         )
-        known = ", ".join(self.members) or "none yet"
+        known = ", ".join(self.supernets) or "none yet"
         raise NotFoundError(
             f"pick {text!r}: no feasible trial of this name; write SUPERNET/trial-NNNN with one of the supernets {known}"
         )
-
-    def trial_list(self) -> TrialList:
-        """All finished trials of all members, as listed by `trials`."""
-        trials = [
-            trial
-            for name, results in self.members.items()
-            for trial in listed_trials(results, [gate.slot for gate in self.front if gate.supernet == name], name)
-        ]
-        objectives = tuple((metric.name, metric.goal) for metric in self.config.metrics)
-        return TrialList(tuple(trials), objectives, lambda name: self.members[name or ""].baseline)
 
     def points(self) -> list[PointRow]:
         """All rows of all members with their supernet; `is_front` refers to the front over all
         supernets."""
         rows: list[PointRow] = []
-        for name, results in self.members.items():
+        for name, results in self.supernets.items():
             for row in results.points():
                 if row["kind"] == "gate":
-                    row = {**row, "is_front": GateId(name, row["slot"]) in self.front}
+                    row = {**row, "is_front": GateId(name, row["slot"]) in self.front_gates}
                 rows.append({**row, "supernet": name})
         return rows
 

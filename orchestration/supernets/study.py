@@ -84,7 +84,7 @@ class SupernetStudy:
         each by slot."""
         for entry in results.entries:
             self.add_supernet(entry)
-        for name, member in results.members.items():
+        for name, member in results.supernets.items():
             for record in member.records:
                 self.add_gate(name, record)
 

@@ -3,18 +3,17 @@ sub-networks and trials."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 from dashboards.supernets import supernets_front
 from orchestration.config.sweep import SweepConfig
 from orchestration.pipeline.context import Launch
+from orchestration.results.protocol import Results
 from orchestration.results.run import RunResults
 from orchestration.runs.curves import CurvePoint
 from orchestration.runs.folder import RunDir, mlflow_artifact_root
 from orchestration.runs.manifest import Manifest
-from orchestration.runs.stages import canonical_settings
 from orchestration.supernets.members import MemberEntry
 from orchestration.supernets.report import global_headline, supernets_info, sweep_training_notes
 from orchestration.supernets.results import SupernetSweepResults
@@ -29,6 +28,7 @@ from orchestration.tracking.rows import (
     store_uri,
     supernet_row,
     sweep_end_ms,
+    sweep_row,
     sweep_uid,
     test_metrics,
     unix_ms,
@@ -36,23 +36,6 @@ from orchestration.tracking.rows import (
 
 HYPERVOLUME = "static_hypervolume"
 """Metric by epoch in a supernet's row."""
-
-
-def parent_row(manifest: Mapping[str, Any], run: RunDir, config: SweepConfig) -> TrackedRun:
-    """The row of the whole sweep, with its configuration as parameters."""
-    tags = {
-        "run": run.name,
-        "hardware": str(manifest["hardware"].get("cpu", "")),
-        "gpu": str(manifest["hardware"].get("gpu") or "none"),
-    }
-    return TrackedRun(
-        sweep_uid(manifest, run),
-        run.name,
-        "sweep",
-        unix_ms(manifest["created_at"]),
-        params=canonical_settings(config.model_dump(mode="json", exclude={"presets"})),
-        tags=tags,
-    )
 
 
 class TreeTrackers:
@@ -127,9 +110,9 @@ def _write_supernet(tracker: Tracker, row: TrackedRun, entry: MemberEntry) -> No
 def standing_of(results: SupernetSweepResults, name: str) -> Standing:
     """The role of a supernet's trials on the front over all supernets, and their metrics on
     `test`."""
-    member, knee = results.members[name], results.knee
+    member, knee = results.supernets[name], results.knee
     return Standing(
-        front=frozenset(gate.slot for gate in results.front if gate.supernet == name),
+        front=frozenset(gate.slot for gate in results.front_gates if gate.supernet == name),
         knee=knee.slot if knee is not None and knee.supernet == name else None,
         test=test_metrics(member),
     )
@@ -139,7 +122,7 @@ def write_global_front(tracker: Tracker, results: SupernetSweepResults) -> None:
     """Write the front over all supernets as curves of the sweep's row; on `test` too, once
     verified."""
     end_ms = supernets_end_ms(results)
-    tracker.series(by_cost("front_val", [results.feasible[gate].metrics for gate in results.front], end_ms))
+    tracker.series(by_cost("front_val", [results.feasible[gate].metrics for gate in results.front_gates], end_ms))
     if results.is_verified:
         rows = [standing_of(results, gate.supernet).test[gate.slot] for gate in results.frozen]
         tracker.series(by_cost("front_test", rows, end_ms))
@@ -148,7 +131,7 @@ def write_global_front(tracker: Tracker, results: SupernetSweepResults) -> None:
 def write_global_overview(tracker: Tracker, results: SupernetSweepResults, *, redraw: bool) -> None:
     """Put a picture and a table of the front over all supernets into the description of the sweep's
     row."""
-    if results.front:
+    if results.front_gates:
         uid, info = sweep_uid(results.manifest, results.run), supernets_front(supernets_info(results))
         warnings = sweep_training_notes(results)
         attach_front(tracker, results.run, uid, info, global_headline(results), redraw=redraw, warnings=warnings)
@@ -166,8 +149,19 @@ def supernets_end_ms(results: SupernetSweepResults) -> int:
     """End of the last stage of any member, Unix time in ms; not the time of writing, because rows
     repeat."""
     ends = [entry.end_ms for entry in results.entries]
-    ends += [sweep_end_ms(member.manifest) for member in results.members.values()]
+    ends += [sweep_end_ms(member.manifest) for member in results.supernets.values()]
     return max([*ends, unix_ms(results.manifest["created_at"])])
+
+
+def replay_sweep(results: Results, make: Callable[[], Tracker]) -> list[tuple[Tracker, Status, int]]:
+    """Write all rows of a sweep of one supernet or of several, as its launch would; arguments and
+    result are those of `replay_supernets`."""
+    if isinstance(results, SupernetSweepResults):
+        return replay_supernets(results, make)
+    assert isinstance(results, RunResults)
+    tracker = make()
+    replay(results, tracker)
+    return [(tracker, "FINISHED" if results.is_verified else "KILLED", sweep_end_ms(results.manifest))]
 
 
 def replay_supernets(results: SupernetSweepResults, make: Callable[[], Tracker]) -> list[tuple[Tracker, Status, int]]:
@@ -181,7 +175,7 @@ def replay_supernets(results: SupernetSweepResults, make: Callable[[], Tracker])
         the trackers, each with the status and the time to close it with; the sweep's own last.
     """
     run, config, tracker = results.run, results.config, make()
-    parent = parent_row(results.manifest, run, config)
+    parent = sweep_row(results.manifest, run, config)
     tracker.parent(parent)
     trackers: list[tuple[Tracker, Status, int]] = []
     for entry in results.entries:
@@ -193,13 +187,13 @@ def replay_supernets(results: SupernetSweepResults, make: Callable[[], Tracker])
             member,
             own,
             under=parent,
-            standing=standing_of(results, entry.name) if entry.name in results.members else None,
+            standing=standing_of(results, entry.name) if entry.name in results.supernets else None,
         )
         row = fate_row(entry, member_run, Manifest(member_run.manifest_path), member.config)
         if row is not None and entry.state != "waiting":
             _write_supernet(own, row, entry)
         trackers.append((own, *member_end(entry, member)))
-    if results.front:
+    if results.front_gates:
         write_global_front(tracker, results)
     for path in (run.sweep_yaml, run.points_parquet, run.report_html):
         if path.exists():

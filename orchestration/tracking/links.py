@@ -8,8 +8,8 @@ import webbrowser
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
 
+from orchestration.results.protocol import Results
 from orchestration.results.run import RunResults
 from orchestration.runs.folder import RunDir, list_runs
 from orchestration.tracking.database import experiment_of
@@ -17,13 +17,6 @@ from orchestration.tracking.rows import sweep_uid
 from orchestration.tracking.view import view_path
 
 MAX_LINKS = 8
-
-
-class ReadableRun(Protocol):
-    """A sweep's results, of one supernet or of several."""
-
-    run: RunDir
-    manifest: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -34,7 +27,7 @@ class Link:
     path: str
 
 
-def link_to(results: ReadableRun, uri: str) -> Link | None:
+def link_to(results: Results, uri: str) -> Link | None:
     """The page of a run's points; None if the points are not in this store, or were written without
     the page.
 
@@ -47,7 +40,7 @@ def link_to(results: ReadableRun, uri: str) -> Link | None:
     return None if experiment is None else Link(results.run.name, view_path(experiment, uid))
 
 
-def certain_link(results: ReadableRun, uri: str, write: Callable[[], object]) -> Link | None:
+def certain_link(results: Results, uri: str, write: Callable[[], object]) -> Link | None:
     """The page of a run's points; writes the run to the store first if it has no page there.
 
     Args:

@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from dashboards.theme import BLUE, INK, MUTED, SKY, VERMILION
 from orchestration.config.loading import load_config
+from orchestration.config.resolve import supernet_space
 from orchestration.config.sweep import SweepConfig
 from orchestration.results.measured import MeasuredSubnet, static_metrics
 from orchestration.results.report import front_info, headline, training_notes
@@ -85,9 +86,11 @@ def sweep_end_ms(manifest: Mapping[str, Any]) -> int:
 
 
 def sweep_row(manifest: Mapping[str, Any], run: RunDir, config: SweepConfig) -> TrackedRun:
-    """The parent row: the whole configuration as parameters, with the regime resolved."""
+    """The parent row: the whole configuration as parameters, with the regime resolved unless the
+    space varies the supernet."""
+    written = config.model_dump(mode="json", exclude={"presets"})
     params = canonical_settings(
-        {**config.model_dump(mode="json", exclude={"presets"}), "supernet": resolved_settings(config)}
+        written if supernet_space(config) else {**written, "supernet": resolved_settings(config)}
     )
     tags = {
         "run": run.name,

@@ -117,10 +117,10 @@ def test_each_distinct_supernet_is_trained_once_and_is_a_run_of_its_own(swept: S
     results = swept.results
     assert sorted(float(entry.settings["supernet.options.width"]) for entry in results.entries) == [0.5, 1.0, 8.0]
     assert len({entry.key for entry in results.entries}) == 3
-    assert list(results.members) == [entry.name for entry in results.entries if entry.state == "trained"]
-    assert len(results.members) == 2
+    assert list(results.supernets) == [entry.name for entry in results.entries if entry.state == "trained"]
+    assert len(results.supernets) == 2
     weights = set()
-    for name, member in results.members.items():
+    for name, member in results.supernets.items():
         entry = results.entry(name)
         assert member.done_key("supernet") == entry.key
         assert entry.name.endswith(entry.key[:8])
@@ -148,7 +148,7 @@ def test_the_front_is_that_of_all_gates_of_all_supernets_together(swept: Swept) 
     results = swept.results
     points = {
         GateId(name, record.slot): (record.metrics["top1"], record.metrics["madds_m"])
-        for name, member in results.members.items()
+        for name, member in results.supernets.items()
         for record in member.records
     }
     assert len(points) == 2 * TRIALS
@@ -157,10 +157,10 @@ def test_the_front_is_that_of_all_gates_of_all_supernets_together(swept: Swept) 
         return any(a >= top1 and b <= madds_m and (a, b) != (top1, madds_m) for a, b in points.values())
 
     expected = {value for value in points.values() if not is_beaten(*value)}
-    assert {points[gate] for gate in results.front} == expected
-    assert len(results.front) == len(expected)  # of copies one
-    narrow = next(name for name in results.members if results.entry(name).settings["supernet.options.width"] == 0.5)
-    assert narrow in {gate.supernet for gate in results.front}, "it reaches costs that the other cannot"
+    assert {points[gate] for gate in results.front_gates} == expected
+    assert len(results.front_gates) == len(expected)  # of copies one
+    narrow = next(name for name in results.supernets if results.entry(name).settings["supernet.options.width"] == 0.5)
+    assert narrow in {gate.supernet for gate in results.front_gates}, "it reaches costs that the other cannot"
 
 
 @pytest.mark.ray
@@ -168,12 +168,12 @@ def test_points_say_where_each_comes_from_and_only_the_front_over_all_is_marked(
     results = swept.results
     rows = load_points(results.run.points_parquet)
     gates = [row for row in rows if row["kind"] == "gate" and row["split"] == "val"]
-    assert Counter(row["supernet"] for row in gates) == dict.fromkeys(results.members, TRIALS)
+    assert Counter(row["supernet"] for row in gates) == dict.fromkeys(results.supernets, TRIALS)
     marked = {GateId(row["supernet"], row["slot"]) for row in gates if row["is_front"]}
-    assert marked == set(results.front)
+    assert marked == set(results.front_gates)
     assert Counter(
         row["supernet"] for row in rows if row["kind"] == "subnet" and row["split"] == "val"
-    ) == dict.fromkeys(results.members, 3)
+    ) == dict.fromkeys(results.supernets, 3)
     reported = {
         GateId(row["supernet"], row["slot"]) for row in rows if row["kind"] == "gate" and row["split"] == "test"
     }
@@ -188,7 +188,7 @@ def test_the_merged_study_opens_in_optuna_and_has_the_numbers_of_the_members(swe
     assert [direction.name for direction in study.directions] == ["MAXIMIZE", "MINIMIZE"]
     trials = {trial.user_attrs["origin"]: trial for trial in study.get_trials()}
     assert len(trials) == len(study.get_trials()) == 2 * TRIALS + 1
-    for name, member in results.members.items():
+    for name, member in results.supernets.items():
         for record in member.records:
             trial = trials.pop(GateId(name, record.slot).name)
             assert trial.state == TrialState.COMPLETE
@@ -201,7 +201,7 @@ def test_the_merged_study_opens_in_optuna_and_has_the_numbers_of_the_members(swe
     assert "madds_m <= 1" in failed.user_attrs["reason"]
     assert trials == {}
     best = {(value[0], value[1]) for value in (trial.values for trial in study.best_trials)}
-    assert best == {tuple(results.feasible[gate].values or ()) for gate in results.front}
+    assert best == {tuple(results.feasible[gate].values or ()) for gate in results.front_gates}
 
 
 @pytest.mark.ray
@@ -211,7 +211,7 @@ def test_test_is_opened_after_the_front_is_frozen_and_only_for_gates_on_it(swept
     assert results.manifest["test_openings"] == 1
     opened_s = datetime.fromisoformat(results.manifest["test_opened_by"][0]["at"]).timestamp()
     assert frozen_s <= opened_s + 0.001
-    for name, member in results.members.items():
+    for name, member in results.supernets.items():
         own = {gate.slot for gate in results.front_sample if gate.supernet == name}
         sealed = member.run.sealed_table(member.done_key("table"))
         assert sealed.exists() == bool(own)
@@ -222,7 +222,7 @@ def test_test_is_opened_after_the_front_is_frozen_and_only_for_gates_on_it(swept
             assert set(member.verified.front) == own
     assert results.is_verified
     content = json.loads(results.run.front_json.read_text())
-    assert [GateId(item["supernet"], item["slot"]) for item in content["front"]] == list(results.front)
+    assert [GateId(item["supernet"], item["slot"]) for item in content["front"]] == list(results.front_gates)
 
 
 def _tree(client: MlflowClient) -> list[Run]:
@@ -261,7 +261,7 @@ def test_mlflow_has_one_tree_and_sync_builds_the_same(swept: Swept, tmp_path: Pa
 
     places = Counter((row.data.tags["kind"], tuple(above(row))) for row in rows)
     expected = Counter({("sweep", ()): 1})
-    for name in results.members:
+    for name in results.supernets:
         expected[("sweep", ("nets",))] += 1
         expected[("supernet", (name, "nets"))] = 1
         expected[("subnet", (name, "nets"))] = 4
@@ -270,7 +270,7 @@ def test_mlflow_has_one_tree_and_sync_builds_the_same(swept: Swept, tmp_path: Pa
     assert {row.info.status for row in rows} == {"FINISHED"}
     assert len({row.data.tags["root"] for row in rows}) == 1
     on_front = {row.info.run_name for row in rows if row.data.tags.get("on_front") == "true"}
-    assert on_front == {gate.name for gate in results.front}
+    assert on_front == {gate.name for gate in results.front_gates}
     for row in rows:
         if row.data.tags["kind"] == "supernet":
             entry = results.entry(above(row)[0])
@@ -294,7 +294,7 @@ def test_a_second_launch_does_nothing_and_says_so(swept: Swept) -> None:
     results = swept.results
     folders = [
         results.run.supernets_dir / name / stage
-        for name in results.members
+        for name in results.supernets
         for stage in ("supernet", "table", "search", "verify")
     ]
     before = [snapshot(folder) for folder in folders]
@@ -326,23 +326,23 @@ def test_a_plan_forecasts_the_supernets_that_can_be_all_together(tmp_path: Path)
 @pytest.mark.ray
 def test_commands_on_the_sweep_show_origins_and_take_its_members_as_runs(swept: Swept, tmp_path: Path) -> None:
     results, folder = swept.results, swept.folder
-    first = next(iter(results.members))
+    first = next(iter(results.supernets))
     status = call(folder, "status", "nets", "--json").json
     assert Counter(item["state"] for item in status["supernets"]) == {"trained": 2, "failed": 1}
-    assert status["front"] == [gate.name for gate in results.front]
+    assert status["front"] == [gate.name for gate in results.front_gates]
     trials = call(folder, "trials", "nets", "--json").json
-    assert Counter(trial["supernet"] for trial in trials) == dict.fromkeys(results.members, TRIALS)
-    assert {trial["name"] for trial in trials if trial["is_front"]} == {gate.name for gate in results.front}
+    assert Counter(trial["supernet"] for trial in trials) == dict.fromkeys(results.supernets, TRIALS)
+    assert {trial["name"] for trial in trials if trial["is_front"]} == {gate.name for gate in results.front_gates}
     front = call(folder, "pareto", "nets", "--json", "--figure", tmp_path / "front.html").json["front"]
-    assert {row["name"] for row in front} == {gate.name for gate in results.front}
+    assert {row["name"] for row in front} == {gate.name for gate in results.front_gates}
     assert (tmp_path / "front.html").stat().st_size > 1_000_000
     own = call(folder, "pareto", f"nets/supernets/{first}", "--json").json["front"]
-    assert {row["slot"] for row in own} == set(results.members[first].front)
+    assert {row["slot"] for row in own} == set(results.supernets[first].front)
     plan = call(folder, "plan", SWEEP, "--json").json
-    assert [item["name"] for item in plan["supernets"] if item["known"]] == list(results.members)
+    assert [item["name"] for item in plan["supernets"] if item["known"]] == list(results.supernets)
     assert plan["forecast"] is None, "nothing is left to do"
     lr = plan["settings"]["supernet.train.lr"]
-    assert (lr["origin"], lr["value"]) == ("data", results.members[first].config.supernet.train.lr)
+    assert (lr["origin"], lr["value"]) == ("data", results.supernets[first].config.supernet.train.lr)
     brief = call(folder, "plan", SWEEP).out
     assert brief.splitlines()[1].startswith("data      digits, 8 x 8 pixels")
     assert lr["reason"] in brief
@@ -356,7 +356,7 @@ def test_commands_on_the_sweep_show_origins_and_take_its_members_as_runs(swept: 
 def test_a_gate_of_any_supernet_is_exported_by_its_whole_name_and_an_ambiguous_one_is_refused(
     swept: Swept, tmp_path: Path
 ) -> None:
-    gate = swept.results.front[0]
+    gate = swept.results.front_gates[0]
     answer = call(swept.folder, "export", "nets", "--pick", gate.name, "--out", tmp_path)
     assert answer.code == 0, answer.err
     (path,) = answer.out.split()
@@ -389,10 +389,10 @@ def test_a_supernet_that_is_at_work_is_training_and_its_newest_checkpoint_says_h
 def test_the_report_holds_the_front_over_all_and_a_way_to_each_supernet(swept: Swept) -> None:
     results = swept.results
     text = results.run.report_html.read_text()
-    for name in results.members:
+    for name in results.supernets:
         assert f'href="supernets/{name}/report.html"' in text
         assert (results.run.path / "supernets" / name / "report.html").is_file()
-    for gate in results.front:
+    for gate in results.front_gates:
         assert gate.name in text
     assert "One front over all supernets" in text
 
@@ -411,7 +411,7 @@ def test_a_sweep_that_is_killed_in_its_second_training_and_in_its_second_search_
     swept: Swept, tmp_path: Path
 ) -> None:
     write_sweep(tmp_path, SUPERNETS, SWEEP)
-    names = list(swept.results.members)
+    names = list(swept.results.supernets)
     members = tmp_path / "runs" / "nets" / "supernets"
     with launched(tmp_path) as command:
         command.wait_for(lambda: any((members / names[1]).glob("supernet/*/epoch-00001.json")))
@@ -427,14 +427,14 @@ def test_a_sweep_that_is_killed_in_its_second_training_and_in_its_second_search_
     answer = call(tmp_path, "launch", SWEEP, *WITHOUT_MLFLOW)
     assert answer.code == 0, answer.err
     resumed, straight = sweep_in(tmp_path), swept.results
-    assert list(resumed.members) == names
-    assert resumed.front == straight.front
+    assert list(resumed.supernets) == names
+    assert resumed.front_gates == straight.front_gates
     for name in names:
         assert file_sha256(
-            resumed.members[name].run.stage_dir("supernet", resumed.entry(name).key) / "final.safetensors"
+            resumed.supernets[name].run.stage_dir("supernet", resumed.entry(name).key) / "final.safetensors"
         ) == (
             file_sha256(
-                straight.members[name].run.stage_dir("supernet", straight.entry(name).key) / "final.safetensors"
+                straight.supernets[name].run.stage_dir("supernet", straight.entry(name).key) / "final.safetensors"
             )
         )
     ours, theirs = (merged_study(results.run.merged_journal).get_trials() for results in (resumed, straight))

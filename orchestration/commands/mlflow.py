@@ -1,0 +1,84 @@
+"""Commands about MLflow: write a run to it again, and find the pages that show a run's points."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from dsnet.errors import NotFoundError, PreflightError
+from orchestration.results.protocol import Results
+from orchestration.runs.folder import MLFLOW_DATABASE, mlflow_artifact_root, mlflow_store_uri
+from orchestration.runs.lock import DriverLock
+from orchestration.supernets.results import SupernetSweepResults
+from orchestration.supernets.tracking import TreeTrackers, replay_sweep
+from orchestration.tracking.links import Link, certain_link, newest_links
+from orchestration.tracking.rows import store_uri, whole_sweep
+
+SYNC_TIMEOUT_S = 600.0
+
+
+def sync_again(results: Results) -> str:
+    """Write a run to MLflow; returns a sentence about it.
+
+    A member of a sweep of supernets is written with its whole sweep, whose front says which of its
+    points count.
+
+    Raises:
+        PreflightError: tracking is off, or the store does not take the results.
+        LockedError: a driver is at work; it writes to MLflow itself.
+    """
+    whole = whole_sweep(results.run)
+    if whole is not results.run:
+        results = SupernetSweepResults(whole)
+    run, config = results.run, results.config
+    if not config.tracking.mlflow:
+        raise PreflightError(
+            f"run {run.name!r} was made with tracking.mlflow: false; launch it with --set tracking.mlflow=true"
+        )
+    warnings: list[str] = []
+    with DriverLock(run, f"dsnet-orch sync {run.name}"):
+        trees = TreeTrackers(config, run)
+        try:
+            trackers = replay_sweep(results, lambda: trees.make(warnings.append))
+            summaries = [own.close(status, end_ms, SYNC_TIMEOUT_S) for own, status, end_ms in trackers]
+        finally:
+            trees.end()
+    uri = store_uri(config, run)
+    num_unsent = sum(summary.num_unsent for summary in summaries)
+    if num_unsent:
+        first = next(summary.first_error for summary in summaries if summary.num_unsent)
+        raise PreflightError(f"{num_unsent} writes to {uri} failed: {first}")
+    several = f" of {len(results.supernets)} supernets" if isinstance(results, SupernetSweepResults) else ""
+    return f"{run.name}: {results.num_trials} trials{several} are in {uri}"
+
+
+@dataclass(frozen=True)
+class Pages:
+    """A store of MLflow, and the pages in it that show points."""
+
+    uri: str
+    artifacts: Path
+    """Folder of the store's artifacts."""
+    links: tuple[Link, ...]
+
+
+def newest_pages(runs: Path) -> Pages:
+    """The pages of the newest runs in a runs folder, in its default store.
+
+    Raises:
+        NotFoundError: nothing was tracked there yet.
+    """
+    if not (runs / MLFLOW_DATABASE).is_file():
+        raise NotFoundError(
+            f"{runs}: no {MLFLOW_DATABASE} here; launch a sweep first, or name the runs folder with --runs"
+        )
+    uri = mlflow_store_uri(runs)
+    return Pages(uri, mlflow_artifact_root(runs), tuple(newest_links(runs, uri)))
+
+
+def pages_of(results: Results) -> Pages:
+    """The page of a run, which is written to the store first if it has none there; a store on a
+    server is not looked into."""
+    uri = store_uri(results.config, results.run)
+    link = None if uri.startswith("http") else certain_link(results, uri, lambda: sync_again(results))
+    return Pages(uri, mlflow_artifact_root(whole_sweep(results.run).root), () if link is None else (link,))
