@@ -226,9 +226,14 @@ def test_a_larger_budget_continues_the_same_study_and_verifies_the_new_front(
     finished: Finished, tmp_path: Path
 ) -> None:
     folder = finished.copy(tmp_path)
+    read_before = results_in(folder)
+    assert read_before.records == finished.results.records
     answer = call(folder, "launch", SWEEP, "--trials", "20", *WITHOUT_MLFLOW)
     assert answer.code == 0, answer.err
     old, new = finished.results, results_in(folder)
+    assert len(read_before.records) == 12, "what was read stays until it is refreshed"
+    read_before.refresh()
+    assert (read_before.records, read_before.front, read_before.verified) == (new.records, new.front, new.verified)
     assert new.records[:12] == old.records
     assert len(new.records) == 20
     assert new.stage_key("search") == old.stage_key("search")
