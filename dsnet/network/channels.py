@@ -167,7 +167,7 @@ def trace(module: nn.Module, image: Tensor, concrete_args: Mapping[str, Any] | N
     module.eval()
     try:
         graph = fx.symbolic_trace(module, concrete_args=dict(concrete_args) if concrete_args else None)
-    except Exception as error:  # noqa: BLE001 - any error of a user's module becomes one message
+    except Exception as error:
         raise ConfigError(
             f"{type(module).__name__} cannot be traced: {_first_line(error)}{_line_of(error, module)}; "
             "write it without control flow that depends on the values of tensors"
@@ -177,7 +177,7 @@ def trace(module: nn.Module, image: Tensor, concrete_args: Mapping[str, Any] | N
     try:
         with torch.no_grad():
             ShapeProp(graph).propagate(image)
-    except Exception as error:  # noqa: BLE001 - any error of a user's module becomes one message
+    except Exception as error:
         raise ConfigError(
             f"{type(module).__name__} does not run on an image of {' x '.join(map(str, image.shape[1:]))}: {_first_line(error)}"
         ) from error

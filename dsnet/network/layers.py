@@ -6,7 +6,7 @@ given its output width. `cut` copies the slice that one sub-network uses into a 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -98,8 +98,11 @@ class BatchNormBank(nn.Module):
         *,
         private_affine: bool = False,
         tracks: bool = True,
+        eps: float = BN_EPS,
+        size_of: Callable[[tuple[int, ...]], int] = lambda prefix: prefix[-1],
     ) -> None:
         super().__init__()
+        self.eps = eps
         self.momentum: float | None = BN_MOMENTUM
         """Weight of the newest batch; None: cumulative average, for recalibration; 0.0: statistics
         stay unchanged."""
@@ -115,10 +118,10 @@ class BatchNormBank(nn.Module):
         for prefix in known:
             suffix = _key(prefix)
             if private_affine:
-                self.register_parameter(f"weight_{suffix}", nn.Parameter(torch.ones(prefix[-1])))
-                self.register_parameter(f"bias_{suffix}", nn.Parameter(torch.zeros(prefix[-1])))
-            self.register_buffer(f"mean_{suffix}", torch.zeros(prefix[-1]))
-            self.register_buffer(f"var_{suffix}", torch.ones(prefix[-1]))
+                self.register_parameter(f"weight_{suffix}", nn.Parameter(torch.ones(size_of(prefix))))
+                self.register_parameter(f"bias_{suffix}", nn.Parameter(torch.zeros(size_of(prefix))))
+            self.register_buffer(f"mean_{suffix}", torch.zeros(size_of(prefix)))
+            self.register_buffer(f"var_{suffix}", torch.ones(size_of(prefix)))
             self.register_buffer(f"updates_{suffix}", torch.zeros((), dtype=torch.int64))
         # Used in every forward: building the names anew would cost 1 % of a training step.
         self._names = {
@@ -144,7 +147,11 @@ class BatchNormBank(nn.Module):
 
     def num_updates(self, widths: tuple[int, ...]) -> int:
         """Number of updates of the statistics that a sub-network of these widths uses."""
-        return int(self.statistics(widths[: self.depth])[2])
+        return int(self.statistics(self.key_of(widths))[2])
+
+    def key_of(self, widths: tuple[int, ...]) -> tuple[int, ...]:
+        """The key of the statistics that a sub-network of these widths uses."""
+        return widths[: self.depth]
 
     def affine(self, prefix: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """Scale and shift of one prefix."""
@@ -155,17 +162,22 @@ class BatchNormBank(nn.Module):
 
     def forward(self, x: Tensor, prefix: tuple[int, ...]) -> Tensor:
         """Normalise [B, c, H, W] with the statistics of `prefix` (batch statistics while
-        training)."""
+        training).
+
+        In training, widths that no sub-network of the set has are normalised by the batch alone.
+        """
+        if self.training and prefix not in self._names:
+            return F.batch_norm(x, None, None, *self.affine(prefix), True, 0.0, self.eps)
         mean, var, updates = self.statistics(prefix)
         factor = self._count(updates)
-        return F.batch_norm(x, mean, var, *self.affine(prefix), self.training, factor, BN_EPS)
+        return F.batch_norm(x, mean, var, *self.affine(prefix), self.training, factor, self.eps)
 
     def scale_and_shift(self, prefix: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """Scale and shift, each [c], that are equivalent to normalising by the running statistics
         of `prefix`."""
         mean, var, _ = self.statistics(prefix)
         weight, bias = self.affine(prefix)
-        scale = weight * torch.rsqrt(var + BN_EPS)
+        scale = weight * torch.rsqrt(var + self.eps)
         return scale, bias - mean * scale
 
     def forward_nested(self, x: Tensor, prefixes: Collection[tuple[int, ...]]) -> Tensor:
@@ -195,10 +207,10 @@ class BatchNormBank(nn.Module):
         mean, var, updates = self.statistics(widest)
         factor = self._count(updates)
         y, batch_mean, batch_inverse_deviation = torch.native_batch_norm(
-            x, *self.affine(widest), mean, var, True, factor, BN_EPS
+            x, *self.affine(widest), mean, var, True, factor, self.eps
         )
         with torch.no_grad():
-            biased = batch_inverse_deviation**-2 - BN_EPS
+            biased = batch_inverse_deviation**-2 - self.eps
             batch_var = biased * (num_values / (num_values - 1))
             for prefix in set(prefixes) - {widest}:
                 mean, var, updates = self.statistics(prefix)
@@ -225,7 +237,7 @@ class BatchNormBank(nn.Module):
         """The statistics of one prefix as a plain BatchNorm2d in eval mode."""
         mean, var, updates = self.statistics(prefix)
         weight, bias = self.affine(prefix)
-        plain = nn.BatchNorm2d(prefix[-1], eps=BN_EPS, momentum=BN_MOMENTUM)
+        plain = nn.BatchNorm2d(len(mean), eps=self.eps, momentum=BN_MOMENTUM)
         with torch.no_grad():
             plain.weight.copy_(weight)
             plain.bias.copy_(bias)

@@ -122,6 +122,8 @@ class Supernet(nn.Module, ABC):
 
     def forward(self, images: Tensor, subnet: Subnet) -> Tensor:
         """Logits [B, num_classes] of one sub-network."""
+        if not self.spec.gates:
+            return self.head(images, subnet)
         return self.tail(self.trunk(images, subnet).features, subnet)
 
     def batch_norms(self) -> list[BatchNormBank]:

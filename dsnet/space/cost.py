@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from dsnet.space.spec import CLASSES, IMAGE, IMAGE_CHANNELS, Op, Subnet, SupernetSpec
+from dsnet.space.spec import CLASSES, IMAGE, IMAGE_CHANNELS, Op, Pair, Subnet, SupernetSpec
 
 
 @dataclass(frozen=True)
@@ -41,14 +41,15 @@ def subnet_cost(spec: SupernetSpec, subnet: Subnet, image_size: int) -> Cost:
     spec.check(subnet)
     if image_size < 1:
         raise ValueError(f"image_size is {image_size}, but must be at least 1 pixel")
-    sizes = {IMAGE: image_size}
+    sizes = {IMAGE: (image_size, image_size)}
     segments = [0] * (len(spec.gates) + 1)
     params = 0
     for op in spec.ops:
         size = sizes[op.reads]
         sizes[op.name] = _output_size(op, size)
-        num_in = spec.in_channels if op.in_group == IMAGE_CHANNELS else op.input_width(subnet.widths)
-        num_out = spec.num_classes if op.out_group == CLASSES else subnet.widths[op.out_group]
+        num_in = _num_in(spec, op, subnet)
+        is_traced_depthwise = op.kind == "depthwise" and op.parts
+        num_out = num_in * op.divisions if is_traced_depthwise else _width(spec, op.out_group, subnet)
         segments[op.segment] += _madds(op, num_in, num_out, size, sizes[op.name])
         params += _params(op, num_in, num_out)
     return Cost(sum(segments), params, tuple(segments))
@@ -77,11 +78,11 @@ def pooling_madds(spec: SupernetSpec, subnet: Subnet, gate: int, image_size: int
     Raises:
         ValueError: the spec has no op with the name of the gate's attention.
     """
-    sizes = {IMAGE: image_size}
+    sizes = {IMAGE: (image_size, image_size)}
     for op in spec.ops:
         size = sizes[op.reads]
         if op.name == spec.gates[gate].attention:
-            return op.input_width(subnet.widths) * size**2
+            return op.input_width(subnet.widths) * size[0] * size[1]
         sizes[op.name] = _output_size(op, size)
     raise ValueError(
         f"gate {spec.gates[gate].name!r} names attention {spec.gates[gate].attention!r}, which {spec.family} does not have"
@@ -93,36 +94,66 @@ def gate_madds(hidden: int, num_routes: int) -> int:
     return hidden * num_routes
 
 
-def _output_size(op: Op, size: int) -> int:
+def _width(spec: SupernetSpec, group: int, subnet: Subnet) -> int:
+    """Number of channels of a group, of the image or of the classes."""
+    if group == IMAGE_CHANNELS:
+        return spec.in_channels
+    return spec.num_classes if group == CLASSES else subnet.widths[group]
+
+
+def _num_in(spec: SupernetSpec, op: Op, subnet: Subnet) -> int:
+    """Number of an op's input channels."""
+    if op.parts:
+        return sum(_width(spec, group, subnet) * repeat for group, repeat in op.parts)
+    return spec.in_channels if op.in_group == IMAGE_CHANNELS else op.input_width(subnet.widths)
+
+
+def _output_size(op: Op, size: Pair) -> Pair:
+    if op.window is not None:
+        return op.window.output_size(size)
     if op.kind in ("pool", "linear"):
-        return 1
-    return -(-size // op.stride)
+        return 1, 1
+    return -(-size[0] // op.stride), -(-size[1] // op.stride)
 
 
-def _madds(op: Op, num_in: int, num_out: int, size_in: int, size_out: int) -> int:
+def _madds(op: Op, num_in: int, num_out: int, size_in: Pair, size_out: Pair) -> int:
+    pixels_in, pixels_out = size_in[0] * size_in[1], size_out[0] * size_out[1]
     match op.kind:
         case "conv":
-            return op.kernel**2 * num_in * num_out * size_out**2
+            return _taps(op) * num_in * num_out * pixels_out
+        case "grouped":
+            return _taps(op) * (num_in // op.divisions) * num_out * pixels_out
         case "depthwise":
-            return op.kernel**2 * num_in * size_out**2
+            return _taps(op) * num_in * op.divisions * pixels_out
         case "attention":
-            return num_in * size_in**2 + 2 * op.hidden * num_in
+            return num_in * pixels_in + 2 * op.hidden * num_in
         case "pool" | "maxpool":
-            return num_in * size_in**2
+            return num_in * pixels_in
         case "linear":
             return num_in * num_out
+        case "norm":
+            return 0
+
+
+def _taps(op: Op) -> int:
+    """Number of weights of one filter per input channel."""
+    return op.kernel**2 if op.window is None else op.window.kernel[0] * op.window.kernel[1]
 
 
 def _params(op: Op, num_in: int, num_out: int) -> int:
-    norm = 2 * num_out if op.has_norm else 0
+    further = (2 * num_out if op.has_norm else 0) + (num_out if op.has_bias else 0)
     match op.kind:
         case "conv":
-            return op.kernel**2 * num_in * num_out + norm
+            return _taps(op) * num_in * num_out + further
+        case "grouped":
+            return _taps(op) * (num_in // op.divisions) * num_out + further
         case "depthwise":
-            return op.kernel**2 * num_in + norm
+            return _taps(op) * num_in * op.divisions + further
         case "attention":
             return 2 * op.hidden * num_in + op.hidden + num_in
         case "pool" | "maxpool":
             return 0
         case "linear":
-            return num_in * num_out + num_out
+            return num_in * num_out + (num_out if op.has_bias or not op.parts else 0)
+        case "norm":
+            return 2 * num_in

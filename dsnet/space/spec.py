@@ -26,7 +26,9 @@ NORMS = ("private_stats", "private_affine", "recalibrate", "group_norm")
 training), in this order: BatchNorm with private running statistics per prefix of widths and one
 shared affine pair; with private affine pairs too; with private statistics that only recalibration
 computes, not training; or GroupNorm, which keeps no statistics."""
-OpKind = Literal["conv", "depthwise", "attention", "maxpool", "pool", "linear"]
+OpKind = Literal["conv", "depthwise", "attention", "maxpool", "pool", "linear", "grouped", "norm"]
+Pair = tuple[int, int]
+"""Height and width."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,46 @@ class ChannelGroup:
 
     name: str
     max_width: int
+    pinned: str = ""
+    """Why every sub-network keeps all channels; empty where they can be sliced."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """Geometry of a convolution or pooling that is not the usual one; each pair is height and
+    width."""
+
+    kernel: Pair
+    stride: Pair = (1, 1)
+    padding: Pair = (0, 0)
+    dilation: Pair = (1, 1)
+    ceil: bool = False
+    """Whether the last, incomplete window counts."""
+    output: Pair = (0, 0)
+    """Size of the output where it is fixed (adaptive pooling); 0 where it follows from the
+    input."""
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Window:
+        """Rebuild it from the result of `asdict`."""
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in data.items()})
+
+    def output_size(self, size: Pair) -> Pair:
+        """Height and width of the output for an input of `size` pixels."""
+        if self.output != (0, 0):
+            return self.output
+        height, width = (self._along(axis, size[axis]) for axis in (0, 1))
+        return height, width
+
+    def _along(self, axis: int, size: int) -> int:
+        stride, padding = self.stride[axis], self.padding[axis]
+        span = size + 2 * padding - self.dilation[axis] * (self.kernel[axis] - 1) - 1
+        if span < 0:
+            raise ValueError(f"a kernel of {self.kernel[axis]} pixels does not fit into {size} pixels")
+        if not self.ceil:
+            return span // stride + 1
+        number = -(-span // stride) + 1
+        return number - 1 if (number - 1) * stride >= size + padding else number
 
 
 @dataclass(frozen=True)
@@ -61,10 +103,23 @@ class Op:
     in_union: tuple[int, ...] = ()
     """Further groups that write the op's input; a residual stream has as many channels as its
     widest writer."""
+    parts: tuple[Pair, ...] = ()
+    """In a traced network the input's channels, in order: (group, repeats of each of its channels);
+    a group may be `IMAGE_CHANNELS`. They replace `in_group` and `in_union`."""
+    window: Window | None = None
+    """Geometry that `kernel` and `stride` cannot express."""
+    has_bias: bool = False
+    divisions: int = 1
+    """Groups of a grouped convolution; channels per input channel of a depthwise one."""
+    depends: tuple[int, ...] = ()
+    """Groups whose widths are the key of the op's BatchNorm statistics, the written ones last; empty:
+    all groups up to `out_group`."""
 
     def input_width(self, widths: Sequence[int]) -> int:
         """Number of input channels for a sub-network's widths (not for an op that reads the
         image)."""
+        if self.parts:
+            return sum(widths[group] * repeat for group, repeat in self.parts)
         return max(widths[group] for group in (self.in_group, *self.in_union))
 
 
@@ -129,8 +184,11 @@ class SupernetSpec:
         if data["norm"] == "private_stats":
             del data["norm"]
         for op in data["ops"]:
-            if not op["in_union"]:
-                del op["in_union"]
+            for name in [name for name, default in _OP_DEFAULTS.items() if op[name] == default]:
+                del op[name]
+        for group in data["groups"]:
+            if not group["pinned"]:
+                del group["pinned"]
         return data
 
     @classmethod
@@ -145,7 +203,7 @@ class SupernetSpec:
                 **{
                     **data,
                     "groups": tuple(ChannelGroup(**group) for group in data["groups"]),
-                    "ops": tuple(Op(**{**op, "in_union": tuple(op.get("in_union", ()))}) for op in data["ops"]),
+                    "ops": tuple(map(_op, data["ops"])),
                     "gates": tuple(GateSpec(**gate) for gate in data["gates"]),
                 }
             )
@@ -171,7 +229,30 @@ class SupernetSpec:
                 f"sub-network {subnet.name!r} has {len(subnet.widths)} widths, but {self.family} has {len(self.groups)} channel groups"
             )
         for width, group in zip(subnet.widths, self.groups, strict=True):
+            if group.pinned and width != group.max_width:
+                raise ValueError(
+                    f"sub-network {subnet.name!r}: channel group {group.name!r} keeps all {group.max_width} channels, not {width}: {group.pinned}"
+                )
             if not 1 <= width <= group.max_width:
                 raise ValueError(
                     f"sub-network {subnet.name!r}: width {width} of channel group {group.name!r} must lie in 1..{group.max_width}"
                 )
+
+
+_OP_DEFAULTS: Mapping[str, Any] = {
+    "in_union": (), "parts": (), "window": None, "has_bias": False, "divisions": 1, "depends": (),
+}  # fmt: skip
+"""Fields of an op that JSON omits where they have their default."""
+
+
+def _op(data: Mapping[str, Any]) -> Op:
+    window = data.get("window")
+    return Op(
+        **{
+            **data,
+            "in_union": tuple(data.get("in_union", ())),
+            "parts": tuple((group, repeat) for group, repeat in data.get("parts", ())),
+            "window": None if window is None else Window.from_json(window),
+            "depends": tuple(data.get("depends", ())),
+        }
+    )

@@ -1,0 +1,317 @@
+"""Supernet of a traced plain module: `torch.fx` code in which sliced layers take the widths.
+
+The graph of the module stays as it is. Convolutions, linear layers and norms are replaced by layers
+that slice their weights along *axes*: sequences of channel groups, each used as a prefix. All
+parameters keep their names, so that a state dict of the module loads into the supernet.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from dsnet.errors import ConfigError
+from dsnet.network.channels import TracedGraph, analyse, trace
+from dsnet.network.layers import BatchNormBank, SlicedGroupNorm
+from dsnet.network.slicing import corner
+from dsnet.network.supernet import Supernet, TrunkOutput
+from dsnet.space.spec import CLASSES, IMAGE_CHANNELS, Op, Pair, Subnet, SupernetSpec
+from dsnet.space.subnet_set import SubnetSet
+from dsnet.wording import way_out
+from dsnet.zoo import ZOO
+
+Widths = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """The channels along one dimension of a weight: parts that are sliced to prefixes, one after
+    the other."""
+
+    parts: tuple[tuple[int, int, int], ...]
+    """(channel group, repeats of each of its channels, channels of the whole group); group -1 is the
+    image, -2 the classes, and neither is sliced."""
+
+    @classmethod
+    def of(cls, parts: Iterable[Pair], spec: SupernetSpec) -> Axis:
+        """The axis of (group, repeat) pairs in a supernet."""
+        whole = {IMAGE_CHANNELS: spec.in_channels, CLASSES: spec.num_classes}
+        return cls(
+            tuple(
+                (group, repeat, whole[group] if group in whole else spec.groups[group].max_width)
+                for group, repeat in parts
+            )
+        )
+
+    def runs(self, widths: Widths | Mapping[int, int]) -> list[Pair]:
+        """(start, length) of the slices of a sub-network; neighbours are joined."""
+        runs: list[Pair] = []
+        start = 0
+        for group, repeat, whole in self.parts:
+            length = repeat * (whole if group < 0 else widths[group])
+            if runs and sum(runs[-1]) == start:
+                runs[-1] = (runs[-1][0], runs[-1][1] + length)
+            else:
+                runs.append((start, length))
+            start += repeat * whole
+        return runs
+
+    def size(self, widths: Widths | Mapping[int, int]) -> int:
+        """Number of channels of a sub-network."""
+        return sum(length for _, length in self.runs(widths))
+
+    @property
+    def max_size(self) -> int:
+        """Number of channels of the whole weight."""
+        return sum(repeat * whole for _, repeat, whole in self.parts)
+
+
+def take(weight: Tensor, axes: Sequence[Axis | None], widths: Widths | Mapping[int, int]) -> Tensor:
+    """The slice of a weight that a sub-network uses.
+
+    Args:
+        weight: the whole weight.
+        axes: the axis of each of its first dimensions; None keeps a dimension whole.
+        widths: the sub-network's width of every channel group.
+    """
+    sizes = []
+    for dimension, axis in enumerate(axes):
+        runs = [(0, weight.shape[dimension])] if axis is None else axis.runs(widths)
+        if len(runs) > 1:
+            weight = torch.cat([weight.narrow(dimension, start, length) for start, length in runs], dimension)
+            sizes.append(weight.shape[dimension])
+        else:
+            sizes.append(runs[0][1])
+    return corner(weight, *sizes)
+
+
+class TracedConv2d(nn.Module):
+    """A convolution of a traced module, dense or depthwise, sliced along its channels."""
+
+    def __init__(self, plain: nn.Conv2d, num_in: Axis, num_out: Axis) -> None:
+        super().__init__()
+        self.num_in, self.num_out = num_in, num_out
+        self.is_depthwise = plain.groups > 1
+        self.geometry = {"stride": plain.stride, "padding": plain.padding, "dilation": plain.dilation}
+        columns = 1 if self.is_depthwise else num_in.max_size
+        self.weight = nn.Parameter(plain.weight.detach()[: num_out.max_size, :columns].clone())
+        self.bias = None if plain.bias is None else nn.Parameter(plain.bias.detach()[: num_out.max_size].clone())
+
+    def _slices(self, widths: Widths) -> tuple[Tensor, Tensor | None]:
+        axes = (self.num_out, None if self.is_depthwise else self.num_in)
+        bias = None if self.bias is None else take(self.bias, (self.num_out,), widths)
+        return take(self.weight, axes, widths), bias
+
+    def forward(self, x: Tensor, widths: Widths) -> Tensor:
+        """[B, c, H, W] -> [B, c', H', W']."""
+        groups = x.shape[1] if self.is_depthwise else 1
+        return F.conv2d(x, *self._slices(widths), **self.geometry, groups=groups)  # type: ignore[arg-type]
+
+    def cut(self, widths: Widths) -> nn.Conv2d:
+        """The slice as a plain convolution."""
+        weight, bias = (None if each is None else each.detach().clone() for each in self._slices(widths))
+        assert weight is not None
+        num_in = self.num_in.size(widths)
+        plain = nn.Conv2d(
+            num_in, weight.shape[0], weight.shape[2:], groups=num_in if self.is_depthwise else 1,
+            bias=bias is not None, **self.geometry,  # type: ignore[arg-type]
+        )  # fmt: skip
+        plain.weight = nn.Parameter(weight)
+        plain.bias = None if bias is None else nn.Parameter(bias)
+        return plain
+
+
+class TracedLinear(nn.Module):
+    """A linear layer of a traced module, sliced along both dimensions."""
+
+    def __init__(self, plain: nn.Linear, num_in: Axis, num_out: Axis) -> None:
+        super().__init__()
+        self.num_in, self.num_out = num_in, num_out
+        self.weight = nn.Parameter(plain.weight.detach()[: num_out.max_size, : num_in.max_size].clone())
+        self.bias = None if plain.bias is None else nn.Parameter(plain.bias.detach()[: num_out.max_size].clone())
+
+    def _slices(self, widths: Widths) -> tuple[Tensor, Tensor | None]:
+        bias = None if self.bias is None else take(self.bias, (self.num_out,), widths)
+        return take(self.weight, (self.num_out, self.num_in), widths), bias
+
+    def forward(self, x: Tensor, widths: Widths) -> Tensor:
+        """[B, c] -> [B, c']."""
+        return F.linear(x, *self._slices(widths))
+
+    def cut(self, widths: Widths) -> nn.Linear:
+        """The slice as a plain linear layer."""
+        weight, bias = (None if each is None else each.detach().clone() for each in self._slices(widths))
+        assert weight is not None
+        plain = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+        plain.weight = nn.Parameter(weight)
+        plain.bias = None if bias is None else nn.Parameter(bias)
+        return plain
+
+
+class TracedNorm(BatchNormBank):
+    """A BatchNorm of a traced module, with statistics per widths of all groups upstream of it."""
+
+    def __init__(self, plain: nn.BatchNorm2d, channels: Axis, depends: tuple[int, ...], subnets: SubnetSet) -> None:
+        self.channels = channels
+        self.depends = depends
+        norm = subnets.spec.norm
+        super().__init__(
+            channels.max_size,
+            {self.key_of(subnet.widths) for subnet in subnets.all},
+            private_affine=norm == "private_affine",
+            tracks=norm != "recalibrate",
+            eps=plain.eps,
+            size_of=lambda key: channels.size(self._widths(key)),
+        )
+
+    def _widths(self, key: Widths) -> Mapping[int, int]:
+        """The widths of the groups upstream."""
+        return dict(zip(self.depends, key, strict=True))
+
+    def key_of(self, widths: Widths) -> Widths:
+        """The widths of the groups upstream."""
+        return tuple(widths[group] for group in self.depends)
+
+    def affine(self, prefix: Widths) -> tuple[Tensor, Tensor]:
+        """Scale and shift of one key."""
+        if self.private_affine:
+            return super().affine(prefix)
+        widths = self._widths(prefix)
+        return take(self.weight, (self.channels,), widths), take(self.bias, (self.channels,), widths)
+
+    def forward(self, x: Tensor, widths: Widths) -> Tensor:
+        """Normalise [B, c, H, W] or [B, c] at a sub-network's widths."""
+        return super().forward(x, self.key_of(widths))
+
+
+class TracedGroupNorm(SlicedGroupNorm):
+    """GroupNorm in place of a BatchNorm of a traced module; for channels of a single group."""
+
+    def __init__(self, channels: Axis) -> None:
+        super().__init__(channels.max_size)
+        self.channels = channels
+
+    def forward(self, x: Tensor, widths: Widths) -> Tensor:
+        """Normalise [B, c, H, W] at a sub-network's widths."""
+        return super().forward(x, (self.channels.size(widths),))
+
+    def cut(self, prefix: Widths) -> nn.GroupNorm:
+        """The slice as a plain GroupNorm."""
+        return super().cut((self.channels.size(prefix),))
+
+
+Sliced = TracedConv2d | TracedLinear | TracedNorm | TracedGroupNorm
+
+
+class TracedSupernet(Supernet):
+    """A plain module whose convolutions, linear layers and norms are sliced.
+
+    `spec.layout` names the module: `model` is a name of `dsnet.zoo` or an import path.
+    """
+
+    def __init__(self, spec: SupernetSpec, subnets: SubnetSet, generator: torch.Generator | None = None) -> None:
+        super().__init__(spec, subnets)
+        seed = 0 if generator is None else generator.initial_seed()
+        plain = make_plain(spec.layout["model"], spec.num_classes, spec.in_channels, seed)
+        traced = analyse(trace(plain, example_image(spec.in_channels, spec.image_size)))
+        self.body = sliced_graph(traced, spec, subnets)
+
+    def upto_gate(self, gate: int, x: Tensor, subnet: Subnet) -> TrunkOutput:
+        """A traced network has no gates."""
+        raise NotImplementedError("a traced network has no gates")
+
+    def head(self, features: Tensor, subnet: Subnet) -> Tensor:
+        """Run the whole network."""
+        return self.body(features, subnet.widths)
+
+    def cut_upto_gate(self, gate: int, subnet: Subnet) -> nn.Module:
+        """A traced network has no gates."""
+        raise NotImplementedError("a traced network has no gates")
+
+    def cut_head(self, subnet: Subnet) -> nn.Module:
+        """The whole network of a sub-network as a plain `torch.fx` module."""
+        return plain_graph(self.body, subnet.widths)
+
+
+def example_image(channels: int, size: int) -> Tensor:
+    """The image with which a network is traced."""
+    return torch.zeros(1, channels, size, size)
+
+
+def make_plain(model: str, num_classes: int, in_channels: int, seed: int) -> nn.Module:
+    """A plain module with fresh weights.
+
+    Raises:
+        ConfigError: no network of the zoo has this name.
+    """
+    if model not in ZOO:
+        raise ConfigError(f"unknown network {model!r}{way_out(model, list(ZOO))}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return ZOO[model](num_classes, in_channels)
+
+
+def sliced_graph(traced: TracedGraph, spec: SupernetSpec, subnets: SubnetSet) -> fx.GraphModule:
+    """The graph of a traced module in which the sliced layers take the widths as a second argument.
+
+    Args:
+        traced: the module with the channels of its values.
+        spec: made of it, or of it with smaller groups.
+        subnets: sets of which the norms keep statistics.
+    """
+    layers: dict[str, nn.Module] = {}
+    for op in spec.ops:
+        node = next((node for node in traced.module.graph.nodes if node.name == op.name), None)
+        if node is None or node.op != "call_module":
+            continue
+        plain = traced.module.get_submodule(str(node.target))
+        if (sliced := slice_layer(plain, op, spec, subnets)) is not None:
+            layers[str(node.target)] = sliced
+    graph = copy.deepcopy(traced.module.graph)
+    images = next(node for node in graph.nodes if node.op == "placeholder")
+    with graph.inserting_after(images):
+        widths = graph.placeholder("widths")
+    for node in graph.nodes:
+        if node.op == "call_module" and str(node.target) in layers:
+            node.args = (*node.args, widths)
+    module = fx.GraphModule({**dict(traced.module.named_modules()), **layers}, graph)
+    module.train(True)
+    return module
+
+
+def slice_layer(plain: nn.Module, op: Op, spec: SupernetSpec, subnets: SubnetSet) -> Sliced | None:
+    """The sliced form of a layer; None for a layer that is the same at every width."""
+    num_in = Axis.of(op.parts, spec)
+    match plain:
+        case nn.Conv2d() if op.kind == "conv":
+            return TracedConv2d(plain, num_in, Axis.of(((op.out_group, 1),), spec))
+        case nn.Conv2d() if op.kind == "depthwise":
+            widened = Axis.of(tuple((group, repeat * op.divisions) for group, repeat in op.parts), spec)
+            return TracedConv2d(plain, num_in, widened)
+        case nn.Linear():
+            return TracedLinear(plain, num_in, Axis.of(((op.out_group, 1),), spec))
+        case nn.BatchNorm2d() | nn.BatchNorm1d():
+            if spec.norm == "group_norm":
+                return TracedGroupNorm(num_in)
+            return TracedNorm(plain, num_in, op.depends, subnets)
+    return None
+
+
+def plain_graph(body: fx.GraphModule, widths: Widths) -> fx.GraphModule:
+    """A sub-network as plain modules, with weights of its own."""
+    graph = copy.deepcopy(body.graph)
+    layers: dict[str, nn.Module] = dict(body.named_modules())
+    for node in graph.nodes:
+        if node.op == "call_module" and isinstance(layer := body.get_submodule(str(node.target)), Sliced):
+            node.args = node.args[:1]
+            key = layer.key_of(widths) if isinstance(layer, TracedNorm) else widths
+            layers[str(node.target)] = layer.cut(key)
+    for node in list(graph.nodes):
+        if node.op == "placeholder" and node.target == "widths":
+            graph.erase_node(node)
+    return fx.GraphModule({name: copy.deepcopy(layer) for name, layer in layers.items()}, graph).train(body.training)
