@@ -7,6 +7,7 @@ Every network of `dsnet.zoo` is a family. Its channel groups are the spaces of
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,8 +16,19 @@ from torch import fx, nn
 from dsnet.families import Family, Task, register
 from dsnet.families.options import check_number, is_integer
 from dsnet.network.channels import TracedGraph, analyse, parts_of, shape_of, trace, upstream
-from dsnet.network.traced import TracedSupernet, example_image, make_plain
-from dsnet.space.spec import CLASSES, IMAGE, IMAGE_CHANNELS, ChannelGroup, Op, Pair, Subnet, SupernetSpec, Window
+from dsnet.network.traced import ENTRY, ENTRY_CELLS, TracedSupernet, example_image, make_plain
+from dsnet.space.spec import (
+    CLASSES,
+    IMAGE,
+    IMAGE_CHANNELS,
+    ChannelGroup,
+    GateSpec,
+    Op,
+    Pair,
+    Subnet,
+    SupernetSpec,
+    Window,
+)
 from dsnet.space.subnet_set import SubnetSet
 from dsnet.zoo import ZOO
 
@@ -71,14 +83,18 @@ def traced_spec(model: str, traced: TracedGraph, task: Task) -> SupernetSpec:
     numbers, groups = _groups(traced)
     reader = _OpReader(traced, numbers)
     ops = tuple(op for node in traced.module.graph.nodes if (op := reader.op(node)) is not None)
+    cells = min(ENTRY_CELLS, task.image_size)
+    evidence = Window((1, 1), output=(cells, cells))
+    entry = Op(ENTRY, "pool", IMAGE, 0, IMAGE_CHANNELS, parts=((IMAGE_CHANNELS, 1),), window=evidence)
+    gate = GateSpec(ENTRY, ENTRY, cells**2 * task.in_channels, num_prefix_groups=0)
     return SupernetSpec(
         family=model,
         num_classes=task.num_classes,
         in_channels=task.in_channels,
         image_size=task.image_size,
         groups=groups,
-        ops=ops,
-        gates=(),
+        ops=(entry, *(replace(op, segment=1) for op in ops)),
+        gates=(gate,),
         layout={"model": model},
     )
 

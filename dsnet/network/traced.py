@@ -26,6 +26,10 @@ from dsnet.wording import way_out
 from dsnet.zoo import ZOO
 
 Widths = tuple[int, ...]
+ENTRY = "entry"
+"""Name of the gate before the network, and of the operation that makes its evidence."""
+ENTRY_CELLS = 4
+"""Rows and columns of cells into which the entry gate divides an image."""
 
 
 @dataclass(frozen=True)
@@ -208,6 +212,24 @@ class TracedGroupNorm(SlicedGroupNorm):
 Sliced = TracedConv2d | TracedLinear | TracedNorm | TracedGroupNorm
 
 
+class EntryGate(nn.Module):
+    """A gate before the network, whose evidence is a small view of the images themselves.
+
+    The image is divided into `ENTRY_CELLS` x `ENTRY_CELLS` cells. What a router reads of a cell and
+    a channel is what it reads of a feature map elsewhere: mean, standard deviation and maximum.
+    """
+
+    def forward(self, images: Tensor) -> TrunkOutput:
+        """[B, C, H, W] -> the images, with the cells as channels of the gate's input."""
+        batch, channels, height, width = images.shape
+        rows, columns = max(1, height // ENTRY_CELLS), max(1, width // ENTRY_CELLS)
+        cells = images[:, :, : rows * ENTRY_CELLS, : columns * ENTRY_CELLS]
+        num_rows, num_columns = cells.shape[2] // rows, cells.shape[3] // columns
+        cells = cells.reshape(batch, channels, num_rows, rows, num_columns, columns).transpose(3, 4)
+        cells = cells.reshape(batch, channels * num_rows * num_columns, rows, columns)
+        return TrunkOutput(images, cells, cells.mean((2, 3)))
+
+
 class TracedSupernet(Supernet):
     """A plain module whose convolutions, linear layers and norms are sliced.
 
@@ -219,19 +241,20 @@ class TracedSupernet(Supernet):
         seed = 0 if generator is None else generator.initial_seed()
         plain = make_plain(spec.layout["model"], spec.num_classes, spec.in_channels, seed)
         traced = analyse(trace(plain, example_image(spec.in_channels, spec.image_size)))
+        self.entry = EntryGate()
         self.body = sliced_graph(traced, spec, subnets)
 
     def upto_gate(self, gate: int, x: Tensor, subnet: Subnet) -> TrunkOutput:
-        """A traced network has no gates."""
-        raise NotImplementedError("a traced network has no gates")
+        """The entry gate: its evidence is a small view of the images, which pass unchanged."""
+        return self.entry(x)
 
     def head(self, features: Tensor, subnet: Subnet) -> Tensor:
         """Run the whole network."""
         return self.body(features, subnet.widths)
 
     def cut_upto_gate(self, gate: int, subnet: Subnet) -> nn.Module:
-        """A traced network has no gates."""
-        raise NotImplementedError("a traced network has no gates")
+        """The entry gate."""
+        return EntryGate()
 
     def cut_head(self, subnet: Subnet) -> nn.Module:
         """The whole network of a sub-network as a plain `torch.fx` module."""

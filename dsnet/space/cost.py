@@ -82,7 +82,7 @@ def pooling_madds(spec: SupernetSpec, subnet: Subnet, gate: int, image_size: int
     for op in spec.ops:
         size = sizes[op.reads]
         if op.name == spec.gates[gate].attention:
-            return op.input_width(subnet.widths) * size[0] * size[1]
+            return _num_in(spec, op, subnet) * size[0] * size[1]
         sizes[op.name] = _output_size(op, size)
     raise ValueError(
         f"gate {spec.gates[gate].name!r} names attention {spec.gates[gate].attention!r}, which {spec.family} does not have"
