@@ -18,18 +18,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dsnet.data.augment import Augmentation
 from dsnet.data.cache import ImageCache
 from dsnet.data.image_folder import FolderListing, decode_images, list_image_folder, load_image_folder, required_size
 from dsnet.data.images import ImageSet
 from dsnet.data.normalization import Normalization
 from dsnet.data.registry import check_image_size, load_images
+from dsnet.data.settings import Augmentation
 from dsnet.data.splits import SPLIT_NAMES, Splits
 from dsnet.data.tensors import Batch, TensorData
 from dsnet.data.training_images import InMemoryImages, StreamedImages, TrainingImages
 from dsnet.errors import ConfigError
 from dsnet.seeds import derive_seed
-from dsnet.strict_json import NumberRange
+from dsnet.settings import PositiveFraction, check_value
 
 NUM_NORMALIZATION_IMAGES = 2048
 
@@ -239,7 +239,7 @@ def load_source(
             cannot be streamed or cropped.
         DataError: A file is missing, truncated or mislabelled; the message names it.
     """
-    NumberRange(above=0, highest=1).check("data.crop_fraction", crop_fraction)
+    check_value("data.crop_fraction", crop_fraction, PositiveFraction)
     if name != "image_folder":
         if stream:
             raise ConfigError(

@@ -21,9 +21,9 @@ from benchmarks.pruning import (
     rules_for,
     train_in_full,
 )
-from dsnet.gates.end_to_end import EndToEndSettings, GateImages, train_end_to_end
+from dsnet.gates.end_to_end import GateImages, train_end_to_end
 from dsnet.gates.fit import calibrate_heads
-from dsnet.gates.settings import GateSettings
+from dsnet.gates.settings import EndToEndSettings, GateSettings
 from dsnet.measure.evaluate import build_routing_table
 from search.study.halving import ParetoHalving
 from tests.dsnet.samples import NORMALIZATION, small_supernet, tensor_data

@@ -13,8 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dsnet.data import Augmentation, ImageSet, augment, load_images
-from dsnet.data.augment import AugmentationDraw, apply_augmentation, draw_augmentation
+from dsnet.data.augment import AugmentationDraw, apply_augmentation, augment, draw_augmentation
+from dsnet.data.images import ImageSet
+from dsnet.data.registry import load_images
+from dsnet.data.settings import Augmentation
 from dsnet.errors import ConfigError
 
 

@@ -17,11 +17,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dsnet.data import Augmentation, ImageSet, Normalization, Splits, load_images
 from dsnet.data.cache import ImageCache
 from dsnet.data.decoding import decode_rgb
 from dsnet.data.image_folder import decode_file, list_image_folder, load_image_folder
+from dsnet.data.images import ImageSet
+from dsnet.data.normalization import Normalization
+from dsnet.data.registry import load_images
+from dsnet.data.settings import Augmentation
 from dsnet.data.sources import load_source
+from dsnet.data.splits import Splits
 from dsnet.errors import ConfigError, DataError
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)

@@ -9,7 +9,8 @@ import pytest
 import torch
 from sklearn import datasets
 
-from dsnet.data import ImageSet, data_set_names, load_images, register_data_set
+from dsnet.data.images import ImageSet
+from dsnet.data.registry import data_set_names, load_images, register_data_set
 from dsnet.errors import ConfigError, DataError
 
 

@@ -11,11 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
-from dsnet.data import Augmentation, Normalization, SplitSizes, make_splits, sources
+from dsnet.data import sources
 from dsnet.data.cache import ImageCache
 from dsnet.data.image_folder import decode_images, list_image_folder
+from dsnet.data.normalization import Normalization
+from dsnet.data.settings import Augmentation, SplitSizes
 from dsnet.data.sources import ImageSource, StreamedFolder, load_source
-from dsnet.data.splits import Splits
+from dsnet.data.splits import Splits, make_splits
 from dsnet.data.training_images import InMemoryImages, StreamedImages
 from dsnet.errors import ConfigError, DataError
 

@@ -18,11 +18,10 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dsnet.data.augment import Augmentation
+from dsnet.data.settings import Augmentation
 from dsnet.errors import NonFiniteLossError, StoppedError
 from dsnet.gates import end_to_end as gate_end_to_end
 from dsnet.gates.end_to_end import (
-    EndToEndSettings,
     GateImages,
     GateObjective,
     frozen,
@@ -35,7 +34,7 @@ from dsnet.gates.fit import calibrate_heads
 from dsnet.gates.gumbel import gumbel_noise, straight_through
 from dsnet.gates.losses import complexity
 from dsnet.gates.mixing import Chooser, GatedSupernet
-from dsnet.gates.settings import GateSettings
+from dsnet.gates.settings import EndToEndSettings, GateSettings
 from dsnet.measure.evaluate import build_routing_table
 from dsnet.network.supernet import Supernet
 from dsnet.seeds import derive_seed

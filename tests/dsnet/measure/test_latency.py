@@ -17,11 +17,8 @@ from hypothesis import strategies as st
 
 from dsnet.errors import ConfigError
 from dsnet.measure.latency import (
-    MAIN_DEVICE,
     MIN_REPEATS,
     PUBLISHED,
-    DeviceSettings,
-    LatencySettings,
     LatencyTable,
     MachineLoad,
     Timing,
@@ -33,6 +30,7 @@ from dsnet.measure.latency import (
     noise_of,
     time_interleaved,
 )
+from dsnet.measure.settings import MAIN_DEVICE, DeviceSettings, LatencySettings
 from tests.dsnet.samples import ROUTER_KINDS, batch1_ms, small_supernet, three_gate_supernet
 
 QUICK = LatencySettings(batch_sizes=(1, 3), group_sizes=(1, 2), repeats=2, warmup=1)

@@ -19,7 +19,10 @@ import pytest
 import torch
 
 from dsnet.arithmetic import MKL_MODE, arithmetic_facts, mkl_mode
-from dsnet.data import Normalization, TensorData, load_images, make_splits
+from dsnet.data.normalization import Normalization
+from dsnet.data.registry import load_images
+from dsnet.data.splits import make_splits
+from dsnet.data.tensors import TensorData
 from dsnet.errors import CheckpointError, ConfigError, DataError, LockedError, PreflightError, StoppedError
 from dsnet.files import read_json
 from dsnet.measure.evaluate import build_routing_table, measure_subnets, subnet_accuracy

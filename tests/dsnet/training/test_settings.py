@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from dsnet.errors import ConfigError
-from dsnet.training.settings import BootstrapSettings, Regime, SupernetRun, TrainSettings, sharing_problem
+from dsnet.training.settings import BootstrapSettings, Regime, TrainSettings, sharing_problem
+from dsnet.training.supernet_run import SupernetRun
 from tests.dsnet.samples import small_run
 
 

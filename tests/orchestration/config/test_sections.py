@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
 import dsnet.training.settings
-from dsnet.data import Augmentation
+from dsnet.data.settings import Augmentation
 from dsnet.gates.losses import COMPLEXITY_FORMS
 from dsnet.gates.settings import QUALITIES
 from dsnet.space.spec import NORMS

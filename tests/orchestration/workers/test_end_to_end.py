@@ -13,9 +13,10 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from dsnet.data.augment import Augmentation
+from dsnet.data.settings import Augmentation
 from dsnet.errors import CheckpointError
-from dsnet.gates.end_to_end import EndToEndSettings, GateImages, train_end_to_end, train_stage
+from dsnet.gates.end_to_end import GateImages, train_end_to_end, train_stage
+from dsnet.gates.settings import EndToEndSettings
 from dsnet.measure.evaluate import build_routing_table
 from dsnet.measure.latency import LatencyTable, Timing
 from dsnet.routing.table_routing import run_on_table

@@ -1,0 +1,236 @@
+"""Base of the core's settings, and the types of their values.
+
+A type holds everything that is required of one value: its bounds, or its choices. A class of
+settings is a frozen dataclass with such types; its values are checked when an object is built. The
+sections of sweep.yaml have the same types and take their defaults from these classes, so that no
+bound, choice or default is written twice. This module needs no torch or pydantic.
+"""
+
+from __future__ import annotations
+
+import math
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass, fields
+from functools import cache
+from types import MappingProxyType
+from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
+
+from annotated_types import Ge, GroupedMetadata, Gt, Le, Lt, MaxLen, MinLen
+
+from dsnet.errors import ConfigError
+from dsnet.wording import way_out
+
+Fraction = Annotated[float, Ge(0), Le(1)]
+PositiveFraction = Annotated[float, Gt(0), Le(1)]
+FractionBelowOne = Annotated[float, Ge(0), Lt(1)]
+PositiveFloat = Annotated[float, Gt(0)]
+NonNegativeFloat = Annotated[float, Ge(0)]
+PositiveInt = Annotated[int, Ge(1)]
+NonNegativeInt = Annotated[int, Ge(0)]
+LARGEST_RATE = 1e6
+"""Largest learning rate and weight decay: far above any useful value; much larger ones overflow
+float32 in the optimiser."""
+LearningRate = Annotated[float, Gt(0), Le(LARGEST_RATE)]
+WeightDecay = Annotated[float, Ge(0), Le(LARGEST_RATE)]
+Seed = Annotated[int, Ge(0), Lt(2**32)]
+Device = Literal["auto", "cpu", "cuda"]
+"""`auto` is cuda where there is one (`dsnet.environment.resolve_device`)."""
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """Choices of a text that are known only while the program runs, such as registered names."""
+
+    names: Callable[[], Sequence[str]]
+
+
+class SettingError(ConfigError, ValueError):
+    """A setting has a value that it may not have."""
+
+
+class Settings:
+    """Base of frozen dataclasses of settings: every field is checked against its type when an
+    object is built. Rules between fields belong in `__post_init__`, after that of this class."""
+
+    SECTION: ClassVar[str] = ""
+    """Dotted key of the section of sweep.yaml that holds the fields, for messages."""
+    KEYS: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    """Field -> dotted key, for fields that have another name in sweep.yaml or stand elsewhere."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, dotted_keys(type(self)).__getitem__)  # type: ignore[arg-type] # a class has a hash
+
+
+@cache
+def dotted_keys(settings: type[Settings]) -> Mapping[str, str]:
+    """The dotted key of every field, in the order of the fields."""
+    prefix = f"{settings.SECTION}." if settings.SECTION else ""
+    names = [field.name for field in fields(settings)]  # type: ignore[arg-type] # a dataclass
+    return MappingProxyType({name: settings.KEYS.get(name, prefix + name) for name in names})
+
+
+@cache
+def types_of(settings: type) -> Mapping[str, Any]:
+    """The type of every field of a dataclass, with its bounds."""
+    hints = get_type_hints(settings, include_extras=True)
+    return MappingProxyType({field.name: hints[field.name] for field in fields(settings)})
+
+
+def check_fields(settings: object, key_of: Callable[[str], str]) -> None:
+    """Check every field of a dataclass against its type.
+
+    Args:
+        settings: the object.
+        key_of: the dotted key of a field, for messages.
+
+    Raises:
+        SettingError: a value has another type, or lies outside its bounds or choices; the message
+            says the key, the value, and what is allowed.
+    """
+    for name, wanted in types_of(type(settings)).items():  # type: ignore[arg-type] # a class has a hash
+        check_value(key_of(name), getattr(settings, name), wanted)
+
+
+def check_value(key: str, value: object, wanted: Any) -> None:
+    """Check one value against a type with bounds.
+
+    Args:
+        key: the dotted key of the setting, for the message.
+        value: the value; booleans are no numbers, and numbers must be finite.
+        wanted: the type.
+
+    Raises:
+        SettingError: as `check_fields`.
+    """
+    if fits(value, wanted):
+        return
+    members = alternatives(wanted)
+    plain = [each for each in members if each is not type(None)]
+    or_null = " or null" if len(plain) < len(members) else ""
+    if len(plain) > 1:
+        raise SettingError(f"{key} is {value!r}, but must be {' or '.join(map(_described_fully, plain))}{or_null}")
+    base, bounds = split_bounds(plain[0])
+    for index, (item, kind) in enumerate(_items(value, base)):
+        check_value(f"{key}[{index}]", item, kind)
+    choices = _choices(base, bounds)
+    if choices is not None:
+        raise SettingError(f"{key} is {value!r}{way_out(str(value), choices)}")
+    allowed = _limits(bounds) if fits_type(value, base) else described(base)
+    raise SettingError(f"{key} is {value!r}, but must be {allowed}{or_null}")
+
+
+def fits(value: object, wanted: Any) -> bool:
+    """Whether a value is of a type and within its bounds."""
+    if _is_union(wanted):
+        return any(fits(value, each) for each in get_args(wanted))
+    base, bounds = split_bounds(wanted)
+    if not fits_type(value, base):
+        return False
+    choices = _choices(base, bounds)
+    if choices is not None:
+        return value in choices
+    return all(_keeps(value, bound) for bound in bounds) and all(fits(*pair) for pair in _items(value, base))
+
+
+def fits_type(value: object, wanted: Any) -> bool:
+    """Whether a value is of a type, whatever the bounds: an integer is a real number, a boolean is
+    none, and a list is a tuple."""
+    wanted, _ = split_bounds(wanted)
+    if _is_union(wanted):
+        return any(fits_type(value, each) for each in get_args(wanted))
+    if wanted is Any:
+        return True
+    if wanted is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if wanted is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if get_origin(wanted) is Literal:
+        return isinstance(value, str)
+    if get_origin(wanted) is tuple:
+        return isinstance(value, list | tuple)
+    return isinstance(value, get_origin(wanted) or wanted)
+
+
+_DESCRIPTIONS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+
+
+def described(wanted: Any) -> str:
+    """A type in words, without its bounds."""
+    wanted, _ = split_bounds(wanted)
+    if _is_union(wanted):
+        return " or ".join(map(described, get_args(wanted)))
+    if get_origin(wanted) is Literal:
+        return "text"
+    return _DESCRIPTIONS.get(wanted, "a list" if get_origin(wanted) is tuple else "a JSON object")
+
+
+def alternatives(wanted: Any) -> tuple[Any, ...]:
+    """The members of a union, those of unions in it too; any other type alone."""
+    return tuple(part for each in get_args(wanted) for part in alternatives(each)) if _is_union(wanted) else (wanted,)
+
+
+def split_bounds(wanted: Any) -> tuple[Any, tuple[Any, ...]]:
+    """A type and its bounds (`annotated_types`, `OneOf`), each one alone."""
+    if get_origin(wanted) is not Annotated:
+        return wanted, ()
+    base, *bounds = get_args(wanted)
+    return base, tuple(part for each in bounds for part in (each if isinstance(each, GroupedMetadata) else (each,)))
+
+
+def _is_union(wanted: Any) -> bool:
+    return get_origin(wanted) in (Union, types.UnionType)
+
+
+def _choices(base: Any, bounds: Sequence[Any]) -> Sequence[str] | None:
+    if get_origin(base) is Literal:
+        return get_args(base)
+    return next((each.names() for each in bounds if isinstance(each, OneOf)), None)
+
+
+def _items(value: object, base: Any) -> Iterator[tuple[object, Any]]:
+    """The items of a value with their type, if the type is tuple[X, ...]; else none."""
+    if get_origin(base) is tuple and get_args(base)[-1] is Ellipsis and isinstance(value, list | tuple):
+        yield from ((item, get_args(base)[0]) for item in value)
+
+
+def _keeps(value: Any, bound: object) -> bool:
+    match bound:
+        case Ge(limit):
+            return bool(value >= limit)
+        case Gt(limit):
+            return bool(value > limit)
+        case Le(limit):
+            return bool(value <= limit)
+        case Lt(limit):
+            return bool(value < limit)
+        case MinLen(limit):
+            return len(value) >= limit
+        case MaxLen(limit):
+            return len(value) <= limit
+    raise TypeError(f"{bound!r} is no bound that is checked here")
+
+
+_WORDS: Mapping[type, str] = {Ge: "at least", Gt: "above", Le: "at most", Lt: "below"}
+
+
+def _limits(bounds: Sequence[Any]) -> str:
+    """Bounds in words, e.g. `at least 0 and below 1`."""
+    shortest = [each.min_length for each in bounds if isinstance(each, MinLen)]
+    longest = [each.max_length for each in bounds if isinstance(each, MaxLen)]
+    if shortest or longest:
+        at_least = "" if longest else "at least "
+        return f"a list of {at_least}{' to '.join(map(str, sorted({*shortest, *longest})))} values"
+    limits = [(_WORDS[type(each)], *astuple(each)) for each in bounds]
+    return " and ".join(
+        f"{word} {limit:g}" if isinstance(limit, float) else f"{word} {limit}" for word, limit in limits
+    )
+
+
+def _described_fully(wanted: Any) -> str:
+    base, bounds = split_bounds(wanted)
+    choices = _choices(base, bounds)
+    if choices is not None:
+        return f"one of {', '.join(choices)}"
+    limits = _limits(bounds)
+    return f"{described(base)} {'of ' if limits.startswith('at') else ''}{limits}".rstrip()
