@@ -19,7 +19,7 @@ from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origi
 from annotated_types import Ge, GroupedMetadata, Gt, Le, Lt, MaxLen, MinLen
 
 from dsnet.errors import ConfigError
-from dsnet.wording import way_out
+from dsnet.wording import plural, way_out
 
 Fraction = Annotated[float, Ge(0), Le(1)]
 PositiveFraction = Annotated[float, Gt(0), Le(1)]
@@ -219,12 +219,18 @@ def _limits(bounds: Sequence[Any]) -> str:
     shortest = [each.min_length for each in bounds if isinstance(each, MinLen)]
     longest = [each.max_length for each in bounds if isinstance(each, MaxLen)]
     if shortest or longest:
-        at_least = "" if longest else "at least "
-        return f"a list of {at_least}{' to '.join(map(str, sorted({*shortest, *longest})))} values"
+        fewest, most = max(shortest, default=0), min(longest, default=None)
+        return f"a list of {_count(fewest, most)}"
     limits = [(_WORDS[type(each)], *astuple(each)) for each in bounds]
     return " and ".join(
         f"{word} {limit:g}" if isinstance(limit, float) else f"{word} {limit}" for word, limit in limits
     )
+
+
+def _count(fewest: int, most: int | None) -> str:
+    if most is None:
+        return f"at least {plural(fewest, 'value')}"
+    return plural(most, "value") if fewest == most else f"{fewest} to {plural(most, 'value')}"
 
 
 def _described_fully(wanted: Any) -> str:

@@ -65,11 +65,11 @@ def _read(wanted: Any, value: object, where: str) -> Any:
     if is_dataclass(wanted):
         assert isinstance(wanted, type)
         return read_strictly(wanted, value, where)
-    if not fits_type(wanted, value):
+    if not fits_type(value, wanted):
         raise ConfigError(f"{where} is {value!r}, but must be {described(wanted)}")
     members = sorted(alternatives(wanted), key=lambda each: each is float)
     if len(members) > 1:  # an integer stays an integer if the union has int
-        return _read(next(each for each in members if fits_type(each, value)), value, where)
+        return _read(next(each for each in members if fits_type(value, each)), value, where)
     if get_origin(wanted) is tuple:
         assert isinstance(value, list | tuple)
         return _read_tuple(wanted, value, where)

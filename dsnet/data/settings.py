@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Protocol
+from typing import Annotated, Any, Protocol
 
 from annotated_types import Ge, Gt, Le, Len, Lt
 
@@ -40,7 +40,7 @@ class SplitSizes(Settings):
     there is an official test part.
     """
 
-    SECTION: ClassVar[str] = "data.splits"
+    SECTION = "data.splits"
 
     train: SplitSize = None
     gate: SplitSize = None
@@ -77,7 +77,7 @@ def crop_problem(crop_scale: Sequence[float] | None, crop_padding: int | None) -
 class Augmentation(Settings):
     """Settings of the augmentation of training images; the defaults switch everything off."""
 
-    SECTION: ClassVar[str] = "data.augment"
+    SECTION = "data.augment"
 
     crop_padding: NonNegativeInt = 0
     """Pixels by which the image is padded on each side before a crop of its own size is cut out at
@@ -152,7 +152,7 @@ class Augmentation(Settings):
 class DataSettings(Settings):
     """The images, their splits and their augmentation."""
 
-    SECTION: ClassVar[str] = "data"
+    SECTION = "data"
 
     name: str
     """A registered data set: digits, cifar10, image_folder, ..."""

@@ -3,10 +3,9 @@ need no torch."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 from dsnet.data.settings import Augmentation
 from dsnet.routers.kinds import RouterKind, kind_names, router_kind
@@ -34,8 +33,8 @@ GateOptimizer = Literal["adam", "sgd"]
 class GateSettings(Settings):
     """One router's hyperparameters."""
 
-    SECTION: ClassVar[str] = "gate"
-    KEYS: ClassVar[Mapping[str, str]] = MappingProxyType(
+    SECTION = "gate"
+    KEYS = MappingProxyType(
         {
             "router": "gate.router",
             "target": "gate.target",
@@ -68,7 +67,7 @@ class GateSettings(Settings):
     "target FLOPs")."""
     target_madds_m: PositiveFloat | None = None
     """The target in million MAdds, in place of `target`; None = not given."""
-    routes: tuple[NonNegativeInt, ...] = ()
+    routes: tuple[int, ...] = ()
     """The routing space: increasing ids of the SubnetSet; empty takes all."""
     t_easy: Fraction = 0.0
     """SGS: an image is easy iff the smallest route is right with p(y) >= t_easy; 0 is the paper's
@@ -129,7 +128,7 @@ class EndToEndSettings(Settings):
     """Settings that only training on images needs; the others, the batch size among them, are in
     `GateSettings`."""
 
-    SECTION: ClassVar[str] = "gate.end_to_end"
+    SECTION = "gate.end_to_end"
 
     epochs: PositiveInt = 30
     """Passes over the gate split; they take the place of `GateSettings.steps`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 from annotated_types import MinLen
 
@@ -50,7 +50,7 @@ class DeviceSettings:
 class LatencySettings(Settings):
     """Devices, sizes and repeats of the measurement of latency."""
 
-    SECTION: ClassVar[str] = "measure"
+    SECTION = "measure"
 
     device: Device = "cpu"
     threads: PositiveInt = 1

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from dsnet.settings import (
     FractionBelowOne,
@@ -60,7 +60,7 @@ def ensemble_problem(widths: Widths, teacher: Teacher, num_random: int) -> str |
     there is none."""
     if (widths, teacher, num_random) != ("sandwich", "ema_ensemble", 0):
         return None
-    return "teacher ema_ensemble (regime ieb) averages random sub-networks and needs at least 1; or choose regime ib"
+    return "ieb averages the teacher with random sub-networks and needs at least 1; or choose regime ib"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +68,8 @@ class Regime(Settings):
     """The sub-networks of a step, the teacher of the smaller ones, and their normalisation
     (docs/methods.md, sections 3 and 7)."""
 
-    SECTION: ClassVar[str] = "supernet.train"
-    KEYS: ClassVar[Mapping[str, str]] = MappingProxyType({"norm": "supernet.train.bn"})
+    SECTION = "supernet.train"
+    KEYS = MappingProxyType({"norm": "supernet.train.bn"})
 
     widths: Widths = "sandwich"
     """`sandwich`: the largest, `num_random` random sub-networks and the smallest; `all`: every
@@ -117,7 +117,7 @@ TEACHER_OF_MODE: Mapping[BootstrapMode, Teacher] = MappingProxyType(
 class TrainSettings(Settings):
     """Settings of the optimisation of Stage I."""
 
-    SECTION: ClassVar[str] = "supernet.train"
+    SECTION = "supernet.train"
 
     epochs: NonNegativeInt = 30
     """Passes over the training split; 0 keeps the start weights (e.g. of a checkpoint) and only
@@ -168,7 +168,7 @@ class TrainSettings(Settings):
 class BootstrapSettings(Settings):
     """Settings of the EMA copy and of the soft labels."""
 
-    SECTION: ClassVar[str] = "supernet.bootstrapping"
+    SECTION = "supernet.bootstrapping"
 
     ema_decay: FractionBelowOne = 0.997
     """Decay of the EMA per step, [0, 1)."""
@@ -216,7 +216,7 @@ def is_of_first_release(bootstrapping: Mapping[str, Any]) -> bool:
 class RecalibrationSettings(Settings):
     """Settings of BatchNorm recalibration after training."""
 
-    SECTION: ClassVar[str] = "supernet.recalibration"
+    SECTION = "supernet.recalibration"
 
     images: NonNegativeInt | None = None
     """Number of images of `train`; None = all; 0 = keep the statistics of the start weights."""
@@ -228,7 +228,7 @@ class RecalibrationSettings(Settings):
 class SupernetSettings(Settings):
     """The network and its training."""
 
-    SECTION: ClassVar[str] = "supernet"
+    SECTION = "supernet"
 
     model: str
     """A registered family; or `checkpoint` for the network and sub-networks of `init_from`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any
 
 from dsnet.data.normalization import Normalization
 from dsnet.data.settings import Augmentation
@@ -27,8 +27,8 @@ from dsnet.training.settings import (
 class SupernetRun(Settings):
     """Everything beside architecture and data that determines a supernet's weights."""
 
-    SECTION: ClassVar[str] = "supernet"
-    KEYS: ClassVar[Mapping[str, str]] = MappingProxyType(
+    SECTION = "supernet"
+    KEYS = MappingProxyType(
         {
             "seed": "seed",
             "recalibration_images": "supernet.recalibration.images",
