@@ -34,6 +34,7 @@ float32 in the optimiser."""
 LearningRate = Annotated[float, Gt(0), Le(LARGEST_RATE)]
 WeightDecay = Annotated[float, Ge(0), Le(LARGEST_RATE)]
 Seed = Annotated[int, Ge(0), Lt(2**32)]
+DEFAULT_SEED = 0
 Device = Literal["auto", "cpu", "cuda"]
 """`auto` is cuda where there is one (`dsnet.environment.resolve_device`)."""
 

@@ -4,7 +4,7 @@ no torch."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, Protocol
 
 from annotated_types import Ge, Gt, Le, Len, Lt
@@ -71,6 +71,16 @@ def crop_problem(crop_scale: Sequence[float] | None, crop_padding: int | None) -
     if crop_padding:
         return "crop_padding", f"{crop_padding} pixels have no use beside crop_scale, which crops already; remove one"
     return None
+
+
+def folder_problem(name: str, crop_fraction: float, stream: bool) -> tuple[str, str] | None:
+    """The setting that only an image folder has, given for another data set, and the problem as a
+    phrase for a message; None if there is none."""
+    if name == "image_folder":
+        return None
+    if crop_fraction != 1:
+        return "crop_fraction", f"only an image_folder is cropped; remove {shown(crop_fraction)}"
+    return ("stream", f"only an image_folder can be streamed; {name} fits into memory") if stream else None
 
 
 @dataclass(frozen=True)
@@ -173,7 +183,7 @@ class DataSettings(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_known(self.augment, Augmentation.__dataclass_fields__, "data.augment")
+        check_known(self.augment, (each.name for each in fields(Augmentation)), "data.augment")
         read_strictly(Augmentation, self._given(), "data.augment")
 
     def _given(self) -> dict[str, Any]:

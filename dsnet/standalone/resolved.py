@@ -14,7 +14,7 @@ from dsnet.data.settings import DataSettings, DescribedImages
 from dsnet.dotted import flatten
 from dsnet.errors import ConfigError
 from dsnet.measure.settings import LatencySettings
-from dsnet.settings import Seed, SettingError, Settings
+from dsnet.settings import DEFAULT_SEED, Seed, SettingError, Settings
 from dsnet.strict_json import read_strictly
 from dsnet.training.settings import SupernetSettings, is_of_first_release, with_published
 from dsnet.training.supernet_run import SupernetRun
@@ -28,7 +28,7 @@ class StandaloneConfig(Settings):
     """Everything except the device that determines the results of `python -m dsnet.training`."""
 
     version: int = VERSION
-    seed: Seed = 0
+    seed: Seed = DEFAULT_SEED
     """Seed of the splits and of training, as in sweep.yaml."""
     data: DataSettings
     supernet: SupernetSettings

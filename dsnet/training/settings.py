@@ -4,7 +4,7 @@ no torch."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -209,7 +209,7 @@ def with_published(bootstrapping: Mapping[str, Any]) -> dict[str, Any]:
 def is_of_first_release(bootstrapping: Mapping[str, Any]) -> bool:
     """Whether exactly the settings of the first release are given, as its records do; a person
     omits defaults."""
-    return bootstrapping.keys() == BootstrapSettings.__dataclass_fields__.keys() - PUBLISHED.keys()
+    return bootstrapping.keys() == {each.name for each in fields(BootstrapSettings)} - PUBLISHED.keys()
 
 
 @dataclass(frozen=True, kw_only=True)

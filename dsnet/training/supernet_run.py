@@ -10,7 +10,7 @@ from typing import Any
 from dsnet.data.normalization import Normalization
 from dsnet.data.settings import Augmentation
 from dsnet.errors import ConfigError
-from dsnet.settings import NonNegativeInt, PositiveInt, Seed, Settings
+from dsnet.settings import DEFAULT_SEED, NonNegativeInt, PositiveInt, Seed, Settings
 from dsnet.training.settings import (
     BootstrapSettings,
     KeptWeights,
@@ -41,7 +41,7 @@ class SupernetRun(Settings):
     bootstrapping: BootstrapSettings = field(default_factory=BootstrapSettings)
     augmentation: Augmentation
     normalization: Normalization
-    seed: Seed = 0
+    seed: Seed = DEFAULT_SEED
     weights: KeptWeights = SupernetSettings.weights
     recalibration_images: NonNegativeInt | None = RecalibrationSettings.images
     """Images of the training split for BatchNorm recalibration; None takes all; 0 does not

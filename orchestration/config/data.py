@@ -15,6 +15,7 @@ from dsnet.data.settings import (
     OperationCount,
     SplitSize,
     crop_problem,
+    folder_problem,
 )
 from dsnet.settings import Fraction, NonNegativeInt, PositiveFraction, PositiveInt, fits
 from dsnet.wording import shown
@@ -112,14 +113,12 @@ class DataConfig(Section):
     def _suits_the_source(self) -> DataConfig:
         if self.name == "image_folder" and self.image_size is None:
             refuse(BrokenRule(("image_size",), "an image folder needs it: the side in pixels, 8 to 512"))
-        if self.name != "image_folder" and self.crop_fraction != 1:
-            message = f"only an image_folder is cropped; remove {shown(self.crop_fraction)}"
-            refuse(BrokenRule(("crop_fraction",), message))
+        problem = folder_problem(self.name, self.crop_fraction, self.stream)
+        if problem is not None:
+            refuse(BrokenRule((problem[0],), problem[1]))
         if self.name == "digits" and self.path is not None:
             message = f"digits comes with scikit-learn and takes no folder; remove {shown(self.path)}"
             refuse(BrokenRule(("path",), message))
-        if self.stream and self.name != "image_folder":
-            refuse(BrokenRule(("stream",), f"only an image_folder can be streamed; {self.name} fits into memory"))
         if self.stream and self.augment.crop_padding:
             message = (
                 f"{self.augment.crop_padding} pixels have no use: streamed images are cropped by crop_scale; remove it"

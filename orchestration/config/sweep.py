@@ -24,7 +24,7 @@ from pydantic import (
 
 from dsnet.errors import ConfigError
 from dsnet.metrics import metrics
-from dsnet.settings import Seed
+from dsnet.settings import DEFAULT_SEED, Seed
 from dsnet.wording import shown, way_out
 from orchestration.config.data import DataConfig
 from orchestration.config.default_space import default_space
@@ -92,7 +92,7 @@ class SweepConfig(Section):
     name: Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
     """Name of the run and of its folder: 1 to 64 letters, digits, '.', '_' or '-', not starting
     with '.'."""
-    seed: Seed = 0
+    seed: Seed = DEFAULT_SEED
     """All randomness derives from it, 0 to 2^32 - 1."""
     data: DataConfig
     supernet: SupernetConfig

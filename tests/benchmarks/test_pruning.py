@@ -165,7 +165,7 @@ def test_the_noted_epochs_are_those_of_a_trial_trained_at_once() -> None:
     )
     images = GateImages(data.images("gate"), data.labels("gate"), NORMALIZATION)
     good = GateSettings(batch_size=8, target=0.4)
-    diverging = GateSettings(batch_size=8, optimizer="sgd", lr=1e38)
+    diverging = GateSettings(batch_size=8, optimizer="sgd", lr=1e6, lambda_cls=1e38)
     rules = EndToEndSettings(epochs=3)
     one, none = train_in_full(Material(supernet, gate, val, images), [good, diverging], rules, (1, 3))
     assert none is None

@@ -147,9 +147,7 @@ def test_a_crop_outside_the_image_is_refused(root: Path, crop_fraction: float) -
 
 
 def test_other_data_is_not_cropped() -> None:
-    with pytest.raises(
-        ConfigError, match=r"data\.crop_fraction is 0\.5 for data set 'digits': only 'image_folder' crops"
-    ):
+    with pytest.raises(ConfigError, match=r"data\.crop_fraction: only an image_folder is cropped; remove 0\.5"):
         load_source("digits", crop_fraction=0.5)
 
 

@@ -139,7 +139,7 @@ def test_train_and_test_folders_give_an_official_test_part(tmp_path: Path) -> No
 
 
 def test_what_cannot_be_streamed_is_refused(root: Path) -> None:
-    with pytest.raises(ConfigError, match=r"data\.stream is true for data set 'digits'"):
+    with pytest.raises(ConfigError, match=r"data\.stream: only an image_folder can be streamed; digits"):
         load_source("digits", stream=True)
     with pytest.raises(ConfigError, match=r"data\.image_size must be set"):
         load_source("image_folder", root, stream=True)

@@ -152,7 +152,7 @@ def test_a_stage_of_another_trial_fails_with_the_reason(tmp_path: Path) -> None:
 
 
 def test_a_bad_parameter_fails_its_trial_alone(tmp_path: Path) -> None:
-    diverging = {"gate.optimizer.name": "sgd", "gate.optimizer.lr": 1e38, "gate.optimizer.batch_size": 4}
+    diverging = {"gate.optimizer.name": "sgd", "gate.optimizer.lr": 1e6, "gate.losses.cls": 1e38}
     bad = [{"gate.router": "cascade"}, diverging, {}]
     specs = [replace(TrialSpec(0, 0, {**SMALL_BATCHES, **changes}), slot=slot) for slot, changes in enumerate(bad)]
     unknown, infinite, good = SerialRunner(make_trial(tmp_path)(shared_arrays())).run(specs)
