@@ -54,6 +54,7 @@ setup(
         "scikit-learn>=1.9",
         "pillow>=13.0",
         "pydantic>=2.14",
+        "annotated-types>=0.8",
         "ruamel.yaml>=0.19",
         "rich>=15.0",
         "moocore>=0.3",

@@ -21,10 +21,10 @@ import numpy as np
 
 from benchmarks.harness import Estimate, Headline, Options, Report, Section, run_benchmark
 from dsnet.errors import NonFiniteLossError
-from dsnet.gates.end_to_end import EndToEndSettings, GateImages, seconds_per_epoch, train_end_to_end
+from dsnet.gates.end_to_end import GateImages, seconds_per_epoch, train_end_to_end
 from dsnet.gates.fit import GateFit, calibrate_heads, fit_gates
 from dsnet.gates.problem import beam
-from dsnet.gates.settings import GateSettings
+from dsnet.gates.settings import EndToEndSettings, GateSettings
 from dsnet.network.supernet import Supernet
 from dsnet.routing.routing_table import RoutingTable
 from dsnet.stored.checkpoint import load_supernet

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,7 +53,7 @@ def draw_boxes(num_images: int, generator: torch.Generator) -> BoxDraw:
 
 
 def fit_boxes(
-    draw: BoxDraw, size: tuple[int, int], areas: tuple[float, float], aspects: tuple[float, float]
+    draw: BoxDraw, size: tuple[int, int], areas: Sequence[float], aspects: tuple[float, float]
 ) -> tuple[Boxes, Tensor]:
     """Choose for each image the first attempted rectangle that fits inside it.
 

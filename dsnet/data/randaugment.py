@@ -17,9 +17,9 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
+from dsnet.data.settings import MAX_MAGNITUDE
 from dsnet.data.tonal import Strength, Tone, adjust
 
-MAX_MAGNITUDE = 10.0
 MAX_ROTATION = 30.0  # degrees; this and the next constants hold at magnitude 10
 MAX_SHEAR = 0.3
 MAX_TRANSLATION = 0.45  # relative to the image's side

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,7 @@ CROP_SCALE = (0.08, 1.0)
 CROP_ASPECTS = (3 / 4, 4 / 3)
 
 
-def crop_boxes(draw: BoxDraw, size: tuple[int, int], scale: tuple[float, float]) -> Boxes:
+def crop_boxes(draw: BoxDraw, size: tuple[int, int], scale: Sequence[float]) -> Boxes:
     """The crops of B images of one size.
 
     Where no attempt fits inside the image, the largest centred crop with an allowed aspect is

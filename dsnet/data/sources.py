@@ -18,18 +18,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dsnet.data.augment import Augmentation
 from dsnet.data.cache import ImageCache
 from dsnet.data.image_folder import FolderListing, decode_images, list_image_folder, load_image_folder, required_size
 from dsnet.data.images import ImageSet
 from dsnet.data.normalization import Normalization
 from dsnet.data.registry import check_image_size, load_images
+from dsnet.data.settings import Augmentation, folder_problem
 from dsnet.data.splits import SPLIT_NAMES, Splits
 from dsnet.data.tensors import Batch, TensorData
 from dsnet.data.training_images import InMemoryImages, StreamedImages, TrainingImages
-from dsnet.errors import ConfigError
 from dsnet.seeds import derive_seed
-from dsnet.strict_json import NumberRange
+from dsnet.settings import PositiveFraction, SettingError, check_value
 
 NUM_NORMALIZATION_IMAGES = 2048
 
@@ -239,16 +238,11 @@ def load_source(
             cannot be streamed or cropped.
         DataError: A file is missing, truncated or mislabelled; the message names it.
     """
-    NumberRange(above=0, highest=1).check("data.crop_fraction", crop_fraction)
+    check_value("data.crop_fraction", crop_fraction, PositiveFraction)
+    problem = folder_problem(name, crop_fraction, stream)
+    if problem is not None:
+        raise SettingError(f"data.{problem[0]}: {problem[1]}")
     if name != "image_folder":
-        if stream:
-            raise ConfigError(
-                f"data.stream is true for data set {name!r}: only 'image_folder' streams; set it to false"
-            )
-        if crop_fraction != 1:
-            raise ConfigError(
-                f"data.crop_fraction is {crop_fraction} for data set {name!r}: only 'image_folder' crops; set it to 1"
-            )
         return InMemorySource(load_images(name, path, image_size))
     size = required_size(image_size)
     check_image_size(size)

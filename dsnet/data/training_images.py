@@ -3,7 +3,7 @@ they are needed."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,12 +16,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dsnet.data.augment import Augmentation, augment
+from dsnet.data.augment import augment
 from dsnet.data.boxes import BoxDraw, draw_boxes
 from dsnet.data.decoding import read_rgb
 from dsnet.data.image_folder import decode_file
 from dsnet.data.prefetch import in_order
 from dsnet.data.resized_crop import CROP_SCALE, crop_boxes
+from dsnet.data.settings import Augmentation
 from dsnet.seeds import derive_seed
 
 
@@ -162,7 +163,7 @@ class StreamedImages:
         return batch.to(device, non_blocking=True)
 
 
-def _decode_crop(job: tuple[Path, BoxDraw], scale: tuple[float, float], image_size: int) -> np.ndarray:
+def _decode_crop(job: tuple[Path, BoxDraw], scale: Sequence[float], image_size: int) -> np.ndarray:
     """Decode a file and cut its random resized crop: uint8 [3, image_size, image_size]."""
     file, draw = job
     image = read_rgb(file)

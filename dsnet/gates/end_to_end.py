@@ -25,14 +25,14 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dsnet.data.augment import Augmentation, augment
+from dsnet.data.augment import augment
 from dsnet.data.normalization import Normalization
 from dsnet.errors import NonFiniteLossError, StoppedError
 from dsnet.gates.gumbel import gumbel_noise
 from dsnet.gates.losses import complexity
 from dsnet.gates.mixing import Answers, Chooser, GatedSupernet, Mixed
 from dsnet.gates.problem import sgs_places
-from dsnet.gates.settings import GateSettings
+from dsnet.gates.settings import EndToEndSettings, GateSettings
 from dsnet.network.supernet import Supernet
 from dsnet.routers.kinds import kind_names
 from dsnet.seeds import derive_seed
@@ -44,21 +44,6 @@ STREAMS = ("order", "noise", "augmentation")
 """Names of the random streams of training; each has its own generator."""
 SMALLEST_SCALE = 1e-6
 """Lower bound of the scale of a hidden unit, for units that are always zero."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class EndToEndSettings:
-    """Settings that only training on images needs; the others, the batch size among them, are in
-    `GateSettings`."""
-
-    epochs: int = 30
-    """Passes over the gate split; they take the place of `GateSettings.steps`."""
-    augmentation: Augmentation | None = None
-    """Augmentation of the training images; None = none."""
-
-    def __post_init__(self) -> None:
-        if self.epochs < 1:
-            raise ValueError(f"gate.end_to_end.epochs is {self.epochs}, but must be at least 1")
 
 
 @dataclass(frozen=True, eq=False)

@@ -22,7 +22,7 @@ from dsnet.seeds import derive_seed
 from dsnet.space.spec import CLASSES, SupernetSpec
 from dsnet.space.subnet_set import SubnetSet
 from dsnet.stored.checkpoint import load_checkpoint, tensors_below
-from dsnet.training.settings import SupernetRun
+from dsnet.training.supernet_run import SupernetRun
 
 CHECKPOINT_MODEL = "checkpoint"
 """Value of `supernet.model` that takes the network and its sub-networks from the start weights."""

@@ -33,8 +33,8 @@ from dsnet.stored.checkpoint import (
 )
 from dsnet.training.curves import Curves, Progress, Reporter, SilentReporter
 from dsnet.training.optimization import learning_rate, make_optimizer
-from dsnet.training.settings import SupernetRun
 from dsnet.training.step import StepPlan, StepRules, supernet_step
+from dsnet.training.supernet_run import SupernetRun
 from dsnet.training.workers import SingleWorker, Workers
 
 FINAL = "final"

@@ -12,9 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from dsnet.data import Splits, make_splits
 from dsnet.data.cifar10 import CLASS_NAMES, IMAGE_SIZE, holds_cifar10
-from dsnet.data.splits import FEW_IMAGES
+from dsnet.data.splits import FEW_IMAGES, Splits, make_splits
 from dsnet.data.survey import Survey, survey_folder
 from dsnet.errors import ConfigError, DataError
 from dsnet.families import Task, family_names, layout

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from dsnet.data.splits import FEW_IMAGES
-from dsnet.measure.latency import MAIN_DEVICE, latency_metric
+from dsnet.measure.latency import latency_metric
+from dsnet.measure.settings import MAIN_DEVICE
 from dsnet.metrics import find_metric
 from dsnet.wording import duration, plural
 from orchestration.commands import tables

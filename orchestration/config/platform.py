@@ -8,7 +8,8 @@ from pydantic import (
     Field,
 )
 
-from orchestration.config.section import PositiveFloat, PositiveInt, Section, Text
+from dsnet.settings import PositiveFloat, PositiveInt
+from orchestration.config.section import Section, Text
 
 
 class RayConfig(Section):

@@ -24,6 +24,7 @@ from pydantic import (
 
 from dsnet.errors import ConfigError
 from dsnet.metrics import metrics
+from dsnet.settings import DEFAULT_SEED, Seed
 from dsnet.wording import shown, way_out
 from orchestration.config.data import DataConfig
 from orchestration.config.default_space import default_space
@@ -35,6 +36,7 @@ from orchestration.config.objectives import Constraint, MetricConfig
 from orchestration.config.platform import RayConfig, StorageConfig, TrackingConfig
 from orchestration.config.schedulers import SCHEDULER_OPTIONS, check_scheduler
 from orchestration.config.section import (
+    FROM_LIST,
     NAME_PATTERN,
     BrokenRule,
     KeyPath,
@@ -90,7 +92,7 @@ class SweepConfig(Section):
     name: Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
     """Name of the run and of its folder: 1 to 64 letters, digits, '.', '_' or '-', not starting
     with '.'."""
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    seed: Seed = DEFAULT_SEED
     """All randomness derives from it, 0 to 2^32 - 1."""
     data: DataConfig
     supernet: SupernetConfig
@@ -101,7 +103,7 @@ class SweepConfig(Section):
     the target, the SGS settings and the learning rate."""
     metrics: Annotated[tuple[MetricConfig, ...], Field(strict=False, min_length=2, max_length=3)] = _DEFAULT_METRICS
     """The 2 or 3 objectives, at least one to maximise and one to minimise."""
-    constraints: Annotated[tuple[Constraint, ...], Field(strict=False)] = ()
+    constraints: Annotated[tuple[Constraint, ...], FROM_LIST] = ()
     """Conditions over metrics and `baseline.METRIC`, the widest routable sub-network's: "top1 >=
     baseline.top1 - 0.003". A trial that breaks one is never on the front; {hard: "params_m <= 5"}
     ends a trial at once, and the sweep where nothing can hold it."""

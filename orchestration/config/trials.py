@@ -10,7 +10,8 @@ from pydantic import (
     JsonValue,
 )
 
-from orchestration.config.section import Fraction, NonNegativeInt, PointValue, PositiveFloat, PositiveInt, Section, Text
+from dsnet.settings import Fraction, NonNegativeInt, PositiveFloat, PositiveFraction, PositiveInt
+from orchestration.config.section import FROM_LIST, PointValue, Section, Text
 
 
 class SamplerConfig(Section):
@@ -31,7 +32,7 @@ class SamplerConfig(Section):
     order: Literal["cohorts", "asynchronous"] = "cohorts"
     """cohorts: reproducible, with any number of workers | asynchronous: no worker waits, but
     results depend on who finishes first."""
-    enqueue: Annotated[tuple[dict[str, PointValue], ...], Field(strict=False)] | None = None
+    enqueue: Annotated[tuple[dict[str, PointValue], ...], FROM_LIST] | None = None
     """Points {key: value} that are tried first; keys that a point leaves out are drawn. [] = none;
     null = the published settings, as far as the space holds them (with grid: none)."""
 
@@ -41,7 +42,7 @@ class PlateauConfig(Section):
 
     trials: PositiveInt = 200
     """The last so many trials ..."""
-    gain: Annotated[float, Field(gt=0, le=1)] = 0.001
+    gain: PositiveFraction = 0.001
     """... have added less than this share, (0, 1], to the hypervolume of the feasible ones."""
 
 
@@ -55,7 +56,7 @@ class BudgetConfig(Section):
     plateau: PlateauConfig | None = None
     """{trials: 200, gain: 0.001}: stop when the last 200 trials have added less than 0.1 % to the
     hypervolume; null = never."""
-    target: Annotated[tuple[Text, ...], Field(strict=False)] = ()
+    target: Annotated[tuple[Text, ...], FROM_LIST] = ()
     """Conditions, written as constraints, that one trial must meet together: then the sweep ends.
     [] = never."""
     max_failed: Fraction = 0.5

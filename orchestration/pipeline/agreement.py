@@ -11,18 +11,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dsnet.data import Normalization
+from dsnet.data.normalization import Normalization
 from dsnet.deploy.dynamic import DynamicNet
 from dsnet.deploy.materialize import materialize
 from dsnet.errors import VerificationError
-from dsnet.measure.latency import (
-    LatencySettings,
-    MachineLoad,
-    Timing,
-    device_name,
-    time_interleaved,
-    waiter,
-)
+from dsnet.measure.latency import MachineLoad, Timing, device_name, time_interleaved, waiter
+from dsnet.measure.settings import LatencySettings
 from dsnet.network.precision import exact_float32
 from dsnet.network.supernet import Supernet
 from dsnet.routers.base import Router

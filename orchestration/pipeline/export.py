@@ -16,12 +16,12 @@ import torch
 from numpy.typing import NDArray
 from ruamel.yaml import YAML
 
-from dsnet.data import Normalization
+from dsnet.data.normalization import Normalization
 from dsnet.data.photos import PhotoDecoder
 from dsnet.deploy.bundle import NUM_EXAMPLES, save_bundle
 from dsnet.deploy.exporters import BUNDLE, exporters
 from dsnet.dotted import nest
-from dsnet.measure.latency import MAIN_DEVICE
+from dsnet.measure.settings import MAIN_DEVICE
 from dsnet.routers.base import Router
 from dsnet.routing.routing_table import RoutingTable
 from dsnet.routing.table_routing import run_on_table

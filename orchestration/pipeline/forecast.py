@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from dsnet.environment import resolve_device
-from dsnet.measure.latency import BUDGET_S, LatencySettings, MachineLoad
+from dsnet.measure.latency import BUDGET_S, MachineLoad
+from dsnet.measure.settings import LatencySettings
 from dsnet.process_memory import resident_bytes
 from dsnet.training.trial_run import TrialRun, trial_run
 from dsnet.wording import plural

@@ -14,11 +14,13 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
-from dsnet.data import Augmentation
+from dsnet.data.settings import Augmentation
 from dsnet.errors import NothingFeasibleError, StoppedError
 from dsnet.files import atomic_write_bytes, atomic_write_json, read_json
-from dsnet.gates.end_to_end import EndToEndSettings, GateImages
-from dsnet.measure.latency import MAIN_DEVICE, LatencyTable
+from dsnet.gates.end_to_end import GateImages
+from dsnet.gates.settings import EndToEndSettings
+from dsnet.measure.latency import LatencyTable
+from dsnet.measure.settings import MAIN_DEVICE
 from dsnet.routing.routing_table import RoutingTable
 from dsnet.space.subnet_set import SubnetSet
 from dsnet.training.supernet import FINAL

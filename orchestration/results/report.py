@@ -35,7 +35,7 @@ from dashboards.widths import LatencySeries, WidthsInfo
 from dsnet.errors import NotFoundError
 from dsnet.files import atomic_write_text, read_json
 from dsnet.gates.fit import COLLAPSE_SHARE
-from dsnet.measure.latency import MAIN_DEVICE
+from dsnet.measure.settings import MAIN_DEVICE
 from dsnet.wording import plural
 from orchestration.config.resolve import constraint_set
 from orchestration.results.measured import static_metrics

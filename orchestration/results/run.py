@@ -15,7 +15,8 @@ from safetensors.numpy import load_file
 
 from dsnet.errors import CheckpointError, NotFoundError
 from dsnet.files import read_json
-from dsnet.measure.latency import MAIN_DEVICE, BatchClock, LatencyTable, device_of, latency_metric
+from dsnet.measure.latency import BatchClock, LatencyTable, device_of, latency_metric
+from dsnet.measure.settings import MAIN_DEVICE
 from dsnet.metrics import added_metrics
 from dsnet.routers.base import Router
 from dsnet.routing.routing_table import RoutingTable

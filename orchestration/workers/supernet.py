@@ -13,14 +13,14 @@ from typing import Any
 
 from dsnet import errors
 from dsnet.arithmetic import fix_arithmetic
-from dsnet.data.augment import Augmentation
+from dsnet.data.settings import Augmentation
 from dsnet.data.training_images import InMemoryImages, TrainingImages
 from dsnet.errors import DsnetError, PreflightError, StoppedError
 from dsnet.files import atomic_write_json, read_json
 from dsnet.network.supernet import Supernet
 from dsnet.space.subnet_set import SubnetSet
-from dsnet.training.settings import SupernetRun
 from dsnet.training.supernet import FINAL
+from dsnet.training.supernet_run import SupernetRun
 from orchestration.runs.curves import CurvePoint, CurveTail
 
 POLL_S = 0.3

@@ -42,8 +42,8 @@ from dsnet.network.prefix_tree import each_logits
 from dsnet.network.supernet import Supernet
 from dsnet.space.cost import subnet_cost
 from dsnet.stored.checkpoint import load_supernet
-from dsnet.training.settings import SupernetRun
 from dsnet.training.supernet import FINAL, recalibration_batches, train_supernet
+from dsnet.training.supernet_run import SupernetRun
 from orchestration.runs.curves import CurvePoint, CurveTail
 from orchestration.workers.runtime import variables_set
 from orchestration.workers.supernet import (

@@ -27,7 +27,8 @@ from dsnet.gates.fit import fit_gate
 from dsnet.gates.problem import sgs_targets
 from dsnet.gates.settings import GateSettings
 from dsnet.measure.evaluate import build_routing_table
-from dsnet.measure.latency import LatencySettings, measure_latency
+from dsnet.measure.latency import measure_latency
+from dsnet.measure.settings import LatencySettings
 from dsnet.network.batchnorm import recalibrate
 from dsnet.network.supernet import Supernet, restrict
 from dsnet.routing.routing_table import RoutingTable

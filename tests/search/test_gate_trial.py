@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -76,7 +76,7 @@ def numbers(outcome: TrialOutcome) -> dict[str, Any]:
 
 def test_every_key_that_a_sweep_may_vary_reaches_the_gate() -> None:
     assert {key for key in sweepable_keys() if key.startswith("gate.")} == {*FIELDS, *ROUTING_KEYS}
-    assert set(FIELDS.values()) == set(GateSettings.__dataclass_fields__) - {"routes", "seed"}
+    assert set(FIELDS.values()) == {field.name for field in fields(GateSettings)} - {"routes", "seed"}
 
 
 def test_the_defaults_of_the_configuration_are_those_of_the_gate() -> None:

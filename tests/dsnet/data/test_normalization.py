@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from dsnet.data import Normalization
+from dsnet.data.normalization import Normalization
 from dsnet.errors import DataError
 
 pixels = hnp.arrays(np.uint8, st.tuples(st.integers(1, 5), st.integers(1, 3), st.just(4), st.integers(1, 6)))

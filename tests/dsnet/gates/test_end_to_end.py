@@ -18,11 +18,10 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dsnet.data.augment import Augmentation
+from dsnet.data.settings import Augmentation
 from dsnet.errors import NonFiniteLossError, StoppedError
 from dsnet.gates import end_to_end as gate_end_to_end
 from dsnet.gates.end_to_end import (
-    EndToEndSettings,
     GateImages,
     GateObjective,
     frozen,
@@ -35,7 +34,7 @@ from dsnet.gates.fit import calibrate_heads
 from dsnet.gates.gumbel import gumbel_noise, straight_through
 from dsnet.gates.losses import complexity
 from dsnet.gates.mixing import Chooser, GatedSupernet
-from dsnet.gates.settings import GateSettings
+from dsnet.gates.settings import EndToEndSettings, GateSettings
 from dsnet.measure.evaluate import build_routing_table
 from dsnet.network.supernet import Supernet
 from dsnet.seeds import derive_seed
@@ -560,8 +559,8 @@ def test_the_temperature_falls_geometrically_over_all_steps(monkeypatch: pytest.
 
 def test_a_diverging_loss_is_an_error_that_names_the_step_and_the_way_out() -> None:
     supernet = small_supernet("ds_tiny")
-    gate = GateSettings(optimizer="sgd", lr=1e38, batch_size=8)
-    with pytest.raises(NonFiniteLossError, match=r"step \d+; lower gate.optimizer.lr \(now 1e\+38\)"):
+    gate = GateSettings(optimizer="sgd", lr=1e6, lambda_cls=1e38, batch_size=8)
+    with pytest.raises(NonFiniteLossError, match=r"step \d+; lower gate.optimizer.lr \(now 1000000\.0\)"):
         train_end_to_end(supernet, gate_images(), gate, EndToEndSettings(epochs=3))
 
 

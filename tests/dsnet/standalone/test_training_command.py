@@ -19,7 +19,10 @@ import pytest
 import torch
 
 from dsnet.arithmetic import MKL_MODE, arithmetic_facts, mkl_mode
-from dsnet.data import Normalization, TensorData, load_images, make_splits
+from dsnet.data.normalization import Normalization
+from dsnet.data.registry import load_images
+from dsnet.data.splits import make_splits
+from dsnet.data.tensors import TensorData
 from dsnet.errors import CheckpointError, ConfigError, DataError, LockedError, PreflightError, StoppedError
 from dsnet.files import read_json
 from dsnet.measure.evaluate import build_routing_table, measure_subnets, subnet_accuracy
@@ -459,10 +462,10 @@ def test_crops_by_scale_can_be_asked_for(tmp_path: Path) -> None:
         ({"supernet__train__schedule": "linear"}, r"supernet\.train\.schedule is 'linear'; known: cosine"),
         ({"supernet__recalibration__images": -1}, r"supernet\.recalibration\.images is -1"),
         ({"measure__batch_sizes": [1, "2"]}, r"measure\.batch_sizes\[1\] is '2', but must be a whole number"),
-        ({"measure__device": "gpu"}, r"measure\.device is 'gpu'; known: auto, cpu, cuda"),
+        ({"measure__device": "gpu"}, r"measure\.device is 'gpu'; did you mean 'cpu'\? known: auto, cpu, cuda"),
         (
             {"measure__devices": {"a": {"device": "gpu"}}},
-            r"measure\.devices\.a\.device is 'gpu'; known: auto, cpu, cuda",
+            r"measure\.devices\.a\.device is 'gpu'; did you mean 'cpu'\? known: auto, cpu, cuda",
         ),
         (
             {"measure__devices": {"a": {"thread": 2}}},
@@ -474,22 +477,25 @@ def test_crops_by_scale_can_be_asked_for(tmp_path: Path) -> None:
         ),
         ({"measure__devices": {"a": 2}}, r"measure\.devices\.a is 2, but must be a JSON object"),
         ({"measure__devices": []}, r"measure\.devices is \[\], but must be a JSON object"),
-        ({"measure__devices": {"a b": {}}}, r"measure\.devices: 'a b' cannot name a device"),
+        ({"measure__devices": {"a b": {}}}, r"measure\.devices: 'a b' is no name of a device"),
         ({"data__augment__crop_padding": -1}, r"data\.augment\.crop_padding is -1"),
         ({"supernet__train__momentum": 1}, r"supernet\.train\.momentum is 1\.0, but must be at least 0 and below 1"),
         ({"supernet__bootstrapping__ema_decay": 2}, r"supernet\.bootstrapping\.ema_decay is 2"),
         ({"measure__repeats": 0}, r"measure\.repeats is 0, but must be at least 1"),
         ({"measure__threads": 0}, r"measure\.threads is 0, but must be at least 1"),
         ({"measure__warmup": -1}, r"measure\.warmup is -1, but must be at least 0"),
-        ({"measure__batch_sizes": []}, r"measure\.batch_sizes must hold at least 1 entries; got 0"),
+        ({"measure__batch_sizes": []}, r"measure\.batch_sizes is \(\), but must be a list of at least 1 value$"),
         ({"measure__batch_sizes": [4, 1]}, r"measure\.batch_sizes: sizes must increase; got \[4, 1\], write \[1, 4\]"),
-        ({"measure__group_sizes": [2, 4]}, r"measure\.group_sizes must start at 1; got \[2, 4\]"),
+        ({"measure__group_sizes": [2, 4]}, r"measure\.group_sizes: must start at 1; got \[2, 4\]"),
         ({"supernet__train__lr": 1e300}, r"supernet\.train\.lr is 1e\+300, but must be above 0 and at most 1e\+06"),
         (
             {"supernet__train__accumulate": 5},
             r"supernet\.train\.batch_size: 24 images cannot be shared equally among 1 worker x 5 micro-batches with at least 2 each",
         ),
-        ({"data__augment__randaugment_ops": 99}, r"data\.augment\.randaugment_ops is 99, must be 0\.\.14"),
+        (
+            {"data__augment__randaugment_ops": 99},
+            r"data\.augment\.randaugment_ops is 99, but must be at least 0 and at most 14",
+        ),
         ({"version": 2}, r"version is 2, but this release reads 1"),
         ({"data": []}, r"data is \[\], but must be a JSON object"),
     ],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
-from typing import cast
+from typing import cast, get_args
 
 import pytest
 import torch
@@ -15,11 +15,13 @@ from dsnet.network.supernet import Supernet
 from dsnet.space.spec import Subnet
 from dsnet.space.subnet_set import SubnetSet
 from dsnet.training.losses import smoothed_one_hot, soft_cross_entropy
-from dsnet.training.settings import TEACHERS
+from dsnet.training.settings import Teacher
 from dsnet.training.step import StepPlan, StepRules, supernet_step
 from tests.dsnet.samples import random_images, random_labels, shaken, small_supernet, task
 
 SMOOTHING = 0.1
+
+TEACHERS = get_args(Teacher)
 
 
 def student_and_teacher(family: str = "ds_tiny") -> tuple[Supernet, Supernet]:

@@ -21,9 +21,10 @@ from dsnet.network.batchnorm import recalibrate
 from dsnet.network.supernet import Supernet
 from dsnet.stored.checkpoint import load_checkpoint, load_supernet
 from dsnet.training.optimization import learning_rate, make_optimizer
-from dsnet.training.settings import REGIMES, BootstrapSettings, Regime, SupernetRun, TrainSettings
+from dsnet.training.settings import REGIMES, BootstrapSettings, Regime, TrainSettings
 from dsnet.training.step import StepPlan
 from dsnet.training.supernet import _Session, checkpoint_stems, train_supernet
+from dsnet.training.supernet_run import SupernetRun
 from dsnet.training.workers import SingleWorker
 from tests.dsnet.samples import (
     NORMALIZATION,

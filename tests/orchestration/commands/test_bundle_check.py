@@ -13,8 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
-from dsnet.data import Splits, SplitSizes, make_splits
+from dsnet.data.settings import SplitSizes
 from dsnet.data.sources import ImageSource, load_source
+from dsnet.data.splits import Splits, make_splits
 from dsnet.deploy.bundle import save_bundle
 from dsnet.errors import DataError, VerificationError
 from dsnet.families import Task, create

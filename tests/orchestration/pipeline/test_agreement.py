@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from dsnet.data import TensorData
+from dsnet.data.tensors import TensorData
 from dsnet.errors import VerificationError
 from dsnet.files import atomic_write_json
 from dsnet.measure.evaluate import build_routing_table
-from dsnet.measure.latency import LatencySettings, measure_latency
+from dsnet.measure.latency import measure_latency
+from dsnet.measure.settings import LatencySettings
 from dsnet.network.batchnorm import recalibrate
 from dsnet.network.supernet import Supernet
 from dsnet.routers.base import Router

@@ -13,9 +13,10 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from dsnet.data.augment import Augmentation
+from dsnet.data.settings import Augmentation
 from dsnet.errors import CheckpointError
-from dsnet.gates.end_to_end import EndToEndSettings, GateImages, train_end_to_end, train_stage
+from dsnet.gates.end_to_end import GateImages, train_end_to_end, train_stage
+from dsnet.gates.settings import EndToEndSettings
 from dsnet.measure.evaluate import build_routing_table
 from dsnet.measure.latency import LatencyTable, Timing
 from dsnet.routing.table_routing import run_on_table
@@ -151,7 +152,7 @@ def test_a_stage_of_another_trial_fails_with_the_reason(tmp_path: Path) -> None:
 
 
 def test_a_bad_parameter_fails_its_trial_alone(tmp_path: Path) -> None:
-    diverging = {"gate.optimizer.name": "sgd", "gate.optimizer.lr": 1e38, "gate.optimizer.batch_size": 4}
+    diverging = {"gate.optimizer.name": "sgd", "gate.optimizer.lr": 1e6, "gate.losses.cls": 1e38}
     bad = [{"gate.router": "cascade"}, diverging, {}]
     specs = [replace(TrialSpec(0, 0, {**SMALL_BATCHES, **changes}), slot=slot) for slot, changes in enumerate(bad)]
     unknown, infinite, good = SerialRunner(make_trial(tmp_path)(shared_arrays())).run(specs)

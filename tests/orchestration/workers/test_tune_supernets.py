@@ -25,9 +25,9 @@ from ray.tune.schedulers import FIFOScheduler
 from torch import Tensor
 
 from dsnet.arithmetic import MKL_MODE, mkl_mode
-from dsnet.data import Augmentation
+from dsnet.data.settings import Augmentation, SplitSizes
 from dsnet.data.sources import load_source
-from dsnet.data.splits import SplitSizes, make_splits
+from dsnet.data.splits import make_splits
 from dsnet.data.training_images import InMemoryImages, TrainingImages
 from dsnet.errors import CheckpointError, ConfigError, PreflightError, StoppedError
 from dsnet.families import Task, rebuild
@@ -35,9 +35,10 @@ from dsnet.network.batchnorm import recalibrate
 from dsnet.space.cost import subnet_cost
 from dsnet.space.spec import NORMS
 from dsnet.stored.checkpoint import load_supernet
-from dsnet.training.settings import BootstrapSettings, SupernetRun, TrainSettings
+from dsnet.training.settings import BootstrapSettings, TrainSettings
 from dsnet.training.start import lay_out
 from dsnet.training.supernet import FINAL, recalibration_batches
+from dsnet.training.supernet_run import SupernetRun
 from orchestration.config.schedulers import check_scheduler
 from orchestration.workers.schedulers import make_scheduler
 from orchestration.workers.supernet import STOP_GRACE_S, SupernetJob, _train_loop, root_cause, train_on_ray
