@@ -537,7 +537,7 @@ def test_the_command_says_one_line_of_json_and_everything_else_on_stderr(
         (changed(supernet__init_from="/no/such/run"), (), 3, "no finished checkpoint at /no/such/run"),
         (changed(supernet__model="ds_tony"), (), 2, "did you mean 'ds_tiny'"),
         (changed(supernet__train__epochs=0), (), 2, "epochs is 0"),
-        (changed(data__crop_fraction=0.5), (), 2, "data.crop_fraction is 0.5 for data set 'digits'"),
+        (changed(data__crop_fraction=0.5), (), 2, "data.crop_fraction: only an image_folder is cropped"),
         (CONFIG, ("--max-seconds", "0"), 2, "--max-seconds is 0"),
         (CONFIG, ("--max-seconds", "nan"), 2, "--max-seconds is nan, but must be above 0"),
         (CONFIG, ("--threads", "0"), 2, "--threads is 0"),
