@@ -30,6 +30,7 @@ from dashboards.theme import (
     router_name,
     router_symbol,
 )
+from dsnet.wording import signed
 from search.front.points import METRIC_PREFIX
 
 ParamValue = float | int | str | bool
@@ -511,7 +512,7 @@ def _shift_traces(chosen: FrontPanel, reported: FrontPanel, further: Further | N
         marker={"color": BLUE, "symbol": [f"{router_symbol(then.router)}-open" for then, _ in pairs], "size": 9},
         text=[
             f"{_hover(then, chosen, further)}<br>{plain(reported.split)} minus {plain(chosen.split)}: "
-            f"{100 * (after.top1 - then.top1):+.1f} points"
+            f"{signed(100 * (after.top1 - then.top1))} points"
             for then, after in pairs
         ],
         hoverinfo="text",

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from html import escape
 from typing import Final
 
-from dashboards.theme import percent, router_name, signed, significant
+from dashboards.theme import SIGN_KINDS, percent, router_name, significant
+from dsnet.wording import signed
+from search.front.statistics import significant_sign
 
 NOT_VERIFIED: Final = "not verified yet"
 MAX_TIES: Final = 2
@@ -69,13 +71,15 @@ class Scores:
     cascade_madds_m: float | None = None
     """Mean MAdds of that cascade on this split, in millions."""
     oracle_share: float | None = None
-    """Gain as a share of the gap from the static line to the oracle."""
+    """Gain as a share of the gap from the static line to the oracle; None where the gap is within
+    its noise."""
     stability: float | None = None
     """Share of resamples in which no other router of the front dominates it; not a p-value."""
     reachable_top1: float | None = None
     """Top-1 at the same mean MAdds of the best router found that sees every route's output."""
     reachable_share: float | None = None
-    """Gain as a share of the gap from the static line to `reachable_top1`."""
+    """Gain as a share of the gap from the static line to `reachable_top1`; None where the gap is
+    within its noise."""
     is_cascade_collapsed: bool = False
     """Whether that cascade runs its second route for no image or for all."""
     ties: tuple[str, ...] = ()
@@ -210,9 +214,10 @@ def _gain_lines(gain: Estimate | None) -> tuple[str, list[str]]:
 
 def verdict(gain: Estimate) -> str:
     """The conclusion that the paired interval allows, in words."""
-    if gain.low > 0:
-        return "better than the static line"
-    return "worse than the static line" if gain.high < 0 else "no difference shown"
+    sign = significant_sign(gain.low, gain.high)
+    if sign == 0:
+        return "no significant difference"
+    return f"{'better' if sign > 0 else 'worse'} than the static line"
 
 
 def _saving_lines(row: Row, baseline: Row | None) -> list[str]:
@@ -341,11 +346,17 @@ def _gain_cell(scores: Scores) -> str:
     gain = scores.gain
     if gain is None:
         return _number("–", "outside the static line")
-    kind = "good" if gain.low > 0 else "bad" if gain.high < 0 else ""
+    kind = SIGN_KINDS[significant_sign(gain.low, gain.high)]
     beside = [_signed_interval(gain)]
-    for share, name in ((scores.reachable_share, "reachable"), (scores.oracle_share, "oracle")):
+    shares = (
+        ("reachable", scores.reachable_share, scores.reachable_top1),
+        ("oracle", scores.oracle_share, scores.oracle_top1),
+    )
+    for name, share, limit in shares:
         if share is not None:
             beside.append(f"{percent(share, 0)} of the {name} gap")
+        elif limit is not None:
+            beside.append(f"{name} gap within noise")
     if scores.over_widest is not None:
         over = scores.over_widest
         beside.append(f"over the widest: {signed(100 * over.value)} ({_signed_interval(over)})")
@@ -391,5 +402,5 @@ def _chance(headline: Headline) -> str:
     known = [gain for gain in gains if not math.isnan(gain.low)]
     if not known:
         return ""
-    num_clear = sum(gain.low > 0 or gain.high < 0 for gain in known)
+    num_clear = sum(significant_sign(gain.low, gain.high) != 0 for gain in known)
     return f" ({num_clear} of {len(known)} here; about {0.05 * len(known):.1g} would by chance alone)"

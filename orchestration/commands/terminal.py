@@ -17,7 +17,7 @@ from rich.console import Console
 from dsnet.data.splits import FEW_IMAGES
 from dsnet.measure.latency import MAIN_DEVICE, latency_metric
 from dsnet.metrics import find_metric
-from dsnet.wording import duration, plural
+from dsnet.wording import duration, plural, signed
 from orchestration.commands import tables
 from orchestration.commands.tables import Column, terminal_width
 from orchestration.progress import json_state, read_task_state
@@ -106,11 +106,10 @@ def _interval(interval: Any) -> str:
 
 
 def _signed(interval: Any) -> str:
-    return (
-        "-"
-        if interval is None
-        else f"{100 * interval.value:+.1f} [{100 * interval.low:+.1f}, {100 * interval.high:+.1f}]"
-    )
+    if interval is None:
+        return "-"
+    value, low, high = (signed(100 * number) for number in (interval.value, interval.low, interval.high))
+    return f"{value} [{low}, {high}]"
 
 
 def say_training_warnings(warnings: Sequence[TrainingWarning], whose: str = "") -> None:

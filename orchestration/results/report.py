@@ -255,7 +255,7 @@ def _scores(point: PointAnalysis) -> Scores:
         cascade_top1=point.cascade_top1,
         oracle_top1=point.oracle_top1,
         cascade_madds_m=point.cascade_madds_m,
-        oracle_share=point.share_of_oracle_gap,
+        oracle_share=point.clear_share_of_oracle_gap,
         stability=point.stability,
         reachable_top1=point.reachable_top1,
         reachable_share=point.clear_share_of_reachable_gap,
@@ -496,7 +496,7 @@ def _router_result(share: RouterShare) -> RouterResult:
         oracle_top1=share.oracle_top1,
         gain=None if gain is None else (gain.value, gain.low, gain.high),
         reachable_share=share.clear_share_of_reachable_gap,
-        oracle_share=share.share_of_oracle_gap,
+        oracle_share=share.clear_share_of_oracle_gap,
         is_collapsed=share.is_collapsed,
     )
 
