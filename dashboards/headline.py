@@ -154,9 +154,9 @@ def _optimism(headline: Headline) -> str:
         return ""
     rows = "the router" if len(headline.rows) == 1 else f"the {len(headline.rows)} routers"
     text = (
-        f"Mean optimism of {headline.chosen_split}, which chose the front: {signed(100 * found.value)} points of top-1 above "
-        f"{headline.reported_split} over {rows} of the table (95 %: {_signed_interval(found)}). The two splits share no image, so nothing "
-        "is paired: each mean is resampled over its own images, and the two intervals are combined as those of independent numbers."
+        f"Optimism: top-1 on {headline.chosen_split}, on which the front was chosen, minus top-1 on {headline.reported_split} is "
+        f"{signed(100 * found.value)} points in the mean of {rows} of the table (95 %: {_signed_interval(found)}). The two splits "
+        "share no image, so the means are resampled separately and their intervals are combined as those of independent values."
     )
     return f"<p>{escape(text)}</p>"
 
@@ -208,7 +208,7 @@ def _shrinkage(row: Row) -> list[str]:
 
 def _gain_lines(gain: Estimate | None) -> tuple[str, list[str]]:
     if gain is None:
-        return "unknown", ["the static line does not reach this cost"]
+        return "unknown", ["below the cost of the cheapest sub-network"]
     return f"{signed(100 * gain.value)} points", [f"95 %: {_signed_interval(gain)}, paired", verdict(gain)]
 
 
@@ -245,10 +245,10 @@ def _same_split(row: Row, baseline: Row | None) -> Scores | None:
 
 def _latency_lines(latency: Latency | None) -> tuple[str, list[str]]:
     if latency is None:
-        return "not measured", ["latency is measured by the verify stage"]
+        return "not measured", ["the verify stage measures latency"]
     return f"{latency.speedup:.2f}x", [
-        f"ceiling {latency.ceiling:.2f}x: the cheapest static alone",
-        f"{significant(latency.median_ms)} ms against {significant(latency.widest_ms)} ms, batch {latency.batch_size}",
+        f"at most {latency.ceiling:.2f}x, with the cheapest static alone",
+        f"{significant(latency.median_ms)} ms instead of {significant(latency.widest_ms)} ms, batch size {latency.batch_size}",
     ]
 
 
@@ -260,7 +260,7 @@ def _table(headline: Headline) -> str:
         (_madds_head(headline), "number"),
         ("Gain over static line (points)", "number"),
         ("Controls at the same budget (%)", "number"),
-        ("Latency (ms), speed-up (ceiling)", "number"),
+        ("Latency (ms), speed-up (maximum)", "number"),
     ]
     head = "".join(f'<th class="{kind}" scope="col">{escape(name)}</th>' for name, kind in heads)
     rows = [] if headline.baseline is None else [_table_row(headline.baseline, headline, is_baseline=True)]
@@ -386,12 +386,12 @@ def _table_legend(headline: Headline) -> str:
     split = headline.reported_split if headline.is_verified else headline.chosen_split
     intervals = "bootstrap intervals over images" if headline.is_verified else "intervals over images (Wilson's)"
     text = (
-        f"Small figures are 95 % {intervals}. Gain and controls are those of {split}. "
-        "The gain is paired, over a random mix of two static sub-networks with the same mean MAdds; "
-        f"green and red mark intervals that exclude 0{_chance(headline)}. 'On the front in' is the share of resamples in "
-        "which no other router of the table is as good in every objective and better in one; routers are tied where the paired "
-        "interval of their difference in top-1 holds 0 and their mean MAdds are within 1 %. All of "
-        "it is conditional on one trained supernet."
+        f"Numbers in small type are 95 % {intervals}. Gain and controls are measured on {split}. "
+        "The gain is top-1 minus that of a random mix of two static sub-networks with the same mean MAdds, paired over images; "
+        f"green and red mark gains whose interval excludes 0{_chance(headline)}. 'On the front in' is the share of resamples in "
+        "which no other router of the table dominates this one. Two routers are tied if the paired interval of their "
+        "difference in top-1 includes 0 and their mean MAdds differ by at most 1 %. Shares of a gap are left out where the gap is "
+        "within its noise. All intervals are conditional on one trained supernet."
     )
     return f'<p class="sub">{escape(text)}</p>'
 
@@ -403,4 +403,4 @@ def _chance(headline: Headline) -> str:
     if not known:
         return ""
     num_clear = sum(significant_sign(gain.low, gain.high) != 0 for gain in known)
-    return f" ({num_clear} of {len(known)} here; about {0.05 * len(known):.1g} would by chance alone)"
+    return f" ({num_clear} of {len(known)} here; about {0.05 * len(known):.1g} expected by chance)"

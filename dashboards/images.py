@@ -70,7 +70,7 @@ def check_suffix(path: Path) -> None:
 
 
 def _unknown_suffix(path: Path) -> ConfigError:
-    return ConfigError(f"cannot write a figure as {path.name!r}: the suffix must be one of {', '.join(SUFFIXES)}")
+    return ConfigError(f"cannot write the figure {path.name!r}: its suffix must be one of {', '.join(SUFFIXES)}")
 
 
 def _image(figure: go.Figure, kind: str, width_px: int) -> bytes:

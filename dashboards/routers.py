@@ -113,9 +113,9 @@ def routers_figure(info: RoutersInfo) -> go.Figure:
             )
         )
     for name, field, colour in (("reachable", "reachable_top1", VERMILION), ("oracle", "oracle_top1", PURPLE)):
-        figure.add_trace(_limit_trace(info, f"{name}, at the same cost", field, colour))
+        figure.add_trace(_limit_trace(info, f"{name} at the same cost", field, colour))
     if not info.results:
-        note(figure, "no router within a budget yet")
+        note(figure, "no router has a trial within a budget yet")
     shares = info.budget_shares
     figure.update_xaxes(
         tickvals=list(range(len(shares))),
@@ -164,7 +164,7 @@ def _hover(result: RouterResult) -> str:
 def routers_table(info: RoutersInfo) -> str:
     """The same numbers as an HTML table with a row for each budget and kind."""
     heads = ["Budget", "Router", "Mean MAdds (M)", "Top-1 (%)", "Gain over static line (points)"]
-    heads += ["Of the reachable gap", "Of the oracle gap", "Static, reachable, oracle (%)"]
+    heads += ["Share of the reachable gap", "Share of the oracle gap", "Static, reachable, oracle (%)"]
     head = "".join(f'<th class="{"number" if k > 1 else ""}" scope="col">{h}</th>' for k, h in enumerate(heads))
     order = sorted(info.results, key=lambda r: (r.budget_share, info.kinds.index(r.router)))
     body = "".join(_row(result) for result in order)

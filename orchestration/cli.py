@@ -271,7 +271,8 @@ def enqueue(run: str, runs: str, values: tuple[str, ...], source: Path | None, l
         raise click.UsageError("--from cannot be combined with --set or --like; write all values into the file")
     if (sweep := _open_supernets(run, runs)) is not None:
         raise click.UsageError(
-            f"{run} is a sweep of several supernets, but a point belongs to one of them; name that run, e.g. {sweep.run.supernets_dir / sweep.entries[0].name}"
+            f"{run} is a sweep of several supernets, but a point belongs to one of them; name that run, e.g. "
+            f"{sweep.run.supernets_dir / sweep.entries[0].name}"
         )
     points = read_points(source) if source is not None else [set_values(values)]
     for line in enqueue_points(_open_run(run, runs), points, like):
@@ -604,7 +605,8 @@ def measure(run: str, runs: str) -> None:
 
     if (sweep := _open_supernets(run, runs)) is not None:
         raise click.UsageError(
-            f"{run} is a sweep of several supernets, but one is measured at a time; name its run, e.g. {sweep.run.supernets_dir / sweep.entries[0].name}"
+            f"{run} is a sweep of several supernets, but one is measured at a time; name its run, e.g. "
+            f"{sweep.run.supernets_dir / sweep.entries[0].name}"
         )
     show_measured_again(measure_again(_open_run(run, runs), TerminalProgress()))
 

@@ -143,7 +143,10 @@ def _sentences(survey: Survey) -> Iterator[str]:
     else:
         yield f"Pictures per class: {fewest:,} to {most:,}."
     if most >= UNEVEN * fewest:
-        yield f"The classes are unbalanced ({fewest:,} to {most:,} pictures): accuracy is the mean over pictures, so that rare classes count little."
+        yield (
+            f"The classes are unbalanced ({fewest:,} to {most:,} pictures): accuracy is the mean over pictures, so "
+            "that rare classes count little."
+        )
 
 
 def _range(values: tuple[int, ...]) -> str:

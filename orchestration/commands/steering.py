@@ -59,7 +59,8 @@ def extended(results: RunResults | SupernetSweepResults, trials: str, overrides:
             raise ConfigError(f"--set {text}: --trials already sets this; remove one of the two")
         if not text.startswith("budget."):
             raise ConfigError(
-                f"--set {text}: extend only changes budget.* settings; to change others, launch {run.sweep_yaml} with --set under a new --name"
+                f"--set {text}: extend only changes budget.* settings; to change others, launch {run.sweep_yaml} with "
+                "--set under a new --name"
             )
     # Where the run lies now: its folder may have been moved since it was launched.
     flags = {"budget.trials": wanted, "storage.runs": str(run.root), "name": run.name}
@@ -230,5 +231,8 @@ def _what_happens(results: RunResults, number: int, num_waiting: int) -> str:
     if is_running:
         return f"the sweep is running ({holder}); {what} tried in its next cohort{short}"
     if _search_end(results) in ("plateau", "target"):
-        return f"the search ended by its own rule ({_search_end(results)}); {what} tried after this command, with another rule: {extend}{short}"
+        return (
+            f"the search ended by its own rule ({_search_end(results)}); {what} tried after this command, with "
+            f"another rule: {extend}{short}"
+        )
     return f"{what} tried in the next launch: dsnet-orch launch {run.sweep_yaml}{short}"

@@ -338,7 +338,8 @@ def _show_verified(results: RunResults, verified: Verified, rows: Sequence[Mappi
         _show_latencies(verified, [row["slot"] for row in shown])
     say()
     tell(
-        f"speed-up: latency of the widest static sub-network over that of the gate, at batch size {size}; at most {widest_ms / cheapest_ms:.2f}x, which the cheapest static sub-network has"
+        f"speed-up: latency of the widest static sub-network over that of the gate, at batch size {size}; at most "
+        f"{widest_ms / cheapest_ms:.2f}x, which the cheapest static sub-network has"
     )
     if (doubt := timing_doubt(results)) is not None:
         tell(doubt)
@@ -346,7 +347,8 @@ def _show_verified(results: RunResults, verified: Verified, rows: Sequence[Mappi
         tell(text)
     if len(reported) < len(results.front):
         tell(
-            f"{len(reported)} of the front's {len(results.front)} gates, evenly spaced along it, ran on test (budget.verify); --json shows all of them"
+            f"{len(reported)} of the front's {len(results.front)} gates, evenly spaced along it, ran on test "
+            "(budget.verify); --json shows all of them"
         )
     fewest = min(verified.val.num_images, verified.test.num_images)
     if fewest < FEW_IMAGES:
@@ -376,7 +378,10 @@ def _show_latencies(verified: Verified, slots: Sequence[int]) -> None:
         )
         for slot in slots
     ]
-    title = f"latency of a batch on {verified.latency.split} in ms: estimated from measured parts, as objectives use it, and measured as a whole"
+    title = (
+        f"latency of a batch on {verified.latency.split} in ms: estimated from measured parts, as objectives use "
+        "it, and measured as a whole"
+    )
     show_table(("gate", *columns), lines, title)
 
 

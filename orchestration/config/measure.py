@@ -23,31 +23,31 @@ from orchestration.config.section import (
 
 
 class DeviceConfig(Section):
-    """A further device on which everything is timed."""
+    """An additional device on which latency is measured."""
 
     device: Device = "cpu"
-    """auto | cpu | cuda; auto = cuda where there is one."""
+    """auto | cpu | cuda; auto = cuda if available."""
     threads: PositiveInt = 1
-    """Torch threads while the clock runs."""
+    """Torch threads during the measurement."""
 
 
 class MeasureConfig(Section):
-    """How every sub-network's latency is measured."""
+    """Measurement of the latency of all sub-networks."""
 
     device: Device = "cpu"
-    """auto | cpu | cuda; auto = cuda where there is one."""
+    """auto | cpu | cuda; auto = cuda if available."""
     threads: PositiveInt = 1
-    """Torch threads while the clock runs."""
+    """Torch threads during the measurement."""
     batch_sizes: IncreasingSizes = (1, 64)
     """Images per call, increasing."""
     group_sizes: IncreasingSizes = (1, 2, 4, 8, 16, 32, 64, 128, 256)
     """Group sizes at which trunk, decision and tails are timed, increasing from 1."""
     repeats: PositiveInt = 15
-    """Timed repeats, interleaved over the sub-networks; the median counts."""
+    """Timed repetitions, interleaved over the sub-networks; the median is used."""
     warmup: NonNegativeInt = 3
-    """Untimed repeats before them."""
+    """Untimed repetitions before the timed ones."""
     devices: dict[str, DeviceConfig] = Field(default_factory=dict)
-    """NAME -> device: everything is timed there too, and gives the metrics latency_ms.NAME and
+    """NAME -> additional device, which gives the metrics latency_ms.NAME and
     latency_ms_batchN.NAME."""
 
     @model_validator(mode="after")

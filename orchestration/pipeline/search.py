@@ -194,7 +194,8 @@ def refuse_impossible(constraints: ConstraintSet, ranges: Mapping[str, tuple[flo
     if impossible:
         names = {name for comparison in constraints.hard if comparison.text in impossible for name in comparison.names}
         raise NothingFeasibleError(
-            f"constraints: no router of this network can satisfy {' or '.join(impossible)} (reachable values: {spoken_reach(names, ranges)}); "
+            f"constraints: no router of this network can satisfy {' or '.join(impossible)} (reachable values: "
+            f"{spoken_reach(names, ranges)}); "
             "loosen it, or change the network"
         )
 

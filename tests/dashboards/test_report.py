@@ -176,7 +176,7 @@ def test_headline_numbers_stand_beside_their_controls() -> None:
         "50 % below the widest static (1.00 M)",
         "-1.0 points for the router",
         "2.00x",
-        "ceiling 2.50x",
+        "at most 2.50x",
         "random 91.0",
         "cascade 92.0 at 0.480 M (collapsed)",
         "reachable 97.0",
@@ -189,7 +189,7 @@ def test_headline_numbers_stand_beside_their_controls() -> None:
         "Mean MAdds (M), val → test",
         "latency_ms.server 1.25 on val",
         "supernet s1-0f3a",
-        "Mean optimism of val, which chose the front: +2.0 points of top-1 above test over the router of the table (95 %: -0.8 to +4.9)",
+        "is +2.0 points in the mean of the router of the table (95 %: -0.8 to +4.9)",
         "(0 of 1 here; about 0.05 would by chance alone)",
         "oracle 99.0",
         "largest route 61 %",
@@ -229,7 +229,7 @@ def test_numbers_have_the_plain_minus_also_where_plotly_writes_them() -> None:
 
 def test_an_unverified_run_says_so_and_claims_no_test_number() -> None:
     page = own_part(build_report(make_report(is_verified=False)))
-    assert "Not verified yet: every accuracy is from val" in page
+    assert "Not verified yet: all accuracies are from val" in page
     assert "not verified yet</span>" in page
     assert "Top-1 on val, knee" in page
     assert "Top-1 on test" not in page
@@ -274,7 +274,7 @@ def test_constraints_are_listed_with_how_many_trials_break_each_and_endings_with
 
 def test_a_sweep_in_which_nothing_is_feasible_says_why_it_has_no_front() -> None:
     page = build_report(replace(FRESH, num_completed=5, num_infeasible=5, constraints=(("madds_m <= 0.1", 5),)))
-    assert "None of the 5 completed trials holds every constraint" in page
+    assert "None of the 5 completed trials satisfies all constraints" in page
     assert "5 of 5" in page
 
 
@@ -291,7 +291,7 @@ def test_a_run_with_nothing_done_yet_reports_each_missing_piece() -> None:
     assert chart_data(page) == {}
     for wanted in (
         "No router on the front yet",
-        "Nothing searched yet",
+        "No trial has finished yet",
         "No trial has finished yet",
         "No training curve",
     ):

@@ -42,8 +42,8 @@ def test_gains_and_their_intervals_are_drawn_in_points() -> None:
 
 def test_what_was_to_be_gained_is_drawn_beside_each_router() -> None:
     figure = routers_figure(RoutersInfo("test", 100, (RESULT,)))
-    assert drawn(figure, "reachable, at the same cost").y == pytest.approx([3.0])
-    assert drawn(figure, "oracle, at the same cost").y == pytest.approx([7.0])
+    assert drawn(figure, "reachable at the same cost").y == pytest.approx([3.0])
+    assert drawn(figure, "oracle at the same cost").y == pytest.approx([7.0])
 
 
 def test_the_table_has_a_row_for_each_budget_and_kind_with_its_numbers() -> None:
@@ -99,4 +99,4 @@ def test_names_from_outside_are_escaped() -> None:
 
 def test_no_result_gives_a_figure_that_says_so() -> None:
     figure = routers_figure(RoutersInfo("test", 0, ()))
-    assert "no router within a budget yet" in [note.text for note in figure.layout.annotations]
+    assert "no router has a trial within a budget yet" in [note.text for note in figure.layout.annotations]
