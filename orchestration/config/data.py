@@ -32,24 +32,25 @@ WrittenSplitSize = Annotated[SplitSize, BeforeValidator(_split_size)]
 
 
 class AugmentConfig(Section):
-    """What training images go through; evaluation never does."""
+    """Augmentation of the training images; evaluation uses none."""
 
     crop_padding: NonNegativeInt | None = None
     """Pixels mirrored at each edge before a random crop back to size; null = image_size // 8."""
     flip: bool | None = None
     """Mirror half of the images left to right; null = yes, except for digits."""
     cutout: NonNegativeInt = Augmentation.cutout
-    """Side in pixels of one square set to zero; 0 = none."""
+    """Cutout: side in pixels of a random square that is set to zero; 0 = none."""
     crop_scale: Annotated[CropScale, FROM_LIST] | None = None
-    """[low, high]: cut out low to high of the image's area and resize it; null = none, or [0.08, 1]
-    for streamed images."""
+    """Random resized crop: [low, high] is the range of the cropped share of the image's area; null
+    = no crop, or [0.08, 1] for streamed images."""
     randaugment_ops: OperationCount | None = None
-    """RandAugment: random operations per image, one after the other, at most 14; 0 = none; null =
-    from the data."""
+    """RandAugment: number of random operations per image, at most 14; 0 = none; null = from the
+    data."""
     randaugment_magnitude: Magnitude = Augmentation.randaugment_magnitude
     """RandAugment: strength of each operation, 0 to 10."""
     erasing: Fraction = Augmentation.erasing
-    """Share of images of which a random rectangle is filled with noise, [0, 1]."""
+    """Random erasing: share of the images in which a random rectangle is filled with noise, [0, 1].
+    """
 
     @model_validator(mode="after")
     def _crops_one_way(self) -> AugmentConfig:
@@ -68,13 +69,13 @@ class SplitsConfig(Section):
     """
 
     train: WrittenSplitSize = None
-    """Trains the supernet."""
+    """Images that train the supernet."""
     gate: WrittenSplitSize = None
-    """Held out of the supernet's training; trains the gates."""
+    """Images that train the gates; not used to train the supernet."""
     val: WrittenSplitSize = None
-    """Calibrates and chooses."""
+    """Images that calibrate the routers and choose the front."""
     test: WrittenSplitSize = None
-    """Sealed until the front is frozen."""
+    """Images for the final result; not read before the front is frozen."""
 
     @model_validator(mode="after")
     def _fits(self) -> SplitsConfig:
@@ -88,7 +89,7 @@ class SplitsConfig(Section):
 
 
 class DataConfig(Section):
-    """The images."""
+    """Images, their splits and their augmentation."""
 
     name: Literal["digits", "cifar10", "image_folder"]
     """digits: inside scikit-learn | cifar10: parquet or official batches | image_folder:
@@ -104,7 +105,7 @@ class DataConfig(Section):
     augment: AugmentConfig = AugmentConfig()
     splits: SplitsConfig = SplitsConfig()
     limit: PositiveInt | None = DataSettings.limit
-    """At most so many images per split, drawn evenly from the classes; null = all."""
+    """Maximum number of images per split, drawn evenly from the classes; null = all."""
     stream: bool = DataSettings.stream
     """Image folders only: read `train` from disk while it trains, for sets that do not fit into
     memory."""

@@ -55,24 +55,23 @@ Router = Annotated[RouterName, _KnownKind]
 
 
 class RoutingConfig(Section):
-    """Which sub-networks the gate may pick: members first, first + stride, ... up to last, in the
-    set's order (with beam: by MAdds)."""
+    """Routes, the sub-networks that a router can choose: first, first + stride, ... up to last, in
+    the order of the set (with beam: by MAdds)."""
 
     first: NonNegativeInt = 0
     """Index of the first route."""
     last: int = -1
-    """Inclusive; negative counts from the end, -1 = the widest."""
+    """Index of the last route, inclusive; negative numbers count from the end, -1 = the widest."""
     stride: PositiveInt = 1
-    """1 = every sub-network from first to last."""
+    """Distance between two routes; 1 = every sub-network from first to last."""
     beam: Annotated[int, Field(ge=2)] | None = None
-    """Keep so many sub-networks, both extremes among them: those nearest below the upper envelope
-    of (MAdds, top-1 on `gate`). first, last and stride then count in what is left, cheapest first;
-    null = all."""
+    """Number of sub-networks to keep: the cheapest, the widest, and those nearest to the upper
+    envelope of (MAdds, top-1 on `gate`). first, last and stride then index the kept ones, cheapest
+    first; null = all."""
 
 
 class SgsConfig(Section):
-    """Sandwich gate sparsification: the labels that the gate learns from (arXiv 2103.13258, section
-    3.4)."""
+    """Sandwich gate sparsification: labels of the gate (arXiv 2103.13258, section 3.4)."""
 
     t_easy: Fraction = GateSettings.t_easy
     """Easy iff the smallest is right and p(y) >= t_easy; 0 = the paper's rule."""
@@ -98,34 +97,34 @@ class LossesConfig(Section):
     """hinge: only above the target | quadratic: both sides | paper, paper_raw: as published,
     without a target."""
     quality: NonNegativeFloat = GateSettings.lambda_quality
-    """Half the squared difference between each route's score and how good its answer is; with
+    """Half the squared difference between each route's score and the quality of its answer; with
     trainer table only."""
     quality_of: Quality = GateSettings.quality_of
-    """How good an answer is: correct 1 or 0 | the probability of the label."""
+    """Quality of an answer: correct: 1 or 0 | probability: the probability of the label."""
 
 
 class GateOptimizerConfig(Section):
-    """Stage II: how one gate is trained on the routing table."""
+    """Stage II: training of one gate on the routing table."""
 
     name: GateOptimizer = GateSettings.optimizer
     """adam | sgd."""
     lr: LearningRate = GateSettings.lr
-    """> 0, at most 1e6."""
+    """Learning rate, > 0, at most 1e6."""
     weight_decay: WeightDecay = GateSettings.weight_decay
-    """>= 0, at most 1e6."""
+    """Weight decay, >= 0, at most 1e6."""
     steps: PositiveInt = GateSettings.steps
-    """Updates, with trainer table."""
+    """Number of updates, with trainer table."""
     batch_size: PositiveInt = GateSettings.batch_size
-    """Images per step; no more than `gate` holds are taken."""
+    """Images per step; at most the size of the split `gate`."""
 
 
 class TemperatureConfig(Section):
     """Softmax temperature of the gate, annealed over its steps."""
 
     start: PositiveFloat = GateSettings.temperature_start
-    """At the first step, > 0."""
+    """Temperature at the first step, > 0."""
     end: PositiveFloat = GateSettings.temperature_end
-    """At the last step, > 0."""
+    """Temperature at the last step, > 0."""
 
 
 class PerceptronConfig(Section):
@@ -137,34 +136,33 @@ class PerceptronConfig(Section):
 
 
 class EndToEndConfig(Section):
-    """Stage II through the network itself, as published; everything else, the batch size too, is
-    gate.optimizer's."""
+    """Stage II through the network itself, as published; all other settings are those of
+    gate.optimizer."""
 
     epochs: PositiveInt = EndToEndSettings.epochs
-    """Passes over `gate`; they take the place of gate.optimizer.steps."""
+    """Epochs over the split `gate`; replaces gate.optimizer.steps."""
     augment: bool = False
-    """Train on images that data.augment has changed."""
+    """Apply data.augment to the images."""
     threads: PositiveInt = 1
-    """Torch threads of a trial, which takes as many CPUs; another number gives other last digits,
-    hence other trials."""
+    """Torch threads and CPUs of a trial. Results depend on this number through rounding."""
 
 
 class GateConfig(Section):
-    """The gate: fixed settings, and defaults of what `space` sweeps."""
+    """Settings of the router: fixed values, and defaults of the parameters that `space` sweeps."""
 
     router: Router = GateSettings.router
     """gate: one decision, as published | evidence_gate: with richer evidence | gates,
     evidence_gates: one decision per gate of the network | cascade: a cheap route first, one wider
     where it is unsure | learned_cascade: a cheap route's output picks the next."""
     trainer: Literal["table", "end_to_end"] = "table"
-    """table: exact losses on the routing table, fractions of a second | end_to_end: through the
-    network; routers gate and gates only."""
+    """table: training on the routing table, fractions of a second per trial | end_to_end: training
+    through the network; routers gate and gates only."""
     target: Fraction = GateSettings.target
     """Target MAdds t in [0, 1]: MAdds_min + t * (MAdds_max - MAdds_min) over the whole set of
     sub-networks."""
     target_madds_m: PositiveFloat | None = GateSettings.target_madds_m
-    """The target in million MAdds, > 0, in place of gate.target, which the default space then
-    leaves out; null = gate.target counts."""
+    """Target in million MAdds, > 0; replaces gate.target, which the default space then leaves out;
+    null = use gate.target."""
     perceptron: PerceptronConfig = PerceptronConfig()
     routing: RoutingConfig = RoutingConfig()
     sgs: SgsConfig = SgsConfig()

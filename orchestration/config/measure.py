@@ -12,31 +12,31 @@ from orchestration.config.section import FROM_LIST, BrokenRule, Section, refuse
 
 
 class DeviceConfig(Section):
-    """A further device on which everything is timed."""
+    """An additional device on which latency is measured."""
 
     device: Device = DeviceSettings.device
-    """auto | cpu | cuda; auto = cuda where there is one."""
+    """auto | cpu | cuda; auto = cuda if available."""
     threads: PositiveInt = DeviceSettings.threads
-    """Torch threads while the clock runs."""
+    """Torch threads during the measurement."""
 
 
 class MeasureConfig(Section):
-    """How every sub-network's latency is measured."""
+    """Measurement of the latency of all sub-networks."""
 
     device: Device = LatencySettings.device
-    """auto | cpu | cuda; auto = cuda where there is one."""
+    """auto | cpu | cuda; auto = cuda if available."""
     threads: PositiveInt = LatencySettings.threads
-    """Torch threads while the clock runs."""
+    """Torch threads during the measurement."""
     batch_sizes: Annotated[Sizes, FROM_LIST] = LatencySettings.batch_sizes
     """Images per call, increasing."""
     group_sizes: Annotated[Sizes, FROM_LIST] = LatencySettings.group_sizes
     """Group sizes at which trunk, decision and tails are timed, increasing from 1."""
     repeats: PositiveInt = LatencySettings.repeats
-    """Timed repeats, interleaved over the sub-networks; the median counts."""
+    """Timed repetitions, interleaved over the sub-networks; the median is used."""
     warmup: NonNegativeInt = LatencySettings.warmup
-    """Untimed repeats before them."""
+    """Untimed repetitions before the timed ones."""
     devices: dict[str, DeviceConfig] = Field(default_factory=dict)
-    """NAME -> device: everything is timed there too, and gives the metrics latency_ms.NAME and
+    """NAME -> additional device, which gives the metrics latency_ms.NAME and
     latency_ms_batchN.NAME."""
 
     @model_validator(mode="after")

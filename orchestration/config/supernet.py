@@ -66,7 +66,7 @@ RecalibrationImages = Annotated[Literal["auto"] | NonNegativeInt | None, BeforeV
 
 
 class TrainConfig(Section):
-    """Stage I: how the supernet is trained."""
+    """Stage I: training of the supernet."""
 
     widths: Widths | None = None
     """sandwich: largest, random ones and smallest | all: every width in every step; null = from
@@ -74,8 +74,9 @@ class TrainConfig(Section):
     num_random: NonNegativeInt | None = None
     """Random sub-networks of the sandwich; null = from supernet.regime."""
     teacher: Teacher | None = None
-    """none: labels | inplace: the widest | ema: the EMA copy's widest | ema_ensemble: its ensemble;
-    null = from the regime."""
+    """Teacher of the narrower sub-networks. none: labels only | inplace: the widest sub-network |
+    ema: the widest sub-network of the EMA copy | ema_ensemble: the ensemble of the EMA copy; null =
+    from the regime."""
     bn: Norm | None = None
     """BatchNorm with statistics per width | and affine pairs per width | recalibrated | GroupNorm;
     null = the regime's or the family's."""
@@ -84,7 +85,8 @@ class TrainConfig(Section):
     batch_size: PositiveInt | None = None
     """Images per step, over all workers and micro-batches together; null = from the data."""
     accumulate: PositiveInt = TrainSettings.accumulate
-    """Micro-batches whose gradients add up to one step's; BatchNorm sees each one alone."""
+    """Micro-batches per step, whose gradients are summed; BatchNorm normalises each one separately.
+    """
     optimizer: Optimizer = TrainSettings.optimizer
     """sgd (Nesterov) | adamw."""
     lr: LearningRate | None = None
@@ -93,13 +95,15 @@ class TrainConfig(Section):
     """cosine: to 0 after the warm-up | one_cycle: up during the warm-up, down to lr / 250,000 |
     constant."""
     momentum: FractionBelowOne = TrainSettings.momentum
-    """For sgd, [0, 1)."""
+    """Momentum of sgd, [0, 1)."""
     weight_decay: WeightDecay | None = None
-    """Not on one-dimensional parameters; null = from learning rate and steps."""
+    """Weight decay, not applied to one-dimensional parameters; null = from learning rate and steps.
+    """
     warmup_epochs: NonNegativeFloat | None = None
     """Epochs of linear warm-up, part of `epochs`; null = from the epochs."""
     label_smoothing: FractionBelowOne = TrainSettings.label_smoothing
-    """[0, 1), of whoever learns from labels: the widest, and with teacher none all."""
+    """Label smoothing, [0, 1), for sub-networks trained on labels: the widest, and with teacher
+    none all."""
     grad_clip: PositiveFloat | None = TrainSettings.grad_clip
     """Largest norm of the gradient; null = no clipping."""
     precision: Precision = TrainSettings.precision
@@ -118,28 +122,30 @@ class TrainConfig(Section):
 
 
 class BootstrappingConfig(Section):
-    """Who teaches the narrower sub-networks (arXiv 2103.13258, section 3.3; arXiv 2109.10060)."""
+    """Soft labels for the narrower sub-networks from a teacher (arXiv 2103.13258, section 3.3;
+    arXiv 2109.10060)."""
 
     mode: BootstrapMode | None = None
-    """The older way to name a teacher: none | inplace_distillation | ib | ieb; null = from
+    """Older setting for the teacher: none | inplace_distillation | ib | ieb; null = from
     supernet.regime."""
     num_random: NonNegativeInt | None = None
-    """The older place of supernet.train.num_random; null = from supernet.regime."""
+    """Older setting for supernet.train.num_random; null = from supernet.regime."""
     ema_decay: FractionBelowOne = BootstrapSettings.ema_decay
     """Decay of the EMA copy per step, [0, 1)."""
     ema_warmup: bool = BootstrapSettings.ema_warmup
-    """Raise the decay as min(ema_decay, (1 + t) / (10 + t)): a short run needs it; false is the
-    paper's."""
+    """Increase the decay as min(ema_decay, (1 + t) / (10 + t)), which short trainings need; false
+    as in the paper."""
     soft_ramp_epochs: NonNegativeFloat = BootstrapSettings.soft_ramp_epochs
     """Epochs over which soft labels replace the true ones; 0 = from the start, as in the paper."""
     trust: Trust = BootstrapSettings.trust
-    """Share of the soft label in an image's target. full: all, as in the paper | label_probability:
-    what the teacher gives the label."""
+    """Weight of the soft label in an image's target. full: 1, as in the paper | label_probability:
+    the probability that the teacher gives to the label."""
     largest_first: FractionBelowOne = BootstrapSettings.largest_first
-    """Share of the steps, [0, 1), in which the largest sub-network trains alone before the others
-    join."""
+    """Share of the steps, [0, 1), at the beginning in which only the largest sub-network is
+    trained."""
     teacher_min_updates: NonNegativeInt = BootstrapSettings.teacher_min_updates
-    """A teacher width with fewer updates of its statistics runs on those of the batch."""
+    """Minimum number of updates of the teacher's BatchNorm statistics; with fewer, the teacher uses
+    batch statistics."""
 
 
 class RecalibrationConfig(Section):
@@ -153,7 +159,7 @@ class RecalibrationConfig(Section):
 
 
 class SupernetConfig(Section):
-    """The network that holds all sub-networks, and its training."""
+    """The supernet, which contains all sub-networks, and its training."""
 
     model: Text
     """Architecture family, by its registered name; or checkpoint: layout and sub-networks of
@@ -164,18 +170,18 @@ class SupernetConfig(Section):
     """Start weights: a checkpoint, a run folder, or what `python -m dsnet.training` wrote; `~` and
     $VARIABLES are expanded."""
     regime: RegimeName | None = None
-    """Who trains and who teaches, by name: ce | s_net | us_net | ib | ieb; null = in-place
-    bootstrapping (ib)."""
+    """Training regime (widths, teacher and normalisation): ce | s_net | us_net | ib | ieb; null =
+    in-place bootstrapping (ib)."""
     workers: PositiveInt = 1
     """Ray Train workers."""
     threads: PositiveInt | None = None
     """Torch threads per worker; null = cores // workers."""
     device: Device = "auto"
-    """auto = cuda where there is one."""
+    """auto | cpu | cuda; auto = cuda if available."""
     train: TrainConfig = TrainConfig()
     bootstrapping: BootstrappingConfig = BootstrappingConfig()
     weights: KeptWeights = SupernetSettings.weights
-    """Which weights are measured, tabled and exported."""
+    """Weights that are measured, used for the routing tables, and exported."""
     recalibration: RecalibrationConfig = RecalibrationConfig()
     keep_checkpoints: PositiveInt = SupernetSettings.keep_checkpoints
     """Training checkpoints kept on disk."""
@@ -276,16 +282,16 @@ def resolve_regime(supernet: SupernetConfig) -> Regime:
 
 
 class SupernetsConfig(Section):
-    """How a sweep of supernets chooses and trains them; read only where `space` holds supernet.*
-    keys."""
+    """Choice and training of several supernets; used only if `space` has supernet.* keys."""
 
     number: PositiveInt = 4
-    """Distinct supernets; fewer where the space has fewer."""
+    """Number of distinct supernets; fewer if the space has fewer."""
     sampler: Literal["random", "grid", "qmc"] = "qmc"
-    """random | grid | qmc: draws the supernet.* part of the space, all of it beforehand."""
+    """random | grid | qmc: sampler of the supernet.* parameters; all supernets are drawn before
+    training."""
     scheduler: Text = "asha"
-    """none | asha | median | hyperband, or the import path of a scheduler of Ray Tune's kind: who
-    stops trainings that fall behind."""
+    """none | asha | median | hyperband, or the import path of a Ray Tune scheduler: early stopping
+    of the worse supernets."""
     options: dict[str, JsonValue] = Field(default_factory=dict)
     """Keyword arguments of the scheduler; of asha grace_period, reduction_factor, ... in epochs."""
     concurrent: PositiveInt = 1

@@ -85,7 +85,7 @@ _DEFAULT_METRICS = (
 
 
 class SweepConfig(Section):
-    """A whole sweep. Only version, name, data.name and supernet.model have no default."""
+    """A sweep file. Only version, name, data.name and supernet.model have no default."""
 
     version: Annotated[Literal[1], BeforeValidator(_version)]
     """Version of this file's format."""
@@ -93,7 +93,7 @@ class SweepConfig(Section):
     """Name of the run and of its folder: 1 to 64 letters, digits, '.', '_' or '-', not starting
     with '.'."""
     seed: Seed = DEFAULT_SEED
-    """All randomness derives from it, 0 to 2^32 - 1."""
+    """Seed of all random numbers, 0 to 2^32 - 1."""
     data: DataConfig
     supernet: SupernetConfig
     gate: GateConfig = GateConfig()
@@ -104,9 +104,9 @@ class SweepConfig(Section):
     metrics: Annotated[tuple[MetricConfig, ...], Field(strict=False, min_length=2, max_length=3)] = _DEFAULT_METRICS
     """The 2 or 3 objectives, at least one to maximise and one to minimise."""
     constraints: Annotated[tuple[Constraint, ...], FROM_LIST] = ()
-    """Conditions over metrics and `baseline.METRIC`, the widest routable sub-network's: "top1 >=
-    baseline.top1 - 0.003". A trial that breaks one is never on the front; {hard: "params_m <= 5"}
-    ends a trial at once, and the sweep where nothing can hold it."""
+    """Conditions on metrics and `baseline.METRIC`, the value of the widest route: "top1 >=
+    baseline.top1 - 0.003". A trial that violates one is never on the front. {hard: "params_m <= 5"}
+    also ends a trial that violates it, and is refused if no trial can satisfy it."""
     sampler: SamplerConfig = SamplerConfig()
     budget: BudgetConfig = BudgetConfig()
     pruner: PrunerConfig = PrunerConfig()
@@ -118,7 +118,7 @@ class SweepConfig(Section):
     tracking: TrackingConfig = TrackingConfig()
     export: ExportConfig = ExportConfig()
     presets: dict[str, dict[str, JsonValue]] = Field(default_factory=dict)
-    """Name -> settings laid over the file by --preset NAME. Empty in a resolved file."""
+    """Name -> settings that override the file with --preset NAME. Empty in a resolved file."""
 
     @model_validator(mode="before")
     @classmethod

@@ -93,7 +93,7 @@ def continued(run: RunDir, plan: StagePlan, config: SweepConfig) -> StagePlan:
     left = trials_left(run, plan, config)
     if not plan.is_done or left == 0:
         return plan
-    return replace(plan, status="resume", reasons=(f"{left} of {resolve_trials(config)} trials are left",))
+    return replace(plan, status="resume", reasons=(f"{left} of {resolve_trials(config)} trials remain",))
 
 
 def search_stage(work: Launch, plan: StagePlan, table_plan: StagePlan) -> None:
@@ -194,7 +194,8 @@ def refuse_impossible(constraints: ConstraintSet, ranges: Mapping[str, tuple[flo
     if impossible:
         names = {name for comparison in constraints.hard if comparison.text in impossible for name in comparison.names}
         raise NothingFeasibleError(
-            f"constraints: no router of this network can hold {' or '.join(impossible)} (within reach: {spoken_reach(names, ranges)}); "
+            f"constraints: no router of this network can satisfy {' or '.join(impossible)} (reachable values: "
+            f"{spoken_reach(names, ranges)}); "
             "loosen it, or change the network"
         )
 

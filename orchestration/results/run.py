@@ -497,7 +497,7 @@ def refuse_unusable(pick: str, records: Sequence[TrialRecord]) -> None:
     record = records[0]
     broken = [text for text, violation in record.constraints.items() if not violation <= 0]
     standing = {
-        "complete": f"is infeasible: breaks {' and '.join(broken)}",
+        "complete": f"is infeasible: violates {' and '.join(broken)}",
         "pruned": "was pruned",
         "failed": "failed",
     }[record.state]

@@ -174,6 +174,23 @@ def test_the_link_shows_a_chart_of_accuracy_over_cost_with_static_and_dynamic_po
     assert drawn == Counter(COLOURS[role] for role in shown)
 
 
+def test_a_copy_that_is_written_to_again_holds_its_own_artifacts(tmp_path: Path) -> None:
+    report = tmp_path / "report.html"
+    report.write_text("first")
+    original, copy = tmp_path / "original", tmp_path / "a copy"
+    original.mkdir()
+    for folder, text in ((original, "first"), (copy, "again")):
+        if folder is copy:
+            shutil.copytree(original, copy)
+        report.write_text(text)
+        tracker = MlflowTracker(
+            f"sqlite:///{folder}/mlflow.db", "digits", folder / "artifacts", "digits", warn=pytest.fail
+        )
+        assert write_points(tracker, report).num_unsent == 0
+    assert [found.read_text() for found in original.rglob("report.html")] == ["first"]
+    assert [found.read_text() for found in copy.rglob("report.html")] == ["again"]
+
+
 def test_the_server_goes_away_with_all_its_processes(served: Served) -> None:
     assert served.servers
     served.stop()
