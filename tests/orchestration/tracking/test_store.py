@@ -24,17 +24,24 @@ from orchestration.tracking.process import MlflowWriter, SharedWriter, is_on_loc
 from orchestration.tracking.protocol import NullTracker, TrackedRun, Tracker, TrackingSummary
 from orchestration.tracking.store import MlflowStore, clean_params, mlflow_environment
 from orchestration.tracking.view import view_tag
+from tests.orchestration.tracking.samples import (
+    NOW_MS,
+    NUM_TRIALS,
+    POINTS,
+    parent_run,
+    subnet_run,
+    supernet_run,
+    trial_run,
+)
 
 TIMEOUT_S = 60.0
-NOW_MS = 1_700_000_000_000
-POINTS = [CurvePoint(step, NOW_MS + step, {"loss/largest": 2.0 / step, "lr": 0.1}) for step in range(1, 6)]
-NUM_TRIALS = 4
 
 KILLED_DRIVER = """
 import os, signal, sys
 from pathlib import Path
-from tests.orchestration.tracking import test_store as t
-tracker = t.MlflowTracker(sys.argv[1], sys.argv[2], Path(sys.argv[3]), "digits")
+from orchestration.tracking.background import MlflowTracker
+from tests.orchestration.tracking import samples as t
+tracker = MlflowTracker(sys.argv[1], sys.argv[2], Path(sys.argv[3]), "digits")
 tracker.parent(t.parent_run("digits"))
 tracker.supernet(t.supernet_run("digits", "RUNNING"))
 tracker.curve(t.POINTS[:3])
@@ -102,30 +109,6 @@ def vanishes(pid: int) -> bool:
             return False
         time.sleep(0.01)
     return True
-
-
-def parent_run(sweep: str) -> TrackedRun:
-    return TrackedRun(sweep, sweep, "sweep", NOW_MS, params={"seed": 0, "budget.trials": 64}, tags={"model": "ds_tiny"})
-
-
-def supernet_run(sweep: str, status: Any) -> TrackedRun:
-    end_ms = None if status == "RUNNING" else NOW_MS + 100
-    return TrackedRun(f"{sweep}/aaaa/supernet", "supernet", "supernet", NOW_MS, end_ms, status)
-
-
-def subnet_run(sweep: str, index: int) -> TrackedRun:
-    metrics = {"top1": 0.9 + index / 100, "madds_m": 1.0 + index, "params_m": 0.1, "latency_ms": None}
-    name = f"subnet-{index:02d}"
-    return TrackedRun(f"{sweep}/bbbb/{name}", name, "subnet", NOW_MS + 200, NOW_MS + 210, metrics=metrics)
-
-
-def trial_run(sweep: str, slot: int) -> TrackedRun:
-    name, start_ms = f"trial-{slot:04d}", NOW_MS + 300 + 10 * slot
-    params = {"gate.target": 0.1 * slot, "gate.sgs.strategy": "try_best"}
-    run = TrackedRun(f"{sweep}/cccc/{name}", name, "trial", start_ms, start_ms + 9, params=params)
-    if slot == 2:
-        return replace(run, status="FAILED", reason="the loss became NaN at step 7")
-    return replace(run, metrics={"top1": 0.95, "madds_m": 1.5, "params_m": 0.2, "latency_ms": 3.0})
 
 
 def play(tracker: Tracker, sweep: str, artifact: Path, under: TrackedRun | None = None) -> TrackingSummary:

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -22,23 +21,18 @@ from ray.exceptions import ActorDiedError, OutOfMemoryError
 from dsnet.arithmetic import MKL_MODE, mkl_mode
 from dsnet.errors import ConfigError, PreflightError
 from dsnet.import_path import WORKER_HOOK
-from orchestration.config.gate import GateConfig
 from orchestration.environment import prepare_environment
-from orchestration.pipeline.search import MakeGateTrial
-from orchestration.runs.stages import canonical_settings
-from orchestration.workers.runtime import RaySettings, _connect, _environment_of_workers, ray_session
-from orchestration.workers.self_check import StartCheck
+from orchestration.workers.runtime import RaySettings, _connect, _environment_of_workers
 from orchestration.workers.trials import RayRunner, TrialWorker, _cause_of_loss, _resource_options
-from search.front.pareto import front_mask
-from search.gate_check import Finding, GateCheck
+from search.gate_check import GateCheck
 from search.study.engine import Budget, Search
 from search.study.runner import OneByOne, Runner, SerialRunner, TrialOutcome, TrialSpec, outcome_from
 from search.study.study import Objective, StudyJournal, StudySettings
 from search.suggest.samplers import SamplerSettings
 from search.suggest.space import parse_space
-from tests.dsnet.samples import needs_products_apart, random_table, small_set
-from tests.search.study.test_runner import RunnerContract, make_walks
-from tests.search.test_gate_trial import latency
+from tests.dsnet.samples import needs_products_apart
+from tests.orchestration.workers.gate_studies import SPACE, gate_study, gate_trials
+from tests.search.contracts import RunnerContract, make_walks
 
 pytestmark = pytest.mark.ray
 
@@ -521,62 +515,12 @@ def test_a_sweep_on_ray_makes_the_study_of_a_serial_one(runner: RayRunner, folde
     assert made_by("serial", SerialRunner(one_by_one(ARRAYS, folder))) == on_ray
 
 
-SPACE: dict[str, Any] = {
-    "gate.router": {"choice": ["gate", "cascade"]},
-    "gate.target": {"uniform": [0.05, 0.9], "when": {"gate.router": "gate"}},
-    "gate.sgs.t_easy": {"uniform": [0.0, 0.9], "when": {"gate.router": "gate"}},
-    "gate.routing.first": {"int": [0, 2]},  # a cascade over one route is a trial that fails
-    "gate.optimizer.lr": {"loguniform": [0.01, 0.3]},
-}
-
-
-def gate_study(folder: Path, runner: Runner) -> list[Any]:
-    """A small sweep of real gate trials: every trial as JSON, and the slots of the front."""
-    settings = StudySettings(
-        name="gates",
-        space=parse_space(SPACE),
-        objectives=(Objective("top1", "maximize"), Objective("madds_m", "minimize")),
-        sampler=SamplerSettings("tpe", startup=8),
-        seed=3,
-        cohort=8,
-    )
-    records = Search(journal=StudyJournal.open(folder, settings), runner=runner).run(Budget(24)).records
-    complete = [record for record in records if record.values is not None]
-    front = np.flatnonzero(front_mask([record.values or () for record in complete], ["maximize", "minimize"]))
-    trials = [[r.slot, r.state, r.reason, dict(r.params), r.values, dict(r.metrics)] for r in records]
-    return json.loads(json.dumps([trials, [complete[index].slot for index in front]]))
-
-
-def gate_trials() -> tuple[MakeGateTrial, dict[str, np.ndarray]]:
-    subnets = small_set("ds_tiny")
-    tables = {
-        name: random_table(size, len(subnets), seed=size, split=name) for name, size in (("gate", 80), ("val", 90))
-    }
-    defaults = canonical_settings({"gate": GateConfig().model_dump(mode="json")}) | {"gate.optimizer.steps": 40}
-    make = MakeGateTrial({name: table.meta() for name, table in tables.items()}, subnets, latency(subnets), defaults)
-    return make, {f"{name}/{key}": array for name, table in tables.items() for key, array in table.arrays().items()}
-
-
-def studies_by_workers(folder: Path) -> dict[str, list[Any]]:
-    """The same sweep with 1, 2 and 4 actors, in a cluster of its own, and what the actors' checks
-    came to."""
-    make, arrays = gate_trials()
-    studies = {}
-    findings: list[Finding] = []
-    check = StartCheck(GateCheck.of_space(parse_space(SPACE)), findings.append)
-    with ray_session(RaySettings(num_cpus=4, object_store_mib=75)):
-        for num_actors in (1, 2, 4):
-            with closing(RayRunner(make, arrays=arrays, num_actors=num_actors, check=check)) as runner:
-                studies[str(num_actors)] = gate_study(folder / f"{num_actors}.log", runner)
-    return {**studies, "findings": [[finding.digest, list(finding.unequal)] for finding in findings]}
-
-
 @needs_products_apart
 def test_a_search_over_real_gate_trials_is_the_same_with_1_2_and_4_workers(tmp_path: Path) -> None:
     script = (
         "import json, sys; from pathlib import Path; from orchestration.environment import prepare_environment\n"
         "prepare_environment()\n"
-        "from tests.orchestration.workers.test_trials import studies_by_workers\n"
+        "from tests.orchestration.workers.gate_studies import studies_by_workers\n"
         "Path(sys.argv[1], 'studies.json').write_text(json.dumps(studies_by_workers(Path(sys.argv[1]))))\n"
     )
     ended = subprocess.run(
