@@ -1,13 +1,15 @@
-"""What all tests share: one thread per process, MKL's mode, no telemetry, and one small Ray
-cluster."""
+"""What all tests share: one thread per process, MKL's mode, no telemetry, one small Ray cluster,
+and how `pytest -n 2` gives the tests to two processes."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from hypothesis import settings
+from xdist.scheduler import LoadScopeScheduling
 
 pytest.register_assert_rewrite("tests.search.contracts")
 
@@ -36,3 +38,43 @@ def ray_cluster() -> Iterator[None]:
     last test is done."""
     with ray_session(RaySettings(num_cpus=2, object_store_mib=100)):
         yield
+
+
+RAY_GROUP = "@ray"
+"""Ending of the names of the tests that share the Ray cluster, if several processes run the
+suite."""
+
+
+class ByFile(LoadScopeScheduling):  # type: ignore[misc]
+    """Gives all tests of the Ray cluster to one process, and the tests of a file, which share
+    fixtures, to one process."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "ray" if nodeid.endswith(RAY_GROUP) else nodeid.partition("::")[0]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile | None:
+    """The distribution for `--dist loadgroup`."""
+    return ByFile(config, log) if config.getoption("dist") == "loadgroup" else None
+
+
+@pytest.hookimpl(tryfirst=True)  # xdist's own hook, which comes later, writes the group into the name
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Group the tests of the Ray cluster, and put first what takes longest: this group, then the
+    files that start programs."""
+    if not config.getoption("loadgroup", default=False):  # one process: the order of the files
+        return
+    slow_files = set()
+    for item in items:
+        if "ray_cluster" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group("ray"))
+        elif any(item.get_closest_marker(name) for name in ("ray", "program")):
+            slow_files.add(item.path)
+
+    def place(item: pytest.Item) -> int:
+        if item.get_closest_marker("xdist_group"):
+            return 0
+        return 1 if item.path in slow_files else 2
+
+    items.sort(key=place)
