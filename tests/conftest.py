@@ -45,6 +45,10 @@ RAY_GROUP = "@ray"
 suite."""
 
 
+_RAY_FIXTURES = {"ray_cluster", "finished"}
+"""Fixtures that start a cluster, in this process or in one of their own."""
+
+
 class ByFile(LoadScopeScheduling):  # type: ignore[misc]
     """Gives all tests of the Ray cluster to one process, and the tests of a file, which share
     fixtures, to one process."""
@@ -59,22 +63,17 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile | Non
     return ByFile(config, log) if config.getoption("dist") == "loadgroup" else None
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist's own hook, which comes later, writes the group into the name
+@pytest.hookimpl(tryfirst=True)  # before `-m` selects, and before xdist writes groups into names
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Group the tests of the Ray cluster, and put first what takes longest: this group, then the
-    files that start programs."""
+    """Mark what needs Ray through a fixture; for several processes also group the tests of the Ray
+    cluster, and put first what takes longest: this group, then the files that start programs."""
+    for item in items:
+        if not _RAY_FIXTURES.isdisjoint(getattr(item, "fixturenames", ())):
+            item.add_marker("ray")
     if not config.getoption("loadgroup", default=False):  # one process: the order of the files
         return
-    slow_files = set()
     for item in items:
         if "ray_cluster" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.xdist_group("ray"))
-        elif any(item.get_closest_marker(name) for name in ("ray", "program")):
-            slow_files.add(item.path)
-
-    def place(item: pytest.Item) -> int:
-        if item.get_closest_marker("xdist_group"):
-            return 0
-        return 1 if item.path in slow_files else 2
-
-    items.sort(key=place)
+    long_files = {item.path for item in items if item.get_closest_marker("ray")}
+    items.sort(key=lambda item: 0 if item.get_closest_marker("xdist_group") else 1 if item.path in long_files else 2)

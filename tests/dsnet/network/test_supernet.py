@@ -21,6 +21,7 @@ from tests.dsnet.samples import SMALL_OPTIONS, random_images, random_labels, tas
 each_case = pytest.mark.parametrize("case", CASES, ids=str)
 
 
+@pytest.mark.slow
 @each_case
 @torch.no_grad()
 def test_sliced_equals_materialised(case: Case) -> None:

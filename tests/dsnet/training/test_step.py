@@ -98,6 +98,7 @@ def gradients(supernet: Supernet) -> dict[str, Tensor]:
     return {name: p.grad for name, p in supernet.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("soft_weight", "trust"), [(1.0, "full"), (0.3, "full"), (0.3, "label_probability")])
 @pytest.mark.parametrize("is_cold", [False, True])
 @pytest.mark.parametrize("kind", TEACHERS)

@@ -107,6 +107,7 @@ def test_trials_do_not_influence_each_other(tmp_path: Path) -> None:
     assert not np.array_equal(together[0].arrays["weight"], alone.arrays["weight"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 @pytest.mark.parametrize("router", ["gate", "gates"])
 def test_a_trial_in_stages_is_the_trial_at_once_with_and_without_its_progress(

@@ -136,6 +136,7 @@ def test_the_number_of_workers_changes_nothing(tmp_path: Path, sampler: str, num
     assert [record.slot for record in alone] == list(range(20))
 
 
+@pytest.mark.slow
 def test_the_number_of_workers_changes_nothing_for_the_slow_sampler_either(tmp_path: Path) -> None:
     settings = study_settings("gp")
     alone = sweep(tmp_path / "alone", 11, settings=settings)
@@ -163,6 +164,7 @@ def test_the_number_of_lanes_changes_nothing(tmp_path: Path, lanes: int) -> None
 
 # 40 trials in cohorts of 8: generations of 6 begin anew with each cohort, generations of 12 span
 # two, so that a resume falls into the middle of one.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sampler", "startup"),
     [
@@ -480,6 +482,7 @@ def test_a_plateau_ends_the_sweep_where_the_front_has_not_grown(tmp_path: Path) 
     assert 20 < count < 200
 
 
+@pytest.mark.slow
 def test_a_sweep_stopped_and_resumed_meets_its_plateau_at_the_same_trial(tmp_path: Path) -> None:
     rules = StopRules(plateau=Plateau(trials=20, gain=0.01, reference=(0.0, 15.0)))
     whole = searched(tmp_path / "whole", rules)

@@ -40,6 +40,7 @@ from tests.search.suggest.samples import CONDITIONAL, FLAT, FOREIGN, SIZE, SPACE
 @pytest.mark.parametrize("space_name", SPACES)
 @pytest.mark.parametrize("name", [*KNOWN_SAMPLERS, FOREIGN])
 class TestEverySampler:
+    @pytest.mark.slow
     @pytest.mark.parametrize(("num_objectives", "is_constrained"), [(2, True), (3, True), (3, False)])
     def test_a_resumed_sweep_suggests_what_an_uninterrupted_one_does(
         self, name: str, space_name: str, num_objectives: int, is_constrained: bool
@@ -54,6 +55,7 @@ class TestEverySampler:
         for slots, expected in list(zip(sweep.cohorts(), cohorts, strict=True))[1:]:
             assert sweep.rebuilt(slots.start).ask(slots) == expected
 
+    @pytest.mark.slow
     def test_suggestions_lie_in_the_space_and_name_exactly_what_exists(self, name: str, space_name: str) -> None:
         space = SPACES[space_name]
         for point in itertools.chain(*Sweep(settings_of(name), space).run()):
@@ -67,6 +69,7 @@ class TestEverySampler:
         assert first != other
         assert len({json.dumps(point) for point in first}) > 1
 
+    @pytest.mark.slow
     def test_a_point_that_is_fixed_in_part_is_completed(self, name: str, space_name: str) -> None:
         sweep = Sweep(settings_of(name), SPACES[space_name])
         sweep.run()
@@ -115,6 +118,7 @@ def test_a_child_takes_from_one_parent_what_the_other_does_not_have() -> None:
     assert all("gate.losses.sgs" not in child for child in children)
 
 
+@pytest.mark.slow
 def test_a_long_sweep_of_small_generations_can_be_resumed() -> None:
     """More generations than Python has frames to recurse through."""
     settings = SamplerSettings("nsga2", startup=2)
@@ -325,6 +329,7 @@ def test_reference_points_have_as_many_coordinates_as_the_sweep_has_objectives()
         check_sampler(settings, 2)
 
 
+@pytest.mark.slow
 def test_suggestions_do_not_depend_on_the_order_of_sets() -> None:
     """Another process hashes strings otherwise."""
     code = (
