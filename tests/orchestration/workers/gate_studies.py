@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from orchestration.config.gate import GateConfig
-from orchestration.pipeline.search import MakeGateTrial
 from orchestration.runs.stages import canonical_settings
+from orchestration.workers.gate_trials import MakeGateTrial
 from orchestration.workers.runtime import RaySettings, ray_session
 from orchestration.workers.self_check import StartCheck
 from orchestration.workers.trials import RayRunner

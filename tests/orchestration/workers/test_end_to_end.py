@@ -21,9 +21,9 @@ from dsnet.measure.latency import LatencyTable, Timing
 from dsnet.routing.table_routing import run_on_table
 from dsnet.stored.checkpoint import save_supernet
 from orchestration.config.gate import GateConfig
-from orchestration.pipeline.search import MakeGateTrial
 from orchestration.runs.stages import canonical_settings
 from orchestration.workers.end_to_end import EndToEndCheck, MakeEndToEndTrial, shared_images
+from orchestration.workers.gate_trials import MakeGateTrial
 from orchestration.workers.self_check import REPEATED
 from search.gate_trial import gate_settings, router_of
 from search.study.runner import PROGRESS, SerialRunner, TrialSpec

@@ -248,7 +248,7 @@ PAUSES_ALL = f"{__name__}.PausesAll"
 
 @pytest.mark.ray
 def test_a_scheduler_that_pauses_trains_the_survivors_to_the_end(ray_cluster: None, tmp_path: Path) -> None:
-    rates = {"poor": 1e-6, "first": 0.1, "third": 0.05}
+    rates = {"poor": 1e-6, "first": 0.1, "third": 0.07}
     sweep, rules = Sweep(tmp_path, rates), TuneRules(scheduler=PAUSES_ALL)
     with pytest.raises(StoppedError):
         sweep.launch(rules, should_stop=lambda: len(sweep.reports) >= 4)

@@ -24,17 +24,17 @@ from orchestration.workers.tune_supernets import (
 )
 
 EPOCHS = 3
-RATES = {"first": 0.1, "poor": 1e-6, "third": 0.05}
+RATES = {"first": 0.1, "poor": 1e-6, "third": 0.07}
 ASHA = TuneRules(scheduler="asha", options={"grace_period": 1, "reduction_factor": 2})
 
 
 class Sweep:
-    """Members that differ in their learning rate, on 220 digits, in folders below one; keeps what
+    """Members that differ in their learning rate, on 200 digits, in folders below one; keeps what
     it hears."""
 
     def __init__(self, folder: Path, rates: Mapping[str, float] = RATES, norm: str | None = None) -> None:
         source = load_source("digits")
-        splits = make_splits(source.labels.numpy(), None, SplitSizes(), 0, 400)
+        splits = make_splits(source.labels.numpy(), None, SplitSizes(), 0, 200)
         data = source.tensor_data(splits)
         self.folder = folder
         self.stop_file = folder / "stop"
