@@ -547,7 +547,10 @@ def listening_addresses(pids):
                 addresses.append(fields[1].split(":")[0])
     return addresses
 
+WATCHER, INTERVAL = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"
+os.environ[INTERVAL] = "7"
 with ray_session(RaySettings(num_cpus=1, object_store_mib=75)):
+    assert (os.environ[WATCHER], os.environ[INTERVAL]) == ("0", "7"), "the user's own value stays"
     import ray
     ray.get(ray.remote(lambda: None).remote())
     with ray_session(RaySettings()):
@@ -557,6 +560,7 @@ with ray_session(RaySettings(num_cpus=1, object_store_mib=75)):
     pids = children(os.getpid())
     print(json.dumps({"pids": pids, "store": store, "addresses": listening_addresses([os.getpid(), *pids])}))
 assert not ray.is_initialized()
+assert WATCHER not in os.environ
 """
 
 
