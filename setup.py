@@ -65,6 +65,7 @@ setup(
         "test": [
             "pytest>=8.0",
             "pytest-timeout>=2.3",
+            "pytest-xdist>=3.8",
             "hypothesis>=6.100",
             "optuna-dashboard>=0.20",
         ],

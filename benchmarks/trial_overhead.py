@@ -39,9 +39,10 @@ from orchestration.config.distribution import Distribution
 from orchestration.config.loading import load_config
 from orchestration.config.sweep import SweepConfig
 from orchestration.environment import prepare_environment
-from orchestration.pipeline.search import MakeGateTrial, gate_defaults, study_settings
+from orchestration.pipeline.search import gate_defaults, study_settings
 from orchestration.tracking.background import MlflowTracker
 from orchestration.tracking.protocol import NullTracker, TrackedRun, Tracker
+from orchestration.workers.gate_trials import MakeGateTrial
 from orchestration.workers.runtime import RaySettings, ray_session
 from orchestration.workers.trials import RayRunner
 from search.study import engine

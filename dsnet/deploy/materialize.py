@@ -68,5 +68,19 @@ def materialize(supernet: Supernet, subnet: Subnet, *, fold_bn: bool = False) ->
 
 
 def _ready(module: nn.Module, supernet: Supernet, fold_bn: bool) -> nn.Module:
-    module = copy.deepcopy(module).to(next(supernet.parameters()).device).eval().requires_grad_(False)
+    if _shares(module, supernet):
+        module = copy.deepcopy(module)
+    module = module.to(next(supernet.parameters()).device).eval().requires_grad_(False)
     return lay_out_for_inference(fold_batch_norms(module)) if fold_bn else module
+
+
+def _shares(module: nn.Module, supernet: Supernet) -> bool:
+    """Whether a cut module has a part or memory of the supernet's; a copy takes as long as the
+    cut."""
+    parts = {id(part) for part in supernet.modules()}
+    return any(id(part) in parts for part in module.modules()) or not _storages(module).isdisjoint(_storages(supernet))
+
+
+def _storages(module: nn.Module) -> set[int]:
+    tensors = (*module.parameters(), *module.buffers())
+    return {tensor.untyped_storage().data_ptr() for tensor in tensors if tensor.numel()}

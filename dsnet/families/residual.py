@@ -10,6 +10,7 @@ already).
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise, product
@@ -118,7 +119,7 @@ class ResidualSupernet(Supernet):
     def cut_upto_gate(self, gate: int, subnet: Subnet) -> nn.Module:
         """Plain modules up to the gate's attention."""
         body = (
-            nn.Sequential(self.stem.cut(subnet), nn.ReLU(), self.pool)
+            nn.Sequential(self.stem.cut(subnet), nn.ReLU(), copy.deepcopy(self.pool))
             if gate == 0
             else self.stages[gate - 1].cut(subnet)  # type: ignore[operator]
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from dsnet.errors import NothingFeasibleError, StoppedError
 from dsnet.files import atomic_write_bytes, atomic_write_json, read_json
 from dsnet.gates.end_to_end import GateImages
 from dsnet.gates.settings import EndToEndSettings
-from dsnet.measure.latency import LatencyTable
 from dsnet.measure.settings import MAIN_DEVICE
 from dsnet.routing.routing_table import RoutingTable
 from dsnet.space.subnet_set import SubnetSet
@@ -46,12 +45,12 @@ from orchestration.runs.queue import read_queue
 from orchestration.runs.stages import StagePlan, canonical_settings
 from orchestration.tracking.rows import trial_row
 from orchestration.workers.end_to_end import EndToEndCheck, MakeEndToEndTrial, shared_images
+from orchestration.workers.gate_trials import MakeGateTrial
 from orchestration.workers.self_check import ArithmeticReport, StartCheck
 from orchestration.workers.trials import MakeCohortFunction, RayRunner
 from search.conditions.constraints import BASELINE, ConstraintSet
 from search.front.points import trial_name
 from search.gate_check import Finding, GateCheck
-from search.gate_trial import GateScores, GateTrial
 from search.study.engine import Budget, Search
 from search.study.stopping import Plateau, StopRules
 from search.study.study import Objective, StudyJournal, StudySettings, TrialRecord, load_records
@@ -258,29 +257,6 @@ class ProgressFiles:
 def gate_defaults(config: SweepConfig) -> dict[str, Any]:
     """Every gate setting by its dotted key, for trials to override."""
     return canonical_settings({"gate": config.gate.model_dump(mode="json")})
-
-
-@dataclass(frozen=True)
-class MakeGateTrial:
-    """Builds a trial function inside a worker, from arrays in the object store."""
-
-    metas: dict[str, dict[str, Any]]
-    subnets: SubnetSet
-    latency: LatencyTable
-    """Latency table of the main device."""
-    defaults: dict[str, Any]
-    devices: dict[str, LatencyTable] = field(default_factory=dict)
-    """Latency tables of further devices, by name."""
-
-    def __call__(self, arrays: Mapping[str, NDArray[Any]]) -> GateTrial:
-        """The trial function over the shared tables."""
-        gate, val = (
-            RoutingTable.from_arrays(
-                {name: arrays[f"{split}/{name}"] for name in RoutingTable.ARRAYS}, self.metas[split]
-            )
-            for split in ("gate", "val")
-        )
-        return GateTrial(gate, val, GateScores(self.subnets, self.latency, self.devices), self.defaults)
 
 
 def _trial_runner(work: Launch, table_plan: StagePlan, report: ArithmeticReport) -> RayRunner:

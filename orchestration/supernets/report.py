@@ -181,7 +181,7 @@ def _sample_notes(results: SupernetSweepResults) -> tuple[str, ...]:
     if not results.is_verified or len(results.front_sample) == len(results.front_gates):
         return ()
     return (
-        f"{len(results.front_sample)} of the front's {len(results.front_gates)} gates, evenly spaced along it, ran on test (budget.verify).",
+        f"{len(results.front_sample)} of the front's {len(results.front_gates)} gates, spaced evenly, ran on test (budget.verify).",
     )
 
 

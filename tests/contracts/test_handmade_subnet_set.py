@@ -263,6 +263,7 @@ def test_another_channel_order_gives_the_same_recalibration_and_table(handmade: 
     np.testing.assert_allclose(hidden[0], hidden[1], rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_training_takes_the_costliest_member_as_the_largest(handmade: Handmade, tmp_path: Path) -> None:
     supernet, run = rebuild(handmade.subnets()), small_run()
     data = InMemoryImages(random_pixels(32), random_labels(32), run.augmentation)
@@ -275,9 +276,10 @@ def test_training_takes_the_costliest_member_as_the_largest(handmade: Handmade, 
     assert '"loss/tiny"' in first_line
 
 
-@pytest.mark.parametrize(("kind", "is_permuted"), [("gate", False), *((kind, True) for kind in ROUTER_KINDS)])
-def test_it_goes_from_table_to_bundle(handmade: Handmade, tmp_path: Path, kind: str, is_permuted: bool) -> None:
-    supernet = permuted(handmade.supernet()) if is_permuted else handmade.supernet()
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ROUTER_KINDS)
+def test_it_goes_from_table_to_bundle(handmade: Handmade, tmp_path: Path, kind: str) -> None:
+    supernet = permuted(handmade.supernet())
     recalibrate(supernet, [random_images(16, seed=4)])
     save_supernet(tmp_path / "net", supernet)
     supernet, _ = load_supernet(tmp_path / "net")

@@ -120,6 +120,7 @@ def test_names_from_outside_are_escaped_everywhere() -> None:
     assert tags(page).names.count("script") == tags(build_report(data)).names.count("script")
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None)
 @given(st.text(min_size=1, max_size=30))
 def test_no_run_name_changes_the_structure_of_the_page(name: str) -> None:
@@ -351,6 +352,7 @@ addEventListener("load", () => {
 </script><style>"""
 
 
+@pytest.mark.slow
 @pytest.mark.browser
 @pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
 @pytest.mark.parametrize("width_px", [1280, 800, 500])

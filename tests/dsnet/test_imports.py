@@ -61,6 +61,7 @@ for name in names:
 """
 
 
+@pytest.mark.slow
 def test_every_module_imports_where_the_platforms_are_absent() -> None:
     """Setting a module to None makes its import fail, also one that a dependency of ours would do
     unasked."""

@@ -197,6 +197,7 @@ def test_train_and_val_apart_are_told_by_the_same_sub_network() -> None:
     assert overfit(facts(routes=[Score("wide", 0.8, 10)], train=Score("wide", 0.91, 10))) is None, "ten images"
 
 
+@pytest.mark.slow
 def test_a_warning_can_be_stored_and_reads_as_one_line() -> None:
     found = few_steps(facts(num_steps=100))
     assert found is not None

@@ -115,6 +115,7 @@ def test_a_loaded_bundle_answers_as_the_supernet_that_was_saved(folder: Path, cu
 SUPERNETS: dict[str, Callable[[], Supernet]] = {"one gate": small_supernet, "three gates": three_gate_supernet}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SUPERNETS)
 @pytest.mark.parametrize("kind", ROUTER_KINDS)
 @pytest.mark.parametrize("leave_out", [(), (1,)])
@@ -320,6 +321,7 @@ def test_a_recorded_route_holds_where_rounding_decides_and_its_logits_must_still
         verify(folder)
 
 
+@pytest.mark.slow
 def test_a_recorded_route_behind_an_undecided_confidence_holds_whether_it_stopped_or_went_on(tmp_path: Path) -> None:
     supernet, pixels, folder = small_supernet(), random_pixels(1), tmp_path / "bundle"
     with torch.no_grad():
@@ -428,6 +430,7 @@ print(tuple(answer.probabilities.shape))
 """
 
 
+@pytest.mark.slow
 def test_a_bundle_loads_without_yaml_and_pickle(folder: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", POISONED, str(folder)], capture_output=True, text=True, timeout=120, check=False

@@ -511,6 +511,7 @@ def test_training_is_repeatable_and_depends_on_the_seed() -> None:
         assert not torch.equal(one, four)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("router", ["gate", "gates"])
 def test_training_lowers_the_deployed_loss(router: str) -> None:
     supernet = residual(ALL_PATHS)
@@ -619,6 +620,7 @@ SMALL_STEPS = GateSettings(batch_size=10, lr=0.02, weight_decay=0.01, temperatur
 """Three steps an epoch, the last of which is smaller."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 @pytest.mark.parametrize("router", ["gate", "gates"])
 def test_stages_end_bit_by_bit_where_one_pass_ends(router: str, optimizer: str) -> None:

@@ -147,6 +147,7 @@ def test_the_command_chooses_mkls_mode_before_anything_else(monkeypatch: pytest.
     assert os.environ[MKL_MODE] == mkl_mode()
 
 
+@pytest.mark.slow
 def test_every_named_device_has_its_table_and_one_that_is_there_is_not_timed_again(
     at_once: Path, tmp_path: Path
 ) -> None:
@@ -188,6 +189,7 @@ def test_the_manifest_names_what_was_made_and_never_the_test_split(at_once: Path
     assert StandaloneConfig.from_json(read_json(at_once / "resolved.json")) == config()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 def test_a_run_cut_at_random_places_is_bit_identical(at_once: Path, tmp_path: Path, seed: int) -> None:
     chance = random.Random(seed)
@@ -204,6 +206,7 @@ def test_a_run_cut_at_random_places_is_bit_identical(at_once: Path, tmp_path: Pa
     assert curves(tmp_path) == curves(at_once)
 
 
+@pytest.mark.slow
 def test_a_table_made_in_pieces_over_several_calls_equals_the_whole(tmp_path: Path) -> None:
     settings = config(data__limit=None, supernet__train__epochs=1)
     whole = run_standalone(settings, tmp_path / "whole", device="cpu")
@@ -227,6 +230,7 @@ def test_a_finished_folder_is_left_as_it_is(at_once: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
+@pytest.mark.slow
 def test_a_lost_file_is_made_again(at_once: Path, tmp_path: Path) -> None:
     first = run_standalone(config(), tmp_path, device="cpu")
     for path in (first.measure / "latency.json", first.table / "val.safetensors", first.supernet / "final.json"):
@@ -282,6 +286,7 @@ def exchange_supernet(folder: OutputFolder) -> None:
     assert folder.is_done("supernet")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("done", ["some rows", "accuracies", "a piece", "a table", "all"])
 def test_what_was_made_of_another_supernet_is_made_again(tmp_path: Path, done: str) -> None:
     settings = config(data__limit=None, supernet__train__epochs=1)  # tables of two pieces
@@ -381,6 +386,7 @@ def test_with_another_class_count_the_classifier_is_trained_anew(at_once: Path, 
     assert any("fresh: classifier.weight, classifier.bias" in line for line in lines)
 
 
+@pytest.mark.slow
 def test_a_streamed_folder_trains_to_the_same_bits_in_one_call_and_in_many(tmp_path: Path) -> None:
     write_folder(tmp_path / "images", num_classes=3)
     place = {"name": "image_folder", "path": str(tmp_path / "images"), "image_size": 8, "stream": True, "limit": None}
@@ -560,6 +566,7 @@ def test_errors_are_one_line_on_stderr_and_an_exit_code(
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
+@pytest.mark.slow
 def test_a_call_ends_before_its_time_and_one_that_gets_nowhere_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -595,6 +602,7 @@ def _has_supernet(out: Path) -> bool:
     return (out / "supernet" / "final.json").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seen", [_has_checkpoint, _has_supernet])
 def test_a_killed_process_is_continued_to_the_same_bits(
     at_once: Path, tmp_path: Path, seen: Callable[[Path], bool]

@@ -117,6 +117,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict]]
     return folder, [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
 
 
+@pytest.mark.slow
 def test_averaged_gradients_are_the_mean_of_what_each_half_gives_alone(results: tuple[Path, list[dict]]) -> None:
     """Each process normalises by its own half of the batch, so this is what data-parallel BatchNorm
     training means."""

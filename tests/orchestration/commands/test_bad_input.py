@@ -163,6 +163,7 @@ def test_a_device_that_is_not_there_is_named(tmp_path: Path) -> None:
     assert problems_with_refusal(tmp_path, arguments, (3,), ["cuda", "cpu or auto"]) == []
 
 
+@pytest.mark.slow
 def test_a_refusal_in_a_process_of_its_own_looks_the_same(tmp_path: Path) -> None:
     write_sweep(tmp_path)
     answer = Command(tmp_path, "launch", SWEEP, "--set", "sampler.name=tpee").wait()

@@ -77,6 +77,7 @@ def splits(source: ImageSource) -> Splits:
     return make_splits(source.labels.numpy(), source.official_test, SplitSizes(), 3, 400)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ROUTER_KINDS)
 def test_claims_of_every_router_are_found_again_on_the_data_and_better_ones_are_not(
     tmp_path: Path, source: ImageSource, splits: Splits, kind: str

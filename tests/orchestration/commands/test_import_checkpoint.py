@@ -42,6 +42,7 @@ def options(**values: object) -> list[str]:
     return [part for name, value in given.items() for part in (f"--{name}", str(value))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("averaged", [False, True])
 def test_the_sweep_begins_with_the_checkpoints_weights(
     tmp_path: Path, released: Path, folder: Path, averaged: bool

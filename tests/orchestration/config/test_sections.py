@@ -118,12 +118,14 @@ CONFIGS = st.fixed_dictionaries(
 ).map(SweepConfig.model_validate)
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(CONFIGS)
 def test_config_to_yaml_to_config_is_identity(config: SweepConfig) -> None:
     assert SweepConfig.model_validate(parse_yaml(to_yaml(config), "resolved").data) == config
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None)
 @given(CONFIGS)
 def test_every_valid_config_satisfies_the_json_schema(config: SweepConfig) -> None:

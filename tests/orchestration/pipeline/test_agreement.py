@@ -227,6 +227,7 @@ def test_the_front_is_timed_beside_the_static_extremes_at_every_batch_size(
     assert DynamicLatency.from_json(json.loads(json.dumps(found.to_json()))) == found
 
 
+@pytest.mark.slow
 def test_what_the_parts_add_up_to_stands_beside_what_was_measured(
     supernet: Supernet, router: GateRouter, table: RoutingTable, data: TensorData
 ) -> None:

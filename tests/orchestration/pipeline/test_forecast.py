@@ -30,6 +30,7 @@ TIMED = TrialRun(
 )
 
 
+@pytest.mark.slow
 def test_a_launch_is_forecast_from_steps_of_the_real_network(tmp_path: Path) -> None:
     write_sweep(tmp_path)
     before = snapshot(tmp_path)

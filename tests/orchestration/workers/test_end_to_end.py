@@ -22,9 +22,9 @@ from dsnet.measure.latency import LatencyTable, Timing
 from dsnet.routing.table_routing import run_on_table
 from dsnet.stored.checkpoint import save_supernet
 from orchestration.config.gate import GateConfig
-from orchestration.pipeline.search import MakeGateTrial
 from orchestration.runs.stages import canonical_settings
 from orchestration.workers.end_to_end import EndToEndCheck, MakeEndToEndTrial, shared_images
+from orchestration.workers.gate_trials import MakeGateTrial
 from orchestration.workers.self_check import REPEATED
 from search.gate_trial import gate_settings, router_of
 from search.study.runner import PROGRESS, SerialRunner, TrialSpec
@@ -108,6 +108,7 @@ def test_trials_do_not_influence_each_other(tmp_path: Path) -> None:
     assert not np.array_equal(together[0].arrays["weight"], alone.arrays["weight"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 @pytest.mark.parametrize("router", ["gate", "gates"])
 def test_a_trial_in_stages_is_the_trial_at_once_with_and_without_its_progress(

@@ -154,6 +154,7 @@ def test_a_gate_that_always_takes_the_cheapest_route_still_pays_for_its_decision
     assert point.gain.value < 0
 
 
+@pytest.mark.slow
 def test_intervals_hold_their_values_and_shrink_with_more_images() -> None:
     widths = []
     for num_images in (50, 800):
@@ -252,6 +253,7 @@ def test_points_at_other_costs_are_never_tied() -> None:
     assert [point.ties for point in found.points] == [(), ()]
 
 
+@pytest.mark.slow
 def test_the_fronts_optimism_is_its_mean_loss_of_top1_between_the_splits() -> None:
     val, test = large_table(400), large_table(500, seed=1, split="test")
     forecast = RouteForecast.fit(val)
