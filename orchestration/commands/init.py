@@ -31,7 +31,7 @@ SIZES = (64, 48, 32)
 LARGE_STEM_FROM = 48
 """Side in pixels from which on the first layers reduce the resolution."""
 UNEVEN = 3
-"""Ratio of the largest to the smallest class from which on the classes are called uneven."""
+"""Ratio of the largest to the smallest class from which on the classes are called unbalanced."""
 MAX_CLASSES = 12
 """Largest number of classes whose image counts are listed."""
 CIFAR10_TRAIN, CIFAR10_TEST = 50_000, 10_000

@@ -12,7 +12,7 @@ from optuna.distributions import FloatDistribution
 
 from dsnet.errors import ConfigError, NotFoundError
 from dsnet.families import family_names
-from dsnet.wording import shown
+from dsnet.wording import plural, shown
 from orchestration.config.loading import load_config
 from orchestration.config.resolve import resolve_trials
 from orchestration.config.sweep import SweepConfig
@@ -220,7 +220,7 @@ def _what_happens(results: RunResults, number: int, num_waiting: int) -> str:
     is_running = holder is not None and (holder.is_on_another_host() or holder.is_alive())
     if left <= 0:
         return f"all {budget} trials of the budget are used; {what} tried after: {extend}"
-    short = f"; {left} trials of the budget remain; for more: {extend}" if left < num_waiting else ""
+    short = f"; the budget has {plural(left, 'trial')} left; for more: {extend}" if left < num_waiting else ""
     if is_running:
         return f"the sweep is running ({holder}); {what} tried in its next cohort{short}"
     if results.search_end in ("plateau", "target"):

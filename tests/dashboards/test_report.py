@@ -191,7 +191,7 @@ def test_headline_numbers_stand_beside_their_controls() -> None:
         "latency_ms.server 1.25 on val",
         "supernet s1-0f3a",
         "is +2.0 points in the mean of the router of the table (95 %: -0.8 to +4.9)",
-        "(0 of 1 here; about 0.05 would by chance alone)",
+        "(0 of 1 here; about 0.05 expected by chance)",
         "oracle 99.0",
         "largest route 61 %",
     ):

@@ -315,7 +315,7 @@ def test_trials_that_diverge_fail_with_a_reason_and_the_sweep_goes_on(finished: 
     answer = call(folder, "launch", SWEEP, *settings, "--set", "budget.max_failed=0.01")
     assert answer.code == 4
     assert problems_of_message(answer, [f"{len(failed)} of 12", "budget.max_failed", "gate.optimizer.lr"]) == []
-    assert "gates of the front" in answer.out
+    assert "gates on the front" in answer.out
 
 
 @pytest.mark.ray

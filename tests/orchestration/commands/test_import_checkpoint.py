@@ -78,7 +78,7 @@ def test_a_second_import_leaves_the_first_alone(tmp_path: Path, released: Path) 
     before = (tmp_path / "here" / "final.safetensors").read_bytes()
     again = call(tmp_path, "import-checkpoint", str(released), "--ema", *flags)
     assert again.code == 2
-    assert "sweep.yaml: is there already; choose another --out" in again.err
+    assert "sweep.yaml: already exists; choose another --out" in again.err
     assert (tmp_path / "here" / "final.safetensors").read_bytes() == before
 
 
@@ -130,7 +130,7 @@ def test_a_checkpoint_in_our_format_is_sent_to_init_from(tmp_path: Path, release
         answer = call(tmp_path, "import-checkpoint", named, *options(out="again"))
         assert answer.code == 2
         assert answer.err == (
-            f"error: {named}: is a checkpoint of dsnet-orch and needs no import; name it in supernet.init_from of a sweep file\n"
+            f"error: {named}: is a checkpoint of dsnet-orch and needs no import; use it as supernet.init_from of a sweep file\n"
         )
 
 

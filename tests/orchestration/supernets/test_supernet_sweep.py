@@ -320,7 +320,7 @@ def test_a_plan_forecasts_the_supernets_that_can_be_all_together(tmp_path: Path)
         "verify",
     ]
     assert answer.json["forecast"]["timed"].endswith("each of 2 supernets, trained to its end")
-    assert "forecast  at most about" in call(tmp_path, "plan", SWEEP).out
+    assert "forecast  at most " in call(tmp_path, "plan", SWEEP).out
     assert call(tmp_path, "plan", SWEEP, "--dry", "--json").json["forecast"] is None
 
 
