@@ -420,14 +420,23 @@ class _Training:
         ]
 
 
+@dataclass(frozen=True, kw_only=True)
+class GateCallbacks:
+    """Functions that a gate's training calls; by default it runs to its end and reports nothing."""
+
+    should_stop: Callable[[], bool] = lambda: False
+    """Called before every step; training stops when it returns True."""
+    on_progress: Callable[[int, int], None] = lambda done, total: None
+    """Called with (steps done, steps in all) after every step."""
+
+
 def train_end_to_end(
     supernet: Supernet,
     data: GateImages,
     settings: GateSettings,
     rules: EndToEndSettings,
     *,
-    should_stop: Callable[[], bool] = lambda: False,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    callbacks: GateCallbacks | None = None,
 ) -> list[Tensor]:
     """Train the slimming head of a `gate`, or those of `gates`, on images through the frozen
     supernet.
@@ -437,8 +446,7 @@ def train_end_to_end(
         data: the `gate` split.
         settings: router, losses, optimiser, batch size, temperatures, seed; `steps` is not used.
         rules: epochs and augmentation.
-        should_stop: called before every step; training stops when it returns True.
-        on_progress: called with (steps done, steps in all).
+        callbacks: functions that receive its progress and may stop it; None calls nobody.
 
     Returns:
         a head per gate that decides, float64 [K, hidden], for raw hidden vectors.
@@ -448,13 +456,13 @@ def train_end_to_end(
 
     Raises:
         NonFiniteLossError: the loss or a weight became NaN or infinite.
-        StoppedError: `should_stop` returned True.
+        StoppedError: `callbacks.should_stop` returned True.
         ValueError: a setting out of its range.
     """
-    return train_stage(supernet, data, settings, rules, should_stop=should_stop, on_progress=on_progress).heads
+    return train_stage(supernet, data, settings, rules, callbacks=callbacks).heads
 
 
-def train_stage(  # noqa: PLR0913 - all but four are given by name
+def train_stage(
     supernet: Supernet,
     data: GateImages,
     settings: GateSettings,
@@ -462,8 +470,7 @@ def train_stage(  # noqa: PLR0913 - all but four are given by name
     *,
     start: Progress | None = None,
     until: int | None = None,
-    should_stop: Callable[[], bool] = lambda: False,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    callbacks: GateCallbacks | None = None,
 ) -> GateStage:
     """Run one stage of `train_end_to_end`: consecutive stages give the same heads, to the bit, as
     one uninterrupted training.
@@ -471,16 +478,18 @@ def train_stage(  # noqa: PLR0913 - all but four are given by name
     Temperatures follow the schedule of the whole training, not that of a shorter one.
 
     Args:
-        supernet, data, settings, rules, should_stop, on_progress: as for the whole training, the
-            same in all of its stages.
+        supernet, data, settings, rules: as for the whole training, the same in all of its stages.
         start: the progress that the previous stage returned; None = from the beginning.
         until: the epoch after which the stage ends, 1..rules.epochs and no earlier than `start`;
             None = the last epoch.
+        callbacks: functions that receive its progress, counted over the whole training, and may
+            stop it; None calls nobody.
 
     Raises:
         As `train_end_to_end`; and ValueError: `until` is out of its range, or `start` is the
         progress of another training.
     """
+    callbacks = callbacks if callbacks is not None else GateCallbacks()
     if until is None:
         until = rules.epochs
     if not 1 <= until <= rules.epochs:
@@ -493,10 +502,10 @@ def train_stage(  # noqa: PLR0913 - all but four are given by name
             raise ValueError(f"a stage of training ends after epoch {until}, but starts after {training.num_epochs}")
         while training.num_epochs < until:
             for rows in training.epoch():
-                if should_stop():
+                if callbacks.should_stop():
                     raise StoppedError("the gate's training was stopped")
                 training.step(rows)
-                on_progress(training.num_done, training.settings.steps)
+                callbacks.on_progress(training.num_done, training.settings.steps)
         return GateStage(training.result(), training.progress())
 
 

@@ -44,7 +44,7 @@ from dsnet.standalone.resolved import StandaloneConfig
 from dsnet.stored.checkpoint import load_supernet
 from dsnet.training.settings import SupernetRun
 from dsnet.training.start import check_start, first_weights, lay_out, load_start
-from dsnet.training.supernet import FINAL, train_supernet
+from dsnet.training.supernet import FINAL, TrainingCallbacks, train_supernet
 
 PACKAGES = ("dsnet-orch", "torch", "numpy", "safetensors", "Pillow", "pyarrow", "scikit-learn")
 PIECE_BATCHES = 8
@@ -193,8 +193,7 @@ class _StageRunner:
             run,
             folder=self.folder.supernet,
             device=self.device,
-            reporter=_LossLines(self.say),
-            should_stop=self.should_stop,
+            callbacks=TrainingCallbacks(reporter=_LossLines(self.say), should_stop=self.should_stop),
         )
         if stem is None:
             raise StoppedError("training was stopped; the same command continues")

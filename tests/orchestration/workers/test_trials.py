@@ -28,7 +28,7 @@ from orchestration.pipeline.search import MakeGateTrial
 from orchestration.runs.stages import canonical_settings
 from orchestration.workers.runtime import RaySettings, _connect, _environment_of_workers, ray_session
 from orchestration.workers.self_check import StartCheck
-from orchestration.workers.trials import RayRunner, TrialWorker, _cause_of_loss, _resource_options
+from orchestration.workers.trials import Actors, RayRunner, TrialLimits, TrialWorker, _cause_of_loss, _resource_options
 from search.front.pareto import front_mask
 from search.gate_check import Finding, GateCheck
 from search.study.engine import Budget, Search
@@ -157,7 +157,10 @@ def folder(tmp_path: Path) -> Path:
 @pytest.fixture
 def runner(ray_cluster: None, folder: Path) -> Iterator[RayRunner]:
     made = RayRunner(
-        functools.partial(one_by_one, folder=folder), arrays=ARRAYS, num_actors=2, timeout_s=5.0, retries=1
+        functools.partial(one_by_one, folder=folder),
+        arrays=ARRAYS,
+        actors=Actors(number=2),
+        limits=TrialLimits(timeout_s=5.0, retries=1),
     )
     yield made
     made.close()
@@ -166,7 +169,10 @@ def runner(ray_cluster: None, folder: Path) -> Iterator[RayRunner]:
 @pytest.fixture
 def cohort_runner(ray_cluster: None, folder: Path) -> Iterator[RayRunner]:
     made = RayRunner(
-        functools.partial(ScriptedCohort, folder=folder), arrays=ARRAYS, num_actors=2, timeout_s=2.0, retries=1
+        functools.partial(ScriptedCohort, folder=folder),
+        arrays=ARRAYS,
+        actors=Actors(number=2),
+        limits=TrialLimits(timeout_s=2.0, retries=1),
     )
     yield made
     made.close()
@@ -320,7 +326,7 @@ class TestRayRunner(RunnerContract):
 
     @pytest.fixture(scope="class")
     def warm(self, ray_cluster: None) -> Iterator[Runner]:
-        made = RayRunner(make_walks, arrays={}, num_actors=2)
+        made = RayRunner(make_walks, arrays={}, actors=Actors(number=2))
         yield made
         made.close()
 
@@ -406,7 +412,7 @@ def test_a_stream_that_nobody_reads_any_more_is_abandoned(runner: RayRunner, fol
 
 def test_an_actor_that_wants_what_the_cluster_lacks_is_refused(ray_cluster: None) -> None:
     for num_actors, message in ((None, "1 trial actors take 2"), (2, "2 trial actors take 2")):
-        runner = RayRunner(make_walks, arrays={}, num_actors=num_actors, resources={"board": 2})
+        runner = RayRunner(make_walks, arrays={}, actors=Actors(number=num_actors, resources={"board": 2}))
         with pytest.raises(PreflightError, match=f"{message} of the resource 'board' each, but the cluster has 0"):
             next(runner.run(specs("work")))
 
@@ -415,7 +421,7 @@ def test_actors_are_as_many_as_the_scarcest_resource_allows() -> None:
     cluster = {"CPU": 4.0, "GPU": 1.0, "memory": 4e9}
 
     def places(**options: Any) -> int:
-        return RayRunner(make_walks, arrays={}, **options)._num_places(cluster)
+        return RayRunner(make_walks, arrays={}, actors=Actors(**options))._num_places(cluster)
 
     assert places() == 4
     assert places(threads=2) == 2
@@ -431,13 +437,13 @@ def test_actors_are_as_many_as_the_scarcest_resource_allows() -> None:
 
 def test_an_actor_computes_with_the_threads_that_it_takes(ray_cluster: None, folder: Path) -> None:
     make = functools.partial(one_by_one, folder=folder)
-    runner = RayRunner(make, arrays=ARRAYS, threads=2)
+    runner = RayRunner(make, arrays=ARRAYS, actors=Actors(threads=2))
     facts = by_slot(runner.run(specs("look")))[0].metrics
     assert (facts["torch_threads"], facts["omp_threads"]) == (2, 2)
     assert facts["has_mkl_mode"]
     runner.close()
     with pytest.raises(PreflightError, match=r"has 2 CPUs and each actor takes 3 \(gate.end_to_end.threads\)"):
-        list(RayRunner(make, arrays=ARRAYS, threads=3).run(specs("work")))
+        list(RayRunner(make, arrays=ARRAYS, actors=Actors(threads=3)).run(specs("work")))
 
 
 @pytest.mark.skipif(mkl_mode() is None, reason="MKL does not run on this processor")
@@ -478,14 +484,14 @@ def test_trials_that_nobody_waits_for_any_more_are_abandoned(runner: RayRunner, 
 
 
 def test_an_error_while_the_function_is_built_reaches_the_caller_as_it_is(ray_cluster: None) -> None:
-    runner = RayRunner(refuse_to_build, arrays=ARRAYS, num_actors=1)
+    runner = RayRunner(refuse_to_build, arrays=ARRAYS, actors=Actors(number=1))
     with pytest.raises(ConfigError, match="unknown router 'mpl'"):
         list(runner.run(specs("work")))
     runner.close()
 
 
 def test_workers_that_die_while_they_start_end_the_sweep(ray_cluster: None) -> None:
-    runner = RayRunner(die_while_building, arrays=ARRAYS, num_actors=1)
+    runner = RayRunner(die_while_building, arrays=ARRAYS, actors=Actors(number=1))
     with pytest.raises(PreflightError, match="trial workers die while they start, 3 times"):
         list(runner.run(specs("work")))
     runner.close()
@@ -493,7 +499,7 @@ def test_workers_that_die_while_they_start_end_the_sweep(ray_cluster: None) -> N
 
 def test_more_actors_than_cpus_are_refused(ray_cluster: None) -> None:
     with pytest.raises(PreflightError, match=r"ray\.trial_actors is 3, but the cluster has 2 CPUs"):
-        list(RayRunner(refuse_to_build, arrays=ARRAYS, num_actors=3).run(specs("work")))
+        list(RayRunner(refuse_to_build, arrays=ARRAYS, actors=Actors(number=3)).run(specs("work")))
 
 
 def test_the_out_of_memory_killer_is_named() -> None:
@@ -566,7 +572,7 @@ def studies_by_workers(folder: Path) -> dict[str, list[Any]]:
     check = StartCheck(GateCheck.of_space(parse_space(SPACE)), findings.append)
     with ray_session(RaySettings(num_cpus=4, object_store_mib=75)):
         for num_actors in (1, 2, 4):
-            with closing(RayRunner(make, arrays=arrays, num_actors=num_actors, check=check)) as runner:
+            with closing(RayRunner(make, arrays=arrays, actors=Actors(number=num_actors), check=check)) as runner:
                 studies[str(num_actors)] = gate_study(folder / f"{num_actors}.log", runner)
     return {**studies, "findings": [[finding.digest, list(finding.unequal)] for finding in findings]}
 

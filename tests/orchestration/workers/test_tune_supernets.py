@@ -44,6 +44,7 @@ from orchestration.workers.supernet import STOP_GRACE_S, SupernetJob, _train_loo
 from orchestration.workers.tune_ledger import End, Ledger, MemberFate, Report, TuneRules
 from orchestration.workers.tune_schedule import Member, ReplayingScheduler
 from orchestration.workers.tune_supernets import (
+    SweepCallbacks,
     TuneMember,
     ValImages,
     _train_member,
@@ -100,10 +101,12 @@ class Sweep:
             data=self.train,
             val=self.val,
             folder=self.folder / "tune",
-            on_report=lambda *report: self.reports.append(report),
-            on_points=lambda name, points: self.curves.add(name),
-            on_fate=self.fates.append,
-            should_stop=should_stop,
+            callbacks=SweepCallbacks(
+                on_report=lambda *report: self.reports.append(report),
+                on_points=lambda name, points: self.curves.add(name),
+                on_fate=self.fates.append,
+                should_stop=should_stop,
+            ),
         )
 
     def final(self, name: str) -> Path:
@@ -347,8 +350,7 @@ class SmallTune:
             self.inner,
             members,
             ledger,
-            concurrent=rules.concurrent,
-            seed=rules.seed,
+            rules,
             is_stopping=lambda: False,
             outcome_of=lambda name: None,
             hear=lambda name, event: None,
