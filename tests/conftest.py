@@ -1,5 +1,5 @@
-"""What all tests share: one thread per process, MKL's mode, no telemetry, and one small Ray
-cluster."""
+"""What all tests share: one thread per process, MKL's mode, checks of shapes, no telemetry, and one
+small Ray cluster."""
 
 from __future__ import annotations
 
@@ -15,6 +15,10 @@ for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(variable, "1")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
+
+from tests.shapes import check_shapes_of  # noqa: E402
+
+check_shapes_of("dsnet")  # before its first import
 
 from orchestration.environment import prepare_environment  # noqa: E402
 from orchestration.workers.runtime import RaySettings, ray_session  # noqa: E402

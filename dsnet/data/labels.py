@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Integer
 
 from dsnet.errors import DataError
 
 
-def check_labels(labels: np.ndarray, class_names: Sequence[str], where: str) -> None:
+def check_labels(labels: Integer[np.ndarray, " images"], class_names: Sequence[str], where: str) -> None:
     """Check that every label is the index of a class.
 
     Args:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, overload
 
 import torch
+from jaxtyping import Int64, UInt8
 from torch import Tensor
 
 from dsnet.data.normalization import Normalization
@@ -58,7 +59,7 @@ class Bundle:
     image_shape: tuple[int, int, int]
     """(channels, height, width) of its input images."""
 
-    def __call__(self, images: Tensor) -> Predictions:
+    def __call__(self, images: UInt8[Tensor, "batch channels height width"]) -> Predictions:
         """Classify a batch of images.
 
         Args:
@@ -222,7 +223,7 @@ class BundleContents:
     """The normalisation with which the supernet was trained."""
     class_names: Sequence[str]
     """Class names in label order."""
-    examples: Tensor
+    examples: UInt8[Tensor, "images channels height width"]
     """uint8 [n, C, H, W], images whose routes and logits are stored for verification."""
     photos: PhotoDecoder | None = None
     """Decoder of photo files; None stores none, so that `predict` relies on the description of the
@@ -440,7 +441,12 @@ def _retraced(bundle: Bundle, pixels: Tensor, recorded: Tensor) -> tuple[Tensor,
 
 
 @exact_float32()
-def score_bundle(bundle: Bundle, images: Tensor, labels: Tensor, batch_size: int = 256) -> dict[str, float]:
+def score_bundle(
+    bundle: Bundle,
+    images: UInt8[Tensor, "images channels height width"],
+    labels: Int64[Tensor, " images"],
+    batch_size: int = 256,
+) -> dict[str, float]:
     """Accuracy and cost of a bundle on labelled images (uint8 [N, C, H, W], int64 [N]).
 
     Returns:

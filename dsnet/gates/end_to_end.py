@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float, Float64, Int64, Shaped, UInt8
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -65,9 +66,9 @@ class EndToEndSettings:
 class GateImages:
     """The gate split: images that the supernet was not trained on."""
 
-    images: Tensor
+    images: UInt8[Tensor, "images channels height width"]
     """uint8 [N, C, H, W], on the CPU: batches move to where the supernet is."""
-    labels: Tensor
+    labels: Int64[Tensor, " images"]
     """int64 [N]"""
     normalization: Normalization
     """The normalisation that the supernet was trained with."""
@@ -87,9 +88,9 @@ class PathCosts:
     The target is defined in docs/definitions.md, Target.
     """
 
-    madds: Tensor
+    madds: Float64[Tensor, " routes"]
     """float64 [R]: MAdds of each route."""
-    switched: tuple[Tensor, ...]
+    switched: tuple[Float64[Tensor, "routes _choices"], ...]
     """For each gate float64 [R, K]: MAdds of each route with that gate's choice exchanged and all
     others kept."""
     target: float
@@ -122,7 +123,7 @@ class PathCosts:
         target = min(max(wanted, float(madds.min())), float(madds.max()))
         return cls(madds, tuple(switched), target, high)
 
-    def expected(self, mixed: Mixed) -> Tensor:
+    def expected(self, mixed: Mixed) -> Float[Tensor, ""]:
         """Mean MAdds of a batch (scalar).
 
         The value is exactly that of the chosen routes. The gradient with respect to a gate's weight
@@ -155,7 +156,9 @@ def _exchanged(widths: tuple[int, ...], start: int, new: tuple[int, ...]) -> tup
     return widths[:start] + new + widths[start + len(new) :]
 
 
-def sgs_targets(answers: Tensor, labels: Tensor, settings: GateSettings) -> Tensor:
+def sgs_targets(
+    answers: Float[Tensor, "batch routes classes"], labels: Int64[Tensor, " batch"], settings: GateSettings
+) -> Int64[Tensor, " batch"]:
     """The targets of sandwich gate sparsification for a batch (precedence easy > hard > dependent).
 
     Args:
@@ -172,7 +175,9 @@ def sgs_targets(answers: Tensor, labels: Tensor, settings: GateSettings) -> Tens
     return sgs_places(is_right, p, settings)
 
 
-def sgs_loss(gated: GatedSupernet, answers: Answers, choosers: Sequence[Chooser], targets: Tensor) -> Tensor:
+def sgs_loss(
+    gated: GatedSupernet, answers: Answers, choosers: Sequence[Chooser], targets: Int64[Tensor, " batch"]
+) -> Float[Tensor, ""]:
     """Mean cross-entropy of the gates' logits against the target paths: the sum over the gates that
     each path passes (scalar).
 
@@ -233,7 +238,12 @@ class GateObjective:
         """Routes whose answers a batch needs, as positions in the routing space, from the cheapest
         to the costliest."""
 
-    def __call__(self, images: Tensor, labels: Tensor, choosers: Sequence[Chooser]) -> Tensor:
+    def __call__(
+        self,
+        images: Float[Tensor, "batch channels height width"],
+        labels: Int64[Tensor, " batch"],
+        choosers: Sequence[Chooser],
+    ) -> Float[Tensor, ""]:
         """The loss lambda_cls CE + lambda_sgs SGS + lambda_complexity C(E[MAdds]) of normalised
         images [B, C, H, W] (scalar)."""
         settings, gated = self.settings, self.gated
@@ -267,7 +277,7 @@ def frozen(supernet: Supernet) -> Iterator[None]:
             parameter.requires_grad_(flag)
 
 
-Progress = Mapping[str, NDArray[Any]]
+Progress = Mapping[str, Shaped[np.ndarray, "..."]]
 """State from which training resumes, by name: together with the arguments, all that the rest of it
 depends on; about 20 kB for a head of a few hundred weights."""
 
@@ -276,7 +286,7 @@ depends on; about 20 kB for a head of a few hundred weights."""
 class GateStage:
     """Result of a stage of training."""
 
-    heads: list[Tensor]
+    heads: list[Float64[Tensor, "_choices _hidden"]]
     """The heads, in the form that `train_end_to_end` returns."""
     progress: Progress
     """The state from which the next stage starts."""
@@ -437,7 +447,7 @@ def train_end_to_end(
     rules: EndToEndSettings,
     *,
     callbacks: GateCallbacks | None = None,
-) -> list[Tensor]:
+) -> list[Float64[Tensor, "_choices _hidden"]]:
     """Train the slimming head of a `gate`, or those of `gates`, on images through the frozen
     supernet.
 

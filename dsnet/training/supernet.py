@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float32
 from torch import Tensor
 
 from dsnet.data.training_images import TrainingImages
@@ -372,7 +373,9 @@ def _finish(session: _Session, data: TrainingImages, folder: Path) -> Path:
     return folder / FINAL
 
 
-def recalibration_batches(data: TrainingImages, run: SupernetRun, device: torch.device) -> Iterator[Tensor]:
+def recalibration_batches(
+    data: TrainingImages, run: SupernetRun, device: torch.device
+) -> Iterator[Float32[Tensor, "batch channels height width"]]:
     """Unaugmented, normalised images [B, C, H, W] for BatchNorm recalibration; they are a function
     of the run's seed."""
     generator = torch.Generator().manual_seed(derive_seed(run.seed, "recalibration"))
