@@ -16,7 +16,7 @@ for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
 
-from tests.shapes import check_shapes_of  # noqa: E402
+from tests.shapes import check_shapes_of, next_test  # noqa: E402
 
 check_shapes_of("dsnet")  # before its first import
 
@@ -30,6 +30,12 @@ prepare_environment()  # MKL's mode too, as wherever the product starts
 settings.register_profile("suite", derandomize=True)
 settings.register_profile("explore")
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
+
+
+@pytest.fixture(autouse=True)
+def shapes_checked() -> None:
+    """Shapes of tensors are checked in the first calls of every function in each test."""
+    next_test()
 
 
 @pytest.fixture(scope="session")

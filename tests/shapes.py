@@ -2,7 +2,8 @@
 of dsnet refuse tensors and arrays that differ from their annotations.
 
 `jaxtyping.install_import_hook` would wrap every function, those without tensors too, and check
-every annotation. Here only the annotations that name shapes are checked.
+every annotation. Here only the annotations that name shapes are checked, in the first calls of each
+test.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ import importlib.machinery
 import inspect
 import sys
 import typing
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from types import FunctionType, ModuleType
 from typing import Any
@@ -21,13 +24,23 @@ from typing import Any
 import jaxtyping
 from beartype import beartype
 
+CALLS_PER_TEST = 3
+"""Number of calls of a function that are checked in each test; all of them would cost tests that
+run many layers half of their time."""
 CHECKED: set[str] = set()
 """Names of the functions that are checked, with their modules."""
+_CALLS: Counter[str] = Counter()
+"""Checked calls of each function in the current test."""
 
 
 def check_shapes_of(package: str) -> None:
     """Check the modules of a package that are imported from now on."""
     sys.meta_path.insert(0, _Finder(package))
+
+
+def next_test() -> None:
+    """Check the first calls of every function again."""
+    _CALLS.clear()
 
 
 class _Finder(importlib.machinery.PathFinder):
@@ -139,8 +152,43 @@ def _wrapped(name: str, function: Callable[..., Any], module: ModuleType) -> Cal
     shapes = _shapes(inspect.get_annotations(inner), module)
     if not shapes:
         return function
-    inner.__annotations__ = shapes  # of no other use in this process
+    checks = _Checks(name, function, inner, shapes)
+
+    @functools.wraps(function)
+    def checked(*arguments: Any, **options: Any) -> Any:
+        if _CALLS[name] >= CALLS_PER_TEST:
+            return function(*arguments, **options)
+        _CALLS[name] += 1
+        return checks.function(*arguments, **options)
+
     CHECKED.add(name)
-    checked = jaxtyping.jaxtyped(function, typechecker=beartype)
     checked.__checks_shapes__ = True  # type: ignore[attr-defined]
     return checked
+
+
+@dataclasses.dataclass(frozen=True)
+class _Checks:
+    """A function with its shapes; what checks them is made at the first call, which takes a
+    while."""
+
+    name: str
+    unchecked: Callable[..., Any]
+    inner: FunctionType
+    """The function that has the annotations, below the decorators."""
+    shapes: dict[str, Any]
+
+    @cached_property
+    def function(self) -> Callable[..., Any]:
+        self.inner.__annotations__ = self.shapes  # all others go, which nobody reads in this process
+        return jaxtyping.jaxtyped(self.unchecked, typechecker=beartype)
+
+
+@contextmanager
+def unchecked_shapes() -> Iterator[None]:
+    """Context without these checks, for tests of what the product itself says about a wrong
+    shape."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        yield
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)

@@ -45,7 +45,7 @@ _BROKEN_PICKLE = (
     struct.error,
 )
 
-Split = tuple[UInt8[np.ndarray, "images 3 size size"], Int64[np.ndarray, " images"]]
+Split = tuple[UInt8[np.ndarray, "_images 3 size size"], Int64[np.ndarray, " _images"]]
 """Pixels uint8 [N, 3, size, size] and labels int64 [N]."""
 
 

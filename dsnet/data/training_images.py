@@ -35,7 +35,7 @@ class TrainingImages(Protocol):
         ...
 
     def augmented(
-        self, batches: Iterable[tuple[Int64[Tensor, " batch"], int]], device: torch.device
+        self, batches: Iterable[tuple[Int64[Tensor, " _batch"], int]], device: torch.device
     ) -> Iterator[tuple[UInt8[Tensor, "batch channels height width"], Int64[Tensor, " batch"]]]:
         """For each (rows int64 [B], seed): augmented uint8 images [B, C, H, W] and labels [B], on
         `device`.
@@ -46,7 +46,7 @@ class TrainingImages(Protocol):
         ...
 
     def clean(
-        self, rows: Iterable[Int64[Tensor, " batch"]], device: torch.device
+        self, rows: Iterable[Int64[Tensor, " _batch"]], device: torch.device
     ) -> Iterator[UInt8[Tensor, "batch channels height width"]]:
         """For each rows int64 [B]: uint8 images [B, C, H, W] without augmentation, as in
         evaluation, on `device`."""
@@ -75,7 +75,7 @@ class InMemoryImages:
         self._copies: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def augmented(
-        self, batches: Iterable[tuple[Int64[Tensor, " batch"], int]], device: torch.device
+        self, batches: Iterable[tuple[Int64[Tensor, " _batch"], int]], device: torch.device
     ) -> Iterator[tuple[UInt8[Tensor, "batch channels height width"], Int64[Tensor, " batch"]]]:
         """See `TrainingImages.augmented`."""
         images, labels = self._on(device)
@@ -85,7 +85,7 @@ class InMemoryImages:
             yield augment(images.index_select(0, here), generator, self.augmentation), labels.index_select(0, here)
 
     def clean(
-        self, rows: Iterable[Int64[Tensor, " batch"]], device: torch.device
+        self, rows: Iterable[Int64[Tensor, " _batch"]], device: torch.device
     ) -> Iterator[UInt8[Tensor, "batch channels height width"]]:
         """See `TrainingImages.clean`."""
         images, _ = self._on(device)
@@ -129,7 +129,7 @@ class StreamedImages:
     """Share of the shorter side that the centre crop of `clean` keeps, (0, 1]."""
 
     def augmented(
-        self, batches: Iterable[tuple[Int64[Tensor, " batch"], int]], device: torch.device
+        self, batches: Iterable[tuple[Int64[Tensor, " _batch"], int]], device: torch.device
     ) -> Iterator[tuple[UInt8[Tensor, "batch channels height width"], Int64[Tensor, " batch"]]]:
         """See `TrainingImages.augmented`; `batches` is consumed lazily, a little ahead.
 
@@ -147,7 +147,7 @@ class StreamedImages:
                 yield augment(images, generator, on_device), self.labels[rows].to(device, non_blocking=True)
 
     def clean(
-        self, rows: Iterable[Int64[Tensor, " batch"]], device: torch.device
+        self, rows: Iterable[Int64[Tensor, " _batch"]], device: torch.device
     ) -> Iterator[UInt8[Tensor, "batch channels height width"]]:
         """See `TrainingImages.clean`; the shorter side is resized and the centre cropped, as for
         the other splits.

@@ -14,7 +14,7 @@ from dsnet.network.supernet import Supernet
 
 
 @torch.no_grad()
-def recalibrate(supernet: Supernet, batches: Iterable[Float[Tensor, "batch channels height width"]]) -> None:
+def recalibrate(supernet: Supernet, batches: Iterable[Float[Tensor, "_batch channels height width"]]) -> None:
     """Replace all running statistics by cumulative averages over batches of images.
 
     Every sub-network takes part, including the teacher, and each shared segment runs once per

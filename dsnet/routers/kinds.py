@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from jaxtyping import Shaped
-from torch import Tensor
 
 from dsnet.errors import CheckpointError
 from dsnet.plugins import load_plugins
