@@ -37,7 +37,7 @@ from dsnet.space.spec import Subnet
 from dsnet.space.subnet_set import SubnetSet
 from dsnet.stored.checkpoint import load_supernet
 from dsnet.training.settings import REGIMES, BootstrapSettings, Regime, TrainSettings
-from dsnet.training.supernet import recalibration_batches, train_supernet
+from dsnet.training.supernet import TrainingCallbacks, recalibration_batches, train_supernet
 from dsnet.training.supernet_run import SupernetRun
 from dsnet.training.train_cost import step_madds
 
@@ -357,8 +357,7 @@ class Trainer:
                 run,
                 folder=folder,
                 device=self.device,
-                should_stop=should_stop,
-                on_epoch=look,
+                callbacks=TrainingCallbacks(should_stop=should_stop, on_epoch=look),
             )
         except NonFiniteLossError as error:
             return record | {"error": str(error), "subnets": []}

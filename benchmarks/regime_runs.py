@@ -39,7 +39,7 @@ from dsnet.space.cost import subnet_cost
 from dsnet.space.subnet_set import SubnetSet
 from dsnet.stored.checkpoint import load_supernet
 from dsnet.training.settings import REGIMES, BootstrapSettings, Regime, TrainSettings
-from dsnet.training.supernet import train_supernet
+from dsnet.training.supernet import TrainingCallbacks, train_supernet
 from dsnet.training.supernet_run import SupernetRun
 
 PLAN = "plan.json"
@@ -264,7 +264,12 @@ class Trainer:
         }
         try:
             final = train_supernet(
-                supernet, self.material.training, run, folder=folder, device=self.device, should_stop=should_stop
+                supernet,
+                self.material.training,
+                run,
+                folder=folder,
+                device=self.device,
+                callbacks=TrainingCallbacks(should_stop=should_stop),
             )
         except NonFiniteLossError as error:
             return record | {"error": str(error)}

@@ -1,5 +1,5 @@
-"""What all tests share: one thread per process, MKL's mode, no telemetry, one small Ray cluster,
-and how `pytest -n 2` gives the tests to two processes."""
+"""What all tests share: one thread per process, MKL's mode, checks of shapes, no telemetry, one
+small Ray cluster, and how `pytest -n 2` gives the tests to two processes."""
 
 from __future__ import annotations
 
@@ -20,6 +20,10 @@ for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
 
+from tests.shapes import check_shapes_of, next_test  # noqa: E402
+
+check_shapes_of("dsnet")  # before its first import
+
 from orchestration.environment import prepare_environment  # noqa: E402
 from orchestration.workers.runtime import RaySettings, ray_session  # noqa: E402
 
@@ -30,6 +34,12 @@ prepare_environment()  # MKL's mode too, as wherever the product starts
 settings.register_profile("suite", derandomize=True)
 settings.register_profile("explore")
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
+
+
+@pytest.fixture(autouse=True)
+def shapes_checked() -> None:
+    """Shapes of tensors are checked in the first calls of every function in each test."""
+    next_test()
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Bool, Int64, Real
 from torch import Tensor
 
 from dsnet.data.boxes import BoxDraw, draw_boxes
@@ -23,15 +24,15 @@ from dsnet.data.settings import Augmentation
 class AugmentationDraw:
     """Random decisions for each of B images; all tensors are [B]. None: the operation is off."""
 
-    top: Tensor
+    top: Int64[Tensor, " batch"]
     """int64: first row of the crop in the padded image, 0..2 * crop_padding."""
-    left: Tensor
+    left: Int64[Tensor, " batch"]
     """int64: first column of the crop."""
-    is_flipped: Tensor
+    is_flipped: Bool[Tensor, " batch"]
     """bool: whether the image is mirrored."""
-    cutout_row: Tensor
+    cutout_row: Int64[Tensor, " batch"]
     """int64: centre of the cutout in the finished image, 0..H - 1."""
-    cutout_column: Tensor
+    cutout_column: Int64[Tensor, " batch"]
     """int64: its column, 0..W - 1."""
     crop: BoxDraw | None = None
     """The random resized crop."""
@@ -39,7 +40,9 @@ class AugmentationDraw:
     erasing: ErasingDraw | None = None
 
 
-def augment(images: Tensor, generator: torch.Generator, augmentation: Augmentation) -> Tensor:
+def augment(
+    images: Real[Tensor, "batch channels height width"], generator: torch.Generator, augmentation: Augmentation
+) -> Real[Tensor, "batch channels height width"]:
     """Augment each image of a batch independently.
 
     Padding and cutout insert zeros: black in uint8 pixels, the data's mean in normalised images.
@@ -55,7 +58,9 @@ def augment(images: Tensor, generator: torch.Generator, augmentation: Augmentati
     return apply_augmentation(images, draw_augmentation(images, generator, augmentation), augmentation)
 
 
-def draw_augmentation(images: Tensor, generator: torch.Generator, augmentation: Augmentation) -> AugmentationDraw:
+def draw_augmentation(
+    images: Real[Tensor, "batch channels height width"], generator: torch.Generator, augmentation: Augmentation
+) -> AugmentationDraw:
     """Draw the random numbers for one batch [B, C, H, W].
 
     The numbers of crop, mirroring and cutout are always drawn, so that switching one of these off
@@ -82,7 +87,9 @@ def draw_augmentation(images: Tensor, generator: torch.Generator, augmentation: 
     return AugmentationDraw(top, left, is_flipped, cutout_row, cutout_column, crop, randaugment, erasing)
 
 
-def apply_augmentation(images: Tensor, draw: AugmentationDraw, augmentation: Augmentation) -> Tensor:
+def apply_augmentation(
+    images: Real[Tensor, "batch channels height width"], draw: AugmentationDraw, augmentation: Augmentation
+) -> Real[Tensor, "batch channels height width"]:
     """Apply what was drawn to a whole batch [B, C, H, W].
 
     In this order: resized crop, padded crop and mirroring, RandAugment-style operations, cutout,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from jaxtyping import UInt8
 from torch import Tensor
 
 from dsnet.data.boxes import BoxDraw, Boxes, fit_boxes
@@ -37,7 +38,9 @@ def crop_boxes(draw: BoxDraw, size: tuple[int, int], scale: Sequence[float]) -> 
     )
 
 
-def resize_crops(images: Tensor, boxes: Boxes) -> Tensor:
+def resize_crops(
+    images: UInt8[Tensor, "batch channels height width"], boxes: Boxes
+) -> UInt8[Tensor, "batch channels height width"]:
     """Cut each image's box out and enlarge it to the image's size, bilinear.
 
     Rows and columns are interpolated by two batched matrix products; pixels outside the box have

@@ -16,6 +16,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from jaxtyping import Bool, Int64
 from torch import Tensor
 
 from dsnet.data.cache import ImageCache
@@ -41,7 +42,7 @@ class ImageSource(Protocol):
         """The data set's registered name."""
 
     @property
-    def labels(self) -> Tensor:
+    def labels(self) -> Int64[Tensor, " images"]:
         """int64 [N]: the labels of all images."""
 
     @property
@@ -53,7 +54,7 @@ class ImageSource(Protocol):
         """Number of classes."""
 
     @property
-    def official_test(self) -> np.ndarray | None:
+    def official_test(self) -> Bool[np.ndarray, " images"] | None:
         """bool [N]: the images of the official test part; None where the data has none."""
 
     @property
@@ -85,7 +86,7 @@ class InMemorySource:
         return self.images.name
 
     @property
-    def labels(self) -> Tensor:
+    def labels(self) -> Int64[Tensor, " images"]:
         return self.images.labels
 
     @property
@@ -97,7 +98,7 @@ class InMemorySource:
         return self.images.num_classes
 
     @property
-    def official_test(self) -> np.ndarray | None:
+    def official_test(self) -> Bool[np.ndarray, " images"] | None:
         return self.images.official_test
 
     @property
@@ -145,7 +146,7 @@ class StreamedFolder:
         return "image_folder"
 
     @cached_property
-    def labels(self) -> Tensor:
+    def labels(self) -> Int64[Tensor, " images"]:
         return torch.tensor(self.listing.labels, dtype=torch.int64)
 
     @property
@@ -157,7 +158,7 @@ class StreamedFolder:
         return len(self.class_names)
 
     @property
-    def official_test(self) -> np.ndarray | None:
+    def official_test(self) -> Bool[np.ndarray, " images"] | None:
         return self.listing.official_test
 
     @property

@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+from jaxtyping import Bool, Int64
 
 from dsnet.data.settings import SplitSize, SplitSizes
 from dsnet.errors import ConfigError, DataError
@@ -32,16 +33,16 @@ _SHARES_BESIDE_OFFICIAL_TEST = {"train": 0.8, "gate": 0.1, "val": 0.1}  # CIFAR-
 class Splits:
     """Four disjoint, sorted int64 arrays of image ids; compare two objects by their `hash`."""
 
-    train: np.ndarray
-    gate: np.ndarray
-    val: np.ndarray
-    test: np.ndarray
+    train: Int64[np.ndarray, " train_images"]
+    gate: Int64[np.ndarray, " gate_images"]
+    val: Int64[np.ndarray, " val_images"]
+    test: Int64[np.ndarray, " test_images"]
 
     def __post_init__(self) -> None:
         for name in SPLIT_NAMES:
             self[name].setflags(write=False)
 
-    def __getitem__(self, name: str) -> np.ndarray:
+    def __getitem__(self, name: str) -> Int64[np.ndarray, " images"]:
         """The image ids of the split called `name`, int64, ascending."""
         if name not in SPLIT_NAMES:
             raise ValueError(f"unknown split {name!r}; known: {', '.join(SPLIT_NAMES)}")
@@ -93,8 +94,8 @@ def data_fingerprint(images: str, splits: Splits) -> str:
 
 
 def make_splits(
-    labels: np.ndarray,
-    official_test: np.ndarray | None = None,
+    labels: Int64[np.ndarray, " images"],
+    official_test: Bool[np.ndarray, " images"] | None = None,
     sizes: SplitSizes = DEFAULT_SIZES,
     seed: int = 0,
     limit: int | None = None,
@@ -197,7 +198,7 @@ def _stratified(ids: np.ndarray, labels: np.ndarray, keys: np.ndarray, counts: S
     return [np.sort(np.concatenate(subset)) for subset in drawn]
 
 
-def apportion(class_sizes: Sequence[int], split_sizes: Sequence[int]) -> np.ndarray:
+def apportion(class_sizes: Sequence[int], split_sizes: Sequence[int]) -> Int64[np.ndarray, "classes splits"]:
     """Number of images of each class in each split: int64 [classes, splits].
 
     Columns sum to `split_sizes` exactly, rows to at most the class's size, and each entry is the

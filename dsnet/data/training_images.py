@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from jaxtyping import Int64, UInt8
 from PIL import Image
 from torch import Tensor
 
@@ -30,11 +31,13 @@ class TrainingImages(Protocol):
     """Interface of a training split, independent of how it is stored."""
 
     @property
-    def labels(self) -> Tensor:
+    def labels(self) -> Int64[Tensor, " images"]:
         """int64 [N], on the CPU."""
         ...
 
-    def augmented(self, batches: Iterable[tuple[Tensor, int]], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    def augmented(
+        self, batches: Iterable[tuple[Int64[Tensor, " _batch"], int]], device: torch.device
+    ) -> Iterator[tuple[UInt8[Tensor, "batch channels height width"], Int64[Tensor, " batch"]]]:
         """For each (rows int64 [B], seed): augmented uint8 images [B, C, H, W] and labels [B], on
         `device`.
 
@@ -43,7 +46,9 @@ class TrainingImages(Protocol):
         """
         ...
 
-    def clean(self, rows: Iterable[Tensor], device: torch.device) -> Iterator[Tensor]:
+    def clean(
+        self, rows: Iterable[Int64[Tensor, " _batch"]], device: torch.device
+    ) -> Iterator[UInt8[Tensor, "batch channels height width"]]:
         """For each rows int64 [B]: uint8 images [B, C, H, W] without augmentation, as in
         evaluation, on `device`."""
         ...
@@ -52,7 +57,12 @@ class TrainingImages(Protocol):
 class InMemoryImages:
     """A training split that fits on the device: copied and augmented there."""
 
-    def __init__(self, images: Tensor, labels: Tensor, augmentation: Augmentation) -> None:
+    def __init__(
+        self,
+        images: UInt8[Tensor, "images channels height width"],
+        labels: Int64[Tensor, " images"],
+        augmentation: Augmentation,
+    ) -> None:
         """Wrap a training split.
 
         Args:
@@ -65,7 +75,9 @@ class InMemoryImages:
         self.augmentation = augmentation
         self._copies: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
-    def augmented(self, batches: Iterable[tuple[Tensor, int]], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    def augmented(
+        self, batches: Iterable[tuple[Int64[Tensor, " _batch"], int]], device: torch.device
+    ) -> Iterator[tuple[UInt8[Tensor, "batch channels height width"], Int64[Tensor, " batch"]]]:
         """See `TrainingImages.augmented`."""
         images, labels = self._on(device)
         for rows, seed in batches:
@@ -73,7 +85,9 @@ class InMemoryImages:
             generator = torch.Generator(device).manual_seed(seed)
             yield augment(images.index_select(0, here), generator, self.augmentation), labels.index_select(0, here)
 
-    def clean(self, rows: Iterable[Tensor], device: torch.device) -> Iterator[Tensor]:
+    def clean(
+        self, rows: Iterable[Int64[Tensor, " _batch"]], device: torch.device
+    ) -> Iterator[UInt8[Tensor, "batch channels height width"]]:
         """See `TrainingImages.clean`."""
         images, _ = self._on(device)
         for part in rows:
@@ -100,7 +114,7 @@ class StreamedImages:
 
     files: tuple[str, ...]
     """Paths of the N files."""
-    labels: Tensor
+    labels: Int64[Tensor, " images"]
     """int64 [N], on the CPU."""
     image_size: int
     """Height and width in pixels of the images that are returned."""
@@ -115,7 +129,9 @@ class StreamedImages:
     crop_fraction: float = 1.0
     """Share of the shorter side that the centre crop of `clean` keeps, (0, 1]."""
 
-    def augmented(self, batches: Iterable[tuple[Tensor, int]], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    def augmented(
+        self, batches: Iterable[tuple[Int64[Tensor, " _batch"], int]], device: torch.device
+    ) -> Iterator[tuple[UInt8[Tensor, "batch channels height width"], Int64[Tensor, " batch"]]]:
         """See `TrainingImages.augmented`; `batches` is consumed lazily, a little ahead.
 
         Raises:
@@ -131,7 +147,9 @@ class StreamedImages:
                 generator = torch.Generator(device).manual_seed(derive_seed(seed, "batch"))
                 yield augment(images, generator, on_device), self.labels[rows].to(device, non_blocking=True)
 
-    def clean(self, rows: Iterable[Tensor], device: torch.device) -> Iterator[Tensor]:
+    def clean(
+        self, rows: Iterable[Int64[Tensor, " _batch"]], device: torch.device
+    ) -> Iterator[UInt8[Tensor, "batch channels height width"]]:
         """See `TrainingImages.clean`; the shorter side is resized and the centre cropped, as for
         the other splits.
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from dsnet.deploy.inference_layout import lay_out_for_inference
@@ -22,7 +23,7 @@ class PlainSubnet(nn.Module):
         self.trunk = trunk
         self.tail = tail
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
         """[B, C, H, W] -> logits [B, num_classes]."""
         return self.tail(self.trunk(images).features)
 

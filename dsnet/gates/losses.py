@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import get_args
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from dsnet.gates.settings import ComplexityForm
@@ -15,7 +16,9 @@ PAPER_WIDEST = 565.4e6
 """MAdds of the published network's widest route."""
 
 
-def complexity(expected_madds: Tensor, target_madds: float, max_madds: float, form: str) -> Tensor:
+def complexity(
+    expected_madds: Float[Tensor, ""], target_madds: float, max_madds: float, form: str
+) -> Float[Tensor, ""]:
     """The complexity term of the loss of Stage II (docs/definitions.md, Target, losses,
     calibration).
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float64
 from numpy.typing import NDArray
 
 from dsnet.deploy.materialize import PlainSubnet
@@ -169,7 +170,7 @@ class LatencyTable:
         return self.subnets[batch_size][subnet].median_ms
 
     def ideal_ms(
-        self, batch_size: int, runs: NDArray[np.float64], routes: Sequence[str], kind: str = PUBLISHED
+        self, batch_size: int, runs: Float64[np.ndarray, " routes"], routes: Sequence[str], kind: str = PUBLISHED
     ) -> float:
         """Ideal latency of a batch of random images: trunk + decide + the expected time of each
         tail over its binomial group size.
@@ -231,14 +232,14 @@ class BatchClock:
     """Decision of the published gate."""
     decisions_ms: Mapping[str, float]
     """All decisions of each other kind of router."""
-    tails_ms: NDArray[np.float64]
+    tails_ms: Float64[np.ndarray, "routes sizes"]
     """[K, B + 1]: the tail of each route for 0, 1, ..., B images."""
 
     def fixed_ms(self, kind: str = PUBLISHED) -> float:
         """Time that every batch takes whatever its routes: trunk and decisions."""
         return self.trunk_ms + self.decisions_ms.get(kind, self.decide_ms)
 
-    def ms(self, runs: NDArray[np.float64], kind: str = PUBLISHED) -> float:
+    def ms(self, runs: Float64[np.ndarray, " routes"], kind: str = PUBLISHED) -> float:
         """Ideal latency of a batch of random images; `runs` [K] are the shares of images that run
         each route."""
         chances = _binomials(self.tails_ms.shape[1] - 1, np.asarray(runs, dtype=np.float64))

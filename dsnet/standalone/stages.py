@@ -46,7 +46,7 @@ from dsnet.standalone.output_folder import STAGES, OutputFolder
 from dsnet.standalone.resolved import StandaloneConfig
 from dsnet.stored.checkpoint import load_supernet
 from dsnet.training.start import check_start, first_weights, lay_out, load_start
-from dsnet.training.supernet import FINAL, train_supernet
+from dsnet.training.supernet import FINAL, TrainingCallbacks, train_supernet
 from dsnet.training.supernet_run import SupernetRun
 
 PACKAGES = ("dsnet-orch", "torch", "numpy", "safetensors", "Pillow", "pyarrow", "scikit-learn")
@@ -196,8 +196,7 @@ class _StageRunner:
             run,
             folder=self.folder.supernet,
             device=self.device,
-            reporter=_LossLines(self.say),
-            should_stop=self.should_stop,
+            callbacks=TrainingCallbacks(reporter=_LossLines(self.say), should_stop=self.should_stop),
         )
         if stem is None:
             raise StoppedError("training was stopped; the same command continues")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Shaped
 from torch import Tensor
 
 from dsnet.data.normalization import Normalization
@@ -38,7 +39,7 @@ class Start:
 
     stem: Path
     subnets: SubnetSet
-    tensors: Mapping[str, Tensor]
+    tensors: Mapping[str, Shaped[Tensor, "*_"]]
     """The supernet's state dict, on the CPU."""
     sha256: str
     """SHA-256 of the tensor file."""

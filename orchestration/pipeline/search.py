@@ -47,7 +47,7 @@ from orchestration.tracking.rows import trial_row
 from orchestration.workers.end_to_end import EndToEndCheck, MakeEndToEndTrial, shared_images
 from orchestration.workers.gate_trials import MakeGateTrial
 from orchestration.workers.self_check import ArithmeticReport, StartCheck
-from orchestration.workers.trials import MakeCohortFunction, RayRunner
+from orchestration.workers.trials import Actors, MakeCohortFunction, RayRunner, TrialLimits
 from search.conditions.constraints import BASELINE, ConstraintSet
 from search.front.points import trial_name
 from search.gate_check import Finding, GateCheck
@@ -285,11 +285,8 @@ def _trial_runner(work: Launch, table_plan: StagePlan, report: ArithmeticReport)
     return RayRunner(
         make,
         arrays=arrays,
-        num_actors=config.ray.trial_actors,
-        threads=threads,
-        resources=config.ray.trial_resources,
-        timeout_s=resolve_timeout_s(config),
-        retries=config.trial.retries,
+        actors=Actors(number=config.ray.trial_actors, threads=threads, resources=config.ray.trial_resources),
+        limits=TrialLimits(timeout_s=resolve_timeout_s(config), retries=config.trial.retries),
         check=StartCheck(look, report.hear),
     )
 

@@ -75,7 +75,7 @@ from orchestration.tracking.rows import (
 from orchestration.workers.runtime import LOCAL, cluster_cpus
 from orchestration.workers.supernet import SupernetJob
 from orchestration.workers.tune_ledger import MemberFate, TuneRules
-from orchestration.workers.tune_supernets import TuneMember, ValImages, stored_fates, train_members
+from orchestration.workers.tune_supernets import SweepCallbacks, TuneMember, ValImages, stored_fates, train_members
 from search.front.points import save_points, trial_name
 from search.study.study import TrialRecord
 
@@ -376,10 +376,12 @@ class _SupernetsLaunch:
                     data=prepared.training_images(),
                     val=ValImages(data.images("val"), data.labels("val")),
                     folder=self.run.tune_dir,
-                    on_report=training.on_report,
-                    on_points=training.on_points,
-                    on_fate=training.on_fate,
-                    should_stop=self.stop,
+                    callbacks=SweepCallbacks(
+                        on_report=training.on_report,
+                        on_points=training.on_points,
+                        on_fate=training.on_fate,
+                        should_stop=self.stop,
+                    ),
                 )
         for fate in fates:  # also fates that an earlier launch has recorded
             training.on_fate(fate)

@@ -203,7 +203,7 @@ def _train_loop(config: Mapping[str, Any]) -> None:
     import ray.train
     import torch
 
-    from dsnet.training.supernet import train_supernet
+    from dsnet.training.supernet import TrainingCallbacks, train_supernet
     from dsnet.training.workers import DistributedWorkers, SingleWorker
 
     job: SupernetJob = config["job"]
@@ -221,7 +221,7 @@ def _train_loop(config: Mapping[str, Any]) -> None:
             folder=job.folder,
             device=job.device,
             workers=SingleWorker() if is_alone else DistributedWorkers(),
-            should_stop=job.stop_file.exists,
+            callbacks=TrainingCallbacks(should_stop=job.stop_file.exists),
         )
     except DsnetError as error:
         record = {"error": type(error).__name__, "message": str(error), "rank": context.get_world_rank()}

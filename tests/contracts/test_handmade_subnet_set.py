@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dsnet.data.training_images import InMemoryImages
-from dsnet.deploy.bundle import check_bundle_examples, check_bundle_files, load_bundle, save_bundle
+from dsnet.deploy.bundle import BundleContents, check_bundle_examples, check_bundle_files, load_bundle, save_bundle
 from dsnet.deploy.dynamic import DynamicNet
 from dsnet.deploy.materialize import materialize
 from dsnet.families import layout, rebuild
@@ -299,16 +299,14 @@ def test_it_goes_from_table_to_bundle(handmade: Handmade, tmp_path: Path, kind: 
         assert output.logits.argmax(1).tolist() == table.predicted[rows, output.routes].tolist()
         assert output.madds.numpy()[clear].tolist() == fit.run.madds[clear].tolist()
         assert fit.metrics["madds_m"] == pytest.approx(fit.run.madds.mean() / 1e6)
-        save_bundle(
-            tmp_path / "bundle",
-            supernet,
-            fit.router,
+        contents = BundleContents(
+            supernet=supernet,
+            router=fit.router,
             normalization=NORMALIZATION,
             class_names=data.class_names,
             examples=data.images("val")[:16],
-            claims={"val": {"top1": fit.metrics["top1"]}},
-            gate_yaml="",
         )
+        save_bundle(tmp_path / "bundle", contents, claims={"val": {"top1": fit.metrics["top1"]}}, gate_yaml="")
         bundle = load_bundle(tmp_path / "bundle")
         check_bundle_files(bundle)
         assert check_bundle_examples(bundle) == 16

@@ -22,6 +22,7 @@ from dsnet.data.settings import Augmentation
 from dsnet.errors import NonFiniteLossError, StoppedError
 from dsnet.gates import end_to_end as gate_end_to_end
 from dsnet.gates.end_to_end import (
+    GateCallbacks,
     GateImages,
     GateObjective,
     frozen,
@@ -482,7 +483,9 @@ def test_a_failure_leaves_the_supernet_as_it_was() -> None:
     supernet = small_supernet("ds_tiny").train()
     next(supernet.parameters()).requires_grad_(False)
     with pytest.raises(StoppedError):
-        train_end_to_end(supernet, gate_images(), GateSettings(), ONE_EPOCH, should_stop=lambda: True)
+        train_end_to_end(
+            supernet, gate_images(), GateSettings(), ONE_EPOCH, callbacks=GateCallbacks(should_stop=lambda: True)
+        )
     assert supernet.training
     assert [parameter.requires_grad for parameter in supernet.parameters()].count(False) == 1
 
@@ -538,8 +541,10 @@ def test_progress_is_heard_and_a_stop_comes_before_the_next_step() -> None:
             gate_images(),
             GateSettings(batch_size=10),
             EndToEndSettings(epochs=3),
-            should_stop=lambda: len(heard) == 4,
-            on_progress=lambda done, total: heard.append((done, total)),
+            callbacks=GateCallbacks(
+                should_stop=lambda: len(heard) == 4,
+                on_progress=lambda done, total: heard.append((done, total)),
+            ),
         )
     assert heard == [(1, 9), (2, 9), (3, 9), (4, 9)]
 
@@ -673,7 +678,7 @@ def test_a_stage_that_is_done_is_repeated_without_a_step() -> None:
         STAGED,
         start=stage.progress,
         until=2,
-        on_progress=lambda done, total: heard.append((done, total)),
+        callbacks=GateCallbacks(on_progress=lambda done, total: heard.append((done, total))),
     )
     assert heard == []
     assert torch.equal(again.heads[0], stage.heads[0])
@@ -690,7 +695,7 @@ def test_a_later_stage_counts_its_steps_within_the_whole() -> None:
         STAGED,
         start=start,
         until=4,
-        on_progress=lambda done, total: heard.append((done, total)),
+        callbacks=GateCallbacks(on_progress=lambda done, total: heard.append((done, total))),
     )
     assert heard == [(10, 15), (11, 15), (12, 15)]
 

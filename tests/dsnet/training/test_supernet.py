@@ -23,7 +23,7 @@ from dsnet.stored.checkpoint import load_checkpoint, load_supernet
 from dsnet.training.optimization import learning_rate, make_optimizer
 from dsnet.training.settings import REGIMES, BootstrapSettings, Regime, TrainSettings
 from dsnet.training.step import StepPlan
-from dsnet.training.supernet import _Session, checkpoint_stems, train_supernet
+from dsnet.training.supernet import TrainingCallbacks, _Session, checkpoint_stems, train_supernet
 from dsnet.training.supernet_run import SupernetRun
 from dsnet.training.workers import SingleWorker
 from tests.dsnet.samples import (
@@ -82,7 +82,15 @@ def train(folder: Path, run: SupernetRun | None = None, **keywords: Any) -> Path
     net = keywords.pop("net", None)
     images = keywords.pop("images", random_pixels(NUM_IMAGES, 8))
     data = InMemoryImages(images, keywords.pop("labels", random_labels(NUM_IMAGES)), run.augmentation)
-    return train_supernet(net if net is not None else supernet(), data, run, folder=folder, **keywords)
+    workers = keywords.pop("workers", None)
+    return train_supernet(
+        net if net is not None else supernet(),
+        data,
+        run,
+        folder=folder,
+        workers=workers,
+        callbacks=TrainingCallbacks(**keywords),
+    )
 
 
 def kill(folder: Path, call: int, run: SupernetRun | None = None) -> None:

@@ -14,7 +14,7 @@ from orchestration.runs.stages import canonical_settings
 from orchestration.workers.gate_trials import MakeGateTrial
 from orchestration.workers.runtime import RaySettings, ray_session
 from orchestration.workers.self_check import StartCheck
-from orchestration.workers.trials import RayRunner
+from orchestration.workers.trials import Actors, RayRunner
 from search.front.pareto import front_mask
 from search.gate_check import Finding, GateCheck
 from search.study.engine import Budget, Search
@@ -70,6 +70,6 @@ def studies_by_workers(folder: Path) -> dict[str, list[Any]]:
     check = StartCheck(GateCheck.of_space(parse_space(SPACE)), findings.append)
     with ray_session(RaySettings(num_cpus=4, object_store_mib=75)):
         for num_actors in (1, 2, 4):
-            with closing(RayRunner(make, arrays=arrays, num_actors=num_actors, check=check)) as runner:
+            with closing(RayRunner(make, arrays=arrays, actors=Actors(number=num_actors), check=check)) as runner:
                 studies[str(num_actors)] = gate_study(folder / f"{num_actors}.log", runner)
     return {**studies, "findings": [[finding.digest, list(finding.unequal)] for finding in findings]}

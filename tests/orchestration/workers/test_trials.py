@@ -23,7 +23,7 @@ from dsnet.errors import ConfigError, PreflightError
 from dsnet.import_path import WORKER_HOOK
 from orchestration.environment import prepare_environment
 from orchestration.workers.runtime import RaySettings, _connect, _environment_of_workers
-from orchestration.workers.trials import RayRunner, TrialWorker, _cause_of_loss, _resource_options
+from orchestration.workers.trials import Actors, RayRunner, TrialLimits, TrialWorker, _cause_of_loss, _resource_options
 from search.gate_check import GateCheck
 from search.study.engine import Budget, Search
 from search.study.runner import Runner, SerialRunner, TrialOutcome, TrialSpec
@@ -64,7 +64,10 @@ class SharedRunners:
     @staticmethod
     def _runner(make: Callable[..., Any], place: Path) -> RayRunner:
         return RayRunner(
-            functools.partial(make, place=place), arrays=ARRAYS, num_actors=2, timeout_s=TIMEOUT_S, retries=1
+            functools.partial(make, place=place),
+            arrays=ARRAYS,
+            actors=Actors(number=2),
+            limits=TrialLimits(timeout_s=TIMEOUT_S, retries=1),
         )
 
     def only(self, name: str) -> RayRunner:
@@ -374,7 +377,7 @@ class TestRayRunner(RunnerContract):
     @pytest.fixture(scope="class")
     def warm(self, shared: SharedRunners) -> Iterator[Runner]:
         shared.close()
-        made = RayRunner(make_walks, arrays={}, num_actors=2)
+        made = RayRunner(make_walks, arrays={}, actors=Actors(number=2))
         yield made
         made.close()
 
@@ -385,7 +388,7 @@ class TestRayRunner(RunnerContract):
 
 def test_an_actor_that_wants_what_the_cluster_lacks_is_refused(empty_cluster: None) -> None:
     for num_actors, message in ((None, "1 trial actors take 2"), (2, "2 trial actors take 2")):
-        runner = RayRunner(make_walks, arrays={}, num_actors=num_actors, resources={"board": 2})
+        runner = RayRunner(make_walks, arrays={}, actors=Actors(number=num_actors, resources={"board": 2}))
         with pytest.raises(PreflightError, match=f"{message} of the resource 'board' each, but the cluster has 0"):
             next(runner.run(specs("work")))
 
@@ -394,7 +397,7 @@ def test_actors_are_as_many_as_the_scarcest_resource_allows() -> None:
     cluster = {"CPU": 4.0, "GPU": 1.0, "memory": 4e9}
 
     def places(**options: Any) -> int:
-        return RayRunner(make_walks, arrays={}, **options)._num_places(cluster)
+        return RayRunner(make_walks, arrays={}, actors=Actors(**options))._num_places(cluster)
 
     assert places() == 4
     assert places(threads=2) == 2
@@ -410,13 +413,13 @@ def test_actors_are_as_many_as_the_scarcest_resource_allows() -> None:
 
 def test_an_actor_computes_with_the_threads_that_it_takes(empty_cluster: None, place: Path, folder: Path) -> None:
     make = functools.partial(one_by_one, place=place)
-    runner = RayRunner(make, arrays=ARRAYS, threads=2)
+    runner = RayRunner(make, arrays=ARRAYS, actors=Actors(threads=2))
     facts = by_slot(runner.run(specs("look")))[0].metrics
     assert (facts["torch_threads"], facts["omp_threads"]) == (2, 2)
     assert facts["has_mkl_mode"]
     runner.close()
     with pytest.raises(PreflightError, match=r"has 2 CPUs and each actor takes 3 \(gate.end_to_end.threads\)"):
-        list(RayRunner(make, arrays=ARRAYS, threads=3).run(specs("work")))
+        list(RayRunner(make, arrays=ARRAYS, actors=Actors(threads=3)).run(specs("work")))
 
 
 @pytest.mark.skipif(mkl_mode() is None, reason="MKL does not run on this processor")
@@ -448,14 +451,14 @@ def test_workers_search_for_our_packages_before_the_working_directory(empty_clus
 
 
 def test_an_error_while_the_function_is_built_reaches_the_caller_as_it_is(empty_cluster: None) -> None:
-    runner = RayRunner(refuse_to_build, arrays=ARRAYS, num_actors=1)
+    runner = RayRunner(refuse_to_build, arrays=ARRAYS, actors=Actors(number=1))
     with pytest.raises(ConfigError, match="unknown router 'mpl'"):
         list(runner.run(specs("work")))
     runner.close()
 
 
 def test_workers_that_die_while_they_start_end_the_sweep(empty_cluster: None) -> None:
-    runner = RayRunner(die_while_building, arrays=ARRAYS, num_actors=1)
+    runner = RayRunner(die_while_building, arrays=ARRAYS, actors=Actors(number=1))
     with pytest.raises(PreflightError, match="trial workers die while they start, 3 times"):
         list(runner.run(specs("work")))
     runner.close()
@@ -463,7 +466,7 @@ def test_workers_that_die_while_they_start_end_the_sweep(empty_cluster: None) ->
 
 def test_more_actors_than_cpus_are_refused(empty_cluster: None) -> None:
     with pytest.raises(PreflightError, match=r"ray\.trial_actors is 3, but the cluster has 2 CPUs"):
-        list(RayRunner(refuse_to_build, arrays=ARRAYS, num_actors=3).run(specs("work")))
+        list(RayRunner(refuse_to_build, arrays=ARRAYS, actors=Actors(number=3)).run(specs("work")))
 
 
 def test_the_out_of_memory_killer_is_named() -> None:

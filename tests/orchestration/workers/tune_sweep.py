@@ -19,6 +19,7 @@ from dsnet.training.supernet_run import SupernetRun
 from orchestration.workers.supernet import SupernetJob
 from orchestration.workers.tune_ledger import MemberFate, TuneRules
 from orchestration.workers.tune_supernets import (
+    SweepCallbacks,
     TuneMember,
     ValImages,
     train_members,
@@ -70,10 +71,12 @@ class Sweep:
             data=self.train,
             val=self.val,
             folder=self.folder / "tune",
-            on_report=lambda *report: self.reports.append(report),
-            on_points=lambda name, points: self.curves.add(name),
-            on_fate=self.fates.append,
-            should_stop=should_stop,
+            callbacks=SweepCallbacks(
+                on_report=lambda *report: self.reports.append(report),
+                on_points=lambda name, points: self.curves.add(name),
+                on_fate=self.fates.append,
+                should_stop=should_stop,
+            ),
         )
 
     def final(self, name: str) -> Path:
