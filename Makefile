@@ -10,16 +10,21 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 # One thread a process: oversubscribed threads made a one-second trial take twelve.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
+# Processes that run the tests. One of them takes all tests that share the Ray cluster, so that more than three gain little.
+WORKERS ?= 2
+PYTEST := $(ONE_THREAD) $(BIN)/python -m pytest
 
-.PHONY: help launch test test-long check format setup bench clean
+.PHONY: help launch test test-fast test-long check format setup bench clean
 
 help:
-	@echo "make launch   run the digits sweep: from one command to a Pareto front"
-	@echo "make test     checks and the whole test suite"
-	@echo "make check    formatter, linter, type checker, import contracts"
-	@echo "make format   let the formatter and the linter mend what they can"
-	@echo "make bench    every benchmark, quick"
-	@echo "make clean    remove the environment and caches (runs are kept)"
+	@echo "make launch     run the digits sweep: from one command to a Pareto front"
+	@echo "make test       checks and the whole test suite"
+	@echo "make test-fast  the tests without Ray, a browser, or anything that takes long"
+	@echo "make test-long  random kills, and every block of the documentation"
+	@echo "make check      formatter, linter, type checker, import contracts"
+	@echo "make format     let the formatter and the linter mend what they can"
+	@echo "make bench      every benchmark, quick"
+	@echo "make clean      remove the environment and caches (runs are kept)"
 
 setup: $(READY)
 
@@ -34,10 +39,13 @@ launch: $(READY)
 	$(BIN)/dsnet-orch launch examples/digits.yaml
 
 test: check
-	$(ONE_THREAD) $(BIN)/python -m pytest
+	$(PYTEST) -n $(WORKERS)
+
+test-fast: $(READY)
+	$(PYTEST) -n $(WORKERS) -m "not (ray or browser or slow or long)"
 
 test-long: $(READY)
-	$(ONE_THREAD) $(BIN)/python -m pytest -m long
+	$(PYTEST) -m long
 
 check: $(READY)
 	$(BIN)/ruff format --check .

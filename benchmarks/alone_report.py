@@ -15,6 +15,7 @@ from benchmarks.regime_report import Interval, t_interval
 from benchmarks.regime_runs import PLAN
 from dsnet.errors import PreflightError
 from dsnet.files import read_json
+from dsnet.wording import signed
 
 GOAL = 0.5
 """Largest mean gap, in percentage points, of sub-networks to the same networks trained alone."""
@@ -123,7 +124,7 @@ def make_sections(records: Sequence[Mapping[str, Any]], what: str) -> list[Secti
             _points(gap.mean),
             _points(gap.gaps[0]),
             _points(gap.gaps[-1]),
-            f"{100 * min(0.0, *(part.mean for part in gap.gaps)):+.1f}",
+            signed(100 * min(0.0, *(part.mean for part in gap.gaps))),
         )
         for gap in gaps
     ]
@@ -162,7 +163,7 @@ def _length_sections(records: Sequence[Mapping[str, Any]]) -> list[Section]:
 
 
 def _points(part: Interval) -> str:
-    text = f"{100 * part.mean:+.1f}"
+    text = signed(100 * part.mean)
     return text if part.half is None else f"{text} ±{100 * part.half:.1f}"
 
 

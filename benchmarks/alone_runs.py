@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.regime_runs import RUNS, Material, divided
-from dsnet.data import Augmentation, SplitSizes, load_images
+from dsnet.data.registry import load_images
+from dsnet.data.settings import Augmentation, SplitSizes
 from dsnet.errors import NonFiniteLossError
 from dsnet.families import create
 from dsnet.files import atomic_write_json, read_json
@@ -35,8 +36,9 @@ from dsnet.space.cost import subnet_cost
 from dsnet.space.spec import Subnet
 from dsnet.space.subnet_set import SubnetSet
 from dsnet.stored.checkpoint import load_supernet
-from dsnet.training.settings import REGIMES, BootstrapSettings, Regime, SupernetRun, TrainSettings
-from dsnet.training.supernet import recalibration_batches, train_supernet
+from dsnet.training.settings import REGIMES, BootstrapSettings, Regime, TrainSettings
+from dsnet.training.supernet import TrainingCallbacks, recalibration_batches, train_supernet
+from dsnet.training.supernet_run import SupernetRun
 from dsnet.training.train_cost import step_madds
 
 EVALUATION_BATCH = 256
@@ -355,8 +357,7 @@ class Trainer:
                 run,
                 folder=folder,
                 device=self.device,
-                should_stop=should_stop,
-                on_epoch=look,
+                callbacks=TrainingCallbacks(should_stop=should_stop, on_epoch=look),
             )
         except NonFiniteLossError as error:
             return record | {"error": str(error), "subnets": []}

@@ -21,14 +21,15 @@ import numpy as np
 
 from benchmarks.harness import Estimate, Headline, Options, Report, Section, run_benchmark
 from dsnet.errors import NonFiniteLossError
-from dsnet.gates.end_to_end import EndToEndSettings, GateImages, seconds_per_epoch, train_end_to_end
+from dsnet.gates.end_to_end import GateImages, seconds_per_epoch, train_end_to_end
 from dsnet.gates.fit import GateFit, calibrate_heads, fit_gates
 from dsnet.gates.problem import beam
-from dsnet.gates.settings import GateSettings
+from dsnet.gates.settings import EndToEndSettings, GateSettings
 from dsnet.network.supernet import Supernet
 from dsnet.routing.routing_table import RoutingTable
 from dsnet.stored.checkpoint import load_supernet
 from dsnet.training.supernet import FINAL
+from dsnet.wording import signed
 from orchestration.commands.planning import prepare_again
 from orchestration.results.run import RunResults
 from orchestration.runs.folder import RunDir
@@ -171,8 +172,8 @@ def _row(found: dict[str, Any]) -> tuple[str, ...]:
     value, low, high = (100 * number for number in found["difference"])
     cells = [f"{found['settings']['target']:g}", f"{found['settings']['lambda_sgs']:g}"]
     for top1, madds_m, gain in zip(found["top1"], found["madds_m"], found["gain"], strict=True):
-        cells += [f"{100 * top1:.1f}", f"{madds_m:.2f}", f"{100 * gain:+.1f}"]
-    return (*cells, f"{value:+.1f} [{low:+.1f}, {high:+.1f}]")
+        cells += [f"{100 * top1:.1f}", f"{madds_m:.2f}", signed(100 * gain)]
+    return (*cells, f"{signed(value)} [{signed(low)}, {signed(high)}]")
 
 
 if __name__ == "__main__":

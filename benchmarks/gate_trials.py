@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ from dsnet.families import Task, layout
 from dsnet.gates.fit import fit_gates
 from dsnet.gates.losses import complexity
 from dsnet.gates.problem import sgs_targets
-from dsnet.gates.settings import GateSettings
+from dsnet.gates.settings import GateSettings, SgsTarget, Strategy
 from dsnet.routing.routing_table import GateColumns, RoutingTable
 from dsnet.space.cost import pooling_madds, subnet_cost
 from dsnet.space.route_tree import RouteTree
@@ -92,6 +93,10 @@ def synthetic_table(workload: Workload, split: str, seed: int) -> RoutingTable:
     )
 
 
+def _drawn(rng: np.random.Generator, choices: object) -> Any:
+    return str(rng.choice(get_args(choices)))
+
+
 def trial_settings(num_routes: int, seed: int) -> Iterator[GateSettings]:
     """Yield random trials from the digits example's space, endlessly."""
     rng = np.random.default_rng(seed)
@@ -101,8 +106,8 @@ def trial_settings(num_routes: int, seed: int) -> Iterator[GateSettings]:
             routes=tuple(range(int(rng.integers(0, 3)), num_routes)),
             t_easy=float(rng.uniform(0.0, 0.9)),
             t_hard=float(rng.uniform(0.0, 0.5)),
-            strategy=str(rng.choice(["try_best", "give_up"])),
-            sgs_target=str(rng.choice(["extremes", "cheapest"])),
+            strategy=_drawn(rng, Strategy),
+            sgs_target=_drawn(rng, SgsTarget),
             lr=float(np.exp(rng.uniform(np.log(1e-3), np.log(0.3)))),
             seed=number,
         )

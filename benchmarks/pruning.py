@@ -35,18 +35,23 @@ from numpy.typing import NDArray
 from benchmarks.gate_fronts import Material
 from benchmarks.gate_trials import trial_settings
 from benchmarks.harness import NUM_RESAMPLES, Estimate, Headline, Options, Report, Section, run_benchmark
-from dsnet.data import Augmentation, Normalization, SplitSizes, TensorData, load_images, make_splits
+from dsnet.data.normalization import Normalization
+from dsnet.data.registry import load_images
+from dsnet.data.settings import Augmentation, SplitSizes
+from dsnet.data.splits import make_splits
+from dsnet.data.tensors import TensorData
 from dsnet.data.training_images import InMemoryImages
 from dsnet.errors import NonFiniteLossError
 from dsnet.families import Task, create
 from dsnet.files import atomic_write_text
-from dsnet.gates.end_to_end import EndToEndSettings, GateImages, train_stage
+from dsnet.gates.end_to_end import GateImages, train_stage
 from dsnet.gates.fit import calibrate_heads
-from dsnet.gates.settings import GateSettings
+from dsnet.gates.settings import EndToEndSettings, GateSettings
 from dsnet.measure.evaluate import build_routing_table
 from dsnet.stored.checkpoint import load_supernet
-from dsnet.training.settings import REGIMES, BootstrapSettings, SupernetRun, TrainSettings
+from dsnet.training.settings import REGIMES, BootstrapSettings, TrainSettings
 from dsnet.training.supernet import train_supernet
+from dsnet.training.supernet_run import SupernetRun
 from search.front.pareto import Goal, front_mask, hypervolume
 from search.front.statistics import bootstrap_interval, resample_points, tied_groups
 from search.study.halving import ParetoHalving

@@ -22,7 +22,8 @@ from benchmarks.regime_runs import ARMS, PLAN, RUNS
 from dashboards.regimes import RegimeDifferences, RegimeSeries, RegimesInfo
 from dsnet.errors import PreflightError
 from dsnet.files import read_json
-from dsnet.wording import plural
+from dsnet.wording import plural, signed
+from search.front.statistics import significant_sign
 
 LEVEL = 0.95
 BASELINES = ("ce", "inplace")
@@ -40,8 +41,8 @@ class Interval:
 
     @property
     def excludes_zero(self) -> bool:
-        """Whether 0 is outside the interval; False if there is no interval."""
-        return self.half is not None and abs(self.mean) > self.half
+        """Whether 0 is outside the interval as shown; False if there is no interval."""
+        return self.half is not None and significant_sign(self.mean - self.half, self.mean + self.half) != 0
 
 
 def t_quantile(level: float, degrees: int) -> float:
@@ -221,10 +222,10 @@ def make_sections(results: Results) -> list[Section]:
     """Sections of the report: accuracy, differences, cost of a step, and failed runs."""
     accuracy = {regime: results.accuracy(regime) for regime in results.regimes}
     title = f"Top-1 on the {results.num_test_images:,} test images, %; mean over seeds ± half of its {100 * LEVEL:g} % t-interval"
-    sections = [_table(results, title, accuracy, "{:.1f}")]
+    sections = [_table(results, title, accuracy)]
     for baseline, group in results.comparisons().items():
         if group:
-            sections.append(_table(results, _difference_title(baseline, group), group, "{:+.1f}"))
+            sections.append(_table(results, _difference_title(baseline, group), group, are_differences=True))
     sections.append(_cost_section(results))
     if results.failures:
         rows = [(record["regime"], str(record["seed"]), record["error"]) for record in results.failures]
@@ -241,22 +242,24 @@ def _difference_title(baseline: str, group: Mapping[str, Sequence[Interval]]) ->
     return f"{title}; * = 0 is outside: {num_sure} of {len(parts)}, where chance alone gives {(1 - LEVEL) * len(parts):.1f}"
 
 
-def _table(results: Results, title: str, columns: Mapping[str, Sequence[Interval]], form: str) -> Section:
+def _table(
+    results: Results, title: str, columns: Mapping[str, Sequence[Interval]], *, are_differences: bool = False
+) -> Section:
     """A table with a row per width and a column per regime."""
-    is_signed = "+" in form
     labels = [
         f"{name} ({madds / 1e6:.3g} M{'' if is_member else ', teacher'})"
         for name, madds, is_member in zip(results.widths, results.madds, results.is_member, strict=True)
     ]
     labels.append(f"mean of the {sum(results.is_member)} sub-networks")
     rows = [
-        (label, *(_cell(parts[row], form, is_signed) for parts in columns.values())) for row, label in enumerate(labels)
+        (label, *(_cell(parts[row], is_difference=are_differences) for parts in columns.values()))
+        for row, label in enumerate(labels)
     ]
     return Section(title, ("", *columns), rows)
 
 
-def _cell(part: Interval, form: str, is_difference: bool) -> str:
-    text = form.format(100 * part.mean)
+def _cell(part: Interval, *, is_difference: bool) -> str:
+    text = signed(100 * part.mean) if is_difference else f"{100 * part.mean:.1f}"
     if part.half is not None:
         text += f" ±{100 * part.half:.1f}"
     return text + "*" * (is_difference and part.excludes_zero)

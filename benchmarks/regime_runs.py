@@ -23,7 +23,12 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import torch
 
-from dsnet.data import Augmentation, ImageSet, Normalization, SplitSizes, TensorData, load_images, make_splits
+from dsnet.data.images import ImageSet
+from dsnet.data.normalization import Normalization
+from dsnet.data.registry import load_images
+from dsnet.data.settings import Augmentation, SplitSizes
+from dsnet.data.splits import make_splits
+from dsnet.data.tensors import TensorData
 from dsnet.data.training_images import InMemoryImages
 from dsnet.errors import ConfigError, NonFiniteLossError, PreflightError
 from dsnet.families import Task, create
@@ -33,8 +38,9 @@ from dsnet.measure.latency import device_name
 from dsnet.space.cost import subnet_cost
 from dsnet.space.subnet_set import SubnetSet
 from dsnet.stored.checkpoint import load_supernet
-from dsnet.training.settings import REGIMES, BootstrapSettings, Regime, SupernetRun, TrainSettings
-from dsnet.training.supernet import train_supernet
+from dsnet.training.settings import REGIMES, BootstrapSettings, Regime, TrainSettings
+from dsnet.training.supernet import TrainingCallbacks, train_supernet
+from dsnet.training.supernet_run import SupernetRun
 
 PLAN = "plan.json"
 RUNS = "runs"
@@ -258,7 +264,12 @@ class Trainer:
         }
         try:
             final = train_supernet(
-                supernet, self.material.training, run, folder=folder, device=self.device, should_stop=should_stop
+                supernet,
+                self.material.training,
+                run,
+                folder=folder,
+                device=self.device,
+                callbacks=TrainingCallbacks(should_stop=should_stop),
             )
         except NonFiniteLossError as error:
             return record | {"error": str(error)}

@@ -105,7 +105,11 @@ def parser() -> argparse.ArgumentParser:
     two = commands.add_parser("report", help="tables, figure and numbers of the finished runs")
     two.set_defaults(command=report)
     two.add_argument("--folder", type=Path, required=True)
-    two.add_argument("--svg", type=Path, help="also write the figure as a picture (needs the images extra)")
+    two.add_argument(
+        "--svg",
+        type=Path,
+        help="also write the figure as SVG (needs kaleido and Chrome or Chromium: pip install kaleido)",
+    )
     return top
 
 

@@ -39,11 +39,12 @@ from orchestration.config.distribution import Distribution
 from orchestration.config.loading import load_config
 from orchestration.config.sweep import SweepConfig
 from orchestration.environment import prepare_environment
-from orchestration.pipeline.search import MakeGateTrial, gate_defaults, study_settings
+from orchestration.pipeline.search import gate_defaults, study_settings
 from orchestration.tracking.background import MlflowTracker
 from orchestration.tracking.protocol import NullTracker, TrackedRun, Tracker
+from orchestration.workers.gate_trials import MakeGateTrial
 from orchestration.workers.runtime import RaySettings, ray_session
-from orchestration.workers.trials import RayRunner
+from orchestration.workers.trials import Actors, RayRunner
 from search.study import engine
 from search.study.engine import Budget, Mirror, Search
 from search.study.runner import OneByOne, Runner, TrialSpec
@@ -208,7 +209,7 @@ def by_our_engine(loads: Sequence[Load], order: Literal["cohorts", "asynchronous
     with (
         tempfile.TemporaryDirectory() as name,
         ray_session(RaySettings(num_cpus=NUM_WORKERS)),
-        closing(RayRunner(make_sleep, arrays={}, num_actors=NUM_WORKERS)) as runner,
+        closing(RayRunner(make_sleep, arrays={}, actors=Actors(number=NUM_WORKERS))) as runner,
     ):
         for _ in runner.run([TrialSpec(0, 0, point)]):
             cold_s = time.perf_counter() - begun
@@ -407,7 +408,7 @@ def gate_sweep(workload: Workload, sampler: str, num_trials: int, limit_s: float
     with (
         tempfile.TemporaryDirectory() as name,
         ray_session(RaySettings(num_cpus=NUM_WORKERS)),
-        closing(RayRunner(make, arrays=arrays, num_actors=NUM_WORKERS)) as runner,
+        closing(RayRunner(make, arrays=arrays, actors=Actors(number=NUM_WORKERS))) as runner,
         timed_asking() as asking,
     ):
         journal = StudyJournal.open(Path(name) / "study.log", settings)

@@ -30,6 +30,7 @@ from dashboards.theme import (
     router_name,
     router_symbol,
 )
+from dsnet.wording import signed
 from search.front.points import METRIC_PREFIX
 
 ParamValue = float | int | str | bool
@@ -310,7 +311,7 @@ def front_figure(info: FrontInfo) -> go.Figure:
     if info.further is not None:
         figure.update_layout(coloraxis=_colour_axis(info))
     if not any(panel.static or panel.dynamic for panel in panels):
-        note(figure, "no point to draw yet")
+        note(figure, "no results yet")
     return dressed(figure, "Accuracy against cost", _subtitle(info), height_px=1040 if has_latency else 620)
 
 
@@ -350,7 +351,7 @@ def _subtitle(info: FrontInfo) -> str:
     chosen = f"chosen on {info.chosen.split} (n = {info.chosen.num_images:,})"
     bars = "bars are 95 % intervals over images"
     if info.further is not None:
-        bars = f"the front is one of {', '.join(info.objectives)}: a point that looks beaten here is better in another of them; {bars}"
+        bars = f"the front is one of {', '.join(info.objectives)}: a point that seems dominated here is better in another objective; {bars}"
     if info.reported is None:
         return f"{chosen}, not verified yet\n{bars}"
     reported = f"reported on {info.reported.split} (n = {info.reported.num_images:,})"
@@ -427,7 +428,7 @@ def _background_traces(panel: FrontPanel, cost: Cost, further: Further | None) -
     faint = {"color": BLUE, "opacity": 0.22, "size": 6, "symbol": [router_symbol(p.router) for p in others]}
     square = {"color": INK, "symbol": "square", "size": 8}
     return [
-        _marks("trials that break a constraint", infeasible, panel, cost, further, marker=muted),
+        _marks("trials that violate a constraint", infeasible, panel, cost, further, marker=muted),
         _marks("other trials", others, panel, cost, further, marker=faint),
         _marks("static sub-networks", static, panel, cost, further, marker=square),
     ]
@@ -506,12 +507,12 @@ def _shift_traces(chosen: FrontPanel, reported: FrontPanel, further: Further | N
     marks = go.Scatter(
         x=[then.madds_m for then, _ in pairs],
         y=[100 * then.top1 for then, _ in pairs],
-        name=f"front as it looked on {plain(chosen.split)}",
+        name=f"the front on {plain(chosen.split)}",
         mode="markers",
         marker={"color": BLUE, "symbol": [f"{router_symbol(then.router)}-open" for then, _ in pairs], "size": 9},
         text=[
             f"{_hover(then, chosen, further)}<br>{plain(reported.split)} minus {plain(chosen.split)}: "
-            f"{100 * (after.top1 - then.top1):+.1f} points"
+            f"{signed(100 * (after.top1 - then.top1))} points"
             for then, after in pairs
         ],
         hoverinfo="text",
@@ -523,7 +524,7 @@ def _hover(point: Point, panel: FrontPanel, further: Further | None) -> str:
     interval = point.interval if isinstance(point, DynamicPoint) else None
     lines = [f"<b>{plain(point.name)}</b> on {plain(panel.split)}"]
     if point.supernet is not None:
-        lines.append(f"of supernet {plain(point.supernet)}")
+        lines.append(f"supernet {plain(point.supernet)}")
     if isinstance(point, DynamicPoint):
         lines.append(plain(router_name(point.router)))
     bounds = "" if interval is None else f" (95 %: {percent(interval[0])} to {percent(interval[1])})"
@@ -539,7 +540,7 @@ def _hover(point: Point, panel: FrontPanel, further: Further | None) -> str:
 
 
 def _findings(point: DynamicPoint) -> list[str]:
-    lines = [f"breaks {plain(constraint)}" for constraint in point.broken]
+    lines = [f"violates {plain(constraint)}" for constraint in point.broken]
     if point.stability is not None:
         lines.append(f"on the front in {percent(point.stability, 0)} of the resamples")
     if point.ties:

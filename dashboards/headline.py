@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from html import escape
 from typing import Final
 
-from dashboards.theme import percent, router_name, signed, significant
+from dashboards.theme import SIGN_KINDS, percent, router_name, significant
+from dsnet.wording import signed
+from search.front.statistics import significant_sign
 
 NOT_VERIFIED: Final = "not verified yet"
 MAX_TIES: Final = 2
@@ -69,13 +71,15 @@ class Scores:
     cascade_madds_m: float | None = None
     """Mean MAdds of that cascade on this split, in millions."""
     oracle_share: float | None = None
-    """Gain as a share of the gap from the static line to the oracle."""
+    """Gain as a share of the gap from the static line to the oracle; None where the gap is within
+    its noise."""
     stability: float | None = None
     """Share of resamples in which no other router of the front dominates it; not a p-value."""
     reachable_top1: float | None = None
     """Top-1 at the same mean MAdds of the best router found that sees every route's output."""
     reachable_share: float | None = None
-    """Gain as a share of the gap from the static line to `reachable_top1`."""
+    """Gain as a share of the gap from the static line to `reachable_top1`; None where the gap is
+    within its noise."""
     is_cascade_collapsed: bool = False
     """Whether that cascade runs its second route for no image or for all."""
     ties: tuple[str, ...] = ()
@@ -150,9 +154,9 @@ def _optimism(headline: Headline) -> str:
         return ""
     rows = "the router" if len(headline.rows) == 1 else f"the {len(headline.rows)} routers"
     text = (
-        f"Mean optimism of {headline.chosen_split}, which chose the front: {signed(100 * found.value)} points of top-1 above "
-        f"{headline.reported_split} over {rows} of the table (95 %: {_signed_interval(found)}). The two splits share no image, so nothing "
-        "is paired: each mean is resampled over its own images, and the two intervals are combined as those of independent numbers."
+        f"Optimism: top-1 on {headline.chosen_split}, on which the front was chosen, minus top-1 on {headline.reported_split} is "
+        f"{signed(100 * found.value)} points in the mean of {rows} of the table (95 %: {_signed_interval(found)}). The two splits "
+        "share no image, so the means are resampled separately and their intervals are combined as those of independent values."
     )
     return f"<p>{escape(text)}</p>"
 
@@ -204,15 +208,16 @@ def _shrinkage(row: Row) -> list[str]:
 
 def _gain_lines(gain: Estimate | None) -> tuple[str, list[str]]:
     if gain is None:
-        return "unknown", ["the static line does not reach this cost"]
+        return "unknown", ["below the cost of the cheapest sub-network"]
     return f"{signed(100 * gain.value)} points", [f"95 %: {_signed_interval(gain)}, paired", verdict(gain)]
 
 
 def verdict(gain: Estimate) -> str:
     """The conclusion that the paired interval allows, in words."""
-    if gain.low > 0:
-        return "better than the static line"
-    return "worse than the static line" if gain.high < 0 else "no difference shown"
+    sign = significant_sign(gain.low, gain.high)
+    if sign == 0:
+        return "no significant difference"
+    return f"{'better' if sign > 0 else 'worse'} than the static line"
 
 
 def _saving_lines(row: Row, baseline: Row | None) -> list[str]:
@@ -240,10 +245,10 @@ def _same_split(row: Row, baseline: Row | None) -> Scores | None:
 
 def _latency_lines(latency: Latency | None) -> tuple[str, list[str]]:
     if latency is None:
-        return "not measured", ["latency is measured by the verify stage"]
+        return "not measured", ["the verify stage measures latency"]
     return f"{latency.speedup:.2f}x", [
-        f"ceiling {latency.ceiling:.2f}x: the cheapest static alone",
-        f"{significant(latency.median_ms)} ms against {significant(latency.widest_ms)} ms, batch {latency.batch_size}",
+        f"at most {latency.ceiling:.2f}x, with the cheapest static alone",
+        f"{significant(latency.median_ms)} ms instead of {significant(latency.widest_ms)} ms, batch size {latency.batch_size}",
     ]
 
 
@@ -255,7 +260,7 @@ def _table(headline: Headline) -> str:
         (_madds_head(headline), "number"),
         ("Gain over static line (points)", "number"),
         ("Controls at the same budget (%)", "number"),
-        ("Latency (ms), speed-up (ceiling)", "number"),
+        ("Latency (ms), speed-up (maximum)", "number"),
     ]
     head = "".join(f'<th class="{kind}" scope="col">{escape(name)}</th>' for name, kind in heads)
     rows = [] if headline.baseline is None else [_table_row(headline.baseline, headline, is_baseline=True)]
@@ -341,11 +346,17 @@ def _gain_cell(scores: Scores) -> str:
     gain = scores.gain
     if gain is None:
         return _number("–", "outside the static line")
-    kind = "good" if gain.low > 0 else "bad" if gain.high < 0 else ""
+    kind = SIGN_KINDS[significant_sign(gain.low, gain.high)]
     beside = [_signed_interval(gain)]
-    for share, name in ((scores.reachable_share, "reachable"), (scores.oracle_share, "oracle")):
+    shares = (
+        ("reachable", scores.reachable_share, scores.reachable_top1),
+        ("oracle", scores.oracle_share, scores.oracle_top1),
+    )
+    for name, share, limit in shares:
         if share is not None:
             beside.append(f"{percent(share, 0)} of the {name} gap")
+        elif limit is not None:
+            beside.append(f"{name} gap within noise")
     if scores.over_widest is not None:
         over = scores.over_widest
         beside.append(f"over the widest: {signed(100 * over.value)} ({_signed_interval(over)})")
@@ -375,12 +386,12 @@ def _table_legend(headline: Headline) -> str:
     split = headline.reported_split if headline.is_verified else headline.chosen_split
     intervals = "bootstrap intervals over images" if headline.is_verified else "intervals over images (Wilson's)"
     text = (
-        f"Small figures are 95 % {intervals}. Gain and controls are those of {split}. "
-        "The gain is paired, over a random mix of two static sub-networks with the same mean MAdds; "
-        f"green and red mark intervals that exclude 0{_chance(headline)}. 'On the front in' is the share of resamples in "
-        "which no other router of the table is as good in every objective and better in one; routers are tied where the paired "
-        "interval of their difference in top-1 holds 0 and their mean MAdds are within 1 %. All of "
-        "it is conditional on one trained supernet."
+        f"Numbers in small type are 95 % {intervals}. Gain and controls are measured on {split}. "
+        "The gain is top-1 minus that of a random mix of two static sub-networks with the same mean MAdds, paired over images; "
+        f"green and red mark gains whose interval excludes 0{_chance(headline)}. 'On the front in' is the share of resamples in "
+        "which no other router of the table dominates this one. Two routers are tied if the paired interval of their "
+        "difference in top-1 includes 0 and their mean MAdds differ by at most 1 %. Shares of a gap are left out where the gap is "
+        "within its noise. All intervals are conditional on one trained supernet."
     )
     return f'<p class="sub">{escape(text)}</p>'
 
@@ -391,5 +402,5 @@ def _chance(headline: Headline) -> str:
     known = [gain for gain in gains if not math.isnan(gain.low)]
     if not known:
         return ""
-    num_clear = sum(gain.low > 0 or gain.high < 0 for gain in known)
-    return f" ({num_clear} of {len(known)} here; about {0.05 * len(known):.1g} would by chance alone)"
+    num_clear = sum(significant_sign(gain.low, gain.high) != 0 for gain in known)
+    return f" ({num_clear} of {len(known)} here; about {0.05 * len(known):.1g} expected by chance)"

@@ -78,7 +78,7 @@ def _subtitle(info: HypervolumeInfo) -> str:
     if info.pruned:
         trials += f", {len(info.pruned):,} pruned"
     if info.num_infeasible:
-        trials += f", {info.num_infeasible:,} break a constraint and add nothing"
+        trials += f", {info.num_infeasible:,} violate a constraint and do not count"
     return f"{info.split} (n = {info.num_images:,}); {trials}; reference {reference}"
 
 
@@ -100,7 +100,7 @@ def _line(info: HypervolumeInfo) -> go.Scatter:
     return go.Scatter(
         x=list(info.slots),
         y=list(info.hypervolume),
-        name="static sub-networks and routers so far",
+        name="static sub-networks and routers",
         mode="lines",
         line={"color": BLUE, "width": 2.5, "shape": "hv"},
         hovertemplate="after trial %{x}: %{y:.5g}<extra></extra>",
@@ -111,7 +111,7 @@ def _static(info: HypervolumeInfo, value: float) -> go.Scatter:
     return go.Scatter(
         x=[info.slots[0], info.slots[-1]],
         y=[value, value],
-        name="static sub-networks alone",
+        name="static sub-networks",
         mode="lines",
         line={"color": INK, "width": 1.5, "dash": "dash"},
         hovertemplate="static sub-networks: %{y:.5g}<extra></extra>",

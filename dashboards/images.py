@@ -15,6 +15,8 @@ from dashboards.page import figure_json, figure_page
 from dsnet.errors import ConfigError, PreflightError
 
 SUFFIXES: Final = (".html", ".json", ".png", ".svg")
+MINUS_SIGN: Final = "\N{MINUS SIGN}".encode()
+"""The minus of Plotly's axes; texts have the plain hyphen-minus everywhere."""
 WAY_OUT: Final = "install kaleido (pip install kaleido) and Chromium or Chrome, or write .html or .json"
 
 
@@ -68,7 +70,7 @@ def check_suffix(path: Path) -> None:
 
 
 def _unknown_suffix(path: Path) -> ConfigError:
-    return ConfigError(f"cannot write a figure as {path.name!r}: the suffix must be one of {', '.join(SUFFIXES)}")
+    return ConfigError(f"cannot write the figure {path.name!r}: its suffix must be one of {', '.join(SUFFIXES)}")
 
 
 def _image(figure: go.Figure, kind: str, width_px: int) -> bytes:
@@ -77,7 +79,8 @@ def _image(figure: go.Figure, kind: str, width_px: int) -> bytes:
     except (ImportError, AttributeError) as error:
         raise PreflightError(f"a figure as .{kind} needs the package kaleido >= 1; {WAY_OUT}") from error
     try:
-        return bytes(figure.to_image(format=kind, width=width_px, scale=2 if kind == "png" else 1))
+        content = bytes(figure.to_image(format=kind, width=width_px, scale=2 if kind == "png" else 1))
     except (RuntimeError, ValueError, OSError, kaleido_error) as error:
         reason = next((line.strip(" .") for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise PreflightError(f"kaleido could not draw the figure as .{kind}: {reason}; {WAY_OUT}") from error
+    return content.replace(MINUS_SIGN, b"-") if kind == "svg" else content

@@ -95,6 +95,10 @@ dt { color: var(--muted); } dd { margin: 0; overflow-wrap: anywhere; }
 }
 """
 
+PLOTLY_MINUS: Final = 'MINUS_SIGN:"\\u2212"'
+"""Plotly.js labels axes with this constant and has no option for another one; a page has the plain
+hyphen-minus everywhere, so that its numbers can be searched."""
+
 # Plotly's button "share chart", which uploads the chart's data to a public service, is switched
 # off. A printed page is narrower than the window, so charts are redrawn before and after printing.
 SCRIPT: Final = """
@@ -163,10 +167,14 @@ def _address(title: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", words).strip("-")
 
 
+def plotly_js() -> str:
+    """plotly.js as a page embeds it."""
+    return get_plotlyjs().replace(PLOTLY_MINUS, 'MINUS_SIGN:"-"').replace("</script", "<\\/script")
+
+
 def page(title: str, header: str, body: str, footer: str = "") -> str:
     """A complete offline page; `title` is escaped, the other arguments are HTML."""
     contents, body, footer = with_contents(body, footer)
-    plotly_js = get_plotlyjs().replace("</script", "<\\/script")
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -182,7 +190,7 @@ def page(title: str, header: str, body: str, footer: str = "") -> str:
 {body}
 </main>
 <footer>{footer}</footer>
-<script>{plotly_js}</script>
+<script>{plotly_js()}</script>
 <script>{SCRIPT}</script>
 </body>
 </html>

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from dashboards.theme import INK, MUTED, SERIES, SYMBOLS, dressed, note, percent, plain, signed
-from dsnet.wording import plural
+from dashboards.theme import INK, MUTED, SERIES, SYMBOLS, dressed, note, percent, plain
+from dsnet.wording import plural, signed
 
 PANEL_PX = 300
 SPREAD = 0.7

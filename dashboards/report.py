@@ -109,26 +109,26 @@ def _own_notes(data: ReportData) -> list[str]:
     headline = data.headline
     if headline.rows and not headline.is_verified:
         notes.append(
-            f"{NOT_VERIFIED.capitalize()}: every accuracy is from {headline.chosen_split}, which also chose the routers, "
-            "and is therefore optimistic."
+            f"{NOT_VERIFIED.capitalize()}: all accuracies are from {headline.chosen_split}, on which the routers were also chosen, "
+            "and are therefore optimistic."
         )
     if data.num_test_openings > 1:
         notes.append(
             f"{headline.reported_split} was read {data.num_test_openings} times: "
-            "numbers chosen after a first look at it are optimistic."
+            "results of choices made after the first time are optimistic."
         )
     if not data.num_completed and data.num_failed:
         notes.append(f"No trial completed; {plural(data.num_failed, 'trial')} failed.")
     if data.num_completed and data.num_infeasible == data.num_completed:
         notes.append(
-            f"None of the {plural(data.num_completed, 'completed trial')} holds every constraint, so that there is no front; "
-            "'Search progress' says which constraint how many break."
+            f"None of the {plural(data.num_completed, 'completed trial')} satisfies all constraints, so there is no front; "
+            "'Search progress' lists how many trials violate each constraint."
         )
     num_collapsed = sum(row.is_collapsed for row in headline.rows)
     if num_collapsed:
         notes.append(
-            f"{num_collapsed} of {plural(len(headline.rows), 'router')} on the front collapsed: one route answers (nearly) "
-            "all images, which is a static sub-network with a router's extra cost."
+            f"{num_collapsed} of {plural(len(headline.rows), 'router')} on the front collapsed: one route classifies (nearly) "
+            "all images, so that the router only adds cost to a static sub-network."
         )
     return notes
 
@@ -144,38 +144,38 @@ def _empty(text: str) -> str:
 
 def _front_section(data: ReportData) -> str:
     caption = (
-        "A router earns its place above the black line, which any random mix of two static sub-networks reaches without "
-        "one. A gate decides before the network goes on; a cascade runs a cheap route first and goes on to a wider one "
-        "where the answer is doubtful, and pays for both. Random routing sends as many images to each route, but drawn at "
-        "random; the confidence cascade has one threshold and no training. The oracle knows the labels, and so is lucky "
-        "too; the reachable curve is the best router that we find when it sees every route's output free of charge."
+        "Top-1 against the mean MAdds per image. A router is useful only above the black static line, which a random mix of two "
+        "static sub-networks reaches without a router. A gate decides before the rest of the network runs; a cascade runs a cheap "
+        "route first, and a wider one too where the first answer is uncertain, and pays for both. Controls: random routing sends "
+        "the same share of images to each route, at random; the confidence cascade has one threshold and needs no training; the "
+        "reachable curve is the best router found that sees the outputs of all routes at no cost; the oracle knows the labels."
     )
     if data.front is None:
-        return _section("The front", caption, _empty("Nothing searched yet."))
+        return _section("The front", caption, _empty("No trial has finished yet."))
     if data.front.further is not None:
-        caption += f" The front's colour is {data.front.further.metric}, its objective beside top-1 and MAdds."
+        caption += f" Colour on the front shows {data.front.further.metric}, the objective beside top-1 and MAdds."
     if data.constraints:
-        caption += " Grey crosses are trials that break a constraint, whatever else they reach."
+        caption += " Grey crosses are trials that violate a constraint."
     is_paired = data.front.reported is not None
     if is_paired:
         caption += (
-            " Open marks on the right are where the same routers stood when they were chosen: "
-            "the distance is the winner's curse."
+            " Open marks on the right are the results of the same routers on the split on which they were chosen; the distance "
+            "to the filled marks is the selection bias (winner's curse)."
         )
     return _section("The front", caption, chart("front", front_figure(data.front), is_wide=is_paired))
 
 
 def _routers_section(data: ReportData) -> str:
     info = data.routers
-    title = "What each kind of router reaches at three budgets"
+    title = "Kinds of router at three budgets"
     if info is None or not info.results:
-        return _section(title, "", _empty("Known once the front has been verified."))
+        return _section(title, "", _empty("Available after the front has been verified."))
     caption = (
-        "For each kind and budget the trial with the best top-1 on val within the budget, as it does on "
-        f"{info.split} at its own mean MAdds, scored on the routing table. The gain is over the static line, with its paired "
-        "95 % interval; the shares say how far it goes from that line to the reachable curve and to the oracle. The curve is "
-        "the best that we find, so that a share may exceed 100 %; – where it is not above the line. A kind without a trial "
-        "within a budget is left out there. Of so many intervals one in twenty excludes 0 by chance."
+        "For each kind of router and each budget of mean MAdds: the trial with the best top-1 on val within the budget, and its "
+        f"result on {info.split}, computed on the routing table. The gain is top-1 minus that of the static line, with a paired "
+        "95 % interval. The last columns give the gain as a share of the gap from the static line to the reachable curve and to "
+        "the oracle; a share may exceed 100 %, because the reachable curve is an estimate, and is left out where the gap is "
+        "within its noise. A kind without a trial within a budget is left out. About one interval in twenty excludes 0 by chance."
     )
     return _section(title, caption, chart("routers", routers_figure(info)) + routers_table(info))
 
@@ -184,9 +184,9 @@ def _hypervolume_section(data: ReportData) -> str:
     info = data.hypervolume
     size = "volume" if info is not None and len(info.objectives) == 3 else "area"
     caption = (
-        f"The {size} that static sub-networks and routers dominate together: a trial raises it by what it adds to both. A line that still "
-        "rises at the end says that more trials would help."
-        + (" Trials that break a constraint add nothing to it." if data.constraints else "")
+        f"The hypervolume is the {size} between the reference point and the common front of static sub-networks and routers. If it "
+        "still rises at the end, more trials would help."
+        + (" Trials that violate a constraint do not count." if data.constraints else "")
     )
     content = _empty("No trial has finished yet.") if info is None else chart("hypervolume", hypervolume_figure(info))
     return _section("Search progress", caption, content + _constraints_table(data) + _endings_table(data))
@@ -199,7 +199,7 @@ def _constraints_table(data: ReportData) -> str:
         (text, f"{num_broken:,} of {data.num_completed:,}", _share(num_broken, data.num_completed))
         for text, num_broken in data.constraints
     ]
-    return _small_table(("Constraint", "Broken by", "Share (%)"), rows)
+    return _small_table(("Constraint", "Trials that violate it", "Share (%)"), rows)
 
 
 def _share(part: int, whole: int) -> str:
@@ -214,7 +214,7 @@ def _endings_table(data: ReportData) -> str:
     others = ordered[MAX_ENDINGS:]
     if others:
         rows.append((f"{len(others):,} other reasons", "", f"{sum(number for _, _, number in others):,}"))
-    return _small_table(("Trials that did not run to their end", "State", "Trials"), rows)
+    return _small_table(("Reason for an early end", "State", "Trials"), rows)
 
 
 def _small_table(heads: tuple[str, str, str], rows: Sequence[tuple[str, str, str]]) -> str:
@@ -243,10 +243,10 @@ def _routes_section(data: ReportData) -> str:
 def _widths_section(data: ReportData) -> str:
     info = data.widths
     if info is None or not info.subnets:
-        return _section("Static sub-networks", "", _empty("No sub-network measured yet."))
+        return _section("Static sub-networks", "", _empty("No sub-network has been measured yet."))
     caption = (
-        "MAdds are not milliseconds: no routing between these sub-networks can be faster than the cheapest of them. "
-        "The latency axis is logarithmic, so that equal heights are equal ratios; bars are the interquartile range."
+        "Accuracy and latency of the sub-networks without a router. No routing between them can be faster than the cheapest one. "
+        "The latency axis is logarithmic; bars are interquartile ranges."
     )
     if data.naming:
         caption += f" {data.naming}"
@@ -285,17 +285,19 @@ def _ceiling_row(info: WidthsInfo) -> str:
 
 def _training_section(data: ReportData) -> str:
     info = data.training
-    content = _empty("No training curve recorded.") if info is None else chart("training", training_figure(info))
-    return _section("Supernet training", "The loss of each width, as it was trained.", content)
+    content = (
+        _empty("No training curve has been recorded.") if info is None else chart("training", training_figure(info))
+    )
+    return _section("Supernet training", "Training loss of each sub-network.", content)
 
 
 def _commands(data: ReportData) -> str:
     if not data.commands:
         return ""
     content = "".join(f"<p>{escape(what)}</p><pre>{escape(command)}</pre>" for what, command in data.commands)
-    return f"<section><h2>Go on from here</h2>{content}</section>"
+    return f"<section><h2>Next steps</h2>{content}</section>"
 
 
 def _footer(data: ReportData) -> str:
     entries = (*data.making, *data.hardware, *data.seeds, *data.versions)
-    return f"<h2>How these numbers were made</h2>{definition_list(entries)}" if entries else ""
+    return f"<h2>Reproducibility</h2>{definition_list(entries)}" if entries else ""

@@ -15,6 +15,7 @@ from dashboards.theme import (
     MUTED,
     ORANGE,
     PURPLE,
+    SIGN_KINDS,
     SKY,
     VERMILION,
     dressed,
@@ -23,9 +24,10 @@ from dashboards.theme import (
     plain,
     router_name,
     router_symbol,
-    signed,
     significant,
 )
+from dsnet.wording import signed
+from search.front.statistics import significant_sign
 
 COLOURS = (BLUE, GREEN, ORANGE, SKY, INK, MUTED)
 """Colours of the kinds; those of the two limits are not among them."""
@@ -55,9 +57,11 @@ class RouterResult:
     gain: tuple[float, float, float] | None
     """Gain over the static line: value, and lower and upper end of its 95 % interval."""
     reachable_share: float | None
-    """Gain as a share of the gap from the static line to the reachable curve."""
+    """Gain as a share of the gap from the static line to the reachable curve; None where the gap is
+    within its noise."""
     oracle_share: float | None
-    """Gain as a share of the gap from the static line to the oracle."""
+    """Gain as a share of the gap from the static line to the oracle; None where the gap is within
+    its noise."""
     is_collapsed: bool = False
 
 
@@ -109,9 +113,9 @@ def routers_figure(info: RoutersInfo) -> go.Figure:
             )
         )
     for name, field, colour in (("reachable", "reachable_top1", VERMILION), ("oracle", "oracle_top1", PURPLE)):
-        figure.add_trace(_limit_trace(info, f"{name}, at the same cost", field, colour))
+        figure.add_trace(_limit_trace(info, f"{name} at the same cost", field, colour))
     if not info.results:
-        note(figure, "no router within a budget yet")
+        note(figure, "no router has a trial within a budget yet")
     shares = info.budget_shares
     figure.update_xaxes(
         tickvals=list(range(len(shares))),
@@ -160,7 +164,7 @@ def _hover(result: RouterResult) -> str:
 def routers_table(info: RoutersInfo) -> str:
     """The same numbers as an HTML table with a row for each budget and kind."""
     heads = ["Budget", "Router", "Mean MAdds (M)", "Top-1 (%)", "Gain over static line (points)"]
-    heads += ["Of the reachable gap", "Of the oracle gap", "Static, reachable, oracle (%)"]
+    heads += ["Share of the reachable gap", "Share of the oracle gap", "Static, reachable, oracle (%)"]
     head = "".join(f'<th class="{"number" if k > 1 else ""}" scope="col">{h}</th>' for k, h in enumerate(heads))
     order = sorted(info.results, key=lambda r: (r.budget_share, info.kinds.index(r.router)))
     body = "".join(_row(result) for result in order)
@@ -176,8 +180,8 @@ def _row(result: RouterResult) -> str:
         _number(significant(result.madds_m)),
         _number(f"{100 * result.top1:.1f}"),
         _gain(result),
-        _number(_share(result.reachable_share)),
-        _number(_share(result.oracle_share)),
+        _number(_share(result.reachable_share, result.reachable_top1)),
+        _number(_share(result.oracle_share, result.oracle_top1)),
         _number(" / ".join("–" if value is None else f"{100 * value:.1f}" for value in limits)),
     ]
     return f"<tr>{''.join(cells)}</tr>"
@@ -187,15 +191,17 @@ def _gain(result: RouterResult) -> str:
     if result.gain is None:
         return _number("–")
     gain, low, high = result.gain
-    kind = "good" if low > 0 else "bad" if high < 0 else ""
+    kind = SIGN_KINDS[significant_sign(low, high)]
     interval = f'<span class="sub">{signed(100 * low)} to {signed(100 * high)}</span>'
     return f'<td class="number"><span class="{kind}">{signed(100 * gain)}</span>{interval}</td>'
 
 
-def _share(share: float | None) -> str:
-    """A share in percent; it may be negative, or above 100 % if a router beats the supposed
-    ceiling."""
-    return "–" if share is None else f"{signed(100 * share, 0)} %".removeprefix("+")
+def _share(share: float | None, limit: float | None) -> str:
+    """A share of the gap to a limit, in percent; it may be negative, or above 100 % if a router is
+    better than the reachable curve."""
+    if share is None:
+        return "–" if limit is None else "within noise"
+    return percent(share, 0)
 
 
 def _number(text: str) -> str:

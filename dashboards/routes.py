@@ -119,7 +119,7 @@ def routes_figure(info: RoutesInfo) -> go.Figure:
         f"{info.split} (n = {info.num_images:,}); routers from cheap to costly, routes from light (cheap) to dark"
     )
     height_px = max(320, 250 + ROW_HEIGHT_PX * len(gates))
-    return dressed(figure, "Routes that answer, by router of the front", subtitle, height_px)
+    return dressed(figure, "Shares of the routes, by router on the front", subtitle, height_px)
 
 
 def class_routes_figure(info: RoutesInfo, gate: str) -> go.Figure:

@@ -180,7 +180,7 @@ def supernets_figure(info: SupernetsInfo) -> go.Figure:
                     col=column,
                 )
     if not figure.data:
-        note(figure, "no supernet is measured yet")
+        note(figure, "no supernet has been measured yet")
     figure.update_xaxes(title_text="mean MAdds per image (M)", matches="x")
     figure.update_yaxes(title_text="top-1 accuracy (%)", col=1)
     subtitle = (
@@ -291,7 +291,7 @@ def reports_figure(info: SupernetsInfo) -> go.Figure:
         note(figure, "no supernet has reported yet")
     figure.update_xaxes(title_text="epoch")
     figure.update_yaxes(title_text="static hypervolume")
-    subtitle = f"of the static sub-networks, on {info.chosen_split}; a cross: training was ended there"
+    subtitle = f"of the static sub-networks, on {info.chosen_split}; a cross marks where training was stopped"
     return dressed(figure, "Training of the supernets", subtitle, height_px=MIN_HEIGHT_PX)
 
 
@@ -338,12 +338,12 @@ def build_supernets_report(data: SupernetsReport) -> str:
     """Build the report as one self-contained HTML document."""
     info = data.info
     figure_caption = (
-        "Every gate of every supernet competes for one front; colour and symbol say where a point comes from. A supernet's "
-        "own report holds its controls: the static line, random routing, the cascade, the reachable curve and the oracle."
+        "The gates of all supernets form one front; colour and symbol show the supernet of a point. The report of each supernet "
+        "has its controls: the static line, random routing, the cascade, the reachable curve and the oracle."
     )
     training_caption = (
-        "Supernets are drawn beforehand; while they train, the scheduler compares the hypervolume of their static "
-        "sub-networks at equal epochs and ends those that fall behind. A stopped supernet has no gates."
+        "The settings of all supernets are drawn before training. During training the scheduler compares the hypervolumes of their "
+        "static sub-networks at equal epochs and stops the worse ones. A stopped supernet has no gates."
     )
     figure = chart("supernets", supernets_figure(info), is_wide=info.num_reported_images > 0)
     sections = [
@@ -353,7 +353,7 @@ def build_supernets_report(data: SupernetsReport) -> str:
         _section("Training", training_caption, chart("reports", reports_figure(info))),
         _commands(data),
     ]
-    footer = f"<h2>How these numbers were made</h2>{definition_list(data.facts)}" if data.facts else ""
+    footer = f"<h2>Reproducibility</h2>{definition_list(data.facts)}" if data.facts else ""
     return page(f"{data.run_name} · dsnet-orch", _header(data), "\n".join(filter(None, sections)), footer)
 
 
@@ -373,17 +373,17 @@ def _notes(data: SupernetsReport) -> str:
     headline = data.headline
     if headline.rows and not headline.is_verified:
         notes.append(
-            f"Not verified yet: every accuracy is from {data.info.chosen_split}, which also chose the routers, and is "
+            f"Not verified yet: all accuracies are from {data.info.chosen_split}, on which the routers were also chosen, and are "
             "therefore optimistic."
         )
     if data.num_test_openings > 1:
         notes.append(
-            f"{data.info.reported_split} was read {data.num_test_openings} times: numbers chosen after a first look at it "
-            "are optimistic."
+            f"{data.info.reported_split} was read {data.num_test_openings} times: results of choices made after the first "
+            "time are optimistic."
         )
     if set(data.objectives) != {"top1", "madds_m"}:
         notes.append(
-            f"The front was chosen by {' and '.join(data.objectives)}; the figure draws top-1 against mean MAdds."
+            f"The front was chosen by {' and '.join(data.objectives)}; the figure shows top-1 against mean MAdds."
         )
     if not notes:
         return ""
@@ -398,4 +398,4 @@ def _commands(data: SupernetsReport) -> str:
     if not data.commands:
         return ""
     content = "".join(f"<p>{escape(what)}</p><pre>{escape(command)}</pre>" for what, command in data.commands)
-    return f"<section><h2>Go on from here</h2>{content}</section>"
+    return f"<section><h2>Next steps</h2>{content}</section>"

@@ -36,6 +36,8 @@ LEGEND_PX: Final = 112
 NO_LEGEND_PX: Final = 64
 TOP_LEFT: Final = {"xref": "container", "x": 0, "xanchor": "left", "yref": "container", "y": 1, "yanchor": "top"}
 LINE_PX: Final = 18
+SIGN_KINDS: Final = {1: "good", 0: "", -1: "bad"}
+"""Sign of a significant difference -> style class of its number."""
 
 
 def template() -> go.layout.Template:
@@ -108,12 +110,6 @@ def percent(fraction: float, digits: int = 1) -> str:
     """A fraction as displayed: 0.9634 -> '96.3 %'; never '-0 %'."""
     text = f"{100 * fraction:.{digits}f}"
     return f"{text if float(text) else text.removeprefix('-')} %"
-
-
-def signed(points: float, digits: int = 1) -> str:
-    """A difference with its sign always shown, and a real minus: -0.74 -> '−0.7'; never '−0.0'."""
-    text = f"{points:+.{digits}f}"
-    return text.replace("-", "−") if float(text) else f"±{0:.{digits}f}"
 
 
 def significant(value: float) -> str:

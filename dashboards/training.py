@@ -77,7 +77,7 @@ def training_figure(info: TrainingInfo) -> go.Figure:
             )
         )
     if not info.curves:
-        note(figure, "no training curve recorded")
+        note(figure, "no training curve has been recorded")
     figure.update_xaxes(title_text="epoch")
     figure.update_yaxes(title_text="training loss", rangemode="tozero")
     return dressed(figure, "Supernet training", _subtitle(info))
@@ -85,5 +85,8 @@ def training_figure(info: TrainingInfo) -> go.Figure:
 
 def _subtitle(info: TrainingInfo) -> str:
     broken = sum(curve.num_not_finite for curve in info.curves)
-    text = f"{info.num_steps:,} steps\nwidths that learn from a teacher have other targets: compare shapes, not levels"
+    text = (
+        f"{info.num_steps:,} steps\nsub-networks with a teacher have other targets, so compare the shapes of the "
+        "curves, not their levels"
+    )
     return f"{text}; {broken} losses were not finite" if broken else text

@@ -73,7 +73,7 @@ def widths_figure(info: WidthsInfo) -> go.Figure:
             text="not measured yet", x=0.5, y=0.5, xref="x2 domain", yref="y2 domain", showarrow=False
         )
     if not info.subnets:
-        note(figure, "no sub-network measured yet")
+        note(figure, "no sub-network has been measured yet")
     figure.update_xaxes(title_text="MAdds per image (M)", rangemode="tozero")
     figure.update_yaxes(title_text="accuracy (%)", row=1, col=1)
     figure.update_yaxes(title_text="latency of a batch (ms)", type="log", tickvals=_log_ticks(info), row=1, col=2)
@@ -101,9 +101,9 @@ def ceiling_text(info: WidthsInfo) -> str:
         ceilings = [series.ceiling for series in info.latency]
         sizes = [series.batch_size for series in info.latency]
         extent = f"{min(ceilings):.2f}x to {max(ceilings):.2f}x for batches of {min(sizes)} to {max(sizes)}"
-        return f"speed-up ceiling, widest / cheapest: {extent}"
+        return f"maximum speed-up (widest / cheapest): {extent}"
     ceilings_text = ", ".join(f"{s.ceiling:.2f}x at batch {s.batch_size}" for s in info.latency)
-    return f"speed-up ceiling, widest / cheapest: {ceilings_text}"
+    return f"maximum speed-up (widest / cheapest): {ceilings_text}"
 
 
 def _accuracy_traces(info: WidthsInfo) -> tuple[go.Scatter, go.Scatter]:
@@ -130,7 +130,7 @@ def _latency_trace(info: WidthsInfo, series: LatencySeries, index: int) -> go.Sc
     return go.Scatter(
         x=list(info.madds_m),
         y=list(series.median_ms),
-        name=f"batch {series.batch_size} (ceiling {series.ceiling:.2f}x)" if info.subnets else "",
+        name=f"batch {series.batch_size} (at most {series.ceiling:.2f}x)" if info.subnets else "",
         mode="lines+markers",
         line={"color": colour, "dash": DASHES[index % len(DASHES)], "width": 1.5},
         marker={"color": colour, "symbol": SYMBOLS[(index + 2) % len(SYMBOLS)], "size": 8},

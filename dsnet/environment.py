@@ -7,6 +7,7 @@ import platform
 from collections.abc import Iterable
 
 from dsnet.errors import PreflightError
+from dsnet.settings import Device
 
 
 def installed_versions(packages: Iterable[str]) -> dict[str, str]:
@@ -20,7 +21,7 @@ def installed_versions(packages: Iterable[str]) -> dict[str, str]:
     return versions
 
 
-def resolve_device(name: str) -> str:
+def resolve_device(name: Device) -> Device:
     """The device `cpu` or `cuda` for a name; `auto` gives cuda if it is available.
 
     Raises:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+from jaxtyping import Shaped
 from torch import Tensor
 
 from dsnet.errors import CheckpointError
@@ -12,7 +13,7 @@ from dsnet.errors import CheckpointError
 _NUM_NAMED = 3
 
 
-def check_finite(where: str, tensors: Mapping[str, Tensor]) -> None:
+def check_finite(where: str, tensors: Mapping[str, Shaped[Tensor, "*_"]]) -> None:
     """Check that tensors hold no NaN or infinity.
 
     Args:

@@ -3,18 +3,15 @@ no torch or pydantic."""
 
 from __future__ import annotations
 
-import math
-import types
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, dataclass, fields, is_dataclass
-from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from dataclasses import MISSING, fields, is_dataclass
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from dsnet.errors import ConfigError
+from dsnet.settings import alternatives, described, fits_type
 from dsnet.wording import way_out
 
 T = TypeVar("T")
-
-_WANTED = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
 
 
 def read_strictly(cls: type[T], data: object, where: str = "") -> T:
@@ -60,51 +57,6 @@ def check_known(data: Iterable[str], known: Iterable[str], where: str) -> None:
             raise ConfigError(f"{_dotted(where, key)}: unknown setting{way_out(str(key), names)}")
 
 
-@dataclass(frozen=True, kw_only=True)
-class NumberRange:
-    """The numbers that a setting may have; booleans, NaN and infinity are never allowed."""
-
-    lowest: float | None = None
-    """Inclusive lower limit."""
-    above: float | None = None
-    """Exclusive lower limit."""
-    highest: float | None = None
-    """Inclusive upper limit."""
-    below: float | None = None
-    """Exclusive upper limit."""
-    is_whole: bool = False
-    """Whether it must be an integer."""
-    is_optional: bool = False
-    """Whether None is allowed too."""
-
-    def check(self, key: str, value: object) -> None:
-        """Check that a value lies in the range.
-
-        Raises:
-            ConfigError: it does not; the message names the dotted key, the value and the range.
-        """
-        if value is None and self.is_optional:
-            return
-        or_null = " or null" if self.is_optional else ""
-        wanted = int if self.is_whole else float
-        if not _fits(wanted, value):
-            raise ConfigError(f"{key} is {value!r}, but must be {_WANTED[wanted]}{or_null}")
-        if not self._holds(cast("float", value)):
-            raise ConfigError(f"{key} is {value!r}, but must be {self._limits()}{or_null}")
-
-    def _holds(self, value: float) -> bool:
-        return (
-            (self.lowest is None or value >= self.lowest)
-            and (self.above is None or value > self.above)
-            and (self.highest is None or value <= self.highest)
-            and (self.below is None or value < self.below)
-        )
-
-    def _limits(self) -> str:
-        limits = {"at least": self.lowest, "above": self.above, "at most": self.highest, "below": self.below}
-        return " and ".join(f"{name} {limit:g}" for name, limit in limits.items() if limit is not None)
-
-
 def _dotted(where: str, name: object) -> str:
     return f"{where}.{name}" if where else str(name)
 
@@ -113,11 +65,11 @@ def _read(wanted: Any, value: object, where: str) -> Any:
     if is_dataclass(wanted):
         assert isinstance(wanted, type)
         return read_strictly(wanted, value, where)
-    if not _fits(wanted, value):
-        raise ConfigError(f"{where} is {value!r}, but must be {_described(wanted)}")
-    if _is_union(wanted):  # an integer stays an integer if the union has int
-        members = sorted(get_args(wanted), key=lambda each: each is float)
-        return _read(next(each for each in members if _fits(each, value)), value, where)
+    if not fits_type(value, wanted):
+        raise ConfigError(f"{where} is {value!r}, but must be {described(wanted)}")
+    members = sorted(alternatives(wanted), key=lambda each: each is float)
+    if len(members) > 1:  # an integer stays an integer if the union has int
+        return _read(next(each for each in members if fits_type(value, each)), value, where)
     if get_origin(wanted) is tuple:
         assert isinstance(value, list | tuple)
         return _read_tuple(wanted, value, where)
@@ -132,25 +84,3 @@ def _read_tuple(wanted: Any, value: list[Any] | tuple[Any, ...], where: str) -> 
     if len(items) != len(value):
         raise ConfigError(f"{where} has {len(value)} values, but must have {len(items)}")
     return tuple(_read(item, each, f"{where}[{number}]") for number, (item, each) in enumerate(zip(items, value)))  # noqa: B905
-
-
-def _is_union(wanted: Any) -> bool:
-    return get_origin(wanted) in (Union, types.UnionType)
-
-
-def _fits(wanted: Any, value: object) -> bool:
-    if _is_union(wanted):
-        return any(_fits(each, value) for each in get_args(wanted))
-    if wanted is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if wanted is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if get_origin(wanted) is tuple:
-        return isinstance(value, list | tuple)
-    return isinstance(value, get_origin(wanted) or wanted)
-
-
-def _described(wanted: Any) -> str:
-    if _is_union(wanted):
-        return " or ".join(_described(each) for each in get_args(wanted))
-    return _WANTED.get(wanted, "a list" if get_origin(wanted) is tuple else "a JSON object")

@@ -43,6 +43,17 @@ def plural(number: int, singular: str, many: str | None = None) -> str:
     return f"{number:,} {singular if number == 1 else many or singular + 's'}"
 
 
+def signed(value: float, digits: int = 1) -> str:
+    """A difference with its sign: 0.74 -> '+0.7', -0.74 -> '-0.7', and without one where it rounds
+    to zero, '0.0'.
+
+    The minus is the plain hyphen-minus, so that a number reads the same in tables, reports, figures
+    and JSON, and can be searched and copied.
+    """
+    text = f"{value:+.{digits}f}"
+    return text if float(text) else text[1:]
+
+
 _UNITS = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
 
 

@@ -41,10 +41,10 @@ def config_options(function: Callable[..., Any]) -> Callable[..., Any]:
             "overrides",
             multiple=True,
             metavar="KEY=VALUE",
-            help="Override a setting, e.g. --set budget.trials=100.",
+            help="Set a value of the sweep file, e.g. --set budget.trials=100.",
         ),
-        click.option("--preset", help="A preset of the file, or `paper`: the published settings."),
-        click.option("--data", "data_path", help="Folder of the images (data.path)."),
+        click.option("--preset", help="Apply a preset of the sweep file, or `paper`, the published settings."),
+        click.option("--data", "data_path", help="Folder with the images (data.path)."),
         click.option("--name", help="Name of the run."),
         click.option("--runs", default=None, help="The runs folder (storage.runs)."),
         click.option("--trials", type=int, help="Number of trials (budget.trials)."),
@@ -72,8 +72,8 @@ class _WholeSummaries(click.Group):
 )
 @click.version_option(package_name="dsnet-orch")
 def cli() -> None:
-    """Train a slimmable supernet, sweep input-adaptive gates over it, measure everything, export
-    what is Pareto-optimal."""
+    """Train a slimmable supernet, search for gates that choose a sub-network for each image, and
+    export the Pareto-optimal ones."""
 
 
 def main() -> None:
@@ -99,7 +99,7 @@ def main() -> None:
         if os.environ.get(DEBUG_VARIABLE):
             raise
         click.echo(
-            f"internal error: {type(error).__name__}: {error}\nThis is a fault of dsnet-orch. {DEBUG_VARIABLE}=1 shows where.",
+            f"internal error: {type(error).__name__}: {error}\nThis is a bug in dsnet-orch. Set {DEBUG_VARIABLE}=1 to see the traceback.",
             err=True,
         )
         sys.exit(EXIT_INTERNAL)
@@ -137,10 +137,12 @@ def _load(
 @SWEEP
 @config_options
 @click.option(
-    "--take-over", is_flag=True, help="Take a run whose lock another host holds (be sure that its driver is gone)."
+    "--take-over",
+    is_flag=True,
+    help="Take over the lock of a driver on another host; make sure that it no longer runs.",
 )
 def launch(sweep: Path, take_over: bool, **options: Any) -> int:
-    """Run a sweep, or continue it where it was stopped."""
+    """Run a sweep, or continue it where it stopped."""
     _quiet_platforms()
     return _run(_load(sweep, **options).config, take_over=take_over)
 
@@ -166,7 +168,7 @@ def _run(config: SweepConfig, *, take_over: bool, again: str | None = None) -> i
     @contextmanager
     def stop(run: RunDir) -> Iterator[StopRequest]:
         def first(name: str) -> None:
-            progress.say(f"{name}: stopping at the next step or trial (again to stop at once) ...")
+            progress.say(f"{name}: stopping after the current step or trial (repeat to stop immediately) ...")
 
         with stop_on_signals(run.stop_requested, first) as request:
             requests.append(request)
@@ -175,7 +177,7 @@ def _run(config: SweepConfig, *, take_over: bool, again: str | None = None) -> i
     try:
         result = launch_sweep(config, command=command, progress=progress, stop=stop, take_over=take_over)
     except (StoppedError, KeyboardInterrupt):
-        click.echo(f"stopped; nothing is lost. Continue with:\n  {again or command}", err=True)
+        click.echo(f"stopped; finished work is kept. Continue with:\n  {again or command}", err=True)
         return requests[-1].exit_code if requests else EXIT_INTERRUPTED
     sweep_of(result.results).show_launch(result.bundles)
     check_failures(result.results)
@@ -185,19 +187,23 @@ def _run(config: SweepConfig, *, take_over: bool, again: str | None = None) -> i
 @cli.command()
 @RUN
 @RUNS
-@click.option("--trials", required=True, metavar="+N|N", help="So many more trials than the budget, or so many in all.")
+@click.option(
+    "--trials", required=True, metavar="+N|N", help="+N: number of additional trials; N: total number of trials."
+)
 @click.option(
     "--set",
     "overrides",
     multiple=True,
     metavar="KEY=VALUE",
-    help="Also change a budget.* setting, e.g. budget.plateau=null.",
+    help="Also change another setting of the budget, e.g. budget.plateau=null.",
 )
 @click.option(
-    "--take-over", is_flag=True, help="Take a run whose lock another host holds (be sure that its driver is gone)."
+    "--take-over",
+    is_flag=True,
+    help="Take over the lock of a driver on another host; make sure that it no longer runs.",
 )
 def extend(run: str, runs: str, trials: str, overrides: tuple[str, ...], take_over: bool) -> int:
-    """Raise the budget of a run and continue it; its finished trials count."""
+    """Raise the trial budget of a run and continue it; finished trials are kept."""
     _quiet_platforms()
     from orchestration.commands.steering import extended, extension_notes
     from orchestration.commands.sweep import open_sweep
@@ -212,21 +218,25 @@ def extend(run: str, runs: str, trials: str, overrides: tuple[str, ...], take_ov
 @cli.command()
 @RUN
 @RUNS
-@click.option("--set", "values", multiple=True, metavar="KEY=VALUE", help="A value of the point, e.g. gate.target=0.3.")
+@click.option(
+    "--set", "values", multiple=True, metavar="KEY=VALUE", help="Value of one parameter, e.g. gate.target=0.3."
+)
 @click.option(
     "--from",
     "source",
     type=click.Path(path_type=Path),
-    help="A YAML or JSON list of points, e.g. - {gate.target: 0.3}.",
+    help="File with a YAML or JSON list of points, e.g. - {gate.target: 0.3}.",
 )
-@click.option("--like", metavar="TRIAL", help="Begin with the parameters of this trial: knee, or e.g. trial-0042.")
+@click.option(
+    "--like", metavar="TRIAL", help="Start from the parameters of this trial: knee, or a name such as trial-0042."
+)
 def enqueue(run: str, runs: str, values: tuple[str, ...], source: Path | None, like: str | None) -> None:
-    """Ask for points to be tried next; what a point leaves out is drawn by the sampler."""
+    """Add points to be tried next; the sampler draws the parameters that a point leaves out."""
     from orchestration.commands.steering import read_points, set_values
     from orchestration.commands.sweep import open_sweep
 
     if source is not None and (values or like):
-        raise click.UsageError("--from stands alone: write the values into the file")
+        raise click.UsageError("--from cannot be combined with --set or --like; write all values into the file")
     points = read_points(source) if source is not None else [set_values(values)]
     for line in open_sweep(run, runs).enqueue(points, like):
         click.echo(line)
@@ -239,12 +249,12 @@ def enqueue(run: str, runs: str, values: tuple[str, ...], source: Path | None, l
 @click.option(
     "--resolved",
     type=click.Path(path_type=Path),
-    help="Also write what `python -m dsnet.training --config` takes: Stage I, measure and table without Ray.",
+    help="Also write this file for `python -m dsnet.training --config`, which trains and measures the supernet without Ray.",
 )
-@click.option("--dry", "is_dry", is_flag=True, help="Time no steps: no forecast.")
+@click.option("--dry", "is_dry", is_flag=True, help="Skip the forecast, which times a few training steps.")
 @click.option("--all", "everything", is_flag=True, help="Show every setting and every sub-network.")
 def plan(sweep: Path, as_json: bool, resolved: Path | None, is_dry: bool, everything: bool, **options: Any) -> None:
-    """Show what a launch would do and take, and where settings come from."""
+    """Show the stages, time, memory and disk space of a launch, and the origin of its settings."""
     from orchestration.commands.sweep import PlanOptions, show_plan_of
 
     show_plan_of(_load(sweep, **options), PlanOptions(is_dry, as_json, everything, resolved))
@@ -259,7 +269,7 @@ def validate(sweep: Path, **options: Any) -> None:
 
     config = _load(sweep, **options).config
     trials = check_sweep(config)
-    click.echo(f"{sweep}: fine ({config.name}: {config.supernet.model} on {config.data.name}, {trials})")
+    click.echo(f"{sweep}: valid ({config.name}: {config.supernet.model} on {config.data.name}, {trials})")
 
 
 @cli.command()
@@ -273,12 +283,12 @@ def schema() -> None:
 
 
 @cli.command()
-@click.option("--data", "folder", required=True, type=click.Path(path_type=Path), help="Folder of the images.")
+@click.option("--data", "folder", required=True, type=click.Path(path_type=Path), help="Folder with the images.")
 @click.option("--out", type=click.Path(path_type=Path), help="File to write [default: NAME.yaml].")
-@click.option("--name", help="Name of the sweep [default: the folder's].")
-@click.option("--force", is_flag=True, help="Replace a file that is there.")
+@click.option("--name", help="Name of the sweep [default: name of the folder].")
+@click.option("--force", is_flag=True, help="Replace an existing file.")
 def init(folder: Path, out: Path | None, name: str | None, force: bool) -> None:
-    """Look at a folder of images and write a sweep file that fits them."""
+    """Inspect a folder of images and write a sweep file for it."""
     from orchestration.commands.init import init_sweep
 
     path, seen = init_sweep(folder, out, name, overwrite=force)
@@ -292,14 +302,16 @@ def init(folder: Path, out: Path | None, name: str | None, force: bool) -> None:
 @cli.command("import-checkpoint")
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), help="Folder to write [default: named after the file].")
-@click.option("--name", help="Name of the sweep [default: the folder's].")
-@click.option("--classes", type=click.IntRange(min=1), help="Classes of its classifier [default: as many as it has].")
-@click.option("--image-size", default=224, show_default=True, help="Side of the images in pixels.")
-@click.option("--ema", is_flag=True, help="Take the averaged weights (state_dict_ema).")
-@click.option("--data", help="Folder of held-out images, a folder per class [default: $DSNET_DATA or launch --data].")
+@click.option("--name", help="Name of the sweep [default: name of the folder].")
+@click.option("--classes", type=click.IntRange(min=1), help="Number of classes [default: that of the checkpoint].")
+@click.option("--image-size", default=224, show_default=True, help="Height and width of the images in pixels.")
+@click.option("--ema", is_flag=True, help="Use the exponential moving average of the weights (state_dict_ema).")
+@click.option(
+    "--data", help="Folder of held-out images with one folder per class [default: $DSNET_DATA, or `launch --data`]."
+)
 def import_checkpoint(checkpoint: Path, out: Path | None, name: str | None, **options: Any) -> None:
-    """Make a sweep out of a released DS-Net checkpoint, which skips Stage I; prints the sweep file
-    to launch."""
+    """Make a sweep from a released DS-Net checkpoint, so that no supernet is trained, and print the
+    path of its sweep file."""
     from orchestration.commands.import_checkpoint import ImportSettings
     from orchestration.commands.import_checkpoint import import_checkpoint as make_import
 
@@ -322,11 +334,11 @@ def import_checkpoint(checkpoint: Path, out: Path | None, name: str | None, **op
 @click.option(
     "--watch",
     is_flag=True,
-    help="Wait for the run to begin; show it again whenever it changes, until no driver holds it.",
+    help="Wait until the run begins, and update the view until the launch ends.",
 )
 @AS_JSON
 def status(run: str, runs: str, watch: bool, as_json: bool) -> None:
-    """Show how far a run has come."""
+    """Show the progress of a run."""
     from orchestration.commands.sweep import find_run, open_sweep
     from orchestration.commands.watching import watch_status
 
@@ -334,7 +346,9 @@ def status(run: str, runs: str, watch: bool, as_json: bool) -> None:
         open_sweep(run, runs).show_status(as_json=as_json)
 
     if watch and as_json:
-        raise click.UsageError("--watch is for people: it has no --json; call `status --json` again instead")
+        raise click.UsageError(
+            "--watch cannot be combined with --json; call `dsnet-orch status --json` repeatedly instead"
+        )
     if watch:
         watch_status(lambda: find_run(run, runs), show)
     else:
@@ -347,20 +361,20 @@ def status(run: str, runs: str, watch: bool, as_json: bool) -> None:
 @click.option(
     "--state",
     type=click.Choice(("complete", "feasible", "infeasible", "failed", "pruned")),
-    help="Only these; complete ones are feasible or infeasible.",
+    help="Show only trials of this state; complete trials are feasible or infeasible.",
 )
 @click.option(
     "--where",
     multiple=True,
-    help='Only where this holds, e.g. "madds_m<=200" or "top1>=baseline.top1-0.003"; all must.',
+    help='Show only trials that satisfy this condition, e.g. "madds_m<=200" or "top1>=baseline.top1-0.003"; repeat it for several.',
 )
-@click.option("--sort", metavar="METRIC", help="By a metric or parameter, the best first [default: as they came].")
-@click.option("--limit", type=click.IntRange(min=1), help="At most so many.")
+@click.option("--sort", metavar="METRIC", help="Sort by a metric or parameter, best first [default: by number].")
+@click.option("--limit", type=click.IntRange(min=1), help="Show at most this many trials.")
 @AS_JSON
 def trials(
     run: str, runs: str, state: str | None, where: tuple[str, ...], sort: str | None, limit: int | None, as_json: bool
 ) -> None:
-    """List the trials of a run: what became of each, its metrics and its parameters."""
+    """List the trials of a run with their states, metrics and parameters."""
     from orchestration.commands.sweep import open_sweep
     from orchestration.commands.terminal import show_trials
     from orchestration.results.trial_list import Selection, TrialList
@@ -373,24 +387,26 @@ def trials(
 @RUN
 @RUNS
 @click.option(
-    "--pick", "picks", multiple=True, help='Show only these: knee, all, "max:top1 where madds_m<=0.1", trial-0042.'
+    "--pick",
+    "picks",
+    multiple=True,
+    help='Show only these gates: knee, all, trial-0042, or "max:top1 where madds_m<=0.1".',
 )
 @click.option(
     "--figure",
     type=click.Path(path_type=Path),
-    help="Also draw the front into this file: .html, .json, or .svg and .png with kaleido.",
+    help="Also draw the front to this file: .html, .json, .svg or .png (the last two need kaleido and Chrome or Chromium).",
 )
 @click.option(
     "--routers-figure",
     type=click.Path(path_type=Path),
-    help="Also draw what each kind of router reaches at three budgets into this file.",
+    help="Also draw the accuracy of each kind of router at three MAdds budgets to this file.",
 )
 @AS_JSON
 def pareto(
     run: str, runs: str, picks: tuple[str, ...], figure: Path | None, routers_figure: Path | None, as_json: bool
 ) -> None:
-    """Show the front of a run: each gate on val and on test, beside what would make it
-    unimpressive."""
+    """Show the Pareto front of a run on val and test, with baselines and controls."""
     from orchestration.commands.sweep import open_sweep
 
     if figure is not None or routers_figure is not None:
@@ -417,16 +433,18 @@ def pareto(
     multiple=True,
     default=("knee",),
     show_default=True,
-    help="knee, all, max:METRIC [where ...], trial-NNNN.",
+    help="Gates to export: knee, all, trial-NNNN, or 'max:METRIC where CONDITION' (also min:).",
 )
-@click.option("--format", "formats", multiple=True, help="A further form of each gate, beside export.formats.")
+@click.option(
+    "--format", "formats", multiple=True, help="Additional format of each bundle, beside those of export.formats."
+)
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
-    help="Folder that receives a folder per gate [default: the run's export/].",
+    help="Folder for the bundles, one folder each [default: export/ of the run].",
 )
 def export(run: str, runs: str, picks: tuple[str, ...], formats: tuple[str, ...], out: Path | None) -> None:
-    """Export gates of a run as bundles that `dsnet.load_bundle` reads; prints their folders."""
+    """Export gates of a run as bundles for `dsnet.load_bundle`, and print their folders."""
     from dsnet.deploy.exporters import check_format
     from orchestration.commands.sweep import open_sweep
     from orchestration.pipeline.export import write_formats
@@ -445,12 +463,12 @@ def export(run: str, runs: str, picks: tuple[str, ...], formats: tuple[str, ...]
     is_flag=False,
     flag_value="",
     default=None,
-    help="Also re-check accuracy, on the data in this folder (no value: embedded data).",
+    help="Also check the accuracy, on the images in this folder; without a value, on the run's own data.",
 )
 @AS_JSON
 def verify(path: Path, data_path: str | None, as_json: bool) -> None:
-    """Check a bundle: its files, its stored examples and, with --data, the accuracy and MAdds that
-    it claims."""
+    """Check the files and stored examples of a bundle and, with --data, its recorded accuracy and
+    MAdds."""
     from orchestration.commands.bundle_check import check_bundle
     from orchestration.commands.terminal import show_checks
 
@@ -464,8 +482,8 @@ def verify(path: Path, data_path: str | None, as_json: bool) -> None:
 def predict(bundle: Path, photos: tuple[Path, ...], as_json: bool) -> int:
     """Classify photos with a bundle.
 
-    PHOTOS are image files of any size, or folders of them. Each is decoded and resized as the
-    training images were. Photos that cannot be read are named on stderr, the others are answered,
+    PHOTOS are image files of any size, or folders of them. Each is decoded and resized like the
+    training images. Photos that cannot be read are listed on stderr; the others are classified,
     and the exit code is 3.
     """
     from orchestration.commands.predict import predict_files
@@ -477,7 +495,7 @@ def predict(bundle: Path, photos: tuple[Path, ...], as_json: bool) -> int:
 @RUN
 @RUNS
 def measure(run: str, runs: str) -> None:
-    """Time a run's sub-networks and its front again, without training."""
+    """Measure the latency of a run's sub-networks and front again, without training."""
     from orchestration.commands.sweep import open_sweep
     from orchestration.commands.terminal import show_measured_again
     from orchestration.progress import TerminalProgress
@@ -489,7 +507,7 @@ def measure(run: str, runs: str) -> None:
 @RUN
 @RUNS
 def report(run: str, runs: str) -> None:
-    """Build a run's report.html again; prints its path."""
+    """Build report.html of a run again, and print its path."""
     from orchestration.commands.sweep import open_sweep
 
     click.echo(open_sweep(run, runs).report())
@@ -499,7 +517,7 @@ def report(run: str, runs: str) -> None:
 @RUN
 @RUNS
 def sync(run: str, runs: str) -> None:
-    """Write a run to MLflow again; what is there already is not written twice."""
+    """Write a run to MLflow again, without duplicating what is already there."""
     _quiet_platforms()
     from orchestration.commands.mlflow import sync_again
     from orchestration.commands.sweep import open_sweep
@@ -510,11 +528,16 @@ def sync(run: str, runs: str) -> None:
 @cli.command()
 @click.argument("run", required=False)
 @RUNS
-@click.option("--port", type=int, default=5000, show_default=True, help="A free one is taken where it is busy.")
-@click.option("--no-open", is_flag=True, help="Print the link only; do not open a browser.")
+@click.option(
+    "--port",
+    type=int,
+    default=5000,
+    show_default=True,
+    help="Port of the server; if it is in use, a free port is taken.",
+)
+@click.option("--no-open", is_flag=True, help="Print the link without opening a browser.")
 def ui(run: str | None, runs: str, port: int, no_open: bool) -> None:
-    """Serve MLflow on 127.0.0.1 until Ctrl-C, and open the page with the points of a run [default:
-    of the newest]."""
+    """Serve MLflow on 127.0.0.1 until Ctrl-C, and open the chart of a run [default: the newest]."""
     _quiet_platforms()
     from orchestration.commands.mlflow import newest_pages, pages_of
     from orchestration.commands.sweep import open_sweep
@@ -528,8 +551,8 @@ def ui(run: str | None, runs: str, port: int, no_open: bool) -> None:
         for link in pages.links:
             click.echo(f"{link.name}: {url}{link.path}")
         if not pages.links:
-            click.echo("no page shows the points of a run yet; make one with: dsnet-orch ui RUN")
-        click.echo(f"all of MLflow: {url}   (Ctrl-C ends it)")
+            click.echo("no run has a chart in MLflow yet; create one with: dsnet-orch ui RUN")
+        click.echo(f"all of MLflow: {url}   (stop it with Ctrl-C)")
         if pages.links and not no_open:
             open_in_browser(url + pages.links[0].path)
         wait_for_stop()

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from dsnet.gates.fit import GateFit, fit_gates
 from dsnet.gates.problem import beam
 from dsnet.gates.settings import GateSettings
-from dsnet.measure.latency import MAIN_DEVICE, BatchClock, LatencyTable, latency_metric
+from dsnet.measure.latency import BatchClock, LatencyTable, latency_metric
+from dsnet.measure.settings import MAIN_DEVICE
 from dsnet.routers.base import Router
 from dsnet.routers.kinds import router_from_arrays
 from dsnet.routing.routing_table import RoutingTable
@@ -27,29 +28,7 @@ from search.study.runner import TrialOutcome, TrialSpec, describe_error
 
 Scalar = float | int | str | bool | None
 
-FIELDS: Mapping[str, str] = {
-    "gate.router": "router",
-    "gate.target": "target",
-    "gate.target_madds_m": "target_madds_m",
-    "gate.sgs.t_easy": "t_easy",
-    "gate.sgs.t_hard": "t_hard",
-    "gate.sgs.strategy": "strategy",
-    "gate.sgs.target": "sgs_target",
-    "gate.losses.cls": "lambda_cls",
-    "gate.losses.sgs": "lambda_sgs",
-    "gate.losses.complexity": "lambda_complexity",
-    "gate.losses.form": "complexity_form",
-    "gate.losses.quality": "lambda_quality",
-    "gate.losses.quality_of": "quality_of",
-    "gate.optimizer.name": "optimizer",
-    "gate.optimizer.lr": "lr",
-    "gate.optimizer.weight_decay": "weight_decay",
-    "gate.optimizer.steps": "steps",
-    "gate.optimizer.batch_size": "batch_size",
-    "gate.temperature.start": "temperature_start",
-    "gate.temperature.end": "temperature_end",
-    "gate.perceptron.hidden_units": "hidden_units",
-}
+FIELDS: Mapping[str, str] = {key: field for field, key in GateSettings.KEYS.items()}
 """Configuration key -> field of `GateSettings`."""
 ROUTING_KEYS = ("gate.routing.first", "gate.routing.last", "gate.routing.stride", "gate.routing.beam")
 LANES = 32

@@ -144,15 +144,15 @@ def few_steps(facts: TrainingFacts) -> TrainingWarning | None:
     falling = _falling_share(facts)
     if facts.num_steps >= MIN_STEPS and (falling is None or falling <= FALLING_SHARE):
         return None
-    text = f"the supernet was trained for {facts.num_steps:,} steps only"
+    text = f"the supernet was trained for only {facts.num_steps:,} steps"
     if falling is not None and falling > FALLING_SHARE:
-        text += f", and its loss still falls: the last fifth brought {falling:.0%} of the whole fall"
+        text += f", and its loss was still falling: {falling:.0%} of its decrease came in the last fifth"
     wanted = max(ADVISED_STEPS, 2 * facts.num_steps)
     epochs = math.ceil(facts.epochs * wanted / facts.num_steps)
     way_out = f"supernet.train.epochs {epochs} (now {facts.epochs}) gives about {wanted:,}"
     smaller = max(8, facts.batch_size // 4)
     if epochs > MAX_EPOCHS:
-        way_out = f"more images help most; {way_out}, but so many epochs learn few images by heart"
+        way_out = f"more images help most; {way_out}, but so many epochs overfit few images"
     elif smaller < facts.batch_size:
         way_out += (
             f"; so do fewer epochs with a smaller supernet.train.batch_size, such as {smaller} (now {facts.batch_size})"
@@ -190,7 +190,7 @@ def stood_still(facts: TrainingFacts) -> TrainingWarning | None:
         return None
     worst = max(slow, key=lambda name: slow[name])
     who = f"the loss of {worst}" + (f" and of {len(slow) - 1} more sub-networks" if len(slow) > 1 else "")
-    text = f"{who} stood still for {slow[worst]:.0%} of the training"
+    text = f"{who} did not decrease for {slow[worst]:.0%} of the training"
     if facts.teacher == "none":
         way_out = "raise supernet.train.lr, or shorten supernet.train.warmup_epochs"
     else:
@@ -202,7 +202,7 @@ def _labels_too(facts: TrainingFacts) -> str:
     """Further advice if sub-networks learn only from a teacher, which is untrained at first."""
     if facts.teacher == "none" or facts.trust != "full":
         return ""
-    return "; or let soft labels count as far as the teacher knows the label (supernet.bootstrapping.trust: label_probability)"
+    return "; or weight the soft labels by the teacher's probability of the label (supernet.bootstrapping.trust: label_probability)"
 
 
 def _still_share(curve: tuple[Sequence[float], Sequence[float]], num_steps: int) -> float:
@@ -240,7 +240,7 @@ def spike(facts: TrainingFacts) -> TrainingWarning | None:
     if not found:
         return None
     rise, name, step, low, high = max(found)
-    text = f"the loss of {name} jumped from {low:.3g} to {high:.3g} about step {step:,}"
+    text = f"the loss of {name} jumped from {low:.3g} to {high:.3g} near step {step:,}"
     way_out = (
         "lower supernet.train.lr, raise supernet.train.warmup_epochs, or set supernet.train.grad_clip (1 is usual)"
     )
@@ -288,12 +288,12 @@ def not_ordered(facts: TrainingFacts) -> TrainingWarning | None:
     p, narrow, wide = min(sure)
     small, large = facts.routes[narrow], facts.routes[wide]
     text = (
-        f"{large.name} is worse on val than {small.name}, which is a part of it: {large.top1:.1%} and {small.top1:.1%}"
+        f"{large.name} is worse on val than {small.name}, which it contains: {large.top1:.1%} and {small.top1:.1%}"
         + (f" (and so are {len(sure) - 1} more pairs)" if len(sure) > 1 else "")
     )
     way_out = (
-        "the wider ones are not trained to their end: raise supernet.train.epochs, or supernet.train.num_random; "
-        "and look whether supernet.recalibration.images is enough"
+        "the wider ones need more training: raise supernet.train.epochs or supernet.train.num_random; "
+        "and check that supernet.recalibration.images is large enough"
     )
     numbers = {"narrow": small.name, "wide": large.name, "p": p, "pairs": len(facts.pairs), "num_found": len(sure)}
     return TrainingWarning("not_ordered", text, way_out, numbers)
@@ -344,7 +344,7 @@ def teacher_above(facts: TrainingFacts) -> TrainingWarning | None:
         return None
     gap = facts.outside.top1 - widest.top1
     text = (
-        f"{facts.outside.name}, which teaches and is never routed to, has {100 * gap:.1f} points more on val than the widest route "
+        f"{facts.outside.name}, the teacher, which is not a route, is {100 * gap:.1f} points better on val than the widest route "
         f"{widest.name}: {facts.outside.top1:.1%} and {widest.top1:.1%}"
     )
     way_out = f"raise supernet.train.epochs, or lower supernet.train.lr{_labels_too(facts)}"
@@ -360,12 +360,12 @@ def overfit(facts: TrainingFacts) -> TrainingWarning | None:
         return None
     gap = facts.train.top1 - on_val.top1
     text = (
-        f"{on_val.name} has {facts.train.top1:.1%} on images that it was trained on and {on_val.top1:.1%} on val: "
-        f"{100 * gap:.1f} points apart"
+        f"{on_val.name} has {facts.train.top1:.1%} on training images and {on_val.top1:.1%} on val, "
+        f"a difference of {100 * gap:.1f} points"
     )
     way_out = (
-        "it learns the images by heart: more images help most, then a larger supernet.train.weight_decay; stronger data.augment needs "
-        "several times the supernet.train.epochs"
+        "it overfits: more images help most, then a larger supernet.train.weight_decay; stronger data.augment needs "
+        "several times as many supernet.train.epochs"
     )
     return TrainingWarning("overfit", text, way_out, {"train": facts.train.top1, "val": on_val.top1, "gap": gap})
 

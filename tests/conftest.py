@@ -1,13 +1,17 @@
-"""What all tests share: one thread per process, MKL's mode, no telemetry, and one small Ray
-cluster."""
+"""What all tests share: one thread per process, MKL's mode, checks of shapes, no telemetry, one
+small Ray cluster, and how `pytest -n 2` gives the tests to two processes."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from hypothesis import settings
+from xdist.scheduler import LoadScopeScheduling
+
+pytest.register_assert_rewrite("tests.search.contracts")
 
 # Before anything imports numpy, torch, ray or mlflow. Two shared cores: more threads only wait for
 # each other.
@@ -15,6 +19,10 @@ for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(variable, "1")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
+
+from tests.shapes import check_shapes_of, next_test  # noqa: E402
+
+check_shapes_of("dsnet")  # before its first import
 
 from orchestration.environment import prepare_environment  # noqa: E402
 from orchestration.workers.runtime import RaySettings, ray_session  # noqa: E402
@@ -28,9 +36,54 @@ settings.register_profile("explore")
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
 
 
+@pytest.fixture(autouse=True)
+def shapes_checked() -> None:
+    """Shapes of tensors are checked in the first calls of every function in each test."""
+    next_test()
+
+
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     """A Ray cluster of this process: 2 CPUs, a small object store, no dashboard; stopped when the
     last test is done."""
     with ray_session(RaySettings(num_cpus=2, object_store_mib=100)):
         yield
+
+
+RAY_GROUP = "@ray"
+"""Ending of the names of the tests that share the Ray cluster, if several processes run the
+suite."""
+
+
+_RAY_FIXTURES = {"ray_cluster", "finished"}
+"""Fixtures that start a cluster, in this process or in one of their own."""
+
+
+class ByFile(LoadScopeScheduling):  # type: ignore[misc]
+    """Gives all tests of the Ray cluster to one process, and the tests of a file, which share
+    fixtures, to one process."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "ray" if nodeid.endswith(RAY_GROUP) else nodeid.partition("::")[0]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile | None:
+    """The distribution for `--dist loadgroup`."""
+    return ByFile(config, log) if config.getoption("dist") == "loadgroup" else None
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` selects, and before xdist writes groups into names
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark what needs Ray through a fixture; for several processes also group the tests of the Ray
+    cluster, and put first what takes longest: this group, then the files that start programs."""
+    for item in items:
+        if not _RAY_FIXTURES.isdisjoint(getattr(item, "fixturenames", ())):
+            item.add_marker("ray")
+    if not config.getoption("loadgroup", default=False):  # one process: the order of the files
+        return
+    for item in items:
+        if "ray_cluster" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group("ray"))
+    long_files = {item.path for item in items if item.get_closest_marker("ray")}
+    items.sort(key=lambda item: 0 if item.get_closest_marker("xdist_group") else 1 if item.path in long_files else 2)

@@ -8,138 +8,31 @@ separate functions, so that a draw can be inspected, repeated, and checked image
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import torch
+from jaxtyping import Bool, Int64, Real
 from torch import Tensor
 
 from dsnet.data.boxes import BoxDraw, draw_boxes
 from dsnet.data.erasing import ErasingDraw, draw_erasing, erase
-from dsnet.data.randaugment import MAX_MAGNITUDE, Operation, RandAugmentDraw, apply_randaugment, draw_randaugment
+from dsnet.data.randaugment import RandAugmentDraw, apply_randaugment, draw_randaugment
 from dsnet.data.resized_crop import crop_boxes, resize_crops
-from dsnet.errors import ConfigError
-
-MAX_OPERATIONS = len(Operation)
-"""Largest `randaugment_ops`: the number of different operations. More would destroy the image and
-cost memory and time."""
-
-
-class DescribedImages(Protocol):
-    """Properties of a data set that determine an augmentation's defaults, as of an `ImageSet`."""
-
-    @property
-    def name(self) -> str:
-        """The data set's registered name."""
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(channels, height, width)."""
-
-
-@dataclass(frozen=True)
-class Augmentation:
-    """Settings of the augmentation of training images; the defaults switch everything off."""
-
-    crop_padding: int = 0
-    """Pixels by which the image is padded on each side before a crop of its own size is cut out at
-    random: mirrored at the edge, or with zeros where the padding reaches the image's size."""
-    flip: bool = False
-    """Mirror left and right with probability 1/2."""
-    cutout: int = 0
-    """Side in pixels of a square of zeros around a random pixel, clipped at the edges (DeVries &
-    Taylor, 2017)."""
-
-    randaugment_ops: int = 0
-    """Number of operations per image (see `dsnet.data.randaugment`, after arXiv 1909.13719), 0..14;
-    0 = none."""
-    randaugment_magnitude: float = 9.0
-    """Common magnitude of these operations, 0..10."""
-    erasing: float = 0.0
-    """Probability, 0..1, that a rectangle of 2 to 33 % of the image becomes random pixels (arXiv
-    1708.04896)."""
-    crop_scale: tuple[float, float] | None = None
-    """Smallest and largest area of a random resized crop as shares of the image, 0 < smallest <=
-    largest <= 1. None = no such crop, but (0.08, 1) for images that are streamed from files.
-    Aspects are 3:4 to 4:3."""
-
-    def __post_init__(self) -> None:
-        _check_range("crop_padding", self.crop_padding, 0)
-        _check_range("cutout", self.cutout, 0)
-        _check_range("randaugment_ops", self.randaugment_ops, 0, MAX_OPERATIONS)
-        _check_range("randaugment_magnitude", self.randaugment_magnitude, 0, MAX_MAGNITUDE)
-        _check_range("erasing", self.erasing, 0, 1)
-        if self.crop_scale is None:
-            return
-        object.__setattr__(self, "crop_scale", tuple(self.crop_scale))  # a list where it comes from JSON
-        if len(self.crop_scale) != 2 or not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
-            raise ConfigError(
-                f"data.augment.crop_scale is {list(self.crop_scale)}, must be two shares of the image's area, "
-                "0 < least <= greatest <= 1"
-            )
-        if self.crop_padding > 0:
-            raise ConfigError(
-                f"data.augment.crop_padding is {self.crop_padding} beside crop_scale {list(self.crop_scale)}: "
-                "both crop; set crop_padding to 0 or crop_scale to null"
-            )
-
-    @classmethod
-    def for_images(
-        cls,
-        images: DescribedImages,
-        crop_padding: int | None = None,
-        flip: bool | None = None,
-        cutout: int = 0,
-        **others: Any,
-    ) -> Augmentation:
-        """An augmentation with the defaults for a data set filled in.
-
-        Args:
-            images: The data set.
-            crop_padding: None: an eighth of the image's width, or 0 where `crop_scale` is given.
-            flip: None: True, except for digits.
-            cutout: As the field.
-            others: The other fields.
-
-        Raises:
-            ConfigError: A field is out of its range, or padding or cutout exceeds the image's side.
-        """
-        side = min(images.image_shape[1:])
-        for name, pixels in (("crop_padding", crop_padding or 0), ("cutout", cutout)):
-            if pixels > side:
-                raise ConfigError(
-                    f"data.augment.{name} is {pixels}, but the images of {images.name} have {side} pixels a side: write less"
-                )
-        if crop_padding is None:
-            crop_padding = images.image_shape[-1] // 8 if others.get("crop_scale") is None else 0
-        if flip is None:
-            flip = images.name != "digits"  # a mirrored 2 is not a 2
-        return cls(crop_padding, flip, cutout, **others)
-
-    @property
-    def needs_bytes(self) -> bool:
-        """Whether an operation is on that requires pixel values 0..255."""
-        return self.randaugment_ops > 0 or self.erasing > 0 or self.crop_scale is not None
-
-
-def _check_range(name: str, value: float, lowest: float, highest: float | None = None) -> None:
-    if value < lowest or (highest is not None and value > highest):
-        rule = f">= {lowest}" if highest is None else f"{lowest}..{highest:g}"
-        raise ConfigError(f"data.augment.{name} is {value}, must be {rule}")
+from dsnet.data.settings import Augmentation
 
 
 @dataclass(frozen=True, eq=False)
 class AugmentationDraw:
     """Random decisions for each of B images; all tensors are [B]. None: the operation is off."""
 
-    top: Tensor
+    top: Int64[Tensor, " batch"]
     """int64: first row of the crop in the padded image, 0..2 * crop_padding."""
-    left: Tensor
+    left: Int64[Tensor, " batch"]
     """int64: first column of the crop."""
-    is_flipped: Tensor
+    is_flipped: Bool[Tensor, " batch"]
     """bool: whether the image is mirrored."""
-    cutout_row: Tensor
+    cutout_row: Int64[Tensor, " batch"]
     """int64: centre of the cutout in the finished image, 0..H - 1."""
-    cutout_column: Tensor
+    cutout_column: Int64[Tensor, " batch"]
     """int64: its column, 0..W - 1."""
     crop: BoxDraw | None = None
     """The random resized crop."""
@@ -147,7 +40,9 @@ class AugmentationDraw:
     erasing: ErasingDraw | None = None
 
 
-def augment(images: Tensor, generator: torch.Generator, augmentation: Augmentation) -> Tensor:
+def augment(
+    images: Real[Tensor, "batch channels height width"], generator: torch.Generator, augmentation: Augmentation
+) -> Real[Tensor, "batch channels height width"]:
     """Augment each image of a batch independently.
 
     Padding and cutout insert zeros: black in uint8 pixels, the data's mean in normalised images.
@@ -163,7 +58,9 @@ def augment(images: Tensor, generator: torch.Generator, augmentation: Augmentati
     return apply_augmentation(images, draw_augmentation(images, generator, augmentation), augmentation)
 
 
-def draw_augmentation(images: Tensor, generator: torch.Generator, augmentation: Augmentation) -> AugmentationDraw:
+def draw_augmentation(
+    images: Real[Tensor, "batch channels height width"], generator: torch.Generator, augmentation: Augmentation
+) -> AugmentationDraw:
     """Draw the random numbers for one batch [B, C, H, W].
 
     The numbers of crop, mirroring and cutout are always drawn, so that switching one of these off
@@ -190,7 +87,9 @@ def draw_augmentation(images: Tensor, generator: torch.Generator, augmentation: 
     return AugmentationDraw(top, left, is_flipped, cutout_row, cutout_column, crop, randaugment, erasing)
 
 
-def apply_augmentation(images: Tensor, draw: AugmentationDraw, augmentation: Augmentation) -> Tensor:
+def apply_augmentation(
+    images: Real[Tensor, "batch channels height width"], draw: AugmentationDraw, augmentation: Augmentation
+) -> Real[Tensor, "batch channels height width"]:
     """Apply what was drawn to a whole batch [B, C, H, W].
 
     In this order: resized crop, padded crop and mirroring, RandAugment-style operations, cutout,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Bool, Float32, Int64
 from torch import Tensor
 
 NUM_ATTEMPTS = 10
@@ -16,14 +18,14 @@ class BoxDraw:
     """Uniform random numbers in [0, 1) for one rectangle in each of B images, independent of the
     images' sizes."""
 
-    area: Tensor
+    area: Float32[Tensor, "batch attempts"]
     """float32 [B, NUM_ATTEMPTS]: relative position of each attempt in the range of areas."""
-    aspect: Tensor
+    aspect: Float32[Tensor, "batch attempts"]
     """float32 [B, NUM_ATTEMPTS]: relative position in the range of aspect ratios, on a logarithmic
     scale."""
-    top: Tensor
+    top: Float32[Tensor, " batch"]
     """float32 [B]: relative position between the highest and the lowest possible place."""
-    left: Tensor
+    left: Float32[Tensor, " batch"]
     """float32 [B]: relative position between the leftmost and the rightmost possible place."""
 
     def __getitem__(self, image: int) -> BoxDraw:
@@ -36,10 +38,10 @@ class BoxDraw:
 class Boxes:
     """A rectangle in each of B images, in pixels; all tensors int64 [B]."""
 
-    top: Tensor
-    left: Tensor
-    height: Tensor
-    width: Tensor
+    top: Int64[Tensor, " batch"]
+    left: Int64[Tensor, " batch"]
+    height: Int64[Tensor, " batch"]
+    width: Int64[Tensor, " batch"]
 
 
 def draw_boxes(num_images: int, generator: torch.Generator) -> BoxDraw:
@@ -52,8 +54,8 @@ def draw_boxes(num_images: int, generator: torch.Generator) -> BoxDraw:
 
 
 def fit_boxes(
-    draw: BoxDraw, size: tuple[int, int], areas: tuple[float, float], aspects: tuple[float, float]
-) -> tuple[Boxes, Tensor]:
+    draw: BoxDraw, size: tuple[int, int], areas: Sequence[float], aspects: tuple[float, float]
+) -> tuple[Boxes, Bool[Tensor, " batch"]]:
     """Choose for each image the first attempted rectangle that fits inside it.
 
     The published samplers (arXiv 1409.4842, 1708.04896) try again until a rectangle fits; here a

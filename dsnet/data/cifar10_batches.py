@@ -19,6 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
 
 import numpy as np
+from jaxtyping import Int64, UInt8
 
 from dsnet.data.labels import check_labels
 from dsnet.errors import DataError
@@ -44,7 +45,7 @@ _BROKEN_PICKLE = (
     struct.error,
 )
 
-Split = tuple[np.ndarray, np.ndarray]
+Split = tuple[UInt8[np.ndarray, "_images 3 size size"], Int64[np.ndarray, " _images"]]
 """Pixels uint8 [N, 3, size, size] and labels int64 [N]."""
 
 

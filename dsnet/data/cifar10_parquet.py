@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import PIL
+from jaxtyping import Int64, UInt8
 
 from dsnet.data.decoding import decode_rgb
 from dsnet.data.labels import check_labels
@@ -69,7 +70,7 @@ def parquet_key(splits: Mapping[str, Sequence[Path]]) -> str:
 
 def read_parquet_split(
     files: Sequence[Path], class_names: Sequence[str], image_size: int
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[UInt8[np.ndarray, "images 3 size size"], Int64[np.ndarray, " images"]]:
     """Read and decode one split.
 
     Args:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Bool, UInt8
 from torch import Tensor
 
 from dsnet.data.boxes import Boxes, draw_boxes, fit_boxes
@@ -17,14 +18,16 @@ ERASED_ASPECTS = (0.3, 3.3)
 class ErasingDraw:
     """Random decisions of random erasing for each of B images."""
 
-    is_erased: Tensor
+    is_erased: Bool[Tensor, " batch"]
     """bool [B]: the images that get a rectangle."""
     boxes: Boxes
-    noise: Tensor
+    noise: UInt8[Tensor, "batch channels height width"]
     """uint8 [B, C, H, W]: the random pixels to fill in, the filling that the paper found best."""
 
 
-def draw_erasing(images: Tensor, generator: torch.Generator, probability: float) -> ErasingDraw:
+def draw_erasing(
+    images: UInt8[Tensor, "batch channels height width"], generator: torch.Generator, probability: float
+) -> ErasingDraw:
     """Draw random erasing for one batch [B, C, H, W]; the generator is on the images' device."""
     num_images, _, height, width = images.shape
     is_chosen = torch.rand(num_images, generator=generator, device=images.device) < probability
@@ -33,7 +36,9 @@ def draw_erasing(images: Tensor, generator: torch.Generator, probability: float)
     return ErasingDraw(is_chosen & is_found, boxes, noise)
 
 
-def erase(images: Tensor, draw: ErasingDraw) -> Tensor:
+def erase(
+    images: UInt8[Tensor, "batch channels height width"], draw: ErasingDraw
+) -> UInt8[Tensor, "batch channels height width"]:
     """Replace the pixels inside each erased image's rectangle, uint8 [B, C, H, W]."""
     y = torch.arange(images.shape[2], device=images.device)
     x = torch.arange(images.shape[3], device=images.device)

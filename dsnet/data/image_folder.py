@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import PIL
 import torch
+from jaxtyping import Bool, Int64, UInt8
 from torch import Tensor
 
 from dsnet.data.cache import ImageCache, default_cache_folder
@@ -48,7 +49,7 @@ class FolderListing:
     """Number of files of the official test part, which come last; None where there is none."""
 
     @property
-    def official_test(self) -> np.ndarray | None:
+    def official_test(self) -> Bool[np.ndarray, " images"] | None:
         """bool [N]: the images of the official test part; None where there is none."""
         num_images = len(self.files)
         return None if self.num_test is None else np.arange(num_images) >= num_images - self.num_test
@@ -201,12 +202,12 @@ def _stat(file: Path) -> tuple[int, int]:
 
 def decode_images(
     listing: FolderListing,
-    ids: Sequence[int] | np.ndarray,
+    ids: Sequence[int] | Int64[np.ndarray, " images"],
     image_size: int,
     cache: ImageCache | None = None,
     num_threads: int = 2,
     crop_fraction: float = 1.0,
-) -> Tensor:
+) -> UInt8[Tensor, "images 3 size size"]:
     """Decode selected images of a folder for evaluation; the result is cached.
 
     Args:
@@ -230,7 +231,7 @@ def decode_images(
     return cache.load_or_make(_NAME, key, lambda: _decode(listing, ids, image_size, crop_fraction, num_threads)).images
 
 
-def decode_file(file: Path, image_size: int, crop_fraction: float = 1.0) -> np.ndarray:
+def decode_file(file: Path, image_size: int, crop_fraction: float = 1.0) -> UInt8[np.ndarray, "3 size size"]:
     """Decode one image for evaluation: uint8 [3, image_size, image_size], RGB, cropped by
     `centre_square`.
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
+from jaxtyping import Bool, Int64, UInt8
 from torch import Tensor
 
 _RESIZE_CHUNK = 1024  # images held as float32 at a time while resizing
@@ -23,12 +24,12 @@ class ImageSet:
     """
 
     name: str
-    images: Tensor
+    images: UInt8[Tensor, "images channels height width"]
     """uint8 [N, C, H, W], contiguous, 0..255."""
-    labels: Tensor
+    labels: Int64[Tensor, " images"]
     """int64 [N], each in 0..len(class_names) - 1."""
     class_names: tuple[str, ...]
-    official_test: np.ndarray | None
+    official_test: Bool[np.ndarray, " images"] | None
     """bool [N]: the images that the data's authors set aside for testing; None where there are
     none."""
     fingerprint: str
@@ -49,10 +50,10 @@ class ImageSet:
     def create(
         cls,
         name: str,
-        images: Tensor,
-        labels: Tensor,
+        images: UInt8[Tensor, "images channels height width"],
+        labels: Int64[Tensor, " images"],
         class_names: Sequence[str],
-        official_test: np.ndarray | None = None,
+        official_test: Bool[np.ndarray, " images"] | None = None,
     ) -> ImageSet:
         """Build a set and compute its fingerprint.
 
@@ -90,7 +91,9 @@ class ImageSet:
         return ImageSet.create(self.name, images, self.labels, self.class_names, self.official_test)
 
 
-def resize_images(images: Tensor, image_size: int) -> Tensor:
+def resize_images(
+    images: UInt8[Tensor, "images channels height width"], image_size: int
+) -> UInt8[Tensor, "images channels size size"]:
     """Resize uint8 [N, C, H, W] to uint8 [N, C, image_size, image_size], antialiased bilinear,
     rounded."""
     channels = images.shape[1]

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Shaped
 
 from dsnet.errors import DataError
 
 
-def check_labels(labels: np.ndarray, class_names: Sequence[str], where: str) -> None:
+def check_labels(labels: Shaped[np.ndarray, " images"], class_names: Sequence[str], where: str) -> None:
     """Check that every label is the index of a class.
 
     Args:
-        labels: Integers [N].
+        labels: Whole numbers [N], of an integer type or as Python objects.
         class_names: Label k stands for class_names[k].
         where: The file, for the message.
 

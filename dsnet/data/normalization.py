@@ -10,6 +10,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from jaxtyping import Float32, UInt8
 from torch import Tensor
 
 from dsnet.errors import DataError
@@ -43,7 +44,7 @@ class Normalization:
             )
 
     @classmethod
-    def from_images(cls, images: Tensor) -> Normalization:
+    def from_images(cls, images: UInt8[Tensor, "images channels height width"]) -> Normalization:
         """Mean and standard deviation of the training split, uint8 [N, C, H, W].
 
         Computed from integer histograms, so that the result does not depend on the order of a
@@ -52,7 +53,9 @@ class Normalization:
         moments = [_mean_and_std(channel) for channel in images.transpose(0, 1)]
         return cls(tuple(mean for mean, _ in moments), tuple(std for _, std in moments))
 
-    def apply(self, images: Tensor) -> Tensor:
+    def apply(
+        self, images: UInt8[Tensor, "batch channels height width"]
+    ) -> Float32[Tensor, "batch channels height width"]:
         """Normalise uint8 [B, C, H, W] to float32 on the same device.
 
         Raises:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import UInt8
 from PIL import Image
 from torch import Tensor
 
@@ -58,7 +59,7 @@ class PhotoDecoder:
             raise DataError(f"{name}: its images have {channels} channels; photos are decoded to 3 (RGB) or 1 (grey)")
         return cls(channels, native_image_size(name) or image_size, image_size, crop_fraction)
 
-    def __call__(self, file: Path) -> Tensor:
+    def __call__(self, file: Path) -> UInt8[Tensor, "channels size size"]:
         """Decode one photo to uint8 [channels, image_size, image_size].
 
         Raises:

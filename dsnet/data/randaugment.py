@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 import torch
+from jaxtyping import Float32, Int64, UInt8
 from torch import Tensor
 
+from dsnet.data.settings import MAX_MAGNITUDE
 from dsnet.data.tonal import Strength, Tone, adjust
 
-MAX_MAGNITUDE = 10.0
 MAX_ROTATION = 30.0  # degrees; this and the next constants hold at magnitude 10
 MAX_SHEAR = 0.3
 MAX_TRANSLATION = 0.45  # relative to the image's side
@@ -52,13 +53,15 @@ class Operation(IntEnum):
 class RandAugmentDraw:
     """Random decisions for each of B images with N operations each."""
 
-    operation: Tensor
+    operation: Int64[Tensor, "batch operations"]
     """int64 [B, N], values of `Operation`, in the order in which they apply."""
-    sign: Tensor
+    sign: Float32[Tensor, "batch operations"]
     """float32 [B, N], -1 or 1: the direction of an operation that has two."""
 
 
-def draw_randaugment(images: Tensor, generator: torch.Generator, num_operations: int) -> RandAugmentDraw:
+def draw_randaugment(
+    images: UInt8[Tensor, "batch channels height width"], generator: torch.Generator, num_operations: int
+) -> RandAugmentDraw:
     """Draw the operations of one batch [B, C, H, W]; the generator is on the images' device."""
     shape = (len(images), num_operations)
     operation = torch.randint(len(Operation), shape, generator=generator, device=images.device)
@@ -66,7 +69,9 @@ def draw_randaugment(images: Tensor, generator: torch.Generator, num_operations:
     return RandAugmentDraw(operation, sign)
 
 
-def apply_randaugment(images: Tensor, draw: RandAugmentDraw, magnitude: float) -> Tensor:
+def apply_randaugment(
+    images: UInt8[Tensor, "batch channels height width"], draw: RandAugmentDraw, magnitude: float
+) -> UInt8[Tensor, "batch channels height width"]:
     """Apply the drawn operations.
 
     Args:
@@ -91,7 +96,9 @@ def _apply(images: Tensor, draw: RandAugmentDraw, share: float) -> Tensor:
     return images
 
 
-def affine_maps(draw: RandAugmentDraw, share: float, size: torch.Size) -> tuple[Tensor, Tensor]:
+def affine_maps(
+    draw: RandAugmentDraw, share: float, size: torch.Size
+) -> tuple[Float32[Tensor, "batch 2 2"], Float32[Tensor, "batch 2"]]:
     """Compose each image's geometric operations into an affine map from output to source.
 
     Args:

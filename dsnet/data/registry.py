@@ -10,13 +10,13 @@ from dsnet.data.cifar10 import load_cifar10
 from dsnet.data.digits import load_digits
 from dsnet.data.image_folder import load_image_folder
 from dsnet.data.images import ImageSet
+from dsnet.data.settings import ImageSize
 from dsnet.errors import ConfigError
+from dsnet.settings import check_value
 from dsnet.wording import way_out
 
 Loader = Callable[[str | Path | None, int | None], ImageSet]
 """Function (path, image_size) -> image set; it may leave the resizing to `load_images`."""
-
-MIN_IMAGE_SIZE, MAX_IMAGE_SIZE = 8, 512
 
 _LOADERS: dict[str, Loader] = {}
 _NATIVE_SIZES: dict[str, int] = {}
@@ -82,8 +82,7 @@ def check_image_size(image_size: int) -> None:
     Raises:
         ConfigError: The size is out of range.
     """
-    if not MIN_IMAGE_SIZE <= image_size <= MAX_IMAGE_SIZE:
-        raise ConfigError(f"data.image_size is {image_size}, must be {MIN_IMAGE_SIZE}..{MAX_IMAGE_SIZE}")
+    check_value("data.image_size", image_size, ImageSize)
 
 
 register_data_set("digits", lambda path, _image_size: load_digits(path), digits.IMAGE_SIZE)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+from jaxtyping import UInt8
 from torch import Tensor
 
 from dsnet.data.boxes import BoxDraw, Boxes, fit_boxes
@@ -12,7 +15,7 @@ CROP_SCALE = (0.08, 1.0)
 CROP_ASPECTS = (3 / 4, 4 / 3)
 
 
-def crop_boxes(draw: BoxDraw, size: tuple[int, int], scale: tuple[float, float]) -> Boxes:
+def crop_boxes(draw: BoxDraw, size: tuple[int, int], scale: Sequence[float]) -> Boxes:
     """The crops of B images of one size.
 
     Where no attempt fits inside the image, the largest centred crop with an allowed aspect is
@@ -35,7 +38,9 @@ def crop_boxes(draw: BoxDraw, size: tuple[int, int], scale: tuple[float, float])
     )
 
 
-def resize_crops(images: Tensor, boxes: Boxes) -> Tensor:
+def resize_crops(
+    images: UInt8[Tensor, "batch channels height width"], boxes: Boxes
+) -> UInt8[Tensor, "batch channels height width"]:
     """Cut each image's box out and enlarge it to the image's size, bilinear.
 
     Rows and columns are interpolated by two batched matrix products; pixels outside the box have

@@ -16,20 +16,20 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from jaxtyping import Bool, Int64
 from torch import Tensor
 
-from dsnet.data.augment import Augmentation
 from dsnet.data.cache import ImageCache
 from dsnet.data.image_folder import FolderListing, decode_images, list_image_folder, load_image_folder, required_size
 from dsnet.data.images import ImageSet
 from dsnet.data.normalization import Normalization
 from dsnet.data.registry import check_image_size, load_images
+from dsnet.data.settings import Augmentation, folder_problem
 from dsnet.data.splits import SPLIT_NAMES, Splits
 from dsnet.data.tensors import Batch, TensorData
 from dsnet.data.training_images import InMemoryImages, StreamedImages, TrainingImages
-from dsnet.errors import ConfigError
 from dsnet.seeds import derive_seed
-from dsnet.strict_json import NumberRange
+from dsnet.settings import PositiveFraction, SettingError, check_value
 
 NUM_NORMALIZATION_IMAGES = 2048
 
@@ -42,7 +42,7 @@ class ImageSource(Protocol):
         """The data set's registered name."""
 
     @property
-    def labels(self) -> Tensor:
+    def labels(self) -> Int64[Tensor, " images"]:
         """int64 [N]: the labels of all images."""
 
     @property
@@ -54,7 +54,7 @@ class ImageSource(Protocol):
         """Number of classes."""
 
     @property
-    def official_test(self) -> np.ndarray | None:
+    def official_test(self) -> Bool[np.ndarray, " images"] | None:
         """bool [N]: the images of the official test part; None where the data has none."""
 
     @property
@@ -86,7 +86,7 @@ class InMemorySource:
         return self.images.name
 
     @property
-    def labels(self) -> Tensor:
+    def labels(self) -> Int64[Tensor, " images"]:
         return self.images.labels
 
     @property
@@ -98,7 +98,7 @@ class InMemorySource:
         return self.images.num_classes
 
     @property
-    def official_test(self) -> np.ndarray | None:
+    def official_test(self) -> Bool[np.ndarray, " images"] | None:
         return self.images.official_test
 
     @property
@@ -146,7 +146,7 @@ class StreamedFolder:
         return "image_folder"
 
     @cached_property
-    def labels(self) -> Tensor:
+    def labels(self) -> Int64[Tensor, " images"]:
         return torch.tensor(self.listing.labels, dtype=torch.int64)
 
     @property
@@ -158,7 +158,7 @@ class StreamedFolder:
         return len(self.class_names)
 
     @property
-    def official_test(self) -> np.ndarray | None:
+    def official_test(self) -> Bool[np.ndarray, " images"] | None:
         return self.listing.official_test
 
     @property
@@ -239,16 +239,11 @@ def load_source(
             cannot be streamed or cropped.
         DataError: A file is missing, truncated or mislabelled; the message names it.
     """
-    NumberRange(above=0, highest=1).check("data.crop_fraction", crop_fraction)
+    check_value("data.crop_fraction", crop_fraction, PositiveFraction)
+    problem = folder_problem(name, crop_fraction, stream)
+    if problem is not None:
+        raise SettingError(f"data.{problem[0]}: {problem[1]}")
     if name != "image_folder":
-        if stream:
-            raise ConfigError(
-                f"data.stream is true for data set {name!r}: only 'image_folder' streams; set it to false"
-            )
-        if crop_fraction != 1:
-            raise ConfigError(
-                f"data.crop_fraction is {crop_fraction} for data set {name!r}: only 'image_folder' crops; set it to 1"
-            )
         return InMemorySource(load_images(name, path, image_size))
     size = required_size(image_size)
     check_image_size(size)

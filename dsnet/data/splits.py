@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
+from jaxtyping import Bool, Int64
 
+from dsnet.data.settings import SplitSize, SplitSizes
 from dsnet.errors import ConfigError, DataError
 
 SPLIT_NAMES = ("train", "gate", "val", "test")
+DEFAULT_SIZES = SplitSizes()
 FEW_IMAGES = 100
 """Below this many images in `val` or `test` one image is worth more than a percentage point of
 accuracy: too few to tell routers apart."""
@@ -25,55 +28,21 @@ accuracy: too few to tell routers apart."""
 _SHARES = {"train": 0.55, "gate": 0.15, "val": 0.15, "test": 0.15}
 _SHARES_BESIDE_OFFICIAL_TEST = {"train": 0.8, "gate": 0.1, "val": 0.1}  # CIFAR-10: 40,000 / 5,000 / 5,000
 
-Size = float | int | None
-
-
-def _check_size(name: str, size: Size) -> None:
-    if size is None:
-        return
-    is_count = isinstance(size, int) and not isinstance(size, bool) and size >= 1
-    is_fraction = isinstance(size, float) and 0 < size < 1
-    if not (is_count or is_fraction):
-        raise ConfigError(
-            f"data.splits.{name} is {size!r}, must be a number of images (integer >= 1) or a fraction (0 < x < 1)"
-        )
-
-
-@dataclass(frozen=True)
-class SplitSizes:
-    """Size of each split.
-
-    An integer is a number of images (>= 1), a float a fraction in (0, 1), None the default.
-    Fractions refer to all images; where the data has an official test part, those of `train`,
-    `gate` and `val` refer to the other images and that of `test` to the official test part
-    (default: all of it). Defaults: 55/15/15/15 %, or 80/10/10 % for `train`, `gate` and `val` where
-    there is an official test part.
-    """
-
-    train: Size = None
-    gate: Size = None
-    val: Size = None
-    test: Size = None
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            _check_size(field.name, getattr(self, field.name))
-
 
 @dataclass(frozen=True, eq=False)
 class Splits:
     """Four disjoint, sorted int64 arrays of image ids; compare two objects by their `hash`."""
 
-    train: np.ndarray
-    gate: np.ndarray
-    val: np.ndarray
-    test: np.ndarray
+    train: Int64[np.ndarray, " train_images"]
+    gate: Int64[np.ndarray, " gate_images"]
+    val: Int64[np.ndarray, " val_images"]
+    test: Int64[np.ndarray, " test_images"]
 
     def __post_init__(self) -> None:
         for name in SPLIT_NAMES:
             self[name].setflags(write=False)
 
-    def __getitem__(self, name: str) -> np.ndarray:
+    def __getitem__(self, name: str) -> Int64[np.ndarray, " images"]:
         """The image ids of the split called `name`, int64, ascending."""
         if name not in SPLIT_NAMES:
             raise ValueError(f"unknown split {name!r}; known: {', '.join(SPLIT_NAMES)}")
@@ -125,9 +94,9 @@ def data_fingerprint(images: str, splits: Splits) -> str:
 
 
 def make_splits(
-    labels: np.ndarray,
-    official_test: np.ndarray | None = None,
-    sizes: SplitSizes = SplitSizes(),
+    labels: Int64[np.ndarray, " images"],
+    official_test: Bool[np.ndarray, " images"] | None = None,
+    sizes: SplitSizes = DEFAULT_SIZES,
     seed: int = 0,
     limit: int | None = None,
 ) -> Splits:
@@ -165,7 +134,7 @@ def make_splits(
     return Splits(**parts)
 
 
-def _pools(official_test: np.ndarray | None, num_images: int) -> list[tuple[np.ndarray, Mapping[str, Size], str]]:
+def _pools(official_test: np.ndarray | None, num_images: int) -> list[tuple[np.ndarray, Mapping[str, SplitSize], str]]:
     """The pools of images to divide: (image ids, default sizes of the splits drawn from them, name
     in messages)."""
     if official_test is None:
@@ -177,7 +146,7 @@ def _pools(official_test: np.ndarray | None, num_images: int) -> list[tuple[np.n
     ]
 
 
-def _counts(sizes: Mapping[str, Size], num_images: int, what: str) -> dict[str, int]:
+def _counts(sizes: Mapping[str, SplitSize], num_images: int, what: str) -> dict[str, int]:
     """Sizes as numbers of images.
 
     Fractions are rounded by largest remainder, so that fractions that sum to 1 use all images.
@@ -229,7 +198,7 @@ def _stratified(ids: np.ndarray, labels: np.ndarray, keys: np.ndarray, counts: S
     return [np.sort(np.concatenate(subset)) for subset in drawn]
 
 
-def apportion(class_sizes: Sequence[int], split_sizes: Sequence[int]) -> np.ndarray:
+def apportion(class_sizes: Sequence[int], split_sizes: Sequence[int]) -> Int64[np.ndarray, "classes splits"]:
     """Number of images of each class in each split: int64 [classes, splits].
 
     Columns sum to `split_sizes` exactly, rows to at most the class's size, and each entry is the

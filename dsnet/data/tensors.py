@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
+from jaxtyping import Int64, UInt8
 from torch import Tensor
 
 from dsnet.data.images import ImageSet
@@ -17,11 +18,11 @@ from dsnet.data.splits import SPLIT_NAMES, Splits
 class Batch(NamedTuple):
     """A batch of B images with their labels and ids."""
 
-    images: Tensor
+    images: UInt8[Tensor, "batch channels height width"]
     """uint8 [B, C, H, W]."""
-    labels: Tensor
+    labels: Int64[Tensor, " batch"]
     """int64 [B]."""
-    ids: Tensor
+    ids: Int64[Tensor, " batch"]
     """int64 [B]: the images' indices in their `ImageSet`."""
 
 
@@ -69,19 +70,19 @@ class TensorData:
     def num_images(self, split: str) -> int:
         return len(self._part(split).labels)
 
-    def images(self, split: str) -> Tensor:
+    def images(self, split: str) -> UInt8[Tensor, "images channels height width"]:
         """uint8 [N, C, H, W]; the tensor itself, not a copy."""
         return self._part(split).images
 
-    def labels(self, split: str) -> Tensor:
+    def labels(self, split: str) -> Int64[Tensor, " images"]:
         """int64 [N]."""
         return self._part(split).labels
 
-    def ids(self, split: str) -> Tensor:
+    def ids(self, split: str) -> Int64[Tensor, " images"]:
         """int64 [N]: the images' indices in their `ImageSet`."""
         return self._part(split).ids
 
-    def take(self, split: str, positions: Tensor) -> Batch:
+    def take(self, split: str, positions: Int64[Tensor, " batch"]) -> Batch:
         """The images at the given positions of a split (int64 [B], on any device)."""
         part = self._part(split)
         positions = positions.to(part.labels.device)

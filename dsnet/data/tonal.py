@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 import torch
+from jaxtyping import Float32, Int64, UInt8
 from torch import Tensor
 
 _NUM_VALUES = 256
@@ -34,7 +35,7 @@ class Tone(IntEnum):
 class Strength:
     """Strength of the operations that have one."""
 
-    factor: Tensor
+    factor: Float32[Tensor, " batch"]
     """float32 [B]: factor of contrast, brightness, colour and sharpness; 1 changes nothing, 0
     removes the property."""
     threshold: int
@@ -43,7 +44,9 @@ class Strength:
     """1..8: bits that posterize keeps."""
 
 
-def adjust(images: Tensor, tone: Tensor, strength: Strength) -> Tensor:
+def adjust(
+    images: UInt8[Tensor, "batch channels height width"], tone: Int64[Tensor, " batch"], strength: Strength
+) -> UInt8[Tensor, "batch channels height width"]:
     """Apply one operation to each image.
 
     Args:

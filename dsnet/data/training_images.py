@@ -3,7 +3,7 @@ they are needed."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,15 +13,17 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from jaxtyping import Int64, UInt8
 from PIL import Image
 from torch import Tensor
 
-from dsnet.data.augment import Augmentation, augment
+from dsnet.data.augment import augment
 from dsnet.data.boxes import BoxDraw, draw_boxes
 from dsnet.data.decoding import read_rgb
 from dsnet.data.image_folder import decode_file
 from dsnet.data.prefetch import in_order
 from dsnet.data.resized_crop import CROP_SCALE, crop_boxes
+from dsnet.data.settings import Augmentation
 from dsnet.seeds import derive_seed
 
 
@@ -29,11 +31,13 @@ class TrainingImages(Protocol):
     """Interface of a training split, independent of how it is stored."""
 
     @property
-    def labels(self) -> Tensor:
+    def labels(self) -> Int64[Tensor, " images"]:
         """int64 [N], on the CPU."""
         ...
 
-    def augmented(self, batches: Iterable[tuple[Tensor, int]], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    def augmented(
+        self, batches: Iterable[tuple[Int64[Tensor, " _batch"], int]], device: torch.device
+    ) -> Iterator[tuple[UInt8[Tensor, "batch channels height width"], Int64[Tensor, " batch"]]]:
         """For each (rows int64 [B], seed): augmented uint8 images [B, C, H, W] and labels [B], on
         `device`.
 
@@ -42,7 +46,9 @@ class TrainingImages(Protocol):
         """
         ...
 
-    def clean(self, rows: Iterable[Tensor], device: torch.device) -> Iterator[Tensor]:
+    def clean(
+        self, rows: Iterable[Int64[Tensor, " _batch"]], device: torch.device
+    ) -> Iterator[UInt8[Tensor, "batch channels height width"]]:
         """For each rows int64 [B]: uint8 images [B, C, H, W] without augmentation, as in
         evaluation, on `device`."""
         ...
@@ -51,7 +57,12 @@ class TrainingImages(Protocol):
 class InMemoryImages:
     """A training split that fits on the device: copied and augmented there."""
 
-    def __init__(self, images: Tensor, labels: Tensor, augmentation: Augmentation) -> None:
+    def __init__(
+        self,
+        images: UInt8[Tensor, "images channels height width"],
+        labels: Int64[Tensor, " images"],
+        augmentation: Augmentation,
+    ) -> None:
         """Wrap a training split.
 
         Args:
@@ -64,7 +75,9 @@ class InMemoryImages:
         self.augmentation = augmentation
         self._copies: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
-    def augmented(self, batches: Iterable[tuple[Tensor, int]], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    def augmented(
+        self, batches: Iterable[tuple[Int64[Tensor, " _batch"], int]], device: torch.device
+    ) -> Iterator[tuple[UInt8[Tensor, "batch channels height width"], Int64[Tensor, " batch"]]]:
         """See `TrainingImages.augmented`."""
         images, labels = self._on(device)
         for rows, seed in batches:
@@ -72,7 +85,9 @@ class InMemoryImages:
             generator = torch.Generator(device).manual_seed(seed)
             yield augment(images.index_select(0, here), generator, self.augmentation), labels.index_select(0, here)
 
-    def clean(self, rows: Iterable[Tensor], device: torch.device) -> Iterator[Tensor]:
+    def clean(
+        self, rows: Iterable[Int64[Tensor, " _batch"]], device: torch.device
+    ) -> Iterator[UInt8[Tensor, "batch channels height width"]]:
         """See `TrainingImages.clean`."""
         images, _ = self._on(device)
         for part in rows:
@@ -99,7 +114,7 @@ class StreamedImages:
 
     files: tuple[str, ...]
     """Paths of the N files."""
-    labels: Tensor
+    labels: Int64[Tensor, " images"]
     """int64 [N], on the CPU."""
     image_size: int
     """Height and width in pixels of the images that are returned."""
@@ -114,7 +129,9 @@ class StreamedImages:
     crop_fraction: float = 1.0
     """Share of the shorter side that the centre crop of `clean` keeps, (0, 1]."""
 
-    def augmented(self, batches: Iterable[tuple[Tensor, int]], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    def augmented(
+        self, batches: Iterable[tuple[Int64[Tensor, " _batch"], int]], device: torch.device
+    ) -> Iterator[tuple[UInt8[Tensor, "batch channels height width"], Int64[Tensor, " batch"]]]:
         """See `TrainingImages.augmented`; `batches` is consumed lazily, a little ahead.
 
         Raises:
@@ -130,7 +147,9 @@ class StreamedImages:
                 generator = torch.Generator(device).manual_seed(derive_seed(seed, "batch"))
                 yield augment(images, generator, on_device), self.labels[rows].to(device, non_blocking=True)
 
-    def clean(self, rows: Iterable[Tensor], device: torch.device) -> Iterator[Tensor]:
+    def clean(
+        self, rows: Iterable[Int64[Tensor, " _batch"]], device: torch.device
+    ) -> Iterator[UInt8[Tensor, "batch channels height width"]]:
         """See `TrainingImages.clean`; the shorter side is resized and the centre cropped, as for
         the other splits.
 
@@ -162,7 +181,7 @@ class StreamedImages:
         return batch.to(device, non_blocking=True)
 
 
-def _decode_crop(job: tuple[Path, BoxDraw], scale: tuple[float, float], image_size: int) -> np.ndarray:
+def _decode_crop(job: tuple[Path, BoxDraw], scale: Sequence[float], image_size: int) -> np.ndarray:
     """Decode a file and cut its random resized crop: uint8 [3, image_size, image_size]."""
     file, draw = job
     image = read_rgb(file)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, overload
 
 import torch
+from jaxtyping import Int64, UInt8
 from torch import Tensor
 
 from dsnet.data.normalization import Normalization
@@ -58,7 +59,7 @@ class Bundle:
     image_shape: tuple[int, int, int]
     """(channels, height, width) of its input images."""
 
-    def __call__(self, images: Tensor) -> Predictions:
+    def __call__(self, images: UInt8[Tensor, "batch channels height width"]) -> Predictions:
         """Classify a batch of images.
 
         Args:
@@ -210,40 +211,43 @@ def _raise_error(_file: Path, error: DataError) -> None:
     raise error
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class BundleContents:
+    """The classifier that a bundle stores, from photos to class names."""
+
+    supernet: Supernet
+    """Trained and recalibrated."""
+    router: Router
+    """The router; only the routes that it may run are stored."""
+    normalization: Normalization
+    """The normalisation with which the supernet was trained."""
+    class_names: Sequence[str]
+    """Class names in label order."""
+    examples: UInt8[Tensor, "images channels height width"]
+    """uint8 [n, C, H, W], images whose routes and logits are stored for verification."""
+    photos: PhotoDecoder | None = None
+    """Decoder of photo files; None stores none, so that `predict` relies on the description of the
+    data in the claims."""
+
+
 @exact_float32()
-def save_bundle(  # noqa: PLR0913 - all but three are given by name
-    folder: Path,
-    supernet: Supernet,
-    router: Router,
-    *,
-    normalization: Normalization,
-    class_names: Sequence[str],
-    examples: Tensor,
-    claims: Mapping[str, Any],
-    gate_yaml: str,
-    photos: PhotoDecoder | None = None,
-) -> None:
+def save_bundle(folder: Path, contents: BundleContents, *, claims: Mapping[str, Any], gate_yaml: str) -> None:
     """Write a bundle atomically: it is built beside `folder` and then renamed, replacing an older
     bundle.
 
     Args:
         folder: the bundle's folder.
-        supernet: trained and recalibrated.
-        router: the router; only the routes that it may run are stored.
-        normalization: the normalisation with which the supernet was trained.
-        class_names: class names in label order.
-        examples: uint8 [n, C, H, W], images whose routes and logits are stored for verification.
+        contents: the classifier.
         claims: JSON values: accuracies, MAdds, latency, and the data on which they were measured.
-        gate_yaml: the text of gate.yaml.
-        photos: decoder of photo files; None stores none, so that `predict` relies on the
-            description of the data in `claims`.
+        gate_yaml: the text of gate.yaml, a description for people.
 
     Raises:
         PreflightError: `folder` holds something other than a bundle, which would be lost.
     """
     if folder.exists() and not (folder / MANIFEST).is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise PreflightError(f"{folder}: is there already and no bundle; remove it, or export to another folder")
-    small = restrict(supernet, router.routes).cpu().eval()
+    router, examples, normalization = contents.router, contents.examples, contents.normalization
+    small = restrict(contents.supernet, router.routes).cpu().eval()
     local = router.over({route: index for index, route in enumerate(router.routes)})
     size = int(examples.shape[-1])
     output = DynamicNet(small, local, image_size=size)(normalization.apply(examples))
@@ -258,12 +262,12 @@ def save_bundle(  # noqa: PLR0913 - all but three are given by name
         "subnets": small.subnets.to_json(),
         "router": values,
         "normalization": normalization.to_json(),
-        "class_names": list(class_names),
+        "class_names": list(contents.class_names),
         "image_shape": list(examples.shape[1:]),
         "claims": dict(claims),
     }
-    if photos is not None:
-        manifest["photos"] = photos.to_json()
+    if contents.photos is not None:
+        manifest["photos"] = contents.photos.to_json()
     draft = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(draft, ignore_errors=True)
     try:
@@ -437,7 +441,12 @@ def _retraced(bundle: Bundle, pixels: Tensor, recorded: Tensor) -> tuple[Tensor,
 
 
 @exact_float32()
-def score_bundle(bundle: Bundle, images: Tensor, labels: Tensor, batch_size: int = 256) -> dict[str, float]:
+def score_bundle(
+    bundle: Bundle,
+    images: UInt8[Tensor, "images channels height width"],
+    labels: Int64[Tensor, " images"],
+    batch_size: int = 256,
+) -> dict[str, float]:
     """Accuracy and cost of a bundle on labelled images (uint8 [N, C, H, W], int64 [N]).
 
     Returns:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from dsnet.deploy.segments import CutSegments, SlicedSegments, rows_by
@@ -25,11 +26,11 @@ from dsnet.space.route_tree import RouteTree
 class DynamicOutput(NamedTuple):
     """Output of a dynamic network for a batch of B images, in the batch's order."""
 
-    logits: Tensor
+    logits: Float[Tensor, "batch classes"]
     """[B, num_classes] logits of the last route that ran."""
-    routes: Tensor
+    routes: Int64[Tensor, " batch"]
     """int64 [B] the route that gave the logits."""
-    madds: Tensor
+    madds: Int64[Tensor, " batch"]
     """int64 [B] MAdds of everything executed for the image: the trunk once, every decision, each
     tail that ran."""
 
@@ -93,7 +94,7 @@ class DynamicNet(nn.Module):
         return sum(value.nbytes for value in (*self.parameters(), *self.buffers()))
 
     @torch.inference_mode()
-    def forward(self, images: Tensor) -> DynamicOutput:
+    def forward(self, images: Float[Tensor, "batch channels height width"]) -> DynamicOutput:
         """Classify normalised images [B, C, H, W] float; B may be 0.
 
         Raises:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor, nn
 
 
@@ -26,7 +27,9 @@ class PointwiseConv2d(nn.Conv2d):
         pointwise.weight, pointwise.bias = conv.weight, conv.bias
         return pointwise.train(conv.training)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(
+        self, x: Float[Tensor, "batch channels height width"]
+    ) -> Float[Tensor, "batch out_channels height width"]:
         """[B, c, H, W] -> [B, c', H, W]."""
         return F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from dsnet.deploy.inference_layout import lay_out_for_inference
@@ -22,7 +23,7 @@ class PlainSubnet(nn.Module):
         self.trunk = trunk
         self.tail = tail
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
         """[B, C, H, W] -> logits [B, num_classes]."""
         return self.tail(self.trunk(images).features)
 
@@ -68,5 +69,19 @@ def materialize(supernet: Supernet, subnet: Subnet, *, fold_bn: bool = False) ->
 
 
 def _ready(module: nn.Module, supernet: Supernet, fold_bn: bool) -> nn.Module:
-    module = copy.deepcopy(module).to(next(supernet.parameters()).device).eval().requires_grad_(False)
+    if _shares(module, supernet):
+        module = copy.deepcopy(module)
+    module = module.to(next(supernet.parameters()).device).eval().requires_grad_(False)
     return lay_out_for_inference(fold_batch_norms(module)) if fold_bn else module
+
+
+def _shares(module: nn.Module, supernet: Supernet) -> bool:
+    """Whether a cut module has a part or memory of the supernet's; a copy takes as long as the
+    cut."""
+    parts = {id(part) for part in supernet.modules()}
+    return any(id(part) in parts for part in module.modules()) or not _storages(module).isdisjoint(_storages(supernet))
+
+
+def _storages(module: nn.Module) -> set[int]:
+    tensors = (*module.parameters(), *module.buffers())
+    return {tensor.untyped_storage().data_ptr() for tensor in tensors if tensor.numel()}

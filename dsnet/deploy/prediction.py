@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from jaxtyping import Float32, Int64, UInt8
 from torch import Tensor
 
 from dsnet.data.prefetch import in_order
@@ -26,13 +27,13 @@ _NUM_THREADS = 2
 class Predictions(NamedTuple):
     """Output of a classifier for a batch of B images, in the batch's order."""
 
-    classes: Tensor
+    classes: Int64[Tensor, " batch"]
     """int64 [B] predicted class, an index into `class_names`."""
-    probabilities: Tensor
+    probabilities: Float32[Tensor, "batch classes"]
     """float32 [B, num_classes] probability of each class."""
-    routes: Tensor
+    routes: Int64[Tensor, " batch"]
     """int64 [B] route that gave the answer, an index into `route_names`."""
-    madds: Tensor
+    madds: Int64[Tensor, " batch"]
     """int64 [B] MAdds spent on each image."""
 
 
@@ -55,7 +56,7 @@ class PhotoPrediction:
 class Classifier:
     """A function that classifies batches of pixels, with the names of its classes and routes."""
 
-    classify: Callable[[Tensor], Predictions]
+    classify: Callable[[UInt8[Tensor, "batch channels height width"]], Predictions]
     """Function of uint8 [B, C, H, W]."""
     class_names: Sequence[str]
     route_names: Sequence[str]
@@ -63,7 +64,7 @@ class Classifier:
 
 def predict_photos(
     files: Sequence[Path],
-    decode: Callable[[Path], Tensor],
+    decode: Callable[[Path], UInt8[Tensor, "channels height width"]],
     classifier: Classifier,
     on_error: Callable[[Path, DataError], None],
     batch_size: int = BATCH_SIZE,

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from dsnet.deploy.materialize import materialize_head, materialize_upto_gate
@@ -20,11 +21,11 @@ from dsnet.space.route_tree import RouteTree
 class Segments(Protocol):
     """Interface of the segments that dynamic inference runs."""
 
-    def upto_gate(self, gate: int, node: int, x: Tensor) -> TrunkOutput:
+    def upto_gate(self, gate: int, node: int, x: Float[Tensor, "batch channels height width"]) -> TrunkOutput:
         """Run a segment: images (gate 0) or features of gate `gate - 1` -> a node of `gate`."""
         ...
 
-    def head(self, route: int, x: Tensor) -> Tensor:
+    def head(self, route: int, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
         """Run a route's last segment: features of the last gate -> logits [B, num_classes]."""
         ...
 
@@ -64,11 +65,11 @@ class CutSegments(nn.Module):
         """The module before the first gate: images -> TrunkOutput."""
         return self._nodes[0][0]
 
-    def upto_gate(self, gate: int, node: int, x: Tensor) -> TrunkOutput:
+    def upto_gate(self, gate: int, node: int, x: Float[Tensor, "batch channels height width"]) -> TrunkOutput:
         """See `Segments.upto_gate`."""
         return self._nodes[gate][node](x)
 
-    def head(self, route: int, x: Tensor) -> Tensor:
+    def head(self, route: int, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
         """See `Segments.head`."""
         return self._heads[route](x)
 
@@ -94,12 +95,12 @@ class SlicedSegments(nn.Module):
         self.supernet = supernet
         self.tree = tree
 
-    def upto_gate(self, gate: int, node: int, x: Tensor) -> TrunkOutput:
+    def upto_gate(self, gate: int, node: int, x: Float[Tensor, "batch channels height width"]) -> TrunkOutput:
         """See `Segments.upto_gate`."""
         route = self.tree.gates[gate].node_of.index(node)
         return self.supernet.upto_gate(gate, x, self.supernet.subnets[route])
 
-    def head(self, route: int, x: Tensor) -> Tensor:
+    def head(self, route: int, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
         """See `Segments.head`."""
         return self.supernet.head(x, self.supernet.subnets[route])
 

@@ -10,6 +10,7 @@ already).
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise, product
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from dsnet.families import Family, Task, register
@@ -77,7 +79,9 @@ class ResidualStage(nn.Module):
         self.attention = SlicedAttention(widest, stage["hidden"], generator, is_residual=True)
         self.blocks = nn.ModuleList(ResidualBlock(shape, subnets, generator) for shape in shapes)
 
-    def forward(self, x: Tensor, subnet: Subnet) -> Tensor:
+    def forward(
+        self, x: Float[Tensor, "batch channels height width"], subnet: Subnet
+    ) -> Float[Tensor, "batch out_channels out_height out_width"]:
         """Run all blocks on the stream after attention: [B, c, H, W] -> [B, c', H', W']."""
         for block in self.blocks:
             x = block(x, subnet)
@@ -105,20 +109,22 @@ class ResidualSupernet(Supernet):
         widest = max(spec.groups[group].max_width for group in self.out_groups)
         self.classifier = SlicedLinear(widest, spec.num_classes, generator)
 
-    def upto_gate(self, gate: int, x: Tensor, subnet: Subnet) -> TrunkOutput:
+    def upto_gate(self, gate: int, x: Float[Tensor, "batch channels height width"], subnet: Subnet) -> TrunkOutput:
         """Run the stem (gate 0) or the previous stage, and the attention of the gate's stage."""
         x = self.pool(F.relu(self.stem(x, subnet))) if gate == 0 else self.stages[gate - 1](x, subnet)
         attended, hidden = self.stages[gate].attention(x)  # type: ignore[operator]
         return TrunkOutput(attended, x, hidden)
 
-    def head(self, features: Tensor, subnet: Subnet) -> Tensor:
+    def head(
+        self, features: Float[Tensor, "batch channels height width"], subnet: Subnet
+    ) -> Float[Tensor, "batch classes"]:
         """Run the last stage's blocks and the classifier."""
         return self.classifier(self.stages[-1](features, subnet).mean((2, 3)))
 
     def cut_upto_gate(self, gate: int, subnet: Subnet) -> nn.Module:
         """Plain modules up to the gate's attention."""
         body = (
-            nn.Sequential(self.stem.cut(subnet), nn.ReLU(), self.pool)
+            nn.Sequential(self.stem.cut(subnet), nn.ReLU(), copy.deepcopy(self.pool))
             if gate == 0
             else self.stages[gate - 1].cut(subnet)  # type: ignore[operator]
         )

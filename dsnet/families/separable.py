@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from dsnet.families import Family, Task, register
@@ -77,7 +78,7 @@ class SeparableSupernet(Supernet):
         self.gated_block: int = spec.layout["gated_block"]
         self.dropout: float = spec.layout["dropout"]
 
-    def upto_gate(self, gate: int, x: Tensor, subnet: Subnet) -> TrunkOutput:
+    def upto_gate(self, gate: int, x: Float[Tensor, "batch channels height width"], subnet: Subnet) -> TrunkOutput:
         """Run the stem and the blocks up to the gated block's attention."""
         assert gate == 0, gate
         x = swish(self.stem_norm(self.stem(x, subnet.widths[0]), subnet.prefix(1)))
@@ -85,11 +86,15 @@ class SeparableSupernet(Supernet):
             x = block(x, subnet)
         return TrunkOutput(*self.blocks[self.gated_block].before_gate(x, subnet))  # type: ignore[operator]
 
-    def head(self, features: Tensor, subnet: Subnet) -> Tensor:
+    def head(
+        self, features: Float[Tensor, "batch channels height width"], subnet: Subnet
+    ) -> Float[Tensor, "batch classes"]:
         """Run the gated block's pointwise half, the remaining blocks and the classifier."""
         return self._finish(self._block(self.gated_block).after_gate(features, subnet), subnet, self.gated_block + 1)
 
-    def start_heads(self, features: Tensor, subnets: Sequence[Subnet]) -> Tensor | None:
+    def start_heads(
+        self, features: Float[Tensor, "batch channels height width"], subnets: Sequence[Subnet]
+    ) -> Float[Tensor, "batch out_channels out_height out_width"] | None:
         """Run the gated block's pointwise half and the next block up to its attention, once for all
         sub-networks.
 
@@ -106,7 +111,9 @@ class SeparableSupernet(Supernet):
             self._block(number).after_gate_nested(features, prefixes), prefixes
         )
 
-    def finish_head(self, start: Tensor, subnet: Subnet) -> Tensor:
+    def finish_head(
+        self, start: Float[Tensor, "batch channels height width"], subnet: Subnet
+    ) -> Float[Tensor, "batch classes"]:
         """Run one sub-network's head from the next block's attention on."""
         number = self.gated_block + 1
         block = self._block(number)

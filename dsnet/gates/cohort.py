@@ -25,6 +25,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from dsnet.gates.losses import PAPER_UNIT, PAPER_WIDEST
@@ -53,13 +54,13 @@ class TrialSetup:
     set."""
 
     settings: GateSettings
-    allowed: Tensor
+    allowed: Bool[Tensor, " routes"]
     """bool [K]: the routing space."""
-    madds: Tensor
+    madds: Float[Tensor, " routes"]
     """[K]: relative cost of each route."""
     target: float
     """Target cost, relative."""
-    targets: Tensor
+    targets: Int64[Tensor, " images"]
     """int64 [N]: the target route of each image for SGS (sandwich gate sparsification)."""
     widest_madds: float
     """MAdds of the widest route, the unit of the relative costs."""
@@ -70,11 +71,11 @@ class CohortData:
     """Decisions, features and stored results of the routes, shared by all lanes of a cohort."""
 
     problem: Problem
-    features: Sequence[Tensor]
+    features: Sequence[Float[Tensor, "images _features"]]
     """Scaled features of each node, [N, D]."""
-    ce: Tensor
+    ce: Float[Tensor, "images routes"]
     """[N, K]: cross-entropy of each route on each image."""
-    correct: Tensor
+    correct: Float[Tensor, "images routes"]
     """float [N, K]: 1 where a route's prediction is correct, else 0."""
 
     @property
@@ -87,10 +88,10 @@ class CohortData:
 class TrainedHead:
     """A trained head of one lane, for scaled features."""
 
-    weight: Tensor
-    bias: Tensor | None = None
-    inner_weight: Tensor | None = None
-    inner_bias: Tensor | None = None
+    weight: Float[Tensor, "choices inputs"]
+    bias: Float[Tensor, " choices"] | None = None
+    inner_weight: Float[Tensor, "inputs features"] | None = None
+    inner_bias: Float[Tensor, " inputs"] | None = None
 
 
 def train_cohort(data: CohortData, lanes: Sequence[TrialSetup]) -> list[list[TrainedHead]]:
@@ -442,7 +443,7 @@ class _Optimizer:
         return gradient + MOMENTUM * momentum
 
 
-def batches(num_images: int, batch_size: int, steps: int) -> Iterator[Tensor]:
+def batches(num_images: int, batch_size: int, steps: int) -> Iterator[Int64[Tensor, " batch"]]:
     """Yield the rows of each step's batch: every epoch is in a fixed random order, and its
     incomplete last batch is left out."""
     generator = torch.Generator().manual_seed(ORDER_SEED)

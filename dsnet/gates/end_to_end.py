@@ -22,17 +22,18 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float, Float64, Int64, Shaped, UInt8
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dsnet.data.augment import Augmentation, augment
+from dsnet.data.augment import augment
 from dsnet.data.normalization import Normalization
 from dsnet.errors import NonFiniteLossError, StoppedError
 from dsnet.gates.gumbel import gumbel_noise
 from dsnet.gates.losses import complexity
 from dsnet.gates.mixing import Answers, Chooser, GatedSupernet, Mixed
 from dsnet.gates.problem import sgs_places
-from dsnet.gates.settings import GateSettings
+from dsnet.gates.settings import EndToEndSettings, GateSettings
 from dsnet.network.supernet import Supernet
 from dsnet.routers.kinds import kind_names
 from dsnet.seeds import derive_seed
@@ -46,28 +47,13 @@ SMALLEST_SCALE = 1e-6
 """Lower bound of the scale of a hidden unit, for units that are always zero."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class EndToEndSettings:
-    """Settings that only training on images needs; the others, the batch size among them, are in
-    `GateSettings`."""
-
-    epochs: int = 30
-    """Passes over the gate split; they take the place of `GateSettings.steps`."""
-    augmentation: Augmentation | None = None
-    """Augmentation of the training images; None = none."""
-
-    def __post_init__(self) -> None:
-        if self.epochs < 1:
-            raise ValueError(f"gate.end_to_end.epochs is {self.epochs}, but must be at least 1")
-
-
 @dataclass(frozen=True, eq=False)
 class GateImages:
     """The gate split: images that the supernet was not trained on."""
 
-    images: Tensor
+    images: UInt8[Tensor, "images channels height width"]
     """uint8 [N, C, H, W], on the CPU: batches move to where the supernet is."""
-    labels: Tensor
+    labels: Int64[Tensor, " images"]
     """int64 [N]"""
     normalization: Normalization
     """The normalisation that the supernet was trained with."""
@@ -87,9 +73,9 @@ class PathCosts:
     The target is defined in docs/definitions.md, Target.
     """
 
-    madds: Tensor
+    madds: Float64[Tensor, " routes"]
     """float64 [R]: MAdds of each route."""
-    switched: tuple[Tensor, ...]
+    switched: tuple[Float64[Tensor, "routes _choices"], ...]
     """For each gate float64 [R, K]: MAdds of each route with that gate's choice exchanged and all
     others kept."""
     target: float
@@ -122,7 +108,7 @@ class PathCosts:
         target = min(max(wanted, float(madds.min())), float(madds.max()))
         return cls(madds, tuple(switched), target, high)
 
-    def expected(self, mixed: Mixed) -> Tensor:
+    def expected(self, mixed: Mixed) -> Float[Tensor, ""]:
         """Mean MAdds of a batch (scalar).
 
         The value is exactly that of the chosen routes. The gradient with respect to a gate's weight
@@ -155,7 +141,9 @@ def _exchanged(widths: tuple[int, ...], start: int, new: tuple[int, ...]) -> tup
     return widths[:start] + new + widths[start + len(new) :]
 
 
-def sgs_targets(answers: Tensor, labels: Tensor, settings: GateSettings) -> Tensor:
+def sgs_targets(
+    answers: Float[Tensor, "batch routes classes"], labels: Int64[Tensor, " batch"], settings: GateSettings
+) -> Int64[Tensor, " batch"]:
     """The targets of sandwich gate sparsification for a batch (precedence easy > hard > dependent).
 
     Args:
@@ -172,7 +160,9 @@ def sgs_targets(answers: Tensor, labels: Tensor, settings: GateSettings) -> Tens
     return sgs_places(is_right, p, settings)
 
 
-def sgs_loss(gated: GatedSupernet, answers: Answers, choosers: Sequence[Chooser], targets: Tensor) -> Tensor:
+def sgs_loss(
+    gated: GatedSupernet, answers: Answers, choosers: Sequence[Chooser], targets: Int64[Tensor, " batch"]
+) -> Float[Tensor, ""]:
     """Mean cross-entropy of the gates' logits against the target paths: the sum over the gates that
     each path passes (scalar).
 
@@ -233,7 +223,12 @@ class GateObjective:
         """Routes whose answers a batch needs, as positions in the routing space, from the cheapest
         to the costliest."""
 
-    def __call__(self, images: Tensor, labels: Tensor, choosers: Sequence[Chooser]) -> Tensor:
+    def __call__(
+        self,
+        images: Float[Tensor, "batch channels height width"],
+        labels: Int64[Tensor, " batch"],
+        choosers: Sequence[Chooser],
+    ) -> Float[Tensor, ""]:
         """The loss lambda_cls CE + lambda_sgs SGS + lambda_complexity C(E[MAdds]) of normalised
         images [B, C, H, W] (scalar)."""
         settings, gated = self.settings, self.gated
@@ -267,7 +262,7 @@ def frozen(supernet: Supernet) -> Iterator[None]:
             parameter.requires_grad_(flag)
 
 
-Progress = Mapping[str, NDArray[Any]]
+Progress = Mapping[str, Shaped[np.ndarray, "..."]]
 """State from which training resumes, by name: together with the arguments, all that the rest of it
 depends on; about 20 kB for a head of a few hundred weights."""
 
@@ -276,7 +271,7 @@ depends on; about 20 kB for a head of a few hundred weights."""
 class GateStage:
     """Result of a stage of training."""
 
-    heads: list[Tensor]
+    heads: list[Float64[Tensor, "_choices _hidden"]]
     """The heads, in the form that `train_end_to_end` returns."""
     progress: Progress
     """The state from which the next stage starts."""
@@ -420,15 +415,24 @@ class _Training:
         ]
 
 
+@dataclass(frozen=True, kw_only=True)
+class GateCallbacks:
+    """Functions that a gate's training calls; by default it runs to its end and reports nothing."""
+
+    should_stop: Callable[[], bool] = lambda: False
+    """Called before every step; training stops when it returns True."""
+    on_progress: Callable[[int, int], None] = lambda done, total: None
+    """Called with (steps done, steps in all) after every step."""
+
+
 def train_end_to_end(
     supernet: Supernet,
     data: GateImages,
     settings: GateSettings,
     rules: EndToEndSettings,
     *,
-    should_stop: Callable[[], bool] = lambda: False,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
-) -> list[Tensor]:
+    callbacks: GateCallbacks | None = None,
+) -> list[Float64[Tensor, "_choices _hidden"]]:
     """Train the slimming head of a `gate`, or those of `gates`, on images through the frozen
     supernet.
 
@@ -437,8 +441,7 @@ def train_end_to_end(
         data: the `gate` split.
         settings: router, losses, optimiser, batch size, temperatures, seed; `steps` is not used.
         rules: epochs and augmentation.
-        should_stop: called before every step; training stops when it returns True.
-        on_progress: called with (steps done, steps in all).
+        callbacks: functions that receive its progress and may stop it; None calls nobody.
 
     Returns:
         a head per gate that decides, float64 [K, hidden], for raw hidden vectors.
@@ -448,13 +451,13 @@ def train_end_to_end(
 
     Raises:
         NonFiniteLossError: the loss or a weight became NaN or infinite.
-        StoppedError: `should_stop` returned True.
+        StoppedError: `callbacks.should_stop` returned True.
         ValueError: a setting out of its range.
     """
-    return train_stage(supernet, data, settings, rules, should_stop=should_stop, on_progress=on_progress).heads
+    return train_stage(supernet, data, settings, rules, callbacks=callbacks).heads
 
 
-def train_stage(  # noqa: PLR0913 - all but four are given by name
+def train_stage(
     supernet: Supernet,
     data: GateImages,
     settings: GateSettings,
@@ -462,8 +465,7 @@ def train_stage(  # noqa: PLR0913 - all but four are given by name
     *,
     start: Progress | None = None,
     until: int | None = None,
-    should_stop: Callable[[], bool] = lambda: False,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    callbacks: GateCallbacks | None = None,
 ) -> GateStage:
     """Run one stage of `train_end_to_end`: consecutive stages give the same heads, to the bit, as
     one uninterrupted training.
@@ -471,16 +473,18 @@ def train_stage(  # noqa: PLR0913 - all but four are given by name
     Temperatures follow the schedule of the whole training, not that of a shorter one.
 
     Args:
-        supernet, data, settings, rules, should_stop, on_progress: as for the whole training, the
-            same in all of its stages.
+        supernet, data, settings, rules: as for the whole training, the same in all of its stages.
         start: the progress that the previous stage returned; None = from the beginning.
         until: the epoch after which the stage ends, 1..rules.epochs and no earlier than `start`;
             None = the last epoch.
+        callbacks: functions that receive its progress, counted over the whole training, and may
+            stop it; None calls nobody.
 
     Raises:
         As `train_end_to_end`; and ValueError: `until` is out of its range, or `start` is the
         progress of another training.
     """
+    callbacks = callbacks if callbacks is not None else GateCallbacks()
     if until is None:
         until = rules.epochs
     if not 1 <= until <= rules.epochs:
@@ -493,10 +497,10 @@ def train_stage(  # noqa: PLR0913 - all but four are given by name
             raise ValueError(f"a stage of training ends after epoch {until}, but starts after {training.num_epochs}")
         while training.num_epochs < until:
             for rows in training.epoch():
-                if should_stop():
+                if callbacks.should_stop():
                     raise StoppedError("the gate's training was stopped")
                 training.step(rows)
-                on_progress(training.num_done, training.settings.steps)
+                callbacks.on_progress(training.num_done, training.settings.steps)
         return GateStage(training.result(), training.progress())
 
 

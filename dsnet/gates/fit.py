@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from jaxtyping import Float64
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -119,7 +120,9 @@ def train_heads(gate_table: RoutingTable, lanes: Sequence[GateSettings]) -> list
     return _train(gate_table, [replace(plan, settings=own) for own in lanes])
 
 
-def calibrate_heads(val_table: RoutingTable, settings: GateSettings, heads: Sequence[Tensor]) -> GateFit:
+def calibrate_heads(
+    val_table: RoutingTable, settings: GateSettings, heads: Sequence[Float64[Tensor, "_choices _hidden"]]
+) -> GateFit:
     """Calibrate and score a gate whose slimming heads were trained elsewhere, end to end.
 
     Args:

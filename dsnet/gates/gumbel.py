@@ -4,10 +4,11 @@ Gumbel-softmax (arXiv 1611.01144)."""
 from __future__ import annotations
 
 import torch
+from jaxtyping import Float, Float32
 from torch import Tensor
 
 
-def gumbel_noise(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+def gumbel_noise(shape: tuple[int, ...], generator: torch.Generator) -> Float32[Tensor, "*_"]:
     """Standard Gumbel noise, float32 and finite, on the generator's device."""
     uniform = torch.rand(shape, generator=generator, device=generator.device)
     tiny = torch.finfo(uniform.dtype).tiny
@@ -15,7 +16,9 @@ def gumbel_noise(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     return -torch.log(exponential.clamp_min(tiny))
 
 
-def straight_through(logits: Tensor, noise: Tensor, temperature: float) -> Tensor:
+def straight_through(
+    logits: Float[Tensor, "batch choices"], noise: Float[Tensor, "batch choices"], temperature: float
+) -> Float[Tensor, "batch choices"]:
     """Weights [B, K] whose value is exactly the one-hot argmax of p = softmax((logits + noise) /
     temperature), with the gradient of p.
 

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-COMPLEXITY_FORMS = ("hinge", "quadratic", "paper", "paper_raw")
+from dsnet.gates.settings import ComplexityForm
+
 PAPER_UNIT = 1e9
 """The published complexity term divides MAdds by this."""
 PAPER_WIDEST = 565.4e6
 """MAdds of the published network's widest route."""
 
 
-def complexity(expected_madds: Tensor, target_madds: float, max_madds: float, form: str) -> Tensor:
+def complexity(
+    expected_madds: Float[Tensor, ""], target_madds: float, max_madds: float, form: str
+) -> Float[Tensor, ""]:
     """The complexity term of the loss of Stage II (docs/definitions.md, Target, losses,
     calibration).
 
@@ -36,4 +42,4 @@ def complexity(expected_madds: Tensor, target_madds: float, max_madds: float, fo
             return (expected_madds / (PAPER_UNIT * max_madds / PAPER_WIDEST)) ** 2
         case "paper_raw":
             return (expected_madds / PAPER_UNIT) ** 2
-    raise ValueError(f"unknown complexity form {form!r}; known: {', '.join(COMPLEXITY_FORMS)}")
+    raise ValueError(f"unknown complexity form {form!r}; known: {', '.join(get_args(ComplexityForm))}")

@@ -18,6 +18,7 @@ from functools import cached_property
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from dsnet.gates.gumbel import straight_through
@@ -31,18 +32,22 @@ from dsnet.space.spec import Subnet
 class Chooser:
     """One gate's slimming head in one step of training."""
 
-    weight: Tensor
+    weight: Float[Tensor, "choices hidden"]
     """[K, hidden], for raw hidden vectors."""
-    noise: Tensor
+    noise: Float[Tensor, "batch choices"]
     """[B, K] Gumbel noise of every image of the batch; zeros for none."""
     temperature: float
 
-    def logits(self, hidden: Tensor, allowed: Tensor) -> Tensor:
+    def logits(
+        self, hidden: Float[Tensor, "rows hidden"], allowed: Bool[Tensor, " choices"]
+    ) -> Float[Tensor, "rows choices"]:
         """Logits of hidden vectors, [b, hidden] -> [b, K]; -inf where `allowed` (bool [K]) is
         False."""
         return (hidden @ self.weight.T).masked_fill(~allowed, -torch.inf)
 
-    def weights(self, hidden: Tensor, allowed: Tensor, rows: Tensor) -> Tensor:
+    def weights(
+        self, hidden: Float[Tensor, "rows hidden"], allowed: Bool[Tensor, " choices"], rows: Int64[Tensor, " rows"]
+    ) -> Float[Tensor, "rows choices"]:
         """Straight-through weights [b, K] of the images `rows` of the batch."""
         return straight_through(self.logits(hidden, allowed), self.noise[rows], self.temperature)
 
@@ -51,9 +56,9 @@ class Chooser:
 class Answers:
     """Logits and hidden vectors of some routes for a batch, computed without gradients."""
 
-    logits: Tensor
+    logits: Float[Tensor, "batch routes classes"]
     """[B, number of these routes, num_classes], in the order in which they were requested."""
-    hidden: Mapping[tuple[int, int], Tensor]
+    hidden: Mapping[tuple[int, int], Float[Tensor, "batch _hidden"]]
     """[B, hidden] at every (gate, node) that the routes pass."""
     trunk: TrunkOutput
     """Output of the trunk at the first gate."""
@@ -63,12 +68,12 @@ class Answers:
 class Mixed:
     """Logits of a batch by the chosen routes, with gradients for the choices."""
 
-    logits: Tensor
+    logits: Float[Tensor, "batch classes"]
     """[B, num_classes]: their values are those of each image's route; gradients reach all heads on
     the way."""
-    weights: tuple[Tensor, ...]
+    weights: tuple[Float[Tensor, "batch _choices"], ...]
     """Straight-through weights [B, K] of each gate."""
-    positions: Tensor
+    positions: Int64[Tensor, " batch"]
     """int64 [B]: each image's route, as a position in the routing space."""
 
 
@@ -131,7 +136,7 @@ class GatedSupernet:
             for node in range(branches.num_nodes)
         }
 
-    def allowed(self, gate: int, node: int) -> Tensor:
+    def allowed(self, gate: int, node: int) -> Bool[Tensor, " choices"]:
         """bool [K]: whether a node has each choice."""
         has = self._first_routes[gate, node]
         return torch.tensor([choice in has for choice in range(self.num_choices[gate])], device=self._device)
@@ -141,7 +146,7 @@ class GatedSupernet:
         return next(self.supernet.parameters()).device
 
     @torch.no_grad()
-    def answers(self, images: Tensor, positions: Sequence[int]) -> Answers:
+    def answers(self, images: Float[Tensor, "batch channels height width"], positions: Sequence[int]) -> Answers:
         """Run the routes at `positions` of the routing space on normalised images [B, C, H, W];
         shared parts run once."""
         trunk = self.supernet.upto_gate(0, images, self.subnets[0])

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from jaxtyping import Bool, Float, Float32, Float64, Int64
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -36,14 +37,14 @@ class Scaling:
     """Scaling of features to unit size for training; it can be folded exactly into a head's first
     layer."""
 
-    mean: Tensor
+    mean: Float[Tensor, " features"]
     """[D]; zero for a head without biases."""
-    scale: Tensor
+    scale: Float[Tensor, " features"]
     """[D]; inf for a feature that is constant in training, so that it is ignored even where it
     varies on another split."""
 
     @classmethod
-    def of(cls, features: Tensor, *, is_centred: bool) -> Scaling:
+    def of(cls, features: Float[Tensor, "images features"], *, is_centred: bool) -> Scaling:
         """Measure the scaling on training features [N, D]: the standard deviation, or the root mean
         square for a head that cannot centre."""
         exact = features.double()
@@ -52,7 +53,7 @@ class Scaling:
         is_constant = scale <= CONSTANT * exact.square().mean(0).sqrt()
         return cls(mean.float(), torch.where(is_constant, torch.inf, scale).float())
 
-    def apply(self, features: Tensor) -> Tensor:
+    def apply(self, features: Float[Tensor, "images features"]) -> Float[Tensor, "images features"]:
         """Scale features, [N, D] -> [N, D]."""
         return (features - self.mean) / self.scale
 
@@ -139,7 +140,7 @@ def problem_of(
     return Problem(tuple(nodes), len(nodes) if is_perceptron else len(table.tree.gates), is_perceptron)
 
 
-def node_features(table: RoutingTable, problem: Problem) -> list[Tensor]:
+def node_features(table: RoutingTable, problem: Problem) -> list[Float32[Tensor, "images _features"]]:
     """For each node the input features of its head for every image, float32 [N, D].
 
     Raises:
@@ -179,7 +180,7 @@ class Costs:
     The target is defined in docs/definitions.md, Target.
     """
 
-    madds: NDArray[np.float64]
+    madds: Float64[np.ndarray, " routes"]
     """[K]: costs of all routes of the table; those outside the routing space are not used."""
     target: float
     """Target MAdds, clamped into the range of the routing space."""
@@ -190,7 +191,11 @@ class Costs:
 
 
 def costs_of(
-    table: RoutingTable, settings: GateSettings, routes: Sequence[int], decision: NDArray[np.int64], first: int | None
+    table: RoutingTable,
+    settings: GateSettings,
+    routes: Sequence[int],
+    decision: Int64[np.ndarray, " routes"],
+    first: int | None,
 ) -> Costs:
     """Costs and target of a trial.
 
@@ -228,8 +233,11 @@ def routing_space(table: RoutingTable, settings: GateSettings) -> tuple[int, ...
 
 
 def sgs_targets(
-    table: RoutingTable, routes: Sequence[int], settings: GateSettings, madds: NDArray[np.float64] | None = None
-) -> NDArray[np.int64]:
+    table: RoutingTable,
+    routes: Sequence[int],
+    settings: GateSettings,
+    madds: Float64[np.ndarray, " routes"] | None = None,
+) -> Int64[np.ndarray, " images"]:
     """Target routes [N] of sandwich gate sparsification (precedence easy > hard > dependent).
 
     The smallest and largest route are the cheapest and the costliest of the routing space;
@@ -249,7 +257,9 @@ def sgs_targets(
     return columns[sgs_places(correct, probability, settings).numpy()].astype(np.int64)
 
 
-def sgs_places(correct: Tensor, probability: Tensor, settings: GateSettings) -> Tensor:
+def sgs_places(
+    correct: Bool[Tensor, "images routes"], probability: Float[Tensor, "images 2"], settings: GateSettings
+) -> Int64[Tensor, " images"]:
     """SGS targets as positions, int64 [N], among R routes ordered from the cheapest to the
     costliest (precedence easy > hard > dependent).
 

@@ -8,6 +8,7 @@ from functools import cached_property
 
 import numpy as np
 import torch
+from jaxtyping import Float64, Int64
 from numpy.typing import NDArray
 
 from dsnet.gates.problem import Node, Problem
@@ -30,7 +31,13 @@ class PricedTree:
     because later gates decide which of them is taken.
     """
 
-    def __init__(self, problem: Problem, routes: Sequence[int], madds: Floats, logits: Sequence[Floats]) -> None:
+    def __init__(
+        self,
+        problem: Problem,
+        routes: Sequence[int],
+        madds: Float64[np.ndarray, " routes"],
+        logits: Sequence[Float64[np.ndarray, "images _choices"]],
+    ) -> None:
         """Compute the prices of all branches.
 
         Args:
@@ -69,7 +76,7 @@ class PricedTree:
         has_branch = np.isfinite(prices)
         return np.where(has_branch, beta * np.where(has_branch, prices, 0.0), np.inf)
 
-    def routes_at(self, beta: float) -> NDArray[np.int64]:
+    def routes_at(self, beta: float) -> Int64[np.ndarray, " images"]:
         """The route of each image, [N]."""
         place = np.zeros(len(self._logits[0]), dtype=np.int64)
         taken = np.full(len(place), -1, dtype=np.int64)
@@ -91,7 +98,7 @@ class PricedTree:
         """Mean MAdds of the images, decisions included."""
         return float(self._madds[self.routes_at(beta)].mean())
 
-    def softmax(self, beta: float, temperature: float) -> Floats:
+    def softmax(self, beta: float, temperature: float) -> Float64[np.ndarray, "images routes"]:
         """Probability of each route of the routing space, [N, R], if every gate drew from its
         softmax."""
         reach = {0: np.ones(len(self._logits[0]))}

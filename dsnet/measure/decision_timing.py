@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from dsnet.deploy.segments import CutSegments, rows_by
 from dsnet.network.supernet import TrunkOutput
@@ -16,7 +18,7 @@ from dsnet.space.spec import SupernetSpec
 
 
 def decision_calls(
-    spec: SupernetSpec, segments: CutSegments, trunk: TrunkOutput, logits: torch.Tensor
+    spec: SupernetSpec, segments: CutSegments, trunk: TrunkOutput, logits: Float[Tensor, "batch classes"]
 ) -> Mapping[str, Callable[[], object]]:
     """For each kind of router a call that makes all decisions on the way to an answer, to be timed.
 

@@ -10,22 +10,22 @@ import random
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float64
 from numpy.typing import NDArray
 
 from dsnet.deploy.materialize import PlainSubnet
 from dsnet.deploy.segments import CutSegments
-from dsnet.errors import ConfigError
 from dsnet.measure.decision_timing import decision_calls
+from dsnet.measure.settings import MAIN_DEVICE, LatencySettings
 from dsnet.metrics import DEVICE_NAME_PATTERN
 from dsnet.network.supernet import Supernet
 from dsnet.space.route_tree import RouteTree
-from dsnet.strict_json import NumberRange
 
 MIN_REPEATS = 3
 """Fewest repeats from which the spread of a time can be estimated."""
@@ -36,9 +36,6 @@ TRUNK, DECIDE = "/trunk", "/decide/"
 Tails are named like sub-networks, whose names hold no slash."""
 PUBLISHED = "gate"
 """The kind of router whose decision time stands in for kinds that were not timed."""
-DEVICES = ("auto", "cpu", "cuda")
-MAIN_DEVICE = ""
-"""The name of the device of `measure.device`, beside the names in `measure.devices`."""
 DEVICE_NAME = re.compile(DEVICE_NAME_PATTERN)
 """Pattern of the names of further devices, which are used in metric names, expressions and file
 names."""
@@ -173,7 +170,7 @@ class LatencyTable:
         return self.subnets[batch_size][subnet].median_ms
 
     def ideal_ms(
-        self, batch_size: int, runs: NDArray[np.float64], routes: Sequence[str], kind: str = PUBLISHED
+        self, batch_size: int, runs: Float64[np.ndarray, " routes"], routes: Sequence[str], kind: str = PUBLISHED
     ) -> float:
         """Ideal latency of a batch of random images: trunk + decide + the expected time of each
         tail over its binomial group size.
@@ -235,14 +232,14 @@ class BatchClock:
     """Decision of the published gate."""
     decisions_ms: Mapping[str, float]
     """All decisions of each other kind of router."""
-    tails_ms: NDArray[np.float64]
+    tails_ms: Float64[np.ndarray, "routes sizes"]
     """[K, B + 1]: the tail of each route for 0, 1, ..., B images."""
 
     def fixed_ms(self, kind: str = PUBLISHED) -> float:
         """Time that every batch takes whatever its routes: trunk and decisions."""
         return self.trunk_ms + self.decisions_ms.get(kind, self.decide_ms)
 
-    def ms(self, runs: NDArray[np.float64], kind: str = PUBLISHED) -> float:
+    def ms(self, runs: Float64[np.ndarray, " routes"], kind: str = PUBLISHED) -> float:
         """Ideal latency of a batch of random images; `runs` [K] are the shares of images that run
         each route."""
         chances = _binomials(self.tails_ms.shape[1] - 1, np.asarray(runs, dtype=np.float64))
@@ -334,69 +331,6 @@ def _rounds(repeats: int, warmup: int, budget_s: float) -> Iterator[bool]:
         if number >= MIN_REPEATS and time.monotonic() - start > budget_s:
             break
         yield True
-
-
-@dataclass(frozen=True, kw_only=True)
-class DeviceSettings:
-    """Settings of a further device on which everything is timed."""
-
-    device: str = "cpu"
-    threads: int = 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class LatencySettings:
-    """Devices, sizes and repeats of the measurement of latency."""
-
-    device: str = "cpu"
-    threads: int = 1
-    devices: Mapping[str, DeviceSettings] = field(default_factory=dict)
-    """Name -> further device; everything is timed on each of them as on the main one."""
-    batch_sizes: tuple[int, ...] = (1, 64)
-    """Batch sizes of whole sub-networks; increasing."""
-    group_sizes: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-    """Numbers of images for trunk, decisions and tails; increasing from 1."""
-    repeats: int = 15
-    warmup: int = 3
-
-    def __post_init__(self) -> None:
-        count, count_from_0 = NumberRange(lowest=1, is_whole=True), NumberRange(lowest=0, is_whole=True)
-        count.check("measure.threads", self.threads)
-        for name, further in self.devices.items():
-            if not DEVICE_NAME.fullmatch(name):
-                raise ConfigError(
-                    f"measure.devices: {name!r} cannot name a device; use 1 to 32 letters, digits or '_', no digit at the start"
-                )
-            count.check(f"measure.devices.{name}.threads", further.threads)
-        count.check("measure.repeats", self.repeats)
-        count_from_0.check("measure.warmup", self.warmup)
-        for name, sizes in (("batch_sizes", self.batch_sizes), ("group_sizes", self.group_sizes)):
-            if not sizes:
-                raise ConfigError(f"measure.{name} must hold at least 1 entries; got 0")
-            for size in sizes:
-                count.check(f"measure.{name}", size)
-            ordered = sorted(set(sizes))
-            if list(sizes) != ordered:
-                raise ConfigError(f"measure.{name}: sizes must increase; got {list(sizes)}, write {ordered}")
-        if self.group_sizes[0] != 1:
-            raise ConfigError(f"measure.group_sizes must start at 1; got {list(self.group_sizes)}")
-
-    @property
-    def num_rounds(self) -> int:
-        """Number of batch and group sizes that are timed on each device."""
-        return len(self.batch_sizes) + len(self.group_sizes)
-
-    def by_device(self, resolve: Callable[[str], str] = lambda device: device) -> dict[str, LatencySettings]:
-        """Settings for each single device, by its name, the main one first.
-
-        Args:
-            resolve: maps a device setting to `cpu` or `cuda`.
-        """
-        further = {
-            name: replace(self, device=resolve(own.device), threads=own.threads, devices={})
-            for name, own in self.devices.items()
-        }
-        return {MAIN_DEVICE: replace(self, device=resolve(self.device), devices={}), **further}
 
 
 @torch.inference_mode()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from dsnet.network.layers import BN_MOMENTUM
@@ -13,7 +14,7 @@ from dsnet.network.supernet import Supernet
 
 
 @torch.no_grad()
-def recalibrate(supernet: Supernet, batches: Iterable[Tensor]) -> None:
+def recalibrate(supernet: Supernet, batches: Iterable[Float[Tensor, "_batch channels height width"]]) -> None:
     """Replace all running statistics by cumulative averages over batches of images.
 
     Every sub-network takes part, including the teacher, and each shared segment runs once per

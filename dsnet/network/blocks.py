@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
@@ -16,7 +17,7 @@ from dsnet.space.spec import Subnet
 from dsnet.space.subnet_set import SubnetSet
 
 
-def swish(x: Tensor) -> Tensor:
+def swish(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """Swish, computed in place where gradients are off; the caller must not use `x` afterwards."""
     return F.silu(x, inplace=not torch.is_grad_enabled())
 
@@ -50,7 +51,13 @@ class SeparableBlock(nn.Module):
         self.pointwise = SlicedConv2d(max_in, max_out, 1, 1, generator)
         self.pointwise_norm = make_norm(norm, max_out, subnets.prefixes(shape.out_group))
 
-    def before_gate(self, x: Tensor, subnet: Subnet) -> tuple[Tensor, Tensor, Tensor]:
+    def before_gate(
+        self, x: Float[Tensor, "batch in_channels in_height in_width"], subnet: Subnet
+    ) -> tuple[
+        Float[Tensor, "batch channels height width"],
+        Float[Tensor, "batch channels height width"],
+        Float[Tensor, "batch hidden"],
+    ]:
         """Run the first half: [B, c, H, W] -> (attended, attention's input, hidden vector)."""
         x = swish(self._normalised_depthwise(x, subnet.prefix(self.shape.in_group + 1)))
         attended, hidden = self.attention(x)
@@ -64,14 +71,18 @@ class SeparableBlock(nn.Module):
             return self.depthwise(x, *norm.scale_and_shift(prefix))
         return norm(self.depthwise(x), prefix)
 
-    def after_gate_nested(self, x: Tensor, prefixes: Sequence[tuple[int, ...]]) -> Tensor:
+    def after_gate_nested(
+        self, x: Float[Tensor, "batch channels height width"], prefixes: Sequence[tuple[int, ...]]
+    ) -> Float[Tensor, "batch out_channels height width"]:
         """Run the pointwise half once for several sub-networks that read the same `x`, at the
         largest width (training only)."""
         norm = self.pointwise_norm
         assert isinstance(norm, BatchNormBank)
         return F.silu(norm.forward_nested(self.pointwise(x, max(prefix[-1] for prefix in prefixes)), prefixes))
 
-    def before_attention_nested(self, x: Tensor, prefixes: Sequence[tuple[int, ...]]) -> Tensor:
+    def before_attention_nested(
+        self, x: Float[Tensor, "batch channels height width"], prefixes: Sequence[tuple[int, ...]]
+    ) -> Float[Tensor, "batch channels out_height out_width"]:
         """Run depthwise convolution, BatchNorm and Swish once for several sub-networks (training
         only).
 
@@ -81,12 +92,16 @@ class SeparableBlock(nn.Module):
         assert isinstance(norm, BatchNormBank)
         return F.silu(norm.forward_nested(self.depthwise(x), prefixes))
 
-    def after_gate(self, x: Tensor, subnet: Subnet) -> Tensor:
+    def after_gate(
+        self, x: Float[Tensor, "batch channels height width"], subnet: Subnet
+    ) -> Float[Tensor, "batch out_channels height width"]:
         """Run the pointwise half at the sub-network's output width."""
         prefix = subnet.prefix(self.shape.out_group + 1)
         return swish(self.pointwise_norm(self.pointwise(x, prefix[-1]), prefix))
 
-    def forward(self, x: Tensor, subnet: Subnet) -> Tensor:
+    def forward(
+        self, x: Float[Tensor, "batch channels height width"], subnet: Subnet
+    ) -> Float[Tensor, "batch out_channels out_height out_width"]:
         """Run both halves: [B, c, H, W] -> [B, c', H', W']."""
         return self.after_gate(self.before_gate(x, subnet)[0], subnet)
 
@@ -111,7 +126,9 @@ class ConvNorm(nn.Module):
         self.conv = conv
         self.norm = norm
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(
+        self, x: Float[Tensor, "batch channels height width"]
+    ) -> Float[Tensor, "batch out_channels out_height out_width"]:
         """[B, c, H, W] -> [B, c', H', W']."""
         return self.norm(self.conv(x))
 
@@ -119,7 +136,9 @@ class ConvNorm(nn.Module):
 class ConvNormSwish(ConvNorm):
     """Plain convolution followed by normalisation and Swish."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(
+        self, x: Float[Tensor, "batch channels height width"]
+    ) -> Float[Tensor, "batch out_channels out_height out_width"]:
         """[B, c, H, W] -> [B, c', H', W']."""
         return swish(super().forward(x))
 
@@ -132,7 +151,13 @@ class PlainBeforeGate(nn.Module):
         self.conv = conv
         self.attention = attention
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, x: Float[Tensor, "batch in_channels in_height in_width"]
+    ) -> tuple[
+        Float[Tensor, "batch channels height width"],
+        Float[Tensor, "batch channels height width"],
+        Float[Tensor, "batch hidden"],
+    ]:
         """[B, c, H, W] -> (attended, the attention's input, its hidden vector)."""
         x = self.conv(x)
         attended, hidden = self.attention(x)
@@ -147,7 +172,9 @@ class PlainBlock(nn.Module):
         self.before = before
         self.after = after
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(
+        self, x: Float[Tensor, "batch channels height width"]
+    ) -> Float[Tensor, "batch out_channels out_height out_width"]:
         """[B, c, H, W] -> [B, c', H', W']."""
         return self.after(self.before(x)[0])
 
@@ -204,7 +231,9 @@ class SlicedConvNorm(nn.Module):
         self.conv = SlicedConv2d(num_in, num_out, shape.kernel, shape.stride, generator)
         self.norm = make_norm(spec.norm, num_out, subnets.prefixes(shape.out_group))
 
-    def forward(self, x: Tensor, subnet: Subnet) -> Tensor:
+    def forward(
+        self, x: Float[Tensor, "batch channels height width"], subnet: Subnet
+    ) -> Float[Tensor, "batch out_channels out_height out_width"]:
         """[B, c, H, W] -> [B, width of its group, H', W']."""
         prefix = subnet.prefix(self.shape.out_group + 1)
         return self.norm(self.conv(x, prefix[-1]), prefix)
@@ -268,7 +297,9 @@ class ResidualBlock(nn.Module):
         self.convs = nn.ModuleList(SlicedConvNorm(conv, subnets, generator) for conv in shape.convs)
         self.projection = SlicedConvNorm(shape.projection, subnets, generator) if shape.projects else None
 
-    def forward(self, x: Tensor, subnet: Subnet) -> Tensor:
+    def forward(
+        self, x: Float[Tensor, "batch channels height width"], subnet: Subnet
+    ) -> Float[Tensor, "batch out_channels out_height out_width"]:
         """Residual stream [B, c, H, W] -> residual stream after this block [B, c', H', W']."""
         branch = x
         for index, conv in enumerate(self.convs):
@@ -292,12 +323,16 @@ class PlainResidualBlock(nn.Module):
         self.branch = branch
         self.shortcut = shortcut
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(
+        self, x: Float[Tensor, "batch channels height width"]
+    ) -> Float[Tensor, "batch out_channels out_height out_width"]:
         """[B, c, H, W] -> [B, c', H', W']."""
         return F.relu(add_streams(self.shortcut(x), self.branch(x)))
 
 
-def add_streams(x: Tensor, y: Tensor) -> Tensor:
+def add_streams(
+    x: Float[Tensor, "batch x_channels height width"], y: Float[Tensor, "batch y_channels height width"]
+) -> Float[Tensor, "batch channels height width"]:
     """x + y, [B, c, H, W] each; the narrower one is padded with zero channels (docs/methods.md,
     section 8, zero-padding match)."""
     missing = y.shape[1] - x.shape[1]

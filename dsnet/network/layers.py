@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterable
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from dsnet.network.slicing import corner
@@ -28,7 +29,9 @@ class SlicedConv2d(nn.Module):
         self.weight = nn.Parameter(torch.empty(max_out, max_in, kernel, kernel))
         nn.init.kaiming_normal_(self.weight, mode="fan_out", nonlinearity="relu", generator=generator)
 
-    def forward(self, x: Tensor, width: int) -> Tensor:
+    def forward(
+        self, x: Float[Tensor, "batch channels height width"], width: int
+    ) -> Float[Tensor, "batch {width} out_height out_width"]:
         """[B, c, H, W] -> [B, width, ceil(H / stride), ceil(W / stride)]."""
         weight = corner(self.weight, width, x.shape[1])
         return F.conv2d(x, weight, stride=self.stride, padding=weight.shape[-1] // 2)
@@ -47,7 +50,12 @@ class SlicedDepthwiseConv2d(nn.Module):
         self.weight = nn.Parameter(torch.empty(max_channels, 1, kernel, kernel))
         nn.init.kaiming_normal_(self.weight, mode="fan_in", nonlinearity="relu", generator=generator)
 
-    def forward(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Float[Tensor, "batch channels height width"],
+        scale: Float[Tensor, " channels"] | None = None,
+        shift: Float[Tensor, " channels"] | None = None,
+    ) -> Float[Tensor, "batch channels out_height out_width"]:
         """[B, c, H, W] -> [B, c, ceil(H / stride), ceil(W / stride)], then times `scale` plus
         `shift` (each [c]) where given."""
         num_channels = x.shape[1]
@@ -70,7 +78,7 @@ class SlicedLinear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(num_out))
         nn.init.normal_(self.weight, std=0.01, generator=generator)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Float[Tensor, "batch features"]) -> Float[Tensor, "batch outputs"]:
         """[B, c] -> [B, num_out]."""
         return F.linear(x, corner(self.weight, self.weight.shape[0], x.shape[1]), self.bias)
 
@@ -128,7 +136,9 @@ class BatchNormBank(nn.Module):
             prefix: tuple(f"{part}_{_key(prefix)}" for part in ("mean", "var", "updates")) for prefix in known
         }
 
-    def statistics(self, prefix: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    def statistics(
+        self, prefix: tuple[int, ...]
+    ) -> tuple[Float[Tensor, " channels"], Float[Tensor, " channels"], Int64[Tensor, ""]]:
         """Running mean, running variance and the number of updates of one prefix.
 
         Raises:
@@ -153,14 +163,16 @@ class BatchNormBank(nn.Module):
         """The key of the statistics that a sub-network of these widths uses."""
         return widths[: self.depth]
 
-    def affine(self, prefix: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    def affine(self, prefix: tuple[int, ...]) -> tuple[Float[Tensor, " channels"], Float[Tensor, " channels"]]:
         """Scale and shift of one prefix."""
         if self.private_affine:
             suffix = _key(prefix)
             return self.get_parameter(f"weight_{suffix}"), self.get_parameter(f"bias_{suffix}")
         return corner(self.weight, prefix[-1]), corner(self.bias, prefix[-1])
 
-    def forward(self, x: Tensor, prefix: tuple[int, ...]) -> Tensor:
+    def forward(
+        self, x: Float[Tensor, "batch channels height width"], prefix: tuple[int, ...]
+    ) -> Float[Tensor, "batch channels height width"]:
         """Normalise [B, c, H, W] with the statistics of `prefix` (batch statistics while
         training).
 
@@ -172,7 +184,7 @@ class BatchNormBank(nn.Module):
         factor = self._count(updates)
         return F.batch_norm(x, mean, var, *self.affine(prefix), self.training, factor, self.eps)
 
-    def scale_and_shift(self, prefix: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    def scale_and_shift(self, prefix: tuple[int, ...]) -> tuple[Float[Tensor, " channels"], Float[Tensor, " channels"]]:
         """Scale and shift, each [c], that are equivalent to normalising by the running statistics
         of `prefix`."""
         mean, var, _ = self.statistics(prefix)
@@ -180,7 +192,9 @@ class BatchNormBank(nn.Module):
         scale = weight * torch.rsqrt(var + self.eps)
         return scale, bias - mean * scale
 
-    def forward_nested(self, x: Tensor, prefixes: Collection[tuple[int, ...]]) -> Tensor:
+    def forward_nested(
+        self, x: Float[Tensor, "batch channels height width"], prefixes: Collection[tuple[int, ...]]
+    ) -> Float[Tensor, "batch channels height width"]:
         """Normalise several nested sub-networks at once by batch statistics (training only, shared
         affine pair).
 
@@ -263,7 +277,9 @@ class SlicedGroupNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(max_features))
         self.bias = nn.Parameter(torch.zeros(max_features))
 
-    def forward(self, x: Tensor, prefix: tuple[int, ...]) -> Tensor:
+    def forward(
+        self, x: Float[Tensor, "batch channels height width"], prefix: tuple[int, ...]
+    ) -> Float[Tensor, "batch channels height width"]:
         """Normalise each image of [B, c, H, W] independently; `prefix[-1]` is c."""
         width = prefix[-1]
         return F.group_norm(x, _num_norm_groups(width), corner(self.weight, width), corner(self.bias, width), BN_EPS)
@@ -316,7 +332,9 @@ class SlicedAttention(nn.Module):
         if not is_residual:
             nn.init.kaiming_normal_(self.expand_weight, mode="fan_in", nonlinearity="relu", generator=generator)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Float[Tensor, "batch channels height width"]
+    ) -> tuple[Float[Tensor, "batch channels height width"], Float[Tensor, "batch hidden"]]:
         """[B, c, H, W] -> (attended [B, c, H, W], hidden vector [B, hidden])."""
         num_channels = x.shape[1]
         reduce = corner(self.reduce_weight, self.reduce_bias.shape[0], num_channels)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
+from jaxtyping import Shaped
 from torch import Tensor, nn
 
 
-def arranged(tensor: Tensor, channels_last: bool) -> Tensor:
+def arranged(tensor: Shaped[Tensor, "*shape"], channels_last: bool) -> Shaped[Tensor, "*shape"]:
     """A four-dimensional tensor in NHWC or contiguous memory format; others unchanged."""
     if tensor.ndim != 4:
         return tensor

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
+from jaxtyping import Float
 from torch import Tensor
 
 from dsnet.network.supernet import Supernet, TrunkOutput
@@ -30,8 +31,12 @@ def by_prefix(supernet: Supernet, subnets: Sequence[Subnet], gate: int) -> list[
 
 
 def each_logits(
-    supernet: Supernet, images: Tensor, subnets: Sequence[Subnet], gate: int = 0, on_node: OnNode = _ignore
-) -> Iterator[tuple[Subnet, Tensor]]:
+    supernet: Supernet,
+    images: Float[Tensor, "batch channels height width"],
+    subnets: Sequence[Subnet],
+    gate: int = 0,
+    on_node: OnNode = _ignore,
+) -> Iterator[tuple[Subnet, Float[Tensor, "batch classes"]]]:
     """Run several sub-networks on the same images, each shared segment once.
 
     Args:

@@ -8,6 +8,7 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 _adds_in_place: ContextVar[bool] = ContextVar("adds_in_place", default=False)
@@ -30,7 +31,7 @@ def gradients_added_in_place() -> Iterator[None]:
         _adds_in_place.reset(token)
 
 
-def corner(weight: Tensor, *sizes: int) -> Tensor:
+def corner(weight: Float[Tensor, "*_"], *sizes: int) -> Float[Tensor, "*_"]:
     """The slice `weight[:sizes[0], :sizes[1], ...]`; the weight itself where that is all of it."""
     if tuple(weight.shape[: len(sizes)]) == sizes:
         return weight

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from dsnet.network.layers import BatchNormBank
@@ -21,14 +22,14 @@ them."""
 class TrunkOutput:
     """Output of a segment that ends at a gate."""
 
-    features: Tensor
+    features: Float[Tensor, "batch channels height width"]
     """[B, c, H, W]: the features after attention, the input of the next segment."""
-    gate_input: Tensor
+    gate_input: Float[Tensor, "batch channels height width"]
     """[B, c, H, W]: the features before attention."""
-    hidden: Tensor
+    hidden: Float[Tensor, "batch hidden"]
     """[B, hidden]: the attention's hidden vector h, which the published slimming head reads."""
 
-    def evidence(self, part: str) -> Tensor:
+    def evidence(self, part: str) -> Float[Tensor, "batch features"]:
         """One part of the evidence that a router may read.
 
         Returns:
@@ -68,7 +69,7 @@ class Supernet(nn.Module, ABC):
         self.subnets = subnets
 
     @abstractmethod
-    def upto_gate(self, gate: int, x: Tensor, subnet: Subnet) -> TrunkOutput:
+    def upto_gate(self, gate: int, x: Float[Tensor, "batch channels height width"], subnet: Subnet) -> TrunkOutput:
         """Run one segment at the widths of `subnet`, up to gate number `gate`.
 
         `x` is, for gate 0, the images [B, C, H, W], float, normalised; otherwise the features of
@@ -76,10 +77,14 @@ class Supernet(nn.Module, ABC):
         """
 
     @abstractmethod
-    def head(self, features: Tensor, subnet: Subnet) -> Tensor:
+    def head(
+        self, features: Float[Tensor, "batch channels height width"], subnet: Subnet
+    ) -> Float[Tensor, "batch classes"]:
         """Run the last segment: features at the last gate -> logits [B, num_classes]."""
 
-    def start_heads(self, features: Tensor, subnets: Sequence[Subnet]) -> Tensor | None:
+    def start_heads(
+        self, features: Float[Tensor, "batch channels height width"], subnets: Sequence[Subnet]
+    ) -> Float[Tensor, "batch out_channels out_height out_width"] | None:
         """Run the first layers of several sub-networks' heads together, at the widest one's width.
 
         A narrower sub-network uses a prefix of the result's channels. In training mode this is
@@ -88,7 +93,9 @@ class Supernet(nn.Module, ABC):
         """
         return None
 
-    def finish_head(self, start: Tensor, subnet: Subnet) -> Tensor:
+    def finish_head(
+        self, start: Float[Tensor, "batch channels height width"], subnet: Subnet
+    ) -> Float[Tensor, "batch classes"]:
         """Run the rest of a sub-network's head after `start_heads`: logits [B, num_classes]."""
         raise NotImplementedError(f"{type(self).__name__} starts no heads together")
 
@@ -101,11 +108,13 @@ class Supernet(nn.Module, ABC):
     def cut_head(self, subnet: Subnet) -> nn.Module:
         """The last segment at the widths of `subnet` as a plain module: features -> logits."""
 
-    def trunk(self, images: Tensor, subnet: Subnet) -> TrunkOutput:
+    def trunk(self, images: Float[Tensor, "batch channels height width"], subnet: Subnet) -> TrunkOutput:
         """Run everything before the first gate; images are [B, C, H, W] float, normalised."""
         return self.upto_gate(0, images, subnet)
 
-    def tail(self, features: Tensor, subnet: Subnet) -> Tensor:
+    def tail(
+        self, features: Float[Tensor, "batch channels height width"], subnet: Subnet
+    ) -> Float[Tensor, "batch classes"]:
         """Run everything after the first gate; returns logits [B, num_classes]."""
         for gate in range(1, len(self.spec.gates)):
             features = self.upto_gate(gate, features, subnet).features
@@ -120,7 +129,9 @@ class Supernet(nn.Module, ABC):
         between = [PlainFeatures(self.cut_upto_gate(gate, subnet)) for gate in range(1, len(self.spec.gates))]
         return nn.Sequential(*between, self.cut_head(subnet)) if between else self.cut_head(subnet)
 
-    def forward(self, images: Tensor, subnet: Subnet) -> Tensor:
+    def forward(
+        self, images: Float[Tensor, "batch channels height width"], subnet: Subnet
+    ) -> Float[Tensor, "batch classes"]:
         """Logits [B, num_classes] of one sub-network."""
         if not self.spec.gates:
             return self.head(images, subnet)
@@ -138,7 +149,9 @@ class PlainFeatures(nn.Module):
         super().__init__()
         self.segment = segment
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(
+        self, x: Float[Tensor, "batch channels height width"]
+    ) -> Float[Tensor, "batch out_channels out_height out_width"]:
         """Images or features -> features."""
         return self.segment(x).features
 
@@ -165,6 +178,6 @@ def _corner(like: Tensor) -> tuple[slice, ...]:
     return tuple(slice(0, size) for size in like.shape)
 
 
-def state_for_saving(supernet: Supernet) -> dict[str, Tensor]:
+def state_for_saving(supernet: Supernet) -> dict[str, Shaped[Tensor, "*_"]]:
     """The state dict as contiguous tensors on the CPU, as safetensors requires."""
     return {name: value.detach().to("cpu", copy=False).contiguous() for name, value in supernet.state_dict().items()}

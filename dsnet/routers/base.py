@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float, Float32, Float64, Int64, Shaped
 from torch import Tensor
 
 from dsnet.routers.head import Head
@@ -23,7 +24,7 @@ STOP = -1
 class Evidence:
     """Input features of a router for a batch at one gate."""
 
-    parts: Mapping[str, Tensor]
+    parts: Mapping[str, Float[Tensor, "batch _features"]]
     """The parts that the router needs, float [B, d] each; names as in
     `dsnet.network.supernet.EVIDENCE_PARTS`."""
     num_images: int
@@ -36,16 +37,16 @@ class Evidence:
     the batch are. It stands for the node, because nodes have numbers only within one tree, and the
     router's tree may differ from the network's."""
 
-    def same(self, value: int) -> Tensor:
+    def same(self, value: int) -> Int64[Tensor, " batch"]:
         """The same route for all images, int64 [B]."""
         return torch.full((self.num_images,), value, dtype=torch.int64, device=self.device)
 
     @property
-    def no_choice(self) -> Tensor:
+    def no_choice(self) -> Float64[Tensor, " batch"]:
         """Margins where there is nothing to decide: inf, float64 [B]."""
         return torch.full((self.num_images,), torch.inf, dtype=torch.float64, device=self.device)
 
-    def __getitem__(self, part: str) -> Tensor:
+    def __getitem__(self, part: str) -> Float[Tensor, "batch features"]:
         return self.parts[part]
 
 
@@ -54,23 +55,23 @@ class Executed:
     """Routes that ran in one round, and their logits, for all images of a batch (rows of images
     that ran none are not used)."""
 
-    routes: Tensor
+    routes: Int64[Tensor, " batch"]
     """int64 [B]: the route that each image ran in this round, or STOP where it ran none."""
-    logits: Tensor
+    logits: Float[Tensor, "batch classes"]
     """[B, L]: the latest logits of each image; on a routing table those stored in half
     precision."""
-    stored: Mapping[str, Tensor] | None = None
+    stored: Mapping[str, Float[Tensor, " batch"]] | None = None
     """`confidence`, `margin` and `entropy` from a routing table, [B] each, because its logits are
     rounded and may be only the largest."""
 
     @cached_property
-    def summary(self) -> Mapping[str, Tensor]:
+    def summary(self) -> Mapping[str, Float[Tensor, " batch"]]:
         """`confidence` (largest probability), `margin` (its lead over the second) and `entropy`
         (nats), float32 [B] each."""
         return summary_of(self.logits) if self.stored is None else self.stored
 
 
-def summary_of(logits: Tensor) -> dict[str, Tensor]:
+def summary_of(logits: Float[Tensor, "batch classes"]) -> dict[str, Float32[Tensor, " batch"]]:
     """`confidence` (largest probability), `margin` (its lead over the second) and `entropy` (nats)
     of logits [B, C], float32 [B] each."""
     log_p = F.log_softmax(logits.float(), dim=1)
@@ -96,7 +97,7 @@ class NetworkShape:
         return tuple(range(self.tree.num_routes))
 
     @property
-    def no_offset(self) -> Tensor:
+    def no_offset(self) -> Float64[Tensor, " routes"]:
         """An offset of zero for each route, float64 [R]."""
         return torch.zeros(self.tree.num_routes, dtype=torch.float64)
 
@@ -107,7 +108,7 @@ class CalibratedHead:
     its class is built."""
 
     head: Head
-    offset: Tensor
+    offset: Float64[Tensor, " routes"]
     """float64 [R]: beta * cost of each route of the routing space."""
     routes: tuple[int, ...]
     """The routing space."""
@@ -149,11 +150,11 @@ class Router(Protocol):
         """All routes that it may run, in increasing order."""
         ...
 
-    def decision_madds(self, routes: Tensor) -> Tensor:
+    def decision_madds(self, routes: Int64[Tensor, " batch"]) -> Int64[Tensor, " batch"]:
         """MAdds of all its decisions for images that end on `routes` (int64 [B] -> int64 [B])."""
         ...
 
-    def step(self, evidence: Evidence, executed: Sequence[Executed]) -> Tensor:
+    def step(self, evidence: Evidence, executed: Sequence[Executed]) -> Int64[Tensor, " batch"]:
         """The next route of every image (int64 [B]), or STOP; the first one is never STOP.
 
         At a gate after the first (`evidence.gate`) the result is a route through the node of
@@ -171,7 +172,7 @@ class Router(Protocol):
         processor, or with the half-precision logits of a table."""
         ...
 
-    def margin(self, evidence: Evidence, executed: Sequence[Executed]) -> Tensor:
+    def margin(self, evidence: Evidence, executed: Sequence[Executed]) -> Float64[Tensor, " batch"]:
         """Error of the router's inputs that would change the result of `step`, compared with
         `tie`; inf where it has no choice.
 
@@ -190,6 +191,6 @@ class Router(Protocol):
         those of the routes."""
         ...
 
-    def to_arrays(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def to_arrays(self) -> tuple[dict[str, Shaped[Tensor, "*_"]], dict[str, Any]]:
         """(tensors, JSON values) from which `router_from_arrays` rebuilds it."""
         ...

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from jaxtyping import Float32, Float64, Int64, Shaped
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -48,11 +49,11 @@ class CascadeRouter:
         """Both routes, in increasing order."""
         return tuple(sorted({self.first, self.second}))
 
-    def decision_madds(self, routes: Tensor) -> Tensor:
+    def decision_madds(self, routes: Int64[Tensor, " batch"]) -> Int64[Tensor, " batch"]:
         """Zero: a comparison has no MAdds."""
         return torch.zeros_like(routes)
 
-    def step(self, evidence: Evidence, executed: Sequence[Executed]) -> Tensor:
+    def step(self, evidence: Evidence, executed: Sequence[Executed]) -> Int64[Tensor, " batch"]:
         """The first route, then the second or STOP, then STOP."""
         if not executed:
             return evidence.same(self.first)
@@ -66,7 +67,7 @@ class CascadeRouter:
         array."""
         return confidence < self.threshold  # type: ignore[return-value]
 
-    def margin(self, evidence: Evidence, executed: Sequence[Executed]) -> Tensor:
+    def margin(self, evidence: Evidence, executed: Sequence[Executed]) -> Float64[Tensor, " batch"]:
         """Distance of the first route's confidence to the threshold, in units of probability."""
         if len(executed) == 1 and self.first != self.second:
             return (executed[0].summary["confidence"].double() - self.threshold).abs()
@@ -76,7 +77,7 @@ class CascadeRouter:
         """The same cascade over other ids."""
         return replace(self, first=position[self.first], second=position[self.second])
 
-    def to_arrays(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def to_arrays(self) -> tuple[dict[str, Shaped[Tensor, "*_"]], dict[str, Any]]:
         """The two routes, and the threshold as a tensor, because JSON cannot hold an infinity."""
         threshold = torch.tensor([self.threshold], dtype=torch.float64)
         return {"threshold": threshold}, {"kind": self.kind, "first": self.first, "second": self.second}
@@ -91,7 +92,7 @@ class CascadeRouter:
         return cls(shape.routes[0], shape.routes[-1], 0.5)
 
     @classmethod
-    def from_arrays(cls, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> CascadeRouter:
+    def from_arrays(cls, tensors: Mapping[str, Shaped[Tensor, "*_"]], values: Mapping[str, Any]) -> CascadeRouter:
         """Rebuild it."""
         return cls(values["first"], values["second"], float(tensors["threshold"][0]))
 
@@ -111,7 +112,7 @@ EXACT_SHARE = ROUNDING_TIE / HALF_TIE
 """Relative rounding error of values stored in float32, in units of `HALF_TIE`."""
 
 
-def answer_features(executed: Executed, num_classes: int) -> Tensor:
+def answer_features(executed: Executed, num_classes: int) -> Float32[Tensor, "batch features"]:
     """Features of a route's answer for a learned cascade: float32 [B, D].
 
     They are confidence, margin and entropy; the largest logits by rank, relative to the largest;
@@ -135,7 +136,7 @@ def num_answer_features(num_classes: int) -> int:
     return 3 + min(NUM_SORTED, num_classes) - 1 + (num_classes if num_classes <= MAX_NAMED_CLASSES else 0)
 
 
-def answer_error_sizes(executed: Executed, num_classes: int) -> Tensor:
+def answer_error_sizes(executed: Executed, num_classes: int) -> Float32[Tensor, "batch features"]:
     """Error sizes of the features of an answer, [B, D] in units of `HALF_TIE`: logits are rounded
     to half precision, the summary is computed from exact ones."""
     logits = executed.logits.half().float().abs()
@@ -156,7 +157,7 @@ class LearnedCascadeRouter:
     head: Head
     """Head that scores `options`, in their order, from the features of the answer and the
     evidence."""
-    offset: Tensor
+    offset: Float64[Tensor, " routes"]
     """float64 [R]: beta * cost, subtracted from the scores."""
     options: tuple[int, ...]
     """The wider routes, and the first route itself, which means to stop."""
@@ -186,7 +187,7 @@ class LearnedCascadeRouter:
         """All options, in increasing order."""
         return tuple(sorted(self.options))
 
-    def decision_madds(self, routes: Tensor) -> Tensor:
+    def decision_madds(self, routes: Int64[Tensor, " batch"]) -> Int64[Tensor, " batch"]:
         """MAdds of poolings and head; every image decides once, after the first route."""
         return torch.full_like(routes, self.pooling_madds + self.head.madds)
 
@@ -194,7 +195,7 @@ class LearnedCascadeRouter:
         parts = [answer_features(answer, self.num_classes), *(evidence[part] for part in self.evidence_parts)]
         return torch.cat(parts, dim=1)
 
-    def step(self, evidence: Evidence, executed: Sequence[Executed]) -> Tensor:
+    def step(self, evidence: Evidence, executed: Sequence[Executed]) -> Int64[Tensor, " batch"]:
         """The first route, then one of the wider routes or STOP, then STOP."""
         if not executed:
             return evidence.same(self.first)
@@ -204,7 +205,7 @@ class LearnedCascadeRouter:
         answers = [STOP if option == self.first else option for option in self.options]
         return torch.tensor(answers, device=evidence.device)[scores.argmax(1)]
 
-    def margin(self, evidence: Evidence, executed: Sequence[Executed]) -> Tensor:
+    def margin(self, evidence: Evidence, executed: Sequence[Executed]) -> Float64[Tensor, " batch"]:
         """Lead of the best score over the second, relative to the errors of its features
         (`Head.lead`)."""
         if len(executed) != 1:
@@ -218,7 +219,7 @@ class LearnedCascadeRouter:
         """The same cascade over other ids."""
         return replace(self, first=position[self.first], options=tuple(position[option] for option in self.options))
 
-    def to_arrays(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def to_arrays(self) -> tuple[dict[str, Shaped[Tensor, "*_"]], dict[str, Any]]:
         """Head and offset as tensors; routes and names of the evidence as JSON values."""
         values = {
             "kind": self.kind,
@@ -249,7 +250,9 @@ class LearnedCascadeRouter:
         return cls(shape.routes[0], head, shape.no_offset, shape.routes, shape.num_classes, CASCADE_EVIDENCE)
 
     @classmethod
-    def from_arrays(cls, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> LearnedCascadeRouter:
+    def from_arrays(
+        cls, tensors: Mapping[str, Shaped[Tensor, "*_"]], values: Mapping[str, Any]
+    ) -> LearnedCascadeRouter:
         """Rebuild it."""
         return cls(
             first=values["first"],

@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from jaxtyping import Float, Float64, Int64, Shaped
 from torch import Tensor
 
 from dsnet.routers.base import STOP, CalibratedHead, Evidence, Executed, NetworkShape
@@ -28,9 +29,9 @@ class GateRouter:
     inputs, so that the same hidden vector gives the same route wherever it is evaluated.
     """
 
-    weight: Tensor
+    weight: Float64[Tensor, "routes hidden"]
     """float64 [R, hidden]: a row per route of the routing space."""
-    offset: Tensor
+    offset: Float64[Tensor, " routes"]
     """float64 [R]: beta * cost, subtracted from the logits (calibration to the target MAdds)."""
     routes: tuple[int, ...]
     """The routing space: ids in the SubnetSet, one per row."""
@@ -49,22 +50,22 @@ class GateRouter:
         """Only the hidden vector."""
         return ("hidden",)
 
-    def decision_madds(self, routes: Tensor) -> Tensor:
+    def decision_madds(self, routes: Int64[Tensor, " batch"]) -> Int64[Tensor, " batch"]:
         """MAdds of the head, the same for every route."""
         return torch.full_like(routes, gate_madds(self.weight.shape[1], self.weight.shape[0]))
 
-    def scores(self, hidden: Tensor) -> Tensor:
+    def scores(self, hidden: Float[Tensor, "batch hidden"]) -> Float64[Tensor, "batch routes"]:
         """Calibrated logits, float64 [B, R]."""
         device = hidden.device
         return hidden.double() @ self.weight.to(device).T - self.offset.to(device)
 
-    def step(self, evidence: Evidence, executed: Sequence[Executed]) -> Tensor:
+    def step(self, evidence: Evidence, executed: Sequence[Executed]) -> Int64[Tensor, " batch"]:
         """Decide once, then stop."""
         if executed:
             return evidence.same(STOP)
         return self._route_ids.to(evidence.device)[self.scores(evidence["hidden"]).argmax(1)]
 
-    def margin(self, evidence: Evidence, executed: Sequence[Executed]) -> Tensor:
+    def margin(self, evidence: Evidence, executed: Sequence[Executed]) -> Float64[Tensor, " batch"]:
         """Lead of the best score over the second, relative to the errors of the features
         (`Head.lead`)."""
         if executed:
@@ -75,7 +76,7 @@ class GateRouter:
         """The same gate over other ids."""
         return replace(self, routes=tuple(position[route] for route in self.routes))
 
-    def to_arrays(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def to_arrays(self) -> tuple[dict[str, Shaped[Tensor, "*_"]], dict[str, Any]]:
         """Weight and offset as tensors; the routing space as a JSON value."""
         return {"weight": self.weight, "offset": self.offset}, {"kind": self.kind, "routes": list(self.routes)}
 
@@ -95,7 +96,7 @@ class GateRouter:
         return cls(head.weight, shape.no_offset, shape.routes)
 
     @classmethod
-    def from_arrays(cls, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> GateRouter:
+    def from_arrays(cls, tensors: Mapping[str, Shaped[Tensor, "*_"]], values: Mapping[str, Any]) -> GateRouter:
         """Rebuild it."""
         return cls(tensors["weight"].double(), tensors["offset"].double(), tuple(values["routes"]))
 
@@ -112,7 +113,7 @@ class EvidenceGateRouter:
 
     head: Head
     """Head on the concatenated parts of `RICH_EVIDENCE`."""
-    offset: Tensor
+    offset: Float64[Tensor, " routes"]
     """float64 [R]: beta * cost, subtracted from the scores."""
     routes: tuple[int, ...]
     pooling_madds: int
@@ -124,21 +125,21 @@ class EvidenceGateRouter:
     tie = ROUNDING_TIE
     needs = RICH_EVIDENCE
 
-    def decision_madds(self, routes: Tensor) -> Tensor:
+    def decision_madds(self, routes: Int64[Tensor, " batch"]) -> Int64[Tensor, " batch"]:
         """MAdds of poolings and head, the same for every route."""
         return torch.full_like(routes, self.pooling_madds + self.head.madds)
 
     def _features(self, evidence: Evidence) -> Tensor:
         return torch.cat([evidence[part] for part in self.needs], dim=1)
 
-    def step(self, evidence: Evidence, executed: Sequence[Executed]) -> Tensor:
+    def step(self, evidence: Evidence, executed: Sequence[Executed]) -> Int64[Tensor, " batch"]:
         """Decide once, then stop."""
         if executed:
             return evidence.same(STOP)
         scores = self.head(self._features(evidence)) - self.offset.to(evidence.device)
         return torch.tensor(self.routes, device=evidence.device)[scores.argmax(1)]
 
-    def margin(self, evidence: Evidence, executed: Sequence[Executed]) -> Tensor:
+    def margin(self, evidence: Evidence, executed: Sequence[Executed]) -> Float64[Tensor, " batch"]:
         """Lead of the best score over the second, relative to the errors of the features
         (`Head.lead`)."""
         if executed:
@@ -149,7 +150,7 @@ class EvidenceGateRouter:
         """The same gate over other ids."""
         return replace(self, routes=tuple(position[route] for route in self.routes))
 
-    def to_arrays(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def to_arrays(self) -> tuple[dict[str, Shaped[Tensor, "*_"]], dict[str, Any]]:
         """Head and offset as tensors; the routing space and the MAdds of poolings as JSON
         values."""
         values = {"kind": self.kind, "routes": list(self.routes), "pooling_madds": self.pooling_madds}
@@ -170,7 +171,7 @@ class EvidenceGateRouter:
         return cls(Head.zeros(shape.tree.num_routes, shape.rich[0], TIMED_UNITS), shape.no_offset, shape.routes, 0)
 
     @classmethod
-    def from_arrays(cls, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> EvidenceGateRouter:
+    def from_arrays(cls, tensors: Mapping[str, Shaped[Tensor, "*_"]], values: Mapping[str, Any]) -> EvidenceGateRouter:
         """Rebuild it."""
         head = Head.from_tensors(tensors, "head.")
         return cls(head, tensors["offset"].double(), tuple(values["routes"]), values["pooling_madds"])

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float, Float64, Shaped
 from torch import Tensor
 
 TIMED_UNITS = 32
@@ -19,17 +20,17 @@ class Head:
     """A head of one or two layers; it computes in float64 from float32 inputs, so that the same
     features give the same route wherever it is evaluated."""
 
-    weight: Tensor
+    weight: Float64[Tensor, "choices inputs"]
     """float64 [R, hidden] of the last of two layers, or [R, D] of a single one."""
-    bias: Tensor | None = None
+    bias: Float64[Tensor, " choices"] | None = None
     """float64 [R]; None = no bias."""
-    inner_weight: Tensor | None = None
+    inner_weight: Float64[Tensor, "inputs features"] | None = None
     """float64 [hidden, D] of the first of two layers, which is followed by a ReLU; None for a
     single layer."""
-    inner_bias: Tensor | None = None
+    inner_bias: Float64[Tensor, " inputs"] | None = None
     """float64 [hidden]; None for a single layer."""
 
-    def __call__(self, features: Tensor) -> Tensor:
+    def __call__(self, features: Float[Tensor, "batch features"]) -> Float64[Tensor, "batch choices"]:
         """Scores of features, [B, D] -> float64 [B, R]."""
         device = features.device
         x = features.double()
@@ -38,7 +39,12 @@ class Head:
         weight = self.weight.to(device).T
         return x @ weight if self.bias is None else torch.addmm(self.bias.to(device), x, weight)
 
-    def lead(self, features: Tensor, offset: Tensor, sizes: Tensor | None = None) -> Tensor:
+    def lead(
+        self,
+        features: Float[Tensor, "batch features"],
+        offset: Float64[Tensor, " choices"],
+        sizes: Float[Tensor, "batch features"] | None = None,
+    ) -> Float64[Tensor, " batch"]:
         """Lead of the best calibrated score over the second, divided by its sensitivity to errors
         of the features: float64 [B].
 
@@ -69,7 +75,7 @@ class Head:
         """MAdds for one image; biases are not counted."""
         return self.weight.numel() + (0 if self.inner_weight is None else self.inner_weight.numel())
 
-    def tensors(self, prefix: str) -> dict[str, Tensor]:
+    def tensors(self, prefix: str) -> dict[str, Shaped[Tensor, "*_"]]:
         """Its tensors by name, for `from_tensors`."""
         parts = {
             "weight": self.weight,
@@ -91,7 +97,7 @@ class Head:
         return cls(zeros(num_options, units), zeros(num_options), zeros(units, num_features), zeros(units))
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor], prefix: str) -> Head:
+    def from_tensors(cls, tensors: Mapping[str, Shaped[Tensor, "*_"]], prefix: str) -> Head:
         """Rebuild a head from `tensors`.
 
         Raises:

@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from jaxtyping import Shaped
+
 from dsnet.errors import CheckpointError
 from dsnet.plugins import load_plugins
 
@@ -104,7 +106,7 @@ def kind_names(matches: Callable[[RouterKind], bool] = lambda kind: True) -> tup
     return tuple(name for name, kind in router_kinds().items() if matches(kind))
 
 
-def router_from_arrays(tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> Router:
+def router_from_arrays(tensors: Mapping[str, Shaped[Tensor, "*_"]], values: Mapping[str, Any]) -> Router:
     """Rebuild a router from the result of its `to_arrays`.
 
     Raises:

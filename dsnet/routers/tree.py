@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from jaxtyping import Float64, Int64, Shaped
 from torch import Tensor
 
 from dsnet.routers.base import STOP, Evidence, Executed, NetworkShape
@@ -35,7 +36,7 @@ class GatesRouter:
     heads: tuple[tuple[Head, ...], ...]
     """[gate][node] heads, which score the choices of the gate in their order; nodes may share one
     head."""
-    offsets: tuple[tuple[Tensor, ...], ...]
+    offsets: tuple[tuple[Float64[Tensor, " _choices"], ...], ...]
     """[gate][node] float64 [choices]: beta * cost of the branch; +inf for a choice that the node
     does not have."""
     needs: tuple[str, ...] = ("hidden",)
@@ -57,7 +58,7 @@ class GatesRouter:
         """Number of gates, which is that of the network."""
         return len(self.tree.gates)
 
-    def decision_madds(self, routes: Tensor) -> Tensor:
+    def decision_madds(self, routes: Int64[Tensor, " batch"]) -> Int64[Tensor, " batch"]:
         """MAdds of all decisions on the way to each route: heads and poolings of the nodes
         passed."""
         by_route = torch.zeros(max(self.routes) + 1, dtype=torch.int64)
@@ -95,7 +96,7 @@ class GatesRouter:
     def _features(self, evidence: Evidence) -> Tensor:
         return torch.cat([evidence[part] for part in self.needs], dim=1)
 
-    def step(self, evidence: Evidence, executed: Sequence[Executed]) -> Tensor:
+    def step(self, evidence: Evidence, executed: Sequence[Executed]) -> Int64[Tensor, " batch"]:
         """The first route of the best branch (any route of the branch fixes the path up to the next
         gate); STOP once a route has run."""
         if executed:
@@ -105,7 +106,7 @@ class GatesRouter:
         scores = self.heads[evidence.gate][node](self._features(evidence)) - offset
         return self._first_routes[evidence.gate][node].to(evidence.device)[scores.argmax(1)]
 
-    def margin(self, evidence: Evidence, executed: Sequence[Executed]) -> Tensor:
+    def margin(self, evidence: Evidence, executed: Sequence[Executed]) -> Float64[Tensor, " batch"]:
         """Lead of the best branch over the second, relative to the errors of the features
         (`Head.lead`)."""
         if executed:
@@ -117,7 +118,7 @@ class GatesRouter:
         """The same gates over other ids."""
         return replace(self, routes=tuple(position[route] for route in self.routes))
 
-    def to_arrays(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def to_arrays(self) -> tuple[dict[str, Shaped[Tensor, "*_"]], dict[str, Any]]:
         """Heads and offsets by gate and node as tensors, a shared head once; the rest as JSON
         values."""
         tensors: dict[str, Tensor] = {}
@@ -161,7 +162,7 @@ class GatesRouter:
         )
 
     @classmethod
-    def from_arrays(cls, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> GatesRouter:
+    def from_arrays(cls, tensors: Mapping[str, Shaped[Tensor, "*_"]], values: Mapping[str, Any]) -> GatesRouter:
         """Rebuild it."""
         heads, offsets = [], []
         for gate, owners in enumerate(values["owners"]):

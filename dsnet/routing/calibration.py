@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+from jaxtyping import Float, Float64
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
@@ -14,7 +15,9 @@ RESOLUTION = 1e-12
 coarser than rounding."""
 
 
-def calibrate(scores: Floats, madds: Floats, target: float) -> float:
+def calibrate(
+    scores: Float64[np.ndarray, "images routes"], madds: Float64[np.ndarray, " routes"], target: float
+) -> float:
     """The beta for which the choices argmax_k(l_k - beta * cost_k) have the mean cost nearest to
     `target`.
 
@@ -119,7 +122,7 @@ def _end_of_step(mean_cost: Callable[[float], float], inside: float, outside: fl
     return inside
 
 
-def confidence_threshold(confidence: NDArray[np.floating], first: float, extra: float, target: float) -> float:
+def confidence_threshold(confidence: Float[np.ndarray, " images"], first: float, extra: float, target: float) -> float:
     """The confidence below which a cascade runs its second route, for a mean cost nearest to
     `target`.
 

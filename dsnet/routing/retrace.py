@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from jaxtyping import Float64, Int64, Shaped
 from torch import Tensor
 
 from dsnet.routers.base import STOP, Evidence, Executed, Router
@@ -59,11 +60,11 @@ class Retrace:
         """The inner router's margin below which a decision counts as a tie."""
         return self.inner.tie
 
-    def decision_madds(self, routes: Tensor) -> Tensor:
+    def decision_madds(self, routes: Int64[Tensor, " batch"]) -> Int64[Tensor, " batch"]:
         """MAdds of the inner router's decisions."""
         return self.inner.decision_madds(routes)
 
-    def step(self, evidence: Evidence, executed: Sequence[Executed]) -> Tensor:
+    def step(self, evidence: Evidence, executed: Sequence[Executed]) -> Int64[Tensor, " batch"]:
         """The inner router's decision, or the recorded route (STOP once it has run) where the
         decision is a tie."""
         chosen = self.inner.step(evidence, executed)
@@ -80,7 +81,7 @@ class Retrace:
         node_of = self.tree.gates[evidence.gate].node_of
         return evidence.gate == 0 or node_of[self.recorded] == node_of[evidence.route]
 
-    def margin(self, evidence: Evidence, executed: Sequence[Executed]) -> Tensor:
+    def margin(self, evidence: Evidence, executed: Sequence[Executed]) -> Float64[Tensor, " batch"]:
         """The margins of the inner router's decisions."""
         return self.inner.margin(evidence, executed)
 
@@ -98,6 +99,6 @@ class Retrace:
         """Facts of the inner router."""
         return self.inner.facts(names)
 
-    def to_arrays(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def to_arrays(self) -> tuple[dict[str, Shaped[Tensor, "*_"]], dict[str, Any]]:
         """The inner router's arrays and metadata; the recorded route is not included."""
         return self.inner.to_arrays()

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+from jaxtyping import Bool, Float16, Float32, Float64, Int32, Int64, Shaped
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -68,31 +69,31 @@ class RoutingTable:
     """MAdds that every route costs before the first gate decides."""
     num_classes: int
     """Number of classes of the task; `logits` may hold fewer."""
-    image_ids: NDArray[np.int64]
+    image_ids: Int64[np.ndarray, " images"]
     """[N] index in the data set."""
-    labels: NDArray[np.int64]
+    labels: Int64[np.ndarray, " images"]
     """[N] class of each image."""
-    madds: NDArray[np.int64]
+    madds: Int64[np.ndarray, " routes"]
     """[K] MAdds of the whole sub-network, without the gate's head."""
-    ce: NDArray[np.float32]
+    ce: Float32[np.ndarray, "images routes"]
     """[N, K] unsmoothed cross-entropy: p(y) = exp(-ce)."""
-    predicted: NDArray[np.int64]
+    predicted: Int64[np.ndarray, "images routes"]
     """[N, K] predicted class."""
-    correct1: NDArray[np.bool_]
+    correct1: Bool[np.ndarray, "images routes"]
     """[N, K] whether the prediction is correct."""
-    correct5: NDArray[np.bool_]
+    correct5: Bool[np.ndarray, "images routes"]
     """[N, K] whether the label is among the five largest logits."""
-    confidence: NDArray[np.float32]
+    confidence: Float32[np.ndarray, "images routes"]
     """[N, K] largest probability."""
-    margin: NDArray[np.float32]
+    margin: Float32[np.ndarray, "images routes"]
     """[N, K] largest minus second largest probability."""
-    entropy: NDArray[np.float32]
+    entropy: Float32[np.ndarray, "images routes"]
     """[N, K] entropy of the probabilities in nats."""
-    logits: NDArray[np.float16]
+    logits: Float16[np.ndarray, "images routes kept_classes"]
     """[N, K, L] logits of all classes, or the 32 largest where there are more than 100 classes."""
-    logit_classes: NDArray[np.int32]
+    logit_classes: Int32[np.ndarray, "images routes listed_classes"]
     """[N, K, L] the classes of `logits`, or empty, [N, K, 0], where `logits` are in class order."""
-    evidence: NDArray[np.float32]
+    evidence: Float32[np.ndarray, "images columns"]
     """[N, E] evidence of all gates at all their nodes, side by side; `gates` gives the columns."""
 
     def __post_init__(self) -> None:
@@ -133,7 +134,7 @@ class RoutingTable:
         """Number of routes, K."""
         return len(self.routes)
 
-    def part(self, name: str, gate: int = 0, node: int = 0) -> NDArray[np.float32]:
+    def part(self, name: str, gate: int = 0, node: int = 0) -> Float32[np.ndarray, "images features"]:
         """One part of the evidence at a node of a gate, [N, length of the part].
 
         Raises:
@@ -143,14 +144,14 @@ class RoutingTable:
         start, stop = self.gates[gate].layouts[node][name]
         return self.evidence[:, start:stop]
 
-    def top1(self) -> NDArray[np.float64]:
+    def top1(self) -> Float64[np.ndarray, " routes"]:
         """[K] top-1 accuracy of each route on its own, 0..1."""
         return self.correct1.mean(0, dtype=np.float64)
 
     ARRAYS: ClassVar[tuple[str, ...]]
     """Names of the array fields."""
 
-    def arrays(self) -> dict[str, NDArray[Any]]:
+    def arrays(self) -> dict[str, Shaped[np.ndarray, "*_"]]:
         """The array fields by name, e.g. for a shared object store."""
         return {name: getattr(self, name) for name in self.ARRAYS}
 
@@ -167,7 +168,7 @@ class RoutingTable:
         }
 
     @classmethod
-    def from_arrays(cls, arrays: Mapping[str, NDArray[Any]], meta: Mapping[str, Any]) -> RoutingTable:
+    def from_arrays(cls, arrays: Mapping[str, Shaped[np.ndarray, "*_"]], meta: Mapping[str, Any]) -> RoutingTable:
         """Build a table from the results of `arrays()` and `meta()`; the arrays are not copied.
 
         Raises:

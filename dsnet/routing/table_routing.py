@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from jaxtyping import Bool, Float64, Int64
 from torch import Tensor
 
 from dsnet.routers.base import STOP, Evidence, Executed, Router
@@ -17,25 +17,25 @@ from dsnet.routing.routing_table import RoutingTable
 class TableRun:
     """Result of routing the N images of a table."""
 
-    routes: NDArray[np.int64]
+    routes: Int64[np.ndarray, " images"]
     """[N] route whose answer counts: the last one that ran."""
-    ran: NDArray[np.bool_]
+    ran: Bool[np.ndarray, "images routes"]
     """[N, K] whether the route ran."""
-    madds: NDArray[np.int64]
+    madds: Int64[np.ndarray, " images"]
     """[N] MAdds of everything that was executed: the trunk once, every tail, every decision."""
-    is_tie: NDArray[np.bool_]
+    is_tie: Bool[np.ndarray, " images"]
     """[N] whether a decision was a numerical tie, so that another processor may decide
     otherwise."""
-    lead: NDArray[np.float64]
+    lead: Float64[np.ndarray, " images"]
     """[N] smallest margin of all decisions, relative to the router's `tie`."""
 
     @property
-    def histogram(self) -> NDArray[np.float64]:
+    def histogram(self) -> Float64[np.ndarray, " routes"]:
         """[K] share of the images whose answer comes from each route."""
         return np.bincount(self.routes, minlength=self.ran.shape[1]) / len(self.routes)
 
     @property
-    def runs(self) -> NDArray[np.float64]:
+    def runs(self) -> Float64[np.ndarray, " routes"]:
         """[K] share of the images that ran each route; for a cascade the shares may sum to more
         than 1."""
         return self.ran.mean(0)

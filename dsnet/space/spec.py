@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from dsnet.errors import CheckpointError
 
@@ -21,7 +21,8 @@ IMAGE_CHANNELS = -1
 """The `in_group` of an op whose input channels are those of the image."""
 CLASSES = -2
 """The `out_group` of an op whose output channels are the classes."""
-NORMS = ("private_stats", "private_affine", "recalibrate", "group_norm")
+Norm = Literal["private_stats", "private_affine", "recalibrate", "group_norm"]
+NORMS: tuple[str, ...] = get_args(Norm)
 """Kinds of normalisation for sub-networks of different widths (docs/definitions.md, Supernet
 training), in this order: BatchNorm with private running statistics per prefix of widths and one
 shared affine pair; with private affine pairs too; with private statistics that only recalibration

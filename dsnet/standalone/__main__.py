@@ -20,10 +20,11 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from dsnet.arithmetic import fix_arithmetic
 from dsnet.errors import ConfigError, DsnetError, StoppedError
+from dsnet.settings import Device
 from dsnet.stop_signals import StopRequest, stop_on_signals
 
 EXIT_MORE = 6
@@ -96,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--config", type=Path, required=True, help="resolved.json (see dsnet.standalone.resolved)")
     parser.add_argument("--out", type=Path, required=True, help="output folder; one that exists is continued")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
+    parser.add_argument("--device", choices=get_args(Device), default="auto", help="default: auto")
     cores = len(os.sched_getaffinity(0))
     parser.add_argument("--threads", type=int, default=cores, help="torch threads; default: all cores")
     parser.add_argument(

@@ -9,97 +9,26 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dsnet.data import Augmentation, Normalization, SplitSizes
-from dsnet.data.augment import DescribedImages
+from dsnet.data.normalization import Normalization
+from dsnet.data.settings import DataSettings, DescribedImages
 from dsnet.dotted import flatten
 from dsnet.errors import ConfigError
-from dsnet.measure.latency import DEVICES, LatencySettings
-from dsnet.strict_json import check_known, read_strictly
-from dsnet.training.settings import (
-    BootstrapSettings,
-    Regime,
-    SupernetRun,
-    TrainSettings,
-    check_recalibration,
-    is_of_first_release,
-    with_published,
-)
+from dsnet.measure.settings import LatencySettings
+from dsnet.settings import DEFAULT_SEED, Seed, SettingError, Settings
+from dsnet.strict_json import read_strictly
+from dsnet.training.settings import SupernetSettings, is_of_first_release, with_published
+from dsnet.training.supernet_run import SupernetRun
 
 VERSION = 1
 _HOUSEKEEPING = ("data.path", "supernet.init_from", "supernet.keep_checkpoints", "supernet.train.checkpoint_every")
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataSettings:
-    """The images and their splits."""
-
-    name: str
-    """A registered data set: digits, cifar10, image_folder, ..."""
-    path: str | None = None
-    """The data set's folder; null = the environment variable DSNET_DATA."""
-    image_size: int | None = None
-    """Height and width in pixels; null = the data's own size."""
-    crop_fraction: float = 1.0
-    """Image folders only: share of the shorter side that the centre crop keeps, (0, 1]."""
-    splits: SplitSizes = field(default_factory=SplitSizes)
-    limit: int | None = None
-    """Maximum number of images per split; null = no limit."""
-    augment: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of `dsnet.data.Augmentation`; fields that are null or absent take the data set's
-    defaults."""
-    stream: bool = False
-    """Image folders only: stream `train` from its files during training."""
-
-    def __post_init__(self) -> None:
-        check_known(self.augment, Augmentation.__dataclass_fields__, "data.augment")
-        read_strictly(Augmentation, self._given(), "data.augment")
-
-    def _given(self) -> dict[str, Any]:
-        return {name: value for name, value in self.augment.items() if value is not None}
-
-    def augmentation(self, images: DescribedImages) -> Augmentation:
-        """The augmentation, with the defaults for the data set filled in."""
-        return Augmentation.for_images(images, **self._given())
-
-
-@dataclass(frozen=True, kw_only=True)
-class RecalibrationSettings:
-    """Settings of BatchNorm recalibration after training."""
-
-    images: int | None = None
-    """Number of images of `train`; null = all; 0 = keep the statistics of the start weights."""
-    batch_size: int = 256
-    """Images per batch."""
-
-    def __post_init__(self) -> None:
-        check_recalibration(self.images, self.batch_size)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SupernetSettings:
-    """The network and its training."""
-
-    model: str
-    """A registered family; or `checkpoint` for the network and sub-networks of `init_from`."""
-    options: Mapping[str, Any] = field(default_factory=dict)
-    """Options of the family."""
-    init_from: str | None = None
-    """Path of start weights (see `dsnet.training.start.load_start`); their normalisation is used
-    too."""
-    train: TrainSettings = field(default_factory=TrainSettings)
-    regime: Regime = field(default_factory=Regime)
-    bootstrapping: BootstrapSettings = field(default_factory=BootstrapSettings)
-    weights: str = "ema"
-    recalibration: RecalibrationSettings = field(default_factory=RecalibrationSettings)
-    keep_checkpoints: int = 2
-
-
-@dataclass(frozen=True, kw_only=True)
-class StandaloneConfig:
+class StandaloneConfig(Settings):
     """Everything except the device that determines the results of `python -m dsnet.training`."""
 
     version: int = VERSION
-    seed: int = 0
+    seed: Seed = DEFAULT_SEED
     """Seed of the splits and of training, as in sweep.yaml."""
     data: DataSettings
     supernet: SupernetSettings
@@ -107,14 +36,9 @@ class StandaloneConfig:
     """Each `device` may be auto, cpu or cuda."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.version != VERSION:
-            raise ConfigError(f"version is {self.version}, but this release reads {VERSION}")
-        if self.seed < 0:
-            raise ConfigError(f"seed is {self.seed}, but must be at least 0")
-        named = {f"devices.{name}.device": own.device for name, own in self.measure.devices.items()}
-        for key, device in {"device": self.measure.device, **named}.items():
-            if device not in DEVICES:
-                raise ConfigError(f"measure.{key} is {device!r}; known: {', '.join(DEVICES)}")
+            raise SettingError(f"version is {self.version}, but this release reads {VERSION}")
 
     def supernet_run(
         self, images: DescribedImages, normalization: Normalization, origin: Mapping[str, Any] | None = None

@@ -20,9 +20,11 @@ import torch
 from torch import Tensor
 
 from dsnet.arithmetic import arithmetic_facts
-from dsnet.data import Augmentation, Batch, Normalization, Splits, TensorData, make_splits
+from dsnet.data.normalization import Normalization
+from dsnet.data.settings import Augmentation
 from dsnet.data.sources import ImageSource, load_source
-from dsnet.data.splits import data_fingerprint
+from dsnet.data.splits import Splits, data_fingerprint, make_splits
+from dsnet.data.tensors import Batch, TensorData
 from dsnet.data.training_images import InMemoryImages, TrainingImages
 from dsnet.environment import installed_versions, resolve_device
 from dsnet.errors import StoppedError
@@ -39,12 +41,13 @@ from dsnet.measure.evaluate import (
 from dsnet.measure.latency import device_name, latency_file, measure_latency
 from dsnet.network.supernet import Supernet
 from dsnet.routing.routing_table import RoutingTable
+from dsnet.settings import Device
 from dsnet.standalone.output_folder import STAGES, OutputFolder
 from dsnet.standalone.resolved import StandaloneConfig
 from dsnet.stored.checkpoint import load_supernet
-from dsnet.training.settings import SupernetRun
 from dsnet.training.start import check_start, first_weights, lay_out, load_start
-from dsnet.training.supernet import FINAL, train_supernet
+from dsnet.training.supernet import FINAL, TrainingCallbacks, train_supernet
+from dsnet.training.supernet_run import SupernetRun
 
 PACKAGES = ("dsnet-orch", "torch", "numpy", "safetensors", "Pillow", "pyarrow", "scikit-learn")
 PIECE_BATCHES = 8
@@ -57,7 +60,7 @@ def run_standalone(
     config: StandaloneConfig,
     out: Path,
     *,
-    device: str = "auto",
+    device: Device = "auto",
     should_stop: Callable[[], bool] = lambda: False,
     say: Callable[[str], None] = lambda text: None,
 ) -> OutputFolder:
@@ -111,7 +114,7 @@ class _StageRunner:
 
     config: StandaloneConfig
     folder: OutputFolder
-    device: str
+    device: Device
     should_stop: Callable[[], bool]
     say: Callable[[str], None]
 
@@ -193,8 +196,7 @@ class _StageRunner:
             run,
             folder=self.folder.supernet,
             device=self.device,
-            reporter=_LossLines(self.say),
-            should_stop=self.should_stop,
+            callbacks=TrainingCallbacks(reporter=_LossLines(self.say), should_stop=self.should_stop),
         )
         if stem is None:
             raise StoppedError("training was stopped; the same command continues")

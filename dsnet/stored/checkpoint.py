@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from jaxtyping import Shaped
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -24,7 +25,7 @@ from dsnet.space.subnet_set import SubnetSet
 SCHEMA_VERSION = 1
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
+def save_tensors(path: Path, tensors: Mapping[str, Shaped[Tensor, "*_"]]) -> str:
     """Write a safetensors file atomically; returns its SHA-256.
 
     Raises:
@@ -38,7 +39,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
         return file_sha256(temporary)
 
 
-def load_tensors(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
+def load_tensors(path: Path, sha256: str | None = None) -> dict[str, Shaped[Tensor, "*_"]]:
     """Read a safetensors file and check its hash if one is given.
 
     Raises:
@@ -58,13 +59,13 @@ def load_tensors(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
         ) from error
 
 
-def save_checkpoint(stem: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+def save_checkpoint(stem: Path, tensors: Mapping[str, Shaped[Tensor, "*_"]], meta: Mapping[str, Any]) -> None:
     """Write a checkpoint; the JSON file is written last and makes it valid."""
     digest = save_tensors(stem.with_name(stem.name + ".safetensors"), tensors)
     atomic_write_json(stem.with_name(stem.name + ".json"), {"schema_version": SCHEMA_VERSION, "sha256": digest, **meta})
 
 
-def load_checkpoint(stem: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def load_checkpoint(stem: Path) -> tuple[dict[str, Shaped[Tensor, "*_"]], dict[str, Any]]:
     """Read a checkpoint: (tensors, meta).
 
     Raises:
@@ -106,7 +107,7 @@ def load_supernet(stem: Path) -> tuple[Supernet, dict[str, Any]]:
     return supernet.eval(), meta
 
 
-def load_exactly(supernet: Supernet, tensors: Mapping[str, Tensor], where: str) -> None:
+def load_exactly(supernet: Supernet, tensors: Mapping[str, Shaped[Tensor, "*_"]], where: str) -> None:
     """Load a state dict that must fit exactly.
 
     Raises:
@@ -126,6 +127,6 @@ def load_exactly(supernet: Supernet, tensors: Mapping[str, Tensor], where: str) 
     supernet.load_state_dict(dict(tensors))
 
 
-def tensors_below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def tensors_below(tensors: Mapping[str, Shaped[Tensor, "*_"]], prefix: str) -> dict[str, Shaped[Tensor, "*_"]]:
     """The tensors whose names begin with `prefix`, with the prefix removed from their names."""
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

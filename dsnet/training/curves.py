@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from dsnet.errors import NonFiniteLossError
@@ -57,7 +58,7 @@ class Curves:
         if path is not None:
             _keep_lines_upto(path, start_step)
 
-    def add(self, step: int, losses: dict[str, Tensor]) -> None:
+    def add(self, step: int, losses: dict[str, Float[Tensor, ""]]) -> None:
         """Store a step's losses without reading them from the device."""
         self._pending.append((step, losses))
 

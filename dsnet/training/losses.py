@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
 
-def soft_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+def soft_cross_entropy(
+    logits: Float[Tensor, "batch classes"], target: Float[Tensor, "batch classes"]
+) -> Float[Tensor, ""]:
     """Mean over the batch of -sum_c target_c log softmax(logits)_c.
 
     Both are [B, C]; `logits` are not normalised, `target` is a distribution.
@@ -15,7 +18,9 @@ def soft_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     return -(target * F.log_softmax(logits, dim=1)).sum(1).mean()
 
 
-def smoothed_one_hot(labels: Tensor, num_classes: int, smoothing: float) -> Tensor:
+def smoothed_one_hot(
+    labels: Int64[Tensor, " batch"], num_classes: int, smoothing: float
+) -> Float32[Tensor, "batch {num_classes}"]:
     """Label-smoothed targets [B, C]: (1 - smoothing) on the label plus smoothing / C everywhere."""
     share = smoothing / num_classes
     target = torch.full((len(labels), num_classes), share, device=labels.device)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Shaped
 from torch import Tensor
 
 from dsnet.data.normalization import Normalization
@@ -22,7 +23,7 @@ from dsnet.seeds import derive_seed
 from dsnet.space.spec import CLASSES, SupernetSpec
 from dsnet.space.subnet_set import SubnetSet
 from dsnet.stored.checkpoint import load_checkpoint, tensors_below
-from dsnet.training.settings import SupernetRun
+from dsnet.training.supernet_run import SupernetRun
 
 CHECKPOINT_MODEL = "checkpoint"
 """Value of `supernet.model` that takes the network and its sub-networks from the start weights."""
@@ -38,7 +39,7 @@ class Start:
 
     stem: Path
     subnets: SubnetSet
-    tensors: Mapping[str, Tensor]
+    tensors: Mapping[str, Shaped[Tensor, "*_"]]
     """The supernet's state dict, on the CPU."""
     sha256: str
     """SHA-256 of the tensor file."""

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from dsnet.network.prefix_tree import by_prefix
@@ -55,8 +56,13 @@ class StepRules:
 
 
 def supernet_step(
-    student: Supernet, teacher: Supernet | None, images: Tensor, labels: Tensor, plan: StepPlan, rules: StepRules
-) -> dict[str, Tensor]:
+    student: Supernet,
+    teacher: Supernet | None,
+    images: Float[Tensor, "batch channels height width"],
+    labels: Int64[Tensor, " batch"],
+    plan: StepPlan,
+    rules: StepRules,
+) -> dict[str, Float[Tensor, ""]]:
     """Run forward and backward of one step for every sub-network of `plan`; gradients add up
     unweighted (docs/methods.md, section 3).
 

@@ -10,10 +10,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float32
 from torch import Tensor
 
 from dsnet.data.training_images import TrainingImages
@@ -33,8 +35,8 @@ from dsnet.stored.checkpoint import (
 )
 from dsnet.training.curves import Curves, Progress, Reporter, SilentReporter
 from dsnet.training.optimization import learning_rate, make_optimizer
-from dsnet.training.settings import SupernetRun
 from dsnet.training.step import StepPlan, StepRules, supernet_step
+from dsnet.training.supernet_run import SupernetRun
 from dsnet.training.workers import SingleWorker, Workers
 
 FINAL = "final"
@@ -211,7 +213,22 @@ def checkpoint_stems(folder: Path) -> list[Path]:
     return sorted(path.with_suffix("") for path in folder.glob("epoch-*.json"))
 
 
-def train_supernet(  # noqa: PLR0913 - all but three are given by name
+@dataclass(frozen=True, kw_only=True)
+class TrainingCallbacks:
+    """Functions that a training calls; by default it runs to its end and reports nothing."""
+
+    reporter: Reporter = field(default_factory=SilentReporter)
+    """Receives the loss curves."""
+    should_stop: Callable[[], bool] = lambda: False
+    """Called at every step; True ends training before that step. A single worker then stores a
+    checkpoint; several continue from the end of the last epoch."""
+    on_epoch: Callable[[int, Supernet], None] = lambda epochs, supernet: None
+    """Called on worker 0 with the number of epochs done and the network whose weights would be kept
+    now (not to be changed): at the end of every epoch except the last, after its checkpoint, and
+    for the epoch's end from which a call continues. It may raise."""
+
+
+def train_supernet(
     supernet: Supernet,
     data: TrainingImages,
     run: SupernetRun,
@@ -219,9 +236,7 @@ def train_supernet(  # noqa: PLR0913 - all but three are given by name
     folder: Path,
     device: torch.device | str = "cpu",
     workers: Workers | None = None,
-    reporter: Reporter | None = None,
-    should_stop: Callable[[], bool] = lambda: False,
-    on_epoch: Callable[[int, Supernet], None] = lambda epochs, supernet: None,
+    callbacks: TrainingCallbacks | None = None,
 ) -> Path | None:
     """Train, recalibrate and store a supernet; continues from the newest complete checkpoint in
     `folder`.
@@ -234,12 +249,7 @@ def train_supernet(  # noqa: PLR0913 - all but three are given by name
             `final.safetensors|json`.
         device: The device to train on.
         workers: The data-parallel group; None trains in this process alone.
-        reporter: Receives the loss curves.
-        should_stop: Called at every step; True ends training before that step. A single worker then
-            stores a checkpoint; several continue from the end of the last epoch.
-        on_epoch: Called on worker 0 with the number of epochs done and the network whose weights
-            would be kept now (not to be changed): at the end of every epoch except the last, after
-            its checkpoint, and for the epoch's end from which a call continues. It may raise.
+        callbacks: Functions that receive its progress and may stop it; None calls nobody.
 
     Returns:
         The stem of the final checkpoint, or None where training was stopped or this is not worker
@@ -251,19 +261,20 @@ def train_supernet(  # noqa: PLR0913 - all but three are given by name
         ConfigError: the batch is too small for the workers and micro-batches.
     """
     workers = workers if workers is not None else SingleWorker()
+    callbacks = callbacks if callbacks is not None else TrainingCallbacks()
     batch_size = whole_batch(run.train.batch_size, len(data.labels), workers.size, run.train.accumulate)
     session = _Session(supernet, run, len(data.labels) // batch_size, torch.device(device))
     folder.mkdir(parents=True, exist_ok=True)
     stems = checkpoint_stems(folder)
     pending = session.load(stems[-1]) if stems else []
     path = folder / "curves.jsonl" if workers.rank == 0 else None
-    curves = Curves(path, reporter if reporter is not None else SilentReporter(), session.step)
+    curves = Curves(path, callbacks.reporter, session.step)
     curves.restore(pending, session.device)
     while session.step < session.num_steps:
         epoch, steps_into = divmod(session.step, session.steps_per_epoch)
         if workers.rank == 0 and epoch > 0 and steps_into == 0:
-            on_epoch(epoch, session.kept)
-        if not _train_epoch(session, data, batch_size, workers, curves, should_stop):
+            callbacks.on_epoch(epoch, session.kept)
+        if not _train_epoch(session, data, batch_size, workers, curves, callbacks.should_stop):
             if workers.size == 1:
                 session.save(folder / f"epoch-{epoch:05d}-step-{session.step:08d}", curves.pending(session.at))
                 _prune(folder, run.keep_checkpoints)
@@ -362,7 +373,9 @@ def _finish(session: _Session, data: TrainingImages, folder: Path) -> Path:
     return folder / FINAL
 
 
-def recalibration_batches(data: TrainingImages, run: SupernetRun, device: torch.device) -> Iterator[Tensor]:
+def recalibration_batches(
+    data: TrainingImages, run: SupernetRun, device: torch.device
+) -> Iterator[Float32[Tensor, "batch channels height width"]]:
     """Unaugmented, normalised images [B, C, H, W] for BatchNorm recalibration; they are a function
     of the run's seed."""
     generator = torch.Generator().manual_seed(derive_seed(run.seed, "recalibration"))

@@ -12,7 +12,7 @@ from types import MappingProxyType
 
 import torch
 
-from dsnet.data import Batch, TensorData
+from dsnet.data.tensors import Batch, TensorData
 from dsnet.data.training_images import TrainingImages
 from dsnet.families import rebuild
 from dsnet.measure.evaluate import build_routing_table
@@ -21,8 +21,8 @@ from dsnet.network.batchnorm import recalibrate
 from dsnet.network.supernet import Supernet
 from dsnet.process_memory import peak_bytes, restart_peak
 from dsnet.space.subnet_set import SubnetSet
-from dsnet.training.settings import SupernetRun
-from dsnet.training.supernet import recalibration_batches, train_supernet
+from dsnet.training.supernet import TrainingCallbacks, recalibration_batches, train_supernet
+from dsnet.training.supernet_run import SupernetRun
 
 MAX_STEPS = 8
 """Maximum number of timed steps, after a first one that is not timed since it is slower."""
@@ -98,7 +98,7 @@ def trial_run(
                 replace(run, train=settings, bootstrapping=usual, origin={}),
                 folder=Path(folder),
                 device=device,
-                should_stop=clock.should_stop,
+                callbacks=TrainingCallbacks(should_stop=clock.should_stop),
             )
             peak = peak_bytes(device)
             checkpoint_bytes = max((file.stat().st_size for file in Path(folder).glob("*.safetensors")), default=0)

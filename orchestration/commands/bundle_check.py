@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 
-from dsnet.data import SplitSizes, TensorData, make_splits
+from dsnet.data.settings import SplitSizes
 from dsnet.data.sources import load_source
+from dsnet.data.splits import make_splits
+from dsnet.data.tensors import TensorData
 from dsnet.deploy.bundle import Bundle, check_bundle_examples, check_bundle_files, load_bundle, score_bundle
 from dsnet.errors import DataError, NotFoundError, VerificationError
 from dsnet.space.cost import subnet_cost

@@ -137,7 +137,7 @@ def _check_settings(text: str, settings: ImportSettings) -> None:
 def _check_out(out: Path) -> None:
     with _usable(out):
         if (out / SWEEP_FILE).exists():
-            raise ConfigError(f"{out / SWEEP_FILE}: is there already; choose another --out, or remove it")
+            raise ConfigError(f"{out / SWEEP_FILE}: already exists; choose another --out, or remove it")
         if out.exists() and not out.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, "it is a file")
 
@@ -158,5 +158,5 @@ def _refuse_own_format(source: Path) -> None:
         return  # none of ours: whoever reads it says what it is
     if isinstance(content, dict) and "spec" in content:
         raise ConfigError(
-            f"{source}: is a checkpoint of dsnet-orch and needs no import; name it in supernet.init_from of a sweep file"
+            f"{source}: is a checkpoint of dsnet-orch and needs no import; use it as supernet.init_from of a sweep file"
         )

@@ -12,9 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from dsnet.data import Splits, make_splits
 from dsnet.data.cifar10 import CLASS_NAMES, IMAGE_SIZE, holds_cifar10
-from dsnet.data.splits import FEW_IMAGES
+from dsnet.data.splits import FEW_IMAGES, Splits, make_splits
 from dsnet.data.survey import Survey, survey_folder
 from dsnet.errors import ConfigError, DataError
 from dsnet.families import Task, family_names, layout
@@ -32,7 +31,7 @@ SIZES = (64, 48, 32)
 LARGE_STEM_FROM = 48
 """Side in pixels from which on the first layers reduce the resolution."""
 UNEVEN = 3
-"""Ratio of the largest to the smallest class from which on the classes are called uneven."""
+"""Ratio of the largest to the smallest class from which on the classes are called unbalanced."""
 MAX_CLASSES = 12
 """Largest number of classes whose image counts are listed."""
 CIFAR10_TRAIN, CIFAR10_TEST = 50_000, 10_000
@@ -69,7 +68,7 @@ def init_sweep(folder: Path, out: Path | None, name: str | None, *, overwrite: b
     name = name if name is not None else _name_of(folder)
     path = out if out is not None else Path(f"{name}.yaml")
     if path.exists() and not overwrite:
-        raise ConfigError(f"{path} is there already; write another with --out FILE, or replace it with --force")
+        raise ConfigError(f"{path} already exists; choose another file with --out, or replace it with --force")
     seen = _look(folder)
     text = sweep_text(folder.absolute(), name, seen)
     load_source_text(parse_yaml(text, str(path)), known_models=family_names())  # it must be valid as it is
@@ -86,7 +85,7 @@ def _name_of(folder: Path) -> str:
 
 def _look(folder: Path) -> Seen:
     if not folder.exists():
-        raise DataError(f"{folder}: does not exist; --data names the folder of the images")
+        raise DataError(f"{folder}: does not exist; set --data to the folder of the images")
     if holds_cifar10(folder):
         return _cifar10()
     return _photos(survey_folder(folder))
@@ -96,7 +95,7 @@ def _cifar10() -> Seen:
     labels = np.tile(np.arange(len(CLASS_NAMES)), (CIFAR10_TRAIN + CIFAR10_TEST) // len(CLASS_NAMES))
     splits = make_splits(labels, np.arange(len(labels)) >= CIFAR10_TRAIN)
     lines = (
-        f"CIFAR-10: {CIFAR10_TRAIN:,} training and {CIFAR10_TEST:,} test images of 32 x 32 pixels in 10 even classes.",
+        f"CIFAR-10: {CIFAR10_TRAIN:,} training and {CIFAR10_TEST:,} test images of 32 x 32 pixels in 10 balanced classes.",
     )
     return Seen("cifar10", None, lines, "", _facts(labels, splits, len(CLASS_NAMES), IMAGE_SIZE), splits)
 
@@ -108,13 +107,13 @@ def _photos(survey: Survey) -> Seen:
     except ConfigError as error:
         fewest = min(survey.class_sizes.items(), key=lambda item: item[1])
         raise DataError(
-            f"{survey.listing.root}: too few images: class {fewest[0]!r} has {fewest[1]}; train, gate, val and test each need one "
-            f"of every class ({error})"
+            f"{survey.listing.root}: too few images: class {fewest[0]!r} has {fewest[1]}; train, gate, val and test each need at least "
+            f"one image of every class ({error})"
         ) from error
     size = next((side for side in SIZES if side <= survey.short_side), max(8, survey.short_side // 4 * 4))
-    reason = f"pictures typically have {survey.short_side} pixels along their shorter side"
+    reason = f"median shorter side of the pictures: {survey.short_side} pixels"
     if size < survey.short_side:
-        reason += "; more pixels may tell more, and take longer"
+        reason += "; larger images may be more accurate, but slower"
     facts = _facts(labels, splits, len(survey.class_sizes), size)
     return Seen("image_folder", size, (*_sentences(survey), *_few_images(splits)), reason, facts, splits)
 
@@ -124,8 +123,8 @@ def _few_images(splits: Splits) -> Iterator[str]:
     val, test = len(splits["val"]), len(splits["test"])
     if min(val, test) < FEW_IMAGES:
         yield (
-            f"Few pictures: {val} in val and {test} in test, so that one picture is {100 / min(val, test):.1f} points of accuracy; "
-            f"{FEW_IMAGES} in each are the least that can tell routers apart."
+            f"Few pictures: {val} in val and {test} in test, so that one picture changes accuracy by {100 / min(val, test):.1f} points; "
+            f"at least {FEW_IMAGES} in each are needed to compare routers."
         )
 
 
@@ -137,13 +136,16 @@ def _sentences(survey: Survey) -> Iterator[str]:
     colour = "grey; they are read as three equal channels" if survey.is_grey else "in colour"
     yield f"{survey.num_images:,} pictures in {len(counts)} classes, {pixels}, {colour}."
     if len(set(survey.sizes)) > 1 or widths != heights:
-        yield "Each is resized by its shorter side, and the square in its middle is used."
+        yield "Each picture is resized by its shorter side, and its centre square is used."
     if len(counts) <= MAX_CLASSES:
         yield f"Classes: {', '.join(f'{name} {count:,}' for name, count in counts.items())}."
     else:
-        yield f"A class has {fewest:,} to {most:,} pictures."
+        yield f"Pictures per class: {fewest:,} to {most:,}."
     if most >= UNEVEN * fewest:
-        yield f"The classes are uneven ({fewest:,} to {most:,}): accuracy is over pictures, so that rare classes count for little."
+        yield (
+            f"The classes are unbalanced ({fewest:,} to {most:,} pictures): accuracy is the mean over pictures, so "
+            "that rare classes count little."
+        )
 
 
 def _range(values: tuple[int, ...]) -> str:
@@ -179,18 +181,18 @@ _OPTION_COMMENTS = {
     "depth": "blocks: 8, 14, 20, ...",
     "width": "factor on all channels",
     "ratios": "width ratios of the sub-networks",
-    "paths": "uniform: a sub-network for each ratio | all: a ratio for every stage",
-    "stem": "large: starts at a quarter of the resolution, for larger images | small: at all of it",
+    "paths": "uniform: one ratio in all stages | all: every combination of ratios",
+    "stem": "large: reduces the resolution to a quarter, for larger images | small: keeps it",
 }
 
 
 def sweep_text(folder: Path, name: str, seen: Seen) -> str:
     """The text of the sweep file."""
     lines = [
-        "# Written by dsnet-orch init. What it saw:",
+        "# Written by dsnet-orch init for these images:",
         *(f"#   {line}" for line in seen.lines),
         "#",
-        "# Every key that is left out has a default: `dsnet-orch plan` shows its value, `dsnet-orch schema` its meaning.",
+        "# All other settings have defaults: `dsnet-orch plan` shows their values, `dsnet-orch schema` their meanings.",
         "version: 1",
         f"name: {json.dumps(name)}",
         "",
@@ -212,8 +214,8 @@ def _supernet_lines(seen: Seen) -> Iterator[str]:
     for key, value in model_options(seen.facts.image_size).items():
         yield f"    {key}: {json.dumps(value) if not isinstance(value, str) else value}    # {_OPTION_COMMENTS[key]}"
     yield "  train:"
-    yield "    channels_last: true    # the memory order in which convolutions train faster; results change by rounding alone"
-    yield "    # These follow from the images; remove the # to choose another value:"
+    yield "    channels_last: true    # memory order in which convolutions are faster; results differ only by rounding"
+    yield "    # Derived from the images; remove the # to set another value:"
     defaults = data_defaults(seen.facts, MODEL)
     train = {key.rpartition(".")[2]: each for key, each in defaults.items() if key.startswith("supernet.train.")}
     for key, default in train.items():

@@ -97,9 +97,9 @@ def study_sentence(config: SweepConfig, run: str) -> str:
     for comparison in conditions(config):
         read += [name for name in sorted(comparison.names) if LATENCY in name]
     if not read:
-        return "no objective or constraint reads a latency: the study stays as it is; latency_ms of single trials is of the first timing"
+        return "no objective or constraint uses a latency, so the study is unchanged; latency_ms of the trials is from the first timing"
     told = ", ".join(dict.fromkeys(read))
     return (
-        f"the study of {run} was searched by the first timing ({told}) and stays as it is, with its front; "
-        "to search by a new one launch the sweep under another name (--name)"
+        f"the study of {run} and its front are based on the first timing ({told}) and are unchanged; "
+        "to search with the new timing, launch the sweep under another name (--name)"
     )

@@ -70,7 +70,7 @@ def newest_pages(runs: Path) -> Pages:
     """
     if not (runs / MLFLOW_DATABASE).is_file():
         raise NotFoundError(
-            f"{runs}: no {MLFLOW_DATABASE} here; launch a sweep first, or name the runs folder with --runs"
+            f"{runs}: has no {MLFLOW_DATABASE}; launch a sweep first, or give another runs folder with --runs"
         )
     uri = mlflow_store_uri(runs)
     return Pages(uri, mlflow_artifact_root(runs), tuple(newest_links(runs, uri)))

@@ -129,7 +129,11 @@ def show_data(run: RunDir, prepared: Prepared, *, everything: bool) -> None:
     images, splits = prepared.image_set, prepared.splits
     channels, height, width = images.image_shape
     names = images.class_names if everything else images.class_names[:MAX_CLASSES]
-    more = f" and {len(images.class_names) - len(names)} more (--all)" if len(names) < len(images.class_names) else ""
+    more = (
+        f" and {len(images.class_names) - len(names)} more; --all shows all of them"
+        if len(names) < len(images.class_names)
+        else ""
+    )
     sizes = ", ".join(f"{split} {len(splits[split])}" for split in SPLITS)
     say_row("run", str(run.path))
     say_row("data", f"{images.name}, {width} x {height} pixels, {plural(channels, 'channel')}: {sizes} (sealed)")
@@ -154,7 +158,7 @@ def _show_subnets(plan: SweepPlan, everything: bool) -> None:
     columns = (Column("sub-network", is_text=True), Column("MAdds M"), Column("params M"))
     show_table(columns, [(name, f"{madds:.4g}", f"{params:.4g}") for name, madds, params in routes], rest="")
     if len(routes) < len(plan.routes):
-        say(f"... and {len(plan.routes) - len(routes)} more (--all)")
+        say(f"... and {len(plan.routes) - len(routes)} more; --all shows all of them")
     if plan.supernet.naming:
         for line in wrapped(plan.supernet.naming, terminal_width()):
             say(line)
@@ -165,7 +169,7 @@ def _show_stages(plan: SweepPlan) -> None:
     told = [(stage.name, stage.status, stage.key[:12], "; ".join(stage.reasons)) for stage in plan.stages]
     lines = [
         (name, status, *_taken(plan.forecast, name), key, why)
-        for name, status, key, why in [*told, ("verify", "when the front is known", "", "")]
+        for name, status, key, why in [*told, ("verify", "after the search", "", "")]
     ]
     columns = [
         Column("stage", is_text=True),
@@ -181,7 +185,7 @@ def _show_stages(plan: SweepPlan) -> None:
 
 def forecast_text(found: Forecast) -> str:
     """A text about time, memory and disk, and how the steps were timed."""
-    gpu = f", {size(found.gpu_bytes)} of the GPU's" if found.gpu_bytes else ""
+    gpu = f", {size(found.gpu_bytes)} of GPU memory" if found.gpu_bytes else ""
     return (
         f"{duration(found.seconds)}, {size(found.memory_bytes)} of memory{gpu}, {size(found.disk_bytes)} on disk; "
         f"{found.timed}"
@@ -210,13 +214,13 @@ def show_settings(settings: Mapping[str, Mapping[str, Any]], *, everything: bool
     show_table((_SETTING, _VALUE, Column("from", is_text=True)), groups["chosen"], rest="")
     if groups["data"]:
         say()
-        columns = (Column("decided by the data", is_text=True), _VALUE, Column("why", is_text=True, wraps=True))
+        columns = (Column("derived from the data", is_text=True), _VALUE, Column("reason", is_text=True, wraps=True))
         show_table(columns, groups["data"], rest="")
     say()
     if everything:
         show_table((Column("default", is_text=True), _VALUE), [row[:2] for row in groups["default"]], rest="")
     else:
-        say(f"{plural(len(groups['default']), 'other setting')} at their defaults: --all shows them")
+        say(f"{plural(len(groups['default']), 'other setting')} at their defaults; --all shows them")
 
 
 def _value(setting: Mapping[str, Any]) -> str:

@@ -74,7 +74,7 @@ def make_plan(loaded: LoadedConfig, *, is_dry: bool = False) -> SweepPlan:
     try:
         refuse_impossible_layout(config, prepared.subnets, prepared.image_size)
     except NothingFeasibleError as error:  # the costs that a plan shows help to mend it
-        warn(f"a launch would end at once: {error}")
+        warn(f"a launch would fail immediately: {error}")
     spec = prepared.subnets.spec
     costs = [(subnet.name, subnet_cost(spec, subnet, prepared.image_size)) for subnet in prepared.subnets.all]
     *others, search = plan_stages(run, stage_definitions(prepared))
@@ -121,8 +121,8 @@ def check_same_data(run: RunDir, manifest: Mapping[str, Any], images: Images) ->
     recorded = manifest["data_hashes"]
     if recorded.get("images") != images.image_set.fingerprint or recorded.get("splits") != images.splits.hash:
         raise DataError(
-            f"the images of {images.image_set.name} are not those that run {run.name!r} was made with "
-            "(their fingerprint differs); point DSNET_DATA or --data at the original files"
+            f"the images of {images.image_set.name} are not those of run {run.name!r} "
+            "(their fingerprints differ); set DSNET_DATA or --data to the original files"
         )
 
 

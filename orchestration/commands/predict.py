@@ -56,7 +56,7 @@ def predict_files(path: Path, photos: Sequence[Path], *, as_json: bool) -> int:
         click.echo(f"error: {error}", err=True)
     if not unreadable:
         return 0
-    click.echo(f"{plural(len(unreadable), 'photo')} could not be read, {len(answers)} answered", err=True)
+    click.echo(f"{plural(len(unreadable), 'photo')} could not be read; {len(answers)} classified", err=True)
     return DataError.exit_code
 
 

@@ -12,7 +12,7 @@ from optuna.distributions import FloatDistribution
 
 from dsnet.errors import ConfigError, NotFoundError
 from dsnet.families import family_names
-from dsnet.wording import shown
+from dsnet.wording import plural, shown
 from orchestration.config.loading import load_config
 from orchestration.config.resolve import resolve_trials
 from orchestration.config.sweep import SweepConfig
@@ -44,19 +44,22 @@ def extended(results: Results, trials: str, overrides: Sequence[str] = ()) -> Sw
     """
     run, budget = results.run, resolve_trials(results.config)
     if not _NUMBER.fullmatch(trials):
-        raise ConfigError(f"--trials {trials}: expected +N (so many more) or N (so many in all), N a whole number")
+        raise ConfigError(
+            f"--trials {trials}: expected +N (additional trials) or N (total number of trials), where N is a whole number"
+        )
     wanted = budget + int(trials) if trials.startswith("+") else int(trials)
     if wanted <= budget:
         raise ConfigError(
-            f"--trials {trials}: run {run.name!r} has a budget of {budget} trials already, and extend only raises it; write --trials "
-            f"+N, or continue it as it is with: dsnet-orch launch {run.sweep_yaml}"
+            f"--trials {trials}: run {run.name!r} already has a budget of {budget} trials, and extend only raises it; write --trials "
+            f"+N, or continue without a change with: dsnet-orch launch {run.sweep_yaml}"
         )
     for text in overrides:
         if text.partition("=")[0].strip() == "budget.trials":
-            raise ConfigError(f"--set {text}: --trials says how many already; remove one of the two")
+            raise ConfigError(f"--set {text}: --trials already sets this; remove one of the two")
         if not text.startswith("budget."):
             raise ConfigError(
-                f"--set {text}: extend changes budget.* only; for another sweep launch {run.sweep_yaml} with --set and --name"
+                f"--set {text}: extend only changes budget.* settings; to change others, launch {run.sweep_yaml} with "
+                "--set under a new --name"
             )
     # Where the run lies now: its folder may have been moved since it was launched.
     flags = {"budget.trials": wanted, "storage.runs": str(run.root), "name": run.name}
@@ -71,12 +74,12 @@ def extension_notes(results: Results, config: SweepConfig) -> list[str]:
     if openings:
         times = "once" if openings == 1 else f"{openings} times"
         notes.append(
-            f"test was read {times} already: a front that is chosen again is scored on it again, and its numbers there are optimistic"
+            f"test was already read {times}; the new front is scored on it again, so its results there are optimistic"
         )
     end = results.search_end
     if end in FOUND_ENOUGH and _is_the_same_rule(end, config.budget, results.config.budget):
         notes.append(
-            f"the search had ended by itself ({end}), and more trials alone do not continue it: {_END_WAYS[end]}"
+            f"the search ended by its own rule ({end}), and more trials alone do not continue it: {_END_WAYS[end]}"
         )
     return notes
 
@@ -91,7 +94,7 @@ def _is_the_same_rule(end: str, budget: BudgetConfig, before: BudgetConfig) -> b
 _END_WAYS = {
     "plateau": "add --set budget.plateau=null, or another rule",
     "target": "add --set budget.target=[], or another target",
-    "space": "its sampler has no further points",
+    "space": "the sampler has no further points",
 }
 
 
@@ -167,14 +170,14 @@ def enqueue_points(results: RunResults, points: Sequence[Point], like: str | Non
     run, config, key = results.run, results.config, results.stage_key("search")
     if key is None:
         raise NotFoundError(
-            f"run {run.name!r} has not begun its search; write the points into sampler.enqueue of its sweep file, and launch it"
+            f"the search of run {run.name!r} has not begun; write the points into sampler.enqueue of its sweep file and launch it"
         )
     space = study_settings(config).space
     if like is not None:
         points = [changed_point(_params_of(results, like), changes, space) for changes in points]
     if not any(points):
         raise ConfigError(
-            "nothing to enqueue: name values with --set KEY=VALUE, a file with --from, or a trial with --like"
+            "nothing to enqueue; give values with --set KEY=VALUE, a file with --from, or a trial with --like"
         )
     checked = [
         _checked(space, point, f"point {number}: " if len(points) > 1 else "") for number, point in enumerate(points, 1)
@@ -191,7 +194,9 @@ def _checked(space: Space, point: Point, which: str) -> Point:
     floats."""
     for key, value in point.items():
         if not isinstance(value, bool | int | float | str):
-            raise ConfigError(f"{which}{key} is {shown(value)}, but a point holds numbers, text, true and false")
+            raise ConfigError(
+                f"{which}{key} is {shown(value)}, but values of a point must be numbers, text, true or false"
+            )
     try:
         check_point(space, point)
     except ConfigError as error:
@@ -200,9 +205,7 @@ def _checked(space: Space, point: Point, which: str) -> Point:
         for parent, values in space.conditions.get(key, ()):
             if parent not in point and parent in space.distributions:
                 allowed = " or ".join(map(str, values))
-                raise ConfigError(
-                    f"{which}{key} is only tried when {parent} is {allowed}; name {parent} in the point too"
-                )
+                raise ConfigError(f"{which}{key} is only used when {parent} is {allowed}; add {parent} to the point")
     is_real = {key: isinstance(space.distributions[key], FloatDistribution) for key in point}
     return {key: float(value) if is_real[key] else value for key, value in point.items()}
 
@@ -216,10 +219,13 @@ def _what_happens(results: RunResults, number: int, num_waiting: int) -> str:
     holder = read_lock(run.lock_path)
     is_running = holder is not None and (holder.is_on_another_host() or holder.is_alive())
     if left <= 0:
-        return f"the budget of {budget} trials is spent: {what} tried after {extend}"
-    short = f"; its budget has {left} trials left, for more: {extend}" if left < num_waiting else ""
+        return f"all {budget} trials of the budget are used; {what} tried after: {extend}"
+    short = f"; the budget has {plural(left, 'trial')} left; for more: {extend}" if left < num_waiting else ""
     if is_running:
-        return f"the sweep is running ({holder}): {what} tried with its next cohort{short}"
+        return f"the sweep is running ({holder}); {what} tried in its next cohort{short}"
     if results.search_end in ("plateau", "target"):
-        return f"the search has ended by itself ({results.search_end}): {what} tried after {extend} and another rule{short}"
-    return f"{what} tried at the next launch: dsnet-orch launch {run.sweep_yaml}{short}"
+        return (
+            f"the search ended by its own rule ({results.search_end}); {what} tried after this command, with "
+            f"another rule: {extend}{short}"
+        )
+    return f"{what} tried in the next launch: dsnet-orch launch {run.sweep_yaml}{short}"

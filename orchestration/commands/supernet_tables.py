@@ -50,8 +50,10 @@ def show_supernets_launch(results: SupernetSweepResults, bundles: Sequence[Path]
     for name, member in results.supernets.items():
         say_training_warnings(review(member), f"{name}: ")
     say_places(results, bundles)
-    say(f"study     {run.merged_journal}   (every trial of every supernet: optuna-dashboard opens it)")
-    say(f"supernets {run.supernets_dir}   (each is a run of its own: dsnet-orch pareto {run.supernets_dir}/NAME)")
+    say(f"study     {run.merged_journal}   (trials of all supernets; open it with optuna-dashboard)")
+    say(
+        f"supernets {run.supernets_dir}   (one run for each supernet; show one with: dsnet-orch pareto {run.supernets_dir}/NAME)"
+    )
     say_mlflow(results)
 
 
@@ -97,7 +99,9 @@ def show_supernets_front(results: SupernetSweepResults, picks: Sequence[str], *,
         )
         return
     if picks and not rows:
-        tell("none of these gates is on the front; `trials` lists them all, and `export --pick` takes any of them")
+        tell(
+            "none of these gates is on the front; `dsnet-orch trials` lists all trials, and `dsnet-orch export --pick` exports any of them"
+        )
         return
     further = [metric.name for metric in results.config.metrics if metric.name not in ("top1", "madds_m")]
     columns = ("supernet", "gate", "router", "top-1\u00a0% val", "top-1\u00a0% test [95\u00a0%]", "MAdds M", *further)
@@ -134,7 +138,7 @@ def _on_test(row: Mapping[str, Any]) -> str:
 def _show_openings(results: SupernetSweepResults) -> None:
     openings = results.manifest["test_openings"]
     if openings > 1:
-        tell(f"test was read {openings} times: numbers chosen after the first time are optimistic")
+        tell(f"test was read {openings} times; results of choices made after the first time are optimistic")
 
 
 def show_supernets_status(results: SupernetSweepResults, *, as_json: bool) -> None:
@@ -172,7 +176,7 @@ def show_supernets_status(results: SupernetSweepResults, *, as_json: bool) -> No
             tell(f"{item['name']} {item['state']}: {item['reason']}")
         for warning in item["warnings"]:
             tell(f"warning   {item['name']}: {warning['text']}; {warning['way_out']}", INDENT)
-    say(f"trials    {results.num_trials} finished; {results.config.budget.trials} for each supernet that is trained")
+    say(f"trials    {results.num_trials} finished; {results.config.budget.trials} for each trained supernet")
     say(f"front     {plural(len(results.front_gates), 'gate')}" + ("" if results.is_verified else ", not verified yet"))
     journal = results.run.merged_journal
     if journal.is_file():
@@ -240,8 +244,8 @@ def show_supernets_plan(plan: SupernetsPlan, *, as_json: bool, everything: bool 
     else:
         show_data(plan.run, prepared, everything=everything)
     text = (
-        f"{len(plan.members)} of {rules.number} by {rules.sampler}, {rules.concurrent} at a time, scheduler "
-        f"{rules.scheduler}; {budget.trials} trials for each that is trained to its end"
+        f"{len(plan.members)} of {rules.number} drawn by {rules.sampler}, {rules.concurrent} trained at a time, scheduler "
+        f"{rules.scheduler}; {budget.trials} trials for each supernet that completes its training"
     )
     say_row("supernets", text)
     say()
@@ -254,7 +258,7 @@ def show_supernets_plan(plan: SupernetsPlan, *, as_json: bool, everything: bool 
     )
     show_table(columns, [_planned(plan, member) for member in plan.members])
     if plan.forecast is not None:
-        say_row("forecast", f"at most about {forecast_text(plan.forecast)}")
+        say_row("forecast", f"at most {forecast_text(plan.forecast)}")
     say()
     show_settings(plan.settings(), everything=everything)
 
@@ -284,7 +288,7 @@ def _planned(plan: SupernetsPlan, member: Member) -> tuple[str, ...]:
     """A supernet's row: its settings, what has become of it, the cost of its cheapest and widest
     sub-network, and its stages."""
     if member.prepared is None:
-        return (member.name, told(member.settings), "cannot be", "", member.problem or "")
+        return (member.name, told(member.settings), "invalid", "", member.problem or "")
     fate = plan.fates.get(member.name)
     names: dict[str, list[str]] = {}
     for stage in plan.stages[member.name]:

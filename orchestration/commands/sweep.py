@@ -177,7 +177,7 @@ class SweepOfSeveral:
         Raises:
             ConfigError: always; it names one of them.
         """
-        raise ConfigError(f"--routers-figure is of one supernet: ask for it with {self._example}")
+        raise ConfigError(f"--routers-figure draws one supernet; name its run, e.g. {self._example}")
 
     def enqueue(self, points: Sequence[Mapping[str, Scalar]], like: str | None) -> list[str]:
         """Not for several supernets.
@@ -186,7 +186,9 @@ class SweepOfSeveral:
             ConfigError: always; it names one of them.
         """
         name = self.results.run.name
-        raise ConfigError(f"{name} is a sweep of supernets: enqueue for one of them, e.g. {self._example}")
+        raise ConfigError(
+            f"{name} is a sweep of several supernets, but a point belongs to one of them; name that run, e.g. {self._example}"
+        )
 
     def export(self, picks: Sequence[str], folder: Path | None) -> list[Path]:
         """Write bundles of picked gates of any of the supernets."""
@@ -206,7 +208,10 @@ class SweepOfSeveral:
         Raises:
             ConfigError: always; it names one of them.
         """
-        raise ConfigError(f"measure times one supernet: name it, such as {self._example}")
+        name = self.results.run.name
+        raise ConfigError(
+            f"{name} is a sweep of several supernets, but one is measured at a time; name its run, e.g. {self._example}"
+        )
 
 
 def open_sweep(run: str, runs: str) -> Sweep:
@@ -263,7 +268,9 @@ def show_plan_of(loaded: LoadedConfig, options: PlanOptions) -> None:
         from orchestration.commands.supernet_tables import show_supernets_plan
 
         if options.standalone is not None:
-            raise ConfigError("--resolved describes one supernet, but space holds several; write it for one of them")
+            raise ConfigError(
+                "--resolved describes one supernet, but `space` has supernet.* parameters; replace them by fixed values first"
+            )
         several = plan_supernets(loaded, is_dry=options.is_dry)
         show_supernets_plan(several, as_json=options.as_json, everything=options.everything)
         return

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from dsnet.data.splits import FEW_IMAGES
-from dsnet.measure.latency import MAIN_DEVICE, latency_metric
+from dsnet.measure.latency import latency_metric
+from dsnet.measure.settings import MAIN_DEVICE
 from dsnet.metrics import find_metric
-from dsnet.wording import duration, plural
+from dsnet.wording import duration, plural, signed
 from orchestration.commands import tables
 from orchestration.commands.tables import Column, terminal_width
 from orchestration.progress import json_state, read_task_state
@@ -105,11 +106,10 @@ def _interval(interval: Any) -> str:
 
 
 def _signed(interval: Any) -> str:
-    return (
-        "-"
-        if interval is None
-        else f"{100 * interval.value:+.1f} [{100 * interval.low:+.1f}, {100 * interval.high:+.1f}]"
-    )
+    if interval is None:
+        return "-"
+    value, low, high = (signed(100 * number) for number in (interval.value, interval.low, interval.high))
+    return f"{value} [{low}, {high}]"
 
 
 def say_training_warnings(warnings: Sequence[TrainingWarning], whose: str = "") -> None:
@@ -133,7 +133,7 @@ def show_launch(results: RunResults, bundles: Sequence[Path]) -> None:
 def say_places(results: Results, bundles: Sequence[Path]) -> None:
     """Print where report, bundles and points of a run are, and how to open them."""
     run = results.run
-    say(f"report    {run.report_html}   (open it in a browser; it needs no network)")
+    say(f"report    {run.report_html}   (open it in a browser; it works offline)")
     for bundle in bundles:
         say(f'bundle    {bundle}   (python: dsnet.load_bundle("{bundle}"))')
     if bundles and results.config.data.name in PHOTOS:
@@ -219,7 +219,9 @@ def show_front(results: RunResults, picks: Sequence[str], *, as_json: bool) -> N
     if as_json:
         print_json(front_content(results, rows))
     elif picks and not rows:
-        tell("none of these trials is on the front; `trials` lists them all, and `export --pick` takes any of them")
+        tell(
+            "none of these trials is on the front; `dsnet-orch trials` lists all trials, and `dsnet-orch export --pick` exports any of them"
+        )
     elif results.verified is None:
         _show_unverified(results, rows)
     else:
@@ -245,7 +247,9 @@ def _show_unverified(results: RunResults, rows: Sequence[Mapping[str, Any]]) -> 
     if not rows:
         say(title)
         if not results.records:
-            tell(f"no trial has finished; continue with: dsnet-orch launch {shlex.quote(str(results.run.sweep_yaml))}")
+            tell(
+                f"no trial has finished yet; continue with: dsnet-orch launch {shlex.quote(str(results.run.sweep_yaml))}"
+            )
         return
     show_table(("gate", "router", "top-1\u00a0% val", "MAdds M", *further), lines, title, num_left=2)
 
@@ -277,7 +281,7 @@ def _show_verified(results: RunResults, verified: Verified, rows: Sequence[Mappi
     for row in shown:
         before, point = chosen[row["slot"]], reported[row["slot"]]
         gate_ms = verified.latency.gates[size][row["slot"]].median_ms
-        name = row["name"] + (" (one route answers)" if point.is_collapsed else "")
+        name = row["name"] + (" (collapsed)" if point.is_collapsed else "")
         reached.append(
             (
                 name,
@@ -305,7 +309,7 @@ def _show_verified(results: RunResults, verified: Verified, rows: Sequence[Mappi
                 str(len(point.ties)),
             )
         )
-    title = f"{results.run.name}: gates of the front, chosen on val, run on {verified.test.num_images} test images"
+    title = f"{results.run.name}: gates on the front, chosen on val and run on {verified.test.num_images} test images"
     columns = (
         Column("top-1\u00a0% val"),
         Column("top-1\u00a0% test [95\u00a0%]"),
@@ -334,7 +338,8 @@ def _show_verified(results: RunResults, verified: Verified, rows: Sequence[Mappi
         _show_latencies(verified, [row["slot"] for row in shown])
     say()
     tell(
-        f"speed-up at batch {size} beside the widest static; ceiling {widest_ms / cheapest_ms:.2f}x: the cheapest alone"
+        f"speed-up: latency of the widest static sub-network over that of the gate, at batch size {size}; at most "
+        f"{widest_ms / cheapest_ms:.2f}x, which the cheapest static sub-network has"
     )
     if (doubt := timing_doubt(results)) is not None:
         tell(doubt)
@@ -342,16 +347,19 @@ def _show_verified(results: RunResults, verified: Verified, rows: Sequence[Mappi
         tell(text)
     if len(reported) < len(results.front):
         tell(
-            f"{len(reported)} of the front's {len(results.front)} gates ran on test, evenly along it (budget.verify); the others: --json"
+            f"{len(reported)} of the front's {len(results.front)} gates, evenly spaced along it, ran on test "
+            "(budget.verify); --json shows all of them"
         )
     fewest = min(verified.val.num_images, verified.test.num_images)
     if fewest < FEW_IMAGES:
         tell(
-            f"{verified.val.num_images} images in val and {verified.test.num_images} in test: one image is {100 / fewest:.1f} points, "
-            "too few to tell routers apart"
+            f"few images: {verified.val.num_images} in val and {verified.test.num_images} in test; one image changes top-1 by "
+            f"{100 / fewest:.1f} points, so that differences between routers are uncertain"
         )
     if verified.num_openings > 1:
-        tell(f"test was read {verified.num_openings} times: numbers chosen after the first time are optimistic")
+        tell(
+            f"test was read {verified.num_openings} times; results of choices made after the first time are optimistic"
+        )
 
 
 def _show_latencies(verified: Verified, slots: Sequence[int]) -> None:
@@ -359,7 +367,9 @@ def _show_latencies(verified: Verified, slots: Sequence[int]) -> None:
     measured one."""
     timed = [(name, own, size) for name, own in verified.latencies.items() for size in own.gates]
     columns = [
-        text for name, _, size in timed for text in (latency_metric(size, name), f"{latency_metric(size, name)} ran")
+        text
+        for name, _, size in timed
+        for text in (latency_metric(size, name), f"{latency_metric(size, name)} measured")
     ]
     lines = [
         (
@@ -369,7 +379,8 @@ def _show_latencies(verified: Verified, slots: Sequence[int]) -> None:
         for slot in slots
     ]
     title = (
-        f"ms of a batch on {verified.latency.split}: put together from measured parts, as objectives are, and as it ran"
+        f"latency of a batch on {verified.latency.split} in ms: estimated from measured parts, as objectives use "
+        "it, and measured as a whole"
     )
     show_table(("gate", *columns), lines, title)
 
@@ -377,14 +388,19 @@ def _show_latencies(verified: Verified, slots: Sequence[int]) -> None:
 def _standing_lines(verified: Verified, slots: Sequence[int]) -> list[str]:
     """Lines that qualify the table: the optimism of `val`, and which gates are tied."""
     found = optimism(verified.val, verified.test)
-    lines = []
+    lines = [
+        "over widest, over static: top-1 minus that of the widest static sub-network, and minus that of the static line, a random "
+        "mix of two static sub-networks with the same mean MAdds; paired over the images",
+        "random, reachable, oracle: top-1 of random routing with the same share of images per route, and at the same mean MAdds of "
+        "the best router found that sees the outputs of all routes, and of routing that knows the labels",
+    ]
     if found is not None:
         lines.append(
-            f"optimism: top-1 on val minus test, mean of {plural(len(verified.test.points), 'gate')}: {_signed(found)} points "
-            "(the splits share no image: unpaired, each resampled by itself)"
+            f"optimism: top-1 on val minus top-1 on test, mean of {plural(len(verified.test.points), 'gate')}: {_signed(found)} points "
+            "(unpaired: the two splits share no image)"
         )
     lines.append(
-        "on front: share of resamples in which no other gate of the table is as good in every objective and better in one"
+        "on front: share of bootstrap resamples of the images in which no other gate of the table dominates this one"
     )
     for analysis in (verified.val, verified.test):
         groups = [point for point in analysis.points if point.ties and point.slot in slots]
@@ -392,7 +408,9 @@ def _standing_lines(verified: Verified, slots: Sequence[int]) -> list[str]:
             named = ", ".join(trial_name(slot) for slot in point.ties[:MAX_LISTED])
             lines.append(f"tied on {analysis.split}: {trial_name(point.slot)} with {named}{_and_more(point.ties)}")
         if len(groups) > MAX_LISTED:
-            lines.append(f"... and {len(groups) - MAX_LISTED} more gates with ties on {analysis.split} (--json)")
+            lines.append(
+                f"... and {len(groups) - MAX_LISTED} more gates with ties on {analysis.split}; --json shows all of them"
+            )
     return lines
 
 
@@ -459,7 +477,7 @@ def show_status(results: RunResults, *, as_json: bool) -> None:
     end = f", ended by {results.search_end}" if results.search_end not in (None, "trials") else ""
     say(f"trials    {counts}, of {results.config.budget.trials}{end}")
     if results.num_waiting:
-        say(f"enqueued  {plural(results.num_waiting, 'point')} to be tried next")
+        say(f"enqueued  {plural(results.num_waiting, 'point')} to try next")
     say(f"front     {plural(len(results.front), 'gate')}" + ("" if results.verified else ", not verified yet"))
     say_training_warnings(warnings)
     if journal.is_file():
@@ -478,7 +496,7 @@ def driver_text(run: RunDir) -> str | None:
     holder = read_lock(run.lock_path)
     if holder is None:
         return None
-    return f"{holder}" + ("" if is_running(run) else ", which is gone")
+    return f"{holder}" + ("" if is_running(run) else ", which no longer runs")
 
 
 def is_running(run: RunDir) -> bool:
@@ -493,7 +511,7 @@ def progress_text(run: RunDir, *, is_finished: bool) -> str | None:
     state = read_task_state(run.progress_json)
     if state is None or (is_finished and not is_running(run)):
         return None
-    return str(state) if is_running(run) else f"{state} when it is continued" if state.left_s else str(state)
+    return str(state) if is_running(run) else f"{state} after it is continued" if state.left_s else str(state)
 
 
 def say_progress(run: RunDir, *, is_finished: bool) -> None:
@@ -591,7 +609,7 @@ def _say_reasons(trials: Sequence[ListedTrial]) -> None:
         for reason, number in counts[:MAX_LISTED]:
             tell(f"{number} {standing}: {reason}")
         if len(counts) > MAX_LISTED:
-            say(f"... and {len(counts) - MAX_LISTED} more reasons (--json)")
+            say(f"... and {len(counts) - MAX_LISTED} more reasons; --json shows all of them")
 
 
 def metric_head(name: str) -> str:
@@ -638,7 +656,7 @@ def show_measured_again(again: MeasuredAgain) -> None:
         title = f"{after.device}, {plural(after.threads, 'thread')}" + (f" ({name})" if name else "")
         show_table(("sub-network", *columns), lines, title)
         if after.noise is not None:
-            tell(f"still busy or uneven: {after.noise}")
+            tell(f"the times are still unreliable: {after.noise}")
     tell(again.study)
 
 

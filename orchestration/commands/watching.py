@@ -79,7 +79,7 @@ def _begun(find: Callable[[], RunDir], sleep: Callable[[float], None]) -> RunDir
             run.open_existing()
         except NotFoundError as error:
             if not is_told:
-                warn(f"{error}; waiting for its launch to begin it (Ctrl-C ends)")
+                warn(f"{error}; waiting until it is launched (stop with Ctrl-C)")
                 is_told = True
         else:
             if run.sweep_yaml.is_file():

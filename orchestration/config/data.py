@@ -4,64 +4,59 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import (
-    BeforeValidator,
-    Field,
-    model_validator,
+from pydantic import BeforeValidator, model_validator
+
+from dsnet.data.settings import (
+    Augmentation,
+    CropScale,
+    DataSettings,
+    ImageSize,
+    Magnitude,
+    OperationCount,
+    SplitSize,
+    crop_problem,
+    folder_problem,
 )
-
+from dsnet.settings import Fraction, NonNegativeInt, PositiveFraction, PositiveInt, fits
 from dsnet.wording import shown
-from orchestration.config.section import BrokenRule, Fraction, NonNegativeInt, PositiveInt, Section, Text, refuse
-
-CropScale = Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], Field(strict=False, min_length=2, max_length=2)]
+from orchestration.config.section import FROM_LIST, BrokenRule, Section, Text, refuse
 
 
 def _split_size(value: object) -> object:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    is_share = isinstance(value, float) and 0 < value < 1
-    is_count = is_number and isinstance(value, int) and value >= 1
-    if value is None or is_share or is_count:
+    if fits(value, SplitSize):
         return value
     raise ValueError(f"expected a fraction between 0 and 1, a whole number of images, or null; got {shown(value)}")
 
 
-SplitSize = Annotated[
-    Annotated[float, Field(gt=0, lt=1)] | PositiveInt | None,
-    BeforeValidator(_split_size),
-]
+WrittenSplitSize = Annotated[SplitSize, BeforeValidator(_split_size)]
 
 
 class AugmentConfig(Section):
-    """What training images go through; evaluation never does."""
+    """Augmentation of the training images; evaluation uses none."""
 
     crop_padding: NonNegativeInt | None = None
     """Pixels mirrored at each edge before a random crop back to size; null = image_size // 8."""
     flip: bool | None = None
     """Mirror half of the images left to right; null = yes, except for digits."""
-    cutout: NonNegativeInt = 0
-    """Side in pixels of one square set to zero; 0 = none."""
-    crop_scale: CropScale | None = None
-    """[low, high]: cut out low to high of the image's area and resize it; null = none, or [0.08, 1]
-    for streamed images."""
-    randaugment_ops: Annotated[int, Field(ge=0, le=14)] | None = None
-    """RandAugment: random operations per image, one after the other, at most 14; 0 = none; null =
-    from the data."""
-    randaugment_magnitude: Annotated[float, Field(ge=0, le=10)] = 9.0
+    cutout: NonNegativeInt = Augmentation.cutout
+    """Cutout: side in pixels of a random square that is set to zero; 0 = none."""
+    crop_scale: Annotated[CropScale, FROM_LIST] | None = None
+    """Random resized crop: [low, high] is the range of the cropped share of the image's area; null
+    = no crop, or [0.08, 1] for streamed images."""
+    randaugment_ops: OperationCount | None = None
+    """RandAugment: number of random operations per image, at most 14; 0 = none; null = from the
+    data."""
+    randaugment_magnitude: Magnitude = Augmentation.randaugment_magnitude
     """RandAugment: strength of each operation, 0 to 10."""
-    erasing: Fraction = 0.0
-    """Share of images of which a random rectangle is filled with noise, [0, 1]."""
+    erasing: Fraction = Augmentation.erasing
+    """Random erasing: share of the images in which a random rectangle is filled with noise, [0, 1].
+    """
 
     @model_validator(mode="after")
     def _crops_one_way(self) -> AugmentConfig:
-        if self.crop_scale is None:
-            return self
-        low, high = self.crop_scale
-        if low > high:
-            message = f"range {shown(self.crop_scale)} is the wrong way round; write {shown([high, low])}"
-            refuse(BrokenRule(("crop_scale",), message))
-        if self.crop_padding:
-            message = f"{self.crop_padding} pixels have no use beside crop_scale, which crops already; remove one"
-            refuse(BrokenRule(("crop_padding",), message))
+        problem = crop_problem(self.crop_scale, self.crop_padding)
+        if problem is not None:
+            refuse(BrokenRule((problem[0],), problem[1]))
         return self
 
 
@@ -73,14 +68,14 @@ class SplitsConfig(Section):
     40k/5k/5k/10k.
     """
 
-    train: SplitSize = None
-    """Trains the supernet."""
-    gate: SplitSize = None
-    """Held out of the supernet's training; trains the gates."""
-    val: SplitSize = None
-    """Calibrates and chooses."""
-    test: SplitSize = None
-    """Sealed until the front is frozen."""
+    train: WrittenSplitSize = None
+    """Images that train the supernet."""
+    gate: WrittenSplitSize = None
+    """Images that train the gates; not used to train the supernet."""
+    val: WrittenSplitSize = None
+    """Images that calibrate the routers and choose the front."""
+    test: WrittenSplitSize = None
+    """Images for the final result; not read before the front is frozen."""
 
     @model_validator(mode="after")
     def _fits(self) -> SplitsConfig:
@@ -94,24 +89,24 @@ class SplitsConfig(Section):
 
 
 class DataConfig(Section):
-    """The images."""
+    """Images, their splits and their augmentation."""
 
     name: Literal["digits", "cifar10", "image_folder"]
     """digits: inside scikit-learn | cifar10: parquet or official batches | image_folder:
     root/class/*.png or *.jpg."""
-    path: Text | None = None
+    path: Text | None = DataSettings.path
     """Folder of the images; `~` and $VARIABLES are expanded, relative to the working directory.
     null = $DSNET_DATA."""
-    image_size: Annotated[int, Field(ge=8, le=512)] | None = None
+    image_size: ImageSize | None = DataSettings.image_size
     """Side in pixels, 8 to 512; null = as stored. An image folder needs it."""
-    crop_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+    crop_fraction: PositiveFraction = DataSettings.crop_fraction
     """Image folders only: share of the shorter side that the centre crop keeps, (0, 1]; 0.875 with
     224 pixels: resize to 256, cut 224."""
     augment: AugmentConfig = AugmentConfig()
     splits: SplitsConfig = SplitsConfig()
-    limit: PositiveInt | None = None
-    """At most so many images per split, drawn evenly from the classes; null = all."""
-    stream: bool = False
+    limit: PositiveInt | None = DataSettings.limit
+    """Maximum number of images per split, drawn evenly from the classes; null = all."""
+    stream: bool = DataSettings.stream
     """Image folders only: read `train` from disk while it trains, for sets that do not fit into
     memory."""
 
@@ -119,14 +114,12 @@ class DataConfig(Section):
     def _suits_the_source(self) -> DataConfig:
         if self.name == "image_folder" and self.image_size is None:
             refuse(BrokenRule(("image_size",), "an image folder needs it: the side in pixels, 8 to 512"))
-        if self.name != "image_folder" and self.crop_fraction != 1:
-            message = f"only an image_folder is cropped; remove {shown(self.crop_fraction)}"
-            refuse(BrokenRule(("crop_fraction",), message))
+        problem = folder_problem(self.name, self.crop_fraction, self.stream)
+        if problem is not None:
+            refuse(BrokenRule((problem[0],), problem[1]))
         if self.name == "digits" and self.path is not None:
             message = f"digits comes with scikit-learn and takes no folder; remove {shown(self.path)}"
             refuse(BrokenRule(("path",), message))
-        if self.stream and self.name != "image_folder":
-            refuse(BrokenRule(("stream",), f"only an image_folder can be streamed; {self.name} fits into memory"))
         if self.stream and self.augment.crop_padding:
             message = (
                 f"{self.augment.crop_padding} pixels have no use: streamed images are cropped by crop_scale; remove it"

@@ -38,13 +38,14 @@ def _format(name: str) -> str:
 
 
 class ExportConfig(Section):
-    """What is exported when a launch ends."""
+    """Bundles that are exported at the end of a launch."""
 
     picks: Annotated[tuple[Annotated[Text, AfterValidator(_pick)], ...], Field(strict=False, min_length=1)] = ("knee",)
-    """knee, all, trial-0042, "max:top1 where madds_m<=200", ...; each gate once."""
+    """Gates to export: knee, all, trial-0042, "max:top1 where madds_m<=200", ...; each gate once.
+    """
     """Points of the front, as --pick of `dsnet-orch export` takes them."""
     formats: Annotated[tuple[Annotated[Text, AfterValidator(_format)], ...], Field(strict=False, min_length=1)] = (
         BUNDLE,
     )
-    """Forms of each gate. The bundle is always written; every other form lies in a folder of its
-    name in it."""
+    """Formats of each gate. The bundle is always written; every other format is a folder of its
+    name inside the bundle."""

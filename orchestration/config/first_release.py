@@ -10,12 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from dsnet.training.settings import PUBLISHED
 from orchestration.config.presets import BUILT_IN_PRESETS
 from orchestration.config.supernet import BootstrappingConfig
 
-_NEWER = ("trust", "largest_first")
-"""Settings of supernet.bootstrapping that the first release did not have; it trained with their
-published values."""
 _CHANGED_REGIMES = (None, "ib", "ieb")
 """Values of supernet.regime whose number of random sub-networks has changed."""
 
@@ -29,10 +27,10 @@ def first_release_settings(written: Mapping[str, Any]) -> dict[str, Any]:
     """
     supernet = _section(written, "supernet")
     bootstrapping, train = _section(supernet, "bootstrapping"), _section(supernet, "train")
-    if bootstrapping.keys() != BootstrappingConfig.model_fields.keys() - set(_NEWER):
+    if bootstrapping.keys() != BootstrappingConfig.model_fields.keys() - PUBLISHED.keys():
         return {}
     paper = BUILT_IN_PRESETS["paper"]["supernet"]
-    settings: dict[str, Any] = {"bootstrapping": {name: paper["bootstrapping"][name] for name in _NEWER}}
+    settings: dict[str, Any] = {"bootstrapping": dict(PUBLISHED)}
     is_open = train.get("num_random") is None and bootstrapping["num_random"] is None
     if is_open and train.get("widths") != "all" and supernet.get("regime") in _CHANGED_REGIMES:
         settings["train"] = {"num_random": paper["train"]["num_random"]}

@@ -8,18 +8,27 @@ from pydantic import Field, GetCoreSchemaHandler, GetJsonSchemaHandler, model_va
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticKnownError, core_schema
 
+from dsnet.gates.settings import (
+    ComplexityForm,
+    EndToEndSettings,
+    GateOptimizer,
+    GateSettings,
+    Quality,
+    RouterName,
+    SgsTarget,
+    Strategy,
+)
 from dsnet.routers.kinds import kind_names
-from orchestration.config.section import (
-    LARGEST_RATE,
-    BrokenRule,
+from dsnet.settings import (
     Fraction,
+    LearningRate,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
-    Section,
-    refuse,
+    WeightDecay,
 )
+from orchestration.config.section import BrokenRule, Section, refuse
 
 
 class _KnownKind:
@@ -42,36 +51,35 @@ class _KnownKind:
         return name
 
 
-Router = Annotated[str, _KnownKind]
+Router = Annotated[RouterName, _KnownKind]
 
 
 class RoutingConfig(Section):
-    """Which sub-networks the gate may pick: members first, first + stride, ... up to last, in the
-    set's order (with beam: by MAdds)."""
+    """Routes, the sub-networks that a router can choose: first, first + stride, ... up to last, in
+    the order of the set (with beam: by MAdds)."""
 
     first: NonNegativeInt = 0
     """Index of the first route."""
     last: int = -1
-    """Inclusive; negative counts from the end, -1 = the widest."""
+    """Index of the last route, inclusive; negative numbers count from the end, -1 = the widest."""
     stride: PositiveInt = 1
-    """1 = every sub-network from first to last."""
+    """Distance between two routes; 1 = every sub-network from first to last."""
     beam: Annotated[int, Field(ge=2)] | None = None
-    """Keep so many sub-networks, both extremes among them: those nearest below the upper envelope
-    of (MAdds, top-1 on `gate`). first, last and stride then count in what is left, cheapest first;
-    null = all."""
+    """Number of sub-networks to keep: the cheapest, the widest, and those nearest to the upper
+    envelope of (MAdds, top-1 on `gate`). first, last and stride then index the kept ones, cheapest
+    first; null = all."""
 
 
 class SgsConfig(Section):
-    """Sandwich gate sparsification: the labels that the gate learns from (arXiv 2103.13258, section
-    3.4)."""
+    """Sandwich gate sparsification: labels of the gate (arXiv 2103.13258, section 3.4)."""
 
-    t_easy: Fraction = 0.0
+    t_easy: Fraction = GateSettings.t_easy
     """Easy iff the smallest is right and p(y) >= t_easy; 0 = the paper's rule."""
-    t_hard: Fraction = 0.0
+    t_hard: Fraction = GateSettings.t_hard
     """Hard iff the largest is wrong or p(y) < t_hard; 0 = the paper's rule."""
-    strategy: Literal["try_best", "give_up"] = "try_best"
+    strategy: Strategy = GateSettings.strategy
     """Hard images go to the largest (try_best) or to the smallest (give_up)."""
-    target: Literal["extremes", "cheapest"] = "extremes"
+    target: SgsTarget = GateSettings.sgs_target
     """extremes: smallest or largest, as in the paper | cheapest: the cheapest sub-network that is
     right."""
 
@@ -79,83 +87,82 @@ class SgsConfig(Section):
 class LossesConfig(Section):
     """Weights of the gate's loss terms; at least one is above 0."""
 
-    cls: NonNegativeFloat = 1.0
+    cls: NonNegativeFloat = GateSettings.lambda_cls
     """Expected cross-entropy of the routed prediction."""
-    sgs: NonNegativeFloat = 1.0
+    sgs: NonNegativeFloat = GateSettings.lambda_sgs
     """Cross-entropy to the SGS labels."""
-    complexity: NonNegativeFloat = 0.5
+    complexity: NonNegativeFloat = GateSettings.lambda_complexity
     """Penalty on mean MAdds against the target."""
-    form: Literal["hinge", "quadratic", "paper", "paper_raw"] = "hinge"
+    form: ComplexityForm = GateSettings.complexity_form
     """hinge: only above the target | quadratic: both sides | paper, paper_raw: as published,
     without a target."""
-    quality: NonNegativeFloat = 0.0
-    """Half the squared difference between each route's score and how good its answer is; with
+    quality: NonNegativeFloat = GateSettings.lambda_quality
+    """Half the squared difference between each route's score and the quality of its answer; with
     trainer table only."""
-    quality_of: Literal["correct", "probability"] = "correct"
-    """How good an answer is: correct 1 or 0 | the probability of the label."""
+    quality_of: Quality = GateSettings.quality_of
+    """Quality of an answer: correct: 1 or 0 | probability: the probability of the label."""
 
 
 class GateOptimizerConfig(Section):
-    """Stage II: how one gate is trained on the routing table."""
+    """Stage II: training of one gate on the routing table."""
 
-    name: Literal["adam", "sgd"] = "adam"
+    name: GateOptimizer = GateSettings.optimizer
     """adam | sgd."""
-    lr: Annotated[float, Field(gt=0, le=LARGEST_RATE)] = 0.05
-    """> 0, at most 1e6."""
-    weight_decay: Annotated[float, Field(ge=0, le=LARGEST_RATE)] = 0.0
-    """>= 0, at most 1e6."""
-    steps: PositiveInt = 200
-    """Updates, with trainer table."""
-    batch_size: PositiveInt = 512
-    """Images per step; no more than `gate` holds are taken."""
+    lr: LearningRate = GateSettings.lr
+    """Learning rate, > 0, at most 1e6."""
+    weight_decay: WeightDecay = GateSettings.weight_decay
+    """Weight decay, >= 0, at most 1e6."""
+    steps: PositiveInt = GateSettings.steps
+    """Number of updates, with trainer table."""
+    batch_size: PositiveInt = GateSettings.batch_size
+    """Images per step; at most the size of the split `gate`."""
 
 
 class TemperatureConfig(Section):
     """Softmax temperature of the gate, annealed over its steps."""
 
-    start: PositiveFloat = 1.0
-    """At the first step, > 0."""
-    end: PositiveFloat = 0.3
-    """At the last step, > 0."""
+    start: PositiveFloat = GateSettings.temperature_start
+    """Temperature at the first step, > 0."""
+    end: PositiveFloat = GateSettings.temperature_end
+    """Temperature at the last step, > 0."""
 
 
 class PerceptronConfig(Section):
     """The small perceptron of the routers that have one: evidence_gate, evidence_gates,
     learned_cascade."""
 
-    hidden_units: PositiveInt = 32
+    hidden_units: PositiveInt = GateSettings.hidden_units
     """Units of its hidden layer."""
 
 
 class EndToEndConfig(Section):
-    """Stage II through the network itself, as published; everything else, the batch size too, is
-    gate.optimizer's."""
+    """Stage II through the network itself, as published; all other settings are those of
+    gate.optimizer."""
 
-    epochs: PositiveInt = 30
-    """Passes over `gate`; they take the place of gate.optimizer.steps."""
+    epochs: PositiveInt = EndToEndSettings.epochs
+    """Epochs over the split `gate`; replaces gate.optimizer.steps."""
     augment: bool = False
-    """Train on images that data.augment has changed."""
+    """Apply data.augment to the images."""
     threads: PositiveInt = 1
-    """Torch threads of a trial, which takes as many CPUs; another number gives other last digits,
-    hence other trials."""
+    """Torch threads and CPUs of a trial. Results depend on this number through rounding."""
 
 
 class GateConfig(Section):
-    """The gate: fixed settings, and defaults of what `space` sweeps."""
+    """Settings of the router: fixed values, and defaults of the parameters that `space` sweeps."""
 
-    router: Router = "gate"
+    router: Router = GateSettings.router
     """gate: one decision, as published | evidence_gate: with richer evidence | gates,
     evidence_gates: one decision per gate of the network | cascade: a cheap route first, one wider
     where it is unsure | learned_cascade: a cheap route's output picks the next."""
     trainer: Literal["table", "end_to_end"] = "table"
-    """table: exact losses on the routing table, fractions of a second | end_to_end: through the
-    network; routers gate and gates only."""
-    target: Fraction = 0.5
+    """table: training on the routing table, fractions of a second per trial | end_to_end: training
+    through the network; routers gate and gates only."""
+    target: Fraction = GateSettings.target
     """Target MAdds t in [0, 1]: MAdds_min + t * (MAdds_max - MAdds_min) over the whole set of
     sub-networks."""
-    target_madds_m: PositiveFloat | None = None
-    """The target in million MAdds, > 0, in place of gate.target, which the default space then
-    leaves out; null = gate.target counts."""
+    target_madds_m: PositiveFloat | None = GateSettings.target_madds_m
+    """Target in million MAdds, > 0; replaces gate.target, which the default space then leaves out;
+    null = use gate.target."""
     perceptron: PerceptronConfig = PerceptronConfig()
     routing: RoutingConfig = RoutingConfig()
     sgs: SgsConfig = SgsConfig()

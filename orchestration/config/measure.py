@@ -2,70 +2,50 @@
 
 from __future__ import annotations
 
-import re
+from typing import Annotated
 
-from pydantic import (
-    Field,
-    model_validator,
-)
+from pydantic import Field, model_validator
 
-from dsnet.metrics import DEVICE_NAME_PATTERN
-from dsnet.wording import shown
-from orchestration.config.section import (
-    BrokenRule,
-    Device,
-    IncreasingSizes,
-    NonNegativeInt,
-    PositiveInt,
-    Section,
-    refuse,
-)
+from dsnet.measure.settings import DeviceSettings, LatencySettings, Sizes, device_name_problem, sizes_problem
+from dsnet.settings import Device, NonNegativeInt, PositiveInt
+from orchestration.config.section import FROM_LIST, BrokenRule, Section, refuse
 
 
 class DeviceConfig(Section):
-    """A further device on which everything is timed."""
+    """An additional device on which latency is measured."""
 
-    device: Device = "cpu"
-    """auto | cpu | cuda; auto = cuda where there is one."""
-    threads: PositiveInt = 1
-    """Torch threads while the clock runs."""
+    device: Device = DeviceSettings.device
+    """auto | cpu | cuda; auto = cuda if available."""
+    threads: PositiveInt = DeviceSettings.threads
+    """Torch threads during the measurement."""
 
 
 class MeasureConfig(Section):
-    """How every sub-network's latency is measured."""
+    """Measurement of the latency of all sub-networks."""
 
-    device: Device = "cpu"
-    """auto | cpu | cuda; auto = cuda where there is one."""
-    threads: PositiveInt = 1
-    """Torch threads while the clock runs."""
-    batch_sizes: IncreasingSizes = (1, 64)
+    device: Device = LatencySettings.device
+    """auto | cpu | cuda; auto = cuda if available."""
+    threads: PositiveInt = LatencySettings.threads
+    """Torch threads during the measurement."""
+    batch_sizes: Annotated[Sizes, FROM_LIST] = LatencySettings.batch_sizes
     """Images per call, increasing."""
-    group_sizes: IncreasingSizes = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+    group_sizes: Annotated[Sizes, FROM_LIST] = LatencySettings.group_sizes
     """Group sizes at which trunk, decision and tails are timed, increasing from 1."""
-    repeats: PositiveInt = 15
-    """Timed repeats, interleaved over the sub-networks; the median counts."""
-    warmup: NonNegativeInt = 3
-    """Untimed repeats before them."""
+    repeats: PositiveInt = LatencySettings.repeats
+    """Timed repetitions, interleaved over the sub-networks; the median is used."""
+    warmup: NonNegativeInt = LatencySettings.warmup
+    """Untimed repetitions before the timed ones."""
     devices: dict[str, DeviceConfig] = Field(default_factory=dict)
-    """NAME -> device: everything is timed there too, and gives the metrics latency_ms.NAME and
+    """NAME -> additional device, which gives the metrics latency_ms.NAME and
     latency_ms_batchN.NAME."""
 
     @model_validator(mode="after")
     def _sizes_increase_and_devices_have_names(self) -> MeasureConfig:
-        problems = [
-            BrokenRule(
-                ("devices", name),
-                f"'{name}' is no name of a device; use 1 to 32 letters, digits or '_', no digit at the start",
-            )
-            for name in self.devices
-            if not re.fullmatch(DEVICE_NAME_PATTERN, name)
-        ]
+        names = ((name, device_name_problem(name)) for name in self.devices)
+        problems = [BrokenRule(("devices", name), problem) for name, problem in names if problem is not None]
         for name in ("batch_sizes", "group_sizes"):
-            sizes = getattr(self, name)
-            if list(sizes) != sorted(set(sizes)):
-                ordered = shown(sorted(set(sizes)))
-                problems.append(BrokenRule((name,), f"sizes must increase; got {shown(sizes)}, write {ordered}"))
-        if self.group_sizes[0] != 1:
-            problems.append(BrokenRule(("group_sizes",), f"must start at 1; got {shown(self.group_sizes)}"))
+            problem = sizes_problem(name, getattr(self, name))
+            if problem is not None:
+                problems.append(BrokenRule((name,), problem))
         refuse(*problems)
         return self

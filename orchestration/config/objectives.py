@@ -39,8 +39,8 @@ class MetricConfig(Section):
     goal: Literal["maximize", "minimize"]
     """maximize (accuracies) | minimize (costs)."""
     ref: float | None = None
-    """This coordinate of the hypervolume's reference point; null = 1.05 x the widest
-    sub-network's."""
+    """Coordinate of the hypervolume's reference point; null = 1.05 x the value of the widest
+    sub-network."""
 
     @model_validator(mode="after")
     def _is_known(self) -> MetricConfig:

@@ -8,11 +8,12 @@ from pydantic import (
     Field,
 )
 
-from orchestration.config.section import PositiveFloat, PositiveInt, Section, Text
+from dsnet.settings import PositiveFloat, PositiveInt
+from orchestration.config.section import Section, Text
 
 
 class RayConfig(Section):
-    """Where the work runs; never changes a result."""
+    """Ray cluster on which the work runs; has no influence on results."""
 
     address: Text = "local"
     """local = a private cluster on 127.0.0.1 for this run; else the address of a running one."""
@@ -23,23 +24,23 @@ class RayConfig(Section):
     trial_actors: PositiveInt | None = None
     """Processes that run trials; null = one per core."""
     trial_resources: dict[Text, PositiveFloat] = Field(default_factory=dict)
-    """What each of them takes beside its cores, under Ray's names: GPU (0.5 = two on one), memory
-    (bytes), or one that the cluster has."""
+    """Further resources of each of these processes, under Ray's names: GPU (0.5 = two processes
+    share one), memory (bytes), or a custom resource of the cluster."""
 
 
 class StorageConfig(Section):
-    """Where runs are kept."""
+    """Location of the runs."""
 
     runs: Text = "runs"
     """Folder that holds one folder per run; `~` and $VARIABLES are expanded."""
 
 
 class TrackingConfig(Section):
-    """MLflow."""
+    """Tracking with MLflow."""
 
     mlflow: bool = True
-    """Record the sweep in MLflow while it runs; `sync` can do it later."""
+    """Record the sweep in MLflow while it runs; `dsnet-orch sync` can do so later."""
     uri: Text | None = None
     """Tracking server or database; null = sqlite in the runs folder."""
     experiment: Text | None = None
-    """null = the sweep's name."""
+    """Name of the experiment; null = the name of the sweep."""

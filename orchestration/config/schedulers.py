@@ -5,28 +5,30 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from annotated_types import Gt
 
 from dsnet.errors import ConfigError
 from dsnet.import_path import import_object
-from dsnet.strict_json import NumberRange
+from dsnet.settings import NonNegativeFloat, PositiveInt, check_value
 from dsnet.wording import did_you_mean, way_out
 
 if TYPE_CHECKING:
     from ray.tune.schedulers import TrialScheduler
 
 
-_COUNT = NumberRange(lowest=1, is_whole=True)
-SCHEDULER_OPTIONS: Mapping[str, Mapping[str, NumberRange | type]] = {
+_ReductionFactor = Annotated[float, Gt(1)]
+SCHEDULER_OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "none": {},
-    "asha": {"grace_period": _COUNT, "reduction_factor": NumberRange(above=1), "brackets": _COUNT},
+    "asha": {"grace_period": PositiveInt, "reduction_factor": _ReductionFactor, "brackets": PositiveInt},
     "median": {
-        "grace_period": NumberRange(lowest=0),
-        "min_samples_required": _COUNT,
-        "min_time_slice": NumberRange(lowest=0),
+        "grace_period": NonNegativeFloat,
+        "min_samples_required": PositiveInt,
+        "min_time_slice": NonNegativeFloat,
         "hard_stop": bool,
     },
-    "hyperband": {"reduction_factor": NumberRange(above=1)},
+    "hyperband": {"reduction_factor": _ReductionFactor},
 }
 _OURS = ("metric", "mode", "time_attr", "max_t", "stop_last_trials")
 """Options of a scheduler that the sweep sets."""
@@ -67,11 +69,7 @@ def _check_known_options(name: str, options: Mapping[str, Any]) -> None:
             hint = did_you_mean(option, list(allowed))
             has = f"has {', '.join(allowed)}" if allowed else "has none"
             raise ConfigError(f"{where}: no option of supernets.scheduler {name}, which {has}{hint}")
-        rule = allowed[option]
-        if isinstance(rule, NumberRange):
-            rule.check(where, value)
-        elif not isinstance(value, rule):
-            raise ConfigError(f"{where} is {value!r}, but must be true or false")
+        check_value(where, value, allowed[option])
 
 
 def _epochs_to_try(options: Mapping[str, Any]) -> int:

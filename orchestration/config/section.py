@@ -1,6 +1,9 @@
 """Building blocks of the sections of sweep.yaml: strict models, the types of their values, and
 broken rules.
 
+The types of single values, with their bounds and choices, are those of `dsnet.settings` and of the
+core's settings, which give the defaults too.
+
 Strict means: no unknown key, no silent conversion ("3" is not 3, 1 is not true), and every range is
 checked when an object is built. The only exception: a whole number is accepted for a real one.
 """
@@ -10,7 +13,7 @@ from __future__ import annotations
 import types
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -59,19 +62,9 @@ def _printable(text: str) -> str:
 
 
 Text = Annotated[str, StringConstraints(min_length=1), AfterValidator(_printable)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-NonNegativeFloat = Annotated[float, Field(ge=0)]
-LARGEST_RATE = 1e6
-"""Largest learning rate and weight decay; a copy from `dsnet.training.settings`, which needs
-torch."""
-PositiveInt = Annotated[int, Field(ge=1)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-
-
-# YAML and JSON know lists only; the list becomes a tuple, its items stay strict.
-IncreasingSizes = Annotated[tuple[PositiveInt, ...], Field(strict=False, min_length=1)]
-Device = Literal["auto", "cpu", "cuda"]
+FROM_LIST = Field(strict=False)
+"""Addition to the type of a tuple: YAML and JSON know lists only; the list becomes a tuple, its
+items stay strict."""
 
 
 class Section(BaseModel):

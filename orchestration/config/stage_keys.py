@@ -9,6 +9,7 @@ from pydantic import (
     JsonValue,
 )
 
+from dsnet.training.settings import without_published
 from orchestration.config.resolve import enqueued_points, halving_rungs, resolve_cohort, resolve_space
 from orchestration.config.supernet import (
     resolve_regime,
@@ -43,8 +44,6 @@ def stage_subset(config: SweepConfig, stage: Stage) -> dict[str, JsonValue]:
     elsewhere, or for longer, is the same sweep.
     """
     if stage == "supernet":
-        from dsnet.training.settings import without_published  # torch comes with it
-
         supernet = config.supernet.model_dump(mode="json", exclude=_NOT_IN_SUPERNET_KEY)
         supernet["bootstrapping"] = without_published(supernet["bootstrapping"])
         return {

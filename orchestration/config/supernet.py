@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import (
     BeforeValidator,
@@ -14,30 +14,48 @@ from pydantic import (
     model_validator,
 )
 
-from dsnet.wording import plural, shown
-
-if TYPE_CHECKING:
-    from dsnet.training.settings import Regime
-from orchestration.config.section import (
-    LARGEST_RATE,
-    BrokenRule,
+from dsnet.settings import (
     Device,
+    FractionBelowOne,
+    LearningRate,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
-    Section,
-    Text,
-    refuse,
+    WeightDecay,
+    fits,
 )
+from dsnet.space.spec import Norm
+from dsnet.training.settings import (
+    REGIMES,
+    TEACHER_OF_MODE,
+    BootstrapMode,
+    BootstrapSettings,
+    KeptWeights,
+    Optimizer,
+    Precision,
+    RecalibrationSettings,
+    Regime,
+    RegimeName,
+    Schedule,
+    SupernetSettings,
+    Teacher,
+    TrainSettings,
+    Trust,
+    Widths,
+    ensemble_problem,
+    sharing_problem,
+    warmup_problem,
+)
+from dsnet.wording import plural, shown
+from orchestration.config.section import BrokenRule, Section, Text, refuse
 
 CHECKPOINT_MODEL = "checkpoint"
 """Value of `supernet.model` that takes layout and sub-networks from `supernet.init_from`."""
 
 
 def _recalibration_images(value: object) -> object:
-    is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 0
-    if value is None or value == FROM_DATA or is_count:
+    if value == FROM_DATA or fits(value, NonNegativeInt | None):
         return value
     raise ValueError(f"expected a whole number of images, {FROM_DATA}, or null; got {shown(value)}")
 
@@ -48,80 +66,86 @@ RecalibrationImages = Annotated[Literal["auto"] | NonNegativeInt | None, BeforeV
 
 
 class TrainConfig(Section):
-    """Stage I: how the supernet is trained."""
+    """Stage I: training of the supernet."""
 
-    widths: Literal["sandwich", "all"] | None = None
+    widths: Widths | None = None
     """sandwich: largest, random ones and smallest | all: every width in every step; null = from
     supernet.regime."""
     num_random: NonNegativeInt | None = None
     """Random sub-networks of the sandwich; null = from supernet.regime."""
-    teacher: Literal["none", "inplace", "ema", "ema_ensemble"] | None = None
-    """none: labels | inplace: the widest | ema: the EMA copy's widest | ema_ensemble: its ensemble;
-    null = from the regime."""
-    bn: Literal["private_stats", "private_affine", "recalibrate", "group_norm"] | None = None
+    teacher: Teacher | None = None
+    """Teacher of the narrower sub-networks. none: labels only | inplace: the widest sub-network |
+    ema: the widest sub-network of the EMA copy | ema_ensemble: the ensemble of the EMA copy; null =
+    from the regime."""
+    bn: Norm | None = None
     """BatchNorm with statistics per width | and affine pairs per width | recalibrated | GroupNorm;
     null = the regime's or the family's."""
     epochs: NonNegativeInt | None = None
     """Passes over `train`; 0 keeps the weights of supernet.init_from; null = from the data."""
     batch_size: PositiveInt | None = None
     """Images per step, over all workers and micro-batches together; null = from the data."""
-    accumulate: PositiveInt = 1
-    """Micro-batches whose gradients add up to one step's; BatchNorm sees each one alone."""
-    optimizer: Literal["sgd", "adamw"] = "sgd"
+    accumulate: PositiveInt = TrainSettings.accumulate
+    """Micro-batches per step, whose gradients are summed; BatchNorm normalises each one separately.
+    """
+    optimizer: Optimizer = TrainSettings.optimizer
     """sgd (Nesterov) | adamw."""
-    lr: Annotated[float, Field(gt=0, le=LARGEST_RATE)] | None = None
+    lr: LearningRate | None = None
     """Peak learning rate, > 0, at most 1e6; null = from the batch size."""
-    schedule: Literal["cosine", "one_cycle", "constant"] = "cosine"
+    schedule: Schedule = TrainSettings.schedule
     """cosine: to 0 after the warm-up | one_cycle: up during the warm-up, down to lr / 250,000 |
     constant."""
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """For sgd, [0, 1)."""
-    weight_decay: Annotated[float, Field(ge=0, le=LARGEST_RATE)] | None = None
-    """Not on one-dimensional parameters; null = from learning rate and steps."""
+    momentum: FractionBelowOne = TrainSettings.momentum
+    """Momentum of sgd, [0, 1)."""
+    weight_decay: WeightDecay | None = None
+    """Weight decay, not applied to one-dimensional parameters; null = from learning rate and steps.
+    """
     warmup_epochs: NonNegativeFloat | None = None
     """Epochs of linear warm-up, part of `epochs`; null = from the epochs."""
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    """[0, 1), of whoever learns from labels: the widest, and with teacher none all."""
-    grad_clip: PositiveFloat | None = None
+    label_smoothing: FractionBelowOne = TrainSettings.label_smoothing
+    """Label smoothing, [0, 1), for sub-networks trained on labels: the widest, and with teacher
+    none all."""
+    grad_clip: PositiveFloat | None = TrainSettings.grad_clip
     """Largest norm of the gradient; null = no clipping."""
-    precision: Literal["float32", "bf16"] = "float32"
+    precision: Precision = TrainSettings.precision
     """float32 | bf16: autocast to bfloat16; weights, statistics and optimiser stay float32."""
-    channels_last: bool = False
+    channels_last: bool = TrainSettings.channels_last
     """Images and weights in NHWC memory order: often faster on a GPU."""
-    checkpoint_every: PositiveInt = 1
+    checkpoint_every: PositiveInt = TrainSettings.checkpoint_every
     """Epochs between checkpoints."""
 
     @model_validator(mode="after")
     def _warm_up_ends(self) -> TrainConfig:
-        if self.epochs and self.warmup_epochs and self.epochs < self.warmup_epochs:
-            message = f"{self.warmup_epochs:g} epochs of warm-up do not fit into {self.epochs} epochs of training"
-            refuse(BrokenRule(("warmup_epochs",), message))
+        problem = warmup_problem(self.epochs or 0, self.warmup_epochs or 0.0)
+        if problem is not None:
+            refuse(BrokenRule(("warmup_epochs",), problem))
         return self
 
 
 class BootstrappingConfig(Section):
-    """Who teaches the narrower sub-networks (arXiv 2103.13258, section 3.3; arXiv 2109.10060)."""
+    """Soft labels for the narrower sub-networks from a teacher (arXiv 2103.13258, section 3.3;
+    arXiv 2109.10060)."""
 
-    mode: Literal["none", "inplace_distillation", "ib", "ieb"] | None = None
-    """The older way to name a teacher: none | inplace_distillation | ib | ieb; null = from
+    mode: BootstrapMode | None = None
+    """Older setting for the teacher: none | inplace_distillation | ib | ieb; null = from
     supernet.regime."""
     num_random: NonNegativeInt | None = None
-    """The older place of supernet.train.num_random; null = from supernet.regime."""
-    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.997
+    """Older setting for supernet.train.num_random; null = from supernet.regime."""
+    ema_decay: FractionBelowOne = BootstrapSettings.ema_decay
     """Decay of the EMA copy per step, [0, 1)."""
-    ema_warmup: bool = True
-    """Raise the decay as min(ema_decay, (1 + t) / (10 + t)): a short run needs it; false is the
-    paper's."""
-    soft_ramp_epochs: NonNegativeFloat = 0.0
+    ema_warmup: bool = BootstrapSettings.ema_warmup
+    """Increase the decay as min(ema_decay, (1 + t) / (10 + t)), which short trainings need; false
+    as in the paper."""
+    soft_ramp_epochs: NonNegativeFloat = BootstrapSettings.soft_ramp_epochs
     """Epochs over which soft labels replace the true ones; 0 = from the start, as in the paper."""
-    trust: Literal["full", "label_probability"] = "label_probability"
-    """Share of the soft label in an image's target. full: all, as in the paper | label_probability:
-    what the teacher gives the label."""
-    largest_first: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of the steps, [0, 1), in which the largest sub-network trains alone before the others
-    join."""
-    teacher_min_updates: NonNegativeInt = 100
-    """A teacher width with fewer updates of its statistics runs on those of the batch."""
+    trust: Trust = BootstrapSettings.trust
+    """Weight of the soft label in an image's target. full: 1, as in the paper | label_probability:
+    the probability that the teacher gives to the label."""
+    largest_first: FractionBelowOne = BootstrapSettings.largest_first
+    """Share of the steps, [0, 1), at the beginning in which only the largest sub-network is
+    trained."""
+    teacher_min_updates: NonNegativeInt = BootstrapSettings.teacher_min_updates
+    """Minimum number of updates of the teacher's BatchNorm statistics; with fewer, the teacher uses
+    batch statistics."""
 
 
 class RecalibrationConfig(Section):
@@ -130,36 +154,36 @@ class RecalibrationConfig(Section):
     images: RecalibrationImages = FROM_DATA
     """Images of `train` to use: a number | null = all | auto = from the data. 0 keeps the
     statistics of supernet.init_from, and needs 0 epochs."""
-    batch_size: PositiveInt = 256
+    batch_size: PositiveInt = RecalibrationSettings.batch_size
     """Images per forward pass."""
 
 
 class SupernetConfig(Section):
-    """The network that holds all sub-networks, and its training."""
+    """The supernet, which contains all sub-networks, and its training."""
 
     model: Text
     """Architecture family, by its registered name; or checkpoint: layout and sub-networks of
     `init_from`."""
     options: dict[str, JsonValue] = Field(default_factory=dict)
     """Options of the family, which checks them: width, stem_stride, num_routes, ..."""
-    init_from: Text | None = None
+    init_from: Text | None = SupernetSettings.init_from
     """Start weights: a checkpoint, a run folder, or what `python -m dsnet.training` wrote; `~` and
     $VARIABLES are expanded."""
-    regime: Literal["ce", "s_net", "us_net", "ib", "ieb"] | None = None
-    """Who trains and who teaches, by name: ce | s_net | us_net | ib | ieb; null = in-place
-    bootstrapping (ib)."""
+    regime: RegimeName | None = None
+    """Training regime (widths, teacher and normalisation): ce | s_net | us_net | ib | ieb; null =
+    in-place bootstrapping (ib)."""
     workers: PositiveInt = 1
     """Ray Train workers."""
     threads: PositiveInt | None = None
     """Torch threads per worker; null = cores // workers."""
     device: Device = "auto"
-    """auto = cuda where there is one."""
+    """auto | cpu | cuda; auto = cuda if available."""
     train: TrainConfig = TrainConfig()
     bootstrapping: BootstrappingConfig = BootstrappingConfig()
-    weights: Literal["ema", "student"] = "ema"
-    """Which weights are measured, tabled and exported."""
+    weights: KeptWeights = SupernetSettings.weights
+    """Weights that are measured, used for the routing tables, and exported."""
     recalibration: RecalibrationConfig = RecalibrationConfig()
-    keep_checkpoints: PositiveInt = 2
+    keep_checkpoints: PositiveInt = SupernetSettings.keep_checkpoints
     """Training checkpoints kept on disk."""
 
     @model_validator(mode="after")
@@ -169,8 +193,6 @@ class SupernetConfig(Section):
 
 
 def _batch_problems(supernet: SupernetConfig) -> Iterator[BrokenRule]:
-    from dsnet.training.settings import sharing_problem
-
     train = supernet.train
     if train.batch_size is None:
         return
@@ -201,8 +223,6 @@ def _start_problems(supernet: SupernetConfig) -> Iterator[BrokenRule]:
 
 def _regime_problems(supernet: SupernetConfig) -> Iterator[BrokenRule]:
     """Errors: names that contradict the regime, and an ensemble without random sub-networks."""
-    from dsnet.training.settings import REGIMES, TEACHER_OF_MODE
-
     regime, bootstrapping = supernet.regime, supernet.bootstrapping
     if regime is not None:
         named = REGIMES[regime]
@@ -216,10 +236,10 @@ def _regime_problems(supernet: SupernetConfig) -> Iterator[BrokenRule]:
             )
             yield BrokenRule(("bootstrapping", "num_random"), message + "write it as supernet.train.num_random")
     parts = _regime_parts(supernet)
-    if (parts["teacher"], parts["widths"], parts["num_random"]) == ("ema_ensemble", "sandwich", 0):
+    problem = ensemble_problem(parts["widths"], parts["teacher"], parts["num_random"])
+    if problem is not None:
         section = "bootstrapping" if supernet.train.num_random is None and bootstrapping.num_random == 0 else "train"
-        message = "ieb averages the teacher with random sub-networks and needs at least 1; or choose regime ib"
-        yield BrokenRule((section, "num_random"), message)
+        yield BrokenRule((section, "num_random"), problem)
 
 
 def _number_problems(supernet: SupernetConfig) -> Iterator[BrokenRule]:
@@ -233,10 +253,6 @@ def _number_problems(supernet: SupernetConfig) -> Iterator[BrokenRule]:
 
 def _regime_parts(supernet: SupernetConfig) -> dict[str, Any]:
     """The fields of the resolved regime."""
-    # Imported here: the core's settings need torch, which `dsnet-orch schema` and --help do
-    # without.
-    from dsnet.training.settings import REGIMES, TEACHER_OF_MODE
-
     train, bootstrapping = supernet.train, supernet.bootstrapping
     parts = asdict(REGIMES[supernet.regime or "ib"])
     if supernet.regime is None:
@@ -262,22 +278,20 @@ def resolve_regime(supernet: SupernetConfig) -> Regime:
     In order of precedence: supernet.train.{widths, num_random, teacher, bn}, supernet.regime,
     supernet.bootstrapping.{mode, num_random}, ib.
     """
-    from dsnet.training.settings import Regime
-
     return Regime(**_regime_parts(supernet))
 
 
 class SupernetsConfig(Section):
-    """How a sweep of supernets chooses and trains them; read only where `space` holds supernet.*
-    keys."""
+    """Choice and training of several supernets; used only if `space` has supernet.* keys."""
 
     number: PositiveInt = 4
-    """Distinct supernets; fewer where the space has fewer."""
+    """Number of distinct supernets; fewer if the space has fewer."""
     sampler: Literal["random", "grid", "qmc"] = "qmc"
-    """random | grid | qmc: draws the supernet.* part of the space, all of it beforehand."""
+    """random | grid | qmc: sampler of the supernet.* parameters; all supernets are drawn before
+    training."""
     scheduler: Text = "asha"
-    """none | asha | median | hyperband, or the import path of a scheduler of Ray Tune's kind: who
-    stops trainings that fall behind."""
+    """none | asha | median | hyperband, or the import path of a Ray Tune scheduler: early stopping
+    of the worse supernets."""
     options: dict[str, JsonValue] = Field(default_factory=dict)
     """Keyword arguments of the scheduler; of asha grace_period, reduction_factor, ... in epochs."""
     concurrent: PositiveInt = 1

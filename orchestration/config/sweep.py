@@ -24,6 +24,7 @@ from pydantic import (
 
 from dsnet.errors import ConfigError
 from dsnet.metrics import metrics
+from dsnet.settings import DEFAULT_SEED, Seed
 from dsnet.wording import shown, way_out
 from orchestration.config.data import DataConfig
 from orchestration.config.default_space import default_space
@@ -35,6 +36,7 @@ from orchestration.config.objectives import Constraint, MetricConfig
 from orchestration.config.platform import RayConfig, StorageConfig, TrackingConfig
 from orchestration.config.schedulers import SCHEDULER_OPTIONS, check_scheduler
 from orchestration.config.section import (
+    FROM_LIST,
     NAME_PATTERN,
     BrokenRule,
     KeyPath,
@@ -83,15 +85,15 @@ _DEFAULT_METRICS = (
 
 
 class SweepConfig(Section):
-    """A whole sweep. Only version, name, data.name and supernet.model have no default."""
+    """A sweep file. Only version, name, data.name and supernet.model have no default."""
 
     version: Annotated[Literal[1], BeforeValidator(_version)]
     """Version of this file's format."""
     name: Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
     """Name of the run and of its folder: 1 to 64 letters, digits, '.', '_' or '-', not starting
     with '.'."""
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    """All randomness derives from it, 0 to 2^32 - 1."""
+    seed: Seed = DEFAULT_SEED
+    """Seed of all random numbers, 0 to 2^32 - 1."""
     data: DataConfig
     supernet: SupernetConfig
     gate: GateConfig = GateConfig()
@@ -101,10 +103,10 @@ class SweepConfig(Section):
     the target, the SGS settings and the learning rate."""
     metrics: Annotated[tuple[MetricConfig, ...], Field(strict=False, min_length=2, max_length=3)] = _DEFAULT_METRICS
     """The 2 or 3 objectives, at least one to maximise and one to minimise."""
-    constraints: Annotated[tuple[Constraint, ...], Field(strict=False)] = ()
-    """Conditions over metrics and `baseline.METRIC`, the widest routable sub-network's: "top1 >=
-    baseline.top1 - 0.003". A trial that breaks one is never on the front; {hard: "params_m <= 5"}
-    ends a trial at once, and the sweep where nothing can hold it."""
+    constraints: Annotated[tuple[Constraint, ...], FROM_LIST] = ()
+    """Conditions on metrics and `baseline.METRIC`, the value of the widest route: "top1 >=
+    baseline.top1 - 0.003". A trial that violates one is never on the front. {hard: "params_m <= 5"}
+    also ends a trial that violates it, and is refused if no trial can satisfy it."""
     sampler: SamplerConfig = SamplerConfig()
     budget: BudgetConfig = BudgetConfig()
     pruner: PrunerConfig = PrunerConfig()
@@ -116,7 +118,7 @@ class SweepConfig(Section):
     tracking: TrackingConfig = TrackingConfig()
     export: ExportConfig = ExportConfig()
     presets: dict[str, dict[str, JsonValue]] = Field(default_factory=dict)
-    """Name -> settings laid over the file by --preset NAME. Empty in a resolved file."""
+    """Name -> settings that override the file with --preset NAME. Empty in a resolved file."""
 
     @model_validator(mode="before")
     @classmethod

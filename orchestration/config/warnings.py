@@ -6,11 +6,9 @@ from collections.abc import Iterator
 
 from dsnet.metrics import share_names
 from dsnet.routers.kinds import router_kind
+from dsnet.settings import Device
 from orchestration.config.objectives import HardConstraint
 from orchestration.config.resolve import enqueued_points, gate_space, halving_rungs, resolve_cohort, supernet_space
-from orchestration.config.section import (
-    Device,
-)
 from orchestration.config.space import (
     possible_routers,
     supernet_warnings,

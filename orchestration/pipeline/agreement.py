@@ -11,18 +11,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dsnet.data import Normalization
+from dsnet.data.normalization import Normalization
 from dsnet.deploy.dynamic import DynamicNet
 from dsnet.deploy.materialize import materialize
 from dsnet.errors import VerificationError
-from dsnet.measure.latency import (
-    LatencySettings,
-    MachineLoad,
-    Timing,
-    device_name,
-    time_interleaved,
-    waiter,
-)
+from dsnet.measure.latency import MachineLoad, Timing, device_name, time_interleaved, waiter
+from dsnet.measure.settings import LatencySettings
 from dsnet.network.precision import exact_float32
 from dsnet.network.supernet import Supernet
 from dsnet.routers.base import Router
@@ -114,13 +108,13 @@ def _retraced(router: Router, table: RoutingTable, told: TableRun, ran: NDArray[
 
 def _mismatch(slot: int, wrong: NDArray[np.intp], table: RoutingTable, told: Sequence[str], ran: Sequence[str]) -> str:
     named = "; ".join(
-        f"image {table.image_ids[row]}: the table says {expected}, it ran {met}"
+        f"image {table.image_ids[row]}: expected {expected}, got {met}"
         for row, expected, met in zip(wrong, told, ran, strict=False)
     )
     more = f"; and {len(wrong) - MAX_NAMED} more" if len(wrong) > MAX_NAMED else ""
     return (
-        f"trial-{slot:04d}: {len(wrong)} of {table.num_images} images of {table.split} differ between the routing table and the real "
-        f"run ({named}{more}). The table or the weights were changed; delete the run's table folder and launch again."
+        f"trial-{slot:04d}: {len(wrong)} of {table.num_images} images of {table.split} differ between the routing table and the actual "
+        f"run ({named}{more}). The table or the weights have changed; delete the table folder of the run and launch again."
     )
 
 

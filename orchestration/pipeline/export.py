@@ -16,12 +16,12 @@ import torch
 from numpy.typing import NDArray
 from ruamel.yaml import YAML
 
-from dsnet.data import Normalization
+from dsnet.data.normalization import Normalization
 from dsnet.data.photos import PhotoDecoder
-from dsnet.deploy.bundle import NUM_EXAMPLES, save_bundle
+from dsnet.deploy.bundle import NUM_EXAMPLES, BundleContents, save_bundle
 from dsnet.deploy.exporters import BUNDLE, exporters
 from dsnet.dotted import nest
-from dsnet.measure.latency import MAIN_DEVICE
+from dsnet.measure.settings import MAIN_DEVICE
 from dsnet.routers.base import Router
 from dsnet.routing.routing_table import RoutingTable
 from dsnet.routing.table_routing import run_on_table
@@ -105,17 +105,15 @@ def export_bundles(prepared: Prepared, results: RunResults, slots: Sequence[int]
         router = results.router(slot)
         claims = bundle_claims(prepared, results, slot)
         path = folder / trial_name(slot)
-        save_bundle(
-            path,
-            supernet,
-            router,
+        contents = BundleContents(
+            supernet=supernet,
+            router=router,
             normalization=Normalization.from_json(meta["run"]["normalization"]),
             class_names=prepared.image_set.class_names,
             examples=_examples(prepared, val, router),
-            claims=claims,
-            gate_yaml=_gate_yaml(prepared, results, slot, claims),
             photos=_photo_decoder(prepared),
         )
+        save_bundle(path, contents, claims=claims, gate_yaml=_gate_yaml(prepared, results, slot, claims))
         write_formats(path, prepared.config.export.formats)
         paths.append(path)
     return paths

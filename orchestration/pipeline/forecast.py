@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from dsnet.environment import resolve_device
-from dsnet.measure.latency import BUDGET_S, LatencySettings, MachineLoad
+from dsnet.measure.latency import BUDGET_S, MachineLoad
+from dsnet.measure.settings import LatencySettings
 from dsnet.process_memory import resident_bytes
 from dsnet.training.trial_run import TrialRun, trial_run
 from dsnet.wording import plural
@@ -148,7 +149,7 @@ def forecast_supernets(supernets: Sequence[tuple[Prepared, Sequence[StagePlan]]]
                 seconds = RAY_START_S + (seconds - RAY_START_S * len(training)) / at_a_time
                 memory += (at_a_time - 1) * max(each.peak_bytes for each in timed)
         stages.append(StageForecast(parts[0].stage, seconds, memory, sum(part.disk_bytes for part in parts)))
-    how = f"{_how(left[0][0].config, timed[0], load)}; each of {plural(len(left), 'supernet')}, trained to its end"
+    how = f"{_how(left[0][0].config, timed[0], load)}; for {plural(len(left), 'supernet')}, if none is stopped early"
     on_gpu = concurrent * max(each.peak_bytes for each in timed) if timed[0].device == "cuda" else 0
     return Forecast(tuple(stages), how, on_gpu)
 
@@ -188,12 +189,12 @@ def _how(config: SweepConfig, timed: TrialRun, load: MachineLoad | None) -> str:
     estimate is too long."""
     name = "the GPU" if timed.device == "cuda" else "the CPU"
     steps, threads = plural(timed.num_steps, "step"), plural(timed.threads, "thread")
-    how = f"timed: {steps} of {config.supernet.train.batch_size} images on {name}, {threads}"
+    how = f"based on {steps} of {config.supernet.train.batch_size} images, timed on {name} with {threads}"
     if load is None or load.load_average <= BUSY_LOAD * load.num_cores:
         return how
     return (
-        f"{how}; other work kept the machine busy meanwhile (load average {load.load_average:.1f} on "
-        f"{plural(load.num_cores, 'core')}), so this is too long for a machine with nothing else to do: ask again then"
+        f"{how}; the machine was busy with other work (load average {load.load_average:.1f} on "
+        f"{plural(load.num_cores, 'core')}), so the estimate is too long for an idle machine; run plan again when it is idle"
     )
 
 

@@ -87,7 +87,7 @@ def launch(
     prepared = prepare(config, run, progress.warn)
     config = prepared.config
     if decided := prepared.decided_by_data():
-        progress.say(f"decided by the data: {decided} (dsnet-orch plan says why)")
+        progress.say(f"derived from the data: {decided} (dsnet-orch plan shows the reasons)")
     for warning in prepared.warnings():
         progress.warn(warning)
     if config.tracking.mlflow:
@@ -95,7 +95,7 @@ def launch(
     run.create()
     with DriverLock(run, command, take_over=take_over) as lock:
         if lock.taken_over_from is not None:
-            progress.say(f"continuing after {lock.taken_over_from}, which is gone")
+            progress.say(f"continuing the run of {lock.taken_over_from}, which no longer runs")
         run.clear_stop()
         with stop(run) as request:
             manifest = write_facts(prepared, run)
@@ -159,7 +159,9 @@ def closing_tracker(
     finally:
         summary = tracker.close(status, end_ms or int(time.time() * 1000), TRACKING_TIMEOUT_S)
         if summary.num_unsent:
-            progress.warn(f"{summary.num_unsent} writes to MLflow were not made; later: dsnet-orch sync {run.path}")
+            progress.warn(
+                f"{summary.num_unsent} writes to MLflow failed; repeat them later with: dsnet-orch sync {run.path}"
+            )
 
 
 def _run_stages(work: Launch) -> LaunchResult:
@@ -189,7 +191,7 @@ def _say_what_runs_again(work: Launch, plans: Mapping[str, StagePlan]) -> None:
     from it."""
     outdated = next((plan for plan in plans.values() if plan.status == "invalidated"), None)
     if outdated is not None:
-        work.progress.say(f"{outdated.name}: runs again, since this changed: {'; '.join(outdated.reasons)}")
+        work.progress.say(f"{outdated.name}: runs again, because this changed: {'; '.join(outdated.reasons)}")
 
 
 def stage_plans(work: Launch) -> dict[str, StagePlan]:
@@ -200,7 +202,7 @@ def stage_plans(work: Launch) -> dict[str, StagePlan]:
     if adoption is None or not (taken := adopt(work.run, plans, adoption)):
         return plans
     outdated = ", ".join(adoption.outdated)
-    again = f"; another release made its {outdated}: made again" if outdated else ""
+    again = f"; {outdated} run again, because another release made them" if outdated else ""
     work.progress.say(f"taken over from {work.config.supernet.init_from}: {', '.join(taken)}{again}")
     return {plan.name: plan for plan in plan_stages(work.run, definitions)}
 
@@ -229,14 +231,14 @@ def _nothing_feasible(results: RunResults) -> str:
     """A message for a search without a feasible trial, with ways out if trials completed."""
     if not results.completed and not results.pruned:
         reasons = [record.reason for record in results.failed if record.reason]
-        return f"none of the {len(results.records)} trials completed; the last reason: {reasons[-1] if reasons else 'unknown'}"
+        return f"none of the {len(results.records)} trials completed; reason of the last failure: {reasons[-1] if reasons else 'unknown'}"
     broken = Counter(
         name for record in results.records for name, value in record.constraints.items() if value > 0
     ).most_common(1)
     name, count = broken[0] if broken else ("being best at a rung", len(results.pruned))
     return (
-        f"none of the {len(results.records)} trials is feasible; {count} break {name}. Loosen it, search longer "
-        f"(dsnet-orch extend {results.run.name} --trials +N), or enqueue a point that should hold it"
+        f"none of the {len(results.records)} trials is feasible; {count} violate {name}. Relax it, run more trials "
+        f"(dsnet-orch extend {results.run.name} --trials +N), or enqueue a point that should satisfy it"
     )
 
 
@@ -281,5 +283,5 @@ def check_failures(results: Results) -> None:
         reasons = Counter(record.reason for own in results.supernets.values() for record in own.failed)
         raise TooManyFailedTrialsError(
             f"{results.num_failed} of {results.num_trials} trials failed, more than budget.max_failed {allowed:g} allows; "
-            f"most often: {reasons.most_common(1)[0][0]}"
+            f"the most frequent reason: {reasons.most_common(1)[0][0]}"
         )

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from dsnet.data import TensorData
+from dsnet.data.tensors import TensorData
 from dsnet.environment import resolve_device
 from dsnet.files import atomic_write_json
 from dsnet.measure.evaluate import TRAIN_SAMPLE_FILE, build_routing_table, measure_subnets, sample_training_images

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,12 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
-from dsnet.data import Augmentation
+from dsnet.data.settings import Augmentation
 from dsnet.errors import NothingFeasibleError, StoppedError
 from dsnet.files import atomic_write_bytes, atomic_write_json, read_json
-from dsnet.gates.end_to_end import EndToEndSettings, GateImages
-from dsnet.measure.latency import MAIN_DEVICE, LatencyTable
+from dsnet.gates.end_to_end import GateImages
+from dsnet.gates.settings import EndToEndSettings
+from dsnet.measure.settings import MAIN_DEVICE
 from dsnet.routing.routing_table import RoutingTable
 from dsnet.space.subnet_set import SubnetSet
 from dsnet.training.supernet import FINAL
@@ -44,12 +45,12 @@ from orchestration.runs.queue import read_queue
 from orchestration.runs.stages import StagePlan, canonical_settings
 from orchestration.tracking.rows import trial_row
 from orchestration.workers.end_to_end import EndToEndCheck, MakeEndToEndTrial, shared_images
+from orchestration.workers.gate_trials import MakeGateTrial
 from orchestration.workers.self_check import ArithmeticReport, StartCheck
-from orchestration.workers.trials import MakeCohortFunction, RayRunner
+from orchestration.workers.trials import Actors, MakeCohortFunction, RayRunner, TrialLimits
 from search.conditions.constraints import BASELINE, ConstraintSet
 from search.front.points import trial_name
 from search.gate_check import Finding, GateCheck
-from search.gate_trial import GateScores, GateTrial
 from search.study.engine import Budget, Search
 from search.study.stopping import Plateau, StopRules
 from search.study.study import Objective, StudyJournal, StudySettings, TrialRecord, load_records
@@ -91,7 +92,7 @@ def continued(run: RunDir, plan: StagePlan, config: SweepConfig) -> StagePlan:
     left = trials_left(run, plan, config)
     if not plan.is_done or left == 0:
         return plan
-    return replace(plan, status="resume", reasons=(f"{left} of {resolve_trials(config)} trials are left",))
+    return replace(plan, status="resume", reasons=(f"{left} of {resolve_trials(config)} trials remain",))
 
 
 def search_stage(work: Launch, plan: StagePlan, table_plan: StagePlan) -> None:
@@ -192,7 +193,8 @@ def refuse_impossible(constraints: ConstraintSet, ranges: Mapping[str, tuple[flo
     if impossible:
         names = {name for comparison in constraints.hard if comparison.text in impossible for name in comparison.names}
         raise NothingFeasibleError(
-            f"constraints: no router of this network can hold {' or '.join(impossible)} (within reach: {spoken_reach(names, ranges)}); "
+            f"constraints: no router of this network can satisfy {' or '.join(impossible)} (reachable values: "
+            f"{spoken_reach(names, ranges)}); "
             "loosen it, or change the network"
         )
 
@@ -257,29 +259,6 @@ def gate_defaults(config: SweepConfig) -> dict[str, Any]:
     return canonical_settings({"gate": config.gate.model_dump(mode="json")})
 
 
-@dataclass(frozen=True)
-class MakeGateTrial:
-    """Builds a trial function inside a worker, from arrays in the object store."""
-
-    metas: dict[str, dict[str, Any]]
-    subnets: SubnetSet
-    latency: LatencyTable
-    """Latency table of the main device."""
-    defaults: dict[str, Any]
-    devices: dict[str, LatencyTable] = field(default_factory=dict)
-    """Latency tables of further devices, by name."""
-
-    def __call__(self, arrays: Mapping[str, NDArray[Any]]) -> GateTrial:
-        """The trial function over the shared tables."""
-        gate, val = (
-            RoutingTable.from_arrays(
-                {name: arrays[f"{split}/{name}"] for name in RoutingTable.ARRAYS}, self.metas[split]
-            )
-            for split in ("gate", "val")
-        )
-        return GateTrial(gate, val, GateScores(self.subnets, self.latency, self.devices), self.defaults)
-
-
 def _trial_runner(work: Launch, table_plan: StagePlan, report: ArithmeticReport) -> RayRunner:
     config, prepared = work.config, work.prepared
     results = work.results
@@ -306,11 +285,8 @@ def _trial_runner(work: Launch, table_plan: StagePlan, report: ArithmeticReport)
     return RayRunner(
         make,
         arrays=arrays,
-        num_actors=config.ray.trial_actors,
-        threads=threads,
-        resources=config.ray.trial_resources,
-        timeout_s=resolve_timeout_s(config),
-        retries=config.trial.retries,
+        actors=Actors(number=config.ray.trial_actors, threads=threads, resources=config.ray.trial_resources),
+        limits=TrialLimits(timeout_s=resolve_timeout_s(config), retries=config.trial.retries),
         check=StartCheck(look, report.hear),
     )
 

@@ -22,7 +22,7 @@ def supernet_stage(work: Launch, plan: StagePlan) -> None:
     """Train the supernet unless that is done; Ray must be initialised if it is not."""
     config, run = work.config, work.run
     if plan.is_done:
-        work.progress.say(f"supernet: done before ({plan.key[:12]})")
+        work.progress.say(f"supernet: already done ({plan.key[:12]})")
     training = work.prepared.supernet_run
     device = resolve_device(config.supernet.device)
     subnets, start = work.prepared.subnets, work.prepared.start
@@ -69,11 +69,11 @@ def done_sentence(facts: SupernetFacts, seconds: float) -> str:
     """A phrase that says how the supernet was made."""
     if facts.run.train.epochs > 0:
         return f"trained in {duration(seconds)}"
-    return "taken as it is" if facts.keeps_statistics() else f"not trained; recalibrated in {duration(seconds)}"
+    return "used unchanged" if facts.keeps_statistics() else f"not trained; recalibrated in {duration(seconds)}"
 
 
 def _start_sentence(start: StartPoint) -> str:
-    fresh = f"; fresh: {', '.join(start.fresh)}" if start.fresh else ""
+    fresh = f"; newly initialised: {', '.join(start.fresh)}" if start.fresh else ""
     return f"supernet: starts from {start.path} ({start.sha256[:12]}){fresh}"
 
 

@@ -93,9 +93,9 @@ def verify_stage(work: Launch, plans: Mapping[str, StagePlan], supernet: Superne
     assert verified is not None
     ties = sum(agreement.num_ties for agreement in verified.agreements)
     work.progress.say(
-        f"verify: {plural(len(front), 'gate')} ran on {verified.test.num_images} test images as the table said, image by image"
+        f"verify: {plural(len(front), 'gate')} ran on {verified.test.num_images} test images; every image agrees with the routing table"
         + (f" ({ties} numerical ties)" if ties else "")
-        + (f"; {num_before} of them did so in an earlier launch" if num_before else "")
+        + (f"; {num_before} of them ran in an earlier launch" if num_before else "")
     )
 
 

@@ -18,12 +18,12 @@ from typing import Any
 
 from dsnet.errors import CheckpointError, ConfigError
 from dsnet.files import file_sha256, read_json, replacing
-from dsnet.measure.latency import LatencySettings
+from dsnet.measure.settings import LatencySettings
 from dsnet.space.subnet_set import SubnetSet
 from dsnet.standalone.output_folder import OutputFolder
 from dsnet.standalone.resolved import StandaloneConfig
-from dsnet.training.settings import SupernetRun
 from dsnet.training.supernet import FINAL
+from dsnet.training.supernet_run import SupernetRun
 from orchestration.config.supernet import REGIME_KEYS, resolve_regime
 from orchestration.config.sweep import SweepConfig
 from orchestration.runs.folder import RunDir

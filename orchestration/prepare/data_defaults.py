@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 from pydantic import ValidationError
 
-from dsnet.data import Augmentation, Splits
+from dsnet.data.settings import Augmentation
 from dsnet.data.sources import ImageSource
+from dsnet.data.splits import Splits
 from dsnet.errors import ConfigError
 from dsnet.space.cost import subnet_cost
 from dsnet.space.subnet_set import SubnetSet

@@ -13,24 +13,27 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from dsnet.data import Augmentation, Normalization, Splits, SplitSizes, TensorData, make_splits
+from dsnet.data.normalization import Normalization
+from dsnet.data.settings import Augmentation, SplitSizes
 from dsnet.data.sources import ImageSource, load_source
-from dsnet.data.splits import data_fingerprint
+from dsnet.data.splits import Splits, data_fingerprint, make_splits
+from dsnet.data.tensors import TensorData
 from dsnet.data.training_images import InMemoryImages, TrainingImages
 from dsnet.environment import resolve_device
 from dsnet.errors import CheckpointError, ConfigError
 from dsnet.families import Task
 from dsnet.files import atomic_write_text, read_json
-from dsnet.measure.latency import DeviceSettings, LatencySettings
+from dsnet.measure.settings import DeviceSettings, LatencySettings
 from dsnet.metrics import share_names
 from dsnet.routers.kinds import router_kind
 from dsnet.space.cost import subnet_cost
 from dsnet.space.subnet_set import SubnetSet
 from dsnet.standalone.output_folder import RESULT_VERSIONS
 from dsnet.training.data_defaults import DataDefault
-from dsnet.training.settings import BootstrapSettings, SupernetRun, TrainSettings
+from dsnet.training.settings import BootstrapSettings, TrainSettings
 from dsnet.training.start import Start, check_start, find_checkpoint, first_weights, lay_out, load_start
 from dsnet.training.supernet import FINAL
+from dsnet.training.supernet_run import SupernetRun
 from orchestration.config.resolve import conditions, resolve_cores
 from orchestration.config.space import absolute_targets, possible_routers
 from orchestration.config.stage_keys import Stage, stage_subset

@@ -35,7 +35,7 @@ from dashboards.widths import LatencySeries, WidthsInfo
 from dsnet.errors import NotFoundError
 from dsnet.files import atomic_write_text, read_json
 from dsnet.gates.fit import COLLAPSE_SHARE
-from dsnet.measure.latency import MAIN_DEVICE
+from dsnet.measure.settings import MAIN_DEVICE
 from dsnet.wording import plural
 from orchestration.config.resolve import constraint_set
 from orchestration.results.measured import static_metrics
@@ -104,10 +104,10 @@ def commands_of(results: RunResults) -> tuple[tuple[str, str], ...]:
     run = results.run
     sweep, path, root = (shlex.quote(str(part)) for part in (run.sweep_yaml, run.path, run.root))
     return (
-        ("Continue this run, or extend it with a larger budget", f"dsnet-orch launch {sweep}"),
-        ("The front on the terminal", f"dsnet-orch pareto {path}"),
-        ("Export gates of the front as bundles that run", f"dsnet-orch export {path} --pick all"),
-        ("Browse every point in MLflow", f"dsnet-orch ui --runs {root}"),
+        ("Continue this run", f"dsnet-orch launch {sweep}"),
+        ("Show the front on the terminal", f"dsnet-orch pareto {path}"),
+        ("Export the gates on the front as bundles", f"dsnet-orch export {path} --pick all"),
+        ("Browse all results in MLflow", f"dsnet-orch ui --runs {root}"),
     )
 
 
@@ -119,7 +119,7 @@ def _model_name(results: RunResults) -> str:
 
 def training_notes(results: RunResults, whose: str = "") -> tuple[str, ...]:
     """Warnings about the training of the supernet, in sentences."""
-    return tuple(f"{whose}{_capital(warning.text)}. To change: {warning.way_out}." for warning in review(results))
+    return tuple(f"{whose}{_capital(warning.text)}. What to do: {warning.way_out}." for warning in review(results))
 
 
 def timing_doubt(results: RunResults) -> str | None:
@@ -133,8 +133,8 @@ def timing_doubt(results: RunResults) -> str | None:
         return None
     others = f"; and {plural(len(found) - 1, 'more timing')}" if len(found) > 1 else ""
     return (
-        f"the machine was busy or uneven when latency was measured ({found[0]}{others}); "
-        f"measure again while nothing else runs: dsnet-orch measure {shlex.quote(str(results.run.path))}"
+        f"the latencies are unreliable, because the machine was busy or its times varied ({found[0]}{others}); "
+        f"measure again on an idle machine: dsnet-orch measure {shlex.quote(str(results.run.path))}"
     )
 
 
@@ -157,8 +157,8 @@ def _sample_notes(results: RunResults) -> tuple[str, ...]:
     if results.verified is None or len(results.front_sample) == len(results.front):
         return ()
     return (
-        f"{len(results.front_sample)} of the front's {len(results.front)} gates ran on test, evenly along it (budget.verify); "
-        "the tables and pictures of test hold these.",
+        f"{len(results.front_sample)} of the front's {len(results.front)} gates, evenly spaced along it, ran on test (budget.verify); "
+        "the tables and figures for test show these.",
     )
 
 
@@ -166,7 +166,7 @@ def _objective_notes(results: RunResults) -> tuple[str, ...]:
     names = [metric.name for metric in results.config.metrics]
     if set(names) == {"top1", "madds_m"}:
         return ()
-    drawn = "the figure draws top-1 against MAdds"
+    drawn = "the figure shows top-1 against MAdds"
     further = further_objective(results)
     if further is not None:
         drawn += f", with {further.metric} as colour" + (" and in a row of its own" if further.is_latency else "")
@@ -255,7 +255,7 @@ def _scores(point: PointAnalysis) -> Scores:
         cascade_top1=point.cascade_top1,
         oracle_top1=point.oracle_top1,
         cascade_madds_m=point.cascade_madds_m,
-        oracle_share=point.share_of_oracle_gap,
+        oracle_share=point.clear_share_of_oracle_gap,
         stability=point.stability,
         reachable_top1=point.reachable_top1,
         reachable_share=point.clear_share_of_reachable_gap,
@@ -496,7 +496,7 @@ def _router_result(share: RouterShare) -> RouterResult:
         oracle_top1=share.oracle_top1,
         gain=None if gain is None else (gain.value, gain.low, gain.high),
         reachable_share=share.clear_share_of_reachable_gap,
-        oracle_share=share.share_of_oracle_gap,
+        oracle_share=share.clear_share_of_oracle_gap,
         is_collapsed=share.is_collapsed,
     )
 

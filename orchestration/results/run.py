@@ -15,7 +15,8 @@ from safetensors.numpy import load_file
 
 from dsnet.errors import CheckpointError, NotFoundError
 from dsnet.files import read_json
-from dsnet.measure.latency import MAIN_DEVICE, BatchClock, LatencyTable, device_of, latency_metric
+from dsnet.measure.latency import BatchClock, LatencyTable, device_of, latency_metric
+from dsnet.measure.settings import MAIN_DEVICE
 from dsnet.metrics import added_metrics
 from dsnet.routers.base import Router
 from dsnet.routing.routing_table import RoutingTable
@@ -496,7 +497,7 @@ def refuse_unusable(pick: str, records: Sequence[TrialRecord]) -> None:
     record = records[0]
     broken = [text for text, violation in record.constraints.items() if not violation <= 0]
     standing = {
-        "complete": f"is infeasible: breaks {' and '.join(broken)}",
+        "complete": f"is infeasible: violates {' and '.join(broken)}",
         "pruned": "was pruned",
         "failed": "failed",
     }[record.state]

@@ -12,8 +12,9 @@ from dsnet.families import Task, get_family, layout
 from dsnet.files import read_json
 from dsnet.space.spec import SupernetSpec
 from dsnet.space.subnet_set import SubnetSet
-from dsnet.training.settings import REGIMES, SupernetRun
+from dsnet.training.settings import REGIMES
 from dsnet.training.supernet import FINAL
+from dsnet.training.supernet_run import SupernetRun
 from orchestration.config.supernet import CHECKPOINT_MODEL, resolve_regime
 from orchestration.config.sweep import SweepConfig
 from orchestration.prepare.preparation import Prepared

@@ -47,7 +47,7 @@ class ListedTrial:
     @property
     def reason(self) -> str | None:
         """Why it cannot be on the front whatever its metrics are; None if it can."""
-        return f"breaks {' and '.join(self.broken)}" if self.broken and not self.record.reason else self.record.reason
+        return f"violates {' and '.join(self.broken)}" if self.broken and not self.record.reason else self.record.reason
 
     @property
     def values(self) -> dict[str, float]:

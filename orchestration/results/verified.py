@@ -8,13 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from dsnet.measure.latency import (
-    MAIN_DEVICE,
-    LatencyTable,
-    MachineLoad,
-    Timing,
-    noise_of,
-)
+from dsnet.measure.latency import LatencyTable, MachineLoad, Timing, noise_of
+from dsnet.measure.settings import MAIN_DEVICE
 from search.front.analysis import BudgetPick, PointAnalysis, SplitAnalysis
 
 

@@ -75,7 +75,7 @@ from orchestration.tracking.rows import (
 from orchestration.workers.runtime import LOCAL, cluster_cpus
 from orchestration.workers.supernet import SupernetJob
 from orchestration.workers.tune_ledger import MemberFate, TuneRules
-from orchestration.workers.tune_supernets import TuneMember, ValImages, stored_fates, train_members
+from orchestration.workers.tune_supernets import SweepCallbacks, TuneMember, ValImages, stored_fates, train_members
 from search.front.points import save_points, trial_name
 from search.study.study import TrialRecord
 
@@ -104,14 +104,14 @@ def launch_supernets(
     usable = [member for member in members if member.prepared is not None]
     if not usable:
         reasons = "\n".join(f"  {_told(member.settings)}: {member.problem}" for member in members)
-        raise NothingFeasibleError(f"none of the {len(members)} supernets that were drawn can be:\n{reasons}")
+        raise NothingFeasibleError(f"none of the {len(members)} supernets has valid settings:\n{reasons}")
     if config.tracking.mlflow:
         store_uri(config, run)  # refuses a path that no database URI can hold, before anything is written
     run.create()
     with ExitStack() as stack:
         lock = stack.enter_context(DriverLock(run, command, take_over=take_over))
         if lock.taken_over_from is not None:
-            progress.say(f"continuing after {lock.taken_over_from}, which is gone")
+            progress.say(f"continuing the run of {lock.taken_over_from}, which no longer runs")
         for member in usable:  # so that no other driver launches a member by itself
             member.run.create()
             stack.enter_context(DriverLock(member.run, command, take_over=take_over))
@@ -134,7 +134,7 @@ def check_supernets(config: SweepConfig) -> None:
     if config.supernet.workers != 1:
         raise ConfigError(
             f"supernet.workers is {config.supernet.workers}, but in a sweep of supernets each trains in one process; "
-            "set it to 1, and train several at a time with supernets.concurrent"
+            "set it to 1, and set supernets.concurrent to train several at a time"
         )
 
 
@@ -312,7 +312,7 @@ class _SupernetsLaunch:
             for name in [] if is_idle else trained:
                 self._sweep_gates(name)
         if is_idle:
-            self.progress.say("every supernet, every trial and the front are done: nothing is left to do")
+            self.progress.say("all supernets, all trials and the front are done; nothing is left to do")
         self.results.refresh()
         self.study.add_missing(self.results)
         if not self.results.feasible:
@@ -326,7 +326,7 @@ class _SupernetsLaunch:
             if entry.name in self.members:
                 self.progress.say(f"{entry.name}: {_told(entry.settings)}")
             else:
-                self.progress.warn(f"{entry.name}: {_told(entry.settings)} cannot be: {entry.reason}")
+                self.progress.warn(f"{entry.name}: {_told(entry.settings)} is invalid: {entry.reason}")
 
     def _tune_members(self, plans: Mapping[str, Mapping[str, StagePlan]], threads: int) -> list[TuneMember]:
         return [
@@ -376,10 +376,12 @@ class _SupernetsLaunch:
                     data=prepared.training_images(),
                     val=ValImages(data.images("val"), data.labels("val")),
                     folder=self.run.tune_dir,
-                    on_report=training.on_report,
-                    on_points=training.on_points,
-                    on_fate=training.on_fate,
-                    should_stop=self.stop,
+                    callbacks=SweepCallbacks(
+                        on_report=training.on_report,
+                        on_points=training.on_points,
+                        on_fate=training.on_fate,
+                        should_stop=self.stop,
+                    ),
                 )
         for fate in fates:  # also fates that an earlier launch has recorded
             training.on_fate(fate)
@@ -388,7 +390,7 @@ class _SupernetsLaunch:
         trained = [fate.name for fate in fates if fate.state == "trained"]
         if not trained:
             reasons = "; ".join(f"{fate.name}: {fate.reason}" for fate in fates)
-            raise NothingFeasibleError(f"no supernet was trained to its end; {reasons}")
+            raise NothingFeasibleError(f"no supernet completed its training; {reasons}")
         return trained
 
     def _sweep_gates(self, name: str) -> None:
@@ -415,9 +417,9 @@ class _SupernetsLaunch:
             for text, value in record.constraints.items()
             if value > 0
         )
-        most = f"; {broken.most_common(1)[0][1]} break {broken.most_common(1)[0][0]}" if broken else ""
+        most = f"; {broken.most_common(1)[0][1]} violate {broken.most_common(1)[0][0]}" if broken else ""
         reasons = [entry.reason for entry in results.entries if entry.reason]
-        last = f"; the last reason of a supernet: {reasons[-1]}" if reasons else ""
+        last = f"; reason of the last supernet that failed: {reasons[-1]}" if reasons else ""
         return f"none of the {results.num_trials} trials of {plural(len(results.supernets), 'supernet')} is feasible{most}{last}"
 
     def _freeze(self) -> None:
@@ -476,7 +478,7 @@ class _SupernetsLaunch:
 
     def _finish_member(self, name: str, standing: Standing) -> None:
         work = self.launches[name]
-        note = f"One of the supernets of the sweep {self.run.name}; of its gates those on the front over all supernets ran on test."
+        note = f"One supernet of the sweep {self.run.name}; its gates on the front over all supernets ran on test."
         write_outputs(work, (*work.prepared.notes(), note), standing)
         work.tracker.close("FINISHED", sweep_end_ms(work.results.manifest), TRACKING_TIMEOUT_S)
 

@@ -181,7 +181,7 @@ def _sample_notes(results: SupernetSweepResults) -> tuple[str, ...]:
     if not results.is_verified or len(results.front_sample) == len(results.front_gates):
         return ()
     return (
-        f"{len(results.front_sample)} of the front's {len(results.front_gates)} gates ran on test, evenly along it (budget.verify).",
+        f"{len(results.front_sample)} of the front's {len(results.front_gates)} gates, spaced evenly, ran on test (budget.verify).",
     )
 
 
@@ -192,10 +192,13 @@ def _commands(results: SupernetSweepResults) -> tuple[tuple[str, str], ...]:
         (gate.supernet for gate in results.front_gates), results.entries[0].name if results.entries else "s0"
     )
     return (
-        ("Continue this sweep, or extend it with a larger budget for every supernet", f"dsnet-orch launch {sweep}"),
-        ("The front on the terminal", f"dsnet-orch pareto {path}"),
-        ("One supernet by itself", f"dsnet-orch pareto {shlex.quote(str(run.supernets_dir / example))}"),
-        ("Export gates of the front as bundles that run", f"dsnet-orch export {path} --pick all"),
-        ("All trials of all supernets in one Optuna study", f"optuna-dashboard {shlex.quote(str(run.merged_journal))}"),
-        ("Browse every point in MLflow", f"dsnet-orch ui --runs {root}"),
+        ("Continue this sweep", f"dsnet-orch launch {sweep}"),
+        ("Show the front on the terminal", f"dsnet-orch pareto {path}"),
+        ("Show one supernet", f"dsnet-orch pareto {shlex.quote(str(run.supernets_dir / example))}"),
+        ("Export the gates on the front as bundles", f"dsnet-orch export {path} --pick all"),
+        (
+            "Browse the trials of all supernets as one Optuna study",
+            f"optuna-dashboard {shlex.quote(str(run.merged_journal))}",
+        ),
+        ("Browse all results in MLflow", f"dsnet-orch ui --runs {root}"),
     )

@@ -40,7 +40,7 @@ class SupernetSweepResults:
     def __init__(self, run: RunDir, opened: Mapping[str, RunResults] | None = None) -> None:
         run.open_existing()
         if not run.supernets_json.is_file():
-            raise NotFoundError(f"run {run.name!r} in {run.root} is no sweep of supernets")
+            raise NotFoundError(f"run {run.name!r} in {run.root} is not a sweep of several supernets")
         self.run = run
         self._opened = dict(opened or {})
         self.manifest: dict[str, Any] = Manifest(run.manifest_path).read()

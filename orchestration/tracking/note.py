@@ -62,23 +62,23 @@ def front_note(headline: Headline, uid: str, picture: str, report: str, warnings
     lines = [
         _sentence(headline),
         "",
-        f"[All points as a chart]({points}) | [The whole report]({files}/{report}?workflowType=machine_learning)",
+        f"[All points as a chart]({points}) | [Report]({files}/{report}?workflowType=machine_learning)",
         "",
         *(line for warning in warnings for line in (f"**Warning:** {warning}", "")),
         f"![accuracy against cost](get-artifact?path={picture}&run_uuid={RUN_ID})",
         "",
-        _cells("gate of the front", "router", "top-1 on val", "top-1 on test", "M MAdds on val", "M MAdds on test"),
+        _cells("gate on the front", "router", "top-1 on val", "top-1 on test", "M MAdds on val", "M MAdds on test"),
         "|---|---|---|---|---|---|",
         *(_line(row, headline.knee) for row in headline.rows[:MAX_ROWS]),
     ]
     if len(headline.rows) > MAX_ROWS:
-        lines += ["", f"{len(headline.rows) - MAX_ROWS} more are in the report."]
+        lines += ["", f"{len(headline.rows) - MAX_ROWS} more gates are in the report."]
     return "\n".join(lines)
 
 
 def _sentence(headline: Headline) -> str:
     """The first sentence of the description, visible before it is opened."""
-    found = f"{plural(len(headline.rows), 'gate')} of the front"
+    found = f"{plural(len(headline.rows), 'gate')} on the front"
     knee = next((row for row in headline.rows if row.name == headline.knee), None)
     if knee is None:
         return f"{found}."

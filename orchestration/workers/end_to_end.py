@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 
 from dsnet.data.normalization import Normalization
 from dsnet.errors import NonFiniteLossError
-from dsnet.gates.end_to_end import EndToEndSettings, GateImages, train_stage
+from dsnet.gates.end_to_end import GateImages, train_stage
 from dsnet.gates.fit import calibrate_heads
+from dsnet.gates.settings import EndToEndSettings
 from dsnet.network.supernet import Supernet
 from dsnet.stored.checkpoint import load_supernet
 from orchestration.workers.self_check import REPEATED

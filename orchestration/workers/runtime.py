@@ -24,6 +24,14 @@ from orchestration.environment import prepare_environment
 
 LOCAL = "local"
 SMALLEST_OBJECT_STORE_MIB = 75
+_ON_THIS_MACHINE = {
+    # How often Ray Train looks whether its workers have ended: its 2 s are for large clusters.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
+    # A process that waits for a cloud to take a machine back.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+}
+"""Environment variables of Ray for a cluster that was started here, where the user has not set
+them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,12 +76,14 @@ def ray_session(settings: RaySettings) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    try:
-        with _keeping_signal_handlers():
-            _connect(settings)
-        yield
-    finally:
-        ray.shutdown()
+    local = {name: os.environ.get(name, value) for name, value in _ON_THIS_MACHINE.items()}
+    with variables_set(local if settings.address == LOCAL else {}):
+        try:
+            with _keeping_signal_handlers():
+                _connect(settings)
+            yield
+        finally:
+            ray.shutdown()
 
 
 @contextmanager

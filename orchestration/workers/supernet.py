@@ -13,14 +13,14 @@ from typing import Any
 
 from dsnet import errors
 from dsnet.arithmetic import fix_arithmetic
-from dsnet.data.augment import Augmentation
+from dsnet.data.settings import Augmentation
 from dsnet.data.training_images import InMemoryImages, TrainingImages
 from dsnet.errors import DsnetError, PreflightError, StoppedError
 from dsnet.files import atomic_write_json, read_json
 from dsnet.network.supernet import Supernet
 from dsnet.space.subnet_set import SubnetSet
-from dsnet.training.settings import SupernetRun
 from dsnet.training.supernet import FINAL
+from dsnet.training.supernet_run import SupernetRun
 from orchestration.runs.curves import CurvePoint, CurveTail
 
 POLL_S = 0.3
@@ -203,7 +203,7 @@ def _train_loop(config: Mapping[str, Any]) -> None:
     import ray.train
     import torch
 
-    from dsnet.training.supernet import train_supernet
+    from dsnet.training.supernet import TrainingCallbacks, train_supernet
     from dsnet.training.workers import DistributedWorkers, SingleWorker
 
     job: SupernetJob = config["job"]
@@ -221,7 +221,7 @@ def _train_loop(config: Mapping[str, Any]) -> None:
             folder=job.folder,
             device=job.device,
             workers=SingleWorker() if is_alone else DistributedWorkers(),
-            should_stop=job.stop_file.exists,
+            callbacks=TrainingCallbacks(should_stop=job.stop_file.exists),
         )
     except DsnetError as error:
         record = {"error": type(error).__name__, "message": str(error), "rank": context.get_world_rank()}

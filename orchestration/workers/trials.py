@@ -13,7 +13,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -99,22 +99,44 @@ class _Job:
     """Number of times that an actor of this place has failed to start."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Actors:
+    """The actors of a runner, and what each of them takes of the cluster."""
+
+    number: int | None = None
+    """None = as many as the cluster has room for."""
+    threads: int = 1
+    """Threads of computation of an actor, and CPUs that it takes, >= 1."""
+    resources: Mapping[str, float] = field(default_factory=dict)
+    """What else an actor takes, > 0, under Ray's names: "GPU" (a share, 0.5 = two actors on one),
+    "memory" (bytes), or a resource that the cluster's owner has named. Ray counts them, and does
+    not hold an actor to them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialLimits:
+    """How long a trial may run, and how often it is tried."""
+
+    timeout_s: float = 120.0
+    """Seconds that one trial may take, > 0, and as many for each trial of a batch; its actor is
+    then killed and replaced."""
+    retries: int = 2
+    """Number of times that a trial is run again if it lost its worker while alone, >= 0."""
+
+
 class RayRunner:
     """Runs trials on Ray actors; to be used inside a `ray_session`.
 
     An actor has one batch at a time. Actors start with the first `run` and persist until `close`.
     """
 
-    def __init__(  # noqa: PLR0913 - all but one are given by name
+    def __init__(
         self,
         make_function: MakeCohortFunction,
         *,
         arrays: Mapping[str, NDArray[Any]],
-        num_actors: int | None = None,
-        threads: int = 1,
-        resources: Mapping[str, float] | None = None,
-        timeout_s: float = 120.0,
-        retries: int = 2,
+        actors: Actors | None = None,
+        limits: TrialLimits | None = None,
         check: StartCheck | None = None,
     ) -> None:
         """Keep the description of the work; nothing is started yet.
@@ -122,24 +144,14 @@ class RayRunner:
         Args:
             make_function: see `MakeCohortFunction`.
             arrays: put into the object store once and shared by all actors.
-            num_actors: None = as many as the cluster has room for.
-            threads: threads of computation of an actor, and CPUs that it takes, >= 1.
-            resources: what else an actor takes, > 0, under Ray's names: "GPU" (a share, 0.5 = two
-                actors on one), "memory" (bytes), or a resource that the cluster's owner has named.
-                Ray counts them, and does not hold an actor to them.
-            timeout_s: seconds that one trial may take, > 0, and as many for each trial of a batch;
-                its actor is then killed and replaced.
-            retries: number of times that a trial is run again if it lost its worker while alone,
-                >= 0.
+            actors: number and size of the actors; None = `Actors()`.
+            limits: time-out and retries of a trial; None = `TrialLimits()`.
             check: check that every worker makes before its first trial; None = no check.
         """
         self._make_function = make_function
         self._arrays = arrays
-        self._num_actors = num_actors
-        self._threads = threads
-        self._resources = dict(resources or {})
-        self._timeout_s = timeout_s
-        self._retries = retries
+        self._actors = actors if actors is not None else Actors()
+        self._limits = limits if limits is not None else TrialLimits()
         self._check = check
         self._arrays_ref: Any = None
         self._lanes: int | None = None
@@ -228,17 +240,17 @@ class RayRunner:
 
     def _num_places(self, available: Mapping[str, float]) -> int:
         """Number of actors for a cluster with these resources."""
-        most = int(available.get("CPU", 0)) // self._threads
-        num_actors = self._num_actors or max(1, most)
+        most = int(available.get("CPU", 0)) // self._actors.threads
+        num_actors = self._actors.number or max(1, most)
         if not 1 <= num_actors <= most:
-            each = "one" if self._threads == 1 else f"{self._threads} (gate.end_to_end.threads)"
+            each = "one" if self._actors.threads == 1 else f"{self._actors.threads} (gate.end_to_end.threads)"
             raise PreflightError(
                 f"ray.trial_actors is {num_actors}, but the cluster has {int(available.get('CPU', 0))} CPUs and each actor takes "
                 f"{each}; lower ray.trial_actors or raise ray.num_cpus"
             )
-        for name, amount in self._resources.items():
+        for name, amount in self._actors.resources.items():
             room = int(available.get(name, 0.0) / amount + 1e-9)
-            least = 1 if self._num_actors is None else self._num_actors
+            least = 1 if self._actors.number is None else self._actors.number
             if room < least:
                 raise PreflightError(
                     f"{least} trial actors take {amount:g} of the resource '{name}' each, but the cluster has "
@@ -250,17 +262,17 @@ class RayRunner:
     def _start_actor(self, num_starts_lost: int = 0) -> None:
         import ray
 
-        variables = dict.fromkeys(_THREAD_VARIABLES, str(self._threads))
+        variables = dict.fromkeys(_THREAD_VARIABLES, str(self._actors.threads))
         options = {
-            "num_cpus": self._threads,
+            "num_cpus": self._actors.threads,
             "max_restarts": 0,
             "max_task_retries": 0,
             "runtime_env": {"env_vars": variables},
-            **_resource_options(self._resources),
+            **_resource_options(self._actors.resources),
         }
         remote = ray.remote(TrialWorker).options(**options)
         actor: Any = remote.remote(
-            self._make_function, self._arrays_ref, self._threads, self._check and self._check.look
+            self._make_function, self._arrays_ref, self._actors.threads, self._check and self._check.look
         )
         self._jobs[actor.prepare.remote()] = _Job(actor, None, time.monotonic(), num_starts_lost)
 
@@ -285,7 +297,7 @@ class RayRunner:
     def _deadline_s(self, job: _Job) -> float:
         if job.batch is None:
             return job.started_s + START_TIMEOUT_S
-        return job.started_s + self._timeout_s * len(job.batch.specs)
+        return job.started_s + self._limits.timeout_s * len(job.batch.specs)
 
     def _finish(self, ref: Any, waiting: deque[_Batch]) -> list[TrialOutcome]:
         """Handle a job that ended, well or not; the result is empty if that decides no trial."""
@@ -336,7 +348,7 @@ class RayRunner:
             return []
         self._start_actor()
         num_lost = job.batch.num_lost + 1
-        if len(job.batch.specs) == 1 and num_lost <= self._retries:
+        if len(job.batch.specs) == 1 and num_lost <= self._limits.retries:
             waiting.appendleft(_Batch(job.batch.specs, num_lost))
             return []
         return self._fail(job, job.batch, f"lost its worker {num_lost} times: {_cause_of_loss(error)}", waiting)
@@ -350,7 +362,7 @@ class RayRunner:
                 f"a trial worker did not start within {START_TIMEOUT_S:g} s: the cluster is full or too slow"
             )
         self._start_actor()
-        return self._fail(job, job.batch, f"time-out after {self._timeout_s:g} s", waiting)
+        return self._fail(job, job.batch, f"time-out after {self._limits.timeout_s:g} s", waiting)
 
     def _abandon_trials(self) -> None:
         """Kill the actors whose trials are no longer wanted; the next `run` starts new ones."""

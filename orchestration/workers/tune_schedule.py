@@ -28,7 +28,7 @@ from ray.tune.stopper import Stopper
 
 from dsnet.seeds import derive_seed
 from orchestration.config.schedulers import TIME
-from orchestration.workers.tune_ledger import End, FateState, Ledger, Report
+from orchestration.workers.tune_ledger import End, FateState, Ledger, Report, TuneRules
 
 METRIC = "static_hypervolume"
 MEMBER = "member"
@@ -67,14 +67,13 @@ class ReplayingScheduler(TrialScheduler):
 
     _supports_buffered_results = False
 
-    def __init__(  # noqa: PLR0913 - all but three are given by name
+    def __init__(
         self,
         inner: TrialScheduler,
         members: Sequence[Member],
         ledger: Ledger,
+        rules: TuneRules,
         *,
-        concurrent: int,
-        seed: int,
         is_stopping: Callable[[], bool],
         outcome_of: Callable[[str], Outcome | None],
         hear: Callable[[str, Report | End], None],
@@ -85,8 +84,8 @@ class ReplayingScheduler(TrialScheduler):
             inner: scheduler that decides; its metric is set already.
             members: all of them, in the order in which they start.
             ledger: ledger of earlier events; receives new ones.
-            concurrent: trials that run at a time.
-            seed: seed of the scheduler's random choices, with one stream per member.
+            rules: the number of trials that run at a time, and the seed of the scheduler's random
+                choices, with one stream per member.
             is_stopping: True once no further trial shall start.
             outcome_of: what a member's trial left behind when it returned; None where it was
                 interrupted.
@@ -97,8 +96,8 @@ class ReplayingScheduler(TrialScheduler):
         self._members = {member.name: member for member in members}
         self._by_key = {member.key: member for member in members}
         self._ledger = ledger
-        self._concurrent = concurrent
-        self._seed = seed
+        self._concurrent = rules.concurrent
+        self._seed = rules.seed
         self.is_stopping = is_stopping
         self._outcome_of = outcome_of
         self._hear = hear

@@ -42,8 +42,8 @@ from dsnet.network.prefix_tree import each_logits
 from dsnet.network.supernet import Supernet
 from dsnet.space.cost import subnet_cost
 from dsnet.stored.checkpoint import load_supernet
-from dsnet.training.settings import SupernetRun
-from dsnet.training.supernet import FINAL, recalibration_batches, train_supernet
+from dsnet.training.supernet import FINAL, TrainingCallbacks, recalibration_batches, train_supernet
+from dsnet.training.supernet_run import SupernetRun
 from orchestration.runs.curves import CurvePoint, CurveTail
 from orchestration.workers.runtime import variables_set
 from orchestration.workers.supernet import (
@@ -169,17 +169,29 @@ def measurable(supernet: Supernet, run: SupernetRun, data: TrainingImages) -> Su
     return measured
 
 
-def train_members(  # noqa: PLR0913 - all but two are given by name
+@dataclass(frozen=True, kw_only=True)
+class SweepCallbacks:
+    """Functions that a training of several supernets calls, all in its caller's thread; by default
+    it runs to its end and reports nothing."""
+
+    on_report: Callable[[str, int, float], None] = lambda name, epoch, value: None
+    """Called with (member, epoch, value) for each report of this call."""
+    on_points: Callable[[str, list[CurvePoint]], None] = lambda name, points: None
+    """Called with (member, new points of its loss curves)."""
+    on_fate: Callable[[MemberFate], None] = lambda fate: None
+    """Called with a member's fate as soon as it is settled in this call."""
+    should_stop: Callable[[], bool] = lambda: False
+    """Asked several times a second; True stops all training at the next step."""
+
+
+def train_members(
     members: Sequence[TuneMember],
     rules: TuneRules,
     *,
     data: TrainingImages,
     val: ValImages,
     folder: Path,
-    on_report: Callable[[str, int, float], None] = lambda name, epoch, value: None,
-    on_points: Callable[[str, list[CurvePoint]], None] = lambda name, points: None,
-    on_fate: Callable[[MemberFate], None] = lambda fate: None,
-    should_stop: Callable[[], bool] = lambda: False,
+    callbacks: SweepCallbacks,
 ) -> list[MemberFate]:
     """Train every member without a fate as far as the scheduler allows; Ray must be initialised.
 
@@ -195,11 +207,7 @@ def train_members(  # noqa: PLR0913 - all but two are given by name
         val: the split on which they are compared.
         folder: on storage that driver and workers share; the ledger of these rules lies in `<digest
             of the rules>/reports.jsonl`.
-        on_report: called with (member, epoch, value) for each report of this call. All three are
-            called in the caller's thread.
-        on_points: called with (member, new points of its loss curves).
-        on_fate: called with a member's fate as soon as it is settled in this call.
-        should_stop: asked several times a second; True stops all training at the next step.
+        callbacks: functions that receive its progress and may stop it.
 
     Returns:
         all members' fates, in their order. One that failed by itself stays failed in later calls;
@@ -219,7 +227,7 @@ def train_members(  # noqa: PLR0913 - all but two are given by name
     pending = [member for member in members if member.name not in known]
     if pending:
         _check_members(members, rules, ray.cluster_resources())
-        tune_run = _TuneRun(members, pending, rules, ledger, should_stop, (on_report, on_points, on_fate))
+        tune_run = _TuneRun(members, pending, rules, ledger, callbacks)
         tune_run.run(
             {
                 "train": send_images(data),
@@ -251,13 +259,8 @@ def _check_members(members: Sequence[TuneMember], rules: TuneRules, resources: M
         )
 
 
-_Listeners = tuple[
-    Callable[[str, int, float], None], Callable[[str, list[CurvePoint]], None], Callable[[MemberFate], None]
-]
-
-
 class _TuneRun:
-    """One launch of Ray Tune in a side thread; the listeners are called in the caller's thread."""
+    """One launch of Ray Tune in a side thread; the callbacks run in the caller's thread."""
 
     def __init__(
         self,
@@ -265,15 +268,13 @@ class _TuneRun:
         pending: Sequence[TuneMember],
         rules: TuneRules,
         ledger: Ledger,
-        should_stop: Callable[[], bool],
-        listeners: _Listeners,
+        callbacks: SweepCallbacks,
     ) -> None:
         self._members = members
         self._pending = {member.name: member for member in pending}
         self._rules = rules
         self._ledger = ledger
-        self._should_stop = should_stop
-        self._on_report, self._on_points, self._on_fate = listeners
+        self._callbacks = callbacks
         self._heard: queue.SimpleQueue[tuple[str, Report | End]] = queue.SimpleQueue()
         self._tails = {member.name: CurveTail(member.job.folder / "curves.jsonl") for member in pending}
         self._stop_files = {member.job.stop_file for member in pending}
@@ -326,8 +327,7 @@ class _TuneRun:
             make_scheduler(self._rules, epochs),
             members,
             self._ledger,
-            concurrent=self._rules.concurrent,
-            seed=self._rules.seed,
+            self._rules,
             is_stopping=self._is_stopping,
             outcome_of=lambda name: _outcome_of(self._pending[name].job),
             hear=lambda name, event: self._heard.put((name, event)),
@@ -377,7 +377,7 @@ class _TuneRun:
         while thread.is_alive():
             thread.join(POLL_S)
             self._pass_on()
-            if asked_at is None and self._should_stop():
+            if asked_at is None and self._callbacks.should_stop():
                 self._asked_to_stop.set()
                 for path in self._stop_files:
                     path.touch()
@@ -386,19 +386,19 @@ class _TuneRun:
                 return
 
     def _pass_on(self) -> None:
-        """Pass new points, reports and fates to the listeners."""
+        """Pass new points, reports and fates to the callbacks."""
         for name, tail in self._tails.items():
             points = tail.read()
             if points:
-                self._on_points(name, points)
+                self._callbacks.on_points(name, points)
         while not self._heard.empty():
             name, event = self._heard.get()
             if isinstance(event, Report):
-                self._on_report(name, event.epoch, event.value)
+                self._callbacks.on_report(name, event.epoch, event.value)
             else:
                 reports = self._ledger.reports(event.key)
                 self.fates[name] = MemberFate(name, event.state, reports, event.reason)
-                self._on_fate(self.fates[name])
+                self._callbacks.on_fate(self.fates[name])
 
 
 def _describe_failure(trial: Any) -> str:
@@ -464,8 +464,7 @@ def _train_and_report(
         job.run,
         folder=job.folder,
         device=job.device,
-        should_stop=job.stop_file.exists,
-        on_epoch=on_epoch,
+        callbacks=TrainingCallbacks(should_stop=job.stop_file.exists, on_epoch=on_epoch),
     )
     if stem is not None and job.run.train.epochs not in told:
         supernet, _ = load_supernet(stem)

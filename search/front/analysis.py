@@ -39,6 +39,7 @@ from search.front.statistics import (
     gain_over_random,
     gain_over_static,
     resample_points,
+    significant_sign,
     tied_groups,
     unpaired_difference,
 )
@@ -128,11 +129,20 @@ class PointAnalysis:
     earlier release."""
 
     @property
+    def static_top1(self) -> float | None:
+        """Top-1 of the static line at the same mean MAdds; None below the cheapest sub-network."""
+        return None if self.gain is None else self.top1.value - self.gain.value
+
+    @property
+    def clear_share_of_oracle_gap(self) -> float | None:
+        """`share_of_oracle_gap`, but None where the gap is within its noise: see `_clear_share`."""
+        return _clear_share(self.share_of_oracle_gap, self.static_top1, self.oracle_top1, self.gain)
+
+    @property
     def clear_share_of_reachable_gap(self) -> float | None:
         """`share_of_reachable_gap`, but None where the gap is within its noise: see
         `_clear_share`."""
-        static = None if self.gain is None else self.top1.value - self.gain.value
-        return _clear_share(self.share_of_reachable_gap, static, self.reachable_top1, self.gain)
+        return _clear_share(self.share_of_reachable_gap, self.static_top1, self.reachable_top1, self.gain)
 
     @property
     def is_collapsed(self) -> bool:
@@ -182,25 +192,29 @@ class RouterShare:
     is_collapsed: bool
 
     @property
+    def clear_share_of_oracle_gap(self) -> float | None:
+        """`share_of_oracle_gap`, but None where the gap is within its noise: see `_clear_share`."""
+        return _clear_share(self.share_of_oracle_gap, self.static_top1, self.oracle_top1, self.gain)
+
+    @property
     def clear_share_of_reachable_gap(self) -> float | None:
         """`share_of_reachable_gap`, but None where the gap is within its noise: see
         `_clear_share`."""
         return _clear_share(self.share_of_reachable_gap, self.static_top1, self.reachable_top1, self.gain)
 
 
-def _clear_share(
-    share: float | None, static: float | None, reachable: float | None, gain: Interval | None
-) -> float | None:
-    """A share of the gap from the static line to the reachable ceiling; None if the gap is within
-    its noise.
+def _clear_share(share: float | None, static: float | None, limit: float | None, gain: Interval | None) -> float | None:
+    """A share of the gap from the static line to a limit (the reachable ceiling or the oracle);
+    None if the gap is within its noise.
 
     The noise of the gap is estimated by the interval of the router's own gain over the same line at
     the same cost: both are paired differences of a router and the line over the same images, and so
-    vary alike. The gap must be larger than half of that interval.
+    vary alike. An interval of that width around the gap must exclude 0, as shown.
     """
-    if share is None or static is None or reachable is None or gain is None:
+    if share is None or static is None or limit is None or gain is None:
         return None
-    return share if reachable - static > (gain.high - gain.low) / 2 else None
+    gap, half = limit - static, (gain.high - gain.low) / 2
+    return share if significant_sign(gap - half, gap + half) > 0 else None
 
 
 @dataclass(frozen=True)

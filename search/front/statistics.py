@@ -22,6 +22,8 @@ from search.front.pareto import Goal, front_mask
 Floats = NDArray[np.float64]
 
 CHUNK_BYTES = 8 * 2**20
+POINT_DIGITS = 1
+"""Decimals with which differences are shown, in percentage points."""
 
 
 def bootstrap_counts(num_images: int, num_resamples: int, seed: int) -> Iterator[NDArray[np.float32]]:
@@ -81,6 +83,26 @@ def wilson_interval(num_correct: int, num_images: int, level: float = 0.95) -> t
 def _check_level(level: float) -> None:
     if not 0 < level < 1:
         raise ValueError(f"The value of `level` is {level}, but must be between 0 and 1.")
+
+
+def significant_sign(low: float, high: float, digits: int | None = POINT_DIGITS) -> int:
+    """Sign of a difference if its interval excludes 0, else 0; also 0 for NaN, an unknown interval.
+
+    The ends are rounded as they are shown, so that nothing is called significant whose interval
+    reads as touching 0: [0.0, 1.2].
+
+    Args:
+        low: lower end, a fraction.
+        high: upper end.
+        digits: decimals of the ends as shown, in percentage points; None for an interval that is
+            not shown, whose ends are taken as they are.
+
+    Returns:
+        1, -1 or 0.
+    """
+    if digits is not None:
+        low, high = (float(f"{100 * end:.{digits}f}") for end in (low, high))
+    return int(low > 0) - int(high < 0)
 
 
 def unpaired_difference(
@@ -283,5 +305,6 @@ def tied_groups(
         is_near[anchor] = False
         near = np.flatnonzero(is_near)
         low, high = bootstrap_interval(sample.resampled_top1[:, near] - sample.resampled_top1[:, [anchor]], level)
-        groups[int(anchor)] = tuple(int(index) for index in near[(low <= 0) & (high >= 0)])
+        is_tied = [significant_sign(*ends, digits=None) == 0 for ends in zip(low, high, strict=True)]
+        groups[int(anchor)] = tuple(int(index) for index in near[is_tied])
     return groups

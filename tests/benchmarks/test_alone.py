@@ -77,6 +77,7 @@ def test_networks_alone_differ_by_their_seed() -> None:
     assert not torch.equal(weights[0], weights[2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", family_names())
 def test_the_shared_forward_costs_what_its_segments_cost_when_each_runs_once(family: str) -> None:
     """Counted by torch: the trunk once, then every tail."""
@@ -235,6 +236,7 @@ def test_a_supernet_takes_the_rate_that_is_best_for_the_mean_of_its_members_and_
     assert best_rates([diverged]) == []
 
 
+@pytest.mark.slow
 def test_a_small_run_is_resumed_and_reported(
     tmp_path: Path, material: Material, threads_restored: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

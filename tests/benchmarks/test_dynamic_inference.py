@@ -21,6 +21,7 @@ def test_the_spread_gate_gives_every_route_an_equal_share(num_routes: int) -> No
     assert int(counts.max() - counts.min()) <= 2
 
 
+@pytest.mark.slow
 def test_a_synthetic_batch_has_equal_shares_and_the_answers_of_its_routes() -> None:
     work = synthetic(WIDE_LIST, "cpu", seed=0)
     (batch,) = work.batches(10, seed=0)

@@ -21,9 +21,9 @@ from benchmarks.pruning import (
     rules_for,
     train_in_full,
 )
-from dsnet.gates.end_to_end import EndToEndSettings, GateImages, train_end_to_end
+from dsnet.gates.end_to_end import GateImages, train_end_to_end
 from dsnet.gates.fit import calibrate_heads
-from dsnet.gates.settings import GateSettings
+from dsnet.gates.settings import EndToEndSettings, GateSettings
 from dsnet.measure.evaluate import build_routing_table
 from search.study.halving import ParetoHalving
 from tests.dsnet.samples import NORMALIZATION, small_supernet, tensor_data
@@ -165,7 +165,7 @@ def test_the_noted_epochs_are_those_of_a_trial_trained_at_once() -> None:
     )
     images = GateImages(data.images("gate"), data.labels("gate"), NORMALIZATION)
     good = GateSettings(batch_size=8, target=0.4)
-    diverging = GateSettings(batch_size=8, optimizer="sgd", lr=1e38)
+    diverging = GateSettings(batch_size=8, optimizer="sgd", lr=1e6, lambda_cls=1e38)
     rules = EndToEndSettings(epochs=3)
     one, none = train_in_full(Material(supernet, gate, val, images), [good, diverging], rules, (1, 3))
     assert none is None

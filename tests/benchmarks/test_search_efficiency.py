@@ -92,6 +92,7 @@ def test_the_full_spaces_have_enough_points_and_their_settings_exist() -> None:
         assert set(space.distributions) <= {*FIELDS, *ROUTING_KEYS}
 
 
+@pytest.mark.slow
 def test_an_exhaustive_sweep_is_what_each_point_gives_alone_and_is_kept(tmp_path: Path) -> None:
     source = Source(None, is_small=True, seed=0)
     gate, val = source.tables()

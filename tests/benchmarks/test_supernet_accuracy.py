@@ -274,6 +274,7 @@ def train_and_test(trainer: Trainer, folder: Path, job: Job, stop_after: int | N
     return trainer(job, folder, should_stop)
 
 
+@pytest.mark.slow
 def test_a_stopped_real_run_ends_with_the_same_accuracies(tmp_path: Path, material: Material) -> None:
     trainer = Trainer(TINY, material, torch.device("cpu"))
     job = Job("ieb", 1)
@@ -287,6 +288,7 @@ def test_a_stopped_real_run_ends_with_the_same_accuracies(tmp_path: Path, materi
     json.dumps(whole)
 
 
+@pytest.mark.slow
 def test_us_net_and_inplace_distillation_are_one_regime_once_recalibrated(tmp_path: Path, material: Material) -> None:
     trainer = Trainer(TINY, material, torch.device("cpu"))
     us_net, inplace, ib = (train_and_test(trainer, tmp_path / arm, Job(arm, 0)) for arm in ("us_net", "inplace", "ib"))
@@ -332,6 +334,7 @@ def test_a_diverged_run_is_a_finding(tmp_path: Path, material: Material, monkeyp
     assert heard == ["ce-seed0: failed: the loss of largest is nan at step 3; 1 of 1 runs are done"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("threads_restored")
 def test_the_commands_stop_continue_and_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "runs"
@@ -375,6 +378,7 @@ def test_a_missing_gpu_is_told(
     assert "--device is cuda, but torch sees no GPU here" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_training_needs_torch_and_dsnet_alone() -> None:
     forbidden = "plotly click rich ray mlflow optuna pandas pydantic scipy sklearn dashboards search orchestration"
     code = f"import sys, benchmarks.supernet_accuracy; print(*sorted(set({forbidden.split()!r}) & set(sys.modules)))"

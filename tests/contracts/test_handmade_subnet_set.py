@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dsnet.data.training_images import InMemoryImages
-from dsnet.deploy.bundle import check_bundle_examples, check_bundle_files, load_bundle, save_bundle
+from dsnet.deploy.bundle import BundleContents, check_bundle_examples, check_bundle_files, load_bundle, save_bundle
 from dsnet.deploy.dynamic import DynamicNet
 from dsnet.deploy.materialize import materialize
 from dsnet.families import layout, rebuild
@@ -27,7 +27,8 @@ from dsnet.gates.fit import fit_gate
 from dsnet.gates.problem import sgs_targets
 from dsnet.gates.settings import GateSettings
 from dsnet.measure.evaluate import build_routing_table
-from dsnet.measure.latency import LatencySettings, measure_latency
+from dsnet.measure.latency import measure_latency
+from dsnet.measure.settings import LatencySettings
 from dsnet.network.batchnorm import recalibrate
 from dsnet.network.supernet import Supernet, restrict
 from dsnet.routing.routing_table import RoutingTable
@@ -262,6 +263,7 @@ def test_another_channel_order_gives_the_same_recalibration_and_table(handmade: 
     np.testing.assert_allclose(hidden[0], hidden[1], rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_training_takes_the_costliest_member_as_the_largest(handmade: Handmade, tmp_path: Path) -> None:
     supernet, run = rebuild(handmade.subnets()), small_run()
     data = InMemoryImages(random_pixels(32), random_labels(32), run.augmentation)
@@ -274,9 +276,10 @@ def test_training_takes_the_costliest_member_as_the_largest(handmade: Handmade, 
     assert '"loss/tiny"' in first_line
 
 
-@pytest.mark.parametrize(("kind", "is_permuted"), [("gate", False), *((kind, True) for kind in ROUTER_KINDS)])
-def test_it_goes_from_table_to_bundle(handmade: Handmade, tmp_path: Path, kind: str, is_permuted: bool) -> None:
-    supernet = permuted(handmade.supernet()) if is_permuted else handmade.supernet()
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ROUTER_KINDS)
+def test_it_goes_from_table_to_bundle(handmade: Handmade, tmp_path: Path, kind: str) -> None:
+    supernet = permuted(handmade.supernet())
     recalibrate(supernet, [random_images(16, seed=4)])
     save_supernet(tmp_path / "net", supernet)
     supernet, _ = load_supernet(tmp_path / "net")
@@ -296,16 +299,14 @@ def test_it_goes_from_table_to_bundle(handmade: Handmade, tmp_path: Path, kind: 
         assert output.logits.argmax(1).tolist() == table.predicted[rows, output.routes].tolist()
         assert output.madds.numpy()[clear].tolist() == fit.run.madds[clear].tolist()
         assert fit.metrics["madds_m"] == pytest.approx(fit.run.madds.mean() / 1e6)
-        save_bundle(
-            tmp_path / "bundle",
-            supernet,
-            fit.router,
+        contents = BundleContents(
+            supernet=supernet,
+            router=fit.router,
             normalization=NORMALIZATION,
             class_names=data.class_names,
             examples=data.images("val")[:16],
-            claims={"val": {"top1": fit.metrics["top1"]}},
-            gate_yaml="",
         )
+        save_bundle(tmp_path / "bundle", contents, claims={"val": {"top1": fit.metrics["top1"]}}, gate_yaml="")
         bundle = load_bundle(tmp_path / "bundle")
         check_bundle_files(bundle)
         assert check_bundle_examples(bundle) == 16

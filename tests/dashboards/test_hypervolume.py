@@ -27,7 +27,7 @@ def test_failed_trials_are_marked_on_the_line_with_their_reason() -> None:
 
 
 def test_the_static_subnetworks_are_drawn_as_what_is_to_be_beaten() -> None:
-    static = next(t for t in hypervolume_figure(make_hypervolume()).data if t.name == "static sub-networks alone")
+    static = next(t for t in hypervolume_figure(make_hypervolume()).data if t.name == "static sub-networks")
     assert set(static.y) == {0.745}
 
 
@@ -72,7 +72,7 @@ def test_pruned_trials_are_marked_apart_from_failed_ones_and_infeasible_ones_are
     assert list(pruned.y) == [info.hypervolume[3], info.hypervolume[9]]
     assert "24th of 64 after 3 epochs" in pruned.text[0]
     subtitle = figure.layout.title.subtitle.text
-    assert "64 trials, 2 failed, 2 pruned, 5 break a constraint" in subtitle
+    assert "64 trials, 2 failed, 2 pruned, 5 violate a constraint" in subtitle
 
 
 def test_three_objectives_are_named_with_their_reference() -> None:

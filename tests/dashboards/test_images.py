@@ -67,3 +67,7 @@ def test_a_front_as_svg_is_a_picture_that_loads_nothing(tmp_path: Path) -> None:
     assert text.startswith("<svg")
     assert 'href="http' not in text
     assert "front: gate" in text
+    write_figure(go.Figure(go.Scatter(y=[-3, -1])), tmp_path / "negative.svg")
+    drawn = (tmp_path / "negative.svg").read_text(encoding="utf-8")
+    assert ">-3<" in drawn
+    assert "\N{MINUS SIGN}" not in drawn

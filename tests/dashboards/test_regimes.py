@@ -27,7 +27,7 @@ def test_means_and_bars_are_percent_and_points_of_the_info() -> None:
     assert [t.name for t in below] == ["ib"]
     assert list(below[0].y) == pytest.approx([2.0, 1.0, -1.0])
     assert [(shape.y0, shape.y1, shape.yref) for shape in regimes_figure(info).layout.shapes] == [(0, 0, "y2")]
-    assert "−1.0 points ± 0.4, 3 seeds" in below[0].text[2]
+    assert "-1.0 points ± 0.4, 3 seeds" in below[0].text[2]
 
 
 def test_a_regime_looks_the_same_and_stands_at_the_same_place_in_every_panel() -> None:

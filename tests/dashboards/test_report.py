@@ -18,7 +18,7 @@ from plotly.offline import get_plotlyjs
 
 from dashboards.front import Curve, FrontInfo, FrontPanel, StaticPoint
 from dashboards.headline import Estimate, Headline, Latency, Row, Scores, headline_section, verdict
-from dashboards.page import with_contents
+from dashboards.page import PLOTLY_MINUS, plotly_js, with_contents
 from dashboards.report import ReportData, build_report
 from tests.dashboards.samples import make_report
 
@@ -51,8 +51,8 @@ def tags(page: str) -> Tags:
 
 def own_part(page: str) -> str:
     """The page without plotly.js, which mentions addresses that none of our charts uses."""
-    assert page.count(get_plotlyjs()) == 1, "plotly.js must be inlined exactly once"
-    return page.replace(get_plotlyjs(), "")
+    assert page.count(plotly_js()) == 1, "plotly.js must be inlined exactly once"
+    return page.replace(plotly_js(), "")
 
 
 def chart_data(page: str) -> dict[str, dict[str, list[dict[str, object]]]]:
@@ -120,12 +120,13 @@ def test_names_from_outside_are_escaped_everywhere() -> None:
     assert tags(page).names.count("script") == tags(build_report(data)).names.count("script")
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None)
 @given(st.text(min_size=1, max_size=30))
 def test_no_run_name_changes_the_structure_of_the_page(name: str) -> None:
     def structure(run_name: str) -> list[str]:
         data = replace(FRESH, run_name=run_name, notes=(run_name,), commands=((run_name, run_name),))
-        return tags(build_report(data).replace(get_plotlyjs(), "")).names
+        return tags(build_report(data).replace(plotly_js(), "")).names
 
     assert structure(name) == structure("x")
 
@@ -169,14 +170,14 @@ def test_headline_numbers_stand_beside_their_controls() -> None:
     text = headline_section(headline).replace("\N{NO-BREAK SPACE}", " ")
     for wanted in (
         "95.0 %",
-        "97.0 % when it was chosen (−2.0 points)",
+        "97.0 % when it was chosen (-2.0 points)",
         "+0.4 points",
-        "95 %: −0.6 to +1.4, paired",
-        "no difference shown",
+        "95 %: -0.6 to +1.4, paired",
+        "no significant difference",
         "50 % below the widest static (1.00 M)",
-        "−1.0 points for the router",
+        "-1.0 points for the router",
         "2.00x",
-        "ceiling 2.50x",
+        "at most 2.50x",
         "random 91.0",
         "cascade 92.0 at 0.480 M (collapsed)",
         "reachable 97.0",
@@ -189,8 +190,8 @@ def test_headline_numbers_stand_beside_their_controls() -> None:
         "Mean MAdds (M), val → test",
         "latency_ms.server 1.25 on val",
         "supernet s1-0f3a",
-        "Mean optimism of val, which chose the front: +2.0 points of top-1 above test over the router of the table (95 %: −0.8 to +4.9)",
-        "(0 of 1 here; about 0.05 would by chance alone)",
+        "is +2.0 points in the mean of the router of the table (95 %: -0.8 to +4.9)",
+        "(0 of 1 here; about 0.05 expected by chance)",
         "oracle 99.0",
         "largest route 61 %",
     ):
@@ -202,17 +203,34 @@ def test_headline_numbers_stand_beside_their_controls() -> None:
     [
         (0.01, 0.02, "better than the static line"),
         (-0.02, -0.01, "worse than the static line"),
-        (-0.01, 0.01, "no difference shown"),
-        (0.0, 0.0, "no difference shown"),
+        (-0.01, 0.01, "no significant difference"),
+        (0.0, 0.0, "no significant difference"),
+        (0.0004, 0.02, "no significant difference"),
+        (-0.02, -0.0004, "no significant difference"),
     ],
 )
 def test_the_verdict_needs_an_interval_that_excludes_zero(low: float, high: float, text: str) -> None:
     assert verdict(Estimate((low + high) / 2, low, high)) == text
 
 
+def test_the_percentage_of_a_gap_within_noise_is_left_out() -> None:
+    scores = Scores(Estimate(0.97, 0.96, 0.98), 0.4, gain=Estimate(0.01, 0.002, 0.02), oracle_top1=0.975)
+    text = headline_section(Headline(rows=(Row("trial-0001", scores),)))
+    assert "oracle gap within noise" in text
+    assert "reachable gap" not in text  # the reachable curve is unknown
+    assert "% of the oracle gap" not in text
+
+
+def test_numbers_have_the_plain_minus_also_where_plotly_writes_them() -> None:
+    assert get_plotlyjs().count(PLOTLY_MINUS) == 1
+    page = build_report(make_report())
+    assert "\N{MINUS SIGN}" not in page
+    assert "\\u2212" not in page
+
+
 def test_an_unverified_run_says_so_and_claims_no_test_number() -> None:
     page = own_part(build_report(make_report(is_verified=False)))
-    assert "Not verified yet: every accuracy is from val" in page
+    assert "Not verified yet: all accuracies are from val" in page
     assert "not verified yet</span>" in page
     assert "Top-1 on val, knee" in page
     assert "Top-1 on test" not in page
@@ -257,7 +275,7 @@ def test_constraints_are_listed_with_how_many_trials_break_each_and_endings_with
 
 def test_a_sweep_in_which_nothing_is_feasible_says_why_it_has_no_front() -> None:
     page = build_report(replace(FRESH, num_completed=5, num_infeasible=5, constraints=(("madds_m <= 0.1", 5),)))
-    assert "None of the 5 completed trials holds every constraint" in page
+    assert "None of the 5 completed trials satisfies all constraints" in page
     assert "5 of 5" in page
 
 
@@ -274,7 +292,7 @@ def test_a_run_with_nothing_done_yet_reports_each_missing_piece() -> None:
     assert chart_data(page) == {}
     for wanted in (
         "No router on the front yet",
-        "Nothing searched yet",
+        "No trial has finished yet",
         "No trial has finished yet",
         "No training curve",
     ):
@@ -334,6 +352,7 @@ addEventListener("load", () => {
 </script><style>"""
 
 
+@pytest.mark.slow
 @pytest.mark.browser
 @pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
 @pytest.mark.parametrize("width_px", [1280, 800, 500])

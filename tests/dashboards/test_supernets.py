@@ -3,6 +3,8 @@ and nothing that is not there."""
 
 from __future__ import annotations
 
+import re
+
 from dashboards.front import DynamicPoint, StaticPoint
 from dashboards.supernets import (
     SupernetInfo,
@@ -91,4 +93,24 @@ def test_a_report_of_a_sweep_that_has_nothing_yet_is_a_whole_page() -> None:
     )
     assert text.rstrip().endswith("</html>")
     assert "not trained yet" in text
-    assert "no supernet is measured yet" in text
+    assert "no supernet has been measured yet" in text
+
+
+def test_the_contents_lead_to_every_heading_and_numbers_have_the_plain_minus() -> None:
+    text = build_supernets_report(
+        SupernetsReport(
+            "nets",
+            "complete",
+            "now",
+            "digits",
+            "ds_tiny",
+            SupernetsInfo((TRAINED, STOPPED), 100, 50),
+            commands=(("Continue this sweep", "dsnet-orch launch sweep.yaml"),),
+            facts=(("seed", "0"),),
+        )
+    )
+    links = re.findall(r'<li><a href="#([^"]+)">', text)
+    addresses = re.findall(r'<h2 id="([^"]+)">', text)
+    assert links == addresses == ["the-front", "training", "next-steps", "reproducibility"]
+    assert "\N{MINUS SIGN}" not in text
+    assert "\\u2212" not in text

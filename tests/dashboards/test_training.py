@@ -51,4 +51,4 @@ def test_a_long_curve_is_averaged_and_keeps_its_mean() -> None:
 
 def test_no_rows_give_a_figure_that_says_so() -> None:
     figure = training_figure(training_info([]))
-    assert figure.layout.annotations[0].text == "no training curve recorded"
+    assert figure.layout.annotations[0].text == "no training curve has been recorded"

@@ -14,8 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dsnet.data.augment import Augmentation
 from dsnet.data.normalization import Normalization
+from dsnet.data.settings import Augmentation
 from dsnet.data.tensors import Batch, TensorData
 from dsnet.families import Task, create, layout
 from dsnet.measure.evaluate import build_routing_table
@@ -32,7 +32,8 @@ from dsnet.routers.tree import GatesRouter
 from dsnet.routing.routing_table import GateColumns, RoutingTable
 from dsnet.space.route_tree import GateBranches, RouteTree
 from dsnet.space.subnet_set import SubnetSet
-from dsnet.training.settings import TEACHER_OF_MODE, BootstrapSettings, Regime, SupernetRun, TrainSettings
+from dsnet.training.settings import TEACHER_OF_MODE, BootstrapSettings, Regime, TrainSettings
+from dsnet.training.supernet_run import SupernetRun
 
 SMALL_OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "ds_mbnet": {"width": 0.25, "num_routes": 4, "stem_stride": 1},

@@ -83,6 +83,7 @@ def test_an_editable_install_is_found_too(hostile: Path) -> None:
     assert [files[name] for name in OWN_PACKAGES] == [f"{REPOSITORY}/{name}/__init__.py" for name in OWN_PACKAGES]
 
 
+@pytest.mark.slow
 def test_modules_run_by_python_survive_what_lies_beside_them(tmp_path: Path) -> None:
     """`python -m` looks into the working directory first: only a namesake of the module's own
     package is in its way."""

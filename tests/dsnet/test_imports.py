@@ -24,7 +24,20 @@ def loaded_modules(code: str) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "module", ["dsnet", "dsnet.space.spec", "dsnet.space.cost", "dsnet.errors", "dsnet.files", "dsnet.seeds"]
+    "module",
+    [
+        "dsnet",
+        "dsnet.space.spec",
+        "dsnet.space.cost",
+        "dsnet.errors",
+        "dsnet.files",
+        "dsnet.seeds",
+        "dsnet.settings",
+        "dsnet.data.settings",
+        "dsnet.gates.settings",
+        "dsnet.measure.settings",
+        "dsnet.training.settings",
+    ],
 )
 def test_the_light_modules_pull_in_no_torch(module: str) -> None:
     assert not {"torch", "numpy", "sklearn", "PIL"} & loaded_modules(f"import {module}")
@@ -48,6 +61,7 @@ for name in names:
 """
 
 
+@pytest.mark.slow
 def test_every_module_imports_where_the_platforms_are_absent() -> None:
     """Setting a module to None makes its import fail, also one that a dependency of ours would do
     unasked."""

@@ -3,6 +3,8 @@ it."""
 
 from __future__ import annotations
 
+import fcntl
+
 import pytest
 
 from tests.orchestration.samples import Finished, run_tiny_sweep
@@ -10,5 +12,17 @@ from tests.orchestration.samples import Finished, run_tiny_sweep
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    """The finished sweep; copy it before changing anything."""
-    return run_tiny_sweep(tmp_path_factory.mktemp("finished"))
+    """The finished sweep; copy it before changing anything.
+
+    Of several processes that run the suite the first to ask launches it, and the others wait.
+    """
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if base.name.startswith("popen-") else base
+    record = shared / "finished.json"
+    with open(shared / "finished.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not record.exists():
+            folder = shared / "finished"
+            folder.mkdir()
+            run_tiny_sweep(folder).save(record)
+    return Finished.load(record)

@@ -15,7 +15,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import chdir, contextmanager, redirect_stderr, redirect_stdout, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -233,6 +233,19 @@ class Finished:
     def results(self) -> RunResults:
         """What it found."""
         return RunResults(self.run)
+
+    def save(self, path: Path) -> None:
+        """Write what the command answered, for other processes of the tests."""
+        facts = asdict(self) | {"folder": str(self.folder), "listeners": sorted(self.listeners)}
+        path.write_text(json.dumps(facts), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> Finished:
+        """See `save`."""
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        return cls(
+            Path(facts["folder"]), Answer(**facts["answer"]), frozenset(facts["listeners"]), tuple(facts["left_behind"])
+        )
 
     def copy(self, folder: Path) -> Path:
         """A copy that a test may change: `folder` with the sweep file and `runs/`, MLflow left

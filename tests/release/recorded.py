@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from dsnet.data import SplitSizes, make_splits
 from dsnet.data.images import ImageSet
+from dsnet.data.settings import SplitSizes
 from dsnet.data.sources import InMemorySource
+from dsnet.data.splits import make_splits
 from dsnet.families import family_names
 from orchestration.config.loading import load_config
 from orchestration.config.written import json_schema

@@ -69,6 +69,7 @@ def differences(found: Any, wanted: Any, where: str = "$") -> list[str]:
     return [] if same else [f"{where}: {found!r}, recorded {wanted!r}"]
 
 
+@pytest.mark.slow
 def test_stage_keys_of_every_example_and_preset_are_those_of_the_release() -> None:
     assert differences(stage_keys(), recorded(STAGE_KEYS)) == []
 

@@ -15,7 +15,7 @@ from search.gate_check import MAX_SHAPES, Finding, GateCheck
 from search.gate_trial import GateScores, GateTrial
 from search.suggest.space import parse_space
 from tests.dsnet.samples import needs_products_apart, random_table, small_set
-from tests.search.test_gate_trial import DEFAULTS, latency
+from tests.search.samples import DEFAULTS, latency
 
 LEARNING = ["gate", "evidence_gate", "gates", "evidence_gates", "learned_cascade"]
 SMALL = {**DEFAULTS, "gate.optimizer.batch_size": 17, "gate.perceptron.hidden_units": 3}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -18,29 +18,17 @@ from dsnet.measure.latency import LatencyTable, Timing
 from dsnet.routers.cascade import CascadeRouter
 from dsnet.routing.table_routing import run_on_table
 from dsnet.space.subnet_set import SubnetSet
-from orchestration.config.gate import GateConfig
 from orchestration.config.space import sweepable_keys
-from orchestration.runs.stages import canonical_settings
 from search.gate_trial import FIELDS, ROUTING_KEYS, GateScores, GateTrial, gate_settings, router_of, routing_ids
 from search.study.runner import TrialOutcome, TrialSpec
 from tests.dsnet.samples import ROUTER_KINDS, THREE_GATES, random_table, small_set, task
+from tests.search.samples import DEFAULTS, latency
 
-DEFAULTS = canonical_settings({"gate": GateConfig().model_dump(mode="json")})
 QUICK: dict[str, Any] = {
     "gate.optimizer.steps": 30,
     "gate.optimizer.batch_size": 32,
     "gate.perceptron.hidden_units": 4,
 }
-
-
-def latency(subnets: SubnetSet) -> LatencyTable:
-    """1 ms of trunk, 0.5 ms to decide, and tails of 1, 2, 3, ... ms."""
-
-    def timing(ms: float) -> Timing:
-        return Timing(ms, 0.0, 1)
-
-    tails = {subnet.name: timing(1.0 + index) for index, subnet in enumerate(subnets)}
-    return LatencyTable("a clock", 1, {}, {1: timing(1.0)}, {1: timing(0.5)}, {1: tails})
 
 
 def trial_of(subnets: SubnetSet, num_gates: int) -> GateTrial:
@@ -76,7 +64,7 @@ def numbers(outcome: TrialOutcome) -> dict[str, Any]:
 
 def test_every_key_that_a_sweep_may_vary_reaches_the_gate() -> None:
     assert {key for key in sweepable_keys() if key.startswith("gate.")} == {*FIELDS, *ROUTING_KEYS}
-    assert set(FIELDS.values()) == set(GateSettings.__dataclass_fields__) - {"routes", "seed"}
+    assert set(FIELDS.values()) == {field.name for field in fields(GateSettings)} - {"routes", "seed"}
 
 
 def test_the_defaults_of_the_configuration_are_those_of_the_gate() -> None:

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Shaped
 from torch import Tensor
 
 from dsnet.errors import CheckpointError
@@ -162,7 +163,7 @@ def published_names(supernet: Supernet) -> dict[str, str]:
     return names
 
 
-def published_shape(name: str, ours: Tensor) -> tuple[int, ...]:
+def published_shape(name: str, ours: Shaped[Tensor, "*_"]) -> tuple[int, ...]:
     """The published shape of our tensor `name`; the attention's linear maps are published as 1x1
     convolutions."""
     is_map = name.endswith(("attention.reduce_weight", "attention.expand_weight"))

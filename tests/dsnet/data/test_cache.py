@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsnet.data import ImageSet
 from dsnet.data.cache import ImageCache, default_cache_folder
+from dsnet.data.images import ImageSet
 from dsnet.errors import DataError
 
 

@@ -17,8 +17,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsnet.data import ImageSet
 from dsnet.data.cifar10 import CLASS_NAMES, load_cifar10
+from dsnet.data.images import ImageSet
 from dsnet.errors import DataError
 
 NAMES = ("data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5", "test_batch")

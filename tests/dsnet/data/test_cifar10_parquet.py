@@ -16,9 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dsnet.data import ImageSet, load_images
 from dsnet.data.cache import ImageCache
 from dsnet.data.cifar10 import CLASS_NAMES, load_cifar10
+from dsnet.data.images import ImageSet
+from dsnet.data.registry import load_images
 from dsnet.errors import DataError
 
 REAL_FOLDERS = (os.environ.get("DSNET_DATA", ""), Path(__file__).parents[4] / "shared" / "data")

@@ -17,11 +17,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dsnet.data import Augmentation, ImageSet, Normalization, Splits, load_images
 from dsnet.data.cache import ImageCache
 from dsnet.data.decoding import decode_rgb
 from dsnet.data.image_folder import decode_file, list_image_folder, load_image_folder
+from dsnet.data.images import ImageSet
+from dsnet.data.normalization import Normalization
+from dsnet.data.registry import load_images
+from dsnet.data.settings import Augmentation
 from dsnet.data.sources import load_source
+from dsnet.data.splits import Splits
 from dsnet.errors import ConfigError, DataError
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
@@ -143,9 +147,7 @@ def test_a_crop_outside_the_image_is_refused(root: Path, crop_fraction: float) -
 
 
 def test_other_data_is_not_cropped() -> None:
-    with pytest.raises(
-        ConfigError, match=r"data\.crop_fraction is 0\.5 for data set 'digits': only 'image_folder' crops"
-    ):
+    with pytest.raises(ConfigError, match=r"data\.crop_fraction: only an image_folder is cropped; remove 0\.5"):
         load_source("digits", crop_fraction=0.5)
 
 

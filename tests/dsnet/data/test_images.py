@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from dsnet.data import ImageSet
+from dsnet.data.images import ImageSet
 
 
 def make_set(**changes: object) -> ImageSet:

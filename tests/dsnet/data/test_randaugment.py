@@ -20,6 +20,7 @@ from dsnet.data.randaugment import (
     apply_randaugment,
     draw_randaugment,
 )
+from dsnet.data.settings import MAX_OPERATIONS
 
 MOVES = (
     Operation.ROTATE,
@@ -129,9 +130,9 @@ def test_a_greater_magnitude_moves_an_image_further_away() -> None:
 
 
 def test_every_operation_and_both_signs_are_drawn_equally_often() -> None:
-    draw = draw_randaugment(torch.zeros((14000, 1, 1, 1)), torch.Generator().manual_seed(0), 2)
+    draw = draw_randaugment(torch.zeros((14000, 1, 1, 1), dtype=torch.uint8), torch.Generator().manual_seed(0), 2)
     counts = torch.bincount(draw.operation.flatten(), minlength=len(Operation))
-    assert len(counts) == len(Operation) == 14
+    assert len(counts) == len(Operation) == MAX_OPERATIONS
     assert 1850 < counts.min() <= counts.max() < 2150  # 2,000 expected, sigma 43
     assert set(draw.sign.unique().tolist()) == {-1.0, 1.0}
     assert abs(float(draw.sign.mean())) < 0.03

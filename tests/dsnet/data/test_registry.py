@@ -9,7 +9,8 @@ import pytest
 import torch
 from sklearn import datasets
 
-from dsnet.data import ImageSet, data_set_names, load_images, register_data_set
+from dsnet.data.images import ImageSet
+from dsnet.data.registry import data_set_names, load_images, register_data_set
 from dsnet.errors import ConfigError, DataError
 
 
@@ -53,7 +54,7 @@ def test_a_name_like_no_other_gets_the_known_names() -> None:
 
 @pytest.mark.parametrize("image_size", [0, 7, 513, -8])
 def test_an_image_size_out_of_range_is_refused(image_size: int) -> None:
-    with pytest.raises(ConfigError, match=r"must be 8\.\.512"):
+    with pytest.raises(ConfigError, match=r"must be at least 8 and at most 512"):
         load_images("digits", image_size=image_size)
 
 

@@ -11,11 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
-from dsnet.data import Augmentation, Normalization, SplitSizes, make_splits, sources
+from dsnet.data import sources
 from dsnet.data.cache import ImageCache
 from dsnet.data.image_folder import decode_images, list_image_folder
+from dsnet.data.normalization import Normalization
+from dsnet.data.settings import Augmentation, SplitSizes
 from dsnet.data.sources import ImageSource, StreamedFolder, load_source
-from dsnet.data.splits import Splits
+from dsnet.data.splits import Splits, make_splits
 from dsnet.data.training_images import InMemoryImages, StreamedImages
 from dsnet.errors import ConfigError, DataError
 
@@ -137,9 +139,9 @@ def test_train_and_test_folders_give_an_official_test_part(tmp_path: Path) -> No
 
 
 def test_what_cannot_be_streamed_is_refused(root: Path) -> None:
-    with pytest.raises(ConfigError, match=r"data\.stream is true for data set 'digits'"):
+    with pytest.raises(ConfigError, match=r"data\.stream: only an image_folder can be streamed; digits"):
         load_source("digits", stream=True)
     with pytest.raises(ConfigError, match=r"data\.image_size must be set"):
         load_source("image_folder", root, stream=True)
-    with pytest.raises(ConfigError, match=r"data\.image_size is 4, must be 8\.\.512"):
+    with pytest.raises(ConfigError, match=r"data\.image_size is 4, but must be at least 8 and at most 512"):
         load_source("image_folder", root, 4, stream=True)

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsnet.data import SPLIT_NAMES, Splits, SplitSizes, make_splits
-from dsnet.data.splits import apportion
+from dsnet.data.settings import SplitSizes
+from dsnet.data.splits import SPLIT_NAMES, Splits, apportion, make_splits
 from dsnet.errors import ConfigError, DataError
 
 class_sizes = st.lists(st.integers(8, 60), min_size=2, max_size=12)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dsnet.data import load_images
 from dsnet.data.cifar10 import holds_cifar10
+from dsnet.data.registry import load_images
 from dsnet.data.survey import survey_folder
 from dsnet.errors import DataError
 from tests.dsnet.data.folders import GREY, fill

@@ -8,7 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsnet.data import ImageSet, TensorData, make_splits
+from dsnet.data.images import ImageSet
+from dsnet.data.splits import make_splits
+from dsnet.data.tensors import TensorData
 
 
 def small_set(num_images: int = 60) -> ImageSet:

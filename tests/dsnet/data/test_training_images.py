@@ -17,10 +17,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dsnet.data.augment import Augmentation, augment
+from dsnet.data.augment import augment
 from dsnet.data.boxes import draw_boxes
 from dsnet.data.image_folder import decode_file
 from dsnet.data.resized_crop import crop_boxes
+from dsnet.data.settings import Augmentation
 from dsnet.data.training_images import InMemoryImages, StreamedImages, TrainingImages
 from dsnet.errors import DataError
 from dsnet.seeds import derive_seed

@@ -6,7 +6,7 @@ import hashlib
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from dsnet.data.photos import PhotoDecoder
 from dsnet.deploy.bundle import (
     MANIFEST,
     Bundle,
+    BundleContents,
     _manifest_digest,
     check_bundle_examples,
     check_bundle_files,
@@ -48,6 +49,7 @@ from tests.dsnet.samples import (
     tensor_data,
     three_gate_supernet,
 )
+from tests.shapes import unchecked_shapes
 
 CLASSES = tuple(f"class{index}" for index in range(10))
 CLAIMS = {"val": {"top1": 0.5, "madds_m": 0.25}, "data": {"name": "digits"}}
@@ -61,16 +63,22 @@ def gate(supernet: Supernet, routes: tuple[int, ...] = (0, 2)) -> GateRouter:
     return GateRouter(weight, (hidden @ weight.T).mean(0), routes)
 
 
-def save(folder: Path, supernet: Supernet | None = None, router: Router | None = None, **changes: Any) -> None:
+def save(
+    folder: Path,
+    supernet: Supernet | None = None,
+    router: Router | None = None,
+    claims: Mapping[str, Any] = CLAIMS,
+    **changes: Any,
+) -> None:
     supernet = supernet if supernet is not None else small_supernet()
     fields: dict[str, Any] = {
+        "supernet": supernet,
+        "router": router if router is not None else gate(supernet),
         "normalization": NORMALIZATION,
         "class_names": CLASSES,
         "examples": random_pixels(16),
-        "claims": CLAIMS,
-        "gate_yaml": "gate: for people\n",
     }
-    save_bundle(folder, supernet, router if router is not None else gate(supernet), **{**fields, **changes})
+    save_bundle(folder, BundleContents(**{**fields, **changes}), claims=claims, gate_yaml="gate: for people\n")
 
 
 @pytest.fixture
@@ -115,6 +123,7 @@ def test_a_loaded_bundle_answers_as_the_supernet_that_was_saved(folder: Path, cu
 SUPERNETS: dict[str, Callable[[], Supernet]] = {"one gate": small_supernet, "three gates": three_gate_supernet}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SUPERNETS)
 @pytest.mark.parametrize("kind", ROUTER_KINDS)
 @pytest.mark.parametrize("leave_out", [(), (1,)])
@@ -209,7 +218,8 @@ def test_an_empty_batch_gives_empty_answers(folder: Path) -> None:
     ],
 )
 def test_another_type_or_shape_is_refused_with_both_named(folder: Path, images: torch.Tensor, met: str) -> None:
-    with pytest.raises(DsnetError, match=rf"takes uint8 images \[B, 3, 16, 16\], but met .*{met}"):
+    message = rf"takes uint8 images \[B, 3, 16, 16\], but met .*{met}"
+    with unchecked_shapes(), pytest.raises(DsnetError, match=message):
         load_bundle(folder)(images)
 
 
@@ -304,8 +314,7 @@ def test_a_recorded_route_holds_where_rounding_decides_and_its_logits_must_still
     # Two equal rows: both routes score alike on every image, so that rounding alone would decide.
     tied = GateRouter(router.weight[:1].repeat(2, 1), router.offset[:1].repeat(2), router.routes)
     pixels, folder = random_pixels(4), tmp_path / "bundle"
-    facts = {"normalization": NORMALIZATION, "class_names": CLASSES, "claims": CLAIMS, "gate_yaml": "gate: tied\n"}
-    save_bundle(folder, supernet, tied, examples=pixels, **facts)  # type: ignore[arg-type]
+    save(folder, supernet, tied, examples=pixels)
     stored = load_tensors(folder / "examples.safetensors")
     other = 1 - stored["routes"]
     with torch.no_grad():
@@ -320,6 +329,7 @@ def test_a_recorded_route_holds_where_rounding_decides_and_its_logits_must_still
         verify(folder)
 
 
+@pytest.mark.slow
 def test_a_recorded_route_behind_an_undecided_confidence_holds_whether_it_stopped_or_went_on(tmp_path: Path) -> None:
     supernet, pixels, folder = small_supernet(), random_pixels(1), tmp_path / "bundle"
     with torch.no_grad():
@@ -428,6 +438,7 @@ print(tuple(answer.probabilities.shape))
 """
 
 
+@pytest.mark.slow
 def test_a_bundle_loads_without_yaml_and_pickle(folder: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", POISONED, str(folder)], capture_output=True, text=True, timeout=120, check=False

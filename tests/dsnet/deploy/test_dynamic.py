@@ -87,6 +87,7 @@ def decision_cost(router: GateRouter) -> int:
     return router.weight.numel()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cut_weights", [True, False])
 @pytest.mark.parametrize("is_whole", [True, False])
 @pytest.mark.parametrize("kind", ROUTER_KINDS)
@@ -137,6 +138,7 @@ def num_bytes(module: nn.Module) -> int:
     return sum(value.nbytes for value in module.state_dict().values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("cut_weights", "fold_bn"), [(True, True), (True, False), (False, False)])
 @pytest.mark.parametrize("family", family_names())
 @torch.no_grad()

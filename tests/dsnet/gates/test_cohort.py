@@ -271,6 +271,7 @@ def bits(fit: GateFit | Exception) -> dict[str, Any]:
     return {**arrays, "values": values, "metrics": dict(fit.metrics), "routes": fit.run.routes.tobytes()}
 
 
+@pytest.mark.slow
 @needs_products_apart
 @pytest.mark.parametrize("num_gates", [1, 3])
 @pytest.mark.parametrize("kind", ROUTER_KINDS)

@@ -18,11 +18,11 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dsnet.data.augment import Augmentation
+from dsnet.data.settings import Augmentation
 from dsnet.errors import NonFiniteLossError, StoppedError
 from dsnet.gates import end_to_end as gate_end_to_end
 from dsnet.gates.end_to_end import (
-    EndToEndSettings,
+    GateCallbacks,
     GateImages,
     GateObjective,
     frozen,
@@ -35,7 +35,7 @@ from dsnet.gates.fit import calibrate_heads
 from dsnet.gates.gumbel import gumbel_noise, straight_through
 from dsnet.gates.losses import complexity
 from dsnet.gates.mixing import Chooser, GatedSupernet
-from dsnet.gates.settings import GateSettings
+from dsnet.gates.settings import EndToEndSettings, GateSettings
 from dsnet.measure.evaluate import build_routing_table
 from dsnet.network.supernet import Supernet
 from dsnet.seeds import derive_seed
@@ -483,7 +483,9 @@ def test_a_failure_leaves_the_supernet_as_it_was() -> None:
     supernet = small_supernet("ds_tiny").train()
     next(supernet.parameters()).requires_grad_(False)
     with pytest.raises(StoppedError):
-        train_end_to_end(supernet, gate_images(), GateSettings(), ONE_EPOCH, should_stop=lambda: True)
+        train_end_to_end(
+            supernet, gate_images(), GateSettings(), ONE_EPOCH, callbacks=GateCallbacks(should_stop=lambda: True)
+        )
     assert supernet.training
     assert [parameter.requires_grad for parameter in supernet.parameters()].count(False) == 1
 
@@ -512,6 +514,7 @@ def test_training_is_repeatable_and_depends_on_the_seed() -> None:
         assert not torch.equal(one, four)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("router", ["gate", "gates"])
 def test_training_lowers_the_deployed_loss(router: str) -> None:
     supernet = residual(ALL_PATHS)
@@ -538,8 +541,10 @@ def test_progress_is_heard_and_a_stop_comes_before_the_next_step() -> None:
             gate_images(),
             GateSettings(batch_size=10),
             EndToEndSettings(epochs=3),
-            should_stop=lambda: len(heard) == 4,
-            on_progress=lambda done, total: heard.append((done, total)),
+            callbacks=GateCallbacks(
+                should_stop=lambda: len(heard) == 4,
+                on_progress=lambda done, total: heard.append((done, total)),
+            ),
         )
     assert heard == [(1, 9), (2, 9), (3, 9), (4, 9)]
 
@@ -560,8 +565,8 @@ def test_the_temperature_falls_geometrically_over_all_steps(monkeypatch: pytest.
 
 def test_a_diverging_loss_is_an_error_that_names_the_step_and_the_way_out() -> None:
     supernet = small_supernet("ds_tiny")
-    gate = GateSettings(optimizer="sgd", lr=1e38, batch_size=8)
-    with pytest.raises(NonFiniteLossError, match=r"step \d+; lower gate.optimizer.lr \(now 1e\+38\)"):
+    gate = GateSettings(optimizer="sgd", lr=1e6, lambda_cls=1e38, batch_size=8)
+    with pytest.raises(NonFiniteLossError, match=r"step \d+; lower gate.optimizer.lr \(now 1000000\.0\)"):
         train_end_to_end(supernet, gate_images(), gate, EndToEndSettings(epochs=3))
 
 
@@ -620,6 +625,7 @@ SMALL_STEPS = GateSettings(batch_size=10, lr=0.02, weight_decay=0.01, temperatur
 """Three steps an epoch, the last of which is smaller."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 @pytest.mark.parametrize("router", ["gate", "gates"])
 def test_stages_end_bit_by_bit_where_one_pass_ends(router: str, optimizer: str) -> None:
@@ -672,7 +678,7 @@ def test_a_stage_that_is_done_is_repeated_without_a_step() -> None:
         STAGED,
         start=stage.progress,
         until=2,
-        on_progress=lambda done, total: heard.append((done, total)),
+        callbacks=GateCallbacks(on_progress=lambda done, total: heard.append((done, total))),
     )
     assert heard == []
     assert torch.equal(again.heads[0], stage.heads[0])
@@ -689,7 +695,7 @@ def test_a_later_stage_counts_its_steps_within_the_whole() -> None:
         STAGED,
         start=start,
         until=4,
-        on_progress=lambda done, total: heard.append((done, total)),
+        callbacks=GateCallbacks(on_progress=lambda done, total: heard.append((done, total))),
     )
     assert heard == [(10, 15), (11, 15), (12, 15)]
 

@@ -72,6 +72,7 @@ def wanted_routes(table: RoutingTable) -> np.ndarray[Any, Any]:
     return table.correct1.argmax(1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["gate", "evidence_gate", "gates", "evidence_gates"])
 @pytest.mark.parametrize("loss", ["cls", "quality", "sgs"])
 def test_a_gate_that_is_told_the_right_route_takes_it(kind: str, loss: str) -> None:

@@ -134,6 +134,7 @@ def test_with_one_gate_the_mean_cost_falls_with_the_price() -> None:
     assert means[0] > means[-1]
 
 
+@pytest.mark.slow
 def test_256_paths_through_four_gates_train_on_the_table_and_run_as_it_says() -> None:
     options = {"depth": 18, "width": 0.25, "ratios": [0.25, 0.5, 0.75, 1.0], "paths": "all"}
     supernet = create("ds_resnet", task(), options, seed=0).eval()

@@ -17,11 +17,8 @@ from hypothesis import strategies as st
 
 from dsnet.errors import ConfigError
 from dsnet.measure.latency import (
-    MAIN_DEVICE,
     MIN_REPEATS,
     PUBLISHED,
-    DeviceSettings,
-    LatencySettings,
     LatencyTable,
     MachineLoad,
     Timing,
@@ -33,6 +30,7 @@ from dsnet.measure.latency import (
     noise_of,
     time_interleaved,
 )
+from dsnet.measure.settings import MAIN_DEVICE, DeviceSettings, LatencySettings
 from tests.dsnet.samples import ROUTER_KINDS, batch1_ms, small_supernet, three_gate_supernet
 
 QUICK = LatencySettings(batch_sizes=(1, 3), group_sizes=(1, 2), repeats=2, warmup=1)
@@ -235,9 +233,9 @@ def test_every_device_is_timed_with_the_same_sizes_and_its_own_threads() -> None
 @pytest.mark.parametrize(
     ("devices", "message"),
     [
-        ({"my server": DeviceSettings()}, "measure.devices: 'my server' cannot name a device"),
-        ({"": DeviceSettings()}, "cannot name a device"),
-        ({"a.b": DeviceSettings()}, "cannot name a device"),
+        ({"my server": DeviceSettings()}, "measure.devices: 'my server' is no name of a device"),
+        ({"": DeviceSettings()}, "is no name of a device"),
+        ({"a.b": DeviceSettings()}, "is no name of a device"),
         ({"server": DeviceSettings(threads=0)}, "measure.devices.server.threads is 0"),
     ],
 )

@@ -17,6 +17,7 @@ from tests.dsnet.cases import BANKED_CASES, CASES, Case
 from tests.dsnet.samples import random_images, small_supernet
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("case", BANKED_CASES, ids=str)
 def test_every_set_equals_the_cumulative_average_of_each_sub_network_alone(case: Case) -> None:

@@ -21,6 +21,7 @@ from tests.dsnet.samples import SMALL_OPTIONS, random_images, random_labels, tas
 each_case = pytest.mark.parametrize("case", CASES, ids=str)
 
 
+@pytest.mark.slow
 @each_case
 @torch.no_grad()
 def test_sliced_equals_materialised(case: Case) -> None:
@@ -63,6 +64,27 @@ def test_a_materialised_module_is_plain_contiguous_and_shares_nothing(case: Case
     assert all(p.is_contiguous() and not p.requires_grad for p in plain.parameters())
     folded = materialize(supernet, supernet.subnets[0], fold_bn=True)
     assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
+
+
+@pytest.mark.parametrize("shared", ["module", "parameter"])
+def test_what_a_cut_shares_with_its_supernet_is_copied(shared: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    supernet = Case("", "ds_tiny", SMALL_OPTIONS["ds_tiny"], None).supernet().train()
+    own = nn.Linear(2, 3)
+    supernet.add_module("own", own)
+
+    def cut_head(subnet: Subnet) -> nn.Module:
+        if shared == "module":
+            return own
+        plain = nn.Linear(2, 3)
+        plain.weight = own.weight
+        return plain
+
+    monkeypatch.setattr(supernet, "cut_head", cut_head)
+    head = materialize_tail(supernet, supernet.subnets[0])
+    assert torch.equal(head.weight, own.weight)  # type: ignore[arg-type]
+    assert head.weight.data_ptr() != own.weight.data_ptr()  # type: ignore[operator, union-attr]
+    assert own.training
+    assert own.weight.requires_grad
 
 
 @each_case

@@ -49,6 +49,7 @@ problems = st.tuples(st.integers(1, 9), st.integers(2, 4)).flatmap(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=250, deadline=None)
 @given(problem=problems)
 @example(problem=([[0.0, 0.0], [0.0, 0.0]], [1, 2], 0.5))

@@ -67,6 +67,7 @@ SPACES = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "space"), SPACES)
 @each_kind
 def test_it_equals_the_network_image_by_image(kind: str, name: str, space: tuple[int, ...] | None) -> None:

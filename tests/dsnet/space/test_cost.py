@@ -75,6 +75,7 @@ def test_ds_mbnet_has_the_parity_madds_at_64_pixels() -> None:
     assert subnet_cost(subnets.spec, subnets.largest, 64).madds == 68_678_336
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "num_classes"), [(9, 1), (23, 100)])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_analytic_madds_equal_a_counted_forward(case: Case, size: int, num_classes: int) -> None:
@@ -85,6 +86,7 @@ def test_analytic_madds_equal_a_counted_forward(case: Case, size: int, num_class
         assert counted == subnet_cost(supernet.spec, subnet, size).madds
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fold_bn", [False, True])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_analytic_madds_equal_a_counted_forward_of_the_materialised_module(case: Case, fold_bn: bool) -> None:
@@ -148,6 +150,7 @@ def test_a_gate_without_its_attention_has_no_pooling() -> None:
         pooling_madds(broken, small_supernet().subnets[0], 0, 16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [32, 33])
 def test_full_width_ds_mbnet_equals_a_counted_forward(size: int) -> None:
     supernet = create("ds_mbnet", Task(10, 3, 32)).eval()

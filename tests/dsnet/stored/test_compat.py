@@ -45,6 +45,7 @@ def message_of(source: Any, num_classes: int = NUM_CLASSES, **options: Any) -> s
     return str(error.value)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_file_gives_the_logits_of_every_sub_network_exactly(checkpoint_file: Path) -> None:
     supernet, subnets = load_dsnet_checkpoint(checkpoint_file, NUM_CLASSES, image_size=SIZE)
@@ -57,17 +58,20 @@ def test_a_file_gives_the_logits_of_every_sub_network_exactly(checkpoint_file: P
         assert torch.equal(supernet(images, met), STUDENT(images, expected))
 
 
+@pytest.mark.slow
 def test_the_averaged_weights_are_taken_where_asked(checkpoint_file: Path) -> None:
     supernet, _ = load_dsnet_checkpoint(str(checkpoint_file), NUM_CLASSES, ema=True, image_size=SIZE)
     assert_equal_networks(supernet, TEACHER)
     assert torch.equal(load_dsnet_gate(checkpoint_file, ema=True).weight, AVERAGED[HEAD].flatten(1).double())
 
 
+@pytest.mark.slow
 def test_a_legacy_file_gives_the_same(tmp_path: Path) -> None:
     torch.save(whole_checkpoint(), tmp_path / "old.pth", _use_new_zipfile_serialization=False)
     assert_equal_networks(load_dsnet_checkpoint(tmp_path / "old.pth", NUM_CLASSES, image_size=SIZE)[0], STUDENT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", [RELEASED, whole_checkpoint(), whole_checkpoint()["state_dict"]])
 def test_a_state_dict_in_memory_gives_the_same_and_is_copied(source: Mapping[str, Any]) -> None:
     supernet, _ = load_dsnet_checkpoint(source, NUM_CLASSES, image_size=SIZE)

@@ -5,12 +5,23 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from dsnet.errors import ConfigError
-from dsnet.training.settings import BootstrapSettings, Regime, SupernetRun, TrainSettings, sharing_problem
+from dsnet.training.settings import (
+    REGIMES,
+    TEACHER_OF_MODE,
+    BootstrapMode,
+    BootstrapSettings,
+    Regime,
+    RegimeName,
+    Teacher,
+    TrainSettings,
+    sharing_problem,
+)
+from dsnet.training.supernet_run import SupernetRun
 from tests.dsnet.samples import small_run
 
 
@@ -21,7 +32,10 @@ from tests.dsnet.samples import small_run
         (lambda: Regime(widths="some"), "supernet.train.widths is 'some'; known: sandwich, all"),
         (lambda: Regime(norm="instance"), "supernet.train.bn is 'instance'; known: private_stats"),
         (lambda: Regime(num_random=-1), "supernet.train.num_random is -1"),
-        (lambda: Regime(teacher="ema_ensemble", num_random=0), "averages random sub-networks: at least 1"),
+        (
+            lambda: Regime(teacher="ema_ensemble", num_random=0),
+            "averages the teacher with random sub-networks and needs at least 1",
+        ),
         (lambda: TrainSettings(epochs=-1), "supernet.train.epochs is -1, but must be at least 0"),
         (lambda: TrainSettings(optimizer="lion"), "supernet.train.optimizer is 'lion'; known: sgd, adamw"),
         (lambda: TrainSettings(schedule="step"), "supernet.train.schedule is 'step'"),
@@ -61,7 +75,7 @@ RUN: dict[str, tuple[float, tuple[float, ...], str]] = {
     "recalibration_images": (0, (-1,), "at least 0 or null"),
     "recalibration_batch": (1, (0,), COUNT),
     "keep_checkpoints": (1, (0,), COUNT),
-    "seed": (0, (-1,), COUNT_FROM_0),
+    "seed": (2**32 - 1, (-1, 2**32), "at least 0 and below 4294967296"),
 }
 KEYS = {
     "recalibration_images": "supernet.recalibration.images",
@@ -111,10 +125,14 @@ def test_micro_batches_are_equal_and_have_2_images_or_more(batch_size: int, accu
 def test_the_warm_up_ends_before_training_where_there_is_any() -> None:
     assert TrainSettings(epochs=3, warmup_epochs=3).warmup_epochs == 3
     assert TrainSettings(epochs=0, warmup_epochs=5).warmup_epochs == 5
-    with pytest.raises(
-        ConfigError, match=r"train\.warmup_epochs is 3\.5, but must be at most supernet\.train\.epochs, 3"
-    ):
+    with pytest.raises(ConfigError, match=r"train\.warmup_epochs: 3\.5 epochs of warm-up do not fit into 3 epochs"):
         TrainSettings(epochs=3, warmup_epochs=3.5)
+
+
+def test_every_name_of_a_regime_or_mode_has_its_parts() -> None:
+    assert tuple(REGIMES) == get_args(RegimeName)
+    assert tuple(TEACHER_OF_MODE) == get_args(BootstrapMode)
+    assert set(TEACHER_OF_MODE.values()) == set(get_args(Teacher))
 
 
 def test_settings_survive_json() -> None:

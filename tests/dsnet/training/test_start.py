@@ -16,9 +16,10 @@ from dsnet.files import atomic_write_json, file_sha256
 from dsnet.network.supernet import Supernet
 from dsnet.space.subnet_set import SubnetSet
 from dsnet.stored.checkpoint import save_checkpoint, save_supernet
-from dsnet.training.settings import SupernetRun, TrainSettings
+from dsnet.training.settings import TrainSettings
 from dsnet.training.start import Start, apply_start, check_start, first_weights, lay_out, load_start, relayout
 from dsnet.training.supernet import train_supernet
+from dsnet.training.supernet_run import SupernetRun
 from tests.dsnet.samples import (
     NORMALIZATION,
     SMALL_OPTIONS,

@@ -21,9 +21,10 @@ from dsnet.network.batchnorm import recalibrate
 from dsnet.network.supernet import Supernet
 from dsnet.stored.checkpoint import load_checkpoint, load_supernet
 from dsnet.training.optimization import learning_rate, make_optimizer
-from dsnet.training.settings import REGIMES, BootstrapSettings, Regime, SupernetRun, TrainSettings
+from dsnet.training.settings import REGIMES, BootstrapSettings, Regime, TrainSettings
 from dsnet.training.step import StepPlan
-from dsnet.training.supernet import _Session, checkpoint_stems, train_supernet
+from dsnet.training.supernet import TrainingCallbacks, _Session, checkpoint_stems, train_supernet
+from dsnet.training.supernet_run import SupernetRun
 from dsnet.training.workers import SingleWorker
 from tests.dsnet.samples import (
     NORMALIZATION,
@@ -81,7 +82,15 @@ def train(folder: Path, run: SupernetRun | None = None, **keywords: Any) -> Path
     net = keywords.pop("net", None)
     images = keywords.pop("images", random_pixels(NUM_IMAGES, 8))
     data = InMemoryImages(images, keywords.pop("labels", random_labels(NUM_IMAGES)), run.augmentation)
-    return train_supernet(net if net is not None else supernet(), data, run, folder=folder, **keywords)
+    workers = keywords.pop("workers", None)
+    return train_supernet(
+        net if net is not None else supernet(),
+        data,
+        run,
+        folder=folder,
+        workers=workers,
+        callbacks=TrainingCallbacks(**keywords),
+    )
 
 
 def kill(folder: Path, call: int, run: SupernetRun | None = None) -> None:
@@ -106,6 +115,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("calls", [(1,), (2,), (4,), (5,), (8, 3, 2)])
 @pytest.mark.parametrize("way", ["stopped", "killed"])
 def test_stop_and_resume_is_bit_identical_to_an_uninterrupted_run(
@@ -164,6 +174,7 @@ def test_a_run_that_goes_on_from_the_end_of_an_epoch_shows_it_again(tmp_path: Pa
     assert seen == [1, 2, 2, 3]
 
 
+@pytest.mark.slow
 def test_curves_do_not_tell_where_a_run_was_stopped(tmp_path: Path) -> None:
     """Nine steps an epoch make a report of every second one: a stop between two reports must not
     change the means."""
@@ -194,6 +205,7 @@ def test_launching_a_finished_run_again_changes_nothing(uninterrupted: Path, tmp
     assert curve_rows(tmp_path) == curve_rows(uninterrupted)
 
 
+@pytest.mark.slow
 def test_the_global_generator_is_neither_read_nor_moved(uninterrupted: Path, tmp_path: Path) -> None:
     torch.manual_seed(99)
     before = torch.random.get_rng_state()
@@ -208,6 +220,7 @@ def test_another_seed_gives_other_weights(uninterrupted: Path, tmp_path: Path) -
     assert final_bytes(tmp_path) != final_bytes(uninterrupted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REGIMES)
 def test_every_regime_and_optimiser_lowers_the_loss(tmp_path: Path, name: str) -> None:
     regime = REGIMES[name]
@@ -260,6 +273,7 @@ def test_one_step_of_micro_batches_is_the_mean_of_their_gradients() -> None:
         torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [{"precision": "bf16"}, {"channels_last": True}, {"accumulate": 2}, {"schedule": "one_cycle"}, {"grad_clip": 0.5}],
@@ -368,6 +382,7 @@ def test_statistics_can_be_kept_as_they_are(tmp_path: Path) -> None:
     assert all(torch.equal(value, before[name]) for name, value in final.state_dict().items())
 
 
+@pytest.mark.slow
 def test_adamw_resumes_bit_identically(tmp_path: Path) -> None:
     run = small_run(train=TrainSettings(epochs=3, batch_size=16, lr=0.01, optimizer="adamw", grad_clip=1.0))
     train(tmp_path / "a", run)
@@ -437,6 +452,7 @@ def test_old_checkpoints_are_removed(uninterrupted: Path) -> None:
     assert names == stored | {"curves.jsonl"}
 
 
+@pytest.mark.slow
 def test_checkpoints_can_be_rarer_than_epochs(uninterrupted: Path, tmp_path: Path) -> None:
     run = small_run(train=replace(small_run().train, checkpoint_every=3))
     kill(tmp_path, 11, run)
@@ -446,6 +462,7 @@ def test_checkpoints_can_be_rarer_than_epochs(uninterrupted: Path, tmp_path: Pat
     assert final_bytes(tmp_path) == final_bytes(uninterrupted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "missing", "torn json", "no object", "no version"])
 def test_a_damaged_checkpoint_is_an_error_that_names_the_file(tmp_path: Path, damage: str) -> None:
     kill(tmp_path, 5)

@@ -18,7 +18,7 @@ from dsnet.families import create
 from dsnet.network.supernet import Supernet
 from dsnet.training.settings import TrainSettings
 from dsnet.training.step import StepPlan, StepRules, supernet_step
-from dsnet.training.supernet import train_supernet
+from dsnet.training.supernet import TrainingCallbacks, train_supernet
 from dsnet.training.workers import DistributedWorkers, SingleWorker
 from tests.dsnet.samples import random_images, random_labels, random_pixels, small_run, small_supernet, task
 
@@ -36,10 +36,10 @@ def _fresh() -> Supernet:
     return create("ds_tiny", task(image_size=8), {"width": 0.5, "num_routes": 3}, seed=4)
 
 
-def _train(net: Supernet, folder: Path, workers: DistributedWorkers, **keywords: Any) -> Path | None:
+def _train(net: Supernet, folder: Path, workers: DistributedWorkers, **callbacks: Any) -> Path | None:
     run = small_run(train=TrainSettings(epochs=2, batch_size=16, lr=0.05))
     data = InMemoryImages(random_pixels(32, 8), random_labels(32), run.augmentation)
-    return train_supernet(net, data, run, folder=folder, workers=workers, **keywords)
+    return train_supernet(net, data, run, folder=folder, workers=workers, callbacks=TrainingCallbacks(**callbacks))
 
 
 def _after(steps: int) -> Callable[[], bool]:
@@ -117,6 +117,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict]]
     return folder, [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
 
 
+@pytest.mark.slow
 def test_averaged_gradients_are_the_mean_of_what_each_half_gives_alone(results: tuple[Path, list[dict]]) -> None:
     """Each process normalises by its own half of the batch, so this is what data-parallel BatchNorm
     training means."""

@@ -163,6 +163,7 @@ def test_a_device_that_is_not_there_is_named(tmp_path: Path) -> None:
     assert problems_with_refusal(tmp_path, arguments, (3,), ["cuda", "cpu or auto"]) == []
 
 
+@pytest.mark.slow
 def test_a_refusal_in_a_process_of_its_own_looks_the_same(tmp_path: Path) -> None:
     write_sweep(tmp_path)
     answer = Command(tmp_path, "launch", SWEEP, "--set", "sampler.name=tpee").wait()
@@ -314,7 +315,7 @@ def test_trials_that_diverge_fail_with_a_reason_and_the_sweep_goes_on(finished: 
     answer = call(folder, "launch", SWEEP, *settings, "--set", "budget.max_failed=0.01")
     assert answer.code == 4
     assert problems_of_message(answer, [f"{len(failed)} of 12", "budget.max_failed", "gate.optimizer.lr"]) == []
-    assert "gates of the front" in answer.out
+    assert "gates on the front" in answer.out
 
 
 @pytest.mark.ray

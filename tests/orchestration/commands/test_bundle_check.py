@@ -13,9 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
-from dsnet.data import Splits, SplitSizes, make_splits
+from dsnet.data.settings import SplitSizes
 from dsnet.data.sources import ImageSource, load_source
-from dsnet.deploy.bundle import save_bundle
+from dsnet.data.splits import Splits, make_splits
+from dsnet.deploy.bundle import BundleContents, save_bundle
 from dsnet.errors import DataError, VerificationError
 from dsnet.families import Task, create
 from dsnet.gates.fit import score_run
@@ -76,6 +77,7 @@ def splits(source: ImageSource) -> Splits:
     return make_splits(source.labels.numpy(), source.official_test, SplitSizes(), 3, 400)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ROUTER_KINDS)
 def test_claims_of_every_router_are_found_again_on_the_data_and_better_ones_are_not(
     tmp_path: Path, source: ImageSource, splits: Splits, kind: str
@@ -93,17 +95,16 @@ def test_claims_of_every_router_are_found_again_on_the_data_and_better_ones_are_
         "val": {"top1": scores["top1"], "madds_m": scores["madds_m"]},
     }
 
+    contents = BundleContents(
+        supernet=supernet,
+        router=router,
+        normalization=normalization,
+        class_names=source.class_names,
+        examples=data.images("val")[torch.from_numpy(example_rows(router, table))],
+    )
+
     def saved(claims: Mapping[str, Any]) -> Path:
-        save_bundle(
-            tmp_path / "bundle",
-            supernet,
-            router,
-            normalization=normalization,
-            class_names=source.class_names,
-            examples=data.images("val")[torch.from_numpy(example_rows(router, table))],
-            claims=claims,
-            gate_yaml="",
-        )
+        save_bundle(tmp_path / "bundle", contents, claims=claims, gate_yaml="")
         return tmp_path / "bundle"
 
     assert [check.name for check in check_bundle(saved(honest), "")] == ["files", "examples", "val"]

@@ -175,7 +175,7 @@ def test_plan_says_how_many_trials_a_larger_budget_adds(finished: Finished) -> N
         "table": "done",
         "search": "resume",
     }
-    assert stages["search"]["because"] == ["87 of 99 trials are left"]
+    assert stages["search"]["because"] == ["87 of 99 trials remain"]
 
 
 def test_status_of_a_finished_run(finished: Finished) -> None:
@@ -257,7 +257,7 @@ def test_a_figure_of_no_known_format_is_refused_before_anything_is_printed(finis
     for option in ("--figure", "--routers-figure"):
         answer = call(finished.folder, "pareto", "tiny", option, tmp_path / "front.txt")
         assert (answer.code, answer.out) == (2, "")
-        assert "the suffix must be one of .html, .json, .png, .svg" in answer.err
+        assert "its suffix must be one of .html, .json, .png, .svg" in answer.err
 
 
 def test_trials_lists_all_of_them(finished: Finished) -> None:

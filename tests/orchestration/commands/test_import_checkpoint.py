@@ -42,6 +42,7 @@ def options(**values: object) -> list[str]:
     return [part for name, value in given.items() for part in (f"--{name}", str(value))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("averaged", [False, True])
 def test_the_sweep_begins_with_the_checkpoints_weights(
     tmp_path: Path, released: Path, folder: Path, averaged: bool
@@ -77,7 +78,7 @@ def test_a_second_import_leaves_the_first_alone(tmp_path: Path, released: Path) 
     before = (tmp_path / "here" / "final.safetensors").read_bytes()
     again = call(tmp_path, "import-checkpoint", str(released), "--ema", *flags)
     assert again.code == 2
-    assert "sweep.yaml: is there already; choose another --out" in again.err
+    assert "sweep.yaml: already exists; choose another --out" in again.err
     assert (tmp_path / "here" / "final.safetensors").read_bytes() == before
 
 
@@ -129,7 +130,7 @@ def test_a_checkpoint_in_our_format_is_sent_to_init_from(tmp_path: Path, release
         answer = call(tmp_path, "import-checkpoint", named, *options(out="again"))
         assert answer.code == 2
         assert answer.err == (
-            f"error: {named}: is a checkpoint of dsnet-orch and needs no import; name it in supernet.init_from of a sweep file\n"
+            f"error: {named}: is a checkpoint of dsnet-orch and needs no import; use it as supernet.init_from of a sweep file\n"
         )
 
 

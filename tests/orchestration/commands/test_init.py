@@ -35,7 +35,7 @@ def test_the_file_fits_the_folder_and_is_planned_as_it_is(tmp_path: Path) -> Non
     assert (config.supernet.model, config.supernet.options["stem"]) == ("ds_resnet", "large")
     assert config.supernet.train.epochs is None
     text = file.read_text(encoding="utf-8")
-    for told in ("40 pictures in 2 classes, 70 x 90 pixels, grey", "cats 31, dogs 9", "uneven", "train 22"):
+    for told in ("40 pictures in 2 classes, 70 x 90 pixels, grey", "cats 31, dogs 9", "unbalanced", "train 22"):
         assert told in text
     plan = call(tmp_path, "plan", file.name, "--dry", "--json").json
     assert plan["data"]["num_images"] == {"train": 22, "gate": 6, "val": 6, "test": 6}
@@ -49,7 +49,7 @@ def test_the_file_fits_the_folder_and_is_planned_as_it_is(tmp_path: Path) -> Non
 def test_the_commented_settings_can_be_used_as_they_stand(tmp_path: Path) -> None:
     call(tmp_path, "init", "--data", photos(tmp_path / "p", a=20, b=20), "--name", "mine", "--out", "sweeps/x.yaml")
     file = tmp_path / "sweeps" / "x.yaml"
-    head, _, settings = file.read_text(encoding="utf-8").partition("to choose another value:")
+    head, _, settings = file.read_text(encoding="utf-8").partition("to set another value:")
     file.write_text(head + re.sub(r"(?m)^( +)# ", r"\1", settings), encoding="utf-8")
     config = load_config(file).config
     assert config.name == "mine"

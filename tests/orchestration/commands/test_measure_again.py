@@ -24,7 +24,7 @@ def test_measuring_again_changes_what_is_shown_and_nothing_of_the_study(finished
     answer = call(folder, "measure", "tiny")
     assert answer.code == 0, answer.err
     assert all(subnet.name in answer.out for subnet in before.members)
-    assert "no objective or constraint reads a latency" in answer.out
+    assert "no objective or constraint uses a latency" in answer.out
     after = results_in(folder)
     assert after.latencies == before.latencies, "the study's"
     assert after.records == before.records
@@ -56,7 +56,7 @@ def test_a_study_that_reads_a_latency_is_said_to_keep_the_first_timing(finished:
     config = finished.results.config
     latency = config.metrics[1].model_copy(update={"name": "latency_ms_batch8"})
     told = study_sentence(config.model_copy(update={"metrics": (config.metrics[0], latency)}), "tiny")
-    assert "searched by the first timing (latency_ms_batch8)" in told
+    assert "based on the first timing (latency_ms_batch8)" in told
     bounded = config.model_copy(update={"constraints": ("latency_ms <= baseline.latency_ms",)})
     assert "(baseline.latency_ms, latency_ms)" in study_sentence(bounded, "tiny")
 

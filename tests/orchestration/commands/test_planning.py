@@ -134,7 +134,7 @@ def test_a_finished_run_is_reported_exported_and_launched_again_without_what_it_
     settings = ["--name", "taken", "--trials", "4", *overrides, *WITHOUT_MLFLOW]
     first = call(folder, "launch", SWEEP, *settings)
     assert first.code == 0, first.err
-    assert "supernet: taken as it is" in first.err
+    assert "supernet: used unchanged" in first.err
     shutil.rmtree(source)
     for command in (["report", "taken"], ["export", "taken"], ["launch", SWEEP, *settings]):
         answer = call(folder, *command)

@@ -81,8 +81,7 @@ def test_a_value_that_might_not_be_tried_at_all_is_refused(finished: Finished, t
     alone = call(folder, "enqueue", "tiny", "--set", "gate.sgs.t_easy=0.5")
     assert alone.code == 2
     assert (
-        "gate.sgs.t_easy is only tried when gate.sgs.target is extremes; name gate.sgs.target in the point too"
-        in alone.err
+        "gate.sgs.t_easy is only used when gate.sgs.target is extremes; add gate.sgs.target to the point" in alone.err
     )
     assert queue(folder) == []
     both = call(folder, "enqueue", "tiny", "--set", "gate.sgs.t_easy=0.5", "--set", "gate.sgs.target=extremes")
@@ -98,7 +97,7 @@ def test_points_that_wait_are_counted_in_the_status_and_in_the_way_to_have_them_
         answer = call(folder, "enqueue", "tiny", "--set", "gate.target=0.3")
         assert f"--trials +{number}" in answer.out
     assert call(folder, "status", "tiny", "--json").json["trials"]["enqueued"] == 2
-    assert "2 points to be tried next" in call(folder, "status", "tiny").out
+    assert "2 points to try next" in call(folder, "status", "tiny").out
 
 
 @pytest.mark.ray
@@ -106,7 +105,7 @@ def test_points_are_checked_and_enqueued_from_values_a_file_and_a_trial(finished
     folder = finished.copy(tmp_path)
     answer = call(folder, "enqueue", "tiny", "--set", "gate.target=0.25", "--set", "gate.sgs.strategy=give_up")
     assert answer.code == 0, answer.err
-    assert "budget of 12 trials is spent" in answer.out
+    assert "all 12 trials of the budget are used" in answer.out
     assert "extend" in answer.out
     points = [{"gate.target": 0.5}, {"gate.target": 0.75, "gate.sgs.t_easy": 0}]
     (folder / "points.json").write_text(json.dumps(points), encoding="utf-8")
@@ -139,7 +138,7 @@ def test_points_are_checked_and_enqueued_from_values_a_file_and_a_trial(finished
         (["--like", "trial-0099"], 9, "no such trial"),
         (["--from", "none.yaml"], 2, "--from none.yaml: cannot be read"),
         (["--from", "tiny.yaml"], 2, "--from tiny.yaml: expected a list of points"),
-        (["--from", "tiny.yaml", "--set", "gate.target=0.3"], 2, "--from stands alone"),
+        (["--from", "tiny.yaml", "--set", "gate.target=0.3"], 2, "--from cannot be combined"),
     ],
 )
 def test_what_cannot_be_tried_is_refused_and_nothing_is_enqueued(
@@ -158,14 +157,14 @@ def test_a_running_sweep_is_told_apart_from_one_that_waits(finished: Finished, t
     run = results_in(folder).run
     sweep = run.sweep_yaml.read_text(encoding="utf-8")
     run.sweep_yaml.write_text(sweep.replace("trials: 12", "trials: 13"), encoding="utf-8")
-    assert "at the next launch" in call(folder, "enqueue", "tiny", "--set", "gate.target=0.3").out
+    assert "in the next launch" in call(folder, "enqueue", "tiny", "--set", "gate.target=0.3").out
     with DriverLock(run, "a test"):
         answer = call(folder, "enqueue", "tiny", "--set", "gate.target=0.4")
     assert "the sweep is running" in answer.out
     assert "next cohort" in answer.out
     two = json.dumps([{"gate.target": 0.5}, {"gate.target": 0.6}])
     (folder / "points.json").write_text(two, encoding="utf-8")
-    assert "its budget has 1 trials left" in call(folder, "enqueue", "tiny", "--from", "points.json").out
+    assert "the budget has 1 trial left" in call(folder, "enqueue", "tiny", "--from", "points.json").out
     assert len(queue(folder)) == 4
 
 
@@ -181,7 +180,7 @@ def test_a_grid_that_is_at_its_end_goes_on_for_a_point_that_was_enqueued(finishe
     atomic_write_json(path, {**read_json(path), "reason": "space"})
     assert trials_left(run, plan, config) == 0
     answer = call(folder, "enqueue", "tiny", "--set", "gate.target=0.3")
-    assert "at the next launch" in answer.out
+    assert "in the next launch" in answer.out
     assert trials_left(run, plan, config) > 0
 
 
@@ -189,12 +188,12 @@ def test_a_grid_that_is_at_its_end_goes_on_for_a_point_that_was_enqueued(finishe
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--trials", "12"], "has a budget of 12 trials already"),
-        (["--trials", "+0"], "has a budget of 12 trials already"),
+        (["--trials", "12"], "already has a budget of 12 trials"),
+        (["--trials", "+0"], "already has a budget of 12 trials"),
         (["--trials", "-3"], "expected +N"),
         (["--trials", "some"], "expected +N"),
-        (["--trials", "+3", "--set", "seed=3"], "extend changes budget.* only"),
-        (["--trials", "+3", "--set", "budget.trials=40"], "--trials says how many already"),
+        (["--trials", "+3", "--set", "seed=3"], "extend only changes budget.* settings"),
+        (["--trials", "+3", "--set", "budget.trials=40"], "--trials already sets this"),
     ],
 )
 def test_a_budget_is_only_raised(finished: Finished, arguments: list[str], message: str) -> None:
@@ -236,7 +235,7 @@ def test_an_extended_run_keeps_its_trials_tries_the_points_and_says_that_test_wa
     answer = call(moved, "extend", "tiny", "--trials", "+2")
     assert answer.code == 0, answer.err
     assert "budget raised from 12 to 14 trials" in answer.err
-    assert "test was read once already" in answer.err
+    assert "test was already read once" in answer.err
     assert "in an earlier launch" in answer.err, "what stays on the front is not run again"
     results = results_in(moved)
     assert results.records[:12] == before

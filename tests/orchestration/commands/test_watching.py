@@ -81,5 +81,5 @@ def test_a_run_without_a_driver_is_shown_once_and_one_that_has_not_begun_is_wait
     told = capsys.readouterr()
     assert told.out == "the status\n"
     assert told.err.count("no run 'later'") == 1
-    assert "waiting for its launch to begin it" in told.err
+    assert "waiting until it is launched" in told.err
     assert next(events, None) is None, "it was not shown before it had a configuration"

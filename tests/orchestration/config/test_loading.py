@@ -804,6 +804,7 @@ def _mutate(data: dict[str, Any], rng: random.Random) -> None:
         parent["".join(letters)] = value
 
 
+@pytest.mark.slow
 @settings(max_examples=120, deadline=None)
 @given(st.sampled_from(EXAMPLE_CASES), st.integers(0, 2**32), st.integers(1, 3))
 def test_a_mutated_example_is_a_config_or_a_config_error(
@@ -825,6 +826,7 @@ def test_a_mutated_example_is_a_config_or_a_config_error(
         assert SweepConfig.model_validate(answer.model_dump(mode="json")) == answer
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(st.sampled_from(["digits", "cifar10"]), st.integers(0, 2**32))
 def test_a_scribbled_example_is_a_config_or_a_config_error(

@@ -275,6 +275,7 @@ CONDITIONAL_SPACES = st.fixed_dictionaries(
 SCHEMA = jsonschema.Draft202012Validator(json_schema())
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(CONDITIONAL_SPACES)
 def test_the_resolved_space_is_one_that_the_search_reads_and_is_resolved_already(space: dict[str, Any]) -> None:

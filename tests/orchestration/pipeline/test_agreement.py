@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from dsnet.data import TensorData
+from dsnet.data.tensors import TensorData
 from dsnet.errors import VerificationError
 from dsnet.files import atomic_write_json
 from dsnet.measure.evaluate import build_routing_table
-from dsnet.measure.latency import LatencySettings, measure_latency
+from dsnet.measure.latency import measure_latency
+from dsnet.measure.settings import LatencySettings
 from dsnet.network.batchnorm import recalibrate
 from dsnet.network.supernet import Supernet
 from dsnet.routers.base import Router
@@ -226,6 +227,7 @@ def test_the_front_is_timed_beside_the_static_extremes_at_every_batch_size(
     assert DynamicLatency.from_json(json.loads(json.dumps(found.to_json()))) == found
 
 
+@pytest.mark.slow
 def test_what_the_parts_add_up_to_stands_beside_what_was_measured(
     supernet: Supernet, router: GateRouter, table: RoutingTable, data: TensorData
 ) -> None:

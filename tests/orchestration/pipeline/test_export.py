@@ -311,21 +311,19 @@ def test_claims_that_the_data_does_not_bear_out_are_an_error(finished: Finished,
 def _export_with(  # type: ignore[no-untyped-def]
     prepared, results: RunResults, slot: int, claims: dict[str, object], folder: Path, num_examples: int = 16
 ) -> Path:
-    from dsnet.deploy.bundle import save_bundle
+    from dsnet.deploy.bundle import BundleContents, save_bundle
     from dsnet.stored.checkpoint import load_supernet
 
     supernet, _ = load_supernet(results.run.stage_dir("supernet", results.done_key("supernet")) / "final")
     path = folder / "boasting"
-    save_bundle(
-        path,
-        supernet,
-        results.router(slot),
+    contents = BundleContents(
+        supernet=supernet,
+        router=results.router(slot),
         normalization=prepared.normalization,
         class_names=prepared.image_set.class_names,
         examples=prepared.data.images("val")[:num_examples],
-        claims=claims,
-        gate_yaml="claims: more than true\n",
     )
+    save_bundle(path, contents, claims=claims, gate_yaml="claims: more than true\n")
     return path
 
 

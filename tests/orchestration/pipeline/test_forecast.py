@@ -30,6 +30,7 @@ TIMED = TrialRun(
 )
 
 
+@pytest.mark.slow
 def test_a_launch_is_forecast_from_steps_of_the_real_network(tmp_path: Path) -> None:
     write_sweep(tmp_path)
     before = snapshot(tmp_path)
@@ -39,7 +40,7 @@ def test_a_launch_is_forecast_from_steps_of_the_real_network(tmp_path: Path) -> 
     assert [stage["stage"] for stage in found["stages"]] == ["supernet", "measure", "table", "search", "verify"]
     assert all(stage["seconds"] > 0 and stage["memory_bytes"] > 2**28 for stage in found["stages"])
     assert all(stage["disk_bytes"] > 0 for stage in found["stages"])
-    assert "steps of 40 images on the CPU" in found["timed"]
+    assert "steps of 40 images, timed on the CPU" in found["timed"]
     assert found["stages"][0]["disk_bytes"] < 2**25  # a network of a few thousand weights
     assert "forecast" in call(tmp_path, "plan", SWEEP).out
     assert call(tmp_path, "plan", SWEEP, "--dry", "--json").json["forecast"] is None
@@ -105,7 +106,7 @@ def test_a_forecast_says_that_other_work_slowed_the_timed_steps(
         found = forecast(prepared, plans)
         assert found is not None
         told.append(found.timed)
-    assert told[0] == told[2] == "timed: 8 steps of 40 images on the CPU, 2 threads"
+    assert told[0] == told[2] == "based on 8 steps of 40 images, timed on the CPU with 2 threads"
     assert "load average 3.0 on 2 cores" in told[1]
 
 
@@ -129,7 +130,7 @@ def test_plan_shows_what_somebody_chose_first_and_what_nulls_stand_for(tmp_path:
     write_sweep(tmp_path)
     brief = call(tmp_path, "plan", SWEEP, "--dry").out
     whole = call(tmp_path, "plan", SWEEP, "--dry", "--all").out
-    assert brief.index("supernet.train.epochs") < brief.index("decided by the data") < brief.index("--all shows them")
+    assert brief.index("supernet.train.epochs") < brief.index("derived from the data") < brief.index("--all shows them")
     assert "sampler.startup" in brief  # written
     assert "supernet.train.momentum" not in brief
     assert "supernet.train.momentum" in whole

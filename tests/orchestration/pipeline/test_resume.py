@@ -99,11 +99,11 @@ def test_a_sweep_stopped_by_ctrl_c_sigterm_and_kill_9_ends_like_an_uninterrupted
     answer = signal_search(tmp_path, signal.SIGKILL, done + 1)
     assert answer.code == -signal.SIGKILL
     assert (run / "driver.lock").exists()
-    assert "which is gone" in call(tmp_path, "status", "tiny").out
+    assert "which no longer runs" in call(tmp_path, "status", "tiny").out
 
     answer = call(tmp_path, "launch", SWEEP)
     assert answer.code == 0, answer.err
-    assert "continuing after" in answer.err
+    assert "continuing the run of" in answer.err
     results, whole = results_in(tmp_path), finished.results
     supernets = [item.run.stage_dir("supernet", item.done_key("supernet")) for item in (results, whole)]
     assert file_sha256(supernets[0] / "final.safetensors") == file_sha256(supernets[1] / "final.safetensors")

@@ -12,13 +12,14 @@ import pytest
 import torch
 from PIL import Image
 
-from dsnet.data import Normalization
+from dsnet.data.normalization import Normalization
 from dsnet.data.training_images import InMemoryImages
 from dsnet.errors import CheckpointError, ConfigError
 from dsnet.families import Task, create
 from dsnet.stored.checkpoint import save_supernet
-from dsnet.training.settings import REGIMES, Regime, SupernetRun
+from dsnet.training.settings import REGIMES, Regime
 from dsnet.training.start import CHECKPOINT_MODEL as CORE_CHECKPOINT_MODEL
+from dsnet.training.supernet_run import SupernetRun
 from orchestration.config.supernet import CHECKPOINT_MODEL
 from orchestration.config.sweep import SweepConfig
 from orchestration.prepare.preparation import Prepared, prepare, stage_definitions

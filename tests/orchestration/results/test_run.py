@@ -261,7 +261,7 @@ def test_whoever_picks_a_trial_that_cannot_be_used_hears_why(finished: Finished)
     failed = replace(record, state="failed", reason="loss is nan")
     pruned = replace(record, state="pruned", reason="fell behind at rung 3")
     for unusable, why in (
-        (broken, "trial-0003 is infeasible: breaks madds_m <= 1; only feasible trials can be picked"),
+        (broken, "trial-0003 is infeasible: violates madds_m <= 1; only feasible trials can be picked"),
         (failed, "trial-0003 failed: loss is nan;"),
         (pruned, "trial-0003 was pruned: fell behind at rung 3;"),
     ):

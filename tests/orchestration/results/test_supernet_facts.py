@@ -59,7 +59,7 @@ def test_what_another_release_recorded_is_not_guessed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("images", "statistics", "done"),
     [
-        (0, "those of the start weights", "taken as it is"),
+        (0, "those of the start weights", "used unchanged"),
         (50, "estimated again on 50 training images", "not trained; recalibrated in 3 s"),
     ],
 )

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.ray
 def test_a_short_training_on_digits_is_warned_about_wherever_its_numbers_are_shown(finished: Finished) -> None:
     found = review(finished.results)
     (few,) = (warning for warning in found if warning.code == "few_steps")
-    assert "for 40 steps only" in few.text
+    assert "for only 40 steps" in few.text
     assert f"warning: {few}" in finished.answer.err.replace("\n", " "), "as soon as it is known"
     assert f"warning   {few}" in finished.answer.out
     assert f"warning   {few}" in call(finished.folder, "status", "tiny").out

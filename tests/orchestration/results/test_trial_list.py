@@ -134,7 +134,7 @@ def test_the_table_tells_states_reasons_and_what_was_not_drawn(capsys: pytest.Ca
     assert rows["trial-0000"] == ["trial-0000*", "infeasible", "90.0", "100", "0", "-", "-"]
     assert rows["trial-0002"] == ["trial-0002", "complete", "88.0", "98", "0.2", "gate", "0.5"]
     text = "\n".join(lines)
-    assert f"trial-0001 infeasible: breaks {CAP}" in text
+    assert f"trial-0001 infeasible: violates {CAP}" in text
     assert "trial-0004 failed: it is failed" in text
     assert "trial-0003 pruned: it is pruned" in text
 

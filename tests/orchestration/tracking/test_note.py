@@ -29,7 +29,7 @@ def test_the_table_holds_both_splits_and_marks_the_knee() -> None:
     assert ["**trial-0001 (knee)**", "cascade", "90.0 %", "80.0 %", "12.0", "12.5"] in cells
     assert (
         lines[0]
-        == "2 gates of the front; the knee, trial-0001, has 90.0 % top-1 on val, 80.0 % on test at 12.0 M MAdds."
+        == "2 gates on the front; the knee, trial-0001, has 90.0 % top-1 on val, 80.0 % on test at 12.0 M MAdds."
     )
     assert ["trial-0002", "cascade", "95.0 %", "-", "12.0", "-"] in cells
 
@@ -37,8 +37,8 @@ def test_the_table_holds_both_splits_and_marks_the_knee() -> None:
 def test_a_long_front_is_cut_and_says_so() -> None:
     rows = tuple(replace(row("x", 0.9, 0.8), name=f"s0-3fa29c01/trial-{index:04d}") for index in range(MAX_ROWS + 3))
     lines = note(rows)
-    assert lines[0] == f"{MAX_ROWS + 3} gates of the front."
-    assert lines[-1] == "3 more are in the report."
+    assert lines[0] == f"{MAX_ROWS + 3} gates on the front."
+    assert lines[-1] == "3 more gates are in the report."
     assert len("\n".join(lines)) < MAX_TAG_LENGTH
 
 

@@ -123,6 +123,7 @@ def test_the_command_that_the_documentation_names_is_the_packages_own() -> None:
     assert script.value == "optuna_dashboard._cli:main"
 
 
+@pytest.mark.slow
 def test_the_study_is_listed_with_its_objectives(dashboard: Dashboard) -> None:
     (study,) = dashboard.ask("/api/studies")["study_summaries"]
     assert study["study_name"] == "digits"

@@ -135,6 +135,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         yield Served(uri, artifacts, url, busy_port, before, servers, stack.close)
 
 
+@pytest.mark.slow
 def test_the_page_is_served_to_this_machine_alone_and_shows_the_artifacts_of_a_moved_folder(
     served: Served, tmp_path: Path
 ) -> None:
@@ -154,6 +155,7 @@ def test_the_page_is_served_to_this_machine_alone_and_shows_the_artifacts_of_a_m
     assert len(client.search_runs([through_server.experiment_id])) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.browser
 @pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
 def test_the_link_shows_a_chart_of_accuracy_over_cost_with_static_and_dynamic_points_without_a_click(
@@ -174,6 +176,24 @@ def test_the_link_shows_a_chart_of_accuracy_over_cost_with_static_and_dynamic_po
     assert drawn == Counter(COLOURS[role] for role in shown)
 
 
+def test_a_copy_that_is_written_to_again_holds_its_own_artifacts(tmp_path: Path) -> None:
+    report = tmp_path / "report.html"
+    report.write_text("first")
+    original, copy = tmp_path / "original", tmp_path / "a copy"
+    original.mkdir()
+    for folder, text in ((original, "first"), (copy, "again")):
+        if folder is copy:
+            shutil.copytree(original, copy)
+        report.write_text(text)
+        tracker = MlflowTracker(
+            f"sqlite:///{folder}/mlflow.db", "digits", folder / "artifacts", "digits", warn=pytest.fail
+        )
+        assert write_points(tracker, report).num_unsent == 0
+    assert [found.read_text() for found in original.rglob("report.html")] == ["first"]
+    assert [found.read_text() for found in copy.rglob("report.html")] == ["again"]
+
+
+@pytest.mark.slow
 def test_the_server_goes_away_with_all_its_processes(served: Served) -> None:
     assert served.servers
     served.stop()
@@ -184,6 +204,7 @@ def test_the_server_goes_away_with_all_its_processes(served: Served) -> None:
     assert listening_addresses(served.servers & process_tree(os.getpid())) == set()
 
 
+@pytest.mark.slow
 def test_a_server_that_cannot_start_says_why(tmp_path: Path) -> None:
     with pytest.raises(PreflightError, match="ended with status"), serve_ui("nonsense://x", tmp_path, port=0):
         pass

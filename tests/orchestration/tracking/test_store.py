@@ -24,17 +24,24 @@ from orchestration.tracking.process import MlflowWriter, SharedWriter, is_on_loc
 from orchestration.tracking.protocol import NullTracker, TrackedRun, Tracker, TrackingSummary
 from orchestration.tracking.store import MlflowStore, clean_params, mlflow_environment
 from orchestration.tracking.view import view_tag
+from tests.orchestration.tracking.samples import (
+    NOW_MS,
+    NUM_TRIALS,
+    POINTS,
+    parent_run,
+    subnet_run,
+    supernet_run,
+    trial_run,
+)
 
 TIMEOUT_S = 60.0
-NOW_MS = 1_700_000_000_000
-POINTS = [CurvePoint(step, NOW_MS + step, {"loss/largest": 2.0 / step, "lr": 0.1}) for step in range(1, 6)]
-NUM_TRIALS = 4
 
 KILLED_DRIVER = """
 import os, signal, sys
 from pathlib import Path
-from tests.orchestration.tracking import test_store as t
-tracker = t.MlflowTracker(sys.argv[1], sys.argv[2], Path(sys.argv[3]), "digits")
+from orchestration.tracking.background import MlflowTracker
+from tests.orchestration.tracking import samples as t
+tracker = MlflowTracker(sys.argv[1], sys.argv[2], Path(sys.argv[3]), "digits")
 tracker.parent(t.parent_run("digits"))
 tracker.supernet(t.supernet_run("digits", "RUNNING"))
 tracker.curve(t.POINTS[:3])
@@ -104,30 +111,6 @@ def vanishes(pid: int) -> bool:
     return True
 
 
-def parent_run(sweep: str) -> TrackedRun:
-    return TrackedRun(sweep, sweep, "sweep", NOW_MS, params={"seed": 0, "budget.trials": 64}, tags={"model": "ds_tiny"})
-
-
-def supernet_run(sweep: str, status: Any) -> TrackedRun:
-    end_ms = None if status == "RUNNING" else NOW_MS + 100
-    return TrackedRun(f"{sweep}/aaaa/supernet", "supernet", "supernet", NOW_MS, end_ms, status)
-
-
-def subnet_run(sweep: str, index: int) -> TrackedRun:
-    metrics = {"top1": 0.9 + index / 100, "madds_m": 1.0 + index, "params_m": 0.1, "latency_ms": None}
-    name = f"subnet-{index:02d}"
-    return TrackedRun(f"{sweep}/bbbb/{name}", name, "subnet", NOW_MS + 200, NOW_MS + 210, metrics=metrics)
-
-
-def trial_run(sweep: str, slot: int) -> TrackedRun:
-    name, start_ms = f"trial-{slot:04d}", NOW_MS + 300 + 10 * slot
-    params = {"gate.target": 0.1 * slot, "gate.sgs.strategy": "try_best"}
-    run = TrackedRun(f"{sweep}/cccc/{name}", name, "trial", start_ms, start_ms + 9, params=params)
-    if slot == 2:
-        return replace(run, status="FAILED", reason="the loss became NaN at step 7")
-    return replace(run, metrics={"top1": 0.95, "madds_m": 1.5, "params_m": 0.2, "latency_ms": 3.0})
-
-
 def play(tracker: Tracker, sweep: str, artifact: Path, under: TrackedRun | None = None) -> TrackingSummary:
     """A whole sweep, as the driver or `sync` writes it."""
     tracker.parent(replace(parent_run(sweep), under=under))
@@ -165,6 +148,7 @@ def facts(run: Run) -> dict[str, Any]:
     return {"status": run.info.status, "times": times, **run.data.params, **run.data.metrics, **tags}
 
 
+@pytest.mark.slow
 def test_a_sweep_is_a_parent_with_its_supernet_subnets_and_trials(
     database: Database, experiment: str, artifact: Path
 ) -> None:
@@ -248,6 +232,7 @@ def test_one_of_several_supernets_that_is_launched_by_itself_stays_in_its_sweep(
     assert "tags.sweep = 'digits'" in found.tags[view_tag("digits")]
 
 
+@pytest.mark.slow
 def test_a_killed_driver_is_resumed_and_ends_like_one_that_was_not(
     database: Database, experiment: str, artifact: Path
 ) -> None:
@@ -298,6 +283,7 @@ def test_what_a_killed_driver_left_running_is_closed_at_start_up(database: Datab
     assert runs["digits/cccc/trial-0001"].data.metrics["top1"] == 0.95
 
 
+@pytest.mark.slow
 def test_a_process_of_its_own_writes_what_a_thread_would(
     database: Database, experiment: str, artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -311,6 +297,7 @@ def test_a_process_of_its_own_writes_what_a_thread_would(
     assert [file.path for file in files] == ["sweep.yaml"]
 
 
+@pytest.mark.slow
 def test_a_writing_process_that_dies_costs_the_row_in_hand_and_is_replaced(database: Database, experiment: str) -> None:
     warnings: list[str] = []
     tracker = MlflowTracker(database.uri, experiment, database.artifacts, "digits", warn=warnings.append)
@@ -329,6 +316,7 @@ def test_a_writing_process_that_dies_costs_the_row_in_hand_and_is_replaced(datab
     assert "RUNNING" not in {run.info.status for run in runs.values()}
 
 
+@pytest.mark.slow
 def test_the_driver_itself_does_without_mlflow(database: Database, experiment: str) -> None:
     script = (
         "import sys; from pathlib import Path; from orchestration.tracking.background import MlflowTracker\n"
@@ -343,6 +331,7 @@ def test_the_driver_itself_does_without_mlflow(database: Database, experiment: s
     assert database.runs(experiment)["digits"].info.status == "FINISHED"
 
 
+@pytest.mark.slow
 def test_a_database_is_one_plain_file_again_when_the_sweep_is_over(tmp_path: Path, artifact: Path) -> None:
     assert is_on_local_disk(tmp_path / "mlflow.db"), "elsewhere it stays one plain file throughout"
     own = Database(tmp_path)
@@ -375,6 +364,7 @@ def test_a_database_that_machines_may_share_is_left_as_it_is(tmp_path: Path) -> 
     assert not is_on_local_disk(tmp_path / "mlflow.db", tmp_path / "another system has none")
 
 
+@pytest.mark.slow
 def test_a_closed_tracker_leaves_no_process(database: Database, experiment: str) -> None:
     tracker = database.tracker_with_process(experiment)
     tracker.parent(parent_run("digits"))
@@ -416,6 +406,7 @@ def test_a_writer_that_is_stopped_while_it_starts_leaves_no_process_behind(tmp_p
         assert writer._child is None, "a process that nobody ends"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_shared", [False, True])
 def test_a_sweep_of_a_larger_sweep_hangs_below_its_row(
     database: Database, experiment: str, artifact: Path, is_shared: bool
@@ -515,6 +506,7 @@ def test_more_values_than_a_batch_holds_are_all_written(database: Database, expe
     assert [step for step, _, _ in database.history(runs["digits/aaaa/supernet"], "loss")] == list(range(2500))
 
 
+@pytest.mark.slow
 def test_a_dead_server_costs_one_warning_and_nothing_else(
     tmp_path: Path, artifact: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -531,6 +523,7 @@ def test_a_dead_server_costs_one_warning_and_nothing_else(
     assert "http://127.0.0.1:1" in warnings[0]
 
 
+@pytest.mark.slow
 def test_a_failing_server_is_left_alone_for_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     num_calls = 0
@@ -559,6 +552,7 @@ def test_a_failing_server_is_left_alone_for_a_while(tmp_path: Path, monkeypatch:
     assert num_calls == FAILURES_BEFORE_PAUSE
 
 
+@pytest.mark.slow
 def test_a_store_that_comes_back_is_written_to_again(
     database: Database, experiment: str, tmp_path: Path, artifact: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -605,6 +599,7 @@ def test_a_server_that_never_answers_does_not_hold_the_driver(tmp_path: Path) ->
     assert tracker.summary == summary, "what was given up is counted once"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [lambda path: path.mkdir(), lambda path: path.write_bytes(b"not a database" * 100)])
 def test_a_database_that_cannot_be_opened_is_reported_at_once(tmp_path: Path, make: Any) -> None:
     make(tmp_path / "mlflow.db")
@@ -618,6 +613,7 @@ def test_a_database_that_cannot_be_opened_is_reported_at_once(tmp_path: Path, ma
     assert len(warnings) == 1
 
 
+@pytest.mark.slow
 def test_one_row_that_cannot_be_written_does_not_stop_the_others(
     database: Database, experiment: str, tmp_path: Path
 ) -> None:
@@ -643,6 +639,7 @@ def test_the_null_tracker_takes_a_whole_sweep(artifact: Path) -> None:
     assert play(NullTracker(), "digits", artifact) == TrackingSummary(0, 0, None)
 
 
+@pytest.mark.slow
 def test_importing_the_module_does_not_import_mlflow_and_using_it_sends_nothing_home(tmp_path: Path) -> None:
     script = (
         "import sys; from pathlib import Path; from orchestration.tracking import background, store as stores\n"

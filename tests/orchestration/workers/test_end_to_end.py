@@ -13,17 +13,18 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from dsnet.data.augment import Augmentation
+from dsnet.data.settings import Augmentation
 from dsnet.errors import CheckpointError
-from dsnet.gates.end_to_end import EndToEndSettings, GateImages, train_end_to_end, train_stage
+from dsnet.gates.end_to_end import GateImages, train_end_to_end, train_stage
+from dsnet.gates.settings import EndToEndSettings
 from dsnet.measure.evaluate import build_routing_table
 from dsnet.measure.latency import LatencyTable, Timing
 from dsnet.routing.table_routing import run_on_table
 from dsnet.stored.checkpoint import save_supernet
 from orchestration.config.gate import GateConfig
-from orchestration.pipeline.search import MakeGateTrial
 from orchestration.runs.stages import canonical_settings
 from orchestration.workers.end_to_end import EndToEndCheck, MakeEndToEndTrial, shared_images
+from orchestration.workers.gate_trials import MakeGateTrial
 from orchestration.workers.self_check import REPEATED
 from search.gate_trial import gate_settings, router_of
 from search.study.runner import PROGRESS, SerialRunner, TrialSpec
@@ -107,6 +108,7 @@ def test_trials_do_not_influence_each_other(tmp_path: Path) -> None:
     assert not np.array_equal(together[0].arrays["weight"], alone.arrays["weight"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 @pytest.mark.parametrize("router", ["gate", "gates"])
 def test_a_trial_in_stages_is_the_trial_at_once_with_and_without_its_progress(
@@ -151,7 +153,7 @@ def test_a_stage_of_another_trial_fails_with_the_reason(tmp_path: Path) -> None:
 
 
 def test_a_bad_parameter_fails_its_trial_alone(tmp_path: Path) -> None:
-    diverging = {"gate.optimizer.name": "sgd", "gate.optimizer.lr": 1e38, "gate.optimizer.batch_size": 4}
+    diverging = {"gate.optimizer.name": "sgd", "gate.optimizer.lr": 1e6, "gate.losses.cls": 1e38}
     bad = [{"gate.router": "cascade"}, diverging, {}]
     specs = [replace(TrialSpec(0, 0, {**SMALL_BATCHES, **changes}), slot=slot) for slot, changes in enumerate(bad)]
     unknown, infinite, good = SerialRunner(make_trial(tmp_path)(shared_arrays())).run(specs)

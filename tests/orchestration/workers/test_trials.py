@@ -6,12 +6,11 @@ from __future__ import annotations
 import functools
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,154 +21,107 @@ from ray.exceptions import ActorDiedError, OutOfMemoryError
 from dsnet.arithmetic import MKL_MODE, mkl_mode
 from dsnet.errors import ConfigError, PreflightError
 from dsnet.import_path import WORKER_HOOK
-from orchestration.config.gate import GateConfig
 from orchestration.environment import prepare_environment
-from orchestration.pipeline.search import MakeGateTrial
-from orchestration.runs.stages import canonical_settings
-from orchestration.workers.runtime import RaySettings, _connect, _environment_of_workers, ray_session
-from orchestration.workers.self_check import StartCheck
-from orchestration.workers.trials import RayRunner, TrialWorker, _cause_of_loss, _resource_options
-from search.front.pareto import front_mask
-from search.gate_check import Finding, GateCheck
+from orchestration.workers.runtime import RaySettings, _connect, _environment_of_workers
+from orchestration.workers.trials import Actors, RayRunner, TrialLimits, TrialWorker, _cause_of_loss, _resource_options
+from search.gate_check import GateCheck
 from search.study.engine import Budget, Search
-from search.study.runner import OneByOne, Runner, SerialRunner, TrialOutcome, TrialSpec, outcome_from
+from search.study.runner import Runner, SerialRunner, TrialOutcome, TrialSpec
 from search.study.study import Objective, StudyJournal, StudySettings
 from search.suggest.samplers import SamplerSettings
 from search.suggest.space import parse_space
-from tests.dsnet.samples import needs_products_apart, random_table, small_set
-from tests.search.study.test_runner import RunnerContract, make_walks
-from tests.search.test_gate_trial import latency
+from tests.dsnet.samples import needs_products_apart
+from tests.orchestration.workers.gate_studies import SPACE, gate_study, gate_trials
+from tests.orchestration.workers.scripted import (
+    ScriptedCohort,
+    die_while_building,
+    one_by_one,
+    refuse_to_build,
+)
+from tests.search.contracts import RunnerContract, make_walks
 
 pytestmark = pytest.mark.ray
 
 ARRAYS: dict[str, np.ndarray] = {"ce": np.arange(200_000, dtype=np.float32).reshape(-1, 4), "labels": np.arange(50_000)}
 REPOSITORY = Path(__file__).parents[3]
+TIMEOUT_S = 2.0
+"""Time of a trial of the shared runners."""
 
 
-class ScriptedTrials:
-    """A trial function that does what the parameter `do` says; `folder` counts attempts across
-    processes."""
+class SharedRunners:
+    """The runners of this module's tests, whose actors stay for the next test: two of them take
+    seconds to start.
 
-    def __init__(self, arrays: Mapping[str, np.ndarray], folder: Path) -> None:
-        self._arrays = arrays
-        self._folder = folder
-
-    def __call__(self, spec: TrialSpec) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-        attempt = len(list(self._folder.glob(f"{spec.slot}-*")))
-        (self._folder / f"{spec.slot}-{attempt}-{os.getpid()}").touch()
-        action = getattr(self, f"_{spec.params.get('do', 'work')}")
-        return action(spec, attempt)
-
-    def _work(self, spec: TrialSpec, attempt: int) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-        draw = np.random.default_rng(spec.seed).random()
-        mean = float(self._arrays["ce"].mean())
-        return {"top1": draw, "madds_m": mean + draw, "pid": os.getpid()}, {"weight": np.full(2, spec.slot)}
-
-    def _raise(self, spec: TrialSpec, attempt: int) -> Any:
-        raise ValueError("no route is right")
-
-    def _nan(self, spec: TrialSpec, attempt: int) -> Any:
-        return {"top1": float("nan"), "madds_m": 1.0}, {}
-
-    def _hang(self, spec: TrialSpec, attempt: int) -> Any:
-        time.sleep(600)
-
-    def _wait(self, spec: TrialSpec, attempt: int) -> Any:
-        while not (self._folder / "go").exists():
-            time.sleep(0.01)
-        return self._work(spec, attempt)
-
-    def _die_once(self, spec: TrialSpec, attempt: int) -> Any:
-        return self._work(spec, attempt) if attempt else self._die(spec, attempt)
-
-    def _die(self, spec: TrialSpec, attempt: int) -> Any:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    def _look(self, spec: TrialSpec, attempt: int) -> Any:
-        import torch
-
-        array = self._arrays["ce"]
-        tensor_shares = torch.from_numpy(array.view()).data_ptr() == array.ctypes.data
-        facts = {
-            "owns_data": array.flags.owndata,
-            "writeable": array.flags.writeable,
-            "tensor_shares": tensor_shares,
-            "torch_threads": torch.get_num_threads(),
-            "omp_threads": int(os.environ["OMP_NUM_THREADS"]),
-            "has_mkl_mode": MKL_MODE in os.environ or mkl_mode() is None,
-            "in_shared_memory": _in_shared_memory(array),
-            "sum": float(array.sum(dtype=np.float64)),
-        }
-        return facts, {}
-
-
-def _in_shared_memory(array: np.ndarray) -> bool:
-    """Whether the array's first byte lies in a mapping of the object store (plasma, a file of
-    /dev/shm or of Ray's folder)."""
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        span, *_, path = line.split(maxsplit=5)
-        low, high = (int(end, 16) for end in span.split("-"))
-        if low <= array.ctypes.data < high:
-            return "plasma" in path
-    return False
-
-
-class ScriptedCohort:
-    """`ScriptedTrials` four at a time, in one program: `raise` is its trial's own failure, `spoil`
-    raises out of the whole batch.
-
-    A file `batch-0,1,2` in the folder says who ran beside whom.
+    Only one runner at a time has actors, because the cluster has two CPUs.
     """
 
-    lanes = 4
+    def __init__(self, place: Path) -> None:
+        self._runners = {
+            "one by one": self._runner(one_by_one, place),
+            "cohort": self._runner(ScriptedCohort, place),
+        }
 
-    def __init__(self, arrays: Mapping[str, np.ndarray], folder: Path) -> None:
-        self._trials = ScriptedTrials(arrays, folder)
-        self._folder = folder
+    @staticmethod
+    def _runner(make: Callable[..., Any], place: Path) -> RayRunner:
+        return RayRunner(
+            functools.partial(make, place=place),
+            arrays=ARRAYS,
+            actors=Actors(number=2),
+            limits=TrialLimits(timeout_s=TIMEOUT_S, retries=1),
+        )
 
-    def __call__(self, specs: Sequence[TrialSpec]) -> list[TrialOutcome]:
-        (self._folder / ("batch-" + ",".join(str(spec.slot) for spec in specs))).touch()
-        if any(spec.params["do"] == "spoil" for spec in specs):
-            raise RuntimeError("the program ended")
-        return [outcome_from(self._trials, spec) for spec in specs]
+    def only(self, name: str) -> RayRunner:
+        """The runner of this name with both actors ready; the other one has none."""
+        self.close(name)
+        runner = self._runners[name]
+        runner._open()
+        while runner._jobs:  # the successors of those that the test before has killed
+            runner._wait(deque())
+        return runner
+
+    def close(self, keep: str | None = None) -> None:
+        """End the actors of all other runners."""
+        for name, runner in self._runners.items():
+            if name != keep:
+                runner.close()
 
 
-def one_by_one(arrays: Mapping[str, np.ndarray], folder: Path) -> OneByOne:
-    return OneByOne(ScriptedTrials(arrays, folder))
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file that names the folder of the running test."""
+    return tmp_path_factory.mktemp("shared") / "place"
 
 
-def refuse_to_build(arrays: Mapping[str, np.ndarray]) -> OneByOne:
-    raise ConfigError("gate: unknown router 'mpl'")
-
-
-def die_while_building(arrays: Mapping[str, np.ndarray]) -> OneByOne:
-    os.kill(os.getpid(), signal.SIGKILL)
-    raise AssertionError("unreachable")
+@pytest.fixture(scope="module")
+def shared(ray_cluster: None, place: Path) -> Iterator[SharedRunners]:
+    made = SharedRunners(place)
+    yield made
+    made.close()
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(place: Path, tmp_path: Path) -> Path:
+    """Where the attempts of this test's trials are counted."""
     attempts = tmp_path / "attempts"
     attempts.mkdir()
+    place.write_text(str(attempts), encoding="utf-8")
     return attempts
 
 
 @pytest.fixture
-def runner(ray_cluster: None, folder: Path) -> Iterator[RayRunner]:
-    made = RayRunner(
-        functools.partial(one_by_one, folder=folder), arrays=ARRAYS, num_actors=2, timeout_s=5.0, retries=1
-    )
-    yield made
-    made.close()
+def runner(shared: SharedRunners, folder: Path) -> RayRunner:
+    return shared.only("one by one")
 
 
 @pytest.fixture
-def cohort_runner(ray_cluster: None, folder: Path) -> Iterator[RayRunner]:
-    made = RayRunner(
-        functools.partial(ScriptedCohort, folder=folder), arrays=ARRAYS, num_actors=2, timeout_s=2.0, retries=1
-    )
-    yield made
-    made.close()
+def cohort_runner(shared: SharedRunners, folder: Path) -> RayRunner:
+    return shared.only("cohort")
+
+
+@pytest.fixture
+def empty_cluster(shared: SharedRunners) -> None:
+    """The cluster without actors, for tests with runners of their own."""
+    shared.close()
 
 
 def specs(*actions: str) -> list[TrialSpec]:
@@ -187,8 +139,8 @@ def num_attempts(folder: Path, slot: int) -> int:
     return len(list(folder.glob(f"{slot}-*")))
 
 
-def test_results_equal_those_of_the_serial_runner_and_actors_stay_warm(runner: RayRunner, folder: Path) -> None:
-    serial = by_slot(SerialRunner(one_by_one(ARRAYS, folder)).run(specs(*["work"] * 6)))
+def test_results_equal_those_of_the_serial_runner_and_actors_stay_warm(runner: RayRunner, place: Path) -> None:
+    serial = by_slot(SerialRunner(one_by_one(ARRAYS, place)).run(specs(*["work"] * 6)))
     pids = set()
     for _ in range(2):
         outcomes = by_slot(runner.run(specs(*["work"] * 6)))
@@ -212,8 +164,8 @@ def test_an_exception_fails_its_trial_alone_and_is_not_tried_again(runner: RayRu
 
 def test_a_trial_that_hangs_is_killed_and_the_others_go_on(runner: RayRunner, folder: Path) -> None:
     outcomes = by_slot(runner.run(specs("hang", "work", "work", "work")))
-    assert (outcomes[0].state, outcomes[0].reason) == ("failed", "time-out after 5 s")
-    assert 5 <= outcomes[0].duration_s < 15
+    assert (outcomes[0].state, outcomes[0].reason) == ("failed", "time-out after 2 s")
+    assert TIMEOUT_S <= outcomes[0].duration_s < 3 * TIMEOUT_S + 6
     assert [outcomes[slot].state for slot in (1, 2, 3)] == ["complete"] * 3
     assert num_attempts(folder, 0) == 1
     pid = int(next(folder.glob("0-*")).name.split("-")[2])
@@ -249,14 +201,100 @@ def test_actors_read_the_arrays_in_place_with_one_thread(runner: RayRunner) -> N
     }
 
 
+def test_a_stream_gives_a_worker_its_next_trial_while_others_are_busy(runner: RayRunner, folder: Path) -> None:
+    scripted = iter(specs("wait", *["work"] * 6))
+    ended: list[int] = []
+    for outcome in runner.stream(lambda: [spec] if (spec := next(scripted, None)) else ()):
+        ended.append(outcome.slot)
+        if len(ended) == 6:
+            assert ended == [1, 2, 3, 4, 5, 6], "nobody waited for the slow one"
+            (folder / "go").touch()
+    assert ended[6:] == [0]
+
+
+def test_what_ends_a_worker_in_a_stream_is_retried_where_the_machine_is_to_blame(
+    runner: RayRunner, folder: Path
+) -> None:
+    actions = ["work", "die_once", "raise", "die", "hang", "nan", "work"]
+    scripted = iter(specs(*actions))
+    outcomes = by_slot(runner.stream(lambda: [spec] if (spec := next(scripted, None)) else ()))
+    assert {slot: outcome.reason for slot, outcome in outcomes.items() if outcome.reason} == {
+        2: "ValueError: no route is right",
+        3: "lost its worker 2 times: the process died (ActorDiedError)",
+        4: "time-out after 2 s",
+    }
+    assert len(outcomes) == len(actions)
+    assert [num_attempts(folder, slot) for slot in range(7)] == [1, 2, 1, 2, 1, 1, 1]
+
+
+def test_a_stream_that_has_nothing_for_now_is_asked_again_after_the_next_outcome(
+    runner: RayRunner, folder: Path
+) -> None:
+    ended: list[int] = []
+    asked: list[int] = []
+    scripted = iter([specs("wait"), (), specs("work", "work")[1:], ()])
+
+    def take() -> Sequence[TrialSpec]:
+        asked.append(len(ended))
+        if len(asked) == 2:
+            (folder / "go").touch()
+        return next(scripted, ())
+
+    for outcome in runner.stream(take):
+        ended.append(outcome.slot)
+    assert ended == [0, 1]
+    assert asked[:2] == [0, 0], "the second worker was free and got nothing"
+    assert set(asked[2:]) == {1, 2}
+    assert len(asked) <= 5
+
+
+def test_a_stream_that_nobody_reads_any_more_is_abandoned(runner: RayRunner, folder: Path) -> None:
+    scripted = iter(specs("hang", "work"))
+    outcomes = runner.stream(lambda: [spec] if (spec := next(scripted, None)) else ())
+    assert next(outcomes).slot == 1
+    outcomes.close()
+    (started,) = folder.glob("0-*")
+    assert vanishes(int(started.name.split("-")[2]))
+    assert by_slot(runner.run(specs("work")))[0].state == "complete"
+
+
+def test_trials_that_nobody_waits_for_any_more_are_abandoned(runner: RayRunner, folder: Path) -> None:
+    outcomes = runner.run(specs("work", "hang", "work", "work"))
+    assert next(outcomes).state == "complete"
+    outcomes.close()
+    for started in folder.glob("1-*"):
+        assert vanishes(int(started.name.split("-")[2]))
+    assert by_slot(runner.run(specs("work", "work")))[0].state == "complete"
+
+
+def test_a_sweep_on_ray_makes_the_study_of_a_serial_one(runner: RayRunner, place: Path, tmp_path: Path) -> None:
+    actions = ["work", "raise", "nan", "die_once"]
+    settings = StudySettings(
+        name="ray",
+        space=parse_space({"do": {"choice": actions}, "gate.target": {"uniform": [0.0, 1.0]}}),
+        objectives=(Objective("top1", "maximize"), Objective("madds_m", "minimize")),
+        sampler=SamplerSettings(startup=4),
+        cohort=4,
+    )
+
+    def made_by(name: str, some_runner: Any) -> list[tuple[Any, ...]]:
+        journal = StudyJournal.open(tmp_path / name, settings)
+        records = Search(journal=journal, runner=some_runner).run(Budget(10)).records
+        return [(r.slot, r.state, r.params, r.values, r.reason) for r in records]
+
+    on_ray = made_by("ray", runner)
+    # Every slot has been tried here, so that `die_once` works at the first attempt of this process.
+    assert made_by("serial", SerialRunner(one_by_one(ARRAYS, place))) == on_ray
+
+
 def batches(folder: Path) -> set[tuple[int, ...]]:
     return {tuple(map(int, path.name.partition("-")[2].split(","))) for path in folder.glob("batch-*")}
 
 
 def test_a_cohort_is_divided_over_the_actors_and_gives_what_single_trials_give(
-    cohort_runner: RayRunner, folder: Path
+    cohort_runner: RayRunner, place: Path, folder: Path
 ) -> None:
-    serial = by_slot(SerialRunner(one_by_one(ARRAYS, folder)).run(specs(*["work"] * 12)))
+    serial = by_slot(SerialRunner(one_by_one(ARRAYS, place)).run(specs(*["work"] * 12)))
     outcomes = by_slot(cohort_runner.run(specs(*["work"] * 12)))
     assert batches(folder) == {(0, 1, 2), (3, 4, 5), (6, 7, 8), (9, 10, 11)}
     assert outcomes.keys() == serial.keys()
@@ -291,7 +329,7 @@ def test_an_endless_trial_times_out_alone(cohort_runner: RayRunner, folder: Path
         1: "time-out after 2 s"
     }
     assert len(outcomes) == 6
-    assert time.monotonic() - started_s >= 3 * 2 + 2, (
+    assert time.monotonic() - started_s >= (3 + 1) * TIMEOUT_S, (
         "a batch of three has the time of three trials, then the trial its own"
     )
     assert num_attempts(folder, 1) == 2
@@ -315,46 +353,6 @@ def test_batches_that_nobody_waits_for_any_more_are_abandoned(cohort_runner: Ray
     assert len(by_slot(cohort_runner.run(specs(*["work"] * 8)))) == 8
 
 
-class TestRayRunner(RunnerContract):
-    """The real thing under the contract of all runners."""
-
-    @pytest.fixture(scope="class")
-    def warm(self, ray_cluster: None) -> Iterator[Runner]:
-        made = RayRunner(make_walks, arrays={}, num_actors=2)
-        yield made
-        made.close()
-
-    @pytest.fixture
-    def walking(self, warm: Runner) -> Runner:
-        return warm
-
-
-def test_a_stream_gives_a_worker_its_next_trial_while_others_are_busy(runner: RayRunner, folder: Path) -> None:
-    scripted = iter(specs("wait", *["work"] * 6))
-    ended: list[int] = []
-    for outcome in runner.stream(lambda: [spec] if (spec := next(scripted, None)) else ()):
-        ended.append(outcome.slot)
-        if len(ended) == 6:
-            assert ended == [1, 2, 3, 4, 5, 6], "nobody waited for the slow one"
-            (folder / "go").touch()
-    assert ended[6:] == [0]
-
-
-def test_what_ends_a_worker_in_a_stream_is_retried_where_the_machine_is_to_blame(
-    runner: RayRunner, folder: Path
-) -> None:
-    actions = ["work", "die_once", "raise", "die", "hang", "nan", "work"]
-    scripted = iter(specs(*actions))
-    outcomes = by_slot(runner.stream(lambda: [spec] if (spec := next(scripted, None)) else ()))
-    assert {slot: outcome.reason for slot, outcome in outcomes.items() if outcome.reason} == {
-        2: "ValueError: no route is right",
-        3: "lost its worker 2 times: the process died (ActorDiedError)",
-        4: "time-out after 5 s",
-    }
-    assert len(outcomes) == len(actions)
-    assert [num_attempts(folder, slot) for slot in range(7)] == [1, 2, 1, 2, 1, 1, 1]
-
-
 def test_a_batch_of_a_stream_that_loses_its_worker_goes_back_one_by_one(cohort_runner: RayRunner, folder: Path) -> None:
     batches_left = iter([specs("work", "die", "work"), specs(*["work"] * 5)[3:]])
     outcomes = by_slot(cohort_runner.stream(lambda: next(batches_left, ())))
@@ -365,27 +363,6 @@ def test_a_batch_of_a_stream_that_loses_its_worker_goes_back_one_by_one(cohort_r
     assert batches(folder) == {(0, 1, 2), (0,), (1,), (2,), (3, 4)}
 
 
-def test_a_stream_that_has_nothing_for_now_is_asked_again_after_the_next_outcome(
-    runner: RayRunner, folder: Path
-) -> None:
-    ended: list[int] = []
-    asked: list[int] = []
-    scripted = iter([specs("wait"), (), specs("work", "work")[1:], ()])
-
-    def take() -> Sequence[TrialSpec]:
-        asked.append(len(ended))
-        if len(asked) == 2:
-            (folder / "go").touch()
-        return next(scripted, ())
-
-    for outcome in runner.stream(take):
-        ended.append(outcome.slot)
-    assert ended == [0, 1]
-    assert asked[:2] == [0, 0], "the second worker was free and got nothing"
-    assert set(asked[2:]) == {1, 2}
-    assert len(asked) <= 5
-
-
 def test_more_trials_than_a_program_takes_are_several_batches_of_a_stream(
     cohort_runner: RayRunner, folder: Path
 ) -> None:
@@ -394,19 +371,24 @@ def test_more_trials_than_a_program_takes_are_several_batches_of_a_stream(
     assert sorted(len(batch) for batch in batches(folder)) == [3, 3, 3]
 
 
-def test_a_stream_that_nobody_reads_any_more_is_abandoned(runner: RayRunner, folder: Path) -> None:
-    scripted = iter(specs("hang", "work"))
-    outcomes = runner.stream(lambda: [spec] if (spec := next(scripted, None)) else ())
-    assert next(outcomes).slot == 1
-    outcomes.close()
-    (started,) = folder.glob("0-*")
-    assert vanishes(int(started.name.split("-")[2]))
-    assert by_slot(runner.run(specs("work")))[0].state == "complete"
+class TestRayRunner(RunnerContract):
+    """The real thing under the contract of all runners."""
+
+    @pytest.fixture(scope="class")
+    def warm(self, shared: SharedRunners) -> Iterator[Runner]:
+        shared.close()
+        made = RayRunner(make_walks, arrays={}, actors=Actors(number=2))
+        yield made
+        made.close()
+
+    @pytest.fixture
+    def walking(self, warm: Runner) -> Runner:
+        return warm
 
 
-def test_an_actor_that_wants_what_the_cluster_lacks_is_refused(ray_cluster: None) -> None:
+def test_an_actor_that_wants_what_the_cluster_lacks_is_refused(empty_cluster: None) -> None:
     for num_actors, message in ((None, "1 trial actors take 2"), (2, "2 trial actors take 2")):
-        runner = RayRunner(make_walks, arrays={}, num_actors=num_actors, resources={"board": 2})
+        runner = RayRunner(make_walks, arrays={}, actors=Actors(number=num_actors, resources={"board": 2}))
         with pytest.raises(PreflightError, match=f"{message} of the resource 'board' each, but the cluster has 0"):
             next(runner.run(specs("work")))
 
@@ -415,7 +397,7 @@ def test_actors_are_as_many_as_the_scarcest_resource_allows() -> None:
     cluster = {"CPU": 4.0, "GPU": 1.0, "memory": 4e9}
 
     def places(**options: Any) -> int:
-        return RayRunner(make_walks, arrays={}, **options)._num_places(cluster)
+        return RayRunner(make_walks, arrays={}, actors=Actors(**options))._num_places(cluster)
 
     assert places() == 4
     assert places(threads=2) == 2
@@ -429,15 +411,15 @@ def test_actors_are_as_many_as_the_scarcest_resource_allows() -> None:
     }
 
 
-def test_an_actor_computes_with_the_threads_that_it_takes(ray_cluster: None, folder: Path) -> None:
-    make = functools.partial(one_by_one, folder=folder)
-    runner = RayRunner(make, arrays=ARRAYS, threads=2)
+def test_an_actor_computes_with_the_threads_that_it_takes(empty_cluster: None, place: Path, folder: Path) -> None:
+    make = functools.partial(one_by_one, place=place)
+    runner = RayRunner(make, arrays=ARRAYS, actors=Actors(threads=2))
     facts = by_slot(runner.run(specs("look")))[0].metrics
     assert (facts["torch_threads"], facts["omp_threads"]) == (2, 2)
     assert facts["has_mkl_mode"]
     runner.close()
     with pytest.raises(PreflightError, match=r"has 2 CPUs and each actor takes 3 \(gate.end_to_end.threads\)"):
-        list(RayRunner(make, arrays=ARRAYS, threads=3).run(specs("work")))
+        list(RayRunner(make, arrays=ARRAYS, actors=Actors(threads=3)).run(specs("work")))
 
 
 @pytest.mark.skipif(mkl_mode() is None, reason="MKL does not run on this processor")
@@ -460,7 +442,7 @@ def finders_and_path() -> tuple[list[str], str | None]:
     return names[: names.index("PathFinder")], os.environ.get("PYTHONSAFEPATH")
 
 
-def test_workers_search_for_our_packages_before_the_working_directory(ray_cluster: None) -> None:
+def test_workers_search_for_our_packages_before_the_working_directory(empty_cluster: None) -> None:
     import ray
 
     before, is_safe = ray.get(ray.remote(num_cpus=0)(finders_and_path).remote())
@@ -468,32 +450,23 @@ def test_workers_search_for_our_packages_before_the_working_directory(ray_cluste
     assert is_safe == "1"
 
 
-def test_trials_that_nobody_waits_for_any_more_are_abandoned(runner: RayRunner, folder: Path) -> None:
-    outcomes = runner.run(specs("work", "hang", "work", "work"))
-    assert next(outcomes).state == "complete"
-    outcomes.close()
-    for started in folder.glob("1-*"):
-        assert vanishes(int(started.name.split("-")[2]))
-    assert by_slot(runner.run(specs("work", "work")))[0].state == "complete"
-
-
-def test_an_error_while_the_function_is_built_reaches_the_caller_as_it_is(ray_cluster: None) -> None:
-    runner = RayRunner(refuse_to_build, arrays=ARRAYS, num_actors=1)
+def test_an_error_while_the_function_is_built_reaches_the_caller_as_it_is(empty_cluster: None) -> None:
+    runner = RayRunner(refuse_to_build, arrays=ARRAYS, actors=Actors(number=1))
     with pytest.raises(ConfigError, match="unknown router 'mpl'"):
         list(runner.run(specs("work")))
     runner.close()
 
 
-def test_workers_that_die_while_they_start_end_the_sweep(ray_cluster: None) -> None:
-    runner = RayRunner(die_while_building, arrays=ARRAYS, num_actors=1)
+def test_workers_that_die_while_they_start_end_the_sweep(empty_cluster: None) -> None:
+    runner = RayRunner(die_while_building, arrays=ARRAYS, actors=Actors(number=1))
     with pytest.raises(PreflightError, match="trial workers die while they start, 3 times"):
         list(runner.run(specs("work")))
     runner.close()
 
 
-def test_more_actors_than_cpus_are_refused(ray_cluster: None) -> None:
+def test_more_actors_than_cpus_are_refused(empty_cluster: None) -> None:
     with pytest.raises(PreflightError, match=r"ray\.trial_actors is 3, but the cluster has 2 CPUs"):
-        list(RayRunner(refuse_to_build, arrays=ARRAYS, num_actors=3).run(specs("work")))
+        list(RayRunner(refuse_to_build, arrays=ARRAYS, actors=Actors(number=3)).run(specs("work")))
 
 
 def test_the_out_of_memory_killer_is_named() -> None:
@@ -501,82 +474,12 @@ def test_the_out_of_memory_killer_is_named() -> None:
     assert _cause_of_loss(ActorDiedError()) == "the process died (ActorDiedError)"
 
 
-def test_a_sweep_on_ray_makes_the_study_of_a_serial_one(runner: RayRunner, folder: Path, tmp_path: Path) -> None:
-    actions = ["work", "raise", "nan", "die_once"]
-    settings = StudySettings(
-        name="ray",
-        space=parse_space({"do": {"choice": actions}, "gate.target": {"uniform": [0.0, 1.0]}}),
-        objectives=(Objective("top1", "maximize"), Objective("madds_m", "minimize")),
-        sampler=SamplerSettings(startup=4),
-        cohort=4,
-    )
-
-    def made_by(name: str, some_runner: Any) -> list[tuple[Any, ...]]:
-        journal = StudyJournal.open(tmp_path / name, settings)
-        records = Search(journal=journal, runner=some_runner).run(Budget(10)).records
-        return [(r.slot, r.state, r.params, r.values, r.reason) for r in records]
-
-    on_ray = made_by("ray", runner)
-    # Every slot has been tried here, so that `die_once` works at the first attempt of this process.
-    assert made_by("serial", SerialRunner(one_by_one(ARRAYS, folder))) == on_ray
-
-
-SPACE: dict[str, Any] = {
-    "gate.router": {"choice": ["gate", "cascade"]},
-    "gate.target": {"uniform": [0.05, 0.9], "when": {"gate.router": "gate"}},
-    "gate.sgs.t_easy": {"uniform": [0.0, 0.9], "when": {"gate.router": "gate"}},
-    "gate.routing.first": {"int": [0, 2]},  # a cascade over one route is a trial that fails
-    "gate.optimizer.lr": {"loguniform": [0.01, 0.3]},
-}
-
-
-def gate_study(folder: Path, runner: Runner) -> list[Any]:
-    """A small sweep of real gate trials: every trial as JSON, and the slots of the front."""
-    settings = StudySettings(
-        name="gates",
-        space=parse_space(SPACE),
-        objectives=(Objective("top1", "maximize"), Objective("madds_m", "minimize")),
-        sampler=SamplerSettings("tpe", startup=8),
-        seed=3,
-        cohort=8,
-    )
-    records = Search(journal=StudyJournal.open(folder, settings), runner=runner).run(Budget(24)).records
-    complete = [record for record in records if record.values is not None]
-    front = np.flatnonzero(front_mask([record.values or () for record in complete], ["maximize", "minimize"]))
-    trials = [[r.slot, r.state, r.reason, dict(r.params), r.values, dict(r.metrics)] for r in records]
-    return json.loads(json.dumps([trials, [complete[index].slot for index in front]]))
-
-
-def gate_trials() -> tuple[MakeGateTrial, dict[str, np.ndarray]]:
-    subnets = small_set("ds_tiny")
-    tables = {
-        name: random_table(size, len(subnets), seed=size, split=name) for name, size in (("gate", 80), ("val", 90))
-    }
-    defaults = canonical_settings({"gate": GateConfig().model_dump(mode="json")}) | {"gate.optimizer.steps": 40}
-    make = MakeGateTrial({name: table.meta() for name, table in tables.items()}, subnets, latency(subnets), defaults)
-    return make, {f"{name}/{key}": array for name, table in tables.items() for key, array in table.arrays().items()}
-
-
-def studies_by_workers(folder: Path) -> dict[str, list[Any]]:
-    """The same sweep with 1, 2 and 4 actors, in a cluster of its own, and what the actors' checks
-    came to."""
-    make, arrays = gate_trials()
-    studies = {}
-    findings: list[Finding] = []
-    check = StartCheck(GateCheck.of_space(parse_space(SPACE)), findings.append)
-    with ray_session(RaySettings(num_cpus=4, object_store_mib=75)):
-        for num_actors in (1, 2, 4):
-            with closing(RayRunner(make, arrays=arrays, num_actors=num_actors, check=check)) as runner:
-                studies[str(num_actors)] = gate_study(folder / f"{num_actors}.log", runner)
-    return {**studies, "findings": [[finding.digest, list(finding.unequal)] for finding in findings]}
-
-
 @needs_products_apart
 def test_a_search_over_real_gate_trials_is_the_same_with_1_2_and_4_workers(tmp_path: Path) -> None:
     script = (
         "import json, sys; from pathlib import Path; from orchestration.environment import prepare_environment\n"
         "prepare_environment()\n"
-        "from tests.orchestration.workers.test_trials import studies_by_workers\n"
+        "from tests.orchestration.workers.gate_studies import studies_by_workers\n"
         "Path(sys.argv[1], 'studies.json').write_text(json.dumps(studies_by_workers(Path(sys.argv[1]))))\n"
     )
     ended = subprocess.run(
@@ -647,7 +550,10 @@ def listening_addresses(pids):
                 addresses.append(fields[1].split(":")[0])
     return addresses
 
+WATCHER, INTERVAL = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"
+os.environ[INTERVAL] = "7"
 with ray_session(RaySettings(num_cpus=1, object_store_mib=75)):
+    assert (os.environ[WATCHER], os.environ[INTERVAL]) == ("0", "7"), "the user's own value stays"
     import ray
     ray.get(ray.remote(lambda: None).remote())
     with ray_session(RaySettings()):
@@ -657,6 +563,7 @@ with ray_session(RaySettings(num_cpus=1, object_store_mib=75)):
     pids = children(os.getpid())
     print(json.dumps({"pids": pids, "store": store, "addresses": listening_addresses([os.getpid(), *pids])}))
 assert not ray.is_initialized()
+assert WATCHER not in os.environ
 """
 
 

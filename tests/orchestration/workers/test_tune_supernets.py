@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -25,93 +25,27 @@ from ray.tune.schedulers import FIFOScheduler
 from torch import Tensor
 
 from dsnet.arithmetic import MKL_MODE, mkl_mode
-from dsnet.data import Augmentation
-from dsnet.data.sources import load_source
-from dsnet.data.splits import SplitSizes, make_splits
-from dsnet.data.training_images import InMemoryImages, TrainingImages
+from dsnet.data.training_images import TrainingImages
 from dsnet.errors import CheckpointError, ConfigError, PreflightError, StoppedError
-from dsnet.families import Task, rebuild
+from dsnet.families import rebuild
 from dsnet.network.batchnorm import recalibrate
 from dsnet.space.cost import subnet_cost
 from dsnet.space.spec import NORMS
 from dsnet.stored.checkpoint import load_supernet
-from dsnet.training.settings import BootstrapSettings, SupernetRun, TrainSettings
-from dsnet.training.start import lay_out
 from dsnet.training.supernet import FINAL, recalibration_batches
 from orchestration.config.schedulers import check_scheduler
 from orchestration.workers.schedulers import make_scheduler
-from orchestration.workers.supernet import STOP_GRACE_S, SupernetJob, _train_loop, root_cause, train_on_ray
+from orchestration.workers.supernet import STOP_GRACE_S, _train_loop, root_cause, train_on_ray
 from orchestration.workers.tune_ledger import End, Ledger, MemberFate, Report, TuneRules
 from orchestration.workers.tune_schedule import Member, ReplayingScheduler
 from orchestration.workers.tune_supernets import (
-    TuneMember,
-    ValImages,
     _train_member,
     measurable,
     static_hypervolume,
     stored_fates,
-    train_members,
 )
 from tests.orchestration.samples import Command
-
-EPOCHS = 3
-RATES = {"first": 0.1, "poor": 1e-6, "third": 0.05}
-ASHA = TuneRules(scheduler="asha", options={"grace_period": 1, "reduction_factor": 2})
-
-
-class Sweep:
-    """Members that differ in their learning rate, on 220 digits, in folders below one; keeps what
-    it hears."""
-
-    def __init__(self, folder: Path, rates: Mapping[str, float] = RATES, norm: str | None = None) -> None:
-        source = load_source("digits")
-        splits = make_splits(source.labels.numpy(), None, SplitSizes(), 0, 400)
-        data = source.tensor_data(splits)
-        self.folder = folder
-        self.stop_file = folder / "stop"
-        self.train: TrainingImages = InMemoryImages(data.images("train"), data.labels("train"), Augmentation())
-        self.val = ValImages(data.images("val"), data.labels("val"))
-        task = Task(num_classes=10, in_channels=1, image_size=8)
-        self.subnets = lay_out("ds_tiny", task, {"num_routes": 3}, norm)
-        self.run = SupernetRun(
-            train=TrainSettings(epochs=EPOCHS, batch_size=10, warmup_epochs=0.0),
-            bootstrapping=BootstrapSettings(teacher_min_updates=2),
-            augmentation=Augmentation(crop_padding=1),
-            normalization=source.normalization(splits),
-        )
-        self.members = [self._member(name, lr) for name, lr in rates.items()]
-        self.reports: list[tuple[str, int, float]] = []
-        self.fates: list[MemberFate] = []
-        self.curves: set[str] = set()
-
-    def _member(self, name: str, lr: float) -> TuneMember:
-        run = replace(self.run, train=replace(self.run.train, lr=lr))
-        job = SupernetJob(
-            self.subnets, run, folder=self.folder / name, stop_file=self.stop_file, device="cpu", threads=1, workers=1
-        )
-        return TuneMember(name, f"key-of-{name}", job)
-
-    def launch(self, rules: TuneRules = ASHA, should_stop: Callable[[], bool] = lambda: False) -> list[MemberFate]:
-        """Every launch begins without the stop file, as the command line's do."""
-        self.stop_file.unlink(missing_ok=True)
-        return train_members(
-            self.members,
-            rules,
-            data=self.train,
-            val=self.val,
-            folder=self.folder / "tune",
-            on_report=lambda *report: self.reports.append(report),
-            on_points=lambda name, points: self.curves.add(name),
-            on_fate=self.fates.append,
-            should_stop=should_stop,
-        )
-
-    def final(self, name: str) -> Path:
-        return self.folder / name / FINAL
-
-    def sha256(self, name: str) -> str:
-        """Of a trained member's tensors."""
-        return str(json.loads((self.folder / name / f"{FINAL}.json").read_text())["sha256"])
+from tests.orchestration.workers.tune_sweep import ASHA, EPOCHS, Sweep
 
 
 @dataclass(frozen=True)
@@ -214,7 +148,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from orchestration.workers.runtime import RaySettings, ray_session
-from tests.orchestration.workers.test_tune_supernets import Sweep
+from tests.orchestration.workers.tune_sweep import Sweep
 
 sweep = Sweep(Path(sys.argv[1]))
 with ray_session(RaySettings(num_cpus=2, object_store_mib=100)):
@@ -314,7 +248,7 @@ PAUSES_ALL = f"{__name__}.PausesAll"
 
 @pytest.mark.ray
 def test_a_scheduler_that_pauses_trains_the_survivors_to_the_end(ray_cluster: None, tmp_path: Path) -> None:
-    rates = {"poor": 1e-6, "first": 0.1, "third": 0.05}
+    rates = {"poor": 1e-6, "first": 0.1, "third": 0.07}
     sweep, rules = Sweep(tmp_path, rates), TuneRules(scheduler=PAUSES_ALL)
     with pytest.raises(StoppedError):
         sweep.launch(rules, should_stop=lambda: len(sweep.reports) >= 4)
@@ -347,8 +281,7 @@ class SmallTune:
             self.inner,
             members,
             ledger,
-            concurrent=rules.concurrent,
-            seed=rules.seed,
+            rules,
             is_stopping=lambda: False,
             outcome_of=lambda name: None,
             hear=lambda name, event: None,

@@ -72,6 +72,7 @@ def read(text: str) -> Comparison:
     return parse_comparison(text, NAMES)
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(SIDES, st.sampled_from(ORDERS), SIDES, VALUES)
 def test_a_condition_holds_exactly_where_exact_arithmetic_says_so(
@@ -146,6 +147,7 @@ RANGES = st.fixed_dictionaries({name: st.tuples(NUMBERS, NUMBERS).map(sorted).ma
 SHARES = st.lists(st.floats(0, 1), min_size=len(NAMES), max_size=len(NAMES))
 
 
+@pytest.mark.slow
 @settings(max_examples=250, deadline=None)
 @given(SIDES, st.sampled_from(ORDERS), SIDES, SIDES, RANGES, st.lists(SHARES, min_size=1, max_size=8))
 def test_no_point_of_the_ranges_breaks_a_condition_by_less_than_the_bound(

@@ -154,6 +154,7 @@ def test_a_gate_that_always_takes_the_cheapest_route_still_pays_for_its_decision
     assert point.gain.value < 0
 
 
+@pytest.mark.slow
 def test_intervals_hold_their_values_and_shrink_with_more_images() -> None:
     widths = []
     for num_images in (50, 800):
@@ -252,6 +253,7 @@ def test_points_at_other_costs_are_never_tied() -> None:
     assert [point.ties for point in found.points] == [(), ()]
 
 
+@pytest.mark.slow
 def test_the_fronts_optimism_is_its_mean_loss_of_top1_between_the_splits() -> None:
     val, test = large_table(400), large_table(500, seed=1, split="test")
     forecast = RouteForecast.fit(val)
@@ -442,12 +444,15 @@ def test_points_along_a_front_are_evenly_far_apart_whatever_the_units() -> None:
         (0.85, Interval(0.02, 0.01, 0.03), 0.4),
         (0.805, Interval(0.02, 0.01, 0.03), None),  # half a point, known to a point
         (0.85, Interval(0.02, -0.04, 0.08), None),  # five points, known to six
+        (0.8104, Interval(0.02, 0.01, 0.03), None),  # [0.0, 2.0] as shown
         (None, Interval(0.02, 0.01, 0.03), None),
     ],
 )
-def test_a_share_of_the_reachable_gap_is_clear_where_the_gap_is_larger_than_its_noise(
+def test_a_share_of_a_gap_is_clear_where_the_gap_is_larger_than_its_noise(
     reachable: float | None, gain: Interval, shown: float | None
 ) -> None:
     own = RouterShare("cascade", 0.5, 20.0, 3, 19.0, 0.82, 0.80, 0.9, reachable, gain, 0.2, 0.4, False)
     assert own.clear_share_of_reachable_gap == shown
     assert replace(own, gain=None).clear_share_of_reachable_gap is None
+    oracle = replace(own, oracle_top1=reachable, share_of_oracle_gap=0.4, reachable_top1=None)
+    assert oracle.clear_share_of_oracle_gap == shown

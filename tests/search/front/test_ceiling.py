@@ -49,6 +49,7 @@ def tables(is_readable: bool, num_images: int) -> list[RoutingTable]:
     return found
 
 
+@pytest.mark.slow
 def test_where_the_logits_tell_which_route_is_right_the_ceiling_is_near_the_oracle() -> None:
     gate, val, test = tables(is_readable=True, num_images=800)
     wanted = budgets(MADDS)
@@ -77,6 +78,7 @@ def test_on_the_split_that_chooses_the_ceiling_is_never_below_the_static_line() 
     assert (np.diff(curve.top1) >= 0).all()
 
 
+@pytest.mark.slow
 def test_fitting_twice_gives_the_same_bits_and_another_seed_does_not() -> None:
     gate = random_table(120, 4)
     first, second, other = (RouteForecast.fit(gate, seed).probabilities(gate) for seed in (0, 0, 5))

@@ -20,6 +20,7 @@ from search.front.statistics import (
     gain_over_random,
     gain_over_static,
     resample_points,
+    significant_sign,
     tied_groups,
     unpaired_difference,
     wilson_interval,
@@ -264,3 +265,25 @@ def test_the_interval_of_an_unpaired_difference_covers_the_truth_about_as_often_
     assert (found[:, 2] - found[:, 1]).mean() == pytest.approx(
         np.hypot(*[(own[:, 2] - own[:, 1]).mean() for own in ends]), rel=0.05
     )
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "sign"),
+    [
+        (0.001, 0.012, 1),  # [+0.1, +1.2]
+        (0.0, 0.012, 0),
+        (0.0004, 0.012, 0),  # [0.0, +1.2] as shown
+        (-0.012, -0.001, -1),
+        (-0.012, -0.0004, 0),
+        (-0.01, 0.01, 0),
+        (0.0, 0.0, 0),
+        (np.nan, np.nan, 0),
+    ],
+)
+def test_a_difference_is_significant_if_its_interval_excludes_zero_as_shown(low, high, sign):
+    assert significant_sign(low, high) == sign
+
+
+def test_an_interval_that_is_not_shown_is_judged_unrounded():
+    assert significant_sign(0.0004, 0.012, digits=None) == 1
+    assert significant_sign(0.0, 0.012, digits=None) == 0

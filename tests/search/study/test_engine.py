@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import queue
 import random
 import signal
@@ -22,23 +21,26 @@ import pytest
 
 from dsnet.errors import ConfigError
 from search.conditions.constraints import ConstraintSet
-from search.conditions.expressions import Comparison, parse_comparison
 from search.front.pareto import hypervolume
 from search.study.engine import Budget, Search
 from search.study.runner import OneByOne, SerialRunner, TrialFunction, TrialOutcome, TrialSpec, outcome_from
 from search.study.stopping import Plateau, StopRules
-from search.study.study import Objective, StudyJournal, StudySettings, TrialRecord, load_records
+from search.study.study import StudyJournal, TrialRecord, load_records
 from search.suggest.samplers import KNOWN_SAMPLERS, SamplerSettings
 from search.suggest.space import parse_space
-
-SPACE: dict[str, Any] = {
-    "gate.target": {"uniform": [0.05, 0.9]},
-    "gate.optimizer.lr": {"loguniform": [1e-3, 0.3]},
-    "gate.routing.first": {"int": [0, 3]},
-    "gate.sgs.strategy": {"choice": ["try_best", "give_up"]},
-    "gate.losses.cls": 1.0,
-}
-
+from tests.search.study.samples import (
+    POINT,
+    SLACK,
+    SPACE,
+    TRIALS_IN_KILLS,
+    comparison,
+    essence,
+    sampler_settings,
+    sometimes_broken,
+    study_settings,
+    sweep,
+    trade_off,
+)
 
 COARSE: dict[str, Any] = {
     "gate.target": {"step": [0.0, 1.0, 0.25]},
@@ -46,36 +48,6 @@ COARSE: dict[str, Any] = {
     "gate.routing.first": {"int": [0, 3]},
     "gate.sgs.strategy": {"choice": ["try_best", "give_up"]},
 }
-
-
-def sampler_settings(name: str, startup: int = 6) -> SamplerSettings:
-    return SamplerSettings(name, {"points": 4} if name == "grid" else {}, startup)
-
-
-def study_settings(sampler: str | SamplerSettings = "tpe", **changes: Any) -> StudySettings:
-    fields: dict[str, Any] = {
-        "name": "digits",
-        "space": parse_space(SPACE),
-        "objectives": (Objective("top1", "maximize"), Objective("madds_m", "minimize")),
-        "sampler": sampler_settings(sampler) if isinstance(sampler, str) else sampler,
-    }
-    return StudySettings(**fields | changes)
-
-
-def trade_off(spec: TrialSpec) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-    """A cheap stand-in for a gate trial: accuracy saturates in cost; the noise comes from the
-    trial's own seed."""
-    target, lr, first = (float(spec.params[f"gate.{key}"]) for key in ("target", "optimizer.lr", "routing.first"))
-    cost = target + 0.1 * first
-    noise = np.random.default_rng(spec.seed).normal(0, 0.01)
-    top1 = 1 - math.exp(-3 * cost) - 0.05 * abs(math.log10(lr) + 1.5) + noise
-    return {"top1": top1, "madds_m": 10 * cost}, {"weight": np.full(3, target)}
-
-
-def sometimes_broken(spec: TrialSpec) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-    if spec.slot % 5 == 3:
-        raise ValueError("the gate\ncollapsed")
-    return trade_off(spec)
 
 
 class ThreadedRunner:
@@ -154,31 +126,6 @@ class Notebook:
         return len(self.records) >= self.stop_after
 
 
-def sweep(
-    path: Path,
-    trials: int = 20,
-    *,
-    settings: StudySettings | None = None,
-    function: TrialFunction = sometimes_broken,
-    **options: Any,
-) -> list[TrialRecord]:
-    journal = StudyJournal.open(path, settings or study_settings())
-    options.setdefault("runner", SerialRunner(OneByOne(function)))
-    return list(Search(journal=journal, **options).run(Budget(trials)).records)
-
-
-def essence(records: Sequence[TrialRecord]) -> list[tuple[Any, ...]]:
-    """Everything of the records but how long they took."""
-    return [(r.slot, r.number, r.state, r.params, r.values, r.metrics, r.reason, r.constraints) for r in records]
-
-
-def comparison(text: str) -> Comparison:
-    return parse_comparison(text, ["top1", "madds_m", "latency_ms"])
-
-
-SLACK = ConstraintSet(soft=(comparison("madds_m <= 6"),))
-
-
 @pytest.mark.parametrize("sampler", [name for name in KNOWN_SAMPLERS if name != "gp"])
 @pytest.mark.parametrize("num_workers", [1, 2, 4])
 def test_the_number_of_workers_changes_nothing(tmp_path: Path, sampler: str, num_workers: int) -> None:
@@ -189,6 +136,7 @@ def test_the_number_of_workers_changes_nothing(tmp_path: Path, sampler: str, num
     assert [record.slot for record in alone] == list(range(20))
 
 
+@pytest.mark.slow
 def test_the_number_of_workers_changes_nothing_for_the_slow_sampler_either(tmp_path: Path) -> None:
     settings = study_settings("gp")
     alone = sweep(tmp_path / "alone", 11, settings=settings)
@@ -216,6 +164,7 @@ def test_the_number_of_lanes_changes_nothing(tmp_path: Path, lanes: int) -> None
 
 # 40 trials in cohorts of 8: generations of 6 begin anew with each cohort, generations of 12 span
 # two, so that a resume falls into the middle of one.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sampler", "startup"),
     [
@@ -394,8 +343,6 @@ def test_a_half_cohort_that_the_sampler_would_not_suggest_again_is_refused(tmp_p
 
 # --- points that come first ---
 
-POINT = {"gate.target": 0.5, "gate.sgs.strategy": "give_up"}
-
 
 def test_enqueued_points_come_first_and_the_sampler_draws_what_they_leave_out(tmp_path: Path) -> None:
     records = sweep(tmp_path / "study", 12, settings=study_settings(enqueue=[POINT, {"gate.routing.first": 3}]))
@@ -535,6 +482,7 @@ def test_a_plateau_ends_the_sweep_where_the_front_has_not_grown(tmp_path: Path) 
     assert 20 < count < 200
 
 
+@pytest.mark.slow
 def test_a_sweep_stopped_and_resumed_meets_its_plateau_at_the_same_trial(tmp_path: Path) -> None:
     rules = StopRules(plateau=Plateau(trials=20, gain=0.01, reference=(0.0, 15.0)))
     whole = searched(tmp_path / "whole", rules)
@@ -612,32 +560,6 @@ def test_a_killed_asynchronous_sweep_fills_its_holes_first(tmp_path: Path) -> No
 
 # --- kills: the sweep runs in a process of its own and dies by SIGKILL ---
 
-TRIALS_IN_KILLS = 14
-
-
-def die_in_slot(path: Path, slot: int, where: str) -> None:
-    """Search until `slot` is being run, recorded, or half written; then die as if by `kill -9`."""
-
-    def die() -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    def run(spec: TrialSpec) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-        if where == "run" and spec.slot == slot:
-            die()
-        return sometimes_broken(spec)
-
-    def keep(kept_slot: int, arrays: Mapping[str, np.ndarray]) -> None:
-        if kept_slot != slot:
-            return
-        if where == "torn":
-            with path.open("ab") as file:
-                file.write(b'{"op_code":4,"worker_id":"x","study_id":0,"datetime_st')
-            path.with_name(path.name + ".lock").symlink_to(path)
-        if where != "run":
-            die()
-
-    sweep(path, TRIALS_IN_KILLS, function=run, save_arrays=keep)
-
 
 @pytest.mark.parametrize(
     ("slots", "where"), [((0,), "run"), ((5, 6), "keep"), ((8,), "torn"), ((3, 11), "torn")], ids=str
@@ -645,7 +567,7 @@ def die_in_slot(path: Path, slot: int, where: str) -> None:
 def test_a_killed_sweep_resumes_to_the_same_study(tmp_path: Path, slots: tuple[int, ...], where: str) -> None:
     path = tmp_path / "study"
     for slot in slots:
-        code = "import sys, pathlib; from tests.search.study.test_engine import die_in_slot as d; "
+        code = "import sys, pathlib; from tests.search.study.samples import die_in_slot as d; "
         code += f"d(pathlib.Path(sys.argv[1]), {slot}, {where!r})"
         died = subprocess.run([sys.executable, "-c", code, str(path)], cwd=Path(__file__).parents[3], check=False)
         assert died.returncode == -signal.SIGKILL

@@ -192,6 +192,7 @@ def test_the_order_in_which_trials_finish_changes_nothing(tmp_path: Path) -> Non
     assert essence(backwards) == essence(records)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pace", [1, 4, 7, 20])
 def test_a_sweep_killed_again_and_again_prunes_the_same_trials(tmp_path: Path, pace: int) -> None:
     """Each launch gets some epochs further than what the study knows; the progress is lost with

@@ -53,6 +53,7 @@ def dominates(one: Point, other: Point, goals: Sequence[Goal]) -> bool:
 # ---- ranks
 
 
+@pytest.mark.slow
 @given(some_points)
 @settings(max_examples=200, deadline=None)
 def test_ranks_are_the_longest_chain_of_dominating_points(case: tuple[tuple[Goal, ...], list[Point]]) -> None:
@@ -85,6 +86,7 @@ def test_a_nan_has_no_rank() -> None:
 # ---- crowding
 
 
+@pytest.mark.slow
 @given(st.sampled_from([2, 3]).flatmap(lambda d: points_of(d, min_size=1)), st.randoms())
 @settings(max_examples=150, deadline=None)
 def test_the_distance_of_a_point_does_not_depend_on_the_order_of_the_rows(points: list[Point], rng: object) -> None:
@@ -143,6 +145,7 @@ def test_the_order_of_candidates_and_of_earlier_trials_does_not_matter(
     assert halving.survivors(candidates, earlier, goals) == halving.survivors(dict(items), others, goals)
 
 
+@pytest.mark.slow
 @given(rungs(), halvings)
 @settings(max_examples=200, deadline=None)
 def test_nobody_on_the_front_is_pruned_while_the_front_has_room(

@@ -19,7 +19,7 @@ from search.study.halving import ParetoHalving
 from search.study.runner import OneByOne, SerialRunner
 from search.study.study import Objective, StudyJournal, TrialRecord, load_records, repair_journal
 from search.suggest.space import parse_space
-from tests.search.study.test_engine import (
+from tests.search.study.samples import (
     POINT,
     SLACK,
     SPACE,

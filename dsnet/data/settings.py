@@ -1,0 +1,194 @@
+"""The settings of the images: where they come from, their splits and their augmentation. They need
+no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Annotated, Any, Protocol
+
+from annotated_types import Ge, Gt, Le, Len, Lt
+
+from dsnet.errors import ConfigError
+from dsnet.settings import Fraction, NonNegativeInt, PositiveFraction, PositiveInt, SettingError, Settings
+from dsnet.strict_json import check_known, read_strictly
+from dsnet.wording import shown
+
+MIN_IMAGE_SIZE, MAX_IMAGE_SIZE = 8, 512
+ImageSize = Annotated[int, Ge(MIN_IMAGE_SIZE), Le(MAX_IMAGE_SIZE)]
+"""Height and width in pixels that networks accept."""
+MAX_OPERATIONS = 14
+"""Number of different operations of RandAugment, `dsnet.data.randaugment.Operation`. More of them
+per image would destroy it and cost memory and time."""
+MAX_MAGNITUDE = 10.0
+"""Largest magnitude of RandAugment's operations."""
+OperationCount = Annotated[int, Ge(0), Le(MAX_OPERATIONS)]
+Magnitude = Annotated[float, Ge(0), Le(MAX_MAGNITUDE)]
+CropScale = Annotated[tuple[PositiveFraction, ...], Len(2, 2)]
+SplitSize = Annotated[float, Gt(0), Lt(1)] | PositiveInt | None
+"""A fraction (float), a number of images (int), or None for the default."""
+
+
+@dataclass(frozen=True)
+class SplitSizes(Settings):
+    """Size of each split.
+
+    An integer is a number of images (>= 1), a float a fraction in (0, 1), None the default.
+    Fractions refer to all images; where the data has an official test part, those of `train`,
+    `gate` and `val` refer to the other images and that of `test` to the official test part
+    (default: all of it). Defaults: 55/15/15/15 %, or 80/10/10 % for `train`, `gate` and `val` where
+    there is an official test part.
+    """
+
+    SECTION = "data.splits"
+
+    train: SplitSize = None
+    gate: SplitSize = None
+    val: SplitSize = None
+    test: SplitSize = None
+
+
+class DescribedImages(Protocol):
+    """Properties of a data set that determine an augmentation's defaults, as of an `ImageSet`."""
+
+    @property
+    def name(self) -> str:
+        """The data set's registered name."""
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width)."""
+
+
+def crop_problem(crop_scale: Sequence[float] | None, crop_padding: int | None) -> tuple[str, str] | None:
+    """The setting of a crop that does not go with the others, and the problem as a phrase for a
+    message; None if there is none."""
+    if crop_scale is None:
+        return None
+    low, high = crop_scale
+    if low > high:
+        return "crop_scale", f"range {shown(crop_scale)} is the wrong way round; write {shown([high, low])}"
+    if crop_padding:
+        return "crop_padding", f"{crop_padding} pixels have no use beside crop_scale, which crops already; remove one"
+    return None
+
+
+def folder_problem(name: str, crop_fraction: float, stream: bool) -> tuple[str, str] | None:
+    """The setting that only an image folder has, given for another data set, and the problem as a
+    phrase for a message; None if there is none."""
+    if name == "image_folder":
+        return None
+    if crop_fraction != 1:
+        return "crop_fraction", f"only an image_folder is cropped; remove {shown(crop_fraction)}"
+    return ("stream", f"only an image_folder can be streamed; {name} fits into memory") if stream else None
+
+
+@dataclass(frozen=True)
+class Augmentation(Settings):
+    """Settings of the augmentation of training images; the defaults switch everything off."""
+
+    SECTION = "data.augment"
+
+    crop_padding: NonNegativeInt = 0
+    """Pixels by which the image is padded on each side before a crop of its own size is cut out at
+    random: mirrored at the edge, or with zeros where the padding reaches the image's size."""
+    flip: bool = False
+    """Mirror left and right with probability 1/2."""
+    cutout: NonNegativeInt = 0
+    """Side in pixels of a square of zeros around a random pixel, clipped at the edges (DeVries &
+    Taylor, 2017)."""
+
+    randaugment_ops: OperationCount = 0
+    """Number of operations per image (see `dsnet.data.randaugment`, after arXiv 1909.13719), 0..14;
+    0 = none."""
+    randaugment_magnitude: Magnitude = 9.0
+    """Common magnitude of these operations, 0..10."""
+    erasing: Fraction = 0.0
+    """Probability, 0..1, that a rectangle of 2 to 33 % of the image becomes random pixels (arXiv
+    1708.04896)."""
+    crop_scale: CropScale | None = None
+    """Smallest and largest area of a random resized crop as shares of the image, 0 < smallest <=
+    largest <= 1. None = no such crop, but (0.08, 1) for images that are streamed from files.
+    Aspects are 3:4 to 4:3."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.crop_scale, list):  # a list where it comes from JSON
+            object.__setattr__(self, "crop_scale", tuple(self.crop_scale))
+        super().__post_init__()
+        problem = crop_problem(self.crop_scale, self.crop_padding)
+        if problem is not None:
+            raise SettingError(f"data.augment.{problem[0]}: {problem[1]}")
+
+    @classmethod
+    def for_images(
+        cls,
+        images: DescribedImages,
+        crop_padding: int | None = None,
+        flip: bool | None = None,
+        cutout: int = 0,
+        **others: Any,
+    ) -> Augmentation:
+        """An augmentation with the defaults for a data set filled in.
+
+        Args:
+            images: The data set.
+            crop_padding: None: an eighth of the image's width, or 0 where `crop_scale` is given.
+            flip: None: True, except for digits.
+            cutout: As the field.
+            others: The other fields.
+
+        Raises:
+            ConfigError: A field is out of its range, or padding or cutout exceeds the image's side.
+        """
+        side = min(images.image_shape[1:])
+        for name, pixels in (("crop_padding", crop_padding or 0), ("cutout", cutout)):
+            if pixels > side:
+                raise ConfigError(
+                    f"data.augment.{name} is {pixels}, but the images of {images.name} have {side} pixels a side: write less"
+                )
+        if crop_padding is None:
+            crop_padding = images.image_shape[-1] // 8 if others.get("crop_scale") is None else 0
+        if flip is None:
+            flip = images.name != "digits"  # a mirrored 2 is not a 2
+        return cls(crop_padding, flip, cutout, **others)
+
+    @property
+    def needs_bytes(self) -> bool:
+        """Whether an operation is on that requires pixel values 0..255."""
+        return self.randaugment_ops > 0 or self.erasing > 0 or self.crop_scale is not None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings(Settings):
+    """The images, their splits and their augmentation."""
+
+    SECTION = "data"
+
+    name: str
+    """A registered data set: digits, cifar10, image_folder, ..."""
+    path: str | None = None
+    """The data set's folder; null = the environment variable DSNET_DATA."""
+    image_size: ImageSize | None = None
+    """Height and width in pixels; null = the data's own size."""
+    crop_fraction: PositiveFraction = 1.0
+    """Image folders only: share of the shorter side that the centre crop keeps, (0, 1]."""
+    splits: SplitSizes = field(default_factory=SplitSizes)
+    limit: PositiveInt | None = None
+    """Maximum number of images per split; null = no limit."""
+    augment: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of `Augmentation`; fields that are null or absent take the data set's
+    defaults."""
+    stream: bool = False
+    """Image folders only: stream `train` from its files during training."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_known(self.augment, (each.name for each in fields(Augmentation)), "data.augment")
+        read_strictly(Augmentation, self._given(), "data.augment")
+
+    def _given(self) -> dict[str, Any]:
+        return {name: value for name, value in self.augment.items() if value is not None}
+
+    def augmentation(self, images: DescribedImages) -> Augmentation:
+        """The augmentation, with the defaults for the data set filled in."""
+        return Augmentation.for_images(images, **self._given())

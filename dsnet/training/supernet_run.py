@@ -1,0 +1,81 @@
+"""The settings of one training of a supernet, all resolved, with their way through JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+from dsnet.data.normalization import Normalization
+from dsnet.data.settings import Augmentation
+from dsnet.errors import ConfigError
+from dsnet.settings import DEFAULT_SEED, NonNegativeInt, PositiveInt, Seed, Settings
+from dsnet.training.settings import (
+    BootstrapSettings,
+    KeptWeights,
+    RecalibrationSettings,
+    Regime,
+    SupernetSettings,
+    TrainSettings,
+    with_published,
+    without_published,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SupernetRun(Settings):
+    """Everything beside architecture and data that determines a supernet's weights."""
+
+    SECTION = "supernet"
+    KEYS = MappingProxyType(
+        {
+            "seed": "seed",
+            "recalibration_images": "supernet.recalibration.images",
+            "recalibration_batch": "supernet.recalibration.batch_size",
+        }
+    )
+
+    train: TrainSettings = field(default_factory=TrainSettings)
+    regime: Regime = field(default_factory=Regime)
+    bootstrapping: BootstrapSettings = field(default_factory=BootstrapSettings)
+    augmentation: Augmentation
+    normalization: Normalization
+    seed: Seed = DEFAULT_SEED
+    weights: KeptWeights = SupernetSettings.weights
+    recalibration_images: NonNegativeInt | None = RecalibrationSettings.images
+    """Images of the training split for BatchNorm recalibration; None takes all; 0 does not
+    recalibrate."""
+    recalibration_batch: PositiveInt = RecalibrationSettings.batch_size
+    """Images per batch of recalibration."""
+    keep_checkpoints: PositiveInt = SupernetSettings.keep_checkpoints
+    origin: Mapping[str, Any] = field(default_factory=dict)
+    """Record of the start weights: the checkpoint's file name and SHA-256; empty for fresh
+    weights."""
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-able mapping, saved with every checkpoint, that `from_json` turns back into an
+        equal object."""
+        data = asdict(self)
+        return {**data, "bootstrapping": without_published(data["bootstrapping"])}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> SupernetRun:
+        """Rebuild settings from the result of `to_json`.
+
+        Raises:
+            ConfigError: a field is unknown, missing or out of its range.
+        """
+        try:
+            return cls(
+                **{
+                    **data,
+                    "train": TrainSettings(**data["train"]),
+                    "regime": Regime(**data["regime"]),
+                    "bootstrapping": BootstrapSettings(**with_published(data["bootstrapping"])),
+                    "augmentation": Augmentation(**data["augmentation"]),
+                    "normalization": Normalization.from_json(data["normalization"]),
+                }
+            )
+        except (KeyError, TypeError) as error:
+            raise ConfigError(f"these are not the settings of a supernet's training: {error}") from error
