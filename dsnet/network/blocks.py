@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.fx.experimental.optimization import fuse
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from dsnet.network.layers import BatchNormBank, SlicedAttention, SlicedConv2d, SlicedDepthwiseConv2d, make_norm
@@ -344,8 +345,10 @@ def add_streams(
 
 
 def fold_batch_norms(module: nn.Module) -> nn.Module:
-    """Fold every plain BatchNorm into the convolution before it, in place (eval mode only); returns
-    `module`."""
+    """Fold every plain BatchNorm into the convolution before it (eval mode only); returns the
+    module, changed in place, or a new one for a traced graph."""
+    if isinstance(module, fx.GraphModule):
+        return fuse(module.eval())
     for part in module.modules():
         if isinstance(part, ConvNorm) and isinstance(part.norm, nn.BatchNorm2d):
             part.conv = fuse_conv_bn_eval(part.conv.eval(), part.norm.eval())

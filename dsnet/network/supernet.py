@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
+from dsnet.network.axes import Axes, take
 from dsnet.network.layers import BatchNormBank
 from dsnet.space.spec import Subnet, SupernetSpec
 from dsnet.space.subnet_set import SubnetSet
@@ -137,6 +138,10 @@ class Supernet(nn.Module, ABC):
             return self.head(images, subnet)
         return self.tail(self.trunk(images, subnet).features, subnet)
 
+    def axes(self) -> Mapping[str, Axes]:
+        """The axes of the tensors of the state dict that are not cut to a corner, by name."""
+        return {}
+
     def batch_norms(self) -> list[BatchNormBank]:
         """All BatchNorm banks in module order; empty for a network without statistics."""
         return [module for module in self.modules() if isinstance(module, BatchNormBank)]
@@ -169,8 +174,14 @@ def restrict(supernet: Supernet, members: Sequence[int]) -> Supernet:
     )
     spec = replace(supernet.spec, groups=groups)
     small = type(supernet)(spec, SubnetSet(spec, kept.members))
-    source = supernet.state_dict()
-    small.load_state_dict({name: source[name][_corner(value)].clone() for name, value in small.state_dict().items()})
+    source, axes = supernet.state_dict(), supernet.axes()
+    widest = tuple(group.max_width for group in groups)
+    small.load_state_dict(
+        {
+            name: (take(source[name], axes[name], widest) if name in axes else source[name][_corner(value)]).clone()
+            for name, value in small.state_dict().items()
+        }
+    )
     return small.to(next(supernet.parameters()).device).train(supernet.training)
 
 

@@ -8,90 +8,26 @@ parameters keep their names, so that a state dict of the module loads into the s
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from dsnet.errors import ConfigError
+from dsnet.network.axes import Axes, Axis, Widths, take
 from dsnet.network.channels import TracedGraph, analyse, trace
 from dsnet.network.layers import BatchNormBank, SlicedGroupNorm
-from dsnet.network.slicing import corner
 from dsnet.network.supernet import Supernet, TrunkOutput
-from dsnet.space.spec import CLASSES, IMAGE_CHANNELS, Op, Pair, Subnet, SupernetSpec
+from dsnet.space.spec import Op, Subnet, SupernetSpec
 from dsnet.space.subnet_set import SubnetSet
 from dsnet.wording import way_out
 from dsnet.zoo import ZOO
 
-Widths = tuple[int, ...]
 ENTRY = "entry"
 """Name of the gate before the network, and of the operation that makes its evidence."""
 ENTRY_CELLS = 4
 """Rows and columns of cells into which the entry gate divides an image."""
-
-
-@dataclass(frozen=True)
-class Axis:
-    """The channels along one dimension of a weight: parts that are sliced to prefixes, one after
-    the other."""
-
-    parts: tuple[tuple[int, int, int], ...]
-    """(channel group, repeats of each of its channels, channels of the whole group); group -1 is the
-    image, -2 the classes, and neither is sliced."""
-
-    @classmethod
-    def of(cls, parts: Iterable[Pair], spec: SupernetSpec) -> Axis:
-        """The axis of (group, repeat) pairs in a supernet."""
-        whole = {IMAGE_CHANNELS: spec.in_channels, CLASSES: spec.num_classes}
-        return cls(
-            tuple(
-                (group, repeat, whole[group] if group in whole else spec.groups[group].max_width)
-                for group, repeat in parts
-            )
-        )
-
-    def runs(self, widths: Widths | Mapping[int, int]) -> list[Pair]:
-        """(start, length) of the slices of a sub-network; neighbours are joined."""
-        runs: list[Pair] = []
-        start = 0
-        for group, repeat, whole in self.parts:
-            length = repeat * (whole if group < 0 else widths[group])
-            if runs and sum(runs[-1]) == start:
-                runs[-1] = (runs[-1][0], runs[-1][1] + length)
-            else:
-                runs.append((start, length))
-            start += repeat * whole
-        return runs
-
-    def size(self, widths: Widths | Mapping[int, int]) -> int:
-        """Number of channels of a sub-network."""
-        return sum(length for _, length in self.runs(widths))
-
-    @property
-    def max_size(self) -> int:
-        """Number of channels of the whole weight."""
-        return sum(repeat * whole for _, repeat, whole in self.parts)
-
-
-def take(weight: Tensor, axes: Sequence[Axis | None], widths: Widths | Mapping[int, int]) -> Tensor:
-    """The slice of a weight that a sub-network uses.
-
-    Args:
-        weight: the whole weight.
-        axes: the axis of each of its first dimensions; None keeps a dimension whole.
-        widths: the sub-network's width of every channel group.
-    """
-    sizes = []
-    for dimension, axis in enumerate(axes):
-        runs = [(0, weight.shape[dimension])] if axis is None else axis.runs(widths)
-        if len(runs) > 1:
-            weight = torch.cat([weight.narrow(dimension, start, length) for start, length in runs], dimension)
-            sizes.append(weight.shape[dimension])
-        else:
-            sizes.append(runs[0][1])
-    return corner(weight, *sizes)
 
 
 class TracedConv2d(nn.Module):
@@ -106,10 +42,15 @@ class TracedConv2d(nn.Module):
         self.weight = nn.Parameter(plain.weight.detach()[: num_out.max_size, :columns].clone())
         self.bias = None if plain.bias is None else nn.Parameter(plain.bias.detach()[: num_out.max_size].clone())
 
+    def axes(self) -> Mapping[str, Axes]:
+        """The axes of the parameters."""
+        weight = (self.num_out, None if self.is_depthwise else self.num_in)
+        return {"weight": weight} if self.bias is None else {"weight": weight, "bias": (self.num_out,)}
+
     def _slices(self, widths: Widths) -> tuple[Tensor, Tensor | None]:
-        axes = (self.num_out, None if self.is_depthwise else self.num_in)
-        bias = None if self.bias is None else take(self.bias, (self.num_out,), widths)
-        return take(self.weight, axes, widths), bias
+        axes = self.axes()
+        bias = None if self.bias is None else take(self.bias, axes["bias"], widths)
+        return take(self.weight, axes["weight"], widths), bias
 
     def forward(self, x: Tensor, widths: Widths) -> Tensor:
         """[B, c, H, W] -> [B, c', H', W']."""
@@ -139,9 +80,15 @@ class TracedLinear(nn.Module):
         self.weight = nn.Parameter(plain.weight.detach()[: num_out.max_size, : num_in.max_size].clone())
         self.bias = None if plain.bias is None else nn.Parameter(plain.bias.detach()[: num_out.max_size].clone())
 
+    def axes(self) -> Mapping[str, Axes]:
+        """The axes of the parameters."""
+        weight = (self.num_out, self.num_in)
+        return {"weight": weight} if self.bias is None else {"weight": weight, "bias": (self.num_out,)}
+
     def _slices(self, widths: Widths) -> tuple[Tensor, Tensor | None]:
-        bias = None if self.bias is None else take(self.bias, (self.num_out,), widths)
-        return take(self.weight, (self.num_out, self.num_in), widths), bias
+        axes = self.axes()
+        bias = None if self.bias is None else take(self.bias, axes["bias"], widths)
+        return take(self.weight, axes["weight"], widths), bias
 
     def forward(self, x: Tensor, widths: Widths) -> Tensor:
         """[B, c] -> [B, c']."""
@@ -173,7 +120,11 @@ class TracedNorm(BatchNormBank):
             size_of=lambda key: channels.size(self._widths(key)),
         )
 
-    def _widths(self, key: Widths) -> Mapping[int, int]:
+    def axes(self) -> Mapping[str, Axes]:
+        """The axes of the shared affine pair."""
+        return {} if self.private_affine else {"weight": (self.channels,), "bias": (self.channels,)}
+
+    def _widths(self, key: tuple[int, ...]) -> Mapping[int, int]:
         """The widths of the groups upstream."""
         return dict(zip(self.depends, key, strict=True))
 
@@ -199,6 +150,10 @@ class TracedGroupNorm(SlicedGroupNorm):
     def __init__(self, channels: Axis) -> None:
         super().__init__(channels.max_size)
         self.channels = channels
+
+    def axes(self) -> Mapping[str, Axes]:
+        """The axes of the affine pair."""
+        return {"weight": (self.channels,), "bias": (self.channels,)}
 
     def forward(self, x: Tensor, widths: Widths) -> Tensor:
         """Normalise [B, c, H, W] at a sub-network's widths."""
@@ -255,6 +210,15 @@ class TracedSupernet(Supernet):
     def cut_upto_gate(self, gate: int, subnet: Subnet) -> nn.Module:
         """The entry gate."""
         return EntryGate()
+
+    def axes(self) -> Mapping[str, Axes]:
+        """The axes of every parameter that is sliced."""
+        return {
+            f"{name}.{leaf}": axes
+            for name, layer in self.named_modules()
+            if isinstance(layer, Sliced)
+            for leaf, axes in layer.axes().items()
+        }
 
     def cut_head(self, subnet: Subnet) -> nn.Module:
         """The whole network of a sub-network as a plain `torch.fx` module."""
