@@ -277,8 +277,18 @@ def test_training_takes_the_costliest_member_as_the_largest(handmade: Handmade, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ROUTER_KINDS)
-def test_it_goes_from_table_to_bundle(handmade: Handmade, tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("made", "kind"),
+    # The blocks inside do not know the kind of router: of the 50 layers a decision at every gate and
+    # one on outputs are enough.
+    [
+        (made, kind)
+        for made in SETS
+        for kind in (ROUTER_KINDS if made != "bottlenecks" else ("gates", "learned_cascade"))
+    ],
+)
+def test_it_goes_from_table_to_bundle(made: str, tmp_path: Path, kind: str) -> None:
+    handmade = SETS[made]
     supernet = permuted(handmade.supernet())
     recalibrate(supernet, [random_images(16, seed=4)])
     save_supernet(tmp_path / "net", supernet)
