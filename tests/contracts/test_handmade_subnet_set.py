@@ -279,8 +279,8 @@ def test_training_takes_the_costliest_member_as_the_largest(handmade: Handmade, 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("made", "kind"),
-    # The blocks inside do not know the kind of router: of the 50 layers a decision at every gate and
-    # one on outputs are enough.
+    # Blocks do not know the kind of router: for the deepest set two kinds are enough, one that
+    # decides at every gate and one that reads outputs.
     [
         (made, kind)
         for made in SETS
