@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import ast
 import builtins
+import copy
 import importlib
+import pickle
 import pkgutil
 import typing
 from collections.abc import Iterator
@@ -18,11 +20,13 @@ import pytest
 import torch
 
 import dsnet
+from dsnet.deploy.materialize import materialize
 from dsnet.families import create
 from dsnet.network.layers import SlicedLinear
 from dsnet.routing.calibration import calibrate
 from dsnet.training.losses import soft_cross_entropy
 from tests.dsnet.cases import task
+from tests.dsnet.samples import random_table
 from tests.shapes import CHECKED, names_shape, next_test, public, unchecked_shapes
 
 WITHOUT_SHAPE = {
@@ -57,6 +61,19 @@ def test_a_method_is_checked_behind_torchs_call_and_a_result_is_too(monkeypatch:
     monkeypatch.setattr(torch.nn.functional, "linear", lambda *_: torch.zeros(2))
     with pytest.raises(jaxtyping.TypeCheckError, match="return value"):
         layer(torch.zeros(2, 4))
+
+
+def test_what_is_checked_is_copied_and_pickled_as_before() -> None:
+    supernet = create("ds_tiny", task(image_size=8), {"num_routes": 3}, seed=0).eval()
+    images = torch.rand(4, 3, 8, 8)
+    plain = materialize(supernet, supernet.subnets[1])
+    expected = supernet(images, supernet.subnets[1])
+    torch.testing.assert_close(copy.deepcopy(supernet)(images, supernet.subnets[1]), expected)
+    torch.testing.assert_close(plain(images), expected)
+    table = random_table(20, 3)
+    again = pickle.loads(pickle.dumps(table))  # noqa: S301
+    assert np.array_equal(again.ce, table.ce)
+    assert pickle.loads(pickle.dumps(soft_cross_entropy)) is soft_cross_entropy  # noqa: S301
 
 
 def test_nothing_is_checked_where_the_product_shall_answer_itself() -> None:
