@@ -85,7 +85,9 @@ class Names(dict[str, Any]):
     """The names of a module, and stand-ins for those that only type checkers see."""
 
     def __missing__(self, name: str) -> Any:
-        return torch.Tensor if name == "Tensor" else getattr(builtins, name, object)
+        if name == "Tensor":
+            return torch.Tensor
+        return next((getattr(module, name) for module in (jaxtyping, builtins) if hasattr(module, name)), object)
 
 
 def annotations(module: Any) -> Iterator[tuple[str, Any]]:
