@@ -12,12 +12,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from jaxtyping import Shaped
-
 from dsnet.errors import CheckpointError
 from dsnet.plugins import load_plugins
 
 if TYPE_CHECKING:
+    from jaxtyping import Shaped
     from torch import Tensor
 
     from dsnet.routers.base import Router
