@@ -227,6 +227,7 @@ def test_declared_ids_stay_and_cost_orders_separately(handmade: Handmade) -> Non
     assert subnets.prefix_upto(0) == subnets[0].widths[: subnets.spec.gates[0].num_prefix_groups]
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_sliced_equals_materialised_and_restricted(handmade: Handmade) -> None:
     supernet, images = handmade.supernet(), random_images(3)
@@ -249,6 +250,7 @@ def test_another_channel_order_gives_the_same_functions(handmade: Handmade) -> N
         torch.testing.assert_close(other(images, subnet), supernet(images, subnet), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_another_channel_order_gives_the_same_recalibration_and_table(handmade: Handmade) -> None:
     supernet = handmade.supernet()
     other = permuted(supernet)

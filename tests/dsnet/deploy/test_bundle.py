@@ -264,6 +264,7 @@ def exchange_weights_with_their_hash(folder: Path) -> None:
     edit(lambda manifest: manifest["files"].update({"weights.safetensors": digest}))(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "tamper",
     [

@@ -114,6 +114,7 @@ def assert_evidence_equals_each_path_alone(table: RoutingTable, supernet: Supern
                 x = output.features
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", GATED_CASES, ids=str)
 def test_evidence_is_that_of_every_gate_and_node_image_by_image(case: Case) -> None:
     supernet, data = case.supernet(), tensor_data(3)

@@ -577,6 +577,7 @@ def test_a_call_ends_before_its_time_and_one_that_gets_nowhere_says_so(
     assert call(tmp_path) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 6)])
 def test_a_signal_stops_at_the_next_step(
     at_once: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, code: int

@@ -217,6 +217,7 @@ def test_the_classes_are_counted_where_nobody_tells_them() -> None:
         load_dsnet_checkpoint(without)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_weights_that_are_not_finite_are_named(value: float) -> None:
     names = ["conv_stem.weight", "bn1.aux_bn.0.running_var", "classifier.bias", HEAD]

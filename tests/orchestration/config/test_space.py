@@ -345,6 +345,7 @@ def trained(points: list[dict[str, Any]]) -> list[Any]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("router", ROUTER_KINDS)
 def test_a_router_changes_with_the_settings_it_is_said_to_read_and_with_no_other(router: str) -> None:
     keys = [key for key in sweepable_keys() if key.startswith("gate.") and key != "gate.router"]

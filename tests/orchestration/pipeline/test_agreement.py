@@ -95,6 +95,7 @@ def test_what_really_runs_is_what_the_table_says_whatever_the_batch(
     assert found.madds_m == pytest.approx((table.madds[routes] + router.weight.numel()).mean() / 1e6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [small_supernet, three_gate_supernet])
 @pytest.mark.parametrize("kind", ROUTER_KINDS)
 def test_every_router_does_image_by_image_what_the_table_says_and_a_changed_table_is_noticed(

@@ -357,6 +357,7 @@ RULES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rules", RULES.values(), ids=RULES)
 def test_a_sweep_killed_anywhere_ends_as_an_uninterrupted_one(rules: TuneRules, tmp_path: Path) -> None:
     curves = _curves(1)

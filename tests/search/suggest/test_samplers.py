@@ -81,6 +81,7 @@ class TestEverySampler:
         assert "gate.sgs.t_easy" in point or space_name == "flat"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tpe", "nsga2", "nsga3"])
 @pytest.mark.parametrize("space_name", SPACES)
 def test_what_is_learned_shows(name: str, space_name: str) -> None:
@@ -301,6 +302,7 @@ def test_what_cannot_be_used_is_refused_beforehand(name: str, options: dict[str,
         check_sampler(SamplerSettings(name, options))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "options"),
     [
@@ -350,6 +352,7 @@ def test_suggestions_do_not_depend_on_the_order_of_sets() -> None:
     assert printed.pop().count("\n") == 3
 
 
+@pytest.mark.slow
 def test_derived_seeds_are_pinned_and_differ_between_slots_and_streams() -> None:
     # A change here would change every published sweep.
     assert (slot_seed(0, 0, "sampler"), slot_seed(7, 42, "trial")) == (4256444179, 211370609)
