@@ -318,7 +318,7 @@ def test_a_plan_forecasts_the_supernets_that_can_be_all_together(tmp_path: Path)
         "search",
         "verify",
     ]
-    assert answer.json["forecast"]["timed"].endswith("each of 2 supernets, trained to its end")
+    assert answer.json["forecast"]["timed"].endswith("for 2 supernets, if none is stopped early")
     assert "forecast  at most " in call(tmp_path, "plan", SWEEP).out
     assert call(tmp_path, "plan", SWEEP, "--dry", "--json").json["forecast"] is None
 
@@ -346,7 +346,7 @@ def test_commands_on_the_sweep_show_origins_and_take_its_members_as_runs(swept: 
     brief = call(folder, "plan", SWEEP).out
     assert brief.splitlines()[1].startswith("data      digits, 8 x 8 pixels")
     assert lr["reason"] in brief
-    assert "other settings at their defaults: --all shows them" in brief
+    assert "other settings at their defaults; --all shows them" in brief
     assert "gate.temperature.start" not in brief
     assert "None" not in brief
     assert "up to 3 supernets" in call(folder, "validate", SWEEP).out
