@@ -1,7 +1,8 @@
 """A sweep as the commands work with it, the same for one supernet and for several.
 
-The functions of this module are the only places that tell the two kinds apart. Heavy
-imports happen inside the methods, so that each command loads what it needs alone.
+Commands tell the two kinds apart in the functions of this module; besides them only the launch and
+the rows of MLflow do. Heavy imports happen inside the methods, so that each command loads what it
+needs alone.
 """
 
 from __future__ import annotations
