@@ -354,6 +354,23 @@ def test_commands_on_the_sweep_show_origins_and_take_its_members_as_runs(swept: 
 
 
 @pytest.mark.ray
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("measure", "nets"),
+        ("enqueue", "nets", "--set", "gate.target=0.3"),
+        ("pareto", "nets", "--routers-figure", "r.html"),
+    ],
+)
+def test_commands_about_one_supernet_name_one_and_do_nothing(swept: Swept, command: tuple[str, ...]) -> None:
+    answer = call(swept.folder, *command)
+    assert (answer.code, answer.out) == (2, "")
+    first = swept.results.run.supernets_dir / swept.results.entries[0].name
+    assert "nets is a sweep of several supernets, but " in answer.err
+    assert str(first.name) in answer.err
+
+
+@pytest.mark.ray
 def test_a_gate_of_any_supernet_is_exported_by_its_whole_name_and_an_ambiguous_one_is_refused(
     swept: Swept, tmp_path: Path
 ) -> None:
