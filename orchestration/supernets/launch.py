@@ -71,6 +71,7 @@ from orchestration.tracking.rows import (
     sweep_end_ms,
     sweep_row,
     unix_ms,
+    write_artifacts,
 )
 from orchestration.workers.runtime import LOCAL, cluster_cpus
 from orchestration.workers.supernet import SupernetJob
@@ -353,7 +354,7 @@ class _SupernetsLaunch:
             return False
         trained = [name for name, fate in self._known_fates(plans).items() if fate.state == "trained"]
         are_done = all(plan.is_done for name in trained for plan in plans[name].values())
-        return are_done and SupernetSweepResults(self.run).is_verified
+        return are_done and self.results.is_verified
 
     def _train(self, plans: Mapping[str, Mapping[str, StagePlan]]) -> list[str]:
         """Train the supernets that have no fate yet, under the scheduler; returns the names of the
@@ -470,8 +471,7 @@ class _SupernetsLaunch:
         prepared = {name: _prepared(member) for name, member in self.members.items()}
         bundles = export_gates(results, self.config.export.picks, prepared, self.run.export_dir)
         write_global_front(self.tracker, results)
-        for path in (self.run.sweep_yaml, self.run.points_parquet, self.run.report_html):
-            self.tracker.artifact(path)
+        write_artifacts(self.tracker, self.run)
         if self.config.tracking.mlflow:
             write_global_overview(self.tracker, results, redraw=True)
         return LaunchResult(results, tuple(bundles))
