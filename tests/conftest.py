@@ -1,5 +1,5 @@
-"""What all tests share: one thread per process, MKL's mode, checks of shapes, no telemetry, one
-small Ray cluster, and how `pytest -n 2` gives the tests to two processes."""
+"""Set-up of all tests: one thread per process, MKL's mode, checks of shapes, no telemetry, one
+small Ray cluster, and the distribution of tests over the processes of `pytest -n 2`."""
 
 from __future__ import annotations
 

@@ -101,7 +101,7 @@ def shared(ray_cluster: None, place: Path) -> Iterator[SharedRunners]:
 
 @pytest.fixture
 def folder(place: Path, tmp_path: Path) -> Path:
-    """Where the attempts of this test's trials are counted."""
+    """The folder that counts the attempts of this test's trials."""
     attempts = tmp_path / "attempts"
     attempts.mkdir()
     place.write_text(str(attempts), encoding="utf-8")

@@ -83,5 +83,5 @@ class Sweep:
         return self.folder / name / FINAL
 
     def sha256(self, name: str) -> str:
-        """Of a trained member's tensors."""
+        """SHA-256 of a trained member's tensors."""
         return str(json.loads((self.folder / name / f"{FINAL}.json").read_text())["sha256"])
