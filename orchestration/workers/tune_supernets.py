@@ -196,7 +196,7 @@ def train_members(
     """Train every member without a fate as far as the scheduler allows; Ray must be initialised.
 
     A member that was trained has its final checkpoint in its folder, bit for bit as
-    `orchestration.workers.supernet.train_on_ray` with one worker leaves it on the same CPU with the
+    `orchestration.workers.supernet.train_on_ray` leaves it with one worker on the same CPU with the
     same threads. The report of the last epoch is of that checkpoint; earlier reports are of the
     weights at that time.
 

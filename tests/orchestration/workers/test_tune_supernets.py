@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -22,11 +22,10 @@ import torch
 from ray.exceptions import OutOfMemoryError
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler
-from torch import Tensor
 
 from dsnet.arithmetic import MKL_MODE, mkl_mode
-from dsnet.data.training_images import TrainingImages
-from dsnet.errors import CheckpointError, ConfigError, PreflightError, StoppedError
+from dsnet.data.training_images import InMemoryImages
+from dsnet.errors import CheckpointError, ConfigError, DsnetError, PreflightError, StoppedError
 from dsnet.families import rebuild
 from dsnet.network.batchnorm import recalibrate
 from dsnet.space.cost import subnet_cost
@@ -45,7 +44,7 @@ from orchestration.workers.tune_supernets import (
     stored_fates,
 )
 from tests.orchestration.samples import Command
-from tests.orchestration.workers.tune_sweep import ASHA, EPOCHS, Sweep
+from tests.orchestration.workers.tune_sweep import ASHA, EPOCHS, Dies, Sweep
 
 
 @dataclass(frozen=True)
@@ -102,10 +101,25 @@ def test_the_last_report_is_that_of_the_final_checkpoint(swept: Swept) -> None:
 
 
 @pytest.mark.ray
-def test_the_checkpoint_is_the_one_that_ray_train_makes(swept: Swept, tmp_path: Path) -> None:
+def test_the_checkpoint_is_the_one_that_training_alone_makes_although_its_worker_is_lost(
+    swept: Swept, tmp_path: Path
+) -> None:
     job = replace(swept.sweep.members[0].job, folder=tmp_path / "supernet")
-    train_on_ray(job, swept.sweep.train, on_points=lambda points: None, should_stop=lambda: False)
+    train = swept.sweep.train
+    assert isinstance(train, InMemoryImages)
+    data = Dies(InMemoryImages(train.images, train.labels, job.run.augmentation), tmp_path / "deaths", times=2)
+    train_on_ray(job, data, on_points=lambda points: None, should_stop=lambda: False)
+    assert data.deaths == 2
     assert json.loads((tmp_path / "supernet" / f"{FINAL}.json").read_text())["sha256"] == swept.sweep.sha256("first")
+
+
+@pytest.mark.ray
+def test_a_worker_that_is_lost_three_times_ends_training_with_the_reason(swept: Swept, tmp_path: Path) -> None:
+    job = replace(swept.sweep.members[0].job, folder=tmp_path / "supernet")
+    data = Dies(swept.sweep.train, tmp_path / "deaths", times=9)
+    with pytest.raises(DsnetError, match=r"the training worker failed: .*died"):
+        train_on_ray(job, data, on_points=lambda points: None, should_stop=lambda: False)
+    assert data.deaths == 3
 
 
 @pytest.mark.ray
@@ -173,35 +187,13 @@ def test_a_killed_sweep_goes_on_as_if_it_had_not_been(swept: Swept, tmp_path: Pa
     assert before | set(resumed.reports) == set(swept.reports)
 
 
-class DiesOnce:
-    """A training split that takes its worker with it, once."""
-
-    def __init__(self, images: TrainingImages, marker: Path) -> None:
-        self._images = images
-        self._marker = marker
-
-    @property
-    def labels(self) -> Tensor:
-        return self._images.labels
-
-    def augmented(self, batches: Iterable[tuple[Tensor, int]], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-        for number, batch in enumerate(self._images.augmented(batches, device)):
-            if number == 3 and not self._marker.exists():
-                self._marker.touch()
-                os.kill(os.getpid(), signal.SIGKILL)
-            yield batch
-
-    def clean(self, rows: Iterable[Tensor], device: torch.device) -> Iterator[Tensor]:
-        return self._images.clean(rows, device)
-
-
 @pytest.mark.ray
 def test_a_lost_worker_is_replaced_and_a_failing_supernet_fails_alone(ray_cluster: None, tmp_path: Path) -> None:
     rules = TuneRules(scheduler="none", concurrent=2, report_every=2)
     sweep = Sweep(tmp_path, {"good": 0.1, "diverges": 9e5})
-    sweep.train = DiesOnce(sweep.train, tmp_path / "died")
+    sweep.train = dies = Dies(sweep.train, tmp_path / "deaths")
     good, diverges = sweep.launch(rules)
-    assert (tmp_path / "died").exists()
+    assert dies.deaths == 1
     assert (good.state, [epoch for epoch, _ in good.reports]) == ("trained", [2, EPOCHS])
     assert diverges.state == "failed"
     assert "lower supernet.train.lr" in (diverges.reason or "")
