@@ -89,9 +89,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     waiting = {item.path for item in items if "finished" in getattr(item, "fixturenames", ())}
 
     def rank(item: pytest.Item) -> int:
-        """Files that read the finished sweep come later: the first group makes it meanwhile."""
-        if item.get_closest_marker("xdist_group"):
-            return 0
-        return 1 + 2 * (item.path not in long_files) + (item.path in waiting)
+        """Files that read the finished sweep come later: both processes would need it at the same
+        time, and one would only wait."""
+        group = 0 if item.get_closest_marker("xdist_group") else 1 if item.path in long_files else 2
+        return 2 * group + (item.path in waiting)
 
     items.sort(key=rank)

@@ -349,11 +349,16 @@ class _SupernetsLaunch:
         )
 
     def _is_idle(self, plans: Mapping[str, Mapping[str, StagePlan]]) -> bool:
-        """Whether earlier launches have done everything."""
+        """Whether earlier launches have done everything, and the last of them with these
+        settings."""
         if self._needs_ray(plans):
             return False
         trained = [name for name, fate in self._known_fates(plans).items() if fate.state == "trained"]
-        are_done = all(plan.is_done for name in trained for plan in plans[name].values())
+        are_done = all(
+            plan.is_done and self.launches[name].results.stage_key(plan.name) == plan.key
+            for name in trained
+            for plan in plans[name].values()
+        )
         return are_done and self.results.is_verified
 
     def _train(self, plans: Mapping[str, Mapping[str, StagePlan]]) -> list[str]:
@@ -421,7 +426,10 @@ class _SupernetsLaunch:
         most = f"; {broken.most_common(1)[0][1]} violate {broken.most_common(1)[0][0]}" if broken else ""
         reasons = [entry.reason for entry in results.entries if entry.reason]
         last = f"; reason of the last supernet that failed: {reasons[-1]}" if reasons else ""
-        return f"none of the {results.num_trials} trials of {plural(len(results.supernets), 'supernet')} is feasible{most}{last}"
+        searched = plural(len(results.supernets), "supernet")
+        if results.num_trials == 0:
+            return f"no gate of {searched} was tried{last}"
+        return f"none of the {plural(results.num_trials, 'trial')} of {searched} is feasible{most}{last}"
 
     def _freeze(self) -> None:
         """Write the front over all supernets, and for each member the gates that will run on

@@ -365,6 +365,7 @@ class _TuneRun:
                 resources_per_trial={"cpu": threads, "gpu": 1 if is_on_gpu else 0},
                 storage_path=str(self._tune_folder.absolute()),
                 max_failures=WORKER_RETRIES,
+                reuse_actors=True,  # a new process for each supernet would take seconds longer to start
                 raise_on_failed_trial=False,
                 verbose=0,
                 trial_dirname_creator=lambda trial: trial.trial_id,

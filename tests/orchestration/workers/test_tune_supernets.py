@@ -138,26 +138,6 @@ def test_a_second_launch_finds_everything_and_trains_nothing(swept: Swept) -> No
     assert stored_fates(again.members, ASHA, again.folder / "tune") == {fate.name: fate for fate in swept.answer}
 
 
-@pytest.mark.ray
-def test_a_stopped_sweep_goes_on_as_if_it_had_not_been(swept: Swept, tmp_path: Path) -> None:
-    sweep = Sweep(tmp_path)
-    asked: list[float] = []
-
-    def should_stop() -> bool:
-        if len(sweep.reports) >= 5:
-            asked.append(time.monotonic())
-        return bool(asked)
-
-    with pytest.raises(StoppedError, match="kept"):
-        sweep.launch(should_stop=should_stop)
-    assert time.monotonic() - asked[0] < STOP_GRACE_S + 1
-    assert 5 <= len(sweep.reports) < len(swept.reports)
-    resumed = Sweep(tmp_path)
-    assert resumed.launch() == swept.answer
-    assert sweep.reports + resumed.reports == swept.reports
-    assert resumed.sha256("third") == swept.sweep.sha256("third")
-
-
 KILLED = """
 import os, signal, sys
 from pathlib import Path
@@ -166,25 +146,38 @@ from tests.orchestration.workers.tune_sweep import Sweep
 
 sweep = Sweep(Path(sys.argv[1]))
 with ray_session(RaySettings(num_cpus=2, object_store_mib=100)):
-    sweep.launch(should_stop=lambda: len(sweep.reports) >= 4 and os.kill(os.getpid(), signal.SIGKILL))
+    sweep.launch(should_stop=lambda: len(sweep.reports) >= 2 and os.kill(os.getpid(), signal.SIGKILL))
 """
 
 
 @pytest.mark.ray
-def test_a_killed_sweep_goes_on_as_if_it_had_not_been(swept: Swept, tmp_path: Path) -> None:
+def test_a_sweep_that_is_killed_and_stopped_goes_on_as_if_it_had_not_been(swept: Swept, tmp_path: Path) -> None:
     command = Command(Path.cwd(), tmp_path, program=(sys.executable, "-c", KILLED))
     try:
         answer = command.wait()
         assert answer.code == -signal.SIGKILL, answer.err
     finally:
         command.end()
-    resumed = Sweep(tmp_path)
+    stopped = Sweep(tmp_path)
     ledger = Ledger.of(tmp_path / "tune", ASHA)
-    before = {(member.name, *report) for member in resumed.members for report in ledger.reports(member.key)}
-    assert len(before) >= 4
+    before = [(member.name, *report) for member in stopped.members for report in ledger.reports(member.key)]
+    assert before == swept.reports[: len(before)]
+    assert len(before) >= 2
+    asked: list[float] = []
+
+    def should_stop() -> bool:
+        if len(before) + len(stopped.reports) >= 5:
+            asked.append(time.monotonic())
+        return bool(asked)
+
+    with pytest.raises(StoppedError, match="kept"):
+        stopped.launch(should_stop=should_stop)
+    assert time.monotonic() - asked[0] < STOP_GRACE_S + 1
+    resumed = Sweep(tmp_path)
     assert resumed.launch() == swept.answer
-    assert before.isdisjoint(resumed.reports)
-    assert before | set(resumed.reports) == set(swept.reports)
+    assert resumed.reports
+    assert before + stopped.reports + resumed.reports == swept.reports
+    assert resumed.sha256("third") == swept.sweep.sha256("third")
 
 
 @pytest.mark.ray
