@@ -452,7 +452,7 @@ BAD_VALUES = [
     ),
     (
         "data: {name: digits, augment: {crop_scale: [0.1, 0.9], crop_padding: 4}}",
-        "5:70: data.augment.crop_padding: 4 pixels have no use beside crop_scale, which crops already; remove one",
+        "5:70: data.augment.crop_padding: 4 pixels cannot be combined with crop_scale, which crops already; remove one",
     ),
     ("presets: 3", "5:10: presets: expected NAME: settings; got 3"),
     ("presets: {a: 3}", "5:14: presets.a: expected settings; got 3"),
