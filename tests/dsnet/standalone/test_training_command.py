@@ -335,7 +335,7 @@ def test_other_settings_and_other_images_need_another_folder(tmp_path: Path) -> 
 
 
 def test_two_calls_never_share_a_folder(tmp_path: Path) -> None:
-    with OutputFolder(tmp_path).held(), pytest.raises(LockedError, match="another call works in it"):
+    with OutputFolder(tmp_path).held(), pytest.raises(LockedError, match="another call is using it"):
         run_standalone(config(), tmp_path, device="cpu")
 
 
@@ -483,7 +483,7 @@ def test_crops_by_scale_can_be_asked_for(tmp_path: Path) -> None:
         ),
         ({"measure__devices": {"a": 2}}, r"measure\.devices\.a is 2, but must be a JSON object"),
         ({"measure__devices": []}, r"measure\.devices is \[\], but must be a JSON object"),
-        ({"measure__devices": {"a b": {}}}, r"measure\.devices: 'a b' is no name of a device"),
+        ({"measure__devices": {"a b": {}}}, r"measure\.devices: 'a b' is not a valid device name"),
         ({"data__augment__crop_padding": -1}, r"data\.augment\.crop_padding is -1"),
         ({"supernet__train__momentum": 1}, r"supernet\.train\.momentum is 1\.0, but must be at least 0 and below 1"),
         ({"supernet__bootstrapping__ema_decay": 2}, r"supernet\.bootstrapping\.ema_decay is 2"),

@@ -300,7 +300,7 @@ BAD_VALUES = [
         "5:16: pruner.name: unknown pruner 'halving'; did you mean 'pareto_halving'? known: none,",
     ),
     ("pruner: {name: pareto_halving}", "5:16: pruner.name: pareto_halving ends long trials early"),
-    ("measure: {devices: {a.b: {}}}", "5:26: measure.devices.a.b: 'a.b' is no name of a device"),
+    ("measure: {devices: {a.b: {}}}", "5:26: measure.devices.a.b: 'a.b' is not a valid device name"),
     (
         "measure: {devices: {a: {thread: 1}}}",
         "5:25: measure.devices.a.thread: unknown key 'thread'; did you mean 'threads'?",
