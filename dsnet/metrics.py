@@ -53,7 +53,9 @@ def register(metric: Metric) -> Metric:
         ValueError: the name is taken, or cannot be used in an expression.
     """
     if not metric.name.isidentifier() or LATENCY_NAME.fullmatch(metric.name):
-        raise ValueError(f"a metric cannot be called {metric.name!r}; choose a Python identifier other than latency_ms...")
+        raise ValueError(
+            f"a metric cannot be called {metric.name!r}; choose a Python identifier other than latency_ms..."
+        )
     known = _METRICS.setdefault(metric.name, metric)
     if known != metric:
         raise ValueError(f"there is a metric {metric.name!r} already; choose another name")

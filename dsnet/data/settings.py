@@ -69,7 +69,10 @@ def crop_problem(crop_scale: Sequence[float] | None, crop_padding: int | None) -
     if low > high:
         return "crop_scale", f"range {shown(crop_scale)} is the wrong way round; write {shown([high, low])}"
     if crop_padding:
-        return "crop_padding", f"{crop_padding} pixels cannot be combined with crop_scale, which crops already; remove one"
+        return (
+            "crop_padding",
+            f"{crop_padding} pixels cannot be combined with crop_scale, which crops already; remove one",
+        )
     return None
 
 

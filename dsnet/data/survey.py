@@ -107,7 +107,9 @@ def refuse_other_layouts(root: Path) -> None:
         found = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
         where = deeper[0].relative_to(root)
         beside = (
-            "; files of several kinds lie side by side, so some may be masks instead of photos" if len(kinds) > 1 else ""
+            "; files of several kinds lie side by side, so some may be masks instead of photos"
+            if len(kinds) > 1
+            else ""
         )
         raise DataError(
             f"{root}: the images lie one folder too deep ({len(deeper)} such folders; {where} holds {found}{beside}); "

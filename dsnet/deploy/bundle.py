@@ -335,7 +335,9 @@ def load_bundle(
         )
     manifest = read_json(path / MANIFEST)
     if not isinstance(manifest, dict):
-        raise CheckpointError(f"{path / MANIFEST}: is not a JSON object, so it does not describe a bundle; export it again")
+        raise CheckpointError(
+            f"{path / MANIFEST}: is not a JSON object, so it does not describe a bundle; export it again"
+        )
     if manifest.get("kind") != "dsnet-bundle" or manifest.get("schema_version") != SCHEMA_VERSION:
         raise CheckpointError(
             f"{path / MANIFEST}: kind {manifest.get('kind')!r}, schema version {manifest.get('schema_version')!r}; "

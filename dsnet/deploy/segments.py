@@ -108,7 +108,9 @@ class SlicedSegments(nn.Module):
         """See `Segments.check_mode`; the supernet is shared, and other code may have put it in
         training mode."""
         if self.supernet.training:
-            raise RuntimeError("dynamic inference is for evaluation only, but the supernet is in training mode; call its .eval() first")
+            raise RuntimeError(
+                "dynamic inference is for evaluation only, but the supernet is in training mode; call its .eval() first"
+            )
 
 
 def rows_by(keys: Sequence[int]) -> dict[int, list[int]]:

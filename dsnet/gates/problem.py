@@ -285,7 +285,9 @@ def beam(table: RoutingTable, size: int) -> tuple[int, ...]:
         ValueError: `size` is less than 2.
     """
     if size < 2:
-        raise ValueError(f"gate.routing.beam is {size}, but must be at least 2: the cheapest and the widest route are always kept")
+        raise ValueError(
+            f"gate.routing.beam is {size}, but must be at least 2: the cheapest and the widest route are always kept"
+        )
     top1 = table.top1()
     order = np.lexsort((-top1, table.madds))  # among routes of equal cost the best first
     cost, top1 = table.madds[order].astype(np.float64), top1[order]

@@ -174,7 +174,10 @@ class _StageRunner:
         first, fresh = first_weights(subnets, run.seed, start)
         check_start(run, start, fresh, task.num_classes)
         if start is not None:
-            self.say(f"supernet: starts from {start.stem}" + (f"; not from there but fresh: {', '.join(fresh)}" if fresh else ""))
+            self.say(
+                f"supernet: starts from {start.stem}"
+                + (f"; not from there but fresh: {', '.join(fresh)}" if fresh else "")
+            )
         return first, run
 
     @cached_property

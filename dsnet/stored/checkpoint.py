@@ -35,7 +35,9 @@ def save_tensors(path: Path, tensors: Mapping[str, Shaped[Tensor, "*_"]]) -> str
         try:
             save_file(dict(tensors), temporary)
         except SafetensorError as error:
-            raise CheckpointError(f"cannot write {path}: {error}; an earlier version of the file is unchanged") from error
+            raise CheckpointError(
+                f"cannot write {path}: {error}; an earlier version of the file is unchanged"
+            ) from error
         return file_sha256(temporary)
 
 
@@ -73,7 +75,9 @@ def load_checkpoint(stem: Path) -> tuple[dict[str, Shaped[Tensor, "*_"]], dict[s
     """
     meta = read_json(stem.with_name(stem.name + ".json"))
     if not isinstance(meta, dict):
-        raise CheckpointError(f"{stem}.json: is not a JSON object, so it does not describe a checkpoint; restore the file")
+        raise CheckpointError(
+            f"{stem}.json: is not a JSON object, so it does not describe a checkpoint; restore the file"
+        )
     if meta.get("schema_version") != SCHEMA_VERSION:
         raise CheckpointError(
             f"{stem}.json: schema version {meta.get('schema_version')!r}, but this release reads {SCHEMA_VERSION}; "

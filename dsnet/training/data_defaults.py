@@ -126,9 +126,7 @@ def data_defaults(facts: DataFacts, family: str, given: Mapping[str, Any] | None
 def _batch(facts: DataFacts, accumulate: int) -> DataDefault:
     num_train = facts.num_train
     batch = _power_of_two(num_train / MIN_STEPS_PER_EPOCH, MIN_BATCH, MAX_BATCH)
-    reason = (
-        f"{_number(num_train, 'image')} would give only {_number(num_train // MAX_BATCH, 'step')} an epoch at {MAX_BATCH}"
-    )
+    reason = f"{_number(num_train, 'image')} would give only {_number(num_train // MAX_BATCH, 'step')} an epoch at {MAX_BATCH}"
     if batch == MAX_BATCH:
         reason = f"{_number(num_train, 'image')} give {_number(num_train // batch, 'step')} an epoch"
     if batch * MIN_BATCHES > num_train:
@@ -154,13 +152,13 @@ def _epochs(facts: DataFacts, family: str, steps_per_epoch: int, warmup: float) 
     epochs = max(enough, min(USUAL_EPOCHS, affordable))
     if epochs > MAX_EPOCHS:
         epochs = MAX_EPOCHS
-        reason = (
-            f"the largest default; {_number(steps_per_epoch, 'step')} an epoch, {steps_per_epoch * epochs:,} steps"
-        )
+        reason = f"the largest default; {_number(steps_per_epoch, 'step')} an epoch, {steps_per_epoch * epochs:,} steps"
     elif epochs == enough and epochs > min(USUAL_EPOCHS, affordable):
         reason = f"for at least {MIN_STEPS:,} steps; an epoch has {steps_per_epoch:,}"
     elif epochs < USUAL_EPOCHS:
-        reason = f"{USUAL_EPOCHS} would take about {_duration(USUAL_EPOCHS * minutes)} on two CPU cores; set more for a GPU"
+        reason = (
+            f"{USUAL_EPOCHS} would take about {_duration(USUAL_EPOCHS * minutes)} on two CPU cores; set more for a GPU"
+        )
     else:
         reason = f"the usual number; {_number(steps_per_epoch, 'step')} an epoch, {steps_per_epoch * epochs:,} steps"
     if warmup > epochs:

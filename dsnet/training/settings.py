@@ -161,7 +161,9 @@ class TrainSettings(Settings):
             raise SettingError(f"supernet.train.warmup_epochs: {problem}")
         problem = sharing_problem(self.batch_size, 1, self.accumulate)
         if problem is not None:
-            raise SettingError(f"supernet.train.batch_size: {problem}; supernet.train.accumulate is the number of micro-batches")
+            raise SettingError(
+                f"supernet.train.batch_size: {problem}; supernet.train.accumulate is the number of micro-batches"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

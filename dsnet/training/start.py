@@ -72,7 +72,9 @@ def load_start(source: Path) -> Start:
     stem = find_checkpoint(source)
     tensors, meta = load_checkpoint(stem)
     if "spec" not in meta or "subnets" not in meta:
-        raise CheckpointError(f"{stem}.json: holds no supernet (no 'spec' and 'subnets'), so that training cannot start from it")
+        raise CheckpointError(
+            f"{stem}.json: holds no supernet (no 'spec' and 'subnets'), so that training cannot start from it"
+        )
     run = meta.get("run", {})  # an imported checkpoint need not have been trained here
     if any(name.startswith("student.") for name in tensors):
         tensors = tensors_below(tensors, f"{run.get('weights', 'ema')}.")
