@@ -135,8 +135,8 @@ def fits(value: object, wanted: Any) -> bool:
 
 
 def fits_type(value: object, wanted: Any) -> bool:
-    """Whether a value is of a type, without its bounds: an integer counts as a float, a boolean does
-    not, and a list counts as a tuple."""
+    """Whether a value is of a type, without its bounds: an integer counts as a float, a boolean
+    does not, and a list counts as a tuple."""
     return _type_test(wanted)(value)
 
 
@@ -144,8 +144,8 @@ Test = Callable[[Any], bool]
 
 
 def _test(wanted: Any) -> Test:
-    """The test of `fits` for one type, built once: analysing a type takes a hundred times as long as
-    testing a value."""
+    """The test of `fits` for one type, built once: analysing a type takes a hundred times as long
+    as testing a value."""
     if _is_union(wanted):
         tests = [_test(each) for each in get_args(wanted)]
         return lambda value: any(test(value) for test in tests)
@@ -217,7 +217,7 @@ def described(wanted: Any) -> str:
 
 
 def alternatives(wanted: Any) -> tuple[Any, ...]:
-    """The members of a union, including those of nested unions; for another type, the type itself."""
+    """The members of a union, including those of nested unions; any other type alone."""
     return tuple(part for each in get_args(wanted) for part in alternatives(each)) if _is_union(wanted) else (wanted,)
 
 

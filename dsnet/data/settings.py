@@ -61,8 +61,8 @@ class DescribedImages(Protocol):
 
 
 def crop_problem(crop_scale: Sequence[float] | None, crop_padding: int | None) -> tuple[str, str] | None:
-    """The setting of a crop that is wrong or contradicts another one, and the problem as a phrase for
-    a message; None if there is none."""
+    """The setting of a crop that is wrong or contradicts another one, and the problem as a phrase
+    for a message; None if there is none."""
     if crop_scale is None:
         return None
     low, high = crop_scale
@@ -77,8 +77,8 @@ def crop_problem(crop_scale: Sequence[float] | None, crop_padding: int | None) -
 
 
 def folder_problem(name: str, crop_fraction: float, stream: bool) -> tuple[str, str] | None:
-    """A setting for image folders only that is given for another data set, and the problem as a phrase
-    for a message; None if there is none."""
+    """A setting for image folders only that is given for another data set, and the problem as a
+    phrase for a message; None if there is none."""
     if name == "image_folder":
         return None
     if crop_fraction != 1:

@@ -37,8 +37,8 @@ LANES = 8
 """Largest number of trials in one program: more do not fit into the cache, fewer use the processor
 less well."""
 MIN_LANES = 2
-"""Smallest number of trials in one program. A single trial is trained twice, side by side, because a batch of
-one product takes another code path, whose sums differ in the last bits."""
+"""Smallest number of trials in one program. A single trial is trained twice, side by side, because
+a batch of one product takes another code path, whose sums differ in the last bits."""
 ORDER_SEED = 0
 """Seed of the order of the images, the same for every trial."""
 TINY = 1e-20

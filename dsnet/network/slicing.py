@@ -32,7 +32,7 @@ def gradients_added_in_place() -> Iterator[None]:
 
 
 def corner(weight: Float[Tensor, "*_"], *sizes: int) -> Float[Tensor, "*_"]:
-    """The slice `weight[:sizes[0], :sizes[1], ...]`; the weight itself if the slice is all of it."""
+    """The slice `weight[:sizes[0], :sizes[1], ...]`; the weight itself if that is all of it."""
     if tuple(weight.shape[: len(sizes)]) == sizes:
         return weight
     pays = weight.ndim > 1  # for a vector, autograd's zeros are cheaper than a custom function

@@ -115,7 +115,7 @@ def load_exactly(supernet: Supernet, tensors: Mapping[str, Shaped[Tensor, "*_"]]
     """Load a state dict that must fit exactly.
 
     Raises:
-        CheckpointError: tensors are missing, unexpected or of the wrong shape; the message lists all
+        CheckpointError: tensors are missing, unexpected or of another shape; the message lists all
             of them.
     """
     expected = {name: tuple(value.shape) for name, value in supernet.state_dict().items()}

@@ -203,8 +203,8 @@ def without_published(bootstrapping: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def with_published(bootstrapping: Mapping[str, Any]) -> dict[str, Any]:
-    """Complete the settings of a record: missing settings, which the first release did not have, get
-    their published values."""
+    """Complete the settings of a record: missing settings, which the first release did not have,
+    get their published values."""
     return {**PUBLISHED, **bootstrapping}
 
 

@@ -74,10 +74,10 @@ class ParetoHalving:
         """The slots that go on from a rung.
 
         They are the candidates among the best ceil(n / factor) of all n trials that have reached
-        the rung; with `keeps_front` among at least as many as are on the feasible front. If there is
-        no such candidate, the best one goes on. Trials that violate constraints rank behind all that hold
-        them, the smallest violation first (constrained domination, Deb et al., 2002). The order of
-        `candidates` and of `earlier` does not matter.
+        the rung; with `keeps_front` among at least as many as are on the feasible front. If
+        there is no such candidate, the best one goes on. Trials that violate constraints rank
+        behind all that hold them, the smallest violation first (constrained domination, Deb et al.,
+        2002). The order of `candidates` and of `earlier` does not matter.
 
         Args:
             candidates: objective values of this cohort at the rung by slot, without failed trials.

@@ -312,9 +312,9 @@ def _by_slot(trials: Sequence[FrozenTrial]) -> list[TrialRecord]:
 def repair_journal(path: Path) -> int:
     """Repair a journal whose writer was killed; only for the process that holds the run's lock.
 
-    An incomplete last record would make every later write fail, so the file is truncated after its last
-    newline. Optuna's lock file is removed, since one left by a killed process would delay the first
-    write by half a minute.
+    An incomplete last record would make every later write fail, so the file is truncated after its
+    last newline. Optuna's lock file is removed, since one left by a killed process would delay the
+    first write by half a minute.
 
     Returns:
         The number of bytes that were removed.

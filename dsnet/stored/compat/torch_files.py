@@ -1,8 +1,8 @@
 """Reader of `torch.save` files that runs no code from them.
 
-Such a file is a pickle, and unpickling can call any function. torch's restricted unpickler builds only
-plain values and tensors. Other objects that research code commonly stores beside its tensors (its
-command line, NumPy numbers) are skipped: an inert object takes their place, so that neither
+Such a file is a pickle, and unpickling can call any function. torch's restricted unpickler builds
+only plain values and tensors. Other objects that research code commonly stores beside its tensors
+(its command line, NumPy numbers) are skipped: an inert object takes their place, so that neither
 argparse nor NumPy rebuilds them.
 """
 

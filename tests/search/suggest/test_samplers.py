@@ -266,7 +266,7 @@ class OneObjective(BaseSampler):
         ("no_such_module.Sampler", {}, "cannot import"),
         ("optuna.study.Study", {}, "must be a subclass of optuna.samplers.BaseSampler"),
         ("optuna.samplers.GridSampler", {}, "stores its position in the study.*use grid"),
-        ("optuna.samplers.QMCSampler", {}, "write qmc"),
+        ("optuna.samplers.QMCSampler", {}, "use qmc instead"),
         ("optuna.samplers.BruteForceSampler", {}, "Optuna's own loop, which is not used here; use grid"),
         (f"{__name__}.NeedsNoSeed", {}, "takes no `seed`"),
         (f"{__name__}.OneObjective", {}, "ValueError: takes one objective only"),
