@@ -1,9 +1,9 @@
 """Base of the core's settings, and the types of their values.
 
 A type holds the bounds or the choices of one value. A class of settings is a frozen dataclass with
-such types; its values are checked when an object is built. The
-sections of sweep.yaml have the same types and take their defaults from these classes, so that no
-bound, choice or default is written twice. This module needs no torch or pydantic.
+such types; its values are checked when an object is built. The sections of sweep.yaml have the same
+types and take their defaults from these classes, so that no bound, choice or default is written
+twice. This module needs no torch or pydantic.
 """
 
 from __future__ import annotations

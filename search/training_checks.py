@@ -39,7 +39,7 @@ PLATEAU_SHARE = 0.15
 losses begin to decrease after 6 % on digits, and after 25 % on the photos."""
 PLATEAU_CHANGE = 0.02
 """Largest decrease of the loss on a plateau, as a share of its total decrease."""
-LATE_PLATEAU = 0.50
+REMAINING_SHARE = 0.50
 """A plateau counts only if at least this share of the loss's total decrease comes after it. Later
 plateaus are normal: the loss settles at a level set by the learning rate and decreases again
 when the rate does."""
@@ -219,7 +219,7 @@ def _still_share(curve: tuple[Sequence[float], Sequence[float]], num_steps: int)
         return 1.0
     longest, start = 0.0, 0
     for end in range(len(lowest)):
-        if lowest[end] - lowest[-1] < LATE_PLATEAU * fall:
+        if lowest[end] - lowest[-1] < REMAINING_SHARE * fall:
             break
         while lowest[start] - lowest[end] > PLATEAU_CHANGE * fall:
             start += 1

@@ -147,7 +147,7 @@ class Augmentation(Settings):
         for name, pixels in (("crop_padding", crop_padding or 0), ("cutout", cutout)):
             if pixels > side:
                 raise ConfigError(
-                    f"data.augment.{name} is {pixels}, but the images of {images.name} are only {side} pixels wide or high: write less"
+                    f"data.augment.{name} is {pixels}, but the images of {images.name} have {side} pixels a side: write less"
                 )
         if crop_padding is None:
             crop_padding = images.image_shape[-1] // 8 if others.get("crop_scale") is None else 0

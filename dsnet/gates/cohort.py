@@ -34,8 +34,8 @@ from dsnet.gates.problem import Node, Problem
 from dsnet.gates.settings import GateSettings
 
 LANES = 8
-"""Largest number of trials in one program: more do not fit into the cache, fewer use the processor
-less well."""
+"""Largest number of trials in one program: more do not fit into the cache, fewer do not use the
+processor fully."""
 MIN_LANES = 2
 """Smallest number of trials in one program. A single trial is trained twice, side by side, because
 a batch of one product takes another code path, whose sums differ in the last bits."""

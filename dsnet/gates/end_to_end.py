@@ -443,7 +443,7 @@ def train_end_to_end(
         data: the `gate` split.
         settings: router, losses, optimiser, batch size, temperatures, seed; `steps` is not used.
         rules: epochs and augmentation.
-        callbacks: functions that receive its progress and may stop it; None: none.
+        callbacks: functions that receive its progress and may stop it; None: no functions.
 
     Returns:
         a head per gate that decides, float64 [K, hidden], for raw hidden vectors.
@@ -480,7 +480,7 @@ def train_stage(
         until: the epoch after which the stage ends, 1..rules.epochs and no earlier than `start`;
             None = the last epoch.
         callbacks: functions that receive its progress, counted over the whole training, and may
-            stop it; None: none.
+            stop it; None: no functions.
 
     Raises:
         As `train_end_to_end`; and ValueError: `until` is out of its range, or `start` is the

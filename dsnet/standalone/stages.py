@@ -175,8 +175,7 @@ class _StageRunner:
         check_start(run, start, fresh, task.num_classes)
         if start is not None:
             self.say(
-                f"supernet: starts from {start.stem}"
-                + (f"; not from there but fresh: {', '.join(fresh)}" if fresh else "")
+                f"supernet: starts from {start.stem}" + (f"; newly initialised: {', '.join(fresh)}" if fresh else "")
             )
         return first, run
 

@@ -134,7 +134,7 @@ def _batch(facts: DataFacts, accumulate: int) -> DataDefault:
         reason = f"the largest power of two with {MIN_BATCHES} steps an epoch of {_number(num_train, 'training image')}"
     if batch % accumulate or batch < 2 * accumulate:
         batch = max(2, batch // accumulate) * accumulate
-        reason += f"; rounded to a multiple of the {accumulate} micro-batches"
+        reason += f"; rounded to a multiple of {accumulate} micro-batches"
     return DataDefault(batch, reason)
 
 

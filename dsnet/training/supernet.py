@@ -249,7 +249,7 @@ def train_supernet(
             `final.safetensors|json`.
         device: The device to train on.
         workers: The data-parallel group; None trains in this process alone.
-        callbacks: Functions that receive its progress and may stop it; None: none.
+        callbacks: Functions that receive its progress and may stop it; None: no functions.
 
     Returns:
         The stem of the final checkpoint, or None where training was stopped or this is not worker

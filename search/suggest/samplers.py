@@ -81,7 +81,7 @@ def slot_seed(base_seed: int, slot: int, stream: Literal["sampler", "trial"]) ->
 
 
 def is_foreign(name: str) -> bool:
-    """Whether a sampler is foreign: given by its import path. It may keep state between slots."""
+    """Whether a sampler is foreign: given by its import path. It may keep state of its own."""
     return name not in KNOWN_SAMPLERS
 
 

@@ -383,7 +383,7 @@ def test_with_another_class_count_the_classifier_is_trained_anew(at_once: Path, 
     lines: list[str] = []
     out = run_standalone(four, tmp_path / "out", device="cpu", say=lines.append)
     assert load_supernet(out.supernet / "final")[0].spec.num_classes == 4
-    assert any("fresh: classifier.weight, classifier.bias" in line for line in lines)
+    assert any("newly initialised: classifier.weight, classifier.bias" in line for line in lines)
 
 
 @pytest.mark.slow
