@@ -513,7 +513,7 @@ def test_a_bundle_of_an_earlier_release_decodes_by_what_it_says_of_its_data_or_s
     assert "photos" not in old.manifest
     assert old.photo_decoder == PhotoDecoder.of_data("image_folder", old.image_shape, 0.875)
     save(tmp_path / "older", claims={})
-    with pytest.raises(DsnetError, match="does not say how photos were decoded"):
+    with pytest.raises(DsnetError, match="has no record of how photos are decoded"):
         load_bundle(tmp_path / "older").predict("a.png")
 
 
