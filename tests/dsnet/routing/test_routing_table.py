@@ -292,7 +292,7 @@ def test_a_table_of_the_first_release_is_refused_with_a_clear_message(tmp_path: 
     table = random_table()
     arrays = {**table.arrays(), "evidence": table.evidence[:, None]}
     meta = {"schema_version": 1, "split": "gate", "routes": list(table.routes), "layout": {}, "trunk_madds": 500}
-    message = r"schema version 1; this release reads 2"
+    message = r"schema version 1, but this release reads 2"
     with pytest.raises(CheckpointError, match=message):
         RoutingTable.from_arrays(arrays, meta)
     path = tmp_path / "gate.safetensors"
@@ -319,9 +319,9 @@ def test_arrays_that_do_not_belong_together_are_refused() -> None:
     [
         ({"tree": []}, "at least one gate"),
         ({"tree": random_tree(3).to_json()}, "tree does not fit its 4 routes"),
-        ({"gates": []}, "or its gates the tree"),
-        ({"gates": [{"layouts": [], "pooling_madds": [48]}]}, "or its gates the tree"),
-        ({"gates": [{"layouts": [{"hidden": [0, 6]}], "pooling_madds": []}]}, "or its gates the tree"),
+        ({"gates": []}, "or its gates do not fit the tree"),
+        ({"gates": [{"layouts": [], "pooling_madds": [48]}]}, "or its gates do not fit the tree"),
+        ({"gates": [{"layouts": [{"hidden": [0, 6]}], "pooling_madds": []}]}, "or its gates do not fit the tree"),
         ({"gates": [{"layouts": [{"hidden": [0, 99]}], "pooling_madds": [48]}]}, "keep 99 columns"),
         ({"num_classes": None}, "do not belong together"),
     ],
