@@ -102,7 +102,7 @@ class Scale:
     """Whether accuracy is the mean over classes of the accuracy within each class, for data in
     which one class dominates."""
     augmentation: Mapping[str, Any] | None = None
-    """Settings of `dsnet.data.Augmentation`; None: the data's usual ones."""
+    """Settings of `dsnet.data.settings.Augmentation`; None: the data's usual ones."""
     family: str
     options: Mapping[str, Any] = field(default_factory=dict)
     train: TrainSettings

@@ -32,5 +32,5 @@ def resolve_device(name: Device) -> Device:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
-        raise PreflightError("device cuda was asked for, but torch sees no GPU here; use cpu or auto")
+        raise PreflightError("device is cuda, but torch sees no GPU here; use cpu or auto")
     return name

@@ -1,4 +1,4 @@
-"""The tree of all errors that are reported to users.
+"""The classes of all errors that are reported to users.
 
 They are raised where the cause is known; only the command line turns them into an exit code. A
 message says what is wrong, where, the value found, and what to do.

@@ -52,7 +52,7 @@ def read_json(path: Path) -> Any:
     """The JSON value stored in `path`.
 
     Raises:
-        CheckpointError: The file is missing, unreadable or torn.
+        CheckpointError: The file is missing, unreadable or incomplete.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -62,7 +62,7 @@ def read_json(path: Path) -> Any:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
     except ValueError as error:
         raise CheckpointError(
-            f"{path} is not valid JSON ({error}): it is torn or was edited. Restore it, or delete it and launch again."
+            f"{path} is not valid JSON ({error}): it is incomplete or was edited. Restore it, or delete it and launch again."
         ) from error
 
 
@@ -156,5 +156,5 @@ def _sync_folder(folder: Path) -> None:
 def _write_failure(path: Path, error: OSError) -> str:
     reason = error.strerror or str(error)
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"cannot write {path}: {reason}. Free some space and launch again; what was there before is untouched."
-    return f"cannot write {path}: {reason}. What was there before is untouched."
+        return f"cannot write {path}: {reason}. Free some space and launch again; an earlier version of the file is unchanged."
+    return f"cannot write {path}: {reason}. An earlier version of the file is unchanged."

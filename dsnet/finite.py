@@ -21,7 +21,8 @@ def check_finite(where: str, tensors: Mapping[str, Shaped[Tensor, "*_"]]) -> Non
         tensors: tensors by name; integer tensors always pass.
 
     Raises:
-        CheckpointError: some do; the message names the first ones and counts the rest.
+        CheckpointError: some hold NaN or infinity; the message names the first ones and counts the
+            rest.
     """
     broken = [
         name for name, value in tensors.items() if value.is_floating_point() and not bool(torch.isfinite(value).all())
@@ -29,6 +30,6 @@ def check_finite(where: str, tensors: Mapping[str, Shaped[Tensor, "*_"]]) -> Non
     if broken:
         more = f" and {len(broken) - _NUM_NAMED} more" if len(broken) > _NUM_NAMED else ""
         raise CheckpointError(
-            f"{where}: NaN or infinity in {', '.join(broken[:_NUM_NAMED])}{more}: the training that wrote it went wrong, or the "
-            "file is damaged; take another checkpoint"
+            f"{where}: NaN or infinity in {', '.join(broken[:_NUM_NAMED])}{more}: the training that wrote it diverged, or "
+            "the file is damaged; use another checkpoint"
         )

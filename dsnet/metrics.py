@@ -15,7 +15,7 @@ from dsnet.plugins import load_plugins
 
 Goal = Literal["maximize", "minimize"]
 DEVICE_NAME_PATTERN = r"[A-Za-z_][A-Za-z0-9_]{0,31}"
-"""Names of `measure.devices`: they become part of metrics' names, which stand in expressions."""
+"""Names of `measure.devices`: they are part of metric names, which are used in expressions."""
 LATENCY_NAME = re.compile(rf"latency_ms(_batch[1-9]\d*)?(\.{DEVICE_NAME_PATTERN})?")
 """Latency has a name for each batch size and device: `latency_ms`, `latency_ms_batch64.server`."""
 
@@ -25,17 +25,17 @@ class Metric:
     """Description of a metric: its name, its goal and how it is computed."""
 
     name: str
-    """A Python identifier: it stands in expressions such as `top1 >= 0.9`."""
+    """A Python identifier, used in expressions such as `top1 >= 0.9`."""
     label: str
-    """Its name above a column."""
+    """Header of its column in tables."""
     goal: Goal
     """Whether more is better."""
     is_share: bool = False
-    """It is a fraction from 0 to 1, shown in percent; else any number from 0 on."""
+    """Whether it is a fraction from 0 to 1, shown in percent; otherwise any number from 0 on."""
     of_run: Callable[[Any, Any], float] | None = None
     """`of_run(run, table)`: its value for a `dsnet.routing.table_routing.TableRun` on the
     `dsnet.routing.routing_table.RoutingTable` of a split. A static sub-network is the run in which
-    every image takes its route. None for metrics that the program counts elsewhere."""
+    every image takes its route. None for metrics that the program computes elsewhere."""
 
     @property
     def range(self) -> tuple[float, float]:
@@ -47,13 +47,15 @@ _METRICS: dict[str, Metric] = {}
 
 
 def register(metric: Metric) -> Metric:
-    """Make a metric known under its name; returns it.
+    """Register a metric under its name; returns it.
 
     Raises:
-        ValueError: the name is taken, or cannot stand in an expression.
+        ValueError: the name is taken, or cannot be used in an expression.
     """
     if not metric.name.isidentifier() or LATENCY_NAME.fullmatch(metric.name):
-        raise ValueError(f"a metric cannot be called {metric.name!r}; choose an identifier that is no latency's")
+        raise ValueError(
+            f"a metric cannot be called {metric.name!r}; choose a Python identifier other than latency_ms..."
+        )
     known = _METRICS.setdefault(metric.name, metric)
     if known != metric:
         raise ValueError(f"there is a metric {metric.name!r} already; choose another name")
@@ -61,7 +63,7 @@ def register(metric: Metric) -> Metric:
 
 
 def metrics() -> Mapping[str, Metric]:
-    """All metrics by name but latencies, those of plugins last."""
+    """All metrics except latencies, by name; those of plugins come last."""
     load_plugins()
     return _METRICS
 
@@ -79,7 +81,7 @@ def share_names() -> frozenset[str]:
 
 
 def added_metrics() -> Mapping[str, Callable[[Any, Any], float]]:
-    """Name to `of_run` of the metrics that come from elsewhere than this package."""
+    """Name -> `of_run` of the metrics that plugins add."""
     return {name: metric.of_run for name, metric in metrics().items() if metric.of_run is not None}
 
 

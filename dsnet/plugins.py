@@ -1,7 +1,7 @@
 """Modules of the user that register network families, router kinds, metrics or exporters.
 
-They are imported in every process that asks a registry, Ray workers included. Two ways name them:
-the environment variable `DSNET_PLUGINS`, import paths with commas between them, and the entry point
+They are imported in every process that reads a registry, including Ray workers. They are named by
+the environment variable `DSNET_PLUGINS` (import paths separated by commas) or by the entry point
 group `dsnet_orch.plugins` of an installed package.
 """
 
@@ -20,7 +20,7 @@ _loaded: set[str] = set()
 
 
 def load_plugins() -> None:
-    """Import the modules that are named and not imported yet.
+    """Import the named modules that are not imported yet.
 
     Raises:
         ConfigError: a module cannot be imported.
@@ -36,7 +36,7 @@ def _import(names: list[str], source: str) -> None:
     for name in names:
         if name in _loaded:
             continue
-        _loaded.add(name)  # before the import: a plugin asks the registries itself
+        _loaded.add(name)  # before the import: a plugin may read the registries itself
         try:
             importlib.import_module(name)
         except ImportError as error:

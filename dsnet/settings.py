@@ -1,9 +1,9 @@
 """Base of the core's settings, and the types of their values.
 
-A type holds everything that is required of one value: its bounds, or its choices. A class of
-settings is a frozen dataclass with such types; its values are checked when an object is built. The
-sections of sweep.yaml have the same types and take their defaults from these classes, so that no
-bound, choice or default is written twice. This module needs no torch or pydantic.
+A type holds the bounds or the choices of one value. A class of settings is a frozen dataclass with
+such types; its values are checked when an object is built. The sections of sweep.yaml have the same
+types and take their defaults from these classes, so that no bound, choice or default is written
+twice. This module needs no torch or pydantic.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ Device = Literal["auto", "cpu", "cuda"]
 
 @dataclass(frozen=True)
 class OneOf:
-    """Choices of a text that are known only while the program runs, such as registered names."""
+    """Choices of a text value that are known only at run time, such as registered names."""
 
     names: Callable[[], Sequence[str]]
 
 
 class SettingError(ConfigError, ValueError):
-    """A setting has a value that it may not have."""
+    """The value of a setting is not allowed."""
 
 
 class Settings:
@@ -58,7 +58,7 @@ class Settings:
     SECTION: ClassVar[str] = ""
     """Dotted key of the section of sweep.yaml that holds the fields, for messages."""
     KEYS: ClassVar[Mapping[str, str]] = MappingProxyType({})
-    """Field -> dotted key, for fields that have another name in sweep.yaml or stand elsewhere."""
+    """Field -> dotted key, for fields with another name or another section in sweep.yaml."""
 
     def __post_init__(self) -> None:
         check_fields(self, dotted_keys(type(self)).__getitem__)  # type: ignore[arg-type] # a class has a hash
@@ -106,7 +106,7 @@ def check_value(key: str, value: object, wanted: Any) -> None:
 
     Args:
         key: the dotted key of the setting, for the message.
-        value: the value; booleans are no numbers, and numbers must be finite.
+        value: the value; a boolean is not a number, and numbers must be finite.
         wanted: the type.
 
     Raises:
@@ -135,8 +135,8 @@ def fits(value: object, wanted: Any) -> bool:
 
 
 def fits_type(value: object, wanted: Any) -> bool:
-    """Whether a value is of a type, whatever the bounds: an integer is a real number, a boolean is
-    none, and a list is a tuple."""
+    """Whether a value is of a type, without its bounds: an integer counts as a float, a boolean
+    does not, and a list counts as a tuple."""
     return _type_test(wanted)(value)
 
 
@@ -144,7 +144,8 @@ Test = Callable[[Any], bool]
 
 
 def _test(wanted: Any) -> Test:
-    """`fits` for one type, which takes a hundred times as long to look at as to apply."""
+    """The test of `fits` for one type, built once: analysing a type takes a hundred times as long
+    as testing a value."""
     if _is_union(wanted):
         tests = [_test(each) for each in get_args(wanted)]
         return lambda value: any(test(value) for test in tests)
@@ -196,7 +197,7 @@ def _bound_test(bound: Any) -> Test:
     if isinstance(bound, MaxLen):
         return lambda value: len(value) <= bound.max_length
     if type(bound) not in _COMPARISONS:
-        raise TypeError(f"{bound!r} is no bound that is checked here")
+        raise TypeError(f"{bound!r} is not a supported bound of a setting")
     holds, _ = _COMPARISONS[type(bound)]
     (limit,) = astuple(bound)
     return lambda value: holds(value, limit)
@@ -216,12 +217,12 @@ def described(wanted: Any) -> str:
 
 
 def alternatives(wanted: Any) -> tuple[Any, ...]:
-    """The members of a union, those of unions in it too; any other type alone."""
+    """The members of a union, including those of nested unions; any other type alone."""
     return tuple(part for each in get_args(wanted) for part in alternatives(each)) if _is_union(wanted) else (wanted,)
 
 
 def split_bounds(wanted: Any) -> tuple[Any, tuple[Any, ...]]:
-    """A type and its bounds (`annotated_types`, `OneOf`), each one alone."""
+    """A type without its bounds, and its bounds (`annotated_types`, `OneOf`)."""
     if get_origin(wanted) is not Annotated:
         return wanted, ()
     base, *bounds = get_args(wanted)

@@ -39,7 +39,7 @@ def read_strictly(cls: type[T], data: object, where: str = "") -> T:
         if name not in data and field.default is MISSING and field.default_factory is MISSING
     ]
     if missing:
-        raise ConfigError(f"{', '.join(missing)}: missing, and without a default")
+        raise ConfigError(f"{', '.join(missing)}: missing; a setting without a default must be given")
     hints = get_type_hints(cls)
     return cls(**{name: _read(hints[name], value, _dotted(where, name)) for name, value in data.items()})
 

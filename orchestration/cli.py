@@ -232,13 +232,13 @@ def extend(run: str, runs: str, trials: str, overrides: tuple[str, ...], take_ov
 )
 def enqueue(run: str, runs: str, values: tuple[str, ...], source: Path | None, like: str | None) -> None:
     """Add points to be tried next; the sampler draws the parameters that a point leaves out."""
-    from orchestration.commands.steering import read_points, set_values
+    from orchestration.commands.steering import enqueue_points, read_points, set_values
     from orchestration.commands.sweep import open_sweep
 
     if source is not None and (values or like):
         raise click.UsageError("--from cannot be combined with --set or --like; write all values into the file")
     points = read_points(source) if source is not None else [set_values(values)]
-    for line in open_sweep(run, runs).enqueue(points, like):
+    for line in enqueue_points(open_sweep(run, runs).only_supernet("a point belongs to one of them"), points, like):
         click.echo(line)
 
 
@@ -417,11 +417,14 @@ def pareto(
                 check_suffix(path)
 
     sweep = open_sweep(run, runs)
+    drawn = None if routers_figure is None else sweep.only_supernet("--routers-figure draws one")
     sweep.show_front(picks, as_json=as_json)
     if figure is not None:
         click.echo(sweep.draw_front(figure), err=True)
-    if routers_figure is not None:
-        click.echo(sweep.draw_routers(routers_figure), err=True)
+    if routers_figure is not None and drawn is not None:
+        from orchestration.results.report import draw_routers
+
+        click.echo(draw_routers(drawn, routers_figure), err=True)
 
 
 @cli.command()
@@ -496,11 +499,13 @@ def predict(bundle: Path, photos: tuple[Path, ...], as_json: bool) -> int:
 @RUNS
 def measure(run: str, runs: str) -> None:
     """Measure the latency of a run's sub-networks and front again, without training."""
+    from orchestration.commands.measure_again import measure_again
     from orchestration.commands.sweep import open_sweep
     from orchestration.commands.terminal import show_measured_again
     from orchestration.progress import TerminalProgress
 
-    show_measured_again(open_sweep(run, runs).measure(TerminalProgress()))
+    results = open_sweep(run, runs).only_supernet("one is measured at a time")
+    show_measured_again(measure_again(results, TerminalProgress()))
 
 
 @cli.command()

@@ -1,9 +1,9 @@
 """Check that a gate trial has the same result alone and together with others, on the given
 processor and libraries.
 
-Only then is the study the same for every number of workers, and it depends on how the libraries
-below torch round. Every worker therefore checks it before its first trial, in milliseconds: a few
-steps of training, with products of the shapes that the trials have.
+The study is the same for every number of workers only if this holds, and it depends on the rounding
+of the libraries that torch uses. Every worker therefore checks it before its first trial, in
+milliseconds: by a few steps of training with products of the same shapes as in the trials.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ MAX_SHAPES = 8
 NUM_STEPS = 3
 """Steps of training. A head that is initialised to zero has only its gradient in the first step;
 its logits differ from zero from the second step on."""
-SMALL_COMPANY = 3
-"""Lanes of the second program, beside a first one of `LANES`: the library may choose its kernel by
-their number."""
+SMALL_PROGRAM = 3
+"""Lanes of a second, smaller program after one of `LANES`: the library may choose its kernel by the
+number of lanes."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ class Finding:
     """Result of a worker's check."""
 
     digest: str
-    """Hash of all weights of the routers that were trained alone; equal on machines that round
-    alike."""
+    """Hash of all weights of the routers that were trained alone; equal on machines with the same
+    rounding."""
     unequal: tuple[str, ...] = ()
     """Kinds of router whose weights differ when trained together with others."""
 
@@ -112,9 +112,9 @@ def _trained(table: RoutingTable, settings: GateSettings) -> tuple[list[bytes], 
     table = _first_images(table, settings.batch_size)
     lanes = [
         replace(settings, steps=NUM_STEPS, lr=settings.lr * (1.0 + index / LANES), seed=index)
-        for index in range(LANES + SMALL_COMPANY)
+        for index in range(LANES + SMALL_PROGRAM)
     ]
-    compared = (0, LANES - 1, LANES + SMALL_COMPANY - 1)
+    compared = (0, LANES - 1, LANES + SMALL_PROGRAM - 1)
     together = train_heads(table, lanes)
     alone = [train_heads(table, [lanes[index]])[0] for index in compared]
     return [_bytes(heads) for heads in alone], [_bytes(together[index]) for index in compared]

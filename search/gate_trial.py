@@ -49,7 +49,7 @@ def routing_ids(kept: Sequence[int], first: int, last: int, stride: int) -> tupl
     ids = tuple(sorted(kept[first : min(stop, len(kept) - 1) + 1 : stride])) if stop >= 0 else ()
     if not ids:
         raise ValueError(
-            f"gate.routing first={first}, last={last}, stride={stride} holds none of the {len(kept)} sub-networks"
+            f"gate.routing first={first}, last={last}, stride={stride} selects none of the {len(kept)} sub-networks"
         )
     return ids
 
@@ -66,7 +66,7 @@ def gate_settings(
         seed: seed of the trial, for the initial weights of a perceptron.
 
     Raises:
-        ValueError: an unknown parameter, or an empty routing space.
+        ValueError: a parameter is unknown, or the routing space is empty.
     """
     known = (*FIELDS, *ROUTING_KEYS)
     unknown = [key for key in params if key not in known]

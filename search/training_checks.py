@@ -34,14 +34,14 @@ contribute without a warning."""
 ADVISED_STEPS = 1000
 """Fewest updates that the advice for too few steps recommends: with as many, the photos above came
 within 2 points of the plain network."""
-STILL_SHARE = 0.15
+PLATEAU_SHARE = 0.15
 """Length of a plateau of the loss that gives a warning, as a share of the training. The students'
 losses begin to decrease after 6 % on digits, and after 25 % on the photos."""
-STILL_CHANGE = 0.02
+PLATEAU_CHANGE = 0.02
 """Largest decrease of the loss on a plateau, as a share of its total decrease."""
-FALLS_ON = 0.50
-"""A plateau counts only while at least this share of the loss's total decrease is still to come.
-Later plateaus are normal: the loss settles at a level set by the learning rate and decreases again
+REMAINING_SHARE = 0.50
+"""A plateau counts only if at least this share of the loss's total decrease comes after it. Later
+plateaus are normal: the loss settles at a level set by the learning rate and decreases again
 when the rate does."""
 SPIKE_SHARE = 0.5
 """A rise of the loss is a spike if it is larger than this share of the decrease so far; the noise
@@ -149,7 +149,7 @@ def few_steps(facts: TrainingFacts) -> TrainingWarning | None:
         text += f", and its loss was still falling: {falling:.0%} of its decrease came in the last fifth"
     wanted = max(ADVISED_STEPS, 2 * facts.num_steps)
     epochs = math.ceil(facts.epochs * wanted / facts.num_steps)
-    way_out = f"supernet.train.epochs {epochs} (now {facts.epochs}) gives about {wanted:,}"
+    way_out = f"supernet.train.epochs {epochs} (now {facts.epochs}) gives about {wanted:,} steps"
     smaller = max(8, facts.batch_size // 4)
     if epochs > MAX_EPOCHS:
         way_out = f"more images help most; {way_out}, but so many epochs overfit few images"
@@ -185,7 +185,7 @@ def stood_still(facts: TrainingFacts) -> TrainingWarning | None:
     shares = {
         name: share for name, curve in facts.curves.items() if (share := _still_share(curve, facts.num_steps)) > 0
     }
-    slow = {name: share for name, share in shares.items() if share >= STILL_SHARE}
+    slow = {name: share for name, share in shares.items() if share >= PLATEAU_SHARE}
     if not slow:
         return None
     worst = max(slow, key=lambda name: slow[name])
@@ -215,13 +215,13 @@ def _still_share(curve: tuple[Sequence[float], Sequence[float]], num_steps: int)
     at = steps[SMOOTH_ROWS - 1 :]
     lowest = np.minimum.accumulate(smooth)
     fall = lowest[0] - lowest[-1]
-    if fall <= STILL_CHANGE * abs(lowest[0]):
+    if fall <= PLATEAU_CHANGE * abs(lowest[0]):
         return 1.0
     longest, start = 0.0, 0
     for end in range(len(lowest)):
-        if lowest[end] - lowest[-1] < FALLS_ON * fall:
+        if lowest[end] - lowest[-1] < REMAINING_SHARE * fall:
             break
-        while lowest[start] - lowest[end] > STILL_CHANGE * fall:
+        while lowest[start] - lowest[end] > PLATEAU_CHANGE * fall:
             start += 1
         if end - start < SMOOTH_ROWS:  # means that share rows are similar whatever the loss does
             continue
@@ -335,8 +335,8 @@ def _binomial_tail(count: int, total: int) -> float:
 
 
 def teacher_above(facts: TrainingFacts) -> TrainingWarning | None:
-    """Warn of a teacher that is not a route and is far better than the widest route, so that its
-    knowledge was not distilled."""
+    """Warn of a teacher that is not a route and is far better than the widest route: the routes
+    have not learnt enough from it."""
     if facts.outside is None or not facts.routes:
         return None
     widest = facts.routes[-1]

@@ -1,5 +1,5 @@
-"""What all tests share: one thread per process, MKL's mode, checks of shapes, no telemetry, one
-small Ray cluster, and how `pytest -n 2` gives the tests to two processes."""
+"""Set-up of all tests: one thread per process, MKL's mode, checks of shapes, no telemetry, one
+small Ray cluster, and the distribution of tests over the processes of `pytest -n 2`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ prepare_environment()  # MKL's mode too, as wherever the product starts
 
 # The suite that decides looks at the same cases every time; HYPOTHESIS_PROFILE=explore looks for
 # new ones.
-settings.register_profile("suite", derandomize=True)
+settings.register_profile("suite", derandomize=True, deadline=None)  # a busy machine is no fault
 settings.register_profile("explore")
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
 
@@ -86,4 +86,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if "ray_cluster" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.xdist_group("ray"))
     long_files = {item.path for item in items if item.get_closest_marker("ray")}
-    items.sort(key=lambda item: 0 if item.get_closest_marker("xdist_group") else 1 if item.path in long_files else 2)
+    waiting = {item.path for item in items if "finished" in getattr(item, "fixturenames", ())}
+
+    def rank(item: pytest.Item) -> int:
+        """Files that read the finished sweep come later: both processes would need it at the same
+        time, and one would only wait."""
+        group = 0 if item.get_closest_marker("xdist_group") else 1 if item.path in long_files else 2
+        return 2 * group + (item.path in waiting)
+
+    items.sort(key=rank)

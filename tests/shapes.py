@@ -128,7 +128,7 @@ def _shapes(annotations: dict[str, Any], module: ModuleType) -> dict[str, Any]:
 
 
 def _checked(name: str, value: Any, module: ModuleType) -> Any:
-    """What checks shapes in place of `value`; `value` itself where it names none."""
+    """A replacement of `value` that checks shapes; `value` itself where it names none."""
     if isinstance(value, type):
         if dataclasses.is_dataclass(value) and "__init__" in vars(value):
             value.__init__ = _wrapped(f"{name}.__init__", value.__init__, module)  # type: ignore[misc]

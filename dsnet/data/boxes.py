@@ -59,7 +59,7 @@ def fit_boxes(
     """Choose for each image the first attempted rectangle that fits inside it.
 
     The published samplers (arXiv 1409.4842, 1708.04896) try again until a rectangle fits; here a
-    fixed number of attempts is drawn at once, so that the host need not wait for the device.
+    fixed number of attempts is drawn at once, which needs no synchronisation with the device.
 
     Args:
         draw: The random numbers of B images.

@@ -53,7 +53,7 @@ def find_parquet_files(folder: Path, split: str) -> list[Path]:
     missing = sorted(set(range(totals.pop())) - set(numbers))
     if missing:
         raise DataError(
-            f"{folder}: of the {split} split, shard {missing[0]:05d} is missing (found {_names(files)}); fetch it again"
+            f"{folder}: shard {missing[0]:05d} of the {split} split is missing (found {_names(files)}); fetch it again"
         )
     return files
 

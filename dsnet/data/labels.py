@@ -1,4 +1,4 @@
-"""The check that all labels pass, whatever file they come from."""
+"""Check of labels against the classes, for the readers of all file formats."""
 
 from __future__ import annotations
 

@@ -61,20 +61,23 @@ class DescribedImages(Protocol):
 
 
 def crop_problem(crop_scale: Sequence[float] | None, crop_padding: int | None) -> tuple[str, str] | None:
-    """The setting of a crop that does not go with the others, and the problem as a phrase for a
-    message; None if there is none."""
+    """The setting of a crop that is wrong or contradicts another one, and the problem as a phrase
+    for a message; None if there is none."""
     if crop_scale is None:
         return None
     low, high = crop_scale
     if low > high:
         return "crop_scale", f"range {shown(crop_scale)} is the wrong way round; write {shown([high, low])}"
     if crop_padding:
-        return "crop_padding", f"{crop_padding} pixels have no use beside crop_scale, which crops already; remove one"
+        return (
+            "crop_padding",
+            f"{crop_padding} pixels cannot be combined with crop_scale, which crops already; remove one",
+        )
     return None
 
 
 def folder_problem(name: str, crop_fraction: float, stream: bool) -> tuple[str, str] | None:
-    """The setting that only an image folder has, given for another data set, and the problem as a
+    """A setting for image folders only that is given for another data set, and the problem as a
     phrase for a message; None if there is none."""
     if name == "image_folder":
         return None

@@ -22,8 +22,8 @@ from dsnet.errors import ConfigError, DataError
 SPLIT_NAMES = ("train", "gate", "val", "test")
 DEFAULT_SIZES = SplitSizes()
 FEW_IMAGES = 100
-"""Below this many images in `val` or `test` one image is worth more than a percentage point of
-accuracy: too few to tell routers apart."""
+"""Below this many images in `val` or `test` one image is more than a percentage point of
+accuracy, so that routers cannot be compared reliably."""
 
 _SHARES = {"train": 0.55, "gate": 0.15, "val": 0.15, "test": 0.15}
 _SHARES_BESIDE_OFFICIAL_TEST = {"train": 0.8, "gate": 0.1, "val": 0.1}  # CIFAR-10: 40,000 / 5,000 / 5,000
@@ -81,7 +81,7 @@ class Splits:
             ) from error
         if splits.hash != expected:
             raise DataError(
-                f"the record of the splits says hash {expected!r}, its ids have {splits.hash!r}: it was changed; "
+                f"the record of the splits has the hash {expected!r}, but its ids give {splits.hash!r}: it was changed; "
                 "remove it and launch again"
             )
         return splits
@@ -160,7 +160,7 @@ def _counts(sizes: Mapping[str, SplitSize], num_images: int, what: str) -> dict[
     asked = ", ".join(f"{name} {count}" for name, count in counts.items())
     if sum(counts.values()) > num_images:
         raise ConfigError(
-            f"data.splits asks for {sum(counts.values())} images ({asked}), {what} has {num_images}; "
+            f"data.splits asks for {sum(counts.values())} images ({asked}), but {what} has {num_images}; "
             "make one of them smaller (a split that is not given keeps its default)"
         )
     for name, count in counts.items():

@@ -86,7 +86,7 @@ def refuse_other_layouts(root: Path) -> None:
     """Check that the images lie in class folders below the root, or below its `train` and `test`.
 
     Raises:
-        DataError: no folder, images beside the class folders only, or images deeper down.
+        DataError: the root is not a folder, or its images lie in it directly or too deep.
     """
     expected = f"expected {root}/CLASS/x.jpg, a folder for each class (or {root}/train/CLASS and {root}/test/CLASS)"
     if not root.is_dir():
@@ -107,7 +107,9 @@ def refuse_other_layouts(root: Path) -> None:
         found = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
         where = deeper[0].relative_to(root)
         beside = (
-            "; files of several kinds lie side by side, so some may be masks and no photos" if len(kinds) > 1 else ""
+            "; files of several kinds lie side by side, so some may be masks instead of photos"
+            if len(kinds) > 1
+            else ""
         )
         raise DataError(
             f"{root}: the images lie one folder too deep ({len(deeper)} such folders; {where} holds {found}{beside}); "
@@ -115,7 +117,7 @@ def refuse_other_layouts(root: Path) -> None:
         )
     if _images(root):
         raise DataError(
-            f"{root}: {len(_images(root))} images lie in the folder itself, so nobody knows their classes; {expected}"
+            f"{root}: {len(_images(root))} images lie in the folder itself, so that their classes are unknown; {expected}"
         )
     raise DataError(f"{root}: no .png, .jpg or .jpeg in its {len(folders)} folder(s); {expected}")
 

@@ -71,7 +71,7 @@ class Bundle:
         if images.dtype != torch.uint8 or images.ndim != 4 or tuple(images.shape[1:]) != self.image_shape:
             raise DsnetError(
                 f"the bundle takes uint8 images [B, {', '.join(map(str, self.image_shape))}], "
-                f"but met {str(images.dtype).removeprefix('torch.')} {list(images.shape)}"
+                f"but got {str(images.dtype).removeprefix('torch.')} {list(images.shape)}"
             )
         output = self.net(self.normalization.apply(images))
         probabilities = output.logits.softmax(1)
@@ -142,7 +142,7 @@ class Bundle:
         data = self.claims.get("data")
         if not data:
             raise DsnetError(
-                f"{self.path}: the bundle does not say how photos were decoded and resized for it; export it again with this release, "
+                f"{self.path}: the bundle has no record of how photos are decoded and resized; export it again with this release, "
                 "or call it with a tensor of pixels: bundle(images)"
             )
         return PhotoDecoder.of_data(data["name"], self.image_shape, data.get("crop_fraction", 1.0))
@@ -201,7 +201,7 @@ def _claims_sentence(claims: Mapping[str, Any]) -> str:
     low, high = own.get("top1_interval", (None, None))
     interval = "" if low is None else f" [95 %: {100 * low:.1f}, {100 * high:.1f}]"
     size = f" ({own['num_images']} images)" if "num_images" in own else ""
-    chosen = ", which also chose it" if split == "val" else ""
+    chosen = ", on which it was also chosen" if split == "val" else ""
     return (
         f"top-1 {100 * own['top1']:.1f} %{interval} at {own['madds_m']:.4g} M MAdds a photo, on {split}{size}{chosen}"
     )
@@ -245,7 +245,7 @@ def save_bundle(folder: Path, contents: BundleContents, *, claims: Mapping[str, 
         PreflightError: `folder` holds something other than a bundle, which would be lost.
     """
     if folder.exists() and not (folder / MANIFEST).is_file() and (not folder.is_dir() or any(folder.iterdir())):
-        raise PreflightError(f"{folder}: is there already and no bundle; remove it, or export to another folder")
+        raise PreflightError(f"{folder}: exists already and is not a bundle; remove it, or export to another folder")
     router, examples, normalization = contents.router, contents.examples, contents.normalization
     small = restrict(contents.supernet, router.routes).cpu().eval()
     local = router.over({route: index for index, route in enumerate(router.routes)})
@@ -335,7 +335,9 @@ def load_bundle(
         )
     manifest = read_json(path / MANIFEST)
     if not isinstance(manifest, dict):
-        raise CheckpointError(f"{path / MANIFEST}: holds no JSON object, so it describes no bundle; export it again")
+        raise CheckpointError(
+            f"{path / MANIFEST}: is not a JSON object, so it does not describe a bundle; export it again"
+        )
     if manifest.get("kind") != "dsnet-bundle" or manifest.get("schema_version") != SCHEMA_VERSION:
         raise CheckpointError(
             f"{path / MANIFEST}: kind {manifest.get('kind')!r}, schema version {manifest.get('schema_version')!r}; "

@@ -1,6 +1,6 @@
-"""Forms in which a gate can be exported, by name. Needs no torch.
+"""File formats in which a gate can be exported, by name. Needs no torch.
 
-The bundle is always written, and every other form is made from it. A new form is one call of
+The bundle is always written, and every other format is made from it. A new format is one call of
 `register`, from inside or outside of this package (`dsnet.plugins`).
 """
 
@@ -15,11 +15,11 @@ from dsnet.plugins import load_plugins
 from dsnet.wording import way_out
 
 BUNDLE = "bundle"
-"""The form that `dsnet.load_bundle` reads."""
+"""The format that `dsnet.load_bundle` reads."""
 
 
 class Exporter(Protocol):
-    """Writes one form of a gate."""
+    """Writes a gate in one format."""
 
     @property
     def name(self) -> str:
@@ -27,7 +27,7 @@ class Exporter(Protocol):
         ...
 
     def write(self, bundle: Path, folder: Path) -> None:
-        """Write the form of a bundle.
+        """Write a bundle in this format.
 
         Args:
             bundle: the bundle's folder, complete.
@@ -40,7 +40,7 @@ _EXPORTERS: dict[str, Exporter] = {}
 
 
 def register(exporter: Exporter) -> Exporter:
-    """Make an exporter known under its name; returns it.
+    """Register an exporter under its name; returns it.
 
     Raises:
         ValueError: the name is taken.
@@ -51,7 +51,7 @@ def register(exporter: Exporter) -> Exporter:
 
 
 def exporters() -> Mapping[str, Exporter]:
-    """All exporters by name but the bundle, which needs none."""
+    """All exporters by name; the bundle itself needs none."""
     load_plugins()
     return _EXPORTERS
 
@@ -62,7 +62,7 @@ def format_names() -> tuple[str, ...]:
 
 
 def check_format(name: str) -> str:
-    """The name, if there is such a form.
+    """The name, if there is such a format.
 
     Raises:
         ConfigError: there is none.

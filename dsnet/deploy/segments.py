@@ -2,7 +2,7 @@
 sliced in every call.
 
 Routes that agree up to a gate share everything before it: each segment exists once per distinct
-prefix of widths, so that many paths need the memory of their tree, not of their sum.
+prefix of widths, so that many paths share the memory of their common segments.
 """
 
 from __future__ import annotations
@@ -108,7 +108,9 @@ class SlicedSegments(nn.Module):
         """See `Segments.check_mode`; the supernet is shared, and other code may have put it in
         training mode."""
         if self.supernet.training:
-            raise RuntimeError("dynamic inference is for evaluation only, but the supernet that it slices is training")
+            raise RuntimeError(
+                "dynamic inference is for evaluation only, but the supernet is in training mode; call its .eval() first"
+            )
 
 
 def rows_by(keys: Sequence[int]) -> dict[int, list[int]]:

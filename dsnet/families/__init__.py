@@ -78,7 +78,7 @@ def get_family(name: str) -> Family:
 
 
 def unknown_options(name: str, options: Mapping[str, Any]) -> dict[str, str]:
-    """Every option that a family does not have, with the end of a message that says so."""
+    """The options that a family does not have: name -> error message without the setting's key."""
     known = list(get_family(name).defaults)
     return {key: f"unknown option of {name}{way_out(str(key), known)}" for key in options if key not in known}
 

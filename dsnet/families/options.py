@@ -26,7 +26,7 @@ def check_number(name: str, value: Any, low: float, high: float) -> None:
 
 
 def check_choice(name: str, value: Any, known: Sequence[Any]) -> None:
-    """Raise ValueError if an option is none of the known values."""
+    """Raise ValueError if an option is not one of the known values."""
     if isinstance(value, bool) or value not in known:
         raise ValueError(f"{name} is {value!r}, but must be {' or '.join(map(repr, known))}")
 

@@ -32,8 +32,8 @@ from dsnet.space.subnet_set import SubnetSet
 ATTENTION = 0.25
 """Hidden channels of a stage's attention, relative to the widest stream that it reads."""
 MIN_HIDDEN = 8
-"""Fewest hidden channels of an attention (ours): a gate reads the hidden vector, and fewer carry
-almost no evidence."""
+"""Fewest hidden channels of an attention (ours): a gate reads the hidden vector, and fewer hold
+almost no information."""
 EXPANSION = 4
 """Channels of a bottleneck's residual stream per inner channel."""
 MAX_DEPTH = 200

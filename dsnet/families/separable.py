@@ -28,7 +28,8 @@ MBNET_ATTENTION = 0.25
 """Hidden channels of an attention, relative to the block's largest input (docs/methods.md, section
 2)."""
 TINY_ATTENTION = 1.0
-"""The same for DS-Tiny: a quarter of its few channels would leave the gate almost no evidence."""
+"""The same for DS-Tiny: a quarter of its few channels would hold almost no information for the
+gate."""
 MAX_WIDTH = 65536
 """Largest width that a user may set, so that a typing error is reported before it exhausts the
 memory."""

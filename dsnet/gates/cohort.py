@@ -10,12 +10,13 @@ and V = the expected loss from a decision on,
     dV/dl_c = reach * q_c * (V_c - V) / tau,
 
 where V_c is the expected loss after choice c and reach the probability of getting to the decision.
-Trials (*lanes*) are stacked in front of every tensor. They see the same images in the same order:
-what differs between two trials is their settings, not their luck (ours). Each lane's arithmetic is
-its own, so that a trial's result is the same to the bit alone and in any cohort: products are
-batched, not fused, because what a library computes for a row depends on how many rows there are.
-That a batched product does not depend on its neighbours is the library's affair: `dsnet.arithmetic`
-makes MKL hold it, and every worker of a search checks it (`search.gate_check`).
+Each trial is a *lane*, an index of the first dimension of every tensor. All lanes see the same
+images in the same order, so that two trials differ only by their settings (ours). Lanes are
+computed independently, so that a trial's result is bit-identical alone and in any cohort: the
+matrix products of the lanes are batched and not fused into one, because a library's result for a
+row may depend on the number of rows. That a product does not depend on the others of its batch must
+hold in the library: `dsnet.arithmetic` sets MKL's mode for it, and every worker of a search checks
+it (`search.gate_check`).
 """
 
 from __future__ import annotations
@@ -33,11 +34,11 @@ from dsnet.gates.problem import Node, Problem
 from dsnet.gates.settings import GateSettings
 
 LANES = 8
-"""Most trials in one program: more of them do not fit into the cache, fewer leave the processor
-idle."""
+"""Largest number of trials in one program: more do not fit into the cache, fewer do not use the
+processor fully."""
 MIN_LANES = 2
-"""Fewest trials in one program. A single trial is trained twice, side by side, because a batch of
-one product takes another code path, whose sums differ in the last bits."""
+"""Smallest number of trials in one program. A single trial is trained twice, side by side, because
+a batch of one product takes another code path, whose sums differ in the last bits."""
 ORDER_SEED = 0
 """Seed of the order of the images, the same for every trial."""
 TINY = 1e-20

@@ -61,7 +61,7 @@ class GateImages:
     def __post_init__(self) -> None:
         if not 0 < len(self.images) == len(self.labels):
             raise ValueError(
-                f"gate training needs images and as many labels, has {len(self.images)} and {len(self.labels)}"
+                f"gate training needs images and one label for each, but got {len(self.images)} images and {len(self.labels)} labels"
             )
 
 
@@ -76,8 +76,8 @@ class PathCosts:
     madds: Float64[Tensor, " routes"]
     """float64 [R]: MAdds of each route."""
     switched: tuple[Float64[Tensor, "routes _choices"], ...]
-    """For each gate float64 [R, K]: MAdds of each route with that gate's choice exchanged and all
-    others kept."""
+    """For each gate float64 [R, K]: MAdds of each route with that gate's choice replaced by each
+    choice, and all others kept."""
     target: float
     """Target MAdds, clamped into the range of the routing space."""
     widest: float
@@ -189,10 +189,12 @@ class GateObjective:
     """The loss of Stage II for a batch of images."""
 
     def __init__(self, supernet: Supernet, settings: GateSettings, image_size: int) -> None:
-        """Args:
-        supernet: frozen, in eval mode.
-        settings: losses, router and routing space.
-        image_size: pixels a side.
+        """Create the loss for one supernet and one router.
+
+        Args:
+            supernet: frozen, in eval mode.
+            settings: losses, router and routing space.
+            image_size: height and width in pixels.
 
         Raises:
             ValueError: the router cannot be trained end to end, a loss is used that only table
@@ -206,7 +208,7 @@ class GateObjective:
             )
         if settings.lambda_quality:
             raise ValueError(
-                f"gate.losses.quality is {settings.lambda_quality}, but end-to-end training knows only the published losses; "
+                f"gate.losses.quality is {settings.lambda_quality}, but end-to-end training has only the published losses; "
                 "set it to 0 or use gate.trainer table"
             )
         num_routes = len(supernet.subnets)
@@ -441,7 +443,7 @@ def train_end_to_end(
         data: the `gate` split.
         settings: router, losses, optimiser, batch size, temperatures, seed; `steps` is not used.
         rules: epochs and augmentation.
-        callbacks: functions that receive its progress and may stop it; None calls nobody.
+        callbacks: functions that receive its progress and may stop it; None: no functions.
 
     Returns:
         a head per gate that decides, float64 [K, hidden], for raw hidden vectors.
@@ -478,7 +480,7 @@ def train_stage(
         until: the epoch after which the stage ends, 1..rules.epochs and no earlier than `start`;
             None = the last epoch.
         callbacks: functions that receive its progress, counted over the whole training, and may
-            stop it; None calls nobody.
+            stop it; None: no functions.
 
     Raises:
         As `train_end_to_end`; and ValueError: `until` is out of its range, or `start` is the

@@ -63,7 +63,7 @@ def fit_gates(
     `soft_madds_m`), which shows the soft-hard gap.
 
     Returns:
-        for each trial, in order, its result, or the error for which it has none:
+        for each trial, in order, its result, or the error because of which it has none:
             NonFiniteLossError, or ValueError for a setting out of its range.
     """
     results: dict[int, GateFit | Exception] = {}
@@ -401,7 +401,7 @@ def _calibrated_tree(
 
 
 def _fit_own(gate_table: RoutingTable, val_table: RoutingTable, settings: GateSettings) -> GateFit | Exception:
-    """Run a trial of a kind of router that brings its own training."""
+    """Run a trial of a kind of router with its own training function (`RouterKind.fit`)."""
     assert settings.kind.fit is not None
     try:
         fit: GateFit = settings.kind.fit(gate_table, val_table, settings)

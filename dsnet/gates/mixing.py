@@ -94,14 +94,16 @@ class GatedSupernet:
     """Routes of a frozen supernet in eval mode, and the decisions between them."""
 
     def __init__(self, supernet: Supernet, routes: Sequence[int], *, decides_once: bool) -> None:
-        """Args:
-        supernet: frozen: no parameter may require a gradient.
-        routes: the routing space.
-        decides_once: the first gate chooses a whole route; otherwise every gate chooses the widths
-            up to the next gate.
+        """Prepare the routes and the decisions between them.
+
+        Args:
+            supernet: frozen: no parameter may require a gradient.
+            routes: the routing space.
+            decides_once: the first gate chooses a whole route; otherwise every gate chooses the
+                widths up to the next gate.
 
         Raises:
-            ValueError: the supernet has no gate, or sub-networks that no gate tells apart.
+            ValueError: the supernet has no gate, or two sub-networks with equal widths.
         """
         self.supernet = supernet
         self.subnets: tuple[Subnet, ...] = tuple(supernet.subnets[route] for route in routes)

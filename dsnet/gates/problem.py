@@ -160,7 +160,7 @@ def _part(table: RoutingTable, name: str, gate: int, node: int) -> Tensor:
     except KeyError:
         raise ValueError(
             f"the routing table holds no {name} at gate {gate}: with {table.num_routes} paths it would be too large; "
-            "use gate.router gates, or fewer paths"
+            "use gate.router gates, or fewer supernet.options.paths"
         ) from None
 
 
@@ -247,8 +247,8 @@ def sgs_targets(
         table: routing table of the images.
         routes: the routing space.
         settings: strategy, target and thresholds.
-        madds: [K] cost of each route, needed for cascades, whose routes also pay for the first
-            route; None = the MAdds of the table.
+        madds: [K] cost of each route, needed for cascades, whose routes include the cost of the
+            first one; None = the MAdds of the table.
     """
     cost = table.madds if madds is None else madds
     columns = np.array(routes)[np.argsort(cost[list(routes)], kind="stable")]
@@ -285,7 +285,9 @@ def beam(table: RoutingTable, size: int) -> tuple[int, ...]:
         ValueError: `size` is less than 2.
     """
     if size < 2:
-        raise ValueError(f"gate.routing.beam is {size}, but must be at least 2: the cheapest and the widest route stay")
+        raise ValueError(
+            f"gate.routing.beam is {size}, but must be at least 2: the cheapest and the widest route are always kept"
+        )
     top1 = table.top1()
     order = np.lexsort((-top1, table.madds))  # among routes of equal cost the best first
     cost, top1 = table.madds[order].astype(np.float64), top1[order]

@@ -27,11 +27,11 @@ EVALUATION_BATCH = 256
 """Batch size of every evaluation whose numbers are stored: the last bits of sums in float32 depend
 on it."""
 MAX_EVIDENCE_COLUMNS = 20_000
-"""Most values of evidence that a table stores for an image if it includes the poolings of later
+"""Largest number of values of evidence per image with which a table stores the poolings of later
 gates."""
 TRAIN_SAMPLE = 1000
-"""Number of images of `train` on which the widest route is evaluated too: an error of about one
-percentage point is small enough to see overfitting."""
+"""Number of images of `train` on which the widest route is evaluated too: its error of about one
+percentage point is small enough to detect overfitting."""
 TRAIN_SAMPLE_FILE = "train_sample.json"
 """File of this accuracy in the folder of the measure stage; runs of earlier releases have none."""
 

@@ -35,7 +35,7 @@ TRUNK, DECIDE = "/trunk", "/decide/"
 """Names of the timed calls of the trunk and of decisions; the kind of router follows the second.
 Tails are named like sub-networks, whose names hold no slash."""
 PUBLISHED = "gate"
-"""The kind of router whose decision time stands in for kinds that were not timed."""
+"""The kind of router whose decision time is used for kinds that were not timed."""
 DEVICE_NAME = re.compile(DEVICE_NAME_PATTERN)
 """Pattern of the names of further devices, which are used in metric names, expressions and file
 names."""

@@ -24,7 +24,7 @@ def device_name_problem(name: str) -> str | None:
     none."""
     if re.fullmatch(DEVICE_NAME_PATTERN, name):
         return None
-    return f"'{name}' is no name of a device; use 1 to 32 letters, digits or '_', no digit at the start"
+    return f"'{name}' is not a valid device name; use 1 to 32 letters, digits or '_', and no digit at the start"
 
 
 def sizes_problem(name: str, sizes: Sequence[int]) -> str | None:

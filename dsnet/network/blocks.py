@@ -210,10 +210,11 @@ class ConvShape:
             other = known.setdefault(subnet.prefix(self.out_group + 1), subnet)
             if other.prefix(self.upstream + 1) != subnet.prefix(self.upstream + 1):
                 groups = subnets.spec.groups
+                own, upstream = groups[self.out_group].name, groups[self.upstream].name
                 raise ValueError(
-                    f"sub-networks {other.name!r} and {subnet.name!r} agree up to channel group {groups[self.out_group].name!r} but not up "
-                    f"to {groups[self.upstream].name!r}, which some layers of the former read: they would share BatchNorm statistics that "
-                    "differ; lay the family out with a channel group for each block (streams: padded), or normalise by group_norm"
+                    f"sub-networks {other.name!r} and {subnet.name!r} have equal widths up to channel group {own!r}, but not up to "
+                    f"{upstream!r}, which the layers of {own!r} read: they would share BatchNorm statistics although their inputs "
+                    "differ; use one channel group per block (supernet.options.streams padded) or supernet.train.bn group_norm"
                 )
 
 

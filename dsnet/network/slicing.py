@@ -20,9 +20,9 @@ def gradients_added_in_place() -> Iterator[None]:
     `weight.grad`.
 
     By default autograd creates, for every slice, a gradient of the size of the whole weight, mostly
-    zeros, and adds all of it: for a sandwich of four sub-networks this costs 1 to 5 % of a step. In
-    exchange, these gradients are visible only to `backward()`, not to `torch.autograd.grad` or to
-    hooks on the parameters, so that only the training step uses this.
+    zeros, and adds all of it: for a sandwich of four sub-networks this costs 1 to 5 % of a step.
+    Inside this context gradients reach only `weight.grad` by `backward()`, not
+    `torch.autograd.grad` or hooks on the parameters; therefore only the training step uses it.
     """
     token = _adds_in_place.set(True)
     try:
@@ -32,7 +32,7 @@ def gradients_added_in_place() -> Iterator[None]:
 
 
 def corner(weight: Float[Tensor, "*_"], *sizes: int) -> Float[Tensor, "*_"]:
-    """The slice `weight[:sizes[0], :sizes[1], ...]`; the weight itself where that is all of it."""
+    """The slice `weight[:sizes[0], :sizes[1], ...]`; the weight itself if that is all of it."""
     if tuple(weight.shape[: len(sizes)]) == sizes:
         return weight
     pays = weight.ndim > 1  # for a vector, autograd's zeros are cheaper than a custom function

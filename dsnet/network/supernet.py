@@ -98,7 +98,7 @@ class Supernet(nn.Module, ABC):
         self, start: Float[Tensor, "batch channels height width"], subnet: Subnet
     ) -> Float[Tensor, "batch classes"]:
         """Run the rest of a sub-network's head after `start_heads`: logits [B, num_classes]."""
-        raise NotImplementedError(f"{type(self).__name__} starts no heads together")
+        raise NotImplementedError(f"{type(self).__name__} does not implement start_heads and finish_head")
 
     @abstractmethod
     def cut_upto_gate(self, gate: int, subnet: Subnet) -> nn.Module:

@@ -52,8 +52,8 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Executed:
-    """Routes that ran in one round, and their logits, for all images of a batch (rows of images
-    that ran none are not used)."""
+    """Routes that ran in one round, and their logits, for all images of a batch; rows of images
+    that ran no route in it are not used."""
 
     routes: Int64[Tensor, " batch"]
     """int64 [B]: the route that each image ran in this round, or STOP where it ran none."""

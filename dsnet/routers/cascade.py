@@ -1,5 +1,5 @@
 """Cascades: run a cheap route, read its answer, then stop or run a wider route too. An image that
-goes on pays for both routes, and for the trunk once."""
+runs both routes costs both tails, and the trunk once."""
 
 from __future__ import annotations
 
@@ -232,7 +232,7 @@ class LearnedCascadeRouter:
         return {**self.head.tensors("head."), "offset": self.offset}, values
 
     def facts(self, names: Sequence[str]) -> dict[str, Any]:
-        """Names of the first route and of the routes of which one may follow."""
+        """Names of the first route and of the wider routes, one of which may run after it."""
         wider = [names[option] for option in self.options if option != self.first]
         return {"first": names[self.first], "then_one_of": wider}
 

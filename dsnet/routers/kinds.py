@@ -12,12 +12,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from jaxtyping import Shaped
-
 from dsnet.errors import CheckpointError
 from dsnet.plugins import load_plugins
 
 if TYPE_CHECKING:
+    from jaxtyping import Shaped
     from torch import Tensor
 
     from dsnet.routers.base import Router
@@ -36,8 +35,8 @@ class RouterKind:
     router: str | type
     """The class, or its import path "module:Class"."""
     head: Head
-    """Type of its head: `none` (nothing is trained), `linear`, `perceptron`, or the kind's `own`,
-    which `fit` trains and of which only the kind itself knows the cost."""
+    """Type of its head: `none` (nothing is trained), `linear`, `perceptron`, or `own`: trained by
+    the kind's `fit`, with a cost that is not known before."""
     symbol: str = "hexagon"
     """Its marker in figures, one of Plotly's."""
     is_tree: bool = False
@@ -50,7 +49,7 @@ class RouterKind:
     trains_end_to_end: bool = False
     """Whether its heads can be trained on images (`gate.trainer: end_to_end`)."""
     is_default: bool = False
-    """Whether it is in the default search space, which a sweep without its own uses."""
+    """Whether it is in the default search space, for sweeps that do not write a space."""
     fit: Callable[..., Any] | None = None
     """`fit(gate_table, val_table, settings) -> dsnet.gates.fit.GateFit` in place of the common
     training."""

@@ -20,8 +20,8 @@ class Retrace:
     """A router that takes the route `recorded` where the inner router's decision is a tie, and
     otherwise decides like it.
 
-    It holds one route for all images, because a later gate is asked about the images at one node
-    without their identities.
+    It holds one route for all images, because a later gate gets only the images at one node,
+    without their positions in the batch.
     """
 
     inner: Router

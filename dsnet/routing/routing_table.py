@@ -116,7 +116,7 @@ class RoutingTable:
             for kept in ([gate.layouts for gate in self.gates], [gate.pooling_madds for gate in self.gates])
         ):
             raise ValueError(
-                f"routing table {self.split}: its tree does not fit its {shape[1]} routes, or its gates the tree"
+                f"routing table {self.split}: its tree does not fit its {shape[1]} routes, or its gates do not fit the tree"
             )
         last = max(stop for gate in self.gates for layout in gate.layouts for _, stop in layout.values())
         if last != self.evidence.shape[1]:
@@ -176,7 +176,7 @@ class RoutingTable:
         """
         if meta.get("schema_version") != SCHEMA_VERSION:
             raise CheckpointError(
-                f"routing table of schema version {meta.get('schema_version')!r}; this release reads {SCHEMA_VERSION}"
+                f"the routing table has schema version {meta.get('schema_version')!r}, but this release reads {SCHEMA_VERSION}"
             )
         try:
             return cls(
@@ -221,11 +221,11 @@ class RoutingTable:
                 meta = json.loads((stored.metadata() or {})["routing_table"])
                 arrays = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - not a mapping
             if meta["sha256"] != _digest(arrays):
-                raise ValueError("its arrays do not match the hash beside them")
+                raise ValueError("its arrays do not match the hash stored with them")
             return cls.from_arrays(arrays, meta)
         except (SafetensorError, OSError, ValueError, KeyError, CheckpointError) as error:
             raise CheckpointError(
-                f"{path}: cannot be read as a routing table ({error}); delete its stage folder to have it made again"
+                f"{path}: cannot be read as a routing table ({error}); delete its stage folder and launch again"
             ) from error
 
 

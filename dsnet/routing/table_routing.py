@@ -42,7 +42,7 @@ class TableRun:
 
 
 def static_run(table: RoutingTable, route: int) -> TableRun:
-    """The run in which every image takes one route and nothing is decided."""
+    """The run in which every image takes the same route, without a router."""
     ran = np.zeros((table.num_images, table.num_routes), dtype=bool)
     ran[:, route] = True
     return TableRun(

@@ -76,7 +76,7 @@ class RouteTree:
         """
         spec = subnets.spec
         if not spec.gates:
-            raise ValueError(f"{spec.family} has no gate, so that nothing chooses between its sub-networks")
+            raise ValueError(f"{spec.family} has no gate, so that no router can choose between its sub-networks")
         subnets.prefix_upto(0)
         widths = [subnet.widths for subnet in subnets]
         if len(set(widths)) < len(widths):

@@ -1,4 +1,4 @@
-"""Sets of sub-networks: the members that a gate may choose, the teacher, the order by cost."""
+"""Sets of sub-networks: the members that a gate may choose from, and the teacher."""
 
 from __future__ import annotations
 

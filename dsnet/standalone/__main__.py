@@ -27,7 +27,6 @@ from dsnet.errors import ConfigError, DsnetError, StoppedError
 from dsnet.settings import Device
 from dsnet.stop_signals import StopRequest, stop_on_signals
 
-EXIT_MORE = 6
 RESERVE = (0.1, 15.0)
 """Part of --max-seconds reserved for stopping cleanly: a share of it, and at most so many
 seconds."""

@@ -2,11 +2,11 @@
 
     resolved.json   the configuration
     manifest.json   versions, seed, device, the data's fingerprint, the stages with the hashes of
-    their files and of the supernet they
-                    were made from
+                    their files and of the supernet from which they were made
     supernet/       epoch-*, curves.jsonl, final.safetensors|json
-    measure/        subnets.json, train_sample.json, latency.json, latency-NAME.json of each of
-    `measure.devices` table/          gate.safetensors, val.safetensors
+    measure/        subnets.json, train_sample.json, latency.json, and latency-NAME.json for each
+                    of `measure.devices`
+    table/          gate.safetensors, val.safetensors
 
 A stage writes the same files as the pipeline's stage of that name.
 """
@@ -67,7 +67,7 @@ class OutputFolder:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise LockedError(
-                    f"{self.path}: another call works in it; wait for it, or choose another --out"
+                    f"{self.path}: another call is using it; wait for it, or choose another --out"
                 ) from error
             except OSError as error:
                 raise PreflightError(
@@ -79,10 +79,10 @@ class OutputFolder:
             os.close(descriptor)
 
     def _check_is_ours(self) -> None:
-        """Check that a folder without a manifest holds no files of others.
+        """Check that a folder without a manifest holds no files of other programs.
 
-        A first call that was killed early leaves the configuration or a temporary file of ours
-        without a manifest.
+        A first call that was killed early leaves only the configuration or a temporary file of this
+        command.
 
         Raises:
             PreflightError: it holds other files.
@@ -137,7 +137,7 @@ class OutputFolder:
         """The content of manifest.json; empty before the first call.
 
         Raises:
-            CheckpointError: the file is torn, has another schema, or its supernet has another
+            CheckpointError: the file is incomplete, has another schema, or its supernet has another
                 result version.
         """
         if not self.manifest_path.exists():
@@ -145,7 +145,7 @@ class OutputFolder:
         manifest = read_json(self.manifest_path)
         if not _is_of_this_release(manifest):
             raise CheckpointError(
-                f"{self.manifest_path}: written by another release; finish it there, or choose another --out"
+                f"{self.manifest_path}: written by another release; finish it with that release, or choose another --out"
             )
         assert isinstance(manifest, dict)
         return manifest
@@ -154,7 +154,7 @@ class OutputFolder:
         """Whether the folder was begun by a release that trains the same supernet as this one.
 
         Raises:
-            CheckpointError: the manifest is torn.
+            CheckpointError: the manifest is incomplete.
         """
         has_both = self.manifest_path.is_file() and self.resolved_path.is_file()
         return has_both and _is_of_this_release(read_json(self.manifest_path))

@@ -20,7 +20,7 @@ from dsnet.training.settings import SupernetSettings, is_of_first_release, with_
 from dsnet.training.supernet_run import SupernetRun
 
 VERSION = 1
-_HOUSEKEEPING = ("data.path", "supernet.init_from", "supernet.keep_checkpoints", "supernet.train.checkpoint_every")
+_WITHOUT_EFFECT = ("data.path", "supernet.init_from", "supernet.keep_checkpoints", "supernet.train.checkpoint_every")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +89,7 @@ class StandaloneConfig(Settings):
             {key: value for key, value in flatten(config.to_json()).items() if value != {}}
             for config in (self, earlier)
         )
-        keys = [key for key in {**mine, **theirs} if not key.startswith(_HOUSEKEEPING)]
+        keys = [key for key in {**mine, **theirs} if not key.startswith(_WITHOUT_EFFECT)]
         return sorted(key for key in keys if mine.get(key) != theirs.get(key))
 
 

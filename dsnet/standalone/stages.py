@@ -52,8 +52,8 @@ from dsnet.training.supernet_run import SupernetRun
 PACKAGES = ("dsnet-orch", "torch", "numpy", "safetensors", "Pillow", "pyarrow", "scikit-learn")
 PIECE_BATCHES = 8
 """Batches per stored piece of a table; a call that is stopped loses at most one piece."""
-SPEAK_EVERY_S = 5.0
-"""Least number of seconds between two lines about the losses."""
+LOSS_LINES_EVERY_S = 5.0
+"""Minimum number of seconds between two lines about the losses."""
 
 
 def run_standalone(
@@ -174,7 +174,9 @@ class _StageRunner:
         first, fresh = first_weights(subnets, run.seed, start)
         check_start(run, start, fresh, task.num_classes)
         if start is not None:
-            self.say(f"supernet: starts from {start.stem}" + (f"; fresh: {', '.join(fresh)}" if fresh else ""))
+            self.say(
+                f"supernet: starts from {start.stem}" + (f"; newly initialised: {', '.join(fresh)}" if fresh else "")
+            )
         return first, run
 
     @cached_property
@@ -185,7 +187,7 @@ class _StageRunner:
 
     def check_stop(self) -> None:
         if self.should_stop():
-            raise StoppedError("stopped; the same command continues")
+            raise StoppedError("stopped; repeat the command to continue")
 
     def train(self) -> Sequence[Path]:
         supernet, run = self.first
@@ -199,7 +201,7 @@ class _StageRunner:
             callbacks=TrainingCallbacks(reporter=_LossLines(self.say), should_stop=self.should_stop),
         )
         if stem is None:
-            raise StoppedError("training was stopped; the same command continues")
+            raise StoppedError("training was stopped; repeat the command to continue")
         return [stem.with_name(stem.name + suffix) for suffix in (".safetensors", ".json")]
 
     def measure(self) -> Sequence[Path]:
@@ -311,7 +313,7 @@ class _StoppableImages:
 
 
 class _LossLines:
-    """Reporter that writes the losses as lines of text, at most one every `SPEAK_EVERY_S`
+    """Reporter that writes the losses as lines of text, at most one every `LOSS_LINES_EVERY_S`
     seconds."""
 
     def __init__(self, say: Callable[[str], None]) -> None:
@@ -321,7 +323,7 @@ class _LossLines:
     def on_curve(self, record: Mapping[str, Any]) -> None:
         """See `dsnet.training.curves.Reporter`."""
         is_last = record["step"] == record["num_steps"]
-        if not is_last and time.monotonic() - self._said_at < SPEAK_EVERY_S:
+        if not is_last and time.monotonic() - self._said_at < LOSS_LINES_EVERY_S:
             return
         self._said_at = time.monotonic()
         losses = {name.removeprefix("loss/"): value for name, value in record["metrics"].items() if "loss/" in name}

@@ -35,7 +35,9 @@ def save_tensors(path: Path, tensors: Mapping[str, Shaped[Tensor, "*_"]]) -> str
         try:
             save_file(dict(tensors), temporary)
         except SafetensorError as error:
-            raise CheckpointError(f"cannot write {path}: {error}; what was there before is untouched") from error
+            raise CheckpointError(
+                f"cannot write {path}: {error}; an earlier version of the file is unchanged"
+            ) from error
         return file_sha256(temporary)
 
 
@@ -49,7 +51,7 @@ def load_tensors(path: Path, sha256: str | None = None) -> dict[str, Shaped[Tens
         raise CheckpointError(f"{path}: no such file")
     if sha256 is not None and (met := file_sha256(path)) != sha256:
         raise CheckpointError(
-            f"{path}: its SHA-256 is {met[:12]}..., but {sha256[:12]}... was recorded; the file is damaged or was exchanged"
+            f"{path}: its SHA-256 is {met[:12]}..., but {sha256[:12]}... was recorded; the file is damaged or was replaced"
         )
     try:
         return load_file(path)
@@ -73,7 +75,9 @@ def load_checkpoint(stem: Path) -> tuple[dict[str, Shaped[Tensor, "*_"]], dict[s
     """
     meta = read_json(stem.with_name(stem.name + ".json"))
     if not isinstance(meta, dict):
-        raise CheckpointError(f"{stem}.json: holds no JSON object, so it describes no checkpoint; it was exchanged")
+        raise CheckpointError(
+            f"{stem}.json: is not a JSON object, so it does not describe a checkpoint; restore the file"
+        )
     if meta.get("schema_version") != SCHEMA_VERSION:
         raise CheckpointError(
             f"{stem}.json: schema version {meta.get('schema_version')!r}, but this release reads {SCHEMA_VERSION}; "
@@ -111,8 +115,8 @@ def load_exactly(supernet: Supernet, tensors: Mapping[str, Shaped[Tensor, "*_"]]
     """Load a state dict that must fit exactly.
 
     Raises:
-        CheckpointError: tensors are missing, unexpected or misshapen; the message lists all of
-            them.
+        CheckpointError: tensors are missing, unexpected or of another shape; the message lists all
+            of them.
     """
     expected = {name: tuple(value.shape) for name, value in supernet.state_dict().items()}
     problems = [f"missing {name} {shape}" for name, shape in expected.items() if name not in tensors]

@@ -120,7 +120,7 @@ class Curves:
         for (step, name, _), value in zip(rows, values, strict=True):
             if not math.isfinite(value):
                 raise NonFiniteLossError(
-                    f"the loss of {name} is {value} at step {step}; lower supernet.train.lr (it stood at {at.lr:.3g}), "
+                    f"the loss of {name} is {value} at step {step}; lower supernet.train.lr (it was {at.lr:.3g} there), "
                     "raise supernet.train.warmup_epochs or set supernet.train.grad_clip"
                 )
         return [(step, name, value) for (step, name, _), value in zip(rows, values, strict=True)]
@@ -128,7 +128,7 @@ class Curves:
 
 def _keep_lines_upto(path: Path, step: int) -> None:
     """Remove the records after `step`, which an interrupted run wrote after its last checkpoint,
-    and a torn line."""
+    and an incomplete last line."""
     if not path.exists():
         return
     kept = []

@@ -17,7 +17,7 @@ MIN_BATCHES = 2
 MIN_STEPS = 3000
 """Smallest total number of steps; short trainings get more epochs to reach it."""
 USUAL_EPOCHS = 30
-"""Default number of epochs where neither the number of steps nor the time suggests another."""
+"""Default number of epochs, unless it gives too few steps or takes too long."""
 MIN_EPOCHS, MAX_EPOCHS = 10, 200
 SENSIBLE_CPU_MINUTES = 30.0
 """Estimated minutes on two cores above which a training gets fewer than `USUAL_EPOCHS`, but at
@@ -91,8 +91,8 @@ class DataDefault:
 
 
 def data_defaults(facts: DataFacts, family: str, given: Mapping[str, Any] | None = None) -> dict[str, DataDefault]:
-    """Defaults for those of `DERIVED_KEYS` that are not given; each depends on the given settings
-    and on earlier defaults.
+    """The defaults of the `DERIVED_KEYS` that are not given; each depends on the given settings and
+    on earlier defaults.
 
     Args:
         facts: facts about the training data.
@@ -126,17 +126,15 @@ def data_defaults(facts: DataFacts, family: str, given: Mapping[str, Any] | None
 def _batch(facts: DataFacts, accumulate: int) -> DataDefault:
     num_train = facts.num_train
     batch = _power_of_two(num_train / MIN_STEPS_PER_EPOCH, MIN_BATCH, MAX_BATCH)
-    reason = (
-        f"{_number(num_train, 'image')} would give {_number(num_train // MAX_BATCH, 'step')} an epoch at {MAX_BATCH}"
-    )
+    reason = f"{_number(num_train, 'image')} would give only {_number(num_train // MAX_BATCH, 'step')} an epoch at {MAX_BATCH}"
     if batch == MAX_BATCH:
         reason = f"{_number(num_train, 'image')} give {_number(num_train // batch, 'step')} an epoch"
     if batch * MIN_BATCHES > num_train:
         batch = _power_of_two(num_train / MIN_BATCHES, 2, MAX_BATCH)
-        reason = f"of {_number(num_train, 'training image')}, so that an epoch has {MIN_BATCHES} steps or more"
+        reason = f"the largest power of two with {MIN_BATCHES} steps an epoch of {_number(num_train, 'training image')}"
     if batch % accumulate or batch < 2 * accumulate:
         batch = max(2, batch // accumulate) * accumulate
-        reason += f", and {accumulate} micro-batches share it"
+        reason += f"; rounded to a multiple of {accumulate} micro-batches"
     return DataDefault(batch, reason)
 
 
@@ -154,13 +152,13 @@ def _epochs(facts: DataFacts, family: str, steps_per_epoch: int, warmup: float) 
     epochs = max(enough, min(USUAL_EPOCHS, affordable))
     if epochs > MAX_EPOCHS:
         epochs = MAX_EPOCHS
-        reason = (
-            f"as many as are sensible; {_number(steps_per_epoch, 'step')} an epoch, {steps_per_epoch * epochs:,} steps"
-        )
+        reason = f"the largest default; {_number(steps_per_epoch, 'step')} an epoch, {steps_per_epoch * epochs:,} steps"
     elif epochs == enough and epochs > min(USUAL_EPOCHS, affordable):
-        reason = f"{MIN_STEPS:,} steps at least, and an epoch has {steps_per_epoch:,}"
+        reason = f"for at least {MIN_STEPS:,} steps; an epoch has {steps_per_epoch:,}"
     elif epochs < USUAL_EPOCHS:
-        reason = f"{USUAL_EPOCHS} would take about {_duration(USUAL_EPOCHS * minutes)} on two CPU cores; write more for a GPU"
+        reason = (
+            f"{USUAL_EPOCHS} would take about {_duration(USUAL_EPOCHS * minutes)} on two CPU cores; set more for a GPU"
+        )
     else:
         reason = f"the usual number; {_number(steps_per_epoch, 'step')} an epoch, {steps_per_epoch * epochs:,} steps"
     if warmup > epochs:
@@ -186,24 +184,24 @@ def _weight_decay(rate: float, num_steps: int, optimizer: str) -> DataDefault:
     told = f"{DECAY:g} / (learning rate {rate:g} x {_number(num_steps, 'step')})"
     if not MIN_DECAY <= decay <= MAX_DECAY:
         told += f", within {MIN_DECAY:g} to {MAX_DECAY:g}"
-    return DataDefault(value, f"{told}: short trainings, of few images, need more against learning them by heart")
+    return DataDefault(value, f"{told}: short trainings on few images need more, against overfitting")
 
 
 def _recalibration(facts: DataFacts) -> DataDefault:
     if facts.num_train <= RECALIBRATION_IMAGES:
         return DataDefault(None, f"all {_number(facts.num_train, 'training image')}")
     return DataDefault(
-        RECALIBRATION_IMAGES, f"of {facts.num_train:,} training images; more hardly change means and variances"
+        RECALIBRATION_IMAGES, f"of {facts.num_train:,} training images; more would hardly change means and variances"
     )
 
 
 def _randaugment(facts: DataFacts) -> DataDefault:
     is_natural = facts.can_mirror and facts.image_size >= RANDAUGMENT_SIDE
     if not is_natural:
-        return DataDefault(0, "small images, or images that cannot be mirrored: the crop alone changes them enough")
+        return DataDefault(0, "the random crop is enough for small images and for those that must not be mirrored")
     if RANDAUGMENT_OPS == 0:
-        return DataDefault(0, "the random crop and the mirror image change them enough")
-    return DataDefault(RANDAUGMENT_OPS, "beside the random crop and the mirror image")
+        return DataDefault(0, "random crops and mirroring are enough augmentation")
+    return DataDefault(RANDAUGMENT_OPS, "in addition to random crops and mirroring")
 
 
 def _duration(minutes: float) -> str:

@@ -161,7 +161,9 @@ class TrainSettings(Settings):
             raise SettingError(f"supernet.train.warmup_epochs: {problem}")
         problem = sharing_problem(self.batch_size, 1, self.accumulate)
         if problem is not None:
-            raise SettingError(f"supernet.train.batch_size: {problem}; supernet.train.accumulate says how many")
+            raise SettingError(
+                f"supernet.train.batch_size: {problem}; supernet.train.accumulate is the number of micro-batches"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,14 +203,14 @@ def without_published(bootstrapping: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def with_published(bootstrapping: Mapping[str, Any]) -> dict[str, Any]:
-    """Complete the settings of a record: settings that the first release lacks get their published
-    values."""
+    """Complete the settings of a record: missing settings, which the first release did not have,
+    get their published values."""
     return {**PUBLISHED, **bootstrapping}
 
 
 def is_of_first_release(bootstrapping: Mapping[str, Any]) -> bool:
-    """Whether exactly the settings of the first release are given, as its records do; a person
-    omits defaults."""
+    """Whether exactly the settings of the first release are given, as in its records; settings that
+    people write usually leave out defaults."""
     return bootstrapping.keys() == {each.name for each in fields(BootstrapSettings)} - PUBLISHED.keys()
 
 

@@ -72,7 +72,9 @@ def load_start(source: Path) -> Start:
     stem = find_checkpoint(source)
     tensors, meta = load_checkpoint(stem)
     if "spec" not in meta or "subnets" not in meta:
-        raise CheckpointError(f"{stem}.json: holds no supernet (no 'spec' and 'subnets'), so nothing can start from it")
+        raise CheckpointError(
+            f"{stem}.json: holds no supernet (no 'spec' and 'subnets'), so that training cannot start from it"
+        )
     run = meta.get("run", {})  # an imported checkpoint need not have been trained here
     if any(name.startswith("student.") for name in tensors):
         tensors = tensors_below(tensors, f"{run.get('weights', 'ema')}.")
@@ -174,7 +176,7 @@ def apply_start(supernet: Supernet, start: Start) -> list[str]:
         listed = [problem for kind in kinds for problem in kind[:_NUM_LISTED]]
         num_others = sum(map(len, kinds)) - len(listed)
         raise CheckpointError(
-            f"supernet.init_from: {start.stem} holds {_in_words(start.subnets.spec)}; asked for is {_in_words(supernet.spec)}. "
+            f"supernet.init_from: {start.stem} holds {_in_words(start.subnets.spec)}, but the settings give {_in_words(supernet.spec)}. "
             "Use the model, options and regime (bn) that it was made with, or model: checkpoint. "
             f"What does not fit: {'; '.join(listed)}" + (f"; and {num_others} more tensors" if num_others else "")
         )
@@ -218,7 +220,7 @@ def _classifiers(spec: SupernetSpec) -> tuple[str, ...]:
 
 
 def check_start(run: SupernetRun, start: Start | None, fresh: Sequence[str], num_classes: int) -> None:
-    """Check that a run leaves no tensor untrained and no statistics unestimated.
+    """Check that a run trains all fresh tensors and estimates all BatchNorm statistics.
 
     Args:
         run: the settings.
@@ -238,8 +240,8 @@ def check_start(run: SupernetRun, start: Start | None, fresh: Sequence[str], num
     if run.train.epochs == 0 and len(statistics) < len(fresh):
         assert start is not None
         raise ConfigError(
-            f"supernet.train.epochs is 0, but the classifier of {start.stem} tells {start.num_classes} classes apart and the data has "
-            f"{num_classes}: a new one must be trained, for 1 epoch or more"
+            f"supernet.train.epochs is 0, but the classifier of {start.stem} has {start.num_classes} classes and the data has "
+            f"{num_classes}: a new classifier must be trained, for 1 epoch or more"
         )
     if run.recalibration_images == 0 and (run.train.epochs > 0 or statistics):
         outdated = (
@@ -292,16 +294,16 @@ def lay_out(
             _check_channels(start.subnets.spec, task)
         return layout(model, task, options, norm)
     if start is None:
-        raise ConfigError("supernet.model is 'checkpoint', but supernet.init_from names none")
+        raise ConfigError("supernet.model is 'checkpoint', but supernet.init_from is not set; set it to a checkpoint")
     if options:
         raise ConfigError(
-            f"supernet.options: model 'checkpoint' has those of its network; remove {', '.join(sorted(options))}"
+            f"supernet.options: model 'checkpoint' takes its network's options from the checkpoint; remove {', '.join(sorted(options))}"
         )
     subnets = relayout(start.subnets, task)
     if norm not in (None, subnets.spec.norm):
         raise ConfigError(
             f"supernet.train.bn is {norm!r}, but the network of {start.stem} was made with {subnets.spec.norm!r}; "
-            "model 'checkpoint' takes it as it is: choose a regime or bn that agrees"
+            "model 'checkpoint' cannot change that: choose a regime or bn with the same normalisation"
         )
     return subnets
 

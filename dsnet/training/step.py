@@ -44,13 +44,13 @@ class StepRules:
     """Settings that are the same in every step of a run."""
 
     teacher: str
-    """One of `dsnet.training.settings.TEACHERS`."""
+    """One of `dsnet.training.settings.Teacher`."""
     smoothing: float
     """Label smoothing of the hard labels, [0, 1)."""
     precision: str = "float32"
-    """One of `dsnet.training.settings.PRECISIONS`."""
+    """One of `dsnet.training.settings.Precision`."""
     trust: str = "full"
-    """One of `dsnet.training.settings.TRUSTS`."""
+    """One of `dsnet.training.settings.Trust`."""
     scale: float = 1.0
     """Factor of every gradient: 1 / number of micro-batches."""
 

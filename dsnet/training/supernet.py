@@ -166,8 +166,8 @@ class _Session:
         """
         tensors, meta = load_checkpoint(stem)
         expected = json.loads(json.dumps({"run": self.run.to_json(), **supernet_meta(self.student)}))
-        stored = {**meta, "run": _without_housekeeping(meta.get("run"))}
-        expected["run"] = _without_housekeeping(expected["run"])
+        stored = {**meta, "run": _result_settings(meta.get("run"))}
+        expected["run"] = _result_settings(expected["run"])
         changed = [name for name, value in expected.items() if stored.get(name) != value]
         if changed:
             raise CheckpointError(
@@ -188,14 +188,14 @@ class _Session:
             )
         if meta["steps_per_epoch"] != self.steps_per_epoch:
             raise CheckpointError(
-                f"{stem}.json: was written with {meta['steps_per_epoch']} steps an epoch, but this number of workers makes "
-                f"{self.steps_per_epoch} of the same images; continue with as many workers as before, or remove {stem.parent}"
+                f"{stem}.json: was written with {meta['steps_per_epoch']} steps an epoch, but with this number of workers "
+                f"an epoch has {self.steps_per_epoch}; continue with as many workers as before, or remove {stem.parent}"
             )
         self.step, self.updates = meta["step"], meta["updates"]
         return meta.get("pending_losses", [])
 
 
-def _without_housekeeping(run: Any) -> Any:
+def _result_settings(run: Any) -> Any:
     """The settings of a run that determine its weights.
 
     Frequency and number of checkpoints and the name of the start weights' file are left out: they
@@ -249,7 +249,7 @@ def train_supernet(
             `final.safetensors|json`.
         device: The device to train on.
         workers: The data-parallel group; None trains in this process alone.
-        callbacks: Functions that receive its progress and may stop it; None calls nobody.
+        callbacks: Functions that receive its progress and may stop it; None: no functions.
 
     Returns:
         The stem of the final checkpoint, or None where training was stopped or this is not worker

@@ -1,4 +1,4 @@
-"""The settings of one training of a supernet, all resolved, with their way through JSON."""
+"""The resolved settings of one training of a supernet, and their conversion to and from JSON."""
 
 from __future__ import annotations
 

@@ -25,10 +25,10 @@ class Workers(Protocol):
         """Number of processes."""
         ...
 
-    def agree_to_stop(self, wish: bool) -> bool:
+    def agree_to_stop(self, wants_to_stop: bool) -> bool:
         """Decide at the start of a step whether the group stops; all processes agree.
 
-        `wish` is whether this process wants to stop; the group may follow one or two steps later.
+        `wants_to_stop` is this process's own request; the group may stop one or two steps later.
         """
         ...
 
@@ -48,9 +48,9 @@ class SingleWorker:
     rank = 0
     size = 1
 
-    def agree_to_stop(self, wish: bool) -> bool:
-        """Return `wish`."""
-        return wish
+    def agree_to_stop(self, wants_to_stop: bool) -> bool:
+        """Return `wants_to_stop`."""
+        return wants_to_stop
 
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Do nothing: the gradients are their own mean."""
@@ -62,43 +62,43 @@ class SingleWorker:
 class DistributedWorkers:
     """The processes of the default torch.distributed group.
 
-    Wishes to stop are sent with the gradients, so that a step has a single all-reduce. On a GPU the
-    result is read two steps later, when it has certainly arrived: reading it at once would make
+    Requests to stop are sent with the gradients, so that a step has a single all-reduce. On a GPU
+    the result is read two steps later, when it has certainly arrived: reading it at once would make
     every step wait for the device.
     """
 
     def __init__(self) -> None:
         self.rank = dist.get_rank()
         self.size = dist.get_world_size()
-        self._wish = False
-        self._votes: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
+        self._wants_to_stop = False
+        self._requests: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
 
-    def agree_to_stop(self, wish: bool) -> bool:
-        """Logical or of the group's wishes one step ago (two steps on a GPU)."""
-        self._wish = wish
-        lag = 1 if not self._votes or self._votes[0][1] is None else 2
-        if len(self._votes) < lag:
+    def agree_to_stop(self, wants_to_stop: bool) -> bool:
+        """Logical or of the group's requests one step ago (two steps on a GPU)."""
+        self._wants_to_stop = wants_to_stop
+        lag = 1 if not self._requests or self._requests[0][1] is None else 2
+        if len(self._requests) < lag:
             return False
-        vote, arrived = self._votes.popleft()
+        share, arrived = self._requests.popleft()
         if arrived is not None:
             arrived.synchronize()
-        if vote.item() > 0:
-            self._votes.clear()
+        if share.item() > 0:
+            self._requests.clear()
             return True
         return False
 
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Average all gradients, and the wishes to stop, by one all-reduce of a flat vector."""
+        """Average all gradients, and the requests to stop, by one all-reduce of a flat vector."""
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        wish = gradients[0].new_full((1,), float(self._wish))
-        self._average([*gradients, wish])
-        if wish.device.type == "cuda":
-            on_host = torch.empty(1, dtype=wish.dtype, pin_memory=True).copy_(wish, non_blocking=True)
+        request = gradients[0].new_full((1,), float(self._wants_to_stop))
+        self._average([*gradients, request])
+        if request.device.type == "cuda":
+            on_host = torch.empty(1, dtype=request.dtype, pin_memory=True).copy_(request, non_blocking=True)
             arrived = torch.cuda.Event()
             arrived.record()
-            self._votes.append((on_host, arrived))
+            self._requests.append((on_host, arrived))
         else:
-            self._votes.append((wish, None))
+            self._requests.append((request, None))
 
     def average_buffers(self, modules: Iterable[nn.Module]) -> None:
         """Average all float buffers by one all-reduce of a flat vector."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dsnet.errors import NotFoundError, PreflightError
+from dsnet.wording import plural
 from orchestration.results.protocol import Results
 from orchestration.runs.folder import MLFLOW_DATABASE, mlflow_artifact_root, mlflow_store_uri
 from orchestration.runs.lock import DriverLock
@@ -48,8 +49,8 @@ def sync_again(results: Results) -> str:
     if num_unsent:
         first = next(summary.first_error for summary in summaries if summary.num_unsent)
         raise PreflightError(f"{num_unsent} writes to {uri} failed: {first}")
-    several = f" of {len(results.supernets)} supernets" if isinstance(results, SupernetSweepResults) else ""
-    return f"{run.name}: {results.num_trials} trials{several} are in {uri}"
+    several = "" if list(results.supernets) == [""] else f" of {plural(len(results.supernets), 'supernet')}"
+    return f"{run.name}: {plural(results.num_trials, 'trial')}{several} in {uri}"
 
 
 @dataclass(frozen=True)

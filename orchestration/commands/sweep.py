@@ -1,12 +1,13 @@
 """A sweep as the commands work with it, the same for one supernet and for several.
 
-The functions of this module are the only places that tell the two kinds apart. Heavy
-imports happen inside the methods, so that each command loads what it needs alone.
+Commands tell the two kinds apart in the functions of this module; besides them only the launch and
+the rows of MLflow do. Heavy imports happen inside the methods, so that each command loads what it
+needs alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -20,11 +21,8 @@ from orchestration.runs.folder import RunDir
 from orchestration.supernets.results import SupernetSweepResults
 
 if TYPE_CHECKING:
-    from orchestration.commands.measure_again import MeasuredAgain
     from orchestration.config.loading import LoadedConfig
     from orchestration.config.sweep import SweepConfig
-    from orchestration.progress import ProgressView
-    from search.suggest.space import Scalar
 
 
 class Sweep(Protocol):
@@ -51,14 +49,6 @@ class Sweep(Protocol):
         """Draw the front into a file, whose suffix decides the format."""
         ...
 
-    def draw_routers(self, path: Path) -> Path:
-        """Draw what each kind of router reaches at the budgets into a file."""
-        ...
-
-    def enqueue(self, points: Sequence[Mapping[str, Scalar]], like: str | None) -> list[str]:
-        """Put points into the queue of the search; returns what will happen, in sentences."""
-        ...
-
     def export(self, picks: Sequence[str], folder: Path | None) -> list[Path]:
         """Write bundles of picked gates; returns their folders."""
         ...
@@ -67,8 +57,15 @@ class Sweep(Protocol):
         """Write the report again; returns its path."""
         ...
 
-    def measure(self, progress: ProgressView) -> MeasuredAgain:
-        """Time the sub-networks and the front again."""
+    def only_supernet(self, why: str) -> RunResults:
+        """The results of the sweep's only supernet, for commands about one.
+
+        Args:
+            why: the end of a sentence about the sweep that is refused, "but ...".
+
+        Raises:
+            ConfigError: the sweep has several supernets; the message names the run of one.
+        """
         ...
 
 
@@ -102,18 +99,6 @@ class SweepOfOne:
 
         return draw_front(self.results, path)
 
-    def draw_routers(self, path: Path) -> Path:
-        """Draw what each kind of router reaches at the budgets into a file."""
-        from orchestration.results.report import draw_routers
-
-        return draw_routers(self.results, path)
-
-    def enqueue(self, points: Sequence[Mapping[str, Scalar]], like: str | None) -> list[str]:
-        """Put points into the queue of the search."""
-        from orchestration.commands.steering import enqueue_points
-
-        return enqueue_points(self.results, [dict(point) for point in points], like)
-
     def export(self, picks: Sequence[str], folder: Path | None) -> list[Path]:
         """Write bundles of picked trials."""
         from orchestration.commands.planning import prepare_again
@@ -127,11 +112,9 @@ class SweepOfOne:
 
         return report_again(self.results)
 
-    def measure(self, progress: ProgressView) -> MeasuredAgain:
-        """Time the sub-networks and the front again."""
-        from orchestration.commands.measure_again import measure_again
-
-        return measure_again(self.results, progress)
+    def only_supernet(self, why: str) -> RunResults:
+        """The results of the run."""
+        return self.results
 
 
 class SweepOfSeveral:
@@ -139,12 +122,6 @@ class SweepOfSeveral:
 
     def __init__(self, results: SupernetSweepResults) -> None:
         self.results = results
-
-    @property
-    def _example(self) -> Path:
-        """The run folder of one of the supernets, for messages."""
-        run = self.results.run
-        return run.supernets_dir / self.results.entries[0].name
 
     def show_launch(self, bundles: Sequence[Path]) -> None:
         """Print the front over all supernets, warnings about those on it, and where the files
@@ -171,25 +148,6 @@ class SweepOfSeveral:
 
         return draw_supernets(self.results, path)
 
-    def draw_routers(self, path: Path) -> Path:
-        """Not for several supernets.
-
-        Raises:
-            ConfigError: always; it names one of them.
-        """
-        raise ConfigError(f"--routers-figure draws one supernet; name its run, e.g. {self._example}")
-
-    def enqueue(self, points: Sequence[Mapping[str, Scalar]], like: str | None) -> list[str]:
-        """Not for several supernets.
-
-        Raises:
-            ConfigError: always; it names one of them.
-        """
-        name = self.results.run.name
-        raise ConfigError(
-            f"{name} is a sweep of several supernets, but a point belongs to one of them; name that run, e.g. {self._example}"
-        )
-
     def export(self, picks: Sequence[str], folder: Path | None) -> list[Path]:
         """Write bundles of picked gates of any of the supernets."""
         from orchestration.commands.plan_supernets import export_supernets_again
@@ -202,15 +160,16 @@ class SweepOfSeveral:
 
         return report_supernets_again(self.results)
 
-    def measure(self, progress: ProgressView) -> MeasuredAgain:
+    def only_supernet(self, why: str) -> RunResults:
         """Not for several supernets.
 
         Raises:
-            ConfigError: always; it names one of them.
+            ConfigError: always; the message names the run of one.
         """
-        name = self.results.run.name
+        run = self.results.run
         raise ConfigError(
-            f"{name} is a sweep of several supernets, but one is measured at a time; name its run, e.g. {self._example}"
+            f"{run.name} is a sweep of several supernets, but {why}; name its run, e.g. "
+            f"{run.supernets_dir / self.results.entries[0].name}"
         )
 
 
@@ -245,7 +204,7 @@ def sweep_of(results: Results) -> Sweep:
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """What `dsnet-orch plan` shows."""
+    """Options of `dsnet-orch plan`."""
 
     is_dry: bool = False
     """Time no steps, and forecast nothing."""

@@ -173,7 +173,7 @@ class SupernetConfig(Section):
     """Training regime (widths, teacher and normalisation): ce | s_net | us_net | ib | ieb; null =
     in-place bootstrapping (ib)."""
     workers: PositiveInt = 1
-    """Ray Train workers."""
+    """Workers that train the supernet; several are workers of Ray Train."""
     threads: PositiveInt | None = None
     """Torch threads per worker; null = cores // workers."""
     device: Device = "auto"

@@ -42,6 +42,7 @@ from orchestration.tracking.rows import (
     store_uri,
     sweep_end_ms,
     sweep_row,
+    write_artifacts,
     write_front,
     write_overview,
     write_subnets,
@@ -265,8 +266,7 @@ def write_outputs(work: Launch, notes: tuple[str, ...], standing: Standing) -> N
         write_subnets(work.tracker, results)  # again, now with metrics on test
     if results.records:
         write_front(work.tracker, results, standing, results.finished_ms)
-    for path in (run.sweep_yaml, run.points_parquet, run.report_html):
-        work.tracker.artifact(path)
+    write_artifacts(work.tracker, run)
     if work.config.tracking.mlflow:
         write_overview(work.tracker, results, redraw=True)
 

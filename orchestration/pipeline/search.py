@@ -108,9 +108,11 @@ def search_stage(work: Launch, plan: StagePlan, table_plan: StagePlan) -> None:
     plan = continued(run, plan, config)
     results = work.results
     constraints = constraint_set(config, named_baseline(results))
-    refuse_impossible(constraints, results.metric_ranges)
 
     def search(folder: Path) -> Sequence[Path]:
+        # As part of the stage, so that trials of an earlier search, which obeyed other constraints,
+        # are not taken for the trials of this one.
+        refuse_impossible(constraints, results.metric_ranges)
         journal = StudyJournal.open(run.study_journal(plan.key), study_settings(config))
         report = ArithmeticReport(folder / "arithmetic.json", work.progress.warn)
         num_finished = len(journal.trials())

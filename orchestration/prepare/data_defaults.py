@@ -1,4 +1,4 @@
-"""Defaults that depend on the data, filled in once the data are read, each with its reason."""
+"""Defaults that depend on the data: they are filled in after the data are read, with reasons."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def _written(config: SweepConfig) -> dict[str, Any]:
 
 
 def _of_the_augmentation(config: SweepConfig, image_set: ImageSource) -> dict[str, DataDefault]:
-    """The values that the nulls of `data.augment.crop_padding` and `flip` stand for."""
+    """The values of `data.augment.crop_padding` and `flip` where they are null."""
     written = config.data.augment
     if written.crop_scale is not None or config.data.stream:
         return {}
@@ -93,6 +93,6 @@ def _of_the_augmentation(config: SweepConfig, image_set: ImageSource) -> dict[st
     if written.crop_padding is None:
         found[f"{AUGMENT}crop_padding"] = DataDefault(made.crop_padding, f"an eighth of {side} pixels")
     if written.flip is None:
-        reason = "a mirrored photo shows the same thing" if made.flip else "a mirrored digit is no digit"
+        reason = "mirroring does not change the class" if made.flip else "a mirrored digit is not a digit"
         found[f"{AUGMENT}flip"] = DataDefault(made.flip, reason)
     return found

@@ -9,7 +9,6 @@ from orchestration.config.sweep import SweepConfig
 from orchestration.results.gate_id import GateId
 from orchestration.results.run import RunResults
 from orchestration.runs.folder import RunDir
-from search.front.points import PointRow
 
 
 class Results(Protocol):
@@ -26,7 +25,8 @@ class Results(Protocol):
 
     @property
     def supernets(self) -> Mapping[str, RunResults]:
-        """The results of each trained supernet by its name, which is empty in a sweep of one."""
+        """The results of each trained supernet by its name; of a sweep of one, the run's own under
+        the empty name."""
         ...
 
     @property
@@ -53,12 +53,4 @@ class Results(Protocol):
     @property
     def is_verified(self) -> bool:
         """Whether the current front ran on `test`."""
-        ...
-
-    def points(self) -> list[PointRow]:
-        """All rows of points.parquet."""
-        ...
-
-    def refresh(self) -> None:
-        """Read the run folder again; called when a stage has finished."""
         ...

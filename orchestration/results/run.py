@@ -75,9 +75,8 @@ class RunResults:
 
     @property
     def supernets(self) -> dict[str, RunResults]:
-        """This run under the empty name, once its supernet is trained; as
-        `orchestration.results.protocol` asks."""
-        return {"": self} if self.is_done("supernet") else {}
+        """This run under the empty name; as `orchestration.results.protocol` asks."""
+        return {"": self}
 
     def stage_key(self, stage: str) -> str | None:
         """The key of the stage's current result, or None."""

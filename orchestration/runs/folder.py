@@ -194,14 +194,7 @@ class RunDir:
     def verify_json(self, key: str) -> Path:
         return self.stage_dir("verify", key) / "verify.json"
 
-    # A request to stop, from any process that can write the folder.
-    def request_stop(self) -> None:
-        """Ask the driver to stop at its next step or trial boundary."""
-        try:
-            self.stop_path.touch()
-        except OSError as error:
-            raise PreflightError(f"cannot write {self.stop_path}: {error.strerror}.") from error
-
+    # Any process that can write the folder asks the driver to stop with the file `stop`.
     def stop_requested(self) -> bool:
         return self.stop_path.exists()
 

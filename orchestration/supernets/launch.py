@@ -71,6 +71,7 @@ from orchestration.tracking.rows import (
     sweep_end_ms,
     sweep_row,
     unix_ms,
+    write_artifacts,
 )
 from orchestration.workers.runtime import LOCAL, cluster_cpus
 from orchestration.workers.supernet import SupernetJob
@@ -348,12 +349,17 @@ class _SupernetsLaunch:
         )
 
     def _is_idle(self, plans: Mapping[str, Mapping[str, StagePlan]]) -> bool:
-        """Whether earlier launches have done everything."""
+        """Whether earlier launches have done everything, and the last of them with these
+        settings."""
         if self._needs_ray(plans):
             return False
         trained = [name for name, fate in self._known_fates(plans).items() if fate.state == "trained"]
-        are_done = all(plan.is_done for name in trained for plan in plans[name].values())
-        return are_done and SupernetSweepResults(self.run).is_verified
+        are_done = all(
+            plan.is_done and self.launches[name].results.stage_key(plan.name) == plan.key
+            for name in trained
+            for plan in plans[name].values()
+        )
+        return are_done and self.results.is_verified
 
     def _train(self, plans: Mapping[str, Mapping[str, StagePlan]]) -> list[str]:
         """Train the supernets that have no fate yet, under the scheduler; returns the names of the
@@ -420,7 +426,10 @@ class _SupernetsLaunch:
         most = f"; {broken.most_common(1)[0][1]} violate {broken.most_common(1)[0][0]}" if broken else ""
         reasons = [entry.reason for entry in results.entries if entry.reason]
         last = f"; reason of the last supernet that failed: {reasons[-1]}" if reasons else ""
-        return f"none of the {results.num_trials} trials of {plural(len(results.supernets), 'supernet')} is feasible{most}{last}"
+        searched = plural(len(results.supernets), "supernet")
+        if results.num_trials == 0:
+            return f"no gate of {searched} was tried{last}"
+        return f"none of the {plural(results.num_trials, 'trial')} of {searched} is feasible{most}{last}"
 
     def _freeze(self) -> None:
         """Write the front over all supernets, and for each member the gates that will run on
@@ -470,8 +479,7 @@ class _SupernetsLaunch:
         prepared = {name: _prepared(member) for name, member in self.members.items()}
         bundles = export_gates(results, self.config.export.picks, prepared, self.run.export_dir)
         write_global_front(self.tracker, results)
-        for path in (self.run.sweep_yaml, self.run.points_parquet, self.run.report_html):
-            self.tracker.artifact(path)
+        write_artifacts(self.tracker, self.run)
         if self.config.tracking.mlflow:
             write_global_overview(self.tracker, results, redraw=True)
         return LaunchResult(results, tuple(bundles))

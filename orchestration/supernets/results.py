@@ -66,12 +66,14 @@ class SupernetSweepResults:
 
     @cached_property
     def supernets(self) -> dict[str, RunResults]:
-        """The members whose supernet is trained, by name, in the order of drawing."""
+        """The members whose supernet is trained and usable under the settings of the last launch,
+        by name, in the order of drawing."""
         for entry in self.entries:
             run = RunDir(self.run.supernets_dir, entry.name)
             if entry.name not in self._opened and run.manifest_path.is_file():
                 self._opened[entry.name] = RunResults(run)
-        known = {entry.name: self._opened.get(entry.name) for entry in self.entries}
+        usable = [entry.name for entry in self.entries if entry.state not in ("failed", "stopped")]
+        known = {name: self._opened.get(name) for name in usable}
         return {name: own for name, own in known.items() if own is not None and own.is_done("supernet")}
 
     @property

@@ -32,6 +32,7 @@ from orchestration.tracking.rows import (
     sweep_uid,
     test_metrics,
     unix_ms,
+    write_artifacts,
 )
 
 HYPERVOLUME = "static_hypervolume"
@@ -182,7 +183,7 @@ def replay_supernets(results: SupernetSweepResults, make: Callable[[], Tracker])
         member_run = RunDir(run.supernets_dir, entry.name)
         if not member_run.manifest_path.is_file():
             continue
-        own, member = make(), RunResults(member_run)
+        own, member = make(), results.supernets.get(entry.name) or RunResults(member_run)
         replay(
             member,
             own,
@@ -195,9 +196,7 @@ def replay_supernets(results: SupernetSweepResults, make: Callable[[], Tracker])
         trackers.append((own, *member_end(entry, member)))
     if results.front_gates:
         write_global_front(tracker, results)
-    for path in (run.sweep_yaml, run.points_parquet, run.report_html):
-        if path.exists():
-            tracker.artifact(path)
+    write_artifacts(tracker, run)
     write_global_overview(tracker, results, redraw=False)
     trackers.append((tracker, "FINISHED" if results.is_verified else "KILLED", supernets_end_ms(results)))
     return trackers

@@ -274,6 +274,14 @@ def write_front(tracker: Tracker, results: RunResults, standing: Standing, time_
     tracker.series(by_cost("front_test", test_metrics(results).values(), time_ms))
 
 
+def write_artifacts(tracker: Tracker, run: RunDir) -> None:
+    """Attach the configuration, the points and the report of a run to its row, as far as they are
+    written."""
+    for path in (run.sweep_yaml, run.points_parquet, run.report_html):
+        if path.exists():
+            tracker.artifact(path)
+
+
 def write_overview(tracker: Tracker, results: RunResults, *, redraw: bool) -> None:
     """Put a picture and a table of the front into the parent's description; does nothing without a
     front."""
@@ -304,9 +312,7 @@ def replay(
         write_subnets(tracker, results)
     if results.records:
         write_front(tracker, results, standing or Standing.of(results), results.finished_ms)
-    for path in (run.sweep_yaml, run.points_parquet, run.report_html):
-        if path.exists():
-            tracker.artifact(path)
+    write_artifacts(tracker, run)
     write_overview(tracker, results, redraw=False)
 
 

@@ -1,5 +1,5 @@
-"""Stage I on Ray Train workers: the loop of `dsnet.training`, data-parallel, with its curves
-followed while it runs."""
+"""Stage I on Ray: the loop of `dsnet.training` in one task, or data-parallel on workers of Ray
+Train, with its curves followed while it runs."""
 
 from __future__ import annotations
 
@@ -59,7 +59,10 @@ def train_on_ray(
     on_points: Callable[[list[CurvePoint]], None],
     should_stop: Callable[[], bool],
 ) -> Path:
-    """Train the supernet on `job.workers` Ray Train workers; Ray must be initialised.
+    """Train the supernet on `job.workers` Ray workers; Ray must be initialised.
+
+    One worker is a plain task: Ray Train would start five more processes for it, and takes three
+    times as long to begin. Several are workers of Ray Train.
 
     Args:
         job: the settings.
@@ -84,7 +87,8 @@ def train_on_ray(
     job.folder.mkdir(parents=True, exist_ok=True)
     config = {"job": job, **send_images(data)}
     failures: list[BaseException] = []
-    thread = threading.Thread(target=_fit, args=(config, failures), name="ray-train", daemon=True)
+    fit = _fit_alone if job.workers == 1 else _fit_group
+    thread = threading.Thread(target=fit, args=(config, failures), name="ray-train", daemon=True)
     tail = CurveTail(job.folder / "curves.jsonl")
     thread.start()
     try:
@@ -97,7 +101,8 @@ def train_on_ray(
     if should_stop():
         raise StoppedError("training was stopped; its checkpoints are kept")
     if failures:
-        raise DsnetError(f"the training workers failed: {root_cause(failures[0])}") from failures[0]
+        workers = "worker" if job.workers == 1 else "workers"
+        raise DsnetError(f"the training {workers} failed: {root_cause(failures[0])}") from failures[0]
     return job.folder / FINAL
 
 
@@ -147,7 +152,23 @@ def _check_room(job: SupernetJob, resources: Mapping[str, float]) -> None:
         )
 
 
-def _fit(config: dict[str, Any], failures: list[BaseException]) -> None:
+def _fit_alone(config: dict[str, Any], failures: list[BaseException]) -> None:
+    """Train in one task, which another one follows where it was lost."""
+    import ray
+
+    job: SupernetJob = config["job"]
+    task = ray.remote(num_cpus=job.threads, num_gpus=int(job.device == "cuda"), max_retries=0)(_train_loop)
+    for attempt in range(WORKER_RETRIES + 1):
+        try:
+            ray.get(task.remote(config))
+        except Exception as error:  # noqa: BLE001 - reported by the main thread, whatever it is
+            if attempt == WORKER_RETRIES:
+                failures.append(error)
+        else:
+            return
+
+
+def _fit_group(config: dict[str, Any], failures: list[BaseException]) -> None:
     """Run the trainer. Must not run in the main thread, where Ray would replace our handler of
     Ctrl-C."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -162,7 +183,7 @@ def _fit(config: dict[str, Any], failures: list[BaseException]) -> None:
     trainer = TorchTrainer(
         _train_loop,
         train_loop_config=config,
-        torch_config=LoopbackConfig(folder=str(meeting)) if job.is_local or job.workers == 1 else TorchConfig(),
+        torch_config=LoopbackConfig(folder=str(meeting)) if job.is_local else TorchConfig(),
         scaling_config=ScalingConfig(
             num_workers=job.workers, use_gpu=job.device == "cuda", resources_per_worker={"CPU": job.threads}
         ),
@@ -197,10 +218,9 @@ def _follow(
 
 
 def _train_loop(config: Mapping[str, Any]) -> None:
-    """The function of each Ray Train worker. Errors of the user are recorded, not raised, because
-    Ray would start it again."""
+    """The function of each worker. Errors of the user are recorded, not raised, because the worker
+    would be started again."""
     fix_arithmetic()
-    import ray.train
     import torch
 
     from dsnet.training.supernet import TrainingCallbacks, train_supernet
@@ -211,8 +231,7 @@ def _train_loop(config: Mapping[str, Any]) -> None:
     if outcome.exists():
         return  # an earlier attempt of this launch failed by itself, and would fail again
     torch.set_num_threads(job.threads)
-    context = ray.train.get_context()
-    is_alone = context.get_world_size() == 1
+    workers = SingleWorker() if job.workers == 1 else DistributedWorkers()
     try:
         train_supernet(
             first_supernet(job),
@@ -220,13 +239,13 @@ def _train_loop(config: Mapping[str, Any]) -> None:
             job.run,
             folder=job.folder,
             device=job.device,
-            workers=SingleWorker() if is_alone else DistributedWorkers(),
+            workers=workers,
             callbacks=TrainingCallbacks(should_stop=job.stop_file.exists),
         )
     except DsnetError as error:
-        record = {"error": type(error).__name__, "message": str(error), "rank": context.get_world_rank()}
+        record = {"error": type(error).__name__, "message": str(error), "rank": workers.rank}
         atomic_write_json(outcome, record)
-        if not is_alone:
+        if job.workers > 1:
             raise  # the others wait in an all-reduce; the group must end
 
 

@@ -101,21 +101,21 @@ class _Job:
 
 @dataclass(frozen=True, kw_only=True)
 class Actors:
-    """The actors of a runner, and what each of them takes of the cluster."""
+    """Number of a runner's actors, and the resources of each."""
 
     number: int | None = None
     """None = as many as the cluster has room for."""
     threads: int = 1
     """Threads of computation of an actor, and CPUs that it takes, >= 1."""
     resources: Mapping[str, float] = field(default_factory=dict)
-    """What else an actor takes, > 0, under Ray's names: "GPU" (a share, 0.5 = two actors on one),
-    "memory" (bytes), or a resource that the cluster's owner has named. Ray counts them, and does
-    not hold an actor to them."""
+    """Further resources of an actor, > 0, under Ray's names: "GPU" (a share, 0.5 = two actors on
+    one), "memory" (bytes), or a resource that the cluster's owner has named. Ray counts them, and
+    does not hold an actor to them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrialLimits:
-    """How long a trial may run, and how often it is tried."""
+    """Time-out and number of retries of a trial."""
 
     timeout_s: float = 120.0
     """Seconds that one trial may take, > 0, and as many for each trial of a batch; its actor is

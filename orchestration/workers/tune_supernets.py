@@ -196,7 +196,7 @@ def train_members(
     """Train every member without a fate as far as the scheduler allows; Ray must be initialised.
 
     A member that was trained has its final checkpoint in its folder, bit for bit as
-    `orchestration.workers.supernet.train_on_ray` with one worker leaves it on the same CPU with the
+    `orchestration.workers.supernet.train_on_ray` leaves it with one worker on the same CPU with the
     same threads. The report of the last epoch is of that checkpoint; earlier reports are of the
     weights at that time.
 
@@ -365,6 +365,7 @@ class _TuneRun:
                 resources_per_trial={"cpu": threads, "gpu": 1 if is_on_gpu else 0},
                 storage_path=str(self._tune_folder.absolute()),
                 max_failures=WORKER_RETRIES,
+                reuse_actors=True,  # a new process for each supernet would take seconds longer to start
                 raise_on_failed_trial=False,
                 verbose=0,
                 trial_dirname_creator=lambda trial: trial.trial_id,

@@ -30,7 +30,7 @@ MAX_DEPTH = 40
 LEAST_VIOLATION = -2.0
 """Lower bound of a violation: two sides differ by at most twice the size of the larger one."""
 EVERYTHING: Interval = (-math.inf, math.inf)
-BARELY = sys.float_info.epsilon
+LEAST_BROKEN_VIOLATION = sys.float_info.epsilon
 """Smallest violation of a broken condition, in units of the size of its sides, so that a strict
 condition with equal sides counts as broken."""
 
@@ -76,7 +76,7 @@ class Number:
 
 @dataclass(frozen=True)
 class Metric:
-    """The value of a name."""
+    """The value of a metric, given by its name."""
 
     name: str
 
@@ -190,7 +190,7 @@ class Comparison:
     def violation(self, values: Mapping[str, float]) -> float:
         """Violation of the condition, in units of the size of its larger side; <= 0 iff it holds.
 
-        Violations of conditions over different metrics, in different units, are so comparable. The
+        Thus violations of conditions over metrics in different units are comparable. The
         size is the magnitude without cancellation, so that `top1 - baseline.top1 >= 0` and `top1 >=
         baseline.top1` are broken by the same amount.
 
@@ -234,7 +234,7 @@ class Comparison:
         is_broken = excess >= 0 if self.order in ("<", ">") else excess > 0
         share = max(min(excess / size, -LEAST_VIOLATION), LEAST_VIOLATION) if 0 < size < math.inf else 0.0
         if is_broken:
-            return max(share, BARELY)
+            return max(share, LEAST_BROKEN_VIOLATION)
         return share if size > 0 or excess == 0 else LEAST_VIOLATION
 
 
@@ -261,10 +261,10 @@ _HINTS: Mapping[str, str] = {
     "%": "accuracies are fractions: write 0.9 for 90 %",
     "^": "powers are written as products",
     "&": "write one condition for each part",
-    "|": "only conditions that all must hold can be written, one each",
+    "|": "all conditions must hold, there is no 'or'; write one condition for each part",
     ",": "a decimal point is written '.'",
 }
-"""Unreadable characters that people write -> advice for the error message."""
+"""Characters that are not allowed but often written -> advice for the error message."""
 
 
 def parse_comparison(text: str, names: Collection[str]) -> Comparison:
@@ -311,7 +311,9 @@ class _Parser:
             raise self._error(self._next, f"expected an operator or the end; got {self._next.text!r}")
         used = frozenset(token.text for token in self._tokens if token.kind == "name")
         if not used:
-            raise ConfigError(f"condition {self._text!r} reads no metric: it always holds, or never")
+            raise ConfigError(
+                f"condition {self._text!r} reads no metric, so that it always or never holds; name a metric"
+            )
         (symbol,) = (known for known in ORDERS if known == order.text)
         numbers = frozenset(float(token.text) for token in self._tokens if token.kind == "number")
         return Comparison(" ".join(self._text.split()), left, symbol, right, used, numbers)
@@ -351,7 +353,7 @@ class _Parser:
             divisor = self._next
             found = Operation(found, operator, part())
             if operator == "/" and found.right.bounds({}) == (0, 0):
-                raise self._error(divisor, "this is 0, and nothing can be divided by it")
+                raise self._error(divisor, "this is 0, so that the division has no result")
         return found
 
     def _factor(self) -> Expression:

@@ -54,8 +54,8 @@ from search.suggest.space import Scalar, suggest
 StopReason = Literal["trials", "time", "stop", "plateau", "target", "space"]
 SaveArrays = Callable[[int, Mapping[str, NDArray[Any]]], None]
 """Function that stores a slot's arrays. It is called before the trial is recorded, so that a
-recorded trial always has them; after a kill it may be called again for the same slot and must
-replace the stored arrays."""
+recorded trial always has its arrays; after a kill it may be called again for the same slot and must
+replace them."""
 Queue = Callable[[], Sequence[Mapping[str, Scalar]]]
 """Function that returns all points that people have enqueued so far, oldest first; the list only
 grows."""
@@ -615,7 +615,7 @@ class Mirror:
 
 
 def _reached(stages: Mapping[int, RungRecord]) -> dict[int, RungRecord]:
-    """The stages of trials that may go on."""
+    """The stages of the trials that have not ended."""
     return {slot: stage for slot, stage in stages.items() if stage.state == "complete"}
 
 

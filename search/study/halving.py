@@ -74,10 +74,10 @@ class ParetoHalving:
         """The slots that go on from a rung.
 
         They are the candidates among the best ceil(n / factor) of all n trials that have reached
-        the rung; with `keeps_front` among at least as many as are on the feasible front. If that is
-        none, the best candidate goes on. Trials that violate constraints rank behind all that hold
-        them, the smallest violation first (constrained domination, Deb et al., 2002). The order of
-        `candidates` and of `earlier` does not matter.
+        the rung; with `keeps_front` among at least as many as are on the feasible front. If
+        there is no such candidate, the best one goes on. Trials that violate constraints rank
+        behind all that hold them, the smallest violation first (constrained domination, Deb et al.,
+        2002). The order of `candidates` and of `earlier` does not matter.
 
         Args:
             candidates: objective values of this cohort at the rung by slot, without failed trials.
@@ -152,7 +152,7 @@ def pareto_ranks(values: ArrayLike, goals: Sequence[Goal]) -> NDArray[np.int64]:
     """
     array = np.asarray(values, dtype=np.float64)
     if np.isnan(array).any():
-        raise ValueError("A row with a NaN has no Pareto rank; leave it out.")
+        raise ValueError("a row with a NaN has no Pareto rank; leave it out")
     ranks = np.full(len(array), -1, dtype=np.int64)
     left = np.arange(len(array))
     rank = 0

@@ -1,6 +1,6 @@
 """A merged study: a journal with the trials of several studies and the origin of each.
 
-It is derived from those studies: missing trials are added again, and a file made for other
+It is derived from these studies: missing trials are added again, and a file made for other
 dimensions or objectives is replaced. It holds only finished trials, one record each, in the order
 in which they are added.
 """
@@ -179,5 +179,5 @@ def _frozen(trial: MergedTrial, distributions: Mapping[str, BaseDistribution]) -
 
 def _unwritable(path: Path, error: OSError) -> PreflightError:
     return PreflightError(
-        f"cannot write {path}: {error.strerror or error}. Mend that and launch again: nothing is lost"
+        f"cannot write {path}: {error.strerror or error}. Correct that and launch again: nothing is lost"
     )

@@ -192,7 +192,7 @@ def run_batch(function: CohortFunction, specs: Sequence[TrialSpec]) -> list[Tria
         outcomes = list(function(specs))
         answered = sorted(outcome.slot for outcome in outcomes)
         if answered != sorted(spec.slot for spec in specs):
-            raise RuntimeError(f"asked for slots {[spec.slot for spec in specs]}, the trials answered for {answered}")
+            raise RuntimeError(f"trials of slots {[spec.slot for spec in specs]} gave outcomes for slots {answered}")
     except Exception as error:  # an error in trials must not end the sweep
         logger.debug("a batch of %d trials failed", len(specs), exc_info=True)
         if len(specs) > 1:

@@ -88,7 +88,8 @@ class StudySettings:
             raise ConfigError("metrics: a study needs at least one objective")
         if self.halving is not None and self.order == "asynchronous":
             raise ConfigError(
-                "sampler.order asynchronous has no rungs on which trials could be compared; set pruner.name to none"
+                "pruner.name: with sampler.order asynchronous trials cannot be compared at rungs; set pruner.name none, "
+                "or sampler.order cohorts"
             )
         for point in self.enqueue:
             check_point(self.space, point)
@@ -195,7 +196,7 @@ class StudyJournal:
 
     @classmethod
     def open(cls, path: Path, settings: StudySettings) -> StudyJournal:
-        """Open the study at `path`, or create it; a torn last record is removed first.
+        """Open the study at `path`, or create it; an incomplete last record is removed first.
 
         Only for the process that holds the run's lock.
 
@@ -278,7 +279,7 @@ def load_records(path: Path) -> list[TrialRecord]:
         CheckpointError: the file is not a journal of ours.
     """
     if not path.is_file():
-        raise NotFoundError(f"no study at {path}: its search has not begun")
+        raise NotFoundError(f"no study at {path}: the search has not begun; launch the sweep first")
     with _reading(path):
         storage = JournalStorage(JournalFileBackend(str(path)))
     studies = storage.get_all_studies()
@@ -311,9 +312,9 @@ def _by_slot(trials: Sequence[FrozenTrial]) -> list[TrialRecord]:
 def repair_journal(path: Path) -> int:
     """Repair a journal whose writer was killed; only for the process that holds the run's lock.
 
-    A torn last record would make every later write fail, so the file is truncated after its last
-    newline. Optuna's lock file is removed, since one left by a killed process would delay the first
-    write by half a minute.
+    An incomplete last record would make every later write fail, so the file is truncated after its
+    last newline. Optuna's lock file is removed, since one left by a killed process would delay the
+    first write by half a minute.
 
     Returns:
         The number of bytes that were removed.
@@ -431,8 +432,8 @@ def _check_identity(study: optuna.Study, path: Path, settings: StudySettings) ->
     for key, value in settings.identity().items():
         if noted.get(key) != value:
             raise ConfigError(
-                f"{path}: this study was made with {key} {noted.get(key)!r}, and now it is {value!r}. Its trials would "
-                "not fit together: restore the setting, or start a new study in another run"
+                f"{path}: this study was made with {key} {noted.get(key)!r}, and now it is {value!r}. Its trials could "
+                "not be compared: restore the setting, or start a new study in another run"
             )
 
 
@@ -472,5 +473,5 @@ def _writing(path: Path) -> Iterator[None]:
     except OSError as error:
         reason = error.strerror or str(error)
         raise PreflightError(
-            f"cannot write {path}: {reason}. Mend that and launch again: finished trials are kept"
+            f"cannot write {path}: {reason}. Correct that and launch again: finished trials are kept"
         ) from error

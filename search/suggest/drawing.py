@@ -1,4 +1,4 @@
-"""Drawing of points of a space in advance, with samplers that need no results."""
+"""Points of a search space drawn in advance, by samplers that need no results of trials."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""NSGA-II and NSGA-III samplers whose suggestions are functions of the finished trials; they
-support conditional spaces."""
+"""NSGA-II and NSGA-III samplers whose suggestions are functions of the finished trials, also for
+search spaces with conditions."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ class ReplayableNSGAII(_Replayable, NSGAIISampler):
 
     def __init__(self, space: Space, population_size: int, seed: int, options: Mapping[str, Any]) -> None:
         # Optuna uses one seed for mutation and crossover; in a sampler that makes a single child,
-        # mutated values would then depend on whether its parents crossed. Ours have separate seeds.
+        # mutated values would then depend on whether there was a crossover. Here the seeds differ.
         child = Inheritance(space, derive_seed(seed, "child"), **options)
         super().__init__(population_size=population_size, seed=seed, child_generation_strategy=child)
         self._free = space.free

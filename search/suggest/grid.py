@@ -52,7 +52,7 @@ class Grid:
             raise ConfigError(
                 f"sampler.name grid: the space has {self._ends[-1]:,} points, and at most {MAX_POINTS:,} can be listed; give fewer values "
                 f"to {', '.join(f'{name} ({sizes[name]})' for name in largest)}, set sampler.options.points lower than "
-                f"{num_continuous} for dimensions without steps, or take another sampler"
+                f"{num_continuous} for dimensions without steps, or use another sampler"
             )
 
     def __len__(self) -> int:

@@ -31,7 +31,7 @@ from search.suggest.space import Scalar, Space, nth_value, parse_space, suggest
 
 KNOWN_SAMPLERS = ("random", "grid", "qmc", "tpe", "nsga2", "nsga3", "gp")
 POINT_LISTS = ("grid", "qmc")
-"""Samplers with a fixed list of points, of which slot k tries the k-th."""
+"""Samplers with a fixed list of points; slot k tries the k-th point."""
 MAX_DIVISIONS = 100
 """Largest `dividing_parameter` of NSGA-III; with three objectives it gives 5,151 reference
 lines."""
@@ -81,7 +81,7 @@ def slot_seed(base_seed: int, slot: int, stream: Literal["sampler", "trial"]) ->
 
 
 def is_foreign(name: str) -> bool:
-    """Whether a sampler is given by its import path; it may keep state unknown to us."""
+    """Whether a sampler is foreign: given by its import path. It may keep state of its own."""
     return name not in KNOWN_SAMPLERS
 
 
@@ -102,7 +102,7 @@ def check_sampler(settings: SamplerSettings, num_objectives: int = 2) -> None:
         _check_option(settings.name, name, value, signature)
     if is_foreign(settings.name) and not _takes(signature, "seed"):
         raise ConfigError(
-            f"sampler.name {settings.name}: its constructor takes no `seed`, so that no sweep with it could be repeated; "
+            f"sampler.name {settings.name}: its constructor takes no `seed`, so that a sweep with it could not be repeated; "
             f"known: {', '.join(KNOWN_SAMPLERS)}"
         )
     try:
@@ -202,7 +202,8 @@ class GroupedTPE(TPESampler):
 
     def __init__(self, space: Space, *, multivariate: bool = True, group: bool = True, **options: Any) -> None:
         """Create the sampler; with `group` False conditional dimensions are modelled separately."""
-        # A cohort is asked before any of it is told: the constant liar keeps its suggestions apart.
+        # All trials of a cohort are asked before any is told: without Optuna's constant liar their
+        # suggestions would be too similar.
         super().__init__(multivariate=multivariate, **{"constant_liar": True, **options})
         self._space = space
         groups = space.groups if group else (_unconditional(space),)
@@ -251,7 +252,7 @@ def _unconditional(space: Space) -> tuple[str, ...]:
 
 
 def _given_values(space: Space, trial: FrozenTrial) -> dict[str, Scalar]:
-    """The values that no sampler decides: fixed and enqueued ones."""
+    """The values that do not come from a sampler: fixed and enqueued ones."""
     fixed = {
         name: nth_value(distribution, 0) for name, distribution in space.distributions.items() if distribution.single()
     }
@@ -315,9 +316,9 @@ _OBJECT_OPTIONS = (
     "after_trial_strategy",
 )
 _UNUSABLE: Mapping[str, str] = {
-    "GridSampler": "keeps its place in the study, and a resumed sweep would start over; write grid, which does not",
-    "QMCSampler": "keeps its place in the study, and a resumed sweep would start over; write qmc, which does not",
-    "BruteForceSampler": "ends the study from within Optuna's own loop; write grid, which tries every point once too",
+    "GridSampler": "stores its position in the study, so that a resumed sweep would start over; use grid instead",
+    "QMCSampler": "stores its position in the study, so that a resumed sweep would start over; use qmc instead",
+    "BruteForceSampler": "ends a sweep by stopping Optuna's own loop, which is not used here; use grid, which also tries each point once",
 }
 """Samplers of Optuna that cannot be used here, with the reason."""
 
@@ -336,7 +337,7 @@ def _constructor(name: str) -> Callable[..., Any]:
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"sampler.name: cannot import '{name}': {error}") from error
     if not (isinstance(found, type) and issubclass(found, BaseSampler)):
-        raise ConfigError(f"sampler.name: '{name}' is no class of optuna.samplers.BaseSampler, but {found!r}")
+        raise ConfigError(f"sampler.name: '{name}' must be a subclass of optuna.samplers.BaseSampler, but is {found!r}")
     if found.__module__.startswith("optuna.") and class_name in _UNUSABLE:
         raise ConfigError(f"sampler.name: '{name}' {_UNUSABLE[class_name]}")
     return found

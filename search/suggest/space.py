@@ -88,8 +88,8 @@ class Space:
         )
         if len(found) > MAX_BRANCHES:
             raise ConfigError(
-                f"space: {', '.join(sorted(parents))}, on which other dimensions depend, can be set in more than "
-                f"{MAX_BRANCHES:,} ways; give them fewer values"
+                f"space: {', '.join(sorted(parents))}, on which other dimensions depend, have more than "
+                f"{MAX_BRANCHES:,} combinations of values; give them fewer values"
             )
         return found
 
@@ -208,10 +208,10 @@ def check_point(space: Space, point: Mapping[str, Scalar]) -> None:
             raise ConfigError(f"'{name}' is not in the space{hint} it holds {', '.join(space.distributions)}")
         if not _holds(distribution, value):
             raise ConfigError(f"{name} = {value!r} is outside the space; it takes {_range_of(distribution)}")
-        denied = _violated_condition(space, name, point)
-        if denied is not None:
+        violated = _violated_condition(space, name, point)
+        if violated is not None:
             raise ConfigError(
-                f"{name} is only tried when {_in_words((denied,))}, which this point denies; leave it out"
+                f"{name} is only tried when {_in_words((violated,))}, which is not so in this point; leave it out"
             )
 
 
@@ -271,12 +271,12 @@ def _parse_when(name: str, when: Any, distributions: Mapping[str, BaseDistributi
     """Read one entry's conditions; each value is replaced by the parent's equal value, since 1 ==
     True in Python."""
     if not isinstance(when, Mapping) or not when:
-        raise ConfigError(f"space.{name}: when is written when: {{other.setting: value}}; got {when!r}")
+        raise ConfigError(f"space.{name}: write the condition as when: {{other.setting: value}}; got {when!r}")
     conditions = []
     for parent, wanted in when.items():
         if parent not in distributions:
             hint = did_you_mean(str(parent), [other for other in distributions if other != name])
-            raise ConfigError(f"space.{name}: when names '{parent}', which the space does not hold{hint}")
+            raise ConfigError(f"space.{name}: when names '{parent}', which is not in the space{hint}")
         if isinstance(distributions[parent], FloatDistribution):
             raise ConfigError(
                 f"space.{name}: when names {parent}, whose values cannot be listed; a condition needs a choice, fixed or int"
@@ -284,7 +284,7 @@ def _parse_when(name: str, when: Any, distributions: Mapping[str, BaseDistributi
         values = wanted if isinstance(wanted, Sequence) and not isinstance(wanted, str) else [wanted]
         conditions.append((parent, tuple(_own_value(name, parent, value, distributions[parent]) for value in values)))
         if not values:
-            raise ConfigError(f"space.{name}: when lists no value of {parent}, so that it could never hold")
+            raise ConfigError(f"space.{name}: when lists no value of {parent}, so that the condition could never hold")
     return tuple(conditions)
 
 
@@ -307,8 +307,8 @@ def _parents_first(distributions: Mapping[str, BaseDistribution], conditions: Ma
 
     def place(name: str, path: tuple[str, ...]) -> None:
         if name in path:
-            circle = " -> ".join((*path[path.index(name) :], name))
-            raise ConfigError(f"space.{name}: conditions run in a circle: {circle}; remove one `when`")
+            cycle = " -> ".join((*path[path.index(name) :], name))
+            raise ConfigError(f"space.{name}: the conditions form a cycle: {cycle}; remove one `when`")
         if name not in order:
             for parent, _ in conditions.get(name, ()):
                 place(parent, (*path, name))

@@ -84,6 +84,7 @@ def test_a_run_prints_its_headline_last_and_writes_every_figure(
     assert {"machine", "versions", "options", "load_average_1min", "headline"} <= set(stored)
 
 
+@pytest.mark.slow
 def test_both_ways_of_the_supernet_step_compute_the_same_losses() -> None:
     networks = Networks(Workload("cpu", 32, 2, "float32", channels_last=True, seed=0, threads=1))
     ours, static = networks.ours()(), networks.static()()

@@ -53,6 +53,7 @@ def test_the_reference_lies_a_tenth_of_the_front_behind_its_worst_values() -> No
     assert plane().reference == pytest.approx((0.5 - 0.036, 90.0 + 9.0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in KNOWN_SAMPLERS if name != "gp"])
 def test_a_search_only_ever_gains_and_never_beats_the_exhaustive_sweep(name: str) -> None:
     found = search(plane(), Contender(name, SamplerSettings(name), 16, 64, 1), seed=3)

@@ -307,6 +307,7 @@ def stored_tensors(folder: Path) -> dict[str, torch.Tensor]:
     return load_checkpoint(folder / "final")[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ARMS)
 def test_passes_are_those_that_a_step_runs(name: str, tmp_path: Path, material: Material) -> None:
     arm = ARMS[name]

@@ -77,6 +77,7 @@ def test_plain_optuna_runs_what_it_says() -> None:
     assert sleeping.wall_s >= 5 * 0.01 + sleeping.ask_s
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workload", [DIGITS, replace(LARGE, num_images=200)], ids=lambda workload: workload.name)
 def test_the_sweeps_are_of_real_gate_trials_over_the_examples_space(workload: Workload, tmp_path: Path) -> None:
     config = load_config(EXAMPLE, overrides=["sampler.name=random", "sampler.cohort=null"]).config

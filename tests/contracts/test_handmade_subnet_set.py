@@ -227,6 +227,7 @@ def test_declared_ids_stay_and_cost_orders_separately(handmade: Handmade) -> Non
     assert subnets.prefix_upto(0) == subnets[0].widths[: subnets.spec.gates[0].num_prefix_groups]
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_sliced_equals_materialised_and_restricted(handmade: Handmade) -> None:
     supernet, images = handmade.supernet(), random_images(3)
@@ -249,6 +250,7 @@ def test_another_channel_order_gives_the_same_functions(handmade: Handmade) -> N
         torch.testing.assert_close(other(images, subnet), supernet(images, subnet), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_another_channel_order_gives_the_same_recalibration_and_table(handmade: Handmade) -> None:
     supernet = handmade.supernet()
     other = permuted(supernet)
@@ -277,8 +279,18 @@ def test_training_takes_the_costliest_member_as_the_largest(handmade: Handmade, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ROUTER_KINDS)
-def test_it_goes_from_table_to_bundle(handmade: Handmade, tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("made", "kind"),
+    # Blocks do not know the kind of router: for the deepest set two kinds are enough, one that
+    # decides at every gate and one that reads outputs.
+    [
+        (made, kind)
+        for made in SETS
+        for kind in (ROUTER_KINDS if made != "bottlenecks" else ("gates", "learned_cascade"))
+    ],
+)
+def test_it_goes_from_table_to_bundle(made: str, tmp_path: Path, kind: str) -> None:
+    handmade = SETS[made]
     supernet = permuted(handmade.supernet())
     recalibrate(supernet, [random_images(16, seed=4)])
     save_supernet(tmp_path / "net", supernet)

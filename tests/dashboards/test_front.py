@@ -212,6 +212,7 @@ fractions = st.floats(0.0, 1.0)
 costs = st.floats(0.01, 1000.0)
 
 
+@pytest.mark.slow
 @given(
     st.lists(st.tuples(costs, fractions), min_size=1, max_size=6),
     st.lists(st.tuples(costs, fractions), max_size=4),

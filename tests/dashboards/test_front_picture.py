@@ -28,6 +28,7 @@ def test_the_picture_shows_static_points_and_the_front_and_fits_mlflows_page() -
     assert pixels_of(content, INK) > 50
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("colour", [BLUE, SKY])
 def test_what_there_is_none_of_is_not_drawn(colour: str) -> None:
     info = make_front()

@@ -96,6 +96,7 @@ def test_every_figure_of_the_issue_is_in_the_report_with_its_data() -> None:
     assert all(chart["data"] for chart in charts.values())
 
 
+@pytest.mark.slow
 def test_names_from_outside_are_escaped_everywhere() -> None:
     data = make_report()
     assert data.front is not None
@@ -250,11 +251,13 @@ def test_numbers_of_two_splits_are_never_subtracted() -> None:
     assert "no static baseline on this split" in headline_section(headline)
 
 
+@pytest.mark.slow
 def test_a_test_split_read_twice_is_a_warning() -> None:
     assert "test was read 3 times" in build_report(replace(make_report(), num_test_openings=3))
     assert "was read" not in own_part(build_report(make_report()))
 
 
+@pytest.mark.slow
 def test_constraints_are_listed_with_how_many_trials_break_each_and_endings_with_their_reasons() -> None:
     data = replace(
         make_report(),
@@ -304,6 +307,7 @@ def test_a_run_whose_trials_all_failed_says_so() -> None:
     assert "No trial completed; 3 trials failed." in page
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("field", ["front", "hypervolume", "routes", "widths", "training"])
 def test_any_single_piece_may_be_missing(field: str) -> None:
     missing = replace(make_report(), **{field: None})  # type: ignore[arg-type]
@@ -319,6 +323,7 @@ def test_a_single_subnet_without_gates_is_reported() -> None:
     assert set(chart_data(page)) == {"front"}
 
 
+@pytest.mark.slow
 def test_the_table_of_subnets_ends_with_what_the_widest_costs_over_the_cheapest() -> None:
     page = build_report(make_report())
     row = re.search(r"<td>widest / cheapest</td>(.*?)</tr>", page)
@@ -326,12 +331,14 @@ def test_the_table_of_subnets_ends_with_what_the_widest_costs_over_the_cheapest(
     assert re.findall(r"[\d.]+x", row.group(1)) == ["4.86x", "2.76x", "1.47x", "3.20x"]
 
 
+@pytest.mark.slow
 def test_resume_command_and_versions_are_in_the_report() -> None:
     page = build_report(make_report())
     assert "<pre>dsnet-orch launch examples/digits.yaml</pre>" in page
     assert "<dt>torch</dt><dd>2.13.0+cpu</dd>" in page
 
 
+@pytest.mark.slow
 def test_how_the_supernet_was_made_and_what_the_names_mean_are_in_the_report() -> None:
     made = (("supernet regime", "ib: widths sandwich, num_random 2, teacher ema"), ("start weights", "<fresh>"))
     page = build_report(replace(make_report(), making=made, naming="Names are <paths>."))

@@ -94,7 +94,7 @@ def test_modules_run_by_python_survive_what_lies_beside_them(tmp_path: Path) -> 
     (folder / "dsnet.py").write_text("raise SystemExit('the module dsnet of the user was imported')")
     (folder / "tiny.yaml").write_text(TINY)
     ended = run(folder, "-m", "orchestration.cli", "validate", "tiny.yaml", **path_of(REPOSITORY))
-    assert ended.stdout.startswith("tiny.yaml: fine"), ended.stderr
+    assert ended.stdout.startswith("tiny.yaml: valid"), ended.stderr
 
 
 def test_a_child_process_gets_installed_packages_by_pythonpath_and_the_users_folders_apart(

@@ -94,6 +94,7 @@ def relative_difference(met: Tensor, expected: Any) -> float:
     return float((met - wanted).abs().max() / wanted.abs().max())
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("route", range(14))
 def test_logits_of_every_sub_network_agree(

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import ast
 import builtins
+import copy
 import importlib
+import pickle
 import pkgutil
 import typing
 from collections.abc import Iterator
@@ -18,11 +20,13 @@ import pytest
 import torch
 
 import dsnet
+from dsnet.deploy.materialize import materialize
 from dsnet.families import create
 from dsnet.network.layers import SlicedLinear
 from dsnet.routing.calibration import calibrate
 from dsnet.training.losses import soft_cross_entropy
 from tests.dsnet.cases import task
+from tests.dsnet.samples import random_table
 from tests.shapes import CHECKED, names_shape, next_test, public, unchecked_shapes
 
 WITHOUT_SHAPE = {
@@ -59,6 +63,20 @@ def test_a_method_is_checked_behind_torchs_call_and_a_result_is_too(monkeypatch:
         layer(torch.zeros(2, 4))
 
 
+def test_checked_modules_are_copied_pickled_and_exported_as_before() -> None:
+    supernet = create("ds_tiny", task(image_size=8), {"num_routes": 3}, seed=0).eval()
+    images = torch.rand(4, 3, 8, 8)
+    plain = materialize(supernet, supernet.subnets[1])
+    expected = supernet(images, supernet.subnets[1])
+    torch.testing.assert_close(copy.deepcopy(supernet)(images, supernet.subnets[1]), expected)
+    program = torch.export.export(plain, (images,)).module()
+    torch.testing.assert_close(program(images), expected)
+    table = random_table()
+    again = pickle.loads(pickle.dumps(table))  # noqa: S301 - our own
+    assert np.array_equal(again.ce, table.ce)
+    assert pickle.loads(pickle.dumps(soft_cross_entropy)) is soft_cross_entropy  # noqa: S301 - our own
+
+
 def test_nothing_is_checked_where_the_product_shall_answer_itself() -> None:
     with unchecked_shapes(), pytest.raises(RuntimeError, match="size"):
         soft_cross_entropy(torch.zeros(4, 3), torch.zeros(4, 2))
@@ -68,7 +86,9 @@ class Names(dict[str, Any]):
     """The names of a module, and stand-ins for those that only type checkers see."""
 
     def __missing__(self, name: str) -> Any:
-        return torch.Tensor if name == "Tensor" else getattr(builtins, name, object)
+        if name == "Tensor":
+            return torch.Tensor
+        return next((getattr(module, name) for module in (jaxtyping, builtins) if hasattr(module, name)), object)
 
 
 def annotations(module: Any) -> Iterator[tuple[str, Any]]:

@@ -23,6 +23,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not record.exists():
             folder = shared / "finished"
-            folder.mkdir()
+            folder.mkdir(exist_ok=True)  # another process may have failed here
             run_tiny_sweep(folder).save(record)
     return Finished.load(record)

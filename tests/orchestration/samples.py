@@ -40,6 +40,7 @@ gate:
   optimizer: {steps: 60, batch_size: 128}
 sampler: {cohort: 4, startup: 8}
 budget: {trials: 12}
+ray: {trial_actors: 1}
 """
 SWEEP = "tiny.yaml"
 WITHOUT_MLFLOW = ("--set", "tracking.mlflow=false")

@@ -51,7 +51,8 @@ def _walk(spec: TrialSpec) -> tuple[dict[str, float], dict[str, np.ndarray]]:
 
 
 class RunnerContract:
-    """What every runner does with `Walks`. A subclass has a fixture `walking` that gives one."""
+    """Contract of every runner, tested with `Walks`. A subclass has a fixture `walking` that gives
+    a runner."""
 
     @staticmethod
     def taking(batches: Sequence[Sequence[TrialSpec]]) -> Callable[[], Sequence[TrialSpec]]:

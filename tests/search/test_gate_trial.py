@@ -104,7 +104,7 @@ def test_a_routing_space_counts_among_the_routes_that_are_kept_and_rises() -> No
 
 @pytest.mark.parametrize(("first", "last"), [(3, 2), (5, -1), (0, -6)])
 def test_an_empty_routing_space_is_refused_with_its_values(first: int, last: int) -> None:
-    with pytest.raises(ValueError, match=f"gate.routing first={first}, last={last}, stride=1 holds none of the 5"):
+    with pytest.raises(ValueError, match=f"gate.routing first={first}, last={last}, stride=1 selects none of the 5"):
         routing_ids(range(5), first, last, 1)
 
 

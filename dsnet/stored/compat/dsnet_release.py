@@ -3,24 +3,19 @@
 The format:
 
 - The file is `torch.save` of a dict: "state_dict", mostly "state_dict_ema" (the weights' moving
-average), "epoch", the optimiser's state,
-  and "args", the command line as an `argparse.Namespace`. Names may have the prefix `module.` of a
-  data-parallel wrapper.
+  average), "epoch", the optimiser's state, and "args", the command line as an `argparse.Namespace`.
+  Names may have the prefix `module.` of a data-parallel wrapper.
 - Blocks are named by stage: `blocks.<stage>.first_block`, then
-`blocks.<stage>.residual_blocks.<n>`. The attention is called `gate`.
-- A normalisation layer is a list `aux_bn.<i>` with one entry per width **of that layer**, narrowest
-first. Each has running statistics;
-  scale and shift are stored in the last entry only, at full length, and every width uses a prefix
-  of them.
+  `blocks.<stage>.residual_blocks.<n>`. The attention is called `gate`.
+- A normalisation layer is a list `aux_bn.<i>` with one entry per width of that layer, narrowest
+  first. Each entry has running statistics; scale and shift are stored in the last entry only, at
+  full length, and every width uses a prefix of them.
 - Sub-network 13 and the teacher have equal widths from the gated stage on, and therefore share
-their statistics there. Ours are keyed
-  by all widths up to the layer (docs/methods.md, section 3): two sets of ours start with the same
-      values, and differ
-  after recalibration or training.
-- The slimming head is stored in the gated block's attention, with one row per route. In our terms
-it is a router and not a part of the
-  supernet; `load_dsnet_gate` reads it. The model always has it, after any stage of training, so it
-  is required.
+  their statistics there. Here statistics are keyed by all widths up to the layer (docs/methods.md,
+  section 3): the two sets start with the same values, and differ after recalibration or training.
+- The slimming head is stored in the gated block's attention, with one row per route. Here it is a
+  router and not a part of the supernet; `load_dsnet_gate` reads it. The file always holds it, after
+  any stage of training, so it is required.
 """
 
 from __future__ import annotations
@@ -269,7 +264,7 @@ def _misfits(tensors: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]]
         if name not in tensors:
             problems.append(f"missing {name} {shape}")
         elif not isinstance(value, Tensor) or value.layout != torch.strided or value.is_quantized or value.is_meta:
-            problems.append(f"{name} is no dense tensor but {type(value).__name__}")
+            problems.append(f"{name} is not a dense tensor but {type(value).__name__}")
         elif tuple(value.shape) != shape:
             problems.append(f"{name} has shape {tuple(value.shape)}, expected {shape}")
         elif value.is_floating_point() == name.endswith("num_batches_tracked"):

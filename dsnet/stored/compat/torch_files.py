@@ -1,8 +1,8 @@
 """Reader of `torch.save` files that runs no code from them.
 
-Such a file is a pickle, and unpickling can call anything. torch's restricted unpickler builds only
-plain values and tensors. Other objects that research code commonly stores beside its tensors (its
-command line, NumPy numbers) are skipped: an inert object takes their place, so that neither
+Such a file is a pickle, and unpickling can call any function. torch's restricted unpickler builds
+only plain values and tensors. Other objects that research code commonly stores beside its tensors
+(its command line, NumPy numbers) are skipped: an inert object takes their place, so that neither
 argparse nor NumPy rebuilds them.
 """
 
@@ -38,7 +38,7 @@ SKIPPED_GLOBALS = (
 `numpy.core`."""
 
 WAY_OUT = (
-    "If the file is whole and comes from a source you trust, load it with torch.load(weights_only=False) on a machine that may be lost "
+    "If the file is whole and comes from a source you trust, load it with torch.load(weights_only=False) on an isolated machine "
     "and store its 'state_dict' (and 'state_dict_ema') alone with torch.save: that file can be read"
 )
 
@@ -80,4 +80,4 @@ def _kind(path: Path) -> str:
     if not beginning:
         return "is empty"
     # A file of torch.save is a zip archive, or before torch 1.6 a pickle.
-    return "is cut off or damaged" if beginning in (b"PK", b"\x80\x02") else "is no file of torch.save"
+    return "is cut off or damaged" if beginning in (b"PK", b"\x80\x02") else "is not a file of torch.save"

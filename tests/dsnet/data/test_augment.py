@@ -218,7 +218,7 @@ def test_operations_on_bytes_refuse_normalised_images() -> None:
         ({"crop_scale": (0.0, 1.0)}, r"crop_scale\[0\] is 0\.0, but must be above 0 and at most 1"),
         ({"crop_scale": (0.9, 0.5)}, r"crop_scale: range \[0\.9, 0\.5\] is the wrong way round"),
         ({"crop_scale": (0.9,)}, r"crop_scale is \(0\.9,\), but must be a list of 2 values"),
-        ({"crop_scale": (0.1, 1.0), "crop_padding": 4}, r"crop_padding: 4 pixels have no use beside crop_scale"),
+        ({"crop_scale": (0.1, 1.0), "crop_padding": 4}, r"crop_padding: 4 pixels cannot be combined with crop_scale"),
     ],
 )
 def test_an_option_out_of_range_is_refused(options: dict[str, Any], message: str) -> None:

@@ -235,6 +235,7 @@ def test_a_few_damaged_bytes_cannot_ask_for_gigabytes(tmp_path: Path, opcodes: b
     assert peak < 10_000_000
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(data=st.data())
 def test_a_damaged_batch_is_read_or_is_a_data_error_and_nothing_else(

@@ -243,7 +243,7 @@ def test_a_missing_split_is_named(folder: Path, missing: str, found: str) -> Non
 
 def test_a_missing_shard_is_named(folder: Path) -> None:
     (folder / "train.parquet").rename(folder / "train-00000-of-00002.parquet")
-    with pytest.raises(DataError, match="of the train split, shard 00001 is missing"):
+    with pytest.raises(DataError, match="shard 00001 of the train split is missing"):
         load(folder)
 
 

@@ -120,6 +120,7 @@ def test_a_limit_caps_each_split_to_a_stratified_subset(sizes: list[int], seed: 
         assert_stratified(labels, whole[name], limited[name])
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(
     rows=st.lists(st.integers(1, 40), min_size=1, max_size=9),

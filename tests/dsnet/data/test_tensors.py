@@ -34,6 +34,7 @@ def test_a_split_holds_its_images_labels_and_ids(split: str) -> None:
     assert DATA.images(split).is_contiguous()
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(batch_size=st.integers(1, 40))
 def test_batches_in_order_put_together_are_the_split(batch_size: int) -> None:

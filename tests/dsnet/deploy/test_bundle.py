@@ -218,7 +218,7 @@ def test_an_empty_batch_gives_empty_answers(folder: Path) -> None:
     ],
 )
 def test_another_type_or_shape_is_refused_with_both_named(folder: Path, images: torch.Tensor, met: str) -> None:
-    message = rf"takes uint8 images \[B, 3, 16, 16\], but met .*{met}"
+    message = rf"takes uint8 images \[B, 3, 16, 16\], but got .*{met}"
     with unchecked_shapes(), pytest.raises(DsnetError, match=message):
         load_bundle(folder)(images)
 
@@ -264,6 +264,7 @@ def exchange_weights_with_their_hash(folder: Path) -> None:
     edit(lambda manifest: manifest["files"].update({"weights.safetensors": digest}))(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "tamper",
     [
@@ -411,7 +412,7 @@ def test_a_failed_save_leaves_the_old_bundle_and_nothing_else(folder: Path) -> N
 def test_a_folder_that_is_no_bundle_is_never_replaced(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "holiday.jpg").write_bytes(b"dear")
-    with pytest.raises(PreflightError, match="is there already and no bundle"):
+    with pytest.raises(PreflightError, match="exists already and is not a bundle"):
         save(tmp_path / "photos")
     assert (tmp_path / "photos" / "holiday.jpg").read_bytes() == b"dear"
     (tmp_path / "empty").mkdir()
@@ -512,7 +513,7 @@ def test_a_bundle_of_an_earlier_release_decodes_by_what_it_says_of_its_data_or_s
     assert "photos" not in old.manifest
     assert old.photo_decoder == PhotoDecoder.of_data("image_folder", old.image_shape, 0.875)
     save(tmp_path / "older", claims={})
-    with pytest.raises(DsnetError, match="does not say how photos were decoded"):
+    with pytest.raises(DsnetError, match="has no record of how photos are decoded"):
         load_bundle(tmp_path / "older").predict("a.png")
 
 

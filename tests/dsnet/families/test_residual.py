@@ -157,7 +157,9 @@ def test_statistics_that_must_not_be_shared_are_refused() -> None:
     base = own[0]
     other = Subnet("other", (*base.widths[:2], base.widths[2] + 1, *base.widths[3:]))  # the first stage's stream alone
     mixed = SubnetSet(own.spec, (base, other))
-    with pytest.raises(ValueError, match=r"agree up to channel group 'stage0\.inner' but not up to 'stage0\.stream'"):
+    with pytest.raises(
+        ValueError, match=r"equal widths up to channel group 'stage0\.inner', but not up to 'stage0\.stream'"
+    ):
         rebuild(mixed)
     free = replace(own.spec, norm="group_norm")
     assert rebuild(SubnetSet(free, mixed.members)).batch_norms() == []

@@ -199,6 +199,7 @@ def assert_as_spelled(kind: str, num_gates: int, settings: GateSettings) -> None
             torch.testing.assert_close(value.double(), reference[name], rtol=2e-4, atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_partial", [False, True])
 @pytest.mark.parametrize(
     ("kind", "num_gates"),
@@ -286,6 +287,7 @@ def test_a_trial_is_the_same_to_the_bit_alone_and_in_any_company(kind: str, num_
         assert [bits(fit) for fit in fit_gates(gate, val, lanes[5 : 5 + size])] == alone[5 : 5 + size]
 
 
+@pytest.mark.slow
 @needs_products_apart
 @pytest.mark.parametrize(("num_routes", "hidden", "batch_size"), [(2, 66, 100), (3, 1, 7), (14, 66, 270), (5, 64, 1)])
 def test_the_bits_hold_at_sizes_where_fused_products_would_change_them(
@@ -305,6 +307,7 @@ def test_kinds_and_step_counts_may_be_mixed_in_one_call() -> None:
     assert [bits(fit) for fit in fit_gates(gate, val, mixed)] == [bits(fit_gates(gate, val, [own])[0]) for own in mixed]
 
 
+@pytest.mark.slow
 @needs_products_apart
 @pytest.mark.parametrize("kind", LEARNING)
 def test_a_lane_that_diverges_fails_alone_and_moves_no_bit_of_its_neighbours(kind: str) -> None:

@@ -125,6 +125,7 @@ def test_a_cascade_whose_confidence_is_right_goes_on_exactly_where_it_was_wrong(
     assert fit.metrics["top1"] == 1.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["gate", "evidence_gate", "gates"])
 def test_evidence_that_is_noise_leaves_a_gate_on_the_static_line(kind: str) -> None:
     tables = []
@@ -155,6 +156,7 @@ def step_size(fit: GateFit, table: RoutingTable) -> float:
     return float(dearest - table.madds.min()) / table.num_images
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_gates", [1, 3])
 @pytest.mark.parametrize("kind", ROUTER_KINDS)
 def test_the_mean_cost_on_val_meets_the_target_to_a_step_and_is_what_the_table_run_counts(
@@ -175,6 +177,7 @@ def test_the_mean_cost_on_val_meets_the_target_to_a_step_and_is_what_the_table_r
         assert off <= 0.5 * step_size(fit, val)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ONCE)
 def test_no_other_price_brings_a_router_that_decides_once_nearer_to_its_target(kind: str) -> None:
     gate, val = (random_table(60, 4, seed=seed) for seed in (1, 2))
@@ -187,6 +190,7 @@ def test_no_other_price_brings_a_router_that_decides_once_nearer_to_its_target(k
         assert abs(other.madds.mean() - target) >= abs(fit.run.madds.mean() - target) - 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["gates", "evidence_gates"])
 def test_no_other_price_brings_gates_nearer_to_their_target_by_more_than_an_image(kind: str) -> None:
     """Few hidden units leave many images alike, which then move together: the nearest step may be

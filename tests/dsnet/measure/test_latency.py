@@ -233,9 +233,9 @@ def test_every_device_is_timed_with_the_same_sizes_and_its_own_threads() -> None
 @pytest.mark.parametrize(
     ("devices", "message"),
     [
-        ({"my server": DeviceSettings()}, "measure.devices: 'my server' is no name of a device"),
-        ({"": DeviceSettings()}, "is no name of a device"),
-        ({"a.b": DeviceSettings()}, "is no name of a device"),
+        ({"my server": DeviceSettings()}, "measure.devices: 'my server' is not a valid device name"),
+        ({"": DeviceSettings()}, "is not a valid device name"),
+        ({"a.b": DeviceSettings()}, "is not a valid device name"),
         ({"server": DeviceSettings(threads=0)}, "measure.devices.server.threads is 0"),
     ],
 )

@@ -56,6 +56,7 @@ def test_the_stem_equals_means_and_unbiased_variances_by_hand() -> None:
     assert int(updates) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", BANKED_CASES, ids=str)
 def test_every_set_of_every_sub_network_is_touched_and_nothing_else(case: Case) -> None:
     supernet = case.supernet()

@@ -31,6 +31,7 @@ def counting_segments(supernet: Supernet, monkeypatch: pytest.MonkeyPatch) -> Co
     return counts
 
 
+@pytest.mark.slow
 @each_case
 @torch.no_grad()
 def test_together_equals_one_by_one(case: Case) -> None:
@@ -54,6 +55,7 @@ def test_each_shared_segment_runs_once(case: Case, monkeypatch: pytest.MonkeyPat
         assert counts[gate] == len({subnet.widths[: spec.num_prefix_groups] for subnet in supernet.subnets.all})
 
 
+@pytest.mark.slow
 @each_case
 @torch.no_grad()
 def test_every_node_is_heard_of_once_with_what_its_gate_sees(case: Case) -> None:

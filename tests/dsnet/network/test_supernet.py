@@ -50,6 +50,7 @@ def test_materialised_trunk_and_tail_equal_the_sliced_halves(case: Case) -> None
     torch.testing.assert_close(tail(expected.features), supernet.tail(expected.features, subnet), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 @each_case
 @torch.no_grad()
 def test_a_materialised_module_is_plain_contiguous_and_shares_nothing(case: Case) -> None:
@@ -87,6 +88,7 @@ def test_what_a_cut_shares_with_its_supernet_is_copied(shared: str, monkeypatch:
     assert own.weight.requires_grad
 
 
+@pytest.mark.slow
 @each_case
 @torch.no_grad()
 def test_two_calls_do_not_influence_each_other(case: Case) -> None:
@@ -131,6 +133,7 @@ def test_segments_compose_sliced_and_plain(case: Case) -> None:
     torch.testing.assert_close(supernet.cut_head(subnet).eval()(features), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @each_case
 @torch.no_grad()
 def test_any_image_size_and_class_count_fits(case: Case) -> None:
@@ -163,6 +166,7 @@ def test_each_image_is_classified_on_its_own(case: Case) -> None:
         )
 
 
+@pytest.mark.slow
 @each_case
 @torch.no_grad()
 def test_restrict_preserves_logits(case: Case) -> None:
@@ -179,6 +183,7 @@ def test_restrict_preserves_logits(case: Case) -> None:
             assert torch.equal(small(images, small.subnets[index]), supernet(images, supernet.subnets[member]))
 
 
+@pytest.mark.slow
 @each_case
 def test_restrict_holds_no_wider_weight_than_it_needs(case: Case) -> None:
     supernet = case.supernet()
@@ -201,6 +206,7 @@ def test_restrict_copies(case: Case) -> None:
     assert torch.equal(small(random_images(1), small.subnets[0]), before)
 
 
+@pytest.mark.slow
 @each_case
 def test_rebuilding_from_the_set_gives_a_net_that_takes_the_state(case: Case) -> None:
     supernet = case.supernet()
@@ -251,6 +257,7 @@ def _keys_by_segment(supernet: Supernet, subnet: Subnet) -> list[set[str]]:
     return [*segments, keys.buffers()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", BANKED_CASES, ids=str)
 def test_a_foreign_sub_network_is_refused(case: Case) -> None:
     supernet = case.supernet()
@@ -260,6 +267,7 @@ def test_a_foreign_sub_network_is_refused(case: Case) -> None:
         supernet(random_images(1), foreign)
 
 
+@pytest.mark.slow
 @each_case
 def test_every_parameter_gets_a_gradient_from_some_sub_network(case: Case) -> None:
     supernet = case.supernet().train()

@@ -114,6 +114,7 @@ def assert_evidence_equals_each_path_alone(table: RoutingTable, supernet: Supern
                 x = output.features
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", GATED_CASES, ids=str)
 def test_evidence_is_that_of_every_gate_and_node_image_by_image(case: Case) -> None:
     supernet, data = case.supernet(), tensor_data(3)
@@ -291,7 +292,7 @@ def test_a_table_of_the_first_release_is_refused_with_a_clear_message(tmp_path: 
     table = random_table()
     arrays = {**table.arrays(), "evidence": table.evidence[:, None]}
     meta = {"schema_version": 1, "split": "gate", "routes": list(table.routes), "layout": {}, "trunk_madds": 500}
-    message = r"schema version 1; this release reads 2"
+    message = r"schema version 1, but this release reads 2"
     with pytest.raises(CheckpointError, match=message):
         RoutingTable.from_arrays(arrays, meta)
     path = tmp_path / "gate.safetensors"
@@ -309,7 +310,7 @@ def test_arrays_that_do_not_belong_together_are_refused() -> None:
         RoutingTable.from_arrays(incomplete, table.meta())
     with unchecked_shapes(), pytest.raises(ValueError, match="madds, evidence or image_ids"):
         replace(table, madds=table.madds[:1])
-    with pytest.raises(ValueError, match="logits do not fit"):
+    with unchecked_shapes(), pytest.raises(ValueError, match="logits do not fit"):
         replace(table, logits=table.logits[:, :2])
 
 
@@ -318,9 +319,9 @@ def test_arrays_that_do_not_belong_together_are_refused() -> None:
     [
         ({"tree": []}, "at least one gate"),
         ({"tree": random_tree(3).to_json()}, "tree does not fit its 4 routes"),
-        ({"gates": []}, "or its gates the tree"),
-        ({"gates": [{"layouts": [], "pooling_madds": [48]}]}, "or its gates the tree"),
-        ({"gates": [{"layouts": [{"hidden": [0, 6]}], "pooling_madds": []}]}, "or its gates the tree"),
+        ({"gates": []}, "or its gates do not fit the tree"),
+        ({"gates": [{"layouts": [], "pooling_madds": [48]}]}, "or its gates do not fit the tree"),
+        ({"gates": [{"layouts": [{"hidden": [0, 6]}], "pooling_madds": []}]}, "or its gates do not fit the tree"),
         ({"gates": [{"layouts": [{"hidden": [0, 99]}], "pooling_madds": [48]}]}, "keep 99 columns"),
         ({"num_classes": None}, "do not belong together"),
     ],

@@ -162,6 +162,7 @@ def test_full_width_ds_mbnet_equals_a_counted_forward(size: int) -> None:
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_analytic_parameters_equal_those_of_the_materialised_module(case: Case) -> None:
     supernet = case.supernet()
@@ -170,6 +171,7 @@ def test_analytic_parameters_equal_those_of_the_materialised_module(case: Case) 
         assert sum(p.numel() for p in plain.parameters()) == subnet_cost(supernet.spec, subnet, 16).params
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_shared_parameters_are_those_of_the_restricted_supernet(case: Case) -> None:
     supernet = case.supernet()

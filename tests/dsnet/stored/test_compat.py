@@ -201,7 +201,7 @@ def test_a_file_of_something_else_is_an_error(tmp_path: Path) -> None:
     assert "is a folder; name the file in it" in message_of(tmp_path)
     for content, reason in (
         (b"", "is empty"),
-        (b"some text", "is no file of torch.save"),
+        (b"some text", "is not a file of torch.save"),
         (b"PK\3\4", "is cut off or"),
     ):
         (tmp_path / "other.pth").write_bytes(content)
@@ -217,6 +217,7 @@ def test_the_classes_are_counted_where_nobody_tells_them() -> None:
         load_dsnet_checkpoint(without)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_weights_that_are_not_finite_are_named(value: float) -> None:
     names = ["conv_stem.weight", "bn1.aux_bn.0.running_var", "classifier.bias", HEAD]

@@ -49,7 +49,7 @@ def values(defaults: dict[str, DataDefault]) -> dict[str, Any]:
 def test_a_thousand_photos_get_a_small_batch_and_enough_steps() -> None:
     found = data_defaults(facts(1134), "ds_resnet")
     assert found[BATCH_SIZE].value == MIN_BATCH
-    assert "1,134 images would give 8 steps an epoch at 128" in found[BATCH_SIZE].reason
+    assert "1,134 images would give only 8 steps an epoch at 128" in found[BATCH_SIZE].reason
     steps_per_epoch = 1134 // found[BATCH_SIZE].value
     assert MIN_STEPS <= steps_per_epoch * found[EPOCHS].value < MIN_STEPS + steps_per_epoch
     assert f"an epoch has {steps_per_epoch}" in found[EPOCHS].reason

@@ -216,7 +216,7 @@ def test_model_checkpoint_takes_the_stored_network_as_it_is(tmp_path: Path) -> N
         lay_out("checkpoint", task(), {"width": 1.0}, None, start)
     with pytest.raises(ConfigError, match=r"'group_norm'.*'private_stats'"):
         lay_out("checkpoint", task(), {}, "group_norm", start)
-    with pytest.raises(ConfigError, match="init_from names none"):
+    with pytest.raises(ConfigError, match="init_from is not set"):
         lay_out("checkpoint", task(), {}, None, None)
 
 
@@ -244,7 +244,7 @@ def test_untrained_tensors_are_never_handed_on(tmp_path: Path) -> None:
     check_start(replace(kept, recalibration_images=0), start, [], 10)
     with pytest.raises(ConfigError, match=r"epochs is 0.*init_from names no weights"):
         check_start(kept, None, list(start.tensors), 10)
-    with pytest.raises(ConfigError, match=r"epochs is 0.*10 classes apart and the data has 4"):
+    with pytest.raises(ConfigError, match=r"epochs is 0.*has 10 classes and the data has 4"):
         check_start(kept, start, classifier, 4)
     with pytest.raises(ConfigError, match=r"images is 0.*lacks"):
         check_start(replace(kept, recalibration_images=0), start, statistics, 10)

@@ -203,6 +203,7 @@ def test_a_set_without_random_members_trains_with_every_teacher() -> None:
         assert list(step(student, teacher, plan_of(student, randoms=()), kind, count=4)) == ["largest", "subnet-00"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", family_names())
 @pytest.mark.parametrize("kind", TEACHERS)
 def test_a_set_of_one_member_takes_a_plain_step(family: str, kind: str) -> None:

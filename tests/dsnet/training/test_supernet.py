@@ -323,6 +323,7 @@ class NoReading(TorchDispatchMode):
         return function(*arguments, **(keywords or {}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REGIMES)
 @pytest.mark.parametrize("family", ["ds_tiny", "ds_resnet"])
 def test_a_step_never_waits_for_the_device(name: str, family: str) -> None:
@@ -408,6 +409,7 @@ def test_curves_hold_rising_steps_every_loss_and_what_the_reporter_heard(tmp_pat
     assert heard == rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", ["ema", "student"])
 def test_the_chosen_weights_are_kept_and_recalibrated(tmp_path: Path, weights: str) -> None:
     run = small_run(weights=weights, recalibration_images=40, recalibration_batch=16)
@@ -486,6 +488,7 @@ def test_a_damaged_checkpoint_is_an_error_that_names_the_file(tmp_path: Path, da
         train(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [

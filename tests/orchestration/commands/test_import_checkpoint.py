@@ -82,6 +82,7 @@ def test_a_second_import_leaves_the_first_alone(tmp_path: Path, released: Path) 
     assert (tmp_path / "here" / "final.safetensors").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_does_not_fit_writes_nothing(tmp_path: Path) -> None:
     broken = tmp_path / "broken.pth"
     torch.save({name: value for name, value in AVERAGED.items() if name != "conv_stem.weight"}, broken)
@@ -99,6 +100,7 @@ def test_as_many_classes_as_the_classifier_has_need_not_be_told(tmp_path: Path, 
     assert f"{NUM_CLASSES} classes" in answer.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "code", "message"),
     [

@@ -112,7 +112,7 @@ def is_nullable(wanted: Any) -> bool:
 
 
 def differences(section: FieldInfo, core: CoreField) -> list[str]:
-    """What a setting in sweep.yaml has otherwise than in the core."""
+    """Differences between a setting in sweep.yaml and in the core."""
     written = annotated_type(section)
     is_open = core.key in OPEN and section.default in (None, FROM_DATA)
     found = []

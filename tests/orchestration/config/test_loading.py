@@ -300,7 +300,7 @@ BAD_VALUES = [
         "5:16: pruner.name: unknown pruner 'halving'; did you mean 'pareto_halving'? known: none,",
     ),
     ("pruner: {name: pareto_halving}", "5:16: pruner.name: pareto_halving ends long trials early"),
-    ("measure: {devices: {a.b: {}}}", "5:26: measure.devices.a.b: 'a.b' is no name of a device"),
+    ("measure: {devices: {a.b: {}}}", "5:26: measure.devices.a.b: 'a.b' is not a valid device name"),
     (
         "measure: {devices: {a: {thread: 1}}}",
         "5:25: measure.devices.a.thread: unknown key 'thread'; did you mean 'threads'?",
@@ -452,7 +452,7 @@ BAD_VALUES = [
     ),
     (
         "data: {name: digits, augment: {crop_scale: [0.1, 0.9], crop_padding: 4}}",
-        "5:70: data.augment.crop_padding: 4 pixels have no use beside crop_scale, which crops already; remove one",
+        "5:70: data.augment.crop_padding: 4 pixels cannot be combined with crop_scale, which crops already; remove one",
     ),
     ("presets: 3", "5:10: presets: expected NAME: settings; got 3"),
     ("presets: {a: 3}", "5:14: presets.a: expected settings; got 3"),

@@ -324,7 +324,7 @@ def test_names_that_make_a_folder_are_accepted(name: str) -> None:
         ),
         (
             {"data": {"name": "digits", "augment": {"crop_scale": [0.1, 0.9], "crop_padding": 4}}},
-            "crop_padding: 4 pixels have no use beside crop_scale",
+            "crop_padding: 4 pixels cannot be combined with crop_scale",
         ),
         ({"gate": {"routing": {"first": 3, "last": 2}}}, "3 lies behind gate.routing.last 2"),
         ({"gate": {"losses": {"cls": 0, "sgs": 0, "complexity": 0}}}, "would learn nothing"),

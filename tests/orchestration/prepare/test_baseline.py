@@ -79,6 +79,7 @@ def outside(metrics: dict[str, float], ranges: dict[str, tuple[float, float]]) -
     }
 
 
+@pytest.mark.slow
 @given(
     which=st.sampled_from(sorted(SUPERNETS)),
     kind=st.sampled_from(ROUTER_KINDS),

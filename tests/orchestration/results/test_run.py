@@ -22,6 +22,7 @@ from orchestration.commands.planning import prepare_again
 from orchestration.results.measured import static_metrics
 from orchestration.results.report import hypervolume_of, report_data
 from orchestration.results.run import RunResults, load_router, refuse_unusable
+from orchestration.results.trial_list import TrialList
 from orchestration.runs.folder import RunDir
 from search.front.pareto import hypervolume
 from search.front.points import save_points, trial_name
@@ -171,6 +172,13 @@ def test_hypervolume_begins_at_the_static_ones_never_falls_and_ends_with_that_of
 def test_names_of_trials_are_those_of_their_slots(finished: Finished) -> None:
     names = [row["name"] for row in finished.results.points() if row["kind"] == "gate" and row["split"] == "val"]
     assert names == [trial_name(slot) for slot in range(12)]
+
+
+def test_trials_are_listed_where_the_weights_of_the_supernet_are_gone(finished: Finished, tmp_path: Path) -> None:
+    results = results_in(finished.copy(tmp_path))
+    (results.run.stage_dir("supernet", results.done_key("supernet")) / "final.safetensors").unlink()
+    assert not results.is_done("supernet")
+    assert [trial.record for trial in TrialList.of(results).trials] == finished.results.records
 
 
 def test_of_a_long_front_only_some_gates_run_on_test(finished: Finished) -> None:

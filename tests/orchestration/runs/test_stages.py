@@ -85,6 +85,7 @@ def test_a_key_survives_writing_the_configuration_as_json(config: dict[str, Any]
     assert stage_key("s", 1, config, "d", []) == stage_key("s", 1, json.loads(json.dumps(config)), "d", [])
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(configs, configs)
 def test_two_keys_are_equal_exactly_when_the_flat_configurations_are(one: dict[str, Any], two: dict[str, Any]) -> None:

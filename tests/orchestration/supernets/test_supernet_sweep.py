@@ -308,6 +308,51 @@ def test_a_second_launch_does_nothing_and_says_so(swept: Swept) -> None:
     assert swept.results.manifest["test_openings"] == manifest["test_openings"]
 
 
+@pytest.mark.ray
+def test_a_constraint_that_a_trained_supernet_cannot_hold_leaves_it_and_all_earlier_trials_out(
+    swept: Swept, tmp_path: Path
+) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(swept.folder, folder)
+    names = {entry.settings["supernet.options.width"]: entry.name for entry in swept.results.entries}
+    narrow, wide = names[0.5], names[1.0]
+
+    def launch_with(*changes: tuple[str, str]) -> Answer:
+        text = SUPERNETS
+        for old, new in changes:
+            assert old in text
+            text = text.replace(old, new)
+        write_sweep(folder, text, SWEEP)
+        return call(folder, "launch", SWEEP, *WITHOUT_MLFLOW)
+
+    refused = launch_with(('{hard: "madds_m <= 1"}', '{hard: "madds_m <= 1"}, {hard: "latency_ms <= 1e-6"}'))
+    assert refused.code == 5, refused.err
+    assert "no gate of 2 supernets was tried" in refused.err
+    assert "no router of this network can satisfy latency_ms <= 1e-6" in refused.err
+    assert sweep_in(folder).num_trials == 0
+    assert sweep_in(folder).front_gates == ()
+
+    costs = {name: swept.results.supernets[name].members[0].madds / 1e6 for name in (narrow, wide)}
+    assert costs[narrow] < costs[wide]
+    answer = launch_with(
+        ("madds_m <= 1", f"madds_m <= {costs[wide] * 0.99:.4f}"),
+        ("[0.05, 0.9]", "[0.05, 0.3]"),
+        ("trials: 8", "trials: 5"),
+    )
+    assert answer.code == 0, answer.err
+    results = sweep_in(folder)
+    assert results.entry(wide).state == "failed"
+    assert list(results.supernets) == [narrow]
+    assert {gate.supernet for gate in results.front_gates} == {narrow}
+    assert call(folder, "status", "nets", "--json").json["front"] == [gate.name for gate in results.front_gates]
+
+    again = launch_with()
+    assert again.code == 0, again.err
+    assert "starting Ray" not in again.err
+    assert sweep_in(folder).front_gates == swept.results.front_gates
+    assert sweep_in(folder).num_trials == 2 * TRIALS
+
+
 @pytest.mark.slow
 def test_a_plan_forecasts_the_supernets_that_can_be_all_together(tmp_path: Path) -> None:
     write_sweep(tmp_path, SUPERNETS, SWEEP)
@@ -319,7 +364,7 @@ def test_a_plan_forecasts_the_supernets_that_can_be_all_together(tmp_path: Path)
         "search",
         "verify",
     ]
-    assert answer.json["forecast"]["timed"].endswith("each of 2 supernets, trained to its end")
+    assert "2 supernets" in answer.json["forecast"]["timed"]
     assert "forecast  at most " in call(tmp_path, "plan", SWEEP).out
     assert call(tmp_path, "plan", SWEEP, "--dry", "--json").json["forecast"] is None
 
@@ -347,10 +392,27 @@ def test_commands_on_the_sweep_show_origins_and_take_its_members_as_runs(swept: 
     brief = call(folder, "plan", SWEEP).out
     assert brief.splitlines()[1].startswith("data      digits, 8 x 8 pixels")
     assert lr["reason"] in brief
-    assert "other settings at their defaults: --all shows them" in brief
+    assert "other settings at their defaults; --all shows them" in brief
     assert "gate.temperature.start" not in brief
     assert "None" not in brief
     assert "up to 3 supernets" in call(folder, "validate", SWEEP).out
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("measure", "nets"),
+        ("enqueue", "nets", "--set", "gate.target=0.3"),
+        ("pareto", "nets", "--routers-figure", "r.html"),
+    ],
+)
+def test_commands_about_one_supernet_name_one_and_do_nothing(swept: Swept, command: tuple[str, ...]) -> None:
+    answer = call(swept.folder, *command)
+    assert (answer.code, answer.out) == (2, "")
+    first = swept.results.run.supernets_dir / swept.results.entries[0].name
+    assert "nets is a sweep of several supernets, but " in answer.err
+    assert str(first.name) in answer.err
 
 
 @pytest.mark.ray
@@ -408,7 +470,7 @@ def launched(folder: Path) -> Iterator[Command]:
 
 
 @pytest.mark.ray
-def test_a_sweep_that_is_killed_in_its_second_training_and_in_its_second_search_ends_like_an_uninterrupted_one(
+def test_a_sweep_killed_in_its_second_training_and_terminated_in_its_second_search_ends_like_an_uninterrupted_one(
     swept: Swept, tmp_path: Path
 ) -> None:
     write_sweep(tmp_path, SUPERNETS, SWEEP)
@@ -421,8 +483,11 @@ def test_a_sweep_that_is_killed_in_its_second_training_and_in_its_second_search_
     assert not any(members.glob("*/search"))
     with launched(tmp_path) as command:
         command.wait_for(lambda: any((members / names[1]).glob("search/*/gates/slot-00000.safetensors")))
-        command.process.send_signal(signal.SIGKILL)
-        command.wait()
+        command.process.send_signal(signal.SIGTERM)
+        answer = command.wait()
+        assert answer.code == 6, answer.err
+        assert f"dsnet-orch launch {SWEEP}" in answer.err
+        assert command.left_behind() == []
     assert not any(members.glob("*/table/*/sealed"))
     assert json.loads((tmp_path / "runs" / "nets" / "manifest.json").read_text())["test_openings"] == 0
     answer = call(tmp_path, "launch", SWEEP, *WITHOUT_MLFLOW)

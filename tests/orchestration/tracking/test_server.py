@@ -176,6 +176,7 @@ def test_the_link_shows_a_chart_of_accuracy_over_cost_with_static_and_dynamic_po
     assert drawn == Counter(COLOURS[role] for role in shown)
 
 
+@pytest.mark.slow
 def test_a_copy_that_is_written_to_again_holds_its_own_artifacts(tmp_path: Path) -> None:
     report = tmp_path / "report.html"
     report.write_text("first")

@@ -101,7 +101,7 @@ def shared(ray_cluster: None, place: Path) -> Iterator[SharedRunners]:
 
 @pytest.fixture
 def folder(place: Path, tmp_path: Path) -> Path:
-    """Where the attempts of this test's trials are counted."""
+    """The folder that counts the attempts of this test's trials."""
     attempts = tmp_path / "attempts"
     attempts.mkdir()
     place.write_text(str(attempts), encoding="utf-8")
@@ -252,6 +252,7 @@ def test_a_stream_that_nobody_reads_any_more_is_abandoned(runner: RayRunner, fol
     scripted = iter(specs("hang", "work"))
     outcomes = runner.stream(lambda: [spec] if (spec := next(scripted, None)) else ())
     assert next(outcomes).slot == 1
+    assert appears(folder, "0-*")
     outcomes.close()
     (started,) = folder.glob("0-*")
     assert vanishes(int(started.name.split("-")[2]))
@@ -501,6 +502,14 @@ def test_a_search_over_real_gate_trials_is_the_same_with_1_2_and_4_workers(tmp_p
 
 
 # --- the cluster itself ---
+
+
+def appears(folder: Path, pattern: str, within_s: float = 15.0) -> bool:
+    """Whether a file that matches the pattern is written within some seconds."""
+    deadline = time.monotonic() + within_s
+    while not any(folder.glob(pattern)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return any(folder.glob(pattern))
 
 
 def vanishes(pid: int, within_s: float = 15.0) -> bool:

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -22,11 +22,10 @@ import torch
 from ray.exceptions import OutOfMemoryError
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler
-from torch import Tensor
 
 from dsnet.arithmetic import MKL_MODE, mkl_mode
-from dsnet.data.training_images import TrainingImages
-from dsnet.errors import CheckpointError, ConfigError, PreflightError, StoppedError
+from dsnet.data.training_images import InMemoryImages
+from dsnet.errors import CheckpointError, ConfigError, DsnetError, PreflightError, StoppedError
 from dsnet.families import rebuild
 from dsnet.network.batchnorm import recalibrate
 from dsnet.space.cost import subnet_cost
@@ -45,7 +44,7 @@ from orchestration.workers.tune_supernets import (
     stored_fates,
 )
 from tests.orchestration.samples import Command
-from tests.orchestration.workers.tune_sweep import ASHA, EPOCHS, Sweep
+from tests.orchestration.workers.tune_sweep import ASHA, EPOCHS, Dies, Sweep
 
 
 @dataclass(frozen=True)
@@ -102,10 +101,25 @@ def test_the_last_report_is_that_of_the_final_checkpoint(swept: Swept) -> None:
 
 
 @pytest.mark.ray
-def test_the_checkpoint_is_the_one_that_ray_train_makes(swept: Swept, tmp_path: Path) -> None:
+def test_the_checkpoint_is_the_one_that_training_alone_makes_although_its_worker_is_lost(
+    swept: Swept, tmp_path: Path
+) -> None:
     job = replace(swept.sweep.members[0].job, folder=tmp_path / "supernet")
-    train_on_ray(job, swept.sweep.train, on_points=lambda points: None, should_stop=lambda: False)
+    train = swept.sweep.train
+    assert isinstance(train, InMemoryImages)
+    data = Dies(InMemoryImages(train.images, train.labels, job.run.augmentation), tmp_path / "deaths", times=2)
+    train_on_ray(job, data, on_points=lambda points: None, should_stop=lambda: False)
+    assert data.deaths == 2
     assert json.loads((tmp_path / "supernet" / f"{FINAL}.json").read_text())["sha256"] == swept.sweep.sha256("first")
+
+
+@pytest.mark.ray
+def test_a_worker_that_is_lost_three_times_ends_training_with_the_reason(swept: Swept, tmp_path: Path) -> None:
+    job = replace(swept.sweep.members[0].job, folder=tmp_path / "supernet")
+    data = Dies(swept.sweep.train, tmp_path / "deaths", times=9)
+    with pytest.raises(DsnetError, match=r"the training worker failed: .*died"):
+        train_on_ray(job, data, on_points=lambda points: None, should_stop=lambda: False)
+    assert data.deaths == 3
 
 
 @pytest.mark.ray
@@ -124,26 +138,6 @@ def test_a_second_launch_finds_everything_and_trains_nothing(swept: Swept) -> No
     assert stored_fates(again.members, ASHA, again.folder / "tune") == {fate.name: fate for fate in swept.answer}
 
 
-@pytest.mark.ray
-def test_a_stopped_sweep_goes_on_as_if_it_had_not_been(swept: Swept, tmp_path: Path) -> None:
-    sweep = Sweep(tmp_path)
-    asked: list[float] = []
-
-    def should_stop() -> bool:
-        if len(sweep.reports) >= 5:
-            asked.append(time.monotonic())
-        return bool(asked)
-
-    with pytest.raises(StoppedError, match="kept"):
-        sweep.launch(should_stop=should_stop)
-    assert time.monotonic() - asked[0] < STOP_GRACE_S + 1
-    assert 5 <= len(sweep.reports) < len(swept.reports)
-    resumed = Sweep(tmp_path)
-    assert resumed.launch() == swept.answer
-    assert sweep.reports + resumed.reports == swept.reports
-    assert resumed.sha256("third") == swept.sweep.sha256("third")
-
-
 KILLED = """
 import os, signal, sys
 from pathlib import Path
@@ -152,56 +146,47 @@ from tests.orchestration.workers.tune_sweep import Sweep
 
 sweep = Sweep(Path(sys.argv[1]))
 with ray_session(RaySettings(num_cpus=2, object_store_mib=100)):
-    sweep.launch(should_stop=lambda: len(sweep.reports) >= 4 and os.kill(os.getpid(), signal.SIGKILL))
+    sweep.launch(should_stop=lambda: len(sweep.reports) >= 2 and os.kill(os.getpid(), signal.SIGKILL))
 """
 
 
 @pytest.mark.ray
-def test_a_killed_sweep_goes_on_as_if_it_had_not_been(swept: Swept, tmp_path: Path) -> None:
+def test_a_sweep_that_is_killed_and_stopped_goes_on_as_if_it_had_not_been(swept: Swept, tmp_path: Path) -> None:
     command = Command(Path.cwd(), tmp_path, program=(sys.executable, "-c", KILLED))
     try:
         answer = command.wait()
         assert answer.code == -signal.SIGKILL, answer.err
     finally:
         command.end()
-    resumed = Sweep(tmp_path)
+    stopped = Sweep(tmp_path)
     ledger = Ledger.of(tmp_path / "tune", ASHA)
-    before = {(member.name, *report) for member in resumed.members for report in ledger.reports(member.key)}
-    assert len(before) >= 4
+    before = [(member.name, *report) for member in stopped.members for report in ledger.reports(member.key)]
+    assert before == swept.reports[: len(before)]
+    assert len(before) >= 2
+    asked: list[float] = []
+
+    def should_stop() -> bool:
+        if len(before) + len(stopped.reports) >= 5:
+            asked.append(time.monotonic())
+        return bool(asked)
+
+    with pytest.raises(StoppedError, match="kept"):
+        stopped.launch(should_stop=should_stop)
+    assert time.monotonic() - asked[0] < STOP_GRACE_S + 1
+    resumed = Sweep(tmp_path)
     assert resumed.launch() == swept.answer
-    assert before.isdisjoint(resumed.reports)
-    assert before | set(resumed.reports) == set(swept.reports)
-
-
-class DiesOnce:
-    """A training split that takes its worker with it, once."""
-
-    def __init__(self, images: TrainingImages, marker: Path) -> None:
-        self._images = images
-        self._marker = marker
-
-    @property
-    def labels(self) -> Tensor:
-        return self._images.labels
-
-    def augmented(self, batches: Iterable[tuple[Tensor, int]], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-        for number, batch in enumerate(self._images.augmented(batches, device)):
-            if number == 3 and not self._marker.exists():
-                self._marker.touch()
-                os.kill(os.getpid(), signal.SIGKILL)
-            yield batch
-
-    def clean(self, rows: Iterable[Tensor], device: torch.device) -> Iterator[Tensor]:
-        return self._images.clean(rows, device)
+    assert resumed.reports
+    assert before + stopped.reports + resumed.reports == swept.reports
+    assert resumed.sha256("third") == swept.sweep.sha256("third")
 
 
 @pytest.mark.ray
 def test_a_lost_worker_is_replaced_and_a_failing_supernet_fails_alone(ray_cluster: None, tmp_path: Path) -> None:
     rules = TuneRules(scheduler="none", concurrent=2, report_every=2)
     sweep = Sweep(tmp_path, {"good": 0.1, "diverges": 9e5})
-    sweep.train = DiesOnce(sweep.train, tmp_path / "died")
+    sweep.train = dies = Dies(sweep.train, tmp_path / "deaths")
     good, diverges = sweep.launch(rules)
-    assert (tmp_path / "died").exists()
+    assert dies.deaths == 1
     assert (good.state, [epoch for epoch, _ in good.reports]) == ("trained", [2, EPOCHS])
     assert diverges.state == "failed"
     assert "lower supernet.train.lr" in (diverges.reason or "")
@@ -357,6 +342,7 @@ RULES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rules", RULES.values(), ids=RULES)
 def test_a_sweep_killed_anywhere_ends_as_an_uninterrupted_one(rules: TuneRules, tmp_path: Path) -> None:
     curves = _curves(1)

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import os
+import signal
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from dsnet.data.settings import Augmentation
 from dsnet.data.sources import load_source
@@ -83,5 +88,34 @@ class Sweep:
         return self.folder / name / FINAL
 
     def sha256(self, name: str) -> str:
-        """Of a trained member's tensors."""
+        """SHA-256 of a trained member's tensors."""
         return str(json.loads((self.folder / name / f"{FINAL}.json").read_text())["sha256"])
+
+
+class Dies:
+    """A training split that kills the worker that trains with it, a number of times."""
+
+    def __init__(self, images: TrainingImages, record: Path, times: int = 1) -> None:
+        self._images = images
+        self._record = record
+        """A file with one character for each time."""
+        self._times = times
+
+    @property
+    def deaths(self) -> int:
+        return self._record.stat().st_size if self._record.exists() else 0
+
+    @property
+    def labels(self) -> Tensor:
+        return self._images.labels
+
+    def augmented(self, batches: Iterable[tuple[Tensor, int]], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+        for number, batch in enumerate(self._images.augmented(batches, device)):
+            if number == 3 and self.deaths < self._times:
+                with open(self._record, "a") as record:
+                    record.write("x")
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield batch
+
+    def clean(self, rows: Iterable[Tensor], device: torch.device) -> Iterator[Tensor]:
+        return self._images.clean(rows, device)

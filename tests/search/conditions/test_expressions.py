@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from dsnet.errors import ConfigError
 from search.conditions.expressions import (
-    BARELY,
+    LEAST_BROKEN_VIOLATION,
     LEAST_VIOLATION,
     MAX_DEPTH,
     MAX_LENGTH,
@@ -111,7 +111,7 @@ def test_precedence_is_that_of_arithmetic(text: str, top1: float, madds_m: float
 def test_equal_sides_hold_unless_the_condition_is_strict(order: str) -> None:
     comparison = read(f"top1 {order} 0.25")
     assert comparison.holds({"top1": 0.25}) == ("=" in order)
-    assert comparison.violation({"top1": 0.25}) == (0.0 if "=" in order else BARELY)
+    assert comparison.violation({"top1": 0.25}) == (0.0 if "=" in order else LEAST_BROKEN_VIOLATION)
 
 
 def test_the_violation_is_relative_to_the_size_of_the_sides() -> None:
@@ -225,9 +225,9 @@ def test_conditions_are_values_that_travel_between_processes() -> None:
         ("top1 <= 1)", "column 10: expected an operator or the end; got ')'"),
         ("top1 <= 1e999", "column 9: '1e999' is too large for a number"),
         ("top1 ** 2 <= 1", "column 7: expected a number, a metric or '('; got '*'"),
-        ("top1 / 0 <= 1", "column 8: this is 0, and nothing can be divided by it"),
-        ("top1 / (2 - 2) <= 1", "column 8: this is 0, and nothing can be divided by it"),
-        ("1 <= 2", "reads no metric: it always holds, or never"),
+        ("top1 / 0 <= 1", "column 8: this is 0, so that the division has no result"),
+        ("top1 / (2 - 2) <= 1", "column 8: this is 0, so that the division has no result"),
+        ("1 <= 2", "reads no metric, so that it always or never holds"),
         ("madds <= 2", "column 1: unknown metric 'madds'; did you mean 'madds_m'? known: top1, madds_m"),
         ("top1 <= baseline.top", "column 9: unknown metric 'baseline.top'; did you mean 'baseline.top1'?"),
         ("latency_ms.phone <= 2", "column 1: unknown metric 'latency_ms.phone'; did you mean 'latency_ms.server'?"),

@@ -126,6 +126,7 @@ def test_the_split_as_a_whole_is_what_one_computes_by_hand() -> None:
     assert found.oracle_madds_m[-1] == pytest.approx((6 + 1 + 1 + 3) / 6)
 
 
+@pytest.mark.slow
 def test_the_cascade_beside_a_point_spends_no_more_than_the_point() -> None:
     found = analysis_of({5: gate(0, 2)})
     (point,) = found.points
@@ -233,6 +234,7 @@ def large_table(num_images: int, *, seed: int = 0, split: str = "val") -> Routin
     )
 
 
+@pytest.mark.slow
 def test_points_that_the_images_cannot_tell_apart_are_tied_and_others_at_that_cost_are_not() -> None:
     table = large_table(400)
     forecast = RouteForecast.fit(table)
@@ -272,6 +274,7 @@ def test_the_fronts_optimism_is_its_mean_loss_of_top1_between_the_splits() -> No
     assert optimism(analysis_of({}), analysis_of({})) is None
 
 
+@pytest.mark.slow
 def test_stability_is_judged_in_the_objectives_of_the_sweep() -> None:
     table = table_of()
     forecast = RouteForecast.fit(table)
@@ -322,6 +325,7 @@ def test_without_a_trial_there_is_no_pick() -> None:
     assert budget_picks([], np.array([1, 5])) == ()
 
 
+@pytest.mark.slow
 def test_a_kinds_share_is_taken_at_what_its_trial_really_spends() -> None:
     pick = BudgetPick("gate", 0.5, 5)
     found = analysis_of({}, {pick: gate(0, 2)})
@@ -338,6 +342,7 @@ def test_a_kinds_share_is_taken_at_what_its_trial_really_spends() -> None:
     assert share.top1 - share.static_top1 == pytest.approx(share.gain.value)
 
 
+@pytest.mark.slow
 def test_equal_inputs_give_equal_results_and_json_gives_them_back() -> None:
     contenders = {BudgetPick("cascade", 0.25, 4): CascadeRouter(0, 1, 0.5)}
     found = analysis_of({5: gate(0, 2), 9: gate(1, 2)}, contenders)

@@ -59,6 +59,7 @@ def test_where_the_logits_tell_which_route_is_right_the_ceiling_is_near_the_orac
     assert found == pytest.approx(oracle, abs=0.01)
 
 
+@pytest.mark.slow
 def test_where_the_logits_tell_nothing_the_ceiling_falls_to_the_static_line() -> None:
     gate, val, test = tables(is_readable=False, num_images=800)
     wanted = budgets(MADDS)

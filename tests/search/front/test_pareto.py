@@ -156,6 +156,7 @@ def test_trace_of_random_points_ends_at_the_whole_hypervolume(num_objectives):
     assert trace[-1] == pytest.approx(hypervolume(values, goals, reference), rel=1e-9)
 
 
+@pytest.mark.slow
 def test_the_trace_stays_fast_where_every_point_joins_the_front(capsys):
     x = np.random.default_rng(4).permutation(10_000) / 10_000
     start = time.perf_counter()

@@ -126,6 +126,7 @@ class Notebook:
         return len(self.records) >= self.stop_after
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", [name for name in KNOWN_SAMPLERS if name != "gp"])
 @pytest.mark.parametrize("num_workers", [1, 2, 4])
 def test_the_number_of_workers_changes_nothing(tmp_path: Path, sampler: str, num_workers: int) -> None:
@@ -156,6 +157,7 @@ class ManyAtOnce:
         return [outcome_from(sometimes_broken, spec) for spec in reversed(specs)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lanes", [2, 3, 8, 20])
 def test_the_number_of_lanes_changes_nothing(tmp_path: Path, lanes: int) -> None:
     alone = sweep(tmp_path / "alone")
@@ -502,6 +504,7 @@ def test_nothing_feasible_is_no_plateau(tmp_path: Path) -> None:
 # --- the asynchronous order ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", ["random", "grid", "qmc", "tpe", "nsga2", "nsga3"])
 @pytest.mark.parametrize("num_workers", [1, 3])
 def test_the_asynchronous_order_leaves_no_hole_and_repeats_nothing(
@@ -561,6 +564,7 @@ def test_a_killed_asynchronous_sweep_fills_its_holes_first(tmp_path: Path) -> No
 # --- kills: the sweep runs in a process of its own and dies by SIGKILL ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("slots", "where"), [((0,), "run"), ((5, 6), "keep"), ((8,), "torn"), ((3, 11), "torn")], ids=str
 )

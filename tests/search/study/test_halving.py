@@ -133,6 +133,7 @@ def test_the_order_is_by_rank_then_by_distance_then_as_the_rows_stand() -> None:
 # ---- who goes on
 
 
+@pytest.mark.slow
 @given(rungs(), halvings, st.randoms())
 @settings(max_examples=150, deadline=None)
 def test_the_order_of_candidates_and_of_earlier_trials_does_not_matter(
@@ -167,6 +168,7 @@ def test_nobody_on_the_front_is_pruned_while_the_front_has_room(
     assert going_on <= candidates.keys()
 
 
+@pytest.mark.slow
 @given(rungs(), halvings)
 @settings(max_examples=200, deadline=None)
 def test_who_is_pruned_dominates_nobody_who_goes_on(

@@ -99,7 +99,7 @@ def test_a_function_that_forgets_a_trial_fails_that_trial_alone() -> None:
     function = Recorded(lanes=3, forgotten=frozenset({1}))
     outcomes = {outcome.slot: outcome for outcome in SerialRunner(function).run(specs(3))}
     assert [outcomes[slot].state for slot in range(3)] == ["complete", "failed", "complete"]
-    assert outcomes[1].reason == "RuntimeError: asked for slots [1], the trials answered for []"
+    assert outcomes[1].reason == "RuntimeError: trials of slots [1] gave outcomes for slots []"
 
 
 def test_a_function_that_answers_twice_fails_the_trial() -> None:
@@ -112,7 +112,7 @@ def test_a_function_that_answers_twice_fails_the_trial() -> None:
     (outcome,) = run_batch(Twice(), specs(1)) or []
     assert (outcome.state, outcome.reason) == (
         "failed",
-        "RuntimeError: asked for slots [0], the trials answered for [0, 0]",
+        "RuntimeError: trials of slots [0] gave outcomes for slots [0, 0]",
     )
 
 

@@ -208,7 +208,7 @@ def test_a_file_that_is_no_journal_is_refused_by_name(path: Path, content: bytes
 
 
 def test_reading_where_no_search_has_begun_says_so_and_creates_nothing(path: Path) -> None:
-    with pytest.raises(NotFoundError, match="its search has not begun"):
+    with pytest.raises(NotFoundError, match="the search has not begun"):
         load_records(path)
     assert not path.parent.exists()
 

@@ -60,7 +60,7 @@ class Sweep:
     seed: int = 5
     study: Study = field(init=False)
     notes: list[str] = field(default_factory=list)
-    """What the samplers noted on each trial when it was asked, as JSON."""
+    """System attributes that the samplers wrote on each trial when it was asked, as JSON."""
 
     def __post_init__(self) -> None:
         with quiet_optuna():

@@ -81,6 +81,7 @@ class TestEverySampler:
         assert "gate.sgs.t_easy" in point or space_name == "flat"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tpe", "nsga2", "nsga3"])
 @pytest.mark.parametrize("space_name", SPACES)
 def test_what_is_learned_shows(name: str, space_name: str) -> None:
@@ -263,10 +264,10 @@ class OneObjective(BaseSampler):
         ("nsga4", {}, r"unknown sampler 'nsga4'; did you mean 'nsga\d'\?.* or an import path"),
         ("optuna.samplers.NoSuch", {}, r"cannot import 'optuna.samplers.NoSuch'"),
         ("no_such_module.Sampler", {}, "cannot import"),
-        ("optuna.study.Study", {}, "is no class of optuna.samplers.BaseSampler"),
-        ("optuna.samplers.GridSampler", {}, "keeps its place in the study.*write grid"),
-        ("optuna.samplers.QMCSampler", {}, "write qmc"),
-        ("optuna.samplers.BruteForceSampler", {}, "Optuna's own loop; write grid"),
+        ("optuna.study.Study", {}, "must be a subclass of optuna.samplers.BaseSampler"),
+        ("optuna.samplers.GridSampler", {}, "stores its position in the study.*use grid"),
+        ("optuna.samplers.QMCSampler", {}, "use qmc instead"),
+        ("optuna.samplers.BruteForceSampler", {}, "Optuna's own loop, which is not used here; use grid"),
         (f"{__name__}.NeedsNoSeed", {}, "takes no `seed`"),
         (f"{__name__}.OneObjective", {}, "ValueError: takes one objective only"),
         (f"{__name__}.OneObjective", {"widht": 2.0}, "did you mean 'width'"),
@@ -301,6 +302,7 @@ def test_what_cannot_be_used_is_refused_beforehand(name: str, options: dict[str,
         check_sampler(SamplerSettings(name, options))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "options"),
     [
@@ -350,6 +352,7 @@ def test_suggestions_do_not_depend_on_the_order_of_sets() -> None:
     assert printed.pop().count("\n") == 3
 
 
+@pytest.mark.slow
 def test_derived_seeds_are_pinned_and_differ_between_slots_and_streams() -> None:
     # A change here would change every published sweep.
     assert (slot_seed(0, 0, "sampler"), slot_seed(7, 42, "trial")) == (4256444179, 211370609)

@@ -159,14 +159,14 @@ class TestConditions:
             ({"x": {"uniform": [0, 1], "when": {"gate.depth": 1.5}}}, "only takes whole numbers"),
             ({"x": {"uniform": [0, 1], "when": {"gate.tail": 1.0}}}, "needs a choice, fixed or int"),
             ({"x": {"uniform": [0, 1], "when": {"x": 1}}}, "needs a choice, fixed or int"),
-            ({"x": {"choice": [0, 1], "when": {"x": 1}}}, "in a circle: x -> x"),
+            ({"x": {"choice": [0, 1], "when": {"x": 1}}}, "form a cycle: x -> x"),
             (
                 {"x": {"choice": [0, 1], "when": {"y": 1}}, "y": {"choice": [0, 1], "when": {"x": 1}}},
-                "in a circle: x -> y -> x; remove one",
+                "form a cycle: x -> y -> x; remove one",
             ),
             ({"x": {"choice": [0, 1], "when": {"gate.router": []}}}, "lists no value of gate.router"),
-            ({"x": {"choice": [0, 1], "when": "gate"}}, "when is written when:"),
-            ({"x": {"choice": [0, 1], "when": {}}}, "when is written when:"),
+            ({"x": {"choice": [0, 1], "when": "gate"}}, "write the condition as when:"),
+            ({"x": {"choice": [0, 1], "when": {}}}, "write the condition as when:"),
             ({"x": {"when": {"gate.router": "gate"}}}, "expected one distribution"),
             (
                 {"gate.sgs.flag": {"fixed": True, "when": {"gate.router": "gate"}},
@@ -181,7 +181,7 @@ class TestConditions:
 
     def test_parents_with_too_many_values_are_refused(self) -> None:
         with pytest.raises(
-            ConfigError, match="a, b, on which other dimensions depend, can be set in more than 100,000 ways"
+            ConfigError, match="a, b, on which other dimensions depend, have more than 100,000 combinations"
         ):
             parse_space(
                 {"a": {"int": [1, 10**9]}, "b": {"int": [0, 1]}, "c": {"uniform": [0, 1], "when": {"a": 1, "b": 1}}}
@@ -214,7 +214,7 @@ class TestCheckPoint:
             ({"gate.sgs.t_easy": "0.5"}, "outside"),
             (
                 {"gate.router": "cascade", "gate.sgs.t_easy": 0.5},
-                "only tried when gate.router is gate, which this point denies",
+                "only tried when gate.router is gate, which is not so in this point",
             ),
             ({"gate.depth": 1, "gate.tail": 0.5}, "only tried when gate.depth is 2 or 3"),
         ],
