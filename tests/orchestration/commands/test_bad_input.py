@@ -77,7 +77,7 @@ def test_a_bad_setting_is_refused_before_anything_is_written(
 
 
 def test_a_mistake_in_the_file_is_named_with_file_and_line(tmp_path: Path) -> None:
-    write_sweep(tmp_path, TINY.replace("budget: {trials: 12}", "budget: {trials: 12}\nbugdet: {trials: 3}"))
+    write_sweep(tmp_path, f"{TINY}bugdet: {{trials: 3}}\n")
     line = TINY.count("\n") + 1
     assert problems_with_refusal(tmp_path, ["launch", SWEEP], (2,), [f"{SWEEP}:{line}", "bugdet", "budget"]) == []
 

@@ -334,7 +334,7 @@ def test_a_folder_that_is_no_bundle_is_not_overwritten(finished: Finished, tmp_p
     precious.write_text("years of work")
     answer = call(finished.folder, "export", "tiny", "--out", tmp_path)
     assert answer.code == 3
-    assert problems_of_message(answer, [trial_name(slot), "no bundle"]) == []
+    assert problems_of_message(answer, [trial_name(slot), "not a bundle"]) == []
     assert precious.read_text() == "years of work"
 
 
