@@ -64,7 +64,7 @@ def with_data_defaults(config: SweepConfig, image_set: ImageSource, splits: Spli
         filled = config.model_copy(update={"data": data, "supernet": supernet_with(config.supernet, supernet)})
     except ValidationError as error:
         reasons = "; ".join(f"{key} {found[key].value} follows from the data" for key in supernet)
-        raise ConfigError(f"{'; '.join(rule_texts(error))} ({reasons}); write them in the file") from error
+        raise ConfigError(f"{'; '.join(rule_texts(error))} ({reasons}); write other values in the file") from error
     return Derived(filled, {**found, **_of_the_augmentation(config, image_set)})
 
 
@@ -83,7 +83,7 @@ def _written(config: SweepConfig) -> dict[str, Any]:
 
 
 def _of_the_augmentation(config: SweepConfig, image_set: ImageSource) -> dict[str, DataDefault]:
-    """The values that the nulls of `data.augment.crop_padding` and `flip` stand for."""
+    """The defaults of `data.augment.crop_padding` and `flip` where they are null."""
     written = config.data.augment
     if written.crop_scale is not None or config.data.stream:
         return {}
