@@ -1,5 +1,5 @@
-"""Bundles of a finished sweep: they classify as what was verified, claim what was found, and live
-without their run."""
+"""Bundles of a finished sweep: they classify like the verified gates, claim the run's results, and
+work without the run."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_examples_are_clear_ones_of_every_route_that_has_some(kind: str, num_gat
         assert run.lead[rows].min() >= np.sort(run.lead)[-NUM_EXAMPLES]
         return
     assert is_clear[rows].all()
-    # In turns: no route has two more than another that has clear images left.
+    # Taken in turn: no route has two examples more than another route with clear images left.
     for route in range(4):
         assert chosen[route] == num_clear[route] or chosen[route] >= chosen.max() - 1
 

@@ -1,4 +1,4 @@
-"""What trials make of a sweep's conditions."""
+"""Evaluation of a sweep's conditions on trials."""
 
 from __future__ import annotations
 
