@@ -48,9 +48,9 @@ def sync_again(results: Results) -> str:
     num_unsent = sum(summary.num_unsent for summary in summaries)
     if num_unsent:
         first = next(summary.first_error for summary in summaries if summary.num_unsent)
-        raise PreflightError(f"{num_unsent} writes to {uri} failed: {first}")
+        raise PreflightError(f"{plural(num_unsent, 'write')} to {uri} failed: {first}")
     several = "" if list(results.supernets) == [""] else f" of {plural(len(results.supernets), 'supernet')}"
-    return f"{run.name}: {plural(results.num_trials, 'trial')}{several} in {uri}"
+    return f"{run.name}: {plural(results.num_trials, 'trial')}{several} stored in {uri}"
 
 
 @dataclass(frozen=True)

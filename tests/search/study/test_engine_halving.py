@@ -291,7 +291,7 @@ def test_a_hard_constraint_ends_a_trial_at_the_first_rung(tmp_path: Path) -> Non
     for record in broken:
         assert record.state == "pruned"
         assert record.reason is not None
-        assert record.reason.startswith("breaks madds_m <= 5")
+        assert record.reason.startswith("violates madds_m <= 5")
         assert record.rungs == {}
         assert [epoch for slot, epoch in function.ran if slot == record.slot] == [1]
     assert any(record.state == "complete" for record in records)
