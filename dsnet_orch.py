@@ -1,7 +1,7 @@
 """The program `dsnet-orch`, under a name of its own: `python -m dsnet_orch` is the same.
 
-Where the user has a module `orchestration`, Python may find that one first. Here our packages are
-found beside this file.
+If the user has a module `orchestration`, Python may find it first. From here our packages are found
+beside this file.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import sys
 
 
 def main() -> None:
-    """Run the command line with our own packages, whatever else has their names."""
+    """Run the command line with our own packages, even if other modules have their names."""
     root = os.path.dirname(os.path.abspath(__file__))
     sys.path.insert(0, root)
     try:
-        import orchestration  # noqa: F401 - it protects all further imports
+        import orchestration  # noqa: F401 - makes all further imports find our packages
     finally:
         sys.path.remove(root)
     from orchestration.cli import main as run

@@ -14,8 +14,8 @@ need alone, and with as much.
     python -m benchmarks.alone report --folder F
     python -m benchmarks.alone --quick
 
-`train --scale` needs torch and dsnet alone. `train` may be repeated (until its exit code is 0) and
-killed at will, and shares its folder with further processes of the same host.
+`train --scale` needs only torch and dsnet. `train` may be killed at any time and repeated until its
+exit code is 0; several processes of the same host can share a folder.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from dsnet.files import atomic_write_json, atomic_write_text
 if TYPE_CHECKING:
     from benchmarks.harness import Options, Report
 
-BENCHMARK = "sub-networks against the same networks trained alone: points below them in the mean (goal: at most 0.5)"
+BENCHMARK = "sub-networks against the same networks trained alone: mean loss of top-1 in points (goal: at most 0.5)"
 
 
 def measure(options: Options) -> Report:
@@ -93,7 +93,7 @@ def scale_of_sweep(path: Path) -> Scale:
     config, run = prepared.config, prepared.supernet_run
     if config.seed != 0 or config.data.limit is not None:
         raise ConfigError(
-            f"{path}: the benchmark divides images as seed 0 does, and takes all of them; leave out seed and data.limit"
+            f"{path}: the benchmark uses the splits of seed 0 and all images; remove seed and data.limit from the file"
         )
     sizes = {name: len(getattr(prepared.splits, name)) for name in ("train", "gate", "val", "test")}
     return Scale(

@@ -218,12 +218,14 @@ def make_report(folder: Path) -> Report:
         PreflightError: there are no finished runs of `ib` beside all of its sub-networks alone.
     """
     if not (folder / PLAN).exists():
-        raise PreflightError(f"{folder} holds no runs: `train` first, into the same --folder")
+        raise PreflightError(f"{folder} has no runs; run `train` first, with the same --folder")
     scale, records = read_json(folder / PLAN)["scale"], load_records(folder)
     gaps = find_gaps(records)
     first = next((gap for gap in gaps if gap.arm == "ib" and gap.length == 1.0), None)
     if first is None:
-        raise PreflightError(f"{folder}: the runs of ib, and of its sub-networks alone, are not done yet: `train` on")
+        raise PreflightError(
+            f"{folder}: the runs of ib, and of its sub-networks alone, are not finished; continue with `train`"
+        )
     half = 100 * first.mean.half if first.mean.half is not None else math.nan
     below = -100 * first.mean.mean
     label = (

@@ -58,8 +58,8 @@ class Arm:
     regime: Regime
     bootstrapping: BootstrapSettings = field(default_factory=BootstrapSettings)
     cost_share: float | None = None
-    """Compute of training the supernet, as a share of training every sub-network alone; it sets the
-    number of steps. None = as many steps as a network alone."""
+    """Compute of training the supernet, as a share of training every sub-network alone; it
+    determines the number of steps. None = as many steps as a network alone."""
 
 
 ARMS: Mapping[str, Arm] = MappingProxyType(
@@ -80,8 +80,8 @@ ARMS: Mapping[str, Arm] = MappingProxyType(
 """`ib` is in-place bootstrapping with our defaults; `ib_published` has the published soft labels
 and two random sub-networks; `ce` trains every width with labels. `ib_third` costs a third of
 training all alone, `ib_equal_cost` as much. The others change one thing of `ib`: full soft labels,
-two random sub-networks, labels for everyone in the sandwich, today's largest as teacher, a quarter
-of the steps for the largest alone, and the ensemble."""
+two random sub-networks, labels for all sub-networks of the sandwich, the current largest
+sub-network as teacher, a quarter of the steps for the largest alone, and the ensemble."""
 USUAL_ARMS = ("ib", "ib_published", "ce", "ib_third", "ib_equal_cost")
 
 
@@ -230,8 +230,8 @@ def jobs(arms: Sequence[str], subnets: Sequence[str], seeds: Sequence[int], leng
         arms: ways of training the supernet.
         subnets: names of the sub-networks.
         seeds: one after the other.
-        lengths: the first is also that of the networks alone; a shorter one has no arms that are
-            defined by their cost.
+        lengths: the first is also that of the networks alone; arms that are defined by their cost
+            run at the first only.
     """
     found = []
     for number, seed in enumerate(seeds):

@@ -72,7 +72,7 @@ def ask_seconds(
     Args:
         settings: settings of the sampler.
         num_finished: number of trials in the study.
-        cohort: number of suggestions, of which none is told before the next is asked.
+        cohort: number of suggestions that are made without results of each other.
         seed: seed of the synthetic trials and of the sweep.
         space: search space, which must hold gate.target; None = `SPACE`.
     """

@@ -1,5 +1,5 @@
-"""The digits example as a whole, a new user's first sweep: wall time and its parts, and the memory
-of all its processes together."""
+"""The whole digits example, a new user's first sweep: wall time and its parts, and the memory of
+all its processes together."""
 
 from __future__ import annotations
 

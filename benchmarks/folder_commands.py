@@ -27,7 +27,7 @@ def add_train_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--folder", type=Path, required=True, help="receives checkpoints and one JSON file per run")
     parser.add_argument("--data", type=Path, help="folder of the images; default: DSNET_DATA (digits need none)")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=1, help="of torch, for each process")
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch in each process")
     parser.add_argument("--max-seconds", type=float, default=math.inf, help="stop at the first step after so long")
     parser.add_argument("--seeds", nargs="+", type=int, default=list(range(NUM_SEEDS)), metavar="SEED")
 
@@ -55,7 +55,7 @@ def work_off(arguments: argparse.Namespace, todo: Sequence[JobT], run: Runner[Jo
     if left:
         raise StoppedError(
             f"{len(todo) - len(left)} of {len(todo)} runs are done; left: {', '.join(job.name for job in left)}. "
-            "Give the same command again; what another process holds, it goes on with"
+            "Run the same command again; another process may be working on some of them"
         )
     _say(f"all {len(todo)} runs are done")
 

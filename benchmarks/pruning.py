@@ -420,7 +420,7 @@ def _ways_section(table: CompleteTable, results: Sequence[RuleResult]) -> Sectio
         "hv unpruned",
     )
     title = (
-        "Beside as many at random, and as many unpruned as the epochs pay for: unmatched front points, hypervolume; %"
+        "Against as many trials at random, and unpruned trials of equal epochs: unmatched front points, hypervolume; %"
     )
     return Section(title, columns, rows)
 
@@ -440,7 +440,7 @@ def _rungs_section(table: CompleteTable) -> Section:
         found = front_mask(now, GOALS)[table.is_front].mean()
         relative = change[1] / table.final[:, 1].mean()
         rows.append((str(epoch), f"{100 * change[0]:.2f}", f"{100 * relative:.2f}", f"{100 * found:.0f}"))
-    return Section("What a rung knows of the end (mean absolute differences)", columns, rows)
+    return Section("Results at each rung against those at the end (mean absolute differences)", columns, rows)
 
 
 def _facts_section(table: CompleteTable, asked: int, table_s: float) -> Section:

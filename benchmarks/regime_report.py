@@ -112,7 +112,7 @@ class Results:
         trained = tuple(record for record in ordered if "error" not in record)
         if not trained:
             raise PreflightError(
-                f"none of {plural(len(records), 'run')} has been trained to its end: `train` first, into the same --folder"
+                f"none of {plural(len(records), 'run')} has been trained to its end; run `train` first, with the same --folder"
             )
         rows = sorted(trained[0]["subnets"], key=lambda row: row["madds"])
         return cls(
@@ -177,7 +177,7 @@ def load_results(folder: Path) -> Results:
         PreflightError: no run has been trained, or the folder was not made by `train`.
     """
     if not (folder / PLAN).exists():
-        raise PreflightError(f"{folder} holds no runs: `train` first, into the same --folder")
+        raise PreflightError(f"{folder} has no runs; run `train` first, with the same --folder")
     paths = sorted((folder / RUNS).glob("*.json"))
     return Results.from_records(read_json(folder / PLAN)["scale"], [read_json(path) for path in paths])
 
@@ -229,7 +229,7 @@ def make_sections(results: Results) -> list[Section]:
     sections.append(_cost_section(results))
     if results.failures:
         rows = [(record["regime"], str(record["seed"]), record["error"]) for record in results.failures]
-        sections.append(Section("Runs that failed and count nowhere above", ("regime", "seed", "why"), rows))
+        sections.append(Section("Failed runs, which are not part of the tables above", ("regime", "seed", "why"), rows))
     return sections
 
 
@@ -295,7 +295,7 @@ def _cost_section(results: Results) -> Section:
         "over ce",
         "s of all steps",
     )
-    return Section(f"What equal steps cost ({'; '.join(devices)}); ms: median within and over runs", columns, rows)
+    return Section(f"Cost at equal steps ({'; '.join(devices)}); ms: median within and over runs", columns, rows)
 
 
 def _step_seconds(records: Sequence[Mapping[str, Any]]) -> float | None:

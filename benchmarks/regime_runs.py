@@ -339,7 +339,7 @@ def begin(folder: Path, scale: _Described, material: _Divided) -> None:
     changed += ["images"] * (begun["images"] != plan["images"])
     if changed:
         raise ConfigError(
-            f"{folder} was begun with another {', '.join(changed)}: runs of one folder must be comparable; choose another --folder"
+            f"{folder} was made with another {', '.join(changed)}, and the runs of one folder must be comparable; choose another --folder"
         )
 
 

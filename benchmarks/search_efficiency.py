@@ -387,7 +387,7 @@ def _title(name: str, exhaustive: Exhaustive, trials: int, source: Source) -> st
     num_values = len(np.unique(values[np.isfinite(values).all(axis=1)], axis=0))
     return (
         f"Space `{name}`: {len(values):,} points, {num_values:,} different results, {num_front} on the front; {trials} trials; "
-        f"median [quartiles] over seeds, and the share of seeds that got there; {source.name}"
+        f"median [quartiles] over seeds, and the share of seeds that reached it; {source.name}"
     )
 
 

@@ -1,11 +1,11 @@
 """Time of (a) our in-place bootstrapping step, compared with (b) the sum of the same networks
 trained as plain static modules.
 
-(b) is the least time of a naive step: forward and backward of largest, two randoms and smallest,
-each as a plain module with its own contiguous weights, and the teacher's forward. Both compute the
-same losses (the largest difference is in the JSON), with the same dtype, layout and threads;
-neither includes the optimiser and the EMA, which have their own row. (a) can be faster than (b)
-because the trunk before the gate is shared.
+(b) is the shortest possible time of a naive step: forward and backward of largest, two randoms and
+smallest, each as a plain module with its own contiguous weights, and the teacher's forward. Both
+compute the same losses (the largest difference is in the JSON), with the same dtype, layout and
+threads; neither includes the optimiser and the EMA, which have their own row. (a) can be faster
+than (b) because the trunk before the gate is shared.
 """
 
 from __future__ import annotations
@@ -165,9 +165,8 @@ def peak_memory_mib(workload: Workload, way: str) -> dict[str, float]:
     """Memory of two steps of one way, in a process of its own.
 
     Returns:
-        `step`: what the steps added at their peak to what the networks took (gradients included);
-            `peak`: of the whole process, the
-        supernet that (b)'s networks were cut from included.
+        `step`: peak memory of the steps beyond that of the networks and their gradients; `peak`:
+            peak memory of the whole process, with the supernet from which (b)'s networks were cut.
     """
     torch.set_num_threads(workload.threads)
     networks = Networks(workload)

@@ -165,7 +165,7 @@ def wait_for_rows(tracker: MlflowTracker, number: int) -> None:
     """Wait until a number of writes has been made."""
     while tracker.summary.num_written < number:
         if tracker.summary.num_unsent:
-            raise RuntimeError(f"MLflow does not take rows: {tracker.summary.first_error}")
+            raise RuntimeError(f"MLflow cannot be written: {tracker.summary.first_error}")
         time.sleep(0.002)
 
 
@@ -444,8 +444,8 @@ def sweep_settings(config: SweepConfig, num_routes: int) -> StudySettings:
 
 
 def gate_trials(workload: Workload, defaults: dict[str, Any]) -> tuple[MakeGateTrial, dict[str, NDArray[Any]]]:
-    """Arguments that the search stage gives to its actors: a recipe, and the arrays of the
-    tables."""
+    """Arguments that the search stage gives to its actors: the maker of the trial function, and the
+    arrays of the tables."""
     tables = {split: synthetic_table(workload, split, seed) for seed, split in enumerate(("gate", "val"))}
     subnets = layout(workload.model, workload.task)
     tails = {subnet.name: _timing(1.0 + index) for index, subnet in enumerate(subnets)}

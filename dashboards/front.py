@@ -145,7 +145,7 @@ class Further:
 
 @dataclass(frozen=True)
 class FrontInfo:
-    """The front on the split that chose it and, once verified, on the split that reports it."""
+    """The front on the split on which it was chosen and, once verified, on the reported split."""
 
     chosen: FrontPanel
     reported: FrontPanel | None = None
@@ -277,8 +277,8 @@ def _framing_accuracies(panel: FrontPanel) -> list[float]:
 
 
 def front_figure(info: FrontInfo) -> go.Figure:
-    """Figure of top-1 (%) against mean MAdds (M): left the split that chose the front, right the
-    split that reports it.
+    """Figure of top-1 (%) against mean MAdds (M): on the left the split on which the front was
+    chosen, on the right the reported split.
 
     If a latency is among the sweep's objectives, a second row shows the same trials against it.
     """
@@ -351,7 +351,7 @@ def _subtitle(info: FrontInfo) -> str:
     chosen = f"chosen on {info.chosen.split} (n = {info.chosen.num_images:,})"
     bars = "bars are 95 % intervals over images"
     if info.further is not None:
-        bars = f"the front is one of {', '.join(info.objectives)}: a point that seems dominated here is better in another objective; {bars}"
+        bars = f"the front has the objectives {', '.join(info.objectives)}: a point that seems dominated is better in another; {bars}"
     if info.reported is None:
         return f"{chosen}, not verified yet\n{bars}"
     reported = f"reported on {info.reported.split} (n = {info.reported.num_images:,})"

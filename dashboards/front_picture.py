@@ -27,7 +27,7 @@ def front_picture(info: FrontInfo) -> bytes:
     Returns:
         The bytes of a PNG.
     """
-    # Imported late, since it is slow; and not pyplot, which has global state and may look for a
+    # Imported here because it is slow; not pyplot, which has global state and may look for a
     # display.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -1,5 +1,4 @@
-"""The headline section of a report: cards for the knee and a table of the front, with controls
-beside the numbers.
+"""The headline section of a report: cards for the knee, and a table of the front with its controls.
 
 Accuracies are fractions in the data and percent on the page, costs are millions of MAdds per image.
 """
@@ -148,7 +147,7 @@ def headline_section(headline: Headline) -> str:
 
 
 def _optimism(headline: Headline) -> str:
-    """A paragraph about the mean optimism of the split that chose the front."""
+    """A paragraph about the mean optimism of the split on which the front was chosen."""
     found = headline.optimism
     if found is None:
         return ""

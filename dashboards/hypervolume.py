@@ -49,7 +49,7 @@ class HypervolumeInfo:
                 f"the reference point has {len(self.reference)} values, but there are {len(self.objectives)} objectives"
             )
         if any(after < before - 1e-9 * abs(before) for before, after in pairwise(self.hypervolume)):
-            raise ValueError("the running hypervolume falls somewhere: it must be that of all trials so far")
+            raise ValueError("the hypervolume must never decrease: each entry is that of all trials so far")
 
 
 def hypervolume_figure(info: HypervolumeInfo) -> go.Figure:

@@ -1,7 +1,7 @@
 """Frame of an offline HTML page: styles, plotly.js (once) and the data of charts.
 
-The page's Content-Security-Policy forbids all connections, so that anything that needs the network
-would always fail.
+The page's Content-Security-Policy forbids all connections, so that a part that needs the network
+fails on every machine.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def _inert_json(figure: go.Figure) -> str:
 
 
 def with_contents(body: str, footer: str) -> tuple[str, str, str]:
-    """Give every heading of second order an address, and make the list of them.
+    """Give every second-level heading an anchor, and make the table of contents.
 
     Returns:
         (contents, body, footer); the contents are empty for a page with fewer than two headings.

@@ -60,7 +60,7 @@ class RegimesInfo:
         if len(lengths) > 1:
             raise ValueError(f"every field needs one entry per width, got lengths {sorted(lengths)}")
         if list(self.madds_m) != sorted(self.madds_m):
-            raise ValueError(f"widths must lie by rising MAdds, got {self.madds_m}")
+            raise ValueError(f"widths must be ordered by rising MAdds, got {self.madds_m}")
         names = [series.regime for series in self.accuracy]
         unknown = {series.regime for series in every} - set(names)
         if unknown or len(set(names)) < len(names):

@@ -49,7 +49,8 @@ class ReportData:
     endings: tuple[tuple[str, str, int], ...] = ()
     """("pruned" or "failed", reason, number of trials that ended for it)."""
     num_test_openings: int = 0
-    """Number of times the sealed split was read; more than once weakens its numbers."""
+    """Number of times the sealed split was read; after more than once its numbers are
+    optimistic."""
     front: FrontInfo | None = None
     hypervolume: HypervolumeInfo | None = None
     routers: RoutersInfo | None = None
@@ -104,7 +105,7 @@ def _notes(data: ReportData) -> str:
 
 
 def _own_notes(data: ReportData) -> list[str]:
-    """Notes that follow from the numbers in the report."""
+    """Notes derived from the numbers in the report."""
     notes = []
     headline = data.headline
     if headline.rows and not headline.is_verified:
@@ -229,7 +230,7 @@ def _small_table(heads: tuple[str, str, str], rows: Sequence[tuple[str, str, str
 
 
 def _routes_section(data: ReportData) -> str:
-    caption = "The route that answers; a cascade has run a cheaper one before. A bar of one colour is a router that decides nothing."
+    caption = "The route that answers; a cascade has run a cheaper one before. A bar of one colour: the router always takes one route."
     info = data.routes
     if info is None or not info.gates:
         return _section("Routes", caption, _empty("No router on the front yet."))

@@ -38,7 +38,7 @@ STATE_WORDS: Final = {
     "stopped": "stopped early",
     "failed": "failed",
 }
-"""State of a supernet -> its words in figures and tables."""
+"""State of a supernet -> its text in figures and tables."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,8 @@ class SupernetsReport:
 
 
 def supernets_front(info: SupernetsInfo) -> FrontInfo:
-    """The points of all supernets as one front, for a picture without distinct supernets."""
+    """The points of all supernets as one front, for a picture that does not distinguish
+    supernets."""
     supernets = info.supernets
     chosen = FrontPanel(
         split=info.chosen_split,

@@ -1,7 +1,7 @@
-"""One look for every figure: a colour-blind safe palette, one font stack, one Plotly template, and
-safe text.
+"""The common style of all figures: a colour-blind safe palette, one font stack, one Plotly
+template, and escaping of text.
 
-Colour never carries meaning alone: every role also has its own marker symbol or dash.
+No meaning depends on colour alone: every role also has its own marker symbol or dash.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ def dressed(figure: go.Figure, title: str, subtitle: str, height_px: int = MIN_H
     """Give `figure` the shared template, a title and the lines of `subtitle` below it; both are
     escaped here.
 
-    A figure without a legend (one trace, or none that asks for it) gives the legend's room back to
-    the plot.
+    In a figure without a legend (one trace, or no trace with a legend entry) the plot also takes
+    the space of the legend.
     """
     has_legend = sum(trace.showlegend is not False for trace in figure.data) > 1
     lines = plain(subtitle).split("\n")
@@ -94,8 +94,7 @@ def plain(text: str) -> str:
 
 
 def router_name(kind: str) -> str:
-    """A kind of router in words; one that this release does not know keeps its own name, not
-    escaped."""
+    """A kind of router in words; an unknown kind keeps its own name, not escaped."""
     known = router_kinds().get(kind)
     return kind if known is None else known.label
 
@@ -135,7 +134,7 @@ def cost_colours(num_colours: int) -> list[str]:
 
 
 def note(figure: go.Figure, text: str) -> None:
-    """An empty figure says why it is empty."""
+    """Write into an empty figure why it is empty."""
     figure.add_annotation(
         text=plain(text), x=0.5, y=0.5, xref="paper", yref="paper", showarrow=False, font={"size": 15, "color": MUTED}
     )

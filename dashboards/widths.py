@@ -51,7 +51,7 @@ class WidthsInfo:
         if len(lengths) > 1:
             raise ValueError(f"every field needs one entry per sub-network, got lengths {sorted(lengths)}")
         if list(self.madds_m) != sorted(self.madds_m):
-            raise ValueError(f"sub-networks must lie by rising MAdds, got {self.madds_m}")
+            raise ValueError(f"sub-networks must be ordered by rising MAdds, got {self.madds_m}")
 
 
 def widths_figure(info: WidthsInfo) -> go.Figure:

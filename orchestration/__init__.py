@@ -3,7 +3,7 @@
 import os
 import sys
 
-# Before any other import of ours: `python -m orchestration.cli` may run in a folder that has a
+# Before any other of our imports: `python -m orchestration.cli` may run in a folder that has a
 # `dsnet.py` of its own.
 sys.path.insert(0, _root := os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 try:

@@ -93,7 +93,9 @@ def main() -> None:
         click.echo("interrupted", err=True)
         sys.exit(EXIT_INTERRUPTED)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left; nothing is wrong
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # the reader of the pipe has ended; this is not an error
         sys.exit(0)
     except Exception as error:
         if os.environ.get(DEBUG_VARIABLE):
@@ -148,12 +150,12 @@ def launch(sweep: Path, take_over: bool, **options: Any) -> int:
 
 
 def _run(config: SweepConfig, *, take_over: bool, again: str | None = None) -> int:
-    """Run a sweep's stages, whoever made its configuration; the exit code.
+    """Run the stages of a sweep; returns the exit code.
 
     Args:
         config: resolved.
         take_over: take the lock of another host.
-        again: what continues it after a stop; None = the very command.
+        again: command that continues it after a stop; None = the user's own command.
     """
     from dsnet.stop_signals import stop_on_signals
     from orchestration.commands.sweep import sweep_of

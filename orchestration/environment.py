@@ -8,11 +8,11 @@ from collections.abc import MutableMapping
 from dsnet.arithmetic import fix_arithmetic
 
 _ENVIRONMENT = {
-    # On Linux, despite its name: puts every listener of a local cluster on 127.0.0.1. Ray reads it
-    # when it is imported.
+    # Also on Linux, despite its name: binds every listener of a local cluster to 127.0.0.1. Ray
+    # reads it when it is imported.
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
-    # Workers run at nice 15 otherwise, which falsifies latency.
+    # Otherwise workers run at nice 15, which distorts latency.
     "RAY_worker_niceness": "0",
     # Threads that wait must sleep, not spin: beside another busy process a training step of 0.3 s
     # took 3 s, and 0.6 s with this.

@@ -1,8 +1,8 @@
 """Progress of a launch: bars and lines on stderr for people, and a small file in the run folder for
 `dsnet-orch status`.
 
-stdout is for data. On a terminal a bar moves; on a pipe a plain line is printed for every epoch and
-every cohort of trials.
+stdout is for data. On a terminal a bar is shown; on a pipe a plain line is printed for every epoch
+and every cohort of trials.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dsnet.wording import duration, plural
 from orchestration.wrapping import wrapped
 
 WRITE_EVERY_S = 1.0
-"""Least seconds between two writes of the progress file."""
+"""Minimum time in seconds between two writes of the progress file."""
 
 
 @dataclass(frozen=True)
@@ -75,9 +75,9 @@ class TimeLeft:
         self._start = task.start
 
     def after(self, done: float) -> float | None:
-        """Seconds that the rest will take; None if no pace is known yet."""
+        """Seconds that the remaining work will take; None if no pace is known yet."""
         now = self._clock()
-        if self._start is None:  # a continued task reports at once what was done before: that is no pace
+        if self._start is None:  # the first report of a continued task is the earlier work, which has no pace
             self._start = 0.0 if done <= self._small else done
             self._began_s = self._began_s if done <= self._small else now
         gained = done - self._start
@@ -230,7 +230,7 @@ class _FiledBar:
 
 
 class FiledProgress:
-    """Passes everything on to another view, and keeps a file with the state of the newest task; a
+    """Forwards everything to another view, and keeps a file with the state of the newest task; a
     file of an earlier launch is removed."""
 
     def __init__(self, view: ProgressView, path: Path) -> None:

@@ -13,8 +13,8 @@ from xdist.scheduler import LoadScopeScheduling
 
 pytest.register_assert_rewrite("tests.search.contracts")
 
-# Before anything imports numpy, torch, ray or mlflow. Two shared cores: more threads only wait for
-# each other.
+# Before anything imports numpy, torch, ray or mlflow. On two shared cores more threads are not
+# faster.
 for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(variable, "1")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -27,10 +27,9 @@ check_shapes_of("dsnet")  # before its first import
 from orchestration.environment import prepare_environment  # noqa: E402
 from orchestration.workers.runtime import RaySettings, ray_session  # noqa: E402
 
-prepare_environment()  # MKL's mode too, as wherever the product starts
+prepare_environment()  # sets MKL's mode too, as in every process of the product
 
-# The suite that decides looks at the same cases every time; HYPOTHESIS_PROFILE=explore looks for
-# new ones.
+# The normal suite tests the same cases every time; HYPOTHESIS_PROFILE=explore looks for new ones.
 settings.register_profile("suite", derandomize=True, deadline=None)  # a busy machine is no fault
 settings.register_profile("explore")
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
@@ -75,8 +74,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile | Non
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` selects, and before xdist writes groups into names
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark what needs Ray through a fixture; for several processes also group the tests of the Ray
-    cluster, and put first what takes longest: this group, then the files that start programs."""
+    """Mark tests that need Ray through a fixture; for several processes also group the tests of the
+    Ray cluster, and put the longest first: this group, then the files that start programs."""
     for item in items:
         if not _RAY_FIXTURES.isdisjoint(getattr(item, "fixturenames", ())):
             item.add_marker("ray")

@@ -29,5 +29,5 @@ def write_hostile_modules(folder: Path, names: tuple[str, ...] = (*MODULES, *PAC
         path = folder / name / "__init__.py" if name in PACKAGES else folder / f"{name}.py"
         path.parent.mkdir(exist_ok=True)
         path.write_text(f"raise SystemExit('the module {name} of the user was imported')\n", encoding="utf-8")
-    (folder / "wandb").mkdir()  # its runs, no package
+    (folder / "wandb").mkdir()  # a folder of runs, not a package
     return folder

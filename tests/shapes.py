@@ -44,7 +44,7 @@ def next_test() -> None:
 
 
 class _Finder(importlib.machinery.PathFinder):
-    """Finds the modules of one package, and has their shapes checked."""
+    """Finds the modules of one package, and adds the checks of shapes to them."""
 
     def __init__(self, package: str) -> None:
         self._package = package
@@ -168,8 +168,8 @@ def _wrapped(name: str, function: Callable[..., Any], module: ModuleType) -> Cal
 
 @dataclasses.dataclass(frozen=True)
 class _Checks:
-    """A function with its shapes; what checks them is made at the first call, which takes a
-    while."""
+    """A function with its shapes; the check is made at the first call, because making it is
+    slow."""
 
     name: str
     unchecked: Callable[..., Any]
@@ -179,7 +179,7 @@ class _Checks:
 
     @cached_property
     def function(self) -> Callable[..., Any]:
-        self.inner.__annotations__ = self.shapes  # all others go, which nobody reads in this process
+        self.inner.__annotations__ = self.shapes  # the others are not read in this process
         return jaxtyping.jaxtyped(self.unchecked, typechecker=beartype)
 
 

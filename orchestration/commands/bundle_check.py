@@ -1,4 +1,5 @@
-"""Checks of what a bundle claims: its files, its stored examples, and its accuracy on its data."""
+"""Checks of the claims of a bundle: its files, its stored examples, and its accuracy on its
+data."""
 
 from __future__ import annotations
 
@@ -71,8 +72,8 @@ def _check_claims(bundle: Bundle, data_path: str) -> list[Check]:
 
 
 def _folder_of_the_run(bundle: Path) -> str:
-    """The image folder that the sweep named, if the bundle still lies in the run that made it; else
-    empty."""
+    """The image folder of the sweep, if the bundle is still in the folder of the run that made it;
+    else empty."""
     for folder in bundle.resolve().parents:
         if (folder / "sweep.yaml").is_file() and (folder / "manifest.json").is_file():
             return load_config(folder / "sweep.yaml").config.data.path or ""
@@ -80,12 +81,12 @@ def _folder_of_the_run(bundle: Path) -> str:
 
 
 def _claimed_data(facts: Mapping[str, Any], data_path: str) -> TensorData:
-    """Load the data and the very splits on which the claims were measured."""
+    """Load the data and the splits on which the claims were measured."""
     image_set = load_source(
         facts["name"],
         data_path or None,
         facts["image_size"],
-        stream=facts.get("stream", False),  # bundles of earlier releases say neither
+        stream=facts.get("stream", False),  # bundles of earlier releases have neither fact
         crop_fraction=facts.get("crop_fraction", 1.0),
     )
     splits = make_splits(

@@ -30,7 +30,7 @@ units of pixel values."""
 SWEEP_FILE = "sweep.yaml"
 
 _TEMPLATE = """\
-# A sweep over imported weights: nothing is trained but gates. Made by `dsnet-orch import-checkpoint`.
+# A sweep over imported weights: only gates are trained. Made by `dsnet-orch import-checkpoint`.
 #
 # data.path: a folder with a folder per class, in the order of the checkpoint's classes, of images that the weights were NOT trained on
 # (for ImageNet: its validation images; on training images nearly everything is "easy"). `train` is not used, so it may be small.
@@ -93,8 +93,8 @@ def import_checkpoint(source: Path, out: Path, settings: ImportSettings) -> Impo
     """Read a released DS-Net checkpoint and write it, with a sweep file, into the folder `out`.
 
     Raises:
-        CheckpointError: the file is none of a released model, its tensors do not fit, or they hold
-            NaN.
+        CheckpointError: the file is not a checkpoint of a released model, its tensors do not fit,
+            or they contain NaN.
         ConfigError: `out` holds an import already, sweep.yaml does not allow a setting, or `source`
             is a checkpoint in our format.
         PreflightError: `out` cannot be used.
@@ -129,7 +129,7 @@ def _yaml_value(value: str | None) -> str:
 
 
 def _check_settings(text: str, settings: ImportSettings) -> None:
-    """Refuse what a launch of the sweep file would refuse."""
+    """Check the sweep file as a launch would."""
     given = {"name": settings.name, "data.path": settings.data, "data.image_size": settings.image_size}
     load_source_text(parse_yaml(text, SWEEP_FILE), flags=given)
 
@@ -155,7 +155,7 @@ def _refuse_own_format(source: Path) -> None:
         stem = find_checkpoint(source)
         content = read_json(stem.with_name(f"{stem.name}.json"))
     except CheckpointError:
-        return  # none of ours: whoever reads it says what it is
+        return  # not our format: the reader of released checkpoints reports what is wrong
     if isinstance(content, dict) and "spec" in content:
         raise ConfigError(
             f"{source}: is a checkpoint of dsnet-orch and needs no import; use it as supernet.init_from of a sweep file"

@@ -27,7 +27,7 @@ MODEL = "ds_resnet"
 """Default model: dense convolutions train several times faster on a CPU than depthwise ones, and to
 a higher accuracy in short trainings."""
 SIZES = (64, 48, 32)
-"""Proposed image sizes (side in pixels); the largest that does not exceed the pictures is taken."""
+"""Proposed image sizes (side in pixels); the largest that does not exceed the pictures is used."""
 LARGE_STEM_FROM = 48
 """Side in pixels from which on the first layers reduce the resolution."""
 UNEVEN = 3
@@ -71,7 +71,9 @@ def init_sweep(folder: Path, out: Path | None, name: str | None, *, overwrite: b
         raise ConfigError(f"{path} already exists; choose another file with --out, or replace it with --force")
     seen = _look(folder)
     text = sweep_text(folder.absolute(), name, seen)
-    load_source_text(parse_yaml(text, str(path)), known_models=family_names())  # it must be valid as it is
+    load_source_text(
+        parse_yaml(text, str(path)), known_models=family_names()
+    )  # raises if the written file is not valid
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write_text(path, text)
     return path, seen

@@ -1,4 +1,4 @@
-"""Commands about MLflow: write a run to it again, and find the pages that show a run's points."""
+"""Commands about MLflow: write a run to it again, and find the pages with the points of runs."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ SYNC_TIMEOUT_S = 600.0
 def sync_again(results: Results) -> str:
     """Write a run to MLflow; returns a sentence about it.
 
-    A member of a sweep of supernets is written with its whole sweep, whose front says which of its
-    points count.
+    A member of a sweep of supernets is written with its whole sweep, because the front over all
+    supernets decides which of its points are marked.
 
     Raises:
         PreflightError: tracking is off, or the store does not take the results.
@@ -48,9 +48,9 @@ def sync_again(results: Results) -> str:
     num_unsent = sum(summary.num_unsent for summary in summaries)
     if num_unsent:
         first = next(summary.first_error for summary in summaries if summary.num_unsent)
-        raise PreflightError(f"{num_unsent} writes to {uri} failed: {first}")
+        raise PreflightError(f"{plural(num_unsent, 'write')} to {uri} failed: {first}")
     several = "" if list(results.supernets) == [""] else f" of {plural(len(results.supernets), 'supernet')}"
-    return f"{run.name}: {plural(results.num_trials, 'trial')}{several} in {uri}"
+    return f"{run.name}: {plural(results.num_trials, 'trial')}{several} stored in {uri}"
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def newest_pages(runs: Path) -> Pages:
     """The pages of the newest runs in a runs folder, in its default store.
 
     Raises:
-        NotFoundError: nothing was tracked there yet.
+        NotFoundError: no run was tracked there yet.
     """
     if not (runs / MLFLOW_DATABASE).is_file():
         raise NotFoundError(
@@ -78,8 +78,8 @@ def newest_pages(runs: Path) -> Pages:
 
 
 def pages_of(results: Results) -> Pages:
-    """The page of a run, which is written to the store first if it has none there; a store on a
-    server is not looked into."""
+    """The page of a run, which is written to the store first if it has no page there; no page for a
+    store on a server, which is not searched."""
     uri = store_uri(results.config, results.run)
     link = None if uri.startswith("http") else certain_link(results, uri, lambda: sync_again(results))
     return Pages(uri, mlflow_artifact_root(whole_sweep(results.run).root), () if link is None else (link,))

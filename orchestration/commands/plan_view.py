@@ -1,4 +1,4 @@
-"""Output of `plan`: the data, the network, what a launch would do and take, and the settings.
+"""Output of `plan`: the data, the network, the stages and costs of a launch, and the settings.
 
 `orchestration.commands.supernet_tables` prints the plan of a sweep of supernets with the same
 parts.
@@ -31,8 +31,8 @@ MAX_CLASSES = 30
 """Number of classes that are named without --all."""
 SPLITS = ("train", "gate", "val", "test")
 _FILE_LINE = re.compile(r"^.+:(\d+)$")
-"""Matches an origin that is a line of the sweep file; its name is left out, for the reader has just
-typed it."""
+"""Matches an origin that is a line of the sweep file; the file's name is left out, because the user
+has just typed it."""
 _SETTING = Column("setting", is_text=True)
 _VALUE = Column("value", is_text=True, wraps=True)
 
@@ -202,11 +202,11 @@ def _taken(forecast: Forecast | None, name: str) -> tuple[str, ...]:
 
 
 def show_settings(settings: Mapping[str, Mapping[str, Any]], *, everything: bool) -> None:
-    """Print the settings that somebody chose, those that the data decided, and either all others or
-    only their number."""
+    """Print the settings that are written, those that were derived from the data, and either all
+    others or only their number."""
     groups: dict[str, list[tuple[str, str, str]]] = {"chosen": [], "data": [], "default": []}
     for key, setting in settings.items():
-        if f"space.{key}" in settings:  # every trial or supernet has its own
+        if f"space.{key}" in settings:  # every trial or supernet has its own value
             continue
         origin = setting["origin"]
         group = origin if origin in ("data", "default") else "chosen"

@@ -25,7 +25,7 @@ from orchestration.runs.stages import StagePlan, plan_stages
 from search.front.points import save_points
 
 FROM_THE_DATA = "data"
-"""Origin of a setting that nobody wrote and that is derived from the images."""
+"""Origin of a setting that is not written and is derived from the images."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def make_plan(loaded: LoadedConfig, *, is_dry: bool = False) -> SweepPlan:
         warn(warning)
     try:
         refuse_impossible_layout(config, prepared.subnets, prepared.image_size)
-    except NothingFeasibleError as error:  # the costs that a plan shows help to mend it
+    except NothingFeasibleError as error:  # the plan is still shown: its costs help to change the sweep
         warn(f"a launch would fail immediately: {error}")
     spec = prepared.subnets.spec
     costs = [(subnet.name, subnet_cost(spec, subnet, prepared.image_size)) for subnet in prepared.subnets.all]
@@ -92,8 +92,8 @@ def make_plan(loaded: LoadedConfig, *, is_dry: bool = False) -> SweepPlan:
 
 
 def unless_it_diverges(make: Callable[[], Forecast | None]) -> Forecast | None:
-    """The forecast; None, with a warning, if the timed steps end in NaN: the plan is shown all the
-    same."""
+    """The forecast; None, with a warning, if the timed steps end in NaN, so that the plan is still
+    shown."""
     try:
         return make()
     except NonFiniteLossError as error:
@@ -113,7 +113,7 @@ def prepare_again(results: RunResults) -> Prepared:
 
 
 def check_same_data(run: RunDir, manifest: Mapping[str, Any], images: Images) -> None:
-    """Refuse data with which the run was not made.
+    """Check that the data are those with which the run was made.
 
     Raises:
         DataError: its fingerprint differs.

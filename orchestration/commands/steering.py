@@ -18,7 +18,7 @@ from orchestration.config.resolve import resolve_trials
 from orchestration.config.sweep import SweepConfig
 from orchestration.config.trials import BudgetConfig
 from orchestration.config.yaml_source import parse_yaml
-from orchestration.pipeline.search import FOUND_ENOUGH, study_settings
+from orchestration.pipeline.search import FOUND_ENOUGH, RULE_OFF, study_settings
 from orchestration.results.protocol import Results
 from orchestration.results.run import RunResults
 from orchestration.runs.lock import read_lock
@@ -50,8 +50,8 @@ def extended(results: Results, trials: str, overrides: Sequence[str] = ()) -> Sw
     wanted = budget + int(trials) if trials.startswith("+") else int(trials)
     if wanted <= budget:
         raise ConfigError(
-            f"--trials {trials}: run {run.name!r} already has a budget of {budget} trials, and extend only raises it; write --trials "
-            f"+N, or continue without a change with: dsnet-orch launch {run.sweep_yaml}"
+            f"--trials {trials}: run {run.name!r} already has a budget of {plural(budget, 'trial')}, and extend only raises it; "
+            f"write --trials +N, or continue without a change with: dsnet-orch launch {run.sweep_yaml}"
         )
     for text in overrides:
         if text.partition("=")[0].strip() == "budget.trials":
@@ -61,7 +61,7 @@ def extended(results: Results, trials: str, overrides: Sequence[str] = ()) -> Sw
                 f"--set {text}: extend only changes budget.* settings; to change others, launch {run.sweep_yaml} with "
                 "--set under a new --name"
             )
-    # Where the run lies now: its folder may have been moved since it was launched.
+    # The present place of the run: its folder may have been moved since it was launched.
     flags = {"budget.trials": wanted, "storage.runs": str(run.root), "name": run.name}
     return load_config(run.sweep_yaml, overrides=overrides, flags=flags, known_models=family_names()).config
 
@@ -69,12 +69,12 @@ def extended(results: Results, trials: str, overrides: Sequence[str] = ()) -> Sw
 def extension_notes(results: Results, config: SweepConfig) -> list[str]:
     """Notes for the user before a run is extended."""
     before, now = resolve_trials(results.config), resolve_trials(config)
-    notes = [f"{results.run.name}: budget raised from {before} to {now} trials"]
+    notes = [f"{results.run.name}: budget raised from {before} to {plural(now, 'trial')}"]
     openings = results.manifest["test_openings"]
     if openings:
         times = "once" if openings == 1 else f"{openings} times"
         notes.append(
-            f"test was already read {times}; the new front is scored on it again, so its results there are optimistic"
+            f"test was already read {times}; the new front is scored on it again, so its results on test are optimistic"
         )
     end = results.search_end
     if end in FOUND_ENOUGH and _is_the_same_rule(end, config.budget, results.config.budget):
@@ -92,8 +92,8 @@ def _is_the_same_rule(end: str, budget: BudgetConfig, before: BudgetConfig) -> b
 
 
 _END_WAYS = {
-    "plateau": "add --set budget.plateau=null, or another rule",
-    "target": "add --set budget.target=[], or another target",
+    "plateau": f"add {RULE_OFF['plateau']}, or another rule",
+    "target": f"add {RULE_OFF['target']}, or another target",
     "space": "the sampler has no further points",
 }
 
@@ -157,7 +157,7 @@ def enqueue_points(results: RunResults, points: Sequence[Point], like: str | Non
 
     Args:
         results: a run whose search has begun.
-        points: {key: value}; what one leaves out is drawn.
+        points: {key: value}; the sampler draws the keys that a point leaves out.
         like: a trial whose parameters the points change, or `knee`.
 
     Returns:
@@ -201,7 +201,7 @@ def _checked(space: Space, point: Point, which: str) -> Point:
         check_point(space, point)
     except ConfigError as error:
         raise ConfigError(f"{which}{error}") from error
-    for key in point:  # else it would be drawn whether the value is tried at all
+    for key in point:  # without the parent's value it would be random whether the value is tried
         for parent, values in space.conditions.get(key, ()):
             if parent not in point and parent in space.distributions:
                 allowed = " or ".join(map(str, values))
@@ -211,21 +211,23 @@ def _checked(space: Space, point: Point, which: str) -> Point:
 
 
 def _what_happens(results: RunResults, number: int, num_waiting: int) -> str:
-    """A sentence: when `number` new points will be tried, of `num_waiting` that wait with them."""
+    """A sentence that says when `number` new points, of `num_waiting` enqueued ones, will be
+    tried."""
     run, what = results.run, "it is" if number == 1 else "they are"
     budget = resolve_trials(results.config)
     left = budget - len(results.records)
-    extend = f"dsnet-orch extend {run.path} --trials +{num_waiting}"
+    rule_off = RULE_OFF.get(results.search_end or "", "")
+    extend = f"dsnet-orch extend {run.path} --trials +{num_waiting} {rule_off}".rstrip()
     holder = read_lock(run.lock_path)
     is_running = holder is not None and (holder.is_on_another_host() or holder.is_alive())
     if left <= 0:
-        return f"all {budget} trials of the budget are used; {what} tried after: {extend}"
+        return f"the budget of {plural(budget, 'trial')} is used up; {what} tried after: {extend}"
     short = f"; the budget has {plural(left, 'trial')} left; for more: {extend}" if left < num_waiting else ""
     if is_running:
         return f"the sweep is running ({holder}); {what} tried in its next cohort{short}"
-    if results.search_end in ("plateau", "target"):
+    if rule_off:
         return (
-            f"the search ended by its own rule ({results.search_end}); {what} tried after this command, with "
-            f"another rule: {extend}{short}"
+            f"the search ended by its own rule (budget.{results.search_end}); {what} tried after this command, which "
+            f"removes the rule: {extend}"
         )
     return f"{what} tried in the next launch: dsnet-orch launch {run.sweep_yaml}{short}"

@@ -181,7 +181,7 @@ def show_supernets_status(results: SupernetSweepResults, *, as_json: bool) -> No
     journal = results.run.merged_journal
     if journal.is_file():
         say(f"study     {journal}   (open: optuna-dashboard {shlex.quote(str(journal))})")
-    if not results.is_verified and driver is None:
+    if not results.is_verified and not is_running(results.run):
         say(f"continue  dsnet-orch launch {shlex.quote(str(results.run.sweep_yaml))}")
 
 
@@ -285,8 +285,8 @@ def _plan_content(plan: SupernetsPlan) -> dict[str, Any]:
 
 
 def _planned(plan: SupernetsPlan, member: Member) -> tuple[str, ...]:
-    """A supernet's row: its settings, what has become of it, the cost of its cheapest and widest
-    sub-network, and its stages."""
+    """A supernet's row: its settings, its state, the cost of its cheapest and widest sub-network,
+    and its stages."""
     if member.prepared is None:
         return (member.name, told(member.settings), "invalid", "", member.problem or "")
     fate = plan.fates.get(member.name)

@@ -1,8 +1,8 @@
 """A sweep as the commands work with it, the same for one supernet and for several.
 
-Commands tell the two kinds apart in the functions of this module; besides them only the launch and
-the rows of MLflow do. Heavy imports happen inside the methods, so that each command loads what it
-needs alone.
+Commands distinguish the two kinds in the functions of this module only; so do the launch and the
+rows of MLflow. Heavy imports happen inside the methods, so that each command loads only what it
+needs.
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ class SweepOfSeveral:
         return report_supernets_again(self.results)
 
     def only_supernet(self, why: str) -> RunResults:
-        """Not for several supernets.
+        """Refuse: the sweep has several supernets.
 
         Raises:
             ConfigError: always; the message names the run of one.
@@ -251,7 +251,7 @@ def check_sweep(config: SweepConfig) -> str:
     Raises:
         ConfigError: settings that a sweep of several supernets does not support.
     """
-    trials = f"{config.budget.trials} trials"
+    trials = plural(config.budget.trials, "trial")
     if not supernet_space(config):
         return trials
     from orchestration.supernets.launch import check_supernets

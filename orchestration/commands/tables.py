@@ -1,5 +1,5 @@
-"""Tables for people that fit the terminal: cells are never cut; columns without room are stacked or
-left out, and those left out are named.
+"""Tables that fit the terminal: cells are never cut; columns without room are printed on further
+lines or left out, and those left out are named.
 
 On a pipe a table has no width: every column is printed on one line.
 """
@@ -56,7 +56,7 @@ class Layout:
 
 
 def terminal_width() -> int | None:
-    """Width of stdout in characters; None if it is no terminal, so that nothing needs to fit."""
+    """Width of stdout in characters; None if it is not a terminal, so that width has no limit."""
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
@@ -169,8 +169,8 @@ def _fitted(
 
 
 def _flatten_titles(columns: Sequence[Column], widths: dict[int, int], spare: int) -> int:
-    """Widen columns until no room is left with which the header would need fewer lines; what is
-    left of the spare room."""
+    """Widen columns as long as the header then needs fewer lines; returns the spare room that is
+    left."""
 
     def height(position: int, width: int) -> int:
         return len(wrapped(columns[position].title, width))

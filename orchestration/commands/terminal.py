@@ -22,7 +22,7 @@ from dsnet.wording import duration, plural, signed
 from orchestration.commands import tables
 from orchestration.commands.tables import Column, terminal_width
 from orchestration.progress import json_state, read_task_state
-from orchestration.runs.folder import RunDir
+from orchestration.runs.folder import MLFLOW_DATABASE, RunDir
 from orchestration.runs.lock import read_lock
 from orchestration.wrapping import wrapped
 from search.front.analysis import optimism
@@ -57,7 +57,7 @@ def _console() -> Console:
 
 
 def say(text: str = "") -> None:
-    """Print a line without wrapping it, so that what a person copies stays in one piece.
+    """Print a line without wrapping it, so that a path or command can be copied as a whole.
 
     If it does not fit, a remark in parentheses after three spaces gets a line of its own.
     """
@@ -131,7 +131,7 @@ def show_launch(results: RunResults, bundles: Sequence[Path]) -> None:
 
 
 def say_places(results: Results, bundles: Sequence[Path]) -> None:
-    """Print where report, bundles and points of a run are, and how to open them."""
+    """Print the paths of report, bundles and points of a run, and how to open them."""
     run = results.run
     say(f"report    {run.report_html}   (open it in a browser; it works offline)")
     for bundle in bundles:
@@ -145,8 +145,9 @@ def say_mlflow(results: Results) -> None:
     """Print where a run is in MLflow; nothing if it is not tracked."""
     tracking, run = results.config.tracking, results.run
     if tracking.mlflow:
-        how = f"dsnet-orch ui --runs {shlex.quote(str(run.root))}"
-        say(f"mlflow    {tracking.uri or run.root / 'mlflow.db'}   (open: {how})")
+        is_server = tracking.uri is not None and tracking.uri.startswith("http")
+        how = "open it in a browser" if is_server else f"open: dsnet-orch ui {shlex.quote(str(run.path))}"
+        say(f"mlflow    {tracking.uri or run.root / MLFLOW_DATABASE}   ({how})")
 
 
 def front_rows(results: RunResults) -> list[dict[str, Any]]:
@@ -363,7 +364,7 @@ def _show_verified(results: RunResults, verified: Verified, rows: Sequence[Mappi
 
 
 def _show_latencies(verified: Verified, slots: Sequence[int]) -> None:
-    """Print for every device and batch size the latency that the objective is made of and the
+    """Print for every device and batch size the estimated latency, which objectives use, and the
     measured one."""
     timed = [(name, own, size) for name, own in verified.latencies.items() for size in own.gates]
     columns = [
@@ -426,7 +427,7 @@ def show_status(results: RunResults, *, as_json: bool) -> None:
     manifest = results.manifest
     driver = driver_text(results.run)
     task = read_task_state(results.run.progress_json)
-    is_driven = driver is not None and is_running(results.run)
+    is_driven = is_running(results.run)
     stages = {
         name: {
             "status": "stopped" if entry["status"] == "running" and not is_driven else entry["status"],
@@ -487,7 +488,7 @@ def show_status(results: RunResults, *, as_json: bool) -> None:
 
         say_places(results, [path for path in (results.run.export_dir / KNEE,) if path.exists()])
         say_mlflow(results)
-    elif driver is None:
+    elif not is_driven:
         say(f"continue  dsnet-orch launch {shlex.quote(str(results.run.sweep_yaml))}")
 
 

@@ -29,9 +29,9 @@ def watch_status(
     Waits for a run that has not begun.
 
     Args:
-        find: gives the run's folder; asked again while there is no such run.
+        find: returns the run's folder; called again while there is no such run.
         show: prints the status of the run.
-        sleep: waits between two looks.
+        sleep: waits between two updates.
     """
     run = _begun(find, sleep)
     in_place = sys.stdout.isatty()
@@ -60,7 +60,7 @@ class _Frame(io.StringIO):
 
 
 def _show_in_place(show: Callable[[], None]) -> None:
-    """Clear the screen only once the whole status is known: reading it may take a second."""
+    """Clear the screen only when the whole status has been read, which may take a second."""
     frame = _Frame()
     with redirect_stdout(frame):
         show()

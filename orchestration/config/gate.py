@@ -176,10 +176,12 @@ class GateConfig(Section):
         problems = []
         first, last = self.routing.first, self.routing.last
         if 0 <= last < first:
-            problems.append(BrokenRule(("routing", "first"), f"{first} lies behind gate.routing.last {last}"))
+            problems.append(BrokenRule(("routing", "first"), f"{first} is above gate.routing.last {last}"))
         losses = self.losses
         if losses.cls == losses.sgs == losses.complexity == losses.quality == 0:
-            message = "cls, sgs, complexity and quality are all 0: the gate would learn nothing"
+            message = (
+                "cls, sgs, complexity and quality are all 0, so the gate would learn nothing; set one of them above 0"
+            )
             problems.append(BrokenRule(("losses",), message))
         refuse(*problems)
         return self

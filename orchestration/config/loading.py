@@ -2,8 +2,7 @@
 the origin of each value.
 
 Settings are merged in this order, later ones win: default, environment (data.path only), file,
-preset, `--set`, flag. Errors of pydantic are repeated in plain words, with the place of their
-cause.
+preset, `--set`, flag. Errors of pydantic are reported in plain words, with file, line and column.
 """
 
 from __future__ import annotations
@@ -34,8 +33,7 @@ from orchestration.config.yaml_source import KeyPath, YamlSource, parse_yaml, re
 
 DATA_VARIABLE = "DSNET_DATA"
 _USUAL_SIZES: Mapping[str, int] = {"digits": 8}
-"""Image size, side in pixels, that is assumed if none is given, for data sets where it is not
-32."""
+"""Image size, side in pixels, that is assumed if none is given; 32 for other data sets."""
 _NAMES_WITH_OPTIONS: Mapping[str, str] = {"supernet": "model", "sampler": "name", "supernets": "scheduler"}
 """Key of the name to which the `options` of a section belong, by section."""
 _FIRST_RELEASE = "first release"
@@ -48,7 +46,7 @@ class LoadedConfig:
     """A checked configuration with the origin of each setting."""
 
     config: SweepConfig
-    """Resolved: presets applied (and gone), `~` and $VARIABLES expanded."""
+    """Resolved: presets are applied and removed, `~` and $VARIABLES expanded."""
     origins: dict[str, str]
     """Dotted key of every setting -> "flag", "--set", "preset NAME", "FILE:LINE", "$DSNET_DATA" or
     "default"."""
@@ -67,7 +65,7 @@ def load_config(
     known_models: Sequence[str] | None = None,
     environ: Mapping[str, str] | None = None,
 ) -> LoadedConfig:
-    """Read sweep.yaml and lay preset, overrides and flags over it.
+    """Read sweep.yaml and apply preset, overrides and flags to it.
 
     Args:
         path: the file.
@@ -80,7 +78,7 @@ def load_config(
         environ: environment variables; None = those of this process.
 
     Raises:
-        ConfigError: with one line for each thing that is wrong, in the order of the file.
+        ConfigError: with one line for each error, in the order of the file.
     """
     source = read_yaml_file(Path(path))
     return load_source_text(
@@ -228,10 +226,10 @@ def _flag_layer(key: str, value: object) -> _Layer:
 
 def _nested(dotted: str, value: object, label: str) -> dict[str, Any]:
     head, _, tail = dotted.partition(".")
-    # The keys of `space` hold dots themselves: space.gate.target is the entry "gate.target".
+    # The keys of `space` contain dots themselves: space.gate.target is the entry "gate.target".
     keys = [head, tail] if head == "space" and tail else dotted.split(".")
     if not all(keys):
-        raise ConfigError(f"{label}: '{dotted}' is no dotted key such as supernet.train.epochs")
+        raise ConfigError(f"{label}: '{dotted}' is not a dotted key such as supernet.train.epochs")
     if head == "presets":
         raise ConfigError(f"{label}: presets can be written in the file only; choose one with --preset NAME")
     for key in reversed(keys):
@@ -266,8 +264,8 @@ class _Stack:
         self._merge(self.settings, layer.settings, (), layer)
 
     def _forget_other_options(self, layer: _Layer) -> None:
-        """Drop options of another name: they belong to the name beside them, so a layer with
-        another name begins without the options below it."""
+        """Drop options of another name: a layer that changes the name (of the model, sampler or
+        scheduler) begins without the options of the layers below it."""
         for section, name in _NAMES_WITH_OPTIONS.items():
             below, above = self.settings.get(section), layer.settings.get(section)
             if not isinstance(below, dict) or not isinstance(above, Mapping):
@@ -302,8 +300,8 @@ class _Stack:
                 return self.owners[path[:end]]
         raise AssertionError("the root always has an owner")
 
-    def last_spoken(self, paths: Sequence[KeyPath]) -> KeyPath:
-        """The one of several settings that the topmost layer wrote; the first if no layer wrote
+    def last_written(self, paths: Sequence[KeyPath]) -> KeyPath:
+        """The setting, among several, that the topmost layer wrote; the first if no layer wrote
         any."""
 
         def height(path: KeyPath) -> int:
@@ -333,7 +331,8 @@ def _checked(
 
 
 def _first_causes(errors: Sequence[ErrorDetails]) -> list[ErrorDetails]:
-    """The errors without complaints that a list is too short only because its items are refused."""
+    """The errors, without those of lists that are too short only because their items are
+    refused."""
     places = [error["loc"] for error in errors]
     return [
         error
@@ -346,8 +345,7 @@ def _first_causes(errors: Sequence[ErrorDetails]) -> list[ErrorDetails]:
 def _problems_of_presets(
     file_layer: _Layer, presets: Sequence[_Layer], known_models: Sequence[str] | None, environ: Mapping[str, str]
 ) -> Iterator[_Problem]:
-    """Errors that occur when a preset that was not chosen is laid over the file, and not without
-    it."""
+    """Errors that occur only if a preset that was not chosen is applied to the file."""
     _, of_the_file = _checked(_Stack.of([file_layer]), known_models, environ) if presets else (None, [])
     known = {problem.text for problem in of_the_file}
     for preset in presets:
@@ -451,7 +449,7 @@ def _explained(details: ErrorDetails, stack: _Stack) -> Iterator[_Problem]:
     kind = details["type"]
     if kind == "broken_rules":
         for rule in details["ctx"]["rules"]:
-            place = stack.last_spoken([path + each for each in (rule.path, *rule.others)])
+            place = stack.last_written([path + each for each in (rule.path, *rule.others)])
             yield stack.problem(place, rule.message)
     elif kind == "extra_forbidden":
         yield stack.problem(path, _unknown_key(path), at_key=True)
@@ -525,7 +523,9 @@ def _wrong_value(path: KeyPath, details: ErrorDetails) -> str:
     if kind == "literal_error":
         return _not_a_choice(path, met, context["expected"])
     if kind == "string_pattern_mismatch":
-        return f"{shown(met)} is no name; use 1 to 64 letters, digits, '.', '_' or '-', and no '.' at the start"
+        return (
+            f"{shown(met)} is not a valid name; use 1 to 64 letters, digits, '.', '_' or '-', and no '.' at the start"
+        )
     if kind in ("too_short", "too_long"):
         bound = context.get("min_length", context.get("max_length"))
         direction = "at least" if kind == "too_short" else "at most"
@@ -562,8 +562,8 @@ _ALIASES: Mapping[str, str] = {
     "batchnorm": "private_stats",
     "groupnorm": "group_norm",
 }
-"""Correct values for common other spellings, by spelling; similarity of letters would guess
-wrong."""
+"""Correct values for common other spellings, by spelling, where similarity of letters would suggest
+a wrong value."""
 
 
 def _not_a_choice(path: KeyPath, met: object, expected: str) -> str:
@@ -588,7 +588,7 @@ def _unused_settings(config: SweepConfig, origins: Mapping[str, str]) -> Iterato
     supernet."""
     for key in config.space:
         if origins.get(key) == "--set":
-            yield f"--set {key} is not used: space sweeps it; to fix it write --set space.{key}=VALUE"
+            yield f"--set {key} is not used: space sweeps it; to set a fixed value, write --set space.{key}=VALUE"
 
 
 def _setting_paths(settings: Mapping[str, Any], path: KeyPath) -> Iterator[KeyPath]:

@@ -53,16 +53,16 @@ class MetricConfig(Section):
         if self.goal == "maximize" and self.ref is not None and not 0 <= self.ref <= 1:
             refuse(BrokenRule(("ref",), f"{self.name} is a fraction from 0 to 1; got {shown(self.ref)}"))
         if self.goal == "minimize" and self.ref is not None and self.ref <= 0:
-            message = f"no {self.name} is better than {shown(self.ref)}: every hypervolume would be 0; write what is too much, or null"
+            message = f"no {self.name} is better than {shown(self.ref)}, so every hypervolume would be 0; write a worse value, or null"
             refuse(BrokenRule(("ref",), message))
         return self
 
 
 class HardConstraint(Section):
-    """A condition that ends what breaks it at once."""
+    """A condition that ends a trial as soon as it is violated."""
 
     hard: Text
-    """An expression as any other of `constraints`."""
+    """An expression, written like the others of `constraints`."""
 
 
 def _constraint(written: object) -> str | HardConstraint:

@@ -38,9 +38,9 @@ def check_scheduler(name: str, options: Mapping[str, Any]) -> None:
     """Refuse a scheduler that cannot be made. Ray is imported only for an import path.
 
     Raises:
-        ConfigError: an unknown name, a path that leads to no scheduler or to one that changes
-            settings, an option that it does not have, that is out of range, or that the sweep sets
-            itself.
+        ConfigError: an unknown name; a path that is not a scheduler, or that is one that changes
+            settings; an option that the scheduler does not have, that is out of range, or that the
+            sweep sets itself.
     """
     ours = [option for option in options if option in _OURS]
     if ours:
@@ -87,14 +87,18 @@ def scheduler_of_path(path: str, options: Mapping[str, Any], epochs: int) -> Tri
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"supernets.scheduler {path!r} cannot be imported: {error}") from error
     if not isinstance(found, type) or not issubclass(found, schedulers.TrialScheduler):
-        raise ConfigError(f"supernets.scheduler {path!r} is no Ray Tune scheduler (ray.tune.schedulers.TrialScheduler)")
+        raise ConfigError(
+            f"supernets.scheduler {path!r} is not a Ray Tune scheduler (a subclass of ray.tune.schedulers.TrialScheduler)"
+        )
     if issubclass(found, tuple(getattr(schedulers, name) for name in _CHANGES_SETTINGS)):
         raise ConfigError(
-            f"supernets.scheduler {path!r} changes what a running trial was asked for, but each supernet here is fixed; "
-            f"choose one that only stops: {', '.join(SCHEDULER_OPTIONS)}"
+            f"supernets.scheduler {path!r} changes the settings of running trials, but here each supernet has fixed settings; "
+            f"choose one that only stops trials: {', '.join(SCHEDULER_OPTIONS)}"
         )
     if issubclass(found, schedulers.HyperBandForBOHB):
-        raise ConfigError(f"supernets.scheduler {path!r} works with a searcher of its own only; choose hyperband")
+        raise ConfigError(
+            f"supernets.scheduler {path!r} works only with its own search algorithm, TuneBOHB; choose hyperband"
+        )
     parameters = inspect.signature(found).parameters
     takes_all = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
     unknown = [option for option in options if option not in parameters and not takes_all]

@@ -63,7 +63,7 @@ def _printable(text: str) -> str:
 
 Text = Annotated[str, StringConstraints(min_length=1), AfterValidator(_printable)]
 FROM_LIST = Field(strict=False)
-"""Addition to the type of a tuple: YAML and JSON know lists only; the list becomes a tuple, its
+"""Addition to the type of a tuple: YAML and JSON have lists only; the list becomes a tuple, its
 items stay strict."""
 
 

@@ -40,8 +40,8 @@ MAX_COMBINATIONS = 256
 """Largest number of combinations of supernet settings that are tried out when the file is
 checked."""
 
-_HOW_TRIALS_RUN = "it says how trials run, the same for all"
-_WHERE_IT_TRAINS = "it says where and how safely a supernet is trained, not what is trained"
+_HOW_TRIALS_RUN = "all trials run in the same way"
+_WHERE_IT_TRAINS = "it has no influence on the trained supernet"
 _NOT_SWEPT: Mapping[str, str] = {
     "gate.trainer": _HOW_TRIALS_RUN,
     "gate.end_to_end": _HOW_TRIALS_RUN,
@@ -155,11 +155,11 @@ def _edge_message(key: str, distribution: Distribution, value: Any, error: Valid
 def _condition_message(space: Space, key: str, parent: str, values: Sequence[Scalar]) -> str:
     """Why a condition is refused; empty if it is valid."""
     if key == ROUTER_KEY:
-        return "gate.router has no conditions: every trial has a router; remove when"
+        return "gate.router cannot be conditional, because every trial has a router; remove when"
     if parent not in space:
         hint = "" if parent in sweepable_keys() else way_out(parent, [name for name in space if name != key], "keys")
         swept = f"; write it there too, for example space.{parent}: {{choice: [...]}}, or remove the condition"
-        return f"{parent} is not in space, so nothing can depend on it{hint or swept}"
+        return f"{parent} is not in space, so no key can depend on it{hint or swept}"
     if parent == key:
         return "a key cannot depend on itself; remove the condition"
     if is_of_supernet(parent) != is_of_supernet(key):
@@ -168,7 +168,7 @@ def _condition_message(space: Space, key: str, parent: str, values: Sequence[Sca
             "remove the condition"
         )
     if space[parent].kind not in PARENT_KINDS:
-        return f"{parent} is drawn from {space[parent].kind}; only a choice, whole numbers or a fixed value can be depended on"
+        return f"{parent} is drawn from {space[parent].kind}; keys can only depend on a choice, whole numbers or a fixed value"
     return _unknown_value_message(space[parent], parent, values)
 
 
@@ -176,9 +176,7 @@ def _unknown_value_message(distribution: Distribution, parent: str, values: Sequ
     for value in values:
         if distribution.holds(value):
             continue
-        if (
-            distribution.kind == "fixed"
-        ):  # --set may fix what the file sweeps: the others' conditions then hold or do not
+        if distribution.kind == "fixed":  # --set may fix what the file sweeps: conditions on it are then resolved
             try:
                 if parent in _fields():
                     _adapter(parent).validate_python(value)
@@ -226,7 +224,7 @@ def cycle_problems(space: Space) -> Iterator[BrokenRule]:
                 continue  # resolve drops it, with a warning
             spoken = " and ".join(f"{parent} {' or '.join(map(str, values))}" for parent, values in space[key].when)
             yield BrokenRule(
-                ("space", key, "when"), f"never holds: {spoken} do not come together; change the conditions"
+                ("space", key, "when"), f"the conditions never hold: {spoken} do not occur together; change them"
             )
 
 
@@ -321,7 +319,7 @@ def _for_its_readers(key: str, distribution: Distribution, router: Distribution)
     allowed = dict(distribution.when).get(ROUTER_KEY, router.values)
     kinds = tuple(kind for kind in router.values if kind in allowed and (reading is None or kind in reading))
     if not kinds or reading is None or len(kinds) == len(allowed):
-        return distribution  # read by all of them; or by none, of which a warning tells
+        return distribution  # read by all of them, or by none, which gives a warning
     others = tuple(condition for condition in distribution.when if condition[0] != ROUTER_KEY)
     return replace(distribution, when=((ROUTER_KEY, kinds), *others))
 
@@ -384,7 +382,7 @@ def _target_problems(gate: GateConfig, space: Space) -> Iterator[BrokenRule]:
             continue
         path: KeyPath = ("space", absolute) if absolute in space else ("gate", "target_madds_m")
         message = (
-            f"{absolute} would win over {relative}, which space holds too; give {absolute} null, "
+            f"{absolute} would replace {relative}, which is in space too; set {absolute} to null, "
             f"or write a space without {relative}"
         )
         yield BrokenRule(path, message, others=(("space", relative),))
@@ -399,7 +397,7 @@ def _trainer_problems(gate: GateConfig, space: Space) -> Iterator[BrokenRule]:
     qualities = [value for way in branches(space, [key]) for value in values_in(space, key, gate.losses.quality, way)]
     if any(qualities):
         path: KeyPath = ("space", key) if key in space else ("gate", "losses", "quality")
-        message = "gate.trainer end_to_end knows the published losses only; set gate.losses.quality to 0, or choose gate.trainer table"
+        message = "gate.trainer end_to_end has the published losses only; set gate.losses.quality to 0, or choose gate.trainer table"
         yield BrokenRule(path, message, others=(("gate", "trainer"),))
     able = kind_names(lambda kind: kind.trains_end_to_end)
     impossible = [router for router in possible_routers(gate, space) if router not in able]
@@ -423,22 +421,21 @@ def supernet_problems(supernet: SupernetConfig, space: Space) -> Iterator[Broken
         return
     first: KeyPath = ("space", keys[0])
     if len(keys) == len(space):
-        message = "space holds supernet.* keys only, and nothing to search under each; add a gate setting, if only gate.target: 0.5"
+        message = "space has supernet.* keys only, so no gate would be searched; add a gate setting, for example gate.target: 0.5"
         yield BrokenRule(first, message)
     if supernet.model == CHECKPOINT_MODEL and "supernet.model" not in space:
-        message = "supernet.model checkpoint is one network that others trained: no sweep makes another; name a model, or remove this"
+        message = "supernet.model checkpoint is one finished network, whose settings cannot be swept; name a model, or remove this key"
         yield BrokenRule(first, message, others=(("supernet", "model"),))
         return
     if "supernet.model" in space and not all(map(_is_built, space["supernet.model"].edge_values())):
         yield BrokenRule(
-            ("space", "supernet.model"), "checkpoint is one network of its own; sweep models that are built here"
+            ("space", "supernet.model"),
+            "checkpoint is one finished network and cannot be swept; remove it from the models",
         )
         return
     shapes = [key for key in keys if key == "supernet.model" or key.startswith(OPTIONS)]
     if supernet.init_from is not None and any(space[key].kind != "fixed" for key in shapes):
-        message = (
-            f"supernet.init_from holds weights of one network, but {shapes[0]} makes others; remove one of the two"
-        )
+        message = f"supernet.init_from has weights for one network, but sweeping {shapes[0]} gives others; remove one of the two"
         yield BrokenRule(("space", shapes[0]), message, others=(("supernet", "init_from"),))
         return
     yield from impossible_supernets(supernet, space)
@@ -555,7 +552,7 @@ def point_problems(space: Space, points: Sequence[Mapping[str, Scalar]], path: K
 
 def _point_message(space: Space, point: Mapping[str, Scalar], key: str, value: Scalar) -> str:
     if is_of_supernet(key):
-        return "supernets are drawn beforehand, and not tried one by one; remove it"
+        return "supernets are drawn before the search, not enqueued; remove it"
     if key not in space:
         return f"is not in space{way_out(key, [name for name in space if not is_of_supernet(name)], 'keys of space')}"
     if not space[key].holds(value):
@@ -619,7 +616,7 @@ def unread_warnings(gate: GateConfig, space: Space) -> Iterator[str]:
     resolved = resolve(space)
     for key in space:
         if key not in resolved:
-            yield f"space.{key} is never drawn: its conditions do not hold, as space fixes what they ask for"
+            yield f"space.{key} is never drawn: its conditions do not hold with the fixed values of space"
             continue
         reading, kinds = readers(key), dict(resolved[key].when).get(ROUTER_KEY, routers)
         if reading is not None and not set(reading) & set(map(str, kinds)) and resolved[key].kind != "fixed":

@@ -205,7 +205,10 @@ def _start_problems(supernet: SupernetConfig) -> Iterator[BrokenRule]:
     """Errors: settings that need a checkpoint to start from, or that are allowed only with one."""
     if supernet.init_from is None:
         if supernet.model == CHECKPOINT_MODEL:
-            yield BrokenRule(("model",), "checkpoint takes the network from supernet.init_from, which is not set")
+            yield BrokenRule(
+                ("model",),
+                "checkpoint takes the network from supernet.init_from, which is not set; set it, or name a model",
+            )
         if supernet.train.epochs == 0:
             message = (
                 "0 keeps the weights of supernet.init_from, which is not set; name a checkpoint, or train 1 or more"

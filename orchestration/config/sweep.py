@@ -187,7 +187,7 @@ def _condition_problems(config: SweepConfig) -> Iterator[BrokenRule]:
                 yield BrokenRule((*path, index), str(error))
                 continue
             if comparison.text in seen:
-                yield BrokenRule((*path, index), f"'{comparison}' stands there already; remove one of the two")
+                yield BrokenRule((*path, index), f"'{comparison}' is written twice; remove one of the two")
             seen.append(comparison.text)
 
 
@@ -205,11 +205,11 @@ def _halving_problems(config: SweepConfig) -> Iterator[BrokenRule]:
     name, first, epochs = ("pruner", "name"), config.pruner.first_epochs, config.gate.end_to_end.epochs
     if config.gate.trainer != "end_to_end":
         message = (
-            "pareto_halving ends long trials early; those of gate.trainer table take a fraction of a second: write none"
+            "pareto_halving ends long trials early; those of gate.trainer table take a fraction of a second; write none"
         )
         yield BrokenRule(name, message, others=(("gate", "trainer"),))
     elif first >= epochs:
-        message = f"{first} is not below gate.end_to_end.epochs {epochs}: nothing would be ended early; lower it"
+        message = f"{first} is not below gate.end_to_end.epochs {epochs}, so no trial would be ended early; lower it"
         yield BrokenRule(("pruner", "first_epochs"), message, others=(("gate", "end_to_end", "epochs"),))
     if config.sampler.order == "asynchronous":
         message = "pareto_halving compares the trials of a cohort; write sampler.order cohorts, or pruner.name none"

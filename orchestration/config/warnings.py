@@ -1,4 +1,4 @@
-"""Warnings about settings that are allowed and yet unlikely to be meant."""
+"""Warnings about settings that are allowed, but probably not meant."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dsnet.metrics import share_names
 from dsnet.routers.kinds import router_kind
 from dsnet.settings import Device
+from dsnet.wording import plural
 from orchestration.config.objectives import HardConstraint
 from orchestration.config.resolve import enqueued_points, gate_space, halving_rungs, resolve_cohort, supernet_space
 from orchestration.config.space import (
@@ -71,21 +72,21 @@ def _stopping_warnings(config: SweepConfig) -> Iterator[str]:
     if budget.plateau is not None and budget.plateau.trials >= budget.trials:
         yield (
             f"budget.plateau.trials {budget.plateau.trials} is not below budget.trials {budget.trials}: "
-            "the sweep ends before a plateau can be seen"
+            "the sweep ends before a plateau can be detected"
         )
     rungs, names = halving_rungs(config), _names_in_conditions(config)
     for each in config.constraints if rungs else ():
         if isinstance(each, HardConstraint) and parse_comparison(each.hard, names).names & share_names():
             yield (
                 f"constraints: hard '{each.hard}' is also judged after {rungs[0]} epochs and at every further rung of pareto_halving: "
-                "trials that would hold it at their end are ended; write it without hard"
+                "a trial that would satisfy it at its end may be ended; write it without hard"
             )
     if config.sampler.enqueue and num_first >= budget.trials:
-        yield f"sampler.enqueue holds {num_first} points, and budget.trials is {budget.trials}: nothing is left to search"
+        yield f"sampler.enqueue has {plural(num_first, 'point')} and budget.trials is {budget.trials}: no trial is left for the search"
     if supernet_space(config):
         yield from _scheduler_warnings(config)
     elif config.supernets != SupernetsConfig():
-        yield "supernets is not read: space holds no supernet.* key"
+        yield "section supernets has no effect: space has no supernet.* key"
 
 
 def _scheduler_warnings(config: SweepConfig) -> Iterator[str]:

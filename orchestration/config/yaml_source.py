@@ -146,7 +146,7 @@ def _broken(error: YAMLError, text: str, name: str) -> str:
     mark = error.problem_mark or error.context_mark
     where = f"{name}:{mark.line + 1}:{mark.column + 1}" if mark else name
     if mark and "\t" in _indentation(text, mark.line):
-        return f"{where}: a tab stands in the indentation; YAML is indented with spaces"
+        return f"{where}: the indentation has a tab; YAML is indented with spaces"
     clauses = [clause for clause in (error.context, error.problem) if clause]
     if "another document" in str(error.problem):
         return f"{where}: a second document starts here ('---'); a sweep file holds one"
@@ -242,7 +242,7 @@ class _Walk:
                 continue
             for merged in value_node.value if isinstance(value_node, SequenceNode) else [value_node]:
                 if not isinstance(merged, MappingNode):
-                    raise self.fail(merged, "'<<' takes over a mapping, or a list of mappings")
+                    raise self.fail(merged, "'<<' merges a mapping, or a list of mappings; this is neither")
                 yield merged
 
     def take_over(self, merged: MappingNode, path: KeyPath, found: dict[str, object]) -> None:

@@ -1,5 +1,5 @@
-"""Run the frozen front on the sealed test split, and compare every image with the routing
-tables."""
+"""Run the frozen front on the sealed test split, and compare the result of every image with the
+routing tables."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def check_agreement(
         batch_size: images at a time.
 
     Raises:
-        VerificationError: an image differs and is no numerical tie; the message names images.
+        VerificationError: an image differs without a numerical tie; the message names images.
     """
     device = next(supernet.parameters()).device
     net = DynamicNet(supernet, router, image_size=images.shape[-1])
@@ -73,8 +73,8 @@ def check_agreement(
     rows = np.arange(table.num_images)
     same_route = routes == told_run.routes
     same_class = classes == table.predicted[rows, routes]
-    # Each kind of difference has its own excuse: an undecided router does not explain a wrong class
-    # on the route that ran.
+    # Each kind of difference is excused by its own kind of tie: an undecided router does not
+    # explain a wrong class on the route that ran.
     retraced = _retraced(router, table, told_run, routes)
     fine_class = same_class | (table.margin[rows, routes] < CLASS_TIE)
     wrong = np.flatnonzero(~((routes == retraced.routes) & fine_class & (madds == retraced.madds)))
@@ -136,7 +136,7 @@ def time_front(
         images: uint8 [N, C, H, W] of a split: routes depend on the images.
         normalization: normalisation with which the supernet was trained.
         settings: device, threads, batch sizes, repeats.
-        before_each: runs untimed before every timed call; it may raise to give up.
+        before_each: called, untimed, before every timed call; it may raise to abort.
         split: name of the split of these images.
     """
     device = torch.device(settings.device)

@@ -34,8 +34,8 @@ from search.front.analysis import PointAnalysis
 from search.front.points import trial_name
 
 CLEAR_LEAD = 100.0
-"""Least lead of a clear decision, in units of the router's `tie`; examples are chosen among clear
-images first."""
+"""Smallest margin of a clear decision, in units of the router's `tie`; examples are chosen among
+images with clear decisions first."""
 EXAMPLE_SEED = 0
 """Seed of the draw of the examples."""
 KNEE = "knee"
@@ -69,7 +69,7 @@ def link_knee(folder: Path, bundle: Path) -> None:
     """Make `folder`/knee a relative link to a bundle below `folder`; remove the link if there is no
     such bundle.
 
-    Anything of that name that is no link is left alone.
+    A file or folder of that name is left unchanged.
     """
     link, new = folder / KNEE, folder / f".{KNEE}.{os.getpid()}"
     if link.exists() and not link.is_symlink():
@@ -159,8 +159,8 @@ def example_rows(router: Router, table: RoutingTable) -> NDArray[np.int64]:
     if it has fewer, ascending.
 
     They are taken in turn from the routes that answer, among images with clear decisions. If there
-    are too few of those, the clearest of the others follow; there another processor may take
-    another route because of rounding, which `check_bundle_examples` allows.
+    are too few, the clearest of the others follow; for these another processor may take another
+    route because of rounding, which `check_bundle_examples` allows.
     """
     run = run_on_table(router, table)
     is_clear = run.lead >= CLEAR_LEAD

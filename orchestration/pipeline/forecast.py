@@ -34,7 +34,7 @@ END_TO_END_COST = 3.0
 ANALYSIS_S = 3.5
 """Seconds of resampling and fitting the reachable ceiling."""
 CALL_S = 0.0003
-"""Least seconds of one timed call, however small the network."""
+"""Smallest time of one timed call in seconds, however small the network."""
 ACCURACY_COST = 1.3
 """Cost of evaluating the sub-networks one by one, relative to the table, in which they share common
 parts."""
@@ -115,7 +115,7 @@ def forecast(prepared: Prepared, plans: Sequence[StagePlan]) -> Forecast | None:
     """
     if all(plan.is_done for plan in plans):
         return None
-    load = MachineLoad.now()  # before: the timed steps keep the machine busy themselves
+    load = MachineLoad.now()  # measured before the timed steps, which themselves load the machine
     timed = _timed(prepared)
     on_gpu = timed.peak_bytes if timed.device == "cuda" else 0
     return Forecast(_stages(prepared, timed, plans), _how(prepared.config, timed, load), on_gpu)
@@ -200,7 +200,7 @@ def _how(config: SweepConfig, timed: TrialRun, load: MachineLoad | None) -> str:
 
 @dataclass(frozen=True)
 class _StageEstimates:
-    """The work of each stage, priced with the timed steps."""
+    """Estimates the costs of each stage from the timed steps."""
 
     prepared: Prepared
     timed: TrialRun

@@ -17,6 +17,7 @@ from dsnet.files import atomic_write_text
 from dsnet.stop_signals import StopRequest
 from dsnet.stored.checkpoint import load_supernet
 from dsnet.training.supernet import FINAL
+from dsnet.wording import plural
 from orchestration.config.sweep import SweepConfig
 from orchestration.config.written import to_yaml
 from orchestration.pipeline.context import Launch
@@ -92,7 +93,7 @@ def launch(
     for warning in prepared.warnings():
         progress.warn(warning)
     if config.tracking.mlflow:
-        store_uri(config, run)  # refuses a path that no database URI can hold, before anything is written
+        store_uri(config, run)  # refuses a path that cannot be part of a database URI, before anything is written
     run.create()
     with DriverLock(run, command, take_over=take_over) as lock:
         if lock.taken_over_from is not None:
@@ -143,11 +144,11 @@ def closing_tracker(
     """Close the tracker at the end of the block, with the status in which the launch ended.
 
     Args:
-        run: of the launch, for the remedy in a warning.
+        run: the run folder, which a warning names.
         tracker: tracker to close.
         progress: receives a warning about missing writes.
-        finished_ms: when the work ended, where it did; not now: a launch that had nothing to do
-            changes nothing.
+        finished_ms: when the work ended; not the present time, so that a launch that had nothing to
+            do changes nothing.
     """
     status: Status = "FAILED"
     end_ms: int | None = None
@@ -161,7 +162,7 @@ def closing_tracker(
         summary = tracker.close(status, end_ms or int(time.time() * 1000), TRACKING_TIMEOUT_S)
         if summary.num_unsent:
             progress.warn(
-                f"{summary.num_unsent} writes to MLflow failed; repeat them later with: dsnet-orch sync {run.path}"
+                f"{plural(summary.num_unsent, 'write')} to MLflow failed; repeat them later with: dsnet-orch sync {run.path}"
             )
 
 
@@ -188,8 +189,8 @@ def _run_stages(work: Launch) -> LaunchResult:
 
 
 def _say_what_runs_again(work: Launch, plans: Mapping[str, StagePlan]) -> None:
-    """Say which is the first stage whose earlier result is outdated, and why; later stages follow
-    from it."""
+    """Report the first stage whose earlier result is outdated, and why; the later stages depend on
+    it."""
     outdated = next((plan for plan in plans.values() if plan.status == "invalidated"), None)
     if outdated is not None:
         work.progress.say(f"{outdated.name}: runs again, because this changed: {'; '.join(outdated.reasons)}")
@@ -217,7 +218,7 @@ def ray_where_needed(
         yield
         return
     num_bytes = 0 if config.data.stream else prepared.data.images("train").numel()
-    needed_mib = int(1.5 * num_bytes / 2**20) + 100  # the training images lie in the object store once
+    needed_mib = int(1.5 * num_bytes / 2**20) + 100  # the object store holds the training images once
     progress.say("starting Ray ...")
     settings = RaySettings(
         address=config.ray.address,
@@ -232,13 +233,14 @@ def _nothing_feasible(results: RunResults) -> str:
     """A message for a search without a feasible trial, with ways out if trials completed."""
     if not results.completed and not results.pruned:
         reasons = [record.reason for record in results.failed if record.reason]
-        return f"none of the {len(results.records)} trials completed; reason of the last failure: {reasons[-1] if reasons else 'unknown'}"
+        last = reasons[-1] if reasons else "unknown"
+        return f"none of {plural(len(results.records), 'trial')} completed; reason of the last failure: {last}"
     broken = Counter(
         name for record in results.records for name, value in record.constraints.items() if value > 0
     ).most_common(1)
     name, count = broken[0] if broken else ("being best at a rung", len(results.pruned))
     return (
-        f"none of the {len(results.records)} trials is feasible; {count} violate {name}. Relax it, run more trials "
+        f"none of {plural(len(results.records), 'trial')} is feasible; {count} violate {name}. Relax it, run more trials "
         f"(dsnet-orch extend {results.run.name} --trials +N), or enqueue a point that should satisfy it"
     )
 

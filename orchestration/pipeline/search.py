@@ -59,6 +59,8 @@ from search.suggest.space import parse_space
 
 FOUND_ENOUGH = ("plateau", "target", "space")
 """Reasons for which a search ends for good although the budget has trials left."""
+RULE_OFF = {"plateau": "--set budget.plateau=null", "target": "--set 'budget.target=[]'"}
+"""Option that removes a stop rule, by the reason for which the rule ends a search."""
 
 
 def trials_left(run: RunDir, plan: StagePlan, config: SweepConfig) -> int:
@@ -100,7 +102,7 @@ def search_stage(work: Launch, plan: StagePlan, table_plan: StagePlan) -> None:
     fewer trials.
 
     Raises:
-        NothingFeasibleError: no router of these sub-networks can hold a hard constraint.
+        NothingFeasibleError: no router of these sub-networks can satisfy a hard constraint.
         StoppedError: a stop was requested.
     """
     work.check_stop()
@@ -138,7 +140,10 @@ def search_stage(work: Launch, plan: StagePlan, table_plan: StagePlan) -> None:
         }
         atomic_write_json(run.search_end_json(plan.key), end)
         if result.stop_reason in _END_SENTENCES:
-            work.progress.say(f"search: {_END_SENTENCES[result.stop_reason]} after {len(result.records)} trials")
+            told = f"{_END_SENTENCES[result.stop_reason]} after {plural(len(result.records), 'trial')}"
+            if len(result.records) == num_finished and result.stop_reason in RULE_OFF:
+                told += f"; to add trials, use: dsnet-orch extend RUN --trials +N {RULE_OFF[result.stop_reason]}"
+            work.progress.say(f"search: {told}")
         return [run.study_journal(plan.key)]
 
     work.run_stage(plan, search)
@@ -149,10 +154,10 @@ def search_stage(work: Launch, plan: StagePlan, table_plan: StagePlan) -> None:
 
 
 _END_SENTENCES = {
-    "plateau": "the front does not grow any more (budget.plateau)",
+    "plateau": "the hypervolume of the front no longer grows (budget.plateau)",
     "target": "a trial meets budget.target",
     "space": "every point of the grid was tried",
-    "time": "its time is over (budget.time_s)",
+    "time": "the time limit was reached (budget.time_s)",
 }
 
 
@@ -174,7 +179,8 @@ def named_baseline(results: RunResults) -> dict[str, float]:
 
 
 def refuse_impossible_layout(config: SweepConfig, subnets: SubnetSet, image_size: int) -> None:
-    """Raise, before anything is trained, if no router over this layout can hold a hard constraint.
+    """Raise, before anything is trained, if no router over this layout can satisfy a hard
+    constraint.
 
     Raises:
         NothingFeasibleError: the message names the constraints.
@@ -185,8 +191,8 @@ def refuse_impossible_layout(config: SweepConfig, subnets: SubnetSet, image_size
 
 
 def refuse_impossible(constraints: ConstraintSet, ranges: Mapping[str, tuple[float, float]]) -> None:
-    """Raise if nothing within `ranges` can hold a hard constraint, for then the sweep would find
-    nothing.
+    """Raise if no metrics within `ranges` can satisfy a hard constraint, because then no trial
+    would be feasible.
 
     Raises:
         NothingFeasibleError: the message names the constraints, and the ranges of their metrics.

@@ -58,7 +58,7 @@ def supernet_stage(work: Launch, plan: StagePlan) -> None:
 
     was_done = plan.is_done
     folder = work.run_stage(plan, train)
-    # Also where it was done before: the row may have been lost with an earlier store.
+    # Also if the stage was done before: an earlier store with the row may have been lost.
     work.tracker.supernet(supernet_row(work.manifest.read(), run, config, is_done=True))
     if not was_done:
         facts = SupernetFacts.of_prepared(work.prepared)

@@ -1,5 +1,5 @@
-"""The verify stage: freeze the front, open the sealed split, run the front for real, and analyse it
-beside its controls."""
+"""The verify stage: freeze the front, open the sealed split, run the front's gates on it, and
+analyse them beside their controls."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def known_agreements(run: RunDir, record: StageRecord) -> dict[int, Agreement]:
 
     A gate that has agreed with its table is not run again, because nothing that could change the
     result has changed. All gates of a front are timed together, whether their agreement is known or
-    not, because times of different hours cannot be compared.
+    not, because times measured at different moments cannot be compared.
 
     Args:
         run: run whose verify folders are read.
@@ -124,7 +124,7 @@ def known_agreements(run: RunDir, record: StageRecord) -> dict[int, Agreement]:
 
 @dataclass(frozen=True)
 class _SplitAnalyser:
-    """Everything with which a split is analysed."""
+    """The settings and routers with which a split is analysed."""
 
     forecast: RouteForecast
     val: RoutingTable

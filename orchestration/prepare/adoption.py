@@ -1,4 +1,4 @@
-"""Adoption of results of `python -m dsnet.training` as finished stages, instead of making them
+"""Adoption of results of `python -m dsnet.training` as finished stages, instead of computing them
 again.
 
 `supernet.init_from` may name its output folder. If that was trained with this sweep's own settings,
@@ -69,7 +69,7 @@ class Adoption:
     stages: tuple[str, ...]
     """Names of the stages that can be taken over, always including the supernet."""
     outdated: tuple[str, ...] = ()
-    """Names of the stages that another release made with other results; they are made again."""
+    """Names of the stages that another release made with different results; they run again."""
 
 
 def find_adoption(
@@ -85,11 +85,11 @@ def find_adoption(
         measure: measurement settings of the sweep.
 
     Returns:
-        None where the source is anything else, what another release wrote included: it then gives
-        start weights.
+        None otherwise, also if another release wrote the folder; the source then gives start
+        weights only.
 
     Raises:
-        CheckpointError: the folder's files are torn.
+        CheckpointError: a file of the folder is damaged.
     """
     folder = OutputFolder(Path(os.path.expandvars(source)).expanduser())
     if not folder.is_readable() or not folder.is_done("supernet"):
@@ -98,7 +98,7 @@ def find_adoption(
     settings = read_json(folder.resolved_path)
     try:
         theirs, resolved = SupernetRun.from_json(meta["run"]), StandaloneConfig.from_json(settings)
-    except ConfigError:  # another release knows other settings
+    except ConfigError:  # another release has other settings
         return None
     is_same = (
         folder.manifest()["data"]["fingerprint"] == fingerprint
@@ -117,7 +117,7 @@ def find_adoption(
 
 
 def _without_housekeeping(run: SupernetRun) -> SupernetRun:
-    """The settings without those that do not influence the weights, and without the origin."""
+    """The settings that influence the weights, except the origin."""
     return replace(run, origin={}, keep_checkpoints=1, train=replace(run.train, checkpoint_every=1))
 
 
@@ -153,5 +153,7 @@ def _copied(source: Path, target: Path, sha256: str) -> Path:
     with replacing(target) as temporary:
         shutil.copyfile(source, temporary)
         if file_sha256(temporary) != sha256:
-            raise CheckpointError(f"{source} is not the file that its training wrote (sha256); make it again")
+            raise CheckpointError(
+                f"{source} has changed since its training wrote it (sha256 differs); restore it or train again"
+            )
     return target

@@ -64,7 +64,7 @@ def with_data_defaults(config: SweepConfig, image_set: ImageSource, splits: Spli
         filled = config.model_copy(update={"data": data, "supernet": supernet_with(config.supernet, supernet)})
     except ValidationError as error:
         reasons = "; ".join(f"{key} {found[key].value} follows from the data" for key in supernet)
-        raise ConfigError(f"{'; '.join(rule_texts(error))} ({reasons}); write them in the file") from error
+        raise ConfigError(f"{'; '.join(rule_texts(error))} ({reasons}); write other values in the file") from error
     return Derived(filled, {**found, **_of_the_augmentation(config, image_set)})
 
 

@@ -69,7 +69,7 @@ class StartPoint:
 
     @classmethod
     def of(cls, start: Start, subnets: SubnetSet) -> StartPoint:
-        """Load the weights into the network on trial, so that weights that do not fit are refused
+        """Load the weights into the network once, so that weights that do not fit are refused
         before anything runs.
 
         Raises:
@@ -161,7 +161,7 @@ class Prepared:
         warnings = []
         if trees and len(self.subnets.spec.gates) == 1:
             name = self.subnets.spec.family
-            warnings += [f"gate.router {kind}: {name} has one gate, so it is what {kind[:-1]} is" for kind in trees]
+            warnings += [f"gate.router {kind}: {name} has one gate, so {kind} equals {kind[:-1]}" for kind in trees]
         madds_m = [subnet_cost(self.subnets.spec, subnet, self.image_size).madds / 1e6 for subnet in self.subnets]
         for target in absolute_targets(gate, space):
             if not min(madds_m) <= target <= max(madds_m):
@@ -179,8 +179,8 @@ class Prepared:
             finest = min((number for number in map(abs, comparison.numbers) if number > 0), default=math.inf)
             if reads_share and finest < 1 / num_val:
                 yield (
-                    f"condition {comparison}: {finest:g} is finer than one of the {num_val} images of val, which is {1 / num_val:.4f} "
-                    "of accuracy"
+                    f"condition {comparison}: {finest:g} is too fine for the {num_val} images of val: one image changes an accuracy by "
+                    f"{1 / num_val:.4f}"
                 )
 
     def notes(self) -> tuple[str, ...]:
@@ -230,15 +230,15 @@ def prepare(
 ) -> Prepared:
     """Load the data, make the splits, lay out the network.
 
-    The source in `supernet.init_from` may be gone once the supernet is trained: the finished stage
-    then holds all that is needed of it.
+    The source in `supernet.init_from` may be deleted once the supernet is trained: the finished
+    stage then holds everything needed from it.
 
     Args:
         config: resolved.
-        run: where the sweep's results are, or will be; it need not exist. None: there are none to
-            go on with.
+        run: where the sweep's results are, or will be; it need not exist. None = no results to
+            continue from.
         warn: called with one sentence if the start weights are gone.
-        images: what `load_images` gives for this `data` and `seed`; None: they are loaded here.
+        images: result of `load_images` for this `data` and `seed`; None = load them here.
 
     Raises:
         DataError: data missing or broken.
@@ -254,7 +254,9 @@ def prepare(
     except CheckpointError:
         if run is None or (finished := _from_finished_stage(config, run, images)) is None:
             raise
-        warn(f"supernet.init_from: {source} is gone; run {run.name!r} goes on with the supernet that it made of it")
+        warn(
+            f"supernet.init_from: {source} does not exist any more; run {run.name!r} continues with the supernet trained from it"
+        )
         return finished
     start = load_start(Path(source))
     prepared = _checked(_laid_out(config, start, images), start)
@@ -385,8 +387,7 @@ def stage_definitions(prepared: Prepared) -> list[StageDefinition]:
     }
     config = prepared.config
     subsets = {name: stage_subset(config, name) for name in parents}
-    # The options name a layout, and a release may lay them out differently: what is trained is the
-    # layout itself.
+    # The layout itself, because another release may lay out the same options differently.
     subsets["supernet"]["layout"] = _digest(prepared.subnets.to_json())
     subsets["supernet"]["start"] = prepared.start_sha256
     return [

@@ -60,7 +60,7 @@ def hopeless_conditions(config: SweepConfig, subnets: SubnetSet, image_size: int
         for comparison in these.soft:
             if comparison.least_violation(ranges) > 0:
                 reach = spoken_reach(comparison.names, ranges)
-                yield f"{key}: no router of this network can hold {comparison} (within reach: {reach}): {end}"
+                yield f"{key}: no router of this network can satisfy {comparison} (reachable values: {reach}): {end}"
 
 
 def spoken_reach(names: Collection[str], ranges: Mapping[str, Range]) -> str:
@@ -73,15 +73,15 @@ def spoken_reach(names: Collection[str], ranges: Mapping[str, Range]) -> str:
 def metric_ranges(
     config: SweepConfig, subnets: SubnetSet, image_size: int, latencies: Mapping[str, LatencyTable] | None = None
 ) -> dict[str, Range]:
-    """For each metric a range that no trial of the sweep can leave, whatever its router learns;
+    """Bounds of each metric that hold for every trial of the sweep, whatever its router learns;
     used to refuse impossible conditions early.
 
     Args:
         config: its kinds of router, routing space and perceptron sizes.
         subnets: the routes.
         image_size: side in pixels.
-        latencies: by device, once they are measured; None before, when any latency above 0 is
-            possible.
+        latencies: latency tables by device; None before they are measured, when any latency above 0
+            is possible.
     """
     bounds = _CostBounds.of(config, subnets, image_size)
     kinds = possible_routers(config.gate, config.space)
@@ -103,8 +103,8 @@ def metric_ranges(
 
 
 def _latency_range(clock: BatchClock, kind: str) -> Range:
-    """Range of a batch's latency: every image runs one route, or as many as its kind of router may;
-    each route that runs is one call."""
+    """Range of a batch's latency: every image runs at least one route, and at most as many as the
+    kind of router allows; each route that runs is one call."""
     tails = clock.tails_ms[:, 1:]
     num_images = tails.shape[1]
     num_runs = min(router_kind(kind).max_runs, len(tails))

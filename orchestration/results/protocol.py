@@ -1,4 +1,4 @@
-"""Results of a sweep for those who read them, the same for one supernet and for several."""
+"""The interface to the results of a sweep, the same for one supernet and for several."""
 
 from __future__ import annotations
 

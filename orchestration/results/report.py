@@ -53,7 +53,7 @@ from search.study.study import TrialRecord
 
 
 def write_report(results: RunResults, class_names: tuple[str, ...], notes: tuple[str, ...], status: str) -> Path:
-    """Build report.html of a run from what it has; returns its path."""
+    """Build report.html of a run from its results so far; returns its path."""
     atomic_write_text(results.run.report_html, build_report(report_data(results, class_names, notes, status)))
     return results.run.report_html
 
@@ -102,12 +102,12 @@ def report_data(results: RunResults, class_names: tuple[str, ...], notes: tuple[
 def commands_of(results: RunResults) -> tuple[tuple[str, str], ...]:
     """(what it does, command) pairs for working with the run from any folder."""
     run = results.run
-    sweep, path, root = (shlex.quote(str(part)) for part in (run.sweep_yaml, run.path, run.root))
+    sweep, path = (shlex.quote(str(part)) for part in (run.sweep_yaml, run.path))
     return (
         ("Continue this run", f"dsnet-orch launch {sweep}"),
         ("Show the front on the terminal", f"dsnet-orch pareto {path}"),
         ("Export the gates on the front as bundles", f"dsnet-orch export {path} --pick all"),
-        ("Browse all results in MLflow", f"dsnet-orch ui --runs {root}"),
+        ("Browse the results in MLflow", f"dsnet-orch ui {path}"),
     )
 
 
@@ -123,7 +123,7 @@ def training_notes(results: RunResults, whose: str = "") -> tuple[str, ...]:
 
 
 def timing_doubt(results: RunResults) -> str | None:
-    """A sentence that says why the measured times are doubtful and what to do; None if nothing is
+    """A sentence that says why the measured times are unreliable and what to do; None if nothing is
     wrong."""
     timed = [(f"sub-networks{_on(name)}", table.noise) for name, table in results.newest_latencies.items()]
     if results.verified is not None:
@@ -180,7 +180,7 @@ def further_objective(results: RunResults) -> Further | None:
 
 
 def constraints_of(results: RunResults) -> tuple[tuple[str, int], ...]:
-    """(constraint, completed trials that break it), in the order of the configuration."""
+    """(constraint, completed trials that violate it), in the order of the configuration."""
     completed = results.completed
     texts = dict.fromkeys(text for record in completed for text in record.constraints)
     return tuple((text, sum(text in broken_constraints(record) for record in completed)) for text in texts)
@@ -366,7 +366,7 @@ def _further_name(results: RunResults) -> str | None:
 def _dynamic(
     results: RunResults, rows: list[PointRow], split: str, intervals: dict[str, tuple[float, float]]
 ) -> tuple[DynamicPoint, ...]:
-    """The trials on a split, each with the constraints that it breaks."""
+    """The trials on a split, each with the constraints that it violates."""
     broken = {trial_name(record.slot): broken_constraints(record) for record in results.completed}
     points = dynamic_points(rows, split, intervals, results.config.gate.router, _further_name(results))
     return tuple(replace(point, broken=broken[point.name]) for point in points)
@@ -432,7 +432,7 @@ def hypervolume_of(results: RunResults) -> HypervolumeInfo | None:
 
 def _plateau(results: RunResults) -> int | None:
     """Number of trials over which the stop rule found no growth; None if the search ended for
-    another reason or can go on."""
+    another reason or can continue."""
     path = results.run.search_end_json(results.stage_key("search") or "")
     if not path.is_file():
         return None

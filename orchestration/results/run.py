@@ -75,7 +75,7 @@ class RunResults:
 
     @property
     def supernets(self) -> dict[str, RunResults]:
-        """This run under the empty name; as `orchestration.results.protocol` asks."""
+        """This run under the empty name, as `orchestration.results.protocol` requires."""
         return {"": self}
 
     def stage_key(self, stage: str) -> str | None:
@@ -208,7 +208,7 @@ class RunResults:
 
     @property
     def pruned(self) -> list[TrialRecord]:
-        """The trials that were ended early, because they fell behind or broke a hard constraint."""
+        """The trials that were ended early by the pruner or by a hard constraint."""
         return [record for record in self.records if record.state == "pruned"]
 
     @property
@@ -225,7 +225,7 @@ class RunResults:
 
     @property
     def front_gates(self) -> tuple[GateId, ...]:
-        """The front as gates; as `orchestration.results.protocol` asks."""
+        """The front as gates, as `orchestration.results.protocol` requires."""
         return tuple(GateId("", slot) for slot in self.front)
 
     @property
@@ -323,7 +323,7 @@ class RunResults:
         for text in self.config.export.picks:
             try:
                 slots += [] if parse_pick(text).kind == "all" else picked_slots(self, [text])
-            except NotFoundError:  # the export will say so, when everything else is done
+            except NotFoundError:  # the export reports it, when everything else is done
                 continue
         return list(dict.fromkeys(slots))
 
@@ -340,13 +340,13 @@ class RunResults:
 
     @cached_property
     def verified(self) -> Verified | None:
-        """The result of the verify stage; None if it has not run, or if the trials that it is about
-        have changed since."""
+        """The result of the verify stage; None if it has not run, or if the front has changed
+        since."""
         if not self.is_done("verify"):
             return None
         try:
             verified = Verified.from_json(_read(self.run.verify_json(self.done_key("verify"))))
-        except (KeyError, TypeError):  # another release wrote it: launching again verifies anew
+        except (KeyError, TypeError):  # another release wrote it: the next launch verifies again
             return None
         is_current = verified.front == self.front_sample and verified.contenders == self.contenders
         return self._with_newest_latencies(verified) if is_current else None
@@ -489,7 +489,7 @@ def refuse_unusable(pick: str, records: Sequence[TrialRecord]) -> None:
     """Raise if a pick names trials that exist, but are all failed, pruned or infeasible.
 
     Raises:
-        NotFoundError: the message says what became of the first.
+        NotFoundError: the message gives the state of the first one.
     """
     if not records or any(record.is_feasible for record in records):
         return

@@ -24,8 +24,8 @@ from search.training_checks import Score, TrainingFacts, TrainingWarning, traini
 
 LOSS = "loss/"
 LABELLED = "largest"
-"""Curve of the sub-network that learns from the labels if the largest one is no route; the curve of
-a route has the name of that route."""
+"""Curve of the sub-network that learns from the labels if the largest one is not a route; the curve
+of a route has the name of that route."""
 
 
 def review(results: RunResults) -> tuple[TrainingWarning, ...]:

@@ -25,7 +25,7 @@ WANTED: tuple[str, ...] = get_args(Wanted)
 
 @dataclass(frozen=True)
 class ListedTrial:
-    """A trial as lists show it."""
+    """A trial with the facts that lists show."""
 
     name: str
     record: TrialRecord
@@ -35,18 +35,18 @@ class ListedTrial:
 
     @property
     def standing(self) -> Standing:
-        """Its state, or "infeasible" if it completed and breaks a constraint."""
+        """Its state, or "infeasible" if it completed and violates a constraint."""
         record = self.record
         return "infeasible" if record.state == "complete" and not record.is_feasible else record.state
 
     @property
     def broken(self) -> tuple[str, ...]:
-        """The constraints that it breaks."""
+        """The constraints that it violates."""
         return broken_constraints(self.record)
 
     @property
     def reason(self) -> str | None:
-        """Why it cannot be on the front whatever its metrics are; None if it can."""
+        """Why it cannot be on the front; None if it can."""
         return f"violates {' and '.join(self.broken)}" if self.broken and not self.record.reason else self.record.reason
 
     @property
@@ -102,7 +102,7 @@ class TrialList:
         """The trials that match a selection.
 
         Raises:
-            ConfigError: a condition cannot be read, or nothing is called so.
+            ConfigError: a condition cannot be read, or names an unknown metric or parameter.
         """
         chosen = [trial for trial in self.trials if _is_wanted(trial, selection.state)]
         baselines = self._baselines() if any(BASELINE in text for text in selection.where) else {}
@@ -134,7 +134,7 @@ class TrialList:
 
 
 def broken_constraints(record: TrialRecord) -> tuple[str, ...]:
-    """The constraints that a trial breaks, or whose outcome is not known."""
+    """The constraints that a trial violates, or whose outcome is not known."""
     return tuple(text for text, violation in record.constraints.items() if not violation <= 0)
 
 

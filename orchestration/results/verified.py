@@ -15,7 +15,7 @@ from search.front.analysis import BudgetPick, PointAnalysis, SplitAnalysis
 
 @dataclass(frozen=True)
 class Agreement:
-    """Comparison of a router's real run with its table."""
+    """Comparison of a router's actual run with its routing table."""
 
     slot: int
     num_images: int
@@ -47,7 +47,7 @@ class DynamicLatency:
 
     @property
     def noise(self) -> str | None:
-        """Why the times are doubtful; None if nothing is wrong."""
+        """Why the times are unreliable; None if nothing is wrong."""
         extremes = [*self.widest.values(), *self.cheapest.values()]
         return noise_of([*extremes, *(timing for row in self.gates.values() for timing in row.values())], self.load)
 

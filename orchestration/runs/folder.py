@@ -58,7 +58,7 @@ class RunDir:
                     folder.rmdir()
             raise PreflightError(
                 f"storage.runs: cannot write run {self.name!r} below {self.root}: {error.strerror or error}. "
-                "Choose another folder with --set storage.runs=FOLDER, or mend its permissions."
+                "Choose another folder with --set storage.runs=FOLDER, or change its permissions."
             ) from error
 
     def open_existing(self) -> None:
@@ -71,7 +71,7 @@ class RunDir:
             known = list_runs(self.root)
             hint = did_you_mean(self.name, known)
             listed = f"runs there: {', '.join(known)}" if known else "there are no runs there"
-            way_out = "" if known else f"; `dsnet-orch launch {self.name}.yaml` makes it"
+            way_out = "" if known else f"; `dsnet-orch launch {self.name}.yaml` creates it"
             raise NotFoundError(f"no run {self.name!r} in {self.root}{hint} ({listed}){way_out}")
 
     # Files of the run as a whole.

@@ -1,5 +1,5 @@
-"""A lock that admits one driver per run: a file that names the holder, and that is not held by a
-dead process."""
+"""A lock that admits one driver per run: a file that names the process that holds it; the lock of
+an ended process can be replaced."""
 
 from __future__ import annotations
 
@@ -66,11 +66,11 @@ class DriverLock:
     Args:
         run: The run; its folder exists.
         command: The user's command line, shown to a driver that finds the lock.
-        take_over: Also replace a lock of another host, or one that cannot be read. A process known
-            to be alive on this host is never robbed.
+        take_over: Also replace a lock of another host, or one that cannot be read. The lock of a
+            process that runs on this host is never replaced.
 
     Attributes:
-        taken_over_from: The dead holder whose lock was replaced, or None.
+        taken_over_from: The ended holder whose lock was replaced, or None.
 
     Raises:
         LockedError: On entering, when another driver holds the folder.
@@ -98,7 +98,7 @@ class DriverLock:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._run.path.is_dir():  # the user may have deleted the run under us; that must not hide `error`
+        if self._run.path.is_dir():  # the user may have deleted the run meanwhile; that must not hide `error`
             with exclusive(self._run.path):
                 if read_lock(self._path) == self._holder:
                     self._path.unlink()
@@ -126,7 +126,7 @@ class DriverLock:
             if self._take_over:
                 return None
             if not self._path.exists():
-                raise LockedError(f"run {self._run.name!r} was released this very moment; launch again.")
+                raise LockedError(f"the driver of run {self._run.name!r} has just ended; launch again.")
             raise LockedError(
                 f"run {self._run.name!r}: {self._path} exists but cannot be read. If no driver is running, "
                 "launch again with --take-over."
@@ -134,8 +134,8 @@ class DriverLock:
         if holder.is_on_another_host():
             if not self._take_over:
                 raise LockedError(
-                    f"run {self._run.name!r} is held by {holder}. Whether it lives cannot be seen from here: "
-                    "if it is surely gone, launch again with --take-over."
+                    f"run {self._run.name!r} is held by {holder}. This host cannot check whether that process still runs: "
+                    "if it has ended, launch again with --take-over."
                 )
         elif holder.is_alive():
             raise LockedError(

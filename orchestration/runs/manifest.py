@@ -32,7 +32,7 @@ class Manifest:
     """manifest.json of a run: versions, hardware and data, and the state of each stage.
 
     Every change is a read-modify-write under a short file lock, so the driver and a `verify` or
-    `report` beside it never lose each other's.
+    `report` beside it never overwrite each other's changes.
     """
 
     def __init__(self, path: Path) -> None:
@@ -63,7 +63,7 @@ class Manifest:
         """The whole manifest.
 
         Raises:
-            CheckpointError: It is missing, torn, or of another schema.
+            CheckpointError: It is missing, damaged, or of another schema.
         """
         content = read_json(self.path)
         if not isinstance(content, dict) or content.get("schema") != _MANIFEST_SCHEMA:
@@ -87,7 +87,7 @@ class Manifest:
             atomic_write_json(self.path, content)
 
     def count_test_opening(self, who: str) -> int:
-        """Record that the sealed test split was read; returns how often it has been.
+        """Record that the sealed test split was read.
 
         Returns:
             How many times it has been read, this time included.

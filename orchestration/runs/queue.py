@@ -1,7 +1,7 @@
 """Points that a user enqueues while a sweep runs: one JSON line each, appended under a lock and
 never changed.
 
-The driver reads them before every cohort; appending needs no driver, and waits for none.
+The driver reads them before every cohort; points can be appended with or without a driver.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def append_points(path: Path, points: Sequence[Mapping[str, Scalar]]) -> int:
 
     Raises:
         PreflightError: it cannot be written; the queue holds what it held before.
-        CheckpointError: the file is no queue.
+        CheckpointError: the file is not a queue.
     """
     lines = [json.dumps({"params": dict(point), "at": now_iso()}, allow_nan=False) + "\n" for point in points]
     with exclusive(path.parent):
@@ -53,7 +53,7 @@ def read_queue(path: Path) -> list[dict[str, Any]]:
     Takes no lock; an incomplete last line is left out.
 
     Raises:
-        CheckpointError: another line is no such point.
+        CheckpointError: a complete line is not a point.
     """
     try:
         text = path.read_bytes()

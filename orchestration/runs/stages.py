@@ -1,5 +1,5 @@
 """Stages: the key of a result (all that it depends on), whether the result is there already, and
-why not.
+why it is not.
 
 A stage's folder is named after its key. A changed configuration thus starts a new folder beside the
 old one, and a return to the old configuration finds the old result. An invalidation never
@@ -131,7 +131,7 @@ class StageDir:
     """A stage's folder: `stage.json` from the start, `done` when its outputs are complete.
 
     A stage works inside the folder (the supernet resumes from its checkpoints there), so only the
-    marker, written last and atomically, says that the outputs can be trusted.
+    marker, written last and atomically, shows that the outputs are complete.
     """
 
     def __init__(self, path: Path) -> None:
@@ -190,7 +190,7 @@ class StageDir:
         """The content of stage.json; None if the stage never began.
 
         Raises:
-            CheckpointError: The file is torn.
+            CheckpointError: The file is damaged.
         """
         if not self.stage_json.exists():
             return None
@@ -246,7 +246,7 @@ def _size(path: Path) -> int:
     try:
         return path.stat().st_size
     except OSError as error:
-        raise CheckpointError(f"{path} should have been written by its stage, but: {error.strerror}.") from error
+        raise CheckpointError(f"output {path} of its stage cannot be read: {error.strerror}.") from error
 
 
 def plan_stages(run: RunDir, definitions: Sequence[StageDefinition]) -> list[StagePlan]:
@@ -343,7 +343,7 @@ def run_stage(run: RunDir, plan: StagePlan, work: Callable[[Path], Sequence[Path
         run: The run, with its manifest written and its lock held.
         plan: From `plan_stages`.
         work: Does the work in the folder it is given, and returns its output files. It may find its
-            own unfinished files there and go on from them.
+            own unfinished files there and continue from them.
 
     Returns:
         The stage's folder, done.
@@ -378,8 +378,8 @@ def finish_stage(run: RunDir, plan: StagePlan, outputs: Sequence[Path], seconds:
 
 
 def record_done(run: RunDir, plan: StagePlan) -> None:
-    """Point the manifest at a finished stage, also after a kill before that, or a return to an
-    earlier configuration."""
+    """Record a finished stage in the manifest if it is not there: after a kill before this, or a
+    return to an earlier configuration."""
     manifest = Manifest(run.manifest_path)
     record = plan.folder.record()
     started_at = record.started_at if record else ""

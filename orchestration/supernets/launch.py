@@ -105,7 +105,7 @@ def launch_supernets(
     usable = [member for member in members if member.prepared is not None]
     if not usable:
         reasons = "\n".join(f"  {_told(member.settings)}: {member.problem}" for member in members)
-        raise NothingFeasibleError(f"none of the {len(members)} supernets has valid settings:\n{reasons}")
+        raise NothingFeasibleError(f"none of {plural(len(members), 'supernet')} has valid settings:\n{reasons}")
     if config.tracking.mlflow:
         store_uri(config, run)  # refuses a path that no database URI can hold, before anything is written
     run.create()
@@ -113,7 +113,7 @@ def launch_supernets(
         lock = stack.enter_context(DriverLock(run, command, take_over=take_over))
         if lock.taken_over_from is not None:
             progress.say(f"continuing the run of {lock.taken_over_from}, which no longer runs")
-        for member in usable:  # so that no other driver launches a member by itself
+        for member in usable:  # so that no other driver launches a member alone
             member.run.create()
             stack.enter_context(DriverLock(member.run, command, take_over=take_over))
             member.run.clear_stop()
@@ -260,8 +260,7 @@ class _SupernetsLaunch:
         request: StopRequest,
         stack: ExitStack,
     ) -> _SupernetsLaunch:
-        """Write what is known before anything runs, and open the launch's outputs; `stack` closes
-        them."""
+        """Write the run's own files and open the outputs of the launch; `stack` closes them."""
         usable = {member.name: _in_one_store(member, config, run) for member in members if member.prepared is not None}
         first = next(iter(usable.values())).prepared
         assert first is not None
@@ -362,7 +361,7 @@ class _SupernetsLaunch:
         return are_done and self.results.is_verified
 
     def _train(self, plans: Mapping[str, Mapping[str, StagePlan]]) -> list[str]:
-        """Train the supernets that have no fate yet, under the scheduler; returns the names of the
+        """Train the supernets without an outcome, under the scheduler; returns the names of the
         trained ones."""
         rules = tune_rules(self.config)
         known = self._known_fates(plans)
@@ -389,7 +388,7 @@ class _SupernetsLaunch:
                         should_stop=self.stop,
                     ),
                 )
-        for fate in fates:  # also fates that an earlier launch has recorded
+        for fate in fates:  # also those that an earlier launch has recorded
             training.on_fate(fate)
         for entry in self.records.entries:  # in the order of drawing, not the order in which they ended
             self.study.add_supernet(entry)
@@ -400,7 +399,7 @@ class _SupernetsLaunch:
         return trained
 
     def _sweep_gates(self, name: str) -> None:
-        """Measure a trained supernet, table it, and search its gates."""
+        """Measure a trained supernet, build its routing tables, and search its gates."""
         work = self.launches[name]
         plans = stage_plans(work)
         for record in work.results.records:  # the merged study may lack some after a kill
@@ -492,7 +491,7 @@ class _SupernetsLaunch:
 
 
 class _TrainingListener:
-    """Records events of the supernets' training: reports, points of loss curves, and fates."""
+    """Records events of the supernets' training: reports, points of loss curves, and outcomes."""
 
     def __init__(
         self, sweep: _SupernetsLaunch, plans: Mapping[str, Mapping[str, StagePlan]], known: Mapping[str, MemberFate]
@@ -523,7 +522,8 @@ class _TrainingListener:
             self._show(name, points[-1].metrics.get("epoch") or 0.0, "")
 
     def on_fate(self, fate: MemberFate) -> None:
-        """Record the fate of a supernet; a second call for the same one does nothing."""
+        """Record the outcome of a supernet's training; a second call for the same one does
+        nothing."""
         if fate.name in self._ended:
             return
         self._ended.add(fate.name)
@@ -595,7 +595,7 @@ def export_gates(
     Args:
         results: results of the sweep.
         picks: see `SupernetSweepResults.picked`.
-        prepared: data and layout of the supernets that they concern.
+        prepared: data and layout of the supernets of these gates.
         folder: receives the folders of the supernets.
     """
     slots: dict[str, list[int]] = {}

@@ -40,7 +40,7 @@ class Member:
 
     name: str
     key: str
-    """Key of its supernet stage; a digest of its settings if they make no supernet."""
+    """Key of its supernet stage; a digest of its settings if they are not valid."""
     settings: Mapping[str, Scalar]
     """Its values of the supernet part of the space, by dotted key."""
     prepared: Prepared | None
@@ -107,8 +107,8 @@ def _text(choice: Any) -> Any:
 def draw_members(config: SweepConfig, run: RunDir, images: Images, warn: Callable[[str], None]) -> tuple[Member, ...]:
     """Draw the supernets of a sweep, in order.
 
-    Settings that give the same supernet count once. Settings that give none are a member too, with
-    the reason, so that the sweep shows what failed.
+    Settings that give the same supernet count once. Settings that give no valid supernet are also
+    a member, with the reason, so that the sweep shows what failed.
 
     Args:
         config: configuration of the sweep, resolved, with absolute folders.
@@ -163,7 +163,7 @@ def _member(
         key = stage_record(stage_definitions(prepared)[0], {}).key
         refuse_impossible_layout(prepared.config, prepared.subnets, prepared.image_size)
     except CheckpointError:
-        raise  # what is broken on the disk is no property of the settings
+        raise  # broken files are not a fault of the settings
     except DsnetError as error:
         return Member("", key, settings, None, str(error))
     return Member("", key, settings, prepared)
@@ -210,7 +210,7 @@ def read_entries(run: RunDir, *, everything: bool = False) -> tuple[MemberEntry,
 
     Args:
         run: the parent.
-        everything: include those of earlier launches with another space.
+        everything: include members of earlier launches with another space.
     """
     if not run.supernets_json.is_file():
         return ()

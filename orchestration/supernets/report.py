@@ -187,7 +187,7 @@ def _sample_notes(results: SupernetSweepResults) -> tuple[str, ...]:
 
 def _commands(results: SupernetSweepResults) -> tuple[tuple[str, str], ...]:
     run = results.run
-    sweep, path, root = (shlex.quote(str(part)) for part in (run.sweep_yaml, run.path, run.root))
+    sweep, path = (shlex.quote(str(part)) for part in (run.sweep_yaml, run.path))
     example = next(
         (gate.supernet for gate in results.front_gates), results.entries[0].name if results.entries else "s0"
     )
@@ -200,5 +200,5 @@ def _commands(results: SupernetSweepResults) -> tuple[tuple[str, str], ...]:
             "Browse the trials of all supernets as one Optuna study",
             f"optuna-dashboard {shlex.quote(str(run.merged_journal))}",
         ),
-        ("Browse all results in MLflow", f"dsnet-orch ui --runs {root}"),
+        ("Browse the results in MLflow", f"dsnet-orch ui {path}"),
     )

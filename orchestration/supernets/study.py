@@ -1,8 +1,8 @@
 """The merged study of a sweep of supernets: the gates of all members, and the supernets that were
 stopped or failed.
 
-The members' own studies and records are authoritative; this file shows them side by side, and
-records that it lacks are added again.
+The members' own studies and records are authoritative; this study contains a copy of all of them,
+and records that it lacks are added again.
 """
 
 from __future__ import annotations

@@ -75,7 +75,7 @@ def running_row(run: RunDir, manifest: Manifest, config: SweepConfig) -> Tracked
 
 
 def fate_row(entry: MemberEntry, run: RunDir, manifest: Manifest, config: SweepConfig) -> TrackedRun | None:
-    """The row of a member's supernet once its fate is known; None if its training never began."""
+    """The row of a member's supernet after its training; None if its training never began."""
     content = manifest.read()
     if "supernet" not in content["stages"]:
         return None
@@ -96,7 +96,7 @@ def reports_as_points(entry: MemberEntry) -> list[CurvePoint]:
 
 
 def track_fate(tracker: Tracker, entry: MemberEntry, work: Launch) -> None:
-    """Write the fate of a member's supernet and its reports."""
+    """Write the outcome of a member's supernet and its reports."""
     row = fate_row(entry, work.run, work.manifest, work.config)
     if row is not None:
         _write_supernet(tracker, row, entry)

@@ -21,16 +21,16 @@ PAUSE_S = 30.0
 class MlflowTracker:
     """Queues rows, and writes them through a process in one background thread.
 
-    After three failures in a row it drops writes for 30 s, so that none queue behind time-outs. It
-    warns once, and counts the rest.
+    After three failures in a row it drops writes for 30 s, so that writes do not queue behind
+    time-outs. It warns once, and counts the dropped writes.
 
     Args:
         store_uri: `sqlite:///...` or the URI of a server.
         experiment: Name of the experiment: one per sweep family.
         artifact_root: Folder for artifacts of a database store; a server decides for itself.
-        run_name: The run's name, for the remedy in the warning.
-        warn: Where the one warning goes; called in the background thread.
-        store: What takes the rows; None = MLflow in a process of its own.
+        run_name: The run's name, for the command in the warning.
+        warn: Receives the one warning; called in the background thread.
+        store: Makes the store that receives the rows; None = MLflow in a process of its own.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class MlflowTracker:
         self._retry_at = 0.0
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         if store_uri.startswith("sqlite"):
-            # A database that is missing is created at once, and not with the first row.
+            # A missing database is created at once, not with the first row.
             self._jobs.put(self._store.connect)
         self._thread = threading.Thread(target=self._drain, name="mlflow-tracker", daemon=True)
         self._thread.start()
@@ -148,12 +148,12 @@ class MlflowTracker:
         self._summary = replace(before, num_unsent=before.num_unsent + count, first_error=before.first_error or why)
         if before.first_error is None:
             self._warn(
-                f"MLflow at {self._store_uri} does not take results ({why}). The sweep goes on and loses nothing; "
+                f"MLflow at {self._store_uri} cannot be written ({why}). The sweep continues, and its results are kept in the run folder; "
                 f"write them later with: dsnet-orch sync {self._run_name}"
             )
 
 
 def _own_process(store_uri: str, experiment: str, artifact_root: Path) -> RowStore:
-    from orchestration.tracking.process import MlflowWriter  # it is made of what is defined here
+    from orchestration.tracking.process import MlflowWriter  # it imports this module
 
     return MlflowWriter(store_uri, experiment, artifact_root)

@@ -2,8 +2,8 @@
 locations of artifacts.
 
 MLflow records the absolute folder of artifacts for every experiment and every run, so that a runs
-folder that was moved or copied serves no artifacts, or those in the old place. The database lies
-beside its artifacts, so the recorded folders are corrected whenever it is opened.
+folder that was moved or copied has no artifacts, or those of the old place. The database is in the
+same folder as its artifacts, so the recorded folders are corrected whenever it is opened.
 """
 
 from __future__ import annotations
@@ -118,6 +118,6 @@ def _opened(database: Path) -> Iterator[sqlite3.Connection]:
             yield connection
     except sqlite3.Error as error:
         raise PreflightError(
-            f"{database}: cannot be read as MLflow's database ({error}); end what else uses it, or move it away and write the runs "
-            "again with: dsnet-orch sync RUN"
+            f"{database}: cannot be read as MLflow's database ({error}); end other programs that use it, or move it away and write "
+            "the runs again with: dsnet-orch sync RUN"
         ) from error

@@ -1,5 +1,5 @@
-"""The description of a sweep on MLflow's page: a picture of the front, its table, and where the
-rest is."""
+"""The description of a sweep on MLflow's page: a picture of the front, its table, and links to the
+points and the report."""
 
 from __future__ import annotations
 

@@ -1,12 +1,11 @@
 """MLflow in a separate process.
 
-A row costs 10 ms of Python in MLflow and SQLAlchemy. In a thread of the driver that time would be
-taken from the suggestions, which are Python too, and the thread, which must share the interpreter's
-lock, would fall behind by most of the sweep. A separate process uses the core that is idle while
-the driver suggests.
+A row costs 10 ms of Python in MLflow and SQLAlchemy. A thread of the driver would compete for the
+interpreter's lock with the suggestions, which are Python too: it would delay them, and finish long
+after the sweep. A separate process uses the core that is idle while the driver suggests.
 
-Because the process is ours alone, it can also spare SQLite most of its syncs, of which a row
-otherwise takes a dozen; on a busy machine these, and not Python, determine the time of a row.
+The process can also omit most of SQLite's syncs to disk, of which a row otherwise takes a dozen; on
+a busy machine these, and not Python, determine the time of a row.
 """
 
 from __future__ import annotations
@@ -44,8 +43,8 @@ class _Child:
 class MlflowWriter:
     """An `MlflowStore` in a child process, with the same methods, to be called from one thread.
 
-    The child starts with the first call, and again with the next call after it died. It ends when
-    this process does, in whatever way, after the call that it is executing.
+    The child starts with the first call, and again with the next call after it ended unexpectedly.
+    It ends after its current call when this process ends, for whatever reason.
     """
 
     def __init__(self, store_uri: str, experiment: str, artifact_root: Path) -> None:
@@ -71,7 +70,7 @@ class MlflowWriter:
 
     def add_artifact(self, parent: TrackedRun, path: Path) -> None:
         """See `MlflowStore.add_artifact`."""
-        # The child has the folder in which this process was when it started.
+        # Absolute, because the child keeps the working directory in which it was started.
         self._call("add_artifact", parent, path.absolute())
 
     def describe(self, parent: TrackedRun, text: str) -> None:
@@ -93,8 +92,8 @@ class MlflowWriter:
             child.connection.close()
             with suppress(subprocess.TimeoutExpired):
                 child.process.wait(STOP_TIMEOUT_S)
-        # What was answered is in the store, and what is cut short there is a row that is RUNNING,
-        # which the next launch mends.
+        # Every answered call is in the store; an interrupted one leaves a row that is RUNNING,
+        # which the next launch corrects.
         child.process.kill()
         child.process.wait()
 
@@ -116,17 +115,17 @@ class MlflowWriter:
         ours, theirs = Pipe()
         with theirs:
             process = subprocess.Popen(
-                # A session of its own: Ctrl-C reaches the driver alone, which then writes how the
+                # A session of its own: Ctrl-C reaches only the driver, which then writes how the
                 # sweep ended.
                 [sys.executable, "-m", "orchestration.tracking.process", str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
-                stdout=2,  # whatever a library prints is no output of the command
+                stdout=2,  # what libraries print must not be part of the command's output
                 env={**os.environ, **child_variables()},
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,
             )
         child = self._child = _Child(process, ours)
-        if self._is_stopped:  # meanwhile, by a thread that may have found no child yet
+        if self._is_stopped:  # meanwhile, by a thread that found no child to end
             MlflowWriter.stop(self, at_once=True)
             raise RuntimeError("the process that writes to MLflow was stopped")
         ours.send(self._arguments)
@@ -144,7 +143,7 @@ class SharedWriter(MlflowWriter):
         self._turn = threading.Lock()
 
     def stop(self, *, at_once: bool) -> None:
-        """Do nothing: the process also serves the other trackers."""
+        """Do nothing: the other trackers use the process too."""
 
     def end(self) -> None:
         """End the child; all trackers are closed by then."""

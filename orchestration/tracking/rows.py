@@ -152,7 +152,7 @@ class Standing:
 
 COLOURS: Final = {"front": BLUE, "knee": VERMILION, "route": INK, "teacher": MUTED, "trial": SKY}
 """Colour of a row's mark on MLflow's page, by role. The page sorts by role and shows 100 rows at
-first: the names make the front come first, then the static sub-networks."""
+first: by the names of the roles, the front comes first, then the static sub-networks."""
 COLOUR_TAG: Final = "mlflow.runColor"
 
 
@@ -301,7 +301,7 @@ def replay(
     Args:
         results: results of the run.
         tracker: receives the rows.
-        under: the row below which the run's own row hangs, where it is part of a larger sweep.
+        under: the row below which the run's own row is nested, if it is part of a larger sweep.
         standing: standing of the run's trials in the larger sweep.
     """
     run, manifest = results.run, results.manifest

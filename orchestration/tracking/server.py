@@ -34,8 +34,8 @@ def serve_ui(store_uri: str, artifact_root: Path, port: int = 5000, host: str = 
 
     Args:
         store_uri: The database, `sqlite:///...`.
-        artifact_root: Where artifacts of new experiments go.
-        port: The port to listen on; a free one is taken where it is busy, or 0.
+        artifact_root: Folder for the artifacts of new experiments.
+        port: The port to listen on; a free one is taken if it is in use, or if it is 0.
         host: Only 127.0.0.1. The page has no password.
 
     Yields:
@@ -43,7 +43,7 @@ def serve_ui(store_uri: str, artifact_root: Path, port: int = 5000, host: str = 
 
     Raises:
         ConfigError: Another host, or a store that is a server already.
-        PreflightError: The server does not start; the message ends with what it said.
+        PreflightError: The server does not start; the message ends with its last output.
     """
     if host != LOOPBACK:
         raise ConfigError(
@@ -55,8 +55,8 @@ def serve_ui(store_uri: str, artifact_root: Path, port: int = 5000, host: str = 
     mend_artifact_locations(store_uri, artifact_root.absolute())
     port = free_port(port)
     url = f"http://{LOOPBACK}:{port}"
-    # MLflow's workers put their working directory first on the import path, so that it must hold no
-    # modules of the user's.
+    # MLflow's workers put their working directory first on the import path, so it must not contain
+    # modules of the user.
     with tempfile.TemporaryFile("w+b") as log, tempfile.TemporaryDirectory() as empty:
         process = _start(_absolute(store_uri), artifact_root, port, log, Path(empty))
         try:
@@ -89,7 +89,7 @@ def _absolute(store_uri: str) -> str:
 def _start(store_uri: str, artifact_root: Path, port: int, log: IO[bytes], folder: Path) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--host", LOOPBACK, "--port", str(port)]
     command += ["--backend-store-uri", store_uri, "--default-artifact-root", artifact_root.absolute().as_uri()]
-    # A process group of its own: Ctrl-C reaches us alone, and we end the server with its workers.
+    # A process group of its own: Ctrl-C reaches only this process, which ends server and workers.
     return subprocess.Popen(
         command,
         cwd=folder,

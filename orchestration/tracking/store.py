@@ -1,8 +1,8 @@
 """The store that writes rows to MLflow; all of them are derived from the run folder.
 
 Every row has its own timestamps, steps and `uid`, so that writing it again (`dsnet-orch sync`)
-changes nothing. A store that is dead, slow or broken causes one warning; rows that it missed are in
-the run folder and can be synced later.
+changes nothing. A store that fails, or is slow, causes one warning; the rows that it misses can be
+written later from the run folder.
 """
 
 from __future__ import annotations
@@ -122,8 +122,8 @@ class MlflowStore:
 
     def _amend(self, known: _KnownRun, run: TrackedRun, parent: TrackedRun) -> None:
         """Add to a finished row the tags that differ and the metrics that it lacks: the front and
-        metrics on `test` are known only when all trials are done. A value that was written stays,
-        because MLflow keeps every value and shows the largest of one time."""
+        metrics on `test` are known only when all trials are done. Metrics that the row has are
+        not written again: MLflow would keep both values and show the larger one."""
         tags = {name: value for name, value in _tags(run, parent, known).items() if known.tags.get(name) != value}
         metrics = {
             name: value
@@ -199,7 +199,9 @@ class MlflowStore:
             tags = {"mlflow.experimentKind": "custom_model_development"}  # opens MLflow's "Model training" view
             return str(client.create_experiment(self._experiment, artifact_location=location, tags=tags))
         if experiment.lifecycle_stage == "deleted":
-            client.restore_experiment(experiment.experiment_id)  # its name stays taken, so there is no other way on
+            client.restore_experiment(
+                experiment.experiment_id
+            )  # its name stays in use, so a new experiment cannot have it
         return str(experiment.experiment_id)
 
     def _load(self, parent: TrackedRun) -> dict[str, _KnownRun]:
@@ -341,7 +343,7 @@ def _tags(run: TrackedRun, parent: TrackedRun, known: _KnownRun | None) -> dict[
     yet."""
     root, reason = {"root": parent.root_uid}, {"reason": run.reason} if run.reason else {}
     first, always = {**run.first_tags}, {**run.tags, **reason}
-    # One of several supernets that is launched by itself stays where its sweep has put it.
+    # A member of a sweep that is launched alone keeps the place that its sweep gave it.
     (first if parent.under is None else always).update(root)
     new = {name: value for name, value in first.items() if known is None or name not in known.tags}
     tags = {**new, **always}

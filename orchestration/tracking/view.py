@@ -2,8 +2,8 @@
 experiment, and its link.
 
 MLflow's page stores a shared view as JSON in an experiment's tag, under a key that the link names.
-The tag written here equals that of its button "Share": a filter, the order of the rows, and the
-charts. Without it the page has no chart of the points at first.
+The tag written here equals that of MLflow's button "Share": a filter, the order of the rows, and
+the charts. Without it the page shows no chart of the points at first.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Trials with end-to-end training: the supernet comes from its checkpoint, the images of the gate
 split from arrays that all trials share.
 
-After training, calibration and scoring on the `val` table are those of every other trial.
+Calibration and scoring on the `val` table are the same as for trials on routing tables.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class EndToEndTrial:
         """Train the gate of `spec` on images, then calibrate and score it on the `val` table;
         returns metrics and arrays.
 
-        A trial that `spec.until` ends early is scored like one at its end, and its arrays include
+        A trial that `spec.until` ends early is scored like a complete one, and its arrays include
         those from which it resumes.
 
         Raises:
@@ -108,7 +108,7 @@ class EndToEndCheck:
         try:
             stages = [train_stage(trial.supernet, data, settings, trial.rules, until=1) for _ in range(2)]
         except (NonFiniteLossError, ValueError):
-            return Finding("")  # settings with which trials fail, too
+            return Finding("")  # trials fail with these settings too
         first, second = (b"".join(head.numpy().tobytes() for head in stage.heads) for stage in stages)
         return Finding(hashlib.sha256(first).hexdigest(), () if first == second else (REPEATED,))
 

@@ -1,6 +1,6 @@
 """The trial function of a search over routing tables, as a worker builds it.
 
-A worker imports this module and what it names, and nothing of the pipeline.
+A worker imports only this module and its dependencies, nothing of the pipeline.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """A torch process group for Ray Train workers of one machine, on the loopback interface only.
 Import it lazily: it imports Ray.
 
-With Ray's own `TorchConfig` the workers meet through torch's TCPStore, which listens on every
-interface of the machine, without a password, and cannot be bound to an address. Here they meet
-through a file and communicate over the loopback interface; a single worker needs no group.
+With Ray's own `TorchConfig` the workers find each other through torch's TCPStore, which listens on
+every interface of the machine, without a password, and cannot be bound to an address. Here they
+find each other through a file and communicate over the loopback interface; a single worker needs no
+group.
 """
 
 from __future__ import annotations

@@ -25,9 +25,9 @@ from orchestration.environment import prepare_environment
 LOCAL = "local"
 SMALLEST_OBJECT_STORE_MIB = 75
 _ON_THIS_MACHINE = {
-    # How often Ray Train looks whether its workers have ended: its 2 s are for large clusters.
+    # Seconds between Ray Train's checks for ended workers; the default, 2, is for large clusters.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
-    # A process that waits for a cloud to take a machine back.
+    # No process that watches for a preemption of cloud machines.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
 }
 """Environment variables of Ray for a cluster that was started here, where the user has not set
@@ -41,7 +41,7 @@ class RaySettings:
     Attributes:
         address: "local" starts one for this process; "auto" joins this machine's; else
             ray://HOST:PORT or HOST:PORT.
-        num_cpus: of a local cluster; None = all that this process may use.
+        num_cpus: CPUs of a local cluster; None = all that this process may use.
         object_store_mib: size of a local cluster's object store in MiB, >= 75. Ray's default is 30
             % of the memory.
     """
@@ -103,8 +103,8 @@ def variables_set(values: Mapping[str, str]) -> Iterator[None]:
 
 @contextmanager
 def _keeping_signal_handlers() -> Iterator[None]:
-    """Restore the program's signal handlers after the block: `ray.init` replaces that of SIGTERM,
-    and a sweep would die instead of stopping."""
+    """Restore the program's signal handlers after the block: with the handler that `ray.init` sets
+    for SIGTERM, a sweep would end at once instead of stopping at its next step."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -122,8 +122,8 @@ def _connect(settings: RaySettings) -> None:
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     try:
         if settings.address == LOCAL:
-            # The hook of `runtime_env` is this variable; as an option it would cost the workers
-            # that Ray starts beforehand.
+            # The hook of `runtime_env` is this variable; given as an option, it would keep Ray from
+            # using the workers that it starts beforehand.
             with variables_set({**child_variables(), HOOK: WORKER_HOOK}):
                 ray.init(
                     address=LOCAL,

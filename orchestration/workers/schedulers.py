@@ -16,11 +16,11 @@ def make_scheduler(rules: TuneRules, epochs: int) -> TrialScheduler:
     """Make the scheduler of a sweep, with the metric to maximise.
 
     Args:
-        rules: checked.
+        rules: rules of the sweep, checked already.
         epochs: number of epochs of the longest training, >= 1.
 
     Raises:
-        ConfigError: as `check_scheduler`, or options that do not fit the number of epochs.
+        ConfigError: as `check_scheduler`; also if the options do not fit the number of epochs.
     """
     from orchestration.workers.tune_schedule import METRIC, SCHEDULERS
 

@@ -15,8 +15,8 @@ VERSION = 1
 """Raised by hand when the checks give another digest on the same machine; a digest of another
 version is not compared."""
 REPEATED = "end to end"
-"""Stands in place of a kind of router in `Finding.unequal`: training the same gate twice gave two
-results."""
+"""Entry of `Finding.unequal`, beside kinds of router: training the same gate twice gave two
+different results."""
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,11 @@ class StartCheck:
 
 
 class ArithmeticReport:
-    """Compares workers' findings with each other and with the one that began the search; warns once
-    of each difference."""
+    """Compares the findings of the workers with each other and with that of the search's first
+    worker; warns once about each difference."""
 
     def __init__(self, path: Path, warn: Callable[[str], None]) -> None:
-        """Keep the file with the finding that began the search, and the function that warns."""
+        """Keep the file with the finding of the first worker, and the function that warns."""
         self._path = path
         self._warn = warn
         self._first: str | None = None
@@ -47,13 +47,13 @@ class ArithmeticReport:
             self._compare_with_the_beginning(finding.digest)
         elif finding.digest != self._first:
             self._tell(
-                "search: two workers round differently (processors of different kinds, or other libraries), so that the last bits of a "
-                "trial, and through them the study, depend on which of them ran it; to get the same study again, use machines of one kind"
+                "search: two workers round differently (processors of different kinds, or other libraries), so the results of a trial, and "
+                "thereby the study, depend on which worker ran it; to reproduce a study, use machines of one kind"
             )
         if REPEATED in finding.unequal:
             self._tell(
                 "search: training the same gate twice on the same images gave two results on this machine: the same sweep launched again "
-                "ends with a slightly different study; gate.end_to_end.threads: 1 may mend it"
+                "ends with a slightly different study; gate.end_to_end.threads: 1 may help"
             )
         elif finding.unequal:
             self._tell(
@@ -71,8 +71,8 @@ class ArithmeticReport:
         if begun["digest"] != digest:
             self._tell(
                 "search: this machine rounds differently from the one that began this search (another processor, other libraries, or "
-                f"MKL_CBWR, which was {begun['mkl_cbwr']} and is {now['mkl_cbwr']}): what is tried from here on may differ from what an "
-                "uninterrupted search would have tried"
+                f"MKL_CBWR, which was {begun['mkl_cbwr']} and is {now['mkl_cbwr']}): further trials may differ from those "
+                "of an uninterrupted search"
             )
         atomic_write_json(self._path, begun)
 
@@ -83,7 +83,7 @@ class ArithmeticReport:
 
 
 def _way_out() -> str:
-    """A remedy for products that depend on what is computed beside them."""
+    """A remedy for matrix products whose last bits depend on the other rows of the product."""
     if arithmetic_facts()["mkl_cbwr"] == "not set":
-        return "Where torch computes with MKL (Intel and AMD), MKL_CBWR=COMPATIBLE mends it; elsewhere nothing needs to be done"
-    return "Unset MKL_CBWR, or set it to COMPATIBLE, if torch computes with MKL; elsewhere nothing needs to be done"
+        return "If torch computes with MKL (Intel and AMD), set MKL_CBWR=COMPATIBLE; else nothing needs to be done"
+    return "If torch computes with MKL, unset MKL_CBWR or set it to COMPATIBLE; else nothing needs to be done"

@@ -21,6 +21,7 @@ from dsnet.network.supernet import Supernet
 from dsnet.space.subnet_set import SubnetSet
 from dsnet.training.supernet import FINAL
 from dsnet.training.supernet_run import SupernetRun
+from dsnet.wording import plural
 from orchestration.runs.curves import CurvePoint, CurveTail
 
 POLL_S = 0.3
@@ -66,9 +67,9 @@ def train_on_ray(
 
     Args:
         job: the settings.
-        data: the training split; what is not in memory travels as it is, and must be picklable.
+        data: the training split; if it is not in memory, it is pickled for the workers.
         on_points: called with new points of the loss curves.
-        should_stop: asked several times a second; True stops training at the next step.
+        should_stop: called several times a second; True stops training at the next step.
 
     Returns:
         the stem of the recalibrated checkpoint.
@@ -107,8 +108,8 @@ def train_on_ray(
 
 
 def send_images(data: TrainingImages) -> dict[str, Any]:
-    """Put the training split into a form that travels to workers; `receive_images` is the
-    counterpart."""
+    """Convert the training split to a form that Ray can send to workers; `receive_images` reverses
+    it."""
     import ray
 
     if not isinstance(data, InMemoryImages):
@@ -139,7 +140,7 @@ def first_supernet(job: SupernetJob) -> Supernet:
 
 
 def _check_room(job: SupernetJob, resources: Mapping[str, float]) -> None:
-    """Refuse workers that the cluster can never place, for Ray would wait for ever."""
+    """Raise PreflightError if the cluster can never place the workers; Ray would wait forever."""
     num_cpus, num_gpus = int(resources.get("CPU", 0)), int(resources.get("GPU", 0))
     if job.workers * job.threads > num_cpus:
         raise PreflightError(
@@ -148,12 +149,12 @@ def _check_room(job: SupernetJob, resources: Mapping[str, float]) -> None:
         )
     if job.device == "cuda" and job.workers > num_gpus:
         raise PreflightError(
-            f"supernet.workers is {job.workers} on cuda, but the Ray cluster has {num_gpus} GPUs; lower supernet.workers"
+            f"supernet.workers is {job.workers} on cuda, but the Ray cluster has {plural(num_gpus, 'GPU')}; lower supernet.workers"
         )
 
 
 def _fit_alone(config: dict[str, Any], failures: list[BaseException]) -> None:
-    """Train in one task, which another one follows where it was lost."""
+    """Train in one task, which is started again if its worker is lost."""
     import ray
 
     job: SupernetJob = config["job"]
@@ -229,7 +230,7 @@ def _train_loop(config: Mapping[str, Any]) -> None:
     job: SupernetJob = config["job"]
     outcome = job.folder / "outcome.json"
     if outcome.exists():
-        return  # an earlier attempt of this launch failed by itself, and would fail again
+        return  # an earlier attempt of this launch failed with an error that would occur again
     torch.set_num_threads(job.threads)
     workers = SingleWorker() if job.workers == 1 else DistributedWorkers()
     try:

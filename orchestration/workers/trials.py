@@ -1,11 +1,11 @@
 """Trials on Ray: persistent actors that read the routing tables from the object store without a
 copy.
 
-The cause of a failure decides what follows. A trial that raises or takes too long fails and is not
-repeated. A lost worker (a crash, the out-of-memory killer, a lost node) is a fault of the machine:
-the trial is run again on a new worker, and fails with the reason after too many losses. An actor
-runs several trials in one program if the trial function can. If such a batch fails as a whole, its
-trials are run again one by one, so that only the trial that causes the failure fails.
+A trial that raises or takes too long fails and is not repeated. A lost worker (a crash, the
+out-of-memory killer, a lost node) is a fault of the machine: the trial is run again on a new
+worker, and fails with the reason after too many losses. An actor runs several trials in one program
+if the trial function can. If such a batch fails as a whole, its trials are run again one by one, so
+that only the trial that causes the failure fails.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class TrialWorker:
         reach the driver unchanged.
 
         Returns:
-            its lanes, and what the check came to.
+            the trial function's number of lanes, and the finding of the check.
         """
         self._function = self._make_function(self._arrays)
         finding = None if self._look is None else self._look(self._function)
@@ -67,8 +67,8 @@ class TrialWorker:
         return self._function.lanes, finding
 
     def run(self, specs: Sequence[TrialSpec]) -> list[TrialOutcome] | None:
-        """See `run_batch`; runs one trial after the other if the check found that trained together
-        they give other results."""
+        """See `run_batch`; trials are run one after the other if the check found that training them
+        together changes their results."""
         if not self._is_one_by_one:
             return run_batch(self._function, specs)
         return [outcome for spec in specs for outcome in run_batch(self._function, [spec]) or ()]
@@ -96,7 +96,7 @@ class _Job:
     batch: _Batch | None
     started_s: float
     num_starts_lost: int = 0
-    """Number of times that an actor of this place has failed to start."""
+    """Number of failed starts of the actors that this one replaces."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,8 +109,8 @@ class Actors:
     """Threads of computation of an actor, and CPUs that it takes, >= 1."""
     resources: Mapping[str, float] = field(default_factory=dict)
     """Further resources of an actor, > 0, under Ray's names: "GPU" (a share, 0.5 = two actors on
-    one), "memory" (bytes), or a resource that the cluster's owner has named. Ray counts them, and
-    does not hold an actor to them."""
+    one), "memory" (bytes), or a custom resource of the cluster. Ray counts them, but does not
+    enforce them as limits."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,7 +163,7 @@ class RayRunner:
         """Yield one outcome per spec as they come.
 
         Raises:
-            PreflightError: the cluster has no room for the actors, or they die while they start.
+            PreflightError: the cluster has no room for the actors, or they fail to start.
             Exception: the exception that `make_function` raised in a worker.
         """
         num_places, lanes = self._open()
@@ -254,7 +254,7 @@ class RayRunner:
             if room < least:
                 raise PreflightError(
                     f"{least} trial actors take {amount:g} of the resource '{name}' each, but the cluster has "
-                    f"{available.get(name, 0.0):g}; lower ray.trial_actors, or what each takes"
+                    f"{available.get(name, 0.0):g}; lower ray.trial_actors or ray.trial_resources.{name}"
                 )
             num_actors = min(num_actors, room)
         return num_actors
@@ -307,7 +307,7 @@ class RayRunner:
         job = self._jobs.pop(ref)
         try:
             result = ray.get(ref)
-        except RayTaskError as error:  # raised by Python code in a worker that lives on
+        except RayTaskError as error:  # raised by Python code in a worker that keeps running
             if job.batch is None:
                 ray.kill(job.actor)
                 raise error.cause from error
@@ -342,7 +342,7 @@ class RayRunner:
             num_lost = job.num_starts_lost + 1
             if num_lost >= MAX_STARTS_LOST:
                 raise PreflightError(
-                    f"trial workers die while they start, {num_lost} times now: {_cause_of_loss(error)}"
+                    f"trial workers failed to start {num_lost} times in a row: {_cause_of_loss(error)}"
                 )
             self._start_actor(num_lost)
             return []
@@ -359,7 +359,7 @@ class RayRunner:
         ray.kill(job.actor)
         if job.batch is None:
             raise PreflightError(
-                f"a trial worker did not start within {START_TIMEOUT_S:g} s: the cluster is full or too slow"
+                f"a trial worker did not start within {START_TIMEOUT_S:g} s: the cluster is full or too slow; lower ray.trial_actors"
             )
         self._start_actor()
         return self._fail(job, job.batch, f"time-out after {self._limits.timeout_s:g} s", waiting)
@@ -395,4 +395,4 @@ def _cause_of_loss(error: Exception) -> str:
         return "killed because the machine ran out of memory"
     if isinstance(error, NodeDiedError):
         return "its machine left the cluster"
-    return f"the process died ({type(error).__name__})"
+    return f"its process ended unexpectedly ({type(error).__name__})"

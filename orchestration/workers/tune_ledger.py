@@ -3,7 +3,7 @@ driver alone.
 
 The scheduler may depend on the order in which reports arrive, and with several supernets at a time
 that order depends on their speed. Therefore the order is stored, with the decision on every report,
-and holds when the sweep is launched again.
+and a later launch of the sweep uses it again.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class TuneRules:
     seed: int = 0
 
     def digest(self) -> str:
-        """Digest of the rules that decide; `concurrent` is left out, as it only changes the order
-        in which reports arrive."""
+        """Digest of the rules by which decisions are made; `concurrent` is left out, as it only
+        changes the order in which reports arrive."""
         content = [self.scheduler, dict(self.options), self.report_every, self.seed]
         text = json.dumps(content, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
@@ -80,7 +80,7 @@ class End:
 
 
 class Ledger:
-    """The events in their order; each is on disk before anything acts on it."""
+    """The events of a sweep in their order; each is on disk before it takes effect."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -131,7 +131,7 @@ class Ledger:
     def _read(self) -> None:
         if not self.path.exists():
             return
-        lines = self.path.read_bytes().split(b"\n")[:-1]  # what follows the last newline is torn
+        lines = self.path.read_bytes().split(b"\n")[:-1]  # without an unfinished last line
         for number, line in enumerate(lines, start=1):
             self._events.append(self._parsed(line, number))
             self._num_whole_bytes += len(line) + 1
@@ -144,15 +144,17 @@ class Ledger:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(
                 f"{self.path}: line {number} is no report of a supernet ({error}); the file was edited. "
-                "Restore it, or remove it to decide anew"
+                "Restore it, or remove it; the scheduler then decides again"
             ) from error
         if isinstance(event, End) and event.state not in _STATES:
-            raise CheckpointError(f"{self.path}: line {number} says {event.state!r}; known: {', '.join(_STATES)}")
+            raise CheckpointError(
+                f"{self.path}: line {number} has the unknown state {event.state!r}; known: {', '.join(_STATES)}"
+            )
         return event
 
 
 def known_fates(ledger: Ledger, keys: Mapping[str, str], finished: Sequence[str]) -> dict[str, MemberFate]:
-    """Fates that are known without any training.
+    """Outcomes of the supernets that need no further training, by name.
 
     Args:
         ledger: ledger of the sweep.
@@ -163,8 +165,8 @@ def known_fates(ledger: Ledger, keys: Mapping[str, str], finished: Sequence[str]
     for name, key in keys.items():
         end, reports = ledger.end(key), ledger.reports(key)
         if name in finished:
-            # A stopped one whose checkpoint is there all the same was trained under other rules:
-            # these stop it nevertheless.
+            # A stopped supernet may have a final checkpoint from a training under other rules;
+            # under these rules it counts as stopped.
             is_stopped = end is not None and end.state == "stopped"
             reason = end.reason if end is not None and is_stopped else None
             fates[name] = MemberFate(name, "stopped" if is_stopped else "trained", reports, reason)

@@ -1,8 +1,8 @@
 """A fixed list of trials under a Ray Tune scheduler whose decisions are stored before they take
 effect, and replayed in a later launch.
 
-The scheduler knows all trials from the start. Events that an earlier launch stored are replayed to
-it in the stored order, which restores its state; Tune itself only sees the trials that still have
+The scheduler is given all trials at the start. Events that an earlier launch stored are replayed to
+it in the stored order, which restores its state; Tune itself only gets the trials that still have
 something to train.
 """
 
@@ -86,9 +86,9 @@ class ReplayingScheduler(TrialScheduler):
             ledger: ledger of earlier events; receives new ones.
             rules: the number of trials that run at a time, and the seed of the scheduler's random
                 choices, with one stream per member.
-            is_stopping: True once no further trial shall start.
-            outcome_of: what a member's trial left behind when it returned; None where it was
-                interrupted.
+            is_stopping: returns True when no further trial may start.
+            outcome_of: returns the outcome of a member's trial that has returned; None if the trial
+                was interrupted.
             hear: called with (member name, event) for every new event, after it was stored.
         """
         super().__init__()
@@ -130,7 +130,7 @@ class ReplayingScheduler(TrialScheduler):
             elif trial.status != Trial.PAUSED:
                 trial.set_status(Trial.PENDING)
         self._waiting = [trial for name, trial in self._trials.items() if self._is_open(name)]
-        # A paused trial counts as none that runs, and the scheduler may resume it at any time.
+        # A paused trial does not count as running, and the scheduler may resume it at any time.
         self._waiting.sort(key=lambda trial: trial.status != Trial.PAUSED)
 
     def next_waiting(self) -> Trial | None:
@@ -163,12 +163,12 @@ class ReplayingScheduler(TrialScheduler):
         return True
 
     def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
-        """Do nothing: the scheduler knows the trial since `adopt`, also if it comes back with a new
+        """Do nothing: `adopt` has added all trials; this is also called when a trial gets a new
         worker."""
 
     def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:
-        """Keep the controller only: a lost worker is replaced, and `lost` is called when it is
-        not."""
+        """Store the controller only: a lost worker is replaced; if it cannot be, `lost` is
+        called."""
         self._controller = tune_controller
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: Mapping[str, Any]) -> str:
@@ -198,7 +198,7 @@ class ReplayingScheduler(TrialScheduler):
         if self._is_open(name):
             outcome = self._outcome_of(name)
             if outcome is None and self.is_stopping():
-                return  # interrupted: the next launch goes on with it
+                return  # interrupted: the next launch continues it
             self._store_end(name, outcome if outcome is not None else self._stopped(name))
         self.leave(tune_controller, trial)
 
@@ -291,11 +291,11 @@ class _Replay:
     def __init__(self, scheduler: ReplayingScheduler) -> None:
         self._scheduler = scheduler
         self.stopped: dict[str, str | None] = {}
-        """Members that the scheduler stopped without a later event, with the reason: a kill came
-        between the decision and its record."""
+        """Members that the scheduler stopped without a later event, with the reason: the launch was
+        killed between the decision and its record."""
 
     def play(self, member: Member, event: Report | End) -> None:
-        """Replay one event; its stored decision holds whatever the scheduler answers now."""
+        """Replay one event; its stored decision is used, whatever the scheduler decides now."""
         trial = self._scheduler.trial(member.name)
         self.stopped.pop(member.name, None)
         if self._scheduler.is_gone(member.name):

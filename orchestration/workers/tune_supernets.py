@@ -2,17 +2,16 @@
 behind.
 
 Tune only decides which supernets continue. Each supernet is a trial in a separate process that
-trains as `dsnet.training` does and regularly reports its *static hypervolume*: that of (top-1 on
-val, MAdds) of all its static sub-networks, as a share of the box between the reference (0, 1.05 x
-the widest one's MAdds) and a perfect network without cost. It lies in [0, 1], and is comparable
-between supernets of equal widest MAdds.
+trains as `dsnet.training` does and regularly reports its *static hypervolume*: the hypervolume of
+the points (top-1 on val, MAdds) of all its static sub-networks, as a share of the box between the
+reference (0, 1.05 x the widest one's MAdds) and a perfect network without cost. It lies in [0, 1],
+and is comparable between supernets of equal widest MAdds.
 
 The driver stores reports and decisions before they take effect (`tune_ledger`). A later launch
 trains nothing twice and stops the same supernets: it replays the stored events in the stored order
 and continues from the checkpoints. With several supernets at a time the decisions of an
-asynchronous scheduler depend on the order of the reports, hence on speed: the stored decisions
-hold, and two sweeps of equal seed may differ. With one at a time (`concurrent: 1`), or with
-`scheduler: none`, they do not.
+asynchronous scheduler depend on the order of the reports, hence on speed, and two sweeps of equal
+seed may differ. With one at a time (`concurrent: 1`), or with `scheduler: none`, they do not.
 """
 
 from __future__ import annotations
@@ -44,6 +43,7 @@ from dsnet.space.cost import subnet_cost
 from dsnet.stored.checkpoint import load_supernet
 from dsnet.training.supernet import FINAL, TrainingCallbacks, recalibration_batches, train_supernet
 from dsnet.training.supernet_run import SupernetRun
+from dsnet.wording import plural
 from orchestration.runs.curves import CurvePoint, CurveTail
 from orchestration.workers.runtime import variables_set
 from orchestration.workers.supernet import (
@@ -106,7 +106,7 @@ class ValImages:
 
 
 def stored_fates(members: Sequence[TuneMember], rules: TuneRules, folder: Path) -> dict[str, MemberFate]:
-    """Fates by name of those members whose fate is settled already; needs no Ray.
+    """Outcomes, by name, of the members that earlier launches have finished; needs no Ray.
 
     Raises:
         CheckpointError: the ledger was edited.
@@ -136,7 +136,7 @@ def static_hypervolume(supernet: Supernet, val: ValImages, normalization: Normal
     Args:
         supernet: in eval mode, with statistics that every sub-network can run on; it is not
             changed.
-        val: the split that chooses.
+        val: the split on which supernets are compared.
         normalization: normalisation with which the supernet is trained.
     """
     device = next(supernet.parameters()).device
@@ -179,9 +179,9 @@ class SweepCallbacks:
     on_points: Callable[[str, list[CurvePoint]], None] = lambda name, points: None
     """Called with (member, new points of its loss curves)."""
     on_fate: Callable[[MemberFate], None] = lambda fate: None
-    """Called with a member's fate as soon as it is settled in this call."""
+    """Called with a member's outcome as soon as its training has ended in this call."""
     should_stop: Callable[[], bool] = lambda: False
-    """Asked several times a second; True stops all training at the next step."""
+    """Called several times a second; True stops all training at the next step."""
 
 
 def train_members(
@@ -193,7 +193,8 @@ def train_members(
     folder: Path,
     callbacks: SweepCallbacks,
 ) -> list[MemberFate]:
-    """Train every member without a fate as far as the scheduler allows; Ray must be initialised.
+    """Train every member without an outcome as far as the scheduler allows; Ray must be
+    initialised.
 
     A member that was trained has its final checkpoint in its folder, bit for bit as
     `orchestration.workers.supernet.train_on_ray` leaves it with one worker on the same CPU with the
@@ -210,8 +211,9 @@ def train_members(
         callbacks: functions that receive its progress and may stop it.
 
     Returns:
-        all members' fates, in their order. One that failed by itself stays failed in later calls;
-        one whose worker was lost once too often, or whose folder failed it, is tried again.
+        the outcomes of all members, in their order. A member whose own training failed stays failed
+        in later calls; one whose worker was lost too often, or whose folder could not be written,
+        is tried again.
 
     Raises:
         StoppedError: it was stopped; the next call continues.
@@ -243,7 +245,7 @@ def _check_members(members: Sequence[TuneMember], rules: TuneRules, resources: M
     assert len(set(names)) == len(set(keys)) == len(members), "each supernet is trained once"
     if any(member.job.workers != 1 for member in members):
         raise ConfigError(
-            "supernet.workers must be 1 in a sweep of supernets; several are trained by supernets.concurrent"
+            "supernet.workers must be 1 in a sweep of supernets; to train several at a time, set supernets.concurrent"
         )
     threads, num_cpus = max(member.job.threads for member in members), int(resources.get("CPU", 0))
     at_a_time = min(rules.concurrent, len(members))
@@ -255,7 +257,7 @@ def _check_members(members: Sequence[TuneMember], rules: TuneRules, resources: M
     num_gpus = int(resources.get("GPU", 0))
     if any(member.job.device == "cuda" for member in members) and at_a_time > num_gpus:
         raise PreflightError(
-            f"supernets.concurrent is {at_a_time} on cuda, but the Ray cluster has {num_gpus} GPUs; lower supernets.concurrent"
+            f"supernets.concurrent is {at_a_time} on cuda, but the Ray cluster has {plural(num_gpus, 'GPU')}; lower supernets.concurrent"
         )
 
 
@@ -283,7 +285,7 @@ class _TuneRun:
         self.fates: dict[str, MemberFate] = {}
 
     def run(self, images: Mapping[str, Any]) -> None:
-        """Run until every pending member has its fate.
+        """Run until every pending member has its outcome.
 
         Raises:
             StoppedError: it was stopped before.
@@ -313,7 +315,7 @@ class _TuneRun:
                 raise failures[0]
             raise DsnetError(f"Ray Tune failed: {root_cause(failures[0])}") from failures[0]
         if missing:
-            raise DsnetError(f"Ray Tune ended without a result of {', '.join(missing)}; launch again")
+            raise DsnetError(f"Ray Tune ended without a result for {', '.join(missing)}; launch again")
 
     def _scheduler(self) -> Any:
         from orchestration.workers.tune_schedule import Member, ReplayingScheduler
@@ -387,7 +389,7 @@ class _TuneRun:
                 return
 
     def _pass_on(self) -> None:
-        """Pass new points, reports and fates to the callbacks."""
+        """Pass new points, reports and outcomes to the callbacks."""
         for name, tail in self._tails.items():
             points = tail.read()
             if points:
@@ -435,13 +437,13 @@ def _train_member(
     name = config["member"]
     job = jobs[name]
     if (job.folder / OUTCOME).exists():
-        return  # an earlier attempt of this launch failed by itself, and would fail again
+        return  # an earlier attempt of this launch failed with an error that would occur again
     torch.set_num_threads(job.threads)
     try:
         # Read anew by every attempt: values reported before this worker started are not repeated.
         told = dict(Ledger(ledger_path).reports(keys[name]))
         _train_and_report(job, images, told, report_every)
-    except Exception as error:  # noqa: BLE001 - whatever it is, the other members go on
+    except Exception as error:  # noqa: BLE001 - whatever it is, the other members continue
         message = str(error) if isinstance(error, DsnetError) else root_cause(error)
         record = {"error": type(error).__name__, "message": message, "is_lasting": isinstance(error, _LASTING)}
         atomic_write_json(job.folder / OUTCOME, record)
@@ -474,7 +476,7 @@ def _train_and_report(
 
 
 def _report(epoch: int, value: float) -> None:
-    """Report a value to the driver; returns when it is stored and the trial may go on, else the
+    """Report a value to the driver; returns when it is stored and the trial may continue, else the
     process ends here."""
     from ray import tune
 

@@ -18,9 +18,9 @@ class ConstraintSet:
     """Conditions over a trial's metrics and those of the baseline.
 
     Attributes:
-        soft: conditions that are reported to the sampler; a trial that breaks one is never on the
+        soft: conditions that are reported to the sampler; a trial that violates one is never on the
             front.
-        hard: conditions that, in addition, end a trial at once if it breaks one.
+        hard: conditions that, in addition, end a trial at once if it violates one.
         baseline: values of the baseline's metrics by name, such as "baseline.top1"; it must hold
             every such name that a condition reads.
 
@@ -60,7 +60,7 @@ class ConstraintSet:
         return all(comparison.holds(values) for comparison in self.all)
 
     def broken(self, metrics: Mapping[str, float]) -> str | None:
-        """Message with the first hard condition that a trial breaks and the values in it; None if
+        """Message with the first hard condition that a trial violates and the values in it; None if
         they all hold.
 
         Conditions on metrics that are not among `metrics` yet are skipped.
@@ -68,7 +68,7 @@ class ConstraintSet:
         values = self._values(metrics)
         for comparison in self.hard:
             if comparison.names <= values.keys() and not comparison.holds(values):
-                return f"breaks {comparison}: {_values_of(comparison, values)}"
+                return f"violates {comparison}: {_values_of(comparison, values)}"
         return None
 
     def impossible(self, ranges: Mapping[str, Interval]) -> tuple[str, ...]:

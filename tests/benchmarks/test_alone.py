@@ -166,7 +166,7 @@ def test_a_sweep_file_is_a_scale_with_the_same_images_and_settings(tmp_path: Pat
         subnet.name for subnet in prepared.subnets
     ]
     sweep.write_text(text + "seed: 3\n")
-    with pytest.raises(ConfigError, match="leave out seed"):
+    with pytest.raises(ConfigError, match="remove seed"):
         scale_of_sweep(sweep)
 
 
@@ -212,8 +212,8 @@ def test_gaps_are_paired_by_seed_and_the_best_rate_alone_counts() -> None:
     records = [
         record("ib", 0, {"small": 0.5, "middle": 0.5, "large": 0.8, "teacher": 0.9}),
         record("ib", 1, {"small": 0.6, "middle": 0.5, "large": 0.7, "teacher": 0.9}),
-        record("ib", 2, {"small": 0.6, "large": 0.7, "teacher": 0.9}),  # nobody alone: does not count
-        # Nobody trained `middle` alone: it is not compared.
+        record("ib", 2, {"small": 0.6, "large": 0.7, "teacher": 0.9}),  # no network alone has this seed: not compared
+        # `middle` was not trained alone, so it is not compared.
         *(record(ALONE, 0, {"small": value}, subnet="small", factor=rate) for value, rate in ((0.4, 1.0), (0.1, 2.0))),
         record(ALONE, 1, {"small": 0.4}, subnet="small"),
         record(ALONE, 0, {"large": 0.7}, subnet="large"),

@@ -1,4 +1,5 @@
-"""What the benchmark of dynamic inference times: real group sizes, every round of a cascade."""
+"""The calls that the benchmark of dynamic inference times: real group sizes, every round of a
+cascade."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""The benchmarks' shared parts, and that each benchmark's arithmetic means what its table says. No
-test here looks at a duration."""
+"""The common parts of the benchmarks, and the arithmetic behind each benchmark's table. No test
+here depends on a duration."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ Points = Sequence[tuple[float, float]]
 
 @pytest.fixture
 def _own_threads() -> Iterator[None]:
-    """Training takes one thread, and it is this process that trains here."""
+    """Restore this process's number of threads, because training here sets it to one."""
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
@@ -136,7 +136,7 @@ def test_the_ways_are_compared_at_equal_numbers() -> None:
     for way in WAYS:
         assert result.losses[way] == again.losses[way]
         assert len(result.losses[way]) == 30
-    # What is random here knows nothing: it loses the share of the front that it does not keep.
+    # Random pruning loses, in the mean, the share of the front that it does not keep.
     lost = result.samples("random", "front").mean()
     assert lost == pytest.approx(1 - result.kept.mean(), abs=0.1)
     assert result.samples("unpruned", "front").mean() == pytest.approx(1 - result.epochs.mean(), abs=0.1)

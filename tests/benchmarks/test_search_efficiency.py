@@ -1,5 +1,5 @@
-"""The arithmetic of the efficiency table, and that searches look up what the exhaustive sweep
-found. No test here looks at a duration."""
+"""The arithmetic of the efficiency table, and searches that look up results of the exhaustive
+sweep. No test here depends on a duration."""
 
 from __future__ import annotations
 

@@ -91,7 +91,7 @@ def record(regime: str, seed: int, top1: tuple[float, ...]) -> dict[str, Any]:
 
 
 def made_up(num_seeds: int = 4) -> Results:
-    """Seeds differ by far more than regimes do."""
+    """Results in which seeds differ by far more than regimes."""
     rng = np.random.default_rng(3)
     records = []
     for seed in range(num_seeds):
@@ -193,7 +193,7 @@ def test_failed_runs_are_listed_and_count_nowhere() -> None:
 
 
 class FakeRun:
-    """Takes three steps a run, remembered in the run's folder; `budget` steps in all."""
+    """A run of three steps, counted in the run's folder; stops after `budget` steps in all."""
 
     def __init__(self, budget: int) -> None:
         self.budget = budget
@@ -259,7 +259,7 @@ def test_a_killed_process_lets_go_of_its_run(tmp_path: Path) -> None:
 def test_a_folder_takes_runs_of_one_plan_only(tmp_path: Path, material: Material) -> None:
     begin(tmp_path, TINY, material)
     begin(tmp_path, TINY, material)
-    with pytest.raises(ConfigError, match="begun with another train, images"):
+    with pytest.raises(ConfigError, match="made with another train, images"):
         begin(tmp_path, replace(TINY, train=SCALES["gpu"].train), replace(material, split_hash="other"))
 
 
@@ -355,7 +355,7 @@ def test_the_commands_stop_continue_and_report(tmp_path: Path, capsys: pytest.Ca
     ]
     command = ["train", "--folder", str(folder), *small]
     assert supernet_accuracy.main(["report", "--folder", str(folder)]) == 3
-    assert "holds no runs: `train` first" in capsys.readouterr().err
+    assert "has no runs; run `train` first" in capsys.readouterr().err
     assert supernet_accuracy.main([*command, "--max-seconds", "0"]) == 6
     assert "0 of 4 runs are done; left: inplace-seed0, ib-seed0" in capsys.readouterr().err
     assert supernet_accuracy.main(["report", "--folder", str(folder)]) == 3

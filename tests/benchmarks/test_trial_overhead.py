@@ -1,4 +1,4 @@
-"""What the benchmark of trial overhead counts, and that its sweeps are of real gate trials."""
+"""The counts of the benchmark of trial overhead, and its sweeps of real gate trials."""
 
 from __future__ import annotations
 

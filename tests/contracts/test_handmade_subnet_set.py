@@ -1,8 +1,8 @@
-"""A set of sub-networks as pruning or search would leave it goes through every part of the core.
+"""A set of sub-networks as pruning or search would produce it works in every part of the core.
 
-docs/definitions.md, SubnetSet, promises it. Widths after the gate are not monotone in each other,
+docs/definitions.md, SubnetSet, requires it. Widths after the gate are not monotone in each other,
 the declared order is not that of MAdds, the writers of a residual stream differ in width, and the
-channels of the supernet stand in another order.
+channels of the supernet are in another order.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Handmade:
     widths: Mapping[str, tuple[int, ...]]
 
     def subnets(self) -> SubnetSet:
-        """They; there is no teacher."""
+        """The members as a set, without a teacher."""
         spec = layout(self.family, task(), self.options, "private_stats").spec
         return SubnetSet(spec, tuple(Subnet(name, widths) for name, widths in self.widths.items()))
 
@@ -123,7 +123,7 @@ SETS = {
 
 @pytest.fixture(params=SETS)
 def handmade(request: pytest.FixtureRequest) -> Handmade:
-    """Each of the sets."""
+    """One handmade set, for each of the sets."""
     return SETS[request.param]
 
 
@@ -281,8 +281,8 @@ def test_training_takes_the_costliest_member_as_the_largest(handmade: Handmade, 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("made", "kind"),
-    # Blocks do not know the kind of router: for the deepest set two kinds are enough, one that
-    # decides at every gate and one that reads outputs.
+    # Blocks do not depend on the kind of router: for the deepest set two kinds are enough, one
+    # that decides at every gate and one that reads outputs.
     [
         (made, kind)
         for made in SETS

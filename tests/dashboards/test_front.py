@@ -1,4 +1,4 @@
-"""The front figure carries exactly the info's data, and its frame belongs to what is compared."""
+"""The front figure shows exactly the info's data, and its axis ranges fit the compared points."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ def test_a_third_objective_colours_the_front_and_a_latency_has_a_row_of_its_own(
         assert not below[own.name].showlegend
     assert list(trace(figure, "static sub-networks", "x4").x) == pytest.approx([1 + 3 * m for m in MADDS_M])
     assert figure.layout.xaxis3.title.text == "latency_ms.server (ms)"
-    assert "one of top1, madds_m, latency_ms.server" in figure.layout.title.subtitle.text
+    assert "the objectives top1, madds_m, latency_ms.server" in figure.layout.title.subtitle.text
     assert "latency_ms.server 1.769" in fronts(figure)[0].text[0]
 
 

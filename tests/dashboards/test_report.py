@@ -1,4 +1,4 @@
-"""The report: offline, escaped, honest about what is missing, small."""
+"""The report: offline, escaped, small, and explicit about missing parts."""
 
 from __future__ import annotations
 

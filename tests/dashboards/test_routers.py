@@ -1,4 +1,4 @@
-"""What each kind of router reaches: figure and table carry the info, and claim no more than it."""
+"""Gains of the kinds of router: figure and table show exactly the info's numbers."""
 
 from __future__ import annotations
 

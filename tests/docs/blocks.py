@@ -12,7 +12,8 @@ from pathlib import Path
 REPOSITORY = Path(__file__).parents[2]
 PAGES = (REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md")))
 LANGUAGES = ("bash", "python", "yaml", "")
-"""Of fenced blocks; without a language: what a command printed, or a drawing."""
+"""Languages of fenced blocks; a block without a language is the output of a command, or a
+drawing."""
 
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _TABLE_ROW = re.compile(r"^\| `([^`]+)` \|", re.MULTILINE)
@@ -30,7 +31,7 @@ class Block:
 
     @property
     def place(self) -> str:
-        """Where it stands, for messages."""
+        """Its page and line, for messages."""
         return f"{self.page}:{self.line}"
 
     def commands(self) -> list[list[str]]:

@@ -1,6 +1,5 @@
-"""README and docs say nothing that does not work: every command exists with its options, every file
-is there or made by an earlier command, every YAML block is valid; and, in the long test, everything
-runs as pasted, in order."""
+"""README and docs are correct: every command exists with its options, every file is there or made
+by an earlier command, and every YAML block is valid."""
 
 from __future__ import annotations
 
@@ -26,15 +25,15 @@ PLACEHOLDERS = {"COMMAND": "plan", "+N": "+1", "N": "1"}
 EXAMPLES = {"--state": "failed", "--where": "top1>=0.5", "--pick": "knee", "--set": "gate.target=0.3"}
 """Values for options that a table shows with `...`."""
 BROUGHT = ("model_best.pth.tar",)
-"""Files that the reader brings; own images lie below ~ and are named with --data."""
+"""Files that readers have themselves; their own images are below ~ and given with --data."""
 BASE = "version: 1\nname: base\ndata: {name: digits}\nsupernet: {model: ds_tiny}\n"
-"""What a YAML block that is no whole file is laid over."""
+"""The file to which a YAML block that is not a whole file is added."""
 MAKES = ("--resolved", "--out", "--figure", "--routers-figure")
 """Options whose value is a file or folder that the command writes."""
 
 
 def problem_of(words: list[str]) -> str | None:
-    """Why a command cannot be meant; None where its program would take it."""
+    """Why a command is not valid; None if its program would accept it."""
     match words:
         case ["dsnet-orch", name, *arguments]:
             return problem_of_ours(PLACEHOLDERS.get(name, name), arguments)

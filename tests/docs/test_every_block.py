@@ -1,7 +1,7 @@
 """Every block of README.md and docs/*.md runs as pasted, in order, in a fresh folder.
 
-Images are small ones made here, in the places that the commands name. Commands for which a test is
-no place follow `RULES`, each with its reason; everything else runs as it stands.
+Images are small ones made here, in the places that the commands name. Commands that a test cannot
+run as they are follow `RULES`, each with its reason; all others run as pasted.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Rule:
 
 
 class Reader:
-    """Somebody who pastes one block after the other into a terminal of their own."""
+    """Simulates a reader who pastes one block after the other into a terminal."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder / "dsnet-orch"
@@ -67,7 +67,7 @@ class Reader:
         )
 
     def run(self, command: str) -> None:
-        """Run a command line to its end, which must be a good one."""
+        """Run a command line to its end; its exit code must be 0."""
         process = self.start(command)
         try:
             output, _ = process.communicate(timeout=COMMAND_TIMEOUT_S)
@@ -85,7 +85,7 @@ def as_makefile_does(reader: Reader, command: str) -> None:
 
 
 def not_here(reader: Reader, command: str) -> None:
-    """Nothing; the quick tests hold that its target, extra or file exists."""
+    """Do nothing; the quick tests check that its target, extra or file exists."""
 
 
 def only_validated(reader: Reader, command: str) -> None:
@@ -156,7 +156,7 @@ def run_command(reader: Reader, command: str) -> None:
 
 
 def _copy_of_the_repository(folder: Path) -> None:
-    """What commands name of it; not the packages, which are installed."""
+    """Copy the files that commands name, without the packages, which are installed."""
     folder.mkdir(parents=True)
     for name in ("examples", "docs", "constraints.txt", "README.md", "Makefile", "setup.py"):
         (folder / name).symlink_to(REPOSITORY / name)

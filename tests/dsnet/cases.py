@@ -1,8 +1,8 @@
-"""What every family is tested with: its options, ways to normalise, and sets of sub-networks that
-it does not make itself.
+"""Test cases of every family: its options, ways to normalise, and sets of sub-networks that it does
+not make itself.
 
-A family that registers gets all of it for its small (or default) options; `FURTHER_OPTIONS` holds
-what else it can be.
+Every registered family is tested with its small (or default) options; `FURTHER_OPTIONS` holds
+further ones.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ class Case:
         return neighbours(own) if self.is_handmade else own
 
     def supernet(self, seed: int = 0, num_classes: int = 10, image_size: int = 16) -> Supernet:
-        """In eval mode, with no parameter or statistic at a value that would hide it."""
+        """Its supernet in eval mode, with every parameter and statistic away from its initial
+        value."""
         generator = torch.Generator().manual_seed(seed)
         supernet = shaken(rebuild(self.subnets(num_classes, image_size), generator), seed)
         with torch.no_grad():
@@ -103,11 +104,11 @@ def _cases() -> list[Case]:
 
 CASES = _cases()
 BANKED_CASES = [case for case in CASES if case.subnets().spec.norm != "group_norm"]
-"""Those that keep statistics."""
+"""The cases whose norm keeps statistics."""
 
 
 class NormKeys:
-    """Within: which set of statistics of which bank the supernet's calls read."""
+    """Context that records which sets of statistics, of which banks, the supernet's calls read."""
 
     def __init__(self, supernet: Supernet) -> None:
         self.used: dict[str, set[tuple[int, ...]]] = {}
@@ -130,7 +131,7 @@ class NormKeys:
         return note
 
     def buffers(self) -> set[str]:
-        """The names of the buffers that belong to what was read."""
+        """The names of the buffers of the recorded sets."""
         return {
             f"{bank}.{part}_{'_'.join(map(str, key))}"
             for bank, keys in self.used.items()

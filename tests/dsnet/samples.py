@@ -67,8 +67,8 @@ def small_supernet(family: str = "ds_tiny", seed: int = 0, num_classes: int = 10
 
 
 def lively_supernet(family: str = "ds_tiny", seed: int = 0, num_classes: int = 10, image_size: int = 16) -> Supernet:
-    """A small supernet whose answers depend on the image: statistics at random let the signal die
-    out before the logits."""
+    """A small supernet whose answers depend on the image; with random statistics the signal would
+    vanish before the logits."""
     supernet = small_supernet(family, seed, num_classes, image_size)
     recalibrate(supernet, [NORMALIZATION.apply(random_pixels(128, image_size, seed + 1))])
     return supernet.eval()
@@ -237,8 +237,8 @@ def supernet_table(supernet: Supernet, num_images: int = 24) -> RoutingTable:
 
 
 def stored_answers(table: RoutingTable, routes: Tensor, rows: Sequence[int] | None = None) -> Executed:
-    """What a table says of one route (int64 [B], none of them STOP) of some images each, by default
-    of all."""
+    """The stored answers of a table for one route (int64 [B], never STOP) of each of some images,
+    by default of all."""
     rows = list(range(table.num_images) if rows is None else rows)
     names = ("confidence", "margin", "entropy")
     stored = {name: torch.from_numpy(getattr(table, name)[rows, routes.numpy()]) for name in names}
@@ -248,8 +248,8 @@ def stored_answers(table: RoutingTable, routes: Tensor, rows: Sequence[int] | No
 def table_evidence(
     router: Router, table: RoutingTable, rows: Sequence[int], gate: int = 0, route: int = STOP, node: int = 0
 ) -> Evidence:
-    """What a router sees of some images of a table that stand at a node of a gate, through which
-    `route` passes."""
+    """The evidence for some images of a table at the node of a gate through which `route`
+    passes."""
     parts = {name: torch.from_numpy(table.part(name, gate, node)[list(rows)]) for name in router.needs}
     return Evidence(parts, len(rows), gate=gate, route=route)
 
@@ -329,8 +329,8 @@ def _random_gates(
 
 
 def products_keep_apart() -> bool:
-    """Whether a batched product of torch is the same to the bit beside others, at the sizes of
-    gates; MKL in its mode does that."""
+    """Whether a product of torch is the same to the bit alone and in a batch, at the sizes of
+    gates, as with MKL's mode."""
     draw = torch.Generator().manual_seed(0)
     for rows, inner, columns in itertools.product((1, 3, 8, 14), (1, 5, 24, 66), (1, 7, 17, 51, 100, 270)):
         left = torch.randn(8, rows, inner, generator=draw)

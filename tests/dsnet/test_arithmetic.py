@@ -1,5 +1,5 @@
-"""MKL's mode: chosen by the processor, the user's own where there is one, and in effect in this
-very process."""
+"""MKL's mode: the user's own if it is set, else chosen by the processor; and in effect in this
+process."""
 
 from __future__ import annotations
 

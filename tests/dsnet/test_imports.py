@@ -1,4 +1,4 @@
-"""What importing the core costs, and what it must never need."""
+"""The modules that importing the core loads, and those that it must not need."""
 
 from __future__ import annotations
 
@@ -64,6 +64,5 @@ for name in names:
 
 @pytest.mark.slow
 def test_every_module_imports_where_the_platforms_are_absent() -> None:
-    """Setting a module to None makes its import fail, also one that a dependency of ours would do
-    unasked."""
+    """Setting a module to None makes its import fail, also an import inside a dependency."""
     assert "dsnet" in loaded_modules(IMPORT_ALL % (FORBIDDEN,))

@@ -1,4 +1,4 @@
-"""Agreement with what the method's published code computes (docs/methods.md, section 2)."""
+"""Agreement with the results of the method's published code (docs/methods.md, section 2)."""
 
 from __future__ import annotations
 

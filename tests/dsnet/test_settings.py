@@ -1,4 +1,4 @@
-"""Types of settings with bounds: which values they take, and what a message says of others."""
+"""Types of settings with bounds: the values that they accept, and the messages about others."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from tests.orchestration.samples import Finished, run_tiny_sweep
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     """The finished sweep; copy it before changing anything.
 
-    Of several processes that run the suite the first to ask launches it, and the others wait.
+    If several processes run the suite, the first that needs it launches it, and the others wait.
     """
     base = tmp_path_factory.getbasetemp()
     shared = base.parent if base.name.startswith("popen-") else base

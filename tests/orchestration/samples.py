@@ -46,13 +46,13 @@ SWEEP = "tiny.yaml"
 WITHOUT_MLFLOW = ("--set", "tracking.mlflow=false")
 PROGRAM = (sys.executable, "-c", "from dsnet_orch import main; main()")
 MARK = "DSNET_TEST_MARK"
-"""Environment variable by which all processes of one command are found, whoever their parent is by
-now."""
+"""Environment variable by which all processes of one command are found, whatever their present
+parent."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a command answered."""
+    """The exit code and the output of a command."""
 
     code: int
     out: str
@@ -75,8 +75,7 @@ def call(folder: Path, *arguments: str | Path) -> Answer:
     """The entry point of `dsnet-orch` inside this process: quick, and a launch shares the tests'
     Ray cluster.
 
-    An exception that the entry point lets through is the test's failure, so that no traceback can
-    hide here.
+    An exception that the entry point does not handle fails the test.
     """
     out, err, argv, code = io.StringIO(), io.StringIO(), sys.argv, 0
     sys.argv = ["dsnet-orch", *map(str, arguments)]
@@ -112,11 +111,11 @@ class Command:
         )
 
     def interrupt(self) -> None:
-        """Ctrl-C: the whole foreground group hears it."""
+        """Send SIGINT to the whole process group, as Ctrl-C does."""
         os.killpg(self.process.pid, signal.SIGINT)
 
     def wait(self, timeout_s: float = 240.0) -> Answer:
-        """Its answer, once it has ended."""
+        """Wait until it has ended; returns its answer."""
         try:
             out, err = self.process.communicate(timeout=timeout_s)
         except subprocess.TimeoutExpired:
@@ -125,10 +124,10 @@ class Command:
         return Answer(self.process.returncode, out, err)
 
     def wait_for(self, condition: Callable[[], bool], timeout_s: float = 240.0) -> None:
-        """Wait for a moment in the life of the command.
+        """Wait until a condition holds while the command runs.
 
         Raises:
-            AssertionError: it ended, or the time went by, before that moment came.
+            AssertionError: it ended, or the time was over, before the condition held.
         """
         deadline = time.monotonic() + timeout_s
         while not condition():
@@ -142,7 +141,8 @@ class Command:
         return [pid for pid in _all_pids() if self._is_ours(pid)]
 
     def left_behind(self, patience_s: float = 15.0) -> list[str]:
-        """Commands of processes that outlive it; daemons that are ending have some seconds."""
+        """Commands of its processes that still run after it has ended; daemons get some seconds to
+        end."""
         deadline = time.monotonic() + patience_s
         while (pids := self.pids()) and time.monotonic() < deadline:
             time.sleep(0.1)
@@ -232,7 +232,7 @@ class Finished:
 
     @property
     def results(self) -> RunResults:
-        """What it found."""
+        """The results of the sweep."""
         return RunResults(self.run)
 
     def save(self, path: Path) -> None:
@@ -287,12 +287,11 @@ def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 TIMES = "latency_ms"
-"""What the names of metrics begin with that no two runs measure alike, of any batch size and
-device."""
+"""Prefix of the metrics that differ between runs: latencies of all batch sizes and devices."""
 
 
 def study_of(results: RunResults) -> list[tuple[Any, ...]]:
-    """A study without what depends on the clock."""
+    """A study without the values that depend on measured times."""
 
     def timeless(metrics: Mapping[str, float]) -> dict[str, float]:
         return {name: value for name, value in metrics.items() if not name.startswith(TIMES)}
@@ -304,8 +303,8 @@ def study_of(results: RunResults) -> list[tuple[Any, ...]]:
 
 
 def problems_of_message(answer: Answer, parts: Sequence[str]) -> list[str]:
-    """What a user would object to in a refusal: a traceback, an internal error, more than one
-    message, missing parts."""
+    """The faults of a refusal: a traceback, an internal error, more than one message, missing
+    parts."""
     problems = [f"{bad!r} in stderr" for bad in ("Traceback", "internal error") if bad in answer.err]
     if sum(line.lower().startswith("error:") for line in answer.err.splitlines()) != 1:
         problems.append("not exactly one message")

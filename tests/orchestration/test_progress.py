@@ -1,5 +1,4 @@
-"""What a launch tells while it runs: lines on a pipe, a file for `status`, and how long the rest
-takes."""
+"""The progress of a launch: lines on a pipe, a file for `status`, and the remaining time."""
 
 from __future__ import annotations
 

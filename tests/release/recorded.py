@@ -1,5 +1,5 @@
-"""What release 0.1.0 computed, recorded once: `python -m tests.release.recorded` writes data/*.json
-again with the code at hand.
+"""Recorded results of release 0.1.0: `python -m tests.release.recorded` writes data/*.json again
+with the present code.
 
 A change of these files is a change of behaviour: of stage keys, it makes every user's finished
 stages run again. Change them on purpose, and say so in CHANGELOG.md.

@@ -1,5 +1,5 @@
-"""What release 0.1.0 computed and stored stays: stage keys, the schema of sweep files, the draws of
-a study, and a run folder.
+"""Results of release 0.1.0 stay the same: stage keys, the schema of sweep files, the draws of a
+study, and a run folder.
 
 Whatever depends on the processor (weights, hence gates, to the bit) is compared within one run
 elsewhere, not with these records.

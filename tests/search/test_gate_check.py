@@ -1,5 +1,5 @@
-"""The check before a search: quiet where products are each their own, and loud where one depends on
-its company."""
+"""The check before a search: it reports products that depend on the other rows of their batch, and
+only those."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from tests.search.samples import DEFAULTS, latency
 
 LEARNING = ["gate", "evidence_gate", "gates", "evidence_gates", "learned_cascade"]
 SMALL = {**DEFAULTS, "gate.optimizer.batch_size": 17, "gate.perceptron.hidden_units": 3}
-"""Sizes at which MKL's kernels for AMD processors round by the company where `MKL_CBWR` is not
-set."""
+"""Sizes at which, without `MKL_CBWR`, MKL's kernels for AMD processors round differently alone and
+in a batch."""
 
 
 def check_of(**space: Any) -> GateCheck:
@@ -37,7 +37,7 @@ def trial_of(num_routes: int = 8, num_gates: int = 3, defaults: dict[str, Any] =
 
 @pytest.fixture
 def rounding(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Has a product of torch round otherwise where more than two of them share a call."""
+    """Make a product of torch round differently if more than two of them share a call."""
 
     def replace(name: str) -> None:
         real = getattr(torch.Tensor if name.endswith("_") else torch, name)

@@ -175,8 +175,7 @@ def test_cutout_and_erasing_come_after_the_tonal_operations() -> None:
 
 
 class RefusesToWait(TorchDispatchMode):
-    """Stops at operations whose result the host must know before it can go on: on a GPU they wait
-    for it."""
+    """Refuses operations whose result the host needs before it can continue: on a GPU they wait."""
 
     WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "bincount", "unique", "equal", "is_nonzero")
 

@@ -36,8 +36,8 @@ def labels_of(number: int) -> list[int]:
 
 
 def by_python_2(data: np.ndarray, labels: list[int]) -> bytes:
-    """What cPickle of Python 2 wrote for the official files, opcode by opcode: all strings are
-    bytes (U, T)."""
+    """The bytes that cPickle of Python 2 wrote for the official files, opcode by opcode: all
+    strings are bytes (U, T)."""
 
     def text(value: bytes) -> bytes:
         return b"U" + bytes([len(value)]) + value

@@ -38,7 +38,7 @@ def save(path: Path, colour: tuple[int, int, int], size: tuple[int, int] = (12, 
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """Two classes, three kinds of file names, things to be passed over."""
+    """A folder with two classes, three kinds of file names, and files to ignore."""
     root = tmp_path / "images"
     save(root / "cats" / "b.png", GREEN)
     save(root / "cats" / "a.JPG", RED)
@@ -91,7 +91,7 @@ def noise_files(root: Path) -> list[Image.Image]:
 
 
 def resized_and_cut(image: Image.Image, shorter: int, size: int) -> np.ndarray:
-    """The plain way, in two steps, for shapes of which nothing has to be rounded."""
+    """Resize and cut in two steps, for shapes without rounding."""
     factor = shorter / min(image.size)
     whole = image.resize((round(image.width * factor), round(image.height * factor)), Image.Resampling.BILINEAR)
     left, top = (whole.width - size) // 2, (whole.height - size) // 2

@@ -1,4 +1,4 @@
-"""Image sets: the fingerprint tells what the data is; resizing."""
+"""Image sets: the fingerprint of the data; resizing."""
 
 from __future__ import annotations
 

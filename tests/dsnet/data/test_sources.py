@@ -1,4 +1,4 @@
-"""A data set in memory and the same folder streamed look alike to a run."""
+"""A data set in memory and the same folder streamed give the same run."""
 
 from __future__ import annotations
 

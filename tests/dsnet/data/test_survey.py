@@ -1,5 +1,5 @@
-"""Folders of images as a person has them: seen as they are, or refused with what was found and what
-is expected."""
+"""Folders of images of all kinds: described correctly, or refused with a message that says what was
+found and what is expected."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ def assert_same(first: list[tuple[Tensor, Tensor]], second: list[tuple[Tensor, T
 
 
 class TrainingImagesContract:
-    """What every way to store the training split must do."""
+    """Contract of every way to store the training split."""
 
     @pytest.fixture
     def images(self, files: tuple[str, ...]) -> TrainingImages:

@@ -1,4 +1,4 @@
-"""Bundles: what is saved is what runs, and every tampering is noticed."""
+"""Bundles: a loaded one computes the same as the saved one, and every tampering is detected."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_a_bundle_of_every_router_answers_as_the_routing_table_says(
 ) -> None:
     supernet, data = SUPERNETS[name](), tensor_data(40)
     pixels = data.images("val")
-    recalibrate(supernet, [NORMALIZATION.apply(pixels)])  # else all images are alike, and so are all confidences
+    recalibrate(supernet, [NORMALIZATION.apply(pixels)])  # without it all images give the same confidence
     table = build_routing_table(supernet, data, "val", NORMALIZATION)
     router = random_router(kind, table, routes=[k for k in range(table.num_routes) if k not in leave_out])
     save(tmp_path / "bundle", supernet, router, examples=pixels[:16])
@@ -151,7 +151,7 @@ def test_a_bundle_of_every_router_answers_as_the_routing_table_says(
 
 
 def test_a_gates_bundle_of_an_earlier_release_is_read(folder: Path, tmp_path: Path) -> None:
-    # Written by hand, field by field, as the release that knew gates only wrote it.
+    # Written by hand, field by field, as the release that had gates only wrote it.
     supernet, router = small_supernet(), gate(small_supernet())
     now = json.loads((folder / MANIFEST).read_text())
     old = tmp_path / "old"
@@ -256,7 +256,8 @@ def edit(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
 
 
 def exchange_weights_with_their_hash(folder: Path) -> None:
-    """An attacker who knows the format, but not that the manifest is hashed too."""
+    """Exchange the weights and their hash, as an attacker would who forgets the hash of the
+    manifest."""
     path = folder / "weights.safetensors"
     tensors = load_tensors(path)
     tensors["supernet.stem.weight"] *= 2.0
@@ -351,7 +352,7 @@ def test_a_recorded_route_behind_an_undecided_confidence_holds_whether_it_stoppe
 
 
 def rehash(folder: Path) -> None:
-    """Make the manifest consistent again, as somebody who exports by hand would."""
+    """Make the manifest consistent again, as after an export by hand."""
     edit(lambda m: m.update(sha256=_manifest_digest(m)))(folder)
 
 

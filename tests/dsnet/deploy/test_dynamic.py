@@ -36,7 +36,7 @@ from tests.dsnet.samples import (
 
 @dataclass(frozen=True)
 class Scripted:
-    """A router that follows a list of routes per round, whatever it sees."""
+    """A router that follows a list of routes per round, whatever its input."""
 
     rounds: tuple[tuple[int, ...], ...]
 
@@ -77,13 +77,13 @@ def spreading_gate(supernet: Supernet, num_images: int = 64) -> GateRouter:
 
 
 def evidence_of(supernet: Supernet, images: Tensor, router: Router) -> Evidence:
-    """What the first gate sees."""
+    """The evidence at the first gate."""
     trunk = supernet.trunk(images, supernet.subnets[0])
     return Evidence({part: trunk.evidence(part) for part in router.needs}, len(images))
 
 
 def decision_cost(router: GateRouter) -> int:
-    """Of its head."""
+    """MAdds of a decision: those of its head."""
     return router.weight.numel()
 
 
@@ -251,7 +251,7 @@ def test_training_mode_is_refused() -> None:
     with pytest.raises(RuntimeError, match="evaluation only"):
         net(random_images(1))
     sliced = DynamicNet(supernet, spreading_gate(supernet), cut_weights=False)
-    supernet.train()  # the net slices this very supernet
+    supernet.train()  # the net uses slices of this supernet
     with pytest.raises(RuntimeError, match="evaluation only"):
         sliced(random_images(1))
 

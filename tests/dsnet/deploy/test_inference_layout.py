@@ -1,4 +1,4 @@
-"""What makes cut modules fast leaves what they compute alone."""
+"""The layout that makes cut modules fast does not change their results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""DS-ResNet: what its options mean, and its residual streams."""
+"""DS-ResNet: its options and its residual streams."""
 
 from __future__ import annotations
 

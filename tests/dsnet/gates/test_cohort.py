@@ -1,4 +1,4 @@
-"""Vectorised training against autograd, torch's optimisers and itself in other company."""
+"""Vectorised training against autograd, torch's optimisers, and itself in other cohorts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from dsnet.routing.routing_table import RoutingTable
 from tests.dsnet.samples import ROUTER_KINDS, needs_products_apart, random_table
 
 TARGET = 0.4
-"""Of the widest route's MAdds."""
+"""Target, as a share of the widest route's MAdds."""
 LEARNING = ("gate", "evidence_gate", "gates", "evidence_gates", "learned_cascade")
 
 
@@ -240,7 +240,7 @@ def test_choices_that_are_not_numbered_as_the_routes_are_still_their_own() -> No
 
 
 def varied(kind: str, count: int, num_routes: int) -> list[GateSettings]:
-    """Lanes that differ in everything that lanes may differ in."""
+    """Lanes that differ in every setting in which lanes of one cohort may differ."""
     rng = np.random.default_rng(7)
     return [
         GateSettings(

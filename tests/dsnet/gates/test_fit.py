@@ -1,4 +1,4 @@
-"""Stage II as a whole: what a trained, calibrated router does, against known optima, its target and
+"""Stage II as a whole: decisions of trained, calibrated routers against known optima, targets and
 independent sums."""
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from tests.dsnet.samples import ROUTER_KINDS, random_head, random_table
 QUICK = GateSettings(steps=40, batch_size=32, hidden_units=5)
 TRAINED = ("gate", "evidence_gate", "gates", "evidence_gates", "learned_cascade")
 ONCE = ("gate", "evidence_gate", "learned_cascade")
-"""Kinds that learn and decide once."""
+"""Kinds of router that are trained and decide once."""
 
 
 def with_hidden(table: RoutingTable, hidden: np.ndarray[Any, Any]) -> RoutingTable:
@@ -207,7 +207,7 @@ def test_no_other_price_brings_gates_nearer_to_their_target_by_more_than_an_imag
 
 
 def target_of(fit: GateFit) -> float:
-    """In MAdds."""
+    """The target in MAdds."""
     return fit.metrics["target_madds_m"] * 1e6
 
 
@@ -235,7 +235,7 @@ def ending_cost(fit: GateFit, table: RoutingTable, route: int) -> float:
 
 
 def path_probabilities(fit: GateFit, table: RoutingTable, image: int) -> dict[int, float]:
-    """Of each route, if every decision drew from the softmax of its calibrated scores at
+    """Probability of each route if every decision drew from the softmax of its calibrated scores at
     temperature 0.5."""
     router: Any = fit.router
     if isinstance(router, GatesRouter):
@@ -377,8 +377,8 @@ def test_features_that_are_dead_on_the_gate_split_count_for_nothing_on_val(kind:
 
 
 def right_answers(table: RoutingTable, first: int, second: int, target: float) -> int:
-    """Of a cascade of which as many images go on as the target pays for, the least confident
-    first."""
+    """Number of right answers of a cascade that sends on as many images as the target allows, the
+    least confident first."""
     share = min(max((target - table.madds[first]) / (table.madds[second] - table.trunk_madds), 0.0), 1.0)
     order = sorted(range(table.num_images), key=lambda image: table.confidence[image, first])
     going = set(order[: round(share * table.num_images)])

@@ -1,5 +1,5 @@
-"""What a router learns: targets, costs, routing spaces, beams and features, against loops and brute
-force."""
+"""The training problem of a router: targets, costs, routing spaces, beams and features, against
+loops and brute force."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is timed as a router's decision reads what that router reads, and is asked as often."""
+"""The timed decision of a router reads the same evidence as the router, and is made as often."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from tests.dsnet.samples import ROUTER_KINDS, random_images, random_supernet_rou
 
 @dataclass(frozen=True)
 class Watched(TrunkOutput):
-    """Notes which parts of the evidence are asked for."""
+    """Records which parts of the evidence are read."""
 
     asked: Counter[str] = field(default_factory=Counter)
 
     def evidence(self, part: str) -> torch.Tensor:
-        """As of the real one."""
+        """The evidence of the real trunk output, recorded."""
         self.asked[part] += 1
         return super().evidence(part)
 

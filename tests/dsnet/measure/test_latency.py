@@ -1,4 +1,4 @@
-"""Timing: what is called how often, and what is made of it."""
+"""Timing: the calls and their number, and the statistics of their times."""
 
 from __future__ import annotations
 

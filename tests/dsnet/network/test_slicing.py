@@ -1,4 +1,4 @@
-"""Corners of weights, and where their gradients go."""
+"""Corners of weights, and their gradients."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def weight(layout: torch.memory_format = torch.contiguous_format) -> nn.Paramete
 
 
 def gradient(parameter: nn.Parameter, sizes: list[tuple[int, ...]], *, in_place: bool) -> Tensor:
-    """Of a sum of convolutions, each with a corner of the parameter."""
+    """Gradient of a sum of convolutions, each with a corner of the parameter."""
     images = torch.randn(2, 5, 4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     for num_out, num_in in sizes:
         if in_place:

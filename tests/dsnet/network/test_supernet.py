@@ -1,4 +1,4 @@
-"""What holds for every registered family, whatever its options, its normalisation and its
+"""Properties of every registered family, for all options, normalisations and sets of
 sub-networks."""
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""What every router keeps to, whatever its kind; and what each kind decides, against a calculation
-of its own in numpy."""
+"""The contract of every kind of router, and the decisions of each kind against a separate
+calculation in numpy."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ CASES = [Case(kind, num_gates, space) for kind in ROUTER_KINDS for num_gates in 
 
 @dataclass(frozen=True)
 class Asked:
-    """One question to a router, and its answers."""
+    """One call of a router, and its answers."""
 
     evidence: Evidence
     executed: tuple[Executed, ...]
@@ -74,8 +74,7 @@ class Asked:
 def round_of(
     router: Router, table: RoutingTable, rows: Sequence[int], executed: tuple[Executed, ...], ids: Sequence[int]
 ) -> tuple[list[Asked], Tensor]:
-    """Everything that a router is asked in one round about images of a table, and the route that
-    each runs.
+    """All calls of a router in one round for images of a table, and the route that each image runs.
 
     `ids` holds the router's id of each of the table's routes.
     """
@@ -99,7 +98,7 @@ def round_of(
 def journey(
     router: Router, table: RoutingTable, rows: Sequence[int], ids: Sequence[int] | None = None
 ) -> tuple[list[Asked], list[list[int]]]:
-    """All questions until every image has stopped, and what each image ran."""
+    """All calls until every image has stopped, and the routes that each image ran."""
     ids = range(table.num_routes) if ids is None else ids
     questions: list[Asked] = []
     ran: list[list[int]] = [[] for _ in rows]
@@ -126,7 +125,7 @@ def case(request: pytest.FixtureRequest) -> Case:
 
 
 class TestRouterContract:
-    """Whoever adds a kind to `ROUTER_KINDS` gets all of it."""
+    """Contract of all kinds of router in `ROUTER_KINDS`."""
 
     def test_its_name_is_its_kind(self, case: Case) -> None:
         assert case.router.kind == case.kind
@@ -290,7 +289,7 @@ def disturbed(evidence: Evidence, relative: float, generator: torch.Generator) -
 
 
 def options_of(router: Router, asked: Asked) -> list[int]:
-    """What a router may answer to a question, in the order of its scores."""
+    """The options of a router in a call, in the order of its scores."""
     if isinstance(router, GatesRouter):
         if asked.executed:
             return [STOP]
@@ -365,7 +364,7 @@ def answer_in_numpy(answer: Executed) -> NDArray[np.float32]:
 
 
 def with_offset(router: Router, asked: Asked, winner: int, shift: float) -> Router:
-    """The same router, whose winning option is made so much worse."""
+    """The same router with the score of its winning option lowered by `shift`."""
     match router:
         case CascadeRouter():
             return replace(router, threshold=router.threshold + (shift if winner == 0 else -shift))

@@ -203,7 +203,7 @@ def test_the_nearest_step_of_a_falling_function_is_found(edges: list[float], sha
 
 
 def _width(ordered: NDArray[np.float64], step: int) -> float:
-    """Of the stretch where so many edges lie above."""
+    """Width of the interval above which `step` edges lie."""
     index = len(ordered) - step
     return float(ordered[index] - ordered[index - 1]) if 0 < index < len(ordered) else np.inf
 

@@ -1,5 +1,5 @@
-"""Retracing: ties go to what was recorded, clear decisions do not, and nothing else of the router
-changes."""
+"""Retracing: ties are broken towards the recorded routes, clear decisions do not change, and
+nothing else of the router changes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TABLES = {1: random_table(40, 4), 2: random_table(40, 4, num_gates=2)}
 
 
 def with_tie(router: Router, tie: float) -> Router:
-    """A copy with another idea of what a tie is."""
+    """A copy with another tie threshold."""
     twin = copy.copy(router)
     object.__setattr__(twin, "tie", tie)
     return twin

@@ -1,5 +1,5 @@
-"""Routing on a table: the walk of each image alone, what it costs, and what the network itself
-does."""
+"""Routing on a table, against the path and cost of each image alone and against the network
+itself."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_it_equals_the_network_image_by_image(kind: str, name: str, space: tuple
 
 
 def test_a_learned_cascade_reads_the_same_of_many_classes() -> None:
-    """Of these the table keeps the 32 largest logits alone."""
+    """With many classes the table keeps the 32 largest logits only."""
     supernet = lively_supernet(num_classes=120)
     table = supernet_table(supernet, NUM_IMAGES)
     router = random_router("learned_cascade", table)
@@ -187,7 +187,7 @@ def test_a_tie_at_a_later_gate_is_a_tie() -> None:
 
 @dataclass(frozen=True)
 class Stubborn:
-    """A router that always says the same."""
+    """A router that always gives the same answer."""
 
     says: int
 
@@ -220,8 +220,8 @@ class Stubborn:
 
 
 class Restless(Stubborn):
-    """Stops every second image after its first route, and the rest after the second; it has no
-    memory of whom it has stopped."""
+    """Stops every second image after its first route, and the rest after the second; it does not
+    remember which images it has stopped."""
 
     routes = (0, 1, 2)
 

@@ -1,4 +1,4 @@
-"""The common currency: specs, sub-networks and sets of them."""
+"""Specs, sub-networks and sets of them."""
 
 from __future__ import annotations
 

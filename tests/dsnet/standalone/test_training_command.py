@@ -1,4 +1,5 @@
-"""`python -m dsnet.training`: the same results however often it is cut, and clear refusals."""
+"""`python -m dsnet.training`: the same results however often it is interrupted, and clear
+refusals."""
 
 from __future__ import annotations
 
@@ -66,7 +67,7 @@ def config(**paths: Any) -> StandaloneConfig:
 
 
 def results(out: Path) -> dict[str, object]:
-    """Everything that must not depend on how the work was cut, to the bit."""
+    """Everything that must not depend on interruptions, to the bit."""
     names = ("supernet/final.safetensors", "supernet/final.json", "measure/subnets.json")
     tables = {split: table_content(out / "table" / f"{split}.safetensors") for split in ("gate", "val")}
     return {**{name: (out / name).read_bytes() for name in names}, **tables}
@@ -84,7 +85,7 @@ def curves(out: Path) -> list[dict[str, Any]]:
 
 
 class StopAt:
-    """Says stop from the n-th question on."""
+    """Returns True from the n-th call on."""
 
     def __init__(self, question: int) -> None:
         self.question = question

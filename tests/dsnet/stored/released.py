@@ -43,7 +43,7 @@ TEACHER, AVERAGED = shaken_release(2)
 
 
 def whole_checkpoint() -> dict[str, Any]:
-    """What a training script of that time stores."""
+    """The checkpoint that a training script of that time stores."""
     return {
         "epoch": 149,
         "arch": "slimmable_mbnet_v1_bn_uniform",

@@ -1,5 +1,5 @@
-"""Released checkpoints: read exactly or refused whole, and never run. (That the names mean what we
-think is in test_parity.)"""
+"""Released checkpoints: read exactly or refused whole, and never executed. (The meaning of the
+names is tested in test_parity.)"""
 
 from __future__ import annotations
 

@@ -191,7 +191,7 @@ def test_a_cold_teacher_normalises_by_the_batch() -> None:
         student, teacher = student_and_teacher()
         for name, buffer in teacher.named_buffers():
             if ".mean_" in name:
-                buffer.add_(shift)  # nonsense that a cold teacher must not look at
+                buffer.add_(shift)  # wrong values, which a teacher with few updates must not use
         plan = plan_of(student, cold=frozenset({"largest"}))
         losses.append(step(student, teacher, plan, "ema")["subnet-00"].item())
     assert losses[0] == losses[1]
@@ -250,7 +250,7 @@ def test_a_teacher_that_knows_nothing_leaves_the_labels_and_a_sure_one_replaces_
 
 
 class FixedTeacher:
-    """A teacher that says the same logits whatever it sees."""
+    """A teacher that gives the same logits for every input."""
 
     def __init__(self, like: Supernet, logits: Tensor) -> None:
         self.spec = like.spec

@@ -42,7 +42,7 @@ OPTIONS = {"width": 0.5, "num_routes": 3, "dropout": 0.2}
 
 
 class Kept:
-    """A reporter that keeps what it hears."""
+    """A reporter that keeps the reports."""
 
     def __init__(self) -> None:
         self.records: list[Mapping[str, Any]] = []
@@ -52,11 +52,11 @@ class Kept:
 
 
 class Killed(BaseException):
-    """Stands for the process's death: nothing catches it."""
+    """Stands for a kill of the process: nothing catches it."""
 
 
 class KillAt:
-    """A stop question that raises at its n-th call, as a kill at that step would end the
+    """A `should_stop` that raises at its n-th call, as a kill at that step would end the
     process."""
 
     def __init__(self, call: int, outcome: Callable[[], bool]) -> None:
@@ -94,7 +94,7 @@ def train(folder: Path, run: SupernetRun | None = None, **keywords: Any) -> Path
 
 
 def kill(folder: Path, call: int, run: SupernetRun | None = None) -> None:
-    """A run that dies at its n-th step: what it leaves are the checkpoints of whole epochs."""
+    """A run that is killed at its n-th step: it leaves the checkpoints of whole epochs."""
     with pytest.raises(Killed):
         train(folder, run, should_stop=KillAt(call, die))
 
@@ -315,7 +315,7 @@ def test_weights_that_join_late_train_with_every_optimiser(tmp_path: Path, norm:
 
 
 class NoReading(TorchDispatchMode):
-    """Refuses what makes the host wait for the device: reading a value."""
+    """Refuses operations that make the host wait for the device: reading a value."""
 
     def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
         assert "_local_scalar_dense" not in str(function), "a value was read from the device"

@@ -43,14 +43,14 @@ def _train(net: Supernet, folder: Path, workers: DistributedWorkers, **callbacks
 
 
 def _after(steps: int) -> Callable[[], bool]:
-    """Wants to stop once it was asked so often."""
+    """A `should_stop` that returns True after a number of calls."""
     count = itertools.count(1)
     return lambda: next(count) > steps
 
 
 def _votes(workers: DistributedWorkers, rank: int) -> list[bool]:
-    """What five steps hear: the first process wishes to stop in the second, the other one in the
-    fourth."""
+    """The votes of five steps: the first process asks to stop in the second step, the other one in
+    the fourth."""
     heard = []
     parameter = torch.nn.Parameter(torch.ones(2))
     for step in range(5):
@@ -58,7 +58,7 @@ def _votes(workers: DistributedWorkers, rank: int) -> list[bool]:
         parameter.grad = torch.full((2,), float(rank))
         workers.average_gradients([parameter])
         assert parameter.grad.tolist() == [0.5, 0.5]
-    workers.agree_to_stop(False)  # the last vote is heard
+    workers.agree_to_stop(False)  # so that the last vote is received
     return heard
 
 
@@ -80,7 +80,7 @@ def _counted(module: Any, name: str) -> Iterator[list[None]]:
 
 
 def _worker(rank: int, folder: str) -> None:
-    """What each of the two processes does; results go to files."""
+    """The work of each of the two processes; results are written to files."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     try:

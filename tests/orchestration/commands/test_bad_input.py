@@ -1,5 +1,5 @@
-"""Bad input through the real command line: one message with what, where, the value and the way out,
-and nothing half-written."""
+"""Bad input through the real command line: one message that says what is wrong, where, the value
+and the way out; and nothing is half-written."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ REFUSED_SETTINGS = {
 
 
 def problems_with_refusal(folder: Path, arguments: list[str], codes: tuple[int, ...], parts: list[str]) -> list[str]:
-    """Launch, and say what is wrong with how it was refused."""
+    """Launch, and list the problems of the refusal."""
     before = snapshot(folder)
     answer = call(folder, *arguments)
     problems = problems_of_message(answer, parts)
@@ -77,7 +77,7 @@ def test_a_bad_setting_is_refused_before_anything_is_written(
 
 
 def test_a_mistake_in_the_file_is_named_with_file_and_line(tmp_path: Path) -> None:
-    write_sweep(tmp_path, TINY.replace("budget: {trials: 12}", "budget: {trials: 12}\nbugdet: {trials: 3}"))
+    write_sweep(tmp_path, f"{TINY}bugdet: {{trials: 3}}\n")
     line = TINY.count("\n") + 1
     assert problems_with_refusal(tmp_path, ["launch", SWEEP], (2,), [f"{SWEEP}:{line}", "bugdet", "budget"]) == []
 
@@ -286,7 +286,7 @@ def test_a_run_that_another_process_drives_is_refused_to_launch_and_sync_and_can
     assert call(folder, "sync", "tiny").code == 0
 
 
-# Trials and training that go wrong.
+# Trials and training that fail.
 
 
 DIVERGING = ("--set", "gate.optimizer.name=sgd", "--set", "gate.losses.quality=1.0")
@@ -327,7 +327,7 @@ def test_a_sweep_in_which_every_trial_fails_says_why_and_never_opens_the_test_sp
     settings = ["--set", "space={gate.optimizer.lr: 1.0e6}", "--trials", "3", *DIVERGING, *WITHOUT_MLFLOW]
     answer = call(folder, "launch", SWEEP, *settings)
     assert answer.code == 5
-    assert problems_of_message(answer, ["none of the 3 trials", "gate.optimizer.lr"]) == []
+    assert problems_of_message(answer, ["none of 3 trials", "gate.optimizer.lr"]) == []
     assert results_in(folder).manifest["test_openings"] == 1  # the one of the sweep that was copied
 
 

@@ -1,5 +1,5 @@
-"""What of a bundle's claims is checked, and on which data. (What the command says of whole bundles
-is in test_export.)"""
+"""The claims of a bundle that are checked, and the data used. (The command on whole bundles is
+tested in test_export.)"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`dsnet-orch measure`: new times are shown, and what the search was told stays."""
+"""`dsnet-orch measure`: new times are shown, and the metrics of the search do not change."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""More trials for a run, and points that a person wants tried: through the command line, on a run
-that has ended."""
+"""More trials for a run, and enqueued points: through the command line, on a run that has ended."""
 
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -105,7 +105,7 @@ def test_points_are_checked_and_enqueued_from_values_a_file_and_a_trial(finished
     folder = finished.copy(tmp_path)
     answer = call(folder, "enqueue", "tiny", "--set", "gate.target=0.25", "--set", "gate.sgs.strategy=give_up")
     assert answer.code == 0, answer.err
-    assert "all 12 trials of the budget are used" in answer.out
+    assert "the budget of 12 trials is used up" in answer.out
     assert "extend" in answer.out
     points = [{"gate.target": 0.5}, {"gate.target": 0.75, "gate.sgs.t_easy": 0}]
     (folder / "points.json").write_text(json.dumps(points), encoding="utf-8")
@@ -185,6 +185,30 @@ def test_a_grid_that_is_at_its_end_goes_on_for_a_point_that_was_enqueued(finishe
 
 
 @pytest.mark.ray
+@pytest.mark.parametrize(("reason", "rule"), [("plateau", {"trials": 4, "gain": 0.5}), ("target", ["top1 >= 0.01"])])
+def test_points_after_a_stop_rule_come_with_the_command_that_removes_the_rule(
+    reason: str, rule: Any, finished: Finished, tmp_path: Path
+) -> None:
+    folder = finished.copy(tmp_path)
+    run = results_in(folder).run
+    sweep = yaml.safe_load(run.sweep_yaml.read_text(encoding="utf-8"))
+    sweep["budget"] |= {"trials": 20, reason: rule}
+    run.sweep_yaml.write_text(yaml.safe_dump(sweep), encoding="utf-8")
+    results = results_in(folder)
+    plan = next(plan for plan in plan_stages(run, stage_definitions(prepare(results.config))) if plan.name == "search")
+    path = run.search_end_json(plan.key)
+    end = read_json(path)
+    rules = end["rules"] | results.config.budget.model_dump(mode="json", include={"plateau", "target"})
+    atomic_write_json(path, {**end, "reason": reason, "rules": rules})
+    answer = call(folder, "enqueue", "tiny", "--set", "gate.target=0.3")
+    program, command, found, *options = shlex.split(answer.out.strip().rpartition(": ")[2])
+    assert (program, command, found) == ("dsnet-orch", "extend", str(results.run.path))
+    assert options[:3] == ["--trials", "+1", "--set"]
+    assert trials_left(run, plan, extended(results, "+1")) == 0, "with the rule it would stop at once"
+    assert trials_left(run, plan, extended(results, "+1", options[3:])) == 9
+
+
+@pytest.mark.ray
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -200,6 +224,19 @@ def test_a_budget_is_only_raised(finished: Finished, arguments: list[str], messa
     answer = call(finished.folder, "extend", "tiny", *arguments)
     assert answer.code == 2
     assert message in answer.err
+
+
+@pytest.mark.ray
+def test_an_extended_run_that_a_stop_rule_ends_at_once_names_the_option_that_removes_the_rule(
+    finished: Finished, tmp_path: Path
+) -> None:
+    folder = finished.copy(tmp_path)
+    rule = "budget.plateau={trials: 4, gain: 1.0}"
+    answer = call(folder, "extend", "tiny", "--trials", "+4", "--set", rule)
+    assert answer.code == 0, answer.err
+    assert "(budget.plateau) after 12 trials; to add trials" in answer.err
+    assert "--trials +N --set budget.plateau=null" in answer.err
+    assert len(results_in(folder).records) == 12
 
 
 @pytest.mark.ray

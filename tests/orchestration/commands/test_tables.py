@@ -1,4 +1,4 @@
-"""Tables that fit the terminal: words are never cut, and nothing vanishes without being named."""
+"""Tables that fit the terminal: words are never cut, and columns that are left out are named."""
 
 from __future__ import annotations
 

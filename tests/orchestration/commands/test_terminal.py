@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import shlex
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from dsnet.files import atomic_write_json, read_json
+from orchestration.commands.supernet_tables import show_supernets_status
+from orchestration.commands.sweep import find_run
 from orchestration.commands.terminal import say_mlflow, say_places
 from orchestration.runs.folder import RunDir
+from orchestration.runs.lock import LockHolder
+from orchestration.runs.manifest import Manifest
+from tests.orchestration.samples import Finished, call, results_in
 
 
 @pytest.mark.parametrize(("data", "takes_photos"), [("image_folder", True), ("cifar10", True), ("digits", False)])
@@ -23,4 +31,76 @@ def test_the_end_of_a_launch_names_commands_that_can_be_pasted(
     say_mlflow(results)
     told = capsys.readouterr().out
     assert ("dsnet-orch predict '/my runs/mine/export/trial-0004' PHOTO..." in told) == takes_photos
-    assert "dsnet-orch ui --runs '/my runs'" in told
+    assert "dsnet-orch ui '/my runs/mine'" in told
+
+
+@pytest.mark.parametrize(
+    ("uri", "place", "way"),
+    [
+        (None, "/my runs/mlflow.db", "open: dsnet-orch ui '/my runs/mine'"),
+        ("sqlite:////elsewhere/mlflow.db", "sqlite:////elsewhere/mlflow.db", "open: dsnet-orch ui '/my runs/mine'"),
+        ("https://mlflow.example", "https://mlflow.example", "open it in a browser"),
+    ],
+)
+def test_the_way_to_mlflow_leads_to_this_run_in_its_own_store(
+    uri: str | None, place: str, way: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results: Any = SimpleNamespace(
+        run=RunDir(Path("/my runs"), "mine"), config=SimpleNamespace(tracking=SimpleNamespace(mlflow=True, uri=uri))
+    )
+    say_mlflow(results)
+    assert capsys.readouterr().out == f"mlflow    {place}   ({way})\n"
+
+
+def test_the_printed_command_finds_a_run_outside_the_runs_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = RunDir(tmp_path / "else where", "mine")
+    run.create()
+    Manifest(run.manifest_path).create(seed=0, hardware={})
+    tracking = SimpleNamespace(mlflow=True, uri="sqlite:////elsewhere/mlflow.db")
+    say_mlflow(SimpleNamespace(run=run, config=SimpleNamespace(tracking=tracking)))  # type: ignore[arg-type]
+    command = shlex.split(capsys.readouterr().out.rpartition("open: ")[2].strip().removesuffix(")"))
+    assert command[:2] == ["dsnet-orch", "ui"]
+    assert find_run(command[2], "runs").path == run.path
+
+
+def test_the_status_of_supernets_shows_how_to_continue_after_the_driver_was_killed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = RunDir(tmp_path, "sweep")
+    run.create()
+    results: Any = SimpleNamespace(
+        run=run,
+        entries=(),
+        num_trials=0,
+        num_failed=0,
+        front_gates=(),
+        is_verified=False,
+        config=SimpleNamespace(budget=SimpleNamespace(trials=4)),
+        manifest={"test_openings": 0},
+    )
+    atomic_write_json(run.lock_path, asdict(replace(LockHolder.this_process("dsnet-orch launch"), start_time=1)))
+    show_supernets_status(results, as_json=False)
+    told = capsys.readouterr().out
+    assert "which no longer runs" in told
+    assert f"continue  dsnet-orch launch {shlex.quote(str(run.sweep_yaml))}" in told
+    atomic_write_json(run.lock_path, asdict(LockHolder.this_process("dsnet-orch launch")))
+    show_supernets_status(results, as_json=False)
+    assert "continue" not in capsys.readouterr().out, "a driver works on it"
+
+
+@pytest.mark.ray
+def test_the_status_shows_how_to_continue_after_the_driver_was_killed(finished: Finished, tmp_path: Path) -> None:
+    folder = finished.copy(tmp_path)
+    run = results_in(folder).run
+    manifest = read_json(run.manifest_path)
+    del manifest["stages"]["verify"]
+    atomic_write_json(run.manifest_path, manifest)
+    killed = replace(LockHolder.this_process("dsnet-orch launch"), start_time=1)
+    atomic_write_json(run.lock_path, asdict(killed))
+    told = call(folder, "status", "tiny").out
+    assert "which no longer runs" in told
+    assert f"continue  dsnet-orch launch {shlex.quote(str(run.sweep_yaml))}" in told
+    atomic_write_json(run.lock_path, asdict(LockHolder.this_process("dsnet-orch launch")))
+    assert "continue  " not in call(folder, "status", "tiny").out, "a driver works on it"

@@ -38,15 +38,15 @@ PLATFORM_ONLY = {
     *(f"gate.routing.{name}" for name in ("first", "last", "stride", "beam")),
     *(f"gate.{name}" for name in ("trainer", "end_to_end.augment", "end_to_end.threads")),
 }
-"""Settings of sweep.yaml that the core never sees, or sees as something else."""
+"""Settings of sweep.yaml that the core does not have, or has in another form."""
 CORE_ONLY = {
     *("gate.routes", "gate.seed", "gate.end_to_end.augmentation"),
     *(f"supernet.{name}" for name in ("augmentation", "normalization", "origin")),
 }
 """Fields of the core's settings that have another form in sweep.yaml, or none."""
 BY_NAME = {"data.name", "supernet.regime"}
-"""Settings that sweep.yaml gives by one of a few names; the core takes any registered one, or what
-it stands for."""
+"""Settings that sweep.yaml gives by one of a few names; the core takes any registered name, or the
+object of that name."""
 
 
 @dataclass(frozen=True)

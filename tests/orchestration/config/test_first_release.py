@@ -1,5 +1,5 @@
-"""A run folder of the first release goes on as it began: its sweep.yaml, and what it gave to
-`python -m dsnet.training`."""
+"""A run folder of the first release keeps its settings: those of its sweep.yaml, and of the
+configuration that it wrote for `python -m dsnet.training`."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ def test_a_minimal_file_gives_the_defaults(sweep: Path) -> None:
     assert loaded.warnings == ()
 
 
-# Precedence: default < file < preset < --set < flag, for every subset of the four that speak.
+# Precedence: default < file < preset < --set < flag, for every subset of the last four.
 LEVELS = {"sweep.yaml:5": 1.0, "preset quick": 2.0, "--set": 3.0, "flag": 4.0}
 
 
@@ -129,8 +129,8 @@ def test_set_reads_its_value_as_yaml(sweep: Path, override: str, dotted: str, va
     ("override", "message"),
     [
         ("seed", "--set seed: expected KEY=VALUE"),
-        ("=3", "--set =3: '' is no dotted key"),
-        ("gate..target=1", "--set gate..target=1: 'gate..target' is no dotted key"),
+        ("=3", "--set =3: '' is not a dotted key"),
+        ("gate..target=1", "--set gate..target=1: 'gate..target' is not a dotted key"),
         ("seed=x", "--set seed=x: seed: expected a whole number; got 'x'"),
         ("seed=[1", "--set seed=[1:1:3: is not YAML"),
         ("seed.x=1", "--set seed.x=1: seed: expected a whole number; got a mapping with x"),
@@ -473,7 +473,7 @@ def test_bad_input_is_pointed_at(sweep: Path, line: str, message: str) -> None:
     ("old", "new", "message"),
     [
         ("version: 1", "version: 2", "sweep.yaml:1:10: version: this release reads version 1; got 2"),
-        ("name: t", "name: a/b", "sweep.yaml:2:7: name: 'a/b' is no name; use 1 to 64 letters"),
+        ("name: t", "name: a/b", "sweep.yaml:2:7: name: 'a/b' is not a valid name; use 1 to 64 letters"),
         ("name: t", "name: 12", "sweep.yaml:2:7: name: expected text; got 12; to mean text, quote it: '12'"),
         ("name: t\n", "", "sweep.yaml:1:1: name: is required and missing (Name of the run"),
         ("{model: ds_tiny}", "{workers: 1}", "sweep.yaml:4:1: supernet.model: is required and missing"),
@@ -516,7 +516,7 @@ def test_what_every_sweep_needs_is_asked_for(sweep: Path, old: str, new: str, me
         ("- a\n- b\n", "sweep.yaml:1:1: expected settings 'key: value', at least version, name"),
         ("just words", "sweep.yaml:1:1: expected settings 'key: value'"),
         (HEAD + "seed: 1\nseed: 2\n", "sweep.yaml:6:1: the key 'seed' was given before, in line 5; keep one"),
-        (HEAD + "gate:\n\ttarget: 1\n", "sweep.yaml:6:1: a tab stands in the indentation"),
+        (HEAD + "gate:\n\ttarget: 1\n", "sweep.yaml:6:1: the indentation has a tab"),
         (HEAD + "seed: [1\n", "sweep.yaml:6:1: is not YAML"),
     ],
 )
@@ -725,7 +725,10 @@ def test_paths_are_expanded(sweep: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_a_setting_that_the_space_sweeps_anyway_is_warned_about(sweep: Path) -> None:
     (warning,) = load(sweep, HEAD, overrides=["gate.target=0.3"]).warnings
-    assert warning == "--set gate.target is not used: space sweeps it; to fix it write --set space.gate.target=VALUE"
+    assert (
+        warning
+        == "--set gate.target is not used: space sweeps it; to set a fixed value, write --set space.gate.target=VALUE"
+    )
 
 
 def test_warnings_come_with_the_configuration(sweep: Path) -> None:
@@ -769,7 +772,7 @@ def test_the_digits_example_is_the_sweep_that_the_release_promises() -> None:
     assert [metric.name for metric in config.metrics] == ["top1", "madds_m"]
 
 
-# Mutations: whatever is done to an example, the answer is a configuration or a ConfigError.
+# Mutations: any change of an example gives a configuration or a ConfigError.
 def _paths(node: object, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     items = node.items() if isinstance(node, Mapping) else enumerate(node) if isinstance(node, list) else ()
     for key, value in items:

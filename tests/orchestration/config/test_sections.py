@@ -326,18 +326,18 @@ def test_names_that_make_a_folder_are_accepted(name: str) -> None:
             {"data": {"name": "digits", "augment": {"crop_scale": [0.1, 0.9], "crop_padding": 4}}},
             "crop_padding: 4 pixels cannot be combined with crop_scale",
         ),
-        ({"gate": {"routing": {"first": 3, "last": 2}}}, "3 lies behind gate.routing.last 2"),
+        ({"gate": {"routing": {"first": 3, "last": 2}}}, "3 is above gate.routing.last 2"),
         ({"gate": {"losses": {"cls": 0, "sgs": 0, "complexity": 0}}}, "would learn nothing"),
         ({"measure": {"batch_sizes": [4, 2]}}, r"got \[4, 2\], write \[2, 4\]"),
         ({"measure": {"group_sizes": [1, 2, 2]}}, r"got \[1, 2, 2\], write \[1, 2\]"),
         ({"measure": {"group_sizes": [2, 4]}}, "must start at 1"),
         (
             {"gate": {"target_madds_m": 9.0}, "space": {"gate.target": {"uniform": [0.1, 0.9]}}},
-            "gate.target_madds_m: gate.target_madds_m would win over gate.target, which space holds too; give",
+            "gate.target_madds_m: gate.target_madds_m would replace gate.target, which is in space too; set",
         ),
         (
             {"space": {"gate.target_madds_m": {"uniform": [4.0, 9.0]}, "gate.target": 0.5}},
-            "space.gate.target_madds_m: gate.target_madds_m would win",
+            "space.gate.target_madds_m: gate.target_madds_m would replace",
         ),
         ({"space": {"gate.target_madds_m": {"uniform": [0, 9.0]}}}, "gate.target_madds_m must be above 0"),
         (
@@ -354,11 +354,11 @@ def test_names_that_make_a_folder_are_accepted(name: str) -> None:
         ({"space": {"gate.router": {"choice": ["gate", "gatse"]}}}, "holds 'gatse', but gate.router must be one of"),
         (
             {"gate": {"trainer": "end_to_end", "losses": {"quality": 0.5}}},
-            "gate.losses.quality: gate.trainer end_to_end knows the published losses only",
+            "gate.losses.quality: gate.trainer end_to_end has the published losses only",
         ),
         (
             {"gate": {"trainer": "end_to_end"}, "space": {"gate.losses.quality": {"uniform": [0, 1]}}},
-            "space.gate.losses.quality: gate.trainer end_to_end knows",
+            "space.gate.losses.quality: gate.trainer end_to_end has",
         ),
         ({"space": {"gate.trainer": "table"}}, "cannot be swept"),
         ({"space": {"gate.end_to_end.threads": 2}}, "cannot be swept"),
@@ -366,8 +366,11 @@ def test_names_that_make_a_folder_are_accepted(name: str) -> None:
         ({"space": {"gate.lr": 0.1}}, "cannot be swept; did you mean 'gate.optimizer.lr'"),
         ({"space": {"gate.targt": 0.1}}, "cannot be swept; did you mean 'gate.target'"),
         ({"space": {"data.limit": 9}}, "cannot be swept"),
-        ({"space": {"supernet.train.lr": 0.1}}, "supernet.* keys only, and nothing to search under each"),
-        ({"space": {"gate.target": 0.1, "supernet.workers": 2}}, "cannot be swept: it says where and how safely"),
+        ({"space": {"supernet.train.lr": 0.1}}, "supernet.* keys only, so no gate would be searched"),
+        (
+            {"space": {"gate.target": 0.1, "supernet.workers": 2}},
+            "cannot be swept: it has no influence on the trained supernet",
+        ),
         ({"space": {"gate.target": 0.1, "supernet.init_from": "x"}}, "start weights are the same for all supernets"),
         ({"space": {"gate.target": 0.1, "supernet.options": "x"}}, "swept one by one, as supernet.options.NAME"),
         ({"space": {"gate.target": 0.1, "supernet.train.lr": {"uniform": [0, 1]}}}, "train.lr must be above 0"),
@@ -532,7 +535,7 @@ def test_a_batch_that_the_workers_cannot_share_equally_is_refused() -> None:
         build(supernet={"model": "ds_tiny", "workers": 2, "train": {"batch_size": 64, "accumulate": 24}})
 
 
-# Who trains and who teaches: supernet.train.X > supernet.regime > supernet.bootstrapping > ib.
+# Precedence for the regime: supernet.train.X > supernet.regime > supernet.bootstrapping > ib.
 REGIME_CASES: list[tuple[dict[str, Any], Regime]] = [
     ({}, REGIMES["ib"]),
     *(({"regime": name}, regime) for name, regime in REGIMES.items()),

@@ -1,5 +1,5 @@
-"""What the configuration says of the search: conditions of a space, constraints, first points,
-sampler, pruner, sweeps of supernets."""
+"""The configuration of the search: conditions of a space, constraints, first points, sampler,
+pruner, sweeps of supernets."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_constraints_are_read_with_the_metrics_and_the_baseline() -> None:
             {"constraints": [{"hard": "baseline.top2 <= 3"}]},
             "did you mean 'baseline.top5'|did you mean 'baseline.top1'",
         ),
-        ({"constraints": ["top1 >= 0.5", {"hard": "top1  >= 0.5"}]}, "'top1 >= 0.5' stands there already"),
+        ({"constraints": ["top1 >= 0.5", {"hard": "top1  >= 0.5"}]}, "'top1 >= 0.5' is written twice"),
         ({"constraints": ["latency_ms.server <= 1"]}, "unknown metric 'latency_ms.server'"),
         ({"constraints": [3]}, "expected a condition such as"),
         ({"constraints": [{"soft": "top1 >= 0"}]}, "expected a condition such as .*; got a mapping with soft"),
@@ -181,7 +181,7 @@ def test_conditions_on_a_fixed_key_are_decided_beforehand() -> None:
     elsewhere = build(space={**conditional, "gate.router": "evidence_gate"})
     assert list(resolve_space(elsewhere)) == ["gate.target", "gate.router"]
     assert config_warnings(elsewhere) == [
-        "space.gate.sgs.t_easy is never drawn: its conditions do not hold, as space fixes what they ask for"
+        "space.gate.sgs.t_easy is never drawn: its conditions do not hold with the fixed values of space"
     ]
 
 
@@ -213,12 +213,12 @@ def test_conditions_on_a_fixed_key_are_decided_beforehand() -> None:
                 "gate.sgs.strategy": {"choice": ["try_best", "give_up"], "when": {"gate.sgs.target": "extremes"}},
                 "gate.sgs.t_hard": {**T_EASY, "when": {"gate.sgs.target": "cheapest", "gate.sgs.strategy": "give_up"}},
             },
-            "never holds",
+            "the conditions never hold",
         ),
         (
             {**TARGET, "gate.sgs.target": {"choice": ["extremes", "cheapest"]}}
             | {"gate.router": {"choice": ["gate", "cascade"], "when": {"gate.sgs.target": "extremes"}}},
-            "gate.router has no conditions",
+            "gate.router cannot be conditional",
         ),
         (
             {"gate.routing.stride": {"int": [1, 3]}, "gate.sgs.t_easy": {**T_EASY, "when": {"gate.routing.stride": 4}}},
@@ -247,7 +247,7 @@ def test_rules_between_settings_look_at_what_can_come_together() -> None:
             "gate.target": {"uniform": [0, 1], "when": {"gate.router": first_when}},
             "gate.target_madds_m": {"uniform": [3, 9], "when": {"gate.router": last_when}},
         }
-        assert ("would win over gate.target" in refusal(space=space)) if is_refused else build(space=space)
+        assert ("would replace gate.target" in refusal(space=space)) if is_refused else build(space=space)
     space = {**router, "gate.routing.first": {"int": [0, 4], "when": {"gate.router": "gate"}}}
     assert "no route would be left" in refusal(space=space, gate={"routing": {"last": 2}})
     assert build(space=space, gate={"routing": {"last": 4}})
@@ -335,7 +335,7 @@ CHANGES: dict[str, list[Any]] = {
 
 
 def trained(points: list[dict[str, Any]]) -> list[Any]:
-    """What identifies the router that comes out of each point."""
+    """For each point, everything that identifies the router trained from it."""
     settings_of = [gate_settings(point, BASE, GATE_TABLE, seed=3) for point in points]
     found = []
     for fit in fit_gates(GATE_TABLE, VAL_TABLE, settings_of):
@@ -421,7 +421,7 @@ def test_every_sampler_is_accepted_by_name(name: str) -> None:
         ({"enqueue": [{"gate.sgs.target": "cheap"}]}, r"'cheap' is not in choice \['extremes', 'cheapest'\]"),
         ({"enqueue": [{"gate.target": [1]}]}, "expected a number, text, true or false; got"),
         ({"enqueue": [{}]}, "enqueue.0: names no setting"),
-        ({"enqueue": [{"supernet.train.lr": 0.1}]}, "supernets are drawn beforehand"),
+        ({"enqueue": [{"supernet.train.lr": 0.1}]}, "supernets are drawn before the search"),
     ],
 )
 def test_a_sampler_that_could_not_start_is_refused(sampler: dict[str, Any], message: str) -> None:
@@ -623,15 +623,15 @@ def test_settings_of_supernets_may_depend_on_each_other() -> None:
     [
         (
             {"supernet": {"model": "checkpoint", "init_from": "x"}, "space": SUPERNETS},
-            "one network that others trained",
+            "one finished network, whose settings cannot be swept",
         ),
         (
             {"supernet": {"model": "ds_tiny", "init_from": "x"}, "space": SUPERNETS},
-            "supernet.init_from holds weights of one network",
+            "supernet.init_from has weights for one network",
         ),
         (
             {"space": {**TARGET, "supernet.model": {"choice": ["ds_tiny", "checkpoint"]}}},
-            "sweep models that are built here",
+            "checkpoint is one finished network and cannot be swept",
         ),
         (
             {

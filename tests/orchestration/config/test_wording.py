@@ -1,4 +1,4 @@
-"""How messages word numbers."""
+"""Numbers in messages."""
 
 from __future__ import annotations
 

@@ -106,7 +106,7 @@ BOMB = "a: &a [1,1,1,1,1,1,1,1,1,1]\n" + "".join(
     [
         ("a: 1\nb: 2\na: 3", "t:3:1: the key 'a' was given before, in line 1; keep one"),
         ("a:\n  x: 1\n  x: 1", "t:3:3: the key 'x' was given before, in line 2; keep one"),
-        ("a:\n\tb: 1", "t:2:1: a tab stands in the indentation"),
+        ("a:\n\tb: 1", "t:2:1: the indentation has a tab"),
         ("a: [1, 2", "t:1:9: is not YAML"),
         ("a: 'x", "is not YAML: while scanning a quoted scalar"),
         ("a: b: c", "t:1:5: is not YAML: mapping values are not allowed here"),
@@ -114,7 +114,7 @@ BOMB = "a: &a [1,1,1,1,1,1,1,1,1,1]\n" + "".join(
         ("a: 1\nb: \x01", "t:2:4: holds a character that YAML does not allow"),
         ("a: &x [*x]", "t:1:4: an alias stands inside the value that it names"),
         ("a: &x {<<: *x}", "t:1:4: an alias stands inside the value that it names"),
-        ("a: {<<: 3}", "t:1:9: '<<' takes over a mapping"),
+        ("a: {<<: 3}", "t:1:9: '<<' merges a mapping"),
         ("a: !!python/object/apply:os.system [ls]", "t:1:4: the tag '!!python/object/apply:os.system' is not accepted"),
         ("a: !!python/name:os.system x", "t:1:4: the tag '!!python/name:os.system' is not accepted"),
         ("a: !own {b: 1}", "t:1:4: the tag '!own' is not accepted"),

@@ -1,5 +1,5 @@
-"""Verify notices every image that does not do what the table said, and lets pass what rounding
-explains."""
+"""Verify detects every image whose run differs from the routing table, and accepts differences that
+rounding explains."""
 
 from __future__ import annotations
 
@@ -47,7 +47,8 @@ SLOT = 42
 
 
 def calibrated(supernet: Supernet, data: TensorData) -> Supernet:
-    """Itself, with statistics of the very images: else all of them look alike to it."""
+    """The supernet with statistics of these images, without which all images give similar
+    outputs."""
     recalibrate(supernet, [NORMALIZATION.apply(data.images("val"))])
     return supernet.eval()
 

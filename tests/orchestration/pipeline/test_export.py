@@ -1,5 +1,5 @@
-"""Bundles of a finished sweep: they classify as what was verified, claim what was found, and live
-without their run."""
+"""Bundles of a finished sweep: they classify like the verified gates, claim the run's results, and
+work without the run."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_examples_are_clear_ones_of_every_route_that_has_some(kind: str, num_gat
         assert run.lead[rows].min() >= np.sort(run.lead)[-NUM_EXAMPLES]
         return
     assert is_clear[rows].all()
-    # In turns: no route has two more than another that has clear images left.
+    # Taken in turn: no route has two examples more than another route with clear images left.
     for route in range(4):
         assert chosen[route] == num_clear[route] or chosen[route] >= chosen.max() - 1
 
@@ -334,7 +334,7 @@ def test_a_folder_that_is_no_bundle_is_not_overwritten(finished: Finished, tmp_p
     precious.write_text("years of work")
     answer = call(finished.folder, "export", "tiny", "--out", tmp_path)
     assert answer.code == 3
-    assert problems_of_message(answer, [trial_name(slot), "no bundle"]) == []
+    assert problems_of_message(answer, [trial_name(slot), "not a bundle"]) == []
     assert precious.read_text() == "years of work"
 
 

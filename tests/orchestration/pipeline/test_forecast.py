@@ -1,4 +1,4 @@
-"""What a launch would take, from a few steps that are timed; and how plan shows it."""
+"""The forecast of a launch's costs from a few timed steps, and how `plan` shows it."""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
-"""One command from a sweep file to a verified front: what it leaves behind, and what launching
-again does and does not do."""
+"""One command from a sweep file to a verified front: the files that it leaves, and the effect of
+launching again."""
 
 from __future__ import annotations
 
 import json
+import shlex
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -72,7 +73,12 @@ def test_the_front_and_the_way_to_everything_stand_on_stdout_and_progress_on_std
     run = finished.run
     for slot in finished.results.front:
         assert trial_name(slot) in out
-    for said in (str(run.report_html), str(run.points_parquet), "dsnet.load_bundle(", "dsnet-orch ui --runs"):
+    for said in (
+        str(run.report_html),
+        str(run.points_parquet),
+        "dsnet.load_bundle(",
+        f"dsnet-orch ui {shlex.quote(str(run.path))}",
+    ):
         assert said in out
     for stage in ("supernet:", "measure:", "search:", "verify:"):
         assert stage in err

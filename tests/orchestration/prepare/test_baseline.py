@@ -1,4 +1,4 @@
-"""The baseline's numbers, and ranges that no router can leave."""
+"""The baseline's metrics, and the bounds of each metric over all routers."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def sweep(space: dict[str, Any], gate: dict[str, Any] | None = None, **measure: 
 
 
 def latency_of(subnets: SubnetSet, seed: int) -> LatencyTable:
-    """Times at random, that neither grow nor shrink with the number of images."""
+    """Random times that do not depend on the number of images."""
     rng = np.random.default_rng(seed)
 
     def timings(sizes: tuple[int, ...] = (1, 2, 7)) -> dict[int, Timing]:

@@ -221,11 +221,11 @@ def test_without_a_regime_the_core_gets_in_place_bootstrapping() -> None:
 @pytest.mark.parametrize(
     ("gate", "space", "said"),
     [
-        ({"router": "gates"}, {}, ["gate.router gates: ds_tiny has one gate, so it is what gate is"]),
+        ({"router": "gates"}, {}, ["gate.router gates: ds_tiny has one gate, so gates equals gate"]),
         (
             {},
             {"gate.router": {"choice": ["gate", "evidence_gates"]}},
-            ["gate.router evidence_gates: ds_tiny has one gate, so it is what evidence_gate is"],
+            ["gate.router evidence_gates: ds_tiny has one gate, so evidence_gates equals evidence_gate"],
         ),
         ({"target_madds_m": 1000.0}, {}, ["gate.target_madds_m 1000 lies outside the sub-networks'"]),
         ({"router": "cascade"}, {}, []),
@@ -251,14 +251,14 @@ def test_a_condition_finer_than_one_image_of_val_is_warned_about() -> None:
         ("madds_m <= 0.0001", False),
     ):
         warnings = prepared_with({}, constraints=[constraint]).warnings()
-        assert any("finer than one of" in warning and constraint in warning for warning in warnings) == is_warned
+        assert any("too fine for the" in warning and constraint in warning for warning in warnings) == is_warned
 
 
 def test_conditions_that_nothing_on_this_network_can_hold_are_warned_about() -> None:
     hopeless = prepared_with({}, constraints=["top1 >= 95"], budget={"trials": 4, "target": ["madds_m <= 0.0001"]})
-    first, second = (warning for warning in hopeless.warnings() if "no router of this network can hold" in warning)
+    first, second = (warning for warning in hopeless.warnings() if "no router of this network can satisfy" in warning)
     assert first.startswith("constraints: ")
-    assert "top1 >= 95 (within reach: top1 0 to 1)" in first
+    assert "top1 >= 95 (reachable values: top1 0 to 1)" in first
     assert second.startswith("budget.target: ")
     assert "madds_m <= 0.0001" in second
     open_to_all = prepared_with({}, constraints=["top1 >= 0.95"], budget={"trials": 4, "target": ["madds_m <= 1000"]})

@@ -1,4 +1,4 @@
-"""What a run folder holds, read back at every stage of its life."""
+"""The results read from a run folder after each stage."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ def config_with(supernet: dict[str, Any]) -> SweepConfig:
 
 
 def stored(folder: Path, prepared: Prepared) -> Path:
-    """A finished supernet as its stage leaves it, with weights that nobody trained."""
+    """A finished supernet stage with untrained weights."""
     save_supernet(folder / "final", rebuild(prepared.subnets), {"run": prepared.supernet_run.to_json()})
     return folder
 

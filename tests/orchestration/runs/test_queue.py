@@ -1,4 +1,4 @@
-"""The queue of points: whole lines or none, whoever writes and however they end."""
+"""The queue of points: only whole lines are read, with several writers and after a kill."""
 
 from __future__ import annotations
 

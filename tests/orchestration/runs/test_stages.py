@@ -53,7 +53,7 @@ def write_result(folder: Path) -> Sequence[Path]:
 
 
 def run_all(run: RunDir, definitions: Sequence[StageDefinition]) -> list[str]:
-    """Runs a pipeline and says which stages really worked."""
+    """Run a pipeline; returns the names of the stages that did work."""
     worked = []
 
     def work(folder: Path) -> Sequence[Path]:

@@ -1,5 +1,5 @@
-"""What is read and mended in MLflow's database; that MLflow itself serves from what was mended is
-in test_mlflow_server."""
+"""Reading and correcting MLflow's database; that MLflow itself serves from the corrected locations
+is tested in test_server."""
 
 import shutil
 import sqlite3
@@ -16,8 +16,8 @@ ROOT = "mlruns-artifacts"
 
 
 def make_store(runs: Path, location: str | None = None) -> Path:
-    """A runs folder with the tables that are looked at: an experiment with one artifact, and two
-    runs of it."""
+    """A runs folder with the tables that are read: an experiment with one artifact, and two runs
+    of it."""
     (runs / ROOT / "my photos" / "r0" / "artifacts").mkdir(parents=True)
     place = location or (runs / ROOT / "my photos").as_uri()
     with closing(sqlite3.connect(runs / "mlflow.db")) as connection:

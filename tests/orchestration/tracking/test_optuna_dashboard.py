@@ -157,8 +157,8 @@ def test_its_search_space_is_the_conditional_one(dashboard: Dashboard) -> None:
 
 
 def test_its_best_trials_are_the_front_whatever_the_constraints_say(dashboard: Dashboard) -> None:
-    """As docs/cli.md warns: it knows Optuna's older, nameless constraints only. Should this fail
-    one day, the warning can go."""
+    """As docs/cli.md warns: it reads only Optuna's older, nameless constraints. If this fails one
+    day, the warning can be removed."""
     (study,) = dashboard.ask("/api/studies")["study_summaries"]
     best = {trial["number"] for trial in dashboard.ask(f"/api/studies/{study['study_id']}")["best_trials"]}
     assert best == front_of(dashboard.records)

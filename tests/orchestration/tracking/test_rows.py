@@ -20,7 +20,7 @@ from tests.orchestration.samples import Finished, call, problems_of_message, res
 
 
 class Recorder(NullTracker):
-    """A tracker that remembers what it was told, in order."""
+    """A tracker that records its calls in order."""
 
     def __init__(self) -> None:
         self.rows: list[TrackedRun] = []

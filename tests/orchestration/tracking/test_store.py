@@ -63,12 +63,13 @@ class Database:
         self.artifacts = folder / "mlruns artifacts"
 
     def tracker(self, experiment: str) -> MlflowTracker:
-        """One that writes in this process: another takes a second to start."""
+        """A tracker that writes in this process, because another process takes a second to
+        start."""
         store = MlflowStore(self.uri, experiment, self.artifacts)
         return MlflowTracker(self.uri, experiment, self.artifacts, "digits", warn=pytest.fail, store=store)
 
     def tracker_with_process(self, experiment: str) -> MlflowTracker:
-        """One as the driver has it."""
+        """A tracker that writes through a child process, as in the driver."""
         return MlflowTracker(self.uri, experiment, self.artifacts, "digits", warn=pytest.fail)
 
     def runs(self, experiment: str) -> dict[str, Run]:
@@ -141,7 +142,7 @@ def artifact(tmp_path: Path) -> Path:
 
 
 def facts(run: Run) -> dict[str, Any]:
-    """What a run says, without ids."""
+    """The content of a run, without ids."""
     hidden = ("mlflow.parentRunId", "mlflow.runName")
     tags = {name: value for name, value in run.data.tags.items() if name not in hidden}
     times = (run.info.start_time, run.info.end_time)
@@ -653,7 +654,7 @@ def test_importing_the_module_does_not_import_mlflow_and_using_it_sends_nothing_
     environment = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "PYTHONPATH": str(Path(__file__).parents[3])}
     done = subprocess.run([sys.executable, "-c", script], env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
-    assert "MLflow at http://127.0.0.1:1 does not take results" in done.stdout
+    assert "MLflow at http://127.0.0.1:1 cannot be written" in done.stdout
 
 
 def test_time_outs_of_the_user_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,5 @@
-"""The prepared page as MLflow stores it; that MLflow's own page draws it is in
-test_mlflow_server."""
+"""The prepared page as MLflow stores it; that MLflow's own page shows it is tested in
+test_server."""
 
 import json
 from urllib.parse import parse_qs
@@ -7,7 +7,7 @@ from urllib.parse import parse_qs
 from orchestration.tracking.view import points_view, view_path, view_tag
 
 MAX_TAG_LENGTH = 5000
-"""What MLflow takes as the value of an experiment's tag."""
+"""Longest value of an experiment's tag that MLflow accepts, in characters."""
 
 
 def test_the_link_names_the_tag_that_holds_the_page_and_differs_between_sweeps() -> None:

@@ -182,7 +182,7 @@ def test_a_trial_whose_worker_is_killed_is_run_again(runner: RayRunner, folder: 
 def test_a_trial_that_loses_every_worker_fails_with_the_reason(runner: RayRunner, folder: Path) -> None:
     outcomes = by_slot(runner.run(specs("work", "die", "work")))
     assert outcomes[1].state == "failed"
-    assert outcomes[1].reason == "lost its worker 2 times: the process died (ActorDiedError)"
+    assert outcomes[1].reason == "lost its worker 2 times: its process ended unexpectedly (ActorDiedError)"
     assert num_attempts(folder, 1) == 2
     assert outcomes[0].state == outcomes[2].state == "complete"
 
@@ -220,7 +220,7 @@ def test_what_ends_a_worker_in_a_stream_is_retried_where_the_machine_is_to_blame
     outcomes = by_slot(runner.stream(lambda: [spec] if (spec := next(scripted, None)) else ()))
     assert {slot: outcome.reason for slot, outcome in outcomes.items() if outcome.reason} == {
         2: "ValueError: no route is right",
-        3: "lost its worker 2 times: the process died (ActorDiedError)",
+        3: "lost its worker 2 times: its process ended unexpectedly (ActorDiedError)",
         4: "time-out after 2 s",
     }
     assert len(outcomes) == len(actions)
@@ -308,7 +308,7 @@ def test_a_trial_that_kills_the_worker_of_its_batch_fails_alone(cohort_runner: R
     outcomes = by_slot(cohort_runner.run(specs("work", "work", "die", "work", "work", "raise", "work", "work")))
     failed = {slot: outcome.reason for slot, outcome in outcomes.items() if outcome.state == "failed"}
     assert failed == {
-        2: "lost its worker 2 times: the process died (ActorDiedError)",
+        2: "lost its worker 2 times: its process ended unexpectedly (ActorDiedError)",
         5: "ValueError: no route is right",
     }
     assert len(outcomes) == 8
@@ -358,7 +358,7 @@ def test_a_batch_of_a_stream_that_loses_its_worker_goes_back_one_by_one(cohort_r
     batches_left = iter([specs("work", "die", "work"), specs(*["work"] * 5)[3:]])
     outcomes = by_slot(cohort_runner.stream(lambda: next(batches_left, ())))
     assert {slot: outcome.reason for slot, outcome in outcomes.items() if outcome.reason} == {
-        1: "lost its worker 2 times: the process died (ActorDiedError)"
+        1: "lost its worker 2 times: its process ended unexpectedly (ActorDiedError)"
     }
     assert sorted(outcomes) == [0, 1, 2, 3, 4]
     assert batches(folder) == {(0, 1, 2), (0,), (1,), (2,), (3, 4)}
@@ -460,7 +460,7 @@ def test_an_error_while_the_function_is_built_reaches_the_caller_as_it_is(empty_
 
 def test_workers_that_die_while_they_start_end_the_sweep(empty_cluster: None) -> None:
     runner = RayRunner(die_while_building, arrays=ARRAYS, actors=Actors(number=1))
-    with pytest.raises(PreflightError, match="trial workers die while they start, 3 times"):
+    with pytest.raises(PreflightError, match="trial workers failed to start 3 times"):
         list(runner.run(specs("work")))
     runner.close()
 
@@ -472,7 +472,7 @@ def test_more_actors_than_cpus_are_refused(empty_cluster: None) -> None:
 
 def test_the_out_of_memory_killer_is_named() -> None:
     assert _cause_of_loss(OutOfMemoryError("...")) == "killed because the machine ran out of memory"
-    assert _cause_of_loss(ActorDiedError()) == "the process died (ActorDiedError)"
+    assert _cause_of_loss(ActorDiedError()) == "its process ended unexpectedly (ActorDiedError)"
 
 
 @needs_products_apart

@@ -1,4 +1,4 @@
-"""What trials make of a sweep's conditions."""
+"""Evaluation of a sweep's conditions on trials."""
 
 from __future__ import annotations
 
@@ -49,10 +49,10 @@ def test_the_metrics_of_a_trial_are_never_taken_for_those_of_the_baseline() -> N
     ("text", "metrics", "expected"),
     [
         ("params_m <= 5", {"params_m": 5.0}, None),
-        ("params_m <= 5", {"params_m": 6.25}, "breaks params_m <= 5: it is 6.25"),
-        ("params_m <= 5", {"params_m": math.nan}, "breaks params_m <= 5: it is nan"),
+        ("params_m <= 5", {"params_m": 6.25}, "violates params_m <= 5: it is 6.25"),
+        ("params_m <= 5", {"params_m": math.nan}, "violates params_m <= 5: it is nan"),
         ("params_m <= 5", {"top1": 0.1}, None),
-        ("top1 >= baseline.top1", {"top1": 0.5}, "breaks top1 >= baseline.top1: baseline.top1 is 0.8, top1 is 0.5"),
+        ("top1 >= baseline.top1", {"top1": 0.5}, "violates top1 >= baseline.top1: baseline.top1 is 0.8, top1 is 0.5"),
     ],
 )
 def test_a_broken_hard_constraint_is_told_with_its_value(

@@ -1,5 +1,5 @@
-"""Conditions: the value is that of an independent evaluation, the interval bound is sound, and what
-cannot be read is pointed at."""
+"""Conditions: the value is that of an independent evaluation, the interval bound is sound, and
+errors name the column."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from search.conditions.expressions import (
 NAMES = ("top1", "madds_m", "latency_ms.server", "baseline.top1")
 Values = Mapping[str, float]
 Side = tuple[str, Callable[[Values], Any]]
-"""A text, and what it means: built beside each other, so that no parser is needed to know the
-answer."""
+"""A text and a function with the same meaning, built together, so that no parser is needed for the
+expected value."""
 
 NUMBERS = st.integers(0, 4000).map(lambda count: count / 16)
 """Sums and products of a few of these are exact in floating point."""

@@ -1,4 +1,4 @@
-"""What a front is worth on a split: against hand computation and brute force."""
+"""The analysis of a front on a split, against hand computation and brute force."""
 
 from __future__ import annotations
 

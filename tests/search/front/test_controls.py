@@ -32,8 +32,8 @@ class FakeScores:
 
 
 def make_scores(seed, num_images=60, num_routes=4, num_levels=None):
-    """Wider routes are more often right; confidence tells something about it. `num_levels` makes it
-    tie."""
+    """Scores in which wider routes are more often right, with a confidence that is related to it;
+    `num_levels` makes confidences equal."""
     rng = np.random.default_rng(seed)
     ability = np.linspace(0.55, 0.8, num_routes)
     difficulty = rng.random((num_images, 1))

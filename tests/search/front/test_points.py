@@ -1,4 +1,4 @@
-"""Rows of points: builders, the schema, and the file that survives a crash."""
+"""Rows of points: builders, the schema, and the file after a crash."""
 
 from __future__ import annotations
 

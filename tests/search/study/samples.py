@@ -1,4 +1,4 @@
-"""Small studies: a space, cheap trial functions, a whole sweep, and one that dies on purpose."""
+"""Small studies: a space, cheap trial functions, a whole sweep, and one that kills itself."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ TRIALS_IN_KILLS = 14
 
 
 def die_in_slot(path: Path, slot: int, where: str) -> None:
-    """Search until `slot` is being run, recorded, or half written; then die as if by `kill -9`."""
+    """Search until `slot` is being run, recorded, or half written; then end as by `kill -9`."""
 
     def die() -> None:
         os.kill(os.getpid(), signal.SIGKILL)

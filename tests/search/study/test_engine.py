@@ -1,4 +1,4 @@
-"""The search loop makes the same study whatever happens to it, and loses no trial."""
+"""The search loop makes the same study after any interruption, and loses no trial."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ class ThreadedRunner:
 
 
 class ListRunner:
-    """Gives back the outcomes it was handed, whatever is asked of it."""
+    """Returns given outcomes, whatever trials it is given."""
 
     def __init__(self, outcomes: Sequence[TrialOutcome]) -> None:
         self._outcomes = outcomes
@@ -114,7 +114,7 @@ class ListRunner:
 
 @dataclass
 class Notebook:
-    """An observer that remembers, and asks to stop after a number of trials."""
+    """An observer that records trials, and requests a stop after a number of them."""
 
     stop_after: float = math.inf
     records: list[TrialRecord] = field(default_factory=list)
@@ -449,7 +449,7 @@ def test_a_broken_hard_constraint_prunes_the_trial_with_the_number(tmp_path: Pat
             assert record.values is None
 
 
-# --- enough is enough ---
+# --- stop rules ---
 
 
 def searched(path: Path, rules: StopRules, trials: int = 200, **options: Any) -> tuple[str, int]:
@@ -561,7 +561,7 @@ def test_a_killed_asynchronous_sweep_fills_its_holes_first(tmp_path: Path) -> No
     assert resumed[2].number == 4, "the hole was filled first"
 
 
-# --- kills: the sweep runs in a process of its own and dies by SIGKILL ---
+# --- kills: the sweep runs in a process of its own and is ended by SIGKILL ---
 
 
 @pytest.mark.slow

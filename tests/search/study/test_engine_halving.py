@@ -1,5 +1,5 @@
-"""Sweeps whose trials run in stages: who falls behind at a rung is pruned, the same trials whatever
-happens to the sweep."""
+"""Sweeps whose trials run in stages: the worse trials at a rung are pruned, and the same ones after
+any interruption of the sweep."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def settings(halving: ParetoHalving | None = HALVING, **changes: Any) -> StudySe
 
 
 class Killed(BaseException):
-    """What no runner catches."""
+    """An exception that no runner catches."""
 
 
 @dataclass
@@ -291,11 +291,11 @@ def test_a_hard_constraint_ends_a_trial_at_the_first_rung(tmp_path: Path) -> Non
     for record in broken:
         assert record.state == "pruned"
         assert record.reason is not None
-        assert record.reason.startswith("breaks madds_m <= 5")
+        assert record.reason.startswith("violates madds_m <= 5")
         assert record.rungs == {}
         assert [epoch for slot, epoch in function.ran if slot == record.slot] == [1]
     assert any(record.state == "complete" for record in records)
-    # They are compared with nobody: a cheap trial does not fall behind one that may not exist.
+    # They are not compared: a cheap trial must not be pruned for one that may not exist.
     for first in range(0, TRIALS, COHORT):
         found = {record.slot: record.rungs[1] for record in records[first : first + COHORT] if 1 in record.rungs}
         earlier = [record.rungs[1] for record in records[:first] if 1 in record.rungs]

@@ -1,5 +1,5 @@
-"""Non-dominated sorting and crowding against brute force, and what Pareto halving promises whatever
-the trials."""
+"""Non-dominated sorting and crowding against brute force, and properties of Pareto halving for any
+trials."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_the_order_is_by_rank_then_by_distance_then_as_the_rows_stand() -> None:
     assert halving_order(values, GOALS[2]).tolist() == [3, 4, 1, 2, 0, 5]
 
 
-# ---- who goes on
+# ---- the trials that continue
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Batches of trials: every trial is answered once, whoever shares its batch."""
+"""Batches of trials: every trial has one outcome, whatever other trials its batch has."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from tests.search.contracts import RunnerContract, Walks, specs
 
 @dataclass
 class Recorded:
-    """Answers in reverse order, raises for any batch that holds a broken slot, and forgets or
-    invents others."""
+    """Returns outcomes in reverse order, raises for any batch with a broken slot, and omits or adds
+    others."""
 
     lanes: int
     broken: frozenset[int] = frozenset()

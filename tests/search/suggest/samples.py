@@ -97,7 +97,8 @@ class Sweep:
         return cohorts
 
     def cohorts(self) -> list[range]:
-        """Their slots. A Gaussian process takes half a second for each."""
+        """The slots of each cohort; few, because a Gaussian process takes half a second for
+        each."""
         size, number = (3, 2) if self.settings.name == "gp" else (6, 7)
         return [range(first, first + size) for first in range(0, size * number, size)]
 

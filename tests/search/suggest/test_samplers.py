@@ -333,7 +333,7 @@ def test_reference_points_have_as_many_coordinates_as_the_sweep_has_objectives()
 
 @pytest.mark.slow
 def test_suggestions_do_not_depend_on_the_order_of_sets() -> None:
-    """Another process hashes strings otherwise."""
+    """Another process hashes strings differently."""
     code = (
         "import json\nfrom tests.search.suggest.samples import *\n"
         "for name in ('tpe', 'nsga2', 'nsga3'):\n    print(json.dumps(Sweep(settings_of(name), CONDITIONAL).run()))"
