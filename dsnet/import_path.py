@@ -24,6 +24,8 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 USER_PATH = "DSNET_USER_PATH"
 """Environment variable that passes the user's folders of PYTHONPATH to child processes, which
 search them last."""
+ALLOW_IMPORTS = "DSNET_ALLOW_IMPORTS"
+"""Environment variable that allows models by import path if it is 1; `--allow-imports` sets it."""
 WORKER_HOOK = f"{__name__}.protect_imports"
 """Import path of the function that Ray calls in each of its workers before the first task."""
 
@@ -87,6 +89,12 @@ def child_variables() -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join(installed),
         USER_PATH: os.pathsep.join(dict.fromkeys(users)),
     }
+
+
+def is_model_path(model: str) -> bool:
+    """Whether the name of a model is an import path: `package.module:function`."""
+    module, colon, function = model.partition(":")
+    return colon == ":" and all(part.isidentifier() for part in (*module.split("."), *function.split(".")))
 
 
 def import_object(path: str) -> object:

@@ -15,6 +15,7 @@ import click
 
 from dsnet.arithmetic import fix_arithmetic
 from dsnet.errors import DsnetError, StoppedError
+from dsnet.import_path import ALLOW_IMPORTS
 
 if TYPE_CHECKING:
     from dsnet.stop_signals import StopRequest
@@ -30,6 +31,20 @@ DEBUG_VARIABLE = "DSNET_DEBUG"
 SWEEP = click.argument("sweep", type=click.Path(path_type=Path))
 RUN = click.argument("run")
 RUNS = click.option("--runs", default="runs", show_default=True, help="The runs folder.")
+
+
+def _set_allow_imports(_: click.Context, __: click.Parameter, is_allowed: bool) -> None:
+    if is_allowed:
+        os.environ[ALLOW_IMPORTS] = "1"  # also for the processes that this one starts
+
+
+IMPORTS = click.option(
+    "--allow-imports",
+    is_flag=True,
+    expose_value=False,
+    callback=_set_allow_imports,
+    help="Allow a network by import path: it runs code of yours.",
+)
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 
 
@@ -48,6 +63,7 @@ def config_options(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--name", help="Name of the run."),
         click.option("--runs", default=None, help="The runs folder (storage.runs)."),
         click.option("--trials", type=int, help="Number of trials (budget.trials)."),
+        IMPORTS,
     ]
     for option in reversed(options):
         function = option(function)
@@ -187,6 +203,7 @@ def _run(config: SweepConfig, *, take_over: bool, again: str | None = None) -> i
 
 
 @cli.command()
+@IMPORTS
 @RUN
 @RUNS
 @click.option(
@@ -430,6 +447,7 @@ def pareto(
 
 
 @cli.command()
+@IMPORTS
 @RUN
 @RUNS
 @click.option(
@@ -461,6 +479,7 @@ def export(run: str, runs: str, picks: tuple[str, ...], formats: tuple[str, ...]
 
 
 @cli.command()
+@IMPORTS
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option(
     "--data",
@@ -481,6 +500,7 @@ def verify(path: Path, data_path: str | None, as_json: bool) -> None:
 
 
 @cli.command()
+@IMPORTS
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("photos", type=click.Path(path_type=Path), nargs=-1, required=True)
 @AS_JSON
@@ -497,6 +517,7 @@ def predict(bundle: Path, photos: tuple[Path, ...], as_json: bool) -> int:
 
 
 @cli.command()
+@IMPORTS
 @RUN
 @RUNS
 def measure(run: str, runs: str) -> None:

@@ -47,6 +47,7 @@ class Family:
 
 
 _FAMILIES: dict[str, Family] = {}
+_RESOLVERS: list[Callable[[str], Family | None]] = []
 
 
 def register(family: Family) -> None:
@@ -60,6 +61,12 @@ def register(family: Family) -> None:
     _FAMILIES[family.name] = family
 
 
+def register_resolver(resolver: Callable[[str], Family | None]) -> None:
+    """Register a function that makes the family of a name that is not registered, or returns
+    None."""
+    _RESOLVERS.append(resolver)
+
+
 def family_names() -> tuple[str, ...]:
     """The names of all registered families, sorted."""
     load_plugins()
@@ -67,14 +74,18 @@ def family_names() -> tuple[str, ...]:
 
 
 def get_family(name: str) -> Family:
-    """The family registered as `name`.
+    """The family registered as `name`, or made for it by a resolver.
 
     Raises:
         ConfigError: no family has this name.
     """
-    if name not in family_names():
-        raise ConfigError(f"unknown model {name!r}{way_out(name, family_names())}")
-    return _FAMILIES[name]
+    names = family_names()
+    if name in names:
+        return _FAMILIES[name]
+    family = next((found for resolver in _RESOLVERS if (found := resolver(name)) is not None), None)
+    if family is None:
+        raise ConfigError(f"unknown model {name!r}{way_out(name, names)}")
+    return family
 
 
 def unknown_options(name: str, options: Mapping[str, Any]) -> dict[str, str]:

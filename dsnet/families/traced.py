@@ -1,7 +1,8 @@
 """Any network as a supernet: the layout of a plain module that `torch.fx` traces.
 
-Every network of `dsnet.zoo` is a family. Its channel groups are the spaces of
-`dsnet.network.channels`; its sub-networks scale every group by one ratio.
+Every network of `dsnet.zoo` is a family, and so is a module of the user that is named by its import
+path. Its channel groups are the spaces of `dsnet.network.channels`; its sub-networks scale every
+group by one ratio.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ from typing import Any
 
 from torch import fx, nn
 
-from dsnet.families import Family, Task, register
+from dsnet.families import Family, Task, register, register_resolver
 from dsnet.families.options import check_number, is_integer
+from dsnet.import_path import is_model_path
 from dsnet.network.channels import TracedGraph, analyse, parts_of, shape_of, trace, upstream
-from dsnet.network.traced import ENTRY, ENTRY_CELLS, TracedSupernet, example_image, make_plain
+from dsnet.network.plain import example_image, make_plain
+from dsnet.network.traced import ENTRY, ENTRY_CELLS, TracedSupernet
 from dsnet.space.spec import (
     CLASSES,
     IMAGE,
@@ -212,13 +215,22 @@ def _pair(value: Any) -> Pair:
     return (int(value), int(value)) if isinstance(value, int) else (int(value[0]), int(value[1]))
 
 
-for _name in ZOO:
-    register(
-        Family(
-            name=_name,
-            defaults=DEFAULTS,
-            layout=partial(traced_layout, _name),
-            build=TracedSupernet,
-            naming="A number is the share of the channels of every group.",
-        )
+def traced_family(model: str) -> Family:
+    """The family of a plain module.
+
+    Args:
+        model: a name of `dsnet.zoo`, or the import path `package.module:function` of a function
+            (number of classes, channels of the image) -> module.
+    """
+    return Family(
+        name=model,
+        defaults=DEFAULTS,
+        layout=partial(traced_layout, model),
+        build=TracedSupernet,
+        naming="A number is the share of the channels of every group.",
     )
+
+
+for _name in ZOO:
+    register(traced_family(_name))
+register_resolver(lambda name: traced_family(name) if is_model_path(name) else None)

@@ -1,5 +1,5 @@
-"""Axes of weights: which channels of which groups lie along a dimension, and how a sub-network slices
-them."""
+"""Axes of weights: which channels of which groups lie along a dimension, and how a sub-network
+slices them."""
 
 from __future__ import annotations
 

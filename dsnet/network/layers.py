@@ -155,6 +155,10 @@ class BatchNormBank(nn.Module):
         assert updates is not None
         return mean, var, updates
 
+    def keys(self) -> tuple[tuple[int, ...], ...]:
+        """The keys of all statistics, sorted."""
+        return tuple(self._names)
+
     def num_updates(self, widths: tuple[int, ...]) -> int:
         """Number of updates of the statistics that a sub-network of these widths uses."""
         return int(self.statistics(self.key_of(widths))[2])

@@ -14,15 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from dsnet.errors import ConfigError
 from dsnet.network.axes import Axes, Axis, Widths, take
 from dsnet.network.channels import TracedGraph, analyse, trace
 from dsnet.network.layers import BatchNormBank, SlicedGroupNorm
+from dsnet.network.plain import example_image, make_plain
+from dsnet.network.slicing import corner
 from dsnet.network.supernet import Supernet, TrunkOutput
-from dsnet.space.spec import Op, Subnet, SupernetSpec
+from dsnet.space.spec import CLASSES, Op, Subnet, SupernetSpec
 from dsnet.space.subnet_set import SubnetSet
-from dsnet.wording import way_out
-from dsnet.zoo import ZOO
 
 ENTRY = "entry"
 """Name of the gate before the network, and of the operation that makes its evidence."""
@@ -46,6 +45,10 @@ class TracedConv2d(nn.Module):
         """The axes of the parameters."""
         weight = (self.num_out, None if self.is_depthwise else self.num_in)
         return {"weight": weight} if self.bias is None else {"weight": weight, "bias": (self.num_out,)}
+
+    def load_plain(self, plain: nn.Module) -> None:
+        """Copy the weights of the layer that this one was made of."""
+        _copy_corners(self, plain)
 
     def _slices(self, widths: Widths) -> tuple[Tensor, Tensor | None]:
         axes = self.axes()
@@ -84,6 +87,10 @@ class TracedLinear(nn.Module):
         """The axes of the parameters."""
         weight = (self.num_out, self.num_in)
         return {"weight": weight} if self.bias is None else {"weight": weight, "bias": (self.num_out,)}
+
+    def load_plain(self, plain: nn.Module) -> None:
+        """Copy the weights of the layer that this one was made of."""
+        _copy_corners(self, plain)
 
     def _slices(self, widths: Widths) -> tuple[Tensor, Tensor | None]:
         axes = self.axes()
@@ -124,6 +131,26 @@ class TracedNorm(BatchNormBank):
         """The axes of the shared affine pair."""
         return {} if self.private_affine else {"weight": (self.channels,), "bias": (self.channels,)}
 
+    def load_plain(self, plain: nn.Module) -> None:
+        """Copy the affine pair, and for every key the statistics of the channels that it keeps.
+
+        Only the statistics of the widest are exact: those of a narrower input differ, and are
+        estimated anew by training or recalibration.
+        """
+        tensors = dict(plain.state_dict())
+        if not self.private_affine:
+            _copy_corners(self, plain)
+        for key in self.keys():
+            widths = self._widths(key)
+            mean, var, updates = self.statistics(key)
+            mean.copy_(take(tensors["running_mean"], (self.channels,), widths))
+            var.copy_(take(tensors["running_var"], (self.channels,), widths))
+            updates.fill_(1)
+            if self.private_affine:
+                weight, bias = self.affine(key)
+                weight.copy_(take(tensors["weight"], (self.channels,), widths))
+                bias.copy_(take(tensors["bias"], (self.channels,), widths))
+
     def _widths(self, key: tuple[int, ...]) -> Mapping[int, int]:
         """The widths of the groups upstream."""
         return dict(zip(self.depends, key, strict=True))
@@ -155,6 +182,10 @@ class TracedGroupNorm(SlicedGroupNorm):
         """The axes of the affine pair."""
         return {"weight": (self.channels,), "bias": (self.channels,)}
 
+    def load_plain(self, plain: nn.Module) -> None:
+        """Copy the affine pair; a GroupNorm keeps no statistics."""
+        _copy_corners(self, plain)
+
     def forward(self, x: Tensor, widths: Widths) -> Tensor:
         """Normalise [B, c, H, W] at a sub-network's widths."""
         return super().forward(x, (self.channels.size(widths),))
@@ -162,6 +193,13 @@ class TracedGroupNorm(SlicedGroupNorm):
     def cut(self, prefix: Widths) -> nn.GroupNorm:
         """The slice as a plain GroupNorm."""
         return super().cut((self.channels.size(prefix),))
+
+
+def _copy_corners(layer: nn.Module, plain: nn.Module) -> None:
+    """Copy the parameters of a plain layer, as far as the sliced layer has them."""
+    tensors = plain.state_dict()
+    for name, parameter in layer.named_parameters():
+        parameter.copy_(corner(tensors[name], *parameter.shape[: min(2, parameter.ndim)]))
 
 
 Sliced = TracedConv2d | TracedLinear | TracedNorm | TracedGroupNorm
@@ -188,7 +226,7 @@ class EntryGate(nn.Module):
 class TracedSupernet(Supernet):
     """A plain module whose convolutions, linear layers and norms are sliced.
 
-    `spec.layout` names the module: `model` is a name of `dsnet.zoo` or an import path.
+    `spec.layout` names the module: `model` is a name for `dsnet.network.plain.make_plain`.
     """
 
     def __init__(self, spec: SupernetSpec, subnets: SubnetSet, generator: torch.Generator | None = None) -> None:
@@ -198,6 +236,26 @@ class TracedSupernet(Supernet):
         traced = analyse(trace(plain, example_image(spec.in_channels, spec.image_size)))
         self.entry = EntryGate()
         self.body = sliced_graph(traced, spec, subnets)
+
+    @torch.no_grad()
+    def load_plain(self, plain: nn.Module) -> None:
+        """Copy the weights of the plain module, which has the shape of the one that was traced."""
+        tensors = plain.state_dict()
+        for name, layer in self.body.named_modules():
+            if isinstance(layer, Sliced):
+                layer.load_plain(plain.get_submodule(name))
+        sliced = {name for name, layer in self.body.named_modules() if isinstance(layer, Sliced)}
+        for name, tensor in self.body.state_dict().items():
+            if name.rpartition(".")[0] not in sliced:
+                tensor.copy_(tensors[name])
+
+    def class_tensors(self) -> tuple[str, ...]:
+        """The names, in the plain module, of the tensors with a row for each class."""
+        return tuple(
+            name.removeprefix("body.")
+            for name, axes in self.axes().items()
+            if axes[0] is not None and any(group == CLASSES for group, _, _ in axes[0].parts)
+        )
 
     def upto_gate(self, gate: int, x: Tensor, subnet: Subnet) -> TrunkOutput:
         """The entry gate: its evidence is a small view of the images, which pass unchanged."""
@@ -223,24 +281,6 @@ class TracedSupernet(Supernet):
     def cut_head(self, subnet: Subnet) -> nn.Module:
         """The whole network of a sub-network as a plain `torch.fx` module."""
         return plain_graph(self.body, subnet.widths)
-
-
-def example_image(channels: int, size: int) -> Tensor:
-    """The image with which a network is traced."""
-    return torch.zeros(1, channels, size, size)
-
-
-def make_plain(model: str, num_classes: int, in_channels: int, seed: int) -> nn.Module:
-    """A plain module with fresh weights.
-
-    Raises:
-        ConfigError: no network of the zoo has this name.
-    """
-    if model not in ZOO:
-        raise ConfigError(f"unknown network {model!r}{way_out(model, list(ZOO))}")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return ZOO[model](num_classes, in_channels)
 
 
 def sliced_graph(traced: TracedGraph, spec: SupernetSpec, subnets: SubnetSet) -> fx.GraphModule:

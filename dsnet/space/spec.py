@@ -113,8 +113,8 @@ class Op:
     divisions: int = 1
     """Groups of a grouped convolution; channels per input channel of a depthwise one."""
     depends: tuple[int, ...] = ()
-    """Groups whose widths are the key of the op's BatchNorm statistics, the written ones last; empty:
-    all groups up to `out_group`."""
+    """Groups whose widths are the key of the op's BatchNorm statistics, the written ones last;
+    empty: all groups up to `out_group`."""
 
     def input_width(self, widths: Sequence[int]) -> int:
         """Number of input channels for a sub-network's widths (not for an op that reads the
@@ -213,6 +213,11 @@ class SupernetSpec:
                 f"the stored supernet spec cannot be read: {error}; it was written by another version"
             ) from error
 
+    @property
+    def max_widths(self) -> tuple[int, ...]:
+        """All channels of every group."""
+        return tuple(group.max_width for group in self.groups)
+
     def num_prefix_groups(self, gate: int) -> int:
         """Number of channel groups before a gate; for a number past the last gate, all of them."""
         return self.gates[gate].num_prefix_groups if gate < len(self.gates) else len(self.groups)
@@ -232,7 +237,8 @@ class SupernetSpec:
         for width, group in zip(subnet.widths, self.groups, strict=True):
             if group.pinned and width != group.max_width:
                 raise ValueError(
-                    f"sub-network {subnet.name!r}: channel group {group.name!r} keeps all {group.max_width} channels, not {width}: {group.pinned}"
+                    f"sub-network {subnet.name!r}: channel group {group.name!r} keeps all {group.max_width} channels, "
+                    f"not {width}: {group.pinned}"
                 )
             if not 1 <= width <= group.max_width:
                 raise ValueError(

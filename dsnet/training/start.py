@@ -23,6 +23,7 @@ from dsnet.seeds import derive_seed
 from dsnet.space.spec import CLASSES, SupernetSpec
 from dsnet.space.subnet_set import SubnetSet
 from dsnet.stored.checkpoint import load_checkpoint, tensors_below
+from dsnet.training.plain_start import SUFFIXES, PlainStart, is_plain, load_plain_start
 from dsnet.training.supernet_run import SupernetRun
 
 CHECKPOINT_MODEL = "checkpoint"
@@ -55,21 +56,36 @@ class Start:
         """The record for `SupernetRun.origin`, which identifies the file without its folder."""
         return {"file": f"{self.stem.name}.safetensors", "sha256": self.sha256}
 
+    def check_channels(self, in_channels: int) -> None:
+        """Raise ConfigError if the network reads images of another number of channels."""
+        _check_channels(self.subnets.spec, in_channels)
 
-def load_start(source: Path) -> Start:
+    def apply(self, supernet: Supernet) -> list[str]:
+        """Copy the weights; see `apply_start`."""
+        return apply_start(supernet, self)
+
+
+StartWeights = Start | PlainStart
+"""Weights from which training starts: a stored supernet, or a plain network."""
+
+
+def load_start(source: Path) -> StartWeights:
     """Read start weights.
 
     Args:
         source: a checkpoint (its stem or one of its two files; final or of an epoch), a folder that
             holds `final.*`, the output folder of `python -m dsnet.training`, or a run folder of the
-            pipeline. `~` and $VARIABLES are expanded. From an epoch's checkpoint the weights are
-            taken that its run would keep (the EMA copy or the student).
+            pipeline; or a state dict of a plain network (see `dsnet.training.plain_start`). `~` and
+            $VARIABLES are expanded. From an epoch's checkpoint the weights are taken that its run
+            would keep (the EMA copy or the student).
 
     Raises:
         CheckpointError: there is no finished checkpoint (the message lists the places searched), it
             is damaged, or it holds NaN or infinity.
     """
     stem = find_checkpoint(source)
+    if is_plain(stem):
+        return load_plain_start(stem)
     tensors, meta = load_checkpoint(stem)
     if "spec" not in meta or "subnets" not in meta:
         raise CheckpointError(
@@ -90,12 +106,15 @@ def load_start(source: Path) -> Start:
 
 
 def find_checkpoint(source: Path) -> Path:
-    """The stem of the checkpoint that `source` denotes (see `load_start`).
+    """The stem of the checkpoint that `source` denotes (see `load_start`); a state dict's whole
+    path.
 
     Raises:
         CheckpointError: there is no finished checkpoint.
     """
     source = Path(os.path.expandvars(source)).expanduser()
+    if is_plain(source):
+        return source
     candidates = list(_candidates(source))
     for stem in candidates:
         if _json_of(stem).is_file():
@@ -103,7 +122,8 @@ def find_checkpoint(source: Path) -> Path:
     looked = ", ".join(f"{_json_of(stem)}" for stem in candidates)
     raise CheckpointError(
         f"supernet.init_from: no finished checkpoint at {source} (looked for {looked}); name a checkpoint, "
-        "a run folder whose supernet is trained, or the output folder of `python -m dsnet.training`"
+        "a run folder whose supernet is trained, the output folder of `python -m dsnet.training`, or the state dict of a plain "
+        f"network ({', '.join(SUFFIXES)})"
     )
 
 
@@ -219,7 +239,7 @@ def _classifiers(spec: SupernetSpec) -> tuple[str, ...]:
     return tuple(f"{op.name}." for op in spec.ops if op.out_group == CLASSES)
 
 
-def check_start(run: SupernetRun, start: Start | None, fresh: Sequence[str], num_classes: int) -> None:
+def check_start(run: SupernetRun, start: StartWeights | None, fresh: Sequence[str], num_classes: int) -> None:
     """Check that a run trains all fresh tensors and estimates all BatchNorm statistics.
 
     Args:
@@ -240,8 +260,8 @@ def check_start(run: SupernetRun, start: Start | None, fresh: Sequence[str], num
     if run.train.epochs == 0 and len(statistics) < len(fresh):
         assert start is not None
         raise ConfigError(
-            f"supernet.train.epochs is 0, but the classifier of {start.stem} has {start.num_classes} classes and the data has "
-            f"{num_classes}: a new classifier must be trained, for 1 epoch or more"
+            f"supernet.train.epochs is 0, but the classifier of {start.stem} does not have the {num_classes} classes of the data: "
+            "a new classifier must be trained, for 1 epoch or more"
         )
     if run.recalibration_images == 0 and (run.train.epochs > 0 or statistics):
         outdated = (
@@ -258,20 +278,20 @@ def relayout(subnets: SubnetSet, task: Task) -> SubnetSet:
     Raises:
         ConfigError: the images have another number of channels.
     """
-    _check_channels(subnets.spec, task)
+    _check_channels(subnets.spec, task.in_channels)
     return replace(subnets, spec=replace(subnets.spec, num_classes=task.num_classes, image_size=task.image_size))
 
 
-def _check_channels(spec: SupernetSpec, task: Task) -> None:
-    if spec.in_channels != task.in_channels:
+def _check_channels(spec: SupernetSpec, in_channels: int) -> None:
+    if spec.in_channels != in_channels:
         raise ConfigError(
-            f"supernet.init_from: the network reads images of {spec.in_channels} channel(s), but the data has {task.in_channels}; "
+            f"supernet.init_from: the network reads images of {spec.in_channels} channel(s), but the data has {in_channels}; "
             "choose another checkpoint or other data"
         )
 
 
 def lay_out(
-    model: str, task: Task, options: Mapping[str, Any], norm: str | None = None, start: Start | None = None
+    model: str, task: Task, options: Mapping[str, Any], norm: str | None = None, start: StartWeights | None = None
 ) -> SubnetSet:
     """The sub-networks to train: those of a family, or with model `checkpoint` those of the start
     weights.
@@ -291,10 +311,15 @@ def lay_out(
     """
     if model != CHECKPOINT_MODEL:
         if start is not None:
-            _check_channels(start.subnets.spec, task)
+            start.check_channels(task.in_channels)
         return layout(model, task, options, norm)
     if start is None:
         raise ConfigError("supernet.model is 'checkpoint', but supernet.init_from is not set; set it to a checkpoint")
+    if not isinstance(start, Start):
+        raise ConfigError(
+            f"supernet.model is 'checkpoint', but {start.stem} holds the weights of a plain network; "
+            "name the network itself, such as resnet50"
+        )
     if options:
         raise ConfigError(
             f"supernet.options: model 'checkpoint' takes its network's options from the checkpoint; remove {', '.join(sorted(options))}"
@@ -308,7 +333,7 @@ def lay_out(
     return subnets
 
 
-def first_weights(subnets: SubnetSet, seed: int, start: Start | None = None) -> tuple[Supernet, list[str]]:
+def first_weights(subnets: SubnetSet, seed: int, start: StartWeights | None = None) -> tuple[Supernet, list[str]]:
     """The supernet with its initial weights, and the names of the tensors that do not come from
     `start`.
 
@@ -318,4 +343,4 @@ def first_weights(subnets: SubnetSet, seed: int, start: Start | None = None) -> 
         CheckpointError: as `apply_start`.
     """
     supernet = rebuild(subnets, torch.Generator().manual_seed(derive_seed(seed, "weights")))
-    return supernet, list(supernet.state_dict()) if start is None else apply_start(supernet, start)
+    return supernet, list(supernet.state_dict()) if start is None else start.apply(supernet)

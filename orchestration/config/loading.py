@@ -19,6 +19,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from dsnet.errors import ConfigError
+from dsnet.import_path import is_model_path
 from dsnet.wording import shown, way_out
 from orchestration.config.default_space import default_space
 from orchestration.config.first_release import first_release_settings
@@ -388,7 +389,7 @@ def _model_problems(stack: _Stack, known_models: Sequence[str] | None) -> Iterat
     if known_models is None or not isinstance(model, str) or not model:
         return
     known = [*known_models, CHECKPOINT_MODEL]
-    if model not in known:
+    if model not in known and not is_model_path(model):
         message = f"unknown model '{model}'{way_out(model, known, 'known models')}"
         yield stack.problem(("supernet", "model"), message)
     elif model != CHECKPOINT_MODEL and isinstance(supernet.get("options"), dict):
@@ -409,7 +410,7 @@ def _option_problems(config: SweepConfig, stack: _Stack, known_models: Sequence[
     swept = supernet_space(config)
     if "supernet.model" in swept:
         for model in swept["supernet.model"].edge_values():
-            if model not in known_models:
+            if model not in known_models and not is_model_path(str(model)):
                 message = f"unknown model '{model}'{way_out(str(model), known_models, 'known models')}"
                 yield stack.problem(("space", "supernet.model"), message)
                 return

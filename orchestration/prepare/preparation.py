@@ -31,7 +31,7 @@ from dsnet.space.subnet_set import SubnetSet
 from dsnet.standalone.output_folder import RESULT_VERSIONS
 from dsnet.training.data_defaults import DataDefault
 from dsnet.training.settings import BootstrapSettings, TrainSettings
-from dsnet.training.start import Start, check_start, find_checkpoint, first_weights, lay_out, load_start
+from dsnet.training.start import StartWeights, check_start, find_checkpoint, first_weights, lay_out, load_start
 from dsnet.training.supernet import FINAL
 from dsnet.training.supernet_run import SupernetRun
 from orchestration.config.resolve import conditions, resolve_cores
@@ -68,7 +68,7 @@ class StartPoint:
     """Names of the network's tensors that the checkpoint does not have."""
 
     @classmethod
-    def of(cls, start: Start, subnets: SubnetSet) -> StartPoint:
+    def of(cls, start: StartWeights, subnets: SubnetSet) -> StartPoint:
         """Load the weights into the network once, so that weights that do not fit are refused
         before anything runs.
 
@@ -283,7 +283,7 @@ def _from_finished_stage(config: SweepConfig, run: RunDir, images: Images | None
     return prepared if stage_record(stage_definitions(prepared)[0], {}).key == entry["key"] else None
 
 
-def _checked(prepared: Prepared, start: Start | None) -> Prepared:
+def _checked(prepared: Prepared, start: StartWeights | None) -> Prepared:
     """The preparation with its start weights checked against the network."""
     if start is not None:
         prepared = replace(prepared, start=StartPoint.of(start, prepared.subnets))
@@ -292,7 +292,7 @@ def _checked(prepared: Prepared, start: Start | None) -> Prepared:
     return prepared
 
 
-def _laid_out(config: SweepConfig, start: Start | None, images: Images | None) -> Prepared:
+def _laid_out(config: SweepConfig, start: StartWeights | None, images: Images | None) -> Prepared:
     """Prepare data, splits and network; `start` may give the network and the normalisation."""
     supernet = config.supernet
     resolve_device(supernet.device)

@@ -38,6 +38,7 @@ from dsnet.training.settings import REGIMES
 from dsnet.training.train_cost import shared_forward_madds, step_madds
 from orchestration.config.loading import load_config
 from orchestration.prepare.preparation import prepare
+from tests.dsnet.cases import FAMILIES
 from tests.dsnet.samples import random_images, small_supernet
 
 TINY = replace(SCALES["quick"], train=replace(SCALES["quick"].train, epochs=2), lengths=(1.0,))
@@ -55,7 +56,7 @@ def threads_restored() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("family", family_names())
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_network_alone_has_the_shape_of_the_materialised_sub_network(family: str) -> None:
     supernet = small_supernet(family)
     for subnet in supernet.subnets.all:
@@ -78,7 +79,7 @@ def test_networks_alone_differ_by_their_seed() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", family_names())
+@pytest.mark.parametrize("family", FAMILIES)
 def test_the_shared_forward_costs_what_its_segments_cost_when_each_runs_once(family: str) -> None:
     """Counted by torch: the trunk once, then every tail."""
     supernet = small_supernet(family).eval()

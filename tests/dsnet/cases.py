@@ -19,6 +19,7 @@ from dsnet.network.layers import BatchNormBank
 from dsnet.network.supernet import Supernet
 from dsnet.space.spec import NORMS, Subnet
 from dsnet.space.subnet_set import SubnetSet
+from dsnet.zoo import ZOO
 from tests.dsnet.samples import SMALL_OPTIONS, shaken, task
 
 FURTHER_OPTIONS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
@@ -35,6 +36,15 @@ FURTHER_OPTIONS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
         "all paths": {"depth": 8, "width": 0.5, "ratios": [0.5, 1.0], "paths": "all", "stem": "large"},
     },
 }
+
+
+HAND_WRITTEN = tuple(name for name in family_names() if name not in ZOO)
+"""The families that are not traced; one that registers is tested without further ado."""
+TRACED = ("tests.dsnet.nets:Residual", "tests.dsnet.nets:Dense", "tests.dsnet.nets:Pinned")
+"""Small networks of family `traced`; those of the zoo have tests of their own."""
+
+FAMILIES = (*HAND_WRITTEN, TRACED[0])
+"""Families where one traced network stands for all."""
 
 
 @dataclass(frozen=True)
@@ -78,19 +88,22 @@ def neighbours(own: SubnetSet) -> SubnetSet:
     """
     spec = own.spec
     shared = spec.num_prefix_groups(0)
-    base = (*own.prefix_upto(0), *(group.max_width // 2 + 1 for group in spec.groups[shared:]))
-    last = len(base) - 1
+    free = [group for group in range(shared, len(spec.groups)) if not spec.groups[group].pinned]
+    base = tuple(
+        (own.prefix_upto(0) + spec.max_widths[shared:])[number] if number not in free else group.max_width // 2 + 1
+        for number, group in enumerate(spec.groups)
+    )
     members = [Subnet("base", base)]
-    for group in sorted({shared, shared + 1, shared + 2, last - 1, last} & set(range(shared, last + 1))):
+    for group in sorted({*free[:3], *free[-2:]}):
         widths = list(base)
         widths[group] = spec.groups[group].max_width
         members.append(Subnet(f"wide-{group}", tuple(widths)))
-    return SubnetSet(spec, tuple(members), Subnet("largest", tuple(group.max_width for group in spec.groups)))
+    return SubnetSet(spec, tuple(members), Subnet("largest", spec.max_widths))
 
 
 def _cases() -> list[Case]:
     cases = []
-    for family in family_names():
+    for family in (*HAND_WRITTEN, *TRACED):
         small = SMALL_OPTIONS.get(family, {})
         cases += [Case(norm, family, small, norm) for norm in NORMS]
         cases.append(Case("handmade private_affine", family, small, "private_affine", is_handmade=True))

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from dsnet.deploy.dynamic import DynamicNet
 from dsnet.deploy.materialize import materialize, materialize_head, materialize_upto_gate
-from dsnet.families import family_names
 from dsnet.network.supernet import Supernet
 from dsnet.routers.base import STOP, Evidence, Executed, Router
 from dsnet.routers.cascade import CascadeRouter
@@ -20,6 +19,7 @@ from dsnet.routers.gate import GateRouter
 from dsnet.routing.table_routing import run_on_table
 from dsnet.space.cost import subnet_cost
 from dsnet.space.route_tree import RouteTree
+from tests.dsnet.cases import FAMILIES
 from tests.dsnet.samples import (
     NORMALIZATION,
     ROUTER_KINDS,
@@ -140,7 +140,7 @@ def num_bytes(module: nn.Module) -> int:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("cut_weights", "fold_bn"), [(True, True), (True, False), (False, False)])
-@pytest.mark.parametrize("family", family_names())
+@pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_grouped_equals_each_image_alone(family: str, cut_weights: bool, fold_bn: bool) -> None:
     supernet = small_supernet(family)

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from dsnet.deploy.materialize import materialize, materialize_tail, materialize_trunk
-from dsnet.families import create, family_names, get_family, rebuild
+from dsnet.families import create, get_family, rebuild
 from dsnet.network.supernet import EVIDENCE_PARTS, Supernet, restrict, state_for_saving
 from dsnet.space.spec import Subnet
-from tests.dsnet.cases import BANKED_CASES, CASES, Case, NormKeys
+from tests.dsnet.cases import BANKED_CASES, CASES, FAMILIES, Case, NormKeys
 from tests.dsnet.samples import SMALL_OPTIONS, random_images, random_labels, task
 
 each_case = pytest.mark.parametrize("case", CASES, ids=str)
@@ -292,7 +292,7 @@ def test_evidence_is_what_the_gate_sees(case: Case) -> None:
         trunk.evidence("colour")
 
 
-@pytest.mark.parametrize("family", [name for name in family_names() if "dropout" in get_family(name).defaults])
+@pytest.mark.parametrize("family", [name for name in FAMILIES if "dropout" in get_family(name).defaults])
 @torch.no_grad()
 def test_dropout_touches_the_largest_in_training_only(family: str) -> None:
     supernet = create(family, task(), {**SMALL_OPTIONS.get(family, {}), "dropout": 0.5})

@@ -15,14 +15,13 @@ from safetensors.numpy import load_file, save_file
 
 from dsnet.data.tensors import Batch, TensorData
 from dsnet.errors import CheckpointError
-from dsnet.families import family_names
 from dsnet.measure import evaluate
 from dsnet.measure.evaluate import build_routing_table, join_tables, subnet_accuracy
 from dsnet.network.supernet import EVIDENCE_PARTS, Supernet
 from dsnet.routing.routing_table import MAX_FULL_CLASSES, NUM_TOP_LOGITS, RoutingTable, _digest
 from dsnet.space.cost import subnet_cost
 from dsnet.space.route_tree import RouteTree
-from tests.dsnet.cases import CASES, Case
+from tests.dsnet.cases import CASES, FAMILIES, Case
 from tests.dsnet.samples import (
     NORMALIZATION,
     lively_supernet,
@@ -63,7 +62,7 @@ def assert_equals_brute_force(table: RoutingTable, supernet: Supernet, data: Ten
             assert set(classes[: len(stored)]) == set(ranked[: len(stored)])
 
 
-@pytest.mark.parametrize("family", family_names())
+@pytest.mark.parametrize("family", FAMILIES)
 def test_table_equals_brute_force(family: str) -> None:
     supernet, data = lively_supernet(family), tensor_data(9)
     table = build_routing_table(supernet, data, "val", NORMALIZATION, batch_size=4)

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from dsnet.errors import CheckpointError, ConfigError
-from dsnet.families import Family, create, family_names, get_family, layout, rebuild, register
+from dsnet.families import Family, create, get_family, layout, rebuild, register
 from dsnet.space.cost import subnet_cost
 from dsnet.space.spec import Subnet, SupernetSpec
 from dsnet.space.subnet_set import SubnetSet
-from tests.dsnet.cases import CASES, Case
+from tests.dsnet.cases import CASES, FAMILIES, Case
 from tests.dsnet.samples import small_set, task
 
 
@@ -125,7 +125,7 @@ def test_members_that_differ_before_the_gate_are_refused_where_a_gate_is_attache
         rebuild(mixed)
 
 
-@pytest.mark.parametrize("family", family_names())
+@pytest.mark.parametrize("family", FAMILIES)
 def test_prefix_is_what_all_members_share(family: str) -> None:
     subnets = small_set(family)
     prefix = subnets.prefix_upto(0)

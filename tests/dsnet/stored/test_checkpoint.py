@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from dsnet.errors import CheckpointError
-from dsnet.families import family_names
 from dsnet.stored.checkpoint import load_exactly, load_supernet, load_tensors, save_supernet, save_tensors
+from tests.dsnet.cases import FAMILIES
 from tests.dsnet.samples import random_images, small_supernet
 
 
-@pytest.mark.parametrize("family", family_names())
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_stored_supernet_loads_bit_equal_in_eval_mode(tmp_path: Path, family: str) -> None:
     supernet = small_supernet(family)
     save_supernet(tmp_path / "net", supernet, {"note": 7})

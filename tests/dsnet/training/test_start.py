@@ -11,7 +11,7 @@ import torch
 
 from dsnet.data.training_images import InMemoryImages
 from dsnet.errors import CheckpointError, ConfigError
-from dsnet.families import family_names, layout, rebuild
+from dsnet.families import layout, rebuild
 from dsnet.files import atomic_write_json, file_sha256
 from dsnet.network.supernet import Supernet
 from dsnet.space.subnet_set import SubnetSet
@@ -20,6 +20,7 @@ from dsnet.training.settings import TrainSettings
 from dsnet.training.start import Start, apply_start, check_start, first_weights, lay_out, load_start, relayout
 from dsnet.training.supernet import train_supernet
 from dsnet.training.supernet_run import SupernetRun
+from tests.dsnet.cases import FAMILIES
 from tests.dsnet.samples import (
     NORMALIZATION,
     SMALL_OPTIONS,
@@ -108,7 +109,7 @@ def test_a_file_without_a_supernet_and_a_damaged_one_are_refused(tmp_path: Path)
         load_start(tmp_path)
 
 
-@pytest.mark.parametrize("family", family_names())
+@pytest.mark.parametrize("family", FAMILIES)
 def test_equal_layouts_take_every_tensor(tmp_path: Path, family: str) -> None:
     subnets = small_set(family)
     net = stored(tmp_path, subnets)
@@ -118,7 +119,7 @@ def test_equal_layouts_take_every_tensor(tmp_path: Path, family: str) -> None:
     assert all(torch.equal(taken.eval()(x, subnet), net(x, subnet)) for subnet in subnets.all)
 
 
-@pytest.mark.parametrize("family", family_names())
+@pytest.mark.parametrize("family", FAMILIES)
 def test_another_class_count_leaves_the_classifier_alone_fresh(tmp_path: Path, family: str) -> None:
     stored(tmp_path, small_set(family))
     taken = rebuild(small_set(family, num_classes=4), torch.Generator().manual_seed(9))
@@ -198,7 +199,7 @@ def test_start_weights_that_are_not_finite_are_refused(tmp_path: Path, value: fl
         load_start(tmp_path)
 
 
-@pytest.mark.parametrize("family", family_names())
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_network_laid_out_for_another_task_equals_the_family_s_own_layout(family: str) -> None:
     there = small_set(family, num_classes=10, image_size=16)
     assert relayout(there, task(4, 24)) == small_set(family, num_classes=4, image_size=24)

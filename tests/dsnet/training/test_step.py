@@ -10,13 +10,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dsnet.families import create, family_names
+from dsnet.families import create
 from dsnet.network.supernet import Supernet
 from dsnet.space.spec import Subnet
 from dsnet.space.subnet_set import SubnetSet
 from dsnet.training.losses import smoothed_one_hot, soft_cross_entropy
 from dsnet.training.settings import Teacher
 from dsnet.training.step import StepPlan, StepRules, supernet_step
+from tests.dsnet.cases import FAMILIES
 from tests.dsnet.samples import random_images, random_labels, shaken, small_supernet, task
 
 SMOOTHING = 0.1
@@ -108,7 +109,7 @@ them, and the others the one in which every term counts."""
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "soft_weight", "trust"),
-    [(family, *loss) for family in family_names() for loss in (LOSSES if family == "ds_tiny" else LOSSES[:1])],
+    [(family, *loss) for family in FAMILIES for loss in (LOSSES if family == "ds_tiny" else LOSSES[:1])],
 )
 @pytest.mark.parametrize("is_cold", [False, True])
 @pytest.mark.parametrize("kind", TEACHERS)
@@ -204,7 +205,7 @@ def test_a_set_without_random_members_trains_with_every_teacher() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", family_names())
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kind", TEACHERS)
 def test_a_set_of_one_member_takes_a_plain_step(family: str, kind: str) -> None:
     """One forward and backward with the labels: the same gradients and statistics as the network on

@@ -1,0 +1,72 @@
+"""Plain modules by name: networks of `dsnet.zoo`, and functions of the user by import path."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Float32
+from torch import Tensor, nn
+
+from dsnet.errors import ConfigError
+from dsnet.import_path import ALLOW_IMPORTS, import_object, is_model_path
+from dsnet.wording import way_out
+from dsnet.zoo import ZOO
+
+
+def example_image(channels: int, size: int) -> Float32[Tensor, "1 channels size size"]:
+    """The image with which a network is traced."""
+    return torch.zeros(1, channels, size, size)
+
+
+def make_plain(model: str, num_classes: int, in_channels: int, seed: int) -> nn.Module:
+    """A plain module with fresh weights; equal seeds give equal weights.
+
+    Args:
+        model: a name of `dsnet.zoo`, or the import path `package.module:function` of a function
+            (number of classes, channels of the image) -> module.
+        num_classes: number of logits.
+        in_channels: channels of the image.
+        seed: seed of torch's generator while the module is made.
+
+    Raises:
+        ConfigError: no network has this name, import paths are not allowed, the function cannot be
+            imported, it raises, or it returns something else.
+    """
+    if model in ZOO:
+        make = ZOO[model]
+    elif is_model_path(model):
+        make = _imported(model)
+    else:
+        raise ConfigError(f"unknown network {model!r}{way_out(model, list(ZOO))}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            module = make(num_classes, in_channels)
+        except Exception as error:
+            raise ConfigError(
+                f"supernet.model: {model} raised {type(error).__name__}: {error}; it is called as "
+                f"function({num_classes}, {in_channels}), with the number of classes and the channels of the image"
+            ) from error
+    if not isinstance(module, nn.Module):
+        raise ConfigError(
+            f"supernet.model: {model} returned {type(module).__name__}, but must return a torch.nn.Module"
+        )
+    return module
+
+
+def _imported(model: str) -> Callable[[int, int], Any]:
+    """The function at an import path."""
+    if os.environ.get(ALLOW_IMPORTS) != "1":
+        raise ConfigError(
+            f"supernet.model: {model!r} runs code of yours; allow that with --allow-imports, or {ALLOW_IMPORTS}=1"
+        )
+    try:
+        found = import_object(model.replace(":", "."))
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"supernet.model: {model!r} cannot be imported: {error}") from error
+    if not callable(found):
+        raise ConfigError(f"supernet.model: {model!r} is {type(found).__name__}, but must be a function")
+    return found

@@ -1,0 +1,132 @@
+"""Small plain networks that the tests trace, as a user might write them."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class SqueezeExcite(nn.Module):
+    """Weights of the channels from their means."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.reduce = nn.Conv2d(width, width // 2, 1)
+        self.expand = nn.Conv2d(width // 2, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = self.expand(F.relu(self.reduce(F.adaptive_avg_pool2d(x, 1))))
+        return x * torch.sigmoid(weights)
+
+
+class Block(nn.Module):
+    """An inverted residual: expansion, depthwise convolution, squeeze and excite, projection."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.expand = nn.Sequential(nn.Conv2d(width, 2 * width, 1, bias=False), nn.BatchNorm2d(2 * width), nn.SiLU())
+        self.depthwise = nn.Conv2d(2 * width, 2 * width, 3, padding=1, groups=2 * width, bias=False)
+        self.norm = nn.BatchNorm2d(2 * width)
+        self.attention = SqueezeExcite(2 * width)
+        self.project = nn.Conv2d(2 * width, width, 1, bias=False)
+        self.project_norm = nn.BatchNorm2d(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.attention(F.relu6(self.norm(self.depthwise(self.expand(x)))))
+        return x + self.project_norm(self.project(y))
+
+
+class Residual(nn.Module):
+    """A stem, a residual block, and a stage with a projection; ends with dropout."""
+
+    def __init__(self, num_classes: int, in_channels: int) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(in_channels, 8, 3, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(8)
+        self.block = Block(8)
+        self.pool = nn.MaxPool2d(3, 2, padding=1)
+        self.down = nn.Conv2d(8, 16, 3, stride=2, padding=1)
+        self.skip = nn.Conv2d(8, 16, 1, stride=2)
+        self.norm = nn.BatchNorm2d(16)
+        self.dropout = nn.Dropout(0.1)
+        self.fc = nn.Linear(16, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.pool(self.block(F.relu(self.bn(self.stem(images)))))
+        x = F.relu(self.norm(self.down(x)) + self.skip(x))
+        return self.fc(self.dropout(x.mean((2, 3))))
+
+
+class Dense(nn.Module):
+    """Concatenated features, as in DenseNet and SqueezeNet, flattened for the classifier."""
+
+    def __init__(self, num_classes: int, in_channels: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(in_channels, 8, 3, stride=2, padding=1)
+        self.left = nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.ReLU())
+        self.right = nn.Sequential(nn.Conv2d(8, 12, 3, padding=1), nn.BatchNorm2d(12), nn.ReLU())
+        self.norm = nn.BatchNorm2d(28)
+        self.last = nn.Conv2d(28, 8, 3, stride=2, padding=1)
+        self.pool = nn.AdaptiveAvgPool2d(2)
+        self.hidden = nn.Linear(32, 16)
+        self.classifier = nn.Linear(16, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = F.relu(self.first(images))
+        x = torch.cat([x, self.left(x), self.right(x)], 1)
+        x = self.pool(F.relu(self.last(self.norm(x))))
+        return self.classifier(F.relu(self.hidden(x.view(x.size(0), -1))))
+
+
+class Pinned(nn.Module):
+    """A network with an operation that is not understood, and with a grouped convolution."""
+
+    def __init__(self, num_classes: int, in_channels: int) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(in_channels, 8, 3, stride=2, padding=1), nn.BatchNorm2d(8), nn.ReLU())
+        self.second = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, groups=4), nn.BatchNorm2d(8), nn.ReLU())
+        self.third = nn.Sequential(nn.Conv2d(8, 16, 3, stride=2, padding=1), nn.BatchNorm2d(16), nn.ReLU())
+        self.fc = nn.Linear(16, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = torch.roll(self.first(images), 1, 1)
+        return self.fc(self.third(self.second(x)).amax((2, 3)))
+
+
+class TwoHeads(nn.Module):
+    """Returns two tensors."""
+
+    def __init__(self, num_classes: int, in_channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, 8, 3)
+        self.fc = nn.Linear(8, num_classes)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.conv(images).mean((2, 3))
+        return self.fc(x), x
+
+
+class Branches(nn.Module):
+    """Control flow that depends on the values of a tensor."""
+
+    def __init__(self, num_classes: int, in_channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, 8, 3)
+        self.fc = nn.Linear(8, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.conv(images)
+        if x.sum() > 0:
+            x = -x
+        return self.fc(x.mean((2, 3)))
+
+
+def raises(num_classes: int, in_channels: int) -> nn.Module:
+    """A factory that fails."""
+    raise RuntimeError(f"no network for {num_classes} classes")
+
+
+def no_module(num_classes: int, in_channels: int) -> str:
+    """A factory that returns something else."""
+    return "resnet50"

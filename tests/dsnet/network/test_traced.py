@@ -1,0 +1,206 @@
+"""Traced networks: the sliced network against the plain one, channel groups, pins and refusals."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from dsnet.errors import ConfigError
+from dsnet.families import Task, create, layout
+from dsnet.network.channels import TracedGraph, analyse, pinned_spaces, trace
+from dsnet.network.plain import make_plain
+from dsnet.network.supernet import materialize
+from dsnet.network.traced import TracedSupernet
+from dsnet.space.cost import subnet_cost
+from dsnet.space.spec import Subnet
+from tests.dsnet import nets
+from tests.dsnet.cases import TRACED
+
+SIZES = (8, 16, 23)
+ZOO_MADDS = {  # conv + linear, 224 x 224, 1,000 classes
+    "resnet18": 1814.1,
+    "resnet50": 4089.2,
+    "vgg11_bn": 7609.1,
+    "mobilenet_v2": 300.8,
+}
+
+
+def shaken(plain: nn.Module) -> nn.Module:
+    """The module in eval mode with statistics that are not the initial ones."""
+    generator = torch.Generator().manual_seed(4)
+    for name, buffer in plain.named_buffers():
+        if name.endswith(("running_mean", "running_var")):
+            buffer.copy_(torch.rand(buffer.shape, generator=generator) + (0.5 if name.endswith("var") else -0.5))
+    return plain.eval()
+
+
+def supernet_of(model: str, plain: nn.Module, image_size: int = 16, channels: int = 3) -> TracedSupernet:
+    """The supernet with the weights of the plain module."""
+    supernet = create(model, Task(10, channels, image_size), seed=1)
+    assert isinstance(supernet, TracedSupernet)
+    supernet.load_plain(plain)
+    return supernet.eval()
+
+
+def images(size: int, channels: int = 3) -> Tensor:
+    return torch.randn(2, channels, size, size, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("model", TRACED)
+@torch.no_grad()
+def test_the_widest_is_the_plain_network(model: str, size: int, channels: int) -> None:
+    plain = shaken(make_plain(model, 10, channels, 0))
+    supernet = supernet_of(model, plain, size, channels)
+    x = images(size, channels)
+    assert supernet.subnets.largest.widths == supernet.spec.max_widths
+    torch.testing.assert_close(supernet(x, supernet.subnets.largest), plain(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("model", TRACED)
+@torch.no_grad()
+def test_a_slice_is_the_whole_network_with_the_other_channels_masked(model: str) -> None:
+    """Channels beyond a width are zero after every layer that writes them: the rest of the network
+    cannot tell the difference."""
+    plain = shaken(make_plain(model, 10, 3, 0))
+    supernet = supernet_of(model, plain)
+    x = images(16)
+    for subnet in supernet.subnets:
+        masked = _masked(model, plain, supernet, subnet)
+        torch.testing.assert_close(masked, supernet(x, subnet), rtol=1e-5, atol=1e-5)
+
+
+def _masked(model: str, plain: nn.Module, supernet: TracedSupernet, subnet: Subnet) -> Tensor:
+    """The output of the plain network whose weights read no channel beyond the widths."""
+    masked = make_plain(model, 10, 3, 0)
+    state = {name: tensor.clone() for name, tensor in plain.state_dict().items()}
+    for name, axes in supernet.axes().items():
+        tensor = state[name.removeprefix("body.")]
+        for dimension, axis in enumerate(axes):
+            if axis is None:
+                continue
+            keep = torch.zeros(axis.max_size, dtype=torch.bool)
+            for start, length in axis.runs(subnet.widths):
+                keep[start : start + length] = True
+            tensor[(slice(None),) * dimension + (~keep,)] = 0
+    masked.load_state_dict(state)
+    return masked.eval()(images(16))
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("model", TRACED)
+@torch.no_grad()
+def test_a_cut_network_is_plain_and_equals_the_slice(model: str, size: int) -> None:
+    supernet = supernet_of(model, shaken(make_plain(model, 10, 3, 0)), size)
+    x = images(size)
+    for subnet in supernet.subnets:
+        for fold_bn in (False, True):
+            cut = materialize(supernet, subnet, fold_bn=fold_bn)
+            torch.testing.assert_close(cut(x), supernet(x, subnet), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("model", TRACED)
+@torch.no_grad()
+def test_costs_are_those_of_a_counted_forward(model: str, size: int) -> None:
+    supernet = supernet_of(model, shaken(make_plain(model, 10, 3, 0)), size)
+    for subnet in supernet.subnets:
+        cut = materialize(supernet, subnet)
+        with FlopCounterMode(display=False) as counter:
+            cut(images(size)[:1])
+        cost = subnet_cost(supernet.spec, subnet, size)
+        kinds = {op.name: op.kind for op in supernet.spec.ops}
+        own = sum(
+            madds for name, madds in cost.by_op.items() if kinds[name] in ("conv", "depthwise", "grouped", "linear")
+        )
+        assert own == counter.get_total_flops() // 2
+        assert cost.params == sum(parameter.numel() for parameter in cut.parameters())
+
+
+def test_additions_and_depthwise_convolutions_tie_channels_and_concatenations_do_not() -> None:
+    residual = layout(TRACED[0], Task(10, 3, 16)).spec
+    assert [group.name for group in residual.groups] == ["stem", "block_expand_0", "block_attention_reduce", "down"]
+    dense = layout(TRACED[1], Task(10, 3, 16)).spec
+    assert [group.name for group in dense.groups] == ["first", "left_0", "right_0", "last", "hidden"]
+    last = next(op for op in dense.ops if op.name == "last")
+    assert last.parts == ((0, 1), (1, 1), (2, 1))
+    hidden = next(op for op in dense.ops if op.name == "hidden")
+    assert hidden.parts == ((3, 4),), "2 x 2 pixels of each channel follow one another"
+
+
+def _traced(module: nn.Module) -> TracedGraph:
+    return analyse(trace(module, torch.zeros(1, 3, 16, 16)))
+
+
+def test_what_is_not_understood_keeps_its_channels_and_is_named() -> None:
+    reasons = {space.pinned for _, space in pinned_spaces(_traced(nets.Pinned(10, 3)))}
+    assert reasons == {"roll (roll) is not understood", "second_0 (Conv2d) is not understood"}
+    spec = layout(TRACED[2], Task(10, 3, 16)).spec
+    widths = [group.max_width for group in spec.groups]
+    narrow = Subnet("narrow", (widths[0] - 1, *widths[1:]))
+    with pytest.raises(ValueError, match=r"keeps all 8 channels, not 7: roll \(roll\) is not understood"):
+        spec.check(narrow)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("tests.dsnet.nets:TwoHeads", "must return one tensor of logits"),
+        ("tests.dsnet.nets:Branches", r"cannot be traced: .*control flow.*nets\.py:\d+"),
+        ("tests.dsnet.nets:raises", "raised RuntimeError: no network for 10 classes"),
+        ("tests.dsnet.nets:no_module", "returned str, but must return a torch.nn.Module"),
+        ("tests.dsnet.nets:nothing", "cannot be imported"),
+        ("tests.nowhere:Net", "cannot be imported: No module named 'tests.nowhere'"),
+        ("tests.dsnet.nets:TRACED_", "cannot be imported"),
+    ],
+)
+def test_a_network_that_cannot_be_a_supernet_is_refused(model: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        layout(model, Task(10, 3, 16))
+
+
+def test_an_import_path_needs_permission(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DSNET_ALLOW_IMPORTS")
+    with pytest.raises(ConfigError, match="--allow-imports"):
+        layout(TRACED[0], Task(10, 3, 16))
+
+
+def test_an_image_that_is_too_small_is_refused_with_its_size() -> None:
+    with pytest.raises(ConfigError, match="does not run on an image of 3 x 8 x 8"):
+        layout("vgg11_bn", Task(10, 3, 8))
+
+
+@pytest.mark.parametrize(("model", "madds_m"), ZOO_MADDS.items())
+def test_the_zoo_has_the_published_costs(model: str, madds_m: float) -> None:
+    subnets = layout(model, Task(1000, 3, 224))
+    cost = subnet_cost(subnets.spec, subnets.largest, 224)
+    kinds = {op.name: op.kind for op in subnets.spec.ops}
+    own = sum(madds for name, madds in cost.by_op.items() if kinds[name] in ("conv", "depthwise", "linear"))
+    assert own / 1e6 == pytest.approx(madds_m, abs=0.05)
+    free = _free_share(subnets.spec.groups, cost.by_op, {op.name: op.out_group for op in subnets.spec.ops})
+    assert free > 0.95
+
+
+def _free_share(groups: tuple[object, ...], by_op: Mapping[str, int], written: Mapping[str, int]) -> float:
+    """Share of the MAdds in layers that write a group that can be sliced, or the classes."""
+    free = sum(madds for name, madds in by_op.items() if written[name] < 0 or not groups[written[name]].pinned)  # type: ignore[attr-defined]
+    return free / sum(by_op.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["resnet18", "mobilenet_v2"])
+@torch.no_grad()
+def test_a_network_of_the_zoo_is_sliced_cut_and_counted_exactly(model: str) -> None:
+    plain = shaken(make_plain(model, 10, 3, 0))
+    supernet = supernet_of(model, plain, 64)
+    x = images(64)
+    torch.testing.assert_close(supernet(x, supernet.subnets.largest), plain(x), rtol=1e-5, atol=1e-4)
+    narrow = supernet.subnets[0]
+    cut = materialize(supernet, narrow)
+    torch.testing.assert_close(cut(x), supernet(x, narrow), rtol=1e-5, atol=1e-4)
+    assert subnet_cost(supernet.spec, narrow, 64).params == sum(p.numel() for p in cut.parameters())
