@@ -24,7 +24,7 @@ from typing import Any
 import jaxtyping
 from beartype import beartype
 
-CALLS_PER_TEST = 3
+CALLS_PER_TEST = 1
 """Number of calls of a function that are checked in each test; all of them would cost tests that
 run many layers half of their time."""
 CHECKED: set[str] = set()

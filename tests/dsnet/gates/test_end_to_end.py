@@ -586,9 +586,9 @@ def test_bad_settings_say_what_is_wrong() -> None:
             train_end_to_end(supernet, gate_images(), GateSettings(routes=routes), ONE_EPOCH)
     with pytest.raises(ValueError, match="epochs is 0"):
         EndToEndSettings(epochs=0)
-    with pytest.raises(ValueError, match="has 0 and 0"):
+    with pytest.raises(ValueError, match="got 0 images and 0 labels"):
         GateImages(random_pixels(0), random_labels(0), NORMALIZATION)
-    with unchecked_shapes(), pytest.raises(ValueError, match="has 3 and 2"):
+    with unchecked_shapes(), pytest.raises(ValueError, match="got 3 images and 2 labels"):
         GateImages(random_pixels(3), random_labels(2), NORMALIZATION)
 
 

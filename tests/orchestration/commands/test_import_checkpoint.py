@@ -106,7 +106,7 @@ def test_as_many_classes_as_the_classifier_has_need_not_be_told(tmp_path: Path, 
     [
         (("--image-size", "4"), 2, "data.image_size: must be at least 8; got 4"),
         (("--image-size", "1000"), 2, "data.image_size: must be at most 512; got 1000"),
-        (("--name", "two words"), 2, "name: 'two words' is no name"),
+        (("--name", "two words"), 2, "name: 'two words' is not a valid name"),
         (("--data", "$NOT_SET_ANYWHERE/images"), 2, "the environment variable NOT_SET_ANYWHERE is not set"),
         (("--classes", "0"), 2, "--classes"),
         (("--out", "model_best.pth.tar"), 3, "--out model_best.pth.tar: cannot be used (it is a file); choose another"),

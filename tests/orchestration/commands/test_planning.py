@@ -139,7 +139,7 @@ def test_a_finished_run_is_reported_exported_and_launched_again_without_what_it_
     for command in (["report", "taken"], ["export", "taken"], ["launch", SWEEP, *settings]):
         answer = call(folder, *command)
         assert answer.code == 0, answer.err
-        assert answer.err.count(f"{source} is gone") == 1
+        assert answer.err.count(f"{source} does not exist any more") == 1
     assert "supernet.init_from" in (folder / "runs" / "taken" / "report.html").read_text(encoding="utf-8")
     answer = call(folder, "launch", SWEEP, *settings, "--set", "seed=3")
     assert answer.code == 3
@@ -158,4 +158,4 @@ def test_the_commands_of_a_report_work_from_any_folder(finished: Finished, tmp_p
         answer = call(elsewhere, *command[1:])
         assert answer.code == 0, answer.err
     assert commands[0][2] == str(folder / "runs" / "tiny" / "sweep.yaml")
-    assert commands[3][2:] == ["--runs", str(folder / "runs")]
+    assert commands[3][2:] == [str(folder / "runs" / "tiny")]

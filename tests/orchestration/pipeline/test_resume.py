@@ -91,7 +91,7 @@ def test_a_sweep_stopped_by_ctrl_c_and_kill_9_ends_like_an_uninterrupted_one_wit
     assert (run / "driver.lock").exists()
     assert "which no longer runs" in call(tmp_path, "status", "tiny").out
 
-    answer = call(tmp_path, "launch", SWEEP, "--set", "ray.trial_actors=2")
+    answer = call(tmp_path, "launch", SWEEP, "--set", "ray.trial_actors=2", *WITHOUT_MLFLOW)
     assert answer.code == 0, answer.err
     assert "continuing the run of" in answer.err
     results, whole = results_in(tmp_path), finished.results

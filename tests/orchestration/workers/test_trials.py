@@ -476,7 +476,7 @@ def test_the_out_of_memory_killer_is_named() -> None:
 
 
 @needs_products_apart
-def test_a_search_over_real_gate_trials_is_the_same_with_1_2_and_4_workers(tmp_path: Path) -> None:
+def test_a_search_over_real_gate_trials_is_the_same_with_1_and_3_workers(tmp_path: Path) -> None:
     script = (
         "import json, sys; from pathlib import Path; from orchestration.environment import prepare_environment\n"
         "prepare_environment()\n"
@@ -491,11 +491,11 @@ def test_a_search_over_real_gate_trials_is_the_same_with_1_2_and_4_workers(tmp_p
     make, arrays = gate_trials()
     here = make(arrays)
     findings = studies.pop("findings")
-    assert len(findings) >= 3
+    assert len(findings) >= 2
     own = GateCheck.of_space(parse_space(SPACE))(here)
     assert all(found == [own.digest, []] for found in findings), "every worker rounds as this process does"
     trials, front = gate_study(tmp_path / "serial.log", SerialRunner(here))
-    assert studies == {num_actors: [trials, front] for num_actors in ("1", "2", "4")}
+    assert studies == {num_actors: [trials, front] for num_actors in ("1", "3")}
     assert len(front) >= 2
     assert {state for _, state, *_ in trials} == {"complete", "failed"}
     assert {params["gate.router"] for *_, params, _, _ in trials[8:]} == {"gate", "cascade"}
