@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from dsnet.space.spec import ChannelGroup, SupernetSpec
 from dsnet.wording import duration, plural, size
 from orchestration.commands.tables import Column, show_table, terminal_width
 from orchestration.commands.terminal import print_json, say
@@ -33,6 +34,8 @@ SPLITS = ("train", "gate", "val", "test")
 _FILE_LINE = re.compile(r"^.+:(\d+)$")
 """Matches an origin that is a line of the sweep file; the file's name is left out, because the user
 has just typed it."""
+_WRITERS = ("conv", "depthwise", "grouped", "linear")
+"""Kinds of the operations that write the channels of a group."""
 _SETTING = Column("setting", is_text=True)
 _VALUE = Column("value", is_text=True, wraps=True)
 
@@ -55,6 +58,7 @@ def show_plan(plan: SweepPlan, *, as_json: bool, everything: bool = False) -> No
     show_table((Column("supernet", is_text=True), Column("", is_text=True, wraps=True)), network, rest="")
     say()
     _show_subnets(plan, everything)
+    _show_groups(plan.prepared.subnets.spec, everything)
     say()
     _show_stages(plan)
     say()
@@ -73,6 +77,10 @@ def plan_content(plan: SweepPlan) -> dict[str, Any]:
         ],
         "forecast": None if plan.forecast is None else plan.forecast.to_json(),
         "subnets": [{"name": name, "madds_m": madds, "params_m": params} for name, madds, params in plan.routes],
+        "groups": [
+            {"name": group.name, "channels": group.max_width, "layers": list(layers), "pinned": group.pinned or None}
+            for group, layers in group_layers(data.subnets.spec)
+        ],
         "supernet": dict(plan.supernet.lines(plan.config.supernet.init_from)),
         "settings": plan_settings(plan),
     }
@@ -162,6 +170,38 @@ def _show_subnets(plan: SweepPlan, everything: bool) -> None:
     if plan.supernet.naming:
         for line in wrapped(plan.supernet.naming, terminal_width()):
             say(line)
+
+
+def group_layers(spec: SupernetSpec) -> list[tuple[ChannelGroup, tuple[str, ...]]]:
+    """The channel groups with the layers that write their channels, and so are sliced together."""
+    return [
+        (group, tuple(op.name for op in spec.ops if op.out_group == number and op.kind in _WRITERS))
+        for number, group in enumerate(spec.groups)
+    ]
+
+
+def _show_groups(spec: SupernetSpec, everything: bool) -> None:
+    """Print the channel groups that are never sliced; with --all every group."""
+    shown = [item for item in group_layers(spec) if everything or item[0].pinned]
+    if not shown:
+        return
+    num_pinned = sum(bool(group.pinned) for group in spec.groups)
+    say()
+    columns = (
+        Column("channel group", is_text=True),
+        Column("channels"),
+        Column("layers that write it", is_text=True, wraps=True),
+        Column("pinned", is_text=True, wraps=True),
+    )
+    show_table(
+        columns,
+        [(group.name, str(group.max_width), ", ".join(layers), group.pinned) for group, layers in shown],
+        rest="",
+    )
+    if num_pinned:
+        say(
+            f"{num_pinned} of {plural(len(spec.groups), 'channel group')} are pinned: every sub-network has all their channels"
+        )
 
 
 def _show_stages(plan: SweepPlan) -> None:
