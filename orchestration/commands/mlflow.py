@@ -12,6 +12,7 @@ from orchestration.runs.folder import MLFLOW_DATABASE, mlflow_artifact_root, mlf
 from orchestration.runs.lock import DriverLock
 from orchestration.supernets.results import SupernetSweepResults
 from orchestration.supernets.tracking import TreeTrackers, replay_sweep
+from orchestration.tracking.database import is_server
 from orchestration.tracking.links import Link, certain_link, newest_links
 from orchestration.tracking.rows import store_uri, whole_sweep
 
@@ -49,7 +50,7 @@ def sync_again(results: Results) -> str:
     if num_unsent:
         first = next(summary.first_error for summary in summaries if summary.num_unsent)
         raise PreflightError(f"{plural(num_unsent, 'write')} to {uri} failed: {first}")
-    several = "" if list(results.supernets) == [""] else f" of {plural(len(results.supernets), 'supernet')}"
+    several = "" if "" in results.supernets else f" of {plural(len(results.supernets), 'supernet')}"
     return f"{run.name}: {plural(results.num_trials, 'trial')}{several} stored in {uri}"
 
 
@@ -81,5 +82,5 @@ def pages_of(results: Results) -> Pages:
     """The page of a run, which is written to the store first if it has no page there; no page for a
     store on a server, which is not searched."""
     uri = store_uri(results.config, results.run)
-    link = None if uri.startswith("http") else certain_link(results, uri, lambda: sync_again(results))
+    link = None if is_server(uri) else certain_link(results, uri, lambda: sync_again(results))
     return Pages(uri, mlflow_artifact_root(whole_sweep(results.run).root), () if link is None else (link,))

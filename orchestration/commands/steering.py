@@ -219,11 +219,10 @@ def _what_happens(results: RunResults, number: int, num_waiting: int) -> str:
     rule_off = RULE_OFF.get(results.search_end or "", "")
     extend = f"dsnet-orch extend {run.path} --trials +{num_waiting} {rule_off}".rstrip()
     holder = read_lock(run.lock_path)
-    is_running = holder is not None and (holder.is_on_another_host() or holder.is_alive())
     if left <= 0:
         return f"the budget of {plural(budget, 'trial')} is used up; {what} tried after: {extend}"
     short = f"; the budget has {plural(left, 'trial')} left; for more: {extend}" if left < num_waiting else ""
-    if is_running:
+    if holder is not None and holder.is_running():
         return f"the sweep is running ({holder}); {what} tried in its next cohort{short}"
     if rule_off:
         return (

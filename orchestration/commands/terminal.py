@@ -24,6 +24,7 @@ from orchestration.commands.tables import Column, terminal_width
 from orchestration.progress import json_state, read_task_state
 from orchestration.runs.folder import MLFLOW_DATABASE, RunDir
 from orchestration.runs.lock import read_lock
+from orchestration.tracking.database import is_server
 from orchestration.wrapping import wrapped
 from search.front.analysis import optimism
 from search.front.points import trial_name
@@ -145,8 +146,8 @@ def say_mlflow(results: Results) -> None:
     """Print where a run is in MLflow; nothing if it is not tracked."""
     tracking, run = results.config.tracking, results.run
     if tracking.mlflow:
-        is_server = tracking.uri is not None and tracking.uri.startswith("http")
-        how = "open it in a browser" if is_server else f"open: dsnet-orch ui {shlex.quote(str(run.path))}"
+        is_on_server = tracking.uri is not None and is_server(tracking.uri)
+        how = "open it in a browser" if is_on_server else f"open: dsnet-orch ui {shlex.quote(str(run.path))}"
         say(f"mlflow    {tracking.uri or run.root / MLFLOW_DATABASE}   ({how})")
 
 
@@ -503,7 +504,7 @@ def driver_text(run: RunDir) -> str | None:
 def is_running(run: RunDir) -> bool:
     """Whether a driver holds the run; a driver on another host is taken to be alive."""
     holder = read_lock(run.lock_path)
-    return holder is not None and (holder.is_on_another_host() or holder.is_alive())
+    return holder is not None and holder.is_running()
 
 
 def progress_text(run: RunDir, *, is_finished: bool) -> str | None:

@@ -55,6 +55,10 @@ class LockHolder:
             return _pid_exists(self.pid)
         return process_start_time(self.pid) == self.start_time
 
+    def is_running(self) -> bool:
+        """Whether it still runs; a process on another host is taken to run."""
+        return self.is_on_another_host() or self.is_alive()
+
     def __str__(self) -> str:
         since = datetime.fromisoformat(self.since).astimezone().strftime("%Y-%m-%d %H:%M:%S")  # local time
         return f"process {self.pid} on {self.host} since {since} ({self.command})"

@@ -68,13 +68,16 @@ class SupernetSweepResults:
     def supernets(self) -> dict[str, RunResults]:
         """The members whose supernet is trained and usable under the settings of the last launch,
         by name, in the order of drawing."""
-        for entry in self.entries:
-            run = RunDir(self.run.supernets_dir, entry.name)
-            if entry.name not in self._opened and run.manifest_path.is_file():
-                self._opened[entry.name] = RunResults(run)
         usable = [entry.name for entry in self.entries if entry.state not in ("failed", "stopped")]
-        known = {name: self._opened.get(name) for name in usable}
+        known = {name: self.member(name) for name in usable}
         return {name: own for name, own in known.items() if own is not None and own.is_done("supernet")}
+
+    def member(self, name: str) -> RunResults | None:
+        """The results of a member in any state; None if it has no run folder."""
+        run = RunDir(self.run.supernets_dir, name)
+        if name not in self._opened and run.manifest_path.is_file():
+            self._opened[name] = RunResults(run)
+        return self._opened.get(name)
 
     @property
     def search_end(self) -> None:

@@ -180,17 +180,17 @@ def replay_supernets(results: SupernetSweepResults, make: Callable[[], Tracker])
     tracker.parent(parent)
     trackers: list[tuple[Tracker, Status, int]] = []
     for entry in results.entries:
-        member_run = RunDir(run.supernets_dir, entry.name)
-        if not member_run.manifest_path.is_file():
+        member = results.member(entry.name)
+        if member is None:
             continue
-        own, member = make(), results.supernets.get(entry.name) or RunResults(member_run)
+        own = make()
         replay(
             member,
             own,
             under=parent,
             standing=standing_of(results, entry.name) if entry.name in results.supernets else None,
         )
-        row = fate_row(entry, member_run, Manifest(member_run.manifest_path), member.config)
+        row = fate_row(entry, member.run, Manifest(member.run.manifest_path), member.config)
         if row is not None and entry.state != "waiting":
             _write_supernet(own, row, entry)
         trackers.append((own, *member_end(entry, member)))

@@ -32,6 +32,11 @@ def database_of(store_uri: str) -> Path | None:
     return Path(store_uri.removeprefix(SQLITE)) if store_uri.startswith(SQLITE) else None
 
 
+def is_server(store_uri: str) -> bool:
+    """Whether a store is an MLflow server."""
+    return store_uri.startswith("http")
+
+
 def experiment_of(store_uri: str, uid: str) -> str | None:
     """The id of the experiment that holds a sweep's prepared view; None if no such view was
     written.

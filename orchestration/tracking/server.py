@@ -18,7 +18,7 @@ from typing import IO
 
 from dsnet.errors import ConfigError, PreflightError
 from dsnet.import_path import child_variables
-from orchestration.tracking.database import SQLITE, mend_artifact_locations
+from orchestration.tracking.database import SQLITE, is_server, mend_artifact_locations
 from orchestration.tracking.store import mlflow_environment
 
 LOOPBACK = "127.0.0.1"
@@ -50,7 +50,7 @@ def serve_ui(store_uri: str, artifact_root: Path, port: int = 5000, host: str = 
             f"host: {host!r} would open the page, which has no password, to others; only {LOOPBACK} is served. "
             f"From another machine use a tunnel: ssh -L {port}:{LOOPBACK}:{port} THIS_MACHINE"
         )
-    if store_uri.startswith("http"):
+    if is_server(store_uri):
         raise ConfigError(f"tracking.uri: {store_uri} is a server already; open it in a browser.")
     mend_artifact_locations(store_uri, artifact_root.absolute())
     port = free_port(port)

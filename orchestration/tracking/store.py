@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orchestration.tracking.database import mend_artifact_locations
+from orchestration.tracking.database import is_server, mend_artifact_locations
 from orchestration.tracking.view import points_view, view_tag
 
 if TYPE_CHECKING:
@@ -194,8 +194,9 @@ class MlflowStore:
     def _open_experiment(self, client: MlflowClient) -> str:
         experiment = client.get_experiment_by_name(self._experiment)
         if experiment is None:
-            is_server = self._store_uri.startswith("http")
-            location = None if is_server else (self._artifact_root.absolute() / self._experiment).as_uri()
+            location = (
+                None if is_server(self._store_uri) else (self._artifact_root.absolute() / self._experiment).as_uri()
+            )
             tags = {"mlflow.experimentKind": "custom_model_development"}  # opens MLflow's "Model training" view
             return str(client.create_experiment(self._experiment, artifact_location=location, tags=tags))
         if experiment.lifecycle_stage == "deleted":

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -88,13 +89,15 @@ def train_on_ray(
     job.folder.mkdir(parents=True, exist_ok=True)
     config = {"job": job, **send_images(data)}
     failures: list[BaseException] = []
-    fit = _fit_alone if job.workers == 1 else _fit_group
+    is_abandoned = threading.Event()
+    fit = partial(_fit_alone, is_abandoned=is_abandoned) if job.workers == 1 else _fit_group
     thread = threading.Thread(target=fit, args=(config, failures), name="ray-train", daemon=True)
     tail = CurveTail(job.folder / "curves.jsonl")
     thread.start()
     try:
         _follow(thread, tail, on_points, should_stop, job.stop_file)
     finally:
+        is_abandoned.set()
         on_points(tail.read())
         shutil.rmtree(job.folder / "ray", ignore_errors=True)
     if outcome.exists():
@@ -153,8 +156,12 @@ def _check_room(job: SupernetJob, resources: Mapping[str, float]) -> None:
         )
 
 
-def _fit_alone(config: dict[str, Any], failures: list[BaseException]) -> None:
-    """Train in one task, which is started again if its worker is lost."""
+def _fit_alone(config: dict[str, Any], failures: list[BaseException], is_abandoned: threading.Event) -> None:
+    """Train in one task, which is started again if its worker is lost.
+
+    It is not started again once `is_abandoned` is set: the end of the Ray session loses the worker
+    too, and a new task would start another cluster.
+    """
     import ray
 
     job: SupernetJob = config["job"]
@@ -163,8 +170,9 @@ def _fit_alone(config: dict[str, Any], failures: list[BaseException]) -> None:
         try:
             ray.get(task.remote(config))
         except Exception as error:  # noqa: BLE001 - reported by the main thread, whatever it is
-            if attempt == WORKER_RETRIES:
+            if attempt == WORKER_RETRIES or is_abandoned.is_set():
                 failures.append(error)
+                return
         else:
             return
 

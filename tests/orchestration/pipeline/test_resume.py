@@ -87,7 +87,12 @@ def test_a_sweep_stopped_by_ctrl_c_and_kill_9_ends_like_an_uninterrupted_one_wit
 
     answer = kill_search(tmp_path, 1)
     assert answer.code == -signal.SIGKILL
-    assert 1 <= num_trials(run) < 12
+    done = num_trials(run)
+    assert 1 <= done < 12
+    half = call(tmp_path, "status", "tiny", "--json").json
+    assert half["trials"]["completed"] == done
+    assert half["stages"]["search"]["status"] == "stopped"
+    assert not half["is_verified"]
     assert (run / "driver.lock").exists()
     assert "which no longer runs" in call(tmp_path, "status", "tiny").out
 

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -44,7 +45,7 @@ from orchestration.workers.tune_supernets import (
     stored_fates,
 )
 from tests.orchestration.samples import Command
-from tests.orchestration.workers.tune_sweep import ASHA, EPOCHS, Dies, Sweep
+from tests.orchestration.workers.tune_sweep import ASHA, EPOCHS, Dies, DiesLater, Sweep
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,23 @@ def test_a_worker_that_is_lost_three_times_ends_training_with_the_reason(swept: 
     with pytest.raises(DsnetError, match=r"the training worker failed: .*died"):
         train_on_ray(job, data, on_points=lambda points: None, should_stop=lambda: False)
     assert data.deaths == 3
+
+
+@pytest.mark.ray
+def test_a_worker_that_is_lost_after_the_launch_has_ended_is_not_started_again(
+    swept: Swept, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("orchestration.workers.supernet.STOP_GRACE_S", 0.1)
+    job = replace(swept.sweep.members[0].job, folder=tmp_path / "supernet", stop_file=tmp_path / "stop")
+    data = DiesLater(swept.sweep.train, tmp_path / "deaths", times=9)
+    with pytest.raises(StoppedError):
+        train_on_ray(job, data, on_points=lambda points: None, should_stop=lambda: data.deaths == 1)
+    (training,) = (thread for thread in threading.enumerate() if thread.name == "ray-train")
+    job.stop_file.unlink()
+    (tmp_path / "may-die").touch()
+    training.join(30.0)
+    assert not training.is_alive()
+    assert data.deaths == 1
 
 
 @pytest.mark.ray

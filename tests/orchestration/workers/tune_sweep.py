@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -114,8 +115,22 @@ class Dies:
             if number == 3 and self.deaths < self._times:
                 with open(self._record, "a") as record:
                     record.write("x")
-                os.kill(os.getpid(), signal.SIGKILL)
+                self.die()
             yield batch
+
+    def die(self) -> None:
+        """End the worker."""
+        os.kill(os.getpid(), signal.SIGKILL)
 
     def clean(self, rows: Iterable[Tensor], device: torch.device) -> Iterator[Tensor]:
         return self._images.clean(rows, device)
+
+
+class DiesLater(Dies):
+    """A training split that ignores requests to stop, and kills its worker once it may."""
+
+    def die(self) -> None:
+        may_die = self._record.with_name("may-die")
+        while not may_die.exists():
+            time.sleep(0.02)
+        super().die()
