@@ -26,7 +26,7 @@ class TrunkOutput:
     features: Float[Tensor, "batch channels height width"]
     """[B, c, H, W]: the features after attention, the input of the next segment."""
     gate_input: Float[Tensor, "batch gate_channels gate_height gate_width"]
-    """[B, c, H, W]: the features before attention; at an entry gate a small view of the image."""
+    """[B, c, H, W]: the features that the gate pools; those before attention where there is one."""
     hidden: Float[Tensor, "batch hidden"]
     """[B, hidden]: the attention's hidden vector h, which the published slimming head reads."""
 

@@ -43,6 +43,7 @@ from tests.dsnet.samples import (
     supernet_table,
     task,
     tensor_data,
+    without_dropout,
 )
 
 BATCH, STEPS_PER_EPOCH = 8, 5
@@ -55,16 +56,6 @@ def single(family: str, norm: str | None = None, *, with_twin: bool = False) -> 
     member = full[0]
     twin = Subnet("largest", member.widths) if with_twin else None
     return shaken(rebuild(SubnetSet(full.spec, (member,), twin), torch.Generator().manual_seed(5)), 5).train()
-
-
-def without_dropout(net: Supernet) -> Supernet:
-    """Masks that two networks draw one after the other differ, and most cut networks have none."""
-    if hasattr(net, "dropout"):
-        net.dropout = 0.0
-    for part in net.modules():
-        if isinstance(part, nn.Dropout):
-            part.p = 0.0
-    return net
 
 
 def settings_of(regime: RegimeName, train: Mapping[str, Any]) -> SupernetRun:
