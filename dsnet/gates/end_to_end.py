@@ -32,7 +32,7 @@ from dsnet.errors import NonFiniteLossError, StoppedError
 from dsnet.gates.gumbel import gumbel_noise
 from dsnet.gates.losses import complexity
 from dsnet.gates.mixing import Answers, Chooser, GatedSupernet, Mixed
-from dsnet.gates.problem import sgs_places
+from dsnet.gates.problem import check_choice, sgs_places
 from dsnet.gates.settings import EndToEndSettings, GateSettings
 from dsnet.network.supernet import Supernet
 from dsnet.routers.kinds import kind_names
@@ -198,7 +198,8 @@ class GateObjective:
 
         Raises:
             ValueError: the router cannot be trained end to end, a loss is used that only table
-                training has, or the routing space is not a list of increasing ids of the set.
+                training has, the routing space is not a list of increasing ids of the set, or the
+                set has a single member.
         """
         if not settings.kind.trains_end_to_end:
             able = kind_names(lambda kind: kind.trains_end_to_end)
@@ -211,6 +212,7 @@ class GateObjective:
                 f"gate.losses.quality is {settings.lambda_quality}, but end-to-end training has only the published losses; "
                 "set it to 0 or use gate.trainer table"
             )
+        check_choice([subnet.name for subnet in supernet.subnets])
         num_routes = len(supernet.subnets)
         routes = settings.routes or tuple(range(num_routes))
         if list(routes) != sorted(set(routes)) or not 0 <= routes[0] <= routes[-1] < num_routes:

@@ -21,6 +21,7 @@ from dsnet.gates.problem import (
     Costs,
     Problem,
     Scaling,
+    check_choice,
     costs_of,
     node_features,
     problem_of,
@@ -404,6 +405,7 @@ def _fit_own(gate_table: RoutingTable, val_table: RoutingTable, settings: GateSe
     """Run a trial of a kind of router with its own training function (`RouterKind.fit`)."""
     assert settings.kind.fit is not None
     try:
+        check_choice(gate_table.routes)
         fit: GateFit = settings.kind.fit(gate_table, val_table, settings)
     except (ValueError, NonFiniteLossError) as error:
         return error

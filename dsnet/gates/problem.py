@@ -218,12 +218,32 @@ def costs_of(
     return Costs(madds, target, target != wanted, high)
 
 
+def check_choice(names: Sequence[str]) -> None:
+    """Check that a network has several routes, so that a router can choose between them.
+
+    A routing space may have one route of several: such a router is a static network with a head.
+
+    Args:
+        names: names of all routes of the network.
+
+    Raises:
+        ValueError: there is only one.
+    """
+    if len(names) == 1:
+        raise ValueError(
+            f"{names[0]} is the only sub-network: a router has nothing to choose; "
+            "give the network at least one more (supernet.options)"
+        )
+
+
 def routing_space(table: RoutingTable, settings: GateSettings) -> tuple[int, ...]:
     """The routes of a trial: those in the settings, or all.
 
     Raises:
-        ValueError: the ids do not increase, or the table does not hold one of them.
+        ValueError: the ids do not increase, the table does not hold one of them, or it has a
+            single route.
     """
+    check_choice(table.routes)
     routes = settings.routes or tuple(range(table.num_routes))
     if list(routes) != sorted(set(routes)) or not 0 <= routes[0] <= routes[-1] < table.num_routes:
         raise ValueError(

@@ -35,8 +35,10 @@ class StepPlan:
 
     @property
     def smaller(self) -> tuple[Subnet, ...]:
-        """The sub-networks of the step without the largest."""
-        return self.randoms if self.smallest == self.largest else (*self.randoms, self.smallest)
+        """The sub-networks of the step without the largest; one of the same widths is the same
+        network, whatever its name, and takes no step of its own."""
+        others = (*self.randoms, self.smallest)
+        return tuple(subnet for subnet in others if subnet.widths != self.largest.widths)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +127,9 @@ class _Step:
         for group in by_prefix(self.student, subnets, gate):
             with _autocast(x, self.rules.precision):
                 features = self.student.upto_gate(gate, x, group[0]).features
+            if not features.requires_grad:  # an entry gate: nothing before it learns
+                self._learn(features, group, gate + 1)
+                continue
             received = features.detach().requires_grad_()
             self._learn(received, group, gate + 1)
             features.backward(received.grad)

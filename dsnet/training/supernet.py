@@ -73,7 +73,7 @@ class _Session:
         order = members.by_madds()
         self.largest = members.largest
         self.smallest = members[order[0]]
-        self.between = [members[k] for k in order[1:] if members[k] != self.largest]
+        self.between = [members[k] for k in order[1:] if members[k].widths != self.largest.widths]
 
     @property
     def kept(self) -> Supernet:

@@ -23,6 +23,7 @@ from dsnet.environment import resolve_device
 from dsnet.errors import CheckpointError, ConfigError
 from dsnet.families import Task
 from dsnet.files import atomic_write_text, read_json
+from dsnet.gates.problem import check_choice
 from dsnet.measure.settings import DeviceSettings, LatencySettings
 from dsnet.metrics import share_names
 from dsnet.routers.kinds import router_kind
@@ -302,7 +303,7 @@ def _laid_out(config: SweepConfig, start: StartWeights | None, images: Images | 
     channels, _, size = image_set.image_shape
     task = Task(num_classes=len(image_set.class_names), in_channels=channels, image_size=size)
     subnets = lay_out(supernet.model, task, supernet.options, resolve_regime(supernet).norm, start)
-    check_routing(config, len(subnets))
+    check_routing(config, [subnet.name for subnet in subnets])
     known = None if start is None else start.normalization
     filled = with_data_defaults(config, image_set, splits, subnets)
     return Prepared(
@@ -338,12 +339,23 @@ def _open_images(config: SweepConfig) -> ImageSource:
     )
 
 
-def check_routing(config: SweepConfig, num_routes: int) -> None:
-    """Refuse routing indices that the network does not have, before anything is trained.
+def check_routing(config: SweepConfig, routes: Sequence[str]) -> None:
+    """Refuse a network without a choice, and routing indices that it does not have, before anything
+    is trained.
+
+    Args:
+        config: the configuration.
+        routes: the names of the sub-networks among which a router may choose.
 
     Raises:
-        ConfigError: `first` or `last`, fixed or at an end of its range, names no sub-network.
+        ConfigError: there is only one; or `first` or `last`, fixed or at an end of its range, names
+            no sub-network.
     """
+    try:
+        check_choice(routes)
+    except ValueError as error:
+        raise ConfigError(f"supernet.model {config.supernet.model}: {error}") from error
+    num_routes = len(routes)
     num_left = min([num_routes, *_beams(config)])
     beam = f", of which gate.routing.beam keeps {num_left}" if num_left < num_routes else ""
     for key, lowest in (("first", 0), ("last", -num_left)):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from dsnet.data.normalization import Normalization
 from dsnet.data.settings import Augmentation
@@ -39,6 +39,7 @@ SMALL_OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "ds_mbnet": {"width": 0.25, "num_routes": 4, "stem_stride": 1},
     "ds_resnet": {"depth": 14, "width": 0.5, "ratios": [0.5, 1.0], "paths": [[0, 0, 0], [0, 1, 0], [1, 0, 1]]},
     "ds_tiny": {"width": 0.5, "num_routes": 3},
+    **{f"tests.dsnet.nets:{name}": {"step": 2} for name in ("Residual", "Dense", "Pinned")},
 }
 """Options that make a family quick to run; a family without an entry is tested with its
 defaults."""
@@ -92,6 +93,17 @@ def shaken(supernet: Supernet, seed: int = 0) -> Supernet:
             parameter.mul_(30.0)
     for norm in supernet.batch_norms():
         shake_statistics(norm, generator)
+    return supernet
+
+
+def without_dropout(supernet: Supernet) -> Supernet:
+    """The supernet itself, without dropout: two ways that draw its mask in another order cannot be
+    compared, and most cut networks have none."""
+    if hasattr(supernet, "dropout"):
+        supernet.dropout = 0.0
+    for part in supernet.modules():
+        if isinstance(part, nn.Dropout):
+            part.p = 0.0
     return supernet
 
 

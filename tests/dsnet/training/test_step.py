@@ -18,7 +18,7 @@ from dsnet.training.losses import smoothed_one_hot, soft_cross_entropy
 from dsnet.training.settings import Teacher
 from dsnet.training.step import StepPlan, StepRules, supernet_step
 from tests.dsnet.cases import FAMILIES
-from tests.dsnet.samples import random_images, random_labels, shaken, small_supernet, task
+from tests.dsnet.samples import random_images, random_labels, shaken, small_supernet, task, without_dropout
 
 SMOOTHING = 0.1
 
@@ -89,12 +89,6 @@ def naive_step(
         share = plan.soft_weight * (soft[range(len(labels)), labels, None] if trust == "label_probability" else 1.0)
         learn(subnet, share * soft + (1 - share) * hard)
     return losses
-
-
-def without_dropout(supernet: Supernet) -> None:
-    """Two ways that draw dropout's mask in another order cannot be compared."""
-    if hasattr(supernet, "dropout"):
-        supernet.dropout = 0.0
 
 
 def gradients(supernet: Supernet) -> dict[str, Tensor]:

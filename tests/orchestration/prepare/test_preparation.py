@@ -15,7 +15,7 @@ from PIL import Image
 from dsnet.data.normalization import Normalization
 from dsnet.data.training_images import InMemoryImages
 from dsnet.errors import CheckpointError, ConfigError
-from dsnet.families import Task, create
+from dsnet.families import Task, create, rebuild
 from dsnet.stored.checkpoint import save_supernet
 from dsnet.training.settings import REGIMES, Regime
 from dsnet.training.start import CHECKPOINT_MODEL as CORE_CHECKPOINT_MODEL
@@ -66,6 +66,13 @@ def test_routes_are_counted_in_what_the_beam_leaves(sections: dict[str, Any], me
     with pytest.raises(ConfigError, match=message):
         prepared_with({}, **sections)
     assert prepared_with({}, gate={"routing": {"beam": 2, "first": 1, "last": 1}})
+
+
+def test_a_network_with_a_single_sub_network_is_refused_before_it_is_trained(tmp_path: Path) -> None:
+    full = create("ds_tiny", Task(10, 1, 8), {"num_routes": 3, "width": 0.5})
+    save_supernet(tmp_path / "one", rebuild(full.subnets.subset([1])), {})
+    with pytest.raises(ConfigError, match=r"model checkpoint: subnet-01 is the only .* nothing to choose; .*options"):
+        prepared_with({"model": CHECKPOINT_MODEL, "init_from": str(tmp_path / "one")})
 
 
 def test_training_settings_arrive_in_the_core() -> None:
