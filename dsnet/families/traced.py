@@ -17,7 +17,7 @@ from torch import fx, nn
 from dsnet.families import Family, Task, register, register_resolver
 from dsnet.families.options import check_number, is_integer
 from dsnet.import_path import is_model_path
-from dsnet.network.channels import TracedGraph, analyse, parts_of, shape_of, trace, upstream
+from dsnet.network.channels import UNKNOWN, TracedGraph, analyse, attribute, parts_of, shape_of, trace, upstream
 from dsnet.network.plain import example_image, make_plain
 from dsnet.network.traced import ENTRY, ENTRY_CELLS, TracedSupernet
 from dsnet.space.spec import (
@@ -126,6 +126,7 @@ class _OpReader:
         self._traced = traced
         self._numbers = numbers
         self._above = upstream(list(traced.module.graph.nodes), traced)
+        self._counted: set[str] = set()
         self._size_of: dict[str, str] = {}
         """For each node the name of the op whose output has its height and width."""
 
@@ -135,6 +136,8 @@ class _OpReader:
         if node.op == "placeholder":
             self._size_of[node.name] = IMAGE
             return None
+        if node.op == "get_attr":
+            return self._parameter(node)
         if not inputs:
             return None
         largest = max(node.all_input_nodes, key=lambda value: _pixels(value))
@@ -143,8 +146,43 @@ class _OpReader:
         self._size_of[node.name] = node.name if op is not None and op.kind != "norm" else reads
         return op
 
+    def _parameter(self, node: fx.Node) -> Op | None:
+        """A tensor of the module that no layer holds."""
+        tensor = attribute(self._traced.module, str(node.target))
+        if not isinstance(tensor, nn.Parameter) or not self._is_new(str(node.target)):
+            return None
+        return Op(node.name, "fixed", IMAGE, IMAGE_CHANNELS, IMAGE_CHANNELS, fixed_params=tensor.numel())
+
+    def _is_new(self, name: str) -> bool:
+        """Whether these weights have not been counted yet."""
+        is_new = name not in self._counted
+        self._counted.add(name)
+        return is_new
+
+    def _fixed(self, node: fx.Node, module: nn.Module | None) -> Op:
+        """An operation that is not understood: its cost is what a run counted."""
+        num_params = sum(parameter.numel() for parameter in module.parameters()) if module is not None else 0
+        if module is not None and not self._is_new(str(node.target)):
+            num_params = 0
+        shape = shape_of(node)
+        size = (shape[2], shape[3]) if len(shape) == 4 else (1, 1)
+        return Op(
+            node.name,
+            "fixed",
+            IMAGE,
+            IMAGE_CHANNELS,
+            IMAGE_CHANNELS,
+            window=Window((1, 1), output=size),
+            fixed_madds=node.meta.get("madds", 0),
+            fixed_params=num_params,
+        )
+
     def _of(self, node: fx.Node, reads: str) -> Op | None:
         module = self._traced.module.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if node.meta.get(UNKNOWN):
+            return self._fixed(node, module)
+        if module is not None:
+            self._is_new(str(node.target))
         match module:
             case nn.Conv2d():
                 return self._convolution(node, module, reads)
@@ -172,10 +210,8 @@ class _OpReader:
         further = {"window": window, "has_bias": module.bias is not None}
         if module.groups == 1:
             return self._made(node, "conv", reads, out=self._written(node), **further)
-        if module.groups == module.in_channels:
-            factor = module.out_channels // module.in_channels
-            return self._made(node, "depthwise", reads, out=self._written(node), divisions=factor, **further)
-        return self._made(node, "grouped", reads, out=self._written(node), divisions=module.groups, **further)
+        factor = module.out_channels // module.in_channels
+        return self._made(node, "depthwise", reads, out=self._written(node), divisions=factor, **further)
 
     def _norm(self, node: fx.Node, reads: str) -> Op:
         own = [group for group, _ in self._parts(node) if group >= 0]

@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
+from torch.nn.modules.batchnorm import _NormBase
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from dsnet.errors import ConfigError
 
@@ -34,6 +36,8 @@ class Part:
 
 
 Layout = tuple[Part, ...]
+UNKNOWN = "unknown"
+"""Key in the `meta` of a node that is not understood: it keeps all channels of its inputs."""
 
 
 @dataclass
@@ -174,14 +178,45 @@ def trace(module: nn.Module, image: Tensor, concrete_args: Mapping[str, Any] | N
         ) from error
     finally:
         module.train(was_training)
+    for node in graph.graph.nodes:
+        if node.op == "call_method" and node.target == "view":
+            node.target = "reshape"  # which gives the same, and takes images of any memory format
+    graph.recompile()
     try:
         with torch.no_grad():
-            ShapeProp(graph).propagate(image)
+            _CountingShapes(graph).propagate(image)
     except Exception as error:
         raise ConfigError(
             f"{type(module).__name__} does not run on an image of {' x '.join(map(str, image.shape[1:]))}: {_first_line(error)}"
         ) from error
     return graph
+
+
+class _CountingShapes(ShapeProp):
+    """Notes of every value its shape, and how many MAdds the node that makes it needs."""
+
+    def propagate(self, *args: Any) -> Any:
+        fast = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)  # the counter does not know the fused operation
+        try:
+            with FlopCounterMode(display=False, custom_mapping=_FUSED) as self._counter:
+                return super().propagate(*args)
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast)
+
+    def run_node(self, node: fx.Node) -> Any:
+        before = self._counter.get_total_flops()
+        result = super().run_node(node)
+        node.meta["madds"] = (self._counter.get_total_flops() - before) // 2
+        return result
+
+
+def _attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any) -> int:
+    return int(sdpa_flop_count(query, key, value))
+
+
+_FUSED = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+"""Operations that torch's counter takes for free."""
 
 
 def _first_line(error: BaseException) -> str:
@@ -212,6 +247,11 @@ def analyse(graph: fx.GraphModule) -> TracedGraph:
     return TracedGraph(graph, analysis.spaces, analysis.output_value())
 
 
+def attribute(module: nn.Module, name: str) -> Any:
+    """What a module and its submodules hold under a dotted name."""
+    return operator.attrgetter(name)(module)
+
+
 def shape_of(node: fx.Node) -> tuple[int, ...]:
     """The shape of a node's value, for the example image."""
     meta = node.meta.get("tensor_meta")
@@ -226,6 +266,8 @@ class _Analysis:
         self.spaces = ChannelSpaces()
         self._output: fx.Node | None = None
         self._num_images = 0
+        self._users: dict[str, fx.Node] = {}
+        """The first node that runs each layer with weights."""
 
     def output_value(self) -> fx.Node:
         """The node whose value is the logits."""
@@ -250,13 +292,42 @@ class _Analysis:
                 return None
         shape = shape_of(node)
         if len(shape) < 2:
+            node.meta[UNKNOWN] = not _is_about_shape(node)
             self._pin_inputs(node)
             return None
-        found = self._known(node)
+        found = None if self._is_used_again(node) else self._known(node)
         if found is not None:
             return found
+        self._check_statistics(node)
+        node.meta[UNKNOWN] = True
         self._pin_inputs(node)
         return (self.spaces.new(shape[1], node.name, f"{node.name} ({_what(self.graph, node)}) is not understood"),)
+
+    def _is_used_again(self, node: fx.Node) -> bool:
+        """Whether a layer with weights runs a second time; then it keeps all channels in both
+        places."""
+        if node.op != "call_module" or not any(True for _ in self.graph.get_submodule(str(node.target)).parameters()):
+            return False
+        first = self._users.setdefault(str(node.target), node)
+        if first is node:
+            return False
+        for value in (first, *first.all_input_nodes):
+            if has_channels(value):
+                self.spaces.pin(parts_of(value), f"{node.target} runs in several places")
+        return True
+
+    def _check_statistics(self, node: fx.Node) -> None:
+        """Refuse a norm with running statistics that is not understood: sub-networks of different
+        widths would share them."""
+        if node.op != "call_module":
+            return
+        for part in self.graph.get_submodule(str(node.target)).modules():
+            if isinstance(part, _NormBase) and part.track_running_stats:
+                raise ConfigError(
+                    f"{node.target} ({type(part).__name__}) keeps running statistics, but it is not a BatchNorm2d or BatchNorm1d of "
+                    "[batch, channels, ...] with scale and shift that runs in one place, so that sub-networks of different widths "
+                    "would share its statistics; use such a BatchNorm, or a norm without running statistics"
+                )
 
     def _image(self, node: fx.Node) -> Layout:
         self._num_images += 1
@@ -308,7 +379,8 @@ class _Analysis:
                     return None
                 return (self.spaces.new(module.out_features, node.name),)
             case nn.BatchNorm2d() | nn.BatchNorm1d():
-                return layout
+                is_usual = module.affine and module.track_running_stats and len(shape_of(node)) in (2, 4)
+                return layout if is_usual else None
             case nn.Flatten():
                 return self._flattened(source, module.start_dim, module.end_dim)  # type: ignore[arg-type]
         if isinstance(module, (*ELEMENTWISE_MODULES, *POOLING_MODULES)) or type(module).__name__ == "StochasticDepth":

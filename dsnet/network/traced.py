@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from dsnet.network.axes import Axes, Axis, Widths, take
-from dsnet.network.channels import TracedGraph, analyse, trace
+from dsnet.network.channels import TracedGraph, analyse, attribute, trace
 from dsnet.network.layers import BatchNormBank, SlicedGroupNorm
 from dsnet.network.plain import example_image, make_plain
 from dsnet.network.slicing import corner
@@ -36,7 +37,11 @@ class TracedConv2d(nn.Module):
         super().__init__()
         self.num_in, self.num_out = num_in, num_out
         self.is_depthwise = plain.groups > 1
-        self.geometry = {"stride": plain.stride, "padding": plain.padding, "dilation": plain.dilation}
+        self.geometry: dict[str, Any] = {
+            "stride": plain.stride,
+            "padding": plain.padding,
+            "dilation": plain.dilation,
+        }
         columns = 1 if self.is_depthwise else num_in.max_size
         self.weight = nn.Parameter(plain.weight.detach()[: num_out.max_size, :columns].clone())
         self.bias = None if plain.bias is None else nn.Parameter(plain.bias.detach()[: num_out.max_size].clone())
@@ -58,7 +63,8 @@ class TracedConv2d(nn.Module):
     def forward(self, x: Tensor, widths: Widths) -> Tensor:
         """[B, c, H, W] -> [B, c', H', W']."""
         groups = x.shape[1] if self.is_depthwise else 1
-        return F.conv2d(x, *self._slices(widths), **self.geometry, groups=groups)  # type: ignore[arg-type]
+        weight, bias = self._slices(widths)
+        return F.conv2d(x, weight, bias, **self.geometry, groups=groups)
 
     def cut(self, widths: Widths) -> nn.Conv2d:
         """The slice as a plain convolution."""
@@ -66,9 +72,13 @@ class TracedConv2d(nn.Module):
         assert weight is not None
         num_in = self.num_in.size(widths)
         plain = nn.Conv2d(
-            num_in, weight.shape[0], weight.shape[2:], groups=num_in if self.is_depthwise else 1,
-            bias=bias is not None, **self.geometry,  # type: ignore[arg-type]
-        )  # fmt: skip
+            num_in,
+            weight.shape[0],
+            (weight.shape[2], weight.shape[3]),
+            groups=num_in if self.is_depthwise else 1,
+            bias=bias is not None,
+            **self.geometry,
+        )
         plain.weight = nn.Parameter(weight)
         plain.bias = None if bias is None else nn.Parameter(bias)
         return plain
@@ -107,14 +117,17 @@ class TracedLinear(nn.Module):
         assert weight is not None
         plain = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
         plain.weight = nn.Parameter(weight)
-        plain.bias = None if bias is None else nn.Parameter(bias)
+        if bias is not None:
+            plain.bias = nn.Parameter(bias)
         return plain
 
 
 class TracedNorm(BatchNormBank):
     """A BatchNorm of a traced module, with statistics per widths of all groups upstream of it."""
 
-    def __init__(self, plain: nn.BatchNorm2d, channels: Axis, depends: tuple[int, ...], subnets: SubnetSet) -> None:
+    def __init__(
+        self, plain: nn.BatchNorm1d | nn.BatchNorm2d, channels: Axis, depends: tuple[int, ...], subnets: SubnetSet
+    ) -> None:
         self.channels = channels
         self.depends = depends
         norm = subnets.spec.norm
@@ -131,35 +144,45 @@ class TracedNorm(BatchNormBank):
         """The axes of the shared affine pair."""
         return {} if self.private_affine else {"weight": (self.channels,), "bias": (self.channels,)}
 
+    @torch.no_grad()
     def load_plain(self, plain: nn.Module) -> None:
         """Copy the affine pair, and for every key the statistics of the channels that it keeps.
 
         Only the statistics of the widest are exact: those of a narrower input differ, and are
         estimated anew by training or recalibration.
         """
-        tensors = dict(plain.state_dict())
+        self.load_affine(plain)
+        tensors = plain.state_dict()
+        for key in self.keys():
+            mean, var, updates = self.statistics(key)
+            self._copy_slice(mean, tensors["running_mean"], key)
+            self._copy_slice(var, tensors["running_var"], key)
+            updates.fill_(1)
+
+    @torch.no_grad()
+    def load_affine(self, plain: nn.Module) -> None:
+        """Copy scale and shift of the layer that this one was made of."""
         if not self.private_affine:
             _copy_corners(self, plain)
+            return
+        tensors = plain.state_dict()
         for key in self.keys():
-            widths = self._widths(key)
-            mean, var, updates = self.statistics(key)
-            mean.copy_(take(tensors["running_mean"], (self.channels,), widths))
-            var.copy_(take(tensors["running_var"], (self.channels,), widths))
-            updates.fill_(1)
-            if self.private_affine:
-                weight, bias = self.affine(key)
-                weight.copy_(take(tensors["weight"], (self.channels,), widths))
-                bias.copy_(take(tensors["bias"], (self.channels,), widths))
+            weight, bias = self.affine(key)
+            self._copy_slice(weight, tensors["weight"], key)
+            self._copy_slice(bias, tensors["bias"], key)
+
+    def _copy_slice(self, target: Tensor, whole: Tensor, key: tuple[int, ...]) -> None:
+        target.copy_(take(whole, (self.channels,), self._widths(key)))
 
     def _widths(self, key: tuple[int, ...]) -> Mapping[int, int]:
         """The widths of the groups upstream."""
         return dict(zip(self.depends, key, strict=True))
 
-    def key_of(self, widths: Widths) -> Widths:
+    def key_of(self, widths: Widths) -> tuple[int, ...]:
         """The widths of the groups upstream."""
         return tuple(widths[group] for group in self.depends)
 
-    def affine(self, prefix: Widths) -> tuple[Tensor, Tensor]:
+    def affine(self, prefix: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """Scale and shift of one key."""
         if self.private_affine:
             return super().affine(prefix)
@@ -236,6 +259,11 @@ class TracedSupernet(Supernet):
         traced = analyse(trace(plain, example_image(spec.in_channels, spec.image_size)))
         self.entry = EntryGate()
         self.body = sliced_graph(traced, spec, subnets)
+        for name, norm in self.body.named_modules():
+            if isinstance(norm, TracedNorm):
+                given = plain.get_submodule(name)
+                is_trained = bool(given.get_buffer("num_batches_tracked"))  # the user's function loads weights
+                norm.load_plain(given) if is_trained else norm.load_affine(given)
 
     @torch.no_grad()
     def load_plain(self, plain: nn.Module) -> None:
@@ -306,9 +334,15 @@ def sliced_graph(traced: TracedGraph, spec: SupernetSpec, subnets: SubnetSet) ->
     for node in graph.nodes:
         if node.op == "call_module" and str(node.target) in layers:
             node.args = (*node.args, widths)
-    module = fx.GraphModule({**dict(traced.module.named_modules()), **layers}, graph)
+    module = fx.GraphModule({**_held(traced.module, graph), **layers}, graph)
     module.train(True)
     return module
+
+
+def _held(module: fx.GraphModule, graph: fx.Graph) -> dict[str, Any]:
+    """What the nodes of a graph name: modules, and tensors that no layer holds."""
+    tensors = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
+    return {**dict(module.named_modules()), **{name: attribute(module, name) for name in tensors}}
 
 
 def slice_layer(plain: nn.Module, op: Op, spec: SupernetSpec, subnets: SubnetSet) -> Sliced | None:
@@ -332,12 +366,12 @@ def slice_layer(plain: nn.Module, op: Op, spec: SupernetSpec, subnets: SubnetSet
 def plain_graph(body: fx.GraphModule, widths: Widths) -> fx.GraphModule:
     """A sub-network as plain modules, with weights of its own."""
     graph = copy.deepcopy(body.graph)
-    layers: dict[str, nn.Module] = dict(body.named_modules())
+    layers = _held(body, graph)
     for node in graph.nodes:
         if node.op == "call_module" and isinstance(layer := body.get_submodule(str(node.target)), Sliced):
             node.args = node.args[:1]
-            key = layer.key_of(widths) if isinstance(layer, TracedNorm) else widths
-            layers[str(node.target)] = layer.cut(key)
+            cut = layer.cut(layer.key_of(widths)) if isinstance(layer, TracedNorm) else layer.cut(widths)
+            layers[str(node.target)] = cut
     for node in list(graph.nodes):
         if node.op == "placeholder" and node.target == "widths":
             graph.erase_node(node)

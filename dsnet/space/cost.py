@@ -38,21 +38,33 @@ def subnet_cost(spec: SupernetSpec, subnet: Subnet, image_size: int) -> Cost:
     Raises:
         ValueError: the sub-network does not fit the supernet, or the size is below 1.
     """
+    segments = [0] * (len(spec.gates) + 1)
+    params = 0
+    for op, (madds, own_params) in zip(spec.ops, op_costs(spec, subnet, image_size), strict=True):
+        segments[op.segment] += madds
+        params += own_params
+    return Cost(sum(segments), params, tuple(segments))
+
+
+def op_costs(spec: SupernetSpec, subnet: Subnet, image_size: int) -> list[tuple[int, int]]:
+    """MAdds of one image and number of parameters of every operation of the spec, in its order.
+
+    Raises:
+        ValueError: the sub-network does not fit the supernet, or the size is below 1.
+    """
     spec.check(subnet)
     if image_size < 1:
         raise ValueError(f"image_size is {image_size}, but must be at least 1 pixel")
     sizes = {IMAGE: (image_size, image_size)}
-    segments = [0] * (len(spec.gates) + 1)
-    params = 0
+    costs = []
     for op in spec.ops:
         size = sizes[op.reads]
         sizes[op.name] = _output_size(op, size)
         num_in = _num_in(spec, op, subnet)
         is_traced_depthwise = op.kind == "depthwise" and op.parts
         num_out = num_in * op.divisions if is_traced_depthwise else _width(spec, op.out_group, subnet)
-        segments[op.segment] += _madds(op, num_in, num_out, size, sizes[op.name])
-        params += _params(op, num_in, num_out)
-    return Cost(sum(segments), params, tuple(segments))
+        costs.append((_madds(op, num_in, num_out, size, sizes[op.name]), _params(op, num_in, num_out)))
+    return costs
 
 
 def shared_params(spec: SupernetSpec, subnets: Iterable[Subnet]) -> int:
@@ -136,8 +148,6 @@ def _madds(op: Op, num_in: int, num_out: int, size_in: Pair, size_out: Pair) -> 
     match op.kind:
         case "conv":
             return _taps(op) * num_in * num_out * pixels_out
-        case "grouped":
-            return _taps(op) * (num_in // op.divisions) * num_out * pixels_out
         case "depthwise":
             return _taps(op) * num_in * op.divisions * pixels_out
         case "attention":
@@ -148,6 +158,8 @@ def _madds(op: Op, num_in: int, num_out: int, size_in: Pair, size_out: Pair) -> 
             return num_in * num_out
         case "norm":
             return 0
+        case "fixed":
+            return op.fixed_madds
 
 
 def _taps(op: Op) -> int:
@@ -160,8 +172,6 @@ def _params(op: Op, num_in: int, num_out: int) -> int:
     match op.kind:
         case "conv":
             return _taps(op) * num_in * num_out + further
-        case "grouped":
-            return _taps(op) * (num_in // op.divisions) * num_out + further
         case "depthwise":
             return _taps(op) * num_in * op.divisions + further
         case "attention":
@@ -172,3 +182,5 @@ def _params(op: Op, num_in: int, num_out: int) -> int:
             return num_in * num_out + (num_out if op.has_bias or not op.parts else 0)
         case "norm":
             return 2 * num_in
+        case "fixed":
+            return op.fixed_params

@@ -27,7 +27,7 @@ NORMS: tuple[str, ...] = get_args(Norm)
 training), in this order: BatchNorm with private running statistics per prefix of widths and one
 shared affine pair; with private affine pairs too; with private statistics that only recalibration
 computes, not training; or GroupNorm, which keeps no statistics."""
-OpKind = Literal["conv", "depthwise", "attention", "maxpool", "pool", "linear", "grouped", "norm"]
+OpKind = Literal["conv", "depthwise", "attention", "maxpool", "pool", "linear", "norm", "fixed"]
 Pair = tuple[int, int]
 """Height and width."""
 
@@ -60,7 +60,10 @@ class Window:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Window:
         """Rebuild it from the result of `asdict`."""
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in data.items()})
+        values: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in data.items()
+        }
+        return cls(**values)
 
     def output_size(self, size: Pair) -> Pair:
         """Height and width of the output for an input of `size` pixels."""
@@ -111,7 +114,12 @@ class Op:
     """Geometry that `kernel` and `stride` cannot express."""
     has_bias: bool = False
     divisions: int = 1
-    """Groups of a grouped convolution; channels per input channel of a depthwise one."""
+    """Output channels per input channel of a depthwise convolution."""
+    fixed_madds: int = 0
+    """MAdds of an operation of kind `fixed`, which every sub-network runs with all channels and
+    whose cost no formula here gives; counted on images of the spec's size."""
+    fixed_params: int = 0
+    """Parameters of an operation of kind `fixed`."""
     depends: tuple[int, ...] = ()
     """Groups whose widths are the key of the op's BatchNorm statistics, the written ones last;
     empty: all groups up to `out_group`."""

@@ -211,6 +211,9 @@ def _listening() -> dict[str, str]:
     return sockets
 
 
+AT_WORK = shutil.ignore_patterns("driver.lock", "mlflow.db-*")
+"""Files that exist only while a launch runs; another process of the tests may launch the finished
+sweep again, which changes nothing else."""
 LOOPBACK = ("0100007F", "00000000000000000000000001000000", "0000000000000000FFFF00000100007F")
 """127.0.0.1, ::1 and ::ffff:127.0.0.1 as /proc writes them on a little-endian machine."""
 
@@ -252,7 +255,7 @@ class Finished:
         """A copy that a test may change: `folder` with the sweep file and `runs/`, MLflow left
         out."""
         write_sweep(folder)
-        shutil.copytree(self.run.path, folder / "runs" / "tiny", symlinks=True)
+        shutil.copytree(self.run.path, folder / "runs" / "tiny", symlinks=True, ignore=AT_WORK)
         return folder
 
 

@@ -26,6 +26,12 @@ def test_digits_are_the_scans_scaled_to_bytes() -> None:
     assert (int(digits.images.min()), int(digits.images.max())) == (0, 255)
 
 
+def test_digits_are_the_same_where_scikit_learn_keeps_them_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = load_images("digits").fingerprint
+    monkeypatch.setattr("dsnet.data.digits._FILE", ("elsewhere",))
+    assert load_images("digits").fingerprint == expected
+
+
 def test_two_loads_of_digits_have_one_fingerprint() -> None:
     assert load_images("digits").fingerprint == load_images("digits").fingerprint
 

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from dsnet.deploy.materialize import materialize
 from dsnet.errors import ConfigError
 from dsnet.families import Task, create, layout
 from dsnet.network.channels import TracedGraph, analyse, pinned_spaces, trace
 from dsnet.network.plain import make_plain
-from dsnet.network.supernet import materialize
 from dsnet.network.traced import TracedSupernet
-from dsnet.space.cost import subnet_cost
-from dsnet.space.spec import Subnet
+from dsnet.space.cost import op_costs, subnet_cost
+from dsnet.space.spec import CLASSES, Subnet
 from tests.dsnet import nets
 from tests.dsnet.cases import TRACED
 
@@ -113,13 +111,14 @@ def test_costs_are_those_of_a_counted_forward(model: str, size: int) -> None:
         cut = materialize(supernet, subnet)
         with FlopCounterMode(display=False) as counter:
             cut(images(size)[:1])
-        cost = subnet_cost(supernet.spec, subnet, size)
-        kinds = {op.name: op.kind for op in supernet.spec.ops}
+        costs = op_costs(supernet.spec, subnet, size)
         own = sum(
-            madds for name, madds in cost.by_op.items() if kinds[name] in ("conv", "depthwise", "grouped", "linear")
+            madds for op, (madds, _) in zip(supernet.spec.ops, costs, strict=True) if op.kind not in ("pool", "maxpool")
         )
         assert own == counter.get_total_flops() // 2
-        assert cost.params == sum(parameter.numel() for parameter in cut.parameters())
+        assert subnet_cost(supernet.spec, subnet, size).params == sum(
+            parameter.numel() for parameter in cut.parameters()
+        )
 
 
 def test_additions_and_depthwise_convolutions_tie_channels_and_concatenations_do_not() -> None:
@@ -178,18 +177,12 @@ def test_an_image_that_is_too_small_is_refused_with_its_size() -> None:
 @pytest.mark.parametrize(("model", "madds_m"), ZOO_MADDS.items())
 def test_the_zoo_has_the_published_costs(model: str, madds_m: float) -> None:
     subnets = layout(model, Task(1000, 3, 224))
-    cost = subnet_cost(subnets.spec, subnets.largest, 224)
-    kinds = {op.name: op.kind for op in subnets.spec.ops}
-    own = sum(madds for name, madds in cost.by_op.items() if kinds[name] in ("conv", "depthwise", "linear"))
-    assert own / 1e6 == pytest.approx(madds_m, abs=0.05)
-    free = _free_share(subnets.spec.groups, cost.by_op, {op.name: op.out_group for op in subnets.spec.ops})
-    assert free > 0.95
-
-
-def _free_share(groups: tuple[object, ...], by_op: Mapping[str, int], written: Mapping[str, int]) -> float:
-    """Share of the MAdds in layers that write a group that can be sliced, or the classes."""
-    free = sum(madds for name, madds in by_op.items() if written[name] < 0 or not groups[written[name]].pinned)  # type: ignore[attr-defined]
-    return free / sum(by_op.values())
+    groups = subnets.spec.groups
+    costs = zip(subnets.spec.ops, op_costs(subnets.spec, subnets.largest, 224), strict=True)
+    written = [(madds, op.out_group) for op, (madds, _) in costs if op.kind not in ("pool", "maxpool")]
+    assert sum(madds for madds, _ in written) / 1e6 == pytest.approx(madds_m, abs=0.05)
+    free = sum(madds for madds, group in written if group == CLASSES or not groups[group].pinned)
+    assert free > 0.95 * sum(madds for madds, _ in written)
 
 
 @pytest.mark.slow

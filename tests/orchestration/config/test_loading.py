@@ -808,7 +808,7 @@ def _mutate(data: dict[str, Any], rng: random.Random) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.sampled_from(EXAMPLE_CASES), st.integers(0, 2**32), st.integers(1, 3))
 def test_a_mutated_example_is_a_config_or_a_config_error(
     tmp_path_factory: pytest.TempPathFactory, case: tuple[str, str | None], seed: int, num_mutations: int

@@ -543,7 +543,8 @@ def test_a_failing_server_is_left_alone_for_a_while(tmp_path: Path, monkeypatch:
         answering = threading.Thread(target=hang_up, daemon=True)
         answering.start()
         uri = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        tracker = MlflowTracker(uri, "digits", tmp_path, "digits", warn=lambda text: None)
+        store = MlflowStore(uri, "digits", tmp_path)
+        tracker = MlflowTracker(uri, "digits", tmp_path, "digits", warn=lambda text: None, store=store)
         tracker.parent(parent_run("digits"))
         for slot in range(50):
             tracker.trial(trial_run("digits", slot))
@@ -619,7 +620,8 @@ def test_one_row_that_cannot_be_written_does_not_stop_the_others(
     database: Database, experiment: str, tmp_path: Path
 ) -> None:
     warnings: list[str] = []
-    tracker = MlflowTracker(database.uri, experiment, database.artifacts, "digits", warn=warnings.append)
+    store = MlflowStore(database.uri, experiment, database.artifacts)
+    tracker = MlflowTracker(database.uri, experiment, database.artifacts, "digits", warn=warnings.append, store=store)
     tracker.parent(parent_run("digits"))
     tracker.artifact(tmp_path / "no such file")
     tracker.trial(trial_run("digits", 0))

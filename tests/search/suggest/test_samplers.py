@@ -3,6 +3,7 @@ history, seed and slot."""
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import math
@@ -33,8 +34,21 @@ from search.suggest.samplers import (
     quiet_optuna,
     slot_seed,
 )
-from search.suggest.space import check_point, parse_space, suggest
+from search.suggest.space import Scalar, check_point, parse_space, suggest
 from tests.search.suggest.samples import CONDITIONAL, FLAT, FOREIGN, SIZE, SPACES, Sweep, outcome, settings_of
+
+
+@functools.cache
+def swept(
+    name: str, space_name: str, num_objectives: int | None = None, is_constrained: bool = True
+) -> tuple[Sweep, list[list[dict[str, Scalar]]]]:
+    """A sweep that was run to its end, and its cohorts; only to be read. Where the number of
+    objectives does not matter, it is the one that other tests use too."""
+    if num_objectives is None:
+        num_objectives, is_constrained = (3, False) if (name, space_name) == ("gp", "conditional") else (2, True)
+        return swept(name, space_name, num_objectives, is_constrained)
+    sweep = Sweep(settings_of(name), SPACES[space_name], num_objectives, is_constrained)
+    return sweep, sweep.run()
 
 
 @pytest.mark.parametrize("space_name", SPACES)
@@ -50,15 +64,15 @@ class TestEverySampler:
             (3, False, "conditional"),
         }:
             pytest.skip("a second for each suggestion: of the Gaussian process two of the six cases run")
-        sweep = Sweep(settings_of(name), SPACES[space_name], num_objectives, is_constrained)
-        cohorts = sweep.run()
+        sweep, cohorts = swept(name, space_name, num_objectives, is_constrained)
         for slots, expected in list(zip(sweep.cohorts(), cohorts, strict=True))[1:]:
             assert sweep.rebuilt(slots.start).ask(slots) == expected
 
     @pytest.mark.slow
     def test_suggestions_lie_in_the_space_and_name_exactly_what_exists(self, name: str, space_name: str) -> None:
         space = SPACES[space_name]
-        for point in itertools.chain(*Sweep(settings_of(name), space).run()):
+        _, cohorts = swept(name, space_name)
+        for point in itertools.chain(*cohorts):
             check_point(space, point)
             assert list(point) == [key for key in space.distributions if space.has(key, point)]
 
@@ -71,8 +85,8 @@ class TestEverySampler:
 
     @pytest.mark.slow
     def test_a_point_that_is_fixed_in_part_is_completed(self, name: str, space_name: str) -> None:
-        sweep = Sweep(settings_of(name), SPACES[space_name])
-        sweep.run()
+        whole, cohorts = swept(name, space_name)
+        sweep = whole.rebuilt(sum(map(len, cohorts)))
         fixed = {"gate.target": 0.5, **({"gate.router": "gate"} if space_name == "conditional" else {})}
         sweep.study.enqueue_trial(fixed)
         point = sweep.ask([100])[0]
