@@ -19,7 +19,7 @@ from dsnet.network.supernet import EVIDENCE_PARTS, Supernet, TrunkOutput
 from dsnet.routers.base import summary_of
 from dsnet.routing.routing_table import MAX_FULL_CLASSES, NUM_TOP_LOGITS, GateColumns, RoutingTable
 from dsnet.seeds import derive_seed
-from dsnet.space.cost import pooling_madds, subnet_cost
+from dsnet.space.cost import evidence_channels, pooling_madds, subnet_cost
 from dsnet.space.route_tree import RouteTree
 from dsnet.space.spec import Subnet
 
@@ -210,8 +210,7 @@ class _EvidencePlan:
     def _lengths_at(self, gate: int, node: int) -> dict[str, int]:
         spec = self._subnets.spec
         subnet = self._subnets[self._tree.gates[gate].routes_at(node)[0]]
-        (op,) = (op for op in spec.ops if op.name == spec.gates[gate].attention)
-        channels = op.input_width(subnet.widths)
+        channels = evidence_channels(spec, subnet, gate)
         return {part: spec.gates[gate].hidden if part == "hidden" else channels for part in EVIDENCE_PARTS}
 
     def collector(self, seen: dict[tuple[int, int], Tensor]) -> OnNode:

@@ -232,17 +232,29 @@ class SlicedConvNorm(nn.Module):
         num_in, num_out = shape.num_in(widest, spec.in_channels), widest[shape.out_group]
         self.conv = SlicedConv2d(num_in, num_out, shape.kernel, shape.stride, generator)
         self.norm = make_norm(spec.norm, num_out, subnets.prefixes(shape.out_group))
+        self._inputs = {subnet.prefix(shape.upstream + 1) for subnet in subnets.all}
+
+    def _key(self, subnet: Subnet) -> tuple[int, ...]:
+        """The key of the norm's statistics; it ends with the output width.
+
+        A sub-network that is not declared may have the key of a declared one and another input,
+        from a group upstream that comes after `out_group`. It gets a longer key, which the norm
+        does not know.
+        """
+        prefix = subnet.prefix(self.shape.out_group + 1)
+        upstream = subnet.prefix(self.shape.upstream + 1)
+        return prefix if len(upstream) <= len(prefix) or upstream in self._inputs else (*upstream, prefix[-1])
 
     def forward(
         self, x: Float[Tensor, "batch channels height width"], subnet: Subnet
     ) -> Float[Tensor, "batch out_channels out_height out_width"]:
         """[B, c, H, W] -> [B, width of its group, H', W']."""
-        prefix = subnet.prefix(self.shape.out_group + 1)
+        prefix = self._key(subnet)
         return self.norm(self.conv(x, prefix[-1]), prefix)
 
     def cut(self, subnet: Subnet) -> ConvNorm:
         """The slice of one sub-network as a plain module."""
-        prefix = subnet.prefix(self.shape.out_group + 1)
+        prefix = self._key(subnet)
         num_in = self.shape.num_in(subnet.widths, self.in_channels)
         return ConvNorm(self.conv.cut(num_in, prefix[-1]), self.norm.cut(prefix))
 

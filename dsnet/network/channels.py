@@ -168,7 +168,15 @@ def trace(module: nn.Module, image: Tensor, concrete_args: Mapping[str, Any] | N
             line of the module.
     """
     was_training = module.training
-    module.eval()
+    module.eval()  # also while it runs: norms would note statistics of the example
+    try:
+        return _with_shapes(module, image, concrete_args)
+    finally:
+        module.train(was_training)
+
+
+def _with_shapes(module: nn.Module, image: Tensor, concrete_args: Mapping[str, Any] | None) -> fx.GraphModule:
+    """See `trace`; the module is in eval mode."""
     try:
         graph = fx.symbolic_trace(module, concrete_args=dict(concrete_args) if concrete_args else None)
     except Exception as error:
@@ -176,8 +184,6 @@ def trace(module: nn.Module, image: Tensor, concrete_args: Mapping[str, Any] | N
             f"{type(module).__name__} cannot be traced: {_first_line(error)}{_line_of(error, module)}; "
             "write it without control flow that depends on the values of tensors"
         ) from error
-    finally:
-        module.train(was_training)
     for node in graph.graph.nodes:
         if node.op == "call_method" and node.target == "view":
             node.target = "reshape"  # which gives the same, and takes images of any memory format

@@ -91,12 +91,30 @@ class SlicedLinear(nn.Module):
         return plain
 
 
+class UndeclaredWidthsError(KeyError):
+    """A BatchNorm has no running statistics, or no affine pair of its own, for a sub-network that
+    the supernet's set does not declare."""
+
+    def __init__(self, what: str, widths: tuple[int, ...]) -> None:
+        super().__init__(
+            f"no BatchNorm {what} for the widths {widths}: declare the sub-network, that is, build the supernet with "
+            "a set that holds it, and recalibrate"
+        )
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
 class BatchNormBank(nn.Module):
     """BatchNorm with running statistics per prefix of widths, and shared or private affine pairs.
 
     The statistics of a layer depend on every width upstream of it, so they are keyed by that prefix
     (docs/methods.md, section 3, docs/definitions.md, SubnetSet). Sub-networks that agree up to this
     layer share one set, which makes a shared trunk possible.
+
+    Only declared sub-networks, those of the supernet's set, have statistics. In training mode any
+    other width is normalised by the statistics of the batch and leaves no trace, as universally
+    slimmable training needs; in eval mode it is refused.
     """
 
     def __init__(
@@ -142,13 +160,11 @@ class BatchNormBank(nn.Module):
         """Running mean, running variance and the number of updates of one prefix.
 
         Raises:
-            KeyError: no sub-network of the supernet's set has this prefix.
+            UndeclaredWidthsError: no sub-network of the supernet's set has this prefix.
         """
         sets = self._names.get(prefix)
         if sets is None:
-            raise KeyError(
-                f"no BatchNorm statistics for the widths {prefix}; build the supernet with a set that holds this sub-network"
-            )
+            raise UndeclaredWidthsError("statistics", prefix)
         mean, var, updates = (self._buffers[name] for name in sets)
         assert mean is not None
         assert var is not None
@@ -168,8 +184,15 @@ class BatchNormBank(nn.Module):
         return widths[: self.depth]
 
     def affine(self, prefix: tuple[int, ...]) -> tuple[Float[Tensor, " channels"], Float[Tensor, " channels"]]:
-        """Scale and shift of one prefix."""
+        """Scale and shift of one prefix.
+
+        Raises:
+            UndeclaredWidthsError: every declared prefix has a pair of its own, and this one is not
+                declared.
+        """
         if self.private_affine:
+            if prefix not in self._names:
+                raise UndeclaredWidthsError("scale and shift", prefix)
             suffix = _key(prefix)
             return self.get_parameter(f"weight_{suffix}"), self.get_parameter(f"bias_{suffix}")
         return corner(self.weight, prefix[-1]), corner(self.bias, prefix[-1])
@@ -180,7 +203,11 @@ class BatchNormBank(nn.Module):
         """Normalise [B, c, H, W] with the statistics of `prefix` (batch statistics while
         training).
 
-        In training, widths that no sub-network of the set has are normalised by the batch alone.
+        In training, undeclared widths are normalised by the batch alone.
+
+        Raises:
+            UndeclaredWidthsError: in eval mode the widths are not declared, or in training they
+                would need a private affine pair.
         """
         if self.training and prefix not in self._names:
             return F.batch_norm(x, None, None, *self.affine(prefix), True, 0.0, self.eps)
@@ -204,7 +231,7 @@ class BatchNormBank(nn.Module):
 
         The input of each narrower sub-network must be a prefix of the channels of `x`. Its output
         is then the same prefix of the result, since a channel's batch statistics do not depend on
-        other channels. The running statistics of all `prefixes` are updated.
+        other channels. The running statistics of all declared `prefixes` are updated.
 
         Args:
             x: [B, c, H, W], where c is the largest width.
@@ -222,15 +249,17 @@ class BatchNormBank(nn.Module):
         if num_values < 2:
             raise ValueError(f"expected more than 1 value per channel when training, got input size {list(x.shape)}")
         widest = max(prefixes, key=lambda prefix: prefix[-1])
-        mean, var, updates = self.statistics(widest)
-        factor = self._count(updates)
+        mean, var, factor = None, None, 0.0
+        if widest in self._names:
+            mean, var, updates = self.statistics(widest)
+            factor = self._count(updates)
         y, batch_mean, batch_inverse_deviation = torch.native_batch_norm(
             x, *self.affine(widest), mean, var, True, factor, self.eps
         )
         with torch.no_grad():
             biased = batch_inverse_deviation**-2 - self.eps
             batch_var = biased * (num_values / (num_values - 1))
-            for prefix in set(prefixes) - {widest}:
+            for prefix in self._names.keys() & set(prefixes) - {widest}:
                 mean, var, updates = self.statistics(prefix)
                 factor = self._count(updates)
                 mean.lerp_(batch_mean[: prefix[-1]].to(mean.dtype), factor)

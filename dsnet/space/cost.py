@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from dsnet.space.spec import CLASSES, IMAGE, IMAGE_CHANNELS, Op, Pair, Subnet, SupernetSpec
+from dsnet.space.spec import IMAGE, Op, Pair, Subnet, SupernetSpec
 
 
 @dataclass(frozen=True)
@@ -96,9 +96,28 @@ def pooling_madds(spec: SupernetSpec, subnet: Subnet, gate: int, image_size: int
         if op.name == spec.gates[gate].attention:
             return _num_in(spec, op, subnet) * size[0] * size[1]
         sizes[op.name] = _output_size(op, size)
-    raise ValueError(
-        f"gate {spec.gates[gate].name!r} names attention {spec.gates[gate].attention!r}, which {spec.family} does not have"
-    )
+    raise ValueError(_no_attention(spec, gate))
+
+
+def evidence_channels(spec: SupernetSpec, subnet: Subnet, gate: int) -> int:
+    """Number of channels of what a gate's evidence is computed from, on the path of `subnet`.
+
+    They are those of the features; a gate before the network takes every cell of its view of the
+    image as a channel.
+
+    Raises:
+        ValueError: the spec has no op with the name of the gate's attention.
+    """
+    for op in spec.ops:
+        if op.name == spec.gates[gate].attention:
+            height, width = op.window.output if op.window is not None else (1, 1)
+            return _num_in(spec, op, subnet) * height * width
+    raise ValueError(_no_attention(spec, gate))
+
+
+def _no_attention(spec: SupernetSpec, gate: int) -> str:
+    own = spec.gates[gate]
+    return f"gate {own.name!r} names attention {own.attention!r}, which {spec.family} does not have"
 
 
 def gate_madds(hidden: int, num_routes: int) -> int:
@@ -108,16 +127,12 @@ def gate_madds(hidden: int, num_routes: int) -> int:
 
 def _width(spec: SupernetSpec, group: int, subnet: Subnet) -> int:
     """Number of channels of a group, of the image or of the classes."""
-    if group == IMAGE_CHANNELS:
-        return spec.in_channels
-    return spec.num_classes if group == CLASSES else subnet.widths[group]
+    return spec.width_of(group, subnet.widths)
 
 
 def _num_in(spec: SupernetSpec, op: Op, subnet: Subnet) -> int:
     """Number of an op's input channels."""
-    if op.parts:
-        return sum(_width(spec, group, subnet) * repeat for group, repeat in op.parts)
-    return spec.in_channels if op.in_group == IMAGE_CHANNELS else op.input_width(subnet.widths)
+    return op.input_width(spec, subnet.widths)
 
 
 def _output_size(op: Op, size: Pair) -> Pair:

@@ -124,12 +124,11 @@ class Op:
     """Groups whose widths are the key of the op's BatchNorm statistics, the written ones last;
     empty: all groups up to `out_group`."""
 
-    def input_width(self, widths: Sequence[int]) -> int:
-        """Number of input channels for a sub-network's widths (not for an op that reads the
-        image)."""
+    def input_width(self, spec: SupernetSpec, widths: Sequence[int]) -> int:
+        """Number of input channels for a sub-network's widths; of the image, all its channels."""
         if self.parts:
-            return sum(widths[group] * repeat for group, repeat in self.parts)
-        return max(widths[group] for group in (self.in_group, *self.in_union))
+            return sum(spec.width_of(group, widths) * repeat for group, repeat in self.parts)
+        return max(spec.width_of(group, widths) for group in (self.in_group, *self.in_union))
 
 
 @dataclass(frozen=True)
@@ -220,6 +219,21 @@ class SupernetSpec:
             raise CheckpointError(
                 f"the stored supernet spec cannot be read: {error}; it was written by another version"
             ) from error
+
+    def width_of(self, group: int, widths: Sequence[int]) -> int:
+        """Number of channels of a group for a sub-network's widths; `group` may be `IMAGE_CHANNELS`
+        or `CLASSES`.
+
+        Raises:
+            ValueError: there is no such group.
+        """
+        if group == IMAGE_CHANNELS:
+            return self.in_channels
+        if group == CLASSES:
+            return self.num_classes
+        if not 0 <= group < len(widths):
+            raise ValueError(f"{self.family} has no channel group {group}: it has {len(widths)}")
+        return widths[group]
 
     @property
     def max_widths(self) -> tuple[int, ...]:

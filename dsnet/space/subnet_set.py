@@ -52,6 +52,17 @@ class SubnetSet:
         there is none."""
         return self.teacher if self.teacher is not None else self.members[self.by_madds()[-1]]
 
+    @property
+    def names(self) -> frozenset[str]:
+        """The names of the members and of the teacher."""
+        return frozenset(subnet.name for subnet in self.all)
+
+    def at(self, widths: Sequence[int]) -> Subnet:
+        """The member or teacher with these widths; where there is none, `subnet_at`."""
+        wanted = tuple(widths)
+        declared = (subnet for subnet in self.all if subnet.widths == wanted)
+        return next(declared, None) or subnet_at(self.spec, wanted)
+
     def by_madds(self, image_size: int | None = None) -> tuple[int, ...]:
         """Member ids from the cheapest to the most expensive; members of equal cost keep their
         order."""
@@ -110,6 +121,19 @@ class SubnetSet:
             return cls(spec, tuple(map(_subnet, members)), None if teacher is None else _subnet(teacher))
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"the stored set of sub-networks cannot be read: {error!r}") from error
+
+
+def subnet_at(spec: SupernetSpec, widths: Sequence[int]) -> Subnet:
+    """A sub-network that no set declares, with a name made of its widths: `8-16-24`.
+
+    BatchNorm has no running statistics for it, so it can be trained, but not evaluated.
+
+    Raises:
+        ValueError: the widths do not fit the supernet.
+    """
+    subnet = Subnet("-".join(map(str, widths)), tuple(widths))
+    spec.check(subnet)
+    return subnet
 
 
 def _subnet(item: Mapping[str, Any]) -> Subnet:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +16,9 @@ from torch import Tensor
 
 from dsnet.errors import NonFiniteLossError
 from dsnet.files import atomic_write_text
+
+UNDECLARED = "random_widths"
+"""Name of the common curve of sub-networks that the set does not declare."""
 
 
 class Reporter(Protocol):
@@ -51,9 +54,22 @@ class Curves:
     """Averages losses between reports and finds the step and sub-network of the first non-finite
     loss."""
 
-    def __init__(self, path: Path | None, reporter: Reporter, start_step: int) -> None:
+    def __init__(
+        self, path: Path | None, reporter: Reporter, start_step: int, names: Collection[str] | None = None
+    ) -> None:
+        """Continue the curves of a run.
+
+        Args:
+            path: the file of the curves, from which rows after `start_step` are removed; None
+                writes no file.
+            reporter: receives every point.
+            start_step: steps done.
+            names: sub-networks that have a curve of their own; all others share `UNDECLARED`.
+                None: every sub-network has one.
+        """
         self._path = path
         self._reporter = reporter
+        self._names = names
         self._pending: list[tuple[int, dict[str, Tensor]]] = []
         if path is not None:
             _keep_lines_upto(path, start_step)
@@ -92,7 +108,8 @@ class Curves:
             return
         sums: dict[str, list[float]] = {}
         for _, name, value in self._read(at):
-            sums.setdefault(name, []).append(value)
+            is_own = self._names is None or name in self._names
+            sums.setdefault(name if is_own else UNDECLARED, []).append(value)
         self._pending.clear()
         metrics = {f"loss/{name}": sum(items) / len(items) for name, items in sums.items()}
         record = {

@@ -20,7 +20,11 @@ from dsnet.training.losses import smoothed_one_hot, soft_cross_entropy
 
 @dataclass(frozen=True)
 class StepPlan:
-    """The sub-networks of one step (the sandwich, or all) and the weight of their soft labels."""
+    """The sub-networks of one step (the sandwich, or all) and the weight of their soft labels.
+
+    They need not be declared, that is, belong to the supernet's set
+    (`dsnet.space.subnet_set.subnet_at`).
+    """
 
     largest: Subnet
     randoms: tuple[Subnet, ...]
@@ -31,7 +35,7 @@ class StepPlan:
     """Weight of the soft labels, 0..1; the hard labels have the remaining weight."""
     cold: frozenset[str]
     """Names of the sub-networks whose running statistics have had too few updates for the teacher
-    to use them."""
+    to use them, and of those that have none because the set does not declare them."""
 
     @property
     def smaller(self) -> tuple[Subnet, ...]:

@@ -25,6 +25,8 @@ from dsnet.network.ema import Ema, ema_decay
 from dsnet.network.memory_order import arrange, arranged
 from dsnet.network.supernet import Supernet, state_for_saving
 from dsnet.seeds import derive_seed
+from dsnet.space.spec import Subnet
+from dsnet.space.width_space import WidthSpace
 from dsnet.stored.checkpoint import (
     load_checkpoint,
     load_exactly,
@@ -73,6 +75,8 @@ class _Session:
         order = members.by_madds()
         self.largest = members.largest
         self.smallest = members[order[0]]
+        if run.width_space is not None:
+            self.smallest = members.at(run.width_space.smallest(members.spec))
         self.between = [members[k] for k in order[1:] if members[k].widths != self.largest.widths]
 
     @property
@@ -86,17 +90,33 @@ class _Session:
         lr = self.optimizer.param_groups[0]["lr"]
         return Progress(self.step, self.num_steps, self.step / self.steps_per_epoch, lr)
 
-    def draw(self, generator: torch.Generator) -> list[int]:
-        """Draw one step's random sub-networks, as positions in `between`; all of them where every
+    def draw(self, generator: torch.Generator) -> list[Subnet]:
+        """Draw one step's random sub-networks; all between the smallest and the largest where every
         width trains."""
         regime = self.run.regime
         if regime.widths == "all":
-            return list(range(len(self.between)))
+            return self.between
+        if self.run.width_space is not None:
+            return self._draw_widths(self.run.width_space, generator)
         count = min(regime.num_random, len(self.between))
-        return torch.randperm(len(self.between), generator=generator)[:count].tolist()
+        return [self.between[pick] for pick in torch.randperm(len(self.between), generator=generator)[:count].tolist()]
 
-    def plan(self, picks: Sequence[int]) -> StepPlan:
-        """The plan of the current step, for the drawn positions in `between`."""
+    def _draw_widths(self, space: WidthSpace, generator: torch.Generator) -> list[Subnet]:
+        """Draw sub-networks of any widths of a space.
+
+        One that is drawn twice is left out, and so are the smallest and the largest, which take
+        part in any case; where the space is tiny, a step has fewer.
+        """
+        members = self.student.subnets
+        drawn = [
+            space.draw(lambda count: int(torch.randint(count, (), generator=generator)), members.spec)
+            for _ in range(self.run.regime.num_random)
+        ]
+        takes_part = (self.smallest.widths, self.largest.widths)
+        return [members.at(widths) for widths in dict.fromkeys(drawn) if widths not in takes_part]
+
+    def plan(self, randoms: Sequence[Subnet]) -> StepPlan:
+        """The plan of the current step, for its random sub-networks."""
         bootstrap = self.run.bootstrapping
         ramp_steps = bootstrap.soft_ramp_epochs * self.steps_per_epoch
         soft_weight = 1.0 if ramp_steps <= 0 else min(1.0, self.step / ramp_steps)
@@ -108,7 +128,8 @@ class _Session:
             for name, count in self.updates.items()
             if count < bootstrap.teacher_min_updates or not keeps_statistics
         )
-        return StepPlan(self.largest, tuple(self.between[pick] for pick in picks), self.smallest, soft_weight, cold)
+        undeclared = {subnet.name for subnet in (*randoms, self.smallest)} - self.updates.keys()
+        return StepPlan(self.largest, tuple(randoms), self.smallest, soft_weight, cold | undeclared)
 
     def update(self, images: Tensor, labels: Tensor, plan: StepPlan, workers: Workers) -> dict[str, Tensor]:
         """Run one optimiser step and one EMA update on normalised images [B, C, H, W]; returns the
@@ -129,7 +150,7 @@ class _Session:
             torch.nn.utils.clip_grad_norm_(self.student.parameters(), settings.grad_clip)
         self.optimizer.step()
         self.ema.update(ema_decay(self.step, bootstrap.ema_decay, bootstrap.ema_warmup))
-        for name in losses:
+        for name in losses.keys() & self.updates.keys():
             self.updates[name] += 1
         self.step += 1
         return (
@@ -268,7 +289,7 @@ def train_supernet(
     stems = checkpoint_stems(folder)
     pending = session.load(stems[-1]) if stems else []
     path = folder / "curves.jsonl" if workers.rank == 0 else None
-    curves = Curves(path, callbacks.reporter, session.step)
+    curves = Curves(path, callbacks.reporter, session.step, session.student.subnets.names)
     curves.restore(pending, session.device)
     while session.step < session.num_steps:
         epoch, steps_into = divmod(session.step, session.steps_per_epoch)

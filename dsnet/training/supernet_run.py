@@ -10,7 +10,8 @@ from typing import Any
 from dsnet.data.normalization import Normalization
 from dsnet.data.settings import Augmentation
 from dsnet.errors import ConfigError
-from dsnet.settings import DEFAULT_SEED, NonNegativeInt, PositiveInt, Seed, Settings
+from dsnet.settings import DEFAULT_SEED, NonNegativeInt, PositiveInt, Seed, SettingError, Settings
+from dsnet.space.width_space import WidthSpace
 from dsnet.training.settings import (
     BootstrapSettings,
     KeptWeights,
@@ -49,14 +50,26 @@ class SupernetRun(Settings):
     recalibration_batch: PositiveInt = RecalibrationSettings.batch_size
     """Images per batch of recalibration."""
     keep_checkpoints: PositiveInt = SupernetSettings.keep_checkpoints
+    width_space: WidthSpace | None = None
+    """The sandwich's random sub-networks have any widths of this space, and its smallest has the
+    smallest ones; None: they are declared sub-networks."""
     origin: Mapping[str, Any] = field(default_factory=dict)
     """Record of the start weights: the checkpoint's file name and SHA-256; empty for fresh
     weights."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.width_space is not None and self.regime.widths != "sandwich":
+            raise SettingError(
+                f"supernet.train.widths is {self.regime.widths}, but only the sandwich draws widths from a width_space"
+            )
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-able mapping, saved with every checkpoint, that `from_json` turns back into an
         equal object."""
         data = asdict(self)
+        if self.width_space is None:
+            del data["width_space"]
         return {**data, "bootstrapping": without_published(data["bootstrapping"])}
 
     @classmethod
@@ -66,10 +79,12 @@ class SupernetRun(Settings):
         Raises:
             ConfigError: a field is unknown, missing or out of its range.
         """
+        space = data.get("width_space")
         try:
             return cls(
                 **{
                     **data,
+                    "width_space": None if space is None else WidthSpace(**space),
                     "train": TrainSettings(**data["train"]),
                     "regime": Regime(**data["regime"]),
                     "bootstrapping": BootstrapSettings(**with_published(data["bootstrapping"])),
@@ -77,5 +92,7 @@ class SupernetRun(Settings):
                     "normalization": Normalization.from_json(data["normalization"]),
                 }
             )
-        except (KeyError, TypeError) as error:
+        except SettingError:
+            raise
+        except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"these are not the settings of a supernet's training: {error}") from error

@@ -16,7 +16,7 @@ from dsnet.metrics import metrics
 from dsnet.routers.cascade import num_answer_features
 from dsnet.routers.gate import RICH_EVIDENCE
 from dsnet.routers.kinds import router_kind
-from dsnet.space.cost import gate_madds, pooling_madds, shared_params, subnet_cost
+from dsnet.space.cost import evidence_channels, gate_madds, pooling_madds, shared_params, subnet_cost
 from dsnet.space.route_tree import RouteTree
 from dsnet.space.spec import Subnet, SupernetSpec
 from dsnet.space.subnet_set import SubnetSet
@@ -205,8 +205,7 @@ class _CostBounds:
             return site.hidden
         if router_kind(kind).reads_answer:
             return num_answer_features(self.spec.num_classes) + site.hidden
-        attention = next(op for op in self.spec.ops if op.name == site.attention)
-        return (len(RICH_EVIDENCE) - 1) * attention.input_width(subnet.widths) + site.hidden
+        return (len(RICH_EVIDENCE) - 1) * evidence_channels(self.spec, subnet, gate) + site.hidden
 
     def _numbers(self, kind: str) -> Range:
         """Range of the number of values that a router stores."""

@@ -104,9 +104,12 @@ def _pooling(spec: Any, subnet: Any, with_trunk: bool) -> int:
     sizes = {"image": spec.image_size}
     for op in spec.ops:
         size = sizes[op.reads]
-        sizes[op.name] = 1 if op.kind in ("pool", "linear") else -(-size // op.stride)
+        if op.window is not None:
+            sizes[op.name] = op.window.output_size((size, size))[0]
+        else:
+            sizes[op.name] = 1 if op.kind in ("pool", "linear") else -(-size // op.stride)
         if op.kind in ("attention", "pool", "maxpool") and (op.segment > 0 or with_trunk):
-            total += op.input_width(subnet.widths) * size**2
+            total += op.input_width(spec, subnet.widths) * size**2
     return total
 
 

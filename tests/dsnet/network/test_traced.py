@@ -197,3 +197,15 @@ def test_a_network_of_the_zoo_is_sliced_cut_and_counted_exactly(model: str) -> N
     cut = materialize(supernet, narrow)
     torch.testing.assert_close(cut(x), supernet(x, narrow), rtol=1e-5, atol=1e-4)
     assert subnet_cost(supernet.spec, narrow, 64).params == sum(p.numel() for p in cut.parameters())
+
+
+@pytest.mark.parametrize("is_training", [True, False])
+def test_tracing_changes_neither_statistics_nor_mode(is_training: bool) -> None:
+    """A supernet would take the statistics of the example for those of trained weights."""
+    plain = make_plain(TRACED[0], 10, 3, 0).train(is_training)
+    before = {name: value.clone() for name, value in plain.state_dict().items()}
+    trace(plain, torch.rand(1, 3, 16, 16))
+    assert {part.training for part in plain.modules()} == {is_training}
+    assert all(torch.equal(value, before[name]) for name, value in plain.state_dict().items())
+    fresh = create(TRACED[0], Task(10, 3, 16))
+    assert {norm.num_updates(fresh.subnets[0].widths) for norm in fresh.batch_norms()} == {0}

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dsnet.deploy.materialize import materialize
 from dsnet.families import Task, create, layout
 from dsnet.network.supernet import restrict
-from dsnet.space.cost import gate_madds, pooling_madds, shared_params, subnet_cost
+from dsnet.space.cost import evidence_channels, gate_madds, pooling_madds, shared_params, subnet_cost
 from dsnet.space.spec import Subnet
 from tests.dsnet.cases import CASES, Case
 from tests.dsnet.samples import random_images, small_supernet
@@ -143,11 +143,26 @@ def test_a_pooling_costs_what_the_attentions_own_pooling_counts(case: Case, size
             features = output.features
 
 
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("size", [16, 24])
+@torch.no_grad()
+def test_the_channels_of_a_gates_evidence_are_those_that_it_pools(case: Case, size: int) -> None:
+    supernet = case.supernet()
+    for subnet in supernet.subnets:
+        features = random_images(1, size)
+        for gate in range(len(supernet.spec.gates)):
+            output = supernet.upto_gate(gate, features, subnet)
+            features = output.features
+            assert evidence_channels(supernet.spec, subnet, gate) == output.evidence("mean").shape[1]
+
+
 def test_a_gate_without_its_attention_has_no_pooling() -> None:
     spec = small_supernet().spec
     broken = replace(spec, gates=(replace(spec.gates[0], attention="nowhere"),))
     with pytest.raises(ValueError, match="'nowhere', which ds_tiny does not have"):
         pooling_madds(broken, small_supernet().subnets[0], 0, 16)
+    with pytest.raises(ValueError, match="names attention"):
+        evidence_channels(broken, small_supernet().subnets[0], 0)
 
 
 @pytest.mark.slow

@@ -12,10 +12,10 @@ import torch
 from dsnet.errors import CheckpointError, ConfigError
 from dsnet.families import Family, create, get_family, layout, rebuild, register
 from dsnet.space.cost import subnet_cost
-from dsnet.space.spec import Subnet, SupernetSpec
+from dsnet.space.spec import CLASSES, IMAGE, IMAGE_CHANNELS, Op, Subnet, SupernetSpec
 from dsnet.space.subnet_set import SubnetSet
 from tests.dsnet.cases import CASES, FAMILIES, Case
-from tests.dsnet.samples import small_set, task
+from tests.dsnet.samples import SMALL_OPTIONS, small_set, task
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -186,3 +186,28 @@ def test_equal_seeds_give_equal_weights_and_leave_the_global_generator_alone() -
     assert torch.equal(before, torch.random.get_rng_state())
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert not torch.equal(first["stem.weight"], other["stem.weight"])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("in_channels", [1, 3])
+def test_an_op_that_reads_the_image_has_the_channels_of_the_image(family: str, in_channels: int) -> None:
+    own = layout(family, replace(task(), in_channels=in_channels), SMALL_OPTIONS.get(family, {}))
+    readers = [op for op in own.spec.ops if op.reads == IMAGE]
+    assert readers
+    for subnet in own.all:
+        assert {op.input_width(own.spec, subnet.widths) for op in readers} == {in_channels}
+
+
+def test_the_input_of_an_op_may_be_several_groups_the_image_and_the_classes() -> None:
+    spec = small_set("ds_tiny").spec
+    op = Op("join", "conv", "stem", 0, 1, parts=((IMAGE_CHANNELS, 2), (1, 4), (CLASSES, 1)))
+    assert op.input_width(spec, (5, 7, 9, 11)) == 2 * 3 + 4 * 7 + 10
+    union = Op("stream", "conv", "stem", 0, 1, in_union=(1, 3))
+    assert union.input_width(spec, (5, 7, 9, 11)) == 11
+
+
+@pytest.mark.parametrize("group", [-3, 4])
+def test_a_group_that_does_not_exist_is_no_width(group: int) -> None:
+    spec = small_set("ds_tiny").spec
+    with pytest.raises(ValueError, match=f"ds_tiny has no channel group {group}: it has 4"):
+        spec.width_of(group, spec.max_widths)

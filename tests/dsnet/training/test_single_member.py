@@ -30,7 +30,7 @@ from dsnet.training.settings import REGIMES, BootstrapSettings, RegimeName, Trai
 from dsnet.training.supernet import _Session
 from dsnet.training.supernet_run import SupernetRun
 from dsnet.training.workers import SingleWorker
-from tests.dsnet.cases import FAMILIES, HAND_WRITTEN
+from tests.dsnet.cases import FAMILIES
 from tests.dsnet.samples import (
     NORMALIZATION,
     ROUTER_KINDS,
@@ -124,7 +124,7 @@ def test_a_teacher_of_the_same_widths_is_the_same_network(regime: RegimeName) ->
     assert_trains_as_the_plain_network(single("ds_tiny", with_twin=True), regime, {})
 
 
-@pytest.mark.parametrize("family", HAND_WRITTEN)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_single_member_is_evaluated_tabled_and_timed(family: str) -> None:
     net = single(family)
     recalibrate(net, [random_images(16)])

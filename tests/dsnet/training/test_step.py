@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from dsnet.families import create
+from dsnet.network.prefix_tree import by_prefix
 from dsnet.network.supernet import Supernet
 from dsnet.space.spec import Subnet
-from dsnet.space.subnet_set import SubnetSet
+from dsnet.space.subnet_set import SubnetSet, subnet_at
+from dsnet.space.width_space import WidthSpace
 from dsnet.training.losses import smoothed_one_hot, soft_cross_entropy
 from dsnet.training.settings import Teacher
 from dsnet.training.step import StepPlan, StepRules, supernet_step
@@ -292,3 +294,54 @@ def test_bf16_gives_nearly_the_same_gradients_and_keeps_them_in_float32() -> Non
     assert rounded.dtype == torch.float32
     assert not torch.equal(exact, rounded)
     assert float(torch.cosine_similarity(exact, rounded, dim=0)) > 0.98
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", TEACHERS)
+def test_sub_networks_that_are_not_declared_take_part_as_any_other(family: str, kind: str) -> None:
+    """Random ones and the smallest of widths that no set holds; beside layers that they share with
+    a declared one, statistics of the largest alone are updated. The teacher normalises them by the
+    batch."""
+    student, teacher = student_and_teacher(family)
+    naive_student = small_supernet(family, seed=0).double().train()
+    for net in (student, naive_student, teacher):
+        without_dropout(net)
+    space, generator = WidthSpace(0.3, 1), torch.Generator().manual_seed(2)
+    *randoms, smallest = (
+        subnet_at(student.spec, space.draw(lambda n: int(torch.randint(n, (), generator=generator)), student.spec))
+        for _ in range(3)
+    )
+    assert student.subnets.names.isdisjoint(subnet.name for subnet in (*randoms, smallest))
+    cold = frozenset(subnet.name for subnet in (*randoms, smallest))
+    plan = plan_of(student, randoms=tuple(randoms), smallest=smallest, cold=cold, soft_weight=0.3)
+    images, labels = random_images(6).double(), random_labels(6)
+    losses = step(student, teacher, plan, kind)
+    expected = naive_step(naive_student, teacher, images, labels, plan, kind)
+    assert {name: loss.item() for name, loss in losses.items()} == pytest.approx(expected, rel=1e-10)
+    met, wanted = gradients(student), gradients(naive_student)
+    assert met.keys() == wanted.keys()
+    for name in met:
+        scale = float(wanted[name].abs().max())
+        assert float((met[name] - wanted[name]).abs().max()) <= 1e-10 * max(1.0, scale), name
+    for norm in student.batch_norms():
+        shared = {norm.key_of(subnet.widths) for subnet in (*randoms, smallest)}
+        for key in set(norm.keys()) - shared:
+            assert int(norm.statistics(key)[2]) == int(key == norm.key_of(student.subnets.largest.widths))
+    assert shared.isdisjoint(norm.keys())  # of the last layer
+
+
+def test_first_layers_run_once_for_declared_and_undeclared_sub_networks_together() -> None:
+    """Also where the widest of those that share the features is not declared."""
+    nets = [without_dropout(small_supernet("ds_tiny", seed=0)).double().train() for _ in range(2)]
+    smallest, spec = nets[0].subnets[0], nets[0].spec
+    wider = subnet_at(spec, (*smallest.prefix(2), *(width - 1 for width in spec.max_widths[2:])))
+    plan = plan_of(nets[0], randoms=(wider,), smallest=smallest)
+    assert len(by_prefix(nets[0], plan.smaller, 0)) == 1
+    step(nets[0], None, plan, "none")
+    naive_step(nets[1], nets[1], random_images(6).double(), random_labels(6), plan, "none")
+    met, wanted = (dict(net.named_buffers()) for net in nets)
+    depth = spec.num_prefix_groups(0)
+    for name, value in wanted.items():
+        if name.rpartition(".")[2].count("_") > depth:  # a prefix that reaches beyond the gate
+            torch.testing.assert_close(met[name], value, rtol=1e-9, atol=1e-12)

@@ -263,7 +263,7 @@ def test_one_step_of_micro_batches_is_the_mean_of_their_gradients() -> None:
         net = create("ds_tiny", task(image_size=8), {**OPTIONS, "dropout": 0.0}, norm="group_norm", seed=4)
         state = session(net, run=small_run(train=TrainSettings(batch_size=16, accumulate=parts)))
         images = NORMALIZATION.apply(random_pixels(16, 8))
-        losses = state.update(images, random_labels(16), state.plan([0]), SingleWorker())
+        losses = state.update(images, random_labels(16), state.plan(state.between[:1]), SingleWorker())
         states.append((state, losses))
     (whole, whole_losses), (split, split_losses) = states
     assert whole_losses.keys() == split_losses.keys()
@@ -582,7 +582,7 @@ def test_the_largest_trains_alone_first_where_that_is_asked_for() -> None:
     taking_part = []
     for step in (0, state.num_steps // 4 - 1, state.num_steps // 4, state.num_steps - 1):
         state.step = step
-        taking_part.append([subnet.name for subnet in state.plan([0]).smaller])
+        taking_part.append([subnet.name for subnet in state.plan(state.between[:1]).smaller])
     assert taking_part == [[], [], ["subnet-01", "subnet-00"], ["subnet-01", "subnet-00"]]
 
 

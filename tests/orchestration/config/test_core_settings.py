@@ -41,7 +41,7 @@ PLATFORM_ONLY = {
 """Settings of sweep.yaml that the core does not have, or has in another form."""
 CORE_ONLY = {
     *("gate.routes", "gate.seed", "gate.end_to_end.augmentation"),
-    *(f"supernet.{name}" for name in ("augmentation", "normalization", "origin")),
+    *(f"supernet.{name}" for name in ("augmentation", "normalization", "origin", "width_space")),
 }
 """Fields of the core's settings that have another form in sweep.yaml, or none."""
 BY_NAME = {"data.name", "supernet.regime"}

@@ -1,0 +1,58 @@
+"""Every width that a sub-network may have, without a list of sub-networks: the space of universally
+slimmable training and of searches for structures (docs/methods.md, section 7). Needs no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from dsnet.space.spec import ChannelGroup, SupernetSpec
+
+ROUNDING = 1e-9
+"""Rounding error of a share times a width, relative to the step, that does not count."""
+
+
+@dataclass(frozen=True)
+class WidthSpace:
+    """The possible widths of every channel group, chosen independently: multiples of `step` from
+    `min_share` of the group upwards, and the whole group.
+
+    A group that is pinned keeps all channels.
+    """
+
+    min_share: float
+    """Smallest share of a group's channels, above 0 and at most 1."""
+    step: int
+    """Widths are multiples of this, at least 1; the width of a whole group need not be."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.min_share <= 1:
+            raise ValueError(f"min_share is {self.min_share!r}, but must be above 0 and at most 1")
+        if isinstance(self.step, bool) or not isinstance(self.step, int) or self.step < 1:
+            raise ValueError(f"step is {self.step!r}, but must be a whole number of at least 1")
+
+    def options(self, spec: SupernetSpec) -> tuple[tuple[int, ...], ...]:
+        """For every channel group its possible widths, in increasing order; the last is all of
+        it."""
+        return tuple(self._of(group) for group in spec.groups)
+
+    def _of(self, group: ChannelGroup) -> tuple[int, ...]:
+        if group.pinned:
+            return (group.max_width,)
+        lowest = math.ceil(self.min_share * group.max_width / self.step - ROUNDING) * self.step
+        return (*range(max(self.step, lowest), group.max_width, self.step), group.max_width)
+
+    def smallest(self, spec: SupernetSpec) -> tuple[int, ...]:
+        """The smallest width of every channel group."""
+        return tuple(options[0] for options in self.options(spec))
+
+    def draw(self, below: Callable[[int], int], spec: SupernetSpec) -> tuple[int, ...]:
+        """Draw one width for every channel group, each of its options equally likely.
+
+        Args:
+            below: a function n -> a random whole number in 0..n - 1; it is called once for every
+                group with several options, in the groups' order.
+            spec: the supernet.
+        """
+        return tuple(options[below(len(options))] if len(options) > 1 else options[0] for options in self.options(spec))
