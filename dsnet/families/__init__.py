@@ -30,6 +30,11 @@ class Task:
     image_size: int
 
 
+def with_task(spec: SupernetSpec, task: Task) -> SupernetSpec:
+    """The spec for other images and classes, where operations do not depend on them."""
+    return replace(spec, num_classes=task.num_classes, image_size=task.image_size)
+
+
 @dataclass(frozen=True)
 class Family:
     """One architecture family."""
@@ -41,6 +46,9 @@ class Family:
     """Function (task, complete options) -> sub-networks with their spec, without weights; it raises
     ValueError for a bad option. The spec's `norm` is the family's default."""
     build: Callable[[SupernetSpec, SubnetSet, torch.Generator], Supernet]
+    for_task: Callable[[SupernetSpec, Task], SupernetSpec] = with_task
+    """Function (spec, task with as many image channels) -> the spec of the same network for the
+    task's image size and number of classes."""
     naming: str = ""
     """A sentence that explains the names of its sub-networks; empty where they are plain
     numbers."""

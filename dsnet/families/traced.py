@@ -17,7 +17,17 @@ from torch import fx, nn
 from dsnet.families import Family, Task, register, register_resolver
 from dsnet.families.options import check_number, is_integer
 from dsnet.import_path import is_model_path
-from dsnet.network.channels import UNKNOWN, TracedGraph, analyse, attribute, parts_of, shape_of, trace, upstream
+from dsnet.network.channels import (
+    UNKNOWN,
+    TracedGraph,
+    analyse,
+    attribute,
+    is_grouped,
+    parts_of,
+    shape_of,
+    trace,
+    upstream,
+)
 from dsnet.network.plain import example_image, make_plain
 from dsnet.network.traced import ENTRY, ENTRY_CELLS, TracedSupernet
 from dsnet.space.spec import (
@@ -45,9 +55,7 @@ def traced_layout(model: str, task: Task, options: Mapping[str, Any]) -> SubnetS
         ConfigError: the network cannot be traced.
         ValueError: an option is out of its range.
     """
-    plain = make_plain(model, task.num_classes, task.in_channels, 0)
-    traced = analyse(trace(plain, example_image(task.in_channels, task.image_size)))
-    spec = traced_spec(model, traced, task)
+    spec = traced_spec(model, task)
     ratios, step = _checked_options(options)
     members = tuple(uniform(spec, ratio, step, f"{ratio:g}") for ratio in ratios)
     return SubnetSet(spec, members)
@@ -81,15 +89,20 @@ def uniform(spec: SupernetSpec, ratio: float, step: int, name: str) -> Subnet:
     )
 
 
-def traced_spec(model: str, traced: TracedGraph, task: Task) -> SupernetSpec:
-    """Groups and costed operations of a traced network."""
+def traced_spec(model: str, task: Task) -> SupernetSpec:
+    """Groups and costed operations of a network by name.
+
+    Raises:
+        ConfigError: the network cannot be traced.
+    """
+    plain = make_plain(model, task.num_classes, task.in_channels, 0)
+    traced = analyse(trace(plain, example_image(task.in_channels, task.image_size)))
     numbers, groups = _groups(traced)
     reader = _OpReader(traced, numbers)
     ops = tuple(op for node in traced.module.graph.nodes if (op := reader.op(node)) is not None)
-    cells = min(ENTRY_CELLS, task.image_size)
-    evidence = Window((1, 1), output=(cells, cells))
+    evidence = Window((1, 1), output=(ENTRY_CELLS, ENTRY_CELLS))
     entry = Op(ENTRY, "pool", IMAGE, 0, IMAGE_CHANNELS, parts=((IMAGE_CHANNELS, 1),), window=evidence)
-    gate = GateSpec(ENTRY, ENTRY, cells**2 * task.in_channels, num_prefix_groups=0)
+    gate = GateSpec(ENTRY, ENTRY, ENTRY_CELLS**2 * task.in_channels, num_prefix_groups=0)
     return SupernetSpec(
         family=model,
         num_classes=task.num_classes,
@@ -160,10 +173,9 @@ class _OpReader:
         return is_new
 
     def _fixed(self, node: fx.Node, module: nn.Module | None) -> Op:
-        """An operation that is not understood: its cost is what a run counted."""
+        """An operation that is not understood: its cost is what a run counted, and the parameters
+        of its module, if they have not been counted yet."""
         num_params = sum(parameter.numel() for parameter in module.parameters()) if module is not None else 0
-        if module is not None and not self._is_new(str(node.target)):
-            num_params = 0
         shape = shape_of(node)
         size = (shape[2], shape[3]) if len(shape) == 4 else (1, 1)
         return Op(
@@ -179,10 +191,9 @@ class _OpReader:
 
     def _of(self, node: fx.Node, reads: str) -> Op | None:
         module = self._traced.module.get_submodule(str(node.target)) if node.op == "call_module" else None
-        if node.meta.get(UNKNOWN):
-            return self._fixed(node, module)
-        if module is not None:
-            self._is_new(str(node.target))
+        is_new = module is None or self._is_new(str(node.target))
+        if node.meta.get(UNKNOWN) and not (is_new and is_grouped(module)):
+            return self._fixed(node, module if is_new else None)
         match module:
             case nn.Conv2d():
                 return self._convolution(node, module, reads)
@@ -210,6 +221,8 @@ class _OpReader:
         further = {"window": window, "has_bias": module.bias is not None}
         if module.groups == 1:
             return self._made(node, "conv", reads, out=self._written(node), **further)
+        if is_grouped(module):
+            return self._made(node, "grouped", reads, out=self._written(node), divisions=module.groups, **further)
         factor = module.out_channels // module.in_channels
         return self._made(node, "depthwise", reads, out=self._written(node), divisions=factor, **further)
 
@@ -263,6 +276,7 @@ def traced_family(model: str) -> Family:
         defaults=DEFAULTS,
         layout=partial(traced_layout, model),
         build=TracedSupernet,
+        for_task=lambda _, task: traced_spec(model, task),
         naming="A number is the share of the channels of every group.",
     )
 

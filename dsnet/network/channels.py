@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn.modules.batchnorm import _NormBase
@@ -155,7 +156,11 @@ NAMED_ELEMENTWISE = frozenset({"stochastic_depth"})
 """Functions of other packages, by name, that treat every channel alike."""
 
 
-def trace(module: nn.Module, image: Tensor, concrete_args: Mapping[str, Any] | None = None) -> fx.GraphModule:
+def trace(
+    module: nn.Module,
+    image: Float[Tensor, "batch channels height width"],
+    concrete_args: Mapping[str, Any] | None = None,
+) -> fx.GraphModule:
     """Trace a module into a graph with the shapes of all values, in eval mode.
 
     Args:
@@ -251,6 +256,16 @@ def analyse(graph: fx.GraphModule) -> TracedGraph:
     for node in graph.graph.nodes:
         analysis.visit(node)
     return TracedGraph(graph, analysis.spaces, analysis.output_value())
+
+
+def is_grouped(module: nn.Module | None) -> bool:
+    """Whether a layer is a convolution in groups, which keeps all channels but has a known cost."""
+    return (
+        isinstance(module, nn.Conv2d)
+        and 1 < module.groups < module.in_channels
+        and module.padding_mode == "zeros"
+        and not isinstance(module.padding, str)
+    )
 
 
 def attribute(module: nn.Module, name: str) -> Any:

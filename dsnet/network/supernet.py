@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dsnet.network.axes import Axes, take
 from dsnet.network.layers import BatchNormBank
-from dsnet.space.spec import Subnet, SupernetSpec
+from dsnet.space.spec import CLASSES, Subnet, SupernetSpec
 from dsnet.space.subnet_set import SubnetSet
 
 EVIDENCE_PARTS = ("mean", "deviation", "maximum", "hidden")
@@ -137,6 +137,11 @@ class Supernet(nn.Module, ABC):
         if not self.spec.gates:
             return self.head(images, subnet)
         return self.tail(self.trunk(images, subnet).features, subnet)
+
+    def class_tensors(self) -> tuple[str, ...]:
+        """The names of the tensors of the state dict that have a row for each class."""
+        classifiers = tuple(f"{op.name}." for op in self.spec.ops if op.out_group == CLASSES)
+        return tuple(name for name in self.state_dict() if name.startswith(classifiers))
 
     def axes(self) -> Mapping[str, Axes]:
         """The axes of the tensors of the state dict that are not cut to a corner, by name."""

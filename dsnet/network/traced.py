@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor, fx, nn
 
 from dsnet.network.axes import Axes, Axis, Widths, take
@@ -27,7 +28,7 @@ from dsnet.space.subnet_set import SubnetSet
 ENTRY = "entry"
 """Name of the gate before the network, and of the operation that makes its evidence."""
 ENTRY_CELLS = 4
-"""Rows and columns of cells into which the entry gate divides an image."""
+"""Rows and columns of the thumbnail that the entry gate reads."""
 
 
 class TracedConv2d(nn.Module):
@@ -60,7 +61,9 @@ class TracedConv2d(nn.Module):
         bias = None if self.bias is None else take(self.bias, axes["bias"], widths)
         return take(self.weight, axes["weight"], widths), bias
 
-    def forward(self, x: Tensor, widths: Widths) -> Tensor:
+    def forward(
+        self, x: Float[Tensor, "batch channels height width"], widths: Widths
+    ) -> Float[Tensor, "batch out_channels out_height out_width"]:
         """[B, c, H, W] -> [B, c', H', W']."""
         groups = x.shape[1] if self.is_depthwise else 1
         weight, bias = self._slices(widths)
@@ -107,7 +110,7 @@ class TracedLinear(nn.Module):
         bias = None if self.bias is None else take(self.bias, axes["bias"], widths)
         return take(self.weight, axes["weight"], widths), bias
 
-    def forward(self, x: Tensor, widths: Widths) -> Tensor:
+    def forward(self, x: Float[Tensor, "batch ..."], widths: Widths) -> Float[Tensor, "batch ..."]:
         """[B, c] -> [B, c']."""
         return F.linear(x, *self._slices(widths))
 
@@ -182,14 +185,14 @@ class TracedNorm(BatchNormBank):
         """The widths of the groups upstream."""
         return tuple(widths[group] for group in self.depends)
 
-    def affine(self, prefix: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    def affine(self, prefix: tuple[int, ...]) -> tuple[Float[Tensor, " channels"], Float[Tensor, " channels"]]:
         """Scale and shift of one key."""
         if self.private_affine:
             return super().affine(prefix)
         widths = self._widths(prefix)
         return take(self.weight, (self.channels,), widths), take(self.bias, (self.channels,), widths)
 
-    def forward(self, x: Tensor, widths: Widths) -> Tensor:
+    def forward(self, x: Float[Tensor, "batch ..."], widths: Widths) -> Float[Tensor, "batch ..."]:
         """Normalise [B, c, H, W] or [B, c] at a sub-network's widths."""
         return super().forward(x, self.key_of(widths))
 
@@ -209,7 +212,9 @@ class TracedGroupNorm(SlicedGroupNorm):
         """Copy the affine pair; a GroupNorm keeps no statistics."""
         _copy_corners(self, plain)
 
-    def forward(self, x: Tensor, widths: Widths) -> Tensor:
+    def forward(
+        self, x: Float[Tensor, "batch channels height width"], widths: Widths
+    ) -> Float[Tensor, "batch channels height width"]:
         """Normalise [B, c, H, W] at a sub-network's widths."""
         return super().forward(x, (self.channels.size(widths),))
 
@@ -229,21 +234,17 @@ Sliced = TracedConv2d | TracedLinear | TracedNorm | TracedGroupNorm
 
 
 class EntryGate(nn.Module):
-    """A gate before the network, whose evidence is a small view of the images themselves.
+    """A gate before the network, whose evidence is the images themselves: mean, deviation and
+    maximum of each channel, and as the hidden vector a thumbnail of `ENTRY_CELLS` x `ENTRY_CELLS`
+    cells, of which each is the mean of its pixels."""
 
-    The image is divided into `ENTRY_CELLS` x `ENTRY_CELLS` cells. What a router reads of a cell and
-    a channel is what it reads of a feature map elsewhere: mean, standard deviation and maximum.
-    """
+    def forward(self, images: Float[Tensor, "batch channels height width"]) -> TrunkOutput:
+        """[B, C, H, W] -> the images unchanged, and their thumbnail [B, C * ENTRY_CELLS**2]."""
+        return TrunkOutput(images, images, F.adaptive_avg_pool2d(images, ENTRY_CELLS).flatten(1))
 
-    def forward(self, images: Tensor) -> TrunkOutput:
-        """[B, C, H, W] -> the images, with the cells as channels of the gate's input."""
-        batch, channels, height, width = images.shape
-        rows, columns = max(1, height // ENTRY_CELLS), max(1, width // ENTRY_CELLS)
-        cells = images[:, :, : rows * ENTRY_CELLS, : columns * ENTRY_CELLS]
-        num_rows, num_columns = cells.shape[2] // rows, cells.shape[3] // columns
-        cells = cells.reshape(batch, channels, num_rows, rows, num_columns, columns).transpose(3, 4)
-        cells = cells.reshape(batch, channels * num_rows * num_columns, rows, columns)
-        return TrunkOutput(images, cells, cells.mean((2, 3)))
+
+BODY = "body."
+"""Beginning of the names of a traced supernet's tensors; the rest is the plain module's name."""
 
 
 class TracedSupernet(Supernet):
@@ -278,18 +279,20 @@ class TracedSupernet(Supernet):
                 tensor.copy_(tensors[name])
 
     def class_tensors(self) -> tuple[str, ...]:
-        """The names, in the plain module, of the tensors with a row for each class."""
+        """The names of the tensors of the state dict that have a row for each class."""
         return tuple(
-            name.removeprefix("body.")
+            name
             for name, axes in self.axes().items()
             if axes[0] is not None and any(group == CLASSES for group, _, _ in axes[0].parts)
         )
 
-    def upto_gate(self, gate: int, x: Tensor, subnet: Subnet) -> TrunkOutput:
-        """The entry gate: its evidence is a small view of the images, which pass unchanged."""
+    def upto_gate(self, gate: int, x: Float[Tensor, "batch channels height width"], subnet: Subnet) -> TrunkOutput:
+        """The entry gate: its evidence is computed from the images, which pass unchanged."""
         return self.entry(x)
 
-    def head(self, features: Tensor, subnet: Subnet) -> Tensor:
+    def head(
+        self, features: Float[Tensor, "batch channels height width"], subnet: Subnet
+    ) -> Float[Tensor, "batch classes"]:
         """Run the whole network."""
         return self.body(features, subnet.widths)
 

@@ -102,16 +102,12 @@ def pooling_madds(spec: SupernetSpec, subnet: Subnet, gate: int, image_size: int
 def evidence_channels(spec: SupernetSpec, subnet: Subnet, gate: int) -> int:
     """Number of channels of what a gate's evidence is computed from, on the path of `subnet`.
 
-    They are those of the features; a gate before the network takes every cell of its view of the
-    image as a channel.
-
     Raises:
         ValueError: the spec has no op with the name of the gate's attention.
     """
     for op in spec.ops:
         if op.name == spec.gates[gate].attention:
-            height, width = op.window.output if op.window is not None else (1, 1)
-            return _num_in(spec, op, subnet) * height * width
+            return _num_in(spec, op, subnet)
     raise ValueError(_no_attention(spec, gate))
 
 
@@ -148,6 +144,8 @@ def _madds(op: Op, num_in: int, num_out: int, size_in: Pair, size_out: Pair) -> 
     match op.kind:
         case "conv":
             return _taps(op) * num_in * num_out * pixels_out
+        case "grouped":
+            return _taps(op) * (num_in // op.divisions) * num_out * pixels_out
         case "depthwise":
             return _taps(op) * num_in * op.divisions * pixels_out
         case "attention":
@@ -156,9 +154,7 @@ def _madds(op: Op, num_in: int, num_out: int, size_in: Pair, size_out: Pair) -> 
             return num_in * pixels_in
         case "linear":
             return num_in * num_out
-        case "norm":
-            return 0
-        case "fixed":
+        case "norm" | "fixed":
             return op.fixed_madds
 
 
@@ -172,15 +168,15 @@ def _params(op: Op, num_in: int, num_out: int) -> int:
     match op.kind:
         case "conv":
             return _taps(op) * num_in * num_out + further
+        case "grouped":
+            return _taps(op) * (num_in // op.divisions) * num_out + further
         case "depthwise":
             return _taps(op) * num_in * op.divisions + further
         case "attention":
             return 2 * op.hidden * num_in + op.hidden + num_in
-        case "pool" | "maxpool":
-            return 0
+        case "pool" | "maxpool" | "fixed":
+            return op.fixed_params
         case "linear":
             return num_in * num_out + (num_out if op.has_bias or not op.parts else 0)
         case "norm":
             return 2 * num_in
-        case "fixed":
-            return op.fixed_params

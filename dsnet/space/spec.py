@@ -27,7 +27,7 @@ NORMS: tuple[str, ...] = get_args(Norm)
 training), in this order: BatchNorm with private running statistics per prefix of widths and one
 shared affine pair; with private affine pairs too; with private statistics that only recalibration
 computes, not training; or GroupNorm, which keeps no statistics."""
-OpKind = Literal["conv", "depthwise", "attention", "maxpool", "pool", "linear", "norm", "fixed"]
+OpKind = Literal["conv", "depthwise", "attention", "maxpool", "pool", "linear", "grouped", "norm", "fixed"]
 Pair = tuple[int, int]
 """Height and width."""
 
@@ -114,7 +114,7 @@ class Op:
     """Geometry that `kernel` and `stride` cannot express."""
     has_bias: bool = False
     divisions: int = 1
-    """Output channels per input channel of a depthwise convolution."""
+    """Groups of a grouped convolution; output channels per input channel of a depthwise one."""
     fixed_madds: int = 0
     """MAdds of an operation of kind `fixed`, which every sub-network runs with all channels and
     whose cost no formula here gives; counted on images of the spec's size."""
@@ -270,6 +270,7 @@ class SupernetSpec:
 
 _OP_DEFAULTS: Mapping[str, Any] = {
     "in_union": (), "parts": (), "window": None, "has_bias": False, "divisions": 1, "depends": (),
+    "fixed_madds": 0, "fixed_params": 0,
 }  # fmt: skip
 """Fields of an op that JSON omits where they have their default."""
 

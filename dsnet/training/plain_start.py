@@ -18,7 +18,7 @@ from dsnet.files import file_sha256
 from dsnet.finite import check_finite
 from dsnet.network.plain import make_plain
 from dsnet.network.supernet import Supernet
-from dsnet.network.traced import TracedSupernet
+from dsnet.network.traced import BODY, TracedSupernet
 
 SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
@@ -66,15 +66,16 @@ class PlainStart:
         spec = supernet.spec
         plain = make_plain(spec.layout["model"], spec.num_classes, spec.in_channels, 0)
         expected = {name: tensor for name, tensor in plain.state_dict().items() if not name.endswith(_COUNTER)}
-        fresh = [name for name in supernet.class_tensors() if self._has_other_rows(name, expected)]
+        rows = [name.removeprefix(BODY) for name in supernet.class_tensors()]
+        fresh = [name for name in rows if self._has_other_rows(name, expected)]
         self._check(expected, fresh)
         plain.load_state_dict({name: self.tensors[name] for name in expected if name not in fresh}, strict=False)
-        before = {name: supernet.get_parameter(f"body.{name}").detach().clone() for name in fresh}
+        before = {name: supernet.get_parameter(BODY + name).detach().clone() for name in fresh}
         supernet.load_plain(plain)
         with torch.no_grad():
             for name, tensor in before.items():
-                supernet.get_parameter(f"body.{name}").copy_(tensor)
-        return [f"body.{name}" for name in fresh]
+                supernet.get_parameter(BODY + name).copy_(tensor)
+        return [BODY + name for name in fresh]
 
     def _has_other_rows(self, name: str, expected: Mapping[str, Tensor]) -> bool:
         own = self.tensors.get(name)

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from dsnet.data.normalization import Normalization
 from dsnet.errors import CheckpointError, ConfigError
-from dsnet.families import Task, layout, rebuild
+from dsnet.families import Task, get_family, layout, rebuild
 from dsnet.files import read_json
 from dsnet.finite import check_finite
 from dsnet.network.layers import BatchNormBank
 from dsnet.network.supernet import Supernet
 from dsnet.seeds import derive_seed
-from dsnet.space.spec import CLASSES, SupernetSpec
+from dsnet.space.spec import SupernetSpec
 from dsnet.space.subnet_set import SubnetSet
 from dsnet.stored.checkpoint import load_checkpoint, tensors_below
 from dsnet.training.plain_start import SUFFIXES, PlainStart, is_plain, load_plain_start
@@ -215,16 +215,17 @@ def _fresh(supernet: Supernet, start: Start) -> set[str]:
     """Names of the tensors that may keep fresh values because `start` lacks them or has other
     classes."""
     other_classes = start.num_classes != supernet.spec.num_classes
-    fresh = {name for name in supernet.state_dict() if other_classes and name.startswith(_classifiers(supernet.spec))}
-    known = {subnet.prefix(depth) for subnet in start.subnets.all for depth in range(1, len(subnet.widths) + 1)}
+    classifiers = set(supernet.class_tensors() if other_classes else ())
+    unknown = set()
     for bank_name, bank in supernet.named_modules():
         if isinstance(bank, BatchNormBank):
-            fresh |= {f"{bank_name}.{name}" for name, _ in bank.named_buffers() if _prefix(name) not in known}
-    return {name for name in fresh if name not in start.tensors or name.startswith(_classifiers(supernet.spec))}
+            known = {bank.key_of(subnet.widths) for subnet in start.subnets.all}
+            unknown |= {f"{bank_name}.{name}" for name, _ in bank.named_buffers() if _key(name) not in known}
+    return classifiers | {name for name in unknown if name not in start.tensors}
 
 
-def _prefix(name: str) -> tuple[int, ...]:
-    """The prefix of widths in the name of a bank's buffer."""
+def _key(name: str) -> tuple[int, ...]:
+    """The key in the name of a bank's buffer."""
     return tuple(map(int, name.split("_")[1:]))
 
 
@@ -232,11 +233,6 @@ def _of_banks(supernet: Supernet) -> tuple[str, ...]:
     """Beginnings of the names of all tensors that BatchNorm banks hold per prefix of widths."""
     banks = [name for name, module in supernet.named_modules() if isinstance(module, BatchNormBank)]
     return tuple(f"{bank}.{kind}_" for bank in banks for kind in ("mean", "var", "updates", "weight", "bias"))
-
-
-def _classifiers(spec: SupernetSpec) -> tuple[str, ...]:
-    """Beginnings of the names of the tensors whose shape depends on the number of classes."""
-    return tuple(f"{op.name}." for op in spec.ops if op.out_group == CLASSES)
 
 
 def check_start(run: SupernetRun, start: StartWeights | None, fresh: Sequence[str], num_classes: int) -> None:
@@ -279,7 +275,8 @@ def relayout(subnets: SubnetSet, task: Task) -> SubnetSet:
         ConfigError: the images have another number of channels.
     """
     _check_channels(subnets.spec, task.in_channels)
-    return replace(subnets, spec=replace(subnets.spec, num_classes=task.num_classes, image_size=task.image_size))
+    spec = get_family(subnets.spec.family).for_task(subnets.spec, task)
+    return replace(subnets, spec=replace(spec, norm=subnets.spec.norm))
 
 
 def _check_channels(spec: SupernetSpec, in_channels: int) -> None:

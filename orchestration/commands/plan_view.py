@@ -34,7 +34,7 @@ SPLITS = ("train", "gate", "val", "test")
 _FILE_LINE = re.compile(r"^.+:(\d+)$")
 """Matches an origin that is a line of the sweep file; the file's name is left out, because the user
 has just typed it."""
-_WRITERS = ("conv", "depthwise", "linear", "fixed")
+_WRITERS = ("conv", "depthwise", "grouped", "linear")
 """Kinds of the operations that write the channels of a group."""
 _SETTING = Column("setting", is_text=True)
 _VALUE = Column("value", is_text=True, wraps=True)

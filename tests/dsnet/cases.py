@@ -130,16 +130,16 @@ class NormKeys:
 
     def __enter__(self) -> NormKeys:
         for name, bank in self._banks.items():
-            self._handles.append(bank.register_forward_pre_hook(self._note(name)))
+            self._handles.append(bank.register_forward_pre_hook(self._note(name, bank)))
         return self
 
     def __exit__(self, *_: object) -> None:
         for handle in self._handles:
             handle.remove()
 
-    def _note(self, name: str) -> Any:
+    def _note(self, name: str, bank: BatchNormBank) -> Any:
         def note(_: nn.Module, args: tuple[Tensor, tuple[int, ...]]) -> None:
-            self.used.setdefault(name, set()).add(args[1])
+            self.used.setdefault(name, set()).add(bank.key_of(args[1]))
 
         return note
 

@@ -126,8 +126,9 @@ def written_annotations(owner: ast.Module | ast.ClassDef, prefix: str) -> Iterat
 PUBLIC = [
     found.name
     for found in pkgutil.walk_packages(dsnet.__path__, "dsnet.")
-    if not any(part.startswith("_") for part in found.name.split("."))
+    if not any(part.startswith("_") for part in found.name.split(".")) and not found.name.startswith("dsnet.zoo.")
 ]
+"""Public modules, but for the plain networks: their values are no tensors while they are traced."""
 
 
 def bare(annotation: Any) -> bool:

@@ -379,7 +379,7 @@ def test_with_another_class_count_the_classifier_is_trained_anew(at_once: Path, 
         supernet=replace(colours.supernet, init_from=str(first.path)),
     )
     kept = replace(four.supernet, train=replace(four.supernet.train, epochs=0))
-    with pytest.raises(ConfigError, match="has 3 classes and the data has 4"):
+    with pytest.raises(ConfigError, match="does not have the 4 classes of the data"):
         run_standalone(replace(four, supernet=kept), tmp_path / "none", device="cpu")
     lines: list[str] = []
     out = run_standalone(four, tmp_path / "out", device="cpu", say=lines.append)

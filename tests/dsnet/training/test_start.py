@@ -126,7 +126,8 @@ def test_another_class_count_leaves_the_classifier_alone_fresh(tmp_path: Path, f
     before = {name: value.clone() for name, value in taken.state_dict().items()}
     start = load_start(tmp_path)
     fresh = apply_start(taken, start)
-    assert fresh == ["classifier.weight", "classifier.bias"]
+    assert len(fresh) == 2
+    assert all(taken.state_dict()[name].shape[0] == 4 for name in fresh)
     for name, value in taken.state_dict().items():
         assert torch.equal(value, before[name] if name in fresh else start.tensors[name]), name
 
@@ -245,7 +246,7 @@ def test_untrained_tensors_are_never_handed_on(tmp_path: Path) -> None:
     check_start(replace(kept, recalibration_images=0), start, [], 10)
     with pytest.raises(ConfigError, match=r"epochs is 0.*init_from names no weights"):
         check_start(kept, None, list(start.tensors), 10)
-    with pytest.raises(ConfigError, match=r"epochs is 0.*has 10 classes and the data has 4"):
+    with pytest.raises(ConfigError, match=r"epochs is 0.*does not have the 4 classes of the data"):
         check_start(kept, start, classifier, 4)
     with pytest.raises(ConfigError, match=r"images is 0.*lacks"):
         check_start(replace(kept, recalibration_images=0), start, statistics, 10)

@@ -207,7 +207,7 @@ def test_weights_are_taken_as_they_are_only_with_the_same_classes(tmp_path: Path
     as_they_are = {"train": {"epochs": 0}, "recalibration": {"images": 0}}
     run = prepared_with({"init_from": str(checkpoint(tmp_path / "same")), **as_they_are}).supernet_run
     assert (run.train.epochs, run.recalibration_images) == (0, 0)
-    with pytest.raises(ConfigError, match=r"supernet\.train.epochs is 0, but .* 4 classes"):
+    with pytest.raises(ConfigError, match=r"supernet\.train.epochs is 0, but .* does not have the 10 classes"):
         prepared_with({"init_from": str(checkpoint(tmp_path / "other", num_classes=4)), **as_they_are})
 
 
