@@ -270,6 +270,7 @@ class SupernetSpec:
 
 _OP_DEFAULTS: Mapping[str, Any] = {
     "in_union": (), "parts": (), "window": None, "has_bias": False, "divisions": 1, "depends": (),
+    "fixed_madds": 0, "fixed_params": 0,
 }  # fmt: skip
 """Fields of an op that JSON omits where they have their default."""
 
