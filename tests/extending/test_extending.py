@@ -47,34 +47,47 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("extending")
     shutil.copy(Path(__file__).with_name("my_extension.py"), folder)
     (folder / "mine.yaml").write_text(SWEEP, encoding="utf-8")
-    answer = run(folder, "launch", "mine.yaml")
+    answer = run(folder, ["launch", "mine.yaml"])
     assert answer.code == 0, answer
     return folder
 
 
-def run(folder: Path, *arguments: str) -> Answer:
-    """A command in a process of its own, which knows the module by its environment alone."""
-    program = (
-        sys.executable,
-        "-c",
-        "import os; os.environ['DSNET_PLUGINS'] = 'my_extension'\nfrom dsnet_orch import main; main()",
-    )
-    return Command(folder, *arguments, program=program, python_path=[folder]).wait()
+def run(folder: Path, *commands: list[str]) -> Answer:
+    """Commands in a process of its own, which knows the module by its environment alone."""
+    program = """if True:
+        import json, os, sys
+        os.environ["DSNET_PLUGINS"] = "my_extension"
+        from dsnet_orch import main
+        code = 0
+        for command in json.loads(sys.argv[1]):
+            sys.argv = ["dsnet-orch", *command]
+            try:
+                main()
+            except SystemExit as end:
+                code = code or end.code
+        sys.exit(code)
+    """
+    return Command(folder, json.dumps(commands), program=(sys.executable, "-c", program), python_path=[folder]).wait()
 
 
-def read(folder: Path, *arguments: str) -> Any:
-    answer = run(folder, *arguments, "--json")
+def read(folder: Path, *commands: list[str]) -> list[Any]:
+    """What commands print as JSON."""
+    answer = run(folder, *([*command, "--json"] for command in commands))
     assert answer.code == 0, answer
-    return json.loads(answer.out)
+    decoder, rest, found = json.JSONDecoder(), answer.out.lstrip(), []
+    while rest:
+        value, end = decoder.raw_decode(rest)
+        found.append(value)
+        rest = rest[end:].lstrip()
+    return found
 
 
 @pytest.mark.ray
 def test_a_sweep_tries_the_router_on_the_family_and_optimises_the_metric(folder: Path) -> None:
-    trials = read(folder, "trials", "mine")
+    trials, front = read(folder, ["trials", "mine"], ["pareto", "mine"])
     assert {trial["state"] for trial in trials} == {"complete"}
     assert {trial["params"]["gate.router"] for trial in trials} == {"gate", "sum"}
     assert all(0.0 <= trial["metrics"]["worst_class"] <= trial["metrics"]["top1"] for trial in trials)
-    front = read(folder, "pareto", "mine")
     assert front["is_verified"], "the router ran for real as its table said"
     assert [each["metric"] for each in front["objectives"]] == ["top1", "madds_m", "worst_class"]
 
@@ -93,7 +106,7 @@ def test_the_exporter_writes_beside_the_bundle_which_loads_where_the_module_is_n
     assert all(0.0 < each["val"]["top1"] <= 1.0 for each in facts)
     kinds = {bundle: json.loads((bundle / "bundle.json").read_text())["router"]["kind"] for bundle in bundles}
     mine = next(bundle for bundle, kind in kinds.items() if kind == "sum")
-    assert run(folder, "verify", str(mine), "--data").code == 0
+    assert run(folder, ["verify", str(mine), "--data"]).code == 0
     code = "import dsnet, sys; dsnet.load_bundle(sys.argv[1])"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(REPOSITORY)])}
     with_it = {**environment, "DSNET_PLUGINS": "my_extension"}

@@ -250,6 +250,7 @@ PAUSES_ALL = f"{__name__}.PausesAll"
 
 
 @pytest.mark.ray
+@pytest.mark.long  # without processes: the cases `own` below
 def test_a_scheduler_that_pauses_trains_the_survivors_to_the_end(ray_cluster: None, tmp_path: Path) -> None:
     rates = {"poor": 1e-6, "first": 0.1, "third": 0.07}
     sweep, rules = Sweep(tmp_path, rates), TuneRules(scheduler=PAUSES_ALL)
