@@ -197,6 +197,12 @@ class BatchNormBank(nn.Module):
             return self.get_parameter(f"weight_{suffix}"), self.get_parameter(f"bias_{suffix}")
         return corner(self.weight, prefix[-1]), corner(self.bias, prefix[-1])
 
+    def scales(self) -> list[Float[Tensor, " _channels"]]:
+        """The scale of the shared affine pair, or those of all private pairs."""
+        if not self.private_affine:
+            return [self.weight]
+        return [self.get_parameter(f"weight_{_key(prefix)}") for prefix in self._names]
+
     def forward(
         self, x: Float[Tensor, "batch channels height width"], prefix: tuple[int, ...]
     ) -> Float[Tensor, "batch channels height width"]:

@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from dsnet.settings import (
+    Fraction,
     FractionBelowOne,
     LearningRate,
     NonNegativeFloat,
@@ -53,6 +54,14 @@ def warmup_problem(epochs: int, warmup_epochs: float) -> str | None:
     if not 0 < epochs < warmup_epochs:
         return None
     return f"{warmup_epochs:g} epochs of warm-up do not fit into {epochs} epochs of training"
+
+
+def penalty_problem(gamma_l1: float, has_batch_norm: bool) -> str | None:
+    """The problem of a penalty on scales that the network does not have, as a phrase for a message;
+    None if there is none."""
+    if gamma_l1 == 0 or has_batch_norm:
+        return None
+    return f"supernet.train.gamma_l1 is {gamma_l1:g}, but this network has no BatchNorm, whose scales it penalises"
 
 
 def ensemble_problem(widths: Widths, teacher: Teacher, num_random: int) -> str | None:
@@ -144,6 +153,15 @@ class TrainSettings(Settings):
     label_smoothing: FractionBelowOne = 0.1
     """Smoothing of hard labels, [0, 1): for the largest sub-network, for all with teacher `none`,
     and in mixtures with soft labels."""
+    soft_weight: Fraction = 1.0
+    """Weight of the soft label in the target of a sub-network with a teacher, [0, 1]; the hard
+    label has the rest. 1 is the published value of DS-Net, 0.9 that of SP-Net."""
+    temperature: PositiveFloat = 1.0
+    """Temperature of the soft labels, > 0: the probabilities of teacher and student are those of
+    their logits divided by it, and this part of the loss is multiplied by its square."""
+    gamma_l1: NonNegativeFloat = 0.0
+    """Factor of the sum of the absolute scales (gamma) of all BatchNorms, which is added to the
+    loss of a step, >= 0; with it, channels that matter little get a small scale."""
     grad_clip: PositiveFloat | None = None
     """Largest gradient norm, > 0; None does not clip."""
     precision: Precision = "float32"
@@ -177,7 +195,8 @@ class BootstrapSettings(Settings):
     ema_warmup: bool = True
     """Ours: start with a small decay (see `dsnet.network.ema.ema_decay`)."""
     soft_ramp_epochs: NonNegativeFloat = 0.0
-    """Ours: epochs over which the weight of the soft labels rises from 0 to 1, >= 0."""
+    """Ours: epochs over which the weight of the soft labels rises from 0 to
+    `TrainSettings.soft_weight`, >= 0."""
     trust: Trust = "label_probability"
     """Share of the soft label in an image's target: `full`, all of it, as published;
     `label_probability` (ours), the probability that the teacher gives to the image's label, with
@@ -189,6 +208,16 @@ class BootstrapSettings(Settings):
     """Updates of its running statistics below which a width of the teacher normalises by the batch.
     Start weights keep their count; after recalibration it is the number of recalibration batches,
     to which training adds. With 0, every width uses its running statistics from the first step."""
+
+
+TRAIN_ADDED: Mapping[str, Any] = MappingProxyType({"soft_weight": 1.0, "temperature": 1.0, "gamma_l1": 0.0})
+"""Fields of `TrainSettings` added after the first release, with the values that train as it did."""
+
+
+def without_added(train: Mapping[str, Any]) -> dict[str, Any]:
+    """Remove newer settings with the values that train as the first release did, so that its
+    records and keys stay valid."""
+    return {name: value for name, value in train.items() if name not in TRAIN_ADDED or value != TRAIN_ADDED[name]}
 
 
 PUBLISHED: Mapping[str, Any] = MappingProxyType({"trust": "full", "largest_first": 0.0})

@@ -15,7 +15,7 @@ from dsnet.network.prefix_tree import by_prefix
 from dsnet.network.slicing import gradients_added_in_place
 from dsnet.network.supernet import Supernet
 from dsnet.space.spec import Subnet
-from dsnet.training.losses import smoothed_one_hot, soft_cross_entropy
+from dsnet.training.losses import distillation, smoothed_one_hot, soft_cross_entropy
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,31 @@ class StepRules:
     """One of `dsnet.training.settings.Trust`."""
     scale: float = 1.0
     """Factor of every gradient: 1 / number of micro-batches."""
+    temperature: float = 1.0
+    """Temperature of the soft labels, > 0."""
+
+
+@dataclass(frozen=True)
+class _SoftLabels:
+    """A teacher's answer to a batch."""
+
+    probabilities: Float[Tensor, "batch classes"]
+    softened: Float[Tensor, "batch classes"]
+    """Probabilities at the temperature of the soft labels."""
+
+    @classmethod
+    def of(cls, logits: Float[Tensor, "batch classes"], temperature: float) -> _SoftLabels:
+        """Those of one sub-network."""
+        probabilities = logits.softmax(1)
+        return cls(probabilities, probabilities if temperature == 1.0 else (logits / temperature).softmax(1))
+
+    @classmethod
+    def mean(cls, parts: Sequence[_SoftLabels]) -> _SoftLabels:
+        """The mean of several teachers."""
+        return cls(
+            torch.stack([part.probabilities for part in parts]).mean(0),
+            torch.stack([part.softened for part in parts]).mean(0),
+        )
 
 
 def supernet_step(
@@ -113,7 +138,7 @@ class _Step:
         self.labels = labels
         self.hard = smoothed_one_hot(labels, student.spec.num_classes, rules.smoothing)
         self.losses: dict[str, Tensor] = {}
-        self.soft: dict[str, Tensor] = {}
+        self.soft: dict[str, _SoftLabels] = {}
 
     def run(self) -> dict[str, Tensor]:
         if self.rules.teacher in ("ema", "ema_ensemble") and self.plan.smaller:
@@ -154,43 +179,49 @@ class _Step:
     def _learn_head(self, x: Tensor, subnet: Subnet, head: Callable[[Tensor, Subnet], Tensor]) -> None:
         with _autocast(x, self.rules.precision):
             logits = _widened(head(x, subnet))
-        loss = soft_cross_entropy(logits, self._target(subnet))
+        loss = self._loss(subnet, logits)
         (loss if self.rules.scale == 1.0 else loss * self.rules.scale).backward()
         self.losses[subnet.name] = loss.detach()
         if self.rules.teacher == "inplace" and subnet == self.plan.largest:
-            probabilities = logits.detach().softmax(1)
-            self.soft = {smaller.name: probabilities for smaller in self.plan.smaller}
+            soft = _SoftLabels.of(logits.detach(), self.rules.temperature)
+            self.soft = {smaller.name: soft for smaller in self.plan.smaller}
 
-    def _target(self, subnet: Subnet) -> Tensor:
-        """The target distribution [B, num_classes] of a sub-network."""
+    def _loss(self, subnet: Subnet, logits: Tensor) -> Tensor:
+        """The loss of a sub-network: cross-entropy to hard labels, soft labels or a mixture."""
         if subnet == self.plan.largest or self.rules.teacher == "none":
-            return self.hard
+            return soft_cross_entropy(logits, self.hard)
         soft, weight = self.soft[subnet.name], self.plan.soft_weight
-        if self.rules.trust == "label_probability":
-            known = soft.gather(1, self.labels[:, None])  # [B, 1]: teacher's probability of the label
-            return self.hard + weight * known * (soft - self.hard)
-        return soft if weight == 1.0 else weight * soft + (1.0 - weight) * self.hard
+        trusts = self.rules.trust == "label_probability"
+        # [B, 1]: the teacher's probability of the label
+        known = soft.probabilities.gather(1, self.labels[:, None]) if trusts else None
+        if self.rules.temperature != 1.0:
+            share = logits.new_full((len(logits),), weight) if known is None else weight * known[:, 0]
+            return distillation(logits, soft.softened, self.hard, share, self.rules.temperature)
+        if known is not None:
+            return soft_cross_entropy(logits, self.hard + weight * known * (soft.probabilities - self.hard))
+        if weight == 1.0:
+            return soft_cross_entropy(logits, soft.probabilities)
+        return soft_cross_entropy(logits, weight * soft.probabilities + (1.0 - weight) * self.hard)
 
     @torch.no_grad()
-    def _teach(self) -> dict[str, Tensor]:
-        """Soft labels of the smaller sub-networks, by name: the probabilities of the EMA copy's
-        largest.
+    def _teach(self) -> dict[str, _SoftLabels]:
+        """Soft labels of the smaller sub-networks, by name: the answer of the EMA copy's largest.
 
         With the teacher `ema_ensemble`, the smallest gets the mean over the largest and the random
         sub-networks.
         """
         plan = self.plan
-        largest = self._probabilities(plan.largest)
+        largest = self._answer(plan.largest)
         targets = {subnet.name: largest for subnet in plan.smaller}
         if self.rules.teacher == "ema_ensemble" and plan.randoms:
             # Ours: the ensemble uses the students' own random widths; the published code draws them
             # again.
-            ensemble = [largest, *(self._probabilities(subnet) for subnet in plan.randoms)]
-            targets[plan.smallest.name] = torch.stack(ensemble).mean(0)
+            ensemble = [largest, *(self._answer(subnet) for subnet in plan.randoms)]
+            targets[plan.smallest.name] = _SoftLabels.mean(ensemble)
         return targets
 
-    def _probabilities(self, subnet: Subnet) -> Tensor:
-        """Probabilities [B, num_classes] of a sub-network of the teacher.
+    def _answer(self, subnet: Subnet) -> _SoftLabels:
+        """The answer of a sub-network of the teacher.
 
         A cold sub-network normalises by the statistics of the batch and does not update its running
         statistics.
@@ -201,7 +232,7 @@ class _Step:
             norm.train(subnet.name in self.plan.cold)
         with _autocast(self.images, self.rules.precision):
             logits = self.teacher(self.images, subnet)
-        return _widened(logits).softmax(1)
+        return _SoftLabels.of(_widened(logits), self.rules.temperature)
 
 
 def _autocast(x: Tensor, precision: str) -> AbstractContextManager[None]:

@@ -36,7 +36,9 @@ from dsnet.stored.checkpoint import (
     tensors_below,
 )
 from dsnet.training.curves import Curves, Progress, Reporter, SilentReporter
+from dsnet.training.losses import scale_penalty
 from dsnet.training.optimization import learning_rate, make_optimizer
+from dsnet.training.settings import penalty_problem
 from dsnet.training.step import StepPlan, StepRules, supernet_step
 from dsnet.training.supernet_run import SupernetRun
 from dsnet.training.workers import SingleWorker, Workers
@@ -52,6 +54,10 @@ class _Session:
         self.run = run
         self.device = device
         self.student = supernet.to(device).train()
+        self.norms = self.student.batch_norms()
+        problem = penalty_problem(run.train.gamma_l1, has_batch_norm=bool(self.norms))
+        if problem is not None:
+            raise ConfigError(problem)
         arrange(self.student, run.train.channels_last)
         self.ema = Ema(self.student)
         self.optimizer = make_optimizer(self.student, run.train)
@@ -59,9 +65,8 @@ class _Session:
         self.num_steps = run.train.epochs * steps_per_epoch
         self.step = 0
         # Start weights keep the update counts of their statistics.
-        norms = supernet.batch_norms()
         self.updates = {
-            subnet.name: min((norm.num_updates(subnet.widths) for norm in norms), default=0)
+            subnet.name: min((norm.num_updates(subnet.widths) for norm in self.norms), default=0)
             for subnet in supernet.subnets.all
         }
         self.rules = StepRules(
@@ -70,6 +75,7 @@ class _Session:
             precision=run.train.precision,
             trust=run.bootstrapping.trust,
             scale=1.0 / run.train.accumulate,
+            temperature=run.train.temperature,
         )
         members = supernet.subnets
         order = members.by_madds()
@@ -119,7 +125,8 @@ class _Session:
         """The plan of the current step, for its random sub-networks."""
         bootstrap = self.run.bootstrapping
         ramp_steps = bootstrap.soft_ramp_epochs * self.steps_per_epoch
-        soft_weight = 1.0 if ramp_steps <= 0 else min(1.0, self.step / ramp_steps)
+        ramp = 1.0 if ramp_steps <= 0 else min(1.0, self.step / ramp_steps)
+        soft_weight = ramp * self.run.train.soft_weight
         if self.step < round(bootstrap.largest_first * self.num_steps):
             return StepPlan(self.largest, (), self.largest, soft_weight, frozenset())
         keeps_statistics = self.student.spec.norm != "recalibrate"
@@ -145,6 +152,8 @@ class _Session:
             rows = slice(start, start + share)
             found = supernet_step(self.student, self.ema.module, images[rows], labels[rows], plan, self.rules)
             losses = {name: losses[name] + loss if losses else loss for name, loss in found.items()}
+        if settings.gamma_l1:  # once a step: no micro-batch and no autocast changes its share
+            (settings.gamma_l1 * scale_penalty(self.norms)).backward()
         workers.average_gradients(self.student.parameters())
         if settings.grad_clip is not None:
             torch.nn.utils.clip_grad_norm_(self.student.parameters(), settings.grad_clip)

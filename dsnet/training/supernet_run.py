@@ -20,6 +20,7 @@ from dsnet.training.settings import (
     SupernetSettings,
     TrainSettings,
     with_published,
+    without_added,
     without_published,
 )
 
@@ -70,6 +71,7 @@ class SupernetRun(Settings):
         data = asdict(self)
         if self.width_space is None:
             del data["width_space"]
+        data["train"] = without_added(data["train"])
         return {**data, "bootstrapping": without_published(data["bootstrapping"])}
 
     @classmethod

@@ -9,7 +9,7 @@ from pydantic import (
     JsonValue,
 )
 
-from dsnet.training.settings import without_published
+from dsnet.training.settings import without_added, without_published
 from orchestration.config.resolve import enqueued_points, halving_rungs, resolve_cohort, resolve_space
 from orchestration.config.supernet import (
     resolve_regime,
@@ -45,6 +45,7 @@ def stage_subset(config: SweepConfig, stage: Stage) -> dict[str, JsonValue]:
     """
     if stage == "supernet":
         supernet = config.supernet.model_dump(mode="json", exclude=_NOT_IN_SUPERNET_KEY)
+        supernet["train"] = without_added(supernet["train"])
         supernet["bootstrapping"] = without_published(supernet["bootstrapping"])
         return {
             "seed": config.seed,

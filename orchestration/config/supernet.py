@@ -16,6 +16,7 @@ from pydantic import (
 
 from dsnet.settings import (
     Device,
+    Fraction,
     FractionBelowOne,
     LearningRate,
     NonNegativeFloat,
@@ -104,6 +105,13 @@ class TrainConfig(Section):
     label_smoothing: FractionBelowOne = TrainSettings.label_smoothing
     """Label smoothing, [0, 1), for sub-networks trained on labels: the widest, and with teacher
     none all."""
+    soft_weight: Fraction = TrainSettings.soft_weight
+    """Weight of the teacher's answer against the label for the narrower sub-networks, 0..1."""
+    temperature: PositiveFloat = TrainSettings.temperature
+    """Temperature of teacher and student in the loss to the teacher's answer, > 0; the loss is
+    multiplied by its square."""
+    gamma_l1: NonNegativeFloat = TrainSettings.gamma_l1
+    """Factor of an L1 penalty on the scales (gamma) of every BatchNorm, >= 0."""
     grad_clip: PositiveFloat | None = TrainSettings.grad_clip
     """Largest norm of the gradient; null = no clipping."""
     precision: Precision = TrainSettings.precision

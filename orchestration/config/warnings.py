@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dsnet.metrics import share_names
 from dsnet.routers.kinds import router_kind
 from dsnet.settings import Device
+from dsnet.training.settings import TrainSettings
 from dsnet.wording import plural
 from orchestration.config.objectives import HardConstraint
 from orchestration.config.resolve import enqueued_points, gate_space, halving_rungs, resolve_cohort, supernet_space
@@ -119,6 +120,10 @@ def _training_warnings(supernet: SupernetConfig) -> Iterator[str]:
         number = getattr(supernet, section).num_random
         if number and regime.widths == "all":
             yield f"supernet.{section}.num_random {number} is not used: with widths all, every sub-network trains in every step"
+    for name in ("soft_weight", "temperature"):
+        value = getattr(supernet.train, name)
+        if regime.teacher == "none" and value != getattr(TrainSettings, name):
+            yield f"supernet.train.{name} {value:g} is not used: with teacher none, all sub-networks learn from the labels"
     if supernet.train.precision == "bf16" and _trains_on_cpu(supernet.device):
         yield "supernet.train.precision bf16 on a CPU: slower than float32 below large batches"
     if regime.norm == "recalibrate" and regime.teacher in ("ema", "ema_ensemble"):

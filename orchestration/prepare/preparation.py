@@ -31,7 +31,7 @@ from dsnet.space.cost import subnet_cost
 from dsnet.space.subnet_set import SubnetSet
 from dsnet.standalone.output_folder import RESULT_VERSIONS
 from dsnet.training.data_defaults import DataDefault
-from dsnet.training.settings import BootstrapSettings, TrainSettings
+from dsnet.training.settings import BootstrapSettings, TrainSettings, penalty_problem
 from dsnet.training.start import StartWeights, check_start, find_checkpoint, first_weights, lay_out, load_start
 from dsnet.training.supernet import FINAL
 from dsnet.training.supernet_run import SupernetRun
@@ -289,6 +289,10 @@ def _checked(prepared: Prepared, start: StartWeights | None) -> Prepared:
     if start is not None:
         prepared = replace(prepared, start=StartPoint.of(start, prepared.subnets))
     fresh = () if prepared.start is None else prepared.start.fresh
+    has_batch_norm = prepared.subnets.spec.norm != "group_norm"
+    problem = penalty_problem(prepared.supernet_run.train.gamma_l1, has_batch_norm)
+    if problem is not None:
+        raise ConfigError(problem)
     check_start(prepared.supernet_run, start, fresh, len(prepared.image_set.class_names))
     return prepared
 

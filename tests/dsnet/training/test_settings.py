@@ -13,6 +13,7 @@ from dsnet.errors import ConfigError
 from dsnet.training.settings import (
     REGIMES,
     TEACHER_OF_MODE,
+    TRAIN_ADDED,
     BootstrapMode,
     BootstrapSettings,
     Regime,
@@ -63,6 +64,9 @@ TRAIN: dict[str, tuple[float, tuple[float, ...], str]] = {
     "weight_decay": (0, (-1e-9, 1e300), "at least 0 and at most 1e+06"),
     "warmup_epochs": (0, (-0.5,), COUNT_FROM_0),
     "label_smoothing": (0, (-0.1, 1), BELOW_ONE),
+    "soft_weight": (0, (-0.1, 1.1), "at least 0 and at most 1"),
+    "temperature": (1e-9, (0, -1.0), "above 0"),
+    "gamma_l1": (0, (-1e-5,), COUNT_FROM_0),
     "grad_clip": (1e-9, (0, -1.0), "above 0 or null"),
 }
 BOOTSTRAPPING: dict[str, tuple[float, tuple[float, ...], str]] = {
@@ -140,6 +144,19 @@ def test_settings_survive_json() -> None:
     assert SupernetRun.from_json(json.loads(json.dumps(run.to_json()))) == run
     with pytest.raises(ConfigError, match="not the settings of a supernet's training"):
         SupernetRun.from_json({**run.to_json(), "colour": "red"})
+
+
+def test_records_have_newer_settings_of_the_training_only_where_they_change_it() -> None:
+    """The first release had none of them, and its checkpoints continue."""
+    plain = small_run()
+    assert not TRAIN_ADDED.keys() & plain.to_json()["train"].keys()
+    for name, value in (("soft_weight", 0.9), ("temperature", 4.0), ("gamma_l1", 1e-5)):
+        changed = small_run(train=TrainSettings(**{name: value}))
+        assert changed.to_json()["train"].items() >= {name: value}.items()
+        assert len(TRAIN_ADDED.keys() & changed.to_json()["train"].keys()) == 1
+        assert SupernetRun.from_json(json.loads(json.dumps(changed.to_json()))) == changed
+    assert {getattr(TrainSettings(), name) for name in TRAIN_ADDED} == {1.0, 0.0}
+    assert all(getattr(TrainSettings(), name) == value for name, value in TRAIN_ADDED.items())
 
 
 def test_records_of_the_first_release_are_read_as_it_trained() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
-from typing import cast, get_args
+from typing import Any, cast, get_args
 
 import pytest
 import torch
@@ -35,10 +35,10 @@ def student_and_teacher(family: str = "ds_tiny") -> tuple[Supernet, Supernet]:
 
 
 def step(
-    student: Supernet, teacher: Supernet | None, plan: StepPlan, kind: str, count: int = 6, trust: str = "full"
+    student: Supernet, teacher: Supernet | None, plan: StepPlan, kind: str, count: int = 6, **further: Any
 ) -> dict[str, Tensor]:
     """The step under test, on the same images every time."""
-    rules = StepRules(teacher=kind, smoothing=SMOOTHING, trust=trust)
+    rules = StepRules(teacher=kind, smoothing=SMOOTHING, **further)
     return supernet_step(student, teacher, random_images(count).double(), random_labels(count), plan, rules)
 
 
@@ -57,6 +57,7 @@ def naive_step(
     plan: StepPlan,
     kind: str,
     trust: str = "full",
+    temperature: float = 1.0,
 ) -> dict[str, float]:
     """docs/methods.md, section 3, line by line.
 
@@ -65,31 +66,41 @@ def naive_step(
     hard = smoothed_one_hot(labels, 10, SMOOTHING)
     losses: dict[str, float] = {}
 
-    def probabilities(subnet: Subnet) -> Tensor:
+    def answer(subnet: Subnet) -> Tensor:
+        """[2, B, C]: at temperature 1, and at that of the loss."""
         twin = copy.deepcopy(teacher)
         twin.train(subnet.name in plan.cold)
         with torch.no_grad():
-            return torch.softmax(twin(images, subnet), 1)
+            logits = twin(images, subnet)
+        return torch.stack([torch.softmax(logits / t, 1) for t in (1.0, temperature)])
 
-    def learn(subnet: Subnet, target: Tensor) -> None:
-        loss = -(target * torch.log_softmax(student(images, subnet), 1)).sum() / len(images)
+    def learn(subnet: Subnet, hard: Tensor, soft: Tensor | None = None, share: Tensor | float = 0.0) -> None:
+        logits = student(images, subnet)
+        if soft is None or temperature == 1.0:
+            target = hard if soft is None else share * soft + (1 - share) * hard
+            told = -(target * torch.log_softmax(logits, 1))
+        else:
+            told = (1 - share) * -(hard * torch.log_softmax(logits, 1))
+            told = told + share * temperature**2 * -(soft * torch.log_softmax(logits / temperature, 1))
+        loss = told.sum() / len(images)
         loss.backward()
         losses[subnet.name] = loss.item()
 
     if kind == "inplace":
         with torch.no_grad():
-            own = torch.softmax(student(images, plan.largest), 1)
+            logits = student(images, plan.largest)
+        own = torch.stack([torch.softmax(logits / t, 1) for t in (1.0, temperature)])
     learn(plan.largest, hard)
     for subnet in (*plan.randoms, plan.smallest):
         if kind == "none":
             learn(subnet, hard)
             continue
-        soft = own if kind == "inplace" else probabilities(plan.largest)
+        soft = own if kind == "inplace" else answer(plan.largest)
         if kind == "ema_ensemble" and subnet == plan.smallest:
-            soft = (soft + sum(probabilities(random) for random in plan.randoms)) / (1 + len(plan.randoms))
+            soft = (soft + sum(answer(random) for random in plan.randoms)) / (1 + len(plan.randoms))
         # One share per image: how likely the teacher finds the image's label.
-        share = plan.soft_weight * (soft[range(len(labels)), labels, None] if trust == "label_probability" else 1.0)
-        learn(subnet, share * soft + (1 - share) * hard)
+        share = plan.soft_weight * (soft[0][range(len(labels)), labels, None] if trust == "label_probability" else 1.0)
+        learn(subnet, hard, soft[1], share)
     return losses
 
 
@@ -129,6 +140,26 @@ def test_shared_trunk_gradients_and_losses_equal_separate_forwards(
     for name in met:
         scale = float(wanted[name].abs().max())
         assert float((met[name] - wanted[name]).abs().max()) <= 1e-10 * max(1.0, scale), name
+
+
+@pytest.mark.parametrize("temperature", [0.5, 4.0])
+@pytest.mark.parametrize("soft_weight", [0.0, 0.9, 1.0])
+@pytest.mark.parametrize("trust", ["full", "label_probability"])
+@pytest.mark.parametrize("kind", TEACHERS)
+def test_soft_labels_of_another_temperature_equal_the_formula(
+    kind: str, trust: str, soft_weight: float, temperature: float
+) -> None:
+    student, teacher = student_and_teacher()
+    naive_student = small_supernet(seed=0).double().train()
+    plan = plan_of(student, soft_weight=soft_weight)
+    losses = step(student, teacher, plan, kind, trust=trust, temperature=temperature)
+    images, labels = random_images(6).double(), random_labels(6)
+    expected = naive_step(naive_student, teacher, images, labels, plan, kind, trust, temperature)
+    assert {name: loss.item() for name, loss in losses.items()} == pytest.approx(expected, rel=1e-10)
+    met, wanted = gradients(student), gradients(naive_student)
+    assert met.keys() == wanted.keys()
+    for name in met:
+        torch.testing.assert_close(met[name], wanted[name], rtol=1e-8, atol=1e-10)
 
 
 def test_teachers_teach_differently() -> None:

@@ -20,6 +20,7 @@ from dsnet.families import create, rebuild
 from dsnet.network.batchnorm import recalibrate
 from dsnet.network.supernet import Supernet
 from dsnet.stored.checkpoint import load_checkpoint, load_supernet
+from dsnet.training.losses import scale_penalty
 from dsnet.training.optimization import learning_rate, make_optimizer
 from dsnet.training.settings import REGIMES, BootstrapSettings, Regime, TrainSettings
 from dsnet.training.step import StepPlan
@@ -575,6 +576,93 @@ def test_soft_labels_ramp_in_and_widths_warm_up() -> None:
     assert weights == [0.0, 0.25, 0.5, 1.0, 1.0]
     state.updates = {"subnet-00": 2, "subnet-01": 3, "subnet-02": 9, "largest": 0}
     assert state.plan([]).cold == {"subnet-00", "largest"}
+
+
+def test_soft_labels_ramp_to_their_weight() -> None:
+    run = small_run(train=TrainSettings(soft_weight=0.8), bootstrapping=BootstrapSettings(soft_ramp_epochs=2.0))
+    state, weights = session(supernet(), run=run), []
+    for step in (0, 5, 20, 40):
+        state.step = step
+        weights.append(state.plan([]).soft_weight)
+    assert weights == pytest.approx([0.0, 0.2, 0.8, 0.8])
+
+
+def test_temperature_and_weight_of_the_settings_arrive_in_the_step() -> None:
+    losses = {}
+    for name, train in (("plain", {}), ("soft", {"temperature": 3.0}), ("labels", {"soft_weight": 0.0})):
+        run = small_run("inplace_distillation", train=TrainSettings(batch_size=16, **train), bootstrapping=FULL)
+        state = session(supernet(dropout=0.0), run=run)
+        found = state.update(
+            NORMALIZATION.apply(random_pixels(16, 8)), random_labels(16), state.plan([]), SingleWorker()
+        )
+        losses[name] = found
+    assert len({float(each["largest"]) for each in losses.values()}) == 1
+    assert len({float(each["subnet-00"]) for each in losses.values()}) == 3
+    alone = session(supernet(dropout=0.0), run=small_run("none", train=TrainSettings(batch_size=16)))
+    found = alone.update(NORMALIZATION.apply(random_pixels(16, 8)), random_labels(16), alone.plan([]), SingleWorker())
+    assert torch.equal(found["subnet-00"], losses["labels"]["subnet-00"])
+
+
+FULL = BootstrapSettings(trust="full")
+
+
+class Noted(SingleWorker):
+    """A worker that notes the gradients on which the optimiser steps."""
+
+    def average_gradients(self, parameters: Any) -> None:
+        self.gradients = [None if each.grad is None else each.grad.clone() for each in parameters]
+
+
+@pytest.mark.parametrize("norm", ["private_stats", "private_affine", "recalibrate"])
+@pytest.mark.parametrize("train", [{}, {"accumulate": 4}, {"precision": "bf16"}, {"grad_clip": 1e-3}], ids=str)
+def test_the_penalty_adds_its_factor_times_the_sign_of_every_scale(norm: str, train: Mapping[str, Any]) -> None:
+    """Once a step: neither micro-batches nor autocast divide it away."""
+    noted = []
+    for factor in (0.0, 0.25):
+        net = create("ds_tiny", task(image_size=8), {**OPTIONS, "dropout": 0.0}, norm=norm, seed=4)
+        with torch.no_grad():
+            for bank in net.batch_norms():
+                for scale in bank.scales():
+                    scale[::2] = -0.5
+                    scale[0] = 0.0
+        before = {name: parameter.detach().clone() for name, parameter in net.named_parameters()}
+        state = session(net, run=small_run(train=TrainSettings(batch_size=16, gamma_l1=factor, **train)))
+        worker = Noted()
+        images = NORMALIZATION.apply(random_pixels(16, 8))
+        state.update(images, random_labels(16), state.plan(state.between[:1]), worker)
+        noted.append(dict(zip(before, worker.gradients, strict=True)))
+    scales = {id(scale) for bank in net.batch_norms() for scale in bank.scales()}
+    names = {name for name, parameter in net.named_parameters() if id(parameter) in scales}
+    assert len(names) >= 5
+    plain, penalised = noted
+    for name, gradient in penalised.items():
+        own = plain[name]
+        if name not in names:
+            assert (gradient is None) == (own is None), name
+            assert gradient is None or own is None or torch.equal(gradient, own), name
+            continue
+        share = 0.25 * before[name].sign()
+        assert gradient is not None, name
+        assert torch.equal(gradient, share if own is None else own + share), name
+        assert gradient.dtype == torch.float32
+
+
+def test_the_penalty_makes_scales_small() -> None:
+    sizes = []
+    for factor in (0.0, 0.2):
+        state = session(supernet(), run=small_run(train=TrainSettings(batch_size=16, lr=0.05, gamma_l1=factor)))
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(8):
+            images = NORMALIZATION.apply(random_pixels(16, 8))
+            state.update(images, random_labels(16), drawn_plan(state, generator), SingleWorker())
+        sizes.append(scale_penalty(state.norms).item())
+    assert sizes[1] < 0.95 * sizes[0]
+
+
+def test_a_penalty_on_scales_that_are_not_there_is_refused() -> None:
+    net = create("ds_tiny", task(image_size=8), OPTIONS, norm="group_norm")
+    with pytest.raises(ConfigError, match=r"gamma_l1 is 1e-05, but this network has no BatchNorm"):
+        session(net, run=small_run(train=TrainSettings(gamma_l1=1e-5)))
 
 
 def test_the_largest_trains_alone_first_where_that_is_asked_for() -> None:

@@ -599,6 +599,10 @@ STAGES = ("supernet", "measure", "table", "search", "verify")
         ({"supernet": {"model": "ds_tiny", "train": {"precision": "bf16"}}}, {"supernet"}),
         ({"supernet": {"model": "ds_tiny", "train": {"channels_last": True}}}, {"supernet"}),
         ({"supernet": {"model": "ds_tiny", "train": {"schedule": "constant"}}}, {"supernet"}),
+        ({"supernet": {"model": "ds_tiny", "train": {"soft_weight": 0.9}}}, {"supernet"}),
+        ({"supernet": {"model": "ds_tiny", "train": {"temperature": 4}}}, {"supernet"}),
+        ({"supernet": {"model": "ds_tiny", "train": {"gamma_l1": 1e-5}}}, {"supernet"}),
+        ({"supernet": {"model": "ds_tiny", "train": {"soft_weight": 1, "temperature": 1, "gamma_l1": 0}}}, set()),
         ({"supernet": {"model": "ds_tiny", "train": {"num_random": 1}}}, {"supernet"}),
         ({"supernet": {"model": "ds_tiny", "train": {"bn": "group_norm"}}}, {"supernet"}),
         ({"supernet": {"model": "ds_tiny", "regime": "ieb"}}, {"supernet"}),
@@ -642,6 +646,7 @@ def test_the_published_way_of_training_keeps_the_key_of_the_first_release() -> N
         "teacher_min_updates": 100,
     }
     assert subset != stage_subset(build(), "supernet")
+    assert not {"soft_weight", "temperature", "gamma_l1"} & subset["supernet"]["train"].keys()
 
 
 def test_end_to_end_settings_enter_the_search_where_trials_train_that_way() -> None:
@@ -776,6 +781,14 @@ def test_training_settings_that_work_against_each_other_are_warned_about(monkeyp
         unused = config_warnings(build(supernet={"model": "m", "regime": regime, "train": {"num_random": number}}))
         assert len(unused) == count
         assert all(text.startswith("supernet.train.num_random 4 is not used: ") for text in unused)
+    for name, value, told in (("soft_weight", 0.9, "0.9"), ("temperature", 4, "4")):
+        train = {name: value}
+        (unread,) = config_warnings(build(supernet={"model": "m", "regime": "ce", "train": train}))
+        assert (
+            unread
+            == f"supernet.train.{name} {told} is not used: with teacher none, all sub-networks learn from the labels"
+        )
+        assert config_warnings(build(supernet={"model": "m", "train": train})) == []
 
 
 def test_the_core_accepts_the_same_rates() -> None:

@@ -75,6 +75,13 @@ def test_a_network_with_a_single_sub_network_is_refused_before_it_is_trained(tmp
         prepared_with({"model": CHECKPOINT_MODEL, "init_from": str(tmp_path / "one")})
 
 
+def test_a_penalty_on_scales_needs_batch_norm(tmp_path: Path) -> None:
+    train = {"gamma_l1": 1e-4}
+    assert prepared_with({"train": train}).supernet_run.train.gamma_l1 == 1e-4
+    with pytest.raises(ConfigError, match=r"gamma_l1 is 0.0001, but this network has no BatchNorm"):
+        prepared_with({"train": {**train, "bn": "group_norm"}})
+
+
 def test_training_settings_arrive_in_the_core() -> None:
     prepared = prepared_with(
         {
