@@ -156,8 +156,10 @@ class _OpReader:
         largest = max(node.all_input_nodes, key=lambda value: _pixels(value))
         reads = self._size_of.get(largest.name, self._size_of[inputs[0]])
         op = self._of(node, reads)
-        self._size_of[node.name] = node.name if op is not None and op.kind != "norm" else reads
-        return op
+        keeps_size = op is None or op.kind == "norm" or (op.kind == "fixed" and _pixels(node) == _pixels(largest))
+        self._size_of[node.name] = reads if keeps_size else node.name
+        is_free = op is not None and op.kind == "fixed" and not (op.fixed_madds or op.fixed_params)
+        return None if keeps_size and is_free else op
 
     def _parameter(self, node: fx.Node) -> Op | None:
         """A tensor of the module that no layer holds."""

@@ -316,20 +316,24 @@ class SlicedGroupNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(max_features))
         self.bias = nn.Parameter(torch.zeros(max_features))
 
+    def affine(self, prefix: tuple[int, ...]) -> tuple[Float[Tensor, " channels"], Float[Tensor, " channels"]]:
+        """Scale and shift of the channels that a sub-network uses."""
+        return corner(self.weight, prefix[-1]), corner(self.bias, prefix[-1])
+
     def forward(
         self, x: Float[Tensor, "batch channels height width"], prefix: tuple[int, ...]
     ) -> Float[Tensor, "batch channels height width"]:
         """Normalise each image of [B, c, H, W] independently; `prefix[-1]` is c."""
-        width = prefix[-1]
-        return F.group_norm(x, _num_norm_groups(width), corner(self.weight, width), corner(self.bias, width), BN_EPS)
+        weight, bias = self.affine(prefix)
+        return F.group_norm(x, _num_norm_groups(len(weight)), weight, bias, BN_EPS)
 
     def cut(self, prefix: tuple[int, ...]) -> nn.GroupNorm:
         """The slice as a plain GroupNorm."""
-        width = prefix[-1]
-        plain = nn.GroupNorm(_num_norm_groups(width), width, BN_EPS)
+        weight, bias = self.affine(prefix)
+        plain = nn.GroupNorm(_num_norm_groups(len(weight)), len(weight), BN_EPS)
         with torch.no_grad():
-            plain.weight.copy_(self.weight[:width])
-            plain.bias.copy_(self.bias[:width])
+            plain.weight.copy_(weight)
+            plain.bias.copy_(bias)
         return plain
 
 

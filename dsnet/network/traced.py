@@ -198,7 +198,7 @@ class TracedNorm(BatchNormBank):
 
 
 class TracedGroupNorm(SlicedGroupNorm):
-    """GroupNorm in place of a BatchNorm of a traced module; for channels of a single group."""
+    """GroupNorm in place of a BatchNorm of a traced module."""
 
     def __init__(self, channels: Axis) -> None:
         super().__init__(channels.max_size)
@@ -212,15 +212,9 @@ class TracedGroupNorm(SlicedGroupNorm):
         """Copy the affine pair; a GroupNorm keeps no statistics."""
         _copy_corners(self, plain)
 
-    def forward(
-        self, x: Float[Tensor, "batch channels height width"], widths: Widths
-    ) -> Float[Tensor, "batch channels height width"]:
-        """Normalise [B, c, H, W] at a sub-network's widths."""
-        return super().forward(x, (self.channels.size(widths),))
-
-    def cut(self, prefix: Widths) -> nn.GroupNorm:
-        """The slice as a plain GroupNorm."""
-        return super().cut((self.channels.size(prefix),))
+    def affine(self, prefix: tuple[int, ...]) -> tuple[Float[Tensor, " channels"], Float[Tensor, " channels"]]:
+        """Scale and shift of the channels that a sub-network of these widths uses."""
+        return take(self.weight, (self.channels,), prefix), take(self.bias, (self.channels,), prefix)
 
 
 def _copy_corners(layer: nn.Module, plain: nn.Module) -> None:
@@ -366,7 +360,7 @@ def slice_layer(plain: nn.Module, op: Op, spec: SupernetSpec, subnets: SubnetSet
     return None
 
 
-def plain_graph(body: fx.GraphModule, widths: Widths) -> fx.GraphModule:
+def plain_graph(body: fx.GraphModule, widths: tuple[int, ...]) -> fx.GraphModule:
     """A sub-network as plain modules, with weights of its own."""
     graph = copy.deepcopy(body.graph)
     layers = _held(body, graph)

@@ -75,12 +75,16 @@ def shared_params(spec: SupernetSpec, subnets: Iterable[Subnet]) -> int:
     """
     members = tuple(subnets)
     widest = tuple(max(widths) for widths in zip(*(subnet.widths for subnet in members), strict=True))
-    total = subnet_cost(spec, Subnet("union", widest), spec.image_size).params
+    union = Subnet("union", widest)
+    total = subnet_cost(spec, union, spec.image_size).params
     if spec.norm == "private_affine":
         for op in spec.ops:
             if op.has_norm:
                 prefixes = {subnet.prefix(op.out_group + 1) for subnet in members}
                 total += 2 * (sum(prefix[-1] for prefix in prefixes) - widest[op.out_group])
+            elif op.kind == "norm":
+                sizes = {tuple(each.widths[group] for group in op.depends): _num_in(spec, op, each) for each in members}
+                total += 2 * (sum(sizes.values()) - _num_in(spec, op, union))
     return total
 
 

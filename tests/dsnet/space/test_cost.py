@@ -24,7 +24,11 @@ PUBLISHED_MADDS_M = (132.9, 152.9, 175.2, 199.6, 226.2, 255.1, 286.2, 319.4, 354
 """DS-MBNet at 224 pixels and 1,000 classes (docs/methods.md, section 2)."""
 
 
-_POOLING = (torch.ops.aten.max_pool2d_with_indices.default, torch.ops.aten._adaptive_avg_pool2d.default)
+_POOLING = (
+    torch.ops.aten.max_pool2d_with_indices.default,
+    torch.ops.aten._adaptive_avg_pool2d.default,
+    torch.ops.aten.amax.default,
+)
 
 
 class PooledElements(TorchDispatchMode):
