@@ -424,10 +424,19 @@ def _option_problems(config: SweepConfig, stack: _Stack, known_models: Sequence[
         _check_options(config, supernet)
     except ConfigError as error:
         where, _, message = str(error).partition(": ")
-        named = [key for key in supernet.options if re.search(rf"\b{re.escape(key)}\b", where)]
-        named = named or [key for key in supernet.options if re.match(rf"{re.escape(key)}\b", message)]
-        path: KeyPath = ("supernet", "options", *named[:1])
-        yield stack.problem(path, message, at_key="unknown option" in message)
+        yield stack.problem(
+            _blamed(where, message, list(supernet.options)), message, at_key="unknown option" in message
+        )
+
+
+def _blamed(where: str, message: str, options: list[str]) -> KeyPath:
+    """The setting to which a family's error message belongs: the model, an option, or all
+    options."""
+    if where == "supernet.model":
+        return ("supernet", "model")
+    named = [key for key in options if re.search(rf"\b{re.escape(key)}\b", where)]
+    named = named or [key for key in options if re.match(rf"{re.escape(key)}\b", message)]
+    return ("supernet", "options", *named[:1])
 
 
 def _check_options(config: SweepConfig, supernet: SupernetConfig) -> None:
@@ -437,8 +446,14 @@ def _check_options(config: SweepConfig, supernet: SupernetConfig) -> None:
         ConfigError: the family refuses its options.
     """
     # Imported here: families need torch, which a check without known models does without.
-    from dsnet.families import Task, layout
+    from dsnet.families import Task, layout, unknown_options
+    from dsnet.network.plain import make_plain
 
+    if is_model_path(supernet.model):  # it may be made for these images alone, which are not known yet
+        for name, message in unknown_options(supernet.model, supernet.options).items():
+            raise ConfigError(f"supernet.options.{name}: {message}")
+        make_plain(supernet.model, 10, 3, 0)
+        return
     usual_size = _USUAL_SIZES.get(config.data.name, 32)
     task = Task(num_classes=10, in_channels=3, image_size=config.data.image_size or usual_size)
     layout(supernet.model, task, supernet.options, resolve_regime(supernet).norm)

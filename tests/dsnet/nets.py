@@ -130,3 +130,8 @@ def raises(num_classes: int, in_channels: int) -> nn.Module:
 def no_module(num_classes: int, in_channels: int) -> str:
     """A factory that returns something else."""
     return "resnet50"
+
+
+def one_channel(num_classes: int, in_channels: int) -> nn.Module:
+    """A factory that is written for one kind of images."""
+    return Residual(num_classes, 1)

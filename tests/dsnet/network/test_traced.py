@@ -209,3 +209,9 @@ def test_tracing_changes_neither_statistics_nor_mode(is_training: bool) -> None:
     assert all(torch.equal(value, before[name]) for name, value in plain.state_dict().items())
     fresh = create(TRACED[0], Task(10, 3, 16))
     assert {norm.num_updates(fresh.subnets[0].widths) for norm in fresh.batch_norms()} == {0}
+
+
+def test_a_network_for_grey_images_is_laid_out_for_them_and_refused_for_others() -> None:
+    assert layout("tests.dsnet.nets:one_channel", Task(10, 1, 8)).spec.in_channels == 1
+    with pytest.raises(ConfigError, match="does not run on an image of 3 x 8 x 8"):
+        layout("tests.dsnet.nets:one_channel", Task(10, 3, 8))

@@ -902,3 +902,23 @@ def test_the_paper_preset_leaves_a_file_without_a_space_nothing_but_the_publishe
     assert (config.gate.router, config.gate.trainer) == ("gate", "end_to_end")
     assert "gate.router" not in config.space
     assert config.space["gate.sgs.t_easy"] == Distribution("fixed", (0.0,))
+
+
+def test_a_network_by_import_path_is_imported_and_may_be_made_for_the_images_of_its_task_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load_model(model: str, options: str = "{}") -> SweepConfig:
+        text = f"version: 1\nname: own\ndata: {{name: digits}}\nsupernet:\n  model: {model}\n  options: {options}\n"
+        (tmp_path / "own.yaml").write_text(text, encoding="utf-8")
+        return load_config(tmp_path / "own.yaml", known_models=MODELS, environ={}).config
+
+    assert load_model("tests.dsnet.nets:one_channel").supernet.model == "tests.dsnet.nets:one_channel"
+    with pytest.raises(ConfigError, match=r"own\.yaml:5:10: supernet\.model: .*nothing' cannot be imported"):
+        load_model("tests.dsnet.nets:nothing")
+    with pytest.raises(
+        ConfigError, match=r"own\.yaml:6.*supernet\.options\.ratio: unknown option.*did you mean 'ratios'"
+    ):
+        load_model("tests.dsnet.nets:one_channel", "{ratio: [1.0]}")
+    monkeypatch.delenv("DSNET_ALLOW_IMPORTS")
+    with pytest.raises(ConfigError, match=r"supernet\.model: .*--allow-imports"):
+        load_model("tests.dsnet.nets:one_channel")
