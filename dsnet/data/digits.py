@@ -16,7 +16,8 @@ from dsnet.errors import ConfigError
 IMAGE_SIZE = 8
 _LARGEST_VALUE = 16  # the scans hold 0..16
 _FILE = ("datasets", "data", "digits.csv.gz")
-"""Where scikit-learn keeps the scans: 64 pixels and the digit in each row."""
+"""Path of the file with the scans, below the folder of scikit-learn; a row has 64 pixels and the
+digit."""
 
 
 def load_digits(path: str | Path | None = None) -> ImageSet:

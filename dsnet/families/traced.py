@@ -158,8 +158,7 @@ class _OpReader:
         op = self._of(node, reads)
         keeps_size = op is None or op.kind == "norm" or (op.kind == "fixed" and _pixels(node) == _pixels(largest))
         self._size_of[node.name] = reads if keeps_size else node.name
-        is_free = op is not None and op.kind == "fixed" and not (op.fixed_madds or op.fixed_params)
-        return None if keeps_size and is_free else op
+        return op
 
     def _parameter(self, node: fx.Node) -> Op | None:
         """A tensor of the module that no layer holds."""
@@ -174,10 +173,14 @@ class _OpReader:
         self._counted.add(name)
         return is_new
 
-    def _fixed(self, node: fx.Node, module: nn.Module | None) -> Op:
+    def _fixed(self, node: fx.Node, module: nn.Module | None) -> Op | None:
         """An operation that is not understood: its cost is what a run counted, and the parameters
-        of its module, if they have not been counted yet."""
+        of its module, if they have not been counted yet; None if it costs nothing and keeps height
+        and width."""
+        num_madds = node.meta.get("madds", 0)
         num_params = sum(parameter.numel() for parameter in module.parameters()) if module is not None else 0
+        if not (num_madds or num_params) and _pixels(node) == max(map(_pixels, node.all_input_nodes)):
+            return None
         shape = shape_of(node)
         size = (shape[2], shape[3]) if len(shape) == 4 else (1, 1)
         return Op(
@@ -187,7 +190,7 @@ class _OpReader:
             IMAGE_CHANNELS,
             IMAGE_CHANNELS,
             window=Window((1, 1), output=size),
-            fixed_madds=node.meta.get("madds", 0),
+            fixed_madds=num_madds,
             fixed_params=num_params,
         )
 

@@ -269,7 +269,7 @@ def is_grouped(module: nn.Module | None) -> bool:
 
 
 def attribute(module: nn.Module, name: str) -> Any:
-    """What a module and its submodules hold under a dotted name."""
+    """The submodule, parameter or buffer of a module at a dotted name."""
     return operator.attrgetter(name)(module)
 
 

@@ -31,18 +31,13 @@ ENTRY_CELLS = 4
 """Rows and columns of the thumbnail that the entry gate reads."""
 
 
-class TracedConv2d(nn.Module):
-    """A convolution of a traced module, dense or depthwise, sliced along its channels."""
+class _WeightedLayer(nn.Module):
+    """A layer of a traced module with a weight, and perhaps a bias, sliced along its channels."""
 
-    def __init__(self, plain: nn.Conv2d, num_in: Axis, num_out: Axis) -> None:
+    def __init__(self, plain: nn.Conv2d | nn.Linear, num_in: Axis, num_out: Axis) -> None:
         super().__init__()
         self.num_in, self.num_out = num_in, num_out
-        self.is_depthwise = plain.groups > 1
-        self.geometry: dict[str, Any] = {
-            "stride": plain.stride,
-            "padding": plain.padding,
-            "dilation": plain.dilation,
-        }
+        self.is_depthwise = isinstance(plain, nn.Conv2d) and plain.groups > 1
         columns = 1 if self.is_depthwise else num_in.max_size
         self.weight = nn.Parameter(plain.weight.detach()[: num_out.max_size, :columns].clone())
         self.bias = None if plain.bias is None else nn.Parameter(plain.bias.detach()[: num_out.max_size].clone())
@@ -57,9 +52,29 @@ class TracedConv2d(nn.Module):
         _copy_corners(self, plain)
 
     def _slices(self, widths: Widths) -> tuple[Tensor, Tensor | None]:
+        """The weight and the bias that a sub-network uses."""
         axes = self.axes()
         bias = None if self.bias is None else take(self.bias, axes["bias"], widths)
         return take(self.weight, axes["weight"], widths), bias
+
+    def _set_slices(self, plain: nn.Conv2d | nn.Linear, widths: Widths) -> None:
+        """Give a plain layer copies of the weight and the bias that a sub-network uses."""
+        weight, bias = self._slices(widths)
+        plain.weight = nn.Parameter(weight.detach().clone())
+        if bias is not None:
+            plain.bias = nn.Parameter(bias.detach().clone())
+
+
+class TracedConv2d(_WeightedLayer):
+    """A convolution of a traced module, dense or depthwise, sliced along its channels."""
+
+    def __init__(self, plain: nn.Conv2d, num_in: Axis, num_out: Axis) -> None:
+        super().__init__(plain, num_in, num_out)
+        self.geometry: dict[str, Any] = {
+            "stride": plain.stride,
+            "padding": plain.padding,
+            "dilation": plain.dilation,
+        }
 
     def forward(
         self, x: Float[Tensor, "batch channels height width"], widths: Widths
@@ -71,44 +86,21 @@ class TracedConv2d(nn.Module):
 
     def cut(self, widths: Widths) -> nn.Conv2d:
         """The slice as a plain convolution."""
-        weight, bias = (None if each is None else each.detach().clone() for each in self._slices(widths))
-        assert weight is not None
         num_in = self.num_in.size(widths)
         plain = nn.Conv2d(
             num_in,
-            weight.shape[0],
-            (weight.shape[2], weight.shape[3]),
+            self.num_out.size(widths),
+            (self.weight.shape[2], self.weight.shape[3]),
             groups=num_in if self.is_depthwise else 1,
-            bias=bias is not None,
+            bias=self.bias is not None,
             **self.geometry,
         )
-        plain.weight = nn.Parameter(weight)
-        plain.bias = None if bias is None else nn.Parameter(bias)
+        self._set_slices(plain, widths)
         return plain
 
 
-class TracedLinear(nn.Module):
+class TracedLinear(_WeightedLayer):
     """A linear layer of a traced module, sliced along both dimensions."""
-
-    def __init__(self, plain: nn.Linear, num_in: Axis, num_out: Axis) -> None:
-        super().__init__()
-        self.num_in, self.num_out = num_in, num_out
-        self.weight = nn.Parameter(plain.weight.detach()[: num_out.max_size, : num_in.max_size].clone())
-        self.bias = None if plain.bias is None else nn.Parameter(plain.bias.detach()[: num_out.max_size].clone())
-
-    def axes(self) -> Mapping[str, Axes]:
-        """The axes of the parameters."""
-        weight = (self.num_out, self.num_in)
-        return {"weight": weight} if self.bias is None else {"weight": weight, "bias": (self.num_out,)}
-
-    def load_plain(self, plain: nn.Module) -> None:
-        """Copy the weights of the layer that this one was made of."""
-        _copy_corners(self, plain)
-
-    def _slices(self, widths: Widths) -> tuple[Tensor, Tensor | None]:
-        axes = self.axes()
-        bias = None if self.bias is None else take(self.bias, axes["bias"], widths)
-        return take(self.weight, axes["weight"], widths), bias
 
     def forward(self, x: Float[Tensor, "batch ..."], widths: Widths) -> Float[Tensor, "batch ..."]:
         """[B, c] -> [B, c']."""
@@ -116,12 +108,8 @@ class TracedLinear(nn.Module):
 
     def cut(self, widths: Widths) -> nn.Linear:
         """The slice as a plain linear layer."""
-        weight, bias = (None if each is None else each.detach().clone() for each in self._slices(widths))
-        assert weight is not None
-        plain = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
-        plain.weight = nn.Parameter(weight)
-        if bias is not None:
-            plain.bias = nn.Parameter(bias)
+        plain = nn.Linear(self.num_in.size(widths), self.num_out.size(widths), bias=self.bias is not None)
+        self._set_slices(plain, widths)
         return plain
 
 
@@ -337,7 +325,7 @@ def sliced_graph(traced: TracedGraph, spec: SupernetSpec, subnets: SubnetSet) ->
 
 
 def _held(module: fx.GraphModule, graph: fx.Graph) -> dict[str, Any]:
-    """What the nodes of a graph name: modules, and tensors that no layer holds."""
+    """The modules and tensors to which the nodes of a graph refer, by name."""
     tensors = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
     return {**dict(module.named_modules()), **{name: attribute(module, name) for name in tensors}}
 

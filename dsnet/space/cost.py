@@ -60,9 +60,9 @@ def op_costs(spec: SupernetSpec, subnet: Subnet, image_size: int) -> list[tuple[
     for op in spec.ops:
         size = sizes[op.reads]
         sizes[op.name] = _output_size(op, size)
-        num_in = _num_in(spec, op, subnet)
+        num_in = op.input_width(spec, subnet.widths)
         is_traced_depthwise = op.kind == "depthwise" and op.parts
-        num_out = num_in * op.divisions if is_traced_depthwise else _width(spec, op.out_group, subnet)
+        num_out = num_in * op.divisions if is_traced_depthwise else spec.width_of(op.out_group, subnet.widths)
         costs.append((_madds(op, num_in, num_out, size, sizes[op.name]), _params(op, num_in, num_out)))
     return costs
 
@@ -83,8 +83,11 @@ def shared_params(spec: SupernetSpec, subnets: Iterable[Subnet]) -> int:
                 prefixes = {subnet.prefix(op.out_group + 1) for subnet in members}
                 total += 2 * (sum(prefix[-1] for prefix in prefixes) - widest[op.out_group])
             elif op.kind == "norm":
-                sizes = {tuple(each.widths[group] for group in op.depends): _num_in(spec, op, each) for each in members}
-                total += 2 * (sum(sizes.values()) - _num_in(spec, op, union))
+                sizes = {
+                    tuple(each.widths[group] for group in op.depends): op.input_width(spec, each.widths)
+                    for each in members
+                }
+                total += 2 * (sum(sizes.values()) - op.input_width(spec, union.widths))
     return total
 
 
@@ -98,7 +101,7 @@ def pooling_madds(spec: SupernetSpec, subnet: Subnet, gate: int, image_size: int
     for op in spec.ops:
         size = sizes[op.reads]
         if op.name == spec.gates[gate].attention:
-            return _num_in(spec, op, subnet) * size[0] * size[1]
+            return op.input_width(spec, subnet.widths) * size[0] * size[1]
         sizes[op.name] = _output_size(op, size)
     raise ValueError(_no_attention(spec, gate))
 
@@ -111,7 +114,7 @@ def evidence_channels(spec: SupernetSpec, subnet: Subnet, gate: int) -> int:
     """
     for op in spec.ops:
         if op.name == spec.gates[gate].attention:
-            return _num_in(spec, op, subnet)
+            return op.input_width(spec, subnet.widths)
     raise ValueError(_no_attention(spec, gate))
 
 
@@ -123,16 +126,6 @@ def _no_attention(spec: SupernetSpec, gate: int) -> str:
 def gate_madds(hidden: int, num_routes: int) -> int:
     """MAdds of a slimming head: the hidden vector times one row per route."""
     return hidden * num_routes
-
-
-def _width(spec: SupernetSpec, group: int, subnet: Subnet) -> int:
-    """Number of channels of a group, of the image or of the classes."""
-    return spec.width_of(group, subnet.widths)
-
-
-def _num_in(spec: SupernetSpec, op: Op, subnet: Subnet) -> int:
-    """Number of an op's input channels."""
-    return op.input_width(spec, subnet.widths)
 
 
 def _output_size(op: Op, size: Pair) -> Pair:

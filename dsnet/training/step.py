@@ -73,7 +73,7 @@ class _SoftLabels:
 
     @classmethod
     def of(cls, logits: Float[Tensor, "batch classes"], temperature: float) -> _SoftLabels:
-        """Those of one sub-network."""
+        """The soft labels of one sub-network."""
         probabilities = logits.softmax(1)
         return cls(probabilities, probabilities if temperature == 1.0 else (logits / temperature).softmax(1))
 

@@ -71,7 +71,7 @@ def run(folder: Path, *commands: list[str]) -> Answer:
 
 
 def read(folder: Path, *commands: list[str]) -> list[Any]:
-    """What commands print as JSON."""
+    """The JSON output of each command, all run in one process."""
     answer = run(folder, *([*command, "--json"] for command in commands))
     assert answer.code == 0, answer
     decoder, rest, found = json.JSONDecoder(), answer.out.lstrip(), []
