@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 from torch import fx, nn
@@ -28,7 +28,7 @@ from dsnet.network.channels import (
     trace,
     upstream,
 )
-from dsnet.network.plain import example_image, make_plain
+from dsnet.network.plain import check_allowed, example_image, make_plain
 from dsnet.network.traced import ENTRY, ENTRY_CELLS, TracedSupernet
 from dsnet.space.spec import (
     CLASSES,
@@ -90,11 +90,18 @@ def uniform(spec: SupernetSpec, ratio: float, step: int, name: str) -> Subnet:
 
 
 def traced_spec(model: str, task: Task) -> SupernetSpec:
-    """Groups and costed operations of a network by name.
+    """Groups and costed operations of a network by name; a process traces each once.
 
     Raises:
-        ConfigError: the network cannot be traced.
+        ConfigError: the network cannot be traced, or import paths are not allowed.
     """
+    check_allowed(model)
+    return _spec_of(model, task)
+
+
+@lru_cache(maxsize=64)
+def _spec_of(model: str, task: Task) -> SupernetSpec:
+    """See `traced_spec`."""
     plain = make_plain(model, task.num_classes, task.in_channels, 0)
     traced = analyse(trace(plain, example_image(task.in_channels, task.image_size)))
     numbers, groups = _groups(traced)

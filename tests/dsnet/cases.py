@@ -101,8 +101,8 @@ def neighbours(own: SubnetSet) -> SubnetSet:
     return SubnetSet(spec, tuple(members), Subnet("largest", spec.max_widths))
 
 
-_NORMS_OF = {TRACED[1]: ("private_stats", "group_norm"), TRACED[2]: ()}
-"""Norms of the plain networks that differ from the first in their channels, not in their norms."""
+_NORMS_OF = {"ds_mbnet": ("private_stats", "private_affine"), TRACED[1]: ("private_stats", "group_norm"), TRACED[2]: ()}
+"""Norms of the networks that differ from another one in their channels, not in their norms."""
 
 
 def _cases() -> list[Case]:
