@@ -371,3 +371,10 @@ def candidate(problem: StructureProblem, number: int, widths: Sequence[int]) -> 
     """A candidate with its MAdds."""
     subnet_at(problem.spec, widths)  # raises where they do not fit
     return Candidate(number, tuple(widths), problem.madds(widths))
+
+
+def most_candidates(options: Sequence[Sequence[int]]) -> int:
+    """The number of candidates of a search that removes one step of one group at a time, down to
+    the smallest sub-network: an upper bound."""
+    steps = [len(widths) - 1 for widths in options]
+    return max(1, sum(steps) * sum(step > 0 for step in steps))

@@ -177,7 +177,8 @@ class Trace:
             CheckpointError: it is damaged, or that of another search.
         """
         self.path = path
-        self._lines = _stored_lines(path)
+        _without_torn_line(path)
+        self._lines = _whole_lines(path)
         self._next = 0
         self.scores: list[tuple[Candidate, Score]] = []
         self._event({"kind": "search", **search})
@@ -189,7 +190,7 @@ class Trace:
             if self._next == len(self._lines):
                 break
             line = self._replay({"kind": "candidate", **asdict(candidate)})
-            scores.append(self._score_of(line))
+            scores.append(_score_in(line, self.path, self._next))
             self.scores.append((candidate, scores[-1]))
         return scores
 
@@ -231,14 +232,6 @@ class Trace:
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(event) + "\n")
 
-    def _score_of(self, line: Mapping[str, Any]) -> Score:
-        try:
-            return Score(int(line["num_correct"]), int(line["num_images"]), float(line["seconds"]))
-        except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(
-                f"{self.path}, line {self._next}: holds no score ({error!r}); remove the file to search anew"
-            ) from error
-
     def _other(self, number: int) -> CheckpointError:
         return CheckpointError(
             f"{self.path}, line {number + 1}: was written by another search (other settings, weights or version); "
@@ -246,14 +239,28 @@ class Trace:
         )
 
 
-def _stored_lines(path: Path) -> list[Mapping[str, Any]]:
-    """The whole lines of a trace; a torn last one is removed from the file."""
-    if not path.is_file():
-        return []
-    text = path.read_bytes().decode("utf-8", errors="replace")
-    whole, torn = text[: text.rfind("\n") + 1], text[text.rfind("\n") + 1 :]
-    if torn:
-        atomic_write_text(path, whole)
+def _score_in(line: Mapping[str, Any], path: Path, number: int) -> Score:
+    try:
+        return Score(int(line["num_correct"]), int(line["num_images"]), float(line["seconds"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path}, line {number}: holds no score ({error!r}); remove the file to search anew"
+        ) from error
+
+
+def _without_torn_line(path: Path) -> None:
+    """Remove a last line that was not written whole."""
+    if path.is_file():
+        text = path.read_bytes().decode("utf-8", errors="replace")
+        whole = text[: text.rfind("\n") + 1]
+        if whole != text:
+            atomic_write_text(path, whole)
+
+
+def _whole_lines(path: Path) -> list[Mapping[str, Any]]:
+    """The lines of a trace that were written whole; empty while there is no trace."""
+    text = path.read_bytes().decode("utf-8", errors="replace") if path.is_file() else ""
+    whole = text[: text.rfind("\n") + 1]
     lines: list[Mapping[str, Any]] = []
     for number, line in enumerate(whole.splitlines(), start=1):
         read = None
@@ -263,6 +270,20 @@ def _stored_lines(path: Path) -> list[Mapping[str, Any]]:
             raise CheckpointError(f"{path}, line {number}: is no JSON object; remove the file to search anew")
         lines.append(read)
     return lines
+
+
+def scored_candidates(path: Path) -> list[tuple[Candidate, Score]]:
+    """The candidates of a trace with their scores, in order; empty while there is no trace.
+
+    Raises:
+        CheckpointError: a line is damaged.
+    """
+    found = []
+    for number, line in enumerate(_whole_lines(path), start=1):
+        if line.get("kind") == "candidate":
+            candidate = Candidate(int(line["round"]), tuple(line["widths"]), int(line["madds"]))
+            found.append((candidate, _score_in(line, path, number)))
+    return found
 
 
 def weights_digest(supernet: Supernet) -> str:

@@ -6,9 +6,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from pathlib import Path
 from typing import Any, Final
 
 from dashboards.theme import BLUE, INK, MUTED, SKY, VERMILION
+from dsnet.structure.method import Base
+from dsnet.structure.search import scored_candidates
 from orchestration.config.loading import load_config
 from orchestration.config.resolve import supernet_space
 from orchestration.config.sweep import SweepConfig
@@ -124,6 +127,33 @@ def supernet_row(manifest: Mapping[str, Any], run: RunDir, config: SweepConfig, 
             }
         ),
     )
+
+
+def base_row(manifest: Mapping[str, Any], run: RunDir, base: Base, *, is_done: bool) -> TrackedRun:
+    """The row of a network that the structure stage trains; its curves are added by step."""
+    stage = manifest["stages"]["structure"]
+    start = unix_ms(stage["started_at"])
+    end = start + int(1000 * stage["seconds"]) if is_done and stage["seconds"] is not None else None
+    params = {"base": {"name": base.name, "run": base.run.to_json()}}
+    return TrackedRun(
+        f"{sweep_uid(manifest, run)}/{stage['key'][:12]}/{base.name}",
+        row_name(run, f"structure {base.name}"),
+        "supernet",
+        start,
+        end or (start if is_done else None),
+        "FINISHED" if is_done else "RUNNING",
+        params=canonical_settings(params),
+    )
+
+
+def holdout_curve(trace: Path, manifest: Mapping[str, Any]) -> list[CurvePoint]:
+    """Accuracies on the hold-out of the candidates of a structure search as a curve over cost; of
+    equally expensive ones the best."""
+    best: dict[int, float] = {}
+    for candidate, score in scored_candidates(trace):
+        best[candidate.madds] = max(best.get(candidate.madds, 0.0), score.accuracy)
+    rows = [{"madds_m": madds / 1e6, "top1": top1} for madds, top1 in best.items()]
+    return by_cost("holdout", rows, unix_ms(manifest["stages"]["structure"]["started_at"]))
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ class Listed(StructureMethod):
 
     def check(self, problem: StructureProblem) -> None:
         """See `StructureMethod.check`."""
-        members = _members(problem)
+        members = written_members(problem)
         check_different(problem, members)
         spec = problem.spec
         if spec.gates:
@@ -58,15 +58,15 @@ class Listed(StructureMethod):
 
     def member_names(self, problem: StructureProblem) -> tuple[str, ...]:
         """The written names, or the shares of MAdds."""
-        return tuple(member.name for member in _members(problem))
+        return tuple(member.name for member in written_members(problem))
 
     def find(self, problem: StructureProblem, start: Supernet) -> Search:
         """The written sub-networks; no score is needed."""
         yield from ()
-        return problem.found(_members(problem))
+        return problem.found(written_members(problem))
 
 
-def _members(problem: StructureProblem) -> tuple[Subnet, ...]:
+def written_members(problem: StructureProblem) -> tuple[Subnet, ...]:
     """The written sub-networks.
 
     Raises:
