@@ -120,6 +120,9 @@ def _cases() -> list[Case]:
 
 
 CASES = _cases()
+ONE_NORM_CASES = list({(case.family, str(case.options), case.is_handmade): case for case in CASES}.values())
+"""One case for each network and set of sub-networks, for properties that no norm changes, such as
+MAdds."""
 BANKED_CASES = [case for case in CASES if case.subnets().spec.norm != "group_norm"]
 """The cases whose norm keeps statistics."""
 
