@@ -38,8 +38,9 @@ class ScoreWorker:
     """An actor that scores candidates on the hold-out with one thread, so that no score depends on
     the number of actors."""
 
-    def __init__(self, job: ScoringJob, images: Any, labels: Any) -> None:
+    def __init__(self, job: ScoringJob, data: Sequence[Any]) -> None:
         fix_arithmetic()
+        import ray
         import torch
 
         from dsnet.stored.checkpoint import load_supernet
@@ -47,8 +48,8 @@ class ScoreWorker:
 
         torch.set_num_threads(1)
         supernet, _ = load_supernet(job.stem)
-        tensors = [torch.from_numpy(array.copy()) for array in (images, labels)]
-        self._scorer = HoldOutScorer(supernet, tensors[0], tensors[1], job.normalization, device=job.device)
+        images, labels = (torch.from_numpy(array.copy()) for array in ray.get(list(data)))
+        self._scorer = HoldOutScorer(supernet, images, labels, job.normalization, device=job.device)
 
     def score(self, widths: Widths) -> Score:
         """The score of one candidate."""
@@ -115,7 +116,7 @@ class _Actors:
         options |= {"max_restarts": ACTOR_RETRIES, "max_task_retries": ACTOR_RETRIES}
         make = ray.remote(**options)(ScoreWorker)
         while len(self._actors) < number:
-            self._actors.append(make.remote(self._job, *self._sent))
+            self._actors.append(make.remote(self._job, self._sent))
         return self._actors
 
     def close(self) -> None:
