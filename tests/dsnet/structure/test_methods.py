@@ -10,13 +10,17 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from dsnet.data.training_images import InMemoryImages
 from dsnet.errors import CheckpointError, ConfigError
 from dsnet.import_path import ALLOW_IMPORTS
+from dsnet.network.batchnorm import batch_statistics
 from dsnet.settings import SettingError
 from dsnet.space.spec import Subnet
+from dsnet.stored.checkpoint import load_supernet
 from dsnet.structure.method import (
     TOLERANCE,
     Candidate,
@@ -28,17 +32,21 @@ from dsnet.structure.method import (
     Widths,
 )
 from dsnet.structure.methods import check_structure, method_names, register, structure_method
+from dsnet.structure.scoring import HoldOutScorer, split_holdout
 from dsnet.structure.search import TRACE, find_structure, load_structure, save_structure, sorted_start
 from dsnet.structure.settings import StructureSettings
 from dsnet.training.start import Start, first_weights, load_start
-from tests.dsnet.structure.problems import CountingScorer, find, invented, network, problem_of, toy, way_down
+from dsnet.training.supernet import train_supernet
+from dsnet.training.supernet_run import SupernetRun
+from tests.dsnet.samples import NORMALIZATION, random_labels, random_pixels, small_run
+from tests.dsnet.structure.problems import NET, CountingScorer, find, invented, network, problem_of, toy, way_down
 
 OWN = "tests.dsnet.structure.own_method:Halves"
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "declared": {},
     "uniform": {"targets": (0.3, 0.6, 1.0)},
     "list": {"widths": {"small": (4, 8, 4, 8), "wide": (6, 16, 8, 12)}},
-    "greedy": {"targets": (0.3, 0.6), "levels": 4},
+    "greedy": {"targets": (0.4, 0.6), "levels": 4},
     OWN: {},
 }
 """Settings for every registered method, and for one of a user; a new method needs a line here."""
@@ -103,8 +111,9 @@ class TestAnyMethod:
     def test_the_same_trace_and_result_after_a_kill_at_any_line_and_with_any_number_of_scorers(
         self, name: str, tmp_path: Path
     ) -> None:
-        problem = self.problem(name)
-        start = sorted_start(problem, network(problem))
+        is_quick = name in ("declared", "list")
+        problem = self.problem(name) if is_quick else problem_of("ds_tiny", method=name, pin="gate", **SETTINGS[name])
+        start = sorted_start(problem, network(problem, problem.spec.family))
         whole = CountingScorer()
         first = find(problem, tmp_path / "whole", whole, start=start)
         lines = (tmp_path / "whole" / TRACE).read_text().splitlines(keepends=True)
@@ -253,13 +262,14 @@ def test_two_equal_scores_remove_the_lower_group() -> None:
 
 
 def test_the_regret_of_greedy_against_the_best_sub_network_of_its_size() -> None:
-    """On this landscape the way down loses little to the best sub-network that costs no more."""
+    """On this landscape the way down loses at most 7 of 1000 images to the best sub-network that
+    costs no more."""
     problem = toy(4, 6, 8, **{**GREEDY, "targets": (0.3, 0.5, 0.8)})
     everything = list(product(*problem.options(None)))
     for member in result(structure_method("greedy"), problem).members:
         allowed = [each for each in everything if problem.madds(each) <= problem.madds(member.widths)]
         best = max(invented(each).num_correct for each in allowed)
-        assert 0 <= best - invented(member.widths).num_correct <= 25
+        assert 0 <= best - invented(member.widths).num_correct <= 7
         assert len(allowed) > 10
 
 
@@ -364,7 +374,7 @@ BOTTLENECK = {"depth": 50, "width": 0.125, "ratios": [0.5, 1.0]}
         ("", {"method": "list", "widths": ((4, 8, 4, 80),)}, "'number 0': width 80"),
         (
             "",
-            {"method": "greedy", "targets": (0.3, 0.4, 0.5, 0.6, 0.7, 0.8), "levels": 2},
+            {"method": "greedy", "targets": (0.5, 0.6, 0.7, 0.8, 0.9, 1.0), "levels": 2},
             "6 targets, but its step and levels leave only 5",
         ),
         (
@@ -417,9 +427,14 @@ def test_what_does_not_fit_the_network_is_refused_before_anything_is_trained(
 
 
 def test_a_list_of_equal_costs_needs_names() -> None:
-    problem = toy(4, 4, method="list", widths=((2, 3), (2, 3)))
-    with pytest.raises(ConfigError, match="are the same sub-network"):
+    equal = ((14, 22), (1, 310))
+    problem = toy(14, 310, method="list", widths=equal)
+    assert problem.madds(equal[0]) == problem.madds(equal[1])
+    with pytest.raises(ConfigError, match=r"two sub-networks have equal MAdds.*write a mapping with a name for each"):
         check_structure(problem)
+    check_structure(toy(14, 310, method="list", widths={"one": equal[0], "other": equal[1]}))
+    with pytest.raises(ConfigError, match="number 0 and number 1 are the same sub-network"):
+        check_structure(toy(4, 4, method="list", widths=((2, 3), (2, 3))))
 
 
 def test_a_network_without_free_channels_has_nothing_to_choose() -> None:
@@ -478,3 +493,55 @@ def test_a_scorer_that_gives_too_little_is_noticed(tmp_path: Path) -> None:
 
     with pytest.raises(ValueError, match="gave 1 scores for 4 candidates"):
         find_structure(problem, start, short, folder=tmp_path)  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["ds_tiny", NET])
+def test_from_a_base_to_the_joint_training(family: str, tmp_path: Path) -> None:
+    """The whole stage in one process: hold-out, base, order, search, and the start weights of the
+    set."""
+    problem = problem_of(
+        family,
+        "private_affine",
+        method="greedy",
+        targets=(0.4, 0.7),
+        levels=3,
+        pin="gate",
+        order="bn_gamma",
+        holdout=0.25,
+    )
+    pixels, labels = random_pixels(64), random_labels(64)
+    kept, held = split_holdout(np.arange(64), labels.numpy(), problem.settings.holdout, problem.seed)
+    check_structure(problem)
+    (base,) = structure_method("greedy").bases(problem)
+    assert SupernetRun.from_json(json.loads(json.dumps(base.run.to_json()))) == base.run
+    images = InMemoryImages(pixels[kept], labels[kept], base.run.augmentation)
+    stem = train_supernet(first_weights(base.subnets, base.run.seed)[0], images, base.run, folder=tmp_path / "us_net")
+    assert stem is not None
+    start = sorted_start(problem, load_supernet(stem)[0])
+    scorer = HoldOutScorer(start.supernet, pixels[held], labels[held], NORMALIZATION)
+    found = find_structure(problem, start, lambda some: (scorer.score(each.widths) for each in some), folder=tmp_path)
+    assert found is not None
+    assert [subnet.name for subnet in found.subnets.all] == ["0.4", "0.7", "largest"]
+    assert found.subnets.spec == problem.spec
+    assert found.summary["madds"] > 0
+    assert all(0 <= row["holdout_top1"] <= 1 for row in found.summary["subnets"][:2])
+    again = find_structure(problem, start, CountingScorer(), folder=tmp_path)  # all from the trace
+    assert again is not None
+    assert again.summary == found.summary
+    # Joint training begins with the sorted weights of the base, or with the weights of the sweep.
+    with batch_statistics(found.supernet), batch_statistics(start.supernet), torch.no_grad():
+        inputs = NORMALIZATION.apply(pixels[:8])
+        for subnet in found.subnets.all:
+            expected = start.supernet(inputs, start.supernet.subnets.at(subnet.widths))
+            torch.testing.assert_close(found.supernet(inputs, subnet), expected)
+    fresh = find_structure(
+        problem, start, CountingScorer(), folder=tmp_path, fresh=first_weights(problem.subnets, problem.seed)[0]
+    )
+    assert fresh is not None
+    assert fresh.subnets == found.subnets
+    assert not torch.equal(*(next(net.supernet.parameters()) for net in (fresh, found)))
+    save_structure(tmp_path / "result", found)
+    joint = first_weights(found.subnets, 3, load_start(tmp_path / "result"))[0]
+    run = small_run(regime=replace(problem.run.regime, norm="private_affine"))
+    assert train_supernet(joint, InMemoryImages(pixels, labels, run.augmentation), run, folder=tmp_path / "joint")

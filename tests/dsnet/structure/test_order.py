@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from dsnet.errors import ConfigError
 from dsnet.families import layout, rebuild
@@ -30,7 +30,7 @@ from dsnet.structure.order import (
 )
 from dsnet.structure.search import sorted_start
 from tests.dsnet.cases import BANKED_CASES, CASES, Case
-from tests.dsnet.samples import SMALL_OPTIONS, random_images, random_labels, shaken, task
+from tests.dsnet.samples import SMALL_OPTIONS, random_images, random_labels, shaken, task, without_dropout
 from tests.dsnet.structure.problems import NET, network, problem_of
 
 PADDED = next(case for case in CASES if str(case) == "ds_resnet-padded")
@@ -108,32 +108,23 @@ def test_restricting_after_a_new_order_is_exact(case: Case) -> None:
     assert torch.equal(small(images, small.subnets[0]), supernet(images, supernet.subnets[0]))
 
 
-class Masked:
-    """Context in which the network keeps only certain channels of a network: the outputs of the
-    others are zero wherever a convolution or linear layer reads them."""
-
-    def __init__(self, net: Supernet, kept: dict[int, list[int]]) -> None:
-        self.net, self.kept = net, kept
-
-    @torch.no_grad()
-    def network(self) -> Supernet:
-        """A copy of the widest network with zero weights for what is left out."""
-        other = transfer(self.net, self.net.subnets)
-        state, axes = other.state_dict(), self.net.axes()
-        for name, value in state.items():
-            for dimension, axis in enumerate(axes.get(name, ())):
-                if axis is None or name.rpartition(".")[2].startswith(("mean_", "var_")):
-                    continue
-                keep, start = torch.ones(value.shape[dimension]), 0
-                for group, repeat, present in axis.parts:
-                    if group >= 0:
-                        alive = set().union(*(self.kept[each] for each in (group, *axis.union)))
-                        for channel in range(present):
-                            if channel not in alive:
-                                keep[start + channel * repeat : start + (channel + 1) * repeat] = 0
-                    start += repeat * present
-                value.mul_(keep.reshape([-1 if each == dimension else 1 for each in range(value.ndim)]))
-        return other
+@torch.no_grad()
+def masked_network(net: Supernet, kept: dict[int, list[int]]) -> Supernet:
+    """A copy of the network with zero weights for all channels but the kept ones of each group."""
+    other = transfer(net, net.subnets)
+    axes = net.axes()
+    for name, value in other.state_dict().items():
+        for dimension, axis in enumerate(axes.get(name, ())):
+            if axis is None or name.rpartition(".")[2].startswith(("mean_", "var_")):
+                continue
+            keep, start = torch.ones(value.shape[dimension]), 0
+            for group, repeat, present in axis.parts:
+                alive = set().union(*(kept[each] for each in (group, *axis.union))) if group >= 0 else range(present)
+                for channel in set(range(present)) - set(alive):
+                    keep[start + channel * repeat : start + (channel + 1) * repeat] = 0
+                start += repeat * present
+            value.mul_(keep.reshape([-1 if each == dimension else 1 for each in range(value.ndim)]))
+    return other
 
 
 @pytest.mark.parametrize("name", ["ds_tiny", "padded", NET])
@@ -145,15 +136,12 @@ def test_a_slice_of_the_new_order_is_the_network_without_the_other_channels(name
     own = layout(family, task(), options, "recalibrate")
     widest = Subnet("all", own.spec.max_widths)
     supernet = shaken(rebuild(SubnetSet(own.spec, (widest,)))).double().train()
-    for part in supernet.modules():
-        if isinstance(part, nn.Dropout):
-            part.p = 0.0
     orders = any_orders(supernet, seed=2)
     narrow = tuple(max(1, group.max_width * 2 // 3) for group in own.spec.groups)
     kept = {group: list(order[:width]) for group, (order, width) in enumerate(zip(orders, narrow, strict=True))}
     images = random_images(4).double()
-    sliced = reorder(supernet, orders)(images, supernet.subnets.at(narrow))
-    masked = Masked(supernet, kept).network().train()(images, widest)
+    sliced = without_dropout(reorder(supernet, orders))(images, supernet.subnets.at(narrow))
+    masked = without_dropout(masked_network(supernet, kept))(images, widest)
     torch.testing.assert_close(sliced, masked, rtol=1e-9, atol=1e-9)
 
 
@@ -253,10 +241,7 @@ def test_taylor_is_the_absolute_product_of_gradient_and_weight() -> None:
     skip = dict(supernet.named_parameters())["body.skip.weight"]
     expected = torch.zeros(16, dtype=torch.float64)
     for count in (6, 3):
-        net = transfer(supernet, supernet.subnets).train()
-        for part in net.modules():
-            if isinstance(part, nn.Dropout):
-                part.p = 0.0
+        net = without_dropout(transfer(supernet, supernet.subnets)).train()
         own = dict(net.named_parameters())
         F.cross_entropy(net(images[:count], net.subnets.at(net.spec.max_widths)), labels[:count]).backward()
         for name, value in (("body.down.weight", weight), ("body.skip.weight", skip)):
@@ -366,6 +351,9 @@ def test_a_family_that_declares_no_axes_has_no_other_order(monkeypatch: pytest.M
     monkeypatch.setattr(type(supernet), "axes", Supernet.axes)
     with pytest.raises(ConfigError, match=r"family ds_tiny does not say .* \(Supernet.axes\): use order none"):
         channel_orders(problem, supernet)
+    images, cut = random_images(2), restrict(supernet, [0])  # to corners
+    with torch.no_grad():
+        assert torch.equal(cut(images, cut.subnets[0]), supernet(images, supernet.subnets[0]))
     assert channel_orders(replace(problem, settings=replace(problem.settings, order="none")), supernet) == no_order(
         supernet
     )

@@ -5,12 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from dsnet.errors import ConfigError
 from dsnet.structure.scoring import HoldOutScorer, holdout_warning, split_holdout
 from tests.dsnet.cases import CASES, Case
-from tests.dsnet.samples import NORMALIZATION, random_labels, random_pixels
+from tests.dsnet.samples import NORMALIZATION, random_labels, random_pixels, without_dropout
 
 LABELS = np.repeat(np.arange(3), (50, 30, 20))
 NETS = [case for case in CASES if case.family in ("ds_tiny", "ds_resnet", "tests.dsnet.nets:Residual") and case.norm]
@@ -70,11 +69,7 @@ def test_a_score_changes_nothing_and_normalises_by_the_batch(case: Case) -> None
     assert momenta == [norm.momentum for norm in net.batch_norms()]
     assert all(score.num_images == 30 and score.seconds > 0 for score in first)
     # Computed again: training mode without dropout, on the images of each batch.
-    if hasattr(net, "dropout"):
-        net.dropout = 0.0
-    for part in net.modules():
-        if isinstance(part, nn.Dropout):
-            part.p = 0.0
+    without_dropout(net)
     images, labels = NORMALIZATION.apply(random_pixels(30)), random_labels(30)
     for widths, score in zip(vectors, first, strict=True):
         subnet = net.subnets.at(widths)
