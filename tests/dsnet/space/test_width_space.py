@@ -86,9 +86,10 @@ def test_whatever_is_drawn_fits_the_supernet_and_the_bounds(
     [
         (None, 64, (8, 16, 24, 32, 40, 48, 56, 64)),
         (8, 64, (8, 16, 24, 32, 40, 48, 56, 64)),
-        (7, 64, (16, 32, 48, 64)),
-        (4, 64, (16, 32, 48, 64)),
-        (3, 64, (24, 48, 64)),
+        (7, 64, (8, 24, 40, 56, 64)),
+        (4, 64, (8, 32, 56, 64)),
+        (3, 64, (8, 40, 64)),
+        (2, 64, (8, 64)),
         (10, 512, (56, 112, 168, 224, 280, 336, 392, 448, 504, 512)),
         (1, 64, (64,)),
         (10, 20, (8, 16, 20)),
@@ -97,7 +98,10 @@ def test_whatever_is_drawn_fits_the_supernet_and_the_bounds(
 def test_a_wide_group_has_the_smallest_step_that_gives_no_more_levels(
     levels: int | None, width: int, options: tuple[int, ...]
 ) -> None:
-    assert WidthSpace(0.1, 8, levels).options(spec_of(width)) == (options,)
+    space = WidthSpace(0.1, 8, levels)
+    assert space.options(spec_of(width)) == (options,)
+    if levels != 1:
+        assert space.smallest(spec_of(width)) == WidthSpace(0.1, 8).smallest(spec_of(width))
 
 
 def test_a_space_without_levels_has_the_record_that_it_had_before() -> None:

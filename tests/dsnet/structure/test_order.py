@@ -88,24 +88,17 @@ def test_the_widest_computes_the_same_in_any_order(case: Case) -> None:
 
 @pytest.mark.parametrize("case", BANKED_CASES, ids=str)
 @torch.no_grad()
-def test_every_sub_network_that_keeps_its_channels_computes_the_same(case: Case) -> None:
+def test_every_sub_network_that_keeps_its_channels_computes_the_same_also_alone(case: Case) -> None:
     supernet = case.supernet().double()
-    images = random_images(3).double()
+    images = random_images(2).double()
     other = reorder(supernet, any_orders(supernet, keep=True))
     for subnet in supernet.subnets.all:
         torch.testing.assert_close(other(images, subnet), supernet(images, subnet), rtol=1e-9, atol=1e-9)
     for name, value in other.state_dict().items():
         if ".updates_" in name:
             assert torch.equal(value, supernet.state_dict()[name])
-
-
-@pytest.mark.parametrize("case", BANKED_CASES, ids=str)
-@torch.no_grad()
-def test_restricting_after_a_new_order_is_exact(case: Case) -> None:
-    supernet = reorder(case.supernet(), any_orders(case.supernet(), keep=True))
-    images = random_images(2)
-    small = restrict(supernet, [0])
-    assert torch.equal(small(images, small.subnets[0]), supernet(images, supernet.subnets[0]))
+    small, images = restrict(other.float(), [0]), images.float()
+    assert torch.equal(small(images, small.subnets[0]), other(images, other.subnets[0]))
 
 
 @torch.no_grad()
