@@ -33,6 +33,10 @@ from tests.dsnet.cases import BANKED_CASES, CASES, Case
 from tests.dsnet.samples import SMALL_OPTIONS, random_images, random_labels, shaken, task, without_dropout
 from tests.dsnet.structure.problems import NET, network, problem_of
 
+QUICK = [
+    pytest.param(case, id=str(case), marks=pytest.mark.slow if "bottleneck" in str(case) else ())
+    for case in BANKED_CASES
+]
 PADDED = next(case for case in CASES if str(case) == "ds_resnet-padded")
 
 
@@ -54,7 +58,7 @@ def any_orders(supernet: Supernet, seed: int = 0, keep: bool = False) -> Orders:
     return tuple(orders)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [case for case in CASES if "bottleneck" not in str(case)], ids=str)
 def test_the_axes_say_the_shape_of_every_tensor_and_leave_out_none_with_channels(case: Case) -> None:
     supernet = case.supernet()
     axes = supernet.axes()
@@ -67,7 +71,7 @@ def test_the_axes_say_the_shape_of_every_tensor_and_leave_out_none_with_channels
             assert any(axis is not None for axis in own), name
 
 
-@pytest.mark.parametrize("case", BANKED_CASES, ids=str)
+@pytest.mark.parametrize("case", QUICK)
 @torch.no_grad()
 def test_the_widest_computes_the_same_in_any_order(case: Case) -> None:
     supernet = case.supernet().double()
@@ -86,7 +90,7 @@ def test_the_widest_computes_the_same_in_any_order(case: Case) -> None:
     assert len(changed) > 3
 
 
-@pytest.mark.parametrize("case", BANKED_CASES, ids=str)
+@pytest.mark.parametrize("case", QUICK)
 @torch.no_grad()
 def test_every_sub_network_that_keeps_its_channels_computes_the_same_also_alone(case: Case) -> None:
     supernet = case.supernet().double()
