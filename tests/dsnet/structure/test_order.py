@@ -58,7 +58,9 @@ def any_orders(supernet: Supernet, seed: int = 0, keep: bool = False) -> Orders:
     return tuple(orders)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if "bottleneck" not in str(case)], ids=str)
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case.norm in (None, "group_norm", "private_affine")], ids=str
+)
 def test_the_axes_say_the_shape_of_every_tensor_and_leave_out_none_with_channels(case: Case) -> None:
     supernet = case.supernet()
     axes = supernet.axes()
@@ -75,7 +77,7 @@ def test_the_axes_say_the_shape_of_every_tensor_and_leave_out_none_with_channels
 @torch.no_grad()
 def test_the_widest_computes_the_same_in_any_order(case: Case) -> None:
     supernet = case.supernet().double()
-    images = random_images(3).double()
+    images = random_images(2).double()
     orders = any_orders(supernet)
     other = reorder(supernet, orders)
     widest = supernet.subnets.at(supernet.spec.max_widths)
