@@ -1,4 +1,5 @@
-"""Modules of the user that register network families, router kinds, metrics or exporters.
+"""Modules of the user that register network families, structure methods, router kinds, metrics or
+exporters.
 
 They are imported in every process that reads a registry, including Ray workers. They are named by
 the environment variable `DSNET_PLUGINS` (import paths separated by commas) or by the entry point

@@ -122,19 +122,6 @@ class ResidualSupernet(Supernet):
         """Run the last stage's blocks and the classifier."""
         return self.classifier(self.stages[-1](features, subnet).mean((2, 3)))
 
-    def axes(self) -> Mapping[str, Axes]:
-        """The axes of all tensors with channels."""
-        axes: dict[str, Axes] = {}
-        for name, part in self.named_modules():
-            if isinstance(part, SlicedConvNorm):
-                axes |= prefixed(name, part.axes(self.spec))
-            elif isinstance(part, ResidualStage):
-                axes |= prefixed(f"{name}.attention", part.attention.axes(Axis.stream(part.in_groups, self.spec)))
-        return {
-            **axes,
-            **prefixed("classifier", self.classifier.axes(Axis.stream(self.out_groups, self.spec), self.spec)),
-        }
-
     def cut_upto_gate(self, gate: int, subnet: Subnet) -> nn.Module:
         """Plain modules up to the gate's attention."""
         body = (
@@ -149,6 +136,19 @@ class ResidualSupernet(Supernet):
         width = max(subnet.widths[group] for group in self.out_groups)
         blocks = self.stages[-1].cut(subnet)  # type: ignore[operator]
         return nn.Sequential(blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), self.classifier.cut(width))
+
+    def axes(self) -> Mapping[str, Axes]:
+        """The axes of all tensors with channels."""
+        axes: dict[str, Axes] = {}
+        for name, part in self.named_modules():
+            if isinstance(part, SlicedConvNorm):
+                axes |= prefixed(name, part.axes(self.spec))
+            elif isinstance(part, ResidualStage):
+                axes |= prefixed(f"{name}.attention", part.attention.axes(Axis.stream(part.in_groups, self.spec)))
+        return {
+            **axes,
+            **prefixed("classifier", self.classifier.axes(Axis.stream(self.out_groups, self.spec), self.spec)),
+        }
 
 
 class _PlainSegment(nn.Module):

@@ -122,6 +122,14 @@ class SeparableSupernet(Supernet):
         attended, _ = block.attention(start[:, : subnet.widths[block.shape.in_group]])
         return self._finish(block.after_gate(attended, subnet), subnet, number + 1)
 
+    def axes(self) -> Mapping[str, Axes]:
+        """The axes of all tensors with channels."""
+        stem, last = (Axis.of(((group, 1),), self.spec) for group in (0, len(self.spec.groups) - 1))
+        axes: dict[str, Axes] = {"stem.weight": (stem,), **prefixed("stem_norm", norm_axes(self.stem_norm, stem))}
+        for number in range(len(self.blocks)):
+            axes |= prefixed(f"blocks.{number}", self._block(number).axes(self.spec))
+        return {**axes, **prefixed("classifier", self.classifier.axes(last, self.spec))}
+
     def _finish(self, x: Tensor, subnet: Subnet, number: int) -> Tensor:
         """Run the blocks from `number` on, pooling, dropout (largest only) and classifier."""
         for block in self.blocks[number:]:
@@ -135,14 +143,6 @@ class SeparableSupernet(Supernet):
         block = self.blocks[number]
         assert isinstance(block, SeparableBlock)
         return block
-
-    def axes(self) -> Mapping[str, Axes]:
-        """The axes of all tensors with channels."""
-        stem, last = (Axis.of(((group, 1),), self.spec) for group in (0, len(self.spec.groups) - 1))
-        axes: dict[str, Axes] = {"stem.weight": (stem,), **prefixed("stem_norm", norm_axes(self.stem_norm, stem))}
-        for number in range(len(self.blocks)):
-            axes |= prefixed(f"blocks.{number}", self._block(number).axes(self.spec))
-        return {**axes, **prefixed("classifier", self.classifier.axes(last, self.spec))}
 
     def cut_upto_gate(self, gate: int, subnet: Subnet) -> nn.Module:
         """Plain modules from the image to the gate."""

@@ -27,8 +27,8 @@ class WidthSpace:
     step: int
     """Widths are multiples of this, at least 1; the width of a whole group need not be."""
     levels: int | None = None
-    """Largest number of widths of one group: the step of a wide group is the smallest multiple of
-    `step` that gives no more; None: every group has `step`."""
+    """Largest number of widths of one group: a wide group has, from its smallest width on, the
+    smallest multiple of `step` that gives no more; None: every group has `step`."""
 
     def __post_init__(self) -> None:
         if not 0 < self.min_share <= 1:
@@ -53,16 +53,13 @@ class WidthSpace:
     def _of(self, group: ChannelGroup) -> tuple[int, ...]:
         if group.pinned:
             return (group.max_width,)
-        options = self._multiples(group.max_width, self.step)
-        step = self.step
-        while self.levels is not None and len(options) > self.levels:
+        lowest = max(self.step, math.ceil(self.min_share * group.max_width / self.step - ROUNDING) * self.step)
+        step, most = self.step, self.levels
+        options = (*range(lowest, group.max_width, step), group.max_width)
+        while most is not None and len(options) > max(most, 2):
             step += self.step
-            options = self._multiples(group.max_width, step)
-        return options
-
-    def _multiples(self, whole: int, step: int) -> tuple[int, ...]:
-        lowest = math.ceil(self.min_share * whole / step - ROUNDING) * step
-        return (*range(max(step, lowest), whole, step), whole)
+            options = (*range(lowest, group.max_width, step), group.max_width)
+        return options[-1:] if most == 1 else options
 
     def smallest(self, spec: SupernetSpec) -> tuple[int, ...]:
         """The smallest width of every channel group."""

@@ -287,7 +287,9 @@ def check_targets(problem: StructureProblem, levels: int | None) -> None:
         nearest = low if target.madds < low else high
         if not low * (1 - TOLERANCE) <= target.madds <= high * (1 + TOLERANCE):
             setting = "targets" if problem.settings.targets else "targets_m"
-            further = " (lower min_share or step, or use pin: none)" if nearest == low else ""
+            further = " (or lower min_share or step)" if nearest == low else ""
+            if nearest == low and problem.settings.pin == "gate":
+                further += ", or another pin: the channel groups before the first gate keep all channels"
             raise ConfigError(
                 f"supernet.structure.{setting}: no sub-network has {target.madds / 1e6:.4g} M MAdds ({target.name}); the nearest "
                 f"possible one has {nearest / 1e6:.4g} M, a share of {problem.share(nearest):.4g}: change the target{further}"

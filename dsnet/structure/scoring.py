@@ -17,6 +17,7 @@ from dsnet.errors import ConfigError
 from dsnet.network.batchnorm import batch_statistics
 from dsnet.network.supernet import Supernet
 from dsnet.seeds import derive_seed
+from dsnet.space.spec import Subnet
 from dsnet.structure.method import Score
 
 BATCH = 256
@@ -95,11 +96,12 @@ class HoldOutScorer:
             device: the device.
         """
         self.supernet = supernet.to(device)
+        self._normalization = normalization
         # The hold-out stands in the order of the images, which may be that of the classes: every
         # batch must have its share of each class.
         parts = math.ceil(len(labels) / batch_size)
         rows = [torch.arange(part, len(labels), parts) for part in range(parts)]
-        self._batches = [(normalization.apply(images[part].to(device)), labels[part].to(device)) for part in rows]
+        self._batches = [(images[part].to(device), labels[part].to(device)) for part in rows]
         self.num_images = len(labels)
 
     @torch.no_grad()
@@ -110,5 +112,9 @@ class HoldOutScorer:
         num_correct = torch.zeros((), dtype=torch.int64, device=self._batches[0][1].device)
         with batch_statistics(self.supernet):
             for images, labels in self._batches:
-                num_correct += (self.supernet(images, subnet).argmax(1) == labels).sum()
+                num_correct += self._count(images, labels, subnet)
         return Score(int(num_correct), self.num_images, time.perf_counter() - start)
+
+    def _count(self, images: Tensor, labels: Tensor, subnet: Subnet) -> Tensor:
+        logits = self.supernet(self._normalization.apply(images), subnet)
+        return (logits.argmax(1) == labels).sum()

@@ -7,7 +7,7 @@ channels of the supernet are in another order.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from dsnet.data.training_images import InMemoryImages
 from dsnet.deploy.bundle import BundleContents, check_bundle_examples, check_bundle_files, load_bundle, save_bundle
@@ -33,9 +32,10 @@ from dsnet.network.batchnorm import recalibrate
 from dsnet.network.supernet import Supernet, restrict
 from dsnet.routing.routing_table import RoutingTable
 from dsnet.space.cost import subnet_cost
-from dsnet.space.spec import IMAGE_CHANNELS, Subnet
+from dsnet.space.spec import Subnet
 from dsnet.space.subnet_set import SubnetSet
 from dsnet.stored.checkpoint import load_supernet, save_supernet
+from dsnet.structure.order import order_groups, reorder
 from dsnet.training.supernet import train_supernet
 from tests.dsnet.samples import (
     NORMALIZATION,
@@ -127,94 +127,19 @@ def handmade(request: pytest.FixtureRequest) -> Handmade:
     return SETS[request.param]
 
 
-def block_permutation(boundaries: Iterable[int], generator: torch.Generator) -> Tensor:
-    """A permutation of the channels that keeps every prefix up to a boundary a set."""
-    ends = [0, *sorted(set(boundaries))]
-    parts = [low + torch.randperm(high - low, generator=generator) for low, high in pairwise(ends)]
-    return torch.cat(parts)
-
-
-class Reordering:
-    """Another channel order, the same wherever channels are written and read: the functions stay
-    the same."""
-
-    def __init__(self, supernet: Supernet) -> None:
-        self.supernet = supernet
-        self.state = dict(supernet.state_dict())
-        generator = torch.Generator().manual_seed(11)
-        self.orders: dict[int, Tensor] = {}
-        for stream in self._streams():
-            groups = [supernet.spec.groups[group] for group in stream]
-            widths = {subnet.widths[group] for subnet in supernet.subnets.all for group in stream}
-            order = block_permutation(widths | {group.max_width for group in groups}, generator)
-            self.orders |= dict.fromkeys(stream, order)
-
-    def _streams(self) -> list[set[int]]:
-        """Channel groups that are added to each other, which must share one order."""
-        streams = [{index} for index in range(len(self.supernet.spec.groups))]
-        for op in self.supernet.spec.ops:
-            joined = [stream for stream in streams if stream & {op.in_group, *op.in_union}]
-            streams = [stream for stream in streams if stream not in joined]
-            streams += [set().union(*joined)] if joined else []
-        return streams
-
-    def reorder(self, name: str, dimension: int, group: int) -> None:
-        """One dimension of one tensor."""
-        length = self.state[name].shape[dimension]
-        self.state[name] = self.state[name].index_select(dimension, self.orders[group][:length])
-
-    def norm(self, bank: str, group: int) -> None:
-        """All tensors of a BatchNorm bank."""
-        for name in [name for name in self.state if name.startswith(f"{bank}.") and ".updates_" not in name]:
-            self.reorder(name, 0, group)
-
-    def attention(self, name: str, group: int) -> None:
-        """An attention that reads and writes a group's stream."""
-        self.reorder(f"{name}.reduce_weight", 1, group)
-        self.reorder(f"{name}.expand_weight", 0, group)
-        self.reorder(f"{name}.expand_bias", 0, group)
-
-    def rebuilt(self) -> Supernet:
-        """The reordered supernet."""
-        other = rebuild(self.supernet.subnets).eval()
-        other.load_state_dict(self.state)
-        return other
-
-
 def permuted(supernet: Supernet) -> Supernet:
     """The same functions with the channels of every group in another order within each nested
     slice."""
-    other = Reordering(supernet)
-    if supernet.spec.family == "ds_resnet":
-        _reorder_residual(other)
-    else:
-        _reorder_separable(other)
-    other.reorder("classifier.weight", 1, len(supernet.spec.groups) - 1)
-    return other.rebuilt()
-
-
-def _reorder_separable(other: Reordering) -> None:
-    other.reorder("stem.weight", 0, 0)
-    other.norm("stem_norm", 0)
-    for number, block in enumerate(other.supernet.spec.layout["blocks"]):
-        source, target, name = block["in_group"], block["out_group"], f"blocks.{number}"
-        other.reorder(f"{name}.depthwise.weight", 0, source)
-        other.norm(f"{name}.depthwise_norm", source)
-        other.attention(f"{name}.attention", source)
-        other.reorder(f"{name}.pointwise.weight", 1, source)
-        other.reorder(f"{name}.pointwise.weight", 0, target)
-        other.norm(f"{name}.pointwise_norm", target)
-
-
-def _reorder_residual(other: Reordering) -> None:
-    for op in other.supernet.spec.ops:
-        if op.kind == "attention":
-            other.attention(op.name, op.in_group)
-        elif op.kind == "conv":
-            other.reorder(f"{op.name}.conv.weight", 0, op.out_group)
-            other.norm(f"{op.name}.norm", op.out_group)
-            if op.in_group != IMAGE_CHANNELS:
-                other.reorder(f"{op.name}.conv.weight", 1, op.in_group)
+    generator = torch.Generator().manual_seed(11)
+    groups = supernet.spec.groups
+    orders: dict[int, tuple[int, ...]] = {}
+    for stream in order_groups(supernet):
+        ends = {0, *(groups[group].max_width for group in stream)}
+        ends |= {subnet.widths[group] for subnet in supernet.subnets.all for group in stream}
+        parts = [low + torch.randperm(high - low, generator=generator) for low, high in pairwise(sorted(ends))]
+        order = tuple(torch.cat(parts).tolist())
+        orders |= {group: order[: groups[group].max_width] for group in stream}
+    return reorder(supernet, tuple(orders[group] for group in range(len(groups))))
 
 
 def test_declared_ids_stay_and_cost_orders_separately(handmade: Handmade) -> None:

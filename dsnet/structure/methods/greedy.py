@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from dsnet.errors import ConfigError
-from dsnet.space.spec import Subnet
+from dsnet.space.spec import Norm, Subnet
 from dsnet.space.subnet_set import SubnetSet
 from dsnet.space.width_space import WidthSpace
 from dsnet.structure.method import (
@@ -72,7 +72,7 @@ class Greedy(StructureMethod):
         """A universally slimmable network over every width that the search may choose."""
         settings, run, spec = problem.settings, problem.run, problem.spec
         # Statistics of the widest alone: all other widths are normalised by the batch.
-        norm = spec.norm if spec.norm == "group_norm" else "recalibrate"
+        norm: Norm = "group_norm" if spec.norm == "group_norm" else "recalibrate"
         groups = tuple(
             replace(group, pinned=group.pinned or "supernet.structure.pin") if number in problem.fixed else group
             for number, group in enumerate(spec.groups)

@@ -13,7 +13,6 @@ from dsnet.structure.method import (
     Search,
     StructureMethod,
     StructureProblem,
-    Widths,
     check_different,
     check_statistics,
 )
@@ -37,7 +36,6 @@ class Listed(StructureMethod):
     def check(self, problem: StructureProblem) -> None:
         """See `StructureMethod.check`."""
         members = written_members(problem)
-        check_different(problem, members)
         spec = problem.spec
         if spec.gates:
             self._check_agreement(problem, members)
@@ -81,18 +79,16 @@ def written_members(problem: StructureProblem) -> tuple[Subnet, ...]:
             )
         members = tuple(Subnet(str(name), tuple(widths)) for name, widths in written.items())
     else:
-        widths = [tuple(each) for each in written]
-        for number, each in enumerate(widths):
-            _check_fit(problem, f"number {number}", each)
-        members = tuple(map(Subnet, _names(problem, widths), widths))
+        members = tuple(Subnet(f"number {number}", tuple(widths)) for number, widths in enumerate(written))
     for member in members:
-        _check_fit(problem, member.name, member.widths)
-    return members
+        _check_fit(problem, member)
+    check_different(problem, members)
+    return members if isinstance(written, Mapping) else _named(problem, members)
 
 
-def _check_fit(problem: StructureProblem, which: str, widths: Widths) -> None:
+def _check_fit(problem: StructureProblem, member: Subnet) -> None:
     try:
-        problem.spec.check(Subnet(which, widths))
+        problem.spec.check(member)
     except ValueError as error:
         groups = ", ".join(f"{group.name} {group.max_width}" for group in problem.spec.groups)
         raise ConfigError(
@@ -100,13 +96,14 @@ def _check_fit(problem: StructureProblem, which: str, widths: Widths) -> None:
         ) from error
 
 
-def _names(problem: StructureProblem, written: Sequence[Widths]) -> list[str]:
-    """The share of the widest's MAdds for each, with as many digits as tell them apart."""
-    shares = [problem.share(problem.madds(widths)) for widths in written]
+def _named(problem: StructureProblem, members: Sequence[Subnet]) -> tuple[Subnet, ...]:
+    """The members with their shares of the widest's MAdds as names, with as many digits as tell
+    them apart."""
+    shares = [problem.share(problem.madds(member.widths)) for member in members]
     for digits in range(2, MOST_DIGITS):
         names = [f"{share:.{digits}g}" for share in shares]
-        if len(set(names)) == len(set(written)):
-            return names
+        if len(set(names)) == len(names):
+            return tuple(Subnet(name, member.widths) for name, member in zip(names, members, strict=True))
     raise ConfigError(
         "supernet.structure.widths: two sub-networks have equal MAdds, so that their shares do not name them: "
         "write a mapping with a name for each"

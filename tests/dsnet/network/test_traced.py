@@ -77,7 +77,10 @@ def _masked(model: str, plain: nn.Module, supernet: TracedSupernet, subnet: Subn
     """The output of the plain network whose weights read no channel beyond the widths."""
     masked = make_plain(model, 10, 3, 0)
     state = {name: tensor.clone() for name, tensor in plain.state_dict().items()}
+    parameters = dict(supernet.named_parameters())
     for name, axes in supernet.axes().items():
+        if name not in parameters:  # the statistics of a set of widths
+            continue
         tensor = state[name.removeprefix("body.")]
         for dimension, axis in enumerate(axes):
             if axis is None:

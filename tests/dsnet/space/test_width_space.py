@@ -82,8 +82,46 @@ def test_whatever_is_drawn_fits_the_supernet_and_the_bounds(
 
 
 @pytest.mark.parametrize(
+    ("levels", "width", "options"),
+    [
+        (None, 64, (8, 16, 24, 32, 40, 48, 56, 64)),
+        (8, 64, (8, 16, 24, 32, 40, 48, 56, 64)),
+        (7, 64, (8, 24, 40, 56, 64)),
+        (4, 64, (8, 32, 56, 64)),
+        (3, 64, (8, 40, 64)),
+        (2, 64, (8, 64)),
+        (10, 512, (56, 112, 168, 224, 280, 336, 392, 448, 504, 512)),
+        (1, 64, (64,)),
+        (10, 20, (8, 16, 20)),
+    ],
+)
+def test_a_wide_group_has_the_smallest_step_that_gives_no_more_levels(
+    levels: int | None, width: int, options: tuple[int, ...]
+) -> None:
+    space = WidthSpace(0.1, 8, levels)
+    assert space.options(spec_of(width)) == (options,)
+    if levels != 1:
+        assert space.smallest(spec_of(width)) == WidthSpace(0.1, 8).smallest(spec_of(width))
+
+
+def test_a_space_without_levels_has_the_record_that_it_had_before() -> None:
+    assert WidthSpace(0.25, 8).to_json() == {"min_share": 0.25, "step": 8}
+    for space in (WidthSpace(0.25, 8), WidthSpace(0.25, 8, 10)):
+        assert WidthSpace(**space.to_json()) == space
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
-    [((0.0, 8), "min_share"), ((1.5, 8), "min_share"), ((0.5, 0), "step"), ((0.5, 2.5), "step"), ((0.5, True), "step")],
+    [
+        ((0.0, 8), "min_share"),
+        ((1.5, 8), "min_share"),
+        ((0.5, 0), "step"),
+        ((0.5, 2.5), "step"),
+        ((0.5, True), "step"),
+        ((0.5, 8, 0), "levels"),
+        ((0.5, 8, 2.5), "levels"),
+        ((0.5, 8, True), "levels"),
+    ],
 )
 def test_impossible_spaces_are_refused(arguments: tuple[Any, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
