@@ -16,11 +16,19 @@ from dsnet.errors import ConfigError
 from dsnet.measure.settings import LatencySettings
 from dsnet.settings import DEFAULT_SEED, Seed, SettingError, Settings
 from dsnet.strict_json import read_strictly
+from dsnet.structure.settings import StructureSettings
 from dsnet.training.settings import SupernetSettings, is_of_first_release, with_published
 from dsnet.training.supernet_run import SupernetRun
 
 VERSION = 1
 _WITHOUT_EFFECT = ("data.path", "supernet.init_from", "supernet.keep_checkpoints", "supernet.train.checkpoint_every")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StandaloneSupernet(SupernetSettings):
+    """The section `supernet` with the choice of sub-networks."""
+
+    structure: StructureSettings = field(default_factory=StructureSettings)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +39,7 @@ class StandaloneConfig(Settings):
     seed: Seed = DEFAULT_SEED
     """Seed of the splits and of training, as in sweep.yaml."""
     data: DataSettings
-    supernet: SupernetSettings
+    supernet: StandaloneSupernet
     measure: LatencySettings = field(default_factory=LatencySettings)
     """Each `device` may be auto, cpu or cuda."""
 
@@ -71,6 +79,8 @@ class StandaloneConfig(Settings):
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values that `from_json` turns back into an equal object."""
         plain: dict[str, Any] = json.loads(json.dumps(asdict(self), allow_nan=False))
+        if not self.supernet.structure.is_chosen:
+            del plain["supernet"]["structure"]
         return plain
 
     @classmethod

@@ -74,6 +74,12 @@ class StructureSettings(Settings):
     """Epochs of a network that is trained for the search; None: a fifth of the supernet's, at
     least 1 (ours)."""
 
+    @property
+    def is_chosen(self) -> bool:
+        """Whether sub-networks are chosen or channels sorted, so that the family's own set does not
+        stay as it is."""
+        return self.method != DECLARED or self.order != "none"
+
     def __post_init__(self) -> None:
         super().__post_init__()
         for problem in self._problems():

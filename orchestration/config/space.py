@@ -42,6 +42,7 @@ checked."""
 
 _HOW_TRIALS_RUN = "all trials run in the same way"
 _WHERE_IT_TRAINS = "it has no influence on the trained supernet"
+_EQUAL_TARGETS = "supernets are compared at equal targets"
 _NOT_SWEPT: Mapping[str, str] = {
     "gate.trainer": _HOW_TRIALS_RUN,
     "gate.end_to_end": _HOW_TRIALS_RUN,
@@ -52,6 +53,10 @@ _NOT_SWEPT: Mapping[str, str] = {
     "supernet.device": _WHERE_IT_TRAINS,
     "supernet.keep_checkpoints": _WHERE_IT_TRAINS,
     "supernet.train.checkpoint_every": _WHERE_IT_TRAINS,
+    "supernet.structure.concurrent": _WHERE_IT_TRAINS,
+    "supernet.structure.targets": _EQUAL_TARGETS,
+    "supernet.structure.targets_m": _EQUAL_TARGETS,
+    "supernet.structure.widths": _EQUAL_TARGETS,
 }
 """Keys, or sections, that no space may hold, with the reason."""
 

@@ -12,7 +12,6 @@ from dsnet.import_path import is_model_path
 from dsnet.settings import PositiveFloat, PositiveFraction, PositiveInt, SettingError
 from dsnet.structure.methods import structure_method
 from dsnet.structure.settings import (
-    DECLARED,
     HoldOutShare,
     Order,
     Pin,
@@ -84,7 +83,7 @@ class StructureConfig(Section):
     @property
     def is_chosen(self) -> bool:
         """Whether a stage of its own chooses the sub-networks or sorts the channels."""
-        return self.method != DECLARED or self.order != StructureSettings.order
+        return self.settings().is_chosen
 
 
 def _placed(message: str) -> BrokenRule:

@@ -33,7 +33,7 @@ OPEN = {
 }
 """Settings that sweep.yaml may leave open (null or auto, their default); the core gets values."""
 PLATFORM_ONLY = {
-    *(f"supernet.{name}" for name in ("workers", "threads", "device")),
+    *(f"supernet.{name}" for name in ("workers", "threads", "device", "structure.concurrent")),
     *(f"supernet.bootstrapping.{name}" for name in ("mode", "num_random")),
     *(f"gate.routing.{name}" for name in ("first", "last", "stride", "beam")),
     *(f"gate.{name}" for name in ("trainer", "end_to_end.augment", "end_to_end.threads")),

@@ -235,7 +235,7 @@ BAD_VALUES = [
     ),
     (
         "supernet: {model: ds_tiny, epochs: 1}",
-        "5:28: supernet.epochs: unknown key 'epochs'; did you mean 'supernet.train.epochs'?",
+        "5:28: supernet.epochs: unknown key 'epochs'; did you mean 'supernet.structure.epochs' or 'supernet.train.epochs'?",
     ),
     ("zzz: 1", "5:1: zzz: unknown key 'zzz'; known keys: version, name"),
     ("seed: '3'", "5:7: seed: expected a whole number; got '3'; remove the quotes"),

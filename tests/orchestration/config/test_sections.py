@@ -701,7 +701,7 @@ def test_stage_subsets_are_json(stage: Any) -> None:
 
 
 def test_an_unknown_stage_is_a_programming_error() -> None:
-    with pytest.raises(ValueError, match="unknown stage 'train'; known: supernet, measure"):
+    with pytest.raises(ValueError, match="unknown stage 'train'; known: structure, supernet, measure"):
         stage_subset(build(), "train")  # type: ignore[arg-type]
 
 
