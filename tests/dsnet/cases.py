@@ -35,6 +35,10 @@ FURTHER_OPTIONS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
         },
         "all paths": {"depth": 8, "width": 0.5, "ratios": [0.5, 1.0], "paths": "all", "stem": "large"},
     },
+    "tests.dsnet.nets:Residual": {
+        "inner gate": {"step": 2, "gates": ["pool"]},
+        "two gates": {"step": 2, "ratios": [0.5, 1.0], "gates": ["pool", "entry"], "paths": "all"},
+    },
 }
 
 
@@ -113,6 +117,8 @@ def _cases() -> list[Case]:
         cases.append(Case("handmade private_affine", family, small, "private_affine", is_handmade=True))
         for name, options in FURTHER_OPTIONS.get(family, {}).items():
             cases.append(Case(name, family, options, None))
+    two_gates = FURTHER_OPTIONS[TRACED[0]]["two gates"]
+    cases.append(Case("two gates handmade private_affine", TRACED[0], two_gates, "private_affine", is_handmade=True))
     for name, bottleneck in (("padded", {}), ("padded bottleneck", FURTHER_OPTIONS["ds_resnet"]["bottleneck"])):
         options = {**FURTHER_OPTIONS["ds_resnet"]["padded"], **bottleneck}
         cases.append(Case(f"{name} handmade private_affine", "ds_resnet", options, "private_affine", is_handmade=True))
