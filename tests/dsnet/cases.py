@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from dsnet.families import family_names, layout, rebuild
 from dsnet.network.layers import BatchNormBank
 from dsnet.network.supernet import Supernet
+from dsnet.space.entry_gate import with_entry_gate
 from dsnet.space.spec import NORMS, Subnet
 from dsnet.space.subnet_set import SubnetSet
 from dsnet.zoo import ZOO
@@ -62,6 +63,8 @@ class Case:
     """None: the family's choice."""
     is_handmade: bool = False
     """Members as a search might leave them, instead of the family's own."""
+    is_early: bool = False
+    """Members that differ before the first gate of the family."""
 
     def __str__(self) -> str:
         return f"{self.family}-{self.name}"
@@ -69,7 +72,8 @@ class Case:
     def subnets(self, num_classes: int = 10, image_size: int = 16) -> SubnetSet:
         """Its sub-networks."""
         own = layout(self.family, task(num_classes, image_size), self.options, self.norm)
-        return neighbours(own) if self.is_handmade else own
+        own = neighbours(own) if self.is_handmade else own
+        return with_entry_gate(early(own)) if self.is_early else own
 
     def supernet(self, seed: int = 0, num_classes: int = 10, image_size: int = 16) -> Supernet:
         """Its supernet in eval mode, with every parameter and statistic away from its initial
@@ -105,6 +109,12 @@ def neighbours(own: SubnetSet) -> SubnetSet:
     return SubnetSet(spec, tuple(members), Subnet("largest", spec.max_widths))
 
 
+def early(own: SubnetSet) -> SubnetSet:
+    """The members, and the first of them with fewer channels before the first gate."""
+    first = own[0]
+    return SubnetSet(own.spec, (Subnet("early", (first.widths[0] - 2, *first.widths[1:])), *own.members), own.teacher)
+
+
 _NORMS_OF = {TRACED[1]: ("private_stats", "group_norm"), TRACED[2]: ()}
 """Norms of the plain networks that differ from the first in their channels, not in their norms."""
 
@@ -119,6 +129,7 @@ def _cases() -> list[Case]:
             cases.append(Case(name, family, options, None))
     two_gates = FURTHER_OPTIONS[TRACED[0]]["two gates"]
     cases.append(Case("two gates handmade private_affine", TRACED[0], two_gates, "private_affine", is_handmade=True))
+    cases += [Case("early", family, SMALL_OPTIONS[family], None, is_early=True) for family in ("ds_tiny", "ds_resnet")]
     for name, bottleneck in (("padded", {}), ("padded bottleneck", FURTHER_OPTIONS["ds_resnet"]["bottleneck"])):
         options = {**FURTHER_OPTIONS["ds_resnet"]["padded"], **bottleneck}
         cases.append(Case(f"{name} handmade private_affine", "ds_resnet", options, "private_affine", is_handmade=True))
