@@ -215,7 +215,8 @@ def _positions(traced: TracedGraph) -> dict[fx.Node, int]:
 def _num_before(node: fx.Node, traced: TracedGraph, groups: Sequence[ChannelGroup]) -> int:
     """Number of channel groups of which some layer up to a node writes channels; a group has the
     name of its first writer."""
-    before = {other.name for other, number in _positions(traced).items() if number <= _positions(traced)[node]}
+    position = _positions(traced)
+    before = {other.name for other, number in position.items() if number <= position[node]}
     return sum(group.name in before for group in groups)
 
 

@@ -125,16 +125,18 @@ def place_of(traced: fx.GraphModule, name: str, places: Sequence[Place]) -> fx.N
 
 
 def main_places(places: Sequence[Place]) -> list[Place]:
-    """At most `MAX_LISTED` places for people to read: of a long list the ends of outer submodules
-    and the places at which the size of the features changes."""
-    pixels = [shape_of(place.node)[2:] for place in places]
-    changes = {place.label for place, own, before in zip(places[1:], pixels[1:], pixels, strict=False) if own != before}
-    shown = list(places)
-    for depth in (2, 1):
-        if len(shown) > MAX_LISTED:
-            shown = [place for place in places if place.depth <= depth or place.label in changes]
-    step = max(1, -(-len(shown) // MAX_LISTED))
-    return shown[step - 1 :: step]
+    """At most `MAX_LISTED` places for people to read: of a long list the ends of outer submodules,
+    and of a long list of these the places before the size of the features changes."""
+    if len(places) <= MAX_LISTED:
+        return list(places)
+    outer = [place for place in places if place.depth <= 2] or list(places)
+    if len(outer) > MAX_LISTED:
+        sizes = [shape_of(place.node)[2:] for place in outer]
+        following = [*sizes[1:], None]
+        ends = zip(outer, sizes, following, strict=True)
+        outer = [place for place, own, after in ends if place.depth == 1 or own != after]
+    step = -(-len(outer) // MAX_LISTED)
+    return outer[step - 1 :: step]
 
 
 def _refusal(traced: fx.GraphModule, node: fx.Node, beside: Sequence[fx.Node]) -> str | None:

@@ -69,7 +69,13 @@ def test_table_cascade_bundle_and_dynamic_inference_equal_the_network_image_by_i
     for router in (fit.router, random_router("gates", table), random_router("evidence_gate", table)):
         expected = run_on_table(router, table)
         folder = tmp_path / router.kind
-        contents = BundleContents(supernet, router, NORMALIZATION, tuple(map(str, range(10))), pixels[:8])
+        contents = BundleContents(
+            supernet=supernet,
+            router=router,
+            normalization=NORMALIZATION,
+            class_names=tuple(map(str, range(10))),
+            examples=pixels[:8],
+        )
         save_bundle(folder, contents, claims={}, gate_yaml="")
         bundle = load_bundle(folder)
         answer = bundle(pixels)
