@@ -453,7 +453,7 @@ def traced_family(model: str) -> Family:
         layout=partial(traced_layout, model),
         build=TracedSupernet,
         for_task=partial(_for_task, model),
-        naming="A number is the share of the channels of every group.",
+        naming="A number is the share of the channels of every group; of several numbers each is that after one gate.",
         gate_places=gate_places,
     )
 

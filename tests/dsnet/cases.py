@@ -127,9 +127,7 @@ def _cases() -> list[Case]:
         cases.append(Case("handmade private_affine", family, small, "private_affine", is_handmade=True))
         for name, options in FURTHER_OPTIONS.get(family, {}).items():
             cases.append(Case(name, family, options, None))
-    two_gates = FURTHER_OPTIONS[TRACED[0]]["two gates"]
-    cases.append(Case("two gates handmade private_affine", TRACED[0], two_gates, "private_affine", is_handmade=True))
-    cases += [Case("early", family, SMALL_OPTIONS[family], None, is_early=True) for family in ("ds_tiny", "ds_resnet")]
+    cases.append(Case("early", "ds_resnet", SMALL_OPTIONS["ds_resnet"], None, is_early=True))
     for name, bottleneck in (("padded", {}), ("padded bottleneck", FURTHER_OPTIONS["ds_resnet"]["bottleneck"])):
         options = {**FURTHER_OPTIONS["ds_resnet"]["padded"], **bottleneck}
         cases.append(Case(f"{name} handmade private_affine", "ds_resnet", options, "private_affine", is_handmade=True))

@@ -194,6 +194,11 @@ def test_places_are_where_gates_can_be_with_the_costs_before_and_after(model: st
         assert (before - pooling, after) == (place.madds_before, place.madds_after)
 
 
+def test_a_family_of_its_own_has_its_gates_in_one_place() -> None:
+    spec = layout("ds_tiny", task()).spec
+    assert get_family("ds_tiny").gate_places(spec) == ()
+
+
 def test_features_at_a_gate_have_the_size_that_its_place_says() -> None:
     supernet = create(TRACED[0], task(), {"gates": ["pool"]}).eval()
     (place,) = [place for place in get_family(TRACED[0]).gate_places(supernet.spec) if place.name == "pool"]
