@@ -14,7 +14,7 @@ import torch
 from dsnet import families
 from dsnet.deploy.bundle import BundleContents, load_bundle, save_bundle
 from dsnet.deploy.dynamic import DynamicNet
-from dsnet.families import create, rebuild
+from dsnet.families import create, layout, rebuild
 from dsnet.gates.fit import fit_gate
 from dsnet.gates.settings import GateSettings
 from dsnet.measure.evaluate import build_routing_table
@@ -51,6 +51,7 @@ SUPERNETS: dict[str, Callable[[], Supernet]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SUPERNETS)
 @torch.no_grad()
 def test_table_cascade_bundle_and_dynamic_inference_equal_the_network_image_by_image(tmp_path: Path, name: str) -> None:
@@ -133,11 +134,12 @@ def test_a_gate_at_which_nobody_parts_is_left_out() -> None:
     assert OWN_GATES not in without.spec.layout
 
 
-@pytest.mark.parametrize("family", ["ds_tiny", "ds_resnet"])
+@pytest.mark.parametrize("family", ["ds_tiny", "ds_resnet", TRACED[0]])
 @torch.no_grad()
 def test_a_member_under_an_entry_gate_computes_what_it_computes_alone(family: str) -> None:
-    own = early(small_set(family))
+    own = early(layout(TRACED[0], task(), {"gates": ["pool"], "step": 2}) if family == TRACED[0] else small_set(family))
     several = with_entry_gate(SubnetSet(own.spec, (own[0], own[-1])))
+    assert [gate.name for gate in several.spec.gates] == [ENTRY]
     supernet = shaken(rebuild(several)).eval()
     images = NORMALIZATION.apply(tensor_data(3).images("val"))
     for subnet in several:
