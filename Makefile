@@ -12,7 +12,8 @@ READY  := $(VENV)/.ready
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 # Processes that run the tests. One of them takes all tests that share the Ray cluster, so that more than three gain little.
 WORKERS ?= 2
-PYTEST := $(ONE_THREAD) $(BIN)/python -m pytest
+# Tests start many processes of ours: without files of bytecode each would compile all of it again.
+PYTEST := env -u PYTHONDONTWRITEBYTECODE $(ONE_THREAD) $(BIN)/python -m pytest
 
 .PHONY: help launch test test-fast test-long check format setup bench clean
 

@@ -18,6 +18,7 @@ from dashboards.hypervolume import HypervolumeInfo, hypervolume_figure
 from dashboards.page import chart, definition_list, page
 from dashboards.routers import RoutersInfo, routers_figure, routers_table
 from dashboards.routes import RoutesInfo, class_routes_figure, routes_figure
+from dashboards.structure import StructureInfo, channels_figure, search_figure
 from dashboards.theme import significant
 from dashboards.training import TrainingInfo, training_figure
 from dashboards.widths import WidthsInfo, widths_figure
@@ -56,6 +57,7 @@ class ReportData:
     routers: RoutersInfo | None = None
     routes: RoutesInfo | None = None
     widths: WidthsInfo | None = None
+    structure: StructureInfo | None = None
     training: TrainingInfo | None = None
     naming: str = ""
     """Explanation of the sub-networks' names."""
@@ -82,6 +84,7 @@ def build_report(data: ReportData) -> str:
         _hypervolume_section(data),
         _routes_section(data),
         _widths_section(data),
+        _structure_section(data),
         _training_section(data),
         _commands(data),
     ]
@@ -282,6 +285,22 @@ def _ceiling_row(info: WidthsInfo) -> str:
     shown = [*(f"{r:.2f}x" for r in ratios), "", "", *(f"{s.ceiling:.2f}x" for s in info.latency)]
     cells = "".join(f'<td class="number">{text}</td>' for text in shown)
     return f'<tr class="baseline"><td>widest / cheapest</td>{cells}</tr>'
+
+
+def _structure_section(data: ReportData) -> str:
+    """How the sub-networks were chosen; empty where the family declares them."""
+    info = data.structure
+    if info is None:
+        return ""
+    caption = "The share of channels that each sub-network has of every channel group; the name of a group is shown under the pointer."
+    content = chart("channels", channels_figure(info), is_wide=True)
+    if info.candidates:
+        caption += (
+            " Below, every sub-network that the search scored on images of train which its network had not seen. The chosen ones "
+            "were chosen by these accuracies, which are therefore optimistic; those on val are above."
+        )
+        content += chart("search", search_figure(info))
+    return _section("Choice of sub-networks", caption, content)
 
 
 def _training_section(data: ReportData) -> str:

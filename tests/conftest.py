@@ -3,6 +3,7 @@ small Ray cluster, and the distribution of tests over the processes of `pytest -
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -95,3 +96,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return 2 * group + (item.path in waiting)
 
     items.sort(key=rank)
+
+
+def pytest_collection_finish() -> None:
+    """Leave what was imported and collected out of later garbage collections, which would look
+    through all of it again and again."""
+    gc.collect()
+    gc.freeze()

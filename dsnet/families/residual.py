@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from dsnet.families import Family, Task, register
 from dsnet.families.options import check_choice, check_number, is_integer, scaled_widths
+from dsnet.network.axes import Axes, Axis, prefixed
 from dsnet.network.blocks import ConvShape, ResidualBlock, ResidualShape, SlicedConvNorm
 from dsnet.network.layers import SlicedAttention, SlicedLinear
 from dsnet.network.supernet import Supernet, TrunkOutput
@@ -120,6 +121,19 @@ class ResidualSupernet(Supernet):
     ) -> Float[Tensor, "batch classes"]:
         """Run the last stage's blocks and the classifier."""
         return self.classifier(self.stages[-1](features, subnet).mean((2, 3)))
+
+    def axes(self) -> Mapping[str, Axes]:
+        """The axes of all tensors with channels."""
+        axes: dict[str, Axes] = {}
+        for name, part in self.named_modules():
+            if isinstance(part, SlicedConvNorm):
+                axes |= prefixed(name, part.axes(self.spec))
+            elif isinstance(part, ResidualStage):
+                axes |= prefixed(f"{name}.attention", part.attention.axes(Axis.stream(part.in_groups, self.spec)))
+        return {
+            **axes,
+            **prefixed("classifier", self.classifier.axes(Axis.stream(self.out_groups, self.spec), self.spec)),
+        }
 
     def cut_own_upto_gate(self, gate: int, subnet: Subnet) -> nn.Module:
         """Plain modules up to the gate's attention."""

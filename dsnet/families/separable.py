@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from dsnet.families import Family, Task, register
 from dsnet.families.options import check_choice, check_number, is_integer, scaled_widths
+from dsnet.network.axes import Axes, Axis, prefixed
 from dsnet.network.blocks import BlockShape, ConvNormSwish, PlainBlock, SeparableBlock, swish
-from dsnet.network.layers import SlicedConv2d, SlicedLinear, make_norm
+from dsnet.network.layers import SlicedConv2d, SlicedLinear, make_norm, norm_axes
 from dsnet.network.supernet import Supernet, TrunkOutput
 from dsnet.space.spec import CLASSES, IMAGE, IMAGE_CHANNELS, ChannelGroup, GateSpec, Op, Subnet, SupernetSpec
 from dsnet.space.subnet_set import SubnetSet
@@ -134,6 +135,14 @@ class SeparableSupernet(Supernet):
         block = self.blocks[number]
         assert isinstance(block, SeparableBlock)
         return block
+
+    def axes(self) -> Mapping[str, Axes]:
+        """The axes of all tensors with channels."""
+        stem, last = (Axis.of(((group, 1),), self.spec) for group in (0, len(self.spec.groups) - 1))
+        axes: dict[str, Axes] = {"stem.weight": (stem,), **prefixed("stem_norm", norm_axes(self.stem_norm, stem))}
+        for number in range(len(self.blocks)):
+            axes |= prefixed(f"blocks.{number}", self._block(number).axes(self.spec))
+        return {**axes, **prefixed("classifier", self.classifier.axes(last, self.spec))}
 
     def cut_own_upto_gate(self, gate: int, subnet: Subnet) -> nn.Module:
         """Plain modules from the image to the gate."""

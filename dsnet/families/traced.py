@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from itertools import product
 from typing import Any
 
@@ -30,7 +30,7 @@ from dsnet.network.channels import (
     upstream,
 )
 from dsnet.network.cut_points import Place, main_places, place_of, possible_places
-from dsnet.network.plain import example_image, make_plain
+from dsnet.network.plain import check_allowed, example_image, make_plain
 from dsnet.network.traced import TracedSupernet, evidence_name
 from dsnet.space.cost import op_costs
 from dsnet.space.entry_gate import ENTRY, entry_gate, entry_op, is_entry
@@ -132,10 +132,19 @@ def traced_spec(model: str, task: Task, gates: Sequence[str] = ()) -> SupernetSp
         task: its classes and images.
         gates: names of nodes, of submodules, or `entry`, in any order; empty for the entry gate.
 
+    A process traces each network once.
+
     Raises:
-        ConfigError: the network cannot be traced.
+        ConfigError: the network cannot be traced, or import paths are not allowed.
         ValueError: a gate has no place there, or nothing to choose.
     """
+    check_allowed(model)
+    return _spec_of(model, task, tuple(gates))
+
+
+@lru_cache(maxsize=64)
+def _spec_of(model: str, task: Task, gates: tuple[str, ...]) -> SupernetSpec:
+    """See `traced_spec`."""
     traced = _traced(model, task)
     numbers, groups = _groups(traced)
     has_entry = not gates or ENTRY in gates

@@ -24,8 +24,11 @@ class Axis:
     the other."""
 
     parts: tuple[tuple[int, int, int], ...]
-    """(channel group, repeats of each of its channels, channels of the whole group); group -1 is
-    the image, -2 the classes, and neither is sliced."""
+    """(channel group, repeats of each of its channels, channels of the group that the weight has);
+    group -1 is the image, -2 the classes, and neither is sliced."""
+    union: tuple[int, ...] = ()
+    """Further groups that write the channels of the only part, which is as wide as the widest of
+    all of them: a residual stream."""
 
     @classmethod
     def of(cls, parts: Iterable[Pair], spec: SupernetSpec) -> Axis:
@@ -38,12 +41,30 @@ class Axis:
             )
         )
 
+    @classmethod
+    def stream(cls, groups: Sequence[int], spec: SupernetSpec) -> Axis:
+        """The axis of a stream that several groups write."""
+        first, *others = groups
+        return cls(((first, 1, max(spec.groups[group].max_width for group in groups)),), tuple(others))
+
+    def narrowed(self, widths: Widths) -> Axis:
+        """The axis of a tensor that has only the channels of a sub-network."""
+        return Axis(
+            tuple((group, repeat, self._width(group, whole, widths)) for group, repeat, whole in self.parts), self.union
+        )
+
+    def _width(self, group: int, whole: int, widths: Widths) -> int:
+        if group < 0:
+            return whole
+        width = max(widths[each] for each in (group, *self.union)) if self.union else widths[group]
+        return min(width, whole)
+
     def runs(self, widths: Widths) -> list[Pair]:
         """(start, length) of the slices of a sub-network; neighbours are joined."""
         runs: list[Pair] = []
         start = 0
         for group, repeat, whole in self.parts:
-            length = repeat * (whole if group < 0 else widths[group])
+            length = repeat * self._width(group, whole, widths)
             if runs and sum(runs[-1]) == start:
                 runs[-1] = (runs[-1][0], runs[-1][1] + length)
             else:
@@ -63,6 +84,11 @@ class Axis:
 
 Axes = Sequence[Axis | None]
 """The axis of each of the first dimensions of a tensor; None keeps a dimension whole."""
+
+
+def prefixed(prefix: str, axes: Mapping[str, Axes]) -> dict[str, Axes]:
+    """The axes of a part's tensors under their names in the whole network."""
+    return {f"{prefix}.{name}": value for name, value in axes.items()}
 
 
 def take(weight: Shaped[Tensor, "*_"], axes: Axes, widths: Widths) -> Shaped[Tensor, "*_"]:

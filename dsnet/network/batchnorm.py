@@ -1,8 +1,10 @@
-"""BatchNorm recalibration: running statistics of every width, estimated after training."""
+"""BatchNorm recalibration: running statistics of every width, estimated after training; and
+normalisation by the batch alone, for widths that have none."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from jaxtyping import Float
@@ -50,3 +52,21 @@ def recalibrate(supernet: Supernet, batches: Iterable[Float[Tensor, "_batch chan
         supernet.train(was_training)
     if num_batches == 0:
         raise ValueError("recalibration needs at least one batch of images")
+
+
+@contextmanager
+def batch_statistics(supernet: Supernet) -> Iterator[None]:
+    """Context manager in which norms normalise by the statistics of the batch and keep theirs
+    unchanged; everything else is in eval mode."""
+    norms = supernet.batch_norms()
+    was_training, momenta = supernet.training, [norm.momentum for norm in norms]
+    supernet.eval()
+    for norm in norms:
+        norm.momentum = 0.0
+        norm.train()  # only the norms: dropout stays off
+    try:
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+        supernet.train(was_training)

@@ -3,7 +3,7 @@ block of DS-ResNet."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,8 +13,16 @@ from torch import Tensor, fx, nn
 from torch.fx.experimental.optimization import fuse
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from dsnet.network.layers import BatchNormBank, SlicedAttention, SlicedConv2d, SlicedDepthwiseConv2d, make_norm
-from dsnet.space.spec import Subnet
+from dsnet.network.axes import Axes, Axis, prefixed
+from dsnet.network.layers import (
+    BatchNormBank,
+    SlicedAttention,
+    SlicedConv2d,
+    SlicedDepthwiseConv2d,
+    make_norm,
+    norm_axes,
+)
+from dsnet.space.spec import Subnet, SupernetSpec
 from dsnet.space.subnet_set import SubnetSet
 
 
@@ -105,6 +113,17 @@ class SeparableBlock(nn.Module):
     ) -> Float[Tensor, "batch out_channels out_height out_width"]:
         """Run both halves: [B, c, H, W] -> [B, c', H', W']."""
         return self.after_gate(self.before_gate(x, subnet)[0], subnet)
+
+    def axes(self, spec: SupernetSpec) -> Mapping[str, Axes]:
+        """The axes of all tensors with channels, by name."""
+        read, written = (Axis.of(((group, 1),), spec) for group in (self.shape.in_group, self.shape.out_group))
+        return {
+            "depthwise.weight": (read,),
+            **prefixed("depthwise_norm", norm_axes(self.depthwise_norm, read)),
+            **prefixed("attention", self.attention.axes(read)),
+            "pointwise.weight": (written, read),
+            **prefixed("pointwise_norm", norm_axes(self.pointwise_norm, written)),
+        }
 
     def cut_before(self, subnet: Subnet) -> PlainBeforeGate:
         """The first half of one sub-network as a plain module."""
@@ -251,6 +270,12 @@ class SlicedConvNorm(nn.Module):
         """[B, c, H, W] -> [B, width of its group, H', W']."""
         prefix = self._key(subnet)
         return self.norm(self.conv(x, prefix[-1]), prefix)
+
+    def axes(self, spec: SupernetSpec) -> Mapping[str, Axes]:
+        """The axes of all tensors with channels, by name."""
+        written = Axis.of(((self.shape.out_group, 1),), spec)
+        read = Axis.stream(self.shape.in_groups, spec) if self.shape.in_groups else None
+        return {"conv.weight": (written, read), **prefixed("norm", norm_axes(self.norm, written))}
 
     def cut(self, subnet: Subnet) -> ConvNorm:
         """The slice of one sub-network as a plain module."""

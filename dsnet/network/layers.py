@@ -6,14 +6,16 @@ given its output width. `cut` copies the slice that one sub-network uses into a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from dsnet.network.axes import Axes, Axis
 from dsnet.network.slicing import corner
+from dsnet.space.spec import CLASSES, SupernetSpec
 
 BN_EPS = 1e-5
 BN_MOMENTUM = 0.1
@@ -82,6 +84,12 @@ class SlicedLinear(nn.Module):
         """[B, c] -> [B, num_out]."""
         return F.linear(x, corner(self.weight, self.weight.shape[0], x.shape[1]), self.bias)
 
+    @staticmethod
+    def axes(features: Axis, spec: SupernetSpec) -> Mapping[str, Axes]:
+        """The axes of the parameters, by name; `features` are those that it reads."""
+        classes = Axis.of(((CLASSES, 1),), spec)
+        return {"weight": (classes, features), "bias": (classes,)}
+
     def cut(self, num_in: int) -> nn.Linear:
         """The slice as a plain linear layer."""
         plain = nn.Linear(num_in, self.weight.shape[0])
@@ -142,7 +150,7 @@ class BatchNormBank(nn.Module):
             self.weight = nn.Parameter(torch.ones(max_features))
             self.bias = nn.Parameter(torch.zeros(max_features))
         for prefix in known:
-            suffix = _key(prefix)
+            suffix = key_suffix(prefix)
             if private_affine:
                 self.register_parameter(f"weight_{suffix}", nn.Parameter(torch.ones(size_of(prefix))))
                 self.register_parameter(f"bias_{suffix}", nn.Parameter(torch.zeros(size_of(prefix))))
@@ -151,7 +159,7 @@ class BatchNormBank(nn.Module):
             self.register_buffer(f"updates_{suffix}", torch.zeros((), dtype=torch.int64))
         # Used in every forward: building the names anew would cost 1 % of a training step.
         self._names = {
-            prefix: tuple(f"{part}_{_key(prefix)}" for part in ("mean", "var", "updates")) for prefix in known
+            prefix: tuple(f"{part}_{key_suffix(prefix)}" for part in ("mean", "var", "updates")) for prefix in known
         }
 
     def statistics(
@@ -183,6 +191,10 @@ class BatchNormBank(nn.Module):
         """The key of the statistics that a sub-network of these widths uses."""
         return widths[: self.depth]
 
+    def widths_of(self, key: tuple[int, ...]) -> Mapping[int, int]:
+        """The width of every channel group that a key names, by the group's number."""
+        return dict(enumerate(key))
+
     def affine(self, prefix: tuple[int, ...]) -> tuple[Float[Tensor, " channels"], Float[Tensor, " channels"]]:
         """Scale and shift of one prefix.
 
@@ -193,7 +205,7 @@ class BatchNormBank(nn.Module):
         if self.private_affine:
             if prefix not in self._names:
                 raise UndeclaredWidthsError("scale and shift", prefix)
-            suffix = _key(prefix)
+            suffix = key_suffix(prefix)
             return self.get_parameter(f"weight_{suffix}"), self.get_parameter(f"bias_{suffix}")
         return corner(self.weight, prefix[-1]), corner(self.bias, prefix[-1])
 
@@ -201,7 +213,7 @@ class BatchNormBank(nn.Module):
         """The scale of the shared affine pair, or those of all private pairs."""
         if not self.private_affine:
             return [self.weight]
-        return [self.get_parameter(f"weight_{_key(prefix)}") for prefix in self._names]
+        return [self.get_parameter(f"weight_{key_suffix(prefix)}") for prefix in self._names]
 
     def forward(
         self, x: Float[Tensor, "batch channels height width"], prefix: tuple[int, ...]
@@ -209,13 +221,14 @@ class BatchNormBank(nn.Module):
         """Normalise [B, c, H, W] with the statistics of `prefix` (batch statistics while
         training).
 
-        In training, undeclared widths are normalised by the batch alone.
+        In training, undeclared widths are normalised by the batch alone, and so are all widths
+        where the statistics stay unchanged.
 
         Raises:
             UndeclaredWidthsError: in eval mode the widths are not declared, or in training they
                 would need a private affine pair.
         """
-        if self.training and prefix not in self._names:
+        if self.training and (prefix not in self._names or self.momentum == 0.0):
             return F.batch_norm(x, None, None, *self.affine(prefix), True, 0.0, self.eps)
         mean, var, updates = self.statistics(prefix)
         factor = self._count(updates)
@@ -354,6 +367,26 @@ def make_norm(kind: str, max_features: int, prefixes: Iterable[tuple[int, ...]])
     return BatchNormBank(max_features, prefixes, private_affine=kind == "private_affine", tracks=kind != "recalibrate")
 
 
+def norm_axes(norm: BatchNormBank | SlicedGroupNorm, channels: Axis) -> dict[str, Axes]:
+    """The axes of the tensors of a norm, by name; each set of statistics, and each private affine
+    pair, has the channels of its key alone.
+
+    Args:
+        norm: the norm.
+        channels: the axis of the channels that it normalises.
+    """
+    shared: dict[str, Axes] = {"weight": (channels,), "bias": (channels,)}
+    if isinstance(norm, SlicedGroupNorm):
+        return shared
+    parts = ("weight", "bias", "mean", "var") if norm.private_affine else ("mean", "var")
+    axes = {} if norm.private_affine else shared
+    keys = norm.keys()
+    for key in keys:
+        own = channels.narrowed(norm.widths_of(key))
+        axes |= {f"{part}_{key_suffix(key)}": (own,) for part in parts}
+    return axes
+
+
 class SlicedAttention(nn.Module):
     """Squeeze-and-excitation attention whose hidden layer is never sliced.
 
@@ -386,6 +419,11 @@ class SlicedAttention(nn.Module):
         scale = 1.0 + torch.tanh(logits) if self.is_residual else torch.sigmoid(logits)
         return x * scale[:, :, None, None], hidden
 
+    @staticmethod
+    def axes(channels: Axis) -> Mapping[str, Axes]:
+        """The axes of the parameters that are sliced, by name; `channels` are those it weights."""
+        return {"reduce_weight": (None, channels), "expand_weight": (channels,), "expand_bias": (channels,)}
+
     def cut(self, num_channels: int) -> SlicedAttention:
         """The slice with its own contiguous weights, as a full-width attention."""
         hidden = self.reduce_bias.shape[0]
@@ -398,7 +436,8 @@ class SlicedAttention(nn.Module):
         return plain
 
 
-def _key(prefix: tuple[int, ...]) -> str:
+def key_suffix(prefix: tuple[int, ...]) -> str:
+    """The end of the names of the tensors that a norm keeps for one key."""
     return "_".join(map(str, prefix))
 
 

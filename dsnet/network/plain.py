@@ -57,12 +57,21 @@ def make_plain(model: str, num_classes: int, in_channels: int, seed: int) -> nn.
     return module
 
 
-def _imported(model: str) -> Callable[[int, int], Any]:
-    """The function at an import path."""
-    if os.environ.get(ALLOW_IMPORTS) != "1":
+def check_allowed(model: str) -> None:
+    """Refuse a network by import path where the user has not allowed that.
+
+    Raises:
+        ConfigError: it is not allowed.
+    """
+    if is_model_path(model) and os.environ.get(ALLOW_IMPORTS) != "1":
         raise ConfigError(
             f"supernet.model: {model!r} runs code of yours; allow that with --allow-imports, or {ALLOW_IMPORTS}=1"
         )
+
+
+def _imported(model: str) -> Callable[[int, int], Any]:
+    """The function at an import path."""
+    check_allowed(model)
     try:
         found = import_object(model.replace(":", "."))
     except (ImportError, AttributeError, ValueError) as error:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dsnet.network.axes import Axes, take
 from dsnet.network.layers import BatchNormBank
+from dsnet.network.slicing import corner
 from dsnet.space.entry_gate import ENTRY_CELLS, is_entry, own_segments
 from dsnet.space.spec import CLASSES, Subnet, SupernetSpec
 from dsnet.space.subnet_set import SubnetSet
@@ -210,7 +211,12 @@ class Supernet(nn.Module, ABC):
         return tuple(name for name in self.state_dict() if name.startswith(classifiers))
 
     def axes(self) -> Mapping[str, Axes]:
-        """The axes of the tensors of the state dict that are not cut to a corner, by name."""
+        """The axes of the tensors of the state dict that have channels, by name: which channel
+        groups lie along their dimensions.
+
+        Every family of this package declares them. Of a family that declares none, every tensor is
+        cut to a corner, and the order of its channels cannot change.
+        """
         return {}
 
     def batch_norms(self) -> list[BatchNormBank]:
@@ -254,15 +260,13 @@ def restrict(supernet: Supernet, members: Sequence[int]) -> Supernet:
     widest = tuple(group.max_width for group in groups)
     small.load_state_dict(
         {
-            name: (take(source[name], axes[name], widest) if name in axes else source[name][_corner(value)]).clone()
+            name: (
+                take(source[name], axes[name], widest) if name in axes else corner(source[name], *value.shape)
+            ).clone()
             for name, value in small.state_dict().items()
         }
     )
     return small.to(next(supernet.parameters()).device).train(supernet.training)
-
-
-def _corner(like: Tensor) -> tuple[slice, ...]:
-    return tuple(slice(0, size) for size in like.shape)
 
 
 def state_for_saving(supernet: Supernet) -> dict[str, Shaped[Tensor, "*_"]]:

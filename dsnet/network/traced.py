@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from dsnet.network.axes import Axes, Axis, Widths, take
 from dsnet.network.channels import TracedGraph, analyse, attribute, trace
 from dsnet.network.cut_points import part_of
-from dsnet.network.layers import BatchNormBank, SlicedGroupNorm
+from dsnet.network.layers import BatchNormBank, SlicedGroupNorm, norm_axes
 from dsnet.network.plain import example_image, make_plain
 from dsnet.network.slicing import corner
 from dsnet.network.supernet import Supernet, TrunkOutput
@@ -125,12 +125,12 @@ class TracedNorm(BatchNormBank):
             private_affine=norm == "private_affine",
             tracks=norm != "recalibrate",
             eps=plain.eps,
-            size_of=lambda key: channels.size(self._widths(key)),
+            size_of=lambda key: channels.size(self.widths_of(key)),
         )
 
     def axes(self) -> Mapping[str, Axes]:
-        """The axes of the shared affine pair."""
-        return {} if self.private_affine else {"weight": (self.channels,), "bias": (self.channels,)}
+        """The axes of the affine pairs and of all statistics."""
+        return norm_axes(self, self.channels)
 
     @torch.no_grad()
     def load_plain(self, plain: nn.Module) -> None:
@@ -160,10 +160,10 @@ class TracedNorm(BatchNormBank):
             self._copy_slice(bias, tensors["bias"], key)
 
     def _copy_slice(self, target: Tensor, whole: Tensor, key: tuple[int, ...]) -> None:
-        target.copy_(take(whole, (self.channels,), self._widths(key)))
+        target.copy_(take(whole, (self.channels,), self.widths_of(key)))
 
-    def _widths(self, key: tuple[int, ...]) -> Mapping[int, int]:
-        """The widths of the groups upstream."""
+    def widths_of(self, key: tuple[int, ...]) -> Mapping[int, int]:
+        """The widths of the groups upstream, by their numbers."""
         return dict(zip(self.depends, key, strict=True))
 
     def key_of(self, widths: Widths) -> tuple[int, ...]:
@@ -174,7 +174,7 @@ class TracedNorm(BatchNormBank):
         """Scale and shift of one key."""
         if self.private_affine:
             return super().affine(prefix)
-        widths = self._widths(prefix)
+        widths = self.widths_of(prefix)
         return take(self.weight, (self.channels,), widths), take(self.bias, (self.channels,), widths)
 
     def forward(self, x: Float[Tensor, "batch ..."], widths: Widths) -> Float[Tensor, "batch ..."]:
@@ -343,7 +343,7 @@ class TracedSupernet(Supernet):
         return plain_graph(self.body, _part_graph(self.body, own_gates(self.spec), number), subnet.widths)
 
     def axes(self) -> Mapping[str, Axes]:
-        """The axes of every parameter that is sliced."""
+        """The axes of every tensor that is sliced."""
         return {
             f"{name}.{leaf}": axes
             for name, layer in self.named_modules()

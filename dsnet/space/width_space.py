@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from dsnet.space.spec import ChannelGroup, SupernetSpec
 
@@ -25,12 +26,24 @@ class WidthSpace:
     """Smallest share of a group's channels, above 0 and at most 1."""
     step: int
     """Widths are multiples of this, at least 1; the width of a whole group need not be."""
+    levels: int | None = None
+    """Largest number of widths of one group: the step of a wide group is the smallest multiple of
+    `step` that gives no more; None: every group has `step`."""
 
     def __post_init__(self) -> None:
         if not 0 < self.min_share <= 1:
             raise ValueError(f"min_share is {self.min_share!r}, but must be above 0 and at most 1")
         if isinstance(self.step, bool) or not isinstance(self.step, int) or self.step < 1:
             raise ValueError(f"step is {self.step!r}, but must be a whole number of at least 1")
+        is_whole = isinstance(self.levels, int) and not isinstance(self.levels, bool)
+        if self.levels is not None and not (is_whole and self.levels >= 1):
+            raise ValueError(f"levels is {self.levels!r}, but must be a whole number of at least 1, or None")
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-able mapping of the fields, without `levels` where it is None, so that records
+        made before that field stay valid."""
+        data = asdict(self)
+        return data if self.levels is not None else {name: data[name] for name in ("min_share", "step")}
 
     def options(self, spec: SupernetSpec) -> tuple[tuple[int, ...], ...]:
         """For every channel group its possible widths, in increasing order; the last is all of
@@ -40,8 +53,16 @@ class WidthSpace:
     def _of(self, group: ChannelGroup) -> tuple[int, ...]:
         if group.pinned:
             return (group.max_width,)
-        lowest = math.ceil(self.min_share * group.max_width / self.step - ROUNDING) * self.step
-        return (*range(max(self.step, lowest), group.max_width, self.step), group.max_width)
+        options = self._multiples(group.max_width, self.step)
+        step = self.step
+        while self.levels is not None and len(options) > self.levels:
+            step += self.step
+            options = self._multiples(group.max_width, step)
+        return options
+
+    def _multiples(self, whole: int, step: int) -> tuple[int, ...]:
+        lowest = math.ceil(self.min_share * whole / step - ROUNDING) * step
+        return (*range(max(step, lowest), whole, step), whole)
 
     def smallest(self, spec: SupernetSpec) -> tuple[int, ...]:
         """The smallest width of every channel group."""

@@ -22,7 +22,7 @@ from dsnet.network.supernet import Supernet
 from dsnet.seeds import derive_seed
 from dsnet.space.spec import SupernetSpec
 from dsnet.space.subnet_set import SubnetSet
-from dsnet.stored.checkpoint import load_checkpoint, tensors_below
+from dsnet.stored.checkpoint import STRUCTURE, load_checkpoint, tensors_below
 from dsnet.training.plain_start import SUFFIXES, PlainStart, is_plain, load_plain_start
 from dsnet.training.supernet_run import SupernetRun
 
@@ -74,10 +74,10 @@ def load_start(source: Path) -> StartWeights:
 
     Args:
         source: a checkpoint (its stem or one of its two files; final or of an epoch), a folder that
-            holds `final.*`, the output folder of `python -m dsnet.training`, or a run folder of the
-            pipeline; or a state dict of a plain network (see `dsnet.training.plain_start`). `~` and
-            $VARIABLES are expanded. From an epoch's checkpoint the weights are taken that its run
-            would keep (the EMA copy or the student).
+            holds `final.*` or the `structure.*` of a structure search, the output folder of `python
+            -m dsnet.training`, or a run folder of the pipeline; or a state dict of a plain network
+            (see `dsnet.training.plain_start`). `~` and $VARIABLES are expanded. From an epoch's
+            checkpoint the weights are taken that its run would keep (the EMA copy or the student).
 
     Raises:
         CheckpointError: there is no finished checkpoint (the message lists the places searched), it
@@ -133,6 +133,8 @@ def _candidates(source: Path) -> Iterator[Path]:
         yield source.with_suffix("") if source.suffix in (".json", ".safetensors") else source
         return
     yield source / _FINAL
+    if _json_of(source / STRUCTURE).is_file():
+        yield source / STRUCTURE
     recorded = _recorded_folder(source)
     if recorded is not None:
         yield source / recorded / _FINAL

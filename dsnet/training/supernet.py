@@ -196,8 +196,8 @@ class _Session:
         """
         tensors, meta = load_checkpoint(stem)
         expected = json.loads(json.dumps({"run": self.run.to_json(), **supernet_meta(self.student)}))
-        stored = {**meta, "run": _result_settings(meta.get("run"))}
-        expected["run"] = _result_settings(expected["run"])
+        stored = {**meta, "run": result_settings(meta.get("run"))}
+        expected["run"] = result_settings(expected["run"])
         changed = [name for name, value in expected.items() if stored.get(name) != value]
         if changed:
             raise CheckpointError(
@@ -225,7 +225,7 @@ class _Session:
         return meta.get("pending_losses", [])
 
 
-def _result_settings(run: Any) -> Any:
+def result_settings(run: Any) -> Any:
     """The settings of a run that determine its weights.
 
     Frequency and number of checkpoints and the name of the start weights' file are left out: they

@@ -69,8 +69,9 @@ class SupernetRun(Settings):
         """A JSON-able mapping, saved with every checkpoint, that `from_json` turns back into an
         equal object."""
         data = asdict(self)
-        if self.width_space is None:
-            del data["width_space"]
+        del data["width_space"]
+        if self.width_space is not None:
+            data["width_space"] = self.width_space.to_json()
         data["train"] = without_added(data["train"])
         return {**data, "bootstrapping": without_published(data["bootstrapping"])}
 

@@ -107,7 +107,8 @@ def plan_supernets(loaded: LoadedConfig, *, is_dry: bool = False) -> SupernetsPl
         prepared = member.prepared
         costs = [subnet_cost(prepared.subnets.spec, item, prepared.image_size).madds / 1e6 for item in prepared.subnets]
         madds_m[member.name] = (min(costs), max(costs))
-        tuned.append(tune_member(member, others[0], run.stop_path, 1))
+        training = next(plan for plan in others if plan.name == "supernet")
+        tuned.append(tune_member(member, training, run.stop_path, 1))
     fates = stored_fates(tuned, tune_rules(config), run.tune_dir)
     left = [
         (member.prepared, stages[member.name])

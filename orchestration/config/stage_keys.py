@@ -16,18 +16,19 @@ from orchestration.config.supernet import (
 )
 from orchestration.config.sweep import SweepConfig
 
-Stage = Literal["supernet", "measure", "table", "search", "verify"]
+Stage = Literal["structure", "supernet", "measure", "table", "search", "verify"]
 
 
 # Settings of the supernet that say where and how safely it is trained, not what is trained; and
 # those that stand for something else: the names of a regime for its parts, the path of a checkpoint
-# for its tensors.
+# for its tensors; and the choice of sub-networks, which is a stage of its own.
 _NOT_IN_SUPERNET_KEY: dict[str, Any] = {
     "workers": True,
     "threads": True,
     "device": True,
     "keep_checkpoints": True,
     "init_from": True,
+    "structure": True,
     "regime": True,
     "train": {"checkpoint_every", "widths", "num_random", "teacher", "bn"},
     "bootstrapping": {"mode", "num_random"},
@@ -52,6 +53,9 @@ def stage_subset(config: SweepConfig, stage: Stage) -> dict[str, JsonValue]:
             "data": config.data.model_dump(mode="json", exclude={"path", "crop_fraction"}),
             "supernet": {**supernet, "regime": asdict(resolve_regime(config.supernet))},
         }
+    if stage == "structure":
+        structure = config.supernet.structure.model_dump(mode="json", exclude={"concurrent"})
+        return {"seed": config.seed, "supernet": {"structure": structure}}
     if stage == "measure":
         return {"measure": _measure_subset(config)}
     if stage == "search":

@@ -50,6 +50,7 @@ from dsnet.training.settings import (
 )
 from dsnet.wording import plural, shown
 from orchestration.config.section import BrokenRule, Section, Text, refuse
+from orchestration.config.structure import StructureConfig
 
 CHECKPOINT_MODEL = "checkpoint"
 """Value of `supernet.model` that takes layout and sub-networks from `supernet.init_from`."""
@@ -177,6 +178,7 @@ class SupernetConfig(Section):
     init_from: Text | None = SupernetSettings.init_from
     """Start weights: a checkpoint, a run folder, or what `python -m dsnet.training` wrote; `~` and
     $VARIABLES are expanded."""
+    structure: StructureConfig = StructureConfig()
     regime: RegimeName | None = None
     """Training regime (widths, teacher and normalisation): ce | s_net | us_net | ib | ieb; null =
     in-place bootstrapping (ib)."""
@@ -225,6 +227,12 @@ def _start_problems(supernet: SupernetConfig) -> Iterator[BrokenRule]:
     if supernet.model == CHECKPOINT_MODEL and supernet.options:
         message = f"model checkpoint takes no options: the checkpoint has its own; remove {', '.join(supernet.options)}"
         yield BrokenRule(("options",), message)
+    if supernet.model == CHECKPOINT_MODEL and supernet.structure.is_chosen:
+        message = (
+            f"{supernet.structure.method} chooses sub-networks, but model checkpoint has its own; name the network itself "
+            "and keep init_from, or remove supernet.structure"
+        )
+        yield BrokenRule(("structure", "method"), message, others=(("model",),))
     epochs = supernet.train.epochs
     if supernet.recalibration.images == 0 and epochs != 0:
         training = "training outdates" if epochs is None else f"{plural(epochs, 'epoch')} of training outdate"

@@ -15,6 +15,9 @@ from dsnet.environment import resolve_device
 from dsnet.measure.latency import BUDGET_S, MachineLoad
 from dsnet.measure.settings import LatencySettings
 from dsnet.process_memory import resident_bytes
+from dsnet.structure.method import most_candidates
+from dsnet.structure.methods import structure_method
+from dsnet.training.train_cost import training_madds
 from dsnet.training.trial_run import TrialRun, trial_run
 from dsnet.wording import plural
 from orchestration.config.resolve import resolve_cores, resolve_trials
@@ -140,15 +143,17 @@ def forecast_supernets(supernets: Sequence[tuple[Prepared, Sequence[StagePlan]]]
     timed = [_timed(prepared, concurrent) for prepared, _ in left]
     found = [_stages(prepared, each, plans) for (prepared, plans), each in zip(left, timed, strict=True)]
     stages = []
-    for parts in zip(*found, strict=True):
+    names = dict.fromkeys(stage.stage for each in found for stage in each)
+    for name in sorted(names, key=lambda name: name != "structure"):
+        parts = [stage for each in found for stage in each if stage.stage == name]
         seconds, memory = sum(part.seconds for part in parts), max(part.memory_bytes for part in parts)
-        if parts[0].stage == "supernet":
+        if name == "supernet":
             training = [part for part in parts if part.seconds]
             at_a_time = min(concurrent, len(training))
             if training:
                 seconds = RAY_START_S + (seconds - RAY_START_S * len(training)) / at_a_time
                 memory += (at_a_time - 1) * max(each.peak_bytes for each in timed)
-        stages.append(StageForecast(parts[0].stage, seconds, memory, sum(part.disk_bytes for part in parts)))
+        stages.append(StageForecast(name, seconds, memory, sum(part.disk_bytes for part in parts)))
     how = f"{_how(left[0][0].config, timed[0], load)}; for {plural(len(left), 'supernet')}, if none is stopped early"
     on_gpu = concurrent * max(each.peak_bytes for each in timed) if timed[0].device == "cuda" else 0
     return Forecast(tuple(stages), how, on_gpu)
@@ -158,6 +163,7 @@ def _stages(prepared: Prepared, timed: TrialRun, plans: Sequence[StagePlan]) -> 
     left = {plan.name for plan in plans if not plan.is_done}
     estimates = _StageEstimates(prepared, timed)
     stages = {
+        **({} if prepared.structure is None else {"structure": estimates.structure}),
         "supernet": estimates.supernet,
         "measure": estimates.measure,
         "table": estimates.table,
@@ -211,6 +217,24 @@ class _StageEstimates:
 
     def _images(self, split: str) -> int:
         return len(self.prepared.splits[split])
+
+    def structure(self) -> StageForecast:
+        """Costs of the structure stage: the networks that its method trains, at the pace of the
+        timed steps, and half of the candidates that there can be."""
+        assert self.prepared.structure is not None
+        problem, run, size = self.prepared.structure.problem, self.prepared.supernet_run, self.prepared.image_size
+        bases = structure_method(problem.settings.method).bases(problem)
+        held = round(problem.settings.holdout * self._images("train"))
+        num_train = self._images("train") - held
+        steps = run.train.epochs * max(1, num_train // min(run.train.batch_size, num_train))
+        joint = training_madds(run, self.prepared.subnets, num_train, size)
+        madds = sum(training_madds(base.run, base.subnets, num_train, size) for base in bases)
+        seconds = (RAY_START_S if bases else 0.0) + steps * self.timed.step_s * madds / max(joint, 1.0)
+        if bases:
+            image_s = self.timed.table_image_s / len(self.prepared.subnets)
+            actors = self.config.supernet.structure.concurrent or resolve_cores(self.config)
+            seconds += most_candidates(problem.options(problem.settings.levels)) / 2 * held * image_s / actors
+        return StageForecast("structure", seconds, self.supernet().memory_bytes, 2 * self.timed.checkpoint_bytes)
 
     def supernet(self) -> StageForecast:
         """Costs of the supernet stage: starting Ray, the steps, and recalibration."""

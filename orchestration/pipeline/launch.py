@@ -24,6 +24,7 @@ from orchestration.pipeline.context import Launch
 from orchestration.pipeline.export import export_picks
 from orchestration.pipeline.measure_and_table import measure_stage, table_stage
 from orchestration.pipeline.search import refuse_impossible_layout, search_stage, trials_left
+from orchestration.pipeline.structure import structure_stage
 from orchestration.pipeline.supernet import supernet_stage
 from orchestration.pipeline.verify import verify_stage
 from orchestration.prepare.adoption import adopt
@@ -175,6 +176,9 @@ def _run_stages(work: Launch) -> LaunchResult:
     refuse_impossible_layout(config, prepared.subnets, prepared.image_size)
     needs_ray = not plans["supernet"].is_done or trials_left(run, plans["search"], config) > 0
     with ray_where_needed(needs_ray, config, work.prepared, work.progress):
+        if prepared.structure is not None:
+            work = structure_stage(work, plans["structure"])
+            refuse_impossible_layout(config, work.prepared.subnets, prepared.image_size)
         supernet_stage(work, plans["supernet"])
         supernet = load_supernet(plans["supernet"].folder.path / FINAL)[0]
         measure_stage(work, plans["measure"], supernet)

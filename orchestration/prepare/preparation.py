@@ -28,12 +28,17 @@ from dsnet.measure.settings import DeviceSettings, LatencySettings
 from dsnet.metrics import share_names
 from dsnet.routers.kinds import router_kind
 from dsnet.space.cost import subnet_cost
+from dsnet.space.spec import Subnet, SupernetSpec
 from dsnet.space.subnet_set import SubnetSet
 from dsnet.standalone.output_folder import RESULT_VERSIONS
+from dsnet.stored.checkpoint import STRUCTURE
+from dsnet.structure.expected import expected_subnets
+from dsnet.structure.method import Base, StructureProblem
+from dsnet.structure.methods import check_structure, structure_method
 from dsnet.training.data_defaults import DataDefault
 from dsnet.training.settings import BootstrapSettings, TrainSettings, penalty_problem
 from dsnet.training.start import StartWeights, check_start, find_checkpoint, first_weights, lay_out, load_start
-from dsnet.training.supernet import FINAL
+from dsnet.training.supernet import FINAL, result_settings
 from dsnet.training.supernet_run import SupernetRun
 from orchestration.config.resolve import conditions, resolve_cores
 from orchestration.config.space import absolute_targets, possible_routers
@@ -45,13 +50,13 @@ from orchestration.prepare.data_defaults import with_data_defaults
 from orchestration.prepare.reach import hopeless_conditions
 from orchestration.runs.folder import RunDir
 from orchestration.runs.manifest import Manifest
-from orchestration.runs.stages import StageDefinition, StageDir, stage_record
+from orchestration.runs.stages import StageDefinition, StageDir, StageRecord, stage_record
 from search.conditions.constraints import BASELINE
 from search.front.analysis import BudgetPick
 
 logger = logging.getLogger(__name__)
 
-STAGE_VERSIONS: Mapping[str, int] = {**RESULT_VERSIONS, "search": 3, "verify": 3}
+STAGE_VERSIONS: Mapping[str, int] = {"structure": 1, **RESULT_VERSIONS, "search": 3, "verify": 3}
 """Version of each stage's code; raised by hand when its results change."""
 
 
@@ -81,6 +86,15 @@ class StartPoint:
 
 
 @dataclass(frozen=True)
+class StructurePlan:
+    """The choice of sub-networks that comes before the training of the supernet."""
+
+    problem: StructureProblem
+    start: StartPoint | None
+    """The weights with which it begins; None for fresh ones."""
+
+
+@dataclass(frozen=True)
 class Prepared:
     """Data, network and settings that all stages share."""
 
@@ -94,10 +108,13 @@ class Prepared:
     true."""
     normalization: Normalization
     subnets: SubnetSet
+    """The sub-networks; before the structure stage is done those that are expected of it."""
     fingerprint: str
     """Digest of pixels, labels and splits."""
     start: StartPoint | None = None
-    """The start weights; None for fresh ones."""
+    """The start weights of the supernet; None for fresh ones."""
+    structure: StructurePlan | None = None
+    """How the sub-networks are chosen; None where the family declares them."""
     adoption: Adoption | None = None
     """Finished stages that `supernet.init_from` holds already."""
     derived: Mapping[str, DataDefault] = field(default_factory=dict)
@@ -105,11 +122,12 @@ class Prepared:
 
     @property
     def start_sha256(self) -> str | None:
-        """SHA-256 of the start weights for the supernet's stage key; for an adopted training that
+        """SHA-256 of the start weights for the key of the first stage; for an adopted training that
         of its own start weights."""
         if self.adoption is not None:
             return self.adoption.origin.get("sha256")
-        return None if self.start is None else self.start.sha256
+        start = self.start if self.structure is None else self.structure.start
+        return None if start is None else start.sha256
 
     @property
     def image_size(self) -> int:
@@ -247,6 +265,12 @@ def prepare(
         CheckpointError: the start weights are missing, broken, or of another network.
         PreflightError: no such device.
     """
+    prepared = _prepared(config, run, warn, images)
+    return prepared if run is None else with_found_structure(prepared, run)
+
+
+def _prepared(config: SweepConfig, run: RunDir | None, warn: Callable[[str], None], images: Images | None) -> Prepared:
+    """See `prepare`; the structure stage has not been looked at."""
     source = config.supernet.init_from
     if source is None:
         return _checked(_laid_out(config, None, images), None)
@@ -261,7 +285,26 @@ def prepare(
         return finished
     start = load_start(Path(source))
     prepared = _checked(_laid_out(config, start, images), start)
-    return replace(prepared, adoption=_adoption(prepared))
+    return prepared if prepared.structure is not None else replace(prepared, adoption=_adoption(prepared))
+
+
+def with_found_structure(prepared: Prepared, run: RunDir) -> Prepared:
+    """The preparation with the sub-networks and start weights of the run's structure stage, if that
+    is done; else unchanged.
+
+    Raises:
+        CheckpointError: the stage's files are damaged.
+    """
+    if prepared.structure is None:
+        return prepared
+    folder = StageDir(run.stage_dir("structure", stage_record(stage_definitions(prepared)[0], {}).key))
+    if not folder.is_done():
+        return prepared
+    stem = folder.path.absolute() / STRUCTURE
+    meta = read_json(stem.with_name(f"{STRUCTURE}.json"))
+    subnets = SubnetSet.from_json(SupernetSpec.from_json(meta["spec"]), meta["subnets"])
+    origin = {"file": f"{STRUCTURE}.safetensors", "sha256": str(meta["sha256"])}
+    return replace(prepared, subnets=subnets, start=StartPoint(stem, str(meta["sha256"]), origin, ()))
 
 
 def _from_finished_stage(config: SweepConfig, run: RunDir, images: Images | None) -> Prepared | None:
@@ -281,7 +324,7 @@ def _from_finished_stage(config: SweepConfig, run: RunDir, images: Images | None
         _laid_out(config, load_start(stem), images),
         start=StartPoint(stem, origin["sha256"], origin, ()) if origin else None,
     )
-    return prepared if stage_record(stage_definitions(prepared)[0], {}).key == entry["key"] else None
+    return prepared if supernet_record(prepared).key == entry["key"] else None
 
 
 def _checked(prepared: Prepared, start: StartWeights | None) -> Prepared:
@@ -294,7 +337,24 @@ def _checked(prepared: Prepared, start: StartWeights | None) -> Prepared:
     if problem is not None:
         raise ConfigError(problem)
     check_start(prepared.supernet_run, start, fresh, len(prepared.image_set.class_names))
-    return prepared
+    return _with_structure(prepared)
+
+
+def _with_structure(prepared: Prepared) -> Prepared:
+    """The preparation with the choice of sub-networks, where the settings have one, and the
+    sub-networks that are expected of it.
+
+    Raises:
+        ConfigError: no choice can fulfil the settings.
+    """
+    structure = prepared.config.supernet.structure
+    if not structure.is_chosen:
+        return prepared
+    problem = StructureProblem(prepared.subnets, structure.settings(), prepared.supernet_run, prepared.image_size)
+    check_structure(problem)
+    expected = expected_subnets(problem)
+    check_routing(prepared.config, [subnet.name for subnet in expected])
+    return replace(prepared, subnets=expected, structure=StructurePlan(problem, prepared.start), start=None)
 
 
 def _laid_out(config: SweepConfig, start: StartWeights | None, images: Images | None) -> Prepared:
@@ -307,9 +367,12 @@ def _laid_out(config: SweepConfig, start: StartWeights | None, images: Images | 
     channels, _, size = image_set.image_shape
     task = Task(num_classes=len(image_set.class_names), in_channels=channels, image_size=size)
     subnets = lay_out(supernet.model, task, supernet.options, resolve_regime(supernet).norm, start)
-    check_routing(config, [subnet.name for subnet in subnets])
+    is_chosen = supernet.structure.is_chosen
+    if not is_chosen:
+        check_routing(config, [subnet.name for subnet in subnets])
     known = None if start is None else start.normalization
-    filled = with_data_defaults(config, image_set, splits, subnets)
+    whole = replace(subnets, teacher=Subnet("whole", subnets.spec.max_widths)) if is_chosen else subnets
+    filled = with_data_defaults(config, image_set, splits, whole)
     return Prepared(
         config=filled.config,
         image_set=image_set,
@@ -393,23 +456,45 @@ def latency_settings(config: SweepConfig) -> dict[str, LatencySettings]:
 
 
 def stage_definitions(prepared: Prepared) -> list[StageDefinition]:
-    """Everything on which supernet, measure, table and search depend, in this order. The verify
-    stage depends on the front, which is known later."""
+    """Everything on which structure (where there is a choice), supernet, measure, table and search
+    depend, in this order. The verify stage depends on the front, which is known later."""
     parents: dict[Stage, tuple[Stage, ...]] = {
         "supernet": (),
         "measure": ("supernet",),
         "table": ("supernet",),
         "search": ("measure", "table"),
     }
+    declared = prepared.subnets
+    first: Stage = "supernet"
+    bases: dict[str, Any] = {}
+    if prepared.structure is not None:
+        problem = prepared.structure.problem
+        parents = {"structure": (), **parents, "supernet": ("structure",)}
+        declared, first = problem.subnets, "structure"
+        bases = {"bases": [_digest_of_base(base) for base in structure_method(problem.settings.method).bases(problem)]}
     config = prepared.config
     subsets = {name: stage_subset(config, name) for name in parents}
     # The layout itself, because another release may lay out the same options differently.
-    subsets["supernet"]["layout"] = _digest(prepared.subnets.to_json())
-    subsets["supernet"]["start"] = prepared.start_sha256
+    subsets[first] |= {"layout": _digest(declared.to_json()), "start": prepared.start_sha256, **bases}
     return [
         StageDefinition(name, STAGE_VERSIONS[name], subsets[name], prepared.fingerprint, above)
         for name, above in parents.items()
     ]
+
+
+def supernet_record(prepared: Prepared) -> StageRecord:
+    """The record with which the supernet's stage would begin."""
+    records: dict[str, StageRecord] = {}
+    for definition in stage_definitions(prepared):
+        parents = {name: records[name].key for name in definition.parents}
+        records[definition.name] = stage_record(definition, parents)
+    return records["supernet"]
+
+
+def _digest_of_base(base: Base) -> str:
+    """A digest of everything that determines the weights of a network that a choice of sub-networks
+    trains, beside images and start weights."""
+    return _digest({"subnets": base.subnets.to_json(), "run": result_settings({**base.run.to_json(), "origin": {}})})
 
 
 def _digest(content: object) -> str:

@@ -40,6 +40,7 @@ from dsnet.wording import plural
 from orchestration.config.resolve import constraint_set
 from orchestration.results.measured import static_metrics
 from orchestration.results.run import RunResults
+from orchestration.results.structure import structure_of, training_cost
 from orchestration.results.training_review import review
 from orchestration.results.trial_list import broken_constraints
 from orchestration.results.verified import Verified
@@ -81,9 +82,10 @@ def report_data(results: RunResults, class_names: tuple[str, ...], notes: tuple[
         routes=routes_of(results, class_names),
         routers=routers_of(results),
         widths=widths_of(results),
+        structure=structure_of(results),
         training=training_of(results),
         naming="" if made is None else made.naming,
-        making=() if made is None else made.lines(config.supernet.init_from),
+        making=() if made is None else (*made.lines(config.supernet.init_from), *_spent(results)),
         notes=training_notes(results)
         + _timing_notes(results)
         + notes
@@ -97,6 +99,12 @@ def report_data(results: RunResults, class_names: tuple[str, ...], notes: tuple[
             *((key, str(value)[:16]) for key, value in manifest["data_hashes"].items()),
         ),
     )
+
+
+def _spent(results: RunResults) -> tuple[tuple[str, str], ...]:
+    """The cost of training as a fact of the report; empty if it is unknown."""
+    cost = training_cost(results)
+    return () if cost is None else (("training cost", str(cost)),)
 
 
 def commands_of(results: RunResults) -> tuple[tuple[str, str], ...]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from dsnet.environment import resolve_device
-from dsnet.errors import ConfigError, NothingFeasibleError
+from dsnet.errors import ConfigError, DsnetError, NothingFeasibleError, StoppedError
 from dsnet.files import atomic_write_json, read_json
 from dsnet.stop_signals import StopRequest
 from dsnet.stored.checkpoint import load_supernet
@@ -39,7 +39,8 @@ from orchestration.pipeline.launch import (
     write_outputs,
 )
 from orchestration.pipeline.measure_and_table import measure_stage, table_stage
-from orchestration.pipeline.search import search_stage, trials_left
+from orchestration.pipeline.search import refuse_impossible_layout, search_stage, trials_left
+from orchestration.pipeline.structure import structure_stage
 from orchestration.pipeline.supernet import done_sentence
 from orchestration.pipeline.verify import verify_stage
 from orchestration.prepare.preparation import Images, Prepared, load_images
@@ -238,9 +239,10 @@ class _SupernetsLaunch:
 
     config: SweepConfig
     results: SupernetSweepResults
-    members: Mapping[str, Member]
-    """Members whose settings make a valid supernet, by name."""
-    launches: Mapping[str, Launch]
+    members: dict[str, Member]
+    """Members whose settings make a valid supernet, by name; replaced when their sub-networks are
+    chosen, and removed if that fails."""
+    launches: dict[str, Launch]
     """What the stages of each member share, by the member's name."""
     manifest: Manifest
     tracker: Tracker
@@ -308,6 +310,8 @@ class _SupernetsLaunch:
         is_idle = self._is_idle(plans)
         first = _prepared(next(iter(self.members.values())))
         with ray_where_needed(self._needs_ray(plans), self.config, first, self.progress):
+            for name in list(self.members):
+                self._choose_subnets(name, plans[name])
             trained = self._train(plans)
             for name in [] if is_idle else trained:
                 self._sweep_gates(name)
@@ -327,6 +331,27 @@ class _SupernetsLaunch:
                 self.progress.say(f"{entry.name}: {_told(entry.settings)}")
             else:
                 self.progress.warn(f"{entry.name}: {_told(entry.settings)} is invalid: {entry.reason}")
+
+    def _choose_subnets(self, name: str, plans: Mapping[str, StagePlan]) -> None:
+        """Choose the sub-networks of a member, where its settings have a choice. If that fails, the
+        member has failed, and the others go on."""
+        work = self.launches[name]
+        if work.prepared.structure is None:
+            return
+        try:
+            chosen = structure_stage(work, plans["structure"])
+            refuse_impossible_layout(chosen.config, chosen.prepared.subnets, chosen.prepared.image_size)
+        except StoppedError:
+            raise
+        except DsnetError as error:
+            work.progress.warn(str(error))
+            self.records.update(replace(self.records[name], state="failed", reason=str(error)))
+            del self.members[name], self.launches[name]
+            if not self.members:
+                raise NothingFeasibleError(self._nothing_feasible()) from error
+            return
+        self.launches[name] = chosen
+        self.members[name] = replace(self.members[name], prepared=chosen.prepared)
 
     def _tune_members(self, plans: Mapping[str, Mapping[str, StagePlan]], threads: int) -> list[TuneMember]:
         return [

@@ -19,9 +19,8 @@ from orchestration.config.resolve import gate_space, supernet_space
 from orchestration.config.space import supernet_with
 from orchestration.config.sweep import SweepConfig
 from orchestration.pipeline.search import refuse_impossible_layout
-from orchestration.prepare.preparation import Images, Prepared, prepare, stage_definitions
+from orchestration.prepare.preparation import Images, Prepared, prepare, supernet_record, with_found_structure
 from orchestration.runs.folder import RunDir
-from orchestration.runs.stages import stage_record
 from search.suggest.drawing import drawn_points
 from search.suggest.samplers import SamplerSettings
 from search.suggest.space import Scalar, Space, parse_space
@@ -160,7 +159,7 @@ def _member(
     key, prepared = digest, None
     try:
         prepared = prepare(member_config(config, run, settings), None, warn, images)
-        key = stage_record(stage_definitions(prepared)[0], {}).key
+        key = supernet_record(prepared).key
         refuse_impossible_layout(prepared.config, prepared.subnets, prepared.image_size)
     except CheckpointError:
         raise  # broken files are not a fault of the settings
@@ -173,7 +172,9 @@ def _named(member: Member, name: str) -> Member:
     if member.prepared is None:
         return replace(member, name=name)
     config = member.prepared.config.model_copy(update={"name": name})
-    return replace(member, name=name, prepared=replace(member.prepared, config=config))
+    prepared = replace(member.prepared, config=config)
+    named = replace(member, name=name, prepared=prepared)
+    return replace(named, prepared=with_found_structure(prepared, named.run))
 
 
 def member_config(config: SweepConfig, run: RunDir, settings: Mapping[str, Scalar]) -> SweepConfig:

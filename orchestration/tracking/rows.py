@@ -6,9 +6,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from pathlib import Path
 from typing import Any, Final
 
 from dashboards.theme import BLUE, INK, MUTED, SKY, VERMILION
+from dsnet.files import read_json
+from dsnet.structure.search import TRACE, scored_candidates
+from dsnet.structure.stage import BASES
+from dsnet.training.supernet import FINAL
+from dsnet.training.supernet_run import SupernetRun
 from orchestration.config.loading import load_config
 from orchestration.config.resolve import supernet_space
 from orchestration.config.sweep import SweepConfig
@@ -124,6 +130,57 @@ def supernet_row(manifest: Mapping[str, Any], run: RunDir, config: SweepConfig, 
             }
         ),
     )
+
+
+def base_row(
+    manifest: Mapping[str, Any], run: RunDir, name: str, training: SupernetRun, *, is_done: bool = False
+) -> TrackedRun:
+    """The row of a network that the structure stage trains; its curves are added by step.
+
+    Args:
+        manifest: manifest of the run.
+        run: the run.
+        name: the network's name.
+        training: its settings.
+        is_done: whether the stage is done.
+    """
+    stage = manifest["stages"]["structure"]
+    start = unix_ms(stage["started_at"])
+    return TrackedRun(
+        f"{sweep_uid(manifest, run)}/{stage['key'][:12]}/{name}",
+        row_name(run, f"structure {name}"),
+        "supernet",
+        start,
+        start + int(1000 * (stage["seconds"] or 0)) if is_done else None,
+        "FINISHED" if is_done else "RUNNING",
+        params=canonical_settings({"base": {"name": name, "run": training.to_json()}}),
+    )
+
+
+def write_structure(tracker: Tracker, results: RunResults) -> None:
+    """Write what the finished structure stage holds: a row with curves for each network that it
+    trained, the trace, and accuracies on the hold-out over MAdds; nothing where there is no such
+    stage."""
+    if results.stage_key("structure") is None or not results.is_done("structure"):
+        return
+    folder = results.run.stage_dir("structure", results.done_key("structure"))
+    for meta in sorted((folder / BASES).glob(f"*/{FINAL}.json")):
+        training = SupernetRun.from_json(read_json(meta)["run"])
+        for is_done in (False, True):
+            row = base_row(results.manifest, results.run, meta.parent.name, training, is_done=is_done)
+            tracker.supernet(row)
+            if not is_done:
+                tracker.curve(CurveTail(meta.parent / "curves.jsonl").read())
+    tracker.artifact(folder / TRACE)
+    tracker.series(_holdout_curve(folder / TRACE, unix_ms(results.manifest["stages"]["structure"]["started_at"])))
+
+
+def _holdout_curve(trace: Path, time_ms: int) -> list[CurvePoint]:
+    """Accuracies on the hold-out as a curve over cost; of equally expensive candidates the best."""
+    best: dict[int, float] = {}
+    for candidate, score in scored_candidates(trace):
+        best[candidate.madds] = max(best.get(candidate.madds, 0.0), score.accuracy)
+    return by_cost("holdout", [{"madds_m": madds / 1e6, "top1": top1} for madds, top1 in best.items()], time_ms)
 
 
 @dataclass(frozen=True)
@@ -306,6 +363,7 @@ def replay(
     """
     run, manifest = results.run, results.manifest
     tracker.parent(replace(sweep_row(manifest, run, results.config), under=under))
+    write_structure(tracker, results)
     if results.stage_key("supernet") is not None:
         _replay_supernet(results, tracker)
     if results.is_done("measure"):

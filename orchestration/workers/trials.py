@@ -10,20 +10,23 @@ that only the trial that causes the failure fails.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dsnet.arithmetic import fix_arithmetic
 from dsnet.errors import PreflightError
-from orchestration.workers.self_check import StartCheck
-from search.gate_check import Finding
 from search.study.runner import CohortFunction, TrialOutcome, TrialSpec, describe_error, divide, run_batch
+
+if TYPE_CHECKING:  # they import torch, which not every trial function needs
+    from orchestration.workers.self_check import StartCheck
+    from search.gate_check import Finding
 
 MakeCohortFunction = Callable[[Mapping[str, NDArray[Any]]], CohortFunction]
 """Builds the trial function inside a worker, once, from the shared arrays (read-only views of the
@@ -45,10 +48,7 @@ class TrialWorker:
         look: Callable[[CohortFunction], Finding] | None = None,
     ) -> None:
         fix_arithmetic()
-        # On two shared cores a gate trial took 12 s with torch's default threads and 1 s with one.
-        import torch
-
-        torch.set_num_threads(num_threads)
+        self._num_threads = num_threads
         self._make_function = make_function
         self._arrays = arrays
         self._look = look
@@ -62,6 +62,10 @@ class TrialWorker:
             the trial function's number of lanes, and the finding of the check.
         """
         self._function = self._make_function(self._arrays)
+        # On two shared cores a gate trial took 12 s with torch's default threads and 1 s with one.
+        # Where the function does not import torch, the variables of `_start_actor` hold.
+        if "torch" in sys.modules:
+            sys.modules["torch"].set_num_threads(self._num_threads)
         finding = None if self._look is None else self._look(self._function)
         self._is_one_by_one = finding is not None and bool(finding.unequal)
         return self._function.lanes, finding

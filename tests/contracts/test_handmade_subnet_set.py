@@ -281,12 +281,12 @@ def test_training_takes_the_costliest_member_as_the_largest(handmade: Handmade, 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("made", "kind"),
-    # Blocks do not depend on the kind of router: for the deepest set two kinds are enough, one
-    # that decides at every gate and one that reads outputs.
+    # Blocks do not depend on the kind of router: beside one set two kinds are enough, one that
+    # decides at every gate and one that reads outputs.
     [
         (made, kind)
         for made in SETS
-        for kind in (ROUTER_KINDS if made != "bottlenecks" else ("gates", "learned_cascade"))
+        for kind in (ROUTER_KINDS if made == "tied streams" else ("gates", "learned_cascade"))
     ],
 )
 def test_it_goes_from_table_to_bundle(made: str, tmp_path: Path, kind: str) -> None:

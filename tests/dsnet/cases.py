@@ -115,8 +115,8 @@ def early(own: SubnetSet) -> SubnetSet:
     return SubnetSet(own.spec, (Subnet("early", (first.widths[0] - 2, *first.widths[1:])), *own.members), own.teacher)
 
 
-_NORMS_OF = {TRACED[1]: ("private_stats", "group_norm"), TRACED[2]: ()}
-"""Norms of the plain networks that differ from the first in their channels, not in their norms."""
+_NORMS_OF = {"ds_mbnet": ("private_stats", "private_affine"), TRACED[1]: ("private_stats", "group_norm"), TRACED[2]: ()}
+"""Norms of the networks that differ from another one in their channels, not in their norms."""
 
 
 def _cases() -> list[Case]:
@@ -135,6 +135,9 @@ def _cases() -> list[Case]:
 
 
 CASES = _cases()
+ONE_NORM_CASES = list({(case.family, str(case.options), case.is_handmade): case for case in CASES}.values())
+"""One case for each network and set of sub-networks, for properties that no norm changes, such as
+MAdds."""
 BANKED_CASES = [case for case in CASES if case.subnets().spec.norm != "group_norm"]
 """The cases whose norm keeps statistics."""
 

@@ -174,6 +174,7 @@ def test_an_image_that_is_too_small_is_refused_with_its_size() -> None:
         layout("vgg11_bn", Task(10, 3, 8))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model", "madds_m"), ZOO_MADDS.items())
 def test_the_zoo_has_the_published_costs(model: str, madds_m: float) -> None:
     subnets = layout(model, Task(1000, 3, 224))

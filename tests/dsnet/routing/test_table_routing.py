@@ -60,7 +60,6 @@ def images() -> Tensor:
 # network's.
 SPACES = (
     ("ds_tiny", None),
-    ("ds_mbnet", None),
     ("ds_mbnet", (1, 3)),
     ("three gates", None),
     ("three gates", (1, 4, 5, 7)),

@@ -130,6 +130,7 @@ def test_averaged_gradients_are_the_mean_of_what_each_half_gives_alone(results: 
         torch.testing.assert_close(first[name], (halves[0][name] + halves[1][name]) / 2, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_all_hear_a_wish_to_stop_at_the_next_step(results: tuple[Path, list[dict]]) -> None:
     assert [result["votes"] for result in results[1]] == [[False, False, True, False, True]] * 2
 

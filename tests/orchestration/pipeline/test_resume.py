@@ -38,8 +38,8 @@ def num_trials(run: Path) -> int:
 
 
 @contextmanager
-def launched(folder: Path) -> Iterator[Command]:
-    command = Command(folder, "launch", SWEEP, "--set", "ray.trial_actors=2")
+def launched(folder: Path, *further: str) -> Iterator[Command]:
+    command = Command(folder, "launch", SWEEP, "--set", "ray.trial_actors=2", *further)
     try:
         yield command
     finally:
@@ -56,7 +56,7 @@ def interrupt_training(folder: Path) -> Answer:
 
 
 def kill_search(folder: Path, trials: int) -> Answer:
-    with launched(folder) as command:
+    with launched(folder, *WITHOUT_MLFLOW) as command:
         command.wait_for(lambda: num_trials(folder / "runs" / "tiny") >= trials)
         command.process.send_signal(signal.SIGKILL)
         answer = command.wait()

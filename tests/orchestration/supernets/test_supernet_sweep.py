@@ -469,6 +469,7 @@ def launched(folder: Path) -> Iterator[Command]:
         command.end()
 
 
+@pytest.mark.long  # a single sweep is killed, and the training of several, in every run of the tests
 @pytest.mark.ray
 def test_a_sweep_killed_in_its_second_training_and_terminated_in_its_second_search_ends_like_an_uninterrupted_one(
     swept: Swept, tmp_path: Path

@@ -133,6 +133,7 @@ def test_the_study_is_listed_with_its_objectives(dashboard: Dashboard) -> None:
     assert detail["objective_names"] == ["top1", "madds_m", "latency_ms.server"]
 
 
+@pytest.mark.slow
 def test_every_trial_is_there_with_state_values_and_parameters(dashboard: Dashboard) -> None:
     (study,) = dashboard.ask("/api/studies")["study_summaries"]
     trials = dashboard.ask(f"/api/studies/{study['study_id']}")["trials"]

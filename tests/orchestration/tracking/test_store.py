@@ -167,6 +167,7 @@ def test_a_sweep_is_a_parent_with_its_supernet_subnets_and_trials(
     assert [file.path for file in files] == ["sweep.yaml"]
 
 
+@pytest.mark.slow
 def test_one_chart_can_hold_subnets_and_trials_since_their_metrics_have_the_same_names(
     database: Database, experiment: str, artifact: Path
 ) -> None:

@@ -154,20 +154,6 @@ def test_results_equal_those_of_the_serial_runner_and_actors_stay_warm(runner: R
     assert os.getpid() not in pids
 
 
-def test_actors_read_the_arrays_in_place_with_one_thread(runner: RayRunner) -> None:
-    facts = by_slot(runner.run(specs("look")))[0].metrics
-    assert facts == {
-        "owns_data": 0,
-        "writeable": 0,
-        "tensor_shares": 1,
-        "torch_threads": 1,
-        "omp_threads": 1,
-        "has_mkl_mode": 1,
-        "in_shared_memory": 1,
-        "sum": float(ARRAYS["ce"].sum(dtype=np.float64)),
-    }
-
-
 def test_a_stream_gives_a_worker_its_next_trial_while_others_are_busy(runner: RayRunner, folder: Path) -> None:
     scripted = iter(specs("wait", *["work"] * 6))
     ended: list[int] = []
@@ -389,8 +375,23 @@ def test_actors_are_as_many_as_the_scarcest_resource_allows() -> None:
     }
 
 
-def test_an_actor_computes_with_the_threads_that_it_takes(empty_cluster: None, place: Path, folder: Path) -> None:
+def test_actors_read_the_arrays_in_place_with_the_threads_that_they_take(
+    empty_cluster: None, place: Path, folder: Path
+) -> None:
+    """Without a time limit: the trial imports torch."""
     make = functools.partial(one_by_one, place=place)
+    runner = RayRunner(make, arrays=ARRAYS, actors=Actors(number=1))
+    assert by_slot(runner.run(specs("look")))[0].metrics == {
+        "owns_data": 0,
+        "writeable": 0,
+        "tensor_shares": 1,
+        "torch_threads": 1,
+        "omp_threads": 1,
+        "has_mkl_mode": 1,
+        "in_shared_memory": 1,
+        "sum": float(ARRAYS["ce"].sum(dtype=np.float64)),
+    }
+    runner.close()
     runner = RayRunner(make, arrays=ARRAYS, actors=Actors(threads=2))
     facts = by_slot(runner.run(specs("look")))[0].metrics
     assert (facts["torch_threads"], facts["omp_threads"]) == (2, 2)

@@ -1,0 +1,104 @@
+"""The whole choice of sub-networks, from the networks that the method trains to the stored result.
+
+Where networks are trained and candidates are scored is the caller's: in this process
+(`dsnet.standalone`) or on Ray. Everything is kept in one folder, and a call continues there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int64, UInt8
+from torch import Tensor
+
+from dsnet.data.sources import ImageSource
+from dsnet.data.splits import Splits
+from dsnet.errors import StoppedError
+from dsnet.network.supernet import Supernet
+from dsnet.stored.checkpoint import load_supernet
+from dsnet.structure.data import held_out_images, order_batches
+from dsnet.structure.method import Base, StructureProblem
+from dsnet.structure.methods import structure_method
+from dsnet.structure.scoring import split_holdout
+from dsnet.structure.search import TRACE, Scorer, find_structure, save_structure, sorted_start
+from dsnet.training.start import first_weights, load_start
+from dsnet.training.supernet import FINAL
+from dsnet.training.train_cost import training_madds
+
+BASES = "bases"
+"""Folder of the networks that a method trains."""
+
+HeldOut = tuple[UInt8[Tensor, "held_out channels height width"], Int64[Tensor, " held_out"]]
+
+
+@dataclass(frozen=True)
+class StructureWork:
+    """A choice of sub-networks, and the ways to train networks and to score candidates."""
+
+    problem: StructureProblem
+    source: ImageSource
+    splits: Splits
+    start: Path | None
+    """The checkpoint of the weights with which the sweep begins; None for fresh ones."""
+    folder: Path
+    train: Callable[[Base, Path, Path | None, Splits], object]
+    """Function (network, its folder, stem of its start weights or None, splits without the
+    hold-out) that trains it; called only for networks whose folder has no final checkpoint."""
+    scorer: Callable[[Supernet, HeldOut], AbstractContextManager[Scorer]]
+    """Function (network, images and labels of the hold-out) -> a context with its scorer."""
+    should_stop: Callable[[], bool]
+
+    @cached_property
+    def bases(self) -> tuple[Base, ...]:
+        """The networks that the method trains."""
+        return structure_method(self.problem.settings.method).bases(self.problem)
+
+    @cached_property
+    def _divided(self) -> tuple[Splits, Int64[np.ndarray, " held_out"]]:
+        """The splits with the images of `train` that are not held out, and the ids of those that
+        are."""
+        labels = self.source.labels.numpy()[self.splits.train]
+        kept, held = split_holdout(self.splits.train, labels, self.problem.settings.holdout, self.problem.seed)
+        return replace(self.splits, train=kept), held
+
+    def choose(self) -> Sequence[Path]:
+        """Train what the method needs, search, and write the result; returns its files.
+
+        Raises:
+            StoppedError: it was stopped; another call continues.
+            CheckpointError: the folder holds the work of another choice, or is damaged.
+            ConfigError: the sub-networks that were found do not fit.
+        """
+        problem = self.problem
+        kept, held = self._divided
+        network = self._trained(kept)
+        batches = order_batches(self.source, kept, problem.run) if problem.settings.order == "taylor" else ()
+        start = sorted_start(problem, network, batches)
+        fresh = self._first() if self.bases and problem.settings.start == "fresh" else None
+        with self.scorer(start.supernet, held_out_images(self.source, self.splits, held)) as score:
+            found = find_structure(problem, start, score, folder=self.folder, should_stop=self.should_stop, fresh=fresh)
+        if found is None:
+            raise StoppedError("the search for sub-networks was stopped; its scores are kept")
+        costs = [training_madds(base.run, base.subnets, len(kept.train), problem.image_size) for base in self.bases]
+        stem = save_structure(self.folder, replace(found, summary={**found.summary, "train_madds": sum(costs)}))
+        return [*(stem.with_name(stem.name + suffix) for suffix in (".safetensors", ".json")), self.folder / TRACE]
+
+    def _first(self) -> Supernet:
+        """The network with the weights with which the sweep begins."""
+        start = None if self.start is None else load_start(self.start)
+        return first_weights(self.problem.subnets, self.problem.seed, start)[0]
+
+    def _trained(self, kept: Splits) -> Supernet:
+        """The network in which the search takes place: the last that the method trains."""
+        stem = self.start
+        for base in self.bases:
+            folder = self.folder / BASES / base.name
+            if not (folder / f"{FINAL}.json").is_file():
+                self.train(base, folder, stem, kept)
+            stem = folder / FINAL
+        return load_supernet(stem)[0] if self.bases and stem is not None else self._first()

@@ -1,0 +1,94 @@
+"""The section `supernet.structure`: which sub-networks the supernet has, and the order of its
+channels."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
+from dsnet.errors import ConfigError
+from dsnet.import_path import is_model_path
+from dsnet.settings import PositiveFloat, PositiveFraction, PositiveInt, SettingError
+from dsnet.structure.methods import structure_method
+from dsnet.structure.settings import (
+    DECLARED,
+    HoldOutShare,
+    Order,
+    Pin,
+    StartWith,
+    StructureSettings,
+)
+from orchestration.config.section import FROM_LIST, BrokenRule, Section, Text, refuse
+
+Widths = Annotated[tuple[PositiveInt, ...], FROM_LIST]
+PREFIX = f"{StructureSettings.SECTION}."
+
+
+class StructureConfig(Section):
+    """Where the sub-networks of the supernet come from, before it is trained."""
+
+    method: Text = StructureSettings.method
+    """declared: those of the family | uniform: one ratio for all channel groups | list: as written
+    in `widths` | greedy: AutoSlim's search; or the import path of a method."""
+    targets: Annotated[tuple[PositiveFraction, ...], FROM_LIST] = StructureSettings.targets
+    """MAdds of the sub-networks as shares of the widest's, for example [0.25, 0.5, 1.0]."""
+    targets_m: Annotated[tuple[PositiveFloat, ...], FROM_LIST] = StructureSettings.targets_m
+    """MAdds of the sub-networks in millions, instead of `targets`."""
+    widths: dict[str, Widths] | Annotated[tuple[Widths, ...], FROM_LIST] | None = None
+    """For list: NAME -> one width per channel group; or a list of such lists, which are named by
+    their share of the MAdds."""
+    order: Order = StructureSettings.order
+    """Order of the channels before they are sliced: none | random | weight_l1 | bn_gamma | taylor;
+    an exact permutation."""
+    step: PositiveInt = StructureSettings.step
+    """Widths are multiples of this."""
+    levels: PositiveInt | None = StructureSettings.levels
+    """Largest number of widths of one channel group in a search; null = as many as `step` gives."""
+    min_share: PositiveFraction = StructureSettings.min_share
+    """Smallest share of a channel group that a sub-network has."""
+    pin: Pin = StructureSettings.pin
+    """none | gate: all sub-networks have all channels before the first gate, a shared trunk."""
+    holdout: HoldOutShare = StructureSettings.holdout
+    """Share of `train`, stratified, on which candidates are scored."""
+    start: StartWith = StructureSettings.start
+    """Weights with which joint training begins if the method trains a network: trained: those of
+    that network | fresh."""
+    epochs: PositiveInt | None = StructureSettings.epochs
+    """Epochs of a network that is trained for the search; null = a fifth of supernet.train.epochs.
+    """
+    concurrent: PositiveInt | None = Field(default=None)
+    """Candidates that are scored at the same time; null = as many as there are cores."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> StructureConfig:
+        if not is_model_path(self.method):
+            try:
+                structure_method(self.method)
+            except ConfigError as error:
+                refuse(BrokenRule(("method",), str(error).removeprefix(f"{PREFIX}method: ")))
+        try:
+            self.settings()
+        except SettingError as error:
+            refuse(_placed(str(error)))
+        return self
+
+    def settings(self) -> StructureSettings:
+        """The settings as the core's own type.
+
+        Raises:
+            SettingError: they contradict each other.
+        """
+        return StructureSettings(**self.model_dump(exclude={"concurrent"}))
+
+    @property
+    def is_chosen(self) -> bool:
+        """Whether a stage of its own chooses the sub-networks or sorts the channels."""
+        return self.method != DECLARED or self.order != StructureSettings.order
+
+
+def _placed(message: str) -> BrokenRule:
+    """A message of the core as a broken rule at the setting with which it begins."""
+    name = message.removeprefix(PREFIX).partition(" ")[0].partition(".")[0]
+    is_field = message.startswith(PREFIX) and name in StructureConfig.model_fields
+    return BrokenRule((name,) if is_field else ("method",), message)

@@ -1,0 +1,156 @@
+"""The structure stage: which sub-networks the supernet has, and the order of its channels.
+
+Networks that the method needs are trained on Ray one after another, candidates are scored on Ray
+actors, and every score is kept in the stage's folder, so that a launch continues where the one
+before it ended.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from dsnet.data.splits import Splits
+from dsnet.environment import resolve_device
+from dsnet.files import read_json
+from dsnet.network.supernet import Supernet
+from dsnet.stored.checkpoint import STRUCTURE, save_supernet
+from dsnet.structure.method import Base, Candidate, Score, most_candidates
+from dsnet.structure.scoring import holdout_warning
+from dsnet.structure.search import Scorer
+from dsnet.structure.stage import HeldOut, StructureWork
+from dsnet.wording import plural
+from orchestration.pipeline.context import Launch
+from orchestration.prepare.preparation import with_found_structure
+from orchestration.progress import Bar, Task
+from orchestration.runs.curves import CurvePoint
+from orchestration.runs.stages import StagePlan
+from orchestration.tracking.rows import base_row, write_structure
+from orchestration.workers.runtime import LOCAL, cluster_cpus
+from orchestration.workers.structure import ScoringJob, ray_scorer
+from orchestration.workers.supernet import SupernetJob, train_on_ray
+
+SCORED = "scored"
+"""Stem of the network whose sub-networks are scored."""
+
+
+def structure_stage(work: Launch, plan: StagePlan) -> Launch:
+    """Choose the sub-networks unless that is done; Ray must be initialised if it is not.
+
+    Returns:
+        the launch with the sub-networks that were found.
+    """
+    work.check_stop()
+    structure = work.prepared.structure
+    assert structure is not None
+    was_done = plan.is_done
+    if was_done:
+        work.progress.say(f"structure: already done ({plan.key[:12]})")
+
+    def choose(folder: Path) -> Sequence[Path]:
+        own = _OnRay(work, folder)
+        return StructureWork(
+            problem=structure.problem,
+            source=work.prepared.image_set,
+            splits=work.prepared.splits,
+            start=None if structure.start is None else structure.start.path,
+            folder=folder,
+            train=own.train,
+            scorer=own.scorer,
+            should_stop=work.stop,
+        ).choose()
+
+    folder = work.run_stage(plan, choose)
+    found = replace(work, prepared=with_found_structure(work.prepared, work.run))
+    write_structure(work.tracker, work.results)
+    if not was_done:
+        _say_result(found, folder.path)
+    return found
+
+
+class _OnRay:
+    """The training of networks and the scoring of candidates on Ray, for one structure stage."""
+
+    def __init__(self, work: Launch, folder: Path) -> None:
+        self._work = work
+        self._folder = folder
+        self._device = resolve_device(work.config.supernet.device)
+
+    def train(self, base: Base, folder: Path, stem: Path | None, kept: Splits) -> None:
+        """Train one network of the method."""
+        work, config = self._work, self._work.config
+        work.tracker.supernet(base_row(work.manifest.read(), work.run, base.name, base.run))
+        job = SupernetJob(
+            subnets=base.subnets,
+            run=base.run,
+            folder=folder,
+            stop_file=work.run.stop_path,
+            device=self._device,
+            threads=config.supernet.threads or max(1, cluster_cpus() // config.supernet.workers),
+            workers=config.supernet.workers,
+            is_local=config.ray.address == LOCAL,
+            init_from=stem,
+        )
+        images = work.prepared.image_set.training_images(kept, base.run.augmentation)
+        with work.progress.bar(Task(f"structure: {base.name}", base.run.train.epochs, "epoch", line_every=1)) as bar:
+
+            def on_points(points: list[CurvePoint]) -> None:
+                work.tracker.curve(points)
+                if points:
+                    bar.update(points[-1].metrics["epoch"] or 0.0)
+
+            train_on_ray(job, images, on_points=on_points, should_stop=work.stop)
+
+    @contextmanager
+    def scorer(self, network: Supernet, held_out: HeldOut) -> Iterator[Scorer]:
+        """Score candidates on Ray actors, and show how many have been scored."""
+        work = self._work
+        assert work.prepared.structure is not None
+        problem = work.prepared.structure.problem
+        images, labels = held_out
+        stem = self._folder.absolute() / SCORED
+        save_supernet(stem, network)
+        job = ScoringJob(stem, work.prepared.normalization, self._device)
+        total = most_candidates(problem.options(problem.settings.levels))
+        concurrent = work.config.supernet.structure.concurrent
+        with (
+            work.progress.bar(Task("structure: candidates", total, "candidate")) as bar,
+            ray_scorer(job, images, labels, concurrent) as score,
+        ):
+            yield _Shown(work, bar, score, len(labels)).score
+        for suffix in (".json", ".safetensors"):
+            stem.with_suffix(suffix).unlink()
+
+
+class _Shown:
+    """A scorer that shows its scores on a bar, and warns about a small hold-out with the first."""
+
+    def __init__(self, work: Launch, bar: Bar, score: Scorer, num_images: int) -> None:
+        self._work = work
+        self._bar = bar
+        self._score = score
+        self._num_images = num_images
+        self._number = 0
+
+    def score(self, candidates: Sequence[Candidate]) -> Iterator[Score]:
+        """Score candidates; the scores come in their order."""
+        warning = holdout_warning(self._num_images)
+        if self._number == 0 and warning is not None:
+            self._work.progress.warn(warning)
+        for candidate, score in zip(candidates, self._score(candidates), strict=True):
+            self._number += 1
+            told = f"{candidate.madds / 1e6:.3g} M MAdds  hold-out top-1 {100 * score.accuracy:.1f} %"
+            self._bar.update(self._number, told)
+            yield score
+
+
+def _say_result(work: Launch, folder: Path) -> None:
+    """Say which sub-networks there are, and what the method has to say about them."""
+    summary = read_json(folder / f"{STRUCTURE}.json")["structure"]["summary"]
+    for note in summary["notes"]:
+        work.progress.warn(f"structure: {note}")
+    shares = ", ".join(f"{item['name']} ({item['madds'] / 1e6:.3g} M)" for item in summary["subnets"])
+    searched = f", {plural(summary['candidates'], 'candidate')} scored" if summary["candidates"] else ""
+    work.progress.say(f"structure: {summary['method']}{searched}: {shares}")
