@@ -16,6 +16,7 @@ import torch
 from dsnet.errors import ConfigError
 from dsnet.network.supernet import Supernet
 from dsnet.plugins import load_plugins
+from dsnet.space.entry_gate import differs_before_gates, with_entry_gate
 from dsnet.space.spec import SupernetSpec
 from dsnet.space.subnet_set import SubnetSet
 from dsnet.wording import way_out
@@ -28,6 +29,24 @@ class Task:
     num_classes: int
     in_channels: int
     image_size: int
+
+
+@dataclass(frozen=True)
+class GatePlace:
+    """A place in a network at which it can have a gate."""
+
+    name: str
+    """Its name in `supernet.options.gates`."""
+    node: str
+    """The name of the operation whose output the gate reads."""
+    channels: int
+    size: tuple[int, int]
+    """Height and width of the features there."""
+    madds_before: int
+    """MAdds of the widest sub-network before it."""
+    madds_after: int
+    is_main: bool
+    """Whether a short list has it."""
 
 
 def with_task(spec: SupernetSpec, task: Task) -> SupernetSpec:
@@ -52,6 +71,9 @@ class Family:
     naming: str = ""
     """A sentence that explains the names of its sub-networks; empty where they are plain
     numbers."""
+    gate_places: Callable[[SupernetSpec], tuple[GatePlace, ...]] = lambda _: ()
+    """Function (spec) -> the places at which its network can have gates, where these can be
+    chosen."""
 
 
 _FAMILIES: dict[str, Family] = {}
@@ -111,6 +133,8 @@ def layout(name: str, task: Task, options: Mapping[str, Any] | None = None, norm
         options: options of the family; options that are not given take its defaults.
         norm: one of `dsnet.space.spec.NORMS`; None for the family's default.
 
+    Sub-networks that differ before the first gate of the family get an entry gate.
+
     Raises:
         ConfigError: unknown family or option, or an option out of its range.
     """
@@ -120,6 +144,8 @@ def layout(name: str, task: Task, options: Mapping[str, Any] | None = None, norm
         raise ConfigError(f"supernet.options.{key}: {message}")
     try:
         subnets = family.layout(task, {**family.defaults, **options})
+        if differs_before_gates(subnets):
+            subnets = with_entry_gate(subnets)
         if norm is None or norm == subnets.spec.norm:
             return subnets
         return replace(subnets, spec=replace(subnets.spec, norm=norm))

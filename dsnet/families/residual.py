@@ -110,19 +110,19 @@ class ResidualSupernet(Supernet):
         widest = max(spec.groups[group].max_width for group in self.out_groups)
         self.classifier = SlicedLinear(widest, spec.num_classes, generator)
 
-    def upto_gate(self, gate: int, x: Float[Tensor, "batch channels height width"], subnet: Subnet) -> TrunkOutput:
+    def own_upto_gate(self, gate: int, x: Float[Tensor, "batch channels height width"], subnet: Subnet) -> TrunkOutput:
         """Run the stem (gate 0) or the previous stage, and the attention of the gate's stage."""
         x = self.pool(F.relu(self.stem(x, subnet))) if gate == 0 else self.stages[gate - 1](x, subnet)
         attended, hidden = self.stages[gate].attention(x)  # type: ignore[operator]
         return TrunkOutput(attended, x, hidden)
 
-    def head(
+    def own_head(
         self, features: Float[Tensor, "batch channels height width"], subnet: Subnet
     ) -> Float[Tensor, "batch classes"]:
         """Run the last stage's blocks and the classifier."""
         return self.classifier(self.stages[-1](features, subnet).mean((2, 3)))
 
-    def cut_upto_gate(self, gate: int, subnet: Subnet) -> nn.Module:
+    def cut_own_upto_gate(self, gate: int, subnet: Subnet) -> nn.Module:
         """Plain modules up to the gate's attention."""
         body = (
             nn.Sequential(self.stem.cut(subnet), nn.ReLU(), copy.deepcopy(self.pool))
@@ -131,7 +131,7 @@ class ResidualSupernet(Supernet):
         )
         return _PlainSegment(body, self.stages[gate].cut_attention(subnet))  # type: ignore[operator]
 
-    def cut_head(self, subnet: Subnet) -> nn.Module:
+    def cut_own_head(self, subnet: Subnet) -> nn.Module:
         """Plain modules from the last gate to the logits."""
         width = max(subnet.widths[group] for group in self.out_groups)
         blocks = self.stages[-1].cut(subnet)  # type: ignore[operator]

@@ -80,7 +80,7 @@ class SeparableSupernet(Supernet):
         self.gated_block: int = spec.layout["gated_block"]
         self.dropout: float = spec.layout["dropout"]
 
-    def upto_gate(self, gate: int, x: Float[Tensor, "batch channels height width"], subnet: Subnet) -> TrunkOutput:
+    def own_upto_gate(self, gate: int, x: Float[Tensor, "batch channels height width"], subnet: Subnet) -> TrunkOutput:
         """Run the stem and the blocks up to the gated block's attention."""
         assert gate == 0, gate
         x = swish(self.stem_norm(self.stem(x, subnet.widths[0]), subnet.prefix(1)))
@@ -88,13 +88,13 @@ class SeparableSupernet(Supernet):
             x = block(x, subnet)
         return TrunkOutput(*self.blocks[self.gated_block].before_gate(x, subnet))  # type: ignore[operator]
 
-    def head(
+    def own_head(
         self, features: Float[Tensor, "batch channels height width"], subnet: Subnet
     ) -> Float[Tensor, "batch classes"]:
         """Run the gated block's pointwise half, the remaining blocks and the classifier."""
         return self._finish(self._block(self.gated_block).after_gate(features, subnet), subnet, self.gated_block + 1)
 
-    def start_heads(
+    def start_own_heads(
         self, features: Float[Tensor, "batch channels height width"], subnets: Sequence[Subnet]
     ) -> Float[Tensor, "batch out_channels out_height out_width"] | None:
         """Run the gated block's pointwise half and the next block up to its attention, once for all
@@ -144,7 +144,7 @@ class SeparableSupernet(Supernet):
         assert isinstance(block, SeparableBlock)
         return block
 
-    def cut_upto_gate(self, gate: int, subnet: Subnet) -> nn.Module:
+    def cut_own_upto_gate(self, gate: int, subnet: Subnet) -> nn.Module:
         """Plain modules from the image to the gate."""
         assert gate == 0, gate
         stem = ConvNormSwish(
@@ -153,7 +153,7 @@ class SeparableSupernet(Supernet):
         blocks = [self._cut_block(block, subnet) for block in self.blocks[: self.gated_block]]
         return _PlainTrunk(nn.Sequential(stem, *blocks), self.blocks[self.gated_block].cut_before(subnet))  # type: ignore[operator]
 
-    def cut_head(self, subnet: Subnet) -> nn.Module:
+    def cut_own_head(self, subnet: Subnet) -> nn.Module:
         """Plain modules from the gate to the logits."""
         first = self.blocks[self.gated_block].cut_after(subnet)  # type: ignore[operator]
         blocks = [self._cut_block(block, subnet) for block in self.blocks[self.gated_block + 1 :]]

@@ -7,15 +7,16 @@ group by one ratio.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
+from itertools import product
 from typing import Any
 
 from torch import fx, nn
 
-from dsnet.families import Family, Task, register, register_resolver
-from dsnet.families.options import check_number, is_integer
+from dsnet.families import Family, GatePlace, Task, register, register_resolver
+from dsnet.families.options import check_choice, check_number, is_integer
 from dsnet.import_path import is_model_path
 from dsnet.network.channels import (
     UNKNOWN,
@@ -28,8 +29,11 @@ from dsnet.network.channels import (
     trace,
     upstream,
 )
+from dsnet.network.cut_points import Place, main_places, place_of, possible_places
 from dsnet.network.plain import check_allowed, example_image, make_plain
-from dsnet.network.traced import ENTRY, ENTRY_CELLS, TracedSupernet
+from dsnet.network.traced import TracedSupernet, evidence_name
+from dsnet.space.cost import op_costs
+from dsnet.space.entry_gate import ENTRY, entry_gate, entry_op, is_entry
 from dsnet.space.spec import (
     CLASSES,
     IMAGE,
@@ -45,7 +49,10 @@ from dsnet.space.spec import (
 from dsnet.space.subnet_set import SubnetSet
 from dsnet.zoo import ZOO
 
-DEFAULTS: Mapping[str, Any] = {"ratios": (0.25, 0.5, 0.75, 1.0), "step": 8}
+DEFAULTS: Mapping[str, Any] = {"ratios": (0.25, 0.5, 0.75, 1.0), "step": 8, "gates": (), "paths": "uniform"}
+PATHS = ("uniform", "all")
+MAX_PATHS = 1024
+"""Largest number of sub-networks: each of them is evaluated, tabled and timed."""
 
 
 def traced_layout(model: str, task: Task, options: Mapping[str, Any]) -> SubnetSet:
@@ -53,12 +60,11 @@ def traced_layout(model: str, task: Task, options: Mapping[str, Any]) -> SubnetS
 
     Raises:
         ConfigError: the network cannot be traced.
-        ValueError: an option is out of its range.
+        ValueError: an option is out of its range, or a gate has no place.
     """
-    spec = traced_spec(model, task)
     ratios, step = _checked_options(options)
-    members = tuple(uniform(spec, ratio, step, f"{ratio:g}") for ratio in ratios)
-    return SubnetSet(spec, members)
+    spec = traced_spec(model, task, _checked_gates(options["gates"]))
+    return SubnetSet(spec, tuple(_members(spec, ratios, step, options["paths"])))
 
 
 def _checked_options(options: Mapping[str, Any]) -> tuple[tuple[float, ...], int]:
@@ -70,56 +76,206 @@ def _checked_options(options: Mapping[str, Any]) -> tuple[tuple[float, ...], int
     step = options["step"]
     if not is_integer(step, 1, 1024):
         raise ValueError(f"step is {step!r}, but must be a whole number in 1..1024")
+    check_choice("paths", options["paths"], PATHS)
     return tuple(sorted(ratios)), step
 
 
+def _checked_gates(gates: Any) -> tuple[str, ...]:
+    """The names of the gates: a list of names, or one name alone."""
+    names = (gates,) if isinstance(gates, str) else gates
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) and name for name in names):
+        raise ValueError(f"gates is {gates!r}, but must be a list of names, such as [layer3] or [entry, layer2]")
+    return tuple(names)
+
+
+def _members(spec: SupernetSpec, ratios: Sequence[float], step: int, paths: str) -> list[Subnet]:
+    """The sub-networks of one ratio each, or of one ratio after each gate."""
+    if paths == "uniform" or len(spec.gates) == 1:
+        return [uniform(spec, ratio, step, f"{ratio:g}") for ratio in ratios]
+    number = len(ratios) ** len(spec.gates)
+    if number > MAX_PATHS:
+        raise ValueError(
+            f"paths is 'all', which with {len(ratios)} ratios and {len(spec.gates)} gates makes {number} sub-networks; "
+            f"at most {MAX_PATHS} are possible: use fewer ratios or gates"
+        )
+    each = product(ratios, repeat=len(spec.gates))
+    return [Subnet("-".join(f"{ratio:g}" for ratio in path), _scaled(spec, path, step)) for path in each]
+
+
 def uniform(spec: SupernetSpec, ratio: float, step: int, name: str) -> Subnet:
-    """The sub-network that has `ratio` of the channels of every group that can be sliced.
+    """The sub-network that has `ratio` of the channels of every group that can be sliced, and all
+    channels of the groups before the first gate, which its sub-networks share.
 
     Widths are multiples of `step`, rounded to the nearest, at least one step, at most the group.
     """
-    return Subnet(
-        name,
-        tuple(
-            group.max_width
-            if group.pinned
-            else min(group.max_width, max(step, round(ratio * group.max_width / step) * step))
-            for group in spec.groups
-        ),
-    )
+    return Subnet(name, _scaled(spec, (ratio,) * len(spec.gates), step))
 
 
-def traced_spec(model: str, task: Task) -> SupernetSpec:
-    """Groups and costed operations of a network by name; a process traces each once.
+def _scaled(spec: SupernetSpec, path: Sequence[float], step: int) -> tuple[int, ...]:
+    """Widths with one ratio for the groups after each gate."""
+    widths = []
+    for number, group in enumerate(spec.groups):
+        passed = sum(gate.num_prefix_groups <= number for gate in spec.gates)
+        if group.pinned or not passed:
+            widths.append(group.max_width)
+        else:
+            scaled = max(step, round(path[passed - 1] * group.max_width / step) * step)
+            widths.append(min(group.max_width, scaled))
+    return tuple(widths)
+
+
+def traced_spec(model: str, task: Task, gates: Sequence[str] = ()) -> SupernetSpec:
+    """Groups, costed operations and gates of a network by name.
+
+    Args:
+        model: name of the network.
+        task: its classes and images.
+        gates: names of nodes, of submodules, or `entry`, in any order; empty for the entry gate.
+
+    A process traces each network once.
 
     Raises:
         ConfigError: the network cannot be traced, or import paths are not allowed.
+        ValueError: a gate has no place there, or nothing to choose.
     """
     check_allowed(model)
-    return _spec_of(model, task)
+    return _spec_of(model, task, tuple(gates))
 
 
 @lru_cache(maxsize=64)
-def _spec_of(model: str, task: Task) -> SupernetSpec:
+def _spec_of(model: str, task: Task, gates: tuple[str, ...]) -> SupernetSpec:
     """See `traced_spec`."""
-    plain = make_plain(model, task.num_classes, task.in_channels, 0)
-    traced = analyse(trace(plain, example_image(task.in_channels, task.image_size)))
+    traced = _traced(model, task)
     numbers, groups = _groups(traced)
+    has_entry = not gates or ENTRY in gates
+    cuts = _cuts(traced, groups, gates)
+    _check_choices(traced, groups, cuts, has_entry)
     reader = _OpReader(traced, numbers)
-    ops = tuple(op for node in traced.module.graph.nodes if (op := reader.op(node)) is not None)
-    evidence = Window((1, 1), output=(ENTRY_CELLS, ENTRY_CELLS))
-    entry = Op(ENTRY, "pool", IMAGE, 0, IMAGE_CHANNELS, parts=((IMAGE_CHANNELS, 1),), window=evidence)
-    gate = GateSpec(ENTRY, ENTRY, ENTRY_CELLS**2 * task.in_channels, num_prefix_groups=0)
+    ops = [entry_op()] if has_entry else []
+    segment = int(has_entry)
+    names = {cut.node: cut for cut in cuts}
+    for node in traced.module.graph.nodes:
+        if (op := reader.op(node)) is not None:
+            ops.append(replace(op, segment=segment))
+        if node in names:
+            ops.append(replace(reader.evidence(node), segment=segment))
+            segment += 1
     return SupernetSpec(
         family=model,
         num_classes=task.num_classes,
         in_channels=task.in_channels,
         image_size=task.image_size,
         groups=groups,
-        ops=(entry, *(replace(op, segment=1) for op in ops)),
-        gates=(gate,),
+        ops=tuple(ops),
+        gates=(
+            *([entry_gate(task.in_channels)] if has_entry else []),
+            *(
+                GateSpec(cut.node.name, evidence_name(cut.node.name), shape_of(cut.node)[1], cut.num_groups)
+                for cut in cuts
+            ),
+        ),
         layout={"model": model},
     )
+
+
+def _traced(model: str, task: Task) -> TracedGraph:
+    """The graph of a network by name."""
+    plain = make_plain(model, task.num_classes, task.in_channels, 0)
+    return analyse(trace(plain, example_image(task.in_channels, task.image_size)))
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """A gate inside the network."""
+
+    name: str
+    """As the user wrote it."""
+    node: fx.Node
+    num_groups: int
+    """Number of channel groups that are written before it, by some layer at least."""
+
+
+def _cuts(traced: TracedGraph, groups: Sequence[ChannelGroup], gates: Sequence[str]) -> list[_Cut]:
+    """The places of the gates inside the network, in the order of the graph.
+
+    Raises:
+        ValueError: a name is unknown or no place, or two name the same place.
+    """
+    inner = [name for name in gates if name != ENTRY]
+    if not inner:
+        return []
+    places = _useful(possible_places(traced.module), traced, groups)
+    position = _positions(traced)
+    found: dict[fx.Node, str] = {}
+    for name in inner:
+        node = place_of(traced.module, name, places)
+        if node in found:
+            raise ValueError(f"gates names the same place twice: {found[node]} and {name}")
+        found[node] = name
+    return [
+        _Cut(found[node], node, _num_before(node, traced, groups)) for node in sorted(found, key=position.__getitem__)
+    ]
+
+
+def _positions(traced: TracedGraph) -> dict[fx.Node, int]:
+    return {node: number for number, node in enumerate(traced.module.graph.nodes)}
+
+
+def _num_before(node: fx.Node, traced: TracedGraph, groups: Sequence[ChannelGroup]) -> int:
+    """Number of channel groups of which some layer up to a node writes channels; a group has the
+    name of its first writer."""
+    position = _positions(traced)
+    before = {other.name for other, number in position.items() if number <= position[node]}
+    return sum(group.name in before for group in groups)
+
+
+def _useful(places: Sequence[Place], traced: TracedGraph, groups: Sequence[ChannelGroup]) -> list[Place]:
+    """The places after which channels can be sliced."""
+    return [
+        place
+        for place in places
+        if any(not group.pinned for group in groups[_num_before(place.node, traced, groups) :])
+    ]
+
+
+def _check_choices(traced: TracedGraph, groups: Sequence[ChannelGroup], cuts: Sequence[_Cut], has_entry: bool) -> None:
+    """Raise ValueError if a gate inside the network leaves a gate nothing to choose."""
+    starts = [(ENTRY, 0)] if has_entry else []
+    starts += [(cut.name, cut.num_groups) for cut in cuts]
+    stops = [*starts[1:], ("the end", len(groups))]
+    for (name, start), (following, stop) in zip(starts, stops, strict=True):
+        if not cuts or any(not group.pinned for group in groups[start:stop]):
+            continue
+        useful = main_places(_useful(possible_places(traced.module), traced, groups))
+        listed = ", ".join(place.label for place in useful) or "none"
+        raise ValueError(
+            f"the gate {name} has nothing to choose: no channels that can be sliced are first written between it and "
+            f"{following}, and channels that are tied to earlier ones keep their number; possible places: {listed}"
+        )
+
+
+def gate_places(spec: SupernetSpec) -> tuple[GatePlace, ...]:
+    """The places at which the network of a spec can have a gate that has something to choose."""
+    traced = _traced(spec.layout["model"], Task(spec.num_classes, spec.in_channels, spec.image_size))
+    position = {node.name: number for node, number in _positions(traced).items()}
+    costs = op_costs(spec, Subnet("widest", spec.max_widths), spec.image_size)
+    evidence = {gate.attention for gate in spec.gates}
+    own = [
+        (position[op.name], madds)
+        for op, (madds, _) in zip(spec.ops, costs, strict=True)
+        if op.name in position and op.name not in evidence
+    ]
+    useful = _useful(possible_places(traced.module), traced, spec.groups)
+    main = main_places(useful)
+    found = []
+    for place in useful:
+        before = sum(madds for number, madds in own if number <= position[place.node.name])
+        _, channels, height, width = shape_of(place.node)
+        after = sum(madds for _, madds in own) - before
+        found.append(
+            GatePlace(place.label, place.node.name, channels, (height, width), before, after, is_main=place in main)
+        )
+    return tuple(found)
 
 
 def _groups(traced: TracedGraph) -> tuple[dict[int, int], tuple[ChannelGroup, ...]]:
@@ -166,6 +322,19 @@ class _OpReader:
         keeps_size = op is None or op.kind == "norm" or (op.kind == "fixed" and _pixels(node) == _pixels(largest))
         self._size_of[node.name] = reads if keeps_size else node.name
         return op
+
+    def evidence(self, node: fx.Node) -> Op:
+        """The operation that makes the evidence of a gate at a node: the mean of each channel."""
+        size = shape_of(node)
+        return Op(
+            evidence_name(node.name),
+            "pool",
+            self._size_of[node.name],
+            0,
+            self._written(node),
+            parts=self._parts(node),
+            window=Window((size[2], size[3]), output=(1, 1)),
+        )
 
     def _parameter(self, node: fx.Node) -> Op | None:
         """A tensor of the module that no layer holds."""
@@ -276,6 +445,10 @@ def _pair(value: Any) -> Pair:
     return (int(value), int(value)) if isinstance(value, int) else (int(value[0]), int(value[1]))
 
 
+def _for_task(model: str, spec: SupernetSpec, task: Task) -> SupernetSpec:
+    return traced_spec(model, task, [ENTRY if is_entry(gate) else gate.name for gate in spec.gates])
+
+
 def traced_family(model: str) -> Family:
     """The family of a plain module.
 
@@ -288,8 +461,9 @@ def traced_family(model: str) -> Family:
         defaults=DEFAULTS,
         layout=partial(traced_layout, model),
         build=TracedSupernet,
-        for_task=lambda _, task: traced_spec(model, task),
-        naming="A number is the share of the channels of every group.",
+        for_task=partial(_for_task, model),
+        naming="A number is the share of the channels of every group; of several numbers each is that after one gate.",
+        gate_places=gate_places,
     )
 
 

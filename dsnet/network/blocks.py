@@ -387,8 +387,9 @@ def fold_batch_norms(module: nn.Module) -> nn.Module:
     module, changed in place, or a new one for a traced graph."""
     if isinstance(module, fx.GraphModule):
         return fuse(module.eval())
-    for part in module.modules():
-        if isinstance(part, ConvNorm) and isinstance(part.norm, nn.BatchNorm2d):
-            part.conv = fuse_conv_bn_eval(part.conv.eval(), part.norm.eval())
-            part.norm = nn.Identity()
+    if isinstance(module, ConvNorm) and isinstance(module.norm, nn.BatchNorm2d):
+        module.conv = fuse_conv_bn_eval(module.conv.eval(), module.norm.eval())
+        module.norm = nn.Identity()
+    for name, child in module.named_children():
+        setattr(module, name, fold_batch_norms(child))
     return module

@@ -6,12 +6,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import torch.nn.functional as F
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from dsnet.network.axes import Axes, take
 from dsnet.network.layers import BatchNormBank
 from dsnet.network.slicing import corner
+from dsnet.space.entry_gate import ENTRY_CELLS, is_entry, own_segments
 from dsnet.space.spec import CLASSES, Subnet, SupernetSpec
 from dsnet.space.subnet_set import SubnetSet
 
@@ -53,12 +55,27 @@ class TrunkOutput:
         raise KeyError(f"unknown evidence {part!r}; known: {', '.join(EVIDENCE_PARTS)}")
 
 
+class EntryGate(nn.Module):
+    """A gate before the network, whose evidence is the images themselves: mean, deviation and
+    maximum of each channel, and as the hidden vector a thumbnail of `ENTRY_CELLS` x `ENTRY_CELLS`
+    cells, of which each is the mean of its pixels."""
+
+    def forward(self, images: Float[Tensor, "batch channels height width"]) -> TrunkOutput:
+        """[B, C, H, W] -> the images unchanged, and their thumbnail [B, C * ENTRY_CELLS**2]."""
+        return TrunkOutput(images, images, F.adaptive_avg_pool2d(images, ENTRY_CELLS).flatten(1))
+
+
 class Supernet(nn.Module, ABC):
     """A weight-sharing network over one `SubnetSet`; base class of the families' networks.
 
     The sub-network is an argument of every call, not a mode of the network. A network with G gates
     has G + 1 segments: up to the first gate (the trunk, on which all members agree), from gate to
     gate, and from the last gate to the logits.
+
+    A family implements the segments between the gates that it has itself (`own_upto_gate`,
+    `own_head`, `cut_own_upto_gate`, `cut_own_head`). A spec may have an entry gate before them, and
+    leave some of them out (`dsnet.space.entry_gate`); `upto_gate`, `head` and their like take the
+    numbers of the spec's gates.
     """
 
     def __init__(self, spec: SupernetSpec, subnets: SubnetSet) -> None:
@@ -69,22 +86,64 @@ class Supernet(nn.Module, ABC):
             subnets.prefix_upto(0)  # raises where members differ before the first gate
         self.spec = spec
         self.subnets = subnets
+        self._own_segments = own_segments(spec)
 
     @abstractmethod
-    def upto_gate(self, gate: int, x: Float[Tensor, "batch channels height width"], subnet: Subnet) -> TrunkOutput:
-        """Run one segment at the widths of `subnet`, up to gate number `gate`.
+    def own_upto_gate(self, gate: int, x: Float[Tensor, "batch channels height width"], subnet: Subnet) -> TrunkOutput:
+        """Run one segment at the widths of `subnet`, up to number `gate` of the family's own gates.
 
         `x` is, for gate 0, the images [B, C, H, W], float, normalised; otherwise the features of
         the previous segment.
         """
 
     @abstractmethod
+    def own_head(
+        self, features: Float[Tensor, "batch channels height width"], subnet: Subnet
+    ) -> Float[Tensor, "batch classes"]:
+        """Run the segment after the last of the family's own gates: features at this gate, or
+        images if there is none -> logits [B, num_classes]."""
+
+    @abstractmethod
+    def cut_own_upto_gate(self, gate: int, subnet: Subnet) -> nn.Module:
+        """The segment of `own_upto_gate` at the widths of `subnet` as a plain module: images or
+        features -> TrunkOutput."""
+
+    @abstractmethod
+    def cut_own_head(self, subnet: Subnet) -> nn.Module:
+        """The segment of `own_head` at the widths of `subnet` as a plain module: features ->
+        logits."""
+
+    def upto_gate(self, gate: int, x: Float[Tensor, "batch channels height width"], subnet: Subnet) -> TrunkOutput:
+        """Run one segment at the widths of `subnet`, up to gate number `gate`.
+
+        `x` is, for gate 0, the images [B, C, H, W], float, normalised; otherwise the features of
+        the previous segment.
+        """
+        if is_entry(self.spec.gates[gate]):
+            return EntryGate()(x)
+        *passed, last = self._own_segments[gate]
+        for own in passed:
+            x = self.own_upto_gate(own, x, subnet).features
+        return self.own_upto_gate(last, x, subnet)
+
     def head(
         self, features: Float[Tensor, "batch channels height width"], subnet: Subnet
     ) -> Float[Tensor, "batch classes"]:
         """Run the last segment: features at the last gate -> logits [B, num_classes]."""
+        for own in self._own_segments[-1]:
+            features = self.own_upto_gate(own, features, subnet).features
+        return self.own_head(features, subnet)
 
     def start_heads(
+        self, features: Float[Tensor, "batch channels height width"], subnets: Sequence[Subnet]
+    ) -> Float[Tensor, "batch out_channels out_height out_width"] | None:
+        """Run the first layers of several sub-networks' heads together; see `start_own_heads`.
+
+        None also where the last segment passes gates of the family that the spec leaves out.
+        """
+        return None if self._own_segments[-1] else self.start_own_heads(features, subnets)
+
+    def start_own_heads(
         self, features: Float[Tensor, "batch channels height width"], subnets: Sequence[Subnet]
     ) -> Float[Tensor, "batch out_channels out_height out_width"] | None:
         """Run the first layers of several sub-networks' heads together, at the widest one's width.
@@ -99,16 +158,23 @@ class Supernet(nn.Module, ABC):
         self, start: Float[Tensor, "batch channels height width"], subnet: Subnet
     ) -> Float[Tensor, "batch classes"]:
         """Run the rest of a sub-network's head after `start_heads`: logits [B, num_classes]."""
-        raise NotImplementedError(f"{type(self).__name__} does not implement start_heads and finish_head")
+        raise NotImplementedError(f"{type(self).__name__} does not implement start_own_heads and finish_head")
 
-    @abstractmethod
     def cut_upto_gate(self, gate: int, subnet: Subnet) -> nn.Module:
         """A segment at the widths of `subnet` as a plain module: images or features ->
         TrunkOutput."""
+        if is_entry(self.spec.gates[gate]):
+            return EntryGate()
+        *passed, last = self._own_segments[gate]
+        return _after(self._passing(passed, subnet), self.cut_own_upto_gate(last, subnet))
 
-    @abstractmethod
     def cut_head(self, subnet: Subnet) -> nn.Module:
         """The last segment at the widths of `subnet` as a plain module: features -> logits."""
+        return _after(self._passing(self._own_segments[-1], subnet), self.cut_own_head(subnet))
+
+    def _passing(self, gates: Sequence[int], subnet: Subnet) -> list[nn.Module]:
+        """Plain segments that pass gates of the family without a decision."""
+        return [PlainFeatures(self.cut_own_upto_gate(own, subnet)) for own in gates]
 
     def trunk(self, images: Float[Tensor, "batch channels height width"], subnet: Subnet) -> TrunkOutput:
         """Run everything before the first gate; images are [B, C, H, W] float, normalised."""
@@ -129,7 +195,7 @@ class Supernet(nn.Module, ABC):
     def cut_tail(self, subnet: Subnet) -> nn.Module:
         """The tail at the widths of `subnet` as a plain module: features -> logits."""
         between = [PlainFeatures(self.cut_upto_gate(gate, subnet)) for gate in range(1, len(self.spec.gates))]
-        return nn.Sequential(*between, self.cut_head(subnet)) if between else self.cut_head(subnet)
+        return _after(between, self.cut_head(subnet))
 
     def forward(
         self, images: Float[Tensor, "batch channels height width"], subnet: Subnet
@@ -170,6 +236,11 @@ class PlainFeatures(nn.Module):
     ) -> Float[Tensor, "batch out_channels out_height out_width"]:
         """Images or features -> features."""
         return self.segment(x).features
+
+
+def _after(segments: Sequence[nn.Module], last: nn.Module) -> nn.Module:
+    """Plain segments one after the other; the last alone where no other precedes it."""
+    return nn.Sequential(*segments, last) if segments else last
 
 
 def restrict(supernet: Supernet, members: Sequence[int]) -> Supernet:

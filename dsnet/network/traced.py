@@ -8,8 +8,8 @@ parameters keep their names, so that a state dict of the module loads into the s
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,17 +18,14 @@ from torch import Tensor, fx, nn
 
 from dsnet.network.axes import Axes, Axis, Widths, take
 from dsnet.network.channels import TracedGraph, analyse, attribute, trace
+from dsnet.network.cut_points import part_of
 from dsnet.network.layers import BatchNormBank, SlicedGroupNorm, norm_axes
 from dsnet.network.plain import example_image, make_plain
 from dsnet.network.slicing import corner
 from dsnet.network.supernet import Supernet, TrunkOutput
+from dsnet.space.entry_gate import own_gates
 from dsnet.space.spec import CLASSES, Op, Subnet, SupernetSpec
 from dsnet.space.subnet_set import SubnetSet
-
-ENTRY = "entry"
-"""Name of the gate before the network, and of the operation that makes its evidence."""
-ENTRY_CELLS = 4
-"""Rows and columns of the thumbnail that the entry gate reads."""
 
 
 class _WeightedLayer(nn.Module):
@@ -215,14 +212,59 @@ def _copy_corners(layer: nn.Module, plain: nn.Module) -> None:
 Sliced = TracedConv2d | TracedLinear | TracedNorm | TracedGroupNorm
 
 
-class EntryGate(nn.Module):
-    """A gate before the network, whose evidence is the images themselves: mean, deviation and
-    maximum of each channel, and as the hidden vector a thumbnail of `ENTRY_CELLS` x `ENTRY_CELLS`
-    cells, of which each is the mean of its pixels."""
+class PlainUptoCut(nn.Module):
+    """A plain part of a graph that ends at a gate.
 
-    def forward(self, images: Float[Tensor, "batch channels height width"]) -> TrunkOutput:
-        """[B, C, H, W] -> the images unchanged, and their thumbnail [B, C * ENTRY_CELLS**2]."""
-        return TrunkOutput(images, images, F.adaptive_avg_pool2d(images, ENTRY_CELLS).flatten(1))
+    The gate reads the features at the cut; the hidden vector is the mean of each channel, with
+    zeros in place of channels that only wider sub-networks have.
+    """
+
+    def __init__(self, body: fx.GraphModule, hidden: int) -> None:
+        super().__init__()
+        self.body = body
+        self.hidden = hidden
+
+    def forward(self, x: Float[Tensor, "batch in_channels in_height in_width"]) -> TrunkOutput:
+        """Images or features -> the features at the gate."""
+        return _at_gate(self.body(x), self.hidden)
+
+
+def _at_gate(features: Float[Tensor, "batch channels height width"], hidden: int) -> TrunkOutput:
+    """The output of a segment that ends at a cut."""
+    means = features.mean((2, 3))
+    return TrunkOutput(features, features, F.pad(means, (0, hidden - means.shape[1])))
+
+
+class _Cut(NamedTuple):
+    """A gate inside the network."""
+
+    channels: Axis
+    """The channels of the features there."""
+    hidden: int
+    """Length of the hidden vector."""
+
+    @classmethod
+    def of(cls, name: str, spec: SupernetSpec) -> _Cut:
+        evidence = next(op for op in spec.ops if op.name == evidence_name(name))
+        channels = Axis.of(evidence.parts, spec)
+        lengths = (gate.hidden for gate in spec.gates if gate.name == name)
+        return cls(channels, next(lengths, channels.max_size))
+
+
+def evidence_name(cut: str) -> str:
+    """The name of the operation that makes the evidence of a gate; no node has a dot in its
+    name."""
+    return f"{cut}.gate"
+
+
+class _Part(NamedTuple):
+    """A part of the sliced graph between two cuts."""
+
+    module: fx.GraphModule
+    """(images or features, widths, tensors) -> features or logits; its layers are those of the
+    body."""
+    tensors: Sequence[str]
+    """Names of the body's tensors that it takes, those that no layer holds."""
 
 
 BODY = "body."
@@ -232,7 +274,8 @@ BODY = "body."
 class TracedSupernet(Supernet):
     """A plain module whose convolutions, linear layers and norms are sliced.
 
-    `spec.layout` names the module: `model` is a name for `dsnet.network.plain.make_plain`.
+    `spec.layout` names the module: `model` is a name for `dsnet.network.plain.make_plain`. The
+    family's own gates have the names of the nodes at which the graph is cut.
     """
 
     def __init__(self, spec: SupernetSpec, subnets: SubnetSet, generator: torch.Generator | None = None) -> None:
@@ -240,8 +283,9 @@ class TracedSupernet(Supernet):
         seed = 0 if generator is None else generator.initial_seed()
         plain = make_plain(spec.layout["model"], spec.num_classes, spec.in_channels, seed)
         traced = analyse(trace(plain, example_image(spec.in_channels, spec.image_size)))
-        self.entry = EntryGate()
         self.body = sliced_graph(traced, spec, subnets)
+        self._cuts = tuple(_Cut.of(name, spec) for name in own_gates(spec))
+        self._parts = _parts_of(self.body, own_gates(spec))  # not registered: the body holds all tensors
         for name, norm in self.body.named_modules():
             if isinstance(norm, TracedNorm):
                 given = plain.get_submodule(name)
@@ -268,19 +312,35 @@ class TracedSupernet(Supernet):
             if axes[0] is not None and any(group == CLASSES for group, _, _ in axes[0].parts)
         )
 
-    def upto_gate(self, gate: int, x: Float[Tensor, "batch channels height width"], subnet: Subnet) -> TrunkOutput:
-        """The entry gate: its evidence is computed from the images, which pass unchanged."""
-        return self.entry(x)
+    def own_upto_gate(self, gate: int, x: Float[Tensor, "batch channels height width"], subnet: Subnet) -> TrunkOutput:
+        """Run the graph up to a cut."""
+        return _at_gate(self._run(gate, x, subnet), self._cuts[gate].hidden)
 
-    def head(
+    def own_head(
         self, features: Float[Tensor, "batch channels height width"], subnet: Subnet
     ) -> Float[Tensor, "batch classes"]:
-        """Run the whole network."""
-        return self.body(features, subnet.widths)
+        """Run the graph after the last cut."""
+        return self._run(len(self._cuts), features, subnet)
 
-    def cut_upto_gate(self, gate: int, subnet: Subnet) -> nn.Module:
-        """The entry gate."""
-        return EntryGate()
+    def _run(self, number: int, x: Tensor, subnet: Subnet) -> Tensor:
+        """Run a part of the graph. Features that were mixed from several sub-networks have the
+        channels of the widest; of these only the sub-network's own are read."""
+        own = x.shape[1] if number == 0 else self._cuts[number - 1].channels.size(subnet.widths)
+        if x.shape[1] > own:
+            x = x[:, :own]
+        part = self._parts[number]
+        return part.module(x, subnet.widths, *(attribute(self.body, name) for name in part.tensors))
+
+    def cut_own_upto_gate(self, gate: int, subnet: Subnet) -> nn.Module:
+        """The graph up to a cut as plain modules."""
+        return PlainUptoCut(self._plain_part(gate, subnet), self._cuts[gate].hidden)
+
+    def cut_own_head(self, subnet: Subnet) -> nn.Module:
+        """The graph after the last cut as a plain `torch.fx` module."""
+        return self._plain_part(len(self._cuts), subnet)
+
+    def _plain_part(self, number: int, subnet: Subnet) -> fx.GraphModule:
+        return plain_graph(self.body, _part_graph(self.body, own_gates(self.spec), number), subnet.widths)
 
     def axes(self) -> Mapping[str, Axes]:
         """The axes of every tensor that is sliced."""
@@ -290,10 +350,6 @@ class TracedSupernet(Supernet):
             if isinstance(layer, Sliced)
             for leaf, axes in layer.axes().items()
         }
-
-    def cut_head(self, subnet: Subnet) -> nn.Module:
-        """The whole network of a sub-network as a plain `torch.fx` module."""
-        return plain_graph(self.body, subnet.widths)
 
 
 def sliced_graph(traced: TracedGraph, spec: SupernetSpec, subnets: SubnetSet) -> fx.GraphModule:
@@ -348,9 +404,42 @@ def slice_layer(plain: nn.Module, op: Op, spec: SupernetSpec, subnets: SubnetSet
     return None
 
 
-def plain_graph(body: fx.GraphModule, widths: tuple[int, ...]) -> fx.GraphModule:
-    """A sub-network as plain modules, with weights of its own."""
-    graph = copy.deepcopy(body.graph)
+def _part_graph(body: fx.GraphModule, cuts: Sequence[str], number: int) -> fx.Graph:
+    """The graph of a part; that of the whole body where there are no cuts."""
+    if not cuts:
+        return copy.deepcopy(body.graph)
+    bounds = (None, *cuts, None)
+    return part_of(body.graph, bounds[number], bounds[number + 1])
+
+
+def _parts_of(body: fx.GraphModule, cuts: Sequence[str]) -> tuple[_Part, ...]:
+    """The parts of the sliced graph between the cuts; tensors that no layer holds become their
+    arguments, so that they are always the body's own."""
+    if not cuts:
+        return (_Part(body, ()),)
+    parts = []
+    for number in range(len(cuts) + 1):
+        graph = _part_graph(body, cuts, number)
+        last_input = [node for node in graph.nodes if node.op == "placeholder"][-1]
+        tensors = {str(node.target): node for node in graph.nodes if node.op == "get_attr"}
+        for node in [node for node in graph.nodes if node.op == "get_attr"]:
+            if tensors[str(node.target)] is node:
+                with graph.inserting_after(last_input):
+                    tensors[str(node.target)] = last_input = graph.placeholder(node.name)
+            node.replace_all_uses_with(tensors[str(node.target)])
+            graph.erase_node(node)
+        parts.append(_Part(fx.GraphModule(_held(body, graph), graph), tuple(tensors)))
+    return tuple(parts)
+
+
+def plain_graph(body: fx.GraphModule, graph: fx.Graph, widths: tuple[int, ...]) -> fx.GraphModule:
+    """A sub-network's part of the body as plain modules, with weights of its own.
+
+    Args:
+        body: holds the sliced layers.
+        graph: the part, which is changed.
+        widths: the sub-network's width of every channel group.
+    """
     layers = _held(body, graph)
     for node in graph.nodes:
         if node.op == "call_module" and isinstance(layer := body.get_submodule(str(node.target)), Sliced):
@@ -360,4 +449,5 @@ def plain_graph(body: fx.GraphModule, widths: tuple[int, ...]) -> fx.GraphModule
     for node in list(graph.nodes):
         if node.op == "placeholder" and node.target == "widths":
             graph.erase_node(node)
-    return fx.GraphModule({name: copy.deepcopy(layer) for name, layer in layers.items()}, graph).train(body.training)
+    used = {str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr")}
+    return fx.GraphModule({name: copy.deepcopy(layers[name]) for name in used}, graph).train(body.training)

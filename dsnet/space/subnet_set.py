@@ -87,7 +87,8 @@ class SubnetSet:
         if len(prefixes) > 1:
             raise ValueError(
                 f"all sub-networks must agree on the {num_groups} channel groups before gate {self.spec.gates[gate].name!r}, "
-                f"but their widths there are {sorted(prefixes)}"
+                f"but their widths there are {sorted(prefixes)}; dsnet.space.entry_gate.with_entry_gate gives such a set a gate "
+                "before the network"
             )
         return prefixes.pop()
 

@@ -24,6 +24,7 @@ from orchestration.wrapping import wrapped
 if TYPE_CHECKING:
     from orchestration.commands.planning import SweepPlan
     from orchestration.prepare.preparation import Prepared
+    from orchestration.results.supernet_facts import SupernetFacts
     from orchestration.runs.folder import RunDir
 
 MAX_SUBNETS = 16
@@ -59,6 +60,7 @@ def show_plan(plan: SweepPlan, *, as_json: bool, everything: bool = False) -> No
     say()
     _show_subnets(plan, everything)
     _show_groups(plan.prepared.subnets.spec, everything)
+    _show_places(plan.supernet, everything)
     say()
     _show_stages(plan)
     say()
@@ -80,6 +82,17 @@ def plan_content(plan: SweepPlan) -> dict[str, Any]:
         "groups": [
             {"name": group.name, "channels": group.max_width, "layers": list(layers), "pinned": group.pinned or None}
             for group, layers in group_layers(data.subnets.spec)
+        ],
+        "gate_places": [
+            {
+                "name": place.name,
+                "node": place.node,
+                "channels": place.channels,
+                "size": list(place.size),
+                "madds_m_before": place.madds_before / 1e6,
+                "madds_m_after": place.madds_after / 1e6,
+            }
+            for place in plan.supernet.gate_places
         ],
         "supernet": dict(plan.supernet.lines(plan.config.supernet.init_from)),
         "settings": plan_settings(plan),
@@ -202,6 +215,36 @@ def _show_groups(spec: SupernetSpec, everything: bool) -> None:
         say(
             f"{num_pinned} of {plural(len(spec.groups), 'channel group')} are pinned: every sub-network has all their channels"
         )
+
+
+def _show_places(facts: SupernetFacts, everything: bool) -> None:
+    """Print the places at which the network can have gates; without --all a short list."""
+    places = facts.gate_places
+    shown = [place for place in places if everything or place.is_main]
+    if not shown:
+        return
+    say()
+    columns = (
+        Column("place for a gate", is_text=True),
+        Column("channels"),
+        Column("size"),
+        Column("M MAdds before"),
+        Column("after"),
+    )
+    rows = [
+        (
+            place.name,
+            str(place.channels),
+            f"{place.size[0]} x {place.size[1]}",
+            f"{place.madds_before / 1e6:.4g}",
+            f"{place.madds_after / 1e6:.4g}",
+        )
+        for place in shown
+    ]
+    show_table(columns, rows, rest="")
+    if len(shown) < len(places):
+        say(f"... and {len(places) - len(shown)} more; --all shows all of them")
+    say("supernet.options.gates takes these names; MAdds are those of the widest sub-network")
 
 
 def _show_stages(plan: SweepPlan) -> None:

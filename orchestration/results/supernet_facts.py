@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dsnet.errors import ConfigError
-from dsnet.families import Task, get_family, layout
+from dsnet.families import GatePlace, Task, get_family, layout
 from dsnet.files import read_json
 from dsnet.space.spec import SupernetSpec
 from dsnet.space.subnet_set import SubnetSet
@@ -51,6 +51,12 @@ class SupernetFacts:
     def naming(self) -> str:
         """The meaning of the sub-networks' names; empty if they are plain numbers."""
         return get_family(self.spec.family).naming
+
+    @property
+    def gate_places(self) -> tuple[GatePlace, ...]:
+        """The places at which the network can have gates, where these can be chosen; a plain
+        network is traced for them."""
+        return get_family(self.spec.family).gate_places(self.spec)
 
     def lines(self, init_from: str | None) -> tuple[tuple[str, str], ...]:
         """(topic, text) lines for people.

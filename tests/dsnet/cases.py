@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from dsnet.families import family_names, layout, rebuild
 from dsnet.network.layers import BatchNormBank
 from dsnet.network.supernet import Supernet
+from dsnet.space.entry_gate import with_entry_gate
 from dsnet.space.spec import NORMS, Subnet
 from dsnet.space.subnet_set import SubnetSet
 from dsnet.zoo import ZOO
@@ -34,6 +35,10 @@ FURTHER_OPTIONS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
             "paths": [[0, 0, 0, 0], [0, 1, 0, 1], [0, 1, 1, 0]],
         },
         "all paths": {"depth": 8, "width": 0.5, "ratios": [0.5, 1.0], "paths": "all", "stem": "large"},
+    },
+    "tests.dsnet.nets:Residual": {
+        "inner gate": {"step": 2, "gates": ["pool"]},
+        "two gates": {"step": 2, "ratios": [0.5, 1.0], "gates": ["pool", "entry"], "paths": "all"},
     },
 }
 
@@ -58,6 +63,8 @@ class Case:
     """None: the family's choice."""
     is_handmade: bool = False
     """Members as a search might leave them, instead of the family's own."""
+    is_early: bool = False
+    """Members that differ before the first gate of the family."""
 
     def __str__(self) -> str:
         return f"{self.family}-{self.name}"
@@ -65,7 +72,8 @@ class Case:
     def subnets(self, num_classes: int = 10, image_size: int = 16) -> SubnetSet:
         """Its sub-networks."""
         own = layout(self.family, task(num_classes, image_size), self.options, self.norm)
-        return neighbours(own) if self.is_handmade else own
+        own = neighbours(own) if self.is_handmade else own
+        return with_entry_gate(early(own)) if self.is_early else own
 
     def supernet(self, seed: int = 0, num_classes: int = 10, image_size: int = 16) -> Supernet:
         """Its supernet in eval mode, with every parameter and statistic away from its initial
@@ -101,6 +109,12 @@ def neighbours(own: SubnetSet) -> SubnetSet:
     return SubnetSet(spec, tuple(members), Subnet("largest", spec.max_widths))
 
 
+def early(own: SubnetSet) -> SubnetSet:
+    """The members, and the first of them with fewer channels before the first gate."""
+    first = own[0]
+    return SubnetSet(own.spec, (Subnet("early", (first.widths[0] - 2, *first.widths[1:])), *own.members), own.teacher)
+
+
 _NORMS_OF = {"ds_mbnet": ("private_stats", "private_affine"), TRACED[1]: ("private_stats", "group_norm"), TRACED[2]: ()}
 """Norms of the networks that differ from another one in their channels, not in their norms."""
 
@@ -113,6 +127,7 @@ def _cases() -> list[Case]:
         cases.append(Case("handmade private_affine", family, small, "private_affine", is_handmade=True))
         for name, options in FURTHER_OPTIONS.get(family, {}).items():
             cases.append(Case(name, family, options, None))
+    cases.append(Case("early", "ds_resnet", SMALL_OPTIONS["ds_resnet"], None, is_early=True))
     for name, bottleneck in (("padded", {}), ("padded bottleneck", FURTHER_OPTIONS["ds_resnet"]["bottleneck"])):
         options = {**FURTHER_OPTIONS["ds_resnet"]["padded"], **bottleneck}
         cases.append(Case(f"{name} handmade private_affine", "ds_resnet", options, "private_affine", is_handmade=True))

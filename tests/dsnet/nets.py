@@ -94,6 +94,29 @@ class Pinned(nn.Module):
         return self.fc(self.third(self.second(x)).amax((2, 3)))
 
 
+class Scaled(nn.Module):
+    """A parameter and a buffer that no layer holds, both read in the first and in the second half,
+    and a value that is changed in place."""
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, num_classes: int, in_channels: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(in_channels, 8, 3, stride=2, padding=1)
+        self.act = nn.ReLU(inplace=True)
+        self.second = nn.Conv2d(8, 8, 3, padding=1)
+        self.last = nn.Sequential(nn.Conv2d(8, 12, 3, stride=2, padding=1), nn.BatchNorm2d(12), nn.ReLU())
+        self.scale = nn.Parameter(torch.full((1, 8, 1, 1), 0.5))
+        self.register_buffer("shift", torch.full((1, 8, 1, 1), 0.25))
+        self.fc = nn.Linear(12, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.act(self.first(images)) * self.scale + self.shift
+        x = self.second(x) * self.scale + self.shift
+        return self.fc(self.last(x).mean((2, 3)))
+
+
 class TwoHeads(nn.Module):
     """Returns two tensors."""
 

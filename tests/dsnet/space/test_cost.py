@@ -131,9 +131,10 @@ def test_a_gate_costs_what_its_head_counts(case: Case) -> None:
         counted = counted_madds(lambda head=head: head(torch.zeros(1, head.in_features)))
         assert gate_madds(gate.hidden, 4) == counted == sum(p.numel() for p in head.parameters())
         (attention,) = [op for op in spec.ops if op.name == gate.attention]
-        if attention.kind == "pool":  # before a plain network: a thumbnail of the image
+        if attention.kind == "pool":  # a thumbnail of the image, or the mean of each channel
             assert attention.window is not None
-            assert spec.in_channels * math.prod(attention.window.output) == gate.hidden
+            channels = attention.input_width(spec, spec.max_widths)
+            assert channels * math.prod(attention.window.output) == gate.hidden
         else:
             assert attention.kind == "attention"
             assert attention.hidden == gate.hidden

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, cast, get_args
 
@@ -10,17 +11,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dsnet.families import create
+from dsnet.families import create, rebuild
 from dsnet.network.prefix_tree import by_prefix
 from dsnet.network.supernet import Supernet
+from dsnet.space.entry_gate import with_entry_gate
 from dsnet.space.spec import Subnet
 from dsnet.space.subnet_set import SubnetSet, subnet_at
 from dsnet.space.width_space import WidthSpace
 from dsnet.training.losses import smoothed_one_hot, soft_cross_entropy
 from dsnet.training.settings import Teacher
 from dsnet.training.step import StepPlan, StepRules, supernet_step
-from tests.dsnet.cases import FAMILIES
-from tests.dsnet.samples import random_images, random_labels, shaken, small_supernet, task, without_dropout
+from tests.dsnet.cases import FAMILIES, FURTHER_OPTIONS, TRACED, Case
+from tests.dsnet.samples import random_images, random_labels, shaken, small_set, small_supernet, task, without_dropout
 
 SMOOTHING = 0.1
 
@@ -140,6 +142,40 @@ def test_shared_trunk_gradients_and_losses_equal_separate_forwards(
     for name in met:
         scale = float(wanted[name].abs().max())
         assert float((met[name] - wanted[name]).abs().max()) <= 1e-10 * max(1.0, scale), name
+
+
+def _tiny(*stems: int) -> SubnetSet:
+    """Members of DS-Tiny with these widths before its gate, under an entry gate."""
+    own = small_set("ds_tiny")
+    members = [Subnet(each.name, (stem, *each.widths[1:])) for stem, each in zip(stems, own, strict=True)]
+    return with_entry_gate(SubnetSet(own.spec, tuple(members), own.teacher))
+
+
+@pytest.mark.parametrize(
+    ("make", "num_gates"),
+    [
+        (lambda: _tiny(2, 4, 4), 2),
+        (lambda: _tiny(2, 3, 4), 1),
+        (lambda: Case("", TRACED[0], FURTHER_OPTIONS[TRACED[0]]["two gates"], None).subnets(), 2),
+    ],
+    ids=["entry and own gate", "entry in place of the own gate", "entry and inside a plain network"],
+)
+def test_a_step_with_gates_elsewhere_has_the_gradients_of_separate_forwards(
+    make: Callable[[], SubnetSet], num_gates: int
+) -> None:
+    student = without_dropout(shaken(rebuild(make()))).double().train()
+    assert len(student.spec.gates) == num_gates
+    naive_student, teacher = copy.deepcopy(student), copy.deepcopy(student).eval()
+    plan = plan_of(student)
+    losses = step(student, teacher, plan, "ema", trust="label_probability")
+    expected = naive_step(
+        naive_student, teacher, random_images(6).double(), random_labels(6), plan, "ema", "label_probability"
+    )
+    assert {name: loss.item() for name, loss in losses.items()} == pytest.approx(expected, rel=1e-10)
+    met, wanted = gradients(student), gradients(naive_student)
+    assert met.keys() == wanted.keys() == dict(student.named_parameters()).keys()
+    for name in met:
+        torch.testing.assert_close(met[name], wanted[name], rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize(("temperature", "soft_weight"), [(0.5, 0.9), (4.0, 0.0), (4.0, 1.0)])

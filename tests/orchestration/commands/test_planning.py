@@ -23,7 +23,7 @@ from orchestration.prepare.preparation import Prepared, prepare, stage_definitio
 from orchestration.runs.folder import RunDir
 from orchestration.runs.manifest import Manifest
 from orchestration.runs.stages import StagePlan, plan_stages, run_stage
-from tests.orchestration.samples import SWEEP, WITHOUT_MLFLOW, Finished, call, problems_of_message
+from tests.orchestration.samples import SWEEP, WITHOUT_MLFLOW, Finished, call, problems_of_message, write_sweep
 
 OPTIONS = {"num_routes": 3, "width": 0.5}
 
@@ -159,3 +159,26 @@ def test_the_commands_of_a_report_work_from_any_folder(finished: Finished, tmp_p
         assert answer.code == 0, answer.err
     assert commands[0][2] == str(folder / "runs" / "tiny" / "sweep.yaml")
     assert commands[3][2:] == [str(folder / "runs" / "tiny")]
+
+
+@pytest.mark.slow
+def test_the_plan_of_a_plain_network_lists_the_places_for_gates(tmp_path: Path) -> None:
+    text = """
+version: 1
+name: plain
+data: {name: digits, limit: 60}
+supernet: {model: resnet18, options: {gates: [layer3, entry], ratios: [0.5, 1.0], paths: all}, train: {epochs: 1}}
+"""
+    write_sweep(tmp_path, text)
+    plan = call(tmp_path, "plan", SWEEP, "--json", "--dry").json
+    places = {place["name"]: place for place in plan["gate_places"]}
+    assert [subnet["name"] for subnet in plan["subnets"]] == ["0.5-0.5", "0.5-1", "1-0.5", "1-1"]
+    assert "layer4" not in places, "nothing that can be sliced comes after it"
+    third = places["layer3"]
+    assert (third["node"], third["channels"], third["size"]) == ("layer3_1_relu_1", 256, [1, 1])
+    widest = plan["subnets"][-1]["madds_m"]
+    evidence = (8 * 8 + 256) / 1e6
+    assert third["madds_m_before"] + third["madds_m_after"] == pytest.approx(widest - evidence)
+    shown = call(tmp_path, "plan", SWEEP, "--dry").out
+    assert re.search(r"place for a gate +channels +size +M MAdds before +after", shown)
+    assert re.search(rf"layer3 +256 +1 x 1 +{third['madds_m_before']:.4g} +{third['madds_m_after']:.4g}", shown)
