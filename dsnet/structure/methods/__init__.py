@@ -46,7 +46,7 @@ def structure_method(name: str) -> StructureMethod:
         ConfigError: there is none, import paths are not allowed, or the class cannot be imported
             or is no structure method.
     """
-    if name in method_names():
+    if name in _METHODS or name in method_names():  # plugins are loaded only where one may be meant
         return _METHODS[name]
     if not is_model_path(name):
         raise ConfigError(f"{SETTING}: unknown method {name!r}{way_out(name, method_names())}")
