@@ -24,10 +24,12 @@ from typing import Any
 from dsnet.errors import CheckpointError, ConfigError, DataError, LockedError, PreflightError
 from dsnet.files import atomic_write_json, file_sha256, read_json
 from dsnet.standalone.resolved import StandaloneConfig
+from dsnet.stored.checkpoint import STRUCTURE
 from dsnet.training.supernet import FINAL
 
-STAGES = ("supernet", "measure", "table")
-RESULT_VERSIONS: Mapping[str, int] = {"supernet": 2, "measure": 3, "table": 2}
+STAGES = ("structure", "supernet", "measure", "table")
+"""The stages in order; the first only where sub-networks are chosen."""
+RESULT_VERSIONS: Mapping[str, int] = {"structure": 1, "supernet": 2, "measure": 3, "table": 2}
 """Version of each stage's results, to be raised when its code gives other results. A folder with
 another version of `supernet` belongs to another release; if only a later stage's version differs,
 that stage is repeated."""
@@ -41,6 +43,7 @@ class OutputFolder:
         self.path = path
         self.manifest_path = path / "manifest.json"
         self.resolved_path = path / "resolved.json"
+        self.structure = path / "structure"
         self.supernet = path / "supernet"
         self.measure = path / "measure"
         self.table = path / "table"
@@ -161,7 +164,7 @@ class OutputFolder:
 
     def is_done(self, stage: str) -> bool:
         """Whether a stage is finished: by code of the current version, with intact files, and for
-        the current supernet.
+        the current result of the stage before it.
 
         A supernet that was lost and trained again may have other weights (on a GPU), for which
         measurements of the first are not valid.
@@ -172,7 +175,7 @@ class OutputFolder:
             and not self.is_outdated(stage)
             and all(self._is_whole(self.path / stage / name, facts) for name, facts in entry["files"].items())
         )
-        return has_files and (stage == "supernet" or self._is_of_this_supernet(entry))
+        return has_files and self._is_of_its_parent(stage, entry)
 
     def is_outdated(self, stage: str) -> bool:
         """Whether a stage was begun by a release whose code gives other results."""
@@ -181,7 +184,8 @@ class OutputFolder:
     def begin_stage(self, stage: str) -> None:
         """Create a stage's folder and record the stage as running.
 
-        Files in it are kept, unless they are damaged, outdated or of another supernet.
+        Files in it are kept, unless they are damaged, outdated or of another result of the stage
+        before it.
 
         Raises:
             PreflightError: old files cannot be removed.
@@ -190,8 +194,9 @@ class OutputFolder:
         for name, facts in self._entry(stage)["files"].items():
             if not self._is_whole(folder / name, facts):
                 _remove(folder / name)
-        made_from = {} if stage == "supernet" else {"supernet": self._supernet_sha256()}
-        if made_from and (self.is_outdated(stage) or not self._is_of_this_supernet(self._entry(stage))):
+        parent = self._parent(stage)
+        made_from = {} if parent is None else {parent: self._sha256(parent)}
+        if made_from and (self.is_outdated(stage) or not self._is_of_its_parent(stage, self._entry(stage))):
             _remove(folder)
         # Only after the old files are removed: if this call is killed in between, the next one
         # removes the rest.
@@ -233,12 +238,22 @@ class OutputFolder:
             self._hashes[seen] = file_sha256(path)
         return self._hashes[seen] == facts["sha256"]
 
-    def _is_of_this_supernet(self, entry: Mapping[str, Any]) -> bool:
-        return self.is_done("supernet") and entry.get("supernet") == self._supernet_sha256()
+    def _parent(self, stage: str) -> str | None:
+        """The stage whose weights a stage reads; None for the first."""
+        if stage == "structure":
+            return None
+        if stage != "supernet":
+            return "supernet"
+        return "structure" if "structure" in self.manifest().get("stages", {}) else None
 
-    def _supernet_sha256(self) -> str:
-        """SHA-256 of the finished supernet's tensors."""
-        return str(read_json(self.supernet / f"{FINAL}.json")["sha256"])
+    def _is_of_its_parent(self, stage: str, entry: Mapping[str, Any]) -> bool:
+        parent = self._parent(stage)
+        return parent is None or (self.is_done(parent) and entry.get(parent) == self._sha256(parent))
+
+    def _sha256(self, stage: str) -> str:
+        """SHA-256 of the tensors of a finished stage, `structure` or `supernet`."""
+        name = STRUCTURE if stage == "structure" else FINAL
+        return str(read_json(self.path / stage / f"{name}.json")["sha256"])
 
 
 def _remove(path: Path) -> None:

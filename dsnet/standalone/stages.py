@@ -1,4 +1,4 @@
-"""The pipeline's first three stages (supernet, measure, table) without Ray.
+"""The pipeline's first stages (structure, supernet, measure, table) without Ray.
 
 Every call continues where the previous one stopped, at a step, a sub-network or a piece of a table.
 On the CPU the results are bit-identical however the work was divided into calls, with the same
@@ -10,6 +10,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -44,8 +45,13 @@ from dsnet.routing.routing_table import RoutingTable
 from dsnet.settings import Device
 from dsnet.standalone.output_folder import STAGES, OutputFolder
 from dsnet.standalone.resolved import StandaloneConfig
-from dsnet.stored.checkpoint import load_supernet
-from dsnet.training.start import check_start, first_weights, lay_out, load_start
+from dsnet.stored.checkpoint import STRUCTURE, load_supernet
+from dsnet.structure.method import Base, Candidate, Score, StructureProblem
+from dsnet.structure.methods import check_structure
+from dsnet.structure.scoring import HoldOutScorer, holdout_warning
+from dsnet.structure.search import Scorer
+from dsnet.structure.stage import HeldOut, StructureWork
+from dsnet.training.start import Start, check_start, first_weights, lay_out, load_start
 from dsnet.training.supernet import FINAL, TrainingCallbacks, train_supernet
 from dsnet.training.supernet_run import SupernetRun
 
@@ -87,8 +93,13 @@ def run_standalone(
     with folder.held():
         runner = _StageRunner(config, folder, resolve_device(device), should_stop, say)
         runner.begin()
-        makers = {"supernet": runner.train, "measure": runner.measure, "table": runner.tabulate}
-        for stage in STAGES:
+        makers: dict[str, Callable[[], Sequence[Path]]] = {
+            "structure": runner.choose,
+            "supernet": runner.train,
+            "measure": runner.measure,
+            "table": runner.tabulate,
+        }
+        for stage in STAGES if runner.is_chosen else STAGES[1:]:
             if not folder.is_done(stage):
                 if folder.is_outdated(stage):
                     say(f"{stage}: made by another release, which gives other results; made again")
@@ -109,6 +120,17 @@ def _run_stage(folder: OutputFolder, stage: str, make: Callable[[], Sequence[Pat
 
 
 @dataclass(frozen=True)
+class Given:
+    """What the configuration and its start weights give, before sub-networks are chosen."""
+
+    first: Supernet
+    """The network with its initial weights and the sub-networks that its family declares."""
+    run: SupernetRun
+    stem: Path | None
+    """Stem of the start weights; None for fresh ones."""
+
+
+@dataclass(frozen=True)
 class _StageRunner:
     """Runs the stages of one call; data and networks are loaded when they are first needed."""
 
@@ -122,7 +144,9 @@ class _StageRunner:
         """Check everything that can be checked before the first step, and begin the folder."""
         self.folder.check_config(self.config)
         self.config.measure.by_device(resolve_device)  # raises if a device is missing
-        if not self.folder.is_done("supernet"):
+        if self.is_chosen and not self.folder.is_done("structure"):
+            check_structure(self.problem)
+        elif not self.folder.is_done("supernet"):
             _ = self.first  # raises if start weights do not fit
         facts = {
             "versions": installed_versions(PACKAGES),
@@ -159,9 +183,14 @@ class _StageRunner:
         """The splits in memory, without test, and without train if it is streamed."""
         return self.images.tensor_data(self.splits)
 
+    @property
+    def is_chosen(self) -> bool:
+        """Whether a stage chooses the sub-networks."""
+        return self.config.supernet.structure.is_chosen
+
     @cached_property
-    def first(self) -> tuple[Supernet, SupernetRun]:
-        """The supernet with its initial weights, and the settings of its training."""
+    def given(self) -> Given:
+        """What the configuration and its start weights give, before sub-networks are chosen."""
         supernet, images = self.config.supernet, self.images
         channels, _, size = images.image_shape
         task = Task(num_classes=images.num_classes, in_channels=channels, image_size=size)
@@ -177,7 +206,23 @@ class _StageRunner:
             self.say(
                 f"supernet: starts from {start.stem}" + (f"; newly initialised: {', '.join(fresh)}" if fresh else "")
             )
-        return first, run
+        return Given(first, run, None if start is None else start.stem)
+
+    @cached_property
+    def problem(self) -> StructureProblem:
+        """The choice of sub-networks."""
+        size = self.images.image_shape[-1]
+        return StructureProblem(self.given.first.subnets, self.config.supernet.structure, self.given.run, size)
+
+    @cached_property
+    def first(self) -> tuple[Supernet, SupernetRun]:
+        """The supernet with its initial weights, and the settings of its training."""
+        if not self.is_chosen:
+            return self.given.first, self.given.run
+        start = load_start(self.folder.structure / STRUCTURE)
+        assert isinstance(start, Start)
+        run = replace(self.given.run, origin=start.origin())
+        return first_weights(start.subnets, run.seed, start)[0], run
 
     @cached_property
     def trained(self) -> tuple[Supernet, Normalization]:
@@ -189,20 +234,58 @@ class _StageRunner:
         if self.should_stop():
             raise StoppedError("stopped; repeat the command to continue")
 
+    def choose(self) -> Sequence[Path]:
+        """Choose the sub-networks; see `dsnet.structure.stage`."""
+
+        def train(base: Base, folder: Path, stem: Path | None, kept: Splits) -> None:
+            start = None if stem is None else load_start(stem)
+            supernet, _ = first_weights(base.subnets, base.run.seed, start)
+            self._train(supernet, base.run, kept, folder)
+
+        @contextmanager
+        def scorer(network: Supernet, held_out: HeldOut) -> Iterator[Scorer]:
+            images, labels = held_out
+            own = HoldOutScorer(network, images, labels, self.given.run.normalization, device=self.device)
+            warnings = [warning] if (warning := holdout_warning(len(labels))) is not None else []
+
+            def score(candidates: Sequence[Candidate]) -> Iterator[Score]:
+                while warnings:
+                    self.say(f"structure: {warnings.pop()}")
+                for candidate in candidates:
+                    yield own.score(candidate.widths)
+
+            yield score
+
+        return StructureWork(
+            problem=self.problem,
+            source=self.images,
+            splits=self.splits,
+            start=self.given.stem,
+            folder=self.folder.structure,
+            train=train,
+            scorer=scorer,
+            should_stop=self.should_stop,
+        ).choose()
+
     def train(self) -> Sequence[Path]:
-        supernet, run = self.first
-        images = self.images.training_images(self.splits, run.augmentation)
+        """Train the supernet."""
+        stem = self._train(*self.first, self.splits, self.folder.supernet)
+        return [stem.with_name(stem.name + suffix) for suffix in (".safetensors", ".json")]
+
+    def _train(self, supernet: Supernet, run: SupernetRun, splits: Splits, folder: Path) -> Path:
+        """Train a network; returns the stem of its final checkpoint."""
+        images = self.images.training_images(splits, run.augmentation)
         stem = train_supernet(
             supernet,
             _StoppableImages(images, self.check_stop),
             run,
-            folder=self.folder.supernet,
+            folder=folder,
             device=self.device,
             callbacks=TrainingCallbacks(reporter=_LossLines(self.say), should_stop=self.should_stop),
         )
         if stem is None:
             raise StoppedError("training was stopped; repeat the command to continue")
-        return [stem.with_name(stem.name + suffix) for suffix in (".safetensors", ".json")]
+        return stem
 
     def measure(self) -> Sequence[Path]:
         folder = self.folder.measure

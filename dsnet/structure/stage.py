@@ -85,7 +85,8 @@ class StructureWork:
         if found is None:
             raise StoppedError("the search for sub-networks was stopped; its scores are kept")
         costs = [training_madds(base.run, base.subnets, len(kept.train), problem.image_size) for base in self.bases]
-        stem = save_structure(self.folder, replace(found, summary={**found.summary, "train_madds": sum(costs)}))
+        facts = {"train_madds": sum(costs), "origin": dict(problem.run.origin)}
+        stem = save_structure(self.folder, replace(found, summary={**found.summary, **facts}))
         return [*(stem.with_name(stem.name + suffix) for suffix in (".safetensors", ".json")), self.folder / TRACE]
 
     def _first(self) -> Supernet:

@@ -22,6 +22,8 @@ from dsnet.measure.settings import LatencySettings
 from dsnet.space.subnet_set import SubnetSet
 from dsnet.standalone.output_folder import OutputFolder
 from dsnet.standalone.resolved import StandaloneConfig
+from dsnet.stored.checkpoint import STRUCTURE
+from dsnet.structure.settings import StructureSettings
 from dsnet.training.supernet import FINAL
 from dsnet.training.supernet_run import SupernetRun
 from orchestration.config.supernet import REGIME_KEYS, resolve_regime
@@ -52,6 +54,7 @@ def standalone_config(config: SweepConfig) -> StandaloneConfig:
                 "train": train,
                 "regime": asdict(resolve_regime(supernet)),
                 "bootstrapping": bootstrapping,
+                "structure": asdict(supernet.structure.settings()),
             },
             "measure": config.measure.model_dump(mode="json"),
         }
@@ -72,16 +75,26 @@ class Adoption:
     """Names of the stages that another release made with different results; they run again."""
 
 
-def find_adoption(
-    source: Path, run: SupernetRun, subnets: SubnetSet, fingerprint: str, measure: LatencySettings
-) -> Adoption | None:
+@dataclass(frozen=True)
+class Wanted:
+    """The supernet that a sweep would train."""
+
+    run: SupernetRun
+    """The settings; the origin is ignored."""
+    subnets: SubnetSet
+    """The sub-networks that the family declares."""
+    structure: StructureSettings
+    """How sub-networks are chosen, if they are."""
+    fingerprint: str
+    """Fingerprint of the images and splits."""
+
+
+def find_adoption(source: Path, wanted: Wanted, measure: LatencySettings) -> Adoption | None:
     """Check whether `init_from` names a finished training of exactly this supernet.
 
     Args:
         source: `supernet.init_from`.
-        run: settings with which the sweep would train; the origin is ignored.
-        subnets: sub-networks that the sweep would train.
-        fingerprint: fingerprint of the sweep's images and splits.
+        wanted: the supernet that the sweep would train.
         measure: measurement settings of the sweep.
 
     Returns:
@@ -101,19 +114,33 @@ def find_adoption(
     except ConfigError:  # another release has other settings
         return None
     is_same = (
-        folder.manifest()["data"]["fingerprint"] == fingerprint
-        and meta["subnets"] == json.loads(json.dumps(subnets.to_json()))  # with the fingerprint of the layout
-        and _without_housekeeping(run) == _without_housekeeping(theirs)
+        folder.manifest()["data"]["fingerprint"] == wanted.fingerprint
+        and resolved.supernet.structure == wanted.structure
+        and _has_subnets(meta, wanted)
+        and _without_housekeeping(wanted.run) == _without_housekeeping(theirs)
     )
     if not is_same:
         return None
-    stages = ["supernet"]
+    stages, origin = ["supernet"], theirs.origin
+    if wanted.structure.is_chosen:
+        if not folder.is_done("structure"):
+            return None
+        stages.insert(0, "structure")
+        origin = read_json(folder.structure / f"{STRUCTURE}.json")["structure"]["summary"]["origin"]
     if folder.is_done("measure") and resolved.measure == measure:
         stages.append("measure")
     if folder.is_done("table"):
         stages.append("table")
     outdated = tuple(stage for stage in ("measure", "table") if folder.is_outdated(stage))
-    return Adoption(folder, theirs.origin, tuple(stages), outdated)
+    return Adoption(folder, origin, tuple(stages), outdated)
+
+
+def _has_subnets(meta: Mapping[str, Any], wanted: Wanted) -> bool:
+    """Whether a trained supernet has the wanted sub-networks; where these are chosen, the wanted
+    network."""
+    if wanted.structure.is_chosen:
+        return bool(meta["spec"] == json.loads(json.dumps(wanted.subnets.spec.to_json())))
+    return bool(meta["subnets"] == json.loads(json.dumps(wanted.subnets.to_json())))  # with the layout's fingerprint
 
 
 def _without_housekeeping(run: SupernetRun) -> SupernetRun:

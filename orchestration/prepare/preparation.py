@@ -45,7 +45,7 @@ from orchestration.config.space import absolute_targets, possible_routers
 from orchestration.config.stage_keys import Stage, stage_subset
 from orchestration.config.supernet import FROM_DATA, REGIME_KEYS, resolve_regime
 from orchestration.config.sweep import SweepConfig
-from orchestration.prepare.adoption import Adoption, find_adoption, standalone_config
+from orchestration.prepare.adoption import Adoption, Wanted, find_adoption, standalone_config
 from orchestration.prepare.data_defaults import with_data_defaults
 from orchestration.prepare.reach import hopeless_conditions
 from orchestration.runs.folder import RunDir
@@ -56,7 +56,7 @@ from search.front.analysis import BudgetPick
 
 logger = logging.getLogger(__name__)
 
-STAGE_VERSIONS: Mapping[str, int] = {"structure": 1, **RESULT_VERSIONS, "search": 3, "verify": 3}
+STAGE_VERSIONS: Mapping[str, int] = {**RESULT_VERSIONS, "search": 3, "verify": 3}
 """Version of each stage's code; raised by hand when its results change."""
 
 
@@ -285,7 +285,7 @@ def _prepared(config: SweepConfig, run: RunDir | None, warn: Callable[[str], Non
         return finished
     start = load_start(Path(source))
     prepared = _checked(_laid_out(config, start, images), start)
-    return prepared if prepared.structure is not None else replace(prepared, adoption=_adoption(prepared))
+    return replace(prepared, adoption=_adoption(prepared))
 
 
 def with_found_structure(prepared: Prepared, run: RunDir) -> Prepared:
@@ -319,12 +319,24 @@ def _from_finished_stage(config: SweepConfig, run: RunDir, images: Images | None
     if not folder.is_done():
         return None
     stem = folder.path.absolute() / FINAL
-    origin = read_json(stem.with_name(f"{FINAL}.json"))["run"]["origin"]  # empty: adopted, and trained afresh there
-    prepared = replace(
-        _laid_out(config, load_start(stem), images),
-        start=StartPoint(stem, origin["sha256"], origin, ()) if origin else None,
-    )
+    origin = _recorded_origin(run, folder)
+    laid_out = _laid_out(config, load_start(stem), images)
+    start = StartPoint(stem, origin["sha256"], origin, ()) if origin else None
+    prepared = _with_structure(replace(laid_out, start=start))
     return prepared if supernet_record(prepared).key == entry["key"] else None
+
+
+def _recorded_origin(run: RunDir, supernet: StageDir) -> Mapping[str, Any]:
+    """The record of the start weights of a finished supernet, or of the choice of its sub-networks;
+    empty if they were fresh, also in a training elsewhere that was taken over."""
+    record = supernet.record()
+    key = None if record is None else record.parent_keys.get("structure")
+    if key is None:
+        origin: Mapping[str, Any] = read_json(supernet.path / f"{FINAL}.json")["run"]["origin"]
+        return origin
+    summary = read_json(run.stage_dir("structure", key) / f"{STRUCTURE}.json")["structure"]["summary"]
+    given: Mapping[str, Any] = summary["origin"]
+    return given
 
 
 def _checked(prepared: Prepared, start: StartWeights | None) -> Prepared:
@@ -390,7 +402,9 @@ def _adoption(prepared: Prepared) -> Adoption | None:
     if config.supernet.init_from is None:
         return None
     source, measure = Path(config.supernet.init_from), standalone_config(config).measure
-    return find_adoption(source, prepared.supernet_run, prepared.subnets, prepared.fingerprint, measure)
+    declared = prepared.subnets if prepared.structure is None else prepared.structure.problem.subnets
+    wanted = Wanted(prepared.supernet_run, declared, config.supernet.structure.settings(), prepared.fingerprint)
+    return find_adoption(source, wanted, measure)
 
 
 def _open_images(config: SweepConfig) -> ImageSource:

@@ -17,8 +17,9 @@ from dsnet.measure.latency import LatencyTable
 from dsnet.standalone.output_folder import RESULT_VERSIONS, OutputFolder
 from dsnet.standalone.resolved import StandaloneConfig
 from dsnet.standalone.stages import run_standalone
+from dsnet.structure.search import load_structure
 from orchestration.config.sweep import SweepConfig
-from orchestration.prepare.adoption import Adoption, adopt, find_adoption, standalone_config
+from orchestration.prepare.adoption import Adoption, Wanted, adopt, find_adoption, standalone_config
 from orchestration.prepare.preparation import Prepared, prepare, stage_definitions
 from orchestration.runs.folder import RunDir
 from orchestration.runs.manifest import Manifest
@@ -63,7 +64,11 @@ def found(config: SweepConfig) -> tuple[Adoption | None, Prepared]:
     assert config.supernet.init_from is not None
     measure = standalone_config(prepared.config).measure
     where = Path(config.supernet.init_from)
-    return find_adoption(where, prepared.supernet_run, prepared.subnets, prepared.fingerprint, measure), prepared
+    declared = prepared.subnets if prepared.structure is None else prepared.structure.problem.subnets
+    structure = config.supernet.structure.settings()
+    return find_adoption(
+        where, Wanted(prepared.supernet_run, declared, structure, prepared.fingerprint), measure
+    ), prepared
 
 
 def test_the_written_configuration_is_complete_and_survives_json() -> None:
@@ -98,6 +103,43 @@ def test_what_the_same_settings_made_becomes_finished_stages_under_the_key_of_tr
             assert path.read_bytes() == (made / name / file).read_bytes()
     assert run.curves_jsonl(again["supernet"].key).is_file()
     assert adopt(run, again, adoption) == []
+
+
+STRUCTURE = {
+    "method": "greedy",
+    "targets": [0.5, 1.0],
+    "step": 24,
+    "levels": 3,
+    "pin": "gate",
+    "holdout": 0.2,
+    "epochs": 1,
+}
+
+
+def test_a_choice_of_sub_networks_is_taken_over_with_its_supernet(tmp_path: Path) -> None:
+    made = run_standalone(standalone(sweep(structure=STRUCTURE)), tmp_path / "out", device="cpu").path
+    adoption, prepared = found(sweep(init_from=str(made), structure=STRUCTURE))
+    assert adoption is not None
+    assert adoption.stages == ("structure", "supernet", "measure", "table")
+    definitions = stage_definitions(prepared)
+    run = RunDir(tmp_path, "t")
+    run.create()
+    Manifest(run.manifest_path).create(seed=0, hardware={})
+    plans = {plan.name: plan for plan in plan_stages(run, definitions)}
+    afresh = stage_definitions(prepare(sweep(structure=STRUCTURE)))
+    assert {name: plan.key for name, plan in plans.items()} == {
+        plan.name: plan.key for plan in plan_stages(run, afresh)
+    }
+    assert found(sweep(init_from=str(made), structure={**STRUCTURE, "order": "random"}))[0] is None
+    assert found(sweep(init_from=str(made)))[0] is None
+    assert adopt(run, plans, adoption) == list(adoption.stages)
+    shutil.rmtree(made)
+    later = prepare(sweep(init_from=str(made), structure=STRUCTURE), run, lambda text: None)
+    assert {plan.name: plan.is_done for plan in plan_stages(run, stage_definitions(later))} == {
+        **dict.fromkeys(adoption.stages, True),
+        "search": False,
+    }
+    assert later.subnets == load_structure(plans["structure"].folder.path).subnets
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,131 @@
+"""`python -m dsnet.training` with a choice of sub-networks: the same results however often it is
+interrupted."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dsnet.errors import ConfigError, StoppedError
+from dsnet.files import file_sha256, read_json
+from dsnet.standalone.output_folder import OutputFolder
+from dsnet.standalone.resolved import StandaloneConfig
+from dsnet.standalone.stages import run_standalone
+from dsnet.stored.checkpoint import load_supernet
+from dsnet.structure.search import load_structure
+
+CONFIG: dict[str, Any] = {
+    "seed": 5,
+    "data": {"name": "digits", "limit": 90},
+    "supernet": {
+        "model": "ds_tiny",
+        "options": {"width": 0.5, "num_routes": 3},
+        "train": {"epochs": 2, "batch_size": 24, "lr": 0.05},
+        "structure": {
+            "method": "greedy",
+            "targets": [0.4, 0.7],
+            "step": 16,
+            "pin": "gate",
+            "holdout": 0.2,
+            "epochs": 1,
+        },
+    },
+    "measure": {"repeats": 1, "warmup": 0, "batch_sizes": [1], "group_sizes": [1]},
+}
+
+
+def config(**structure: Any) -> StandaloneConfig:
+    supernet = {**CONFIG["supernet"], "structure": {**CONFIG["supernet"]["structure"], **structure}}
+    return StandaloneConfig.from_json(json.loads(json.dumps({**CONFIG, "supernet": supernet})))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """The number of threads decides the last bits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def at_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("at-once") / "out"
+    assert run_standalone(config(), out, device="cpu").is_done("table")
+    return out
+
+
+def results(out: Path) -> Mapping[str, Any]:
+    lines = [json.loads(line) for line in (out / "structure" / "trace.jsonl").read_text().splitlines()]
+    files = ("structure/structure.safetensors", "supernet/final.safetensors", "measure/subnets.json")
+    return {
+        "trace": [{name: value for name, value in line.items() if name != "seconds"} for line in lines],
+        **{name: file_sha256(out / name) for name in files},
+    }
+
+
+class StopAt:
+    """Returns True from the n-th call on."""
+
+    def __init__(self, question: int) -> None:
+        self.left = question
+
+    def __call__(self) -> bool:
+        self.left -= 1
+        return self.left <= 0
+
+
+def test_the_supernet_has_what_was_found_and_starts_from_it(at_once: Path) -> None:
+    chosen = load_structure(at_once / "structure")
+    trained, meta = load_supernet(at_once / "supernet" / "final")
+    assert trained.subnets == chosen.subnets
+    assert trained.subnets.teacher is not None, "no target is the whole network"
+    assert meta["run"]["origin"]["sha256"] == file_sha256(at_once / "structure" / "structure.safetensors")
+    assert [row["name"] for row in read_json(at_once / "measure" / "subnets.json")["subnets"]] == [
+        "0.4",
+        "0.7",
+        "largest",
+    ]
+    assert list(OutputFolder(at_once).manifest()["stages"]) == ["structure", "supernet", "measure", "table"]
+
+
+@pytest.mark.parametrize("every", [2, 7])
+def test_calls_that_are_stopped_again_and_again_end_with_the_same_bits(
+    at_once: Path, tmp_path: Path, every: int
+) -> None:
+    out, num_calls = tmp_path / "out", 0
+    while True:
+        try:
+            run_standalone(config(), out, device="cpu", should_stop=StopAt(every + num_calls))
+            break
+        except StoppedError:
+            num_calls += 1
+    assert num_calls > 1
+    assert results(out) == results(at_once)
+
+
+def test_another_choice_needs_another_folder(at_once: Path) -> None:
+    with pytest.raises(ConfigError, match=r"supernet\.structure\.targets"):
+        run_standalone(config(targets=[0.4, 0.8]), at_once, device="cpu")
+
+
+def test_a_supernet_of_a_choice_that_was_made_again_is_trained_again(at_once: Path, tmp_path: Path) -> None:
+    folder = OutputFolder(Path(shutil.copytree(at_once, tmp_path / "out")))
+    manifest = folder.manifest()
+    manifest["stages"]["supernet"]["structure"] = "0" * 64
+    folder.manifest_path.write_text(json.dumps(manifest))
+    assert folder.is_done("structure")
+    assert not folder.is_done("supernet")
+    assert not folder.is_done("measure")
+
+
+def test_a_target_that_no_sub_network_has_is_refused_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="nearest"):
+        run_standalone(config(targets=[0.001, 1.0]), tmp_path / "out", device="cpu")
+    assert not (tmp_path / "out" / "structure").exists()
