@@ -66,6 +66,9 @@ class ReportData:
     top."""
     commands: tuple[tuple[str, str], ...] = ()
     """(description, command), e.g. ('Continue this run', 'dsnet-orch launch ...')."""
+    training_cost: str = ""
+    """What was spent on the supernet, including the choice of its sub-networks; empty if it is
+    unknown."""
     making: tuple[tuple[str, str], ...] = ()
     """Facts about the training of the supernet: (name, value)."""
     versions: tuple[tuple[str, str], ...] = ()
@@ -160,6 +163,10 @@ def _front_section(data: ReportData) -> str:
         caption += f" Colour on the front shows {data.front.further.metric}, the objective beside top-1 and MAdds."
     if data.constraints:
         caption += " Grey crosses are trials that violate a constraint."
+    if data.training_cost:
+        caption += (
+            f" All points share one training, which took about {data.training_cost}; compare methods at equal cost."
+        )
     is_paired = data.front.reported is not None
     if is_paired:
         caption += (

@@ -58,6 +58,8 @@ class SupernetInfo:
     static_hypervolume: float | None = None
     """Hypervolume of the finished supernet's static sub-networks, in the objectives' units; None
     before it is measured."""
+    training_pmadds: float | None = None
+    """MAdds that were spent on its sub-networks and its training, in 10^15; None if unknown."""
     num_trials: int = 0
     num_failed: int = 0
     """Trials that failed."""
@@ -297,11 +299,13 @@ def reports_figure(info: SupernetsInfo) -> go.Figure:
 
 
 def supernets_table(info: SupernetsInfo) -> str:
-    """HTML table with one row per supernet: settings, state, epochs, static hypervolume, trials,
-    share of the front."""
+    """HTML table with one row per supernet: settings, state, epochs, cost of its training, static
+    hypervolume, trials, share of the front."""
     keys = list(dict.fromkeys(key for supernet in info.supernets for key, _ in supernet.settings))
     heads = [("Supernet", ""), *((key.removeprefix("supernet."), "") for key in keys), ("State", "")]
-    heads += [(name, "number") for name in ("Epochs", "Static hypervolume", "Trials", "On the front")]
+    heads += [
+        (name, "number") for name in ("Epochs", "Training (PMAdds)", "Static hypervolume", "Trials", "On the front")
+    ]
     head = "".join(f'<th class="{kind}" scope="col">{escape(name)}</th>' for name, kind in heads)
     body = "".join(_table_row(supernet, keys, info.num_front) for supernet in info.supernets)
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
@@ -318,6 +322,7 @@ def _table_row(supernet: SupernetInfo, keys: Sequence[str], num_front: int) -> s
     values = [_value(settings[key]) if key in settings else "–" for key in keys]
     numbers = [
         _epochs(supernet),
+        "–" if supernet.training_pmadds is None else significant(supernet.training_pmadds),
         "–" if supernet.static_hypervolume is None else significant(supernet.static_hypervolume),
         f"{supernet.num_trials}{failed}",
         f"{supernet.num_front}{share}",

@@ -180,9 +180,20 @@ def _show_subnets(plan: SweepPlan, everything: bool) -> None:
     show_table(columns, [(name, f"{madds:.4g}", f"{params:.4g}") for name, madds, params in routes], rest="")
     if len(routes) < len(plan.routes):
         say(f"... and {len(plan.routes) - len(routes)} more; --all shows all of them")
-    if plan.supernet.naming:
-        for line in wrapped(plan.supernet.naming, terminal_width()):
-            say(line)
+    for line in wrapped(_about_subnets(plan), terminal_width()):
+        say(line)
+
+
+def _about_subnets(plan: SweepPlan) -> str:
+    """A sentence about where the sub-networks come from, or about their names; empty where both are
+    plain."""
+    structure = plan.prepared.structure
+    if structure is None:
+        return plan.supernet.naming
+    method = f"supernet.structure.method {structure.problem.settings.method}"
+    if plan.prepared.start is not None:
+        return f"These are the sub-networks that {method} has chosen."
+    return f"These are estimates: {method} chooses the sub-networks when the sweep is launched."
 
 
 def group_layers(spec: SupernetSpec) -> list[tuple[ChannelGroup, tuple[str, ...]]]:

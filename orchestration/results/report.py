@@ -84,8 +84,9 @@ def report_data(results: RunResults, class_names: tuple[str, ...], notes: tuple[
         widths=widths_of(results),
         structure=structure_of(results),
         training=training_of(results),
-        naming="" if made is None else made.naming,
-        making=() if made is None else (*made.lines(config.supernet.init_from), *_spent(results)),
+        naming="" if made is None or config.supernet.structure.is_chosen else made.naming,
+        training_cost="" if (cost := training_cost(results)) is None else str(cost),
+        making=() if made is None else made.lines(config.supernet.init_from),
         notes=training_notes(results)
         + _timing_notes(results)
         + notes
@@ -99,12 +100,6 @@ def report_data(results: RunResults, class_names: tuple[str, ...], notes: tuple[
             *((key, str(value)[:16]) for key, value in manifest["data_hashes"].items()),
         ),
     )
-
-
-def _spent(results: RunResults) -> tuple[tuple[str, str], ...]:
-    """The cost of training as a fact of the report; empty if it is unknown."""
-    cost = training_cost(results)
-    return () if cost is None else (("training cost", str(cost)),)
 
 
 def commands_of(results: RunResults) -> tuple[tuple[str, str], ...]:

@@ -21,6 +21,7 @@ from dsnet.errors import NotFoundError
 from dsnet.files import atomic_write_text
 from orchestration.results.report import headline, training_notes
 from orchestration.results.run import RunResults
+from orchestration.results.structure import training_cost
 from orchestration.supernets.members import MemberEntry
 from orchestration.supernets.results import SupernetSweepResults
 from search.front.pareto import REFERENCE_MARGIN, hypervolume
@@ -88,6 +89,7 @@ def _supernet(results: SupernetSweepResults, entry: MemberEntry) -> SupernetInfo
     link = member.run.report_html.relative_to(results.run.path).as_posix()
     return replace(
         info,
+        training_pmadds=None if (cost := training_cost(member)) is None else cost.total,
         static_hypervolume=static_hypervolumes(results)[entry.name],
         num_trials=len(member.records),
         num_failed=len(member.failed),
