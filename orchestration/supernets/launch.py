@@ -8,6 +8,7 @@ points file and the report.
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -51,7 +52,7 @@ from orchestration.runs.curves import CurvePoint
 from orchestration.runs.folder import RunDir
 from orchestration.runs.lock import DriverLock
 from orchestration.runs.manifest import Manifest
-from orchestration.runs.stages import StagePlan, begin_stage, finish_stage, record_done
+from orchestration.runs.stages import StageDir, StagePlan, begin_stage, finish_stage, record_done
 from orchestration.supernets.members import Member, MemberEntry, draw_members, read_entries, write_entries
 from orchestration.supernets.report import write_supernets_report
 from orchestration.supernets.results import GateId, SupernetSweepResults
@@ -339,7 +340,8 @@ class _SupernetsLaunch:
         if work.prepared.structure is None:
             return
         try:
-            chosen = structure_stage(work, plans["structure"])
+            self._take_from_another(name, plans["structure"])
+            chosen = structure_stage(work, stage_plans(work)["structure"])
             refuse_impossible_layout(chosen.config, chosen.prepared.subnets, chosen.prepared.image_size)
         except StoppedError:
             raise
@@ -352,6 +354,20 @@ class _SupernetsLaunch:
             return
         self.launches[name] = chosen
         self.members[name] = replace(self.members[name], prepared=chosen.prepared)
+
+    def _take_from_another(self, name: str, plan: StagePlan) -> None:
+        """Copy the choice of sub-networks from a member that has made the same one: their settings
+        differ in nothing on which it depends."""
+        others = [StageDir(work.run.stage_dir("structure", plan.key)) for work in self.launches.values()]
+        done = next((folder for folder in others if folder.is_done()), None)
+        if plan.is_done or done is None:
+            return
+
+        def copied(folder: Path) -> list[Path]:
+            shutil.copytree(done.path, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("stage.json", "done"))
+            return [folder / file for file in done.outputs()]
+
+        self.launches[name].run_stage(plan, copied)
 
     def _tune_members(self, plans: Mapping[str, Mapping[str, StagePlan]], threads: int) -> list[TuneMember]:
         return [

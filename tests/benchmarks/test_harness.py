@@ -85,8 +85,9 @@ def test_a_run_prints_its_headline_last_and_writes_every_figure(
 
 
 @pytest.mark.slow
-def test_both_ways_of_the_supernet_step_compute_the_same_losses() -> None:
-    networks = Networks(Workload("cpu", 32, 2, "float32", channels_last=True, seed=0, threads=1))
+@pytest.mark.parametrize("model", ["ds_mbnet", "mobilenet_v2"])
+def test_both_ways_of_the_supernet_step_compute_the_same_losses(model: str) -> None:
+    networks = Networks(Workload("cpu", 32, 4, "float32", channels_last=True, seed=0, threads=1, model=model))
     ours, static = networks.ours()(), networks.static()()
     assert set(ours) == set(static)
     for name, loss in static.items():
