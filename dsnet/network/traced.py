@@ -395,9 +395,9 @@ def slice_layer(plain: nn.Module, op: Op, spec: SupernetSpec, subnets: SubnetSet
         case nn.Conv2d() if op.kind == "depthwise":
             widened = Axis.of(tuple((group, repeat * op.divisions) for group, repeat in op.parts), spec)
             return TracedConv2d(plain, num_in, widened)
-        case nn.Linear():
+        case nn.Linear() if op.kind == "linear":
             return TracedLinear(plain, num_in, Axis.of(((op.out_group, 1),), spec))
-        case nn.BatchNorm2d() | nn.BatchNorm1d():
+        case nn.BatchNorm2d() | nn.BatchNorm1d() if op.kind == "norm":
             if spec.norm == "group_norm":
                 return TracedGroupNorm(num_in)
             return TracedNorm(plain, num_in, op.depends, subnets)

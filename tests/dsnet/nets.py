@@ -117,6 +117,38 @@ class Scaled(nn.Module):
         return self.fc(self.last(x).mean((2, 3)))
 
 
+class ChannelsLast(nn.Module):
+    """A block as in ConvNeXt: a norm and linear layers on [batch, height, width, channels]."""
+
+    def __init__(self, num_classes: int, in_channels: int) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(in_channels, 8, 2, stride=2)
+        self.depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.norm = nn.LayerNorm(8)
+        self.wide = nn.Linear(8, 16)
+        self.narrow = nn.Linear(16, 8)
+        self.last = nn.Conv2d(8, 12, 3, padding=1)
+        self.fc = nn.Linear(12, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.stem(images)
+        y = self.norm(self.depthwise(x).permute(0, 2, 3, 1))
+        y = self.narrow(F.gelu(self.wide(y))).permute(0, 3, 1, 2)
+        return self.fc(F.relu(self.last(x + y)).mean((2, 3)))
+
+
+class Fixed(nn.Module):
+    """A network for images of one size: it flattens its features."""
+
+    def __init__(self, num_classes: int, in_channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, 8, 3, stride=2, padding=1)
+        self.fc = nn.Linear(8 * 8 * 8, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.fc(torch.flatten(F.relu(self.conv(images)), 1))
+
+
 class TwoHeads(nn.Module):
     """Returns two tensors."""
 

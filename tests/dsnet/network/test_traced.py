@@ -219,3 +219,45 @@ def test_a_network_for_grey_images_is_laid_out_for_them_and_refused_for_others()
     assert layout("tests.dsnet.nets:one_channel", Task(10, 1, 8)).spec.in_channels == 1
     with pytest.raises(ConfigError, match="does not run on an image of 3 x 8 x 8"):
         layout("tests.dsnet.nets:one_channel", Task(10, 3, 8))
+
+
+@torch.no_grad()
+def test_layers_of_a_kind_that_is_sliced_run_as_they_are_where_their_input_is_not_understood() -> None:
+    model = "tests.dsnet.nets:ChannelsLast"
+    plain = make_plain(model, 10, 3, 0).eval()
+    supernet = supernet_of(model, plain, 16)
+    x = images(16)
+    assert torch.equal(supernet(x, supernet.subnets.largest), plain(x))
+    pinned = {group.name for group in supernet.spec.groups if group.pinned}
+    assert {"wide", "narrow"} <= pinned
+    assert "last" not in pinned
+    narrow = supernet.subnets[0]
+    cut = materialize(supernet, narrow)
+    torch.testing.assert_close(cut(x), supernet(x, narrow))
+    with FlopCounterMode(display=False) as counter:
+        cut(x[:1])
+    madds = sum(
+        cost[0]
+        for op, cost in zip(supernet.spec.ops, op_costs(supernet.spec, narrow, 16), strict=True)
+        if op.kind not in ("pool", "maxpool")
+    )
+    assert madds == counter.get_total_flops() // 2
+
+
+@pytest.mark.parametrize(
+    ("model", "is_refused"),
+    [("tests.dsnet.nets:Residual", False), ("tests.dsnet.nets:Dense", False), ("tests.dsnet.nets:Fixed", True)],
+)
+@torch.no_grad()
+def test_images_that_are_not_square_are_right_or_refused(model: str, is_refused: bool) -> None:
+    """The logits are those of the plain network, whose own error is shown if it takes one size."""
+    plain = shaken(make_plain(model, 10, 3, 0)).eval()
+    supernet = supernet_of(model, plain, 16)
+    wide = torch.randn(2, 3, 16, 20, generator=torch.Generator().manual_seed(0))
+    if is_refused:
+        with pytest.raises(RuntimeError, match="shape"):
+            supernet(wide, supernet.subnets.largest)
+        return
+    torch.testing.assert_close(supernet(wide, supernet.subnets.largest), plain(wide), rtol=1e-5, atol=1e-5)
+    narrow = supernet.subnets[0]
+    torch.testing.assert_close(materialize(supernet, narrow)(wide), supernet(wide, narrow), rtol=1e-5, atol=1e-5)
