@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from dsnet.errors import ConfigError
 from dsnet.families import Family, GatePlace, Task, register, register_resolver
 from dsnet.families.options import check_choice, check_number, is_integer
 from dsnet.import_path import is_model_path
@@ -64,6 +65,12 @@ def traced_layout(model: str, task: Task, options: Mapping[str, Any]) -> SubnetS
     """
     ratios, step = _checked_options(options)
     spec = traced_spec(model, task, _checked_gates(options["gates"]))
+    if all(group.pinned for group in spec.groups):
+        reasons = list(dict.fromkeys(group.pinned for group in spec.groups))
+        more = f"; and {len(reasons) - 3} more" if len(reasons) > 3 else ""
+        raise ConfigError(
+            f"supernet.model: no channels of {model} can be sliced, so that it has one sub-network only: {'; '.join(reasons[:3])}{more}"
+        )
     return SubnetSet(spec, tuple(_members(spec, ratios, step, options["paths"])))
 
 

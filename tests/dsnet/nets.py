@@ -137,6 +137,21 @@ class ChannelsLast(nn.Module):
         return self.fc(F.relu(self.last(x + y)).mean((2, 3)))
 
 
+class Tokens(nn.Module):
+    """A network none of whose channels can be sliced."""
+
+    def __init__(self, num_classes: int, in_channels: int) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(in_channels, 8, 4, stride=4)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.fc = nn.Linear(8, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        tokens = self.patches(images).flatten(2).transpose(1, 2)
+        mixed, _ = self.attention(tokens, tokens, tokens)
+        return self.fc(mixed.mean(1))
+
+
 class Fixed(nn.Module):
     """A network for images of one size: it flattens its features."""
 

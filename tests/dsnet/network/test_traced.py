@@ -153,6 +153,7 @@ def test_what_is_not_understood_keeps_its_channels_and_is_named() -> None:
     ("model", "message"),
     [
         ("tests.dsnet.nets:TwoHeads", "must return one tensor of logits"),
+        ("tests.dsnet.nets:Tokens", r"no channels of .*Tokens can be sliced, .*flatten"),
         ("tests.dsnet.nets:Branches", r"cannot be traced: .*control flow.*nets\.py:\d+"),
         ("tests.dsnet.nets:raises", "raised RuntimeError: no network for 10 classes"),
         ("tests.dsnet.nets:no_module", "returned str, but must return a torch.nn.Module"),
