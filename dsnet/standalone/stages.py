@@ -48,6 +48,7 @@ from dsnet.standalone.resolved import StandaloneConfig
 from dsnet.stored.checkpoint import STRUCTURE, load_supernet
 from dsnet.structure.method import Base, Candidate, Score, StructureProblem
 from dsnet.structure.methods import check_structure
+from dsnet.structure.problem import structure_problem
 from dsnet.structure.scoring import HoldOutScorer, holdout_warning
 from dsnet.structure.search import Scorer
 from dsnet.structure.stage import HeldOut, StructureWork
@@ -212,7 +213,7 @@ class _StageRunner:
     def problem(self) -> StructureProblem:
         """The choice of sub-networks."""
         size = self.images.image_shape[-1]
-        return StructureProblem(self.given.first.subnets, self.config.supernet.structure, self.given.run, size)
+        return structure_problem(self.given.first.subnets, self.config.supernet.structure, self.given.run, size)
 
     @cached_property
     def first(self) -> tuple[Supernet, SupernetRun]:

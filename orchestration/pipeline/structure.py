@@ -18,7 +18,6 @@ from dsnet.files import read_json
 from dsnet.network.supernet import Supernet
 from dsnet.stored.checkpoint import STRUCTURE, save_supernet
 from dsnet.structure.method import Base, Candidate, Score, most_candidates
-from dsnet.structure.scoring import holdout_warning
 from dsnet.structure.search import Scorer
 from dsnet.structure.stage import HeldOut, StructureWork
 from dsnet.wording import plural
@@ -119,26 +118,21 @@ class _OnRay:
             work.progress.bar(Task("structure: candidates", total, "candidate")) as bar,
             ray_scorer(job, images, labels, concurrent) as score,
         ):
-            yield _Shown(work, bar, score, len(labels)).score
+            yield _Shown(bar, score).score
         for suffix in (".json", ".safetensors"):
             stem.with_suffix(suffix).unlink()
 
 
 class _Shown:
-    """A scorer that shows its scores on a bar, and warns about a small hold-out with the first."""
+    """A scorer that shows its scores on a bar."""
 
-    def __init__(self, work: Launch, bar: Bar, score: Scorer, num_images: int) -> None:
-        self._work = work
+    def __init__(self, bar: Bar, score: Scorer) -> None:
         self._bar = bar
         self._score = score
-        self._num_images = num_images
         self._number = 0
 
     def score(self, candidates: Sequence[Candidate]) -> Iterator[Score]:
         """Score candidates; the scores come in their order."""
-        warning = holdout_warning(self._num_images)
-        if self._number == 0 and warning is not None:
-            self._work.progress.warn(warning)
         for candidate, score in zip(candidates, self._score(candidates), strict=True):
             self._number += 1
             told = f"{candidate.madds / 1e6:.3g} M MAdds  hold-out top-1 {100 * score.accuracy:.1f} %"

@@ -35,6 +35,8 @@ from dsnet.stored.checkpoint import STRUCTURE
 from dsnet.structure.expected import expected_subnets
 from dsnet.structure.method import Base, StructureProblem
 from dsnet.structure.methods import check_structure, structure_method
+from dsnet.structure.problem import structure_problem
+from dsnet.structure.scoring import holdout_warning
 from dsnet.training.data_defaults import DataDefault
 from dsnet.training.settings import BootstrapSettings, TrainSettings, penalty_problem
 from dsnet.training.start import StartWeights, check_start, find_checkpoint, first_weights, lay_out, load_start
@@ -188,7 +190,21 @@ class Prepared:
                     f"gate.target_madds_m {target:g} lies outside the sub-networks' {min(madds_m):.4g} to {max(madds_m):.4g} "
                     "M MAdds; trials take the nearest"
                 )
-        return (*warnings, *self._too_fine(), *hopeless_conditions(self.config, self.subnets, self.image_size))
+        return (
+            *warnings,
+            *self._small_holdout(),
+            *self._too_fine(),
+            *hopeless_conditions(self.config, self.subnets, self.image_size),
+        )
+
+    def _small_holdout(self) -> Iterator[str]:
+        """A warning about a hold-out that is too small for the search of the structure method."""
+        if self.structure is None:
+            return
+        problem = self.structure.problem
+        if structure_method(problem.settings.method).bases(problem):
+            warning = holdout_warning(round(problem.settings.holdout * len(self.splits.train)))
+            yield from [] if warning is None else [warning]
 
     def _too_fine(self) -> Iterator[str]:
         """Warnings about conditions finer than one image of `val`."""
@@ -362,7 +378,7 @@ def _with_structure(prepared: Prepared) -> Prepared:
     structure = prepared.config.supernet.structure
     if not structure.is_chosen:
         return prepared
-    problem = StructureProblem(prepared.subnets, structure.settings(), prepared.supernet_run, prepared.image_size)
+    problem = structure_problem(prepared.subnets, structure.settings(), prepared.supernet_run, prepared.image_size)
     check_structure(problem)
     expected = expected_subnets(problem)
     check_routing(prepared.config, [subnet.name for subnet in expected])

@@ -13,6 +13,7 @@ import mlflow
 import pytest
 
 from dsnet.files import file_sha256
+from dsnet.space.entry_gate import differs_before_gates
 from dsnet.structure.search import scored_candidates
 from orchestration.config.loading import load_config
 from orchestration.prepare.preparation import prepare, stage_definitions, supernet_record
@@ -75,6 +76,13 @@ def test_the_supernet_has_the_sub_networks_that_were_found(found: Found) -> None
     assert info.num_images == 40
     origin = json.loads((results.run.stage_dir("supernet", results.done_key("supernet")) / "final.json").read_text())
     assert origin["run"]["origin"]["sha256"] == file_sha256(found.stage / "structure.safetensors")
+
+
+@pytest.mark.ray
+def test_a_hold_out_that_is_too_small_is_named_once_before_anything_is_trained(found: Found) -> None:
+    (warning,) = [line for line in found.answer.err.splitlines() if "the hold-out of the structure search" in line]
+    assert "40 image(s)" in warning
+    assert "supernet.structure.holdout" in warning
 
 
 @pytest.mark.ray
@@ -181,6 +189,22 @@ def test_declared_sub_networks_need_no_stage_and_keep_their_keys(tmp_path: Path)
     assert prepared.subnets == plain.subnets
 
 
+def test_sub_networks_that_share_nothing_have_an_entry_gate(tmp_path: Path) -> None:
+    text = sweep_text("{method: uniform, targets: [0.4, 1.0], step: 2}")
+    prepared = prepare(load_config(write_sweep(tmp_path, text)).config)
+    assert [gate.name for gate in prepared.subnets.spec.gates] == ["entry"]
+    assert differs_before_gates(prepared.subnets) is False
+    narrow, wide = prepared.subnets
+    assert narrow.widths[0] < wide.widths[0]
+    own = prepare(load_config(write_sweep(tmp_path, sweep_text())).config)
+    assert [gate.name for gate in own.subnets.spec.gates] != ["entry"]
+    listed = "{method: list, widths: {a: [12, 24, 40, 50], b: [12, 24, 96, 192]}}"
+    together = prepare(load_config(write_sweep(tmp_path, sweep_text(listed))).config)
+    assert together.subnets.spec.gates == own.subnets.spec.gates
+    apart = prepare(load_config(write_sweep(tmp_path, sweep_text(listed.replace("[12, 24, 40", "[6, 24, 40")))).config)
+    assert [gate.name for gate in apart.subnets.spec.gates] == ["entry"]
+
+
 def test_routing_is_checked_against_the_names_that_are_expected(tmp_path: Path) -> None:
     write_sweep(tmp_path, sweep_text(STRUCTURE.replace("greedy", "uniform")))
     answer = call(tmp_path, "plan", SWEEP, "--dry", "--set", "gate.routing.last=-5")
@@ -197,7 +221,7 @@ def test_routing_is_checked_against_the_names_that_are_expected(tmp_path: Path) 
         ("{method: uniform, targets: [0.01, 1.0], pin: gate}", ["no sub-network has", "the nearest"]),
         ("{method: uniform, targets: [0.5, 1.0], step: 500, pin: gate}", ["step is 500", "has only"]),
         ("{method: list, widths: {a: [1, 2]}}", ["has 2 widths"]),
-        ("{method: uniform, targets: [0.5, 1.0]}", ["must agree", "supernet.structure.pin"]),
+        ("{method: uniform, targets: [0.5, 0.501], pin: gate}", ["are the same sub-network"]),
         ("{method: uniform, targets: [1.5]}", ["targets", "at most 1"]),
     ],
 )
