@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from safetensors.torch import save_file
+
 from dsnet.data.splits import Splits
 from dsnet.environment import resolve_device
 from dsnet.files import read_json
@@ -32,7 +34,7 @@ from orchestration.workers.structure import ScoringJob, ray_scorer
 from orchestration.workers.supernet import SupernetJob, train_on_ray
 
 SCORED = "scored"
-"""Stem of the network whose sub-networks are scored."""
+"""Beginning of the names of the files that scorers read, which are removed after the search."""
 
 
 def structure_stage(work: Launch, plan: StagePlan) -> Launch:
@@ -108,19 +110,20 @@ class _OnRay:
         work = self._work
         assert work.prepared.structure is not None
         problem = work.prepared.structure.problem
-        images, labels = held_out
         stem = self._folder.absolute() / SCORED
         save_supernet(stem, network)
-        job = ScoringJob(stem, work.prepared.normalization, self._device)
+        images = stem.with_name(f"{SCORED}-images.safetensors")
+        save_file(dict(zip(("images", "labels"), held_out, strict=True)), images)
+        job = ScoringJob(stem, images, work.prepared.normalization, self._device)
         total = most_candidates(problem.options(problem.settings.levels))
         concurrent = work.config.supernet.structure.concurrent
         with (
             work.progress.bar(Task("structure: candidates", total, "candidate")) as bar,
-            ray_scorer(job, images, labels, concurrent) as score,
+            ray_scorer(job, concurrent) as score,
         ):
             yield _Shown(bar, score).score
-        for suffix in (".json", ".safetensors"):
-            stem.with_suffix(suffix).unlink()
+        for path in (stem.with_suffix(".json"), stem.with_suffix(".safetensors"), images):
+            path.unlink()
 
 
 class _Shown:

@@ -15,8 +15,6 @@ from orchestration.workers.runtime import cluster_cpus
 from orchestration.workers.supernet import root_cause
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from dsnet.data.normalization import Normalization
     from dsnet.structure.search import Scorer
 
@@ -26,10 +24,13 @@ ACTOR_RETRIES = 2
 
 @dataclass(frozen=True)
 class ScoringJob:
-    """Everything that a scorer needs beside the images; it can be pickled."""
+    """Everything that a scorer needs; it can be pickled. Its files lie on storage that all workers
+    share."""
 
     stem: Path
-    """Stem of the checkpoint of the network that is scored, on storage that all workers share."""
+    """Stem of the checkpoint of the network that is scored."""
+    images: Path
+    """The hold-out: `images`, uint8 [N, C, H, W], and `labels`, int64 [N], in safetensors."""
     normalization: Normalization
     device: str
 
@@ -38,18 +39,20 @@ class ScoreWorker:
     """An actor that scores candidates on the hold-out with one thread, so that no score depends on
     the number of actors."""
 
-    def __init__(self, job: ScoringJob, data: Sequence[Any]) -> None:
+    def __init__(self, job: ScoringJob) -> None:
         fix_arithmetic()
-        import ray
         import torch
+        from safetensors.torch import load_file
 
         from dsnet.stored.checkpoint import load_supernet
         from dsnet.structure.scoring import HoldOutScorer
 
         torch.set_num_threads(1)
         supernet, _ = load_supernet(job.stem)
-        images, labels = (torch.from_numpy(array.copy()) for array in ray.get(list(data)))
-        self._scorer = HoldOutScorer(supernet, images, labels, job.normalization, device=job.device)
+        held_out = load_file(job.images)
+        self._scorer = HoldOutScorer(
+            supernet, held_out["images"], held_out["labels"], job.normalization, device=job.device
+        )
 
     def score(self, widths: Widths) -> Score:
         """The score of one candidate."""
@@ -57,20 +60,18 @@ class ScoreWorker:
 
 
 @contextmanager
-def ray_scorer(job: ScoringJob, images: Tensor, labels: Tensor, number: int | None) -> Iterator[Scorer]:
+def ray_scorer(job: ScoringJob, number: int | None) -> Iterator[Scorer]:
     """Scorer with actors of a connected Ray cluster, which start with the first candidate and end
     with the block.
 
     Args:
         job: the settings.
-        images: uint8 [N, C, H, W], the hold-out.
-        labels: int64 [N].
         number: largest number of actors; None: as many as the cluster has CPUs.
 
     Raises:
         DsnetError: an actor fails, or is lost more than `ACTOR_RETRIES` times.
     """
-    actors = _Actors(job, images, labels, number)
+    actors = _Actors(job, number)
     try:
         yield actors.score
     finally:
@@ -80,12 +81,10 @@ def ray_scorer(job: ScoringJob, images: Tensor, labels: Tensor, number: int | No
 class _Actors:
     """The actors of one search."""
 
-    def __init__(self, job: ScoringJob, images: Tensor, labels: Tensor, number: int | None) -> None:
+    def __init__(self, job: ScoringJob, number: int | None) -> None:
         self._job = job
-        self._data = (images, labels)
         self._number = number
         self._actors: list[Any] = []
-        self._sent: list[Any] = []
 
     def score(self, candidates: Sequence[Candidate]) -> Iterator[Score]:
         """Score candidates; the scores come in their order."""
@@ -110,13 +109,11 @@ class _Actors:
         on_gpu = self._job.device == "cuda"
         room = int(ray.cluster_resources().get("GPU", 1)) if on_gpu else cluster_cpus()
         number = min(room, self._number or room, wanted)
-        if not self._actors:
-            self._sent = [ray.put(tensor.numpy()) for tensor in self._data]
         options: dict[str, Any] = {"num_cpus": 1, "num_gpus": int(on_gpu)}
         options |= {"max_restarts": ACTOR_RETRIES, "max_task_retries": ACTOR_RETRIES}
         make = ray.remote(**options)(ScoreWorker)
         while len(self._actors) < number:
-            self._actors.append(make.remote(self._job, self._sent))
+            self._actors.append(make.remote(self._job))
         return self._actors
 
     def close(self) -> None:
