@@ -96,9 +96,10 @@ class _Actors:
         try:
             yield from pool.map(lambda actor, each: actor.score.remote(each), widths)
         except RayTaskError as error:
-            if isinstance(error.cause, DsnetError):
-                raise error.cause from error
-            raise DsnetError(f"a candidate could not be scored: {root_cause(error)}") from error
+            cause = error.cause
+            if isinstance(cause, DsnetError):
+                raise cause from error
+            raise DsnetError(f"a candidate could not be scored: {type(cause).__name__}: {cause}") from error
         except RayError as error:
             raise DsnetError(f"a worker that scores candidates was lost: {root_cause(error)}") from error
 
