@@ -21,7 +21,7 @@ import torch
 from benchmarks.alone_runs import alone
 from benchmarks.regime_runs import Material, divided
 from dsnet.data.registry import load_images
-from dsnet.data.settings import Augmentation, SplitSizes
+from dsnet.data.settings import SplitSizes
 from dsnet.data.sources import ImageSource, InMemorySource
 from dsnet.data.splits import Splits, make_splits
 from dsnet.data.training_images import TrainingImages
@@ -53,7 +53,7 @@ ALONE = "alone"
 BASELINE = "uniform_ib"
 MOST_MOVES = 200
 """Moves of one random draw of widths, after which it begins anew."""
-MOST_DRAWS = 1000
+MOST_DRAWS = 200
 
 
 @dataclass(frozen=True)
@@ -218,16 +218,16 @@ def jobs(arms: Sequence[str], seeds: Sequence[int]) -> list[Job]:
 def random_widths(problem: StructureProblem, target: Target, generator: random.Random) -> Widths:
     """Random widths whose MAdds differ from a target by at most 1 %.
 
-    Every channel group draws one of its widths; then a random group gives or gets one step of
-    channels, again and again, until the target is met. The widest sub-network is taken where it
-    meets the target.
+    Every channel group draws one of its widths, with every step, as for `uniform`; then a random
+    group gives or gets one step of channels, again and again, until the target is met. The widest
+    sub-network is taken where it meets the target.
 
     Raises:
         ConfigError: no draw met the target.
     """
     if abs(problem.madds(problem.widest) - target.madds) <= TOLERANCE * target.madds:
         return problem.widest
-    options = problem.options(problem.settings.levels)
+    options = problem.options(None)
     for _ in range(MOST_DRAWS):
         places = [generator.randrange(len(widths)) for widths in options]
         for _ in range(MOST_MOVES):
@@ -302,9 +302,7 @@ class Trainer:
             "epochs": trained.epochs,
             "spent_madds": {**asdict(trained.spent), "total": trained.spent.total},
             "search": dict(trained.summary),
-            "subnets": [
-                self._tested(target, *pair) for target, pair in zip(targets, trained.networks, strict=True)
-            ],
+            "subnets": [self._tested(target, *pair) for target, pair in zip(targets, trained.networks, strict=True)],
         }
 
     @cached_property
