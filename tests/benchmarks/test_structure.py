@@ -34,7 +34,7 @@ from dsnet.structure.method import TOLERANCE
 TINY = replace(
     SCALES["quick"],
     sizes={"train": 120, "gate": 60, "val": 60, "test": 100},
-    train=replace(SCALES["quick"].train, epochs=8, batch_size=60),
+    train=replace(SCALES["quick"].train, epochs=7, batch_size=120),
     levels=2,
 )
 
@@ -79,9 +79,9 @@ def test_every_way_costs_the_same_to_15_percent_and_pieces_give_the_same_numbers
     resumed = [Job("autoslim", 0), Job("alone", 0)]
     begin(pieces, TINY, images)
     calls = 0
-    while do_jobs(pieces, resumed, trainer, should_stop=stop_after(7), say=silent):
+    while do_jobs(pieces, resumed, trainer, should_stop=stop_after(11), say=silent):
         calls += 1
-    assert calls > 4  # the network before the search, the search and the training were all interrupted
+    assert calls >= 3  # the search, its network and both trainings were interrupted
     for job in resumed:
         assert without_times(read_json(record_path(pieces, job))) == without_times(read_json(record_path(whole, job)))
     searched = read_json(record_path(whole, Job("autoslim", 0)))
