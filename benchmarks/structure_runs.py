@@ -39,6 +39,7 @@ from dsnet.stored.checkpoint import load_supernet
 from dsnet.structure.method import TOLERANCE, Base, Candidate, Score, StructureProblem, Target, Widths
 from dsnet.structure.methods import check_structure, structure_method
 from dsnet.structure.methods.greedy import EPOCHS
+from dsnet.structure.methods.uniform import Ladder
 from dsnet.structure.scoring import HoldOutScorer
 from dsnet.structure.search import Scorer, load_structure
 from dsnet.structure.settings import StructureSettings
@@ -309,8 +310,7 @@ class Trainer:
     def budget(self) -> float:
         """MAdds that every run may spend: those of `uniform_ib` for the scale's epochs."""
         problem = self.problem(ARMS[BASELINE], 0)
-        members = SubnetSet(problem.spec, _uniform_members(problem))
-        return self.cost(replace(problem.run, seed=0), members, self.num_images)
+        return self.cost(problem.run, uniform_set(problem), self.num_images)
 
     @property
     def num_images(self) -> int:
@@ -359,8 +359,7 @@ class Trainer:
         if arm.method != "greedy":
             return problem
         (base,) = structure_method("greedy").bases(problem)
-        uniform = SubnetSet(problem.spec, _uniform_members(problem))
-        joint_cost = self.epoch_cost(problem.run, uniform, self.num_images)
+        joint_cost = self.epoch_cost(problem.run, uniform_set(problem), self.num_images)
         num_kept = self.num_images - round(self.scale.holdout * self.num_images)
         base_cost = self.epoch_cost(base.run, base.subnets, num_kept)
         epochs = max(1, round(self.budget / (joint_cost + EPOCHS * base_cost)))
@@ -403,17 +402,11 @@ class Trainer:
         }
 
 
-def _uniform_members(problem: StructureProblem) -> tuple[Subnet, ...]:
-    """The members of method `uniform`, which needs no score."""
-    uniform = structure_method("uniform")
-    wanted = replace(problem, settings=replace(problem.settings, method="uniform", widths=None))
-    search = uniform.find(wanted, None)  # type: ignore[arg-type]
-    try:
-        next(search)
-    except StopIteration as end:
-        members: tuple[Subnet, ...] = end.value.members
-        return members
-    raise ValueError("method uniform asked for scores")
+def uniform_set(problem: StructureProblem) -> SubnetSet:
+    """The sub-networks with one ratio for all channel groups that are nearest to the targets."""
+    ladder = Ladder(problem)
+    found = problem.found([Subnet(target.name, ladder.nearest(target)) for target in problem.targets])
+    return SubnetSet(problem.spec, found.members, found.teacher)
 
 
 @dataclass(frozen=True)
@@ -434,11 +427,11 @@ class _Run:
         trainer, arm = self.trainer, ARMS[ALONE]
         problem = trainer.problem(arm, self.job.seed)
         whole = rebuild(problem.subnets)
-        networks = [alone(whole, subnet, self.job.seed) for subnet in _uniform_members(problem)]
+        networks = [alone(whole, subnet, self.job.seed) for subnet in uniform_set(problem)]
         costs = [trainer.epoch_cost(problem.run, network.subnets, trainer.num_images) for network in networks]
         run = trainer.run(arm.regime, self.job.seed, max(1, round(trainer.budget / sum(costs))))
         images = trainer.images.material.training
-        trained = [self._train(network, run, images, network.subnets[0].name) for network in networks]
+        trained = [self._trained(network, run, images, self.folder / network.subnets[0].name) for network in networks]
         return _Trained(
             tuple((network, network.subnets[0]) for network in trained),
             Spent(training=run.train.epochs * sum(costs)),
@@ -473,7 +466,7 @@ class _Run:
         start = load_start(chosen)
         run = replace(trainer.run(arm.regime, self.job.seed, epochs, arm.any_width), origin=start.origin())
         network = first_weights(found.subnets, self.job.seed, start)[0]
-        trained = self._train(network, run, trainer.images.material.training, "joint")
+        trained = self._trained(network, run, trainer.images.material.training, self.folder / "joint")
         return _Trained(
             tuple((trained, subnet) for subnet in trained.subnets),
             replace(spent, training=epochs * cost),
@@ -481,11 +474,12 @@ class _Run:
             found.summary,
         )
 
-    def _train(self, network: Supernet, run: SupernetRun, images: TrainingImages, name: str) -> Supernet:
-        """Train one network in a folder of its own."""
-        return self._trained(network, run, images, self.folder / name)
-
     def _trained(self, network: Supernet, run: SupernetRun, images: TrainingImages, folder: Path) -> Supernet:
+        """Train one network; finished work in the folder is kept.
+
+        Raises:
+            StoppedError: it was stopped.
+        """
         final = train_supernet(
             network,
             images,
@@ -499,6 +493,7 @@ class _Run:
         return load_supernet(final)[0].to(self.trainer.device)
 
     def _train_base(self, base: Base, folder: Path, stem: Path | None, kept: Splits) -> None:
+        """Train a network for the search."""
         start = None if stem is None else load_start(stem)
         network = first_weights(base.subnets, self.job.seed, start)[0]
         images = self.trainer.images.source.training_images(kept, base.run.augmentation)
@@ -506,6 +501,7 @@ class _Run:
 
     @contextmanager
     def _scorer(self, network: Supernet, held_out: HeldOut) -> Iterator[Scorer]:
+        """Score candidates in this process."""
         normalization = self.trainer.images.material.normalization
         scorer = HoldOutScorer(network, *held_out, normalization, device=self.trainer.device)
 
