@@ -11,7 +11,7 @@ from plotly.subplots import make_subplots
 from benchmarks.regime_report import LEVEL, Interval
 from benchmarks.structure_report import MEAN, Results, difference_text, subject
 from benchmarks.structure_runs import BASELINE
-from dashboards.theme import DASHES, INK, MUTED, SERIES, SYMBOLS, dressed, plain
+from dashboards.theme import DASHES, INK, MUTED, SERIES, SYMBOLS, dressed, plain, significant
 from dsnet.wording import plural
 
 PANEL_PX = 340
@@ -29,7 +29,9 @@ def structure_figure(results: Results) -> go.Figure:
         if arm != BASELINE and (parts := results.difference(arm)):
             figure.add_trace(_differences(results, number, arm, parts), row=2, col=1)
     figure.add_hline(y=0, line={"color": MUTED, "width": 1}, row=2, col=1)
-    figure.update_xaxes(type="log", title_text="MAdds per image, M", row=1, col=1)
+    madds_m = [madds / 1e6 for madds in results.target_madds]
+    labels = [significant(value) for value in madds_m]
+    figure.update_xaxes(type="log", tickvals=madds_m, ticktext=labels, title_text="MAdds per image, M", row=1, col=1)
     figure.update_yaxes(title_text="top-1 (%)", row=1, col=1)
     labels = [plain(name) for name in (*results.targets, MEAN)]
     figure.update_xaxes(
