@@ -1,5 +1,5 @@
-"""The command line of benchmarks that keep their runs in a folder: shared options of `train`, its
-exit codes, and `main`."""
+"""The command line of benchmarks that keep their runs in a folder: shared options of `train` (or
+`run`), its exit codes, and `main`."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def run_main(
 ) -> int:
     """Run a command on a folder, or the benchmark by the harness; returns the exit code."""
     try:
-        if argv and argv[0] in ("train", "report"):
+        if argv and argv[0] in ("train", "run", "report"):
             arguments = parser.parse_args(argv)
             arguments.command(arguments)
         else:

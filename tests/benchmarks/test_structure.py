@@ -1,0 +1,166 @@
+"""Ways of getting sub-networks at equal cost: budgets, random widths, a run in pieces, and the
+report from stored results."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.regime_runs import begin, do_jobs, record_path
+from benchmarks.structure import main
+from benchmarks.structure_report import load_results, make_report
+from benchmarks.structure_runs import (
+    ARMS,
+    BASELINE,
+    SCALES,
+    Images,
+    Job,
+    Trainer,
+    jobs,
+    load_split_images,
+    random_widths,
+    uniform_set,
+)
+from dsnet.errors import PreflightError
+from dsnet.files import atomic_write_json, read_json
+from dsnet.import_path import ALLOW_IMPORTS
+from dsnet.structure.method import TOLERANCE
+
+TINY = replace(
+    SCALES["quick"],
+    sizes={"train": 120, "gate": 60, "val": 60, "test": 100},
+    train=replace(SCALES["quick"].train, epochs=7, batch_size=120),
+    levels=2,
+)
+
+
+@pytest.fixture(scope="module")
+def images() -> Images:
+    return load_split_images(TINY, None)
+
+
+@pytest.fixture
+def trainer(images: Images, monkeypatch: pytest.MonkeyPatch) -> Trainer:
+    monkeypatch.setenv(ALLOW_IMPORTS, "1")
+    return Trainer(TINY, images, torch.device("cpu"))
+
+
+def silent(text: str) -> None:
+    del text
+
+
+def stop_after(number: int) -> Callable[[], bool]:
+    asked = iter([False] * number)
+    return lambda: next(asked, True)
+
+
+def without_times(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {**record, "search": {name: value for name, value in record["search"].items() if name != "seconds"}}
+
+
+def test_every_way_costs_the_same_to_15_percent_and_pieces_give_the_same_numbers(
+    tmp_path: Path, trainer: Trainer, images: Images
+) -> None:
+    whole, pieces = tmp_path / "whole", tmp_path / "pieces"
+    todo = jobs(list(ARMS), (0,))
+    begin(whole, TINY, images)
+    assert do_jobs(whole, todo, trainer, say=silent) == []
+    for job in todo:
+        record = read_json(record_path(whole, job))
+        spent = record["spent_madds"]
+        assert spent["total"] == pytest.approx(record["budget_madds"], rel=0.15), job.name
+        assert spent["total"] == spent["bases"] + spent["search"] + spent["training"]
+        assert [row["name"] for row in record["subnets"]] == ["0.52", "1"]
+    resumed = [Job("autoslim", 0), Job("alone", 0)]
+    begin(pieces, TINY, images)
+    calls = 0
+    while do_jobs(pieces, resumed, trainer, should_stop=stop_after(11), say=silent):
+        calls += 1
+    assert calls >= 3
+    for job in resumed:
+        assert without_times(read_json(record_path(pieces, job))) == without_times(read_json(record_path(whole, job)))
+    searched = read_json(record_path(whole, Job("autoslim", 0)))
+    assert min(searched["spent_madds"][part] for part in ("bases", "search")) > 0
+    assert searched["search"]["candidates"] > 0
+    assert read_json(record_path(whole, Job(BASELINE, 0)))["spent_madds"]["search"] == 0
+
+
+def test_random_widths_meet_the_targets_and_differ_by_seed(trainer: Trainer) -> None:
+    trainer = replace(trainer, scale=SCALES["digits"])
+    problem = trainer.problem(ARMS["autoslim"], 0)
+    for target in problem.targets:
+        drawn = random_widths(problem, target, random.Random(1))
+        assert abs(problem.madds(drawn) - target.madds) <= TOLERANCE * target.madds
+        assert all(width in options for width, options in zip(drawn, problem.options(None), strict=True))
+    members = [trainer.problem(ARMS["random"], seed).settings.widths for seed in (0, 0, 1)]
+    assert members[0] == members[1] != members[2]
+
+
+def test_one_ratio_meets_the_targets_of_the_scales_to_a_percent(trainer: Trainer) -> None:
+    for name in ("digits", "quick"):
+        problem = replace(trainer, scale=SCALES[name]).problem(ARMS[BASELINE], 0)
+        for target, member in zip(problem.targets, uniform_set(problem), strict=True):
+            assert problem.madds(member.widths) == pytest.approx(target.madds, rel=TOLERANCE), name
+
+
+def record(arm: str, seed: int, top1: Sequence[float], **others: Any) -> dict[str, Any]:
+    rows = [
+        {"name": name, "target_madds": 10.0 * k + 10, "madds": 10 * k + 10, "val": value, "top1": value}
+        for k, (name, value) in enumerate(zip(("0.5", "1"), top1, strict=True))
+    ]
+    own = {"arm": arm, "seed": seed, "epochs": 5, "budget_madds": 2e12, "num_test_images": 100}
+    own["spent_madds"] = {"bases": 0.0, "search": 0.2e12, "training": 1.9e12, "total": 2.1e12}
+    return {**own, "subnets": rows, **others}
+
+
+def stored(folder: Path, records: Sequence[Mapping[str, Any]], images: Images) -> Path:
+    begin(folder, TINY, images)
+    for each in records:
+        atomic_write_json(record_path(folder, Job(each["arm"], each["seed"])), each)
+    return folder
+
+
+def test_the_report_says_no_difference_where_the_interval_holds_0(
+    tmp_path: Path, images: Images, capsys: pytest.CaptureFixture[str]
+) -> None:
+    even, better = (0.50, 0.52, 0.48), (0.60, 0.621, 0.579)
+    folder = stored(
+        tmp_path,
+        [
+            *(record(BASELINE, seed, (value, 0.7)) for seed, value in enumerate(even)),
+            *(
+                record("autoslim", seed, (value, 0.7 + shift))
+                for seed, (value, shift) in enumerate(zip(better, (0.1, -0.1, 0.02), strict=True))
+            ),
+            record("random", 0, (0.4, 0.7)),
+            record("s_net", 0, (0.4, 0.7), error="the loss is not finite"),
+        ],
+        images,
+    )
+    assert main(["report", "--folder", str(folder)]) == 0
+    text = (folder / "report.md").read_text(encoding="utf-8")
+    assert capsys.readouterr().out.startswith(text)
+    lines = [line for line in text.splitlines() if line.startswith("| autoslim")]
+    assert "50.0" not in lines[0]
+    assert "| +10.0 ±0.2 |" in lines[1]
+    assert "| no difference (+0.7 ±" in lines[1]
+    assert "| random | 1 | -10.0 (1 seed) |" in text
+    assert "| autoslim | 5 | 0.00 | 0.10 | 0.95 | 1.050 |" in text
+    assert "the loss is not finite" in text
+    assert "autoslim" in (folder / "figure.html").read_text(encoding="utf-8")
+    headline = make_report(load_results(folder)).headline
+    assert headline.estimate.value == pytest.approx(-100 * (0.1 + 0.02 / 3) / 2)
+
+
+def test_a_report_needs_runs(tmp_path: Path, images: Images) -> None:
+    with pytest.raises(PreflightError, match="no runs"):
+        load_results(tmp_path)
+    folder = stored(tmp_path, [record("random", 0, (0.4, 0.7))], images)
+    with pytest.raises(PreflightError, match="no seed in common"):
+        make_report(load_results(folder))
