@@ -33,6 +33,13 @@ class TrunkOutput:
     hidden: Float[Tensor, "batch hidden"]
     """[B, hidden]: the attention's hidden vector h, which the published slimming head reads."""
 
+    @classmethod
+    def pooled(cls, features: Float[Tensor, "batch channels height width"], hidden: int) -> TrunkOutput:
+        """The output at a gate without attention: the hidden vector is the mean of each channel,
+        with zeros up to length `hidden` in place of channels that only wider sub-networks have."""
+        means = features.mean((2, 3))
+        return cls(features, features, F.pad(means, (0, hidden - means.shape[1])))
+
     def evidence(self, part: str) -> Float[Tensor, "batch features"]:
         """One part of the evidence that a router may read.
 
@@ -236,6 +243,19 @@ class PlainFeatures(nn.Module):
     ) -> Float[Tensor, "batch out_channels out_height out_width"]:
         """Images or features -> features."""
         return self.segment(x).features
+
+
+class PlainPooled(nn.Module):
+    """A plain segment that ends at a gate without attention; see `TrunkOutput.pooled`."""
+
+    def __init__(self, body: nn.Module, hidden: int) -> None:
+        super().__init__()
+        self.body = body
+        self.hidden = hidden
+
+    def forward(self, x: Float[Tensor, "batch in_channels in_height in_width"]) -> TrunkOutput:
+        """Images or features -> the features at the gate."""
+        return TrunkOutput.pooled(self.body(x), self.hidden)
 
 
 def _after(segments: Sequence[nn.Module], last: nn.Module) -> nn.Module:

@@ -22,7 +22,7 @@ from dsnet.network.cut_points import part_of
 from dsnet.network.layers import BatchNormBank, SlicedGroupNorm, norm_axes
 from dsnet.network.plain import example_image, make_plain
 from dsnet.network.slicing import corner
-from dsnet.network.supernet import Supernet, TrunkOutput
+from dsnet.network.supernet import PlainPooled, Supernet, TrunkOutput
 from dsnet.space.entry_gate import own_gates
 from dsnet.space.spec import CLASSES, Op, Subnet, SupernetSpec
 from dsnet.space.subnet_set import SubnetSet
@@ -212,29 +212,6 @@ def _copy_corners(layer: nn.Module, plain: nn.Module) -> None:
 Sliced = TracedConv2d | TracedLinear | TracedNorm | TracedGroupNorm
 
 
-class PlainUptoCut(nn.Module):
-    """A plain part of a graph that ends at a gate.
-
-    The gate reads the features at the cut; the hidden vector is the mean of each channel, with
-    zeros in place of channels that only wider sub-networks have.
-    """
-
-    def __init__(self, body: fx.GraphModule, hidden: int) -> None:
-        super().__init__()
-        self.body = body
-        self.hidden = hidden
-
-    def forward(self, x: Float[Tensor, "batch in_channels in_height in_width"]) -> TrunkOutput:
-        """Images or features -> the features at the gate."""
-        return _at_gate(self.body(x), self.hidden)
-
-
-def _at_gate(features: Float[Tensor, "batch channels height width"], hidden: int) -> TrunkOutput:
-    """The output of a segment that ends at a cut."""
-    means = features.mean((2, 3))
-    return TrunkOutput(features, features, F.pad(means, (0, hidden - means.shape[1])))
-
-
 class _Cut(NamedTuple):
     """A gate inside the network."""
 
@@ -314,7 +291,7 @@ class TracedSupernet(Supernet):
 
     def own_upto_gate(self, gate: int, x: Float[Tensor, "batch channels height width"], subnet: Subnet) -> TrunkOutput:
         """Run the graph up to a cut."""
-        return _at_gate(self._run(gate, x, subnet), self._cuts[gate].hidden)
+        return TrunkOutput.pooled(self._run(gate, x, subnet), self._cuts[gate].hidden)
 
     def own_head(
         self, features: Float[Tensor, "batch channels height width"], subnet: Subnet
@@ -333,7 +310,7 @@ class TracedSupernet(Supernet):
 
     def cut_own_upto_gate(self, gate: int, subnet: Subnet) -> nn.Module:
         """The graph up to a cut as plain modules."""
-        return PlainUptoCut(self._plain_part(gate, subnet), self._cuts[gate].hidden)
+        return PlainPooled(self._plain_part(gate, subnet), self._cuts[gate].hidden)
 
     def cut_own_head(self, subnet: Subnet) -> nn.Module:
         """The graph after the last cut as a plain `torch.fx` module."""

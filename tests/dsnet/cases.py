@@ -34,6 +34,7 @@ FURTHER_OPTIONS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
             "ratios": [0.5, 1.0],
             "paths": [[0, 0, 0, 0], [0, 1, 0, 1], [0, 1, 1, 0]],
         },
+        "plain": {"depth": 8, "width": 0.5, "ratios": [0.5, 1.0], "projection": "needed", "attention": False},
         "all paths": {"depth": 8, "width": 0.5, "ratios": [0.5, 1.0], "paths": "all", "stem": "large"},
     },
     "tests.dsnet.nets:Residual": {
