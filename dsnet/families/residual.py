@@ -108,7 +108,7 @@ class ResidualStage(nn.Module):
         return nn.Sequential(*(block.cut(subnet) for block in self.blocks))  # type: ignore[operator]
 
     def cut_at_gate(self, body: nn.Module, subnet: Subnet) -> nn.Module:
-        """The segment of one sub-network that ends at the stage's gate, as a plain module; `body` is
+        """The segment of one sub-network that ends at the gate, as a plain module; `body` is
         everything before the attention."""
         if self.attention is None:
             return PlainPooled(body, self.hidden)
@@ -117,6 +117,9 @@ class ResidualStage(nn.Module):
 
 class ResidualSupernet(Supernet):
     """Stem, residual stages with a gate before each, global average pool, classifier."""
+
+    ignores_zero_channels = True
+    """A stage reads its input by an attention and convolutions alone."""
 
     def __init__(self, spec: SupernetSpec, subnets: SubnetSet, generator: torch.Generator | None = None) -> None:
         super().__init__(spec, subnets)

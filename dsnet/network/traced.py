@@ -22,7 +22,7 @@ from dsnet.network.cut_points import part_of
 from dsnet.network.layers import BatchNormBank, SlicedGroupNorm, norm_axes
 from dsnet.network.plain import example_image, make_plain
 from dsnet.network.slicing import corner
-from dsnet.network.supernet import PlainPooled, Supernet, TrunkOutput
+from dsnet.network.supernet import ChannelPlaces, PlainPooled, Supernet, TrunkOutput
 from dsnet.space.entry_gate import own_gates
 from dsnet.space.spec import CLASSES, Op, Subnet, SupernetSpec
 from dsnet.space.subnet_set import SubnetSet
@@ -300,13 +300,18 @@ class TracedSupernet(Supernet):
         return self._run(len(self._cuts), features, subnet)
 
     def _run(self, number: int, x: Tensor, subnet: Subnet) -> Tensor:
-        """Run a part of the graph. Features that were mixed from several sub-networks have the
-        channels of the widest; of these only the sub-network's own are read."""
-        own = x.shape[1] if number == 0 else self._cuts[number - 1].channels.size(subnet.widths)
-        if x.shape[1] > own:
-            x = x[:, :own]
+        """Run a part of the graph."""
         part = self._parts[number]
         return part.module(x, subnet.widths, *(attribute(self.body, name) for name in part.tensors))
+
+    def own_channel_places(self, gate: int, subnet: Subnet) -> ChannelPlaces | None:
+        """The places of the channels at a cut; None where they are the first ones."""
+        channels = self._cuts[gate].channels
+        runs = channels.runs(subnet.widths)
+        if len(runs) == 1 and runs[0][0] == 0:
+            return None
+        places = torch.cat([torch.arange(start, start + length) for start, length in runs])
+        return ChannelPlaces(places.to(next(self.parameters()).device), channels.max_size)
 
     def cut_own_upto_gate(self, gate: int, subnet: Subnet) -> nn.Module:
         """The graph up to a cut as plain modules."""
