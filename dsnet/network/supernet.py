@@ -287,14 +287,14 @@ def restrict(supernet: Supernet, members: Sequence[int]) -> Supernet:
     the sub-networks compute exactly the same as before. A bundle stores such a supernet.
     """
     kept = supernet.subnets.subset(members)
+    widest = tuple(max(widths) for widths in zip(*(subnet.widths for subnet in kept), strict=True))
     groups = tuple(
-        replace(group, max_width=max(subnet.widths[index] for subnet in kept))
-        for index, group in enumerate(supernet.spec.groups)
+        replace(group, max_width=width, ids=group.ids[:width])
+        for group, width in zip(supernet.spec.groups, widest, strict=True)
     )
     spec = replace(supernet.spec, groups=groups)
-    small = type(supernet)(spec, SubnetSet(spec, kept.members))
+    small = type(supernet)(spec, SubnetSet(spec, kept.members)).to(next(supernet.parameters()))
     source, axes = supernet.state_dict(), supernet.axes()
-    widest = tuple(group.max_width for group in groups)
     small.load_state_dict(
         {
             name: (
@@ -303,7 +303,7 @@ def restrict(supernet: Supernet, members: Sequence[int]) -> Supernet:
             for name, value in small.state_dict().items()
         }
     )
-    return small.to(next(supernet.parameters()).device).train(supernet.training)
+    return small.train(supernet.training)
 
 
 def state_for_saving(supernet: Supernet) -> dict[str, Shaped[Tensor, "*_"]]:
