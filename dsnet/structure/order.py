@@ -25,7 +25,7 @@ from dsnet.network.batchnorm import batch_statistics
 from dsnet.network.layers import BatchNormBank, SlicedGroupNorm, key_suffix
 from dsnet.network.supernet import Supernet
 from dsnet.seeds import derive_seed
-from dsnet.space.spec import SupernetSpec
+from dsnet.space.spec import ChannelGroup, SupernetSpec
 from dsnet.space.subnet_set import SubnetSet
 from dsnet.structure.method import StructureProblem
 
@@ -56,9 +56,9 @@ def order_groups(supernet: Supernet) -> tuple[tuple[int, ...], ...]:
 def channel_orders(problem: StructureProblem, supernet: Supernet, batches: Batches = ()) -> Orders:
     """The order of the settings, from the most important channel of every group.
 
-    Channels of a pinned group and the pixels of a kernel keep their order. Where the groups of a stream have unequal widths,
-    channels are sorted among those that the same groups have. Channels that are equally important
-    keep their order.
+    Channels of a pinned group and the pixels of a kernel keep their order. Where the groups of a
+    stream with one order have unequal widths, channels are sorted among those that the same groups
+    have. Channels that are equally important keep their order.
 
     Args:
         problem: the settings, and the seed of order `random`.
@@ -80,7 +80,7 @@ def channel_orders(problem: StructureProblem, supernet: Supernet, batches: Batch
     groups = supernet.spec.groups
     orders = list(no_order(supernet))
     for stream in order_groups(supernet):
-        if any(groups[group].pinned or groups[group].is_kernel for group in stream):
+        if any(_why_kept(groups[group]) for group in stream):
             continue
         widths = sorted({groups[group].max_width for group in stream})
         total = torch.zeros(widths[-1], dtype=torch.float64)
@@ -349,6 +349,11 @@ def _rows(axis: Axis, orders: Orders) -> Tensor:
     return torch.cat(parts)
 
 
+def _why_kept(group: ChannelGroup) -> str:
+    """Why the channels of a group keep their order; empty where they can move."""
+    return group.pinned or ("it is the size of a kernel" if group.is_kernel else "")
+
+
 def _check_permutations(supernet: Supernet, orders: Orders) -> None:
     groups = supernet.spec.groups
     if len(orders) != len(groups):
@@ -360,10 +365,8 @@ def _check_permutations(supernet: Supernet, orders: Orders) -> None:
             raise ValueError(
                 f"the order of channel group {group.name!r} is no permutation of {group.max_width} channels"
             )
-        if group.pinned and list(order) != sorted(order):
-            raise ValueError(f"channel group {group.name!r} keeps its order: {group.pinned}")
-        if group.is_kernel and list(order) != sorted(order):
-            raise ValueError(f"channel group {group.name!r} keeps its order: it is the size of a kernel")
+        if (reason := _why_kept(group)) and list(order) != sorted(order):
+            raise ValueError(f"channel group {group.name!r} keeps its order: {reason}")
     for stream in order_groups(supernet):
         longest = max((orders[group] for group in stream), key=len)
         if any(orders[group] != longest[: len(orders[group])] for group in stream):
