@@ -190,7 +190,7 @@ def _run_from_gate(
         net: the network.
         num_deciding: number of gates at which the router decides.
         gate: the gate that the images have passed.
-        x: features of the images at this gate, [b, c, H, W].
+        x: features of the images at this gate, [b, ...].
         chosen: for each image, a route through the branch that was chosen at this gate.
 
     Returns:
@@ -245,8 +245,10 @@ def _by_group(
 
 
 def _gather(x: Tensor, rows: list[int]) -> Tensor:
-    """Select images [n, c, H, W] in channels last, the format of cut segments; `index_select` alone
-    would change the format."""
+    """Select images; features [n, c, H, W] in channels last, the format of cut segments, which
+    `index_select` alone would change."""
+    if x.ndim != 4:
+        return x.index_select(0, _index(rows, x))
     return x.permute(0, 2, 3, 1).index_select(0, _index(rows, x)).permute(0, 3, 1, 2)
 
 

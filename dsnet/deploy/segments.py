@@ -21,11 +21,11 @@ from dsnet.space.route_tree import RouteTree
 class Segments(Protocol):
     """Interface of the segments that dynamic inference runs."""
 
-    def upto_gate(self, gate: int, node: int, x: Float[Tensor, "batch channels height width"]) -> TrunkOutput:
+    def upto_gate(self, gate: int, node: int, x: Float[Tensor, "batch ..."]) -> TrunkOutput:
         """Run a segment: images (gate 0) or features of gate `gate - 1` -> a node of `gate`."""
         ...
 
-    def head(self, route: int, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
+    def head(self, route: int, x: Float[Tensor, "batch ..."]) -> Float[Tensor, "batch classes"]:
         """Run a route's last segment: features of the last gate -> logits [B, num_classes]."""
         ...
 
@@ -65,11 +65,11 @@ class CutSegments(nn.Module):
         """The module before the first gate: images -> TrunkOutput."""
         return self._nodes[0][0]
 
-    def upto_gate(self, gate: int, node: int, x: Float[Tensor, "batch channels height width"]) -> TrunkOutput:
+    def upto_gate(self, gate: int, node: int, x: Float[Tensor, "batch ..."]) -> TrunkOutput:
         """See `Segments.upto_gate`."""
         return self._nodes[gate][node](x)
 
-    def head(self, route: int, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
+    def head(self, route: int, x: Float[Tensor, "batch ..."]) -> Float[Tensor, "batch classes"]:
         """See `Segments.head`."""
         return self._heads[route](x)
 
@@ -95,12 +95,12 @@ class SlicedSegments(nn.Module):
         self.supernet = supernet
         self.tree = tree
 
-    def upto_gate(self, gate: int, node: int, x: Float[Tensor, "batch channels height width"]) -> TrunkOutput:
+    def upto_gate(self, gate: int, node: int, x: Float[Tensor, "batch ..."]) -> TrunkOutput:
         """See `Segments.upto_gate`."""
         route = self.tree.gates[gate].node_of.index(node)
         return self.supernet.upto_gate(gate, x, self.supernet.subnets[route])
 
-    def head(self, route: int, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
+    def head(self, route: int, x: Float[Tensor, "batch ..."]) -> Float[Tensor, "batch classes"]:
         """See `Segments.head`."""
         return self.supernet.head(x, self.supernet.subnets[route])
 

@@ -5,7 +5,8 @@ a gate in the first block of each stage, a BatchNorm bank or GroupNorm, and a re
 (1 + tanh(a)) that is initially the identity. The rest is ours: the stem has one width, the
 attention acts on the stage's input stream, and the last scale of a block is initialised to one (a
 zero would leave the branches without gradient in the first step, and the attention is the identity
-already).
+already). Without attention and needless projections (two options) the full network is the
+well-known ResNet.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from dsnet.families.options import check_choice, check_number, is_integer, scale
 from dsnet.network.axes import Axes, Axis, prefixed
 from dsnet.network.blocks import ConvShape, ResidualBlock, ResidualShape, SlicedConvNorm
 from dsnet.network.layers import SlicedAttention, SlicedLinear
-from dsnet.network.supernet import Supernet, TrunkOutput
-from dsnet.space.spec import CLASSES, IMAGE, IMAGE_CHANNELS, ChannelGroup, GateSpec, Op, Subnet, SupernetSpec
+from dsnet.network.supernet import PlainPooled, Supernet, TrunkOutput
+from dsnet.space.spec import CLASSES, IMAGE, IMAGE_CHANNELS, ChannelGroup, GateSpec, Op, Subnet, SupernetSpec, Window
 from dsnet.space.subnet_set import SubnetSet
 
 ATTENTION = 0.25
@@ -42,6 +43,7 @@ MAX_PATHS = 1024
 """Largest number of paths: each of them is evaluated, tabled and timed."""
 STEMS = ("small", "large")
 STREAMS = ("tied", "padded")
+PROJECTIONS = ("always", "needed")
 
 
 @dataclass(frozen=True)
@@ -69,16 +71,29 @@ _PLANS: Mapping[int, Plan] = {
 
 
 class ResidualStage(nn.Module):
-    """The attention whose hidden vector the stage's gate reads, and the blocks whose width the gate
-    decides."""
+    """The blocks whose width a gate decides, and before them the attention whose hidden vector this
+    gate reads.
+
+    A stage may have no attention. Its gate then reads the means of the channels.
+    """
 
     def __init__(self, stage: Mapping[str, Any], subnets: SubnetSet, generator: torch.Generator) -> None:
         super().__init__()
         shapes = [_shape(block) for block in stage["blocks"]]
         self.in_groups = shapes[0].in_groups
         widest = max(subnets.spec.groups[group].max_width for group in self.in_groups)
-        self.attention = SlicedAttention(widest, stage["hidden"], generator, is_residual=True)
+        self.hidden: int = stage["hidden"]
+        self.attention = (
+            SlicedAttention(widest, self.hidden, generator, is_residual=True) if _has_attention(stage) else None
+        )
         self.blocks = nn.ModuleList(ResidualBlock(shape, subnets, generator) for shape in shapes)
+
+    def at_gate(self, x: Float[Tensor, "batch channels height width"]) -> TrunkOutput:
+        """The output at the stage's gate for the stream [B, c, H, W] before it."""
+        if self.attention is None:
+            return TrunkOutput.pooled(x, self.hidden)
+        attended, hidden = self.attention(x)
+        return TrunkOutput(attended, x, hidden)
 
     def forward(
         self, x: Float[Tensor, "batch channels height width"], subnet: Subnet
@@ -92,13 +107,19 @@ class ResidualStage(nn.Module):
         """The blocks of one sub-network as plain modules."""
         return nn.Sequential(*(block.cut(subnet) for block in self.blocks))  # type: ignore[operator]
 
-    def cut_attention(self, subnet: Subnet) -> SlicedAttention:
-        """The attention of one sub-network as a plain module."""
-        return self.attention.cut(max(subnet.widths[group] for group in self.in_groups))
+    def cut_at_gate(self, body: nn.Module, subnet: Subnet) -> nn.Module:
+        """The segment of one sub-network that ends at the gate, as a plain module; `body` is
+        everything before the attention."""
+        if self.attention is None:
+            return PlainPooled(body, self.hidden)
+        return _PlainSegment(body, self.attention.cut(max(subnet.widths[group] for group in self.in_groups)))
 
 
 class ResidualSupernet(Supernet):
     """Stem, residual stages with a gate before each, global average pool, classifier."""
+
+    ignores_zero_channels = True
+    """A stage reads its input by an attention and convolutions alone."""
 
     def __init__(self, spec: SupernetSpec, subnets: SubnetSet, generator: torch.Generator | None = None) -> None:
         super().__init__(spec, subnets)
@@ -113,8 +134,7 @@ class ResidualSupernet(Supernet):
     def own_upto_gate(self, gate: int, x: Float[Tensor, "batch channels height width"], subnet: Subnet) -> TrunkOutput:
         """Run the stem (gate 0) or the previous stage, and the attention of the gate's stage."""
         x = self.pool(F.relu(self.stem(x, subnet))) if gate == 0 else self.stages[gate - 1](x, subnet)
-        attended, hidden = self.stages[gate].attention(x)  # type: ignore[operator]
-        return TrunkOutput(attended, x, hidden)
+        return self.stages[gate].at_gate(x)  # type: ignore[operator]
 
     def own_head(
         self, features: Float[Tensor, "batch channels height width"], subnet: Subnet
@@ -129,7 +149,7 @@ class ResidualSupernet(Supernet):
             if gate == 0
             else self.stages[gate - 1].cut(subnet)  # type: ignore[operator]
         )
-        return _PlainSegment(body, self.stages[gate].cut_attention(subnet))  # type: ignore[operator]
+        return self.stages[gate].cut_at_gate(body, subnet)  # type: ignore[operator]
 
     def cut_own_head(self, subnet: Subnet) -> nn.Module:
         """Plain modules from the last gate to the logits."""
@@ -143,7 +163,7 @@ class ResidualSupernet(Supernet):
         for name, part in self.named_modules():
             if isinstance(part, SlicedConvNorm):
                 axes |= prefixed(name, part.axes(self.spec))
-            elif isinstance(part, ResidualStage):
+            elif isinstance(part, ResidualStage) and part.attention is not None:
                 axes |= prefixed(f"{name}.attention", part.attention.axes(Axis.stream(part.in_groups, self.spec)))
         return {
             **axes,
@@ -165,6 +185,11 @@ class _PlainSegment(nn.Module):
         return TrunkOutput(attended, x, hidden)
 
 
+def _has_attention(stage: Mapping[str, Any]) -> bool:
+    """Whether a stage of a layout has an attention."""
+    return bool(stage.get("attention", True))
+
+
 def _shape(block: Mapping[str, Any]) -> ResidualShape:
     return ResidualShape(**{**block, "in_groups": tuple(block["in_groups"])})
 
@@ -181,6 +206,8 @@ class _Builder:
         self.ratios: Sequence[float] = options["ratios"]
         self.factor: float = options["width"]
         self.is_padded = options["streams"] == "padded"
+        self.always_projects = options["projection"] == "always"
+        self.has_attention: bool = options["attention"]
         self.groups: list[ChannelGroup] = []
         self.stage_of_group: list[int | None] = []
         self.widths: list[tuple[int, ...]] = []
@@ -207,8 +234,11 @@ class _Builder:
         return self._add_group(name, stage, full, widths)
 
     def _add_stage(self, number: int) -> None:
-        hidden = max(MIN_HIDDEN, int(ATTENTION * max(self.groups[group].max_width for group in self.stream)))
-        self.gates.append(GateSpec(f"gate{number}", f"stages.{number}.attention", hidden, len(self.groups)))
+        hidden = self._widest_stream()
+        if self.has_attention:
+            hidden = max(MIN_HIDDEN, int(ATTENTION * hidden))
+        evidence = _evidence_name(number, has_attention=self.has_attention)
+        self.gates.append(GateSpec(f"gate{number}", evidence, hidden, len(self.groups)))
         blocks: list[dict[str, Any]] = []
         inner, out = 0, 0
         for index in range(self.plan.num_blocks[number]):
@@ -217,12 +247,17 @@ class _Builder:
                     number, f"stage{number}.block{index}" if self.is_padded else f"stage{number}"
                 )
             stride = 2 if index == 0 and number > 0 else 1
-            # The first block always projects: the first stage has several widths and the stem only
-            # one; later stages also have a stride.
-            shape = ResidualShape(self.stream, inner, out, stride, self.plan.is_bottleneck, projects=index == 0)
+            is_needed = stride > 1 or self._widest_stream() != self.groups[out].max_width
+            projects = index == 0 and (self.always_projects or is_needed)
+            shape = ResidualShape(self.stream, inner, out, stride, self.plan.is_bottleneck, projects=projects)
             blocks.append({**asdict(shape), "in_groups": list(shape.in_groups)})
             self.stream = shape.stream
-        self.stages.append({"hidden": hidden, "blocks": blocks})
+        further = {} if self.has_attention else {"attention": False}
+        self.stages.append({"hidden": hidden, "blocks": blocks, **further})
+
+    def _widest_stream(self) -> int:
+        """Channels of the residual stream so far, in the full network."""
+        return max(self.groups[group].max_width for group in self.stream)
 
     def _block_groups(self, stage: int, name: str) -> tuple[int, int]:
         """The groups of a block's inner and outer channels; one group if basic and tied."""
@@ -247,29 +282,37 @@ def _ops(stem: str, stages: Sequence[Mapping[str, Any]]) -> tuple[Op, ...]:
     ops = [_conv_op("stem", IMAGE, _stem_shape(stem), 0)]
     if stem == "large":
         ops.append(Op("pool", "maxpool", "stem", 0, 0, kernel=3, stride=2))
+    reads = ops[-1].name
     for number, stage in enumerate(stages):
         shapes = [_shape(block) for block in stage["blocks"]]
-        first, *others = shapes[0].in_groups
-        attention = f"stages.{number}.attention"
-        ops.append(
-            Op(
-                attention,
-                "attention",
-                ops[-1].name,
-                first,
-                first,
-                hidden=stage["hidden"],
-                segment=number,
-                in_union=tuple(others),
-            )
-        )
+        ops.append(_evidence_op(number, stage, shapes[0].in_groups, reads))
+        if _has_attention(stage):
+            reads = ops[-1].name
         for index, shape in enumerate(shapes):
-            ops.extend(_block_ops(f"stages.{number}.blocks.{index}", shape, ops[-1].name, number + 1))
+            ops.extend(_block_ops(f"stages.{number}.blocks.{index}", shape, reads, number + 1))
+            reads = ops[-1].name
     first, *others = shapes[-1].stream
     last = len(stages)
-    ops.append(Op("average", "pool", ops[-1].name, first, first, segment=last, in_union=tuple(others)))
+    ops.append(Op("average", "pool", reads, first, first, segment=last, in_union=tuple(others)))
     ops.append(Op("classifier", "linear", "average", first, CLASSES, segment=last, in_union=tuple(others)))
     return tuple(ops)
+
+
+def _evidence_name(stage: int, *, has_attention: bool) -> str:
+    """The name of the operation that makes the evidence of a stage's gate."""
+    return f"stages.{stage}.{'attention' if has_attention else 'gate'}"
+
+
+def _evidence_op(number: int, stage: Mapping[str, Any], stream: Sequence[int], reads: str) -> Op:
+    """The operation that makes the evidence of a stage's gate: the attention, or the means of the
+    channels."""
+    first, *others = stream
+    further: dict[str, Any] = {"segment": number, "in_union": tuple(others)}
+    has_attention = _has_attention(stage)
+    name = _evidence_name(number, has_attention=has_attention)
+    if has_attention:
+        return Op(name, "attention", reads, first, first, hidden=stage["hidden"], **further)
+    return Op(name, "pool", reads, first, first, window=Window((1, 1), output=(1, 1)), **further)
 
 
 def _block_ops(name: str, shape: ResidualShape, reads: str, segment: int) -> list[Op]:
@@ -361,6 +404,9 @@ def _ds_resnet(task: Task, options: Mapping[str, Any]) -> SubnetSet:
     check_number("width", options["width"], 0.1, 8)
     check_choice("stem", options["stem"], STEMS)
     check_choice("streams", options["streams"], STREAMS)
+    check_choice("projection", options["projection"], PROJECTIONS)
+    if not isinstance(options["attention"], bool):
+        raise ValueError(f"attention is {options['attention']!r}, but must be true or false")
     _check_ratios(options["ratios"])
     paths = _paths(options["paths"], plan.num_stages, len(options["ratios"]))
     builder = _Builder(plan, options)
@@ -393,6 +439,8 @@ register(
             "paths": "uniform",
             "stem": "small",
             "streams": "tied",
+            "projection": "always",
+            "attention": True,
         },
         _ds_resnet,
         ResidualSupernet,

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from itertools import product
+from itertools import chain, product
 from typing import Any
 
 from torch import fx, nn
@@ -20,12 +20,12 @@ from dsnet.families import Family, GatePlace, Task, register, register_resolver
 from dsnet.families.options import check_choice, check_number, is_integer
 from dsnet.import_path import is_model_path
 from dsnet.network.channels import (
+    STREAMS,
     UNKNOWN,
     TracedGraph,
     analyse,
     attribute,
     is_grouped,
-    parts_of,
     shape_of,
     trace,
     upstream,
@@ -50,7 +50,13 @@ from dsnet.space.spec import (
 from dsnet.space.subnet_set import SubnetSet
 from dsnet.zoo import ZOO
 
-DEFAULTS: Mapping[str, Any] = {"ratios": (0.25, 0.5, 0.75, 1.0), "step": 8, "gates": (), "paths": "uniform"}
+DEFAULTS: Mapping[str, Any] = {
+    "ratios": (0.25, 0.5, 0.75, 1.0),
+    "step": 8,
+    "gates": (),
+    "paths": "uniform",
+    "streams": "tied",
+}
 PATHS = ("uniform", "all")
 MAX_PATHS = 1024
 """Largest number of sub-networks: each of them is evaluated, tabled and timed."""
@@ -64,7 +70,8 @@ def traced_layout(model: str, task: Task, options: Mapping[str, Any]) -> SubnetS
         ValueError: an option is out of its range, or a gate has no place.
     """
     ratios, step = _checked_options(options)
-    spec = traced_spec(model, task, _checked_gates(options["gates"]))
+    check_choice("streams", options["streams"], STREAMS)
+    spec = traced_spec(model, task, _checked_gates(options["gates"]), options["streams"])
     if all(group.pinned for group in spec.groups):
         reasons = list(dict.fromkeys(group.pinned for group in spec.groups))
         more = f"; and {len(reasons) - 3} more" if len(reasons) > 3 else ""
@@ -131,13 +138,14 @@ def _scaled(spec: SupernetSpec, path: Sequence[float], step: int) -> tuple[int, 
     return tuple(widths)
 
 
-def traced_spec(model: str, task: Task, gates: Sequence[str] = ()) -> SupernetSpec:
+def traced_spec(model: str, task: Task, gates: Sequence[str] = (), streams: str = "tied") -> SupernetSpec:
     """Groups, costed operations and gates of a network by name.
 
     Args:
         model: name of the network.
         task: its classes and images.
         gates: names of nodes, of submodules, or `entry`, in any order; empty for the entry gate.
+        streams: `tied`: values that are added have the same channels, `ids`: each has its own.
 
     A process traces each network once.
 
@@ -146,18 +154,18 @@ def traced_spec(model: str, task: Task, gates: Sequence[str] = ()) -> SupernetSp
         ValueError: a gate has no place there, or nothing to choose.
     """
     check_allowed(model)
-    return _spec_of(model, task, tuple(gates))
+    return _spec_of(model, task, tuple(gates), streams)
 
 
 @lru_cache(maxsize=64)
-def _spec_of(model: str, task: Task, gates: tuple[str, ...]) -> SupernetSpec:
+def _spec_of(model: str, task: Task, gates: tuple[str, ...], streams: str) -> SupernetSpec:
     """See `traced_spec`."""
-    traced = _traced(model, task)
-    numbers, groups = _groups(traced)
+    traced = _traced(model, task, streams)
+    groups = _groups(traced)
     has_entry = not gates or ENTRY in gates
     cuts = _cuts(traced, groups, gates)
     _check_choices(traced, groups, cuts, has_entry)
-    reader = _OpReader(traced, numbers)
+    reader = _OpReader(traced)
     ops = [entry_op()] if has_entry else []
     segment = int(has_entry)
     names = {cut.node: cut for cut in cuts}
@@ -181,14 +189,14 @@ def _spec_of(model: str, task: Task, gates: tuple[str, ...]) -> SupernetSpec:
                 for cut in cuts
             ),
         ),
-        layout={"model": model},
+        layout={"model": model} if streams == "tied" else {"model": model, "streams": streams},
     )
 
 
-def _traced(model: str, task: Task) -> TracedGraph:
+def _traced(model: str, task: Task, streams: str) -> TracedGraph:
     """The graph of a network by name."""
     plain = make_plain(model, task.num_classes, task.in_channels, 0)
-    return analyse(trace(plain, example_image(task.in_channels, task.image_size)))
+    return analyse(trace(plain, example_image(task.in_channels, task.image_size)), streams)
 
 
 @dataclass(frozen=True)
@@ -263,7 +271,8 @@ def _check_choices(traced: TracedGraph, groups: Sequence[ChannelGroup], cuts: Se
 
 def gate_places(spec: SupernetSpec) -> tuple[GatePlace, ...]:
     """The places at which the network of a spec can have a gate that has something to choose."""
-    traced = _traced(spec.layout["model"], Task(spec.num_classes, spec.in_channels, spec.image_size))
+    task = Task(spec.num_classes, spec.in_channels, spec.image_size)
+    traced = _traced(spec.layout["model"], task, _streams(spec))
     position = {node.name: number for node, number in _positions(traced).items()}
     costs = op_costs(spec, Subnet("widest", spec.max_widths), spec.image_size)
     evidence = {gate.attention for gate in spec.gates}
@@ -285,29 +294,17 @@ def gate_places(spec: SupernetSpec) -> tuple[GatePlace, ...]:
     return tuple(found)
 
 
-def _groups(traced: TracedGraph) -> tuple[dict[int, int], tuple[ChannelGroup, ...]]:
-    """The number of each space, and the channel groups in the order in which they are produced."""
-    numbers: dict[int, int] = {}
-    groups: list[ChannelGroup] = []
-    images = next(node for node in traced.module.graph.nodes if node.op == "placeholder")
-    for root in traced.spaces.roots():
-        space = traced.spaces[root]
-        if space.is_classes:
-            numbers[root] = CLASSES
-        elif images.name in space.writers and len(space.writers) == 1:
-            numbers[root] = IMAGE_CHANNELS
-        else:
-            numbers[root] = len(groups)
-            groups.append(ChannelGroup(space.writers[0], space.width, space.pinned))
-    return numbers, tuple(groups)
+def _groups(traced: TracedGraph) -> tuple[ChannelGroup, ...]:
+    """The channel groups in the order in which they are produced."""
+    spaces = (traced.spaces[root] for root, number in traced.numbers.items() if number >= 0)
+    return tuple(ChannelGroup(space.writers[0], space.width, space.pinned) for space in spaces)
 
 
 class _OpReader:
     """Makes the costed operations of a traced network."""
 
-    def __init__(self, traced: TracedGraph, numbers: Mapping[int, int]) -> None:
+    def __init__(self, traced: TracedGraph) -> None:
         self._traced = traced
-        self._numbers = numbers
         self._above = upstream(list(traced.module.graph.nodes), traced)
         self._counted: set[str] = set()
         self._size_of: dict[str, str] = {}
@@ -339,7 +336,7 @@ class _OpReader:
             self._size_of[node.name],
             0,
             self._written(node),
-            parts=self._parts(node),
+            **self._channels(node),
             window=Window((size[2], size[3]), output=(1, 1)),
         )
 
@@ -393,16 +390,18 @@ class _OpReader:
             return self._pooling(node, module, reads)
         return None
 
-    def _parts(self, node: fx.Node) -> tuple[Pair, ...]:
-        return tuple((self._numbers[self._traced.spaces.root(part.space)], part.repeat) for part in parts_of(node))
+    def _channels(self, node: fx.Node) -> dict[str, Any]:
+        """The `parts` and `unions` of an op that reads a node's value."""
+        parts, unions = self._traced.group_parts(node)
+        return {"parts": parts, "unions": unions}
 
     def _written(self, node: fx.Node) -> int:
         """The group that a convolution or linear layer writes."""
-        return self._parts(node)[0][0]
+        return self._traced.group_parts(node)[0][0][0]
 
     def _made(self, node: fx.Node, kind: Any, reads: str, *, out: int, **further: Any) -> Op:
         source = node.all_input_nodes[0]
-        return Op(node.name, kind, reads, 0, out, parts=self._parts(source), **further)
+        return Op(node.name, kind, reads, 0, out, **self._channels(source), **further)
 
     def _convolution(self, node: fx.Node, module: nn.Conv2d, reads: str) -> Op:
         window = Window(_pair(module.kernel_size), _pair(module.stride), _pair(module.padding), _pair(module.dilation))
@@ -415,8 +414,9 @@ class _OpReader:
         return self._made(node, "depthwise", reads, out=self._written(node), divisions=factor, **further)
 
     def _norm(self, node: fx.Node, reads: str) -> Op:
-        own = [group for group, _ in self._parts(node) if group >= 0]
-        above = sorted({self._numbers[root] for root in self._above[node.name]} - set(own))
+        parts, unions = self._traced.group_parts(node)
+        own = [group for group in (*(group for group, _ in parts), *chain.from_iterable(unions)) if group >= 0]
+        above = sorted({self._traced.numbers[root] for root in self._above[node.name]} - set(own))
         depends = (*(group for group in above if group >= 0), *dict.fromkeys(own))
         return self._made(node, "norm", reads, out=own[0] if own else CLASSES, depends=depends)
 
@@ -432,7 +432,7 @@ class _OpReader:
             kind = "maxpool"
         else:
             kind, window = "pool", Window(_pair(source), output=_pair(size))
-        return self._made(node, kind, reads, out=self._parts(node)[0][0], window=window)
+        return self._made(node, kind, reads, out=self._written(node), window=window)
 
 
 def _is_pooling(node: fx.Node, module: nn.Module | None) -> bool:
@@ -452,8 +452,17 @@ def _pair(value: Any) -> Pair:
     return (int(value), int(value)) if isinstance(value, int) else (int(value[0]), int(value[1]))
 
 
+def _streams(spec: SupernetSpec) -> str:
+    streams: str = spec.layout.get("streams", "tied")
+    return streams
+
+
 def _for_task(model: str, spec: SupernetSpec, task: Task) -> SupernetSpec:
-    return traced_spec(model, task, [ENTRY if is_entry(gate) else gate.name for gate in spec.gates])
+    """The layout for the task, with the ids of the groups where their order was changed."""
+    fresh = traced_spec(model, task, [ENTRY if is_entry(gate) else gate.name for gate in spec.gates], _streams(spec))
+    ids = {group.name: group.ids for group in spec.groups if len(group.ids) == group.max_width}
+    groups = (replace(group, ids=ids.get(group.name, ())) for group in fresh.groups)
+    return replace(fresh, groups=tuple(groups)) if ids else fresh
 
 
 def traced_family(model: str) -> Family:

@@ -5,9 +5,13 @@ This is ours (docs/methods.md, section 4; published is a straight-through one-ho
 that masks channels). At a gate, all its choices run the segment that follows it, on the images that
 are at this node. Their results, padded with zero channels to the widest, are added up with the
 one-hot weights. The next gate hence gets exactly the result of the chosen segment, and the gradient
-with respect to a weight is the first-order effect of that choice's result on the loss. Layers take
-their input width from the tensor, so that the zero channels do not change the forward result, and a
-narrow choice still learns what more channels would have contributed.
+with respect to a weight is the first-order effect of that choice's result on the loss.
+
+Where every layer treats channels alone (`Supernet.ignores_zero_channels`), the zero channels stay:
+layers take their input width from the tensor, the forward result does not change, and a narrow
+choice still learns what more channels would have contributed. In other networks a norm across
+channels, such as LayerNorm, would feel them; there only the channels of the chosen path go on, and
+the gradient is that of these channels.
 """
 
 from __future__ import annotations
@@ -15,13 +19,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from dsnet.gates.gumbel import straight_through
+from dsnet.network.features import channel_axis, padded, spread
 from dsnet.network.prefix_tree import each_logits
 from dsnet.network.supernet import Supernet, TrunkOutput
 from dsnet.space.route_tree import GateBranches, RouteTree
@@ -85,9 +90,18 @@ class _Group:
     rows: Tensor
     """int64 [b]: rows of the batch."""
     features: Tensor
-    """[b, c, H, W]; channels beyond the width of the chosen path are zero."""
+    """[b, ...], with the channels of the chosen path; further channels are zero."""
     hidden: Tensor
     """[b, hidden]"""
+
+
+class _Mixture(NamedTuple):
+    """The mixed results of the segment after a gate at one node."""
+
+    parts: tuple[Tensor, ...]
+    """(features, hidden), or (logits,) after the last gate."""
+    sizes: tuple[int, ...]
+    """Number of channels of each choice's own result."""
 
 
 class GatedSupernet:
@@ -195,21 +209,43 @@ class GatedSupernet:
             if gate + 1 < self.num_gates:
                 groups = [
                     part
-                    for group, parts, own in zip(groups, mixed, chosen, strict=True)
-                    for part in self._split(gate, group, parts, own)
+                    for group, mixture, own in zip(groups, mixed, chosen, strict=True)
+                    for part in self._split(gate, group, mixture, own)
                 ]
         last = self.num_gates - 1
         routes = [self._positions(last, group, own) for group, own in zip(groups, chosen, strict=True)]
-        return Mixed(_in_order(groups, [logits for (logits,) in mixed]), tuple(weights), _in_order(groups, routes))
+        logits = [mixture.parts[0] for mixture in mixed]
+        return Mixed(_in_order(groups, logits), tuple(weights), _in_order(groups, routes))
 
-    def _mix(self, gate: int, group: _Group, weights: Tensor) -> tuple[Tensor, ...]:
-        """Weighted sum of the results of the segment after `gate` over all choices of a node:
-        (features, hidden), or (logits,) after the last gate."""
+    def _mix(self, gate: int, group: _Group, weights: Tensor) -> _Mixture:
+        """Weighted sum of the results of the segment after `gate` over all choices of a node."""
         branch = self._first_routes[gate, group.node]
         with torch.set_grad_enabled(torch.is_grad_enabled() and group.features.requires_grad):
             results = [self._segment(gate + 1, group.features, self.subnets[position]) for position in branch.values()]
         own = weights[:, list(branch)]
-        return tuple(_add_up(parts, own) for parts in zip(*results, strict=True))
+        sizes = tuple(result[0].shape[channel_axis(result[0])] for result in results)
+        if gate + 1 < self.num_gates:
+            results = [
+                (self._placed(gate + 1, features, self.subnets[position]), hidden)
+                for (features, hidden), position in zip(results, branch.values(), strict=True)
+            ]
+        return _Mixture(tuple(_add_up(parts, own) for parts in zip(*results, strict=True)), sizes)
+
+    def _placed(self, gate: int, features: Tensor, subnet: Subnet) -> Tensor:
+        """The features of a sub-network with each channel at its place among those of the widest,
+        where it is not the first ones that it has."""
+        places = self.supernet.channel_places(gate, subnet)
+        return features if places is None else spread(features, places.places, places.size)
+
+    def _own_channels(self, gate: int, features: Tensor, subnet: Subnet, size: int) -> Tensor:
+        """Of mixed features those channels that a sub-network has; all of them where further zeros
+        do not matter."""
+        places = self.supernet.channel_places(gate, subnet)
+        if places is not None:
+            return features.index_select(channel_axis(features), places.places)
+        if self.supernet.ignores_zero_channels:
+            return features
+        return features.narrow(channel_axis(features), 0, size)
 
     def _segment(self, number: int, features: Tensor, subnet: Subnet) -> tuple[Tensor, ...]:
         if number == self.num_gates:
@@ -217,16 +253,18 @@ class GatedSupernet:
         output = self.supernet.upto_gate(number, features, subnet)
         return output.features, output.hidden
 
-    def _split(self, gate: int, group: _Group, parts: tuple[Tensor, ...], weights: Tensor) -> list[_Group]:
+    def _split(self, gate: int, group: _Group, mixture: _Mixture, weights: Tensor) -> list[_Group]:
         """Group the images of a node by the node of the next gate that they reach."""
-        features, hidden = parts
+        features, hidden = mixture.parts
         chosen = weights.detach().argmax(1)
         arrived = []
-        for choice, position in self._first_routes[gate, group.node].items():
+        branch = self._first_routes[gate, group.node]
+        for (choice, position), size in zip(branch.items(), mixture.sizes, strict=True):
             inside = torch.nonzero(chosen == choice)[:, 0]
             if len(inside):
                 node = self.tree.gates[gate + 1].node_of[position]
-                arrived.append(_Group(node, group.rows[inside], features[inside], hidden[inside]))
+                own = self._own_channels(gate + 1, features[inside], self.subnets[position], size)
+                arrived.append(_Group(node, group.rows[inside], own, hidden[inside]))
         return arrived
 
     def _positions(self, gate: int, group: _Group, weights: Tensor) -> Tensor:
@@ -239,11 +277,11 @@ class GatedSupernet:
 
 
 def _add_up(results: Sequence[Tensor], weights: Tensor) -> Tensor:
-    """Weighted sum of tensors [b, c_k, ...] by weights [b, k]; missing channels count as zero."""
-    widest = max(result.shape[1] for result in results)
+    """Weighted sum of tensors of unequal numbers of channels by weights [b, k]; missing channels
+    count as zero."""
+    widest = max(result.shape[channel_axis(result)] for result in results)
     terms = [
-        F.pad(result, (*(0, 0) * (result.ndim - 2), 0, widest - result.shape[1]))
-        * weight.reshape(-1, *(1,) * (result.ndim - 1))
+        padded(result, widest) * weight.reshape(-1, *(1,) * (result.ndim - 1))
         for result, weight in zip(results, weights.unbind(1), strict=True)
     ]
     return sum(terms[1:], start=terms[0])

@@ -386,7 +386,7 @@ def fold_batch_norms(module: nn.Module) -> nn.Module:
     """Fold every plain BatchNorm into the convolution before it (eval mode only); returns the
     module, changed in place, or a new one for a traced graph."""
     if isinstance(module, fx.GraphModule):
-        return fuse(module.eval())
+        return fuse(module.eval(), no_trace=True)
     if isinstance(module, ConvNorm) and isinstance(module.norm, nn.BatchNorm2d):
         module.conv = fuse_conv_bn_eval(module.conv.eval(), module.norm.eval())
         module.norm = nn.Identity()

@@ -4,6 +4,9 @@
 channels: a sequence of parts, each a prefix of one *space* of channels. Operations that add or
 multiply two values tie their spaces; a concatenation keeps its parts apart; what is not understood
 keeps all channels of its inputs. The spaces that remain are the channel groups of the supernet.
+
+With streams `ids` an addition ties nothing. Its result is the union of the channels that its two
+values have, and a part of it has several spaces, its writers.
 """
 
 from __future__ import annotations
@@ -11,7 +14,8 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -23,6 +27,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from dsnet.errors import ConfigError
+from dsnet.space.spec import CLASSES, IMAGE_CHANNELS, Pair
 
 
 @dataclass(frozen=True)
@@ -34,9 +39,18 @@ class Part:
     """Channels of the space."""
     repeat: int = 1
     """Consecutive channels of the value per channel of the space: H * W after a flatten."""
+    others: tuple[int, ...] = ()
+    """Further spaces that write these channels, each its own of them."""
+
+    @property
+    def writers(self) -> tuple[int, ...]:
+        """All spaces that write these channels."""
+        return (self.space, *self.others)
 
 
 Layout = tuple[Part, ...]
+THE_IMAGE = "the channels of the image"
+"""Why the channels of the image are never sliced."""
 UNKNOWN = "unknown"
 """Key in the `meta` of a node that is not understood: it keeps all channels of its inputs."""
 
@@ -82,21 +96,51 @@ class ChannelSpaces:
         """The representatives in the order in which their channels are first produced."""
         return [space for space in range(len(self._parent)) if self.root(space) == space]
 
+    def writers(self, part: Part) -> tuple[int, ...]:
+        """The representatives of the spaces that write a part, the earliest first."""
+        return tuple(sorted({self.root(space) for space in part.writers}))
+
     def pin(self, layout: Layout, reason: str) -> None:
         """Never slice the channels of a value; the first reason is kept."""
         for part in layout:
-            self[part.space].pinned = self[part.space].pinned or reason
+            for space in part.writers:
+                self[space].pinned = self[space].pinned or reason
 
     def tie(self, first: Layout, second: Layout, node: str) -> None:
         """Slice the channels of two values of equal shape together; channels that are divided
         differently are pinned instead."""
-        if [(part.count, part.repeat) for part in first] != [(part.count, part.repeat) for part in second]:
-            reason = f"{node} joins channels that are divided differently"
-            self.pin(first, reason)
-            self.pin(second, reason)
-            return
+        if self._is_divided_alike(first, second, node):
+            for left, right in zip(first, second, strict=True):
+                self._join_all((*left.writers, *right.writers), node)
+
+    def unite(self, first: Layout, second: Layout, node: str) -> Layout:
+        """The layout of the sum of two values, each with its own channels; channels that are
+        divided differently are pinned."""
+        if not self._is_divided_alike(first, second, node):
+            return first
+        united = []
         for left, right in zip(first, second, strict=True):
-            self._join(self.root(left.space), self.root(right.space), node)
+            space, *others = dict.fromkeys((*left.writers, *right.writers))
+            united.append(replace(left, space=space, others=tuple(others)))
+        return tuple(united)
+
+    def tie_writers(self, layout: Layout, node: str) -> None:
+        """Slice all channels of each part together."""
+        for part in layout:
+            self._join_all(part.writers, node)
+
+    def _is_divided_alike(self, first: Layout, second: Layout, node: str) -> bool:
+        """Whether two values have parts of the same sizes; otherwise both are pinned."""
+        if [(part.count, part.repeat) for part in first] == [(part.count, part.repeat) for part in second]:
+            return True
+        reason = f"{node} joins channels that are divided differently"
+        self.pin(first, reason)
+        self.pin(second, reason)
+        return False
+
+    def _join_all(self, spaces: Sequence[int], node: str) -> None:
+        for space in spaces[1:]:
+            self._join(self.root(spaces[0]), self.root(space), node)
 
     def _join(self, left: int, right: int, node: str) -> None:
         if left == right:
@@ -130,6 +174,34 @@ class TracedGraph:
     output: fx.Node
     """The node whose value is the logits."""
 
+    @cached_property
+    def numbers(self) -> Mapping[int, int]:
+        """The channel group of the representative of every space: numbered in the order in which
+        their channels are first produced; `CLASSES`, or `IMAGE_CHANNELS`."""
+        images = next(node for node in self.module.graph.nodes if node.op == "placeholder")
+        numbers: dict[int, int] = {}
+        num_groups = 0
+        for root in self.spaces.roots():
+            space = self.spaces[root]
+            if space.is_classes:
+                numbers[root] = CLASSES
+            elif space.writers == [images.name]:
+                numbers[root] = IMAGE_CHANNELS
+            else:
+                numbers[root] = num_groups
+                num_groups += 1
+        return numbers
+
+    def group_parts(self, node: fx.Node) -> tuple[tuple[Pair, ...], tuple[tuple[int, ...], ...]]:
+        """The channels of a node's value: (group, repeat) pairs, and for each of them the further
+        groups that write it, empty where none has any."""
+        parts, unions = [], []
+        for part in parts_of(node):
+            first, *others = (self.numbers[root] for root in self.spaces.writers(part))
+            parts.append((first, part.repeat))
+            unions.append(tuple(others))
+        return tuple(parts), tuple(unions) if any(unions) else ()
+
 
 ELEMENTWISE_MODULES = (
     nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.ELU, nn.LeakyReLU, nn.Sigmoid, nn.Tanh, nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh,
@@ -152,6 +224,13 @@ PAIRS = frozenset(
 )
 """Functions of two values that are computed element by element."""
 PAIR_METHODS = frozenset({"add", "add_", "mul", "mul_", "sub", "sub_"})
+SUMS = frozenset({operator.add, operator.iadd, operator.sub, torch.add, torch.sub})
+"""Those of them in which a channel that a value lacks is zero."""
+SUM_METHODS = frozenset({"add", "add_", "sub", "sub_"})
+CHANGING = frozenset({operator.iadd, "add_", "sub_"})
+"""Sums that change their first value."""
+STREAMS = ("tied", "ids")
+"""What an addition does: its values have the same channels, or each its own."""
 NAMED_ELEMENTWISE = frozenset({"stochastic_depth"})
 """Functions of other packages, by name, that treat every channel alike."""
 
@@ -246,13 +325,17 @@ def _line_of(error: BaseException, module: nn.Module) -> str:
     return found
 
 
-def analyse(graph: fx.GraphModule) -> TracedGraph:
+def analyse(graph: fx.GraphModule, streams: str = "tied") -> TracedGraph:
     """Give every value of a traced network the layout of its channels.
+
+    Args:
+        graph: the network.
+        streams: one of `STREAMS`.
 
     Raises:
         ConfigError: the network has several inputs or outputs, or its output is not [B, classes].
     """
-    analysis = _Analysis(graph)
+    analysis = _Analysis(graph, has_ids=streams == "ids")
     for node in graph.graph.nodes:
         analysis.visit(node)
     return TracedGraph(graph, analysis.spaces, analysis.output_value())
@@ -282,9 +365,12 @@ def shape_of(node: fx.Node) -> tuple[int, ...]:
 class _Analysis:
     """The walk of `analyse`."""
 
-    def __init__(self, graph: fx.GraphModule) -> None:
+    def __init__(self, graph: fx.GraphModule, *, has_ids: bool) -> None:
         self.graph = graph
+        self.has_ids = has_ids
+        """Whether the values of a sum may have different channels."""
         self.spaces = ChannelSpaces()
+        self._position = {node: number for number, node in enumerate(graph.graph.nodes)}
         self._output: fx.Node | None = None
         self._num_images = 0
         self._users: dict[str, fx.Node] = {}
@@ -356,7 +442,7 @@ class _Analysis:
             raise ConfigError(
                 f"the network has several inputs, such as {node.target}; it must take one batch of images"
             )
-        return (self.spaces.new(shape_of(node)[1], node.name, "the channels of the image"),)
+        return (self.spaces.new(shape_of(node)[1], node.name, THE_IMAGE),)
 
     def _end(self, node: fx.Node) -> None:
         (value,) = node.args
@@ -366,6 +452,7 @@ class _Analysis:
                 "the network must return one tensor of logits [batch, classes]"
                 + (f", but returns {list(shape)}" if shape else "; of several heads return the main one")
             )
+        self.spaces.tie_writers(parts_of(value), value.name)
         for part in parts_of(value):
             space = self.spaces[part.space]
             space.is_classes, space.pinned = True, space.pinned or "the classes"
@@ -415,7 +502,7 @@ class _Analysis:
             return (self.spaces.new(module.out_channels, node.name),)
         if module.groups == module.in_channels:  # depthwise, with a multiplier of its channels
             factor = module.out_channels // module.in_channels
-            return tuple(Part(part.space, part.count, part.repeat * factor) for part in layout)
+            return tuple(replace(part, repeat=part.repeat * factor) for part in layout)
         return None
 
     def _of_function(self, node: fx.Node) -> Layout | None:
@@ -468,10 +555,25 @@ class _Analysis:
         if len(shapes[0]) != len(shapes[1]):
             return None
         if shapes[0][1] == shapes[1][1]:
+            if self._may_differ(node, first, second):
+                return self.spaces.unite(parts_of(first), parts_of(second), node.name)  # type: ignore[arg-type]
             self.spaces.tie(parts_of(first), parts_of(second), node.name)  # type: ignore[arg-type]
             return parts_of(first)  # type: ignore[arg-type]
         wide, narrow = (first, second) if shapes[0][1] > shapes[1][1] else (second, first)
         return parts_of(wide) if shape_of(narrow)[1] == 1 else None  # type: ignore[arg-type]
+
+    def _may_differ(self, node: fx.Node, *values: Any) -> bool:
+        """Whether the two values of a node may have different channels.
+
+        Those of a product have the same, and so have those of a sum in place whose first value is
+        read again, and the image.
+        """
+        if not self.has_ids or (node.target not in SUMS and node.target not in SUM_METHODS):
+            return False
+        if node.target in CHANGING and any(self._position[user] > self._position[node] for user in values[0].users):
+            return False
+        spaces = {space for value in values for part in parts_of(value) for space in part.writers}
+        return not any(self.spaces[space].pinned == THE_IMAGE for space in spaces)
 
     def _concatenated(self, node: fx.Node) -> Layout | None:
         values = node.args[0]
@@ -487,7 +589,7 @@ class _Analysis:
         if start not in (1, 1 - len(shape)) or end not in (-1, len(shape) - 1):
             return None
         pixels = math.prod(shape[2:])
-        return tuple(Part(part.space, part.count, part.repeat * pixels) for part in parts_of(source))
+        return tuple(replace(part, repeat=part.repeat * pixels) for part in parts_of(source))
 
     def _viewed(self, node: fx.Node, source: fx.Node) -> Layout | None:
         """`x.view(x.size(0), -1)` and its like, which flatten."""
@@ -532,7 +634,7 @@ def pinned_spaces(traced: TracedGraph) -> Iterator[tuple[int, Space]]:
     """The spaces that are never sliced, other than those of the image and of the classes."""
     for root in traced.spaces.roots():
         space = traced.spaces[root]
-        if space.pinned and not space.is_classes and space.pinned != "the channels of the image":
+        if space.pinned and not space.is_classes and space.pinned != THE_IMAGE:
             yield root, space
 
 
@@ -541,6 +643,6 @@ def upstream(nodes: Sequence[fx.Node], traced: TracedGraph) -> dict[str, frozens
     found: dict[str, frozenset[int]] = {}
     for node in nodes:
         above = frozenset[int]().union(*(found[value.name] for value in node.all_input_nodes if value.name in found))
-        own = {traced.spaces.root(part.space) for part in node.meta.get("channels", ())}
+        own = {root for part in node.meta.get("channels", ()) for root in traced.spaces.writers(part)}
         found[node.name] = above | own
     return found

@@ -32,7 +32,7 @@ def by_prefix(supernet: Supernet, subnets: Sequence[Subnet], gate: int) -> list[
 
 def each_logits(
     supernet: Supernet,
-    images: Float[Tensor, "batch channels height width"],
+    images: Float[Tensor, "batch ..."],
     subnets: Sequence[Subnet],
     gate: int = 0,
     on_node: OnNode = _ignore,

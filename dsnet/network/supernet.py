@@ -5,12 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch.nn.functional as F
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Int64, Shaped
 from torch import Tensor, nn
 
 from dsnet.network.axes import Axes, take
+from dsnet.network.features import channel_deviations, channel_maxima, channel_means, padded
 from dsnet.network.layers import BatchNormBank
 from dsnet.network.slicing import corner
 from dsnet.space.entry_gate import ENTRY_CELLS, is_entry, own_segments
@@ -26,30 +28,37 @@ them."""
 class TrunkOutput:
     """Output of a segment that ends at a gate."""
 
-    features: Float[Tensor, "batch channels height width"]
-    """[B, c, H, W]: the features after attention, the input of the next segment."""
-    gate_input: Float[Tensor, "batch gate_channels gate_height gate_width"]
-    """[B, c, H, W]: the features that the gate pools; those before attention where there is one."""
+    features: Float[Tensor, "batch ..."]
+    """[B, c, H, W], [B, T, c] or [B, c]: the features after attention, the input of the next
+    segment."""
+    gate_input: Float[Tensor, "batch ..."]
+    """The features that the gate pools; those before attention where there is one."""
     hidden: Float[Tensor, "batch hidden"]
     """[B, hidden]: the attention's hidden vector h, which the published slimming head reads."""
+
+    @classmethod
+    def pooled(cls, features: Float[Tensor, "batch ..."], hidden: int) -> TrunkOutput:
+        """The output at a gate without attention: the hidden vector is the mean of each channel,
+        with zeros up to length `hidden` in place of channels that only wider sub-networks have."""
+        return cls(features, features, padded(channel_means(features), hidden))
 
     def evidence(self, part: str) -> Float[Tensor, "batch features"]:
         """One part of the evidence that a router may read.
 
         Returns:
-            [B, c] for the mean, standard deviation and maximum of the gate's input per channel; [B,
-            hidden] for `hidden`.
+            [B, c] for the mean, standard deviation and maximum of each channel of the gate's input
+            over its positions or tokens; [B, hidden] for `hidden`.
 
         Raises:
             KeyError: there is no such part.
         """
         match part:
             case "mean":
-                return self.gate_input.mean((2, 3))
+                return channel_means(self.gate_input)
             case "deviation":
-                return self.gate_input.var((2, 3), correction=0).sqrt()
+                return channel_deviations(self.gate_input)
             case "maximum":
-                return self.gate_input.amax((2, 3))
+                return channel_maxima(self.gate_input)
             case "hidden":
                 return self.hidden
         raise KeyError(f"unknown evidence {part!r}; known: {', '.join(EVIDENCE_PARTS)}")
@@ -65,6 +74,14 @@ class EntryGate(nn.Module):
         return TrunkOutput(images, images, F.adaptive_avg_pool2d(images, ENTRY_CELLS).flatten(1))
 
 
+class ChannelPlaces(NamedTuple):
+    """Places of some channels among others."""
+
+    places: Int64[Tensor, " channels"]
+    size: int
+    """Number of all channels."""
+
+
 class Supernet(nn.Module, ABC):
     """A weight-sharing network over one `SubnetSet`; base class of the families' networks.
 
@@ -78,6 +95,12 @@ class Supernet(nn.Module, ABC):
     numbers of the spec's gates.
     """
 
+    ignores_zero_channels = False
+    """Whether every segment after the first computes the same for features with further channels
+    that are zero. End-to-end training of gates then lets a narrow choice learn from the channels
+    that it lacks (`dsnet.gates.mixing`). A norm across channels, such as LayerNorm, would feel
+    them."""
+
     def __init__(self, spec: SupernetSpec, subnets: SubnetSet) -> None:
         super().__init__()
         if subnets.spec != spec:
@@ -89,7 +112,7 @@ class Supernet(nn.Module, ABC):
         self._own_segments = own_segments(spec)
 
     @abstractmethod
-    def own_upto_gate(self, gate: int, x: Float[Tensor, "batch channels height width"], subnet: Subnet) -> TrunkOutput:
+    def own_upto_gate(self, gate: int, x: Float[Tensor, "batch ..."], subnet: Subnet) -> TrunkOutput:
         """Run one segment at the widths of `subnet`, up to number `gate` of the family's own gates.
 
         `x` is, for gate 0, the images [B, C, H, W], float, normalised; otherwise the features of
@@ -97,9 +120,7 @@ class Supernet(nn.Module, ABC):
         """
 
     @abstractmethod
-    def own_head(
-        self, features: Float[Tensor, "batch channels height width"], subnet: Subnet
-    ) -> Float[Tensor, "batch classes"]:
+    def own_head(self, features: Float[Tensor, "batch ..."], subnet: Subnet) -> Float[Tensor, "batch classes"]:
         """Run the segment after the last of the family's own gates: features at this gate, or
         images if there is none -> logits [B, num_classes]."""
 
@@ -113,7 +134,18 @@ class Supernet(nn.Module, ABC):
         """The segment of `own_head` at the widths of `subnet` as a plain module: features ->
         logits."""
 
-    def upto_gate(self, gate: int, x: Float[Tensor, "batch channels height width"], subnet: Subnet) -> TrunkOutput:
+    def own_channel_places(self, gate: int, subnet: Subnet) -> ChannelPlaces | None:
+        """See `channel_places`, for the family's own gates."""
+        return None
+
+    def channel_places(self, gate: int, subnet: Subnet) -> ChannelPlaces | None:
+        """Where the channels of a sub-network's features at a gate lie among those of the widest
+        there; None where they are the first ones."""
+        if is_entry(self.spec.gates[gate]):
+            return None
+        return self.own_channel_places(self._own_segments[gate][-1], subnet)
+
+    def upto_gate(self, gate: int, x: Float[Tensor, "batch ..."], subnet: Subnet) -> TrunkOutput:
         """Run one segment at the widths of `subnet`, up to gate number `gate`.
 
         `x` is, for gate 0, the images [B, C, H, W], float, normalised; otherwise the features of
@@ -126,17 +158,15 @@ class Supernet(nn.Module, ABC):
             x = self.own_upto_gate(own, x, subnet).features
         return self.own_upto_gate(last, x, subnet)
 
-    def head(
-        self, features: Float[Tensor, "batch channels height width"], subnet: Subnet
-    ) -> Float[Tensor, "batch classes"]:
+    def head(self, features: Float[Tensor, "batch ..."], subnet: Subnet) -> Float[Tensor, "batch classes"]:
         """Run the last segment: features at the last gate -> logits [B, num_classes]."""
         for own in self._own_segments[-1]:
             features = self.own_upto_gate(own, features, subnet).features
         return self.own_head(features, subnet)
 
     def start_heads(
-        self, features: Float[Tensor, "batch channels height width"], subnets: Sequence[Subnet]
-    ) -> Float[Tensor, "batch out_channels out_height out_width"] | None:
+        self, features: Float[Tensor, "batch ..."], subnets: Sequence[Subnet]
+    ) -> Float[Tensor, "batch ..."] | None:
         """Run the first layers of several sub-networks' heads together; see `start_own_heads`.
 
         None also where the last segment passes gates of the family that the spec leaves out.
@@ -144,8 +174,8 @@ class Supernet(nn.Module, ABC):
         return None if self._own_segments[-1] else self.start_own_heads(features, subnets)
 
     def start_own_heads(
-        self, features: Float[Tensor, "batch channels height width"], subnets: Sequence[Subnet]
-    ) -> Float[Tensor, "batch out_channels out_height out_width"] | None:
+        self, features: Float[Tensor, "batch ..."], subnets: Sequence[Subnet]
+    ) -> Float[Tensor, "batch ..."] | None:
         """Run the first layers of several sub-networks' heads together, at the widest one's width.
 
         A narrower sub-network uses a prefix of the result's channels. In training mode this is
@@ -154,9 +184,7 @@ class Supernet(nn.Module, ABC):
         """
         return None
 
-    def finish_head(
-        self, start: Float[Tensor, "batch channels height width"], subnet: Subnet
-    ) -> Float[Tensor, "batch classes"]:
+    def finish_head(self, start: Float[Tensor, "batch ..."], subnet: Subnet) -> Float[Tensor, "batch classes"]:
         """Run the rest of a sub-network's head after `start_heads`: logits [B, num_classes]."""
         raise NotImplementedError(f"{type(self).__name__} does not implement start_own_heads and finish_head")
 
@@ -180,9 +208,7 @@ class Supernet(nn.Module, ABC):
         """Run everything before the first gate; images are [B, C, H, W] float, normalised."""
         return self.upto_gate(0, images, subnet)
 
-    def tail(
-        self, features: Float[Tensor, "batch channels height width"], subnet: Subnet
-    ) -> Float[Tensor, "batch classes"]:
+    def tail(self, features: Float[Tensor, "batch ..."], subnet: Subnet) -> Float[Tensor, "batch classes"]:
         """Run everything after the first gate; returns logits [B, num_classes]."""
         for gate in range(1, len(self.spec.gates)):
             features = self.upto_gate(gate, features, subnet).features
@@ -231,11 +257,22 @@ class PlainFeatures(nn.Module):
         super().__init__()
         self.segment = segment
 
-    def forward(
-        self, x: Float[Tensor, "batch channels height width"]
-    ) -> Float[Tensor, "batch out_channels out_height out_width"]:
+    def forward(self, x: Float[Tensor, "batch ..."]) -> Float[Tensor, "batch ..."]:
         """Images or features -> features."""
         return self.segment(x).features
+
+
+class PlainPooled(nn.Module):
+    """A plain segment that ends at a gate without attention; see `TrunkOutput.pooled`."""
+
+    def __init__(self, body: nn.Module, hidden: int) -> None:
+        super().__init__()
+        self.body = body
+        self.hidden = hidden
+
+    def forward(self, x: Float[Tensor, "batch ..."]) -> TrunkOutput:
+        """Images or features -> the features at the gate."""
+        return TrunkOutput.pooled(self.body(x), self.hidden)
 
 
 def _after(segments: Sequence[nn.Module], last: nn.Module) -> nn.Module:
@@ -250,14 +287,14 @@ def restrict(supernet: Supernet, members: Sequence[int]) -> Supernet:
     the sub-networks compute exactly the same as before. A bundle stores such a supernet.
     """
     kept = supernet.subnets.subset(members)
+    widest = tuple(max(widths) for widths in zip(*(subnet.widths for subnet in kept), strict=True))
     groups = tuple(
-        replace(group, max_width=max(subnet.widths[index] for subnet in kept))
-        for index, group in enumerate(supernet.spec.groups)
+        replace(group, max_width=width, ids=group.ids[:width])
+        for group, width in zip(supernet.spec.groups, widest, strict=True)
     )
     spec = replace(supernet.spec, groups=groups)
-    small = type(supernet)(spec, SubnetSet(spec, kept.members))
+    small = type(supernet)(spec, SubnetSet(spec, kept.members)).to(next(supernet.parameters()))
     source, axes = supernet.state_dict(), supernet.axes()
-    widest = tuple(group.max_width for group in groups)
     small.load_state_dict(
         {
             name: (
@@ -266,7 +303,7 @@ def restrict(supernet: Supernet, members: Sequence[int]) -> Supernet:
             for name, value in small.state_dict().items()
         }
     )
-    return small.to(next(supernet.parameters()).device).train(supernet.training)
+    return small.train(supernet.training)
 
 
 def state_for_saving(supernet: Supernet) -> dict[str, Shaped[Tensor, "*_"]]:

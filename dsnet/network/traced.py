@@ -17,14 +17,25 @@ from jaxtyping import Float
 from torch import Tensor, fx, nn
 
 from dsnet.network.axes import Axes, Axis, Widths, take
-from dsnet.network.channels import TracedGraph, analyse, attribute, trace
+from dsnet.network.channels import (
+    SUM_METHODS,
+    SUMS,
+    UNKNOWN,
+    TracedGraph,
+    analyse,
+    attribute,
+    has_channels,
+    parts_of,
+    shape_of,
+    trace,
+)
 from dsnet.network.cut_points import part_of
 from dsnet.network.layers import BatchNormBank, SlicedGroupNorm, norm_axes
 from dsnet.network.plain import example_image, make_plain
 from dsnet.network.slicing import corner
-from dsnet.network.supernet import Supernet, TrunkOutput
+from dsnet.network.supernet import ChannelPlaces, PlainPooled, Supernet, TrunkOutput
 from dsnet.space.entry_gate import own_gates
-from dsnet.space.spec import CLASSES, Op, Subnet, SupernetSpec
+from dsnet.space.spec import CLASSES, ChannelGroup, Op, Subnet, SupernetSpec
 from dsnet.space.subnet_set import SubnetSet
 
 
@@ -212,27 +223,104 @@ def _copy_corners(layer: nn.Module, plain: nn.Module) -> None:
 Sliced = TracedConv2d | TracedLinear | TracedNorm | TracedGroupNorm
 
 
-class PlainUptoCut(nn.Module):
-    """A plain part of a graph that ends at a gate.
+class TracedSum(nn.Module):
+    """The sum of two values that each have their own channels of a stream.
 
-    The gate reads the features at the cut; the hidden vector is the mean of each channel, with
-    zeros in place of channels that only wider sub-networks have.
+    The result has every channel that one of them has, and a missing channel is zero: the
+    zero-padding match (docs/methods.md, section 8).
     """
 
-    def __init__(self, body: fx.GraphModule, hidden: int) -> None:
+    def __init__(
+        self,
+        values: tuple[Axis, Axis],
+        whole: Axis,
+        groups: tuple[ChannelGroup, ...],
+        factor: float,
+        behind: tuple[int, int],
+    ) -> None:
+        """Prepare the sum.
+
+        Args:
+            values: the channels of the two values.
+            whole: the channels of the result.
+            groups: all channel groups.
+            factor: factor of the second value.
+            behind: for each value the number of dimensions behind its channels.
+        """
         super().__init__()
-        self.body = body
-        self.hidden = hidden
+        self.values = values
+        self.whole = whole
+        self.groups = groups
+        self.factor = factor
+        self.behind = behind
+        self._plain: dict[tuple[int, ...], PlainSum] = {}
 
-    def forward(self, x: Float[Tensor, "batch in_channels in_height in_width"]) -> TrunkOutput:
-        """Images or features -> the features at the gate."""
-        return _at_gate(self.body(x), self.hidden)
+    def forward(
+        self, x: Float[Tensor, "batch ..."], y: Float[Tensor, "batch ..."], widths: Widths
+    ) -> Float[Tensor, "batch ..."]:
+        """Add two values [B, c, ...] and [B, c', ...] of a sub-network."""
+        key = tuple(widths[group] for part in range(len(self.whole.parts)) for group in self.whole.writers(part))
+        plain = self._plain.get(key)
+        if plain is None or plain.device not in (None, x.device):
+            plain = self._plain[key] = self.cut(widths).to(x.device)
+        return plain(x, y)
+
+    def cut(self, widths: Widths) -> PlainSum:
+        """The sum of one sub-network as a plain module."""
+        place = {channel: number for number, channel in enumerate(self._channels(self.whole, widths))}
+        places = ([place[channel] for channel in self._channels(value, widths)] for value in self.values)
+        return PlainSum([*map(torch.tensor, places)], len(place), self.factor, self.behind)
+
+    def _channels(self, axis: Axis, widths: Widths) -> list[tuple[int, int, int]]:
+        """Each channel of a value, in the order of the value: its part, its number in the stream,
+        and which of its repeats it is."""
+        found = []
+        for number, (group, repeat, whole) in enumerate(axis.parts):
+            stream = axis.stream_of(number)
+            if stream is not None:
+                channels: Sequence[int] = stream.channels(widths)
+            else:
+                channels = range(whole) if group < 0 else self.groups[group].channels(widths[group])
+            found += [(number, channel, each) for channel in channels for each in range(repeat)]
+        return found
 
 
-def _at_gate(features: Float[Tensor, "batch channels height width"], hidden: int) -> TrunkOutput:
-    """The output of a segment that ends at a cut."""
-    means = features.mean((2, 3))
-    return TrunkOutput(features, features, F.pad(means, (0, hidden - means.shape[1])))
+class PlainSum(nn.Module):
+    """The sum of two values whose channels lie at given places of the result."""
+
+    first: Tensor | None
+    second: Tensor | None
+    """For each channel of the result its place in a value; None where the value has the first
+    ones."""
+
+    def __init__(self, places: Sequence[Tensor], size: int, factor: float, behind: Sequence[int]) -> None:
+        super().__init__()
+        self.factor = factor
+        self.pads: list[tuple[int, ...] | None] = []
+        """For each value: how zeros are added at its end, None where it has all channels."""
+        for name, own, dimensions in zip(("first", "second"), places, behind, strict=True):
+            is_prefix = torch.equal(own, torch.arange(len(own)))
+            source = torch.full((size,), len(own))  # a channel that it lacks is the zero at its end
+            source[own] = torch.arange(len(own))
+            self.register_buffer(name, None if is_prefix else source, persistent=False)
+            missing = size - len(own) if is_prefix else int(len(own) < size)
+            self.pads.append((*(0, 0) * dimensions, 0, missing) if missing else None)
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where its places are; None where it needs none."""
+        return next((buffer.device for buffer in self.buffers()), None)
+
+    def forward(self, x: Float[Tensor, "batch ..."], y: Float[Tensor, "batch ..."]) -> Float[Tensor, "batch ..."]:
+        """Add two values [B, c, ...] and [B, c', ...]."""
+        x, y = self._placed(x, 0), self._placed(y, 1)
+        return x + y if self.factor == 1 else x + self.factor * y
+
+    def _placed(self, value: Tensor, number: int) -> Tensor:
+        pad, source = self.pads[number], self.second if number else self.first
+        if pad is not None:
+            value = F.pad(value, pad)
+        return value if source is None else value.index_select(1, source)
 
 
 class _Cut(NamedTuple):
@@ -246,7 +334,7 @@ class _Cut(NamedTuple):
     @classmethod
     def of(cls, name: str, spec: SupernetSpec) -> _Cut:
         evidence = next(op for op in spec.ops if op.name == evidence_name(name))
-        channels = Axis.of(evidence.parts, spec)
+        channels = Axis.read_by(evidence, spec)
         lengths = (gate.hidden for gate in spec.gates if gate.name == name)
         return cls(channels, next(lengths, channels.max_size))
 
@@ -267,6 +355,8 @@ class _Part(NamedTuple):
     """Names of the body's tensors that it takes, those that no layer holds."""
 
 
+UNION = "union_"
+"""Beginning of the names of the modules that add values with different channels."""
 BODY = "body."
 """Beginning of the names of a traced supernet's tensors; the rest is the plain module's name."""
 
@@ -282,7 +372,8 @@ class TracedSupernet(Supernet):
         super().__init__(spec, subnets)
         seed = 0 if generator is None else generator.initial_seed()
         plain = make_plain(spec.layout["model"], spec.num_classes, spec.in_channels, seed)
-        traced = analyse(trace(plain, example_image(spec.in_channels, spec.image_size)))
+        streams = spec.layout.get("streams", "tied")
+        traced = analyse(trace(plain, example_image(spec.in_channels, spec.image_size)), streams)
         self.body = sliced_graph(traced, spec, subnets)
         self._cuts = tuple(_Cut.of(name, spec) for name in own_gates(spec))
         self._parts = _parts_of(self.body, own_gates(spec))  # not registered: the body holds all tensors
@@ -294,7 +385,13 @@ class TracedSupernet(Supernet):
 
     @torch.no_grad()
     def load_plain(self, plain: nn.Module) -> None:
-        """Copy the weights of the plain module, which has the shape of the one that was traced."""
+        """Copy the weights of the plain module, which has the shape of the one that was traced.
+
+        Raises:
+            ValueError: channels were sorted since the network was laid out.
+        """
+        if any(group.ids for group in self.spec.groups):
+            raise ValueError("the channels of this network have another order than those of the plain module")
         tensors = plain.state_dict()
         for name, layer in self.body.named_modules():
             if isinstance(layer, Sliced):
@@ -314,7 +411,7 @@ class TracedSupernet(Supernet):
 
     def own_upto_gate(self, gate: int, x: Float[Tensor, "batch channels height width"], subnet: Subnet) -> TrunkOutput:
         """Run the graph up to a cut."""
-        return _at_gate(self._run(gate, x, subnet), self._cuts[gate].hidden)
+        return TrunkOutput.pooled(self._run(gate, x, subnet), self._cuts[gate].hidden)
 
     def own_head(
         self, features: Float[Tensor, "batch channels height width"], subnet: Subnet
@@ -323,17 +420,22 @@ class TracedSupernet(Supernet):
         return self._run(len(self._cuts), features, subnet)
 
     def _run(self, number: int, x: Tensor, subnet: Subnet) -> Tensor:
-        """Run a part of the graph. Features that were mixed from several sub-networks have the
-        channels of the widest; of these only the sub-network's own are read."""
-        own = x.shape[1] if number == 0 else self._cuts[number - 1].channels.size(subnet.widths)
-        if x.shape[1] > own:
-            x = x[:, :own]
+        """Run a part of the graph."""
         part = self._parts[number]
         return part.module(x, subnet.widths, *(attribute(self.body, name) for name in part.tensors))
 
+    def own_channel_places(self, gate: int, subnet: Subnet) -> ChannelPlaces | None:
+        """The places of the channels at a cut; None where they are the first ones."""
+        channels = self._cuts[gate].channels
+        runs = channels.runs(subnet.widths)
+        if len(runs) == 1 and runs[0][0] == 0:
+            return None
+        places = channels.places(subnet.widths)
+        return ChannelPlaces(places.to(next(self.parameters()).device), channels.max_size)
+
     def cut_own_upto_gate(self, gate: int, subnet: Subnet) -> nn.Module:
         """The graph up to a cut as plain modules."""
-        return PlainUptoCut(self._plain_part(gate, subnet), self._cuts[gate].hidden)
+        return PlainPooled(self._plain_part(gate, subnet), self._cuts[gate].hidden)
 
     def cut_own_head(self, subnet: Subnet) -> nn.Module:
         """The graph after the last cut as a plain `torch.fx` module."""
@@ -372,12 +474,42 @@ def sliced_graph(traced: TracedGraph, spec: SupernetSpec, subnets: SubnetSet) ->
     images = next(node for node in graph.nodes if node.op == "placeholder")
     with graph.inserting_after(images):
         widths = graph.placeholder("widths")
+    sums = _union_sums(traced, spec)
     for node in graph.nodes:
-        if node.op == "call_module" and str(node.target) in layers:
+        if node.name in sums:
+            target = f"{UNION}{node.name}"
+            layers[target] = sums[node.name]
+            node.op, node.target, node.args, node.kwargs = "call_module", target, (*node.args[:2], widths), {}
+        elif node.op == "call_module" and str(node.target) in layers:
             node.args = (*node.args, widths)
     module = fx.GraphModule({**_held(traced.module, graph), **layers}, graph)
     module.train(True)
     return module
+
+
+def _union_sums(traced: TracedGraph, spec: SupernetSpec) -> dict[str, TracedSum]:
+    """The sums whose two values have different channels, by the names of their nodes."""
+    found: dict[str, TracedSum] = {}
+    for node in traced.module.graph.nodes:
+        if node.target not in SUMS and not (node.op == "call_method" and node.target in SUM_METHODS):
+            continue
+        values = [value for value in node.args[:2] if has_channels(value)]
+        if len(values) < 2 or not has_channels(node) or node.meta.get(UNKNOWN):
+            continue
+        parts = [traced.group_parts(value) for value in (*values, node)]
+        if parts[0] != parts[1] and _are_divided_alike(*values):
+            first, second, whole = (Axis.of(pairs, spec, unions) for pairs, unions in parts)
+            is_minus = "sub" in getattr(node.target, "__name__", str(node.target))
+            factor = float(node.kwargs.get("alpha", 1)) * (-1 if is_minus else 1)
+            behind = (len(shape_of(values[0])) - 2, len(shape_of(values[1])) - 2)
+            found[node.name] = TracedSum((first, second), whole, spec.groups, factor, behind)
+    return found
+
+
+def _are_divided_alike(first: fx.Node, second: fx.Node) -> bool:
+    """Whether two values have parts of the same sizes; otherwise each has all of its channels."""
+    sizes = ([(part.count, part.repeat) for part in parts_of(value)] for value in (first, second))
+    return next(sizes) == next(sizes)
 
 
 def _held(module: fx.GraphModule, graph: fx.Graph) -> dict[str, Any]:
@@ -388,13 +520,12 @@ def _held(module: fx.GraphModule, graph: fx.Graph) -> dict[str, Any]:
 
 def slice_layer(plain: nn.Module, op: Op, spec: SupernetSpec, subnets: SubnetSet) -> Sliced | None:
     """The sliced form of a layer; None for a layer that is the same at every width."""
-    num_in = Axis.of(op.parts, spec)
+    num_in = Axis.read_by(op, spec)
     match plain:
         case nn.Conv2d() if op.kind == "conv":
             return TracedConv2d(plain, num_in, Axis.of(((op.out_group, 1),), spec))
         case nn.Conv2d() if op.kind == "depthwise":
-            widened = Axis.of(tuple((group, repeat * op.divisions) for group, repeat in op.parts), spec)
-            return TracedConv2d(plain, num_in, widened)
+            return TracedConv2d(plain, num_in, Axis.read_by(op, spec, op.divisions))
         case nn.Linear() if op.kind == "linear":
             return TracedLinear(plain, num_in, Axis.of(((op.out_group, 1),), spec))
         case nn.BatchNorm2d() | nn.BatchNorm1d() if op.kind == "norm":
@@ -442,7 +573,13 @@ def plain_graph(body: fx.GraphModule, graph: fx.Graph, widths: tuple[int, ...]) 
     """
     layers = _held(body, graph)
     for node in graph.nodes:
-        if node.op == "call_module" and isinstance(layer := body.get_submodule(str(node.target)), Sliced):
+        if node.op != "call_module":
+            continue
+        layer = body.get_submodule(str(node.target))
+        if isinstance(layer, TracedSum):
+            node.args = node.args[:2]
+            layers[str(node.target)] = layer.cut(widths)
+        elif isinstance(layer, Sliced):
             node.args = node.args[:1]
             cut = layer.cut(layer.key_of(widths)) if isinstance(layer, TracedNorm) else layer.cut(widths)
             layers[str(node.target)] = cut

@@ -63,7 +63,8 @@ def op_costs(spec: SupernetSpec, subnet: Subnet, image_size: int) -> list[tuple[
         num_in = op.input_width(spec, subnet.widths)
         is_traced_depthwise = op.kind == "depthwise" and op.parts
         num_out = num_in * op.divisions if is_traced_depthwise else spec.width_of(op.out_group, subnet.widths)
-        costs.append((_madds(op, num_in, num_out, size, sizes[op.name]), _params(op, num_in, num_out)))
+        taps = _taps(op, spec, subnet)
+        costs.append((_madds(op, taps, (num_in, num_out), size, sizes[op.name]), _params(op, taps, num_in, num_out)))
     return costs
 
 
@@ -136,15 +137,17 @@ def _output_size(op: Op, size: Pair) -> Pair:
     return -(-size[0] // op.stride), -(-size[1] // op.stride)
 
 
-def _madds(op: Op, num_in: int, num_out: int, size_in: Pair, size_out: Pair) -> int:
+def _madds(op: Op, taps: int, channels: Pair, size_in: Pair, size_out: Pair) -> int:
+    """MAdds of one image; `channels` are the numbers of input and output channels."""
+    num_in, num_out = channels
     pixels_in, pixels_out = size_in[0] * size_in[1], size_out[0] * size_out[1]
     match op.kind:
         case "conv":
-            return _taps(op) * num_in * num_out * pixels_out
+            return taps * num_in * num_out * pixels_out
         case "grouped":
-            return _taps(op) * (num_in // op.divisions) * num_out * pixels_out
+            return taps * (num_in // op.divisions) * num_out * pixels_out
         case "depthwise":
-            return _taps(op) * num_in * op.divisions * pixels_out
+            return taps * num_in * op.divisions * pixels_out
         case "attention":
             return num_in * pixels_in + 2 * op.hidden * num_in
         case "pool" | "maxpool":
@@ -155,20 +158,22 @@ def _madds(op: Op, num_in: int, num_out: int, size_in: Pair, size_out: Pair) -> 
             return op.fixed_madds
 
 
-def _taps(op: Op) -> int:
+def _taps(op: Op, spec: SupernetSpec, subnet: Subnet) -> int:
     """Number of weights of one filter per input channel."""
+    if op.kernel_group is not None:
+        return spec.width_of(op.kernel_group, subnet.widths) ** 2
     return op.kernel**2 if op.window is None else op.window.kernel[0] * op.window.kernel[1]
 
 
-def _params(op: Op, num_in: int, num_out: int) -> int:
+def _params(op: Op, taps: int, num_in: int, num_out: int) -> int:
     further = (2 * num_out if op.has_norm else 0) + (num_out if op.has_bias else 0)
     match op.kind:
         case "conv":
-            return _taps(op) * num_in * num_out + further
+            return taps * num_in * num_out + further
         case "grouped":
-            return _taps(op) * (num_in // op.divisions) * num_out + further
+            return taps * (num_in // op.divisions) * num_out + further
         case "depthwise":
-            return _taps(op) * num_in * op.divisions + further
+            return taps * num_in * op.divisions + further
         case "attention":
             return 2 * op.hidden * num_in + op.hidden + num_in
         case "pool" | "maxpool" | "fixed":

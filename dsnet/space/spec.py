@@ -40,6 +40,17 @@ class ChannelGroup:
     max_width: int
     pinned: str = ""
     """Why every sub-network keeps all channels; empty where they can be sliced."""
+    ids: tuple[int, ...] = ()
+    """The channel of the residual stream that each of its channels is, where several groups write
+    one stream and each has its own order; empty: the first channel of the group is the first of the
+    stream, and so on."""
+    is_kernel: bool = False
+    """Whether the width is no number of channels but the size of a kernel, in pixels; a smaller
+    kernel is the centre of the larger one, so that all sizes are odd or all are even."""
+
+    def channels(self, width: int) -> Sequence[int]:
+        """The channels of its stream that a sub-network of this width has, in the group's order."""
+        return self.ids[:width] if self.ids else range(width)
 
 
 @dataclass(frozen=True)
@@ -110,6 +121,11 @@ class Op:
     parts: tuple[Pair, ...] = ()
     """In a traced network the input's channels, in order: (group, repeats of each of its channels);
     a group may be `IMAGE_CHANNELS`. They replace `in_group` and `in_union`."""
+    unions: tuple[tuple[int, ...], ...] = ()
+    """For each of `parts` the further groups that write it, each into its own channels; empty where
+    no part has any."""
+    kernel_group: int | None = None
+    """The group whose width is the size of the kernel; None: `kernel` is."""
     window: Window | None = None
     """Geometry that `kernel` and `stride` cannot express."""
     has_bias: bool = False
@@ -127,8 +143,12 @@ class Op:
     def input_width(self, spec: SupernetSpec, widths: Sequence[int]) -> int:
         """Number of input channels for a sub-network's widths; of the image, all its channels."""
         if self.parts:
-            return sum(spec.width_of(group, widths) * repeat for group, repeat in self.parts)
-        return max(spec.width_of(group, widths) for group in (self.in_group, *self.in_union))
+            unions = self.unions or ((),) * len(self.parts)
+            return sum(
+                repeat * spec.stream_width((group, *others), widths)
+                for (group, repeat), others in zip(self.parts, unions, strict=True)
+            )
+        return spec.stream_width((self.in_group, *self.in_union), widths)
 
 
 @dataclass(frozen=True)
@@ -181,6 +201,12 @@ class SupernetSpec:
     def __post_init__(self) -> None:
         if self.norm not in NORMS:
             raise ValueError(f"norm is {self.norm!r}; known: {', '.join(NORMS)}")
+        for group in self.groups:
+            if group.ids and (len(group.ids) != group.max_width or len(set(group.ids)) < len(group.ids)):
+                raise ValueError(
+                    f"channel group {group.name!r} has {group.max_width} channels, but its ids are {len(group.ids)} numbers, of which "
+                    f"{len(set(group.ids))} are different"
+                )
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-able mapping that `from_json` turns back into an equal spec.
@@ -195,8 +221,8 @@ class SupernetSpec:
             for name in [name for name, default in _OP_DEFAULTS.items() if op[name] == default]:
                 del op[name]
         for group in data["groups"]:
-            if not group["pinned"]:
-                del group["pinned"]
+            for name in [name for name in ("pinned", "ids", "is_kernel") if not group[name]]:
+                del group[name]
         return data
 
     @classmethod
@@ -210,7 +236,7 @@ class SupernetSpec:
             return cls(
                 **{
                     **data,
-                    "groups": tuple(ChannelGroup(**group) for group in data["groups"]),
+                    "groups": tuple(map(_group, data["groups"])),
                     "ops": tuple(map(_op, data["ops"])),
                     "gates": tuple(GateSpec(**gate) for gate in data["gates"]),
                 }
@@ -234,6 +260,14 @@ class SupernetSpec:
         if not 0 <= group < len(widths):
             raise ValueError(f"{self.family} has no channel group {group}: it has {len(widths)}")
         return widths[group]
+
+    def stream_width(self, groups: Sequence[int], widths: Sequence[int]) -> int:
+        """Number of channels of a stream that these groups write: those that at least one of them
+        has. A single group may be `IMAGE_CHANNELS` or `CLASSES`."""
+        own = [(group, self.width_of(group, widths)) for group in groups]
+        if len(own) == 1 or not any(self.groups[group].ids for group, _ in own):
+            return max(width for _, width in own)
+        return len({channel for group, width in own for channel in self.groups[group].channels(width)})
 
     @property
     def max_widths(self) -> tuple[int, ...]:
@@ -266,13 +300,22 @@ class SupernetSpec:
                 raise ValueError(
                     f"sub-network {subnet.name!r}: width {width} of channel group {group.name!r} must lie in 1..{group.max_width}"
                 )
+            if group.is_kernel and (group.max_width - width) % 2:
+                raise ValueError(
+                    f"sub-network {subnet.name!r}: a kernel of {width} pixels has no place in the centre of one of {group.max_width} "
+                    f"(group {group.name!r}); both must be odd or both even"
+                )
 
 
 _OP_DEFAULTS: Mapping[str, Any] = {
-    "in_union": (), "parts": (), "window": None, "has_bias": False, "divisions": 1, "depends": (),
+    "in_union": (), "parts": (), "unions": (), "kernel_group": None, "window": None, "has_bias": False, "divisions": 1, "depends": (),
     "fixed_madds": 0, "fixed_params": 0,
 }  # fmt: skip
 """Fields of an op that JSON omits where they have their default."""
+
+
+def _group(data: Mapping[str, Any]) -> ChannelGroup:
+    return ChannelGroup(**{**data, "ids": tuple(data.get("ids", ()))})
 
 
 def _op(data: Mapping[str, Any]) -> Op:
@@ -282,6 +325,7 @@ def _op(data: Mapping[str, Any]) -> Op:
             **data,
             "in_union": tuple(data.get("in_union", ())),
             "parts": tuple((group, repeat) for group, repeat in data.get("parts", ())),
+            "unions": tuple(map(tuple, data.get("unions", ()))),
             "window": None if window is None else Window.from_json(window),
             "depends": tuple(data.get("depends", ())),
         }

@@ -19,7 +19,8 @@ class WidthSpace:
     """The possible widths of every channel group, chosen independently: multiples of `step` from
     `min_share` of the group upwards, and the whole group.
 
-    A group that is pinned keeps all channels.
+    A group that is pinned keeps all channels. The size of a kernel changes by two pixels, whatever
+    `step` and `levels` are.
     """
 
     min_share: float
@@ -53,6 +54,9 @@ class WidthSpace:
     def _of(self, group: ChannelGroup) -> tuple[int, ...]:
         if group.pinned:
             return (group.max_width,)
+        if group.is_kernel:
+            smallest = max(1, math.ceil(self.min_share * group.max_width - ROUNDING))
+            return tuple(size for size in range(smallest, group.max_width + 1) if (group.max_width - size) % 2 == 0)
         lowest = max(self.step, math.ceil(self.min_share * group.max_width / self.step - ROUNDING) * self.step)
         step, most = self.step, self.levels
         options = (*range(lowest, group.max_width, step), group.max_width)

@@ -3,12 +3,14 @@ exact permutation of a network's weights.
 
 A permutation lists, for every place of the new order, the channel of the old one. Channel groups
 that are added to each other in a residual stream must share one order; they are an *order group*.
+Where the writers of a stream have their own channels, each has its own order: the stream keeps its
+own, and the groups note which of its channels are theirs (`ChannelGroup.ids`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -18,11 +20,12 @@ from torch import Tensor
 
 from dsnet.errors import ConfigError
 from dsnet.families import rebuild
-from dsnet.network.axes import Axes, Axis, take
+from dsnet.network.axes import Axes, Axis, Stream, take
 from dsnet.network.batchnorm import batch_statistics
 from dsnet.network.layers import BatchNormBank, SlicedGroupNorm, key_suffix
 from dsnet.network.supernet import Supernet
 from dsnet.seeds import derive_seed
+from dsnet.space.spec import ChannelGroup, SupernetSpec
 from dsnet.space.subnet_set import SubnetSet
 from dsnet.structure.method import StructureProblem
 
@@ -53,9 +56,9 @@ def order_groups(supernet: Supernet) -> tuple[tuple[int, ...], ...]:
 def channel_orders(problem: StructureProblem, supernet: Supernet, batches: Batches = ()) -> Orders:
     """The order of the settings, from the most important channel of every group.
 
-    Channels of a pinned group keep their order. Where the groups of a stream have unequal widths,
-    channels are sorted among those that the same groups have. Channels that are equally important
-    keep their order.
+    Channels of a pinned group and the pixels of a kernel keep their order. Where the groups of a
+    stream with one order have unequal widths, channels are sorted among those that the same groups
+    have. Channels that are equally important keep their order.
 
     Args:
         problem: the settings, and the seed of order `random`.
@@ -77,7 +80,7 @@ def channel_orders(problem: StructureProblem, supernet: Supernet, batches: Batch
     groups = supernet.spec.groups
     orders = list(no_order(supernet))
     for stream in order_groups(supernet):
-        if any(groups[group].pinned for group in stream):
+        if any(_why_kept(groups[group]) for group in stream):
             continue
         widths = sorted({groups[group].max_width for group in stream})
         total = torch.zeros(widths[-1], dtype=torch.float64)
@@ -131,14 +134,21 @@ def channel_scores(
         assert axis is not None
         start = 0
         rows = value.double().cpu().reshape(len(value), -1).sum(1)
-        for group, repeat, present in axis.parts:
-            if group >= 0:
-                own = rows[start : start + repeat * present].reshape(present, repeat).sum(1)
-                for each in (group, *axis.union):
-                    size = min(present, groups[each].max_width)
-                    scores[each][:size] += own[:size]
+        for part, (_, repeat, present) in enumerate(axis.parts):
+            own = rows[start : start + repeat * present].reshape(present, repeat).sum(1)
+            for group in axis.writers(part):
+                places = _places(axis, part, group, groups[group].max_width)
+                scores[group][: len(places)] += own[places]
             start += repeat * present
     return scores
+
+
+def _places(axis: Axis, part: int, group: int, width: int) -> Tensor:
+    """Where the channels of a group, from its first one on, lie along one part of an axis."""
+    if (stream := axis.stream_of(part)) is None:
+        return torch.arange(min(axis.parts[part][2], width))
+    place = {channel: number for number, channel in enumerate(stream.channels())}
+    return torch.tensor([place[channel] for channel in stream.ids[stream.groups.index(group)]])
 
 
 def _sources(supernet: Supernet, kind: str) -> dict[str, Tensor]:
@@ -212,7 +222,7 @@ def transfer(supernet: Supernet, subnets: SubnetSet, orders: Orders | None = Non
     """
     orders = no_order(supernet) if orders is None else orders
     _check_permutations(supernet, orders)
-    target = rebuild(subnets).to(next(supernet.parameters()))
+    target = rebuild(_with_ids(subnets, supernet.spec, orders)).to(next(supernet.parameters()))
     source, axes = supernet.state_dict(), supernet.axes()
     moved = {
         name: _permuted(value, axes.get(name, ()), orders)
@@ -224,7 +234,7 @@ def transfer(supernet: Supernet, subnets: SubnetSet, orders: Orders | None = Non
     for name, norm in _banks(target).items():
         if name in banks:
             whole = banks[name].key_of(supernet.spec.max_widths)
-            state |= _Bank(name, banks[name], whole, axes, moved).tensors(norm, orders)
+            state |= _Bank(name, banks[name], whole, axes, moved, target.spec).tensors(norm, orders)
     target.load_state_dict(state)
     return target.train(supernet.training)
 
@@ -239,6 +249,8 @@ class _Bank:
     """The key of the widest sub-network, which the norm need not have."""
     axes: Mapping[str, Axes]
     moved: Mapping[str, Tensor]
+    spec: SupernetSpec
+    """That of the new network."""
 
     def tensors(self, target: BatchNormBank, orders: Orders) -> dict[str, Tensor]:
         """The tensors of a target's norm; without those that the source cannot give."""
@@ -264,7 +276,30 @@ class _Bank:
         if suffix is not None and not is_shared:
             return self.moved[f"{self.name}.{part}_{suffix}"]
         whole = f"{self.name}.{part}" if is_shared else f"{self.name}.{part}_{key_suffix(self.whole)}"
-        return take(self.moved[whole], self.axes[whole], widths) if whole in self.moved else None
+        if whole not in self.moved:
+            return None
+        return take(self.moved[whole], [_renamed(axis, self.spec) for axis in self.axes[whole]], widths)
+
+
+def _with_ids(subnets: SubnetSet, source: SupernetSpec, orders: Orders) -> SubnetSet:
+    """The set with the ids that its groups have after a change of their order."""
+    in_streams = {group for op in source.ops for part, others in zip(op.parts, op.unions, strict=False) if others
+                  for group in (part[0], *others)}  # fmt: skip
+    groups = list(subnets.spec.groups)
+    for number in in_streams:
+        own = source.groups[number].channels(source.groups[number].max_width)
+        ids = tuple(own[place] for place in orders[number])
+        groups[number] = replace(groups[number], ids=() if list(ids) == sorted(range(len(ids))) else ids)
+    spec = replace(subnets.spec, groups=tuple(groups))
+    return subnets if spec == subnets.spec else replace(subnets, spec=spec)
+
+
+def _renamed(axis: Axis | None, spec: SupernetSpec) -> Axis | None:
+    """An axis of all channels with the ids of a spec, whose groups are those of the axis."""
+    if axis is None or not axis.streams:
+        return axis
+    streams = (None if stream is None else Stream.of(stream.groups, spec) for stream in axis.streams)
+    return replace(axis, streams=tuple(streams))
 
 
 def _banks(supernet: Supernet) -> dict[str, BatchNormBank]:
@@ -283,12 +318,16 @@ def _order_of(axis: Axis, orders: Orders, group: int) -> tuple[int, ...]:
 
 def _keeps_channels(axes: Axes, orders: Orders) -> bool:
     """Whether a tensor has the same channels in the new order; else its sub-network changes."""
-    return all(
-        group < 0 or _keeps(_order_of(axis, orders, group), present)
-        for axis in axes
-        if axis is not None
-        for group, _, present in axis.parts
-    )
+    return all(_keeps_part(axis, part, orders) for axis in axes if axis is not None for part in range(len(axis.parts)))
+
+
+def _keeps_part(axis: Axis, part: int, orders: Orders) -> bool:
+    """Whether one part of an axis has the same channels in the new order."""
+    group, _, present = axis.parts[part]
+    if (stream := axis.stream_of(part)) is not None:
+        own = zip(stream.groups, stream.ids, strict=True)
+        return all(_keeps(orders[each], len(ids)) for each, ids in own)
+    return group < 0 or _keeps(_order_of(axis, orders, group), present)
 
 
 def _permuted(tensor: Shaped[Tensor, "*_"], axes: Axes, orders: Orders) -> Tensor:
@@ -301,12 +340,18 @@ def _permuted(tensor: Shaped[Tensor, "*_"], axes: Axes, orders: Orders) -> Tenso
 def _rows(axis: Axis, orders: Orders) -> Tensor:
     """The old place of every place along an axis."""
     parts, start = [], 0
-    for group, repeat, present in axis.parts:
-        order = range(present) if group < 0 else _order_of(axis, orders, group)[:present]
+    for part, (group, repeat, present) in enumerate(axis.parts):
+        is_fixed = group < 0 or axis.stream_of(part) is not None  # a stream has an order of its own
+        order = range(present) if is_fixed else _order_of(axis, orders, group)[:present]
         channels = torch.tensor(list(order), dtype=torch.int64)
         parts.append((start + channels[:, None] * repeat + torch.arange(repeat)).flatten())
         start += repeat * present
     return torch.cat(parts)
+
+
+def _why_kept(group: ChannelGroup) -> str:
+    """Why the channels of a group keep their order; empty where they can move."""
+    return group.pinned or ("it is the size of a kernel" if group.is_kernel else "")
 
 
 def _check_permutations(supernet: Supernet, orders: Orders) -> None:
@@ -320,8 +365,8 @@ def _check_permutations(supernet: Supernet, orders: Orders) -> None:
             raise ValueError(
                 f"the order of channel group {group.name!r} is no permutation of {group.max_width} channels"
             )
-        if group.pinned and list(order) != sorted(order):
-            raise ValueError(f"channel group {group.name!r} keeps its order: {group.pinned}")
+        if (reason := _why_kept(group)) and list(order) != sorted(order):
+            raise ValueError(f"channel group {group.name!r} keeps its order: {reason}")
     for stream in order_groups(supernet):
         longest = max((orders[group] for group in stream), key=len)
         if any(orders[group] != longest[: len(orders[group])] for group in stream):

@@ -175,9 +175,11 @@ def apply_start(supernet: Supernet, start: Start) -> list[str]:
         The names of the tensors that kept fresh values, in the supernet's order.
 
     Raises:
-        CheckpointError: tensors are missing, unexpected or of another shape; the message says how
-            the two networks differ, and names some of the tensors.
+        CheckpointError: tensors are missing, unexpected or of another shape, or the layers that
+            write a stream have other channels of it; the message says how the two networks differ,
+            and names some of the tensors or layers.
     """
+    _check_ids(supernet.spec, start)
     target = supernet.state_dict()
     fresh = _fresh(supernet, start)
     taken = [name for name in target if name not in fresh]
@@ -205,6 +207,18 @@ def apply_start(supernet: Supernet, start: Start) -> list[str]:
     for name in taken:
         target[name].copy_(start.tensors[name])
     return [name for name in target if name in fresh]
+
+
+def _check_ids(spec: SupernetSpec, start: Start) -> None:
+    """Check that the same channels of the groups are the same channels of their streams."""
+    stored = {group.name: group.ids for group in start.subnets.spec.groups if group.ids}
+    own = {group.name: group.ids for group in spec.groups if group.ids}
+    differ = [group.name for group in spec.groups if own.get(group.name) != stored.get(group.name)]
+    if differ:
+        raise CheckpointError(
+            f"supernet.init_from: in {start.stem} the channels of residual streams are in another order than in this network "
+            f"({', '.join(differ[:_NUM_LISTED])}): take the network itself from there, with model: checkpoint"
+        )
 
 
 def _in_words(spec: SupernetSpec) -> str:

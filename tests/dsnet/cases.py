@@ -34,6 +34,7 @@ FURTHER_OPTIONS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
             "ratios": [0.5, 1.0],
             "paths": [[0, 0, 0, 0], [0, 1, 0, 1], [0, 1, 1, 0]],
         },
+        "plain": {"depth": 8, "width": 0.5, "ratios": [0.5, 1.0], "projection": "needed", "attention": False},
         "all paths": {"depth": 8, "width": 0.5, "ratios": [0.5, 1.0], "paths": "all", "stem": "large"},
     },
     "tests.dsnet.nets:Residual": {
@@ -127,6 +128,10 @@ def _cases() -> list[Case]:
         cases.append(Case("handmade private_affine", family, small, "private_affine", is_handmade=True))
         for name, options in FURTHER_OPTIONS.get(family, {}).items():
             cases.append(Case(name, family, options, None))
+    ids = {"step": 2, "streams": "ids"}
+    cases.append(
+        Case("ids handmade private_affine", "tests.dsnet.nets:Stream", ids, "private_affine", is_handmade=True)
+    )
     cases.append(Case("early", "ds_resnet", SMALL_OPTIONS["ds_resnet"], None, is_early=True))
     for name, bottleneck in (("padded", {}), ("padded bottleneck", FURTHER_OPTIONS["ds_resnet"]["bottleneck"])):
         options = {**FURTHER_OPTIONS["ds_resnet"]["padded"], **bottleneck}

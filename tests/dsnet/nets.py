@@ -205,3 +205,34 @@ def no_module(num_classes: int, in_channels: int) -> str:
 def one_channel(num_classes: int, in_channels: int) -> nn.Module:
     """A factory that is written for one kind of images."""
     return Residual(num_classes, 1)
+
+
+class Stream(nn.Module):
+    """Residual streams with writers of every kind: a stem, blocks with and without a squeeze and
+    excite, a difference, a norm and a depthwise convolution on the stream, a stage with a
+    projection, and a concatenation of two streams, flattened for the classifier."""
+
+    def __init__(self, num_classes: int, in_channels: int) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(in_channels, 8, 3, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(8)
+        self.block = Block(8)
+        self.before = nn.BatchNorm2d(8)
+        self.branch = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
+        self.minus = nn.Conv2d(8, 8, 1)
+        self.depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False)
+        self.down = nn.Conv2d(8, 12, 3, stride=2, padding=1)
+        self.skip = nn.Conv2d(8, 12, 1, stride=2)
+        self.norm = nn.BatchNorm2d(12)
+        self.last = nn.Conv2d(12, 12, 1)
+        self.pool = nn.AdaptiveAvgPool2d(2)
+        self.fc = nn.Linear(80, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = F.relu(self.bn(self.stem(images)))
+        x = self.block(x)
+        x = x + self.branch(F.relu(self.before(x)))
+        x = torch.sub(x, self.minus(x), alpha=0.5)
+        y = F.relu(self.norm(self.down(self.depthwise(x))) + self.skip(x))
+        y += self.last(y)
+        return self.fc(torch.cat([self.pool(x), self.pool(y)], 1).flatten(1))

@@ -7,13 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from dsnet.errors import ConfigError
 from dsnet.families import Task, create, layout, rebuild
-from dsnet.network.blocks import add_streams
-from dsnet.space.cost import subnet_cost
+from dsnet.families.traced import traced_spec
+from dsnet.network.blocks import SlicedConvNorm, add_streams
+from dsnet.network.plain import make_plain
+from dsnet.space.cost import pooling_madds, subnet_cost
 from dsnet.space.spec import Subnet
 from dsnet.space.subnet_set import SubnetSet
+from dsnet.zoo.resnet import BasicBlock
 from tests.dsnet.samples import random_images, shaken, task
 
 IMAGENET = Task(1000, 3, 224)
@@ -41,6 +45,92 @@ def test_full_networks_have_the_parameters_of_the_well_known_ones(
 ) -> None:
     subnets = layout("ds_resnet", IMAGENET, {"depth": depth, "stem": "large"})
     assert published_params(subnets, extra_projection) == num_params
+
+
+@pytest.mark.parametrize("depth", [18, 34, 50])
+def test_without_attention_and_needless_projections_the_full_network_is_the_well_known_one(depth: int) -> None:
+    small = replace(IMAGENET, image_size=64)
+    plain = {"depth": depth, "stem": "large", "projection": "needed", "attention": False}
+    subnets = layout("ds_resnet", small, plain)
+    well_known = traced_spec(f"resnet{depth}", small)
+    cost = subnet_cost(subnets.spec, subnets.largest, 64)
+    expected = subnet_cost(well_known, Subnet("full", well_known.max_widths), 64)
+    gates = range(len(subnets.spec.gates))
+    evidence = sum(pooling_madds(subnets.spec, subnets.largest, gate, 64) for gate in gates)
+    assert cost.params == expected.params == {18: 11_689_512, 34: 21_797_672, 50: 25_557_032}[depth]
+    assert cost.madds - evidence == expected.madds - pooling_madds(well_known, Subnet("", well_known.max_widths), 0, 64)
+    attended = layout("ds_resnet", small, {"depth": depth, "stem": "large"})
+    added = subnet_cost(attended.spec, attended.largest, 64).params - cost.params
+    assert added == {18: 45_696 + 64 * 64 + 128, 34: 45_696 + 64 * 64 + 128, 50: 692_496}[depth]
+
+
+@torch.no_grad()
+def test_it_computes_what_the_well_known_network_computes() -> None:
+    plain = make_plain("resnet18", 10, 3, 0).eval()
+    for norm in plain.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.running_mean.uniform_(-0.2, 0.2)
+            norm.running_var.uniform_(0.5, 1.5)
+    options = {"depth": 18, "stem": "large", "projection": "needed", "attention": False}
+    supernet = create("ds_resnet", task(), options).eval()
+    layers = [plain.get_submodule("conv1"), plain.get_submodule("bn1")]
+    for block in plain.modules():
+        if isinstance(block, BasicBlock):
+            layers += [block.conv1, block.bn1, block.conv2, block.bn2, *(block.downsample or ())]
+    own = [part for part in supernet.modules() if isinstance(part, SlicedConvNorm)]
+    assert len(layers) == 2 * len(own)
+    for part, conv, norm in zip(own, layers[::2], layers[1::2], strict=True):
+        part.conv.weight.copy_(conv.weight)
+        part.norm.weight.copy_(norm.weight)
+        part.norm.bias.copy_(norm.bias)
+        mean, var, _ = part.norm.statistics(part.norm.key_of(supernet.spec.max_widths))
+        mean.copy_(norm.running_mean)
+        var.copy_(norm.running_var)
+    supernet.classifier.load_state_dict(plain.get_submodule("fc").state_dict())
+    images = random_images(2, 40)
+    widest = supernet.subnets.at(supernet.spec.max_widths)
+    torch.testing.assert_close(supernet(images, widest), plain(images), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_stage_without_projection_keeps_the_channels_of_the_stem() -> None:
+    supernet = shaken(create("ds_resnet", task(), {**SMALL, "projection": "needed"})).eval()
+    narrow = supernet.subnets[0]
+    assert narrow.widths[:2] == (8, 4)
+    first = supernet.trunk(random_images(2), narrow).features
+    block = supernet.get_submodule("stages.0.blocks.0")
+    branch = first
+    for index, conv in enumerate(block.convs):
+        branch = conv(torch.relu(branch) if index else branch, narrow)
+    after = block(first, narrow)
+    assert after.shape[1] == 8
+    assert torch.equal(after[:, :4], torch.relu(first[:, :4] + branch))
+    assert torch.equal(after[:, 4:], torch.relu(first[:, 4:]))
+    assert [hasattr(stage.blocks[0], "projection") and stage.blocks[0].projection is not None for stage in supernet.stages] == [
+        False, True, True,
+    ]  # fmt: skip
+
+
+@torch.no_grad()
+def test_without_attention_a_gate_reads_the_means_of_the_channels() -> None:
+    supernet = shaken(create("ds_resnet", task(), {**SMALL, "attention": False})).eval()
+    features, narrow = random_images(2), supernet.subnets[0]
+    assert [gate.hidden for gate in supernet.spec.gates] == [8, 8, 16]
+    for gate, width in enumerate((8, 4, 8)):
+        output = supernet.upto_gate(gate, features, narrow)
+        features = output.features
+        assert torch.equal(output.features, output.gate_input)
+        torch.testing.assert_close(output.hidden[:, :width], features.mean((2, 3)))
+        assert not output.hidden[:, width:].any()
+    assert not any("attention" in name for name in supernet.state_dict())
+
+
+def test_the_defaults_of_the_later_options_change_no_layout() -> None:
+    for options in ({}, {"depth": 50, "streams": "padded"}):
+        spec = layout("ds_resnet", task(), options).spec
+        again = layout("ds_resnet", task(), {**options, "projection": "always", "attention": True}).spec
+        assert spec.fingerprint == again.fingerprint
+        assert all("attention" not in stage for stage in spec.layout["stages"])
 
 
 def test_resnet_50_costs_about_what_the_field_says() -> None:
@@ -187,6 +277,8 @@ def test_statistics_that_must_not_be_shared_are_refused() -> None:
         ({"depth": 18, "paths": "all", "ratios": [0.1, 0.3, 0.4, 0.5, 0.7, 1.0]}, "makes 1296 sub-networks"),
         ({"stem": "tall"}, "stem is 'tall', but must be 'small' or 'large'"),
         ({"streams": "loose"}, "streams is 'loose'"),
+        ({"projection": "never"}, "projection is 'never', but must be 'always' or 'needed'"),
+        ({"attention": 0}, "attention is 0, but must be true or false"),
     ],
 )
 def test_an_option_out_of_range_is_refused_by_name(options: dict[str, Any], message: str) -> None:

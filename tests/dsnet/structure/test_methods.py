@@ -15,6 +15,7 @@ import torch
 
 from dsnet.data.training_images import InMemoryImages
 from dsnet.errors import CheckpointError, ConfigError
+from dsnet.families import rebuild
 from dsnet.import_path import ALLOW_IMPORTS
 from dsnet.network.batchnorm import batch_statistics
 from dsnet.settings import SettingError
@@ -37,7 +38,7 @@ from dsnet.structure.settings import StructureSettings
 from dsnet.training.start import Start, first_weights, load_start
 from dsnet.training.supernet import train_supernet
 from dsnet.training.supernet_run import SupernetRun
-from tests.dsnet.samples import NORMALIZATION, random_labels, random_pixels, small_run
+from tests.dsnet.samples import NORMALIZATION, random_images, random_labels, random_pixels, small_run
 from tests.dsnet.structure.problems import NET, CountingScorer, find, invented, network, problem_of, toy, way_down
 
 OWN = "tests.dsnet.structure.own_method:Halves"
@@ -544,3 +545,31 @@ def test_from_a_base_to_the_joint_training(family: str, tmp_path: Path) -> None:
     joint = first_weights(found.subnets, 3, load_start(tmp_path / "result"))[0]
     run = small_run(regime=replace(problem.run.regime, norm="private_affine"))
     assert train_supernet(joint, InMemoryImages(pixels, labels, run.augmentation), run, folder=tmp_path / "joint")
+
+
+@pytest.mark.parametrize("order", ["weight_l1", "random"])
+def test_a_stream_whose_writers_are_sorted_each_in_its_own_way_is_found_stored_and_read(
+    order: str, tmp_path: Path
+) -> None:
+    problem = problem_of(
+        "tests.dsnet.nets:Stream",
+        options={"streams": "ids", "step": 2},
+        method="uniform",
+        targets=(0.3, 1.0),
+        order=order,
+    )
+    start = sorted_start(problem, rebuild(problem.subnets).eval())
+    found = find(problem, tmp_path, start=start)
+    spec = found.supernet.spec
+    writers = [number for number, group in enumerate(spec.groups) if group.ids]
+    assert {spec.groups[number].name for number in writers} >= {"stem", "branch_0", "down"}
+    assert all(spec.groups[number].ids == found.orders[number] for number in writers)
+    images = random_images(2)
+    widest = found.supernet.subnets.at(spec.max_widths)
+    plain = rebuild(problem.subnets).train()
+    torch.testing.assert_close(found.supernet.train()(images, widest), plain(images, widest), rtol=1e-4, atol=1e-4)
+    save_structure(tmp_path, found)
+    again = load_structure(tmp_path)
+    assert again.supernet.spec == spec
+    for subnet in found.supernet.subnets:
+        assert torch.equal(again.supernet.train()(images, subnet), found.supernet(images, subnet))
