@@ -1,10 +1,10 @@
-"""Trains a plain MobileNetV2 and writes its state dict, as a person does who does not know dsnet-orch.
+"""Trains a plain MobileNetV2 and writes its state dict, without anything of dsnet-orch.
 
     python examples/pretrain.py --data ~/data/cifar10 --epochs 10 --out net.pth
 
-Only PyTorch is used, and a reader of the images: Pillow for one folder per class, or pyarrow for the
-parquet files of CIFAR-10. The parameters have the names that torchvision gives them, and the images are
-normalised with the mean and standard deviation of ImageNet, as by most published weights.
+It needs PyTorch, and a reader of the images: Pillow for one folder per class, or pyarrow for the
+parquet files of CIFAR-10. The parameters have the names that torchvision gives them. Images are
+normalised with the mean and standard deviation of ImageNet, as for most published weights.
 `examples/pretrained.yaml` goes on from the state dict.
 """
 
@@ -106,7 +106,7 @@ def read_parquet(files: list[Path]) -> tuple[Tensor, Tensor]:
 
 
 def augmented(images: Tensor) -> Tensor:
-    """Random shifts of an eighth of the side, and random mirroring; one shift for the whole batch."""
+    """Images mirrored at random, and shifted by up to an eighth of the side, all by the same."""
     side = images.shape[-1]
     padding = side // 8
     top, left = torch.randint(0, 2 * padding + 1, (2,)).tolist()

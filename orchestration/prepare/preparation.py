@@ -36,6 +36,7 @@ from dsnet.structure.expected import expected_subnets
 from dsnet.structure.method import Base, StructureProblem
 from dsnet.structure.methods import check_structure, structure_method
 from dsnet.training.data_defaults import DataDefault
+from dsnet.training.normalizing import ChosenNormalization, choose_normalization
 from dsnet.training.settings import BootstrapSettings, TrainSettings, penalty_problem
 from dsnet.training.start import StartWeights, check_start, find_checkpoint, first_weights, lay_out, load_start
 from dsnet.training.supernet import FINAL, result_settings
@@ -106,7 +107,8 @@ class Prepared:
     data: TensorData
     """The images without the test split, and without the training split if `data.stream` is
     true."""
-    normalization: Normalization
+    chosen_normalization: ChosenNormalization
+    """The normalisation, and where it comes from."""
     subnets: SubnetSet
     """The sub-networks; before the structure stage is done those that are expected of it."""
     fingerprint: str
@@ -119,6 +121,11 @@ class Prepared:
     """Finished stages that `supernet.init_from` holds already."""
     derived: Mapping[str, DataDefault] = field(default_factory=dict)
     """Settings decided by the data, by dotted key."""
+
+    @property
+    def normalization(self) -> Normalization:
+        """Normalisation of the images."""
+        return self.chosen_normalization.normalization
 
     @property
     def start_sha256(self) -> str | None:
@@ -177,7 +184,7 @@ class Prepared:
         """Warnings about allowed settings that have no effect or cannot be met on this network."""
         gate, space = self.config.gate, self.config.space
         trees = [kind for kind in possible_routers(gate, space) if router_kind(kind).is_tree]
-        warnings = []
+        warnings = [] if self.chosen_normalization.warning is None else [self.chosen_normalization.warning]
         if trees and len(self.subnets.spec.gates) == 1:
             name = self.subnets.spec.family
             warnings += [f"gate.router {kind}: {name} has one gate, so {kind} equals {kind[:-1]}" for kind in trees]
@@ -370,7 +377,6 @@ def _laid_out(config: SweepConfig, start: StartWeights | None, images: Images | 
     is_chosen = supernet.structure.is_chosen
     if not is_chosen:
         check_routing(config, [subnet.name for subnet in subnets])
-    known = None if start is None else start.normalization
     whole = replace(subnets, teacher=Subnet("whole", subnets.spec.max_widths)) if is_chosen else subnets
     filled = with_data_defaults(config, image_set, splits, whole)
     return Prepared(
@@ -378,7 +384,7 @@ def _laid_out(config: SweepConfig, start: StartWeights | None, images: Images | 
         image_set=image_set,
         splits=splits,
         data=data,
-        normalization=known if known is not None else image_set.normalization(splits),
+        chosen_normalization=choose_normalization(config.data.written_normalization(), image_set, splits, start),
         subnets=subnets,
         fingerprint=images.fingerprint,
         derived=filled.defaults,
