@@ -75,7 +75,7 @@ class SmallResNet(nn.Module):
 
     def __init__(self, num_classes: int, in_channels: int) -> None:
         super().__init__()
-        self.stem = nn.Conv2d(in_channels, 16, 3, 1, 1, bias=False)
+        self.stem = nn.Conv2d(in_channels, 16, 3, 2, 1, bias=False)
         self.bn = nn.BatchNorm2d(16)
         self.blocks = nn.Sequential(_Block(16, 16, 1), _Block(16, 32, 2), _Block(32, 64, 2))
         self.fc = nn.Linear(64, num_classes)
@@ -98,7 +98,7 @@ class Scale:
 
 SCALES: Mapping[str, Scale] = {
     "quick": Scale("digits", SplitSizes(train=320, gate=100, val=100, test=300), 2, 1),
-    "cifar": Scale("cifar10", SplitSizes(train=8000, gate=100, val=100, test=3000), 8, 3),
+    "cifar": Scale("cifar10", SplitSizes(train=4000, gate=100, val=100, test=2000), 6, 3),
 }
 
 
@@ -116,8 +116,6 @@ class Arm:
 
 ARMS: Mapping[str, Arm] = {
     "pretrained": Arm(),
-    "pretrained, sorted": Arm(order="weight_l1"),
-    "pretrained, lr / 4": Arm(rate_factor=0.25),
     "pretrained, lr / 4, sorted": Arm(rate_factor=0.25, order="weight_l1"),
     "fresh, equal steps": Arm(is_pretrained=False, trains_longer=True),
     "fresh, without them": Arm(is_pretrained=False),

@@ -25,7 +25,9 @@ least `MIN_EPOCHS` and `MIN_STEPS`."""
 CPU_GMADDS_PER_S = 25.0
 """Training speed on two cores: MAdds of the widest sub-network's forward pass, in 10^9 per second,
 that sandwich steps process."""
-CPU_GMADDS_PER_S_OF_FAMILY: Mapping[str, float] = MappingProxyType({"ds_mbnet": 3.0, "ds_tiny": 3.0})
+CPU_GMADDS_PER_S_OF_FAMILY: Mapping[str, float] = MappingProxyType(
+    {"ds_mbnet": 3.0, "ds_tiny": 3.0, "mobilenet_v1": 3.0, "mobilenet_v2": 3.0}
+)
 """The same for families of depthwise convolutions, which train about eight times slower per MAdd on
 a CPU."""
 LR = 0.08
