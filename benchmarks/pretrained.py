@@ -206,7 +206,7 @@ def pretrain(material: Material, seed: int, path: Path) -> None:
             if run.augmentation.flip:
                 shown = torch.where(torch.rand(BATCH, 1, 1, 1) < 0.5, shown.flip(3), shown)
             optimizer.zero_grad()
-            F.cross_entropy(net(run.normalization.apply(shown)), labels[rows]).backward()  # type: ignore[no-untyped-call] # torch
+            F.cross_entropy(net(run.normalization.apply(shown)), labels[rows]).backward()
             optimizer.step()
             schedule.step()
     torch.save(net.state_dict(), path)

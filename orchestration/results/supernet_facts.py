@@ -14,6 +14,7 @@ from dsnet.files import read_json
 from dsnet.space.spec import SupernetSpec
 from dsnet.space.subnet_set import SubnetSet
 from dsnet.stored.checkpoint import STRUCTURE
+from dsnet.structure.method import most_candidates
 from dsnet.structure.methods import structure_method
 from dsnet.training.settings import REGIMES
 from dsnet.training.supernet import FINAL
@@ -167,9 +168,11 @@ def _structure(plan: StructurePlan, num_train: int) -> str:
     if bases:
         epochs = " and ".join(plural(base.run.train.epochs, "epoch") for base in bases)
         held_out = round(settings.holdout * num_train)
+        most = most_candidates(problem.options(settings.levels))
         text += (
-            f", in {'a network that is' if len(bases) == 1 else 'networks that are'} trained beforehand for {epochs}, on about "
-            f"{plural(held_out, 'image')} of train that are held out; until then the table assumes one ratio for all channels"
+            f", in {'a network that is' if len(bases) == 1 else 'networks that are'} trained beforehand for {epochs}: at most "
+            f"{plural(most, 'candidate')} on about {plural(held_out, 'image')} of train that are held out; until then the table "
+            "assumes one ratio for all channels"
         )
     return text
 
