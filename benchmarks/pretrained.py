@@ -98,7 +98,7 @@ class Scale:
 
 SCALES: Mapping[str, Scale] = {
     "quick": Scale("digits", SplitSizes(train=320, gate=100, val=100, test=300), 2, 1),
-    "cifar": Scale("cifar10", SplitSizes(train=4000, gate=100, val=100, test=2000), 6, 3),
+    "cifar": Scale("cifar10", SplitSizes(train=3000, gate=100, val=100, test=2000), 6, 3),
 }
 
 

@@ -114,8 +114,8 @@ def augmented(images: Tensor) -> Tensor:
     return torch.where(torch.rand(len(images), 1, 1, 1) < 0.5, shifted.flip(3), shifted)
 
 
-def main() -> None:
-    """Train, and write the state dict."""
+def options() -> argparse.ArgumentParser:
+    """The options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=lambda text: Path(text).expanduser(), required=True, help="folder of the images")
     parser.add_argument("--image-size", type=int, help="side in pixels, for a folder of photos")
@@ -124,7 +124,12 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=0.05)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("net.pth"))
-    given = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    """Train, and write the state dict."""
+    given = options().parse_args()
     torch.manual_seed(given.seed)
     images, labels, num_classes = read_images(given.data, given.image_size)
     kept = torch.randperm(len(labels))[: given.limit]
