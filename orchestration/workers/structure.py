@@ -33,23 +33,29 @@ class ScoringJob:
     normalization: Normalization
     device: str
 
+    @property
+    def held_out(self) -> Path:
+        """The file with the images and labels of the hold-out. A file, because Ray cannot start a
+        lost actor again if its arguments are in the object store."""
+        return self.stem.with_name(f"{self.stem.name}-held-out.safetensors")
+
 
 class ScoreWorker:
     """An actor that scores candidates on the hold-out with one thread, so that no score depends on
     the number of actors."""
 
-    def __init__(self, job: ScoringJob, data: Sequence[Any]) -> None:
+    def __init__(self, job: ScoringJob) -> None:
         fix_arithmetic()
-        import ray
         import torch
+        from safetensors.torch import load_file
 
         from dsnet.stored.checkpoint import load_supernet
         from dsnet.structure.scoring import HoldOutScorer
 
         torch.set_num_threads(1)
         supernet, _ = load_supernet(job.stem)
-        images, labels = (torch.from_numpy(array.copy()) for array in ray.get(list(data)))
-        self._scorer = HoldOutScorer(supernet, images, labels, job.normalization, device=job.device)
+        data = load_file(job.held_out)
+        self._scorer = HoldOutScorer(supernet, data["images"], data["labels"], job.normalization, device=job.device)
 
     def score(self, widths: Widths) -> Score:
         """The score of one candidate."""
@@ -70,22 +76,24 @@ def ray_scorer(job: ScoringJob, images: Tensor, labels: Tensor, number: int | No
     Raises:
         DsnetError: an actor fails, or is lost more than `ACTOR_RETRIES` times.
     """
-    actors = _Actors(job, images, labels, number)
+    from safetensors.torch import save_file
+
+    save_file({"images": images.contiguous(), "labels": labels.contiguous()}, job.held_out)
+    actors = _Actors(job, number)
     try:
         yield actors.score
     finally:
         actors.close()
+        job.held_out.unlink(missing_ok=True)
 
 
 class _Actors:
     """The actors of one search."""
 
-    def __init__(self, job: ScoringJob, images: Tensor, labels: Tensor, number: int | None) -> None:
+    def __init__(self, job: ScoringJob, number: int | None) -> None:
         self._job = job
-        self._data = (images, labels)
         self._number = number
         self._actors: list[Any] = []
-        self._sent: list[Any] = []
 
     def score(self, candidates: Sequence[Candidate]) -> Iterator[Score]:
         """Score candidates; the scores come in their order."""
@@ -110,13 +118,11 @@ class _Actors:
         on_gpu = self._job.device == "cuda"
         room = int(ray.cluster_resources().get("GPU", 1)) if on_gpu else cluster_cpus()
         number = min(room, self._number or room, wanted)
-        if not self._actors:
-            self._sent = [ray.put(tensor.numpy()) for tensor in self._data]
         options: dict[str, Any] = {"num_cpus": 1, "num_gpus": int(on_gpu)}
         options |= {"max_restarts": ACTOR_RETRIES, "max_task_retries": ACTOR_RETRIES}
         make = ray.remote(**options)(ScoreWorker)
         while len(self._actors) < number:
-            self._actors.append(make.remote(self._job, self._sent))
+            self._actors.append(make.remote(self._job))
         return self._actors
 
     def close(self) -> None:
