@@ -77,7 +77,7 @@ class SmallResNet(nn.Module):
         super().__init__()
         self.stem = nn.Conv2d(in_channels, 16, 3, 2, 1, bias=False)
         self.bn = nn.BatchNorm2d(16)
-        self.blocks = nn.Sequential(_Block(16, 16, 1), _Block(16, 32, 2), _Block(32, 64, 2))
+        self.blocks = nn.Sequential(_Block(16, 16, 2), _Block(16, 32, 2), _Block(32, 64, 2))
         self.fc = nn.Linear(64, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
