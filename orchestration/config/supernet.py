@@ -176,8 +176,8 @@ class SupernetConfig(Section):
     options: dict[str, JsonValue] = Field(default_factory=dict)
     """Options of the family, which checks them: width, stem_stride, num_routes, ..."""
     init_from: Text | None = SupernetSettings.init_from
-    """Start weights: a checkpoint, a run folder, what `python -m dsnet.training` wrote, or the state
-    dict of a plain network; `~` and $VARIABLES are expanded."""
+    """Start weights: a checkpoint, a run folder, what `python -m dsnet.training` wrote, or the
+    state dict of a plain network; `~` and $VARIABLES are expanded."""
     structure: StructureConfig = StructureConfig()
     regime: RegimeName | None = None
     """Training regime (widths, teacher and normalisation): ce | s_net | us_net | ib | ieb; null =
