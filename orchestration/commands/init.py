@@ -20,6 +20,7 @@ from dsnet.families import Task, family_names, layout
 from dsnet.files import atomic_write_text
 from dsnet.space.cost import subnet_cost
 from dsnet.training.data_defaults import DataDefault, DataFacts, data_defaults
+from dsnet.training.plain_start import is_plain
 from dsnet.training.start import find_checkpoint
 from orchestration.config.loading import load_source_text
 from orchestration.config.yaml_source import parse_yaml
@@ -189,6 +190,7 @@ def _facts(labels: np.ndarray, splits: Splits, num_classes: int, size: int, netw
         channels=3,
         can_mirror=True,
         madds_m=subnet_cost(subnets.spec, subnets.largest, size).madds / 1e6,
+        is_pretrained=network.init_from is not None and is_plain(find_checkpoint(network.init_from)),
     )
 
 

@@ -37,6 +37,7 @@ from dsnet.structure.method import Base, StructureProblem
 from dsnet.structure.methods import check_structure, structure_method
 from dsnet.training.data_defaults import DataDefault
 from dsnet.training.normalizing import ChosenNormalization, choose_normalization
+from dsnet.training.plain_start import PlainStart
 from dsnet.training.settings import BootstrapSettings, TrainSettings, penalty_problem
 from dsnet.training.start import StartWeights, check_start, find_checkpoint, first_weights, lay_out, load_start
 from dsnet.training.supernet import FINAL, result_settings
@@ -327,11 +328,15 @@ def _from_finished_stage(config: SweepConfig, run: RunDir, images: Images | None
         return None
     stem = folder.path.absolute() / FINAL
     origin = read_json(stem.with_name(f"{FINAL}.json"))["run"]["origin"]  # empty: adopted, and trained afresh there
-    prepared = replace(
-        _laid_out(config, load_start(stem), images),
-        start=StartPoint(stem, origin["sha256"], origin, ()) if origin else None,
-    )
-    return prepared if supernet_record(prepared).key == entry["key"] else None
+    images = images or load_images(config)
+    for is_pretrained in (False, True):  # what its own start weights were can no longer be seen
+        prepared = replace(
+            _laid_out(config, load_start(stem), images, is_pretrained=is_pretrained),
+            start=StartPoint(stem, origin["sha256"], origin, ()) if origin else None,
+        )
+        if supernet_record(prepared).key == entry["key"]:
+            return prepared
+    return None
 
 
 def _checked(prepared: Prepared, start: StartWeights | None) -> Prepared:
@@ -364,8 +369,13 @@ def _with_structure(prepared: Prepared) -> Prepared:
     return replace(prepared, subnets=expected, structure=StructurePlan(problem, prepared.start), start=None)
 
 
-def _laid_out(config: SweepConfig, start: StartWeights | None, images: Images | None) -> Prepared:
-    """Prepare data, splits and network; `start` may give the network and the normalisation."""
+def _laid_out(
+    config: SweepConfig, start: StartWeights | None, images: Images | None, *, is_pretrained: bool | None = None
+) -> Prepared:
+    """Prepare data, splits and network; `start` may give the network and the normalisation.
+
+    `is_pretrained` says whether training starts from a plain network; None: whether `start` is one.
+    """
     supernet = config.supernet
     resolve_device(supernet.device)
     latency_settings(config)
@@ -378,7 +388,8 @@ def _laid_out(config: SweepConfig, start: StartWeights | None, images: Images | 
     if not is_chosen:
         check_routing(config, [subnet.name for subnet in subnets])
     whole = replace(subnets, teacher=Subnet("whole", subnets.spec.max_widths)) if is_chosen else subnets
-    filled = with_data_defaults(config, image_set, splits, whole)
+    is_plain = isinstance(start, PlainStart) if is_pretrained is None else is_pretrained
+    filled = with_data_defaults(config, image_set, splits, whole, is_plain)
     return Prepared(
         config=filled.config,
         image_set=image_set,

@@ -16,6 +16,7 @@ from dsnet.data.normalization import Normalization
 from dsnet.data.training_images import InMemoryImages
 from dsnet.errors import CheckpointError, ConfigError
 from dsnet.families import Task, create, rebuild
+from dsnet.network.plain import make_plain
 from dsnet.stored.checkpoint import save_supernet
 from dsnet.structure.methods import structure_method
 from dsnet.training.settings import REGIMES, Regime
@@ -26,6 +27,9 @@ from orchestration.config.supernet import CHECKPOINT_MODEL
 from orchestration.config.sweep import SweepConfig
 from orchestration.prepare.adoption import standalone_config
 from orchestration.prepare.preparation import Prepared, prepare, stage_definitions, supernet_record
+from orchestration.runs.folder import RunDir
+from orchestration.runs.manifest import Manifest
+from orchestration.runs.stages import plan_stages, run_stage
 
 RECORDED = Normalization((30.0,), (60.0,))
 
@@ -263,6 +267,57 @@ def test_weights_that_record_no_normalisation_give_a_warning(tmp_path: Path) -> 
     assert with_normalization(WRITTEN, bare).warnings() == ()
     fresh = prepared_with({})
     assert (fresh.warnings(), fresh.chosen_normalization.reason) == ((), "mean and deviation of train")
+
+
+PLAIN: dict[str, Any] = {"model": "tests.dsnet.nets:Residual", "options": {"step": 2}}
+
+
+def test_a_plain_state_dict_starts_with_a_smaller_learning_rate(tmp_path: Path) -> None:
+    """A checkpoint of a supernet keeps the usual one."""
+    torch.save(make_plain(PLAIN["model"], 10, 1, 0).state_dict(), tmp_path / "net.pth")
+    fresh = prepared_with(PLAIN)
+    plain = prepared_with({**PLAIN, "init_from": str(tmp_path / "net.pth")})
+    save_supernet(tmp_path / "final", rebuild(fresh.subnets), {})
+    stored = prepared_with({**PLAIN, "init_from": str(tmp_path)})
+    rates = [each.supernet_run.train.lr for each in (fresh, plain, stored)]
+    assert rates == [0.057, 0.014, 0.057]  # at batch 16
+    assert "0.08 for fresh weights" in plain.derived["supernet.train.lr"].reason
+    assert plain.start is not None
+    assert plain.start.fresh == ()
+    assert (
+        prepared_with({**PLAIN, "init_from": str(tmp_path / "net.pth"), "train": {"lr": 0.05}})
+        .derived.keys()
+        .isdisjoint({"supernet.train.lr"})
+    )
+
+
+def test_a_run_continues_where_the_state_dict_is_gone(tmp_path: Path) -> None:
+    source = tmp_path / "net.pth"
+    torch.save(make_plain(PLAIN["model"], 10, 1, 0).state_dict(), source)
+    settings = {
+        "version": 1,
+        "name": "t",
+        "data": {"name": "digits", "limit": 60},
+        "supernet": {"device": "cpu", **PLAIN, "init_from": str(source)},
+    }
+    config = SweepConfig.model_validate(settings)
+    run = RunDir(tmp_path / "runs", "t")
+    before = prepare(config, run)
+    (plan, *_) = plan_stages(run, stage_definitions(before))
+    run.path.mkdir(parents=True)
+    Manifest(run.manifest_path).create(seed=0, hardware={})
+
+    def trained(folder: Path) -> list[Path]:
+        save_supernet(folder / "final", rebuild(before.subnets), {"run": before.supernet_run.to_json()})
+        return [folder / "final.safetensors", folder / "final.json"]
+
+    run_stage(run, plan, trained)
+    source.unlink()
+    said: list[str] = []
+    after = prepare(config, run, said.append)
+    assert after.supernet_run.train.lr == before.supernet_run.train.lr == 0.014
+    assert supernet_record(after).key == supernet_record(before).key
+    assert "does not exist any more; run 't' continues" in said[0]
 
 
 def test_a_relative_path_is_made_absolute_for_the_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
