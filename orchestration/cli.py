@@ -38,6 +38,17 @@ def _set_allow_imports(_: click.Context, __: click.Parameter, is_allowed: bool) 
         os.environ[ALLOW_IMPORTS] = "1"  # also for the processes that this one starts
 
 
+def _shares(_: click.Context, __: click.Parameter, text: str | None) -> tuple[float, ...]:
+    """Numbers in (0, 1] that are separated by commas."""
+    try:
+        found = tuple(float(part) for part in (text or "").split(",") if part.strip())
+    except ValueError:
+        found = (0.0,)
+    if not all(0 < share <= 1 for share in found):
+        raise click.BadParameter(f"{text!r} is not a list of shares above 0 and at most 1, such as 0.3,0.6,1")
+    return found
+
+
 IMPORTS = click.option(
     "--allow-imports",
     is_flag=True,
@@ -304,12 +315,25 @@ def schema() -> None:
 @click.option("--data", "folder", required=True, type=click.Path(path_type=Path), help="Folder with the images.")
 @click.option("--out", type=click.Path(path_type=Path), help="File to write [default: NAME.yaml].")
 @click.option("--name", help="Name of the sweep [default: name of the folder].")
+@click.option("--model", help="Your network: resnet50, mobilenet_v2, ..., or an import path [default: ds_resnet].")
+@click.option("--init-from", type=click.Path(path_type=Path), help="Its trained weights: a state dict or a checkpoint.")
+@click.option("--targets", callback=_shares, help="MAdds of the sub-networks as shares of its own: 0.3,0.6,1.")
 @click.option("--force", is_flag=True, help="Replace an existing file.")
-def init(folder: Path, out: Path | None, name: str | None, force: bool) -> None:
+@IMPORTS
+def init(
+    folder: Path,
+    out: Path | None,
+    name: str | None,
+    model: str | None,
+    init_from: Path | None,
+    targets: tuple[float, ...],
+    force: bool,
+) -> None:
     """Inspect a folder of images and write a sweep file for it."""
-    from orchestration.commands.init import init_sweep
+    from orchestration.commands.init import MODEL, Network, init_sweep
 
-    path, seen = init_sweep(folder, out, name, overwrite=force)
+    network = Network(model or MODEL, init_from, targets)
+    path, seen = init_sweep(folder, out, name, network, overwrite=force)
     for line in seen.lines:
         click.echo(line)
     click.echo(f"wrote {path}; next:")

@@ -13,9 +13,11 @@ import torch
 from jaxtyping import Float32, UInt8
 from torch import Tensor
 
+from dsnet.data.settings import LARGEST_PIXEL, WrittenNormalization
 from dsnet.errors import DataError
 
-_NUM_VALUES = 256
+_NUM_VALUES = LARGEST_PIXEL + 1
+_DIGITS = 9
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,22 @@ class Normalization:
         """
         moments = [_mean_and_std(channel) for channel in images.transpose(0, 1)]
         return cls(tuple(mean for mean, _ in moments), tuple(std for _, std in moments))
+
+    @classmethod
+    def from_written(cls, written: WrittenNormalization) -> Normalization:
+        """The normalisation of a setting, whose values are for pixels in 0..1.
+
+        Products are rounded to 9 digits behind the point, so that 0.485 gives 123.675.
+        """
+        mean, std = (
+            tuple(round(value * LARGEST_PIXEL, _DIGITS) for value in values) for values in (written.mean, written.std)
+        )
+        return cls(mean, std)
+
+    def in_words(self) -> str:
+        """Mean and standard deviation for pixels in 0..1, for people."""
+        mean, std = (" ".join(f"{value / LARGEST_PIXEL:.3g}" for value in values) for values in (self.mean, self.std))
+        return f"mean {mean}, std {std}"
 
     def apply(
         self, images: UInt8[Tensor, "batch channels height width"]

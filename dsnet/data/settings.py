@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
-from annotated_types import Ge, Gt, Le, Len, Lt
+from annotated_types import Ge, Gt, Le, Len, Lt, MinLen
 
 from dsnet.errors import ConfigError
 from dsnet.settings import Fraction, NonNegativeInt, PositiveFraction, PositiveInt, SettingError, Settings
@@ -161,6 +161,83 @@ class Augmentation(Settings):
         return self.randaugment_ops > 0 or self.erasing > 0 or self.crop_scale is not None
 
 
+IMAGENET = "imagenet"
+"""Value of `data.normalization` for the mean and deviation of ImageNet."""
+LARGEST_PIXEL = 255
+"""Pixels are whole numbers from 0 to this."""
+ChannelValues = Annotated[tuple[float, ...], MinLen(1)]
+
+
+def normalization_problem(mean: Sequence[float], std: Sequence[float]) -> tuple[str, str] | None:
+    """The part of a written normalisation that is wrong, and the problem as a phrase for a message;
+    None if there is none."""
+    for name, values in (("mean", mean), ("std", std)):
+        if max(values) > 1:
+            in_shares = [round(value / LARGEST_PIXEL, 4) for value in values]
+            return name, (
+                f"{shown(list(values))} is not in the unit of this setting, in which pixels lie in 0..1, as in torchvision; values of "
+                f"pixels in 0..255 are divided by 255: {shown(in_shares)}"
+            )
+    if min(mean) < 0:
+        return "mean", f"{shown(list(mean))} has a value below 0, but pixels lie in 0..1"
+    if min(std) <= 0:
+        return "std", f"{shown(list(std))} has a value that is not above 0"
+    if len(mean) != len(std):
+        return "std", f"mean has {len(mean)} and std {len(std)} values; both need one for each channel of the images"
+    return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class WrittenNormalization(Settings):
+    """Mean and standard deviation of each channel with which images are normalised, for pixels in
+    0..1."""
+
+    SECTION = "data.normalization"
+
+    mean: ChannelValues
+    std: ChannelValues
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        problem = normalization_problem(self.mean, self.std)
+        if problem is not None:
+            raise SettingError(f"data.normalization.{problem[0]}: {problem[1]}")
+
+    def for_channels(self, channels: int) -> WrittenNormalization:
+        """The normalisation itself, if the images have as many channels.
+
+        Raises:
+            SettingError: they have not.
+        """
+        if channels != len(self.mean):
+            raise SettingError(
+                f"data.normalization has {len(self.mean)} values each of mean and std, but the images have {channels} "
+                f"channel{'s' if channels > 1 else ''}: write {{mean: [...], std: [...]}} with one value per channel, or null"
+            )
+        return self
+
+
+IMAGENET_VALUES = WrittenNormalization(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+
+
+def written_normalization(value: object) -> WrittenNormalization | None:
+    """The normalisation that a value of `data.normalization` stands for; None for null.
+
+    Raises:
+        ConfigError: the value is of another kind, lacks mean or std, or has wrong values; the
+            message begins with the key.
+    """
+    if value is None or isinstance(value, WrittenNormalization):
+        return value
+    if value == IMAGENET:
+        return IMAGENET_VALUES
+    if not isinstance(value, Mapping):
+        raise SettingError(
+            f"data.normalization: expected {IMAGENET}, {{mean: [...], std: [...]}} for pixels in 0..1, or null; got {shown(value)}"
+        )
+    return read_strictly(WrittenNormalization, value, "data.normalization")
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataSettings(Settings):
     """The images, their splits and their augmentation."""
@@ -183,9 +260,13 @@ class DataSettings(Settings):
     defaults."""
     stream: bool = False
     """Image folders only: stream `train` from its files during training."""
+    normalization: Literal["imagenet"] | Mapping[str, Any] | None = None
+    """Normalisation of the images: `imagenet`, or the fields of `WrittenNormalization`; None: that
+    of the checkpoint from which training starts, or mean and deviation of `train`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        written_normalization(self.normalization)
         check_known(self.augment, (each.name for each in fields(Augmentation)), "data.augment")
         read_strictly(Augmentation, self._given(), "data.augment")
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from socket import gaierror
 from typing import Any
+from urllib.error import URLError
 
 import torch
 from jaxtyping import Float32
@@ -46,15 +48,28 @@ def make_plain(model: str, num_classes: int, in_channels: int, seed: int) -> nn.
         try:
             module = make(num_classes, in_channels)
         except Exception as error:
-            raise ConfigError(
-                f"supernet.model: {model} raised {type(error).__name__}: {error}; it is called as "
-                f"function({num_classes}, {in_channels}), with the number of classes and the channels of the image"
-            ) from error
+            way = (
+                "it seems to download weights, and is called again in every process: let it make the network without them, and name "
+                "a file with their state dict in supernet.init_from"
+                if _is_of_network(error)
+                else f"it is called as function({num_classes}, {in_channels}), with the number of classes and the channels of the image"
+            )
+            raise ConfigError(f"supernet.model: {model} raised {type(error).__name__}: {error}; {way}") from error
     if not isinstance(module, nn.Module):
         raise ConfigError(
             f"supernet.model: {model} returned {type(module).__name__}, but must return a torch.nn.Module"
         )
     return module
+
+
+def _is_of_network(error: BaseException | None) -> bool:
+    """Whether an error, or one that it was raised from, is that of a connection."""
+    while error is not None:
+        kinds = {kind.__name__ for kind in type(error).__mro__}
+        if isinstance(error, ConnectionError | TimeoutError | URLError | gaierror) or "RequestException" in kinds:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def check_allowed(model: str) -> None:

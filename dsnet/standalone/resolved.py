@@ -81,6 +81,8 @@ class StandaloneConfig(Settings):
         plain: dict[str, Any] = json.loads(json.dumps(asdict(self), allow_nan=False))
         if not self.supernet.structure.is_chosen:
             del plain["supernet"]["structure"]
+        if self.data.normalization is None:
+            del plain["data"]["normalization"]
         return plain
 
     @classmethod

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from dsnet.arithmetic import arithmetic_facts
 from dsnet.data.normalization import Normalization
-from dsnet.data.settings import Augmentation
+from dsnet.data.settings import Augmentation, written_normalization
 from dsnet.data.sources import ImageSource, load_source
 from dsnet.data.splits import Splits, data_fingerprint, make_splits
 from dsnet.data.tensors import Batch, TensorData
@@ -52,6 +52,7 @@ from dsnet.structure.problem import structure_problem
 from dsnet.structure.scoring import HoldOutScorer, holdout_warning
 from dsnet.structure.search import Scorer
 from dsnet.structure.stage import HeldOut, StructureWork
+from dsnet.training.normalizing import choose_normalization
 from dsnet.training.start import Start, check_start, first_weights, lay_out, load_start
 from dsnet.training.supernet import FINAL, TrainingCallbacks, train_supernet
 from dsnet.training.supernet_run import SupernetRun
@@ -197,13 +198,14 @@ class _StageRunner:
         task = Task(num_classes=images.num_classes, in_channels=channels, image_size=size)
         start = None if supernet.init_from is None else load_start(Path(supernet.init_from))
         subnets = lay_out(supernet.model, task, supernet.options, supernet.regime.norm, start)
-        normalization = start.normalization if start is not None else None
-        if normalization is None:
-            normalization = images.normalization(self.splits)
-        run = self.config.supernet_run(images, normalization, None if start is None else start.origin())
+        written = written_normalization(self.config.data.normalization)
+        chosen = choose_normalization(written, images, self.splits, start)
+        run = self.config.supernet_run(images, chosen.normalization, None if start is None else start.origin())
         first, fresh = first_weights(subnets, run.seed, start)
         check_start(run, start, fresh, task.num_classes)
         if start is not None:
+            if chosen.warning is not None:
+                self.say(f"warning: {chosen.warning}")
             self.say(
                 f"supernet: starts from {start.stem}" + (f"; newly initialised: {', '.join(fresh)}" if fresh else "")
             )

@@ -19,6 +19,7 @@ from dsnet.network.supernet import Supernet
 from dsnet.seeds import derive_seed
 from dsnet.space.spec import Subnet
 from dsnet.structure.method import Score
+from dsnet.wording import plural
 
 BATCH = 256
 """Images per batch; their statistics normalise them."""
@@ -62,8 +63,9 @@ def holdout_warning(num_images: int) -> str | None:
     if num_images > FEW_IMAGES:
         return None
     return (
-        f"the hold-out of the structure search has {num_images} image(s), so that one image is {100 / num_images:.2g} % of accuracy: "
-        "it chooses by chance between sub-networks that differ by less; raise supernet.structure.holdout, or use more data"
+        f"the hold-out of the structure search has {plural(num_images, 'image')}, so that one image is "
+        f"{100 / num_images:.2g} % of accuracy: it chooses by chance between "
+        "sub-networks that differ by less; raise supernet.structure.holdout, or use more data"
     )
 
 

@@ -25,7 +25,9 @@ least `MIN_EPOCHS` and `MIN_STEPS`."""
 CPU_GMADDS_PER_S = 25.0
 """Training speed on two cores: MAdds of the widest sub-network's forward pass, in 10^9 per second,
 that sandwich steps process."""
-CPU_GMADDS_PER_S_OF_FAMILY: Mapping[str, float] = MappingProxyType({"ds_mbnet": 3.0, "ds_tiny": 3.0})
+CPU_GMADDS_PER_S_OF_FAMILY: Mapping[str, float] = MappingProxyType(
+    {"ds_mbnet": 3.0, "ds_tiny": 3.0, "mobilenet_v1": 3.0, "mobilenet_v2": 3.0}
+)
 """The same for families of depthwise convolutions, which train about eight times slower per MAdd on
 a CPU."""
 LR = 0.08
@@ -33,6 +35,9 @@ LR = 0.08
 size."""
 ADAMW_LR = 0.0005
 """The same for AdamW."""
+PRETRAINED_SHARE = 0.25
+"""Learning rate for the weights of a trained plain network, as a share of that for fresh ones,
+which would undo much of their training (benchmarks/RESULTS.md, pretrained)."""
 LR_BATCH = 32
 DECAY = 0.7
 """Product of SGD's weight decay, peak learning rate and steps: it fixes the share of a training
@@ -79,6 +84,8 @@ class DataFacts:
     """Whether a mirrored image belongs to the same class."""
     madds_m: float
     """MAdds of one image through the widest sub-network, in millions."""
+    is_pretrained: bool = False
+    """Whether training starts from the weights of a trained plain network."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +123,7 @@ def data_defaults(facts: DataFacts, family: str, given: Mapping[str, Any] | None
     settle(EPOCHS, _epochs(facts, family, steps, known.get(WARMUP, 0.0)))
     settle(WARMUP, _warmup(known[EPOCHS]))
     optimizer = known.get("supernet.train.optimizer", "sgd")
-    settle(RATE, _rate(known[BATCH_SIZE], optimizer))
+    settle(RATE, _rate(known[BATCH_SIZE], optimizer, facts.is_pretrained))
     settle(WEIGHT_DECAY, _weight_decay(known[RATE], steps * known[EPOCHS], optimizer))
     settle(RECALIBRATION, _recalibration(facts))
     settle(RANDAUGMENT, _randaugment(facts))
@@ -170,10 +177,15 @@ def _warmup(epochs: int) -> DataDefault:
     return DataDefault(round(WARMUP_SHARE * epochs, 2), f"{100 * WARMUP_SHARE:g} % of {_number(epochs, 'epoch')}")
 
 
-def _rate(batch: int, optimizer: str) -> DataDefault:
-    base = ADAMW_LR if optimizer == "adamw" else LR
+def _rate(batch: int, optimizer: str, is_pretrained: bool) -> DataDefault:
+    base, why = ADAMW_LR if optimizer == "adamw" else LR, ""
+    if is_pretrained:
+        base, why = (
+            PRETRAINED_SHARE * base,
+            f"; {base:g} for fresh weights, which would undo much of the training before",
+        )
     rate = float(f"{base * math.sqrt(batch / LR_BATCH):.2g}")
-    return DataDefault(rate, f"{base:g} at batch {LR_BATCH}, growing with the square root of the batch")
+    return DataDefault(rate, f"{base:g} at batch {LR_BATCH}, growing with the square root of the batch{why}")
 
 
 def _weight_decay(rate: float, num_steps: int, optimizer: str) -> DataDefault:

@@ -19,6 +19,7 @@ from dsnet.finite import check_finite
 from dsnet.network.plain import make_plain
 from dsnet.network.supernet import Supernet
 from dsnet.network.traced import BODY, TracedSupernet
+from dsnet.wording import plural
 
 SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
@@ -68,7 +69,7 @@ class PlainStart:
         expected = {name: tensor for name, tensor in plain.state_dict().items() if not name.endswith(_COUNTER)}
         rows = [name.removeprefix(BODY) for name in supernet.class_tensors()]
         fresh = [name for name in rows if self._has_other_rows(name, expected)]
-        self._check(expected, fresh)
+        self._check(spec.layout["model"], expected, fresh)
         plain.load_state_dict({name: self.tensors[name] for name in expected if name not in fresh}, strict=False)
         before = {name: supernet.get_parameter(BODY + name).detach().clone() for name in fresh}
         supernet.load_plain(plain)
@@ -83,7 +84,7 @@ class PlainStart:
             own is not None and own.shape[:1] != expected[name].shape[:1] and own.shape[1:] == expected[name].shape[1:]
         )
 
-    def _check(self, expected: Mapping[str, Tensor], fresh: list[str]) -> None:
+    def _check(self, model: str, expected: Mapping[str, Tensor], fresh: list[str]) -> None:
         missing = [
             f"missing {name} {tuple(tensor.shape)}" for name, tensor in expected.items() if name not in self.tensors
         ]
@@ -101,9 +102,10 @@ class PlainStart:
         listed = [problem for kind in kinds for problem in kind[:_NUM_LISTED]]
         others = sum(map(len, kinds)) - len(listed)
         raise CheckpointError(
-            f"supernet.init_from: {self.stem} does not fit supernet.model ({len(missing)} tensors missing, "
+            f"supernet.init_from: {self.stem} does not fit supernet.model {model} ({plural(len(missing), 'tensor')} missing, "
             f"{len(unexpected)} unexpected, {len(misshapen)} of another shape): {'; '.join(listed)}"
             + (f"; and {others} more" if others else "")
+            + "; name the network whose state dict it is, or rename its tensors"
         )
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from dsnet.data.normalization import Normalization
+from dsnet.data.settings import IMAGENET_VALUES
 from dsnet.errors import CheckpointError, ConfigError, PreflightError
 from dsnet.files import atomic_write_text, file_sha256, read_json
 from dsnet.network.supernet import Supernet
@@ -24,9 +25,8 @@ from dsnet.training.supernet import FINAL
 from orchestration.config.loading import load_source_text
 from orchestration.config.yaml_source import parse_yaml
 
-IMAGENET = Normalization((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
-"""The normalisation with which the released weights were trained: ImageNet's mean and deviation, in
-units of pixel values."""
+IMAGENET = Normalization.from_written(IMAGENET_VALUES)
+"""The normalisation with which the released weights were trained: ImageNet's mean and deviation."""
 SWEEP_FILE = "sweep.yaml"
 
 _TEMPLATE = """\

@@ -20,6 +20,8 @@ from dsnet.families import Task, family_names, layout
 from dsnet.files import atomic_write_text
 from dsnet.space.cost import subnet_cost
 from dsnet.training.data_defaults import DataDefault, DataFacts, data_defaults
+from dsnet.training.plain_start import is_plain
+from dsnet.training.start import find_checkpoint
 from orchestration.config.loading import load_source_text
 from orchestration.config.yaml_source import parse_yaml
 
@@ -38,6 +40,22 @@ CIFAR10_TRAIN, CIFAR10_TEST = 50_000, 10_000
 
 
 @dataclass(frozen=True)
+class Network:
+    """The network for which the file is written."""
+
+    model: str = MODEL
+    """Name of a family, or the import path of a network."""
+    init_from: Path | None = None
+    """Its trained weights."""
+    targets: tuple[float, ...] = ()
+    """MAdds of its sub-networks as shares of its own; empty: those that the family declares."""
+
+    def options(self, size: int) -> dict[str, Any]:
+        """The options that are proposed for images of this size."""
+        return model_options(size) if self.model == MODEL else {}
+
+
+@dataclass(frozen=True)
 class Seen:
     """What was found in the image folder, from which the file is written."""
 
@@ -51,17 +69,21 @@ class Seen:
     splits: Splits
 
 
-def init_sweep(folder: Path, out: Path | None, name: str | None, *, overwrite: bool = False) -> tuple[Path, Seen]:
+def init_sweep(
+    folder: Path, out: Path | None, name: str | None, network: Network | None = None, *, overwrite: bool = False
+) -> tuple[Path, Seen]:
     """Look at the images and write a sweep file.
 
     Args:
         folder: folder of the images.
         out: the file; None = NAME.yaml in the working directory.
         name: name of the sweep; None = the folder's name.
+        network: the network; None = the proposed one, from fresh weights.
         overwrite: replace a file that is there.
 
     Raises:
-        ConfigError: the file is there already.
+        ConfigError: the file is there already, or there is no such network.
+        CheckpointError: there are no such weights.
         DataError: the images cannot be used as they lie there.
     """
     folder = folder.expanduser()
@@ -69,8 +91,11 @@ def init_sweep(folder: Path, out: Path | None, name: str | None, *, overwrite: b
     path = out if out is not None else Path(f"{name}.yaml")
     if path.exists() and not overwrite:
         raise ConfigError(f"{path} already exists; choose another file with --out, or replace it with --force")
-    seen = _look(folder)
-    text = sweep_text(folder.absolute(), name, seen)
+    network = network or Network()
+    if network.init_from is not None:
+        find_checkpoint(network.init_from)
+    seen = _look(folder, network)
+    text = sweep_text(folder.absolute(), name, seen, network)
     load_source_text(
         parse_yaml(text, str(path)), known_models=family_names()
     )  # raises if the written file is not valid
@@ -85,24 +110,24 @@ def _name_of(folder: Path) -> str:
     return name or "photos"
 
 
-def _look(folder: Path) -> Seen:
+def _look(folder: Path, network: Network) -> Seen:
     if not folder.exists():
         raise DataError(f"{folder}: does not exist; set --data to the folder of the images")
     if holds_cifar10(folder):
-        return _cifar10()
-    return _photos(survey_folder(folder))
+        return _cifar10(network)
+    return _photos(survey_folder(folder), network)
 
 
-def _cifar10() -> Seen:
+def _cifar10(network: Network) -> Seen:
     labels = np.tile(np.arange(len(CLASS_NAMES)), (CIFAR10_TRAIN + CIFAR10_TEST) // len(CLASS_NAMES))
     splits = make_splits(labels, np.arange(len(labels)) >= CIFAR10_TRAIN)
     lines = (
         f"CIFAR-10: {CIFAR10_TRAIN:,} training and {CIFAR10_TEST:,} test images of 32 x 32 pixels in 10 balanced classes.",
     )
-    return Seen("cifar10", None, lines, "", _facts(labels, splits, len(CLASS_NAMES), IMAGE_SIZE), splits)
+    return Seen("cifar10", None, lines, "", _facts(labels, splits, len(CLASS_NAMES), IMAGE_SIZE, network), splits)
 
 
-def _photos(survey: Survey) -> Seen:
+def _photos(survey: Survey, network: Network) -> Seen:
     labels = np.array(survey.listing.labels)
     try:
         splits = make_splits(labels, survey.listing.official_test)
@@ -116,7 +141,7 @@ def _photos(survey: Survey) -> Seen:
     reason = f"median shorter side of the pictures: {survey.short_side} pixels"
     if size < survey.short_side:
         reason += "; larger images may be more accurate, but slower"
-    facts = _facts(labels, splits, len(survey.class_sizes), size)
+    facts = _facts(labels, splits, len(survey.class_sizes), size, network)
     return Seen("image_folder", size, (*_sentences(survey), *_few_images(splits)), reason, facts, splits)
 
 
@@ -154,9 +179,9 @@ def _range(values: tuple[int, ...]) -> str:
     return f"{min(values)}" if min(values) == max(values) else f"{min(values)} to {max(values)}"
 
 
-def _facts(labels: np.ndarray, splits: Splits, num_classes: int, size: int) -> DataFacts:
+def _facts(labels: np.ndarray, splits: Splits, num_classes: int, size: int, network: Network) -> DataFacts:
     task = Task(num_classes=num_classes, in_channels=3, image_size=size)
-    subnets = layout(MODEL, task, model_options(size))
+    subnets = layout(network.model, task, network.options(size))
     return DataFacts(
         num_train=len(splits.train),
         num_classes=num_classes,
@@ -165,6 +190,7 @@ def _facts(labels: np.ndarray, splits: Splits, num_classes: int, size: int) -> D
         channels=3,
         can_mirror=True,
         madds_m=subnet_cost(subnets.spec, subnets.largest, size).madds / 1e6,
+        is_pretrained=network.init_from is not None and is_plain(find_checkpoint(network.init_from)),
     )
 
 
@@ -188,7 +214,7 @@ _OPTION_COMMENTS = {
 }
 
 
-def sweep_text(folder: Path, name: str, seen: Seen) -> str:
+def sweep_text(folder: Path, name: str, seen: Seen, network: Network) -> str:
     """The text of the sweep file."""
     lines = [
         "# Written by dsnet-orch init for these images:",
@@ -204,21 +230,38 @@ def sweep_text(folder: Path, name: str, seen: Seen) -> str:
     ]
     if seen.image_size is not None:
         lines.append(f"  image_size: {seen.image_size}    # {seen.size_reason}")
+    if network.init_from is not None:
+        lines.append(
+            "  normalization: null    # of the pixels, as in the training of the weights: imagenet, or {mean: [...], std: [...]} for "
+            "pixels in 0..1; null: as the weights record it, else from your images"
+        )
     sizes = ", ".join(f"{split} {len(seen.splits[split]):,}" for split in ("train", "gate", "val", "test"))
-    lines += [f"  # splits: {sizes} (test is sealed until the end)", "", *_supernet_lines(seen), ""]
+    lines += [f"  # splits: {sizes} (test is sealed until the end)", "", *_supernet_lines(seen, network), ""]
     return "\n".join(lines)
 
 
-def _supernet_lines(seen: Seen) -> Iterator[str]:
+def _supernet_lines(seen: Seen, network: Network) -> Iterator[str]:
     yield "supernet:"
-    yield f"  model: {MODEL}    # trains faster on a CPU than networks of depthwise convolutions"
-    yield "  options:"
-    for key, value in model_options(seen.facts.image_size).items():
+    why = "    # trains faster on a CPU than networks of depthwise convolutions" if network.model == MODEL else ""
+    yield f"  model: {network.model}{why}"
+    if network.init_from is not None:
+        path = json.dumps(str(network.init_from.expanduser().absolute()), ensure_ascii=False)
+        yield f"  init_from: {path}    # the weights with which training begins"
+    options = network.options(seen.facts.image_size)
+    if options:
+        yield "  options:"
+    for key, value in options.items():
         yield f"    {key}: {json.dumps(value) if not isinstance(value, str) else value}    # {_OPTION_COMMENTS[key]}"
+    if network.targets:
+        yield "  structure:"
+        yield "    method: uniform    # one ratio for all layers | greedy: searches for the width of each layer, which takes longer"
+        yield f"    targets: {json.dumps(network.targets)}    # MAdds of the sub-networks as shares of the network's own"
+        if network.init_from is not None:
+            yield "    order: weight_l1    # narrow sub-networks keep the channels with the largest weights; none: the first ones"
     yield "  train:"
     yield "    channels_last: true    # memory order in which convolutions are faster; results differ only by rounding"
     yield "    # Derived from the images; remove the # to set another value:"
-    defaults = data_defaults(seen.facts, MODEL)
+    defaults = data_defaults(seen.facts, network.model)
     train = {key.rpartition(".")[2]: each for key, each in defaults.items() if key.startswith("supernet.train.")}
     for key, default in train.items():
         yield f"    # {key}: {_written(default)}    # {default.reason}"

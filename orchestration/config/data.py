@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, model_validator
+from pydantic import BeforeValidator, JsonValue, WithJsonSchema, model_validator
 
 from dsnet.data.settings import (
+    IMAGENET,
     Augmentation,
     CropScale,
     DataSettings,
@@ -14,9 +15,12 @@ from dsnet.data.settings import (
     Magnitude,
     OperationCount,
     SplitSize,
+    WrittenNormalization,
     crop_problem,
     folder_problem,
+    written_normalization,
 )
+from dsnet.errors import ConfigError
 from dsnet.settings import Fraction, NonNegativeInt, PositiveFraction, PositiveInt, fits
 from dsnet.wording import shown
 from orchestration.config.section import FROM_LIST, BrokenRule, Section, Text, refuse
@@ -26,6 +30,35 @@ def _split_size(value: object) -> object:
     if fits(value, SplitSize):
         return value
     raise ValueError(f"expected a fraction between 0 and 1, a whole number of images, or null; got {shown(value)}")
+
+
+def _normalization(value: object) -> object:
+    try:
+        written_normalization(value)
+    except ConfigError as error:
+        raise ValueError(str(error).removeprefix("data.normalization").removeprefix(": ").lstrip(".")) from error
+    return value
+
+
+_CHANNELS = {"type": "array", "minItems": 1, "items": {"type": "number", "minimum": 0, "maximum": 1}}
+NormalizationValue = Annotated[
+    Literal["imagenet"] | dict[str, JsonValue] | None,
+    BeforeValidator(_normalization),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"const": IMAGENET, "type": "string"},
+                {
+                    "type": "object",
+                    "properties": {"mean": _CHANNELS, "std": _CHANNELS},
+                    "required": ["mean", "std"],
+                    "additionalProperties": False,
+                },
+                {"type": "null"},
+            ]
+        }
+    ),
+]
 
 
 WrittenSplitSize = Annotated[SplitSize, BeforeValidator(_split_size)]
@@ -109,6 +142,14 @@ class DataConfig(Section):
     stream: bool = DataSettings.stream
     """Image folders only: read `train` from disk while it trains, for sets that do not fit into
     memory."""
+    normalization: NormalizationValue = None
+    """Normalisation of the images: imagenet | {mean: [...], std: [...]}, one value per channel, for
+    pixels in 0..1 as in torchvision; null = that of the checkpoint in supernet.init_from, else mean
+    and deviation of `train`."""
+
+    def written_normalization(self) -> WrittenNormalization | None:
+        """The normalisation that is written; None for null."""
+        return written_normalization(self.normalization)
 
     @model_validator(mode="after")
     def _suits_the_source(self) -> DataConfig:

@@ -48,14 +48,16 @@ def stage_subset(config: SweepConfig, stage: Stage) -> dict[str, JsonValue]:
         supernet = config.supernet.model_dump(mode="json", exclude=_NOT_IN_SUPERNET_KEY)
         supernet["train"] = without_added(supernet["train"])
         supernet["bootstrapping"] = without_published(supernet["bootstrapping"])
+        data = config.data.model_dump(mode="json", exclude={"path", "crop_fraction", "normalization"})
         return {
             "seed": config.seed,
-            "data": config.data.model_dump(mode="json", exclude={"path", "crop_fraction"}),
+            "data": data | _normalization(config),
             "supernet": {**supernet, "regime": asdict(resolve_regime(config.supernet))},
         }
     if stage == "structure":
         structure = config.supernet.structure.model_dump(mode="json", exclude={"concurrent"})
-        return {"seed": config.seed, "supernet": {"structure": structure}}
+        chosen: dict[str, JsonValue] = {"seed": config.seed, "supernet": {"structure": structure}}
+        return chosen | ({"data": own} if (own := _normalization(config)) else {})
     if stage == "measure":
         return {"measure": _measure_subset(config)}
     if stage == "search":
@@ -65,6 +67,13 @@ def stage_subset(config: SweepConfig, stage: Stage) -> dict[str, JsonValue]:
     if stage == "table":
         return {}
     raise ValueError(f"unknown stage {stage!r}; known: {', '.join(get_args(Stage))}")
+
+
+def _normalization(config: SweepConfig) -> dict[str, Any]:
+    """The written normalisation, whichever way it is written; nothing for null, so that keys from
+    before that setting stay valid."""
+    written = config.data.written_normalization()
+    return {} if written is None else {"normalization": asdict(written)}
 
 
 def _measure_subset(config: SweepConfig) -> dict[str, JsonValue]:

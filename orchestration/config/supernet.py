@@ -171,13 +171,13 @@ class SupernetConfig(Section):
     """The supernet, which contains all sub-networks, and its training."""
 
     model: Text
-    """Architecture family, by its registered name; or checkpoint: layout and sub-networks of
-    `init_from`."""
+    """Architecture family, or a plain network: a registered name, or an import path
+    package.module:function; or checkpoint: layout and sub-networks of `init_from`."""
     options: dict[str, JsonValue] = Field(default_factory=dict)
     """Options of the family, which checks them: width, stem_stride, num_routes, ..."""
     init_from: Text | None = SupernetSettings.init_from
-    """Start weights: a checkpoint, a run folder, or what `python -m dsnet.training` wrote; `~` and
-    $VARIABLES are expanded."""
+    """Start weights: a checkpoint, a run folder, what `python -m dsnet.training` wrote, or the
+    state dict of a plain network; `~` and $VARIABLES are expanded."""
     structure: StructureConfig = StructureConfig()
     regime: RegimeName | None = None
     """Training regime (widths, teacher and normalisation): ce | s_net | us_net | ib | ieb; null =

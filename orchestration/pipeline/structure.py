@@ -33,6 +33,8 @@ from orchestration.workers.runtime import LOCAL, cluster_cpus
 from orchestration.workers.structure import ScoringJob, ray_scorer
 from orchestration.workers.supernet import SupernetJob, train_on_ray
 
+NUM_LINES = 40
+"""Number of lines about all candidates on a pipe."""
 SCORED = "scored"
 """Beginning of the names of the files that scorers read, which are removed after the search."""
 
@@ -118,7 +120,9 @@ class _OnRay:
         total = most_candidates(problem.options(problem.settings.levels))
         concurrent = work.config.supernet.structure.concurrent
         with (
-            work.progress.bar(Task("structure: candidates", total, "candidate")) as bar,
+            work.progress.bar(
+                Task("structure: candidates", total, "candidate", line_every=max(1, total // NUM_LINES))
+            ) as bar,
             ray_scorer(job, concurrent) as score,
         ):
             yield _Shown(bar, score).score

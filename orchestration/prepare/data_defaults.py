@@ -33,8 +33,8 @@ class Derived:
     leaves them open, but stay null in `config`, because the augmentation itself derives them."""
 
 
-def data_facts(image_set: ImageSource, splits: Splits, subnets: SubnetSet) -> DataFacts:
-    """The facts about the data and the network on which the defaults depend."""
+def data_facts(image_set: ImageSource, splits: Splits, subnets: SubnetSet, is_pretrained: bool = False) -> DataFacts:
+    """The facts about the data, the network and its start weights on which the defaults depend."""
     channels, _, size = image_set.image_shape
     num_classes = len(image_set.class_names)
     counts = np.bincount(image_set.labels.numpy()[splits.train], minlength=num_classes)
@@ -46,16 +46,26 @@ def data_facts(image_set: ImageSource, splits: Splits, subnets: SubnetSet) -> Da
         channels=channels,
         can_mirror=Augmentation.for_images(image_set).flip,
         madds_m=subnet_cost(subnets.spec, subnets.largest, size).madds / 1e6,
+        is_pretrained=is_pretrained,
     )
 
 
-def with_data_defaults(config: SweepConfig, image_set: ImageSource, splits: Splits, subnets: SubnetSet) -> Derived:
+def with_data_defaults(
+    config: SweepConfig, image_set: ImageSource, splits: Splits, subnets: SubnetSet, is_pretrained: bool = False
+) -> Derived:
     """Fill in the settings that the configuration leaves to the data.
+
+    Args:
+        config: the configuration.
+        image_set: the images.
+        splits: their splits.
+        subnets: the network.
+        is_pretrained: whether training starts from the weights of a trained plain network.
 
     Raises:
         ConfigError: a derived default contradicts a setting that was written.
     """
-    facts = data_facts(image_set, splits, subnets)
+    facts = data_facts(image_set, splits, subnets, is_pretrained)
     found = data_defaults(facts, subnets.spec.family, _written(config))
     supernet = {key: default.value for key, default in found.items() if is_of_supernet(key)}
     augment = {key.removeprefix(AUGMENT): each.value for key, each in found.items() if key.startswith(AUGMENT)}

@@ -38,6 +38,8 @@ from dsnet.structure.methods import check_structure, structure_method
 from dsnet.structure.problem import structure_problem
 from dsnet.structure.scoring import holdout_warning
 from dsnet.training.data_defaults import DataDefault
+from dsnet.training.normalizing import ChosenNormalization, choose_normalization
+from dsnet.training.plain_start import PlainStart
 from dsnet.training.settings import BootstrapSettings, TrainSettings, penalty_problem
 from dsnet.training.start import StartWeights, check_start, find_checkpoint, first_weights, lay_out, load_start
 from dsnet.training.supernet import FINAL, result_settings
@@ -108,7 +110,8 @@ class Prepared:
     data: TensorData
     """The images without the test split, and without the training split if `data.stream` is
     true."""
-    normalization: Normalization
+    chosen_normalization: ChosenNormalization
+    """The normalisation, and where it comes from."""
     subnets: SubnetSet
     """The sub-networks; before the structure stage is done those that are expected of it."""
     fingerprint: str
@@ -121,6 +124,11 @@ class Prepared:
     """Finished stages that `supernet.init_from` holds already."""
     derived: Mapping[str, DataDefault] = field(default_factory=dict)
     """Settings decided by the data, by dotted key."""
+
+    @property
+    def normalization(self) -> Normalization:
+        """Normalisation of the images."""
+        return self.chosen_normalization.normalization
 
     @property
     def start_sha256(self) -> str | None:
@@ -179,7 +187,7 @@ class Prepared:
         """Warnings about allowed settings that have no effect or cannot be met on this network."""
         gate, space = self.config.gate, self.config.space
         trees = [kind for kind in possible_routers(gate, space) if router_kind(kind).is_tree]
-        warnings = []
+        warnings = [] if self.chosen_normalization.warning is None else [self.chosen_normalization.warning]
         if trees and len(self.subnets.spec.gates) == 1:
             name = self.subnets.spec.family
             warnings += [f"gate.router {kind}: {name} has one gate, so {kind} equals {kind[:-1]}" for kind in trees]
@@ -336,10 +344,14 @@ def _from_finished_stage(config: SweepConfig, run: RunDir, images: Images | None
         return None
     stem = folder.path.absolute() / FINAL
     origin = _recorded_origin(run, folder)
-    laid_out = _laid_out(config, load_start(stem), images)
     start = StartPoint(stem, origin["sha256"], origin, ()) if origin else None
-    prepared = _with_structure(replace(laid_out, start=start))
-    return prepared if supernet_record(prepared).key == entry["key"] else None
+    images = images or load_images(config)
+    for is_pretrained in (False, True):  # what its own start weights were can no longer be seen
+        laid_out = _laid_out(config, load_start(stem), images, is_pretrained=is_pretrained)
+        prepared = _with_structure(replace(laid_out, start=start))
+        if supernet_record(prepared).key == entry["key"]:
+            return prepared
+    return None
 
 
 def _recorded_origin(run: RunDir, supernet: StageDir) -> Mapping[str, Any]:
@@ -385,8 +397,13 @@ def _with_structure(prepared: Prepared) -> Prepared:
     return replace(prepared, subnets=expected, structure=StructurePlan(problem, prepared.start), start=None)
 
 
-def _laid_out(config: SweepConfig, start: StartWeights | None, images: Images | None) -> Prepared:
-    """Prepare data, splits and network; `start` may give the network and the normalisation."""
+def _laid_out(
+    config: SweepConfig, start: StartWeights | None, images: Images | None, *, is_pretrained: bool | None = None
+) -> Prepared:
+    """Prepare data, splits and network; `start` may give the network and the normalisation.
+
+    `is_pretrained` says whether training starts from a plain network; None: whether `start` is one.
+    """
     supernet = config.supernet
     resolve_device(supernet.device)
     latency_settings(config)
@@ -398,15 +415,15 @@ def _laid_out(config: SweepConfig, start: StartWeights | None, images: Images | 
     is_chosen = supernet.structure.is_chosen
     if not is_chosen:
         check_routing(config, [subnet.name for subnet in subnets])
-    known = None if start is None else start.normalization
     whole = replace(subnets, teacher=Subnet("whole", subnets.spec.max_widths)) if is_chosen else subnets
-    filled = with_data_defaults(config, image_set, splits, whole)
+    is_plain = isinstance(start, PlainStart) if is_pretrained is None else is_pretrained
+    filled = with_data_defaults(config, image_set, splits, whole, is_plain)
     return Prepared(
         config=filled.config,
         image_set=image_set,
         splits=splits,
         data=data,
-        normalization=known if known is not None else image_set.normalization(splits),
+        chosen_normalization=choose_normalization(config.data.written_normalization(), image_set, splits, start),
         subnets=subnets,
         fingerprint=images.fingerprint,
         derived=filled.defaults,

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,19 @@ from dsnet.families import GatePlace, Task, get_family, layout
 from dsnet.files import read_json
 from dsnet.space.spec import SupernetSpec
 from dsnet.space.subnet_set import SubnetSet
+from dsnet.stored.checkpoint import STRUCTURE
+from dsnet.structure.method import most_candidates
+from dsnet.structure.methods import structure_method
 from dsnet.training.settings import REGIMES
 from dsnet.training.supernet import FINAL
 from dsnet.training.supernet_run import SupernetRun
+from dsnet.wording import plural
 from orchestration.config.supernet import CHECKPOINT_MODEL, resolve_regime
 from orchestration.config.sweep import SweepConfig
-from orchestration.prepare.preparation import Prepared
+from orchestration.prepare.preparation import Prepared, StructurePlan
+
+_NUM_LISTED = 4
+"""Maximum number of tensors without start weights that are named."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +35,14 @@ class SupernetFacts:
     spec: SupernetSpec
     run: SupernetRun
     num_subnets: int
+    normalized: str = field(default="", compare=False)
+    """Where the normalisation comes from; empty if that is not known any more."""
+    fresh: tuple[str, ...] = field(default=(), compare=False)
+    """Names of the tensors that the start weights do not have; empty if they are not known any
+    more."""
+    structure: str = field(default="", compare=False)
+    """How the sub-networks are chosen; empty if the family declares them, or if that is not known
+    any more."""
 
     @classmethod
     def of_stage(cls, folder: Path) -> SupernetFacts | None:
@@ -43,13 +59,26 @@ class SupernetFacts:
     def of_prepared(cls, prepared: Prepared) -> SupernetFacts:
         """The facts of a supernet that a launch would train or take over."""
         run = prepared.supernet_run
+        start = prepared.start
         if prepared.adoption is not None:
             run = replace(run, origin=prepared.adoption.origin)
-        return cls(prepared.subnets.spec, run, len(prepared.subnets))
+        if prepared.structure is not None:
+            start = prepared.structure.start
+            run = replace(run, origin={} if start is None else start.origin)
+        return cls(
+            prepared.subnets.spec,
+            run,
+            len(prepared.subnets),
+            normalized=prepared.chosen_normalization.reason,
+            fresh=() if start is None else start.fresh,
+            structure="" if prepared.structure is None else _structure(prepared.structure, len(prepared.splits.train)),
+        )
 
     @property
     def naming(self) -> str:
         """The meaning of the sub-networks' names; empty if they are plain numbers."""
+        if self.structure:
+            return ""
         return get_family(self.spec.family).naming
 
     @property
@@ -66,6 +95,8 @@ class SupernetFacts:
         """
         run, train = self.run, self.run.train
         lines = [("network", f"{self.spec.family} with {self.num_subnets} sub-networks, norm {self.spec.norm}")]
+        if self.structure:
+            lines.append(("sub-networks", self.structure))
         if train.epochs == 0:
             lines.append(("supernet training", "0 epochs: the start weights as they are"))
         else:
@@ -77,7 +108,12 @@ class SupernetFacts:
                     f"precision {train.precision}; {run.weights} weights kept",
                 ),
             ]
-        return (*lines, ("start weights", self._start(init_from)), ("BatchNorm statistics", self._statistics()))
+        return (
+            *lines,
+            ("start weights", self._start(init_from)),
+            ("normalization", run.normalization.in_words() + (f" ({self.normalized})" if self.normalized else "")),
+            ("BatchNorm statistics", self._statistics()),
+        )
 
     def params(self) -> dict[str, Any]:
         """Parameters of MLflow's row, beside the sweep's own settings."""
@@ -96,8 +132,13 @@ class SupernetFacts:
 
     def _start(self, init_from: str | None) -> str:
         origin = self.run.origin
+        if origin and origin["file"].startswith(STRUCTURE):
+            return "those of the choice of sub-networks" + (
+                "" if init_from is None else f", which began with supernet.init_from {init_from}"
+            )
         if origin:
-            return f"{origin['file']} (sha256 {origin['sha256'][:12]}), by supernet.init_from {init_from}"
+            fresh = f"; newly initialised: {_listed(self.fresh)}" if self.fresh else ""
+            return f"{origin['file']} (sha256 {origin['sha256'][:12]}), by supernet.init_from {init_from}{fresh}"
         return "fresh" if init_from is None else f"fresh, in the training that was taken over from {init_from}"
 
     def _statistics(self) -> str:
@@ -105,6 +146,35 @@ class SupernetFacts:
             return "none" if self.spec.norm == "group_norm" else "those of the start weights"
         images = self.run.recalibration_images
         return f"estimated again on {'all' if images is None else images} training images"
+
+
+def _listed(names: Sequence[str]) -> str:
+    """The first names, and how many more there are."""
+    more = len(names) - _NUM_LISTED
+    return ", ".join(names[:_NUM_LISTED]) + (f" and {more} more" if more > 0 else "")
+
+
+def _structure(plan: StructurePlan, num_train: int) -> str:
+    """How sub-networks are chosen, in words."""
+    problem = plan.problem
+    settings = problem.settings
+    bases = structure_method(settings.method).bases(problem)
+    text = f"chosen by {settings.method}"
+    if problem.targets:
+        targets = ", ".join(target.name for target in problem.targets)
+        text += f" for {targets} of the widest's MAdds" if settings.targets else f" for {targets} MAdds"
+    if settings.order != "none":
+        text += f", channels sorted by {settings.order}"
+    if bases:
+        epochs = " and ".join(plural(base.run.train.epochs, "epoch") for base in bases)
+        held_out = round(settings.holdout * num_train)
+        most = most_candidates(problem.options(settings.levels))
+        text += (
+            f", in {'a network that is' if len(bases) == 1 else 'networks that are'} trained beforehand for {epochs}: at most "
+            f"{plural(most, 'candidate')} on about {plural(held_out, 'image')} of train that are held out; until then the table "
+            "assumes one ratio for all channels"
+        )
+    return text
 
 
 def dry_layout(config: SweepConfig) -> SubnetSet | None:

@@ -18,6 +18,7 @@ from dsnet.files import read_json
 from dsnet.measure.evaluate import TRAIN_SAMPLE_FILE
 from dsnet.space.spec import SupernetSpec
 from dsnet.space.subnet_set import SubnetSet
+from dsnet.stored.checkpoint import STRUCTURE
 from dsnet.training.supernet import FINAL
 from orchestration.results.run import RunResults
 from search.training_checks import Score, TrainingFacts, TrainingWarning, training_warnings
@@ -51,12 +52,18 @@ def facts_of(results: RunResults) -> TrainingFacts:
             num_steps=curves[0],
             epochs=train.epochs,
             batch_size=train.batch_size,
-            is_from_scratch=not made.run.origin,
+            is_from_scratch=_is_from_scratch(results, made.run.origin),
             teacher=made.run.regime.teacher,
             trust=made.run.bootstrapping.trust,
             curves=curves[1],
         )
     return facts if not results.subnets else _with_accuracies(results, facts)
+
+
+def _is_from_scratch(results: RunResults, origin: Mapping[str, Any]) -> bool:
+    """Whether a supernet began with fresh weights, perhaps by way of a choice of sub-networks."""
+    is_chosen = str(origin.get("file", "")).startswith(STRUCTURE)
+    return not origin or (is_chosen and results.config.supernet.init_from is None)
 
 
 def read_curves(path: Path, epochs: int) -> tuple[int, dict[str, tuple[list[float], list[float]]]]:

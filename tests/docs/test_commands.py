@@ -27,7 +27,8 @@ EXAMPLES = {"--state": "failed", "--where": "top1>=0.5", "--pick": "knee", "--se
 BROUGHT = ("model_best.pth.tar",)
 """Files that readers have themselves; their own images are below ~ and given with --data."""
 BASE = "version: 1\nname: base\ndata: {name: digits}\nsupernet: {model: ds_tiny}\n"
-"""The file to which a YAML block that is not a whole file is added."""
+"""The file to which a YAML block that is not a whole file is added, without the sections that the
+block has itself."""
 MAKES = ("--resolved", "--out", "--figure", "--routers-figure")
 """Options whose value is a file or folder that the command writes."""
 
@@ -39,6 +40,8 @@ def problem_of(words: list[str]) -> str | None:
             return problem_of_ours(PLACEHOLDERS.get(name, name), arguments)
         case ["python", "-P", "-m", *rest] | ["python", "-m", *rest]:
             return problem_of_module(rest[0], rest[1:])
+        case ["python", script, *arguments] if script.endswith(".py"):
+            return problem_of_script(REPOSITORY / script, arguments)
         case ["make", *targets]:
             return next((f"no target {name}" for name in targets if f"\n{name}:" not in MAKEFILE), None)
         case ["pip", "install", *arguments]:
@@ -76,6 +79,13 @@ def problem_of_module(module: str, arguments: list[str]) -> str | None:
         options = {option for action in _parser()._actions for option in action.option_strings}
         return next((f"no option {word}" for word in arguments if word.startswith("--") and word not in options), None)
     return None
+
+
+def problem_of_script(path: Path, arguments: list[str]) -> str | None:
+    if not path.is_file():
+        return f"no file {path.name}"
+    known = set(re.findall(r'add_argument\("(--[a-z-]+)"', path.read_text(encoding="utf-8")))
+    return next((f"no option {word}" for word in arguments if word.startswith("--") and word not in known), None)
 
 
 def test_every_command_exists_with_its_options_and_arguments() -> None:
@@ -191,6 +201,8 @@ def test_every_yaml_block_is_valid(block: Block, tmp_path: Path) -> None:
         assert read_points(path)
         return
     whole = block.text.startswith("version:")
-    path.write_text(block.text if whole else BASE + block.text, encoding="utf-8")
+    own = re.findall(r"^(\w+):", block.text, re.MULTILINE)
+    base = [line for line in BASE.splitlines(keepends=True) if line.partition(":")[0] not in own]
+    path.write_text(block.text if whole else "".join(base) + block.text, encoding="utf-8")
     loaded = load_config(path, known_models=family_names())
     assert loaded.config.name == ("mine" if whole else "base")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from urllib.error import URLError
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -195,6 +197,22 @@ class Branches(nn.Module):
 def raises(num_classes: int, in_channels: int) -> nn.Module:
     """A factory that fails."""
     raise RuntimeError(f"no network for {num_classes} classes")
+
+
+def downloads(num_classes: int, in_channels: int) -> nn.Module:
+    """A factory that fetches weights from a server that cannot be reached."""
+    try:
+        raise ConnectionRefusedError(111, "Connection refused")
+    except OSError as error:
+        raise URLError(error) from error
+
+
+def wraps_a_download(num_classes: int, in_channels: int) -> nn.Module:
+    """A factory whose own message hides that of the connection."""
+    try:
+        return downloads(num_classes, in_channels)
+    except URLError as error:
+        raise RuntimeError("no weights") from error
 
 
 def no_module(num_classes: int, in_channels: int) -> str:

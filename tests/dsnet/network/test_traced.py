@@ -156,6 +156,12 @@ def test_what_is_not_understood_keeps_its_channels_and_is_named() -> None:
         ("tests.dsnet.nets:Tokens", r"no channels of .*Tokens can be sliced, .*flatten"),
         ("tests.dsnet.nets:Branches", r"cannot be traced: .*control flow.*nets\.py:\d+"),
         ("tests.dsnet.nets:raises", "raised RuntimeError: no network for 10 classes"),
+        ("tests.dsnet.nets:raises", r"it is called as function\(10, 3\)"),
+        (
+            "tests.dsnet.nets:downloads",
+            "raised URLError: .*Connection refused.*; it seems to download weights.*init_from",
+        ),
+        ("tests.dsnet.nets:wraps_a_download", "raised RuntimeError: no weights; it seems to download weights"),
         ("tests.dsnet.nets:no_module", "returned str, but must return a torch.nn.Module"),
         ("tests.dsnet.nets:nothing", "cannot be imported"),
         ("tests.nowhere:Net", "cannot be imported: No module named 'tests.nowhere'"),

@@ -361,6 +361,22 @@ def test_it_starts_from_an_earlier_output_with_its_normalization(at_once: Path, 
     assert results(out.path)["val"] == results(at_once)["val"]
 
 
+def test_a_written_normalization_is_used_and_replaces_that_of_the_start(at_once: Path, tmp_path: Path) -> None:
+    lines: list[str] = []
+    written = {"mean": [0.2], "std": [0.4]}
+    settings = config(
+        data__normalization=written,
+        supernet__init_from=str(at_once),
+        supernet__train__epochs=1,
+        supernet__model="ds_tiny",
+    )
+    assert StandaloneConfig.from_json(json.loads(json.dumps(settings.to_json()))) == settings
+    assert "normalization" not in config().to_json()["data"]
+    out = run_standalone(settings, tmp_path, device="cpu", say=lines.append)
+    assert read_json(out.supernet / "final.json")["run"]["normalization"] == {"mean": [51.0], "std": [102.0]}
+    assert any(line.startswith("warning: data.normalization (mean 0.2, std 0.4) replaces") for line in lines)
+
+
 def test_with_another_class_count_the_classifier_is_trained_anew(at_once: Path, tmp_path: Path) -> None:
     folder = tmp_path / "images"
     write_folder(folder, num_classes=3)
@@ -504,6 +520,15 @@ def test_crops_by_scale_can_be_asked_for(tmp_path: Path) -> None:
             r"data\.augment\.randaugment_ops is 99, but must be at least 0 and at most 14",
         ),
         ({"version": 2}, r"version is 2, but this release reads 1"),
+        (
+            {"data__normalization": "imagenett"},
+            r"data\.normalization is 'imagenett', but must be one of imagenet or a JSON",
+        ),
+        ({"data__normalization": {"mean": [33]}}, r"data\.normalization\.std: missing"),
+        (
+            {"data__normalization": {"mean": [33], "std": [70]}},
+            r"data\.normalization\.mean: \[33.*\] is not in the unit",
+        ),
         ({"data": []}, r"data is \[\], but must be a JSON object"),
     ],
 )

@@ -57,6 +57,14 @@ def test_a_thousand_photos_get_a_small_batch_and_enough_steps() -> None:
     assert found[RATE].value == 0.08
 
 
+def test_trained_weights_get_a_quarter_of_the_rate() -> None:
+    fresh, pretrained = (data_defaults(facts(40_000, is_pretrained=value), "resnet18") for value in (False, True))
+    assert (fresh[RATE].value, pretrained[RATE].value) == (0.16, 0.04)
+    assert "0.08 for fresh weights" in pretrained[RATE].reason
+    written = data_defaults(facts(40_000, is_pretrained=True), "resnet18", {RATE: 0.1})
+    assert RATE not in written
+
+
 def test_a_large_set_gets_large_batches_and_its_rate_follows_the_root_of_the_batch() -> None:
     found = values(data_defaults(facts(40_000, madds_m=1.0), "ds_resnet"))
     assert found[BATCH_SIZE] == MAX_BATCH

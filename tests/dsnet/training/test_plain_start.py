@@ -72,7 +72,7 @@ def test_weights_that_do_not_fit_are_listed_by_kind(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError) as error:
         first_weights(layout(MODEL, TASK), 0, start)
     for text in (
-        "1 tensors missing, 1 unexpected, 1 of another shape",
+        "Residual (1 tensor missing, 1 unexpected, 1 of another shape",
         "missing bn.weight (8,)",
         "unexpected extra.weight (3,)",
         "stem.weight has shape (8, 1, 3, 3), expected (8, 3, 3, 3)",

@@ -6,7 +6,10 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
+from dsnet.families import family_names
+from dsnet.network.plain import make_plain
 from orchestration.config.loading import load_config
 from tests.dsnet.data.folders import GREY, fill
 from tests.orchestration.samples import call
@@ -84,3 +87,49 @@ def test_a_file_for_cifar10_leaves_size_and_splits_as_they_are(tmp_path: Path) -
     assert call(tmp_path, "init", "--data", tmp_path / "c10").code == 0
     config = load_config(tmp_path / "c10.yaml").config
     assert (config.data.name, config.data.image_size, config.supernet.options["stem"]) == ("cifar10", None, "small")
+
+
+@pytest.mark.usefixtures("cache")
+def test_a_network_of_the_user_is_written_with_its_weights_and_budgets(tmp_path: Path) -> None:
+    folder = photos(tmp_path / "photos", cats=20, dogs=20)
+    torch.save(make_plain("mobilenet_v2", 2, 3, 0).state_dict(), tmp_path / "net.pth")
+    options = ("--model", "mobilenet_v2", "--init-from", "net.pth", "--targets", "0.3,0.6, 1")
+    answer = call(tmp_path, "init", "--data", folder, *options)
+    assert answer.code == 0, answer.err
+    config = load_config(tmp_path / "photos.yaml", known_models=family_names()).config
+    supernet = config.supernet
+    assert (supernet.model, dict(supernet.options), supernet.init_from) == (
+        "mobilenet_v2",
+        {},
+        str(tmp_path / "net.pth"),
+    )
+    assert (supernet.structure.method, supernet.structure.targets) == ("uniform", (0.3, 0.6, 1.0))
+    assert supernet.structure.order == "weight_l1"
+    text = (tmp_path / "photos.yaml").read_text(encoding="utf-8")
+    assert "normalization: null    # of the pixels, as in the training of the weights: imagenet" in text
+    plan = call(tmp_path, "plan", "photos.yaml", "--dry", "--json")
+    assert "does not record how the images of its training were normalised" in plan.err
+    made = plan.json["supernet"]
+    assert made["sub-networks"].startswith(
+        "chosen by uniform for 0.3, 0.6, 1 of the widest's MAdds, channels sorted by"
+    )
+    assert made["start weights"].startswith("net.pth (sha256 ")
+    assert made["normalization"].endswith("(mean and deviation of train, as net.pth records none)")
+    assert [row["name"] for row in plan.json["subnets"]] == ["0.3", "0.6", "1"]
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (("--targets", "0.3,2"), 2, "'0.3,2' is not a list of shares above 0 and at most 1"),
+        (("--targets", "half"), 2, "'half' is not a list of shares"),
+        (("--model", "mobilnet_v2"), 2, "did you mean 'mobilenet_v2'"),
+        (("--init-from", "nowhere.pth"), 3, "no finished checkpoint at nowhere.pth"),
+    ],
+)
+def test_a_network_that_is_not_there_is_refused(
+    tmp_path: Path, options: tuple[str, ...], code: int, message: str
+) -> None:
+    answer = call(tmp_path, "init", "--data", photos(tmp_path / "p", a=20, b=20), *options)
+    assert (answer.code, message in answer.err) == (code, True), answer.err
+    assert not (tmp_path / "p.yaml").exists()

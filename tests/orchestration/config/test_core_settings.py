@@ -42,6 +42,7 @@ PLATFORM_ONLY = {
 CORE_ONLY = {
     *("gate.routes", "gate.seed", "gate.end_to_end.augmentation"),
     *(f"supernet.{name}" for name in ("augmentation", "normalization", "origin", "width_space")),
+    *(f"data.normalization.{name}" for name in ("mean", "std")),
 }
 """Fields of the core's settings that have another form in sweep.yaml, or none."""
 BY_NAME = {"data.name", "supernet.regime"}

@@ -27,7 +27,7 @@ from orchestration.config.written import json_schema, to_yaml
 from orchestration.config.yaml_source import read_yaml_file
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
-MODELS = ("ds_tiny", "ds_mbnet", "ds_resnet")
+MODELS = ("ds_tiny", "ds_mbnet", "ds_resnet", "mobilenet_v2")
 HEAD = "version: 1\nname: t\ndata: {name: digits}\nsupernet: {model: ds_tiny}\n"  # four lines
 
 
@@ -443,6 +443,19 @@ BAD_VALUES = [
         "5:44: data.augment.crop_scale: must hold at least 2 entries; got 1",
     ),
     (
+        "data: {name: digits, normalization: {mean: [33.3], std: [78.6]}}",
+        "5:37: data.normalization: mean: [33.3] is not in the unit of this setting, in which pixels lie in 0..1, as in torchvision; "
+        "values of pixels in 0..255 are divided by 255: [0.1306]",
+    ),
+    (
+        "data: {name: digits, normalization: imagnet}",
+        "5:37: data.normalization: expected imagenet, {mean: [...], std: [...]} for pixels in 0..1, or null; got 'imagnet'",
+    ),
+    (
+        "data: {name: digits, normalization: {mean: [0.1]}}",
+        "5:37: data.normalization: std: missing; a setting without a default must be given",
+    ),
+    (
         "data: {name: digits, augment: {crop_scale: 0.5}}",
         "5:44: data.augment.crop_scale: expected a list or null; got 0.5",
     ),
@@ -745,6 +758,9 @@ EXAMPLE_CASES = [
     ("cifar10", "resnet-smoke"),
     ("cifar10", "full"),
     ("cifar10", "paper"),
+    ("pretrained", None),
+    ("pretrained", "smoke"),
+    ("pretrained", "full"),
 ]
 
 
@@ -757,7 +773,7 @@ def test_examples_load_and_their_resolved_form_loads_as_the_same(sweep: Path, na
     assert {origin.split(":")[0] for origin in again.origins.values()} == {"sweep.yaml"}
 
 
-@pytest.mark.parametrize("name", ["digits", "cifar10"])
+@pytest.mark.parametrize("name", ["digits", "cifar10", "pretrained"])
 def test_examples_satisfy_the_json_schema(name: str) -> None:
     jsonschema.validate(read_yaml_file(EXAMPLES / f"{name}.yaml").data, json_schema())
 

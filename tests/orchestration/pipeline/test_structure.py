@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from orchestration.config.loading import load_config
 from orchestration.prepare.preparation import prepare, stage_definitions, supernet_record
 from orchestration.results.run import RunResults
 from orchestration.results.structure import structure_of, training_cost
+from orchestration.results.training_review import facts_of
 from orchestration.runs.folder import RunDir
 from orchestration.runs.stages import StageDir, plan_stages
 from tests.orchestration.samples import SWEEP, TINY, WITHOUT_MLFLOW, Answer, call, results_in, snapshot, write_sweep
@@ -76,6 +78,17 @@ def test_the_supernet_has_the_sub_networks_that_were_found(found: Found) -> None
     assert info.num_images == 40
     origin = json.loads((results.run.stage_dir("supernet", results.done_key("supernet")) / "final.json").read_text())
     assert origin["run"]["origin"]["sha256"] == file_sha256(found.stage / "structure.safetensors")
+    assert facts_of(results).is_from_scratch
+    made = results.supernet
+    assert made is not None
+    assert dict(made.lines(None))["start weights"] == "those of the choice of sub-networks"
+
+
+@pytest.mark.ray
+def test_a_pipe_gets_lines_about_the_candidates_and_the_hold_out_is_not_kept(found: Found) -> None:
+    lines = found.answer.err.splitlines()
+    assert any(re.match(r"structure: candidates: \d+ of \d+ candidates", line) for line in lines)
+    assert not list(found.stage.glob("*held-out*"))
 
 
 @pytest.mark.ray

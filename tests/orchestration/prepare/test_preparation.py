@@ -16,13 +16,20 @@ from dsnet.data.normalization import Normalization
 from dsnet.data.training_images import InMemoryImages
 from dsnet.errors import CheckpointError, ConfigError
 from dsnet.families import Task, create, rebuild
+from dsnet.network.plain import make_plain
 from dsnet.stored.checkpoint import save_supernet
+from dsnet.structure.methods import structure_method
 from dsnet.training.settings import REGIMES, Regime
 from dsnet.training.start import CHECKPOINT_MODEL as CORE_CHECKPOINT_MODEL
 from dsnet.training.supernet_run import SupernetRun
+from orchestration.config.stage_keys import stage_subset
 from orchestration.config.supernet import CHECKPOINT_MODEL
 from orchestration.config.sweep import SweepConfig
-from orchestration.prepare.preparation import Prepared, prepare, stage_definitions
+from orchestration.prepare.adoption import standalone_config
+from orchestration.prepare.preparation import Prepared, prepare, stage_definitions, supernet_record
+from orchestration.runs.folder import RunDir
+from orchestration.runs.manifest import Manifest
+from orchestration.runs.stages import plan_stages, run_stage
 
 RECORDED = Normalization((30.0,), (60.0,))
 
@@ -189,6 +196,128 @@ def test_what_a_checkpoint_records_of_normalisation_holds(tmp_path: Path) -> Non
     assert run.origin["sha256"] == prepared.start.sha256
     unknown = prepared_with({"init_from": str(checkpoint(tmp_path / "bare"))})
     assert unknown.normalization == Normalization.from_images(unknown.data.images("train"))
+
+
+WRITTEN = {"mean": [0.2], "std": [0.4]}
+
+
+def with_normalization(written: object, supernet: dict[str, Any] | None = None) -> Prepared:
+    return prepared_with(supernet or {}, data={"name": "digits", "limit": 60, "normalization": written})
+
+
+def test_a_written_normalisation_arrives_everywhere_and_wins(tmp_path: Path) -> None:
+    checkpoint(tmp_path / "final", run={"normalization": RECORDED.to_json()})
+    wanted = Normalization((51.0,), (102.0,))
+    prepared = with_normalization(WRITTEN)
+    assert prepared.normalization == prepared.supernet_run.normalization == wanted
+    assert prepared.chosen_normalization.reason == "by data.normalization"
+    assert standalone_config(prepared.config).data.normalization == WRITTEN
+    greedy = {"structure": {"method": "greedy", "targets": [0.5, 1.0], "pin": "gate"}}
+    chosen = with_normalization(WRITTEN, greedy).structure
+    assert chosen is not None
+    (base,) = structure_method("greedy").bases(chosen.problem)
+    assert base.run.normalization == wanted
+    other = with_normalization(WRITTEN, {"init_from": str(tmp_path)})
+    assert other.normalization == wanted
+    (warning,) = [text for text in other.warnings() if "normalization" in text]
+    assert "data.normalization (mean 0.2, std 0.4) replaces" in warning
+    assert "final was trained (mean 0.118, std 0.235)" in warning
+
+
+@pytest.mark.parametrize("supernet", [{}, {"structure": {"method": "uniform", "targets": [0.5, 1.0], "pin": "gate"}}])
+def test_a_written_normalisation_is_part_of_the_key_and_null_is_not(supernet: dict[str, Any]) -> None:
+    null, written = with_normalization(None, supernet), with_normalization(WRITTEN, supernet)
+    assert supernet_key_parts(null) == supernet_key_parts(prepared_with(supernet))
+    assert "normalization" not in supernet_key_parts(null).get("data", {})
+    assert supernet_key_parts(written)["data"]["normalization"] == {"mean": (0.2,), "std": (0.4,)}
+    assert supernet_record(written).key != supernet_record(null).key
+
+
+def test_two_ways_to_write_a_normalisation_are_one_stage() -> None:
+    values = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+    keys = [
+        stage_subset(
+            SweepConfig.model_validate(
+                {
+                    "version": 1,
+                    "name": "t",
+                    "data": {"name": "cifar10", "normalization": written},
+                    "supernet": {"model": "ds_tiny"},
+                }
+            ),
+            "supernet",
+        )
+        for written in ("imagenet", values)
+    ]
+    assert keys[0] == keys[1]
+
+
+def test_a_normalisation_of_other_channels_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"data\.normalization has 3 values .* have 1 channel"):
+        with_normalization("imagenet")
+
+
+def test_weights_that_record_no_normalisation_give_a_warning(tmp_path: Path) -> None:
+    bare = {"init_from": str(checkpoint(tmp_path / "bare"))}
+    prepared = prepared_with(bare)
+    assert prepared.chosen_normalization.reason == "mean and deviation of train, as bare records none"
+    (warning,) = [text for text in prepared.warnings() if "normalised" in text]
+    assert "supernet.init_from: bare does not record how" in warning
+    assert "write data.normalization: imagenet, or {mean: [...], std: [...]}" in warning
+    assert with_normalization(WRITTEN, bare).warnings() == ()
+    fresh = prepared_with({})
+    assert (fresh.warnings(), fresh.chosen_normalization.reason) == ((), "mean and deviation of train")
+
+
+PLAIN: dict[str, Any] = {"model": "tests.dsnet.nets:Residual", "options": {"step": 2}}
+
+
+def test_a_plain_state_dict_starts_with_a_smaller_learning_rate(tmp_path: Path) -> None:
+    """A checkpoint of a supernet keeps the usual one."""
+    torch.save(make_plain(PLAIN["model"], 10, 1, 0).state_dict(), tmp_path / "net.pth")
+    fresh = prepared_with(PLAIN)
+    plain = prepared_with({**PLAIN, "init_from": str(tmp_path / "net.pth")})
+    save_supernet(tmp_path / "final", rebuild(fresh.subnets), {})
+    stored = prepared_with({**PLAIN, "init_from": str(tmp_path)})
+    rates = [each.supernet_run.train.lr for each in (fresh, plain, stored)]
+    assert rates == [0.057, 0.014, 0.057]  # at batch 16
+    assert "0.08 for fresh weights" in plain.derived["supernet.train.lr"].reason
+    assert plain.start is not None
+    assert plain.start.fresh == ()
+    assert (
+        prepared_with({**PLAIN, "init_from": str(tmp_path / "net.pth"), "train": {"lr": 0.05}})
+        .derived.keys()
+        .isdisjoint({"supernet.train.lr"})
+    )
+
+
+def test_a_run_continues_where_the_state_dict_is_gone(tmp_path: Path) -> None:
+    source = tmp_path / "net.pth"
+    torch.save(make_plain(PLAIN["model"], 10, 1, 0).state_dict(), source)
+    settings = {
+        "version": 1,
+        "name": "t",
+        "data": {"name": "digits", "limit": 60},
+        "supernet": {"device": "cpu", **PLAIN, "init_from": str(source)},
+    }
+    config = SweepConfig.model_validate(settings)
+    run = RunDir(tmp_path / "runs", "t")
+    before = prepare(config, run)
+    (plan, *_) = plan_stages(run, stage_definitions(before))
+    run.path.mkdir(parents=True)
+    Manifest(run.manifest_path).create(seed=0, hardware={})
+
+    def trained(folder: Path) -> list[Path]:
+        save_supernet(folder / "final", rebuild(before.subnets), {"run": before.supernet_run.to_json()})
+        return [folder / "final.safetensors", folder / "final.json"]
+
+    run_stage(run, plan, trained)
+    source.unlink()
+    said: list[str] = []
+    after = prepare(config, run, said.append)
+    assert after.supernet_run.train.lr == before.supernet_run.train.lr == 0.014
+    assert supernet_record(after).key == supernet_record(before).key
+    assert "does not exist any more; run 't' continues" in said[0]
 
 
 def test_a_relative_path_is_made_absolute_for_the_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
