@@ -44,7 +44,7 @@ def test_an_empty_part_is_refused() -> None:
 
 def test_a_holdout_that_cannot_see_a_percent_is_warned_of() -> None:
     assert holdout_warning(101) is None
-    assert "has 100 image(s), so that one image is 1 % of accuracy" in (holdout_warning(100) or "")
+    assert "has 100 images, so that one image is 1 % of accuracy" in (holdout_warning(100) or "")
     assert "one image is 2 %" in (holdout_warning(50) or "")
 
 

@@ -494,7 +494,7 @@ def test_bad_input_is_pointed_at(sweep: Path, line: str, message: str) -> None:
             "{model: ds_tiny}",
             "{model: ds_tny}",
             "sweep.yaml:4:19: supernet.model: unknown model 'ds_tny'; did you mean 'ds_tiny'? "
-            "known models: ds_tiny, ds_mbnet, ds_resnet, checkpoint",
+            "known models: ds_tiny, ds_mbnet, ds_resnet, mobilenet_v2, checkpoint",
         ),
         (
             "name: digits",
