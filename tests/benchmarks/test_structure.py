@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.regime_runs import begin, do_jobs, record_path
+from benchmarks.regime_runs import WORK, begin, do_jobs, record_path
 from benchmarks.structure import main
 from benchmarks.structure_report import load_results, make_report
 from benchmarks.structure_runs import (
@@ -77,13 +77,16 @@ def test_every_way_costs_the_same_to_15_percent_and_pieces_give_the_same_numbers
         assert spent["total"] == pytest.approx(record["budget_madds"], rel=0.15), job.name
         assert spent["total"] == spent["bases"] + spent["search"] + spent["training"]
         assert [row["name"] for row in record["subnets"]] == ["0.52", "1"]
-    resumed = [Job("autoslim", 0), Job("alone", 0)]
     begin(pieces, TINY, images)
-    calls = 0
-    while do_jobs(pieces, resumed, trainer, should_stop=stop_after(11), say=silent):
-        calls += 1
-    assert calls >= 3
-    for job in resumed:
+    autoslim, alone = Job("autoslim", 0), Job("alone", 0)
+    stops = ((autoslim, 1), (autoslim, 6), (autoslim, 11), (alone, 12))
+    for job, number in stops:
+        assert do_jobs(pieces, [job], trainer, should_stop=stop_after(number), say=silent) == [job]
+    folder = pieces / WORK / autoslim.name
+    assert (folder / "structure" / "structure.json").is_file()
+    assert list((folder / "joint").glob("epoch-*.json"))  # stopped before, in and after the search
+    for job in (autoslim, alone):
+        assert do_jobs(pieces, [job], trainer, say=silent) == []
         assert without_times(read_json(record_path(pieces, job))) == without_times(read_json(record_path(whole, job)))
     searched = read_json(record_path(whole, Job("autoslim", 0)))
     assert min(searched["spent_madds"][part] for part in ("bases", "search")) > 0
