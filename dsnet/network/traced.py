@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor, fx, nn
 
 from dsnet.network.axes import Axes, Axis, Widths, take
@@ -288,12 +288,14 @@ class TracedSum(nn.Module):
 class PlainSum(nn.Module):
     """The sum of two values whose channels lie at given places of the result."""
 
-    first: Tensor | None
-    second: Tensor | None
+    first: Int64[Tensor, " _first"] | None
+    second: Int64[Tensor, " _second"] | None
     """For each channel of the result its place in a value; None where the value has the first
     ones."""
 
-    def __init__(self, places: Sequence[Tensor], size: int, factor: float, behind: Sequence[int]) -> None:
+    def __init__(
+        self, places: Sequence[Int64[Tensor, " _own"]], size: int, factor: float, behind: Sequence[int]
+    ) -> None:
         super().__init__()
         self.factor = factor
         self.pads: list[tuple[int, ...] | None] = []
