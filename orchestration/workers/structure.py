@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 ACTOR_RETRIES = 2
 """Number of times that Ray starts a lost actor again, and repeats the score it was making."""
 
+END_S = 5.0
+"""Seconds that an actor may take for its last score when the search ends."""
+
 
 @dataclass(frozen=True)
 class ScoringJob:
@@ -57,6 +60,9 @@ class ScoreWorker:
     def score(self, widths: Widths) -> Score:
         """The score of one candidate."""
         return self._scorer.score(widths)
+
+    def finish(self) -> None:
+        """Do nothing; it ends after the score that is being made."""
 
 
 @contextmanager
@@ -118,9 +124,13 @@ class _Actors:
         return self._actors
 
     def close(self) -> None:
-        """End the actors."""
+        """End the actors, after the scores that they are making: Ray would print errors about
+        those."""
         import ray
 
+        if self._actors:
+            ends = [actor.finish.remote() for actor in self._actors]
+            ray.wait(ends, num_returns=len(ends), timeout=END_S)
         for actor in self._actors:
             ray.kill(actor)
         self._actors = []
