@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor, fx, nn
 
 from dsnet.network.axes import Axes, Axis, Widths, take
@@ -288,12 +288,14 @@ class TracedSum(nn.Module):
 class PlainSum(nn.Module):
     """The sum of two values whose channels lie at given places of the result."""
 
-    first: Tensor | None
-    second: Tensor | None
+    first: Int64[Tensor, " channels"] | None
+    second: Int64[Tensor, " channels"] | None
     """For each channel of the result its place in a value; None where the value has the first
     ones."""
 
-    def __init__(self, places: Sequence[Tensor], size: int, factor: float, behind: Sequence[int]) -> None:
+    def __init__(
+        self, places: Sequence[Int64[Tensor, " _channels"]], size: int, factor: float, behind: Sequence[int]
+    ) -> None:
         super().__init__()
         self.factor = factor
         self.pads: list[tuple[int, ...] | None] = []
@@ -420,7 +422,11 @@ class TracedSupernet(Supernet):
         return self._run(len(self._cuts), features, subnet)
 
     def _run(self, number: int, x: Tensor, subnet: Subnet) -> Tensor:
-        """Run a part of the graph."""
+        """Run a part of the graph; of features with the channels of the widest sub-network only the
+        sub-network's own are read."""
+        if number > 0 and x.shape[1] > (own := self._cuts[number - 1].channels.size(subnet.widths)):
+            places = self.own_channel_places(number - 1, subnet)
+            x = x[:, :own] if places is None else x.index_select(1, places.places)
         part = self._parts[number]
         return part.module(x, subnet.widths, *(attribute(self.body, name) for name in part.tensors))
 
