@@ -288,13 +288,13 @@ class TracedSum(nn.Module):
 class PlainSum(nn.Module):
     """The sum of two values whose channels lie at given places of the result."""
 
-    first: Int64[Tensor, " _first"] | None
-    second: Int64[Tensor, " _second"] | None
+    first: Int64[Tensor, " channels"] | None
+    second: Int64[Tensor, " channels"] | None
     """For each channel of the result its place in a value; None where the value has the first
     ones."""
 
     def __init__(
-        self, places: Sequence[Int64[Tensor, " _own"]], size: int, factor: float, behind: Sequence[int]
+        self, places: Sequence[Int64[Tensor, " _channels"]], size: int, factor: float, behind: Sequence[int]
     ) -> None:
         super().__init__()
         self.factor = factor
@@ -422,7 +422,11 @@ class TracedSupernet(Supernet):
         return self._run(len(self._cuts), features, subnet)
 
     def _run(self, number: int, x: Tensor, subnet: Subnet) -> Tensor:
-        """Run a part of the graph."""
+        """Run a part of the graph; of features with the channels of the widest sub-network only the
+        sub-network's own are read."""
+        if number > 0 and x.shape[1] > (own := self._cuts[number - 1].channels.size(subnet.widths)):
+            places = self.own_channel_places(number - 1, subnet)
+            x = x[:, :own] if places is None else x.index_select(1, places.places)
         part = self._parts[number]
         return part.module(x, subnet.widths, *(attribute(self.body, name) for name in part.tensors))
 

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from torch import fx
+from torch import fx, nn
 
 from dsnet.errors import ConfigError
 from dsnet.families import Task, create, get_family, layout
@@ -118,6 +118,8 @@ def test_the_evidence_is_the_mean_of_each_channel_and_zeros_for_those_of_wider_s
     assert 0 < width < supernet.spec.gates[1].hidden == output.hidden.shape[1] == 8
     torch.testing.assert_close(output.hidden[:, :width], output.gate_input.mean((2, 3)))
     assert not output.hidden[:, width:].any()
+    wide = nn.functional.pad(first.features, (0, 0, 0, 0, 0, 3), value=9.0)  # mixed with a wider one
+    assert torch.equal(supernet.upto_gate(1, wide, narrow).features, output.features)
 
 
 MESSAGES = {
