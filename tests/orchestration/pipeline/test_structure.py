@@ -94,7 +94,7 @@ def test_a_pipe_gets_lines_about_the_candidates_and_the_hold_out_is_not_kept(fou
 @pytest.mark.ray
 def test_a_hold_out_that_is_too_small_is_named_once_before_anything_is_trained(found: Found) -> None:
     (warning,) = [line for line in found.answer.err.splitlines() if "the hold-out of the structure search" in line]
-    assert "40 image(s)" in warning
+    assert "has 40 images" in warning
     assert "supernet.structure.holdout" in warning
 
 
