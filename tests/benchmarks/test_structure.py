@@ -64,6 +64,7 @@ def without_times(record: Mapping[str, Any]) -> dict[str, Any]:
     return {**record, "search": {name: value for name, value in record["search"].items() if name != "seconds"}}
 
 
+@pytest.mark.slow
 def test_every_way_costs_the_same_to_15_percent_and_pieces_give_the_same_numbers(
     tmp_path: Path, trainer: Trainer, images: Images
 ) -> None:

@@ -135,6 +135,7 @@ MESSAGES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "message"), MESSAGES.items())
 def test_a_name_that_is_no_place_is_refused_with_the_reason(name: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
@@ -180,6 +181,7 @@ def test_a_residual_stream_that_is_written_on_both_sides_counts_as_before_the_ga
     assert "layer1_1_conv2" not in names, "it is tied to the stem"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["resnet18", "mobilenet_v1", TRACED[0]])
 def test_places_are_where_gates_can_be_with_the_costs_before_and_after(model: str) -> None:
     base = layout(model, Task(10, 3, 32))

@@ -179,6 +179,7 @@ def test_an_import_path_needs_permission(monkeypatch: pytest.MonkeyPatch) -> Non
         layout(TRACED[0], Task(10, 3, 16))
 
 
+@pytest.mark.slow
 def test_an_image_that_is_too_small_is_refused_with_its_size() -> None:
     with pytest.raises(ConfigError, match="does not run on an image of 3 x 8 x 8"):
         layout("vgg11_bn", Task(10, 3, 8))

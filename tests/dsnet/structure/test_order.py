@@ -58,6 +58,7 @@ def any_orders(supernet: Supernet, seed: int = 0, keep: bool = False) -> Orders:
     return tuple(orders)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case", [case for case in CASES if case.norm in (None, "group_norm", "private_affine")], ids=str
 )
@@ -73,6 +74,7 @@ def test_the_axes_say_the_shape_of_every_tensor_and_leave_out_none_with_channels
             assert any(axis is not None for axis in own), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", QUICK)
 @torch.no_grad()
 def test_the_widest_computes_the_same_in_any_order(case: Case) -> None:
@@ -92,6 +94,7 @@ def test_the_widest_computes_the_same_in_any_order(case: Case) -> None:
     assert len(changed) > 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", QUICK)
 @torch.no_grad()
 def test_every_sub_network_that_keeps_its_channels_computes_the_same_also_alone(case: Case) -> None:

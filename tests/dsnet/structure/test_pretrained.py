@@ -97,6 +97,7 @@ def assert_same_answers(supernet: Supernet, source: nn.Module) -> None:
     torch.testing.assert_close(supernet(images, supernet.subnets.largest), wanted, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["none", "weight_l1", "bn_gamma", "random", "taylor"])
 @pytest.mark.parametrize("method", ["uniform", "greedy"])
 def test_the_widest_gives_the_answers_of_a_plain_state_dict(method: str, order: str, tmp_path: Path) -> None:
@@ -124,6 +125,7 @@ def test_greedy_goes_on_with_the_network_that_it_trained(tmp_path: Path) -> None
         assert not torch.allclose(answers, source(images), atol=1e-3)
 
 
+@pytest.mark.slow
 def test_the_network_of_the_example_is_the_zoos(tmp_path: Path) -> None:
     """examples/pretrain.py imports nothing of the project, and its state dict fits mobilenet_v2."""
     text = (EXAMPLES / "pretrain.py").read_text(encoding="utf-8")

@@ -178,6 +178,7 @@ def test_a_step_with_gates_elsewhere_has_the_gradients_of_separate_forwards(
         torch.testing.assert_close(met[name], wanted[name], rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("temperature", "soft_weight"), [(0.5, 0.9), (4.0, 0.0), (4.0, 1.0)])
 @pytest.mark.parametrize("trust", ["full", "label_probability"])
 @pytest.mark.parametrize("kind", TEACHERS)

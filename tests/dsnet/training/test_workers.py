@@ -22,6 +22,8 @@ from dsnet.training.supernet import TrainingCallbacks, train_supernet
 from dsnet.training.workers import DistributedWorkers, SingleWorker
 from tests.dsnet.samples import random_images, random_labels, random_pixels, small_run, small_supernet, task
 
+pytestmark = pytest.mark.slow
+
 
 def _step_gradients(images: torch.Tensor, labels: torch.Tensor, workers: DistributedWorkers | SingleWorker) -> dict:
     student, teacher = small_supernet(seed=0).train(), small_supernet(seed=1)
@@ -117,7 +119,6 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict]]
     return folder, [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
 
 
-@pytest.mark.slow
 def test_averaged_gradients_are_the_mean_of_what_each_half_gives_alone(results: tuple[Path, list[dict]]) -> None:
     """Each process normalises by its own half of the batch, so this is what data-parallel BatchNorm
     training means."""
@@ -130,7 +131,6 @@ def test_averaged_gradients_are_the_mean_of_what_each_half_gives_alone(results: 
         torch.testing.assert_close(first[name], (halves[0][name] + halves[1][name]) / 2, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.slow
 def test_all_hear_a_wish_to_stop_at_the_next_step(results: tuple[Path, list[dict]]) -> None:
     assert [result["votes"] for result in results[1]] == [[False, False, True, False, True]] * 2
 

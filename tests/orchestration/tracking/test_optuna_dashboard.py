@@ -20,10 +20,13 @@ import pytest
 from search.study.study import Objective, StudyJournal, StudySettings, Suggestion, TrialRecord, load_records
 from search.suggest.space import parse_space
 
-pytestmark = pytest.mark.skipif(
-    find_spec("optuna_dashboard") is None,
-    reason="optuna-dashboard is not installed (pip install optuna-dashboard)",
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        find_spec("optuna_dashboard") is None,
+        reason="optuna-dashboard is not installed (pip install optuna-dashboard)",
+    ),
+]
 
 SPACE = parse_space(
     {
@@ -123,7 +126,6 @@ def test_the_command_that_the_documentation_names_is_the_packages_own() -> None:
     assert script.value == "optuna_dashboard._cli:main"
 
 
-@pytest.mark.slow
 def test_the_study_is_listed_with_its_objectives(dashboard: Dashboard) -> None:
     (study,) = dashboard.ask("/api/studies")["study_summaries"]
     assert study["study_name"] == "digits"
@@ -133,7 +135,6 @@ def test_the_study_is_listed_with_its_objectives(dashboard: Dashboard) -> None:
     assert detail["objective_names"] == ["top1", "madds_m", "latency_ms.server"]
 
 
-@pytest.mark.slow
 def test_every_trial_is_there_with_state_values_and_parameters(dashboard: Dashboard) -> None:
     (study,) = dashboard.ask("/api/studies")["study_summaries"]
     trials = dashboard.ask(f"/api/studies/{study['study_id']}")["trials"]

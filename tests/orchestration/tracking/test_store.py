@@ -177,6 +177,7 @@ def test_one_chart_can_hold_subnets_and_trials_since_their_metrics_have_the_same
     assert set(runs["digits/bbbb/subnet-01"].data.metrics) == {"top1", "madds_m", "params_m"}
 
 
+@pytest.mark.slow
 def test_curves_and_widths_carry_our_steps_and_times(database: Database, experiment: str, artifact: Path) -> None:
     play(database.tracker(experiment), "digits", artifact)
     runs = database.runs(experiment)
