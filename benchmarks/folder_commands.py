@@ -32,6 +32,17 @@ def add_train_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=list(range(NUM_SEEDS)), metavar="SEED")
 
 
+def add_report_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `report` with a figure: the folder of the runs, and a file for the
+    figure."""
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument(
+        "--svg",
+        type=Path,
+        help="also write the figure as SVG (needs kaleido and Chrome or Chromium: pip install kaleido)",
+    )
+
+
 def chosen_device(arguments: argparse.Namespace) -> torch.device:
     """The device of `train`; also sets the number of threads.
 

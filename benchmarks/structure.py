@@ -29,7 +29,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from benchmarks.folder_commands import NUM_SEEDS, add_train_options, chosen_device, run_main, work_off
+from benchmarks.folder_commands import (
+    NUM_SEEDS,
+    add_report_options,
+    add_train_options,
+    chosen_device,
+    run_main,
+    work_off,
+)
 from benchmarks.regime_runs import begin, do_jobs
 from benchmarks.structure_runs import ARMS, SCALES, Trainer, jobs, load_split_images
 from dsnet.files import atomic_write_json, atomic_write_text
@@ -104,12 +111,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), metavar="ARM")
     two = commands.add_parser("report", help="tables, figure and numbers of the finished runs")
     two.set_defaults(command=report)
-    two.add_argument("--folder", type=Path, required=True)
-    two.add_argument(
-        "--svg",
-        type=Path,
-        help="also write the figure as SVG (needs kaleido and Chrome or Chromium: pip install kaleido)",
-    )
+    add_report_options(two)
     return top
 
 

@@ -104,7 +104,7 @@ def load_results(folder: Path) -> Results:
 
 
 def subject(results: Results) -> str:
-    """What was trained, in one sentence."""
+    """Data, network and training in one sentence."""
     scale, first = results.scale, results.records[0]
     widest = max(row["madds"] for row in first["subnets"])
     train = scale["train"]

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 
 from benchmarks.alone_runs import alone
-from benchmarks.regime_runs import Material, divided
+from benchmarks.regime_runs import Job, Material, divided
 from dsnet.data.registry import load_images
 from dsnet.data.settings import SplitSizes
 from dsnet.data.sources import ImageSource, InMemorySource
@@ -62,7 +62,7 @@ class Arm:
     """One way of getting sub-networks."""
 
     method: Literal["uniform", "greedy", "random"]
-    """Where the widths come from."""
+    """The source of the widths."""
     regime: Regime
     any_width: bool = False
     """Whether the random sub-networks of a step have any widths of the space, not those of the
@@ -195,19 +195,6 @@ def load_split_images(scale: Scale, path: Path | None) -> Images:
     images, sizes = load_images(scale.data, path), SplitSizes(**scale.sizes)
     splits = make_splits(images.labels.numpy(), images.official_test, sizes)
     return Images(divided(images, sizes), InMemorySource(images), splits)
-
-
-@dataclass(frozen=True)
-class Job:
-    """One run to do."""
-
-    arm: str
-    seed: int
-
-    @property
-    def name(self) -> str:
-        """Name of the run's files."""
-        return f"{self.arm}-seed{self.seed}"
 
 
 def jobs(arms: Sequence[str], seeds: Sequence[int]) -> list[Job]:
@@ -349,7 +336,7 @@ class Trainer:
         )
 
     def problem(self, arm: Arm, seed: int) -> StructureProblem:
-        """What an arm's structure method starts from.
+        """The problem of an arm's structure method.
 
         The epochs of a greedy search's joint training are those that the budget leaves beside the
         network that is trained for it, if the members were uniform; a fifth of them is that

@@ -26,7 +26,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from benchmarks.folder_commands import NUM_SEEDS, add_train_options, chosen_device, run_main, work_off
+from benchmarks.folder_commands import (
+    NUM_SEEDS,
+    add_report_options,
+    add_train_options,
+    chosen_device,
+    run_main,
+    work_off,
+)
 from benchmarks.regime_runs import ARMS, SCALES, USUAL_ARMS, Scale, Trainer, begin, do_jobs, jobs, load_material
 from dsnet.files import atomic_write_json, atomic_write_text
 
@@ -104,12 +111,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--train-images", type=int, help="instead of the scale's; needs a folder of its own")
     two = commands.add_parser("report", help="tables, figure and numbers of the finished runs")
     two.set_defaults(command=report)
-    two.add_argument("--folder", type=Path, required=True)
-    two.add_argument(
-        "--svg",
-        type=Path,
-        help="also write the figure as SVG (needs kaleido and Chrome or Chromium: pip install kaleido)",
-    )
+    add_report_options(two)
     return top
 
 

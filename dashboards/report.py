@@ -67,7 +67,7 @@ class ReportData:
     commands: tuple[tuple[str, str], ...] = ()
     """(description, command), e.g. ('Continue this run', 'dsnet-orch launch ...')."""
     training_cost: str = ""
-    """What was spent on the supernet, including the choice of its sub-networks; empty if it is
+    """Cost of the supernet's training and of the choice of its sub-networks; empty if it is
     unknown."""
     making: tuple[tuple[str, str], ...] = ()
     """Facts about the training of the supernet: (name, value)."""
@@ -295,7 +295,7 @@ def _ceiling_row(info: WidthsInfo) -> str:
 
 
 def _structure_section(data: ReportData) -> str:
-    """How the sub-networks were chosen; empty where the family declares them."""
+    """Section about the choice of sub-networks; empty where the family declares them."""
     info = data.structure
     if info is None:
         return ""

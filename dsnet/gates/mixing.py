@@ -238,8 +238,8 @@ class GatedSupernet:
         return features if places is None else spread(features, places.places, places.size)
 
     def _own_channels(self, gate: int, features: Tensor, subnet: Subnet, size: int) -> Tensor:
-        """Of mixed features those channels that a sub-network has; all of them where further zeros
-        do not matter."""
+        """The channels of mixed features that a sub-network has; all of them if further zeros do
+        not matter."""
         places = self.supernet.channel_places(gate, subnet)
         if places is not None:
             return features.index_select(channel_axis(features), places.places)

@@ -225,12 +225,12 @@ PAIRS = frozenset(
 """Functions of two values that are computed element by element."""
 PAIR_METHODS = frozenset({"add", "add_", "mul", "mul_", "sub", "sub_"})
 SUMS = frozenset({operator.add, operator.iadd, operator.sub, torch.add, torch.sub})
-"""Those of them in which a channel that a value lacks is zero."""
+"""The functions of `PAIRS` for which a missing channel counts as zero: sums and differences."""
 SUM_METHODS = frozenset({"add", "add_", "sub", "sub_"})
 CHANGING = frozenset({operator.iadd, "add_", "sub_"})
 """Sums that change their first value."""
 STREAMS = ("tied", "ids")
-"""What an addition does: its values have the same channels, or each its own."""
+"""Channels of the values of an addition: `tied`, the same for both; `ids`, each its own."""
 NAMED_ELEMENTWISE = frozenset({"stochastic_depth"})
 """Functions of other packages, by name, that treat every channel alike."""
 

@@ -139,8 +139,8 @@ class Supernet(nn.Module, ABC):
         return None
 
     def channel_places(self, gate: int, subnet: Subnet) -> ChannelPlaces | None:
-        """Where the channels of a sub-network's features at a gate lie among those of the widest
-        there; None where they are the first ones."""
+        """Places of the channels of a sub-network's features at a gate among those of the widest
+        there; None if they are the first ones."""
         if is_entry(self.spec.gates[gate]):
             return None
         return self.own_channel_places(self._own_segments[gate][-1], subnet)

@@ -310,7 +310,7 @@ class PlainSum(nn.Module):
 
     @property
     def device(self) -> torch.device | None:
-        """Where its places are; None where it needs none."""
+        """The device of its buffers; None where it has none."""
         return next((buffer.device for buffer in self.buffers()), None)
 
     def forward(self, x: Float[Tensor, "batch ..."], y: Float[Tensor, "batch ..."]) -> Float[Tensor, "batch ..."]:

@@ -123,7 +123,7 @@ def _run_stage(folder: OutputFolder, stage: str, make: Callable[[], Sequence[Pat
 
 @dataclass(frozen=True)
 class Given:
-    """What the configuration and its start weights give, before sub-networks are chosen."""
+    """Network, training settings and start weights before sub-networks are chosen."""
 
     first: Supernet
     """The network with its initial weights and the sub-networks that its family declares."""
@@ -192,7 +192,7 @@ class _StageRunner:
 
     @cached_property
     def given(self) -> Given:
-        """What the configuration and its start weights give, before sub-networks are chosen."""
+        """Network, training settings and start weights before sub-networks are chosen."""
         supernet, images = self.config.supernet, self.images
         channels, _, size = images.image_shape
         task = Task(num_classes=images.num_classes, in_channels=channels, image_size=size)

@@ -21,13 +21,11 @@ def expected_subnets(problem: StructureProblem) -> SubnetSet:
     if isinstance(method, Declared):
         return problem.subnets
     if isinstance(method, Listed):
-        found = problem.found(written_members(problem))
-        return SubnetSet(problem.spec, found.members, found.teacher)
+        return problem.set_of(problem.found(written_members(problem)))
     names, ladder = method.member_names(problem), Ladder(problem)
     targets = problem.targets
     if len(targets) != len(names):
         whole = problem.madds(problem.widest)
         targets = tuple(Target(name, (place + 1) / len(names) * whole) for place, name in enumerate(names))
     members = [Subnet(name, ladder.nearest(target)) for name, target in zip(names, targets, strict=True)]
-    found = problem.found(members)
-    return SubnetSet(problem.spec, found.members, found.teacher)
+    return problem.set_of(problem.found(members))

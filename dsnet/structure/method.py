@@ -112,6 +112,14 @@ class StructureProblem:
         has_widest = any(member.widths == self.widest for member in members)
         return Found(tuple(members), None if has_widest else Subnet(LARGEST, self.widest), notes=tuple(notes))
 
+    def set_of(self, found: Found) -> SubnetSet:
+        """The sub-networks of a result.
+
+        Raises:
+            ValueError: they do not fit the network.
+        """
+        return SubnetSet(self.spec, found.members, found.teacher)
+
     @cached_property
     def digest(self) -> str:
         """SHA-256 of everything that determines the result beside the start weights and images."""

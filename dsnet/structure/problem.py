@@ -18,7 +18,7 @@ from dsnet.training.supernet_run import SupernetRun
 def structure_problem(
     declared: SubnetSet, settings: StructureSettings, run: SupernetRun, image_size: int
 ) -> StructureProblem:
-    """What a structure method starts from.
+    """The problem of a structure method.
 
     Where the sub-networks may differ before the network's first gate, the network has an entry gate
     instead of its own gates, so that routers can choose among any of them.

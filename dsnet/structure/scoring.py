@@ -19,6 +19,7 @@ from dsnet.network.supernet import Supernet
 from dsnet.seeds import derive_seed
 from dsnet.space.spec import Subnet
 from dsnet.structure.method import Score
+from dsnet.structure.settings import num_held_out
 from dsnet.wording import plural
 
 BATCH = 256
@@ -41,7 +42,7 @@ def split_holdout(
     Raises:
         ConfigError: one of the two parts would be empty.
     """
-    count = round(share * len(rows))
+    count = num_held_out(share, len(rows))
     if not 0 < count < len(rows):
         raise ConfigError(
             f"supernet.structure.holdout is {share:g}, which comes to {count} of the {len(rows)} images of train: "

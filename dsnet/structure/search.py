@@ -110,7 +110,7 @@ def find_structure(
         return None
     orders = start.orders if found.order is None else compose(start.orders, found.order)
     try:
-        subnets = SubnetSet(problem.spec, found.members, found.teacher)
+        subnets = problem.set_of(found)
         weights = transfer(*((start.supernet, subnets, found.order) if fresh is None else (fresh, subnets, orders)))
     except ValueError as error:
         raise ConfigError(f"supernet.structure: the sub-networks that were found do not fit: {error}") from error

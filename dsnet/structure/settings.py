@@ -80,6 +80,10 @@ class StructureSettings(Settings):
         stay as it is."""
         return self.method != DECLARED or self.order != "none"
 
+    def num_held_out(self, num_images: int) -> int:
+        """Number of images of a training split that are held out."""
+        return num_held_out(self.holdout, num_images)
+
     def __post_init__(self) -> None:
         super().__post_init__()
         for problem in self._problems():
@@ -123,6 +127,11 @@ class StructureSettings(Settings):
         for name, widths in self.widths.items():
             check_value("a name in supernet.structure.widths", name, str)
             check_value(f"supernet.structure.widths.{name}", widths, tuple[PositiveInt, ...])
+
+
+def num_held_out(share: float, num_images: int) -> int:
+    """Number of images of a training split that a share holds out."""
+    return round(share * num_images)
 
 
 def _repeated(name: str, values: Sequence[float]) -> Iterator[str]:

@@ -224,7 +224,7 @@ class _StageEstimates:
         assert self.prepared.structure is not None
         problem, run, size = self.prepared.structure.problem, self.prepared.supernet_run, self.prepared.image_size
         bases = structure_method(problem.settings.method).bases(problem)
-        held = round(problem.settings.holdout * self._images("train"))
+        held = problem.settings.num_held_out(self._images("train"))
         num_train = self._images("train") - held
         steps = run.train.epochs * max(1, num_train // min(run.train.batch_size, num_train))
         joint = training_madds(run, self.prepared.subnets, num_train, size)

@@ -211,7 +211,7 @@ class Prepared:
             return
         problem = self.structure.problem
         if structure_method(problem.settings.method).bases(problem):
-            warning = holdout_warning(round(problem.settings.holdout * len(self.splits.train)))
+            warning = holdout_warning(problem.settings.num_held_out(len(self.splits.train)))
             yield from [] if warning is None else [warning]
 
     def _too_fine(self) -> Iterator[str]:

@@ -119,6 +119,21 @@ class RunResults:
         return SupernetFacts.of_stage(self._folder("supernet").path) if self.is_done("supernet") else None
 
     @cached_property
+    def trained_subnets(self) -> SubnetSet:
+        """The sub-networks of the trained supernet.
+
+        Raises:
+            NotFoundError: the supernet stage has not finished.
+        """
+        meta = read_json(self.run.stage_dir("supernet", self.done_key("supernet")) / f"{FINAL}.json")
+        return SubnetSet.from_json(SupernetSpec.from_json(meta["spec"]), meta["subnets"])
+
+    @property
+    def structure_dir(self) -> Path | None:
+        """The folder of the finished structure stage; None where there is none."""
+        return self._folder("structure").path if self.is_done("structure") else None
+
+    @cached_property
     def subnets(self) -> tuple[MeasuredSubnet, ...]:
         """The measured sub-networks in the set's order, the teacher last; empty before the measure
         stage."""
@@ -295,8 +310,7 @@ class RunResults:
             NotFoundError: the measure stage has not finished.
         """
         self.done_key("measure")
-        meta = read_json(self.run.stage_dir("supernet", self.done_key("supernet")) / f"{FINAL}.json")
-        subnets = SubnetSet.from_json(SupernetSpec.from_json(meta["spec"]), meta["subnets"])
+        subnets = self.trained_subnets
         return metric_ranges(self.config, subnets, subnets.spec.image_size, self.latencies)
 
     @cached_property

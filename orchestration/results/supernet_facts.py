@@ -167,7 +167,7 @@ def _structure(plan: StructurePlan, num_train: int) -> str:
         text += f", channels sorted by {settings.order}"
     if bases:
         epochs = " and ".join(plural(base.run.train.epochs, "epoch") for base in bases)
-        held_out = round(settings.holdout * num_train)
+        held_out = settings.num_held_out(num_train)
         most = most_candidates(problem.options(settings.levels))
         text += (
             f", in {'a network that is' if len(bases) == 1 else 'networks that are'} trained beforehand for {epochs}: at most "

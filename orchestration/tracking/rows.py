@@ -161,9 +161,9 @@ def write_structure(tracker: Tracker, results: RunResults) -> None:
     """Write what the finished structure stage holds: a row with curves for each network that it
     trained, the trace, and accuracies on the hold-out over MAdds; nothing where there is no such
     stage."""
-    if results.stage_key("structure") is None or not results.is_done("structure"):
+    folder = results.structure_dir
+    if folder is None:
         return
-    folder = results.run.stage_dir("structure", results.done_key("structure"))
     for meta in sorted((folder / BASES).glob(f"*/{FINAL}.json")):
         training = SupernetRun.from_json(read_json(meta)["run"])
         for is_done in (False, True):

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from dsnet.errors import ConfigError
 from dsnet.space.spec import Subnet
-from dsnet.space.subnet_set import SubnetSet
 from dsnet.structure.method import (
     LARGEST,
     Search,
@@ -39,7 +38,7 @@ class Listed(StructureMethod):
         spec = problem.spec
         if spec.gates:
             self._check_agreement(problem, members)
-        check_statistics(problem, [SubnetSet(spec, members, problem.found(members).teacher)])
+        check_statistics(problem, [problem.set_of(problem.found(members))])
 
     @staticmethod
     def _check_agreement(problem: StructureProblem, members: Sequence[Subnet]) -> None:

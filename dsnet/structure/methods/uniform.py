@@ -8,7 +8,6 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from dsnet.space.spec import Subnet
-from dsnet.space.subnet_set import SubnetSet
 from dsnet.structure.method import (
     Search,
     StructureMethod,
@@ -40,8 +39,7 @@ class Uniform(StructureMethod):
         check_targets(problem, None)
         members = _members(problem)
         check_different(problem, members)
-        found = problem.found(members)
-        check_statistics(problem, [SubnetSet(problem.spec, found.members, found.teacher)])
+        check_statistics(problem, [problem.set_of(problem.found(members))])
 
     def member_names(self, problem: StructureProblem) -> tuple[str, ...]:
         """The targets' names."""
