@@ -39,8 +39,12 @@ $(READY): constraints.txt setup.py
 launch: $(READY)
 	$(BIN)/dsnet-orch launch examples/digits.yaml
 
-test: check
-	$(PYTEST) -n $(WORKERS)
+# The checks use the moments in which the tests wait; what they find is shown at the end.
+test: $(READY)
+	@$(MAKE) --no-print-directory check > $(VENV)/check.log 2>&1 & checks=$$!; \
+	$(PYTEST) -n $(WORKERS); tests=$$?; \
+	wait $$checks; checks=$$?; cat $(VENV)/check.log; \
+	exit $$((tests != 0 || checks != 0))
 
 test-fast: $(READY)
 	$(PYTEST) -n $(WORKERS) -m "not (ray or browser or slow or long)"

@@ -90,10 +90,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     waiting = {item.path for item in items if "finished" in getattr(item, "fixturenames", ())}
 
     def rank(item: pytest.Item) -> int:
-        """Files that read the finished sweep come later: both processes would need it at the same
-        time, and one would only wait."""
+        """What reads the finished sweep comes last in the group of the cluster and first elsewhere:
+        if both processes needed it at the same time, one would only wait."""
         group = 0 if item.get_closest_marker("xdist_group") else 1 if item.path in long_files else 2
-        return 2 * group + (item.path in waiting)
+        is_first = (item.path in waiting) == (group > 0)
+        return 2 * group + (not is_first)
 
     items.sort(key=rank)
 
