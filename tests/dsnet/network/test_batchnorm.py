@@ -89,7 +89,8 @@ def test_old_statistics_do_not_matter_and_modes_are_restored() -> None:
     recalibrate(first, images)
     recalibrate(second, [random_images(8, seed=9)])
     recalibrate(second, images)
-    assert all(torch.equal(value, second.state_dict()[name]) for name, value in first.state_dict().items())
+    others = second.state_dict()
+    assert all(torch.equal(value, others[name]) for name, value in first.state_dict().items())
     assert not first.training
     assert {norm.momentum for norm in first.batch_norms()} == {BN_MOMENTUM}
     first.train()

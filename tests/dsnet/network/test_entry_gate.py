@@ -141,10 +141,10 @@ def test_a_member_under_an_entry_gate_computes_what_it_computes_alone(family: st
     several = with_entry_gate(SubnetSet(own.spec, (own[0], own[-1])))
     assert [gate.name for gate in several.spec.gates] == [ENTRY]
     supernet = shaken(rebuild(several)).eval()
-    images = NORMALIZATION.apply(tensor_data(3).images("val"))
+    images, tensors = NORMALIZATION.apply(tensor_data(3).images("val")), supernet.state_dict()
     for subnet in several:
         single = rebuild(SubnetSet(own.spec, (subnet,))).eval()
-        single.load_state_dict({name: supernet.state_dict()[name] for name in single.state_dict()})
+        single.load_state_dict({name: tensors[name] for name in single.state_dict()})
         assert torch.equal(single(images, subnet), supernet(images, subnet))
         plain = supernet.cut_head(subnet).eval()
         torch.testing.assert_close(plain(images), single(images, subnet), rtol=1e-4, atol=1e-4)

@@ -161,9 +161,8 @@ def test_the_widest_computes_the_same_in_any_order() -> None:
         other, tuple(tuple(sorted(range(len(order)), key=order.__getitem__)) for order in random_orders(net))
     )
     assert back.spec == net.spec
-    assert all(
-        torch.equal(value, net.state_dict()[name]) for name, value in back.state_dict().items() if "updates" not in name
-    )
+    tensors = net.state_dict()
+    assert all(torch.equal(value, tensors[name]) for name, value in back.state_dict().items() if "updates" not in name)
 
 
 @pytest.mark.parametrize("size", [16, pytest.param(23, marks=pytest.mark.slow)])

@@ -15,10 +15,12 @@ from dsnet.deploy.materialize import materialize, materialize_tail, materialize_
 from dsnet.families import create, get_family, rebuild
 from dsnet.network.supernet import EVIDENCE_PARTS, Supernet, restrict, state_for_saving
 from dsnet.space.spec import Subnet, SupernetSpec
-from tests.dsnet.cases import BANKED_CASES, CASES, FAMILIES, Case, NormKeys
+from tests.dsnet.cases import BANKED_CASES, CASES, FAMILIES, ONE_NORM_CASES, Case, NormKeys
 from tests.dsnet.samples import SMALL_OPTIONS, random_images, random_labels, task
 
 each_case = pytest.mark.parametrize("case", CASES, ids=str)
+each_network = pytest.mark.parametrize("case", ONE_NORM_CASES, ids=str)
+"""For what does not depend on the norm."""
 
 
 @pytest.mark.slow
@@ -91,7 +93,7 @@ def test_what_a_cut_shares_with_its_supernet_is_copied(shared: str, monkeypatch:
 
 
 @pytest.mark.slow
-@each_case
+@each_network
 @torch.no_grad()
 def test_two_calls_do_not_influence_each_other(case: Case) -> None:
     supernet = case.supernet()
@@ -136,7 +138,7 @@ def test_segments_compose_sliced_and_plain(case: Case) -> None:
 
 
 @pytest.mark.slow
-@each_case
+@each_network
 @torch.no_grad()
 def test_any_image_size_and_class_count_fits(case: Case) -> None:
     for size, num_classes in ((8, 1), (19, 100)):
@@ -147,7 +149,7 @@ def test_any_image_size_and_class_count_fits(case: Case) -> None:
             assert logits.isfinite().all()
 
 
-@each_case
+@each_network
 @torch.no_grad()
 def test_sub_networks_differ_from_each_other(case: Case) -> None:
     supernet = case.supernet()
@@ -289,7 +291,7 @@ def test_every_parameter_gets_a_gradient_from_some_sub_network(case: Case) -> No
     assert not silent
 
 
-@each_case
+@each_network
 @torch.no_grad()
 def test_evidence_is_what_the_gate_sees(case: Case) -> None:
     supernet = case.supernet()
@@ -317,7 +319,7 @@ def test_dropout_touches_the_largest_in_training_only(family: str) -> None:
         assert torch.equal(supernet(images, subnet), supernet(images, subnet))
 
 
-@each_case
+@each_network
 def test_a_set_of_another_spec_is_refused(case: Case) -> None:
     supernet = case.supernet()
     with pytest.raises(ValueError, match="another supernet"):

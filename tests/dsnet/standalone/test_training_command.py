@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import make_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -287,37 +288,55 @@ def exchange_supernet(folder: OutputFolder) -> None:
     assert folder.is_done("supernet")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("done", ["some rows", "accuracies", "a piece", "a table", "all"])
-def test_what_was_made_of_another_supernet_is_made_again(tmp_path: Path, done: str) -> None:
-    settings = config(data__limit=None, supernet__train__epochs=1)  # tables of two pieces
-    folder = OutputFolder(tmp_path / "out")
+def run_in_pieces(folder: OutputFolder, should_stop: Callable[[], bool] = lambda: False) -> None:
+    """The stages with tables of two pieces."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(standalone, "PIECE_BATCHES", 1)
-        reached = {
-            "some rows": lambda: (folder.measure / "rows.json").exists(),
-            "accuracies": lambda: (folder.measure / "subnets.json").exists(),
-            "a piece": lambda: any(folder.table.glob("pieces/*")),
-            "a table": lambda: (folder.table / "gate.safetensors").exists(),
-            "all": lambda: False,
-        }
-        if done == "all":
-            run_standalone(settings, folder.path, device="cpu")
-        else:
-            with pytest.raises(StoppedError):
-                run_standalone(settings, folder.path, device="cpu", should_stop=reached[done])
-        exchange_supernet(folder)
-        assert not folder.is_done("measure")
-        assert not folder.is_done("table")
-        run_standalone(settings, folder.path, device="cpu")
-        other = OutputFolder(tmp_path / "other")
-        shutil.copytree(folder.supernet, other.supernet)
-        for name in ("manifest.json", "resolved.json"):
-            shutil.copy(folder.path / name, other.path / name)
-        run_standalone(settings, other.path, device="cpu")
+        settings = config(data__limit=None, supernet__train__epochs=1)
+        run_standalone(settings, folder.path, device="cpu", should_stop=should_stop)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with nothing but a trained supernet; only to be copied."""
+    folder = OutputFolder(tmp_path_factory.mktemp("trained"))
+    with pytest.raises(StoppedError):
+        run_in_pieces(folder, lambda: folder.is_done("supernet"))
+    assert not folder.is_done("measure")
+    return folder.path
+
+
+@pytest.fixture(scope="module")
+def of_the_other(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+    """The results of the other supernet, where there was no other one before."""
+    folder = OutputFolder(shutil.copytree(trained, tmp_path_factory.mktemp("other") / "out"))
+    exchange_supernet(folder)
+    run_in_pieces(folder)
+    return results(folder.path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("done", ["some rows", "accuracies", "a piece", "a table", "all"])
+def test_what_was_made_of_another_supernet_is_made_again(
+    tmp_path: Path, trained: Path, of_the_other: dict[str, object], done: str
+) -> None:
+    folder = OutputFolder(shutil.copytree(trained, tmp_path / "out"))
+    reached = {
+        "some rows": lambda: (folder.measure / "rows.json").exists(),
+        "accuracies": lambda: (folder.measure / "subnets.json").exists(),
+        "a piece": lambda: any(folder.table.glob("pieces/*")),
+        "a table": lambda: (folder.table / "gate.safetensors").exists(),
+        "all": lambda: False,
+    }
+    with nullcontext() if done == "all" else pytest.raises(StoppedError):
+        run_in_pieces(folder, reached[done])
+    exchange_supernet(folder)
+    assert not folder.is_done("measure")
+    assert not folder.is_done("table")
+    run_in_pieces(folder)
     assert folder.is_done("measure")
     assert folder.is_done("table")
-    assert results(folder.path) == results(other.path)
+    assert results(folder.path) == of_the_other
 
 
 def test_other_settings_and_other_images_need_another_folder(tmp_path: Path) -> None:

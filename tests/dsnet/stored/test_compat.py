@@ -34,9 +34,10 @@ def checkpoint_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def assert_equal_networks(met: Supernet, expected: Supernet) -> None:
     assert not met.training
-    assert met.state_dict().keys() == expected.state_dict().keys()
+    tensors = met.state_dict()
+    assert tensors.keys() == expected.state_dict().keys()
     for name, value in expected.state_dict().items():
-        assert torch.equal(met.state_dict()[name], value), name
+        assert torch.equal(tensors[name], value), name
 
 
 def message_of(source: Any, num_classes: int = NUM_CLASSES, **options: Any) -> str:

@@ -180,8 +180,8 @@ def test_declared_changes_nothing(tmp_path: Path) -> None:
     net = network(problem)
     found = find(problem, tmp_path, start=sorted_start(problem, net))
     assert found.subnets == problem.subnets
-    for name, value in net.state_dict().items():
-        assert torch.equal(found.supernet.state_dict()[name], value)
+    tensors = found.supernet.state_dict()
+    assert all(torch.equal(tensors[name], value) for name, value in net.state_dict().items())
 
 
 @pytest.mark.parametrize("widths", [(16, 24, 32), (8, 24, 40), (5, 7, 31)])

@@ -127,7 +127,8 @@ def test_another_class_count_leaves_the_classifier_alone_fresh(tmp_path: Path, f
     start = load_start(tmp_path)
     fresh = apply_start(taken, start)
     assert len(fresh) == 2
-    assert all(taken.state_dict()[name].shape[0] == 4 for name in fresh)
+    tensors = taken.state_dict()
+    assert all(tensors[name].shape[0] == 4 for name in fresh)
     for name, value in taken.state_dict().items():
         assert torch.equal(value, before[name] if name in fresh else start.tensors[name]), name
 
