@@ -39,6 +39,7 @@ _NAMES_WITH_OPTIONS: Mapping[str, str] = {"supernet": "model", "sampler": "name"
 """Key of the name to which the `options` of a section belong, by section."""
 _FIRST_RELEASE = "first release"
 """Origin of values that a file of the first release left to defaults that have changed since."""
+_METHOD = "supernet.structure.method"
 _NEEDED = "version, name, data.name and supernet.model"
 
 
@@ -319,6 +320,7 @@ def _checked(
     stack: _Stack, known_models: Sequence[str] | None, environ: Mapping[str, str]
 ) -> tuple[SweepConfig | None, list[_Problem]]:
     """The configuration, or None, and the errors found."""
+    _fill_method(stack)
     problems = [*_fill_paths(stack, environ), *_model_problems(stack, known_models)]
     try:
         config = SweepConfig.model_validate(stack.settings)
@@ -372,6 +374,18 @@ def _fill_paths(stack: _Stack, environ: Mapping[str, str]) -> Iterator[_Problem]
             for name in missing:
                 message = f"the environment variable {name} is not set; set it or write the path out"
                 yield stack.problem((section, key), message)
+
+
+def _fill_method(stack: _Stack) -> None:
+    """If `space` chooses the method of the structure and its section names none, take the first
+    choice: the other settings of the section belong to some method."""
+    space, supernet = stack.settings.get("space"), stack.settings.get("supernet")
+    distribution = space.get(_METHOD) if isinstance(space, dict) else None
+    choices = distribution.get("choice") if isinstance(distribution, Mapping) else None
+    structure = supernet.get("structure", {}) if isinstance(supernet, dict) else None
+    if isinstance(choices, list) and choices and isinstance(structure, dict) and "method" not in structure:
+        origin = f"first choice of space.{_METHOD}"
+        stack.lay(_Layer({"supernet": {"structure": {"method": choices[0]}}}, label=origin, origin_label=origin))
 
 
 def _expanded(text: str, environ: Mapping[str, str]) -> tuple[str, list[str]]:

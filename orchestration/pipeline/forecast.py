@@ -231,7 +231,8 @@ class _StageEstimates:
         madds = sum(training_madds(base.run, base.subnets, num_train, size) for base in bases)
         seconds = (RAY_START_S if bases else 0.0) + steps * self.timed.step_s * madds / max(joint, 1.0)
         if bases:
-            image_s = self.timed.table_image_s / len(self.prepared.subnets)
+            # A scorer has one thread; the table of all sub-networks was timed with all threads.
+            image_s = self.timed.table_image_s * self.timed.threads / len(self.prepared.subnets)
             actors = self.config.supernet.structure.concurrent or resolve_cores(self.config)
             seconds += most_candidates(problem.options(problem.settings.levels)) / 2 * held * image_s / actors
         return StageForecast("structure", seconds, self.supernet().memory_bytes, 2 * self.timed.checkpoint_bytes)

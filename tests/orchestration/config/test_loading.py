@@ -221,6 +221,16 @@ def test_a_layer_with_another_model_begins_without_the_options_of_the_one_below(
     assert load(sweep, text, overrides=both).config.supernet.options == {"num_routes": 3}
 
 
+def test_a_method_that_the_space_chooses_need_not_stand_in_its_section(sweep: Path) -> None:
+    space = "space: {supernet.structure.method: {choice: [greedy, uniform]}, gate.target: 0.5}\nsupernets: {number: 2}\n"
+    text = HEAD.replace("ds_tiny", "ds_tiny, structure: {targets: [0.5, 1.0]}") + space
+    loaded = load(sweep, text)
+    assert loaded.config.supernet.structure.method == "greedy"
+    assert loaded.origins["supernet.structure.method"] == "first choice of space.supernet.structure.method"
+    written = text.replace("structure: {", "structure: {method: uniform, ")
+    assert load(sweep, written).config.supernet.structure.method == "uniform"
+
+
 def test_anchors_may_share_settings(sweep: Path) -> None:
     text = HEAD + "presets:\n  a: &a {budget: {trials: 3}}\n  b: {<<: *a, seed: 4}\n"
     config = load(sweep, text, preset="b").config
@@ -761,6 +771,8 @@ EXAMPLE_CASES = [
     ("pretrained", None),
     ("pretrained", "smoke"),
     ("pretrained", "full"),
+    ("structures", None),
+    ("structures", "cifar10"),
 ]
 
 
