@@ -1,8 +1,9 @@
 """Supernet of a traced plain module: `torch.fx` code in which sliced layers take the widths.
 
 The graph of the module stays as it is. Convolutions, linear layers and norms are replaced by layers
-that slice their weights along *axes*: sequences of channel groups, each used as a prefix. All
-parameters keep their names, so that a state dict of the module loads into the supernet.
+that slice their weights along *axes*: sequences of channel groups, each used as a prefix. Tensors
+that the module itself holds are sliced where they are used. All parameters keep their names, so
+that a state dict of the module loads into the supernet.
 """
 
 from __future__ import annotations
@@ -18,22 +19,25 @@ from torch import Tensor, fx, nn
 
 from dsnet.network.axes import Axes, Axis, Widths, take
 from dsnet.network.channels import (
+    OWN,
     SUM_METHODS,
     SUMS,
     UNKNOWN,
     TracedGraph,
     analyse,
     attribute,
+    channel_dim,
     has_channels,
+    norm_arguments,
     parts_of,
     shape_of,
-    trace,
 )
 from dsnet.network.cut_points import part_of
 from dsnet.network.layers import BatchNormBank, SlicedGroupNorm, norm_axes
 from dsnet.network.plain import example_image, make_plain
 from dsnet.network.slicing import corner
 from dsnet.network.supernet import ChannelPlaces, PlainPooled, Supernet, TrunkOutput
+from dsnet.network.tracing import trace
 from dsnet.space.entry_gate import own_gates
 from dsnet.space.spec import CLASSES, ChannelGroup, Op, Subnet, SupernetSpec
 from dsnet.space.subnet_set import SubnetSet
@@ -111,7 +115,7 @@ class TracedLinear(_WeightedLayer):
     """A linear layer of a traced module, sliced along both dimensions."""
 
     def forward(self, x: Float[Tensor, "batch ..."], widths: Widths) -> Float[Tensor, "batch ..."]:
-        """[B, c] -> [B, c']."""
+        """[B, ..., c] -> [B, ..., c']."""
         return F.linear(x, *self._slices(widths))
 
     def cut(self, widths: Widths) -> nn.Linear:
@@ -213,6 +217,94 @@ class TracedGroupNorm(SlicedGroupNorm):
         return take(self.weight, (self.channels,), prefix), take(self.bias, (self.channels,), prefix)
 
 
+class TracedLayerNorm(nn.Module):
+    """A LayerNorm of a traced module over its channels: over those that a sub-network has."""
+
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+
+    def __init__(self, plain: nn.LayerNorm, channels: Axis) -> None:
+        super().__init__()
+        self.channels = channels
+        self.eps = plain.eps
+        for name, tensor in (("weight", plain.weight), ("bias", plain.bias)):
+            own = None if tensor is None else nn.Parameter(tensor.detach()[: channels.max_size].clone())
+            self.register_parameter(name, own)
+
+    def axes(self) -> Mapping[str, Axes]:
+        """The axes of scale and shift, where it has them."""
+        return {name: (self.channels,) for name, _ in self.named_parameters()}
+
+    def load_plain(self, plain: nn.Module) -> None:
+        """Copy scale and shift of the layer that this one was made of."""
+        _copy_corners(self, plain)
+
+    def forward(self, x: Float[Tensor, "batch ..."], widths: Widths) -> Float[Tensor, "batch ..."]:
+        """Normalise [B, ..., c] over its last dimension."""
+        weight, bias = self._slices(widths)
+        return layer_norm(x, weight, bias, self.eps)
+
+    def cut(self, widths: Widths) -> nn.LayerNorm:
+        """The slice as a plain LayerNorm."""
+        weight, bias = self._slices(widths)
+        plain = nn.LayerNorm(self.channels.size(widths), self.eps, weight is not None, bias is not None)
+        with torch.no_grad():
+            for parameter, value in ((plain.weight, weight), (plain.bias, bias)):
+                if value is not None:
+                    parameter.copy_(value)
+        return plain
+
+    def _slices(self, widths: Widths) -> tuple[Tensor | None, Tensor | None]:
+        """The scale and the shift that a sub-network uses."""
+        weight = None if self.weight is None else take(self.weight, (self.channels,), widths)
+        return weight, None if self.bias is None else take(self.bias, (self.channels,), widths)
+
+
+def layer_norm(
+    x: Float[Tensor, "batch ..."],
+    weight: Float[Tensor, " channels"] | None,
+    bias: Float[Tensor, " channels"] | None,
+    eps: float,
+) -> Float[Tensor, "batch ..."]:
+    """Normalise [B, ..., c] over its last dimension, whatever its size, then times `weight` plus
+    `bias` where given."""
+    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+
+class TracedTensor(nn.Module):
+    """Slices a tensor that the traced module itself holds, and holds none itself."""
+
+    def __init__(self, name: str, channels: Axis, dim: int) -> None:
+        """Prepare the slicing.
+
+        Args:
+            name: the tensor's name in the module.
+            channels: its channels.
+            dim: the dimension in which they lie.
+        """
+        super().__init__()
+        self.name = name
+        self.axes: Axes = (*(None,) * dim, channels)
+
+    def forward(self, tensor: Float[Tensor, "*_"], widths: Widths) -> Float[Tensor, "*_"]:
+        """The slice of a sub-network, with gradients."""
+        return take(tensor, self.axes, widths)
+
+    def widest(self, tensor: Float[Tensor, "*_"]) -> Float[Tensor, "*_"]:
+        """A copy with as many channels as the axis has; of a parameter it is a parameter."""
+        sizes = (tensor.shape[dim] if axis is None else axis.max_size for dim, axis in enumerate(self.axes))
+        return _copied(corner(tensor.detach(), *sizes), tensor)
+
+    def cut(self, tensor: Float[Tensor, "*_"], widths: Widths) -> Float[Tensor, "*_"]:
+        """A copy of the slice of a sub-network; of a parameter it is a parameter."""
+        return _copied(take(tensor.detach(), self.axes, widths), tensor)
+
+
+def _copied(value: Tensor, source: Tensor) -> Tensor:
+    """A copy of a slice of `source`, which is a parameter where `source` is one."""
+    return nn.Parameter(value.clone(), source.requires_grad) if isinstance(source, nn.Parameter) else value.clone()
+
+
 def _copy_corners(layer: nn.Module, plain: nn.Module) -> None:
     """Copy the parameters of a plain layer, as far as the sliced layer has them."""
     tensors = plain.state_dict()
@@ -220,7 +312,7 @@ def _copy_corners(layer: nn.Module, plain: nn.Module) -> None:
         parameter.copy_(corner(tensors[name], *parameter.shape[: min(2, parameter.ndim)]))
 
 
-Sliced = TracedConv2d | TracedLinear | TracedNorm | TracedGroupNorm
+Sliced = TracedConv2d | TracedLinear | TracedNorm | TracedGroupNorm | TracedLayerNorm
 
 
 class TracedSum(nn.Module):
@@ -236,7 +328,7 @@ class TracedSum(nn.Module):
         whole: Axis,
         groups: tuple[ChannelGroup, ...],
         factor: float,
-        behind: tuple[int, int],
+        behind: int,
     ) -> None:
         """Prepare the sum.
 
@@ -245,7 +337,7 @@ class TracedSum(nn.Module):
             whole: the channels of the result.
             groups: all channel groups.
             factor: factor of the second value.
-            behind: for each value the number of dimensions behind its channels.
+            behind: number of dimensions behind the channels.
         """
         super().__init__()
         self.values = values
@@ -293,20 +385,19 @@ class PlainSum(nn.Module):
     """For each channel of the result its place in a value; None where the value has the first
     ones."""
 
-    def __init__(
-        self, places: Sequence[Int64[Tensor, " _channels"]], size: int, factor: float, behind: Sequence[int]
-    ) -> None:
+    def __init__(self, places: Sequence[Int64[Tensor, " _channels"]], size: int, factor: float, behind: int) -> None:
         super().__init__()
         self.factor = factor
+        self.behind = behind
         self.pads: list[tuple[int, ...] | None] = []
         """For each value: how zeros are added at its end, None where it has all channels."""
-        for name, own, dimensions in zip(("first", "second"), places, behind, strict=True):
+        for name, own in zip(("first", "second"), places, strict=True):
             is_prefix = torch.equal(own, torch.arange(len(own)))
             source = torch.full((size,), len(own))  # a channel that it lacks is the zero at its end
             source[own] = torch.arange(len(own))
             self.register_buffer(name, None if is_prefix else source, persistent=False)
             missing = size - len(own) if is_prefix else int(len(own) < size)
-            self.pads.append((*(0, 0) * dimensions, 0, missing) if missing else None)
+            self.pads.append((*(0, 0) * behind, 0, missing) if missing else None)
 
     @property
     def device(self) -> torch.device | None:
@@ -322,7 +413,7 @@ class PlainSum(nn.Module):
         pad, source = self.pads[number], self.second if number else self.first
         if pad is not None:
             value = F.pad(value, pad)
-        return value if source is None else value.index_select(1, source)
+        return value if source is None else value.index_select(-1 - self.behind, source)
 
 
 class _Cut(NamedTuple):
@@ -359,6 +450,8 @@ class _Part(NamedTuple):
 
 UNION = "union_"
 """Beginning of the names of the modules that add values with different channels."""
+SLICE = "slice_"
+"""Beginning of the names of the modules that slice tensors of the module itself."""
 BODY = "body."
 """Beginning of the names of a traced supernet's tensors; the rest is the plain module's name."""
 
@@ -400,8 +493,8 @@ class TracedSupernet(Supernet):
                 layer.load_plain(plain.get_submodule(name))
         sliced = {name for name, layer in self.body.named_modules() if isinstance(layer, Sliced)}
         for name, tensor in self.body.state_dict().items():
-            if name.rpartition(".")[0] not in sliced:
-                tensor.copy_(tensors[name])
+            if name.rpartition(".")[0] not in sliced and name in tensors:
+                tensor.copy_(corner(tensors[name], *tensor.shape))
 
     def class_tensors(self) -> tuple[str, ...]:
         """The names of the tensors of the state dict that have a row for each class."""
@@ -452,12 +545,17 @@ class TracedSupernet(Supernet):
 
     def axes(self) -> Mapping[str, Axes]:
         """The axes of every tensor that is sliced."""
-        return {
+        held = {f"{BODY}{part.name}": part.axes for part in self.modules() if isinstance(part, TracedTensor)}
+        return held | {
             f"{name}.{leaf}": axes
             for name, layer in self.named_modules()
             if isinstance(layer, Sliced)
             for leaf, axes in layer.axes().items()
         }
+
+    def scales(self) -> frozenset[str]:
+        """The tensors of the traced module that no layer holds."""
+        return frozenset(f"{BODY}{part.name}" for part in self.modules() if isinstance(part, TracedTensor))
 
 
 def sliced_graph(traced: TracedGraph, spec: SupernetSpec, subnets: SubnetSet) -> fx.GraphModule:
@@ -468,6 +566,31 @@ def sliced_graph(traced: TracedGraph, spec: SupernetSpec, subnets: SubnetSet) ->
         spec: made of it, or of it with smaller groups.
         subnets: sets of which the norms keep statistics.
     """
+    layers = _sliced_layers(traced, spec, subnets)
+    graph = copy.deepcopy(traced.module.graph)
+    images = next(node for node in graph.nodes if node.op == "placeholder")
+    with graph.inserting_after(images):
+        widths = graph.placeholder("widths")
+    sums = {f"{UNION}{name}": added for name, added in _union_sums(traced, spec).items()}
+    layers |= sums
+    for node in graph.nodes:
+        if (target := f"{UNION}{node.name}") in sums:
+            node.op, node.target, node.args, node.kwargs = "call_module", target, (*node.args[:2], widths), {}
+        elif node.op == "call_module" and str(node.target) in layers:
+            node.args = (*node.args, widths)
+        elif node.target is F.layer_norm and not node.meta.get(UNKNOWN):
+            _let_norm_be_narrow(node)
+    held = _held(traced.module, graph)
+    for target, part in _slice_tensors(graph, widths, spec):
+        layers[target] = part
+        held[part.name] = part.widest(attribute(traced.module, part.name))
+    module = fx.GraphModule({**held, **layers}, graph)
+    module.train(True)
+    return module
+
+
+def _sliced_layers(traced: TracedGraph, spec: SupernetSpec, subnets: SubnetSet) -> dict[str, nn.Module]:
+    """The layers that are sliced, by their names in the module."""
     layers: dict[str, nn.Module] = {}
     for op in spec.ops:
         node = next((node for node in traced.module.graph.nodes if node.name == op.name), None)
@@ -476,21 +599,33 @@ def sliced_graph(traced: TracedGraph, spec: SupernetSpec, subnets: SubnetSet) ->
         plain = traced.module.get_submodule(str(node.target))
         if (sliced := slice_layer(plain, op, spec, subnets)) is not None:
             layers[str(node.target)] = sliced
-    graph = copy.deepcopy(traced.module.graph)
-    images = next(node for node in graph.nodes if node.op == "placeholder")
-    with graph.inserting_after(images):
-        widths = graph.placeholder("widths")
-    sums = _union_sums(traced, spec)
-    for node in graph.nodes:
-        if node.name in sums:
-            target = f"{UNION}{node.name}"
-            layers[target] = sums[node.name]
-            node.op, node.target, node.args, node.kwargs = "call_module", target, (*node.args[:2], widths), {}
-        elif node.op == "call_module" and str(node.target) in layers:
-            node.args = (*node.args, widths)
-    module = fx.GraphModule({**_held(traced.module, graph), **layers}, graph)
-    module.train(True)
-    return module
+    return layers
+
+
+def _let_norm_be_narrow(node: fx.Node) -> None:
+    """Make a call of `F.layer_norm`, which is given a number of channels, one of `layer_norm`."""
+    _, weight, bias, eps = norm_arguments(node)
+    node.target, node.args, node.kwargs = layer_norm, (node.args[0], weight, bias, eps), {}
+
+
+def _slice_tensors(graph: fx.Graph, widths: fx.Node, spec: SupernetSpec) -> list[tuple[str, TracedTensor]]:
+    """Slice the tensors that the module itself holds before every node that uses one.
+
+    Returns:
+        The modules that slice them, with their names in the graph.
+    """
+    found = []
+    nodes = {node.name: node for node in graph.nodes if OWN in node.meta}
+    for op in spec.ops:
+        tensor = nodes.get(op.name)
+        if tensor is None or op.kind != "scale":
+            continue
+        target = f"{SLICE}{tensor.name}"
+        found.append((target, TracedTensor(str(tensor.target), Axis.read_by(op, spec), tensor.meta[OWN].dim)))
+        for user in list(tensor.users):
+            with graph.inserting_before(user):
+                user.replace_input_with(tensor, graph.call_module(target, (tensor, widths)))
+    return found
 
 
 def _union_sums(traced: TracedGraph, spec: SupernetSpec) -> dict[str, TracedSum]:
@@ -502,12 +637,14 @@ def _union_sums(traced: TracedGraph, spec: SupernetSpec) -> dict[str, TracedSum]
         values = [value for value in node.args[:2] if has_channels(value)]
         if len(values) < 2 or not has_channels(node) or node.meta.get(UNKNOWN):
             continue
-        parts = [traced.group_parts(value) for value in (*values, node)]
+        if len({channel_dim(value) for value in (*values, node)}) > 1:
+            continue  # one of them has all of its channels along every dimension
+        parts = [traced.groups_of(parts_of(value)) for value in (*values, node)]
         if parts[0] != parts[1] and _are_divided_alike(*values):
             first, second, whole = (Axis.of(pairs, spec, unions) for pairs, unions in parts)
             is_minus = "sub" in getattr(node.target, "__name__", str(node.target))
             factor = float(node.kwargs.get("alpha", 1)) * (-1 if is_minus else 1)
-            behind = (len(shape_of(values[0])) - 2, len(shape_of(values[1])) - 2)
+            behind = len(shape_of(node)) - 1 - channel_dim(node)
             found[node.name] = TracedSum((first, second), whole, spec.groups, factor, behind)
     return found
 
@@ -532,12 +669,14 @@ def slice_layer(plain: nn.Module, op: Op, spec: SupernetSpec, subnets: SubnetSet
             return TracedConv2d(plain, num_in, Axis.of(((op.out_group, 1),), spec))
         case nn.Conv2d() if op.kind == "depthwise":
             return TracedConv2d(plain, num_in, Axis.read_by(op, spec, op.divisions))
-        case nn.Linear() if op.kind == "linear":
+        case nn.Linear() if op.kind in ("linear", "conv"):
             return TracedLinear(plain, num_in, Axis.of(((op.out_group, 1),), spec))
         case nn.BatchNorm2d() | nn.BatchNorm1d() if op.kind == "norm":
             if spec.norm == "group_norm":
                 return TracedGroupNorm(num_in)
             return TracedNorm(plain, num_in, op.depends, subnets)
+        case nn.LayerNorm() if op.kind == "scale":
+            return TracedLayerNorm(plain, num_in)
     return None
 
 
@@ -578,11 +717,15 @@ def plain_graph(body: fx.GraphModule, graph: fx.Graph, widths: tuple[int, ...]) 
         widths: the sub-network's width of every channel group.
     """
     layers = _held(body, graph)
-    for node in graph.nodes:
+    for node in list(graph.nodes):
         if node.op != "call_module":
             continue
         layer = body.get_submodule(str(node.target))
-        if isinstance(layer, TracedSum):
+        if isinstance(layer, TracedTensor):
+            layers[layer.name] = layer.cut(attribute(body, layer.name), widths)
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+        elif isinstance(layer, TracedSum):
             node.args = node.args[:2]
             layers[str(node.target)] = layer.cut(widths)
         elif isinstance(layer, Sliced):

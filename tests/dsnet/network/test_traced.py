@@ -10,9 +10,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from dsnet.deploy.materialize import materialize
 from dsnet.errors import ConfigError
 from dsnet.families import Task, create, layout
-from dsnet.network.channels import TracedGraph, analyse, pinned_spaces, trace
+from dsnet.network.channels import TracedGraph, analyse, pinned_spaces
 from dsnet.network.plain import make_plain
 from dsnet.network.traced import TracedSupernet
+from dsnet.network.tracing import trace
 from dsnet.space.cost import op_costs, subnet_cost
 from dsnet.space.spec import CLASSES, Subnet
 from tests.dsnet import nets
@@ -153,7 +154,7 @@ def test_what_is_not_understood_keeps_its_channels_and_is_named() -> None:
     ("model", "message"),
     [
         ("tests.dsnet.nets:TwoHeads", "must return one tensor of logits"),
-        ("tests.dsnet.nets:Tokens", r"no channels of .*Tokens can be sliced, .*flatten"),
+        ("tests.dsnet.nets:Tokens", r"no channels of .*Tokens can be sliced, .*attention"),
         ("tests.dsnet.nets:Branches", r"cannot be traced: .*control flow.*nets\.py:\d+"),
         ("tests.dsnet.nets:raises", "raised RuntimeError: no network for 10 classes"),
         ("tests.dsnet.nets:raises", r"it is called as function\(10, 3\)"),
