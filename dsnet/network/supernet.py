@@ -245,7 +245,7 @@ class Supernet(nn.Module, ABC):
         """
         return {}
 
-    def scales(self) -> frozenset[str]:
+    def channel_scales(self) -> frozenset[str]:
         """The names of tensors that scale or shift channels although they have two or more
         dimensions, as filters have."""
         return frozenset()

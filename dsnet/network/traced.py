@@ -220,8 +220,8 @@ class TracedGroupNorm(SlicedGroupNorm):
 class TracedLayerNorm(nn.Module):
     """A LayerNorm of a traced module over its channels: over those that a sub-network has."""
 
-    weight: nn.Parameter | None
-    bias: nn.Parameter | None
+    weight: Float[nn.Parameter, " channels"] | None
+    bias: Float[nn.Parameter, " channels"] | None
 
     def __init__(self, plain: nn.LayerNorm, channels: Axis) -> None:
         super().__init__()
@@ -271,38 +271,10 @@ def layer_norm(
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
-class TracedTensor(nn.Module):
-    """Slices a tensor that the traced module itself holds, and holds none itself."""
-
-    def __init__(self, name: str, channels: Axis, dim: int) -> None:
-        """Prepare the slicing.
-
-        Args:
-            name: the tensor's name in the module.
-            channels: its channels.
-            dim: the dimension in which they lie.
-        """
-        super().__init__()
-        self.name = name
-        self.axes: Axes = (*(None,) * dim, channels)
-
-    def forward(self, tensor: Float[Tensor, "*_"], widths: Widths) -> Float[Tensor, "*_"]:
-        """The slice of a sub-network, with gradients."""
-        return take(tensor, self.axes, widths)
-
-    def widest(self, tensor: Float[Tensor, "*_"]) -> Float[Tensor, "*_"]:
-        """A copy with as many channels as the axis has; of a parameter it is a parameter."""
-        sizes = (tensor.shape[dim] if axis is None else axis.max_size for dim, axis in enumerate(self.axes))
-        return _copied(corner(tensor.detach(), *sizes), tensor)
-
-    def cut(self, tensor: Float[Tensor, "*_"], widths: Widths) -> Float[Tensor, "*_"]:
-        """A copy of the slice of a sub-network; of a parameter it is a parameter."""
-        return _copied(take(tensor.detach(), self.axes, widths), tensor)
-
-
 def _copied(value: Tensor, source: Tensor) -> Tensor:
     """A copy of a slice of `source`, which is a parameter where `source` is one."""
-    return nn.Parameter(value.clone(), source.requires_grad) if isinstance(source, nn.Parameter) else value.clone()
+    value = value.detach().clone()
+    return nn.Parameter(value, source.requires_grad) if isinstance(source, nn.Parameter) else value
 
 
 def _copy_corners(layer: nn.Module, plain: nn.Module) -> None:
@@ -450,8 +422,6 @@ class _Part(NamedTuple):
 
 UNION = "union_"
 """Beginning of the names of the modules that add values with different channels."""
-SLICE = "slice_"
-"""Beginning of the names of the modules that slice tensors of the module itself."""
 BODY = "body."
 """Beginning of the names of a traced supernet's tensors; the rest is the plain module's name."""
 
@@ -469,6 +439,7 @@ class TracedSupernet(Supernet):
         plain = make_plain(spec.layout["model"], spec.num_classes, spec.in_channels, seed)
         streams = spec.layout.get("streams", "tied")
         traced = analyse(trace(plain, example_image(spec.in_channels, spec.image_size)), streams)
+        self._own = own_axes(traced, spec)
         self.body = sliced_graph(traced, spec, subnets)
         self._cuts = tuple(_Cut.of(name, spec) for name in own_gates(spec))
         self._parts = _parts_of(self.body, own_gates(spec))  # not registered: the body holds all tensors
@@ -521,7 +492,14 @@ class TracedSupernet(Supernet):
             places = self.own_channel_places(number - 1, subnet)
             x = x[:, :own] if places is None else x.index_select(1, places.places)
         part = self._parts[number]
-        return part.module(x, subnet.widths, *(attribute(self.body, name) for name in part.tensors))
+        return part.module(x, subnet.widths, *(self._slice(name, subnet.widths) for name in part.tensors))
+
+    def _slice(self, name: str, widths: Widths) -> Tensor:
+        """What a sub-network uses of a tensor that no layer holds."""
+        value = take(attribute(self.body, name), self._own.get(name, ()), widths)
+        # Without gradients a slice of a parameter still says that it needs one, although it has no
+        # history: torch's counter of FLOPs fails on such an argument.
+        return value if torch.is_grad_enabled() else value.detach()
 
     def own_channel_places(self, gate: int, subnet: Subnet) -> ChannelPlaces | None:
         """The places of the channels at a cut; None where they are the first ones."""
@@ -541,21 +519,21 @@ class TracedSupernet(Supernet):
         return self._plain_part(len(self._cuts), subnet)
 
     def _plain_part(self, number: int, subnet: Subnet) -> fx.GraphModule:
-        return plain_graph(self.body, _part_graph(self.body, own_gates(self.spec), number), subnet.widths)
+        graph = _part_graph(self.body, own_gates(self.spec), number)
+        return plain_graph(self.body, graph, subnet.widths, self._own)
 
     def axes(self) -> Mapping[str, Axes]:
         """The axes of every tensor that is sliced."""
-        held = {f"{BODY}{part.name}": part.axes for part in self.modules() if isinstance(part, TracedTensor)}
-        return held | {
+        return {f"{BODY}{name}": axes for name, axes in self._own.items()} | {
             f"{name}.{leaf}": axes
             for name, layer in self.named_modules()
             if isinstance(layer, Sliced)
             for leaf, axes in layer.axes().items()
         }
 
-    def scales(self) -> frozenset[str]:
+    def channel_scales(self) -> frozenset[str]:
         """The tensors of the traced module that no layer holds."""
-        return frozenset(f"{BODY}{part.name}" for part in self.modules() if isinstance(part, TracedTensor))
+        return frozenset(f"{BODY}{name}" for name in self._own)
 
 
 def sliced_graph(traced: TracedGraph, spec: SupernetSpec, subnets: SubnetSet) -> fx.GraphModule:
@@ -581,9 +559,9 @@ def sliced_graph(traced: TracedGraph, spec: SupernetSpec, subnets: SubnetSet) ->
         elif node.target is F.layer_norm and not node.meta.get(UNKNOWN):
             _let_norm_be_narrow(node)
     held = _held(traced.module, graph)
-    for target, part in _slice_tensors(graph, widths, spec):
-        layers[target] = part
-        held[part.name] = part.widest(attribute(traced.module, part.name))
+    for name, axes in own_axes(traced, spec).items():
+        index = tuple(slice(None if axis is None else axis.max_size) for axis in axes)
+        held[name] = _copied(held[name][index], held[name])
     module = fx.GraphModule({**held, **layers}, graph)
     module.train(True)
     return module
@@ -608,24 +586,14 @@ def _let_norm_be_narrow(node: fx.Node) -> None:
     node.target, node.args, node.kwargs = layer_norm, (node.args[0], weight, bias, eps), {}
 
 
-def _slice_tensors(graph: fx.Graph, widths: fx.Node, spec: SupernetSpec) -> list[tuple[str, TracedTensor]]:
-    """Slice the tensors that the module itself holds before every node that uses one.
-
-    Returns:
-        The modules that slice them, with their names in the graph.
-    """
-    found = []
-    nodes = {node.name: node for node in graph.nodes if OWN in node.meta}
-    for op in spec.ops:
-        tensor = nodes.get(op.name)
-        if tensor is None or op.kind != "scale":
-            continue
-        target = f"{SLICE}{tensor.name}"
-        found.append((target, TracedTensor(str(tensor.target), Axis.read_by(op, spec), tensor.meta[OWN].dim)))
-        for user in list(tensor.users):
-            with graph.inserting_before(user):
-                user.replace_input_with(tensor, graph.call_module(target, (tensor, widths)))
-    return found
+def own_axes(traced: TracedGraph, spec: SupernetSpec) -> dict[str, Axes]:
+    """The axes of the tensors that the module itself holds and that are sliced, by name."""
+    nodes = {node.name: node for node in traced.module.graph.nodes if OWN in node.meta}
+    return {
+        str(nodes[op.name].target): (*(None,) * nodes[op.name].meta[OWN].dim, Axis.read_by(op, spec))
+        for op in spec.ops
+        if op.kind == "scale" and op.name in nodes
+    }
 
 
 def _union_sums(traced: TracedGraph, spec: SupernetSpec) -> dict[str, TracedSum]:
@@ -690,8 +658,8 @@ def _part_graph(body: fx.GraphModule, cuts: Sequence[str], number: int) -> fx.Gr
 
 def _parts_of(body: fx.GraphModule, cuts: Sequence[str]) -> tuple[_Part, ...]:
     """The parts of the sliced graph between the cuts; tensors that no layer holds become their
-    arguments, so that they are always the body's own."""
-    if not cuts:
+    arguments, so that they are always the body's own, and slices of them."""
+    if not cuts and not any(node.op == "get_attr" for node in body.graph.nodes):
         return (_Part(body, ()),)
     parts = []
     for number in range(len(cuts) + 1):
@@ -708,24 +676,26 @@ def _parts_of(body: fx.GraphModule, cuts: Sequence[str]) -> tuple[_Part, ...]:
     return tuple(parts)
 
 
-def plain_graph(body: fx.GraphModule, graph: fx.Graph, widths: tuple[int, ...]) -> fx.GraphModule:
+def plain_graph(
+    body: fx.GraphModule, graph: fx.Graph, widths: tuple[int, ...], own: Mapping[str, Axes]
+) -> fx.GraphModule:
     """A sub-network's part of the body as plain modules, with weights of its own.
 
     Args:
         body: holds the sliced layers.
         graph: the part, which is changed.
         widths: the sub-network's width of every channel group.
+        own: the axes of the tensors that no layer holds.
     """
     layers = _held(body, graph)
-    for node in list(graph.nodes):
+    layers |= {
+        name: _copied(take(layers[name], axes, widths), layers[name]) for name, axes in own.items() if name in layers
+    }
+    for node in graph.nodes:
         if node.op != "call_module":
             continue
         layer = body.get_submodule(str(node.target))
-        if isinstance(layer, TracedTensor):
-            layers[layer.name] = layer.cut(attribute(body, layer.name), widths)
-            node.replace_all_uses_with(node.args[0])
-            graph.erase_node(node)
-        elif isinstance(layer, TracedSum):
+        if isinstance(layer, TracedSum):
             node.args = node.args[:2]
             layers[str(node.target)] = layer.cut(widths)
         elif isinstance(layer, Sliced):

@@ -163,7 +163,7 @@ def _sources(supernet: Supernet, kind: str) -> dict[str, Tensor]:
             if f"{name}.{leaf}" in parameters:
                 gammas[f"{name}.{leaf}"] = parameters[f"{name}.{leaf}"]
         return gammas
-    scales = supernet.scales()
+    scales = supernet.channel_scales()
     return {
         name: value
         for name, value in parameters.items()
