@@ -327,7 +327,7 @@ class _OpReader:
         if node.op == "get_attr":
             return self._parameter(node)
         if not inputs:
-            return []
+            return self._constant(node)
         reads = self._size_of[max(inputs, key=_pixels).name]
         op = self._of(node, reads)
         if op is None or op.kind in ("norm", "scale") or (op.kind == "fixed" and self._keeps_size(node, reads)):
@@ -384,21 +384,34 @@ class _OpReader:
             return _is_of_size(node, other_sizes(node), self._sizes[reads])
         return _pixels(node) == max(map(_pixels, node.all_input_nodes))
 
-    def _fixed(self, node: fx.Node, module: nn.Module | None, reads: str) -> Op | None:
+    def _constant(self, node: fx.Node) -> list[Op]:
+        """The operation of a node that does not depend on the image, such as a layer that reads a
+        table of positions; none where it costs nothing."""
+        op = self._fixed(node, self._new_layer(node))
+        return [op] if op.fixed_madds or op.fixed_params else []
+
+    def _new_layer(self, node: fx.Node) -> nn.Module | None:
+        """The layer that a node runs, where its parameters have not been counted yet."""
+        if node.op != "call_module" or not self._is_new(str(node.target)):
+            return None
+        return self._traced.module.get_submodule(str(node.target))
+
+    def _fixed(self, node: fx.Node, module: nn.Module | None) -> Op:
         """An operation that is not understood: its cost is what a run counted, and the parameters
-        of its module, if they have not been counted yet; None if it costs nothing and keeps height
-        and width."""
+        of a module that have not been counted yet."""
         num_madds = node.meta.get("madds", 0)
         num_params = sum(parameter.numel() for parameter in module.parameters()) if module is not None else 0
-        if not (num_madds or num_params) and self._keeps_size(node, reads):
-            return None
         return replace(_free(node.name, other_sizes(node)), fixed_madds=num_madds, fixed_params=num_params)
 
     def _of(self, node: fx.Node, reads: str) -> Op | None:
-        module = self._traced.module.get_submodule(str(node.target)) if node.op == "call_module" else None
-        is_new = module is None or self._is_new(str(node.target))
-        if node.meta.get(UNKNOWN) and not (is_new and is_grouped(module)):
-            return self._fixed(node, module if is_new else None, reads)
+        """The operation of a node; None where it costs nothing and keeps height and width."""
+        module = self._new_layer(node)
+        if node.meta.get(UNKNOWN) and not is_grouped(module):
+            op = self._fixed(node, module)
+            is_free = not (op.fixed_madds or op.fixed_params) and self._keeps_size(node, reads)
+            return None if is_free else op
+        if module is None and node.op == "call_module":  # a layer without weights runs again
+            module = self._traced.module.get_submodule(str(node.target))
         match module:
             case nn.Conv2d():
                 return self._convolution(node, module, reads)

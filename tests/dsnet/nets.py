@@ -203,13 +203,17 @@ class ConvNext(nn.Module):
 
 
 class Transformer(nn.Module):
-    """One block of a transformer, of images of 16 pixels: attention of one head, and two linear
-    layers."""
+    """One block of a transformer, of images of 16 pixels: positions, in part made by a layer from a
+    table, attention of one head, and two linear layers."""
+
+    table: Tensor
 
     def __init__(self, num_classes: int, in_channels: int) -> None:
         super().__init__()
         self.patches = nn.Conv2d(in_channels, 8, 4, stride=4)
         self.position = nn.Parameter(torch.randn(1, 16, 8))
+        self.register_buffer("table", torch.rand(1, 16, 2))
+        self.place = nn.Linear(2, 8)
         self.before = nn.LayerNorm(8)
         self.between = nn.LayerNorm(8)
         self.up = nn.Linear(8, 16)
@@ -217,7 +221,7 @@ class Transformer(nn.Module):
         self.fc = nn.Linear(8, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        x = self.patches(images).flatten(2).transpose(1, 2) + self.position
+        x = self.patches(images).flatten(2).transpose(1, 2) + self.position + self.place(self.table)
         y = self.before(x)
         x = x + torch.softmax(y @ y.transpose(1, 2), 2) @ y
         x = x + self.down(F.gelu(self.up(self.between(x))))
