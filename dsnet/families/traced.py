@@ -7,6 +7,7 @@ group by one ratio.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -20,19 +21,25 @@ from dsnet.families import Family, GatePlace, Task, register, register_resolver
 from dsnet.families.options import check_choice, check_number, is_integer
 from dsnet.import_path import is_model_path
 from dsnet.network.channels import (
+    INPUT,
+    OWN,
+    READS,
     STREAMS,
     UNKNOWN,
+    Layout,
     TracedGraph,
     analyse,
     attribute,
     is_grouped,
+    other_sizes,
+    parts_of,
     shape_of,
-    trace,
     upstream,
 )
 from dsnet.network.cut_points import Place, main_places, place_of, possible_places
 from dsnet.network.plain import check_allowed, example_image, make_plain
 from dsnet.network.traced import TracedSupernet, evidence_name
+from dsnet.network.tracing import trace
 from dsnet.space.cost import op_costs
 from dsnet.space.entry_gate import ENTRY, entry_gate, entry_op, is_entry
 from dsnet.space.spec import (
@@ -170,8 +177,7 @@ def _spec_of(model: str, task: Task, gates: tuple[str, ...], streams: str) -> Su
     segment = int(has_entry)
     names = {cut.node: cut for cut in cuts}
     for node in traced.module.graph.nodes:
-        if (op := reader.op(node)) is not None:
-            ops.append(replace(op, segment=segment))
+        ops += [replace(op, segment=segment) for op in reader.ops(node)]
         if node in names:
             ops.append(replace(reader.evidence(node), segment=segment))
             segment += 1
@@ -237,11 +243,11 @@ def _positions(traced: TracedGraph) -> dict[fx.Node, int]:
 
 
 def _num_before(node: fx.Node, traced: TracedGraph, groups: Sequence[ChannelGroup]) -> int:
-    """Number of channel groups of which some layer up to a node writes channels; a group has the
-    name of its first writer."""
+    """Number of channel groups of which some layer up to a node writes or reads channels; a group
+    has the name of the first of them."""
     position = _positions(traced)
     before = {other.name for other, number in position.items() if number <= position[node]}
-    return sum(group.name in before for group in groups)
+    return sum(group.name.removesuffix(INPUT) in before for group in groups)
 
 
 def _useful(places: Sequence[Place], traced: TracedGraph, groups: Sequence[ChannelGroup]) -> list[Place]:
@@ -309,23 +315,38 @@ class _OpReader:
         self._counted: set[str] = set()
         self._size_of: dict[str, str] = {}
         """For each node the name of the op whose output has its height and width."""
+        self._sizes: dict[str, Pair] = {}
+        """Height and width of the output of each op, for the example image."""
 
-    def op(self, node: fx.Node) -> Op | None:
-        """The operation of a node; None where it costs nothing."""
-        inputs = [value.name for value in node.all_input_nodes if value.name in self._size_of]
+    def ops(self, node: fx.Node) -> list[Op]:
+        """The operations of a node; none where it costs nothing."""
+        inputs = [value for value in node.all_input_nodes if value.name in self._size_of]
         if node.op == "placeholder":
             self._size_of[node.name] = IMAGE
-            return None
+            self._sizes[IMAGE] = other_sizes(node)
         if node.op == "get_attr":
             return self._parameter(node)
         if not inputs:
-            return None
-        largest = max(node.all_input_nodes, key=lambda value: _pixels(value))
-        reads = self._size_of.get(largest.name, self._size_of[inputs[0]])
+            return self._constant(node)
+        reads = self._size_of[max(inputs, key=_pixels).name]
         op = self._of(node, reads)
-        keeps_size = op is None or op.kind == "norm" or (op.kind == "fixed" and _pixels(node) == _pixels(largest))
-        self._size_of[node.name] = reads if keeps_size else node.name
-        return op
+        if op is None or op.kind in ("norm", "scale") or (op.kind == "fixed" and self._keeps_size(node, reads)):
+            self._size_of[node.name] = reads
+            return [] if op is None else [op]
+        self._size_of[node.name] = node.name
+        self._sizes[node.name] = other_sizes(node)
+        return self._with_size(op, node)
+
+    def _with_size(self, op: Op, node: fx.Node) -> list[Op]:
+        """An operation, and before it one that only says height and width of its input, where no
+        earlier one has them: it reads a value that is not understood along another dimension."""
+        if op.kind in ("fixed", "linear"):
+            return [op]
+        size = self._size_read(node)
+        if _is_of_size(node.all_input_nodes[0], size, self._sizes[op.reads]):
+            return [op]
+        given = _free(f"{node.name}{INPUT}", size)
+        return [given, replace(op, reads=given.name)]
 
     def evidence(self, node: fx.Node) -> Op:
         """The operation that makes the evidence of a gate at a node: the mean of each channel."""
@@ -336,16 +357,20 @@ class _OpReader:
             self._size_of[node.name],
             0,
             self._written(node),
-            **self._channels(node),
+            **self._channels(parts_of(node)),
             window=Window((size[2], size[3]), output=(1, 1)),
         )
 
-    def _parameter(self, node: fx.Node) -> Op | None:
+    def _parameter(self, node: fx.Node) -> list[Op]:
         """A tensor of the module that no layer holds."""
         tensor = attribute(self._traced.module, str(node.target))
-        if not isinstance(tensor, nn.Parameter) or not self._is_new(str(node.target)):
-            return None
-        return Op(node.name, "fixed", IMAGE, IMAGE_CHANNELS, IMAGE_CHANNELS, fixed_params=tensor.numel())
+        is_counted = isinstance(tensor, nn.Parameter) and self._is_new(str(node.target))
+        if OWN in node.meta:
+            parts, dim = node.meta[OWN]
+            return [self._scale(node.name, IMAGE, parts, tensor.numel() // tensor.shape[dim] if is_counted else 0)]
+        if not is_counted:
+            return []
+        return [Op(node.name, "fixed", IMAGE, IMAGE_CHANNELS, IMAGE_CHANNELS, fixed_params=tensor.numel())]
 
     def _is_new(self, name: str) -> bool:
         """Whether these weights have not been counted yet."""
@@ -353,55 +378,81 @@ class _OpReader:
         self._counted.add(name)
         return is_new
 
-    def _fixed(self, node: fx.Node, module: nn.Module | None) -> Op | None:
+    def _keeps_size(self, node: fx.Node, reads: str) -> bool:
+        """Whether an operation that is not understood keeps height and width, or has none."""
+        if 3 <= len(shape_of(node)) <= 4:
+            return _is_of_size(node, other_sizes(node), self._sizes[reads])
+        return _pixels(node) == max(map(_pixels, node.all_input_nodes))
+
+    def _constant(self, node: fx.Node) -> list[Op]:
+        """The operation of a node that does not depend on the image, such as a layer that reads a
+        table of positions; none where it costs nothing."""
+        op = self._fixed(node, self._new_layer(node))
+        return [op] if op.fixed_madds or op.fixed_params else []
+
+    def _new_layer(self, node: fx.Node) -> nn.Module | None:
+        """The layer that a node runs, where its parameters have not been counted yet."""
+        if node.op != "call_module" or not self._is_new(str(node.target)):
+            return None
+        return self._traced.module.get_submodule(str(node.target))
+
+    def _fixed(self, node: fx.Node, module: nn.Module | None) -> Op:
         """An operation that is not understood: its cost is what a run counted, and the parameters
-        of its module, if they have not been counted yet; None if it costs nothing and keeps height
-        and width."""
+        of a module that have not been counted yet."""
         num_madds = node.meta.get("madds", 0)
         num_params = sum(parameter.numel() for parameter in module.parameters()) if module is not None else 0
-        if not (num_madds or num_params) and _pixels(node) == max(map(_pixels, node.all_input_nodes)):
-            return None
-        shape = shape_of(node)
-        size = (shape[2], shape[3]) if len(shape) == 4 else (1, 1)
-        return Op(
-            node.name,
-            "fixed",
-            IMAGE,
-            IMAGE_CHANNELS,
-            IMAGE_CHANNELS,
-            window=Window((1, 1), output=size),
-            fixed_madds=num_madds,
-            fixed_params=num_params,
-        )
+        return replace(_free(node.name, other_sizes(node)), fixed_madds=num_madds, fixed_params=num_params)
 
     def _of(self, node: fx.Node, reads: str) -> Op | None:
-        module = self._traced.module.get_submodule(str(node.target)) if node.op == "call_module" else None
-        is_new = module is None or self._is_new(str(node.target))
-        if node.meta.get(UNKNOWN) and not (is_new and is_grouped(module)):
-            return self._fixed(node, module if is_new else None)
+        """The operation of a node; None where it costs nothing and keeps height and width."""
+        module = self._new_layer(node)
+        if node.meta.get(UNKNOWN) and not is_grouped(module):
+            op = self._fixed(node, module)
+            is_free = not (op.fixed_madds or op.fixed_params) and self._keeps_size(node, reads)
+            return None if is_free else op
+        if module is None and node.op == "call_module":  # a layer without weights runs again
+            module = self._traced.module.get_submodule(str(node.target))
         match module:
             case nn.Conv2d():
                 return self._convolution(node, module, reads)
             case nn.Linear():
-                return self._made(node, "linear", reads, out=self._written(node), has_bias=module.bias is not None)
+                return self._linear(node, module, reads)
+            case nn.LayerNorm():
+                return self._scale(node.name, reads, parts_of(node), sum(1 for _ in module.parameters()))
             case nn.BatchNorm2d() | nn.BatchNorm1d():
                 return self._norm(node, reads)
         if _is_pooling(node, module):
             return self._pooling(node, module, reads)
         return None
 
-    def _channels(self, node: fx.Node) -> dict[str, Any]:
-        """The `parts` and `unions` of an op that reads a node's value."""
-        parts, unions = self._traced.group_parts(node)
+    def _channels(self, layout: Layout) -> dict[str, Any]:
+        """The `parts` and `unions` of an op that reads channels."""
+        parts, unions = self._traced.groups_of(layout)
         return {"parts": parts, "unions": unions}
 
     def _written(self, node: fx.Node) -> int:
         """The group that a convolution or linear layer writes."""
-        return self._traced.group_parts(node)[0][0][0]
+        return self._traced.groups_of(parts_of(node))[0][0][0]
 
     def _made(self, node: fx.Node, kind: Any, reads: str, *, out: int, **further: Any) -> Op:
-        source = node.all_input_nodes[0]
-        return Op(node.name, kind, reads, 0, out, **self._channels(source), **further)
+        return Op(node.name, kind, reads, 0, out, **self._channels(node.meta[READS].parts), **further)
+
+    def _linear(self, node: fx.Node, module: nn.Linear, reads: str) -> Op:
+        """A linear layer; on features or tokens it is a convolution with a window of one pixel."""
+        further = {"out": self._written(node), "has_bias": module.bias is not None}
+        if len(shape_of(node)) == 2:
+            return self._made(node, "linear", reads, **further)
+        return self._made(node, "conv", reads, window=Window((1, 1)), **further)
+
+    def _scale(self, name: str, reads: str, layout: Layout, num_each: int) -> Op:
+        """A LayerNorm or tensor with `num_each` parameters per channel."""
+        own = self._groups(layout)
+        return Op(name, "scale", reads, 0, own[0] if own else CLASSES, **self._channels(layout), divisions=num_each)
+
+    def _groups(self, layout: Layout) -> list[int]:
+        """The groups that write channels, without the image and the classes."""
+        parts, unions = self._traced.groups_of(layout)
+        return [group for group in (*(group for group, _ in parts), *chain.from_iterable(unions)) if group >= 0]
 
     def _convolution(self, node: fx.Node, module: nn.Conv2d, reads: str) -> Op:
         window = Window(_pair(module.kernel_size), _pair(module.stride), _pair(module.padding), _pair(module.dilation))
@@ -414,15 +465,16 @@ class _OpReader:
         return self._made(node, "depthwise", reads, out=self._written(node), divisions=factor, **further)
 
     def _norm(self, node: fx.Node, reads: str) -> Op:
-        parts, unions = self._traced.group_parts(node)
-        own = [group for group in (*(group for group, _ in parts), *chain.from_iterable(unions)) if group >= 0]
+        own = self._groups(parts_of(node))
         above = sorted({self._traced.numbers[root] for root in self._above[node.name]} - set(own))
         depends = (*(group for group in above if group >= 0), *dict.fromkeys(own))
         return self._made(node, "norm", reads, out=own[0] if own else CLASSES, depends=depends)
 
+    def _size_read(self, node: fx.Node) -> Pair:
+        """Height and width of the input of a node, as it reads it."""
+        return other_sizes(node.all_input_nodes[0], node.meta[READS].dim)
+
     def _pooling(self, node: fx.Node, module: nn.Module | None, reads: str) -> Op:
-        size = shape_of(node)[2:] if len(shape_of(node)) == 4 else (1, 1)
-        source = shape_of(node.all_input_nodes[0])[2:]
         if isinstance(module, nn.MaxPool2d | nn.AvgPool2d):
             stride = module.kernel_size if module.stride is None else module.stride
             dilation = getattr(module, "dilation", 1)
@@ -431,7 +483,7 @@ class _OpReader:
             )
             kind = "maxpool"
         else:
-            kind, window = "pool", Window(_pair(source), output=_pair(size))
+            kind, window = "pool", Window(self._size_read(node), output=other_sizes(node))
         return self._made(node, kind, reads, out=self._written(node), window=window)
 
 
@@ -444,8 +496,18 @@ def _is_pooling(node: fx.Node, module: nn.Module | None) -> bool:
 
 
 def _pixels(node: fx.Node) -> int:
-    shape = shape_of(node)
-    return shape[2] * shape[3] if len(shape) == 4 else 1
+    return math.prod(other_sizes(node))
+
+
+def _is_of_size(node: fx.Node, size: Pair, known: Pair) -> bool:
+    """Whether height and width of a value are those of an op's output; of tokens only their number
+    matters."""
+    return math.prod(size) == math.prod(known) if len(shape_of(node)) == 3 else size == known
+
+
+def _free(name: str, size: Pair) -> Op:
+    """An operation that costs nothing and whose output has a height and width."""
+    return Op(name, "fixed", IMAGE, IMAGE_CHANNELS, IMAGE_CHANNELS, window=Window((1, 1), output=size))
 
 
 def _pair(value: Any) -> Pair:

@@ -5,6 +5,10 @@ channels: a sequence of parts, each a prefix of one *space* of channels. Operati
 multiply two values tie their spaces; a concatenation keeps its parts apart; what is not understood
 keeps all channels of its inputs. The spaces that remain are the channel groups of the supernet.
 
+The channels of a value lie in one of its dimensions: in dimension 1 of images and features, in the
+last one of tokens and wherever the module permutes them to. A value of which nothing is sliced has
+all of its channels along every dimension, so that any operation can read it.
+
 With streams `ids` an addition ties nothing. Its result is the union of the channels that its two
 values have, and a part of it has several spaces, its writers.
 """
@@ -16,15 +20,12 @@ import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
-from torch import Tensor, fx, nn
-from torch.fx.passes.shape_prop import ShapeProp
+from torch import fx, nn
 from torch.nn.modules.batchnorm import _NormBase
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from dsnet.errors import ConfigError
 from dsnet.space.spec import CLASSES, IMAGE_CHANNELS, Pair
@@ -49,10 +50,28 @@ class Part:
 
 
 Layout = tuple[Part, ...]
+
+
+class Channels(NamedTuple):
+    """The channels of a value."""
+
+    parts: Layout
+    dim: int = 1
+    """The dimension in which they lie."""
+
+
 THE_IMAGE = "the channels of the image"
 """Why the channels of the image are never sliced."""
 UNKNOWN = "unknown"
 """Key in the `meta` of a node that is not understood: it keeps all channels of its inputs."""
+READS = "reads"
+"""Key in the `meta` of a node: the `Channels` of its input, as it reads them."""
+OWN = "own"
+"""Key in the `meta` of a tensor of the module that no layer holds: its `Channels`, where they are
+those of a value that it scales or shifts."""
+INPUT = ".input"
+"""End of the name of a space that a node reads, which no node writes; no node has a dot in its
+name."""
 
 
 @dataclass
@@ -154,10 +173,30 @@ class ChannelSpaces:
         space.ties += [node, *other.ties]
 
 
+def channels_of(node: fx.Node) -> Channels:
+    """The channels of a node's value."""
+    channels: Channels = node.meta["channels"]
+    return channels
+
+
 def parts_of(node: fx.Node) -> Layout:
     """The layout of the channels of a node's value."""
-    layout: Layout = node.meta["channels"]
-    return layout
+    return channels_of(node).parts
+
+
+def channel_dim(node: fx.Node) -> int:
+    """The dimension in which the channels of a node's value lie; 1 where it has no layout."""
+    return channels_of(node).dim if has_channels(node) else 1
+
+
+def other_sizes(node: fx.Node, dim: int | None = None) -> Pair:
+    """Height and width of a value, or its number of tokens and 1; (1, 1) for a value with further
+    or fewer dimensions. `dim` is the dimension of its channels, where it is not its own."""
+    shape, dim = shape_of(node), channel_dim(node) if dim is None else dim
+    others = [size for number, size in enumerate(shape) if number not in (0, dim)]
+    if not 3 <= len(shape) <= 4:
+        return 1, 1
+    return others[0], math.prod(others[1:])
 
 
 def has_channels(node: object) -> bool:
@@ -192,11 +231,11 @@ class TracedGraph:
                 num_groups += 1
         return numbers
 
-    def group_parts(self, node: fx.Node) -> tuple[tuple[Pair, ...], tuple[tuple[int, ...], ...]]:
-        """The channels of a node's value: (group, repeat) pairs, and for each of them the further
-        groups that write it, empty where none has any."""
+    def groups_of(self, layout: Layout) -> tuple[tuple[Pair, ...], tuple[tuple[int, ...], ...]]:
+        """The channels of a layout: (group, repeat) pairs, and for each of them the further groups
+        that write it, empty where none has any."""
         parts, unions = [], []
-        for part in parts_of(node):
+        for part in layout:
             first, *others = (self.numbers[root] for root in self.spaces.writers(part))
             parts.append((first, part.repeat))
             unions.append(tuple(others))
@@ -233,96 +272,11 @@ STREAMS = ("tied", "ids")
 """Channels of the values of an addition: `tied`, the same for both; `ids`, each its own."""
 NAMED_ELEMENTWISE = frozenset({"stochastic_depth"})
 """Functions of other packages, by name, that treat every channel alike."""
-
-
-def trace(
-    module: nn.Module,
-    image: Float[Tensor, "batch channels height width"],
-    concrete_args: Mapping[str, Any] | None = None,
-) -> fx.GraphModule:
-    """Trace a module into a graph with the shapes of all values, in eval mode.
-
-    Args:
-        module: the plain network; not changed.
-        image: [B, C, H, W], an example.
-        concrete_args: arguments of `forward` that are fixed.
-
-    Raises:
-        ConfigError: the module cannot be traced, or does not run on the image; the message has the
-            line of the module.
-    """
-    was_training = module.training
-    module.eval()  # also while it runs: norms would note statistics of the example
-    try:
-        return _with_shapes(module, image, concrete_args)
-    finally:
-        module.train(was_training)
-
-
-def _with_shapes(module: nn.Module, image: Tensor, concrete_args: Mapping[str, Any] | None) -> fx.GraphModule:
-    """See `trace`; the module is in eval mode."""
-    try:
-        graph = fx.symbolic_trace(module, concrete_args=dict(concrete_args) if concrete_args else None)
-    except Exception as error:
-        raise ConfigError(
-            f"{type(module).__name__} cannot be traced: {_first_line(error)}{_line_of(error, module)}; "
-            "write it without control flow that depends on the values of tensors"
-        ) from error
-    for node in graph.graph.nodes:
-        if node.op == "call_method" and node.target == "view":
-            node.target = "reshape"  # which gives the same, and takes images of any memory format
-    graph.recompile()
-    try:
-        with torch.no_grad():
-            _CountingShapes(graph).propagate(image)
-    except Exception as error:
-        raise ConfigError(
-            f"{type(module).__name__} does not run on an image of {' x '.join(map(str, image.shape[1:]))}: {_first_line(error)}"
-        ) from error
-    return graph
-
-
-class _CountingShapes(ShapeProp):
-    """Notes of every value its shape, and how many MAdds the node that makes it needs."""
-
-    def propagate(self, *args: Any) -> Any:
-        fast = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(False)  # the counter does not know the fused operation
-        try:
-            with FlopCounterMode(display=False, custom_mapping=_FUSED) as self._counter:
-                return super().propagate(*args)
-        finally:
-            torch.backends.mha.set_fastpath_enabled(fast)
-
-    def run_node(self, node: fx.Node) -> Any:
-        before = self._counter.get_total_flops()
-        result = super().run_node(node)
-        node.meta["madds"] = (self._counter.get_total_flops() - before) // 2
-        return result
-
-
-def _attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any) -> int:
-    return int(sdpa_flop_count(query, key, value))
-
-
-_FUSED = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
-"""Operations that torch's counter takes for free."""
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def _line_of(error: BaseException, module: nn.Module) -> str:
-    """The line of the user's code in which tracing ended, for a message."""
-    found = ""
-    trace_ = error.__traceback__
-    while trace_ is not None:
-        name = trace_.tb_frame.f_code.co_filename
-        if f"{torch.__name__}/" not in name.replace("\\", "/") and "/dsnet/network/" not in name.replace("\\", "/"):
-            found = f" ({name}:{trace_.tb_lineno})"
-        trace_ = trace_.tb_next
-    return found
+OPERATIONS: Mapping[Callable[..., Any], str] = {
+    torch.flatten: "flatten", torch.mean: "mean", torch.amax: "amax", torch.permute: "permute", torch.transpose: "transpose",
+    F.layer_norm: "layer_norm",
+}  # fmt: skip
+"""Functions that need rules of their own, under the names of the methods that do the same."""
 
 
 def analyse(graph: fx.GraphModule, streams: str = "tied") -> TracedGraph:
@@ -338,6 +292,7 @@ def analyse(graph: fx.GraphModule, streams: str = "tied") -> TracedGraph:
     analysis = _Analysis(graph, has_ids=streams == "ids")
     for node in graph.graph.nodes:
         analysis.visit(node)
+    analysis.finish()
     return TracedGraph(graph, analysis.spaces, analysis.output_value())
 
 
@@ -375,6 +330,10 @@ class _Analysis:
         self._num_images = 0
         self._users: dict[str, fx.Node] = {}
         """The first node that runs each layer with weights."""
+        self._own: dict[str, Channels] = {}
+        """The channels of the module's own tensors, by name."""
+        self._along: set[tuple[str, fx.Node]] = set()
+        """The module's own tensors with the nodes that use them along their channels."""
 
     def output_value(self) -> fx.Node:
         """The node whose value is the logits."""
@@ -383,12 +342,24 @@ class _Analysis:
         return self._output
 
     def visit(self, node: fx.Node) -> None:
-        """Set the layout of one node."""
-        layout = self._layout(node)
-        if layout is not None:
-            node.meta["channels"] = layout
+        """Set the channels of one node."""
+        channels = self._channels(node)
+        if channels is not None:
+            node.meta["channels"] = channels
 
-    def _layout(self, node: fx.Node) -> Layout | None:
+    def finish(self) -> None:
+        """Set the channels of the module's own tensors, and keep all of those that are also used in
+        another way."""
+        for tensor in self.graph.graph.nodes:
+            if tensor.op != "get_attr" or str(tensor.target) not in self._own:
+                continue
+            tensor.meta[OWN] = self._own[str(tensor.target)]
+            for user in tensor.users:
+                if (str(tensor.target), user) not in self._along and not _is_about_shape(user):
+                    reason = f"{user.name} ({_what(self.graph, user)}) needs all of {tensor.target}"
+                    self.spaces.pin(tensor.meta[OWN].parts, reason)
+
+    def _channels(self, node: fx.Node) -> Channels | None:
         match node.op:
             case "placeholder":
                 return self._image(node)
@@ -408,7 +379,11 @@ class _Analysis:
         self._check_statistics(node)
         node.meta[UNKNOWN] = True
         self._pin_inputs(node)
-        return (self.spaces.new(shape[1], node.name, f"{node.name} ({_what(self.graph, node)}) is not understood"),)
+        if node.op == "call_module" and is_grouped(self.graph.get_submodule(str(node.target))):
+            self._read(node, node.all_input_nodes[0], 1)
+        dim = _likely_dim(node)
+        reason = f"{node.name} ({_what(self.graph, node)}) is not understood"
+        return Channels((self.spaces.new(shape[dim], node.name, reason),), dim)
 
     def _is_used_again(self, node: fx.Node) -> bool:
         """Whether a layer with weights runs a second time; then it keeps all channels in both
@@ -436,13 +411,13 @@ class _Analysis:
                     "would share its statistics; use such a BatchNorm, or a norm without running statistics"
                 )
 
-    def _image(self, node: fx.Node) -> Layout:
+    def _image(self, node: fx.Node) -> Channels:
         self._num_images += 1
         if self._num_images > 1:
             raise ConfigError(
                 f"the network has several inputs, such as {node.target}; it must take one batch of images"
             )
-        return (self.spaces.new(shape_of(node)[1], node.name, THE_IMAGE),)
+        return Channels((self.spaces.new(shape_of(node)[1], node.name, THE_IMAGE),))
 
     def _end(self, node: fx.Node) -> None:
         (value,) = node.args
@@ -466,149 +441,264 @@ class _Analysis:
             if has_channels(value):
                 self.spaces.pin(parts_of(value), f"{node.name} ({_what(self.graph, node)}) is not understood")
 
-    def _known(self, node: fx.Node) -> Layout | None:
-        """The layout of a node that is understood; None otherwise."""
+    def _read(self, node: fx.Node, source: object, dim: int) -> Channels | None:
+        """The channels of a value along a dimension, in which a node reads them; None where they
+        lie in another one and can be sliced.
+
+        A value of which nothing is sliced has all of its channels along every dimension.
+        """
+        if not isinstance(source, fx.Node) or not has_channels(source):
+            return None
+        parts, own = channels_of(source)
+        dim %= len(shape_of(source))
+        if own != dim:
+            reasons = [self.spaces[space].pinned for part in parts for space in part.writers]
+            if not all(reasons):
+                return None
+            parts = (self.spaces.new(shape_of(source)[dim], f"{node.name}{INPUT}", reasons[0]),)
+        node.meta[READS] = Channels(parts, dim)
+        return Channels(parts, dim)
+
+    def _known(self, node: fx.Node) -> Channels | None:
+        """The channels of a node that is understood; None otherwise."""
         if node.op == "call_module":
             return self._of_module(node, self.graph.get_submodule(str(node.target)))
-        if node.op == "call_function":
-            return self._of_function(node)
-        return self._of_method(node)
-
-    def _of_module(self, node: fx.Node, module: nn.Module) -> Layout | None:
+        if node.target in PAIRS or (node.op == "call_method" and node.target in PAIR_METHODS):
+            return self._of_pair(node)
+        if node.target is torch.cat:
+            return self._concatenated(node)
         source = node.args[0] if node.args else None
-        if not has_channels(source):
+        if not isinstance(source, fx.Node) or not has_channels(source):
             return None
-        layout = parts_of(source)  # type: ignore[arg-type]
+        if _is_elementwise(node):
+            return channels_of(source)
+        if node.target in POOLING_FUNCTIONS:
+            return self._read(node, source, 1)
+        name = str(node.target) if node.op == "call_method" else OPERATIONS.get(node.target, "")  # type: ignore[arg-type]
+        return self._of_operation(node, name, source)
+
+    def _of_module(self, node: fx.Node, module: nn.Module) -> Channels | None:
+        source = node.args[0] if node.args else None
+        if not isinstance(source, fx.Node) or not has_channels(source):
+            return None
         match module:
             case nn.Conv2d():
-                return self._of_convolution(node, module, layout)
+                return self._of_convolution(node, module, source)
             case nn.Linear():
-                if len(shape_of(node)) != 2:
-                    return None
-                return (self.spaces.new(module.out_features, node.name),)
+                read = self._read(node, source, -1)
+                return read and Channels((self.spaces.new(module.out_features, node.name),), read.dim)
             case nn.BatchNorm2d() | nn.BatchNorm1d():
                 is_usual = module.affine and module.track_running_stats and len(shape_of(node)) in (2, 4)
-                return layout if is_usual else None
+                return self._read(node, source, 1) if is_usual else None
+            case nn.LayerNorm():
+                return self._read(node, source, -1) if len(module.normalized_shape) == 1 else None
             case nn.Flatten():
-                return self._flattened(source, module.start_dim, module.end_dim)  # type: ignore[arg-type]
-        if isinstance(module, (*ELEMENTWISE_MODULES, *POOLING_MODULES)) or type(module).__name__ == "StochasticDepth":
-            return layout
-        return None
+                return _flattened(source, module.start_dim, module.end_dim)
+        if isinstance(module, POOLING_MODULES):
+            return self._read(node, source, 1)
+        is_elementwise = isinstance(module, ELEMENTWISE_MODULES) or type(module).__name__ == "StochasticDepth"
+        return channels_of(source) if is_elementwise else None
 
-    def _of_convolution(self, node: fx.Node, module: nn.Conv2d, layout: Layout) -> Layout | None:
+    def _of_convolution(self, node: fx.Node, module: nn.Conv2d, source: fx.Node) -> Channels | None:
         if module.padding_mode != "zeros" or isinstance(module.padding, str):
             return None
+        if module.groups not in (1, module.in_channels):
+            return None
+        read = self._read(node, source, 1)
+        if read is None:
+            return None
         if module.groups == 1:
-            return (self.spaces.new(module.out_channels, node.name),)
-        if module.groups == module.in_channels:  # depthwise, with a multiplier of its channels
-            factor = module.out_channels // module.in_channels
-            return tuple(replace(part, repeat=part.repeat * factor) for part in layout)
+            return Channels((self.spaces.new(module.out_channels, node.name),))
+        factor = module.out_channels // module.in_channels  # depthwise, with a multiplier of its channels
+        return Channels(tuple(replace(part, repeat=part.repeat * factor) for part in read.parts))
+
+    def _of_operation(self, node: fx.Node, name: str, source: fx.Node) -> Channels | None:
+        """The channels of a function or method of one value, by the method's name."""
+        match name:
+            case "flatten":
+                return _flattened(source, *_bounds(node))
+            case "view" | "reshape":
+                return _flattened(source, 1, -1) if _flattens(node) else None
+            case "mean" | "amax":
+                return self._reduced(node, source)
+            case "permute" | "transpose":
+                return _permuted(node, source)
+            case "layer_norm":
+                return self._normalized(node, source)
         return None
 
-    def _of_function(self, node: fx.Node) -> Layout | None:
-        target, args = node.target, node.args
-        if target in PAIRS:
-            return self._of_pair(node)
-        if target is torch.cat:
-            return self._concatenated(node)
-        source = args[0] if args else None
-        if not has_channels(source):
-            return None
-        if target in ELEMENTWISE_FUNCTIONS or target in POOLING_FUNCTIONS:
-            return parts_of(source)  # type: ignore[arg-type]
-        if getattr(target, "__name__", "") in NAMED_ELEMENTWISE:
-            return parts_of(source)  # type: ignore[arg-type]
-        if target is torch.flatten:
-            return self._flattened(source, *_bounds(node))  # type: ignore[arg-type]
-        if target in (torch.mean, torch.amax):
-            return self._reduced(node, source)  # type: ignore[arg-type]
-        return None
-
-    def _of_method(self, node: fx.Node) -> Layout | None:
-        source, name = node.args[0], str(node.target)
-        if name in PAIR_METHODS:
-            return self._of_pair(node)
-        if not has_channels(source):
-            return None
-        if name in ELEMENTWISE_METHODS:
-            return parts_of(source)  # type: ignore[arg-type]
-        if name == "flatten":
-            return self._flattened(source, *_bounds(node))  # type: ignore[arg-type]
-        if name in ("view", "reshape"):
-            return self._viewed(node, source)  # type: ignore[arg-type]
-        if name in ("mean", "amax"):
-            return self._reduced(node, source)  # type: ignore[arg-type]
-        return None
-
-    def _of_pair(self, node: fx.Node) -> Layout | None:
-        """Element-by-element functions of two values, or of a value and a number."""
+    def _of_pair(self, node: fx.Node) -> Channels | None:
+        """Element-by-element functions of two values, or of a value and a number or a tensor of the
+        module."""
         operands = node.args[:2]
         if len(operands) < 2 or set(node.kwargs) - {"alpha"}:
             return None
-        values = [value for value in operands if has_channels(value)]
-        if any(isinstance(value, fx.Node) and not has_channels(value) for value in operands):
-            return None  # a parameter that the module itself owns
+        values = [value for value in operands if isinstance(value, fx.Node) and has_channels(value)]
+        tensors = [value for value in operands if isinstance(value, fx.Node) and not has_channels(value)]
         if len(values) == 1:
-            return parts_of(values[0])  # type: ignore[arg-type]
-        first, second = values
-        shapes = shape_of(first), shape_of(second)  # type: ignore[arg-type]
-        if len(shapes[0]) != len(shapes[1]):
+            return self._with_own(node, values[0], *tensors)
+        if len(values) != 2 or len(shape_of(values[0])) != len(shape_of(values[1])):
             return None
-        if shapes[0][1] == shapes[1][1]:
-            if self._may_differ(node, first, second):
-                return self.spaces.unite(parts_of(first), parts_of(second), node.name)  # type: ignore[arg-type]
-            self.spaces.tie(parts_of(first), parts_of(second), node.name)  # type: ignore[arg-type]
-            return parts_of(first)  # type: ignore[arg-type]
-        wide, narrow = (first, second) if shapes[0][1] > shapes[1][1] else (second, first)
-        return parts_of(wide) if shape_of(narrow)[1] == 1 else None  # type: ignore[arg-type]
+        dims = [dim for dim in map(channel_dim, values) if all(self._can_read(value, dim) for value in values)]
+        return self._of_values(node, dims[0], *values) if dims else None
 
-    def _may_differ(self, node: fx.Node, *values: Any) -> bool:
+    def _can_read(self, value: fx.Node, dim: int) -> bool:
+        """Whether the channels of a value lie in a dimension, or nothing of it is sliced."""
+        return channel_dim(value) == dim or all(
+            self.spaces[space].pinned for part in parts_of(value) for space in part.writers
+        )
+
+    def _of_values(self, node: fx.Node, dim: int, first: fx.Node, second: fx.Node) -> Channels | None:
+        """An element-by-element function of two values whose channels lie in a dimension."""
+        left, right = self._read(node, first, dim), self._read(node, second, dim)
+        assert left is not None
+        assert right is not None
+        sizes = shape_of(first)[dim], shape_of(second)[dim]
+        if sizes[0] != sizes[1]:
+            wide, narrow = (left, sizes[1]) if sizes[0] > sizes[1] else (right, sizes[0])
+            return wide if narrow == 1 else None
+        if self._may_differ(node, first, second):
+            return Channels(self.spaces.unite(left.parts, right.parts, node.name), dim)
+        self.spaces.tie(left.parts, right.parts, node.name)
+        return left
+
+    def _with_own(self, node: fx.Node, value: fx.Node, *tensors: fx.Node) -> Channels | None:
+        """An element-by-element function of a value and a number, or a tensor that the module
+        itself holds and that is repeated along other dimensions."""
+        channels = channels_of(value)
+        for tensor in tensors:
+            if tensor.op != "get_attr" or shape_of(node) != shape_of(value):
+                return None
+            shape = shape_of(tensor)
+            dim = channels.dim - (len(shape_of(value)) - len(shape))
+            if dim >= 0 and shape[dim] > 1:
+                self._tie_own(node, tensor, Channels(channels.parts, dim))
+        return channels
+
+    def _tie_own(self, node: fx.Node, tensor: fx.Node, channels: Channels) -> None:
+        """Slice a tensor of the module together with the channels of a value."""
+        name = str(tensor.target)
+        known = self._own.setdefault(name, channels)
+        if known.dim != channels.dim:
+            self.spaces.pin(channels.parts, f"{node.name} ({_what(self.graph, node)}) needs all of {name}")
+            return
+        if known.parts != channels.parts:
+            self.spaces.tie(known.parts, channels.parts, node.name)
+        self._along.add((name, node))
+
+    def _normalized(self, node: fx.Node, source: fx.Node) -> Channels | None:
+        """`F.layer_norm` over the channels, with scale and shift that the module itself holds."""
+        sizes, weight, bias, _ = norm_arguments(node)
+        given = [tensor for tensor in (weight, bias) if tensor is not None]
+        if not isinstance(sizes, list | tuple) or len(sizes) != 1:
+            return None
+        if not all(isinstance(tensor, fx.Node) and tensor.op == "get_attr" for tensor in given):
+            return None
+        read = self._read(node, source, -1)
+        if read is not None:
+            for tensor in given:
+                self._tie_own(node, tensor, Channels(read.parts, 0))
+        return read
+
+    def _may_differ(self, node: fx.Node, *values: fx.Node) -> bool:
         """Whether the two values of a node may have different channels.
 
         Those of a product have the same, and so have those of a sum in place whose first value is
-        read again, and the image.
+        read again, the image, and values whose channels lie in different dimensions.
         """
         if not self.has_ids or (node.target not in SUMS and node.target not in SUM_METHODS):
             return False
         if node.target in CHANGING and any(self._position[user] > self._position[node] for user in values[0].users):
             return False
         spaces = {space for value in values for part in parts_of(value) for space in part.writers}
-        return not any(self.spaces[space].pinned == THE_IMAGE for space in spaces)
+        has_image = any(self.spaces[space].pinned == THE_IMAGE for space in spaces)
+        return not has_image and len(set(map(channel_dim, values))) == 1
 
-    def _concatenated(self, node: fx.Node) -> Layout | None:
+    def _concatenated(self, node: fx.Node) -> Channels | None:
         values = node.args[0]
         axis = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
-        if not isinstance(values, list | tuple) or not all(map(has_channels, values)):
+        if not isinstance(values, list | tuple) or not all(map(has_channels, values)) or not isinstance(axis, int):
             return None
-        if axis not in (1, 1 - len(shape_of(node))):
+        axis %= len(shape_of(node))
+        if axis not in map(channel_dim, values) or not all(self._can_read(value, axis) for value in values):  # type: ignore[arg-type]
             return None
-        return tuple(part for value in values for part in parts_of(value))  # type: ignore[arg-type]
+        read = [self._read(node, value, axis) for value in values]
+        return Channels(tuple(part for each in read if each is not None for part in each.parts), axis)
 
-    def _flattened(self, source: fx.Node, start: int, end: int) -> Layout | None:
-        shape = shape_of(source)
-        if start not in (1, 1 - len(shape)) or end not in (-1, len(shape) - 1):
-            return None
-        pixels = math.prod(shape[2:])
-        return tuple(replace(part, repeat=part.repeat * pixels) for part in parts_of(source))
-
-    def _viewed(self, node: fx.Node, source: fx.Node) -> Layout | None:
-        """`x.view(x.size(0), -1)` and its like, which flatten."""
-        sizes = node.args[1:] if len(node.args) != 2 or not isinstance(node.args[1], list | tuple) else node.args[1]
-        if (
-            not isinstance(sizes, list | tuple)
-            or len(sizes) != 2
-            or sizes[1] != -1
-            or not isinstance(sizes[0], fx.Node)
-        ):
-            return None
-        return self._flattened(source, 1, -1)
-
-    def _reduced(self, node: fx.Node, source: fx.Node) -> Layout | None:
-        """A mean or maximum over height and width."""
+    def _reduced(self, node: fx.Node, source: fx.Node) -> Channels | None:
+        """A mean or maximum over all dimensions but those of the batch and of the channels."""
         axes = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
-        if not isinstance(axes, list | tuple) or len(shape_of(source)) != 4:
+        rank = len(shape_of(source))
+        given = [axes] if isinstance(axes, int) else axes
+        if not isinstance(given, list | tuple) or not 3 <= rank <= 4:
             return None
-        return parts_of(source) if sorted(int(axis) % 4 for axis in axes) == [2, 3] else None
+        kept = set(range(1, rank)) - {int(axis) % rank for axis in given}
+        if len(kept) != 1 or len(given) != rank - 2:
+            return None
+        read = self._read(node, source, kept.pop())
+        return read and Channels(read.parts, read.dim if len(shape_of(node)) == rank else 1)
+
+
+def _is_elementwise(node: fx.Node) -> bool:
+    """Whether a function or method treats every element by itself, or every channel alike."""
+    if node.op == "call_method":
+        return str(node.target) in ELEMENTWISE_METHODS
+    name = getattr(node.target, "__name__", "")
+    return node.target in ELEMENTWISE_FUNCTIONS or name in NAMED_ELEMENTWISE
+
+
+def _likely_dim(node: fx.Node) -> int:
+    """The dimension that is taken for that of the channels of a value that is not understood: that
+    of an input as far as its size is the same, otherwise the last one of tokens, or 1."""
+    shape = shape_of(node)
+    for value in filter(has_channels, node.all_input_nodes):
+        dim = channel_dim(value)
+        if dim < len(shape) and shape[dim] == shape_of(value)[dim]:
+            return dim
+    return 2 if len(shape) == 3 else 1
+
+
+def _flattened(source: fx.Node, start: int, end: int) -> Channels | None:
+    """Dimensions joined into one, in which the channels are the outermost, or not at all."""
+    parts, dim = channels_of(source)
+    shape = shape_of(source)
+    start, end = start % len(shape), end % len(shape)
+    if not 1 <= start <= end or start < dim <= end:
+        return None
+    if start == dim:
+        pixels = math.prod(shape[dim + 1 : end + 1])
+        return Channels(tuple(replace(part, repeat=part.repeat * pixels) for part in parts), dim)
+    return Channels(parts, dim if dim < start else dim - (end - start))
+
+
+def _flattens(node: fx.Node) -> bool:
+    """Whether a view is `x.view(x.size(0), -1)` or its like."""
+    sizes = node.args[1:] if len(node.args) != 2 or not isinstance(node.args[1], list | tuple) else node.args[1]
+    is_flat = isinstance(sizes, list | tuple) and len(sizes) == 2 and sizes[1] == -1
+    return bool(is_flat and isinstance(sizes[0], fx.Node))
+
+
+def _permuted(node: fx.Node, source: fx.Node) -> Channels | None:
+    """Dimensions of tokens or features in another order, in which that of the batch stays the
+    first; pieces of features, with more dimensions, are views of which nothing is sliced."""
+    given = node.args[1:] or tuple(node.kwargs.values())
+    dims: Sequence[Any] = given[0] if len(given) == 1 and isinstance(given[0], list | tuple) else given
+    rank = len(shape_of(source))
+    if not 3 <= rank <= 4 or not all(isinstance(dim, int) for dim in dims):
+        return None
+    order = [dim % rank for dim in dims]
+    if getattr(node.target, "__name__", node.target) == "transpose":
+        first, second = order
+        order = [{first: second, second: first}.get(dim, dim) for dim in range(rank)]
+    parts, dim = channels_of(source)
+    return Channels(parts, order.index(dim)) if order[0] == 0 else None
+
+
+def norm_arguments(node: fx.Node) -> tuple[Any, Any, Any, Any]:
+    """The normalised shape, scale, shift and epsilon of a call of `F.layer_norm`."""
+    given = {"weight": None, "bias": None, "eps": 1e-5, **node.kwargs}
+    given |= dict(zip(("normalized_shape", "weight", "bias", "eps"), node.args[1:], strict=False))
+    return given["normalized_shape"], given["weight"], given["bias"], given["eps"]
 
 
 def _bounds(node: fx.Node) -> tuple[int, int]:
@@ -643,6 +733,7 @@ def upstream(nodes: Sequence[fx.Node], traced: TracedGraph) -> dict[str, frozens
     found: dict[str, frozenset[int]] = {}
     for node in nodes:
         above = frozenset[int]().union(*(found[value.name] for value in node.all_input_nodes if value.name in found))
-        own = {root for part in node.meta.get("channels", ()) for root in traced.spaces.writers(part)}
+        parts = parts_of(node) if has_channels(node) else ()
+        own = {root for part in parts for root in traced.spaces.writers(part)}
         found[node.name] = above | own
     return found

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from dsnet.network.channels import ELEMENTWISE_FUNCTIONS, NAMED_ELEMENTWISE, has_channels, shape_of
+from dsnet.network.channels import ELEMENTWISE_FUNCTIONS, NAMED_ELEMENTWISE, channel_dim, has_channels, shape_of
 from dsnet.wording import did_you_mean, plural
 
 MAX_LISTED = 12
@@ -24,8 +24,8 @@ _NUM_BESIDE = 3
 _IN_PLACE = frozenset({operator.iadd, operator.isub, operator.imul, operator.itruediv})
 _ALIAS_MODULES = (nn.Identity, nn.Dropout, nn.Dropout2d, nn.AlphaDropout, nn.Flatten)
 """Modules whose output can have the memory of their input."""
-_ALIAS_FUNCTIONS = frozenset({F.dropout, F.dropout2d, torch.flatten})
-_ALIAS_METHODS = frozenset({"contiguous", "float", "view", "reshape", "flatten"})
+_ALIAS_FUNCTIONS = frozenset({F.dropout, F.dropout2d, torch.flatten, torch.permute, torch.transpose})
+_ALIAS_METHODS = frozenset({"contiguous", "float", "view", "reshape", "flatten", "permute", "transpose"})
 
 
 @dataclass(frozen=True)
@@ -148,8 +148,9 @@ def _refusal(traced: fx.GraphModule, node: fx.Node, beside: Sequence[fx.Node]) -
         more = f" and {plural(len(beside) - _NUM_BESIDE, 'other value')}" if len(beside) > _NUM_BESIDE else ""
         return f"beside it {names}{more} {'is' if len(beside) == 1 else 'are'} needed after it"
     shape = shape_of(node)
-    if not has_channels(node) or len(shape) != 4:
-        return f"its value is not [batch, channels, height, width]{f', but {list(shape)}' if shape else ''}"
+    if not has_channels(node) or len(shape) != 4 or channel_dim(node) != 1:
+        last = ", with the channels in the last dimension" if channel_dim(node) == 3 else ""
+        return f"its value is not [batch, channels, height, width]{f', but {list(shape)}{last}' if shape else ''}"
     if not node.users:
         return "nothing uses its value"
     changing = next(_changing(traced, node), None)

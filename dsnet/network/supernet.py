@@ -245,6 +245,11 @@ class Supernet(nn.Module, ABC):
         """
         return {}
 
+    def channel_scales(self) -> frozenset[str]:
+        """The names of tensors that scale or shift channels although they have two or more
+        dimensions, as filters have."""
+        return frozenset()
+
     def batch_norms(self) -> list[BatchNormBank]:
         """All BatchNorm banks in module order; empty for a network without statistics."""
         return [module for module in self.modules() if isinstance(module, BatchNormBank)]

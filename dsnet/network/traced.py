@@ -1,8 +1,9 @@
 """Supernet of a traced plain module: `torch.fx` code in which sliced layers take the widths.
 
 The graph of the module stays as it is. Convolutions, linear layers and norms are replaced by layers
-that slice their weights along *axes*: sequences of channel groups, each used as a prefix. All
-parameters keep their names, so that a state dict of the module loads into the supernet.
+that slice their weights along *axes*: sequences of channel groups, each used as a prefix. Tensors
+that the module itself holds are sliced where they are used. All parameters keep their names, so
+that a state dict of the module loads into the supernet.
 """
 
 from __future__ import annotations
@@ -18,22 +19,25 @@ from torch import Tensor, fx, nn
 
 from dsnet.network.axes import Axes, Axis, Widths, take
 from dsnet.network.channels import (
+    OWN,
     SUM_METHODS,
     SUMS,
     UNKNOWN,
     TracedGraph,
     analyse,
     attribute,
+    channel_dim,
     has_channels,
+    norm_arguments,
     parts_of,
     shape_of,
-    trace,
 )
 from dsnet.network.cut_points import part_of
 from dsnet.network.layers import BatchNormBank, SlicedGroupNorm, norm_axes
 from dsnet.network.plain import example_image, make_plain
 from dsnet.network.slicing import corner
 from dsnet.network.supernet import ChannelPlaces, PlainPooled, Supernet, TrunkOutput
+from dsnet.network.tracing import trace
 from dsnet.space.entry_gate import own_gates
 from dsnet.space.spec import CLASSES, ChannelGroup, Op, Subnet, SupernetSpec
 from dsnet.space.subnet_set import SubnetSet
@@ -111,7 +115,7 @@ class TracedLinear(_WeightedLayer):
     """A linear layer of a traced module, sliced along both dimensions."""
 
     def forward(self, x: Float[Tensor, "batch ..."], widths: Widths) -> Float[Tensor, "batch ..."]:
-        """[B, c] -> [B, c']."""
+        """[B, ..., c] -> [B, ..., c']."""
         return F.linear(x, *self._slices(widths))
 
     def cut(self, widths: Widths) -> nn.Linear:
@@ -213,6 +217,66 @@ class TracedGroupNorm(SlicedGroupNorm):
         return take(self.weight, (self.channels,), prefix), take(self.bias, (self.channels,), prefix)
 
 
+class TracedLayerNorm(nn.Module):
+    """A LayerNorm of a traced module over its channels: over those that a sub-network has."""
+
+    weight: Float[nn.Parameter, " channels"] | None
+    bias: Float[nn.Parameter, " channels"] | None
+
+    def __init__(self, plain: nn.LayerNorm, channels: Axis) -> None:
+        super().__init__()
+        self.channels = channels
+        self.eps = plain.eps
+        for name, tensor in (("weight", plain.weight), ("bias", plain.bias)):
+            own = None if tensor is None else nn.Parameter(tensor.detach()[: channels.max_size].clone())
+            self.register_parameter(name, own)
+
+    def axes(self) -> Mapping[str, Axes]:
+        """The axes of scale and shift, where it has them."""
+        return {name: (self.channels,) for name, _ in self.named_parameters()}
+
+    def load_plain(self, plain: nn.Module) -> None:
+        """Copy scale and shift of the layer that this one was made of."""
+        _copy_corners(self, plain)
+
+    def forward(self, x: Float[Tensor, "batch ..."], widths: Widths) -> Float[Tensor, "batch ..."]:
+        """Normalise [B, ..., c] over its last dimension."""
+        weight, bias = self._slices(widths)
+        return layer_norm(x, weight, bias, self.eps)
+
+    def cut(self, widths: Widths) -> nn.LayerNorm:
+        """The slice as a plain LayerNorm."""
+        weight, bias = self._slices(widths)
+        plain = nn.LayerNorm(self.channels.size(widths), self.eps, weight is not None, bias is not None)
+        with torch.no_grad():
+            for parameter, value in ((plain.weight, weight), (plain.bias, bias)):
+                if value is not None:
+                    parameter.copy_(value)
+        return plain
+
+    def _slices(self, widths: Widths) -> tuple[Tensor | None, Tensor | None]:
+        """The scale and the shift that a sub-network uses."""
+        weight = None if self.weight is None else take(self.weight, (self.channels,), widths)
+        return weight, None if self.bias is None else take(self.bias, (self.channels,), widths)
+
+
+def layer_norm(
+    x: Float[Tensor, "batch ..."],
+    weight: Float[Tensor, " channels"] | None,
+    bias: Float[Tensor, " channels"] | None,
+    eps: float,
+) -> Float[Tensor, "batch ..."]:
+    """Normalise [B, ..., c] over its last dimension, whatever its size, then times `weight` plus
+    `bias` where given."""
+    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+
+def _copied(value: Tensor, source: Tensor) -> Tensor:
+    """A copy of a slice of `source`, which is a parameter where `source` is one."""
+    value = value.detach().clone()
+    return nn.Parameter(value, source.requires_grad) if isinstance(source, nn.Parameter) else value
+
+
 def _copy_corners(layer: nn.Module, plain: nn.Module) -> None:
     """Copy the parameters of a plain layer, as far as the sliced layer has them."""
     tensors = plain.state_dict()
@@ -220,7 +284,7 @@ def _copy_corners(layer: nn.Module, plain: nn.Module) -> None:
         parameter.copy_(corner(tensors[name], *parameter.shape[: min(2, parameter.ndim)]))
 
 
-Sliced = TracedConv2d | TracedLinear | TracedNorm | TracedGroupNorm
+Sliced = TracedConv2d | TracedLinear | TracedNorm | TracedGroupNorm | TracedLayerNorm
 
 
 class TracedSum(nn.Module):
@@ -236,7 +300,7 @@ class TracedSum(nn.Module):
         whole: Axis,
         groups: tuple[ChannelGroup, ...],
         factor: float,
-        behind: tuple[int, int],
+        behind: int,
     ) -> None:
         """Prepare the sum.
 
@@ -245,7 +309,7 @@ class TracedSum(nn.Module):
             whole: the channels of the result.
             groups: all channel groups.
             factor: factor of the second value.
-            behind: for each value the number of dimensions behind its channels.
+            behind: number of dimensions behind the channels.
         """
         super().__init__()
         self.values = values
@@ -293,20 +357,19 @@ class PlainSum(nn.Module):
     """For each channel of the result its place in a value; None where the value has the first
     ones."""
 
-    def __init__(
-        self, places: Sequence[Int64[Tensor, " _channels"]], size: int, factor: float, behind: Sequence[int]
-    ) -> None:
+    def __init__(self, places: Sequence[Int64[Tensor, " _channels"]], size: int, factor: float, behind: int) -> None:
         super().__init__()
         self.factor = factor
+        self.behind = behind
         self.pads: list[tuple[int, ...] | None] = []
         """For each value: how zeros are added at its end, None where it has all channels."""
-        for name, own, dimensions in zip(("first", "second"), places, behind, strict=True):
+        for name, own in zip(("first", "second"), places, strict=True):
             is_prefix = torch.equal(own, torch.arange(len(own)))
             source = torch.full((size,), len(own))  # a channel that it lacks is the zero at its end
             source[own] = torch.arange(len(own))
             self.register_buffer(name, None if is_prefix else source, persistent=False)
             missing = size - len(own) if is_prefix else int(len(own) < size)
-            self.pads.append((*(0, 0) * dimensions, 0, missing) if missing else None)
+            self.pads.append((*(0, 0) * behind, 0, missing) if missing else None)
 
     @property
     def device(self) -> torch.device | None:
@@ -322,7 +385,7 @@ class PlainSum(nn.Module):
         pad, source = self.pads[number], self.second if number else self.first
         if pad is not None:
             value = F.pad(value, pad)
-        return value if source is None else value.index_select(1, source)
+        return value if source is None else value.index_select(-1 - self.behind, source)
 
 
 class _Cut(NamedTuple):
@@ -376,6 +439,7 @@ class TracedSupernet(Supernet):
         plain = make_plain(spec.layout["model"], spec.num_classes, spec.in_channels, seed)
         streams = spec.layout.get("streams", "tied")
         traced = analyse(trace(plain, example_image(spec.in_channels, spec.image_size)), streams)
+        self._own = own_axes(traced, spec)
         self.body = sliced_graph(traced, spec, subnets)
         self._cuts = tuple(_Cut.of(name, spec) for name in own_gates(spec))
         self._parts = _parts_of(self.body, own_gates(spec))  # not registered: the body holds all tensors
@@ -400,8 +464,8 @@ class TracedSupernet(Supernet):
                 layer.load_plain(plain.get_submodule(name))
         sliced = {name for name, layer in self.body.named_modules() if isinstance(layer, Sliced)}
         for name, tensor in self.body.state_dict().items():
-            if name.rpartition(".")[0] not in sliced:
-                tensor.copy_(tensors[name])
+            if name.rpartition(".")[0] not in sliced and name in tensors:
+                tensor.copy_(corner(tensors[name], *tensor.shape))
 
     def class_tensors(self) -> tuple[str, ...]:
         """The names of the tensors of the state dict that have a row for each class."""
@@ -428,7 +492,14 @@ class TracedSupernet(Supernet):
             places = self.own_channel_places(number - 1, subnet)
             x = x[:, :own] if places is None else x.index_select(1, places.places)
         part = self._parts[number]
-        return part.module(x, subnet.widths, *(attribute(self.body, name) for name in part.tensors))
+        return part.module(x, subnet.widths, *(self._slice(name, subnet.widths) for name in part.tensors))
+
+    def _slice(self, name: str, widths: Widths) -> Tensor:
+        """What a sub-network uses of a tensor that no layer holds."""
+        value = take(attribute(self.body, name), self._own.get(name, ()), widths)
+        # Without gradients a slice of a parameter still says that it needs one, although it has no
+        # history: torch's counter of FLOPs fails on such an argument.
+        return value if torch.is_grad_enabled() else value.detach()
 
     def own_channel_places(self, gate: int, subnet: Subnet) -> ChannelPlaces | None:
         """The places of the channels at a cut; None where they are the first ones."""
@@ -448,16 +519,21 @@ class TracedSupernet(Supernet):
         return self._plain_part(len(self._cuts), subnet)
 
     def _plain_part(self, number: int, subnet: Subnet) -> fx.GraphModule:
-        return plain_graph(self.body, _part_graph(self.body, own_gates(self.spec), number), subnet.widths)
+        graph = _part_graph(self.body, own_gates(self.spec), number)
+        return plain_graph(self.body, graph, subnet.widths, self._own)
 
     def axes(self) -> Mapping[str, Axes]:
         """The axes of every tensor that is sliced."""
-        return {
+        return {f"{BODY}{name}": axes for name, axes in self._own.items()} | {
             f"{name}.{leaf}": axes
             for name, layer in self.named_modules()
             if isinstance(layer, Sliced)
             for leaf, axes in layer.axes().items()
         }
+
+    def channel_scales(self) -> frozenset[str]:
+        """The tensors of the traced module that no layer holds."""
+        return frozenset(f"{BODY}{name}" for name in self._own)
 
 
 def sliced_graph(traced: TracedGraph, spec: SupernetSpec, subnets: SubnetSet) -> fx.GraphModule:
@@ -468,6 +544,31 @@ def sliced_graph(traced: TracedGraph, spec: SupernetSpec, subnets: SubnetSet) ->
         spec: made of it, or of it with smaller groups.
         subnets: sets of which the norms keep statistics.
     """
+    layers = _sliced_layers(traced, spec, subnets)
+    graph = copy.deepcopy(traced.module.graph)
+    images = next(node for node in graph.nodes if node.op == "placeholder")
+    with graph.inserting_after(images):
+        widths = graph.placeholder("widths")
+    sums = {f"{UNION}{name}": added for name, added in _union_sums(traced, spec).items()}
+    layers |= sums
+    for node in graph.nodes:
+        if (target := f"{UNION}{node.name}") in sums:
+            node.op, node.target, node.args, node.kwargs = "call_module", target, (*node.args[:2], widths), {}
+        elif node.op == "call_module" and str(node.target) in layers:
+            node.args = (*node.args, widths)
+        elif node.target is F.layer_norm and not node.meta.get(UNKNOWN):
+            _let_norm_be_narrow(node)
+    held = _held(traced.module, graph)
+    for name, axes in own_axes(traced, spec).items():
+        index = tuple(slice(None if axis is None else axis.max_size) for axis in axes)
+        held[name] = _copied(held[name][index], held[name])
+    module = fx.GraphModule({**held, **layers}, graph)
+    module.train(True)
+    return module
+
+
+def _sliced_layers(traced: TracedGraph, spec: SupernetSpec, subnets: SubnetSet) -> dict[str, nn.Module]:
+    """The layers that are sliced, by their names in the module."""
     layers: dict[str, nn.Module] = {}
     for op in spec.ops:
         node = next((node for node in traced.module.graph.nodes if node.name == op.name), None)
@@ -476,21 +577,23 @@ def sliced_graph(traced: TracedGraph, spec: SupernetSpec, subnets: SubnetSet) ->
         plain = traced.module.get_submodule(str(node.target))
         if (sliced := slice_layer(plain, op, spec, subnets)) is not None:
             layers[str(node.target)] = sliced
-    graph = copy.deepcopy(traced.module.graph)
-    images = next(node for node in graph.nodes if node.op == "placeholder")
-    with graph.inserting_after(images):
-        widths = graph.placeholder("widths")
-    sums = _union_sums(traced, spec)
-    for node in graph.nodes:
-        if node.name in sums:
-            target = f"{UNION}{node.name}"
-            layers[target] = sums[node.name]
-            node.op, node.target, node.args, node.kwargs = "call_module", target, (*node.args[:2], widths), {}
-        elif node.op == "call_module" and str(node.target) in layers:
-            node.args = (*node.args, widths)
-    module = fx.GraphModule({**_held(traced.module, graph), **layers}, graph)
-    module.train(True)
-    return module
+    return layers
+
+
+def _let_norm_be_narrow(node: fx.Node) -> None:
+    """Make a call of `F.layer_norm`, which is given a number of channels, one of `layer_norm`."""
+    _, weight, bias, eps = norm_arguments(node)
+    node.target, node.args, node.kwargs = layer_norm, (node.args[0], weight, bias, eps), {}
+
+
+def own_axes(traced: TracedGraph, spec: SupernetSpec) -> dict[str, Axes]:
+    """The axes of the tensors that the module itself holds and that are sliced, by name."""
+    nodes = {node.name: node for node in traced.module.graph.nodes if OWN in node.meta}
+    return {
+        str(nodes[op.name].target): (*(None,) * nodes[op.name].meta[OWN].dim, Axis.read_by(op, spec))
+        for op in spec.ops
+        if op.kind == "scale" and op.name in nodes
+    }
 
 
 def _union_sums(traced: TracedGraph, spec: SupernetSpec) -> dict[str, TracedSum]:
@@ -502,12 +605,14 @@ def _union_sums(traced: TracedGraph, spec: SupernetSpec) -> dict[str, TracedSum]
         values = [value for value in node.args[:2] if has_channels(value)]
         if len(values) < 2 or not has_channels(node) or node.meta.get(UNKNOWN):
             continue
-        parts = [traced.group_parts(value) for value in (*values, node)]
+        if len({channel_dim(value) for value in (*values, node)}) > 1:
+            continue  # one of them has all of its channels along every dimension
+        parts = [traced.groups_of(parts_of(value)) for value in (*values, node)]
         if parts[0] != parts[1] and _are_divided_alike(*values):
             first, second, whole = (Axis.of(pairs, spec, unions) for pairs, unions in parts)
             is_minus = "sub" in getattr(node.target, "__name__", str(node.target))
             factor = float(node.kwargs.get("alpha", 1)) * (-1 if is_minus else 1)
-            behind = (len(shape_of(values[0])) - 2, len(shape_of(values[1])) - 2)
+            behind = len(shape_of(node)) - 1 - channel_dim(node)
             found[node.name] = TracedSum((first, second), whole, spec.groups, factor, behind)
     return found
 
@@ -532,12 +637,14 @@ def slice_layer(plain: nn.Module, op: Op, spec: SupernetSpec, subnets: SubnetSet
             return TracedConv2d(plain, num_in, Axis.of(((op.out_group, 1),), spec))
         case nn.Conv2d() if op.kind == "depthwise":
             return TracedConv2d(plain, num_in, Axis.read_by(op, spec, op.divisions))
-        case nn.Linear() if op.kind == "linear":
+        case nn.Linear() if op.kind in ("linear", "conv"):
             return TracedLinear(plain, num_in, Axis.of(((op.out_group, 1),), spec))
         case nn.BatchNorm2d() | nn.BatchNorm1d() if op.kind == "norm":
             if spec.norm == "group_norm":
                 return TracedGroupNorm(num_in)
             return TracedNorm(plain, num_in, op.depends, subnets)
+        case nn.LayerNorm() if op.kind == "scale":
+            return TracedLayerNorm(plain, num_in)
     return None
 
 
@@ -551,8 +658,8 @@ def _part_graph(body: fx.GraphModule, cuts: Sequence[str], number: int) -> fx.Gr
 
 def _parts_of(body: fx.GraphModule, cuts: Sequence[str]) -> tuple[_Part, ...]:
     """The parts of the sliced graph between the cuts; tensors that no layer holds become their
-    arguments, so that they are always the body's own."""
-    if not cuts:
+    arguments, so that they are always the body's own, and slices of them."""
+    if not cuts and not any(node.op == "get_attr" for node in body.graph.nodes):
         return (_Part(body, ()),)
     parts = []
     for number in range(len(cuts) + 1):
@@ -569,15 +676,21 @@ def _parts_of(body: fx.GraphModule, cuts: Sequence[str]) -> tuple[_Part, ...]:
     return tuple(parts)
 
 
-def plain_graph(body: fx.GraphModule, graph: fx.Graph, widths: tuple[int, ...]) -> fx.GraphModule:
+def plain_graph(
+    body: fx.GraphModule, graph: fx.Graph, widths: tuple[int, ...], own: Mapping[str, Axes]
+) -> fx.GraphModule:
     """A sub-network's part of the body as plain modules, with weights of its own.
 
     Args:
         body: holds the sliced layers.
         graph: the part, which is changed.
         widths: the sub-network's width of every channel group.
+        own: the axes of the tensors that no layer holds.
     """
     layers = _held(body, graph)
+    layers |= {
+        name: _copied(take(layers[name], axes, widths), layers[name]) for name, axes in own.items() if name in layers
+    }
     for node in graph.nodes:
         if node.op != "call_module":
             continue

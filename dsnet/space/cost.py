@@ -154,7 +154,7 @@ def _madds(op: Op, taps: int, channels: Pair, size_in: Pair, size_out: Pair) -> 
             return num_in * pixels_in
         case "linear":
             return num_in * num_out
-        case "norm" | "fixed":
+        case "norm" | "scale" | "fixed":
             return op.fixed_madds
 
 
@@ -180,5 +180,5 @@ def _params(op: Op, taps: int, num_in: int, num_out: int) -> int:
             return op.fixed_params
         case "linear":
             return num_in * num_out + (num_out if op.has_bias or not op.parts else 0)
-        case "norm":
-            return 2 * num_in
+        case "norm" | "scale":
+            return num_in * (2 if op.kind == "norm" else op.divisions)

@@ -27,7 +27,7 @@ NORMS: tuple[str, ...] = get_args(Norm)
 training), in this order: BatchNorm with private running statistics per prefix of widths and one
 shared affine pair; with private affine pairs too; with private statistics that only recalibration
 computes, not training; or GroupNorm, which keeps no statistics."""
-OpKind = Literal["conv", "depthwise", "attention", "maxpool", "pool", "linear", "grouped", "norm", "fixed"]
+OpKind = Literal["conv", "depthwise", "attention", "maxpool", "pool", "linear", "grouped", "norm", "scale", "fixed"]
 Pair = tuple[int, int]
 """Height and width."""
 
@@ -99,7 +99,8 @@ class Op:
     """One operation of the supernet whose cost is counted.
 
     Spatial size: `conv`, `depthwise` and `maxpool` pad by `kernel // 2`, so n pixels become ceil(n
-    / stride); `pool` and `linear` have size 1; `attention` keeps its input's size.
+    / stride); `pool` and `linear` have size 1; `attention` keeps its input's size. A `scale` is a
+    LayerNorm, or parameters by which channels are multiplied or shifted; it costs no MAdds.
     """
 
     name: str
@@ -130,7 +131,8 @@ class Op:
     """Geometry that `kernel` and `stride` cannot express."""
     has_bias: bool = False
     divisions: int = 1
-    """Groups of a grouped convolution; output channels per input channel of a depthwise one."""
+    """Groups of a grouped convolution; output channels per input channel of a depthwise one;
+    parameters per channel of a `scale`."""
     fixed_madds: int = 0
     """MAdds of an operation of kind `fixed`, which every sub-network runs with all channels and
     whose cost no formula here gives; counted on images of the spec's size."""

@@ -156,17 +156,18 @@ def _sources(supernet: Supernet, kind: str) -> dict[str, Tensor]:
     axes = supernet.axes()
     parameters = dict(supernet.named_parameters())
     if kind == "bn_gamma":
-        scales: dict[str, Tensor] = {}
+        gammas: dict[str, Tensor] = {}
         for name, norm in _banks(supernet).items():
             key = norm.key_of(supernet.spec.max_widths)
             leaf = f"weight_{key_suffix(key)}" if norm.private_affine else "weight"
             if f"{name}.{leaf}" in parameters:
-                scales[f"{name}.{leaf}"] = parameters[f"{name}.{leaf}"]
-        return scales
+                gammas[f"{name}.{leaf}"] = parameters[f"{name}.{leaf}"]
+        return gammas
+    scales = supernet.channel_scales()
     return {
         name: value
         for name, value in parameters.items()
-        if value.ndim > 1 and name in axes and axes[name][0] is not None
+        if value.ndim > 1 and name not in scales and name in axes and axes[name][0] is not None
     }
 
 

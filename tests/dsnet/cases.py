@@ -48,6 +48,8 @@ HAND_WRITTEN = tuple(name for name in family_names() if name not in ZOO)
 """The families that are not traced; one that registers is tested without further ado."""
 TRACED = ("tests.dsnet.nets:Residual", "tests.dsnet.nets:Dense", "tests.dsnet.nets:Pinned")
 """Small networks of family `traced`; those of the zoo have tests of their own."""
+NEXT = "tests.dsnet.nets:ConvNext"
+"""A traced network with norms over its channels, and without BatchNorm."""
 
 FAMILIES = (*HAND_WRITTEN, TRACED[0])
 """Families where one traced network stands for all."""
@@ -132,6 +134,8 @@ def _cases() -> list[Case]:
     cases.append(
         Case("ids handmade private_affine", "tests.dsnet.nets:Stream", ids, "private_affine", is_handmade=True)
     )
+    cases.append(Case("inner gate", NEXT, {"step": 2, "ratios": [0.5, 1.0], "gates": ["features.1"]}, None))
+    cases.append(Case("ids handmade", NEXT, ids, None, is_handmade=True))
     cases.append(Case("early", "ds_resnet", SMALL_OPTIONS["ds_resnet"], None, is_early=True))
     for name, bottleneck in (("padded", {}), ("padded bottleneck", FURTHER_OPTIONS["ds_resnet"]["bottleneck"])):
         options = {**FURTHER_OPTIONS["ds_resnet"]["padded"], **bottleneck}
@@ -143,7 +147,7 @@ CASES = _cases()
 ONE_NORM_CASES = list({(case.family, str(case.options), case.is_handmade): case for case in CASES}.values())
 """One case for each network and set of sub-networks, for properties that no norm changes, such as
 MAdds."""
-BANKED_CASES = [case for case in CASES if case.subnets().spec.norm != "group_norm"]
+BANKED_CASES = [case for case in CASES if case.family != NEXT and case.subnets().spec.norm != "group_norm"]
 """The cases whose norm keeps statistics."""
 
 

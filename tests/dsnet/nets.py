@@ -119,24 +119,113 @@ class Scaled(nn.Module):
         return self.fc(self.last(x).mean((2, 3)))
 
 
-class ChannelsLast(nn.Module):
-    """A block as in ConvNeXt: a norm and linear layers on [batch, height, width, channels]."""
+class AlongWidth(nn.Module):
+    """Linear layers and a norm along the width of the features, of images of 16 pixels."""
 
     def __init__(self, num_classes: int, in_channels: int) -> None:
         super().__init__()
         self.stem = nn.Conv2d(in_channels, 8, 2, stride=2)
         self.depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8)
-        self.norm = nn.LayerNorm(8)
         self.wide = nn.Linear(8, 16)
+        self.norm = nn.LayerNorm(16)
         self.narrow = nn.Linear(16, 8)
         self.last = nn.Conv2d(8, 12, 3, padding=1)
         self.fc = nn.Linear(12, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.stem(images)
-        y = self.norm(self.depthwise(x).permute(0, 2, 3, 1))
-        y = self.narrow(F.gelu(self.wide(y))).permute(0, 3, 1, 2)
+        y = self.narrow(F.gelu(self.norm(self.wide(self.depthwise(x)))))
         return self.fc(F.relu(self.last(x + y)).mean((2, 3)))
+
+
+class LayerNorm2d(nn.LayerNorm):
+    """LayerNorm over the channels of [batch, channels, height, width]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.layer_norm(x.permute(0, 2, 3, 1), self.normalized_shape, self.weight, self.bias, self.eps)
+        return x.permute(0, 3, 1, 2)
+
+
+class Permute(nn.Module):
+    """Dimensions in another order."""
+
+    def __init__(self, dims: list[int]) -> None:
+        super().__init__()
+        self.dims = dims
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.permute(x, self.dims)
+
+
+class NextBlock(nn.Module):
+    """A block of ConvNeXt, whose scale is [width, 1, 1] at its end, or [width] before the channels
+    are moved back."""
+
+    def __init__(self, width: int, hidden: int, *, scales_last: bool) -> None:
+        super().__init__()
+        self.scales_last = scales_last
+        self.block = nn.Sequential(
+            nn.Conv2d(width, width, 3, padding=1, groups=width),
+            Permute([0, 2, 3, 1]),
+            nn.LayerNorm(width, eps=1e-6),
+            nn.Linear(width, hidden),
+            nn.GELU(),
+            nn.Linear(hidden, width),
+        )
+        self.back = Permute([0, 3, 1, 2])
+        self.layer_scale = nn.Parameter(0.5 + torch.rand((width,) if scales_last else (width, 1, 1)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.block(x)
+        y = self.back(y * self.layer_scale) if self.scales_last else self.layer_scale * self.back(y)
+        y += x
+        return y
+
+
+class ConvNext(nn.Module):
+    """Two stages of ConvNeXt. `widths`: channels of the first stage and hidden ones of its block,
+    then those of the second stage."""
+
+    def __init__(self, num_classes: int, in_channels: int, widths: tuple[int, ...] = (8, 16, 12, 24)) -> None:
+        super().__init__()
+        first, first_hidden, second, second_hidden = widths
+        self.features = nn.Sequential(
+            nn.Sequential(nn.Conv2d(in_channels, first, 2, stride=2), LayerNorm2d(first)),
+            nn.Sequential(NextBlock(first, first_hidden, scales_last=False)),
+            nn.Sequential(LayerNorm2d(first), nn.Conv2d(first, second, 2, stride=2)),
+            nn.Sequential(NextBlock(second, second_hidden, scales_last=True)),
+        )
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.classifier = nn.Sequential(LayerNorm2d(second), nn.Flatten(1), nn.Linear(second, num_classes))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.classifier(self.avgpool(self.features(images)))
+
+
+class Transformer(nn.Module):
+    """One block of a transformer, of images of 16 pixels: positions, in part made by a layer from a
+    table, attention of one head, and two linear layers."""
+
+    table: Tensor
+
+    def __init__(self, num_classes: int, in_channels: int) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(in_channels, 8, 4, stride=4)
+        self.position = nn.Parameter(torch.randn(1, 16, 8))
+        self.register_buffer("table", torch.rand(1, 16, 2))
+        self.place = nn.Linear(2, 8)
+        self.before = nn.LayerNorm(8)
+        self.between = nn.LayerNorm(8)
+        self.up = nn.Linear(8, 16)
+        self.down = nn.Linear(16, 8)
+        self.fc = nn.Linear(8, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.patches(images).flatten(2).transpose(1, 2) + self.position + self.place(self.table)
+        y = self.before(x)
+        x = x + torch.softmax(y @ y.transpose(1, 2), 2) @ y
+        x = x + self.down(F.gelu(self.up(self.between(x))))
+        return self.fc(x.mean(1))
 
 
 class Tokens(nn.Module):

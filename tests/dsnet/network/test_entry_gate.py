@@ -27,7 +27,7 @@ from dsnet.space.entry_gate import ENTRY, OWN_GATES, differs_before_gates, own_s
 from dsnet.space.route_tree import RouteTree
 from dsnet.space.spec import SupernetSpec
 from dsnet.space.subnet_set import SubnetSet
-from tests.dsnet.cases import TRACED, early
+from tests.dsnet.cases import NEXT, TRACED, early
 from tests.dsnet.samples import NORMALIZATION, random_router, shaken, small_set, task, tensor_data
 
 
@@ -45,6 +45,7 @@ SUPERNETS: dict[str, Callable[[], Supernet]] = {
     "one gate": lambda: rebuild(early_set("ds_tiny")),
     "three gates": lambda: rebuild(early_set("ds_resnet")),
     "inside a plain network": lambda: create(TRACED[0], task(), {"gates": ["pool"], "step": 2}),
+    "norms over the channels": lambda: create(NEXT, task(), {"gates": ["features.1"], "ratios": [0.5, 1], "step": 2}),
     "entry and inside": lambda: create(
         TRACED[0], task(), {"gates": ["entry", "pool"], "ratios": [0.5, 1], "paths": "all", "step": 2}
     ),

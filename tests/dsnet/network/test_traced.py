@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -10,13 +12,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from dsnet.deploy.materialize import materialize
 from dsnet.errors import ConfigError
 from dsnet.families import Task, create, layout
-from dsnet.network.channels import TracedGraph, analyse, pinned_spaces, trace
+from dsnet.network.channels import TracedGraph, analyse, pinned_spaces
 from dsnet.network.plain import make_plain
 from dsnet.network.traced import TracedSupernet
+from dsnet.network.tracing import trace
 from dsnet.space.cost import op_costs, subnet_cost
 from dsnet.space.spec import CLASSES, Subnet
 from tests.dsnet import nets
-from tests.dsnet.cases import TRACED
+from tests.dsnet.cases import NEXT, TRACED
 
 SIZES = (8, 16, 23)
 ZOO_MADDS = {  # conv + linear, 224 x 224, 1,000 classes
@@ -50,7 +53,7 @@ def images(size: int, channels: int = 3) -> Tensor:
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("model", TRACED)
+@pytest.mark.parametrize("model", [*TRACED, NEXT])
 @torch.no_grad()
 def test_the_widest_is_the_plain_network(model: str, size: int, channels: int) -> None:
     plain = shaken(make_plain(model, 10, channels, 0))
@@ -94,7 +97,7 @@ def _masked(model: str, plain: nn.Module, supernet: TracedSupernet, subnet: Subn
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("model", TRACED)
+@pytest.mark.parametrize("model", [*TRACED, NEXT])
 @torch.no_grad()
 def test_a_cut_network_is_plain_and_equals_the_slice(model: str, size: int) -> None:
     supernet = supernet_of(model, shaken(make_plain(model, 10, 3, 0)), size)
@@ -106,22 +109,25 @@ def test_a_cut_network_is_plain_and_equals_the_slice(model: str, size: int) -> N
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("model", TRACED)
+@pytest.mark.parametrize("model", [*TRACED, NEXT])
 @torch.no_grad()
 def test_costs_are_those_of_a_counted_forward(model: str, size: int) -> None:
     supernet = supernet_of(model, shaken(make_plain(model, 10, 3, 0)), size)
     for subnet in supernet.subnets:
-        cut = materialize(supernet, subnet)
-        with FlopCounterMode(display=False) as counter:
-            cut(images(size)[:1])
-        costs = op_costs(supernet.spec, subnet, size)
-        own = sum(
-            madds for op, (madds, _) in zip(supernet.spec.ops, costs, strict=True) if op.kind not in ("pool", "maxpool")
-        )
-        assert own == counter.get_total_flops() // 2
-        assert subnet_cost(supernet.spec, subnet, size).params == sum(
-            parameter.numel() for parameter in cut.parameters()
-        )
+        check_cost(supernet, subnet, size)
+
+
+def check_cost(supernet: TracedSupernet, subnet: Subnet, size: int) -> None:
+    """The formula's MAdds and parameters are those of a counted forward of the cut network."""
+    cut = materialize(supernet, subnet)
+    with FlopCounterMode(display=False) as counter:
+        cut(images(size, supernet.spec.in_channels)[:1])
+    costs = op_costs(supernet.spec, subnet, size)
+    own = sum(
+        madds for op, (madds, _) in zip(supernet.spec.ops, costs, strict=True) if op.kind not in ("pool", "maxpool")
+    )
+    assert own == counter.get_total_flops() // 2
+    assert subnet_cost(supernet.spec, subnet, size).params == sum(parameter.numel() for parameter in cut.parameters())
 
 
 def test_additions_and_depthwise_convolutions_tie_channels_and_concatenations_do_not() -> None:
@@ -153,7 +159,7 @@ def test_what_is_not_understood_keeps_its_channels_and_is_named() -> None:
     ("model", "message"),
     [
         ("tests.dsnet.nets:TwoHeads", "must return one tensor of logits"),
-        ("tests.dsnet.nets:Tokens", r"no channels of .*Tokens can be sliced, .*flatten"),
+        ("tests.dsnet.nets:Tokens", r"no channels of .*Tokens can be sliced, .*attention"),
         ("tests.dsnet.nets:Branches", r"cannot be traced: .*control flow.*nets\.py:\d+"),
         ("tests.dsnet.nets:raises", "raised RuntimeError: no network for 10 classes"),
         ("tests.dsnet.nets:raises", r"it is called as function\(10, 3\)"),
@@ -231,25 +237,62 @@ def test_a_network_for_grey_images_is_laid_out_for_them_and_refused_for_others()
 
 @torch.no_grad()
 def test_layers_of_a_kind_that_is_sliced_run_as_they_are_where_their_input_is_not_understood() -> None:
-    model = "tests.dsnet.nets:ChannelsLast"
+    """A linear layer along the width mixes no channels; after it the features are read along their
+    width, and then along their channels again."""
+    model = "tests.dsnet.nets:AlongWidth"
     plain = make_plain(model, 10, 3, 0).eval()
     supernet = supernet_of(model, plain, 16)
     x = images(16)
     assert torch.equal(supernet(x, supernet.subnets.largest), plain(x))
-    pinned = {group.name for group in supernet.spec.groups if group.pinned}
-    assert {"wide", "narrow"} <= pinned
-    assert "last" not in pinned
+    assert {group.name for group in supernet.spec.groups if not group.pinned} == {"last"}
+    narrow = supernet.subnets[0]
+    torch.testing.assert_close(materialize(supernet, narrow)(x), supernet(x, narrow))
+    check_cost(supernet, narrow, 16)
+
+
+@pytest.mark.parametrize("size", [16, 23])
+@torch.no_grad()
+def test_a_norm_over_the_channels_has_those_of_the_sub_network(size: int) -> None:
+    """A slice is the plain network of the smaller widths with the first weights of each layer."""
+    torch.manual_seed(0)
+    plain = nets.ConvNext(10, 3).eval()
+    for parameter in plain.parameters():
+        parameter.add_(0.3 * torch.randn(parameter.shape))
+    supernet = supernet_of(NEXT, plain, size)
+    assert not any(group.pinned for group in supernet.spec.groups)
+    x = images(size)
+    for widths in [*(subnet.widths for subnet in supernet.subnets), (3, 16, 5, 7), (8, 1, 12, 2)]:
+        narrow = nets.ConvNext(10, 3, widths).eval()
+        for name, parameter in narrow.named_parameters():
+            parameter.copy_(plain.get_parameter(name)[tuple(map(slice, parameter.shape))])
+        torch.testing.assert_close(supernet(x, Subnet("narrow", widths)), narrow(x), rtol=1e-5, atol=1e-5)
+
+
+def test_the_tensors_of_a_network_with_tensors_of_its_own_keep_their_names() -> None:
+    plain = make_plain(NEXT, 10, 3, 0)
+    supernet = supernet_of(NEXT, plain)
+    state = {name.removeprefix("body."): value for name, value in supernet.state_dict().items()}
+    assert state.keys() == plain.state_dict().keys()
+    again = make_plain(NEXT, 10, 3, 1)
+    again.load_state_dict(state)
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in plain.state_dict().items())
+
+
+@torch.no_grad()
+def test_the_linear_layers_of_a_transformer_are_sliced_and_its_embedding_is_not() -> None:
+    model = "tests.dsnet.nets:Transformer"
+    plain = make_plain(model, 10, 3, 0).eval()
+    supernet = supernet_of(model, plain, 16)
+    assert {group.name for group in supernet.spec.groups if not group.pinned} == {"up"}
+    x = images(16)
+    torch.testing.assert_close(supernet(x, supernet.subnets.largest), plain(x))
     narrow = supernet.subnets[0]
     cut = materialize(supernet, narrow)
     torch.testing.assert_close(cut(x), supernet(x, narrow))
-    with FlopCounterMode(display=False) as counter:
-        cut(x[:1])
-    madds = sum(
-        cost[0]
-        for op, cost in zip(supernet.spec.ops, op_costs(supernet.spec, narrow, 16), strict=True)
-        if op.kind not in ("pool", "maxpool")
-    )
-    assert madds == counter.get_total_flops() // 2
+    check_cost(supernet, narrow, 16)
+    masked = copy.deepcopy(plain)
+    masked.get_parameter("down.weight")[:, narrow.widths[-1] :] = 0
+    torch.testing.assert_close(masked(x), supernet(x, narrow), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ from dsnet.structure.order import (
     transfer,
 )
 from dsnet.structure.search import sorted_start
-from tests.dsnet.cases import BANKED_CASES, CASES, Case
+from tests.dsnet.cases import BANKED_CASES, CASES, NEXT, Case
 from tests.dsnet.samples import SMALL_OPTIONS, random_images, random_labels, shaken, task, without_dropout
 from tests.dsnet.structure.problems import NET, network, problem_of
 
@@ -232,6 +232,24 @@ def test_scores_of_a_traced_network_by_hand() -> None:
         scales[numbers["stem"]], state["body.bn.weight"].abs() + state["body.block.project_norm.weight"].abs()
     )
     assert not scales[numbers["block_attention_reduce"]].any()  # no norm: it keeps its order
+
+
+@pytest.mark.parametrize("streams", ["tied", "ids"])
+@torch.no_grad()
+def test_norms_over_the_channels_and_scales_of_the_module_move_and_are_no_filters(streams: str) -> None:
+    problem = problem_of(NEXT, options={"step": 2, "streams": streams})
+    supernet = shaken(rebuild(problem.subnets)).double().eval()
+    images, widest = random_images(2).double(), problem.subnets.largest
+    other = reorder(supernet, any_orders(supernet))
+    torch.testing.assert_close(other(images, widest), supernet(images, widest), rtol=1e-9, atol=1e-9)
+    names = [name for name in supernet.axes() if name.endswith("layer_scale")]
+    assert len(names) == 2
+    state = supernet.state_dict()
+    assert not any(torch.equal(other.state_dict()[name], state[name]) for name in names)
+    before = channel_scores(supernet, "weight_l1")
+    for name in names:
+        state[name].mul_(100)
+    assert all(torch.equal(score, before[group]) for group, score in channel_scores(supernet, "weight_l1").items())
 
 
 def test_taylor_is_the_absolute_product_of_gradient_and_weight() -> None:
