@@ -28,7 +28,6 @@ from dsnet.network.channels import (
     UNKNOWN,
     Layout,
     TracedGraph,
-    analyse,
     attribute,
     is_grouped,
     other_sizes,
@@ -37,9 +36,8 @@ from dsnet.network.channels import (
     upstream,
 )
 from dsnet.network.cut_points import Place, main_places, place_of, possible_places
-from dsnet.network.plain import check_allowed, example_image, make_plain
-from dsnet.network.traced import TracedSupernet, evidence_name
-from dsnet.network.tracing import trace
+from dsnet.network.plain import check_allowed
+from dsnet.network.traced import TracedSupernet, evidence_name, traced_graph
 from dsnet.space.cost import op_costs
 from dsnet.space.entry_gate import ENTRY, entry_gate, entry_op, is_entry
 from dsnet.space.spec import (
@@ -127,7 +125,8 @@ def uniform(spec: SupernetSpec, ratio: float, step: int, name: str) -> Subnet:
     """The sub-network that has `ratio` of the channels of every group that can be sliced, and all
     channels of the groups before the first gate, which its sub-networks share.
 
-    Widths are multiples of `step`, rounded to the nearest, at least one step, at most the group.
+    Widths are multiples of `step`, rounded to the nearest, at least one step, at most the group;
+    with ratio 1 they are the group's.
     """
     return Subnet(name, _scaled(spec, (ratio,) * len(spec.gates), step))
 
@@ -137,11 +136,9 @@ def _scaled(spec: SupernetSpec, path: Sequence[float], step: int) -> tuple[int, 
     widths = []
     for number, group in enumerate(spec.groups):
         passed = sum(gate.num_prefix_groups <= number for gate in spec.gates)
-        if group.pinned or not passed:
-            widths.append(group.max_width)
-        else:
-            scaled = max(step, round(path[passed - 1] * group.max_width / step) * step)
-            widths.append(min(group.max_width, scaled))
+        ratio = path[passed - 1] if passed and not group.pinned else 1.0
+        scaled = max(step, round(ratio * group.max_width / step) * step)
+        widths.append(group.max_width if ratio == 1.0 else min(group.max_width, scaled))
     return tuple(widths)
 
 
@@ -201,8 +198,7 @@ def _spec_of(model: str, task: Task, gates: tuple[str, ...], streams: str) -> Su
 
 def _traced(model: str, task: Task, streams: str) -> TracedGraph:
     """The graph of a network by name."""
-    plain = make_plain(model, task.num_classes, task.in_channels, 0)
-    return analyse(trace(plain, example_image(task.in_channels, task.image_size)), streams)
+    return traced_graph(model, task.num_classes, task.in_channels, task.image_size, streams)
 
 
 @dataclass(frozen=True)

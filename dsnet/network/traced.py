@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -436,11 +437,11 @@ class TracedSupernet(Supernet):
     def __init__(self, spec: SupernetSpec, subnets: SubnetSet, generator: torch.Generator | None = None) -> None:
         super().__init__(spec, subnets)
         seed = 0 if generator is None else generator.initial_seed()
-        plain = make_plain(spec.layout["model"], spec.num_classes, spec.in_channels, seed)
-        streams = spec.layout.get("streams", "tied")
-        traced = analyse(trace(plain, example_image(spec.in_channels, spec.image_size)), streams)
+        model, streams = spec.layout["model"], spec.layout.get("streams", "tied")
+        plain = make_plain(model, spec.num_classes, spec.in_channels, seed)
+        traced = traced_graph(model, spec.num_classes, spec.in_channels, spec.image_size, streams)
         self._own = own_axes(traced, spec)
-        self.body = sliced_graph(traced, spec, subnets)
+        self.body = sliced_graph(traced, plain, spec, subnets)
         self._cuts = tuple(_Cut.of(name, spec) for name in own_gates(spec))
         self._parts = _parts_of(self.body, own_gates(spec))  # not registered: the body holds all tensors
         for name, norm in self.body.named_modules():
@@ -536,15 +537,38 @@ class TracedSupernet(Supernet):
         return frozenset(f"{BODY}{name}" for name in self._own)
 
 
-def sliced_graph(traced: TracedGraph, spec: SupernetSpec, subnets: SubnetSet) -> fx.GraphModule:
+@lru_cache(maxsize=64)
+def traced_graph(model: str, num_classes: int, in_channels: int, image_size: int, streams: str) -> TracedGraph:
+    """The graph of a network by name with the channels of its values; its parameters have shapes,
+    but no values. A process traces each network once.
+
+    Args:
+        model: a name for `make_plain`.
+        num_classes: number of logits.
+        in_channels: channels of the image.
+        image_size: height and width of the image.
+        streams: one of `dsnet.network.channels.STREAMS`.
+
+    Raises:
+        ConfigError: the network cannot be made, traced or analysed.
+    """
+    plain = make_plain(model, num_classes, in_channels, 0)
+    graph = trace(plain, example_image(in_channels, image_size))
+    for parameter in graph.parameters():
+        parameter.data = parameter.data.new_zeros(()).expand(parameter.shape)
+    return analyse(graph, streams)
+
+
+def sliced_graph(traced: TracedGraph, plain: nn.Module, spec: SupernetSpec, subnets: SubnetSet) -> fx.GraphModule:
     """The graph of a traced module in which the sliced layers take the widths as a second argument.
 
     Args:
-        traced: the module with the channels of its values.
-        spec: made of it, or of it with smaller groups.
+        traced: the graph with the channels of its values.
+        plain: the module, or one like it: the weights, and the layers that are not sliced.
+        spec: made of the graph, or of it with smaller groups.
         subnets: sets of which the norms keep statistics.
     """
-    layers = _sliced_layers(traced, spec, subnets)
+    layers = _sliced_layers(traced, plain, spec, subnets)
     graph = copy.deepcopy(traced.module.graph)
     images = next(node for node in graph.nodes if node.op == "placeholder")
     with graph.inserting_after(images):
@@ -559,6 +583,7 @@ def sliced_graph(traced: TracedGraph, spec: SupernetSpec, subnets: SubnetSet) ->
         elif node.target is F.layer_norm and not node.meta.get(UNKNOWN):
             _let_norm_be_narrow(node)
     held = _held(traced.module, graph)
+    held |= {**dict(plain.named_modules()), **dict(plain.named_parameters()), **dict(plain.named_buffers())}
     for name, axes in own_axes(traced, spec).items():
         index = tuple(slice(None if axis is None else axis.max_size) for axis in axes)
         held[name] = _copied(held[name][index], held[name])
@@ -567,17 +592,17 @@ def sliced_graph(traced: TracedGraph, spec: SupernetSpec, subnets: SubnetSet) ->
     return module
 
 
-def _sliced_layers(traced: TracedGraph, spec: SupernetSpec, subnets: SubnetSet) -> dict[str, nn.Module]:
+def _sliced_layers(
+    traced: TracedGraph, plain: nn.Module, spec: SupernetSpec, subnets: SubnetSet
+) -> dict[str, nn.Module]:
     """The layers that are sliced, by their names in the module."""
-    layers: dict[str, nn.Module] = {}
-    for op in spec.ops:
-        node = next((node for node in traced.module.graph.nodes if node.name == op.name), None)
-        if node is None or node.op != "call_module":
-            continue
-        plain = traced.module.get_submodule(str(node.target))
-        if (sliced := slice_layer(plain, op, spec, subnets)) is not None:
-            layers[str(node.target)] = sliced
-    return layers
+    targets = {node.name: str(node.target) for node in traced.module.graph.nodes if node.op == "call_module"}
+    layers = {
+        targets[op.name]: slice_layer(plain.get_submodule(targets[op.name]), op, spec, subnets)
+        for op in spec.ops
+        if op.name in targets
+    }
+    return {name: layer for name, layer in layers.items() if layer is not None}
 
 
 def _let_norm_be_narrow(node: fx.Node) -> None:

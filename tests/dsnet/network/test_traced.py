@@ -20,6 +20,7 @@ from dsnet.space.cost import op_costs, subnet_cost
 from dsnet.space.spec import CLASSES, Subnet
 from tests.dsnet import nets
 from tests.dsnet.cases import NEXT, TRACED
+from tests.dsnet.samples import task
 
 SIZES = (8, 16, 23)
 ZOO_MADDS = {  # conv + linear, 224 x 224, 1,000 classes
@@ -143,6 +144,13 @@ def test_additions_and_depthwise_convolutions_tie_channels_and_concatenations_do
 
 def _traced(module: nn.Module) -> TracedGraph:
     return analyse(trace(module, torch.zeros(1, 3, 16, 16)))
+
+
+def test_the_ratio_1_is_the_whole_network_also_where_no_width_is_a_multiple_of_the_step() -> None:
+    subnets = layout(TRACED[0], task(), {"step": 7})
+    assert all(width % 7 for width in subnets.spec.max_widths)
+    assert subnets.largest.widths == subnets.spec.max_widths
+    assert all(width % 7 == 0 for width in subnets[0].widths)
 
 
 def test_what_is_not_understood_keeps_its_channels_and_is_named() -> None:

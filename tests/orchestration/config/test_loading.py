@@ -222,7 +222,9 @@ def test_a_layer_with_another_model_begins_without_the_options_of_the_one_below(
 
 
 def test_a_method_that_the_space_chooses_need_not_stand_in_its_section(sweep: Path) -> None:
-    space = "space: {supernet.structure.method: {choice: [greedy, uniform]}, gate.target: 0.5}\nsupernets: {number: 2}\n"
+    space = (
+        "space: {supernet.structure.method: {choice: [greedy, uniform]}, gate.target: 0.5}\nsupernets: {number: 2}\n"
+    )
     text = HEAD.replace("ds_tiny", "ds_tiny, structure: {targets: [0.5, 1.0]}") + space
     loaded = load(sweep, text)
     assert loaded.config.supernet.structure.method == "greedy"
