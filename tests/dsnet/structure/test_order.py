@@ -18,13 +18,13 @@ from dsnet.network.layers import SlicedGroupNorm
 from dsnet.network.supernet import Supernet, restrict
 from dsnet.space.spec import Subnet
 from dsnet.space.subnet_set import SubnetSet
+from dsnet.structure.filters import order_groups
 from dsnet.structure.order import (
     Orders,
     channel_orders,
     channel_scores,
     compose,
     no_order,
-    order_groups,
     reorder,
     transfer,
 )
