@@ -128,7 +128,8 @@ class NoisyNetwork:
     @classmethod
     def of(cls, supernet: Supernet) -> NoisyNetwork:
         """The network of a supernet, whose tensors are read and never changed."""
-        groups, first, count = supernet.spec.groups, {}, 0
+        groups, count = supernet.spec.groups, 0
+        first: dict[int, int] = {}
         for own in order_groups(supernet):
             if not any(why_kept(groups[group]) for group in own):
                 first |= dict.fromkeys(own, count)
