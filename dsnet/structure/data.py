@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import cycle, islice
@@ -52,8 +53,7 @@ def order_batches(
         run: the training, for its normalisation.
     """
     images = source.training_images(splits, Augmentation())
-    rows = torch.linspace(0, len(images.labels) - 1, _num_sorting(len(images.labels))).long()
-    parts = rows.split(ORDER_BATCH)
+    parts = _sorting_parts(len(images.labels))
     for part, pixels in zip(parts, images.clean(parts, torch.device("cpu")), strict=True):
         yield run.normalization.apply(pixels), images.labels[part]
 
@@ -68,14 +68,19 @@ def order_madds(problem: StructureProblem, num_images: int) -> float:
     """
     if problem.settings.order not in BY_IMAGES:
         return 0.0
-    num_shown = _num_sorting(num_images)
-    if problem.settings.order == "noise":
-        sizes = [len(part) for part in torch.arange(num_shown).split(ORDER_BATCH)]
-        num_shown = 2 * sum(islice(cycle(sizes), STEPS))
+    sizes = [len(part) for part in _sorting_parts(num_images)]
+    num_shown = 2 * sum(islice(cycle(sizes), STEPS)) if problem.settings.order == "noise" else sum(sizes)
     widest = problem.subnets.at(problem.widest)
     return float(num_shown * step_madds(problem.spec, [widest], [], problem.image_size))
 
 
-def _num_sorting(num_images: int) -> int:
-    """Number of images by which channels are sorted."""
-    return min(num_images, ORDER_BATCHES * ORDER_BATCH)
+def _sorting_parts(num_images: int) -> tuple[Int64[Tensor, " _batch"], ...]:
+    """The rows of every batch by which channels are sorted, about equally many each.
+
+    The images may stand in the order of their classes, and every batch, by whose statistics norms
+    normalise, must have its share of each class; so the rows are mixed, always in the same way.
+    """
+    count = min(num_images, ORDER_BATCHES * ORDER_BATCH)
+    rows = torch.linspace(0, num_images - 1, count).long()
+    mixed = rows[torch.randperm(count, generator=torch.Generator().manual_seed(0))]
+    return mixed.tensor_split(math.ceil(count / ORDER_BATCH))

@@ -5,19 +5,23 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from dsnet.data.images import ImageSet
+from dsnet.data.sources import InMemorySource
+from dsnet.data.splits import Splits
 from dsnet.network.batchnorm import batch_statistics
 from dsnet.network.supernet import Supernet
 from dsnet.space.cost import subnet_cost
 from dsnet.structure import noise
-from dsnet.structure.data import ORDER_BATCH, ORDER_BATCHES, order_madds
+from dsnet.structure.data import ORDER_BATCH, ORDER_BATCHES, order_batches, order_madds
 from dsnet.structure.noise import NoisyNetwork, noise_loss, noise_tolerances
 from dsnet.structure.order import channel_orders
 from tests.dsnet.cases import CASES
-from tests.dsnet.samples import random_images, random_labels, shaken
+from tests.dsnet.samples import random_images, random_labels, random_pixels, shaken
 from tests.dsnet.structure.problems import NET, network, problem_of
 
 PADDED = next(case for case in CASES if str(case) == "ds_resnet-padded")
@@ -175,6 +179,7 @@ def test_the_seed_draws_the_noise(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("num_images", [300, ORDER_BATCHES * ORDER_BATCH + 1])
 def test_the_cost_counts_every_pass(num_images: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The images stand in the order of their classes, and every batch has some of each class."""
     shown = []
 
     def counted(noisy: Any, log_alpha: Tensor, noise: Any, images: Tensor, labels: Tensor) -> Tensor:
@@ -183,10 +188,14 @@ def test_the_cost_counts_every_pass(num_images: int, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(noise, "noise_loss", counted)
     problem = problem_of(order="noise")
-    labels = torch.zeros(min(num_images, ORDER_BATCHES * ORDER_BATCH), dtype=torch.int64)
-    images = torch.zeros(len(labels), 3, 1, 1)
-    noise_tolerances(network(problem), zip(images.split(ORDER_BATCH), labels.split(ORDER_BATCH), strict=True))
+    labels = torch.arange(num_images) * 5 // num_images
+    source = InMemorySource(ImageSet.create("cifar10", random_pixels(num_images, 8), labels, list("abcde")))
+    splits = Splits(*(np.arange(count) for count in (num_images, 0, 0, 0)))
+    batches = list(order_batches(source, splits, problem.run))
+    assert sum(len(own) for _, own in batches) == min(num_images, ORDER_BATCHES * ORDER_BATCH)
+    assert all(own.bincount().min() > 8 and len(own) <= ORDER_BATCH for _, own in batches)
+    noise_tolerances(network(problem), batches)
     madds = subnet_cost(problem.spec, problem.subnets.at(problem.widest), problem.image_size).madds
     assert order_madds(problem, num_images) == 3 * sum(shown) * madds
-    assert order_madds(problem_of(order="taylor"), num_images) == 3 * len(labels) * madds
+    assert order_madds(problem_of(order="taylor"), num_images) == 3 * sum(len(own) for _, own in batches) * madds
     assert order_madds(problem_of(order="random"), num_images) == 0
