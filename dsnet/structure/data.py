@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import cycle, islice
 
 import numpy as np
 import torch
@@ -13,7 +15,11 @@ from torch import Tensor
 from dsnet.data.settings import Augmentation
 from dsnet.data.sources import ImageSource
 from dsnet.data.splits import Splits
+from dsnet.structure.method import StructureProblem
+from dsnet.structure.noise import STEPS
+from dsnet.structure.settings import BY_IMAGES
 from dsnet.training.supernet_run import SupernetRun
+from dsnet.training.train_cost import step_madds
 
 ORDER_BATCHES = 8
 """Number of batches by which channels are sorted, at most."""
@@ -47,8 +53,34 @@ def order_batches(
         run: the training, for its normalisation.
     """
     images = source.training_images(splits, Augmentation())
-    count = min(len(images.labels), ORDER_BATCHES * ORDER_BATCH)
-    rows = torch.linspace(0, len(images.labels) - 1, count).long()
-    parts = rows.split(ORDER_BATCH)
+    parts = _sorting_parts(len(images.labels))
     for part, pixels in zip(parts, images.clean(parts, torch.device("cpu")), strict=True):
         yield run.normalization.apply(pixels), images.labels[part]
+
+
+def order_madds(problem: StructureProblem, num_images: int) -> float:
+    """MAdds of the forward and backward passes by which the channels are sorted; 0 for an order
+    that needs no images.
+
+    Args:
+        problem: the problem, for the order and the network.
+        num_images: images of `train` without the hold-out.
+    """
+    if problem.settings.order not in BY_IMAGES:
+        return 0.0
+    sizes = [len(part) for part in _sorting_parts(num_images)]
+    num_shown = 2 * sum(islice(cycle(sizes), STEPS)) if problem.settings.order == "noise" else sum(sizes)
+    widest = problem.subnets.at(problem.widest)
+    return float(num_shown * step_madds(problem.spec, [widest], [], problem.image_size))
+
+
+def _sorting_parts(num_images: int) -> tuple[Int64[Tensor, " _batch"], ...]:
+    """The rows of every batch by which channels are sorted, about equally many each.
+
+    The images may stand in the order of their classes, and every batch, by whose statistics norms
+    normalise, must have its share of each class; so the rows are mixed, always in the same way.
+    """
+    count = min(num_images, ORDER_BATCHES * ORDER_BATCH)
+    rows = torch.linspace(0, num_images - 1, count).long()
+    mixed = rows[torch.randperm(count, generator=torch.Generator().manual_seed(0))]
+    return mixed.tensor_split(math.ceil(count / ORDER_BATCH))

@@ -249,7 +249,7 @@ def check_order(problem: StructureProblem) -> None:
         )
     if wanted == "bn_gamma" and not has_norms:
         raise ConfigError(
-            "supernet.structure.order is bn_gamma, but this network has no BatchNorm: use weight_l1 or taylor"
+            "supernet.structure.order is bn_gamma, but this network has no BatchNorm: use weight_l1, taylor or noise"
         )
 
 

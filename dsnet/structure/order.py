@@ -1,21 +1,21 @@
 """Orders of channels: which channels stand first and so belong to the narrow sub-networks, and the
 exact permutation of a network's weights.
 
-A permutation lists, for every place of the new order, the channel of the old one. Channel groups
-that are added to each other in a residual stream must share one order; they are an *order group*.
-Where the writers of a stream have their own channels, each has its own order: the stream keeps its
-own, and the groups note which of its channels are theirs (`ChannelGroup.ids`).
+A permutation lists, for every place of the new order, the channel of the old one. Channel groups of
+one order group (`dsnet.structure.filters`) share it. Where the writers of a stream have their own
+channels, each has its own order: the stream keeps its own, and the groups note which of its
+channels are theirs (`ChannelGroup.ids`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Float64, Int64, Shaped
+from jaxtyping import Float64, Shaped
 from torch import Tensor
 
 from dsnet.errors import ConfigError
@@ -25,14 +25,14 @@ from dsnet.network.batchnorm import batch_statistics
 from dsnet.network.layers import BatchNormBank, SlicedGroupNorm, key_suffix
 from dsnet.network.supernet import Supernet
 from dsnet.seeds import derive_seed
-from dsnet.space.spec import ChannelGroup, SupernetSpec
+from dsnet.space.spec import SupernetSpec
 from dsnet.space.subnet_set import SubnetSet
+from dsnet.structure.filters import Batches, filters, order_groups, why_kept, written_rows
 from dsnet.structure.method import StructureProblem
+from dsnet.structure.noise import noise_tolerances
 
 Orders = tuple[tuple[int, ...], ...]
 """For every channel group the permutation of its channels."""
-Batches = Iterable[tuple[Float[Tensor, "_batch channels height width"], Int64[Tensor, " _batch"]]]
-"""Normalised images with their labels."""
 
 SETTING = "supernet.structure.order"
 
@@ -40,17 +40,6 @@ SETTING = "supernet.structure.order"
 def no_order(supernet: Supernet) -> Orders:
     """The order that the channels have."""
     return tuple(tuple(range(group.max_width)) for group in supernet.spec.groups)
-
-
-def order_groups(supernet: Supernet) -> tuple[tuple[int, ...], ...]:
-    """The channel groups that share one order, rising; every channel group is in one of them."""
-    root = list(range(len(supernet.spec.groups)))
-    for axes in supernet.axes().values():
-        for axis in axes:
-            if axis is not None and axis.union:
-                joined = {root[group] for group in (axis.parts[0][0], *axis.union)}
-                root = [min(joined) if own in joined else own for own in root]
-    return tuple(tuple(group for group, own in enumerate(root) if own == first) for first in sorted(set(root)))
 
 
 def channel_orders(problem: StructureProblem, supernet: Supernet, batches: Batches = ()) -> Orders:
@@ -61,13 +50,13 @@ def channel_orders(problem: StructureProblem, supernet: Supernet, batches: Batch
     have. Channels that are equally important keep their order.
 
     Args:
-        problem: the settings, and the seed of order `random`.
+        problem: the settings, and the seed of orders `random` and `noise`.
         supernet: the network by whose weights channels are sorted; not changed.
-        batches: for order `taylor`.
+        batches: for orders `taylor` and `noise`.
 
     Raises:
-        ConfigError: `taylor` has no batch, or the family does not say which channels its tensors
-            have.
+        ConfigError: `taylor` or `noise` has no batch, or the family does not say which channels its
+            tensors have.
     """
     if problem.settings.order == "none":
         return no_order(supernet)
@@ -80,7 +69,7 @@ def channel_orders(problem: StructureProblem, supernet: Supernet, batches: Batch
     groups = supernet.spec.groups
     orders = list(no_order(supernet))
     for stream in order_groups(supernet):
-        if any(_why_kept(groups[group]) for group in stream):
+        if any(why_kept(groups[group]) for group in stream):
             continue
         widths = sorted({groups[group].max_width for group in stream})
         total = torch.zeros(widths[-1], dtype=torch.float64)
@@ -106,12 +95,14 @@ def channel_scores(
             absolute weights of the filters that write the channel, over all weights of two or more
             dimensions whose rows are these channels; `bn_gamma` the sum of the absolute scales of
             the norms on it; `taylor` the sum of abs(gradient * weight) over the same weights as
-            `weight_l1` and over all batches, for the cross-entropy of the widest to the labels.
-        seed: seed of `random`.
-        batches: for `taylor`.
+            `weight_l1` and over all batches, for the cross-entropy of the widest to the labels;
+            `noise` the negative logarithm of the noise that the channel tolerates on the same
+            weights (`dsnet.structure.noise`), one number for all groups that share one order.
+        seed: seed of `random` and `noise`.
+        batches: for `taylor` and `noise`.
 
     Raises:
-        ConfigError: `taylor` has no batch.
+        ConfigError: `taylor` or `noise` has no batch.
     """
     groups = supernet.spec.groups
     if kind == "random":
@@ -123,6 +114,8 @@ def channel_scores(
             )
             for number, group in enumerate(groups)
         }
+    if kind == "noise":
+        return {group: -tolerance for group, tolerance in noise_tolerances(supernet, batches, seed).items()}
     if kind == "taylor":
         tensors = _sensitivities(supernet, batches)
     else:
@@ -132,49 +125,30 @@ def channel_scores(
     for name, value in tensors.items():
         axis = axes[name][0]
         assert axis is not None
-        start = 0
-        rows = value.double().cpu().reshape(len(value), -1).sum(1)
-        for part, (_, repeat, present) in enumerate(axis.parts):
-            own = rows[start : start + repeat * present].reshape(present, repeat).sum(1)
-            for group in axis.writers(part):
-                places = _places(axis, part, group, groups[group].max_width)
-                scores[group][: len(places)] += own[places]
-            start += repeat * present
+        sums = value.double().cpu().reshape(len(value), -1).sum(1)
+        for group, rows in written_rows(axis, groups):
+            scores[group][: len(rows)] += sums[rows].sum(1)
     return scores
-
-
-def _places(axis: Axis, part: int, group: int, width: int) -> Tensor:
-    """Where the channels of a group, from its first one on, lie along one part of an axis."""
-    if (stream := axis.stream_of(part)) is None:
-        return torch.arange(min(axis.parts[part][2], width))
-    place = {channel: number for number, channel in enumerate(stream.channels())}
-    return torch.tensor([place[channel] for channel in stream.ids[stream.groups.index(group)]])
 
 
 def _sources(supernet: Supernet, kind: str) -> dict[str, Tensor]:
     """The parameters from which channels get their scores: scales of norms, or filters."""
-    axes = supernet.axes()
-    parameters = dict(supernet.named_parameters())
     if kind == "bn_gamma":
-        gammas: dict[str, Tensor] = {}
+        parameters = dict(supernet.named_parameters())
+        scales: dict[str, Tensor] = {}
         for name, norm in _banks(supernet).items():
             key = norm.key_of(supernet.spec.max_widths)
             leaf = f"weight_{key_suffix(key)}" if norm.private_affine else "weight"
             if f"{name}.{leaf}" in parameters:
-                gammas[f"{name}.{leaf}"] = parameters[f"{name}.{leaf}"]
-        return gammas
-    scales = supernet.channel_scales()
-    return {
-        name: value
-        for name, value in parameters.items()
-        if value.ndim > 1 and name not in scales and name in axes and axes[name][0] is not None
-    }
+                scales[f"{name}.{leaf}"] = parameters[f"{name}.{leaf}"]
+        return scales
+    return filters(supernet)
 
 
 def _sensitivities(supernet: Supernet, batches: Batches) -> dict[str, Tensor]:
     """The absolute products of gradients and weights, summed over the batches, for every filter."""
-    filters = _sources(supernet, "taylor")
-    found = {name: torch.zeros_like(value) for name, value in filters.items()}
+    own = filters(supernet)
+    found = {name: torch.zeros_like(value) for name, value in own.items()}
     device = next(supernet.parameters()).device
     widest = supernet.subnets.at(supernet.spec.max_widths)
     num_batches = 0
@@ -182,8 +156,8 @@ def _sensitivities(supernet: Supernet, batches: Batches) -> dict[str, Tensor]:
         for images, labels in batches:
             num_batches += 1
             loss = F.cross_entropy(supernet(images.to(device), widest), labels.to(device))
-            gradients = torch.autograd.grad(loss, list(filters.values()), allow_unused=True)
-            for (name, value), gradient in zip(filters.items(), gradients, strict=True):
+            gradients = torch.autograd.grad(loss, list(own.values()), allow_unused=True)
+            for (name, value), gradient in zip(own.items(), gradients, strict=True):
                 if gradient is not None:
                     found[name] += (gradient * value.detach()).abs()
     if num_batches == 0:
@@ -350,11 +324,6 @@ def _rows(axis: Axis, orders: Orders) -> Tensor:
     return torch.cat(parts)
 
 
-def _why_kept(group: ChannelGroup) -> str:
-    """Why the channels of a group keep their order; empty where they can move."""
-    return group.pinned or ("it is the size of a kernel" if group.is_kernel else "")
-
-
 def _check_permutations(supernet: Supernet, orders: Orders) -> None:
     groups = supernet.spec.groups
     if len(orders) != len(groups):
@@ -366,7 +335,7 @@ def _check_permutations(supernet: Supernet, orders: Orders) -> None:
             raise ValueError(
                 f"the order of channel group {group.name!r} is no permutation of {group.max_width} channels"
             )
-        if (reason := _why_kept(group)) and list(order) != sorted(order):
+        if (reason := why_kept(group)) and list(order) != sorted(order):
             raise ValueError(f"channel group {group.name!r} keeps its order: {reason}")
     for stream in order_groups(supernet):
         longest = max((orders[group] for group in stream), key=len)

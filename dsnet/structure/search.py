@@ -21,9 +21,10 @@ from dsnet.files import atomic_write_text
 from dsnet.network.supernet import Supernet
 from dsnet.space.subnet_set import SubnetSet
 from dsnet.stored.checkpoint import STRUCTURE, load_supernet, save_supernet
+from dsnet.structure.filters import Batches
 from dsnet.structure.method import Candidate, Choice, Found, Score, StructureProblem
 from dsnet.structure.methods import structure_method
-from dsnet.structure.order import Batches, Orders, channel_orders, compose, transfer
+from dsnet.structure.order import Orders, channel_orders, compose, transfer
 
 TRACE = "trace.jsonl"
 
@@ -66,7 +67,7 @@ def sorted_start(problem: StructureProblem, start: Supernet, batches: Batches = 
         problem: the problem.
         start: the network that was trained last, or the weights with which the sweep begins; not
             changed.
-        batches: normalised images with labels, for order `taylor`.
+        batches: normalised images with labels, for orders `taylor` and `noise`.
 
     Raises:
         ConfigError: the channels of this network cannot have that order.

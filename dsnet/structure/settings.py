@@ -25,7 +25,9 @@ LIST = "list"
 BY_TARGETS = ("uniform", "greedy")
 """The methods of this package that make one sub-network per target."""
 
-Order = Literal["none", "random", "weight_l1", "bn_gamma", "taylor"]
+Order = Literal["none", "random", "weight_l1", "bn_gamma", "taylor", "noise"]
+BY_IMAGES: tuple[Order, ...] = ("taylor", "noise")
+"""The orders that need images with labels."""
 Pin = Literal["none", "gate"]
 StartWith = Literal["trained", "fresh"]
 HoldOutShare = Annotated[float, Gt(0), Lt(1)]
@@ -53,7 +55,8 @@ class StructureSettings(Settings):
     order: Order = "none"
     """Order of the channels, from the most important one: `none` keeps it; `random`; `weight_l1`,
     the sum of the absolute weights of the filters that write a channel; `bn_gamma`, the absolute
-    scale of the norms on it; `taylor`, the absolute product of weight and gradient."""
+    scale of the norms on it; `taylor`, the absolute product of weight and gradient; `noise`, how
+    little noise on these filters it tolerates."""
     step: PositiveInt = 8
     """Widths are multiples of this; the width of a whole channel group need not be."""
     levels: PositiveInt | None = 10

@@ -21,11 +21,12 @@ from dsnet.data.splits import Splits
 from dsnet.errors import StoppedError
 from dsnet.network.supernet import Supernet
 from dsnet.stored.checkpoint import load_supernet
-from dsnet.structure.data import held_out_images, order_batches
+from dsnet.structure.data import held_out_images, order_batches, order_madds
 from dsnet.structure.method import Base, StructureProblem
 from dsnet.structure.methods import structure_method
 from dsnet.structure.scoring import split_holdout
 from dsnet.structure.search import TRACE, Scorer, find_structure, save_structure, sorted_start
+from dsnet.structure.settings import BY_IMAGES
 from dsnet.training.start import first_weights, load_start
 from dsnet.training.supernet import FINAL
 from dsnet.training.train_cost import training_madds
@@ -77,7 +78,7 @@ class StructureWork:
         problem = self.problem
         kept, held = self._divided
         network = self._trained(kept)
-        batches = order_batches(self.source, kept, problem.run) if problem.settings.order == "taylor" else ()
+        batches = order_batches(self.source, kept, problem.run) if problem.settings.order in BY_IMAGES else ()
         start = sorted_start(problem, network, batches)
         fresh = self._first() if self.bases and problem.settings.start == "fresh" else None
         with self.scorer(start.supernet, held_out_images(self.source, self.splits, held)) as score:
@@ -85,6 +86,7 @@ class StructureWork:
         if found is None:
             raise StoppedError("the search for sub-networks was stopped; its scores are kept")
         costs = [training_madds(base.run, base.subnets, len(kept.train), problem.image_size) for base in self.bases]
+        costs.append(order_madds(problem, len(kept.train)))
         facts = {"train_madds": sum(costs), "origin": dict(problem.run.origin)}
         stem = save_structure(self.folder, replace(found, summary={**found.summary, **facts}))
         return [*(stem.with_name(stem.name + suffix) for suffix in (".safetensors", ".json")), self.folder / TRACE]

@@ -38,8 +38,8 @@ class StructureConfig(Section):
     """For list: NAME -> one width per channel group; or a list of such lists, which are named by
     their share of the MAdds."""
     order: Order = StructureSettings.order
-    """Order of the channels before they are sliced: none | random | weight_l1 | bn_gamma | taylor;
-    an exact permutation."""
+    """Order of the channels before they are sliced: none | random | weight_l1 | bn_gamma | taylor |
+    noise; an exact permutation."""
     step: PositiveInt = StructureSettings.step
     """Widths are multiples of this."""
     levels: PositiveInt | None = StructureSettings.levels

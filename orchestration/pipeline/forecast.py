@@ -15,6 +15,7 @@ from dsnet.environment import resolve_device
 from dsnet.measure.latency import BUDGET_S, MachineLoad
 from dsnet.measure.settings import LatencySettings
 from dsnet.process_memory import resident_bytes
+from dsnet.structure.data import order_madds
 from dsnet.structure.method import most_candidates
 from dsnet.structure.methods import structure_method
 from dsnet.training.train_cost import training_madds
@@ -219,8 +220,8 @@ class _StageEstimates:
         return len(self.prepared.splits[split])
 
     def structure(self) -> StageForecast:
-        """Costs of the structure stage: the networks that its method trains, at the pace of the
-        timed steps, and half of the candidates that there can be."""
+        """Costs of the structure stage: the networks that its method trains and the sorting of
+        channels, at the pace of the timed steps, and half of the candidates that there can be."""
         assert self.prepared.structure is not None
         problem, run, size = self.prepared.structure.problem, self.prepared.supernet_run, self.prepared.image_size
         bases = structure_method(problem.settings.method).bases(problem)
@@ -229,6 +230,7 @@ class _StageEstimates:
         steps = run.train.epochs * max(1, num_train // min(run.train.batch_size, num_train))
         joint = training_madds(run, self.prepared.subnets, num_train, size)
         madds = sum(training_madds(base.run, base.subnets, num_train, size) for base in bases)
+        madds += order_madds(problem, num_train)
         seconds = (RAY_START_S if bases else 0.0) + steps * self.timed.step_s * madds / max(joint, 1.0)
         if bases:
             # A scorer has one thread; the table of all sub-networks was timed with all threads.

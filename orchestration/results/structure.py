@@ -21,7 +21,7 @@ class TrainingCost:
     """MAdds that were spent until the supernet was trained, in 10^15 (peta)."""
 
     bases: float
-    """Training of the networks that the choice of sub-networks needs."""
+    """Training of the networks that the choice of sub-networks needs, and sorting of channels."""
     search: float
     """Forward passes of candidates."""
     joint: float

@@ -35,7 +35,8 @@ from dsnet.space.cost import subnet_cost
 from dsnet.space.spec import Subnet
 from dsnet.space.subnet_set import SubnetSet
 from dsnet.stored.checkpoint import load_supernet, save_supernet
-from dsnet.structure.order import order_groups, reorder
+from dsnet.structure.filters import order_groups
+from dsnet.structure.order import reorder
 from dsnet.training.supernet import train_supernet
 from tests.dsnet.samples import (
     NORMALIZATION,

@@ -14,7 +14,8 @@ from dsnet.network.supernet import Supernet, restrict
 from dsnet.space.cost import subnet_cost
 from dsnet.space.spec import ChannelGroup, Subnet, SupernetSpec
 from dsnet.space.width_space import WidthSpace
-from dsnet.structure.order import channel_orders, no_order, order_groups, reorder
+from dsnet.structure.filters import order_groups
+from dsnet.structure.order import channel_orders, no_order, reorder
 from tests.dsnet.kernels import KERNEL, Kernels, kernel_set, kernels
 from tests.dsnet.samples import random_images, shaken
 from tests.dsnet.structure.problems import problem_of

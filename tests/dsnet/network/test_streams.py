@@ -23,7 +23,8 @@ from dsnet.space.cost import op_costs, shared_params, subnet_cost
 from dsnet.space.spec import Subnet, SupernetSpec
 from dsnet.space.subnet_set import SubnetSet
 from dsnet.stored.checkpoint import save_supernet
-from dsnet.structure.order import Orders, no_order, order_groups, reorder
+from dsnet.structure.filters import order_groups
+from dsnet.structure.order import Orders, no_order, reorder
 from dsnet.training.start import lay_out, load_start, relayout
 from tests.dsnet.samples import random_images, random_supernet_router, shake_statistics, task, without_dropout
 

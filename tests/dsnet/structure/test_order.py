@@ -18,17 +18,19 @@ from dsnet.network.layers import SlicedGroupNorm
 from dsnet.network.supernet import Supernet, restrict
 from dsnet.space.spec import Subnet
 from dsnet.space.subnet_set import SubnetSet
+from dsnet.structure import noise
+from dsnet.structure.filters import order_groups
 from dsnet.structure.order import (
     Orders,
     channel_orders,
     channel_scores,
     compose,
     no_order,
-    order_groups,
     reorder,
     transfer,
 )
 from dsnet.structure.search import sorted_start
+from dsnet.structure.settings import BY_IMAGES
 from tests.dsnet.cases import BANKED_CASES, CASES, NEXT, Case
 from tests.dsnet.samples import SMALL_OPTIONS, random_images, random_labels, shaken, task, without_dropout
 from tests.dsnet.structure.problems import NET, network, problem_of
@@ -187,9 +189,12 @@ def test_pinned_channels_and_classes_keep_their_order() -> None:
     assert torch.equal(reorder(supernet, orders).state_dict()["body.fc.bias"], bias)
 
 
-@pytest.mark.parametrize("order", ["random", "weight_l1", "bn_gamma", "taylor"])
+@pytest.mark.parametrize("order", ["random", "weight_l1", "bn_gamma", "taylor", "noise"])
 @pytest.mark.parametrize("family", ["ds_tiny", "ds_resnet", NET])
-def test_every_order_is_exact_and_a_function_of_its_arguments(family: str, order: str) -> None:
+def test_every_order_is_exact_and_a_function_of_its_arguments(
+    family: str, order: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(noise, "STEPS", 3)
     problem = problem_of(family, "private_stats", order=order)
     supernet = shaken(network(problem, family)).double().eval()
     before = {name: value.clone() for name, value in supernet.state_dict().items()}
@@ -207,9 +212,11 @@ def test_every_order_is_exact_and_a_function_of_its_arguments(family: str, order
         other = replace(problem, run=replace(problem.run, seed=8))
         assert channel_orders(other, supernet) != start.orders
         return
-    scores = channel_scores(start.supernet, order, batches=batches)
+    drawn = order == "noise"  # for the places of weights: other numbers for the sorted network
+    scores = channel_scores(supernet if drawn else start.supernet, order, problem.seed, batches)
     for stream in order_groups(supernet):
         total = torch.stack([scores[group] for group in stream]).sum(0)  # writers of these have one width
+        total = total[list(start.orders[stream[0]])] if drawn else total
         assert (total.diff() <= 1e-9).all()
 
 
@@ -379,9 +386,10 @@ def test_a_family_that_declares_no_axes_has_no_other_order(monkeypatch: pytest.M
     )
 
 
-def test_taylor_needs_images() -> None:
-    problem = problem_of(order="taylor")
-    with pytest.raises(ConfigError, match="taylor needs at least one batch"):
+@pytest.mark.parametrize("order", BY_IMAGES)
+def test_orders_by_images_need_images(order: str) -> None:
+    problem = problem_of(order=order)
+    with pytest.raises(ConfigError, match=f"{order} needs at least one batch"):
         channel_orders(problem, network(problem))
 
 

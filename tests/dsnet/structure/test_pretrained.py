@@ -25,9 +25,11 @@ from dsnet.families import Task, layout
 from dsnet.network.plain import make_plain
 from dsnet.network.supernet import Supernet
 from dsnet.stored.checkpoint import STRUCTURE, load_supernet
+from dsnet.structure import noise
 from dsnet.structure.method import Base, StructureProblem
 from dsnet.structure.scoring import HoldOutScorer
-from dsnet.structure.settings import StructureSettings
+from dsnet.structure.search import load_structure
+from dsnet.structure.settings import BY_IMAGES, StructureSettings
 from dsnet.structure.stage import BASES, StructureWork
 from dsnet.training.start import first_weights, load_start
 from dsnet.training.supernet import FINAL, train_supernet
@@ -98,10 +100,13 @@ def assert_same_answers(supernet: Supernet, source: nn.Module) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("order", ["none", "weight_l1", "bn_gamma", "random", "taylor"])
+@pytest.mark.parametrize("order", ["none", "weight_l1", "bn_gamma", "random", "taylor", "noise"])
 @pytest.mark.parametrize("method", ["uniform", "greedy"])
-def test_the_widest_gives_the_answers_of_a_plain_state_dict(method: str, order: str, tmp_path: Path) -> None:
+def test_the_widest_gives_the_answers_of_a_plain_state_dict(
+    method: str, order: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Greedy trains a network of its own, and with `fresh` begins with the source again."""
+    monkeypatch.setattr(noise, "STEPS", 4)
     source = used(make_plain(NET, 2, 3, 5))
     torch.save(source.state_dict(), tmp_path / "net.pth")
     settings = {"method": method, "order": order, "start": "fresh"}
@@ -110,6 +115,8 @@ def test_the_widest_gives_the_answers_of_a_plain_state_dict(method: str, order: 
     assert_same_answers(supernet, source)
     first = next(supernet.parameters())
     assert torch.equal(first, next(source.parameters())) == (order == "none")  # sorted, but the same function
+    spent = load_structure(tmp_path / "structure").summary["train_madds"]
+    assert (spent > 0) == (method == "greedy" or order in BY_IMAGES)
 
 
 def test_greedy_goes_on_with_the_network_that_it_trained(tmp_path: Path) -> None:

@@ -74,6 +74,23 @@ def test_twice_the_epochs_take_twice_the_steps(monkeypatch: pytest.MonkeyPatch, 
     assert seconds[0] == pytest.approx(10 * 5 * TIMED.step_s)
 
 
+def test_the_passes_that_sort_channels_take_time_in_proportion(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(forecast_module, "_timed", lambda prepared: TIMED)
+    seconds = {}
+    for order in ("random", "taylor", "noise"):
+        structure = f"{{method: uniform, targets: [0.5, 1.0], pin: gate, step: 4, order: {order}}}"
+        text = TINY.replace("{num_routes: 3}", f"{{num_routes: 3}}\n  structure: {structure}")
+        prepared = prepare(load_config(write_sweep(tmp_path, text)).config)
+        found = forecast(prepared, plan_stages(RunDir(tmp_path, "t"), stage_definitions(prepared)))
+        assert found is not None
+        stage = found.of("structure")
+        assert stage is not None
+        seconds[order] = stage.seconds
+    assert seconds["random"] == 0
+    assert 0 < seconds["taylor"] < 8 * TIMED.step_s * 128 / 40  # 8 batches of at most 128, steps of 40
+    assert seconds["noise"] == pytest.approx(2 * 48 * seconds["taylor"] / 2)  # 180 images are 2 batches
+
+
 def test_supernets_that_are_trained_two_at_a_time_take_half_as_long(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
