@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gc
 import os
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -77,7 +78,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile | Non
 @pytest.hookimpl(tryfirst=True)  # before `-m` selects, and before xdist writes groups into names
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark tests that need Ray through a fixture; for several processes also group the tests of the
-    Ray cluster, and put the longest first: this group, then the files that start programs."""
+    Ray cluster, and put the longest first: this group, then the files that start programs, then
+    those with the most slow tests."""
     for item in items:
         if not _RAY_FIXTURES.isdisjoint(getattr(item, "fixturenames", ())):
             item.add_marker("ray")
@@ -88,13 +90,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.xdist_group("ray"))
     long_files = {item.path for item in items if item.get_closest_marker("ray")}
     waiting = {item.path for item in items if "finished" in getattr(item, "fixturenames", ())}
+    num_slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
 
-    def rank(item: pytest.Item) -> int:
+    def rank(item: pytest.Item) -> tuple[int, int]:
         """What reads the finished sweep comes last in the group of the cluster and first elsewhere:
         if both processes needed it at the same time, one would only wait."""
         group = 0 if item.get_closest_marker("xdist_group") else 1 if item.path in long_files else 2
         is_first = (item.path in waiting) == (group > 0)
-        return 2 * group + (not is_first)
+        return 2 * group + (not is_first), -num_slow[item.path] if group == 2 else 0
 
     items.sort(key=rank)
 

@@ -237,21 +237,21 @@ def test_it_goes_from_table_to_bundle(made: str, tmp_path: Path, kind: str) -> N
         assert output.logits.argmax(1).tolist() == table.predicted[rows, output.routes].tolist()
         assert output.madds.numpy()[clear].tolist() == fit.run.madds[clear].tolist()
         assert fit.metrics["madds_m"] == pytest.approx(fit.run.madds.mean() / 1e6)
-        contents = BundleContents(
-            supernet=supernet,
-            router=fit.router,
-            normalization=NORMALIZATION,
-            class_names=data.class_names,
-            examples=data.images("val")[:16],
-        )
-        save_bundle(tmp_path / "bundle", contents, claims={"val": {"top1": fit.metrics["top1"]}}, gate_yaml="")
-        bundle = load_bundle(tmp_path / "bundle")
-        check_bundle_files(bundle)
-        assert check_bundle_examples(bundle) == 16
-        answer = bundle(data.images("val"))
-        names = [bundle.route_names[route] for route in answer.routes.tolist()]
-        assert names == [table.routes[route] for route in output.routes.tolist()]
-        assert answer.madds.tolist() == output.madds.tolist()
+    contents = BundleContents(
+        supernet=supernet,
+        router=fit.router,
+        normalization=NORMALIZATION,
+        class_names=data.class_names,
+        examples=data.images("val")[:16],
+    )
+    save_bundle(tmp_path / "bundle", contents, claims={"val": {"top1": fit.metrics["top1"]}}, gate_yaml="")
+    bundle = load_bundle(tmp_path / "bundle")
+    check_bundle_files(bundle)
+    assert check_bundle_examples(bundle) == 16
+    answer = bundle(data.images("val"))
+    names = [bundle.route_names[route] for route in answer.routes.tolist()]
+    assert names == [table.routes[route] for route in output.routes.tolist()]
+    assert answer.madds.tolist() == output.madds.tolist()
 
 
 def test_sgs_takes_smallest_and_largest_by_cost_not_by_id(handmade: Handmade) -> None:

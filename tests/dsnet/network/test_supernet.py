@@ -101,9 +101,9 @@ def test_two_calls_do_not_influence_each_other(case: Case) -> None:
     before = {name: value.clone() for name, value in supernet.state_dict().items()}
     alone = {subnet.name: supernet(images, subnet) for subnet in supernet.subnets.all}
     for subnet in reversed(supernet.subnets.all):
-        for other in supernet.subnets.all:
-            supernet(images, other)
-            assert torch.equal(supernet(images, subnet), alone[subnet.name])
+        assert torch.equal(supernet(images, subnet), alone[subnet.name])
+    for subnet in supernet.subnets.all[::2]:
+        assert torch.equal(supernet(images, subnet), alone[subnet.name])
     assert all(torch.equal(value, before[name]) for name, value in supernet.state_dict().items())
 
 

@@ -226,7 +226,7 @@ def test_another_seed_gives_other_weights(uninterrupted: Path, tmp_path: Path) -
 def test_every_regime_and_optimiser_lowers_the_loss(tmp_path: Path, name: str) -> None:
     regime = REGIMES[name]
     settings = TrainSettings(
-        epochs=12, batch_size=16, lr=0.02 if name == "ib" else 0.1, optimizer="adamw" if name == "ib" else "sgd"
+        epochs=8, batch_size=16, lr=0.02 if name == "ib" else 0.1, optimizer="adamw" if name == "ib" else "sgd"
     )
     labels = random_labels(NUM_IMAGES, 3)
     images = random_pixels(NUM_IMAGES, 8) // 4 + (80 * labels[:, None, None, None]).to(torch.uint8)

@@ -454,6 +454,7 @@ def test_the_out_of_memory_killer_is_named() -> None:
     assert _cause_of_loss(ActorDiedError()) == "its process ended unexpectedly (ActorDiedError)"
 
 
+@pytest.mark.long
 @needs_products_apart
 def test_a_search_over_real_gate_trials_is_the_same_with_1_and_3_workers(tmp_path: Path) -> None:
     script = (

@@ -168,6 +168,7 @@ with ray_session(RaySettings(num_cpus=2, object_store_mib=100)):
 """
 
 
+@pytest.mark.long
 @pytest.mark.ray
 def test_a_sweep_that_is_killed_and_stopped_goes_on_as_if_it_had_not_been(swept: Swept, tmp_path: Path) -> None:
     command = Command(Path.cwd(), tmp_path, program=(sys.executable, "-c", KILLED))

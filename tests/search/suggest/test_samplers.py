@@ -64,7 +64,7 @@ class TestEverySampler:
                 "three objectives are tried in the conditional space, and the slow Gaussian process in two cases"
             )
         sweep, cohorts = swept(name, space_name, num_objectives, is_constrained)
-        for slots, expected in list(zip(sweep.cohorts(), cohorts, strict=True))[1:]:
+        for slots, expected in list(zip(sweep.cohorts(), cohorts, strict=True))[1::2]:
             assert sweep.rebuilt(slots.start).ask(slots) == expected
 
     @pytest.mark.slow
