@@ -29,8 +29,8 @@ _ON_THIS_MACHINE = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
     # No process that watches for a preemption of cloud machines.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
-    # Seconds between searches for new log files of workers, which nobody reads here. By default 0.5,
-    # which takes 2 % of a core.
+    # Seconds between searches for new log files of workers, which nobody reads here. The default,
+    # 0.5, takes 2 % of a core.
     "LOG_NAME_UPDATE_INTERVAL_S": "10",
 }
 """Environment variables of Ray for a cluster that was started here, where the user has not set
