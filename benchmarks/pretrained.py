@@ -37,6 +37,7 @@ from dsnet.families import Task
 from dsnet.files import atomic_write_json, read_json
 from dsnet.import_path import ALLOW_IMPORTS
 from dsnet.measure.evaluate import measure_subnets
+from dsnet.network.supernet import Supernet
 from dsnet.stored.checkpoint import STRUCTURE, load_supernet
 from dsnet.structure.method import StructureProblem
 from dsnet.structure.settings import Order, StructureSettings
@@ -199,14 +200,14 @@ def pretrain(material: Material, seed: int, path: Path) -> None:
     for _ in range(run.train.epochs):
         for rows in torch.randperm(len(labels))[: len(labels) // BATCH * BATCH].view(-1, BATCH):
             top, left = torch.randint(0, 2 * padding + 1, (2,)).tolist()
-            shown = F.pad(images[rows].float(), (padding,) * 4, mode="reflect")[
+            seen = F.pad(images[rows].float(), (padding,) * 4, mode="reflect")[
                 ..., top : top + side, left : left + side
             ]
-            shown = shown.to(torch.uint8)
+            seen = seen.to(torch.uint8)
             if run.augmentation.flip:
-                shown = torch.where(torch.rand(BATCH, 1, 1, 1) < 0.5, shown.flip(3), shown)
+                seen = torch.where(torch.rand(BATCH, 1, 1, 1) < 0.5, seen.flip(3), seen)
             optimizer.zero_grad()
-            F.cross_entropy(net(run.normalization.apply(shown)), labels[rows]).backward()
+            F.cross_entropy(net(run.normalization.apply(seen)), labels[rows]).backward()
             optimizer.step()
             schedule.step()
     torch.save(net.state_dict(), path)
@@ -216,30 +217,40 @@ def train_arm(material: Material, arm: Arm, seed: int, source: Path, folder: Pat
     """Train a supernet, and measure its sub-networks on test."""
     scale, task = material.scale, material.task
     start = source if arm.is_pretrained else None
-    subnets = lay_out(MODEL, task, {}, None, None if start is None else load_start(start))
     epochs = scale.after + (scale.before if arm.trains_longer else 0)
     run = settings(material, epochs, arm.rate_factor, seed, 10.0)
-    chosen = StructureSettings(method="uniform", targets=TARGETS, order=arm.order)
-    problem = StructureProblem(subnets, chosen, run, task.image_size)
-    StructureWork(
-        problem, material.source, material.splits, start, folder / STRUCTURE, _trains_nothing, _no_scores, lambda: False
-    ).choose()
-    supernet, _ = load_supernet(folder / STRUCTURE / STRUCTURE)
-    begin = _accuracies(material, supernet, run)
+    wanted = StructureSettings(method="uniform", targets=TARGETS, order=arm.order)
+    problem, supernet = chosen(material, wanted, run, start)
+    begin = accuracies(material, supernet, run)
     train_supernet(supernet, material.training, run, folder=folder / FINAL)
     trained, _ = load_supernet(folder / FINAL / FINAL)
     num_train, widest = len(material.splits.train), problem.madds(problem.widest)
-    shown = scale.before * (num_train // BATCH) * BATCH
+    num_shown = scale.before * (num_train // BATCH) * BATCH
     return {
-        "top1": _accuracies(material, trained, run),
+        "top1": accuracies(material, trained, run),
         "top1_before": begin,
         "madds_m": [problem.madds(member.widths) / 1e6 for member in trained.subnets],
         "tmadds": {
-            "pretraining": (1 + BACKWARD) * widest * shown / 1e12 if arm.is_pretrained else 0.0,
+            "pretraining": (1 + BACKWARD) * widest * num_shown / 1e12 if arm.is_pretrained else 0.0,
             "supernet": training_madds(run, trained.subnets, num_train, task.image_size) / 1e12,
         },
         "train": asdict(run.train),
     }
+
+
+def chosen(
+    material: Material, wanted: StructureSettings, run: SupernetRun, start: Path | None
+) -> tuple[StructureProblem, Supernet]:
+    """The sub-networks that a method finds which trains nothing, in a supernet with start weights
+    or fresh ones; the statistics of BatchNorm are not estimated anew."""
+    subnets = lay_out(MODEL, material.task, {}, None, None if start is None else load_start(start))
+    problem = StructureProblem(subnets, wanted, run, material.task.image_size)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        StructureWork(
+            problem, material.source, material.splits, start, folder, _trains_nothing, _no_scores, lambda: False
+        ).choose()
+        return problem, load_supernet(folder / STRUCTURE)[0]
 
 
 def _trains_nothing(*_: object) -> None:
@@ -251,9 +262,10 @@ def _no_scores(*_: object) -> Iterator[Any]:
     yield lambda candidates: ()
 
 
-def _accuracies(material: Material, supernet: Any, run: SupernetRun) -> list[float]:
+def accuracies(material: Material, supernet: Supernet, run: SupernetRun) -> list[float]:
+    """Top-1 on test of the sub-networks that were chosen, 0..1."""
     rows = measure_subnets(supernet.eval(), material.data, "test", run.normalization)["subnets"]
-    return [float(row["top1"]) for row in rows[: len(TARGETS)]]
+    return [float(row["top1"]) for row in rows[: len(supernet.subnets)]]
 
 
 def results_in(folder: Path, material: Material, seeds: Sequence[int]) -> dict[str, list[dict[str, Any]]]:
@@ -292,7 +304,7 @@ def report(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> Report:
     first = next(iter(results.values()))[0]
     members = [f"{target:g} ({madds:.3g} M MAdds)" for target, madds in zip(TARGETS, first["madds_m"], strict=True)]
     before = [
-        (name, *(_shown([100 * run["top1_before"][place] for run in runs]) for place in range(len(TARGETS))))
+        (name, *(shown([100 * run["top1_before"][place] for run in runs]) for place in range(len(TARGETS))))
         for name, runs in results.items()
     ]
     rows = [
@@ -300,12 +312,12 @@ def report(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> Report:
             name,
             f"{runs[0]['train']['lr']:.2g}",
             f"{sum(runs[0]['tmadds'].values()):.3g}",
-            *(_shown([100 * run["top1"][place] for run in runs]) for place in range(len(TARGETS))),
+            *(shown([100 * run["top1"][place] for run in runs]) for place in range(len(TARGETS))),
         )
         for name, runs in results.items()
     ]
     differences = [
-        (f"{name} - {other}", *(_shown(_paired(results[name], results[other], place)) for place in range(len(TARGETS))))
+        (f"{name} - {other}", *(shown(paired(results[name], results[other], place)) for place in range(len(TARGETS))))
         for name in results
         if ARMS[name].is_pretrained
         for other in results
@@ -322,11 +334,13 @@ def report(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> Report:
     )
 
 
-def _paired(one: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, Any]], place: int) -> list[float]:
+def paired(one: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, Any]], place: int) -> list[float]:
+    """The differences of a sub-network's top-1 for each seed, in points."""
     return [100 * (a["top1"][place] - b["top1"][place]) for a, b in zip(one, other, strict=True)]
 
 
-def _shown(values: Sequence[float]) -> str:
+def shown(values: Sequence[float]) -> str:
+    """The mean of one value per seed with its t-interval."""
     found = t_interval(values)
     return f"{found.mean:.1f}" + ("" if found.half is None else f" ±{found.half:.1f}")
 
