@@ -28,7 +28,7 @@ from dashboards.theme import (
     router_name,
     significant,
 )
-from dsnet.wording import plural
+from dsnet.wording import plural, prefixed
 
 SupernetState = Literal["waiting", "trained", "stopped", "failed"]
 
@@ -58,8 +58,8 @@ class SupernetInfo:
     static_hypervolume: float | None = None
     """Hypervolume of the finished supernet's static sub-networks, in the objectives' units; None
     before it is measured."""
-    training_pmadds: float | None = None
-    """MAdds that were spent on its sub-networks and its training, in 10^15; None if unknown."""
+    training_madds: float | None = None
+    """MAdds that were spent on its sub-networks and its training; None if unknown."""
     num_trials: int = 0
     num_failed: int = 0
     """Trials that failed."""
@@ -304,7 +304,7 @@ def supernets_table(info: SupernetsInfo) -> str:
     keys = list(dict.fromkeys(key for supernet in info.supernets for key, _ in supernet.settings))
     heads = [("Supernet", ""), *((key.removeprefix("supernet."), "") for key in keys), ("State", "")]
     heads += [
-        (name, "number") for name in ("Epochs", "Training (PMAdds)", "Static hypervolume", "Trials", "On the front")
+        (name, "number") for name in ("Epochs", "Training (MAdds)", "Static hypervolume", "Trials", "On the front")
     ]
     head = "".join(f'<th class="{kind}" scope="col">{escape(name)}</th>' for name, kind in heads)
     body = "".join(_table_row(supernet, keys, info.num_front) for supernet in info.supernets)
@@ -322,7 +322,7 @@ def _table_row(supernet: SupernetInfo, keys: Sequence[str], num_front: int) -> s
     values = [_value(settings[key]) if key in settings else "–" for key in keys]
     numbers = [
         _epochs(supernet),
-        "–" if supernet.training_pmadds is None else significant(supernet.training_pmadds),
+        "–" if supernet.training_madds is None else prefixed(supernet.training_madds),
         "–" if supernet.static_hypervolume is None else significant(supernet.static_hypervolume),
         f"{supernet.num_trials}{failed}",
         f"{supernet.num_front}{share}",

@@ -54,6 +54,15 @@ def signed(value: float, digits: int = 1) -> str:
     return text if float(text) else text[1:]
 
 
+_PREFIXES = (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6))
+
+
+def prefixed(value: float) -> str:
+    """A large number with three significant digits and an SI prefix: 39,500,000,000 -> '39.5 G'."""
+    prefix, size = next((pair for pair in _PREFIXES if abs(value) >= pair[1]), _PREFIXES[-1])
+    return f"{value / size:.3g} {prefix}"
+
+
 _UNITS = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
 
 

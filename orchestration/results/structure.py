@@ -11,14 +11,13 @@ from dsnet.space.cost import subnet_cost
 from dsnet.stored.checkpoint import STRUCTURE
 from dsnet.structure.search import TRACE, scored_candidates
 from dsnet.training.train_cost import training_madds
+from dsnet.wording import prefixed
 from orchestration.results.run import RunResults
-
-PETA = 1e15
 
 
 @dataclass(frozen=True)
 class TrainingCost:
-    """MAdds that were spent until the supernet was trained, in 10^15 (peta)."""
+    """MAdds that were spent until the supernet was trained."""
 
     bases: float
     """Training of the networks that the choice of sub-networks needs, and sorting of channels."""
@@ -34,8 +33,8 @@ class TrainingCost:
 
     def __str__(self) -> str:
         if not self.bases + self.search:
-            return f"{self.total:.3g} PMAdds"
-        return f"{self.total:.3g} PMAdds ({self.bases + self.search:.2g} to choose sub-networks)"
+            return f"{prefixed(self.total)}MAdds"
+        return f"{prefixed(self.total)}MAdds ({prefixed(self.bases + self.search)}MAdds of them to choose sub-networks)"
 
 
 def _summary(results: RunResults) -> dict[str, Any] | None:
@@ -54,7 +53,7 @@ def training_cost(results: RunResults) -> TrainingCost | None:
         return None
     subnets, summary = results.trained_subnets, _summary(results) or {}
     joint = training_madds(made.run, subnets, read_json(splits)["num_images"]["train"], subnets.spec.image_size)
-    return TrainingCost(summary.get("train_madds", 0.0) / PETA, summary.get("madds", 0.0) / PETA, joint / PETA)
+    return TrainingCost(summary.get("train_madds", 0.0), summary.get("madds", 0.0), joint)
 
 
 def structure_of(results: RunResults) -> StructureInfo | None:

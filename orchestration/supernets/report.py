@@ -89,7 +89,7 @@ def _supernet(results: SupernetSweepResults, entry: MemberEntry) -> SupernetInfo
     link = member.run.report_html.relative_to(results.run.path).as_posix()
     return replace(
         info,
-        training_pmadds=None if (cost := training_cost(member)) is None else cost.total,
+        training_madds=None if (cost := training_cost(member)) is None else cost.total,
         static_hypervolume=static_hypervolumes(results)[entry.name],
         num_trials=len(member.records),
         num_failed=len(member.failed),

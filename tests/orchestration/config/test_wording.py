@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsnet.wording import duration, size
+from dsnet.wording import duration, prefixed, size
 
 
 @pytest.mark.parametrize(
@@ -40,3 +40,10 @@ def test_a_duration_is_true_to_half_of_its_smallest_unit(seconds: float) -> None
 
 def test_a_size_has_a_decimal_below_ten() -> None:
     assert [size(count) for count in (10, 2**20, 30 * 2**20, 3 * 2**30)] == ["1 KiB", "1.0 MiB", "30 MiB", "3.0 GiB"]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(39.5e9, "39.5 G"), (5.634e15, "5.63 P"), (0.0, "0 M"), (2.5e5, "0.25 M"), (-3e12, "-3 T")]
+)
+def test_large_numbers_have_an_si_prefix(value: float, text: str) -> None:
+    assert prefixed(value) == text
