@@ -36,9 +36,8 @@ from dsnet.space.spec import Subnet
 from dsnet.space.subnet_set import SubnetSet
 from dsnet.space.width_space import WidthSpace
 from dsnet.stored.checkpoint import load_supernet
-from dsnet.structure.method import TOLERANCE, Base, Candidate, Score, StructureProblem, Target, Widths
+from dsnet.structure.method import EPOCHS, TOLERANCE, Base, Candidate, Score, StructureProblem, Target, Widths
 from dsnet.structure.methods import check_structure, structure_method
-from dsnet.structure.methods.greedy import EPOCHS
 from dsnet.structure.methods.uniform import Ladder
 from dsnet.structure.scoring import HoldOutScorer
 from dsnet.structure.search import Scorer, load_structure

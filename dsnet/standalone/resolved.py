@@ -16,7 +16,7 @@ from dsnet.errors import ConfigError
 from dsnet.measure.settings import LatencySettings
 from dsnet.settings import DEFAULT_SEED, Seed, SettingError, Settings
 from dsnet.strict_json import read_strictly
-from dsnet.structure.settings import StructureSettings
+from dsnet.structure.settings import StructureSettings, without_unread
 from dsnet.training.settings import SupernetSettings, is_of_first_release, with_published
 from dsnet.training.supernet_run import SupernetRun
 
@@ -81,6 +81,8 @@ class StandaloneConfig(Settings):
         plain: dict[str, Any] = json.loads(json.dumps(asdict(self), allow_nan=False))
         if not self.supernet.structure.is_chosen:
             del plain["supernet"]["structure"]
+        else:
+            plain["supernet"]["structure"] = without_unread(plain["supernet"]["structure"])
         if self.data.normalization is None:
             del plain["data"]["normalization"]
         return plain

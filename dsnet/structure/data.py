@@ -15,9 +15,11 @@ from torch import Tensor
 from dsnet.data.settings import Augmentation
 from dsnet.data.sources import ImageSource
 from dsnet.data.splits import Splits
+from dsnet.space.spec import Subnet
 from dsnet.structure.method import StructureProblem
+from dsnet.structure.methods import structure_method
 from dsnet.structure.noise import STEPS
-from dsnet.structure.settings import BY_IMAGES
+from dsnet.structure.settings import MULTI_BASE
 from dsnet.training.supernet_run import SupernetRun
 from dsnet.training.train_cost import step_madds
 
@@ -59,19 +61,26 @@ def order_batches(
 
 
 def order_madds(problem: StructureProblem, num_images: int) -> float:
-    """MAdds of the forward and backward passes by which the channels are sorted; 0 for an order
-    that needs no images.
+    """MAdds of the forward and backward passes by which channels are sorted, and scored for
+    pruning; 0 where that needs no images.
 
     Args:
         problem: the problem, for the order and the network.
         num_images: images of `train` without the hold-out.
     """
-    if problem.settings.order not in BY_IMAGES:
-        return 0.0
+    settings, widest = problem.settings, problem.subnets.at(problem.widest)
+    passes: list[tuple[str, Subnet]] = [(settings.order, widest)]
+    if settings.method == MULTI_BASE:
+        bases = structure_method(settings.method).bases(problem)
+        passes += [(settings.score, base.subnets.largest) for base in bases]
     sizes = [len(part) for part in _sorting_parts(num_images)]
-    num_shown = 2 * sum(islice(cycle(sizes), STEPS)) if problem.settings.order == "noise" else sum(sizes)
-    widest = problem.subnets.at(problem.widest)
-    return float(num_shown * step_madds(problem.spec, [widest], [], problem.image_size))
+    num_shown = {"taylor": sum(sizes), "noise": 2 * sum(islice(cycle(sizes), STEPS))}
+    return float(
+        sum(
+            num_shown.get(kind, 0) * step_madds(problem.spec, [subnet], [], problem.image_size)
+            for kind, subnet in passes
+        )
+    )
 
 
 def _sorting_parts(num_images: int) -> tuple[Int64[Tensor, " _batch"], ...]:

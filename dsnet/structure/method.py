@@ -11,8 +11,8 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar
 
@@ -21,10 +21,12 @@ from dsnet.space.cost import subnet_cost
 from dsnet.space.spec import IMAGE, Op, Subnet, SupernetSpec
 from dsnet.space.subnet_set import SubnetSet, subnet_at
 from dsnet.space.width_space import WidthSpace
-from dsnet.structure.settings import StructureSettings
+from dsnet.structure.settings import StructureSettings, without_unread
 
 if TYPE_CHECKING:
     from dsnet.network.supernet import Supernet
+    from dsnet.structure.filters import Batches
+    from dsnet.training.settings import TrainSettings
     from dsnet.training.supernet_run import SupernetRun
 
 Widths = tuple[int, ...]
@@ -125,7 +127,7 @@ class StructureProblem:
         """SHA-256 of everything that determines the result beside the start weights and images."""
         record = {
             "subnets": self.subnets.to_json(),
-            "settings": asdict(self.settings),
+            "settings": without_unread(asdict(self.settings)),
             "seed": self.seed,
             "image_size": self.image_size,
         }
@@ -140,6 +142,24 @@ class Base:
     """The name of its folder."""
     subnets: SubnetSet
     run: SupernetRun
+    follows: bool = True
+    """Whether it starts from the weights of the network before it; else from those with which the
+    sweep begins, so that it can be trained at the same time as the others."""
+
+
+def _no_network(name: str) -> Supernet:
+    raise KeyError(f"no network {name!r} was trained")
+
+
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """What a method may read beside the network of its search."""
+
+    network: Callable[[str], Supernet] = _no_network
+    """Function (name of a base) -> that network after its training, in eval mode; not to be
+    changed."""
+    batches: Callable[[], Batches] = tuple
+    """Function () -> normalised images of `train` without the hold-out, with their labels."""
 
 
 @dataclass(frozen=True)
@@ -219,18 +239,38 @@ class StructureMethod(ABC):
         the most expensive where there are targets."""
 
     def bases(self, problem: StructureProblem) -> tuple[Base, ...]:
-        """The networks that are trained beforehand, each from the weights of the one before it;
-        the search starts from the last one's weights. None by default."""
+        """The networks that are trained beforehand; the search starts from the last one's weights.
+        None by default."""
         return ()
 
+    def num_candidates(self, problem: StructureProblem) -> int:
+        """The number of candidates whose scores the search asks for, at most; by default that of a
+        way down if there are networks to train beforehand."""
+        return most_candidates(problem.options(problem.settings.levels)) if self.bases(problem) else 0
+
     @abstractmethod
-    def find(self, problem: StructureProblem, start: Supernet) -> Search:
+    def find(self, problem: StructureProblem, start: Supernet, trained: Trained) -> Search:
         """Search.
 
         Args:
             problem: as given to `check`.
-            start: the network whose sub-networks are scored; not to be changed.
+            start: the network whose sub-networks are scored, with its channels in the order of the
+                settings; not to be changed.
+            trained: the networks that were trained beforehand, as they were trained.
         """
+
+
+EPOCHS = 0.2
+"""Share of the joint training's epochs for which a network is trained beforehand."""
+
+
+def shortened(problem: StructureProblem) -> TrainSettings:
+    """The joint training's settings for the epochs of a network that is trained beforehand, with
+    its warm-up in proportion."""
+    train = problem.run.train
+    epochs = problem.settings.epochs or max(1, round(EPOCHS * train.epochs))
+    share = epochs / train.epochs if train.epochs else 0.0
+    return replace(train, epochs=epochs, warmup_epochs=min(1.0, share) * train.warmup_epochs)
 
 
 def check_order(problem: StructureProblem) -> None:

@@ -65,7 +65,12 @@ def channel_orders(problem: StructureProblem, supernet: Supernet, batches: Batch
             f"{SETTING} is {problem.settings.order}, but family {supernet.spec.family} does not say which channels its tensors have "
             "(Supernet.axes): use order none"
         )
-    scores = channel_scores(supernet, problem.settings.order, problem.seed, batches)
+    return orders_by(supernet, channel_scores(supernet, problem.settings.order, problem.seed, batches))
+
+
+def orders_by(supernet: Supernet, scores: Mapping[int, Float64[Tensor, " _channels"]]) -> Orders:
+    """The order by the scores of channels, as `channel_orders`; a channel group without scores
+    keeps its order, or that of the groups with which it shares one."""
     groups = supernet.spec.groups
     orders = list(no_order(supernet))
     for stream in order_groups(supernet):
@@ -74,7 +79,8 @@ def channel_orders(problem: StructureProblem, supernet: Supernet, batches: Batch
         widths = sorted({groups[group].max_width for group in stream})
         total = torch.zeros(widths[-1], dtype=torch.float64)
         for group in stream:
-            total[: groups[group].max_width] += scores[group]
+            if group in scores:
+                total[: groups[group].max_width] += scores[group]
         parts = [
             low + torch.argsort(total[low:high], descending=True, stable=True) for low, high in pairwise((0, *widths))
         ]
@@ -120,8 +126,22 @@ def channel_scores(
         tensors = _sensitivities(supernet, batches)
     else:
         tensors = {name: value.detach().abs() for name, value in _sources(supernet, kind).items()}
+    return _summed(supernet, tensors)
+
+
+def mean_scales(supernet: Supernet) -> dict[int, Float64[Tensor, " _channels"]]:
+    """The mean of the absolute scales of the norms on every channel, for the channel groups that
+    have a norm on every channel."""
+    scales = _sources(supernet, "bn_gamma")
+    sums = _summed(supernet, {name: value.detach().abs() for name, value in scales.items()})
+    numbers = _summed(supernet, {name: torch.ones_like(value) for name, value in scales.items()})
+    return {group: sums[group] / number for group, number in numbers.items() if (number > 0).all()}
+
+
+def _summed(supernet: Supernet, tensors: Mapping[str, Tensor]) -> dict[int, Float64[Tensor, " _channels"]]:
+    """The sum of all numbers in the rows that write a channel, for every channel group."""
+    groups, axes = supernet.spec.groups, supernet.axes()
     scores = {number: torch.zeros(group.max_width, dtype=torch.float64) for number, group in enumerate(groups)}
-    axes = supernet.axes()
     for name, value in tensors.items():
         axis = axes[name][0]
         assert axis is not None

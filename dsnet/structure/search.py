@@ -22,7 +22,7 @@ from dsnet.network.supernet import Supernet
 from dsnet.space.subnet_set import SubnetSet
 from dsnet.stored.checkpoint import STRUCTURE, load_supernet, save_supernet
 from dsnet.structure.filters import Batches
-from dsnet.structure.method import Candidate, Choice, Found, Score, StructureProblem
+from dsnet.structure.method import Candidate, Choice, Found, Score, Search, StructureProblem, Trained
 from dsnet.structure.methods import structure_method
 from dsnet.structure.order import Orders, channel_orders, compose, transfer
 
@@ -84,6 +84,7 @@ def find_structure(
     folder: Path,
     should_stop: Callable[[], bool] = lambda: False,
     fresh: Supernet | None = None,
+    trained: Trained | None = None,
 ) -> Structure | None:
     """Run the search of the settings' method; continues from the trace in `folder`.
 
@@ -96,6 +97,7 @@ def find_structure(
             call.
         fresh: the weights with which joint training begins instead of those of `start`, before any
             sorting.
+        trained: what the method trained beforehand; None if it needs nothing.
 
     Returns:
         The result; None where the search was stopped.
@@ -106,7 +108,8 @@ def find_structure(
     """
     folder.mkdir(parents=True, exist_ok=True)
     trace = Trace(folder / TRACE, {"problem": problem.digest, "start": weights_digest(start.supernet)})
-    found = _run(problem, start, score, trace, should_stop)
+    search = structure_method(problem.settings.method).find(problem, start.supernet, trained or Trained())
+    found = _run(search, score, trace, should_stop)
     if found is None:
         return None
     orders = start.orders if found.order is None else compose(start.orders, found.order)
@@ -118,15 +121,8 @@ def find_structure(
     return Structure(weights.eval(), orders, _summary(problem, found, trace))
 
 
-def _run(
-    problem: StructureProblem,
-    start: SortedStart,
-    score: Scorer,
-    trace: Trace,
-    should_stop: Callable[[], bool],
-) -> Found | None:
+def _run(search: Search, score: Scorer, trace: Trace, should_stop: Callable[[], bool]) -> Found | None:
     """Run a method's search against the trace; None where it was stopped."""
-    search = structure_method(problem.settings.method).find(problem, start.supernet)
     answer: Sequence[Score] | None = None
     while True:
         try:
@@ -310,7 +306,7 @@ def _summary(problem: StructureProblem, found: Found, trace: Trace) -> dict[str,
     ]
     return {
         "method": problem.settings.method,
-        "order": problem.settings.order,
+        "order": problem.settings.sorted_by,
         "candidates": len(trace.scores),
         "seconds": sum(score.seconds for _, score in trace.scores),
         "madds": sum(candidate.madds * score.num_images for candidate, score in trace.scores),

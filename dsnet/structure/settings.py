@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
+from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 from annotated_types import Gt, Lt
 
+from dsnet.import_path import is_model_path
 from dsnet.settings import (
+    NonNegativeFloat,
     PositiveFloat,
     PositiveFraction,
     PositiveInt,
@@ -16,23 +19,54 @@ from dsnet.settings import (
     Settings,
     check_value,
 )
-from dsnet.wording import shown
+from dsnet.wording import plural, shown, way_out
 
 DECLARED = "declared"
 """The method that keeps the sub-networks that the family declares."""
 LIST = "list"
 """The method that takes the widths as written."""
-BY_TARGETS = ("uniform", "greedy")
+MULTI_BASE = "multi_base"
+"""The method that prunes networks of several base widths."""
+BY_TARGETS = ("uniform", "greedy", MULTI_BASE)
 """The methods of this package that make one sub-network per target."""
 
 Order = Literal["none", "random", "weight_l1", "bn_gamma", "taylor", "noise"]
 BY_IMAGES: tuple[Order, ...] = ("taylor", "noise")
 """The orders that need images with labels."""
+BN_GAMMA = "bn_gamma"
+SCORES = ("bn_gamma", "weight_l1", "taylor", "random", "noise")
+"""The scores of channels by which `multi_base` prunes, beside functions of the user."""
 Pin = Literal["none", "gate"]
 StartWith = Literal["trained", "fresh"]
 HoldOutShare = Annotated[float, Gt(0), Lt(1)]
 WrittenWidths = Mapping[str, Any] | tuple[tuple[PositiveInt, ...], ...]
 """Widths of several sub-networks, one per channel group: by name, or in a list."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BasesSettings(Settings):
+    """The networks that `multi_base` trains and prunes."""
+
+    SECTION = "supernet.structure.bases"
+
+    widths: tuple[PositiveFraction, ...] = (1.0, 0.75, 0.5, 0.25)
+    """Shares of the channels of every group: one for each target, of which the narrowest is for the
+    smallest target; or 1.0 alone, from which all targets are pruned."""
+    gamma_l1: NonNegativeFloat = 1e-5
+    """Price of the absolute scales of BatchNorm in the loss of these networks; a network without
+    BatchNorm has none."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(set(self.widths)) < len(self.widths):
+            raise SettingError(
+                f"supernet.structure.bases.widths is {shown(list(self.widths))}, in which a width stands twice: remove one of them"
+            )
+        if 1.0 not in self.widths:
+            raise SettingError(
+                f"supernet.structure.bases.widths is {shown(list(self.widths))}, but must contain 1.0, the network by whose "
+                "channels the supernet is sorted"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +77,8 @@ class StructureSettings(Settings):
 
     method: str = DECLARED
     """`declared`: those of the family; `uniform`: one ratio for all channel groups; `list`: as
-    written; `greedy`: AutoSlim's search; or the name of a registered method, or an import path
-    `package.module:Class`."""
+    written; `greedy`: AutoSlim's search; `multi_base`: SP-Net's pruning; or the name of a
+    registered method, or an import path `package.module:Class`."""
     targets: tuple[PositiveFraction, ...] = ()
     """MAdds of the sub-networks as shares of the widest's, (0, 1]."""
     targets_m: tuple[PositiveFloat, ...] = ()
@@ -76,6 +110,18 @@ class StructureSettings(Settings):
     epochs: PositiveInt | None = None
     """Epochs of a network that is trained for the search; None: a fifth of the supernet's, at
     least 1 (ours)."""
+
+    bases: BasesSettings = field(default_factory=BasesSettings)
+    """For `multi_base`: the networks that are pruned."""
+    score: str = BN_GAMMA
+    """For `multi_base`: how important a channel is: `bn_gamma`, `weight_l1`, `taylor`, `random`,
+    `noise`, or the import path `package.module:function` of a function of the user."""
+
+    @property
+    def sorted_by(self) -> str:
+        """The order that the channels get: `order`, or the score of `multi_base` where that is
+        none."""
+        return self.score if self.method == MULTI_BASE and self.order == "none" else self.order
 
     @property
     def is_chosen(self) -> bool:
@@ -121,7 +167,26 @@ class StructureSettings(Settings):
             yield (
                 f"supernet.structure.widths is set, but method {self.method} does not read it: choose method list, or remove it"
             )
+        yield from self._pruning_problems(len(self.targets or self.targets_m))
         self._check_widths()
+
+    def _pruning_problems(self, num_targets: int) -> Iterator[str]:
+        """Problems of the settings that `multi_base` reads."""
+        if self.score not in SCORES and not is_model_path(self.score):
+            yield f"supernet.structure.score is {self.score!r}{way_out(self.score, SCORES)}; or an import path package.module:function"
+        num_bases = len(self.bases.widths)
+        if self.method == MULTI_BASE and num_bases not in (1, num_targets):
+            yield (
+                f"supernet.structure.bases.widths has {num_bases} widths for {plural(num_targets, 'target')}: give as many widths "
+                "as targets, or [1.0] to prune all of them from one network"
+            )
+        if self.method in (DECLARED, LIST, *BY_TARGETS) and self.method != MULTI_BASE:
+            for name in ("bases", "score"):
+                if getattr(self, name) != _ADDED[name]:
+                    yield (
+                        f"supernet.structure.{name} is set, but method {self.method} does not read it: choose method "
+                        f"{MULTI_BASE}, or remove it"
+                    )
 
     def _check_widths(self) -> None:
         """Check the widths that are given by name; those in a list are checked by their type."""
@@ -130,6 +195,28 @@ class StructureSettings(Settings):
         for name, widths in self.widths.items():
             check_value("a name in supernet.structure.widths", name, str)
             check_value(f"supernet.structure.widths.{name}", widths, tuple[PositiveInt, ...])
+
+
+_ADDED: Mapping[str, Any] = MappingProxyType({"bases": BasesSettings(), "score": BN_GAMMA})
+"""Settings that only `multi_base` and methods of the user read, with their defaults."""
+
+
+def without_unread(structure: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings as plain values without those that the method does not read, so that records and
+    keys of other methods stay valid.
+
+    Args:
+        structure: all settings; lists and tuples are the same.
+    """
+    if structure["method"] == MULTI_BASE:
+        return dict(structure)
+    bases = {**structure["bases"], "widths": tuple(structure["bases"]["widths"])}
+    unread = {
+        name
+        for name, is_default in (("bases", bases == asdict(_ADDED["bases"])), ("score", structure["score"] == BN_GAMMA))
+        if is_default
+    }
+    return {name: value for name, value in structure.items() if name not in unread}
 
 
 def num_held_out(share: float, num_images: int) -> int:

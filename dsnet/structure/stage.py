@@ -7,9 +7,10 @@ Where networks are trained and candidates are scored is the caller's: in this pr
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +19,12 @@ from torch import Tensor
 
 from dsnet.data.sources import ImageSource
 from dsnet.data.splits import Splits
-from dsnet.errors import StoppedError
+from dsnet.errors import NonFiniteLossError, StoppedError
 from dsnet.network.supernet import Supernet
 from dsnet.stored.checkpoint import load_supernet
 from dsnet.structure.data import held_out_images, order_batches, order_madds
-from dsnet.structure.method import Base, StructureProblem
+from dsnet.structure.filters import Batches
+from dsnet.structure.method import Base, StructureProblem, Trained
 from dsnet.structure.methods import structure_method
 from dsnet.structure.scoring import split_holdout
 from dsnet.structure.search import TRACE, Scorer, find_structure, save_structure, sorted_start
@@ -53,6 +55,8 @@ class StructureWork:
     scorer: Callable[[Supernet, HeldOut], AbstractContextManager[Scorer]]
     """Function (network, images and labels of the hold-out) -> a context with its scorer."""
     should_stop: Callable[[], bool]
+    concurrent: int = 1
+    """Number of networks that `train` trains at a time, where none starts from another one."""
 
     @cached_property
     def bases(self) -> tuple[Base, ...]:
@@ -74,15 +78,23 @@ class StructureWork:
             StoppedError: it was stopped; another call continues.
             CheckpointError: the folder holds the work of another choice, or is damaged.
             ConfigError: the sub-networks that were found do not fit.
+            NonFiniteLossError: the training of a network diverged; the message names it where
+                there are several.
         """
         problem = self.problem
         kept, held = self._divided
-        network = self._trained(kept)
-        batches = order_batches(self.source, kept, problem.run) if problem.settings.order in BY_IMAGES else ()
-        start = sorted_start(problem, network, batches)
+        self._train_all(kept)
+
+        def batches() -> Batches:
+            return order_batches(self.source, kept, problem.run)
+
+        network = self._trained(self.bases[-1].name) if self.bases else self._first()
+        start = sorted_start(problem, network, batches() if problem.settings.order in BY_IMAGES else ())
+        trained = Trained(self._trained, batches)
         fresh = self._first() if self.bases and problem.settings.start == "fresh" else None
         with self.scorer(start.supernet, held_out_images(self.source, self.splits, held)) as score:
-            found = find_structure(problem, start, score, folder=self.folder, should_stop=self.should_stop, fresh=fresh)
+            find = partial(find_structure, folder=self.folder, should_stop=self.should_stop)
+            found = find(problem, start, score, fresh=fresh, trained=trained)
         if found is None:
             raise StoppedError("the search for sub-networks was stopped; its scores are kept")
         costs = [training_madds(base.run, base.subnets, len(kept.train), problem.image_size) for base in self.bases]
@@ -96,12 +108,39 @@ class StructureWork:
         start = None if self.start is None else load_start(self.start)
         return first_weights(self.problem.subnets, self.problem.seed, start)[0]
 
-    def _trained(self, kept: Splits) -> Supernet:
-        """The network in which the search takes place: the last that the method trains."""
-        stem = self.start
-        for base in self.bases:
-            folder = self.folder / BASES / base.name
-            if not (folder / f"{FINAL}.json").is_file():
-                self.train(base, folder, stem, kept)
-            stem = folder / FINAL
-        return load_supernet(stem)[0] if self.bases and stem is not None else self._first()
+    def _trained(self, name: str) -> Supernet:
+        """A network that the method has trained."""
+        return load_supernet(self.folder / BASES / name / FINAL)[0].eval()
+
+    def _train_all(self, kept: Splits) -> None:
+        """Train the networks of the method that are not trained yet."""
+        if any(base.follows for base in self.bases):
+            stem = self.start
+            for base in self.bases:
+                stem = self._train(base, stem if base.follows else self.start, kept)
+            return
+        with ThreadPoolExecutor(max(1, self.concurrent)) as pool:
+            failures = list(pool.map(lambda base: self._failure(base, kept), self.bases))
+        diverged = {base.name: failure for base, failure in zip(self.bases, failures, strict=True) if failure}
+        if diverged:
+            told = "; ".join(f"{name}: {failure}" for name, failure in diverged.items())
+            raise NonFiniteLossError(
+                f"{told}. The other networks of the structure stage are trained, and a launch with the same settings does not train "
+                "them again; lower supernet.train.lr"
+            )
+
+    def _train(self, base: Base, stem: Path | None, kept: Splits) -> Path:
+        """Train one network unless it is trained; returns the stem of its weights."""
+        folder = self.folder / BASES / base.name
+        if not (folder / f"{FINAL}.json").is_file():
+            self.train(base, folder, stem, kept)
+        return folder / FINAL
+
+    def _failure(self, base: Base, kept: Splits) -> NonFiniteLossError | None:
+        """Train one network that starts as the sweep does; returns the error if it diverges, so
+        that the others go on."""
+        try:
+            self._train(base, self.start, kept)
+        except NonFiniteLossError as error:
+            return error
+        return None

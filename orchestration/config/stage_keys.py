@@ -9,6 +9,7 @@ from pydantic import (
     JsonValue,
 )
 
+from dsnet.structure.settings import without_unread
 from dsnet.training.settings import without_added, without_published
 from orchestration.config.resolve import enqueued_points, halving_rungs, resolve_cohort, resolve_space
 from orchestration.config.supernet import (
@@ -55,7 +56,7 @@ def stage_subset(config: SweepConfig, stage: Stage) -> dict[str, JsonValue]:
             "supernet": {**supernet, "regime": asdict(resolve_regime(config.supernet))},
         }
     if stage == "structure":
-        structure = config.supernet.structure.model_dump(mode="json", exclude={"concurrent"})
+        structure = without_unread(config.supernet.structure.model_dump(mode="json", exclude={"concurrent"}))
         chosen: dict[str, JsonValue] = {"seed": config.seed, "supernet": {"structure": structure}}
         return chosen | ({"data": own} if (own := _normalization(config)) else {})
     if stage == "measure":

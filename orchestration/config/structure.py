@@ -9,9 +9,10 @@ from pydantic import Field, model_validator
 
 from dsnet.errors import ConfigError
 from dsnet.import_path import is_model_path
-from dsnet.settings import PositiveFloat, PositiveFraction, PositiveInt, SettingError
+from dsnet.settings import NonNegativeFloat, PositiveFloat, PositiveFraction, PositiveInt, SettingError
 from dsnet.structure.methods import structure_method
 from dsnet.structure.settings import (
+    BasesSettings,
     HoldOutShare,
     Order,
     Pin,
@@ -24,12 +25,23 @@ Widths = Annotated[tuple[PositiveInt, ...], FROM_LIST]
 PREFIX = f"{StructureSettings.SECTION}."
 
 
+class BasesConfig(Section):
+    """The networks that method multi_base trains and prunes."""
+
+    widths: Annotated[tuple[PositiveFraction, ...], FROM_LIST] = BasesSettings.widths
+    """Shares of the channels of every group: one per target, the narrowest for the smallest; or
+    [1.0], from which all targets are pruned."""
+    gamma_l1: NonNegativeFloat = BasesSettings.gamma_l1
+    """Price of the absolute scales of BatchNorm in the loss of these networks."""
+
+
 class StructureConfig(Section):
     """Where the sub-networks of the supernet come from, before it is trained."""
 
     method: Text = StructureSettings.method
     """declared: those of the family | uniform: one ratio for all channel groups | list: as written
-    in `widths` | greedy: AutoSlim's search; or the import path of a method."""
+    in `widths` | greedy: AutoSlim's search | multi_base: SP-Net's pruning of a network per target;
+    or the import path of a method."""
     targets: Annotated[tuple[PositiveFraction, ...], FROM_LIST] = StructureSettings.targets
     """MAdds of the sub-networks as shares of the widest's, for example [0.25, 0.5, 1.0]."""
     targets_m: Annotated[tuple[PositiveFloat, ...], FROM_LIST] = StructureSettings.targets_m
@@ -56,8 +68,14 @@ class StructureConfig(Section):
     epochs: PositiveInt | None = StructureSettings.epochs
     """Epochs of a network that is trained for the search; null = a fifth of supernet.train.epochs.
     """
+    bases: BasesConfig = BasesConfig()
+    """For multi_base: the networks that are pruned."""
+    score: Text = StructureSettings.score
+    """For multi_base: importance of channels. bn_gamma | weight_l1 | taylor | random | noise; or
+    the import path package.module:function of a function."""
     concurrent: PositiveInt | None = Field(default=None)
-    """Candidates that are scored at the same time; null = as many as there are cores."""
+    """Candidates that are scored at the same time; null = as many as there are cores. Networks of
+    multi_base that are trained at the same time; null = one."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> StructureConfig:
@@ -78,7 +96,8 @@ class StructureConfig(Section):
         Raises:
             SettingError: they contradict each other.
         """
-        return StructureSettings(**self.model_dump(exclude={"concurrent"}))
+        bases = BasesSettings(**self.bases.model_dump())
+        return StructureSettings(**{**self.model_dump(exclude={"concurrent"}), "bases": bases})
 
     @property
     def is_chosen(self) -> bool:

@@ -16,7 +16,6 @@ from dsnet.measure.latency import BUDGET_S, MachineLoad
 from dsnet.measure.settings import LatencySettings
 from dsnet.process_memory import resident_bytes
 from dsnet.structure.data import order_madds
-from dsnet.structure.method import most_candidates
 from dsnet.structure.methods import structure_method
 from dsnet.training.train_cost import training_madds
 from dsnet.training.trial_run import TrialRun, trial_run
@@ -224,7 +223,8 @@ class _StageEstimates:
         channels, at the pace of the timed steps, and half of the candidates that there can be."""
         assert self.prepared.structure is not None
         problem, run, size = self.prepared.structure.problem, self.prepared.supernet_run, self.prepared.image_size
-        bases = structure_method(problem.settings.method).bases(problem)
+        method = structure_method(problem.settings.method)
+        bases, candidates = method.bases(problem), method.num_candidates(problem)
         held = problem.settings.num_held_out(self._images("train"))
         num_train = self._images("train") - held
         steps = run.train.epochs * max(1, num_train // min(run.train.batch_size, num_train))
@@ -232,12 +232,14 @@ class _StageEstimates:
         madds = sum(training_madds(base.run, base.subnets, num_train, size) for base in bases)
         madds += order_madds(problem, num_train)
         seconds = (RAY_START_S if bases else 0.0) + steps * self.timed.step_s * madds / max(joint, 1.0)
-        if bases:
+        if candidates:
             # A scorer has one thread; the table of all sub-networks was timed with all threads.
             image_s = self.timed.table_image_s * self.timed.threads / len(self.prepared.subnets)
             actors = self.config.supernet.structure.concurrent or resolve_cores(self.config)
-            seconds += most_candidates(problem.options(problem.settings.levels)) / 2 * held * image_s / actors
-        return StageForecast("structure", seconds, self.supernet().memory_bytes, 2 * self.timed.checkpoint_bytes)
+            seconds += candidates / 2 * held * image_s / actors
+        return StageForecast(
+            "structure", seconds, self.supernet().memory_bytes, (1 + max(1, len(bases))) * self.timed.checkpoint_bytes
+        )
 
     def supernet(self) -> StageForecast:
         """Costs of the supernet stage: starting Ray, the steps, and recalibration."""

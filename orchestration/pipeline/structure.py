@@ -1,8 +1,8 @@
 """The structure stage: which sub-networks the supernet has, and the order of its channels.
 
-Networks that the method needs are trained on Ray one after another, candidates are scored on Ray
-actors, and every score is kept in the stage's folder, so that a launch continues where the one
-before it ended.
+Networks that the method needs are trained on Ray, one after another or several at a time,
+candidates are scored on Ray actors, and every score is kept in the stage's folder, so that a launch
+continues where the one before it ended.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from dsnet.environment import resolve_device
 from dsnet.files import read_json
 from dsnet.network.supernet import Supernet
 from dsnet.stored.checkpoint import STRUCTURE, save_supernet
-from dsnet.structure.method import Base, Candidate, Score, most_candidates
+from dsnet.structure.method import Base, Candidate, Score
+from dsnet.structure.methods import structure_method
 from dsnet.structure.search import Scorer
 from dsnet.structure.stage import HeldOut, StructureWork
 from dsnet.wording import plural
@@ -63,6 +64,7 @@ def structure_stage(work: Launch, plan: StagePlan) -> Launch:
             train=own.train,
             scorer=own.scorer,
             should_stop=work.stop,
+            concurrent=own.at_a_time,
         ).choose()
 
     folder = work.run_stage(plan, choose)
@@ -80,23 +82,33 @@ class _OnRay:
         self._work = work
         self._folder = folder
         self._device = resolve_device(work.config.supernet.device)
+        supernet, structure = work.config.supernet, work.prepared.structure
+        assert structure is not None
+        bases = structure_method(structure.problem.settings.method).bases(structure.problem)
+        is_chain = any(base.follows for base in bases) or supernet.workers > 1
+        self.at_a_time = 1 if is_chain else max(1, min(len(bases), supernet.structure.concurrent or 1))
+        """Number of networks that are trained at a time; one if each has several workers."""
 
     def train(self, base: Base, folder: Path, stem: Path | None, kept: Splits) -> None:
-        """Train one network of the method."""
+        """Train one network of the method; its curves are shown while it is the only one."""
         work, config = self._work, self._work.config
-        work.tracker.supernet(base_row(work.manifest.read(), work.run, base.name, base.run))
         job = SupernetJob(
             subnets=base.subnets,
             run=base.run,
             folder=folder,
             stop_file=work.run.stop_path,
             device=self._device,
-            threads=config.supernet.threads or max(1, cluster_cpus() // config.supernet.workers),
+            threads=config.supernet.threads or max(1, cluster_cpus() // (config.supernet.workers * self.at_a_time)),
             workers=config.supernet.workers,
             is_local=config.ray.address == LOCAL,
             init_from=stem,
         )
         images = work.prepared.image_set.training_images(kept, base.run.augmentation)
+        if self.at_a_time > 1:
+            work.progress.say(f"structure: {base.name}: {plural(base.run.train.epochs, 'epoch')}")
+            train_on_ray(job, images, on_points=lambda points: None, should_stop=work.stop)
+            return
+        work.tracker.supernet(base_row(work.manifest.read(), work.run, base.name, base.run))
         with work.progress.bar(Task(f"structure: {base.name}", base.run.train.epochs, "epoch", line_every=1)) as bar:
 
             def on_points(points: list[CurvePoint]) -> None:
@@ -117,7 +129,7 @@ class _OnRay:
         images = stem.with_name(f"{SCORED}-images.safetensors")
         save_file(dict(zip(("images", "labels"), held_out, strict=True)), images)
         job = ScoringJob(stem, images, work.prepared.normalization, self._device)
-        total = most_candidates(problem.options(problem.settings.levels))
+        total = max(1, structure_method(problem.settings.method).num_candidates(problem))
         concurrent = work.config.supernet.structure.concurrent
         with (
             work.progress.bar(

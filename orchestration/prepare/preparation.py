@@ -210,7 +210,7 @@ class Prepared:
         if self.structure is None:
             return
         problem = self.structure.problem
-        if structure_method(problem.settings.method).bases(problem):
+        if structure_method(problem.settings.method).num_candidates(problem):
             warning = holdout_warning(problem.settings.num_held_out(len(self.splits.train)))
             yield from [] if warning is None else [warning]
 

@@ -14,7 +14,6 @@ from dsnet.files import read_json
 from dsnet.space.spec import SupernetSpec
 from dsnet.space.subnet_set import SubnetSet
 from dsnet.stored.checkpoint import STRUCTURE
-from dsnet.structure.method import most_candidates
 from dsnet.structure.methods import structure_method
 from dsnet.training.settings import REGIMES
 from dsnet.training.supernet import FINAL
@@ -158,22 +157,25 @@ def _structure(plan: StructurePlan, num_train: int) -> str:
     """How sub-networks are chosen, in words."""
     problem = plan.problem
     settings = problem.settings
-    bases = structure_method(settings.method).bases(problem)
+    method = structure_method(settings.method)
+    bases = method.bases(problem)
     text = f"chosen by {settings.method}"
     if problem.targets:
         targets = ", ".join(target.name for target in problem.targets)
         text += f" for {targets} of the widest's MAdds" if settings.targets else f" for {targets} MAdds"
-    if settings.order != "none":
-        text += f", channels sorted by {settings.order}"
+    if settings.sorted_by != "none":
+        text += f", channels sorted by {settings.sorted_by}"
     if bases:
         epochs = " and ".join(plural(base.run.train.epochs, "epoch") for base in bases)
-        held_out = settings.num_held_out(num_train)
-        most = most_candidates(problem.options(settings.levels))
+        held_out, most = settings.num_held_out(num_train), method.num_candidates(problem)
         text += (
-            f", in {'a network that is' if len(bases) == 1 else 'networks that are'} trained beforehand for {epochs}: at most "
-            f"{plural(most, 'candidate')} on about {plural(held_out, 'image')} of train that are held out; until then the table "
-            "assumes one ratio for all channels"
+            f", in {'a network that is' if len(bases) == 1 else 'networks that are'} trained beforehand for {epochs}"
         )
+        if most:
+            text += (
+                f": at most {plural(most, 'candidate')} on about {plural(held_out, 'image')} of train that are held out"
+            )
+        text += "; until then the table assumes one ratio for all channels"
     return text
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from dsnet.structure.method import Found, Search, StructureMethod, StructureProblem
+from dsnet.structure.method import Found, Search, StructureMethod, StructureProblem, Trained
 from dsnet.structure.methods import register
 from dsnet.structure.settings import DECLARED
 
@@ -26,7 +26,7 @@ class Declared(StructureMethod):
         """The names that the family gives."""
         return tuple(subnet.name for subnet in problem.subnets)
 
-    def find(self, problem: StructureProblem, start: Supernet) -> Search:
+    def find(self, problem: StructureProblem, start: Supernet, trained: Trained) -> Search:
         """The family's own set; no score is needed."""
         yield from ()
         return Found(problem.subnets.members, problem.subnets.teacher)

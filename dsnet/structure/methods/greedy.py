@@ -26,12 +26,14 @@ from dsnet.structure.method import (
     StructureMethod,
     StructureProblem,
     Target,
+    Trained,
     Widths,
     candidate,
     check_common,
     check_statistics,
     check_targets,
     missed,
+    shortened,
 )
 from dsnet.structure.methods import register
 from dsnet.training.settings import REGIMES
@@ -41,8 +43,6 @@ if TYPE_CHECKING:
 
 US_NET = "us_net"
 """The name of the network that is trained beforehand."""
-EPOCHS = 0.2
-"""Share of the joint training's epochs for which it is trained."""
 
 
 @register
@@ -78,17 +78,15 @@ class Greedy(StructureMethod):
             for number, group in enumerate(spec.groups)
         )
         own = replace(spec, norm=norm, groups=groups)
-        epochs = settings.epochs or max(1, round(EPOCHS * run.train.epochs))
-        share = epochs / run.train.epochs if run.train.epochs else 0.0
         trained = replace(
             run,
-            train=replace(run.train, epochs=epochs, warmup_epochs=min(1.0, share) * run.train.warmup_epochs),
+            train=shortened(problem),
             regime=replace(REGIMES["us_net"], norm=norm),
             width_space=WidthSpace(settings.min_share, settings.step, settings.levels),
         )
         return (Base(US_NET, SubnetSet(own, (Subnet(LARGEST, problem.widest),)), trained),)
 
-    def find(self, problem: StructureProblem, start: Supernet) -> Search:
+    def find(self, problem: StructureProblem, start: Supernet, trained: Trained) -> Search:
         """Walk down from the widest; the members are the sub-networks of the way that are nearest
         to the targets."""
         options = problem.options(problem.settings.levels)

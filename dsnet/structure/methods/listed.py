@@ -12,6 +12,7 @@ from dsnet.structure.method import (
     Search,
     StructureMethod,
     StructureProblem,
+    Trained,
     check_different,
     check_statistics,
 )
@@ -57,7 +58,7 @@ class Listed(StructureMethod):
         """The written names, or the shares of MAdds."""
         return tuple(member.name for member in written_members(problem))
 
-    def find(self, problem: StructureProblem, start: Supernet) -> Search:
+    def find(self, problem: StructureProblem, start: Supernet, trained: Trained) -> Search:
         """The written sub-networks; no score is needed."""
         yield from ()
         return problem.found(written_members(problem))

@@ -13,6 +13,7 @@ from dsnet.structure.method import (
     StructureMethod,
     StructureProblem,
     Target,
+    Trained,
     Widths,
     check_common,
     check_different,
@@ -45,7 +46,7 @@ class Uniform(StructureMethod):
         """The targets' names."""
         return tuple(target.name for target in problem.targets)
 
-    def find(self, problem: StructureProblem, start: Supernet) -> Search:
+    def find(self, problem: StructureProblem, start: Supernet, trained: Trained) -> Search:
         """The nearest ratio for every target; no score is needed."""
         yield from ()
         members = _members(problem)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dsnet.network.supernet import Supernet
 from dsnet.space.spec import Subnet
-from dsnet.structure.method import Choice, Search, StructureMethod, StructureProblem, candidate, check_common
+from dsnet.structure.method import Choice, Search, StructureMethod, StructureProblem, Trained, candidate, check_common
 
 
 class Halves(StructureMethod):
@@ -21,7 +21,7 @@ class Halves(StructureMethod):
         """One name."""
         return ("half",)
 
-    def find(self, problem: StructureProblem, start: Supernet) -> Search:
+    def find(self, problem: StructureProblem, start: Supernet, trained: Trained) -> Search:
         """Ask for the score of every removal."""
         halved = [
             tuple(

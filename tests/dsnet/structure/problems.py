@@ -10,10 +10,12 @@ from dsnet.families import create, layout
 from dsnet.network.supernet import Supernet
 from dsnet.space.spec import CLASSES, IMAGE, IMAGE_CHANNELS, ChannelGroup, Op, Subnet, SupernetSpec
 from dsnet.space.subnet_set import SubnetSet
-from dsnet.structure.method import Candidate, Score, StructureProblem, Widths
+from dsnet.structure.method import Candidate, Score, StructureProblem, Trained, Widths
+from dsnet.structure.methods import structure_method
 from dsnet.structure.search import SortedStart, Structure, find_structure, sorted_start
 from dsnet.structure.settings import StructureSettings
-from tests.dsnet.samples import SMALL_OPTIONS, small_run, task
+from dsnet.training.start import first_weights
+from tests.dsnet.samples import SMALL_OPTIONS, shaken, small_run, task
 
 NET = "tests.dsnet.nets:Residual"
 
@@ -73,9 +75,20 @@ class CountingScorer:
 def find(problem: StructureProblem, folder: Path, scorer: CountingScorer | None = None, **further: Any) -> Structure:
     """The result of a whole search."""
     start = further.pop("start", None) or sorted_start(problem, network(problem))
-    found = find_structure(problem, start, scorer or CountingScorer(), folder=folder, **further)
+    trained = further.pop("trained", None) or untrained(problem)
+    found = find_structure(problem, start, scorer or CountingScorer(), folder=folder, trained=trained, **further)
     assert found is not None
     return found
+
+
+def untrained(problem: StructureProblem) -> Trained:
+    """The networks of a method with fresh weights and random scales of norms."""
+    bases = {base.name: base for base in structure_method(problem.settings.method).bases(problem)}
+
+    def make(name: str) -> Supernet:
+        return shaken(first_weights(bases[name].subnets, 1)[0], len(name)).eval()
+
+    return Trained(make)
 
 
 def way_down(problem: StructureProblem, score: Callable[[Widths], Score] = invented) -> list[Widths]:
@@ -99,4 +112,4 @@ def way_down(problem: StructureProblem, score: Callable[[Widths], Score] = inven
         way.append(tuple(current))
 
 
-__all__ = ["CountingScorer", "SortedStart", "find", "invented", "network", "problem_of", "toy", "way_down"]
+__all__ = ["CountingScorer", "SortedStart", "find", "invented", "network", "problem_of", "toy", "untrained", "way_down"]

@@ -29,17 +29,28 @@ from dsnet.structure.method import (
     Score,
     StructureMethod,
     StructureProblem,
+    Trained,
     Widths,
 )
 from dsnet.structure.methods import check_structure, method_names, register, structure_method
 from dsnet.structure.scoring import HoldOutScorer, split_holdout
 from dsnet.structure.search import TRACE, find_structure, load_structure, save_structure, sorted_start
-from dsnet.structure.settings import StructureSettings
+from dsnet.structure.settings import BasesSettings, StructureSettings
 from dsnet.training.start import Start, first_weights, load_start
 from dsnet.training.supernet import train_supernet
 from dsnet.training.supernet_run import SupernetRun
 from tests.dsnet.samples import NORMALIZATION, random_images, random_labels, random_pixels, small_run
-from tests.dsnet.structure.problems import NET, CountingScorer, find, invented, network, problem_of, toy, way_down
+from tests.dsnet.structure.problems import (
+    NET,
+    CountingScorer,
+    find,
+    invented,
+    network,
+    problem_of,
+    toy,
+    untrained,
+    way_down,
+)
 
 OWN = "tests.dsnet.structure.own_method:Halves"
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
@@ -47,6 +58,7 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "uniform": {"targets": (0.3, 0.6, 1.0)},
     "list": {"widths": {"small": (4, 8, 4, 8), "wide": (6, 16, 8, 12)}},
     "greedy": {"targets": (0.4, 0.6), "levels": 4},
+    "multi_base": {"targets": (0.4, 0.6), "bases": BasesSettings(widths=(0.8, 1.0))},
     OWN: {},
 }
 """Settings for every registered method, and for one of a user; a new method needs a line here."""
@@ -63,7 +75,9 @@ def test_every_registered_method_is_tested() -> None:
 
 def result(method: StructureMethod, problem: StructureProblem, start: Any = None) -> Found:
     """The result of a method, without a trace."""
-    search, answer = method.find(problem, start), None
+    if method.bases(problem) and start is None and problem.spec.family != "toy":
+        start = network(problem, problem.spec.family)
+    search, answer = method.find(problem, start, untrained(problem)), None
     while True:
         try:
             event = next(search) if answer is None else search.send(answer)
@@ -223,7 +237,7 @@ def test_every_step_of_greedy_is_the_best_removal_and_ties_go_to_the_lower_group
     way = way_down(problem)
     chosen: list[Widths] = []
     tried: list[list[Widths]] = []
-    search = structure_method("greedy").find(problem, None)  # type: ignore[arg-type] # it reads scores alone
+    search = structure_method("greedy").find(problem, None, Trained())  # type: ignore[arg-type] # it reads scores alone
     answer: list[Score] | tuple[()] | None = None
     while True:
         try:
@@ -252,7 +266,7 @@ def test_every_step_of_greedy_is_the_best_removal_and_ties_go_to_the_lower_group
 
 def test_two_equal_scores_remove_the_lower_group() -> None:
     problem = toy(4, 4, 4, method="greedy", targets=(0.9,))
-    search = structure_method("greedy").find(problem, None)  # type: ignore[arg-type]
+    search = structure_method("greedy").find(problem, None, Trained())  # type: ignore[arg-type]
     candidates = next(search)
     assert not isinstance(candidates, Choice)
     assert [each.widths for each in candidates] == [(3, 4, 4), (4, 3, 4), (4, 4, 3)]
@@ -310,7 +324,10 @@ def test_greedy_trains_a_universally_slimmable_network_first() -> None:
         ({"method": "greedy"}, r"method is greedy, .* there is none: set supernet.structure.targets"),
         ({"method": "greedy", "targets": (0.5,), "targets_m": (3.0,)}, "remove one of them"),
         ({"method": "uniform", "targets": (0.5, 0.5)}, r"\[0.5, 0.5\], in which a value stands twice"),
-        ({"targets": (0.5,)}, r"targets is set, but method declared reads no targets: choose .* \(uniform, greedy\)"),
+        (
+            {"targets": (0.5,)},
+            r"targets is set, but method declared reads no targets: choose .* \(uniform, greedy, multi_base\)",
+        ),
         ({"method": "list", "widths": ((1, 2),), "targets_m": (0.5,)}, "targets_m is set, but method list"),
         ({"method": "list"}, "no widths: set supernet.structure.widths"),
         ({"widths": ((4, 4),)}, "widths is set, but method declared does not read it: choose method list"),

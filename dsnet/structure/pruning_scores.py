@@ -1,0 +1,94 @@
+"""Scores by which the channels of a whole network are compared with each other, for pruning."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Float64
+from torch import Tensor
+
+from dsnet.errors import ConfigError
+from dsnet.import_path import ALLOW_IMPORTS, import_object
+from dsnet.network.supernet import Supernet, restrict
+from dsnet.structure.filters import Batches
+from dsnet.structure.order import channel_scores, mean_scales
+from dsnet.structure.settings import BN_GAMMA, SCORES
+
+SETTING = "supernet.structure.score"
+
+Scores = dict[int, Float64[Tensor, " _channels"]]
+"""For channel groups by number the score of every channel."""
+ScoreFunction = Callable[[Supernet, Batches, int], Mapping[int, Any]]
+"""Function (network, normalised images with labels, seed) -> for channel groups by number the score
+of every channel; scores of different groups are compared with each other, and groups that it leaves
+out have none. The network has one sub-network and no channels beside it."""
+
+
+def pruning_scores(network: Supernet, kind: str, seed: int, batches: Batches) -> Scores:
+    """The importance of every channel of a network with one sub-network, comparable between groups.
+
+    The sub-network is cut out before, so that no other weight has an influence. `bn_gamma` is the
+    mean of the absolute scales of the norms on a channel, and leaves out channel groups without a
+    norm. `weight_l1` and `taylor` are divided by the mean of their channel group, because their
+    size depends on the size of a filter; other scores are taken as they are. Kernels have none.
+
+    Args:
+        network: the network; not changed.
+        kind: one of `dsnet.structure.settings.SCORES`, or an import path.
+        seed: seed of `random` and `noise`.
+        batches: normalised images with labels, for `taylor` and `noise` and functions of the user.
+
+    Raises:
+        ConfigError: a function of the user cannot be used, or gives no number for every channel.
+    """
+    own = restrict(network, [0])
+    found: Mapping[int, Any]
+    if kind == BN_GAMMA:
+        found = mean_scales(own)
+    elif kind in SCORES:
+        found = channel_scores(own, kind, seed, batches)
+    else:
+        found = score_function(kind)(own, batches, seed)
+    scores = {
+        group: _checked(kind, own, group, values)
+        for group, values in sorted(found.items())
+        if not own.spec.groups[group].is_kernel
+    }
+    if kind in ("weight_l1", "taylor"):
+        scores = {group: values / values.mean().clamp(min=torch.finfo().tiny) for group, values in scores.items()}
+    return scores
+
+
+def score_function(path: str) -> ScoreFunction:
+    """The function of the user at an import path `package.module:function`.
+
+    Raises:
+        ConfigError: import paths are not allowed, or it cannot be imported.
+    """
+    if os.environ.get(ALLOW_IMPORTS) != "1":
+        raise ConfigError(
+            f"{SETTING}: {path!r} runs code of yours; allow that with --allow-imports, or {ALLOW_IMPORTS}=1"
+        )
+    try:
+        found = import_object(path.replace(":", "."))
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"{SETTING}: {path!r} cannot be imported: {error}") from error
+    if not callable(found):
+        raise ConfigError(f"{SETTING}: {path!r} is no function (network, batches, seed) -> scores of channels")
+    function: ScoreFunction = found
+    return function
+
+
+def _checked(kind: str, network: Supernet, group: int, values: Any) -> Float64[Tensor, " _channels"]:
+    """The scores of one group as finite numbers, one per channel."""
+    scores = torch.as_tensor(values).detach().double().cpu()
+    own = network.spec.groups[group]
+    if scores.shape != (own.max_width,) or not bool(scores.isfinite().all()):
+        raise ConfigError(
+            f"{SETTING} {kind}: channel group {own.name!r} needs {own.max_width} finite scores, one per channel, but has "
+            f"{list(scores.shape)}: use another score"
+        )
+    return scores
