@@ -57,6 +57,7 @@ _NOT_SWEPT: Mapping[str, str] = {
     "supernet.structure.targets": _EQUAL_TARGETS,
     "supernet.structure.targets_m": _EQUAL_TARGETS,
     "supernet.structure.widths": _EQUAL_TARGETS,
+    "supernet.structure.bases.widths": "they belong to the targets, and supernets are compared at equal targets",
 }
 """Keys, or sections, that no space may hold, with the reason."""
 

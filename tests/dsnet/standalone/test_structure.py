@@ -6,13 +6,14 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from dsnet.errors import ConfigError, StoppedError
+from dsnet.errors import ConfigError, NonFiniteLossError, StoppedError
 from dsnet.files import file_sha256, read_json
 from dsnet.standalone.output_folder import OutputFolder
 from dsnet.standalone.resolved import StandaloneConfig
@@ -131,6 +132,18 @@ def test_a_pruning_that_is_stopped_in_any_base_ends_with_the_same_bits(tmp_path:
         _, meta = load_supernet(whole / "structure" / "bases" / name / "final")
         assert meta["run"]["train"]["gamma_l1"] == 0.001
         assert meta["run"]["origin"] == {}
+
+
+@pytest.mark.slow
+def test_a_base_that_diverges_is_named_after_the_others_are_trained(tmp_path: Path) -> None:
+    diverging = config(**{**MULTI_BASE, "epochs": 2})
+    diverging = replace(
+        diverging,
+        supernet=replace(diverging.supernet, train=replace(diverging.supernet.train, lr=1e6, optimizer="sgd")),
+    )
+    with pytest.raises(NonFiniteLossError, match=r"base_0.75: .*; base_1: .*lower supernet.train.lr"):
+        run_standalone(diverging, tmp_path / "out", device="cpu")
+    assert not OutputFolder(tmp_path / "out").is_done("structure")
 
 
 def test_another_choice_needs_another_folder(at_once: Path) -> None:

@@ -129,6 +129,30 @@ def test_mlflow_has_the_trained_network_the_trace_and_a_curve_over_cost(found: F
 
 
 @pytest.mark.ray
+@pytest.mark.long
+def test_bases_that_are_trained_at_the_same_time_are_pruned_and_have_rows(tmp_path: Path, ray_cluster: None) -> None:
+    structure = "{method: multi_base, targets: [0.5, 1.0], pin: gate, step: 4, epochs: 1, concurrent: 2, bases: {widths: [0.75, 1.0]}}"
+    write_sweep(tmp_path, sweep_text(structure))
+    answer = call(tmp_path, "launch", SWEEP)
+    assert answer.code == 0, answer.err
+    results = results_in(tmp_path)
+    assert [subnet.name for subnet in results.members] == ["0.5", "1"]
+    info, cost = structure_of(results), training_cost(results)
+    assert info is not None
+    assert info.method == "multi_base, channels sorted by bn_gamma"
+    assert not info.candidates
+    assert cost is not None
+    assert cost.search == 0 < cost.bases < cost.joint
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow.db")
+    (experiment,) = [each for each in client.search_experiments() if each.name == "tiny"]
+    rows = {row.info.run_name: row for row in client.search_runs([experiment.experiment_id])}
+    for name, subnet in (("base_0.75", "0.75"), ("base_1", "1")):
+        row = rows[f"structure {name}"]
+        assert row.info.status == "FINISHED"
+        assert client.get_metric_history(row.info.run_id, f"loss/{subnet}")
+
+
+@pytest.mark.ray
 def test_a_second_launch_chooses_nothing_again(found: Found) -> None:
     before = snapshot(found.folder / "runs" / "tiny" / "structure")
     again = call(found.folder, "launch", SWEEP, *WITHOUT_MLFLOW)
