@@ -19,7 +19,6 @@ from dsnet.space.spec import Subnet
 from dsnet.structure.method import StructureProblem
 from dsnet.structure.methods import structure_method
 from dsnet.structure.noise import STEPS
-from dsnet.structure.settings import MULTI_BASE
 from dsnet.training.supernet_run import SupernetRun
 from dsnet.training.train_cost import step_madds
 
@@ -27,6 +26,15 @@ ORDER_BATCHES = 8
 """Number of batches by which channels are sorted, at most."""
 ORDER_BATCH = 128
 """Images per batch."""
+
+
+def num_held_out(problem: StructureProblem, num_images: int) -> int:
+    """Number of images of a training split on which the method does not train: none where it trains
+    networks and scores no candidate."""
+    method = structure_method(problem.settings.method)
+    if method.bases(problem) and not method.num_candidates(problem):
+        return 0
+    return problem.settings.num_held_out(num_images)
 
 
 def held_out_images(
@@ -61,18 +69,15 @@ def order_batches(
 
 
 def order_madds(problem: StructureProblem, num_images: int) -> float:
-    """MAdds of the forward and backward passes by which channels are sorted, and scored for
-    pruning; 0 where that needs no images.
+    """MAdds of the forward and backward passes by which channels are sorted, and scored by the
+    search; 0 where that needs no images.
 
     Args:
         problem: the problem, for the order and the network.
         num_images: images of `train` without the hold-out.
     """
     settings, widest = problem.settings, problem.subnets.at(problem.widest)
-    passes: list[tuple[str, Subnet]] = [(settings.order, widest)]
-    if settings.method == MULTI_BASE:
-        bases = structure_method(settings.method).bases(problem)
-        passes += [(settings.score, base.subnets.largest) for base in bases]
+    passes: list[tuple[str, Subnet]] = [(settings.order, widest), *structure_method(settings.method).passes(problem)]
     sizes = [len(part) for part in _sorting_parts(num_images)]
     num_shown = {"taylor": sum(sizes), "noise": 2 * sum(islice(cycle(sizes), STEPS))}
     return float(

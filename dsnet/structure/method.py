@@ -162,6 +162,31 @@ class Trained:
     """Function () -> normalised images of `train` without the hold-out, with their labels."""
 
 
+@dataclass(frozen=True, eq=False)
+class Training:
+    """The training of a network that a search asks for."""
+
+    base: Base
+    """Its `follows` is not read."""
+    start: Supernet
+    """The weights with which it starts."""
+
+
+@dataclass(frozen=True)
+class Trainings:
+    """Networks that a search wants to be trained before it goes on, side by side where there is
+    room; they are then read by `Trained.network`."""
+
+    networks: tuple[Training, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class ScoredBy:
+    """The network by which later candidates are scored, instead of the one before it."""
+
+    network: Supernet
+
+
 @dataclass(frozen=True)
 class Candidate:
     """A sub-network whose score a method asks for."""
@@ -205,14 +230,17 @@ class Found:
     order: tuple[Widths, ...] | None = None
     """For every channel group a permutation of its channels, to be applied to the start weights;
     None: they stay in their order."""
+    network: Supernet | None = None
+    """The network with whose weights joint training begins, with its channels in the order
+    `order`; None: that of the search's start."""
     notes: tuple[str, ...] = ()
     """Sentences about the result, such as a target that no sub-network meets."""
 
 
-Search = Generator[Sequence[Candidate] | Choice, Sequence[Score], Found]
+Search = Generator[Sequence[Candidate] | Choice | Trainings | ScoredBy, Sequence[Score], Found]
 """What `StructureMethod.find` returns: it yields candidates and gets their scores in the same
-order, or yields a choice for the record and gets an empty sequence; its return value is the
-result."""
+order, or yields a choice for the record, networks to train, or the network that is scored from then
+on, and gets an empty sequence; its return value is the result."""
 
 
 class StructureMethod(ABC):
@@ -247,6 +275,17 @@ class StructureMethod(ABC):
         """The number of candidates whose scores the search asks for, at most; by default that of a
         way down if there are networks to train beforehand."""
         return most_candidates(problem.options(problem.settings.levels)) if self.bases(problem) else 0
+
+    def later(self, problem: StructureProblem) -> tuple[Base, ...]:
+        """The networks whose training the search may ask for, as many as an estimate of its cost
+        should count; their sub-networks may be other ones of about the same size. None by
+        default."""
+        return ()
+
+    def passes(self, problem: StructureProblem) -> tuple[tuple[str, Subnet], ...]:
+        """Scores of channels that the search computes itself, by name (`dsnet.structure.settings.
+        SCORES`), each with the sub-network whose channels they are. None by default."""
+        return ()
 
     @abstractmethod
     def find(self, problem: StructureProblem, start: Supernet, trained: Trained) -> Search:

@@ -22,7 +22,17 @@ from dsnet.network.supernet import Supernet
 from dsnet.space.subnet_set import SubnetSet
 from dsnet.stored.checkpoint import STRUCTURE, load_supernet, save_supernet
 from dsnet.structure.filters import Batches
-from dsnet.structure.method import Candidate, Choice, Found, Score, Search, StructureProblem, Trained
+from dsnet.structure.method import (
+    Candidate,
+    Choice,
+    Found,
+    Score,
+    ScoredBy,
+    Search,
+    StructureProblem,
+    Trained,
+    Trainings,
+)
 from dsnet.structure.methods import structure_method
 from dsnet.structure.order import Orders, channel_orders, compose, transfer
 
@@ -30,6 +40,26 @@ TRACE = "trace.jsonl"
 
 Scorer = Callable[[Sequence[Candidate]], Iterable[Score]]
 """Scores candidates, in their order; each score that arrives is stored at once."""
+
+
+def _no_training(trainings: Trainings) -> None:
+    raise ValueError(f"nothing can train {', '.join(each.base.name for each in trainings.networks)}")
+
+
+def _no_other(network: Supernet) -> None:
+    raise ValueError("nothing can score another network")
+
+
+@dataclass(frozen=True)
+class Facilities:
+    """What a search may ask for."""
+
+    score: Scorer
+    """Scores candidates by the network of `use`, at first that with which the search begins."""
+    train: Callable[[Trainings], None] = _no_training
+    """Trains networks, as far as they are not trained yet."""
+    use: Callable[[Supernet], None] = _no_other
+    """Sets the network by which candidates are scored."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +109,7 @@ def sorted_start(problem: StructureProblem, start: Supernet, batches: Batches = 
 def find_structure(
     problem: StructureProblem,
     start: SortedStart,
-    score: Scorer,
+    facilities: Facilities,
     *,
     folder: Path,
     should_stop: Callable[[], bool] = lambda: False,
@@ -91,7 +121,7 @@ def find_structure(
     Args:
         problem: the problem, already checked.
         start: the network whose sub-networks are scored.
-        score: scores candidates of that network.
+        facilities: score candidates of that network, and train further ones.
         folder: receives `trace.jsonl`.
         should_stop: called before every score; True ends the search, to be continued by another
             call.
@@ -109,19 +139,24 @@ def find_structure(
     folder.mkdir(parents=True, exist_ok=True)
     trace = Trace(folder / TRACE, {"problem": problem.digest, "start": weights_digest(start.supernet)})
     search = structure_method(problem.settings.method).find(problem, start.supernet, trained or Trained())
-    found = _run(search, score, trace, should_stop)
+    found = _run(search, facilities, trace, should_stop)
     if found is None:
         return None
     orders = start.orders if found.order is None else compose(start.orders, found.order)
     try:
         subnets = problem.set_of(found)
-        weights = transfer(*((start.supernet, subnets, found.order) if fresh is None else (fresh, subnets, orders)))
+        if fresh is not None:
+            weights = transfer(fresh, subnets, orders)
+        elif found.network is not None:
+            weights = transfer(found.network, subnets, None)
+        else:
+            weights = transfer(start.supernet, subnets, found.order)
     except ValueError as error:
         raise ConfigError(f"supernet.structure: the sub-networks that were found do not fit: {error}") from error
     return Structure(weights.eval(), orders, _summary(problem, found, trace))
 
 
-def _run(search: Search, score: Scorer, trace: Trace, should_stop: Callable[[], bool]) -> Found | None:
+def _run(search: Search, facilities: Facilities, trace: Trace, should_stop: Callable[[], bool]) -> Found | None:
     """Run a method's search against the trace; None where it was stopped."""
     answer: Sequence[Score] | None = None
     while True:
@@ -131,14 +166,26 @@ def _run(search: Search, score: Scorer, trace: Trace, should_stop: Callable[[], 
             trace.finish()
             result: Found = end.value
             return result
-        if isinstance(event, Choice):
-            trace.choice(event)
+        if isinstance(event, Choice | Trainings | ScoredBy):
+            _do(event, facilities, trace)
             answer = ()
             continue
-        scores = _scores(event, score, trace, should_stop)
+        scores = _scores(event, facilities.score, trace, should_stop)
         if scores is None:
             return None
         answer = scores
+
+
+def _do(event: Choice | Trainings | ScoredBy, facilities: Facilities, trace: Trace) -> None:
+    """Do what a search asks for beside scores, and note it in the trace."""
+    if isinstance(event, Choice):
+        trace.choice(event)
+    elif isinstance(event, Trainings):
+        trace.trainings(event)
+        facilities.train(event)
+    else:
+        trace.scored_by(event)
+        facilities.use(event.network)
 
 
 def _scores(
@@ -199,6 +246,15 @@ class Trace:
     def choice(self, choice: Choice) -> None:
         """Add a choice, or compare it with the stored one."""
         self._event({"kind": "choice", **asdict(choice)})
+
+    def trainings(self, trainings: Trainings) -> None:
+        """Add networks that are trained, or compare them with the stored ones."""
+        starts = {each.base.name: weights_digest(each.start) for each in trainings.networks}
+        self._event({"kind": "trainings", "starts": starts})
+
+    def scored_by(self, event: ScoredBy) -> None:
+        """Add a change of the scored network, or compare it with the stored one."""
+        self._event({"kind": "scored_by", "weights": weights_digest(event.network)})
 
     def finish(self) -> None:
         """Check that the trace ends with the search.

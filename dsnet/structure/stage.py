@@ -6,9 +6,9 @@ Where networks are trained and candidates are scored is the caller's: in this pr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -21,13 +21,13 @@ from dsnet.data.sources import ImageSource
 from dsnet.data.splits import Splits
 from dsnet.errors import NonFiniteLossError, StoppedError
 from dsnet.network.supernet import Supernet
-from dsnet.stored.checkpoint import load_supernet
-from dsnet.structure.data import held_out_images, order_batches, order_madds
+from dsnet.stored.checkpoint import load_supernet, save_supernet
+from dsnet.structure.data import held_out_images, num_held_out, order_batches, order_madds
 from dsnet.structure.filters import Batches
-from dsnet.structure.method import Base, StructureProblem, Trained
+from dsnet.structure.method import Base, Candidate, Score, StructureProblem, Trained, Trainings
 from dsnet.structure.methods import structure_method
 from dsnet.structure.scoring import split_holdout
-from dsnet.structure.search import TRACE, Scorer, find_structure, save_structure, sorted_start
+from dsnet.structure.search import TRACE, Facilities, Scorer, find_structure, save_structure, sorted_start
 from dsnet.structure.settings import BY_IMAGES
 from dsnet.training.start import first_weights, load_start
 from dsnet.training.supernet import FINAL
@@ -35,8 +35,43 @@ from dsnet.training.train_cost import training_madds
 
 BASES = "bases"
 """Folder of the networks that a method trains."""
+START = "start"
+"""End of the name of the start weights of a network that a search wants to be trained."""
 
 HeldOut = tuple[UInt8[Tensor, "held_out channels height width"], Int64[Tensor, " held_out"]]
+
+
+class _Scoring:
+    """The scorer of the network that the search uses; it is set up when the first candidate is to
+    be scored."""
+
+    def __init__(
+        self,
+        scorer: Callable[[Supernet, HeldOut], AbstractContextManager[Scorer]],
+        network: Supernet,
+        images: Callable[[], HeldOut],
+    ) -> None:
+        self._scorer = scorer
+        self._network = network
+        self._images = images
+        self._context = ExitStack()
+        self._score: Scorer | None = None
+
+    def score(self, candidates: Sequence[Candidate]) -> Iterable[Score]:
+        """Score candidates by the network."""
+        if self._score is None:
+            self._score = self._context.enter_context(self._scorer(self._network, self._images()))
+        return self._score(candidates)
+
+    def use(self, network: Supernet) -> None:
+        """Score by another network."""
+        self.close()
+        self._network = network
+
+    def close(self) -> None:
+        """End the scorer."""
+        self._score = None
+        self._context.close()
 
 
 @dataclass(frozen=True)
@@ -67,6 +102,8 @@ class StructureWork:
     def _divided(self) -> tuple[Splits, Int64[np.ndarray, " held_out"]]:
         """The splits with the images of `train` that are not held out, and the ids of those that
         are."""
+        if not num_held_out(self.problem, len(self.splits.train)):
+            return self.splits, np.empty(0, dtype=np.int64)
         labels = self.source.labels.numpy()[self.splits.train]
         kept, held = split_holdout(self.splits.train, labels, self.problem.settings.holdout, self.problem.seed)
         return replace(self.splits, train=kept), held
@@ -92,12 +129,23 @@ class StructureWork:
         start = sorted_start(problem, network, batches() if problem.settings.order in BY_IMAGES else ())
         trained = Trained(self._trained, batches)
         fresh = self._first() if self.bases and problem.settings.start == "fresh" else None
-        with self.scorer(start.supernet, held_out_images(self.source, self.splits, held)) as score:
+        asked: list[Base] = []
+
+        def train(trainings: Trainings) -> None:
+            asked.extend(each.base for each in trainings.networks)
+            self._train_further(trainings, kept)
+
+        def images() -> HeldOut:
+            return held_out_images(self.source, self.splits, held)
+
+        with closing(_Scoring(self.scorer, start.supernet, images)) as scoring:
+            facilities = Facilities(scoring.score, train, scoring.use)
             find = partial(find_structure, folder=self.folder, should_stop=self.should_stop)
-            found = find(problem, start, score, fresh=fresh, trained=trained)
+            found = find(problem, start, facilities, fresh=fresh, trained=trained)
         if found is None:
             raise StoppedError("the search for sub-networks was stopped; its scores are kept")
-        costs = [training_madds(base.run, base.subnets, len(kept.train), problem.image_size) for base in self.bases]
+        trainings = (*self.bases, *asked)
+        costs = [training_madds(base.run, base.subnets, len(kept.train), problem.image_size) for base in trainings]
         costs.append(order_madds(problem, len(kept.train)))
         facts = {"train_madds": sum(costs), "origin": dict(problem.run.origin)}
         stem = save_structure(self.folder, replace(found, summary={**found.summary, **facts}))
@@ -119,9 +167,28 @@ class StructureWork:
             for base in self.bases:
                 stem = self._train(base, stem if base.follows else self.start, kept)
             return
+        self._train_side_by_side([(base, self.start) for base in self.bases], kept)
+
+    def _train_further(self, trainings: Trainings, kept: Splits) -> None:
+        """Train the networks that the search asks for, as far as they are not trained yet."""
+        starts: list[tuple[Base, Path]] = []
+        for each in trainings.networks:
+            stem = self.folder / BASES / f"{each.base.name}-{START}"
+            starts.append((each.base, stem))
+            if not self._is_trained(each.base):
+                stem.parent.mkdir(parents=True, exist_ok=True)
+                save_supernet(stem, each.start)
+        self._train_side_by_side(starts, kept)
+
+    def _train_side_by_side(self, starts: Sequence[tuple[Base, Path | None]], kept: Splits) -> None:
+        """Train networks, each from the stem of its start weights.
+
+        Raises:
+            NonFiniteLossError: trainings diverged; all the others are done.
+        """
         with ThreadPoolExecutor(max(1, self.concurrent)) as pool:
-            failures = list(pool.map(lambda base: self._failure(base, kept), self.bases))
-        diverged = {base.name: failure for base, failure in zip(self.bases, failures, strict=True) if failure}
+            failures = list(pool.map(lambda start: self._failure(start[0], start[1], kept), starts))
+        diverged = {base.name: failure for (base, _), failure in zip(starts, failures, strict=True) if failure}
         if diverged:
             told = "; ".join(f"{name}: {failure}" for name, failure in diverged.items())
             raise NonFiniteLossError(
@@ -132,15 +199,17 @@ class StructureWork:
     def _train(self, base: Base, stem: Path | None, kept: Splits) -> Path:
         """Train one network unless it is trained; returns the stem of its weights."""
         folder = self.folder / BASES / base.name
-        if not (folder / f"{FINAL}.json").is_file():
+        if not self._is_trained(base):
             self.train(base, folder, stem, kept)
         return folder / FINAL
 
-    def _failure(self, base: Base, kept: Splits) -> NonFiniteLossError | None:
-        """Train one network that starts as the sweep does; returns the error if it diverges, so
-        that the others go on."""
+    def _is_trained(self, base: Base) -> bool:
+        return (self.folder / BASES / base.name / f"{FINAL}.json").is_file()
+
+    def _failure(self, base: Base, stem: Path | None, kept: Splits) -> NonFiniteLossError | None:
+        """Train one network; returns the error if it diverges, so that the others go on."""
         try:
-            self._train(base, self.start, kept)
+            self._train(base, stem, kept)
         except NonFiniteLossError as error:
             return error
         return None

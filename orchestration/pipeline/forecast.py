@@ -15,7 +15,7 @@ from dsnet.environment import resolve_device
 from dsnet.measure.latency import BUDGET_S, MachineLoad
 from dsnet.measure.settings import LatencySettings
 from dsnet.process_memory import resident_bytes
-from dsnet.structure.data import order_madds
+from dsnet.structure.data import num_held_out, order_madds
 from dsnet.structure.methods import structure_method
 from dsnet.training.train_cost import training_madds
 from dsnet.training.trial_run import TrialRun, trial_run
@@ -224,8 +224,8 @@ class _StageEstimates:
         assert self.prepared.structure is not None
         problem, run, size = self.prepared.structure.problem, self.prepared.supernet_run, self.prepared.image_size
         method = structure_method(problem.settings.method)
-        bases, candidates = method.bases(problem), method.num_candidates(problem)
-        held = problem.settings.num_held_out(self._images("train"))
+        bases, candidates = (*method.bases(problem), *method.later(problem)), method.num_candidates(problem)
+        held = num_held_out(problem, self._images("train"))
         num_train = self._images("train") - held
         steps = run.train.epochs * max(1, num_train // min(run.train.batch_size, num_train))
         joint = training_madds(run, self.prepared.subnets, num_train, size)

@@ -80,6 +80,10 @@ class MultiBase(StructureMethod):
         """None: pruning reads weights."""
         return 0
 
+    def passes(self, problem: StructureProblem) -> tuple[tuple[str, Subnet], ...]:
+        """The score of the settings for every base."""
+        return tuple((problem.settings.score, base.subnets.largest) for base in self.bases(problem))
+
     def find(self, problem: StructureProblem, start: Supernet, trained: Trained) -> Search:
         """Prune every base to its targets; the channels get the order of the widest base's scores,
         unless the settings name another order."""

@@ -12,7 +12,7 @@ from dsnet.space.spec import CLASSES, IMAGE, IMAGE_CHANNELS, ChannelGroup, Op, S
 from dsnet.space.subnet_set import SubnetSet
 from dsnet.structure.method import Candidate, Score, StructureProblem, Trained, Widths
 from dsnet.structure.methods import structure_method
-from dsnet.structure.search import SortedStart, Structure, find_structure, sorted_start
+from dsnet.structure.search import Facilities, SortedStart, Structure, find_structure, sorted_start
 from dsnet.structure.settings import StructureSettings
 from dsnet.training.start import first_weights
 from tests.dsnet.samples import SMALL_OPTIONS, shaken, small_run, task
@@ -76,7 +76,8 @@ def find(problem: StructureProblem, folder: Path, scorer: CountingScorer | None 
     """The result of a whole search."""
     start = further.pop("start", None) or sorted_start(problem, network(problem))
     trained = further.pop("trained", None) or untrained(problem)
-    found = find_structure(problem, start, scorer or CountingScorer(), folder=folder, trained=trained, **further)
+    facilities = Facilities(scorer or CountingScorer())
+    found = find_structure(problem, start, facilities, folder=folder, trained=trained, **further)
     assert found is not None
     return found
 

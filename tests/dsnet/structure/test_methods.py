@@ -34,7 +34,7 @@ from dsnet.structure.method import (
 )
 from dsnet.structure.methods import check_structure, method_names, register, structure_method
 from dsnet.structure.scoring import HoldOutScorer, split_holdout
-from dsnet.structure.search import TRACE, find_structure, load_structure, save_structure, sorted_start
+from dsnet.structure.search import TRACE, Facilities, find_structure, load_structure, save_structure, sorted_start
 from dsnet.structure.settings import BasesSettings, StructureSettings
 from dsnet.training.start import Start, first_weights, load_start
 from dsnet.training.supernet import train_supernet
@@ -152,7 +152,11 @@ class TestAnyMethod:
             return
         calls = iter(range(1, 10_000))
         stopped = find_structure(
-            problem, start, CountingScorer(), folder=tmp_path / "stopped", should_stop=lambda: next(calls) == 3
+            problem,
+            start,
+            Facilities(CountingScorer()),
+            folder=tmp_path / "stopped",
+            should_stop=lambda: next(calls) == 3,
         )
         assert stopped is None
         rest = CountingScorer()
@@ -509,7 +513,7 @@ def test_a_scorer_that_gives_too_little_is_noticed(tmp_path: Path) -> None:
         return [Score(1, 2)]
 
     with pytest.raises(ValueError, match="gave 1 scores for 4 candidates"):
-        find_structure(problem, start, short, folder=tmp_path)  # type: ignore[arg-type]
+        find_structure(problem, start, Facilities(short), folder=tmp_path)  # type: ignore[arg-type]
 
 
 @pytest.mark.slow
@@ -537,13 +541,14 @@ def test_from_a_base_to_the_joint_training(family: str, tmp_path: Path) -> None:
     assert stem is not None
     start = sorted_start(problem, load_supernet(stem)[0])
     scorer = HoldOutScorer(start.supernet, pixels[held], labels[held], NORMALIZATION)
-    found = find_structure(problem, start, lambda some: (scorer.score(each.widths) for each in some), folder=tmp_path)
+    facilities = Facilities(lambda some: (scorer.score(each.widths) for each in some))
+    found = find_structure(problem, start, facilities, folder=tmp_path)
     assert found is not None
     assert [subnet.name for subnet in found.subnets.all] == ["0.4", "0.7", "largest"]
     assert found.subnets.spec == problem.spec
     assert found.summary["madds"] > 0
     assert all(0 <= row["holdout_top1"] <= 1 for row in found.summary["subnets"][:2])
-    again = find_structure(problem, start, CountingScorer(), folder=tmp_path)  # all from the trace
+    again = find_structure(problem, start, Facilities(CountingScorer()), folder=tmp_path)  # all from the trace
     assert again is not None
     assert again.summary == found.summary
     # Joint training begins with the sorted weights of the base, or with the weights of the sweep.
@@ -553,7 +558,11 @@ def test_from_a_base_to_the_joint_training(family: str, tmp_path: Path) -> None:
             expected = start.supernet(inputs, start.supernet.subnets.at(subnet.widths))
             torch.testing.assert_close(found.supernet(inputs, subnet), expected)
     fresh = find_structure(
-        problem, start, CountingScorer(), folder=tmp_path, fresh=first_weights(problem.subnets, problem.seed)[0]
+        problem,
+        start,
+        Facilities(CountingScorer()),
+        folder=tmp_path,
+        fresh=first_weights(problem.subnets, problem.seed)[0],
     )
     assert fresh is not None
     assert fresh.subnets == found.subnets
