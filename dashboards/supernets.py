@@ -39,6 +39,8 @@ STATE_WORDS: Final = {
     "failed": "failed",
 }
 """State of a supernet -> its text in figures and tables."""
+MOST_LETTERS = 32
+"""Largest number of letters of a supernet's settings in a legend."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,12 @@ class SupernetInfo:
     def short_name(self) -> str:
         """Its name without the digits of its key: s0-3fa29c01 -> s0."""
         return self.name.partition("-")[0]
+
+    @property
+    def label(self) -> str:
+        """Its short name with its settings, where they are short: `s0 (uniform, lr 0.1)`."""
+        settings = ", ".join(_spoken(key, value) for key, value in self.settings)
+        return f"{self.short_name} ({settings})" if 0 < len(settings) <= MOST_LETTERS else self.short_name
 
 
 @dataclass(frozen=True)
@@ -204,7 +212,7 @@ def _static_trace(
     return go.Scatter(
         x=[point.madds_m for point in points],
         y=[100 * point.top1 for point in points],
-        name=f"{plain(supernet.short_name)}: static",
+        name=f"{plain(supernet.label)}: static",
         mode="lines+markers",
         line={"color": colour, "width": 1.2, "dash": "dot"},
         marker={"color": colour, "symbol": f"{symbol}-open", "size": 7},
@@ -218,7 +226,7 @@ def _others_trace(supernet: SupernetInfo, colour: str, symbol: str, split: str) 
     return go.Scatter(
         x=[point.madds_m for point in points],
         y=[100 * point.top1 for point in points],
-        name=f"{plain(supernet.short_name)}: other trials",
+        name=f"{plain(supernet.label)}: other trials",
         showlegend=False,
         mode="markers",
         marker={"color": colour, "symbol": symbol, "size": 6, "opacity": 0.22},
@@ -235,7 +243,7 @@ def _front_trace(
     return go.Scatter(
         x=[point.madds_m for point in points],
         y=[100 * point.top1 for point in points],
-        name=f"{plain(supernet.short_name)}: on the front",
+        name=f"{plain(supernet.label)}: on the front",
         mode="markers",
         marker={"color": colour, "symbol": symbol, "size": 11, "line": {"color": "white", "width": 1}},
         error_y={
@@ -261,6 +269,11 @@ def _hover(supernet: SupernetInfo, point: StaticPoint | DynamicPoint, split: str
     return "<br>".join(lines)
 
 
+def _spoken(key: str, value: ParamValue) -> str:
+    """A setting in a legend: a word for itself, another value after the last part of its key."""
+    return value if isinstance(value, str) else f"{key.rpartition('.')[2]} {_value(value)}"
+
+
 def _value(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
@@ -279,7 +292,7 @@ def reports_figure(info: SupernetsInfo) -> go.Figure:
             go.Scatter(
                 x=epochs,
                 y=[value for _, value in supernet.reports],
-                name=f"{plain(supernet.short_name)}, {STATE_WORDS[supernet.state]}",
+                name=f"{plain(supernet.label)}, {STATE_WORDS[supernet.state]}",
                 mode="lines+markers",
                 line={"color": colour, "width": 1.8, "dash": "dash" if is_stopped else "solid"},
                 marker={

@@ -4,6 +4,7 @@ and nothing that is not there."""
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 from dashboards.front import DynamicPoint, StaticPoint
 from dashboards.supernets import (
@@ -44,18 +45,25 @@ def test_each_supernet_has_a_colour_and_a_symbol_and_only_points_of_the_front_ar
     figure = supernets_figure(SupernetsInfo((TRAINED, STOPPED, other), 100))
     by_name = {trace.name: trace for trace in figure.data}
     assert set(by_name) == {
-        f"{name}: {what}" for name in ("s0", "s2") for what in ("static", "other trials", "on the front")
+        f"{name}: {what}" for name in ("s0 (lr 0.1)", "s2") for what in ("static", "other trials", "on the front")
     }
-    assert [(x, y) for x, y in zip(by_name["s0: on the front"].x, by_name["s0: on the front"].y, strict=True)] == [
-        (0.15, 80.0)
-    ]
-    assert list(by_name["s0: other trials"].x) == [0.3]
+    assert [
+        (x, y)
+        for x, y in zip(by_name["s0 (lr 0.1): on the front"].x, by_name["s0 (lr 0.1): on the front"].y, strict=True)
+    ] == [(0.15, 80.0)]
+    assert list(by_name["s0 (lr 0.1): other trials"].x) == [0.3]
     looks = {
         (by_name[f"{name}: on the front"].marker.color, by_name[f"{name}: on the front"].marker.symbol)
-        for name in ("s0", "s2")
+        for name in ("s0 (lr 0.1)", "s2")
     }
     assert len(looks) == 2
-    assert all("s0-aaaaaaaa" in text for text in by_name["s0: static"].text)
+    assert all("s0-aaaaaaaa" in text for text in by_name["s0 (lr 0.1): static"].text)
+
+
+def test_a_legend_names_the_settings_of_a_supernet_where_they_are_short() -> None:
+    settings = (("supernet.structure.method", "greedy"), ("supernet.train.lr", 0.05))
+    assert replace(TRAINED, settings=settings).label == "s0 (greedy, lr 0.05)"
+    assert replace(TRAINED, settings=settings * 3).label == replace(TRAINED, settings=()).label == "s0"
 
 
 def test_the_sealed_split_has_a_panel_of_its_own_once_something_ran_on_it() -> None:
@@ -65,7 +73,7 @@ def test_the_sealed_split_has_a_panel_of_its_own_once_something_ran_on_it() -> N
         "val (n = 100): the front was chosen here",
         "test (n = 90): as reported",
     ]
-    assert [trace.name for trace in paired.data if trace.xaxis == "x2"] == ["s0: on the front"]
+    assert [trace.name for trace in paired.data if trace.xaxis == "x2"] == ["s0 (lr 0.1): on the front"]
 
 
 def test_reports_end_with_a_cross_where_training_was_ended() -> None:
