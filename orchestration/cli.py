@@ -479,7 +479,8 @@ def pareto(
     multiple=True,
     default=("knee",),
     show_default=True,
-    help="Gates to export: knee, all, trial-NNNN, or 'max:METRIC where CONDITION' (also min:).",
+    help="Gates to export: knee, all, trial-NNNN, or 'max:METRIC where CONDITION' (also min:). One bundle with several "
+    "operating points: members (all static sub-networks) or front (all gates of the front).",
 )
 @click.option(
     "--format", "formats", multiple=True, help="Additional format of each bundle, beside those of export.formats."
@@ -490,7 +491,8 @@ def pareto(
     help="Folder for the bundles, one folder each [default: export/ of the run].",
 )
 def export(run: str, runs: str, picks: tuple[str, ...], formats: tuple[str, ...], out: Path | None) -> None:
-    """Export gates of a run as bundles for `dsnet.load_bundle`, and print their folders."""
+    """Export gates or static sub-networks of a run as bundles for `dsnet.load_bundle`, and print
+    their folders."""
     from dsnet.deploy.exporters import check_format
     from orchestration.commands.sweep import open_sweep
     from orchestration.pipeline.export import write_formats
@@ -526,8 +528,16 @@ def verify(path: Path, data_path: str | None, as_json: bool) -> None:
 @IMPORTS
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("photos", type=click.Path(path_type=Path), nargs=-1, required=True)
+@click.option(
+    "--budget-madds", "madds_m", type=float, help="Use the best operating point of at most so many million MAdds."
+)
+@click.option(
+    "--budget-latency", "latency_ms", type=float, help="Use the best operating point of at most so many ms at batch 1."
+)
 @AS_JSON
-def predict(bundle: Path, photos: tuple[Path, ...], as_json: bool) -> int:
+def predict(
+    bundle: Path, photos: tuple[Path, ...], madds_m: float | None, latency_ms: float | None, as_json: bool
+) -> int:
     """Classify photos with a bundle.
 
     PHOTOS are image files of any size, or folders of them. Each is decoded and resized like the
@@ -536,7 +546,7 @@ def predict(bundle: Path, photos: tuple[Path, ...], as_json: bool) -> int:
     """
     from orchestration.commands.predict import predict_files
 
-    return predict_files(bundle, photos, as_json=as_json)
+    return predict_files(bundle, photos, as_json=as_json, madds_m=madds_m, latency_ms=latency_ms)
 
 
 @cli.command()

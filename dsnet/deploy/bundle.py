@@ -1,21 +1,23 @@
-"""Bundles: one exported router with its supernet, which runs and can be verified without YAML and
+"""Bundles: exported routers with their supernet, which run and can be verified without YAML and
 pickle (docs/definitions.md, Bundle).
 
 A bundle is a folder with `bundle.json` (description, claims, hashes), `weights.safetensors`
-(supernet cut to the routes in use, and router), `examples.safetensors` (inputs with the routes and
-logits that they must give) and `gate.yaml` (a description for people).
+(supernet cut to the routes in use, and routers), `examples.safetensors` (inputs with the routes and
+logits that they must give) and `gate.yaml` (a description for people). Most bundles hold one
+router; one with several operating points holds the weights once, and a router for each point.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 import torch
 from jaxtyping import Int64, UInt8
@@ -24,8 +26,9 @@ from torch import Tensor
 from dsnet.data.normalization import Normalization
 from dsnet.data.photos import PhotoDecoder, photo_files
 from dsnet.deploy.dynamic import DynamicNet
+from dsnet.deploy.operating_points import OperatingPoint, OperatingPoints, prefix_of, read_points, store_points
 from dsnet.deploy.prediction import BATCH_SIZE, Classifier, PhotoPrediction, Predictions, predict_photos
-from dsnet.errors import CheckpointError, DataError, DsnetError, PreflightError, VerificationError
+from dsnet.errors import CheckpointError, ConfigError, DataError, DsnetError, PreflightError, VerificationError
 from dsnet.families import rebuild
 from dsnet.files import atomic_write_json, file_sha256, plain_value, read_json
 from dsnet.network.precision import exact_float32
@@ -46,18 +49,106 @@ differ in the order of sums."""
 MANIFEST = "bundle.json"
 
 
-@dataclass(frozen=True, repr=False)
+class _Setting(NamedTuple):
+    """An operating point and the network with its router, which are exchanged together."""
+
+    point: OperatingPoint
+    net: DynamicNet
+
+
+@dataclass(eq=False, repr=False)
 class Bundle:
-    """A dynamic classifier read from a folder."""
+    """A dynamic classifier read from a folder.
+
+    It works at one of its operating points; only `set_budget` changes it.
+    """
 
     path: Path
     manifest: Mapping[str, Any]
-    net: DynamicNet
     normalization: Normalization
     class_names: tuple[str, ...]
     route_names: tuple[str, ...]
     image_shape: tuple[int, int, int]
     """(channels, height, width) of its input images."""
+    operating_points: OperatingPoints
+    """All operating points by increasing MAdds; a bundle of one gate has one."""
+    _settings: Mapping[str, _Setting]
+    """By the name of the point; the networks share all weights."""
+    _setting: _Setting
+
+    @property
+    def net(self) -> DynamicNet:
+        """The network with the router of the present operating point."""
+        return self._setting.net
+
+    @property
+    def operating_point(self) -> OperatingPoint:
+        """The present operating point."""
+        return self._setting.point
+
+    def at(
+        self,
+        name: str | None = None,
+        /,
+        *,
+        madds_m: float | None = None,
+        latency_ms: float | None = None,
+        top1: float | None = None,
+        batch_size: int = 1,
+        device: str = "",
+    ) -> Bundle:
+        """The same bundle at the best operating point within a budget, or at a named one.
+
+        This bundle stays as it is; both share all weights.
+
+        Args:
+            name: name of a point; else one of the budgets of `OperatingPoints.choose`.
+            madds_m: see `OperatingPoints.choose`, as for all other arguments.
+            latency_ms: largest latency, ms.
+            top1: smallest top-1 on `val`, 0..1.
+            batch_size: number of images to which `latency_ms` refers.
+            device: device on which it was measured.
+
+        Raises:
+            ConfigError: not exactly one of name, madds_m, latency_ms and top1 is given, or a value
+                is out of range.
+            NotFoundError: no point has this name or fulfils this budget.
+        """
+        budgets = {"madds_m": madds_m, "latency_ms": latency_ms, "top1": top1}
+        if name is None:
+            point = self.operating_points.choose(**budgets, batch_size=batch_size, device=device)
+        elif any(value is not None for value in budgets.values()):
+            raise ConfigError(
+                f"give the name of an operating point or a budget, but not both; got {name!r} and a budget"
+            )
+        else:
+            point = self.operating_points.named(name)
+        twin = copy.copy(self)
+        twin._setting = self._settings[point.name]
+        return twin
+
+    def set_budget(
+        self,
+        *,
+        madds_m: float | None = None,
+        latency_ms: float | None = None,
+        top1: float | None = None,
+        batch_size: int = 1,
+        device: str = "",
+    ) -> OperatingPoint:
+        """Move this bundle to the best operating point within a budget; returns the point.
+
+        It takes microseconds: only the router is exchanged, in one assignment, so that other
+        threads may classify meanwhile. A batch runs at one point; `predict` runs each batch at the
+        point of that moment. If no point fulfils the budget, the bundle stays at its present one.
+
+        Args and errors: as `OperatingPoints.choose`.
+        """
+        point = self.operating_points.choose(
+            madds_m=madds_m, latency_ms=latency_ms, top1=top1, batch_size=batch_size, device=device
+        )
+        self._setting = self._settings[point.name]
+        return point
 
     def __call__(self, images: UInt8[Tensor, "batch channels height width"]) -> Predictions:
         """Classify a batch of images.
@@ -151,25 +242,33 @@ class Bundle:
         return f"Bundle({str(self.path)!r})"
 
     def __str__(self) -> str:
-        """A summary in five lines: classes, router and routes, input, claims, and how to call
-        it."""
-        return "\n".join(
-            (
-                f"{self.path.name}: a {self.net.subnets.spec.family} classifier of {len(self.class_names)} classes: "
-                f"{_listed(self.class_names)}",
-                f"router  {self.net.router.kind}, which chooses among {len(self.route_names)} routes: {_listed(self._priced_routes())}",
-                f"input   a photo, or uint8 [B, {', '.join(map(str, self.image_shape))}] with pixels in 0..255",
-                f"claims  {_claims_sentence(self.claims)}",
-                'use     bundle.predict("photo.jpg"), bundle.predict([files and folders]), or bundle(images)',
-            )
-        )
-
-    def _priced_routes(self) -> list[str]:
-        subnets = self.net.subnets
-        size = self.image_shape[-1]
-        return [
-            f"{subnet.name} ({subnet_cost(subnets.spec, subnet, size).madds / 1e6:.3g} M MAdds)" for subnet in subnets
+        """A summary in five lines: classes, router and routes, input, claims, and how to call it;
+        with several operating points, two more about them."""
+        lines = [
+            f"{self.path.name}: a {self.net.subnets.spec.family} classifier of {len(self.class_names)} classes: "
+            f"{_listed(self.class_names)}",
+            f"router  {self._router_sentence()}",
+            f"input   a photo, or uint8 [B, {', '.join(map(str, self.image_shape))}] with pixels in 0..255",
+            f"claims  {_claims_sentence(self.claims)}",
+            'use     bundle.predict("photo.jpg"), bundle.predict([files and folders]), or bundle(images)',
         ]
+        if len(self.operating_points) > 1:
+            points = _listed([str(point) for point in self.operating_points])
+            lines.insert(1, f"points  {len(self.operating_points)}: {points}; present one: {self.operating_point.name}")
+            lines.append(
+                "budget  bundle.set_budget(madds_m=...), latency_ms=... or top1=...; print(bundle.operating_points)"
+            )
+        return "\n".join(lines)
+
+    def _router_sentence(self) -> str:
+        subnets, size, router = self.net.subnets, self.image_shape[-1], self.net.router
+        routes = [
+            f"{subnets[k].name} ({subnet_cost(subnets.spec, subnets[k], size).madds / 1e6:.3g} M MAdds)"
+            for k in router.routes
+        ]
+        if len(routes) == 1:
+            return f"{router.kind}, which always takes {routes[0]}"
+        return f"{router.kind}, which chooses among {len(routes)} routes: {_listed(routes)}"
 
     @property
     def device(self) -> torch.device:
@@ -178,8 +277,9 @@ class Bundle:
 
     @property
     def claims(self) -> Mapping[str, Any]:
-        """The numbers with which it was exported: accuracies, MAdds, latency."""
-        return self.manifest["claims"]
+        """The numbers with which its present operating point was exported: accuracies, MAdds,
+        latency."""
+        return self.operating_point.claims
 
 
 _NUM_LISTED = 6
@@ -218,7 +318,7 @@ class BundleContents:
     supernet: Supernet
     """Trained and recalibrated."""
     router: Router
-    """The router; only the routes that it may run are stored."""
+    """The router; only the routes that it, or the router of another point, may run are stored."""
     normalization: Normalization
     """The normalisation with which the supernet was trained."""
     class_names: Sequence[str]
@@ -228,6 +328,21 @@ class BundleContents:
     photos: PhotoDecoder | None = None
     """Decoder of photo files; None stores none, so that `predict` relies on the description of the
     data in the claims."""
+    point_name: str | None = None
+    """Name of the operating point that `router` is; needed if there are further ones."""
+    further_points: Sequence[OperatingPoint] = ()
+    """Further operating points, with routers over the same supernet; they need no description of
+    the data, which is the bundle's."""
+
+    def __post_init__(self) -> None:
+        if self.further_points and self.point_name is None:
+            raise ValueError("a bundle with several operating points needs point_name, the name of its own router's")
+
+    @property
+    def routes(self) -> tuple[int, ...]:
+        """All routes that any of the routers may run, in increasing order."""
+        routers = (self.router, *(point.router for point in self.further_points))
+        return tuple(sorted({route for router in routers for route in router.routes}))
 
 
 @exact_float32()
@@ -238,36 +353,41 @@ def save_bundle(folder: Path, contents: BundleContents, *, claims: Mapping[str, 
     Args:
         folder: the bundle's folder.
         contents: the classifier.
-        claims: JSON values: accuracies, MAdds, latency, and the data on which they were measured.
+        claims: JSON values: accuracies, MAdds, latency, and the data on which they were measured;
+            with several operating points, those of `contents.router`.
         gate_yaml: the text of gate.yaml, a description for people.
 
     Raises:
         PreflightError: `folder` holds something other than a bundle, which would be lost.
+        ValueError: two operating points have the same name.
     """
     if folder.exists() and not (folder / MANIFEST).is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise PreflightError(f"{folder}: exists already and is not a bundle; remove it, or export to another folder")
-    router, examples, normalization = contents.router, contents.examples, contents.normalization
-    small = restrict(contents.supernet, router.routes).cpu().eval()
-    local = router.over({route: index for index, route in enumerate(router.routes)})
-    size = int(examples.shape[-1])
-    output = DynamicNet(small, local, image_size=size)(normalization.apply(examples))
+    small = restrict(contents.supernet, contents.routes).cpu().eval()
+    position = {route: index for index, route in enumerate(contents.routes)}
+    local = contents.router.over(position)
+    further = [replace(point, router=point.router.over(position)) for point in contents.further_points]
     tensors, values = local.to_arrays()
     weights = {f"supernet.{name}": value for name, value in state_for_saving(small).items()}
     weights |= {f"router.{name}": value.contiguous() for name, value in tensors.items()}
-    stored = {"images": examples.contiguous(), "routes": output.routes.clone(), "logits": output.logits.clone()}
     manifest = {
         "schema_version": SCHEMA_VERSION,
         "kind": "dsnet-bundle",
         "spec": small.spec.to_json(),
         "subnets": small.subnets.to_json(),
         "router": values,
-        "normalization": normalization.to_json(),
+        "normalization": contents.normalization.to_json(),
         "class_names": list(contents.class_names),
-        "image_shape": list(examples.shape[1:]),
+        "image_shape": list(contents.examples.shape[1:]),
         "claims": dict(claims),
     }
     if contents.photos is not None:
         manifest["photos"] = contents.photos.to_json()
+    if contents.point_name is not None:
+        OperatingPoints([OperatingPoint(contents.point_name, local, claims), *further])  # checks the names
+        manifest["points"], point_tensors = store_points(contents.point_name, further)
+        weights |= point_tensors
+    stored = _answered(small, [local, *(point.router for point in further)], contents)
     draft = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(draft, ignore_errors=True)
     try:
@@ -276,6 +396,19 @@ def save_bundle(folder: Path, contents: BundleContents, *, claims: Mapping[str, 
         _swap(draft, folder)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def _answered(supernet: Supernet, routers: Sequence[Router], contents: BundleContents) -> dict[str, Tensor]:
+    """The tensors of the examples: images, and the routes and logits that each router gives
+    them."""
+    images = contents.normalization.apply(contents.examples)
+    net = DynamicNet(supernet, routers[0], image_size=int(contents.examples.shape[-1]))
+    stored = {"images": contents.examples.contiguous()}
+    for number, router in enumerate(routers):
+        output = net.with_router(router)(images)
+        prefix = prefix_of(number)
+        stored |= {f"{prefix}routes": output.routes.clone(), f"{prefix}logits": output.logits.clone()}
+    return stored
 
 
 def _write_files(
@@ -360,23 +493,31 @@ def _assemble(
     subnets = SubnetSet.from_json(SupernetSpec.from_json(manifest["spec"]), manifest["subnets"])
     supernet = rebuild(subnets)
     load_exactly(supernet, tensors_below(weights, "supernet."), str(path))
-    router = _router(path, tensors_below(weights, "router."), manifest["router"])
+    points = _points(path, manifest, weights)
     channels, height, width = manifest["image_shape"]
-    net = DynamicNet(supernet.eval(), router, cut_weights=cut_weights, fold_bn=fold_bn, image_size=height)
+    net = DynamicNet(supernet.eval(), points[0].router, cut_weights=cut_weights, fold_bn=fold_bn, image_size=height).to(
+        device
+    )
+    settings = {point.name: _Setting(point, net.with_router(point.router)) for point in points}
     return Bundle(
         path=path,
         manifest=manifest,
-        net=net.to(device),
         normalization=Normalization.from_json(manifest["normalization"]),
         class_names=tuple(manifest["class_names"]),
         route_names=tuple(subnet.name for subnet in subnets),
         image_shape=(channels, height, width),
+        operating_points=OperatingPoints(points),
+        _settings=settings,
+        _setting=settings[points[0].name],
     )
 
 
-def _router(path: Path, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> Router:
+def _points(path: Path, manifest: Mapping[str, Any], weights: Mapping[str, Tensor]) -> tuple[OperatingPoint, ...]:
+    """The operating points in the order of the manifest, the bundle's own first."""
     try:
-        return router_from_arrays(tensors, values)
+        router = router_from_arrays(tensors_below(weights, "router."), manifest["router"])
+        own = OperatingPoint(path.absolute().name, router, manifest["claims"])
+        return read_points(own, manifest.get("points"), weights)
     except CheckpointError as error:
         raise CheckpointError(f"{path / MANIFEST}: {error}; export it again") from error
 
@@ -395,7 +536,8 @@ def check_bundle_files(bundle: Bundle) -> None:
 
 @exact_float32()
 def check_bundle_examples(bundle: Bundle) -> int:
-    """Run the stored examples and compare their routes and logits with the exported ones.
+    """Run the stored examples at every operating point, and compare their routes and logits with
+    the exported ones.
 
     Where the router's decision is a numerical tie, the recorded route is taken; its logits must
     still agree.
@@ -404,27 +546,42 @@ def check_bundle_examples(bundle: Bundle) -> int:
         The number of examples checked; 0 if none are stored.
 
     Raises:
-        VerificationError: a route or a logit differs.
+        VerificationError: a route or a logit differs, or those of a point are not stored.
     """
     stored = load_tensors(bundle.path / "examples.safetensors", bundle.manifest["files"]["examples.safetensors"])
     if len(stored["images"]) == 0:
         return 0
-    logits, routes = _retraced(bundle, stored["images"], stored["routes"])
-    expected = stored["logits"]
+    points = bundle.manifest.get("points")
+    if points is None:
+        _check_examples(bundle, str(bundle.path), stored["images"], stored["routes"], stored["logits"])
+        return len(stored["images"])
+    for number, entry in enumerate(points):
+        where, prefix = f"{bundle.path}: operating point {entry['name']}", prefix_of(number)
+        if f"{prefix}routes" not in stored or f"{prefix}logits" not in stored:
+            raise VerificationError(
+                f"{where}: no routes and logits of the examples are stored; export the bundle again"
+            )
+        routes, logits = stored[f"{prefix}routes"], stored[f"{prefix}logits"]
+        _check_examples(bundle.at(entry["name"]), where, stored["images"], routes, logits)
+    return len(stored["images"])
+
+
+def _check_examples(bundle: Bundle, where: str, images: Tensor, wanted_routes: Tensor, expected: Tensor) -> None:
+    """Check the examples at the present operating point; `where` begins the messages."""
+    logits, routes = _retraced(bundle, images, wanted_routes)
     scale = float(expected.abs().max()) or 1.0
-    for index in range(len(expected)):
-        route, wanted = int(routes[index]), int(stored["routes"][index])
+    for index in range(len(images)):
+        route, wanted = int(routes[index]), int(wanted_routes[index])
         if route != wanted:
             names = bundle.route_names
             raise VerificationError(
-                f"{bundle.path}: example {index} took route {names[route]}, but {names[wanted]} was recorded"
+                f"{where}: example {index} took route {names[route]}, but {names[wanted]} was recorded"
             )
         difference = float((logits[index] - expected[index]).abs().max()) / scale
         if not difference <= LOGIT_TOLERANCE:
             raise VerificationError(
-                f"{bundle.path}: the logits of example {index} differ by {difference:.2e} (relative), more than {LOGIT_TOLERANCE:.0e}"
+                f"{where}: the logits of example {index} differ by {difference:.2e} (relative), more than {LOGIT_TOLERANCE:.0e}"
             )
-    return len(expected)
 
 
 def _retraced(bundle: Bundle, pixels: Tensor, recorded: Tensor) -> tuple[Tensor, Tensor]:

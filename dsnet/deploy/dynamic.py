@@ -80,6 +80,10 @@ class DynamicNet(nn.Module):
         self._decision_madds = dict(
             zip(router.routes, router.decision_madds(torch.tensor(router.routes)).tolist(), strict=True)
         )
+        # A router that has one route and reads nothing has nothing to decide: whole batches run
+        # this route, as the plain sub-network does.
+        has_choice = len(router.routes) > 1 or router.max_runs > 1 or bool(router.needs)
+        self._only_route = None if has_choice else router.routes[0]
 
     def with_router(self, router: Router) -> DynamicNet:
         """The same network with another router; the weights are shared, so that many routers need
@@ -109,8 +113,16 @@ class DynamicNet(nn.Module):
             empty = torch.zeros(0, dtype=torch.int64, device=images.device)
             return DynamicOutput(images.new_zeros(0, self.num_classes), empty, empty)
         trunk = self.segments.upto_gate(0, 0, images)
+        if self._only_route is not None:
+            return self._run_only(trunk.features, self._only_route)
         evidence = self._evidence(trunk, 0, STOP)
         return _BatchRouting(self, trunk.features, evidence).run()
+
+    def _run_only(self, features: Tensor, route: int) -> DynamicOutput:
+        logits = _run_route(self, 1, features, route)
+        madds = self._trunk_madds + self._tail_madds[route] + self._decision_madds[route]
+        routes = torch.full((len(features),), route, dtype=torch.int64, device=features.device)
+        return DynamicOutput(logits, routes, torch.full_like(routes, madds))
 
     def _evidence(self, output: TrunkOutput, gate: int, route: int) -> Evidence:
         parts = {part: output.evidence(part) for part in self.router.needs}

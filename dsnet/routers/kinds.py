@@ -50,6 +50,9 @@ class RouterKind:
     """Whether its heads can be trained on images (`gate.trainer: end_to_end`)."""
     is_default: bool = False
     """Whether it is in the default search space, for sweeps that do not write a space."""
+    is_offered: bool = True
+    """Whether a sweep may use it. False for a kind that is only stored in bundles: it is not in
+    `router_kinds`, and so is never searched, trained or timed."""
     fit: Callable[..., Any] | None = None
     """`fit(gate_table, val_table, settings) -> dsnet.gates.fit.GateFit` in place of the common
     training."""
@@ -86,22 +89,24 @@ def register(kind: RouterKind) -> RouterKind:
 
 
 def router_kinds() -> Mapping[str, RouterKind]:
-    """All kinds by name, those of plugins last."""
+    """The kinds that a sweep may use, by name, those of plugins last."""
     load_plugins()
-    return _KINDS
+    return {name: kind for name, kind in _KINDS.items() if kind.is_offered}
 
 
 def router_kind(name: str) -> RouterKind:
-    """The kind of this name.
+    """The kind of this name, whether a sweep may use it or not.
 
     Raises:
         KeyError: there is none.
     """
-    return router_kinds()[name]
+    load_plugins()
+    return _KINDS[name]
 
 
 def kind_names(matches: Callable[[RouterKind], bool] = lambda kind: True) -> tuple[str, ...]:
-    """Names of the kinds that match, in the order of their registration."""
+    """Names of the kinds that a sweep may use and that match, in the order of their
+    registration."""
     return tuple(name for name, kind in router_kinds().items() if matches(kind))
 
 
@@ -185,5 +190,14 @@ register(
         max_runs=2,
         reads_answer=True,
         is_default=True,
+    )
+)
+register(
+    RouterKind(
+        name="fixed",
+        label="static sub-network",
+        router="dsnet.routers.fixed:FixedRouter",
+        head="none",
+        is_offered=False,
     )
 )

@@ -53,22 +53,27 @@ def check_bundle(path: Path, data_path: str | None) -> list[Check]:
     check_bundle_files(bundle)
     checks = [Check("files", f"{len(bundle.manifest['files'])} files match their hashes")]
     num_examples = check_bundle_examples(bundle)
-    checks.append(Check("examples", _examples_finding(num_examples)))
+    checks.append(Check("examples", _examples_finding(num_examples, len(bundle.operating_points))))
     if data_path is not None:
         checks += _check_claims(bundle, data_path)
     return checks
 
 
-def _examples_finding(num_examples: int) -> str:
+def _examples_finding(num_examples: int, num_points: int) -> str:
     if num_examples == 0:
         return "0 images are stored, so routes and logits were not checked; export it again, or check its accuracy with --data"
-    return f"{num_examples} stored images give the recorded routes and logits"
+    where = f" at each of {num_points} operating points" if num_points > 1 else ""
+    return f"{num_examples} stored images give the recorded routes and logits{where}"
 
 
 def _check_claims(bundle: Bundle, data_path: str) -> list[Check]:
-    claims = bundle.claims
-    data = _claimed_data(claims["data"], data_path or _folder_of_the_run(bundle.path))
-    return [_check_split(bundle, claims[split], data, split) for split in ("val", "test") if split in claims]
+    data = _claimed_data(bundle.claims["data"], data_path or _folder_of_the_run(bundle.path))
+    return [
+        _check_split(bundle.at(point.name), data, split)
+        for point in bundle.operating_points
+        for split in ("val", "test")
+        if split in point.claims
+    ]
 
 
 def _folder_of_the_run(bundle: Path) -> str:
@@ -100,7 +105,10 @@ def _claimed_data(facts: Mapping[str, Any], data_path: str) -> TensorData:
     return image_set.tensor_data(splits, open_test=True)
 
 
-def _check_split(bundle: Bundle, claimed: Mapping[str, Any], data: TensorData, split: str) -> Check:
+def _check_split(bundle: Bundle, data: TensorData, split: str) -> Check:
+    """Check the claims of the present operating point on a split."""
+    claimed = bundle.claims[split]
+    point = f"operating point {bundle.operating_point.name}, " if len(bundle.operating_points) > 1 else ""
     num_images = data.num_images(split)
     with torch.inference_mode():
         found = score_bundle(bundle, data.images(split), data.labels(split))
@@ -114,9 +122,9 @@ def _check_split(bundle: Bundle, claimed: Mapping[str, Any], data: TensorData, s
     is_equal &= abs(found["madds_m"] - claimed["madds_m"]) <= allowed * tail_m + ROUNDING
     if not is_equal:
         raise VerificationError(
-            f"{bundle.path}: on {split} ({num_images} images) it reaches {_scores(found)}, but claims {_scores(claimed)}"
+            f"{bundle.path}: {point}on {split} ({num_images} images) it reaches {_scores(found)}, but claims {_scores(claimed)}"
         )
-    return Check(split, f"{_scores(found)} on {num_images} images, as claimed")
+    return Check(split, f"{point}{_scores(found)} on {num_images} images, as claimed")
 
 
 def _scores(values: Mapping[str, Any]) -> str:

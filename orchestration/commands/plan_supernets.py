@@ -25,7 +25,7 @@ from orchestration.pipeline.search import continued
 from orchestration.prepare.preparation import Images, load_images, prepare, stage_definitions
 from orchestration.runs.folder import RunDir
 from orchestration.runs.stages import StagePlan, plan_stages
-from orchestration.supernets.launch import check_supernets, export_gates, tune_member, tune_rules
+from orchestration.supernets.launch import check_supernets, export_gates, picked_supernets, tune_member, tune_rules
 from orchestration.supernets.members import Member, draw_members
 from orchestration.supernets.report import write_supernets_report
 from orchestration.supernets.results import SupernetSweepResults
@@ -145,9 +145,10 @@ def report_supernets_again(results: SupernetSweepResults) -> Path:
 
 
 def export_supernets_again(results: SupernetSweepResults, picks: Sequence[str], folder: Path | None) -> list[Path]:
-    """Write bundles of picked gates of any of the supernets; returns their folders."""
+    """Write bundles of picked gates, or sets of operating points, of any of the supernets; returns
+    their folders."""
     images = _images_again(results)
-    wanted = {gate.supernet for gate in results.picked(picks)}
+    wanted = picked_supernets(results, picks)
     prepared = {
         name: prepare(member.config, member.run, warn, images)
         for name, member in results.supernets.items()

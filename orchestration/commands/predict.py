@@ -24,25 +24,39 @@ COLUMNS = (
 )
 
 
-def predict_files(path: Path, photos: Sequence[Path], *, as_json: bool) -> int:
+def predict_files(
+    path: Path,
+    photos: Sequence[Path],
+    *,
+    as_json: bool,
+    madds_m: float | None = None,
+    latency_ms: float | None = None,
+) -> int:
     """Classify photos and print the answers; files that cannot be read are named.
 
     Args:
         path: folder of the bundle.
         photos: files and folders.
         as_json: print JSON instead of a table.
+        madds_m: budget by which an operating point is chosen, as by `Bundle.at`; without a budget
+            it is the bundle's own.
+        latency_ms: the same, as a latency.
 
     Returns:
         0; the exit code of `DataError` where a photo could not be read.
 
     Raises:
-        NotFoundError: no bundle there.
+        NotFoundError: no bundle there, or no operating point within the budget.
+        ConfigError: more than one budget, or one out of range.
         DataError: no photo could be read, or a folder holds none.
     """
     if not path.exists():
         raise NotFoundError(f"{path}: no such bundle; make one with: dsnet-orch export RUN --pick knee")
     unreadable: list[tuple[Path, DataError]] = []
-    answers = load_bundle(path).predict(photos, on_error=lambda file, error: unreadable.append((file, error)))
+    bundle = load_bundle(path)
+    if madds_m is not None or latency_ms is not None:
+        bundle = bundle.at(madds_m=madds_m, latency_ms=latency_ms)
+    answers = bundle.predict(photos, on_error=lambda file, error: unreadable.append((file, error)))
     if as_json:
         print_json(
             {

@@ -1,8 +1,9 @@
-"""The section `export`: which gates of the front become bundles."""
+"""The section `export`: which gates and static sub-networks become bundles."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Annotated
 
 from pydantic import (
@@ -16,16 +17,32 @@ from dsnet.wording import did_you_mean
 from orchestration.config.section import Section, Text
 from search.front.pareto import parse_pick
 
+MEMBERS, FRONT = "members", "front"
+"""Picks of one bundle with several operating points: all static sub-networks, or all gates of the
+front."""
+
+
+def gate_picks(picks: Sequence[str]) -> tuple[str, ...]:
+    """The picks that select gates, for a bundle each."""
+    return tuple(text for text in picks if text.strip() not in (MEMBERS, FRONT))
+
+
+def point_sets(picks: Sequence[str]) -> tuple[str, ...]:
+    """The picks of bundles with several operating points, each once."""
+    return tuple(dict.fromkeys(text.strip() for text in picks if text.strip() in (MEMBERS, FRONT)))
+
 
 def _pick(text: str) -> str:
+    if point_sets([text]):
+        return text
     try:
         pick = parse_pick(text)
     except ConfigError as error:
         raise ValueError(str(error)) from error
     if pick.kind == "name" and not re.fullmatch(r"trial-\d{4,}", text.strip()):
-        hint = did_you_mean(text, ["knee", "all"])
+        hint = did_you_mean(text, ["knee", "all", MEMBERS, FRONT])
         raise ValueError(
-            f'pick {text!r}: neither a keyword nor trial-NNNN{hint}; e.g. knee, all, trial-0042, "max:top1"'
+            f'pick {text!r}: neither a keyword nor trial-NNNN{hint}; e.g. knee, all, members, front, trial-0042, "max:top1"'
         )
     return text
 
@@ -41,9 +58,8 @@ class ExportConfig(Section):
     """Bundles that are exported at the end of a launch."""
 
     picks: Annotated[tuple[Annotated[Text, AfterValidator(_pick)], ...], Field(strict=False, min_length=1)] = ("knee",)
-    """Gates to export: knee, all, trial-0042, "max:top1 where madds_m<=200", ...; each gate once.
-    """
-    """Points of the front, as --pick of `dsnet-orch export` takes them."""
+    """Gates to export, a bundle each: knee, all, trial-0042, "max:top1 where madds_m<=200", ... One
+    bundle of several operating points: members (all static sub-networks), front (all its gates)."""
     formats: Annotated[tuple[Annotated[Text, AfterValidator(_format)], ...], Field(strict=False, min_length=1)] = (
         BUNDLE,
     )

@@ -1,4 +1,4 @@
-"""Export of gates: from points of a front to bundles that run."""
+"""Export: from points of a front, or from the static sub-networks, to bundles that run."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +19,19 @@ from dsnet.data.normalization import Normalization
 from dsnet.data.photos import PhotoDecoder
 from dsnet.deploy.bundle import NUM_EXAMPLES, BundleContents, save_bundle
 from dsnet.deploy.exporters import BUNDLE, exporters
+from dsnet.deploy.operating_points import OperatingPoint, OperatingPoints
 from dsnet.dotted import nest
-from dsnet.measure.settings import MAIN_DEVICE
+from dsnet.errors import NotFoundError
 from dsnet.routers.base import Router
+from dsnet.routers.fixed import FixedRouter
 from dsnet.routing.routing_table import RoutingTable
 from dsnet.routing.table_routing import run_on_table
 from dsnet.stored.checkpoint import load_supernet
 from dsnet.training.supernet import FINAL
+from orchestration.config.export import MEMBERS, gate_picks, point_sets
+from orchestration.pipeline.claims import bundle_claims, gate_point_claims, member_claims
 from orchestration.prepare.preparation import Prepared
 from orchestration.results.run import RunResults, picked_slots
-from orchestration.results.verified import DynamicLatency
-from search.front.analysis import PointAnalysis
 from search.front.points import trial_name
 
 CLEAR_LEAD = 100.0
@@ -44,22 +45,23 @@ before the run."""
 
 
 def export_picks(prepared: Prepared, results: RunResults, picks: Sequence[str], folder: Path) -> list[Path]:
-    """Write a bundle for each picked trial, and the link `knee` to the bundle of the front's knee;
-    returns the bundles' folders.
+    """Write a bundle for each picked trial and each picked set of operating points, and the link
+    `knee` to the bundle of the front's knee; returns the bundles' folders.
 
     A link to an earlier knee is removed if the folder holds no bundle of the knee.
 
     Args:
         prepared: see `export_bundles`.
         results: the run.
-        picks: see `orchestration.results.run.picked_slots`.
-        folder: receives one folder per trial.
+        picks: as of `orchestration.results.run.picked_slots`; also `members` and `front`.
+        folder: receives one folder per trial or set.
 
     Raises:
         ConfigError, NotFoundError, CheckpointError: as `picked_slots` and `export_bundles`.
     """
-    slots = picked_slots(results, picks)
-    paths = export_bundles(prepared, results, slots, folder)
+    slots = picked_slots(results, gate_picks(picks))
+    paths = export_bundles(prepared, results, slots, folder) if slots else []
+    paths += export_point_sets(prepared, results, point_sets(picks), results.front, folder)
     if results.knee is not None:
         link_knee(folder, folder / trial_name(results.knee))
     return paths
@@ -98,25 +100,151 @@ def export_bundles(prepared: Prepared, results: RunResults, slots: Sequence[int]
         NotFoundError: the run has no trained supernet yet.
         CheckpointError: a file of the run is damaged.
     """
-    supernet, meta = load_supernet(results.run.stage_dir("supernet", results.done_key("supernet")) / FINAL)
-    val = RoutingTable.load(results.run.table(results.done_key("table"), "val"))
+    source = _Source(prepared, results)
     paths = []
     for slot in slots:
-        router = results.router(slot)
         claims = bundle_claims(prepared, results, slot)
         path = folder / trial_name(slot)
-        contents = BundleContents(
-            supernet=supernet,
-            router=router,
-            normalization=Normalization.from_json(meta["run"]["normalization"]),
-            class_names=prepared.image_set.class_names,
-            examples=_examples(prepared, val, router),
-            photos=_photo_decoder(prepared),
-        )
-        save_bundle(path, contents, claims=claims, gate_yaml=_gate_yaml(prepared, results, slot, claims))
+        router = results.router(slot)
+        description = source.description(path.name, [router]) | source.facts(router, claims, slot)
+        gate_yaml = _to_yaml("A gate configuration", description)
+        save_bundle(path, source.contents(router), claims=claims, gate_yaml=gate_yaml)
         write_formats(path, prepared.config.export.formats)
         paths.append(path)
     return paths
+
+
+def export_point_sets(
+    prepared: Prepared, results: RunResults, sets: Sequence[str], front: Sequence[int], folder: Path
+) -> list[Path]:
+    """Write one bundle with several operating points for each of `sets`; returns their folders.
+
+    Each bundle begins at the point with the highest top-1 on `val`.
+
+    Args:
+        prepared: the run's data.
+        results: the run.
+        sets: `members`, all static sub-networks without the teacher; `front`, the gates of a front.
+        front: slots of the gates of this front.
+        folder: receives one folder for each set, of its name.
+
+    Raises:
+        NotFoundError: a stage has not finished, or the front is empty.
+        CheckpointError: a file of the run is damaged.
+    """
+    if not sets:
+        return []
+    source = _Source(prepared, results)
+    slot_of = {trial_name(slot): slot for slot in front}
+    paths = []
+    for name in sets:
+        points = source.members() if name == MEMBERS else source.gates(front)
+        path = folder / name
+        contents, claims = source.contents_at(points)
+        description = source.description(name, [point.router for point in points])
+        description["points"] = [
+            {"name": point.name, **source.facts(point.router, point.claims, slot_of.get(point.name))}
+            for point in points
+        ]
+        gate_yaml = _to_yaml("Operating points", description)
+        save_bundle(path, contents, claims=claims, gate_yaml=gate_yaml)
+        write_formats(path, prepared.config.export.formats)
+        paths.append(path)
+    return paths
+
+
+class _Source:
+    """The parts of a run of which bundles are made.
+
+    Raises:
+        NotFoundError: the run has no supernet or table yet.
+        CheckpointError: a file of the run is damaged.
+    """
+
+    def __init__(self, prepared: Prepared, results: RunResults) -> None:
+        self.prepared = prepared
+        self.results = results
+        self.supernet, meta = load_supernet(results.run.stage_dir("supernet", results.done_key("supernet")) / FINAL)
+        self.normalization = Normalization.from_json(meta["run"]["normalization"])
+        self.val = RoutingTable.load(results.run.table(results.done_key("table"), "val"))
+
+    def contents(
+        self, router: Router, name: str | None = None, further: Sequence[OperatingPoint] = ()
+    ) -> BundleContents:
+        """Contents of a bundle; `name` and `further` are for several operating points."""
+        return BundleContents(
+            supernet=self.supernet,
+            router=router,
+            normalization=self.normalization,
+            class_names=self.prepared.image_set.class_names,
+            examples=_examples(self.prepared, self.val, [router, *(point.router for point in further)]),
+            photos=_photo_decoder(self.prepared),
+            point_name=name,
+            further_points=further,
+        )
+
+    def contents_at(self, points: OperatingPoints) -> tuple[BundleContents, Mapping[str, Any]]:
+        """Contents and claims of a bundle with these points that begins at the best one."""
+        first = points.best
+        further = [point for point in points if point is not first]
+        return self.contents(first.router, first.name, further), first.claims
+
+    def members(self) -> OperatingPoints:
+        """All static sub-networks of the run, without the teacher."""
+        route_of = {subnet.name: route for route, subnet in enumerate(self.supernet.subnets)}
+        return OperatingPoints(
+            [
+                OperatingPoint(
+                    subnet.name,
+                    FixedRouter(route_of[subnet.name]),
+                    member_claims(self.prepared, self.results, subnet),
+                )
+                for subnet in self.results.members
+            ]
+        )
+
+    def gates(self, slots: Sequence[int]) -> OperatingPoints:
+        """The gates of a front.
+
+        Raises:
+            NotFoundError: there are none.
+        """
+        if not slots:
+            raise NotFoundError(f"pick 'front': run {self.results.run.name!r} has no gate on a front to export")
+        return OperatingPoints(
+            [
+                OperatingPoint(
+                    trial_name(slot),
+                    self.results.router(slot),
+                    gate_point_claims(self.prepared, self.results, slot, self.val),
+                )
+                for slot in slots
+            ]
+        )
+
+    def description(self, name: str, routers: Sequence[Router]) -> dict[str, Any]:
+        """What gate.yaml says of any bundle: name, run, model and routes."""
+        subnets = self.prepared.subnets
+        routes = sorted({route for router in routers for route in router.routes})
+        return {
+            "name": name,
+            "run": self.results.run.name,
+            "model": {"family": subnets.spec.family, "options": dict(self.results.config.supernet.options)},
+            "routes": [{"name": subnets[k].name, "widths": list(subnets[k].widths)} for k in routes],
+        }
+
+    def facts(self, router: Router, claims: Mapping[str, Any], slot: int | None) -> dict[str, Any]:
+        """What gate.yaml says of a router: how it decides, the settings of its trial if it is of
+        one, and its claims."""
+        names = [subnet.name for subnet in self.prepared.subnets]
+        facts: dict[str, Any] = {"router": router_facts(router, names)}
+        if slot is not None:
+            params = self.results.record(slot).params
+            facts["gate"] = nest({key.removeprefix("gate."): value for key, value in params.items()})
+        facts["claims"] = {
+            name: dict(values) if isinstance(values, Mapping) else values for name, values in claims.items()
+        }
+        return facts
 
 
 def write_formats(bundle: Path, formats: Sequence[str]) -> None:
@@ -149,117 +277,46 @@ def _photo_decoder(prepared: Prepared) -> PhotoDecoder | None:
     return PhotoDecoder.of_data(images.name, images.image_shape, prepared.config.data.crop_fraction)
 
 
-def _examples(prepared: Prepared, val: RoutingTable, router: Router) -> torch.Tensor:
+def _examples(prepared: Prepared, val: RoutingTable, routers: Sequence[Router]) -> torch.Tensor:
     """Example images, from `val`, because the sealed split must not be published."""
-    return prepared.data.images("val")[torch.from_numpy(example_rows(router, val))]
+    return prepared.data.images("val")[torch.from_numpy(example_rows(routers, val))]
 
 
-def example_rows(router: Router, table: RoutingTable) -> NDArray[np.int64]:
+def example_rows(routers: Sequence[Router], table: RoutingTable) -> NDArray[np.int64]:
     """Choose the images that a bundle stores as examples: `NUM_EXAMPLES` rows of the table, or all
     if it has fewer, ascending.
 
-    They are taken in turn from the routes that answer, among images with clear decisions. If there
-    are too few, the clearest of the others follow; for these another processor may take another
-    route because of rounding, which `check_bundle_examples` allows.
+    They are taken in turn from the routes that answer (with several routers, from the combinations
+    of their routes), among images with clear decisions of all routers. If there are too few, the
+    clearest of the others follow; for these another processor may take another route because of
+    rounding, which `check_bundle_examples` allows.
+
+    Args:
+        routers: the routers of the bundle, at least one.
+        table: a routing table of the split.
     """
-    run = run_on_table(router, table)
-    is_clear = run.lead >= CLEAR_LEAD
+    runs = [run_on_table(router, table) for router in routers]
+    lead = np.min([run.lead for run in runs], axis=0)
+    is_clear = lead >= CLEAR_LEAD
+    _, group = np.unique(np.stack([run.routes for run in runs]), axis=1, return_inverse=True)
     shuffled = np.random.default_rng(EXAMPLE_SEED).permutation(table.num_images)
     turn = np.zeros(table.num_images)
-    for route in np.unique(run.routes):
-        own = shuffled[(is_clear & (run.routes == route))[shuffled]]
+    for number in range(group.max() + 1):
+        own = shuffled[(is_clear & (group == number))[shuffled]]
         turn[own] = np.arange(len(own))
-    order = np.lexsort((np.where(is_clear, turn, -run.lead), ~is_clear))
+    order = np.lexsort((np.where(is_clear, turn, -lead), ~is_clear))
     return np.sort(order[:NUM_EXAMPLES])
 
 
-def bundle_claims(prepared: Prepared, results: RunResults, slot: int) -> dict[str, Any]:
-    """The claims of a bundle: its results on `val`, and on `test` if the trial was verified."""
-    config = prepared.config
-    record = results.record(slot)
-    names = ("top1", "top5", "madds_m", "p95_madds_m", "params_m", "latency_ms")
-    claims: dict[str, Any] = {
-        "data": {
-            "name": prepared.image_set.name,
-            "image_size": config.data.image_size,
-            "stream": config.data.stream,
-            "crop_fraction": config.data.crop_fraction,
-            "sizes": config.data.splits.model_dump(mode="json"),
-            "seed": config.seed,
-            "limit": config.data.limit,
-            "fingerprint": prepared.image_set.fingerprint,
-            "splits": prepared.splits.hash,
-        },
-        "val": {"num_images": len(prepared.splits.val), **{name: record.metrics[name] for name in names}},
-    }
-    verified = results.verified
-    if verified is None:
-        return claims
-    point = next((point for point in verified.test.points if point.slot == slot), None)
-    if point is not None:
-        claims["test"] = _test_claims(point, verified.test.num_images)
-        claims["latency"] = _latency_claims(verified.latency, slot)
-        further = {name: own for name, own in verified.latencies.items() if name != MAIN_DEVICE}
-        if further:
-            claims["device_latency"] = {name: _latency_claims(own, slot) for name, own in further.items()}
-    return claims
-
-
-def _latency_claims(latency: DynamicLatency, slot: int) -> dict[str, Any]:
-    """Measured latency of a batch on one device, beside that of the static extremes and the sum of
-    the measured parts (`ideal_ms`)."""
-    return {
-        "device": latency.device,
-        "threads": latency.threads,
-        "batches": {
-            str(size): {
-                "gate_ms": asdict(row[slot]),
-                "ideal_ms": latency.ideal[size][slot],
-                "widest_ms": asdict(latency.widest[size]),
-                "cheapest_ms": asdict(latency.cheapest[size]),
-            }
-            for size, row in latency.gates.items()
-        },
-    }
-
-
-def _test_claims(point: PointAnalysis, num_images: int) -> dict[str, Any]:
-    gain = point.gain
-    return {
-        "num_images": num_images,
-        "top1": point.top1.value,
-        "top1_interval": [point.top1.low, point.top1.high],
-        "top5": point.metrics["top5"],
-        "madds_m": point.metrics["madds_m"],
-        "gain_over_static": None if gain is None else gain.value,
-        "gain_over_static_interval": None if gain is None else [gain.low, gain.high],
-        "random_routing_top1": point.random_top1,
-        "is_collapsed": point.is_collapsed,
-    }
-
-
-def _gate_yaml(prepared: Prepared, results: RunResults, slot: int, claims: Mapping[str, Any]) -> str:
-    """YAML for people: the gate's settings and its results."""
-    record = results.record(slot)
-    router = results.router(slot)
-    content = {
-        "name": trial_name(slot),
-        "run": results.run.name,
-        "model": {"family": prepared.subnets.spec.family, "options": dict(results.config.supernet.options)},
-        "routes": [
-            {"name": prepared.subnets[k].name, "widths": list(prepared.subnets[k].widths)} for k in router.routes
-        ],
-        "router": router_facts(router, [subnet.name for subnet in prepared.subnets]),
-        "gate": nest({key.removeprefix("gate."): value for key, value in record.params.items()}),
-        "claims": {name: dict(values) if isinstance(values, Mapping) else values for name, values in claims.items()},
-    }
+def _to_yaml(title: str, content: Mapping[str, Any]) -> str:
+    """YAML for people, with a comment that begins with `title`."""
     writer = YAML(typ="safe", pure=True)
     writer.default_flow_style = False
     writer.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
     stream = io.StringIO()
-    writer.dump(content, stream)
+    writer.dump(dict(content), stream)
     return (
-        "# A gate configuration exported by dsnet-orch. dsnet reads bundle.json beside it; this file is for people.\n"
+        f"# {title} exported by dsnet-orch. dsnet reads bundle.json beside it; this file is for people.\n"
         + stream.getvalue()
     )
 

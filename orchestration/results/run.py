@@ -24,6 +24,7 @@ from dsnet.routing.table_routing import static_run
 from dsnet.space.spec import SupernetSpec
 from dsnet.space.subnet_set import SubnetSet
 from dsnet.training.supernet import FINAL
+from orchestration.config.export import gate_picks
 from orchestration.config.loading import load_config
 from orchestration.config.sweep import SweepConfig
 from orchestration.prepare.reach import Range, metric_ranges
@@ -334,7 +335,7 @@ class RunResults:
 
     def _named_slots(self) -> list[int]:
         slots = [] if self.knee is None else [self.knee]
-        for text in self.config.export.picks:
+        for text in gate_picks(self.config.export.picks):
             try:
                 slots += [] if parse_pick(text).kind == "all" else picked_slots(self, [text])
             except NotFoundError:  # the export reports it, when everything else is done

@@ -17,17 +17,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from dsnet.environment import resolve_device
-from dsnet.errors import ConfigError, DsnetError, NothingFeasibleError, StoppedError
+from dsnet.errors import ConfigError, DsnetError, NotFoundError, NothingFeasibleError, StoppedError
 from dsnet.files import atomic_write_json, read_json
 from dsnet.stop_signals import StopRequest
 from dsnet.stored.checkpoint import load_supernet
 from dsnet.training.supernet import FINAL
 from dsnet.wording import plural
+from orchestration.config.export import gate_picks, point_sets
 from orchestration.config.resolve import supernet_space
 from orchestration.config.schedulers import check_scheduler
 from orchestration.config.sweep import SweepConfig
 from orchestration.pipeline.context import Launch
-from orchestration.pipeline.export import export_bundles, link_knee
+from orchestration.pipeline.export import export_bundles, export_point_sets, link_knee
 from orchestration.pipeline.launch import (
     TRACKING_TIMEOUT_S,
     LaunchResult,
@@ -633,14 +634,21 @@ def export_gates(
     """Write a bundle for each picked gate, in one folder per supernet; returns the bundles'
     folders.
 
+    A set of operating points is one bundle for each supernet with a gate on the front over all
+    supernets, because its points share their weights: `front` has the gates of this front that are
+    the supernet's, `members` all static sub-networks of the supernet.
+
     Args:
         results: results of the sweep.
-        picks: see `SupernetSweepResults.picked`.
-        prepared: data and layout of the supernets of these gates.
+        picks: see `SupernetSweepResults.picked`; also `members` and `front`.
+        prepared: data and layout of the supernets of these gates, and of `picked_supernets`.
         folder: receives the folders of the supernets.
+
+    Raises:
+        NotFoundError: a pick selects nothing.
     """
     slots: dict[str, list[int]] = {}
-    for gate in results.picked(picks):
+    for gate in results.picked(gate_picks(picks)):
         slots.setdefault(gate.supernet, []).append(gate.slot)
     bundles = {
         (name, slot): path
@@ -649,10 +657,29 @@ def export_gates(
             own, export_bundles(prepared[name], results.supernets[name], own, folder / name), strict=True
         )
     }
+    paths = list(bundles.values())
+    sets = point_sets(picks)
+    for name in picked_supernets(results, sets):
+        own, front = results.supernets[name], results.front_slots[name]
+        paths += export_point_sets(prepared[name], own, sets, front, folder / name)
     knee = results.knee
     if knee is not None:
         link_knee(folder, folder / knee.supernet / trial_name(knee.slot))
-    return list(bundles.values())
+    return paths
+
+
+def picked_supernets(results: SupernetSweepResults, picks: Sequence[str]) -> list[str]:
+    """Names of the supernets of which bundles are written.
+
+    Raises:
+        ConfigError, NotFoundError: as `SupernetSweepResults.picked`; or a set of operating points
+            is picked, and there is no front.
+    """
+    names = [gate.supernet for gate in results.picked(gate_picks(picks))]
+    sets = point_sets(picks)
+    if sets and not results.front_slots:
+        raise NotFoundError(f"pick {sets[0]!r}: the sweep {results.run.name!r} has no gate on a front yet")
+    return list(dict.fromkeys([*names, *(results.front_slots if sets else ())]))
 
 
 def _prepared(member: Member) -> Prepared:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from dsnet.errors import NotFoundError
 from dsnet.files import read_json
+from orchestration.config.export import gate_picks
 from orchestration.config.loading import load_config
 from orchestration.config.sweep import SweepConfig
 from orchestration.results.gate_id import GateId
@@ -95,6 +96,15 @@ class SupernetSweepResults:
             GateId(name, record.slot): record for name, results in self.supernets.items() for record in results.feasible
         }
 
+    @cached_property
+    def front_slots(self) -> dict[str, tuple[int, ...]]:
+        """The front over all supernets as slots by supernet, in the order of `front_gates`; only
+        supernets with a gate on it."""
+        slots: dict[str, tuple[int, ...]] = {}
+        for gate in self.front_gates:
+            slots[gate.supernet] = (*slots.get(gate.supernet, ()), gate.slot)
+        return slots
+
     @property
     def num_trials(self) -> int:
         """Finished trials of all members."""
@@ -131,7 +141,7 @@ class SupernetSweepResults:
 
     def _named_gates(self) -> list[GateId]:
         gates = [] if self.knee is None else [self.knee]
-        for text in self.config.export.picks:
+        for text in gate_picks(self.config.export.picks):
             try:
                 gates += [] if text.strip() == "all" else self.picked([text])
             except NotFoundError:  # the export will say so, when everything else is done

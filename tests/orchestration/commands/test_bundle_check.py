@@ -100,7 +100,7 @@ def test_claims_of_every_router_are_found_again_on_the_data_and_better_ones_are_
         router=router,
         normalization=normalization,
         class_names=source.class_names,
-        examples=data.images("val")[torch.from_numpy(example_rows(router, table))],
+        examples=data.images("val")[torch.from_numpy(example_rows([router], table))],
     )
 
     def saved(claims: Mapping[str, Any]) -> Path:

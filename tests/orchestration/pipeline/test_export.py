@@ -27,7 +27,8 @@ from dsnet.routing.table_routing import run_on_table
 from dsnet.stored.checkpoint import load_supernet
 from dsnet.training.supernet import FINAL
 from orchestration.commands.planning import prepare_again
-from orchestration.pipeline.export import CLEAR_LEAD, bundle_claims, example_rows, link_knee, router_facts
+from orchestration.pipeline.claims import bundle_claims
+from orchestration.pipeline.export import CLEAR_LEAD, example_rows, link_knee, router_facts
 from orchestration.results.run import RunResults, picked_slots
 from search.front.points import trial_name
 from tests.dsnet.samples import ROUTER_KINDS, random_router, random_table
@@ -121,7 +122,7 @@ def test_a_bundle_classifies_every_image_of_val_as_the_verified_run_did(finished
 def test_examples_are_clear_ones_of_every_route_that_has_some(kind: str, num_gates: int) -> None:
     table = random_table(400, 4, num_gates=num_gates)
     router = random_router(kind, table)
-    rows, run = example_rows(router, table), run_on_table(router, table)
+    rows, run = example_rows([router], table), run_on_table(router, table)
     assert len(rows) == NUM_EXAMPLES
     assert (np.diff(rows) > 0).all()
     is_clear = run.lead >= CLEAR_LEAD
@@ -143,12 +144,12 @@ def test_where_nothing_is_clear_the_clearest_are_examples() -> None:
     undecided = CascadeRouter(1, 3, 0.5)
     assert run_on_table(undecided, table).lead.max() < CLEAR_LEAD
     clearest = np.argsort(-np.abs(table.confidence[:, 1] - 0.5), kind="stable")
-    assert set(example_rows(undecided, table)) == set(clearest[:NUM_EXAMPLES])
+    assert set(example_rows([undecided], table)) == set(clearest[:NUM_EXAMPLES])
 
 
 def test_a_table_of_few_images_gives_all_of_them() -> None:
     table = random_table(5, 4)
-    assert example_rows(random_router("cascade", table), table).tolist() == [0, 1, 2, 3, 4]
+    assert example_rows([random_router("cascade", table)], table).tolist() == [0, 1, 2, 3, 4]
 
 
 def test_verify_says_so_where_a_bundle_stores_no_examples(finished: Finished, tmp_path: Path) -> None:
@@ -290,12 +291,10 @@ def test_every_file_of_a_bundle_that_is_tampered_with_is_noticed_and_named(
 def test_claims_that_the_data_does_not_bear_out_are_an_error(finished: Finished, tmp_path: Path) -> None:
     # Exported by someone who wrote better numbers into the claims: files and examples are in order,
     # the accuracy is not.
-    from orchestration.pipeline import export
-
     results = finished.results
     prepared = prepare_again(results)
     slot = results.front[0]
-    honest = export.bundle_claims(prepared, results, slot)
+    honest = bundle_claims(prepared, results, slot)
     boasting = {**honest, "val": {**honest["val"], "top1": honest["val"]["top1"] + 0.1}}
     path = _export_with(prepared, results, slot, boasting, tmp_path)
     assert call(tmp_path, "verify", path).code == 0

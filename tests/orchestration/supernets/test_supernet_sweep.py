@@ -35,7 +35,7 @@ from orchestration.runs.lock import DriverLock
 from orchestration.supernets.members import Member, MemberEntry, draw_members
 from orchestration.supernets.results import GateId, SupernetSweepResults
 from orchestration.supernets.study import SupernetStudy
-from search.front.points import load_points
+from search.front.points import load_points, trial_name
 from search.study.study import TrialRecord
 from tests.orchestration.samples import TIMES, WITHOUT_MLFLOW, Answer, Command, call, snapshot, write_sweep
 
@@ -430,6 +430,21 @@ def test_a_gate_of_any_supernet_is_exported_by_its_whole_name_and_an_ambiguous_o
     refused = call(swept.folder, "export", "nets", "--pick", "trial-0001", "--out", tmp_path)
     assert refused.code == 9
     assert "2 supernets have such a trial" in refused.err
+
+
+@pytest.mark.ray
+def test_operating_points_are_exported_for_each_supernet_with_a_gate_on_the_front(swept: Swept, tmp_path: Path) -> None:
+    results = swept.results
+    answer = call(swept.folder, "export", "nets", "--pick", "members", "--pick", "front", "--out", tmp_path)
+    assert answer.code == 0, answer.err
+    names = list(dict.fromkeys(gate.supernet for gate in results.front_gates))
+    wanted = [tmp_path / name / each for name in names for each in ("members", "front")]
+    assert sorted(map(Path, answer.out.split())) == sorted(wanted)
+    for name in names:
+        front, members = (load_bundle(tmp_path / name / each).operating_points for each in ("front", "members"))
+        own = {trial_name(gate.slot): results.feasible[gate] for gate in results.front_gates if gate.supernet == name}
+        assert {point.name: point.top1 for point in front} == {k: record.metrics["top1"] for k, record in own.items()}
+        assert [point.name for point in members] == [subnet.name for subnet in results.supernets[name].members]
 
 
 def test_a_supernet_that_is_at_work_is_training_and_its_newest_checkpoint_says_how_far_it_is(tmp_path: Path) -> None:
