@@ -21,7 +21,7 @@ from dsnet.space.cost import subnet_cost
 from dsnet.space.spec import IMAGE, Op, Subnet, SupernetSpec
 from dsnet.space.subnet_set import SubnetSet, subnet_at
 from dsnet.space.width_space import WidthSpace
-from dsnet.structure.settings import StructureSettings, without_unread
+from dsnet.structure.settings import MULTI_BASE, PROGRESSIVE, StructureSettings, without_unread
 
 if TYPE_CHECKING:
     from dsnet.network.supernet import Supernet
@@ -81,6 +81,17 @@ class StructureProblem:
             whole = self.madds(self.widest)
             return tuple(Target(f"{share:g}", share * whole) for share in sorted(shares))
         return tuple(Target(f"{value:g}M", value * 1e6) for value in sorted(millions))
+
+    @property
+    def sorted_by(self) -> str:
+        """The order that the channels get: that of the settings, or where it is none, that of a
+        method which sorts by a score of its own; `none` if they keep theirs."""
+        settings = self.settings
+        if settings.order != "none":
+            return settings.order
+        if settings.method == PROGRESSIVE and is_sortable(self):
+            return settings.progressive.ranking
+        return settings.score if settings.method == MULTI_BASE else "none"
 
     @cached_property
     def fixed(self) -> frozenset[int]:

@@ -27,6 +27,12 @@ US_NET = "us_net"
 """The name of the network that is trained before the search."""
 
 
+def norm_of_search(problem: StructureProblem) -> Norm:
+    """The norm of a network in which sub-networks of any widths are scored: statistics are kept for
+    the declared ones alone, and all other widths are normalised by the batch."""
+    return "group_norm" if problem.spec.norm == "group_norm" else "recalibrate"
+
+
 def us_net(problem: StructureProblem, fixed: Set[int]) -> Base:
     """A universally slimmable network over every width that a search may choose.
 
@@ -35,8 +41,7 @@ def us_net(problem: StructureProblem, fixed: Set[int]) -> Base:
         fixed: the channel groups of which every sub-network has all channels.
     """
     settings, run, spec = problem.settings, problem.run, problem.spec
-    # Statistics of the widest alone: all other widths are normalised by the batch.
-    norm: Norm = "group_norm" if spec.norm == "group_norm" else "recalibrate"
+    norm = norm_of_search(problem)
     groups = tuple(
         replace(group, pinned=group.pinned or "supernet.structure.pin") if number in fixed else group
         for number, group in enumerate(spec.groups)
