@@ -175,6 +175,8 @@ def _structure(plan: StructurePlan, num_train: int) -> str:
             text += (
                 f": at most {plural(most, 'candidate')} on about {plural(held_out, 'image')} of train that are held out"
             )
+        if later := method.later(problem):
+            text += f"; about {plural(len(later), 'further training')} of {plural(later[0].run.train.epochs, 'epoch')} during the search"
         text += "; until then the table assumes one ratio for all channels"
     return text
 
