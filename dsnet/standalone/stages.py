@@ -245,15 +245,17 @@ class _StageRunner:
             supernet, _ = first_weights(base.subnets, base.run.seed, start)
             self._train(supernet, base.run, kept, folder)
 
+        said: list[str] = []
+
         @contextmanager
         def scorer(network: Supernet, held_out: HeldOut) -> Iterator[Scorer]:
             images, labels = held_out
             own = HoldOutScorer(network, images, labels, self.given.run.normalization, device=self.device)
-            warnings = [warning] if (warning := holdout_warning(len(labels))) is not None else []
 
             def score(candidates: Sequence[Candidate]) -> Iterator[Score]:
-                while warnings:
-                    self.say(f"structure: {warnings.pop()}")
+                if not said and (warning := holdout_warning(len(labels))) is not None:
+                    said.append(warning)
+                    self.say(f"structure: {warning}")
                 for candidate in candidates:
                     yield own.score(candidate.widths)
 

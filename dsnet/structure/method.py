@@ -21,7 +21,7 @@ from dsnet.space.cost import subnet_cost
 from dsnet.space.spec import IMAGE, Op, Subnet, SupernetSpec
 from dsnet.space.subnet_set import SubnetSet, subnet_at
 from dsnet.space.width_space import WidthSpace
-from dsnet.structure.settings import StructureSettings, without_unread
+from dsnet.structure.settings import MULTI_BASE, PROGRESSIVE, StructureSettings, without_unread
 
 if TYPE_CHECKING:
     from dsnet.network.supernet import Supernet
@@ -81,6 +81,17 @@ class StructureProblem:
             whole = self.madds(self.widest)
             return tuple(Target(f"{share:g}", share * whole) for share in sorted(shares))
         return tuple(Target(f"{value:g}M", value * 1e6) for value in sorted(millions))
+
+    @property
+    def sorted_by(self) -> str:
+        """The order that the channels get: that of the settings, or where it is none, that of a
+        method which sorts by a score of its own; `none` if they keep theirs."""
+        settings = self.settings
+        if settings.order != "none":
+            return settings.order
+        if settings.method == PROGRESSIVE and is_sortable(self):
+            return settings.progressive.ranking
+        return settings.score if settings.method == MULTI_BASE else "none"
 
     @cached_property
     def fixed(self) -> frozenset[int]:
@@ -303,13 +314,33 @@ EPOCHS = 0.2
 """Share of the joint training's epochs for which a network is trained beforehand."""
 
 
-def shortened(problem: StructureProblem) -> TrainSettings:
-    """The joint training's settings for the epochs of a network that is trained beforehand, with
-    its warm-up in proportion."""
+def shortened(problem: StructureProblem, epochs: int | None = None) -> TrainSettings:
+    """The joint training's settings for a number of epochs, with its warm-up in proportion.
+
+    Args:
+        problem: the problem.
+        epochs: None: those of a network that is trained beforehand.
+    """
     train = problem.run.train
-    epochs = problem.settings.epochs or max(1, round(EPOCHS * train.epochs))
+    epochs = epochs or problem.settings.epochs or max(1, round(EPOCHS * train.epochs))
     share = epochs / train.epochs if train.epochs else 0.0
     return replace(train, epochs=epochs, warmup_epochs=min(1.0, share) * train.warmup_epochs)
+
+
+def has_norms(problem: StructureProblem) -> bool:
+    """Whether the network has any norms."""
+    return any(op.has_norm or op.kind == "norm" for op in problem.spec.ops)
+
+
+def has_batch_norm(problem: StructureProblem) -> bool:
+    """Whether the network has BatchNorm."""
+    return problem.spec.norm != "group_norm" and has_norms(problem)
+
+
+def is_sortable(problem: StructureProblem) -> bool:
+    """Whether the channels can change their order without a change of what the network computes:
+    GroupNorm normalises neighbouring channels together."""
+    return problem.spec.norm != "group_norm" or not has_norms(problem)
 
 
 def check_order(problem: StructureProblem) -> None:
@@ -319,14 +350,13 @@ def check_order(problem: StructureProblem) -> None:
         ConfigError: they cannot without a change of what the network computes, or there is nothing
             by which to sort.
     """
-    wanted, norm = problem.settings.order, problem.spec.norm
-    has_norms = any(op.has_norm or op.kind == "norm" for op in problem.spec.ops)
-    if wanted != "none" and has_norms and norm == "group_norm":
+    wanted = problem.settings.order
+    if wanted != "none" and not is_sortable(problem):
         raise ConfigError(
             f"supernet.structure.order is {wanted}, but this network has GroupNorm, which normalises neighbouring channels "
             "together, so that another order would compute something else: use order none, or another supernet.train.bn"
         )
-    if wanted == "bn_gamma" and not has_norms:
+    if wanted == "bn_gamma" and not has_norms(problem):
         raise ConfigError(
             "supernet.structure.order is bn_gamma, but this network has no BatchNorm: use weight_l1, taylor or noise"
         )
@@ -362,13 +392,17 @@ def check_common(problem: StructureProblem) -> None:
         )
 
 
-def check_targets(problem: StructureProblem, levels: int | None) -> None:
+def check_targets(problem: StructureProblem, options: Sequence[Widths]) -> None:
     """Check that the targets lie between the smallest and the widest possible sub-network.
+
+    Args:
+        problem: the problem.
+        options: the possible widths of every channel group.
 
     Raises:
         ConfigError: one does not, by more than the tolerance.
     """
-    smallest = tuple(options[0] for options in problem.options(levels))
+    smallest = tuple(widths[0] for widths in options)
     low, high = problem.madds(smallest), problem.madds(problem.widest)
     for target in problem.targets:
         nearest = low if target.madds < low else high

@@ -362,7 +362,7 @@ def _summary(problem: StructureProblem, found: Found, trace: Trace) -> dict[str,
     ]
     return {
         "method": problem.settings.method,
-        "order": problem.settings.sorted_by,
+        "order": problem.sorted_by,
         "candidates": len(trace.scores),
         "seconds": sum(score.seconds for _, score in trace.scores),
         "madds": sum(candidate.madds * score.num_images for candidate, score in trace.scores),

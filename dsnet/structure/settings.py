@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from types import MappingProxyType
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from annotated_types import Gt, Lt
 
 from dsnet.import_path import is_model_path
 from dsnet.settings import (
+    FractionBelowOne,
     NonNegativeFloat,
     PositiveFloat,
     PositiveFraction,
@@ -27,14 +28,17 @@ LIST = "list"
 """The method that takes the widths as written."""
 MULTI_BASE = "multi_base"
 """The method that prunes networks of several base widths."""
-BY_TARGETS = ("uniform", "greedy", MULTI_BASE)
+PROGRESSIVE = "progressive"
+"""The method that removes channels by their importance, and fine-tunes on the way."""
+BY_TARGETS = ("uniform", "greedy", MULTI_BASE, PROGRESSIVE)
 """The methods of this package that make one sub-network per target."""
 
 Order = Literal["none", "random", "weight_l1", "bn_gamma", "taylor", "noise"]
 BY_IMAGES: tuple[Order, ...] = ("taylor", "noise")
 """The orders that need images with labels."""
 BN_GAMMA = "bn_gamma"
-SCORES = ("bn_gamma", "weight_l1", "taylor", "random", "noise")
+Ranking = Literal["bn_gamma", "weight_l1", "taylor", "random", "noise"]
+SCORES: tuple[str, ...] = get_args(Ranking)
 """The scores of channels by which `multi_base` prunes, beside functions of the user."""
 Pin = Literal["none", "gate"]
 StartWith = Literal["trained", "fresh"]
@@ -70,6 +74,24 @@ class BasesSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ProgressiveSettings(Settings):
+    """The parts of the progressive search, each of which can be left out."""
+
+    SECTION = "supernet.structure.progressive"
+
+    ranking: Ranking = "noise"
+    """How important a channel is: `noise`, how little trainable noise it tolerates; or `weight_l1`,
+    `bn_gamma`, `taylor`, `random`."""
+    threshold: FractionBelowOne | None = 0.01
+    """Fall of the accuracy on the hold-out since the last fine-tuning, as a share of the images,
+    [0, 1), above which the network is fine-tuned; 0: after every loss; None: never."""
+    tuning_epochs: PositiveInt = 1
+    """Epochs of one fine-tuning."""
+    reselection: bool = True
+    """Whether sub-networks near each member are tried in its place."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class StructureSettings(Settings):
     """Where the sub-networks of a supernet come from (docs/methods.md, section 9)."""
 
@@ -77,8 +99,9 @@ class StructureSettings(Settings):
 
     method: str = DECLARED
     """`declared`: those of the family; `uniform`: one ratio for all channel groups; `list`: as
-    written; `greedy`: AutoSlim's search; `multi_base`: SP-Net's pruning; or the name of a
-    registered method, or an import path `package.module:Class`."""
+    written; `greedy`: AutoSlim's search; `multi_base`: SP-Net's pruning; `progressive`: a search by
+    the importance of channels, with fine-tuning; or the name of a registered method, or an import
+    path `package.module:Class`."""
     targets: tuple[PositiveFraction, ...] = ()
     """MAdds of the sub-networks as shares of the widest's, (0, 1]."""
     targets_m: tuple[PositiveFloat, ...] = ()
@@ -116,12 +139,8 @@ class StructureSettings(Settings):
     score: str = BN_GAMMA
     """For `multi_base`: how important a channel is: `bn_gamma`, `weight_l1`, `taylor`, `random`,
     `noise`, or the import path `package.module:function` of a function of the user."""
-
-    @property
-    def sorted_by(self) -> str:
-        """The order that the channels get: `order`, or the score of `multi_base` where that is
-        none."""
-        return self.score if self.method == MULTI_BASE and self.order == "none" else self.order
+    progressive: ProgressiveSettings = field(default_factory=ProgressiveSettings)
+    """For `progressive`: the parts of the search."""
 
     @property
     def is_chosen(self) -> bool:
@@ -167,11 +186,11 @@ class StructureSettings(Settings):
             yield (
                 f"supernet.structure.widths is set, but method {self.method} does not read it: choose method list, or remove it"
             )
-        yield from self._pruning_problems(len(self.targets or self.targets_m))
+        yield from self._problems_of_one_method(len(self.targets or self.targets_m))
         self._check_widths()
 
-    def _pruning_problems(self, num_targets: int) -> Iterator[str]:
-        """Problems of the settings that `multi_base` reads."""
+    def _problems_of_one_method(self, num_targets: int) -> Iterator[str]:
+        """Problems of the settings that single methods read."""
         if self.score not in SCORES and not is_model_path(self.score):
             yield f"supernet.structure.score is {self.score!r}{way_out(self.score, SCORES)}; or an import path package.module:function"
         num_bases = len(self.bases.widths)
@@ -180,12 +199,12 @@ class StructureSettings(Settings):
                 f"supernet.structure.bases.widths has {num_bases} widths for {plural(num_targets, 'target')}: give as many widths "
                 "as targets, or [1.0] to prune all of them from one network"
             )
-        if self.method in (DECLARED, LIST, *BY_TARGETS) and self.method != MULTI_BASE:
-            for name in ("bases", "score"):
-                if getattr(self, name) != _ADDED[name]:
+        if self.method in (DECLARED, LIST, *BY_TARGETS):
+            for name, (method, default) in _ADDED.items():
+                if self.method != method and getattr(self, name) != default:
                     yield (
                         f"supernet.structure.{name} is set, but method {self.method} does not read it: choose method "
-                        f"{MULTI_BASE}, or remove it"
+                        f"{method}, or remove it"
                     )
 
     def _check_widths(self) -> None:
@@ -197,8 +216,15 @@ class StructureSettings(Settings):
             check_value(f"supernet.structure.widths.{name}", widths, tuple[PositiveInt, ...])
 
 
-_ADDED: Mapping[str, Any] = MappingProxyType({"bases": BasesSettings(), "score": BN_GAMMA})
-"""Settings that only `multi_base` and methods of the user read, with their defaults."""
+_ADDED: Mapping[str, tuple[str, Any]] = MappingProxyType(
+    {
+        "bases": (MULTI_BASE, BasesSettings()),
+        "score": (MULTI_BASE, BN_GAMMA),
+        "progressive": (PROGRESSIVE, ProgressiveSettings()),
+    }
+)
+"""Settings that only one method of this package and methods of the user read: the method, and the
+default."""
 
 
 def without_unread(structure: Mapping[str, Any]) -> dict[str, Any]:
@@ -208,15 +234,19 @@ def without_unread(structure: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         structure: all settings; lists and tuples are the same.
     """
-    if structure["method"] == MULTI_BASE:
-        return dict(structure)
-    bases = {**structure["bases"], "widths": tuple(structure["bases"]["widths"])}
-    unread = {
-        name
-        for name, is_default in (("bases", bases == asdict(_ADDED["bases"])), ("score", structure["score"] == BN_GAMMA))
-        if is_default
+    return {
+        name: value
+        for name, value in structure.items()
+        if name not in _ADDED or structure["method"] == _ADDED[name][0] or _plain(value) != _plain(_ADDED[name][1])
     }
-    return {name: value for name, value in structure.items() if name not in unread}
+
+
+def _plain(value: Any) -> Any:
+    """Settings as a mapping in which lists are tuples; other values as they are."""
+    if not isinstance(value, Mapping | Settings):
+        return value
+    fields = value if isinstance(value, Mapping) else asdict(value)  # type: ignore[call-overload] # a dataclass
+    return {name: tuple(each) if isinstance(each, list) else each for name, each in fields.items()}
 
 
 def num_held_out(share: float, num_images: int) -> int:

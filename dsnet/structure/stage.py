@@ -43,7 +43,7 @@ HeldOut = tuple[UInt8[Tensor, "held_out channels height width"], Int64[Tensor, "
 
 class _Scoring:
     """The scorer of the network that the search uses; it is set up when the first candidate is to
-    be scored."""
+    be scored, and again when one is to be scored after its end."""
 
     def __init__(
         self,
@@ -69,7 +69,7 @@ class _Scoring:
         self._network = network
 
     def close(self) -> None:
-        """End the scorer."""
+        """End the scorer; the next candidate sets up another one."""
         self._score = None
         self._context.close()
 
@@ -131,14 +131,16 @@ class StructureWork:
         fresh = self._first() if self.bases and problem.settings.start == "fresh" else None
         asked: list[Base] = []
 
-        def train(trainings: Trainings) -> None:
-            asked.extend(each.base for each in trainings.networks)
-            self._train_further(trainings, kept)
-
         def images() -> HeldOut:
             return held_out_images(self.source, self.splits, held)
 
         with closing(_Scoring(self.scorer, start.supernet, images)) as scoring:
+
+            def train(trainings: Trainings) -> None:
+                scoring.close()  # its workers hold the cores on which the networks are trained
+                asked.extend(each.base for each in trainings.networks)
+                self._train_further(trainings, kept)
+
             facilities = Facilities(scoring.score, train, scoring.use)
             find = partial(find_structure, folder=self.folder, should_stop=self.should_stop)
             found = find(problem, start, facilities, fresh=fresh, trained=trained)

@@ -9,13 +9,22 @@ from pydantic import Field, model_validator
 
 from dsnet.errors import ConfigError
 from dsnet.import_path import is_model_path
-from dsnet.settings import NonNegativeFloat, PositiveFloat, PositiveFraction, PositiveInt, SettingError
+from dsnet.settings import (
+    FractionBelowOne,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveFraction,
+    PositiveInt,
+    SettingError,
+)
 from dsnet.structure.methods import structure_method
 from dsnet.structure.settings import (
     BasesSettings,
     HoldOutShare,
     Order,
     Pin,
+    ProgressiveSettings,
+    Ranking,
     StartWith,
     StructureSettings,
 )
@@ -35,13 +44,29 @@ class BasesConfig(Section):
     """Price of the absolute scales of BatchNorm in the loss of these networks."""
 
 
+class ProgressiveConfig(Section):
+    """The parts of the search of method progressive, each of which can be left out."""
+
+    ranking: Ranking = ProgressiveSettings.ranking
+    """Importance of channels: noise, how little trainable noise they tolerate | weight_l1 |
+    bn_gamma | taylor | random."""
+    threshold: FractionBelowOne | None = ProgressiveSettings.threshold
+    """Fall of the accuracy on the hold-out since the last fine-tuning, as a share of the images,
+    above which the network is fine-tuned; 0 = after every loss; null = never."""
+    tuning_epochs: PositiveInt = ProgressiveSettings.tuning_epochs
+    """Epochs of one fine-tuning."""
+    reselection: bool = ProgressiveSettings.reselection
+    """Whether sub-networks near each member are tried in its place."""
+
+
 class StructureConfig(Section):
     """Where the sub-networks of the supernet come from, before it is trained."""
 
     method: Text = StructureSettings.method
     """declared: those of the family | uniform: one ratio for all channel groups | list: as written
-    in `widths` | greedy: AutoSlim's search | multi_base: SP-Net's pruning of a network per target;
-    or the import path of a method."""
+    in `widths` | greedy: AutoSlim's search | multi_base: SP-Net's pruning of a network per target |
+    progressive: a search by the importance of channels, with fine-tuning; or the import path of a
+    method."""
     targets: Annotated[tuple[PositiveFraction, ...], FROM_LIST] = StructureSettings.targets
     """MAdds of the sub-networks as shares of the widest's, for example [0.25, 0.5, 1.0]."""
     targets_m: Annotated[tuple[PositiveFloat, ...], FROM_LIST] = StructureSettings.targets_m
@@ -73,6 +98,8 @@ class StructureConfig(Section):
     score: Text = StructureSettings.score
     """For multi_base: importance of channels. bn_gamma | weight_l1 | taylor | random | noise; or
     the import path package.module:function of a function."""
+    progressive: ProgressiveConfig = ProgressiveConfig()
+    """For progressive: the parts of the search."""
     concurrent: PositiveInt | None = Field(default=None)
     """Candidates that are scored at the same time; null = as many as there are cores. Networks of
     multi_base that are trained at the same time; null = one."""
@@ -96,8 +123,11 @@ class StructureConfig(Section):
         Raises:
             SettingError: they contradict each other.
         """
-        bases = BasesSettings(**self.bases.model_dump())
-        return StructureSettings(**{**self.model_dump(exclude={"concurrent"}), "bases": bases})
+        sections = {
+            "bases": BasesSettings(**self.bases.model_dump()),
+            "progressive": ProgressiveSettings(**self.progressive.model_dump()),
+        }
+        return StructureSettings(**{**self.model_dump(exclude={"concurrent"}), **sections})
 
     @property
     def is_chosen(self) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -88,6 +89,8 @@ class _OnRay:
         is_chain = any(base.follows for base in bases) or supernet.workers > 1
         self.at_a_time = 1 if is_chain else max(1, min(len(bases), supernet.structure.concurrent or 1))
         """Number of networks that are trained at a time; one if each has several workers."""
+        self._numbers = count(1)
+        """Counts the candidates, by whichever networks they are scored."""
 
     def train(self, base: Base, folder: Path, stem: Path | None, kept: Splits) -> None:
         """Train one network of the method; its curves are shown while it is the only one."""
@@ -137,7 +140,7 @@ class _OnRay:
             ) as bar,
             ray_scorer(job, concurrent) as score,
         ):
-            yield _Shown(bar, score).score
+            yield _Shown(bar, score, self._numbers).score
         for path in (stem.with_suffix(".json"), stem.with_suffix(".safetensors"), images):
             path.unlink()
 
@@ -145,17 +148,16 @@ class _OnRay:
 class _Shown:
     """A scorer that shows its scores on a bar."""
 
-    def __init__(self, bar: Bar, score: Scorer) -> None:
+    def __init__(self, bar: Bar, score: Scorer, numbers: Iterator[int]) -> None:
         self._bar = bar
         self._score = score
-        self._number = 0
+        self._numbers = numbers
 
     def score(self, candidates: Sequence[Candidate]) -> Iterator[Score]:
         """Score candidates; the scores come in their order."""
         for candidate, score in zip(candidates, self._score(candidates), strict=True):
-            self._number += 1
             told = f"{candidate.madds / 1e6:.3g} M MAdds  hold-out top-1 {100 * score.accuracy:.1f} %"
-            self._bar.update(self._number, told)
+            self._bar.update(next(self._numbers), told)
             yield score
 
 

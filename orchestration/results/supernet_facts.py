@@ -163,8 +163,8 @@ def _structure(plan: StructurePlan, num_train: int) -> str:
     if problem.targets:
         targets = ", ".join(target.name for target in problem.targets)
         text += f" for {targets} of the widest's MAdds" if settings.targets else f" for {targets} MAdds"
-    if settings.sorted_by != "none":
-        text += f", channels sorted by {settings.sorted_by}"
+    if problem.sorted_by != "none":
+        text += f", channels sorted by {problem.sorted_by}"
     if bases:
         epochs = " and ".join(plural(base.run.train.epochs, "epoch") for base in bases)
         held_out, most = settings.num_held_out(num_train), method.num_candidates(problem)
@@ -175,6 +175,8 @@ def _structure(plan: StructurePlan, num_train: int) -> str:
             text += (
                 f": at most {plural(most, 'candidate')} on about {plural(held_out, 'image')} of train that are held out"
             )
+        if later := method.later(problem):
+            text += f"; about {plural(len(later), 'further training')} of {plural(later[0].run.train.epochs, 'epoch')} during the search"
         text += "; until then the table assumes one ratio for all channels"
     return text
 

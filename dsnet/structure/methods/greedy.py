@@ -9,15 +9,10 @@ down. Ours: see docs/methods.md, section 9.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from dsnet.errors import ConfigError
-from dsnet.space.spec import Norm, Subnet
-from dsnet.space.subnet_set import SubnetSet
-from dsnet.space.width_space import WidthSpace
+from dsnet.space.spec import Subnet
 from dsnet.structure.method import (
-    LARGEST,
     Base,
     Candidate,
     Choice,
@@ -29,20 +24,13 @@ from dsnet.structure.method import (
     Trained,
     Widths,
     candidate,
-    check_common,
-    check_statistics,
-    check_targets,
     missed,
-    shortened,
 )
 from dsnet.structure.methods import register
-from dsnet.training.settings import REGIMES
+from dsnet.structure.way import check_way, last_places, place_of, step_down, us_net
 
 if TYPE_CHECKING:
     from dsnet.network.supernet import Supernet
-
-US_NET = "us_net"
-"""The name of the network that is trained beforehand."""
 
 
 @register
@@ -54,15 +42,7 @@ class Greedy(StructureMethod):
 
     def check(self, problem: StructureProblem) -> None:
         """See `StructureMethod.check`."""
-        check_common(problem)
-        check_targets(problem, problem.settings.levels)
-        check_statistics(problem, None)
-        possible = 1 + sum(len(options) - 1 for options in problem.options(problem.settings.levels))
-        if len(problem.targets) > possible:
-            raise ConfigError(
-                f"supernet.structure has {len(problem.targets)} targets, but its step and levels leave only {possible} sub-networks "
-                "on the way from the widest to the smallest: use fewer targets, a smaller step or more levels"
-            )
+        check_way(problem, problem.options(problem.settings.levels))
 
     def member_names(self, problem: StructureProblem) -> tuple[str, ...]:
         """The targets' names."""
@@ -70,21 +50,7 @@ class Greedy(StructureMethod):
 
     def bases(self, problem: StructureProblem) -> tuple[Base, ...]:
         """A universally slimmable network over every width that the search may choose."""
-        settings, run, spec = problem.settings, problem.run, problem.spec
-        # Statistics of the widest alone: all other widths are normalised by the batch.
-        norm: Norm = "group_norm" if spec.norm == "group_norm" else "recalibrate"
-        groups = tuple(
-            replace(group, pinned=group.pinned or "supernet.structure.pin") if number in problem.fixed else group
-            for number, group in enumerate(spec.groups)
-        )
-        own = replace(spec, norm=norm, groups=groups)
-        trained = replace(
-            run,
-            train=shortened(problem),
-            regime=replace(REGIMES["us_net"], norm=norm),
-            width_space=WidthSpace(settings.min_share, settings.step, settings.levels),
-        )
-        return (Base(US_NET, SubnetSet(own, (Subnet(LARGEST, problem.widest),)), trained),)
+        return (us_net(problem, problem.fixed),)
 
     def find(self, problem: StructureProblem, start: Supernet, trained: Trained) -> Search:
         """Walk down from the widest; the members are the sub-networks of the way that are nearest
@@ -95,7 +61,7 @@ class Greedy(StructureMethod):
         taken: list[tuple[Target, int]] = []
         """The largest targets with the places of their members on the way."""
         while True:
-            while left and (place := _place(problem, way, left[0], taken)) is not None:
+            while left and (place := place_of(problem, way, left[0], taken)) is not None:
                 taken.append((left.pop(0), place))
             candidates = _removals(problem, options, way[-1], len(way) - 1)
             if not left or not candidates:
@@ -104,7 +70,7 @@ class Greedy(StructureMethod):
             best = _best(candidates, scores)
             yield Choice(best.round, best.widths, best.madds)
             way.append(best.widths)
-        taken += _last(len(way), left, taken)
+        taken += last_places(len(way), left, taken)
         members = [(target, way[place]) for target, place in reversed(taken)]
         for target, widths in members:
             yield Choice(len(way) - 1, widths, problem.madds(widths), target.name)
@@ -114,46 +80,10 @@ class Greedy(StructureMethod):
 
 def _removals(problem: StructureProblem, options: Sequence[Widths], widths: Widths, number: int) -> list[Candidate]:
     """The sub-networks with one step of channels less in one group, in the order of the groups."""
-    found = []
-    for group, possible in enumerate(options):
-        level = possible.index(widths[group])
-        if level > 0:
-            found.append(candidate(problem, number, (*widths[:group], possible[level - 1], *widths[group + 1 :])))
-    return found
+    smaller = [step_down(options, widths, group) for group in range(len(options))]
+    return [candidate(problem, number, each) for each in smaller if each is not None]
 
 
 def _best(candidates: Sequence[Candidate], scores: Sequence[Score]) -> Candidate:
     """The candidate with the highest accuracy; of several, that of the lowest group."""
     return max(zip(candidates, scores, strict=True), key=lambda pair: pair[1].num_correct)[0]
-
-
-def _place(
-    problem: StructureProblem, way: Sequence[Widths], target: Target, taken: Sequence[tuple[Target, int]]
-) -> int | None:
-    """The place of a target's member on the way; None if the way has not passed it yet.
-
-    It is the first sub-network at or below the target or the one before it, whichever is nearer
-    (the smaller if both are equally near), and none that a larger target has taken.
-    """
-    first = taken[-1][1] + 1 if taken else 0
-    passed = next((place for place, widths in enumerate(way) if problem.madds(widths) <= target.madds), None)
-    if passed is None or first >= len(way):
-        return None
-    places = [place for place in (passed, passed - 1) if place >= first]
-    return min(places, key=lambda place: abs(problem.madds(way[place]) - target.madds)) if places else first
-
-
-def _last(length: int, left: Sequence[Target], taken: Sequence[tuple[Target, int]]) -> list[tuple[Target, int]]:
-    """Places for targets a little below the smallest sub-network: the last ones of the way.
-
-    Raises:
-        ConfigError: the way has no such place left.
-    """
-    first = taken[-1][1] + 1 if taken else 0
-    places = range(length - len(left), length)
-    if left and places[0] < first:
-        raise ConfigError(
-            f"supernet.structure.targets: the search found no sub-network of its own for {', '.join(each.name for each in left)}: "
-            "remove a target, or use a smaller step"
-        )
-    return list(zip(left, places, strict=True))

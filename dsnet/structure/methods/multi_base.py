@@ -26,6 +26,8 @@ from dsnet.structure.method import (
     check_common,
     check_different,
     check_statistics,
+    has_batch_norm,
+    is_sortable,
     missed,
     shortened,
 )
@@ -65,7 +67,7 @@ class MultiBase(StructureMethod):
     def bases(self, problem: StructureProblem) -> tuple[Base, ...]:
         """A network with one sub-network for every base width, from the narrowest to the widest."""
         spec = problem.spec
-        gamma_l1 = problem.settings.bases.gamma_l1 if _has_batch_norm(problem) else 0.0
+        gamma_l1 = problem.settings.bases.gamma_l1 if has_batch_norm(problem) else 0.0
         run = replace(
             problem.run,
             train=replace(shortened(problem), gamma_l1=gamma_l1),
@@ -209,23 +211,18 @@ def _pairs(problem: StructureProblem) -> list[tuple[tuple[float, Widths], Target
     return list(zip(bases * len(targets) if len(bases) == 1 else bases, targets, strict=True))
 
 
-def _has_batch_norm(problem: StructureProblem) -> bool:
-    spec = problem.spec
-    return spec.norm != "group_norm" and any(op.has_norm or op.kind == "norm" for op in spec.ops)
-
-
 def _check_norms(problem: StructureProblem) -> None:
     """Check that channels can be scored and sorted.
 
     Raises:
         ConfigError: they cannot.
     """
-    if problem.spec.norm == "group_norm" and any(op.has_norm or op.kind == "norm" for op in problem.spec.ops):
+    if not is_sortable(problem):
         raise ConfigError(
             f"supernet.structure.method {MULTI_BASE} sorts channels, but this network has GroupNorm, which normalises neighbouring "
             "channels together, so that another order would compute something else: use another supernet.train.bn"
         )
-    if problem.settings.score == BN_GAMMA and not _has_batch_norm(problem):
+    if problem.settings.score == BN_GAMMA and not has_batch_norm(problem):
         raise ConfigError(
             f"supernet.structure.score is {BN_GAMMA}, but this network has no BatchNorm: use weight_l1, taylor or noise"
         )

@@ -37,7 +37,7 @@ class Uniform(StructureMethod):
     def check(self, problem: StructureProblem) -> None:
         """See `StructureMethod.check`."""
         check_common(problem)
-        check_targets(problem, None)
+        check_targets(problem, problem.options(None))
         members = _members(problem)
         check_different(problem, members)
         check_statistics(problem, [problem.set_of(problem.found(members))])

@@ -100,15 +100,20 @@ def test_the_supernet_has_what_was_found_and_starts_from_it(at_once: Path) -> No
 def test_calls_that_are_stopped_again_and_again_end_with_the_same_bits(
     at_once: Path, tmp_path: Path, every: int
 ) -> None:
-    out, num_calls = tmp_path / "out", 0
+    assert stopped_again_and_again(tmp_path / "out", every) > 1
+    assert results(tmp_path / "out") == results(at_once)
+
+
+def stopped_again_and_again(out: Path, first: int, **structure: Any) -> int:
+    """Run to the end with calls of which each is stopped a little later than the one before;
+    returns how many were stopped."""
+    num_calls = 0
     while True:
         try:
-            run_standalone(config(), out, device="cpu", should_stop=StopAt(every + num_calls))
-            break
+            run_standalone(config(**structure), out, device="cpu", should_stop=StopAt(first + num_calls))
+            return num_calls
         except StoppedError:
             num_calls += 1
-    assert num_calls > 1
-    assert results(out) == results(at_once)
 
 
 MULTI_BASE = {"method": "multi_base", "step": 4, "bases": {"widths": [0.75, 1.0], "gamma_l1": 0.001}}
@@ -117,14 +122,7 @@ MULTI_BASE = {"method": "multi_base", "step": 4, "bases": {"widths": [0.75, 1.0]
 def test_a_pruning_that_is_stopped_in_any_base_ends_with_the_same_bits(tmp_path: Path) -> None:
     whole, out = tmp_path / "whole", tmp_path / "out"
     run_standalone(config(**MULTI_BASE), whole, device="cpu")
-    num_calls = 0
-    while True:
-        try:
-            run_standalone(config(**MULTI_BASE), out, device="cpu", should_stop=StopAt(2 + num_calls))
-            break
-        except StoppedError:
-            num_calls += 1
-    assert num_calls > 1
+    assert stopped_again_and_again(out, 2, **MULTI_BASE) > 1
     assert results(out) == results(whole)
     found = load_structure(whole / "structure")
     assert [subnet.name for subnet in found.subnets.members] == ["0.4", "0.7"]
@@ -132,6 +130,26 @@ def test_a_pruning_that_is_stopped_in_any_base_ends_with_the_same_bits(tmp_path:
         _, meta = load_supernet(whole / "structure" / "bases" / name / "final")
         assert meta["run"]["train"]["gamma_l1"] == 0.001
         assert meta["run"]["origin"] == {}
+
+
+@pytest.mark.slow
+def test_a_progressive_search_that_is_stopped_in_any_fine_tuning_ends_with_the_same_bits(tmp_path: Path) -> None:
+    own = {"ranking": "taylor", "threshold": 0.0}
+    progressive = {"method": "progressive", "progressive": own, "epochs": 12, "holdout": 0.4, "step": 8}
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    run_standalone(config(**progressive), whole, device="cpu")
+    assert stopped_again_and_again(out, 9, **progressive) > 5
+    assert results(out) == results(whole)
+    tunings = sorted((whole / "structure" / "bases").glob("tuning_?"))
+    assert len(tunings) > 1
+    for number, folder in enumerate(tunings, start=1):
+        supernet, meta = load_supernet(folder / "final")
+        start, _ = load_supernet(folder.with_name(f"tuning_{number}-start"))
+        assert meta["run"]["regime"]["teacher"] == "inplace"
+        assert any(not torch.equal(value, start.state_dict()[name]) for name, value in supernet.named_parameters())
+    found = load_structure(whole / "structure")
+    for name, value in found.supernet.named_parameters():
+        assert torch.equal(value, supernet.state_dict()[name]), "training goes on with the last network"
 
 
 @pytest.mark.slow

@@ -6,16 +6,16 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dsnet.families import create, layout
+from dsnet.families import create, layout, rebuild
 from dsnet.network.supernet import Supernet
 from dsnet.space.spec import CLASSES, IMAGE, IMAGE_CHANNELS, ChannelGroup, Op, Subnet, SupernetSpec
 from dsnet.space.subnet_set import SubnetSet
-from dsnet.structure.method import Candidate, Score, StructureProblem, Trained, Widths
+from dsnet.structure.method import Candidate, Score, StructureProblem, Trained, Training, Trainings, Widths
 from dsnet.structure.methods import structure_method
-from dsnet.structure.search import Facilities, SortedStart, Structure, find_structure, sorted_start
+from dsnet.structure.search import Facilities, Scorer, SortedStart, Structure, find_structure, sorted_start
 from dsnet.structure.settings import StructureSettings
 from dsnet.training.start import first_weights
-from tests.dsnet.samples import SMALL_OPTIONS, shaken, small_run, task
+from tests.dsnet.samples import SMALL_OPTIONS, random_images, random_labels, shaken, small_run, task
 
 NET = "tests.dsnet.nets:Residual"
 
@@ -75,21 +75,47 @@ class CountingScorer:
 def find(problem: StructureProblem, folder: Path, scorer: CountingScorer | None = None, **further: Any) -> Structure:
     """The result of a whole search."""
     start = further.pop("start", None) or sorted_start(problem, network(problem))
-    trained = further.pop("trained", None) or untrained(problem)
-    facilities = Facilities(scorer or CountingScorer())
+    invention = InventedTraining(problem)
+    trained = further.pop("trained", None) or invention.trained
+    facilities = invention.facilities(scorer or CountingScorer())
     found = find_structure(problem, start, facilities, folder=folder, trained=trained, **further)
     assert found is not None
     return found
 
 
+class InventedTraining:
+    """Networks that look trained: those of a method have fresh weights and random scales of norms;
+    of those that its search asks for the scales are changed at random. Notes for what it was
+    asked."""
+
+    def __init__(self, problem: StructureProblem) -> None:
+        self._bases = {base.name: base for base in structure_method(problem.settings.method).bases(problem)}
+        self._further: dict[str, Supernet] = {}
+        self.asked: list[Training] = []
+        self.used: list[Supernet] = []
+        """The networks that score, one after another."""
+        self.trained = Trained(self._network, lambda: [(random_images(16), random_labels(16))])
+
+    def facilities(self, scorer: Scorer) -> Facilities:
+        """What a search may ask for, with a scorer for all networks."""
+        return Facilities(scorer, self._train, self.used.append)
+
+    def _train(self, trainings: Trainings) -> None:
+        for each in trainings.networks:
+            self.asked.append(each)
+            made = rebuild(each.base.subnets)
+            made.load_state_dict(each.start.state_dict())
+            self._further[each.base.name] = shaken(made, len(each.base.name)).eval()
+
+    def _network(self, name: str) -> Supernet:
+        if name in self._further:
+            return self._further[name]
+        return shaken(first_weights(self._bases[name].subnets, 1)[0], len(name)).eval()
+
+
 def untrained(problem: StructureProblem) -> Trained:
-    """The networks of a method with fresh weights and random scales of norms."""
-    bases = {base.name: base for base in structure_method(problem.settings.method).bases(problem)}
-
-    def make(name: str) -> Supernet:
-        return shaken(first_weights(bases[name].subnets, 1)[0], len(name)).eval()
-
-    return Trained(make)
+    """The networks of a method with fresh weights and random scales of norms, and images."""
+    return InventedTraining(problem).trained
 
 
 def way_down(problem: StructureProblem, score: Callable[[Widths], Score] = invented) -> list[Widths]:
@@ -113,4 +139,15 @@ def way_down(problem: StructureProblem, score: Callable[[Widths], Score] = inven
         way.append(tuple(current))
 
 
-__all__ = ["CountingScorer", "SortedStart", "find", "invented", "network", "problem_of", "toy", "untrained", "way_down"]
+__all__ = [
+    "CountingScorer",
+    "InventedTraining",
+    "SortedStart",
+    "find",
+    "invented",
+    "network",
+    "problem_of",
+    "toy",
+    "untrained",
+    "way_down",
+]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -30,12 +30,13 @@ from dsnet.structure.method import (
     StructureMethod,
     StructureProblem,
     Trained,
+    Trainings,
     Widths,
 )
 from dsnet.structure.methods import check_structure, method_names, register, structure_method
 from dsnet.structure.scoring import HoldOutScorer, split_holdout
 from dsnet.structure.search import TRACE, Facilities, find_structure, load_structure, save_structure, sorted_start
-from dsnet.structure.settings import BasesSettings, StructureSettings
+from dsnet.structure.settings import BasesSettings, ProgressiveSettings, StructureSettings
 from dsnet.training.start import Start, first_weights, load_start
 from dsnet.training.supernet import train_supernet
 from dsnet.training.supernet_run import SupernetRun
@@ -43,12 +44,12 @@ from tests.dsnet.samples import NORMALIZATION, random_images, random_labels, ran
 from tests.dsnet.structure.problems import (
     NET,
     CountingScorer,
+    InventedTraining,
     find,
     invented,
     network,
     problem_of,
     toy,
-    untrained,
     way_down,
 )
 
@@ -59,6 +60,7 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "list": {"widths": {"small": (4, 8, 4, 8), "wide": (6, 16, 8, 12)}},
     "greedy": {"targets": (0.4, 0.6), "levels": 4},
     "multi_base": {"targets": (0.4, 0.6), "bases": BasesSettings(widths=(0.8, 1.0))},
+    "progressive": {"targets": (0.4, 0.6), "levels": 4, "progressive": ProgressiveSettings(ranking="weight_l1")},
     OWN: {},
 }
 """Settings for every registered method, and for one of a user; a new method needs a line here."""
@@ -77,13 +79,17 @@ def result(method: StructureMethod, problem: StructureProblem, start: Any = None
     """The result of a method, without a trace."""
     if method.bases(problem) and start is None and problem.spec.family != "toy":
         start = network(problem, problem.spec.family)
-    search, answer = method.find(problem, start, untrained(problem)), None
+    invention = InventedTraining(problem)
+    facilities = invention.facilities(CountingScorer())
+    search, answer = method.find(problem, start, invention.trained), None
     while True:
         try:
             event = next(search) if answer is None else search.send(answer)
         except StopIteration as end:
             return end.value
-        answer = () if isinstance(event, Choice) else [invented(each.widths) for each in event]
+        if isinstance(event, Trainings):
+            facilities.train(event)
+        answer = [invented(each.widths) for each in event] if isinstance(event, Sequence) else ()
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -151,12 +157,14 @@ class TestAnyMethod:
         if not first.summary["candidates"]:
             return
         calls = iter(range(1, 10_000))
+        invention = InventedTraining(problem)
         stopped = find_structure(
             problem,
             start,
-            Facilities(CountingScorer()),
+            invention.facilities(CountingScorer()),
             folder=tmp_path / "stopped",
             should_stop=lambda: next(calls) == 3,
+            trained=invention.trained,
         )
         assert stopped is None
         rest = CountingScorer()
@@ -330,7 +338,7 @@ def test_greedy_trains_a_universally_slimmable_network_first() -> None:
         ({"method": "uniform", "targets": (0.5, 0.5)}, r"\[0.5, 0.5\], in which a value stands twice"),
         (
             {"targets": (0.5,)},
-            r"targets is set, but method declared reads no targets: choose .* \(uniform, greedy, multi_base\)",
+            r"targets is set, but method declared reads no targets: choose .* \(uniform, greedy, multi_base, progressive\)",
         ),
         ({"method": "list", "widths": ((1, 2),), "targets_m": (0.5,)}, "targets_m is set, but method list"),
         ({"method": "list"}, "no widths: set supernet.structure.widths"),

@@ -153,6 +153,42 @@ def test_bases_that_are_trained_at_the_same_time_are_pruned_and_have_rows(tmp_pa
 
 
 @pytest.mark.ray
+@pytest.mark.long
+def test_networks_that_a_search_asks_for_are_trained_have_rows_and_score(tmp_path: Path, ray_cluster: None) -> None:
+    own = "progressive: {ranking: weight_l1, threshold: 0}"
+    structure = (
+        f"{{method: progressive, targets: [0.5, 1.0], pin: gate, step: 16, levels: 4, holdout: 0.2, epochs: 2, {own}}}"
+    )
+    write_sweep(tmp_path, sweep_text(structure))
+    lines = call(tmp_path, "plan", SWEEP, "--dry").out
+    assert "further trainings of 1 epoch during the search" in " ".join(lines.split())
+    answer = call(tmp_path, "launch", SWEEP)
+    assert answer.code == 0, answer.err
+    results = results_in(tmp_path)
+    stage = results.run.stage_dir("structure", results.done_key("structure"))
+    asked = [name for line in trace(stage) if line["kind"] == "trainings" for name in line["starts"]]
+    assert asked
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow.db")
+    (experiment,) = [each for each in client.search_experiments() if each.name == "tiny"]
+    rows = {row.info.run_name: row for row in client.search_runs([experiment.experiment_id])}
+    assert {rows[f"structure {name}"].info.status for name in asked} == {"FINISHED"}
+    info, cost = structure_of(results), training_cost(results)
+    assert info is not None
+    assert info.method == "progressive, channels sorted by weight_l1"
+    assert len(info.candidates) > len(asked)
+    assert cost is not None
+    assert cost.bases > 0
+    for name in ("done", "structure.json", "structure.safetensors"):
+        (stage / name).unlink()
+    kept, before = (stage / "trace.jsonl").read_bytes(), trace(stage)
+    (stage / "trace.jsonl").write_bytes(kept[: len(kept) // 2])
+    shutil.rmtree(stage / "bases" / asked[-1])
+    again = call(tmp_path, "launch", SWEEP, *WITHOUT_MLFLOW)
+    assert again.code == 0, again.err
+    assert trace(stage) == before
+
+
+@pytest.mark.ray
 def test_a_second_launch_chooses_nothing_again(found: Found) -> None:
     before = snapshot(found.folder / "runs" / "tiny" / "structure")
     again = call(found.folder, "launch", SWEEP, *WITHOUT_MLFLOW)
