@@ -104,7 +104,6 @@ ARMS: Mapping[str, Arm] = MappingProxyType(
         "s_net": Arm(
             label="uniform widths, all of them in every step, labels, private BatchNorm",
             regime=REGIMES["s_net"],
-            control=CONTROL,
         ),
         CONTROL: Arm(
             label="uniform widths, all of them in every step, 0.9 distilled from the largest and 0.1 labels",
