@@ -134,10 +134,17 @@ ARMS: Mapping[str, Arm] = MappingProxyType(
             structure={"bases": BasesSettings(widths=(1.0,))},
             **sp_net_training(),
         ),
+        "sp_net_fresh": Arm(
+            label=f"the widths of sp_net, then the training of {CONTROL} from fresh weights",
+            method=MULTI_BASE,
+            options={"streams": "ids"},
+            structure={"start": "fresh"},
+            **sp_net_training(),
+        ),
     }
 )
 """The ways by name, in the order of the tables."""
-QUICK_ARMS = tuple(name for name in ARMS if name not in (CONTROL, "sp_net_one_shot"))
+QUICK_ARMS = tuple(name for name in ARMS if name not in (CONTROL, "sp_net_one_shot", "sp_net_fresh"))
 """The ways of a quick look, without those that run no other code."""
 
 
