@@ -1,11 +1,13 @@
 """Ways of getting sub-networks at equal MAdds and at equal total cost of training.
 
 Networks trained alone, slimmable networks (all widths, or any width), in-place bootstrapping of
-uniform widths, of those that AutoSlim's search finds, and of random ones. Every way may spend the
-same MAdds on everything that it trains and scores; how many epochs that gives follows, rounded to
-whole ones, and the true cost is recorded. Learning rate, weight decay, batches, augmentation,
-averaged weights, recalibration and images are equal; no way chooses its learning rate. Accuracy is
-that on `test`, on which nothing is chosen; differences are to `uniform_ib`, paired by seed.
+uniform widths, of those that AutoSlim's search finds, and of random ones, and SP-Net's pruning
+beside uniform widths with its joint training. Every way may spend the same MAdds on everything that
+it trains and scores; how many epochs that gives follows, rounded to whole ones, and the true cost
+is recorded. Learning rate, weight decay, batches, augmentation, averaged weights, recalibration and
+images are equal; no way chooses its learning rate. Accuracy is that on `test`, on which nothing is
+chosen; differences are to `uniform_ib` and to uniform widths with the same joint training, paired
+by seed.
 
     python -m benchmarks.structure run --scale digits --folder F --max-seconds 540
     python -m benchmarks.structure run --scale cifar --folder F --data DIR --max-seconds 540
@@ -38,7 +40,7 @@ from benchmarks.folder_commands import (
     work_off,
 )
 from benchmarks.regime_runs import begin, do_jobs
-from benchmarks.structure_runs import ARMS, SCALES, Trainer, jobs, load_split_images
+from benchmarks.structure_runs import ARMS, QUICK_ARMS, SCALES, Trainer, jobs, load_split_images
 from dsnet.files import atomic_write_json, atomic_write_text
 from dsnet.import_path import ALLOW_IMPORTS
 
@@ -54,12 +56,12 @@ def measure(options: Options) -> Report:
     from benchmarks.structure_report import load_results, make_report  # `run` has to work without Plotly and rich
 
     _allow_own_networks()
-    scale = SCALES["quick" if options.quick else "digits"]
+    scale, arms = (SCALES["quick"], QUICK_ARMS) if options.quick else (SCALES["digits"], tuple(ARMS))
     seeds = range(options.seed, options.seed + (2 if options.quick else NUM_SEEDS))
     with tempfile.TemporaryDirectory() as folder:
         images = load_split_images(scale, None)
         begin(Path(folder), scale, images)
-        do_jobs(Path(folder), jobs(list(ARMS), seeds), Trainer(scale, images, torch.device("cpu")))
+        do_jobs(Path(folder), jobs(arms, seeds), Trainer(scale, images, torch.device("cpu")))
         return make_report(load_results(Path(folder)))
 
 

@@ -10,7 +10,7 @@ from plotly.subplots import make_subplots
 
 from benchmarks.regime_report import LEVEL, Interval
 from benchmarks.structure_report import MEAN, Results, difference_text, subject
-from benchmarks.structure_runs import BASELINE
+from benchmarks.structure_runs import ARMS, BASELINE
 from dashboards.theme import DASHES, INK, MUTED, SERIES, SYMBOLS, dressed, plain, significant
 from dsnet.wording import plural
 
@@ -66,7 +66,7 @@ def _accuracy(results: Results, number: int, arm: str) -> go.Scatter:
         marker=_marker(number),
         error_y=_bars(parts),
         text=[
-            f"<b>{plain(arm)}</b><br>{x:.3g} M MAdds<br>{100 * part.mean:.1f} %"
+            f"<b>{plain(arm)}</b><br>{plain(ARMS[arm].label)}<br>{x:.3g} M MAdds<br>{100 * part.mean:.1f} %"
             for x, part in zip(madds, parts, strict=True)
         ],
         hoverinfo="text",
@@ -90,7 +90,9 @@ def _differences(results: Results, number: int, arm: str, parts: Sequence[Interv
 
 
 def _marker(number: int) -> dict[str, object]:
-    return {"color": SERIES[number % len(SERIES)], "symbol": SYMBOLS[number % len(SYMBOLS)], "size": 8}
+    """Colour and symbol; after as many ways as there are symbols, the symbols are open."""
+    symbol = SYMBOLS[number % len(SYMBOLS)] + ("-open" if number >= len(SYMBOLS) else "")
+    return {"color": SERIES[number % len(SERIES)], "symbol": symbol, "size": 8}
 
 
 def _bars(parts: Sequence[Interval]) -> dict[str, object] | None:

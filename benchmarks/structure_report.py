@@ -1,5 +1,6 @@
 """Report on the runs of `structure`: accuracy per target with t-intervals over seeds, differences
-to `uniform_ib` paired by seed, and where the cost went."""
+to `uniform_ib` and to uniform widths with the same joint training, paired by seed, and where the
+cost went."""
 
 from __future__ import annotations
 
@@ -73,10 +74,10 @@ class Results:
         """Top-1 of each target and the mean, over the arm's seeds."""
         return _columns(list(self.top1(arm, split).values()))
 
-    def difference(self, arm: str, split: str = "test") -> list[Interval]:
-        """Top-1 minus that of `uniform_ib` with the same seed; empty if they have no seed in
+    def difference(self, arm: str, split: str = "test", base: str = BASELINE) -> list[Interval]:
+        """Top-1 minus that of another arm with the same seed; empty if they have no seed in
         common."""
-        ours, theirs = self.top1(arm, split), self.top1(BASELINE, split)
+        ours, theirs = self.top1(arm, split), self.top1(base, split)
         seeds = [seed for seed in ours if seed in theirs]
         return _columns([[a - b for a, b in zip(ours[seed], theirs[seed], strict=True)] for seed in seeds])
 
@@ -117,9 +118,10 @@ def subject(results: Results) -> str:
 
 
 def make_sections(results: Results) -> list[Section]:
-    """Sections of the report: accuracy and differences on `test`, cost, the same on `val`, and
-    failed runs."""
+    """Sections of the report: what the ways are, accuracy and differences on `test`, cost, the same
+    on `val`, and failed runs."""
     sections = [
+        Section("The ways", ("way", "what it is"), [(arm, ARMS[arm].label) for arm in results.arms]),
         *_accuracy_sections(results, "test", f"the {results.num_test_images:,} images of test"),
         _cost_section(results),
         *_accuracy_sections(results, "val", "val, on which nothing was chosen either"),
@@ -131,7 +133,7 @@ def make_sections(results: Results) -> list[Section]:
 
 
 def _accuracy_sections(results: Results, split: str, images: str) -> list[Section]:
-    """The table of accuracies and that of differences on one split."""
+    """The table of accuracies and those of differences on one split."""
     interval = f"± half of the {100 * LEVEL:g} % t-interval over seeds"
     columns = ("way", "seeds", *results.targets, MEAN)
     found = [
@@ -141,18 +143,37 @@ def _accuracy_sections(results: Results, split: str, images: str) -> list[Sectio
             _rows(results, lambda arm: results.accuracy(arm, split), _percent),
         )
     ]
-    differences = {arm: results.difference(arm, split) for arm in results.arms if arm != BASELINE}
-    parts = [part for row in differences.values() for part in row]
-    if parts:
-        title = f"Top-1 minus {BASELINE}'s with the same seed on {split}, points {interval}"
-        if any(part.half is not None for part in parts):
-            title += (
-                f"; 0 is outside of {sum(part.excludes_zero for part in parts)} of {len(parts)} intervals, "
-                f"where chance alone gives {(1 - LEVEL) * len(parts):.1f}"
-            )
-        rows = _rows(results, lambda arm: differences.get(arm, []), difference_text)
-        found.append(Section(title, columns, rows))
+    to_baseline = {arm: BASELINE for arm in results.arms if arm != BASELINE}
+    to_control = {arm: ARMS[arm].control for arm in results.arms if ARMS[arm].control not in (arm, BASELINE)}
+    for bases, words in (
+        (to_baseline, BASELINE),
+        (to_control, f"{' or '.join(dict.fromkeys(to_control.values()))}, the uniform widths of its kind of training,"),
+    ):
+        found += _difference_sections(results, split, bases, words)
     return found
+
+
+def _difference_sections(results: Results, split: str, bases: Mapping[str, str], words: str) -> list[Section]:
+    """The table of differences on one split; none where no two arms have a seed in common.
+
+    Args:
+        results: the runs.
+        split: `test` or `val`.
+        bases: arm -> the arm to which it is compared.
+        words: the arms to which they are compared, for the title.
+    """
+    differences = {arm: results.difference(arm, split, base) for arm, base in bases.items()}
+    parts = [part for row in differences.values() for part in row]
+    if not parts:
+        return []
+    title = f"Top-1 minus that of {words} with the same seed on {split}, points ± half of the {100 * LEVEL:g} % t-interval over seeds"
+    if any(part.half is not None for part in parts):
+        title += (
+            f"; 0 is outside of {sum(part.excludes_zero for part in parts)} of {len(parts)} intervals, "
+            f"where chance alone gives {(1 - LEVEL) * len(parts):.1f}"
+        )
+    rows = _rows(results, lambda arm: differences.get(arm, []), difference_text)
+    return [Section(title, ("way", "seeds", *results.targets, MEAN), rows)]
 
 
 def _rows(
@@ -245,6 +266,13 @@ def figures(results: Results) -> dict[str, Any]:
         },
         "differences": {
             split: {arm: [asdict(part) for part in results.difference(arm, split)] for arm in results.arms}
+            for split in SPLITS
+        },
+        "differences_to_control": {
+            split: {
+                arm: [asdict(part) for part in results.difference(arm, split, ARMS[arm].control)]
+                for arm in results.arms
+            }
             for split in SPLITS
         },
         "runs": [dict(record) for record in (*results.records, *results.failures)],

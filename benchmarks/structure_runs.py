@@ -7,6 +7,7 @@ packages.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -41,9 +42,9 @@ from dsnet.structure.methods import check_structure, structure_method
 from dsnet.structure.methods.uniform import Ladder
 from dsnet.structure.scoring import HoldOutScorer
 from dsnet.structure.search import Scorer, load_structure
-from dsnet.structure.settings import StructureSettings
+from dsnet.structure.settings import MULTI_BASE, BasesSettings, StructureSettings
 from dsnet.structure.stage import HeldOut, StructureWork
-from dsnet.training.settings import REGIMES, Regime, TrainSettings
+from dsnet.training.settings import REGIMES, BootstrapSettings, Regime, TrainSettings
 from dsnet.training.start import first_weights, load_start
 from dsnet.training.supernet import TrainingCallbacks, train_supernet
 from dsnet.training.supernet_run import SupernetRun
@@ -51,38 +52,100 @@ from dsnet.training.train_cost import training_madds
 
 ALONE = "alone"
 BASELINE = "uniform_ib"
+CONTROL = "s_net_kd"
+"""Uniform widths with the joint training of SP-Net."""
+RANDOM = "random"
+"""The source of widths that is no structure method: random ones."""
+HEADROOM = 1.5
+"""MAdds of a base relative to the target for which it is pruned."""
 MOST_MOVES = 200
 """Moves of one random draw of widths, after which it begins anew."""
 MOST_DRAWS = 200
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Arm:
     """One way of getting sub-networks."""
 
-    method: Literal["uniform", "greedy", "random"]
-    """The source of the widths."""
+    label: str
+    """What it does, for the report."""
+    method: str = "uniform"
+    """The source of the widths: a structure method, or `random`."""
     regime: Regime
     any_width: bool = False
     """Whether the random sub-networks of a step have any widths of the space, not those of the
     members."""
+    train: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of the joint training that differ from the scale's."""
+    bootstrapping: BootstrapSettings = field(default_factory=BootstrapSettings)
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Options of the network's family."""
+    structure: Mapping[str, Any] = field(default_factory=dict)
+    """Further settings of the structure method; targets, steps and hold-out are the scale's."""
+    control: str = BASELINE
+    """The arm of uniform widths with the same joint training, to which it is compared."""
+
+
+def sp_net_training() -> dict[str, Any]:
+    """SP-Net's joint training, as fields of an arm: all widths in every step, the largest first;
+    the others learn 0.9 from it and 0.1 from the labels. BatchNorm has private statistics and a
+    shared scale and shift, which is the default of plain networks."""
+    return {
+        "regime": Regime(widths="all", num_random=0, teacher="inplace"),
+        "train": {"soft_weight": 0.9},
+        "bootstrapping": BootstrapSettings(trust="full"),
+        "control": CONTROL,
+    }
 
 
 ARMS: Mapping[str, Arm] = MappingProxyType(
     {
-        ALONE: Arm("uniform", REGIMES["ce"]),
-        "s_net": Arm("uniform", REGIMES["s_net"]),
-        "us_net": Arm("uniform", REGIMES["us_net"], any_width=True),
-        BASELINE: Arm("uniform", REGIMES["ib"]),
-        "autoslim": Arm("greedy", REGIMES["ib"]),
-        "random": Arm("random", REGIMES["ib"]),
+        ALONE: Arm(label="one network per target, uniform widths, labels", regime=REGIMES["ce"]),
+        "s_net": Arm(
+            label="uniform widths, all of them in every step, labels, private BatchNorm",
+            regime=REGIMES["s_net"],
+        ),
+        CONTROL: Arm(
+            label="uniform widths, all of them in every step, 0.9 distilled from the largest and 0.1 labels",
+            **sp_net_training(),
+        ),
+        "us_net": Arm(
+            label="any widths, in-place distillation, tested at uniform widths",
+            regime=REGIMES["us_net"],
+            any_width=True,
+        ),
+        BASELINE: Arm(label="uniform widths, in-place bootstrapping", regime=REGIMES["ib"]),
+        "autoslim": Arm(
+            label="AutoSlim's greedy search in a us_net, then in-place bootstrapping",
+            method="greedy",
+            regime=REGIMES["ib"],
+        ),
+        RANDOM: Arm(label="random widths, in-place bootstrapping", method=RANDOM, regime=REGIMES["ib"]),
+        "sp_net": Arm(
+            label=f"SP-Net's pruning of one base per target, then the training of {CONTROL}",
+            method=MULTI_BASE,
+            options={"streams": "ids"},
+            **sp_net_training(),
+        ),
+        "sp_net_one_shot": Arm(
+            label=f"SP-Net's pruning of the widest base for all targets, then the training of {CONTROL}",
+            method=MULTI_BASE,
+            options={"streams": "ids"},
+            structure={"bases": BasesSettings(widths=(1.0,))},
+            **sp_net_training(),
+        ),
+        "sp_net_fresh": Arm(
+            label=f"the widths of sp_net, then the training of {CONTROL} from fresh weights",
+            method=MULTI_BASE,
+            options={"streams": "ids"},
+            structure={"start": "fresh"},
+            **sp_net_training(),
+        ),
     }
 )
-"""`alone`: one network per target, each trained by itself; `s_net`: all of them in every step, with
-private BatchNorm; `us_net`: any widths of the space, evaluated at those of the others;
-`uniform_ib`: in-place bootstrapping; all of these with one ratio for all channel groups.
-`autoslim`: greedy search in a network that is trained for it, then in-place bootstrapping of what
-it found; `random`: random widths, in-place bootstrapping."""
+"""The ways by name, in the order of the tables."""
+QUICK_ARMS = tuple(name for name in ARMS if name not in (CONTROL, "sp_net_one_shot", "sp_net_fresh"))
+"""The ways of a quick look, without those that run no other code."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -316,8 +379,8 @@ class Trainer:
         """MAdds of one epoch of a training."""
         return self.cost(run, subnets, num_images) / run.train.epochs
 
-    def run(self, regime: Regime, seed: int, epochs: int, any_width: bool = False) -> SupernetRun:
-        """The settings of a training; warm-up is a fixed share of it."""
+    def run(self, arm: Arm, seed: int, epochs: int) -> SupernetRun:
+        """The settings of an arm's joint training; warm-up is a fixed share of it."""
         train, scale = self.scale.train, self.scale
         return SupernetRun(
             train=replace(
@@ -325,51 +388,49 @@ class Trainer:
                 epochs=epochs,
                 warmup_epochs=min(train.warmup_epochs * epochs / train.epochs, epochs),
                 checkpoint_every=max(1, epochs // 4),
+                **arm.train,
             ),
-            regime=regime,
+            regime=arm.regime,
+            bootstrapping=arm.bootstrapping,
             augmentation=self.images.material.training.augmentation,
             normalization=self.images.material.normalization,
             seed=seed,
             keep_checkpoints=1,
-            width_space=WidthSpace(scale.min_share, scale.step, scale.levels) if any_width else None,
+            width_space=WidthSpace(scale.min_share, scale.step, scale.levels) if arm.any_width else None,
         )
 
     def problem(self, arm: Arm, seed: int) -> StructureProblem:
         """The problem of an arm's structure method.
 
-        The epochs of a greedy search's joint training are those that the budget leaves beside the
-        network that is trained for it, if the members were uniform; a fifth of them is that
-        network's.
+        The epochs of the joint training are those that the budget leaves beside the networks that
+        the method trains, if the members were uniform; a fifth of them are each such network's.
+        What a search leaves of the budget is known only after it, and goes to the joint training.
         """
         problem = self._problem(arm, seed, self.scale.train.epochs)
-        if arm.method != "greedy":
+        bases = structure_method(problem.settings.method).bases(problem)
+        if not bases:
             return problem
-        (base,) = structure_method("greedy").bases(problem)
         joint_cost = self.epoch_cost(problem.run, uniform_set(problem), self.num_images)
-        num_kept = self.num_images - round(self.scale.holdout * self.num_images)
-        base_cost = self.epoch_cost(base.run, base.subnets, num_kept)
+        num_kept = self.num_images - problem.settings.num_held_out(self.num_images)
+        base_cost = sum(self.epoch_cost(base.run, base.subnets, num_kept) for base in bases)
         epochs = max(1, round(self.budget / (joint_cost + EPOCHS * base_cost)))
         return self._problem(arm, seed, epochs)
 
     def _problem(self, arm: Arm, seed: int, epochs: int) -> StructureProblem:
         scale = self.scale
-        subnets = layout(scale.model, self.images.material.task, {}, arm.regime.norm)
+        subnets = layout(scale.model, self.images.material.task, arm.options, arm.regime.norm)
+        widths: dict[str, Any] = {"step": scale.step, "levels": scale.levels, "min_share": scale.min_share}
         settings = StructureSettings(
-            method="greedy" if arm.method == "greedy" else "uniform",
+            method="uniform" if arm.method == RANDOM else arm.method,
             targets=scale.targets,
-            step=scale.step,
-            levels=scale.levels,
-            min_share=scale.min_share,
             holdout=scale.holdout,
+            **{**widths, **_bases(arm, scale.targets), **arm.structure},
         )
-        problem = StructureProblem(subnets, settings, self.run(arm.regime, seed, epochs), self.image_size)
-        if arm.method == "random":
+        problem = StructureProblem(subnets, settings, self.run(arm, seed, epochs), self.image_size)
+        if arm.method == RANDOM:
             generator = random.Random(derive_seed(seed, "random widths"))
-            widths = {target.name: random_widths(problem, target, generator) for target in problem.targets}
-            settings = StructureSettings(
-                method="list", widths=widths, step=scale.step, levels=scale.levels, min_share=scale.min_share
-            )
-            problem = replace(problem, settings=settings)
+            drawn = {target.name: random_widths(problem, target, generator) for target in problem.targets}
+            problem = replace(problem, settings=StructureSettings(method="list", widths=drawn, **widths))
         check_structure(problem)
         return problem
 
@@ -386,6 +447,25 @@ class Trainer:
             "val": val,
             "top1": test,
         }
+
+
+def _bases(arm: Arm, targets: Sequence[float]) -> dict[str, Any]:
+    """The base networks of an arm by the setting's name; empty for a method without bases."""
+    return {"bases": BasesSettings(widths=base_widths(targets))} if arm.method == MULTI_BASE else {}
+
+
+def base_widths(targets: Sequence[float]) -> tuple[float, ...]:
+    """For every target, in increasing order, the width of its base as a share of all channels.
+
+    MAdds rise with about the square of the width, and those of a base are about `HEADROOM` times
+    the target's, so that pruning has something to remove; the widest target's base has all
+    channels.
+
+    Args:
+        targets: shares of the widest's MAdds, (0, 1].
+    """
+    *smaller, _ = sorted(targets)
+    return (*(min(0.99, round(math.sqrt(HEADROOM * target), 2)) for target in smaller), 1.0)
 
 
 def uniform_set(problem: StructureProblem) -> SubnetSet:
@@ -415,7 +495,7 @@ class _Run:
         whole = rebuild(problem.subnets)
         networks = [alone(whole, subnet, self.job.seed) for subnet in uniform_set(problem)]
         costs = [trainer.epoch_cost(problem.run, network.subnets, trainer.num_images) for network in networks]
-        run = trainer.run(arm.regime, self.job.seed, max(1, round(trainer.budget / sum(costs))))
+        run = trainer.run(arm, self.job.seed, max(1, round(trainer.budget / sum(costs))))
         images = trainer.images.material.training
         trained = [self._trained(network, run, images, self.folder / network.subnets[0].name) for network in networks]
         return _Trained(
@@ -446,11 +526,11 @@ class _Run:
         ).choose()
         found = load_structure(chosen)
         spent = Spent(bases=found.summary["train_madds"], search=found.summary["madds"])
-        one = trainer.run(arm.regime, self.job.seed, 1, arm.any_width)
+        one = trainer.run(arm, self.job.seed, 1)
         cost = trainer.epoch_cost(one, found.subnets, trainer.num_images)
         epochs = max(1, round((trainer.budget - spent.total) / cost))
         start = load_start(chosen)
-        run = replace(trainer.run(arm.regime, self.job.seed, epochs, arm.any_width), origin=start.origin())
+        run = replace(trainer.run(arm, self.job.seed, epochs), origin=start.origin())
         network = first_weights(found.subnets, self.job.seed, start)[0]
         trained = self._trained(network, run, trainer.images.material.training, self.folder / "joint")
         return _Trained(

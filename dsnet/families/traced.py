@@ -36,7 +36,7 @@ from dsnet.network.channels import (
     upstream,
 )
 from dsnet.network.cut_points import Place, main_places, place_of, possible_places
-from dsnet.network.plain import check_allowed
+from dsnet.network.plain import OwnOptions, check_allowed, own_options
 from dsnet.network.traced import TracedSupernet, evidence_name, traced_graph
 from dsnet.space.cost import op_costs
 from dsnet.space.entry_gate import ENTRY, entry_gate, entry_op, is_entry
@@ -53,7 +53,7 @@ from dsnet.space.spec import (
     Window,
 )
 from dsnet.space.subnet_set import SubnetSet
-from dsnet.zoo import ZOO
+from dsnet.zoo import OPTIONS, ZOO
 
 DEFAULTS: Mapping[str, Any] = {
     "ratios": (0.25, 0.5, 0.75, 1.0),
@@ -76,7 +76,8 @@ def traced_layout(model: str, task: Task, options: Mapping[str, Any]) -> SubnetS
     """
     ratios, step = _checked_options(options)
     check_choice("streams", options["streams"], STREAMS)
-    spec = traced_spec(model, task, _checked_gates(options["gates"]), options["streams"])
+    own = _own_options(model, options)
+    spec = traced_spec(model, task, _checked_gates(options["gates"]), options["streams"], own)
     if all(group.pinned for group in spec.groups):
         reasons = list(dict.fromkeys(group.pinned for group in spec.groups))
         more = f"; and {len(reasons) - 3} more" if len(reasons) > 3 else ""
@@ -97,6 +98,16 @@ def _checked_options(options: Mapping[str, Any]) -> tuple[tuple[float, ...], int
         raise ValueError(f"step is {step!r}, but must be a whole number in 1..1024")
     check_choice("paths", options["paths"], PATHS)
     return tuple(sorted(ratios)), step
+
+
+def _own_options(model: str, options: Mapping[str, Any]) -> OwnOptions:
+    """The options of the network itself that differ from their defaults."""
+    known = OPTIONS.get(model, {})
+    for name, option in known.items():
+        check_number(name, options[name], option.low, option.high)
+    return tuple(
+        (name, float(options[name])) for name, option in sorted(known.items()) if options[name] != option.default
+    )
 
 
 def _checked_gates(gates: Any) -> tuple[str, ...]:
@@ -142,7 +153,9 @@ def _scaled(spec: SupernetSpec, path: Sequence[float], step: int) -> tuple[int, 
     return tuple(widths)
 
 
-def traced_spec(model: str, task: Task, gates: Sequence[str] = (), streams: str = "tied") -> SupernetSpec:
+def traced_spec(
+    model: str, task: Task, gates: Sequence[str] = (), streams: str = "tied", options: OwnOptions = ()
+) -> SupernetSpec:
     """Groups, costed operations and gates of a network by name.
 
     Args:
@@ -150,6 +163,7 @@ def traced_spec(model: str, task: Task, gates: Sequence[str] = (), streams: str 
         task: its classes and images.
         gates: names of nodes, of submodules, or `entry`, in any order; empty for the entry gate.
         streams: `tied`: values that are added have the same channels, `ids`: each has its own.
+        options: the network's own options that differ from their defaults.
 
     A process traces each network once.
 
@@ -158,13 +172,13 @@ def traced_spec(model: str, task: Task, gates: Sequence[str] = (), streams: str 
         ValueError: a gate has no place there, or nothing to choose.
     """
     check_allowed(model)
-    return _spec_of(model, task, tuple(gates), streams)
+    return _spec_of(model, task, tuple(gates), streams, options)
 
 
 @lru_cache(maxsize=64)
-def _spec_of(model: str, task: Task, gates: tuple[str, ...], streams: str) -> SupernetSpec:
+def _spec_of(model: str, task: Task, gates: tuple[str, ...], streams: str, options: OwnOptions) -> SupernetSpec:
     """See `traced_spec`."""
-    traced = _traced(model, task, streams)
+    traced = _traced(model, task, streams, options)
     groups = _groups(traced)
     has_entry = not gates or ENTRY in gates
     cuts = _cuts(traced, groups, gates)
@@ -192,13 +206,17 @@ def _spec_of(model: str, task: Task, gates: tuple[str, ...], streams: str) -> Su
                 for cut in cuts
             ),
         ),
-        layout={"model": model} if streams == "tied" else {"model": model, "streams": streams},
+        layout={
+            "model": model,
+            **({} if streams == "tied" else {"streams": streams}),
+            **({"options": dict(options)} if options else {}),
+        },
     )
 
 
-def _traced(model: str, task: Task, streams: str) -> TracedGraph:
+def _traced(model: str, task: Task, streams: str, options: OwnOptions) -> TracedGraph:
     """The graph of a network by name."""
-    return traced_graph(model, task.num_classes, task.in_channels, task.image_size, streams)
+    return traced_graph(model, task.num_classes, task.in_channels, task.image_size, streams, options)
 
 
 @dataclass(frozen=True)
@@ -274,7 +292,7 @@ def _check_choices(traced: TracedGraph, groups: Sequence[ChannelGroup], cuts: Se
 def gate_places(spec: SupernetSpec) -> tuple[GatePlace, ...]:
     """The places at which the network of a spec can have a gate that has something to choose."""
     task = Task(spec.num_classes, spec.in_channels, spec.image_size)
-    traced = _traced(spec.layout["model"], task, _streams(spec))
+    traced = _traced(spec.layout["model"], task, _streams(spec), own_options(spec))
     position = {node.name: number for node, number in _positions(traced).items()}
     costs = op_costs(spec, Subnet("widest", spec.max_widths), spec.image_size)
     evidence = {gate.attention for gate in spec.gates}
@@ -517,7 +535,8 @@ def _streams(spec: SupernetSpec) -> str:
 
 def _for_task(model: str, spec: SupernetSpec, task: Task) -> SupernetSpec:
     """The layout for the task, with the ids of the groups where their order was changed."""
-    fresh = traced_spec(model, task, [ENTRY if is_entry(gate) else gate.name for gate in spec.gates], _streams(spec))
+    gates = [ENTRY if is_entry(gate) else gate.name for gate in spec.gates]
+    fresh = traced_spec(model, task, gates, _streams(spec), own_options(spec))
     ids = {group.name: group.ids for group in spec.groups if len(group.ids) == group.max_width}
     groups = (replace(group, ids=ids.get(group.name, ())) for group in fresh.groups)
     return replace(fresh, groups=tuple(groups)) if ids else fresh
@@ -532,7 +551,7 @@ def traced_family(model: str) -> Family:
     """
     return Family(
         name=model,
-        defaults=DEFAULTS,
+        defaults={**DEFAULTS, **{name: option.default for name, option in OPTIONS.get(model, {}).items()}},
         layout=partial(traced_layout, model),
         build=TracedSupernet,
         for_task=partial(_for_task, model),

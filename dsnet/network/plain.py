@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
 from socket import gaierror
 from typing import Any
 from urllib.error import URLError
@@ -14,8 +15,12 @@ from torch import Tensor, nn
 
 from dsnet.errors import ConfigError
 from dsnet.import_path import ALLOW_IMPORTS, import_object, is_model_path
+from dsnet.space.spec import SupernetSpec
 from dsnet.wording import way_out
 from dsnet.zoo import ZOO
+
+OwnOptions = tuple[tuple[str, float], ...]
+"""Options of a network by name, sorted."""
 
 
 def example_image(channels: int, size: int) -> Float32[Tensor, "1 channels size size"]:
@@ -23,7 +28,7 @@ def example_image(channels: int, size: int) -> Float32[Tensor, "1 channels size 
     return torch.zeros(1, channels, size, size)
 
 
-def make_plain(model: str, num_classes: int, in_channels: int, seed: int) -> nn.Module:
+def make_plain(model: str, num_classes: int, in_channels: int, seed: int, options: OwnOptions = ()) -> nn.Module:
     """A plain module with fresh weights; equal seeds give equal weights.
 
     Args:
@@ -32,13 +37,15 @@ def make_plain(model: str, num_classes: int, in_channels: int, seed: int) -> nn.
         num_classes: number of logits.
         in_channels: channels of the image.
         seed: seed of torch's generator while the module is made.
+        options: the options of a network of the zoo that differ from their defaults
+            (`dsnet.zoo.OPTIONS`).
 
     Raises:
         ConfigError: no network has this name, import paths are not allowed, the function cannot be
             imported, it raises, or it returns something else.
     """
     if model in ZOO:
-        make = ZOO[model]
+        make: Callable[[int, int], Any] = partial(ZOO[model], **dict(options))
     elif is_model_path(model):
         make = _imported(model)
     else:
@@ -70,6 +77,11 @@ def _is_of_network(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+def own_options(spec: SupernetSpec) -> OwnOptions:
+    """The options of the plain network of a spec that differ from their defaults."""
+    return tuple(sorted(spec.layout.get("options", {}).items()))
 
 
 def check_allowed(model: str) -> None:

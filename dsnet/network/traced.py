@@ -35,7 +35,7 @@ from dsnet.network.channels import (
 )
 from dsnet.network.cut_points import part_of
 from dsnet.network.layers import BatchNormBank, SlicedGroupNorm, norm_axes
-from dsnet.network.plain import example_image, make_plain
+from dsnet.network.plain import OwnOptions, example_image, make_plain, own_options
 from dsnet.network.slicing import corner
 from dsnet.network.supernet import ChannelPlaces, PlainPooled, Supernet, TrunkOutput
 from dsnet.network.tracing import trace
@@ -430,16 +430,18 @@ BODY = "body."
 class TracedSupernet(Supernet):
     """A plain module whose convolutions, linear layers and norms are sliced.
 
-    `spec.layout` names the module: `model` is a name for `dsnet.network.plain.make_plain`. The
-    family's own gates have the names of the nodes at which the graph is cut.
+    `spec.layout` names the module: `model` is a name for `dsnet.network.plain.make_plain`, and
+    `options` are the network's own options where they differ from their defaults. The family's own
+    gates have the names of the nodes at which the graph is cut.
     """
 
     def __init__(self, spec: SupernetSpec, subnets: SubnetSet, generator: torch.Generator | None = None) -> None:
         super().__init__(spec, subnets)
         seed = 0 if generator is None else generator.initial_seed()
         model, streams = spec.layout["model"], spec.layout.get("streams", "tied")
-        plain = make_plain(model, spec.num_classes, spec.in_channels, seed)
-        traced = traced_graph(model, spec.num_classes, spec.in_channels, spec.image_size, streams)
+        options = own_options(spec)
+        plain = make_plain(model, spec.num_classes, spec.in_channels, seed, options)
+        traced = traced_graph(model, spec.num_classes, spec.in_channels, spec.image_size, streams, options)
         self._own = own_axes(traced, spec)
         self.body = sliced_graph(traced, plain, spec, subnets)
         self._cuts = tuple(_Cut.of(name, spec) for name in own_gates(spec))
@@ -538,7 +540,9 @@ class TracedSupernet(Supernet):
 
 
 @lru_cache(maxsize=64)
-def traced_graph(model: str, num_classes: int, in_channels: int, image_size: int, streams: str) -> TracedGraph:
+def traced_graph(
+    model: str, num_classes: int, in_channels: int, image_size: int, streams: str, options: OwnOptions = ()
+) -> TracedGraph:
     """The graph of a network by name with the channels of its values; its parameters have shapes,
     but no values. A process traces each network once.
 
@@ -548,11 +552,12 @@ def traced_graph(model: str, num_classes: int, in_channels: int, image_size: int
         in_channels: channels of the image.
         image_size: height and width of the image.
         streams: one of `dsnet.network.channels.STREAMS`.
+        options: options for `make_plain`.
 
     Raises:
         ConfigError: the network cannot be made, traced or analysed.
     """
-    plain = make_plain(model, num_classes, in_channels, 0)
+    plain = make_plain(model, num_classes, in_channels, 0, options)
     graph = trace(plain, example_image(in_channels, image_size))
     for parameter in graph.parameters():
         parameter.data = parameter.data.new_zeros(()).expand(parameter.shape)

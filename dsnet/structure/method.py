@@ -303,7 +303,8 @@ class StructureMethod(ABC):
         """Search.
 
         Args:
-            problem: as given to `check`.
+            problem: as given to `check`; MAdds are those of channels in the order that they have in
+                `start`.
             start: the network whose sub-networks are scored, with its channels in the order of the
                 settings; not to be changed.
             trained: the networks that were trained beforehand, as they were trained.

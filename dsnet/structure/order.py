@@ -217,7 +217,7 @@ def transfer(supernet: Supernet, subnets: SubnetSet, orders: Orders | None = Non
     """
     orders = no_order(supernet) if orders is None else orders
     _check_permutations(supernet, orders)
-    target = rebuild(_with_ids(subnets, supernet.spec, orders)).to(next(supernet.parameters()))
+    target = rebuild(with_ids(subnets, supernet.spec, orders)).to(next(supernet.parameters()))
     source, axes = supernet.state_dict(), supernet.axes()
     moved = {
         name: _permuted(value, axes.get(name, ()), orders)
@@ -276,8 +276,16 @@ class _Bank:
         return take(self.moved[whole], [_renamed(axis, self.spec) for axis in self.axes[whole]], widths)
 
 
-def _with_ids(subnets: SubnetSet, source: SupernetSpec, orders: Orders) -> SubnetSet:
-    """The set with the ids that its groups have after a change of their order."""
+def with_ids(subnets: SubnetSet, source: SupernetSpec, orders: Orders) -> SubnetSet:
+    """The set with the ids that its groups have after a change of their order.
+
+    MAdds depend on them: a stream has every channel that one of its writers has.
+
+    Args:
+        subnets: the set.
+        source: the spec before the change.
+        orders: for every channel group the permutation of its channels.
+    """
     in_streams = {group for op in source.ops for part, others in zip(op.parts, op.unions, strict=False) if others
                   for group in (part[0], *others)}  # fmt: skip
     groups = list(subnets.spec.groups)

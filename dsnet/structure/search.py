@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from dsnet.structure.method import (
     Trainings,
 )
 from dsnet.structure.methods import structure_method
-from dsnet.structure.order import Orders, channel_orders, compose, transfer
+from dsnet.structure.order import Orders, channel_orders, compose, no_order, transfer, with_ids
 
 TRACE = "trace.jsonl"
 
@@ -138,7 +138,8 @@ def find_structure(
     """
     folder.mkdir(parents=True, exist_ok=True)
     trace = Trace(folder / TRACE, {"problem": problem.digest, "start": weights_digest(start.supernet)})
-    search = structure_method(problem.settings.method).find(problem, start.supernet, trained or Trained())
+    counted = replace(problem, subnets=with_ids(problem.subnets, start.supernet.spec, no_order(start.supernet)))
+    search = structure_method(problem.settings.method).find(counted, start.supernet, trained or Trained())
     found = _run(search, facilities, trace, should_stop)
     if found is None:
         return None
@@ -153,7 +154,8 @@ def find_structure(
             weights = transfer(start.supernet, subnets, found.order)
     except ValueError as error:
         raise ConfigError(f"supernet.structure: the sub-networks that were found do not fit: {error}") from error
-    return Structure(weights.eval(), orders, _summary(problem, found, trace))
+    counted = replace(problem, subnets=weights.subnets)
+    return Structure(weights.eval(), orders, _summary(counted, found, trace))
 
 
 def _run(search: Search, facilities: Facilities, trace: Trace, should_stop: Callable[[], bool]) -> Found | None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from dsnet.errors import CheckpointError, ConfigError
 from dsnet.files import file_sha256
 from dsnet.finite import check_finite
-from dsnet.network.plain import make_plain
+from dsnet.network.plain import make_plain, own_options
 from dsnet.network.supernet import Supernet
 from dsnet.network.traced import BODY, TracedSupernet
 from dsnet.wording import plural
@@ -65,7 +65,7 @@ class PlainStart:
                 f"{supernet.spec.family} is not one; name the network itself, such as resnet50, or a checkpoint of a supernet"
             )
         spec = supernet.spec
-        plain = make_plain(spec.layout["model"], spec.num_classes, spec.in_channels, 0)
+        plain = make_plain(spec.layout["model"], spec.num_classes, spec.in_channels, 0, own_options(spec))
         expected = {name: tensor for name, tensor in plain.state_dict().items() if not name.endswith(_COUNTER)}
         rows = [name.removeprefix(BODY) for name in supernet.class_tensors()]
         fresh = [name for name in rows if self._has_other_rows(name, expected)]

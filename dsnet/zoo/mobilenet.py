@@ -75,21 +75,36 @@ class InvertedResidual(nn.Module):
         return x + self.conv(x) if self.is_residual else self.conv(x)
 
 
+def _scaled(channels: int, width: float) -> int:
+    """Channels times a factor, rounded to the nearest multiple of 8, up in the middle; one multiple
+    more where that would take away over a tenth, as in torchvision."""
+    scaled = max(8, int(channels * width + 4) // 8 * 8)
+    return scaled + 8 if scaled < 0.9 * channels * width else scaled
+
+
 class MobileNetV2(nn.Module):
     """Stem, seven stages of inverted residuals, a last 1x1 convolution, global average pool,
     classifier."""
 
-    def __init__(self, num_classes: int, in_channels: int) -> None:
+    def __init__(self, num_classes: int, in_channels: int, width: float = 1.0) -> None:
+        """Build it with fresh weights.
+
+        Args:
+            num_classes: number of logits.
+            in_channels: channels of the image.
+            width: factor of the numbers of channels; the last convolution has at least 1,280.
+        """
         super().__init__()
-        blocks: list[nn.Module] = [_conv_norm(in_channels, 32, 3, 2)]
-        num_in = 32
-        for expansion, width, number, stride in V2_STAGES:
+        num_in, num_last = _scaled(32, width), _scaled(1280, max(1.0, width))
+        blocks: list[nn.Module] = [_conv_norm(in_channels, num_in, 3, 2)]
+        for expansion, channels, number, stride in V2_STAGES:
+            num_out = _scaled(channels, width)
             for index in range(number):
-                blocks.append(InvertedResidual(num_in, width, stride if index == 0 else 1, expansion))
-                num_in = width
-        blocks.append(_conv_norm(num_in, 1280, 1))
+                blocks.append(InvertedResidual(num_in, num_out, stride if index == 0 else 1, expansion))
+                num_in = num_out
+        blocks.append(_conv_norm(num_in, num_last, 1))
         self.features = nn.Sequential(*blocks)
-        self.classifier = nn.Sequential(nn.Dropout(0.2), nn.Linear(1280, num_classes))
+        self.classifier = nn.Sequential(nn.Dropout(0.2), nn.Linear(num_last, num_classes))
         _initialise(self)
 
     def forward(self, images: Tensor) -> Tensor:

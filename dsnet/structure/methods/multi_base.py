@@ -89,7 +89,7 @@ class MultiBase(StructureMethod):
     def find(self, problem: StructureProblem, start: Supernet, trained: Trained) -> Search:
         """Prune every base to its targets; the channels get the order of the widest base's scores,
         unless the settings name another order."""
-        from dsnet.structure.order import orders_by
+        from dsnet.structure.order import orders_by, with_ids
         from dsnet.structure.pruning_scores import pruning_scores
 
         settings = problem.settings
@@ -99,6 +99,9 @@ class MultiBase(StructureMethod):
         for share, _ in _base_widths(problem):
             network = trained.network(_name(share))
             scores[share] = pruning_scores(network, settings.score, problem.seed, trained.batches())
+        order = orders_by(start, scores[1.0]) if settings.order == "none" else None
+        if order is not None:
+            problem = replace(problem, subnets=with_ids(problem.subnets, start.spec, order))
         for (share, widths), target in _pairs(problem):
             listed = {group: values.tolist() for group, values in scores[share].items()}
             found = Pruning.of(problem, widths, listed).nearest(target)
@@ -107,8 +110,7 @@ class MultiBase(StructureMethod):
             notes += missed(problem, target, madds)
             yield Choice(0, found, madds, target.name)
         check_different(problem, members)
-        result = problem.found(members, notes)
-        return result if settings.order != "none" else replace(result, order=orders_by(start, scores[1.0]))
+        return replace(problem.found(members, notes), order=order)
 
 
 @dataclass(frozen=True)

@@ -123,6 +123,7 @@ class Progressive(StructureMethod):
         """Rank the channels, walk down from the widest, choose a member for every target, and try
         others near it."""
         ranking, order, network = _ranked(problem, start, trained)
+        problem = ranking.problem
         if order is not None:
             yield ScoredBy(network)
         scoring = _Scoring(problem, trained, network)
@@ -156,6 +157,7 @@ class Ranking:
     """The importance of all channels, by their places in the network of the search."""
 
     problem: StructureProblem
+    """Its MAdds are those of the network of the search."""
     importances: tuple[tuple[float, ...], ...]
     """For every channel group that of each channel, at least 0."""
 
@@ -414,7 +416,7 @@ def _ranked(problem: StructureProblem, start: Supernet, trained: Trained) -> tup
     They are sorted unless the settings name another order or the network cannot be sorted; the last
     channels are removed first all the same.
     """
-    from dsnet.structure.order import orders_by, transfer
+    from dsnet.structure.order import orders_by, transfer, with_ids
     from dsnet.structure.pruning_scores import channel_importances
 
     kind = problem.settings.progressive.ranking
@@ -425,6 +427,7 @@ def _ranked(problem: StructureProblem, start: Supernet, trained: Trained) -> tup
     if problem.settings.order == "none" and is_sortable(problem):
         order = orders_by(network, scores)
         network = transfer(network, alone, order)
+        problem = replace(problem, subnets=with_ids(problem.subnets, start.spec, order))
     listed = {group: values.tolist() for group, values in scores.items()}
     if order is not None:
         listed = {group: [values[place] for place in order[group]] for group, values in listed.items()}

@@ -19,6 +19,7 @@ from dsnet.families import rebuild
 from dsnet.import_path import ALLOW_IMPORTS
 from dsnet.network.batchnorm import batch_statistics
 from dsnet.settings import SettingError
+from dsnet.space.cost import subnet_cost
 from dsnet.space.spec import Subnet
 from dsnet.stored.checkpoint import load_supernet
 from dsnet.structure.method import (
@@ -598,6 +599,8 @@ def test_a_stream_whose_writers_are_sorted_each_in_its_own_way_is_found_stored_a
     writers = [number for number, group in enumerate(spec.groups) if group.ids]
     assert {spec.groups[number].name for number in writers} >= {"stem", "branch_0", "down"}
     assert all(spec.groups[number].ids == found.orders[number] for number in writers)
+    assert min(by_madds := [row["madds"] for row in found.summary["subnets"]]) > problem.madds(found.subnets[0].widths)
+    assert by_madds == [subnet_cost(spec, subnet, problem.image_size).madds for subnet in found.subnets]
     images = random_images(2)
     widest = found.supernet.subnets.at(spec.max_widths)
     plain = rebuild(problem.subnets).train()

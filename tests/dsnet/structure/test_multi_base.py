@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from dsnet.import_path import ALLOW_IMPORTS
 from dsnet.network.batchnorm import batch_statistics
 from dsnet.network.supernet import Supernet
 from dsnet.settings import SettingError
+from dsnet.space.cost import subnet_cost
 from dsnet.structure.method import StructureProblem, Target, Trained
 from dsnet.structure.methods import check_structure, structure_method
 from dsnet.structure.methods.multi_base import Pruning
@@ -46,13 +48,16 @@ def short(network: Supernet, batches: object, seed: int) -> dict[int, list[float
 
 def nearest_by_trial(problem: StructureProblem, scores: dict[int, list[float]], target: float) -> float:
     """The smallest distance to a target of all thresholds, each tried on its own."""
+    everything = [score for values in scores.values() for score in values]
     found = []
-    for threshold in [float("inf"), *(score for values in scores.values() for score in values)]:
+    for threshold in [float("inf"), *everything]:
+        share = Fraction(sum(score >= threshold for score in everything), len(everything))
         widths = []
-        for _, values in sorted(scores.items()):
-            count = sum(score >= threshold for score in values)
-            wanted = max(count, -(-len(values) * problem.settings.min_share // 1))
-            options = {*range(problem.settings.step, len(values), problem.settings.step), len(values)}
+        for group, whole in enumerate(problem.widest):
+            values = scores.get(group)
+            count = share * whole if values is None else sum(score >= threshold for score in values)
+            wanted = max(count, -(-whole * problem.settings.min_share // 1))
+            options = {*range(problem.settings.step, whole, problem.settings.step), whole}
             widths.append(min(options, key=lambda option: (abs(option - wanted), -option)))
         found.append(abs(problem.madds(widths) - target))
     return min(found)
@@ -137,6 +142,28 @@ def test_sorting_changes_nothing_of_the_widest_and_puts_high_scores_first(family
         if group not in problem.fixed:
             ranked = values[list(found.orders[group])]
             assert bool((ranked[:-1] >= ranked[1:]).all())
+
+
+@pytest.mark.parametrize("order", ["none", "random"])
+def test_targets_are_met_by_the_channels_that_the_writers_of_a_stream_keep(order: str, tmp_path: Path) -> None:
+    problem = make_problem(
+        family="tests.dsnet.nets:Stream",
+        options={"streams": "ids", "step": 2},
+        bases=ONE,
+        step=1,
+        order=order,
+        min_share=0.2,
+    )
+    wide = untrained(problem).network("base_1")
+    found = find(problem, tmp_path, start=sorted_start(problem, wide), trained=Trained(lambda name: wide))
+    spec = found.supernet.spec
+    assert any(group.ids for group in spec.groups)
+    result = replace(problem, subnets=found.subnets)
+    scores = {group: values.tolist() for group, values in pruning_scores(wide, "bn_gamma", 0, ()).items()}
+    for target, subnet, row in zip(problem.targets, found.subnets, found.summary["subnets"], strict=False):
+        assert row["madds"] == subnet_cost(spec, subnet, problem.image_size).madds
+        assert abs(row["madds"] - target.madds) == nearest_by_trial(result, scores, target.madds)
+        assert row["madds"] != problem.madds(subnet.widths)
 
 
 @pytest.mark.parametrize("score", ["weight_l1", "taylor", "random", "noise", f"{PATH}:firsts"])
