@@ -37,12 +37,19 @@ from dsnet.space.spec import Subnet
 from dsnet.space.subnet_set import SubnetSet
 from dsnet.space.width_space import WidthSpace
 from dsnet.stored.checkpoint import load_supernet
+from dsnet.structure.data import num_held_out
 from dsnet.structure.method import EPOCHS, TOLERANCE, Base, Candidate, Score, StructureProblem, Target, Widths
 from dsnet.structure.methods import check_structure, structure_method
 from dsnet.structure.methods.uniform import Ladder
 from dsnet.structure.scoring import HoldOutScorer
 from dsnet.structure.search import Scorer, load_structure
-from dsnet.structure.settings import MULTI_BASE, BasesSettings, StructureSettings
+from dsnet.structure.settings import (
+    MULTI_BASE,
+    PROGRESSIVE,
+    BasesSettings,
+    ProgressiveSettings,
+    StructureSettings,
+)
 from dsnet.structure.stage import HeldOut, StructureWork
 from dsnet.training.settings import REGIMES, BootstrapSettings, Regime, TrainSettings
 from dsnet.training.start import first_weights, load_start
@@ -58,6 +65,8 @@ RANDOM = "random"
 """The source of widths that is no structure method: random ones."""
 HEADROOM = 1.5
 """MAdds of a base relative to the target for which it is pruned."""
+LEVELS = 10
+"""Largest number of widths of one channel group in a search."""
 MOST_MOVES = 200
 """Moves of one random draw of widths, after which it begins anew."""
 MOST_DRAWS = 200
@@ -96,6 +105,18 @@ def sp_net_training() -> dict[str, Any]:
         "bootstrapping": BootstrapSettings(trust="full"),
         "control": CONTROL,
     }
+
+
+def progressive(label: str, *, levels: int | None = LEVELS, **parts: Any) -> Arm:
+    """The progressive search, or the same without one of its parts.
+
+    Args:
+        label: what it does.
+        levels: see `StructureSettings`.
+        parts: fields of `ProgressiveSettings`.
+    """
+    settings = {"levels": levels, "progressive": ProgressiveSettings(**parts)}
+    return Arm(label=label, method=PROGRESSIVE, regime=REGIMES["ib"], structure=settings)
 
 
 ARMS: Mapping[str, Arm] = MappingProxyType(
@@ -141,10 +162,15 @@ ARMS: Mapping[str, Arm] = MappingProxyType(
             structure={"start": "fresh"},
             **sp_net_training(),
         ),
+        "progressive": progressive("progressive search, then in-place bootstrapping"),
+        "progressive_no_noise": progressive("without trainable noise: channels ranked by weights", ranking="weight_l1"),
+        "progressive_no_groups": progressive("without channel groups: single steps", levels=None),
+        "progressive_no_tuning": progressive("without fine-tuning during the search", threshold=None),
+        "progressive_no_reselection": progressive("without re-selection", reselection=False),
     }
 )
 """The ways by name, in the order of the tables."""
-QUICK_ARMS = tuple(name for name in ARMS if name not in (CONTROL, "sp_net_one_shot", "sp_net_fresh"))
+QUICK_ARMS = (ALONE, "s_net", "us_net", BASELINE, "autoslim", RANDOM, "sp_net", "progressive")
 """The ways of a quick look, without those that run no other code."""
 
 
@@ -165,7 +191,7 @@ class Scale:
     """MAdds of the sub-networks as shares of the widest's; one ratio for all groups meets them to
     within 1 %."""
     step: int
-    levels: int = 10
+    levels: int = LEVELS
     min_share: float = 0.1
     holdout: float = 0.1
     """Share of the training images on which the search scores."""
@@ -411,7 +437,7 @@ class Trainer:
         if not bases:
             return problem
         joint_cost = self.epoch_cost(problem.run, uniform_set(problem), self.num_images)
-        num_kept = self.num_images - problem.settings.num_held_out(self.num_images)
+        num_kept = self.num_images - num_held_out(problem, self.num_images)
         base_cost = sum(self.epoch_cost(base.run, base.subnets, num_kept) for base in bases)
         epochs = max(1, round(self.budget / (joint_cost + EPOCHS * base_cost)))
         return self._problem(arm, seed, epochs)
