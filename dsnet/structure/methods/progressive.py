@@ -8,6 +8,7 @@ of which contains the next. The rules are ours: see docs/methods.md, section 9.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice, permutations
@@ -55,6 +56,8 @@ EXCHANGES = 8
 """Exchanges of channels that are tried in one round of the re-selection of a member."""
 ROUNDS = 4
 """Rounds of the re-selection of a member, at most."""
+SMALLEST = 1e-12
+"""Smallest importance of a group, so that its logarithm is finite."""
 EXPECTED_LOSS = 0.1
 """For estimates: the falls of accuracy that fine-tunings make up for, all together."""
 PRUNED = "pruned"
@@ -177,13 +180,15 @@ class Ranking:
         )
 
     def between(self, group: int, low: int, high: int) -> float:
-        """The importance of the channels of a group by which two widths differ."""
-        return sum(self.importances[group][low:high])
+        """What a group loses from one width to a smaller one: the logarithm of the ratio of its
+        importance at both. Summed over all groups, it is that of the product of their shares."""
+        kept, whole = sum(self.importances[group][:low]), sum(self.importances[group][:high])
+        return math.log(max(whole, SMALLEST) / max(kept, SMALLEST))
 
     def next(self, options: Sequence[Widths], widths: Widths) -> Widths | None:
-        """The sub-network with one step of channels less, in the group in which they have the least
-        importance per MAdds that are saved, in the lower group if equal; None if all groups have
-        their smallest width."""
+        """The sub-network with one step of channels less, in the group that loses the least per
+        MAdds that are saved, in the lower group if equal; None if all groups have their smallest
+        width."""
         whole, found = self.problem.madds(widths), []
         for group in range(len(options)):
             if (smaller := step_down(options, widths, group)) is not None:
@@ -195,7 +200,7 @@ class Ranking:
         self, options: Sequence[Widths], widths: Widths, smallest: Widths, largest: Widths
     ) -> Iterator[Widths]:
         """The sub-networks in which one group gives channels and another one takes some, from the
-        least importance that is lost on the whole: one step of the one, and as many of the other as
+        least loss on the whole: one step of the one, and as many of the other as
         come nearest to it in MAdds, each counted alone.
 
         Args:

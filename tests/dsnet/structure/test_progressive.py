@@ -116,15 +116,18 @@ def logits(supernet: Supernet, widths: Widths) -> torch.Tensor:
 
 def test_the_group_whose_channels_matter_least_for_their_madds_loses_a_step() -> None:
     """By hand, for two 3x3 convolutions on 8 x 8 pixels: without one channel of the first,
-    3 * 9 * 64 + 4 * 9 * 64 = 4032 MAdds are saved, of the second 4 * 9 * 64 + 64 + 10 = 2378."""
+    3 * 9 * 64 + 4 * 9 * 64 = 4032 MAdds are saved, of the second 4 * 9 * 64 + 64 + 10 = 2378. The
+    first keeps 27 of 27 + last, the second 12 of 14."""
     problem = toy(4, 4, method="progressive", targets=(0.5,))
     options = problem.options(None)
-    for last, expected in ((4.0, (4, 3)), (3.3, (3, 4)), (4032 / 2378 * 2, (3, 4))):
+    equal = 27 * ((14 / 12) ** (4032 / 2378) - 1)
+    for last, expected in ((equal + 0.01, (4, 3)), (equal - 0.01, (3, 4))):
         ranking = Ranking.of(problem, {0: [9.0, 9.0, 9.0, last], 1: [5.0, 4.0, 3.0, 2.0]})
         assert ranking.next(options, (4, 4)) == expected, last
     assert ranking.next(options, (1, 4)) == (1, 3)
     assert ranking.next(options, (1, 1)) is None
-    assert Ranking.of(problem, {0: [4.0, 3.0, 2.0, 1.0]}).between(1, 2, 4) == 5.0, "the mean for a group without scores"
+    followed = Ranking.of(problem, {0: [4.0, 3.0, 2.0, 1.0]})
+    assert followed.between(1, 2, 4) == pytest.approx(math.log(2)), "the mean for a group without scores"
 
 
 @pytest.mark.parametrize("levels", [None, 3])
@@ -142,7 +145,8 @@ def test_every_step_of_the_way_is_the_best_of_all_removals_whatever_the_scores(
                 smaller = (*widths[:group], less, *widths[group + 1 :])
                 if less < widths[group] and not any(less < between < widths[group] for between in possible):
                     saved = problem.madds(widths) - problem.madds(smaller)
-                    ratios.append((math.fsum(importances[group][less : widths[group]]) / saved, smaller))
+                    kept = math.fsum(importances[group][:less]) / math.fsum(importances[group][: widths[group]])
+                    ratios.append((-math.log(kept) / saved, smaller))
         assert math.isclose(min(ratios)[0], dict(map(reversed, ratios))[following])  # type: ignore[arg-type]
     assert problem.madds(made.way[-1]) < (1 - NEAR) * problem.targets[0].madds <= problem.madds(made.way[-3])
 
