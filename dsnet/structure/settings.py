@@ -55,6 +55,10 @@ class BasesSettings(Settings):
     gamma_l1: NonNegativeFloat = 1e-5
     """Price of the absolute scales of BatchNorm in the loss of these networks; a network without
     BatchNorm has none."""
+    rounds: PositiveInt = 1
+    """Prunings of each of these networks on the way to its smallest target. After each but the last
+    the network is trained on with the channels that are left, for the epochs of a network divided
+    by this number, and its channels are scored anew."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -209,7 +213,10 @@ def without_unread(structure: Mapping[str, Any]) -> dict[str, Any]:
         structure: all settings; lists and tuples are the same.
     """
     if structure["method"] == MULTI_BASE:
-        return dict(structure)
+        bases = dict(structure["bases"])
+        if bases.get("rounds") == BasesSettings.rounds:  # records from before this setting stay valid
+            del bases["rounds"]
+        return {**structure, "bases": bases}
     bases = {**structure["bases"], "widths": tuple(structure["bases"]["widths"])}
     unread = {
         name
