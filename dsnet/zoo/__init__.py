@@ -24,6 +24,7 @@ ZOO: Mapping[str, Factory] = {
     "resnet50": lambda classes, channels: ResNet(Bottleneck, (3, 4, 6, 3), classes, channels),
     "vgg11_bn": lambda classes, channels: VGG((1, 1, 2, 2, 2), classes, channels),
     "vgg16_bn": lambda classes, channels: VGG((2, 2, 3, 3, 3), classes, channels),
+    "vgg19_bn": lambda classes, channels: VGG((2, 2, 4, 4, 4), classes, channels),
     "mobilenet_v1": lambda classes, channels: MobileNetV1(classes, channels),
     "mobilenet_v2": lambda classes, channels: MobileNetV2(classes, channels),
 }

@@ -1,5 +1,5 @@
-"""VGG-11 and -16 with BatchNorm (Simonyan and Zisserman, arXiv 1409.1556), with the parameter names
-of torchvision."""
+"""VGG-11, -16 and -19 with BatchNorm (Simonyan and Zisserman, arXiv 1409.1556), with the parameter
+names of torchvision."""
 
 from __future__ import annotations
 
