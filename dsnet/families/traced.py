@@ -36,7 +36,7 @@ from dsnet.network.channels import (
     upstream,
 )
 from dsnet.network.cut_points import Place, main_places, place_of, possible_places
-from dsnet.network.plain import OwnOptions, check_allowed, own_options
+from dsnet.network.plain import SETTING, OwnOptions, own_options
 from dsnet.network.traced import TracedSupernet, evidence_name, traced_graph
 from dsnet.space.cost import op_costs
 from dsnet.space.entry_gate import ENTRY, entry_gate, entry_op, is_entry
@@ -53,6 +53,7 @@ from dsnet.space.spec import (
     Window,
 )
 from dsnet.space.subnet_set import SubnetSet
+from dsnet.user_code import check_allowed
 from dsnet.zoo import OPTIONS, ZOO
 
 DEFAULTS: Mapping[str, Any] = {
@@ -171,7 +172,8 @@ def traced_spec(
         ConfigError: the network cannot be traced, or import paths are not allowed.
         ValueError: a gate has no place there, or nothing to choose.
     """
-    check_allowed(model)
+    if is_model_path(model):
+        check_allowed(SETTING, model)
     return _spec_of(model, task, tuple(gates), streams, options)
 
 

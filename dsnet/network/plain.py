@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from functools import partial
 from socket import gaierror
@@ -14,11 +13,13 @@ from jaxtyping import Float32
 from torch import Tensor, nn
 
 from dsnet.errors import ConfigError
-from dsnet.import_path import ALLOW_IMPORTS, import_object, is_model_path
+from dsnet.import_path import is_model_path
 from dsnet.space.spec import SupernetSpec
+from dsnet.user_code import import_allowed
 from dsnet.wording import way_out
 from dsnet.zoo import ZOO
 
+SETTING = "supernet.model"
 OwnOptions = tuple[tuple[str, float], ...]
 """Options of a network by name, sorted."""
 
@@ -61,11 +62,9 @@ def make_plain(model: str, num_classes: int, in_channels: int, seed: int, option
                 if _is_of_network(error)
                 else f"it is called as function({num_classes}, {in_channels}), with the number of classes and the channels of the image"
             )
-            raise ConfigError(f"supernet.model: {model} raised {type(error).__name__}: {error}; {way}") from error
+            raise ConfigError(f"{SETTING}: {model} raised {type(error).__name__}: {error}; {way}") from error
     if not isinstance(module, nn.Module):
-        raise ConfigError(
-            f"supernet.model: {model} returned {type(module).__name__}, but must return a torch.nn.Module"
-        )
+        raise ConfigError(f"{SETTING}: {model} returned {type(module).__name__}, but must return a torch.nn.Module")
     return module
 
 
@@ -84,25 +83,9 @@ def own_options(spec: SupernetSpec) -> OwnOptions:
     return tuple(sorted(spec.layout.get("options", {}).items()))
 
 
-def check_allowed(model: str) -> None:
-    """Refuse a network by import path where the user has not allowed that.
-
-    Raises:
-        ConfigError: it is not allowed.
-    """
-    if is_model_path(model) and os.environ.get(ALLOW_IMPORTS) != "1":
-        raise ConfigError(
-            f"supernet.model: {model!r} runs code of yours; allow that with --allow-imports, or {ALLOW_IMPORTS}=1"
-        )
-
-
 def _imported(model: str) -> Callable[[int, int], Any]:
     """The function at an import path."""
-    check_allowed(model)
-    try:
-        found = import_object(model.replace(":", "."))
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"supernet.model: {model!r} cannot be imported: {error}") from error
+    found = import_allowed(SETTING, model)
     if not callable(found):
-        raise ConfigError(f"supernet.model: {model!r} is {type(found).__name__}, but must be a function")
+        raise ConfigError(f"{SETTING}: {model!r} is {type(found).__name__}, but must be a function")
     return found

@@ -68,19 +68,29 @@ def channel_orders(problem: StructureProblem, supernet: Supernet, batches: Batch
     return orders_by(supernet, channel_scores(supernet, problem.settings.order, problem.seed, batches))
 
 
-def orders_by(supernet: Supernet, scores: Mapping[int, Float64[Tensor, " _channels"]]) -> Orders:
+def orders_by(
+    supernet: Supernet, scores: Mapping[int, Float64[Tensor, " _scored"]], first: Sequence[int] | None = None
+) -> Orders:
     """The order by the scores of channels, as `channel_orders`; a channel group without scores
-    keeps its order, or that of the groups with which it shares one."""
+    keeps its order, or that of the groups with which it shares one.
+
+    Args:
+        supernet: the network.
+        scores: for channel groups the scores of their first channels.
+        first: for every channel group how many of its channels may be scored; these stay before the
+            others. None: all.
+    """
     groups = supernet.spec.groups
     orders = list(no_order(supernet))
     for stream in order_groups(supernet):
         if any(why_kept(groups[group]) for group in stream):
             continue
-        widths = sorted({groups[group].max_width for group in stream})
+        ends = [groups[group].max_width for group in stream]
+        widths = sorted({*ends, *([] if first is None else [first[group] for group in stream])})
         total = torch.zeros(widths[-1], dtype=torch.float64)
         for group in stream:
             if group in scores:
-                total[: groups[group].max_width] += scores[group]
+                total[: len(scores[group])] += scores[group]
         parts = [
             low + torch.argsort(total[low:high], descending=True, stable=True) for low, high in pairwise((0, *widths))
         ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,11 +11,11 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from dsnet.errors import ConfigError
-from dsnet.import_path import ALLOW_IMPORTS, import_object
 from dsnet.network.supernet import Supernet, restrict
 from dsnet.structure.filters import Batches
 from dsnet.structure.order import channel_scores, mean_scales
 from dsnet.structure.settings import BN_GAMMA, SCORES, Ranking
+from dsnet.user_code import import_allowed
 
 SETTING = "supernet.structure.score"
 
@@ -93,14 +92,7 @@ def score_function(path: str) -> ScoreFunction:
     Raises:
         ConfigError: import paths are not allowed, or it cannot be imported.
     """
-    if os.environ.get(ALLOW_IMPORTS) != "1":
-        raise ConfigError(
-            f"{SETTING}: {path!r} runs code of yours; allow that with --allow-imports, or {ALLOW_IMPORTS}=1"
-        )
-    try:
-        found = import_object(path.replace(":", "."))
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"{SETTING}: {path!r} cannot be imported: {error}") from error
+    found = import_allowed(SETTING, path)
     if not callable(found):
         raise ConfigError(f"{SETTING}: {path!r} is no function (network, batches, seed) -> scores of channels")
     function: ScoreFunction = found

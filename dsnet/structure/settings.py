@@ -59,6 +59,10 @@ class BasesSettings(Settings):
     gamma_l1: NonNegativeFloat = 1e-5
     """Price of the absolute scales of BatchNorm in the loss of these networks; a network without
     BatchNorm has none."""
+    rounds: PositiveInt = 1
+    """Prunings of each of these networks on the way to its smallest target. After each but the last
+    the network is trained on with the channels that are left, for the epochs of a network divided
+    by this number, and its channels are scored anew."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

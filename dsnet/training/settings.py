@@ -24,7 +24,7 @@ from dsnet.space.spec import Norm
 
 Widths = Literal["sandwich", "all"]
 Teacher = Literal["none", "inplace", "ema", "ema_ensemble"]
-RegimeName = Literal["ce", "s_net", "us_net", "ib", "ieb"]
+RegimeName = Literal["ce", "s_net", "us_net", "sp_net", "ib", "ieb"]
 BootstrapMode = Literal["none", "inplace_distillation", "ib", "ieb"]
 Optimizer = Literal["sgd", "adamw"]
 Schedule = Literal["cosine", "one_cycle", "constant"]
@@ -106,13 +106,15 @@ REGIMES: Mapping[RegimeName, Regime] = MappingProxyType(
         "ce": Regime(widths="all", num_random=0, teacher="none"),
         "s_net": Regime(widths="all", num_random=0, teacher="none", norm="private_affine"),
         "us_net": Regime(widths="sandwich", num_random=2, teacher="inplace", norm="recalibrate"),
+        "sp_net": Regime(widths="all", num_random=0, teacher="inplace", norm="private_stats"),
         "ib": Regime(widths="sandwich", teacher="ema"),
         "ieb": Regime(widths="sandwich", teacher="ema_ensemble"),
     }
 )
 """Named regimes: plain cross-entropy on every width; slimmable networks (all widths, fully private
 BatchNorm); universally slimmable networks (sandwich of 4, in-place distillation, statistics
-re-estimated after training); in-place bootstrapping; in-place ensemble bootstrapping. Random widths
+re-estimated after training); SP-Net (all widths, the others learn from the largest, separate
+statistics); in-place bootstrapping; in-place ensemble bootstrapping. Random widths
 are always drawn from the declared set of sub-networks; for `us_net` this is ours, the paper draws
 any width (docs/methods.md, section 7)."""
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import os
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
 from pydantic.fields import FieldInfo
 
+from dsnet.structure.method import Base
 from orchestration.config.distribution import Distribution
 from orchestration.config.objectives import HardConstraint
 from orchestration.config.section import (
@@ -134,6 +135,18 @@ def resolve_cohort(config: SweepConfig) -> int:
 def resolve_timeout_s(config: SweepConfig) -> float:
     """`trial.timeout_s`, or its default for the way in which trials are trained."""
     return config.trial.timeout_s or (120.0 if config.gate.trainer == "table" else 4 * 3600.0)
+
+
+def resolve_side_by_side(config: SweepConfig, bases: Sequence[Base]) -> int:
+    """Number of networks that the structure stage trains at a time: `structure.concurrent`, but one
+    if a network starts from another one or has several workers.
+
+    Args:
+        config: configuration of the sweep.
+        bases: the networks that the method trains beforehand.
+    """
+    is_chain = any(base.follows for base in bases) or config.supernet.workers > 1
+    return 1 if is_chain else max(1, min(len(bases), config.supernet.structure.concurrent or 1))
 
 
 def resolve_cores(config: SweepConfig) -> int:

@@ -42,6 +42,9 @@ class BasesConfig(Section):
     [1.0], from which all targets are pruned."""
     gamma_l1: NonNegativeFloat = BasesSettings.gamma_l1
     """Price of the absolute scales of BatchNorm in the loss of these networks."""
+    rounds: PositiveInt = BasesSettings.rounds
+    """Prunings of each network on the way to its smallest target, with a training of epochs /
+    rounds between two of them."""
 
 
 class ProgressiveConfig(Section):

@@ -180,8 +180,8 @@ class SupernetConfig(Section):
     state dict of a plain network; `~` and $VARIABLES are expanded."""
     structure: StructureConfig = StructureConfig()
     regime: RegimeName | None = None
-    """Training regime (widths, teacher and normalisation): ce | s_net | us_net | ib | ieb; null =
-    in-place bootstrapping (ib)."""
+    """Training regime (widths, teacher and normalisation): ce | s_net | us_net | sp_net | ib | ieb;
+    null = in-place bootstrapping (ib)."""
     workers: PositiveInt = 1
     """Workers that train the supernet; several are workers of Ray Train."""
     threads: PositiveInt | None = None

@@ -7,8 +7,9 @@ constants here, measured on two cores.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from heapq import heapreplace
 from typing import Any
 
 from dsnet.environment import resolve_device
@@ -20,7 +21,7 @@ from dsnet.structure.methods import structure_method
 from dsnet.training.train_cost import training_madds
 from dsnet.training.trial_run import TrialRun, trial_run
 from dsnet.wording import plural
-from orchestration.config.resolve import resolve_cores, resolve_trials
+from orchestration.config.resolve import resolve_cores, resolve_side_by_side, resolve_trials
 from orchestration.config.sweep import SweepConfig
 from orchestration.prepare.preparation import Prepared, latency_settings
 from orchestration.runs.stages import StagePlan
@@ -120,7 +121,7 @@ def forecast(prepared: Prepared, plans: Sequence[StagePlan]) -> Forecast | None:
         return None
     load = MachineLoad.now()  # measured before the timed steps, which themselves load the machine
     timed = _timed(prepared)
-    on_gpu = timed.peak_bytes if timed.device == "cuda" else 0
+    on_gpu = _at_a_time(prepared, plans) * timed.peak_bytes if timed.device == "cuda" else 0
     return Forecast(_stages(prepared, timed, plans), _how(prepared.config, timed, load), on_gpu)
 
 
@@ -161,7 +162,9 @@ def forecast_supernets(supernets: Sequence[tuple[Prepared, Sequence[StagePlan]]]
 
 def _stages(prepared: Prepared, timed: TrialRun, plans: Sequence[StagePlan]) -> tuple[StageForecast, ...]:
     left = {plan.name for plan in plans if not plan.is_done}
-    estimates = _StageEstimates(prepared, timed)
+    at_a_time = _at_a_time(prepared, plans)
+    beside = timed if at_a_time == 1 else _timed(prepared, at_a_time)
+    estimates = _StageEstimates(prepared, timed, at_a_time, beside.step_s)
     stages = {
         **({} if prepared.structure is None else {"structure": estimates.structure}),
         "supernet": estimates.supernet,
@@ -174,6 +177,22 @@ def _stages(prepared: Prepared, timed: TrialRun, plans: Sequence[StagePlan]) -> 
         stage() if name in left or name == "verify" else StageForecast(name, 0.0, 0, 0)
         for name, stage in stages.items()
     )
+
+
+def _at_a_time(prepared: Prepared, plans: Sequence[StagePlan]) -> int:
+    """Number of networks that the structure stage trains at a time; 1 if it is done."""
+    if prepared.structure is None or all(plan.is_done for plan in plans if plan.name == "structure"):
+        return 1
+    problem = prepared.structure.problem
+    return resolve_side_by_side(prepared.config, structure_method(problem.settings.method).bases(problem))
+
+
+def _seconds_of_all(seconds: Iterable[float], at_a_time: int) -> float:
+    """Seconds of several trainings of which the next one begins when one of those that run ends."""
+    ends = [0.0] * at_a_time
+    for each in seconds:
+        heapreplace(ends, ends[0] + each)
+    return max(ends)
 
 
 def _timed(prepared: Prepared, concurrent: int = 1) -> TrialRun:
@@ -210,6 +229,10 @@ class _StageEstimates:
 
     prepared: Prepared
     timed: TrialRun
+    at_a_time: int
+    """Number of networks that the structure stage trains at a time."""
+    beside_step_s: float
+    """Seconds of a step of a network that is trained beside others there."""
 
     @property
     def config(self) -> SweepConfig:
@@ -220,26 +243,29 @@ class _StageEstimates:
 
     def structure(self) -> StageForecast:
         """Costs of the structure stage: the networks that its method trains and the sorting of
-        channels, at the pace of the timed steps, and half of the candidates that there can be."""
+        channels, at the pace of steps with the threads that each has, and half of the candidates
+        that there can be."""
         assert self.prepared.structure is not None
         problem, run, size = self.prepared.structure.problem, self.prepared.supernet_run, self.prepared.image_size
         method = structure_method(problem.settings.method)
-        bases, candidates = (*method.bases(problem), *method.later(problem)), method.num_candidates(problem)
+        bases, later, candidates = method.bases(problem), method.later(problem), method.num_candidates(problem)
         held = num_held_out(problem, self._images("train"))
         num_train = self._images("train") - held
         steps = run.train.epochs * max(1, num_train // min(run.train.batch_size, num_train))
         joint = training_madds(run, self.prepared.subnets, num_train, size)
-        madds = sum(training_madds(base.run, base.subnets, num_train, size) for base in bases)
-        madds += order_madds(problem, num_train)
-        seconds = (RAY_START_S if bases else 0.0) + steps * self.timed.step_s * madds / max(joint, 1.0)
+        seconds = RAY_START_S if bases else 0.0
+        for networks in (bases, later):
+            shares = [training_madds(each.run, each.subnets, num_train, size) / max(joint, 1.0) for each in networks]
+            seconds += _seconds_of_all((steps * self.beside_step_s * share for share in shares), self.at_a_time)
+        seconds += steps * self.timed.step_s * order_madds(problem, num_train) / max(joint, 1.0)
         if candidates:
             # A scorer has one thread; the table of all sub-networks was timed with all threads.
             image_s = self.timed.table_image_s * self.timed.threads / len(self.prepared.subnets)
             actors = self.config.supernet.structure.concurrent or resolve_cores(self.config)
             seconds += candidates / 2 * held * image_s / actors
-        return StageForecast(
-            "structure", seconds, self.supernet().memory_bytes, (1 + max(1, len(bases))) * self.timed.checkpoint_bytes
-        )
+        memory = self.supernet().memory_bytes + (self.at_a_time - 1) * self._worker_bytes()
+        disk = (1 + max(1, len(bases) + len(later))) * self.timed.checkpoint_bytes
+        return StageForecast("structure", seconds, memory, disk)
 
     def supernet(self) -> StageForecast:
         """Costs of the supernet stage: starting Ray, the steps, and recalibration."""
@@ -248,8 +274,7 @@ class _StageEstimates:
         steps = run.train.epochs * max(1, num_train // min(run.train.batch_size, num_train))
         estimated = num_train if run.recalibration_images is None else min(num_train, run.recalibration_images)
         seconds = RAY_START_S + steps * self.timed.step_s + estimated * self.timed.recalibration_image_s
-        on_host = resident_bytes() if self.timed.device == "cuda" else self.timed.peak_bytes
-        memory = self._platform_bytes() + self.config.supernet.workers * on_host + self._image_bytes()
+        memory = self._platform_bytes() + self.config.supernet.workers * self._worker_bytes() + self._image_bytes()
         return StageForecast("supernet", seconds, memory, (run.keep_checkpoints + 1) * self.timed.checkpoint_bytes)
 
     def measure(self) -> StageForecast:
@@ -294,6 +319,10 @@ class _StageEstimates:
         image_s = self.timed.table_image_s * max(1.0, self.timed.threads / settings.threads)
         calls = len(sizes) * len(self.prepared.subnets)
         return min(BUDGET_S, (settings.repeats + settings.warmup) * (sum(sizes) * image_s + calls * CALL_S))
+
+    def _worker_bytes(self) -> int:
+        """Bytes of a process that trains."""
+        return resident_bytes() if self.timed.device == "cuda" else self.timed.peak_bytes
 
     def _image_bytes(self) -> int:
         """Bytes of the training images in the object store."""

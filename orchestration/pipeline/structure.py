@@ -7,6 +7,8 @@ continues where the one before it ended.
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,6 +18,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from dsnet.data.splits import Splits
+from dsnet.data.training_images import TrainingImages
 from dsnet.environment import resolve_device
 from dsnet.files import read_json
 from dsnet.network.supernet import Supernet
@@ -24,7 +27,8 @@ from dsnet.structure.method import Base, Candidate, Score
 from dsnet.structure.methods import structure_method
 from dsnet.structure.search import Scorer
 from dsnet.structure.stage import HeldOut, StructureWork
-from dsnet.wording import plural
+from dsnet.wording import duration, plural
+from orchestration.config.resolve import resolve_side_by_side
 from orchestration.pipeline.context import Launch
 from orchestration.prepare.preparation import with_found_structure
 from orchestration.progress import Bar, Task
@@ -83,17 +87,18 @@ class _OnRay:
         self._work = work
         self._folder = folder
         self._device = resolve_device(work.config.supernet.device)
-        supernet, structure = work.config.supernet, work.prepared.structure
+        structure = work.prepared.structure
         assert structure is not None
         bases = structure_method(structure.problem.settings.method).bases(structure.problem)
-        is_chain = any(base.follows for base in bases) or supernet.workers > 1
-        self.at_a_time = 1 if is_chain else max(1, min(len(bases), supernet.structure.concurrent or 1))
-        """Number of networks that are trained at a time; one if each has several workers."""
+        self.at_a_time = resolve_side_by_side(work.config, bases)
+        """Number of networks that are trained at a time."""
+        self._one_row = threading.Lock()
+        """Held while a row and its curves are written: curves belong to the last row."""
         self._numbers = count(1)
         """Counts the candidates, by whichever networks they are scored."""
 
     def train(self, base: Base, folder: Path, stem: Path | None, kept: Splits) -> None:
-        """Train one network of the method; its curves are shown while it is the only one."""
+        """Train one network of the method; its progress is shown while it is the only one."""
         work, config = self._work, self._work.config
         job = SupernetJob(
             subnets=base.subnets,
@@ -108,8 +113,7 @@ class _OnRay:
         )
         images = work.prepared.image_set.training_images(kept, base.run.augmentation)
         if self.at_a_time > 1:
-            work.progress.say(f"structure: {base.name}: {plural(base.run.train.epochs, 'epoch')}")
-            train_on_ray(job, images, on_points=lambda points: None, should_stop=work.stop)
+            self._train_beside(base, job, images)
             return
         work.tracker.supernet(base_row(work.manifest.read(), work.run, base.name, base.run))
         with work.progress.bar(Task(f"structure: {base.name}", base.run.train.epochs, "epoch", line_every=1)) as bar:
@@ -120,6 +124,20 @@ class _OnRay:
                     bar.update(points[-1].metrics["epoch"] or 0.0)
 
             train_on_ray(job, images, on_points=on_points, should_stop=work.stop)
+
+    def _train_beside(self, base: Base, job: SupernetJob, images: TrainingImages) -> None:
+        """Train a network at the same time as others; its curves are written when it is trained."""
+        work, epochs = self._work, plural(base.run.train.epochs, "epoch")
+        work.progress.say(f"structure: {base.name}: {epochs}")
+        started, points = time.monotonic(), list[CurvePoint]()
+        train_on_ray(job, images, on_points=points.extend, should_stop=work.stop)
+        took = duration(time.monotonic() - started)
+        loss = points[-1].metrics.get(f"loss/{base.subnets.largest.name}") if points else None
+        told = "" if loss is None else f", loss {loss:.3g}"
+        with self._one_row:
+            work.tracker.supernet(base_row(work.manifest.read(), work.run, base.name, base.run))
+            work.tracker.curve(points)
+            work.progress.say(f"structure: {base.name}: trained{told}, {took}")
 
     @contextmanager
     def scorer(self, network: Supernet, held_out: HeldOut) -> Iterator[Scorer]:

@@ -14,6 +14,7 @@ from dsnet.files import read_json
 from dsnet.space.spec import SupernetSpec
 from dsnet.space.subnet_set import SubnetSet
 from dsnet.stored.checkpoint import STRUCTURE
+from dsnet.structure.method import Base
 from dsnet.structure.methods import structure_method
 from dsnet.training.settings import REGIMES
 from dsnet.training.supernet import FINAL
@@ -166,11 +167,10 @@ def _structure(plan: StructurePlan, num_train: int) -> str:
     if problem.sorted_by != "none":
         text += f", channels sorted by {problem.sorted_by}"
     if bases:
-        epochs = " and ".join(plural(base.run.train.epochs, "epoch") for base in bases)
         held_out, most = settings.num_held_out(num_train), method.num_candidates(problem)
-        text += (
-            f", in {'a network that is' if len(bases) == 1 else 'networks that are'} trained beforehand for {epochs}"
-        )
+        text += f", in {'a network that is' if len(bases) == 1 else 'networks that are'} trained beforehand for {_epochs(bases)}"
+        if later := method.later(problem):
+            text += f" and, during the search, in {plural(len(later), 'further training')} of {_epochs(later)}"
         if most:
             text += (
                 f": at most {plural(most, 'candidate')} on about {plural(held_out, 'image')} of train that are held out"
@@ -179,6 +179,12 @@ def _structure(plan: StructurePlan, num_train: int) -> str:
             text += f"; about {plural(len(later), 'further training')} of {plural(later[0].run.train.epochs, 'epoch')} during the search"
         text += "; until then the table assumes one ratio for all channels"
     return text
+
+
+def _epochs(bases: Sequence[Base]) -> str:
+    """The epochs of each network; once where all are equal."""
+    found = [plural(base.run.train.epochs, "epoch") for base in bases]
+    return f"{found[0]}{' each' if len(found) > 1 else ''}" if len(set(found)) == 1 else " and ".join(found)
 
 
 def dry_layout(config: SweepConfig) -> SubnetSet | None:

@@ -7,13 +7,13 @@ A new method is one file in this folder that calls `register` when it is importe
 from __future__ import annotations
 
 import importlib
-import os
 import pkgutil
 
 from dsnet.errors import ConfigError
-from dsnet.import_path import ALLOW_IMPORTS, import_object, is_model_path
+from dsnet.import_path import is_model_path
 from dsnet.plugins import load_plugins
 from dsnet.structure.method import StructureMethod, StructureProblem, check_order
+from dsnet.user_code import import_allowed
 from dsnet.wording import way_out
 
 SETTING = "supernet.structure.method"
@@ -50,14 +50,7 @@ def structure_method(name: str) -> StructureMethod:
         return _METHODS[name]
     if not is_model_path(name):
         raise ConfigError(f"{SETTING}: unknown method {name!r}{way_out(name, method_names())}")
-    if os.environ.get(ALLOW_IMPORTS) != "1":
-        raise ConfigError(
-            f"{SETTING}: {name!r} runs code of yours; allow that with --allow-imports, or {ALLOW_IMPORTS}=1"
-        )
-    try:
-        found = import_object(name.replace(":", "."))
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"{SETTING}: {name!r} cannot be imported: {error}") from error
+    found = import_allowed(SETTING, name)
     if not (isinstance(found, type) and issubclass(found, StructureMethod)):
         raise ConfigError(
             f"{SETTING}: {name!r} is no class that inherits from dsnet.structure.method.StructureMethod, as a method must be"

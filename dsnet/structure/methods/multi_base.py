@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
@@ -12,7 +11,6 @@ from dsnet.errors import ConfigError
 from dsnet.import_path import is_model_path
 from dsnet.space.spec import Subnet
 from dsnet.space.subnet_set import SubnetSet
-from dsnet.space.width_space import ROUNDING
 from dsnet.structure.method import (
     TOLERANCE,
     Base,
@@ -22,6 +20,7 @@ from dsnet.structure.method import (
     StructureProblem,
     Target,
     Trained,
+    Trainings,
     Widths,
     check_common,
     check_different,
@@ -33,12 +32,14 @@ from dsnet.structure.method import (
 )
 from dsnet.structure.methods import register
 from dsnet.structure.methods.uniform import Ladder
+from dsnet.structure.pruning import nearest_width
 from dsnet.structure.settings import BN_GAMMA, MULTI_BASE
 from dsnet.training.settings import REGIMES
 
 if TYPE_CHECKING:
     from dsnet.network.supernet import Supernet
-    from dsnet.structure.pruning_scores import Scores
+    from dsnet.structure.pruning_rounds import PrunedBase
+    from dsnet.training.supernet_run import SupernetRun
 
 
 @register
@@ -82,122 +83,97 @@ class MultiBase(StructureMethod):
         """None: pruning reads weights."""
         return 0
 
+    def later(self, problem: StructureProblem) -> tuple[Base, ...]:
+        """The trainings between the rounds of pruning, for widths of one ratio."""
+        ladder, spec = Ladder(problem), problem.spec
+        return tuple(
+            replace(
+                base,
+                name=_round_name(base.name, number),
+                subnets=SubnetSet(spec, (Subnet(base.name, ladder.nearest(target)),)),
+                run=_run_between(base.run, problem.settings.bases.rounds),
+            )
+            for base in self.bases(problem)
+            for number, target in _ways(problem)[base.name].items()
+        )
+
     def passes(self, problem: StructureProblem) -> tuple[tuple[str, Subnet], ...]:
-        """The score of the settings for every base."""
-        return tuple((problem.settings.score, base.subnets.largest) for base in self.bases(problem))
+        """The score of the settings for every base, and for what every round leaves of it."""
+        scored = (*self.bases(problem), *self.later(problem))
+        return tuple((problem.settings.score, base.subnets.largest) for base in scored)
 
     def find(self, problem: StructureProblem, start: Supernet, trained: Trained) -> Search:
         """Prune every base to its targets; the channels get the order of the widest base's scores,
         unless the settings name another order."""
-        from dsnet.structure.order import orders_by, with_ids
-        from dsnet.structure.pruning_scores import pruning_scores
+        from dsnet.structure.order import with_ids
+        from dsnet.structure.pruning_rounds import PrunedBase
 
-        settings = problem.settings
-        scores: dict[float, Scores] = {}
+        bases = self.bases(problem)
+        pruned = {base.name: PrunedBase(problem, base, trained.network(base.name), trained.batches()) for base in bases}
+        for number in range(1, problem.settings.bases.rounds):
+            yield from _round(problem, number, {base.name: (base.run, pruned[base.name]) for base in bases}, trained)
         members: list[Subnet] = []
         notes: list[str] = []
-        for share, _ in _base_widths(problem):
-            network = trained.network(_name(share))
-            scores[share] = pruning_scores(network, settings.score, problem.seed, trained.batches())
-        order = orders_by(start, scores[1.0]) if settings.order == "none" else None
+        order = pruned[_name(1.0)].order if problem.settings.order == "none" else None
         if order is not None:
             problem = replace(problem, subnets=with_ids(problem.subnets, start.spec, order))
-        for (share, widths), target in _pairs(problem):
-            listed = {group: values.tolist() for group, values in scores[share].items()}
-            found = Pruning.of(problem, widths, listed).nearest(target)
+        for (share, _), target in _pairs(problem):
+            number, found = pruned[_name(share)].member(target, problem)
             madds = problem.madds(found)
             members.append(Subnet(target.name, found))
             notes += missed(problem, target, madds)
-            yield Choice(0, found, madds, target.name)
+            yield Choice(number, found, madds, target.name)
         check_different(problem, members)
         return replace(problem.found(members, notes), order=order)
 
 
-@dataclass(frozen=True)
-class Pruning:
-    """All sub-networks that one threshold for the scores of all channels can give.
-
-    A channel group has as many channels as have a score above the threshold, but at least its
-    floor, rounded to the nearest possible width: a multiple of the step, or all channels of the
-    base; the wider one in the middle between two. A group without scores has the share of its
-    channels that the others have on the whole. MAdds rise with the number of channels that are
-    kept.
-    """
-
-    problem: StructureProblem
-    widths: Widths
-    """The base's width of every channel group."""
-    ranking: tuple[int, ...]
-    """The channel group of every scored channel, from the highest score to the lowest."""
-
-    @classmethod
-    def of(cls, problem: StructureProblem, widths: Widths, scores: Mapping[int, Sequence[float]]) -> Pruning:
-        """The sub-networks of a base.
-
-        Args:
-            problem: the problem.
-            widths: the base's width of every channel group.
-            scores: for channel groups the scores of the base's channels; equal scores are ranked by
-                the number of the group and then of the channel.
-
-        Raises:
-            ConfigError: no channel that can be removed has a score.
-        """
-        ranked = sorted(
-            (-score, group, channel)
-            for group, values in scores.items()
-            if group not in problem.fixed
-            for channel, score in enumerate(values)
-        )
-        if not ranked:
-            raise ConfigError(
-                f"supernet.structure.score {problem.settings.score}: no channel that can be removed has a score; use another score"
-            )
-        return cls(problem, widths, tuple(group for _, group, _ in ranked))
-
-    def kept(self, number: int) -> Widths:
-        """The widths where the `number` channels with the highest scores are above the
-        threshold."""
-        scored, above = set(self.ranking), self.ranking[:number]
-        share = Fraction(number, len(self.ranking))
-        return tuple(
-            nearest_width(self.problem, group, width, above.count(group) if group in scored else share * width)
-            for group, width in enumerate(self.widths)
-        )
-
-    def nearest(self, target: Target) -> Widths:
-        """The widths whose MAdds are nearest to a target; of two that are equally near, the
-        smaller."""
-        low, high = 0, len(self.ranking)
-        while low < high:  # the fewest channels with at least the target's MAdds, or all
-            middle = (low + high) // 2
-            if self.problem.madds(self.kept(middle)) >= target.madds:
-                high = middle
-            else:
-                low = middle + 1
-        tried = [self.kept(number) for number in (low - 1, low) if number >= 0]
-        return min(tried, key=lambda widths: abs(self.problem.madds(widths) - target.madds))
-
-
-def nearest_width(problem: StructureProblem, group: int, width: int, count: int | Fraction) -> int:
-    """The possible width of a channel group of a base that is nearest to a number of channels.
-
-    Args:
-        problem: the problem.
-        group: the number of the channel group.
-        width: its width in the base.
-        count: channels above the threshold, 0 to `width`.
-    """
-    if group in problem.fixed or problem.spec.groups[group].is_kernel:
-        return width
-    step = problem.settings.step
-    wanted = max(Fraction(count), Fraction(math.ceil(problem.settings.min_share * width - ROUNDING)))
-    return min((*range(step, width, step), width), key=lambda each: (abs(each - wanted), -each))
+def _round(
+    problem: StructureProblem, number: int, bases: Mapping[str, tuple[SupernetRun, PrunedBase]], trained: Trained
+) -> Iterator[Choice | Trainings]:
+    """One round: prune every base that still has a way to go, train what is left of them side by
+    side, and score it."""
+    ways, trainings = _ways(problem), {}
+    for name, (run, base) in bases.items():
+        if number in ways[name]:
+            between = _run_between(run, problem.settings.bases.rounds)
+            trainings[name] = base.prune(ways[name][number], _round_name(name, number), between)
+            yield Choice(number, base.left, problem.madds(base.left))
+    if trainings:
+        yield Trainings(tuple(trainings.values()))
+    for name, training in trainings.items():
+        bases[name][1].trained(trained.network(training.base.name), trained.batches())
 
 
 def _name(share: float) -> str:
     """The name of a base."""
     return f"base_{share:g}"
+
+
+def _round_name(base: str, number: int) -> str:
+    """The name of the training after a round of pruning of a base."""
+    return f"{base}_round_{number}"
+
+
+def _run_between(run: SupernetRun, rounds: int) -> SupernetRun:
+    """The training between two rounds: that of a base for a part of its epochs, with its warm-up in
+    proportion."""
+    epochs = max(1, round(run.train.epochs / rounds))
+    warmup = run.train.warmup_epochs * epochs / run.train.epochs
+    return replace(run, train=replace(run.train, epochs=epochs, warmup_epochs=warmup))
+
+
+def _ways(problem: StructureProblem) -> dict[str, dict[int, Target]]:
+    """For every base by its name the MAdds that are left after each round but the last: a geometric
+    sequence from the base to the smallest of its targets; none where no target is smaller than the
+    base."""
+    rounds = problem.settings.bases.rounds
+    ways: dict[str, dict[int, Target]] = {}
+    for (share, widths), target in reversed(_pairs(problem)):  # the last one of a base is its smallest target
+        whole = problem.madds(widths)
+        left = {number: whole * (target.madds / whole) ** (number / rounds) for number in range(1, rounds)}
+        is_smaller = target.madds < whole
+        ways[_name(share)] = {n: Target(f"{target.name}/{n}", madds) for n, madds in left.items() if is_smaller}
+    return ways
 
 
 def _base_widths(problem: StructureProblem) -> Iterator[tuple[float, Widths]]:

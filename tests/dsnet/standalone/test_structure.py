@@ -116,20 +116,23 @@ def stopped_again_and_again(out: Path, first: int, **structure: Any) -> int:
             num_calls += 1
 
 
-MULTI_BASE = {"method": "multi_base", "step": 4, "bases": {"widths": [0.75, 1.0], "gamma_l1": 0.001}}
+MULTI_BASE: dict[str, Any] = {"method": "multi_base", "step": 4, "bases": {"widths": [0.75, 1.0], "gamma_l1": 0.001}}
 
 
-def test_a_pruning_that_is_stopped_in_any_base_ends_with_the_same_bits(tmp_path: Path) -> None:
+def test_a_pruning_that_is_stopped_in_any_training_ends_with_the_same_bits(tmp_path: Path) -> None:
     whole, out = tmp_path / "whole", tmp_path / "out"
-    run_standalone(config(**MULTI_BASE), whole, device="cpu")
-    assert stopped_again_and_again(out, 2, **MULTI_BASE) > 1
+    own = {**MULTI_BASE, "bases": {**MULTI_BASE["bases"], "rounds": 2}}
+    run_standalone(config(**own), whole, device="cpu")
+    assert stopped_again_and_again(out, 2, **own) > 1
     assert results(out) == results(whole)
     found = load_structure(whole / "structure")
     assert [subnet.name for subnet in found.subnets.members] == ["0.4", "0.7"]
     for name in ("base_0.75", "base_1"):
-        _, meta = load_supernet(whole / "structure" / "bases" / name / "final")
-        assert meta["run"]["train"]["gamma_l1"] == 0.001
-        assert meta["run"]["origin"] == {}
+        first, second = (
+            read_json(whole / "structure" / "bases" / each / "final.json")["run"] for each in (name, f"{name}_round_1")
+        )
+        assert first["train"]["gamma_l1"] == second["train"]["gamma_l1"] == 0.001
+        assert first["origin"] == {}
 
 
 @pytest.mark.slow

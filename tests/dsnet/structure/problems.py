@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from dsnet.families import create, layout, rebuild
 from dsnet.network.supernet import Supernet
@@ -12,6 +15,7 @@ from dsnet.space.spec import CLASSES, IMAGE, IMAGE_CHANNELS, ChannelGroup, Op, S
 from dsnet.space.subnet_set import SubnetSet
 from dsnet.structure.method import Candidate, Score, StructureProblem, Trained, Training, Trainings, Widths
 from dsnet.structure.methods import structure_method
+from dsnet.structure.order import transfer
 from dsnet.structure.search import Facilities, Scorer, SortedStart, Structure, find_structure, sorted_start
 from dsnet.structure.settings import StructureSettings
 from dsnet.training.start import first_weights
@@ -78,6 +82,8 @@ def find(problem: StructureProblem, folder: Path, scorer: CountingScorer | None 
     invention = InventedTraining(problem)
     trained = further.pop("trained", None) or invention.trained
     facilities = invention.facilities(scorer or CountingScorer())
+    if "train" in further:
+        facilities = replace(facilities, train=further.pop("train"))
     found = find_structure(problem, start, facilities, folder=folder, trained=trained, **further)
     assert found is not None
     return found
@@ -118,6 +124,25 @@ def untrained(problem: StructureProblem) -> Trained:
     return InventedTraining(problem).trained
 
 
+@torch.no_grad()
+def masked_network(net: Supernet, kept: dict[int, list[int]]) -> Supernet:
+    """A copy of the network with zero weights for all channels but the kept ones of each group."""
+    other = transfer(net, net.subnets)
+    axes = net.axes()
+    for name, value in other.state_dict().items():
+        for dimension, axis in enumerate(axes.get(name, ())):
+            if axis is None or name.rpartition(".")[2].startswith(("mean_", "var_")):
+                continue
+            keep, start = torch.ones(value.shape[dimension]), 0
+            for group, repeat, present in axis.parts:
+                alive = set().union(*(kept[each] for each in (group, *axis.union))) if group >= 0 else range(present)
+                for channel in set(range(present)) - set(alive):
+                    keep[start + channel * repeat : start + (channel + 1) * repeat] = 0
+                start += repeat * present
+            value.mul_(keep.reshape([-1 if each == dimension else 1 for each in range(value.ndim)]))
+    return other
+
+
 def way_down(problem: StructureProblem, score: Callable[[Widths], Score] = invented) -> list[Widths]:
     """The whole way of AutoSlim's search, computed independently of it: at every step all removals
     are tried."""
@@ -145,6 +170,7 @@ __all__ = [
     "SortedStart",
     "find",
     "invented",
+    "masked_network",
     "network",
     "problem_of",
     "toy",

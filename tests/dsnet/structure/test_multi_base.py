@@ -3,31 +3,39 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import asdict, replace
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from dsnet.errors import ConfigError
 from dsnet.families import rebuild
 from dsnet.import_path import ALLOW_IMPORTS
 from dsnet.network.batchnorm import batch_statistics
-from dsnet.network.supernet import Supernet
+from dsnet.network.supernet import Supernet, restrict
 from dsnet.settings import SettingError
 from dsnet.space.cost import subnet_cost
-from dsnet.structure.method import StructureProblem, Target, Trained
+from dsnet.structure.method import StructureProblem, Target, Trained, Trainings, Widths
 from dsnet.structure.methods import check_structure, structure_method
-from dsnet.structure.methods.multi_base import Pruning
+from dsnet.structure.pruning import Pruning
 from dsnet.structure.pruning_scores import pruning_scores
 from dsnet.structure.search import sorted_start
 from dsnet.structure.settings import BasesSettings, StructureSettings, without_unread
-from tests.dsnet.samples import random_images, random_labels
-from tests.dsnet.structure.problems import find, problem_of, toy, untrained
+from tests.dsnet.cases import FURTHER_OPTIONS
+from tests.dsnet.samples import random_images, random_labels, shaken
+from tests.dsnet.structure.problems import find, masked_network, problem_of, toy, untrained
 
 ONE = BasesSettings(widths=(1.0,))
+STREAMS: dict[str, Any] = {
+    "family": "tests.dsnet.nets:Stream",
+    "options": {"streams": "ids", "step": 2},
+    "norm": "private_affine",
+}
 PATH = "tests.dsnet.structure.test_multi_base"
 
 
@@ -46,19 +54,22 @@ def short(network: Supernet, batches: object, seed: int) -> dict[int, list[float
     return {0: [1.0]}
 
 
-def nearest_by_trial(problem: StructureProblem, scores: dict[int, list[float]], target: float) -> float:
+def nearest_by_trial(
+    problem: StructureProblem, scores: Mapping[int, Sequence[float]], target: float, base: Widths, left: Widths
+) -> float:
     """The smallest distance to a target of all thresholds, each tried on its own."""
-    everything = [score for values in scores.values() for score in values]
+    scored = {group: values for group, values in scores.items() if group not in problem.fixed}
+    num_channels = sum(base[group] for group in scored)
     found = []
-    for threshold in [float("inf"), *everything]:
-        share = Fraction(sum(score >= threshold for score in everything), len(everything))
+    for threshold in [float("inf"), *(score for values in scored.values() for score in values)]:
+        counts = {group: sum(score >= threshold for score in values) for group, values in scored.items()}
         widths = []
-        for group, whole in enumerate(problem.widest):
-            values = scores.get(group)
-            count = share * whole if values is None else sum(score >= threshold for score in values)
-            wanted = max(count, -(-whole * problem.settings.min_share // 1))
-            options = {*range(problem.settings.step, whole, problem.settings.step), whole}
-            widths.append(min(options, key=lambda option: (abs(option - wanted), -option)))
+        for group, (width, most) in enumerate(zip(base, left, strict=True)):
+            count = counts.get(group, width * sum(counts.values()) / num_channels)
+            wanted = max(count, -(-width * problem.settings.min_share // 1))
+            options = {*range(problem.settings.step, width, problem.settings.step), width}
+            nearest = min(options, key=lambda option: (abs(option - wanted), -option))
+            widths.append(width if group in problem.fixed else min(most, nearest))
         found.append(abs(problem.madds(widths) - target))
     return min(found)
 
@@ -74,7 +85,8 @@ def test_the_bisection_gives_the_nearest_of_all_thresholds(step: int, share: flo
     }
     target = Target("t", share * problem.madds(problem.widest))
     widths = Pruning.of(problem, problem.widest, scores).nearest(target)
-    assert abs(problem.madds(widths) - target.madds) == nearest_by_trial(problem, scores, target.madds)
+    whole = problem.widest
+    assert abs(problem.madds(widths) - target.madds) == nearest_by_trial(problem, scores, target.madds, whole, whole)
     assert share < 1 or widths == problem.widest
 
 
@@ -117,11 +129,7 @@ def test_only_numbers_of_channels_leave_a_narrow_base(tmp_path: Path) -> None:
 def test_sorting_changes_nothing_of_the_widest_and_puts_high_scores_first(family: str, tmp_path: Path) -> None:
     further: dict[str, Any] = {"family": family, "pin": "gate", "norm": "private_affine"}
     if family == "ids":
-        further = {
-            "family": "tests.dsnet.nets:Stream",
-            "options": {"streams": "ids", "step": 2},
-            "norm": "private_affine",
-        }
+        further = STREAMS
     problem = make_problem(**further, bases=ONE)
     check_structure(problem)
     (base,) = structure_method("multi_base").bases(problem)
@@ -177,6 +185,130 @@ def test_any_score_prunes(score: str, tmp_path: Path) -> None:
         assert abs(row["madds"] / target.madds - 1) < 0.2
     if score.endswith("firsts"):
         assert all(order == tuple(range(len(order))) for order in found.orders)
+
+
+class Shaking:
+    """Trains networks by adding random numbers to their scales, and keeps them."""
+
+    def __init__(self, problem: StructureProblem) -> None:
+        bases = structure_method("multi_base").bases(problem)
+        self.networks = {base.name: untrained(problem).network(base.name).double() for base in bases}
+        self.asked: list[Trainings] = []
+
+    def train(self, trainings: Trainings) -> None:
+        self.asked.append(trainings)
+        for each in trainings.networks:
+            self.networks[each.base.name] = shaken(deepcopy(each.start), len(self.asked))
+
+    @property
+    def trained(self) -> Trained:
+        return Trained(self.networks.__getitem__)
+
+
+def logits_of(network: Supernet) -> Tensor:
+    """The logits of its widest sub-network, normalised by the batch."""
+    with batch_statistics(network), torch.no_grad():
+        return network(random_images(4).double(), network.subnets.at(network.spec.max_widths))
+
+
+PADDED_RESNET = {"family": "ds_resnet", "options": FURTHER_OPTIONS["ds_resnet"]["padded"], "pin": "gate"}
+
+
+def test_rounds_leave_fewer_and_fewer_channels_of_each_base(tmp_path: Path) -> None:
+    """Every round is compared with the threshold found by trial, the network without the other
+    channels, and the channels that are followed one by one."""
+    bases = BasesSettings(widths=(0.75, 1.0), gamma_l1=0.01, rounds=3)
+    problem = make_problem(targets=(0.2, 0.4), bases=bases, norm="private_affine")
+    check_structure(problem)
+    own = Shaking(problem)
+    start = sorted_start(problem, own.networks["base_1"])
+    found = find(problem, tmp_path, start=start, trained=own.trained, train=own.train)
+    assert [[each.base.name for each in asked.networks] for asked in own.asked] == [
+        [f"base_0.75_round_{number}", f"base_1_round_{number}"] for number in (1, 2)
+    ]
+    for base, target in zip(structure_method("multi_base").bases(problem), problem.targets, strict=True):
+        before = restrict(own.networks[base.name], [0])
+        whole = problem.madds(before.spec.max_widths)
+        places = [list(range(width)) for width in before.spec.max_widths]
+        for number in (1, 2, 3):
+            scores = pruning_scores(before, "bn_gamma", 0, ())
+            aim = whole * (target.madds / whole) ** (number / 3)
+            if number < 3:
+                training = next(e for e in own.asked[number - 1].networks if e.base.name.startswith(f"{base.name}_"))
+                widths = training.start.spec.max_widths
+            else:
+                widths = found.subnets.at(found.subnets.members[target is problem.targets[1]].widths).widths
+            listed = {group: values.tolist() for group, values in scores.items()}
+            nearest = nearest_by_trial(problem, listed, aim, base.subnets.largest.widths, before.spec.max_widths)
+            assert abs(problem.madds(widths) - aim) == pytest.approx(nearest)
+            orders = [
+                scores[group].argsort(descending=True, stable=True).tolist() if group in scores else list(range(width))
+                for group, width in enumerate(before.spec.max_widths)
+            ]
+            places = [[own_places[place] for place in order] for own_places, order in zip(places, orders, strict=True)]
+            if number < 3:
+                kept = {group: order[: widths[group]] for group, order in enumerate(orders)}
+                torch.testing.assert_close(logits_of(training.start), logits_of(masked_network(before, kept)))
+                places = [own_places[:width] for own_places, width in zip(places, widths, strict=True)]
+                assert training.base.run.train.gamma_l1 == 0.01
+                before = own.networks[training.base.name]
+    assert [list(order[: len(own_places)]) for order, own_places in zip(found.orders, places, strict=True)] == places
+    torch.testing.assert_close(logits_of(found.supernet), logits_of(own.networks["base_1"]))
+
+
+@pytest.mark.parametrize("family", ["ids", "padded"])
+def test_rounds_prune_residual_streams(family: str, tmp_path: Path) -> None:
+    further = STREAMS if family == "ids" else PADDED_RESNET
+    problem = make_problem(
+        **{**further, "norm": "private_stats"}, targets=(0.4,), bases=BasesSettings(widths=(1.0,), rounds=2)
+    )
+    check_structure(problem)
+    own = Shaking(problem)
+    start = sorted_start(problem, own.networks["base_1"])
+    found = find(problem, tmp_path, start=start, trained=own.trained, train=own.train)
+    ((training,),) = (asked.networks for asked in own.asked)
+    left = training.start.spec.max_widths
+    whole = found.supernet
+    torch.testing.assert_close(logits_of(whole), logits_of(own.networks["base_1"]))
+    with batch_statistics(whole), torch.no_grad():  # the order of the last round mixes only what was left
+        sliced = whole(random_images(4).double(), whole.subnets.at(left))
+    torch.testing.assert_close(sliced, logits_of(training.start))
+
+
+def test_targets_of_one_base_lie_on_one_way_down(tmp_path: Path) -> None:
+    """Their channels are those that the rounds have kept, and no round belongs to one of them
+    alone."""
+    problem = make_problem(targets=(0.2, 0.5, 1.0), bases=BasesSettings(widths=(1.0,), rounds=4))
+    own = Shaking(problem)
+    start = sorted_start(problem, own.networks["base_1"])
+    found = find(problem, tmp_path, start=start, trained=own.trained, train=own.train)
+    assert [asked.networks[0].base.name for asked in own.asked] == [f"base_1_round_{n}" for n in (1, 2, 3)]
+    assert found.subnets.largest.widths == problem.widest
+    sizes = [problem.madds(asked.networks[0].start.spec.max_widths) for asked in own.asked]
+    middle = found.subnets.members[1].widths
+    rounds = [line for line in scored_lines(tmp_path) if line["member"] == "0.5"]
+    assert rounds[0]["round"] == sum(size >= problem.targets[1].madds for size in sizes)
+    for asked in own.asked[rounds[0]["round"] :]:
+        assert all(a <= b for a, b in zip(asked.networks[0].start.spec.max_widths, middle, strict=True))
+
+
+def scored_lines(folder: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (folder / "trace.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == "choice"]
+
+
+def test_later_trainings_are_counted_beforehand() -> None:
+    problem = make_problem(targets=(0.3, 1.0), bases=BasesSettings(widths=(0.75, 1.0), rounds=3))
+    method = structure_method("multi_base")
+    later = method.later(problem)
+    assert [base.name for base in later] == ["base_0.75_round_1", "base_0.75_round_2"], "a whole base needs none"
+    assert len(method.passes(problem)) == 4
+    assert not method.later(make_problem())
+    train = method.bases(problem)[0].run.train
+    longer = replace(problem, settings=replace(problem.settings, epochs=9))
+    between = method.later(longer)[0].run.train
+    assert (train.epochs, between.epochs) == (1, 3)
+    assert between.warmup_epochs == pytest.approx(method.bases(longer)[0].run.train.warmup_epochs / 3)
 
 
 def test_a_base_is_a_share_of_the_channels_and_all_start_as_the_sweep_does() -> None:

@@ -33,7 +33,7 @@ from dsnet.structure.search import sorted_start
 from dsnet.structure.settings import BY_IMAGES
 from tests.dsnet.cases import BANKED_CASES, CASES, NEXT, Case
 from tests.dsnet.samples import SMALL_OPTIONS, random_images, random_labels, shaken, task, without_dropout
-from tests.dsnet.structure.problems import NET, network, problem_of
+from tests.dsnet.structure.problems import NET, masked_network, network, problem_of
 
 QUICK = [
     pytest.param(case, id=str(case), marks=pytest.mark.slow if "bottleneck" in str(case) else ())
@@ -110,25 +110,6 @@ def test_every_sub_network_that_keeps_its_channels_computes_the_same_also_alone(
             assert torch.equal(value, before[name])
     small, images = restrict(other.float(), [0]), images.float()
     assert torch.equal(small(images, small.subnets[0]), other(images, other.subnets[0]))
-
-
-@torch.no_grad()
-def masked_network(net: Supernet, kept: dict[int, list[int]]) -> Supernet:
-    """A copy of the network with zero weights for all channels but the kept ones of each group."""
-    other = transfer(net, net.subnets)
-    axes = net.axes()
-    for name, value in other.state_dict().items():
-        for dimension, axis in enumerate(axes.get(name, ())):
-            if axis is None or name.rpartition(".")[2].startswith(("mean_", "var_")):
-                continue
-            keep, start = torch.ones(value.shape[dimension]), 0
-            for group, repeat, present in axis.parts:
-                alive = set().union(*(kept[each] for each in (group, *axis.union))) if group >= 0 else range(present)
-                for channel in set(range(present)) - set(alive):
-                    keep[start + channel * repeat : start + (channel + 1) * repeat] = 0
-                start += repeat * present
-            value.mul_(keep.reshape([-1 if each == dimension else 1 for each in range(value.ndim)]))
-    return other
 
 
 @pytest.mark.parametrize("name", ["ds_tiny", "padded", NET])

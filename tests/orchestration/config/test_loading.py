@@ -371,7 +371,7 @@ BAD_VALUES = [
     ),
     (
         "supernet: {model: ds_tiny, regime: us_nte}",
-        "5:36: supernet.regime: unknown regime 'us_nte'; did you mean 'us_net'? known: ce, s_net, us_net, ib, ieb",
+        "5:36: supernet.regime: unknown regime 'us_nte'; did you mean 'us_net'? known: ce, s_net, us_net, sp_net, ib, ieb",
     ),
     (
         "supernet: {model: ds_tiny, regime: ieb, bootstrapping: {mode: ib}}",
@@ -775,19 +775,21 @@ EXAMPLE_CASES = [
     ("pretrained", "full"),
     ("structures", None),
     ("structures", "cifar10"),
+    *(("sp_net", preset) for preset in (None, "resnet50", "vgg", "mobilenet_v1", "mobilenet_v2", "smoke")),
 ]
 
 
 @pytest.mark.parametrize(("name", "preset"), EXAMPLE_CASES)
 def test_examples_load_and_their_resolved_form_loads_as_the_same(sweep: Path, name: str, preset: str | None) -> None:
-    loaded = load_config(EXAMPLES / f"{name}.yaml", preset=preset, known_models=MODELS, environ={})
+    known = (*MODELS, "mobilenet_v1", "resnet50", "vgg19_gap")
+    loaded = load_config(EXAMPLES / f"{name}.yaml", preset=preset, known_models=known, environ={})
     assert loaded.warnings == ()
-    again = load(sweep, to_yaml(loaded.config))
+    again = load(sweep, to_yaml(loaded.config), known_models=known)
     assert again.config == loaded.config
     assert {origin.split(":")[0] for origin in again.origins.values()} == {"sweep.yaml"}
 
 
-@pytest.mark.parametrize("name", ["digits", "cifar10", "pretrained"])
+@pytest.mark.parametrize("name", ["digits", "cifar10", "pretrained", "sp_net"])
 def test_examples_satisfy_the_json_schema(name: str) -> None:
     jsonschema.validate(read_yaml_file(EXAMPLES / f"{name}.yaml").data, json_schema())
 

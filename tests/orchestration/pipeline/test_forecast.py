@@ -91,6 +91,36 @@ def test_the_passes_that_sort_channels_take_time_in_proportion(monkeypatch: pyte
     assert seconds["noise"] == pytest.approx(2 * 48 * seconds["taylor"] / 2)  # 180 images are 2 batches
 
 
+def test_bases_that_are_trained_two_at_a_time_take_half_as_long(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Three bases of 1 + 0.81 + 0.49 of the work in two places, and trainings between rounds."""
+    asked = []
+
+    def timed(prepared: object, concurrent: int = 1) -> TrialRun:
+        asked.append(concurrent)
+        return TIMED
+
+    monkeypatch.setattr(forecast_module, "_timed", timed)
+    found = {}
+    for rounds, concurrent in ((1, 1), (1, 2), (2, 1), (2, 2)):
+        bases = f"bases: {{widths: [1.0, 0.9, 0.7], rounds: {rounds}}}, concurrent: {concurrent}"
+        structure = f"{{method: multi_base, targets: [0.3, 0.5, 0.9], pin: gate, step: 1, epochs: 2, {bases}}}"
+        text = TINY.replace("{num_routes: 3}", f"{{num_routes: 3}}\n  structure: {structure}")
+        prepared = prepare(load_config(write_sweep(tmp_path, text)).config)
+        forecasts = forecast(prepared, plan_stages(RunDir(tmp_path, "t"), stage_definitions(prepared)))
+        assert forecasts is not None
+        stage = forecasts.of("structure")
+        assert stage is not None
+        found[rounds, concurrent] = (stage.seconds - RAY_START_S, stage.memory_bytes, stage.disk_bytes)
+    assert asked == [1, 1, 2, 1, 1, 2]
+    assert 1.5 < found[1, 1][0] / found[1, 2][0] < 2
+    assert 1.3 < found[2, 1][0] / found[1, 1][0] < 1.5, "half of the epochs, for smaller networks"
+    assert 1.5 < found[2, 1][0] / found[2, 2][0] < 2
+    assert found[1, 2][1] - found[1, 1][1] == pytest.approx(TIMED.peak_bytes, rel=0.1)
+    assert (found[1, 1][2], found[2, 1][2]) == (4 * TIMED.checkpoint_bytes, 7 * TIMED.checkpoint_bytes)
+
+
 def test_supernets_that_are_trained_two_at_a_time_take_half_as_long(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

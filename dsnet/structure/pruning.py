@@ -1,0 +1,107 @@
+"""Pruning by one threshold for the scores of all channels of a network. It needs no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+from dsnet.errors import ConfigError
+from dsnet.space.width_space import ROUNDING
+from dsnet.structure.method import StructureProblem, Target, Widths
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """All sub-networks that one threshold for the scores of all channels can give.
+
+    A channel group has as many channels as have a score above the threshold, but at least its
+    floor, rounded to the nearest possible width: a multiple of the step, or all channels of the
+    base; the wider one in the middle between two. A group without scores has the share of its
+    channels that the others have on the whole. MAdds rise with the number of channels that are
+    kept.
+    """
+
+    problem: StructureProblem
+    widths: Widths
+    """The base's width of every channel group."""
+    ranking: tuple[int, ...]
+    """The channel group of every scored channel, from the highest score to the lowest."""
+    left: Widths
+    """The width of every channel group that earlier prunings of the base have left."""
+
+    @classmethod
+    def of(
+        cls,
+        problem: StructureProblem,
+        widths: Widths,
+        scores: Mapping[int, Sequence[float]],
+        left: Widths | None = None,
+    ) -> Pruning:
+        """The sub-networks of a base.
+
+        Args:
+            problem: the problem.
+            widths: the base's width of every channel group.
+            scores: for channel groups the scores of the channels that are left; equal scores are
+                ranked by the number of the group and then of the channel.
+            left: the width of every channel group that earlier prunings have left, one that they
+                can give; None: the base's.
+
+        Raises:
+            ConfigError: no channel that can be removed has a score.
+        """
+        ranked = sorted(
+            (-score, group, channel)
+            for group, values in scores.items()
+            if group not in problem.fixed
+            for channel, score in enumerate(values)
+        )
+        if not ranked:
+            raise ConfigError(
+                f"supernet.structure.score {problem.settings.score}: no channel that can be removed has a score; use another score"
+            )
+        return cls(problem, widths, tuple(group for _, group, _ in ranked), widths if left is None else left)
+
+    def kept(self, number: int) -> Widths:
+        """The widths where the `number` channels with the highest scores are above the
+        threshold."""
+        scored, above = set(self.ranking), self.ranking[:number]
+        share = Fraction(number, sum(self.widths[group] for group in scored))
+        return tuple(
+            min(
+                left,
+                nearest_width(self.problem, group, width, above.count(group) if group in scored else share * width),
+            )
+            for group, (width, left) in enumerate(zip(self.widths, self.left, strict=True))
+        )
+
+    def nearest(self, target: Target) -> Widths:
+        """The widths whose MAdds are nearest to a target; of two that are equally near, the
+        smaller."""
+        low, high = 0, len(self.ranking)
+        while low < high:  # the fewest channels with at least the target's MAdds, or all
+            middle = (low + high) // 2
+            if self.problem.madds(self.kept(middle)) >= target.madds:
+                high = middle
+            else:
+                low = middle + 1
+        tried = [self.kept(number) for number in (low - 1, low) if number >= 0]
+        return min(tried, key=lambda widths: abs(self.problem.madds(widths) - target.madds))
+
+
+def nearest_width(problem: StructureProblem, group: int, width: int, count: int | Fraction) -> int:
+    """The possible width of a channel group of a base that is nearest to a number of channels.
+
+    Args:
+        problem: the problem.
+        group: the number of the channel group.
+        width: its width in the base.
+        count: channels above the threshold, 0 to `width`.
+    """
+    if group in problem.fixed or problem.spec.groups[group].is_kernel:
+        return width
+    step = problem.settings.step
+    wanted = max(Fraction(count), Fraction(math.ceil(problem.settings.min_share * width - ROUNDING)))
+    return min((*range(step, width, step), width), key=lambda each: (abs(each - wanted), -each))
